@@ -1,0 +1,1 @@
+"""ONNX to something that infers: numpy in, numpy out. No torch."""

@@ -1,0 +1,73 @@
+"""Whole files or nothing: atomic writes, contained paths and digests that are read once."""
+
+__all__ = ["atomic_write", "contained", "sha256_file"]
+
+import contextlib
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+from sdxl_trt.engines.errors import CorruptError, explain_os_error
+
+CHUNK = 1 << 22
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """Open a sibling temporary file; on a clean exit fsync it and rename it over `path`.
+
+    Any failure leaves `path` as it was and no temporary file behind. Raises one of our errors for an OSError.
+    """
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    except OSError as exc:
+        raise explain_os_error(exc, f"writing {path}") from exc
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    except OSError as exc:
+        raise explain_os_error(exc, f"writing {path}") from exc
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def contained(root: Path, relative: str) -> Path:
+    """Return `root / relative`, refusing every way out of `root`: absolute, ``..``, links.
+
+    `relative` comes from a manifest or an index file and is not trusted. Raises CorruptError.
+    """
+    parts = PurePosixPath(relative)
+    unsafe = not relative or "\\" in relative or "\0" in relative or parts.is_absolute() or ".." in parts.parts
+    if unsafe:
+        raise CorruptError(f"{root}: {relative!r} is not a plain path inside the folder; get a sound copy of it")
+    path = root
+    for part in parts.parts:
+        path = path / part
+        if path.is_symlink():
+            raise CorruptError(f"{path}: is a symbolic link, which a bundle may not hold; copy the file itself there")
+    return path
+
+
+def sha256_file(path: Path, progress: Callable[[int], None] | None = None) -> str:
+    """Return the hex digest of a file, in constant memory; `progress` is told the bytes of each chunk."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+            if progress:
+                progress(len(chunk))
+    return digest.hexdigest()

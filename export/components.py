@@ -1,0 +1,145 @@
+"""Which graphs a base and a refiner need, and which of them the two can share."""
+
+__all__ = ["ComponentPlan", "Options", "StagePlan", "plan_components"]
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from sdxl_trt.engines.bundle import Kind, Precision
+from sdxl_trt.engines.errors import SourceError
+from sdxl_trt.export.models import MetaModel, build_model
+from sdxl_trt.export.sources import ModelSource, PipelineSource
+from sdxl_trt.export.tensors import Checkpoint, digest_tensors, resolve_names
+
+# What the host reads from the manifest, and what says nothing about the function of a graph.
+_HOST_ONLY = {
+    "architectures", "attn_implementation", "dtype", "force_upcast", "latents_mean", "latents_std", "sample_size",
+    "scaling_factor", "shift_factor", "torch_dtype", "transformers_version",
+}  # fmt: skip
+_VAE_HALVES: dict[str, tuple[str, ...]] = {
+    "vae_decoder": ("decoder.", "post_quant_conv."),
+    "vae_encoder": ("encoder.", "quant_conv."),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to export: the precision of everything, and of the autoencoder ("auto": fp32 where the config says so)."""
+
+    precision: Precision = "fp16"
+    vae_precision: Literal["auto", "fp32", "fp16"] = "auto"
+    opset: int = 23
+
+
+@dataclass(frozen=True)
+class ComponentPlan:
+    """One graph to export: its source, its model without weights, its tensors under published names."""
+
+    kind: Kind
+    source: ModelSource
+    origin: str
+    model: MetaModel
+    checkpoint: Checkpoint
+    precision: Precision
+    time_ids: int = 0
+    pooled: int = 0
+
+    def tensor_names(self) -> list[str]:
+        """Return the published names of the tensors that belong to this half of the model."""
+        halves = _VAE_HALVES.get(self.kind)
+        return [name for name in self.model.state if halves is None or name.startswith(halves)]
+
+    def function(self) -> tuple[Any, ...]:
+        """Return what decides the graph apart from the weights: class, precision, resolved config."""
+        config = {k: v for k, v in self.model.config.items() if k not in _HOST_ONLY and not k.startswith("_")}
+        return self.kind, self.source.class_name, self.precision, sorted(config.items(), key=lambda item: item[0])
+
+
+@dataclass
+class StagePlan:
+    """A stage's roles (unet, text_encoder, text_encoder_2, vae_decoder, vae_encoder) mapped to component names."""
+
+    pipeline: PipelineSource
+    models: dict[str, MetaModel]
+    roles: dict[str, str] = field(default_factory=dict)
+
+
+def plan_components(
+    base: PipelineSource, refiner: PipelineSource | None, options: Options, warn: Callable[[str], None]
+) -> tuple[dict[str, ComponentPlan], dict[str, StagePlan]]:
+    """Return the components to export by name, and the stages that refer to them.
+
+    A refiner's encoder or autoencoder half is a component of its own unless its function and every tensor (name,
+    dtype, shape, bytes) agree with the base's.
+    """
+    components: dict[str, ComponentPlan] = {}
+    stages: dict[str, StagePlan] = {}
+    for prefix, pipeline in (("", base), ("refiner_", refiner)):
+        if pipeline is None:
+            continue
+        stage, plans = _plan_stage(pipeline, options, warn)
+        for role, plan in plans.items():
+            twin = components.get(role)
+            shared = bool(prefix) and twin is not None and _same(plan, twin)
+            stage.roles[role] = role if shared else prefix + role
+            if not shared:
+                components[prefix + role] = plan
+        stages["refiner" if prefix else "base"] = stage
+    return components, stages
+
+
+def _plan_stage(
+    pipeline: PipelineSource, options: Options, warn: Callable[[str], None]
+) -> tuple[StagePlan, dict[str, ComponentPlan]]:
+    models: dict[str, MetaModel] = {}
+    checkpoints: dict[str, Checkpoint] = {}
+    for name, source in pipeline.models.items():
+        where = str(source.folder)
+        models[name] = build_model(source.class_name, source.config, where)
+        checkpoints[name] = resolve_names(source.checkpoint(), models[name].state, where, warn)
+
+    def plan(name: str, kind: Kind, precision: Precision, time_ids: int = 0, pooled: int = 0) -> ComponentPlan:
+        source = pipeline.models[name]
+        return ComponentPlan(
+            kind, source, pipeline.name, models[name], checkpoints[name], precision, time_ids, pooled
+        )
+
+    plans = {name: plan(name, "text_encoder", options.precision) for name in models if name.startswith("text_")}
+    pooled = _pooled_width(models["text_encoder_2"], pipeline)
+    plans["unet"] = plan("unet", "unet", options.precision, len(time_id_names(pipeline)), pooled)
+    vae_precision = _vae_precision(models["vae"], options)
+    plans["vae_decoder"] = plan("vae", "vae_decoder", vae_precision)
+    plans["vae_encoder"] = plan("vae", "vae_encoder", vae_precision)
+    return StagePlan(pipeline, models), plans
+
+
+def time_id_names(pipeline: PipelineSource) -> tuple[str, ...]:
+    """Return the layout of the time ids: six sizes, or four and the aesthetic score."""
+    sizes = ("original_height", "original_width", "crop_top", "crop_left")
+    last = ("aesthetic_score",) if pipeline.requires_aesthetics_score else ("target_height", "target_width")
+    return sizes + last
+
+
+def _pooled_width(model: MetaModel, pipeline: PipelineSource) -> int:
+    if "text_projection.weight" not in model.state:
+        raise SourceError(f"{pipeline.root}/text_encoder_2: is no CLIPTextModelWithProjection, so there is no pooled"
+                          " prompt; not an SDXL model")  # fmt: skip
+    return int(model.config["projection_dim"])
+
+
+def _vae_precision(model: MetaModel, options: Options) -> Precision:
+    if options.vae_precision != "auto":
+        return options.vae_precision
+    # The published autoencoder overflows fp16 and says so; a repaired one says force_upcast false.
+    return "fp32" if model.config.get("force_upcast", True) else options.precision
+
+
+def _same(one: ComponentPlan, other: ComponentPlan) -> bool:
+    names = one.tensor_names()
+    if one.kind == "unet" or one.function() != other.function() or names != other.tensor_names():
+        return False
+    left, right = one.checkpoint.tensors, other.checkpoint.tensors
+    if any((left[n].dtype, left[n].shape) != (right[n].dtype, right[n].shape) for n in names):
+        return False
+    return digest_tensors(one.checkpoint, names) == digest_tensors(other.checkpoint, names)

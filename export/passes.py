@@ -1,0 +1,80 @@
+"""Graph rewrites that touch no weight: what is left is what the model computes."""
+
+__all__ = ["simplify"]
+
+import onnx_ir as ir
+from onnx_ir.passes import common
+from onnxscript import optimizer
+
+# Adding zero is left alone: it may broadcast.
+_NEUTRAL = {"Mul": 1.0, "Div": 1.0}
+_MAX_ROUNDS = 4
+
+
+def simplify(model: ir.Model) -> dict[str, tuple[int, ...]]:
+    """Fold constants, drop identities, duplicates, dead nodes and metadata; hoist the transposes of weights.
+
+    Returns the permutation of each weight that the graph now expects to be stored transposed. Weights must have no
+    value yet, so that nothing can be folded into memory.
+    """
+    weights = set(model.graph.initializers)
+    for _ in range(_MAX_ROUNDS):
+        before = model.graph.num_nodes()
+        optimizer.fold_constants(model, onnx_shape_inference=False)
+        _drop_neutral(model.graph)
+        common.IdentityEliminationPass()(model)
+        common.CommonSubexpressionEliminationPass()(model)
+        common.RemoveUnusedNodesPass()(model)
+        if model.graph.num_nodes() == before:
+            break
+    permutations = _hoist_transposes(model.graph, weights)
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    common.RemoveUnusedNodesPass()(model)
+    common.ClearMetadataAndDocStringPass()(model)
+    _forget_inner_shapes(model.graph)
+    return permutations
+
+
+def _constant(value: ir.Value | None) -> ir.TensorProtocol | None:
+    return None if value is None else ir.convenience.get_const_tensor(value)
+
+
+def _drop_neutral(graph: ir.Graph) -> None:
+    """Replace x * 1 and x / 1 by x."""
+    for node in list(graph):
+        neutral = _NEUTRAL.get(node.op_type)
+        other = _constant(node.inputs[1]) if neutral is not None else None
+        if other is None or other.size != 1 or len(other.shape) > 1 or other.numpy().item() != neutral:
+            continue
+        source, result = node.inputs[0], node.outputs[0]
+        if source is None or result.is_graph_output() or (len(other.shape) == 1 and source.shape is None):
+            continue
+        ir.convenience.replace_all_uses_with(result, source)
+        graph.remove(node, safe=True)
+
+
+def _hoist_transposes(graph: ir.Graph, weights: set[str]) -> dict[str, tuple[int, ...]]:
+    """Let weights be stored as their consumers want them, so that no engine transposes at run time or at load."""
+    permutations: dict[str, tuple[int, ...]] = {}
+    for node in list(graph):
+        source = node.inputs[0] if node.op_type == "Transpose" else None
+        if source is None or source.name not in weights:
+            continue
+        perm = tuple(node.attributes["perm"].as_ints())
+        if any(user is not node for user, _ in source.uses()):
+            continue  # used both ways: kept once, as it is
+        permutations[source.name] = perm
+        source.shape = ir.Shape([source.shape[axis] for axis in perm]) if source.shape is not None else None
+        ir.convenience.replace_all_uses_with(node.outputs[0], source)
+        graph.remove(node, safe=True)
+    return permutations
+
+
+def _forget_inner_shapes(graph: ir.Graph) -> None:
+    """Drop torch's symbols (s17, 4*s9) from inner values: engines infer shapes, and bytes stay reproducible."""
+    outputs = {id(value) for value in graph.outputs}
+    for node in graph:
+        for value in node.outputs:
+            if id(value) not in outputs:
+                value.shape = None
+                value.type = None

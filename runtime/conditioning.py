@@ -1,0 +1,76 @@
+"""What a stage is told beside the latents: prompts, sizes, crop, aesthetic score."""
+
+__all__ = ["Conditions", "MicroConditions", "make_conditions"]
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sdxl_trt.engines.base import Array, Engine, numpy_dtype
+from sdxl_trt.engines.bundle import Stage
+from sdxl_trt.engines.errors import CorruptError
+from sdxl_trt.runtime.prompts import PromptEmbeds
+
+
+@dataclass(frozen=True)
+class MicroConditions:
+    """SDXL's size and crop conditions in pixels (height, width; top, left), and the refiner's aesthetic scores."""
+
+    original_size: tuple[int, int]
+    crop: tuple[int, int]
+    target_size: tuple[int, int]
+    aesthetic_score: float
+    negative_aesthetic_score: float
+
+    def time_ids(self, layout: tuple[str, ...], *, negative: bool = False) -> NDArray[np.float32]:
+        """Return the time ids (len(layout),) in the order that the manifest states for a stage."""
+        values: dict[str, float] = {
+            "original_height": self.original_size[0],
+            "original_width": self.original_size[1],
+            "crop_top": self.crop[0],
+            "crop_left": self.crop[1],
+            "target_height": self.target_size[0],
+            "target_width": self.target_size[1],
+            "aesthetic_score": self.negative_aesthetic_score if negative else self.aesthetic_score,
+        }
+        unknown = [name for name in layout if name not in values]
+        if unknown:
+            raise CorruptError(f"time id {unknown[0]!r} in the manifest is unknown; export the bundle again")
+        return np.array([values[name] for name in layout], dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """The constant inputs of a UNet for a phase, with rows [positive…, negative…]; no negative rows unguided."""
+
+    inputs: dict[str, Array]
+    guidance_scale: float
+
+    @property
+    def guided(self) -> bool:
+        """Return whether there are negative rows."""
+        return self.guidance_scale > 1.0
+
+
+def make_conditions(
+    engine: Engine,
+    stage: Stage,
+    positive: PromptEmbeds,
+    negative: PromptEmbeds,
+    micro: MicroConditions,
+    guidance_scale: float,
+    pictures: int,
+) -> Conditions:
+    """Return the conditions of `pictures` pictures of one prompt, in the dtypes that `engine` takes."""
+    sides = [(positive, False), (negative, True)] if guidance_scale > 1.0 else [(positive, False)]
+    columns = {
+        "encoder_hidden_states": [side.hidden for side, _ in sides],
+        "text_embeds": [side.pooled for side, _ in sides],
+        "time_ids": [micro.time_ids(stage.time_ids, negative=is_negative) for _, is_negative in sides],
+    }
+    inputs = {
+        name: np.repeat(np.stack(rows), pictures, axis=0).astype(numpy_dtype(engine.component.input(name)))
+        for name, rows in columns.items()
+    }
+    return Conditions(inputs, guidance_scale)

@@ -1,0 +1,28 @@
+"""Where the base stops and the refiner starts: one grid, cut once.
+
+The base denoises the high noise, its latents go to the refiner as they are, neither decoded nor noised again.
+diffusers states the place as a fraction of the training timesteps, ComfyUI as a number of steps; the two are
+kept apart, since they differ (30 steps at 0.8 hand over after 23 steps).
+"""
+
+__all__ = ["split", "step_at_fraction"]
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sdxl_trt.runtime.sigmas import Schedule
+
+
+def step_at_fraction(schedule: Schedule, fraction: float) -> int:
+    """Return how many steps the base takes for diffusers' ``denoising_end = denoising_start = fraction``.
+
+    The base keeps the timesteps at or above the cutoff, the refiner those below it.
+    """
+    total = schedule.num_train_timesteps
+    cutoff = round(total - fraction * total)
+    return int(np.count_nonzero(schedule.timesteps >= cutoff))
+
+
+def split(sigmas: NDArray[np.float32], step: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Cut (steps + 1,) sigmas after `step` steps; both parts hold the sigma at which the latents change hands."""
+    return sigmas[: step + 1], sigmas[step:]

@@ -1,0 +1,46 @@
+"""Prompts to the token ids that a CLIP text encoder takes."""
+
+__all__ = ["PromptTokenizer"]
+
+import json
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sdxl_trt.engines.bundle import Bundle
+from sdxl_trt.engines.digests import verify_file
+from sdxl_trt.engines.errors import CorruptError
+
+
+class PromptTokenizer:
+    """A CLIP tokenizer of a bundle: 77 ids a prompt, framed, cut and padded as transformers does.
+
+    Raises CorruptError where the file is not the one of the manifest, or not a tokenizer.
+    """
+
+    def __init__(self, bundle: Bundle, name: str) -> None:
+        from tokenizers import Tokenizer  # noqa: PLC0415 - a compiled library, loaded with the first prompt
+
+        self.spec = bundle.manifest.tokenizers[name]
+        path = bundle.path(self.spec.file)
+        verify_file(path, self.spec.file)
+        try:
+            self._tokenizer: Any = Tokenizer.from_file(str(path))
+        except Exception as exc:  # tokenizers raises bare Exception
+            raise CorruptError(f"{path}: not a tokenizer ({exc}); run export-engines again") from exc
+
+    def ids(self, text: str) -> NDArray[np.int64]:
+        """Return ids (max_length,): start, prompt, end, padding."""
+        room = self.spec.max_length - 2
+        body = self._tokenizer.encode(text, add_special_tokens=False).ids[:room]
+        framed = [self.spec.bos_id, *body, self.spec.eos_id]
+        return np.array(framed + [self.spec.pad_id] * (room - len(body)), dtype=np.int64)
+
+    def cut_off(self, text: str) -> str:
+        """Return the part of `text` that `ids` leaves out; "" where all of it fits."""
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        room = self.spec.max_length - 2
+        if len(encoding.ids) <= room:
+            return ""
+        return text[encoding.offsets[room][0] :].strip() or json.dumps(encoding.tokens[room:])
