@@ -74,7 +74,7 @@ SHAPES = {
             "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
             "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"), "layers_per_block": 1,
         },
-        legacy_vae=True, aesthetics=False, vae_channels=(8,),
+        legacy_vae=True, aesthetics=False, vae_channels=(8, 16),
         scheduler={"timestep_spacing": "trailing", "prediction_type": "v_prediction", "beta_schedule": "linear"},
     ),
 }  # fmt: skip

@@ -1,0 +1,53 @@
+# Everything works from a clean clone with Python 3.11 or newer and make. Nothing is downloaded but packages.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+PACKAGES := export engines runtime mini benchmarks
+PROMPT ?= a large red star on a blue background
+
+.PHONY: help demo demo-export install test lint types pytest format clean
+
+help:  ## Say what there is to make
+	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
+
+demo: $(VENV)/.runtime  ## A picture from the embedded pair: torch-free, in a new .venv
+	@mkdir -p out
+	@$(BIN)/trt-generate "$(PROMPT)" --seed 7 -o out/demo.png
+
+demo-export: $(VENV)/.full  ## Export the embedded pair at fp16, and a picture from the result
+	@mkdir -p out
+	@$(BIN)/export-engines --fp16 --out out/bundle
+	@$(BIN)/trt-generate "$(PROMPT)" --engines out/bundle --seed 7 -o out/demo-export.png
+
+install: $(VENV)/.full  ## The full development environment in .venv
+
+test: lint types pytest  ## Lint, types and tests
+
+lint: $(VENV)/.full
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.full
+	$(BIN)/mypy -p sdxl_trt.engines -p sdxl_trt.runtime -p sdxl_trt.export -p sdxl_trt.mini
+
+pytest: $(VENV)/.full
+	$(BIN)/pytest --numprocesses 2 --dist loadfile
+
+format: $(VENV)/.full  ## Format the code and mend what lint can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## Remove what make made
+	rm -rf $(VENV) out build dist *.egg-info
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.runtime: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) --editable '.[cpu]'
+	@touch $@
+
+$(VENV)/.full: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) --editable '.[cpu,export,bench,dev]'
+	@touch $@ $(VENV)/.runtime
