@@ -34,7 +34,7 @@ def run(parser: Parser, work: Callable[[argparse.Namespace], None], argv: list[s
         work(arguments)
     except KeyboardInterrupt:
         return _fail("interrupted; nothing was left half-written", INTERRUPTED)
-    except Exception as exc:
+    except Exception as exc:  # noqa: BLE001 - the boundary: whatever it was, the user gets one line
         if arguments.debug:
             traceback.print_exc()
         return _fail(*_explain(exc))

@@ -10,7 +10,13 @@ from typing import Any
 from sdxl_trt.engines.base import Array, check_inputs
 from sdxl_trt.engines.bundle import Bundle, Component
 from sdxl_trt.engines.digests import verify_file
-from sdxl_trt.engines.errors import EngineError, IncompatibleError, ResourceError, SdxlTrtError, explain_os_error
+from sdxl_trt.engines.errors import (
+    EngineError,
+    IncompatibleError,
+    ResourceError,
+    SdxlTrtError,
+    explain_os_error,
+)
 
 _ERRORS_ONLY = 3
 

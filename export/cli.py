@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sdxl_trt.engines.command import Parser, print_json, run
+from sdxl_trt.engines.errors import UsageError
 
 EPILOG = """examples:
   export-engines --fp16                                   the embedded pair, to ./sdxl-bundle
@@ -31,14 +32,18 @@ def _parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     source = parser.add_argument_group("sources (a diffusers folder with safetensors, or 'mini' for the embedded pair)")
-    source.add_argument("--base", default="mini", metavar="SRC", help="StableDiffusionXLPipeline folder (mini)")
+    source.add_argument("--base", metavar="SRC", help="StableDiffusionXLPipeline folder (default: mini)")
     refiner = source.add_mutually_exclusive_group()
     refiner.add_argument("--refiner", metavar="SRC", help="StableDiffusionXLImg2ImgPipeline folder (with mini: mini)")
     refiner.add_argument("--no-refiner", action="store_true", help="export the base alone")
     target = parser.add_argument_group("bundle")
-    target.add_argument("--out", type=Path, default=Path("sdxl-bundle"), metavar="DIR", help="folder to write or replace")
+    target.add_argument(
+        "--out", type=Path, default=Path("sdxl-bundle"), metavar="DIR", help="folder to write or replace"
+    )
     precision = target.add_mutually_exclusive_group()
-    precision.add_argument("--fp16", dest="precision", action="store_const", const="fp16", help="half precision (default)")
+    precision.add_argument(
+        "--fp16", dest="precision", action="store_const", const="fp16", help="half precision (default)"
+    )
     precision.add_argument("--fp32", dest="precision", action="store_const", const="fp32", help="single precision")
     target.add_argument("--vae-precision", choices=("auto", "fp32", "fp16"), default="auto",
                         help="auto: fp32 where the autoencoder's config says force_upcast")  # fmt: skip
@@ -55,9 +60,9 @@ def _export(arguments: argparse.Namespace) -> None:
     from sdxl_trt.export.exporter import export_bundle  # noqa: PLC0415
 
     started = time.perf_counter()
-    refiner = None if arguments.no_refiner else arguments.refiner or _default_refiner(arguments.base)
+    base, refiner = _sources(arguments)
     options = Options(precision=arguments.precision, vae_precision=arguments.vae_precision)
-    bundle = export_bundle(arguments.base, refiner, arguments.out, options, progress=_show)
+    bundle = export_bundle(base, refiner, arguments.out, options, progress=_show)
     seconds = time.perf_counter() - started
     report = _report(bundle, seconds)
     if arguments.json:
@@ -66,9 +71,15 @@ def _export(arguments: argparse.Namespace) -> None:
         _tell(report)
 
 
-def _default_refiner(base: str) -> str | None:
-    """Return the embedded refiner for the embedded base, and none for another base, which it would not fit."""
-    return "mini" if base == "mini" else None
+def _sources(arguments: argparse.Namespace) -> tuple[str, str | None]:
+    """Return base and refiner; the embedded halves belong together, so neither completes a model of the user's."""
+    base: str | None = arguments.base
+    refiner: str | None = arguments.refiner
+    if base is None and refiner not in (None, "mini"):
+        raise UsageError(f"--refiner {refiner} without --base: name the base that it refines")
+    if refiner is None and base in (None, "mini"):
+        refiner = "mini"
+    return base or "mini", None if arguments.no_refiner else refiner
 
 
 def _show(component: str, stage: str) -> None:
@@ -107,7 +118,7 @@ def _tell(report: dict[str, Any]) -> None:
     sys.stdout.write(f"{report['bundle']}: {total:.1f} MiB in {report['seconds']:.0f} s\n")
     if report["note"]:
         sys.stdout.write(f"note: {report['note']}\n")
-    sys.stdout.write(f"next: trt-generate \"a prompt\" --engines {report['bundle']}\n")
+    sys.stdout.write(f'next: trt-generate "a prompt" --engines {report["bundle"]}\n')
 
 
 if __name__ == "__main__":

@@ -53,7 +53,12 @@ class ComponentPlan:
     def function(self) -> tuple[Any, ...]:
         """Return what decides the graph apart from the weights: class, precision, resolved config."""
         config = {k: v for k, v in self.model.config.items() if k not in _HOST_ONLY and not k.startswith("_")}
-        return self.kind, self.source.class_name, self.precision, sorted(config.items(), key=lambda item: item[0])
+        return (
+            self.kind,
+            self.source.class_name,
+            self.precision,
+            sorted(config.items(), key=lambda item: item[0]),
+        )
 
 
 @dataclass
@@ -101,9 +106,7 @@ def _plan_stage(
 
     def plan(name: str, kind: Kind, precision: Precision, time_ids: int = 0, pooled: int = 0) -> ComponentPlan:
         source = pipeline.models[name]
-        return ComponentPlan(
-            kind, source, pipeline.name, models[name], checkpoints[name], precision, time_ids, pooled
-        )
+        return ComponentPlan(kind, source, pipeline.name, models[name], checkpoints[name], precision, time_ids, pooled)
 
     plans = {name: plan(name, "text_encoder", options.precision) for name in models if name.startswith("text_")}
     pooled = _pooled_width(models["text_encoder_2"], pipeline)

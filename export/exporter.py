@@ -55,7 +55,7 @@ def export_bundle(
     out: Path | str = "sdxl-bundle",
     options: Options | None = None,
     *,
-    progress: Progress = lambda component, stage: None,
+    progress: Progress | None = None,
 ) -> Bundle:
     """Export a base and, unless None, a refiner to the bundle folder `out`, and return it opened.
 
@@ -63,7 +63,7 @@ def export_bundle(
     only when everything has been written; a failure leaves it as it was. `progress` is told each component and
     what is being done to it. Raises SourceError, CorruptError, ResourceError.
     """
-    options = options or Options()
+    options, progress = options or Options(), progress or _silent
     out = Path(out)
     _check_target(out)
     with contextlib.ExitStack() as stack:
@@ -89,6 +89,10 @@ def export_bundle(
     return read_bundle(out)
 
 
+def _silent(component: str, stage: str) -> None:
+    """Report nothing."""
+
+
 def _open_sources(
     base: Path | str, refiner: Path | str | None, stack: contextlib.ExitStack
 ) -> tuple[PipelineSource, PipelineSource | None]:
@@ -109,7 +113,7 @@ def _open_sources(
 def _mini_note(base: Path | str, refiner: Path | str | None) -> str:
     if MINI not in (base, refiner):
         return ""
-    from sdxl_trt.mini import NOTE  # noqa: PLC0415 - only when the embedded pair is asked for
+    from sdxl_trt.mini.embedded import NOTE  # noqa: PLC0415 - only when the embedded pair is asked for
 
     return NOTE
 
@@ -153,9 +157,7 @@ def _publish(staging: Path, out: Path) -> None:
     shutil.rmtree(retired, ignore_errors=True)
 
 
-def _export_component(
-    name: str, plan: ComponentPlan, staging: Path, options: Options, progress: Progress
-) -> Component:
+def _export_component(name: str, plan: ComponentPlan, staging: Path, options: Options, progress: Progress) -> Component:
     folder = staging / name
     folder.mkdir()
     where = str(plan.source.folder)
@@ -165,7 +167,9 @@ def _export_component(
     published = _name_initializers(model, graph.prefix, plan)
     permutations = simplify(model)
     progress(name, "writing weights")
-    names = {initializer: published[initializer] for initializer in published if initializer in model.graph.initializers}
+    names = {
+        initializer: published[initializer] for initializer in published if initializer in model.graph.initializers
+    }
     written = write_weights(model, plan.checkpoint, names, permutations, folder)
     progress(name, "writing graph")
     _save_graph(model, folder / GRAPH_FILE)

@@ -79,7 +79,12 @@ class _UNet(torch.nn.Module):
         self.model = model
 
     def forward(
-        self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, text_embeds: Tensor, time_ids: Tensor
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        text_embeds: Tensor,
+        time_ids: Tensor,
     ) -> Tensor:
         conditions = {"text_embeds": text_embeds, "time_ids": time_ids}
         output = self.model(sample, timestep, encoder_hidden_states, added_cond_kwargs=conditions, return_dict=False)
@@ -172,7 +177,12 @@ def _vae_decoder_graph(model: MetaModel) -> Graph:
     pictures = Axis("pictures", 2, traced_max=MAX_TRACED_ROWS)
     shape = (pictures, config["latent_channels"], Axis("height", 6), Axis("width", 8))
     pixels = ("pictures", config["out_channels"], f"{factor}*height", f"{factor}*width")
-    return Graph("vae_decoder", _VaeDecoder(model.module), (Input("latent_sample", shape),), (Output("sample", pixels),))
+    return Graph(
+        "vae_decoder",
+        _VaeDecoder(model.module),
+        (Input("latent_sample", shape),),
+        (Output("sample", pixels),),
+    )
 
 
 def _vae_encoder_graph(model: MetaModel) -> Graph:

@@ -38,8 +38,18 @@ def build_model(class_name: str, config: Mapping[str, Any], where: str) -> MetaM
     try:
         with init_empty_weights(include_buffers=False), _quiet():
             module = _BUILDERS[class_name](dict(config))
-    except (TypeError, ValueError, KeyError, AttributeError, NotImplementedError, IndexError, ZeroDivisionError) as exc:
-        raise SourceError(f"{where}: {class_name} refuses this config ({exc}); restore the model's config.json") from exc
+    except (
+        TypeError,
+        ValueError,
+        KeyError,
+        AttributeError,
+        NotImplementedError,
+        IndexError,
+        ZeroDivisionError,
+    ) as exc:
+        raise SourceError(
+            f"{where}: {class_name} refuses this config ({exc}); restore the model's config.json"
+        ) from exc
     module.eval().requires_grad_(False)
     parameters = dict(module.state_dict())
     state = {published_name(name, class_name): tuple(tensor.shape) for name, tensor in parameters.items()}

@@ -76,8 +76,10 @@ def _no_weights(folder: Path, stem: str) -> SourceError:
         return SourceError(f"{folder}: expected {stem}.safetensors, found {', '.join(variants)}; rename it")
     pickled = [name for name in present if name.endswith(PICKLED)]
     if pickled:
-        return SourceError(f"{folder}: only pickled weights ({pickled[0]}), which can run code when loaded; convert them"
-                           " to safetensors (save_pretrained(..., safe_serialization=True))")  # fmt: skip
+        return SourceError(
+            f"{folder}: only pickled weights ({pickled[0]}), which can run code when loaded; convert them to"
+            " safetensors (save_pretrained(..., safe_serialization=True))"
+        )
     return SourceError(f"{folder}: has no {stem}.safetensors; download the whole model folder")
 
 
@@ -124,7 +126,12 @@ def _spellings(name: str) -> Iterator[str]:
     if name.startswith("text_model."):
         yield name.removeprefix("text_model.")
     legacy = name
-    for new, old in ((".to_q.", ".query."), (".to_k.", ".key."), (".to_v.", ".value."), (".to_out.0.", ".proj_attn.")):
+    for new, old in (
+        (".to_q.", ".query."),
+        (".to_k.", ".key."),
+        (".to_v.", ".value."),
+        (".to_out.0.", ".proj_attn."),
+    ):
         legacy = legacy.replace(new, old)
     if legacy != name:
         yield legacy

@@ -17,7 +17,11 @@ from sdxl_trt.export.tensors import Checkpoint
 WEIGHTS_FILE = "weights.data"
 # Small tensors are packed; large ones start on a page, so that engines can map them.
 ALIGNMENT, PAGE, LARGE = 64, 4096, 1 << 20
-_TORCH = {ir.DataType.FLOAT: torch.float32, ir.DataType.FLOAT16: torch.float16, ir.DataType.INT64: torch.int64}
+_TORCH = {
+    ir.DataType.FLOAT: torch.float32,
+    ir.DataType.FLOAT16: torch.float16,
+    ir.DataType.INT64: torch.int64,
+}
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,11 @@ def _file_position(checkpoint: Checkpoint, source: str) -> tuple[str, str]:
 
 
 def _prepare(
-    tensor: torch.Tensor, value: ir.Value, source: str, permutation: tuple[int, ...] | None, checkpoint: Checkpoint
+    tensor: torch.Tensor,
+    value: ir.Value,
+    source: str,
+    permutation: tuple[int, ...] | None,
+    checkpoint: Checkpoint,
 ) -> torch.Tensor:
     info = checkpoint.tensors[source]
     dtype = _TORCH[ir.DataType(value.dtype)] if value.dtype is not None else tensor.dtype

@@ -1,10 +1,10 @@
 """Prompt to picture without torch: numpy on the host, engines for the graphs.
 
-    from sdxl_trt.runtime import Request, open_bundle
+from sdxl_trt.runtime import Request, open_bundle
 
-    with open_bundle("my-bundle") as pipeline:
-        for picture in pipeline.generate(Request("a red fox", steps=30, handoff=0.8, seed=7)):
-            picture.save("fox.png")
+with open_bundle("my-bundle") as pipeline:
+    for picture in pipeline.generate(Request("a red fox", steps=30, handoff=0.8, seed=7)):
+        picture.save("fox.png")
 """
 
 from typing import TYPE_CHECKING

@@ -58,7 +58,7 @@ def _add_run_options(parser: Parser) -> None:
     group = parser.add_argument_group("denoising")
     group.add_argument("--steps", type=int, default=30, metavar="N", help="steps of base and refiner together (30)")
     where = group.add_mutually_exclusive_group()
-    where.add_argument("--handoff", type=_fraction, default="auto", metavar="F|none",
+    where.add_argument("--handoff", type=_handoff, default="auto", metavar="F|none",
                        help="share of the noise range that the base denoises (default 0.8)")  # fmt: skip
     where.add_argument("--handoff-step", type=int, metavar="K", help="hand over after K steps")
     where.add_argument("--no-refiner", action="store_true", help="the base alone, as --handoff none")
@@ -81,8 +81,13 @@ def _add_engine_options(parser: Parser) -> None:
     group.add_argument("--debug", action="store_true", help="add the traceback to an error")
 
 
-def _fraction(text: str) -> float | None:
-    return None if text == "none" else float(text)
+def _handoff(text: str) -> float | str | None:
+    if text in ("auto", "none"):
+        return "auto" if text == "auto" else None
+    try:
+        return float(text)
+    except ValueError as exc:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a fraction between 0 and 1 nor none") from exc
 
 
 def _generate(arguments: argparse.Namespace) -> None:

@@ -40,7 +40,8 @@ class Denoiser:
         scaled = (x / np.float32(np.sqrt(sigma**2 + 1.0))).astype(self._dtype)
         sample = np.concatenate([scaled] * rows) if rows > 1 else scaled
         timestep = np.full(len(sample), self._schedule.timestep(sigma), dtype=np.float32)
-        prediction = self._engine.infer({"sample": sample, "timestep": timestep})["out_sample"].astype(np.float32)
+        outputs = self._engine.infer({"sample": sample, "timestep": timestep})
+        prediction: NDArray[np.float32] = outputs["out_sample"].astype(np.float32)
         if not np.isfinite(prediction).all():
             raise CorruptError(
                 f"the UNet answered with NaN or infinity at timestep {timestep[0]:g}; if the bundle is fp16, export it"
@@ -53,7 +54,8 @@ class Denoiser:
         if not self._conditions.guided:
             return prediction
         positive, negative = np.split(prediction, 2)
-        return negative + np.float32(self._conditions.guidance_scale) * (positive - negative)
+        guided: NDArray[np.float32] = negative + np.float32(self._conditions.guidance_scale) * (positive - negative)
+        return guided
 
     def _denoised(
         self, x: NDArray[np.float32], prediction: NDArray[np.float32], sigma: np.float32
@@ -62,5 +64,6 @@ class Denoiser:
             return x - sigma * prediction
         if self._prediction_type == "v_prediction":
             variance = sigma**2 + np.float32(1.0)
-            return x / variance - prediction * (sigma / np.sqrt(variance))
+            clean: NDArray[np.float32] = x / variance - prediction * (sigma / np.sqrt(variance))
+            return clean
         return prediction

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 def to_uint8(sample: Array) -> NDArray[np.uint8]:
     """Return pixels (n, h, w, 3) of a decoded sample (n, 3, h, w) in [-1, 1], rounded as diffusers rounds."""
     scaled = np.clip(sample.astype(np.float32) / 2.0 + 0.5, 0.0, 1.0) * 255.0
-    return np.rint(scaled).astype(np.uint8).transpose(0, 2, 3, 1)
+    pixels: NDArray[np.uint8] = np.rint(scaled).astype(np.uint8)
+    return pixels.transpose(0, 2, 3, 1)
 
 
 def save_png(image: "Image", path: Path, texts: dict[str, str]) -> None:

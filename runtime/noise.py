@@ -8,6 +8,8 @@ logarithm and cosine with vectorized polynomials of its own.
 
 __all__ = ["TorchGenerator"]
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -26,7 +28,8 @@ class TorchGenerator:
     def __init__(self, seed: int) -> None:
         self._bits = np.random.MT19937()
         # RandomState is the public way to the seeding that torch uses (init_genrand).
-        self._bits.state = np.random.RandomState(seed & 0xFFFFFFFF).get_state(legacy=False)
+        seeded: Any = np.random.RandomState(seed & 0xFFFFFFFF).get_state(legacy=False)
+        self._bits.state = seeded
         self._cached: float | None = None
 
     def randn(self, shape: tuple[int, ...]) -> NDArray[np.float32]:

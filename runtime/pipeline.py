@@ -115,7 +115,8 @@ class Pipeline:
     def steps(self, request: Request) -> Iterator[Step]:
         """Yield every unit of work of `request` as it is done; stop iterating to cancel."""
         resolved = resolve(request, self.manifest)
-        self.run = Run(resolved, *([_initial_noise(resolved, self.manifest.base.vae)] * 2))
+        noise = _initial_noise(resolved, self.manifest.base.vae)
+        self.run = Run(resolved, initial=noise, final=noise)
         return self._timed(self._work(self.run))
 
     def picture(self, step: Step) -> Picture:
@@ -214,7 +215,7 @@ def open_bundle(path: Path | str | None = None, *, provider: str = "auto", resid
     IncompatibleError, CorruptError, UsageError.
     """
     if path is None:
-        from sdxl_trt.mini import bundle_path  # noqa: PLC0415 - package data, only when nothing else is named
+        from sdxl_trt.mini.embedded import bundle_path  # noqa: PLC0415 - package data, only when nothing else is named
 
         path = bundle_path()
     return Pipeline(open_pool(read_bundle(path), provider, residency))

@@ -49,7 +49,7 @@ class Request(_Settings):
     prompt_2: str | None = None
     negative: str | None = None
     negative_2: str | None = None
-    handoff: float | None | Literal["auto"] = "auto"
+    handoff: float | Literal["auto"] | None = "auto"
     handoff_step: int | None = None
     refiner_guidance: float | None = None
     seed: int | None = None
@@ -117,7 +117,7 @@ def _prompt(text: str, text_2: str | None) -> Prompt:
 def _negative(request: Request) -> Prompt | None:
     if request.negative is None:
         if request.negative_2 is not None:
-            raise UsageError("--negative-2 without --negative: give --negative too, \"\" if it is to be empty")
+            raise UsageError('--negative-2 without --negative: give --negative too, "" if it is to be empty')
         return None
     return _prompt(request.negative, request.negative_2)
 
@@ -166,8 +166,10 @@ def _cut_at_fraction(fraction: float | None, schedule: Schedule, *, asked: bool)
     cut = step_at_fraction(schedule, fraction)
     if asked and not 0 < cut < schedule.steps:
         idle = "base" if cut == 0 else "refiner"
-        raise UsageError(f"--handoff {fraction} leaves the {idle} no step of {schedule.steps}; take more --steps, another"
-                         " fraction, or --handoff none")  # fmt: skip
+        raise UsageError(
+            f"--handoff {fraction} leaves the {idle} no step of {schedule.steps}; take more --steps, another fraction,"
+            " or --handoff none"
+        )
     return max(cut, 1)
 
 

@@ -6,6 +6,7 @@ A sampler yields the latents after every step; progress, previews, timing and ca
 __all__ = ["SAMPLERS", "Denoise", "Sampler", "euler"]
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,7 @@ def euler(denoise: Denoise, x: Latents, sigmas: NDArray[np.float32]) -> Iterator
 
     `denoise(x, sigma)` estimates the clean latents in `x` (n, c, h, w); `sigmas` are (steps + 1,), falling.
     """
-    for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for sigma, sigma_next in pairwise(sigmas):
         derivative = (x - denoise(x, float(sigma))) / sigma
         x = x + derivative * (sigma_next - sigma)
         yield x

@@ -64,20 +64,22 @@ def _training_sigmas(scheduler: Scheduler) -> NDArray[np.float64]:
         raise UsageError(f"beta_schedule {scheduler.beta_schedule!r} is not supported; scaled_linear and linear are")
     # Rounded where torch rounds: float32 betas, a cumulative product in double that is stored in float32.
     alphas = np.cumprod((np.float32(1.0) - betas).astype(np.float64)).astype(np.float32)
-    return np.sqrt((np.float32(1.0) - alphas) / alphas).astype(np.float64)
+    sigmas: NDArray[np.float64] = np.sqrt((np.float32(1.0) - alphas) / alphas).astype(np.float64)
+    return sigmas
 
 
 def _linspace(start: float, end: float, count: int) -> NDArray[np.float32]:
-    return np.linspace(start, end, count, dtype=np.float32)
+    values: NDArray[np.float32] = np.linspace(start, end, count, dtype=np.float32)
+    return values
 
 
 def _spaced(scheduler: Scheduler, steps: int) -> NDArray[np.float64]:
     """Return the visited timesteps (table 2 of arXiv 2305.08891), from high noise to low."""
     total, spacing = scheduler.num_train_timesteps, scheduler.timestep_spacing
     if spacing == "leading":
-        return (np.arange(steps) * (total // steps)).round()[::-1] + float(scheduler.steps_offset)
+        return np.arange(steps, dtype=np.float64)[::-1] * (total // steps) + scheduler.steps_offset
     if spacing == "trailing":
         return np.arange(total, 0, -total / steps).round()[:steps] - 1.0
     if spacing == "linspace":
-        return np.linspace(0, total - 1, steps)[::-1]
+        return np.linspace(0, total - 1, steps, dtype=np.float64)[::-1]
     raise UsageError(f"timestep_spacing {spacing!r} is unknown; leading, trailing and linspace are known")

@@ -93,7 +93,7 @@ def _write_tokenizer(folder: Path, pad: str) -> int:
                 merges.append((parts[0], parts[1]))
             parts = [parts[0] + parts[1], *parts[2:]]
     vocabulary = symbols + [symbol + "</w>" for symbol in symbols] + ["".join(pair) for pair in merges]
-    vocabulary = list(dict.fromkeys(vocabulary)) + ["<|startoftext|>", "<|endoftext|>"]
+    vocabulary = [*dict.fromkeys(vocabulary), "<|startoftext|>", "<|endoftext|>"]
     special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
     special["pad_token"] = pad
     folder.mkdir(parents=True)
@@ -112,7 +112,12 @@ def _rename_keys(file: Path, rename: Callable[[str], str]) -> None:
 
 
 def _legacy_attention(name: str) -> str:
-    for new, old in ((".to_q.", ".query."), (".to_k.", ".key."), (".to_v.", ".value."), (".to_out.0.", ".proj_attn.")):
+    for new, old in (
+        (".to_q.", ".query."),
+        (".to_k.", ".key."),
+        (".to_v.", ".value."),
+        (".to_out.0.", ".proj_attn."),
+    ):
         name = name.replace(new, old)
     return name
 
@@ -187,11 +192,24 @@ def make_pair(folder: Path, shape: Shape) -> None:
         end = _write_tokenizer(root / "tokenizer_2", pad="!")
         eos = 2 if shape.eos_token_id == 2 else end
         widths = (shape.widths[0], shape.widths[1] + 16 * own)
-        _save_encoder(root / "text_encoder_2", CLIPTextModelWithProjection, widths[1], eos, 2 + seed, prefix=shape.prefix)
+        _save_encoder(
+            root / "text_encoder_2",
+            CLIPTextModelWithProjection,
+            widths[1],
+            eos,
+            2 + seed,
+            prefix=shape.prefix,
+        )
         if not refiner:
             _write_tokenizer(root / "tokenizer", pad="<|endoftext|>")
             _save_encoder(root / "text_encoder", CLIPTextModel, widths[0], eos, 1, prefix=shape.prefix)
-        _save_vae(root / "vae", shape.vae_channels, 3 + seed, legacy=shape.legacy_vae, scaling=0.2 if own else 0.13025)
+        _save_vae(
+            root / "vae",
+            shape.vae_channels,
+            3 + seed,
+            legacy=shape.legacy_vae,
+            scaling=0.2 if own else 0.13025,
+        )
         ids = 5 if refiner and shape.aesthetics else 6
         context = widths[1] if refiner else sum(widths)
         _save_unet(root / "unet", shape.refiner if refiner else shape.base, context, widths[1], ids, 4 + refiner)

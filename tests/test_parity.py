@@ -103,11 +103,13 @@ def _reference(experts: tuple[Any, Any], case: Case, seed: int, noise: np.ndarra
     size = {"width": case.width, "height": case.height}
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        handed = base(
-            **settings(), **size, latents=latents, denoising_end=case.fraction, output_type="latent"
-        ).images
+        handed = base(**settings(), **size, latents=latents, denoising_end=case.fraction, output_type="latent").images
         final = refiner(
-            **settings(), image=handed, denoising_start=case.fraction, output_type="latent", callback_on_step_end=watch
+            **settings(),
+            image=handed,
+            denoising_start=case.fraction,
+            output_type="latent",
+            callback_on_step_end=watch,
         ).images
         refiner.vae.to(torch.float32)
         decoded = refiner.vae.decode(final / refiner.vae.config.scaling_factor, return_dict=False)[0]

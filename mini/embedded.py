@@ -1,0 +1,15 @@
+"""Where the exported bundle of the embedded pair lies, and what its user should know."""
+
+__all__ = ["NOTE", "bundle_path"]
+
+from pathlib import Path
+
+NOTE = (
+    "this is the embedded pair, a miniature of SDXL trained on drawn shapes: it knows shapes, colours and"
+    " backgrounds, and nothing else"
+)
+
+
+def bundle_path() -> Path:
+    """Return the folder of the embedded bundle: package data, the default of ``trt-generate``."""
+    return Path(__file__).with_name("bundle")
