@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from sdxl_trt.engines.bundle import Kind, Precision
 from sdxl_trt.engines.errors import SourceError
+from sdxl_trt.export.graphs import context_width
 from sdxl_trt.export.models import MetaModel, build_model
 from sdxl_trt.export.sources import ModelSource, PipelineSource
 from sdxl_trt.export.tensors import Checkpoint, digest_tensors, resolve_names
@@ -91,7 +92,22 @@ def plan_components(
             if not shared:
                 components[prefix + role] = plan
         stages["refiner" if prefix else "base"] = stage
+    if refiner is not None:
+        _check_latents(stages["base"], stages["refiner"], warn)
     return components, stages
+
+
+def _check_latents(base: StagePlan, refiner: StagePlan, warn: Callable[[str], None]) -> None:
+    """Raise SourceError unless the refiner can take the base's latents as they are."""
+    spans = [(len(stage.models["vae"].config["block_out_channels"]), stage.models["vae"].config["latent_channels"])
+             for stage in (base, refiner)]  # fmt: skip
+    if spans[0] != spans[1]:
+        raise SourceError(
+            f"{refiner.pipeline.root}: its autoencoder has {spans[1][0]} levels and {spans[1][1]} latent channels, the"
+            f" base's {spans[0][0]} and {spans[0][1]}; this refiner belongs to another base"
+        )
+    if refiner.pipeline.scheduler != base.pipeline.scheduler:
+        warn(f"{refiner.pipeline.root}: its scheduler differs from the base's, whose grid serves both")
 
 
 def _plan_stage(
@@ -108,6 +124,7 @@ def _plan_stage(
         source = pipeline.models[name]
         return ComponentPlan(kind, source, pipeline.name, models[name], checkpoints[name], precision, time_ids, pooled)
 
+    _check_widths(models, pipeline)
     plans = {name: plan(name, "text_encoder", options.precision) for name in models if name.startswith("text_")}
     pooled = _pooled_width(models["text_encoder_2"], pipeline)
     plans["unet"] = plan("unet", "unet", options.precision, len(time_id_names(pipeline)), pooled)
@@ -122,6 +139,23 @@ def time_id_names(pipeline: PipelineSource) -> tuple[str, ...]:
     sizes = ("original_height", "original_width", "crop_top", "crop_left")
     last = ("aesthetic_score",) if pipeline.requires_aesthetics_score else ("target_height", "target_width")
     return sizes + last
+
+
+def _check_widths(models: dict[str, MetaModel], pipeline: PipelineSource) -> None:
+    """Raise SourceError unless encoders, UNet and autoencoder fit each other."""
+    unet = models["unet"].config
+    latents = models["vae"].config["latent_channels"]
+    if unet["in_channels"] != latents:
+        raise SourceError(
+            f"{pipeline.root}/unet: takes {unet['in_channels']} channels, the autoencoder gives {latents}; inpainting"
+            " and edit models are not supported"
+        )
+    widths = [model.config["hidden_size"] for name, model in models.items() if name.startswith("text_")]
+    if context_width(unet) != sum(widths):
+        raise SourceError(
+            f"{pipeline.root}/unet: attends to a context of {context_width(unet)}, but the text encoders make"
+            f" {' + '.join(map(str, widths))}; the folder mixes two models"
+        )
 
 
 def _pooled_width(model: MetaModel, pipeline: PipelineSource) -> int:

@@ -5,7 +5,7 @@ The names are diffusers' own; the first axis of a UNet is *rows* (pictures × 1 
 schedules, and the sinusoidal embeddings are computed from them in fp32 inside the graph.
 """
 
-__all__ = ["Axis", "Graph", "Input", "Output", "make_graph"]
+__all__ = ["Axis", "Graph", "Input", "Output", "context_width", "make_graph", "vae_factor"]
 
 from dataclasses import dataclass
 from typing import Any, cast
@@ -130,16 +130,21 @@ def _unet_graph(model: MetaModel, time_ids: int, pooled: int, where: str) -> Gra
     multiple = 2 ** cast("int", model.module.num_upsamplers)
     rows, tokens = Axis("rows", 2, traced_max=MAX_TRACED_ROWS), Axis("tokens", 2 * MAX_TOKENS)
     height, width = Axis("height", 2 * multiple, multiple), Axis("width", 3 * multiple, multiple)
-    context = config["cross_attention_dim"]
     inputs = (
         Input("sample", (rows, config["in_channels"], height, width)),
         Input("timestep", (rows,), torch.float32),
-        Input("encoder_hidden_states", (rows, tokens, context if isinstance(context, int) else context[0])),
+        Input("encoder_hidden_states", (rows, tokens, context_width(config))),
         Input("text_embeds", (rows, pooled), torch.float32),
         Input("time_ids", (rows, time_ids), torch.float32),
     )
     outputs = (Output("out_sample", ("rows", config["out_channels"], "height", "width")),)
     return Graph("unet", _UNet(model.module), inputs, outputs)
+
+
+def context_width(config: Any) -> int:
+    """Return the width of the encoder_hidden_states that a UNet with this config takes."""
+    width = config["encoder_hid_dim"] or config["cross_attention_dim"]
+    return int(width if isinstance(width, int) else width[0])
 
 
 def _check_text_time(config: Any, time_ids: int, pooled: int, where: str) -> None:

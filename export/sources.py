@@ -7,6 +7,7 @@ project's own table, pickled weights are refused, and no file of the folder is e
 __all__ = ["BASE_CLASS", "REFINER_CLASS", "ModelSource", "PipelineSource", "open_pipeline"]
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,19 @@ from sdxl_trt.engines.bundle import Scheduler
 from sdxl_trt.engines.errors import CorruptError, SourceError, explain_os_error
 from sdxl_trt.export.tensors import Checkpoint, open_checkpoint
 
+log = logging.getLogger("sdxl_trt.export")
 BASE_CLASS = "StableDiffusionXLPipeline"
 REFINER_CLASS = "StableDiffusionXLImg2ImgPipeline"
 _OPTION = {BASE_CLASS: "--base", REFINER_CLASS: "--refiner"}
 _STEMS = {"transformers": "model", "diffusers": "diffusion_pytorch_model"}
 _MODELS = ("text_encoder", "text_encoder_2", "unet", "vae")
 _REQUIRED = ("text_encoder_2", "unet", "vae", "tokenizer_2", "scheduler")
+# Settings that the runtime's schedules do not know: anything but these values changes the grid.
+_USUAL_SCHEDULER = {
+    "use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False, "trained_betas": None,
+    "rescale_betas_zero_snr": False, "interpolation_type": "linear", "final_sigmas_type": "zero",
+    "timestep_type": "discrete",
+}  # fmt: skip
 MAX_JSON_BYTES = 64 << 20
 
 
@@ -118,5 +126,8 @@ def _open_model(folder: Path, entry: list[Any]) -> ModelSource:
 def _read_scheduler(path: Path) -> Scheduler:
     config = read_json(path)
     config["class_name"] = str(config.get("_class_name", "EulerDiscreteScheduler"))
+    ignored = [name for name, usual in _USUAL_SCHEDULER.items() if config.get(name, usual) != usual]
+    if ignored:
+        log.warning("%s: %s is not followed yet; the grid is made without it", path, ", ".join(ignored))
     known = {name: config[name] for name in Scheduler.__struct_fields__ if config.get(name) is not None}
     return Scheduler(**known)

@@ -105,8 +105,8 @@ def _generate(arguments: argparse.Namespace) -> None:
         with ProgressBar() as bar:
             for step in steps:
                 bar.show(step.stage, step.index, step.total, step.seconds)
-                if step.image is not None:
-                    images.append(_save(pipeline.picture(step), arguments, pipeline, step.pictures.start))
+                if step.picture is not None:
+                    images.append(_save(step.picture, _target(arguments, pipeline, step.pictures.start), arguments))
         _save_latents(arguments.save_latents, pipeline)
         report = _report(pipeline, images, time.perf_counter() - started)
     if arguments.json:
@@ -162,12 +162,14 @@ def _load_latents(path: Path | None) -> Any:
         raise UsageError(f"--latents {path}: not a .npy file of numbers ({exc})") from exc
 
 
-def _save(picture: "Picture", arguments: argparse.Namespace, pipeline: "Pipeline", index: int) -> dict[str, Any]:
-    run = pipeline.run
-    count = len(run.request.seeds) if run else 1
-    path: Path = arguments.out or Path(f"sdxl-{run.request.seeds[0] if run else 0}.png")
-    if count > 1:
-        path = path.with_name(f"{path.stem}-{index}{path.suffix}")
+def _target(arguments: argparse.Namespace, pipeline: "Pipeline", index: int) -> Path:
+    """Return the file of picture `index`: -o itself for one picture, numbered beside it for several."""
+    seeds = pipeline.run.request.seeds if pipeline.run else (0,)
+    path: Path = arguments.out or Path(f"sdxl-{seeds[0]}.png")
+    return path if len(seeds) == 1 else path.with_name(f"{path.stem}-{index}{path.suffix}")
+
+
+def _save(picture: "Picture", path: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     picture.save(path, metadata=not arguments.no_metadata)
     width, height = picture.image.size
     return {"path": str(path), "seed": picture.seed, "width": width, "height": height}

@@ -9,7 +9,7 @@ __all__ = ["Handoff", "Picture", "Pipeline", "Run", "Step", "open_bundle"]
 import json
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -42,8 +42,9 @@ METADATA_KEY = "sdxl-trt"
 class Step:
     """One unit of work done: a prompt set encoded, a sampler step of a group of pictures, a picture decoded.
 
-    `index` counts from 1 to `total` within `stage` over all pictures; `latents` are those of the pictures
-    `pictures` after a sampler step, None in the other stages.
+    `index` counts from 1 to `total` within `stage` over all pictures; `seconds` is what this unit took. After a
+    sampler step `latents` are those of the pictures `pictures` (a view: copy to keep); after a decode `picture` is
+    the finished one. Elsewhere both are None.
     """
 
     stage: StageName
@@ -52,7 +53,7 @@ class Step:
     pictures: slice
     seconds: float
     latents: Latents | None = None
-    image: NDArray[np.uint8] | None = None
+    picture: "Picture | None" = None
 
 
 @dataclass(frozen=True)
@@ -107,31 +108,18 @@ class Pipeline:
         """What the latest request left behind."""
 
     def generate(self, request: Request) -> Iterator[Picture]:
-        """Yield the pictures of `request`. Raises UsageError before anything is loaded."""
-        for step in self.steps(request):
-            if step.image is not None:
-                yield self._picture(step)
+        """Return an iterator of the pictures of `request`. Raises UsageError before anything is loaded."""
+        return (step.picture for step in self.steps(request) if step.picture is not None)
 
     def steps(self, request: Request) -> Iterator[Step]:
-        """Yield every unit of work of `request` as it is done; stop iterating to cancel."""
+        """Return an iterator of the units of work of `request` as they are done; stop iterating to cancel.
+
+        `run` then belongs to this request. Raises UsageError before anything is loaded.
+        """
         resolved = resolve(request, self.manifest)
         noise = _initial_noise(resolved, self.manifest.base.vae)
         self.run = Run(resolved, initial=noise, final=noise)
-        return self._timed(self._work(self.run))
-
-    def picture(self, step: Step) -> Picture:
-        """Return the finished picture of a decode step of the latest request."""
-        return self._picture(step)
-
-    def _timed(self, work: Iterator[Step]) -> Iterator[Step]:
-        run = self.run
-        started = time.perf_counter()
-        for step in work:
-            seconds = time.perf_counter() - started
-            if run is not None:
-                run.timings.setdefault(step.stage, []).append(seconds)
-            yield Step(step.stage, step.index, step.total, step.pictures, seconds, step.latents, step.image)
-            started = time.perf_counter()
+        return _timed(self.run, self._work(self.run))
 
     def _work(self, run: Run) -> Iterator[Step]:
         request = run.request
@@ -149,7 +137,7 @@ class Pipeline:
             run.place = _place(request)
             yield from self._denoise("refiner", refiner, embeds["refiner"], after, latents, request)
         run.final = latents
-        yield from self._decode((refiner or self.manifest.base).vae, latents)
+        yield from self._decode((refiner or self.manifest.base).vae, run)
 
     def _encode(self, stage: Stage, request: ResolvedRequest) -> tuple[PromptEmbeds, PromptEmbeds]:
         """Return the positive and negative embeds of a stage."""
@@ -183,21 +171,14 @@ class Pipeline:
                 latents[group] = x
                 yield Step(name, index, steps * len(groups), group, 0.0, latents=x)
 
-    def _decode(self, vae: Vae, latents: Latents) -> Iterator[Step]:
+    def _decode(self, vae: Vae, run: Run) -> Iterator[Step]:
         """Decode one picture at a time: the decoder's activations are the largest of all."""
         (engine,) = self.pool.phase(vae.decoder)
-        for index in range(len(latents)):
-            sample = _decode_one(engine, vae, latents[index : index + 1])
-            yield Step("decode", index + 1, len(latents), slice(index, index + 1), 0.0, image=to_uint8(sample)[0])
-
-    def _picture(self, step: Step) -> Picture:
-        from PIL import Image  # noqa: PLC0415 - Pillow is loaded with the first picture
-
-        if self.run is None or step.image is None:
-            raise ValueError("only a decode step of the latest request has a picture")
-        index = step.pictures.start
-        seed = self.run.request.seeds[index]
-        return Picture(Image.fromarray(step.image), seed, _metadata(self.run, seed), self.run.final[index])
+        count = len(run.final)
+        for index in range(count):
+            one = slice(index, index + 1)
+            picture = _picture(run, index, to_uint8(_decode_one(engine, vae, run.final[one]))[0])
+            yield Step("decode", index + 1, count, one, 0.0, picture=picture)
 
     def __enter__(self) -> Self:
         return self
@@ -219,6 +200,23 @@ def open_bundle(path: Path | str | None = None, *, provider: str = "auto", resid
 
         path = bundle_path()
     return Pipeline(open_pool(read_bundle(path), provider, residency))
+
+
+def _timed(run: Run, work: Iterator[Step]) -> Iterator[Step]:
+    """Yield the steps of `work` with their seconds, which the time a caller spends between them is not part of."""
+    started = time.perf_counter()
+    for step in work:
+        seconds = time.perf_counter() - started
+        run.timings.setdefault(step.stage, []).append(seconds)
+        yield replace(step, seconds=seconds)
+        started = time.perf_counter()
+
+
+def _picture(run: Run, index: int, pixels: NDArray[np.uint8]) -> Picture:
+    from PIL import Image  # noqa: PLC0415 - Pillow is loaded with the first picture
+
+    seed = run.request.seeds[index]
+    return Picture(Image.fromarray(pixels), seed, _metadata(run, seed), run.final[index])
 
 
 def _groups(count: int, size: int) -> list[slice]:

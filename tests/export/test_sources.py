@@ -1,0 +1,183 @@
+"""A diffusers folder is read, and never believed: class names, configs, weights, JSON."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sdxl_trt.engines.errors import CorruptError, SdxlTrtError, SourceError, UsageError
+from sdxl_trt.export.sources import BASE_CLASS, REFINER_CLASS, open_pipeline
+
+CLASSES = {
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "tokenizer_2": ["transformers", "CLIPTokenizer"],
+    "scheduler": ["diffusers", "EulerDiscreteScheduler"],
+}
+SCHEDULER = {"_class_name": "EulerDiscreteScheduler", "beta_start": 0.00085, "timestep_spacing": "leading"}
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Return a function that writes a folder of configs with changes to its index."""
+
+    def run(class_name: str = BASE_CLASS, **changes: Any) -> Path:
+        index = {"_class_name": class_name, "_diffusers_version": "0.39.0", **CLASSES, **changes}
+        for name in CLASSES:
+            (tmp_path / name).mkdir(exist_ok=True)
+            (tmp_path / name / "config.json").write_text(json.dumps({"name": name}))
+        (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
+        (tmp_path / "model_index.json").write_text(json.dumps(index))
+        return tmp_path
+
+    return run
+
+
+def test_a_base_is_read(write: Write) -> None:
+    root = write(force_zeros_for_empty_prompt=False)
+    source = open_pipeline(root, BASE_CLASS)
+    assert list(source.models) == ["text_encoder", "text_encoder_2", "unet", "vae"]
+    assert list(source.tokenizers) == ["tokenizer", "tokenizer_2"]
+    assert source.models["unet"].config == {"name": "unet"}
+    assert [source.models[name].stem for name in ("unet", "text_encoder")] == ["diffusion_pytorch_model", "model"]
+    assert (source.scheduler.beta_start, source.scheduler.timestep_spacing) == (0.00085, "leading")
+    assert (source.requires_aesthetics_score, source.force_zeros_for_empty_prompt) == (False, False)
+    assert source.name == root.name
+
+
+def test_a_refiner_has_one_encoder_and_its_score(write: Write) -> None:
+    absent = [None, None]
+    root = write(REFINER_CLASS, text_encoder=absent, tokenizer=absent, requires_aesthetics_score=True)
+    source = open_pipeline(root, REFINER_CLASS)
+    assert list(source.models) == ["text_encoder_2", "unet", "vae"]
+    assert list(source.tokenizers) == ["tokenizer_2"]
+    assert source.requires_aesthetics_score
+    assert source.force_zeros_for_empty_prompt, "diffusers' default where the index is silent"
+
+
+def test_a_base_has_no_score_whatever_its_index_says(write: Write) -> None:
+    assert not open_pipeline(write(requires_aesthetics_score=True), BASE_CLASS).requires_aesthetics_score
+
+
+@pytest.mark.parametrize(("given_class", "asked"), [(REFINER_CLASS, BASE_CLASS), (BASE_CLASS, REFINER_CLASS)])
+def test_swapped_folders_say_where_each_goes(write: Write, given_class: str, asked: str) -> None:
+    option = {BASE_CLASS: "--base", REFINER_CLASS: "--refiner"}
+    with pytest.raises(
+        SourceError, match=f"{option[asked]} .* is a {given_class}, which goes to {option[given_class]}"
+    ):
+        open_pipeline(write(given_class), asked)
+
+
+@pytest.mark.parametrize("class_name", ["StableDiffusionPipeline", None, 7, ["x"], "os.system"])
+def test_another_pipeline_is_not_sdxl(write: Write, class_name: Any) -> None:
+    with pytest.raises(SourceError, match="not SDXL"):
+        open_pipeline(write(class_name), BASE_CLASS)
+
+
+def test_no_folder_and_no_pipeline_are_told_apart(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="no such folder"):
+        open_pipeline(tmp_path / "none", BASE_CLASS)
+    with pytest.raises(SourceError, match=r"has no model_index\.json"):
+        open_pipeline(tmp_path, BASE_CLASS)
+    (tmp_path / "file").touch()
+    with pytest.raises(SourceError, match="no such folder"):
+        open_pipeline(tmp_path / "file", BASE_CLASS)
+
+
+@pytest.mark.parametrize("name", ["text_encoder_2", "unet", "vae", "tokenizer_2", "scheduler"])
+def test_a_missing_part_is_named(write: Write, name: str) -> None:
+    with pytest.raises(SourceError, match=f"has no {name}; download"):
+        open_pipeline(write(**{name: [None, None]}), BASE_CLASS)
+    root = write()
+    (root / name).rename(root / "elsewhere")
+    with pytest.raises(SourceError, match=f"has no {name}; download"):
+        open_pipeline(root, BASE_CLASS)
+
+
+@pytest.mark.parametrize("names", [("text_encoder", "tokenizer"), ("tokenizer",), ("text_encoder",)])
+def test_a_base_without_its_first_encoder_is_incomplete(write: Write, names: tuple[str, ...]) -> None:
+    with pytest.raises(SourceError, match=r"tokenizer|text_encoder"):
+        open_pipeline(write(**{name: [None, None] for name in names}), BASE_CLASS)
+
+
+@pytest.mark.parametrize("entry", [["evil_module", "Model"], ["pipeline", "unet.py"], ["diffusers"], [1, 2]])
+def test_custom_code_is_never_loaded(write: Write, entry: list[Any]) -> None:
+    with pytest.raises(SourceError, match="custom code is never loaded"):
+        open_pipeline(write(unet=entry), BASE_CLASS)
+
+
+JSON_FILES = ["model_index.json", "unet/config.json", "scheduler/scheduler_config.json"]
+
+
+@pytest.mark.parametrize("name", JSON_FILES)
+@pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"null", b"7", b"\xff\xfe", b"[" * 100_000, b'{"a":' * 100_000])
+def test_broken_json_is_corrupt_and_named(write: Write, name: str, raw: bytes) -> None:
+    root = write()
+    (root / name).write_bytes(raw)
+    with pytest.raises(CorruptError, match=f"{Path(name).name}.*download it again"):
+        open_pipeline(root, BASE_CLASS)
+
+
+@pytest.mark.parametrize("name", JSON_FILES[1:])
+def test_a_missing_config_is_named(write: Write, name: str) -> None:
+    root = write()
+    (root / name).unlink()
+    with pytest.raises(SourceError, match=f"{Path(name).name}: missing"):
+        open_pipeline(root, BASE_CLASS)
+
+
+def test_a_folder_in_place_of_a_config_is_a_usage_error(write: Write) -> None:
+    root = write()
+    (root / "unet" / "config.json").unlink()
+    (root / "unet" / "config.json").mkdir()
+    with pytest.raises(UsageError):
+        open_pipeline(root, BASE_CLASS)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"num_train_timesteps": "1000"}, {"num_train_timesteps": 0}, {"num_train_timesteps": 1.5}, {"beta_start": "x"},
+     {"beta_schedule": 7}, {"timestep_spacing": []}, {"steps_offset": 0.5}, {"prediction_type": {}}],
+)  # fmt: skip
+def test_a_scheduler_of_wrong_types_is_corrupt(write: Write, change: dict[str, Any]) -> None:
+    """What is not refused here is written into a manifest that nobody can read."""
+    root = write()
+    (root / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER | change))
+    with pytest.raises(CorruptError, match="scheduler_config"):
+        open_pipeline(root, BASE_CLASS)
+
+
+def test_null_in_a_scheduler_is_its_default(write: Write) -> None:
+    root = write()
+    (root / "scheduler" / "scheduler_config.json").write_text(json.dumps({"steps_offset": None, "trained_betas": None}))
+    assert open_pipeline(root, BASE_CLASS).scheduler.steps_offset == 0
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(name=st.sampled_from([*CLASSES, "_class_name", "requires_aesthetics_score"]), value=JSON)
+def test_any_index_is_read_or_refused(write: Write, name: str, value: Any) -> None:
+    root = write()
+    index = {"_class_name": BASE_CLASS, **CLASSES, name: value}
+    (root / "model_index.json").write_text(json.dumps(index))
+    try:
+        open_pipeline(root, BASE_CLASS)
+    except SdxlTrtError as exc:
+        code = exc.exit_code
+    else:
+        code = 2
+    assert code in (2, 4)

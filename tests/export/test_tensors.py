@@ -1,0 +1,219 @@
+"""Checkpoints from safetensors: broken, incomplete, hostile and old ones."""
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from sdxl_trt.engines.errors import CorruptError, SourceError
+from sdxl_trt.export.tensors import Checkpoint, digest_tensors, open_checkpoint, resolve_names
+
+TENSORS = {"a.weight": torch.arange(6.0).reshape(2, 3), "b.bias": torch.ones(4, dtype=torch.float16)}
+STEM = "model"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save_file(TENSORS, tmp_path / "model.safetensors")
+    return tmp_path
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Callable[[dict[str, str]], Path]:
+    """Return a function that writes two shards and an index with the given weight map."""
+    (tmp_path / "outside.safetensors").write_bytes(b"")
+    folder = tmp_path / "unet"
+    folder.mkdir()
+    for name, tensor in TENSORS.items():
+        save_file({name: tensor}, folder / f"{name[0]}.safetensors")
+
+    def write(weight_map: dict[str, str]) -> Path:
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        return folder
+
+    return write
+
+
+def _never(message: str) -> None:
+    pytest.fail(f"warned: {message}")
+
+
+def test_tensors_come_back_by_name_in_the_asked_order(folder: Path) -> None:
+    checkpoint = open_checkpoint(folder, STEM)
+    assert {name: (info.shape, info.dtype) for name, info in checkpoint.tensors.items()} == {
+        "a.weight": ((2, 3), "F32"),
+        "b.bias": ((4,), "F16"),
+    }
+    read = list(checkpoint.read(["b.bias", "a.weight"]))
+    assert [name for name, _ in read] == ["b.bias", "a.weight"]
+    assert all(torch.equal(tensor, TENSORS[name]) for name, tensor in read)
+
+
+def test_shards_are_one_checkpoint(shards: Callable[[dict[str, str]], Path]) -> None:
+    folder = shards({"a.weight": "a.safetensors", "b.bias": "b.safetensors"})
+    checkpoint = open_checkpoint(folder, STEM)
+    assert {name: tensor.tolist() for name, tensor in checkpoint.read(["b.bias", "a.weight"])} == {
+        name: tensor.tolist() for name, tensor in TENSORS.items()
+    }
+
+
+@pytest.mark.parametrize("keep", [0, 4, 8, 20, -8, -1])
+def test_a_truncated_file_is_corrupt(folder: Path, keep: int) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(CorruptError, match=r"model\.safetensors: broken safetensors.*download it again") as caught:
+        open_checkpoint(folder, STEM)
+    assert caught.value.exit_code == 4
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [b"not safetensors at all", struct.pack("<Q", 2**40), struct.pack("<Q", 2) + b"{}" + b"junk",
+     struct.pack("<Q", 9) + b"[" * 9, b"\x80\x02}q\x00."],
+)  # fmt: skip
+def test_what_is_no_safetensors_is_corrupt(folder: Path, raw: bytes) -> None:
+    (folder / "model.safetensors").write_bytes(raw)
+    with pytest.raises(CorruptError):
+        open_checkpoint(folder, STEM)
+
+
+def test_a_file_that_broke_after_it_was_opened_is_corrupt(folder: Path) -> None:
+    checkpoint = open_checkpoint(folder, STEM)
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(CorruptError):
+        list(checkpoint.read(["a.weight"]))
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.ckpt", "weights.pt", "m.pth", "m.pkl"])
+def test_pickled_weights_are_refused_with_the_remedy(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"\x80\x02")
+    with pytest.raises(SourceError, match=rf"pickled weights \({name}\).*safe_serialization=True") as caught:
+        open_checkpoint(tmp_path, STEM)
+    assert caught.value.exit_code == 2
+
+
+def test_a_safetensors_file_beside_a_pickled_one_is_taken(folder: Path) -> None:
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x02")
+    assert open_checkpoint(folder, STEM).tensors.keys() == TENSORS.keys()
+
+
+def test_a_variant_is_named(tmp_path: Path) -> None:
+    save_file(TENSORS, tmp_path / "model.fp16.safetensors")
+    with pytest.raises(SourceError, match=r"found model\.fp16\.safetensors; rename it"):
+        open_checkpoint(tmp_path, STEM)
+
+
+def test_an_empty_folder_has_no_weights(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"has no model\.safetensors"):
+        open_checkpoint(tmp_path, STEM)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../outside.safetensors", "/etc/passwd", "a/b.safetensors", "..\\outside.safetensors", "a.bin", "",
+     "a\0.safetensors", "gone.safetensors", "n" * 300 + ".safetensors", "..", 7, None],
+)  # fmt: skip
+def test_an_index_cannot_name_what_is_not_beside_it(shards: Callable[[dict[str, str]], Path], name: str) -> None:
+    folder = shards({"a.weight": name})
+    with pytest.raises(CorruptError):
+        open_checkpoint(folder, STEM)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [b"", b"{", b"[]", b"null", b"{}", b'{"weight_map": 7}', b'{"weight_map": {"a": []}}', b"\xff", b"[" * 100_000],
+)
+def test_a_broken_index_is_corrupt(shards: Callable[[dict[str, str]], Path], raw: bytes) -> None:
+    folder = shards({})
+    (folder / "model.safetensors.index.json").write_bytes(raw)
+    with pytest.raises(CorruptError, match="download the model again"):
+        open_checkpoint(folder, STEM)
+
+
+def test_a_linked_shard_is_followed_as_in_a_hub_cache(shards: Callable[[dict[str, str]], Path]) -> None:
+    folder = shards({"a.weight": "linked.safetensors"})
+    (folder / "linked.safetensors").symlink_to(folder / "a.safetensors")
+    assert list(open_checkpoint(folder, STEM).tensors) == ["a.weight"]
+
+
+def _checkpoint(folder: Path, *names: str, shape: tuple[int, ...] = (2, 3)) -> Checkpoint:
+    save_file({name: torch.ones(shape) for name in names}, folder / "model.safetensors")
+    return open_checkpoint(folder, STEM)
+
+
+@pytest.mark.parametrize(
+    ("published", "stored"),
+    [
+        ("text_model.encoder.layers.0.self_attn.q_proj.weight", "encoder.layers.0.self_attn.q_proj.weight"),
+        ("text_model.final_layer_norm.bias", "text_model.final_layer_norm.bias"),
+        ("decoder.mid_block.attentions.0.to_q.weight", "decoder.mid_block.attentions.0.query.weight"),
+        ("decoder.mid_block.attentions.0.to_k.weight", "decoder.mid_block.attentions.0.key.weight"),
+        ("decoder.mid_block.attentions.0.to_v.bias", "decoder.mid_block.attentions.0.value.bias"),
+        ("encoder.mid_block.attentions.0.to_out.0.weight", "encoder.mid_block.attentions.0.proj_attn.weight"),
+    ],
+)
+def test_older_names_are_known(tmp_path: Path, published: str, stored: str) -> None:
+    resolved = resolve_names(_checkpoint(tmp_path, stored), {published: (2, 3)}, "vae", _never)
+    assert [(name, tensor.shape) for name, tensor in resolved.read([published])] == [(published, (2, 3))]
+
+
+def test_the_published_name_wins(tmp_path: Path) -> None:
+    save_file({"text_model.a": torch.zeros(1), "a": torch.ones(1)}, tmp_path / "model.safetensors")
+    warned: list[str] = []
+    resolved = resolve_names(open_checkpoint(tmp_path, STEM), {"text_model.a": (1,)}, "te", warned.append)
+    assert next(resolved.read(["text_model.a"]))[1].item() == 0
+    assert len(warned) == 1
+
+
+def test_a_convolution_of_one_pixel_is_a_matrix(tmp_path: Path) -> None:
+    checkpoint = _checkpoint(tmp_path, "q.weight", shape=(2, 3, 1, 1))
+    assert resolve_names(checkpoint, {"q.weight": (2, 3)}, "vae", _never).tensors["q.weight"].shape == (2, 3)
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (2, 3, 1), (6,), (2, 4), (2, 3, 1, 2), (1, 1, 2, 3)])
+def test_a_misshapen_tensor_names_both_shapes(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    checkpoint = _checkpoint(tmp_path, "q.weight", shape=shape)
+    with pytest.raises(CorruptError, match=r"unet: tensor q\.weight has shape \[.*config asks for \[2, 3\]"):
+        resolve_names(checkpoint, {"q.weight": (2, 3)}, "unet", _never)
+
+
+def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CorruptError, match="unet: tensor missing is missing; the checkpoint is incomplete"):
+        resolve_names(_checkpoint(tmp_path, "a"), {"a": (2, 3), "missing": (1,)}, "unet", _never)
+
+
+def test_extra_tensors_are_warned_of_and_left_out(tmp_path: Path) -> None:
+    warned: list[str] = []
+    checkpoint = _checkpoint(tmp_path, "a", "lora.up", "ema", "embeddings.position_ids")
+    resolved = resolve_names(checkpoint, {"a": (2, 3)}, "unet", warned.append)
+    assert list(resolved.tensors) == ["a"]
+    assert warned == ["unet: 2 tensors that the model does not use were left out, ema for one"]
+
+
+def test_a_digest_is_of_name_dtype_shape_and_bytes(tmp_path: Path) -> None:
+    variants = {
+        "first": {"a": torch.zeros(2, 3), "b": torch.ones(1)},
+        "byte": {"a": torch.zeros(2, 3).index_put((torch.tensor(1),), torch.tensor(1e-45)), "b": torch.ones(1)},
+        "shape": {"a": torch.zeros(3, 2), "b": torch.ones(1)},
+        "dtype": {"a": torch.zeros(2, 3, dtype=torch.int32), "b": torch.ones(1)},
+    }
+    digests = {}
+    for name, tensors in variants.items():
+        (tmp_path / name).mkdir()
+        save_file(tensors, tmp_path / name / "model.safetensors")
+        digests[name] = digest_tensors(open_checkpoint(tmp_path / name, STEM), ["b", "a"])
+    assert len(set(digests.values())) == len(variants)
+    assert digest_tensors(open_checkpoint(tmp_path / "first", STEM), ["a", "b"]) == digests["first"]
+    assert digest_tensors(open_checkpoint(tmp_path / "first", STEM), ["a"]) != digests["first"]
+
+
+def test_a_digest_takes_any_dtype_and_a_scalar(tmp_path: Path) -> None:
+    save_file(
+        {"bf16": torch.ones(3, dtype=torch.bfloat16), "scalar": torch.tensor(1.0)}, tmp_path / "model.safetensors"
+    )
+    assert len(digest_tensors(open_checkpoint(tmp_path, STEM), ["bf16", "scalar"])) == 64

@@ -1,0 +1,44 @@
+"""The checks themselves: a checker that sees no file would find no error."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.slow
+def test_the_type_checker_sees_a_planted_error() -> None:
+    planted = 'from sdxl_trt.engines.files import sha256_file\nx: int = sha256_file("not a path")\n'
+    command = [sys.executable, "-m", "mypy", "--config-file", "pyproject.toml", "-c", planted]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "Found 2 errors" in result.stdout
+
+
+def test_the_linter_sees_torch_in_the_runtime() -> None:
+    command = [sys.executable, "-m", "ruff", "check", "--stdin-filename", "runtime/planted.py", "-"]
+    result = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=False, input='"""Planted."""\n\nimport torch\n'
+    )
+    assert "TID251" in result.stdout
+
+
+def test_no_file_is_too_long_to_read() -> None:
+    files = [path for folder in ("engines", "export", "runtime", "mini") for path in (ROOT / folder).glob("*.py")]
+    assert len(files) > 30
+    assert {path.name for path in files if len(path.read_text().splitlines()) > 450} == set()
+
+
+@pytest.mark.slow
+def test_the_readme_runs(tmp_path: Path) -> None:
+    """The Python of the README, as it stands, in an empty folder."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) >= 2
+    for block in blocks:
+        subprocess.run([sys.executable, "-c", block], cwd=tmp_path, check=True, capture_output=True)
+    assert (tmp_path / "circle.png").is_file()
+    assert (tmp_path / "my-bundle" / "manifest.json").is_file()
