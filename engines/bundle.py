@@ -22,6 +22,7 @@ __all__ = [
     "write_manifest",
 ]
 
+import stat
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -41,6 +42,15 @@ Precision = Literal["fp32", "fp16"]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Natural = Annotated[int, msgspec.Meta(ge=0)]
 Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+
+
+# What a graph of each kind is fed and asked for; outputs may hold more.
+_SIGNATURES: dict[Kind, tuple[set[str], set[str]]] = {
+    "text_encoder": ({"input_ids"}, {"hidden_states.0", "hidden_states.1"}),
+    "unet": ({"sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids"}, {"out_sample"}),
+    "vae_decoder": ({"latent_sample"}, {"sample"}),
+    "vae_encoder": ({"sample"}, {"latent_parameters"}),
+}
 
 
 class _Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -87,7 +97,10 @@ class Component(_Record, frozen=True, kw_only=True):
 
     def input(self, name: str) -> TensorSpec:
         """Return the spec of the input called `name`."""
-        return next(spec for spec in self.inputs if spec.name == name)
+        for spec in self.inputs:
+            if spec.name == name:
+                return spec
+        raise CorruptError(f"the manifest's {self.kind} has no input {name!r}; run export-engines again")
 
 
 class Tokenizer(_Record, frozen=True, kw_only=True):
@@ -236,20 +249,39 @@ def _read_manifest(root: Path) -> bytes:
 
 def _check_references(bundle: Bundle) -> None:
     manifest = bundle.manifest
+    for name, component in manifest.components.items():
+        inputs, outputs = _SIGNATURES[component.kind]
+        given = {spec.name for spec in component.outputs}
+        if {spec.name for spec in component.inputs} != inputs or not outputs <= given:
+            raise CorruptError(
+                f"{bundle.root / MANIFEST}: {name} is no {component.kind}: it must take {sorted(inputs)} and give"
+                f" {sorted(outputs)}; run export-engines again"
+            )
     for stage_name, stage in manifest.stages().items():
-        wanted = {stage.unet: "unet", stage.vae.decoder: "vae_decoder"}
-        wanted |= {encoder.component: "text_encoder" for encoder in stage.text_encoders}
-        if stage.vae.encoder is not None:
-            wanted[stage.vae.encoder] = "vae_encoder"
-        for name, kind in wanted.items():
-            found = manifest.components.get(name)
-            if found is None or found.kind != kind:
-                raise CorruptError(f"{bundle.root / MANIFEST}: {stage_name} needs a {kind} called {name!r}, which the"
-                                   " manifest does not list; run export-engines again")  # fmt: skip
-        missing = {encoder.tokenizer for encoder in stage.text_encoders} - manifest.tokenizers.keys()
-        if missing or sum(encoder.pooled for encoder in stage.text_encoders) != 1:
-            raise CorruptError(f"{bundle.root / MANIFEST}: {stage_name} needs tokenizers {sorted(missing)} and exactly"
-                               " one pooled text encoder; run export-engines again")  # fmt: skip
+        problem = _stage_problem(stage, manifest)
+        if problem:
+            raise CorruptError(f"{bundle.root / MANIFEST}: {stage_name} {problem}; run export-engines again")
+
+
+def _stage_problem(stage: Stage, manifest: Manifest) -> str:
+    """Return what is wrong with the components that `stage` names, or ""."""
+    wanted = [(stage.unet, "unet"), (stage.vae.decoder, "vae_decoder")]
+    wanted += [(encoder.component, "text_encoder") for encoder in stage.text_encoders]
+    wanted += [(stage.vae.encoder, "vae_encoder")] if stage.vae.encoder is not None else []
+    for name, kind in wanted:
+        found = manifest.components.get(name)
+        if found is None or found.kind != kind:
+            return f"needs a {kind} called {name!r}, which the manifest does not list"
+    for encoder in stage.text_encoders:
+        tokenizer, component = manifest.tokenizers.get(encoder.tokenizer), manifest.components[encoder.component]
+        if tokenizer is None:
+            return f"needs a tokenizer called {encoder.tokenizer!r}, which the manifest does not list"
+        if component.input("input_ids").shape[1:] != (tokenizer.max_length,):
+            return f"pairs {encoder.component!r} with a tokenizer of {tokenizer.max_length} ids, which do not fit"
+        if encoder.pooled and "text_embeds" not in {spec.name for spec in component.outputs}:
+            return f"takes the pooled prompt from {encoder.component!r}, which gives no text_embeds"
+    pooled = sum(encoder.pooled for encoder in stage.text_encoders)
+    return "" if pooled == 1 else f"has {pooled} pooled text encoders instead of one"
 
 
 def _check_files(bundle: Bundle) -> None:
@@ -259,10 +291,15 @@ def _check_files(bundle: Bundle) -> None:
     for record in records:
         path = bundle.path(record)
         try:
-            size = path.stat().st_size
-        except OSError as exc:
-            raise CorruptError(f"{path}: named by the manifest but not readable ({exc.strerror}); run export-engines"
-                               " again") from exc  # fmt: skip
-        if size != record.size:
-            raise CorruptError(f"{path}: {size} bytes, but the manifest says {record.size}; the file is truncated or"
-                               " was changed: run export-engines again")  # fmt: skip
+            status = path.stat()
+        except (OSError, ValueError) as exc:
+            raise CorruptError(
+                f"{path}: named by the manifest but not readable ({exc}); run export-engines again"
+            ) from exc
+        if not stat.S_ISREG(status.st_mode):
+            raise CorruptError(f"{path}: named by the manifest but not a regular file; run export-engines again")
+        if status.st_size != record.size:
+            raise CorruptError(
+                f"{path}: {status.st_size} bytes, but the manifest says {record.size}; the file is truncated or was"
+                " changed: run export-engines again"
+            )

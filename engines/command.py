@@ -23,7 +23,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print one line and exit 2."""
-        self.exit(USAGE, f"error: {message}; see {self.prog} --help\n")
+        self.exit(USAGE, f"error: {_one_line(message)}; see {self.prog} --help\n")
 
 
 def run(parser: Parser, work: Callable[[argparse.Namespace], None], argv: list[str] | None) -> int:
@@ -58,9 +58,12 @@ def print_json(value: Any) -> None:
 
 
 def _fail(message: str, code: int) -> int:
-    line = " ".join("".join(c if c.isprintable() else " " for c in message).split())
-    sys.stderr.write(f"error: {line}\n")
+    sys.stderr.write(f"error: {_one_line(message)}\n")
     return code
+
+
+def _one_line(message: str) -> str:
+    return " ".join("".join(c if c.isprintable() else " " for c in message).split())
 
 
 class _OneLine(logging.Formatter):

@@ -57,7 +57,13 @@ def contained(root: Path, relative: str) -> Path:
     path = root
     for part in parts.parts:
         path = path / part
-        if path.is_symlink():
+        try:
+            linked = path.is_symlink()
+        except OSError as exc:
+            raise CorruptError(
+                f"{root}: {relative[:80]!r} is no file of the folder ({exc.strerror}); get a sound copy of it"
+            ) from exc
+        if linked:
             raise CorruptError(f"{path}: is a symbolic link, which a bundle may not hold; copy the file itself there")
     return path
 

@@ -82,7 +82,7 @@ class OrtEngine:
         """Run the session; see Engine.infer."""
         if self._session is None:
             raise EngineError(f"{self.name}: infer before load; call load() first")
-        rows = min(array.shape[0] for array in inputs.values())
+        rows = min((array.shape[0] for array in inputs.values() if array.ndim), default=None)
         feed = {name: array[:rows] for name, array in self._constants.items()} | dict(inputs)
         check_inputs(self.component, feed)
         names = list(outputs) if outputs is not None else [spec.name for spec in self.component.outputs]

@@ -72,5 +72,5 @@ def open_pool(
         raise UsageError(f"unknown residency {residency!r}; choose auto, resident or swap")
     from sdxl_trt.engines.ort import OrtEngine  # noqa: PLC0415 - one import a provider
 
-    policy = choose_residency(bundle, residency, available or available_host_memory())
+    policy = choose_residency(bundle, residency, available_host_memory() if available is None else available)
     return EnginePool(bundle, lambda name: OrtEngine(bundle, name), policy, "ort-cpu")

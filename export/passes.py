@@ -47,7 +47,7 @@ def _drop_neutral(graph: ir.Graph) -> None:
         if other is None or other.size != 1 or len(other.shape) > 1 or other.numpy().item() != neutral:
             continue
         source, result = node.inputs[0], node.outputs[0]
-        if source is None or result.is_graph_output() or (len(other.shape) == 1 and source.shape is None):
+        if source is None or result.is_graph_output() or (len(other.shape) == 1 and not source.shape):
             continue
         ir.convenience.replace_all_uses_with(result, source)
         graph.remove(node, safe=True)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from sdxl_trt.engines.bundle import Scheduler
 from sdxl_trt.engines.errors import CorruptError, SourceError, explain_os_error
 from sdxl_trt.export.tensors import Checkpoint, open_checkpoint
@@ -66,7 +68,8 @@ def open_pipeline(root: Path, expected_class: str) -> PipelineSource:
     """
     index = _read_index(root, expected_class)
     parts = {name: value for name, value in index.items() if isinstance(value, list) and value and value[0]}
-    missing = [name for name in _REQUIRED if name not in parts or not (root / name).is_dir()]
+    required = _REQUIRED if expected_class == REFINER_CLASS else (*_REQUIRED, "text_encoder", "tokenizer")
+    missing = [name for name in required if name not in parts or not (root / name).is_dir()]
     if missing:
         raise SourceError(f"{root}: has no {', '.join(missing)}; download the whole model folder")
     models = {name: _open_model(root / name, parts[name]) for name in _MODELS if name in parts}
@@ -93,7 +96,7 @@ def _read_index(root: Path, expected_class: str) -> dict[str, Any]:
     found = index.get("_class_name")
     if found == expected_class:
         return index
-    if found in _OPTION:
+    if isinstance(found, str) and found in _OPTION:
         raise SourceError(f"{option} {root}: is a {found}, which goes to {_OPTION[found]}; {option} takes a"
                           f" {expected_class}")  # fmt: skip
     raise SourceError(f"{option} {root}: is a {found}, not SDXL; {option} takes a {expected_class}")
@@ -130,4 +133,7 @@ def _read_scheduler(path: Path) -> Scheduler:
     if ignored:
         log.warning("%s: %s is not followed yet; the grid is made without it", path, ", ".join(ignored))
     known = {name: config[name] for name in Scheduler.__struct_fields__ if config.get(name) is not None}
-    return Scheduler(**known)
+    try:
+        return msgspec.convert(known, Scheduler)
+    except msgspec.ValidationError as exc:
+        raise CorruptError(f"{path}: {exc}; download it again") from exc

@@ -44,10 +44,10 @@ class Checkpoint:
         budget = 0
         for name in names:
             info = self.tensors[name]
-            if handle is None or info.file != open_file or budget < 0:
-                handle = safe_open(info.file, framework="pt")
-                open_file, budget = info.file, REMAP_BYTES
             try:
+                if handle is None or info.file != open_file or budget < 0:
+                    handle = safe_open(info.file, framework="pt")
+                    open_file, budget = info.file, REMAP_BYTES
                 tensor = handle.get_tensor(info.key)
             except SafetensorError as exc:
                 raise _broken(info.file, exc) from exc
@@ -87,7 +87,7 @@ def _shards(folder: Path, index: Path) -> list[Path]:
     try:
         names = set(json.loads(index.read_bytes())["weight_map"].values())
         return [_inside(folder, str(name)) for name in sorted(names)]
-    except (KeyError, TypeError, ValueError, AttributeError) as exc:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError, OSError) as exc:
         raise CorruptError(f"{index}: not a safetensors index ({exc}); download the model again") from exc
 
 

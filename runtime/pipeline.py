@@ -26,7 +26,7 @@ from sdxl_trt.runtime.denoiser import Denoiser
 from sdxl_trt.runtime.handoff import split
 from sdxl_trt.runtime.images import save_png, to_uint8
 from sdxl_trt.runtime.noise import TorchGenerator
-from sdxl_trt.runtime.prompts import PromptEmbeds, PromptEncoder
+from sdxl_trt.runtime.prompts import Prompt, PromptEmbeds, PromptEncoder
 from sdxl_trt.runtime.request import Request, ResolvedRequest, resolve
 from sdxl_trt.runtime.samplers import SAMPLERS
 
@@ -123,30 +123,38 @@ class Pipeline:
 
     def _work(self, run: Run) -> Iterator[Step]:
         request = run.request
-        refiner = self.manifest.refiner if request.refined else None
-        embeds = {"base": self._encode(self.manifest.base, request)}
-        if refiner is not None:
-            embeds["refiner"] = self._encode(refiner, request)
+        stages = {"base": self.manifest.base}
+        if request.refined and self.manifest.refiner is not None:
+            stages["refiner"] = self.manifest.refiner
+        embeds = self._encode(stages, request)
         yield Step("encode", 1, 1, slice(0, len(request.seeds)), 0.0)
 
         before, after = split(request.schedule.sigmas, request.cut)
         latents = run.initial * np.float32(request.schedule.initial_scale)
-        yield from self._denoise("base", self.manifest.base, embeds["base"], before, latents, request)
+        yield from self._denoise("base", stages["base"], embeds["base"], before, latents, request)
+        refiner = stages.get("refiner")
         if refiner is not None:
             run.handoff = latents.copy()
             run.place = _place(request)
             yield from self._denoise("refiner", refiner, embeds["refiner"], after, latents, request)
         run.final = latents
-        yield from self._decode((refiner or self.manifest.base).vae, run)
+        yield from self._decode((refiner or stages["base"]).vae, run)
 
-    def _encode(self, stage: Stage, request: ResolvedRequest) -> tuple[PromptEmbeds, PromptEmbeds]:
-        """Return the positive and negative embeds of a stage."""
-        positive = self._encoder.encode(stage, request.prompt)
-        if request.negative is not None:
-            return positive, self._encoder.encode(stage, request.negative)
-        if stage.force_zeros_for_empty_prompt:
-            return positive, positive.zeroed()
-        return positive, self._encoder.encode(stage, type(request.prompt)("", ""))
+    def _encode(
+        self, stages: Mapping[str, Stage], request: ResolvedRequest
+    ) -> dict[str, tuple[PromptEmbeds, PromptEmbeds]]:
+        """Return the positive and negative embeds of every stage."""
+        absent = request.negative is None
+        negative = request.negative or Prompt("", "")
+        zeroed = {name: absent and stage.force_zeros_for_empty_prompt for name, stage in stages.items()}
+        wanted = [(stage, request.prompt) for stage in stages.values()]
+        wanted += [(stage, negative) for name, stage in stages.items() if not zeroed[name]]
+        encoded = iter(self._encoder.encode(wanted))
+        positives = {name: next(encoded) for name in stages}
+        return {
+            name: (positive, positive.zeroed() if zeroed[name] else next(encoded))
+            for name, positive in positives.items()
+        }
 
     def _denoise(
         self,

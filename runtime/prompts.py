@@ -3,11 +3,13 @@
 __all__ = ["Prompt", "PromptEmbeds", "PromptEncoder"]
 
 import logging
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sdxl_trt.engines.base import Engine
 from sdxl_trt.engines.bundle import Stage, TextEncoder
 from sdxl_trt.engines.pool import EnginePool
 from sdxl_trt.runtime.tokenizer import PromptTokenizer
@@ -19,7 +21,7 @@ PENULTIMATE = -2
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt and what the second encoder reads in its place; None as `text` is an absent negative."""
+    """A prompt, and what the second encoder reads."""
 
     text: str
     text_2: str
@@ -37,47 +39,73 @@ class PromptEmbeds:
         return PromptEmbeds(np.zeros_like(self.hidden), np.zeros_like(self.pooled))
 
 
+@dataclass(frozen=True)
+class _Reading:
+    """One text read by one encoder; equal readings are done once, whichever stages ask for them."""
+
+    component: str
+    tokenizer: str
+    text: str
+
+
 class PromptEncoder:
-    """Encodes prompts for the stages of a bundle; a text that stages share is encoded once."""
+    """Encodes prompts for the stages of a bundle; every encoder is loaded once for all that it has to read."""
 
     def __init__(self, pool: EnginePool) -> None:
         self._pool = pool
         self._tokenizers: dict[str, PromptTokenizer] = {}
-        self._encoded: dict[tuple[str, str, str], PromptEmbeds] = {}
 
-    def encode(self, stage: Stage, prompt: Prompt) -> PromptEmbeds:
-        """Return the embeds of `prompt` for `stage`: hidden states side by side, pooled from the pooled encoder.
+    def encode(self, wanted: Sequence[tuple[Stage, Prompt]]) -> list[PromptEmbeds]:
+        """Return the embeds of each (stage, prompt): hidden states side by side, pooled from the pooled encoder.
 
-        A stage with a single encoder reads `text`, as diffusers' refiner does.
+        A stage with a single encoder reads a prompt's `text`, as diffusers' refiner does.
         """
-        texts = (prompt.text, prompt.text_2)[: len(stage.text_encoders)]
-        parts = [self._encode(encoder, text) for encoder, text in zip(stage.text_encoders, texts, strict=True)]
-        hidden = np.concatenate([part.hidden for part in parts], axis=-1)
-        pooled = next(part.pooled for part, e in zip(parts, stage.text_encoders, strict=True) if e.pooled)
-        return PromptEmbeds(hidden, pooled)
+        readings = [_readings(stage, prompt) for stage, prompt in wanted]
+        done = self._read_all(reading for parts in readings for reading in parts)
+        return [
+            _join(stage.text_encoders, [done[reading] for reading in parts])
+            for (stage, _), parts in zip(wanted, readings, strict=True)
+        ]
 
-    def forget(self) -> None:
-        """Drop what was encoded; tokenizers stay."""
-        self._encoded.clear()
+    def _read_all(self, readings: Iterable[_Reading]) -> dict[_Reading, PromptEmbeds]:
+        by_component: dict[str, dict[_Reading, None]] = {}
+        for reading in readings:
+            by_component.setdefault(reading.component, {})[reading] = None
+        done: dict[_Reading, PromptEmbeds] = {}
+        for component, distinct in by_component.items():
+            (engine,) = self._pool.phase(component)
+            ids = np.stack([self._ids(reading) for reading in distinct])
+            done.update(zip(distinct, _run(engine, ids), strict=True))
+        return done
 
-    def _encode(self, encoder: TextEncoder, text: str) -> PromptEmbeds:
-        key = (encoder.component, encoder.tokenizer, text)
-        if key not in self._encoded:
-            self._encoded[key] = self._run(encoder, text)
-        return self._encoded[key]
+    def _ids(self, reading: _Reading) -> NDArray[np.int64]:
+        if reading.tokenizer not in self._tokenizers:
+            self._tokenizers[reading.tokenizer] = PromptTokenizer(self._pool.bundle, reading.tokenizer)
+        tokenizer = self._tokenizers[reading.tokenizer]
+        if cut := tokenizer.cut_off(reading.text):
+            length = tokenizer.spec.max_length
+            log.warning("%s: a prompt is longer than %d tokens; this is not read: %s", reading.component, length, cut)
+        return tokenizer.ids(reading.text)
 
-    def _run(self, encoder: TextEncoder, text: str) -> PromptEmbeds:
-        tokenizer = self._tokenizer(encoder.tokenizer)
-        if cut := tokenizer.cut_off(text):
-            log.warning("the prompt is longer than %d tokens; this is not read: %s", tokenizer.spec.max_length, cut)
-        (engine,) = self._pool.phase(encoder.component)
-        states = [spec.name for spec in engine.component.outputs if spec.name.startswith("hidden_states.")]
-        wanted = [states[PENULTIMATE], *(["text_embeds"] if encoder.pooled else [])]
-        result = engine.infer({"input_ids": tokenizer.ids(text)[None]}, wanted)
-        pooled = result["text_embeds"][0] if encoder.pooled else np.zeros(0)
-        return PromptEmbeds(result[wanted[0]][0].astype(np.float32), pooled.astype(np.float32))
 
-    def _tokenizer(self, name: str) -> PromptTokenizer:
-        if name not in self._tokenizers:
-            self._tokenizers[name] = PromptTokenizer(self._pool.bundle, name)
-        return self._tokenizers[name]
+def _readings(stage: Stage, prompt: Prompt) -> list[_Reading]:
+    texts = (prompt.text, prompt.text_2)
+    return [
+        _Reading(encoder.component, encoder.tokenizer, text)
+        for encoder, text in zip(stage.text_encoders, texts, strict=False)
+    ]
+
+
+def _run(engine: Engine, ids: NDArray[np.int64]) -> list[PromptEmbeds]:
+    outputs = [spec.name for spec in engine.component.outputs]
+    states = [name for name in outputs if name.startswith("hidden_states.")]
+    pooled = [name for name in outputs if name == "text_embeds"]
+    result = engine.infer({"input_ids": ids}, [states[PENULTIMATE], *pooled])
+    hidden = result[states[PENULTIMATE]].astype(np.float32)
+    vectors = result["text_embeds"].astype(np.float32) if pooled else np.zeros((len(ids), 0), np.float32)
+    return [PromptEmbeds(*each) for each in zip(hidden, vectors, strict=True)]
+
+
+def _join(encoders: Sequence[TextEncoder], parts: Sequence[PromptEmbeds]) -> PromptEmbeds:
+    pooled = next(part.pooled for encoder, part in zip(encoders, parts, strict=True) if encoder.pooled)
+    return PromptEmbeds(np.concatenate([part.hidden for part in parts], axis=-1), pooled)

@@ -182,7 +182,10 @@ def _size(request: Request, manifest: Manifest, *, refined: bool) -> tuple[int, 
     from_latents = request.latents.shape[2:] if request.latents is not None and request.latents.ndim == 4 else None
     usual = max(base.sample_size * factor // multiple, 1) * multiple
     height, width = (side * factor for side in from_latents) if from_latents else (usual, usual)
-    sides = {"--width": request.width or width, "--height": request.height or height}
+    sides = {
+        "--width": width if request.width is None else request.width,
+        "--height": height if request.height is None else request.height,
+    }
     for option, side in sides.items():
         if side % multiple or not 0 < side <= MAX_SIDE:
             below = min(max(side // multiple, 1) * multiple, MAX_SIDE // multiple * multiple)

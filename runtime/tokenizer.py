@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from sdxl_trt.engines.bundle import Bundle
 from sdxl_trt.engines.digests import verify_file
-from sdxl_trt.engines.errors import CorruptError
+from sdxl_trt.engines.errors import CorruptError, UsageError
 
 
 class PromptTokenizer:
@@ -33,14 +33,20 @@ class PromptTokenizer:
     def ids(self, text: str) -> NDArray[np.int64]:
         """Return ids (max_length,): start, prompt, end, padding."""
         room = self.spec.max_length - 2
-        body = self._tokenizer.encode(text, add_special_tokens=False).ids[:room]
+        body = self._encode(text).ids[:room]
         framed = [self.spec.bos_id, *body, self.spec.eos_id]
         return np.array(framed + [self.spec.pad_id] * (room - len(body)), dtype=np.int64)
 
     def cut_off(self, text: str) -> str:
         """Return the part of `text` that `ids` leaves out; "" where all of it fits."""
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        encoding = self._encode(text)
         room = self.spec.max_length - 2
         if len(encoding.ids) <= room:
             return ""
         return text[encoding.offsets[room][0] :].strip() or json.dumps(encoding.tokens[room:])
+
+    def _encode(self, text: str) -> Any:
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=False)
+        except TypeError as exc:  # lone surrogates: what a shell passes on for bytes that are no UTF-8
+            raise UsageError("the prompt is not valid Unicode text; give it as UTF-8") from exc

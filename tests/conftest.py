@@ -1,6 +1,7 @@
 """Small SDXL-shaped pairs as diffusers folders, and the bundles exported from them, shared by all tests."""
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 from filelock import FileLock
+
+# Two test processes on two cores: threads of torch's that spin for each other would starve both.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 WORDS = ["a", "red", "fox", "in", "the", "snow", "blue", "star", "blurry"]
 

@@ -53,10 +53,8 @@ def experts(pairs: Callable[[str], Any]) -> Callable[[str], tuple[Any, Any]]:
     loaded: dict[str, tuple[Any, Any]] = {}
 
     def get(name: str) -> tuple[Any, Any]:
-        import torch
         from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
 
-        torch.set_num_threads(1)  # spinning threads starve each other on models this small
         if name not in loaded:
             pair = pairs(name)
             with warnings.catch_warnings():

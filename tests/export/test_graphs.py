@@ -156,8 +156,8 @@ def test_conditions_that_do_not_add_up_are_named() -> None:
     model = build_model("UNet2DConditionModel", COMMON, "test")
     with pytest.raises(SourceError, match="requires_aesthetics_score"):
         make_graph("unet", model, time_ids=5, pooled=POOLED, where="test")
+    plain = build_model("UNet2DConditionModel", COMMON | {"addition_embed_type": None}, "test")
     with pytest.raises(SourceError, match="text_time"):
-        plain = build_model("UNet2DConditionModel", COMMON | {"addition_embed_type": None}, "test")
         make_graph("unet", plain, time_ids=IDS, pooled=POOLED, where="test")
     with pytest.raises(SourceError, match="refuses this config"):
         build_model("UNet2DConditionModel", COMMON | {"block_out_channels": (8, 16, 32)}, "test")

@@ -1,0 +1,258 @@
+"""ONNX Runtime behind the Engine protocol, on a graph small enough to compute by hand."""
+
+import hashlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sdxl_trt.engines import ort as ort_module
+from sdxl_trt.engines.bundle import Bundle, Component, FileRecord, Manifest, Scheduler, Source, Stage, TensorSpec, Vae
+from sdxl_trt.engines.errors import (
+    CorruptError,
+    EngineError,
+    IncompatibleError,
+    ResourceError,
+    SdxlTrtError,
+    UsageError,
+)
+from sdxl_trt.engines.ort import OrtEngine
+
+Make = Callable[[Path], Bundle]
+
+
+def _graph(weights: np.ndarray) -> bytes:
+    """Return out_sample = sample @ weights + text_embeds and scaled = timestep * 2, with the weights outside."""
+    from onnx import TensorProto, helper
+
+    tensor = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=weights.shape)
+    tensor.data_location = TensorProto.EXTERNAL
+    for key, value in {"location": "weights.data", "offset": "0", "length": str(weights.nbytes)}.items():
+        entry = tensor.external_data.add()
+        entry.key, entry.value = key, value
+    width = weights.shape[1]
+    inputs = {"sample": ["rows", len(weights)], "timestep": ["rows"], "text_embeds": ["rows", width]}
+    outputs = {"out_sample": ["rows", width], "scaled": ["rows"]}
+    nodes = [
+        helper.make_node("MatMul", ["sample", "w"], ["product"]),
+        helper.make_node("Add", ["product", "text_embeds"], ["out_sample"]),
+        helper.make_node("Add", ["timestep", "timestep"], ["scaled"]),
+    ]
+    values = [
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in side.items()]
+        for side in (inputs, outputs)
+    ]
+    graph = helper.make_graph(nodes, "g", *values, initializer=[tensor])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    return bytes(model.SerializeToString())
+
+
+def _record(path: Path) -> FileRecord:
+    content = path.read_bytes()
+    return FileRecord(file=path.name, size=len(content), sha256=hashlib.sha256(content).hexdigest())
+
+
+def _specs(**shapes: tuple[str | int, ...]) -> tuple[TensorSpec, ...]:
+    return tuple(TensorSpec(name=name, dtype="float32", shape=shape) for name, shape in shapes.items())
+
+
+def _bundle(root: Path, weights: np.ndarray, graph: bytes) -> Bundle:
+    (root / "model.onnx").write_bytes(graph)
+    (root / "weights.data").write_bytes(weights.tobytes())
+    width = weights.shape[1]
+    component = Component(
+        kind="unet", precision="fp32", opset=17, config={}, source=Source(name="n", class_name="c", sha256="0" * 64),
+        graph=_record(root / "model.onnx"), weights=_record(root / "weights.data"),
+        inputs=_specs(sample=("rows", len(weights)), timestep=("rows",), text_embeds=("rows", width)),
+        outputs=_specs(out_sample=("rows", width), scaled=("rows",)),
+    )  # fmt: skip
+    vae = Vae(decoder="v", encoder=None, scaling_factor=1.0, latent_channels=4, factor=8)
+    stage = Stage(
+        unet="unet", text_encoders=(), vae=vae, scheduler=Scheduler(), time_ids=(), sample_size=16, size_multiple=8,
+        force_zeros_for_empty_prompt=True,
+    )  # fmt: skip
+    manifest = Manifest(
+        format="f", format_version=1, generator="g", precision="fp32", components={"unet": component}, tokenizers={},
+        base=stage,
+    )  # fmt: skip
+    return Bundle(root, manifest)
+
+
+@pytest.fixture
+def weights(rng: np.random.Generator) -> np.ndarray:
+    return rng.standard_normal((3, 5)).astype(np.float32)
+
+
+@pytest.fixture
+def bundle(tmp_path: Path, weights: np.ndarray) -> Bundle:
+    return _bundle(tmp_path, weights, _graph(weights))
+
+
+@pytest.fixture
+def engine(bundle: Bundle) -> OrtEngine:
+    return OrtEngine(bundle, "unet")
+
+
+@pytest.fixture
+def inputs(rng: np.random.Generator) -> dict[str, np.ndarray]:
+    return {"sample": rng.standard_normal((2, 3)).astype(np.float32), "timestep": np.array([1, 2], np.float32)}
+
+
+@pytest.fixture
+def embeds(rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Return bound constants with more rows than a call has."""
+    return {"text_embeds": rng.standard_normal((4, 5)).astype(np.float32)}
+
+
+def test_it_computes_the_graph(engine, inputs, embeds, weights) -> None:
+    engine.load()
+    engine.bind(embeds)
+    result = engine.infer(inputs)
+    np.testing.assert_allclose(
+        result["out_sample"], inputs["sample"] @ weights + embeds["text_embeds"][:2], rtol=1e-5, atol=1e-6
+    )
+    np.testing.assert_array_equal(result["scaled"], [2, 4])
+
+
+def test_bound_constants_are_cut_to_the_rows_of_a_call(engine, inputs, embeds) -> None:
+    engine.load()
+    engine.bind(embeds)
+    both = engine.infer(inputs)["out_sample"]
+    one = engine.infer({name: array[:1] for name, array in inputs.items()})["out_sample"]
+    np.testing.assert_allclose(one, both[:1], rtol=1e-6)
+
+
+def test_only_the_asked_outputs_come_back(engine, inputs, embeds) -> None:
+    engine.load()
+    engine.bind(embeds)
+    assert list(engine.infer(inputs, ["scaled"])) == ["scaled"]
+    with pytest.raises(EngineError):
+        engine.infer(inputs, ["no_such_output"])
+
+
+def test_results_belong_to_the_caller(engine, inputs, embeds) -> None:
+    engine.load()
+    engine.bind(embeds)
+    first = engine.infer(inputs)["out_sample"]
+    kept = first.copy()
+    first[:] = 0
+    np.testing.assert_array_equal(engine.infer(inputs)["out_sample"], kept)
+
+
+def test_large_weights_outlive_their_file(tmp_path: Path, rng: np.random.Generator) -> None:
+    """More than a megabyte, as engines map it; the file may go once the session stands."""
+    weights = rng.standard_normal((512, 1024)).astype(np.float32)
+    engine = OrtEngine(_bundle(tmp_path, weights, _graph(weights)), "unet")
+    engine.load()
+    (tmp_path / "weights.data").write_bytes(bytes(weights.nbytes))
+    sample = rng.standard_normal((1, 512)).astype(np.float32)
+    engine.bind({"text_embeds": np.zeros((1, 1024), np.float32)})
+    result = engine.infer({"sample": sample, "timestep": np.zeros(1, np.float32)})["out_sample"]
+    np.testing.assert_allclose(result, sample @ weights, rtol=1e-3, atol=1e-3)
+
+
+def test_infer_before_load_says_what_to_call(engine, inputs) -> None:
+    with pytest.raises(EngineError, match=r"unet: infer before load; call load\(\) first"):
+        engine.infer(inputs)
+
+
+def test_a_missing_constant_is_named(engine, inputs) -> None:
+    engine.load()
+    with pytest.raises(UsageError, match=r"\['sample', 'timestep'\] given, but the graph takes.*text_embeds"):
+        engine.infer(inputs)
+
+
+@pytest.mark.parametrize("wrong", [np.zeros((2, 3)), np.zeros((2, 4), np.float32), np.zeros((), np.float32)])
+def test_an_input_that_does_not_fit_is_a_usage_error(engine, inputs, embeds, wrong: np.ndarray) -> None:
+    engine.load()
+    engine.bind(embeds)
+    with pytest.raises(UsageError):
+        engine.infer(inputs | {"sample": wrong})
+
+
+def test_no_inputs_are_a_usage_error(engine, embeds) -> None:
+    engine.load()
+    engine.bind(embeds)
+    with pytest.raises(UsageError):
+        engine.infer({})
+
+
+def test_nothing_is_read_before_prefetch(bundle: Bundle) -> None:
+    (bundle.root / "model.onnx").unlink()
+    engine = OrtEngine(bundle, "unet")
+    with pytest.raises(SdxlTrtError, match=r"model\.onnx"):
+        engine.prefetch()
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "weights.data"])
+@pytest.mark.parametrize("call", ["prefetch", "load"])
+def test_a_changed_byte_is_found_before_the_backend_sees_it(engine, bundle, name, call, monkeypatch) -> None:
+    monkeypatch.setattr(ort_module, "_onnxruntime", lambda: pytest.fail("the damaged file was handed over"))
+    content = bytearray((bundle.root / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (bundle.root / name).write_bytes(bytes(content))
+    with pytest.raises(CorruptError, match=f"{name}.*sha256"):
+        getattr(engine, call)()
+
+
+def test_unload_frees_and_load_makes_it_ready_again(engine, inputs, embeds) -> None:
+    engine.load()
+    engine.load()
+    engine.bind(embeds)
+    before = engine.infer(inputs)["out_sample"]
+    engine.unload()
+    engine.unload()
+    with pytest.raises(EngineError, match="infer before load"):
+        engine.infer(inputs)
+    engine.prefetch()
+    engine.prefetch()
+    engine.load()
+    with pytest.raises(UsageError, match="text_embeds"):
+        engine.infer(inputs)  # the bound inputs were freed too
+    engine.bind(embeds)
+    np.testing.assert_array_equal(engine.infer(inputs)["out_sample"], before)
+
+
+def test_unload_frees_what_was_only_prefetched(engine) -> None:
+    engine.prefetch()
+    mapped = engine._weights
+    engine.unload()
+    assert mapped.closed
+    assert engine._graph is None
+
+
+def test_a_graph_that_onnx_runtime_refuses_is_explained(tmp_path: Path, weights: np.ndarray) -> None:
+    engine = OrtEngine(_bundle(tmp_path, weights, b"not a graph"), "unet")
+    with pytest.raises(EngineError, match="loading unet: ONNX Runtime failed") as caught:
+        engine.load()
+    assert "\n" not in str(caught.value)
+    assert caught.value.__cause__ is not None
+
+
+def test_a_graph_cannot_name_another_file(tmp_path: Path, weights: np.ndarray) -> None:
+    (tmp_path / "secrets.data").write_bytes(weights.tobytes())
+    graph = _graph(weights).replace(b"weights.data", b"secrets.data")
+    with pytest.raises(EngineError):
+        OrtEngine(_bundle(tmp_path, weights, graph), "unet").load()
+
+
+def test_a_missing_backend_names_the_extra(engine, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(IncompatibleError, match=r"pip install 'sdxl-trt\[cpu\]'"):
+        engine.load()
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("std::bad_alloc"), RuntimeError("Failed to allocate 9")])
+def test_memory_is_told_apart_from_failure(engine, inputs, embeds, error: Exception) -> None:
+    class Session:
+        def run(self, *_: object) -> None:
+            raise error
+
+    engine.load()
+    engine.bind(embeds)
+    engine._session = Session()
+    with pytest.raises(ResourceError, match="running unet: out of memory; try --residency swap") as caught:
+        engine.infer(inputs)
+    assert caught.value.__cause__ is error

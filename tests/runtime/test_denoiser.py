@@ -1,0 +1,113 @@
+"""One function from noisy latents to clean ones: scaling, guidance, timesteps, dtypes."""
+
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from sdxl_trt.engines.base import Array
+from sdxl_trt.engines.bundle import Scheduler, TensorSpec
+from sdxl_trt.engines.errors import CorruptError, UsageError
+from sdxl_trt.runtime.conditioning import Conditions
+from sdxl_trt.runtime.denoiser import Denoiser
+from sdxl_trt.runtime.sigmas import Schedule, make_schedule
+
+
+class RecordingEngine:
+    """Keeps what it was given; answers positive rows with 3 and negative rows with 1, or with `answer`."""
+
+    def __init__(self, dtype: str = "float32", answer: float | None = None) -> None:
+        self.component = SimpleNamespace(input=lambda name: TensorSpec(name=name, dtype=dtype, shape=("rows",)))
+        self.answer = answer
+        self.bound: list[Mapping[str, Array]] = []
+        self.given: list[Mapping[str, Array]] = []
+
+    def bind(self, constants: Mapping[str, Array]) -> None:
+        self.bound.append(constants)
+
+    def infer(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
+        self.given.append(inputs)
+        result = np.full_like(inputs["sample"], 3 if self.answer is None else self.answer)
+        if self.answer is None:
+            result[2:] = 1
+        return {"out_sample": result}
+
+
+@pytest.fixture
+def schedule() -> Schedule:
+    return make_schedule(Scheduler(beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1), 10)
+
+
+@pytest.fixture
+def x(rng: np.random.Generator) -> np.ndarray:
+    return rng.standard_normal((2, 4, 8, 8)).astype(np.float32) * 5
+
+
+def test_conditions_are_bound_once(schedule: Schedule, x: np.ndarray) -> None:
+    engine, constants = RecordingEngine(), {"text_embeds": np.ones((2, 3), np.float32)}
+    denoise = Denoiser(engine, schedule, Conditions(constants, 1.0), "epsilon")
+    for sigma in schedule.sigmas[:3]:
+        denoise(x, float(sigma))
+    assert engine.bound == [constants]
+    assert [sorted(given) for given in engine.given] == [["sample", "timestep"]] * 3
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.0, 5.0, 7.5, 1.001])
+def test_guidance_leads_away_from_the_negative(schedule: Schedule, x: np.ndarray, scale: float) -> None:
+    engine = RecordingEngine()
+    denoised = Denoiser(engine, schedule, Conditions({}, scale), "sample")(x, float(schedule.sigmas[0]))
+    guided = scale > 1
+    assert engine.given[0]["sample"].shape[0] == (4 if guided else 2)
+    np.testing.assert_allclose(denoised, 1 + scale * 2 if guided else 3, rtol=1e-6)
+    assert denoised.shape == x.shape
+
+
+def test_positive_and_negative_rows_see_the_same_scaled_latents(schedule: Schedule, x: np.ndarray) -> None:
+    engine, sigma = RecordingEngine(), float(schedule.sigmas[4])
+    Denoiser(engine, schedule, Conditions({}, 5.0), "epsilon")(x, sigma)
+    given = engine.given[0]
+    np.testing.assert_array_equal(given["sample"][:2], given["sample"][2:])
+    np.testing.assert_allclose(given["sample"][:2], x / (sigma**2 + 1) ** 0.5, rtol=1e-6)
+    assert given["timestep"].dtype == np.float32
+    assert given["timestep"].tolist() == [float(schedule.timesteps[4])] * 4
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_the_engine_gets_its_dtype_and_the_sampler_float32(schedule: Schedule, x: np.ndarray, dtype: str) -> None:
+    engine = RecordingEngine(dtype)
+    denoised = Denoiser(engine, schedule, Conditions({}, 5.0), "epsilon")(x, float(schedule.sigmas[0]))
+    assert engine.given[0]["sample"].dtype == np.dtype(dtype)
+    assert engine.given[0]["timestep"].dtype == np.float32, "fp16 timesteps are wrong above 512"
+    assert denoised.dtype == np.float32
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_a_right_answer_gives_the_clean_latents(schedule: Schedule, rng: np.random.Generator, prediction: str) -> None:
+    """x = clean + sigma * noise; the model answers with what each parametrization defines (arXiv 2202.00512)."""
+    clean, noise = (rng.standard_normal((1, 4, 8, 8)).astype(np.float32) for _ in range(2))
+    for sigma in schedule.sigmas[:-1]:
+        alpha, spread = 1 / np.sqrt(sigma**2 + 1), sigma / np.sqrt(sigma**2 + 1)
+        right = {"epsilon": noise, "v_prediction": alpha * noise - spread * clean, "sample": clean}[prediction]
+        engine = RecordingEngine()
+        engine.infer = lambda inputs, outputs=None, right=right: {"out_sample": right}  # type: ignore[method-assign]
+        denoised = Denoiser(engine, schedule, Conditions({}, 1.0), prediction)(clean + sigma * noise, float(sigma))
+        np.testing.assert_allclose(denoised, clean, atol=2e-5)
+
+
+@pytest.mark.parametrize("answer", [np.nan, np.inf, -np.inf])
+def test_nan_is_an_error_and_not_a_black_picture(schedule: Schedule, x: np.ndarray, answer: float) -> None:
+    denoise = Denoiser(RecordingEngine(answer=answer), schedule, Conditions({}, 5.0), "epsilon")
+    with pytest.raises(CorruptError, match=rf"NaN or infinity at timestep {schedule.timesteps[0]:g}.*--fp32"):
+        denoise(x, float(schedule.sigmas[0]))
+
+
+def test_an_unknown_prediction_type_names_the_known_ones(schedule: Schedule) -> None:
+    with pytest.raises(UsageError, match="'flow' is unknown; epsilon, v_prediction, sample are known"):
+        Denoiser(RecordingEngine(), schedule, Conditions({}, 1.0), "flow")
+
+
+def test_the_latents_are_left_alone(schedule: Schedule, x: np.ndarray) -> None:
+    before = x.copy()
+    Denoiser(RecordingEngine(), schedule, Conditions({}, 5.0), "epsilon")(x, float(schedule.sigmas[0]))
+    np.testing.assert_array_equal(x, before)

@@ -1,0 +1,86 @@
+"""Tensors to pixels as diffusers rounds them, pictures to files as a whole or not at all."""
+
+import errno
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from sdxl_trt.engines.errors import ResourceError, UsageError
+from sdxl_trt.runtime.images import save_png, to_uint8
+
+
+def _diffusers(sample: np.ndarray) -> np.ndarray:
+    import torch
+    from diffusers.image_processor import VaeImageProcessor
+
+    pictures = VaeImageProcessor(vae_scale_factor=8).postprocess(torch.from_numpy(sample), output_type="pil")
+    return np.stack([np.asarray(picture) for picture in pictures])
+
+
+def test_pixels_are_diffusers(rng: np.random.Generator) -> None:
+    sample = (rng.standard_normal((2, 3, 24, 16)) * 0.8).astype(np.float32)
+    ours = to_uint8(sample)
+    assert (ours.shape, ours.dtype) == ((2, 24, 16, 3), np.uint8)
+    np.testing.assert_array_equal(ours, _diffusers(sample))
+
+
+def test_every_half_step_is_rounded_as_diffusers_rounds_it() -> None:
+    """The 511 values in the middle of two pixel values and on them, with their neighbours in float32."""
+    exact = (np.arange(511, dtype=np.float32) / 510) * 2 - 1
+    values = np.stack([np.nextafter(exact, np.float32(-2)), exact, np.nextafter(exact, np.float32(2))])
+    sample = np.broadcast_to(values.reshape(1, 1, 3, 511), (1, 3, 3, 511)).copy()
+    np.testing.assert_array_equal(to_uint8(sample), _diffusers(sample))
+
+
+@settings(deadline=None)
+@given(st.floats(-(2.0**100), 2.0**100, width=32))
+def test_any_value_is_a_pixel(value: float) -> None:
+    pixel = int(to_uint8(np.full((1, 3, 1, 1), value, np.float32))[0, 0, 0, 0])
+    assert pixel == (0 if value <= -1 else 255 if value >= 1 else pixel)
+    assert abs(pixel - (np.clip(value, -1, 1) + 1) * 127.5) <= 0.501
+
+
+def test_channels_and_half_precision_are_kept() -> None:
+    sample = np.stack([np.full((1, 2), value, np.float16) for value in (-1, 0, 1)])[None]
+    assert to_uint8(sample)[0, 0].tolist() == [[0, 128, 255]] * 2
+
+
+@pytest.fixture
+def image(rng: np.random.Generator) -> Image.Image:
+    return Image.fromarray(rng.integers(0, 256, (12, 20, 3), np.uint8))
+
+
+@pytest.mark.parametrize("text", ["{}", '{"prompt": "a red fox"}', "Füchse", "红狐狸 🦊", "line\nline", ""])
+def test_a_png_holds_its_pixels_and_texts(tmp_path: Path, image: Image.Image, text: str) -> None:
+    save_png(image, tmp_path / "out.png", {"sdxl-trt": text, "other": "x"})
+    with Image.open(tmp_path / "out.png", formats=["PNG"]) as read:
+        read.load()
+        assert read.text == {"sdxl-trt": text, "other": "x"}
+        np.testing.assert_array_equal(np.asarray(read), np.asarray(image))
+
+
+def test_the_name_does_not_choose_the_format(tmp_path: Path, image: Image.Image) -> None:
+    save_png(image, tmp_path / "out.jpeg", {})
+    assert (tmp_path / "out.jpeg").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_full_disk_keeps_the_old_picture(tmp_path: Path, image: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "out.png").write_bytes(b"old")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ResourceError):
+        save_png(image, tmp_path / "out.png", {})
+    assert [path.name for path in tmp_path.iterdir()] == ["out.png"]
+    assert (tmp_path / "out.png").read_bytes() == b"old"
+
+
+def test_a_folder_that_is_not_there_is_a_usage_error(tmp_path: Path, image: Image.Image) -> None:
+    with pytest.raises(UsageError, match="check the path"):
+        save_png(image, tmp_path / "no" / "out.png", {})

@@ -1,0 +1,199 @@
+"""Defaults are resolved once, and what cannot be honoured names what can."""
+
+import math
+import re
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sdxl_trt.engines.bundle import Manifest, Scheduler, Stage, Vae
+from sdxl_trt.engines.errors import SizeError, UsageError
+from sdxl_trt.runtime.request import MAX_SEED, MAX_SIDE, Request, resolve
+
+FIXTURES = [HealthCheck.function_scoped_fixture]
+
+
+def _stage(multiple: int) -> Stage:
+    scheduler = Scheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1
+    )
+    vae = Vae(decoder="v", encoder=None, scaling_factor=0.13025, latent_channels=4, factor=8)
+    return Stage(
+        unet="u", text_encoders=(), vae=vae, scheduler=scheduler, time_ids=(), sample_size=128, size_multiple=multiple,
+        force_zeros_for_empty_prompt=True,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def manifest() -> Manifest:
+    """Return SDXL's outline: sizes in multiples of 32, with the refiner of 64."""
+    return Manifest(
+        format="f", format_version=1, generator="g", precision="fp16", components={}, tokenizers={},
+        base=_stage(32), refiner=_stage(64),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def alone(manifest: Manifest) -> Manifest:
+    """Return a bundle without refiner."""
+    return msgspec.structs.replace(manifest, refiner=None)
+
+
+def test_the_defaults_are_the_documented_ones(manifest: Manifest) -> None:
+    resolved = resolve(Request("a red fox", seed=0), manifest)
+    assert (resolved.width, resolved.height, resolved.steps, resolved.cut) == (1024, 1024, 30, 23)
+    assert (resolved.guidance, resolved.refiner_guidance, resolved.seeds) == (5.0, 5.0, (0,))
+    assert (resolved.micro.aesthetic_score, resolved.micro.negative_aesthetic_score) == (6.0, 2.5)
+    assert (resolved.micro.original_size, resolved.micro.crop) == ((1024, 1024), (0, 0))
+    assert (resolved.prompt.text, resolved.prompt.text_2, resolved.negative) == ("a red fox", "a red fox", None)
+    assert resolved.refined
+
+
+def test_without_a_refiner_the_base_takes_all_steps(manifest: Manifest, alone: Manifest) -> None:
+    for resolved in (resolve(Request(), alone), resolve(Request(handoff=None), manifest)):
+        assert (resolved.cut, resolved.refined) == (30, False)
+
+
+@pytest.mark.parametrize("settings", [{"handoff": 0.8}, {"handoff": 0.8, "steps": 1}, {"handoff_step": 5}])
+def test_a_handoff_without_a_refiner_is_refused(alone: Manifest, settings: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="the bundle has no refiner"):
+        resolve(Request(**settings), alone)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, 1.5, math.nan, math.inf])
+def test_a_fraction_outside_the_range_is_refused(manifest: Manifest, fraction: float) -> None:
+    with pytest.raises(UsageError, match="choose a fraction between 0 and 1"):
+        resolve(Request(handoff=fraction), manifest)
+
+
+@pytest.mark.parametrize(("fraction", "idle"), [(0.999, "refiner"), (0.001, "base")])
+def test_a_handoff_that_leaves_an_expert_idle_says_which(manifest: Manifest, fraction: float, idle: str) -> None:
+    with pytest.raises(UsageError, match=f"leaves the {idle} no step of 30"):
+        resolve(Request(handoff=fraction), manifest)
+
+
+def test_the_usual_handoff_gives_way_where_steps_are_few(manifest: Manifest) -> None:
+    assert [resolve(Request(steps=steps), manifest).cut for steps in (1, 2, 5)] == [1, 1, 4]
+
+
+def test_a_handoff_in_steps_is_taken_as_it_is(manifest: Manifest) -> None:
+    assert [resolve(Request(handoff_step=step), manifest).cut for step in (1, 23, 29)] == [1, 23, 29]
+    for step in (0, 30, -1):
+        with pytest.raises(UsageError, match="choose 1 to 29 of 30 steps"):
+            resolve(Request(handoff_step=step), manifest)
+    with pytest.raises(UsageError, match="state the same thing"):
+        resolve(Request(handoff=0.5, handoff_step=3), manifest)
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1001])
+def test_steps_have_a_range(manifest: Manifest, steps: int) -> None:
+    with pytest.raises(UsageError, match="choose 1 to 1000"):
+        resolve(Request(steps=steps), manifest)
+
+
+@pytest.mark.parametrize("option", ["guidance", "refiner_guidance", "aesthetic_score", "negative_aesthetic_score"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_numbers_are_finite(manifest: Manifest, option: str, value: float) -> None:
+    with pytest.raises(UsageError, match=f"--{option.replace('_', '-')} .*finite"):
+        resolve(Request(**{option: value}), manifest)
+
+
+def test_zero_counts(manifest: Manifest) -> None:
+    """Guidance, score and seed of 0 are values, not absences."""
+    resolved = resolve(Request(refiner_guidance=0.0, aesthetic_score=0.0, seed=0), manifest)
+    assert (resolved.refiner_guidance, resolved.micro.aesthetic_score, resolved.seeds) == (0.0, 0.0, (0,))
+
+
+def test_an_unknown_sampler_lists_the_known_ones(manifest: Manifest) -> None:
+    with pytest.raises(UsageError, match="unknown sampler 'magic'; choose one of: euler"):
+        resolve(Request(sampler="magic"), manifest)
+
+
+def test_each_picture_has_the_next_seed(manifest: Manifest) -> None:
+    assert resolve(Request(seed=7, count=3), manifest).seeds == (7, 8, 9)
+    assert resolve(Request(seed=MAX_SEED, count=2), manifest).seeds == (MAX_SEED, 0)
+    drawn = {resolve(Request(), manifest).seeds for _ in range(8)}
+    assert len(drawn) > 1
+    for seed in (-1, MAX_SEED + 1):
+        with pytest.raises(UsageError, match="--seed"):
+            resolve(Request(seed=seed), manifest)
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_no_picture_is_refused(manifest: Manifest, count: int) -> None:
+    with pytest.raises(UsageError, match="at least one picture"):
+        resolve(Request(count=count), manifest)
+
+
+def test_an_absent_negative_is_not_an_empty_one(manifest: Manifest) -> None:
+    assert resolve(Request(negative=None), manifest).negative is None
+    empty = resolve(Request(negative=""), manifest).negative
+    assert (empty.text, empty.text_2) == ("", "")
+    both = resolve(Request(negative="blurry", negative_2="dark", prompt="p", prompt_2="q"), manifest)
+    assert (both.negative.text, both.negative.text_2, both.prompt.text_2) == ("blurry", "dark", "q")
+    with pytest.raises(UsageError, match="--negative-2 without --negative"):
+        resolve(Request(negative_2="dark"), manifest)
+
+
+def test_multiples_follow_the_unets_in_use(manifest: Manifest, alone: Manifest) -> None:
+    assert resolve(Request(width=96, height=1056), alone).width == 96
+    assert resolve(Request(width=96, handoff=None), manifest).width == 96
+    with pytest.raises(SizeError, match=r"--width 96: .* multiples of 64; try 64 or 128"):
+        resolve(Request(width=96), manifest)
+
+
+@settings(deadline=None, suppress_health_check=FIXTURES, max_examples=300)
+@given(
+    side=st.integers(-100, MAX_SIDE + 200) | st.integers(MAX_SIDE + 1, 10**12),
+    option=st.sampled_from(["width", "height"]),
+)
+def test_every_size_is_taken_or_its_remedies_are(manifest: Manifest, side: int, option: str) -> None:
+    try:
+        assert getattr(resolve(Request(**{option: side}), manifest), option) == side
+    except SizeError as exc:
+        tries = re.findall(r"\d+", str(exc).split("try ")[1])
+        assert tries
+        for proposed in tries:
+            assert getattr(resolve(Request(**{option: int(proposed)}), manifest), option) == int(proposed)
+
+
+def test_sizes_condition_the_model_height_first(manifest: Manifest) -> None:
+    micro = resolve(Request(width=768, height=512), manifest).micro
+    assert (micro.original_size, micro.target_size) == ((512, 768), (512, 768))
+
+
+def _latents(*shape: int, dtype: type = np.float32) -> np.ndarray:
+    return np.zeros(shape, dtype)
+
+
+def test_latents_bring_their_size_and_count(manifest: Manifest) -> None:
+    resolved = resolve(Request(latents=_latents(2, 4, 64, 96), seed=3), manifest)
+    assert (resolved.width, resolved.height, resolved.seeds) == (768, 512, (3, 4))
+
+
+@pytest.mark.parametrize(
+    ("latents", "words"),
+    [
+        (_latents(1, 3, 64, 64), r"shape \[1, 3, 64, 64\] given, \[1, 4, 64, 64\] expected"),
+        (_latents(4, 64, 64), r"shape \[4, 64, 64\] given"),
+        (_latents(), r"shape \[\] given"),
+        (_latents(0, 4, 64, 64), r"shape \[0, 4, 64, 64\] given"),
+        (_latents(1, 4, 64, 64, dtype=np.float64), "finite float32"),
+        (np.full((1, 4, 64, 64), np.nan, np.float32), "finite float32"),
+        (_latents(1, 4, 0, 0), "multiples of 64"),
+        (_latents(1, 4, 12, 8), "--height 96: .* try 64 or 128"),
+    ],
+)
+def test_latents_that_do_not_fit_are_refused(manifest: Manifest, latents: np.ndarray, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        resolve(Request(latents=latents), manifest)
+
+
+@pytest.mark.parametrize("setting", [{"count": 2}, {"width": 1024}])
+def test_latents_must_agree_with_what_is_stated(manifest: Manifest, setting: dict[str, int]) -> None:
+    with pytest.raises(UsageError, match="--latents: shape"):
+        resolve(Request(latents=_latents(1, 4, 64, 64), **setting), manifest)

@@ -1,0 +1,174 @@
+"""Prompts to ids against transformers' CLIPTokenizer, for anything that can be typed."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sdxl_trt.engines.bundle import Bundle, FileRecord, Manifest, Scheduler, Stage, Tokenizer, Vae
+from sdxl_trt.engines.errors import CorruptError, UsageError
+from sdxl_trt.runtime.tokenizer import PromptTokenizer
+
+WORDS = ["a", "red", "fox", "in", "the", "snow", "blue", "star"]
+SPECIAL = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
+PADS = {"tokenizer": "<|endoftext|>", "tokenizer_2": "!"}
+NO_SPECIALS = [HealthCheck.function_scoped_fixture]
+
+
+def _write_source(folder: Path, pad: str) -> None:
+    """Write a CLIP tokenizer of all bytes and a few words as published folders have it."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    symbols = [chr(byte) for byte in visible] + [chr(256 + i) for i in range(256 - len(visible))]
+    merges: list[tuple[str, str]] = []
+    for word in WORDS:
+        parts = [*word[:-1], word[-1] + "</w>"]
+        while len(parts) > 1:
+            merges.append((parts[0], parts[1]))
+            parts = [parts[0] + parts[1], *parts[2:]]
+    merges = list(dict.fromkeys(merges))
+    tokens = symbols + [symbol + "</w>" for symbol in symbols] + ["".join(pair) for pair in merges]
+    vocabulary = [*dict.fromkeys(tokens), SPECIAL["bos_token"], SPECIAL["eos_token"]]
+    folder.mkdir()
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocabulary)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in merges) + "\n")
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, **SPECIAL, "pad_token": pad}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def _bundle(root: Path, records: dict[str, Tokenizer]) -> Bundle:
+    vae = Vae(decoder="v", encoder=None, scaling_factor=1.0, latent_channels=4, factor=8)
+    stage = Stage(
+        unet="u", text_encoders=(), vae=vae, scheduler=Scheduler(), time_ids=(), sample_size=16, size_multiple=8,
+        force_zeros_for_empty_prompt=True,
+    )  # fmt: skip
+    manifest = Manifest(
+        format="f", format_version=1, generator="g", precision="fp32", components={}, tokenizers=records, base=stage
+    )
+    return Bundle(root, manifest)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("tokenizers")
+    for name, pad in PADS.items():
+        _write_source(root / name, pad)
+    return root
+
+
+@pytest.fixture(scope="module")
+def bundle(sources: Path) -> Bundle:
+    """Return a bundle with both tokenizers, written from the sources as the exporter writes them."""
+    from sdxl_trt.export.tokenizers import load_tokenizer
+
+    records = {}
+    for name in PADS:
+        loaded = load_tokenizer(sources / name)
+        (sources / f"{name}.json").write_bytes(loaded.json)
+        digest = hashlib.sha256(loaded.json).hexdigest()
+        records[name] = Tokenizer(
+            file=FileRecord(file=f"{name}.json", size=len(loaded.json), sha256=digest),
+            max_length=loaded.max_length, bos_id=loaded.bos_id, eos_id=loaded.eos_id, pad_id=loaded.pad_id,
+        )  # fmt: skip
+    return _bundle(sources, records)
+
+
+@pytest.fixture(scope="module")
+def ours(bundle: Bundle) -> dict[str, PromptTokenizer]:
+    return {name: PromptTokenizer(bundle, name) for name in PADS}
+
+
+@pytest.fixture(scope="module")
+def reference(sources: Path) -> Callable[[str, str], list[int]]:
+    """Return transformers' ids of a text as diffusers asks for them."""
+    from transformers import CLIPTokenizer
+
+    loaded: dict[str, Any] = {name: CLIPTokenizer.from_pretrained(sources / name) for name in PADS}
+
+    def ids(name: str, text: str) -> list[int]:
+        given = loaded[name](text, padding="max_length", max_length=77, truncation=True)
+        return list(given.input_ids)
+
+    return ids
+
+
+@pytest.mark.parametrize("name", PADS)
+@pytest.mark.parametrize(
+    "text",
+    ["", " ", "a red fox in the snow", "A RED Fox", "  a\t red\n\nfox ", "don't", "a,b;c!", "!!!", "ein Fuß im Schnee",
+     "红狐狸", "🦊 fox 👨‍👩‍👧", "e\u0301 é", "x" * 400, "red " * 74, "red " * 75, "red " * 76, "a " * 300,
+     "<|endoftext|>", "a <|startoftext|> fox", "a<|endoftext|>fox", "\x00\x07", "½ ٣ Ⅷ 3dogs", "\u00a0\u200b"],
+)  # fmt: skip
+def test_ids_are_transformers(ours: Any, reference: Any, name: str, text: str) -> None:
+    ids = ours[name].ids(text)
+    assert (ids.dtype, ids.shape) == (np.int64, (77,))
+    assert ids.tolist() == reference(name, text)
+
+
+@settings(deadline=None, suppress_health_check=NO_SPECIALS, max_examples=300)
+@given(
+    text=st.text(max_size=120)
+    | st.lists(st.sampled_from([*WORDS, "RED", "!", "'s", "<|endoftext|>", "7", "é", "狐", " "])).map(" ".join)
+)
+def test_any_prompt_has_transformers_ids(ours: Any, reference: Any, text: str) -> None:
+    for name in PADS:
+        assert ours[name].ids(text).tolist() == reference(name, text)
+
+
+def test_the_two_tokenizers_pad_each_in_its_own_way(ours: Any) -> None:
+    first, second = (ours[name].ids("fox") for name in PADS)
+    assert first[:3].tolist() == second[:3].tolist()
+    assert set(first[3:].tolist()) == {ours["tokenizer"].spec.eos_id}
+    assert set(second[3:].tolist()) == {0}, "'!' is the first of the vocabulary"
+
+
+def test_what_fits_is_not_cut_off(ours: Any) -> None:
+    assert ours["tokenizer"].cut_off("") == ""
+    assert ours["tokenizer"].cut_off("red " * 75) == ""
+
+
+def test_what_does_not_fit_is_told_in_the_user_s_own_words(ours: Any) -> None:
+    assert ours["tokenizer"].cut_off("red " * 75 + "Blue  STAR") == "Blue  STAR"
+
+
+@settings(deadline=None, suppress_health_check=NO_SPECIALS)
+@given(count=st.integers(70, 90), words=st.lists(st.sampled_from(["red", "Fox", "the"]), min_size=90, max_size=90))
+def test_nothing_is_lost_without_being_told(ours: Any, count: int, words: list[str]) -> None:
+    text = " ".join(words[:count])
+    cut = ours["tokenizer"].cut_off(text)
+    assert cut == " ".join(words[75:count])
+    kept = text.removesuffix(cut) if cut else text
+    assert ours["tokenizer"].ids(kept).tolist() == ours["tokenizer"].ids(text).tolist()
+
+
+def _damaged(tmp_path: Path, bundle: Bundle, content: bytes, *, recorded: bool) -> Bundle:
+    spec = bundle.manifest.tokenizers["tokenizer"]
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    original = spec.file
+    digest = hashlib.sha256(content).hexdigest() if recorded else original.sha256
+    record = FileRecord(file="tokenizer.json", size=len(content), sha256=digest)
+    return _bundle(tmp_path, {"tokenizer": Tokenizer(file=record, max_length=77, bos_id=1, eos_id=2, pad_id=0)})
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"not json", b"\xff", b'{"model": {"type": "BPE"}}', b"[" * 10_000])
+def test_what_is_no_tokenizer_is_corrupt(tmp_path: Path, bundle: Bundle, content: bytes) -> None:
+    with pytest.raises(CorruptError, match=r"not a tokenizer.*export-engines again"):
+        PromptTokenizer(_damaged(tmp_path, bundle, content, recorded=True), "tokenizer")
+
+
+def test_a_tokenizer_that_was_changed_is_corrupt(tmp_path: Path, bundle: Bundle) -> None:
+    content = (bundle.root / "tokenizer.json").read_bytes().replace(b"fox", b"foe")
+    with pytest.raises(CorruptError, match="sha256"):
+        PromptTokenizer(_damaged(tmp_path, bundle, content, recorded=False), "tokenizer")
+
+
+def test_a_prompt_that_is_no_text_is_a_usage_error(ours: Any) -> None:
+    """What a shell passes on for bytes that are not UTF-8: lone surrogates."""
+    for call in (ours["tokenizer"].cut_off, ours["tokenizer"].ids):
+        with pytest.raises(UsageError):
+            call("fox \udcff")
