@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 PACKAGES := export engines runtime mini benchmarks
 PROMPT ?= a large red star on a blue background
 
-.PHONY: help demo demo-export install test lint types pytest format clean
+.PHONY: help demo demo-export install test lint types pytest format mini-bundle gallery clean
 
 help:  ## Say what there is to make
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -37,6 +37,12 @@ pytest: $(VENV)/.full
 format: $(VENV)/.full  ## Format the code and mend what lint can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+mini-bundle: $(VENV)/.full  ## Export the embedded pair's weights to mini/bundle
+	$(BIN)/export-engines --fp16 --out mini/bundle
+
+gallery: $(VENV)/.runtime  ## Draw the README's contact sheet with the embedded bundle
+	$(BIN)/python -m sdxl_trt.mini.gallery docs/gallery.png
 
 clean:  ## Remove what make made
 	rm -rf $(VENV) out build dist *.egg-info

@@ -34,13 +34,13 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Latents = NDArray[np.float32]
-StageName = Literal["encode", "base", "refiner", "decode"]
+StageName = Literal["encode", "load", "base", "refiner", "decode"]
 METADATA_KEY = "sdxl-trt"
 
 
 @dataclass(frozen=True)
 class Step:
-    """One unit of work done: a prompt set encoded, a sampler step of a group of pictures, a picture decoded.
+    """One unit of work done: prompts encoded, an engine loaded, a sampler step of a group, a picture decoded.
 
     `index` counts from 1 to `total` within `stage` over all pictures; `seconds` is what this unit took. After a
     sampler step `latents` are those of the pictures `pictures` (a view: copy to keep); after a decode `picture` is
@@ -167,6 +167,7 @@ class Pipeline:
     ) -> Iterator[Step]:
         """Take all pictures over `sigmas` with one expert, writing into `latents`."""
         (engine,) = self.pool.phase(stage.unet)
+        yield _loaded(latents)
         guidance = request.guidance if name == "base" else request.refiner_guidance
         groups = _groups(len(latents), self._pictures_at_once)
         steps = len(sigmas) - 1
@@ -182,6 +183,7 @@ class Pipeline:
     def _decode(self, vae: Vae, run: Run) -> Iterator[Step]:
         """Decode one picture at a time: the decoder's activations are the largest of all."""
         (engine,) = self.pool.phase(vae.decoder)
+        yield _loaded(run.final)
         count = len(run.final)
         for index in range(count):
             one = slice(index, index + 1)
@@ -218,6 +220,10 @@ def _timed(run: Run, work: Iterator[Step]) -> Iterator[Step]:
         run.timings.setdefault(step.stage, []).append(seconds)
         yield replace(step, seconds=seconds)
         started = time.perf_counter()
+
+
+def _loaded(latents: Latents) -> Step:
+    return Step("load", 1, 1, slice(0, len(latents)), 0.0)
 
 
 def _picture(run: Run, index: int, pixels: NDArray[np.uint8]) -> Picture:

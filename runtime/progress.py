@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Self, TextIO
 
 WIDTH = 24
-LABELS = {"encode": "reading the prompt", "base": "base", "refiner": "refiner", "decode": "decoding"}
+LABELS = {"encode": "reading the prompt", "load": "loading", "base": "base", "refiner": "refiner", "decode": "decoding"}
 
 
 class ProgressBar:

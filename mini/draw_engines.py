@@ -1,0 +1,34 @@
+"""Draw with an exported bundle, for `evaluate`: one request a caption, through the product's own runtime."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from sdxl_trt.mini.evaluate import Generator, Settings
+from sdxl_trt.runtime import Request, open_bundle
+
+
+@contextmanager
+def engine_pair(bundle: Path) -> Iterator[Generator]:
+    """Open `bundle` and yield a generator of pictures; its engines stay loaded until the end."""
+    with open_bundle(bundle, residency="resident") as pipeline:
+
+        def draw(prompts: list[str], seeds: list[int], settings: Settings) -> npt.NDArray[np.uint8]:
+            pictures = []
+            for prompt, seed in zip(prompts, seeds, strict=True):
+                request = Request(
+                    prompt,
+                    seed=seed,
+                    steps=settings.steps,
+                    handoff=settings.handoff,
+                    guidance=settings.guidance,
+                    aesthetic_score=settings.aesthetic,
+                    negative_aesthetic_score=settings.negative_aesthetic,
+                )
+                pictures += [np.asarray(picture.image) for picture in pipeline.generate(request)]
+            return np.stack(pictures)
+
+        yield draw
