@@ -1,6 +1,5 @@
 """The checks themselves: a checker that sees no file would find no error."""
 
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,14 +30,3 @@ def test_no_file_is_too_long_to_read() -> None:
     files = [path for folder in ("engines", "export", "runtime", "mini") for path in (ROOT / folder).glob("*.py")]
     assert len(files) > 30
     assert {path.name for path in files if len(path.read_text().splitlines()) > 450} == set()
-
-
-@pytest.mark.slow
-def test_the_readme_runs(tmp_path: Path) -> None:
-    """The Python of the README, as it stands, in an empty folder."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) >= 2
-    for block in blocks:
-        subprocess.run([sys.executable, "-c", block], cwd=tmp_path, check=True, capture_output=True)
-    assert (tmp_path / "circle.png").is_file()
-    assert (tmp_path / "my-bundle" / "manifest.json").is_file()

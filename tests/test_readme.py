@@ -1,0 +1,41 @@
+"""The Python of the README, as it stands, in an empty folder."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sdxl_trt.engines.bundle import read_bundle
+from sdxl_trt.mini.embedded import bundle_path
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder in which every block of the README has run."""
+    place = tmp_path_factory.mktemp("readme")
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) >= 2
+    for block in blocks:
+        subprocess.run([sys.executable, "-c", block], cwd=place, check=True, capture_output=True)
+    return place
+
+
+@pytest.mark.slow
+def test_it_draws(folder: Path) -> None:
+    assert (folder / "circle.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_its_export_of_the_embedded_pair_is_the_embedded_bundle(folder: Path) -> None:
+    """The bundle in the package is what export makes of the weights in the package, to the byte."""
+    made, kept = read_bundle(folder / "my-bundle").manifest, read_bundle(bundle_path()).manifest
+    assert set(made.components) == set(kept.components)
+    for name, component in made.components.items():
+        assert component.weights.sha256 == kept.components[name].weights.sha256, name
+        assert component.graph.sha256 == kept.components[name].graph.sha256, name
+    assert made.tokenizers == kept.tokenizers
+    assert (made.base, made.refiner, made.note) == (kept.base, kept.refiner, kept.note)
