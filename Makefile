@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
-PACKAGES := export engines runtime mini benchmarks
 PROMPT ?= a large red star on a blue background
+
+# A half-made environment must not pass for a whole one.
+.DELETE_ON_ERROR:
 
 .PHONY: help demo demo-export install test lint types pytest format mini-bundle gallery clean
 
@@ -42,6 +44,7 @@ mini-bundle: $(VENV)/.full  ## Export the embedded pair's weights to mini/bundle
 	$(BIN)/export-engines --fp16 --out mini/bundle
 
 gallery: $(VENV)/.runtime  ## Draw the README's contact sheet with the embedded bundle
+	@mkdir -p docs
 	$(BIN)/python -m sdxl_trt.mini.gallery docs/gallery.png
 
 clean:  ## Remove what make made
@@ -49,6 +52,7 @@ clean:  ## Remove what make made
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip --version >/dev/null
 
 $(VENV)/.runtime: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) --editable '.[cpu]'

@@ -125,7 +125,7 @@ class Scheduler(_Record, frozen=True, kw_only=True):
     """The noise schedule as the source's scheduler config states it; the class it names is only recorded."""
 
     class_name: str = "EulerDiscreteScheduler"
-    num_train_timesteps: Positive = 1000
+    num_train_timesteps: Annotated[int, msgspec.Meta(ge=1, le=100_000)] = 1000
     beta_start: float = 0.0001
     beta_end: float = 0.02
     beta_schedule: str = "linear"

@@ -1,15 +1,19 @@
 """What the commands share: one-line errors with their exit codes, warnings on stderr, JSON on stdout."""
 
-__all__ = ["Parser", "print_json", "run"]
+__all__ = ["Parser", "one_line", "print_json", "run"]
 
 import argparse
+import contextlib
 import logging
+import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
-from sdxl_trt.engines.errors import ResourceError, SdxlTrtError
+from sdxl_trt.engines.errors import ResourceError, SdxlTrtError, explain_os_error
 
 INTERRUPTED = 130
 USAGE = 2
@@ -23,7 +27,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print one line and exit 2."""
-        self.exit(USAGE, f"error: {_one_line(message)}; see {self.prog} --help\n")
+        self.exit(USAGE, f"error: {one_line(message)}; see {self.prog} --help\n")
 
 
 def run(parser: Parser, work: Callable[[argparse.Namespace], None], argv: list[str] | None) -> int:
@@ -31,14 +35,37 @@ def run(parser: Parser, work: Callable[[argparse.Namespace], None], argv: list[s
     arguments = parser.parse_args(argv)
     _log_to_stderr()
     try:
-        work(arguments)
+        with _unwinding_on_sigterm():
+            work(arguments)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         return _fail("interrupted; nothing was left half-written", INTERRUPTED)
+    except BrokenPipeError:
+        # Whoever read our output has closed it, and wants no message; the interpreter would write one at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except Exception as exc:  # noqa: BLE001 - the boundary: whatever it was, the user gets one line
         if arguments.debug:
             traceback.print_exc()
         return _fail(*_explain(exc))
     return 0
+
+
+@contextlib.contextmanager
+def _unwinding_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM unwind the stack as an interrupt does, so that what is half-written is removed."""
+
+    def leave(number: int, _frame: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may handle signals
+        return
+    previous = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _explain(exc: Exception) -> tuple[str, int]:
@@ -47,6 +74,9 @@ def _explain(exc: Exception) -> tuple[str, int]:
     if isinstance(exc, MemoryError):
         remedy = "try a smaller size, fewer pictures, or --residency swap"
         return f"out of memory; {remedy}", ResourceError.exit_code
+    if isinstance(exc, OSError):
+        known = explain_os_error(exc, f"using {exc.filename or 'the output'}")
+        return str(known), known.exit_code
     return f"{type(exc).__name__}: {exc}; this is a defect: please report it with what --debug prints", 1
 
 
@@ -58,17 +88,18 @@ def print_json(value: Any) -> None:
 
 
 def _fail(message: str, code: int) -> int:
-    sys.stderr.write(f"error: {_one_line(message)}\n")
+    sys.stderr.write(f"error: {one_line(message)}\n")
     return code
 
 
-def _one_line(message: str) -> str:
+def one_line(message: str) -> str:
+    """Return `message` on one line without control characters: it may quote what nobody has vouched for."""
     return " ".join("".join(c if c.isprintable() else " " for c in message).split())
 
 
 class _OneLine(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        return f"{record.levelname.lower()}: {record.getMessage()}"
+        return f"{record.levelname.lower()}: {one_line(record.getMessage())}"
 
 
 def _log_to_stderr() -> None:

@@ -56,8 +56,8 @@ def _cache_file() -> Path:
 
 def _recall() -> dict[str, str]:
     """Return what was remembered; nothing where the cache is absent, unreadable, or writable by others."""
-    file = _cache_file()
     try:
+        file = _cache_file()
         status = file.stat()
         private = status.st_uid == os.getuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
         memory = json.loads(file.read_bytes()) if private else {}

@@ -18,7 +18,8 @@ from sdxl_trt.engines.errors import (
     explain_os_error,
 )
 
-_ERRORS_ONLY = 3
+# Errors reach us as exceptions; printed as well, they would stand beside our one line.
+_FATAL_ONLY = 4
 
 
 class OrtEngine:
@@ -60,7 +61,7 @@ class OrtEngine:
         self.prefetch()
         ort = _onnxruntime()
         options = ort.SessionOptions()
-        options.log_severity_level = _ERRORS_ONLY
+        options.log_severity_level = _FATAL_ONLY
         file_name = PurePosixPath(self.component.weights.file).name
         weights = self._weights
         if weights is not None:

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sdxl_trt.engines.command import Parser, print_json, run
+from sdxl_trt.engines.command import Parser, one_line, print_json, run
 from sdxl_trt.engines.errors import UsageError
 
 EPILOG = """examples:
@@ -62,7 +62,10 @@ def _export(arguments: argparse.Namespace) -> None:
     started = time.perf_counter()
     base, refiner = _sources(arguments)
     options = Options(precision=arguments.precision, vae_precision=arguments.vae_precision)
-    bundle = export_bundle(base, refiner, arguments.out, options, progress=_show)
+    try:
+        bundle = export_bundle(base, refiner, arguments.out, options, progress=_show)
+    finally:
+        _clear()
     seconds = time.perf_counter() - started
     report = _report(bundle, seconds)
     if arguments.json:
@@ -79,12 +82,20 @@ def _sources(arguments: argparse.Namespace) -> tuple[str, str | None]:
         raise UsageError(f"--refiner {refiner} without --base: name the base that it refines")
     if refiner is None and base in (None, "mini"):
         refiner = "mini"
-    return base or "mini", None if arguments.no_refiner else refiner
+    if "" in (base, refiner):
+        raise UsageError("--base and --refiner take a folder or mini, not an empty name; is a variable unset?")
+    return "mini" if base is None else base, None if arguments.no_refiner else refiner
 
 
 def _show(component: str, stage: str) -> None:
     if sys.stderr.isatty():
         sys.stderr.write(f"\r\033[K{component}: {stage}")
+        sys.stderr.flush()
+
+
+def _clear() -> None:
+    if sys.stderr.isatty():
+        sys.stderr.write("\r\033[K")
         sys.stderr.flush()
 
 
@@ -109,15 +120,13 @@ def _report(bundle: Any, seconds: float) -> dict[str, Any]:
 
 
 def _tell(report: dict[str, Any]) -> None:
-    if sys.stderr.isatty():
-        sys.stderr.write("\r\033[K")
     for name, part in report["components"].items():
         line = f"  {name:<24} {part['precision']}  {part['parameters'] / 1e6:9.2f} M  {part['bytes'] / 2**20:9.1f} MiB"
         sys.stdout.write(line + "\n")
     total = sum(part["bytes"] for part in report["components"].values()) / 2**20
     sys.stdout.write(f"{report['bundle']}: {total:.1f} MiB in {report['seconds']:.0f} s\n")
     if report["note"]:
-        sys.stdout.write(f"note: {report['note']}\n")
+        sys.stdout.write(f"note: {one_line(report['note'])}\n")
     sys.stdout.write(f'next: trt-generate "a prompt" --engines {report["bundle"]}\n')
 
 

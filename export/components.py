@@ -150,6 +150,11 @@ def _check_widths(models: dict[str, MetaModel], pipeline: PipelineSource) -> Non
             f"{pipeline.root}/unet: takes {unet['in_channels']} channels, the autoencoder gives {latents}; inpainting"
             " and edit models are not supported"
         )
+    if "text_encoder" in models and "text_projection.weight" in models["text_encoder"].state:
+        raise SourceError(
+            f"{pipeline.root}/text_encoder: projects, which only SDXL's second encoder does; is it swapped with"
+            " text_encoder_2?"
+        )
     widths = [model.config["hidden_size"] for name, model in models.items() if name.startswith("text_")]
     if context_width(unet) != sum(widths):
         raise SourceError(

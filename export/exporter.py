@@ -3,6 +3,7 @@
 __all__ = ["export_bundle"]
 
 import contextlib
+import json
 import logging
 import shutil
 import tempfile
@@ -85,6 +86,7 @@ def export_bundle(
             note=_mini_note(base, refiner),
         )
         write_manifest(staging, manifest)
+        read_bundle(staging)  # what cannot be opened does not replace what can
         _publish(staging, out)
     return read_bundle(out)
 
@@ -121,8 +123,19 @@ def _mini_note(base: Path | str, refiner: Path | str | None) -> str:
 def _check_target(out: Path) -> None:
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise UsageError(f"--out {out}: is not a folder; name a folder that does not exist yet, or a bundle to replace")
-    if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).is_file():
+    if out.resolve() == Path.cwd() or out.is_mount():
+        raise UsageError(f"--out {out}: cannot be replaced as a whole; name a folder inside it")
+    if out.is_dir() and any(out.iterdir()) and not _is_bundle(out):
         raise UsageError(f"--out {out}: holds other files and is no bundle; name an empty or new folder")
+
+
+def _is_bundle(folder: Path) -> bool:
+    """Return whether `folder` is ours to replace: a manifest.json alone proves nothing, other programs write them."""
+    try:
+        content = json.loads((folder / MANIFEST).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and content.get("format") == FORMAT_NAME
 
 
 @contextlib.contextmanager

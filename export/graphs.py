@@ -69,7 +69,7 @@ def make_graph(kind: str, model: MetaModel, *, time_ids: int = 0, pooled: int = 
     if kind == "unet":
         return _unet_graph(model, time_ids, pooled, where)
     if kind == "text_encoder":
-        return _text_encoder_graph(model)
+        return _text_encoder_graph(model, where)
     return _vae_decoder_graph(model) if kind == "vae_decoder" else _vae_encoder_graph(model)
 
 
@@ -152,6 +152,10 @@ def _check_text_time(config: Any, time_ids: int, pooled: int, where: str) -> Non
         raise SourceError(f"{where}: addition_embed_type is {config['addition_embed_type']!r}, but SDXL's UNets have"
                           " 'text_time'; not an SDXL model")  # fmt: skip
     expected = config["projection_class_embeddings_input_dim"]
+    extras = [name for name in ("time_cond_proj_dim", "class_embed_type", "num_class_embeds") if config.get(name)]
+    if extras:
+        raise SourceError(f"{where}: takes inputs that SDXL's pipelines do not give ({', '.join(extras)}), as distilled"
+                          " consistency models do; not supported")  # fmt: skip
     made = time_ids * config["addition_time_embed_dim"] + pooled
     if made != expected:
         raise SourceError(
@@ -161,8 +165,12 @@ def _check_text_time(config: Any, time_ids: int, pooled: int, where: str) -> Non
         )
 
 
-def _text_encoder_graph(model: MetaModel) -> Graph:
+def _text_encoder_graph(model: MetaModel, where: str) -> Graph:
     config = model.config
+    if config["max_position_embeddings"] < MAX_TOKENS:
+        raise SourceError(
+            f"{where}: reads {config['max_position_embeddings']} tokens, but SDXL's prompts have {MAX_TOKENS}"
+        )
     projects = "text_projection.weight" in model.state
     hidden = ("prompts", MAX_TOKENS, config["hidden_size"])
     outputs = [Output(f"hidden_states.{i}", hidden) for i in range(config["num_hidden_layers"] + 1)]

@@ -29,8 +29,13 @@ _REQUIRED = ("text_encoder_2", "unet", "vae", "tokenizer_2", "scheduler")
 _USUAL_SCHEDULER = {
     "use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False, "trained_betas": None,
     "rescale_betas_zero_snr": False, "interpolation_type": "linear", "final_sigmas_type": "zero",
-    "timestep_type": "discrete",
+    "timestep_type": "discrete", "use_flow_sigmas": False,
 }  # fmt: skip
+_SCHEDULER_WORDS = {
+    "beta_schedule": ("scaled_linear", "linear"),
+    "prediction_type": ("epsilon", "v_prediction", "sample"),
+    "timestep_spacing": ("leading", "trailing", "linspace"),
+}
 MAX_JSON_BYTES = 64 << 20
 
 
@@ -68,8 +73,9 @@ def open_pipeline(root: Path, expected_class: str) -> PipelineSource:
     """
     index = _read_index(root, expected_class)
     parts = {name: value for name, value in index.items() if isinstance(value, list) and value and value[0]}
-    required = _REQUIRED if expected_class == REFINER_CLASS else (*_REQUIRED, "text_encoder", "tokenizer")
-    missing = [name for name in required if name not in parts or not (root / name).is_dir()]
+    # The first encoder is optional, as in diffusers, but it comes with its tokenizer.
+    pair = [name for name in ("text_encoder", "tokenizer") if "text_encoder" in parts or "tokenizer" in parts]
+    missing = [name for name in (*_REQUIRED, *pair) if name not in parts or not (root / name).is_dir()]
     if missing:
         raise SourceError(f"{root}: has no {', '.join(missing)}; download the whole model folder")
     models = {name: _open_model(root / name, parts[name]) for name in _MODELS if name in parts}
@@ -134,6 +140,10 @@ def _read_scheduler(path: Path) -> Scheduler:
         log.warning("%s: %s is not followed yet; the grid is made without it", path, ", ".join(ignored))
     known = {name: config[name] for name in Scheduler.__struct_fields__ if config.get(name) is not None}
     try:
-        return msgspec.convert(known, Scheduler)
+        scheduler = msgspec.convert(known, Scheduler)
     except msgspec.ValidationError as exc:
         raise CorruptError(f"{path}: {exc}; download it again") from exc
+    for name, words in _SCHEDULER_WORDS.items():
+        if getattr(scheduler, name) not in words:
+            raise SourceError(f"{path}: {name} {known[name]!r} is not supported; {', '.join(words)} are")
+    return scheduler

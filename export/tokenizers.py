@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sdxl_trt.engines.errors import SourceError
 
-DEFAULT_MAX_LENGTH = 77
+MAX_LENGTH = 77
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,14 @@ def load_tokenizer(folder: Path) -> LoadedTokenizer:
     try:
         loaded = transformers.CLIPTokenizerFast.from_pretrained(folder, local_files_only=True)
         content = json.loads(loaded.backend_tokenizer.to_str())
-    except (OSError, ValueError, TypeError, KeyError) as exc:
+    except Exception as exc:  # tokenizers raises bare Exception
         raise SourceError(f"{folder}: not a CLIP tokenizer ({exc}); download it again") from exc
     content["truncation"] = content["padding"] = None
-    max_length = min(int(loaded.model_max_length), DEFAULT_MAX_LENGTH)
+    framing = (loaded.bos_token_id, loaded.eos_token_id, loaded.pad_token_id)
+    if loaded.model_max_length < MAX_LENGTH or None in framing:
+        raise SourceError(
+            f"{folder}: SDXL's prompts are {MAX_LENGTH} ids with start, end and padding; this tokenizer has"
+            f" model_max_length {loaded.model_max_length} and the ids {framing}"
+        )
     compact = json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
-    return LoadedTokenizer(compact, max_length, loaded.bos_token_id, loaded.eos_token_id, loaded.pad_token_id)
+    return LoadedTokenizer(compact, MAX_LENGTH, *framing)

@@ -5,10 +5,11 @@ __all__ = ["main"]
 import argparse
 import sys
 import time
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdxl_trt.engines.command import Parser, print_json, run
+from sdxl_trt.engines.command import Parser, one_line, print_json, run
 from sdxl_trt.engines.errors import UsageError
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     with open_bundle(arguments.engines, provider=arguments.provider, residency=arguments.residency) as pipeline:
         steps = pipeline.steps(request)
         if not arguments.json and pipeline.manifest.note:
-            sys.stderr.write(f"note: {pipeline.manifest.note}\n")
+            sys.stderr.write(f"note: {one_line(pipeline.manifest.note)}\n")
         images = []
         with ProgressBar() as bar:
             for step in steps:
@@ -157,9 +158,12 @@ def _load_latents(path: Path | None) -> Any:
     import numpy as np  # noqa: PLC0415
 
     try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as exc:
+        array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as exc:
         raise UsageError(f"--latents {path}: not a .npy file of numbers ({exc})") from exc
+    if not isinstance(array, np.ndarray):
+        raise UsageError(f"--latents {path}: is an .npz; save one of its arrays (initial) with numpy.save")
+    return array
 
 
 def _target(arguments: argparse.Namespace, pipeline: "Pipeline", index: int) -> Path:

@@ -43,7 +43,7 @@ class Step:
     """One unit of work done: prompts encoded, an engine loaded, a sampler step of a group, a picture decoded.
 
     `index` counts from 1 to `total` within `stage` over all pictures; `seconds` is what this unit took. After a
-    sampler step `latents` are those of the pictures `pictures` (a view: copy to keep); after a decode `picture` is
+    sampler step `latents` are those of the pictures `pictures` (yours to keep); after a decode `picture` is
     the finished one. Elsewhere both are None.
     """
 

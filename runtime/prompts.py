@@ -17,6 +17,7 @@ from sdxl_trt.runtime.tokenizer import PromptTokenizer
 log = logging.getLogger("sdxl_trt.runtime")
 # The last layer but one, before the final normalization: what SDXL's UNets were trained on.
 PENULTIMATE = -2
+CUT_SHOWN = 200
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,12 @@ class PromptEncoder:
         tokenizer = self._tokenizers[reading.tokenizer]
         if cut := tokenizer.cut_off(reading.text):
             length = tokenizer.spec.max_length
-            log.warning("%s: a prompt is longer than %d tokens; this is not read: %s", reading.component, length, cut)
+            log.warning(
+                "%s: a prompt is longer than %d tokens; this is not read: %s",
+                reading.component,
+                length,
+                cut[:CUT_SHOWN],
+            )
         return tokenizer.ids(reading.text)
 
 

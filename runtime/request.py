@@ -20,6 +20,7 @@ from sdxl_trt.runtime.sigmas import Schedule, make_schedule
 
 DEFAULT_HANDOFF = 0.8
 MAX_SIDE = 16384
+MAX_COUNT = 10_000
 MAX_SEED = 2**64 - 1
 DRAWN_SEED_BITS = 32
 
@@ -61,7 +62,11 @@ class Request(_Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedRequest(_Settings):
-    """A request against a bundle, with nothing left open. Sizes are pixels; `cut` is the base's number of steps."""
+    """A request against a bundle, every default settled. Sizes are pixels; `cut` is the base's number of steps.
+
+    `negative` None is an absent negative prompt (each stage's config says what stands for it), `latents` None draws
+    the noise from `seeds`.
+    """
 
     prompt: Prompt
     negative: Prompt | None
@@ -134,8 +139,8 @@ def _check_ranges(request: Request) -> None:
     for option, value in numbers.items():
         if value is not None and not math.isfinite(value):
             raise UsageError(f"{option} {value}: give a finite number")
-    if request.count is not None and request.count < 1:
-        raise UsageError(f"-n {request.count}: ask for at least one picture")
+    if request.count is not None and not 1 <= request.count <= MAX_COUNT:
+        raise UsageError(f"-n {request.count}: ask for at least one picture, and at most {MAX_COUNT}")
     if request.seed is not None and not 0 <= request.seed <= MAX_SEED:
         raise UsageError(f"--seed {request.seed}: choose 0 to {MAX_SEED}")
 

@@ -125,6 +125,9 @@ def test_no_refiner_leaves_no_handoff(bundle: Path, tmp_path: Path, capsys: Any)
         (["-o", "missing/fox.png"], 2, "existing folder"),
         (["-o", "fox.gif"], 2, "ends in .png"),
         (["--latents", "missing.npy"], 2, "missing.npy"),
+        (["-n", "50000000"], 2, "at most"),
+        (["-o", "x" * 300 + ".png"], 2, "check the path"),
+        (["--engines", "x" * 300], 2, "check the path"),
         (["--negative-2", "x"], 2, "--negative"),
         (["--provider", "cuda"], 2, "--provider"),
     ],
@@ -211,7 +214,11 @@ def test_export_leaves_foreign_folders_alone(models: Path, tmp_path: Path, fails
     out.mkdir()
     (out / "photo.txt").write_text("sea")
     assert "no bundle" in fails(export_engines, ["--base", str(models / "base"), "--out", str(out)], 2)
-    assert [path.name for path in out.iterdir()] == ["photo.txt"]
+    (out / "manifest.json").write_text('{"name": "a browser extension"}')
+    assert "no bundle" in fails(export_engines, ["--base", str(models / "base"), "--out", str(out)], 2)
+    assert {path.name for path in out.iterdir()} == {"photo.txt", "manifest.json"}
+    assert "cannot be replaced" in fails(export_engines, ["--base", str(models / "base"), "--out", "."], 2)
+    assert "unset" in fails(export_engines, ["--base", ""], 2)
 
 
 @pytest.mark.slow
