@@ -100,7 +100,15 @@ def test_the_vocabulary_is_clips() -> None:
     words = vocabulary.vocabulary()
     assert len(words) == 49408
     assert len(vocabulary.merges()) == 48894
-    known = {"!": 0, "photo</w>": 1125, "cat</w>": 2368, "<|startoftext|>": 49406, "<|endoftext|>": 49407}
+    known = {
+        "!": 0,
+        "!</w>": 256,
+        "a</w>": 320,
+        "photo</w>": 1125,
+        "cat</w>": 2368,
+        "<|startoftext|>": 49406,
+        "<|endoftext|>": 49407,
+    }
     assert {word: words[word] for word in known} == known
 
 
