@@ -8,7 +8,18 @@ from typing import Any
 
 import pytest
 
-from sdxl_trt.engines.bundle import FORMAT_VERSION, Bundle, read_bundle
+from sdxl_trt.engines.bundle import (
+    FORMAT_VERSION,
+    Bundle,
+    Component,
+    FileRecord,
+    Manifest,
+    Scheduler,
+    Source,
+    Stage,
+    Vae,
+    read_bundle,
+)
 
 KINDS = {"unet": "unet", "text_encoder_2": "text_encoder", "vae_decoder": "vae_decoder", "vae_encoder": "vae_encoder"}
 SIGNATURES = {
@@ -72,3 +83,36 @@ def read(tmp_path: Path) -> Callable[[Json], Bundle]:
         return read_bundle(tmp_path)
 
     return write_and_read
+
+
+@pytest.fixture
+def component_of() -> Callable[..., Component]:
+    """Return a function that makes a component without files, of a kind and a number of parameters."""
+
+    def make(kind: str, parameters: int, precision: str = "fp32") -> Component:
+        record = FileRecord(file="f", size=0, sha256="0" * 64)
+        return Component(
+            kind=kind, precision=precision, opset=23, graph=record, weights=record, inputs=(), outputs=(), config={},
+            source=Source(name="n", class_name="c", sha256="0" * 64), parameters=parameters,
+        )  # fmt: skip
+
+    return make
+
+
+@pytest.fixture
+def bundle_of() -> Callable[[dict[str, Component]], Bundle]:
+    """Return a function that makes a bundle without files from its components."""
+
+    def make(components: dict[str, Component]) -> Bundle:
+        vae = Vae(decoder="vae_decoder", encoder=None, scaling_factor=1.0, latent_channels=4, factor=8)
+        stage = Stage(
+            unet="unet", text_encoders=(), vae=vae, scheduler=Scheduler(), time_ids=(), sample_size=16,
+            size_multiple=8, force_zeros_for_empty_prompt=True,
+        )  # fmt: skip
+        manifest = Manifest(
+            format="f", format_version=1, generator="g", precision="fp32", tokenizers={}, base=stage,
+            components=components,
+        )  # fmt: skip
+        return Bundle(Path("nowhere"), manifest)
+
+    return make

@@ -1,39 +1,23 @@
 """What fits is resident, what does not is swapped; unknown memory is no reason to swap."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
 import pytest
 
 from sdxl_trt.engines import memory
-from sdxl_trt.engines.bundle import Bundle, Component, FileRecord, Manifest, Scheduler, Source, Stage, Vae
+from sdxl_trt.engines.bundle import Bundle, Component
 from sdxl_trt.engines.memory import Residency, available_host_memory, choose_residency, host_need
 
 GIB = 1 << 30
 
 
-def _component(kind: str, parameters: int, precision: str = "fp32") -> Component:
-    record = FileRecord(file="f", size=0, sha256="0" * 64)
-    return Component(
-        kind=kind, precision=precision, opset=23, graph=record, weights=record, inputs=(), outputs=(), config={},
-        source=Source(name="n", class_name="c", sha256="0" * 64), parameters=parameters,
-    )  # fmt: skip
-
-
 @pytest.fixture
-def bundle() -> Bundle:
+def bundle(component_of: Callable[..., Component], bundle_of: Callable[..., Bundle]) -> Bundle:
     """Return a bundle of two UNets with 100 million parameters each, and a large autoencoder's encoder."""
-    vae = Vae(decoder="vae_decoder", encoder=None, scaling_factor=1.0, latent_channels=4, factor=8)
-    stage = Stage(
-        unet="unet", text_encoders=(), vae=vae, scheduler=Scheduler(), time_ids=(), sample_size=16, size_multiple=8,
-        force_zeros_for_empty_prompt=True,
-    )  # fmt: skip
-    unet = _component("unet", 100_000_000)
-    components = {"unet": unet, "refiner_unet": unet, "vae_encoder": _component("vae_encoder", 10**12)}
-    manifest = Manifest(
-        format="f", format_version=1, generator="g", precision="fp32", components=components, tokenizers={}, base=stage
-    )
-    return Bundle(Path("nowhere"), manifest)
+    unet = component_of("unet", 100_000_000)
+    return bundle_of({"unet": unet, "refiner_unet": unet, "vae_encoder": component_of("vae_encoder", 10**12)})
 
 
 @pytest.fixture
@@ -44,8 +28,8 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_component_needs_its_weights_in_fp32_and_more() -> None:
-    fp32, fp16 = (host_need(_component("unet", 1_000_000, precision)) for precision in ("fp32", "fp16"))
+def test_a_component_needs_its_weights_in_fp32_and_more(component_of: Callable[..., Component]) -> None:
+    fp32, fp16 = (host_need(component_of("unet", 1_000_000, precision)) for precision in ("fp32", "fp16"))
     assert 1.4 * 4_000_000 <= fp32 <= 2 * 4_000_000
     assert 1.9 * 4_000_000 <= fp16 <= 2.5 * 4_000_000
 

@@ -1,14 +1,13 @@
 """The pool loads what a phase needs; under `swap` the experts never share memory."""
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from sdxl_trt.engines import pool as pool_module
 from sdxl_trt.engines.base import Array, Engine
-from sdxl_trt.engines.bundle import Bundle, Component, FileRecord, Manifest, Scheduler, Source, Stage, Vae
+from sdxl_trt.engines.bundle import Bundle, Component
 from sdxl_trt.engines.errors import EngineError, UsageError
 from sdxl_trt.engines.pool import EnginePool, open_pool
 
@@ -16,26 +15,9 @@ NAMES = ("text_encoder", "unet", "refiner_unet", "vae_decoder")
 RUN = (("text_encoder",), ("unet",), ("refiner_unet",), ("vae_decoder",))
 
 
-def _component(parameters: int) -> Component:
-    record = FileRecord(file="f", size=0, sha256="0" * 64)
-    return Component(
-        kind="unet", precision="fp32", opset=23, graph=record, weights=record, inputs=(), outputs=(), config={},
-        source=Source(name="n", class_name="c", sha256="0" * 64), parameters=parameters,
-    )  # fmt: skip
-
-
 @pytest.fixture
-def bundle() -> Bundle:
-    vae = Vae(decoder="vae_decoder", encoder=None, scaling_factor=1.0, latent_channels=4, factor=8)
-    stage = Stage(
-        unet="unet", text_encoders=(), vae=vae, scheduler=Scheduler(), time_ids=(), sample_size=16, size_multiple=8,
-        force_zeros_for_empty_prompt=True,
-    )  # fmt: skip
-    manifest = Manifest(
-        format="f", format_version=1, generator="g", precision="fp32", tokenizers={}, base=stage,
-        components={name: _component(1000) for name in NAMES},
-    )  # fmt: skip
-    return Bundle(Path("nowhere"), manifest)
+def bundle(component_of: Callable[..., Component], bundle_of: Callable[..., Bundle]) -> Bundle:
+    return bundle_of({name: component_of("unet", 1000) for name in NAMES})
 
 
 class Machine:
@@ -52,7 +34,7 @@ class Machine:
 
 
 class FakeEngine:
-    component = _component(0)
+    component: Component  # no test asks for it
 
     def __init__(self, name: str, machine: Machine) -> None:
         self.name, self.machine = name, machine
