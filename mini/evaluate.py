@@ -3,7 +3,8 @@
 import argparse
 import json
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -161,17 +162,31 @@ def _quality_cells(row: Row) -> str:
     return f"{row['sharpness']:.3f} | {row['colour_error']:.2f} | {row['damage']:.3f}"
 
 
+@contextmanager
+def _generator(bundle: Path | None) -> Iterator[Generator]:
+    """Yield what draws: an exported bundle, or diffusers on the materialized pair (the measuring needs neither)."""
+    if bundle is not None:
+        from sdxl_trt.mini.draw_engines import engine_pair  # noqa: PLC0415 (it imports this module)
+
+        with engine_pair(bundle) as generator:
+            yield generator
+        return
+    from sdxl_trt.mini.draw_torch import TorchPair  # noqa: PLC0415 (torch)
+
+    with tempfile.TemporaryDirectory() as folder:
+        yield TorchPair(*materialize(folder))
+
+
 def main(arguments: list[str] | None = None) -> None:
-    """Materialize the embedded pair, draw with diffusers, print the tables and write them as JSON."""
+    """Draw with the embedded pair or a bundle, print the tables and write them as JSON."""
     parser = argparse.ArgumentParser(prog="python -m sdxl_trt.mini.evaluate", description=__doc__)
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--sweep", type=int, default=60, help="captions for each setting of the sweeps")
     parser.add_argument("--output", type=Path, help="write the figures here as JSON")
+    parser.add_argument("--bundle", type=Path, help="draw with this exported bundle instead of diffusers in fp32")
     options = parser.parse_args(arguments)
-    from sdxl_trt.mini.draw_torch import TorchPair  # noqa: PLC0415 (the measuring itself needs no torch)
-
-    with tempfile.TemporaryDirectory() as folder:
-        result = evaluate(TorchPair(*materialize(folder)), options.count, options.sweep, Settings())
+    with _generator(options.bundle) as generator:
+        result = evaluate(generator, options.count, options.sweep, Settings())
     print(markdown(result))
     if options.output:
         options.output.write_text(json.dumps(result, indent=1) + "\n")

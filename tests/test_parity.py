@@ -172,6 +172,8 @@ def test_an_absent_negative_is_what_each_config_says(name: str, pairs: Callable[
     base_zeroes, refiner_zeroes = pair.shape.force_zeros
     moved = np.abs(runs[0].handoff - runs[1].handoff).max()
     assert (moved > 0) == base_zeroes
+    if not base_zeroes:  # the refiner received the same latents: what moves now is its own doing
+        assert (np.abs(runs[0].final - runs[1].final).max() > 0) == refiner_zeroes
     assert pipeline.manifest.base.force_zeros_for_empty_prompt == base_zeroes
     assert pipeline.manifest.refiner.force_zeros_for_empty_prompt == refiner_zeroes
 
