@@ -3,12 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+PEERS := .venv-peers
+PEERS_PIP := $(PEERS)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints-peers.txt
 PROMPT ?= a large red star on a blue background
 
 # A half-made environment must not pass for a whole one.
 .DELETE_ON_ERROR:
 
-.PHONY: help demo demo-export install test lint types pytest format mini-bundle gallery clean
+.PHONY: help demo demo-export install test lint types pytest peers test-peers format mini-bundle gallery checkpoints bench-export clean
 
 help:  ## Say what there is to make
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -36,6 +38,11 @@ types: $(VENV)/.full
 pytest: $(VENV)/.full
 	$(BIN)/pytest --numprocesses 2 --dist loadfile
 
+peers: $(PEERS)/.done  ## The environment of optimum-onnx in .venv-peers
+
+test-peers: $(VENV)/.full $(PEERS)/.done  ## What others' libraries make of what this project writes
+	$(PEERS)/bin/python -m pytest --config-file tests/peers/pytest.ini tests/peers
+
 format: $(VENV)/.full  ## Format the code and mend what lint can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -47,8 +54,14 @@ gallery: $(VENV)/.runtime  ## Draw the README's contact sheet with the embedded 
 	@mkdir -p docs
 	$(BIN)/python -m sdxl_trt.mini.gallery docs/gallery.png
 
+checkpoints: $(VENV)/.full  ## Write SDXL's base and refiner with random weights, 13 GB, to out/checkpoints
+	$(BIN)/python -m sdxl_trt.benchmarks.checkpoints --out out/checkpoints
+
+bench-export: $(VENV)/.full  ## Measure the export at SDXL's real size; needs 45 GB of disk under out/
+	$(BIN)/python -m sdxl_trt.benchmarks.export $(if $(QUICK),--quick --results out/bench-export/quick.json)
+
 clean:  ## Remove what make made
-	rm -rf $(VENV) out build dist *.egg-info
+	rm -rf $(VENV) $(PEERS) out build dist *.egg-info
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -61,3 +74,12 @@ $(VENV)/.runtime: pyproject.toml constraints.txt | $(VENV)/bin/python
 $(VENV)/.full: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) --editable '.[cpu,export,bench,dev]'
 	@touch $@ $(VENV)/.runtime
+
+# The project itself comes without its dependencies: the peers pin older ones than its export needs.
+$(PEERS)/.done: pyproject.toml constraints-peers.txt
+	$(PYTHON) -m venv $(PEERS)
+	@$(PEERS_PIP) accelerate diffusers msgspec onnx onnxruntime openvino optimum-intel optimum-onnx peft pillow \
+		pytest safetensors scipy tokenizers torch torchdiffeq torchsde transformers
+	@$(PEERS_PIP) --no-deps k-diffusion
+	@$(PEERS_PIP) --no-deps --editable .
+	@touch $@

@@ -10,6 +10,7 @@ __all__ = [
     "Bundle",
     "Component",
     "FileRecord",
+    "LoraRecord",
     "Manifest",
     "Scheduler",
     "Source",
@@ -38,7 +39,7 @@ MAX_MANIFEST_BYTES = 64 << 20
 
 Kind = Literal["text_encoder", "unet", "vae_decoder", "vae_encoder"]
 DType = Literal["float32", "float16", "int64"]
-Precision = Literal["fp32", "fp16"]
+Precision = Literal["fp32", "fp16", "bf16", "mixed"]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Natural = Annotated[int, msgspec.Meta(ge=0)]
 Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
@@ -94,6 +95,8 @@ class Component(_Record, frozen=True, kw_only=True):
     source: Source
     config: dict[str, Any]
     parameters: Natural = 0
+    key: str = ""
+    """A digest of everything that decides the files: an export that comes to the same one leaves them as they are."""
 
     def input(self, name: str) -> TensorSpec:
         """Return the spec of the input called `name`."""
@@ -161,6 +164,14 @@ class Stage(_Record, frozen=True, kw_only=True):
     """Picture sides must be multiples of this many pixels."""
 
 
+class LoraRecord(_Record, frozen=True, kw_only=True):
+    """A LoRA that was fused into the base: its file name, its digest, and the scale."""
+
+    name: str
+    sha256: Sha256
+    scale: float
+
+
 class Manifest(_Record, frozen=True, kw_only=True):
     """The whole of ``manifest.json``."""
 
@@ -172,6 +183,7 @@ class Manifest(_Record, frozen=True, kw_only=True):
     tokenizers: dict[str, Tokenizer]
     base: Stage
     refiner: Stage | None = None
+    loras: tuple[LoraRecord, ...] = ()
     note: str = ""
     """A sentence that whoever uses the bundle should read, printed by the commands."""
 
@@ -196,8 +208,8 @@ class _Envelope(msgspec.Struct):
     format_version: int
 
 
-def read_bundle(root: Path | str) -> Bundle:
-    """Read and validate the manifest of the bundle at `root`.
+def read_bundle(root: Path | str, *, partial: bool = False) -> Bundle:
+    """Read and validate the manifest of the bundle at `root`; a `partial` one may lack components.
 
     Raises SourceError where there is no bundle, IncompatibleError for a newer format, CorruptError for a manifest
     that is broken, inconsistent, or names files that are missing or have another size.
@@ -218,7 +230,9 @@ def read_bundle(root: Path | str) -> Bundle:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise CorruptError(f"{where}: broken manifest ({exc}); run export-engines again") from exc
     bundle = Bundle(root, manifest)
-    _check_references(bundle)
+    _check_graphs(bundle)
+    if not partial:
+        _check_stages(bundle)
     _check_files(bundle)
     return bundle
 
@@ -247,7 +261,7 @@ def _read_manifest(root: Path) -> bytes:
         raise explain_os_error(exc, f"reading {where}") from exc
 
 
-def _check_references(bundle: Bundle) -> None:
+def _check_graphs(bundle: Bundle) -> None:
     manifest = bundle.manifest
     for name, component in manifest.components.items():
         inputs, outputs = _SIGNATURES[component.kind]
@@ -257,6 +271,10 @@ def _check_references(bundle: Bundle) -> None:
                 f"{bundle.root / MANIFEST}: {name} is no {component.kind}: it must take {sorted(inputs)} and give"
                 f" {sorted(outputs)}; run export-engines again"
             )
+
+
+def _check_stages(bundle: Bundle) -> None:
+    manifest = bundle.manifest
     for stage_name, stage in manifest.stages().items():
         problem = _stage_problem(stage, manifest)
         if problem:

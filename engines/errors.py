@@ -7,7 +7,8 @@
     ├── IncompatibleError        3   newer bundle format, stale plan, precision that a provider cannot run
     ├── CorruptError             4   digest, truncation, broken manifest, missing or misshapen tensors
     ├── ResourceError            5   out of memory or disk
-    └── EngineError              1   a backend failed; the cause is chained
+    ├── EngineError              1   a backend failed; the cause is chained
+    └── VerificationError        1   an exported graph does not do what its model does
 
 A message is one line that says what was received, what was expected and what to do. The tree is drawn
 as httpx draws its own, and backend errors are mapped with ``raise … from exc``.
@@ -22,6 +23,7 @@ __all__ = [
     "SizeError",
     "SourceError",
     "UsageError",
+    "VerificationError",
     "explain_os_error",
 ]
 
@@ -69,6 +71,10 @@ class ResourceError(SdxlTrtError):
 
 class EngineError(SdxlTrtError):
     """A backend failed for a reason that is neither memory nor a wrong file."""
+
+
+class VerificationError(SdxlTrtError):
+    """An exported graph that does not do what its model does, or a precision that its activations do not fit."""
 
 
 def explain_os_error(exc: OSError, doing: str) -> SdxlTrtError:

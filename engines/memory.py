@@ -13,7 +13,7 @@ Residency = Literal["resident", "swap"]
 # ONNX Runtime's CPU provider computes in fp32: fp16 weights are held beside their fp32 casts and packed copies.
 # Estimates from loading a 50 M-parameter UNet: 1.4 times the fp32 weights in fp32, 1.9 times in fp16.
 _FP32_BYTES = 4
-_OVERHEAD = {"fp32": 1.5, "fp16": 2.0}
+_OVERHEAD = {"fp32": 1.5, "fp16": 2.0, "bf16": 2.0, "mixed": 2.0}
 # What a step needs beyond the weights, and what is left to everybody else.
 _MARGIN = 0.8
 _MEMINFO, _CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")

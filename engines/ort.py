@@ -32,6 +32,11 @@ class OrtEngine:
     def __init__(self, bundle: Bundle, name: str) -> None:
         self.name = name
         self.component: Component = bundle.manifest.components[name]
+        if self.component.precision == "bf16":
+            raise IncompatibleError(
+                f"{bundle.root}: {name} is bf16, which ONNX Runtime's CPU provider cannot run; export it again with"
+                " --fp16 (or --fp32), or run it with TensorRT"
+            )
         self._graph_path = bundle.path(self.component.graph)
         self._weights_path = bundle.path(self.component.weights)
         self._graph: bytes | None = None

@@ -14,8 +14,9 @@ from sdxl_trt.engines.errors import UsageError
 
 EPILOG = """examples:
   export-engines --fp16                                   the embedded pair, to ./sdxl-bundle
-  export-engines --base sdxl-base --refiner sdxl-refiner --out my-bundle --fp16
-  export-engines --base my-fine-tune --no-refiner --out base-only --fp32
+  export-engines --base sd_xl_base_1.0.safetensors --refiner sd_xl_refiner_1.0.safetensors --out sdxl --verify
+  export-engines --base stabilityai/stable-diffusion-xl-base-1.0 --no-refiner --lora style.safetensors:0.8
+  export-engines --base my-fine-tune --no-refiner --vae madebyollin/sdxl-vae-fp16-fix --out mine --dry-run
 """
 
 
@@ -31,47 +32,81 @@ def _parser() -> Parser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    source = parser.add_argument_group("sources (a diffusers folder with safetensors, or 'mini' for the embedded pair)")
-    source.add_argument("--base", metavar="SRC", help="StableDiffusionXLPipeline folder (default: mini)")
+    source = parser.add_argument_group(
+        "sources (SRC: a diffusers folder, a .safetensors checkpoint, a hub id owner/name[@revision], or mini)"
+    )
+    source.add_argument("--base", metavar="SRC", help="the base (default: mini, the embedded pair)")
     refiner = source.add_mutually_exclusive_group()
-    refiner.add_argument("--refiner", metavar="SRC", help="StableDiffusionXLImg2ImgPipeline folder (with mini: mini)")
+    refiner.add_argument("--refiner", metavar="SRC", help="the refiner (with mini: mini)")
     refiner.add_argument("--no-refiner", action="store_true", help="export the base alone")
-    target = parser.add_argument_group("bundle")
-    target.add_argument(
-        "--out", type=Path, default=Path("sdxl-bundle"), metavar="DIR", help="folder to write or replace"
-    )
-    precision = target.add_mutually_exclusive_group()
-    precision.add_argument(
-        "--fp16", dest="precision", action="store_const", const="fp16", help="half precision (default)"
-    )
-    precision.add_argument("--fp32", dest="precision", action="store_const", const="fp32", help="single precision")
-    target.add_argument("--vae-precision", choices=("auto", "fp32", "fp16"), default="auto",
-                        help="auto: fp32 where the autoencoder's config says force_upcast")  # fmt: skip
+    source.add_argument("--vae", metavar="SRC", help="take another autoencoder, sdxl-vae-fp16-fix for instance")
+    source.add_argument("--lora", action="append", default=[], metavar="FILE[:SCALE]",
+                        help="fuse a LoRA into the base; may be given several times")  # fmt: skip
+    _add_target(parser.add_argument_group("bundle"))
+    parser.add_argument("--verify", action="store_true", help="compare every graph with PyTorch; exit 1 if one differs")
+    parser.add_argument("--force", action="store_true", help="export again what has not changed")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done and needed; write nothing")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     parser.add_argument("--debug", action="store_true", help="add the traceback to an error")
     parser.set_defaults(precision="fp16")
     return parser
 
 
+def _add_target(group: Any) -> None:
+    group.add_argument("--out", type=Path, default=Path("sdxl-bundle"), metavar="DIR", help="folder to make or replace")
+    precision = group.add_mutually_exclusive_group()
+    for name, meaning in (("fp16", "half precision (default)"), ("bf16", "bfloat16, for TensorRT"),
+                          ("fp32", "single precision")):  # fmt: skip
+        precision.add_argument(f"--{name}", dest="precision", action="store_const", const=name, help=meaning)
+    group.add_argument("--vae-precision", choices=("auto", "fp32", "bf16", "fp16", "mixed"), default="auto",
+                       help="auto: fp32 where the autoencoder's config says force_upcast, else the chosen precision;"
+                       " mixed: fp16 with the end of the decoder in fp32")  # fmt: skip
+    group.add_argument("--components", metavar="LIST", help="export only these, separated by commas; the others stay"
+                       " as the bundle has them")  # fmt: skip
+    group.add_argument("--layout", choices=("bundle", "optimum"), default="bundle",
+                       help="optimum: two folders, base and refiner, that optimum-onnx loads")  # fmt: skip
+    group.add_argument("--opset", type=int, default=23, metavar="N", help="ONNX operator set, 20 to 23 (default 23)")
+
+
 def _export(arguments: argparse.Namespace) -> None:
     # The exporter is serial Python; threads that spin between its small tensors only take time from it.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from sdxl_trt.export.components import Options  # noqa: PLC0415 - torch: --help must not wait for it
-    from sdxl_trt.export.exporter import export_bundle  # noqa: PLC0415
-
-    started = time.perf_counter()
     base, refiner = _sources(arguments)
-    options = Options(precision=arguments.precision, vae_precision=arguments.vae_precision)
-    try:
-        bundle = export_bundle(base, refiner, arguments.out, options, progress=_show)
-    finally:
-        _clear()
-    seconds = time.perf_counter() - started
-    report = _report(bundle, seconds)
+    options = _options(arguments)
+    from sdxl_trt.export import exporter, summary  # noqa: PLC0415 - torch: --help must not wait for it
+
+    if arguments.dry_run:
+        _print(arguments, summary.of_plan(exporter.plan_export(base, refiner, arguments.out, options)))
+        return
+    started = time.perf_counter()
+    export = exporter.export_optimum if arguments.layout == "optimum" else exporter.export_bundle
+    with summary.progress_bar(sys.stderr) as progress:
+        exported = export(base, refiner, arguments.out, options, progress=progress)
+    _print(arguments, summary.of_export(exported, arguments.out, time.perf_counter() - started))
+
+
+def _print(arguments: argparse.Namespace, told: Any) -> None:
     if arguments.json:
-        print_json(report)
+        print_json(told.json)
     else:
-        _tell(report)
+        sys.stdout.write("".join(f"{one_line(line)}\n" for line in told.lines))
+
+
+def _options(arguments: argparse.Namespace) -> Any:
+    from sdxl_trt.export.components import Options  # noqa: PLC0415 - torch: --help must not wait for it
+    from sdxl_trt.export.lora import parse_lora_option  # noqa: PLC0415
+
+    names = arguments.components
+    return Options(
+        precision=arguments.precision,
+        vae_precision=arguments.vae_precision,
+        opset=arguments.opset,
+        vae=arguments.vae,
+        loras=tuple(parse_lora_option(text) for text in arguments.lora),
+        components=None if names is None else frozenset(filter(None, names.split(","))),
+        verify=arguments.verify,
+        force=arguments.force,
+    )
 
 
 def _sources(arguments: argparse.Namespace) -> tuple[str, str | None]:
@@ -85,49 +120,6 @@ def _sources(arguments: argparse.Namespace) -> tuple[str, str | None]:
     if "" in (base, refiner):
         raise UsageError("--base and --refiner take a folder or mini, not an empty name; is a variable unset?")
     return "mini" if base is None else base, None if arguments.no_refiner else refiner
-
-
-def _show(component: str, stage: str) -> None:
-    if sys.stderr.isatty():
-        sys.stderr.write(f"\r\033[K{component}: {stage}")
-        sys.stderr.flush()
-
-
-def _clear() -> None:
-    if sys.stderr.isatty():
-        sys.stderr.write("\r\033[K")
-        sys.stderr.flush()
-
-
-def _report(bundle: Any, seconds: float) -> dict[str, Any]:
-    manifest = bundle.manifest
-    return {
-        "bundle": str(bundle.root),
-        "seconds": seconds,
-        "components": {
-            name: {
-                "kind": component.kind,
-                "precision": component.precision,
-                "parameters": component.parameters,
-                "bytes": component.graph.size + component.weights.size,
-                "sha256": component.weights.sha256,
-            }
-            for name, component in manifest.components.items()
-        },
-        "refiner": manifest.refiner is not None,
-        "note": manifest.note,
-    }
-
-
-def _tell(report: dict[str, Any]) -> None:
-    for name, part in report["components"].items():
-        line = f"  {name:<24} {part['precision']}  {part['parameters'] / 1e6:9.2f} M  {part['bytes'] / 2**20:9.1f} MiB"
-        sys.stdout.write(line + "\n")
-    total = sum(part["bytes"] for part in report["components"].values()) / 2**20
-    sys.stdout.write(f"{report['bundle']}: {total:.1f} MiB in {report['seconds']:.0f} s\n")
-    if report["note"]:
-        sys.stdout.write(f"note: {one_line(report['note'])}\n")
-    sys.stdout.write(f'next: trt-generate "a prompt" --engines {report["bundle"]}\n')
 
 
 if __name__ == "__main__":

@@ -1,14 +1,20 @@
 """Which graphs a base and a refiner need, and which of them the two can share."""
 
-__all__ = ["ComponentPlan", "Options", "StagePlan", "plan_components"]
+__all__ = ["COMPONENTS", "OPSETS", "ComponentPlan", "Options", "StagePlan", "VaePrecision", "plan_components"]
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
 
 from sdxl_trt.engines.bundle import Kind, Precision
-from sdxl_trt.engines.errors import SourceError
+from sdxl_trt.engines.errors import SourceError, UsageError
 from sdxl_trt.export.graphs import context_width
+from sdxl_trt.export.lora import check_fits, fuse
+from sdxl_trt.export.lora_file import Lora
+from sdxl_trt.export.lora_names import Component as LoraComponent
 from sdxl_trt.export.models import MetaModel, build_model
 from sdxl_trt.export.sources import ModelSource, PipelineSource
 from sdxl_trt.export.tensors import Checkpoint, digest_tensors, resolve_names
@@ -24,13 +30,40 @@ _VAE_HALVES: dict[str, tuple[str, ...]] = {
 }
 
 
+OPSETS = (20, 21, 22, 23)
+ROLES = ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder")
+COMPONENTS = (*ROLES, *(f"refiner_{role}" for role in ROLES[1:]))
+"""The names that components can have; a refiner's encoder or autoencoder exists where it differs from the base's."""
+VaePrecision = Literal["auto", "fp32", "bf16", "fp16", "mixed"]
+
+
 @dataclass(frozen=True)
 class Options:
-    """How to export: the precision of everything, and of the autoencoder ("auto": fp32 where the config says so)."""
+    """How to export.
 
-    precision: Precision = "fp16"
-    vae_precision: Literal["auto", "fp32", "fp16"] = "auto"
+    `vae_precision` "auto" is fp32 where the autoencoder's config says `force_upcast`, else the `precision` of all;
+    "mixed" keeps the end of the decoder, and the encoder, in fp32. `vae` takes another autoencoder for both stages.
+    `loras` are (file, scale) pairs, fused into the base. `components` limits what is exported; the others stay as the
+    bundle at the target has them. `verify` compares the result with PyTorch, `force` exports what is unchanged too.
+    """
+
+    precision: Literal["fp32", "fp16", "bf16"] = "fp16"
+    vae_precision: VaePrecision = "auto"
     opset: int = 23
+    vae: str | Path | None = None
+    loras: tuple[tuple[Path, float], ...] = ()
+    components: frozenset[str] | None = None
+    verify: bool = False
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        if self.opset not in OPSETS:
+            raise UsageError(f"--opset {self.opset}: choose from {OPSETS[0]} to {OPSETS[-1]}")
+        if self.vae_precision not in get_args(VaePrecision):
+            raise UsageError(f"--vae-precision {self.vae_precision}: choose from {', '.join(get_args(VaePrecision))}")
+        unknown = sorted((self.components or frozenset()) - set(COMPONENTS))
+        if unknown or (self.components is not None and not self.components):
+            raise UsageError(f"--components {','.join(unknown)}: choose from {', '.join(COMPONENTS)}")
 
 
 @dataclass(frozen=True)
@@ -39,7 +72,6 @@ class ComponentPlan:
 
     kind: Kind
     source: ModelSource
-    origin: str
     model: MetaModel
     checkpoint: Checkpoint
     precision: Precision
@@ -50,6 +82,16 @@ class ComponentPlan:
         """Return the published names of the tensors that belong to this half of the model."""
         halves = _VAE_HALVES.get(self.kind)
         return [name for name in self.model.state if halves is None or name.startswith(halves)]
+
+    @cached_property
+    def digest(self) -> str:
+        """The sha256 of the tensors that belong to this half of the model, with LoRAs fused; read once."""
+        return digest_tensors(self.checkpoint, self.tensor_names())
+
+    def bytes(self) -> int:
+        """Return about how many bytes the weights will take in the bundle."""
+        size = 2 if self.precision in ("fp16", "bf16") else 4
+        return size * sum(math.prod(self.model.state[name]) for name in self.tensor_names())
 
     def function(self) -> tuple[Any, ...]:
         """Return what decides the graph apart from the weights: class, precision, resolved config."""
@@ -72,9 +114,13 @@ class StagePlan:
 
 
 def plan_components(
-    base: PipelineSource, refiner: PipelineSource | None, options: Options, warn: Callable[[str], None]
+    base: PipelineSource,
+    refiner: PipelineSource | None,
+    options: Options,
+    warn: Callable[[str], None],
+    loras: Sequence[tuple[Lora, float]] = (),
 ) -> tuple[dict[str, ComponentPlan], dict[str, StagePlan]]:
-    """Return the components to export by name, and the stages that refer to them.
+    """Return the components to export by name, and the stages that refer to them. LoRAs go into the base only.
 
     A refiner's encoder or autoencoder half is a component of its own unless its function and every tensor (name,
     dtype, shape, bytes) agree with the base's.
@@ -84,7 +130,7 @@ def plan_components(
     for prefix, pipeline in (("", base), ("refiner_", refiner)):
         if pipeline is None:
             continue
-        stage, plans = _plan_stage(pipeline, options, warn)
+        stage, plans = _plan_stage(pipeline, options, warn, () if prefix else loras)
         for role, plan in plans.items():
             twin = components.get(role)
             shared = bool(prefix) and twin is not None and _same(plan, twin)
@@ -111,7 +157,7 @@ def _check_latents(base: StagePlan, refiner: StagePlan, warn: Callable[[str], No
 
 
 def _plan_stage(
-    pipeline: PipelineSource, options: Options, warn: Callable[[str], None]
+    pipeline: PipelineSource, options: Options, warn: Callable[[str], None], loras: Sequence[tuple[Lora, float]]
 ) -> tuple[StagePlan, dict[str, ComponentPlan]]:
     models: dict[str, MetaModel] = {}
     checkpoints: dict[str, Checkpoint] = {}
@@ -119,10 +165,13 @@ def _plan_stage(
         where = str(source.folder)
         models[name] = build_model(source.class_name, source.config, where)
         checkpoints[name] = resolve_names(source.checkpoint(), models[name].state, where, warn)
+    check_fits((lora for lora, _ in loras), models)
+    for name in models.keys() & {"unet", "text_encoder", "text_encoder_2"} if loras else ():
+        checkpoints[name] = fuse(checkpoints[name], cast("LoraComponent", name), loras, models[name].config)
 
     def plan(name: str, kind: Kind, precision: Precision, time_ids: int = 0, pooled: int = 0) -> ComponentPlan:
         source = pipeline.models[name]
-        return ComponentPlan(kind, source, pipeline.name, models[name], checkpoints[name], precision, time_ids, pooled)
+        return ComponentPlan(kind, source, models[name], checkpoints[name], precision, time_ids, pooled)
 
     _check_widths(models, pipeline)
     plans = {name: plan(name, "text_encoder", options.precision) for name in models if name.startswith("text_")}
@@ -130,7 +179,8 @@ def _plan_stage(
     plans["unet"] = plan("unet", "unet", options.precision, len(time_id_names(pipeline)), pooled)
     vae_precision = _vae_precision(models["vae"], options)
     plans["vae_decoder"] = plan("vae", "vae_decoder", vae_precision)
-    plans["vae_encoder"] = plan("vae", "vae_encoder", vae_precision)
+    # What overflows in a decoder is its end; nobody has shown which layers of the encoder may be narrow.
+    plans["vae_encoder"] = plan("vae", "vae_encoder", "fp32" if vae_precision == "mixed" else vae_precision)
     return StagePlan(pipeline, models), plans
 
 
@@ -184,4 +234,4 @@ def _same(one: ComponentPlan, other: ComponentPlan) -> bool:
     left, right = one.checkpoint.tensors, other.checkpoint.tensors
     if any((left[n].dtype, left[n].shape) != (right[n].dtype, right[n].shape) for n in names):
         return False
-    return digest_tensors(one.checkpoint, names) == digest_tensors(other.checkpoint, names)
+    return one.digest == other.digest

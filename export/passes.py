@@ -1,6 +1,6 @@
 """Graph rewrites that touch no weight: what is left is what the model computes."""
 
-__all__ = ["simplify"]
+__all__ = ["fold", "simplify"]
 
 import onnx_ir as ir
 from onnx_ir.passes import common
@@ -17,22 +17,28 @@ def simplify(model: ir.Model) -> dict[str, tuple[int, ...]]:
     Returns the permutation of each weight that the graph now expects to be stored transposed. Weights must have no
     value yet, so that nothing can be folded into memory.
     """
-    weights = set(model.graph.initializers)
-    for _ in range(_MAX_ROUNDS):
-        before = model.graph.num_nodes()
-        optimizer.fold_constants(model, onnx_shape_inference=False)
-        _drop_neutral(model.graph)
-        common.IdentityEliminationPass()(model)
-        common.CommonSubexpressionEliminationPass()(model)
-        common.RemoveUnusedNodesPass()(model)
-        if model.graph.num_nodes() == before:
-            break
+    weights = {name for name, value in model.graph.initializers.items() if value.const_value is None}
+    fold(model)
     permutations = _hoist_transposes(model.graph, weights)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     common.RemoveUnusedNodesPass()(model)
     common.ClearMetadataAndDocStringPass()(model)
     _forget_inner_shapes(model.graph)
     return permutations
+
+
+def fold(model: ir.Model) -> None:
+    """Fold constants, drop identities, duplicates and dead nodes, until nothing changes."""
+    for _ in range(_MAX_ROUNDS):
+        before = model.graph.num_nodes()
+        optimizer.fold_constants(model, onnx_shape_inference=False)
+        _drop_neutral(model.graph)
+        _share_sizes(model.graph)
+        common.IdentityEliminationPass()(model)
+        common.CommonSubexpressionEliminationPass()(model)
+        common.RemoveUnusedNodesPass()(model)
+        if model.graph.num_nodes() == before:
+            break
 
 
 def _constant(value: ir.Value | None) -> ir.TensorProtocol | None:
@@ -51,6 +57,32 @@ def _drop_neutral(graph: ir.Graph) -> None:
             continue
         ir.convenience.replace_all_uses_with(result, source)
         graph.remove(node, safe=True)
+
+
+def _share_sizes(graph: ir.Graph) -> None:
+    """Ask for each varying size once: the values of a graph share few of them, and many ask for their own."""
+    known: dict[str, ir.Value] = {}
+    for node in list(graph):
+        symbol = _asked_symbol(node)
+        if symbol is None:
+            continue
+        first = known.setdefault(symbol, node.outputs[0])
+        if first is not node.outputs[0]:
+            ir.convenience.replace_all_uses_with(node.outputs[0], first)
+            graph.remove(node, safe=True)
+
+
+def _asked_symbol(node: ir.Node) -> str | None:
+    """Return the name of the one varying size that a Shape node gives, if that is all that it gives."""
+    source = node.inputs[0] if node.op_type == "Shape" else None
+    if source is None or source.shape is None or node.outputs[0].is_graph_output() or "end" not in node.attributes:
+        return None
+    start = node.attributes.get_int("start", 0)
+    end = node.attributes.get_int("end", 0)
+    if start is None or end != start + 1 or not 0 <= start < len(source.shape):
+        return None
+    size = source.shape[start]
+    return size.value if isinstance(size, ir.SymbolicDim) else None
 
 
 def _hoist_transposes(graph: ir.Graph, weights: set[str]) -> dict[str, tuple[int, ...]]:

@@ -1,61 +1,80 @@
-"""A diffusers folder of an SDXL pipeline: its components, their configs, and what the host must know of them.
+"""Where an SDXL model comes from: a diffusers folder, the hub, or a single file; its components and their configs.
 
 Only what is listed here is read: class names come from ``model_index.json`` but never choose code outside this
-project's own table, pickled weights are refused, and no file of the folder is executed.
+project's own table, pickled weights are refused, and no file of the source is executed.
 """
 
-__all__ = ["BASE_CLASS", "REFINER_CLASS", "ModelSource", "PipelineSource", "open_pipeline"]
+__all__ = [
+    "BASE_CLASS",
+    "REFINER_CLASS",
+    "ModelSource",
+    "PipelineSource",
+    "Role",
+    "open_checkpoint_file",
+    "open_pipeline",
+    "open_source",
+    "open_vae",
+    "read_json",
+    "with_vae",
+]
 
-import json
 import logging
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
-
-import msgspec
+from typing import Any, Literal
 
 from sdxl_trt.engines.bundle import Scheduler
-from sdxl_trt.engines.errors import CorruptError, SourceError, explain_os_error
+from sdxl_trt.engines.errors import SourceError
+from sdxl_trt.export.configs import PUBLISHED, read_json, read_scheduler
+from sdxl_trt.export.hub import fetch_pipeline, fetch_vae, parse_hub_id
+from sdxl_trt.export.single_file import SingleFile, open_single_file
 from sdxl_trt.export.tensors import Checkpoint, open_checkpoint
+from sdxl_trt.export.weight_files import PICKLED
 
 log = logging.getLogger("sdxl_trt.export")
+Role = Literal["base", "refiner"]
+Open = Callable[[], Checkpoint]
 BASE_CLASS = "StableDiffusionXLPipeline"
 REFINER_CLASS = "StableDiffusionXLImg2ImgPipeline"
+_CLASSES: dict[Role, str] = {"base": BASE_CLASS, "refiner": REFINER_CLASS}
 _OPTION = {BASE_CLASS: "--base", REFINER_CLASS: "--refiner"}
+_VAE_CLASS = "AutoencoderKL"
 _STEMS = {"transformers": "model", "diffusers": "diffusion_pytorch_model"}
 _MODELS = ("text_encoder", "text_encoder_2", "unet", "vae")
 _REQUIRED = ("text_encoder_2", "unet", "vae", "tokenizer_2", "scheduler")
-# Settings that the runtime's schedules do not know: anything but these values changes the grid.
-_USUAL_SCHEDULER = {
-    "use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False, "trained_betas": None,
-    "rescale_betas_zero_snr": False, "interpolation_type": "linear", "final_sigmas_type": "zero",
-    "timestep_type": "discrete", "use_flow_sigmas": False,
-}  # fmt: skip
-_SCHEDULER_WORDS = {
-    "beta_schedule": ("scaled_linear", "linear"),
-    "prediction_type": ("epsilon", "v_prediction", "sample"),
-    "timestep_spacing": ("leading", "trailing", "linspace"),
-}
-MAX_JSON_BYTES = 64 << 20
+_HALF = ("fp16", "bf16")
+_KINDS = "give a diffusers folder, a .safetensors checkpoint or a hub id (owner/name)"
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """One model of a pipeline folder: class and config; the weights are opened when asked for."""
+    """One model of a source: class and config; the weights are opened when asked for.
 
-    folder: Path
+    `where` is its place for messages, like a path; `name` is what a manifest records, without paths of this machine
+    ("sdxl-base/unet", "owner/name@commit/vae").
+    """
+
+    where: str
+    name: str
     class_name: str
     config: dict[str, Any]
-    stem: str
+    open: Open
+
+    @property
+    def folder(self) -> Path:
+        """The place of the model: its folder, or the checkpoint's path and the component."""
+        return Path(self.where)
 
     def checkpoint(self) -> Checkpoint:
-        """Open the model's safetensors."""
-        return open_checkpoint(self.folder, self.stem)
+        """Open the model's safetensors. Raises SourceError where there are none, CorruptError for broken ones."""
+        return self.open()
 
 
 @dataclass(frozen=True)
 class PipelineSource:
-    """A base or refiner folder whose configs have been read."""
+    """A base or refiner whose configs have been read; `index` and `scheduler_config` are the raw ones."""
 
     root: Path
     name: str
@@ -64,30 +83,143 @@ class PipelineSource:
     scheduler: Scheduler
     requires_aesthetics_score: bool
     force_zeros_for_empty_prompt: bool
+    index: dict[str, Any]
+    scheduler_config: dict[str, Any]
 
 
-def open_pipeline(root: Path, expected_class: str) -> PipelineSource:
+def open_source(spec: str | Path, role: Role, *, precision: str = "fp32") -> PipelineSource:
+    """Open a base or refiner: a diffusers folder, a single-file checkpoint, or a hub id ``owner/name[@revision]``.
+
+    A local file or folder goes before a hub id of the same name. Where `precision` is a half one, the hub's fp16
+    files are downloaded instead of the full ones. Raises SourceError and CorruptError.
+    """
+    path, class_name = Path(spec), _CLASSES[role]
+    if path.is_dir():
+        return open_pipeline(path, class_name)
+    if _is_file(path):
+        return open_checkpoint_file(path, role)
+    hub_id = parse_hub_id(str(spec))
+    if hub_id is None:
+        raise SourceError(f"--{role} {spec}: no such folder or file; {_KINDS}, or 'mini'")
+    snapshot = fetch_pipeline(hub_id, half=precision in _HALF)
+    return open_pipeline(snapshot.folder, class_name, name=snapshot.name, variant=snapshot.variant)
+
+
+def open_pipeline(root: Path, expected_class: str, *, name: str = "", variant: str = "") -> PipelineSource:
     """Read the diffusers folder at `root`, which must hold a pipeline of `expected_class`.
 
+    It is recorded under its folder's name unless one is given; weights of `variant` ("fp16") are preferred.
     Raises SourceError for a folder that is missing, incomplete, or of another class; CorruptError for broken JSON.
     """
-    index = _read_index(root, expected_class)
-    parts = {name: value for name, value in index.items() if isinstance(value, list) and value and value[0]}
+
+    def model(component: str, stem: str, _: dict[str, Any]) -> tuple[Path, Open]:
+        folder = root / component
+        return folder, partial(open_checkpoint, folder, stem, variant)
+
+    return _read(root, expected_class, root, name or root.resolve().name, model, {})
+
+
+def open_checkpoint_file(path: Path, role: Role, *, configs: Path | None = None) -> PipelineSource:
+    """Read the single-file checkpoint at `path`, whose configs and tokenizers are SDXL's published ones.
+
+    `configs` is a diffusers folder to take them from instead. Raises SourceError for a file of another kind, and
+    CorruptError for a broken one.
+    """
+    file = open_single_file(path, role)
+    unused = file.unused()
+    if unused:
+        log.warning("%s: %d tensors of no part of the model were left out, %s for one", path, len(unused), unused[0])
+
+    def model(component: str, _: str, config: dict[str, Any]) -> tuple[Path, Open]:
+        return path / component, partial(file.checkpoint, component, config)
+
+    root = PUBLISHED / role if configs is None else configs
+    return _read(root, _CLASSES[role], path, path.name, model, _said_by(file))
+
+
+def _said_by(file: SingleFile) -> dict[str, Any]:
+    """Return what a checkpoint's flags change in its scheduler's config."""
+    changes: dict[str, Any] = {"prediction_type": "v_prediction"} if file.v_prediction else {}
+    return changes | ({"rescale_betas_zero_snr": True} if file.zero_terminal_snr else {})
+
+
+def open_vae(spec: str | Path, *, precision: str = "fp32", configs: Path | None = None) -> ModelSource:
+    """Open an autoencoder that replaces a pipeline's: its folder, a pipeline's, a hub id, or a single file.
+
+    A single file has LDM names, with or without ``first_stage_model.``, or diffusers' names, and the published
+    config unless a folder `configs` has another (``config.json``). Raises SourceError and CorruptError.
+    """
+    path = Path(spec)
+    if path.is_dir():
+        return _vae_folder(path, path.resolve().name, "")
+    if _is_file(path):
+        file = open_single_file(path, "vae")
+        config = read_json((PUBLISHED / "base" / "vae" if configs is None else configs) / "config.json")
+        return ModelSource(str(path), path.name, _VAE_CLASS, config, partial(file.checkpoint, "vae", config))
+    hub_id = parse_hub_id(str(spec))
+    if hub_id is None:
+        raise SourceError(f"--vae {spec}: no such folder or file; {_KINDS}")
+    snapshot = fetch_vae(hub_id, half=precision in _HALF)
+    return _vae_folder(snapshot.folder, snapshot.name, snapshot.variant)
+
+
+def with_vae(pipeline: PipelineSource, vae: ModelSource) -> PipelineSource:
+    """Return `pipeline` with another autoencoder; whether the two fit is checked with the components."""
+    return replace(pipeline, models=pipeline.models | {"vae": vae})
+
+
+def _vae_folder(root: Path, name: str, variant: str) -> ModelSource:
+    inner = (root / "vae" / "config.json").is_file()
+    folder, name = (root / "vae", f"{name}/vae") if inner else (root, name)
+    if not (folder / "config.json").is_file():
+        raise SourceError(f"--vae {root}: has no config.json, so it is no diffusers model; {_KINDS}")
+    config = read_json(folder / "config.json")
+    class_name = config.get("_class_name", _VAE_CLASS)
+    if class_name != _VAE_CLASS:
+        raise SourceError(f"--vae {root}: is a {class_name}; --vae takes an {_VAE_CLASS}")
+    opened = partial(open_checkpoint, folder, _STEMS["diffusers"], variant)
+    return ModelSource(str(folder), name, _VAE_CLASS, config, opened)
+
+
+def _is_file(path: Path) -> bool:
+    return path.is_file() or path.suffix in (".safetensors", *PICKLED)
+
+
+def _read(
+    configs: Path,
+    expected_class: str,
+    root: Path,
+    name: str,
+    model: Callable[[str, str, dict[str, Any]], tuple[Path, Open]],
+    schedule: dict[str, Any],
+) -> PipelineSource:
+    """Read the configs of a pipeline whose models `model` opens: (component, stem, config) -> (place, opener)."""
+    index = _read_index(configs, expected_class)
+    parts = {part: value for part, value in index.items() if isinstance(value, list) and value and value[0]}
     # The first encoder is optional, as in diffusers, but it comes with its tokenizer.
-    pair = [name for name in ("text_encoder", "tokenizer") if "text_encoder" in parts or "tokenizer" in parts]
-    missing = [name for name in (*_REQUIRED, *pair) if name not in parts or not (root / name).is_dir()]
+    pair = [part for part in ("text_encoder", "tokenizer") if "text_encoder" in parts or "tokenizer" in parts]
+    missing = [part for part in (*_REQUIRED, *pair) if part not in parts or not (configs / part).is_dir()]
     if missing:
-        raise SourceError(f"{root}: has no {', '.join(missing)}; download the whole model folder")
-    models = {name: _open_model(root / name, parts[name]) for name in _MODELS if name in parts}
+        raise SourceError(f"{configs}: has no {', '.join(missing)}; download the whole model folder")
+    models: dict[str, ModelSource] = {}
+    for component in (part for part in _MODELS if part in parts):
+        library, class_name = _class(parts[component], configs / component)
+        config = read_json(configs / component / "config.json")
+        place, opener = model(component, _STEMS[library], config)
+        models[component] = ModelSource(str(place), f"{name}/{component}", class_name, config, opener)
+    scheduler_file = configs / "scheduler" / "scheduler_config.json"
+    scheduler_config = read_json(scheduler_file) | schedule
     refiner = expected_class == REFINER_CLASS
     return PipelineSource(
         root=root,
-        name=root.resolve().name,
+        name=name,
         models=models,
-        tokenizers={name: root / name for name in ("tokenizer", "tokenizer_2") if name in parts},
-        scheduler=_read_scheduler(root / "scheduler" / "scheduler_config.json"),
+        tokenizers={part: configs / part for part in ("tokenizer", "tokenizer_2") if part in parts},
+        scheduler=read_scheduler(scheduler_config, str(scheduler_file if configs == root else root)),
         requires_aesthetics_score=bool(index.get("requires_aesthetics_score", False)) and refiner,
         force_zeros_for_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", True)),
+        index=index,
+        scheduler_config=scheduler_config,
     )
 
 
@@ -108,42 +240,9 @@ def _read_index(root: Path, expected_class: str) -> dict[str, Any]:
     raise SourceError(f"{option} {root}: is a {found}, not SDXL; {option} takes a {expected_class}")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; raise SourceError where it is missing and CorruptError where it is broken."""
-    try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise CorruptError(f"{path}: larger than {MAX_JSON_BYTES >> 20} MiB, so not a config")
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError as exc:
-        raise SourceError(f"{path}: missing; download the whole model folder") from exc
-    except OSError as exc:
-        raise explain_os_error(exc, f"reading {path}") from exc
-    except (ValueError, RecursionError) as exc:
-        raise CorruptError(f"{path}: broken JSON ({exc}); download it again") from exc
-    if not isinstance(value, dict):
-        raise CorruptError(f"{path}: expected a JSON object, found {type(value).__name__}; download it again")
-    return value
-
-
-def _open_model(folder: Path, entry: list[Any]) -> ModelSource:
+def _class(entry: list[Any], where: Path) -> tuple[str, str]:
+    """Return library and class of an entry of the index."""
     library, class_name = [str(part) for part in entry[:2]] if len(entry) >= 2 else ("", "")
     if library not in _STEMS:
-        raise SourceError(f"{folder}: model_index.json names {library}.{class_name}; custom code is never loaded")
-    return ModelSource(folder, class_name, read_json(folder / "config.json"), _STEMS[library])
-
-
-def _read_scheduler(path: Path) -> Scheduler:
-    config = read_json(path)
-    config["class_name"] = str(config.get("_class_name", "EulerDiscreteScheduler"))
-    ignored = [name for name, usual in _USUAL_SCHEDULER.items() if config.get(name, usual) != usual]
-    if ignored:
-        log.warning("%s: %s is not followed yet; the grid is made without it", path, ", ".join(ignored))
-    known = {name: config[name] for name in Scheduler.__struct_fields__ if config.get(name) is not None}
-    try:
-        scheduler = msgspec.convert(known, Scheduler)
-    except msgspec.ValidationError as exc:
-        raise CorruptError(f"{path}: {exc}; download it again") from exc
-    for name, words in _SCHEDULER_WORDS.items():
-        if getattr(scheduler, name) not in words:
-            raise SourceError(f"{path}: {name} {known[name]!r} is not supported; {', '.join(words)} are")
-    return scheduler
+        raise SourceError(f"{where}: model_index.json names {library}.{class_name}; custom code is never loaded")
+    return library, class_name

@@ -1,34 +1,68 @@
 """Checkpoints as names, shapes and dtypes first, and tensors one at a time later."""
 
-__all__ = ["Checkpoint", "TensorInfo", "digest_tensors", "open_checkpoint", "resolve_names"]
+__all__ = [
+    "Checkpoint",
+    "TensorInfo",
+    "digest_tensors",
+    "known_extra",
+    "open_checkpoint",
+    "open_file",
+    "resolve_names",
+]
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from sdxl_trt.engines.errors import CorruptError, SourceError, explain_os_error
+from sdxl_trt.engines.errors import CorruptError, explain_os_error
 from sdxl_trt.engines.files import contained
+from sdxl_trt.export.weight_files import find_weights
 
 # A mapped file counts as resident once its pages are touched: the mapping is renewed after this many bytes.
 REMAP_BYTES = 256 << 20
-PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
-# Buffers that older versions saved and that the models compute for themselves.
-COMPUTED = ("position_ids",)
+# What published checkpoints carry and no model reads: buffers that it computes for itself, CLIP's logit scale and
+# the first encoder's projection, averaged weights, and the training's schedule, loss and flags.
+_KNOWN_EXTRA = re.compile(
+    r"(.+\.)?(position_ids|logit_scale|text_projection|text_projection\.weight)"
+    r"|(model_ema|denoiser|loss|first_stage_model\.loss|first_stage_model\.model_ema)\..+"
+    r"|(alphas|betas|lvlb|log_one_minus|posterior|sqrt)(_\w+)?|logvar|v_pred|ztsnr"
+)
+_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies, and its shape and safetensors dtype name ("F16", "F32", …)."""
+    """Where one tensor lies, its shape, and its safetensors dtype name ("F16", "F32", …).
+
+    `rows` are those of the stored tensor that make this one, all where None; `transposed` says that the stored
+    matrix is this one's transpose. `shape` is what they leave; `position` orders the tensors of a file.
+    """
 
     file: Path
     key: str
     shape: tuple[int, ...]
     dtype: str
+    rows: tuple[int, int] | None = None
+    transposed: bool = False
+    position: int = 0
+
+    def part(self, index: int, parts: int) -> "TensorInfo":
+        """Return the `index`-th of `parts` equal ranges of rows; a remainder is left out, for shapes to disagree."""
+        if not self.shape:
+            return self
+        size = self.shape[0] // parts
+        return replace(self, shape=(size, *self.shape[1:]), rows=(index * size, (index + 1) * size))
+
+    def transpose(self) -> "TensorInfo":
+        """Return the transpose of a stored matrix."""
+        return replace(self, shape=self.shape[::-1], transposed=not self.transposed)
 
 
 class Checkpoint:
@@ -48,39 +82,47 @@ class Checkpoint:
                 if handle is None or info.file != open_file or budget < 0:
                     handle = safe_open(info.file, framework="pt")
                     open_file, budget = info.file, REMAP_BYTES
-                tensor = handle.get_tensor(info.key)
+                tensor = _load(handle, info)
             except SafetensorError as exc:
                 raise _broken(info.file, exc) from exc
+            except OSError as exc:
+                raise explain_os_error(exc, f"reading {info.file}") from exc
             budget -= tensor.nbytes
             yield name, tensor
 
+    def in_file_order(self, names: Iterable[str]) -> list[str]:
+        """Return `names` as their bytes follow each other on the disk, which is how to read them fast."""
 
-def open_checkpoint(folder: Path, stem: str) -> Checkpoint:
+        def place(name: str) -> tuple[str, int, int]:
+            info = self.tensors[name]
+            return str(info.file), info.position, info.rows[0] if info.rows else 0
+
+        return sorted(names, key=place)
+
+
+def _load(handle: Any, info: TensorInfo) -> torch.Tensor:
+    stored = handle.get_tensor(info.key) if info.rows is None else handle.get_slice(info.key)[slice(*info.rows)]
+    tensor: torch.Tensor = stored
+    return tensor.T.contiguous() if info.transposed else tensor
+
+
+def open_checkpoint(folder: Path, stem: str, variant: str = "") -> Checkpoint:
     """Open the safetensors of a component folder: one file ``<stem>.safetensors``, or shards with their index.
 
-    Raises SourceError where there are none, or only pickled weights; CorruptError for broken files.
+    A `variant` ("fp16") is preferred to the plain files where it is there. Raises SourceError where there are no
+    weights, or only pickled ones; CorruptError for broken files.
     """
-    index = folder / f"{stem}.safetensors.index.json"
-    single = folder / f"{stem}.safetensors"
-    if single.is_file():
-        return Checkpoint(_read_headers([single]))
-    if index.is_file():
-        return Checkpoint(_read_headers(_shards(folder, index)))
-    raise _no_weights(folder, stem)
+    try:
+        names = [path.name for path in folder.iterdir() if path.is_file()]
+    except OSError as exc:
+        raise explain_os_error(exc, f"reading {folder}") from exc
+    entry = folder / find_weights(names, stem, str(folder), variant)
+    return Checkpoint(_read_headers(_shards(folder, entry) if entry.suffix == ".json" else [entry]))
 
 
-def _no_weights(folder: Path, stem: str) -> SourceError:
-    present = sorted(path.name for path in folder.iterdir() if path.is_file())
-    variants = [name for name in present if name.endswith(".safetensors")]
-    if variants:
-        return SourceError(f"{folder}: expected {stem}.safetensors, found {', '.join(variants)}; rename it")
-    pickled = [name for name in present if name.endswith(PICKLED)]
-    if pickled:
-        return SourceError(
-            f"{folder}: only pickled weights ({pickled[0]}), which can run code when loaded; convert them to"
-            " safetensors (save_pretrained(..., safe_serialization=True))"
-        )
-    return SourceError(f"{folder}: has no {stem}.safetensors; download the whole model folder")
+def open_file(path: Path) -> Checkpoint:
+    """Open one safetensors file. Raises CorruptError where it is broken, UsageError where it cannot be read."""
+    return Checkpoint(_read_headers([path]))
 
 
 def _shards(folder: Path, index: Path) -> list[Path]:
@@ -106,9 +148,10 @@ def _read_headers(files: Iterable[Path]) -> dict[str, TensorInfo]:
     for file in files:
         try:
             with safe_open(file, framework="pt") as handle:
-                for key in handle.keys():  # noqa: SIM118 - not a mapping
+                for position, key in enumerate(handle.offset_keys()):
                     part = handle.get_slice(key)
-                    tensors[key] = TensorInfo(file, key, tuple(part.get_shape()), part.get_dtype())
+                    shape, dtype = tuple(part.get_shape()), part.get_dtype()
+                    tensors[key] = TensorInfo(file, key, shape, dtype, position=position)
         except SafetensorError as exc:
             raise _broken(file, exc) from exc
         except OSError as exc:
@@ -143,8 +186,8 @@ def resolve_names(
     """Return `checkpoint` under the published names that `wanted` maps to shapes.
 
     Accepts CLIP keys with and without ``text_model.``, and the attention names of older autoencoders (whose
-    weights may carry two trailing dimensions of 1). Extra tensors are warned of; missing or misshapen ones
-    raise CorruptError.
+    weights may carry two trailing dimensions of 1). Extra tensors are warned of, except what published files are
+    known to carry; missing, misshapen and quantized ones raise CorruptError.
     """
     found: dict[str, TensorInfo] = {}
     used: set[str] = set()
@@ -152,16 +195,27 @@ def resolve_names(
         stored = next((spelling for spelling in _spellings(name) if spelling in checkpoint.tensors), None)
         if stored is None:
             raise CorruptError(f"{where}: tensor {name} is missing; the checkpoint is incomplete or of another model")
-        info = checkpoint.tensors[stored]
-        if info.shape not in (shape, (*shape, 1, 1)):
-            raise CorruptError(f"{where}: tensor {name} has shape {list(info.shape)}, but the config asks for"
-                               f" {list(shape)}; the config and the weights are of different models")  # fmt: skip
-        found[name] = TensorInfo(info.file, stored, shape, info.dtype)
+        found[name] = _checked(checkpoint.tensors[stored], name, shape, where)
         used.add(stored)
-    extra = sorted(name for name in checkpoint.tensors.keys() - used if not name.endswith(COMPUTED))
+    extra = sorted(name for name in checkpoint.tensors.keys() - used if not known_extra(name))
     if extra:
         warn(f"{where}: {len(extra)} tensors that the model does not use were left out, {extra[0]} for one")
     return Checkpoint(found)
+
+
+def _checked(info: TensorInfo, name: str, shape: tuple[int, ...], where: str) -> TensorInfo:
+    if info.shape not in (shape, (*shape, 1, 1)):
+        raise CorruptError(f"{where}: tensor {name} has shape {list(info.shape)}, but the config asks for"
+                           f" {list(shape)}; the config and the weights are of different models")  # fmt: skip
+    if info.dtype not in _FLOATS:
+        raise CorruptError(f"{where}: tensor {name} is stored as {info.dtype}, quantized; give the model in fp16 or"
+                           " fp32")  # fmt: skip
+    return replace(info, shape=shape)
+
+
+def known_extra(name: str) -> bool:
+    """Return whether published files are known to carry a tensor `name` that no model reads."""
+    return _KNOWN_EXTRA.fullmatch(name) is not None
 
 
 def digest_tensors(checkpoint: Checkpoint, names: Iterable[str]) -> str:

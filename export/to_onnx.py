@@ -7,14 +7,18 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import onnx_ir as ir
 import torch
 from torch.export import Dim
 
+from sdxl_trt.export.blocks import Blocks, expand, hollowed, translations
 from sdxl_trt.export.graphs import Axis, Graph, Input
+from sdxl_trt.export.passes import fold
+from sdxl_trt.export.precision import Casting, boundary_dtype, convert_module
 
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+_CASTING = "inner."
 
 
 def trace(graph: Graph, precision: str, opset: int) -> ir.Model:
@@ -22,26 +26,39 @@ def trace(graph: Graph, precision: str, opset: int) -> ir.Model:
 
     The module is converted to `precision` in place. Nothing of the size of the weights is allocated.
     """
-    dtype = _DTYPES[precision]
-    graph.module.to(dtype)
-    arguments = tuple(_example(value, dtype) for value in graph.inputs)
+    inside, outside = convert_module(graph, precision), boundary_dtype(precision)
+    arguments = tuple(_example(value, outside) for value in graph.inputs)
+    shapes: Any = _dynamic_shapes(graph.inputs)
+    module = graph.module
+    if inside != outside:
+        module, shapes = Casting(graph, inside, outside), (shapes,)
     with _quiet():
-        program = torch.export.export(graph.module, arguments, dynamic_shapes=_dynamic_shapes(graph.inputs))
+        model = _convert(module, arguments, shapes, opset)
+    _rename(model, graph)
+    return model
+
+
+def _convert(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...], shapes: Any, opset: int) -> ir.Model:
+    """Convert a module, its repeated blocks once for each kind and call."""
+    with hollowed(module) as calls:
+        program = torch.export.export(module, arguments, dynamic_shapes=shapes)
         converted = torch.onnx.export(
-            program,
-            dynamo=True,
-            optimize=False,
-            opset_version=opset,
-            verbose=False,
-            input_names=[value.name for value in graph.inputs],
-            output_names=[value.name for value in graph.outputs],
-        )
+            program, dynamo=True, optimize=False, opset_version=opset, verbose=False,
+            custom_translation_table=translations(),
+        )  # fmt: skip
     if converted is None:  # the signature allows it for the other exporter; this one always returns a program
         raise RuntimeError("torch.onnx.export returned nothing")
     model = converted.model
     for value in model.graph.initializers.values():
         value.const_value = None
-    _name_axes(model, graph)
+    if calls:
+        keys = {path: call.key() for path, call in calls.items()}
+        distinct = dict(zip(keys.values(), calls.values(), strict=True))
+        blocks = Blocks(list(distinct.values()))
+        inner = _convert(blocks, blocks.arguments(), blocks.dynamic_shapes(), opset)
+        fold(inner)  # once a block instead of once for each of its copies
+        templates = dict(zip(distinct, blocks.templates(inner), strict=True))
+        expand(model, {path: templates[key] for path, key in keys.items()})
     return model
 
 
@@ -60,11 +77,17 @@ def _dynamic_shapes(inputs: tuple[Input, ...]) -> tuple[dict[int, Dim], ...]:
     )
 
 
-def _name_axes(model: ir.Model, graph: Graph) -> None:
-    """Give inputs and outputs the signature's axis names instead of torch's symbols."""
+def _rename(model: ir.Model, graph: Graph) -> None:
+    """Give inputs, outputs and their axes the signature's names instead of torch's, weights those of the module."""
+    for name in [name for name in model.graph.initializers if name.startswith(_CASTING)]:
+        value = model.graph.initializers.pop(name)
+        value.name = name.removeprefix(_CASTING)
+        model.graph.initializers.add(value)
     for value, spec in zip(model.graph.inputs, graph.inputs, strict=True):
+        value.name = spec.name
         value.shape = ir.Shape([axis.name if isinstance(axis, Axis) else axis for axis in spec.shape])
     for value, output in zip(model.graph.outputs, graph.outputs, strict=True):
+        value.name = output.name
         value.shape = ir.Shape(list(output.shape))
 
 

@@ -1,14 +1,24 @@
 """CLIP tokenizers of a source folder, as one ``tokenizer.json`` each for the torch-free runtime."""
 
-__all__ = ["LoadedTokenizer", "load_tokenizer"]
+__all__ = ["LoadedTokenizer", "load_tokenizer", "tokenizer_files"]
 
+import contextlib
 import json
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdxl_trt.engines.errors import SourceError
+from sdxl_trt.engines.errors import SourceError, explain_os_error
+from sdxl_trt.export.configs import PUBLISHED
+from sdxl_trt.mini import vocabulary
 
 MAX_LENGTH = 77
+# What transformers reads of a tokenizer.
+_FILES = (
+    "added_tokens.json", "merges.txt", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json",
+    "vocab.json",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -22,17 +32,34 @@ class LoadedTokenizer:
     pad_id: int
 
 
+def tokenizer_files(folder: Path) -> dict[str, bytes]:
+    """Return the files of the tokenizer in `folder` by name, as they would be written to another folder.
+
+    The published tokenizers are kept without CLIP's vocabulary, which the package holds once: it is added here.
+    """
+    try:
+        files = {name: (folder / name).read_bytes() for name in _FILES if (folder / name).is_file()}
+    except OSError as exc:
+        raise explain_os_error(exc, f"reading {folder}") from exc
+    if _lacks_vocabulary(folder):
+        rules = ["#version: 0.2", *vocabulary.merges(), ""]
+        files["vocab.json"] = json.dumps(vocabulary.vocabulary(), ensure_ascii=False).encode()
+        files["merges.txt"] = "\n".join(rules).encode()
+    return files
+
+
 def load_tokenizer(folder: Path) -> LoadedTokenizer:
     """Load a CLIP tokenizer as transformers does, from ``tokenizer.json`` or from vocabulary and merges."""
     import transformers  # noqa: PLC0415 - seconds to import, and only when a tokenizer is read
 
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        raise SourceError(f"{folder}: has neither tokenizer.json nor vocab.json; download the whole model folder")
-    try:
-        loaded = transformers.CLIPTokenizerFast.from_pretrained(folder, local_files_only=True)
-        content = json.loads(loaded.backend_tokenizer.to_str())
-    except Exception as exc:  # tokenizers raises bare Exception
-        raise SourceError(f"{folder}: not a CLIP tokenizer ({exc}); download it again") from exc
+    with _complete(folder) as complete:
+        if not any((complete / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+            raise SourceError(f"{folder}: has neither tokenizer.json nor vocab.json; download the whole model folder")
+        try:
+            loaded = transformers.CLIPTokenizerFast.from_pretrained(complete, local_files_only=True)
+            content = json.loads(loaded.backend_tokenizer.to_str())
+        except Exception as exc:  # tokenizers raises bare Exception
+            raise SourceError(f"{folder}: not a CLIP tokenizer ({exc}); download it again") from exc
     content["truncation"] = content["padding"] = None
     framing = (loaded.bos_token_id, loaded.eos_token_id, loaded.pad_token_id)
     if loaded.model_max_length < MAX_LENGTH or None in framing:
@@ -42,3 +69,19 @@ def load_tokenizer(folder: Path) -> LoadedTokenizer:
         )
     compact = json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
     return LoadedTokenizer(compact, MAX_LENGTH, *framing)
+
+
+def _lacks_vocabulary(folder: Path) -> bool:
+    return PUBLISHED in folder.parents and not (folder / "vocab.json").is_file()
+
+
+@contextlib.contextmanager
+def _complete(folder: Path) -> Iterator[Path]:
+    """Yield `folder`, or for a published one a temporary copy that has its vocabulary."""
+    if not _lacks_vocabulary(folder):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="sdxl-trt-tokenizer-") as temporary:
+        for name, content in tokenizer_files(folder).items():
+            (Path(temporary) / name).write_bytes(content)
+        yield Path(temporary)

@@ -20,6 +20,7 @@ ALIGNMENT, PAGE, LARGE = 64, 4096, 1 << 20
 _TORCH = {
     ir.DataType.FLOAT: torch.float32,
     ir.DataType.FLOAT16: torch.float16,
+    ir.DataType.BFLOAT16: torch.bfloat16,
     ir.DataType.INT64: torch.int64,
 }
 
@@ -47,7 +48,7 @@ def write_weights(
     NaN or infinite weights, and for weights that are finite in the checkpoint and infinite in fp16.
     """
     by_source: dict[str, ir.Value] = {names[name]: model.graph.initializers[name] for name in names}
-    order = sorted(by_source, key=lambda source: _file_position(checkpoint, source))
+    order = checkpoint.in_file_order(by_source)
     try:
         with (folder / WEIGHTS_FILE).open("wb") as file:
             writer = _Writer(file)
@@ -57,7 +58,7 @@ def write_weights(
                 offset = writer.append(stored)
                 value.const_value = _external(value, folder, offset, stored.nbytes)
                 if progress:
-                    progress(tensor.nbytes)
+                    progress(stored.nbytes)
             return WrittenWeights(writer.position, writer.digest.hexdigest(), writer.parameters)
     except OSError as exc:
         raise explain_os_error(exc, f"writing {folder / WEIGHTS_FILE}") from exc
@@ -82,12 +83,6 @@ class _Writer:
         self.position += len(data)
 
 
-def _file_position(checkpoint: Checkpoint, source: str) -> tuple[str, str]:
-    # Checkpoints are written in name order; the file's path keeps shards together.
-    info = checkpoint.tensors[source]
-    return info.file.name, source
-
-
 def _prepare(
     tensor: torch.Tensor,
     value: ir.Value,
@@ -98,11 +93,17 @@ def _prepare(
     info = checkpoint.tensors[source]
     dtype = _TORCH[ir.DataType(value.dtype)] if value.dtype is not None else tensor.dtype
     cast = tensor.reshape(info.shape).to(dtype)
-    if not torch.isfinite(cast).all():
-        if torch.isfinite(tensor).all():
-            raise CorruptError(f"{info.file}: {source} has weights beyond fp16's range; export with --fp32")
+    if not _finite(cast):
+        if _finite(tensor):
+            raise CorruptError(f"{info.file}: {source} has weights beyond fp16's range; export with --fp32 or --bf16")
         raise CorruptError(f"{info.file}: {source} holds NaN or infinite weights; the checkpoint is damaged")
     return (cast if permutation is None else cast.permute(permutation)).contiguous()
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    # A sum needs no memory of the tensor's size, and is finite for all sound weights.
+    total = tensor.sum(dtype=torch.float32) if tensor.is_floating_point() else torch.zeros(())
+    return bool(torch.isfinite(total)) or bool(torch.isfinite(tensor).all())
 
 
 def _external(value: ir.Value, folder: Path, offset: int, length: int) -> ir.ExternalTensor:

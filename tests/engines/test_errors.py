@@ -18,6 +18,7 @@ EXIT_CODES = {
     "CorruptError": 4,
     "ResourceError": 5,
     "EngineError": 1,
+    "VerificationError": 1,
 }
 PARENTS = {"SizeError": "UsageError", "SourceError": "UsageError"}
 

@@ -1,6 +1,7 @@
 """A diffusers folder is read, and never believed: class names, configs, weights, JSON."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from sdxl_trt.engines.bundle import Scheduler
 from sdxl_trt.engines.errors import CorruptError, SdxlTrtError, SourceError, UsageError
-from sdxl_trt.export.sources import BASE_CLASS, REFINER_CLASS, open_pipeline
+from sdxl_trt.export.components import Options, plan_components
+from sdxl_trt.export.sources import BASE_CLASS, REFINER_CLASS, open_pipeline, open_source, open_vae, with_vae
 
 CLASSES = {
     "unet": ["diffusers", "UNet2DConditionModel"],
@@ -47,7 +50,8 @@ def test_a_base_is_read(write: Write) -> None:
     assert list(source.models) == ["text_encoder", "text_encoder_2", "unet", "vae"]
     assert list(source.tokenizers) == ["tokenizer", "tokenizer_2"]
     assert source.models["unet"].config == {"name": "unet"}
-    assert [source.models[name].stem for name in ("unet", "text_encoder")] == ["diffusion_pytorch_model", "model"]
+    assert [source.models[name].name for name in ("unet", "vae")] == [f"{root.name}/unet", f"{root.name}/vae"]
+    assert (source.index["_class_name"], source.scheduler_config) == (BASE_CLASS, SCHEDULER)
     assert (source.scheduler.beta_start, source.scheduler.timestep_spacing) == (0.00085, "leading")
     assert (source.requires_aesthetics_score, source.force_zeros_for_empty_prompt) == (False, False)
     assert source.name == root.name
@@ -175,6 +179,105 @@ def test_null_in_a_scheduler_is_its_default(write: Write) -> None:
     root = write()
     (root / "scheduler" / "scheduler_config.json").write_text(json.dumps({"steps_offset": None, "trained_betas": None}))
     assert open_pipeline(root, BASE_CLASS).scheduler.steps_offset == 0
+
+
+# Schedulers as fine-tunes publish them.
+FINE_TUNES = {
+    "turbo": {"_class_name": "EulerAncestralDiscreteScheduler", "timestep_spacing": "trailing", "beta_start": 0.00085,
+              "beta_end": 0.012, "beta_schedule": "scaled_linear", "prediction_type": "epsilon", "steps_offset": 1,
+              "interpolation_type": "linear", "sample_max_value": 1.0, "skip_prk_steps": True, "clip_sample": False},
+    "lightning": {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing", "beta_start": 0.00085,
+                  "beta_schedule": "scaled_linear", "prediction_type": "epsilon", "final_sigmas_type": "zero",
+                  "sigma_max": None, "sigma_min": None, "timestep_type": "discrete", "use_karras_sigmas": False},
+    "one step": {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing", "prediction_type": "sample"},
+    "lcm": {"_class_name": "LCMScheduler", "original_inference_steps": 50, "timestep_scaling": 10.0,
+            "timestep_spacing": "leading", "thresholding": False},
+    "v": {"_class_name": "EulerDiscreteScheduler", "prediction_type": "v_prediction", "timestep_spacing": "trailing"},
+    "ddim": {"_class_name": "DDIMScheduler", "set_alpha_to_one": False, "skip_prk_steps": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FINE_TUNES)
+def test_fine_tunes_with_schedulers_of_their_own_open(
+    write: Write, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    root, config = write(), FINE_TUNES[name]
+    (root / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    source = open_source(root, "base")
+    assert source.scheduler_config == config
+    assert source.scheduler.class_name == config["_class_name"]
+    for setting in ("timestep_spacing", "prediction_type"):
+        assert getattr(source.scheduler, setting) == config.get(setting, getattr(Scheduler(), setting))
+    assert caplog.records == []
+
+
+def test_what_the_grid_would_not_follow_is_warned_of(write: Write, caplog: pytest.LogCaptureFixture) -> None:
+    root = write()
+    (root / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER | {"trained_betas": [0.1]}))
+    open_source(root, "base")
+    followed = "trained_betas" in Scheduler.__struct_fields__
+    assert followed or "trained_betas is not followed" in caplog.text
+
+
+@pytest.mark.parametrize("spec", ["no/such/folder", "./nothing", "typo", "/absent/folder"])
+def test_what_is_nothing_says_what_can_be_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SourceError, match=r"--refiner .*no such folder.*\.safetensors checkpoint or a hub id"):
+        open_source(spec, "refiner")
+    with pytest.raises(SourceError, match=r"--vae .*no such folder.*hub id"):
+        open_vae(spec)
+
+
+def test_a_role_is_checked_as_a_class_is(write: Write) -> None:
+    with pytest.raises(SourceError, match=r"--refiner .* is a StableDiffusionXLPipeline, which goes to --base"):
+        open_source(write(), "refiner")
+
+
+def test_an_autoencoder_folder_replaces_a_pipelines(pairs: Callable[[str], Any], tmp_path: Path) -> None:
+    """As sdxl-vae-fp16-fix does, whose config says that fp16 is enough."""
+    pair = pairs("outline")
+    shutil.copytree(pair.base / "vae", tmp_path / "vae-fix")
+    config = json.loads((tmp_path / "vae-fix" / "config.json").read_text()) | {"force_upcast": False}
+    (tmp_path / "vae-fix" / "config.json").write_text(json.dumps(config))
+    base = open_source(pair.base, "base")
+    fixed = with_vae(base, open_vae(tmp_path / "vae-fix"))
+    precisions = [
+        plan_components(source, None, Options(precision="fp16"), pytest.fail)[0]["vae_decoder"].precision
+        for source in (base, fixed)
+    ]
+    assert precisions[0] != precisions[1] == "fp16"
+    assert fixed.models["vae"].name == "vae-fix"
+    assert base.models["vae"].name == "base/vae", "the pipeline that was given stays as it is"
+    assert {name: model for name, model in fixed.models.items() if name != "vae"} == {
+        name: model for name, model in base.models.items() if name != "vae"
+    }
+
+
+def test_a_pipeline_lends_its_autoencoder(pairs: Callable[[str], Any]) -> None:
+    vae = open_vae(pairs("outline").refiner)
+    assert (vae.name, vae.folder) == ("refiner/vae", pairs("outline").refiner / "vae")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"_class_name": "AutoencoderTiny"}, "is a AutoencoderTiny; --vae takes an AutoencoderKL"),
+        (None, "no config.json"),
+    ],
+)
+def test_what_is_no_autoencoder_is_refused(tmp_path: Path, config: dict[str, str] | None, message: str) -> None:
+    if config is not None:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SourceError, match=message):
+        open_vae(tmp_path)
+
+
+def test_a_folder_of_fp16_files_opens(pairs: Callable[[str], Any], tmp_path: Path) -> None:
+    shutil.copytree(pairs("outline").base, tmp_path / "half")
+    for path in list((tmp_path / "half").glob("*/*.safetensors")):
+        path.rename(path.with_suffix(".fp16.safetensors"))
+    plain = open_source(pairs("outline").base, "base").models["unet"].checkpoint()
+    assert open_source(tmp_path / "half", "base").models["unet"].checkpoint().tensors.keys() == plain.tensors.keys()
 
 
 JSON = st.recursive(

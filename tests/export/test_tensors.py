@@ -102,10 +102,83 @@ def test_a_safetensors_file_beside_a_pickled_one_is_taken(folder: Path) -> None:
     assert open_checkpoint(folder, STEM).tensors.keys() == TENSORS.keys()
 
 
-def test_a_variant_is_named(tmp_path: Path) -> None:
-    save_file(TENSORS, tmp_path / "model.fp16.safetensors")
-    with pytest.raises(SourceError, match=r"found model\.fp16\.safetensors; rename it"):
+@pytest.mark.parametrize("name", ["model.fp16.safetensors", "model.non_ema.safetensors"])
+def test_an_only_variant_is_taken_and_said(folder: Path, caplog: pytest.LogCaptureFixture, name: str) -> None:
+    (folder / "model.safetensors").rename(folder / name)
+    with caplog.at_level("INFO"):
+        assert open_checkpoint(folder, STEM).tensors.keys() == TENSORS.keys()
+    assert [record.levelname for record in caplog.records] == ["INFO"]
+    assert f"there is no plain model.safetensors; {name} is taken" in caplog.text
+
+
+def test_the_plain_file_goes_before_variants_unless_one_is_asked_for(folder: Path) -> None:
+    save_file({"half": torch.ones(1, dtype=torch.float16)}, folder / "model.fp16.safetensors")
+    assert "a.weight" in open_checkpoint(folder, STEM).tensors
+    assert list(open_checkpoint(folder, STEM, "fp16").tensors) == ["half"]
+    assert "a.weight" in open_checkpoint(folder, STEM, "bf16").tensors
+
+
+def test_several_variants_and_no_plain_file_are_named(folder: Path) -> None:
+    save_file(TENSORS, folder / "model.bf16.safetensors")
+    (folder / "model.safetensors").rename(folder / "model.fp16.safetensors")
+    with pytest.raises(SourceError, match=r"no plain.*model\.bf16\.safetensors, model\.fp16\.safetensors; keep one"):
+        open_checkpoint(folder, STEM)
+
+
+def test_weights_of_another_name_are_named(tmp_path: Path) -> None:
+    save_file(TENSORS, tmp_path / "pytorch_model.safetensors")
+    with pytest.raises(SourceError, match=r"found pytorch_model\.safetensors; rename it"):
         open_checkpoint(tmp_path, STEM)
+
+
+@pytest.mark.parametrize(
+    "index", ["model.safetensors.index.json", "model.fp16.safetensors.index.json", "model.safetensors.index.fp16.json"]
+)
+def test_shards_are_found_by_every_name_that_their_index_has_had(
+    shards: Callable[[dict[str, str]], Path], index: str
+) -> None:
+    folder = shards({"a.weight": "a.safetensors", "b.bias": "b.safetensors"})
+    (folder / "model.safetensors.index.json").rename(folder / index)
+    assert open_checkpoint(folder, STEM).tensors.keys() == TENSORS.keys()
+
+
+@pytest.mark.parametrize("index", ["model.fp16.safetensors.index.json", "model.safetensors.index.fp16.json"])
+def test_a_variant_index_cannot_name_what_is_not_beside_it(
+    shards: Callable[[dict[str, str]], Path], index: str
+) -> None:
+    folder = shards({"a.weight": "../outside.safetensors"})
+    (folder / "model.safetensors.index.json").rename(folder / index)
+    with pytest.raises(CorruptError):
+        open_checkpoint(folder, STEM)
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_what_transformers_writes_in_shards_is_read(tmp_path: Path, variant: str | None) -> None:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    config = CLIPTextConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+                            num_attention_heads=2)  # fmt: skip
+    model = CLIPTextModel(config)
+    model.save_pretrained(tmp_path, max_shard_size="5KB", variant=variant)
+    assert len(list(tmp_path.glob("*-of-*.safetensors"))) > 1
+    checkpoint = open_checkpoint(tmp_path, STEM)
+    state = model.state_dict()
+    assert {name: tensor.shape for name, tensor in checkpoint.read(checkpoint.tensors)} == {
+        name: tensor.shape for name, tensor in state.items()
+    }
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_what_diffusers_writes_in_shards_is_read(tmp_path: Path, variant: str | None) -> None:
+    from diffusers import AutoencoderKL
+
+    model = AutoencoderKL(block_out_channels=(16,), norm_num_groups=4)
+    model.save_pretrained(tmp_path, max_shard_size="20KB", variant=variant)
+    assert len(list(tmp_path.glob("*-of-*.safetensors"))) > 1
+    checkpoint = open_checkpoint(tmp_path, "diffusion_pytorch_model")
+    assert {name: info.shape for name, info in checkpoint.tensors.items()} == {
+        name: tuple(tensor.shape) for name, tensor in model.state_dict().items()
+    }
 
 
 def test_an_empty_folder_has_no_weights(tmp_path: Path) -> None:
@@ -193,6 +266,79 @@ def test_extra_tensors_are_warned_of_and_left_out(tmp_path: Path) -> None:
     resolved = resolve_names(checkpoint, {"a": (2, 3)}, "unet", warned.append)
     assert list(resolved.tensors) == ["a"]
     assert warned == ["unet: 2 tensors that the model does not use were left out, ema for one"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["text_model.embeddings.position_ids", "logit_scale", "text_projection.weight", "text_projection",
+     "model_ema.decay", "model_ema.diffusion_modelout2weight", "loss.discriminator.main.0.weight",
+     "first_stage_model.loss.logvar", "denoiser.sigmas", "alphas_cumprod", "betas", "sqrt_alphas_cumprod", "v_pred",
+     "ztsnr", "conditioner.embedders.1.model.logit_scale", "log_one_minus_alphas_cumprod"],
+)  # fmt: skip
+def test_extras_of_published_files_are_silent(tmp_path: Path, name: str) -> None:
+    assert list(resolve_names(_checkpoint(tmp_path, "a", name), {"a": (2, 3)}, "unet", _never).tensors) == ["a"]
+
+
+@pytest.mark.parametrize("name", ["logit_scales", "position_ids.weight", "model_emaa.x", "alphas.weight", "loss"])
+def test_only_what_is_known_is_silent(tmp_path: Path, name: str) -> None:
+    warned: list[str] = []
+    resolve_names(_checkpoint(tmp_path, "a", name), {"a": (2, 3)}, "unet", warned.append)
+    assert len(warned) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int64, torch.bool])
+def test_quantized_weights_are_refused(tmp_path: Path, dtype: torch.dtype) -> None:
+    save_file({"a": torch.ones(2, 3).to(dtype)}, tmp_path / "model.safetensors")
+    with pytest.raises(CorruptError, match="quantized; give the model in fp16"):
+        resolve_names(open_checkpoint(tmp_path, STEM), {"a": (2, 3)}, "unet", _never)
+
+
+def test_parts_of_rows_and_transposes_are_read_from_the_stored_tensor(tmp_path: Path) -> None:
+    stored = {"fused": torch.arange(36.0).reshape(6, 6), "bias": torch.arange(6.0), "square": torch.randn(2, 3)}
+    save_file(stored, tmp_path / "model.safetensors")
+    infos = open_checkpoint(tmp_path, STEM).tensors
+    views = {f"{name}.{i}": infos[name].part(i, 3) for name in ("fused", "bias") for i in range(3)}
+    views |= {"T": infos["square"].transpose(), "TT": infos["square"].transpose().transpose()}
+    views["late"] = infos["fused"].part(2, 3).transpose()
+    checkpoint = Checkpoint(views)
+    read = dict(checkpoint.read(views))
+    assert {name: tuple(tensor.shape) for name, tensor in read.items()} == {
+        name: info.shape for name, info in checkpoint.tensors.items()
+    }
+    for name in ("fused", "bias"):
+        for index, rows in enumerate(stored[name].chunk(3)):
+            assert torch.equal(read[f"{name}.{index}"], rows)
+    assert torch.equal(read["T"], stored["square"].T)
+    assert read["T"].is_contiguous()
+    assert torch.equal(read["TT"], stored["square"])
+    assert torch.equal(read["late"], stored["fused"][4:].T)
+
+
+def test_rows_that_cannot_be_parted_disagree_with_the_config(tmp_path: Path) -> None:
+    save_file({"fused": torch.ones(7, 2), "scalar": torch.tensor(1.0)}, tmp_path / "model.safetensors")
+    infos = open_checkpoint(tmp_path, STEM).tensors
+    for name in ("fused", "scalar"):
+        with pytest.raises(CorruptError, match="tensor q has shape"):
+            resolve_names(Checkpoint({"q": infos[name].part(0, 3)}), {"q": (3, 2)}, "te", _never)
+
+
+def test_a_resolved_part_is_still_a_part(tmp_path: Path) -> None:
+    checkpoint = Checkpoint({"q": _checkpoint(tmp_path, "fused", shape=(6, 2)).tensors["fused"].part(1, 3)})
+    resolved = resolve_names(checkpoint, {"q": (2, 2)}, "te", _never)
+    assert next(resolved.read(["q"]))[1].shape == (2, 2)
+
+
+def test_the_order_of_the_file_is_told(tmp_path: Path) -> None:
+    # safetensors lays tensors out by dtype and name: here the last name comes first.
+    save_file({"a": torch.ones(2, dtype=torch.float16), "b": torch.ones(6), "c": torch.ones(2, dtype=torch.float64)},
+              tmp_path / "model.safetensors")  # fmt: skip
+    checkpoint = open_checkpoint(tmp_path, STEM)
+    header = json.loads((tmp_path / "model.safetensors").read_bytes()[8:].split(b"}}")[0] + b"}}")
+    offsets = {name: entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
+    assert checkpoint.in_file_order("abc") == sorted("abc", key=offsets.__getitem__)
+    assert checkpoint.in_file_order("abc") != ["a", "b", "c"]
+    parts = Checkpoint({str(i): checkpoint.tensors["b"].part(i, 3) for i in (2, 0, 1)})
+    assert parts.in_file_order(parts.tensors) == ["0", "1", "2"]
 
 
 def test_a_digest_is_of_name_dtype_shape_and_bytes(tmp_path: Path) -> None:

@@ -1,0 +1,204 @@
+"""Give every graph of a bundle to the real TensorRT parser, and print what it made of them.
+
+``python -m sdxl_trt.benchmarks.parse BUNDLE…`` also takes bare ``.onnx`` files. It exits with 1 unless all graphs
+were accepted whole: strongly typed, external weights read, every operator known.
+"""
+
+__all__ = ["Built", "Parsed", "TensorRT", "axes_profile", "main", "table"]
+
+import argparse
+import re
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from sdxl_trt.benchmarks.tensorrt_on_cpu import assemble, load
+from sdxl_trt.engines.bundle import read_bundle
+
+# (min, opt, max) by axis: sizes that every tiny UNet takes, rows with and without guidance, one prompt chunk or two.
+AXES = {"rows": (1, 2, 4), "pictures": (1, 1, 2), "prompts": (1, 2, 2), "tokens": (77, 77, 154)}
+LATENTS, PIXELS = (16, 16, 32), (64, 64, 128)
+
+
+class Parsed(msgspec.Struct, frozen=True):
+    """What the parser said of one graph."""
+
+    graph: str
+    accepted: bool
+    layers: int
+    seconds: float
+    inputs: dict[str, tuple[str, tuple[int, ...]]]
+    operators: dict[str, int]
+    unknown: tuple[str, ...]
+    errors: tuple[str, ...]
+
+
+class Built(msgspec.Struct, frozen=True):
+    """A plan built from one graph: its size, its activation memory as the builder logged it, and the time."""
+
+    graph: str
+    plan_bytes: int
+    activation_bytes: int
+    seconds: float
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, and with ``--build`` build, the graphs named on the command line; return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m sdxl_trt.benchmarks.parse", description=__doc__)
+    parser.add_argument("sources", nargs="+", type=Path, metavar="BUNDLE", help="bundle folders or .onnx files")
+    parser.add_argument("--build", action="store_true", help="build a plan with a dynamic profile, too")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    arguments = parser.parse_args(argv)
+    tensorrt = TensorRT()
+    graphs = [graph for source in arguments.sources for graph in _graphs(source)]
+    parsed = [tensorrt.parse(name, path) for name, path in graphs]
+    built = [tensorrt.build(name, path) for name, path in graphs] if arguments.build else []
+    report = {"tensorrt": tensorrt.version, "parsed": parsed, "built": built}
+    text = msgspec.json.encode(report).decode() if arguments.json else table(parsed)
+    sys.stdout.write(text + "\n")
+    return 0 if all(graph.accepted for graph in parsed) else 1
+
+
+def table(parsed: list[Parsed]) -> str:
+    """Return the figures as a Markdown table."""
+    lines = ["| graph | accepted | layers | seconds | operators | not known |", "|---|---|---|---|---|---|"]
+    for one in parsed:
+        accepted = "yes" if one.accepted else "no: " + "; ".join(one.errors)
+        unknown = ", ".join(one.unknown) or "none"
+        operators = f"{len(one.operators)} kinds, {sum(one.operators.values())} nodes"
+        lines.append(f"| {one.graph} | {accepted} | {one.layers} | {one.seconds:.2f} | {operators} | {unknown} |")
+    return "\n".join(lines)
+
+
+def axes_profile(kind_inputs: Mapping[str, tuple[int | str, ...]]) -> dict[str, tuple[tuple[int, ...], ...]]:
+    """Return {input: (min, opt, max)} for inputs whose varying axes are strings, as in a manifest."""
+    return {
+        name: tuple(tuple(_size(axis, name, i, shape) for axis in shape) for i in range(3))
+        for name, shape in kind_inputs.items()
+    }
+
+
+def _size(axis: int | str, name: str, i: int, shape: tuple[int | str, ...]) -> int:
+    if isinstance(axis, int):
+        return axis
+    if axis in AXES:
+        return AXES[axis][i]
+    # A VAE encoder takes pixels: three channels where latents have four.
+    return (PIXELS if name == "sample" and shape[1] == 3 else LATENTS)[i]
+
+
+def _graphs(source: Path) -> list[tuple[str, Path]]:
+    """Return (name, path) of the graphs of a bundle, or of a bare file."""
+    if source.is_file():
+        return [(str(source), source)]
+    bundle = read_bundle(source)
+    components = bundle.manifest.components
+    return [(f"{source}/{name}", bundle.path(component.graph)) for name, component in components.items()]
+
+
+class TensorRT:
+    """The assembled TensorRT: one builder, one network a graph."""
+
+    def __init__(self) -> None:
+        self._trt = load(assemble())
+        self._log = _logger(self._trt)
+        self._builder = self._trt.Builder(self._log)
+        self.version = str(self._trt.__version__)
+
+    def parse(self, name: str, path: Path) -> Parsed:
+        """Parse the graph at `path` and its external weights into a strongly typed network."""
+        started = time.perf_counter()
+        network, parser = self._network()
+        accepted = bool(parser.parse_from_file(str(path)))
+        seconds = time.perf_counter() - started
+        operators = _operators(path)
+        inputs = [network.get_input(i) for i in range(network.num_inputs)]
+        return Parsed(
+            graph=name,
+            accepted=accepted,
+            layers=network.num_layers,
+            seconds=seconds,
+            inputs={tensor.name: (tensor.dtype.name, tuple(tensor.shape)) for tensor in inputs},
+            operators=operators,
+            unknown=tuple(operator for operator in operators if not parser.supports_operator(operator)),
+            errors=tuple(_describe(parser.get_error(i)) for i in range(parser.num_errors)),
+        )
+
+    def build(self, name: str, path: Path) -> Built:
+        """Build a plan with one dynamic profile; raise RuntimeError where the builder makes none."""
+        network, parser = self._network()
+        if not parser.parse_from_file(str(path)):
+            raise RuntimeError(f"{path}: was not parsed")
+        self._allow_decomposition(network)
+        profile = self._builder.create_optimization_profile()
+        for tensor, shapes in axes_profile(_named_inputs(path)).items():
+            profile.set_shape(tensor, *shapes)
+        config = self._builder.create_builder_config()
+        config.add_optimization_profile(profile)
+        self._log.activations = 0
+        started = time.perf_counter()
+        plan = self._builder.build_serialized_network(network, config)
+        if plan is None or not plan.nbytes:
+            raise RuntimeError(f"{path}: the builder made no plan: {'; '.join(self._log.errors)}")
+        return Built(name, plan.nbytes, self._log.activations, time.perf_counter() - started)
+
+    def _allow_decomposition(self, network: Any) -> None:
+        """Let attention fall apart where no fused kernel takes it: the builder refuses fp32 and odd heads otherwise."""
+        layers = (network.get_layer(i) for i in range(network.num_layers))
+        for layer in layers:
+            if layer.type == self._trt.LayerType.ATTENTION_INPUT:
+                # The network gives every layer as an ILayer; NVIDIA's own samples narrow it so.
+                layer.__class__ = self._trt.IAttentionInputLayer
+                layer.attention.decomposable = True
+
+    def _network(self) -> tuple[Any, Any]:
+        flags = 1 << int(self._trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+        network = self._builder.create_network(flags)
+        return network, self._trt.OnnxParser(network, self._log)
+
+
+def _describe(error: Any) -> str:
+    return f"{error.node_operator()} {error.node_name()}: {error.desc()}".strip()
+
+
+def _logger(trt: Any) -> Any:
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        """Keeps errors and the activation memory, and prints nothing."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.errors: list[str] = []
+            self.activations = 0
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.Severity.ERROR:
+                self.errors.append(message)
+            found = re.search(r"Total Activation Memory: (\d+)", message)
+            if found:
+                self.activations = int(found[1])
+
+    return Logger()
+
+
+def _operators(path: Path) -> dict[str, int]:
+    from sdxl_trt.benchmarks.graphs import count_operators  # noqa: PLC0415 - onnx takes a while to import
+
+    return count_operators(path)
+
+
+def _named_inputs(path: Path) -> dict[str, tuple[int | str, ...]]:
+    import onnx  # noqa: PLC0415 - takes a while to import
+
+    model = onnx.load(path, load_external_data=False)
+    return {
+        value.name: tuple(dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim)
+        for value in model.graph.input
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""A real TensorRT parser and builder on a machine without a GPU, assembled from two public wheels.
+
+NVIDIA's Python binding of TensorRT (``tensorrt-cu12-bindings``) is loaded over the libraries of TensorRT for RTX
+(from ``onnxruntime-ep-nv-tensorrt-rtx-cu12``), whose parser and builder need no driver. NVIDIA does not support the
+mixture: it serves tests and measurements, nothing of it is shipped, and what it says is not what TensorRT on a GPU
+says: plans cannot be loaded, refitted or timed here. The wheels are development dependencies.
+"""
+
+__all__ = ["CACHE_VARIABLE", "assemble", "load", "unavailable"]
+
+import hashlib
+import importlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import Distribution, PackageNotFoundError, distribution
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+BINDING = "tensorrt-cu12-bindings"
+LIBRARIES = "onnxruntime-ep-nv-tensorrt-rtx-cu12"
+CACHE_VARIABLE = "XDG_CACHE_HOME"
+PACKAGE = "tensorrt_bindings"
+# The binding asks the plugin library for this one function, and the RTX wheel has no such library.
+PLUGIN = "libnvinfer_plugin.so.11"
+PLUGIN_SOURCE = "int initLibNvInferPlugins(void *logger, const char *name) { (void)logger; (void)name; return 1; }\n"
+LINKS = {
+    "libnvinfer.so.11": "libtensorrt_rtx.so.1",
+    "libtensorrt_rtx.so.1": "libtensorrt_rtx.so.1",
+    "libnvonnxparser.so.11": "libtensorrt_onnxparser_rtx.so.1",
+}
+
+
+def unavailable() -> str | None:
+    """Return why the parser cannot be had on this machine, or None where it can."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return f"the wheels are for Linux on x86_64, this is {sys.platform} on {platform.machine()}"
+    missing = [name for name in (BINDING, LIBRARIES) if _installed(name) is None]
+    if missing:
+        return f"{' and '.join(missing)} not installed; pip install -e '.[dev]'"
+    return None if _compiler() else "there is no C compiler (cc) to build the plugin library's stand-in with"
+
+
+def assemble(cache: Path | None = None) -> Path:
+    """Return a folder for ``sys.path`` that holds a working ``tensorrt_bindings``, made once for all processes.
+
+    It lies in `cache`, by default ``$XDG_CACHE_HOME/sdxl-trt`` or ``~/.cache/sdxl-trt``. Raises RuntimeError
+    with the reason where `unavailable`.
+    """
+    reason = unavailable()
+    if reason:
+        raise RuntimeError(f"no TensorRT parser: {reason}")
+    cache = cache or Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache") / "sdxl-trt"
+    binding, libraries = distribution(BINDING), distribution(LIBRARIES)
+    folder = cache / _key(binding, libraries)
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache / f"{folder.name}.lock"):
+        if not folder.is_dir():
+            # Half a folder must not pass for a whole one: it gets its name when everything lies in it.
+            with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=cache) as partial:
+                _fill(Path(partial) / "whole", binding, libraries)
+                (Path(partial) / "whole").rename(folder)
+    return folder
+
+
+def load(folder: Path) -> Any:
+    """Import ``tensorrt_bindings`` from an assembled `folder`; better in a process of its own, it stays loaded."""
+    sys.path.insert(0, str(folder))
+    return importlib.import_module(PACKAGE)
+
+
+def _installed(name: str) -> Distribution | None:
+    try:
+        return distribution(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _compiler() -> str | None:
+    return shutil.which(os.environ.get("CC", "cc"))
+
+
+def _key(binding: Distribution, libraries: Distribution) -> str:
+    """Name the folder by what it links to: versions, interpreter, and the environment that holds the libraries."""
+    home = hashlib.sha256(str(libraries.locate_file("")).encode()).hexdigest()[:12]
+    python = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    return f"tensorrt-on-cpu-{binding.version}-{libraries.version}-{python}-{home}"
+
+
+def _fill(folder: Path, binding: Distribution, libraries: Distribution) -> None:
+    package = folder / PACKAGE
+    shutil.copytree(str(binding.locate_file(PACKAGE)), package, ignore=shutil.ignore_patterns("__pycache__"))
+    home = Path(str(libraries.locate_file(LIBRARIES.removesuffix("-cu12").replace("-", "_"))))
+    for link, stem in LINKS.items():
+        (package / link).symlink_to(_only(home, stem))
+    command = [str(_compiler()), "-shared", "-fPIC", "-x", "c", "-o", str(package / PLUGIN), "-"]
+    done = subprocess.run(command, input=PLUGIN_SOURCE, capture_output=True, text=True, check=False)  # noqa: S603
+    if done.returncode:
+        raise RuntimeError(f"the C compiler failed: {done.stderr.strip()}")
+
+
+def _only(folder: Path, stem: str) -> Path:
+    """Return the one library in `folder` whose name is `stem` and the rest of a version."""
+    found = sorted(folder.glob(f"{stem}*"))
+    if len(found) != 1:
+        raise RuntimeError(f"{folder}: expected one {stem}.*, found {[path.name for path in found]}")
+    return found[0].resolve()

@@ -1,0 +1,57 @@
+"""Our graphs with the signatures that optimum-onnx calls: a few nodes around the same weights.
+
+What optimum's ``modeling_diffusion.py`` asks for: a scalar ``timestep``; from the second encoder ``text_embeds`` as
+the first output, since diffusers takes a two-dimensional output 0 for the pooled prompt; and varying output
+dimensions as terms between spaces (``8 * height``), which it evaluates to allocate its buffers.
+"""
+
+__all__ = ["wrap"]
+
+import re
+
+import onnx_ir as ir
+
+from sdxl_trt.engines.errors import CorruptError
+
+_OPERATOR = re.compile(r"\s*([*/])\s*")
+
+
+def wrap(model: ir.Model) -> None:
+    """Give `model`, any graph of a bundle, optimum's signature, in place. No weight is read or moved.
+
+    Types stay: optimum casts what it feeds to the types that a session declares, so that ``timestep``,
+    ``text_embeds`` and ``time_ids`` remain fp32 where the rest is fp16.
+    """
+    if any(value.name == "timestep" for value in model.graph.inputs):
+        _share_timestep(model.graph)
+    _pooled_first(model.graph)
+    for value in model.graph.outputs:
+        value.shape = _spaced(value)
+
+
+def _share_timestep(graph: ir.Graph) -> None:
+    """Take one timestep for all rows: broadcast a scalar to what was the graph's (rows,) input."""
+    inputs = {str(value.name): value for value in graph.inputs}
+    per_row = inputs["timestep"]
+    if per_row.shape is None or per_row.shape.rank() != 1:
+        raise CorruptError("the UNet's timestep is not one number a row; run export-engines again")
+    scalar = ir.val("timestep", ir.DataType.FLOAT, ())
+    rows = ir.node("Shape", [inputs["sample"]], {"start": 0, "end": 1})
+    expanded = ir.node("Expand", [scalar, rows.outputs[0]])
+    rows.outputs[0].name, expanded.outputs[0].name = "optimum.rows", "optimum.timestep"
+    graph.inputs[graph.inputs.index(per_row)] = scalar
+    ir.convenience.replace_all_uses_with(per_row, expanded.outputs[0])
+    graph.insert_before(graph[0], [rows, expanded])
+
+
+def _pooled_first(graph: ir.Graph) -> None:
+    outputs = list(graph.outputs)
+    outputs.sort(key=lambda value: value.name != "text_embeds")
+    graph.outputs.clear()
+    graph.outputs.extend(outputs)
+
+
+def _spaced(value: ir.Value) -> ir.Shape:
+    if value.shape is None:
+        raise CorruptError(f"the output {value.name} has no shape; run export-engines again")
+    return ir.Shape([dim if isinstance(dim, int) else _OPERATOR.sub(r" \1 ", str(dim.value)) for dim in value.shape])

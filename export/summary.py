@@ -1,0 +1,141 @@
+"""What export-engines tells: a progress bar, the plan of a dry run, and what was written."""
+
+__all__ = ["Told", "of_export", "of_plan", "progress_bar"]
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from sdxl_trt.engines.bundle import Bundle
+from sdxl_trt.export.budget import Needs
+from sdxl_trt.export.exporter import ExportPlan
+from sdxl_trt.export.progress import Event, Progress
+
+_CLEAR = "\r\033[K"
+
+
+@dataclass(frozen=True)
+class Told:
+    """The same twice: lines for people, an object for programs."""
+
+    lines: list[str]
+    json: dict[str, Any]
+
+
+def of_plan(plan: ExportPlan) -> Told:
+    """Return what an export would do and need."""
+    parts: dict[str, dict[str, Any]] = {
+        name: {
+            "action": job.action,
+            "kind": job.plan.kind if job.plan else "",
+            "precision": job.plan.precision if job.plan else "",
+            "bytes": job.plan.bytes() if job.plan else 0,
+            "source": job.plan.source.name if job.plan else "",
+        }
+        for name, job in plan.jobs.items()
+    }
+    lines = [
+        f"  {name:<24} {part['action']:<7} {part['precision']:<6} {part['bytes'] / 2**20:9.1f} MiB  {part['source']}"
+        for name, part in parts.items()
+    ]
+    lines.append(_told_needs(plan.needs))
+    needs = {"disk": plan.needs.disk, "disk_free": plan.needs.disk_free, "memory": plan.needs.memory,
+             "memory_free": plan.needs.memory_free}  # fmt: skip
+    return Told(lines, {"dry_run": True, "components": parts, "needs": needs, "note": plan.note})
+
+
+def _told_needs(needs: Needs) -> str:
+    def free(count: int | None) -> str:
+        return "unknown" if count is None else f"{count / 1e9:.1f} GB"
+
+    return (f"nothing written; needs {needs.disk / 1e9:.2f} GB of disk (free: {free(needs.disk_free)}) and"
+            f" {needs.memory / 1e9:.1f} GB of memory (free: {free(needs.memory_free)})")  # fmt: skip
+
+
+def of_export(bundle: Bundle | None, out: Path, seconds: float) -> Told:
+    """Return what was exported to `out` in `seconds`; `bundle` is None for another layout."""
+    if bundle is None:
+        return Told([f"{out}: written in {seconds:.0f} s"], {"folder": str(out), "seconds": seconds})
+    manifest = bundle.manifest
+    parts = {
+        name: {
+            "kind": component.kind,
+            "precision": component.precision,
+            "parameters": component.parameters,
+            "bytes": component.graph.size + component.weights.size,
+            "sha256": component.weights.sha256,
+        }
+        for name, component in manifest.components.items()
+    }
+    loras = [{"name": lora.name, "sha256": lora.sha256, "scale": lora.scale} for lora in manifest.loras]
+    told = {"bundle": str(bundle.root), "seconds": seconds, "components": parts, "loras": loras,
+            "refiner": manifest.refiner is not None, "note": manifest.note}  # fmt: skip
+    return Told(_lines(bundle, told), told)
+
+
+def _lines(bundle: Bundle, told: dict[str, Any]) -> list[str]:
+    lines = [
+        f"  {name:<24} {part['precision']:<6} {part['parameters'] / 1e6:9.2f} M  {part['bytes'] / 2**20:9.1f} MiB"
+        for name, part in told["components"].items()
+    ]
+    lines += [f"  LoRA {lora['name']} at {lora['scale']:g}, in the base" for lora in told["loras"]]
+    total = sum(part["bytes"] for part in told["components"].values()) / 2**20
+    lines.append(f"{bundle.root}: {total:.1f} MiB in {told['seconds']:.0f} s")
+    if told["note"]:
+        lines.append(f"note: {told['note']}")
+    return [*lines, f'next: trt-generate "a prompt" --engines {bundle.root}']
+
+
+@contextlib.contextmanager
+def progress_bar(stream: TextIO) -> Iterator[Progress]:
+    """Yield a Progress that keeps one line on a terminal up to date; on anything else it is silent."""
+    if not stream.isatty():
+        yield _silent
+        return
+    bar = _Bar(stream)
+    try:
+        yield bar
+    finally:
+        stream.write(_CLEAR)
+        stream.flush()
+
+
+def _silent(event: Event) -> None:
+    """Report nothing."""
+
+
+class _Bar:
+    _INTERVAL, _WIDTH = 0.1, 20
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._started = self._shown = time.monotonic()
+        self._last = ("", "")
+        self._stage_started, self._stage_from = self._started, 0
+
+    def __call__(self, event: Event) -> None:
+        now = time.monotonic()
+        stage = (event.component, event.stage)
+        if stage != self._last:
+            self._last, self._stage_started, self._stage_from = stage, now, event.written
+        elif now - self._shown < self._INTERVAL:
+            return
+        self._shown = now
+        self._stream.write(f"{_CLEAR}{self._line(event, now)}")
+        self._stream.flush()
+
+    def _line(self, event: Event, now: float) -> str:
+        share = event.written / event.total if event.total else 0.0
+        full = int(share * self._WIDTH)
+        bar = "█" * full + "░" * (self._WIDTH - full)
+        moved, elapsed = event.written - self._stage_from, now - self._stage_started
+        rate = f" {moved / elapsed / 1e6:.0f} MB/s" if moved and elapsed > self._INTERVAL else ""
+        left = f", {self._left(share, now)} left" if share > 0 else ""
+        return f"{bar} {share:4.0%}  [{event.index}/{event.count}] {event.component}: {event.stage}{rate}{left}"
+
+    def _left(self, share: float, now: float) -> str:
+        seconds = int((now - self._started) * (1 - share) / share)
+        return f"{seconds // 60} min {seconds % 60} s" if seconds >= 60 else f"{seconds} s"

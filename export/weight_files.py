@@ -1,0 +1,74 @@
+"""Which safetensors of a component folder hold its weights: plain or a variant, one file or shards."""
+
+__all__ = ["PICKLED", "find_weights", "shard_names"]
+
+import logging
+import re
+from collections.abc import Iterable, Sequence
+
+from sdxl_trt.engines.errors import SourceError
+
+log = logging.getLogger("sdxl_trt.export")
+PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+# One file; shards with an index as diffusers and transformers name it now; and as they did.
+_FORMS = (
+    r"{stem}(?:\.(\w+))?\.safetensors",
+    r"{stem}(?:\.(\w+))?\.safetensors\.index\.json",
+    r"{stem}\.safetensors\.index\.(\w+)\.json",
+)
+
+
+def find_weights(names: Iterable[str], stem: str, where: str, variant: str = "") -> str:
+    """Return the file among `names` that holds the weights called `stem`: a safetensors file, or an index of shards.
+
+    The asked `variant` ("fp16") is taken where it is there, else the plain file, else the only variant there is.
+    Raises SourceError, naming what was found, where nothing can be taken.
+    """
+    present = sorted(names)
+    found = _variants(present, stem)
+    for choice in (variant, ""):
+        if choice in found:
+            return found[choice]
+    if len(found) == 1:
+        name = next(iter(found.values()))
+        log.info("%s: there is no plain %s.safetensors; %s is taken", where, stem, name)
+        return name
+    if found:
+        raise SourceError(f"{where}: no plain {stem}.safetensors, but {', '.join(found.values())}; keep one of them")
+    raise _no_weights(present, stem, where)
+
+
+def shard_names(names: Iterable[str], stem: str, entry: str) -> list[str]:
+    """Return the shards among `names` that belong to `entry`: none for a single file, its variant's for an index."""
+    if not entry.endswith(".json"):
+        return []
+    variant = next(variant for variant, name in _variants([entry], stem).items() if name == entry)
+    mark = re.escape(f".{variant}") if variant else ""
+    number = r"-\d+-of-\d+"
+    pattern = re.compile(rf"{re.escape(stem)}(?:{mark}{number}|{number}{mark})\.safetensors")
+    return [name for name in names if pattern.fullmatch(name)]
+
+
+def _variants(names: Sequence[str], stem: str) -> dict[str, str]:
+    """Return {variant: file}, "" being the plain one; a single file goes before shards."""
+    found: dict[str, str] = {}
+    for form in _FORMS:
+        pattern = re.compile(form.format(stem=re.escape(stem)))
+        for name in names:
+            match = pattern.fullmatch(name)
+            if match:
+                found.setdefault(match[1] or "", name)
+    return found
+
+
+def _no_weights(present: Sequence[str], stem: str, where: str) -> SourceError:
+    others = [name for name in present if name.endswith(".safetensors")]
+    if others:
+        return SourceError(f"{where}: expected {stem}.safetensors, found {', '.join(others)}; rename it")
+    pickled = [name for name in present if name.endswith(PICKLED)]
+    if pickled:
+        return SourceError(
+            f"{where}: only pickled weights ({pickled[0]}), which can run code when loaded; convert them to"
+            " safetensors (save_pretrained(..., safe_serialization=True))"
+        )
+    return SourceError(f"{where}: has no {stem}.safetensors; download the whole model folder")

@@ -1,0 +1,96 @@
+"""The benchmark's arithmetic, and one run of it with models so small that its figures mean nothing."""
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from sdxl_trt.benchmarks import export
+from sdxl_trt.benchmarks.export import Case, bars, cases, main, run, table
+from sdxl_trt.benchmarks.processes import Measured
+
+GB = 10**9
+
+
+def _measured(seconds: float = 1, peak: float = 0.5, code: int = 0) -> Measured:
+    return Measured(("python", "-c", ""), code, seconds, int(peak * GB), 0, 0, "planted")
+
+
+def _all_good() -> dict[str, Measured]:
+    return {
+        "imports of ours": _measured(peak=0.4), "base UNet": _measured(90, 1.1), "narrow UNet": _measured(80, 1.0),
+        "pair": _measured(590, 1.9), "TensorRT parser": _measured(), "imports of torch": _measured(peak=0.5),
+        "1B UNet": _measured(50, 1.4), "1B UNet by torch": _measured(51, 4.6),
+        "imports of optimum": _measured(peak=0.6), "1B base": _measured(60, 1.4),
+        "1B base by optimum": _measured(61, 4.7),
+    }  # fmt: skip
+
+
+def test_everything_within_its_bar_is_met() -> None:
+    assert [bar.met for bar in bars(_all_good())] == [True] * 10
+
+
+@pytest.mark.parametrize(
+    ("name", "worse", "missed"),
+    [
+        ("base UNet", _measured(101, 1.1), [1]),
+        ("base UNet", _measured(90, 1.21), [0]),
+        ("base UNet", _measured(90, 1.19), []),
+        ("narrow UNet", _measured(80, 0.8), [4]),
+        ("pair", _measured(601, 2.1), [2, 3]),
+        ("1B UNet", _measured(52, 1.5), [5, 6]),
+        ("1B base", _measured(62, 1.5), [7, 8]),
+        ("imports of ours", _measured(peak=0.3), [5, 7]),
+        ("TensorRT parser", _measured(code=1), [9]),
+    ],
+)
+def test_what_is_over_its_bar_is_missed(name: str, worse: Measured, missed: list[int]) -> None:
+    found = bars(_all_good() | {name: worse})
+    assert [i for i, bar in enumerate(found) if bar.met is False] == missed
+
+
+def test_what_did_not_run_or_failed_has_no_figure() -> None:
+    runs = _all_good()
+    del runs["1B base by optimum"]
+    found = bars(runs | {"base UNet": _measured(1, 0.1, code=5)})
+    assert [i for i, bar in enumerate(found) if bar.met is None] == [0, 1, 4, 7, 8]
+    assert {bar.value for bar in found if bar.met is None} == {"not measured"}
+
+
+def test_a_peer_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export, "PEERS", tmp_path / "peers/bin/python")
+    missing = {case.name: case.missing for case in cases(tmp_path, quick=True) if case.missing}
+    assert missing.keys() == {"imports of optimum", "1B base by optimum"}
+    chosen = [case for case in cases(tmp_path, quick=True) if case.missing]
+    report = run(chosen, tmp_path, quick=True)
+    assert report.runs == {}
+    assert "| imports of optimum | not run | | | | there is no " in table(report)
+
+
+def test_what_a_case_wrote_is_removed(tmp_path: Path) -> None:
+    import sys
+
+    out = tmp_path / "exported/a"
+    code = f"import pathlib; pathlib.Path({str(out)!r}).mkdir(parents=True)"
+    report = run([Case("a", (sys.executable, "-c", code), out)], tmp_path, quick=True)
+    assert report.runs["a"].ok
+    assert not out.exists()
+
+
+def test_names_in_the_bars_are_names_of_cases(tmp_path: Path) -> None:
+    assert {case.name for case in cases(tmp_path, quick=False)} == _all_good().keys()
+
+
+@pytest.mark.slow
+def test_a_quick_run_measures_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = tmp_path / "results.json"
+    only = ["--only", "imports of ours", "--only", "base UNet"]
+    code = main(["--quick", "--work", str(tmp_path / "work"), "--results", str(results), *only])
+    assert code == 0, capsys.readouterr().err
+    report: dict[str, Any] = msgspec.json.decode(results.read_bytes())
+    assert report["runs"].keys() == {"imports of ours", "base UNet"}
+    assert report["runs"]["base UNet"]["output"].endswith("checked 1 graphs")
+    assert report["runs"]["base UNet"]["peak_anonymous"] > 50_000_000
+    assert report["versions"]["torch"] != "not installed"
+    assert results.with_suffix(".md").read_text() == capsys.readouterr().out

@@ -1,0 +1,83 @@
+"""A child's memory is its own: what it allocates is seen, by kind, and what its parent holds is not."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+
+from sdxl_trt.benchmarks.processes import Measured, machine, measure
+
+MB = 1 << 20
+# A child that says when it holds its memory, and stays until it has been seen.
+HOLD = """
+import mmap, os
+{allocate}
+open({ready!r}, "w").close()
+while not os.path.exists({seen!r}):
+    pass
+"""
+# The parent is small: a child's peak counts the pages of the process that it was forked from.
+MEASURE = """
+import os, sys
+import msgspec
+from sdxl_trt.benchmarks import processes
+code, ready, seen = sys.argv[1:]
+sample = processes._sample
+def spy(pid, peaks):
+    holds = os.path.exists(ready)
+    sample(pid, peaks)
+    if holds:
+        open(seen, "w").close()
+processes._sample = spy
+sys.stdout.write(msgspec.json.encode(processes.measure([sys.executable, "-c", code])).decode())
+"""
+
+
+def _measured(allocate: str, folder: Path) -> Measured:
+    folder.mkdir()
+    ready, seen = str(folder / "ready"), str(folder / "seen")
+    code = HOLD.format(allocate=allocate, ready=ready, seen=seen)
+    command = [sys.executable, "-c", MEASURE, code, ready, seen]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return msgspec.json.decode(done.stdout, type=Measured)
+
+
+def test_anonymous_memory_is_told_from_mapped_files(tmp_path: Path) -> None:
+    file = tmp_path / "weights"
+    file.write_bytes(bytes(200 * MB))
+    anonymous = _measured(f"block = bytearray(b'1') * {200 * MB}", tmp_path / "anonymous")
+    opened = f"block = mmap.mmap(os.open({str(file)!r}, os.O_RDONLY), 0, prot=mmap.PROT_READ)"
+    mapped = _measured(f"{opened}; sum(block[::4096])", tmp_path / "mapped")
+    assert anonymous.ok
+    assert mapped.ok
+    assert 200 * MB < anonymous.peak_anonymous < 300 * MB
+    assert anonymous.peak_file < 100 * MB
+    assert mapped.peak_anonymous < 100 * MB
+    assert mapped.peak_file > 200 * MB
+    assert min(anonymous.peak_rss, mapped.peak_rss) > 200 * MB
+
+
+def test_a_failure_is_told_with_its_output() -> None:
+    measured = measure([sys.executable, "-c", "import sys; print('before'); sys.exit('planted')"])
+    assert (measured.ok, measured.exit_code) == (False, 1)
+    assert "planted" in measured.output
+    assert measured.seconds > 0
+    assert measured.peak_rss > MB
+
+
+def test_a_killed_child_is_a_failure() -> None:
+    measured = measure([sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"])
+    assert measured.exit_code == -9
+
+
+def test_the_environment_is_added_to() -> None:
+    measured = measure([sys.executable, "-c", "import os; print(os.environ['PLANTED'], 'PATH' in os.environ)"], {"PLANTED": "1"})  # fmt: skip # noqa: E501
+    assert measured.output == "1 True"
+
+
+def test_the_machine_is_described() -> None:
+    facts = machine()
+    assert facts["memory_bytes"] > 1 << 28  # type: ignore[operator]
+    assert facts["cores"] >= 1  # type: ignore[operator]
+    assert facts["python"] == ".".join(map(str, sys.version_info[:3]))

@@ -1,0 +1,55 @@
+"""The assembled TensorRT is made once, whole or not at all, and says why where it cannot be."""
+
+from pathlib import Path
+
+import pytest
+
+from sdxl_trt.benchmarks import tensorrt_on_cpu
+from sdxl_trt.benchmarks.tensorrt_on_cpu import CACHE_VARIABLE, LINKS, PACKAGE, PLUGIN, assemble, unavailable
+
+needs_wheels = pytest.mark.skipif(bool(unavailable()), reason=f"no TensorRT parser: {unavailable()}")
+
+
+@needs_wheels
+def test_a_folder_is_made_once(tmp_path: Path) -> None:
+    folder = assemble(tmp_path)
+    for link in LINKS:
+        assert (folder / PACKAGE / link).resolve().stat().st_size > 1 << 20
+    plugin = folder / PACKAGE / PLUGIN
+    made = plugin.stat().st_mtime_ns
+    assert assemble(tmp_path) == folder
+    assert plugin.stat().st_mtime_ns == made
+    assert sorted(path.suffix for path in tmp_path.iterdir() if path != folder) == [".lock"]
+
+
+@needs_wheels
+def test_the_cache_is_where_the_user_keeps_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+    assert assemble().parent == tmp_path / "sdxl-trt"
+
+
+@needs_wheels
+def test_half_a_folder_is_not_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "false")
+    with pytest.raises(RuntimeError, match="the C compiler failed"):
+        assemble(tmp_path)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
+
+
+@needs_wheels
+def test_a_missing_compiler_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "no-such-compiler")
+    with pytest.raises(RuntimeError, match="no TensorRT parser: there is no C compiler"):
+        assemble(tmp_path)
+
+
+def test_missing_wheels_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr(tensorrt_on_cpu, "BINDING", "no-such-package")
+    assert "no-such-package" in str(unavailable())
+
+
+def test_another_platform_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "arm64")
+    assert "arm64" in str(unavailable())

@@ -1,0 +1,257 @@
+"""LoRA files as strangers write them: formats that are no LoRA, incomplete and damaged ones, settings of peft."""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from sdxl_trt.engines.errors import CorruptError, SdxlTrtError, SourceError, UsageError
+from sdxl_trt.export.lora_file import Branch, Lora, open_lora
+
+MODULE = "mid_block.attentions.0.proj_in"
+KOHYA = "lora_unet_mid_block_attentions_0_proj_in"
+ENCODER = "text_model.encoder.layers.0.mlp.fc1"
+HEADER = "lora_adapter_metadata"
+
+
+def _pair(module: str, down: str = "lora_down.weight", up: str = "lora_up.weight") -> dict[str, torch.Tensor]:
+    return {f"{module}.{down}": torch.ones(4, 8), f"{module}.{up}": torch.ones(8, 4)}
+
+
+def _peft(module: str = f"unet.{MODULE}") -> dict[str, torch.Tensor]:
+    return _pair(module, "lora_A.weight", "lora_B.weight")
+
+
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    def write(tensors: dict[str, torch.Tensor], **header: Any) -> Path:
+        path = tmp_path / "style.safetensors"
+        save_file(tensors, path, {key: json.dumps(value) for key, value in header.items()})
+        return path
+
+    return write
+
+
+def _only(lora: Lora) -> Branch:
+    [branches] = lora.branches.values()
+    [branch] = branches.values()
+    return branch
+
+
+def test_a_file_is_opened_without_its_weights(write: Write) -> None:
+    path = write(_pair(KOHYA) | {f"{KOHYA}.alpha": torch.tensor(2.0, dtype=torch.bfloat16)})
+    lora = open_lora(path)
+    branch = _only(lora)
+    assert (branch.down.shape, branch.up.shape, branch.mid, branch.scaling) == ((4, 8), (8, 4), None, 0.5)
+    assert lora.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert lora.name == "style.safetensors"
+
+
+def test_all_three_components_are_told_apart(write: Write) -> None:
+    keys = [KOHYA, f"text_encoder.{ENCODER}", "lora_te2_" + ENCODER.replace(".", "_")]
+    tensors = {name: tensor for key in keys for name, tensor in _pair(key).items()}
+    lora = open_lora(write(tensors))
+    assert {component: list(modules) for component, modules in lora.branches.items()} == {
+        "unet": [KOHYA.removeprefix("lora_unet_")],
+        "text_encoder": [ENCODER],
+        "text_encoder_2": [ENCODER.replace(".", "_")],
+    }
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        (f"{KOHYA}.dora_scale", "DoRA"),
+        (f"unet.{MODULE}.lora_magnitude_vector.weight", "DoRA"),
+        (f"unet.{MODULE}.lora_magnitude_vector", "DoRA"),
+        (f"{KOHYA}.lokr_w1", "LoKr"),
+        (f"{KOHYA}.lokr_w2_a", "LoKr"),
+        (f"{KOHYA}.lokr_t2", "LoKr"),
+        (f"{KOHYA}.hada_w1_a", "LoHa"),
+        (f"{KOHYA}.diff", "full weight differences"),
+        (f"{KOHYA}.diff_b", "full weight differences"),
+        (f"{KOHYA}.oft_blocks", "OFT"),
+        (f"{KOHYA}.on_input", "IA3"),
+        (f"{KOHYA}.a1.weight", "GLoRA"),
+        (f"{KOHYA}.w_norm", "norm weights"),
+        ("lora_controlnet", "Control LoRA"),
+        (f"unet.{MODULE}.lora_B.bias", "LoRA with biases"),
+        ("text_encoder.text_model.embeddings.token_embedding.lora_embedding_A", "LoRA of token embeddings"),
+        ("bundle_emb.me.string_to_param.*", "textual inversion"),
+        ("emb_params", "textual inversion"),
+    ],
+)
+@pytest.mark.parametrize("alone", [True, False])
+def test_other_kinds_of_adapters_are_refused_by_name(key: str, name: str, alone: bool, write: Write) -> None:
+    path = write({key: torch.ones(4, 4)} | ({} if alone else _pair(KOHYA)))
+    with pytest.raises(SourceError, match=rf"style\.safetensors: holds {name} \("):
+        open_lora(path)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "error", "says"),
+    [
+        ({"model.diffusion_model.out.2.weight": torch.ones(4, 4)}, SourceError, "is not a LoRA"),
+        (
+            _pair(KOHYA) | {"unet.conv_in.bias": torch.ones(4)},
+            SourceError,
+            "'unet.conv_in.bias' is no tensor of a LoRA",
+        ),
+        (_peft("transformer.blocks.0.attn.to_q"), SourceError, "LoRA for another model.*transformer"),
+        (_pair("lora_te3_encoder_block_0"), SourceError, "LoRA for another model.*lora_te3"),
+        (_peft() | _pair(f"unet.{MODULE}"), SourceError, "are of the same module"),
+        ({f"{KOHYA}.lora_down.weight": torch.ones(4, 8)}, CorruptError, "lacks its up weight"),
+        ({f"{KOHYA}.lora_up.weight": torch.ones(8, 4)}, CorruptError, "lacks its down weight"),
+        ({f"{KOHYA}.alpha": torch.tensor(1.0)}, CorruptError, "lacks its down weight"),
+        (_pair(KOHYA) | {f"{KOHYA}.lora_up.weight": torch.ones(8, 5)}, CorruptError, "do not chain"),
+        (_pair(KOHYA) | {f"{KOHYA}.lora_mid.weight": torch.ones(4, 5, 3, 3)}, CorruptError, "do not chain"),
+        (_pair(KOHYA) | {f"{KOHYA}.lora_up.weight": torch.ones(8)}, CorruptError, "not the floats"),
+        (_pair(KOHYA) | {f"{KOHYA}.lora_up.weight": torch.ones(8, 4).int()}, CorruptError, "I32"),
+        (_pair(KOHYA) | {f"{KOHYA}.lora_down.weight": torch.ones(0, 8)}, CorruptError, r"\[0, 8\]"),
+        (_pair(KOHYA) | {f"{KOHYA}.alpha": torch.ones(2)}, CorruptError, "not one finite number"),
+        (_pair(KOHYA) | {f"{KOHYA}.alpha": torch.tensor(math.nan)}, CorruptError, "not one finite number"),
+        (_pair(KOHYA) | {f"{KOHYA}.alpha": torch.ones(0)}, CorruptError, "not one finite number"),
+    ],
+)
+def test_a_file_that_cannot_be_fused_is_refused(
+    tensors: dict[str, torch.Tensor], error: type[SdxlTrtError], says: str, write: Write
+) -> None:
+    path = write(tensors)
+    with pytest.raises(error, match=rf"style\.safetensors: .*{says}") as raised:
+        open_lora(path)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_key_cannot_break_the_line(write: Write) -> None:
+    with pytest.raises(SourceError) as raised:
+        open_lora(write(_pair(KOHYA) | {"a\nb\x1b[31m": torch.ones(1)}))
+    assert str(raised.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "says"),
+    [
+        ("style.pt", SourceError, "pickled"),
+        ("style.ckpt", SourceError, "pickled"),
+        ("style", SourceError, "one .safetensors file"),
+        ("folder.safetensors", UsageError, "no such file"),
+        ("absent.safetensors", UsageError, "no such file"),
+        ("broken.safetensors", CorruptError, "broken safetensors"),
+    ],
+)
+def test_paths_that_are_no_lora(name: str, error: type[SdxlTrtError], says: str, tmp_path: Path) -> None:
+    (tmp_path / "folder.safetensors").mkdir()
+    for file in ("style.pt", "style.ckpt", "style", "broken.safetensors"):
+        (tmp_path / file).write_bytes(b"\x80\x04not a tensor")
+    with pytest.raises(error, match=says):
+        open_lora(tmp_path / name)
+
+
+def test_a_truncated_file_is_corrupt(write: Write) -> None:
+    path = write(_pair(KOHYA))
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(CorruptError, match="broken safetensors"):
+        open_lora(path)
+
+
+@pytest.mark.parametrize(
+    ("header", "scaling"),
+    [
+        ({}, 1.0),
+        ({"unet.r": 4, "unet.lora_alpha": 8}, 2.0),
+        ({"unet.r": 4, "unet.lora_alpha": 8, "unet.use_rslora": True}, 4.0),
+        ({"text_encoder.lora_alpha": 8}, 1.0),
+        ({"unet.lora_alpha": 8, "unet.alpha_pattern": {"proj_in": 1}}, 0.25),
+        ({"unet.lora_alpha": 8, "unet.alpha_pattern": {"0.proj_in": 1, "proj_in": 2}}, 0.25),
+        ({"unet.lora_alpha": 8, "unet.alpha_pattern": {f"^{MODULE}": 1}}, 0.25),
+        ({"unet.lora_alpha": 8, "unet.alpha_pattern": {"^proj_in": 1, "oj_in": 1}}, 2.0),
+        ({"unet.lora_alpha": 8, "unet.alpha_pattern": {r"attentions\.0\.proj_in": 1}}, 0.25),
+        ({"unet.lora_alpha": 8, "unet.init_lora_weights": "gaussian", "unet.use_dora": False}, 2.0),
+    ],
+)
+def test_settings_in_the_header_decide_the_scaling(header: dict[str, Any], scaling: float, write: Write) -> None:
+    assert _only(open_lora(write(_peft(), **{HEADER: header}))).scaling == scaling
+
+
+def test_an_alpha_of_the_module_is_nearer_than_the_header(write: Write) -> None:
+    path = write(_peft() | {f"unet.{MODULE}.alpha": torch.tensor(1.0)}, **{HEADER: {"unet.lora_alpha": 8}})
+    assert _only(open_lora(path)).scaling == 0.25
+
+
+@pytest.mark.parametrize(
+    ("header", "error", "says"),
+    [
+        ({"unet.use_dora": True}, SourceError, "use_dora"),
+        ({"unet.fan_in_fan_out": True}, SourceError, "fan_in_fan_out"),
+        ({"unet.init_lora_weights": "pissa_niter_4"}, SourceError, "pissa_niter_4"),
+        ({"unet.alpha_pattern": {"(a+)+b": 1}}, SourceError, "no module's name"),
+        ({"unet.alpha_pattern": [1]}, CorruptError, "alpha_pattern"),
+        ({"unet.lora_alpha": "8"}, CorruptError, "lora_alpha '8'"),
+        ({"unet.lora_alpha": True}, CorruptError, "lora_alpha True"),
+        ({"unet.lora_alpha": math.inf}, CorruptError, "lora_alpha inf"),
+        ([], CorruptError, "no JSON object"),
+    ],
+)
+def test_settings_that_are_not_a_loras_are_refused(
+    header: Any, error: type[SdxlTrtError], says: str, write: Write
+) -> None:
+    with pytest.raises(error, match=says):
+        open_lora(write(_peft(), **{HEADER: header}))
+
+
+@pytest.mark.parametrize("text", ["{", "[" * 100_000, "\ud800".encode("utf-8", "surrogatepass").decode("latin-1")])
+def test_settings_that_are_no_json_are_corrupt(text: str, tmp_path: Path) -> None:
+    save_file(_peft(), tmp_path / "a.safetensors", {HEADER: text})
+    with pytest.raises(CorruptError, match="not JSON"):
+        open_lora(tmp_path / "a.safetensors")
+
+
+def test_a_peft_folder_has_its_settings_beside_the_file(write: Write) -> None:
+    path = write(_peft(f"base_model.model.{MODULE}"))
+    bare = open_lora(path)
+    side = path.with_name("adapter_config.json")
+    side.write_text(json.dumps({"r": 4, "lora_alpha": 16, "peft_type": "LORA"}))
+    lora = open_lora(path)
+    assert (_only(bare).scaling, _only(lora).scaling) == (1.0, 4.0)
+    side.write_text(json.dumps({"r": 4, "lora_alpha": 2}))
+    changed = open_lora(path)
+    assert _only(changed).scaling == 0.5
+    assert len({bare.sha256, lora.sha256, changed.sha256}) == 3
+
+
+def test_a_stray_settings_file_means_nothing_to_other_files(write: Write) -> None:
+    path = write(_pair(KOHYA))
+    path.with_name("adapter_config.json").write_text("{")
+    assert _only(open_lora(path)).scaling == 1.0
+
+
+FRAGMENTS = [
+    "lora_unet_", "unet.", "lora_te_", "base_model.model.", ".processor.", "mid_block", "to_out", "_lora", ".lora", "x",
+    ".alpha", ".lora_down.weight", ".lora_A.weight", ".lora_up.weight", "_lora.up.weight", ".",
+]  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    keys=st.lists(st.lists(st.sampled_from(FRAGMENTS), min_size=1, max_size=4).map("".join), max_size=4, unique=True),
+    shape=st.sampled_from([(), (1,), (2, 2), (1, 1, 1, 1)]),
+)
+def test_any_keys_open_or_give_one_of_our_errors(keys: list[str], shape: tuple[int, ...], write: Write) -> None:
+    path = write({key: torch.ones(shape) for key in keys})
+    try:
+        lora = open_lora(path)
+    except SdxlTrtError:
+        return
+    held = sum(len(branch.infos) for branches in lora.branches.values() for branch in branches.values())
+    assert held + sum(key.endswith(".alpha") for key in keys) == len(keys), "every tensor has its place"

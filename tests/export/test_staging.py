@@ -1,0 +1,82 @@
+"""What may be replaced, and that it is replaced as a whole or not at all."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sdxl_trt.engines.errors import SdxlTrtError, UsageError
+from sdxl_trt.export.staging import OPTIMUM_FORMAT, check_target, publish, staging
+
+
+def _ours(out: Path, content: object) -> Path:
+    out.mkdir()
+    (out / "manifest.json").write_text(json.dumps(content))
+    return out
+
+
+@pytest.mark.parametrize("content", [{"format": OPTIMUM_FORMAT}, {"format": "sdxl-trt-bundle"}])
+def test_our_own_exports_may_be_replaced(tmp_path: Path, content: object) -> None:
+    check_target(_ours(tmp_path / "out", content))
+
+
+@pytest.mark.parametrize("content", [{"format": "webextension"}, {"format": ["sdxl-trt-bundle"]}, {}, [], "x", 1])
+def test_a_manifest_of_others_is_left_alone(tmp_path: Path, content: object) -> None:
+    with pytest.raises(UsageError, match="holds other files"):
+        check_target(_ours(tmp_path / "out", content))
+
+
+def test_new_and_empty_folders_are_taken(tmp_path: Path) -> None:
+    check_target(tmp_path / "new" / "deep")
+    (tmp_path / "empty").mkdir()
+    check_target(tmp_path / "empty")
+
+
+def test_links_files_and_the_working_folder_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "file").write_text("")
+    for name in ("link", "file"):
+        with pytest.raises(UsageError, match="is not a folder"):
+            check_target(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="cannot be replaced as a whole"):
+        check_target(Path())
+
+
+def test_the_new_takes_the_place_of_the_old(tmp_path: Path) -> None:
+    out = _ours(tmp_path / "out", {})
+    with staging(out) as folder:
+        (folder / "new").write_text("new")
+        publish(folder, out)
+    assert [path.name for path in out.iterdir()] == ["new"]
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_failure_inside_leaves_the_old(tmp_path: Path) -> None:
+    out = _ours(tmp_path / "out", {})
+
+    def fail() -> None:
+        with staging(out) as folder:
+            (folder / "new").write_text("new")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert [path.name for path in out.iterdir()] == ["manifest.json"]
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_rename_that_fails_brings_the_old_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = _ours(tmp_path / "out", {})
+    rename = Path.rename
+
+    def fail(source: Path, target: Path) -> Path:
+        if source.suffix == ".partial":
+            raise OSError(13, "Permission denied")
+        return rename(source, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(SdxlTrtError, match="Permission denied"), staging(out) as folder:
+        publish(folder, out)
+    assert [path.name for path in out.iterdir()] == ["manifest.json"]
+    assert list(tmp_path.iterdir()) == [out]

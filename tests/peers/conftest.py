@@ -1,0 +1,54 @@
+"""What the peers' tests read: folders that the project's own environment exported; run by ``make test-peers``."""
+
+import importlib.metadata
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def _is_installed(distribution: str) -> bool:
+    try:
+        importlib.metadata.distribution(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+# The ordinary suite has neither optimum-onnx nor the old libraries, and does not look in here.
+collect_ignore_glob = [] if _is_installed("optimum-onnx") else ["*"]
+_MEASURED = pytest.StashKey[list[str]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--exports", metavar="DIR", help="use what an earlier run exported there, or export there")
+
+
+@pytest.fixture(scope="session")
+def exports(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a sub-folder a pair: base, refiner, bundle and optimum."""
+    asked = request.config.getoption("--exports")
+    folder = Path(asked).resolve() if asked else tmp_path_factory.mktemp("exports")
+    if not (folder / ".done").exists():
+        python = ROOT / ".venv" / "bin" / "python"
+        subprocess.run([python, Path(__file__).with_name("make_exports.py"), folder], check=True, timeout=1800)
+    return folder
+
+
+@pytest.fixture
+def measured(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Return a function that adds a line to the table at the end of the run."""
+    return request.config.stash.setdefault(_MEASURED, []).append
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    lines = config.stash.get(_MEASURED, [])
+    if lines:
+        terminalreporter.section("measured")
+        for line in lines:
+            terminalreporter.write_line(line)

@@ -1,0 +1,116 @@
+"""Every graph that we write is taken whole by the real TensorRT parser, and a plan can be built from it."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from sdxl_trt.engines.bundle import read_bundle
+from sdxl_trt.export import Options, export_bundle
+from sdxl_trt.mini.embedded import bundle_path
+
+Run = Callable[..., tuple[int, dict[str, Any]]]
+DTYPES = {"float32": "FLOAT", "float16": "HALF", "int64": "INT64"}
+
+
+def _check(report: dict[str, Any], root: Path) -> None:
+    """Hold the networks that were parsed against the manifest of the bundle at `root`."""
+    components = read_bundle(root).manifest.components
+    parsed = {graph["graph"].removeprefix(f"{root}/"): graph for graph in report["parsed"]}
+    assert parsed.keys() == components.keys()
+    for name, graph in parsed.items():
+        assert (graph["accepted"], graph["errors"], graph["unknown"]) == (True, [], []), name
+        assert graph["layers"] > sum(graph["operators"].values()) / 2, "an empty network was accepted"
+        expected = {
+            spec.name: [DTYPES[spec.dtype], [axis if isinstance(axis, int) else -1 for axis in spec.shape]]
+            for spec in components[name].inputs
+        }
+        assert graph["inputs"] == expected, "not strongly typed, or not dynamic"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("name", ["outline", "apart", "legacy"])
+def test_every_graph_of_a_pair_is_accepted(
+    name: str, precision: str, pairs: Any, run_parser: Run, tmp_path: Path
+) -> None:
+    bundle = pairs(name).bundle
+    if precision == "fp16":
+        bundle = tmp_path / "fp16"
+        export_bundle(pairs(name).base, pairs(name).refiner, bundle, Options(precision="fp16", vae_precision="fp16"))
+    code, report = run_parser(bundle)
+    _check(report, bundle)
+    assert code == 0
+
+
+def test_the_embedded_pair_is_accepted(run_parser: Run) -> None:
+    code, report = run_parser(bundle_path())
+    _check(report, bundle_path())
+    assert code == 0
+
+
+@pytest.mark.slow
+def test_a_plan_is_built_with_a_dynamic_profile(pairs: Any, run_parser: Run) -> None:
+    """An fp32 attention has no fused kernel: without leave to decompose it, the builder refuses."""
+    root = pairs("apart").bundle
+    code, report = run_parser(root / "vae_decoder/model.onnx", root / "unet/model.onnx", "--build")
+    assert code == 0
+    for built, folder in zip(report["built"], ("vae_decoder", "unet"), strict=True):
+        # The builder pads and rearranges; a plan far below its weights would hold none.
+        assert built["plan_bytes"] > (root / folder / "weights.data").stat().st_size / 2
+        assert built["activation_bytes"] > 0
+
+
+def _save(path: Path, nodes: list[onnx.NodeProto], names: dict[str, int]) -> None:
+    """Save a graph from the inputs `names` (with their types) to `out`, and a weight `w` in a file beside it."""
+    weight = numpy_helper.from_array(np.full((8, 8), 0.5, np.float32), "w")
+    inputs = [helper.make_tensor_value_info(name, kind, ["n", 8]) for name, kind in names.items()]
+    outputs = [helper.make_tensor_value_info("out", TensorProto.FLOAT, None)]
+    graph = helper.make_graph(nodes, "planted", inputs, outputs, [weight])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    onnx.save(model, path, save_as_external_data=True, location="weights.data", size_threshold=0)
+
+
+def test_external_weights_are_read(run_parser: Run, tmp_path: Path) -> None:
+    """The same graph is refused once its weights are gone: they were not skipped."""
+    path = tmp_path / "model.onnx"
+    _save(path, [helper.make_node("MatMul", ["a", "w"], ["out"])], {"a": TensorProto.FLOAT})
+    assert run_parser(path)[0] == 0
+    (tmp_path / "weights.data").unlink()
+    code, report = run_parser(path)
+    assert (code, report["parsed"][0]["accepted"]) == (1, False)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "names", "unknown"),
+    [
+        ([helper.make_node("NoSuchOperator", ["a"], ["out"])], {"a": TensorProto.FLOAT}, ["NoSuchOperator"]),
+        (
+            [
+                helper.make_node("SplitToSequence", ["a"], ["parts"], axis=1),
+                helper.make_node("SequenceAt", ["parts", "i"], ["out"]),
+            ],
+            {"a": TensorProto.FLOAT, "i": TensorProto.INT64},
+            ["SequenceAt", "SplitToSequence"],
+        ),
+        # What torch's exporter writes for a half beside a float, where diffusers concatenates them.
+        (
+            [helper.make_node("Concat", ["a", "b"], ["out"], axis=1)],
+            {"a": TensorProto.FLOAT, "b": TensorProto.FLOAT16},
+            [],
+        ),
+    ],
+    ids=["unknown", "sequence", "mixed-types"],
+)
+def test_what_tensorrt_does_not_take_is_told(
+    nodes: list[onnx.NodeProto], names: dict[str, int], unknown: list[str], run_parser: Run, tmp_path: Path
+) -> None:
+    _save(tmp_path / "model.onnx", nodes, names)
+    code, report = run_parser(tmp_path / "model.onnx")
+    graph = report["parsed"][0]
+    assert (code, graph["accepted"], sorted(graph["unknown"])) == (1, False, unknown)
+    assert graph["errors"]
