@@ -90,10 +90,13 @@ def export_bundle(
         plan.needs.require(out)
         with resumable(out, RECORD_FILE) as folder:
             report = Report(progress, {name: job.bytes for name, job in plan.jobs.items() if job.action != "keep"})
-            _make(plan, folder, options, report)
-            for record in folder.glob(f"*/{RECORD_FILE}"):
-                record.unlink()
-            publish(folder, out)
+            bundle = _make(plan, folder, options, report)
+            if plan.previous is not None and bundle.manifest == plan.previous.manifest and not options.verify:
+                shutil.rmtree(folder)  # what stands is the same, and may hold more: plans, a report
+            else:
+                for record in folder.glob(f"*/{RECORD_FILE}"):
+                    record.unlink()
+                publish(folder, out)
     return read_bundle(out, partial=options.components is not None)
 
 

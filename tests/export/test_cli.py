@@ -1,0 +1,171 @@
+"""export-engines as a user meets it: dry runs, LoRAs, another autoencoder, verification, optimum's layout."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sdxl_trt.engines.bundle import read_bundle
+from sdxl_trt.export.cli import main
+from sdxl_trt.export.progress import Event
+from sdxl_trt.export.summary import progress_bar
+
+MODULE = "down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def pair(pairs: Callable[[str], Any]) -> Any:
+    return pairs("outline")
+
+
+@pytest.fixture
+def lora(tmp_path: Path) -> Path:
+    from safetensors.numpy import save_file
+
+    rng = np.random.default_rng(0)
+    tensors = {
+        f"lora_unet_{MODULE}.lora_down.weight": rng.normal(size=(2, 32)).astype(np.float32),
+        f"lora_unet_{MODULE}.lora_up.weight": rng.normal(size=(32, 2)).astype(np.float32),
+        f"lora_unet_{MODULE}.alpha": np.float32(2),
+    }
+    path = tmp_path / "style.safetensors"
+    save_file({name: np.asarray(tensor) for name, tensor in tensors.items()}, path)
+    return path
+
+
+def test_a_dry_run_says_what_it_would_do(pair: Any, tmp_path: Path, capsys: Any) -> None:
+    sources = ["--base", str(pair.base), "--refiner", str(pair.refiner), "--fp32"]
+    assert main([*sources, "--out", str(tmp_path / "new"), "--dry-run"]) == 0
+    told = capsys.readouterr().out
+    assert "refiner_unet" in told
+    assert "nothing written; needs" in told
+    assert list(tmp_path.iterdir()) == []
+    out = Path(shutil.copytree(pair.bundle, tmp_path / "out"))
+    assert main([*sources, "--out", str(out), "--dry-run", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert {part["action"] for part in told["components"].values()} == {"keep"}
+    assert told["needs"]["disk"] == 0
+    assert main([*sources, "--vae-precision", "fp16", "--out", str(out), "--dry-run", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    actions = {name: part["action"] for name, part in told["components"].items() if part["action"] == "export"}
+    assert actions == {"vae_decoder": "export", "vae_encoder": "export"}
+
+
+def test_a_lora_is_in_the_base_and_in_the_manifest(pair: Any, lora: Path, tmp_path: Path, capsys: Any) -> None:
+    out = Path(shutil.copytree(pair.bundle, tmp_path / "out"))
+    sources = ["--base", str(pair.base), "--refiner", str(pair.refiner), "--fp32", "--out", str(out)]
+    assert main([*sources, "--lora", f"{lora}:0.5", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert "refiner was not trained with this LoRA" in captured.err
+    (told,) = json.loads(captured.out)["loras"]
+    assert (told["name"], told["scale"]) == ("style.safetensors", 0.5)
+    before, after = (read_bundle(root).manifest for root in (pair.bundle, out))
+    assert {n for n, c in after.components.items() if c.key != before.components[n].key} == {"unet"}
+    assert [record.name for record in after.loras] == ["style.safetensors"]
+    assert main([*sources, "--json"]) == 0  # and taken off again
+    assert read_bundle(out).manifest == before
+
+
+def test_loras_that_do_not_fit_leave_the_bundle(pair: Any, lora: Path, tmp_path: Path, capsys: Any) -> None:
+    out = Path(shutil.copytree(pair.bundle, tmp_path / "out"))
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    sources = ["--base", str(pair.refiner.parent / "base"), "--no-refiner", "--out", str(out)]
+    for option, words, code in (
+        (f"{lora}:much", "is no scale", 2),
+        (str(tmp_path / "none.safetensors"), "none.safetensors", 2),
+        (str(pair.base / "unet" / "diffusion_pytorch_model.safetensors"), "LoRA", 2),
+    ):
+        assert main([*sources, "--lora", option]) == code
+        assert words in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+def test_another_autoencoder_serves_both_stages(pair: Any, tmp_path: Path, capsys: Any) -> None:
+    vae = Path(shutil.copytree(pair.base / "vae", tmp_path / "fixed"))
+    config = json.loads((vae / "config.json").read_text())
+    (vae / "config.json").write_text(json.dumps(config | {"force_upcast": False, "scaling_factor": 0.5}))
+    arguments = ["--base", str(pair.base), "--refiner", str(pair.refiner), "--vae", str(vae)]
+    out = tmp_path / "out"
+    assert main([*arguments, "--out", str(out), "--components", "vae_decoder,vae_encoder"]) == 0
+    manifest = read_bundle(out, partial=True).manifest
+    assert {c.precision for c in manifest.components.values()} == {"fp16"}
+    assert {c.source.name for c in manifest.components.values()} == {"fixed"}
+    assert [stage.vae.scaling_factor for stage in manifest.stages().values()] == [0.5, 0.5]
+    capsys.readouterr()
+    assert main(["--vae", str(tmp_path / "nothing"), "--out", str(out)]) == 2
+
+
+def test_verify_reports_and_a_failure_keeps_the_older_bundle(pair: Any, tmp_path: Path, capsys: Any) -> None:
+    import torch
+    from diffusers import AutoencoderKL
+
+    out = Path(shutil.copytree(pair.bundle, tmp_path / "out"))
+    sources = ["--refiner", str(pair.refiner), "--out", str(out), "--verify"]
+    assert main(["--base", str(pair.base), "--fp32", *sources]) == 0
+    report = json.loads((out / "verify.json").read_bytes())
+    assert report["passed"] is True
+    assert set(report["components"]) == set(read_bundle(out).manifest.components)
+    capsys.readouterr()
+
+    base = Path(shutil.copytree(pair.base, tmp_path / "base"))
+    vae = AutoencoderKL.from_pretrained(base / "vae")
+    with torch.no_grad():
+        convolution = vae.decoder.mid_block.resnets[0].conv1
+        convolution.weight *= 2.0**20
+        convolution.bias *= 2.0**20
+    vae.save_pretrained(base / "vae")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert main(["--base", str(base), "--fp32", "--vae-precision", "fp16", *sources]) == 1
+    assert "mid_block.resnets.0.conv1" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]
+
+
+def test_optimums_layout_is_two_folders(pair: Any, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "out"
+    sources = ["--base", str(pair.base), "--refiner", str(pair.refiner), "--fp32", "--out", str(out)]
+    assert main([*sources, "--layout", "optimum"]) == 0
+    assert {path.name for path in out.iterdir()} == {"base", "refiner", "manifest.json"}
+    for stage in ("base", "refiner"):
+        assert (out / stage / "model_index.json").is_file()
+        assert (out / stage / "unet" / "model.onnx").is_file()
+    assert list(tmp_path.iterdir()) == [out]
+    capsys.readouterr()
+    assert main([*sources, "--layout", "optimum", "--components", "unet"]) == 2
+
+
+class _Terminal:
+    def __init__(self) -> None:
+        self.text = ""
+
+    def isatty(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        self.text += text
+        return len(text)
+
+    def flush(self) -> None:
+        pass
+
+
+def test_the_bar_names_component_share_and_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 1.0, 3.0, 3.05, 9.0])
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    terminal = _Terminal()
+    with progress_bar(terminal) as show:  # type: ignore[arg-type]
+        show(Event("unet", "writing weights", 1, 2, 0, 4_000_000))
+        show(Event("unet", "writing weights", 1, 2, 1_000_000, 4_000_000))
+        show(Event("unet", "writing weights", 1, 2, 1_500_000, 4_000_000))  # too soon to be shown
+        show(Event("vae_decoder", "tracing", 2, 2, 4_000_000, 4_000_000))
+    shown = [line for line in terminal.text.split("\r\033[K") if line]
+    assert len(shown) == 3
+    assert "0%  [1/2] unet: writing weights" in shown[0]
+    assert "25%  [1/2] unet: writing weights 0 MB/s, 9 s left" in shown[1]  # 1 MB in 2 s; 3 s for a quarter
+    assert "100%  [2/2] vae_decoder: tracing" in shown[2]
+    assert terminal.text.endswith("\r\033[K")

@@ -1,0 +1,108 @@
+"""bf16, mixed and the older operator sets, against PyTorch and on ONNX Runtime."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from diffusers import AutoencoderKL
+
+from sdxl_trt.engines.errors import IncompatibleError, UsageError
+from sdxl_trt.export import Options, export_bundle
+from sdxl_trt.runtime import Request, open_bundle
+
+pytestmark = pytest.mark.slow
+
+
+def _types(path: Path) -> dict[ir.DataType, int]:
+    counts: dict[ir.DataType, int] = {}
+    for value in ir.load(path).graph.initializers.values():
+        counts[value.dtype] = counts.get(value.dtype, 0) + 1
+    return counts
+
+
+def test_bf16_is_inside_only_and_onnx_runtime_says_no(pairs: Callable[[str], Any], tmp_path: Path) -> None:
+    pair = pairs("outline")
+    bundle = export_bundle(pair.base, None, tmp_path / "out", Options("bf16"))
+    unet = bundle.manifest.components["unet"]
+    assert unet.precision == "bf16"
+    assert {spec.dtype for spec in (*unet.inputs, *unet.outputs)} == {"float32"}
+    types = _types(bundle.path(unet.graph))
+    assert types[ir.DataType.BFLOAT16] > 50
+    assert ir.DataType.FLOAT16 not in types
+    from safetensors.torch import load_file
+
+    name = "conv_in.weight"
+    stored = ir.load(bundle.path(unet.graph)).graph.initializers[name].const_value
+    source = load_file(pair.base / "unet" / "diffusion_pytorch_model.safetensors")[name]
+    expected = source.bfloat16().float().numpy()
+    np.testing.assert_array_equal(stored.numpy().astype(np.float32), expected)
+    with open_bundle(bundle.root) as pipeline, pytest.raises(IncompatibleError, match="--fp16") as caught:
+        list(pipeline.generate(Request("a red fox", steps=2, handoff=None, seed=0, width=32, height=32)))
+    assert caught.value.exit_code == 3
+
+
+def _overflowing_vae(folder: Path) -> AutoencoderKL:
+    """Scale the end of a decoder beyond fp16, and a GroupNorm's input only: the function stays the same."""
+    vae = AutoencoderKL.from_pretrained(folder)
+    with torch.no_grad():
+        last = vae.decoder.up_blocks[-1].resnets[-1]
+        last.conv1.weight *= 2.0**20
+        last.conv1.bias *= 2.0**20
+    vae.save_pretrained(folder)
+    return vae
+
+
+def test_mixed_decodes_what_fp16_cannot(pairs: Callable[[str], Any], tmp_path: Path) -> None:
+    import shutil
+
+    base = Path(shutil.copytree(pairs("outline").base, tmp_path / "base"))
+    vae = _overflowing_vae(base / "vae")
+    latents = torch.randn(1, 4, 6, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = vae.decode(latents).sample.numpy()
+    errors = {}
+    for precision in ("fp16", "mixed", "fp32"):
+        options = Options("fp16", precision, components=frozenset({"vae_decoder", "vae_encoder"}))
+        bundle = export_bundle(base, None, tmp_path / precision, options)
+        decoder = bundle.manifest.components["vae_decoder"]
+        assert decoder.precision == precision
+        assert bundle.manifest.components["vae_encoder"].precision == ("fp16" if precision == "fp16" else "fp32")
+        session = onnxruntime.InferenceSession(bundle.path(decoder.graph))
+        dtype = np.float16 if precision == "fp16" else np.float32
+        assert {spec.dtype for spec in (*decoder.inputs, *decoder.outputs)} == {np.dtype(dtype).name}
+        (found,) = session.run(None, {"latent_sample": latents.numpy().astype(dtype)})
+        errors[precision] = np.abs(found - expected).max()
+        if precision == "mixed":
+            types = _types(bundle.path(decoder.graph))
+            assert types[ir.DataType.FLOAT16] > 10
+            assert types[ir.DataType.FLOAT] > 10
+    assert not np.isfinite(errors["fp16"])
+    assert errors["fp32"] < 1e-4 < errors["mixed"] < 0.05
+
+
+def test_the_older_operator_set_is_plain_and_the_same(pairs: Callable[[str], Any], tmp_path: Path) -> None:
+    pair = pairs("outline")
+    bundle = export_bundle(pair.base, None, tmp_path / "out", Options("fp32", opset=20))
+    for component in bundle.manifest.components.values():
+        model = ir.load(bundle.path(component.graph))
+        operators = {node.op_type for node in model.graph}
+        assert operators & {"Attention", "GroupNormalization", "SplitToSequence", "SequenceAt", "Identity"} == set()
+        assert model.opset_imports == {"": 20}
+    finals = []
+    for root in (pair.bundle, bundle.root):
+        with open_bundle(root) as pipeline:
+            list(pipeline.generate(Request("a red fox", steps=4, handoff=None, seed=1, width=32, height=48)))
+            finals.append(pipeline.run.final)
+    assert 0 <= np.abs(finals[0] - finals[1]).max() < 1e-4
+
+
+def test_unknown_settings_are_named() -> None:
+    with pytest.raises(UsageError, match="--opset 19: choose from 20 to 23"):
+        Options(opset=19)
+    with pytest.raises(UsageError, match="--vae-precision int8"):
+        Options(vae_precision="int8")  # type: ignore[arg-type]

@@ -1,0 +1,189 @@
+"""What is done is not done again: unchanged components, interrupted exports, locks, and what a kill leaves."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sdxl_trt.engines.bundle import Bundle, read_bundle
+from sdxl_trt.engines.errors import CorruptError, ResourceError, SdxlTrtError, UsageError
+from sdxl_trt.export import Options, conversion, export_bundle
+from sdxl_trt.export.exporter import plan_export
+from sdxl_trt.export.staging import exclusive, partial_folder
+
+ENCODERS = frozenset({"text_encoder", "text_encoder_2"})
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def base(pairs: Callable[[str], Any]) -> Path:
+    return Path(pairs("outline").base)
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The components that were traced; a name in the list beforehand, after "!", is interrupted."""
+    calls: list[str] = []
+    real = conversion.convert
+
+    def convert(name: str, *rest: Any) -> Any:
+        if f"!{name}" in calls:
+            raise KeyboardInterrupt
+        calls.append(name)
+        return real(name, *rest)
+
+    monkeypatch.setattr("sdxl_trt.export.exporter.convert", convert)
+    return calls
+
+
+def _export(base: Path, out: Path, **options: Any) -> Bundle:
+    settings = {"precision": "fp32", "components": ENCODERS} | options
+    return export_bundle(base, None, out, Options(**settings))
+
+
+def _content(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+def test_what_is_unchanged_is_kept(base: Path, tmp_path: Path, traced: list[str]) -> None:
+    out = tmp_path / "out"
+    _export(base, out)
+    assert sorted(traced) == sorted(ENCODERS)
+    before = _content(out)
+    (out / "plans").mkdir()  # what others have added to an unchanged bundle stays
+    traced.clear()
+    _export(base, out)
+    assert traced == []
+    assert (out / "plans").is_dir()
+    (out / "plans").rmdir()
+    assert _content(out) == before
+
+    _export(base, out, force=True)
+    assert sorted(traced) == sorted(ENCODERS)
+    assert _content(out) == before
+    traced.clear()
+
+    weights = out / "text_encoder" / "weights.data"
+    damaged = bytearray(weights.read_bytes())
+    damaged[7] ^= 1
+    weights.write_bytes(damaged)
+    _export(base, out)
+    assert traced == ["text_encoder"]
+    assert _content(out) == before
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_changed_tensors_and_options_are_exported_again(base: Path, tmp_path: Path, traced: list[str]) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    out, changed = tmp_path / "out", tmp_path / "changed"
+    _export(base, out)
+    traced.clear()
+    shutil.copytree(base, changed)
+    file = changed / "text_encoder" / "model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("final_layer_norm.bias"))
+    save_file(tensors | {name: tensors[name] + 1}, file, {"format": "pt"})
+    _export(changed, out)
+    assert traced == ["text_encoder"]
+    traced.clear()
+    _export(changed, out, opset=20, components=frozenset({"text_encoder"}))
+    assert traced == ["text_encoder"]
+    opsets = {name: component.opset for name, component in read_bundle(out, partial=True).manifest.components.items()}
+    assert opsets == {"text_encoder": 20, "text_encoder_2": 23}  # what was not asked for stayed
+
+
+def test_an_interrupted_export_goes_on(base: Path, tmp_path: Path, traced: list[str]) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    _export(base, whole)
+    traced[:] = ["!text_encoder_2"]
+    with pytest.raises(KeyboardInterrupt):
+        _export(base, out)
+    assert not out.exists()
+    assert [path.name for path in partial_folder(out).iterdir()] == ["text_encoder"]
+    assert plan_export(base, None, out, Options("fp32", components=ENCODERS)).jobs["text_encoder"].action == "resume"
+    traced.clear()
+    _export(base, out)
+    assert traced == ["text_encoder_2"]
+    assert _content(out) == _content(whole)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_what_was_finished_is_not_believed_when_it_is_damaged(base: Path, tmp_path: Path, traced: list[str]) -> None:
+    out = tmp_path / "out"
+    traced.append("!text_encoder_2")
+    with pytest.raises(KeyboardInterrupt):
+        _export(base, out)
+    weights = partial_folder(out) / "text_encoder" / "weights.data"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
+    traced.clear()
+    _export(base, out)
+    assert traced == ["text_encoder", "text_encoder_2"]
+
+
+def test_an_error_leaves_nothing(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = conversion.convert
+
+    def convert(name: str, *rest: Any) -> Any:
+        if name == "text_encoder_2":
+            raise CorruptError("planted")
+        return real(name, *rest)
+
+    monkeypatch.setattr("sdxl_trt.export.exporter.convert", convert)
+    with pytest.raises(CorruptError, match="planted"):
+        _export(base, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_kill_left_is_put_right(base: Path, tmp_path: Path, traced: list[str]) -> None:
+    out, precious = tmp_path / "out", tmp_path / "precious"
+    _export(base, out)
+    before = _content(out)
+    out.rename(tmp_path / ".out.old")  # killed between the two renames
+    precious.mkdir()
+    (precious / "file").write_text("mine")
+    partial = partial_folder(out)
+    (partial / "unet").mkdir(parents=True)
+    (partial / "unet" / "weights.data").write_bytes(b"half")
+    (partial / "text_encoder").symlink_to(precious)
+    (tmp_path / ".out.lock").touch()
+    traced.clear()
+    _export(base, out)
+    assert traced == []
+    assert _content(out) == before
+    assert (precious / "file").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "precious"]
+
+
+def test_a_second_export_does_not_begin(base: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with exclusive(out), pytest.raises(UsageError, match="another export is writing it"):
+        _export(base, out)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_disk_and_memory_are_checked_first(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    needs = plan_export(base, None, out, Options("fp32")).needs
+    parts = plan_export(base, None, out, Options("fp32", components=ENCODERS)).needs
+    assert 0 < parts.disk < needs.disk
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr("sdxl_trt.export.budget._free", lambda out: needs.disk - 1)
+    with pytest.raises(ResourceError, match="of disk") as caught:
+        export_bundle(base, None, out, Options("fp32"))
+    assert caught.value.exit_code == 5
+    monkeypatch.setattr("sdxl_trt.export.budget._free", lambda out: None)
+    monkeypatch.setattr("sdxl_trt.export.budget.available_host_memory", lambda: 1 << 20)
+    with pytest.raises(ResourceError, match="of memory"):
+        export_bundle(base, None, out, Options("fp32"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_part_of_a_bundle_is_no_bundle(base: Path, tmp_path: Path) -> None:
+    root = _export(base, tmp_path / "out", components=frozenset({"text_encoder"})).root
+    with pytest.raises(SdxlTrtError, match="which the manifest does not list"):
+        read_bundle(root)
+    with pytest.raises(UsageError, match="--components tokenizer: choose from text_encoder"):
+        Options(components=frozenset({"tokenizer"}))
