@@ -33,7 +33,7 @@ lint: $(VENV)/.full
 	$(BIN)/ruff format --check .
 
 types: $(VENV)/.full
-	$(BIN)/mypy -p sdxl_trt.engines -p sdxl_trt.runtime -p sdxl_trt.export -p sdxl_trt.mini
+	$(BIN)/mypy -p sdxl_trt.engines -p sdxl_trt.runtime -p sdxl_trt.export -p sdxl_trt.mini -p sdxl_trt.benchmarks
 
 pytest: $(VENV)/.full
 	$(BIN)/pytest --numprocesses 2 --dist loadfile

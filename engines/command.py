@@ -33,9 +33,8 @@ class Parser(argparse.ArgumentParser):
 def run(parser: Parser, work: Callable[[argparse.Namespace], None], argv: list[str] | None) -> int:
     """Parse, work, and return the exit code; `--debug` adds the traceback to the one-line error."""
     arguments = parser.parse_args(argv)
-    _log_to_stderr()
     try:
-        with _unwinding_on_sigterm():
+        with _logging_to_stderr(), _unwinding_on_sigterm():
             work(arguments)
         sys.stdout.flush()
     except KeyboardInterrupt:
@@ -102,10 +101,17 @@ class _OneLine(logging.Formatter):
         return f"{record.levelname.lower()}: {one_line(record.getMessage())}"
 
 
-def _log_to_stderr() -> None:
+@contextlib.contextmanager
+def _logging_to_stderr() -> Iterator[None]:
+    """Show the library's warnings as lines on stderr, and on nothing else, while a command runs."""
     logger = logging.getLogger("sdxl_trt")
-    if not logger.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(_OneLine())
-        logger.addHandler(handler)
-        logger.propagate = False
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_OneLine())
+    propagate = logger.propagate
+    logger.addHandler(handler)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagate

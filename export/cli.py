@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sdxl_trt.engines.command import Parser, one_line, print_json, run
+from sdxl_trt.engines.command import Parser, print_json, run
 from sdxl_trt.engines.errors import UsageError
 
 EPILOG = """examples:
@@ -89,7 +89,7 @@ def _print(arguments: argparse.Namespace, told: Any) -> None:
     if arguments.json:
         print_json(told.json)
     else:
-        sys.stdout.write("".join(f"{one_line(line)}\n" for line in told.lines))
+        sys.stdout.write("".join(f"{line}\n" for line in told.lines))
 
 
 def _options(arguments: argparse.Namespace) -> Any:

@@ -91,8 +91,8 @@ def export_bundle(
         with resumable(out, RECORD_FILE) as folder:
             report = Report(progress, {name: job.bytes for name, job in plan.jobs.items() if job.action != "keep"})
             bundle = _make(plan, folder, options, report)
-            if plan.previous is not None and bundle.manifest == plan.previous.manifest and not options.verify:
-                shutil.rmtree(folder)  # what stands is the same, and may hold more: plans, a report
+            if _is_same(plan, bundle) and not options.verify:
+                shutil.rmtree(folder)  # what stands may hold more: plans, a report
             else:
                 for record in folder.glob(f"*/{RECORD_FILE}"):
                     record.unlink()
@@ -169,6 +169,11 @@ def _jobs(components: dict[str, ComponentPlan], previous: Bundle | None, out: Pa
         action = "keep" if old else "resume" if resumed else "export"
         jobs[name] = Job(plan, key, action, old or resumed)
     return jobs
+
+
+def _is_same(plan: ExportPlan, bundle: Bundle) -> bool:
+    kept = all(job.action == "keep" for job in plan.jobs.values())
+    return kept and plan.previous is not None and bundle.manifest == plan.previous.manifest
 
 
 def _make(plan: ExportPlan, folder: Path, options: Options, report: Report) -> Bundle:

@@ -2,8 +2,8 @@
 
 Sinusoidal embeddings of timesteps and time ids are computed in fp32 in every precision (their inputs are fp32, see
 graphs.py). In half precision LayerNormalization and GroupNormalization accumulate in fp32 (ONNX's `stash_type`, its
-default). Attention's `softmax_precision` stays unset: TensorRT's parser refuses graphs that set it and leaves the choice
-to its kernels; ONNX Runtime's CPU provider gives the same bits with fp32 asked for and without.
+default). Attention's `softmax_precision` stays unset: TensorRT's parser refuses graphs that set it and leaves the
+choice to its kernels; ONNX Runtime's CPU provider gives the same bits with fp32 asked for and without.
 """
 
 __all__ = ["COMPUTE", "Casting", "boundary_dtype", "convert_module"]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from sdxl_trt.engines.bundle import Bundle
+from sdxl_trt.engines.command import one_line
 from sdxl_trt.export.budget import Needs
 from sdxl_trt.export.exporter import ExportPlan
 from sdxl_trt.export.progress import Event, Progress
@@ -38,7 +39,8 @@ def of_plan(plan: ExportPlan) -> Told:
         for name, job in plan.jobs.items()
     }
     lines = [
-        f"  {name:<24} {part['action']:<7} {part['precision']:<6} {part['bytes'] / 2**20:9.1f} MiB  {part['source']}"
+        f"  {name:<24} {part['action']:<7} {part['precision']:<6} {part['bytes'] / 2**20:9.1f} MiB"
+        f"  {one_line(part['source'])}"
         for name, part in parts.items()
     ]
     lines.append(_told_needs(plan.needs))
@@ -81,11 +83,11 @@ def _lines(bundle: Bundle, told: dict[str, Any]) -> list[str]:
         f"  {name:<24} {part['precision']:<6} {part['parameters'] / 1e6:9.2f} M  {part['bytes'] / 2**20:9.1f} MiB"
         for name, part in told["components"].items()
     ]
-    lines += [f"  LoRA {lora['name']} at {lora['scale']:g}, in the base" for lora in told["loras"]]
+    lines += [f"  LoRA {one_line(lora['name'])} at {lora['scale']:g}, in the base" for lora in told["loras"]]
     total = sum(part["bytes"] for part in told["components"].values()) / 2**20
     lines.append(f"{bundle.root}: {total:.1f} MiB in {told['seconds']:.0f} s")
     if told["note"]:
-        lines.append(f"note: {told['note']}")
+        lines.append(f"note: {one_line(told['note'])}")
     return [*lines, f'next: trt-generate "a prompt" --engines {bundle.root}']
 
 

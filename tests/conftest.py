@@ -227,13 +227,18 @@ def make_pair(folder: Path, shape: Shape) -> None:
 
 @dataclass(frozen=True)
 class Pair:
-    """A pair's diffusers folders and the fp32 bundle exported from them."""
+    """A pair's diffusers folders, and the fp32 bundle exported from them when it is first asked for."""
 
     name: str
     shape: Shape
     base: Path
     refiner: Path
-    bundle: Path
+    export: Callable[[], Path]
+
+    @property
+    def bundle(self) -> Path:
+        """The exported bundle: shared, not to be changed."""
+        return self.export()
 
 
 def _shared(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
@@ -257,15 +262,17 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
     def get(name: str) -> Pair:
         shape = SHAPES[name]
 
-        def make(folder: Path) -> None:
+        folder = _shared(tmp_path_factory, name, lambda folder: make_pair(folder, shape))
+
+        def make(bundle: Path) -> None:
             from sdxl_trt.export import Options, export_bundle
 
-            make_pair(folder, shape)
-            options = Options(precision="fp32")
-            export_bundle(folder / "base", folder / "refiner", folder / "bundle", options)
+            export_bundle(folder / "base", folder / "refiner", bundle / "bundle", Options(precision="fp32"))
 
-        folder = _shared(tmp_path_factory, name, make)
-        return Pair(name, shape, folder / "base", folder / "refiner", folder / "bundle")
+        def export() -> Path:
+            return _shared(tmp_path_factory, f"{name}-bundle", make) / "bundle"
+
+        return Pair(name, shape, folder / "base", folder / "refiner", export)
 
     return get
 
