@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from onnx.reference import ReferenceEvaluator
 
 from sdxl_trt.engines.errors import IncompatibleError, UsageError
 from sdxl_trt.export import Options, export_bundle
@@ -51,8 +51,8 @@ def _overflowing_vae(folder: Path) -> AutoencoderKL:
     vae = AutoencoderKL.from_pretrained(folder)
     with torch.no_grad():
         last = vae.decoder.up_blocks[-1].resnets[-1]
-        last.conv1.weight *= 2.0**20
-        last.conv1.bias *= 2.0**20
+        last.conv1.weight *= 2.0**19
+        last.conv1.bias *= 2.0**19
     vae.save_pretrained(folder)
     return vae
 
@@ -62,7 +62,7 @@ def test_mixed_decodes_what_fp16_cannot(pairs: Callable[[str], Any], tmp_path: P
 
     base = Path(shutil.copytree(pairs("outline").base, tmp_path / "base"))
     vae = _overflowing_vae(base / "vae")
-    latents = torch.randn(1, 4, 6, 8, generator=torch.Generator().manual_seed(0))
+    latents = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = vae.decode(latents).sample.numpy()
     errors = {}
@@ -72,11 +72,13 @@ def test_mixed_decodes_what_fp16_cannot(pairs: Callable[[str], Any], tmp_path: P
         decoder = bundle.manifest.components["vae_decoder"]
         assert decoder.precision == precision
         assert bundle.manifest.components["vae_encoder"].precision == ("fp16" if precision == "fp16" else "fp32")
-        session = onnxruntime.InferenceSession(bundle.path(decoder.graph))
+        # onnx's own evaluator rounds after every node; ONNX Runtime's CPU provider stays in fp32 between some.
+        session = ReferenceEvaluator(str(bundle.path(decoder.graph)))
         dtype = np.float16 if precision == "fp16" else np.float32
         assert {spec.dtype for spec in (*decoder.inputs, *decoder.outputs)} == {np.dtype(dtype).name}
-        (found,) = session.run(None, {"latent_sample": latents.numpy().astype(dtype)})
-        errors[precision] = np.abs(found - expected).max()
+        with np.errstate(over="ignore", invalid="ignore"):
+            (found,) = session.run(None, {"latent_sample": latents.numpy().astype(dtype)})
+            errors[precision] = np.abs(found - expected).max()
         if precision == "mixed":
             types = _types(bundle.path(decoder.graph))
             assert types[ir.DataType.FLOAT16] > 10
