@@ -208,8 +208,10 @@ class _Envelope(msgspec.Struct):
     format_version: int
 
 
-def read_bundle(root: Path | str, *, partial: bool = False) -> Bundle:
+def read_bundle(root: Path | str, *, partial: bool = False, files: bool = True) -> Bundle:
     """Read and validate the manifest of the bundle at `root`; a `partial` one may lack components.
+
+    The sizes of the files are compared unless `files` is false, for who means to mend them.
 
     Raises SourceError where there is no bundle, IncompatibleError for a newer format, CorruptError for a manifest
     that is broken, inconsistent, or names files that are missing or have another size.
@@ -233,7 +235,8 @@ def read_bundle(root: Path | str, *, partial: bool = False) -> Bundle:
     _check_graphs(bundle)
     if not partial:
         _check_stages(bundle)
-    _check_files(bundle)
+    if files:
+        _check_files(bundle)
     return bundle
 
 

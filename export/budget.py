@@ -18,6 +18,8 @@ _DISK_EXTRA, _MEMORY_BASE = 64 << 20, 900 << 20
 # A tensor as stored, its cast, its transpose, and an fp32 sum where a LoRA is fused.
 _COPIES = 4
 _FP32_BYTES = 4
+# A parameter in fp32, in PyTorch or, with packed copies, in ONNX Runtime.
+_VERIFY_BYTES = 6.0
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,17 @@ class Needs:
                                 " are free; close other programs")  # fmt: skip
 
 
-def measure(plans: Sequence[ComponentPlan], out: Path) -> Needs:
-    """Return what exporting `plans` to `out` needs. The bundle that `out` replaces is only removed afterwards."""
+def measure(plans: Sequence[ComponentPlan], out: Path, verified: Sequence[ComponentPlan] = ()) -> Needs:
+    """Return what exporting `plans` to `out` needs, and comparing those `verified` with PyTorch, one at a time.
+
+    The bundle that `out` replaces is only removed afterwards.
+    """
     disk = sum(plan.bytes() for plan in plans) + _DISK_EXTRA if plans else 0
     largest = max((math.prod(shape) for plan in plans for shape in plan.model.state.values()), default=0)
     memory = _MEMORY_BASE + REMAP_BYTES + _COPIES * _FP32_BYTES * largest if plans else 0
+    models = [sum(math.prod(plan.model.state[name]) for name in plan.tensor_names()) for plan in verified]
+    if models:
+        memory = max(memory, _MEMORY_BASE + int(_VERIFY_BYTES * max(models)))
     return Needs(disk, _free(out), memory, available_host_memory())
 
 

@@ -76,7 +76,10 @@ def _export(arguments: argparse.Namespace) -> None:
     from sdxl_trt.export import exporter, summary  # noqa: PLC0415 - torch: --help must not wait for it
 
     if arguments.dry_run:
-        _print(arguments, summary.of_plan(exporter.plan_export(base, refiner, arguments.out, options)))
+        plan = exporter.plan_export(base, refiner, arguments.out, options)
+        if arguments.layout == "optimum":
+            exporter.check_optimum(plan)
+        _print(arguments, summary.of_plan(plan))
         return
     started = time.perf_counter()
     export = exporter.export_optimum if arguments.layout == "optimum" else exporter.export_bundle

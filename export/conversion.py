@@ -1,6 +1,15 @@
 """One component: traced, simplified, its weights streamed; skipped where that was done before."""
 
-__all__ = ["GRAPH_FILE", "RECORD_FILE", "component_key", "convert", "finished"]
+__all__ = [
+    "GRAPH_FILE",
+    "RECORD_FILE",
+    "component_key",
+    "component_source",
+    "convert",
+    "file_record",
+    "finished",
+    "kept_config",
+]
 
 import hashlib
 import json
@@ -8,6 +17,7 @@ import shutil
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import onnx_ir as ir
@@ -30,7 +40,7 @@ RECORD_FILE = "component.json"
 REVISION = 1
 """To be raised where this code makes another graph of the same model."""
 # Whose versions decide what a graph looks like.
-_LIBRARIES = ("torch", "onnxscript", "onnx-ir", "diffusers", "transformers")
+_LIBRARIES = ("sdxl-trt", "torch", "onnxscript", "onnx-ir", "diffusers", "transformers")
 _DTYPES = {ir.DataType.FLOAT: "float32", ir.DataType.FLOAT16: "float16", ir.DataType.INT64: "int64"}
 
 
@@ -91,14 +101,24 @@ def convert(name: str, plan: ComponentPlan, key: str, root: Path, opset: int, re
         weights=FileRecord(file=f"{name}/{WEIGHTS_FILE}", size=written.size, sha256=written.sha256),
         inputs=tuple(_spec(value) for value in model.graph.inputs),
         outputs=tuple(_spec(value) for value in model.graph.outputs),
-        source=Source(name=plan.source.name, class_name=plan.source.class_name, sha256=plan.digest),
-        config={name: value for name, value in plan.source.config.items() if name != "_name_or_path"},
+        source=component_source(plan),
+        config=kept_config(plan),
         parameters=written.parameters,
         key=key,
     )
     with atomic_write(folder / RECORD_FILE) as file:
         file.write(msgspec.json.encode(component))
     return component
+
+
+def component_source(plan: ComponentPlan) -> Source:
+    """Return where a component comes from, for the manifest."""
+    return Source(name=plan.source.name, class_name=plan.source.class_name, sha256=plan.digest)
+
+
+def kept_config(plan: ComponentPlan) -> dict[str, Any]:
+    """Return the config of a component's model, for the manifest: without paths of this machine."""
+    return {name: value for name, value in plan.source.config.items() if name != "_name_or_path"}
 
 
 def file_record(root: Path, path: Path) -> FileRecord:

@@ -1,6 +1,6 @@
 """Base and refiner in, bundle out: plan, convert what has changed, verify, and put the whole in place."""
 
-__all__ = ["ExportPlan", "Job", "export_bundle", "export_optimum", "plan_export"]
+__all__ = ["ExportPlan", "check_optimum", "export_bundle", "export_optimum", "plan_export"]
 
 import contextlib
 import logging
@@ -21,37 +21,25 @@ from sdxl_trt.engines.bundle import (
     read_bundle,
     write_manifest,
 )
-from sdxl_trt.engines.errors import UsageError
+from sdxl_trt.engines.digests import verify_file
+from sdxl_trt.engines.errors import IncompatibleError, SdxlTrtError, UsageError
 from sdxl_trt.export.budget import Needs, measure
-from sdxl_trt.export.components import ComponentPlan, Options, StagePlan, plan_components
-from sdxl_trt.export.conversion import RECORD_FILE, component_key, convert, finished
+from sdxl_trt.export.components import Options, StagePlan, plan_components
+from sdxl_trt.export.conversion import RECORD_FILE, convert
+from sdxl_trt.export.jobs import Job, plan_jobs
 from sdxl_trt.export.lora import REFINER_NOTE
 from sdxl_trt.export.lora_file import Lora, open_lora
 from sdxl_trt.export.manifests import stage_record, write_tokenizers
 from sdxl_trt.export.optimum_layout import write_optimum
 from sdxl_trt.export.progress import Progress, Report
+from sdxl_trt.export.report import VERIFY_FILE
 from sdxl_trt.export.sources import PipelineSource, Role, open_source, open_vae, with_vae
-from sdxl_trt.export.staging import check_target, exclusive, partial_folder, publish, resumable
-from sdxl_trt.export.unchanged import previous_bundle, take_over, unchanged_component
+from sdxl_trt.export.staging import check_target, exclusive, publish, resumable
+from sdxl_trt.export.unchanged import previous_bundle, take_over
 from sdxl_trt.export.verify import verify_bundle
 
 log = logging.getLogger("sdxl_trt.export")
 MINI = "mini"
-
-
-@dataclass(frozen=True)
-class Job:
-    """One component: what is to be done ("export", "resume" or "keep") and, unless it is to be made, its record."""
-
-    plan: ComponentPlan | None
-    key: str
-    action: str
-    component: Component | None = None
-
-    @property
-    def bytes(self) -> int:
-        """About how many bytes of weights have to be written."""
-        return self.plan.bytes() if self.action == "export" and self.plan is not None else 0
 
 
 @dataclass(frozen=True)
@@ -80,9 +68,9 @@ def export_bundle(
 
     `base` and `refiner` are diffusers folders, hub ids, single-file checkpoints, or ``"mini"`` for the embedded pair.
     `out` appears, or is replaced, only when everything has been written; components that it already has, from the
-    same tensors and options, are kept. A failure leaves it as it was; what was finished by then is kept beside it, for
-    the next export to go on from. `progress` is told every Event. Raises SourceError, CorruptError, UsageError,
-    ResourceError, and with `options.verify` VerificationError.
+    same tensors and options, are kept. A failure leaves it as it was; after an interruption what was finished is kept
+    beside it, for the next export to go on from. `progress` is told every Event. Raises SourceError, CorruptError,
+    UsageError, ResourceError, and with `options.verify` VerificationError.
     """
     options, out = options or Options(), Path(out)
     check_target(out)
@@ -91,12 +79,14 @@ def export_bundle(
         with resumable(out, RECORD_FILE) as folder:
             report = Report(progress, {name: job.bytes for name, job in plan.jobs.items() if job.action != "keep"})
             bundle = _make(plan, folder, options, report)
-            if _is_same(plan, bundle) and not options.verify:
-                shutil.rmtree(folder)  # what stands may hold more: plans, a report
+            if _is_same(plan, bundle):  # what stands may hold more, plans for instance
+                if options.verify:
+                    (folder / VERIFY_FILE).replace(out / VERIFY_FILE)
+                shutil.rmtree(folder)
             else:
-                for record in folder.glob(f"*/{RECORD_FILE}"):
-                    record.unlink()
                 publish(folder, out)
+                for record in out.glob(f"*/{RECORD_FILE}"):
+                    record.unlink()
     return read_bundle(out, partial=options.components is not None)
 
 
@@ -117,12 +107,23 @@ def export_optimum(
         raise UsageError("--layout optimum: takes all components; leave --components out")
     check_target(out)
     with exclusive(out), planned(base, refiner, out, options) as plan:
+        check_optimum(plan)
         plan.needs.require(out)
         with resumable(out, RECORD_FILE) as folder:
             report = Report(progress, {name: job.bytes for name, job in plan.jobs.items()})
             bundle = _make(plan, folder, options, report)
+            for record in folder.glob(f"*/{RECORD_FILE}"):
+                record.unlink()  # weights leave the folder now: it is nothing to go on from
             write_optimum(bundle, plan.base, plan.refiner, out, consume=True, progress=report.stage)
             shutil.rmtree(folder)
+
+
+def check_optimum(plan: ExportPlan) -> None:
+    """Raise IncompatibleError for a plan that optimum-onnx could not load."""
+    narrow = [name for name, job in plan.jobs.items() if job.plan.precision == "bf16"]
+    if narrow:
+        raise IncompatibleError(f"--layout optimum: {narrow[0]} would be bf16, which ONNX Runtime cannot be fed from"
+                                " numpy; export with --fp16")  # fmt: skip
 
 
 def plan_export(base: Path | str, refiner: Path | str | None, out: Path | str, options: Options) -> ExportPlan:
@@ -142,7 +143,7 @@ def planned(base: Path | str, refiner: Path | str | None, out: Path, options: Op
             log.warning("%s", REFINER_NOTE)
         components, stages = plan_components(*sources, options, log.warning, loras)
         previous = previous_bundle(out)
-        jobs = _jobs(components, previous, out, options)
+        jobs = plan_jobs(components, previous, out, options)
         yield ExportPlan(
             base=sources[0],
             refiner=sources[1],
@@ -150,30 +151,27 @@ def planned(base: Path | str, refiner: Path | str | None, out: Path, options: Op
             jobs=jobs,
             loras=loras,
             previous=previous,
-            needs=measure([job.plan for job in jobs.values() if job.action == "export" and job.plan], out),
+            needs=measure(
+                [job.plan for job in jobs.values() if job.action == "export"],
+                out,
+                [job.plan for job in jobs.values()] if options.verify else (),
+            ),
             note=_mini_note(base, refiner),
         )
 
 
-def _jobs(components: dict[str, ComponentPlan], previous: Bundle | None, out: Path, options: Options) -> dict[str, Job]:
-    jobs: dict[str, Job] = {}
-    for name, plan in components.items():
-        if options.components is not None and name not in options.components:
-            kept = previous.manifest.components.get(name) if previous else None
-            if kept is not None:
-                jobs[name] = Job(plan, kept.key, "keep", kept)
-            continue
-        key = component_key(plan, options.opset)
-        old = None if options.force else unchanged_component(previous, name, key)
-        resumed = None if options.force or old else finished(partial_folder(out), name, key)
-        action = "keep" if old else "resume" if resumed else "export"
-        jobs[name] = Job(plan, key, action, old or resumed)
-    return jobs
-
-
 def _is_same(plan: ExportPlan, bundle: Bundle) -> bool:
-    kept = all(job.action == "keep" for job in plan.jobs.values())
-    return kept and plan.previous is not None and bundle.manifest == plan.previous.manifest
+    """Return whether the bundle that stands is, file by file, what was made."""
+    if plan.previous is None or bundle.manifest != plan.previous.manifest:
+        return False
+    if any(job.action != "keep" for job in plan.jobs.values()):
+        return False
+    try:
+        for tokenizer in bundle.manifest.tokenizers.values():
+            verify_file(plan.previous.path(tokenizer.file), tokenizer.file)
+    except SdxlTrtError:
+        return False
+    return True
 
 
 def _make(plan: ExportPlan, folder: Path, options: Options, report: Report) -> Bundle:
@@ -185,7 +183,7 @@ def _make(plan: ExportPlan, folder: Path, options: Options, report: Report) -> B
             records[name] = job.component
         elif job.action == "resume" and job.component is not None:
             records[name] = job.component
-        elif job.plan is not None:
+        else:
             records[name] = convert(name, job.plan, job.key, folder, options.opset, report)
     tokenizers, tokenizer_of = write_tokenizers(plan.stages, folder)
     stages = {name: stage_record(stage, tokenizer_of[name]) for name, stage in plan.stages.items()}
@@ -193,7 +191,7 @@ def _make(plan: ExportPlan, folder: Path, options: Options, report: Report) -> B
         format=FORMAT_NAME,
         format_version=FORMAT_VERSION,
         generator=f"sdxl-trt {version('sdxl-trt')}",
-        precision=options.precision,
+        precision=records["unet"].precision if "unet" in records else options.precision,
         components=records,
         tokenizers=tokenizers,
         base=stages["base"],
@@ -201,12 +199,24 @@ def _make(plan: ExportPlan, folder: Path, options: Options, report: Report) -> B
         loras=tuple(LoraRecord(name=lora.name, sha256=lora.sha256, scale=scale) for lora, scale in plan.loras),
         note=plan.note,
     )
+    _drop_strays(folder, {*records, *tokenizers})
     write_manifest(folder, manifest)
     bundle = read_bundle(folder, partial=options.components is not None)  # what cannot be opened replaces nothing
     if options.verify:
-        plans = {name: job.plan for name, job in plan.jobs.items() if job.plan is not None}
-        verify_bundle(bundle, plans, plan.stages, progress=report.stage).require()
+        plans = {name: job.plan for name, job in plan.jobs.items()}
+        verified = verify_bundle(bundle, plans, plan.stages, progress=report.stage)
+        for name, part in verified.components.items():
+            for text in part.warnings:
+                log.warning("%s: %s", name, text)
+        verified.require()
     return bundle
+
+
+def _drop_strays(folder: Path, wanted: set[str]) -> None:
+    """Remove what an interrupted export of something else had finished."""
+    for part in folder.iterdir():
+        if part.is_dir() and part.name not in wanted:
+            shutil.rmtree(part)
 
 
 def _open_sources(

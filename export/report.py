@@ -1,6 +1,6 @@
 """What a verification found: written beside the manifest as ``verify.json``, and told in a few lines."""
 
-__all__ = ["VERIFY_FILE", "Case", "Comparison", "ComponentReport", "Report", "write_report"]
+__all__ = ["VERIFY_FILE", "Case", "Comparison", "ComponentReport", "Report", "read_report", "write_report"]
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -98,6 +98,11 @@ def write_report(root: Path, report: Report) -> None:
     encoded = msgspec.json.format(msgspec.json.encode(report, order="deterministic"), indent=1)
     with atomic_write(root / VERIFY_FILE) as file:
         file.write(encoded + b"\n")
+
+
+def read_report(root: Path) -> Report:
+    """Read the ``verify.json`` that this program wrote."""
+    return msgspec.json.decode((root / VERIFY_FILE).read_bytes(), type=Report)
 
 
 def _told(figures: Figures) -> str:

@@ -75,11 +75,14 @@ def exclusive(out: Path) -> Iterator[None]:
 
 
 def _recover(out: Path) -> None:
-    """Bring back the folder that a killed export had moved aside."""
+    """Bring back the folder that a killed export had moved aside, and remove what nobody will go on with."""
     retired = _sibling(out, "old")
     if retired.exists() and not out.exists():
         retired.rename(out)
     shutil.rmtree(retired, ignore_errors=True)
+    for stale in out.parent.iterdir():
+        if stale.name.startswith(f".{out.name}.") and stale.name.endswith(".partial") and stale != partial_folder(out):
+            shutil.rmtree(stale, ignore_errors=True)
 
 
 def partial_folder(out: Path) -> Path:
@@ -142,8 +145,8 @@ def publish(folder: Path, out: Path) -> None:
             out.rename(retired)
         try:
             folder.rename(out)
-        except OSError:
-            if retired.exists():
+        except BaseException:  # an interrupt as well: the older one must not stay aside
+            if retired.exists() and not out.exists():
                 retired.rename(out)
             raise
     except OSError as exc:

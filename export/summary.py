@@ -14,6 +14,7 @@ from sdxl_trt.engines.command import one_line
 from sdxl_trt.export.budget import Needs
 from sdxl_trt.export.exporter import ExportPlan
 from sdxl_trt.export.progress import Event, Progress
+from sdxl_trt.export.report import VERIFY_FILE, read_report
 
 _CLEAR = "\r\033[K"
 
@@ -31,10 +32,10 @@ def of_plan(plan: ExportPlan) -> Told:
     parts: dict[str, dict[str, Any]] = {
         name: {
             "action": job.action,
-            "kind": job.plan.kind if job.plan else "",
-            "precision": job.plan.precision if job.plan else "",
-            "bytes": job.plan.bytes() if job.plan else 0,
-            "source": job.plan.source.name if job.plan else "",
+            "kind": job.plan.kind,
+            "precision": job.plan.precision,
+            "bytes": job.plan.bytes(),
+            "source": job.plan.source.name,
         }
         for name, job in plan.jobs.items()
     }
@@ -88,7 +89,10 @@ def _lines(bundle: Bundle, told: dict[str, Any]) -> list[str]:
     lines.append(f"{bundle.root}: {total:.1f} MiB in {told['seconds']:.0f} s")
     if told["note"]:
         lines.append(f"note: {one_line(told['note'])}")
-    return [*lines, f'next: trt-generate "a prompt" --engines {bundle.root}']
+    lines += read_report(bundle.root).lines() if (bundle.root / VERIFY_FILE).is_file() else []
+    if bundle.manifest.base.unet in bundle.manifest.components:
+        lines.append(f'next: trt-generate "a prompt" --engines {bundle.root}')
+    return lines
 
 
 @contextlib.contextmanager

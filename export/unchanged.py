@@ -1,6 +1,6 @@
 """What the bundle at the target already has: found by key, checked by digest, taken over without a copy."""
 
-__all__ = ["previous_bundle", "take_over", "unchanged_component"]
+__all__ = ["is_whole", "previous_bundle", "sound_component", "take_over"]
 
 import contextlib
 import errno
@@ -10,30 +10,44 @@ from pathlib import Path
 
 from sdxl_trt.engines.bundle import Bundle, Component, read_bundle
 from sdxl_trt.engines.digests import verify_file
-from sdxl_trt.engines.errors import SdxlTrtError, explain_os_error
+from sdxl_trt.engines.errors import IncompatibleError, SdxlTrtError, explain_os_error
 
 # What file systems without hard links answer.
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.EXDEV, errno.EMLINK, errno.ENOSYS)
 
 
 def previous_bundle(out: Path) -> Bundle | None:
-    """Return the bundle at `out`, or None where there is none that can be opened."""
-    with contextlib.suppress(SdxlTrtError):
-        return read_bundle(out, partial=True)
-    return None
+    """Return the bundle at `out`, whatever state its files are in, or None where there is none.
 
-
-def unchanged_component(bundle: Bundle | None, name: str, key: str) -> Component | None:
-    """Return the component of `bundle` that has this name and key, if its files are what the manifest says."""
-    component = bundle.manifest.components.get(name) if bundle else None
-    if bundle is None or component is None or component.key != key:
+    Raises IncompatibleError for a newer format, which is not ours to replace, and for nothing else: a manifest that
+    is broken is replaced.
+    """
+    try:
+        return read_bundle(out, partial=True, files=False)
+    except IncompatibleError:
+        raise
+    except SdxlTrtError:
         return None
+
+
+def is_whole(bundle: Bundle) -> bool:
+    """Return whether a bundle can be opened."""
+    with contextlib.suppress(SdxlTrtError):
+        read_bundle(bundle.root)
+        return True
+    return False
+
+
+def sound_component(bundle: Bundle, component: Component, *, required: bool = True) -> bool:
+    """Return whether a component's files are what the manifest says; raise CorruptError where they are `required`."""
     try:
         for record in (component.graph, component.weights):
             verify_file(bundle.path(record), record)
     except SdxlTrtError:
-        return None
-    return component
+        if required:
+            raise
+        return False
+    return True
 
 
 def take_over(bundle: Bundle, component: Component, folder: Path) -> None:

@@ -103,7 +103,8 @@ def _prepare(
 
 def _finite(tensor: torch.Tensor) -> bool:
     # By parts: a check of the whole would need memory of the tensor's size, and twice that in half precision.
-    return all(bool(torch.isfinite(part).all()) for part in tensor.reshape(-1).split(CHECKED_AT_ONCE))
+    # In fp32, since torch cannot ask an fp8 number.
+    return all(bool(torch.isfinite(part.float()).all()) for part in tensor.reshape(-1).split(CHECKED_AT_ONCE))
 
 
 def _external(value: ir.Value, folder: Path, offset: int, length: int) -> ir.ExternalTensor:

@@ -82,9 +82,9 @@ def _decoder(base: Path, precision: Any) -> tuple[dict[str, ComponentPlan], dict
     return {"vae_decoder": components["vae_decoder"]}, stages
 
 
-def _copy(source: Path, target: Path) -> tuple[Path, Path]:
-    shutil.copytree(source / "base", target / "base")
-    shutil.copytree(source / "bundle", target / "bundle")
+def _copy(base: Path, bundle: Path, target: Path) -> tuple[Path, Path]:
+    shutil.copytree(base, target / "base")
+    shutil.copytree(bundle, target / "bundle")
     return target / "base", target / "bundle"
 
 
@@ -117,7 +117,7 @@ def test_half_precision_fails_on_an_overflow_and_names_the_module(
     assert sound.lines() == [line for line in sound.lines() if "failed" not in line]
     assert sound.passed
 
-    base, root = _copy(half, tmp_path)
+    base, root = _copy(half / "base", half / "bundle", tmp_path)
     _plant(base, root, edit_weight)
     bundle: Bundle = read_bundle(root)
     broken = verify_bundle(bundle, *_decoder(base, "fp16"), settings=SMALL)
@@ -142,7 +142,7 @@ def test_single_precision_keeps_the_planted_model_what_it_was(
     pairs: Callable[[str], Any], tmp_path: Path, edit_weight: Callable[..., None]
 ) -> None:
     pair = pairs("outline")
-    base, root = _copy(pair.bundle.parent, tmp_path)
+    base, root = _copy(pair.base, pair.bundle, tmp_path)
     before = verify_bundle(read_bundle(root), *_decoder(base, "fp32"), settings=SMALL)
     assert _plant(base, root, edit_weight) > 2**15
     after = verify_bundle(read_bundle(root), *_decoder(base, "fp32"), settings=SMALL)

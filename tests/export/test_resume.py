@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sdxl_trt.engines.bundle import Bundle, read_bundle
-from sdxl_trt.engines.errors import CorruptError, ResourceError, SdxlTrtError, UsageError
+from sdxl_trt.engines.errors import CorruptError, IncompatibleError, ResourceError, SdxlTrtError, UsageError
 from sdxl_trt.export import Options, conversion, export_bundle
 from sdxl_trt.export.exporter import plan_export
 from sdxl_trt.export.staging import exclusive, partial_folder
@@ -187,3 +187,79 @@ def test_a_part_of_a_bundle_is_no_bundle(base: Path, tmp_path: Path) -> None:
         read_bundle(root)
     with pytest.raises(UsageError, match="--components tokenizer: choose from text_encoder"):
         Options(components=frozenset({"tokenizer"}))
+
+
+def test_a_damaged_component_is_mended_and_the_others_stay(base: Path, tmp_path: Path, traced: list[str]) -> None:
+    out = tmp_path / "out"
+    _export(base, out)
+    before = _content(out)
+    weights = out / "text_encoder" / "weights.data"
+    weights.write_bytes(weights.read_bytes()[:-5])
+    traced.clear()
+    with pytest.raises(CorruptError, match="truncated or was changed"):
+        _export(base, out, components=frozenset({"text_encoder_2"}))
+    assert traced == []
+    _export(base, out, components=frozenset({"text_encoder"}))
+    assert traced == ["text_encoder"]
+    assert _content(out) == before
+    tokenizer = out / "tokenizer" / "tokenizer.json"
+    tokenizer.write_bytes(tokenizer.read_bytes().replace(b"fox", b"dog"))
+    _export(base, out)
+    assert _content(out) == before
+
+
+def test_a_newer_bundle_is_not_replaced(base: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "manifest.json").write_text('{"format": "sdxl-trt-bundle", "format_version": 99}')
+    before = _content(out)
+    with pytest.raises(IncompatibleError, match="newer"):
+        _export(base, out)
+    assert _content(out) == before
+
+
+def test_two_models_are_not_mixed(pairs: Callable[[str], Any], base: Path, tmp_path: Path, traced: list[str]) -> None:
+    out = Path(shutil.copytree(pairs("outline").bundle, tmp_path / "out"))
+    before = _content(out)
+    traced.clear()
+    chosen = Options("fp32", components=frozenset({"text_encoder"}))
+    with pytest.raises(UsageError, match="has refiner_unet too"):
+        export_bundle(base, None, out, chosen)
+    other = pairs("apart")
+    with pytest.raises(UsageError, match=r"of another model|would lack"):
+        export_bundle(other.base, other.refiner, out, chosen)
+    with pytest.raises(UsageError, match="refiner_vae_decoder: this model has no such component"):
+        export_bundle(base, pairs("outline").refiner, out, Options(components=frozenset({"refiner_vae_decoder"})))
+    assert (traced, _content(out)) == ([], before)
+
+
+def test_what_another_export_finished_is_not_published(base: Path, tmp_path: Path, traced: list[str]) -> None:
+    out = tmp_path / "out"
+    traced.append("!text_encoder_2")
+    with pytest.raises(KeyboardInterrupt):
+        _export(base, out)
+    partial = partial_folder(out)
+    shutil.copytree(partial / "text_encoder", partial / "refiner_unet")
+    traced.clear()
+    _export(base, out)
+    assert {path.name for path in out.iterdir() if path.is_dir()} == {*ENCODERS, "tokenizer", "tokenizer_2"}
+
+
+def test_an_interrupt_while_it_is_put_in_place(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    _export(base, out)
+    before = _content(out)
+    real = Path.rename
+
+    def rename(self: Path, target: Path) -> Path:
+        if self.suffix == ".partial":
+            raise KeyboardInterrupt
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(KeyboardInterrupt):
+        _export(base, out, opset=20)
+    assert _content(out) == before
+    monkeypatch.undo()
+    plan = plan_export(base, None, out, Options("fp32", components=ENCODERS, opset=20))
+    assert {job.action for job in plan.jobs.values()} == {"resume"}  # all of it was finished
