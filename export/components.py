@@ -162,7 +162,7 @@ def _plan_stage(
     models: dict[str, MetaModel] = {}
     checkpoints: dict[str, Checkpoint] = {}
     for name, source in pipeline.models.items():
-        where = str(source.folder)
+        where = source.where
         models[name] = build_model(source.class_name, source.config, where)
         checkpoints[name] = resolve_names(source.checkpoint(), models[name].state, where, warn)
     check_fits((lora for lora, _ in loras), models)

@@ -25,7 +25,7 @@ def load_reference(plan: ComponentPlan) -> Graph:
     Only this half of an autoencoder is filled; the other stays on the meta device. Tensors are read one at a time,
     those stored in fp32 stay mapped from the file.
     """
-    where = str(plan.source.folder)
+    where = plan.source.where
     model = build_model(plan.source.class_name, plan.source.config, where)
     _fill(model, plan)
     return make_graph(plan.kind, model, time_ids=plan.time_ids, pooled=plan.pooled, where=where)

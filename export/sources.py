@@ -62,11 +62,6 @@ class ModelSource:
     config: dict[str, Any]
     open: Open
 
-    @property
-    def folder(self) -> Path:
-        """The place of the model: its folder, or the checkpoint's path and the component."""
-        return Path(self.where)
-
     def checkpoint(self) -> Checkpoint:
         """Open the model's safetensors. Raises SourceError where there are none, CorruptError for broken ones."""
         return self.open()

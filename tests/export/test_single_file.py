@@ -422,7 +422,7 @@ def test_the_published_config_is_the_default(single: Files) -> None:
     source = open_source(str(single()), "base")
     assert source.models["unet"].config["cross_attention_dim"] == 2048
     assert source.models["unet"].where.endswith("base.safetensors/unet")
-    assert source.models["unet"].folder.name == "unet"
+    assert source.models["unet"].where.endswith("/unet")
     assert source.tokenizers == {name: PUBLISHED / "base" / name for name in ("tokenizer", "tokenizer_2")}
     with pytest.raises(CorruptError, match=r"base\.safetensors/text_encoder: tensor .* shape .* config asks for"):
         plan_components(source, None, Options(), _never)

@@ -255,7 +255,7 @@ def test_an_autoencoder_folder_replaces_a_pipelines(pairs: Callable[[str], Any],
 
 def test_a_pipeline_lends_its_autoencoder(pairs: Callable[[str], Any]) -> None:
     vae = open_vae(pairs("outline").refiner)
-    assert (vae.name, vae.folder) == ("refiner/vae", pairs("outline").refiner / "vae")
+    assert (vae.name, vae.where) == ("refiner/vae", str(pairs("outline").refiner / "vae"))
 
 
 @pytest.mark.parametrize(
