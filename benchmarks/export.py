@@ -112,8 +112,9 @@ def run(chosen: Sequence[Case], work: Path, *, quick: bool) -> Report:
             shutil.rmtree(case.out, ignore_errors=True)
         sys.stderr.write(f"{case.name}\n")
         measured = measure(list(case.command))
-        # Where an interpreter lies is this machine's own affair.
-        runs[case.name] = msgspec.structs.replace(measured, command=("python", *case.command[1:]))
+        # Where an interpreter and the checkout lie is this machine's own affair.
+        output = "" if measured.ok else measured.output.replace(f"{Path.cwd()}/", "")
+        runs[case.name] = msgspec.structs.replace(measured, command=("python", *case.command[1:]), output=output)
         # The parser reads the pair; the rest would only fill the disk.
         if case.out and case.name != "pair":
             shutil.rmtree(case.out, ignore_errors=True)
