@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 PEERS := .venv-peers
 PEERS_PIP := $(PEERS)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints-peers.txt
+GPU := .venv-gpu
 PROMPT ?= a large red star on a blue background
 
 # A half-made environment must not pass for a whole one.
 .DELETE_ON_ERROR:
 
-.PHONY: help demo demo-export install test lint types pytest peers test-peers format mini-bundle gallery checkpoints bench-export clean
+.PHONY: help demo demo-export install test lint types pytest peers test-peers format mini-bundle gallery checkpoints bench-export bench-build gpu-check clean
 
 help:  ## Say what there is to make
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -60,8 +61,17 @@ checkpoints: $(VENV)/.full  ## Write SDXL's base and refiner with random weights
 bench-export: $(VENV)/.full  ## Measure the export at SDXL's real size; needs 45 GB of disk under out/
 	$(BIN)/python -m sdxl_trt.benchmarks.export $(if $(QUICK),--quick --results out/bench-export/quick.json)
 
+bench-build: $(VENV)/.full  ## Measure plan builds at SDXL's real size, without a GPU; needs 16 GB of memory, 35 GB of disk
+	$(BIN)/python -m sdxl_trt.benchmarks.build $(if $(QUICK),--quick --results out/bench-build/quick.json)
+
+# Two packages install one `onnxruntime`, so the one for GPUs has an environment of its own; without a GPU it is not made.
+gpu-check: $(VENV)/.runtime  ## On a machine with an NVIDIA GPU: prove what no CPU can, and print a report for an issue
+	@$(BIN)/python -m sdxl_trt.benchmarks.gpu_check --look
+	@$(MAKE) --no-print-directory $(GPU)/.done
+	@$(GPU)/bin/python -m sdxl_trt.benchmarks.gpu_check $(if $(BUNDLE),--bundle $(BUNDLE))
+
 clean:  ## Remove what make made
-	rm -rf $(VENV) $(PEERS) out build dist *.egg-info
+	rm -rf $(VENV) $(PEERS) $(GPU) out build dist *.egg-info
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -82,4 +92,10 @@ $(PEERS)/.done: pyproject.toml constraints-peers.txt
 		pytest safetensors scipy tokenizers torch torchdiffeq torchsde transformers
 	@$(PEERS_PIP) --no-deps k-diffusion
 	@$(PEERS_PIP) --no-deps --editable .
+	@touch $@
+
+$(GPU)/.done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(GPU)
+	$(GPU)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt \
+		--editable '.[gpu,tensorrt,verify]'
 	@touch $@

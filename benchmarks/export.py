@@ -113,7 +113,7 @@ def run(chosen: Sequence[Case], work: Path, *, quick: bool) -> Report:
         sys.stderr.write(f"{case.name}\n")
         measured = measure(list(case.command))
         # Where an interpreter and the checkout lie is this machine's own affair.
-        output = "" if measured.ok else measured.output.replace(f"{Path.cwd()}/", "")
+        output = measured.output.rpartition("\n")[2] if measured.ok else measured.output.replace(f"{Path.cwd()}/", "")
         runs[case.name] = msgspec.structs.replace(measured, command=("python", *case.command[1:]), output=output)
         # The parser reads the pair; the rest would only fill the disk.
         if case.out and case.name != "pair":

@@ -4,20 +4,24 @@
 were accepted whole: strongly typed, external weights read, every operator known.
 """
 
-__all__ = ["Built", "Parsed", "TensorRT", "axes_profile", "main", "table"]
+__all__ = ["Parsed", "TensorRT", "axes_profile", "build", "main", "table"]
 
 import argparse
-import re
+import os
 import sys
-import time
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from sdxl_trt.benchmarks.tensorrt_on_cpu import assemble, load
+from sdxl_trt.benchmarks.tensorrt_on_cpu import assemble, child_environment, load
+from sdxl_trt.engines.build import BuildJob, BuiltPlan, build_plan
 from sdxl_trt.engines.bundle import read_bundle
+from sdxl_trt.engines.networks import BuildLog, parse_graph
+from sdxl_trt.engines.profiles import Profile, Shape
+from sdxl_trt.engines.tensorrt_api import make_logger
 
 # (min, opt, max) by axis: sizes that every tiny UNet takes, rows with and without guidance, one prompt chunk or two.
 AXES = {"rows": (1, 2, 4), "pictures": (1, 1, 2), "prompts": (1, 2, 2), "tokens": (77, 77, 154)}
@@ -37,15 +41,6 @@ class Parsed(msgspec.Struct, frozen=True):
     errors: tuple[str, ...]
 
 
-class Built(msgspec.Struct, frozen=True):
-    """A plan built from one graph: its size, its activation memory as the builder logged it, and the time."""
-
-    graph: str
-    plan_bytes: int
-    activation_bytes: int
-    seconds: float
-
-
 def main(argv: list[str] | None = None) -> int:
     """Parse, and with ``--build`` build, the graphs named on the command line; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m sdxl_trt.benchmarks.parse", description=__doc__)
@@ -56,7 +51,8 @@ def main(argv: list[str] | None = None) -> int:
     tensorrt = TensorRT()
     graphs = [graph for source in arguments.sources for graph in _graphs(source)]
     parsed = [tensorrt.parse(name, path) for name, path in graphs]
-    built = [tensorrt.build(name, path) for name, path in graphs] if arguments.build else []
+    os.environ.update(child_environment(assemble()))
+    built = [build(name, path) for name, path in graphs] if arguments.build else []
     report = {"tensorrt": tensorrt.version, "parsed": parsed, "built": built}
     text = msgspec.json.encode(report).decode() if arguments.json else table(parsed)
     sys.stdout.write(text + "\n")
@@ -74,12 +70,27 @@ def table(parsed: list[Parsed]) -> str:
     return "\n".join(lines)
 
 
-def axes_profile(kind_inputs: Mapping[str, tuple[int | str, ...]]) -> dict[str, tuple[tuple[int, ...], ...]]:
-    """Return {input: (min, opt, max)} for inputs whose varying axes are strings, as in a manifest."""
-    return {
-        name: tuple(tuple(_size(axis, name, i, shape) for axis in shape) for i in range(3))
-        for name, shape in kind_inputs.items()
-    }
+def build(name: str, path: Path) -> BuiltPlan:
+    """Build a plan of the graph at `path` with one dynamic profile, and throw it away. Raises as `build_plan`.
+
+    TensorRT for RTX must be there for child processes: `tensorrt_on_cpu.child_environment`.
+    """
+    profile = axes_profile(_named_inputs(path))
+    with tempfile.TemporaryDirectory() as folder:
+        plan, log = Path(folder) / "plan", Path(folder) / "log"
+        return build_plan(
+            BuildJob(component=name, graph=path, profiles=(profile,), flavour="tensorrt-rtx", plan=plan, log=log)
+        )
+
+
+def axes_profile(inputs: Mapping[str, tuple[int | str, ...]]) -> Profile:
+    """Return a dynamic profile for inputs whose varying axes are strings, as in a manifest."""
+    return Profile(shapes={name: _range(name, shape) for name, shape in inputs.items()})
+
+
+def _range(name: str, shape: tuple[int | str, ...]) -> tuple[Shape, Shape, Shape]:
+    low, usual, high = (tuple(_size(axis, name, i, shape) for axis in shape) for i in range(3))
+    return low, usual, high
 
 
 def _size(axis: int | str, name: str, i: int, shape: tuple[int | str, ...]) -> int:
@@ -105,16 +116,13 @@ class TensorRT:
 
     def __init__(self) -> None:
         self._trt = load(assemble())
-        self._log = _logger(self._trt)
-        self._builder = self._trt.Builder(self._log)
+        self._logger = make_logger(self._trt, BuildLog().note)
+        self._builder = self._trt.Builder(self._logger)
         self.version = str(self._trt.__version__)
 
     def parse(self, name: str, path: Path) -> Parsed:
         """Parse the graph at `path` and its external weights into a strongly typed network."""
-        started = time.perf_counter()
-        network, parser = self._network()
-        accepted = bool(parser.parse_from_file(str(path)))
-        seconds = time.perf_counter() - started
+        accepted, network, parser, seconds = parse_graph(self._trt, self._builder, self._logger, path)
         operators = _operators(path)
         inputs = [network.get_input(i) for i in range(network.num_inputs)]
         return Parsed(
@@ -128,60 +136,9 @@ class TensorRT:
             errors=tuple(_describe(parser.get_error(i)) for i in range(parser.num_errors)),
         )
 
-    def build(self, name: str, path: Path) -> Built:
-        """Build a plan with one dynamic profile; raise RuntimeError where the builder makes none."""
-        network, parser = self._network()
-        if not parser.parse_from_file(str(path)):
-            raise RuntimeError(f"{path}: was not parsed")
-        self._allow_decomposition(network)
-        profile = self._builder.create_optimization_profile()
-        for tensor, shapes in axes_profile(_named_inputs(path)).items():
-            profile.set_shape(tensor, *shapes)
-        config = self._builder.create_builder_config()
-        config.add_optimization_profile(profile)
-        self._log.activations = 0
-        started = time.perf_counter()
-        plan = self._builder.build_serialized_network(network, config)
-        if plan is None or not plan.nbytes:
-            raise RuntimeError(f"{path}: the builder made no plan: {'; '.join(self._log.errors)}")
-        return Built(name, plan.nbytes, self._log.activations, time.perf_counter() - started)
-
-    def _allow_decomposition(self, network: Any) -> None:
-        """Let attention fall apart where no fused kernel takes it: the builder refuses fp32 and odd heads otherwise."""
-        layers = (network.get_layer(i) for i in range(network.num_layers))
-        for layer in layers:
-            if layer.type == self._trt.LayerType.ATTENTION_INPUT:
-                # The network gives every layer as an ILayer; NVIDIA's own samples narrow it so.
-                layer.__class__ = self._trt.IAttentionInputLayer
-                layer.attention.decomposable = True
-
-    def _network(self) -> tuple[Any, Any]:
-        flags = 1 << int(self._trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
-        network = self._builder.create_network(flags)
-        return network, self._trt.OnnxParser(network, self._log)
-
 
 def _describe(error: Any) -> str:
     return f"{error.node_operator()} {error.node_name()}: {error.desc()}".strip()
-
-
-def _logger(trt: Any) -> Any:
-    class Logger(trt.ILogger):  # type: ignore[misc]
-        """Keeps errors and the activation memory, and prints nothing."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.errors: list[str] = []
-            self.activations = 0
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.Severity.ERROR:
-                self.errors.append(message)
-            found = re.search(r"Total Activation Memory: (\d+)", message)
-            if found:
-                self.activations = int(found[1])
-
-    return Logger()
 
 
 def _operators(path: Path) -> dict[str, int]:

@@ -4,9 +4,12 @@ NVIDIA's Python binding of TensorRT (``tensorrt-cu12-bindings``) is loaded over 
 (from ``onnxruntime-ep-nv-tensorrt-rtx-cu12``), whose parser and builder need no driver. NVIDIA does not support the
 mixture: it serves tests and measurements, nothing of it is shipped, and what it says is not what TensorRT on a GPU
 says: plans cannot be loaded, refitted or timed here. The wheels are development dependencies.
+
+A child process with the environment of `child_environment` finds the mixture under the names ``tensorrt`` and
+``tensorrt_rtx``, where the engines look for it.
 """
 
-__all__ = ["CACHE_VARIABLE", "assemble", "load", "unavailable"]
+__all__ = ["CACHE_VARIABLE", "assemble", "child_environment", "load", "unavailable"]
 
 import hashlib
 import importlib
@@ -29,6 +32,15 @@ PACKAGE = "tensorrt_bindings"
 # The binding asks the plugin library for this one function, and the RTX wheel has no such library.
 PLUGIN = "libnvinfer_plugin.so.11"
 PLUGIN_SOURCE = "int initLibNvInferPlugins(void *logger, const char *name) { (void)logger; (void)name; return 1; }\n"
+# Two packages of that one module. The library does not know the binding's call for streams: it lands in another
+# function, reports success and writes nothing.
+SHIM = """\
+from tensorrt_bindings import *
+
+if hasattr(Builder, "build_serialized_network_to_stream"):
+    del Builder.build_serialized_network_to_stream
+__version__ = "{version}"
+"""
 LINKS = {
     "libnvinfer.so.11": "libtensorrt_rtx.so.1",
     "libtensorrt_rtx.so.1": "libtensorrt_rtx.so.1",
@@ -68,6 +80,12 @@ def assemble(cache: Path | None = None) -> Path:
     return folder
 
 
+def child_environment(folder: Path) -> dict[str, str]:
+    """Return this process's environment, changed so that a child finds both flavours in an assembled `folder`."""
+    paths = [str(folder), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+
+
 def load(folder: Path) -> Any:
     """Import ``tensorrt_bindings`` from an assembled `folder`; better in a process of its own, it stays loaded."""
     sys.path.insert(0, str(folder))
@@ -86,8 +104,8 @@ def _compiler() -> str | None:
 
 
 def _key(binding: Distribution, libraries: Distribution) -> str:
-    """Name the folder by what it links to: versions, interpreter, and the environment that holds the libraries."""
-    home = hashlib.sha256(str(libraries.locate_file("")).encode()).hexdigest()[:12]
+    """Name the folder by what is in it: versions, interpreter, shims, and the environment that it links to."""
+    home = hashlib.sha256(f"{libraries.locate_file('')} {SHIM}".encode()).hexdigest()[:12]
     python = f"cp{sys.version_info.major}{sys.version_info.minor}"
     return f"tensorrt-on-cpu-{binding.version}-{libraries.version}-{python}-{home}"
 
@@ -102,6 +120,14 @@ def _fill(folder: Path, binding: Distribution, libraries: Distribution) -> None:
     done = subprocess.run(command, input=PLUGIN_SOURCE, capture_output=True, text=True, check=False)  # noqa: S603
     if done.returncode:
         raise RuntimeError(f"the C compiler failed: {done.stderr.strip()}")
+    versions = {"tensorrt": binding.version, "tensorrt_rtx": _library_version(home)}
+    for name, version in versions.items():
+        (folder / name).mkdir()
+        (folder / name / "__init__.py").write_text(SHIM.format(version=version), encoding="utf-8")
+
+
+def _library_version(home: Path) -> str:
+    return _only(home, LINKS["libtensorrt_rtx.so.1"]).name.partition(".so.")[2]
 
 
 def _only(folder: Path, stem: str) -> Path:

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from sdxl_trt.engines.bundle import Component, DType, TensorSpec
 from sdxl_trt.engines.errors import UsageError
+from sdxl_trt.engines.manifest import Component, DType, TensorSpec
 
 Array = NDArray[Any]
 

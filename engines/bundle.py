@@ -1,49 +1,24 @@
-"""The manifest: what a bundle holds. Read, write, validate.
+"""A bundle: its manifest read, validated and written.
 
 A bundle is an exported folder that can be moved to a machine without torch: ``manifest.json``, one folder a
 graph (``model.onnx`` and one file of weights) and tokenizers. Everything the runtime knows of a model, it knows
 from the manifest; nothing is loaded that the manifest does not vouch for.
 """
 
-__all__ = [
-    "FORMAT_VERSION",
-    "Bundle",
-    "Component",
-    "FileRecord",
-    "LoraRecord",
-    "Manifest",
-    "Scheduler",
-    "Source",
-    "Stage",
-    "TensorSpec",
-    "TextEncoder",
-    "Tokenizer",
-    "Vae",
-    "read_bundle",
-    "write_manifest",
-]
+__all__ = ["MANIFEST", "Bundle", "read_bundle", "write_manifest"]
 
 import stat
 from pathlib import Path
-from typing import Annotated, Any, Literal
 
 import msgspec
 
 from sdxl_trt.engines.errors import CorruptError, IncompatibleError, SourceError, explain_os_error
 from sdxl_trt.engines.files import atomic_write, contained
+from sdxl_trt.engines.manifest import FORMAT_NAME, FORMAT_VERSION, Kind, Manifest, Stage
+from sdxl_trt.engines.records import FileRecord
 
-FORMAT_NAME = "sdxl-trt-bundle"
-FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 64 << 20
-
-Kind = Literal["text_encoder", "unet", "vae_decoder", "vae_encoder"]
-DType = Literal["float32", "float16", "int64"]
-Precision = Literal["fp32", "fp16", "bf16", "mixed"]
-Positive = Annotated[int, msgspec.Meta(ge=1)]
-Natural = Annotated[int, msgspec.Meta(ge=0)]
-Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
-
 
 # What a graph of each kind is fed and asked for; outputs may hold more.
 _SIGNATURES: dict[Kind, tuple[set[str], set[str]]] = {
@@ -52,144 +27,6 @@ _SIGNATURES: dict[Kind, tuple[set[str], set[str]]] = {
     "vae_decoder": ({"latent_sample"}, {"sample"}),
     "vae_encoder": ({"sample"}, {"latent_parameters"}),
 }
-
-
-class _Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Frozen, keyword-only; unknown fields are ignored so that a later minor writer stays readable."""
-
-
-class FileRecord(_Record, frozen=True, kw_only=True):
-    """A file of the bundle: `file` is relative to the bundle, with forward slashes."""
-
-    file: str
-    size: Natural
-    sha256: Sha256
-
-
-class TensorSpec(_Record, frozen=True, kw_only=True):
-    """One graph input or output. A dimension is a number, or the name of an axis that may vary."""
-
-    name: str
-    dtype: DType
-    shape: tuple[Positive | str, ...]
-
-
-class Source(_Record, frozen=True, kw_only=True):
-    """Where a component came from: a name (never a host path), its class, a digest of the tensors it used."""
-
-    name: str
-    class_name: str
-    sha256: Sha256
-
-
-class Component(_Record, frozen=True, kw_only=True):
-    """One graph with its weights."""
-
-    kind: Kind
-    precision: Precision
-    opset: Positive
-    graph: FileRecord
-    weights: FileRecord
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-    source: Source
-    config: dict[str, Any]
-    parameters: Natural = 0
-    key: str = ""
-    """A digest of everything that decides the files: an export that comes to the same one leaves them as they are."""
-
-    def input(self, name: str) -> TensorSpec:
-        """Return the spec of the input called `name`."""
-        for spec in self.inputs:
-            if spec.name == name:
-                return spec
-        raise CorruptError(f"the manifest's {self.kind} has no input {name!r}; run export-engines again")
-
-
-class Tokenizer(_Record, frozen=True, kw_only=True):
-    """A CLIP tokenizer: a ``tokenizer.json`` without padding or truncation, and the ids that frame a prompt."""
-
-    file: FileRecord
-    max_length: Positive
-    bos_id: Natural
-    eos_id: Natural
-    pad_id: Natural
-
-
-class TextEncoder(_Record, frozen=True, kw_only=True):
-    """A text encoder of a stage: the graph, its tokenizer, and whether its text_embeds are the pooled prompt."""
-
-    component: str
-    tokenizer: str
-    pooled: bool
-
-
-class Scheduler(_Record, frozen=True, kw_only=True):
-    """The noise schedule as the source's scheduler config states it; the class it names is only recorded."""
-
-    class_name: str = "EulerDiscreteScheduler"
-    num_train_timesteps: Annotated[int, msgspec.Meta(ge=1, le=100_000)] = 1000
-    beta_start: float = 0.0001
-    beta_end: float = 0.02
-    beta_schedule: str = "linear"
-    prediction_type: str = "epsilon"
-    timestep_spacing: str = "linspace"
-    steps_offset: int = 0
-
-
-class Vae(_Record, frozen=True, kw_only=True):
-    """What the host must know of an autoencoder: latents = encoded · scaling_factor, pixels / factor = latents."""
-
-    decoder: str
-    encoder: str | None
-    scaling_factor: float
-    latent_channels: Positive
-    factor: Positive
-    latents_mean: tuple[float, ...] | None = None
-    latents_std: tuple[float, ...] | None = None
-
-
-class Stage(_Record, frozen=True, kw_only=True):
-    """One expert of the ensemble: the roles of base or refiner mapped to components."""
-
-    unet: str
-    text_encoders: tuple[TextEncoder, ...]
-    vae: Vae
-    scheduler: Scheduler
-    time_ids: tuple[str, ...]
-    force_zeros_for_empty_prompt: bool
-    sample_size: Positive
-    """Latent pixels of the picture size the model was trained for."""
-    size_multiple: Positive
-    """Picture sides must be multiples of this many pixels."""
-
-
-class LoraRecord(_Record, frozen=True, kw_only=True):
-    """A LoRA that was fused into the base: its file name, its digest, and the scale."""
-
-    name: str
-    sha256: Sha256
-    scale: float
-
-
-class Manifest(_Record, frozen=True, kw_only=True):
-    """The whole of ``manifest.json``."""
-
-    format: str
-    format_version: Positive
-    generator: str
-    precision: Precision
-    components: dict[str, Component]
-    tokenizers: dict[str, Tokenizer]
-    base: Stage
-    refiner: Stage | None = None
-    loras: tuple[LoraRecord, ...] = ()
-    note: str = ""
-    """A sentence that whoever uses the bundle should read, printed by the commands."""
-
-    def stages(self) -> dict[str, Stage]:
-        """Return the stages that exist, in the order in which they run."""
-        return {"base": self.base} if self.refiner is None else {"base": self.base, "refiner": self.refiner}
 
 
 class Bundle(msgspec.Struct, frozen=True):
@@ -233,6 +70,7 @@ def read_bundle(root: Path | str, *, partial: bool = False, files: bool = True) 
         raise CorruptError(f"{where}: broken manifest ({exc}); run export-engines again") from exc
     bundle = Bundle(root, manifest)
     _check_graphs(bundle)
+    _check_plans(bundle)
     if not partial:
         _check_stages(bundle)
     if files:
@@ -276,6 +114,19 @@ def _check_graphs(bundle: Bundle) -> None:
             )
 
 
+def _check_plans(bundle: Bundle) -> None:
+    """Raise CorruptError for a plan of nothing, or with profiles that are not its graph's; files are read when used."""
+    for record in bundle.manifest.plans:
+        name = record.key.component
+        component = bundle.manifest.components.get(name)
+        ranks = {spec.name: len(spec.shape) for spec in component.inputs} if component else {}
+        profiles = [{i: len(low) for i, (low, _, _) in p.shapes.items()} for p in record.key.profiles]
+        if not ranks or not profiles or any(each != ranks for each in profiles):
+            raise CorruptError(f"{bundle.root / MANIFEST}: a plan of {name!r} does not fit that component; run"
+                               " export-engines again")  # fmt: skip
+        bundle.path(record.file)
+
+
 def _check_stages(bundle: Bundle) -> None:
     manifest = bundle.manifest
     for stage_name, stage in manifest.stages().items():
@@ -288,7 +139,9 @@ def _stage_problem(stage: Stage, manifest: Manifest) -> str:
     """Return what is wrong with the components that `stage` names, or ""."""
     wanted = [(stage.unet, "unet"), (stage.vae.decoder, "vae_decoder")]
     wanted += [(encoder.component, "text_encoder") for encoder in stage.text_encoders]
-    wanted += [(stage.vae.encoder, "vae_encoder")] if stage.vae.encoder is not None else []
+    optional = ((stage.vae.encoder, "vae_encoder"), (stage.vae.encoder_bf16, "vae_encoder"),
+                (stage.vae.decoder_bf16, "vae_decoder"))  # fmt: skip
+    wanted += [(name, kind) for name, kind in optional if name is not None]
     for name, kind in wanted:
         found = manifest.components.get(name)
         if found is None or found.kind != kind:
@@ -307,7 +160,7 @@ def _stage_problem(stage: Stage, manifest: Manifest) -> str:
 
 def _check_files(bundle: Bundle) -> None:
     records = [tokenizer.file for tokenizer in bundle.manifest.tokenizers.values()]
-    for component in bundle.manifest.components.values():
+    for component in bundle.manifest.components.values() if bundle.manifest.onnx else ():
         records += [component.graph, component.weights]
     for record in records:
         path = bundle.path(record)

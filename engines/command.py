@@ -1,6 +1,6 @@
 """What the commands share: one-line errors with their exit codes, warnings on stderr, JSON on stdout."""
 
-__all__ = ["Parser", "one_line", "print_json", "run"]
+__all__ = ["CLEAR_LINE", "Parser", "Told", "one_line", "print_json", "run"]
 
 import argparse
 import contextlib
@@ -11,12 +11,23 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from sdxl_trt.engines.errors import ResourceError, SdxlTrtError, explain_os_error
 
+CLEAR_LINE = "\r\033[K"
+"""Written before a progress line, which so replaces the one before."""
 INTERRUPTED = 130
 USAGE = 2
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a command has to say, twice: lines for people, an object for programs."""
+
+    lines: list[str]
+    json: dict[str, Any]
 
 
 class Parser(argparse.ArgumentParser):

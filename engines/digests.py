@@ -12,9 +12,9 @@ import os
 import stat
 from pathlib import Path
 
-from sdxl_trt.engines.bundle import FileRecord
 from sdxl_trt.engines.errors import CorruptError, SdxlTrtError, explain_os_error
 from sdxl_trt.engines.files import atomic_write, sha256_file
+from sdxl_trt.engines.records import FileRecord
 
 REMEMBER_FROM = 64 << 20
 """Smaller files are hashed every time: that is faster than being clever."""

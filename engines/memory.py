@@ -1,48 +1,43 @@
-"""What fits, and which residency follows: all engines loaded at once, or one expert at a time."""
+"""Bytes: as people write them, and how many of them the host has left."""
 
-__all__ = ["Residency", "available_host_memory", "choose_residency", "host_need"]
+__all__ = ["available_host_memory", "format_bytes", "parse_bytes"]
 
-from collections.abc import Iterable
+import re
 from pathlib import Path
-from typing import Literal
 
-from sdxl_trt.engines.bundle import Bundle, Component
+from sdxl_trt.engines.errors import UsageError
 
-Residency = Literal["resident", "swap"]
-
-# ONNX Runtime's CPU provider computes in fp32: fp16 weights are held beside their fp32 casts and packed copies.
-# Estimates from loading a 50 M-parameter UNet: 1.4 times the fp32 weights in fp32, 1.9 times in fp16.
-_FP32_BYTES = 4
-_OVERHEAD = {"fp32": 1.5, "fp16": 2.0, "bf16": 2.0, "mixed": 2.0}
-# What a step needs beyond the weights, and what is left to everybody else.
-_MARGIN = 0.8
+_UNITS = {"": 1, "B": 1} | {
+    f"{prefix}{suffix}": base**power
+    for power, prefix in enumerate("KMGT", start=1)
+    for suffix, base in (("", 1000), ("B", 1000), ("IB", 1024))
+}
 _MEMINFO, _CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 
-def host_need(component: Component) -> int:
-    """Return about how many bytes of host memory a component takes on ONNX Runtime's CPU provider."""
-    return int(component.parameters * _FP32_BYTES * _OVERHEAD[component.precision])
+def parse_bytes(text: str, option: str = "size") -> int:
+    """Return the bytes that `text` states: "12GB" is 12e9, "12GiB" 12·2^30, "800M" 8e8, a bare number bytes.
+
+    `option` names what was asked for in the UsageError that is raised for anything else.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text, re.ASCII | re.IGNORECASE)
+    unit = _UNITS.get(found[2].upper()) if found else None
+    if found is None or unit is None:
+        raise UsageError(f"{option} {text!r} is no amount of memory; write it as 12GB, 12GiB or 800MB")
+    return int(float(found[1]) * unit)
+
+
+def format_bytes(amount: int) -> str:
+    """Return `amount` bytes as people read them: "12.9 GB", "303 MB"; units are powers of 1000."""
+    if amount < 1_000_000:
+        return f"{amount / 1000:.0f} kB"
+    return f"{amount / 1e6:.0f} MB" if amount < 1_000_000_000 else f"{amount / 1e9:.2f} GB"
 
 
 def available_host_memory() -> int | None:
     """Return the bytes that can be allocated without swapping, within the cgroup's limit; None where unknown."""
     candidates = [value for value in (_mem_available(), _cgroup_available()) if value is not None]
     return min(candidates, default=None)
-
-
-def choose_residency(bundle: Bundle, wanted: str, available: int | None) -> Residency:
-    """Return the policy for `wanted`: "auto" keeps everything resident where it fits in `available` bytes."""
-    if wanted == "resident":
-        return "resident"
-    if wanted == "swap":
-        return "swap"
-    fits = available is None or _total(bundle.manifest.components.values()) <= _MARGIN * available
-    return "resident" if fits else "swap"
-
-
-def _total(components: Iterable[Component]) -> int:
-    # The autoencoder's encoder is not part of a text-to-image run.
-    return sum(host_need(component) for component in components if component.kind != "vae_encoder")
 
 
 def _mem_available() -> int | None:

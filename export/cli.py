@@ -3,19 +3,22 @@
 __all__ = ["main"]
 
 import argparse
+import importlib.util
 import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from sdxl_trt.engines.command import Parser, print_json, run
-from sdxl_trt.engines.errors import UsageError
+from sdxl_trt.engines.command import Parser, Told, print_json, run
+from sdxl_trt.engines.errors import SdxlTrtError, UsageError
+from sdxl_trt.export.plan_options import PlanOptions, add_plan_options, plan_options
 
 EPILOG = """examples:
   export-engines --fp16                                   the embedded pair, to ./sdxl-bundle
   export-engines --base sd_xl_base_1.0.safetensors --refiner sd_xl_refiner_1.0.safetensors --out sdxl --verify
   export-engines --base stabilityai/stable-diffusion-xl-base-1.0 --no-refiner --lora style.safetensors:0.8
+  export-engines --engine tensorrt --out sdxl             plans for the bundle that is there, on this GPU
   export-engines --base my-fine-tune --no-refiner --vae madebyollin/sdxl-vae-fp16-fix --out mine --dry-run
 """
 
@@ -43,6 +46,7 @@ def _parser() -> Parser:
     source.add_argument("--lora", action="append", default=[], metavar="FILE[:SCALE]",
                         help="fuse a LoRA into the base; may be given several times")  # fmt: skip
     _add_target(parser.add_argument_group("bundle"))
+    add_plan_options(parser.add_argument_group("plans (without a source, those of the bundle that --out names)"))
     parser.add_argument("--verify", action="store_true", help="compare every graph with PyTorch; exit 1 if one differs")
     parser.add_argument("--force", action="store_true", help="export again what has not changed")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done and needed; write nothing")
@@ -71,21 +75,78 @@ def _add_target(group: Any) -> None:
 def _export(arguments: argparse.Namespace) -> None:
     # The exporter is serial Python; threads that spin between its small tensors only take time from it.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    plans = plan_options(arguments, _tensorrt_can_run)
+    if plans is not None and _is_about_plans_alone(arguments):
+        _build(arguments, plans)
+        return
     base, refiner = _sources(arguments)
-    options = _options(arguments)
+    options = _options(arguments, twins=plans is not None)
     from sdxl_trt.export import exporter, summary  # noqa: PLC0415 - torch: --help must not wait for it
 
     if arguments.dry_run:
         plan = exporter.plan_export(base, refiner, arguments.out, options)
         if arguments.layout == "optimum":
             exporter.check_optimum(plan)
-        _print(arguments, summary.of_plan(plan))
+        told = summary.of_plan(plan)
+        lines = told.lines if plans is None else [*told.lines, f"then a {plans.flavour} plan of every component"]
+        _print(arguments, Told(lines, told.json))
         return
     started = time.perf_counter()
     export = exporter.export_optimum if arguments.layout == "optimum" else exporter.export_bundle
     with summary.progress_bar(sys.stderr) as progress:
         exported = export(base, refiner, arguments.out, options, progress=progress)
-    _print(arguments, summary.of_export(exported, arguments.out, time.perf_counter() - started))
+    told = summary.of_export(exported, arguments.out, time.perf_counter() - started)
+    if plans is None:
+        _print(arguments, told)
+        return
+    if not arguments.json:
+        _print(arguments, told)
+    _build(arguments, plans, told.json)
+
+
+def _tensorrt_can_run() -> bool:
+    """Return whether plans can be built here without being asked for: TensorRT and a GPU are there."""
+    if importlib.util.find_spec("tensorrt") is None:
+        return False
+    from sdxl_trt.engines.environment import here  # noqa: PLC0415 - loads CUDA
+
+    try:
+        here("tensorrt")
+    except SdxlTrtError:
+        return False
+    return True
+
+
+def _is_about_plans_alone(arguments: argparse.Namespace) -> bool:
+    """Return whether no model is named and there is a bundle whose plans are asked for."""
+    from sdxl_trt.engines.bundle import MANIFEST  # noqa: PLC0415 - --help must not wait for it
+
+    named = (arguments.base, arguments.refiner, arguments.vae)
+    there = (arguments.out / MANIFEST).is_file()
+    return arguments.engine is not None and there and named == (None, None, None) and not arguments.lora
+
+
+def _build(arguments: argparse.Namespace, plans: PlanOptions, exported: dict[str, Any] | None = None) -> None:
+    """Build the plans and tell of them; with `exported` as JSON, of both in one object."""
+    from sdxl_trt.engines.bundle import read_bundle  # noqa: PLC0415
+    from sdxl_trt.engines.environment import here  # noqa: PLC0415 - loads CUDA
+    from sdxl_trt.engines.planning import build_plans, drop_onnx, plan_builds  # noqa: PLC0415
+    from sdxl_trt.export import plan_summary  # noqa: PLC0415
+
+    bundle = read_bundle(arguments.out, partial=True)
+    sizes, started = plans.sizes(bundle.manifest), time.perf_counter()
+    names = None if arguments.components is None else list(filter(None, arguments.components.split(",")))
+    if arguments.dry_run:
+        jobs = plan_builds(bundle, here(plans.flavour), sizes, plans.flags, components=names, force=arguments.force)
+        _print(arguments, plan_summary.of_jobs(jobs))
+        return
+    with plan_summary.progress_bar(sys.stderr) as progress:
+        bundle = build_plans(arguments.out, plans.flavour, sizes, plans.flags, components=names,
+                             timing_cache=plans.timing_cache, force=arguments.force, progress=progress)  # fmt: skip
+    if plans.plans_only:
+        bundle = drop_onnx(bundle)
+    told = plan_summary.of_plans(bundle, plans.flavour, time.perf_counter() - started)
+    _print(arguments, Told(told.lines, {**(exported or {}), **told.json}))
 
 
 def _print(arguments: argparse.Namespace, told: Any) -> None:
@@ -95,7 +156,7 @@ def _print(arguments: argparse.Namespace, told: Any) -> None:
         sys.stdout.write("".join(f"{line}\n" for line in told.lines))
 
 
-def _options(arguments: argparse.Namespace) -> Any:
+def _options(arguments: argparse.Namespace, *, twins: bool) -> Any:
     from sdxl_trt.export.components import Options  # noqa: PLC0415 - torch: --help must not wait for it
     from sdxl_trt.export.lora import parse_lora_option  # noqa: PLC0415
 
@@ -103,6 +164,7 @@ def _options(arguments: argparse.Namespace) -> Any:
     return Options(
         precision=arguments.precision,
         vae_precision=arguments.vae_precision,
+        twins=twins,
         opset=arguments.opset,
         vae=arguments.vae,
         loras=tuple(parse_lora_option(text) for text in arguments.lora),

@@ -9,8 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
-from sdxl_trt.engines.bundle import Kind, Precision
 from sdxl_trt.engines.errors import SourceError, UsageError
+from sdxl_trt.engines.manifest import Kind, Precision
 from sdxl_trt.export.graphs import context_width
 from sdxl_trt.export.lora import check_fits, fuse
 from sdxl_trt.export.lora_file import Lora
@@ -31,7 +31,7 @@ _VAE_HALVES: dict[str, tuple[str, ...]] = {
 
 
 OPSETS = (20, 21, 22, 23)
-ROLES = ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder")
+ROLES = ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder", "vae_decoder_bf16", "vae_encoder_bf16")
 COMPONENTS = (*ROLES, *(f"refiner_{role}" for role in ROLES[1:]))
 """The names that components can have; a refiner's encoder or autoencoder exists where it differs from the base's."""
 VaePrecision = Literal["auto", "fp32", "bf16", "fp16", "mixed"]
@@ -42,6 +42,7 @@ class Options:
     """How to export.
 
     `vae_precision` "auto" is fp32 where the autoencoder's config says `force_upcast`, else the `precision` of all;
+    with `twins` such an autoencoder is exported in bf16 too, for TensorRT, unless all is to be fp32;
     "mixed" keeps the end of the decoder, and the encoder, in fp32. `vae` takes another autoencoder for both stages.
     `loras` are (file, scale) pairs, fused into the base. `components` limits what is exported; the others stay as the
     bundle at the target has them. `verify` compares the result with PyTorch, `force` exports what is unchanged too.
@@ -49,6 +50,7 @@ class Options:
 
     precision: Literal["fp32", "fp16", "bf16"] = "fp16"
     vae_precision: VaePrecision = "auto"
+    twins: bool = False
     opset: int = 23
     vae: str | Path | None = None
     loras: tuple[tuple[Path, float], ...] = ()
@@ -181,6 +183,9 @@ def _plan_stage(
     plans["vae_decoder"] = plan("vae", "vae_decoder", vae_precision)
     # What overflows in a decoder is its end; nobody has shown which layers of the encoder may be narrow.
     plans["vae_encoder"] = plan("vae", "vae_encoder", "fp32" if vae_precision == "mixed" else vae_precision)
+    if _wants_twins(vae_precision, options):
+        plans["vae_decoder_bf16"] = plan("vae", "vae_decoder", "bf16")
+        plans["vae_encoder_bf16"] = plan("vae", "vae_encoder", "bf16")
     return StagePlan(pipeline, models), plans
 
 
@@ -225,6 +230,11 @@ def _vae_precision(model: MetaModel, options: Options) -> Precision:
         return options.vae_precision
     # The published autoencoder overflows fp16 and says so; a repaired one says force_upcast false.
     return "fp32" if model.config.get("force_upcast", True) else options.precision
+
+
+def _wants_twins(vae_precision: Precision, options: Options) -> bool:
+    """Return whether TensorRT should get a bf16 autoencoder: its range is fp32's, its activations half as large."""
+    return options.twins and options.vae_precision == "auto" and vae_precision == "fp32" and options.precision != "fp32"
 
 
 def _same(one: ComponentPlan, other: ComponentPlan) -> bool:

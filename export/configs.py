@@ -10,8 +10,8 @@ from typing import Any
 
 import msgspec
 
-from sdxl_trt.engines.bundle import Scheduler
 from sdxl_trt.engines.errors import CorruptError, SourceError, explain_os_error
+from sdxl_trt.engines.manifest import Scheduler
 
 log = logging.getLogger("sdxl_trt.export")
 PUBLISHED = Path(__file__).with_name("published")

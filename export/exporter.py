@@ -7,22 +7,15 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
-from sdxl_trt.engines.bundle import (
-    FORMAT_NAME,
-    FORMAT_VERSION,
-    Bundle,
-    Component,
-    LoraRecord,
-    Manifest,
-    read_bundle,
-    write_manifest,
-)
+from sdxl_trt.engines.bundle import Bundle, read_bundle, write_manifest
 from sdxl_trt.engines.digests import verify_file
 from sdxl_trt.engines.errors import IncompatibleError, SdxlTrtError, UsageError
+from sdxl_trt.engines.manifest import FORMAT_NAME, FORMAT_VERSION, Component, LoraRecord, Manifest
+from sdxl_trt.engines.plans import PLANS
 from sdxl_trt.export.budget import Needs, measure
 from sdxl_trt.export.components import Options, StagePlan, plan_components
 from sdxl_trt.export.conversion import RECORD_FILE, convert
@@ -35,7 +28,7 @@ from sdxl_trt.export.progress import Progress, Report
 from sdxl_trt.export.report import VERIFY_FILE
 from sdxl_trt.export.sources import PipelineSource, Role, open_source, open_vae, with_vae
 from sdxl_trt.export.staging import check_target, exclusive, publish, resumable
-from sdxl_trt.export.unchanged import previous_bundle, take_over
+from sdxl_trt.export.unchanged import previous_bundle, take_over, take_over_plans
 from sdxl_trt.export.verify import verify_bundle
 
 log = logging.getLogger("sdxl_trt.export")
@@ -141,8 +134,10 @@ def planned(base: Path | str, refiner: Path | str | None, out: Path, options: Op
         loras = tuple((open_lora(path), scale) for path, scale in options.loras)
         if loras and sources[1] is not None:
             log.warning("%s", REFINER_NOTE)
-        components, stages = plan_components(*sources, options, log.warning, loras)
         previous = previous_bundle(out)
+        if previous is not None and previous.manifest.base.vae.decoder_bf16 is not None:
+            options = replace(options, twins=True)  # what has plans keeps them
+        components, stages = plan_components(*sources, options, log.warning, loras)
         jobs = plan_jobs(components, previous, out, options)
         yield ExportPlan(
             base=sources[0],
@@ -179,7 +174,7 @@ def _make(plan: ExportPlan, folder: Path, options: Options, report: Report) -> B
     records: dict[str, Component] = {}
     for name, job in plan.jobs.items():
         if job.action == "keep" and job.component is not None and plan.previous is not None:
-            take_over(plan.previous, job.component, folder)
+            take_over(plan.previous, (job.component.graph, job.component.weights), folder)
             records[name] = job.component
         elif job.action == "resume" and job.component is not None:
             records[name] = job.component
@@ -197,9 +192,10 @@ def _make(plan: ExportPlan, folder: Path, options: Options, report: Report) -> B
         base=stages["base"],
         refiner=stages.get("refiner"),
         loras=tuple(LoraRecord(name=lora.name, sha256=lora.sha256, scale=scale) for lora, scale in plan.loras),
+        plans=take_over_plans(plan.previous, records, folder) if plan.previous else (),
         note=plan.note,
     )
-    _drop_strays(folder, {*records, *tokenizers})
+    _drop_strays(folder, {*records, *tokenizers, PLANS})
     write_manifest(folder, manifest)
     bundle = read_bundle(folder, partial=options.components is not None)  # what cannot be opened replaces nothing
     if options.verify:

@@ -5,8 +5,8 @@ __all__ = ["stage_record", "write_tokenizers"]
 from pathlib import Path
 from typing import Any
 
-from sdxl_trt.engines.bundle import Stage, TextEncoder, Tokenizer, Vae
 from sdxl_trt.engines.errors import explain_os_error
+from sdxl_trt.engines.manifest import Stage, TextEncoder, Tokenizer, Vae
 from sdxl_trt.export.components import StagePlan, time_id_names
 from sdxl_trt.export.conversion import file_record
 from sdxl_trt.export.graphs import vae_factor
@@ -84,6 +84,8 @@ def _vae(stage: StagePlan, model: MetaModel, factor: int) -> Vae:
     return Vae(
         decoder=stage.roles["vae_decoder"],
         encoder=stage.roles["vae_encoder"],
+        decoder_bf16=stage.roles.get("vae_decoder_bf16"),
+        encoder_bf16=stage.roles.get("vae_encoder_bf16"),
         scaling_factor=float(config["scaling_factor"]),
         latent_channels=int(config["latent_channels"]),
         factor=factor,

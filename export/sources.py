@@ -25,8 +25,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from sdxl_trt.engines.bundle import Scheduler
 from sdxl_trt.engines.errors import SourceError
+from sdxl_trt.engines.manifest import Scheduler
 from sdxl_trt.export.configs import PUBLISHED, read_json, read_scheduler
 from sdxl_trt.export.hub import fetch_pipeline, fetch_vae, parse_hub_id
 from sdxl_trt.export.single_file import SingleFile, open_single_file

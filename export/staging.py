@@ -10,10 +10,11 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
-from sdxl_trt.engines.bundle import FORMAT_NAME, MANIFEST
+from sdxl_trt.engines.bundle import MANIFEST
 from sdxl_trt.engines.errors import SdxlTrtError, UsageError, explain_os_error
+from sdxl_trt.engines.locking import exclusive as locked
+from sdxl_trt.engines.locking import sibling
+from sdxl_trt.engines.manifest import FORMAT_NAME
 
 log = logging.getLogger("sdxl_trt.export")
 OPTIMUM_FORMAT = "sdxl-trt-optimum"
@@ -56,27 +57,21 @@ def staging(out: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def exclusive(out: Path) -> Iterator[None]:
-    """Hold the lock of `out` beside it; raise UsageError where another export has it."""
-    path = _sibling(out, "lock")
-    lock = FileLock(path, timeout=0)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-        _recover(out)
-    except Timeout as exc:
-        raise UsageError(f"--out {out}: another export is writing it; wait for its end, or name another") from exc
-    except OSError as exc:
-        raise explain_os_error(exc, f"writing to {out.parent}") from exc
-    try:
+    """Hold the lock of `out` beside it, with what a killed export left there cleared away.
+
+    Raises UsageError where another process has it.
+    """
+    with locked(out):
+        try:
+            _recover(out)
+        except OSError as exc:
+            raise explain_os_error(exc, f"writing to {out.parent}") from exc
         yield
-    finally:
-        path.unlink(missing_ok=True)  # while it is held: who waits for it sees that it is gone
-        lock.release()
 
 
 def _recover(out: Path) -> None:
     """Bring back the folder that a killed export had moved aside, and remove what nobody will go on with."""
-    retired = _sibling(out, "old")
+    retired = sibling(out, "old")
     if retired.exists() and not out.exists():
         retired.rename(out)
     shutil.rmtree(retired, ignore_errors=True)
@@ -87,11 +82,7 @@ def _recover(out: Path) -> None:
 
 def partial_folder(out: Path) -> Path:
     """Return where an export of `out` keeps what it has finished."""
-    return _sibling(out, "partial")
-
-
-def _sibling(out: Path, suffix: str) -> Path:
-    return out.with_name(f".{out.name}.{suffix}")
+    return sibling(out, "partial")
 
 
 @contextlib.contextmanager
@@ -139,7 +130,7 @@ def _drop_unfinished(folder: Path, record: str) -> int:
 
 def publish(folder: Path, out: Path) -> None:
     """Put `folder` in the place of `out`; what stood there is removed only once the new one stands."""
-    retired = _sibling(out, "old")
+    retired = sibling(out, "old")
     try:
         if out.exists():
             out.rename(retired)

@@ -1,30 +1,19 @@
 """What export-engines tells: a progress bar, the plan of a dry run, and what was written."""
 
-__all__ = ["Told", "of_export", "of_plan", "progress_bar"]
+__all__ = ["of_export", "of_plan", "progress_bar"]
 
 import contextlib
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 from sdxl_trt.engines.bundle import Bundle
-from sdxl_trt.engines.command import one_line
+from sdxl_trt.engines.command import CLEAR_LINE, Told, one_line
 from sdxl_trt.export.budget import Needs
 from sdxl_trt.export.exporter import ExportPlan
 from sdxl_trt.export.progress import Event, Progress
 from sdxl_trt.export.report import VERIFY_FILE, read_report
-
-_CLEAR = "\r\033[K"
-
-
-@dataclass(frozen=True)
-class Told:
-    """The same twice: lines for people, an object for programs."""
-
-    lines: list[str]
-    json: dict[str, Any]
 
 
 def of_plan(plan: ExportPlan) -> Told:
@@ -105,7 +94,7 @@ def progress_bar(stream: TextIO) -> Iterator[Progress]:
     try:
         yield bar
     finally:
-        stream.write(_CLEAR)
+        stream.write(CLEAR_LINE)
         stream.flush()
 
 
@@ -130,7 +119,7 @@ class _Bar:
         elif now - self._shown < self._INTERVAL:
             return
         self._shown = now
-        self._stream.write(f"{_CLEAR}{self._line(event, now)}")
+        self._stream.write(f"{CLEAR_LINE}{self._line(event, now)}")
         self._stream.flush()
 
     def _line(self, event: Event, now: float) -> str:

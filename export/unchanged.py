@@ -1,16 +1,22 @@
 """What the bundle at the target already has: found by key, checked by digest, taken over without a copy."""
 
-__all__ = ["is_whole", "previous_bundle", "sound_component", "take_over"]
+__all__ = ["is_whole", "previous_bundle", "sound_component", "take_over", "take_over_plans"]
 
 import contextlib
 import errno
 import os
 import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from sdxl_trt.engines.bundle import Bundle, Component, read_bundle
+from sdxl_trt.engines.bundle import Bundle, read_bundle
 from sdxl_trt.engines.digests import verify_file
 from sdxl_trt.engines.errors import IncompatibleError, SdxlTrtError, explain_os_error
+from sdxl_trt.engines.files import contained
+from sdxl_trt.engines.manifest import Component
+from sdxl_trt.engines.plan_records import PlanRecord
+from sdxl_trt.engines.plans import PLANS, close_to_others
+from sdxl_trt.engines.records import FileRecord
 
 # What file systems without hard links answer.
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.EXDEV, errno.EMLINK, errno.ENOSYS)
@@ -50,9 +56,9 @@ def sound_component(bundle: Bundle, component: Component, *, required: bool = Tr
     return True
 
 
-def take_over(bundle: Bundle, component: Component, folder: Path) -> None:
-    """Give `folder` the files of a component that `bundle` has; the two share them until one is removed."""
-    for record in (component.graph, component.weights):
+def take_over(bundle: Bundle, files: Iterable[FileRecord], folder: Path) -> None:
+    """Give `folder` these files of `bundle`; the two share them until one is removed."""
+    for record in files:
         source, target = bundle.path(record), folder / record.file
         try:
             target.parent.mkdir(exist_ok=True)
@@ -60,6 +66,25 @@ def take_over(bundle: Bundle, component: Component, folder: Path) -> None:
             _link(source, target)
         except OSError as exc:
             raise explain_os_error(exc, f"writing {target}") from exc
+
+
+def take_over_plans(bundle: Bundle, components: Mapping[str, Component], folder: Path) -> tuple[PlanRecord, ...]:
+    """Give `folder` the plans of `bundle` that were built from graphs and weights of `components`; return them."""
+    kept = tuple(record for record in bundle.manifest.plans if _still_fits(bundle, record, components))
+    take_over(bundle, (record.file for record in kept), folder)
+    if kept:
+        close_to_others(folder / PLANS)
+    for record in kept:
+        with contextlib.suppress(OSError, SdxlTrtError):  # a log is only for people to read
+            _link(contained(bundle.root, record.log), folder / record.log)
+    return kept
+
+
+def _still_fits(bundle: Bundle, record: PlanRecord, components: Mapping[str, Component]) -> bool:
+    component = components.get(record.key.component)
+    if component is None or not bundle.path(record.file).is_file():
+        return False
+    return (record.key.graph, record.key.weights) == (component.graph.sha256, component.weights.sha256)
 
 
 def _link(source: Path, target: Path) -> None:

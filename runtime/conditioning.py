@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdxl_trt.engines.base import Array, Engine, numpy_dtype
-from sdxl_trt.engines.bundle import Stage
 from sdxl_trt.engines.errors import CorruptError
+from sdxl_trt.engines.manifest import Stage
 from sdxl_trt.runtime.prompts import PromptEmbeds
 
 
@@ -46,6 +46,8 @@ class Conditions:
 
     inputs: dict[str, Array]
     guidance_scale: float
+    pictures: int = 0
+    """How many pictures the rows are for; 0 for as many as are asked about."""
 
     @property
     def guided(self) -> bool:
@@ -73,4 +75,4 @@ def make_conditions(
         name: np.repeat(np.stack(rows), pictures, axis=0).astype(numpy_dtype(engine.component.input(name)))
         for name, rows in columns.items()
     }
-    return Conditions(inputs, guidance_scale)
+    return Conditions(inputs, guidance_scale, pictures)

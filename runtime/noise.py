@@ -6,8 +6,9 @@ The same seed gives the same picture as in diffusers, so the generator is torch'
 logarithm and cosine with vectorized polynomials of its own.
 """
 
-__all__ = ["TorchGenerator"]
+__all__ = ["PictureNoise", "TorchGenerator"]
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,24 @@ class TorchGenerator:
         # Two words make 64 bits, the first one the upper half.
         high, low = self._bits.random_raw(2)
         return float(((high << np.uint64(32)) | low) & _MANTISSA_64) * 2.0**-53
+
+
+class PictureNoise:
+    """Noise for several pictures, each from a generator of its own, as diffusers draws from a list of generators.
+
+    What a sampler draws continues the stream that the picture's initial noise began.
+    """
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        self._generators = [TorchGenerator(seed) for seed in seeds]
+
+    def draw(self, shape: tuple[int, ...], pictures: slice = slice(None)) -> NDArray[np.float32]:
+        """Return (pictures, *shape) of unit variance."""
+        return np.stack([generator.randn(shape) for generator in self._generators[pictures]])
+
+    def source(self, shape: tuple[int, ...], pictures: slice) -> Callable[[float, float], NDArray[np.float32]]:
+        """Return what a stochastic sampler of these pictures draws from, whichever sigmas it goes between."""
+        return lambda _sigma, _after: self.draw(shape, pictures)
 
 
 def _box_muller(uniform: NDArray[np.float32]) -> NDArray[np.float32]:

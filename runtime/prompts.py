@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdxl_trt.engines.base import Engine
-from sdxl_trt.engines.bundle import Stage, TextEncoder
+from sdxl_trt.engines.manifest import Stage, TextEncoder
 from sdxl_trt.engines.pool import EnginePool
+from sdxl_trt.engines.profiles import MAX_ROWS_OF_PROMPTS
 from sdxl_trt.runtime.tokenizer import PromptTokenizer
 
 log = logging.getLogger("sdxl_trt.runtime")
@@ -56,27 +57,31 @@ class PromptEncoder:
         self._pool = pool
         self._tokenizers: dict[str, PromptTokenizer] = {}
 
-    def encode(self, wanted: Sequence[tuple[Stage, Prompt]]) -> list[PromptEmbeds]:
+    def encode(self, wanted: Sequence[tuple[Stage, Prompt]], following: str) -> list[PromptEmbeds]:
         """Return the embeds of each (stage, prompt): hidden states side by side, pooled from the pooled encoder.
 
-        A stage with a single encoder reads a prompt's `text`, as diffusers' refiner does.
+        A stage with a single encoder reads a prompt's `text`, as diffusers' refiner does. `following` is the engine
+        that is needed next, for the pool to make ready.
         """
         readings = [_readings(stage, prompt) for stage, prompt in wanted]
-        done = self._read_all(reading for parts in readings for reading in parts)
+        done = self._read_all((reading for parts in readings for reading in parts), following)
         return [
             _join(stage.text_encoders, [done[reading] for reading in parts])
             for (stage, _), parts in zip(wanted, readings, strict=True)
         ]
 
-    def _read_all(self, readings: Iterable[_Reading]) -> dict[_Reading, PromptEmbeds]:
+    def _read_all(self, readings: Iterable[_Reading], following: str) -> dict[_Reading, PromptEmbeds]:
         by_component: dict[str, dict[_Reading, None]] = {}
         for reading in readings:
             by_component.setdefault(reading.component, {})[reading] = None
         done: dict[_Reading, PromptEmbeds] = {}
-        for component, distinct in by_component.items():
-            (engine,) = self._pool.phase(component)
+        nexts = [*list(by_component)[1:], following]
+        for (component, distinct), upcoming in zip(by_component.items(), nexts, strict=True):
+            (engine,) = self._pool.phase(component, then=(upcoming,))
             ids = np.stack([self._ids(reading) for reading in distinct])
-            done.update(zip(distinct, _run(engine, ids), strict=True))
+            parts = (ids[start : start + MAX_ROWS_OF_PROMPTS] for start in range(0, len(ids), MAX_ROWS_OF_PROMPTS))
+            embeds = [each for part in parts for each in _run(engine, part)]
+            done.update(zip(distinct, embeds, strict=True))
         return done
 
     def _ids(self, reading: _Reading) -> NDArray[np.int64]:

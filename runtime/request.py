@@ -10,12 +10,14 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from sdxl_trt.engines.bundle import Manifest
 from sdxl_trt.engines.errors import SizeError, UsageError
+from sdxl_trt.engines.manifest import Manifest
+from sdxl_trt.engines.plans import Limits
 from sdxl_trt.runtime.conditioning import MicroConditions
+from sdxl_trt.runtime.guidance import Guidance, guided_span
 from sdxl_trt.runtime.handoff import step_at_fraction
 from sdxl_trt.runtime.prompts import Prompt
-from sdxl_trt.runtime.samplers import SAMPLERS
+from sdxl_trt.runtime.samplers import sampler_names
 from sdxl_trt.runtime.sigmas import Schedule, make_schedule
 
 DEFAULT_HANDOFF = 0.8
@@ -31,9 +33,14 @@ class _Settings:
 
     steps: int = 30
     guidance: float = 5.0
+    guidance_rescale: float = 0.0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """The part of the steps that is guided, as fractions; the others run the prompt alone, in half the rows."""
     sampler: str = "euler"
     aesthetic_score: float = 6.0
     negative_aesthetic_score: float = 2.5
+    tile: bool = False
+    """Decode in tiles, also where the decoder could take the whole picture."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,9 @@ class Request(_Settings):
     prompt_2: str | None = None
     negative: str | None = None
     negative_2: str | None = None
+    refiner_sampler: str | None = None
+    schedule: str = ""
+    """``SPACING[+TRANSFORM]``, as diffusers makes it for the sampler's scheduler class; "" is the config's spacing."""
     handoff: float | Literal["auto"] | None = "auto"
     handoff_step: int | None = None
     refiner_guidance: float | None = None
@@ -72,6 +82,9 @@ class ResolvedRequest(_Settings):
     negative: Prompt | None
     cut: int
     schedule: Schedule
+    spacing: str
+    """What was asked for as the schedule; "" for the model's own."""
+    refiner_sampler: str
     refiner_guidance: float
     seeds: tuple[int, ...]
     width: int
@@ -84,27 +97,38 @@ class ResolvedRequest(_Settings):
         """Return whether the refiner runs at all."""
         return self.cut < self.schedule.steps
 
+    def guidance_of(self, stage: Literal["base", "refiner"]) -> Guidance:
+        """Return the guidance of a stage."""
+        scale = self.guidance if stage == "base" else self.refiner_guidance
+        return Guidance(scale, self.guidance_rescale, *guided_span(self.schedule.sigmas, *self.guidance_interval))
 
-def resolve(request: Request, manifest: Manifest) -> ResolvedRequest:
-    """Settle every default of `request` for a bundle with `manifest`.
+
+def resolve(request: Request, manifest: Manifest, limits: Limits | None = None) -> ResolvedRequest:
+    """Settle every default of `request` for a bundle with `manifest`, within what its plans take, if there are any.
 
     Raises UsageError, and SizeError for sizes; the message names what would do.
     """
     _check_ranges(request)
-    schedule = make_schedule(manifest.base.scheduler, request.steps)
+    schedule = make_schedule(manifest.base.scheduler, request.steps, request.sampler, request.schedule)
+    guided_span(schedule.sigmas, *request.guidance_interval)
     cut = _cut(request, manifest, schedule)
-    width, height = _size(request, manifest, refined=cut < schedule.steps)
+    width, height = _size(request, manifest, limits, refined=cut < schedule.steps)
     size = (height, width)
     return ResolvedRequest(
         steps=request.steps,
         guidance=request.guidance,
+        guidance_rescale=request.guidance_rescale,
+        guidance_interval=request.guidance_interval,
         sampler=request.sampler,
         aesthetic_score=request.aesthetic_score,
         negative_aesthetic_score=request.negative_aesthetic_score,
+        tile=request.tile,
         prompt=_prompt(request.prompt, request.prompt_2),
         negative=_negative(request),
         cut=cut,
         schedule=schedule,
+        spacing=request.schedule,
+        refiner_sampler=request.refiner_sampler or request.sampler,
         refiner_guidance=request.guidance if request.refiner_guidance is None else request.refiner_guidance,
         seeds=_seeds(request),
         width=width,
@@ -128,17 +152,21 @@ def _negative(request: Request) -> Prompt | None:
 
 
 def _check_ranges(request: Request) -> None:
-    if request.sampler not in SAMPLERS:
-        raise UsageError(f"unknown sampler {request.sampler!r}; choose one of: {', '.join(SAMPLERS)}")
+    for option, name in (("--sampler", request.sampler), ("--refiner-sampler", request.refiner_sampler)):
+        if name is not None and name not in sampler_names():
+            raise UsageError(f"{option} {name!r} is unknown; choose one of: {', '.join(sampler_names())}")
     numbers = {
         "--guidance": request.guidance,
         "--refiner-guidance": request.refiner_guidance,
+        "--guidance-rescale": request.guidance_rescale,
         "--aesthetic-score": request.aesthetic_score,
         "--negative-aesthetic-score": request.negative_aesthetic_score,
     }
     for option, value in numbers.items():
         if value is not None and not math.isfinite(value):
             raise UsageError(f"{option} {value}: give a finite number")
+    if not 0.0 <= request.guidance_rescale <= 1.0:
+        raise UsageError(f"--guidance-rescale {request.guidance_rescale}: choose 0 to 1")
     if request.count is not None and not 1 <= request.count <= MAX_COUNT:
         raise UsageError(f"-n {request.count}: ask for at least one picture, and at most {MAX_COUNT}")
     if request.seed is not None and not 0 <= request.seed <= MAX_SEED:
@@ -178,7 +206,7 @@ def _cut_at_fraction(fraction: float | None, schedule: Schedule, *, asked: bool)
     return max(cut, 1)
 
 
-def _size(request: Request, manifest: Manifest, *, refined: bool) -> tuple[int, int]:
+def _size(request: Request, manifest: Manifest, limits: Limits | None, *, refined: bool) -> tuple[int, int]:
     base = manifest.base
     multiple = base.size_multiple
     if refined and manifest.refiner is not None:
@@ -186,7 +214,9 @@ def _size(request: Request, manifest: Manifest, *, refined: bool) -> tuple[int, 
     factor = base.vae.factor
     from_latents = request.latents.shape[2:] if request.latents is not None and request.latents.ndim == 4 else None
     usual = max(base.sample_size * factor // multiple, 1) * multiple
-    height, width = (side * factor for side in from_latents) if from_latents else (usual, usual)
+    height, width = (usual, usual) if limits is None else (limits.height.opt, limits.width.opt)
+    if from_latents:
+        height, width = (side * factor for side in from_latents)
     sides = {
         "--width": width if request.width is None else request.width,
         "--height": height if request.height is None else request.height,
@@ -197,6 +227,8 @@ def _size(request: Request, manifest: Manifest, *, refined: bool) -> tuple[int, 
             above = min(below + multiple, MAX_SIDE // multiple * multiple)
             near = f"{below}" if side < multiple or below == above else f"{below} or {above}"
             raise SizeError(f"{option} {side}: the UNets in use take multiples of {multiple}; try {near}")
+    if limits is not None:
+        limits.check(sides["--width"], sides["--height"])
     return sides["--width"], sides["--height"]
 
 

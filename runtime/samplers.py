@@ -1,30 +1,87 @@
-"""Samplers: each one a function of (denoise, x, sigmas), in the manner of k-diffusion.
+"""Samplers: each one a function of (denoise, x, sigmas), in the manner of k-diffusion; this is their registry.
 
-A sampler yields the latents after every step; progress, previews, timing and cancellation belong to the caller.
+A sampler yields the latents after every step; progress, previews, timing and cancellation belong to the caller, who
+reads the latents and leaves them alone: the sampler goes on from them. Latents keep their shape and dtype, float32.
 """
 
-__all__ = ["SAMPLERS", "Denoise", "Sampler", "euler"]
+__all__ = [
+    "COMFYUI",
+    "SAMPLERS",
+    "STOCHASTIC",
+    "TWO_CALLS",
+    "Denoise",
+    "Noise",
+    "Sampler",
+    "StochasticSampler",
+    "bind_sampler",
+    "euler",
+    "sampler_names",
+]
 
-from collections.abc import Callable, Iterator
-from itertools import pairwise
+from functools import partial
 
-import numpy as np
-from numpy.typing import NDArray
+from sdxl_trt.engines.errors import UsageError
+from sdxl_trt.runtime.sampler_parts import Denoise, Noise, Sampler, StochasticSampler
+from sdxl_trt.runtime.samplers_adams import deis, deis_comfyui, lms, lms_comfyui
+from sdxl_trt.runtime.samplers_multistep import dpmpp_2m, res_multistep
+from sdxl_trt.runtime.samplers_ode import ddim, dpm_2, euler, heun
+from sdxl_trt.runtime.samplers_sde import (
+    dpm_2_ancestral,
+    dpmpp_2m_sde,
+    dpmpp_2s_ancestral,
+    dpmpp_3m_sde,
+    dpmpp_sde,
+    euler_ancestral,
+    lcm,
+)
+from sdxl_trt.runtime.samplers_unipc import uni_pc, uni_pc_bh1_comfyui, uni_pc_bh2_comfyui
 
-Latents = NDArray[np.float32]
-Denoise = Callable[[Latents, float], Latents]
-Sampler = Callable[[Denoise, Latents, NDArray[np.float32]], Iterator[Latents]]
+SAMPLERS: dict[str, Sampler] = {
+    "euler": euler,
+    "heun": heun,
+    "dpm_2": dpm_2,
+    "lms": lms,
+    "dpmpp_2m": dpmpp_2m,
+    "ddim": ddim,
+    "uni_pc": uni_pc,
+    "deis": deis,
+    "res_multistep": res_multistep,
+}
+STOCHASTIC: dict[str, StochasticSampler] = {
+    "euler_ancestral": euler_ancestral,
+    "dpm_2_ancestral": dpm_2_ancestral,
+    "dpmpp_2s_ancestral": dpmpp_2s_ancestral,
+    "dpmpp_sde": dpmpp_sde,
+    "dpmpp_2m_sde": dpmpp_2m_sde,
+    "dpmpp_3m_sde": dpmpp_3m_sde,
+    "lcm": lcm,
+}
+COMFYUI: dict[str, Sampler] = {
+    "lms": lms_comfyui,
+    "uni_pc": uni_pc_bh1_comfyui,
+    "uni_pc_bh2": uni_pc_bh2_comfyui,
+    "deis": deis_comfyui,
+}
+"""What ComfyUI means by a name where it differs from diffusers."""
+
+TWO_CALLS = frozenset({"heun", "dpm_2", "dpm_2_ancestral", "dpmpp_2s_ancestral", "dpmpp_sde"})
+"""Samplers that ask the model twice in every step but one to sigma 0."""
 
 
-def euler(denoise: Denoise, x: Latents, sigmas: NDArray[np.float32]) -> Iterator[Latents]:
-    """Euler steps along the probability flow ODE (algorithm 2 of arXiv 2206.00364, without churn).
+def sampler_names(*, comfyui: bool = False) -> list[str]:
+    """Return the names that `bind_sampler` knows."""
+    return list(dict.fromkeys([*SAMPLERS, *STOCHASTIC, *(COMFYUI if comfyui else ())]))
 
-    `denoise(x, sigma)` estimates the clean latents in `x` (n, c, h, w); `sigmas` are (steps + 1,), falling.
+
+def bind_sampler(name: str, noise: Noise, *, comfyui: bool = False) -> Sampler:
+    """Return the sampler `name` as a function of (denoise, x, sigmas); a stochastic one draws from `noise`.
+
+    With `comfyui`, what ComfyUI means by the name. Raises UsageError for an unknown name.
     """
-    for sigma, sigma_next in pairwise(sigmas):
-        derivative = (x - denoise(x, float(sigma))) / sigma
-        x = x + derivative * (sigma_next - sigma)
-        yield x
-
-
-SAMPLERS: dict[str, Sampler] = {"euler": euler}
+    if comfyui and name in COMFYUI:
+        return COMFYUI[name]
+    if name in SAMPLERS:
+        return SAMPLERS[name]
+    if name in STOCHASTIC:
+        return partial(STOCHASTIC[name], noise=noise)
+    raise UsageError(f"unknown sampler {name!r}; choose one of: {', '.join(sampler_names(comfyui=comfyui))}")

@@ -1,25 +1,44 @@
 """The noise schedule: which sigmas a run visits, and which timestep the model knows each of them by."""
 
-__all__ = ["Schedule", "make_schedule"]
+__all__ = ["Schedule", "make_comfyui_schedule", "make_schedule"]
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sdxl_trt.engines.bundle import Scheduler
-from sdxl_trt.engines.errors import UsageError
+from sdxl_trt.engines.manifest import Scheduler
+from sdxl_trt.runtime.comfy_schedules import comfyui_sigmas
+from sdxl_trt.runtime.schedules import FAMILIES, diffusers_grid, parse_schedule
+from sdxl_trt.runtime.training_sigmas import (
+    Table,
+    comfyui_training_sigmas,
+    fractional_timesteps,
+    nearest_timesteps,
+    training_sigmas,
+)
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """A run's grid: `timesteps` (steps,) and `sigmas` (steps + 1,), float32, from high noise to 0."""
+    """A run's grid: `timesteps` (steps,) and `sigmas` (steps + 1,), float32, falling.
+
+    The last sigma is 0, but for the grids of diffusers' DDIM and DEIS, which end at the training's lowest.
+    """
 
     timesteps: NDArray[np.float32]
     sigmas: NDArray[np.float32]
     num_train_timesteps: int
     initial_scale: float
     """What unit-variance noise is multiplied by to start the run."""
+    training: Table
+    """The sigma of every training timestep, from low noise to high."""
+    final_scale: float = 1.0
+    """What the last latents are multiplied by before they are decoded: 1, but for grids that end above sigma 0 in the
+    variance-preserving scale."""
+    whole_timesteps: bool = False
+    """Whether the model is only told timesteps that it was trained on, as in ComfyUI."""
 
     @property
     def steps(self) -> int:
@@ -27,59 +46,74 @@ class Schedule:
         return len(self.timesteps)
 
     def timestep(self, sigma: float) -> np.float32:
-        """Return the timestep at which the grid has `sigma`; between two of the grid's, on a log-sigma line."""
+        """Return the timestep at which the grid has `sigma`; off the grid, that of the training's sigmas.
+
+        Between two training timesteps it is a fraction, on a log-sigma line, or the nearer one with
+        `whole_timesteps`.
+        """
         position = int(np.argmin(np.abs(self.sigmas[:-1] - sigma)))
-        if np.isclose(self.sigmas[position], sigma, rtol=1e-6, atol=0):
+        if math.isclose(self.sigmas[position], sigma, rel_tol=1e-6):
             return np.float32(self.timesteps[position])
-        logs = np.log(self.sigmas[-2::-1].astype(np.float64))
-        return np.float32(np.interp(np.log(sigma), logs, self.timesteps[::-1]))
+        between = nearest_timesteps if self.whole_timesteps else fractional_timesteps
+        return np.float32(between(np.array([sigma]), self.training)[0])
 
 
-def make_schedule(scheduler: Scheduler, steps: int) -> Schedule:
-    """Return the grid of diffusers' ``EulerDiscreteScheduler`` with this config and `steps`.
+def make_schedule(
+    scheduler: Scheduler,
+    steps: int,
+    sampler: str = "euler",
+    schedule: str = "",
+    *,
+    zero_terminal_snr: bool | None = None,
+) -> Schedule:
+    """Return the grid of diffusers' scheduler class for `sampler`, with this config and `steps`.
 
-    Raises UsageError for a number of steps, beta schedule or spacing that it cannot have.
+    `schedule` is ``SPACING[+TRANSFORM]``, or "" for the config's; `zero_terminal_snr` None is the config's. Raises
+    UsageError for a number of steps, beta schedule, spacing or transform that it cannot have, KeyError for an unknown
+    sampler.
     """
-    total = scheduler.num_train_timesteps
-    if not 1 <= steps <= total:
-        raise UsageError(f"--steps {steps}: choose 1 to {total}")
-    training = _training_sigmas(scheduler)
-    timesteps = _spaced(scheduler, steps)
-    sigmas = np.interp(timesteps, np.arange(total), training).astype(np.float32)
-    sigmas = np.append(sigmas, np.float32(0.0))
-    highest = float(sigmas.max())
+    family = FAMILIES[sampler]
+    usual = (scheduler.timestep_spacing, "" if family.distilled else scheduler.transform)
+    spacing, transform = parse_schedule(schedule) if schedule else usual
+    if zero_terminal_snr is None:
+        zero_terminal_snr = scheduler.rescale_betas_zero_snr
+    training = training_sigmas(scheduler, zero_terminal_snr=zero_terminal_snr)
+    timesteps, sigmas = diffusers_grid(family, spacing, transform, steps, training, scheduler.steps_offset)
+    highest, lowest = float(sigmas[0]), float(sigmas[-1])
     # `leading` starts below the highest sigma, so that the noised latents still hold the data's unit variance.
-    scale = highest if scheduler.timestep_spacing in ("linspace", "trailing") else float(np.sqrt(highest**2 + 1.0))
-    return Schedule(timesteps.astype(np.float32), sigmas, total, scale)
+    unit = family.variance_preserving or spacing == "leading"
+    return Schedule(
+        timesteps.astype(np.float32),
+        sigmas.astype(np.float32),
+        scheduler.num_train_timesteps,
+        initial_scale=math.sqrt(highest**2 + 1.0) if unit else highest,
+        training=training,
+        final_scale=1.0 / math.sqrt(lowest**2 + 1.0),
+    )
 
 
-def _training_sigmas(scheduler: Scheduler) -> NDArray[np.float64]:
-    """Return sqrt((1 - alpha_bar) / alpha_bar) of every training timestep, from low noise to high."""
-    start, end, total = scheduler.beta_start, scheduler.beta_end, scheduler.num_train_timesteps
-    if scheduler.beta_schedule == "scaled_linear":
-        betas = _linspace(start**0.5, end**0.5, total) ** 2
-    elif scheduler.beta_schedule == "linear":
-        betas = _linspace(start, end, total)
-    else:
-        raise UsageError(f"beta_schedule {scheduler.beta_schedule!r} is not supported; scaled_linear and linear are")
-    # Rounded where torch rounds: float32 betas, a cumulative product in double that is stored in float32.
-    alphas = np.cumprod((np.float32(1.0) - betas).astype(np.float64)).astype(np.float32)
-    sigmas: NDArray[np.float64] = np.sqrt((np.float32(1.0) - alphas) / alphas).astype(np.float64)
-    return sigmas
+def make_comfyui_schedule(
+    scheduler: Scheduler,
+    steps: int,
+    sampler: str = "euler",
+    schedule: str = "normal",
+    *,
+    zero_terminal_snr: bool = False,
+) -> Schedule:
+    """Return the grid of ComfyUI's scheduler `schedule` for `sampler`; `ddim_uniform` and `beta` may change `steps`.
 
-
-def _linspace(start: float, end: float, count: int) -> NDArray[np.float32]:
-    values: NDArray[np.float32] = np.linspace(start, end, count, dtype=np.float32)
-    return values
-
-
-def _spaced(scheduler: Scheduler, steps: int) -> NDArray[np.float64]:
-    """Return the visited timesteps (table 2 of arXiv 2305.08891), from high noise to low."""
-    total, spacing = scheduler.num_train_timesteps, scheduler.timestep_spacing
-    if spacing == "leading":
-        return np.arange(steps, dtype=np.float64)[::-1] * (total // steps) + scheduler.steps_offset
-    if spacing == "trailing":
-        return np.arange(total, 0, -total / steps).round()[:steps] - 1.0
-    if spacing == "linspace":
-        return np.linspace(0, total - 1, steps, dtype=np.float64)[::-1]
-    raise UsageError(f"timestep_spacing {spacing!r} is unknown; leading, trailing and linspace are known")
+    Raises UsageError for a number of steps, beta schedule or name that it cannot have.
+    """
+    training = comfyui_training_sigmas(scheduler, zero_terminal_snr=zero_terminal_snr)
+    sigmas = comfyui_sigmas(schedule, sampler, steps, training)
+    highest = float(sigmas[0])
+    # As much as the model was ever trained on leaves nothing of the latents but unit variance.
+    unit = math.isclose(highest, float(training[-1]), rel_tol=1e-5)
+    return Schedule(
+        nearest_timesteps(sigmas[:-1], training).astype(np.float32),
+        sigmas,
+        scheduler.num_train_timesteps,
+        initial_scale=math.sqrt(highest**2 + 1.0) if unit else highest,
+        training=training,
+        whole_timesteps=True,
+    )

@@ -37,6 +37,10 @@ class PromptTokenizer:
         framed = [self.spec.bos_id, *body, self.spec.eos_id]
         return np.array(framed + [self.spec.pad_id] * (room - len(body)), dtype=np.int64)
 
+    def pieces(self, text: str) -> list[int]:
+        """Return the ids of the whole of `text`, without a frame."""
+        return list(self._encode(text).ids)
+
     def cut_off(self, text: str) -> str:
         """Return the part of `text` that `ids` leaves out; "" where all of it fits."""
         encoding = self._encode(text)

@@ -1,8 +1,10 @@
 """Small SDXL-shaped pairs as diffusers folders, and the bundles exported from them, shared by all tests."""
 
+import importlib.util
 import json
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -280,3 +282,26 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
+
+
+def _simulated_package() -> Any:
+    """Import tests/simulated, which lies on no path: next to it are folders called `tensorrt` and `runtime`."""
+    name, file = "simulated", Path(__file__).parent / "simulated" / "__init__.py"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, file, submodule_search_locations=[str(file.parent)])
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+@pytest.fixture
+def simulated() -> Iterator[Any]:
+    """A SimulatedDevice whose stand-ins for `tensorrt` and `cuda.bindings.runtime` are installed."""
+    device = _simulated_package().SimulatedDevice()
+    device.install()
+    yield device
+    device.remove()
+    if device.leaks_matter:
+        device.check_no_leaks()

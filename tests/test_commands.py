@@ -117,7 +117,7 @@ def test_no_refiner_leaves_no_handoff(bundle: Path, tmp_path: Path, capsys: Any)
         (["--handoff", "0.999"], 2, "no step"),
         (["--handoff-step", "30"], 2, "choose 1 to 29"),
         (["--handoff-step", "5", "--handoff", "0.8"], 2, "not allowed with"),
-        (["--sampler", "euler_b"], 2, "unknown sampler"),
+        (["--sampler", "euler_b"], 2, "is unknown; choose"),
         (["--steps", "0"], 2, "--steps 0"),
         (["--seed", "-1"], 2, "--seed -1"),
         (["--guidance", "inf"], 2, "--guidance inf"),
@@ -130,6 +130,15 @@ def test_no_refiner_leaves_no_handoff(bundle: Path, tmp_path: Path, capsys: Any)
         (["--engines", "x" * 300], 2, "check the path"),
         (["--negative-2", "x"], 2, "--negative"),
         (["--provider", "cuda"], 2, "--provider"),
+        (["--provider", "tensorrt"], 3, "pip install"),
+        (["--provider", "ort-cuda"], 3, "sdxl-trt[gpu]"),
+        (["--schedule", "karras+leading"], 2, "--schedule"),
+        (["--refiner-sampler", "lmss"], 2, "--refiner-sampler 'lmss'"),
+        (["--sampler", "lcm", "--steps", "60"], 2, "choose 1 to 50"),
+        (["--guidance-interval", "0.5:0.2"], 2, "rising order"),
+        (["--guidance-interval", "half"], 2, "two fractions"),
+        (["--guidance-rescale", "2"], 2, "choose 0 to 1"),
+        (["--vram", "much"], 2, "12GB"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -257,3 +266,52 @@ sys.exit(main(["a fox", "--engines", {str(bundle)!r}, "-o", {str(tmp_path / "x.p
 """
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
     assert (tmp_path / "x.png").is_file()
+
+
+def test_every_sampler_is_in_the_help() -> None:
+    from sdxl_trt.runtime import options
+    from sdxl_trt.runtime.samplers import sampler_names
+
+    assert list(options.SAMPLERS) == sampler_names()
+
+
+@pytest.mark.slow
+def test_samplers_schedule_and_guidance_reach_the_run(bundle: Path, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "x.png"
+    arguments = ["a fox", "--engines", str(bundle), "--seed", "7", "--json", "-o", str(out), *FAST]
+    pixels, metadata = [], []
+    for more in ([], ["--sampler", "dpmpp_2m_sde", "--refiner-sampler", "heun", "--schedule", "trailing+karras"],
+                 ["--guidance-interval", "0:0.5"], ["--guidance-rescale", "0.7"], ["--tile"]):  # fmt: skip
+        assert trt_generate([*arguments, *more]) == 0
+        with Image.open(out) as image:
+            pixels.append(np.asarray(image.convert("RGB")))
+            metadata.append(json.loads(image.text["sdxl-trt"]))  # type: ignore[attr-defined]
+    capsys.readouterr()
+    assert all(not np.array_equal(pixels[0], other) for other in pixels[1:4])
+    assert np.array_equal(pixels[0], pixels[4])  # the whole picture is one tile
+    assert (metadata[1]["sampler"], metadata[1]["refiner_sampler"]) == ("dpmpp_2m_sde", "heun")
+    assert metadata[1]["schedule"] == "trailing+karras"
+    assert metadata[2]["guidance_interval"] == [0.0, 0.5]
+
+
+def test_a_memory_plan_needs_neither_prompt_nor_gpu(pairs: Any, capsys: Any) -> None:
+    arguments = ["--plan", "--engines", str(pairs("outline").bundle)]
+    assert trt_generate([*arguments, "--vram", "12GB"]) == 0
+    told = capsys.readouterr().out
+    assert "tensorrt: 12.00 GB of device memory" in told
+    assert "estimate" in told
+    assert trt_generate([*arguments, "--vram", "12GB", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert (plan["residency"], plan["capacity"]) == ("resident", 12_000_000_000)
+    assert {need["component"] for need in plan["needs"]} >= {"unet", "refiner_unet", "vae_decoder"}
+
+
+def test_what_cannot_fit_is_said_with_the_plan(pairs: Any, capsys: Any) -> None:
+    assert trt_generate(["--plan", "--vram", "1MB", "--engines", str(pairs("outline").bundle)]) == 5
+    captured = capsys.readouterr()
+    assert "does not fit" in captured.out
+    assert captured.err.startswith("error: tensorrt, residency stream")
+
+
+def test_a_prompt_is_asked_for(fails: Any) -> None:
+    assert "PROMPT is missing" in fails(trt_generate, [], 2)

@@ -1,11 +1,22 @@
 """The assembled TensorRT is made once, whole or not at all, and says why where it cannot be."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from sdxl_trt.benchmarks import tensorrt_on_cpu
-from sdxl_trt.benchmarks.tensorrt_on_cpu import CACHE_VARIABLE, LINKS, PACKAGE, PLUGIN, assemble, unavailable
+from sdxl_trt.benchmarks.tensorrt_on_cpu import (
+    CACHE_VARIABLE,
+    LINKS,
+    PACKAGE,
+    PLUGIN,
+    assemble,
+    child_environment,
+    unavailable,
+)
 
 needs_wheels = pytest.mark.skipif(bool(unavailable()), reason=f"no TensorRT parser: {unavailable()}")
 
@@ -53,3 +64,33 @@ def test_missing_wheels_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_another_platform_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.machine", lambda: "arm64")
     assert "arm64" in str(unavailable())
+
+
+NAMES = """
+import json, tensorrt, tensorrt_rtx
+print(json.dumps([[m.__version__, m.Builder is tensorrt.Builder, hasattr(m.Builder, "build_serialized_network"),
+                   hasattr(m.Builder, "build_serialized_network_to_stream")] for m in (tensorrt, tensorrt_rtx)]))
+"""
+
+
+@needs_wheels
+def test_a_child_finds_both_flavours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "/no/such/folder")
+    folder = assemble()
+    environment = child_environment(folder)
+    assert environment["PYTHONPATH"] == f"{folder}:/no/such/folder"
+    command = [sys.executable, "-W", "error", "-c", NAMES]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout, done.stderr
+    enterprise, rtx = json.loads(done.stdout)
+    assert enterprise == ["11.4.0.106", True, True, False], "the call that lies is not offered"
+    assert rtx[1:] == enterprise[1:]
+    assert rtx[0].count(".") == 2
+
+
+@needs_wheels
+def test_the_binding_itself_is_as_it_came() -> None:
+    code = "import tensorrt_bindings as t; print(hasattr(t.Builder, 'build_serialized_network_to_stream'))"
+    environment = child_environment(assemble())
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n"

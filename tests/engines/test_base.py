@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from sdxl_trt.engines.base import Array, check_inputs, numpy_dtype
-from sdxl_trt.engines.bundle import Component, FileRecord, Source, TensorSpec
 from sdxl_trt.engines.errors import UsageError
+from sdxl_trt.engines.manifest import Component, Source, TensorSpec
+from sdxl_trt.engines.records import FileRecord
 
 Inputs = dict[str, Array]
 

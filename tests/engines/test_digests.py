@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from sdxl_trt.engines import digests
-from sdxl_trt.engines.bundle import FileRecord
 from sdxl_trt.engines.digests import verify_file
 from sdxl_trt.engines.errors import CorruptError, UsageError
+from sdxl_trt.engines.records import FileRecord
 
 CONTENT = b"weights" * 1000
 

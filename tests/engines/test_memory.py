@@ -1,23 +1,16 @@
-"""What fits is resident, what does not is swapped; unknown memory is no reason to swap."""
+"""Amounts of memory are read as people write them; of the host's, the smaller limit counts."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import get_args
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sdxl_trt.engines import memory
-from sdxl_trt.engines.bundle import Bundle, Component
-from sdxl_trt.engines.memory import Residency, available_host_memory, choose_residency, host_need
+from sdxl_trt.engines.errors import UsageError
+from sdxl_trt.engines.memory import available_host_memory, format_bytes, parse_bytes
 
 GIB = 1 << 30
-
-
-@pytest.fixture
-def bundle(component_of: Callable[..., Component], bundle_of: Callable[..., Bundle]) -> Bundle:
-    """Return a bundle of two UNets with 100 million parameters each, and a large autoencoder's encoder."""
-    unet = component_of("unet", 100_000_000)
-    return bundle_of({"unet": unet, "refiner_unet": unet, "vae_encoder": component_of("vae_encoder", 10**12)})
 
 
 @pytest.fixture
@@ -28,28 +21,50 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_component_needs_its_weights_in_fp32_and_more(component_of: Callable[..., Component]) -> None:
-    fp32, fp16 = (host_need(component_of("unet", 1_000_000, precision)) for precision in ("fp32", "fp16"))
-    assert 1.4 * 4_000_000 <= fp32 <= 2 * 4_000_000
-    assert 1.9 * 4_000_000 <= fp16 <= 2.5 * 4_000_000
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("12GB", 12 * 10**9),
+        ("12GiB", 12 << 30),
+        ("12 gib", 12 << 30),
+        ("12G", 12 * 10**9),
+        ("1.5GB", 15 * 10**8),
+        ("800MB", 8 * 10**8),
+        ("512MiB", 512 << 20),
+        ("64kB", 64_000),
+        ("2TB", 2 * 10**12),
+        (" 1000 ", 1000),
+        ("7B", 7),
+        ("0", 0),
+    ],
+)
+def test_an_amount_is_read_as_people_write_it(text: str, expected: int) -> None:
+    assert parse_bytes(text) == expected
 
 
-def test_what_fits_is_resident_what_does_not_is_swapped(bundle: Bundle) -> None:
-    needed = 2 * host_need(bundle.manifest.components["unet"])
-    assert choose_residency(bundle, "auto", 2 * needed) == "resident"
-    assert choose_residency(bundle, "auto", needed) == "swap", "the last byte is not ours to take"
-    assert choose_residency(bundle, "auto", needed // 2) == "swap"
-    assert choose_residency(bundle, "auto", 0) == "swap"
+@pytest.mark.parametrize(
+    "text", ["", "GB", "-1GB", "12 apples", "1e9", "12GBs", "1.GB", ".5GB", "nan", "١٢GB", "12GB 3"]
+)
+def test_what_is_no_amount_is_refused_by_the_options_name(text: str) -> None:
+    with pytest.raises(UsageError, match=r"--vram .* write it as 12GB, 12GiB or 800MB"):
+        parse_bytes(text, "--vram")
 
 
-@pytest.mark.parametrize("available", [None, 0, 1 << 50])
-@pytest.mark.parametrize("wanted", get_args(Residency))
-def test_a_stated_policy_is_kept(bundle: Bundle, wanted: str, available: int | None) -> None:
-    assert choose_residency(bundle, wanted, available) == wanted
+@given(st.integers(0, 10**15))
+def test_a_bare_number_is_bytes(amount: int) -> None:
+    assert parse_bytes(str(amount)) == amount
 
 
-def test_unknown_memory_is_no_reason_to_swap(bundle: Bundle) -> None:
-    assert choose_residency(bundle, "auto", None) == "resident"
+@given(st.integers(10**6, 10**12))
+def test_what_is_printed_can_be_read_back(amount: int) -> None:
+    assert parse_bytes(format_bytes(amount)) == pytest.approx(amount, rel=0.5 if amount < 10**7 else 0.05)
+
+
+@pytest.mark.parametrize(
+    ("amount", "text"), [(0, "0 kB"), (1500, "2 kB"), (303_000_000, "303 MB"), (12_900_000_000, "12.90 GB")]
+)
+def test_an_amount_is_printed_in_powers_of_a_thousand(amount: int, text: str) -> None:
+    assert format_bytes(amount) == text
 
 
 MEMINFO = "MemTotal:       65536 kB\nMemFree:  1 kB\nMemAvailable:    4096 kB\nHugePages_Total:       0\n"

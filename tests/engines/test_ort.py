@@ -5,20 +5,26 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
 from sdxl_trt.engines import ort as ort_module
-from sdxl_trt.engines.bundle import Bundle, Component, FileRecord, Manifest, Scheduler, Source, Stage, TensorSpec, Vae
+from sdxl_trt.engines.bundle import Bundle
 from sdxl_trt.engines.errors import (
     CorruptError,
     EngineError,
     IncompatibleError,
     ResourceError,
     SdxlTrtError,
+    SizeError,
     UsageError,
 )
-from sdxl_trt.engines.ort import OrtEngine
+from sdxl_trt.engines.manifest import Component, Manifest, Scheduler, Source, Stage, TensorSpec, Vae
+from sdxl_trt.engines.ort import DeviceTensors, OrtEngine
+from sdxl_trt.engines.ort_providers import ExecutionProvider
+from sdxl_trt.engines.profiles import Profile
+from sdxl_trt.engines.records import FileRecord
 
 Make = Callable[[Path], Bundle]
 
@@ -90,9 +96,19 @@ def bundle(tmp_path: Path, weights: np.ndarray) -> Bundle:
     return _bundle(tmp_path, weights, _graph(weights))
 
 
-@pytest.fixture
-def engine(bundle: Bundle) -> OrtEngine:
-    return OrtEngine(bundle, "unet")
+class OnDevice(OrtEngine):
+    """The way of a GPU, with the CPU as the device: ONNX Runtime's own memory, bindings and copies."""
+
+    def load(self) -> None:
+        super().load()
+        import onnxruntime
+
+        self._device = self._device or DeviceTensors(onnxruntime, self._session, "cpu")
+
+
+@pytest.fixture(params=[OrtEngine, OnDevice])
+def engine(request: pytest.FixtureRequest, bundle: Bundle) -> OrtEngine:
+    return request.param(bundle, "unet")
 
 
 @pytest.fixture
@@ -189,7 +205,7 @@ def test_nothing_is_read_before_prefetch(bundle: Bundle) -> None:
 @pytest.mark.parametrize("name", ["model.onnx", "weights.data"])
 @pytest.mark.parametrize("call", ["prefetch", "load"])
 def test_a_changed_byte_is_found_before_the_backend_sees_it(engine, bundle, name, call, monkeypatch) -> None:
-    monkeypatch.setattr(ort_module, "_onnxruntime", lambda: pytest.fail("the damaged file was handed over"))
+    monkeypatch.setattr(ort_module, "_onnxruntime", lambda _provider: pytest.fail("the damaged file was handed over"))
     content = bytearray((bundle.root / name).read_bytes())
     content[len(content) // 2] ^= 1
     (bundle.root / name).write_bytes(bytes(content))
@@ -245,14 +261,111 @@ def test_a_missing_backend_names_the_extra(engine, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("std::bad_alloc"), RuntimeError("Failed to allocate 9")])
-def test_memory_is_told_apart_from_failure(engine, inputs, embeds, error: Exception) -> None:
-    class Session:
-        def run(self, *_: object) -> None:
-            raise error
+def test_memory_is_told_apart_from_failure(engine, inputs, embeds, error: Exception, monkeypatch) -> None:
+    def fail(*_: object) -> None:
+        raise error
 
     engine.load()
     engine.bind(embeds)
-    engine._session = Session()
+    runner = engine._device or engine._session
+    monkeypatch.setattr(runner, "run", fail)
     with pytest.raises(ResourceError, match="running unet: out of memory; try --residency swap") as caught:
         engine.infer(inputs)
     assert caught.value.__cause__ is error
+
+
+class Uploads:
+    """ONNX Runtime's OrtValue, with the arrays that went to the device on record."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        import onnxruntime
+
+        self.sizes: list[tuple[int, ...]] = []
+        real = onnxruntime.OrtValue.ortvalue_from_numpy
+
+        def recorded(array: np.ndarray, *device: object) -> object:
+            self.sizes.append(array.shape)
+            return real(array, *device)
+
+        monkeypatch.setattr(onnxruntime.OrtValue, "ortvalue_from_numpy", recorded)
+
+
+def test_constants_go_to_the_device_once_a_phase(bundle, inputs, embeds, weights, monkeypatch) -> None:
+    engine, uploads = OnDevice(bundle, "unet"), Uploads(monkeypatch)
+    engine.bind(embeds)
+    engine.load()
+    engine.infer(inputs)
+    engine.infer({name: array[:1] for name, array in inputs.items()})
+    assert uploads.sizes == [(4, 5)]  # whole, whatever the rows of a call
+    engine.bind({"text_embeds": embeds["text_embeds"] + 1})
+    result = engine.infer(inputs)["out_sample"]
+    assert uploads.sizes == [(4, 5), (4, 5)]
+    np.testing.assert_allclose(
+        result, inputs["sample"] @ weights + embeds["text_embeds"][:2] + 1, rtol=1e-5, atol=1e-6
+    )  # fmt: skip
+
+
+def test_constants_on_the_device_are_a_copy(bundle, inputs, embeds) -> None:
+    engine = OnDevice(bundle, "unet")
+    engine.load()
+    engine.bind(embeds)
+    before = engine.infer(inputs)["out_sample"]
+    embeds["text_embeds"][:] = 0
+    np.testing.assert_array_equal(engine.infer(inputs)["out_sample"], before)
+
+
+def test_an_input_wins_over_a_constant_of_its_name(engine, inputs, embeds) -> None:
+    engine.load()
+    engine.bind(embeds)
+    given = {"text_embeds": np.zeros((2, 5), np.float32)}
+    changed = engine.infer(inputs | given)["out_sample"]
+    np.testing.assert_allclose(changed + embeds["text_embeds"][:2], engine.infer(inputs)["out_sample"], atol=1e-6)
+
+
+def test_arrays_of_any_layout_are_taken(engine, inputs, embeds) -> None:
+    engine.load()
+    engine.bind(embeds)
+    expected = engine.infer(inputs)["out_sample"]
+    engine.bind({"text_embeds": np.asfortranarray(embeds["text_embeds"])})
+    turned = inputs | {"sample": np.asfortranarray(inputs["sample"])}
+    np.testing.assert_array_equal(engine.infer(turned)["out_sample"], expected)
+
+
+def test_a_compiled_graph_names_the_shapes_that_it_takes(engine, inputs, embeds) -> None:
+    engine.load()
+    engine.bind(embeds)
+    one = {"sample": (1, 3), "timestep": (1,), "text_embeds": (1, 5)}
+    engine._limits = Profile(shapes={name: (shape, shape, shape) for name, shape in one.items()})
+    with pytest.raises(SizeError, match=r"unet: the plan takes rows 1; rows 2 given"):
+        engine.infer(inputs)
+    engine.infer({name: array[:1] for name, array in inputs.items()})
+
+
+def test_an_engine_of_another_tensorrt_says_what_to_remove(engine, monkeypatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("TensorRT EP could not deserialize engine from cache: /x/TensorrtExecutionProvider_1.engine")
+
+    monkeypatch.setattr(ExecutionProvider, "open", fail)
+    with pytest.raises(IncompatibleError, match=r"remove sdxl-trt/onnxruntime"):
+        engine.load()
+
+
+@pytest.mark.parametrize(("provider", "extra"), [("ort-cpu", "cpu"), ("ort-cuda", "gpu"), ("ort-tensorrt", "gpu")])
+def test_each_provider_names_its_package(bundle, provider, extra, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(IncompatibleError, match=rf"provider {provider} .*pip install 'sdxl-trt\[{extra}\]'"):
+        OrtEngine(bundle, "unet", provider).load()
+
+
+def test_an_unknown_provider_names_the_known(bundle) -> None:
+    with pytest.raises(UsageError, match="ort-cpu, ort-cuda, ort-tensorrt"):
+        OrtEngine(bundle, "unet", "ort-metal")
+
+
+@pytest.mark.parametrize("provider", ["ort-cpu", "ort-cuda"])
+def test_bf16_is_refused_where_no_kernel_has_it(bundle, provider) -> None:
+    component = msgspec.structs.replace(bundle.manifest.components["unet"], precision="bf16")
+    wide = Bundle(bundle.root, msgspec.structs.replace(bundle.manifest, components={"unet": component}))
+    with pytest.raises(IncompatibleError, match="bf16"):
+        OrtEngine(wide, "unet", provider)
+    OrtEngine(wide, "unet", "ort-tensorrt")

@@ -1,36 +1,52 @@
-"""The pool loads what a phase needs; under `swap` the experts never share memory."""
+"""The pool loads what a phase needs, ahead of it where it may; under `swap` the experts never share memory."""
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import pytest
 
-from sdxl_trt.engines import pool as pool_module
 from sdxl_trt.engines.base import Array, Engine
-from sdxl_trt.engines.bundle import Bundle, Component
-from sdxl_trt.engines.errors import EngineError, UsageError
-from sdxl_trt.engines.pool import EnginePool, open_pool
+from sdxl_trt.engines.bundle import Bundle
+from sdxl_trt.engines.errors import CorruptError, EngineError, ResourceError
+from sdxl_trt.engines.manifest import Component
+from sdxl_trt.engines.pool import EnginePool
 
 NAMES = ("text_encoder", "unet", "refiner_unet", "vae_decoder")
-RUN = (("text_encoder",), ("unet",), ("refiner_unet",), ("vae_decoder",))
-
-
-@pytest.fixture
-def bundle(component_of: Callable[..., Component], bundle_of: Callable[..., Bundle]) -> Bundle:
-    return bundle_of({name: component_of("unet", 1000) for name in NAMES})
+UNETS = ("unet", "refiner_unet")
+RUN = tuple(zip(NAMES, (*NAMES[1:], ""), strict=True))
+WAIT = 20
+"""Seconds after which a thread that should have ended is called stuck; none is waited for in a test that passes."""
 
 
 class Machine:
-    """Counts the engines that are loaded at once; `events` is what happened, in order."""
+    """Counts the engines that are loaded at once; `events` is what happened, in order, in any thread.
+
+    `errors` maps an event to what is raised in its place. `hold` stops an event until the test lets it go on.
+    """
 
     def __init__(self) -> None:
         self.loaded: list[str] = []
         self.most_unets = 0
         self.events: list[str] = []
-        self.refuse = ""
+        self.threads: dict[str, str] = {}
+        self.errors: dict[str, Exception] = {}
+        self.hold: dict[str, threading.Event] = {}
+        self.budgets: dict[str, int] = {}
 
-    def make(self, name: str) -> Engine:
+    def make(self, name: str, weight_budget: int | None = None) -> Engine:
+        if weight_budget is not None:
+            self.budgets[name] = weight_budget
         return FakeEngine(name, self)
+
+    def happens(self, event: str) -> None:
+        if event in self.hold:
+            assert self.hold[event].wait(WAIT), f"nobody let {event} go on"
+        if event in self.errors:
+            raise self.errors[event]
+        self.events.append(event)
+        self.threads[event] = threading.current_thread().name
 
 
 class FakeEngine:
@@ -40,15 +56,13 @@ class FakeEngine:
         self.name, self.machine = name, machine
 
     def prefetch(self) -> None:
-        self.machine.events.append(f"prefetch {self.name}")
+        self.machine.happens(f"prefetch {self.name}")
 
     def load(self) -> None:
-        if self.machine.refuse == self.name:
-            raise EngineError(f"loading {self.name}")
+        self.machine.happens(f"load {self.name}")
         assert self.name not in self.machine.loaded, "loaded twice"
         self.machine.loaded.append(self.name)
-        self.machine.events.append(f"load {self.name}")
-        unets = sum(name.endswith("unet") for name in self.machine.loaded)
+        unets = sum(name in UNETS for name in self.machine.loaded)
         self.machine.most_unets = max(self.machine.most_unets, unets)
 
     def bind(self, constants: Mapping[str, Array]) -> None:
@@ -58,18 +72,35 @@ class FakeEngine:
         return {"out": np.zeros(1)}
 
     def unload(self) -> None:
-        self.machine.loaded.remove(self.name)
         self.machine.events.append(f"unload {self.name}")
+        if self.name in self.machine.loaded:
+            self.machine.loaded.remove(self.name)
 
 
 @pytest.fixture
-def machine() -> Machine:
-    return Machine()
+def bundle(component_of: Callable[..., Component], bundle_of: Callable[..., Bundle]) -> Bundle:
+    kinds = ("text_encoder", "unet", "unet", "vae_decoder")
+    return bundle_of({name: component_of(kind, 1000) for name, kind in zip(NAMES, kinds, strict=True)})
 
 
 @pytest.fixture
-def make_pool(bundle: Bundle, machine: Machine) -> Callable[[str], EnginePool]:
-    return lambda residency: EnginePool(bundle, machine.make, residency, "fake")
+def machine() -> Iterator[Machine]:
+    before = threading.active_count()
+    yield Machine()
+    assert threading.active_count() == before, "a thread outlived its pool"
+
+
+@pytest.fixture
+def make_pool(bundle: Bundle, machine: Machine) -> Callable[..., EnginePool]:
+    return lambda residency, **options: EnginePool(bundle, machine.make, residency, "fake", **options)
+
+
+def run(pool: EnginePool, pictures: int = 1) -> None:
+    """Take a request through all phases, every picture in every one of them."""
+    for name, after in RUN:
+        (engine,) = pool.phase(name, then=(after,) if after else ())
+        for _ in range(pictures):
+            engine.infer({})
 
 
 def test_nothing_is_loaded_before_a_phase(make_pool, machine: Machine) -> None:
@@ -77,24 +108,35 @@ def test_nothing_is_loaded_before_a_phase(make_pool, machine: Machine) -> None:
         assert machine.events == []
 
 
-def test_swap_never_holds_two_unets(make_pool, machine: Machine) -> None:
-    with make_pool("swap") as pool:
-        for phase in RUN * 2:
-            (engine,) = pool.phase(*phase)
-            assert engine.name == phase[0]
-            assert machine.loaded == list(phase)
+@pytest.mark.parametrize("residency", ["swap", "stream"])
+def test_swap_never_holds_two_unets(make_pool, machine: Machine, residency: str) -> None:
+    with make_pool(residency) as pool:
+        for name, _ in RUN * 2:
+            (engine,) = pool.phase(name)
+            assert engine.name == name
+            assert machine.loaded == [name]
     assert machine.most_unets == 1
     assert machine.loaded == []
-    assert pool.loads == [name for phase in RUN * 2 for name in phase]
+    assert pool.loads == [name for name, _ in RUN * 2]
 
 
 def test_resident_loads_each_engine_once(make_pool, machine: Machine) -> None:
     with make_pool("resident") as pool:
-        engines = [pool.phase(*phase) for phase in RUN]
-        assert [pool.phase(*phase) for phase in RUN] == engines
+        engines = [pool.phase(name) for name in NAMES]
+        assert [pool.phase(name) for name in NAMES] == engines
         assert machine.loaded == list(NAMES)
     assert machine.loaded == []
     assert pool.loads == list(NAMES)
+    assert pool.swaps == 0
+
+
+def test_what_gives_way_is_freed_and_the_unets_stay(make_pool, machine: Machine) -> None:
+    with make_pool("resident", keeps=UNETS) as pool:
+        run(pool)
+        assert sorted(machine.loaded) == ["refiner_unet", "unet", "vae_decoder"]
+        run(pool)
+        assert pool.loads.count("unet") == pool.loads.count("refiner_unet") == 1
+        assert pool.loads.count("text_encoder") == 2
 
 
 @pytest.mark.parametrize("residency", ["resident", "swap"])
@@ -106,10 +148,116 @@ def test_a_phase_may_hold_several_engines_and_keeps_them(make_pool, machine: Mac
 
 
 def test_swap_frees_before_it_loads(make_pool, machine: Machine) -> None:
-    pool = make_pool("swap")
-    pool.phase("unet")
-    pool.phase("refiner_unet")
-    assert machine.events == ["load unet", "unload unet", "load refiner_unet"]
+    with make_pool("swap") as pool:
+        pool.phase("unet")
+        pool.phase("refiner_unet")
+        assert machine.events == ["load unet", "unload unet", "load refiner_unet"]
+
+
+@pytest.mark.parametrize("pictures", [1, 8, 100])
+@pytest.mark.parametrize("residency", ["swap", "stream"])
+def test_a_request_swaps_unets_once_however_many_pictures(make_pool, residency: str, pictures: int) -> None:
+    with make_pool(residency) as pool:
+        run(pool, pictures)
+        assert pool.swaps == 1
+        run(pool, pictures)
+        assert pool.swaps == 3, "back to the base, and to the refiner again"
+
+
+def test_under_swap_a_thread_reads_the_next_plan_while_this_one_runs(make_pool, machine: Machine) -> None:
+    machine.hold["prefetch refiner_unet"] = threading.Event()
+    with make_pool("swap") as pool:
+        (engine,) = pool.phase("unet", then=("refiner_unet",))
+        engine.infer({})  # while the refiner's plan is still being read
+        assert "prefetch refiner_unet" not in machine.events
+        machine.hold["prefetch refiner_unet"].set()
+        pool.phase("refiner_unet")
+        assert machine.events == ["load unet", "prefetch refiner_unet", "unload unet", "load refiner_unet"]
+    assert machine.threads["prefetch refiner_unet"] != machine.threads["load refiner_unet"]
+
+
+def test_under_resident_a_thread_loads_the_next_engine_while_this_one_runs(make_pool, machine: Machine) -> None:
+    machine.hold["load refiner_unet"] = threading.Event()
+    with make_pool("resident") as pool:
+        (engine,) = pool.phase("unet", then=("refiner_unet",))
+        engine.infer({})
+        assert machine.loaded == ["unet"]
+        machine.hold["load refiner_unet"].set()
+        pool.phase("refiner_unet")
+        assert machine.events == ["load unet", "load refiner_unet"]
+        assert pool.loads == list(UNETS)
+    assert machine.threads["load refiner_unet"] != machine.threads["load unet"]
+
+
+def test_what_may_not_stay_is_read_ahead_under_resident_too(make_pool, machine: Machine) -> None:
+    with make_pool("resident", keeps=UNETS) as pool:
+        pool.phase("refiner_unet", then=("vae_decoder",))
+        pool.phase("vae_decoder")
+        assert machine.events == ["load refiner_unet", "prefetch vae_decoder", "load vae_decoder"]
+
+
+def test_what_is_loaded_is_not_made_ready_again(make_pool, machine: Machine) -> None:
+    with make_pool("resident") as pool:
+        pool.phase(*UNETS)
+        pool.phase("unet", then=("refiner_unet",))
+        assert machine.events == ["load unet", "load refiner_unet"]
+
+
+def test_what_was_read_ahead_in_vain_is_freed(make_pool, machine: Machine) -> None:
+    with make_pool("swap") as pool:
+        pool.phase("unet", then=("refiner_unet",))
+        pool.phase("vae_decoder")
+        assert set(machine.events[2:4]) == {"unload unet", "unload refiner_unet"}
+        assert machine.events[-1] == "load vae_decoder"
+
+
+@pytest.mark.parametrize(("residency", "event"), [("swap", "prefetch refiner_unet"), ("resident", "load refiner_unet")])
+def test_an_error_of_the_thread_is_raised_by_the_next_phase(
+    make_pool, machine: Machine, residency: str, event: str
+) -> None:
+    machine.errors[event] = CorruptError("the plan is damaged")
+    with make_pool(residency) as pool:
+        pool.phase("unet", then=("refiner_unet",))
+        with pytest.raises(CorruptError, match="the plan is damaged"):
+            pool.phase("refiner_unet")
+        assert "unload refiner_unet" in machine.events, "what it had read is freed"
+        machine.errors.clear()
+        pool.phase("refiner_unet")
+        assert "refiner_unet" in machine.loaded
+
+
+def test_an_error_that_no_phase_can_raise_is_logged(
+    make_pool, machine: Machine, caplog: pytest.LogCaptureFixture
+) -> None:
+    machine.errors["prefetch refiner_unet"] = CorruptError("the plan is damaged")
+    with make_pool("swap") as pool:
+        pool.phase("unet", then=("refiner_unet",))
+    assert [record.getMessage() for record in caplog.records] == ["the plan is damaged"]
+    assert machine.loaded == []
+
+
+def test_a_plan_that_does_not_fit_into_host_memory_is_read_when_its_turn_comes(
+    make_pool, machine: Machine, caplog: pytest.LogCaptureFixture
+) -> None:
+    machine.errors["prefetch refiner_unet"] = ResourceError("out of host memory")
+    with make_pool("swap", fallbacks=("stream",)) as pool:
+        pool.phase("unet", then=("refiner_unet",))
+        pool.phase("refiner_unet")
+        assert machine.loaded == ["refiner_unet"]
+        assert pool.residency == "swap"
+    assert caplog.messages == ["refiner_unet was not read ahead: out of host memory"]
+
+
+@pytest.mark.parametrize("residency", ["resident", "swap"])
+def test_a_pool_that_is_left_waits_for_its_thread(make_pool, machine: Machine, residency: str) -> None:
+    event = "load refiner_unet" if residency == "resident" else "prefetch refiner_unet"
+    machine.hold[event] = threading.Event()
+    with pytest.raises(RuntimeError, match="stop"), make_pool(residency) as pool:  # noqa: PT012
+        pool.phase("unet", then=("refiner_unet",))
+        machine.hold[event].set()
+        raise RuntimeError("stop")
+    assert machine.loaded == []
+    assert "unload refiner_unet" in machine.events
 
 
 def test_engines_are_freed_when_the_work_fails(make_pool, machine: Machine) -> None:
@@ -119,34 +267,106 @@ def test_engines_are_freed_when_the_work_fails(make_pool, machine: Machine) -> N
     assert machine.loaded == []
 
 
+def test_an_engine_that_does_not_unload_keeps_no_other_and_no_device(
+    make_pool, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed = []
+    pool = make_pool("resident", close=lambda: closed.append("device"))
+    engines = pool.phase(*NAMES)
+
+    def refuse() -> None:
+        raise EngineError("the device is lost")
+
+    monkeypatch.setattr(engines[1], "unload", refuse)
+    with pytest.raises(EngineError, match="the device is lost"):
+        pool.close()
+    assert machine.loaded == ["unet"]
+    assert closed == ["device"]
+
+
 def test_an_engine_that_did_not_load_is_tried_again(make_pool, machine: Machine) -> None:
-    machine.refuse = "unet"
+    machine.errors["load unet"] = EngineError("loading unet")
     with make_pool("resident") as pool:
         with pytest.raises(EngineError):
             pool.phase("unet")
-        machine.refuse = ""
+        assert machine.events == ["unload unet"], "what it had taken is freed"
+        machine.errors.clear()
         pool.phase("unet")
         assert pool.loads == ["unet"]
 
 
-def test_names_that_exist_are_listed(bundle: Bundle) -> None:
-    with pytest.raises(UsageError, match="unknown provider 'cuda'; choose auto or ort-cpu"):
-        open_pool(bundle, provider="cuda")
-    with pytest.raises(UsageError, match="unknown residency 'all'; choose auto, resident or swap"):
-        open_pool(bundle, residency="all")
+class Full(Machine):
+    """A device with room for so many engines, and for so much of a UNet's weights."""
+
+    def __init__(self, room: int, streamed: bool = False) -> None:
+        super().__init__()
+        self.room, self.streamed = room, streamed
+
+    def happens(self, event: str) -> None:
+        name = event.removeprefix("load ")
+        if event.startswith("load"):
+            small = name not in UNETS or not self.streamed or name in self.budgets
+            if len(self.loaded) >= self.room or not small:
+                raise ResourceError(f"loading {name}: out of memory")
+        super().happens(event)
 
 
-def test_the_measured_memory_decides(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    for measured, policy in ((1 << 50, "resident"), (1, "swap"), (None, "resident")):
-        monkeypatch.setattr(pool_module, "available_host_memory", lambda measured=measured: measured)
-        pool = open_pool(bundle)
-        assert (pool.residency, pool.provider) == (policy, "ort-cpu")
-
-
-@pytest.mark.parametrize(("available", "policy"), [(1, "swap"), (0, "swap"), (1 << 50, "resident")])
-def test_a_given_size_replaces_the_measured_one(
-    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, available: int, policy: str
+@pytest.mark.parametrize("ahead", [True, False])
+def test_out_of_memory_under_resident_goes_on_with_swap(
+    bundle: Bundle, ahead: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    measured = 1 << 50 if policy == "swap" else 1
-    monkeypatch.setattr(pool_module, "available_host_memory", lambda: measured)
-    assert open_pool(bundle, available=available).residency == policy
+    machine = Full(room=1)
+    with EnginePool(bundle, machine.make, "resident", "fake", keeps=UNETS, fallbacks=("swap", "stream")) as pool:
+        pool.phase("unet", then=("refiner_unet",) if ahead else ())
+        pool.phase("refiner_unet", then=("vae_decoder",))
+        assert (pool.residency, machine.loaded, pool.swaps) == ("swap", ["refiner_unet"], 1)
+        run(pool)
+        assert machine.most_unets == 1
+    expected = "residency resident: loading refiner_unet: out of memory; going on with swap"
+    assert caplog.messages == [expected]
+    assert caplog.records[0].levelno == logging.WARNING
+
+
+def test_out_of_memory_under_swap_goes_on_with_stream(bundle: Bundle, caplog: pytest.LogCaptureFixture) -> None:
+    machine = Full(room=1, streamed=True)
+    budgets = {"unet": 700, "refiner_unet": 600}
+    with EnginePool(bundle, machine.make, "resident", "fake", fallbacks=("swap", "stream"), budgets=budgets) as pool:
+        run(pool)
+        assert (pool.residency, machine.budgets) == ("stream", budgets)
+        assert pool.swaps == 1
+    assert len(caplog.messages) == 2
+    assert machine.loaded == []
+
+
+def test_what_was_loaded_whole_is_loaded_again_with_its_budget(bundle: Bundle) -> None:
+    class Tight(Machine):
+        def happens(self, event: str) -> None:
+            if event == "load refiner_unet" and "refiner_unet" not in self.budgets:
+                raise ResourceError("out of memory")
+            super().happens(event)
+
+    machine, budgets = Tight(), {"unet": 700, "refiner_unet": 600}
+    with EnginePool(bundle, machine.make, "swap", "fake", fallbacks=("stream",), budgets=budgets) as pool:
+        pool.phase(*UNETS)
+        assert machine.budgets == budgets
+        assert machine.events[:2] == ["load unet", "unload refiner_unet"]
+        assert machine.loaded == list(UNETS)
+
+
+@pytest.mark.parametrize("fallbacks", [(), ("swap",), ("swap", "stream")])
+def test_out_of_memory_under_the_last_policy_is_an_error(bundle: Bundle, fallbacks: tuple[str, ...]) -> None:
+    machine = Full(room=0)
+    pool = EnginePool(bundle, machine.make, "resident", "fake", fallbacks=fallbacks)
+    with pool, pytest.raises(ResourceError, match="loading unet: out of memory"):
+        pool.phase("unet")
+    assert machine.loaded == []
+
+
+def test_a_stand_in_runs_under_the_name_of_what_it_stands_for(make_pool, machine: Machine) -> None:
+    with make_pool("swap", replaced={"text_encoder": "vae_decoder"}) as pool:
+        pool.phase("unet", then=("text_encoder",))
+        (engine,) = pool.phase("text_encoder")
+        assert engine.name == "vae_decoder"
+        pool.free(keep=("text_encoder",))
+        assert machine.loaded == ["vae_decoder"]
+    assert pool.loads == ["unet", "vae_decoder"]

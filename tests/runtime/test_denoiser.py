@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from sdxl_trt.engines.base import Array
-from sdxl_trt.engines.bundle import Scheduler, TensorSpec
 from sdxl_trt.engines.errors import CorruptError, UsageError
+from sdxl_trt.engines.manifest import Scheduler, TensorSpec
 from sdxl_trt.runtime.conditioning import Conditions
 from sdxl_trt.runtime.denoiser import Denoiser
+from sdxl_trt.runtime.guidance import Guidance, guided_span
 from sdxl_trt.runtime.sigmas import Schedule, make_schedule
 
 
@@ -61,6 +62,26 @@ def test_guidance_leads_away_from_the_negative(schedule: Schedule, x: np.ndarray
     assert engine.given[0]["sample"].shape[0] == (4 if guided else 2)
     np.testing.assert_allclose(denoised, 1 + scale * 2 if guided else 3, rtol=1e-6)
     assert denoised.shape == x.shape
+
+
+def test_steps_outside_the_interval_run_one_row_a_picture(schedule: Schedule, x: np.ndarray) -> None:
+    engine, sigmas = RecordingEngine(), schedule.sigmas
+    guidance = Guidance(5.0, 0.0, *guided_span(sigmas, 0.2, 0.4))
+    denoise = Denoiser(engine, schedule, Conditions({}, 5.0), "sample", guidance)
+    values = [float(denoise(x, float(sigma)).mean()) for sigma in sigmas[:-1]]
+    assert [len(given["sample"]) for given in engine.given] == [2, 2, 4, 4, 2, 2, 2, 2, 2, 2]
+    np.testing.assert_allclose(values, [3, 3, 11, 11, 3, 3, 3, 3, 3, 3], rtol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1.0, 5.0])
+def test_a_call_of_too_few_pictures_is_filled_up(schedule: Schedule, x: np.ndarray, scale: float) -> None:
+    engine, full = RecordingEngine(answer=2.0), RecordingEngine(answer=2.0)
+    sigma = float(schedule.sigmas[0])
+    denoised = Denoiser(engine, schedule, Conditions({}, scale, 5), "epsilon")(x, sigma)
+    sample, rows = engine.given[0]["sample"], 10 if scale > 1 else 5
+    assert (len(sample), len(engine.given[0]["timestep"])) == (rows, rows)
+    np.testing.assert_array_equal(sample[2:5], np.repeat(sample[1:2], 3, axis=0))
+    np.testing.assert_array_equal(denoised, Denoiser(full, schedule, Conditions({}, scale, 2), "epsilon")(x, sigma))
 
 
 def test_positive_and_negative_rows_see_the_same_scaled_latents(schedule: Schedule, x: np.ndarray) -> None:

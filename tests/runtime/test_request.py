@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sdxl_trt.engines.bundle import Manifest, Scheduler, Stage, Vae
 from sdxl_trt.engines.errors import SizeError, UsageError
+from sdxl_trt.engines.manifest import Manifest, Scheduler, Stage, Vae
 from sdxl_trt.runtime.request import MAX_SEED, MAX_SIDE, Request, resolve
 
 FIXTURES = [HealthCheck.function_scoped_fixture]
@@ -109,7 +109,7 @@ def test_zero_counts(manifest: Manifest) -> None:
 
 
 def test_an_unknown_sampler_lists_the_known_ones(manifest: Manifest) -> None:
-    with pytest.raises(UsageError, match="unknown sampler 'magic'; choose one of: euler"):
+    with pytest.raises(UsageError, match="--sampler 'magic' is unknown; choose one of: euler"):
         resolve(Request(sampler="magic"), manifest)
 
 

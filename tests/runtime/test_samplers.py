@@ -1,6 +1,6 @@
-"""Samplers step by step against diffusers' schedulers, through a Denoiser on a made-up model."""
+"""What holds for every sampler: its restart at a cut, its end, its manners, and Euler through the real Denoiser."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,13 +8,17 @@ import numpy as np
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sdxl_trt.engines.base import Array
-from sdxl_trt.engines.bundle import Scheduler, TensorSpec
+from sdxl_trt.engines.errors import UsageError
+from sdxl_trt.engines.manifest import Scheduler, TensorSpec
 from sdxl_trt.runtime.conditioning import Conditions
 from sdxl_trt.runtime.denoiser import Denoiser
 from sdxl_trt.runtime.handoff import split
-from sdxl_trt.runtime.samplers import SAMPLERS, euler
+from sdxl_trt.runtime.samplers import COMFYUI, SAMPLERS, STOCHASTIC, TWO_CALLS, bind_sampler, euler, sampler_names
+from sdxl_trt.runtime.schedules import FAMILIES
 from sdxl_trt.runtime.sigmas import make_schedule
 
 # diffusers' own: it gives torch tensors to np.array.
@@ -22,12 +26,28 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 
 SDXL = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 SHAPE = (2, 4, 8, 8)
+ALL = [(name, False) for name in sampler_names()] + [(name, True) for name in COMFYUI]
+REMEMBERING = {"lms", "dpmpp_2m", "res_multistep", "deis", "uni_pc", "dpmpp_2m_sde", "dpmpp_3m_sde", "uni_pc_bh2"}
+# ComfyUI's UniPC ends at sigma 0.001.
+ENDS_NEAR = {("uni_pc", True): 2e-3, ("uni_pc_bh2", True): 2e-3}
+
+
+def _noise(shape: tuple[int, ...] = SHAPE, seed: int = 5) -> Callable[[float, float], np.ndarray]:
+    """Return noise that depends on where it is asked for, so that a part of a grid draws what the whole drew."""
+    return lambda sigma, after: np.random.default_rng([seed, int(sigma * 1e6), int(after * 1e6)]).standard_normal(
+        shape, dtype=np.float32
+    )
 
 
 def _model(sample: Any, timestep: float) -> Any:
     """Answer with something that depends on everything, in numpy as in torch."""
     turned = sample[..., ::-1] if isinstance(sample, np.ndarray) else sample.flip(-1)
     return 0.6 * sample + 0.2 * turned + 0.1 * float(np.sin(timestep / 77))
+
+
+def _denoise(x: np.ndarray, sigma: float) -> np.ndarray:
+    """Denoise as if the latents were normally distributed, and bend the answer."""
+    return np.tanh(x / np.float32(1 + sigma**2)) + np.float32(0.1) * np.sin(x[..., ::-1])
 
 
 class ModelEngine:
@@ -74,32 +94,40 @@ def test_euler_is_diffusers_step_by_step(prediction: str, spacing: str, steps: i
         np.testing.assert_allclose(x, reference, rtol=1e-4, atol=1e-4, err_msg=f"after step {step} of {steps}")
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize(("name", "comfyui"), ALL)
 @pytest.mark.parametrize("cut", [1, 5, 9])
-def test_two_parts_of_a_grid_make_the_whole(name: str, cut: int, rng: np.random.Generator) -> None:
-    schedule = make_schedule(Scheduler(**SDXL, timestep_spacing="leading"), 10)
-    denoise = Denoiser(ModelEngine(), schedule, Conditions({}, 1.0), "epsilon")
-    start = rng.standard_normal(SHAPE).astype(np.float32) * np.float32(schedule.initial_scale)
-    whole = list(SAMPLERS[name](denoise, start, schedule.sigmas))
-    before, after = split(schedule.sigmas, cut)
-    first = list(SAMPLERS[name](denoise, start, before))
-    both = first + list(SAMPLERS[name](denoise, first[-1], after))
+def test_a_cut_restarts_what_remembers_and_nothing_else(
+    name: str, comfyui: bool, cut: int, rng: np.random.Generator
+) -> None:
+    sigmas = make_schedule(Scheduler(**SDXL, timestep_spacing="leading"), 10).sigmas
+    run = bind_sampler(name, _noise(), comfyui=comfyui)
+    start = rng.standard_normal(SHAPE).astype(np.float32) * sigmas[0]
+    whole = list(run(_denoise, start, sigmas))
+    before, after = split(sigmas, cut)
+    first = list(run(_denoise, start, before))
+    both = first + list(run(_denoise, first[-1], after))
     assert (len(first), len(both)) == (cut, 10)
-    np.testing.assert_array_equal(both, whole)
+    if name not in REMEMBERING:
+        np.testing.assert_array_equal(both, whole)
+        return
+    one_step = next(iter(run(_denoise, first[-1], after)))
+    np.testing.assert_array_equal(both[cut], one_step)
+    if cut < 9:
+        assert np.abs(both[-1] - whole[-1]).max() > 1e-6, "a sampler that remembers must forget at the cut"
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_a_perfect_denoiser_gives_the_clean_latents(name: str, rng: np.random.Generator) -> None:
+@pytest.mark.parametrize(("name", "comfyui"), ALL)
+def test_a_perfect_denoiser_gives_the_clean_latents(name: str, comfyui: bool, rng: np.random.Generator) -> None:
     """The last sigma is 0, so whoever knows the answer must end at it."""
     clean = rng.standard_normal(SHAPE).astype(np.float32)
     sigmas = make_schedule(Scheduler(**SDXL, timestep_spacing="leading"), 12).sigmas
     start = clean + rng.standard_normal(SHAPE).astype(np.float32) * sigmas[0]
-    *_, last = SAMPLERS[name](lambda x, sigma: clean, start, sigmas)
-    np.testing.assert_allclose(last, clean, atol=1e-5)
+    *_, last = bind_sampler(name, _noise(), comfyui=comfyui)(lambda x, sigma: clean, start, sigmas)
+    np.testing.assert_allclose(last, clean, atol=ENDS_NEAR.get((name, comfyui), 1e-5) * 3)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_a_sampler_leaves_its_input_alone_and_can_be_stopped(name: str) -> None:
+@pytest.mark.parametrize(("name", "comfyui"), ALL)
+def test_a_sampler_leaves_its_input_alone_and_can_be_stopped(name: str, comfyui: bool) -> None:
     calls: list[float] = []
 
     def denoise(x: np.ndarray, sigma: float) -> np.ndarray:
@@ -107,8 +135,107 @@ def test_a_sampler_leaves_its_input_alone_and_can_be_stopped(name: str) -> None:
         return x * 0
 
     start = np.ones(SHAPE, np.float32)
-    sampled = SAMPLERS[name](denoise, start, np.array([4, 2, 1, 0], np.float32))
+    sampled = bind_sampler(name, _noise(), comfyui=comfyui)(denoise, start, np.array([4, 2, 1, 0], np.float32))
     assert calls == [], "nothing runs before the first step is asked for"
     next(sampled)
-    assert calls == [4.0]
+    assert calls[0] == 4.0
+    assert len(calls) == (2 if name in TWO_CALLS else 1)
     assert (start == 1).all()
+
+
+@pytest.mark.parametrize(("name", "comfyui"), ALL)
+def test_what_was_yielded_and_what_the_model_said_stays_as_it_was(name: str, comfyui: bool) -> None:
+    said: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def denoise(x: np.ndarray, sigma: float) -> np.ndarray:
+        answer = _denoise(x, sigma)
+        said.append((answer, answer.copy()))
+        return answer
+
+    sigmas = np.array([9, 4, 2, 1, 0.5, 0], np.float32)
+    run = bind_sampler(name, _noise(), comfyui=comfyui)
+    kept = [(x, x.copy()) for x in run(denoise, np.full(SHAPE, 3, np.float32), sigmas)]
+    for now, then in kept + said:
+        np.testing.assert_array_equal(now, then)
+
+
+@st.composite
+def _grids(draw: st.DrawFn) -> np.ndarray:
+    """Return falling sigmas of one to eight steps, ending at 0 or above, some from a model with zero terminal SNR."""
+    steps = draw(st.integers(1, 8))
+    logs = draw(st.lists(st.floats(-3.5, 8.3), min_size=steps + 1, max_size=steps + 1, unique_by=lambda v: round(v, 2)))
+    sigmas = np.exp(np.array(sorted(logs, reverse=True))).astype(np.float32)
+    if draw(st.booleans()):
+        sigmas[-1] = 0
+    return sigmas
+
+
+@settings(deadline=None, max_examples=40)
+@given(sigmas=_grids(), data=st.data())
+def test_any_grid_gives_as_many_finite_latents_of_the_same_kind(sigmas: np.ndarray, data: st.DataObject) -> None:
+    shape = data.draw(st.sampled_from([(1, 4, 2, 2), (2, 4, 1, 3), (3, 1, 1, 1)]))
+    start = np.random.default_rng(len(sigmas)).standard_normal(shape).astype(np.float32) * sigmas[0]
+    for name, comfyui in ALL:
+        trail = list(bind_sampler(name, _noise(shape), comfyui=comfyui)(_denoise, start, sigmas))
+        assert len(trail) == len(sigmas) - 1, name
+        for x in trail:
+            assert (x.shape, x.dtype) == (shape, np.float32), name
+            assert np.isfinite(x).all(), name
+
+
+@settings(deadline=None, max_examples=25)
+@given(sigma=st.floats(0.03, 4096), seed=st.integers(0, 99))
+def test_one_step_to_sigma_0_is_what_the_model_says(sigma: float, seed: int) -> None:
+    start = np.random.default_rng(seed).standard_normal(SHAPE).astype(np.float32) * np.float32(sigma)
+    sigmas = np.array([sigma, 0], np.float32)
+    for name, comfyui in ALL:
+        (x,) = bind_sampler(name, _noise(), comfyui=comfyui)(_denoise, start, sigmas)
+        expected = _denoise(start, float(sigmas[0]))
+        tolerance = 0.001 / sigma * np.abs(start - expected).max() * 1.01 if (name, comfyui) in ENDS_NEAR else 0.0
+        np.testing.assert_allclose(x, expected, rtol=0, atol=tolerance + 1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize(("name", "comfyui"), ALL)
+def test_a_step_of_no_length_at_the_end_changes_nothing(name: str, comfyui: bool) -> None:
+    """As diffusers' DEIS has it where a transform made the grid; `uni_pc` still corrects the step before it."""
+    sigmas = np.array([9, 4, 2, 0.5, 0.5], np.float32)
+    run = bind_sampler(name, _noise(), comfyui=comfyui)
+    *_, before, last = run(_denoise, np.full(SHAPE, 3, np.float32), sigmas)
+    assert np.isfinite(last).all()
+    if name not in {"lcm", "uni_pc", "uni_pc_bh2"}:
+        np.testing.assert_allclose(last, before, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "comfyui"), ALL)
+def test_an_empty_grid_has_no_step(name: str, comfyui: bool) -> None:
+    run = bind_sampler(name, _noise(), comfyui=comfyui)
+    assert list(run(_denoise, np.ones(SHAPE, np.float32), np.array([1], np.float32))) == []
+
+
+@pytest.mark.parametrize("name", STOCHASTIC)
+def test_noise_is_asked_for_the_way_that_it_is_added_on(name: str) -> None:
+    """Falling sigmas, once a step and twice by dpmpp_sde, and none for a step to sigma 0."""
+    asked: list[tuple[float, float]] = []
+
+    def noise(sigma: float, after: float) -> np.ndarray:
+        asked.append((sigma, after))
+        return np.zeros(SHAPE, np.float32)
+
+    list(STOCHASTIC[name](_denoise, np.ones(SHAPE, np.float32), np.array([8, 2, 0], np.float32), noise=noise))
+    assert asked == ([(8.0, 4.0), (8.0, 2.0)] if name == "dpmpp_sde" else [(8.0, 2.0)])
+
+
+def test_the_registry_names_sixteen_samplers_and_their_grids() -> None:
+    assert sampler_names()[0] == "euler"
+    assert len(sampler_names()) == 16
+    assert set(sampler_names()) == set(FAMILIES)
+    assert set(sampler_names(comfyui=True)) == {*FAMILIES, "uni_pc_bh2"}
+    assert set(sampler_names()) >= TWO_CALLS
+    assert not set(SAMPLERS) & set(STOCHASTIC)
+
+
+def test_an_unknown_sampler_names_the_known_ones() -> None:
+    with pytest.raises(UsageError, match="unknown sampler 'uni_pc_bh2'; choose one of: euler, heun,"):
+        bind_sampler("uni_pc_bh2", _noise())
+    with pytest.raises(UsageError, match=r"choose one of: .*uni_pc_bh2"):
+        bind_sampler("plms", _noise(), comfyui=True)

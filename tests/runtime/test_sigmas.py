@@ -2,15 +2,16 @@
 
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
-from diffusers import EulerDiscreteScheduler
+from diffusers import DDIMScheduler, EulerDiscreteScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdxl_trt.engines.bundle import Scheduler
 from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.runtime.sigmas import make_schedule
+from sdxl_trt.engines.manifest import Scheduler
+from sdxl_trt.runtime.sigmas import make_comfyui_schedule, make_schedule
 
 # diffusers' own: it gives torch tensors to np.array.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -81,13 +82,42 @@ def test_each_sigma_knows_its_timestep(spacing: str, steps: int) -> None:
     np.testing.assert_array_equal(found, schedule.timesteps)
 
 
-def test_a_sigma_between_two_lies_on_a_log_sigma_line() -> None:
+def test_a_sigma_off_the_grid_has_the_timestep_of_the_training() -> None:
+    """On a log-sigma line between two training timesteps, whatever the grid visits around it."""
     schedule = make_schedule(Scheduler(**SDXL, timestep_spacing="leading"), 30)
-    high, low = (float(sigma) for sigma in schedule.sigmas[10:12])
-    middle = (schedule.timesteps[10] + schedule.timesteps[11]) / 2
-    assert schedule.timestep((high * low) ** 0.5) == pytest.approx(middle, abs=1e-3)
-    assert schedule.timestep(1000.0) == schedule.timesteps[0]
-    assert schedule.timestep(1e-6) == schedule.timesteps[-1]
+    high, low = (float(sigma) for sigma in schedule.training[[501, 500]])
+    assert schedule.timestep(high) == pytest.approx(501, abs=1e-3)
+    assert schedule.timestep((high * low) ** 0.5) == pytest.approx(500.5, abs=1e-3)
+    assert schedule.timestep(1000.0) == 999
+    assert schedule.timestep(1e-6) == 0
+    beside = schedule.timestep(float(schedule.sigmas[10]) * 1.001)
+    assert 0.05 < beside - schedule.timesteps[10] < 1.0, "near the grid is not on it"
+
+
+def test_comfyui_tells_the_model_whole_timesteps() -> None:
+    schedule = make_comfyui_schedule(Scheduler(**SDXL), 30, schedule="karras")
+    assert (schedule.timesteps == schedule.timesteps.round()).all()
+    between = float(schedule.training[500]) ** 0.7 * float(schedule.training[501]) ** 0.3
+    assert schedule.timestep(between) == 500
+    assert schedule.timestep(1000.0) == 999
+
+
+def test_the_ends_are_in_the_scale_of_the_scheduler() -> None:
+    """Variance-preserving classes start with unit variance, and are left in their scale where they end above 0."""
+    config = Scheduler(**SDXL, timestep_spacing="trailing")
+    euler, multistep, ddim = (make_schedule(config, 20, sampler) for sampler in ("euler", "dpmpp_2m", "ddim"))
+    assert euler.initial_scale == euler.sigmas[0]
+    assert multistep.initial_scale == pytest.approx(float(np.hypot(multistep.sigmas[0], 1)))
+    assert (euler.final_scale, multistep.final_scale) == (1.0, 1.0)
+    assert ddim.final_scale == pytest.approx(float(DDIMScheduler(**SDXL).alphas_cumprod[0]) ** 0.5, rel=1e-6)
+
+
+def test_comfyui_scales_the_noise_by_where_it_starts() -> None:
+    whole = make_comfyui_schedule(Scheduler(**SDXL), 20, schedule="normal")
+    assert whole.initial_scale == pytest.approx(float(np.hypot(whole.sigmas[0], 1)))
+    below = make_comfyui_schedule(Scheduler(**SDXL), 30, schedule="ddim_uniform")
+    assert below.sigmas[0] < whole.sigmas[0]
+    assert below.initial_scale == below.sigmas[0]
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1001])
@@ -106,3 +136,23 @@ def test_a_number_of_steps_that_cannot_be_names_the_range(steps: int) -> None:
 def test_an_unknown_schedule_names_the_known_ones(settings: dict[str, str], words: str) -> None:
     with pytest.raises(UsageError, match=words):
         make_schedule(Scheduler(**settings), 10)
+
+
+@pytest.mark.parametrize("transform", ["karras", "exponential", "beta"])
+def test_a_config_that_transforms_its_sigmas_is_followed(transform: str) -> None:
+    plain = Scheduler(beta_schedule="scaled_linear", timestep_spacing="trailing")
+    config = msgspec.structs.replace(plain, **{f"use_{transform}_sigmas": True})
+    asked = make_schedule(plain, 12, schedule=f"trailing+{transform}")
+    np.testing.assert_array_equal(make_schedule(config, 12).sigmas, asked.sigmas)
+    np.testing.assert_array_equal(make_schedule(config, 12).timesteps, asked.timesteps)
+    # What is asked for wins, and a distilled model has no such choice.
+    for arguments in ((12, "euler", "trailing"), (4, "lcm")):
+        np.testing.assert_array_equal(make_schedule(config, *arguments).sigmas, make_schedule(plain, *arguments).sigmas)
+
+
+def test_a_config_with_a_zero_terminal_snr_is_followed() -> None:
+    config = Scheduler(beta_schedule="scaled_linear", timestep_spacing="trailing", rescale_betas_zero_snr=True)
+    assert make_schedule(config, 12).sigmas[0] > 1000
+    np.testing.assert_array_equal(
+        make_schedule(config, 12).sigmas, make_schedule(config, 12, zero_terminal_snr=True).sigmas
+    )

@@ -1,4 +1,4 @@
-"""The real TensorRT parser, in a process of its own: what NVIDIA's libraries load there stays out of the tests."""
+"""The real TensorRT, in processes of its own: what NVIDIA's libraries load there stays out of the tests."""
 
 import subprocess
 import sys
@@ -9,15 +9,27 @@ from typing import Any
 import msgspec
 import pytest
 
-from sdxl_trt.benchmarks.tensorrt_on_cpu import unavailable
+from sdxl_trt.benchmarks.tensorrt_on_cpu import assemble, child_environment, unavailable
 
 
 @pytest.fixture(scope="session")
-def run_parser() -> Callable[..., tuple[int, dict[str, Any]]]:
-    """Return a function that parses graphs and returns the exit code and the report."""
+def tensorrt_folder() -> Path:
+    """Return the folder in which child processes find TensorRT."""
     reason = unavailable()
     if reason:
         pytest.skip(f"no TensorRT parser: {reason}")
+    return assemble()
+
+
+@pytest.fixture
+def tensorrt(tensorrt_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let child processes of this test find TensorRT, both flavours."""
+    monkeypatch.setenv("PYTHONPATH", child_environment(tensorrt_folder)["PYTHONPATH"])
+
+
+@pytest.fixture(scope="session")
+def run_parser(tensorrt_folder: Path) -> Callable[..., tuple[int, dict[str, Any]]]:
+    """Return a function that parses graphs and returns the exit code and the report."""
 
     def run(*arguments: str | Path) -> tuple[int, dict[str, Any]]:
         command = [sys.executable, "-W", "error", "-m", "sdxl_trt.benchmarks.parse", "--json", *map(str, arguments)]

@@ -51,7 +51,7 @@ def test_bf16_and_mixed_graphs_are_accepted_and_built(pairs: Any, run_parser: Ru
     code, report = run_parser(*graphs, "--build")
     assert code == 0, report
     assert [graph["errors"] + graph["unknown"] for graph in report["parsed"]] == [[], []]
-    assert all(built["plan_bytes"] > 0 for built in report["built"])
+    assert all(built["size"] > 0 for built in report["built"])
 
 
 def test_the_embedded_pair_is_accepted(run_parser: Run) -> None:
@@ -68,8 +68,8 @@ def test_a_plan_is_built_with_a_dynamic_profile(pairs: Any, run_parser: Run) -> 
     assert code == 0
     for built, folder in zip(report["built"], ("vae_decoder", "unet"), strict=True):
         # The builder pads and rearranges; a plan far below its weights would hold none.
-        assert built["plan_bytes"] > (root / folder / "weights.data").stat().st_size / 2
-        assert built["activation_bytes"] > 0
+        assert built["size"] > (root / folder / "weights.data").stat().st_size / 2
+        assert built["activations"] > 0
 
 
 def _save(path: Path, nodes: list[onnx.NodeProto], names: dict[str, int]) -> None:

@@ -1,0 +1,87 @@
+"""The plans that `benchmarks.build` builds: of which graphs, for which shapes."""
+
+__all__ = ["Case", "Export", "cases", "profile_words"]
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import msgspec
+
+from sdxl_trt.engines.profiles import Range, Sizes, axes_of, default_sizes, fixed
+
+# SDXL's: latents of 1024² pictures, 8 pixels each; sides that base and refiner both take.
+_SIDE, _FACTOR, _MULTIPLE = 128, 8, 64
+_TILE = 512 // _FACTOR
+
+
+@dataclass(frozen=True)
+class Export:
+    """A bundle of ours to build from: its folder under ``--work``, and what export-engines is told."""
+
+    name: str
+    options: tuple[str, ...]
+
+
+UNETS = Export("unets", ("--fp16", "--components", "unet,refiner_unet"))
+VAES = {
+    precision: Export(
+        f"vae-{precision}",
+        ("--fp16", "--no-refiner", "--components", "vae_decoder", "--vae-precision", precision),
+    )
+    for precision in ("fp16", "bf16", "fp32")
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One plan to build: a component of an export, and the range of every axis for each of its profiles."""
+
+    name: str
+    export: Export
+    component: str
+    axes: tuple[dict[str, Range], ...]
+
+
+def cases() -> list[Case]:
+    """Return the plans to build, in order."""
+    static = {"rows": fixed(2), "tokens": fixed(77)} | _square(_SIDE)
+    default = default_sizes(_SIDE, _FACTOR, _MULTIPLE)
+    four = msgspec.structs.replace(default, batch=Range(min=1, opt=1, max=4))
+    both = msgspec.structs.replace(default, static=True)
+    found = []
+    for model, component in (("base", "unet"), ("refiner", "refiner_unet")):
+        found += [
+            Case(f"{model} UNet, static", UNETS, component, (static,)),
+            Case(f"{model} UNet, dynamic", UNETS, component, _axes("unet", "fp16", default)),
+            Case(f"{model} UNet, dynamic, batch 1:1:4", UNETS, component, _axes("unet", "fp16", four)),
+        ]
+    found.append(Case("base UNet, --static", UNETS, "unet", _axes("unet", "fp16", both)))
+    whole = {"pictures": fixed(1)} | _square(_SIDE)
+    found += [
+        Case(f"VAE decoder {precision}, static", VAES[precision], "vae_decoder", (whole,))
+        for precision in ("fp16", "bf16", "fp32")
+    ]
+    tile = {"pictures": fixed(1)} | _square(_TILE)
+    found.append(Case("VAE decoder fp32, 512² tile", VAES["fp32"], "vae_decoder", (tile,)))
+    # What a range of sizes would cost, and what is built instead: one size, and tiles for all others.
+    sides = {"height": default.height.over(_FACTOR), "width": default.width.over(_FACTOR)}
+    found.append(Case("VAE decoder bf16, dynamic", VAES["bf16"], "vae_decoder", ({"pictures": fixed(1), **sides},)))
+    for precision in ("bf16", "fp32"):
+        axes = _axes("vae_decoder", precision, default)
+        found.append(Case(f"VAE decoder {precision}, as exported", VAES[precision], "vae_decoder", axes))
+    return found
+
+
+def _square(side: int) -> dict[str, Range]:
+    return {"height": fixed(side), "width": fixed(side)}
+
+
+def _axes(kind: str, precision: str, sizes: Sizes) -> tuple[dict[str, Range], ...]:
+    """Return what export-engines builds `kind` for."""
+    return tuple(axes_of(kind, precision, sizes, _FACTOR))
+
+
+def profile_words(axes: Mapping[str, Range]) -> str:
+    """Return a profile's axes as a user says them: sides in pixels."""
+    sides = {name: axes[name].times(_FACTOR) for name in ("height", "width")}
+    return ", ".join(f"{name} {axis}" for name, axis in (dict(axes) | sides).items())

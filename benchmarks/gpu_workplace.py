@@ -1,0 +1,157 @@
+"""Where ``make gpu-check`` works: a bundle of its own, and pictures made once for all checks that look at them."""
+
+__all__ = ["PICTURES", "Measured", "Skipped", "Workplace", "counted"]
+
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sdxl_trt.engines.bundle import Bundle, read_bundle
+from sdxl_trt.engines.cuda import Cuda
+from sdxl_trt.engines.environment import here
+from sdxl_trt.engines.errors import IncompatibleError
+from sdxl_trt.engines.plan_records import BuildFlags, Flavour, PlanRecord
+from sdxl_trt.engines.planning import planned_components
+from sdxl_trt.engines.plans import find_plan
+from sdxl_trt.engines.pool import open_pool
+from sdxl_trt.engines.tensorrt_api import tensorrt_module
+from sdxl_trt.mini.embedded import bundle_path
+from sdxl_trt.runtime import Request
+from sdxl_trt.runtime.pipeline import Pipeline
+
+PROMPT, SEED, STEPS = "a large red star on a blue background", 7, 10
+PICTURES = 3
+_PRIVATE = 0o700
+
+
+class Skipped(Exception):  # noqa: N818 - no error: what the check asks for is not there
+    """Raised by a check that the machine or the bundle cannot answer; the message says what is missing."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A run: its final latents, what it loaded, and the most device memory that was taken since before it, in bytes.
+
+    `seconds` has every unit of work by stage, `total` all of them and the opening of the bundle.
+    """
+
+    latents: NDArray[np.float32]
+    loads: tuple[str, ...]
+    swaps: int
+    peak: int
+    seconds: dict[str, list[float]]
+    total: float
+
+
+class Workplace:
+    """A copy of the embedded bundle in `folder`, or `bundle` itself, and the runs that were made with it."""
+
+    def __init__(self, folder: Path, bundle: Path | None = None) -> None:
+        self.root = bundle or _copy(bundle_path(), folder / "bundle")
+        self.flags = BuildFlags(weight_streaming=bundle is None)
+        """How missing plans are built: in our own copy so that all residencies can be tried."""
+        self.cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        self._folder = folder
+        self._runs: dict[tuple[str, str, int], Measured] = {}
+
+    def require_installed(self, flavour: Flavour) -> None:
+        """Raise Skipped where TensorRT of this flavour is not installed."""
+        try:
+            tensorrt_module(flavour)
+        except IncompatibleError as exc:
+            raise Skipped(f"{flavour} is not installed") from exc
+
+    def planned(self, flavour: Flavour) -> Bundle:
+        """Return the bundle, opened; raise Skipped where it has not all plans of this flavour for this machine."""
+        self.require_installed(flavour)
+        try:
+            self.records(flavour)
+        except IncompatibleError as exc:
+            raise Skipped(str(exc)) from exc
+        return read_bundle(self.root)
+
+    def records(self, flavour: Flavour) -> dict[str, PlanRecord]:
+        """Return the plans of this flavour by component. Raises IncompatibleError where one is missing."""
+        bundle, environment = read_bundle(self.root), here(flavour)
+        return {name: find_plan(bundle, name, environment) for name in planned_components(bundle.manifest)}
+
+    def streams(self, flavour: Flavour) -> bool:
+        """Return whether the plans were built with weight streaming."""
+        return all(record.key.flags.weight_streaming for record in self.records(flavour).values())
+
+    def run(self, provider: str, residency: str = "auto", *, pictures: int = 1, again: bool = False) -> Measured:
+        """Return what a whole run gives; the same run is made once, unless it is wanted `again`."""
+        key = (provider, residency, pictures)
+        if again or key not in self._runs:
+            self._runs[key] = self._make(provider, residency, pictures)
+        return self._runs[key]
+
+    def _make(self, provider: str, residency: str, pictures: int) -> Measured:
+        least = before = _free()
+        finals: list[NDArray[np.float32]] = []
+        seconds: dict[str, list[float]] = {}
+        started = time.perf_counter()
+        with Pipeline(open_pool(read_bundle(self.root), provider, residency)) as pipeline:
+            for step in pipeline.steps(Request(PROMPT, seed=SEED, steps=STEPS, count=pictures)):
+                least = min(least, _free())
+                seconds.setdefault(step.stage, []).append(step.seconds)
+                finals += [step.picture.latents] if step.picture else []
+            total, pool = time.perf_counter() - started, pipeline.pool
+            return Measured(np.stack(finals), tuple(pool.loads), pool.swaps, before - least, seconds, total)
+
+    def timings(self) -> list[str]:
+        """Return the seconds of the runs that were made, as the lines of a Markdown table."""
+        lines = ["| provider | residency | pictures | load | base step | refiner step | decode | all |",
+                 "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+        for (provider, residency, pictures), run in self._runs.items():
+            load = sum(run.seconds.get("load", []))
+            steps = (f"{np.median(run.seconds[name]):.4f}" if name in run.seconds else "" for name in _TIMED)
+            lines.append(
+                f"| {provider} | {residency} | {pictures} | {load:.2f} | {' | '.join(steps)} | {run.total:.2f} |"
+            )
+        return [*lines, "", f"Seconds; steps and decodes are medians. {STEPS} steps."] if self._runs else []
+
+    def without_paths(self, text: str) -> str:
+        """Return `text` without the folders of this machine."""
+        for path, name in ((self.root, "BUNDLE"), (self._folder, "FOLDER"), (Path.home(), "~")):
+            text = text.replace(str(path), name)
+        return text
+
+
+_TIMED = ("base", "refiner", "decode")
+
+
+@contextmanager
+def counted(owner: type[Any], name: str) -> Iterator[list[None]]:
+    """Count the calls of a method while entered: the list that is yielded grows by one for each."""
+    calls: list[None] = []
+    original = getattr(owner, name)
+
+    def counting(*arguments: Any, **named: Any) -> Any:
+        calls.append(None)
+        return original(*arguments, **named)
+
+    with mock.patch.object(owner, name, counting):
+        yield calls
+
+
+def _copy(source: Path, target: Path) -> Path:
+    """Copy a bundle so that only this user can write it: plans are code."""
+    shutil.copytree(source, target)
+    for path in (target, *target.rglob("*")):
+        path.chmod(_PRIVATE if path.is_dir() else _PRIVATE & 0o600)
+    return target
+
+
+def _free() -> int:
+    """Return the free bytes of the device."""
+    return Cuda().memory()[0]

@@ -1,0 +1,59 @@
+"""trt-inspect: parse, call, report; no logic."""
+
+__all__ = ["main"]
+
+import argparse
+import sys
+from pathlib import Path
+
+from sdxl_trt.engines.command import Parser, print_json, run
+
+EPILOG = """examples:
+  trt-inspect my-bundle                      graphs, plans, memory, keys
+  trt-inspect my-bundle --why-rebuild        which plans serve on this machine, and why others do not
+  trt-inspect my-bundle --verify ort         TensorRT against ONNX Runtime; exit 1 where they differ
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run trt-inspect and return its exit code."""
+    return run(_parser(), _inspect, argv)
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="trt-inspect",
+        description="Tell what a bundle holds, what would be rebuilt here and why, and whether its plans are right.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="exported folder")
+    parser.add_argument(
+        "--why-rebuild", action="store_true", help="say of every component whether its plan serves here"
+    )
+    parser.add_argument("--verify", choices=("ort",), help="compare plans with ONNX Runtime, component by component")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    parser.add_argument("--debug", action="store_true", help="add the traceback to an error")
+    return parser
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from sdxl_trt.engines.inspection import inspect_bundle  # noqa: PLC0415 - numpy and more: --help must not wait
+
+    report = inspect_bundle(
+        arguments.bundle, why_rebuild=arguments.why_rebuild, verify=arguments.verify is not None, progress=_show
+    )
+    if arguments.json:
+        print_json(report.json)
+    else:
+        sys.stdout.write("".join(f"{line}\n" for line in report.lines))
+    report.require()
+
+
+def _show(component: str) -> None:
+    if sys.stderr.isatty():
+        sys.stderr.write(f"comparing {component}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

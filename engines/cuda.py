@@ -1,0 +1,154 @@
+"""CUDA's runtime for one device: calls with errors as ours, bytes counted, and what is freed once."""
+
+__all__ = ["REMEDY", "Cuda", "Owned", "Usage", "cuda_runtime"]
+
+import importlib
+import threading
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from sdxl_trt.engines.errors import EngineError, IncompatibleError, ResourceError, SdxlTrtError
+
+REMEDY = "try --residency swap or stream, a smaller size, or close what else uses the GPU"
+"""What to do when the device's memory is full."""
+
+_OUT_OF_MEMORY = "cudaErrorMemoryAllocation"
+_NO_DEVICE = {
+    "cudaErrorInsufficientDriver": "install the NVIDIA driver, or update it",
+    "cudaErrorNoDevice": "there is no NVIDIA GPU, or CUDA_VISIBLE_DEVICES hides it",
+    "cudaErrorSystemDriverMismatch": "reboot, or install one version of the NVIDIA driver",
+    "cudaErrorStubLibrary": "install the NVIDIA driver",
+}
+# After one of these every later call of the process fails, whatever it is: CUDA's documentation of cudaError_t.
+_STICKY = {
+    "cudaErrorAssert",
+    "cudaErrorContained",
+    "cudaErrorECCUncorrectable",
+    "cudaErrorExternalDevice",
+    "cudaErrorHardwareStackError",
+    "cudaErrorIllegalAddress",
+    "cudaErrorIllegalInstruction",
+    "cudaErrorInvalidAddressSpace",
+    "cudaErrorInvalidPc",
+    "cudaErrorLaunchFailure",
+    "cudaErrorLaunchTimeout",
+    "cudaErrorMisalignedAddress",
+    "cudaErrorMpsClientTerminated",
+    "cudaErrorNvlinkUncorrectable",
+    "cudaErrorTensorMemoryLeak",
+}
+
+
+def cuda_runtime() -> Any:
+    """Import and return ``cuda.bindings.runtime``; IncompatibleError where it is missing."""
+    try:
+        return importlib.import_module("cuda.bindings.runtime")
+    except (ImportError, OSError) as exc:
+        reason = " ".join(str(exc).split())
+        raise IncompatibleError(f"TensorRT needs cuda-bindings ({reason}); pip install 'sdxl-trt[tensorrt]'") from exc
+
+
+@dataclass
+class Usage:
+    """Bytes that are allocated through one Cuda now, and the most that were at once."""
+
+    device: int = 0
+    device_peak: int = 0
+    pinned: int = 0
+    pinned_peak: int = 0
+
+
+class Cuda:
+    """CUDA's runtime on one device; may be called from any thread."""
+
+    def __init__(self, device: int = 0) -> None:
+        self.runtime = cuda_runtime()
+        self.device = device
+        self.usage = Usage()
+        self._lock = threading.Lock()
+        self._thread = threading.local()
+
+    def call(self, name: str, *arguments: Any, doing: str, enter: bool = True) -> Any:
+        """Call the function `name`; return its value: None, one, or a tuple of several.
+
+        The calling thread is put on this device first, unless `enter` is false, for what needs none. Raises
+        ResourceError where memory ran out, IncompatibleError without driver or device, else EngineError.
+        """
+        if enter:
+            self.enter(doing)
+        return self._check(getattr(self.runtime, name)(*arguments), doing)
+
+    def enter(self, doing: str) -> None:
+        """Put the calling thread on this device; libraries' calls follow it too. Raises as `call`."""
+        if not getattr(self._thread, "entered", False):
+            self._check(self.runtime.cudaSetDevice(self.device), doing)
+            self._thread.entered = True
+
+    def quietly(self, name: str, *arguments: Any) -> None:
+        """Call the function `name` and let its error be: to free what an earlier error has already explained."""
+        getattr(self.runtime, name)(*arguments)
+
+    def memory(self) -> tuple[int, int]:
+        """Return the bytes of the device that are free, for every process, and all of them."""
+        free, total = self.call("cudaMemGetInfo", doing="asking for the free memory")
+        return int(free), int(total)
+
+    def explain(self, error: Any, doing: str) -> SdxlTrtError:
+        """Return `error`, a cudaError_t met while `doing` something, as one of ours."""
+        name = str(getattr(error, "name", error))
+        if name == _OUT_OF_MEMORY:
+            return ResourceError(f"{doing}: out of memory; {REMEDY}")
+        (_, text) = self.runtime.cudaGetErrorString(error)
+        text = text.decode(errors="replace") if isinstance(text, bytes) else str(text)
+        if name in _NO_DEVICE:
+            return IncompatibleError(f"{doing}: {text}; {_NO_DEVICE[name]}")
+        if name in _STICKY:
+            return EngineError(
+                f"{doing}: {name} ({text}); this process can use the GPU no more: end it, and start again"
+            )
+        return EngineError(f"{doing}: CUDA failed: {name} ({text})")
+
+    def _check(self, result: tuple[Any, ...], doing: str) -> Any:
+        error, *values = result
+        if error != self.runtime.cudaError_t.cudaSuccess:
+            raise self.explain(error, doing)
+        return values[0] if len(values) == 1 else tuple(values) or None
+
+    def count(self, device: int = 0, pinned: int = 0) -> None:
+        """Add to `usage`; negative bytes were freed."""
+        usage = self.usage
+        with self._lock:
+            usage.device += device
+            usage.pinned += pinned
+            usage.device_peak = max(usage.device_peak, usage.device)
+            usage.pinned_peak = max(usage.pinned_peak, usage.pinned)
+
+
+class Owned:
+    """Something of CUDA's that is freed once, by whoever comes first."""
+
+    destroy: ClassVar[str]
+
+    def __init__(self, cuda: Cuda, handle: Any) -> None:
+        self.cuda = cuda
+        self._lock = threading.Lock()
+        self._handle = handle
+
+    @property
+    def freed(self) -> bool:
+        """Whether `free` was called."""
+        return self._handle is None
+
+    def free(self) -> bool:
+        """Give it back, and return whether this call did; never raises, since it runs on the way out of errors."""
+        with self._lock:
+            handle, self._handle = self._handle, None
+        if handle is not None:
+            self.cuda.quietly(self.destroy, handle)
+        return handle is not None
+
+    def held(self) -> Any:
+        """Return CUDA's handle; EngineError after `free`."""
+        if self._handle is None:
+            raise EngineError(f"{type(self).__name__} was used after it was freed; load the engine again")
+        return self._handle

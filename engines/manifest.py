@@ -1,0 +1,177 @@
+"""The records of ``manifest.json``: everything that the runtime knows of a model, it knows from them."""
+
+__all__ = [
+    "FORMAT_NAME",
+    "FORMAT_VERSION",
+    "Component",
+    "DType",
+    "Kind",
+    "LoraRecord",
+    "Manifest",
+    "Precision",
+    "Scheduler",
+    "Source",
+    "Stage",
+    "TensorSpec",
+    "TextEncoder",
+    "Tokenizer",
+    "Vae",
+]
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from sdxl_trt.engines.errors import CorruptError
+from sdxl_trt.engines.plan_records import PlanRecord
+from sdxl_trt.engines.records import FileRecord, Natural, Positive, Record, Sha256
+
+FORMAT_NAME = "sdxl-trt-bundle"
+FORMAT_VERSION = 1
+
+Kind = Literal["text_encoder", "unet", "vae_decoder", "vae_encoder"]
+DType = Literal["float32", "float16", "int64"]
+Precision = Literal["fp32", "fp16", "bf16", "mixed"]
+
+
+class TensorSpec(Record, frozen=True, kw_only=True):
+    """One graph input or output. A dimension is a number, or the name of an axis that may vary."""
+
+    name: str
+    dtype: DType
+    shape: tuple[Positive | str, ...]
+
+
+class Source(Record, frozen=True, kw_only=True):
+    """Where a component came from: a name (never a host path), its class, a digest of the tensors it used."""
+
+    name: str
+    class_name: str
+    sha256: Sha256
+
+
+class Component(Record, frozen=True, kw_only=True):
+    """One graph with its weights."""
+
+    kind: Kind
+    precision: Precision
+    opset: Positive
+    graph: FileRecord
+    weights: FileRecord
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    source: Source
+    config: dict[str, Any]
+    parameters: Natural = 0
+    key: str = ""
+    """A digest of everything that decides the files: an export that comes to the same one leaves them as they are."""
+
+    def input(self, name: str) -> TensorSpec:
+        """Return the spec of the input called `name`."""
+        for spec in self.inputs:
+            if spec.name == name:
+                return spec
+        raise CorruptError(f"the manifest's {self.kind} has no input {name!r}; run export-engines again")
+
+
+class Tokenizer(Record, frozen=True, kw_only=True):
+    """A CLIP tokenizer: a ``tokenizer.json`` without padding or truncation, and the ids that frame a prompt."""
+
+    file: FileRecord
+    max_length: Positive
+    bos_id: Natural
+    eos_id: Natural
+    pad_id: Natural
+
+
+class TextEncoder(Record, frozen=True, kw_only=True):
+    """A text encoder of a stage: the graph, its tokenizer, and whether its text_embeds are the pooled prompt."""
+
+    component: str
+    tokenizer: str
+    pooled: bool
+
+
+class Scheduler(Record, frozen=True, kw_only=True):
+    """The noise schedule as the source's scheduler config states it; the class it names is only recorded."""
+
+    class_name: str = "EulerDiscreteScheduler"
+    num_train_timesteps: Annotated[int, msgspec.Meta(ge=1, le=100_000)] = 1000
+    beta_start: float = 0.0001
+    beta_end: float = 0.02
+    beta_schedule: str = "linear"
+    prediction_type: str = "epsilon"
+    timestep_spacing: str = "linspace"
+    steps_offset: int = 0
+    rescale_betas_zero_snr: bool = False
+    use_karras_sigmas: bool = False
+    use_exponential_sigmas: bool = False
+    use_beta_sigmas: bool = False
+
+    @property
+    def transform(self) -> str:
+        """Return what the config makes of the spaced sigmas: karras, exponential, beta, or "" for nothing."""
+        chosen = {"karras": self.use_karras_sigmas, "exponential": self.use_exponential_sigmas,
+                  "beta": self.use_beta_sigmas}  # fmt: skip
+        return next((name for name, used in chosen.items() if used), "")
+
+
+class Vae(Record, frozen=True, kw_only=True):
+    """What the host must know of an autoencoder: latents = encoded · scaling_factor, pixels / factor = latents."""
+
+    decoder: str
+    encoder: str | None
+    scaling_factor: float
+    latent_channels: Positive
+    factor: Positive
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None
+    decoder_bf16: str | None = None
+    """The decoder's twin for TensorRT, where the decoder itself is fp32 because it overflows fp16."""
+    encoder_bf16: str | None = None
+
+
+class Stage(Record, frozen=True, kw_only=True):
+    """One expert of the ensemble: the roles of base or refiner mapped to components."""
+
+    unet: str
+    text_encoders: tuple[TextEncoder, ...]
+    vae: Vae
+    scheduler: Scheduler
+    time_ids: tuple[str, ...]
+    force_zeros_for_empty_prompt: bool
+    sample_size: Positive
+    """Latent pixels of the picture size the model was trained for."""
+    size_multiple: Positive
+    """Picture sides must be multiples of this many pixels."""
+
+
+class LoraRecord(Record, frozen=True, kw_only=True):
+    """A LoRA that was fused into the base: its file name, its digest, and the scale."""
+
+    name: str
+    sha256: Sha256
+    scale: float
+
+
+class Manifest(Record, frozen=True, kw_only=True):
+    """The whole of ``manifest.json``."""
+
+    format: str
+    format_version: Positive
+    generator: str
+    precision: Precision
+    components: dict[str, Component]
+    tokenizers: dict[str, Tokenizer]
+    base: Stage
+    refiner: Stage | None = None
+    loras: tuple[LoraRecord, ...] = ()
+    plans: tuple[PlanRecord, ...] = ()
+    onnx: bool = True
+    """Whether the graphs and their weights are in the bundle; without them it holds plans alone."""
+    note: str = ""
+    """A sentence that whoever uses the bundle should read, printed by the commands."""
+
+    def stages(self) -> dict[str, Stage]:
+        """Return the stages that exist, in the order in which they run."""
+        return {"base": self.base} if self.refiner is None else {"base": self.base, "refiner": self.refiner}

@@ -1,0 +1,23 @@
+"""What the records of a manifest are made of: frozen, keyword-only structs and the numbers and digests in them."""
+
+__all__ = ["FileRecord", "Natural", "Positive", "Record", "Sha256"]
+
+from typing import Annotated
+
+import msgspec
+
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+Natural = Annotated[int, msgspec.Meta(ge=0)]
+Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Frozen, keyword-only; unknown fields are ignored so that a later minor writer stays readable."""
+
+
+class FileRecord(Record, frozen=True, kw_only=True):
+    """A file of the bundle: `file` is relative to the bundle, with forward slashes."""
+
+    file: str
+    size: Natural
+    sha256: Sha256

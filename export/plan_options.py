@@ -1,0 +1,110 @@
+"""The options of export-engines that are about plans: which, for what sizes, built how."""
+
+__all__ = ["Engine", "PlanOptions", "add_plan_options", "plan_options"]
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from sdxl_trt.engines.errors import UsageError
+
+if TYPE_CHECKING:
+    from sdxl_trt.engines.manifest import Manifest
+    from sdxl_trt.engines.plan_records import BuildFlags, Flavour
+    from sdxl_trt.engines.profiles import Range, Sizes
+
+Engine = Literal["none", "tensorrt", "tensorrt-rtx"]
+_MEANINGS = {
+    "height": "picture height in pixels (default: half the model's own to a quarter more)",
+    "width": "picture width, the same",
+    "batch": "pictures at once (default 1)",
+    "tokens": "prompt tokens (default 77:77:231)",
+}
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """Which plans to build after the graphs; an axis without a range takes what fits the model."""
+
+    flavour: "Flavour"
+    ranges: "dict[str, Range]"
+    static: bool
+    flags: "BuildFlags"
+    timing_cache: Path | None
+    plans_only: bool
+
+    def sizes(self, manifest: "Manifest") -> "Sizes":
+        """Return the sizes for the models of `manifest`."""
+        from sdxl_trt.engines.planning import stage_sizes  # noqa: PLC0415 - --help must not wait for it
+        from sdxl_trt.engines.profiles import Sizes  # noqa: PLC0415
+
+        usual = stage_sizes(manifest)
+        chosen = {name: self.ranges.get(name, getattr(usual, name)) for name in _MEANINGS}
+        return Sizes(**chosen, static=self.static)
+
+
+def add_plan_options(group: Any) -> None:
+    """Add the options to an argument group."""
+    group.add_argument("--engine", choices=("none", "tensorrt", "tensorrt-rtx"), help="plans to build after the graphs"
+                       " (default: tensorrt where it can run, else none)")  # fmt: skip
+    for side, meaning in _MEANINGS.items():
+        group.add_argument(f"--{side}", type=_range(f"--{side}"), metavar="MIN:OPT:MAX", help=meaning)
+    group.add_argument("--static", action="store_true", help="one size only, the OPT of each: the fastest plans")
+    group.add_argument("--opt-level", type=int, choices=range(6), default=3, metavar="N",
+                       help="how long TensorRT searches, 0 to 5 (default 3)")  # fmt: skip
+    group.add_argument("--timing-cache", type=Path, metavar="FILE", help="read and kept: later builds are faster")
+    group.add_argument("--workspace", type=_size, default=0, metavar="SIZE", help="limit of scratch memory, 8GiB say")
+    group.add_argument("--weight-streaming", action="store_true", help="let weights stay in host memory at run time")
+    group.add_argument("--version-compatible", action="store_true", help="plans for later minor versions, too")
+    group.add_argument("--hardware-compatible", action="store_true", help="plans for every GPU from Ampere on")
+    group.add_argument("--plans-only", action="store_true", help="leave the graphs and weights out of the bundle")
+
+
+def plan_options(arguments: argparse.Namespace, can_build: Callable[[], bool]) -> PlanOptions | None:
+    """Return what plans are asked for, or None for none; `can_build` decides where no engine is named.
+
+    Raises UsageError where options of plans are given and none is to be built.
+    """
+    ranges = {side: getattr(arguments, side) for side in _MEANINGS if getattr(arguments, side) is not None}
+    wanted = ranges or arguments.plans_only or arguments.static or arguments.weight_streaming
+    engine: Engine = arguments.engine or ("tensorrt" if can_build() else "none")
+    if engine == "none":
+        if wanted:
+            raise UsageError("sizes, --static, --weight-streaming and --plans-only are about plans, and none would be"
+                             " built here; add --engine tensorrt-rtx or --engine tensorrt")  # fmt: skip
+        return None
+    if arguments.layout == "optimum":
+        raise UsageError(f"--engine {engine}: plans belong to a bundle; leave --layout optimum out")
+    from sdxl_trt.engines.plan_records import BuildFlags  # noqa: PLC0415 - --help must not wait for it
+
+    flags = BuildFlags(
+        opt_level=arguments.opt_level,
+        workspace=arguments.workspace,
+        weight_streaming=arguments.weight_streaming,
+        version_compatible=arguments.version_compatible,
+        hardware_compatible=arguments.hardware_compatible,
+    )
+    return PlanOptions(engine, ranges, arguments.static, flags, arguments.timing_cache, arguments.plans_only)
+
+
+def _range(option: str) -> "Callable[[str], Range]":
+    def parse(text: str) -> "Range":
+        from sdxl_trt.engines.profiles import parse_range  # noqa: PLC0415 - --help must not wait for it
+
+        try:
+            return parse_range(text, option)
+        except UsageError as exc:
+            raise argparse.ArgumentTypeError(str(exc).removeprefix(f"{option} ")) from exc
+
+    return parse
+
+
+def _size(text: str) -> int:
+    from sdxl_trt.engines.memory import parse_bytes  # noqa: PLC0415 - --help must not wait for it
+
+    try:
+        return parse_bytes(text)
+    except UsageError as exc:
+        raise argparse.ArgumentTypeError(str(exc)) from exc

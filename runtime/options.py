@@ -1,0 +1,116 @@
+"""The options of trt-generate: what they are called, what they take, what --help says of them."""
+
+__all__ = ["PROVIDERS", "SAMPLERS", "make_parser"]
+
+import argparse
+from pathlib import Path
+
+from sdxl_trt.engines.command import Parser
+from sdxl_trt.engines.errors import UsageError
+
+PROVIDERS = ("auto", "ort-cpu", "ort-cuda", "ort-tensorrt", "tensorrt", "tensorrt-rtx")
+# Told again here, since --help must not wait for numpy; a test holds the two together.
+SAMPLERS = (
+    "euler", "heun", "dpm_2", "lms", "dpmpp_2m", "ddim", "uni_pc", "deis", "res_multistep", "euler_ancestral",
+    "dpm_2_ancestral", "dpmpp_2s_ancestral", "dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde", "lcm",
+)  # fmt: skip
+EPILOG = """examples:
+  trt-generate "a large red star on a blue background" -o star.png
+  trt-generate "a red fox" --engines my-bundle --steps 30 --handoff 0.8 --seed 7
+  trt-generate "a red fox" --engines my-bundle --no-refiner -n 4 --json
+  trt-generate --plan --vram 12GB --engines my-bundle
+"""
+
+
+def make_parser() -> Parser:
+    """Return the parser; importing it costs no numpy."""
+    parser = Parser(
+        prog="trt-generate",
+        description="Generate pictures from an exported SDXL bundle: base, handoff, refiner; no torch.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("prompt", metavar="PROMPT", nargs="?", help="what the picture shows")
+    _add_prompt_options(parser)
+    _add_run_options(parser)
+    _add_engine_options(parser)
+    return parser
+
+
+def _add_prompt_options(parser: Parser) -> None:
+    group = parser.add_argument_group("prompt and picture")
+    group.add_argument("--prompt-2", metavar="TEXT", help="what the base's second encoder reads instead")
+    group.add_argument("--negative", metavar="TEXT", help='what to stay away from; none is not the same as ""')
+    group.add_argument("--negative-2", metavar="TEXT", help="the same for the second encoder")
+    group.add_argument("--width", type=int, metavar="W", help="pixels (default: the model's)")
+    group.add_argument("--height", type=int, metavar="H", help="pixels (default: the model's)")
+    group.add_argument("-n", dest="count", type=int, metavar="COUNT", help="pictures, with seeds N, N+1, … (default 1)")
+    group.add_argument("--seed", type=int, metavar="N", help="0 to 2^64-1 (default: drawn and printed)")
+    group.add_argument("-o", dest="out", type=Path, metavar="FILE", help="PNG to write (default sdxl-<seed>.png)")
+    group.add_argument("--no-metadata", action="store_true", help="write pictures without their settings")
+
+
+def _add_run_options(parser: Parser) -> None:
+    group = parser.add_argument_group("denoising")
+    group.add_argument("--steps", type=int, default=30, metavar="N", help="steps of base and refiner together (30)")
+    where = group.add_mutually_exclusive_group()
+    where.add_argument("--handoff", type=_handoff, default="auto", metavar="F|none",
+                       help="share of the noise range that the base denoises (default 0.8)")  # fmt: skip
+    where.add_argument("--handoff-step", type=int, metavar="K", help="hand over after K steps")
+    where.add_argument("--no-refiner", action="store_true", help="the base alone, as --handoff none")
+    group.add_argument("--guidance", type=float, default=5.0, metavar="G", help="classifier-free guidance (5.0)")
+    group.add_argument("--refiner-guidance", type=float, metavar="G", help="the refiner's (default: the base's)")
+    group.add_argument(
+        "--guidance-rescale", type=float, default=0.0, metavar="R", help="0 to 1: take back contrast (0)"
+    )
+    group.add_argument("--guidance-interval", type=_interval, default=(0.0, 1.0), metavar="LO:HI",
+                       help="guide these steps only, as fractions (0:1); the others cost half")  # fmt: skip
+    group.add_argument("--sampler", default="euler", metavar="NAME", help=f"euler (default), {', '.join(SAMPLERS[1:])}")
+    group.add_argument("--refiner-sampler", metavar="NAME", help="the refiner's (default: the base's)")
+    group.add_argument("--schedule", default="", metavar="SPACING[+TRANSFORM]",
+                       help="leading, trailing or linspace, with +karras, +exponential, +beta or +lu (default: the"
+                       " model's own)")  # fmt: skip
+    group.add_argument("--aesthetic-score", type=float, default=6.0, metavar="A", help="told to the refiner (6.0)")
+    group.add_argument("--negative-aesthetic-score", type=float, default=2.5, metavar="A", help="of the negative (2.5)")
+    group.add_argument("--latents", type=Path, metavar="FILE.npy", help="initial noise, float32 of unit variance")
+    group.add_argument("--save-latents", type=Path, metavar="FILE.npz", help="write initial, handoff and final latents")
+
+
+def _add_engine_options(parser: Parser) -> None:
+    group = parser.add_argument_group("engines")
+    group.add_argument("--engines", type=Path, metavar="BUNDLE", help="exported folder (default: the embedded pair)")
+    group.add_argument("--provider", choices=PROVIDERS, default="auto", help="what runs the graphs")
+    group.add_argument("--residency", choices=("auto", "resident", "swap", "stream"), default="auto",
+                       help="resident: both experts in memory; swap: one at a time; stream: a part of one; auto: the"
+                       " first that fits")  # fmt: skip
+    group.add_argument("--tile", action="store_true", help="decode in tiles: less memory for large pictures")
+    group.add_argument("--plan", action="store_true", help="print what would be loaded when, and generate nothing")
+    group.add_argument("--vram", type=_bytes, metavar="SIZE", help="make do with, or --plan for, 12GB, 16GiB, …")
+    group.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    group.add_argument("--debug", action="store_true", help="add the traceback to an error")
+
+
+def _interval(text: str) -> tuple[float, float]:
+    first, _, last = text.partition(":")
+    try:
+        return float(first), float(last)
+    except ValueError as exc:
+        raise argparse.ArgumentTypeError(f"{text!r}: give two fractions of the steps, 0.1:0.8 say") from exc
+
+
+def _bytes(text: str) -> int:
+    from sdxl_trt.engines.memory import parse_bytes  # noqa: PLC0415 - --help must not wait for it
+
+    try:
+        return parse_bytes(text)
+    except UsageError as exc:
+        raise argparse.ArgumentTypeError(str(exc)) from exc
+
+
+def _handoff(text: str) -> float | str | None:
+    if text in ("auto", "none"):
+        return "auto" if text == "auto" else None
+    try:
+        return float(text)
+    except ValueError as exc:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a fraction between 0 and 1 nor none") from exc

@@ -1,0 +1,52 @@
+"""The memory plan of a run, without running it: for this machine, or for a device of another size."""
+
+__all__ = ["plan_run"]
+
+from pathlib import Path
+
+import msgspec
+
+from sdxl_trt.engines.bundle import Bundle, read_bundle
+from sdxl_trt.engines.memory_plan import MemoryPlan
+from sdxl_trt.engines.planning import check_for, stage_sizes
+from sdxl_trt.engines.profiles import Sizes, fixed
+from sdxl_trt.engines.providers import open_backend
+from sdxl_trt.engines.residency import plan_memory
+
+
+def plan_run(
+    path: Path | str | None = None,
+    provider: str = "auto",
+    residency: str = "auto",
+    vram: int | None = None,
+    width: int | None = None,
+    height: int | None = None,
+) -> MemoryPlan:
+    """Return what runs of the bundle at `path` (None: the embedded pair) take, and how they would be made to fit.
+
+    With `vram` bytes no GPU is asked for, and "auto" means tensorrt. `width` and `height` in pixels plan for one size.
+    Raises SourceError, CorruptError, UsageError, SizeError, and IncompatibleError for a provider that is not here.
+    """
+    if path is None:
+        from sdxl_trt.mini.embedded import bundle_path  # noqa: PLC0415 - package data, only when nothing else is named
+
+        path = bundle_path()
+    bundle = read_bundle(path)
+    sizes = _sizes(bundle, width, height)
+    if vram is not None:
+        chosen = "tensorrt" if provider == "auto" else provider
+        return plan_memory(bundle, provider=chosen, capacity=vram, residency=residency, sizes=sizes)
+    backend = open_backend(bundle, provider)
+    backend.close()
+    return plan_memory(bundle, provider=backend.provider, capacity=backend.free, residency=residency, sizes=sizes,
+                       records=backend.records)  # fmt: skip
+
+
+def _sizes(bundle: Bundle, width: int | None, height: int | None) -> Sizes | None:
+    if width is None and height is None:
+        return None
+    usual = stage_sizes(bundle.manifest)
+    sides = {name: fixed(side or getattr(usual, name).opt) for name, side in (("width", width), ("height", height))}
+    sizes = msgspec.structs.replace(usual, **sides)
+    check_for(bundle.manifest, sizes)
+    return sizes

@@ -1,0 +1,125 @@
+"""What a request does and leaves behind: its steps, its latents and timings, its pictures and their metadata."""
+
+__all__ = ["Handoff", "Latents", "Picture", "Run", "StageName", "Step", "finish", "timed"]
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sdxl_trt.runtime.images import save_png
+from sdxl_trt.runtime.request import ResolvedRequest
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Latents = NDArray[np.float32]
+StageName = Literal["encode", "load", "base", "refiner", "decode"]
+METADATA_KEY = "sdxl-trt"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One unit of work done: prompts encoded, an engine loaded, a sampler step of a group, a picture decoded.
+
+    `index` counts from 1 to `total` within `stage` over all pictures; `seconds` is what this unit took. After a
+    sampler step `latents` are those of the pictures `pictures` (yours to keep); after a decode `picture` is
+    the finished one. Elsewhere both are None.
+    """
+
+    stage: StageName
+    index: int
+    total: int
+    pictures: slice
+    seconds: float = 0.0
+    latents: Latents | None = None
+    picture: "Picture | None" = None
+
+
+@dataclass(frozen=True)
+class Handoff:
+    """Where the latents changed hands: after `step` steps, the refiner starting at `timestep` and `sigma`."""
+
+    step: int
+    timestep: float
+    sigma: float
+
+
+@dataclass
+class Run:
+    """What a request left behind: latents (count, c, h, w) float32 and the seconds of every stage and step.
+
+    `initial` has unit variance; `handoff` is what the refiner received (None without a refiner); `final` is what
+    the autoencoder received, before its scaling is undone.
+    """
+
+    request: ResolvedRequest
+    initial: Latents
+    final: Latents
+    handoff: Latents | None = None
+    place: Handoff | None = None
+    timings: dict[str, list[float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A finished picture; `image` (a Pillow image) and `latents` (c, h, w) belong to the caller."""
+
+    image: "Image"
+    seed: int
+    metadata: Mapping[str, Any]
+    latents: Latents
+
+    def save(self, path: Path | str, *, metadata: bool = True) -> None:
+        """Write a PNG, atomically; with `metadata`, a text chunk holds what the run can be repeated from."""
+        texts = {METADATA_KEY: json.dumps(self.metadata)} if metadata else {}
+        save_png(self.image, Path(path), texts)
+
+
+def timed(run: Run, work: Iterator[Step]) -> Iterator[Step]:
+    """Yield the steps of `work` with their seconds, which the time a caller spends between them is not part of."""
+    started = time.perf_counter()
+    for step in work:
+        seconds = time.perf_counter() - started
+        run.timings.setdefault(step.stage, []).append(seconds)
+        yield replace(step, seconds=seconds)
+        started = time.perf_counter()
+
+
+def finish(run: Run, index: int, pixels: NDArray[np.uint8]) -> Picture:
+    """Return picture `index` of `run` from its pixels (h, w, 3)."""
+    from PIL import Image  # noqa: PLC0415 - Pillow is loaded with the first picture
+
+    seed = run.request.seeds[index]
+    return Picture(Image.fromarray(pixels), seed, _metadata(run.request, seed), run.final[index])
+
+
+def _metadata(request: ResolvedRequest, seed: int) -> dict[str, Any]:
+    """Return what the picture can be made again from; no path and no name of a host."""
+    refined = request.refined
+    return {
+        "prompt": request.prompt.text,
+        "prompt_2": request.prompt.text_2,
+        "negative": request.negative.text if request.negative else None,
+        "negative_2": request.negative.text_2 if request.negative else None,
+        "seed": seed,
+        "steps": request.steps,
+        "handoff_step": request.cut if refined else None,
+        "guidance": request.guidance,
+        "refiner_guidance": request.refiner_guidance if refined else None,
+        "guidance_rescale": request.guidance_rescale,
+        "guidance_interval": request.guidance_interval,
+        "sampler": request.sampler,
+        "refiner_sampler": request.refiner_sampler if refined else None,
+        "schedule": request.spacing,
+        "width": request.width,
+        "height": request.height,
+        "aesthetic_score": request.aesthetic_score if refined else None,
+        "negative_aesthetic_score": request.negative_aesthetic_score if refined else None,
+        "injected_latents": request.latents is not None,
+    }

@@ -1,0 +1,60 @@
+"""Samplers of the probability flow ODE that look at one step at a time.
+
+Heun and DPM-Solver-2 ask the model twice within a step, at its end or in its middle. They take and yield whole
+steps, so that a grid is always cut between them; diffusers lists both calls as steps and can cut a step in two.
+"""
+
+__all__ = ["ddim", "dpm_2", "euler", "heun"]
+
+import math
+from collections.abc import Iterator
+
+from sdxl_trt.runtime.sampler_parts import Denoise, Latents, Sigmas, intervals, toward
+
+
+def euler(denoise: Denoise, x: Latents, sigmas: Sigmas) -> Iterator[Latents]:
+    """Euler steps along the probability flow ODE (algorithm 2 of arXiv 2206.00364, without churn).
+
+    `denoise(x, sigma)` estimates the clean latents in `x` (n, c, h, w); `sigmas` are (steps + 1,), falling.
+    """
+    for sigma, after in intervals(sigmas):
+        x = toward(x, denoise(x, sigma), after / sigma)
+        yield x
+
+
+def ddim(denoise: Denoise, x: Latents, sigmas: Sigmas) -> Iterator[Latents]:
+    """DDIM with eta 0 (arXiv 2010.02502), which in sigmas is Euler's step: only diffusers' grid for it differs.
+
+    diffusers steps to T // steps below a timestep, which is the next one of its grid with `leading`, and with
+    `trailing` where the steps divide T; elsewhere its latents belong to a timestep beside the one it asks the
+    model for, and here they do not.
+    """
+    return euler(denoise, x, sigmas)
+
+
+def heun(denoise: Denoise, x: Latents, sigmas: Sigmas) -> Iterator[Latents]:
+    """Heun steps (algorithm 2 of arXiv 2206.00364, without churn): the mean of the slopes at both ends of a step."""
+    for sigma, after in intervals(sigmas):
+        denoised = denoise(x, sigma)
+        reached = toward(x, denoised, after / sigma)
+        if after:
+            slope = (x - denoised) / sigma + (reached - denoise(reached, after)) / after
+            slope *= 0.5 * (after - sigma)
+            slope += x
+            reached = slope
+        x = reached
+        yield x
+
+
+def dpm_2(denoise: Denoise, x: Latents, sigmas: Sigmas) -> Iterator[Latents]:
+    """DPM-Solver-2 (arXiv 2206.00927) as in k-diffusion: the slope at the middle of a step in log sigma."""
+    for sigma, after in intervals(sigmas):
+        middle = math.sqrt(sigma * after)
+        halfway = toward(x, denoise(x, sigma), middle / sigma)
+        if after:
+            slope = halfway - denoise(halfway, middle)
+            slope *= (after - sigma) / middle
+            slope += x
+            halfway = slope
+        x = halfway
+        yield x

@@ -1,0 +1,105 @@
+"""The benchmark's arithmetic, and one build of it with a model so small that its figures mean nothing."""
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from sdxl_trt.benchmarks import build
+from sdxl_trt.benchmarks.build import Build, Report, bars, main, table
+from sdxl_trt.benchmarks.build_cases import cases
+from sdxl_trt.benchmarks.tensorrt_on_cpu import unavailable
+from sdxl_trt.engines.bundle import read_bundle
+from sdxl_trt.mini.embedded import bundle_path
+
+MB, GB = 10**6, 10**9
+
+
+def _build(activations: float = 300, plan: float = 1.02, anonymous: float = 2.2) -> Build:
+    weights = 5 * GB
+    return Build(
+        component="unet",
+        profiles="rows 2",
+        weights=weights,
+        plan=int(plan * weights),
+        activations=int(activations * MB),
+        layers=9,
+        parse_seconds=0.5,
+        seconds=80,
+        peak_anonymous=int(anonymous * weights),
+        peak_file=GB,
+    )
+
+
+def _all_good() -> dict[str, Build]:
+    return {case.name: _build() for case in cases()}
+
+
+def test_everything_within_its_bar_is_met() -> None:
+    assert [bar.met for bar in bars(_all_good())] == [True] * 11
+
+
+@pytest.mark.parametrize(
+    ("name", "worse", "missed"),
+    [
+        ("base UNet, static", _build(311), [0]),
+        ("base UNet, static", _build(plan=1.04), [1]),
+        ("base UNet, static", _build(anonymous=2.4), [2]),
+        ("refiner UNet, static", _build(339), []),
+        ("refiner UNet, static", _build(341, 1.04, 2.4), [3, 4, 5]),
+        ("VAE decoder fp16, static", _build(1501), [6]),
+        ("VAE decoder bf16, static", _build(1501), [7]),
+        ("VAE decoder fp32, 512² tile", _build(801), [10]),
+        ("VAE decoder bf16, as exported", _build(1501), [8]),
+        ("VAE decoder fp32, as exported", _build(801), [9]),
+        ("base UNet, dynamic", _build(9999, 9, 9), []),
+    ],
+)
+def test_what_is_over_its_bar_is_missed(name: str, worse: Build, missed: list[int]) -> None:
+    found = bars(_all_good() | {name: worse})
+    assert [i for i, bar in enumerate(found) if bar.met is False] == missed
+
+
+def test_what_did_not_run_has_no_figure() -> None:
+    found = bars({"refiner UNet, static": _build()})
+    assert [bar.met for bar in found] == [None] * 3 + [True] * 3 + [None] * 5
+
+
+def test_names_differ_and_static_means_static() -> None:
+    found = {case.name: case for case in cases()}
+    assert len(found) == len(cases())
+    for name, case in found.items():
+        fixed = all(axis.min == axis.max for axes in case.axes for axis in axes.values())
+        assert fixed == ("dynamic" not in name), name
+    assert [axes["rows"].opt for axes in found["base UNet, --static"].axes] == [1, 2]
+    assert str(found["refiner UNet, dynamic, batch 1:1:4"].axes[0]["rows"]) == "1:2:8"
+
+
+def test_a_failure_is_in_the_table() -> None:
+    report = Report({}, {}, False, {"a plan": _build()}, {"another": "it failed"}, [])
+    text = table(report)
+    assert "| a plan | rows 2 | 300 MB | 5.000 GB | 5.100 GB (1.020×) | 9 | 0.50 s | 80 s | 11.00 GB (2.20×)" in text
+    assert "| another | failed: it failed |" in text
+
+
+@pytest.mark.skipif(bool(unavailable()), reason=f"no TensorRT parser: {unavailable()}")
+def test_a_run_measures_and_reports(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The embedded pair stands in for what the benchmark exports, which costs a quarter of a minute."""
+    monkeypatch.setenv("PYTHONPATH", "")  # the benchmark sets it for its children
+    monkeypatch.setattr(build, "_export", lambda *_: read_bundle(bundle_path()))
+    results = tmp_path / "results.json"
+    options = ["--work", str(tmp_path / "work"), "--only", "VAE decoder fp16, static"]
+    code = main(["--quick", "--results", str(results), *options])
+    printed = capsys.readouterr()
+    assert code == 0, printed.err
+    report: dict[str, Any] = msgspec.json.decode(results.read_bytes())
+    figures = report["builds"]["VAE decoder fp16, static"]
+    assert figures["profiles"] == "pictures 1, height 1024, width 1024"
+    assert figures["activations"] > 0
+    assert figures["plan"] > figures["weights"]
+    assert not list((tmp_path / "work").rglob("plan"))
+    assert results.with_suffix(".md").read_text() == printed.out
+    assert str(tmp_path) not in results.read_text()

@@ -1,0 +1,240 @@
+"""`make gpu-check` on the simulated device: every check can pass, every check can fail, and no GPU is said plainly."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sdxl_trt.benchmarks import gpu_check, gpu_checks, gpu_facts
+from sdxl_trt.benchmarks.gpu_check import Result, main, report, run_check, run_checks
+from sdxl_trt.benchmarks.gpu_checks import Check, all_checks
+from sdxl_trt.benchmarks.gpu_facts import no_driver
+from sdxl_trt.benchmarks.gpu_workplace import Skipped, Workplace
+from sdxl_trt.engines import ort_providers
+from sdxl_trt.engines.cuda_streams import Stream
+
+
+@pytest.fixture
+def make_workplace(simulated: Any, pairs: Callable[[str], Any], tmp_path: Path) -> Callable[..., Workplace]:
+    """Return a function that makes a workplace whose plans, with the settings given, are for the simulated device."""
+    from simulated.bundles import make_simulated_bundle
+
+    def make(**settings: Any) -> Workplace:
+        bundle = make_simulated_bundle(simulated, pairs("outline").bundle, tmp_path / "bundle", **settings)
+        return Workplace(tmp_path, bundle)
+
+    return make
+
+
+@pytest.fixture
+def workplace(make_workplace: Callable[..., Workplace]) -> Workplace:
+    return make_workplace()
+
+
+def check(name: str) -> Check:
+    (found,) = [each for each in all_checks() if each.name == name]
+    return found
+
+
+def test_without_a_gpu_the_report_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(gpu_check, "no_driver", lambda: "no NVIDIA driver on this machine")
+    for arguments in ([], ["--look"]):
+        assert main(arguments) == 3
+        out = capsys.readouterr().out
+        assert "**no GPU**: no NVIDIA driver on this machine. Nothing was checked." in out
+        assert "- system: " in out
+        assert "| check |" not in out
+
+
+@pytest.mark.parametrize(
+    ("error", "count", "said"),
+    [(0, 1, None), (0, 0, "the NVIDIA driver finds no GPU"), (100, 0, "does not start (CUDA error 100)")],
+)
+def test_the_driver_itself_is_asked(error: int, count: int, said: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Driver:
+        def cuInit(self, flags: int) -> int:  # noqa: N802 - CUDA's name
+            return error
+
+        def cuDeviceGetCount(self, target: Any) -> int:  # noqa: N802 - CUDA's name
+            target._obj.value = count
+            return 0
+
+    monkeypatch.setattr(gpu_facts.ctypes, "CDLL", lambda name: Driver())
+    reason = no_driver()
+    assert reason is None if said is None else said in reason
+
+
+def test_a_machine_without_the_driver_has_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> None:
+        raise OSError(name)
+
+    monkeypatch.setattr(gpu_facts.ctypes, "CDLL", absent)
+    assert no_driver() == "no NVIDIA driver on this machine (libcuda.so.1 is not there)"
+
+
+def test_looking_finds_a_gpu_and_says_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu_check, "no_driver", lambda: None)
+    assert main(["--look"]) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_everything_is_checked_on_the_simulated_device(
+    workplace: Workplace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """TensorRT for RTX and ONNX Runtime for GPUs are not there; the rest passes, over plans that are kept."""
+    monkeypatch.setattr(gpu_check, "no_driver", lambda: None)
+    monkeypatch.setattr(ort_providers, "_has_plugin", lambda: False)
+    code = main(["--bundle", str(workplace.root)])
+    out, progress = capsys.readouterr()
+    rows = [line.split(" | ") for line in out.splitlines() if line.startswith("| ")]
+    outcomes = {row[0].removeprefix("| "): row[1] for row in rows if row[1] in ("ok", "skipped", "**FAILED**")}
+    assert outcomes.keys() == {each.name for each in all_checks()}
+    expected = {name: "ok" if name.startswith("tensorrt: ") else "skipped" for name in outcomes}
+    assert outcomes == expected, out
+    assert code == 0
+    assert "Simulated GPU, compute capability 8.9" in out
+    assert "no benchmark" in out
+    assert "| tensorrt | swap | 3 |" in out
+    assert str(workplace.root) not in out + progress
+
+
+def test_tensorrt_for_rtx_is_checked_where_it_is(simulated: Any, make_workplace: Callable[..., Workplace]) -> None:
+    """What only it has, no binding here can speak for: those checks end, one way or another, and say how."""
+    simulated.install("tensorrt-rtx")
+    workplace = make_workplace()
+    # Without those that ask ONNX Runtime for a second opinion: they are the same for both.
+    checks = [each for each in all_checks() if each.name.startswith("tensorrt-rtx: ") and "'s" not in each.name]
+    assert len(checks) == 10
+    results = {result.name: result for result in run_checks(checks, workplace, lambda _: None)}
+    own = {name for name in results if "kernels" in name or "parked" in name}
+    assert {name for name, result in results.items() if result.outcome != "ok"} <= own, results
+    assert all(result.seen for result in results.values())
+
+
+def test_plans_that_stream_are_tried_so(make_workplace: Callable[..., Workplace]) -> None:
+    result = run_check(check("tensorrt: residencies give one picture"), make_workplace(weight_streaming=True))
+    assert result.outcome == "ok", result.seen
+    assert "swap differs from resident by" in result.seen
+    assert "stream differs from resident by" in result.seen
+
+
+def test_a_check_that_fails_stops_none(workplace: Workplace) -> None:
+    def fail(_: Workplace) -> str:
+        raise ValueError(f"{workplace.root}/plans is\nbad | worse")
+
+    def skip(_: Workplace) -> str:
+        raise Skipped("nothing to check")
+
+    checks = [Check("first", fail), Check("second", skip), Check("third", lambda _: "seen")]
+    told: list[Result] = []
+    results = run_checks(checks, workplace, told.append)
+    assert told == results
+    assert [(result.name, result.outcome, result.seen) for result in results] == [
+        ("first", "FAILED", "ValueError: BUNDLE/plans is bad | worse"),
+        ("second", "skipped", "nothing to check"),
+        ("third", "ok", "seen"),
+    ]
+    text = report({"GPU": "one"}, results)
+    assert "| first | **FAILED** |" in text
+    assert "bad \\| worse" in text
+    assert "1 ok, 1 FAILED, 1 skipped." in text
+
+
+def test_a_failure_is_the_exit_code(
+    workplace: Workplace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(_: Workplace) -> str:
+        raise AssertionError("wrong")
+
+    monkeypatch.setattr(gpu_check, "no_driver", lambda: None)
+    monkeypatch.setattr(gpu_check, "all_checks", lambda: [Check("one", fail)])
+    assert main(["--bundle", str(workplace.root)]) == 1
+    assert "| one | **FAILED** |" in capsys.readouterr().out
+
+
+def test_a_plan_of_another_machine_skips_what_needs_it(workplace: Workplace, simulated: Any) -> None:
+    simulated.compute_capability = (9, 0)
+    result = run_check(check("tensorrt: a whole picture is ort-cpu's"), workplace)
+    assert result.outcome == "skipped"
+    assert "compute capability is 9.0" in result.seen
+
+
+def test_plans_are_built_only_where_there_are_none_that_fit(
+    workplace: Workplace, simulated: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    builds: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(gpu_checks, "build_plans", lambda *arguments, **named: builds.append((*arguments, named)))
+    build = check("tensorrt: plans are built")
+    assert run_check(build, workplace).seen.startswith("6 plans there already")
+    assert builds == []
+    simulated.compute_capability = (9, 0)
+    result = run_check(build, workplace)
+    assert builds == [(workplace.root, "tensorrt", {"flags": workplace.flags})]
+    assert result.outcome == "FAILED", "building them has changed nothing"
+
+
+def test_a_damaged_plan_fails_what_loads_it(workplace: Workplace) -> None:
+    (plan, *_) = sorted((workplace.root / "plans").glob("unet-*.plan"))
+    content = bytearray(plan.read_bytes())
+    content[-1] ^= 1
+    plan.write_bytes(content)
+    result = run_check(check("tensorrt: plans load and go"), workplace)
+    assert result.outcome == "FAILED"
+    assert "CorruptError" in result.seen
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "said"),
+    [
+        ("plans load and go", ("LEFT_BEHIND", -1), "were not given back"),
+        ("a whole picture is ort-cpu's", ("LATENTS_TOLERANCE", -1.0), "latents differ"),
+        ("residencies give one picture", ("SAME_TOLERANCE", -1.0), "swap differs from resident"),
+        ("memory is what was planned", ("OVERHEAD", -(1 << 40)), "planned, which is too far off"),
+    ],
+)
+def test_what_is_too_far_off_fails(
+    workplace: Workplace, monkeypatch: pytest.MonkeyPatch, name: str, setting: tuple[str, float], said: str
+) -> None:
+    monkeypatch.setattr(gpu_checks, *setting)
+    result = run_check(check(f"tensorrt: {name}"), workplace)
+    assert result.outcome == "FAILED"
+    assert said in result.seen
+
+
+def test_a_graph_that_cannot_be_captured_is_a_failure(workplace: Workplace, simulated: Any) -> None:
+    simulated.fail_capture()
+    result = run_check(check("tensorrt: CUDA graphs are used"), workplace)
+    assert result.outcome == "FAILED"
+    assert "could not be captured" in result.seen
+
+
+def test_no_graph_at_all_is_a_failure(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sdxl_trt.engines.trt_context import ShapedContext
+
+    monkeypatch.setattr(ShapedContext, "wants_graph", property(lambda self: False))
+    result = run_check(check("tensorrt: CUDA graphs are used"), workplace)
+    assert (result.outcome, "no CUDA graph was launched" in result.seen) == ("FAILED", True)
+
+
+def test_a_component_that_answers_something_else_is_named(
+    workplace: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    download = Stream.download
+
+    def negated(self: Stream, target: Any, address: int, doing: str) -> None:
+        download(self, target, address, doing)
+        self.synchronize(doing)
+        if "refiner_unet" in doing:
+            target[...] = -target
+
+    monkeypatch.setattr(Stream, "download", negated)
+    records = workplace.records("tensorrt")
+    few = {name: records[name] for name in ("refiner_unet", "text_encoder")}
+    monkeypatch.setattr(workplace, "records", lambda flavour: few)
+    result = run_check(check("tensorrt: every component is ONNX Runtime's"), workplace)
+    assert result.outcome == "FAILED"
+    assert "refiner_unet" in result.seen
+    assert "text_encoder" not in result.seen, "which is right"

@@ -1,0 +1,247 @@
+"""The builder is configured with the module's own names, and what it gives is written once, whole and counted."""
+
+import hashlib
+import io
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sdxl_trt.engines.builders import PlanFile, add_profiles, configure, memory_of, save_timing_cache, write_plan
+from sdxl_trt.engines.errors import EngineError, IncompatibleError, UsageError
+from sdxl_trt.engines.networks import BuildLog
+from sdxl_trt.engines.plan_records import BuildFlags, PlanMemory
+from sdxl_trt.engines.profiles import Profile
+
+PLAN = bytes(range(256)) * (1 << 17)
+
+
+def test_a_plan_is_counted_and_digested_as_it_is_written() -> None:
+    file = io.BytesIO()
+    plan = PlanFile(file)
+    assert plan.write(PLAN) == len(PLAN) > 16 << 20
+    assert plan.write(memoryview(b"tail")) == 4
+    assert file.getvalue() == PLAN + b"tail"
+    assert (plan.size, plan.sha256) == (len(PLAN) + 4, hashlib.sha256(PLAN + b"tail").hexdigest())
+
+
+class Config:
+    """A builder config: an attribute that nobody set does not exist."""
+
+    def __init__(self) -> None:
+        self.flags: list[str] = []
+        self.pools: list[tuple[str, int]] = []
+        self.cache: bytes | None = None
+        self.profiles: list[Any] = []
+
+    def set_flag(self, flag: str) -> None:
+        self.flags.append(flag)
+
+    def set_memory_pool_limit(self, pool: str, size: int) -> None:
+        self.pools.append((pool, size))
+
+    def create_timing_cache(self, content: bytes) -> bytes | None:
+        return None if content == b"garbage" else content
+
+    def set_timing_cache(self, cache: bytes, ignore_mismatch: bool) -> bool:
+        if cache == b"another device" and not ignore_mismatch:
+            return False
+        self.cache = cache
+        return True
+
+    def get_timing_cache(self) -> Any:
+        return SimpleNamespace(serialize=lambda: b"measured")
+
+    def add_optimization_profile(self, profile: Any) -> int:
+        self.profiles.append(profile)
+        return len(self.profiles) - 1
+
+
+TRT = SimpleNamespace(
+    BuilderFlag=SimpleNamespace(WEIGHT_STREAMING="streaming", VERSION_COMPATIBLE="versions"),
+    HardwareCompatibilityLevel=SimpleNamespace(AMPERE_PLUS="ampere+"),
+    MemoryPoolType=SimpleNamespace(WORKSPACE="workspace"),
+    IStreamWriter=type("IStreamWriter", (), {}),
+)
+ALL = BuildFlags(
+    opt_level=5, workspace=1 << 30, weight_streaming=True, version_compatible=True, hardware_compatible=True
+)
+
+
+def _configure(flags: BuildFlags, flavour: Any = "tensorrt", cache: Path | None = None, trt: Any = TRT) -> Config:
+    config: Config = configure(trt, SimpleNamespace(create_builder_config=Config), flavour, flags, cache)
+    return config
+
+
+def test_the_defaults_are_left_to_tensorrt() -> None:
+    config = _configure(BuildFlags())
+    assert vars(config) == vars(Config())
+
+
+def test_every_flag_is_passed_on() -> None:
+    config = _configure(ALL)
+    assert vars(config) == vars(Config()) | {
+        "flags": ["streaming", "versions"],
+        "pools": [("workspace", 1 << 30)],
+        "builder_optimization_level": 5,
+        "hardware_compatibility_level": "ampere+",
+    }
+
+
+def test_rtx_plans_need_no_leave_for_other_hardware() -> None:
+    assert not hasattr(_configure(ALL, "tensorrt-rtx"), "hardware_compatibility_level")
+
+
+def test_a_flag_that_is_not_there_is_named() -> None:
+    trt = SimpleNamespace(**vars(TRT) | {"BuilderFlag": SimpleNamespace()})
+    with pytest.raises(IncompatibleError, match="--weight-streaming: this version of TensorRT has no WEIGHT_STREAMING"):
+        _configure(ALL, trt=trt)
+
+
+@pytest.mark.parametrize(
+    ("content", "used"),
+    [(None, b""), (b"measured", b"measured"), (b"garbage", b""), (b"another device", b"")],
+    ids=["none", "good", "garbage", "mismatch"],
+)
+def test_a_timing_cache_that_does_not_fit_is_begun_anew(content: bytes | None, used: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "cache"
+    if content is not None:
+        path.write_bytes(content)
+    config = _configure(BuildFlags(), cache=path)
+    assert config.cache == used
+    save_timing_cache(config, path)
+    assert path.read_bytes() == b"measured"
+
+
+def test_a_timing_cache_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="reading"):
+        _configure(BuildFlags(), cache=tmp_path)
+
+
+class OneProfile:
+    """An optimization profile; TensorRT's are false where their shapes contradict each other."""
+
+    def __init__(self, *, sound: bool = True) -> None:
+        self.shapes: dict[str, Any] = {}
+        self.sound = sound
+
+    def __bool__(self) -> bool:
+        return self.sound
+
+    def set_shape(self, name: str, *shapes: Any) -> None:
+        if shapes[0] > shapes[2]:
+            raise ValueError("inconsistent")
+        self.shapes[name] = shapes
+
+
+NETWORK = SimpleNamespace(num_inputs=1, get_input=lambda _: SimpleNamespace(name="sample"))
+
+
+def _add(shapes: dict[str, Any], *, sound: bool = True) -> Config:
+    config = Config()
+    builder = SimpleNamespace(create_optimization_profile=lambda: OneProfile(sound=sound))
+    add_profiles(builder, config, NETWORK, (Profile(shapes=shapes), Profile(shapes=shapes)))
+    return config
+
+
+def test_profiles_are_added_in_order() -> None:
+    shapes = {"sample": ((1, 4), (2, 4), (3, 4))}
+    assert [profile.shapes for profile in _add(shapes).profiles] == [shapes, shapes]
+
+
+@pytest.mark.parametrize(
+    ("shapes", "sound", "said"),
+    [
+        ({"sample": ((3,), (2,), (1,))}, True, "the profile's sample of .* is none: inconsistent"),
+        ({"latents": ((1,), (1,), (1,))}, True, "names an input 'latents', the graph has sample"),
+        ({"sample": ((1,), (1,), (1,))}, False, "TensorRT takes no profile"),
+    ],
+)
+def test_a_profile_that_cannot_be_is_named(shapes: dict[str, Any], sound: bool, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        _add(shapes, sound=sound)
+
+
+class Builder:
+    """A builder that gives `plan`; `streams` are the pieces that it streams, None where it cannot stream."""
+
+    def __init__(self, plan: bytes | None = None, streams: list[bytes] | None = None, *, done: bool = True) -> None:
+        self.plan, self.builds = plan, 0
+        if streams is not None:
+            self.build_serialized_network_to_stream = self._stream
+        self.streams, self.done = streams or [], done
+
+    def _stream(self, network: Any, config: Any, writer: Any) -> bool:
+        return all(writer.write(piece) == len(piece) for piece in self.streams) and self.done
+
+    def build_serialized_network(self, network: Any, config: Any) -> bytes | None:
+        self.builds += 1
+        return self.plan
+
+
+@pytest.mark.parametrize(
+    ("builder", "written", "success"),
+    [
+        (Builder(b"whole"), b"whole", True),
+        (Builder(b"whole", [b"in ", b"pieces"]), b"in pieces", True),
+        # A library that does not know the call reports success and has written nothing.
+        (Builder(b"whole", []), b"whole", True),
+        (Builder(b"", []), b"", False),
+        (Builder(None, []), b"", False),
+        (Builder(None), b"", False),
+        (Builder(b"whole", [b"half"], done=False), b"half", False),
+        (Builder(b"whole", [], done=False), b"", False),
+    ],
+    ids=["memory", "stream", "fallback", "empty", "nothing", "none", "half", "failed"],
+)
+def test_a_plan_is_written_once_or_it_is_none(builder: Builder, written: bytes, success: bool) -> None:
+    file = io.BytesIO()
+    assert write_plan(TRT, builder, None, None, PlanFile(file)) is success
+    assert file.getvalue() == written
+    assert builder.builds == (written != b"in pieces" and builder.done)
+
+
+class Full(io.BytesIO):
+    """A disk without room."""
+
+    def write(self, data: Any) -> int:
+        raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("builder", [Builder(b"whole"), Builder(None, [b"piece"])], ids=["memory", "stream"])
+def test_a_full_disk_is_told_as_it_is(builder: Builder) -> None:
+    """An exception in a callback would be lost in C++."""
+    with pytest.raises(OSError, match="No space left"):
+        write_plan(TRT, builder, None, None, PlanFile(Full()))
+
+
+def _memory(log: BuildLog, engine: Any, flags: BuildFlags, path: Path) -> PlanMemory:
+    path.write_bytes(b"p" * 100)
+    runtime = SimpleNamespace(deserialize_cuda_engine=lambda content: engine if len(content) == 100 else None)
+    with path.open("r+b") as file:
+        return memory_of(SimpleNamespace(Runtime=lambda _: runtime), None, log, file, flags)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_memory_is_what_the_builder_logged(streaming: bool, tmp_path: Path) -> None:
+    log = BuildLog()
+    log.note("INFO", "Total Activation Memory: 30 bytes")
+    flags = BuildFlags(weight_streaming=streaming)
+    weights = 100  # the plan's size: an upper bound
+    expected = PlanMemory(weights=weights, activations=30, streamable=weights if streaming else 0)
+    assert _memory(log, None, flags, tmp_path / "plan") == expected
+    log.note("INFO", "Total Weights Memory: 80 bytes")
+    expected = PlanMemory(weights=80, activations=30, streamable=80 if streaming else 0)
+    assert _memory(log, None, flags, tmp_path / "plan") == expected
+
+
+def test_memory_is_what_the_engine_states_where_the_log_is_silent(tmp_path: Path) -> None:
+    engine = SimpleNamespace(device_memory_size_v2=31, streamable_weights_size=7)
+    expected = PlanMemory(weights=100, activations=31, streamable=7)
+    assert _memory(BuildLog(), engine, BuildFlags(), tmp_path / "plan") == expected
+
+
+def test_memory_that_nobody_states_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="did not say how much memory"):
+        _memory(BuildLog(), None, BuildFlags(), tmp_path / "plan")

@@ -1,0 +1,99 @@
+"""What a machine says of itself: with the simulated GPU, without one, with TensorRT for RTX."""
+
+import importlib
+import platform
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sdxl_trt.engines import environment
+from sdxl_trt.engines.environment import device_available, here
+from sdxl_trt.engines.errors import IncompatibleError
+from sdxl_trt.engines.plan_records import ANY
+
+OPEN = (
+    "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build  (dvs-builder@U22)\nGCC version:"
+)
+CLOSED = (
+    "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023\nGCC version:  gcc 12"
+)
+SHORT = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  1000.12  Sat Aug 19 01:15:15 UTC 2029\n"
+
+
+@pytest.fixture
+def driver_file(tmp_path: Path, monkeypatch) -> Path:
+    """Return the file that the kernel's driver would show; it is not there."""
+    file = tmp_path / "version"
+    monkeypatch.setattr(environment, "_DRIVER_FILE", file)
+    return file
+
+
+def test_here_names_all_that_binds_a_plan(simulated, driver_file: Path) -> None:
+    driver_file.write_text(OPEN)
+    found = here("tensorrt")
+    assert found.flavour == "tensorrt"
+    assert found.tensorrt == sys.modules["tensorrt"].__version__
+    assert (found.gpu, found.compute_capability, found.driver) == ("Simulated GPU", "8.9", "580.65.06")
+    assert found.platform == f"{sys.platform}-{platform.machine()}"
+
+
+@pytest.mark.parametrize(("text", "driver"), [(CLOSED, "535.104.05"), (SHORT, "1000.12"), ("nothing", "CUDA 13.5")])
+def test_the_driver_is_the_kernels_or_what_it_supports(simulated, driver_file: Path, text: str, driver: str) -> None:
+    driver_file.write_text(text)
+    assert here("tensorrt").driver == driver
+
+
+def test_without_the_kernels_file_the_driver_is_what_it_supports(simulated, driver_file: Path) -> None:
+    assert here("tensorrt").driver == "CUDA 13.5"
+
+
+def test_plans_for_rtx_are_bound_to_no_gpu(simulated) -> None:
+    simulated.install("tensorrt-rtx")
+    found = here("tensorrt-rtx")
+    assert (found.gpu, found.compute_capability, found.driver) == (ANY, ANY, ANY)
+    assert found.tensorrt == sys.modules["tensorrt_rtx"].__version__
+    assert not simulated.calls, "a GPU was asked for"
+
+
+def test_the_other_flavour_is_not_installed(simulated) -> None:
+    with pytest.raises(IncompatibleError, match="provider tensorrt-rtx needs tensorrt_rtx"):
+        here("tensorrt-rtx")
+
+
+def test_a_device_is_found(simulated) -> None:
+    assert device_available() is None
+
+
+class _WithoutDevice(types.ModuleType):
+    """CUDA's runtime on a machine where asking for the number of devices ends in `error`."""
+
+    def __init__(self, error: str, count: int | None) -> None:
+        super().__init__("cuda.bindings.runtime")
+        real = importlib.import_module("cuda.bindings.runtime")
+        self.cudaError_t: Any = real.cudaError_t
+        self.cudaGetErrorString = real.cudaGetErrorString
+        self.cudaGetDeviceCount = lambda: (getattr(real.cudaError_t, error), count)
+
+
+@pytest.mark.parametrize(
+    ("error", "count", "text"),
+    [
+        ("cudaErrorInsufficientDriver", None, "install the NVIDIA driver, or update it"),
+        ("cudaErrorNoDevice", None, "there is no NVIDIA GPU, or CUDA_VISIBLE_DEVICES hides it"),
+        ("cudaSuccess", 0, "there is none, or CUDA_VISIBLE_DEVICES hides it"),
+    ],
+)
+def test_what_is_missing_is_said_in_one_line(error: str, count: int | None, text: str, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", _WithoutDevice(error, count))
+    reason = device_available()
+    assert reason is not None
+    assert text in reason
+    assert "\n" not in reason
+
+
+def test_missing_bindings_are_said_too(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
+    assert "pip install 'sdxl-trt[tensorrt]'" in str(device_available())

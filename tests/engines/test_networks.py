@@ -1,0 +1,140 @@
+"""What TensorRT says is read the same way for every graph: errors, figures, and which error they come to."""
+
+import io
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sdxl_trt.engines.errors import CorruptError, EngineError, ResourceError
+from sdxl_trt.engines.networks import BuildLog, Parsed, allow_decomposition, new_network, parse_error
+
+ACTIVATIONS = "Total Activation Memory: {} bytes"
+
+
+def test_figures_are_those_of_the_largest_profile() -> None:
+    log = BuildLog()
+    assert (log.activations, log.weights) == (None, None)
+    for line in (ACTIVATIONS.format(300), ACTIVATIONS.format(500), ACTIVATIONS.format(400)):
+        log.note("INFO", line)
+    log.note("VERBOSE", "Total Weights Memory: 70 bytes")
+    assert (log.activations, log.weights) == (500, 70)
+
+
+def test_no_activations_at_all_are_a_figure() -> None:
+    log = BuildLog()
+    log.note("INFO", ACTIVATIONS.format(0))
+    assert log.activations == 0
+
+
+def test_the_file_gets_all_but_the_verbose_lines() -> None:
+    file = io.StringIO()
+    log = BuildLog(file)
+    for severity in ("INTERNAL_ERROR", "ERROR", "WARNING", "INFO", "VERBOSE"):
+        log.note(severity, f"a {severity}")
+    assert file.getvalue() == "[E] a INTERNAL_ERROR\n[E] a ERROR\n[W] a WARNING\n[I] a INFO\n"
+    assert log.errors == ["a INTERNAL_ERROR", "a ERROR"]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "Error Code 2: OutOfMemory (Requested size was 123 bytes.)",
+        "Error Code 1: Cuda Runtime (out of memory)",
+        "std::bad_alloc",
+        "cudaErrorMemoryAllocation in resize",
+        "Cannot allocate memory",
+    ],
+)
+def test_want_of_memory_is_recognized(message: str) -> None:
+    log = BuildLog()
+    log.note("ERROR", "something before")
+    log.note("ERROR", message)
+    with pytest.raises(ResourceError, match="building unet: out of memory"):
+        raise log.failure("building unet", "the log is here")
+
+
+def test_the_first_error_is_the_cause() -> None:
+    log = BuildLog()
+    log.note("ERROR", "the cause")
+    log.note("ERROR", "an echo of it")
+    with pytest.raises(EngineError, match="building unet: the cause; the log is here"):
+        raise log.failure("building unet", "the log is here")
+    with pytest.raises(EngineError, match="TensorRT did not say why"):
+        raise BuildLog().failure("building unet", "the log is here")
+
+
+TYPED = SimpleNamespace(create_network=lambda flags: flags)
+
+
+@pytest.mark.parametrize(("members", "flags"), [({"STRONGLY_TYPED": 0}, 1), ({"STRONGLY_TYPED": 1}, 2), ({}, 0)])
+def test_the_flag_is_the_module_s_own(members: dict[str, int], flags: int) -> None:
+    """It was renumbered between versions, and is gone where there is no other typing."""
+    trt = SimpleNamespace(NetworkDefinitionCreationFlag=SimpleNamespace(**members))
+    assert new_network(trt, TYPED) == flags
+
+
+def _parsed(*errors: tuple[str, str, str], accepted: bool = False, outputs: int = 1) -> Parsed:
+    def get_error(index: int) -> Any:
+        code, node, description = errors[index]
+        return SimpleNamespace(
+            code=lambda: code, node_operator=lambda: node, node_name=lambda: "", desc=lambda: description
+        )
+
+    parser = SimpleNamespace(num_errors=len(errors), get_error=get_error)
+    return Parsed(accepted, SimpleNamespace(num_outputs=outputs), parser, 0.1)
+
+
+TRT = SimpleNamespace(ErrorCode=SimpleNamespace(MODEL_DESERIALIZE_FAILED="garbage"))
+
+
+@pytest.mark.parametrize(
+    ("parsed", "logged", "kind", "said"),
+    [
+        (_parsed(("garbage", "", "broken")), "", CorruptError, r"is no ONNX graph \(broken\)"),
+        (_parsed(("other", "NoSuchOp", "no\nplugin")), "", EngineError, "refused it: NoSuchOp : no plugin; run"),
+        (
+            _parsed(("other", "", "an initializer")), "Weights.cpp:7: Failed to open file: w", EngineError,
+            "refused it: Failed to open file: w;",
+        ),
+        (_parsed(("other", "", "an initializer")), "Importer.cpp:7: chatter", EngineError, "refused it: an init"),
+        (_parsed(accepted=True, outputs=0), "", CorruptError, "has no outputs"),
+    ],
+)  # fmt: skip
+def test_what_the_parser_had_against_a_graph(parsed: Parsed, logged: str, kind: type[Exception], said: str) -> None:
+    log = BuildLog()
+    if logged:
+        log.note("ERROR", logged)
+    error = parse_error(TRT, parsed, log, Path("model.onnx"))
+    assert type(error) is kind
+    with pytest.raises(kind, match=said):
+        raise error
+
+
+def test_warnings_of_a_parser_that_accepted_are_none() -> None:
+    assert parse_error(TRT, _parsed(("other", "", "a warning"), accepted=True), BuildLog(), Path("m")) is None
+
+
+class _Layer:
+    def __init__(self, kind: str) -> None:
+        self.type = kind
+        self.attention = SimpleNamespace(decomposable=False)
+
+
+class _Attention(_Layer):
+    """Stands in for IAttentionInputLayer."""
+
+
+def test_every_attention_and_nothing_else_may_fall_apart() -> None:
+    layers = [_Layer(kind) for kind in ("conv", "attention", "conv", "attention")]
+    network = SimpleNamespace(num_layers=4, get_layer=layers.__getitem__)
+    trt = SimpleNamespace(LayerType=SimpleNamespace(ATTENTION_INPUT="attention"), IAttentionInputLayer=_Attention)
+    allow_decomposition(trt, network)
+    assert [layer.attention.decomposable for layer in layers] == [False, True, False, True]
+    assert [type(layer) for layer in layers] == [_Layer, _Attention, _Layer, _Attention]
+
+
+def test_a_library_without_attention_layers_is_left_alone() -> None:
+    network = SimpleNamespace(num_layers=1, get_layer=None)
+    allow_decomposition(SimpleNamespace(LayerType=SimpleNamespace()), network)

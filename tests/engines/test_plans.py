@@ -1,0 +1,256 @@
+"""Plan keys, the choice of a plan, and reading one: every part counts, and nothing is loaded unvouched for."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from sdxl_trt.engines.bundle import Bundle, read_bundle, write_manifest
+from sdxl_trt.engines.errors import CorruptError, IncompatibleError, SdxlTrtError, SizeError
+from sdxl_trt.engines.plan_records import ANY, BuildFlags, Environment, PlanKey, PlanMemory, PlanRecord
+from sdxl_trt.engines.planning import profiles_of, stage_sizes
+from sdxl_trt.engines.plans import Limits, find_plan, has_plans, plan_limits, plan_path, read_plan, why_rebuild
+from sdxl_trt.engines.profiles import Profile, Range, Sizes, fixed
+from sdxl_trt.engines.records import FileRecord
+
+HERE = Environment(flavour="tensorrt", tensorrt="11.4.0.106", gpu="NVIDIA H100", compute_capability="9.0",
+                   driver="580.1", platform="linux-x86_64")  # fmt: skip
+RTX = Environment(flavour="tensorrt-rtx", tensorrt="1.7.1.4", gpu=ANY, compute_capability=ANY, driver=ANY,
+                  platform="linux-x86_64")  # fmt: skip
+PLAN = b"a plan is code"
+
+
+def _replace(record: Any, **changes: Any) -> Any:
+    return msgspec.structs.replace(record, **changes)
+
+
+def _key(bundle: Bundle, name: str = "unet", environment: Environment = HERE, **changes: Any) -> PlanKey:
+    component = bundle.manifest.components[name]
+    profiles = profiles_of(component, stage_sizes(bundle.manifest), bundle.manifest.base.vae.factor)
+    key = PlanKey(component=name, graph=component.graph.sha256, weights=component.weights.sha256,
+                  environment=environment, profiles=profiles, flags=BuildFlags())  # fmt: skip
+    return _replace(key, **changes)
+
+
+def _record(key: PlanKey, content: bytes = PLAN) -> PlanRecord:
+    file = FileRecord(file=plan_path(key), size=len(content), sha256=hashlib.sha256(content).hexdigest())
+    return PlanRecord(key=key, file=file, memory=PlanMemory(weights=1, activations=2), seconds=3.0)
+
+
+def _with(bundle: Bundle, *records: PlanRecord) -> Bundle:
+    return Bundle(bundle.root, _replace(bundle.manifest, plans=records))
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Bundle:
+    """The embedded bundle's manifest, alone in a folder of its own."""
+    from sdxl_trt.mini.embedded import bundle_path
+
+    return Bundle(tmp_path, read_bundle(bundle_path()).manifest)
+
+
+@pytest.fixture
+def planned(bundle: Bundle) -> tuple[Bundle, PlanRecord]:
+    """A bundle with one plan on disk."""
+    record = _record(_key(bundle))
+    planned = _with(bundle, record)
+    path = bundle.root / record.file.file
+    path.parent.mkdir()
+    path.write_bytes(PLAN)
+    write_manifest(bundle.root, planned.manifest)
+    return planned, record
+
+
+def _longer(profile: Profile) -> Profile:
+    return Profile(shapes=profile.shapes | {"timestep": ((1,), (1,), (9,))})
+
+
+FLAGS = {"opt_level": 5, "workspace": 1, "weight_streaming": True, "version_compatible": True,
+         "hardware_compatible": True}  # fmt: skip
+CHANGES: dict[str, Callable[[PlanKey], PlanKey]] = {
+    "component": lambda key: _replace(key, component="refiner_unet"),
+    "graph": lambda key: _replace(key, graph="0" * 64),
+    "weights": lambda key: _replace(key, weights="0" * 64),
+    **{
+        name: lambda key, name=name: _replace(key, environment=_replace(key.environment, **{name: "other"}))
+        for name in ("tensorrt", "gpu", "compute_capability", "driver", "platform")
+    },
+    "flavour": lambda key: _replace(key, environment=_replace(key.environment, flavour="tensorrt-rtx")),
+    "profiles": lambda key: _replace(key, profiles=(*key.profiles, Profile(shapes={"sample": ((1,), (1,), (1,))}))),
+    "one size": lambda key: _replace(key, profiles=(_longer(key.profiles[0]),)),
+    **{
+        name: lambda key, name=name, value=value: _replace(key, flags=_replace(key.flags, **{name: value}))
+        for name, value in FLAGS.items()
+    },
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_every_part_of_a_key_changes_it(bundle: Bundle, change: Callable[[PlanKey], PlanKey]) -> None:
+    key = _key(bundle)
+    changed = change(key)
+    assert changed.digest() != key.digest()
+    assert plan_path(changed) != plan_path(key)
+    assert _key(bundle).digest() == key.digest()
+
+
+def test_every_field_of_a_key_is_in_that_list() -> None:
+    fields = {field for record in (PlanKey, Environment, BuildFlags) for field in record.__struct_fields__}
+    assert fields - {"environment", "flags"} == CHANGES.keys() - {"one size"}
+
+
+STALE: dict[str, tuple[Callable[[PlanKey], PlanKey], str]] = {
+    "graph": (CHANGES["graph"], "graph has been exported anew"),
+    "weights": (CHANGES["weights"], "weights are not those"),
+    "tensorrt": (CHANGES["tensorrt"], "TensorRT is 11.4.0.106, the plan was built with other"),
+    "gpu": (CHANGES["gpu"], "the GPU is NVIDIA H100, the plan was built for other"),
+    "compute_capability": (CHANGES["compute_capability"], "compute capability is 9.0"),
+    "driver": (CHANGES["driver"], "driver is 580.1"),
+    "platform": (CHANGES["platform"], "platform is linux-x86_64"),
+}
+
+
+@pytest.mark.parametrize(("change", "reason"), STALE.values(), ids=STALE)
+def test_a_stale_plan_is_refused_with_what_differs_and_the_command_that_mends_it(
+    bundle: Bundle, change: Callable[[PlanKey], PlanKey], reason: str
+) -> None:
+    stale = _with(bundle, _record(change(_key(bundle))))
+    with pytest.raises(IncompatibleError, match=reason) as caught:
+        find_plan(stale, "unet", HERE)
+    assert f"export-engines --engine tensorrt --out {bundle.root}" in str(caught.value)
+
+
+def test_the_plan_that_fits_is_found_among_others(bundle: Bundle) -> None:
+    fits = _record(_key(bundle))
+    others = [_record(CHANGES[name](fits.key)) for name in ("gpu", "tensorrt", "flavour", "component")]
+    assert find_plan(_with(bundle, *others, fits), "unet", HERE) is fits
+    assert has_plans(_with(bundle, fits), "tensorrt")
+    assert not has_plans(_with(bundle, fits), "tensorrt-rtx")
+
+
+def test_no_plan_at_all_names_the_command(bundle: Bundle) -> None:
+    with pytest.raises(IncompatibleError, match="has no tensorrt plan of unet; build it with: export-engines"):
+        find_plan(bundle, "unet", HERE)
+
+
+def test_what_is_asked_for_counts_only_where_it_is_asked_for(bundle: Bundle) -> None:
+    record, component = _record(_key(bundle)), bundle.manifest.components["unet"]
+    assert why_rebuild(record, component, HERE) == []
+    assert why_rebuild(record, component, HERE, (record.key.profiles, record.key.flags)) == []
+    assert "other sizes" in why_rebuild(record, component, HERE, ((), record.key.flags))[0]
+    assert (
+        "other build options" in why_rebuild(record, component, HERE, (record.key.profiles, BuildFlags(opt_level=5)))[0]
+    )
+
+
+@pytest.mark.parametrize(
+    ("built", "here", "fits"),
+    [("11.2.0.1", "11.4.0.106", True), ("11.5.0.1", "11.4.0.106", False), ("12.0.0.1", "11.4.0.106", False),
+     ("10.9.0.1", "11.4.0.106", False), ("11.4.0.106", "11.4.0.106", True)],
+)  # fmt: skip
+def test_version_compatible_plans_run_on_later_minors(bundle: Bundle, built: str, here: str, fits: bool) -> None:
+    key = _key(bundle, environment=_replace(HERE, tensorrt=built), flags=BuildFlags(version_compatible=True))
+    reasons = why_rebuild(_record(key), bundle.manifest.components["unet"], _replace(HERE, tensorrt=here))
+    assert (reasons == []) is fits
+
+
+def test_hardware_compatible_plans_run_from_ampere_on(bundle: Bundle) -> None:
+    record = _record(_key(bundle, flags=BuildFlags(hardware_compatible=True)))
+    component = bundle.manifest.components["unet"]
+    assert why_rebuild(record, component, _replace(HERE, gpu="NVIDIA A10", compute_capability="8.6")) == []
+    assert "needs 8.0" in why_rebuild(record, component, _replace(HERE, compute_capability="7.5"))[0]
+
+
+def test_a_plan_of_rtx_runs_on_every_gpu(bundle: Bundle) -> None:
+    record = _record(_key(bundle, environment=RTX))
+    assert why_rebuild(record, bundle.manifest.components["unet"], RTX) == []
+
+
+def test_a_plan_is_read_once_and_as_it_is(planned: tuple[Bundle, PlanRecord]) -> None:
+    told: list[int] = []
+    assert bytes(read_plan(*planned, told.append)) == PLAN
+    assert sum(told) == len(PLAN)
+
+
+@pytest.mark.parametrize("content", [PLAN[:-1], PLAN + b"x", PLAN.replace(b"code", b"c0de"), b""])
+def test_a_changed_plan_is_refused(planned: tuple[Bundle, PlanRecord], content: bytes) -> None:
+    bundle, record = planned
+    bundle.path(record.file).write_bytes(content)
+    with pytest.raises(CorruptError, match="build it again with: export-engines"):
+        read_plan(bundle, record)
+
+
+@pytest.mark.parametrize("bit", [0o020, 0o002])
+@pytest.mark.parametrize("place", ["", "manifest.json", "plans", "file"])
+def test_what_others_may_write_is_not_run(planned: tuple[Bundle, PlanRecord], place: str, bit: int) -> None:
+    bundle, record = planned
+    path = bundle.path(record.file) if place == "file" else bundle.root / place
+    path.chmod(path.stat().st_mode | bit)
+    with pytest.raises(CorruptError, match="others may write it"):
+        read_plan(bundle, record)
+
+
+def test_a_plan_of_another_user_is_not_run(planned: tuple[Bundle, PlanRecord], monkeypatch: Any) -> None:
+    monkeypatch.setattr("os.getuid", lambda: 4711)
+    owner = planned[0].path(planned[1].file).stat().st_uid
+    if owner == 0:
+        assert bytes(read_plan(*planned)) == PLAN  # root could do worse
+    else:
+        with pytest.raises(CorruptError, match="belongs to another user"):
+            read_plan(*planned)
+
+
+def test_a_missing_plan_is_one_line(planned: tuple[Bundle, PlanRecord]) -> None:
+    planned[0].path(planned[1].file).unlink()
+    with pytest.raises(SdxlTrtError, match="reading"):
+        read_plan(*planned)
+
+
+def test_a_plan_outside_of_the_bundle_is_refused(bundle: Bundle) -> None:
+    record = _record(_key(bundle))
+    record = _replace(record, file=_replace(record.file, file="../evil.plan"))
+    with pytest.raises(CorruptError, match="plain path"):
+        read_plan(bundle, record)
+
+
+@pytest.mark.parametrize("damage", ["component", "profiles", "one size"])
+def test_a_manifest_with_a_plan_of_something_else_is_broken(bundle: Bundle, damage: str) -> None:
+    key = CHANGES[damage](_key(bundle))
+    key = _replace(key, profiles=()) if damage == "one size" else key
+    key = _replace(key, component="nothing") if damage == "component" else key
+    write_manifest(bundle.root, _with(bundle, _record(key)).manifest)
+    with pytest.raises(CorruptError, match="a plan of"):
+        read_bundle(bundle.root, files=False)
+
+
+def test_limits_are_what_both_experts_take(bundle: Bundle) -> None:
+    def record(name: str, sizes: Sizes) -> PlanRecord:
+        component = bundle.manifest.components[name]
+        return _record(_key(bundle, name, profiles=profiles_of(component, sizes, 8)))
+
+    def sizes(height: Range, batch: int) -> Sizes:
+        return Sizes(height=height, width=fixed(128), batch=Range(min=1, opt=1, max=batch), tokens=fixed(77))
+
+    base = record("unet", sizes(Range(min=64, opt=128, max=256), 4))
+    refiner = record("refiner_unet", sizes(Range(min=128, opt=192, max=512), 2))
+    limits = plan_limits(bundle, [base, refiner])
+    assert limits is not None
+    assert (limits.height, limits.width) == (Range(min=128, opt=128, max=256), fixed(128))
+    assert limits.pictures == 2
+    limits.check(128, 256)
+    with pytest.raises(SizeError, match="--height 320: the plans were built for 128 to 256; try 256"):
+        limits.check(128, 320)
+    apart = record("refiner_unet", sizes(fixed(512), 1))
+    with pytest.raises(IncompatibleError, match="no size in common"):
+        plan_limits(bundle, [base, apart])
+    assert plan_limits(bundle, []) is None
+
+
+def test_static_limits_hold_both_row_counts(bundle: Bundle) -> None:
+    sizes = Sizes(height=fixed(128), width=fixed(128), batch=fixed(3), tokens=fixed(77), static=True)
+    component = bundle.manifest.components["unet"]
+    limits = plan_limits(bundle, [_record(_key(bundle, profiles=profiles_of(component, sizes, 8)))])
+    assert limits == Limits(height=fixed(128), width=fixed(128), pictures=3, tokens=fixed(77), fewest=3)

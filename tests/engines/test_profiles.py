@@ -1,0 +1,123 @@
+"""Ranges, sizes and profiles: what is parsed, what it comes to for a graph, what is refused."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sdxl_trt.engines.errors import SizeError, UsageError
+from sdxl_trt.engines.profiles import (
+    Profile,
+    Range,
+    Sizes,
+    axes_of,
+    check_sizes,
+    component_profiles,
+    default_sizes,
+    fixed,
+    parse_range,
+)
+
+UNET = {
+    "sample": ("rows", 4, "height", "width"),
+    "timestep": ("rows",),
+    "encoder_hidden_states": ("rows", "tokens", 2048),
+    "text_embeds": ("rows", 1280),
+    "time_ids": ("rows", 6),
+}
+
+
+@given(st.tuples(*[st.integers(1, 10**6)] * 3).map(sorted))
+def test_a_range_is_read_as_it_is_written(values: list[int]) -> None:
+    low, usual, high = values
+    assert parse_range(f"{low}:{usual}:{high}", "--height") == Range(min=low, opt=usual, max=high)
+    assert parse_range(str(low), "--height") == fixed(low)
+
+
+@pytest.mark.parametrize("text", ["", "a", "1:2", "3:2:1", "0:1:2", "-1", "1:2:3:4", "1.5", "512-1024", "1::2", "²"])
+def test_other_ranges_are_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="MIN:OPT:MAX"):
+        parse_range(text, "--height")
+
+
+def test_sdxls_sizes() -> None:
+    sizes = default_sizes(128, 8, 64)
+    assert str(sizes.height) == "512:1024:1280"
+    assert sizes.width == sizes.height
+    assert (str(sizes.batch), str(sizes.tokens)) == ("1", "77:77:231")
+
+
+@given(st.integers(1, 256), st.sampled_from([4, 8, 16]), st.sampled_from([8, 32, 64, 128]))
+def test_default_sizes_are_sizes_that_the_unets_take(sample: int, factor: int, multiple: int) -> None:
+    sizes = default_sizes(sample, factor, multiple)
+    check_sizes(sizes, multiple)
+    assert sizes.height.min <= sizes.height.opt <= sizes.height.max
+
+
+def test_one_plan_serves_guidance_on_and_off() -> None:
+    (profile,) = component_profiles(UNET, axes_of("unet", "fp16", default_sizes(128, 8, 64), 8))
+    assert profile.shapes["sample"] == ((1, 4, 64, 64), (2, 4, 128, 128), (2, 4, 160, 160))
+    assert profile.shapes["timestep"] == ((1,), (2,), (2,))
+    assert profile.shapes["encoder_hidden_states"] == ((1, 77, 2048), (2, 77, 2048), (2, 231, 2048))
+    for rows in (1, 2):
+        assert profile.holds({"sample": (rows, 4, 128, 96), "timestep": (rows,)})
+    assert not profile.holds({"sample": (3, 4, 128, 128)})
+    assert not profile.holds({"sample": (2, 4, 168, 128)})
+    assert not profile.holds({"sample": (2, 4, 128)})
+
+
+def test_a_static_plan_has_a_profile_for_each_number_of_rows() -> None:
+    sizes = Sizes(height=fixed(1024), width=fixed(768), batch=fixed(3), tokens=fixed(77), static=True)
+    profiles = component_profiles(UNET, axes_of("unet", "fp16", sizes, 8))
+    assert [profile.shapes["sample"] for profile in profiles] == [((3, 4, 128, 96),) * 3, ((6, 4, 128, 96),) * 3]
+
+
+DECODER = {"latent_sample": ("pictures", 4, "height", "width")}
+
+
+def _decoded(precision: str, sizes: Sizes) -> list[tuple[int, ...]]:
+    """Return the latents that a decoder's plan takes: each of its profiles holds one size, and one picture."""
+    shapes = [
+        p.shapes["latent_sample"] for p in component_profiles(DECODER, axes_of("vae_decoder", precision, sizes, 8))
+    ]
+    assert all(low == usual == high and low[:2] == (1, 4) for low, usual, high in shapes)
+    return [usual[2:] for _, usual, _ in shapes]
+
+
+def test_a_decoder_takes_the_usual_size_whole_and_tiles_for_the_rest() -> None:
+    sizes = default_sizes(128, 8, 64)
+    assert _decoded("fp16", sizes) == _decoded("bf16", sizes) == [(128, 128), (64, 64)]
+    assert _decoded("fp32", sizes) == _decoded("mixed", sizes) == [(64, 64)]
+
+
+def test_a_tile_fits_into_the_smallest_picture() -> None:
+    sides = {"height": Range(min=256, opt=1024, max=1536), "width": Range(min=768, opt=768, max=768)}
+    sizes = Sizes(**sides, batch=fixed(4), tokens=fixed(77))
+    assert _decoded("fp16", sizes) == [(128, 96), (64, 64), (32, 64)]
+    assert _decoded("fp32", sizes) == [(64, 64), (32, 64)]
+    static = Sizes(**sides, batch=fixed(4), tokens=fixed(77), static=True)
+    assert _decoded("fp16", static) == [(128, 96)]
+    assert _decoded("fp32", static) == [(64, 64)]
+
+
+def test_an_encoder_of_pictures_takes_pixels() -> None:
+    encoder = {"sample": ("pictures", 3, "height", "width")}
+    profiles = component_profiles(encoder, axes_of("vae_encoder", "fp16", default_sizes(128, 8, 64), 8))
+    assert [profile.shapes["sample"][1] for profile in profiles] == [(1, 3, 1024, 1024), (1, 3, 512, 512)]
+
+
+def test_sizes_that_a_unet_cannot_take_name_those_that_it_can() -> None:
+    sizes = Sizes(height=fixed(1000), width=fixed(1024), batch=fixed(1), tokens=fixed(77))
+    with pytest.raises(SizeError, match="960 or 1024"):
+        check_sizes(sizes, 64)
+    sizes = Sizes(height=fixed(1024), width=fixed(1024), batch=fixed(1), tokens=fixed(80))
+    with pytest.raises(SizeError, match="77"):
+        check_sizes(sizes, 64)
+
+
+def test_an_unknown_axis_is_refused() -> None:
+    with pytest.raises(UsageError, match="depth"):
+        component_profiles({"sample": ("rows", "depth")}, [{"rows": fixed(1)}])
+
+
+def test_what_a_profile_does_not_name_is_not_asked_about() -> None:
+    assert Profile(shapes={}).holds({"sample": (9, 9)})

@@ -1,0 +1,206 @@
+"""Providers by name and by what is there; residencies on the simulated device, within the memory that was planned."""
+
+import importlib
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sdxl_trt.engines import providers
+from sdxl_trt.engines.base import Engine, numpy_dtype
+from sdxl_trt.engines.bundle import Bundle, read_bundle
+from sdxl_trt.engines.errors import IncompatibleError, ResourceError, UsageError
+from sdxl_trt.engines.memory_plan import MemoryPlan
+from sdxl_trt.engines.needs import run_components
+from sdxl_trt.engines.pool import EnginePool, open_pool
+from sdxl_trt.engines.residency import RESIDENCIES, plan_memory
+from sdxl_trt.mini.embedded import bundle_path
+
+RUN = ("text_encoder", "text_encoder_2", "unet", "refiner_unet", "vae_decoder")
+UNETS = ("unet", "refiner_unet")
+SIZES: dict[str, Any] = {"height": 64, "width": 64, "batch": (1, 1, 2), "tokens": 77}
+LARGEST = {"rows": 4, "pictures": 1, "prompts": 8, "height": 8, "width": 8, "tokens": 77}
+EMBEDDED = read_bundle(bundle_path())
+
+
+@pytest.fixture
+def planned(simulated, tmp_path: Path) -> Callable[..., Bundle]:
+    """Return a function that gives the embedded bundle with plans for the simulated device."""
+
+    def make(**options: Any) -> Bundle:
+        return read_bundle(simulated.bundle(EMBEDDED.root, tmp_path / "bundle", **(SIZES | options)))
+
+    return make
+
+
+def infer(engine: Engine) -> None:
+    """Run an engine at the largest sizes that its plan takes."""
+    rng = np.random.default_rng(0)
+    inputs = {}
+    for spec in engine.component.inputs:
+        shape = tuple(LARGEST[axis] if isinstance(axis, str) else axis for axis in spec.shape)
+        values = rng.integers(0, 99, shape) if spec.dtype == "int64" else rng.standard_normal(shape)
+        inputs[spec.name] = values.astype(numpy_dtype(spec))
+    engine.infer(inputs)
+
+
+def run(pool: EnginePool) -> None:
+    for name, after in zip(RUN, (*RUN[1:], ""), strict=True):
+        (engine,) = pool.phase(name, then=(after,) if after else ())
+        infer(engine)
+
+
+def plan_of(bundle: Bundle, residency: str, capacity: int | None = None) -> MemoryPlan:
+    return plan_memory(bundle, provider="tensorrt", capacity=capacity, residency=residency)
+
+
+@pytest.mark.parametrize("residency", RESIDENCIES)
+def test_a_run_takes_no_more_than_was_planned(planned, simulated, residency: str) -> None:
+    bundle = planned(weight_streaming=True)
+    planned_peak = plan_of(bundle, residency).peak if residency != "stream" else plan_of(bundle, "swap").peak
+    with open_pool(bundle, "tensorrt", residency) as pool:
+        run(pool)
+        assert pool.residency == residency
+        assert pool.swaps == (0 if residency == "resident" else 1)
+        run(pool)
+        assert 0.5 * planned_peak < simulated.peak_bytes <= planned_peak + 256 * 64, "blocks are rounded up"
+        assert pool.limits is not None
+        assert pool.limits.pictures == 2
+    assert simulated.current_bytes == 0
+
+
+def test_under_swap_only_one_unet_is_ever_on_the_device(planned, simulated) -> None:
+    bundle = planned()
+    needs = {need.component: need for need in plan_of(bundle, "swap").needs}
+    with open_pool(bundle, "tensorrt", "swap") as pool:
+        run(pool)
+        simulated.reset_peak()
+        pool.phase("unet", then=("refiner_unet",))
+        pool.phase("refiner_unet")
+        bound = max(needs[name].weights for name in UNETS) + max(needs[name].activations for name in UNETS)
+        assert simulated.peak_bytes <= bound + max(needs[name].io for name in UNETS) + 256 * 64
+        assert simulated.peak_bytes < sum(needs[name].weights for name in UNETS)
+
+
+def test_streamed_weights_stay_off_the_device(planned, simulated) -> None:
+    bundle = planned(weight_streaming=True)
+    swap = plan_of(bundle, "swap")
+    with open_pool(bundle, "tensorrt", "stream", available=swap.peak) as pool:
+        pool.phase("unet")
+        needs = {need.component: need for need in swap.needs}
+        assert simulated.peak_bytes < needs["unet"].weights + needs["unet"].activations
+    assert simulated.current_bytes == 0
+
+
+def test_out_of_memory_falls_back_to_what_fits(planned, simulated, caplog: pytest.LogCaptureFixture) -> None:
+    bundle = planned()
+    simulated.memory_limit = int(1.05 * plan_of(bundle, "swap").peak)
+    with open_pool(bundle, "tensorrt", "auto", available=1 << 40) as pool:
+        assert pool.residency == "resident"
+        run(pool)
+        assert (pool.residency, pool.swaps) == ("swap", 1)
+    assert "going on with swap" in caplog.text
+    assert simulated.current_bytes == 0
+
+
+def test_a_stated_residency_that_does_not_fit_is_an_error(planned, simulated) -> None:
+    bundle = planned()
+    simulated.memory_limit = int(1.05 * plan_of(bundle, "swap").peak)
+    with open_pool(bundle, "tensorrt", "resident", available=1 << 40) as pool, pytest.raises(ResourceError):
+        run(pool)
+    with pytest.raises(ResourceError, match="try --residency swap"):
+        open_pool(bundle, "tensorrt", "resident")
+    assert simulated.current_bytes == 0
+
+
+def test_auto_plans_with_the_memory_that_is_free(planned, simulated) -> None:
+    bundle = planned()
+    simulated.memory_limit = int(1.2 * plan_of(bundle, "swap").peak)
+    with open_pool(bundle) as pool:
+        assert (pool.provider, pool.residency) == ("tensorrt", "swap")
+        run(pool)
+
+
+def test_plans_that_cannot_fit_are_refused_before_anything_is_loaded(planned, simulated) -> None:
+    bundle = planned()
+    simulated.memory_limit = plan_of(bundle, "swap").peak // 2
+    with pytest.raises(ResourceError, match=r"needs .* MB, .* MB more than"):
+        open_pool(bundle, "tensorrt")
+    assert simulated.deserialized == []
+    assert simulated.current_bytes == 0
+
+
+@pytest.mark.parametrize("provider", ["auto", "tensorrt"])
+def test_a_stale_plan_is_an_error_and_no_reason_to_take_another_provider(planned, simulated, provider: str) -> None:
+    bundle = planned()
+    simulated.version = "11.9.0"
+    simulated.compute_capability = (9, 0)
+    with pytest.raises(IncompatibleError, match="does not fit"):
+        open_pool(bundle, provider)
+
+
+def test_plans_without_their_library_are_a_warning_under_auto(
+    planned, simulated, caplog: pytest.LogCaptureFixture
+) -> None:
+    bundle = planned()
+    simulated.remove()
+    with caplog.at_level(logging.WARNING), open_pool(bundle) as pool:
+        assert pool.provider == "ort-cpu"
+    assert "the bundle's tensorrt plans are not used: " in caplog.text
+    with pytest.raises(IncompatibleError):
+        open_pool(bundle, "tensorrt")
+
+
+def test_a_bundle_of_plans_alone_has_nothing_else_to_run(planned, simulated) -> None:
+    bundle = planned(onnx=False)
+    simulated.remove()
+    with pytest.raises(IncompatibleError):
+        open_pool(bundle)
+
+
+@pytest.mark.parametrize(
+    ("available", "provider"),
+    [(["CPUExecutionProvider"], "ort-cpu"), (["CUDAExecutionProvider", "CPUExecutionProvider"], "ort-cuda")],
+)
+def test_without_plans_auto_takes_what_onnxruntime_offers(
+    monkeypatch: pytest.MonkeyPatch, available: list[str], provider: str
+) -> None:
+    onnxruntime = importlib.import_module("onnxruntime")
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: available)
+    with open_pool(EMBEDDED) as pool:
+        assert (pool.provider, pool.limits) == (provider, None)
+
+
+def test_names_that_exist_are_listed() -> None:
+    with pytest.raises(UsageError, match="unknown provider 'cuda'; choose one of auto, ort-cpu, ort-cuda"):
+        open_pool(EMBEDDED, provider="cuda")
+    with pytest.raises(UsageError, match="unknown residency 'all'; choose auto, resident, swap or stream"):
+        open_pool(EMBEDDED, residency="all")
+
+
+def test_the_measured_memory_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    for measured, policy in ((1 << 50, "resident"), (1, "swap"), (None, "resident")):
+        monkeypatch.setattr(providers, "available_host_memory", lambda measured=measured: measured)
+        pool = open_pool(EMBEDDED, "ort-cpu")
+        assert (pool.residency, pool.provider) == (policy, "ort-cpu")
+
+
+@pytest.mark.parametrize(("available", "policy"), [(1, "swap"), (0, "swap"), (1 << 50, "resident")])
+def test_a_given_size_replaces_the_measured_one(monkeypatch: pytest.MonkeyPatch, available: int, policy: str) -> None:
+    measured = 1 << 50 if policy == "swap" else 1
+    monkeypatch.setattr(providers, "available_host_memory", lambda: measured)
+    assert open_pool(EMBEDDED, "ort-cpu", available=available).residency == policy
+
+
+def test_the_policies_hold_on_onnxruntime() -> None:
+    assert run_components(EMBEDDED.manifest, "ort-cpu") == RUN
+    with open_pool(EMBEDDED, "ort-cpu", "swap") as pool:
+        run(pool)
+        assert (pool.swaps, pool.loads) == (1, list(RUN))
+    with open_pool(EMBEDDED, "ort-cpu", "resident") as pool:
+        pool.phase("unet", then=("refiner_unet",))
+        infer(*pool.phase("refiner_unet"))
+        assert (pool.swaps, pool.loads) == (0, list(UNETS))

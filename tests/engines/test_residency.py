@@ -1,0 +1,300 @@
+"""The memory plan: its arithmetic for any figures, and what it says of SDXL on cards that people have."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from sdxl_trt.engines.bundle import Bundle, read_bundle
+from sdxl_trt.engines.errors import ResourceError, UsageError
+from sdxl_trt.engines.memory_plan import MemoryPlan
+from sdxl_trt.engines.needs import exact_sizes, host_need, run_components, run_phases, stand_ins
+from sdxl_trt.engines.plan_records import BuildFlags, Environment, PlanKey, PlanMemory, PlanRecord
+from sdxl_trt.engines.profiles import axes_of, component_profiles
+from sdxl_trt.engines.records import FileRecord
+from sdxl_trt.engines.residency import RESIDENCIES, check_residency, fallbacks, plan_memory
+from sdxl_trt.mini.embedded import bundle_path
+
+MINI = read_bundle(bundle_path())
+COMPONENTS = run_components(MINI.manifest, "tensorrt")
+UNETS = ("unet", "refiner_unet")
+ENVIRONMENT = Environment(
+    flavour="tensorrt", tensorrt="11.4", gpu="G", compute_capability="8.9", driver="1", platform="linux-x86_64"
+)
+SIZES = exact_sizes(128, 128)
+PUBLISHED = Path(__file__).parents[2] / "export" / "published"
+# Bytes of the published pair's weights at fp16, the autoencoder's at fp32.
+WEIGHTS = {
+    "text_encoder": 246_000_000,
+    "text_encoder_2": 1_390_000_000,
+    "unet": 5_135_000_000,
+    "refiner_unet": 4_520_000_000,
+    "vae_decoder": 198_000_000,
+}
+GB = 10**9
+
+
+def record_of(name: str, memory: PlanMemory) -> PlanRecord:
+    """Return a plan's record for a component of the embedded pair."""
+    component = MINI.manifest.components[name]
+    axes = axes_of(component.kind, component.precision, SIZES, 8)
+    profiles = component_profiles({spec.name: spec.shape for spec in component.inputs}, axes)
+    key = PlanKey(
+        component=name, graph="0" * 64, weights="0" * 64, environment=ENVIRONMENT, profiles=profiles, flags=BuildFlags()
+    )
+    return PlanRecord(key=key, file=FileRecord(file="f", size=1, sha256="0" * 64), memory=memory, seconds=1.0)
+
+
+@st.composite
+def memories(draw: st.DrawFn) -> PlanMemory:
+    weights = draw(st.integers(1, 10**10))
+    activations = draw(st.integers(0, 10**10))
+    return PlanMemory(weights=weights, activations=activations, streamable=draw(st.integers(0, weights)))
+
+
+records = st.fixed_dictionaries({name: memories() for name in COMPONENTS}).map(
+    lambda figures: {name: record_of(name, memory) for name, memory in figures.items()}
+)
+capacities = st.integers(0, 10**11)
+
+
+def plan_of(records: dict[str, PlanRecord], residency: str = "auto", capacity: int | None = None) -> MemoryPlan:
+    return plan_memory(MINI, provider="tensorrt", capacity=capacity, residency=residency, records=records)
+
+
+@given(records)
+def test_swap_holds_the_larger_unet_one_block_of_activations_and_in_and_outputs(records: dict[str, PlanRecord]) -> None:
+    plan = plan_of(records, "swap")
+    needs = {need.component: need for need in plan.needs}
+    peaks = {phase.name: phase.peak for phase in plan.phases}
+    io = max(need.io for need in needs.values())
+    shared = max(need.activations for need in needs.values())
+    both = max(needs[unet].weights for unet in UNETS)
+    assert max(peaks["base"], peaks["refiner"]) <= both + shared + io
+    assert plan.peak <= max(need.weights for need in needs.values()) + shared + io
+    assert peaks["base"] == needs["unet"].weights + needs["unet"].activations + needs["unet"].io
+
+
+@given(records)
+def test_resident_holds_all_weights_and_one_block_of_activations(records: dict[str, PlanRecord]) -> None:
+    plan = plan_of(records, "resident")
+    expected = sum(need.weights + need.io for need in plan.needs) + max(need.activations for need in plan.needs)
+    assert {phase.peak for phase in plan.phases} == {expected}
+
+
+@given(records, capacities)
+def test_each_policy_takes_no_more_than_the_one_before(records: dict[str, PlanRecord], capacity: int) -> None:
+    resident, swap, stream = (plan_of(records, residency, capacity).peak for residency in RESIDENCIES)
+    assert resident >= swap >= stream
+
+
+@given(records, capacities, capacities)
+def test_more_memory_is_never_worse(records: dict[str, PlanRecord], one: int, other: int) -> None:
+    small, large = (plan_of(records, capacity=capacity) for capacity in sorted((one, other)))
+    assert large.missing <= small.missing
+    if not small.missing:
+        assert RESIDENCIES.index(large.residency) <= RESIDENCIES.index(small.residency)
+        assert set(small.keeps) <= set(large.keeps)
+    if small.residency == large.residency == "stream":
+        assert all(small.budgets[name] <= large.budgets[name] for name in UNETS)
+
+
+@given(records, capacities)
+def test_auto_takes_the_first_policy_that_fits(records: dict[str, PlanRecord], capacity: int) -> None:
+    plan = plan_of(records, capacity=capacity)
+    assert plan.usable is not None
+    assert plan.missing == max(0, plan.peak - plan.usable)
+    stated = [plan_of(records, residency, capacity) for residency in RESIDENCIES]
+    fitting = [each.residency for each in stated if not each.missing]
+    if fitting:
+        assert plan.residency == fitting[0]
+        assert plan.missing == 0
+        plan.check()
+    else:
+        assert plan.missing == min(each.missing for each in stated)
+        with pytest.raises(ResourceError, match=r"more than the .* that are usable; "):
+            plan.check()
+
+
+@given(records, capacities)
+def test_budgets_lie_within_what_streams(records: dict[str, PlanRecord], capacity: int) -> None:
+    plan = plan_of(records, "stream", capacity)
+    needs = {need.component: need for need in plan.needs}
+    assert all(0 <= budget <= needs[name].streamable for name, budget in plan.budgets.items())
+    if any(needs[name].streamable for name in UNETS):
+        assert set(plan.budgets) == set(UNETS)
+        base = next(phase for phase in plan.phases if phase.name == "base")
+        assert plan.usable is not None
+        assert base.peak <= max(plan.usable, base.peak if plan.budgets["unet"] == 0 else 0)
+
+
+@given(records, st.none() | capacities)
+def test_a_plan_survives_json(records: dict[str, PlanRecord], capacity: int | None) -> None:
+    plan = plan_of(records, capacity=capacity)
+    assert msgspec.json.decode(msgspec.json.encode(plan), type=MemoryPlan) == plan
+    assert plan.lines()
+
+
+def test_unknown_memory_is_no_reason_to_swap() -> None:
+    plan = plan_memory(MINI, provider="tensorrt", capacity=None)
+    assert (plan.residency, plan.missing) == ("resident", 0)
+    assert "not known" in plan.lines()[0]
+
+
+@pytest.mark.parametrize("capacity", [None, 0, 1 << 50])
+@pytest.mark.parametrize("provider", ["ort-cpu", "tensorrt"])
+@pytest.mark.parametrize("residency", RESIDENCIES)
+def test_a_stated_policy_is_kept(residency: str, provider: str, capacity: int | None) -> None:
+    assert plan_memory(MINI, provider=provider, capacity=capacity, residency=residency).residency == residency
+
+
+def test_policies_that_exist_are_listed() -> None:
+    with pytest.raises(UsageError, match="unknown residency 'all'; choose auto, resident, swap or stream"):
+        check_residency("all")
+
+
+def test_figures_of_plans_are_taken_as_built_and_others_are_called_estimates() -> None:
+    memory = PlanMemory(weights=1000, activations=10)
+    records = {name: record_of(name, memory) for name in COMPONENTS}
+    built, estimated = plan_of(records), plan_of({})
+    assert (built.estimated, estimated.estimated) == (False, True)
+    assert all("as built" in line for line in built.lines()[4:9])
+    assert all("estimate, ±" in line for line in estimated.lines()[4:9])
+    assert all(need.uncertain and need.weights for need in estimated.needs)
+    half = {name: record for name, record in records.items() if name in UNETS}
+    assert {need.component for need in plan_of(half).needs if need.uncertain} == set(COMPONENTS) - set(UNETS)
+
+
+def test_the_manifests_plans_of_that_flavour_are_used() -> None:
+    records = tuple(record_of(name, PlanMemory(weights=1000, activations=10)) for name in COMPONENTS)
+    bundle = Bundle(MINI.root, replace(MINI.manifest, plans=records))
+    assert not plan_memory(bundle, provider="tensorrt", capacity=None).estimated
+    assert plan_memory(bundle, provider="tensorrt-rtx", capacity=None).estimated
+
+
+@pytest.fixture
+def sdxl() -> Bundle:
+    """Return a bundle without files, with the configs and the sizes of the published pair."""
+    manifest = MINI.manifest
+    folders = {"unet": ("base", "unet"), "refiner_unet": ("refiner", "unet"), "vae_decoder": ("base", "vae")}
+    components = dict(manifest.components)
+    for name, size in WEIGHTS.items():
+        component = components[name]
+        role, model = folders.get(name, ("base", name))
+        components[name] = replace(
+            component,
+            config=json.loads((PUBLISHED / role / model / "config.json").read_bytes()),
+            weights=replace(component.weights, size=size),
+            parameters=size // 2,
+            precision="fp32" if name == "vae_decoder" else "fp16",
+        )
+    return Bundle(MINI.root, replace(manifest, components=components))
+
+
+@pytest.mark.parametrize(
+    ("capacity", "residency", "everything_stays"),
+    [
+        (24 * GB, "resident", True),
+        (14 * GB, "resident", True),
+        (13.2 * GB, "resident", False),
+        (12 * GB, "swap", False),
+        (8 * GB, "swap", False),
+        (4 * GB, "stream", False),
+    ],
+)
+def test_sdxl_on_cards_that_people_have(
+    sdxl: Bundle, capacity: float, residency: str, *, everything_stays: bool
+) -> None:
+    plan = plan_memory(sdxl, provider="tensorrt", capacity=int(capacity), sizes=exact_sizes(1024, 1024))
+    assert (plan.residency, plan.missing) == (residency, 0)
+    assert (set(plan.keeps) == set(COMPONENTS)) == everything_stays
+    if residency == "resident":
+        assert set(UNETS) <= set(plan.keeps), "text encoders and the autoencoder give way, UNets do not"
+
+
+def test_what_streams_stays_in_host_memory_and_is_said_to(sdxl: Bundle) -> None:
+    plan = plan_memory(sdxl, provider="tensorrt", capacity=4 * GB, sizes=exact_sizes(1024, 1024))
+    there = 5_135_000_000 * 9 // 10 - plan.budgets["unet"]
+    assert plan.host >= there > 1.5 * GB
+    assert any("of its weights in host memory" in line for line in plan.lines())
+
+
+def test_too_little_memory_is_named_with_what_is_missing(sdxl: Bundle) -> None:
+    plan = plan_memory(sdxl, provider="tensorrt", capacity=GB, sizes=exact_sizes(1024, 1024))
+    assert plan.missing
+    assert f"does not fit: {plan.missing / 1e6:.0f} MB are missing" in plan.lines()[-1]
+    with pytest.raises(ResourceError, match="try smaller pictures, or a device with more memory"):
+        plan.check()
+
+
+@pytest.mark.parametrize(
+    ("residency", "remedy"),
+    [("resident", "try --residency swap"), ("swap", "try --residency stream")],
+)
+def test_a_stated_policy_that_does_not_fit_names_the_next(sdxl: Bundle, residency: str, remedy: str) -> None:
+    plan = plan_memory(sdxl, provider="tensorrt", capacity=4 * GB, residency=residency, sizes=exact_sizes(1024, 1024))
+    with pytest.raises(ResourceError, match=remedy):
+        plan.check()
+
+
+def test_a_larger_picture_takes_more(sdxl: Bundle) -> None:
+    peaks = [
+        plan_memory(sdxl, provider="tensorrt", capacity=None, sizes=exact_sizes(side, side)).peak
+        for side in (512, 768, 1024, 1536)
+    ]
+    assert peaks == sorted(set(peaks))
+
+
+def test_onnxruntime_streams_nothing_and_says_so(sdxl: Bundle) -> None:
+    stream, swap = (
+        plan_memory(sdxl, provider="ort-cpu", capacity=16 * GB, residency=residency) for residency in ("stream", "swap")
+    )
+    assert stream.reason.startswith("as swap: weights do not stream with ort-cpu")
+    assert (stream.peak, stream.budgets) == (swap.peak, {})
+    assert plan_memory(sdxl, provider="ort-cpu", capacity=1).residency == "swap"
+    assert fallbacks(swap) == ()
+
+
+def test_what_comes_next_where_memory_runs_out(sdxl: Bundle) -> None:
+    def next_of(residency: str) -> tuple[str, ...]:
+        return fallbacks(plan_memory(sdxl, provider="tensorrt", capacity=None, residency=residency))
+
+    assert [next_of(residency) for residency in RESIDENCIES] == [("swap", "stream"), ("stream",), ()]
+
+
+def test_on_the_host_each_session_has_activations_of_its_own(sdxl: Bundle) -> None:
+    plan = plan_memory(sdxl, provider="ort-cpu", capacity=None)
+    assert plan.peak == sum(need.weights + need.io + need.activations for need in plan.needs)
+    assert plan.host == 0, "the files are mapped"
+
+
+def test_a_component_needs_its_weights_in_fp32_and_more_on_the_host(component_of: Callable[..., object]) -> None:
+    fp32, fp16 = (host_need(component_of("unet", 1_000_000, precision)) for precision in ("fp32", "fp16"))
+    assert 1.4 * 4_000_000 <= fp32 <= 2 * 4_000_000
+    assert 1.9 * 4_000_000 <= fp16 <= 2.5 * 4_000_000
+
+
+def test_phases_are_those_of_a_run_and_tensorrt_takes_the_bf16_twin() -> None:
+    phases = run_phases(MINI.manifest, "tensorrt")
+    assert list(phases) == ["encode", "base", "refiner", "decode"]
+    assert phases["encode"] == ("text_encoder", "text_encoder_2")
+    twin = replace(MINI.manifest.base.vae, decoder_bf16="vae_decoder_bf16")
+    stages = {
+        "base": replace(MINI.manifest.base, vae=twin), "refiner": replace(MINI.manifest.refiner, vae=twin)
+    }  # fmt: skip
+    manifest = replace(MINI.manifest, **stages)
+    assert run_phases(manifest, "tensorrt")["decode"] == ("vae_decoder_bf16",)
+    assert run_phases(manifest, "ort-cuda")["decode"] == ("vae_decoder",)
+    assert stand_ins(manifest, "tensorrt-rtx") == {"vae_decoder": "vae_decoder_bf16"}
+    assert stand_ins(manifest, "ort-cpu") == {}
+
+
+def test_without_a_refiner_there_is_no_refiner_phase() -> None:
+    manifest = replace(MINI.manifest, refiner=None)
+    plan = plan_memory(Bundle(MINI.root, manifest), provider="tensorrt", capacity=None)
+    assert [phase.name for phase in plan.phases] == ["encode", "base", "decode"]

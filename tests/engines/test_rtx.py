@@ -1,0 +1,180 @@
+"""What only TensorRT for RTX has, on stand-ins written from its documentation: nothing here was seen on a GPU."""
+
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sdxl_trt.engines.bundle import read_bundle
+from sdxl_trt.engines.errors import EngineError
+from sdxl_trt.engines.ort import OrtEngine
+from sdxl_trt.engines.rtx import KernelCache, ParkedWeights
+from sdxl_trt.engines.trt import TrtEngine, open_device
+
+DIGEST = "0123456789abcdef" * 4
+TRT = types.SimpleNamespace(
+    ExecutionContextAllocationStrategy=types.SimpleNamespace(USER_MANAGED="user managed"),
+    CudaGraphStrategy=types.SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole graph"),
+)
+
+
+class _Cache:
+    def __init__(self) -> None:
+        self.content = b"compiled kernels"
+
+    def serialize(self) -> bytes:
+        return self.content
+
+    def deserialize(self, blob: bytes) -> bool:
+        self.content = blob
+        return True
+
+
+class _Config:
+    cuda_graph_strategy = "none"
+    strategy = cache = None
+
+    def set_execution_context_allocation_strategy(self, strategy: Any) -> None:
+        self.strategy = strategy
+
+    def create_runtime_cache(self) -> _Cache:
+        return _Cache()
+
+    def set_runtime_cache(self, cache: _Cache) -> bool:
+        self.cache = cache
+        return True
+
+
+class _Engine:
+    def create_runtime_config(self) -> _Config:
+        return _Config()
+
+    def create_execution_context(self, runtime_config: Any) -> Any:
+        return runtime_config
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "sdxl-trt" / "rtx"
+
+
+def test_kernels_are_kept_for_the_next_process(folder: Path) -> None:
+    first = KernelCache(TRT, _Engine(), DIGEST)
+    assert first.usable
+    context = first.create_context(_Engine())
+    assert (context.strategy, context.cuda_graph_strategy) == ("user managed", "whole graph")
+    context.cache.content = b"compiled here"
+    first.save()
+    (file,) = folder.iterdir()
+    assert file.read_bytes() == b"compiled here"
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert KernelCache(TRT, _Engine(), DIGEST).create_context(_Engine()).cache.content == b"compiled here"
+    other = KernelCache(TRT, _Engine(), DIGEST[::-1]).create_context(_Engine())
+    assert other.cache.content == b"compiled kernels", "the cache of another plan was taken"
+
+
+def test_kernels_that_others_could_have_written_are_left_alone(folder: Path) -> None:
+    KernelCache(TRT, _Engine(), DIGEST).save()
+    (file,) = folder.iterdir()
+    file.write_bytes(b"planted")
+    file.chmod(0o666)
+    assert KernelCache(TRT, _Engine(), DIGEST).create_context(_Engine()).cache.content == b"compiled kernels"
+
+
+def test_a_folder_that_cannot_be_written_costs_time_only(folder: Path) -> None:
+    folder.parent.mkdir()
+    folder.write_text("a file in the way")
+    KernelCache(TRT, _Engine(), DIGEST).save()
+    assert folder.read_text() == "a file in the way"
+
+
+def test_without_the_calls_nothing_is_kept(folder: Path) -> None:
+    cache = KernelCache(TRT, object(), DIGEST)
+    assert not cache.usable
+    cache.save()
+    assert not folder.exists()
+
+
+class _Manager:
+    """Holds four bytes of weights that live at the address they are saved to."""
+
+    def __init__(self, runtime: Any, fail: str = "") -> None:
+        self.runtime = runtime
+        self.fail = fail
+        self.done: list[str] = []
+
+    def get_size(self) -> int:
+        return 1024
+
+    def save_to_buffer(self, destination: int, size: int, location: Any, stream_handle: int) -> bool:
+        return self._note("save", destination, size, location)
+
+    def unload(self, stream_handle: int) -> bool:
+        self.done.append("unload")
+        return self.fail != "unload"
+
+    def restore_from_buffer(self, source: int, size: int, location: Any, stream_handle: int) -> bool:
+        return self._note("restore", source, size, location)
+
+    def _note(self, what: str, address: int, size: int, location: Any) -> bool:
+        assert address
+        assert (size, location.name) == (1024, "HOST")
+        self.done.append(what)
+        return self.fail != what
+
+
+def test_weights_are_parked_and_restored(simulated) -> None:
+    with open_device("tensorrt") as device:
+        manager = _Manager(device)
+        parked = ParkedWeights(device, types.SimpleNamespace(create_weights_manager=lambda: manager))
+        parked.restore()
+        for _ in range(2):
+            parked.park()
+            parked.restore()
+        assert manager.done == ["save", "unload", "restore", "unload", "restore"]
+        parked.free()
+        parked.free()
+
+
+@pytest.mark.parametrize("failing", ["save", "unload", "restore"])
+def test_weights_that_cannot_be_moved_are_an_error(simulated, failing: str) -> None:
+    with open_device("tensorrt") as device:
+        engine = types.SimpleNamespace(create_weights_manager=lambda: _Manager(device, failing))
+        parked = ParkedWeights(device, engine)
+        with pytest.raises(EngineError, match="weights: TensorRT failed"):  # noqa: PT012 - whichever comes first
+            parked.park()
+            parked.restore()
+        assert (parked._host is None) == (failing == "save"), "what was not saved must not pass for it"
+        parked.free()
+
+
+def test_an_older_library_cannot_park(simulated) -> None:
+    with open_device("tensorrt") as device, pytest.raises(EngineError, match=r"tensorrt_rtx 1\.7"):
+        ParkedWeights(device, object())
+
+
+@pytest.fixture(scope="session")
+def exported(pairs) -> Path:
+    return Path(pairs("outline").bundle)
+
+
+def test_the_flavour_runs_without_any_of_it(exported: Path, simulated, tmp_path: Path) -> None:
+    simulated.install("tensorrt-rtx")
+    bundle = read_bundle(simulated.bundle(exported, tmp_path / "bundle", height=16, width=16))
+    record = next(record for record in bundle.manifest.plans if record.key.component == "vae_decoder")
+    latents = np.random.default_rng(0).standard_normal((1, 4, 8, 8)).astype(np.float32)
+    reference = OrtEngine(bundle, "vae_decoder")
+    reference.load()
+    with open_device("tensorrt-rtx") as device:
+        engine = TrtEngine(bundle, record, device)
+        engine.load()
+        for _ in range(3):
+            found = engine.infer({"latent_sample": latents})
+            np.testing.assert_allclose(
+                found["sample"], reference.infer({"latent_sample": latents})["sample"], atol=1e-3
+            )
+        engine.unload()
+    assert simulated.calls["cudaGraphLaunch"] == 2

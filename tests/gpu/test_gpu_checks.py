@@ -1,0 +1,26 @@
+"""The checks of `make gpu-check` as tests, on machines that have a GPU."""
+
+import pytest
+
+from sdxl_trt.benchmarks.gpu_checks import Check, all_checks
+from sdxl_trt.benchmarks.gpu_workplace import Skipped, Workplace
+from sdxl_trt.engines.environment import device_available
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    """One for all checks: plans are built by the first that builds them, runs are made once."""
+    reason = device_available()
+    if reason:
+        pytest.skip(reason)
+    return Workplace(tmp_path_factory.mktemp("gpu"))
+
+
+@pytest.mark.parametrize("check", all_checks(), ids=lambda check: check.name)
+def test_on_the_gpu(check: Check, workplace: Workplace) -> None:
+    try:
+        assert check.run(workplace)
+    except Skipped as exc:
+        pytest.skip(str(exc))

@@ -1,0 +1,158 @@
+"""The scaling that is undone before the decoder, the tile that is chosen, and answers that are no picture."""
+
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sdxl_trt.engines.bundle import read_bundle
+from sdxl_trt.engines.errors import CorruptError
+from sdxl_trt.engines.manifest import Vae
+from sdxl_trt.engines.ort_providers import shape_limits
+from sdxl_trt.engines.profiles import Profile
+from sdxl_trt.mini.embedded import bundle_path
+from sdxl_trt.runtime.decode import choose_tile, decode, decoder_sizes
+
+
+class Spec:
+    name, shape = "latent_sample", ("pictures", 4, "height", "width")
+
+    def __init__(self, dtype: str) -> None:
+        self.dtype = dtype
+
+
+class Enlarger:
+    """A decoder of factor 2 that shows the latents themselves, and remembers what it was given."""
+
+    def __init__(self, dtype: str = "float32", spoilt: int | None = None) -> None:
+        self.dtype, self.spoilt, self.given = dtype, spoilt, []
+
+    @property
+    def component(self) -> Any:
+        return self
+
+    def input(self, name: str) -> Spec:
+        assert name == "latent_sample"
+        return Spec(self.dtype)
+
+    def infer(self, inputs: Mapping[str, np.ndarray], outputs: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+        latents = inputs["latent_sample"]
+        self.given.append(latents)
+        sample = latents[:, :3].repeat(2, axis=2).repeat(2, axis=3)
+        if self.spoilt == len(self.given):
+            sample[0, 0, 0, 0] = np.nan
+        return {"sample": sample}
+
+
+def vae(**settings: Any) -> Vae:
+    return Vae(decoder="d", encoder=None, scaling_factor=0.5, latent_channels=4, factor=2, **settings)
+
+
+def test_scaling_is_undone_once_whole_or_in_tiles(rng: np.random.Generator) -> None:
+    latents = rng.standard_normal((1, 4, 20, 12), dtype=np.float32)
+    whole = decode(Enlarger(), vae(), latents)
+    np.testing.assert_array_equal(whole[0, :, ::2, ::2], latents[0, :3] / 0.5)
+    np.testing.assert_allclose(decode(Enlarger(), vae(), latents, tile=(8, 8)), whole, rtol=0, atol=1e-5)
+
+
+def test_mean_and_deviation_are_undone_as_diffusers_does(rng: np.random.Generator) -> None:
+    latents = rng.standard_normal((2, 4, 4, 4), dtype=np.float32)
+    mean, deviation = (0.1, -0.2, 0.3, 0.0), (1.0, 2.0, 0.5, 1.5)
+    whole = decode(Enlarger(), vae(latents_mean=mean, latents_std=deviation), latents)
+    # StableDiffusionXLPipeline: latents * latents_std / scaling_factor + latents_mean
+    expected = latents * np.float32(deviation).reshape(1, 4, 1, 1) / 0.5 + np.float32(mean).reshape(1, 4, 1, 1)
+    np.testing.assert_allclose(whole[:, :, ::2, ::2], expected[:, :3], rtol=1e-6)
+
+
+@pytest.mark.parametrize("tile", [None, (8, 8)])
+def test_the_decoder_gets_its_own_dtype(tile: tuple[int, int] | None) -> None:
+    engine = Enlarger("float16")
+    decode(engine, vae(), np.ones((1, 4, 12, 12), np.float32), tile=tile)
+    assert {latents.dtype for latents in engine.given} == {np.dtype(np.float16)}
+
+
+@pytest.mark.parametrize(("tile", "spoilt"), [(None, 1), ((8, 8), 1), ((8, 8), 4)])
+def test_a_picture_that_is_none_is_refused_whichever_tile_has_it(tile: tuple[int, int] | None, spoilt: int) -> None:
+    with pytest.raises(CorruptError, match=r"NaN or infinity.*--vae-precision fp32"):
+        decode(Enlarger(spoilt=spoilt), vae(), np.ones((1, 4, 12, 12), np.float32), tile=tile)
+
+
+@pytest.mark.parametrize(
+    ("latents", "takes", "tiled", "expected"),
+    [
+        ((128, 128), None, False, None),
+        ((128, 128), ((64, 64), (160, 160)), False, None),
+        ((128, 128), ((64, 64), (128, 128)), False, None),
+        ((128, 128), ((64, 64), (64, 64)), False, (64, 64)),
+        ((128, 64), ((32, 32), (64, 64)), False, (64, 64)),
+        ((128, 48), ((32, 32), (64, 64)), False, (64, 48)),
+        ((48, 128), ((32, 32), (64, 32)), False, (48, 32)),
+        ((64, 64), ((32, 32), (64, 64)), True, None),
+        ((128, 128), None, True, (64, 64)),
+        ((128, 32), None, True, (64, 32)),
+        ((128, 128), ((48, 48), (160, 160)), True, (64, 64)),
+        ((128, 128), ((16, 48), (32, 160)), True, (32, 64)),
+        # A plan of one size has no smaller tile to offer.
+        ((128, 128), ((128, 128), (128, 128)), True, None),
+        ((256, 128), ((96, 96), (192, 192)), True, (96, 96)),
+    ],
+)
+def test_tiles_are_what_decoder_and_user_allow(latents: Any, takes: Any, tiled: bool, expected: Any) -> None:
+    assert choose_tile(latents, takes and [takes], 8, tiled=tiled) == expected
+
+
+STILL = [((128, 128), (128, 128)), ((64, 64), (64, 64)), ((32, 48), (32, 48))]
+
+
+@pytest.mark.parametrize(
+    ("latents", "tiled", "expected"),
+    [
+        ((128, 128), False, None),
+        ((128, 128), True, (64, 64)),
+        ((160, 160), False, (128, 128)),
+        ((160, 96), False, (64, 64)),
+        ((64, 64), False, None),
+        ((48, 128), False, (32, 48)),
+        # Smaller than all of them: the engine will say what it takes.
+        ((16, 16), False, (32, 48)),
+    ],
+)
+def test_of_several_sizes_the_largest_that_fits_is_taken(latents: Any, tiled: bool, expected: Any) -> None:
+    assert choose_tile(latents, STILL, 8, tiled=tiled) == expected
+
+
+def _pool(provider: str, sizes: dict[str, list[tuple[Any, Any]]], **replaced: str) -> Any:
+    """Return a stand-in for a pool with plans: component to smallest and largest latents of its profiles."""
+    records = {
+        name: SimpleNamespace(key=SimpleNamespace(profiles=[
+            Profile(shapes={"latent_sample": ((1, 4, *low), (1, 4, *low), (1, 4, *high))}) for low, high in spans]))
+        for name, spans in sizes.items()
+    }  # fmt: skip
+    return SimpleNamespace(provider=provider, records=records, stand_in=lambda name: replaced.get(name, name))
+
+
+def test_without_plans_in_use_any_size_goes() -> None:
+    assert decoder_sizes(_pool("ort-cpu", {}), "d") is None
+    assert decoder_sizes(_pool("tensorrt", {"unet": [((1, 1), (2, 2))]}), "d") is None
+
+
+def test_a_plan_takes_what_each_of_its_profiles_takes() -> None:
+    spans = [((8, 24), (64, 96)), ((16, 16), (16, 16))]
+    assert decoder_sizes(_pool("tensorrt", {"d": spans}), "d") == spans
+
+
+def test_the_twin_that_runs_is_the_one_that_is_asked() -> None:
+    plans = {"d": [((8, 8), (64, 64))], "d_bf16": [((8, 8), (160, 160))]}
+    assert decoder_sizes(_pool("tensorrt", plans, d="d_bf16"), "d") == plans["d_bf16"]
+    assert decoder_sizes(_pool("tensorrt", plans), "d") == plans["d"]
+
+
+def test_onnxruntimes_tensorrt_takes_what_its_engines_are_compiled_for() -> None:
+    """A wide decoder is compiled for tiles; the embedded pair's own, in fp16, for the whole of its sizes."""
+    bundle = read_bundle(bundle_path())
+    decoder = bundle.manifest.base.vae.decoder
+    pool = SimpleNamespace(provider="ort-tensorrt", bundle=bundle, records={}, stand_in=lambda name: name)
+    limits = shape_limits(bundle, decoder).shapes["latent_sample"]
+    assert decoder_sizes(pool, decoder) == [(limits[0][2:], limits[2][2:])]

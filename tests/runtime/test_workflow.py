@@ -1,0 +1,254 @@
+"""ComfyUI workflows: both forms and PNGs say the same, what cannot be run is named, nothing crashes or hangs."""
+
+import contextlib
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from sdxl_trt.engines.errors import UsageError
+from sdxl_trt.runtime.comfy_graph import MAX_BYTES
+from sdxl_trt.runtime.workflow import TO_THE_END, Conditioning, Latents, Model, Workflow, read_workflow
+
+Json = Any
+POSITIVE = {"width": 4096, "height": 2048, "crop_w": 1, "crop_h": 2, "target_width": 1024, "target_height": 512,
+            "text_g": "a fox", "text_l": "red"}  # fmt: skip
+
+
+def _sampler(model: str, positive: str, negative: str, latents: str, **changes: Any) -> Json:
+    inputs = {
+        "add_noise": "enable", "noise_seed": 2**63, "steps": 50, "cfg": 8.0, "sampler_name": "euler",
+        "scheduler": "normal", "start_at_step": 0, "end_at_step": 40, "return_with_leftover_noise": "enable",
+        "model": [model, 0], "positive": [positive, 0], "negative": [negative, 0], "latent_image": [latents, 0],
+    }  # fmt: skip
+    return {"class_type": "KSamplerAdvanced", "inputs": inputs | changes}
+
+
+def _prompt(text: str, checkpoint: str) -> Json:
+    inputs = {"ascore": 6.0, "width": 1024, "height": 512, "text": text, "clip": [checkpoint, 1]}
+    return {"class_type": "CLIPTextEncodeSDXLRefiner", "inputs": inputs}
+
+
+@pytest.fixture
+def api() -> Json:
+    """Base and refiner as in a tutorial: 40 of 50 steps, leftover noise, the refiner adds none."""
+    return {
+        "4": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "base.safetensors"}},
+        "12": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "refiner.safetensors"}},
+        "5": {"class_type": "EmptyLatentImage", "inputs": {"width": 1024, "height": 512, "batch_size": 2}},
+        "6": {"class_type": "CLIPTextEncodeSDXL", "inputs": POSITIVE | {"clip": ["4", 1]}},
+        "7": {"class_type": "CLIPTextEncode", "inputs": {"text": "bad", "clip": ["4", 1]}},
+        "8": {"class_type": "ConditioningZeroOut", "inputs": {"conditioning": ["7", 0]}},
+        "15": _prompt("a fox", "12"), "16": _prompt("bad", "12"),
+        "10": _sampler("4", "6", "8", "5"),
+        "11": _sampler("12", "15", "16", "10", add_noise="disable", start_at_step=40, end_at_step=10000,
+                       return_with_leftover_noise="disable"),
+        "17": {"class_type": "VAEDecode", "inputs": {"samples": ["11", 0], "vae": ["12", 2]}},
+        "19": {"class_type": "SaveImage", "inputs": {"filename_prefix": "x", "images": ["17", 0]}},
+    }  # fmt: skip
+
+
+@pytest.fixture
+def read(tmp_path: Path) -> Callable[[Any], Workflow]:
+    """Return a function that reads a workflow from a JSON file with this content."""
+
+    def load(content: Any) -> Workflow:
+        path = tmp_path / "workflow.json"
+        path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+        return read_workflow(path)
+
+    return load
+
+
+def test_base_and_refiner_are_read_with_all_their_settings(api: Json, read: Any) -> None:
+    workflow = read(api)
+    base, refiner = workflow.samplings
+    assert workflow.latents == Latents(1024, 512, 2)
+    assert workflow.vae == "refiner.safetensors"
+    assert (base.model, refiner.model) == (Model("base.safetensors"), Model("refiner.safetensors"))
+    assert (base.add_noise, base.start, base.end, base.leftover_noise) == (True, 0, 40, True)
+    assert (refiner.add_noise, refiner.start, refiner.end, refiner.leftover_noise) == (False, 40, TO_THE_END, False)
+    assert (base.seed, base.steps, base.cfg, base.sampler, base.schedule) == (2**63, 50, 8.0, "euler", "normal")
+    assert base.positive == Conditioning("6", "a fox", "red", False, (2048, 4096), (2, 1), (512, 1024))
+    assert base.negative == Conditioning("7", "bad", "bad", zeroed=True)
+    assert refiner.positive == Conditioning("15", "a fox", "a fox", False, (512, 1024), (0, 0), score=6.0)
+
+
+def test_a_ksampler_a_lora_and_a_picture(api: Json, read: Any) -> None:
+    api["20"] = {"class_type": "LoraLoader", "inputs": {"lora_name": "a", "strength_model": 0.5, "model": ["4", 0]}}
+    api["21"] = {"class_type": "LoraLoader", "inputs": {"lora_name": "b", "strength_model": 2, "model": ["20", 0]}}
+    api["22"] = {"class_type": "LoadImage", "inputs": {"image": "in.png"}}
+    api["5"] = {"class_type": "VAEEncode", "inputs": {"pixels": ["22", 0], "vae": ["4", 2]}}
+    api["10"] = {"class_type": "KSampler", "inputs": {
+        "seed": 3, "steps": 20, "cfg": 7, "sampler_name": "dpmpp_2m", "scheduler": "karras", "denoise": 0.3,
+        "model": ["21", 0], "positive": ["6", 0], "negative": ["7", 0], "latent_image": ["5", 0]}}  # fmt: skip
+    workflow = read(api)
+    base = workflow.samplings[0]
+    assert workflow.latents == Latents(image="in.png")
+    assert base.model == Model("base.safetensors", (("a", 0.5), ("b", 2)))
+    assert (base.seed, base.denoise, base.add_noise, base.start, base.end) == (3, 0.3, True, 0, TO_THE_END)
+
+
+def test_a_preview_of_the_way_is_no_second_picture(api: Json, read: Any) -> None:
+    whole = read(api)
+    api["30"] = {"class_type": "VAEDecode", "inputs": {"samples": ["10", 0], "vae": ["4", 2]}}
+    api["31"] = {"class_type": "PreviewImage", "inputs": {"images": ["30", 0]}}
+    assert read(api) == whole
+    api["32"] = copy.deepcopy(api["10"]) | {"inputs": api["10"]["inputs"] | {"noise_seed": 1}}
+    api["30"]["inputs"]["samples"] = ["32", 0]
+    with pytest.raises(UsageError, match="2 different pictures"):
+        read(api)
+
+
+WIDGETS = {
+    "CheckpointLoaderSimple": ["ckpt_name"], "EmptyLatentImage": ["width", "height", "batch_size"],
+    "CLIPTextEncode": ["text"], "CLIPTextEncodeSDXLRefiner": ["ascore", "width", "height", "text"],
+    "CLIPTextEncodeSDXL": list(POSITIVE), "ConditioningZeroOut": [], "VAEDecode": [], "SaveImage": ["filename_prefix"],
+    "KSamplerAdvanced": ["add_noise", "noise_seed", "*", "steps", "cfg", "sampler_name", "scheduler", "start_at_step",
+                         "end_at_step", "return_with_leftover_noise"],
+}  # fmt: skip
+
+
+def _editor(api: Json) -> Json:
+    """Return the editor's form of an API workflow, with the first text fed by a primitive and latents by a reroute."""
+    nodes, links = [], []
+
+    def link(origin: Any, slot: int, target: Any) -> int:
+        links.append([len(links) + 1, origin, slot, target, 0, "X"])
+        return len(links)
+
+    for key, stored in api.items():
+        kind, inputs = stored["class_type"], stored["inputs"]
+        values = ["fixed" if name == "*" else inputs[name] for name in WIDGETS[kind]]
+        slots = [{"name": name, "link": link(int(value[0]), value[1], int(key))}
+                 for name, value in inputs.items() if isinstance(value, list)]  # fmt: skip
+        if kind == "CLIPTextEncode":
+            nodes.append({"id": 100, "type": "PrimitiveNode", "widgets_values": [values[0], "fixed"]})
+            slots.append({"name": "text", "link": link(100, 0, int(key))})
+            values = ["stale"]
+        if kind == "VAEDecode":
+            nodes.append({"id": 101, "type": "Reroute", "inputs": [{"name": "", "type": "*", "link": slots[0]["link"]}],
+                          "outputs": [{"type": "LATENT"}]})  # fmt: skip
+            slots[0] = {"name": "samples", "link": link(101, 0, int(key))}
+        nodes.append({"id": int(key), "type": kind, "widgets_values": values, "inputs": slots, "mode": 0})
+    nodes.append({"id": 200, "type": "Note", "widgets_values": ["read me"]})
+    return {"nodes": nodes, "links": links, "version": 0.4}
+
+
+def test_the_editors_form_says_the_same(api: Json, read: Any) -> None:
+    assert read(_editor(api)) == read(api)
+
+
+def test_a_muted_picture_is_not_made(api: Json, read: Any) -> None:
+    editor = _editor(api)
+    next(node for node in editor["nodes"] if node["type"] == "SaveImage")["mode"] = 2
+    with pytest.raises(UsageError, match="no SaveImage"):
+        read(editor)
+
+
+@pytest.mark.parametrize("form", ["prompt", "workflow"])
+def test_a_png_carries_it(api: Json, read: Any, tmp_path: Path, form: str) -> None:
+    info = PngInfo()
+    info.add_text(form, json.dumps(api if form == "prompt" else _editor(api)))
+    Image.new("RGB", (8, 8)).save(tmp_path / "made.png", pnginfo=info)
+    assert read_workflow(tmp_path / "made.png") == read(api)
+
+
+def test_a_png_without_one_says_so(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "bare.png")
+    with pytest.raises(UsageError, match="carries no ComfyUI workflow"):
+        read_workflow(tmp_path / "bare.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "bare.png").read_bytes()[:20])
+    with pytest.raises(UsageError):
+        read_workflow(tmp_path / "cut.png")
+
+
+def test_all_that_cannot_be_run_is_named_at_once(api: Json, read: Any) -> None:
+    api["5"]["class_type"] = "LatentUpscale"
+    api["6"]["class_type"] = "CLIPTextEncodeFlux"
+    api["12"]["class_type"] = "UNETLoader"
+    with pytest.raises(UsageError) as caught:
+        read(api)
+    message = str(caught.value)
+    assert "\n" not in message
+    for name in ("node 6 (CLIPTextEncodeFlux)", "node 12 (UNETLoader)"):
+        assert name in message
+
+
+DAMAGE: dict[str, tuple[Callable[[Json], Any], str]] = {
+    "no output": (lambda api: api.pop("19"), "no SaveImage"),
+    "missing node": (lambda api: api.pop("10"), "links to node 10"),
+    "circle": (lambda api: api["10"]["inputs"].update(latent_image=["11", 0]), "circle"),
+    "self": (lambda api: api["10"]["inputs"].update(latent_image=["10", 0]), "circle"),
+    "word for number": (lambda api: api["10"]["inputs"].update(steps="fifty"), "steps is no number"),
+    "half a step": (lambda api: api["10"]["inputs"].update(steps=0.5), "steps is no whole number"),
+    "nan": (lambda api: api["10"]["inputs"].update(cfg=float("nan")), "cfg is no number"),
+    "true": (lambda api: api["10"]["inputs"].update(cfg=True), "cfg is no number"),
+    "neither": (lambda api: api["10"]["inputs"].update(add_noise="maybe"), "neither enable nor disable"),
+    "number for text": (lambda api: api["6"]["inputs"].update(text_g=5), "text_g is no text"),
+    "nothing linked": (lambda api: api["17"]["inputs"].update(samples=None), "nothing is linked to samples"),
+    "other class": (lambda api: api["17"].update(class_type="VAEDecodeTiled"), "VAEDecodeTiled"),
+    "no sampler": (lambda api: api["17"]["inputs"].update(samples=["5", 0]), "no sampler"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGE.values(), ids=DAMAGE)
+def test_what_is_wrong_is_said(api: Json, read: Any, damage: Callable[[Json], Any], message: str) -> None:
+    damage(api)
+    with pytest.raises(UsageError, match=message):
+        read(api)
+
+
+JUNK = (
+    b"", b"{", b"[]", b"{}", b"null", b"[" * 100_000, b"\xff\xfe", b'{"a": 1}', b'{"nodes": [], "links": []}',
+    b'{"nodes": [{"type": []}], "links": 5}',
+    b'{"nodes": [{"type": "SaveImage", "inputs": [{"name": "images", "link": []}]}]}',
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("content", JUNK)
+def test_other_files_are_refused(read: Any, content: bytes) -> None:
+    with pytest.raises(UsageError):
+        read(content)
+
+
+def test_a_huge_file_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "huge.json"
+    with path.open("wb") as file:
+        file.truncate(MAX_BYTES + 1)
+    with pytest.raises(UsageError, match="larger than"):
+        read_workflow(path)
+    with pytest.raises(UsageError, match="No such file"):
+        read_workflow(tmp_path / "none.json")
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(["4", "10", "11"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
+@given(data=st.data())
+def test_a_workflow_with_anything_in_it_is_read_or_refused(api: Json, read: Any, data: st.DataObject) -> None:
+    graph = _editor(api) if data.draw(st.booleans()) else copy.deepcopy(api)
+    for _ in range(data.draw(st.integers(1, 3))):
+        place: Any = graph
+        for _ in range(data.draw(st.integers(1, 4))):
+            if not isinstance(place, dict | list) or not place:
+                break
+            key = data.draw(st.sampled_from(list(place) if isinstance(place, dict) else list(range(len(place)))))
+            if data.draw(st.booleans()):
+                place[key] = data.draw(VALUES)
+                break
+            place = place[key]
+    with contextlib.suppress(UsageError):
+        read(graph)

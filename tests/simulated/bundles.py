@@ -1,0 +1,129 @@
+"""A copy of an exported bundle with simulated plans, as if export-engines had built them for the simulated device."""
+
+__all__ = ["make_simulated_bundle"]
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from sdxl_trt.engines.base import numpy_dtype
+from sdxl_trt.engines.bundle import MANIFEST, read_bundle, write_manifest
+from sdxl_trt.engines.manifest import Component, Manifest
+from sdxl_trt.engines.plan_records import BuildFlags, Environment, PlanKey, PlanMemory, PlanRecord
+from sdxl_trt.engines.plans import PLANS, plan_path
+from sdxl_trt.engines.profiles import Profile, Range, axes_of, component_profiles, default_sizes
+from sdxl_trt.engines.records import FileRecord
+from simulated.plans import Plan, encode, output_shape, rounded
+
+Activations = Callable[[str, Profile], int]
+
+
+def make_simulated_bundle(
+    device: Any,
+    bundle: Path,
+    target: Path,
+    *,
+    activations: Activations | None = None,
+    weight_streaming: bool = False,
+    environment: Environment | None = None,
+    onnx: bool = True,
+    **sizes: Any,
+) -> Path:
+    """Copy `bundle` to `target`, add a simulated plan for each component, and return `target`.
+
+    `sizes` are fields of Sizes (height, width, batch, tokens: a Range, a number or (min, opt, max); static), by
+    default those of the model. Without any, components that have a plan in the manifest keep its profiles and memory:
+    the real builder's figures. `activations(component, profile)` gives the bytes, by default in proportion to inputs
+    and outputs. With `weight_streaming` nine tenths of the weights can be streamed. Plans are keyed by `environment`,
+    by default that of `device`. With `onnx` false the copy has plans and no graphs; `bundle` must stay in any case.
+    """
+    # Copies, no links: tests damage bundles, and these come from the repository.
+    shutil.copytree(bundle, target, ignore=shutil.ignore_patterns(PLANS))
+    manifest = read_bundle(bundle).manifest
+    environment = environment or device.environment()
+    records = []
+    for name, component in manifest.components.items():
+        files = (bundle / component.graph.file, bundle / component.weights.file)
+        device.sources[component.graph.sha256 + component.weights.sha256] = files
+        built = next((record for record in manifest.plans if record.key.component == name and not sizes), None)
+        profiles = built.key.profiles if built else _profiles(manifest, component, sizes)
+        figures = _figures(name, component, profiles, built, activations)
+        memory = built.memory if built else PlanMemory(weights=component.weights.size, activations=0)
+        memory = msgspec.structs.replace(memory, activations=max(figures))
+        if weight_streaming and not memory.streamable:
+            memory = msgspec.structs.replace(memory, streamable=memory.weights * 9 // 10)
+        key = PlanKey(
+            component=name, graph=component.graph.sha256, weights=component.weights.sha256, environment=environment,
+            profiles=profiles, flags=BuildFlags(weight_streaming=memory.streamable > 0),
+        )  # fmt: skip
+        file = _write(target, key, encode(_plan(key, component, figures, memory)))
+        records.append(PlanRecord(key=key, file=file, memory=memory, seconds=1.0))
+        if not onnx:
+            (target / component.graph.file).unlink()
+            (target / component.weights.file).unlink()
+    write_manifest(target, msgspec.structs.replace(manifest, plans=tuple(records), onnx=onnx))
+    # Plans that others could write are refused, and a checkout may be open to a group.
+    target.chmod(0o755)
+    (target / MANIFEST).chmod(0o644)
+    return target
+
+
+def _plan(key: PlanKey, component: Component, figures: tuple[int, ...], memory: PlanMemory) -> Plan:
+    return Plan(
+        component=key.component, graph=key.graph, weights=key.weights, inputs=component.inputs,
+        outputs=component.outputs, profiles=key.profiles, activations=figures, weights_bytes=memory.weights,
+        streamable=memory.streamable, environment=key.environment,
+    )  # fmt: skip
+
+
+def _write(root: Path, key: PlanKey, content: bytes) -> FileRecord:
+    path = root / plan_path(key)
+    path.parent.mkdir(exist_ok=True)
+    path.parent.chmod(0o755)
+    path.write_bytes(content)
+    path.chmod(0o644)
+    return FileRecord(file=plan_path(key), size=len(content), sha256=hashlib.sha256(content).hexdigest())
+
+
+def _profiles(manifest: Manifest, component: Component, sizes: dict[str, Any]) -> tuple[Profile, ...]:
+    base = manifest.base
+    multiple = max(stage.size_multiple for stage in manifest.stages().values())
+    given = {key: _range(value) for key, value in sizes.items()}
+    wanted = msgspec.structs.replace(default_sizes(base.sample_size, base.vae.factor, multiple), **given)
+    axes = axes_of(component.kind, component.precision, wanted, base.vae.factor)
+    return component_profiles({spec.name: spec.shape for spec in component.inputs}, axes)
+
+
+def _figures(
+    name: str,
+    component: Component,
+    profiles: tuple[Profile, ...],
+    built: PlanRecord | None,
+    activations: Activations | None,
+) -> tuple[int, ...]:
+    """Return the activation bytes of each profile; a record of a real plan knows the largest alone."""
+    if activations is None and built is not None:
+        return (built.memory.activations,) * len(profiles)
+    return tuple(
+        rounded(activations(name, profile) if activations else _estimate(component, profile)) for profile in profiles
+    )
+
+
+def _range(value: Any) -> Any:
+    if isinstance(value, bool | Range):
+        return value
+    low, usual, high = (value, value, value) if isinstance(value, int) else value
+    return Range(min=low, opt=usual, max=high)
+
+
+def _estimate(component: Component, profile: Profile) -> int:
+    """Return eight times the bytes of the largest inputs and outputs: no truth, but it grows with them."""
+    largest = {name: shapes[2] for name, shapes in profile.shapes.items()}
+    tensors = [(spec, largest[spec.name]) for spec in component.inputs]
+    tensors += [(spec, output_shape(component.inputs, spec, largest)) for spec in component.outputs]
+    return 8 * sum(int(np.prod(shape)) * np.dtype(numpy_dtype(spec)).itemsize for spec, shape in tensors)

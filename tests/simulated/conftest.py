@@ -1,0 +1,134 @@
+"""A graph of four nodes with a simulated plan, and what a test needs to run it by hand."""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+
+from sdxl_trt.engines.manifest import TensorSpec
+from sdxl_trt.engines.plan_records import Environment
+from sdxl_trt.engines.profiles import Profile
+
+INPUTS = (
+    TensorSpec(name="x", dtype="float32", shape=("rows", 4, "height")),
+    TensorSpec(name="t", dtype="float32", shape=("rows",)),
+)
+OUTPUTS = (TensorSpec(name="y", dtype="float32", shape=("rows", 4, "2*height")),)
+WEIGHTS = np.arange(4, dtype=np.float32).reshape(4, 1)
+ACTIVATIONS = (1024, 4096)
+
+
+def expected(x: NDArray[Any], t: NDArray[Any]) -> NDArray[Any]:
+    """Return what the graph computes."""
+    once = x * WEIGHTS + t[:, None, None]
+    return np.concatenate([once, once], axis=2)
+
+
+def _write_graph(folder: Path) -> tuple[Path, Path]:
+    weights = folder / "weights.bin"
+    weights.write_bytes(WEIGHTS.tobytes())
+    initializer = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=WEIGHTS.shape)
+    initializer.data_location = TensorProto.EXTERNAL
+    for key, value in (("location", weights.name), ("offset", "0"), ("length", str(WEIGHTS.nbytes))):
+        initializer.external_data.add(key=key, value=value)
+    axes = helper.make_tensor("axes", TensorProto.INT64, [2], [1, 2])
+    nodes = [
+        helper.make_node("Mul", ["x", "w"], ["xw"]),
+        helper.make_node("Unsqueeze", ["t", "axes"], ["t3"]),
+        helper.make_node("Add", ["xw", "t3"], ["once"]),
+        helper.make_node("Concat", ["once", "once"], ["y"], axis=2),
+    ]
+    values = {spec.name: helper.make_tensor_value_info(spec.name, TensorProto.FLOAT, spec.shape)
+              for spec in (*INPUTS, *OUTPUTS)}  # fmt: skip
+    graph = helper.make_graph(nodes, "tiny", [values["x"], values["t"]], [values["y"]], [initializer, axes])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    path = folder / "model.onnx"
+    path.write_bytes(model.SerializeToString())
+    return path, weights
+
+
+class Tiny:
+    """A plan with two profiles (1 and 2 rows), and a run of it with every step that CUDA and TensorRT ask for."""
+
+    def __init__(self, device: Any, folder: Path) -> None:
+        import tensorrt as trt
+        from cuda.bindings import runtime
+
+        from simulated.plans import Plan, encode
+
+        graph, weights = _write_graph(folder)
+        digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (graph, weights)]
+        device.sources["".join(digests)] = (graph, weights)
+        self.profiles = tuple(
+            Profile(shapes={"x": ((rows, 4, 1), (rows, 4, 8), (rows, 4, 16)), "t": ((rows,),) * 3}) for rows in (1, 2)
+        )
+        environment = Environment(
+            flavour="tensorrt", tensorrt="11.4.0.106", gpu="Simulated GPU", compute_capability="8.9", driver="1",
+            platform="linux-x86_64",
+        )  # fmt: skip
+        self.plan = Plan(
+            component="tiny", graph=digests[0], weights=digests[1], inputs=INPUTS, outputs=OUTPUTS,
+            profiles=self.profiles, activations=ACTIVATIONS, weights_bytes=1 << 20, streamable=0,
+            environment=environment,
+        )  # fmt: skip
+        self.encode = encode
+        self.device, self.trt, self.cuda = device, trt, runtime
+        self.kinds = runtime.cudaMemcpyKind
+        self.logger = trt.Logger(trt.Logger.INTERNAL_ERROR)
+        self.runtime = trt.Runtime(self.logger)
+
+    def engine(self, **changes: Any) -> Any:
+        """Return a new engine of the plan, some fields of which may be changed."""
+        import msgspec
+
+        return self.runtime.deserialize_cuda_engine(self.encode(msgspec.structs.replace(self.plan, **changes)))
+
+    def ok(self, result: tuple[Any, ...]) -> Any:
+        """Return the value of a call to CUDA that succeeded."""
+        error, *values = result
+        assert error == self.cuda.cudaError_t.cudaSuccess, error
+        return values[0] if values else None
+
+    def pinned(self, array: NDArray[Any]) -> tuple[int, NDArray[Any]]:
+        """Return a pinned buffer that holds `array`, and the view of it."""
+        import ctypes
+
+        pointer = self.ok(self.cuda.cudaMallocHost(array.nbytes))
+        view = np.ctypeslib.as_array((ctypes.c_ubyte * array.nbytes).from_address(pointer))
+        view = view.view(array.dtype).reshape(array.shape)
+        view[...] = array
+        return pointer, view
+
+    def stream(self) -> Any:
+        """Return a new stream that does not wait for the default one."""
+        return self.ok(self.cuda.cudaStreamCreateWithFlags(self.cuda.cudaStreamNonBlocking))
+
+    def context(self, engine: Any, rows: int = 1, height: int = 8, **sizes: int) -> Any:
+        """Return a context with shapes and addresses set: what it needs lies in `self.buffers`."""
+        context = engine.create_execution_context(self.trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        self.buffers = {
+            "x": rows * 4 * height * 4, "t": rows * 4, "y": rows * 8 * height * 4, "scratch": ACTIVATIONS[rows - 1],
+        } | sizes  # fmt: skip
+        self.places = {name: self.ok(self.cuda.cudaMalloc(size)) for name, size in self.buffers.items()}
+        if rows == 2:
+            context.set_optimization_profile_async(1, 0)
+            self.cuda.cudaDeviceSynchronize()
+        assert context.set_input_shape("x", (rows, 4, height))
+        assert context.set_input_shape("t", (rows,))
+        for name in ("x", "t", "y"):
+            assert context.set_tensor_address(name, self.places[name])
+        context.set_device_memory(self.places["scratch"], self.buffers["scratch"])
+        return context
+
+
+@pytest.fixture
+def tiny(simulated: Any, tmp_path: Path) -> Iterator[Tiny]:
+    """The tiny plan on the simulated device."""
+    tiny = Tiny(simulated, tmp_path)
+    yield tiny
+    tiny.runtime = None

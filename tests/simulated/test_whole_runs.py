@@ -1,0 +1,170 @@
+"""Whole runs, base to refiner, on the simulated device: the CPU's picture, few bytes moved, one change of experts."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sdxl_trt.engines.bundle import Bundle, read_bundle
+from sdxl_trt.engines.errors import EngineError, ResourceError, SdxlTrtError
+from sdxl_trt.engines.plan_records import PlanRecord
+from sdxl_trt.runtime import Request, open_bundle
+
+RESIDENCIES = ("resident", "swap", "stream")
+UNETS = {"unet", "refiner_unet"}
+TOLERANCE = 1e-3
+ALIGNMENT = 256
+
+
+def _request(count: int = 1, steps: int = 4, guidance: float = 4.0) -> Request:
+    return Request("a red fox", seed=7, steps=steps, handoff=0.5, guidance=guidance, count=count)
+
+
+def _latents(root: Path, provider: str, request: Request, residency: str = "auto") -> list[Any]:
+    with open_bundle(root, provider=provider, residency=residency) as pipeline:
+        return [picture.latents for picture in pipeline.generate(request)]
+
+
+@pytest.fixture(scope="module")
+def exported(pairs: Callable[[str], Any]) -> Path:
+    return Path(pairs("outline").bundle)
+
+
+@pytest.fixture(scope="module")
+def reference(exported: Path) -> list[Any]:
+    """The latents that the CPU provider gives for `_request(2)`."""
+    return _latents(exported, "ort-cpu", _request(2))
+
+
+@pytest.fixture
+def planned(simulated: Any, exported: Path, tmp_path: Path) -> Path:
+    return Path(simulated.bundle(exported, tmp_path / "bundle", weight_streaming=True))
+
+
+def _assert_same(latents: list[Any], expected: list[Any]) -> None:
+    worst = max(float(np.abs(a - b).max()) for a, b in zip(latents, expected, strict=True))
+    assert worst <= TOLERANCE, f"max abs difference {worst:.2e}, at most {TOLERANCE:.0e} is allowed"
+
+
+def _records(bundle: Bundle) -> dict[str, PlanRecord]:
+    return {record.key.component: record for record in bundle.manifest.plans}
+
+
+@pytest.mark.parametrize("residency", RESIDENCIES)
+def test_the_picture_is_the_cpus(simulated: Any, planned: Path, reference: list[Any], residency: str) -> None:
+    request = _request(2)
+    _assert_same(_latents(planned, "tensorrt", request, residency), reference)
+    experts = [name for name in simulated.executed if name in UNETS]
+    assert experts == ["unet"] * 4 + ["refiner_unet"] * 4
+
+
+@pytest.mark.parametrize("residency", RESIDENCIES)
+def test_a_step_moves_the_latents_the_timestep_and_the_prediction(
+    simulated: Any, planned: Path, residency: str
+) -> None:
+    request, seen = _request(steps=8), []
+    with open_bundle(planned, provider="tensorrt", residency=residency) as pipeline:
+        for step in pipeline.steps(request):
+            moved = simulated.since()
+            # The first step of an expert comes after its conditions were bound.
+            if step.stage in ("base", "refiner") and step.index > 1:
+                assert step.latents is not None
+                rows = 2 * step.latents.nbytes
+                # Under `resident` the refiner's weights come while the base computes.
+                assert moved.pop("weights", 0) == 0 or residency == "resident"
+                assert moved == {"HostToDevice": rows + 2 * 4, "DeviceToHost": rows}
+                seen.append(step.stage)
+    assert set(seen) == {"base", "refiner"}
+
+
+def test_the_experts_never_share_memory_under_swap(simulated: Any, planned: Path) -> None:
+    records = _records(read_bundle(planned))
+    weights = max(records[name].memory.weights for name in UNETS)
+    activations = max(record.memory.activations for record in records.values())
+    inputs_and_outputs = 0
+    for name in UNETS:
+        shapes = simulated_shapes(records[name])
+        inputs_and_outputs = max(inputs_and_outputs, sum(4 * int(np.prod(shape)) + ALIGNMENT for shape in shapes))
+    _latents(planned, "tensorrt", _request(), "swap")
+    assert weights < simulated.peak_bytes <= weights + activations + inputs_and_outputs
+    swapped = simulated.peak_bytes
+    simulated.reset_peak()
+    _latents(planned, "tensorrt", _request(), "resident")
+    assert simulated.peak_bytes >= swapped + min(records[name].memory.weights for name in UNETS)
+
+
+def simulated_shapes(record: PlanRecord) -> list[tuple[int, ...]]:
+    """Return the largest shapes of a UNet's inputs, and its output's, which is the sample's."""
+    (profile,) = record.key.profiles
+    largest = {name: shapes[2] for name, shapes in profile.shapes.items()}
+    return [*largest.values(), largest["sample"]]
+
+
+@pytest.mark.parametrize("count", [1, 8, 100])
+def test_the_experts_change_once_whatever_the_pictures(simulated: Any, planned: Path, count: int) -> None:
+    request = _request(count, steps=2, guidance=1.0)
+    with open_bundle(planned, provider="tensorrt", residency="swap") as pipeline:
+        latents = [picture.latents for picture in pipeline.generate(request)]
+        assert pipeline.pool.swaps == 1
+    assert len(latents) == count
+    records = _records(read_bundle(planned))
+    for name in UNETS:
+        assert simulated.deserialized.count(records[name].file.sha256) == 1
+    experts = [name for name in simulated.executed if name in UNETS]
+    assert experts == sorted(experts, key="unet".__ne__)  # phase by phase
+
+
+def test_both_flavours_run(simulated: Any, exported: Path, tmp_path: Path, reference: list[Any]) -> None:
+    simulated.install("tensorrt-rtx")
+    root = simulated.bundle(exported, tmp_path / "bundle")
+    _assert_same(_latents(root, "tensorrt-rtx", _request(2), "swap"), reference)
+
+
+@pytest.fixture
+def clean(simulated: Any) -> Iterator[None]:
+    """Check at the end that nothing is left on the device; the fixture `simulated` checks all else."""
+    yield
+    assert simulated.current_bytes == 0
+
+
+@pytest.mark.usefixtures("clean")
+@pytest.mark.parametrize("n", [1, 3, 6, 10, 15])
+def test_memory_may_run_out_anywhere(simulated: Any, planned: Path, n: int) -> None:
+    simulated.fail_allocation(n)
+    with pytest.raises(ResourceError, match="out of memory; try --residency"):
+        _latents(planned, "tensorrt", _request(), "resident")
+
+
+@pytest.mark.usefixtures("clean")
+def test_a_policy_that_was_chosen_gives_way_to_another(simulated: Any, planned: Path, reference: list[Any]) -> None:
+    with open_bundle(planned, provider="tensorrt", residency="auto") as pipeline:
+        chosen = pipeline.pool.residency
+        simulated.fail_allocation(1)
+        latents = [picture.latents for picture in pipeline.generate(_request(2))]
+        assert pipeline.pool.residency != chosen
+    _assert_same(latents, reference)
+
+
+@pytest.mark.usefixtures("clean")
+@pytest.mark.parametrize("share", [0.05, 0.2, 0.4, 0.6, 0.8, 0.95])
+def test_the_device_may_be_lost_anywhere(simulated: Any, planned: Path, share: float) -> None:
+    _latents(planned, "tensorrt", _request(), "swap")
+    simulated.sticky_after(int(share * simulated.calls.total()))
+    with pytest.raises(EngineError):
+        _latents(planned, "tensorrt", _request(), "swap")
+
+
+@pytest.mark.usefixtures("clean")
+@pytest.mark.parametrize("failure", ["fail_next_deserialize", "fail_next_execute", "fail_capture"])
+def test_what_fails_once_ends_the_run_cleanly_or_not_at_all(
+    simulated: Any, planned: Path, reference: list[Any], failure: str
+) -> None:
+    getattr(simulated, failure)()
+    if failure == "fail_capture":
+        _assert_same(_latents(planned, "tensorrt", _request(2), "swap"), reference)
+    else:
+        with pytest.raises(SdxlTrtError):
+            _latents(planned, "tensorrt", _request(), "swap")
+    _assert_same(_latents(planned, "tensorrt", _request(2), "swap"), reference)
