@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.update(child_environment(assemble()))
     built = [build(name, path) for name, path in graphs] if arguments.build else []
     report = {"tensorrt": tensorrt.version, "parsed": parsed, "built": built}
-    text = msgspec.json.encode(report).decode() if arguments.json else table(parsed)
+    text = msgspec.json.encode(report, enc_hook=str).decode() if arguments.json else table(parsed)
     sys.stdout.write(text + "\n")
     return 0 if all(graph.accepted for graph in parsed) else 1
 
