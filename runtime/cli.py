@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdxl_trt.engines.command import one_line, print_json, run
 from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.runtime.options import make_parser
+from sdxl_trt.runtime.options import check_alone_with_workflow, make_parser
 
 if TYPE_CHECKING:
     from sdxl_trt.runtime.pipeline import Pipeline
@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> None:
     if arguments.plan:
         _plan(arguments)
-    elif arguments.prompt is None:
+    elif arguments.prompt is None and arguments.workflow is None:
         raise UsageError("a PROMPT is missing: say what the picture shows")
     else:
         _generate(arguments)
@@ -52,11 +52,11 @@ def _generate(arguments: argparse.Namespace) -> None:
 
     started = time.perf_counter()
     check_outputs(arguments)
-    request = _request(arguments)
+    request = _request(arguments) if arguments.workflow is None else None
     with open_bundle(
         arguments.engines, provider=arguments.provider, residency=arguments.residency, available=arguments.vram
     ) as pipeline:
-        steps = pipeline.steps(request)
+        steps = pipeline.steps(request or _from_workflow(arguments, pipeline))
         seeds = pipeline.run.request.seeds if pipeline.run else ()
         if not arguments.json and pipeline.manifest.note:
             sys.stderr.write(f"note: {one_line(pipeline.manifest.note)}\n")
@@ -81,6 +81,7 @@ def _request(arguments: argparse.Namespace) -> "Request":
     from sdxl_trt.runtime.request import Request  # noqa: PLC0415
 
     return Request(
+        compat=arguments.compat,
         prompt=arguments.prompt,
         prompt_2=arguments.prompt_2,
         negative=arguments.negative,
@@ -88,6 +89,11 @@ def _request(arguments: argparse.Namespace) -> "Request":
         steps=arguments.steps,
         handoff=None if arguments.no_refiner else arguments.handoff,
         handoff_step=arguments.handoff_step,
+        handoff_sigma=arguments.handoff_sigma,
+        base_end_step=arguments.base_end_step,
+        refiner_start_step=arguments.refiner_start_step,
+        refiner_add_noise=arguments.refiner_add_noise,
+        leftover_noise=arguments.leftover_noise,
         guidance=arguments.guidance,
         refiner_guidance=arguments.refiner_guidance,
         guidance_rescale=arguments.guidance_rescale,
@@ -97,10 +103,34 @@ def _request(arguments: argparse.Namespace) -> "Request":
         schedule=arguments.schedule,
         aesthetic_score=arguments.aesthetic_score,
         negative_aesthetic_score=arguments.negative_aesthetic_score,
+        original_size=arguments.original_size,
+        crop=arguments.crop,
+        target_size=arguments.target_size,
+        clip_skip=arguments.clip_skip,
         seed=arguments.seed,
         count=arguments.count,
         width=arguments.width,
         height=arguments.height,
+        latents=load_latents(arguments.latents),
+        tile=arguments.tile,
+    )
+
+
+def _from_workflow(arguments: argparse.Namespace, pipeline: "Pipeline") -> "Request":
+    from dataclasses import replace  # noqa: PLC0415
+
+    from sdxl_trt.runtime.outputs import load_latents  # noqa: PLC0415
+    from sdxl_trt.runtime.workflow import read_workflow  # noqa: PLC0415
+    from sdxl_trt.runtime.workflow_request import workflow_request  # noqa: PLC0415
+
+    check_alone_with_workflow(arguments)
+    request = workflow_request(read_workflow(arguments.workflow), pipeline.manifest)
+    seed = {} if arguments.seed is None else {"seed": arguments.seed, "refiner_seed": None}
+    return replace(
+        request,
+        **seed,
+        guidance_rescale=arguments.guidance_rescale,
+        guidance_interval=arguments.guidance_interval,
         latents=load_latents(arguments.latents),
         tile=arguments.tile,
     )

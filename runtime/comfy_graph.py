@@ -7,7 +7,6 @@ no path in it is opened here.
 __all__ = ["Graph", "Link", "Node", "parse_graph", "read_graph"]
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from sdxl_trt.engines.errors import UsageError, explain_os_error
 
 MAX_BYTES = 16 << 20
 MAX_NODES = 10_000
+MAX_NUMBER = 2**64
 _PNG = b"\x89PNG\r\n\x1a\n"
 _MAX_HOPS = 100
 # The editor stores a node's widget values in this order; "*" is the seed's own "after generating" choice.
@@ -59,8 +59,9 @@ class Node:
     def number(self, name: str, default: float | None = None) -> float:
         """Return a finite number; UsageError where there is none."""
         value = self.inputs.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise UsageError(f"{self}: {name} is no number")
+        # Beyond every setting's range, and within what a float holds.
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MAX_NUMBER:
+            raise UsageError(f"{self}: {name} is no number, or a huge one")
         return value
 
     def whole(self, name: str, default: int | None = None) -> int:

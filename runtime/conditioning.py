@@ -2,6 +2,8 @@
 
 __all__ = ["Conditions", "MicroConditions", "make_conditions"]
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +12,7 @@ from numpy.typing import NDArray
 from sdxl_trt.engines.base import Array, Engine, numpy_dtype
 from sdxl_trt.engines.errors import CorruptError
 from sdxl_trt.engines.manifest import Stage
+from sdxl_trt.runtime.guidance import guides
 from sdxl_trt.runtime.prompts import PromptEmbeds
 
 
@@ -48,11 +51,13 @@ class Conditions:
     guidance_scale: float
     pictures: int = 0
     """How many pictures the rows are for; 0 for as many as are asked about."""
+    any_scale: bool = False
+    """Whether every guidance scale but 1 guides, as in ComfyUI."""
 
     @property
     def guided(self) -> bool:
         """Return whether there are negative rows."""
-        return self.guidance_scale > 1.0
+        return guides(self.guidance_scale, any_scale=self.any_scale)
 
 
 def make_conditions(
@@ -60,19 +65,33 @@ def make_conditions(
     stage: Stage,
     positive: PromptEmbeds,
     negative: PromptEmbeds,
-    micro: MicroConditions,
+    micro: MicroConditions | tuple[MicroConditions, MicroConditions],
     guidance_scale: float,
     pictures: int,
+    *,
+    any_scale: bool = False,
 ) -> Conditions:
-    """Return the conditions of `pictures` pictures of one prompt, in the dtypes that `engine` takes."""
-    sides = [(positive, False), (negative, True)] if guidance_scale > 1.0 else [(positive, False)]
+    """Return the conditions of `pictures` pictures of one prompt, in the dtypes that `engine` takes.
+
+    `micro` are those of both sides, or of each. Prompts of different lengths are repeated to the least common one, as
+    in ComfyUI: attention takes no notice of a repetition.
+    """
+    both = (micro, micro) if isinstance(micro, MicroConditions) else micro
+    sides = [(positive, both[0], False), (negative, both[1], True)]
+    if not guides(guidance_scale, any_scale=any_scale):
+        sides = sides[:1]
     columns = {
-        "encoder_hidden_states": [side.hidden for side, _ in sides],
-        "text_embeds": [side.pooled for side, _ in sides],
-        "time_ids": [micro.time_ids(stage.time_ids, negative=is_negative) for _, is_negative in sides],
+        "encoder_hidden_states": _equally_long([embeds.hidden for embeds, _, _ in sides]),
+        "text_embeds": [embeds.pooled for embeds, _, _ in sides],
+        "time_ids": [each.time_ids(stage.time_ids, negative=is_negative) for _, each, is_negative in sides],
     }
     inputs = {
         name: np.repeat(np.stack(rows), pictures, axis=0).astype(numpy_dtype(engine.component.input(name)))
         for name, rows in columns.items()
     }
-    return Conditions(inputs, guidance_scale, pictures)
+    return Conditions(inputs, guidance_scale, pictures, any_scale)
+
+
+def _equally_long(hidden: Sequence[NDArray[np.float32]]) -> list[NDArray[np.float32]]:
+    length = math.lcm(*(len(each) for each in hidden))
+    return [np.tile(each, (length // len(each), 1)) for each in hidden]

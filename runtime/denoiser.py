@@ -39,7 +39,7 @@ class Denoiser:
         self._schedule = schedule
         self._conditions = conditions
         self._prediction_type = prediction_type
-        self._guidance = guidance or Guidance(conditions.guidance_scale)
+        self._guidance = guidance or Guidance(conditions.guidance_scale, any_scale=conditions.any_scale)
         self._dtype = numpy_dtype(engine.component.input("sample"))
         engine.bind(conditions.inputs)
 

@@ -1,6 +1,6 @@
 """Classifier-free guidance: how far from the negative prompt, at which steps, and how much of it is taken back."""
 
-__all__ = ["Guidance", "guided_span"]
+__all__ = ["Guidance", "guided_span", "guides"]
 
 import math
 from dataclasses import dataclass
@@ -11,25 +11,31 @@ from numpy.typing import NDArray
 from sdxl_trt.engines.errors import UsageError
 
 
+def guides(scale: float, *, any_scale: bool = False) -> bool:
+    """Return whether `scale` is guidance: above 1 (diffusers' rule), or with `any_scale` all but 1 (ComfyUI's)."""
+    return not math.isclose(scale, 1.0) if any_scale else scale > 1.0
+
+
 @dataclass(frozen=True)
 class Guidance:
-    """`scale` 1 or less is none (diffusers' rule). Sigmas in (`above`, `up_to`] are guided; the others run the
-    positive prompt alone, in half the rows. `rescale` mixes in a prediction with the positive's own spread.
+    """How strongly a stage is guided. Sigmas in (`above`, `up_to`] are; the others run the positive prompt alone, in
+    half the rows. `rescale` mixes in a prediction with the positive's own spread; `any_scale` is that of `guides`.
     """
 
     scale: float
     rescale: float = 0.0
     above: float = 0.0
     up_to: float = math.inf
+    any_scale: bool = False
 
     @property
     def wanted(self) -> bool:
         """Return whether any step is guided."""
-        return self.scale > 1.0 and self.above < self.up_to
+        return guides(self.scale, any_scale=self.any_scale) and self.above < self.up_to
 
     def applies(self, sigma: float) -> bool:
         """Return whether a step at `sigma` is guided."""
-        return self.scale > 1.0 and self.above < sigma <= self.up_to
+        return self.wanted and self.above < sigma <= self.up_to
 
     def combine(self, positive: NDArray[np.float32], negative: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the guided prediction (n, c, h, w): away from the negative, through the positive (arXiv 2207.12598).

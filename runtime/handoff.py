@@ -5,10 +5,9 @@ diffusers states the place as a fraction of the training timesteps, ComfyUI as a
 kept apart, since they differ (30 steps at 0.8 hand over after 23 steps).
 """
 
-__all__ = ["split", "step_at_fraction"]
+__all__ = ["step_at_fraction", "step_at_sigma"]
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sdxl_trt.runtime.sigmas import Schedule
 
@@ -23,6 +22,7 @@ def step_at_fraction(schedule: Schedule, fraction: float) -> int:
     return int(np.count_nonzero(schedule.timesteps >= cutoff))
 
 
-def split(sigmas: NDArray[np.float32], step: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Cut (steps + 1,) sigmas after `step` steps; both parts hold the sigma at which the latents change hands."""
-    return sigmas[: step + 1], sigmas[step:]
+def step_at_sigma(schedule: Schedule, sigma: float) -> int:
+    """Return how many steps the base takes to the first sigma of the grid at or below `sigma`; all for none of them."""
+    # A sigma that was read off the grid, in decimal digits, is that of the grid.
+    return int(np.count_nonzero(schedule.sigmas[:-1] > sigma * (1.0 + 1e-5)))

@@ -6,10 +6,10 @@ The same seed gives the same picture as in diffusers, so the generator is torch'
 logarithm and cosine with vectorized polynomials of its own.
 """
 
-__all__ = ["PictureNoise", "TorchGenerator"]
+__all__ = ["BatchNoise", "NoiseSource", "PictureNoise", "TorchGenerator"]
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,6 +71,18 @@ class TorchGenerator:
         return float(((high << np.uint64(32)) | low) & _MANTISSA_64) * 2.0**-53
 
 
+class NoiseSource(Protocol):
+    """Where the noise of all pictures of a request comes from."""
+
+    def draw(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        """Return (pictures, *shape) of unit variance to start from."""
+        ...
+
+    def source(self, shape: tuple[int, ...], pictures: slice) -> Callable[[float, float], NDArray[np.float32]]:
+        """Return what a stochastic sampler of these pictures draws from, whichever sigmas it goes between."""
+        ...
+
+
 class PictureNoise:
     """Noise for several pictures, each from a generator of its own, as diffusers draws from a list of generators.
 
@@ -87,6 +99,27 @@ class PictureNoise:
     def source(self, shape: tuple[int, ...], pictures: slice) -> Callable[[float, float], NDArray[np.float32]]:
         """Return what a stochastic sampler of these pictures draws from, whichever sigmas it goes between."""
         return lambda _sigma, _after: self.draw(shape, pictures)
+
+
+class BatchNoise:
+    """Noise of a batch from one generator, as ComfyUI draws it: whoever asks begins the seed's stream anew.
+
+    A stochastic sampler draws from the seed after it, as ComfyUI does where the latents are on the CPU; its noise does
+    not depend on which pictures share a call.
+    """
+
+    def __init__(self, seed: int, count: int) -> None:
+        self._seed = seed
+        self._count = count
+
+    def draw(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        """Return (count, *shape) of unit variance."""
+        return TorchGenerator(self._seed).randn((self._count, *shape))
+
+    def source(self, shape: tuple[int, ...], pictures: slice) -> Callable[[float, float], NDArray[np.float32]]:
+        """Return what a stochastic sampler of these pictures draws from: their part of the whole batch's noise."""
+        generator = TorchGenerator(self._seed + 1)
+        return lambda _sigma, _after: generator.randn((self._count, *shape))[pictures]
 
 
 def _box_muller(uniform: NDArray[np.float32]) -> NDArray[np.float32]:

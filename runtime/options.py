@@ -1,6 +1,6 @@
 """The options of trt-generate: what they are called, what they take, what --help says of them."""
 
-__all__ = ["PROVIDERS", "SAMPLERS", "make_parser"]
+__all__ = ["COMFYUI_SCHEDULES", "PROVIDERS", "SAMPLERS", "check_alone_with_workflow", "make_parser"]
 
 import argparse
 from pathlib import Path
@@ -14,10 +14,23 @@ SAMPLERS = (
     "euler", "heun", "dpm_2", "lms", "dpmpp_2m", "ddim", "uni_pc", "deis", "res_multistep", "euler_ancestral",
     "dpm_2_ancestral", "dpmpp_2s_ancestral", "dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde", "lcm",
 )  # fmt: skip
+COMFYUI_SCHEDULES = (
+    "simple", "sgm_uniform", "karras", "exponential", "ddim_uniform", "beta", "normal", "linear_quadratic",
+    "kl_optimal",
+)  # fmt: skip
+OTHERS = tuple(name for name in COMFYUI_SCHEDULES if name != "normal")
+_IN_WORKFLOW = (
+    "prompt", "prompt_2", "negative", "negative_2", "width", "height", "count", "steps", "handoff", "handoff_step",
+    "handoff_sigma", "no_refiner", "guidance", "refiner_guidance", "sampler", "refiner_sampler", "schedule",
+    "aesthetic_score", "negative_aesthetic_score", "original_size", "crop", "target_size", "clip_skip", "base_end_step",
+    "refiner_start_step", "refiner_add_noise", "leftover_noise",
+)  # fmt: skip
 EPILOG = """examples:
   trt-generate "a large red star on a blue background" -o star.png
   trt-generate "a red fox" --engines my-bundle --steps 30 --handoff 0.8 --seed 7
   trt-generate "a red fox" --engines my-bundle --no-refiner -n 4 --json
+  trt-generate "a (red:1.2) fox" --engines my-bundle --compat comfyui --schedule karras --sampler dpmpp_2m
+  trt-generate --workflow sdxl.json --engines my-bundle
   trt-generate --plan --vram 12GB --engines my-bundle
 """
 
@@ -33,8 +46,18 @@ def make_parser() -> Parser:
     parser.add_argument("prompt", metavar="PROMPT", nargs="?", help="what the picture shows")
     _add_prompt_options(parser)
     _add_run_options(parser)
+    _add_comfyui_options(parser)
     _add_engine_options(parser)
     return parser
+
+
+def check_alone_with_workflow(arguments: argparse.Namespace) -> None:
+    """Raise UsageError for an option beside --workflow that the workflow states itself."""
+    usual = vars(make_parser().parse_args([]))
+    for name in _IN_WORKFLOW:
+        if getattr(arguments, name) != usual[name]:
+            option = {"prompt": "PROMPT", "count": "-n"}.get(name, f"--{name.replace('_', '-')}")
+            raise UsageError(f"--workflow states {option} itself; leave it out, or change the workflow")
 
 
 def _add_prompt_options(parser: Parser) -> None:
@@ -57,6 +80,7 @@ def _add_run_options(parser: Parser) -> None:
     where.add_argument("--handoff", type=_handoff, default="auto", metavar="F|none",
                        help="share of the noise range that the base denoises (default 0.8)")  # fmt: skip
     where.add_argument("--handoff-step", type=int, metavar="K", help="hand over after K steps")
+    where.add_argument("--handoff-sigma", type=float, metavar="S", help="hand over at the first sigma not above S")
     where.add_argument("--no-refiner", action="store_true", help="the base alone, as --handoff none")
     group.add_argument("--guidance", type=float, default=5.0, metavar="G", help="classifier-free guidance (5.0)")
     group.add_argument("--refiner-guidance", type=float, metavar="G", help="the refiner's (default: the base's)")
@@ -69,11 +93,27 @@ def _add_run_options(parser: Parser) -> None:
     group.add_argument("--refiner-sampler", metavar="NAME", help="the refiner's (default: the base's)")
     group.add_argument("--schedule", default="", metavar="SPACING[+TRANSFORM]",
                        help="leading, trailing or linspace, with +karras, +exponential, +beta or +lu (default: the"
-                       " model's own)")  # fmt: skip
+                       f" model's own); with --compat comfyui normal (default), {', '.join(OTHERS)}")  # fmt: skip
     group.add_argument("--aesthetic-score", type=float, default=6.0, metavar="A", help="told to the refiner (6.0)")
     group.add_argument("--negative-aesthetic-score", type=float, default=2.5, metavar="A", help="of the negative (2.5)")
+    group.add_argument("--original-size", type=_size, metavar="WxH", help="size that the model is told it was cut from")
+    group.add_argument("--crop", type=_corner, default=(0, 0), metavar="X,Y", help="where it was cut from that (0,0)")
+    group.add_argument("--target-size", type=_size, metavar="WxH", help="size that the model is told it has (its own)")
+    group.add_argument("--clip-skip", type=int, default=0, metavar="K", help="text encoder layers to leave out (0)")
     group.add_argument("--latents", type=Path, metavar="FILE.npy", help="initial noise, float32 of unit variance")
     group.add_argument("--save-latents", type=Path, metavar="FILE.npz", help="write initial, handoff and final latents")
+
+
+def _add_comfyui_options(parser: Parser) -> None:
+    group = parser.add_argument_group("as in ComfyUI")
+    group.add_argument("--compat", choices=("diffusers", "comfyui"), default="diffusers",
+                       help="whose noise, prompt weights, timesteps and pixels (diffusers)")  # fmt: skip
+    group.add_argument("--workflow", type=Path, metavar="FILE", help="run a workflow: API JSON, or a PNG that has one")
+    group.add_argument("--base-end-step", type=int, metavar="K", help="the base's end_at_step")
+    group.add_argument("--refiner-start-step", type=int, metavar="K", help="the refiner's start_at_step")
+    group.add_argument("--refiner-add-noise", action="store_true", help="the refiner's add_noise: enable")
+    group.add_argument("--no-leftover-noise", dest="leftover_noise", action="store_false", default=None,
+                       help="the base's return_with_leftover_noise: disable")  # fmt: skip
 
 
 def _add_engine_options(parser: Parser) -> None:
@@ -96,6 +136,24 @@ def _interval(text: str) -> tuple[float, float]:
         return float(first), float(last)
     except ValueError as exc:
         raise argparse.ArgumentTypeError(f"{text!r}: give two fractions of the steps, 0.1:0.8 say") from exc
+
+
+def _size(text: str) -> tuple[int, int]:
+    """Return (height, width) of ``WxH``."""
+    width, _, height = text.lower().partition("x")
+    try:
+        return int(height), int(width)
+    except ValueError as exc:
+        raise argparse.ArgumentTypeError(f"{text!r}: give width and height in pixels, 1024x768 say") from exc
+
+
+def _corner(text: str) -> tuple[int, int]:
+    """Return (top, left) of ``X,Y``."""
+    left, _, top = text.partition(",")
+    try:
+        return int(top), int(left)
+    except ValueError as exc:
+        raise argparse.ArgumentTypeError(f"{text!r}: give the left and the top in pixels, 0,128 say") from exc
 
 
 def _bytes(text: str) -> int:

@@ -6,27 +6,29 @@ all pictures take their refiner steps, all are decoded. Each phase tells the poo
 
 __all__ = ["Handoff", "Picture", "Pipeline", "Run", "Step", "open_bundle"]
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self
+from typing import Self
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sdxl_trt.engines.bundle import read_bundle
+from sdxl_trt.engines.errors import SizeError
 from sdxl_trt.engines.manifest import Stage, Vae
 from sdxl_trt.engines.pool import EnginePool, open_pool
 from sdxl_trt.runtime.conditioning import make_conditions
+from sdxl_trt.runtime.cuts import Part
 from sdxl_trt.runtime.decode import choose_tile, decode, decoder_sizes
 from sdxl_trt.runtime.denoiser import Denoiser
-from sdxl_trt.runtime.handoff import split
-from sdxl_trt.runtime.images import to_uint8
-from sdxl_trt.runtime.noise import PictureNoise
-from sdxl_trt.runtime.prompts import Prompt, PromptEmbeds, PromptEncoder
+from sdxl_trt.runtime.images import to_uint8, to_uint8_truncated
+from sdxl_trt.runtime.noise import BatchNoise, NoiseSource, PictureNoise
+from sdxl_trt.runtime.prompts import PromptEmbeds, PromptEncoder
 from sdxl_trt.runtime.request import Request, ResolvedRequest, resolve
 from sdxl_trt.runtime.run import Handoff, Latents, Picture, Run, Step, finish, timed
 from sdxl_trt.runtime.samplers import bind_sampler
+from sdxl_trt.runtime.sides import StageName
 
 
 class Pipeline:
@@ -54,72 +56,85 @@ class Pipeline:
         `run` then belongs to this request. Raises UsageError before anything is loaded.
         """
         resolved = resolve(request, self.manifest, self.pool.limits)
-        noise = PictureNoise(resolved.seeds)
-        initial = _initial_noise(resolved, self.manifest.base.vae, noise)
+        noises = _noises(resolved)
+        initial = _initial_noise(resolved, self.manifest.base.vae, noises["base"])
         self.run = Run(resolved, initial=initial, final=initial)
-        return timed(self.run, self._work(self.run, noise))
+        return timed(self.run, self._work(self.run, noises))
 
-    def _work(self, run: Run, noise: PictureNoise) -> Iterator[Step]:
+    def _work(self, run: Run, noises: Mapping[StageName, NoiseSource]) -> Iterator[Step]:
         request = run.request
         base, refiner = self.manifest.base, self.manifest.refiner if request.refined else None
         vae = (refiner or base).vae
-        stages = {"base": base} if refiner is None else {"base": base, "refiner": refiner}
+        stages: dict[StageName, Stage] = {"base": base} if refiner is None else {"base": base, "refiner": refiner}
         embeds = self._encode(stages, request)
         yield Step("encode", 1, 1, slice(0, len(request.seeds)))
 
-        before, after = split(request.schedule.sigmas, request.cut)
-        latents = run.initial * np.float32(request.schedule.initial_scale)
-        following = vae.decoder if refiner is None else refiner.unet
-        yield from self._denoise("base", base, embeds["base"], before, latents, request, noise, following)
-        if refiner is not None:
-            run.handoff = latents.copy()
-            run.place = _place(request)
-            yield from self._denoise("refiner", refiner, embeds["refiner"], after, latents, request, noise, vae.decoder)
-        run.final = latents * np.float32(request.schedule.final_scale)
+        latents = request.base.noised(np.zeros_like(run.initial), run.initial, request.schedule)
+        if request.base.steps:
+            following = vae.decoder if refiner is None else refiner.unet
+            yield from self._denoise("base", base, embeds["base"], latents, request, noises["base"], following)
+        if refiner is not None and request.refiner is not None:
+            run.handoff, run.place = latents, _place(request)
+            latents = _noised_again(latents, request.refiner, request, noises["refiner"])
+            yield from self._denoise(
+                "refiner", refiner, embeds["refiner"], latents, request, noises["refiner"], vae.decoder
+            )
+        run.final = latents * np.float32(request.final_scale)
         yield from self._decode(vae, run)
 
     def _encode(
-        self, stages: Mapping[str, Stage], request: ResolvedRequest
-    ) -> dict[str, tuple[PromptEmbeds, PromptEmbeds]]:
+        self, stages: Mapping[StageName, Stage], request: ResolvedRequest
+    ) -> dict[StageName, tuple[PromptEmbeds, PromptEmbeds]]:
         """Return the positive and negative embeds of every stage."""
-        absent = request.negative is None
-        negative = request.negative or Prompt("", "")
-        zeroed = {name: absent and stage.force_zeros_for_empty_prompt for name, stage in stages.items()}
-        wanted = [(stage, request.prompt) for stage in stages.values()]
-        wanted += [(stage, negative) for name, stage in stages.items() if not zeroed[name]]
-        encoded = iter(self._encoder.encode(wanted, following=stages["base"].unet))
+        sides = {name: request.sides[name] for name in stages}
+        wanted = [(stages[name], positive.prompt) for name, (positive, _) in sides.items()]
+        wanted += [(stages[name], negative.prompt) for name, (_, negative) in sides.items() if not negative.zeroed]
+        encoded = iter(self._encoder.encode(wanted, stages["base"].unet, weighted=request.comfyui))
         positives = {name: next(encoded) for name in stages}
-        return {
-            name: (positive, positive.zeroed() if zeroed[name] else next(encoded))
-            for name, positive in positives.items()
-        }
+        embeds = {}
+        for name, (positive, negative) in sides.items():
+            read = positives[name]
+            against = read.zeroed() if negative.zeroed else next(encoded)
+            embeds[name] = (read.zeroed() if positive.zeroed else read, against)
+            self._check_tokens(*embeds[name])
+        return embeds
+
+    def _check_tokens(self, positive: PromptEmbeds, negative: PromptEmbeds) -> None:
+        """Raise SizeError for prompts that are longer, once they are equally long, than the plans take."""
+        tokens, limits = math.lcm(len(positive.hidden), len(negative.hidden)), self.pool.limits
+        if limits is not None and tokens not in limits.tokens:
+            raise SizeError(f"prompt and negative together take {tokens} tokens, the plans {limits.tokens.min} to"
+                            f" {limits.tokens.max}; shorten them, or build plans: export-engines --tokens"
+                            f" 77:77:{tokens}")  # fmt: skip
 
     def _denoise(
         self,
-        name: Literal["base", "refiner"],
+        name: StageName,
         stage: Stage,
         embeds: tuple[PromptEmbeds, PromptEmbeds],
-        sigmas: NDArray[np.float32],
         latents: Latents,
         request: ResolvedRequest,
-        noise: PictureNoise,
+        noise: NoiseSource,
         following: str,
     ) -> Iterator[Step]:
-        """Take all pictures over `sigmas` with one expert, writing into `latents`; then comes engine `following`."""
+        """Take all pictures over one expert's part, writing into `latents`; then comes engine `following`."""
         (engine,) = self.pool.phase(stage.unet, then=(following,))
         yield _loaded(latents)
         guidance = request.guidance_of(name)
-        sampler = request.sampler if name == "base" else request.refiner_sampler
+        micro = request.sides[name][0].micro, request.sides[name][1].micro
+        sampler, part = request.denoising_of(name)
+        sigmas = part.sigmas(request.schedule.sigmas)
         groups = _groups(len(latents), self._pictures_at_once)
-        steps = len(sigmas) - 1
         for number, group in enumerate(groups):
             pictures = max(len(latents[group]), self._fewest_at_once)
-            conditions = make_conditions(engine, stage, *embeds, request.micro, guidance.scale, pictures)
+            conditions = make_conditions(
+                engine, stage, *embeds, micro, guidance.scale, pictures, any_scale=guidance.any_scale
+            )
             denoise = Denoiser(engine, request.schedule, conditions, stage.scheduler.prediction_type, guidance)
-            sample = bind_sampler(sampler, noise.source(latents.shape[1:], group))
-            for index, x in enumerate(sample(denoise, latents[group], sigmas), start=number * steps + 1):
+            sample = bind_sampler(sampler, noise.source(latents.shape[1:], group), comfyui=request.comfyui)
+            for index, x in enumerate(sample(denoise, latents[group], sigmas), start=number * part.steps + 1):
                 latents[group] = x
-                yield Step(name, index, steps * len(groups), group, latents=x)
+                yield Step(name, index, part.steps * len(groups), group, latents=x)
 
     def _decode(self, vae: Vae, run: Run) -> Iterator[Step]:
         """Decode one picture at a time: the decoder's activations are the largest of all."""
@@ -127,10 +142,11 @@ class Pipeline:
         yield _loaded(run.final)
         count, _, height, width = run.final.shape
         takes = decoder_sizes(self.pool, vae.decoder)
+        to_pixels = to_uint8_truncated if run.request.comfyui else to_uint8
         tile = choose_tile((height, width), takes, vae.factor, tiled=run.request.tile)
         for index in range(count):
             one = slice(index, index + 1)
-            pixels = to_uint8(decode(engine, vae, run.final[one], tile=tile))[0]
+            pixels = to_pixels(decode(engine, vae, run.final[one], tile=tile))[0]
             yield Step("decode", index + 1, count, one, picture=finish(run, index, pixels))
 
     def __enter__(self) -> Self:
@@ -165,11 +181,27 @@ def _groups(count: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def _initial_noise(request: ResolvedRequest, vae: Vae, noise: PictureNoise) -> Latents:
+def _noises(request: ResolvedRequest) -> dict[StageName, NoiseSource]:
+    """Return what each stage draws its noise from; the refiner, without a seed of its own, from the base's."""
+    base = _noise(request, request.seeds)
+    return {"base": base, "refiner": _noise(request, request.refiner_seeds) if request.refiner_seeds else base}
+
+
+def _noise(request: ResolvedRequest, seeds: tuple[int, ...]) -> NoiseSource:
+    return BatchNoise(seeds[0], len(seeds)) if request.comfyui else PictureNoise(seeds)
+
+
+def _initial_noise(request: ResolvedRequest, vae: Vae, noise: NoiseSource) -> Latents:
     """Return unit-variance noise, each picture's from a generator of its own, or what the request brought."""
     if request.latents is not None:
         return request.latents
     return noise.draw((vae.latent_channels, request.height // vae.factor, request.width // vae.factor))
+
+
+def _noised_again(latents: Latents, part: Part, request: ResolvedRequest, noise: NoiseSource) -> Latents:
+    """Return the handed-over latents as the refiner starts from them: a copy, with noise where it adds its own."""
+    drawn = noise.draw(latents.shape[1:]) if part.add_noise else np.zeros_like(latents)
+    return part.noised(latents, drawn, request.schedule)
 
 
 def _place(request: ResolvedRequest) -> Handoff:

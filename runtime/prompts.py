@@ -3,30 +3,35 @@
 __all__ = ["Prompt", "PromptEmbeds", "PromptEncoder"]
 
 import logging
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sdxl_trt.engines.base import Engine
+from sdxl_trt.engines.errors import UsageError
 from sdxl_trt.engines.manifest import Stage, TextEncoder
 from sdxl_trt.engines.pool import EnginePool
 from sdxl_trt.engines.profiles import MAX_ROWS_OF_PROMPTS
+from sdxl_trt.runtime.prompt_weights import Chunk, chunked, parse_weights, weigh
 from sdxl_trt.runtime.tokenizer import PromptTokenizer
 
 log = logging.getLogger("sdxl_trt.runtime")
 # The last layer but one, before the final normalization: what SDXL's UNets were trained on.
 PENULTIMATE = -2
 CUT_SHOWN = 200
+MAX_CHUNKS = 16
+"""ComfyUI knows no limit, but attention to a prompt of book length takes all memory."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, and what the second encoder reads."""
+    """A prompt, what the second encoder reads, and how many layers more than SDXL's one are left out at the end."""
 
     text: str
     text_2: str
+    clip_skip: int = 0
 
 
 @dataclass(frozen=True)
@@ -42,12 +47,44 @@ class PromptEmbeds:
 
 
 @dataclass(frozen=True)
-class _Reading:
-    """One text read by one encoder; equal readings are done once, whichever stages ask for them."""
+class _Row:
+    """What an encoder reads at once; equal rows are run once, whichever prompts they belong to."""
 
     component: str
-    tokenizer: str
-    text: str
+    ids: tuple[int, ...]
+    clip_skip: int
+
+
+@dataclass(frozen=True)
+class _Text:
+    """One text as one encoder reads it: `chunks` of it, and the `empty` prompt that weights are measured from."""
+
+    component: str
+    clip_skip: int
+    chunks: tuple[Chunk, ...]
+    empty: Chunk
+
+    def padded(self, count: int) -> "_Text":
+        """Return the text with empty chunks added up to `count`."""
+        return replace(self, chunks=self.chunks + (self.empty,) * (count - len(self.chunks)))
+
+    @property
+    def rows(self) -> Iterator[_Row]:
+        """Yield the rows that it takes to encode the text."""
+        yield from (self._row(chunk) for chunk in self.chunks)
+        if any((chunk.weights != 1.0).any() for chunk in self.chunks):
+            yield self._row(self.empty)
+
+    def joined(self, done: Mapping[_Row, PromptEmbeds]) -> PromptEmbeds:
+        """Return the weighed chunks one after the other, and the first one's pooled vector."""
+        read = [done[self._row(chunk)] for chunk in self.chunks]
+        # Without a weight the empty prompt is not run, and not looked at.
+        empty = done.get(self._row(self.empty), read[0]).hidden
+        parts = [weigh(each.hidden, empty, chunk.weights) for each, chunk in zip(read, self.chunks, strict=True)]
+        return PromptEmbeds(np.concatenate(parts), read[0].pooled)
+
+    def _row(self, chunk: Chunk) -> _Row:
+        return _Row(self.component, tuple(chunk.ids.tolist()), self.clip_skip)
 
 
 class PromptEncoder:
@@ -57,64 +94,81 @@ class PromptEncoder:
         self._pool = pool
         self._tokenizers: dict[str, PromptTokenizer] = {}
 
-    def encode(self, wanted: Sequence[tuple[Stage, Prompt]], following: str) -> list[PromptEmbeds]:
+    def encode(
+        self, wanted: Sequence[tuple[Stage, Prompt]], following: str, *, weighted: bool = False
+    ) -> list[PromptEmbeds]:
         """Return the embeds of each (stage, prompt): hidden states side by side, pooled from the pooled encoder.
 
-        A stage with a single encoder reads a prompt's `text`, as diffusers' refiner does. `following` is the engine
-        that is needed next, for the pool to make ready.
+        A stage with a single encoder reads a prompt's `text`, as diffusers' refiner does. A prompt is cut at 77
+        tokens; `weighted` is ComfyUI's way: weights in parentheses, and as many chunks of 77 as it takes. `following`
+        is the engine that is needed next, for the pool to make ready. Raises UsageError for more than MAX_CHUNKS.
         """
-        readings = [_readings(stage, prompt) for stage, prompt in wanted]
-        done = self._read_all((reading for parts in readings for reading in parts), following)
+        known: dict[tuple[TextEncoder, str, int], _Text] = {}
+        texts = [self._texts(stage, prompt, known, weighted=weighted) for stage, prompt in wanted]
+        done = self._run_all(dict.fromkeys(row for parts in texts for text in parts for row in text.rows), following)
         return [
-            _join(stage.text_encoders, [done[reading] for reading in parts])
-            for (stage, _), parts in zip(wanted, readings, strict=True)
+            _join(stage.text_encoders, [text.joined(done) for text in parts])
+            for (stage, _), parts in zip(wanted, texts, strict=True)
         ]
 
-    def _read_all(self, readings: Iterable[_Reading], following: str) -> dict[_Reading, PromptEmbeds]:
-        by_component: dict[str, dict[_Reading, None]] = {}
-        for reading in readings:
-            by_component.setdefault(reading.component, {})[reading] = None
-        done: dict[_Reading, PromptEmbeds] = {}
+    def _texts(
+        self, stage: Stage, prompt: Prompt, known: dict[tuple[TextEncoder, str, int], _Text], *, weighted: bool
+    ) -> list[_Text]:
+        """Return what the encoders of a stage read of a prompt, in as many chunks each; `known` is read once."""
+        texts = []
+        for encoder, text in zip(stage.text_encoders, (prompt.text, prompt.text_2), strict=False):
+            key = (encoder, text, prompt.clip_skip)
+            if key not in known:
+                known[key] = self._text(*key, weighted=weighted)
+            texts.append(known[key])
+        return [text.padded(max(len(each.chunks) for each in texts)) for text in texts]
+
+    def _text(self, encoder: TextEncoder, text: str, clip_skip: int, *, weighted: bool) -> _Text:
+        if encoder.tokenizer not in self._tokenizers:
+            self._tokenizers[encoder.tokenizer] = PromptTokenizer(self._pool.bundle, encoder.tokenizer)
+        tokenizer = self._tokenizers[encoder.tokenizer]
+        (empty,) = chunked([], tokenizer.spec, tokenizer.pieces)
+        if weighted:
+            chunks = chunked(parse_weights(text), tokenizer.spec, tokenizer.pieces)
+            if len(chunks) > MAX_CHUNKS:
+                raise UsageError(f"a prompt takes {len(chunks)} chunks of {tokenizer.spec.max_length} tokens; shorten"
+                                 f" it to {MAX_CHUNKS}")  # fmt: skip
+        else:
+            _warn_of_cut(encoder.component, text, tokenizer)
+            chunks = [Chunk(tokenizer.ids(text), empty.weights)]
+        return _Text(encoder.component, clip_skip, tuple(chunks), empty)
+
+    def _run_all(self, rows: Iterable[_Row], following: str) -> dict[_Row, PromptEmbeds]:
+        by_component: dict[str, list[_Row]] = {}
+        for row in rows:
+            by_component.setdefault(row.component, []).append(row)
+        done: dict[_Row, PromptEmbeds] = {}
         nexts = [*list(by_component)[1:], following]
         for (component, distinct), upcoming in zip(by_component.items(), nexts, strict=True):
             (engine,) = self._pool.phase(component, then=(upcoming,))
-            ids = np.stack([self._ids(reading) for reading in distinct])
-            parts = (ids[start : start + MAX_ROWS_OF_PROMPTS] for start in range(0, len(ids), MAX_ROWS_OF_PROMPTS))
-            embeds = [each for part in parts for each in _run(engine, part)]
-            done.update(zip(distinct, embeds, strict=True))
+            for start in range(0, len(distinct), MAX_ROWS_OF_PROMPTS):
+                done |= _run(engine, distinct[start : start + MAX_ROWS_OF_PROMPTS])
         return done
 
-    def _ids(self, reading: _Reading) -> NDArray[np.int64]:
-        if reading.tokenizer not in self._tokenizers:
-            self._tokenizers[reading.tokenizer] = PromptTokenizer(self._pool.bundle, reading.tokenizer)
-        tokenizer = self._tokenizers[reading.tokenizer]
-        if cut := tokenizer.cut_off(reading.text):
-            length = tokenizer.spec.max_length
-            log.warning(
-                "%s: a prompt is longer than %d tokens; this is not read: %s",
-                reading.component,
-                length,
-                cut[:CUT_SHOWN],
-            )
-        return tokenizer.ids(reading.text)
+
+def _warn_of_cut(component: str, text: str, tokenizer: PromptTokenizer) -> None:
+    if cut := tokenizer.cut_off(text):
+        length = tokenizer.spec.max_length
+        log.warning("%s: a prompt is longer than %d tokens; this is not read: %s", component, length, cut[:CUT_SHOWN])
 
 
-def _readings(stage: Stage, prompt: Prompt) -> list[_Reading]:
-    texts = (prompt.text, prompt.text_2)
-    return [
-        _Reading(encoder.component, encoder.tokenizer, text)
-        for encoder, text in zip(stage.text_encoders, texts, strict=False)
-    ]
-
-
-def _run(engine: Engine, ids: NDArray[np.int64]) -> list[PromptEmbeds]:
+def _run(engine: Engine, rows: Sequence[_Row]) -> dict[_Row, PromptEmbeds]:
     outputs = [spec.name for spec in engine.component.outputs]
     states = [name for name in outputs if name.startswith("hidden_states.")]
+    state_of = {row: states[PENULTIMATE - row.clip_skip] for row in rows}
     pooled = [name for name in outputs if name == "text_embeds"]
-    result = engine.infer({"input_ids": ids}, [states[PENULTIMATE], *pooled])
-    hidden = result[states[PENULTIMATE]].astype(np.float32)
+    ids = np.array([row.ids for row in rows], dtype=np.int64)
+    result = engine.infer({"input_ids": ids}, [*dict.fromkeys(state_of.values()), *pooled])
     vectors = result["text_embeds"].astype(np.float32) if pooled else np.zeros((len(ids), 0), np.float32)
-    return [PromptEmbeds(*each) for each in zip(hidden, vectors, strict=True)]
+    return {
+        row: PromptEmbeds(result[state][index].astype(np.float32), vectors[index])
+        for index, (row, state) in enumerate(state_of.items())
+    }
 
 
 def _join(encoders: Sequence[TextEncoder], parts: Sequence[PromptEmbeds]) -> PromptEmbeds:

@@ -6,7 +6,7 @@ Every node between the picture and the checkpoints is read; what cannot be run i
 __all__ = ["Conditioning", "Latents", "Model", "Sampling", "Workflow", "read_workflow"]
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -55,6 +55,7 @@ class Latents:
     height: int = 0
     batch: int = 1
     image: str | None = None
+    node: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -155,9 +156,9 @@ class _Reader:
 
     def _latents(self, node: Node) -> Latents:
         if node.kind == "EmptyLatentImage":
-            return Latents(node.whole("width"), node.whole("height"), node.whole("batch_size", 1))
+            return Latents(node.whole("width"), node.whole("height"), node.whole("batch_size", 1), node=node.id)
         if node.kind == "VAEEncode":
-            return Latents(image=self._of(node.link("pixels"), "LoadImage").text("image"))
+            return Latents(image=self._of(node.link("pixels"), "LoadImage").text("image"), node=node.id)
         raise UsageError(f"{node}: cannot be run here, where a sampler, EmptyLatentImage or VAEEncode is expected")
 
     def _sampling(self, node: Node) -> Sampling:

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdxl_trt.engines.manifest import Scheduler
-from sdxl_trt.runtime.handoff import split, step_at_fraction
+from sdxl_trt.runtime.cuts import Part
+from sdxl_trt.runtime.handoff import step_at_fraction, step_at_sigma
 from sdxl_trt.runtime.sigmas import make_schedule
 
 # diffusers' own: it gives torch tensors to np.array.
@@ -63,7 +64,7 @@ def test_half_a_timestep_rounds_to_even_as_python_does() -> None:
 def test_one_grid_is_cut_once() -> None:
     schedule = make_schedule(Scheduler(**SDXL, timestep_spacing="leading"), 30)
     for step in range(1, 30):
-        before, after = split(schedule.sigmas, step)
+        before, after = (Part(*ends).sigmas(schedule.sigmas) for ends in ((0, step), (step, 30)))
         assert (len(before) - 1, len(after) - 1) == (step, 30 - step)
         assert before[-1] == after[0], "both hold the sigma at which the latents change hands"
         np.testing.assert_array_equal(np.concatenate([before, after[1:]]), schedule.sigmas)
@@ -71,6 +72,15 @@ def test_one_grid_is_cut_once() -> None:
 
 def test_a_cut_at_the_end_leaves_all_to_the_base() -> None:
     sigmas = np.array([3, 2, 1, 0], np.float32)
-    before, after = split(sigmas, 3)
-    assert before.tolist() == [3, 2, 1, 0]
-    assert after.tolist() == [0]
+    assert Part(0, 3).sigmas(sigmas).tolist() == [3, 2, 1, 0]
+    assert (Part(3, 3).sigmas(sigmas).tolist(), Part(3, 3).steps) == ([0], 0)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+def test_a_handoff_by_sigma_is_at_the_first_one_not_above_it(spacing: str) -> None:
+    schedule = make_schedule(Scheduler(**SDXL, timestep_spacing=spacing), 30)
+    for step, sigma in enumerate(schedule.sigmas[:-1].tolist()):
+        assert step_at_sigma(schedule, sigma) == step
+        assert step_at_sigma(schedule, float(f"{sigma:.6g}")) == step, "as it is printed"
+        assert step_at_sigma(schedule, sigma * 1.001) == step
+        assert step_at_sigma(schedule, sigma * 0.999) == step + 1

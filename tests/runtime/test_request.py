@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from sdxl_trt.engines.errors import SizeError, UsageError
 from sdxl_trt.engines.manifest import Manifest, Scheduler, Stage, Vae
-from sdxl_trt.runtime.request import MAX_SEED, MAX_SIDE, Request, resolve
+from sdxl_trt.runtime.request import MAX_SEED, Request, resolve
+from sdxl_trt.runtime.sizes import MAX_SIDE
 
 FIXTURES = [HealthCheck.function_scoped_fixture]
 
@@ -47,8 +48,9 @@ def test_the_defaults_are_the_documented_ones(manifest: Manifest) -> None:
     resolved = resolve(Request("a red fox", seed=0), manifest)
     assert (resolved.width, resolved.height, resolved.steps, resolved.cut) == (1024, 1024, 30, 23)
     assert (resolved.guidance, resolved.refiner_guidance, resolved.seeds) == (5.0, 5.0, (0,))
-    assert (resolved.micro.aesthetic_score, resolved.micro.negative_aesthetic_score) == (6.0, 2.5)
-    assert (resolved.micro.original_size, resolved.micro.crop) == ((1024, 1024), (0, 0))
+    for told in resolved.sides["base"] + resolved.sides["refiner"]:
+        assert (told.micro.aesthetic_score, told.micro.negative_aesthetic_score) == (6.0, 2.5)
+        assert (told.micro.original_size, told.micro.crop) == ((1024, 1024), (0, 0))
     assert (resolved.prompt.text, resolved.prompt.text_2, resolved.negative) == ("a red fox", "a red fox", None)
     assert resolved.refined
 
@@ -105,7 +107,8 @@ def test_numbers_are_finite(manifest: Manifest, option: str, value: float) -> No
 def test_zero_counts(manifest: Manifest) -> None:
     """Guidance, score and seed of 0 are values, not absences."""
     resolved = resolve(Request(refiner_guidance=0.0, aesthetic_score=0.0, seed=0), manifest)
-    assert (resolved.refiner_guidance, resolved.micro.aesthetic_score, resolved.seeds) == (0.0, 0.0, (0,))
+    score = resolved.sides["refiner"][0].micro.aesthetic_score
+    assert (resolved.refiner_guidance, score, resolved.seeds) == (0.0, 0.0, (0,))
 
 
 def test_an_unknown_sampler_lists_the_known_ones(manifest: Manifest) -> None:
@@ -162,7 +165,7 @@ def test_every_size_is_taken_or_its_remedies_are(manifest: Manifest, side: int, 
 
 
 def test_sizes_condition_the_model_height_first(manifest: Manifest) -> None:
-    micro = resolve(Request(width=768, height=512), manifest).micro
+    micro = resolve(Request(width=768, height=512), manifest).sides["base"][0].micro
     assert (micro.original_size, micro.target_size) == ((512, 768), (512, 768))
 
 

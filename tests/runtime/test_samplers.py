@@ -16,7 +16,6 @@ from sdxl_trt.engines.errors import UsageError
 from sdxl_trt.engines.manifest import Scheduler, TensorSpec
 from sdxl_trt.runtime.conditioning import Conditions
 from sdxl_trt.runtime.denoiser import Denoiser
-from sdxl_trt.runtime.handoff import split
 from sdxl_trt.runtime.samplers import COMFYUI, SAMPLERS, STOCHASTIC, TWO_CALLS, bind_sampler, euler, sampler_names
 from sdxl_trt.runtime.schedules import FAMILIES
 from sdxl_trt.runtime.sigmas import make_schedule
@@ -103,7 +102,7 @@ def test_a_cut_restarts_what_remembers_and_nothing_else(
     run = bind_sampler(name, _noise(), comfyui=comfyui)
     start = rng.standard_normal(SHAPE).astype(np.float32) * sigmas[0]
     whole = list(run(_denoise, start, sigmas))
-    before, after = split(sigmas, cut)
+    before, after = sigmas[: cut + 1], sigmas[cut:]
     first = list(run(_denoise, start, before))
     both = first + list(run(_denoise, first[-1], after))
     assert (len(first), len(both)) == (cut, 10)

@@ -236,7 +236,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=150)
 @given(data=st.data())
 def test_a_workflow_with_anything_in_it_is_read_or_refused(api: Json, read: Any, data: st.DataObject) -> None:
     graph = _editor(api) if data.draw(st.booleans()) else copy.deepcopy(api)

@@ -1,0 +1,302 @@
+"""ComfyUI's mode against a reference KSamplerAdvanced in torch, on the weights that diffusers and transformers load.
+
+The reference is written from how ComfyUI's nodes work, in arithmetic of its own: prompts are given in weighed segments,
+both sides of guidance run apart, so that nothing has to be of one length, and grids are made here.
+"""
+
+import json
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sdxl_trt.runtime import Request, open_bundle
+from sdxl_trt.runtime.cli import main as trt_generate
+from sdxl_trt.runtime.pipeline import Pipeline
+
+# diffusers' own: it gives torch tensors to np.array.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+TOLERANCE = 1e-3
+SIDE = 32
+Segments = list[tuple[str, float]]
+PROMPT = (
+    "Amazing detailed photography of a cute beautiful girl, pink hair, high resolution, piercing eyes, Anti-Aliasing,"
+    " FXAA, De-Noise, Post-roduction, SFX, insanely detailed & intricate, elegant, ornate, hyper realistic, super"
+    " detailed, noir coloration, serene, 16k resolution"
+)
+BAD = "worst quality, low quality, illustration, 3d, 2d, painting, cartoons, sketch"
+REST = ", tooth, open mouth, dull, blurry, watermark, low quality, black and white, city"
+
+
+@dataclass(frozen=True)
+class Cond:
+    """What one side of a UNet is told, as torch tensors of one row."""
+
+    hidden: Any
+    pooled: Any
+    ids: Any
+
+
+@dataclass(frozen=True)
+class Grid:
+    """sigmas (steps + 1,), the timestep that the model is told for each, and how much noise a full start takes."""
+
+    sigmas: Any
+    timesteps: Any
+    full: float
+
+
+def _chunks(tokenizer: Any, segments: Segments) -> tuple[list[list[int]], list[list[float]]]:
+    """Return ids and weights in chunks of 77; every segment here is long enough to be split between two."""
+    pad = 0 if tokenizer.pad_token == "!" else tokenizer.eos_token_id
+    tokens = [(token, weight) for text, weight in segments
+              for token in tokenizer(text, add_special_tokens=False).input_ids]  # fmt: skip
+    ids, weights = [], []
+    for start in range(0, max(len(tokens), 1), 75):
+        part = tokens[start : start + 75]
+        row = [tokenizer.bos_token_id, *(token for token, _ in part), tokenizer.eos_token_id]
+        ids.append(row + [pad] * (77 - len(row)))
+        weights.append([1.0, *(weight for _, weight in part), *[1.0] * (76 - len(part))])
+    return ids, weights
+
+
+def _read(encoder: Any, tokenizer: Any, segments: Segments, count: int) -> tuple[Any, Any]:
+    """Return hidden states (1, tokens, width) of `count` chunks and the first one's pooled vector."""
+    import torch
+
+    ids, weights = _chunks(tokenizer, segments)
+    empty, _ = _chunks(tokenizer, [])
+    ids += empty * (count - len(ids))
+    weights += [[1.0] * 77] * (count - len(weights))
+    out = encoder(torch.tensor(ids + empty), output_hidden_states=True)
+    hidden, scale = out.hidden_states[-2], torch.tensor(weights)[:, :, None]
+    weighed = (hidden[:-1] - hidden[-1]) * scale + hidden[-1]
+    pooled = out.text_embeds[:1] if hasattr(out, "text_embeds") else None
+    return weighed.reshape(1, -1, hidden.shape[-1]), pooled
+
+
+class Reference:
+    """diffusers' modules of a pair, and ComfyUI's nodes over them."""
+
+    def __init__(self, pair: Any) -> None:
+        from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.base = StableDiffusionXLPipeline.from_pretrained(pair.base)
+            self.refiner = StableDiffusionXLImg2ImgPipeline.from_pretrained(pair.refiner)
+
+    def base_cond(self, text_g: Segments, text_l: Segments, ids: list[float]) -> Cond:
+        """CLIPTextEncodeSDXL: the shorter of both texts is filled up with empty chunks."""
+        import torch
+
+        pipe = self.base
+        pairs = ((pipe.text_encoder, pipe.tokenizer, text_l), (pipe.text_encoder_2, pipe.tokenizer_2, text_g))
+        count = max(len(_chunks(tokenizer, text)[0]) for _, tokenizer, text in pairs)
+        (left, _), (right, pooled) = (_read(*each, count) for each in pairs)
+        return Cond(torch.cat([left, right], dim=-1), pooled, torch.tensor([ids], dtype=torch.float32))
+
+    def refiner_cond(self, text: Segments, ids: list[float]) -> Cond:
+        import torch
+
+        pipe = self.refiner
+        count = len(_chunks(pipe.tokenizer_2, text)[0])
+        return Cond(*_read(pipe.text_encoder_2, pipe.tokenizer_2, text, count), torch.tensor([ids]))
+
+
+def _normal(steps: int) -> Grid:
+    """ComfyUI's `normal`: evenly spaced timesteps over the whole range, log sigmas between them; whole timesteps."""
+    import torch
+
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    alphas = torch.cumprod(1.0 - betas, dim=0)
+    table = ((1 - alphas) / alphas).sqrt().float()
+    times = torch.linspace(999, 0, steps)
+    low, high, weight = times.floor().long(), times.ceil().long(), times.frac()
+    sigmas = ((1 - weight) * table.log()[low] + weight * table.log()[high]).exp()
+    whole = (sigmas.log()[:, None] - table.log()).abs().argmin(dim=1)
+    return Grid(torch.cat([sigmas, torch.zeros(1)]), whole.float(), float((1 + sigmas[0] ** 2).sqrt()))
+
+
+def _ksampler(
+    unet: Any, grid: Grid, positive: Cond, negative: Cond, cfg: float, latent: Any, noise: Any, *, start: int = 0,
+    end: int = 10_000, add_noise: bool = True, leftover: bool = False,
+) -> Any:  # fmt: skip
+    """KSamplerAdvanced with euler: what is cut first is the end, then the start."""
+    import torch
+
+    sigmas = grid.sigmas.clone()
+    if end < len(sigmas) - 1:
+        sigmas = sigmas[: end + 1]
+        if not leftover:
+            sigmas[-1] = 0
+    if start >= len(sigmas) - 1:
+        return latent
+    sigmas, times = sigmas[start:], grid.timesteps[start:]
+    x = latent + (noise if add_noise else torch.zeros_like(noise)) * (grid.full if start == 0 else sigmas[0])
+    for sigma, after, time in zip(sigmas[:-1], sigmas[1:], times, strict=False):
+        scaled = x / (sigma**2 + 1).sqrt()
+        guesses = []
+        for cond in (positive, negative):
+            rows = len(x)
+            added = {"text_embeds": cond.pooled.repeat(rows, 1), "time_ids": cond.ids.repeat(rows, 1)}
+            hidden = cond.hidden.repeat(rows, 1, 1)
+            guesses.append(unet(scaled, time, encoder_hidden_states=hidden, added_cond_kwargs=added).sample)
+        clean, unguided = (x - sigma * guess for guess in guesses)
+        clean = unguided + (clean - unguided) * cfg
+        x = x + (x - clean) / sigma * (after - sigma)
+    return x
+
+
+@pytest.fixture(scope="module")
+def reference(pairs: Callable[[str], Any]) -> Any:
+    import torch
+
+    with torch.no_grad():
+        yield Reference(pairs("outline"))
+
+
+@pytest.fixture(scope="module")
+def opened(pairs: Callable[[str], Any]) -> Any:
+    with open_bundle(pairs("outline").bundle, residency="resident") as pipeline:
+        yield pipeline
+
+
+def _randn(seed: int, count: int = 1) -> Any:
+    import torch
+
+    return torch.randn((count, 4, SIDE // 2, SIDE // 2), generator=torch.Generator().manual_seed(seed))
+
+
+# start, end, add_noise and leftover of base and refiner, in 6 steps.
+FIELDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "a handoff": ({"end": 4, "leftover": True}, {"start": 4, "add_noise": False}),
+    "a step left out": ({"end": 3, "leftover": True}, {"start": 4, "add_noise": False}),
+    "a step taken twice": ({"end": 4, "leftover": True}, {"start": 3, "add_noise": False}),
+    "no leftover noise": ({"end": 4}, {"start": 4, "add_noise": False}),
+    "no leftover noise, and added": ({"end": 4}, {"start": 4}),
+    "both noises": ({"end": 4, "leftover": True}, {"start": 4}),
+    "refined after": ({}, {"start": 3}),
+    "an idle refiner": ({"end": 10_000}, {"start": 32, "add_noise": False}),
+    "a refiner that starts anew": ({"end": 4}, {"start": 0}),
+    "the refiner stops early": ({"end": 3, "leftover": True}, {"start": 3, "end": 5, "add_noise": False}),
+    "and leaves noise": ({"end": 3, "leftover": True}, {"start": 3, "end": 5, "add_noise": False, "leftover": True}),
+    "the refiner's end before its start": ({"end": 4}, {"start": 4, "end": 3, "add_noise": False}),
+    "the base starts late": ({"start": 1, "end": 4, "leftover": True}, {"start": 4, "add_noise": False}),
+    "the base adds no noise": ({"end": 4, "add_noise": False, "leftover": True}, {"start": 4, "add_noise": False}),
+    "the base does nothing": ({"start": 5, "end": 2, "leftover": True}, {"start": 2}),
+}
+
+
+def _settings(base: dict[str, Any], refiner: dict[str, Any]) -> dict[str, Any]:
+    """Return the request's settings for both samplers' fields."""
+    whole = {"start": 0, "end": 10_000, "add_noise": True, "leftover": False}
+    base, refiner = whole | base, whole | refiner
+    return {
+        "base_start_step": base["start"], "base_end_step": base["end"], "base_add_noise": base["add_noise"],
+        "leftover_noise": base["leftover"], "refiner_start_step": refiner["start"], "refiner_end_step": refiner["end"],
+        "refiner_add_noise": refiner["add_noise"], "refiner_leftover_noise": refiner["leftover"],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
+@pytest.mark.parametrize("compat", ["comfyui", "diffusers"])
+def test_every_field_is_ksampler_advanced_s(
+    compat: str, fields: tuple[dict[str, Any], dict[str, Any]], opened: Pipeline, reference: Any
+) -> None:
+    import torch
+
+    comfyui = compat == "comfyui"
+    request = Request("a red fox", compat=compat, negative="blurry", steps=6, guidance=4.0, seed=3, count=2,
+                      width=SIDE, height=SIDE, **_settings(*fields))  # fmt: skip
+    list(opened.generate(request))
+    conds = [
+        (reference.base_cond([(text, 1.0)], [(text, 1.0)], [SIDE, SIDE, 0, 0, SIDE, SIDE]),
+         reference.refiner_cond([(text, 1.0)], [SIDE, SIDE, 0, 0, score]))
+        for text, score in (("a red fox", 6.0), ("blurry", 2.5))
+    ]  # fmt: skip
+    if comfyui:
+        grid, noises = _normal(6), [_randn(3, 2)] * 2
+    else:
+        scheduler = reference.base.scheduler
+        scheduler.set_timesteps(6)
+        grid = Grid(scheduler.sigmas, scheduler.timesteps, float(scheduler.init_noise_sigma))
+        streams = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+        shape = (1, 4, SIDE // 2, SIDE // 2)
+        noises = [torch.cat([torch.randn(shape, generator=stream) for stream in streams]) for _ in range(2)]
+    (base, refiner), latent = fields, torch.zeros((2, 4, SIDE // 2, SIDE // 2))
+    handed = _ksampler(reference.base.unet, grid, conds[0][0], conds[1][0], 4.0, latent, noises[0], **base)
+    final = _ksampler(reference.refiner.unet, grid, conds[0][1], conds[1][1], 4.0, handed, noises[1], **refiner)
+    np.testing.assert_allclose(opened.run.final, final.numpy(), rtol=0, atol=TOLERANCE)
+    if opened.run.handoff is not None:
+        np.testing.assert_allclose(opened.run.handoff, handed.numpy(), rtol=0, atol=TOLERANCE)
+
+
+def _workflow(prompt: str, negative: str) -> dict[str, Any]:
+    """Return the tutorial's graph in ComfyUI's API format."""
+
+    def node(kind: str, **inputs: Any) -> dict[str, Any]:
+        return {"class_type": kind, "inputs": inputs}
+
+    sizes = {"width": 4096, "height": 2048, "crop_w": 8, "crop_h": 16, "target_width": 1024, "target_height": 512}
+
+    def base(text: str) -> dict[str, Any]:
+        return node("CLIPTextEncodeSDXL", **sizes, text_g=text, text_l=text, clip=["4", 1])
+
+    def refiner(text: str) -> dict[str, Any]:
+        return node("CLIPTextEncodeSDXLRefiner", ascore=6.0, width=SIDE, height=SIDE, text=text, clip=["12", 1])
+
+    common = {"noise_seed": 0, "steps": 50, "cfg": 8.0, "sampler_name": "euler", "scheduler": "normal"}
+    return {
+        "4": node("CheckpointLoaderSimple", ckpt_name="sd_xl_base_1.0.safetensors"),
+        "12": node("CheckpointLoaderSimple", ckpt_name="sd_xl_refiner_1.0.safetensors"),
+        "5": node("EmptyLatentImage", width=SIDE, height=SIDE, batch_size=1),
+        "6": base(prompt), "7": base(negative), "15": refiner(prompt), "16": refiner(negative),
+        "10": node("KSamplerAdvanced", **common, add_noise="enable", start_at_step=0, end_at_step=40,
+                   return_with_leftover_noise="enable", model=["4", 0], positive=["6", 0], negative=["7", 0],
+                   latent_image=["5", 0]),
+        "11": node("KSamplerAdvanced", **common, add_noise="disable", start_at_step=40, end_at_step=10000,
+                   return_with_leftover_noise="disable", model=["12", 0], positive=["15", 0], negative=["16", 0],
+                   latent_image=["10", 0]),
+        "17": node("VAEDecode", samples=["11", 0], vae=["12", 2]),
+        "19": node("SaveImage", filename_prefix="x", images=["17", 0]),
+    }  # fmt: skip
+
+
+def test_the_tutorial_s_workflow_gives_the_reference_s_latents(
+    pairs: Callable[[str], Any], reference: Any, tmp_path: Path, capsys: Any
+) -> None:
+    """50 steps, 40 of them the base's; weights, several chunks of different number, one score for both sides."""
+    import torch
+
+    workflow, latents = tmp_path / "workflow.json", tmp_path / "latents.npz"
+    workflow.write_text(json.dumps(_workflow(PROMPT, f"({BAD}){REST}")))
+    arguments = ["--workflow", str(workflow), "--engines", str(pairs("outline").bundle), "-o", str(tmp_path / "x.png")]
+    assert trt_generate([*arguments, "--save-latents", str(latents)]) == 0
+    assert "warning" not in capsys.readouterr().err
+    texts: list[Segments] = [[(PROMPT, 1.0)], [(BAD, 1.1), (REST, 1.0)]]
+    assert len({len(_chunks(reference.base.tokenizer, text)[0]) for text in texts}) == 2, "different lengths"
+    base = [reference.base_cond(text, text, [2048, 4096, 16, 8, 512, 1024]) for text in texts]
+    refiner = [reference.refiner_cond(text, [SIDE, SIDE, 0, 0, 6.0]) for text in texts]
+    grid, noise = _normal(50), _randn(0)
+    handed = _ksampler(reference.base.unet, grid, *base, 8.0, torch.zeros_like(noise), noise, end=40, leftover=True)
+    final = _ksampler(reference.refiner.unet, grid, *refiner, 8.0, handed, noise, start=40, add_noise=False)
+    with np.load(latents) as found:
+        np.testing.assert_allclose(found["handoff"], handed.numpy(), rtol=0, atol=TOLERANCE)
+        np.testing.assert_allclose(found["final"], final.numpy(), rtol=0, atol=TOLERANCE)
+
+
+def test_a_shorter_text_is_filled_up_with_empty_chunks(opened: Pipeline, reference: Any) -> None:
+    from sdxl_trt.runtime.prompts import Prompt, PromptEncoder
+
+    encoder, stage = PromptEncoder(opened.pool), opened.manifest.base
+    for prompt_l, prompt_g in (("a red fox", PROMPT), (PROMPT, "a red fox"), ("", "")):
+        (ours,) = encoder.encode([(stage, Prompt(prompt_l, prompt_g))], stage.unet, weighted=True)
+        expected = reference.base_cond([(prompt_g, 1.0)], [(prompt_l, 1.0)], [0.0] * 6)
+        np.testing.assert_allclose(ours.hidden, expected.hidden[0].numpy(), rtol=0, atol=1e-4)
+        np.testing.assert_allclose(ours.pooled, expected.pooled[0].numpy(), rtol=0, atol=1e-4)

@@ -1,0 +1,123 @@
+"""Workflows as requests: what a bundle can do is mapped, what it cannot is refused by the name of its node."""
+
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+import pytest
+
+from sdxl_trt.engines.errors import UsageError
+from sdxl_trt.engines.manifest import LoraRecord, Manifest, Scheduler, Stage, Vae
+from sdxl_trt.runtime.request import Request, resolve
+from sdxl_trt.runtime.workflow import TO_THE_END, Conditioning, Latents, Model, Sampling, Workflow
+from sdxl_trt.runtime.workflow_request import workflow_request
+
+SCHEDULER = Scheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+
+
+def _stage() -> Stage:
+    vae = Vae(decoder="v", encoder=None, scaling_factor=0.13025, latent_channels=4, factor=8)
+    return Stage(
+        unet="u", text_encoders=(), vae=vae, scheduler=SCHEDULER, time_ids=(), sample_size=128, size_multiple=64,
+        force_zeros_for_empty_prompt=True,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def manifest() -> Manifest:
+    return Manifest(
+        format="f", format_version=1, generator="g", precision="fp16", components={}, tokenizers={}, base=_stage(),
+        refiner=_stage(), loras=(LoraRecord(name="ink.safetensors", sha256="0" * 64, scale=0.8),),
+    )  # fmt: skip
+
+
+INK = (("sdxl\\ink.safetensors", 0.8),)
+BASE = Sampling(
+    "10", Model("base", INK), Conditioning("6", "a fox", "red", False, (2048, 4096), (2, 1), (512, 1024)),
+    Conditioning("7", "bad", "bad", zeroed=True), 2**63, 50, 8.0, "euler", "normal", end=40, leftover_noise=True,
+)  # fmt: skip
+REFINER = Sampling(
+    "11", Model("refiner"), Conditioning("15", "a fox", "a fox", False, (512, 1024), (0, 0), score=6.0),
+    Conditioning("16", "bad", "bad", False, (512, 1024), (0, 0), score=6.0), 7, 50, 7.0, "euler", "normal",
+    add_noise=False, start=40,
+)  # fmt: skip
+WORKFLOW = Workflow(Latents(1024, 512, 2, node="5"), (BASE, REFINER), "refiner")
+
+
+def test_both_samplings_are_the_request_s(manifest: Manifest, caplog: Any) -> None:
+    resolved = resolve(workflow_request(WORKFLOW, manifest), manifest)
+    assert (resolved.compat, resolved.steps, resolved.spacing, resolved.sampler) == ("comfyui", 50, "normal", "euler")
+    assert (resolved.width, resolved.height) == (1024, 512)
+    assert (resolved.seeds, resolved.refiner_seeds) == ((2**63, 2**63), (7, 7))
+    assert (resolved.guidance, resolved.refiner_guidance) == (8.0, 7.0)
+    assert (resolved.base.start, resolved.base.stop, resolved.base.leftover_noise) == (0, 40, True)
+    assert (resolved.refiner.start, resolved.refiner.stop, resolved.refiner.add_noise) == (40, 50, False)
+    positive, negative = resolved.sides["base"]
+    assert (positive.prompt.text, positive.prompt.text_2, negative.zeroed) == ("red", "a fox", True)
+    assert positive.micro.original_size == (2048, 4096)
+    assert (positive.micro.crop, positive.micro.target_size) == ((2, 1), (512, 1024))
+    assert negative.micro.original_size == (512, 1024), "without sizes of its own, those of the latents"
+    positive, negative = resolved.sides["refiner"]
+    assert (positive.micro.aesthetic_score, negative.micro.negative_aesthetic_score) == (6.0, 6.0)
+    assert caplog.records == []
+
+
+def test_the_base_alone(manifest: Manifest, caplog: Any) -> None:
+    alone = replace(WORKFLOW, samplings=(replace(BASE, end=TO_THE_END, leftover_noise=False),), vae="base")
+    resolved = resolve(workflow_request(alone, manifest), manifest)
+    assert (resolved.refiner, resolved.base.stop) == (None, 50)
+    assert caplog.records == []
+
+
+def test_the_editor_s_default_graph_stays_the_no_op_that_it_is(manifest: Manifest, caplog: Any) -> None:
+    base, refiner = replace(BASE, steps=20, end=32), replace(REFINER, steps=20, start=32)
+    resolved = resolve(workflow_request(replace(WORKFLOW, samplings=(base, refiner)), manifest), manifest)
+    assert (resolved.base.stop, resolved.refined) == (20, False)
+    assert "does nothing" in caplog.text
+
+
+REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "sampler": ({"sampler": "dpm_adaptive"}, {}, "node 10: sampler_name 'dpm_adaptive' is unknown here; .*euler"),
+    "schedule": ({}, {"schedule": "AYS"}, "node 11: scheduler 'AYS' is unknown here; .*normal"),
+    "denoise": ({}, {"denoise": 0.3}, "node 11: denoise 0.3 is not supported yet"),
+    "steps": ({"steps": 40}, {}, "nodes 10 and 11: steps 40 and 50"),
+    "schedules": ({"schedule": "karras"}, {}, "nodes 10 and 11: schedule karras and normal"),
+    "grids": ({"sampler": "dpm_2"}, {}, "nodes 10 and 11: samplers dpm_2 and euler are on different grids"),
+    "checkpoint": ({}, {"model": Model("base")}, "nodes 10 and 11: sample with one checkpoint twice"),
+    "refiner's LoRA": ({}, {"model": Model("refiner", INK)}, "node 11: has a LoRA on the refiner"),
+    "strength": ({"model": Model("base", (("ink.safetensors", 1.0),))}, {},
+                 "node 10: LoRA ink.safetensors at strength 1 is not in the bundle; .*--lora ink.safetensors:1"),
+    "twice": ({"model": Model("base", INK + INK)}, {}, "is not in the bundle"),
+    "seed": ({"seed": -1}, {}, "--seed -1"),
+    "start": ({}, {"start": -4}, "--refiner-start-step -4"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("base", "refiner", "words"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_run_is_named(
+    manifest: Manifest, base: dict[str, Any], refiner: dict[str, Any], words: str
+) -> None:
+    workflow = replace(WORKFLOW, samplings=(replace(BASE, **base), replace(REFINER, **refiner)))
+    with pytest.raises(UsageError, match=words):
+        resolve(workflow_request(workflow, manifest), manifest)
+
+
+def test_chains_pictures_and_bundles_that_do_not_fit_are_named(manifest: Manifest) -> None:
+    third = replace(WORKFLOW, samplings=(BASE, REFINER, replace(REFINER, node="12")))
+    picture = replace(WORKFLOW, latents=Latents(image="in.png", node="5"))
+    alone = msgspec.structs.replace(manifest, refiner=None)
+    other = msgspec.structs.replace(_stage(), vae=msgspec.structs.replace(_stage().vae, decoder="own"))
+    for workflow, bundle, words in (
+        (third, manifest, "node 12: is a sampler too many"),
+        (picture, manifest, r"node 5 \(VAEEncode\): .*not supported yet"),
+        (WORKFLOW, alone, "node 11: takes a refiner, but the bundle has none"),
+        (replace(WORKFLOW, vae="base"), msgspec.structs.replace(manifest, refiner=other), "decodes with the base's"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            workflow_request(workflow, bundle)
+
+
+def test_a_lora_that_only_the_bundle_has_is_told(manifest: Manifest, caplog: Any) -> None:
+    plain = replace(WORKFLOW, samplings=(replace(BASE, model=Model("base")), REFINER))
+    assert isinstance(workflow_request(plain, manifest), Request)
+    assert "LoRA ink.safetensors at strength 0.8" in caplog.text
