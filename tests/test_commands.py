@@ -139,6 +139,13 @@ def test_no_refiner_leaves_no_handoff(bundle: Path, tmp_path: Path, capsys: Any)
         (["--guidance-interval", "half"], 2, "two fractions"),
         (["--guidance-rescale", "2"], 2, "choose 0 to 1"),
         (["--vram", "much"], 2, "12GB"),
+        (["--compat", "comfyui", "--schedule", "trailing"], 2, "choose one of: simple"),
+        (["--original-size", "1024"], 2, "1024x768"),
+        (["--crop", "left"], 2, "0,128"),
+        (["--clip-skip", "9"], 2, "choose 0 to"),
+        (["--handoff-sigma", "99"], 2, "no step"),
+        (["--handoff-step", "4", "--base-end-step", "4"], 2, "state the same thing"),
+        (["--workflow", "missing.json"], 2, "--workflow states PROMPT itself"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -273,6 +280,40 @@ def test_every_sampler_is_in_the_help() -> None:
     from sdxl_trt.runtime.samplers import sampler_names
 
     assert list(options.SAMPLERS) == sampler_names()
+
+
+def test_every_schedule_of_comfyui_is_in_the_help() -> None:
+    from sdxl_trt.runtime import options
+    from sdxl_trt.runtime.comfy_schedules import COMFYUI_SCHEDULES
+
+    assert tuple(COMFYUI_SCHEDULES) == options.COMFYUI_SCHEDULES
+
+
+@pytest.mark.slow
+def test_comfyui_s_options_reach_the_run(pairs: Any, tmp_path: Path, capsys: Any) -> None:
+    from sdxl_trt.runtime import Request, open_bundle
+
+    bundle, latents = pairs("outline").bundle, tmp_path / "x.npz"
+    arguments = [
+        "a (red:1.4) fox", "--engines", str(bundle), "-o", str(tmp_path / "x.png"), "--save-latents", str(latents),
+        "--width", "32", "--height", "32", "--steps", "4", "--seed", "3", "--compat", "comfyui", "--schedule", "karras",
+        "--sampler", "dpmpp_2m", "--base-end-step", "3", "--refiner-start-step", "2", "--refiner-add-noise",
+        "--no-leftover-noise", "--original-size", "64x96", "--crop", "8,4", "--target-size", "32x48",
+        "--clip-skip", "1",
+    ]  # fmt: skip
+    assert trt_generate(arguments) == 0
+    told = capsys.readouterr().err
+    assert "warning: the base stops at step 3, the refiner starts at 2" in told
+    assert "warning: the refiner adds noise" in told
+    request = Request(
+        "a (red:1.4) fox", width=32, height=32, steps=4, seed=3, compat="comfyui", schedule="karras",
+        sampler="dpmpp_2m", base_end_step=3, refiner_start_step=2, refiner_add_noise=True, leftover_noise=False,
+        original_size=(96, 64), crop=(4, 8), target_size=(48, 32), clip_skip=1,
+    )  # fmt: skip
+    with open_bundle(bundle) as pipeline, np.load(latents) as found:
+        list(pipeline.generate(request))
+        np.testing.assert_allclose(found["handoff"], pipeline.run.handoff, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(found["final"], pipeline.run.final, rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow

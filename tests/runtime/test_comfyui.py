@@ -14,9 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sdxl_trt.engines.errors import SizeError, UsageError
+from sdxl_trt.engines.plans import Limits
+from sdxl_trt.engines.profiles import Range, fixed
 from sdxl_trt.runtime import Request, open_bundle
+from sdxl_trt.runtime import pipeline as pipeline_module
 from sdxl_trt.runtime.cli import main as trt_generate
 from sdxl_trt.runtime.pipeline import Pipeline
+from sdxl_trt.runtime.prompts import Prompt, PromptEncoder
+from sdxl_trt.runtime.request import resolve
 
 # diffusers' own: it gives torch tensors to np.array.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -175,7 +181,7 @@ def _randn(seed: int, count: int = 1) -> Any:
 
 # start, end, add_noise and leftover of base and refiner, in 6 steps.
 FIELDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "a handoff": ({"end": 4, "leftover": True}, {"start": 4, "add_noise": False}),
+    "an ordinary handoff": ({"end": 4, "leftover": True}, {"start": 4, "add_noise": False}),
     "a step left out": ({"end": 3, "leftover": True}, {"start": 4, "add_noise": False}),
     "a step taken twice": ({"end": 4, "leftover": True}, {"start": 3, "add_noise": False}),
     "no leftover noise": ({"end": 4}, {"start": 4, "add_noise": False}),
@@ -204,14 +210,16 @@ def _settings(base: dict[str, Any], refiner: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
-@pytest.mark.parametrize("compat", ["comfyui", "diffusers"])
-def test_every_field_is_ksampler_advanced_s(
-    compat: str, fields: tuple[dict[str, Any], dict[str, Any]], opened: Pipeline, reference: Any
-) -> None:
+# What differs in diffusers' way is the grid and where the refiner's noise comes from.
+IN_DIFFUSERS = ("no leftover noise, and added", "a refiner that starts anew", "the refiner stops early")
+CASES = [("comfyui", name) for name in FIELDS] + [("diffusers", name) for name in IN_DIFFUSERS]
+
+
+@pytest.mark.parametrize(("compat", "name"), CASES)
+def test_every_field_is_ksampler_advanced_s(compat: str, name: str, opened: Pipeline, reference: Any) -> None:
     import torch
 
-    comfyui = compat == "comfyui"
+    comfyui, fields = compat == "comfyui", FIELDS[name]
     request = Request("a red fox", compat=compat, negative="blurry", steps=6, guidance=4.0, seed=3, count=2,
                       width=SIDE, height=SIDE, **_settings(*fields))  # fmt: skip
     list(opened.generate(request))
@@ -292,11 +300,67 @@ def test_the_tutorial_s_workflow_gives_the_reference_s_latents(
 
 
 def test_a_shorter_text_is_filled_up_with_empty_chunks(opened: Pipeline, reference: Any) -> None:
-    from sdxl_trt.runtime.prompts import Prompt, PromptEncoder
-
     encoder, stage = PromptEncoder(opened.pool), opened.manifest.base
     for prompt_l, prompt_g in (("a red fox", PROMPT), (PROMPT, "a red fox"), ("", "")):
         (ours,) = encoder.encode([(stage, Prompt(prompt_l, prompt_g))], stage.unet, weighted=True)
         expected = reference.base_cond([(prompt_g, 1.0)], [(prompt_l, 1.0)], [0.0] * 6)
         np.testing.assert_allclose(ours.hidden, expected.hidden[0].numpy(), rtol=0, atol=1e-4)
         np.testing.assert_allclose(ours.pooled, expected.pooled[0].numpy(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("clip_skip", [0, 1])
+def test_clip_skip_leaves_out_layers(clip_skip: int, opened: Pipeline, reference: Any) -> None:
+    """As diffusers' encode_prompt, whose negative skips none."""
+    expected = reference.base.encode_prompt("a red fox", clip_skip=clip_skip, negative_prompt="blurry")
+    ours = []
+    for compat in ("diffusers", "comfyui"):
+        request = Request("a red fox", compat=compat, negative="blurry", clip_skip=clip_skip, width=SIDE, height=SIDE)
+        sides = resolve(request, opened.manifest).sides["base"]
+        stage = opened.manifest.base
+        ours.append(PromptEncoder(opened.pool).encode([(stage, side.prompt) for side in sides], stage.unet))
+    for found, tensor in zip(ours[0], expected[:2], strict=True):
+        np.testing.assert_allclose(found.hidden, tensor[0].numpy(), rtol=0, atol=1e-4)
+    np.testing.assert_array_equal(ours[0][0].hidden, ours[1][0].hidden)
+    assert (np.abs(ours[0][1].hidden - ours[1][1].hidden).max() > 0.01) == (clip_skip > 0), "ComfyUI's skips too"
+
+
+def test_a_batch_s_noise_does_not_depend_on_which_pictures_share_a_call(opened: Pipeline) -> None:
+    request = Request("a red fox", compat="comfyui", steps=3, seed=5, count=3, width=SIDE, height=SIDE,
+                      sampler="euler_ancestral", handoff=None)  # fmt: skip
+    finals = []
+    for at_once in (4, 2):
+        pipeline = Pipeline(opened.pool, pictures_at_once=at_once)
+        pictures = list(pipeline.generate(request))
+        finals.append(pipeline.run.final)
+        assert [picture.seed for picture in pictures] == [5, 5, 5]
+    np.testing.assert_allclose(*finals, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(pipeline.run.initial, _randn(5, 3).numpy(), rtol=0, atol=1e-5)
+    assert np.abs(finals[0][0] - finals[0][1]).max() > 0.1
+
+
+def test_pixels_are_cut_off(opened: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The decoder answers with nine tenths of the way between two pixel values."""
+    value = np.float32(2 * 100.9 / 255 - 1)
+    monkeypatch.setattr(pipeline_module, "decode", lambda *_, **__: np.full((1, 3, 2, 2), value))
+    pixels = []
+    for compat in ("diffusers", "comfyui"):
+        (picture,) = opened.generate(
+            Request("a fox", compat=compat, steps=1, width=SIDE, height=SIDE, handoff=None, seed=0)
+        )
+        pixels.append(np.asarray(picture.image).max())
+    assert pixels == [101, 100]
+
+
+def test_a_prompt_of_book_length_is_refused_before_anything_is_loaded(opened: Pipeline) -> None:
+    loads = list(opened.pool.loads)
+    with pytest.raises(UsageError, match=r"a prompt takes \d+ chunks of 77 tokens; shorten it to 16"):
+        list(opened.generate(Request("a fox " * 20_000, compat="comfyui", width=SIDE, height=SIDE)))
+    assert opened.pool.loads == loads
+
+
+def test_prompts_that_no_plan_takes_are_refused(opened: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = Range(min=77, opt=77, max=154)
+    monkeypatch.setattr(opened.pool, "limits", Limits(height=fixed(SIDE), width=fixed(SIDE), pictures=1, tokens=tokens))
+    request = Request("a fox " * 100, compat="comfyui", handoff=None)
+    with pytest.raises(SizeError, match=r"take 231 tokens, the plans 77 to 154; .*--tokens 77:77:231"):
+        list(opened.generate(request))

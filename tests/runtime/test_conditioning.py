@@ -107,3 +107,20 @@ def test_each_input_has_the_engine_s_dtype(stage: Stage) -> None:
     made = make_conditions(_engine("float16"), stage, _embeds(1), _embeds(2), MICRO, 5.0, 1)
     dtypes = {name: str(array.dtype) for name, array in made.inputs.items()}
     assert dtypes == {"encoder_hidden_states": "float16", "text_embeds": "float32", "time_ids": "float32"}
+
+
+def test_prompts_of_different_lengths_are_repeated_to_the_least_common_one(stage: Stage) -> None:
+    long = PromptEmbeds(np.repeat(np.arange(3, dtype=np.float32), 77)[:, None], np.zeros(6, np.float32))
+    short = PromptEmbeds(np.repeat(np.arange(2, dtype=np.float32), 77)[:, None], np.zeros(6, np.float32))
+    hidden = make_conditions(_engine("float32"), stage, long, short, MICRO, 5.0, 1).inputs["encoder_hidden_states"]
+    assert hidden.shape == (2, 6 * 77, 1)
+    assert hidden[:, ::77, 0].tolist() == [[0, 1, 2, 0, 1, 2], [0, 1, 0, 1, 0, 1]]
+    alone = make_conditions(_engine("float32"), stage, long, short, MICRO, 1.0, 1).inputs["encoder_hidden_states"]
+    assert alone.shape == (1, 3 * 77, 1)
+
+
+def test_each_side_may_have_its_own_sizes_and_any_scale_may_guide(stage: Stage) -> None:
+    other = MicroConditions((1, 2), (3, 4), (5, 6), 7.0, 8.0)
+    made = make_conditions(_engine("float32"), stage, _embeds(1), _embeds(2), (MICRO, other), 0.5, 1, any_scale=True)
+    assert made.guided
+    assert made.inputs["time_ids"].tolist() == [[768, 1024, 3, 5, 6], [1, 2, 3, 4, 8]]

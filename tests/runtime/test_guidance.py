@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.runtime.guidance import Guidance, guided_span
+from sdxl_trt.runtime.guidance import Guidance, guided_span, guides
 
 SIGMAS = np.append(np.geomspace(14.6, 0.03, 10), 0).astype(np.float32)
 
@@ -67,3 +67,11 @@ def test_other_intervals_are_refused(first: float, last: float) -> None:
 def test_a_scale_of_one_is_no_guidance(scale: float) -> None:
     assert not Guidance(scale).wanted
     assert not Guidance(scale).applies(1.0)
+
+
+def test_in_comfyui_every_scale_but_one_guides() -> None:
+    scales = (-1.0, 0.0, 0.5, 1.0, 1.0 + 1e-12, 1.001, 8.0)
+    assert [guides(scale, any_scale=True) for scale in scales] == [True, True, True, False, False, True, True]
+    assert [guides(scale) for scale in scales] == [False, False, False, False, True, True, True]
+    assert Guidance(0.5, any_scale=True).applies(1.0)
+    assert not Guidance(0.5).applies(1.0)

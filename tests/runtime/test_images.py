@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sdxl_trt.engines.errors import ResourceError, UsageError
-from sdxl_trt.runtime.images import save_png, to_uint8
+from sdxl_trt.runtime.images import save_png, to_uint8, to_uint8_truncated
 
 
 def _diffusers(sample: np.ndarray) -> np.ndarray:
@@ -48,6 +48,25 @@ def test_any_value_is_a_pixel(value: float) -> None:
 def test_channels_and_half_precision_are_kept() -> None:
     sample = np.stack([np.full((1, 2), value, np.float16) for value in (-1, 0, 1)])[None]
     assert to_uint8(sample)[0, 0].tolist() == [[0, 128, 255]] * 2
+
+
+def test_comfyui_cuts_off_what_diffusers_rounds(rng: np.random.Generator) -> None:
+    """Against the operations of ComfyUI's VAE and SaveImage, in torch."""
+    import torch
+
+    sample = (rng.standard_normal((2, 3, 24, 16)) * 0.8).astype(np.float32)
+    decoded = torch.clamp((torch.from_numpy(sample) + 1.0) / 2.0, min=0.0, max=1.0).movedim(1, -1)
+    expected = np.clip(255.0 * decoded.numpy(), 0, 255).astype(np.uint8)
+    ours = to_uint8_truncated(sample)
+    assert (ours.shape, ours.dtype) == ((2, 24, 16, 3), np.uint8)
+    np.testing.assert_array_equal(ours, expected)
+    assert (to_uint8(sample).astype(int) - ours).max() == 1
+    assert to_uint8_truncated(np.array([-9, -1, 1, 9], np.float32).reshape(1, 1, 1, 4)).ravel().tolist() == [
+        0,
+        0,
+        255,
+        255,
+    ]
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdxl_trt.runtime.noise import TorchGenerator
+from sdxl_trt.runtime.noise import BatchNoise, TorchGenerator
 
 TOLERANCE = 1e-6  # torch evaluates logarithm and cosine with polynomials of its own: 3 units in the last place
 SEEDS = [0, 1, 7, 42, 2**31, 2**32 - 1, 2**32, 2**32 + 7, 2**63 + 5, 2**64 - 1]
@@ -89,3 +89,14 @@ def test_a_large_draw_is_standard_normal_and_finite() -> None:
     assert np.isfinite(values).all()
     assert abs(values.mean()) < 0.01
     assert abs(values.std() - 1) < 0.01
+
+
+def test_a_batch_is_one_stream_that_begins_anew_each_time() -> None:
+    """As ComfyUI's prepare_noise, and its ancestral noise of the next seed."""
+    noise, shape = BatchNoise(11, 3), (4, 8, 8)
+    for _ in range(2):
+        np.testing.assert_allclose(noise.draw(shape), _torch(11, (3, *shape))[0], rtol=0, atol=1e-6)
+    first, second = _torch(12, (3, *shape), (3, *shape))
+    draw = noise.source(shape, slice(1, 3))
+    np.testing.assert_allclose(draw(2.0, 1.0), first[1:], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(draw(1.0, 0.5), second[1:], rtol=0, atol=1e-6)

@@ -200,3 +200,41 @@ def test_latents_that_do_not_fit_are_refused(manifest: Manifest, latents: np.nda
 def test_latents_must_agree_with_what_is_stated(manifest: Manifest, setting: dict[str, int]) -> None:
     with pytest.raises(UsageError, match="--latents: shape"):
         resolve(Request(latents=_latents(1, 4, 64, 64), **setting), manifest)
+
+
+def test_comfyui_s_way_is_resolved_once(manifest: Manifest) -> None:
+    resolved = resolve(Request("p", compat="comfyui", seed=7, count=2, sampler="uni_pc_bh2", guidance=0.5), manifest)
+    assert (resolved.seeds, resolved.refiner_seeds) == ((7, 7), None)
+    assert resolved.schedule.whole_timesteps
+    assert resolved.schedule.timesteps[0] == 999, "the full range, as `normal` has it"
+    assert resolved.guidance_of("base").wanted
+    for positive, negative in resolved.sides.values():
+        assert (positive.prompt.text, negative.prompt.text) == ("p", "")
+        assert not negative.zeroed
+    assert resolve(Request(compat="comfyui", schedule="karras"), manifest).spacing == "karras"
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"compat": "a1111"}, "--compat 'a1111' is unknown; choose one of: diffusers, comfyui"),
+        ({"compat": "comfyui", "schedule": "trailing"}, "--schedule 'trailing' is unknown; choose one of: simple"),
+        ({"sampler": "uni_pc_bh2"}, "--sampler 'uni_pc_bh2' is unknown"),
+        ({"refiner_seed": -1}, "--seed -1"),
+        ({"clip_skip": 1}, "--clip-skip 1: choose 0 to 0"),
+        ({"clip_skip": -1}, "--clip-skip -1"),
+        ({"original_size": (-1, 5)}, "--original-size: -1 pixels"),
+        ({"crop": (0, 10**400)}, "--crop: 10"),
+        ({"target_size": (2**21, 5)}, "--target-size"),
+    ],
+)
+def test_what_comfyui_s_way_cannot_have_is_refused(manifest: Manifest, settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        resolve(Request(**settings), manifest)
+
+
+def test_sizes_that_are_stated_condition_both_stages_and_sides(manifest: Manifest) -> None:
+    request = Request(original_size=(2048, 4096), crop=(1, 2), target_size=(512, 256))
+    for side in (side for pair in resolve(request, manifest).sides.values() for side in pair):
+        micro = side.micro
+        assert (micro.original_size, micro.crop, micro.target_size) == ((2048, 4096), (1, 2), (512, 256))
