@@ -7,7 +7,7 @@ all pictures take their refiner steps, all are decoded. Each phase tells the poo
 __all__ = ["Handoff", "Picture", "Pipeline", "Run", "Step", "open_bundle"]
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -96,14 +96,14 @@ class Pipeline:
             read = positives[name]
             against = read.zeroed() if negative.zeroed else next(encoded)
             embeds[name] = (read.zeroed() if positive.zeroed else read, against)
-            self._check_tokens(*embeds[name])
+            self._check_tokens(embeds[name] if request.guidance_of(name).wanted else embeds[name][:1])
         return embeds
 
-    def _check_tokens(self, positive: PromptEmbeds, negative: PromptEmbeds) -> None:
+    def _check_tokens(self, rows: Sequence[PromptEmbeds]) -> None:
         """Raise SizeError for prompts that are longer, once they are equally long, than the plans take."""
-        tokens, limits = math.lcm(len(positive.hidden), len(negative.hidden)), self.pool.limits
+        tokens, limits = math.lcm(*(len(row.hidden) for row in rows)), self.pool.limits
         if limits is not None and tokens not in limits.tokens:
-            raise SizeError(f"prompt and negative together take {tokens} tokens, the plans {limits.tokens.min} to"
+            raise SizeError(f"the prompts take {tokens} tokens, the plans {limits.tokens.min} to"
                             f" {limits.tokens.max}; shorten them, or build plans: export-engines --tokens"
                             f" 77:77:{tokens}")  # fmt: skip
 

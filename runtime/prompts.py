@@ -21,6 +21,8 @@ log = logging.getLogger("sdxl_trt.runtime")
 # The last layer but one, before the final normalization: what SDXL's UNets were trained on.
 PENULTIMATE = -2
 CUT_SHOWN = 200
+MAX_WEIGHT = 100.0
+"""Beyond this an encoder's outliers leave what fp16 holds."""
 MAX_CHUNKS = 16
 """ComfyUI knows no limit, but attention to a prompt of book length takes all memory."""
 
@@ -101,7 +103,8 @@ class PromptEncoder:
 
         A stage with a single encoder reads a prompt's `text`, as diffusers' refiner does. A prompt is cut at 77
         tokens; `weighted` is ComfyUI's way: weights in parentheses, and as many chunks of 77 as it takes. `following`
-        is the engine that is needed next, for the pool to make ready. Raises UsageError for more than MAX_CHUNKS.
+        is the engine that is needed next, for the pool to make ready. Raises UsageError for more than MAX_CHUNKS,
+        or a weight beyond MAX_WEIGHT.
         """
         known: dict[tuple[TextEncoder, str, int], _Text] = {}
         texts = [self._texts(stage, prompt, known, weighted=weighted) for stage, prompt in wanted]
@@ -129,10 +132,7 @@ class PromptEncoder:
         tokenizer = self._tokenizers[encoder.tokenizer]
         (empty,) = chunked([], tokenizer.spec, tokenizer.pieces)
         if weighted:
-            chunks = chunked(parse_weights(text), tokenizer.spec, tokenizer.pieces)
-            if len(chunks) > MAX_CHUNKS:
-                raise UsageError(f"a prompt takes {len(chunks)} chunks of {tokenizer.spec.max_length} tokens; shorten"
-                                 f" it to {MAX_CHUNKS}")  # fmt: skip
+            chunks = _weighted_chunks(text, tokenizer)
         else:
             _warn_of_cut(encoder.component, text, tokenizer)
             chunks = [Chunk(tokenizer.ids(text), empty.weights)]
@@ -149,6 +149,18 @@ class PromptEncoder:
             for start in range(0, len(distinct), MAX_ROWS_OF_PROMPTS):
                 done |= _run(engine, distinct[start : start + MAX_ROWS_OF_PROMPTS])
         return done
+
+
+def _weighted_chunks(text: str, tokenizer: PromptTokenizer) -> list[Chunk]:
+    segments = parse_weights(text)
+    heaviest = max((segment.weight for segment in segments), key=abs, default=1.0)
+    if abs(heaviest) > MAX_WEIGHT:
+        raise UsageError(f"a weight of {heaviest:g} in the prompt; choose {-MAX_WEIGHT:g} to {MAX_WEIGHT:g}")
+    chunks = chunked(segments, tokenizer.spec, tokenizer.pieces)
+    if len(chunks) > MAX_CHUNKS:
+        raise UsageError(f"a prompt takes {len(chunks)} chunks of {tokenizer.spec.max_length} tokens; shorten it to"
+                         f" {MAX_CHUNKS}")  # fmt: skip
+    return chunks
 
 
 def _warn_of_cut(component: str, text: str, tokenizer: PromptTokenizer) -> None:

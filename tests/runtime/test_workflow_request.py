@@ -1,10 +1,13 @@
 """Workflows as requests: what a bundle can do is mapped, what it cannot is refused by the name of its node."""
 
+import contextlib
 from dataclasses import replace
 from typing import Any
 
 import msgspec
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from sdxl_trt.engines.errors import UsageError
 from sdxl_trt.engines.manifest import LoraRecord, Manifest, Scheduler, Stage, Vae
@@ -121,3 +124,28 @@ def test_a_lora_that_only_the_bundle_has_is_told(manifest: Manifest, caplog: Any
     plain = replace(WORKFLOW, samplings=(replace(BASE, model=Model("base")), REFINER))
     assert isinstance(workflow_request(plain, manifest), Request)
     assert "LoRA ink.safetensors at strength 0.8" in caplog.text
+
+
+NUMBERS = st.integers(-(2**64), 2**64) | st.integers(-3, 60)
+REALS = st.floats(-(2.0**64), 2.0**64)
+PAIRS_OF_NUMBERS = st.tuples(NUMBERS, NUMBERS)
+
+
+def _samplings(sampling: Sampling) -> st.SearchStrategy[Sampling]:
+    told = st.builds(Conditioning, st.just("6"), st.text(), st.text(), st.booleans(), PAIRS_OF_NUMBERS,
+                     st.none() | PAIRS_OF_NUMBERS, st.none() | PAIRS_OF_NUMBERS, st.none() | REALS)  # fmt: skip
+    return st.builds(
+        replace, st.just(sampling), positive=st.just(sampling.positive) | told, seed=NUMBERS, cfg=REALS,
+        steps=st.just(50) | NUMBERS, start=NUMBERS, end=NUMBERS, add_noise=st.booleans(), leftover_noise=st.booleans(),
+        denoise=st.just(1.0) | REALS, sampler=st.sampled_from(["euler", "dpm_2", ""]),
+    )  # fmt: skip
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(base=_samplings(BASE), refiner=_samplings(REFINER), sizes=st.just((512, 512, 1)) | st.tuples(*[NUMBERS] * 3))
+def test_any_numbers_are_resolved_or_refused(
+    manifest: Manifest, base: Sampling, refiner: Sampling, sizes: tuple[int, int, int]
+) -> None:
+    for samplings in ((base,), (base, refiner)):
+        with contextlib.suppress(UsageError):
+            resolve(workflow_request(Workflow(Latents(*sizes), samplings, "refiner"), manifest), manifest)

@@ -1,0 +1,82 @@
+"""ComfyUI's mode as a pipeline runs it: batches, pixels, and prompts that are too much."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sdxl_trt.engines.errors import SizeError, UsageError
+from sdxl_trt.engines.plans import Limits
+from sdxl_trt.engines.profiles import Range, fixed
+from sdxl_trt.runtime import Request, open_bundle
+from sdxl_trt.runtime import pipeline as pipeline_module
+from sdxl_trt.runtime.noise import BatchNoise
+from sdxl_trt.runtime.pipeline import Pipeline
+
+SIDE = 32
+
+
+@pytest.fixture(scope="module")
+def opened(pairs: Callable[[str], Any]) -> Iterator[Pipeline]:
+    with open_bundle(pairs("outline").bundle, residency="resident") as pipeline:
+        yield pipeline
+
+
+def test_a_batch_s_noise_does_not_depend_on_which_pictures_share_a_call(opened: Pipeline) -> None:
+    request = Request("a red fox", compat="comfyui", steps=3, seed=5, count=3, width=SIDE, height=SIDE,
+                      sampler="euler_ancestral", handoff=None)  # fmt: skip
+    finals = []
+    for at_once in (4, 2):
+        pipeline = Pipeline(opened.pool, pictures_at_once=at_once)
+        pictures = list(pipeline.generate(request))
+        finals.append(pipeline.run.final)
+        assert [picture.seed for picture in pictures] == [5, 5, 5]
+    np.testing.assert_allclose(*finals, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(
+        pipeline.run.initial, BatchNoise(5, 3).draw((4, SIDE // 2, SIDE // 2)), rtol=0, atol=1e-5
+    )
+    assert np.abs(finals[0][0] - finals[0][1]).max() > 0.1
+
+
+def test_pixels_are_cut_off(opened: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The decoder answers with nine tenths of the way between two pixel values."""
+    value = np.float32(2 * 100.9 / 255 - 1)
+    monkeypatch.setattr(pipeline_module, "decode", lambda *_, **__: np.full((1, 3, 2, 2), value))
+    pixels = []
+    for compat in ("diffusers", "comfyui"):
+        (picture,) = opened.generate(
+            Request("a fox", compat=compat, steps=1, width=SIDE, height=SIDE, handoff=None, seed=0)
+        )
+        pixels.append(np.asarray(picture.image).max())
+    assert pixels == [101, 100]
+
+
+def test_a_prompt_of_book_length_is_refused_before_anything_is_loaded(opened: Pipeline) -> None:
+    loads = list(opened.pool.loads)
+    with pytest.raises(UsageError, match=r"a prompt takes \d+ chunks of 77 tokens; shorten it to 16"):
+        list(opened.generate(Request("a fox " * 20_000, compat="comfyui", width=SIDE, height=SIDE)))
+    assert opened.pool.loads == loads
+
+
+def test_prompts_that_no_plan_takes_are_refused(opened: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = Range(min=77, opt=77, max=154)
+    monkeypatch.setattr(opened.pool, "limits", Limits(height=fixed(SIDE), width=fixed(SIDE), pictures=1, tokens=tokens))
+    request = Request("a fox " * 100, compat="comfyui", handoff=None)
+    with pytest.raises(SizeError, match=r"take 231 tokens, the plans 77 to 154; .*--tokens 77:77:231"):
+        list(opened.generate(request))
+
+
+@pytest.mark.parametrize("weight", ["1e30", "-101", "1e308"])
+def test_a_weight_that_overflows_is_refused(opened: Pipeline, weight: str) -> None:
+    with pytest.raises(UsageError, match=r"a weight of .* in the prompt; choose -100 to 100"):
+        list(opened.generate(Request(f"a (red:{weight}) fox", compat="comfyui", width=SIDE, height=SIDE)))
+
+
+def test_a_prompt_without_guidance_needs_no_room_for_the_negative(
+    opened: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = Range(min=77, opt=77, max=154)
+    monkeypatch.setattr(opened.pool, "limits", Limits(height=fixed(SIDE), width=fixed(SIDE), pictures=1, tokens=tokens))
+    request = Request("a fox", negative="a fox " * 100, compat="comfyui", handoff=None, steps=1, guidance=1.0)
+    assert len(list(opened.generate(request))) == 1
