@@ -142,11 +142,11 @@ class Pipeline:
         yield _loaded(run.final)
         count, _, height, width = run.final.shape
         takes = decoder_sizes(self.pool, vae.decoder)
-        to_pixels = to_uint8_truncated if run.request.comfyui else to_uint8
         tile = choose_tile((height, width), takes, vae.factor, tiled=run.request.tile)
         for index in range(count):
             one = slice(index, index + 1)
-            pixels = to_pixels(decode(engine, vae, run.final[one], tile=tile))[0]
+            sample = decode(engine, vae, run.final[one], tile=tile)
+            pixels = (to_uint8_truncated if run.request.comfyui else to_uint8)(sample)[0]
             yield Step("decode", index + 1, count, one, picture=finish(run, index, pixels))
 
     def __enter__(self) -> Self:
