@@ -5,6 +5,7 @@ __all__ = ["main"]
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,21 +16,25 @@ from sdxl_trt.runtime.options import check_alone_with_workflow, make_parser
 if TYPE_CHECKING:
     from sdxl_trt.runtime.pipeline import Pipeline
     from sdxl_trt.runtime.request import Request
-    from sdxl_trt.runtime.run import Picture
+    from sdxl_trt.runtime.run import Picture, Run
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run trt-generate and return its exit code."""
-    return run(make_parser(), _run, argv)
+    return run(make_parser(), lambda arguments: _run(arguments, argv), argv)
 
 
-def _run(arguments: argparse.Namespace) -> None:
+def _run(arguments: argparse.Namespace, argv: list[str] | None) -> None:
+    if arguments.source is not None:
+        from sdxl_trt.runtime.repeat import repeated  # noqa: PLC0415 - --help must not wait for it
+
+        arguments = repeated(argv)
     if arguments.plan:
         _plan(arguments)
-    elif arguments.prompt is None and arguments.workflow is None:
+    elif all(given is None for given in (arguments.prompt, arguments.prompts, arguments.workflow)):
         raise UsageError("a PROMPT is missing: say what the picture shows")
     else:
-        _generate(arguments)
+        _generate(arguments, argv)
 
 
 def _plan(arguments: argparse.Namespace) -> None:
@@ -45,10 +50,13 @@ def _plan(arguments: argparse.Namespace) -> None:
     plan.check()
 
 
-def _generate(arguments: argparse.Namespace) -> None:
-    from sdxl_trt.runtime.outputs import check_outputs, save_latents, target  # noqa: PLC0415
-    from sdxl_trt.runtime.pipeline import open_bundle  # noqa: PLC0415 - numpy and more: --help must not wait for it
+def _generate(arguments: argparse.Namespace, argv: list[str] | None) -> None:
+    from sdxl_trt.runtime.batches import Batch  # noqa: PLC0415 - numpy and more: --help must not wait for it
+    from sdxl_trt.runtime.outputs import Pictures, check_outputs, save_latents  # noqa: PLC0415
+    from sdxl_trt.runtime.pipeline import open_bundle  # noqa: PLC0415
+    from sdxl_trt.runtime.previews import Preview  # noqa: PLC0415
     from sdxl_trt.runtime.progress import ProgressBar  # noqa: PLC0415
+    from sdxl_trt.runtime.series import Series  # noqa: PLC0415
 
     started = time.perf_counter()
     check_outputs(arguments)
@@ -56,20 +64,25 @@ def _generate(arguments: argparse.Namespace) -> None:
     with open_bundle(
         arguments.engines, provider=arguments.provider, residency=arguments.residency, available=arguments.vram
     ) as pipeline:
-        steps = pipeline.steps(request or _from_workflow(arguments, pipeline))
-        seeds = pipeline.run.request.seeds if pipeline.run else ()
+        series = Series(request or _from_workflow(arguments, pipeline), arguments, argv)
+        batch = Batch(pipeline, series.requests)
+        files = Pictures(arguments.out, arguments.format, batch.runs, sheet=series.sweep is not None)
         if not arguments.json and pipeline.manifest.note:
             sys.stderr.write(f"note: {one_line(pipeline.manifest.note)}\n")
         images = []
-        with ProgressBar() as bar:
-            for step in steps:
+        preview = Preview(files.preview if arguments.preview else None, pipeline.manifest.base.vae.factor)
+        with ProgressBar() as bar, preview:
+            for number, step in batch.steps():
                 bar.show(step.stage, step.index, step.total, step.seconds)
+                preview.show(step)
                 if step.picture is not None:
-                    path = target(arguments.out, seeds, step.pictures.start)
+                    path = files.path(number, step.pictures.start)
                     step.picture.save(path, metadata=not arguments.no_metadata)
-                    images.append(_image(step.picture, path))
-        save_latents(arguments.save_latents, pipeline.run)
-        report = _report(pipeline, images, time.perf_counter() - started)
+                    images.append(_image(step.picture, path) | series.told(number))
+                    series.keep(number, step.picture)
+        save_latents(arguments.save_latents, batch.runs[0])
+        report = _report(pipeline, batch.runs, images, time.perf_counter() - started)
+        report |= series.finish(files.out, batch.runs)
     if arguments.json:
         print_json(report)
     else:
@@ -82,7 +95,7 @@ def _request(arguments: argparse.Namespace) -> "Request":
 
     return Request(
         compat=arguments.compat,
-        prompt=arguments.prompt,
+        prompt=arguments.prompt or "",
         prompt_2=arguments.prompt_2,
         negative=arguments.negative,
         negative_2=arguments.negative_2,
@@ -141,11 +154,14 @@ def _image(picture: "Picture", path: Path) -> dict[str, Any]:
     return {"path": str(path), "seed": picture.seed, "width": width, "height": height}
 
 
-def _report(pipeline: "Pipeline", images: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
-    run, pool = pipeline.run, pipeline.pool
-    components = pipeline.manifest.components
-    timings = run.timings if run else {}
-    place = run.place if run else None
+def _report(
+    pipeline: "Pipeline", runs: "Sequence[Run]", images: list[dict[str, Any]], seconds: float
+) -> dict[str, Any]:
+    pool, components = pipeline.pool, pipeline.manifest.components
+    timings: dict[str, list[float]] = {}
+    for stage, each in (item for one in runs for item in one.timings.items()):
+        timings.setdefault(stage, []).extend(each)
+    place = runs[0].place if len(runs) == 1 else None
     return {
         "images": images,
         "timings": {
@@ -170,9 +186,12 @@ def _report(pipeline: "Pipeline", images: list[dict[str, Any]], seconds: float) 
 def _tell(report: dict[str, Any]) -> None:
     for image in report["images"]:
         sys.stdout.write(f"{image['path']}  seed {image['seed']}  {image['width']}x{image['height']}\n")
+    if sheet := report.get("sheet"):
+        sys.stdout.write(f"{sheet}  sheet of {len(report['images'])}\n")
     place = report["handoff"]
-    how = f"handoff after step {place['step']} at sigma {place['sigma']:.3f}" if place else "base alone"
-    sys.stderr.write(f"{how}; {report['timings']['total']:.1f} s\n")
+    single = not {"sweep", "prompt"} & set(report["images"][0])
+    how = f"handoff after step {place['step']} at sigma {place['sigma']:.3f}; " if place else "base alone; " * single
+    sys.stderr.write(f"{how}{report['timings']['total']:.1f} s\n")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ SAMPLERS = (
     "euler", "heun", "dpm_2", "lms", "dpmpp_2m", "ddim", "uni_pc", "deis", "res_multistep", "euler_ancestral",
     "dpm_2_ancestral", "dpmpp_2s_ancestral", "dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde", "lcm",
 )  # fmt: skip
+FORMATS = ("png", "jpeg", "webp")
 COMFYUI_SCHEDULES = (
     "simple", "sgm_uniform", "karras", "exponential", "ddim_uniform", "beta", "normal", "linear_quadratic",
     "kl_optimal",
@@ -29,6 +30,8 @@ EPILOG = """examples:
   trt-generate "a large red star on a blue background" -o star.png
   trt-generate "a red fox" --engines my-bundle --steps 30 --handoff 0.8 --seed 7
   trt-generate "a red fox" --engines my-bundle --no-refiner -n 4 --json
+  trt-generate "a red fox" --engines my-bundle --sweep handoff=0.25,0.5,0.6,0.7,0.8,none -o sheet.png
+  trt-generate --from fox.png --steps 50
   trt-generate "a (red:1.2) fox" --engines my-bundle --compat comfyui --schedule karras --sampler dpmpp_2m
   trt-generate --workflow sdxl.json --engines my-bundle
   trt-generate --plan --vram 12GB --engines my-bundle
@@ -46,6 +49,7 @@ def make_parser() -> Parser:
     parser.add_argument("prompt", metavar="PROMPT", nargs="?", help="what the picture shows")
     _add_prompt_options(parser)
     _add_run_options(parser)
+    _add_series_options(parser)
     _add_comfyui_options(parser)
     _add_engine_options(parser)
     return parser
@@ -69,7 +73,8 @@ def _add_prompt_options(parser: Parser) -> None:
     group.add_argument("--height", type=int, metavar="H", help="pixels (default: the model's)")
     group.add_argument("-n", dest="count", type=int, metavar="COUNT", help="pictures, with seeds N, N+1, … (default 1)")
     group.add_argument("--seed", type=int, metavar="N", help="0 to 2^64-1 (default: drawn and printed)")
-    group.add_argument("-o", dest="out", type=Path, metavar="FILE", help="PNG to write (default sdxl-<seed>.png)")
+    group.add_argument("-o", dest="out", type=Path, metavar="FILE", help="file to write (default sdxl-<seed>.png)")
+    group.add_argument("--format", choices=FORMATS, help="png, or by the ending of -o; webp is without loss")
     group.add_argument("--no-metadata", action="store_true", help="write pictures without their settings")
 
 
@@ -102,6 +107,19 @@ def _add_run_options(parser: Parser) -> None:
     group.add_argument("--clip-skip", type=int, default=0, metavar="K", help="text encoder layers to leave out (0)")
     group.add_argument("--latents", type=Path, metavar="FILE.npy", help="initial noise, float32 of unit variance")
     group.add_argument("--save-latents", type=Path, metavar="FILE.npz", help="write initial, handoff and final latents")
+
+
+def _add_series_options(parser: Parser) -> None:
+    group = parser.add_argument_group("series and repeats")
+    group.add_argument("--sweep", action="append", default=[], metavar="KEY=V1,V2,…",
+                       help="a contact sheet of variants, twice for a grid: handoff, handoff-step, aesthetic-score,"
+                       " guidance, refiner-guidance, seed, steps, sampler")  # fmt: skip
+    group.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="a prompt a line, all in one run; # starts a comment"
+    )
+    group.add_argument("--from", dest="source", type=Path, metavar="IMAGE",
+                       help="make a picture again, with what else is given changed")  # fmt: skip
+    group.add_argument("--preview", action="store_true", help="show the running step, roughly, in a file beside -o")
 
 
 def _add_comfyui_options(parser: Parser) -> None:

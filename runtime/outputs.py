@@ -1,13 +1,15 @@
 """The files of trt-generate: which they are, whether they can be written, noise in and latents out."""
 
-__all__ = ["check_outputs", "load_latents", "save_latents", "target"]
+__all__ = ["Pictures", "check_outputs", "load_latents", "save_latents"]
 
 import argparse
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdxl_trt.engines.errors import UsageError
+from sdxl_trt.runtime.picture_files import FORMATS
 
 if TYPE_CHECKING:
     from sdxl_trt.runtime.run import Run
@@ -15,20 +17,45 @@ if TYPE_CHECKING:
 
 def check_outputs(arguments: argparse.Namespace) -> None:
     """Find out before the work whether its results can be kept."""
-    endings = {"-o": (arguments.out, ".png"), "--save-latents": (arguments.save_latents, ".npz")}
-    for option, (path, ending) in endings.items():
+    endings = {"-o": (arguments.out, _endings(arguments.format)), "--save-latents": (arguments.save_latents, (".npz",))}
+    for option, (path, allowed) in endings.items():
         if path is None:
             continue
-        if path.suffix.lower() != ending:
-            raise UsageError(f"{option} {path}: give a name that ends in {ending}")
+        if path.suffix.lower() not in allowed:
+            raise UsageError(f"{option} {path}: give a name that ends in {' or '.join(allowed)}")
         if path.is_dir() or not path.parent.is_dir():
             raise UsageError(f"{option} {path}: is not a file in an existing folder; make the folder first")
+    if arguments.save_latents and (arguments.sweep or arguments.prompts):
+        raise UsageError("--save-latents keeps those of one request; leave --sweep and --prompts out")
 
 
-def target(out: Path | None, seeds: tuple[int, ...], index: int) -> Path:
-    """Return the file of picture `index`: `out` itself for one picture, numbered beside it for several."""
-    path = out or Path(f"sdxl-{seeds[0]}.png")
-    return path if len(seeds) == 1 else path.with_name(f"{path.stem}-{index}{path.suffix}")
+def _endings(kind: str | None) -> tuple[str, ...]:
+    """Return how the names of pictures may end, all of them where no format was asked for."""
+    return tuple(ending for ending, name in FORMATS.items() if kind in (None, name.lower()))
+
+
+class Pictures:
+    """Where the pictures of a batch go: to `out` itself where there is one, else numbered beside it.
+
+    With a `sheet`, `out` is the sheet's, and all pictures are numbered. No `out` is ``sdxl-<seed>`` here.
+    """
+
+    def __init__(self, out: Path | None, kind: str | None, runs: "Sequence[Run]", *, sheet: bool = False) -> None:
+        counts = [len(run.request.seeds) for run in runs]
+        self._firsts = [sum(counts[:number]) for number in range(len(counts))]
+        self._alone = sum(counts) == 1 and not sheet
+        self.out = out or Path(f"sdxl-{runs[0].request.seeds[0]}{_endings(kind or 'png')[0]}")
+
+    @property
+    def preview(self) -> Path:
+        """Return the file that shows the running step."""
+        return self.out.with_name(f"{self.out.stem}-preview.png")
+
+    def path(self, number: int, picture: int) -> Path:
+        """Return the file of picture `picture` of request `number`."""
+        if self._alone:
+            return self.out
+        return self.out.with_name(f"{self.out.stem}-{self._firsts[number] + picture}{self.out.suffix}")
 
 
 def load_latents(path: Path | None) -> Any:

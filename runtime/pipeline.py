@@ -4,10 +4,11 @@ A request runs phase-major: all prompts are encoded, all pictures take their bas
 all pictures take their refiner steps, all are decoded. Each phase tells the pool what the next one needs.
 """
 
-__all__ = ["Handoff", "Picture", "Pipeline", "Run", "Step", "open_bundle"]
+__all__ = ["Handoff", "Job", "Picture", "Pipeline", "Run", "Step", "open_bundle"]
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -24,11 +25,24 @@ from sdxl_trt.runtime.decode import choose_tile, decode, decoder_sizes
 from sdxl_trt.runtime.denoiser import Denoiser
 from sdxl_trt.runtime.images import to_uint8, to_uint8_truncated
 from sdxl_trt.runtime.noise import BatchNoise, NoiseSource, PictureNoise
-from sdxl_trt.runtime.prompts import PromptEmbeds, PromptEncoder
+from sdxl_trt.runtime.prompts import Prompt, PromptEmbeds, PromptEncoder
 from sdxl_trt.runtime.request import Request, ResolvedRequest, resolve
 from sdxl_trt.runtime.run import Handoff, Latents, Picture, Run, Step, finish, timed
 from sdxl_trt.runtime.samplers import bind_sampler
 from sdxl_trt.runtime.sides import StageName
+
+
+@dataclass
+class Job:
+    """A request on its way through the stages: its run, where each stage's noise comes from, its latents as they stand.
+
+    `embeds` are the positive and negative ones of each stage, once they are read. Latents are in the sampler's scale.
+    """
+
+    run: Run
+    noises: dict[StageName, NoiseSource]
+    latents: Latents
+    embeds: dict[StageName, tuple[PromptEmbeds, PromptEmbeds]] = field(default_factory=dict)
 
 
 class Pipeline:
@@ -55,49 +69,65 @@ class Pipeline:
 
         `run` then belongs to this request. Raises UsageError before anything is loaded.
         """
+        job = self.start(request)
+        self.run = job.run
+        return timed(job.run, self._work(job))
+
+    def start(self, request: Request) -> Job:
+        """Return `request` settled, with its noise drawn, ready for the stages. Raises UsageError."""
         resolved = resolve(request, self.manifest, self.pool.limits)
         noises = _noises(resolved)
         initial = _initial_noise(resolved, self.manifest.base.vae, noises["base"])
-        self.run = Run(resolved, initial=initial, final=initial)
-        return timed(self.run, self._work(self.run, noises))
+        run = Run(resolved, initial=initial, final=initial, asked=request)
+        return Job(run, noises, resolved.base.noised(np.zeros_like(initial), initial, resolved.schedule))
 
-    def _work(self, run: Run, noises: Mapping[StageName, NoiseSource]) -> Iterator[Step]:
-        request = run.request
-        base, refiner = self.manifest.base, self.manifest.refiner if request.refined else None
-        vae = (refiner or base).vae
-        stages: dict[StageName, Stage] = {"base": base} if refiner is None else {"base": base, "refiner": refiner}
-        embeds = self._encode(stages, request)
-        yield Step("encode", 1, 1, slice(0, len(request.seeds)))
+    def _work(self, job: Job) -> Iterator[Step]:
+        yield from self.encode([job])
+        yield from self.base(job)
+        yield from self.refine(job)
+        yield from self.decode(job)
 
-        latents = request.base.noised(np.zeros_like(run.initial), run.initial, request.schedule)
+    def encode(self, jobs: Sequence[Job]) -> Iterator[Step]:
+        """Read the prompts of all `jobs`, with every encoder loaded once, into their `embeds`."""
+        for weighted in (False, True):
+            alike = [job for job in jobs if job.run.request.comfyui == weighted]
+            wanted = [pair for job in alike for pair in _texts(job.run.request, self._stages(job.run.request))]
+            if wanted:
+                encoded = iter(self._encoder.encode(wanted, self.manifest.base.unet, weighted=weighted))
+            for job in alike:
+                job.embeds = _embeds(job.run.request, self._stages(job.run.request), encoded)
+                for name, sides in job.embeds.items():
+                    self._check_tokens(sides if job.run.request.guidance_of(name).wanted else sides[:1])
+        yield Step("encode", 1, 1, slice(0, sum(len(job.latents) for job in jobs)))
+
+    def base(self, job: Job, following: str = "") -> Iterator[Step]:
+        """Take `job` over the base's part of the grid; then comes engine `following`, by default what it needs next."""
+        request, stage = job.run.request, self.manifest.base
+        usual = self.manifest.refiner.unet if self.manifest.refiner and request.refined else stage.vae.decoder
         if request.base.steps:
-            following = vae.decoder if refiner is None else refiner.unet
-            yield from self._denoise("base", base, embeds["base"], latents, request, noises["base"], following)
-        if refiner is not None and request.refiner is not None:
-            run.handoff, run.place = latents, _place(request)
-            latents = _noised_again(latents, request.refiner, request, noises["refiner"])
-            yield from self._denoise(
-                "refiner", refiner, embeds["refiner"], latents, request, noises["refiner"], vae.decoder
-            )
-        run.final = latents * np.float32(request.final_scale)
-        yield from self._decode(vae, run)
+            yield from self._denoise("base", stage, job, following or usual)
 
-    def _encode(
-        self, stages: Mapping[StageName, Stage], request: ResolvedRequest
-    ) -> dict[StageName, tuple[PromptEmbeds, PromptEmbeds]]:
-        """Return the positive and negative embeds of every stage."""
-        sides = {name: request.sides[name] for name in stages}
-        wanted = [(stages[name], positive.prompt) for name, (positive, _) in sides.items()]
-        wanted += [(stages[name], negative.prompt) for name, (_, negative) in sides.items() if not negative.zeroed]
-        encoded = iter(self._encoder.encode(wanted, stages["base"].unet, weighted=request.comfyui))
-        positives = {name: next(encoded) for name in stages}
-        embeds = {}
-        for name, (positive, negative) in sides.items():
-            read = positives[name]
-            against = read.zeroed() if negative.zeroed else next(encoded)
-            embeds[name] = (read.zeroed() if positive.zeroed else read, against)
-            self._check_tokens(embeds[name] if request.guidance_of(name).wanted else embeds[name][:1])
-        return embeds
+    def refine(self, job: Job, following: str = "") -> Iterator[Step]:
+        """Take the latents of `job`, as the base left them, over the refiner's part; nothing for the base alone."""
+        request, stage = job.run.request, self.manifest.refiner
+        if stage is None or request.refiner is None:
+            return
+        job.run.handoff, job.run.place = job.latents, _place(request)
+        job.latents = _noised_again(job.latents, request.refiner, request, job.noises["refiner"])
+        yield from self._denoise("refiner", stage, job, following or stage.vae.decoder)
+
+    def decode(self, job: Job) -> Iterator[Step]:
+        """Decode the pictures of `job`, whose latents are as the last expert left them."""
+        job.run.final = job.latents * np.float32(job.run.request.final_scale)
+        yield from self._decode(self.vae(job.run.request), job.run)
+
+    def vae(self, request: ResolvedRequest) -> Vae:
+        """Return the autoencoder that decodes `request`: the refiner's where it runs."""
+        return list(self._stages(request).values())[-1].vae
+
+    def _stages(self, request: ResolvedRequest) -> dict[StageName, Stage]:
+        base, refiner = self.manifest.base, self.manifest.refiner if request.refined else None
+        return {"base": base} if refiner is None else {"base": base, "refiner": refiner}
 
     def _check_tokens(self, rows: Sequence[PromptEmbeds]) -> None:
         """Raise SizeError for prompts that are longer, once they are equally long, than the plans take."""
@@ -111,13 +141,11 @@ class Pipeline:
         self,
         name: StageName,
         stage: Stage,
-        embeds: tuple[PromptEmbeds, PromptEmbeds],
-        latents: Latents,
-        request: ResolvedRequest,
-        noise: NoiseSource,
+        job: Job,
         following: str,
     ) -> Iterator[Step]:
-        """Take all pictures over one expert's part, writing into `latents`; then comes engine `following`."""
+        """Take all pictures over one expert's part, writing into their latents; then comes engine `following`."""
+        request, latents, embeds, noise = job.run.request, job.latents, job.embeds[name], job.noises[name]
         (engine,) = self.pool.phase(stage.unet, then=(following,))
         yield _loaded(latents)
         guidance = request.guidance_of(name)
@@ -171,6 +199,26 @@ def open_bundle(
 
         path = bundle_path()
     return Pipeline(open_pool(read_bundle(path), provider, residency, available))
+
+
+def _texts(request: ResolvedRequest, stages: Mapping[StageName, Stage]) -> Iterator[tuple[Stage, Prompt]]:
+    """Yield what the stages have to read: the prompt for each, then the negatives where no zeros stand for them."""
+    yield from ((stage, request.sides[name][0].prompt) for name, stage in stages.items())
+    negatives = {name: request.sides[name][1] for name in stages}
+    yield from ((stages[name], negative.prompt) for name, negative in negatives.items() if not negative.zeroed)
+
+
+def _embeds(
+    request: ResolvedRequest, stages: Mapping[StageName, Stage], encoded: Iterator[PromptEmbeds]
+) -> dict[StageName, tuple[PromptEmbeds, PromptEmbeds]]:
+    """Return the positive and negative embeds of every stage, from those that were read in the order of `_texts`."""
+    positives = {name: next(encoded) for name in stages}
+    embeds = {}
+    for name, read in positives.items():
+        positive, negative = request.sides[name]
+        against = read.zeroed() if negative.zeroed else next(encoded)
+        embeds[name] = (read.zeroed() if positive.zeroed else read, against)
+    return embeds
 
 
 def _loaded(latents: Latents) -> Step:

@@ -2,7 +2,6 @@
 
 __all__ = ["Handoff", "Latents", "Picture", "Run", "StageName", "Step", "finish", "timed"]
 
-import json
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -12,15 +11,24 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from sdxl_trt.runtime.images import save_png
-from sdxl_trt.runtime.request import ResolvedRequest
+from sdxl_trt.runtime.metadata import describe
+from sdxl_trt.runtime.picture_files import save_image
+from sdxl_trt.runtime.request import Request, ResolvedRequest
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 Latents = NDArray[np.float32]
 StageName = Literal["encode", "load", "base", "refiner", "decode"]
-METADATA_KEY = "sdxl-trt"
+
+FURTHER = (
+    "compat", "original_size", "crop", "target_size", "clip_skip", "base_end_step", "refiner_start_step",
+    "refiner_add_noise", "leftover_noise",
+)  # fmt: skip
+OF_WORKFLOWS = (
+    "base_start_step", "base_add_noise", "refiner_end_step", "refiner_leftover_noise", "base_sides", "refiner_sides",
+    "refiner_seed",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,8 @@ class Run:
     handoff: Latents | None = None
     place: Handoff | None = None
     timings: dict[str, list[float]] = field(default_factory=dict)
+    asked: Request = field(default_factory=Request)
+    """The request before its defaults were settled."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +86,11 @@ class Picture:
     latents: Latents
 
     def save(self, path: Path | str, *, metadata: bool = True) -> None:
-        """Write a PNG, atomically; with `metadata`, a text chunk holds what the run can be repeated from."""
-        texts = {METADATA_KEY: json.dumps(self.metadata)} if metadata else {}
-        save_png(self.image, Path(path), texts)
+        """Write a picture file, atomically, in the format that the name's ending says: PNG, JPEG or WebP.
+
+        With `metadata` it holds what the run can be repeated from. Raises UsageError for another ending.
+        """
+        save_image(self.image, Path(path), describe(self.metadata) if metadata else {})
 
 
 def timed(run: Run, work: Iterator[Step]) -> Iterator[Step]:
@@ -96,7 +108,7 @@ def finish(run: Run, index: int, pixels: NDArray[np.uint8]) -> Picture:
     from PIL import Image  # noqa: PLC0415 - Pillow is loaded with the first picture
 
     seed = run.request.seeds[index]
-    return Picture(Image.fromarray(pixels), seed, _metadata(run.request, seed), run.final[index])
+    return Picture(Image.fromarray(pixels), seed, _metadata(run.request, seed) | _further(run), run.final[index])
 
 
 def _metadata(request: ResolvedRequest, seed: int) -> dict[str, Any]:
@@ -121,5 +133,22 @@ def _metadata(request: ResolvedRequest, seed: int) -> dict[str, Any]:
         "height": request.height,
         "aesthetic_score": request.aesthetic_score if refined else None,
         "negative_aesthetic_score": request.negative_aesthetic_score if refined else None,
+        "tile": request.tile,
         "injected_latents": request.latents is not None,
     }
+
+
+def _further(run: Run) -> dict[str, Any]:
+    """Return what else was asked for, where it is not the usual; a workflow asks for more than can be told."""
+    usual = Request()
+
+    def changed(names: tuple[str, ...]) -> dict[str, Any]:
+        return {name: getattr(run.asked, name) for name in names if getattr(run.asked, name) != getattr(usual, name)}
+
+    found = changed(FURTHER)
+    if changed(OF_WORKFLOWS):
+        found["workflow"] = True
+    if run.request.comfyui and len(run.request.seeds) > 1:
+        # Pictures of one batch share a stream of noise: they are made again together.
+        found["count"] = len(run.request.seeds)
+    return found

@@ -1,17 +1,10 @@
-"""Tensors to pixels as diffusers rounds them, pictures to files as a whole or not at all."""
-
-import errno
-import os
-from pathlib import Path
+"""Tensors to pixels as diffusers rounds them."""
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
-from sdxl_trt.engines.errors import ResourceError, UsageError
-from sdxl_trt.runtime.images import save_png, to_uint8, to_uint8_truncated
+from sdxl_trt.runtime.images import to_uint8, to_uint8_truncated
 
 
 def _diffusers(sample: np.ndarray) -> np.ndarray:
@@ -67,39 +60,3 @@ def test_comfyui_cuts_off_what_diffusers_rounds(rng: np.random.Generator) -> Non
         255,
         255,
     ]
-
-
-@pytest.fixture
-def image(rng: np.random.Generator) -> Image.Image:
-    return Image.fromarray(rng.integers(0, 256, (12, 20, 3), np.uint8))
-
-
-@pytest.mark.parametrize("text", ["{}", '{"prompt": "a red fox"}', "Füchse", "红狐狸 🦊", "line\nline", ""])
-def test_a_png_holds_its_pixels_and_texts(tmp_path: Path, image: Image.Image, text: str) -> None:
-    save_png(image, tmp_path / "out.png", {"sdxl-trt": text, "other": "x"})
-    with Image.open(tmp_path / "out.png", formats=["PNG"]) as read:
-        read.load()
-        assert read.text == {"sdxl-trt": text, "other": "x"}
-        np.testing.assert_array_equal(np.asarray(read), np.asarray(image))
-
-
-def test_the_name_does_not_choose_the_format(tmp_path: Path, image: Image.Image) -> None:
-    save_png(image, tmp_path / "out.jpeg", {})
-    assert (tmp_path / "out.jpeg").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_full_disk_keeps_the_old_picture(tmp_path: Path, image: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(_: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    (tmp_path / "out.png").write_bytes(b"old")
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(ResourceError):
-        save_png(image, tmp_path / "out.png", {})
-    assert [path.name for path in tmp_path.iterdir()] == ["out.png"]
-    assert (tmp_path / "out.png").read_bytes() == b"old"
-
-
-def test_a_folder_that_is_not_there_is_a_usage_error(tmp_path: Path, image: Image.Image) -> None:
-    with pytest.raises(UsageError, match="check the path"):
-        save_png(image, tmp_path / "no" / "out.png", {})

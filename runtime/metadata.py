@@ -1,0 +1,154 @@
+"""What a picture file says of its making: A1111's text for people, and the settings that a run is repeated from."""
+
+__all__ = ["Settings", "describe", "parse_settings", "read_settings"]
+
+import json
+import unicodedata
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from sdxl_trt.engines.errors import UsageError
+from sdxl_trt.runtime.picture_files import PARAMETERS, SETTINGS, read_texts
+
+MAX_TEXT = 1 << 20
+MAX_SETTINGS = 8 * MAX_TEXT
+_SAMPLERS = {
+    "euler": "Euler",
+    "euler_ancestral": "Euler a",
+    "heun": "Heun",
+    "dpm_2": "DPM2",
+    "dpm_2_ancestral": "DPM2 a",
+    "lms": "LMS",
+    "dpmpp_2s_ancestral": "DPM++ 2S a",
+    "dpmpp_sde": "DPM++ SDE",
+    "dpmpp_2m": "DPM++ 2M",
+    "dpmpp_2m_sde": "DPM++ 2M SDE",
+    "dpmpp_3m_sde": "DPM++ 3M SDE",
+    "ddim": "DDIM",
+    "uni_pc": "UniPC",
+    "lcm": "LCM",
+}
+_SCHEDULES = {
+    "karras": "Karras",
+    "exponential": "Exponential",
+    "lu": "Exponential",
+    "beta": "Beta",
+    "trailing": "Simple",
+    "linspace": "Uniform",
+    "normal": "Normal",
+    "simple": "Simple",
+    "sgm_uniform": "SGM Uniform",
+    "ddim_uniform": "DDIM",
+    "kl_optimal": "KL Optimal",
+}
+"""A1111's names of the grids that it has too; it has none for diffusers' `leading`."""
+
+Text = Annotated[str, msgspec.Meta(max_length=MAX_TEXT)]
+Name = Annotated[str, msgspec.Meta(max_length=100)]
+Count = Annotated[int, msgspec.Meta(ge=1, le=100_000)]
+Whole = Annotated[int, msgspec.Meta(ge=0, le=1 << 20)]
+Pair = tuple[Whole, Whole]
+Fraction = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
+Number = Annotated[float, msgspec.Meta(ge=-1e6, le=1e6)]
+
+
+class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The settings of one picture, as its file states them; types, ranges and lengths are checked, no more.
+
+    `handoff_step` None is the base alone; what only a refiner reads is then None too.
+    """
+
+    prompt: Text
+    prompt_2: Text
+    negative: Text | None
+    negative_2: Text | None
+    seed: Annotated[int, msgspec.Meta(ge=0)]
+    steps: Count
+    handoff_step: Count | None
+    guidance: Number
+    refiner_guidance: Number | None
+    guidance_rescale: Fraction
+    guidance_interval: tuple[Fraction, Fraction]
+    sampler: Name
+    refiner_sampler: Name | None
+    schedule: Name
+    width: Count
+    height: Count
+    aesthetic_score: Number | None
+    negative_aesthetic_score: Number | None
+    injected_latents: bool
+    tile: bool = False
+    compat: Literal["diffusers", "comfyui"] = "diffusers"
+    original_size: Pair | None = None
+    crop: Pair = (0, 0)
+    target_size: Pair | None = None
+    clip_skip: Whole = 0
+    base_end_step: Whole | None = None
+    refiner_start_step: Whole | None = None
+    refiner_add_noise: bool = False
+    leftover_noise: bool | None = None
+    count: Count | None = None
+    """How many pictures were drawn from one stream of noise; None for a stream of its own."""
+    workflow: bool = False
+    """Whether a workflow asked for what these settings do not hold."""
+
+
+def describe(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """Return the texts of a picture file: A1111's `parameters`, and `metadata` as JSON in ASCII."""
+    return {PARAMETERS: _parameters(metadata), SETTINGS: json.dumps(metadata)}
+
+
+def read_settings(path: Path) -> Settings:
+    """Return the settings that a picture file carries. Raises UsageError where it carries none, or broken ones."""
+    text = read_texts(path).get(SETTINGS)
+    if text is None:
+        raise UsageError(f"--from {path}: the picture carries no settings; give one that trt-generate wrote")
+    return parse_settings(text, str(path))
+
+
+def parse_settings(text: str, where: str) -> Settings:
+    """Return the settings in a JSON text that nobody has vouched for. Raises UsageError, which calls it `where`."""
+    if len(text) > MAX_SETTINGS:
+        raise UsageError(f"--from {where}: its settings are longer than {MAX_SETTINGS >> 20} MiB; they are not ours")
+    try:
+        return msgspec.json.decode(text.encode(errors="replace"), type=Settings)
+    except (msgspec.DecodeError, RecursionError) as exc:
+        raise UsageError(
+            f"--from {where}: its settings cannot be read ({str(exc)[:200]}); another version wrote them, or they are"
+            " broken"
+        ) from exc
+
+
+def _parameters(metadata: Mapping[str, Any]) -> str:
+    """Return the text that A1111's web UI writes, whose names for samplers and grids are those of its menus."""
+    facts = {
+        "Steps": metadata["steps"],
+        "Sampler": _SAMPLERS.get(metadata["sampler"], metadata["sampler"]),
+        "Schedule type": _schedule(metadata["schedule"]),
+        "CFG scale": f"{metadata['guidance']:g}",
+        "Seed": metadata["seed"],
+        "Size": f"{metadata['width']}x{metadata['height']}",
+        "Refiner switch at": _share(metadata["handoff_step"], metadata["steps"]),
+    }
+    lines = [_clean(metadata["prompt"])]
+    if metadata["negative"]:
+        lines.append(f"Negative prompt: {_clean(metadata['negative'])}")
+    lines.append(", ".join(f"{name}: {fact}" for name, fact in facts.items() if fact != ""))
+    return "\n".join(lines)
+
+
+def _schedule(spacing: str) -> str:
+    *_, last = spacing.split("+")
+    return _SCHEDULES.get(last, "")
+
+
+def _share(step: int | None, steps: int) -> str:
+    return "" if step is None else f"{step / steps:.4g}"
+
+
+def _clean(text: str) -> str:
+    """Return `text` without what a text chunk may not hold: control characters but line ends, lone surrogates."""
+    return "".join(c for c in text if c == "\n" or unicodedata.category(c) not in ("Cc", "Cs"))

@@ -1,0 +1,111 @@
+"""Picture files: PNG, JPEG and WebP, written whole with texts in them, and the texts of files from anywhere."""
+
+__all__ = ["FORMATS", "PARAMETERS", "SETTINGS", "format_of", "read_texts", "save_image"]
+
+import logging
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdxl_trt.engines.errors import UsageError, explain_os_error
+from sdxl_trt.engines.files import atomic_write
+
+if TYPE_CHECKING:
+    from PIL.Image import Exif, Image
+    from PIL.PngImagePlugin import PngInfo
+
+log = logging.getLogger("sdxl_trt.runtime")
+
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+"""Endings of file names, and Pillow's names of what is in them."""
+PARAMETERS, SETTINGS = "parameters", "sdxl-trt"
+"""The text for people and other programs, in the form of A1111's web UI, and the JSON that a run is repeated from."""
+
+MAX_EXIF = 65_000
+"""An EXIF segment of a JPEG holds 65 533 bytes."""
+_EXIF, _USER_COMMENT, _MAKER_NOTE = 0x8769, 0x9286, 0x927C
+# The encoding of a comment is named in its first eight bytes (EXIF 2.3, section 4.6.5).
+_UNICODE, _MAKER = b"UNICODE\0", b"sdxl-trt\0"
+_OPTIONS: dict[str, dict[str, Any]] = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}
+
+
+def format_of(path: Path) -> str:
+    """Return Pillow's name of the format that a file's ending says. Raises UsageError for another one."""
+    try:
+        return FORMATS[path.suffix.lower()]
+    except KeyError:
+        raise UsageError(f"{path}: give a name that ends in {', '.join(FORMATS)}") from None
+
+
+def save_image(image: "Image", path: Path, texts: Mapping[str, str]) -> None:
+    """Write `image`, atomically, in the format of the file's ending: JPEG in high quality, WebP without loss.
+
+    `texts` are none, or PARAMETERS and SETTINGS. A PNG has each as a text chunk. EXIF data has PARAMETERS as the user's
+    comment, where others look for it, and SETTINGS as the maker's note; what it cannot hold is left out with a warning.
+    """
+    kind = format_of(path)
+    options = dict(_OPTIONS.get(kind, {}))
+    if kind == "PNG":
+        options["pnginfo"] = _chunks(texts)
+    elif texts:
+        exif = _exif(texts)
+        if len(exif.tobytes()) <= MAX_EXIF:
+            options["exif"] = exif
+        else:
+            log.warning("%s: the settings are longer than EXIF holds, and left out; a .png keeps them", path)
+    with atomic_write(path) as file:
+        image.save(file, format=kind, **options)
+
+
+def read_texts(path: Path) -> dict[str, str]:
+    """Return the texts that a picture file carries: PARAMETERS and SETTINGS, if `save_image` wrote it.
+
+    The pixels are not decoded, and nothing in the file is trusted. Raises UsageError where it is no picture.
+    """
+    from PIL import Image  # noqa: PLC0415 - Pillow only where there is a picture
+
+    try:
+        # Pillow warns of sizes that would be heavy to decode.
+        with (
+            warnings.catch_warnings(action="ignore"),
+            Image.open(path, formats=[*dict.fromkeys(FORMATS.values())]) as image,
+        ):
+            if image.format == "PNG":
+                return {str(key): text for key, text in image.info.items() if isinstance(text, str)}
+            notes = image.getexif().get_ifd(_EXIF)
+            return _texts_of(notes.get(_MAKER_NOTE), notes.get(_USER_COMMENT))
+    except OSError as exc:
+        if exc.errno is not None:
+            raise explain_os_error(exc, f"reading {path}") from exc
+        raise UsageError(f"{path}: is no PNG, JPEG or WebP picture; give one that trt-generate made") from exc
+    except Exception as exc:  # whatever a decoder says of a file that nobody has vouched for
+        raise UsageError(f"{path}: is a broken picture ({str(exc)[:100]}); give a sound copy of it") from exc
+
+
+def _chunks(texts: Mapping[str, str]) -> "PngInfo":
+    from PIL.PngImagePlugin import PngInfo  # noqa: PLC0415 - Pillow is loaded with the first picture
+
+    info = PngInfo()
+    for key, text in texts.items():
+        info.add_text(key, text)
+    return info
+
+
+def _exif(texts: Mapping[str, str]) -> "Exif":
+    from PIL.Image import Exif  # noqa: PLC0415 - Pillow is loaded with the first picture
+
+    exif = Exif()
+    notes = exif.get_ifd(_EXIF)
+    notes[_USER_COMMENT] = _UNICODE + texts[PARAMETERS].encode("utf-16-be")
+    notes[_MAKER_NOTE] = _MAKER + texts[SETTINGS].encode()
+    return exif
+
+
+def _texts_of(note: object, comment: object) -> dict[str, str]:
+    texts = {}
+    if isinstance(comment, bytes) and comment.startswith(_UNICODE):
+        texts[PARAMETERS] = comment.removeprefix(_UNICODE).decode("utf-16-be", "replace")
+    if isinstance(note, bytes) and note.startswith(_MAKER):
+        texts[SETTINGS] = note.removeprefix(_MAKER).decode("utf-8", "replace")
+    return texts

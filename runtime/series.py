@@ -1,0 +1,69 @@
+"""The requests of one command: a single one, the variants of a sweep, or one for each prompt of a file."""
+
+__all__ = ["Series"]
+
+import argparse
+import secrets
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from sdxl_trt.engines.errors import UsageError
+from sdxl_trt.runtime.options import make_parser
+from sdxl_trt.runtime.picture_files import save_image
+from sdxl_trt.runtime.prompt_files import read_prompts
+from sdxl_trt.runtime.request import DRAWN_SEED_BITS, Request
+from sdxl_trt.runtime.run import Picture, Run
+from sdxl_trt.runtime.sweeps import Sweep, parse_axis
+
+
+class Series:
+    """What `request` comes to under ``--sweep`` and ``--prompts``; keeps what the sheet needs. Raises UsageError.
+
+    All requests have one seed, drawn here where none was given.
+    """
+
+    def __init__(self, request: Request, arguments: argparse.Namespace, argv: Sequence[str] | None = None) -> None:
+        self.sweep: Sweep | None = None
+        self.requests = [request]
+        self._pictures: dict[int, Picture] = {}
+        self._several = arguments.prompts is not None
+        if arguments.sweep and self._several:
+            raise UsageError("--sweep varies one prompt and --prompts has many; give one of them")
+        if request.seed is None and (arguments.sweep or self._several):
+            request = replace(request, seed=secrets.randbits(DRAWN_SEED_BITS))
+        if arguments.sweep:
+            axes = [parse_axis(text) for text in arguments.sweep]
+            self.sweep = Sweep(request, axes, keep_negative=_given(argv, "negative_aesthetic_score"))
+            self.requests = self.sweep.requests
+        elif self._several:
+            if arguments.prompt is not None and arguments.source is None:
+                raise UsageError("a PROMPT and --prompts state the same thing; give one of them")
+            self.requests = [replace(request, prompt=prompt) for prompt in read_prompts(arguments.prompts)]
+
+    def told(self, number: int) -> dict[str, Any]:
+        """Return what a report says of the pictures of a request, to tell them from the others'."""
+        if self.sweep is not None:
+            return {"sweep": self.sweep.settings(number)}
+        return {"prompt": self.requests[number].prompt} if self._several else {}
+
+    def keep(self, number: int, picture: Picture) -> None:
+        """Keep a picture for the sheet, if there is to be one."""
+        if self.sweep is not None:
+            self._pictures[number] = picture
+
+    def finish(self, out: Path, runs: Sequence[Run]) -> dict[str, str]:
+        """Write the sheet of a sweep to `out` and return what a report says of it; nothing for other series."""
+        if self.sweep is None:
+            return {}
+        pictures = [self._pictures[number].image for number in range(len(self.requests))]
+        save_image(self.sweep.sheet(pictures, runs), out, {})
+        return {"sheet": str(out)}
+
+
+def _given(argv: Sequence[str] | None, name: str) -> bool:
+    """Return whether the command line states the option, be it its default."""
+    parser = make_parser()
+    parser.set_defaults(**{name: None})
+    return getattr(parser.parse_args(argv), name) is not None

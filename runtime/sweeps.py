@@ -1,0 +1,171 @@
+"""`--sweep KEY=V1,V2,…`: one request varied along one or two settings, and the sheet that shows the variants."""
+
+__all__ = ["Axis", "Sweep", "parse_axis"]
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+from sdxl_trt.engines.errors import UsageError
+from sdxl_trt.runtime.request import Request
+from sdxl_trt.runtime.run import Run
+from sdxl_trt.runtime.sheets import Sheet, draw_sheet
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MOST_CELLS = 100
+COLUMNS = 4
+ALONE = "base alone"
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A setting and its values; None among those of a handoff is the base alone."""
+
+    key: str
+    values: tuple[Any, ...]
+
+    def title(self, value: Any) -> str:
+        """Return what a value is called on the sheet."""
+        return ALONE if value is None else f"{self.key.replace('-', ' ')} {_shown(value)}"
+
+
+def parse_axis(text: str) -> Axis:
+    """Return the axis that ``KEY=V1,V2,…`` states. Raises UsageError, which names what there is."""
+    key, _, listed = text.partition("=")
+    if key not in _KEYS:
+        raise UsageError(f"--sweep {text!r}: give KEY=V1,V2,… with one of these keys: {', '.join(_KEYS)}")
+    read, wanted = _KEYS[key]
+    try:
+        values = tuple(read(value.strip()) for value in listed.split(","))
+    except ValueError as exc:
+        raise UsageError(f"--sweep {text!r}: {key} takes {wanted}, separated by commas") from exc
+    if len(set(values)) < len(values):
+        raise UsageError(f"--sweep {text!r}: names a value twice; leave one of them out")
+    return Axis(key, values)
+
+
+class Sweep:
+    """The variants of `request`, row by row: the first axis goes down and the second across, or one goes on in rows.
+
+    `keep_negative` leaves the negative aesthetic score as it is where the aesthetic score is varied. Raises UsageError
+    for axes that do not make a sheet.
+    """
+
+    def __init__(self, request: Request, axes: Sequence[Axis], *, keep_negative: bool = False) -> None:
+        _check(axes, request)
+        self._axes = axes
+        self._keep_negative = keep_negative
+        self.cells = list(product(*(axis.values for axis in axes)))
+        """The values of every cell, in the order of the axes."""
+        self.requests = [self._varied(request, cell) for cell in self.cells]
+
+    def _varied(self, request: Request, cell: Sequence[Any]) -> Request:
+        for axis, value in zip(self._axes, cell, strict=True):
+            request = _with(request, axis.key, value, keep_negative=self._keep_negative)
+        return request
+
+    def settings(self, number: int) -> dict[str, Any]:
+        """Return what makes a cell differ from the others."""
+        return {axis.key: value for axis, value in zip(self._axes, self.cells[number], strict=True)}
+
+    def sheet(self, pictures: "Sequence[Image]", runs: Sequence[Run]) -> "Image":
+        """Return the contact sheet of the finished variants, in the order of `requests`."""
+        first, *second = self._axes
+        heading = runs[0].request.prompt.text
+        notes = self._common(runs)
+        if not second:
+            captions = [(first.title(value), _stages(run)) for value, run in zip(first.values, runs, strict=True)]
+            columns = _columns(len(captions))
+            return draw_sheet(Sheet(pictures, captions, columns, heading, notes))
+        (across,) = second
+        captions = [("", _stages(run)) for run in runs]
+        titles = tuple([axis.title(value) for value in axis.values] for axis in (first, across))
+        return draw_sheet(Sheet(pictures, captions, len(across.values), heading, notes, *titles))
+
+    def _common(self, runs: Sequence[Run]) -> str:
+        """Return the settings that every cell shares, but for those that the sheet is about."""
+        request = runs[0].request
+        told = {
+            "steps": f"{request.steps} steps",
+            "sampler": request.sampler,
+            "guidance": f"guidance {request.guidance:g}",
+            "seed": f"seed {request.seeds[0]}",
+        }
+        swept = {axis.key for axis in self._axes}
+        size = f"{request.width} x {request.height}"
+        return "   ·   ".join([*(text for key, text in told.items() if key not in swept), size])
+
+
+def _with(request: Request, key: str, value: Any, *, keep_negative: bool) -> Request:
+    if key == "handoff":
+        return replace(request, handoff=value, handoff_step=None, handoff_sigma=None)
+    if key == "handoff-step":
+        return replace(request, handoff=None if value is None else "auto", handoff_step=value, handoff_sigma=None)
+    if key == "aesthetic-score" and not keep_negative:
+        return replace(request, aesthetic_score=value, negative_aesthetic_score=value)
+    return replace(request, **{key.replace("-", "_"): value})
+
+
+def _check(axes: Sequence[Axis], request: Request) -> None:
+    keys = [axis.key for axis in axes]
+    if not 1 <= len(axes) <= 2 or len(set(keys)) < len(keys) or {"handoff", "handoff-step"} <= set(keys):
+        raise UsageError(f"--sweep of {' and '.join(keys)}: a sheet has one or two different settings; leave some out")
+    cells = math.prod(len(axis.values) for axis in axes)
+    if cells > MOST_CELLS:
+        raise UsageError(f"--sweep: {cells} pictures; a sheet holds at most {MOST_CELLS}")
+    if request.count not in (None, 1):
+        raise UsageError("--sweep makes one picture a cell; leave -n out, or sweep the seed")
+    if request.latents is not None and "seed" in keys:
+        raise UsageError("--sweep seed=… draws the noise that --latents gives; leave one of them out")
+
+
+def _stages(run: Run) -> str:
+    """Return how many steps each expert takes."""
+    request = run.request
+    refiner = request.refiner.steps if request.refiner else 0
+    return f"{request.base.steps} base + {refiner} refiner" if refiner else f"{request.base.steps} base"
+
+
+def _columns(count: int) -> int:
+    """Return how many columns show `count` pictures without a ragged last row, if there is such a number."""
+    if count <= COLUMNS:
+        return count
+    even = [columns for columns in (4, 3, 5) if count % columns == 0]
+    return even[0] if even else COLUMNS
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(text)
+    return value
+
+
+def _name(text: str) -> str:
+    if not text:
+        raise ValueError(text)
+    return text
+
+
+def _or_none(read: Callable[[str], Any]) -> Callable[[str], Any]:
+    return lambda text: None if text == "none" else read(text)
+
+
+_KEYS: dict[str, tuple[Callable[[str], Any], str]] = {
+    "handoff": (_or_none(_number), "fractions between 0 and 1, and none for the base alone"),
+    "handoff-step": (_or_none(int), "whole numbers of steps, and none for the base alone"),
+    "aesthetic-score": (_number, "numbers"),
+    "guidance": (_number, "numbers"),
+    "refiner-guidance": (_number, "numbers"),
+    "seed": (int, "whole numbers"),
+    "steps": (int, "whole numbers"),
+    "sampler": (_name, "names of samplers"),
+}

@@ -1,0 +1,216 @@
+"""What a picture says of its making: read again by others' rules, and by ours without trusting it."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from sdxl_trt.engines.errors import UsageError
+from sdxl_trt.runtime.metadata import Settings, describe, parse_settings, read_settings
+from sdxl_trt.runtime.picture_files import PARAMETERS, SETTINGS, save_image
+from sdxl_trt.runtime.repeat import repeated
+
+MADE: dict[str, Any] = {
+    "prompt": "a red fox", "prompt_2": "a red fox", "negative": "blurry", "negative_2": "blurry", "seed": 2**64 - 1,
+    "steps": 30, "handoff_step": 23, "guidance": 7.5, "refiner_guidance": 5.0, "guidance_rescale": 0.0,
+    "guidance_interval": (0.0, 1.0), "sampler": "dpmpp_2m_sde", "refiner_sampler": "euler",
+    "schedule": "trailing+karras", "width": 1024, "height": 768, "aesthetic_score": 6.0,
+    "negative_aesthetic_score": 2.5, "tile": False, "injected_latents": False,
+}  # fmt: skip
+# How A1111's web UI reads the last line of its text: names, and values quoted or without a comma.
+FACT = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+
+
+def _save(folder: Path, metadata: Any, name: str = "made.png") -> Path:
+    path = folder / name
+    save_image(Image.new("RGB", (8, 8)), path, describe(metadata))
+    return path
+
+
+def test_the_parameters_are_in_the_words_of_a1111() -> None:
+    *prompt, negative, last = describe(MADE)[PARAMETERS].split("\n")
+    assert prompt == ["a red fox"]
+    assert negative == "Negative prompt: blurry"
+    assert dict(FACT.findall(last)) == {
+        "Steps": "30", "Sampler": "DPM++ 2M SDE", "Schedule type": "Karras", "CFG scale": "7.5",
+        "Seed": "18446744073709551615", "Size": "1024x768", "Refiner switch at": "0.7667",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [("", None), ("leading", None), ("trailing", "Simple"), ("karras", "Karras"), ("sgm_uniform", "SGM Uniform")],
+)
+def test_a_schedule_that_a1111_has_not_is_not_named(schedule: str, expected: str | None) -> None:
+    *_, last = describe(MADE | {"schedule": schedule})[PARAMETERS].split("\n")
+    assert dict(FACT.findall(last)).get("Schedule type") == expected
+
+
+def test_the_base_alone_switches_nowhere() -> None:
+    text = describe(MADE | {"handoff_step": None, "negative": None})[PARAMETERS]
+    assert "Refiner" not in text
+    assert "Negative" not in text
+
+
+def test_control_characters_are_left_out_and_marks_are_kept() -> None:
+    text = describe(MADE | {"prompt": "fox\0\x1b[31m\r\nred \ud800 👩\u200d🎨"})[PARAMETERS]
+    assert text.startswith("fox[31m\nred  👩\u200d🎨\n")
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.jpg", "x.webp"])
+def test_settings_come_back_from_every_format(tmp_path: Path, name: str) -> None:
+    settings = read_settings(_save(tmp_path, MADE, name))
+    assert MADE.items() <= msgspec.structs.asdict(settings).items()
+
+
+def test_a_picture_without_settings_is_refused(tmp_path: Path) -> None:
+    save_image(Image.new("RGB", (8, 8)), tmp_path / "bare.png", {})
+    with pytest.raises(UsageError, match="carries no settings"):
+        read_settings(tmp_path / "bare.png")
+    with pytest.raises(UsageError, match="check the path"):
+        read_settings(tmp_path / "none.png")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"steps": "30"}, {"steps": 0}, {"steps": 1e9}, {"steps": True}, {"guidance": 1e300}, {"prompt": None},
+        {"prompt": "x" * (1 << 20) + "x"}, {"sampler": "e" * 101}, {"seed": -1}, {"guidance_interval": [0.0]},
+        {"guidance_interval": [0.0, 2.0]}, {"handoff_step": 0}, {"later": 1}, {"width": 2.5}, {"tile": "yes"},
+    ],
+)  # fmt: skip
+def test_settings_of_wrong_type_range_or_length_are_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="cannot be read"):
+        parse_settings(json.dumps(MADE | change), "x.png")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "[" * 100_000, '{"prompt": "\\ud800"}', "{}", "\ud800"])
+def test_what_is_no_settings_is_refused_in_one_line(text: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse_settings(text, "x.png")
+    assert len(str(caught.value)) < 400
+
+
+def test_settings_without_end_are_not_parsed() -> None:
+    with pytest.raises(UsageError, match="longer than 8 MiB"):
+        parse_settings('"' + "x" * (8 << 20) + '"', "x.png")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(st.sampled_from([*MADE, "other"]), JSON, max_size=4))
+def test_any_change_is_read_or_refused(changes: dict[str, Any]) -> None:
+    try:
+        settings = parse_settings(json.dumps(MADE | changes), "x.png")
+    except UsageError:
+        return
+    assert isinstance(settings, Settings)
+    assert 1 <= settings.steps <= 100_000
+
+
+@given(st.text() | st.binary().map(lambda content: content.decode("latin-1")))
+def test_any_text_is_refused(text: str) -> None:
+    with pytest.raises(UsageError):
+        parse_settings(text, "x.png")
+
+
+@given(st.text(max_size=200), st.text(max_size=200) | st.none())
+def test_any_prompt_is_described_and_comes_back(prompt: str, negative: str | None) -> None:
+    texts = describe(MADE | {"prompt": prompt, "negative": negative})
+    assert texts[SETTINGS].isascii()
+    if not any("\ud800" <= c <= "\udfff" for c in prompt + (negative or "")):
+        settings = parse_settings(texts[SETTINGS], "x.png")
+        assert (settings.prompt, settings.negative) == (prompt, negative)
+
+
+def _options(path: Path, *more: str) -> Any:
+    return repeated([*more, "--from", str(path)])
+
+
+def test_a_picture_gives_the_options_that_are_left_out(tmp_path: Path) -> None:
+    found = _options(_save(tmp_path, MADE), "--guidance", "5", "--seed", "0")
+    assert (found.prompt, found.prompt_2, found.negative, found.negative_2) == ("a red fox", None, "blurry", None)
+    assert (found.guidance, found.seed, found.steps, found.handoff_step) == (5.0, 0, 30, 23)
+    assert (found.sampler, found.refiner_sampler, found.schedule) == ("dpmpp_2m_sde", "euler", "trailing+karras")
+    assert (found.width, found.height, found.guidance_interval, found.no_refiner) == (1024, 768, (0.0, 1.0), False)
+
+
+def test_what_repeats_another_setting_follows_it(tmp_path: Path) -> None:
+    alike = {"refiner_sampler": "dpmpp_2m_sde", "refiner_guidance": 7.5}
+    found = _options(_save(tmp_path, MADE | alike), "a blue star", "--sampler", "lcm")
+    assert (found.prompt, found.prompt_2, found.refiner_sampler, found.refiner_guidance) == ("a blue star", *[None] * 3)
+
+
+def test_a_default_that_is_stated_is_an_override(tmp_path: Path) -> None:
+    found = _options(_save(tmp_path, MADE | {"steps": 20, "handoff_step": 10}), "--steps", "30", "--sampler", "euler")
+    assert (found.steps, found.sampler) == (30, "euler")
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ([], ("auto", 23, False)), (["--steps", "60"], ("auto", 46, False)), (["--steps", "1"], ("auto", 1, False)),
+        (["--handoff", "0.5"], (0.5, None, False)), (["--handoff-step", "4"], ("auto", 4, False)),
+        (["--no-refiner"], ("auto", None, True)), (["--handoff", "none"], (None, None, False)),
+    ],
+)  # fmt: skip
+def test_a_handoff_is_kept_moved_or_replaced(tmp_path: Path, more: list[str], expected: tuple[Any, ...]) -> None:
+    found = _options(_save(tmp_path, MADE), *more)
+    assert (found.handoff, found.handoff_step, found.no_refiner) == expected
+
+
+def test_the_base_alone_stays_alone(tmp_path: Path) -> None:
+    alone = {"handoff_step": None, "refiner_guidance": None, "refiner_sampler": None, "aesthetic_score": None,
+             "negative_aesthetic_score": None}  # fmt: skip
+    found = _options(_save(tmp_path, MADE | alone))
+    assert (found.no_refiner, found.aesthetic_score, found.handoff_step) == (True, 6.0, None)
+
+
+def test_a_workflow_is_run_again_itself(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--workflow"):
+        _options(_save(tmp_path, MADE | {"workflow": True}))
+
+
+def test_ends_and_starts_of_their_own_are_no_handoff(tmp_path: Path) -> None:
+    found = _options(_save(tmp_path, MADE | {"base_end_step": 20, "refiner_start_step": 23}))
+    assert (found.base_end_step, found.refiner_start_step, found.handoff_step) == (20, 23, None)
+
+
+def test_noise_of_its_own_is_asked_for(tmp_path: Path) -> None:
+    path = _save(tmp_path, MADE | {"injected_latents": True})
+    with pytest.raises(UsageError, match="--latents"):
+        _options(path)
+    np.save(tmp_path / "noise.npy", np.zeros(1, np.float32))
+    assert _options(path, "--latents", str(tmp_path / "noise.npy")).prompt == "a red fox"
+
+
+def test_every_setting_that_is_written_is_read(pairs: Any) -> None:
+    from sdxl_trt.engines.bundle import read_bundle
+    from sdxl_trt.runtime.request import Request, resolve
+    from sdxl_trt.runtime.run import Run, finish
+
+    request = Request("a red fox", negative="", width=64, height=64, seed=3)
+    comfyui = replace(
+        request, compat="comfyui", count=2, base_end_step=20, refiner_start_step=19, refiner_add_noise=True,
+        leftover_noise=False, original_size=(96, 64), crop=(4, 8), target_size=(48, 32), clip_skip=1,
+    )  # fmt: skip
+    for each in (request, replace(request, handoff=None, negative=None, sampler="lcm", tile=True), comfyui):
+        resolved = resolve(each, read_bundle(pairs("outline").bundle).manifest)
+        empty = np.zeros((1, 4, 32, 32), np.float32)
+        picture = finish(Run(resolved, empty, empty, asked=each), 0, np.zeros((8, 8, 3), np.uint8))
+        settings = parse_settings(describe(picture.metadata)[SETTINGS], "x.png")
+        assert ("count" in picture.metadata) == (each is comfyui)
+        assert picture.metadata.items() <= msgspec.structs.asdict(settings).items()

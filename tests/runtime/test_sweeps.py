@@ -1,0 +1,160 @@
+"""Sweeps: which variants there are, what is refused, and a sheet that tells them apart."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from sdxl_trt.engines.errors import UsageError
+from sdxl_trt.runtime.cuts import Part
+from sdxl_trt.runtime.request import Request
+from sdxl_trt.runtime.sheets import Sheet, draw_sheet
+from sdxl_trt.runtime.sweeps import Sweep, parse_axis
+
+FOX = Request("a red fox", steps=10, seed=5)
+
+
+def _sweep(*texts: str, request: Request = FOX, **options: bool) -> Sweep:
+    return Sweep(request, [parse_axis(text) for text in texts], **options)
+
+
+def test_handoffs_and_the_base_alone() -> None:
+    requests = _sweep("handoff=0.25, 0.8,none", request=replace(FOX, handoff_step=3)).requests
+    assert [(each.handoff, each.handoff_step) for each in requests] == [(0.25, None), (0.8, None), (None, None)]
+    requests = _sweep("handoff-step=2,none", request=replace(FOX, handoff=0.5)).requests
+    assert [(each.handoff, each.handoff_step) for each in requests] == [("auto", 2), (None, None)]
+
+
+@pytest.mark.parametrize(
+    ("text", "field", "values"),
+    [
+        ("guidance=1,7.5", "guidance", [1.0, 7.5]), ("refiner-guidance=3", "refiner_guidance", [3.0]),
+        ("seed=1,18446744073709551615", "seed", [1, 2**64 - 1]), ("steps=10,20", "steps", [10, 20]),
+        ("sampler=euler,dpmpp_2m", "sampler", ["euler", "dpmpp_2m"]),
+    ],
+)  # fmt: skip
+def test_other_keys_vary_their_setting_alone(text: str, field: str, values: list[Any]) -> None:
+    requests = _sweep(text).requests
+    assert [getattr(each, field) for each in requests] == values
+    assert all(replace(each, **{field: getattr(FOX, field)}) == FOX for each in requests)
+
+
+def test_the_negative_score_follows_unless_it_is_given() -> None:
+    both = [(each.aesthetic_score, each.negative_aesthetic_score) for each in _sweep("aesthetic-score=4,8").requests]
+    assert both == [(4.0, 4.0), (8.0, 8.0)]
+    kept = _sweep("aesthetic-score=4,8", keep_negative=True).requests
+    assert [each.negative_aesthetic_score for each in kept] == [2.5, 2.5]
+
+
+def test_two_axes_make_a_grid_row_by_row() -> None:
+    sweep = _sweep("seed=1,2", "handoff=0.5,0.6,none")
+    assert [(each.seed, each.handoff) for each in sweep.requests] == [
+        (1, 0.5), (1, 0.6), (1, None), (2, 0.5), (2, 0.6), (2, None),
+    ]  # fmt: skip
+    assert sweep.settings(4) == {"seed": 2, "handoff": 0.6}
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (["colour=red"], "one of these keys: handoff"), (["handoff"], "handoff takes fractions"),
+        (["handoff=0.5,"], "takes fractions"), (["handoff=half"], "takes fractions"), (["guidance=nan"], "numbers"),
+        (["seed=1.5"], "whole numbers"), (["sampler=,"], "names of samplers"), (["seed=1,1"], "twice"),
+        (["seed=1", "seed=2"], "one or two different"), (["seed=1", "steps=4", "guidance=2"], "one or two different"),
+        (["handoff=0.5", "handoff-step=2"], "one or two different"),
+        (["seed=" + ",".join(map(str, range(101)))], "at most 100"),
+    ],
+)  # fmt: skip
+def test_what_makes_no_sheet_is_refused(texts: Sequence[str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        _sweep(*texts)
+
+
+def test_several_pictures_a_cell_are_refused() -> None:
+    with pytest.raises(UsageError, match="leave -n out"):
+        _sweep("seed=1,2", request=replace(FOX, count=2))
+    with pytest.raises(UsageError, match="--latents"):
+        _sweep("seed=1,2", request=replace(FOX, latents=np.zeros((1, 4, 2, 2), np.float32)))
+
+
+@given(st.text(max_size=60) | st.builds("{}={}".format, st.sampled_from(["handoff", "seed", "steps"]), st.text()))
+def test_any_text_is_an_axis_or_refused(text: str) -> None:
+    try:
+        axis = parse_axis(text)
+    except UsageError:
+        return
+    assert axis.values
+    assert all(axis.title(value) for value in axis.values)
+
+
+COLOURS = [(200, 30, 30), (30, 160, 60), (40, 60, 200), (240, 200, 40), (160, 60, 180), (20, 20, 20)]
+
+
+def _squares(count: int, size: tuple[int, int]) -> list[Image.Image]:
+    return [Image.new("RGB", size, colour) for colour in COLOURS[:count]]
+
+
+def _boxes(page: Image.Image, count: int) -> list[tuple[int, int, int, int]]:
+    """Return where each colour lies: left, top, right, bottom."""
+    pixels = np.asarray(page)
+    boxes = []
+    for colour in COLOURS[:count]:
+        rows, columns = np.nonzero((pixels == colour).all(axis=-1))
+        boxes.append((int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1))
+    return boxes
+
+
+@pytest.mark.parametrize(
+    ("size", "shown"),
+    [((128, 128), (256, 256)), ((100, 60), (200, 120)), ((300, 200), (300, 200)), ((1024, 512), (384, 192))],
+)
+def test_pictures_are_shown_whole_in_rows(size: tuple[int, int], shown: tuple[int, int]) -> None:
+    page = draw_sheet(Sheet(_squares(5, size), [(f"cell {k}", "more") for k in range(5)], 3, "a prompt", "notes"))
+    boxes = _boxes(page, 5)
+    assert {(right - left, bottom - top) for left, top, right, bottom in boxes} == {shown}
+    assert boxes[0][0] == boxes[3][0]
+    assert boxes[0][1] == boxes[2][1]
+    assert boxes[2][2] + 24 <= page.width
+    assert boxes[4][3] + 24 <= page.height
+
+
+def test_every_cell_of_a_grid_has_its_titles_and_caption() -> None:
+    runs = [
+        SimpleNamespace(
+            request=SimpleNamespace(
+                prompt=SimpleNamespace(text="a red fox"), steps=10, sampler="euler", guidance=5.0, seeds=(5,),
+                width=128, height=128, base=Part(0, cut), refiner=Part(cut, 10) if cut < 10 else None,
+            )
+        )
+        for cut in (5, 8, 10, 5, 8, 10)
+    ]  # fmt: skip
+    sweep = _sweep("aesthetic-score=4,8", "handoff=0.5,0.8,none")
+    page = sweep.sheet(_squares(6, (128, 128)), runs)  # type: ignore[arg-type]
+    boxes = _boxes(page, 6)
+    ink = np.asarray(page.convert("L")) < 200
+    for index, (left, _, right, bottom) in enumerate(boxes):
+        assert ink[bottom + 4 : bottom + 20, left:right].any(), f"cell {index} has no caption"
+    for left, top, right, _ in boxes[:3]:
+        assert ink[top - 24 : top, left:right].any(), "a column has no title"
+    for left, top, _, bottom in (boxes[0], boxes[3]):
+        assert ink[top:bottom, : left - 4].any(), "a row has no title"
+
+
+def test_captions_of_narrow_pictures_do_not_overlap() -> None:
+    page = draw_sheet(Sheet(_squares(2, (40, 1000)), [("a caption that is wider than its picture", "")] * 2, 2))
+    first, second = _boxes(page, 2)
+    ink = (np.asarray(page.convert("L")) < 200)[first[3] + 4 :].any(axis=0)
+    assert ink[second[0] :].any()
+    assert not ink[second[0] - 10 : second[0]].any()
+
+
+def test_a_prompt_of_any_length_fits_on_the_sheet() -> None:
+    page = draw_sheet(Sheet(_squares(1, (64, 64)), [("x", "")], 1, "very " * 500, "notes"))
+    assert page.width < 700
+    assert page.height < 500
