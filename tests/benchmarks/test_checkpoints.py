@@ -14,6 +14,8 @@ from sdxl_trt.benchmarks.architectures import SIZES, architecture
 from sdxl_trt.benchmarks.checkpoints import main, write_checkpoint
 from sdxl_trt.engines.errors import UsageError
 
+pytestmark = pytest.mark.slow
+
 Write = Callable[..., Path]
 
 

@@ -14,6 +14,8 @@ from sdxl_trt.benchmarks.gpu_workplace import Skipped, Workplace
 from sdxl_trt.engines import ort_providers
 from sdxl_trt.engines.cuda_streams import Stream
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def make_workplace(simulated: Any, pairs: Callable[[str], Any], tmp_path: Path) -> Callable[..., Workplace]:

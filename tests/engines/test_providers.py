@@ -19,6 +19,8 @@ from sdxl_trt.engines.pool import EnginePool, open_pool
 from sdxl_trt.engines.residency import RESIDENCIES, plan_memory
 from sdxl_trt.mini.embedded import bundle_path
 
+pytestmark = pytest.mark.slow
+
 RUN = ("text_encoder", "text_encoder_2", "unet", "refiner_unet", "vae_decoder")
 UNETS = ("unet", "refiner_unet")
 SIZES: dict[str, Any] = {"height": 64, "width": 64, "batch": (1, 1, 2), "tokens": 77}

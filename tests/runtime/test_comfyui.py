@@ -21,7 +21,7 @@ from sdxl_trt.runtime.prompts import Prompt, PromptEncoder
 from sdxl_trt.runtime.request import resolve
 
 # diffusers' own: it gives torch tensors to np.array.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")]
 
 TOLERANCE = 1e-3
 SIDE = 32

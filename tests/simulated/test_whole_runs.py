@@ -12,6 +12,8 @@ from sdxl_trt.engines.errors import EngineError, ResourceError, SdxlTrtError
 from sdxl_trt.engines.plan_records import PlanRecord
 from sdxl_trt.runtime import Request, open_bundle
 
+pytestmark = pytest.mark.slow
+
 RESIDENCIES = ("resident", "swap", "stream")
 UNETS = {"unet", "refiner_unet"}
 TOLERANCE = 1e-3

@@ -102,12 +102,23 @@ def test_an_export_of_the_same_keeps_the_plans(command: Command, copied: Path, p
     pair, before = pairs("outline"), _plans(copied)
     export_bundle(pair.base, pair.refiner, copied, Options(precision="fp32"))
     assert _plans(copied) == before
-    # Another decoder: its plan is of nothing any more, the UNet's stays.
-    export_bundle(pair.base, pair.refiner, copied, Options(precision="fp32", vae_precision="fp16"))
-    assert _plans(copied) == {"unet": before["unet"]}
-    bundle = read_bundle(copied)
-    assert len(read_plan(bundle, before["unet"])) == before["unet"].file.size
-    assert {path.stem for path in (copied / "plans").glob("*.plan")} == {Path(before["unet"].file.file).stem}
+
+
+def test_a_plan_of_what_was_exported_anew_is_dropped(copied: Path, tmp_path: Path) -> None:
+    import msgspec
+
+    from sdxl_trt.export.unchanged import take_over_plans
+
+    bundle, before = read_bundle(copied), _plans(copied)
+    components = dict(bundle.manifest.components)
+    graph = msgspec.structs.replace(components["vae_decoder"].graph, sha256="0" * 64)
+    components["vae_decoder"] = msgspec.structs.replace(components["vae_decoder"], graph=graph)
+    folder = tmp_path / "new"
+    folder.mkdir()
+    assert take_over_plans(bundle, components, folder) == (before["unet"],)
+    assert [path.name for path in (folder / "plans").glob("*.plan")] == [Path(before["unet"].file.file).name]
+    # Nothing else may write into the folder, however the umask is set.
+    assert (folder / "plans").stat().st_mode & 0o022 == 0
 
 
 def test_a_bundle_of_plans_alone_cannot_lose_what_has_no_plan(command: Command, copied: Path) -> None:
