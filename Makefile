@@ -37,7 +37,7 @@ types: $(VENV)/.full
 	$(BIN)/mypy -p sdxl_trt.engines -p sdxl_trt.runtime -p sdxl_trt.export -p sdxl_trt.mini -p sdxl_trt.benchmarks
 
 pytest: $(VENV)/.full
-	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest --numprocesses 2 --dist loadfile
 
 peers: $(PEERS)/.done  ## The environment of optimum-onnx in .venv-peers
 

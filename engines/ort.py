@@ -42,6 +42,9 @@ class OrtEngine:
         self.name = name
         self.provider = provider
         self.component: Component = bundle.manifest.components[name]
+        if not bundle.manifest.onnx:
+            raise IncompatibleError(f"{bundle.root}: holds plans alone, and ONNX Runtime runs graphs; export the bundle"
+                                    " again without --plans-only, or use --provider tensorrt")  # fmt: skip
         # TensorRT computes in bf16; the kernels of the other two do not cover it.
         if self.component.precision == "bf16" and provider != "ort-tensorrt":
             raise IncompatibleError(

@@ -7,6 +7,8 @@ import time
 from types import TracebackType
 from typing import Self, TextIO
 
+from sdxl_trt.engines.command import CLEAR_LINE
+
 WIDTH = 24
 LABELS = {"encode": "reading the prompt", "load": "loading", "base": "base", "refiner": "refiner", "decode": "decoding"}
 
@@ -29,7 +31,7 @@ class ProgressBar:
         rate = f"{1 / seconds:.1f} steps/s" if stage in ("base", "refiner") and seconds > 0 else ""
         elapsed = time.perf_counter() - self._started
         line = f"{LABELS.get(stage, stage):>18} {bar} {index}/{total}  {elapsed:.1f} s  {rate}"
-        self._stream.write(f"\r\033[K{line}")
+        self._stream.write(CLEAR_LINE + line)
         self._stream.flush()
         self._drawn = True
 
@@ -40,5 +42,5 @@ class ProgressBar:
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self._drawn:
-            self._stream.write("\r\033[K")
+            self._stream.write(CLEAR_LINE)
             self._stream.flush()

@@ -19,12 +19,6 @@ os.environ["OMP_NUM_THREADS"] = "1"
 WORDS = ["a", "red", "fox", "in", "the", "snow", "blue", "star", "blurry"]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that have slow tests: a long one at the end would keep one process waiting for another."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
-
-
 @dataclass(frozen=True)
 class Shape:
     """What varies between the pairs of the tests."""

@@ -369,3 +369,14 @@ def test_bf16_is_refused_where_no_kernel_has_it(bundle, provider) -> None:
     with pytest.raises(IncompatibleError, match="bf16"):
         OrtEngine(wide, "unet", provider)
     OrtEngine(wide, "unet", "ort-tensorrt")
+
+
+def test_a_bundle_of_plans_alone_is_refused(tmp_path: Path) -> None:
+    import msgspec
+
+    from sdxl_trt.engines.bundle import Bundle, read_bundle
+    from sdxl_trt.mini.embedded import bundle_path
+
+    manifest = msgspec.structs.replace(read_bundle(bundle_path()).manifest, onnx=False)
+    with pytest.raises(IncompatibleError, match="holds plans alone"):
+        OrtEngine(Bundle(tmp_path, manifest), "unet")
