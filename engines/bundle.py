@@ -1,8 +1,8 @@
 """A bundle: its manifest read, validated and written.
 
-A bundle is an exported folder that can be moved to a machine without torch: ``manifest.json``, one folder a
-graph (``model.onnx`` and one file of weights) and tokenizers. Everything the runtime knows of a model, it knows
-from the manifest; nothing is loaded that the manifest does not vouch for.
+A bundle is an exported folder that can be moved to a machine without torch: ``manifest.json``, one folder a graph
+(``model.onnx``, one file of weights, and ``cpu.onnx`` over the same weights where that is faster) and tokenizers.
+Everything the runtime knows of a model, it knows from the manifest; nothing is loaded that it does not vouch for.
 """
 
 __all__ = ["MANIFEST", "Bundle", "read_bundle", "write_manifest"]
@@ -161,7 +161,7 @@ def _stage_problem(stage: Stage, manifest: Manifest) -> str:
 def _check_files(bundle: Bundle) -> None:
     records = [tokenizer.file for tokenizer in bundle.manifest.tokenizers.values()]
     for component in bundle.manifest.components.values() if bundle.manifest.onnx else ():
-        records += [component.graph, component.weights]
+        records += component.files
     for record in records:
         path = bundle.path(record)
         try:

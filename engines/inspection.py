@@ -90,12 +90,12 @@ def _graph_lines(bundle: Bundle) -> list[str]:
     lines = table(head, rows, right={3, 4, 5})
     if not manifest.onnx:
         return [*lines, "  (not in this bundle, which holds plans alone)"]
-    files = [file for component in manifest.components.values() for file in (component.graph, component.weights)]
+    files = [file for component in manifest.components.values() for file in component.files]
     return lines + [f"  {file.file} {problem}" for file in files if (problem := file_problem(bundle, file))]
 
 
 def _size(component: Component) -> int:
-    return component.graph.size + component.weights.size
+    return sum(file.size for file in component.files)
 
 
 def _plan_lines(bundle: Bundle) -> list[str]:

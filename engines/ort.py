@@ -33,10 +33,11 @@ class OrtEngine:
     """One component on ONNX Runtime: on the CPU, on CUDA, or compiled by TensorRT.
 
     The graph is handed over as bytes and the weights as a mapping of the one file that the manifest vouches for:
-    ONNX Runtime opens no file by itself, so a graph cannot name another one.
+    ONNX Runtime opens no file by itself, so a graph cannot name another one. The CPU runs the graph that was rewritten
+    for it, if the bundle has one, unless the one of all backends, the `standard` one, is asked for.
     """
 
-    def __init__(self, bundle: Bundle, name: str, provider: OrtProvider = "ort-cpu") -> None:
+    def __init__(self, bundle: Bundle, name: str, provider: OrtProvider = "ort-cpu", *, standard: bool = False) -> None:
         if provider not in ORT_PROVIDERS:
             raise UsageError(f"unknown provider {provider!r}; choose {', '.join(ORT_PROVIDERS)}")
         self.name = name
@@ -52,7 +53,10 @@ class OrtEngine:
                 " cannot run; export it again with --fp16 (or --fp32), or run it with TensorRT"
             )
         self._bundle = bundle
-        self._graph_path = bundle.path(self.component.graph)
+        # Another provider would leave the CPU's own operators to the CPU.
+        own = self.component.cpu_graph if provider == "ort-cpu" and not standard else None
+        self._graph_record = own or self.component.graph
+        self._graph_path = bundle.path(self._graph_record)
         self._weights_path = bundle.path(self.component.weights)
         self._graph: bytes | None = None
         self._weights: mmap.mmap | None = None
@@ -65,7 +69,7 @@ class OrtEngine:
         """Map the files and check their digests; see Engine.prefetch."""
         if self._graph is not None or self._session is not None:
             return
-        verify_file(self._graph_path, self.component.graph)
+        verify_file(self._graph_path, self._graph_record)
         verify_file(self._weights_path, self.component.weights)
         try:
             graph = self._graph_path.read_bytes()

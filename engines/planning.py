@@ -257,7 +257,7 @@ def drop_onnx(bundle: Bundle) -> Bundle:
     # Out of sight in one step each, so that an interrupt leaves nothing that looks whole.
     with tempfile.TemporaryDirectory(prefix=f".{PLANS}-only.", dir=bundle.root) as away:
         for name, component in manifest.components.items():
-            for record in (component.graph, component.weights):
+            for record in component.files:
                 path = bundle.path(record)
                 path.replace(Path(away) / f"{name}-{path.name}")
             shutil.rmtree(bundle.path(component.graph).parent, ignore_errors=True)

@@ -48,6 +48,7 @@ class Limits(Record, frozen=True, kw_only=True):
     pictures: Positive
     tokens: Range
     fewest: Positive = 1
+    flavour: Flavour = "tensorrt"
 
     def check(self, width: int, height: int) -> None:
         """Raise SizeError for a picture of `width` x `height` pixels that no plan takes."""
@@ -56,7 +57,7 @@ class Limits(Record, frozen=True, kw_only=True):
                 near = sides.min if side < sides.min else sides.max
                 raise SizeError(
                     f"{option} {side}: the plans were built for {sides.min} to {sides.max}; try {near}, or build plans"
-                    f" for it: export-engines --engine tensorrt {option} {side} --out BUNDLE"
+                    f" for it: export-engines --engine {self.flavour} {option} {side} --out BUNDLE"
                 )
 
 
@@ -229,6 +230,7 @@ def plan_limits(bundle: Bundle, records: Iterable[PlanRecord]) -> Limits | None:
         pictures=min(limits.pictures for limits in each),
         fewest=max(limits.fewest for limits in each),
         tokens=_common([limits.tokens for limits in each]),
+        flavour=each[0].flavour,
     )
 
 
@@ -251,6 +253,7 @@ def _unet_limits(record: PlanRecord, stage: Stage) -> Limits:
         pictures=max(rows.max // 2, 1),
         fewest=rows.min,
         tokens=span(contexts, 1),
+        flavour=record.key.environment.flavour,
     )
 
 

@@ -1,6 +1,7 @@
 """One component: traced, simplified, its weights streamed; skipped where that was done before."""
 
 __all__ = [
+    "CPU_GRAPH_FILE",
     "GRAPH_FILE",
     "RECORD_FILE",
     "component_key",
@@ -28,6 +29,7 @@ from sdxl_trt.engines.files import atomic_write, sha256_file
 from sdxl_trt.engines.manifest import Component, Source, TensorSpec
 from sdxl_trt.engines.records import FileRecord
 from sdxl_trt.export.components import ComponentPlan
+from sdxl_trt.export.cpu_graph import for_cpu
 from sdxl_trt.export.graphs import make_graph
 from sdxl_trt.export.models import published_name
 from sdxl_trt.export.passes import simplify
@@ -36,9 +38,11 @@ from sdxl_trt.export.to_onnx import trace
 from sdxl_trt.export.weights import WEIGHTS_FILE, write_weights
 
 GRAPH_FILE = "model.onnx"
+CPU_GRAPH_FILE = "cpu.onnx"
+"""Beside the graph, over the same weights: what ONNX Runtime's CPU provider runs, where that is faster."""
 RECORD_FILE = "component.json"
 """Beside a component that is finished, in a bundle that is not; the manifest says the same once it is."""
-REVISION = 1
+REVISION = 2
 """To be raised where this code makes another graph of the same model."""
 # Whose versions decide what a graph looks like.
 _LIBRARIES = ("sdxl-trt", "torch", "onnxscript", "onnx-ir", "diffusers", "transformers")
@@ -62,10 +66,9 @@ def finished(root: Path, name: str, key: str) -> Component | None:
         component = msgspec.json.decode((root / name / RECORD_FILE).read_bytes(), type=Component)
         if component.key != key:
             return None
-        files = (component.graph.file, component.weights.file)
-        if files != (f"{name}/{GRAPH_FILE}", f"{name}/{WEIGHTS_FILE}"):
+        if any(record.file not in _files(name) for record in component.files):
             return None
-        for record in (component.graph, component.weights):
+        for record in component.files:
             verify_file(root / record.file, record)
     except (OSError, msgspec.DecodeError, SdxlTrtError):
         return None
@@ -94,6 +97,7 @@ def convert(name: str, plan: ComponentPlan, key: str, root: Path, opset: int, re
     written = write_weights(model, plan.checkpoint, names, permutations, folder, report.written)
     report.stage(name, "writing graph")
     _save_graph(model, folder / GRAPH_FILE)
+    cpu_graph = _save_cpu_graph(model, plan.precision, root, folder / CPU_GRAPH_FILE)
     component = Component(
         kind=plan.kind,
         precision=plan.precision,
@@ -106,6 +110,7 @@ def convert(name: str, plan: ComponentPlan, key: str, root: Path, opset: int, re
         config=kept_config(plan),
         parameters=written.parameters,
         key=key,
+        cpu_graph=cpu_graph,
     )
     with atomic_write(folder / RECORD_FILE) as file:
         file.write(msgspec.json.encode(component))
@@ -148,6 +153,19 @@ def _save_graph(model: ir.Model, path: Path) -> None:
         ir.save(model, path)
     except OSError as exc:
         raise explain_os_error(exc, f"writing {path}") from exc
+
+
+def _save_cpu_graph(model: ir.Model, precision: str, root: Path, path: Path) -> FileRecord | None:
+    """Write the graph for ONNX Runtime's CPU provider, rewritten in place, where there is anything to rewrite."""
+    # The CPU provider has no bf16.
+    if precision == "bf16" or not for_cpu(model):
+        return None
+    _save_graph(model, path)
+    return file_record(root, path)
+
+
+def _files(name: str) -> set[str]:
+    return {f"{name}/{file}" for file in (GRAPH_FILE, CPU_GRAPH_FILE, WEIGHTS_FILE)}
 
 
 def _spec(value: ir.Value) -> TensorSpec:

@@ -174,7 +174,7 @@ def _make(plan: ExportPlan, folder: Path, options: Options, report: Report) -> B
     records: dict[str, Component] = {}
     for name, job in plan.jobs.items():
         if job.action == "keep" and job.component is not None and plan.previous is not None:
-            take_over(plan.previous, (job.component.graph, job.component.weights), folder)
+            take_over(plan.previous, job.component.files, folder)
             records[name] = job.component
         elif job.action == "resume" and job.component is not None:
             records[name] = job.component

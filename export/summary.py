@@ -57,7 +57,7 @@ def of_export(bundle: Bundle | None, out: Path, seconds: float) -> Told:
             "kind": component.kind,
             "precision": component.precision,
             "parameters": component.parameters,
-            "bytes": component.graph.size + component.weights.size,
+            "bytes": sum(file.size for file in component.files),
             "sha256": component.weights.sha256,
         }
         for name, component in manifest.components.items()

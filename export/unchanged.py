@@ -47,7 +47,7 @@ def is_whole(bundle: Bundle) -> bool:
 def sound_component(bundle: Bundle, component: Component, *, required: bool = True) -> bool:
     """Return whether a component's files are what the manifest says; raise CorruptError where they are `required`."""
     try:
-        for record in (component.graph, component.weights):
+        for record in component.files:
             verify_file(bundle.path(record), record)
     except SdxlTrtError:
         if required:

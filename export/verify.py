@@ -1,7 +1,8 @@
 """The exported graphs against PyTorch, component by component, on real activations.
 
 Every component is run in PyTorch fp32 (which records the inputs of the next, and how large its activations grow), in
-PyTorch at the precision of its export, and on ONNX Runtime's CPU provider. One of them is in memory at a time.
+PyTorch at the precision of its export, and on ONNX Runtime's CPU provider, the graph that is rewritten for a CPU after
+the one of all backends. One of them is in memory at a time.
 """
 
 __all__ = ["verify_bundle"]
@@ -51,14 +52,18 @@ def verify_bundle(
         gc.collect()  # modules hold cycles: the next model must not wait for their turn
         if plan.precision not in NOT_RUN:
             progress(name, "verifying: ONNX Runtime")
-            results.onnx = _run_onnx(bundle, name, results.calls)
+            results.onnx = _run_onnx(bundle, name, results.calls, standard=True)
         parts[name] = judge(plan, results)
+        if cpu_graph := bundle.manifest.components[name].cpu_graph:
+            progress(name, "verifying: ONNX Runtime, the graph for a CPU")
+            results.onnx = _run_onnx(bundle, name, results.calls, standard=False)
+            parts[cpu_graph.file] = judge(plan, results)
     report = Report(
         generator=f"sdxl-trt {version('sdxl-trt')}",
         versions={library: version(library) for library in _LIBRARIES},
         seed=settings.seed,
         passed=all(part.passed for part in parts.values()),
-        components={name: parts[name] for name in components},
+        components=_ordered(parts, components),
     )
     write_report(bundle.root, report)
     return report
@@ -83,8 +88,16 @@ def _run_torch(name: str, plan: ComponentPlan, recording: Recording, prepare: Pr
     return Results(calls, peaks, rounded, dtypes)
 
 
-def _run_onnx(bundle: Bundle, name: str, calls: Sequence[Call]) -> list[Outputs]:
-    engine = OrtEngine(bundle, name)
+def _ordered(
+    parts: Mapping[str, ComponentReport], components: Mapping[str, ComponentPlan]
+) -> dict[str, ComponentReport]:
+    """Return the reports in the order of the components, that of a graph for a CPU after its component's."""
+    places = list(components)
+    return {part: parts[part] for part in sorted(parts, key=lambda part: (places.index(part.partition("/")[0]), part))}
+
+
+def _run_onnx(bundle: Bundle, name: str, calls: Sequence[Call], *, standard: bool) -> list[Outputs]:
+    engine = OrtEngine(bundle, name, standard=standard)
     dtypes = {spec.name: numpy_dtype(spec) for spec in engine.component.inputs}
     engine.load()
     try:

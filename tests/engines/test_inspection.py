@@ -83,7 +83,7 @@ def test_every_graph_is_told(bundle: Bundle) -> None:
     assert [row[0] for row in rows] == list(bundle.manifest.components)
     for name, kind, precision, parameters, _, size, _, opset, key in rows:
         component = bundle.manifest.components[name]
-        on_disk = sum((bundle.root / file.file).stat().st_size for file in (component.graph, component.weights))
+        on_disk = sum((bundle.root / file.file).stat().st_size for file in component.files)
         assert (kind, precision, opset) == (component.kind, "fp16", str(component.opset))
         assert float(parameters) == pytest.approx(component.parameters / 1e6, abs=0.05)
         assert float(size) == pytest.approx(on_disk / MIB, abs=0.05)

@@ -249,6 +249,14 @@ def test_limits_are_what_both_experts_take(bundle: Bundle) -> None:
     assert plan_limits(bundle, []) is None
 
 
+@pytest.mark.parametrize("flavour", ["tensorrt", "tensorrt-rtx"])
+def test_limits_name_the_engine_that_was_built(bundle: Bundle, flavour: Any) -> None:
+    limits = plan_limits(bundle, [_record(_key(bundle, environment=_replace(HERE, flavour=flavour)))])
+    assert limits is not None
+    with pytest.raises(SizeError, match=f"export-engines --engine {flavour} --width"):
+        limits.check(64 * 999, 64 * 999)
+
+
 def test_static_limits_hold_both_row_counts(bundle: Bundle) -> None:
     sizes = Sizes(height=fixed(128), width=fixed(128), batch=fixed(3), tokens=fixed(77), static=True)
     component = bundle.manifest.components["unet"]

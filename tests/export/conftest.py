@@ -51,17 +51,17 @@ def edit_weight() -> Callable[[Path, str, str, Change], None]:
 
 
 @pytest.fixture
-def edit_graph() -> Callable[[Path, str, Callable[[Any], None]], None]:
-    """Return a function that lets another change the ``onnx.GraphProto`` of a component."""
+def edit_graph() -> Callable[..., None]:
+    """Return a function that lets another change the ``onnx.GraphProto`` of a component, or its `part` "cpu_graph"."""
 
-    def edit(bundle: Path, component: str, change: Callable[[Any], None]) -> None:
-        path = bundle / component / "model.onnx"
+    def edit(bundle: Path, component: str, change: Callable[[Any], None], part: str = "graph") -> None:
+        path = bundle / component / {"graph": "model.onnx", "cpu_graph": "cpu.onnx"}[part]
         model = onnx.load(path, load_external_data=False)
         before = model.SerializeToString()
         change(model.graph)
         assert model.SerializeToString() != before
         path.write_bytes(model.SerializeToString())
-        _vouch(bundle, component, "graph")
+        _vouch(bundle, component, part)
 
     return edit
 

@@ -38,14 +38,18 @@ def test_a_sound_pair_passes_and_its_report_says_how(pairs: Callable[[str], Any]
     components, stages = _plans(pair.base, pair.refiner)
     report = verify_bundle(read_bundle(root), components, stages, progress=lambda *each: told.append(each))
     report.require()
-    assert set(report.components) == set(components) == set(read_bundle(root).manifest.components)
+    manifest = read_bundle(root).manifest
+    for_cpu = {part.cpu_graph.file for part in manifest.components.values() if part.cpu_graph}
+    assert for_cpu == {f"{name}/cpu.onnx" for name, part in components.items() if part.kind != "text_encoder"}
+    assert set(components) == set(manifest.components)
+    assert set(report.components) == set(components) | for_cpu
     assert list(dict.fromkeys(name for name, _ in told)) == sorted(
         components, key=lambda name: ("text_encoder", "unet", "vae_decoder", "vae_encoder").index(components[name].kind)
     )
     written = json.loads((root / "verify.json").read_bytes())
     assert written["passed"] is True
     assert written["versions"]["onnxruntime"] == version("onnxruntime")
-    assert len(report.lines()) == len(components)
+    assert len(report.lines()) == len(report.components)
     _check_cases(report)
 
 
@@ -104,19 +108,26 @@ def _swap_waves(graph: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("wrong", ["waves", "perturbed"])
+@pytest.mark.parametrize(
+    ("wrong", "failed"),
+    [
+        ("graph", ["unet"]),
+        ("cpu_graph", ["unet/cpu.onnx"]),
+        ("weights", ["unet", "unet/cpu.onnx"]),
+    ],
+)
 def test_a_wrong_unet_is_named(
-    wrong: str, pairs: Callable[[str], Any], tmp_path: Path, edit_weight: Any, edit_graph: Any
+    wrong: str, failed: list[str], pairs: Callable[[str], Any], tmp_path: Path, edit_weight: Any, edit_graph: Any
 ) -> None:
     pair = pairs("legacy")
     root = Path(shutil.copytree(pair.bundle, tmp_path / "bundle"))
-    if wrong == "waves":
-        edit_graph(root, "unet", _swap_waves)
+    if wrong != "weights":
+        edit_graph(root, "unet", _swap_waves, part=wrong)
     else:
         edit_weight(root, "unet", "mid_block.resnets.0.conv1.weight", _perturb)
     report = verify_bundle(read_bundle(root), *_plans(pair.base, None, (*TEXT, "unet")))
-    assert [name for name, part in report.components.items() if not part.passed] == ["unet"]
-    assert "failed: unet: ONNX Runtime against PyTorch fp32: out_sample" in "\n".join(report.lines())
+    assert [name for name, part in report.components.items() if not part.passed] == failed
+    assert f"failed: {failed[0]}: ONNX Runtime against PyTorch fp32: out_sample" in "\n".join(report.lines())
 
 
 @pytest.mark.slow
@@ -125,7 +136,8 @@ def test_components_can_be_compared_alone(pairs: Callable[[str], Any], tmp_path:
     root = Path(shutil.copytree(pair.bundle, tmp_path / "bundle"))
     report = verify_bundle(read_bundle(root), *_plans(pair.base, pair.refiner, ("refiner_unet", "vae_encoder")))
     report.require()
-    assert {name: len(part.cases) for name, part in report.components.items()} == {"refiner_unet": 4, "vae_encoder": 2}
+    cases = {"refiner_unet": 4, "refiner_unet/cpu.onnx": 4, "vae_encoder": 2, "vae_encoder/cpu.onnx": 2}
+    assert {name: len(part.cases) for name, part in report.components.items()} == cases
 
 
 @pytest.mark.slow
