@@ -15,7 +15,7 @@ from sdxl_trt.export.progress import Event
 from sdxl_trt.export.summary import progress_bar
 
 MODULE = "down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("converted_once")]
 
 
 @pytest.fixture

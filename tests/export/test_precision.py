@@ -1,5 +1,6 @@
 """bf16, mixed and the older operator sets, against PyTorch and on ONNX Runtime."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from sdxl_trt.engines.errors import IncompatibleError, UsageError
 from sdxl_trt.export import Options, export_bundle
 from sdxl_trt.runtime import Request, open_bundle
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("converted_once")]
 
 
 def _types(path: Path) -> dict[ir.DataType, int]:
@@ -27,7 +28,8 @@ def _types(path: Path) -> dict[ir.DataType, int]:
 
 def test_bf16_is_inside_only_and_onnx_runtime_says_no(pairs: Callable[[str], Any], tmp_path: Path) -> None:
     pair = pairs("outline")
-    bundle = export_bundle(pair.base, None, tmp_path / "out", Options("bf16"))
+    root = Path(shutil.copytree(pair.bundle, tmp_path / "out"))
+    bundle = export_bundle(pair.base, pair.refiner, root, Options("bf16", components=frozenset({"unet"})))
     unet = bundle.manifest.components["unet"]
     assert unet.precision == "bf16"
     assert {spec.dtype for spec in (*unet.inputs, *unet.outputs)} == {"float32"}
@@ -58,8 +60,6 @@ def _overflowing_vae(folder: Path) -> AutoencoderKL:
 
 
 def test_mixed_decodes_what_fp16_cannot(pairs: Callable[[str], Any], tmp_path: Path) -> None:
-    import shutil
-
     base = Path(shutil.copytree(pairs("outline").base, tmp_path / "base"))
     vae = _overflowing_vae(base / "vae")
     latents = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -89,7 +89,7 @@ def test_mixed_decodes_what_fp16_cannot(pairs: Callable[[str], Any], tmp_path: P
 
 def test_the_older_operator_set_is_plain_and_the_same(pairs: Callable[[str], Any], tmp_path: Path) -> None:
     pair = pairs("outline")
-    bundle = export_bundle(pair.base, None, tmp_path / "out", Options("fp32", opset=20))
+    bundle = export_bundle(pair.base, None, tmp_path / "out", Options("fp32", vae_precision="fp16", opset=20))
     for component in bundle.manifest.components.values():
         model = ir.load(bundle.path(component.graph))
         operators = {node.op_type for node in model.graph}

@@ -9,12 +9,12 @@ import pytest
 
 from sdxl_trt.engines.bundle import Bundle, read_bundle
 from sdxl_trt.engines.errors import CorruptError, IncompatibleError, ResourceError, SdxlTrtError, UsageError
-from sdxl_trt.export import Options, conversion, export_bundle
+from sdxl_trt.export import Options, export_bundle, exporter
 from sdxl_trt.export.exporter import plan_export
 from sdxl_trt.export.staging import exclusive, partial_folder
 
 ENCODERS = frozenset({"text_encoder", "text_encoder_2"})
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("converted_once")]
 
 
 @pytest.fixture
@@ -23,10 +23,10 @@ def base(pairs: Callable[[str], Any]) -> Path:
 
 
 @pytest.fixture
-def traced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The components that were traced; a name in the list beforehand, after "!", is interrupted."""
+def traced(monkeypatch: pytest.MonkeyPatch, converted_once: None) -> list[str]:
+    """The components that were to be traced; a name in the list beforehand, after "!", is interrupted."""
     calls: list[str] = []
-    real = conversion.convert
+    real = exporter.convert
 
     def convert(name: str, *rest: Any) -> Any:
         if f"!{name}" in calls:
@@ -124,7 +124,7 @@ def test_what_was_finished_is_not_believed_when_it_is_damaged(base: Path, tmp_pa
 
 
 def test_an_error_leaves_nothing(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = conversion.convert
+    real = exporter.convert
 
     def convert(name: str, *rest: Any) -> Any:
         if name == "text_encoder_2":
