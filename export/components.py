@@ -11,7 +11,7 @@ from typing import Any, Literal, cast, get_args
 
 from sdxl_trt.engines.errors import SourceError, UsageError
 from sdxl_trt.engines.manifest import Kind, Precision
-from sdxl_trt.export.graphs import context_width
+from sdxl_trt.export.graphs import context_width, make_graph
 from sdxl_trt.export.lora import check_fits, fuse
 from sdxl_trt.export.lora_file import Lora
 from sdxl_trt.export.lora_names import Component as LoraComponent
@@ -186,6 +186,8 @@ def _plan_stage(
     if _wants_twins(vae_precision, options):
         plans["vae_decoder_bf16"] = plan("vae", "vae_decoder", "bf16")
         plans["vae_encoder_bf16"] = plan("vae", "vae_encoder", "bf16")
+    for each in plans.values():  # what no graph can be made of is said before anything has been exported
+        make_graph(each.kind, each.model, time_ids=each.time_ids, pooled=each.pooled, where=each.source.where)
     return StagePlan(pipeline, models), plans
 
 

@@ -96,9 +96,15 @@ def test_one_changed_weight_makes_a_component_of_its_own(pairs: Callable[[str], 
         ("model_index.json", {"unet": ["diffusers", "UNet3DConditionModel"]}, "not an SDXL component"),
     ],
 )
-def test_parts_that_do_not_fit_are_named(
-    file: str, changes: dict[str, Any], words: str, pairs: Callable[[str], Any], tmp_path: Path
+def test_parts_that_do_not_fit_are_named_before_anything_is_traced(
+    file: str,
+    changes: dict[str, Any],
+    words: str,
+    pairs: Callable[[str], Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("sdxl_trt.export.exporter.convert", lambda name, *_: pytest.fail(f"{name} is traced"))
     pair = pairs("outline")
     refiner = Path(shutil.copytree(pair.refiner, tmp_path / "refiner"))
     _edit(refiner / file, **changes)
@@ -115,6 +121,7 @@ def test_a_refiner_of_another_latent_space_is_refused(pairs: Callable[[str], Any
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("converted_once")
 def test_half_precision_keeps_conditions_and_autoencoder_in_single(pairs: Callable[[str], Any], tmp_path: Path) -> None:
     pair = pairs("outline")
     bundle = export_bundle(pair.base, None, tmp_path / "half", Options(precision="fp16"))
