@@ -1,5 +1,6 @@
 """Small SDXL-shaped pairs as diffusers folders, and the bundles exported from them, shared by all tests."""
 
+import gc
 import importlib.util
 import json
 import os
@@ -16,6 +17,13 @@ from filelock import FileLock
 
 # Two test processes on two cores: threads of torch's that spin for each other would starve both.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def pytest_collection_finish() -> None:
+    """Let the collector pass over what the imports left: hundreds of thousands of objects that stay to the end."""
+    gc.collect()
+    gc.freeze()
+
 
 WORDS = ["a", "red", "fox", "in", "the", "snow", "blue", "star", "blurry"]
 
