@@ -1,0 +1,83 @@
+"""Published figures of GPUs: peak rates of dense tensor products, memory, and the link to the host.
+
+The makers' tables lead with rates for 2:4 sparse weights, twice what dense ones can reach; these are the dense ones.
+"""
+
+__all__ = ["GPUS", "Gpu", "find_gpu"]
+
+import msgspec
+
+from sdxl_trt.engines.errors import UsageError
+
+# PCI Express, 16 lanes, one direction: transfers a second × 16 lanes × 128/130 coding / 8 bits.
+_PCIE = {"3.0": 15.75e9, "4.0": 31.5e9, "5.0": 63.0e9}
+_AMPERE = "https://images.nvidia.com/aem-dam/en-zz/Solutions/geforce/ampere/pdf/NVIDIA-ampere-GA102-GPU-Architecture-Whitepaper-V1.pdf"
+_ADA = "https://images.nvidia.com/aem-dam/Solutions/geforce/ada/nvidia-ada-gpu-architecture.pdf"
+
+
+class Gpu(msgspec.Struct, frozen=True, kw_only=True):
+    """A GPU as its maker states it: operations and bytes a second, bytes.
+
+    `fp16` is the fastest rate of fp16 products, whatever they are summed in; `fp32_sums` that of fp16 and bf16
+    products summed in fp32, which is half as fast on GeForce; `tf32` that of fp32 tensors on tensor cores, as TensorRT
+    computes unless told otherwise; `eight_bit` the faster of int8 and fp8.
+    """
+
+    name: str
+    fp16: float
+    fp32_sums: float
+    tf32: float
+    eight_bit: float
+    bandwidth: float
+    memory: float
+    pcie: str
+    source: str
+
+    @property
+    def link(self) -> float:
+        """The bytes a second that PCI Express carries to the GPU, at best."""
+        return _PCIE[self.pcie]
+
+
+def _gpu(
+    name: str, tera: tuple[float, float, float, float], bandwidth: float, memory: int, pcie: str, source: str
+) -> Gpu:
+    """Return a GPU from (fp16, fp32 sums, tf32, eight bits) in 10^12 a second, GB/s and GB."""
+    fp16, fp32_sums, tf32, eight_bit = (rate * 1e12 for rate in tera)
+    return Gpu(
+        name=name,
+        fp16=fp16,
+        fp32_sums=fp32_sums,
+        tf32=tf32,
+        eight_bit=eight_bit,
+        bandwidth=bandwidth * 1e9,
+        memory=memory * 1e9,
+        pcie=pcie,
+        source=source,
+    )
+
+
+GPUS: dict[str, Gpu] = {
+    "h100": _gpu("NVIDIA H100 SXM 80 GB", (989.4, 989.4, 494.7, 1978.9), 3350, 80, "5.0",
+                 "https://resources.nvidia.com/en-us-tensor-core/gtc22-whitepaper-hopper"),
+    "h200": _gpu("NVIDIA H200 SXM 141 GB", (989.4, 989.4, 494.7, 1978.9), 4800, 141, "5.0",
+                 "https://www.nvidia.com/en-us/data-center/h200/"),
+    "a100": _gpu("NVIDIA A100 SXM 80 GB", (312, 312, 156, 624), 2039, 80, "4.0",
+                 "https://www.nvidia.com/content/dam/en-zz/Solutions/Data-Center/a100/pdf/nvidia-a100-datasheet-us-nvidia-1758950-r4-web.pdf"),
+    "4090": _gpu("NVIDIA GeForce RTX 4090 24 GB", (330.3, 165.2, 82.6, 660.6), 1008, 24, "4.0", _ADA),
+    "3090": _gpu("NVIDIA GeForce RTX 3090 24 GB", (142, 71, 35.6, 284), 936, 24, "4.0", _AMPERE),
+    "l40s": _gpu("NVIDIA L40S 48 GB", (362.05, 362.05, 183, 733), 864, 48, "4.0",
+                 "https://resources.nvidia.com/en-us-l40s/l40s-datasheet-28413"),
+    "a10": _gpu("NVIDIA A10 24 GB", (125, 125, 62.5, 250), 600, 24, "4.0",
+                "https://www.nvidia.com/content/dam/en-zz/Solutions/Data-Center/a10/pdf/a10-datasheet.pdf"),
+    "a10g": _gpu("NVIDIA A10G 24 GB", (70, 70, 35, 140), 600, 24, "4.0",
+                 "https://d1.awsstatic.com/product-marketing/ec2/NVIDIA_AWS_A10G_DataSheet_FINAL_02_17_2022.pdf"),
+}  # fmt: skip
+
+
+def find_gpu(name: str) -> Gpu:
+    """Return the GPU called `name`, in any case and with or without "rtx". Raises UsageError."""
+    key = name.lower().replace(" ", "").replace("-", "").replace("nvidia", "").replace("geforce", "").replace("rtx", "")
+    if key not in GPUS:
+        raise UsageError(f"--estimate {name}: choose from {', '.join(GPUS)}")
+    return GPUS[key]
