@@ -178,11 +178,14 @@ def open_pool(
     residency: str = "auto",
     available: int | None = None,
     sizes: Sizes | None = None,
+    *,
+    images: bool = False,
 ) -> EnginePool:
     """Return a pool for `bundle`; nothing of it is loaded yet.
 
     `provider` is "auto" or one of PROVIDERS, `residency` "auto", "resident", "swap" or "stream"; `available` replaces
     the measured memory in bytes, the device's or the host's; `sizes` are what is to be run, where no plans say it.
+    Memory is planned for runs that start from `images` too, which need the autoencoder's encoder, if that is said.
     A stated residency is kept; under "auto" the next one is taken where memory runs out. Raises UsageError for other
     names, IncompatibleError for a provider that cannot be had or a plan that does not fit this machine, ResourceError
     for plans that cannot fit.
@@ -198,6 +201,7 @@ def open_pool(
             residency=residency,
             sizes=sizes,
             records=backend.records,
+            images=images,
         )
         _refuse_the_impossible(plan)
     except BaseException:

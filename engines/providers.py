@@ -4,6 +4,7 @@ __all__ = ["PROVIDERS", "Backend", "open_backend"]
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -83,6 +84,11 @@ def _tensorrt(bundle: Bundle, flavour: Flavour) -> Backend:
 
     environment = here(flavour)
     records = {name: find_plan(bundle, name, environment) for name in run_components(bundle.manifest, flavour)}
+    for name in run_components(bundle.manifest, flavour, images=True):
+        # What only some runs need may lack a plan until one of them comes.
+        if name not in records:
+            with suppress(IncompatibleError):
+                records[name] = find_plan(bundle, name, environment)
     device = open_device(flavour)
     free, _ = device.cuda.memory()
 

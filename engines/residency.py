@@ -44,26 +44,28 @@ def plan_memory(
     residency: str = "auto",
     sizes: Sizes | None = None,
     records: Mapping[str, PlanRecord] | None = None,
+    images: bool = False,
 ) -> MemoryPlan:
     """Return what runs of `bundle` take on `provider` with `capacity` bytes of device or host memory.
 
     Nothing is loaded and no GPU is needed. What `records` (by default the manifest's plans for that provider) state
     is used, else estimates for `sizes` (by default those that plans would be built for; ONNX Runtime's are the usual
-    ones). With `residency` "auto" the first policy that fits is taken, the last one where none does: `missing` then
-    says by how much. Raises UsageError for an unknown residency.
+    ones). `images` counts the encoder, which runs that start from pictures need. With `residency` "auto" the first
+    policy that fits is taken, the last one where none does: `missing` then says by how much. Raises UsageError for an
+    unknown residency.
     """
     check_residency(residency)
     manifest = bundle.manifest
     sizes = sizes or _default_sizes(manifest, provider)
     plans = _recorded(manifest, provider) if records is None else records
-    names = run_components(manifest, provider)
+    names = run_components(manifest, provider, images=images)
     share = _DEVICE_SHARE if on_device(provider) else _HOST_SHARE
     draft = _Draft(
         provider=provider,
         capacity=capacity,
         usable=None if capacity is None else int(capacity * share),
         needs={name: need_of(manifest, name, provider, sizes, plans.get(name)) for name in names},
-        phases=run_phases(manifest, provider),
+        phases=run_phases(manifest, provider, images=images),
         unets=tuple(dict.fromkeys(stage.unet for stage in manifest.stages().values())),
     )
     return draft.best() if residency == "auto" else draft.under(residency)

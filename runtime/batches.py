@@ -9,13 +9,17 @@ from dataclasses import fields, replace
 from sdxl_trt.runtime.pipeline import Job, Pipeline
 from sdxl_trt.runtime.request import Request
 from sdxl_trt.runtime.run import Run, StageName, Step, timed
+from sdxl_trt.runtime.samplers import BROWNIAN
 
-CUT = frozenset({"handoff", "handoff_step", "handoff_sigma"})
+CUT = frozenset({"handoff", "handoff_step", "handoff_sigma", "base_end_step", "leftover_noise"})
 SCORES = frozenset({"aesthetic_score", "negative_aesthetic_score"})
-REFINER = frozenset({"refiner_sampler", "refiner_guidance"})
+REFINER = frozenset(
+    {"refiner_sampler", "refiner_guidance", "refiner_sides", "refiner_seed", "refiner_start_step", "refiner_end_step",
+     "refiner_add_noise", "refiner_leftover_noise", "refiner_strength"}
+)  # fmt: skip
 KNOWS_ITS_END = frozenset({"deis"})
-KNOWS_ITS_END_COMFYUI = frozenset({"uni_pc", "uni_pc_bh2"})
-"""Samplers whose last step differs from the same step on the way to another end: no cut can share a run of theirs."""
+KNOWS_ITS_END_COMFYUI = BROWNIAN | {"uni_pc", "uni_pc_bh2"}
+"""Samplers whose step differs from the same step on the way to another end: no cut can share a run of theirs."""
 
 
 class Batch:
@@ -43,7 +47,8 @@ class Batch:
         Steps are counted over the batch; those that are shared are told of the request that goes furthest.
         """
         everyone = range(len(self._jobs))
-        yield from ((0, step) for step in timed(self._jobs[0].run, self._pipeline.encode(self._jobs)))
+        for first in (self._pipeline.pictures, self._pipeline.encode):
+            yield from ((0, step) for step in timed(self._jobs[0].run, first(self._jobs)))
         yield from self._phase("base", sorted(group[0] for group in self._groups.values()))
         yield from self._phase("refiner", [number for number in everyone if self.runs[number].request.refined])
         # Where base and refiner have decoders of their own, each is loaded once.
@@ -89,12 +94,13 @@ class Batch:
         free = set(REFINER)
         known = KNOWS_ITS_END_COMFYUI if resolved.comfyui else KNOWS_ITS_END
         # A base that leaves no noise goes to sigma 0 wherever it stops.
-        if request.sampler not in known and request.leftover_noise is not False:
+        on_grid = resolved.base.leftover_noise or resolved.base.stop == resolved.schedule.steps
+        if request.sampler not in known and on_grid:
             free |= CUT
         if "aesthetic_score" not in self._pipeline.manifest.base.time_ids:
             free |= SCORES
         asked = {field.name: getattr(request, field.name) for field in fields(request) if field.name not in free}
-        asked["latents"] = id(request.latents)
+        asked |= {name: id(getattr(request, name)) for name in ("latents", "image")}
         return (*asked.items(), resolved.base.start, resolved.seeds, resolved.width, resolved.height)
 
     def _cut(self, number: int) -> int:
@@ -113,4 +119,6 @@ class Batch:
 def _hand_over(leader: Job, other: Job) -> None:
     """Leave `other` as its own base run would: with its latents, and its noise drawn as far as theirs."""
     other.latents = leader.latents.copy()
-    other.noises = deepcopy(leader.noises)
+    base, own = deepcopy(leader.noises["base"]), other.noises["refiner"]
+    # A refiner without a seed of its own goes on with the base's noise.
+    other.noises = {"base": base, "refiner": base if own is other.noises["base"] else own}

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from sdxl_trt.engines.command import one_line, print_json, run
 from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.runtime.options import check_alone_with_workflow, make_parser
+from sdxl_trt.runtime.options import NEGATIVE_SCORE, check_alone_with_workflow, make_parser
 
 if TYPE_CHECKING:
+    from sdxl_trt.runtime.input_pictures import InputPicture
     from sdxl_trt.runtime.pipeline import Pipeline
     from sdxl_trt.runtime.request import Request
     from sdxl_trt.runtime.run import Picture, Run
+    from sdxl_trt.runtime.workflow import Workflow
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,7 +36,7 @@ def _run(arguments: argparse.Namespace, argv: list[str] | None) -> None:
     elif all(given is None for given in (arguments.prompt, arguments.prompts, arguments.workflow)):
         raise UsageError("a PROMPT is missing: say what the picture shows")
     else:
-        _generate(arguments, argv)
+        _generate(arguments)
 
 
 def _plan(arguments: argparse.Namespace) -> None:
@@ -42,7 +44,7 @@ def _plan(arguments: argparse.Namespace) -> None:
     from sdxl_trt.runtime.planning import plan_run  # noqa: PLC0415
 
     plan = plan_run(arguments.engines, arguments.provider, arguments.residency, arguments.vram, arguments.width,
-                    arguments.height)  # fmt: skip
+                    arguments.height, images=arguments.image is not None or arguments.refine is not None)  # fmt: skip
     if arguments.json:
         print_json(plan)
     else:
@@ -50,27 +52,31 @@ def _plan(arguments: argparse.Namespace) -> None:
     plan.check()
 
 
-def _generate(arguments: argparse.Namespace, argv: list[str] | None) -> None:
+def _generate(arguments: argparse.Namespace) -> None:
     from sdxl_trt.runtime.batches import Batch  # noqa: PLC0415 - numpy and more: --help must not wait for it
     from sdxl_trt.runtime.outputs import Pictures, check_outputs, save_latents  # noqa: PLC0415
     from sdxl_trt.runtime.pipeline import open_bundle  # noqa: PLC0415
     from sdxl_trt.runtime.previews import Preview  # noqa: PLC0415
     from sdxl_trt.runtime.progress import ProgressBar  # noqa: PLC0415
+    from sdxl_trt.runtime.provenance import warn_of_another_bundle  # noqa: PLC0415
     from sdxl_trt.runtime.series import Series  # noqa: PLC0415
 
     started = time.perf_counter()
     check_outputs(arguments)
-    request = _request(arguments) if arguments.workflow is None else None
+    asked = _request(arguments) if arguments.workflow is None else _workflow(arguments)
     with open_bundle(
-        arguments.engines, provider=arguments.provider, residency=arguments.residency, available=arguments.vram
-    ) as pipeline:
-        series = Series(request or _from_workflow(arguments, pipeline), arguments, argv)
+        arguments.engines, provider=arguments.provider, residency=arguments.residency, available=arguments.vram,
+        images=asked.image is not None,
+    ) as pipeline:  # fmt: skip
+        if arguments.source is not None:
+            warn_of_another_bundle(arguments.made_with, pipeline.manifest)
+        series = Series(_settled(asked, arguments, pipeline), arguments)
         batch = Batch(pipeline, series.requests)
         files = Pictures(arguments.out, arguments.format, batch.runs, sheet=series.sweep is not None)
         if not arguments.json and pipeline.manifest.note:
             sys.stderr.write(f"note: {one_line(pipeline.manifest.note)}\n")
         images = []
-        preview = Preview(files.preview if arguments.preview else None, pipeline.manifest.base.vae.factor)
+        preview = Preview(files.preview if arguments.preview else None, pipeline.manifest)
         with ProgressBar() as bar, preview:
             for number, step in batch.steps():
                 bar.show(step.stage, step.index, step.total, step.seconds)
@@ -82,7 +88,7 @@ def _generate(arguments: argparse.Namespace, argv: list[str] | None) -> None:
                     series.keep(number, step.picture)
         save_latents(arguments.save_latents, batch.runs[0])
         report = _report(pipeline, batch.runs, images, time.perf_counter() - started)
-        report |= series.finish(files.out, batch.runs)
+        report |= series.finish(files.out, batch.runs, metadata=not arguments.no_metadata)
     if arguments.json:
         print_json(report)
     else:
@@ -93,6 +99,7 @@ def _request(arguments: argparse.Namespace) -> "Request":
     from sdxl_trt.runtime.outputs import load_latents  # noqa: PLC0415
     from sdxl_trt.runtime.request import Request  # noqa: PLC0415
 
+    negative_score = arguments.negative_aesthetic_score
     return Request(
         compat=arguments.compat,
         prompt=arguments.prompt or "",
@@ -114,8 +121,9 @@ def _request(arguments: argparse.Namespace) -> "Request":
         sampler=arguments.sampler,
         refiner_sampler=arguments.refiner_sampler,
         schedule=arguments.schedule,
+        prediction_type=arguments.prediction_type,
         aesthetic_score=arguments.aesthetic_score,
-        negative_aesthetic_score=arguments.negative_aesthetic_score,
+        negative_aesthetic_score=NEGATIVE_SCORE if negative_score is None else negative_score,
         original_size=arguments.original_size,
         crop=arguments.crop,
         target_size=arguments.target_size,
@@ -125,25 +133,45 @@ def _request(arguments: argparse.Namespace) -> "Request":
         width=arguments.width,
         height=arguments.height,
         latents=load_latents(arguments.latents),
+        image=_image_given(arguments),
+        strength=arguments.strength,
+        refine=arguments.refine is not None,
         tile=arguments.tile,
     )
 
 
-def _from_workflow(arguments: argparse.Namespace, pipeline: "Pipeline") -> "Request":
+def _image_given(arguments: argparse.Namespace) -> "InputPicture | None":
+    from sdxl_trt.runtime.input_pictures import read_input  # noqa: PLC0415
+
+    if arguments.refine is not None:
+        return read_input(arguments.refine, "--refine")
+    return None if arguments.image is None else read_input(arguments.image)
+
+
+def _workflow(arguments: argparse.Namespace) -> "Workflow":
+    from sdxl_trt.runtime.workflow import read_workflow  # noqa: PLC0415
+
+    check_alone_with_workflow(arguments)
+    return read_workflow(arguments.workflow)
+
+
+def _settled(asked: "Request | Workflow", arguments: argparse.Namespace, pipeline: "Pipeline") -> "Request":
     from dataclasses import replace  # noqa: PLC0415
 
     from sdxl_trt.runtime.outputs import load_latents  # noqa: PLC0415
-    from sdxl_trt.runtime.workflow import read_workflow  # noqa: PLC0415
-    from sdxl_trt.runtime.workflow_request import workflow_request  # noqa: PLC0415
+    from sdxl_trt.runtime.request import Request  # noqa: PLC0415
+    from sdxl_trt.runtime.workflow_request import with_seed, workflow_request  # noqa: PLC0415
 
-    check_alone_with_workflow(arguments)
-    request = workflow_request(read_workflow(arguments.workflow), pipeline.manifest)
-    seed = {} if arguments.seed is None else {"seed": arguments.seed, "refiner_seed": None}
+    if isinstance(asked, Request):
+        return asked
+    request = workflow_request(asked, pipeline.manifest, arguments.workflow.parent)
+    if arguments.seed is not None:
+        request = with_seed(request, arguments.seed)
     return replace(
         request,
-        **seed,
         guidance_rescale=arguments.guidance_rescale,
         guidance_interval=arguments.guidance_interval,
+        prediction_type=arguments.prediction_type,
         latents=load_latents(arguments.latents),
         tile=arguments.tile,
     )
@@ -190,7 +218,8 @@ def _tell(report: dict[str, Any]) -> None:
         sys.stdout.write(f"{sheet}  sheet of {len(report['images'])}\n")
     place = report["handoff"]
     single = not {"sweep", "prompt"} & set(report["images"][0])
-    how = f"handoff after step {place['step']} at sigma {place['sigma']:.3f}; " if place else "base alone; " * single
+    alone = "base alone; " if "base" in report["timings"] else "refiner alone; "
+    how = f"handoff after step {place['step']} at sigma {place['sigma']:.3f}; " if place else alone * single
     sys.stderr.write(f"{how}{report['timings']['total']:.1f} s\n")
 
 

@@ -1,4 +1,4 @@
-"""A ComfyUI graph as it is stored: API JSON, the editor's JSON, or a PNG that carries either.
+"""A ComfyUI graph as it is stored: API JSON, the editor's JSON, or a picture that carries either.
 
 Nothing of it is trusted: sizes are capped before reading, every value is checked for its type when it is asked for, and
 no path in it is opened here.
@@ -13,17 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from sdxl_trt.engines.errors import UsageError, explain_os_error
+from sdxl_trt.runtime.picture_files import WORKFLOW, read_texts
 
 MAX_BYTES = 16 << 20
 MAX_NODES = 10_000
 MAX_NUMBER = 2**64
-_PNG = b"\x89PNG\r\n\x1a\n"
+_PICTURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF")
 _MAX_HOPS = 100
 # The editor stores a node's widget values in this order; "*" is the seed's own "after generating" choice.
 _WIDGETS: dict[str, tuple[str, ...]] = {
     "CheckpointLoaderSimple": ("ckpt_name",),
     "EmptyLatentImage": ("width", "height", "batch_size"),
     "LoadImage": ("image", "*"),
+    "RepeatLatentBatch": ("amount",),
     "CLIPTextEncode": ("text",),
     "CLIPTextEncodeSDXL": ("width", "height", "crop_w", "crop_h", "target_width", "target_height", "text_g", "text_l"),
     "CLIPTextEncodeSDXLRefiner": ("ascore", "width", "height", "text"),
@@ -101,32 +103,26 @@ class Graph:
 
 
 def read_graph(path: Path) -> Graph:
-    """Return the graph of a JSON file, or of the text chunk of a PNG; UsageError where there is none."""
+    """Return the graph of a JSON file, or of the texts of a picture; UsageError where there is none."""
     try:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
     except OSError as exc:
         raise explain_os_error(exc, f"--workflow {path}") from exc
-    if content.startswith(_PNG):
-        return parse_graph(_from_png(path), str(path))
+    if content.startswith(_PICTURES):
+        return parse_graph(_from_picture(path), str(path))
     if len(content) > MAX_BYTES:
         raise UsageError(f"--workflow {path}: larger than {MAX_BYTES >> 20} MiB, so not a workflow")
     return parse_graph(content, str(path))
 
 
-def _from_png(path: Path) -> str:
-    """Return ComfyUI's chunk: `prompt`, what was run, or else `workflow`, what the editor showed."""
-    from PIL import Image  # noqa: PLC0415 - Pillow only where there is a picture
-
-    try:
-        with Image.open(path, formats=["PNG"]) as image:
-            texts = getattr(image, "text", {})
-    except (OSError, ValueError, SyntaxError) as exc:
-        raise UsageError(f"--workflow {path}: a PNG that cannot be read ({exc})") from exc
-    found = texts.get("prompt") or texts.get("workflow")
+def _from_picture(path: Path) -> str:
+    """Return ComfyUI's text: `prompt`, what was run, or else `workflow`, what the editor showed."""
+    texts = read_texts(path)
+    found = texts.get(WORKFLOW) or texts.get("workflow")
     if not found:
         raise UsageError(f"--workflow {path}: the picture carries no ComfyUI workflow; give the JSON file")
-    return str(found)
+    return found
 
 
 def parse_graph(content: str | bytes, where: str) -> Graph:
@@ -135,14 +131,16 @@ def parse_graph(content: str | bytes, where: str) -> Graph:
         stored = json.loads(content)
     except (ValueError, RecursionError) as exc:
         raise UsageError(f"--workflow {where}: not a JSON file ({str(exc)[:100]})") from exc
-    if isinstance(stored, dict) and isinstance(stored.get("nodes"), list):
+    editor = isinstance(stored, dict) and isinstance(stored.get("nodes"), list)
+    count = len(stored["nodes"]) if editor else len(stored) if isinstance(stored, dict) else 0
+    if count > MAX_NODES:
+        raise UsageError(f"--workflow {where}: {count} nodes, more than {MAX_NODES}")
+    if editor:
         graph = _from_editor(stored, where)
     elif isinstance(stored, dict) and stored and all(_is_node(value) for value in stored.values()):
         graph = {key: _from_api(key, value) for key, value in stored.items()}
     else:
         raise UsageError(f"--workflow {where}: neither ComfyUI's API format nor its editor's; export it from ComfyUI")
-    if len(graph) > MAX_NODES:
-        raise UsageError(f"--workflow {where}: {len(graph)} nodes, more than {MAX_NODES}")
     return Graph(graph)
 
 

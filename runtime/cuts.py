@@ -2,14 +2,14 @@
 
 A handoff is one cut: the base stops where the refiner starts, and hands over its noise. ComfyUI's KSamplerAdvanced
 states start, end, added and leftover noise of each sampler apart; what then does not fit together is done all the
-same, with a warning.
+same, with a warning. A picture comes in further on, and may leave the base nothing to do.
 """
 
 __all__ = ["CutSettings", "Cuts", "Part", "make_cuts"]
 
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -46,6 +46,14 @@ class CutSettings:
     refiner_end_step: int | None = None
     refiner_add_noise: bool = False
     refiner_leftover_noise: bool = False
+    strength: float | None = None
+    """How far back an image is taken: the share of the steps that change it. None is 0.3, and 1 where
+    `base_start_step` says where it comes in. In ComfyUI's way it is its denoise: all steps are taken, on a grid that
+    begins further down."""
+    refine: bool = False
+    """Whether the refiner alone changes the image; the base does nothing."""
+    refiner_strength: float | None = None
+    """ComfyUI's denoise of the refiner's own sampler, which then has a grid of its own; None shares the base's."""
 
 
 @dataclass(frozen=True)
@@ -84,27 +92,47 @@ class Part:
 
 @dataclass(frozen=True)
 class Cuts:
-    """The base's part of a grid, and the refiner's; None where it does nothing."""
+    """The base's part of a grid, and the refiner's; None where it does nothing.
+
+    `first` is the refiner's part where that starts the run, and so adds the noise; None where the base does.
+    """
 
     base: Part
     refiner: Part | None
+    first: Part | None = None
 
 
-def make_cuts(settings: CutSettings, schedule: Schedule, *, refiner: bool) -> Cuts:
+def make_cuts(
+    settings: CutSettings,
+    schedule: Schedule,
+    *,
+    refiner: bool,
+    picture: int | None = None,
+    refiner_schedule: Schedule | None = None,
+) -> Cuts:
     """Return the parts of `schedule` that `settings` come to for a bundle with or without `refiner`.
 
-    Raises UsageError for what contradicts itself or the bundle; warns of parts that do not fit together.
+    The refiner's is one of `refiner_schedule`, where it has a grid of its own. `picture` is the step at which a picture
+    comes in, None where the run starts from noise alone. Where that is at or behind the handoff, the refiner takes it
+    from there. Raises UsageError for what contradicts itself or the bundle; warns of parts that do not fit together.
     """
     _check(settings, refiner=refiner)
-    steps = schedule.steps
+    steps, begin = schedule.steps, settings.base_start_step if picture is None else picture
+    if settings.refine:
+        return _refining(settings, begin, steps)
     if not _wants_refiner(settings, refiner=refiner):
         end = steps if settings.base_end_step is None else min(settings.base_end_step, steps)
-        base = Part(settings.base_start_step, end, settings.base_add_noise, settings.leftover_noise or False)
+        base = Part(begin, end, settings.base_add_noise, settings.leftover_noise or False)
         _warn_of_idle(base)
         return Cuts(base, None)
-    stop, start = _ends(settings, schedule)
+    stop, start = _ends(settings, schedule, begin=None if picture is None else begin)
+    stated = settings.base_end_step is not None or settings.refiner_start_step is not None
+    if picture is not None and start <= begin and not stated:
+        log.warning("the picture comes in at step %d, at or behind the handoff: the refiner alone changes it", begin)
+        return _refining(settings, begin, steps)
     leftover = settings.leftover_noise is not False
-    base = Part(settings.base_start_step, min(stop, steps), settings.base_add_noise, leftover)
+    base = Part(begin, min(stop, steps), settings.base_add_noise, leftover)
+    steps = schedule.steps if refiner_schedule is None else refiner_schedule.steps
     last = steps if settings.refiner_end_step is None else min(settings.refiner_end_step, steps)
     refining = Part(start, last, settings.refiner_add_noise, settings.refiner_leftover_noise)
     _warn_of_idle(base)
@@ -113,8 +141,18 @@ def make_cuts(settings: CutSettings, schedule: Schedule, *, refiner: bool) -> Cu
         if settings.refiner_start_step is not None or settings.base_end_step is not None:
             log.warning("the refiner would start at step %d of %d: it does nothing; start it earlier", start, last)
         return Cuts(base, None)
-    _warn_of_misfits(base, refining, steps)
+    if refiner_schedule is None:
+        _warn_of_misfits(base, refining, steps)
     return Cuts(base, refining)
+
+
+def _refining(settings: CutSettings, begin: int, steps: int) -> Cuts:
+    """Return the cuts of a picture that the refiner alone changes: it starts the run, and so adds the noise."""
+    end = steps if settings.refiner_end_step is None else min(settings.refiner_end_step, steps)
+    refiner = Part(begin, end, leftover_noise=settings.refiner_leftover_noise)
+    if not refiner.steps:
+        log.warning("the refiner would start at step %d of %d: it does nothing; start it earlier", begin, end)
+    return Cuts(Part(begin, begin), refiner, first=replace(refiner, add_noise=settings.base_add_noise))
 
 
 def _check(settings: CutSettings, *, refiner: bool) -> None:
@@ -126,6 +164,8 @@ def _check(settings: CutSettings, *, refiner: bool) -> None:
     handoffs = [option for option, value in stated.items() if value is not None]
     ends = {"--base-end-step": settings.base_end_step, "--refiner-start-step": settings.refiner_start_step}
     free = [option for option, value in ends.items() if value is not None]
+    if settings.refine:
+        _check_refine(handoffs + free, settings, refiner=refiner)
     if not refiner and (handoffs or settings.refiner_start_step is not None):
         raise UsageError(f"a handoff was asked for, but the bundle has no refiner; leave {(handoffs or free)[0]} out,"
                          " or export the bundle with --refiner SRC")  # fmt: skip
@@ -140,16 +180,25 @@ def _check(settings: CutSettings, *, refiner: bool) -> None:
             raise UsageError(f"--{name.replace('_', '-')} {step}: steps count from 0")
 
 
+def _check_refine(stated: list[str], settings: CutSettings, *, refiner: bool) -> None:
+    if not refiner:
+        raise UsageError("--refine takes a refiner, and the bundle has none; use --image, or export the bundle with"
+                         " --refiner SRC")  # fmt: skip
+    if stated or settings.handoff is None:
+        option = (stated or ["--no-refiner"])[0]
+        raise UsageError(f"--refine has the refiner alone change a picture; leave {option} out, or use --image")
+
+
 def _wants_refiner(settings: CutSettings, *, refiner: bool) -> bool:
     alone = settings.handoff is None and settings.handoff_step is None and settings.handoff_sigma is None
     return refiner and not alone
 
 
-def _ends(settings: CutSettings, schedule: Schedule) -> tuple[int, int]:
-    """Return where the base stops and the refiner starts."""
+def _ends(settings: CutSettings, schedule: Schedule, begin: int | None) -> tuple[int, int]:
+    """Return where the base stops and the refiner starts; `begin` is where a picture comes in."""
     stop, start = settings.base_end_step, settings.refiner_start_step
     if stop is None and start is None:
-        stop = start = _handoff(settings, schedule)
+        stop = start = _handoff(settings, schedule, picture=begin is not None)
     # Where one is stated, the other one is the same.
     stop = start if stop is None else stop
     start = stop if start is None else start
@@ -158,29 +207,30 @@ def _ends(settings: CutSettings, schedule: Schedule) -> tuple[int, int]:
     return stop, start
 
 
-def _handoff(settings: CutSettings, schedule: Schedule) -> int:
-    """Return the step of the one cut; each expert has a step at least."""
+def _handoff(settings: CutSettings, schedule: Schedule, *, picture: bool) -> int:
+    """Return the step of the one cut; each expert has a step at least, but for a `picture` the base."""
     steps = schedule.steps
+    least = 0 if picture else 1
     if settings.handoff_step is not None:
-        if not 1 <= settings.handoff_step < steps:
-            raise UsageError(f"--handoff-step {settings.handoff_step}: choose 1 to {steps - 1} of {steps} steps, or"
-                             " --no-refiner")  # fmt: skip
+        if not least <= settings.handoff_step < steps:
+            raise UsageError(f"--handoff-step {settings.handoff_step}: choose {least} to {steps - 1} of {steps} steps,"
+                             " or --no-refiner")  # fmt: skip
         return settings.handoff_step
     if settings.handoff_sigma is not None:
         if not math.isfinite(settings.handoff_sigma) or settings.handoff_sigma <= 0:
             raise UsageError(f"--handoff-sigma {settings.handoff_sigma}: give a positive number")
-        return _no_idler(step_at_sigma(schedule, settings.handoff_sigma), steps,
+        return _no_idler(step_at_sigma(schedule, settings.handoff_sigma), least, steps,
                          f"--handoff-sigma {settings.handoff_sigma:g}")  # fmt: skip
     fraction = DEFAULT_HANDOFF if settings.handoff == "auto" else settings.handoff
     if fraction is None or not 0.0 < fraction < 1.0:
         raise UsageError(f"--handoff {fraction}: choose a fraction between 0 and 1 (0.8 is usual), or none")
     cut = step_at_fraction(schedule, fraction)
     # The usual handoff gives way where steps are few: with one, the base alone takes it.
-    return max(cut, 1) if settings.handoff == "auto" else _no_idler(cut, steps, f"--handoff {fraction}")
+    return max(cut, least) if settings.handoff == "auto" else _no_idler(cut, least, steps, f"--handoff {fraction}")
 
 
-def _no_idler(cut: int, steps: int, option: str) -> int:
-    if 0 < cut < steps:
+def _no_idler(cut: int, least: int, steps: int, option: str) -> int:
+    if least <= cut < steps:
         return cut
     idle = "base" if cut == 0 else "refiner"
     raise UsageError(f"{option} leaves the {idle} no step of {steps}; take more steps, another place, or --no-refiner")

@@ -1,6 +1,6 @@
 """Latents to pictures in [-1, 1]: the autoencoder's scaling undone, and in tiles where a whole one is too large."""
 
-__all__ = ["choose_tile", "decode", "decoder_sizes"]
+__all__ = ["Latents", "Size", "Span", "choose_tile", "component_sizes", "decode", "decoder_sizes"]
 
 import math
 from collections.abc import Sequence
@@ -22,13 +22,18 @@ Span = tuple[Size, Size]
 
 def decoder_sizes(pool: EnginePool, decoder: str) -> list[Span] | None:
     """Return (smallest, largest) latents of every profile of component `decoder`; None where any size goes."""
-    record = pool.records.get(pool.stand_in(decoder))
+    return component_sizes(pool, decoder, "latent_sample")
+
+
+def component_sizes(pool: EnginePool, name: str, sample: str) -> list[Span] | None:
+    """Return (smallest, largest) height and width of the input `sample` of every profile; None where any size goes."""
+    record = pool.records.get(pool.stand_in(name))
     profiles = list(record.key.profiles) if record else []
     if pool.provider == "ort-tensorrt":
         from sdxl_trt.engines.ort_providers import shape_limits  # noqa: PLC0415 - with it comes the planning of builds
 
-        profiles = [shape_limits(pool.bundle, pool.stand_in(decoder))]
-    shapes = [profile.shapes["latent_sample"] for profile in profiles]
+        profiles = [shape_limits(pool.bundle, pool.stand_in(name))]
+    shapes = [profile.shapes[sample] for profile in profiles]
     return [((low[2], low[3]), (high[2], high[3])) for low, _, high in shapes] or None
 
 

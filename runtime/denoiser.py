@@ -4,7 +4,9 @@ Prediction type, input scaling and guidance hide behind ``denoised = denoise(x, 
 ``external.py``.
 """
 
-__all__ = ["Denoiser"]
+__all__ = ["PREDICTIONS", "Denoiser"]
+
+import math
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +15,7 @@ from sdxl_trt.engines.base import Array, Engine, numpy_dtype
 from sdxl_trt.engines.errors import CorruptError, UsageError
 from sdxl_trt.runtime.conditioning import Conditions
 from sdxl_trt.runtime.guidance import Guidance
+from sdxl_trt.runtime.halves import to_float32, write_float16
 from sdxl_trt.runtime.sigmas import Schedule
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
@@ -20,6 +23,9 @@ PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 class Denoiser:
     """Binds a UNet engine to the conditions of a phase; float32 latents (n, c, h, w) in and out.
+
+    The estimate takes the place of the engine's answer, and the engine's inputs that of the ones before: at a few
+    hundred kilobytes fresh memory costs more than the arithmetic.
 
     `schedule` gives the timestep of each sigma; without `guidance` every step has the scale of the `conditions`.
     Raises UsageError for an unknown prediction type, CorruptError where the UNet answers with NaN or infinity.
@@ -41,37 +47,65 @@ class Denoiser:
         self._prediction_type = prediction_type
         self._guidance = guidance or Guidance(conditions.guidance_scale, any_scale=conditions.any_scale)
         self._dtype = numpy_dtype(engine.component.input("sample"))
+        self._guided = conditions.guided
+        self._sample: Array = np.empty(0, self._dtype)
+        self._timestep = np.empty(0, np.float32)
+        self.latest: NDArray[np.float32] | None = None
+        """The latest estimate, for previews; it belongs to the sampler."""
         engine.bind(conditions.inputs)
 
     def __call__(self, x: NDArray[np.float32], sigma: float) -> NDArray[np.float32]:
         """Return the estimate of the clean latents in `x`, which holds noise of standard deviation `sigma`."""
-        guided = self._conditions.guided and self._guidance.applies(sigma)
-        scaled = self._filled((x / np.float32(np.sqrt(sigma**2 + 1.0))).astype(self._dtype))
-        sample = np.concatenate([scaled, scaled]) if guided else scaled
-        timestep = np.full(len(sample), self._schedule.timestep(sigma), dtype=np.float32)
-        outputs = self._engine.infer({"sample": sample, "timestep": timestep})
-        prediction: NDArray[np.float32] = outputs["out_sample"].astype(np.float32)
+        guided = self._guided and self._guidance.applies(sigma)
+        sample, timestep = self._rows(x, sigma, guided=guided)
+        answer = self._engine.infer({"sample": sample, "timestep": timestep})["out_sample"]
+        prediction: NDArray[np.float32] = to_float32(answer) if answer.dtype == np.float16 else answer
+        factor, share = self._weights(sigma)
+        with np.errstate(invalid="ignore", over="ignore"):  # that is told of below
+            if guided:
+                pictures = len(sample) // 2
+                prediction = self._guidance.combine(prediction[:pictures], prediction[pictures:], factor)
+            else:
+                prediction *= factor
         if not np.isfinite(prediction).all():
             raise CorruptError(
                 f"the UNet answered with NaN or infinity at timestep {timestep[0]:g}; if the bundle is fp16, export it"
                 " with --fp32, else its weights are damaged"
             )
+        denoised = prediction[: len(x)]
+        if share:
+            denoised += x if share == 1.0 else x * np.float32(share)
+        self.latest = denoised
+        return denoised
+
+    def _rows(self, x: NDArray[np.float32], sigma: float, *, guided: bool) -> tuple[Array, NDArray[np.float32]]:
+        """Return the scaled latents and the timestep for the UNet: one row a picture, and another for its negative.
+
+        The last picture is repeated where the conditions are for more: a plan of one batch size takes no fewer. The
+        arrays are written anew by the next call.
+        """
+        pictures = max(len(x), self._conditions.pictures)
+        shape = (pictures * (2 if guided else 1), *x.shape[1:])
+        if self._sample.shape != shape:
+            self._sample, self._timestep = np.empty(shape, self._dtype), np.empty(shape[0], np.float32)
+        sample = self._sample
+        scale = np.float32(1.0 / math.sqrt(sigma**2 + 1.0))
+        if self._dtype is np.float16:
+            write_float16(x * scale, sample[: len(x)])
+        else:
+            np.multiply(x, scale, out=sample[: len(x)])
+        if len(x) < pictures:
+            sample[len(x) : pictures] = sample[len(x) - 1]
         if guided:
-            prediction = self._guidance.combine(*np.split(prediction, 2))
-        return self._denoised(x, prediction[: len(x)], np.float32(sigma))
+            sample[pictures:] = sample[:pictures]
+        self._timestep.fill(self._schedule.timestep(sigma))
+        return sample, self._timestep
 
-    def _filled(self, scaled: Array) -> Array:
-        """Repeat the last picture where the conditions are for more: a plan of one batch size takes no fewer."""
-        missing = self._conditions.pictures - len(scaled)
-        return np.concatenate([scaled, *[scaled[-1:]] * missing]) if missing > 0 else scaled
-
-    def _denoised(
-        self, x: NDArray[np.float32], prediction: NDArray[np.float32], sigma: np.float32
-    ) -> NDArray[np.float32]:
+    def _weights(self, sigma: float) -> tuple[float, float]:
+        """Return what the prediction and the noisy latents count in the clean ones."""
         if self._prediction_type == "epsilon":
-            return x - sigma * prediction
+            return -sigma, 1.0
         if self._prediction_type == "v_prediction":
-            variance = sigma**2 + np.float32(1.0)
-            clean: NDArray[np.float32] = x / variance - prediction * (sigma / np.sqrt(variance))
-            return clean
-        return prediction
+            variance = sigma**2 + 1.0
+            return -sigma / math.sqrt(variance), 1.0 / variance
+        return 1.0, 0.0

@@ -37,18 +37,24 @@ class Guidance:
         """Return whether a step at `sigma` is guided."""
         return self.wanted and self.above < sigma <= self.up_to
 
-    def combine(self, positive: NDArray[np.float32], negative: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return the guided prediction (n, c, h, w): away from the negative, through the positive (arXiv 2207.12598).
+    def combine(
+        self, positive: NDArray[np.float32], negative: NDArray[np.float32], factor: float = 1.0
+    ) -> NDArray[np.float32]:
+        """Return `factor` times the guided prediction (n, c, h, w): away from the negative, through the positive.
 
-        With `rescale`, as section 3.4 of arXiv 2305.08891 and diffusers' ``rescale_noise_cfg``.
+        It takes the place of the positive, and the negative is lost (arXiv 2207.12598). With `rescale`, as section 3.4
+        of arXiv 2305.08891 and diffusers' ``rescale_noise_cfg``.
         """
-        guided: NDArray[np.float32] = negative + np.float32(self.scale) * (positive - negative)
-        if self.rescale == 0.0:
-            return guided
-        axes = tuple(range(1, guided.ndim))
-        ratio = positive.std(axis=axes, keepdims=True) / guided.std(axis=axes, keepdims=True)
-        mixed: NDArray[np.float32] = guided * (1 - np.float32(self.rescale) + np.float32(self.rescale) * ratio)
-        return mixed
+        axes = tuple(range(1, positive.ndim))
+        spread = positive.std(axis=axes, keepdims=True) if self.rescale else None
+        # negative + scale · (positive - negative), in as few passes as numpy can have
+        positive *= np.float32(self.scale * factor)
+        negative *= np.float32((1.0 - self.scale) * factor)
+        positive += negative
+        if spread is not None:
+            ratio = abs(factor) * spread / positive.std(axis=axes, keepdims=True)
+            positive *= 1 - np.float32(self.rescale) + np.float32(self.rescale) * ratio
+        return positive
 
 
 def guided_span(sigmas: NDArray[np.float32], first: float, last: float) -> tuple[float, float]:

@@ -11,10 +11,13 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.runtime.picture_files import PARAMETERS, SETTINGS, read_texts
+from sdxl_trt.runtime.input_pictures import Fit
+from sdxl_trt.runtime.picture_files import PARAMETERS, SETTINGS, WORKFLOW, read_texts
+from sdxl_trt.runtime.provenance import BundleName
 
 MAX_TEXT = 1 << 20
 MAX_SETTINGS = 8 * MAX_TEXT
+MOST_AXES = 2
 _SAMPLERS = {
     "euler": "Euler",
     "euler_ancestral": "Euler a",
@@ -67,7 +70,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     negative_2: Text | None
     seed: Annotated[int, msgspec.Meta(ge=0)]
     steps: Count
-    handoff_step: Count | None
+    handoff_step: Whole | None
     guidance: Number
     refiner_guidance: Number | None
     guidance_rescale: Fraction
@@ -82,6 +85,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     injected_latents: bool
     tile: bool = False
     compat: Literal["diffusers", "comfyui"] = "diffusers"
+    prediction_type: Literal["auto", "epsilon", "v_prediction", "sample"] = "auto"
     original_size: Pair | None = None
     crop: Pair = (0, 0)
     target_size: Pair | None = None
@@ -92,13 +96,31 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     leftover_noise: bool | None = None
     count: Count | None = None
     """How many pictures were drawn from one stream of noise; None for a stream of its own."""
+    image: Annotated[str, msgspec.Meta(max_length=255)] | None = None
+    """The name of the file that it started from, "" for none; None where it started from noise."""
+    image_sha256: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")] | None = None
+    fit: Fit | None = None
+    """How it came to the size; "cover" where that was asked for."""
+    strength: Fraction | None = None
+    refine: bool = False
+    """Whether the refiner alone changed the image."""
     workflow: bool = False
     """Whether a workflow asked for what these settings do not hold."""
+    bundle: BundleName | None = None
+    sweep: Annotated[tuple[Text, ...], msgspec.Meta(max_length=MOST_AXES)] = ()
+    """A contact sheet's axes, as `--sweep` takes them. Its other settings are as they were asked for, None where one
+    follows another; so are the handoffs, of which a single picture has only the step that they came to."""
+    handoff: Fraction | Literal["auto"] | None = "auto"
+    handoff_sigma: Number | None = None
 
 
-def describe(metadata: Mapping[str, Any]) -> dict[str, str]:
-    """Return the texts of a picture file: A1111's `parameters`, and `metadata` as JSON in ASCII."""
-    return {PARAMETERS: _parameters(metadata), SETTINGS: json.dumps(metadata)}
+def describe(metadata: Mapping[str, Any], graph: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """Return the texts of a picture file: A1111's `parameters`, `metadata` as JSON, ComfyUI's `graph` if there is one.
+
+    Both JSON texts are ASCII.
+    """
+    texts = {PARAMETERS: _parameters(metadata), SETTINGS: json.dumps(metadata)}
+    return texts if graph is None else texts | {WORKFLOW: json.dumps(graph)}
 
 
 def read_settings(path: Path) -> Settings:
@@ -124,6 +146,7 @@ def parse_settings(text: str, where: str) -> Settings:
 
 def _parameters(metadata: Mapping[str, Any]) -> str:
     """Return the text that A1111's web UI writes, whose names for samplers and grids are those of its menus."""
+    bundle = metadata.get("bundle") or {}
     facts = {
         "Steps": metadata["steps"],
         "Sampler": _SAMPLERS.get(metadata["sampler"], metadata["sampler"]),
@@ -131,7 +154,11 @@ def _parameters(metadata: Mapping[str, Any]) -> str:
         "CFG scale": f"{metadata['guidance']:g}",
         "Seed": metadata["seed"],
         "Size": f"{metadata['width']}x{metadata['height']}",
+        "Denoising strength": f"{metadata['strength']:g}" if "strength" in metadata else "",
+        "Model": _quoted(bundle.get("base") or ""),
+        "Refiner": _quoted(bundle.get("refiner") or ""),
         "Refiner switch at": _share(metadata["handoff_step"], metadata["steps"]),
+        "Sweep": _quoted(" x ".join(metadata.get("sweep", ()))),
     }
     lines = [_clean(metadata["prompt"])]
     if metadata["negative"]:
@@ -143,6 +170,12 @@ def _parameters(metadata: Mapping[str, Any]) -> str:
 def _schedule(spacing: str) -> str:
     *_, last = spacing.split("+")
     return _SCHEDULES.get(last, "")
+
+
+def _quoted(fact: str) -> str:
+    """Return a fact as A1111 writes it: as JSON where the line would fall apart on it."""
+    fact = _clean(fact).replace("\n", " ")
+    return json.dumps(fact, ensure_ascii=False) if set(fact) & set(',:"') else fact
 
 
 def _share(step: int | None, steps: int) -> str:

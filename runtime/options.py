@@ -1,6 +1,6 @@
 """The options of trt-generate: what they are called, what they take, what --help says of them."""
 
-__all__ = ["COMFYUI_SCHEDULES", "PROVIDERS", "SAMPLERS", "check_alone_with_workflow", "make_parser"]
+__all__ = ["COMFYUI_SCHEDULES", "NEGATIVE_SCORE", "PROVIDERS", "SAMPLERS", "check_alone_with_workflow", "make_parser"]
 
 import argparse
 from pathlib import Path
@@ -15,6 +15,8 @@ SAMPLERS = (
     "dpm_2_ancestral", "dpmpp_2s_ancestral", "dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde", "lcm",
 )  # fmt: skip
 FORMATS = ("png", "jpeg", "webp")
+NEGATIVE_SCORE = 2.5
+"""The negative aesthetic score where none is given."""
 COMFYUI_SCHEDULES = (
     "simple", "sgm_uniform", "karras", "exponential", "ddim_uniform", "beta", "normal", "linear_quadratic",
     "kl_optimal",
@@ -24,7 +26,7 @@ _IN_WORKFLOW = (
     "prompt", "prompt_2", "negative", "negative_2", "width", "height", "count", "steps", "handoff", "handoff_step",
     "handoff_sigma", "no_refiner", "guidance", "refiner_guidance", "sampler", "refiner_sampler", "schedule",
     "aesthetic_score", "negative_aesthetic_score", "original_size", "crop", "target_size", "clip_skip", "base_end_step",
-    "refiner_start_step", "refiner_add_noise", "leftover_noise",
+    "refiner_start_step", "refiner_add_noise", "leftover_noise", "image", "refine", "strength",
 )  # fmt: skip
 EPILOG = """examples:
   trt-generate "a large red star on a blue background" -o star.png
@@ -33,6 +35,7 @@ EPILOG = """examples:
   trt-generate "a red fox" --engines my-bundle --sweep handoff=0.25,0.5,0.6,0.7,0.8,none -o sheet.png
   trt-generate --from fox.png --steps 50
   trt-generate "a (red:1.2) fox" --engines my-bundle --compat comfyui --schedule karras --sampler dpmpp_2m
+  trt-generate "a red fox" --engines my-bundle --image cat.png --strength 0.6
   trt-generate --workflow sdxl.json --engines my-bundle
   trt-generate --plan --vram 12GB --engines my-bundle
 """
@@ -49,6 +52,7 @@ def make_parser() -> Parser:
     parser.add_argument("prompt", metavar="PROMPT", nargs="?", help="what the picture shows")
     _add_prompt_options(parser)
     _add_run_options(parser)
+    _add_image_options(parser)
     _add_series_options(parser)
     _add_comfyui_options(parser)
     _add_engine_options(parser)
@@ -99,8 +103,10 @@ def _add_run_options(parser: Parser) -> None:
     group.add_argument("--schedule", default="", metavar="SPACING[+TRANSFORM]",
                        help="leading, trailing or linspace, with +karras, +exponential, +beta or +lu (default: the"
                        f" model's own); with --compat comfyui normal (default), {', '.join(OTHERS)}")  # fmt: skip
+    group.add_argument("--prediction-type", choices=("auto", "epsilon", "v_prediction", "sample"), default="auto",
+                       help="what the UNets predict (auto: what the bundle says)")  # fmt: skip
     group.add_argument("--aesthetic-score", type=float, default=6.0, metavar="A", help="told to the refiner (6.0)")
-    group.add_argument("--negative-aesthetic-score", type=float, default=2.5, metavar="A", help="of the negative (2.5)")
+    group.add_argument("--negative-aesthetic-score", type=float, metavar="A", help="of the negative (2.5)")
     group.add_argument("--original-size", type=_size, metavar="WxH", help="size that the model is told it was cut from")
     group.add_argument("--crop", type=_corner, default=(0, 0), metavar="X,Y", help="where it was cut from that (0,0)")
     group.add_argument("--target-size", type=_size, metavar="WxH", help="size that the model is told it has (its own)")
@@ -109,11 +115,20 @@ def _add_run_options(parser: Parser) -> None:
     group.add_argument("--save-latents", type=Path, metavar="FILE.npz", help="write initial, handoff and final latents")
 
 
+def _add_image_options(parser: Parser) -> None:
+    group = parser.add_argument_group("starting from a picture")
+    which = group.add_mutually_exclusive_group()
+    which.add_argument("--image", type=Path, metavar="FILE",
+                       help="change this picture (PNG, JPEG, WebP), or latents that --save-latents kept")  # fmt: skip
+    which.add_argument("--refine", type=Path, metavar="FILE", help="the same by the refiner alone")
+    group.add_argument("--strength", type=float, metavar="S", help="how much it is changed, 0 to 1 (0.3)")
+
+
 def _add_series_options(parser: Parser) -> None:
     group = parser.add_argument_group("series and repeats")
     group.add_argument("--sweep", action="append", default=[], metavar="KEY=V1,V2,…",
                        help="a contact sheet of variants, twice for a grid: handoff, handoff-step, aesthetic-score,"
-                       " guidance, refiner-guidance, seed, steps, sampler")  # fmt: skip
+                       " guidance, refiner-guidance, seed, steps, strength, sampler, refiner-sampler")  # fmt: skip
     group.add_argument(
         "--prompts", type=Path, metavar="FILE", help="a prompt a line, all in one run; # starts a comment"
     )
@@ -141,7 +156,7 @@ def _add_engine_options(parser: Parser) -> None:
     group.add_argument("--residency", choices=("auto", "resident", "swap", "stream"), default="auto",
                        help="resident: both experts in memory; swap: one at a time; stream: a part of one; auto: the"
                        " first that fits")  # fmt: skip
-    group.add_argument("--tile", action="store_true", help="decode in tiles: less memory for large pictures")
+    group.add_argument("--tile", action="store_true", help="encode and decode in tiles: less memory for large pictures")
     group.add_argument("--plan", action="store_true", help="print what would be loaded when, and generate nothing")
     group.add_argument("--vram", type=_bytes, metavar="SIZE", help="make do with, or --plan for, 12GB, 16GiB, …")
     group.add_argument("--json", action="store_true", help="print one JSON object on stdout")

@@ -3,12 +3,12 @@
 __all__ = ["Pictures", "check_outputs", "load_latents", "save_latents"]
 
 import argparse
-import zipfile
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdxl_trt.engines.errors import UsageError
+from sdxl_trt.engines.errors import UsageError, explain_os_error
 from sdxl_trt.runtime.picture_files import FORMATS
 
 if TYPE_CHECKING:
@@ -32,6 +32,9 @@ def check_outputs(arguments: argparse.Namespace) -> None:
 def _endings(kind: str | None) -> tuple[str, ...]:
     """Return how the names of pictures may end, all of them where no format was asked for."""
     return tuple(ending for ending, name in FORMATS.items() if kind in (None, name.lower()))
+
+
+_ZIP = b"PK\x03\x04"
 
 
 class Pictures:
@@ -65,12 +68,17 @@ def load_latents(path: Path | None) -> Any:
     import numpy as np  # noqa: PLC0415
 
     try:
-        array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as exc:
-        raise UsageError(f"--latents {path}: not a .npy file of numbers ({exc})") from exc
-    if not isinstance(array, np.ndarray):
-        raise UsageError(f"--latents {path}: is an .npz; save one of its arrays (initial) with numpy.save")
-    return array
+        with path.open("rb") as file:
+            archive = file.read(len(_ZIP)) == _ZIP
+        if not archive:
+            # Mapped first: a header that claims more than the file holds is found out before that is allocated.
+            with warnings.catch_warnings(action="ignore"):
+                return np.array(np.load(path, mmap_mode="r", allow_pickle=False))
+    except OSError as exc:
+        raise explain_os_error(exc, f"--latents {path}") from exc
+    except Exception as exc:  # whatever numpy says of a file that nobody has vouched for
+        raise UsageError(f"--latents {path}: not a .npy file of numbers ({str(exc)[:100]})") from exc
+    raise UsageError(f"--latents {path}: is an .npz; save one of its arrays (initial) with numpy.save")
 
 
 def save_latents(path: Path | None, run: "Run | None") -> None:

@@ -1,6 +1,6 @@
 """Picture files: PNG, JPEG and WebP, written whole with texts in them, and the texts of files from anywhere."""
 
-__all__ = ["FORMATS", "PARAMETERS", "SETTINGS", "format_of", "read_texts", "save_image"]
+__all__ = ["FORMATS", "PARAMETERS", "SETTINGS", "WORKFLOW", "format_of", "read_texts", "save_image"]
 
 import logging
 import warnings
@@ -21,10 +21,14 @@ FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 """Endings of file names, and Pillow's names of what is in them."""
 PARAMETERS, SETTINGS = "parameters", "sdxl-trt"
 """The text for people and other programs, in the form of A1111's web UI, and the JSON that a run is repeated from."""
+WORKFLOW = "prompt"
+"""ComfyUI's name of the graph that made a picture, in its API form."""
 
 MAX_EXIF = 65_000
 """An EXIF segment of a JPEG holds 65 533 bytes."""
 _EXIF, _USER_COMMENT, _MAKER_NOTE = 0x8769, 0x9286, 0x927C
+_MODEL = 0x0110
+"""The camera's model, where ComfyUI keeps the graph of what is no PNG, after the text's name and a colon."""
 # The encoding of a comment is named in its first eight bytes (EXIF 2.3, section 4.6.5).
 _UNICODE, _MAKER = b"UNICODE\0", b"sdxl-trt\0"
 _OPTIONS: dict[str, dict[str, Any]] = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}
@@ -41,8 +45,9 @@ def format_of(path: Path) -> str:
 def save_image(image: "Image", path: Path, texts: Mapping[str, str]) -> None:
     """Write `image`, atomically, in the format of the file's ending: JPEG in high quality, WebP without loss.
 
-    `texts` are none, or PARAMETERS and SETTINGS. A PNG has each as a text chunk. EXIF data has PARAMETERS as the user's
-    comment, where others look for it, and SETTINGS as the maker's note; what it cannot hold is left out with a warning.
+    `texts` are none, or PARAMETERS and SETTINGS, and WORKFLOW where there is one. A PNG has each as a text chunk. EXIF
+    data has PARAMETERS as the user's comment and WORKFLOW as the camera's model, where others look for them, and
+    SETTINGS as the maker's note; what it cannot hold is left out with a warning.
     """
     kind = format_of(path)
     options = dict(_OPTIONS.get(kind, {}))
@@ -59,7 +64,7 @@ def save_image(image: "Image", path: Path, texts: Mapping[str, str]) -> None:
 
 
 def read_texts(path: Path) -> dict[str, str]:
-    """Return the texts that a picture file carries: PARAMETERS and SETTINGS, if `save_image` wrote it.
+    """Return the texts that a picture file carries: PARAMETERS, SETTINGS and WORKFLOW, if `save_image` wrote it.
 
     The pixels are not decoded, and nothing in the file is trusted. Raises UsageError where it is no picture.
     """
@@ -73,8 +78,9 @@ def read_texts(path: Path) -> dict[str, str]:
         ):
             if image.format == "PNG":
                 return {str(key): text for key, text in image.info.items() if isinstance(text, str)}
-            notes = image.getexif().get_ifd(_EXIF)
-            return _texts_of(notes.get(_MAKER_NOTE), notes.get(_USER_COMMENT))
+            exif = image.getexif()
+            notes = exif.get_ifd(_EXIF)
+            return _texts_of(notes.get(_MAKER_NOTE), notes.get(_USER_COMMENT), exif.get(_MODEL))
     except OSError as exc:
         if exc.errno is not None:
             raise explain_os_error(exc, f"reading {path}") from exc
@@ -99,13 +105,17 @@ def _exif(texts: Mapping[str, str]) -> "Exif":
     notes = exif.get_ifd(_EXIF)
     notes[_USER_COMMENT] = _UNICODE + texts[PARAMETERS].encode("utf-16-be")
     notes[_MAKER_NOTE] = _MAKER + texts[SETTINGS].encode()
+    if WORKFLOW in texts:
+        exif[_MODEL] = f"{WORKFLOW}:{texts[WORKFLOW]}"
     return exif
 
 
-def _texts_of(note: object, comment: object) -> dict[str, str]:
+def _texts_of(note: object, comment: object, model: object) -> dict[str, str]:
     texts = {}
     if isinstance(comment, bytes) and comment.startswith(_UNICODE):
         texts[PARAMETERS] = comment.removeprefix(_UNICODE).decode("utf-16-be", "replace")
     if isinstance(note, bytes) and note.startswith(_MAKER):
         texts[SETTINGS] = note.removeprefix(_MAKER).decode("utf-8", "replace")
+    if isinstance(model, str) and model.startswith(f"{WORKFLOW}:"):
+        texts[WORKFLOW] = model.removeprefix(f"{WORKFLOW}:")
     return texts

@@ -1,14 +1,13 @@
 """Prompt to pictures, read as the list of stages: encode, base, handoff, refiner, decode.
 
-A request runs phase-major: all prompts are encoded, all pictures take their base steps, the experts change once,
-all pictures take their refiner steps, all are decoded. Each phase tells the pool what the next one needs.
+A request runs phase-major: all images and prompts are encoded, all pictures take their base steps, the experts change
+once, all pictures take their refiner steps, all are decoded. Each phase tells the pool what the next one needs.
 """
 
 __all__ = ["Handoff", "Job", "Picture", "Pipeline", "Run", "Step", "open_bundle"]
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -23,26 +22,15 @@ from sdxl_trt.runtime.conditioning import make_conditions
 from sdxl_trt.runtime.cuts import Part
 from sdxl_trt.runtime.decode import choose_tile, decode, decoder_sizes
 from sdxl_trt.runtime.denoiser import Denoiser
+from sdxl_trt.runtime.encode import PictureEncoder, Wanted
 from sdxl_trt.runtime.images import to_uint8, to_uint8_truncated
-from sdxl_trt.runtime.noise import BatchNoise, NoiseSource, PictureNoise
+from sdxl_trt.runtime.jobs import Job, start_job
+from sdxl_trt.runtime.noise_sources import NoiseSource
 from sdxl_trt.runtime.prompts import Prompt, PromptEmbeds, PromptEncoder
 from sdxl_trt.runtime.request import Request, ResolvedRequest, resolve
 from sdxl_trt.runtime.run import Handoff, Latents, Picture, Run, Step, finish, timed
-from sdxl_trt.runtime.samplers import bind_sampler
+from sdxl_trt.runtime.samplers import bind_sampler, brownian_span
 from sdxl_trt.runtime.sides import StageName
-
-
-@dataclass
-class Job:
-    """A request on its way through the stages: its run, where each stage's noise comes from, its latents as they stand.
-
-    `embeds` are the positive and negative ones of each stage, once they are read. Latents are in the sampler's scale.
-    """
-
-    run: Run
-    noises: dict[StageName, NoiseSource]
-    latents: Latents
-    embeds: dict[StageName, tuple[PromptEmbeds, PromptEmbeds]] = field(default_factory=dict)
 
 
 class Pipeline:
@@ -57,6 +45,7 @@ class Pipeline:
         self._pictures_at_once = pictures_at_once if pool.limits is None else pool.limits.pictures
         self._fewest_at_once = 1 if pool.limits is None else pool.limits.fewest
         self._encoder = PromptEncoder(pool)
+        self._pictures = PictureEncoder(pool)
         self.run: Run | None = None
         """What the latest request left behind."""
 
@@ -75,17 +64,33 @@ class Pipeline:
 
     def start(self, request: Request) -> Job:
         """Return `request` settled, with its noise drawn, ready for the stages. Raises UsageError."""
-        resolved = resolve(request, self.manifest, self.pool.limits)
-        noises = _noises(resolved)
-        initial = _initial_noise(resolved, self.manifest.base.vae, noises["base"])
-        run = Run(resolved, initial=initial, final=initial, asked=request)
-        return Job(run, noises, resolved.base.noised(np.zeros_like(initial), initial, resolved.schedule))
+        return start_job(resolve(request, self.manifest, self.pool.limits), request, self.manifest)
 
     def _work(self, job: Job) -> Iterator[Step]:
+        yield from self.pictures([job])
         yield from self.encode([job])
         yield from self.base(job)
         yield from self.refine(job)
         yield from self.decode(job)
+
+    def pictures(self, jobs: Sequence[Job]) -> Iterator[Step]:
+        """Encode the images that `jobs` start from, one at a time, into their latents; nothing without any."""
+        starting = [(job, wanted) for job in jobs if (wanted := self._wanted(job.run.request)) is not None]
+        if not starting:
+            return
+        following = next(iter(self._stages(jobs[0].run.request).values())).text_encoders[0].component
+        encoded = self._pictures.encode([wanted for _, wanted in starting], following)
+        for done, (number, moments) in enumerate(encoded, start=1):
+            job, wanted = starting[number]
+            job.begin_from(moments, wanted.vae)
+            yield Step("picture", done, len(starting), slice(0, len(job.latents)))
+
+    def _wanted(self, request: ResolvedRequest) -> Wanted | None:
+        """Return what is to be encoded of a request; None for one that starts from latents, or from noise."""
+        if request.image is None or request.image.pixels is None:
+            return None
+        vae = next(iter(self._stages(request).values())).vae
+        return Wanted(vae, request.image, (request.height, request.width), request.fit, request.tile)
 
     def encode(self, jobs: Sequence[Job]) -> Iterator[Step]:
         """Read the prompts of all `jobs`, with every encoder loaded once, into their `embeds`."""
@@ -93,7 +98,7 @@ class Pipeline:
             alike = [job for job in jobs if job.run.request.comfyui == weighted]
             wanted = [pair for job in alike for pair in _texts(job.run.request, self._stages(job.run.request))]
             if wanted:
-                encoded = iter(self._encoder.encode(wanted, self.manifest.base.unet, weighted=weighted))
+                encoded = iter(self._encoder.encode(wanted, self._first_unet(jobs), weighted=weighted))
             for job in alike:
                 job.embeds = _embeds(job.run.request, self._stages(job.run.request), encoded)
                 for name, sides in job.embeds.items():
@@ -108,11 +113,15 @@ class Pipeline:
             yield from self._denoise("base", stage, job, following or usual)
 
     def refine(self, job: Job, following: str = "") -> Iterator[Step]:
-        """Take the latents of `job`, as the base left them, over the refiner's part; nothing for the base alone."""
+        """Take the latents of `job`, as the base left them, over the refiner's part; nothing for the base alone.
+
+        With the refiner alone nothing is handed over, and the run keeps no handoff.
+        """
         request, stage = job.run.request, self.manifest.refiner
         if stage is None or request.refiner is None:
             return
-        job.run.handoff, job.run.place = job.latents, _place(request)
+        if not request.refine:
+            job.run.handoff, job.run.place = job.latents, _place(request)
         job.latents = _noised_again(job.latents, request.refiner, request, job.noises["refiner"])
         yield from self._denoise("refiner", stage, job, following or stage.vae.decoder)
 
@@ -127,7 +136,14 @@ class Pipeline:
 
     def _stages(self, request: ResolvedRequest) -> dict[StageName, Stage]:
         base, refiner = self.manifest.base, self.manifest.refiner if request.refined else None
+        if refiner is not None and request.refine:
+            return {"refiner": refiner}
         return {"base": base} if refiner is None else {"base": base, "refiner": refiner}
+
+    def _first_unet(self, jobs: Sequence[Job]) -> str:
+        refiner = self.manifest.refiner
+        alone = refiner is not None and all(job.run.request.refine for job in jobs)
+        return refiner.unet if refiner is not None and alone else self.manifest.base.unet
 
     def _check_tokens(self, rows: Sequence[PromptEmbeds]) -> None:
         """Raise SizeError for prompts that are longer, once they are equally long, than the plans take."""
@@ -151,18 +167,22 @@ class Pipeline:
         guidance = request.guidance_of(name)
         micro = request.sides[name][0].micro, request.sides[name][1].micro
         sampler, part = request.denoising_of(name)
-        sigmas = part.sigmas(request.schedule.sigmas)
+        schedule = request.schedule_of(name)
+        sigmas = part.sigmas(schedule.sigmas)
+        span = brownian_span(sampler, sigmas, schedule.sigmas, comfyui=request.comfyui)
+        predicts = request.prediction_type_of(stage.scheduler)
         groups = _groups(len(latents), self._pictures_at_once)
         for number, group in enumerate(groups):
             pictures = max(len(latents[group]), self._fewest_at_once)
             conditions = make_conditions(
                 engine, stage, *embeds, micro, guidance.scale, pictures, any_scale=guidance.any_scale
             )
-            denoise = Denoiser(engine, request.schedule, conditions, stage.scheduler.prediction_type, guidance)
-            sample = bind_sampler(sampler, noise.source(latents.shape[1:], group), comfyui=request.comfyui)
+            denoise = Denoiser(engine, schedule, conditions, predicts, guidance)
+            drawn = noise.source(latents.shape[1:], group, span)
+            sample = bind_sampler(sampler, drawn, comfyui=request.comfyui)
             for index, x in enumerate(sample(denoise, latents[group], sigmas), start=number * part.steps + 1):
                 latents[group] = x
-                yield Step(name, index, part.steps * len(groups), group, latents=x)
+                yield Step(name, index, part.steps * len(groups), group, latents=x, denoised=denoise.latest)
 
     def _decode(self, vae: Vae, run: Run) -> Iterator[Step]:
         """Decode one picture at a time: the decoder's activations are the largest of all."""
@@ -187,18 +207,23 @@ class Pipeline:
 
 
 def open_bundle(
-    path: Path | str | None = None, *, provider: str = "auto", residency: str = "auto", available: int | None = None
+    path: Path | str | None = None,
+    *,
+    provider: str = "auto",
+    residency: str = "auto",
+    available: int | None = None,
+    images: bool = False,
 ) -> Pipeline:
     """Open the bundle at `path` (None: the embedded pair). Only the manifest is read; use it in a ``with``.
 
-    `provider`, `residency` and `available`, the bytes to make do with, are those of `open_pool`. Raises SourceError,
-    IncompatibleError, CorruptError, UsageError, ResourceError.
+    `provider`, `residency`, `available`, the bytes to make do with, and `images` are those of `open_pool`. Raises
+    SourceError, IncompatibleError, CorruptError, UsageError, ResourceError.
     """
     if path is None:
         from sdxl_trt.mini.embedded import bundle_path  # noqa: PLC0415 - package data, only when nothing else is named
 
         path = bundle_path()
-    return Pipeline(open_pool(read_bundle(path), provider, residency, available))
+    return Pipeline(open_pool(read_bundle(path), provider, residency, available, images=images))
 
 
 def _texts(request: ResolvedRequest, stages: Mapping[StageName, Stage]) -> Iterator[tuple[Stage, Prompt]]:
@@ -229,29 +254,12 @@ def _groups(count: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def _noises(request: ResolvedRequest) -> dict[StageName, NoiseSource]:
-    """Return what each stage draws its noise from; the refiner, without a seed of its own, from the base's."""
-    base = _noise(request, request.seeds)
-    return {"base": base, "refiner": _noise(request, request.refiner_seeds) if request.refiner_seeds else base}
-
-
-def _noise(request: ResolvedRequest, seeds: tuple[int, ...]) -> NoiseSource:
-    return BatchNoise(seeds[0], len(seeds)) if request.comfyui else PictureNoise(seeds)
-
-
-def _initial_noise(request: ResolvedRequest, vae: Vae, noise: NoiseSource) -> Latents:
-    """Return unit-variance noise, each picture's from a generator of its own, or what the request brought."""
-    if request.latents is not None:
-        return request.latents
-    return noise.draw((vae.latent_channels, request.height // vae.factor, request.width // vae.factor))
-
-
 def _noised_again(latents: Latents, part: Part, request: ResolvedRequest, noise: NoiseSource) -> Latents:
     """Return the handed-over latents as the refiner starts from them: a copy, with noise where it adds its own."""
     drawn = noise.draw(latents.shape[1:]) if part.add_noise else np.zeros_like(latents)
-    return part.noised(latents, drawn, request.schedule)
+    return part.noised(latents, drawn, request.refiner_schedule)
 
 
 def _place(request: ResolvedRequest) -> Handoff:
-    schedule, cut = request.schedule, request.cut
-    return Handoff(cut, float(schedule.timesteps[cut]), float(schedule.sigmas[cut]))
+    schedule, start = request.refiner_schedule, request.denoising_of("refiner")[1].start
+    return Handoff(request.cut, float(schedule.timesteps[start]), float(schedule.sigmas[start]))

@@ -21,10 +21,13 @@ def plan_run(
     vram: int | None = None,
     width: int | None = None,
     height: int | None = None,
+    *,
+    images: bool = False,
 ) -> MemoryPlan:
     """Return what runs of the bundle at `path` (None: the embedded pair) take, and how they would be made to fit.
 
-    With `vram` bytes no GPU is asked for, and "auto" means tensorrt. `width` and `height` in pixels plan for one size.
+    With `vram` bytes no GPU is asked for, and "auto" means tensorrt. `width` and `height` in pixels plan for one size,
+    `images` for runs that start from pictures.
     Raises SourceError, CorruptError, UsageError, SizeError, and IncompatibleError for a provider that is not here.
     """
     if path is None:
@@ -35,11 +38,12 @@ def plan_run(
     sizes = _sizes(bundle, width, height)
     if vram is not None:
         chosen = "tensorrt" if provider == "auto" else provider
-        return plan_memory(bundle, provider=chosen, capacity=vram, residency=residency, sizes=sizes)
+        return plan_memory(bundle, provider=chosen, capacity=vram, residency=residency, sizes=sizes,
+                           images=images)  # fmt: skip
     backend = open_backend(bundle, provider)
     backend.close()
     return plan_memory(bundle, provider=backend.provider, capacity=backend.free, residency=residency, sizes=sizes,
-                       records=backend.records)  # fmt: skip
+                       records=backend.records, images=images)  # fmt: skip
 
 
 def _sizes(bundle: Bundle, width: int | None, height: int | None) -> Sizes | None:

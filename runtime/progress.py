@@ -10,7 +10,10 @@ from typing import Self, TextIO
 from sdxl_trt.engines.command import CLEAR_LINE
 
 WIDTH = 24
-LABELS = {"encode": "reading the prompt", "load": "loading", "base": "base", "refiner": "refiner", "decode": "decoding"}
+LABELS = {
+    "picture": "reading pictures", "encode": "reading the prompt", "load": "loading", "base": "base",
+    "refiner": "refiner", "decode": "decoding",
+}  # fmt: skip
 
 
 class ProgressBar:

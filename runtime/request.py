@@ -12,14 +12,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.engines.manifest import Manifest
+from sdxl_trt.engines.manifest import Manifest, Scheduler
 from sdxl_trt.engines.plans import Limits
-from sdxl_trt.runtime.cuts import CutSettings, Part, make_cuts
+from sdxl_trt.runtime.cuts import CutSettings, Part
+from sdxl_trt.runtime.denoiser import PREDICTIONS
+from sdxl_trt.runtime.grids import make_grids
 from sdxl_trt.runtime.guidance import Guidance, guided_span
+from sdxl_trt.runtime.input_pictures import Fit, InputPicture, as_input, check_input
 from sdxl_trt.runtime.prompts import Prompt
 from sdxl_trt.runtime.samplers import sampler_names
 from sdxl_trt.runtime.sides import SideSettings, StageName, Told, tell
-from sdxl_trt.runtime.sigmas import Schedule, make_comfyui_schedule, make_schedule
+from sdxl_trt.runtime.sigmas import Schedule
 from sdxl_trt.runtime.sizes import picture_size
 
 COMPATS = ("diffusers", "comfyui")
@@ -40,8 +43,10 @@ class _Settings:
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """The part of the steps that is guided, as fractions; the others run the prompt alone, in half the rows."""
     sampler: str = "euler"
+    prediction_type: str = "auto"
+    """What the UNets predict, epsilon, v_prediction or sample; "auto": what the bundle says of each."""
     tile: bool = False
-    """Decode in tiles, also where the decoder could take the whole picture."""
+    """Encode and decode in tiles, also where the autoencoder could take the whole picture."""
 
     @property
     def comfyui(self) -> bool:
@@ -55,7 +60,8 @@ class Request(CutSettings, SideSettings, _Settings):
 
     Picture i has seed `seed` + i; in ComfyUI's way all pictures are a batch of one seed. The refiner's own noise, if
     any, is drawn from `refiner_seed`, None for the base's. `latents` is the initial noise, float32 (count, channels,
-    height/8, width/8) of unit variance.
+    height/8, width/8) of unit variance. `image` is what to start from in the place of noise alone, pixels uint8
+    (height, width, 3) or latents float32 as `Run.final` has them, `strength` how much of it is changed.
     """
 
     prompt: str = ""
@@ -70,21 +76,28 @@ class Request(CutSettings, SideSettings, _Settings):
     width: int | None = None
     height: int | None = None
     latents: NDArray[np.float32] | None = None
+    image: InputPicture | NDArray[np.uint8] | NDArray[np.float32] | None = None
+    checkpoints: tuple[str, ...] = ()
+    """What a workflow calls the models, base first; for the record."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedRequest(_Settings):
     """A request against a bundle, every default settled. Sizes are pixels.
 
-    `base` and `refiner` are the stages' parts of the schedule, `refiner` None where it does nothing. `latents` None
-    draws the noise from `seeds`; `refiner_seeds` None goes on with the base's noise.
+    `base` and `refiner` are the stages' parts of the schedule, `refiner` None where it does nothing; `first` is the
+    one that starts the run. `latents` None draws the noise from `seeds`; `refiner_seeds` None goes on with the base's
+    noise. `image` is not yet of this size; `strength` is 1 without one.
     """
 
     schedule: Schedule
+    refiner_schedule: Schedule
+    """The same, but where the refiner has a grid of its own."""
     spacing: str
     """What was asked for as the schedule; "" for the model's own."""
     base: Part
     refiner: Part | None
+    first: Part
     sides: Mapping[StageName, tuple[Told, Told]]
     """What the positive and the negative side of every stage are told."""
     prompt: Prompt
@@ -99,6 +112,10 @@ class ResolvedRequest(_Settings):
     width: int
     height: int
     latents: NDArray[np.float32] | None
+    image: InputPicture | None
+    fit: Fit
+    """How the image comes to the size."""
+    strength: float
 
     @property
     def refined(self) -> bool:
@@ -106,15 +123,27 @@ class ResolvedRequest(_Settings):
         return self.refiner is not None
 
     @property
+    def refine(self) -> bool:
+        """Return whether the refiner alone changes an image."""
+        return self.first is not self.base
+
+    @property
     def cut(self) -> int:
         """Return the step at which the refiner takes over, or the base stops."""
-        return self.base.stop if self.refiner is None else self.refiner.start
+        shared = self.refiner_schedule is self.schedule
+        return self.base.stop if self.refiner is None or not shared else self.refiner.start
 
     @property
     def final_scale(self) -> float:
         """Return what the last latents are multiplied by before they are decoded."""
-        last = self.refiner or self.base
-        return self.schedule.final_scale if last.stop == self.schedule.steps else 1.0
+        last, schedule = (self.base, self.schedule)
+        if self.refiner is not None:
+            last, schedule = self.refiner, self.refiner_schedule
+        return schedule.final_scale if last.stop == schedule.steps else 1.0
+
+    def schedule_of(self, stage: StageName) -> Schedule:
+        """Return the grid of a stage."""
+        return self.schedule if stage == "base" else self.refiner_schedule
 
     def denoising_of(self, stage: StageName) -> tuple[str, Part]:
         """Return the sampler of a stage and its part of the schedule; an idle refiner has no step."""
@@ -122,10 +151,14 @@ class ResolvedRequest(_Settings):
             return self.sampler, self.base
         return self.refiner_sampler, self.refiner or Part(self.schedule.steps, self.schedule.steps)
 
+    def prediction_type_of(self, scheduler: Scheduler) -> str:
+        """Return what the UNet of a stage with `scheduler` predicts: what was asked for, or what its bundle says."""
+        return scheduler.prediction_type if self.prediction_type == "auto" else self.prediction_type
+
     def guidance_of(self, stage: StageName) -> Guidance:
         """Return the guidance of a stage."""
         scale = self.guidance if stage == "base" else self.refiner_guidance
-        span = guided_span(self.schedule.sigmas, *self.guidance_interval)
+        span = guided_span(self.schedule_of(stage).sigmas, *self.guidance_interval)
         return Guidance(scale, self.guidance_rescale, *span, any_scale=self.comfyui)
 
 
@@ -134,13 +167,17 @@ def resolve(request: Request, manifest: Manifest, limits: Limits | None = None) 
 
     Raises UsageError, and SizeError for sizes; the message names what would do.
     """
+    _check_names(request)
     _check_ranges(request)
-    schedule = _schedule(request, manifest)
-    guided_span(schedule.sigmas, *request.guidance_interval)
-    cuts = make_cuts(request, schedule, refiner=manifest.refiner is not None)
-    shape = None if request.latents is None else request.latents.shape
+    image = None if request.image is None else as_input(request.image)
+    grids = make_grids(request, manifest, image=image is not None)
+    guided_span(grids.schedule.sigmas, *request.guidance_interval)
+    cuts = grids.cuts
+    stored = request.latents if request.latents is not None or image is None else image.latents
+    shape = None if stored is None else stored.shape
     asked = (request.height, request.width)
-    size = picture_size(asked, shape, manifest, limits, refined=cuts.refiner is not None)
+    size = picture_size(asked, shape, manifest, limits, refined=cuts.refiner is not None,
+                        picture=None if image is None else image.size)  # fmt: skip
     sides = tell(request.prompt, request, manifest, size, comfyui=request.comfyui)
     count = request.count or (shape[0] if shape else None) or 1
     seed = secrets.randbits(DRAWN_SEED_BITS) if request.seed is None else request.seed
@@ -151,11 +188,14 @@ def resolve(request: Request, manifest: Manifest, limits: Limits | None = None) 
         guidance_rescale=request.guidance_rescale,
         guidance_interval=request.guidance_interval,
         sampler=request.sampler,
+        prediction_type=request.prediction_type,
         tile=request.tile,
-        schedule=schedule,
+        schedule=grids.schedule,
+        refiner_schedule=grids.refiner,
         spacing=request.schedule,
         base=cuts.base,
         refiner=cuts.refiner,
+        first=cuts.first or cuts.base,
         sides=sides,
         prompt=sides["base"][0].prompt,
         negative=None if request.negative is None and request.base_sides is None else sides["base"][1].prompt,
@@ -168,29 +208,25 @@ def resolve(request: Request, manifest: Manifest, limits: Limits | None = None) 
         width=size[1],
         height=size[0],
         latents=_latents(request, manifest, count, size),
+        image=None if image is None else check_input(image, manifest, count, size, refine=cuts.first is not None),
+        fit="cover" if asked != (None, None) else "crop" if request.comfyui else "scale",
+        strength=grids.strength,
     )
 
 
-def _schedule(request: Request, manifest: Manifest) -> Schedule:
-    scheduler = manifest.base.scheduler
-    if not request.comfyui:
-        return make_schedule(scheduler, request.steps, request.sampler, request.schedule)
-    return make_comfyui_schedule(
-        scheduler,
-        request.steps,
-        request.sampler,
-        request.schedule or "normal",
-        zero_terminal_snr=scheduler.rescale_betas_zero_snr,
-    )
-
-
-def _check_ranges(request: Request) -> None:
+def _check_names(request: Request) -> None:
     if request.compat not in COMPATS:
         raise UsageError(f"--compat {request.compat!r} is unknown; choose one of: {', '.join(COMPATS)}")
     known = sampler_names(comfyui=request.comfyui)
     for option, name in (("--sampler", request.sampler), ("--refiner-sampler", request.refiner_sampler)):
         if name is not None and name not in known:
             raise UsageError(f"{option} {name!r} is unknown; choose one of: {', '.join(known)}")
+    if request.prediction_type not in ("auto", *PREDICTIONS):
+        raise UsageError(f"--prediction-type {request.prediction_type!r} is unknown; choose one of: auto,"
+                         f" {', '.join(PREDICTIONS)}")  # fmt: skip
+
+
+def _check_ranges(request: Request) -> None:
     numbers = {
         "--guidance": request.guidance,
         "--refiner-guidance": request.refiner_guidance,

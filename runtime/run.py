@@ -8,36 +8,40 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from sdxl_trt.engines.manifest import Manifest
 from sdxl_trt.runtime.metadata import describe
 from sdxl_trt.runtime.picture_files import save_image
+from sdxl_trt.runtime.provenance import bundle_name
 from sdxl_trt.runtime.request import Request, ResolvedRequest
+from sdxl_trt.runtime.workflow_writer import write_workflow
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 Latents = NDArray[np.float32]
-StageName = Literal["encode", "load", "base", "refiner", "decode"]
+StageName = Literal["picture", "encode", "load", "base", "refiner", "decode"]
 
 FURTHER = (
     "compat", "original_size", "crop", "target_size", "clip_skip", "base_end_step", "refiner_start_step",
-    "refiner_add_noise", "leftover_noise",
+    "refiner_add_noise", "leftover_noise", "prediction_type",
 )  # fmt: skip
 OF_WORKFLOWS = (
     "base_start_step", "base_add_noise", "refiner_end_step", "refiner_leftover_noise", "base_sides", "refiner_sides",
-    "refiner_seed",
+    "refiner_seed", "refiner_strength",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Step:
-    """One unit of work done: prompts encoded, an engine loaded, a sampler step of a group, a picture decoded.
+    """One unit of work done: prompts or an image encoded, an engine loaded, a step of a group, a picture decoded.
 
     `index` counts from 1 to `total` within `stage` over all pictures; `seconds` is what this unit took. After a
-    sampler step `latents` are those of the pictures `pictures` (yours to keep); after a decode `picture` is
-    the finished one. Elsewhere both are None.
+    sampler step `latents` are those of the pictures `pictures` (yours to keep), and `denoised` is what they are
+    estimated to come to (not yours to change); after a decode `picture` is the finished one. Elsewhere all are None.
     """
 
     stage: StageName
@@ -47,6 +51,7 @@ class Step:
     seconds: float = 0.0
     latents: Latents | None = None
     picture: "Picture | None" = None
+    denoised: Latents | None = None
 
 
 @dataclass(frozen=True)
@@ -74,23 +79,29 @@ class Run:
     timings: dict[str, list[float]] = field(default_factory=dict)
     asked: Request = field(default_factory=Request)
     """The request before its defaults were settled."""
+    manifest: Manifest | None = None
+    """That of the bundle, which the pictures name; None where nobody asks."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A finished picture; `image` (a Pillow image) and `latents` (c, h, w) belong to the caller."""
+    """A finished picture; `image` (a Pillow image) and `latents` (c, h, w) belong to the caller.
+
+    `graph` is a ComfyUI graph that makes it, if there is one.
+    """
 
     image: "Image"
     seed: int
     metadata: Mapping[str, Any]
     latents: Latents
+    graph: Mapping[str, Any] | None = None
 
     def save(self, path: Path | str, *, metadata: bool = True) -> None:
         """Write a picture file, atomically, in the format that the name's ending says: PNG, JPEG or WebP.
 
         With `metadata` it holds what the run can be repeated from. Raises UsageError for another ending.
         """
-        save_image(self.image, Path(path), describe(self.metadata) if metadata else {})
+        save_image(self.image, Path(path), describe(self.metadata, self.graph) if metadata else {})
 
 
 def timed(run: Run, work: Iterator[Step]) -> Iterator[Step]:
@@ -108,12 +119,15 @@ def finish(run: Run, index: int, pixels: NDArray[np.uint8]) -> Picture:
     from PIL import Image  # noqa: PLC0415 - Pillow is loaded with the first picture
 
     seed = run.request.seeds[index]
-    return Picture(Image.fromarray(pixels), seed, _metadata(run.request, seed) | _further(run), run.final[index])
+    metadata = _metadata(run.request, seed) | _further(run)
+    graph = None if run.manifest is None else write_workflow(run.asked, run.request, run.manifest)
+    return Picture(Image.fromarray(pixels), seed, metadata, run.final[index], graph)
 
 
 def _metadata(request: ResolvedRequest, seed: int) -> dict[str, Any]:
     """Return what the picture can be made again from; no path and no name of a host."""
     refined = request.refined
+    positive, negative = request.sides["refiner" if refined else "base"]
     return {
         "prompt": request.prompt.text,
         "prompt_2": request.prompt.text_2,
@@ -121,7 +135,7 @@ def _metadata(request: ResolvedRequest, seed: int) -> dict[str, Any]:
         "negative_2": request.negative.text_2 if request.negative else None,
         "seed": seed,
         "steps": request.steps,
-        "handoff_step": request.cut if refined else None,
+        "handoff_step": request.cut if refined and not request.refine else None,
         "guidance": request.guidance,
         "refiner_guidance": request.refiner_guidance if refined else None,
         "guidance_rescale": request.guidance_rescale,
@@ -131,11 +145,19 @@ def _metadata(request: ResolvedRequest, seed: int) -> dict[str, Any]:
         "schedule": request.spacing,
         "width": request.width,
         "height": request.height,
-        "aesthetic_score": request.aesthetic_score if refined else None,
-        "negative_aesthetic_score": request.negative_aesthetic_score if refined else None,
+        "aesthetic_score": positive.micro.aesthetic_score if refined else None,
+        "negative_aesthetic_score": negative.micro.negative_aesthetic_score if refined else None,
         "tile": request.tile,
         "injected_latents": request.latents is not None,
-    }
+    } | _started_from(request)
+
+
+def _started_from(request: ResolvedRequest) -> dict[str, Any]:
+    """Return what an image has to do with it: its file's name, which names no folder, and what that held."""
+    if request.image is None:
+        return {}
+    image = {"image": request.image.name, "image_sha256": request.image.sha256, "strength": request.strength}
+    return image | {"fit": request.fit} | ({"refine": True} if request.refine else {})
 
 
 def _further(run: Run) -> dict[str, Any]:
@@ -151,4 +173,6 @@ def _further(run: Run) -> dict[str, Any]:
     if run.request.comfyui and len(run.request.seeds) > 1:
         # Pictures of one batch share a stream of noise: they are made again together.
         found["count"] = len(run.request.seeds)
+    if run.manifest is not None:
+        found["bundle"] = msgspec.to_builtins(bundle_name(run.manifest, refined=run.request.refined))
     return found

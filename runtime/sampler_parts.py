@@ -4,7 +4,18 @@ Latents are in the variance-exploding scale of k-diffusion, clean + sigma · noi
 schedulers (DDIM, DPM-Solver, UniPC, DEIS, LCM) keep the same latents divided by sqrt(1 + sigma²).
 """
 
-__all__ = ["Denoise", "Latents", "Noise", "Sampler", "Sigmas", "StochasticSampler", "ancestral", "intervals", "toward"]
+__all__ = [
+    "Denoise",
+    "Latents",
+    "Noise",
+    "Sampler",
+    "Sigmas",
+    "StochasticSampler",
+    "add_noise",
+    "ancestral",
+    "intervals",
+    "toward",
+]
 
 import math
 from collections.abc import Callable, Iterator
@@ -20,7 +31,8 @@ Denoise = Callable[[Latents, float], Latents]
 Sampler = Callable[[Denoise, Latents, Sigmas], Iterator[Latents]]
 Noise = Callable[[float, float], Latents]
 """`noise(sigma, sigma_next)` draws unit-variance noise of the latents' shape for the way between two sigmas; a
-Brownian source makes the noise of overlapping ways agree, an independent one draws afresh."""
+Brownian source makes the noise of overlapping ways agree, an independent one draws afresh. The array is the sampler's
+to change."""
 
 
 class StochasticSampler(Protocol):
@@ -45,6 +57,12 @@ def toward(x: Latents, denoised: Latents, remaining: float) -> Latents:
     moved *= remaining
     moved += denoised
     return moved
+
+
+def add_noise(x: Latents, drawn: Latents, deviation: float) -> None:
+    """Add `drawn` to `x` with a standard deviation, both in place: fresh memory costs more than the arithmetic."""
+    drawn *= deviation
+    x += drawn
 
 
 def ancestral(sigma: float, after: float) -> tuple[float, float]:

@@ -5,6 +5,7 @@ reads the latents and leaves them alone: the sampler goes on from them. Latents 
 """
 
 __all__ = [
+    "BROWNIAN",
     "COMFYUI",
     "SAMPLERS",
     "STOCHASTIC",
@@ -14,6 +15,7 @@ __all__ = [
     "Sampler",
     "StochasticSampler",
     "bind_sampler",
+    "brownian_span",
     "euler",
     "sampler_names",
 ]
@@ -21,7 +23,7 @@ __all__ = [
 from functools import partial
 
 from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.runtime.sampler_parts import Denoise, Noise, Sampler, StochasticSampler
+from sdxl_trt.runtime.sampler_parts import Denoise, Noise, Sampler, Sigmas, StochasticSampler
 from sdxl_trt.runtime.samplers_adams import deis, deis_comfyui, lms, lms_comfyui
 from sdxl_trt.runtime.samplers_multistep import dpmpp_2m, res_multistep
 from sdxl_trt.runtime.samplers_ode import ddim, dpm_2, euler, heun
@@ -67,10 +69,25 @@ COMFYUI: dict[str, Sampler] = {
 TWO_CALLS = frozenset({"heun", "dpm_2", "dpm_2_ancestral", "dpmpp_2s_ancestral", "dpmpp_sde"})
 """Samplers that ask the model twice in every step but one to sigma 0."""
 
+BROWNIAN = frozenset({"dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde"})
+"""Samplers whose noise is that of one Brownian path; in diffusers only the first of them."""
+
 
 def sampler_names(*, comfyui: bool = False) -> list[str]:
     """Return the names that `bind_sampler` knows."""
     return list(dict.fromkeys([*SAMPLERS, *STOCHASTIC, *(COMFYUI if comfyui else ())]))
+
+
+def brownian_span(name: str, sigmas: Sigmas, grid: Sigmas, *, comfyui: bool) -> tuple[float, float] | None:
+    """Return the lowest and the highest sigma of the path that `name` draws from on its part `sigmas` of `grid`.
+
+    None for independent noise. The path of ComfyUI's samplers goes over their part, that of diffusers' over the grid.
+    """
+    if name not in (BROWNIAN if comfyui else {"dpmpp_sde"}):
+        return None
+    way = sigmas if comfyui else grid
+    positive = way[way > 0.0]
+    return float(positive.min()), float(positive.max())
 
 
 def bind_sampler(name: str, noise: Noise, *, comfyui: bool = False) -> Sampler:

@@ -70,7 +70,9 @@ def _adams(denoise: Denoise, x: Latents, sigmas: Sigmas, clock: _Clock, orders: 
     nodes: deque[float] = deque(maxlen=slopes.maxlen)
     for order, (sigma, after) in zip(orders, intervals(sigmas), strict=True):
         denoised = denoise(x, sigma)
-        slopes.appendleft((x - denoised) / sigma)
+        slope = x - denoised
+        slope *= 1.0 / sigma
+        slopes.appendleft(slope)
         nodes.appendleft(sigma)
         if min(order, len(nodes)) == 1:
             x = toward(x, denoised, after / sigma)
@@ -86,12 +88,18 @@ def _weights(nodes: Sequence[float], after: float, clock: _Clock) -> list[float]
 
     By Gauss-Legendre quadrature over 16 points, which is exact for polynomials up to degree 31.
     """
-    times = [clock.time(node) for node in nodes]
+    times = np.array([clock.time(node) for node in nodes])
     half = 0.5 * (clock.time(after) - times[0])
     points = times[0] + half * (1.0 + _ABSCISSAE)
     measure = half * _WEIGHTS * clock.pace(points)
-    bases = (math.prod((points - other) / (time - other) for other in times if other != time) for time in times)
-    return [float(np.sum(measure * basis)) for basis in bases]
+    gaps = np.subtract.outer(times, times)
+    np.fill_diagonal(gaps, np.inf)
+    factors = np.subtract.outer(points, times)[:, np.newaxis] / gaps
+    # Each node's polynomial is 1 at the node itself and 0 at the others; it has no factor of its own.
+    own = np.arange(len(times))
+    factors[:, own, own] = 1.0
+    weights: list[float] = (measure @ factors.prod(axis=2)).tolist()
+    return weights
 
 
 def _vp_clock(lowest: float, highest: float, start: float) -> _Clock:

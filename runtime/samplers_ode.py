@@ -36,12 +36,16 @@ def heun(denoise: Denoise, x: Latents, sigmas: Sigmas) -> Iterator[Latents]:
     """Heun steps (algorithm 2 of arXiv 2206.00364, without churn): the mean of the slopes at both ends of a step."""
     for sigma, after in intervals(sigmas):
         denoised = denoise(x, sigma)
-        reached = toward(x, denoised, after / sigma)
+        slope = x - denoised
+        reached = slope * (after / sigma)
+        reached += denoised
         if after:
-            slope = (x - denoised) / sigma + (reached - denoise(reached, after)) / after
-            slope *= 0.5 * (after - sigma)
-            slope += x
-            reached = slope
+            half = 0.5 * (after - sigma)
+            reached -= denoise(reached, after)
+            reached *= half / after
+            slope *= half / sigma
+            reached += slope
+            reached += x
         x = reached
         yield x
 
@@ -52,9 +56,8 @@ def dpm_2(denoise: Denoise, x: Latents, sigmas: Sigmas) -> Iterator[Latents]:
         middle = math.sqrt(sigma * after)
         halfway = toward(x, denoise(x, sigma), middle / sigma)
         if after:
-            slope = halfway - denoise(halfway, middle)
-            slope *= (after - sigma) / middle
-            slope += x
-            halfway = slope
+            halfway -= denoise(halfway, middle)
+            halfway *= (after - sigma) / middle
+            halfway += x
         x = halfway
         yield x

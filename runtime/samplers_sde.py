@@ -17,7 +17,7 @@ __all__ = [
 import math
 from collections.abc import Iterator
 
-from sdxl_trt.runtime.sampler_parts import Denoise, Latents, Noise, Sigmas, ancestral, intervals, toward
+from sdxl_trt.runtime.sampler_parts import Denoise, Latents, Noise, Sigmas, add_noise, ancestral, intervals, toward
 
 
 def euler_ancestral(denoise: Denoise, x: Latents, sigmas: Sigmas, *, noise: Noise) -> Iterator[Latents]:
@@ -26,7 +26,7 @@ def euler_ancestral(denoise: Denoise, x: Latents, sigmas: Sigmas, *, noise: Nois
         down, up = ancestral(sigma, after)
         x = toward(x, denoise(x, sigma), down / sigma)
         if after:
-            x += noise(sigma, after) * up
+            add_noise(x, noise(sigma, after), up)
         yield x
 
 
@@ -39,11 +39,10 @@ def dpm_2_ancestral(denoise: Denoise, x: Latents, sigmas: Sigmas, *, noise: Nois
         down, up = ancestral(sigma, after)
         reached = toward(x, denoise(x, sigma), after / sigma)
         if after:
-            slope = reached - denoise(reached, after)
-            slope *= (down - sigma) / after
-            slope += x
-            slope += noise(sigma, after) * up
-            reached = slope
+            reached -= denoise(reached, after)
+            reached *= (down - sigma) / after
+            reached += x
+            add_noise(reached, noise(sigma, after), up)
         x = reached
         yield x
 
@@ -60,7 +59,7 @@ def dpmpp_2s_ancestral(denoise: Denoise, x: Latents, sigmas: Sigmas, *, noise: N
             denoised = denoise(toward(x, denoised, after / sigma), after)
         x = toward(x, denoised, down / sigma)
         if after:
-            x += noise(sigma, after) * up
+            add_noise(x, noise(sigma, after), up)
         yield x
 
 
@@ -75,12 +74,12 @@ def dpmpp_sde(denoise: Denoise, x: Latents, sigmas: Sigmas, *, noise: Noise) -> 
             middle = math.sqrt(sigma * after)
             down, up = ancestral(sigma, middle)
             halfway = toward(x, denoised, down / sigma)
-            halfway += noise(sigma, middle) * up
+            add_noise(halfway, noise(sigma, middle), up)
             denoised = denoise(halfway, middle)
         down, up = ancestral(sigma, after)
         x = toward(x, denoised, down / sigma)
         if after:
-            x += noise(sigma, after) * up
+            add_noise(x, noise(sigma, after), up)
         yield x
 
 
@@ -98,7 +97,7 @@ def dpmpp_2m_sde(denoise: Denoise, x: Latents, sigmas: Sigmas, *, noise: Noise) 
         down, up = ancestral(sigma, after)
         x = toward(x, target, down / sigma)
         if after:
-            x += noise(sigma, after) * up
+            add_noise(x, noise(sigma, after), up)
         previous, behind = denoised, ahead
         yield x
 
@@ -117,7 +116,7 @@ def dpmpp_3m_sde(denoise: Denoise, x: Latents, sigmas: Sigmas, *, noise: Noise) 
             target = denoised + _third_order(denoised, known, math.log(sigma / after))
         x = toward(x, target, down / sigma)
         if after:
-            x += noise(sigma, after) * up
+            add_noise(x, noise(sigma, after), up)
         if 0.0 < after < sigma:
             known = [(math.log(sigma / after), denoised), *known[:1]]
         yield x
@@ -150,7 +149,8 @@ def lcm(denoise: Denoise, x: Latents, sigmas: Sigmas, *, noise: Noise) -> Iterat
     for sigma, after in intervals(sigmas):
         x = denoise(x, sigma)
         if after:
-            drawn = noise(sigma, after) * after
+            drawn = noise(sigma, after)
+            drawn *= after
             drawn += x
             x = drawn
         yield x

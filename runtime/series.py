@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.runtime.options import make_parser
+from sdxl_trt.runtime.metadata import describe
 from sdxl_trt.runtime.picture_files import save_image
 from sdxl_trt.runtime.prompt_files import read_prompts
 from sdxl_trt.runtime.request import DRAWN_SEED_BITS, Request
@@ -24,18 +24,20 @@ class Series:
     All requests have one seed, drawn here where none was given.
     """
 
-    def __init__(self, request: Request, arguments: argparse.Namespace, argv: Sequence[str] | None = None) -> None:
+    def __init__(self, request: Request, arguments: argparse.Namespace) -> None:
         self.sweep: Sweep | None = None
         self.requests = [request]
         self._pictures: dict[int, Picture] = {}
         self._several = arguments.prompts is not None
         if arguments.sweep and self._several:
             raise UsageError("--sweep varies one prompt and --prompts has many; give one of them")
+        if arguments.workflow is not None and self._several:
+            raise UsageError("--workflow states its prompts itself; leave --prompts out")
         if request.seed is None and (arguments.sweep or self._several):
             request = replace(request, seed=secrets.randbits(DRAWN_SEED_BITS))
         if arguments.sweep:
             axes = [parse_axis(text) for text in arguments.sweep]
-            self.sweep = Sweep(request, axes, keep_negative=_given(argv, "negative_aesthetic_score"))
+            self.sweep = Sweep(request, axes, keep_negative=arguments.negative_aesthetic_score is not None)
             self.requests = self.sweep.requests
         elif self._several:
             if arguments.prompt is not None and arguments.source is None:
@@ -53,17 +55,16 @@ class Series:
         if self.sweep is not None:
             self._pictures[number] = picture
 
-    def finish(self, out: Path, runs: Sequence[Run]) -> dict[str, str]:
-        """Write the sheet of a sweep to `out` and return what a report says of it; nothing for other series."""
+    def finish(self, out: Path, runs: Sequence[Run], *, metadata: bool = True) -> dict[str, str]:
+        """Write the sheet of a sweep to `out` and return what a report says of it; nothing for other series.
+
+        With `metadata` it holds what the sweep can be repeated from.
+        """
         if self.sweep is None:
             return {}
-        pictures = [self._pictures[number].image for number in range(len(self.requests))]
-        save_image(self.sweep.sheet(pictures, runs), out, {})
+        pictures = [self._pictures[number] for number in range(len(self.requests))]
+        # The one that says most stands for all: the base alone has no settings of a refiner.
+        spokesman = pictures[next((number for number, run in enumerate(runs) if run.request.refined), 0)]
+        texts = describe(self.sweep.sheet_metadata(spokesman.metadata), spokesman.graph) if metadata else {}
+        save_image(self.sweep.sheet([picture.image for picture in pictures], runs), out, texts)
         return {"sheet": str(out)}
-
-
-def _given(argv: Sequence[str] | None, name: str) -> bool:
-    """Return whether the command line states the option, be it its default."""
-    parser = make_parser()
-    parser.set_defaults(**{name: None})
-    return getattr(parser.parse_args(argv), name) is not None

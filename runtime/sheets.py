@@ -1,23 +1,33 @@
-"""Contact sheets: pictures on a calm ground, each with its caption."""
+"""Contact sheets: pictures on a calm ground, each with its caption, under what they have in common."""
 
 __all__ = ["Sheet", "contact_sheet", "draw_sheet"]
 
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from PIL.ImageDraw import ImageDraw
+    from PIL.ImageFont import FreeTypeFont, ImageFont
 
-GAP, MARGIN, LINE = 14, 24, 17
-GROUND, INK, PALE, RULE = (250, 250, 248), (60, 60, 64), (128, 128, 132), (222, 222, 218)
-FONT_SIZE = 13
-MAX_LINES = 2
-SMALL, LARGE = 256, 384
+GROUND, INK, PALE, RULE = (250, 250, 248), (48, 48, 52), (122, 122, 126), (224, 224, 220)
+MARGIN, GAP, ROW_GAP, BELOW_PICTURE = 32, 16, 26, 7
+TEXT, LINE = 13, 18
+"""Size of captions and of a line of them, in pixels."""
+LARGE, LARGE_LINE = 18, 25
+MEDIUM, MEDIUM_LINE = 15, 21
+"""A heading is large where it fits into two lines, else medium."""
+MOST_HEADING, MOST_ASIDE, MOST_CAPTION, MOST_TITLE = 8, 3, 2, 4
+"""Lines of each, the last of which ends in an ellipsis where there are more."""
+SMALL_CELL, LARGE_CELL = 256, 384
 """Cells of a sheet in pixels: small pictures are enlarged by whole pixels, large ones reduced."""
-HEADING_SIZE, LARGE_LINE = 18, 24
-WIDEST_TITLE = 150
+NARROWEST, WIDEST_TITLE = 512, 150
+NARROWEST_LETTER = 2
+MOST_CHARACTERS = 4_000
+ELLIPSIS = " …"
+FURTHER_CHARACTERS = "©«°±·»‘’“”…‹›™"
 
 
 def contact_sheet(pictures: "Sequence[Image]", captions: Sequence[str], columns: int, cell: int = 192) -> "Image":
@@ -27,34 +37,34 @@ def contact_sheet(pictures: "Sequence[Image]", captions: Sequence[str], columns:
     """
     from PIL import Image, ImageDraw, ImageFont  # noqa: PLC0415 - Pillow is loaded with the first picture
 
-    font = ImageFont.load_default(FONT_SIZE)
+    font = ImageFont.load_default(TEXT)
+    margin, gap, line = 24, 14, 17
     heights = [round(cell * picture.height / picture.width) for picture in pictures]
-    row_height = max(heights) + MAX_LINES * LINE + GAP
+    row_height = max(heights) + MOST_CAPTION * line + gap
     rows = -(-len(pictures) // columns)
-    size = (2 * MARGIN + columns * (cell + GAP) - GAP, 2 * MARGIN + rows * row_height - GAP)
-    sheet = Image.new("RGB", size, GROUND)
-    draw = ImageDraw.Draw(sheet)
+    page = Image.new("RGB", (2 * margin + columns * (cell + gap) - gap, 2 * margin + rows * row_height - gap), GROUND)
+    draw = ImageDraw.Draw(page)
     for index, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
-        left, top = MARGIN + index % columns * (cell + GAP), MARGIN + index // columns * row_height
-        # Enlarged by whole pixels where it fits, so that a small picture is seen as it is.
-        way = Image.Resampling.NEAREST if cell % picture.width == 0 else Image.Resampling.LANCZOS
-        sheet.paste(picture.convert("RGB").resize((cell, heights[index]), way), (left, top))
-        for number, line in enumerate(_wrapped(caption, cell, font)):
-            draw.text((left, top + heights[index] + 4 + number * LINE), line, font=font, fill=INK)
-    return sheet
+        left, top = margin + index % columns * (cell + gap), margin + index // columns * row_height
+        page.paste(_scaled(picture, (cell, heights[index])), (left, top))
+        for number, words in enumerate(_wrapped(caption, cell, font, MOST_CAPTION)):
+            draw.text((left, top + heights[index] + 4 + number * line), words, font=font, fill=INK)
+    return page
 
 
 @dataclass(frozen=True)
 class Sheet:
-    """Pictures of one size, row by row, to be compared: what all have in common on top, what differs beside each.
+    """Pictures row by row, to be compared: what all have in common on top, what differs beside each.
 
-    A caption is a bold and a pale line; titles of `rows` and `across` of the columns make it a grid.
+    A caption is a dark and a pale line; titles of `rows` and `across` of the columns make it a grid. `aside` is said in
+    a pale voice after the heading, and `notes` after that. Pictures may differ in size: all are scaled alike.
     """
 
     pictures: "Sequence[Image]"
     captions: Sequence[tuple[str, str]]
     columns: int
     heading: str = ""
+    aside: str = ""
     notes: str = ""
     rows: Sequence[str] = ()
     across: Sequence[str] = ()
@@ -64,67 +74,141 @@ def draw_sheet(sheet: Sheet) -> "Image":
     """Return the sheet as one image."""
     from PIL import Image, ImageDraw, ImageFont  # noqa: PLC0415 - Pillow is loaded with the first picture
 
-    usual, large = ImageFont.load_default(FONT_SIZE), ImageFont.load_default(HEADING_SIZE)
-    width, height = _cell(*sheet.pictures[0].size)
-    lines = max(sum(map(bool, caption)) for caption in sheet.captions)
-    texts = (*sheet.across, *(line for caption in sheet.captions for line in caption))
-    pitch = (max(width, *(round(usual.getlength(text)) for text in texts)) + GAP, height + lines * LINE + GAP + 6)
-    left = MARGIN + (
-        min(max(round(usual.getlength(row)) for row in sheet.rows), WIDEST_TITLE) + GAP if sheet.rows else 0
-    )
-    inner = max(left + sheet.columns * pitch[0] - GAP, 2 * SMALL) - MARGIN
-    heading = _wrapped(sheet.heading, inner, large)
-    top = MARGIN + len(heading) * LARGE_LINE + LINE + GAP + (LINE + 6 if sheet.across else 0)
-    count = -(-len(sheet.pictures) // sheet.columns)
-    page = Image.new("RGB", (inner + 2 * MARGIN, top + count * pitch[1] - GAP + MARGIN), GROUND)
+    font = ImageFont.load_default(TEXT)
+    grid = _Grid(sheet, font)
+    width = max(grid.width, NARROWEST)
+    head = _head(sheet, width)
+    top = MARGIN + sum(line.height for line in head) + GAP
+    page = Image.new("RGB", (width + 2 * MARGIN, top + GAP + grid.height + MARGIN), GROUND)
     draw = ImageDraw.Draw(page)
-    for number, line in enumerate(heading):
-        draw.text((MARGIN, MARGIN + number * LARGE_LINE - 4), line, font=large, fill=INK)
-    draw.text((MARGIN, MARGIN + len(heading) * LARGE_LINE), sheet.notes, font=usual, fill=PALE)
-    for column, title in enumerate(sheet.across):
-        draw.text((left + column * pitch[0], top - LINE - 6), title, font=usual, fill=INK)
-    for row, title in enumerate(sheet.rows):
-        for number, line in enumerate(_wrapped(title, WIDEST_TITLE, usual)):
-            draw.text((MARGIN, top + row * pitch[1] + number * LINE), line, font=usual, fill=INK)
-    for index, (picture, caption) in enumerate(zip(sheet.pictures, sheet.captions, strict=True)):
-        corner = (left + index % sheet.columns * pitch[0], top + index // sheet.columns * pitch[1])
-        page.paste(_scaled(picture, (width, height)), corner)
-        _caption(draw, caption, (corner[0], corner[1] + height + 5), usual)
+    at = MARGIN
+    for line in head:
+        draw.text((MARGIN, at), line.text, font=line.font, fill=line.colour)
+        at += line.height
+    draw.line((MARGIN, top, MARGIN + width, top), fill=RULE)
+    grid.draw(page, draw, (MARGIN, top + GAP))
     return page
 
 
-def _caption(draw: "ImageDraw", caption: tuple[str, str], corner: tuple[int, int], font: Any) -> None:
-    left, top = corner
-    for text, colour in zip(caption, (INK, PALE), strict=True):
-        if text:
-            draw.text((left, top), text, font=font, fill=colour)
-            top += LINE
+@dataclass(frozen=True)
+class _Line:
+    text: str
+    font: Any
+    colour: tuple[int, int, int]
+    height: int
 
 
-def _cell(width: int, height: int) -> tuple[int, int]:
-    """Return the size at which a picture is shown."""
-    longest = max(width, height)
-    scale: float = SMALL // longest if longest <= SMALL else min(LARGE / longest, 1.0)
-    return round(width * scale), round(height * scale)
+def _head(sheet: Sheet, width: int) -> list[_Line]:
+    """Return the lines on top of a sheet that is `width` pixels wide."""
+    from PIL import ImageFont  # noqa: PLC0415 - Pillow is loaded with the first picture
+
+    font, height = ImageFont.load_default(LARGE), LARGE_LINE
+    heading = _wrapped(sheet.heading, width, font, MOST_HEADING)
+    if len(heading) > 2:
+        font, height = ImageFont.load_default(MEDIUM), MEDIUM_LINE
+        heading = _wrapped(sheet.heading, width, font, MOST_HEADING)
+    small = ImageFont.load_default(TEXT)
+    pale = [*_wrapped(sheet.aside, width, small, MOST_ASIDE), *_wrapped(sheet.notes, width, small, MOST_ASIDE)]
+    lines = [_Line(text, font, INK, height) for text in heading]
+    # A little air between the two voices.
+    return [*lines, _Line("", small, PALE, GAP // 4), *(_Line(text, small, PALE, LINE) for text in pale)]
+
+
+class _Grid:
+    """The pictures of a sheet with their captions and titles; `width` and `height` are those of all of it."""
+
+    def __init__(self, sheet: Sheet, font: "FreeTypeFont | ImageFont") -> None:
+        self._sheet = sheet
+        self._font = font
+        scale = _scale(max(max(picture.size) for picture in sheet.pictures))
+        self._sizes = [(round(wide * scale), round(high * scale)) for wide, high in (p.size for p in sheet.pictures)]
+        cell = max(wide for wide, _ in self._sizes), max(high for _, high in self._sizes)
+        texts = (*sheet.across, *(line for caption in sheet.captions for line in caption))
+        widest = max(cell[0], *(round(font.getlength(text)) for text in texts))
+        lines = max(sum(map(bool, caption)) for caption in sheet.captions)
+        self._cell = cell
+        self._pitch = widest + GAP, cell[1] + BELOW_PICTURE + lines * LINE + ROW_GAP
+        self._rows = [_wrapped(row, WIDEST_TITLE, font, MOST_TITLE) for row in sheet.rows]
+        titles = [round(font.getlength(line)) for row in self._rows for line in row]
+        self._left = max(titles) + GAP if titles else 0
+        self._top = LINE + BELOW_PICTURE if sheet.across else 0
+        count = -(-len(sheet.pictures) // sheet.columns)
+        self.width = self._left + sheet.columns * self._pitch[0] - GAP
+        self.height = self._top + count * self._pitch[1] - ROW_GAP
+
+    def draw(self, page: "Image", draw: "ImageDraw", corner: tuple[int, int]) -> None:
+        """Draw it on `page`, below and right of `corner`."""
+        left, top = corner[0] + self._left, corner[1] + self._top
+        for column, title in enumerate(self._sheet.across):
+            draw.text((left + column * self._pitch[0], corner[1]), title, font=self._font, fill=INK)
+        for row, lines in enumerate(self._rows):
+            # Beside the middle of its pictures.
+            start = top + row * self._pitch[1] + (self._cell[1] - len(lines) * LINE) // 2
+            for number, line in enumerate(lines):
+                draw.text((corner[0], start + number * LINE), line, font=self._font, fill=INK)
+        columns = self._sheet.columns
+        for index, (picture, caption) in enumerate(zip(self._sheet.pictures, self._sheet.captions, strict=True)):
+            cell = left + index % columns * self._pitch[0], top + index // columns * self._pitch[1]
+            size = self._sizes[index]
+            # Pictures of a row stand on one line.
+            page.paste(_scaled(picture, size), (cell[0], cell[1] + self._cell[1] - size[1]))
+            self._caption(draw, caption, (cell[0], cell[1] + self._cell[1] + BELOW_PICTURE))
+
+    def _caption(self, draw: "ImageDraw", caption: tuple[str, str], corner: tuple[int, int]) -> None:
+        left, top = corner
+        for text, colour in zip(caption, (INK, PALE), strict=True):
+            if text:
+                draw.text((left, top), text, font=self._font, fill=colour)
+                top += LINE
+
+
+def _scale(longest: int) -> float:
+    """Return how much pictures are enlarged or reduced of which the longest side is this."""
+    return SMALL_CELL // longest if longest <= SMALL_CELL else min(LARGE_CELL / longest, 1.0)
 
 
 def _scaled(picture: "Image", size: tuple[int, int]) -> "Image":
     from PIL.Image import Resampling  # noqa: PLC0415 - Pillow is loaded with the first picture
 
-    # Enlarged by whole pixels, so that a small picture is seen as it is.
+    # Enlarged by whole pixels where it fits, so that a small picture is seen as it is.
     whole = size[0] % picture.width == 0 and size[1] % picture.height == 0
     return picture.convert("RGB").resize(size, Resampling.NEAREST if whole else Resampling.LANCZOS)
 
 
-def _wrapped(text: str, width: int, font: Any) -> list[str]:
+def _wrapped(text: str, width: int, font: Any, most: int) -> list[str]:
+    """Return `text` in lines of at most `width` pixels, and at most so many; what is left out is an ellipsis."""
     lines: list[str] = []
-    for word in text.split():
-        extended = f"{lines[-1]} {word}" if lines else word
-        if lines and font.getlength(extended) <= width:
+    words = _legible(text[:MOST_CHARACTERS]).split()
+    for piece, whole in (piece for word in words for piece in _pieces(word, width, font)):
+        extended = f"{lines[-1]} {piece}" if lines else piece
+        if lines and whole and font.getlength(extended) <= width:
             lines[-1] = extended
         else:
-            lines.append(word)
-    if len(lines) > MAX_LINES:
-        lines = lines[:MAX_LINES]
-        lines[-1] = lines[-1].rsplit(" ", 1)[0] + " …"
+            lines.append(piece)
+        if len(lines) > most:
+            break
+    if len(lines) <= most and len(text) <= MOST_CHARACTERS:
+        return lines
+    lines = lines[:most]
+    while lines[-1] and font.getlength(lines[-1] + ELLIPSIS) > width:
+        lines[-1] = lines[-1][:-1]
+    lines[-1] = lines[-1].rstrip(" ,;") + ELLIPSIS
     return lines
+
+
+def _legible(text: str) -> str:
+    """Return `text` in the characters of Pillow's own font, which are few: letters lose their accents."""
+    plain = (c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+    return "".join(c if c.isascii() or c in FURTHER_CHARACTERS else "?" for c in plain)
+
+
+def _pieces(word: str, width: int, font: Any) -> Iterator[tuple[str, bool]]:
+    """Yield a word, or parts of it where it is wider than a line, and whether it is whole."""
+    start = 0
+    while start < len(word):
+        end = min(len(word), start + width // NARROWEST_LETTER)
+        while end > start + 1 and font.getlength(word[start:end]) > width:
+            # Near enough to measure but a few times; a character at the end.
+            end -= max(1, int((end - start) * (1 - width / font.getlength(word[start:end]))))
+        yield word[start:end], end - start == len(word)
+        start = end

@@ -3,7 +3,8 @@
 __all__ = ["Schedule", "make_comfyui_schedule", "make_schedule"]
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,17 +46,32 @@ class Schedule:
         """Return the number of steps."""
         return len(self.timesteps)
 
+    def last(self, steps: int) -> "Schedule":
+        """Return the grid of the last `steps` of this one, to start on with noise of its first sigma."""
+        if steps >= self.steps:
+            return self
+        sigmas = self.sigmas[-(steps + 1) :]
+        return replace(self, timesteps=self.timesteps[-steps:], sigmas=sigmas, initial_scale=float(sigmas[0]))
+
     def timestep(self, sigma: float) -> np.float32:
         """Return the timestep at which the grid has `sigma`; off the grid, that of the training's sigmas.
 
         Between two training timesteps it is a fraction, on a log-sigma line, or the nearer one with
         `whole_timesteps`.
         """
+        known = self._timesteps.get(sigma)
+        if known is not None:
+            return known
         position = int(np.argmin(np.abs(self.sigmas[:-1] - sigma)))
         if math.isclose(self.sigmas[position], sigma, rel_tol=1e-6):
             return np.float32(self.timesteps[position])
         between = nearest_timesteps if self.whole_timesteps else fractional_timesteps
         return np.float32(between(np.array([sigma]), self.training)[0])
+
+    @cached_property
+    def _timesteps(self) -> dict[float, np.float32]:
+        """The timestep of every sigma of the grid, the first one of equal sigmas."""
+        return dict(zip(self.sigmas[-2::-1].tolist(), self.timesteps[::-1], strict=True))
 
 
 def make_schedule(

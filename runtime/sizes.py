@@ -2,13 +2,17 @@
 
 __all__ = ["MAX_SIDE", "picture_size"]
 
+import logging
 import math
 
 from sdxl_trt.engines.errors import SizeError
 from sdxl_trt.engines.manifest import Manifest
 from sdxl_trt.engines.plans import Limits
 
+log = logging.getLogger("sdxl_trt.runtime")
 MAX_SIDE = 16384
+LARGE = 4
+"""From how many times the usual area on a picture's own size is worth a word."""
 
 
 def picture_size(
@@ -18,10 +22,12 @@ def picture_size(
     limits: Limits | None,
     *,
     refined: bool,
+    picture: tuple[int, int] | None = None,
 ) -> tuple[int, int]:
     """Return (height, width) in pixels: as `asked`, else those of `latents` of this shape, else the usual ones.
 
-    Raises SizeError, which names the nearest sizes that would do.
+    For a `picture` of this size they are its own, down to the multiple that the UNets take; where one side is asked
+    for, the other keeps its shape. Raises SizeError, which names the nearest sizes that would do.
     """
     base = manifest.base
     multiple = base.size_multiple
@@ -32,6 +38,11 @@ def picture_size(
     height, width = (usual, usual) if limits is None else (limits.height.opt, limits.width.opt)
     if latents is not None and len(latents) == 4:
         height, width = (side * factor for side in latents[2:])
+    elif picture is not None:
+        height, width = _of_picture(picture, asked, multiple)
+        if asked == (None, None) and height * width > LARGE * usual**2:
+            log.warning("a picture of %dx%d is far larger than the %dx%d that the model was trained on; --width or"
+                        " --height would make it smaller", width, height, usual, usual)  # fmt: skip
     height, width = (side if stated is None else stated for side, stated in zip((height, width), asked, strict=True))
     for option, side in (("--width", width), ("--height", height)):
         _check_side(option, side, multiple)
@@ -46,3 +57,17 @@ def _check_side(option: str, side: int, multiple: int) -> None:
         above = min(below + multiple, MAX_SIDE // multiple * multiple)
         near = f"{below}" if side < multiple or below == above else f"{below} or {above}"
         raise SizeError(f"{option} {side}: the UNets in use take multiples of {multiple}; try {near}")
+
+
+def _of_picture(size: tuple[int, int], asked: tuple[int | None, int | None], multiple: int) -> tuple[int, int]:
+    """Return the sides of a picture of `size`, in multiples; in its shape where one of them is `asked` for."""
+    height, width = size
+    if asked == (None, None):
+        down = height // multiple * multiple, width // multiple * multiple
+        if not all(down):
+            raise SizeError(f"a picture of {width}x{height} pixels is smaller than the {multiple} that the UNets in use"
+                            f" take; give --width and --height, multiples of {multiple}")  # fmt: skip
+        return down
+    across, up = asked[1] or width, asked[0] or height
+    shaped = height * across / width, width * up / height
+    return tuple(max(round(side / multiple), 1) * multiple for side in shaped)  # type: ignore[return-value]

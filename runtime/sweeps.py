@@ -3,15 +3,17 @@
 __all__ = ["Axis", "Sweep", "parse_axis"]
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from sdxl_trt.engines.errors import UsageError
+from sdxl_trt.runtime.provenance import bundle_name
 from sdxl_trt.runtime.request import Request
 from sdxl_trt.runtime.run import Run
 from sdxl_trt.runtime.sheets import Sheet, draw_sheet
+from sdxl_trt.runtime.workflow_request import with_seed
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -19,6 +21,19 @@ if TYPE_CHECKING:
 MOST_CELLS = 100
 COLUMNS = 4
 ALONE = "base alone"
+AS_ASKED = (
+    "handoff", "handoff_step", "handoff_sigma", "steps", "guidance", "refiner_guidance", "sampler", "refiner_sampler",
+    "aesthetic_score",
+)  # fmt: skip
+"""Settings that a sheet tells as they were asked for: a cell's may be those of its own place."""
+OF_A_PAIR = frozenset({"handoff-step", "aesthetic-score", "refiner-guidance", "refiner-sampler"})
+OF_REFINER = (
+    "base_end_step", "leftover_noise", "refiner_start_step", "refiner_end_step", "refiner_add_noise",
+    "refiner_leftover_noise", "refiner_guidance", "refiner_sampler", "refiner_seed", "refiner_sides",
+    "refiner_strength",
+)  # fmt: skip
+"""What a workflow says of its refiner, and of what the base leaves to that."""
+NO_REFINER = Request()
 
 
 @dataclass(frozen=True)
@@ -27,6 +42,11 @@ class Axis:
 
     key: str
     values: tuple[Any, ...]
+
+    @property
+    def text(self) -> str:
+        """Return the axis as `parse_axis` reads it."""
+        return f"{self.key}={','.join('none' if value is None else _exact(value) for value in self.values)}"
 
     def title(self, value: Any) -> str:
         """Return what a value is called on the sheet."""
@@ -57,6 +77,7 @@ class Sweep:
 
     def __init__(self, request: Request, axes: Sequence[Axis], *, keep_negative: bool = False) -> None:
         _check(axes, request)
+        self._request = request
         self._axes = axes
         self._keep_negative = keep_negative
         self.cells = list(product(*(axis.values for axis in axes)))
@@ -65,8 +86,21 @@ class Sweep:
 
     def _varied(self, request: Request, cell: Sequence[Any]) -> Request:
         for axis, value in zip(self._axes, cell, strict=True):
-            request = _with(request, axis.key, value, keep_negative=self._keep_negative)
+            if request.base_sides is None:
+                request = _with(request, axis.key, value, keep_negative=self._keep_negative)
+            else:
+                request = _with_in_workflow(request, axis.key, value)
         return request
+
+    def sheet_metadata(self, cell: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what the sheet says of its making: the metadata of a `cell`, with the sweep and what it varies from.
+
+        What follows another setting is None, as in the request.
+        """
+        asked = {name: getattr(self._request, name) for name in AS_ASKED}
+        negative = self._request.negative_aesthetic_score if self._keep_negative else None
+        axes = [axis.text for axis in self._axes]
+        return {**cell, **asked, "negative_aesthetic_score": negative, "sweep": axes}
 
     def settings(self, number: int) -> dict[str, Any]:
         """Return what makes a cell differ from the others."""
@@ -76,15 +110,17 @@ class Sweep:
         """Return the contact sheet of the finished variants, in the order of `requests`."""
         first, *second = self._axes
         heading = runs[0].request.prompt.text
+        negative = runs[0].request.negative
+        aside = f"without {negative.text}" if negative and negative.text.strip() else ""
         notes = self._common(runs)
         if not second:
             captions = [(first.title(value), _stages(run)) for value, run in zip(first.values, runs, strict=True)]
             columns = _columns(len(captions))
-            return draw_sheet(Sheet(pictures, captions, columns, heading, notes))
+            return draw_sheet(Sheet(pictures, captions, columns, heading, aside, notes))
         (across,) = second
         captions = [("", _stages(run)) for run in runs]
         titles = tuple([axis.title(value) for value in axis.values] for axis in (first, across))
-        return draw_sheet(Sheet(pictures, captions, len(across.values), heading, notes, *titles))
+        return draw_sheet(Sheet(pictures, captions, len(across.values), heading, aside, notes, *titles))
 
     def _common(self, runs: Sequence[Run]) -> str:
         """Return the settings that every cell shares, but for those that the sheet is about."""
@@ -97,7 +133,8 @@ class Sweep:
         }
         swept = {axis.key for axis in self._axes}
         size = f"{request.width} x {request.height}"
-        return "   ·   ".join([*(text for key, text in told.items() if key not in swept), size])
+        start = [] if request.image is None else [f"{request.strength:g} of {request.image.name or 'an image'}"]
+        return " · ".join([*(text for key, text in told.items() if key not in swept), size, *start, *_models(runs)])
 
 
 def _with(request: Request, key: str, value: Any, *, keep_negative: bool) -> Request:
@@ -110,6 +147,33 @@ def _with(request: Request, key: str, value: Any, *, keep_negative: bool) -> Req
     return replace(request, **{key.replace("-", "_"): value})
 
 
+def _with_in_workflow(request: Request, key: str, value: Any) -> Request:
+    """Return a workflow's request with one of its numbers changed; those of base and refiner are apart in it."""
+    if key == "handoff-step" and value is None:
+        return replace(request, handoff=None, **{name: getattr(NO_REFINER, name) for name in OF_REFINER})
+    if key == "handoff-step":
+        return replace(request, base_end_step=value, refiner_start_step=value)
+    if key == "aesthetic-score" and request.refiner_sides is not None:
+        positive, negative = (replace(side, aesthetic_score=value) for side in request.refiner_sides)
+        return replace(request, refiner_sides=(positive, negative))
+    if key == "seed":
+        return with_seed(request, value)
+    return replace(request, **{key.replace("-", "_"): value})
+
+
+def _check_workflow(keys: Sequence[str], request: Request) -> None:
+    if "handoff" in keys:
+        raise UsageError("--sweep handoff=…: a workflow hands over at a step; sweep handoff-step=…")
+    alone = [key for key in keys if key in OF_A_PAIR]
+    if request.refiner_sides is None and alone:
+        raise UsageError(f"--sweep {alone[0]}=…: the workflow has no refiner's sampler; add one, or sweep another key")
+    if "handoff-step" in keys and (request.refine or request.refiner_strength is not None):
+        raise UsageError("--sweep handoff-step=…: nothing is handed over in a workflow whose refiner has a denoise of"
+                         " its own; use KSamplerAdvanced for both")  # fmt: skip
+    if request.count != 1:
+        raise UsageError(f"--sweep makes one picture a cell; set the workflow's batch_size from {request.count} to 1")
+
+
 def _check(axes: Sequence[Axis], request: Request) -> None:
     keys = [axis.key for axis in axes]
     if not 1 <= len(axes) <= 2 or len(set(keys)) < len(keys) or {"handoff", "handoff-step"} <= set(keys):
@@ -117,10 +181,20 @@ def _check(axes: Sequence[Axis], request: Request) -> None:
     cells = math.prod(len(axis.values) for axis in axes)
     if cells > MOST_CELLS:
         raise UsageError(f"--sweep: {cells} pictures; a sheet holds at most {MOST_CELLS}")
+    if request.base_sides is not None:
+        _check_workflow(keys, request)
     if request.count not in (None, 1):
         raise UsageError("--sweep makes one picture a cell; leave -n out, or sweep the seed")
     if request.latents is not None and "seed" in keys:
         raise UsageError("--sweep seed=… draws the noise that --latents gives; leave one of them out")
+
+
+def _models(runs: Sequence[Run]) -> list[str]:
+    """Return what the bundle's models are called."""
+    if runs[0].manifest is None:
+        return []
+    models = bundle_name(runs[0].manifest, refined=any(run.request.refined for run in runs))
+    return [models.base if models.refiner is None else f"{models.base} + {models.refiner}"]
 
 
 def _stages(run: Run) -> str:
@@ -140,6 +214,10 @@ def _columns(count: int) -> int:
 
 def _shown(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _exact(value: Any) -> str:
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def _number(text: str) -> float:
@@ -167,5 +245,7 @@ _KEYS: dict[str, tuple[Callable[[str], Any], str]] = {
     "refiner-guidance": (_number, "numbers"),
     "seed": (int, "whole numbers"),
     "steps": (int, "whole numbers"),
+    "strength": (_number, "numbers from 0 to 1"),
     "sampler": (_name, "names of samplers"),
+    "refiner-sampler": (_name, "names of samplers"),
 }

@@ -1,14 +1,14 @@
-"""A large picture decoded in overlapping tiles that are blended where they meet.
+"""A large picture decoded, or encoded, in overlapping tiles that are blended where they meet.
 
 An autoencoder's group norms and attention see a whole tile, so two tiles do not quite agree on what both show, and
 next to its edges a tile lacks context that the whole picture has. Tiles therefore share at least a quarter of their
 side, and a tile counts for less the nearer a pixel is to an edge that it shares: nothing at the edge itself.
 """
 
-__all__ = ["decode_tiled", "tile_starts", "tile_weights"]
+__all__ = ["decode_tiled", "encode_tiled", "tile_starts", "tile_weights"]
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +41,38 @@ def decode_tiled(decode: Callable[[Latents], Array], latents: Latents, tile: tup
             result[:, :, y : y + len(down[row]), x : x + len(across[column])] += sample.astype(np.float32) * weight
     if result is None:
         raise ValueError(f"latents of shape {latents.shape} hold no tile")
+    return result
+
+
+def encode_tiled(
+    encode: Callable[[NDArray[np.float32]], Array], sample: NDArray[np.float32], tile: tuple[int, int], factor: int
+) -> NDArray[np.float32]:
+    """Return what `encode` answers for a sample (n, channels, h·f, w·f), (n, c, h, w) float32, blended of tiles.
+
+    `tile` (height, width) counts latents, of `factor` = f pixels each; `encode` gets one tile at a time, of that size.
+    Of moments, means and logarithms of variances are blended.
+    """
+    high, wide = (side // factor for side in sample.shape[2:])
+    tops, lefts = tile_starts(high, tile[0]), tile_starts(wide, tile[1])
+    down, across = tile_weights(tops, tile[0], 1), tile_weights(lefts, tile[1], 1)
+    rows = []
+    for top in tops:
+        y = slice(top * factor, (top + tile[0]) * factor)
+        parts = [encode(sample[:, :, y, left * factor : (left + tile[1]) * factor]) for left in lefts]
+        rows.append(_added(parts, lefts, across, wide, axis=3))
+    return _added(rows, tops, down, high, axis=2)
+
+
+def _added(
+    parts: Sequence[Array], starts: list[int], weights: list[NDArray[np.float32]], size: int, axis: int
+) -> NDArray[np.float32]:
+    """Return `size` along `axis`, the weighed sum of `parts` that begin at `starts`."""
+    shape = list(parts[0].shape)
+    shape[axis] = size
+    result = np.zeros(shape, np.float32)
+    view = np.moveaxis(result, axis, -1)
+    for part, start, weight in zip(parts, starts, weights, strict=True):
+        view[..., start : start + len(weight)] += np.moveaxis(part.astype(np.float32), axis, -1) * weight
     return result
 
 

@@ -45,10 +45,8 @@ def comfyui_training_sigmas(scheduler: Scheduler, *, zero_terminal_snr: bool = F
 
 def fractional_timesteps(sigmas: NDArray[np.float64], training: Table) -> NDArray[np.float64]:
     """Return where `sigmas` lie between the training timesteps, on a log-sigma line, as diffusers does."""
-    logs, wanted = np.log(training), np.log(np.maximum(sigmas, 1e-10))
-    low = np.clip(np.searchsorted(logs, wanted, side="right") - 1, 0, len(logs) - 2)
-    weight = np.clip((logs[low] - wanted) / (logs[low] - logs[low + 1]), 0.0, 1.0)
-    timesteps: NDArray[np.float64] = (1.0 - weight) * low + weight * (low + 1)
+    wanted = np.log(np.maximum(sigmas, 1e-10))
+    timesteps: NDArray[np.float64] = np.interp(wanted, np.log(training), np.arange(len(training)))
     return timesteps
 
 

@@ -6,7 +6,7 @@ Every node between the picture and the checkpoints is read; what cannot be run i
 __all__ = ["Conditioning", "Latents", "Model", "Sampling", "Workflow", "read_workflow"]
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -18,6 +18,8 @@ _OUTPUTS = ("SaveImage", "PreviewImage")
 _SAMPLERS = ("KSampler", "KSamplerAdvanced")
 _LORAS = ("LoraLoader", "LoraLoaderModelOnly")
 _MOST_SAMPLERS = 64
+_MOST_OUTPUTS = 64
+_MOST_NAMED = 20
 # KSamplerAdvanced's own default for "to the end".
 TO_THE_END = 10_000
 
@@ -49,12 +51,16 @@ class Conditioning:
 
 @dataclass(frozen=True)
 class Latents:
-    """Where the first sampler starts: empty latents of a picture size, or a picture file to encode."""
+    """Where the first sampler starts: empty latents of a picture size, or a picture file that `vae` encodes.
+
+    `vae` is the name of a checkpoint, as the workflow gives it.
+    """
 
     width: int = 0
     height: int = 0
     batch: int = 1
     image: str | None = None
+    vae: str = ""
     node: str = field(default="", compare=False)
 
 
@@ -89,6 +95,11 @@ class Workflow:
     samplings: tuple[Sampling, ...]
     vae: str
 
+    @property
+    def image(self) -> str | None:
+        """Return the picture file that it starts from."""
+        return self.latents.image
+
 
 def read_workflow(path: Path) -> Workflow:
     """Return what the workflow in a JSON or PNG file asks for.
@@ -100,10 +111,13 @@ def read_workflow(path: Path) -> Workflow:
     outputs = [node for node in graph.nodes.values() if node.kind in _OUTPUTS]
     if not outputs:
         raise UsageError(f"--workflow {path}: has no SaveImage or PreviewImage; add one")
+    if len(outputs) > _MOST_OUTPUTS:
+        raise UsageError(f"--workflow {path}: saves and shows {len(outputs)} pictures; leave one SaveImage in it")
     reader = _Reader(graph, problems)
     read = [reader.tried(lambda node=node: reader.picture(node)) for node in outputs]  # type: ignore[misc]
     if problems:
-        raise UsageError(f"--workflow {path}: " + "; ".join(problems))
+        more = ["and more"] if len(problems) > _MOST_NAMED else []
+        raise UsageError(f"--workflow {path}: " + "; ".join([*problems][:_MOST_NAMED] + more))
     found = list(dict.fromkeys(workflow for workflow in read if workflow is not None))
     if len(found) > 1:
         # The longest chain ends in the picture that was meant; previews show what it went through.
@@ -158,7 +172,12 @@ class _Reader:
         if node.kind == "EmptyLatentImage":
             return Latents(node.whole("width"), node.whole("height"), node.whole("batch_size", 1), node=node.id)
         if node.kind == "VAEEncode":
-            return Latents(image=self._of(node.link("pixels"), "LoadImage").text("image"), node=node.id)
+            image = self._of(node.link("pixels"), "LoadImage")
+            vae = self._of(node.link("vae"), "CheckpointLoaderSimple").text("ckpt_name")
+            return Latents(image=image.text("image"), vae=vae, node=image.id)
+        if node.kind == "RepeatLatentBatch":
+            one = self._latents(self._of(node.link("samples"), "EmptyLatentImage", "VAEEncode"))
+            return replace(one, batch=one.batch * node.whole("amount", 1))
         raise UsageError(f"{node}: cannot be run here, where a sampler, EmptyLatentImage or VAEEncode is expected")
 
     def _sampling(self, node: Node) -> Sampling:

@@ -4,35 +4,43 @@ Checkpoints are not looked for: the bundle takes their place, and what the workf
 what cannot be run here, is named with its node.
 """
 
-__all__ = ["workflow_request"]
+__all__ = ["with_seed", "workflow_request"]
 
 import logging
 import math
+import re
 from dataclasses import replace
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
-from sdxl_trt.engines.errors import UsageError
+from sdxl_trt.engines.errors import CorruptError, UsageError
+from sdxl_trt.engines.files import contained
 from sdxl_trt.engines.manifest import Manifest
 from sdxl_trt.runtime.comfy_schedules import COMFYUI_SCHEDULES, DISCARDING
+from sdxl_trt.runtime.input_pictures import InputPicture, read_input
 from sdxl_trt.runtime.request import Request
 from sdxl_trt.runtime.samplers import sampler_names
 from sdxl_trt.runtime.sides import Side
-from sdxl_trt.runtime.workflow import Conditioning, Sampling, Workflow
+from sdxl_trt.runtime.workflow import Conditioning, Latents, Sampling, Workflow
 
 log = logging.getLogger("sdxl_trt.runtime")
 _MOST_SAMPLERS = 2
 
 
-def workflow_request(workflow: Workflow, manifest: Manifest) -> Request:
-    """Return what `workflow` asks of a bundle with `manifest`. Raises UsageError that names what cannot be run."""
+def workflow_request(workflow: Workflow, manifest: Manifest, folder: Path | None = None) -> Request:
+    """Return what `workflow` asks of a bundle with `manifest`; pictures that it loads lie in `folder`, by default here.
+
+    Raises UsageError that names what cannot be run.
+    """
     base, *others = workflow.samplings
-    if workflow.latents.image is not None:
-        raise UsageError(f"node {workflow.latents.node} (VAEEncode): starting from a picture is not supported yet")
     if len(others) >= _MOST_SAMPLERS:
         raise UsageError(f"node {others[1].node}: is a sampler too many; base and refiner, in this order, can be run")
     for sampling in workflow.samplings:
         _check_sampling(sampling)
     _check_loras(base, manifest)
+    latents, image = workflow.latents, None
+    if latents.image is not None:
+        _check_encoder(latents, base, manifest)
+        image = _load(latents, folder or Path())
     alone = Request(
         base.positive.text_l,
         compat="comfyui",
@@ -42,17 +50,28 @@ def workflow_request(workflow: Workflow, manifest: Manifest) -> Request:
         sampler=base.sampler,
         schedule=base.schedule,
         seed=base.seed,
-        count=workflow.latents.batch,
-        width=workflow.latents.width,
-        height=workflow.latents.height,
+        count=latents.batch,
+        width=None if image else latents.width,
+        height=None if image else latents.height,
+        image=image,
+        strength=base.denoise,
         handoff=None,
         base_start_step=base.start,
         base_end_step=base.end,
         base_add_noise=base.add_noise,
         leftover_noise=base.leftover_noise,
         base_sides=_sides(base),
+        checkpoints=tuple(sampling.model.checkpoint for sampling in workflow.samplings),
     )
-    return _refined(alone, base, others[0], workflow.vae, manifest) if others else alone
+    if others:
+        return _refined(alone, base, others[0], workflow.vae, manifest)
+    # Told an aesthetic score, one sampler that starts from a picture is the refiner's.
+    return alone if image is None or base.positive.score is None else _refining(alone, base, manifest)
+
+
+def with_seed(request: Request, seed: int) -> Request:
+    """Return a workflow's `request` with another seed, which is its refiner's too where that has one."""
+    return replace(request, seed=seed, refiner_seed=None if request.refiner_seed is None else seed)
 
 
 def _refined(alone: Request, base: Sampling, refiner: Sampling, vae: str, manifest: Manifest) -> Request:
@@ -68,8 +87,31 @@ def _refined(alone: Request, base: Sampling, refiner: Sampling, vae: str, manife
         refiner_guidance=refiner.cfg,
         refiner_sampler=refiner.sampler,
         refiner_seed=refiner.seed,
+        refiner_strength=None if base.denoise == refiner.denoise == 1.0 else refiner.denoise,
         refiner_sides=_sides(refiner),
     )
+
+
+def _refining(alone: Request, refiner: Sampling, manifest: Manifest) -> Request:
+    """Return the request of a picture that the refiner alone changes."""
+    _check_refiner(refiner, manifest)
+    return replace(
+        alone,
+        refine=True,
+        handoff="auto",
+        base_end_step=None,
+        leftover_noise=None,
+        refiner_end_step=refiner.end,
+        refiner_leftover_noise=refiner.leftover_noise,
+        refiner_sides=_sides(refiner),
+    )
+
+
+def _check_refiner(refiner: Sampling, manifest: Manifest) -> None:
+    if manifest.refiner is None:
+        raise UsageError(f"node {refiner.node}: takes a refiner, but the bundle has none; export it with --refiner SRC")
+    if refiner.model.loras:
+        raise UsageError(f"node {refiner.node}: has a LoRA on the refiner, which is not supported; take it off")
 
 
 def _check_sampling(sampling: Sampling) -> None:
@@ -81,20 +123,42 @@ def _check_sampling(sampling: Sampling) -> None:
     if sampling.schedule not in COMFYUI_SCHEDULES:
         raise UsageError(f"{where}: scheduler {sampling.schedule!r} is unknown here; choose one of:"
                          f" {', '.join(COMFYUI_SCHEDULES)}")  # fmt: skip
-    if not math.isclose(sampling.denoise, 1.0, abs_tol=1e-4):
-        raise UsageError(f"{where}: denoise {sampling.denoise:g} is not supported yet; 1 is, and KSamplerAdvanced with"
-                         " start_at_step")  # fmt: skip
+    if not 0.0 < sampling.denoise <= 1.0:
+        raise UsageError(f"{where}: denoise {sampling.denoise:g} is outside 0 to 1; choose above 0, which would change"
+                         " nothing")  # fmt: skip
+
+
+def _check_encoder(latents: Latents, base: Sampling, manifest: Manifest) -> None:
+    """Raise UsageError for a picture that another autoencoder encodes than that of the sampler that starts from it."""
+    stages = list(manifest.stages().values())
+    if latents.vae != base.model.checkpoint and any(stage.vae != stages[0].vae for stage in stages):
+        raise UsageError(f"node {latents.node} (LoadImage): is encoded with another checkpoint's VAE than the one that"
+                         " samples first, and the bundle's differ: link the VAEEncode to that")  # fmt: skip
+
+
+def _load(latents: Latents, folder: Path) -> InputPicture:
+    """Return the picture of a LoadImage node, which lies in the workflow's folder, or below it."""
+    where = f"node {latents.node} (LoadImage)"
+    # ComfyUI says which of its folders a file is in; separators are those of its system.
+    name = re.sub(r" \[(input|output|temp)\]$", "", latents.image or "").replace("\\", "/")
+    try:
+        path = contained(folder, name)
+    except CorruptError as exc:
+        raise UsageError(f"{where}: {name[:80]!r} is no plain name of a file in the workflow's folder") from exc
+    if not path.is_file():
+        raise UsageError(f"{where}: {name[:80]!r} is not in the workflow's folder; put it into {folder}")
+    picture = read_input(path, where)
+    if picture.pixels is None:
+        raise UsageError(f"{where}: {name[:80]!r} is no picture; give a PNG, JPEG or WebP")
+    return picture
 
 
 def _check_pair(base: Sampling, refiner: Sampling, vae: str, manifest: Manifest) -> None:
     """Raise UsageError for two samplings that one grid, one bundle and one change of experts cannot serve."""
     where = f"nodes {base.node} and {refiner.node}"
-    if manifest.refiner is None:
-        raise UsageError(f"node {refiner.node}: takes a refiner, but the bundle has none; export it with --refiner SRC")
+    _check_refiner(refiner, manifest)
     if base.model.checkpoint == refiner.model.checkpoint:
         raise UsageError(f"{where}: sample with one checkpoint twice; the second is to be the refiner's")
-    if refiner.model.loras:
-        raise UsageError(f"node {refiner.node}: has a LoRA on the refiner, which is not supported; take it off")
     for name in ("steps", "schedule"):
         one, other = getattr(base, name), getattr(refiner, name)
         if one != other:
@@ -103,7 +167,7 @@ def _check_pair(base: Sampling, refiner: Sampling, vae: str, manifest: Manifest)
     if (base.sampler in DISCARDING) != (refiner.sampler in DISCARDING):
         raise UsageError(f"{where}: samplers {base.sampler} and {refiner.sampler} are on different grids; choose two of"
                          f" the same kind: {', '.join(sorted(DISCARDING))}, or two others")  # fmt: skip
-    if vae == base.model.checkpoint and manifest.base.vae != manifest.refiner.vae:
+    if vae == base.model.checkpoint and manifest.refiner and manifest.base.vae != manifest.refiner.vae:
         raise UsageError("the workflow decodes with the base's VAE, and the bundle's refiner has another one: link the"
                          " VAEDecode to the refiner's checkpoint")  # fmt: skip
 

@@ -1,5 +1,6 @@
 """The commands as a user meets them: results, one-line errors, exit codes, nothing half-written."""
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -403,6 +404,40 @@ def test_a_sweep_writes_its_cells_and_their_sheet(bundle: Path, tmp_path: Path, 
 
 
 @pytest.mark.slow
+def test_a_sheet_is_repeated_from_its_file(bundle: Path, tmp_path: Path, capsys: Any) -> None:
+    common = ["--engines", str(bundle), "--json"]
+    first = ["a red fox", "-o", str(tmp_path / "first.png"), *FAST, "--refiner-guidance", "3", "--handoff", "0.5"]
+    assert trt_generate([*common, *first, "--sweep", "guidance=3,7", "--sweep", "steps=4,6"]) == 0
+    assert trt_generate([*common, "--from", str(tmp_path / "first.png"), "-o", str(tmp_path / "again.png")]) == 0
+    for name in ("", *(f"-{k}" for k in range(4))):
+        assert (tmp_path / f"first{name}.png").read_bytes() == (tmp_path / f"again{name}.png").read_bytes()
+    assert "warning" not in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_what_a_workflow_made_is_repeated_and_told_from_another_bundle(
+    bundle: Path, tmp_path: Path, capsys: Any
+) -> None:
+    way = ["--compat", "comfyui", "--steps", "2", "--width", "32", "--height", "32", "--no-refiner", "--engines"]
+    made, run, again, other = (str(tmp_path / name) for name in ("made.png", "run.webp", "again.webp", "other.png"))
+    assert trt_generate(["a (red:1.3) fox", *way, str(bundle), "-o", made]) == 0
+    assert trt_generate(["--workflow", made, "--engines", str(bundle), "--guidance-rescale", "0.5", "-o", run]) == 0
+    assert trt_generate(["--from", run, "--engines", str(bundle), "-o", again]) == 0
+    assert Path(run).read_bytes() == Path(again).read_bytes()
+    assert str(tmp_path).encode() not in Path(made).read_bytes() + Path(run).read_bytes()
+    assert "another bundle" not in capsys.readouterr().err
+    manifest = (bundle / "manifest.json").read_text()
+    digest = json.loads(manifest)["components"]["text_encoder_2"]["weights"]["sha256"]
+    weights = bundle / "text_encoder_2" / "weights.data"
+    weights.write_bytes(bytes([weights.read_bytes()[0] ^ 1]) + weights.read_bytes()[1:])
+    (bundle / "manifest.json").write_text(manifest.replace(digest, hashlib.sha256(weights.read_bytes()).hexdigest()))
+    assert trt_generate(["--from", made, "--engines", str(bundle), "-o", other]) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning:")]
+    assert len(said) == 1
+    assert "made with another bundle, base (" in said[0]
+
+
+@pytest.mark.slow
 def test_prompts_of_a_file_are_one_run(bundle: Path, tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "prompts.txt").write_text("# two\na red fox\n\na blue star\n", encoding="utf-8")
     arguments = ["--prompts", str(tmp_path / "prompts.txt"), "--engines", str(bundle), "--residency", "swap"]
@@ -437,6 +472,7 @@ def test_a_series_that_makes_no_sense_is_refused(tmp_path: Path, fails: Any) -> 
         (["fox", "--sweep", "handoff=0.5,2"], "--handoff 2"),
         (["fox", "-o", str(tmp_path / "x.png"), "--format", "webp"], "ends in .webp"),
         (["--from", str(prompts)], "no PNG, JPEG or WebP"),
+        (["--from", str(prompts), "--workflow", str(prompts)], "no PNG, JPEG or WebP"),
     ):
         assert message in fails(trt_generate, arguments, 2)
     assert list(tmp_path.iterdir()) == [prompts]

@@ -1,10 +1,13 @@
 """What the peers' tests read: folders that the project's own environment exported; run by ``make test-peers``."""
 
 import importlib.metadata
+import importlib.util
 import os
 import subprocess
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -38,6 +41,23 @@ def exports(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         python = ROOT / ".venv" / "bin" / "python"
         subprocess.run([python, Path(__file__).with_name("make_exports.py"), folder], check=True, timeout=1800)
     return folder
+
+
+@pytest.fixture(scope="session")
+def sampling() -> Iterator[ModuleType]:
+    """Return k-diffusion's sampling module; its package's own __init__ would import far more than is there."""
+    spec = importlib.util.find_spec("k_diffusion")
+    assert spec is not None
+    assert spec.origin is not None
+    package = ModuleType("k_diffusion")
+    package.__path__ = [str(Path(spec.origin).parent)]
+    names = ("torchvision", "torchvision.transforms", "torchvision.transforms.functional")
+    stubs = {"k_diffusion": package} | {name: ModuleType(name) for name in names}
+    stubs["torchvision.transforms"].functional = stubs[names[-1]]  # type: ignore[attr-defined]
+    with pytest.MonkeyPatch.context() as patch:
+        for name, module in stubs.items():
+            patch.setitem(sys.modules, name, module)
+        yield importlib.import_module("k_diffusion.sampling")
 
 
 @pytest.fixture

@@ -4,10 +4,7 @@ k-diffusion comes without its dependencies: only its sampling module is loaded, 
 LMS and DPMSolverSDE schedulers and its beta schedules are here too, because they need scipy or torchsde.
 """
 
-import importlib
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -37,23 +34,6 @@ NAMES = [
 REQUIRED = 1e-5
 """Largest difference in units of the step's largest latent, in k-diffusion's scale (which is ours): k-diffusion is run
 in double, so that what is measured is the float32 of our latents."""
-
-
-@pytest.fixture(scope="module")
-def sampling() -> Iterator[ModuleType]:
-    """Return k-diffusion's sampling module; its package's own __init__ would import far more than is there."""
-    spec = importlib.util.find_spec("k_diffusion")
-    assert spec is not None
-    assert spec.origin is not None
-    package = ModuleType("k_diffusion")
-    package.__path__ = [str(Path(spec.origin).parent)]
-    names = ("torchvision", "torchvision.transforms", "torchvision.transforms.functional")
-    stubs = {"k_diffusion": package} | {name: ModuleType(name) for name in names}
-    stubs["torchvision.transforms"].functional = stubs[names[-1]]  # type: ignore[attr-defined]
-    with pytest.MonkeyPatch.context() as patch:
-        for name, module in stubs.items():
-            patch.setitem(sys.modules, name, module)
-        yield importlib.import_module("k_diffusion.sampling")
 
 
 def _denoise(x: Any, sigma: Any) -> Any:

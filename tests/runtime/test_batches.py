@@ -13,6 +13,8 @@ from sdxl_trt.runtime import Request, open_bundle
 from sdxl_trt.runtime.batches import KNOWS_ITS_END, Batch
 from sdxl_trt.runtime.pipeline import Pipeline
 from sdxl_trt.runtime.samplers import SAMPLERS, TWO_CALLS, sampler_names
+from sdxl_trt.runtime.sides import Side
+from sdxl_trt.runtime.sweeps import Sweep, parse_axis
 
 pytestmark = pytest.mark.slow
 
@@ -107,6 +109,34 @@ def test_six_handoffs_cost_one_base_run_and_the_refiner_parts(pipeline: Pipeline
     assert 0 < parts == calls["refiner_unet"]
     assert calls["unet"] == 10
     assert calls["unet"] + calls["refiner_unet"] <= 1.1 * (10 + parts)
+
+
+SIDES = (Side(text="a red fox", text_2="a red fox", aesthetic_score=6.0), Side(text="", text_2=""))
+OF_A_WORKFLOW = replace(
+    SMALL, compat="comfyui", count=1, base_end_step=2, leftover_noise=True, base_sides=SIDES, refiner_start_step=2,
+    refiner_end_step=10_000, refiner_guidance=1.0, refiner_sampler="euler_ancestral", refiner_seed=9,
+    refiner_sides=SIDES,
+)  # fmt: skip
+
+
+def test_variants_of_a_workflow_share_its_base_run(pipeline: Pipeline, calls: Counter[str]) -> None:
+    requests = [*Sweep(OF_A_WORKFLOW, [parse_axis("handoff-step=1,3,none")]).requests,
+                *Sweep(OF_A_WORKFLOW, [parse_axis("aesthetic-score=4")]).requests,
+                replace(OF_A_WORKFLOW, refiner_seed=10)]  # fmt: skip
+    found = _together(pipeline, requests)
+    assert (calls["unet"], calls["refiner_unet"]) == (4, 3 + 1 + 2 + 2)
+    for request, latents in zip(requests, found, strict=True):
+        np.testing.assert_array_equal(latents, _separately(pipeline, request))
+    assert not np.array_equal(found[3], found[4])
+
+
+def test_a_base_that_leaves_no_noise_on_its_way_is_not_shared(pipeline: Pipeline, calls: Counter[str]) -> None:
+    alone = replace(SMALL, handoff=None)
+    requests = [replace(alone, base_end_step=2), alone]
+    found = _together(pipeline, requests)
+    assert calls["unet"] == 2 + 4
+    for request, latents in zip(requests, found, strict=True):
+        np.testing.assert_array_equal(latents, _separately(pipeline, request))
 
 
 def test_scores_share_the_whole_base_run(pipeline: Pipeline, calls: Counter[str]) -> None:

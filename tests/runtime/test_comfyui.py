@@ -318,3 +318,95 @@ def test_clip_skip_leaves_out_layers(clip_skip: int, opened: Pipeline, reference
         np.testing.assert_allclose(found.hidden, tensor[0].numpy(), rtol=0, atol=1e-4)
     np.testing.assert_array_equal(ours[0][0].hidden, ours[1][0].hidden)
     assert (np.abs(ours[0][1].hidden - ours[1][1].hidden).max() > 0.01) == (clip_skip > 0), "ComfyUI's skips too"
+
+
+def _denoised(steps: int, denoise: float) -> Grid:
+    """KSampler's own grid: the end of a longer one, which the noise is added to as it is."""
+    longer = _normal(int(steps / denoise))
+    sigmas = longer.sigmas[-(steps + 1) :]
+    return Grid(sigmas, longer.timesteps[-steps:], float(sigmas[0]))
+
+
+def _encoded(reference: Any, pixels: np.ndarray) -> Any:
+    """VAEEncode: the mean, and the sampler's scale."""
+    import torch
+
+    sample = torch.from_numpy(pixels.astype(np.float32) / 255.0).permute(2, 0, 1)[None] * 2.0 - 1.0
+    return reference.base.vae.encode(sample).latent_dist.mean * 0.13025
+
+
+@pytest.fixture(scope="module")
+def photo() -> np.ndarray:
+    """One that is no multiple in size: 3 rows and 5 columns over."""
+    y, x = np.mgrid[: SIDE + 3, : SIDE + 5]
+    return np.stack([x * 6, y * 7, np.where((x // 4 + y // 4) % 2, 200, 20)], axis=-1).astype(np.uint8)
+
+
+# What a request says, and of each sampler that runs its grid and fields.
+FROM_A_PICTURE: dict[str, tuple[dict[str, Any], list[tuple[str, Grid, dict[str, Any]]]]] = {
+    "a KSampler": ({"strength": 0.5, "handoff": None}, [("base", _denoised(4, 0.5), {})]),
+    "all of the steps": ({"strength": 1.0, "handoff": None}, [("base", _normal(4), {})]),
+    "the refiner's": ({"strength": 0.4, "refine": True}, [("refiner", _denoised(4, 0.4), {})]),
+    "two advanced": (
+        {"base_start_step": 1, "base_end_step": 3},
+        [("base", _normal(4), {"start": 1, "end": 3, "leftover": True}),
+         ("refiner", _normal(4), {"start": 3, "add_noise": False})],
+    ),
+    "no noise of its own": (
+        {"base_start_step": 2, "base_add_noise": False, "handoff": None},
+        [("base", _normal(4), {"start": 2, "add_noise": False})],
+    ),
+    "a grid cut by its sigma": (
+        {"strength": 0.6, "handoff_step": 2},
+        [("base", _denoised(4, 0.6), {"end": 2, "leftover": True}),
+         ("refiner", _denoised(4, 0.6), {"start": 2, "add_noise": False})],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FROM_A_PICTURE)
+def test_a_picture_is_sampled_as_comfyui_samples_it(
+    name: str, opened: Pipeline, reference: Any, photo: np.ndarray
+) -> None:
+    changes, samplers = FROM_A_PICTURE[name]
+    settings: dict[str, Any] = {"compat": "comfyui", "steps": 4, "guidance": 4.0, "seed": 3, "count": 2, **changes}
+    list(opened.generate(Request("a red fox", negative="blurry", image=photo, **settings)))
+    x = _encoded(reference, photo[1 : SIDE + 1, 2 : SIDE + 2]).repeat(2, 1, 1, 1)
+    for stage, grid, fields in samplers:
+        conds = [
+            reference.base_cond([(text, 1.0)], [(text, 1.0)], [SIDE, SIDE, 0, 0, SIDE, SIDE]) if stage == "base"
+            else reference.refiner_cond([(text, 1.0)], [SIDE, SIDE, 0, 0, score])
+            for text, score in (("a red fox", 6.0), ("blurry", 2.5))
+        ]  # fmt: skip
+        x = _ksampler(getattr(reference, stage).unet, grid, *conds, 4.0, x, _randn(3, 2), **fields)
+    np.testing.assert_allclose(opened.run.final, x.numpy(), rtol=0, atol=TOLERANCE)
+
+
+def test_a_workflow_that_loads_a_picture_and_refines_it_after(
+    pairs: Callable[[str], Any], reference: Any, photo: np.ndarray, tmp_path: Path
+) -> None:
+    """LoadImage, VAEEncode, a KSampler for each model: each has the end of a grid of its own, and noise of its seed."""
+    from PIL import Image
+
+    graph = _workflow("a red fox", "blurry")
+    (tmp_path / "pictures").mkdir()
+    Image.fromarray(photo).save(tmp_path / "pictures" / "in.png")
+    graph["5"] = {"class_type": "VAEEncode", "inputs": {"pixels": ["20", 0], "vae": ["4", 2]}}
+    graph["20"] = {"class_type": "LoadImage", "inputs": {"image": "pictures\\in.png [input]"}}
+    for node, seed, denoise in (("10", 5, 0.5), ("11", 6, 0.25)):
+        links = {name: value for name, value in graph[node]["inputs"].items() if isinstance(value, list)}
+        graph[node] = {"class_type": "KSampler", "inputs": links | {
+            "seed": seed, "steps": 4, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal", "denoise": denoise,
+        }}  # fmt: skip
+    workflow, latents = tmp_path / "workflow.json", tmp_path / "latents.npz"
+    workflow.write_text(json.dumps(graph))
+    arguments = ["--workflow", str(workflow), "--engines", str(pairs("outline").bundle), "-o", str(tmp_path / "x.png")]
+    assert trt_generate([*arguments, "--save-latents", str(latents)]) == 0
+    texts: list[Segments] = [[("a red fox", 1.0)], [("blurry", 1.0)]]
+    base = [reference.base_cond(text, text, [2048, 4096, 16, 8, 512, 1024]) for text in texts]
+    refiner = [reference.refiner_cond(text, [SIDE, SIDE, 0, 0, 6.0]) for text in texts]
+    x = _encoded(reference, photo[1 : SIDE + 1, 2 : SIDE + 2])
+    x = _ksampler(reference.base.unet, _denoised(4, 0.5), *base, 4.0, x, _randn(5))
+    x = _ksampler(reference.refiner.unet, _denoised(4, 0.25), *refiner, 4.0, x, _randn(6))
+    with np.load(latents) as found:
+        np.testing.assert_allclose(found["final"], x.numpy(), rtol=0, atol=TOLERANCE)

@@ -11,7 +11,7 @@ from sdxl_trt.engines.plans import Limits
 from sdxl_trt.engines.profiles import Range, fixed
 from sdxl_trt.runtime import Request, open_bundle
 from sdxl_trt.runtime import pipeline as pipeline_module
-from sdxl_trt.runtime.noise import BatchNoise
+from sdxl_trt.runtime.noise_sources import BatchNoise
 from sdxl_trt.runtime.pipeline import Pipeline
 
 SIDE = 32

@@ -111,7 +111,7 @@ def test_a_right_answer_gives_the_clean_latents(schedule: Schedule, rng: np.rand
         alpha, spread = 1 / np.sqrt(sigma**2 + 1), sigma / np.sqrt(sigma**2 + 1)
         right = {"epsilon": noise, "v_prediction": alpha * noise - spread * clean, "sample": clean}[prediction]
         engine = RecordingEngine()
-        engine.infer = lambda inputs, outputs=None, right=right: {"out_sample": right}  # type: ignore[method-assign]
+        engine.infer = lambda inputs, outputs=None, right=right: {"out_sample": right.copy()}  # type: ignore[method-assign]
         denoised = Denoiser(engine, schedule, Conditions({}, 1.0), prediction)(clean + sigma * noise, float(sigma))
         np.testing.assert_allclose(denoised, clean, atol=2e-5)
 

@@ -25,14 +25,25 @@ def test_predictions_combine_as_in_diffusers(rng: np.random.Generator, scale: fl
     expected = uncond + scale * (text - uncond)
     if rescale > 0:
         expected = rescale_noise_cfg(expected, text, guidance_rescale=rescale)
-    found = Guidance(scale, rescale).combine(positive, negative)
+    found = Guidance(scale, rescale).combine(positive.copy(), negative.copy())
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected.numpy(), rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("rescale", [0.0, 0.7])
+@pytest.mark.parametrize("factor", [-14.6, 0.5])
+def test_a_factor_multiplies_the_guided_prediction(rng: np.random.Generator, factor: float, rescale: float) -> None:
+    positive, negative = rng.normal(size=(2, 3, 4, 8, 8)).astype(np.float32)
+    guidance = Guidance(5.0, rescale)
+    plain = guidance.combine(positive.copy(), negative.copy())
+    found = guidance.combine(positive, negative, factor)
+    assert found is positive
+    np.testing.assert_allclose(found, factor * plain, rtol=2e-5, atol=2e-5 * abs(factor))
+
+
 def test_a_whole_rescale_has_the_spread_of_the_positive(rng: np.random.Generator) -> None:
     positive, negative = rng.normal(size=(2, 3, 4, 8, 8)).astype(np.float32)
-    spread = Guidance(9.0, 1.0).combine(positive, negative).std(axis=(1, 2, 3))
+    spread = Guidance(9.0, 1.0).combine(positive.copy(), negative).std(axis=(1, 2, 3))
     np.testing.assert_allclose(spread, positive.std(axis=(1, 2, 3)), rtol=1e-5)
 
 

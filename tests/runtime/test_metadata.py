@@ -15,7 +15,9 @@ from PIL import Image
 
 from sdxl_trt.engines.errors import UsageError
 from sdxl_trt.runtime.metadata import Settings, describe, parse_settings, read_settings
-from sdxl_trt.runtime.picture_files import PARAMETERS, SETTINGS, save_image
+from sdxl_trt.runtime.options import check_alone_with_workflow, make_parser
+from sdxl_trt.runtime.picture_files import PARAMETERS, SETTINGS, WORKFLOW, save_image
+from sdxl_trt.runtime.provenance import BundleName
 from sdxl_trt.runtime.repeat import repeated
 
 MADE: dict[str, Any] = {
@@ -54,6 +56,15 @@ def test_a_schedule_that_a1111_has_not_is_not_named(schedule: str, expected: str
     assert dict(FACT.findall(last)).get("Schedule type") == expected
 
 
+def test_models_and_sweeps_are_facts_that_do_not_break_the_line() -> None:
+    bundle = {"digest": "0" * 12, "base": "owner/base, best", "refiner": "fine"}
+    text = describe(MADE | {"bundle": bundle, "sweep": ["handoff=0.5,none", "seed=1"]})[PARAMETERS]
+    facts = dict(FACT.findall(text.split("\n")[-1]))
+    assert facts["Model"] == '"owner/base, best"'
+    assert facts["Refiner"] == "fine"
+    assert facts["Sweep"] == '"handoff=0.5,none x seed=1"'
+
+
 def test_the_base_alone_switches_nowhere() -> None:
     text = describe(MADE | {"handoff_step": None, "negative": None})[PARAMETERS]
     assert "Refiner" not in text
@@ -84,7 +95,9 @@ def test_a_picture_without_settings_is_refused(tmp_path: Path) -> None:
     [
         {"steps": "30"}, {"steps": 0}, {"steps": 1e9}, {"steps": True}, {"guidance": 1e300}, {"prompt": None},
         {"prompt": "x" * (1 << 20) + "x"}, {"sampler": "e" * 101}, {"seed": -1}, {"guidance_interval": [0.0]},
-        {"guidance_interval": [0.0, 2.0]}, {"handoff_step": 0}, {"later": 1}, {"width": 2.5}, {"tile": "yes"},
+        {"guidance_interval": [0.0, 2.0]}, {"handoff_step": -1}, {"later": 1}, {"width": 2.5}, {"tile": "yes"},
+        {"bundle": {"digest": "x" * 101, "base": "b"}}, {"bundle": "b"}, {"sweep": ["seed=1"] * 3}, {"sweep": "seed=1"},
+        {"handoff": "none"}, {"handoff": 2},
     ],
 )  # fmt: skip
 def test_settings_of_wrong_type_range_or_length_are_refused(change: dict[str, Any]) -> None:
@@ -179,9 +192,56 @@ def test_the_base_alone_stays_alone(tmp_path: Path) -> None:
     assert (found.no_refiner, found.aesthetic_score, found.handoff_step) == (True, 6.0, None)
 
 
-def test_a_workflow_is_run_again_itself(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--workflow"):
-        _options(_save(tmp_path, MADE | {"workflow": True}))
+def test_what_a_workflow_made_is_made_by_the_graph_in_the_picture(tmp_path: Path) -> None:
+    path = _save(tmp_path, MADE | {"workflow": True, "tile": True, "guidance_rescale": 0.5})
+    found, usual = _options(path), make_parser().parse_args([])
+    assert (found.workflow, found.tile, found.guidance_rescale, found.sweep) == (path, True, 0.5, [])
+    check_alone_with_workflow(found)
+    for name in ("prompt", "seed", "steps", "handoff_step", "no_refiner", "width"):
+        assert getattr(found, name) == getattr(usual, name), name
+    with pytest.raises(UsageError, match="--from and --workflow"):
+        _options(path, "--workflow", "other.json")
+
+
+SHEET = MADE | {
+    "sweep": ["handoff=0.5,none", "guidance=3,7.5"], "handoff": 0.6, "handoff_step": None, "refiner_guidance": 7.5,
+    "refiner_sampler": None, "negative_aesthetic_score": None,
+}  # fmt: skip
+
+
+def test_a_sheet_gives_its_sweep_and_what_that_varies(tmp_path: Path) -> None:
+    path = _save(tmp_path, SHEET)
+    found = _options(path)
+    assert found.sweep == ["handoff=0.5,none", "guidance=3,7.5"]
+    assert (found.handoff, found.handoff_step, found.no_refiner, found.prompt) == (0.6, None, False, "a red fox")
+    # One is stated though it is the base's own; the other follows.
+    assert (found.refiner_guidance, found.refiner_sampler, found.negative_aesthetic_score) == (7.5, None, None)
+    other = _options(path, "a blue star", "--sweep", "seed=1,2", "--handoff-step", "9")
+    assert (other.prompt, other.sweep, other.handoff, other.handoff_step) == ("a blue star", ["seed=1,2"], "auto", 9)
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ({"handoff": None}, (None, None, None)), ({"handoff": "auto"}, ("auto", None, None)),
+        ({"handoff": "auto", "handoff_sigma": 2.5}, ("auto", None, 2.5)),
+        ({"handoff": "auto", "handoff_step": 10}, ("auto", 10, None)),
+    ],
+)  # fmt: skip
+def test_a_sheet_s_handoff_is_the_one_asked_for(tmp_path: Path, asked: Any, expected: tuple[Any, ...]) -> None:
+    found = _options(_save(tmp_path, SHEET | {"sweep": ["seed=1,2"]} | asked))
+    assert (found.handoff, found.handoff_step, found.handoff_sigma) == expected
+
+
+def test_a_negative_score_that_is_not_the_usual_one_was_stated(tmp_path: Path) -> None:
+    assert _options(_save(tmp_path, MADE)).negative_aesthetic_score is None
+    assert _options(_save(tmp_path, MADE | {"negative_aesthetic_score": 3.0})).negative_aesthetic_score == 3.0
+
+
+def test_the_bundle_goes_along(tmp_path: Path) -> None:
+    assert _options(_save(tmp_path, MADE)).made_with is None
+    bundle = {"digest": "0" * 12, "base": "sdxl", "refiner": None}
+    assert _options(_save(tmp_path, MADE | {"bundle": bundle})).made_with == BundleName("0" * 12, "sdxl")
 
 
 def test_ends_and_starts_of_their_own_are_no_handoff(tmp_path: Path) -> None:
@@ -208,9 +268,31 @@ def test_every_setting_that_is_written_is_read(pairs: Any) -> None:
         leftover_noise=False, original_size=(96, 64), crop=(4, 8), target_size=(48, 32), clip_skip=1,
     )  # fmt: skip
     for each in (request, replace(request, handoff=None, negative=None, sampler="lcm", tile=True), comfyui):
-        resolved = resolve(each, read_bundle(pairs("outline").bundle).manifest)
+        manifest = read_bundle(pairs("outline").bundle).manifest
+        resolved = resolve(each, manifest)
         empty = np.zeros((1, 4, 32, 32), np.float32)
-        picture = finish(Run(resolved, empty, empty, asked=each), 0, np.zeros((8, 8, 3), np.uint8))
-        settings = parse_settings(describe(picture.metadata)[SETTINGS], "x.png")
+        picture = finish(Run(resolved, empty, empty, asked=each, manifest=manifest), 0, np.zeros((8, 8, 3), np.uint8))
+        settings = parse_settings(describe(picture.metadata, picture.graph)[SETTINGS], "x.png")
         assert ("count" in picture.metadata) == (each is comfyui)
-        assert picture.metadata.items() <= msgspec.structs.asdict(settings).items()
+        assert picture.metadata["bundle"]["refiner"] == ("refiner" if resolved.refined else None)
+        assert picture.metadata.items() <= msgspec.to_builtins(settings, builtin_types=(tuple,)).items()
+
+
+def test_a_graph_is_written_for_comfyui_and_in_its_way_alone(pairs: Any, tmp_path: Path) -> None:
+    from sdxl_trt.engines.bundle import read_bundle
+    from sdxl_trt.runtime.request import Request, resolve
+    from sdxl_trt.runtime.run import Run, finish
+    from sdxl_trt.runtime.workflow import read_workflow
+
+    manifest, empty = read_bundle(pairs("outline").bundle).manifest, np.zeros((1, 4, 32, 32), np.float32)
+    for compat in ("diffusers", "comfyui"):
+        request = Request("a red fox", width=64, height=64, seed=3, compat=compat)  # type: ignore[arg-type]
+        run = Run(resolve(request, manifest), empty, empty, asked=request, manifest=manifest)
+        picture = finish(run, 0, np.zeros((8, 8, 3), np.uint8))
+        assert (WORKFLOW in describe(picture.metadata, picture.graph)) == (compat == "comfyui")
+        for name in ("x.png", "x.jpg", "x.webp") if picture.graph else ():
+            picture.save(tmp_path / name)
+            assert read_workflow(tmp_path / name).samplings[0].positive.text_g == "a red fox"
+            picture.save(tmp_path / name, metadata=False)
+            with pytest.raises(UsageError, match="carries no ComfyUI workflow"):
+                read_workflow(tmp_path / name)

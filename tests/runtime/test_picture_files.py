@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 from sdxl_trt.engines.errors import ResourceError, UsageError
-from sdxl_trt.runtime.picture_files import PARAMETERS, SETTINGS, read_texts, save_image
+from sdxl_trt.runtime.picture_files import PARAMETERS, SETTINGS, WORKFLOW, read_texts, save_image
 
 
 @pytest.fixture
@@ -36,12 +36,13 @@ def test_exif_holds_the_texts_where_others_look_for_them(
     tmp_path: Path, image: Image.Image, ending: str, magic: bytes
 ) -> None:
     path = tmp_path / f"out.{ending}"
-    texts = {PARAMETERS: "红狐狸 🦊\nSteps: 1", SETTINGS: '{"prompt": "x"}'}
+    texts = {PARAMETERS: "红狐狸 🦊\nSteps: 1", SETTINGS: '{"prompt": "x"}', WORKFLOW: '{"1": {}}'}
     save_image(image, path, texts)
     assert path.read_bytes().startswith(magic)
     assert read_texts(path) == texts
     with Image.open(path) as read:
         comment = read.getexif().get_ifd(0x8769)[0x9286]
+        assert read.getexif()[0x0110] == 'prompt:{"1": {}}'
         if ending == "webp":
             np.testing.assert_array_equal(np.asarray(read), np.asarray(image))
     assert comment == b"UNICODE\0" + texts[PARAMETERS].encode("utf-16-be")

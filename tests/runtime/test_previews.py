@@ -1,39 +1,76 @@
-"""Previews: about what the decoder makes of latents, and gone when the run is over."""
+"""Previews: about what the decoder makes of latents, early in a run, and gone when it is over."""
 
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from PIL import Image
 
+from sdxl_trt.engines.bundle import read_bundle
 from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.runtime.previews import Preview, approximate
+from sdxl_trt.engines.manifest import Manifest
+from sdxl_trt.mini.embedded import bundle_path
+from sdxl_trt.runtime import Request, open_bundle
+from sdxl_trt.runtime.previews import EMBEDDED, SDXL, Colours, Preview, approximate, colours_of
 from sdxl_trt.runtime.run import Step
+
+
+@pytest.fixture(scope="module")
+def manifest() -> Manifest:
+    return read_bundle(bundle_path()).manifest
 
 
 def _step(index: int, total: int = 20, pictures: int = 2) -> Step:
     latents = np.zeros((pictures, 4, 3, 5), np.float32)
-    latents[-1, 0] = 1.0
-    return Step("base", index, total, slice(0, pictures), latents=latents)
+    return Step("base", index, total, slice(0, pictures), latents=latents, denoised=latents)
 
 
 def test_latents_are_mixed_to_colours_side_by_side(rng: np.random.Generator) -> None:
     latents = rng.standard_normal((2, 4, 3, 5)).astype(np.float32)
-    latents /= latents.std(axis=(1, 2, 3), keepdims=True)
-    pixels = approximate(latents)
+    pixels = approximate(latents, SDXL)
     assert (pixels.shape, pixels.dtype) == ((3, 10, 3), np.uint8)
-    red = sum(latents[1, channel, 2, 4] * factor for channel, factor in enumerate((0.392, -0.2634, 0.0568, -0.3112)))
+    factors = (0.3651, -0.2533, 0.1076, -0.3165)
+    red = sum(latents[1, channel, 2, 4] * factor for channel, factor in enumerate(factors)) + 0.1084
     assert pixels[2, 9, 0] == round(min(max(red / 2 + 0.5, 0.0), 1.0) * 255)
 
 
-def test_strong_noise_is_scaled_away(rng: np.random.Generator) -> None:
-    noise = rng.standard_normal((1, 4, 8, 8)).astype(np.float32)
-    np.testing.assert_allclose(approximate(noise * 14.6), approximate(noise * 1.2), atol=1)
+def _likeness(pixels: np.ndarray, picture: np.ndarray) -> float:
+    """Return the correlation of a preview with a picture of the same size, over all of its pixels and colours."""
+    return float(np.corrcoef(pixels.ravel(), picture.ravel())[0, 1])
 
 
-def test_a_preview_is_replaced_every_few_steps_and_removed(tmp_path: Path) -> None:
+def test_the_embedded_pair_s_previews_are_its_pictures_in_small(manifest: Manifest) -> None:
+    request = Request("a large red star on a blue background", seed=7, steps=4, handoff=0.5)
+    with open_bundle() as pipeline:
+        steps = list(pipeline.steps(request))
+        (picture,) = (step.picture for step in steps if step.picture)
+        final = pipeline.run.final
+    small = np.asarray(picture.image.reduce(manifest.base.vae.factor), np.float64)
+    colours = colours_of(manifest)
+    assert _likeness(approximate(final, colours), small) > 0.98
+    assert np.abs(approximate(final, colours) - small).mean() < 25
+    shown = [approximate(step.denoised, colours) for step in steps if step.denoised is not None]
+    assert len(shown) == 4
+    assert _likeness(shown[0], small) > 0.85, "the picture is there long before the end"
+    assert _likeness(approximate(final, SDXL), small) < 0.5, "another model's colours would do as well"
+
+
+def test_colours_are_those_of_the_decoder_in_use(manifest: Manifest) -> None:
+    assert colours_of(manifest) == EMBEDDED, "the pair was trained anew: fit its colours again"
+    source = msgspec.structs.replace(manifest.components["vae_decoder"].source, sha256="0" * 64)
+    decoder = msgspec.structs.replace(manifest.components["vae_decoder"], source=source)
+    other = msgspec.structs.replace(manifest, components=manifest.components | {"vae_decoder": decoder})
+    assert colours_of(other) == SDXL
+    wide = msgspec.structs.replace(manifest.base, vae=msgspec.structs.replace(manifest.base.vae, latent_channels=16))
+    grey = colours_of(msgspec.structs.replace(manifest, base=wide))
+    assert grey == Colours(((0.0625,) * 3,) * 16, (0.0, 0.0, 0.0))
+    assert approximate(np.ones((1, 16, 2, 2), np.float32), grey).tolist() == [[[255] * 3] * 2] * 2
+
+
+def test_a_preview_is_replaced_every_few_steps_and_removed(tmp_path: Path, manifest: Manifest) -> None:
     path = tmp_path / "x-preview.png"
-    with Preview(path, 8) as preview:
+    with Preview(path, manifest) as preview:
         preview.show(_step(1))
         assert not path.exists()
         preview.show(_step(2))
@@ -45,9 +82,9 @@ def test_a_preview_is_replaced_every_few_steps_and_removed(tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_preview_goes_with_a_failed_run_too(tmp_path: Path) -> None:
+def test_a_preview_goes_with_a_failed_run_too(tmp_path: Path, manifest: Manifest) -> None:
     def fail() -> None:
-        with Preview(tmp_path / "x.png", 8) as preview:
+        with Preview(tmp_path / "x.png", manifest) as preview:
             preview.show(_step(2))
             raise RuntimeError
 
@@ -56,15 +93,15 @@ def test_a_preview_goes_with_a_failed_run_too(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_of_that_name_is_left_alone(tmp_path: Path) -> None:
+def test_a_file_of_that_name_is_left_alone(tmp_path: Path, manifest: Manifest) -> None:
     (tmp_path / "x.png").write_bytes(b"mine")
     with pytest.raises(UsageError, match="there already"):
-        Preview(tmp_path / "x.png", 8)
+        Preview(tmp_path / "x.png", manifest)
     assert (tmp_path / "x.png").read_bytes() == b"mine"
 
 
-def test_no_preview_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_preview_is_asked_for(tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with Preview(None, 8) as preview:
+    with Preview(None, manifest) as preview:
         preview.show(_step(2))
     assert list(tmp_path.iterdir()) == []

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageFont
 
 from sdxl_trt.engines.errors import UsageError
 from sdxl_trt.runtime.cuts import Part
 from sdxl_trt.runtime.request import Request
-from sdxl_trt.runtime.sheets import Sheet, draw_sheet
-from sdxl_trt.runtime.sweeps import Sweep, parse_axis
+from sdxl_trt.runtime.sheets import Sheet, _wrapped, draw_sheet
+from sdxl_trt.runtime.sides import Side
+from sdxl_trt.runtime.sweeps import Axis, Sweep, parse_axis
 
 FOX = Request("a red fox", steps=10, seed=5)
 
@@ -58,6 +59,64 @@ def test_two_axes_make_a_grid_row_by_row() -> None:
         (1, 0.5), (1, 0.6), (1, None), (2, 0.5), (2, 0.6), (2, None),
     ]  # fmt: skip
     assert sweep.settings(4) == {"seed": 2, "handoff": 0.6}
+
+
+SIDES = (Side(text="a", text_2="b"), Side(text="", text_2="", aesthetic_score=2.0))
+WORKFLOW = Request(
+    "a", compat="comfyui", steps=50, seed=1, count=1, width=64, height=64, guidance=8.0, base_end_step=40,
+    leftover_noise=True, base_sides=SIDES, refiner_start_step=40, refiner_end_step=10_000, refiner_guidance=8.0,
+    refiner_sampler="euler", refiner_seed=9, refiner_sides=SIDES,
+)  # fmt: skip
+
+
+def test_a_workflow_s_numbers_are_varied_where_they_stand() -> None:
+    cuts = _sweep("handoff-step=12,none", request=WORKFLOW).requests
+    assert [(each.base_end_step, each.refiner_start_step, each.handoff) for each in cuts] == [
+        (12, 12, "auto"), (None, None, None),
+    ]  # fmt: skip
+    alone = replace(WORKFLOW, refiner_sides=None, refiner_seed=None, refiner_guidance=None, refiner_sampler=None,
+                    refiner_start_step=None, refiner_end_step=None, handoff=None, base_end_step=None,
+                    leftover_noise=None)  # fmt: skip
+    assert cuts[1] == alone
+    (scored,) = _sweep("aesthetic-score=4", request=WORKFLOW).requests
+    assert [side.aesthetic_score for side in scored.refiner_sides or ()] == [4.0, 4.0]
+    (seeded,) = _sweep("seed=5", request=WORKFLOW).requests
+    assert (seeded.seed, seeded.refiner_seed) == (5, 5)
+    (guided,) = _sweep("guidance=3", request=WORKFLOW).requests
+    assert (guided.guidance, guided.refiner_guidance) == (3.0, 8.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "change", "message"),
+    [
+        ("handoff=0.5,none", {}, "sweep handoff-step=…"), ("seed=1,2", {"count": 2}, "batch_size from 2 to 1"),
+        ("aesthetic-score=4", {"refiner_sides": None}, "no refiner's sampler"),
+        ("handoff-step=4", {"refiner_sides": None}, "no refiner's sampler"),
+        ("handoff-step=4", {"refiner_strength": 0.3}, "whose refiner has a denoise"),
+        ("handoff-step=4,none", {"refine": True}, "whose refiner has a denoise"),
+    ],
+)  # fmt: skip
+def test_what_a_workflow_does_not_have_is_not_varied(text: str, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        _sweep(text, request=replace(WORKFLOW, **change))
+
+
+@given(st.lists(st.one_of(st.none(), st.floats(0.01, 0.99)), min_size=1, max_size=5, unique=True),
+       st.lists(st.floats(-100, 100), min_size=1, max_size=4, unique=True))  # fmt: skip
+def test_an_axis_is_told_as_it_is_read(cuts: list[float | None], scores: list[float]) -> None:
+    for axis in (Axis("handoff", tuple(cuts)), Axis("aesthetic-score", tuple(scores))):
+        assert parse_axis(axis.text) == axis
+
+
+def test_a_sheet_tells_what_its_cells_do_not() -> None:
+    request = replace(FOX, handoff=0.6, refiner_guidance=3.0, negative_aesthetic_score=2.5)
+    cell = {"prompt": "a red fox", "handoff_step": 5, "refiner_guidance": 7.0, "negative_aesthetic_score": 4.0}
+    told = _sweep("aesthetic-score=4,8", "guidance=3,7", request=request).sheet_metadata(cell)
+    assert told["sweep"] == ["aesthetic-score=4,8", "guidance=3,7"]
+    assert (told["prompt"], told["handoff"], told["handoff_step"], told["guidance"]) == ("a red fox", 0.6, None, 5.0)
+    assert (told["refiner_guidance"], told["refiner_sampler"], told["negative_aesthetic_score"]) == (3.0, None, None)
+    kept = _sweep("aesthetic-score=4,8", request=request, keep_negative=True).sheet_metadata(cell)
+    assert kept["negative_aesthetic_score"] == 2.5
 
 
 @pytest.mark.parametrize(
@@ -115,7 +174,8 @@ def _boxes(page: Image.Image, count: int) -> list[tuple[int, int, int, int]]:
     [((128, 128), (256, 256)), ((100, 60), (200, 120)), ((300, 200), (300, 200)), ((1024, 512), (384, 192))],
 )
 def test_pictures_are_shown_whole_in_rows(size: tuple[int, int], shown: tuple[int, int]) -> None:
-    page = draw_sheet(Sheet(_squares(5, size), [(f"cell {k}", "more") for k in range(5)], 3, "a prompt", "notes"))
+    captions = [(f"cell {k}", "more") for k in range(5)]
+    page = draw_sheet(Sheet(_squares(5, size), captions, 3, "a prompt", "aside", "notes"))
     boxes = _boxes(page, 5)
     assert {(right - left, bottom - top) for left, top, right, bottom in boxes} == {shown}
     assert boxes[0][0] == boxes[3][0]
@@ -128,9 +188,11 @@ def test_every_cell_of_a_grid_has_its_titles_and_caption() -> None:
     runs = [
         SimpleNamespace(
             request=SimpleNamespace(
-                prompt=SimpleNamespace(text="a red fox"), steps=10, sampler="euler", guidance=5.0, seeds=(5,),
-                width=128, height=128, base=Part(0, cut), refiner=Part(cut, 10) if cut < 10 else None,
-            )
+                prompt=SimpleNamespace(text="a red fox"), negative=SimpleNamespace(text="bad"), steps=10,
+                sampler="euler", guidance=5.0, seeds=(5,), width=128, height=128, image=None, base=Part(0, cut),
+                refiner=Part(cut, 10) if cut < 10 else None,
+            ),
+            manifest=None,
         )
         for cut in (5, 8, 10, 5, 8, 10)
     ]  # fmt: skip
@@ -154,7 +216,37 @@ def test_captions_of_narrow_pictures_do_not_overlap() -> None:
     assert not ink[second[0] - 10 : second[0]].any()
 
 
-def test_a_prompt_of_any_length_fits_on_the_sheet() -> None:
-    page = draw_sheet(Sheet(_squares(1, (64, 64)), [("x", "")], 1, "very " * 500, "notes"))
-    assert page.width < 700
-    assert page.height < 500
+@pytest.mark.parametrize("prompt", ["very " * 25_000, "x" * 100_000, "狐" * 100_000, "(" * 700 + " fox" * 9, ""])
+def test_a_prompt_of_any_length_fits_on_the_sheet(prompt: str) -> None:
+    page = draw_sheet(Sheet(_squares(1, (64, 64)), [("x", "")], 1, prompt, prompt, "notes"))
+    assert page.width == 512 + 2 * 32
+    assert page.height < 800
+    ink = np.asarray(page.convert("L")) < 200
+    assert not ink[:, :32].any()
+    assert not ink[:, -32:].any(), "a line goes over the margin"
+
+
+def test_every_word_of_a_prompt_is_on_the_sheet_where_there_is_room() -> None:
+    font = ImageFont.load_default(15)
+    words = [f"word{k}," for k in range(60)]
+    lines = _wrapped(" ".join(words), 500, font, 8)
+    assert " ".join(lines).split() == words
+    assert max(font.getlength(line) for line in lines) <= 500
+    assert "".join(_wrapped("x" * 300, 500, font, 8)) == "x" * 300
+    cut = _wrapped(" ".join(words), 500, font, 2)
+    assert len(cut) == 2
+    assert cut[1].endswith(" …")
+    assert font.getlength(cut[1]) <= 500
+
+
+def test_what_the_font_does_not_have_is_told_plainly() -> None:
+    assert _wrapped("Füchse, 红狐 “fox” ½", 500, ImageFont.load_default(15), 1) == ["Fuchse, ?? “fox” 1?2"]
+
+
+def test_pictures_of_several_sizes_keep_their_shapes_and_stand_on_one_line() -> None:
+    squares = [Image.new("RGB", size, colour) for size, colour in zip(((512, 256), (256, 512)), COLOURS, strict=False)]
+    first, second = _boxes(draw_sheet(Sheet(squares, [("a", ""), ("b", "")], 2)), 2)
+    assert (first[2] - first[0], first[3] - first[1]) == (384, 192)
+    assert (second[2] - second[0], second[3] - second[1]) == (192, 384)
+    assert first[3] == second[3]
+    assert second[0] > first[2]

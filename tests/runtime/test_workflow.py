@@ -91,7 +91,7 @@ def test_a_ksampler_a_lora_and_a_picture(api: Json, read: Any) -> None:
         "model": ["21", 0], "positive": ["6", 0], "negative": ["7", 0], "latent_image": ["5", 0]}}  # fmt: skip
     workflow = read(api)
     base = workflow.samplings[0]
-    assert workflow.latents == Latents(image="in.png")
+    assert workflow.latents == Latents(image="in.png", vae="base.safetensors")
     assert base.model == Model("base.safetensors", (("a", 0.5), ("b", 2)))
     assert (base.seed, base.denoise, base.add_noise, base.start, base.end) == (3, 0.3, True, 0, TO_THE_END)
 

@@ -2,15 +2,19 @@
 
 import contextlib
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from sdxl_trt.engines.errors import UsageError
 from sdxl_trt.engines.manifest import LoraRecord, Manifest, Scheduler, Stage, Vae
+from sdxl_trt.runtime.input_pictures import InputPicture
 from sdxl_trt.runtime.request import Request, resolve
 from sdxl_trt.runtime.workflow import TO_THE_END, Conditioning, Latents, Model, Sampling, Workflow
 from sdxl_trt.runtime.workflow_request import workflow_request
@@ -82,7 +86,8 @@ def test_the_editor_s_default_graph_stays_the_no_op_that_it_is(manifest: Manifes
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "sampler": ({"sampler": "dpm_adaptive"}, {}, "node 10: sampler_name 'dpm_adaptive' is unknown here; .*euler"),
     "schedule": ({}, {"schedule": "AYS"}, "node 11: scheduler 'AYS' is unknown here; .*normal"),
-    "denoise": ({}, {"denoise": 0.3}, "node 11: denoise 0.3 is not supported yet"),
+    "denoise": ({}, {"denoise": 0.0}, "node 11: denoise 0 is outside 0 to 1"),
+    "a denoise and a start": ({"denoise": 0.3, "start": 4}, {}, "give one of them"),
     "steps": ({"steps": 40}, {}, "nodes 10 and 11: steps 40 and 50"),
     "schedules": ({"schedule": "karras"}, {}, "nodes 10 and 11: schedule karras and normal"),
     "grids": ({"sampler": "dpm_2"}, {}, "nodes 10 and 11: samplers dpm_2 and euler are on different grids"),
@@ -107,17 +112,94 @@ def test_what_cannot_be_run_is_named(
 
 def test_chains_pictures_and_bundles_that_do_not_fit_are_named(manifest: Manifest) -> None:
     third = replace(WORKFLOW, samplings=(BASE, REFINER, replace(REFINER, node="12")))
-    picture = replace(WORKFLOW, latents=Latents(image="in.png", node="5"))
     alone = msgspec.structs.replace(manifest, refiner=None)
     other = msgspec.structs.replace(_stage(), vae=msgspec.structs.replace(_stage().vae, decoder="own"))
     for workflow, bundle, words in (
         (third, manifest, "node 12: is a sampler too many"),
-        (picture, manifest, r"node 5 \(VAEEncode\): .*not supported yet"),
         (WORKFLOW, alone, "node 11: takes a refiner, but the bundle has none"),
         (replace(WORKFLOW, vae="base"), msgspec.structs.replace(manifest, refiner=other), "decodes with the base's"),
     ):
         with pytest.raises(UsageError, match=words):
             workflow_request(workflow, bundle)
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Workflow:
+    """A workflow that loads a picture, which lies in `tmp_path`; a link to it beside."""
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (128, 64)).save(tmp_path / "pictures" / "in.png")
+    Image.new("RGB", (128, 64)).save(tmp_path.parent / f"{tmp_path.name}-out.png")
+    (tmp_path / "link.png").symlink_to(tmp_path / "pictures" / "in.png")
+    np.save(tmp_path / "latents.npy", np.zeros((1, 4, 8, 16), np.float32))
+    return replace(WORKFLOW, latents=Latents(image="pictures/in.png", vae="base", batch=2, node="5"))
+
+
+def test_a_picture_is_loaded_from_the_workflow_s_folder(manifest: Manifest, picture: Workflow, tmp_path: Path) -> None:
+    for name in ("pictures/in.png", "pictures\\in.png", "pictures/in.png [input]"):
+        named = replace(picture, latents=replace(picture.latents, image=name))
+        request = workflow_request(named, manifest, tmp_path)
+        assert isinstance(request.image, InputPicture)
+        assert (request.image.size, request.count, request.strength) == ((64, 128), 2, 1.0)
+        assert (request.width, request.height, request.refiner_strength) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("other.png", "'other.png' is not in the workflow's folder; put it into"),
+        ("../OUT", "no plain name"), ("/etc/passwd", "no plain name"), ("link.png", "no plain name"), ("", "no plain"),
+        ("..\\OUT", "no plain name"), ("pictures", "is not in the workflow's folder"), ("a\0b", "no plain name"),
+        ("x" * 5000, "no plain name"), ("latents.npy", "is no picture"),
+    ],
+)  # fmt: skip
+def test_no_picture_leads_out_of_the_folder(
+    manifest: Manifest, picture: Workflow, tmp_path: Path, name: str, words: str
+) -> None:
+    named = replace(picture, latents=replace(picture.latents, image=name.replace("OUT", f"{tmp_path.name}-out.png")))
+    with pytest.raises(UsageError, match=rf"node 5 \(LoadImage\): .*{words}"):
+        workflow_request(named, manifest, tmp_path)
+
+
+def test_a_sampler_s_denoise_is_its_own(manifest: Manifest, picture: Workflow, tmp_path: Path) -> None:
+    base = replace(BASE, start=0, end=TO_THE_END, leftover_noise=False, denoise=0.5)
+    refiner = replace(REFINER, start=0, end=TO_THE_END, add_noise=True, denoise=0.25)
+    request = workflow_request(replace(picture, samplings=(base, refiner)), manifest, tmp_path)
+    assert (request.strength, request.refiner_strength) == (0.5, 0.25)
+    resolved = resolve(request, _encoding(manifest))
+    assert [schedule.steps for schedule in (resolved.schedule, resolved.refiner_schedule)] == [50, 50]
+    assert resolved.refiner_schedule.sigmas[0] < resolved.schedule.sigmas[0] < 14
+    assert (resolved.base.start, resolved.base.stop, resolved.refine) == (0, 50, False)
+    assert (resolved.refiner.start, resolved.refiner.stop, resolved.refiner.add_noise) == (0, 50, True)
+    # Empty latents that are not noised all through are ComfyUI's too.
+    empty = resolve(workflow_request(replace(WORKFLOW, samplings=(base,), vae="base"), manifest), manifest)
+    np.testing.assert_array_equal(empty.schedule.sigmas, resolved.schedule.sigmas)
+
+
+def test_one_sampler_with_a_score_is_the_refiner_s(manifest: Manifest, picture: Workflow, tmp_path: Path) -> None:
+    alone = replace(REFINER, start=30, end=45, add_noise=True, leftover_noise=True)
+    workflow = replace(picture, samplings=(alone,), latents=replace(picture.latents, vae="refiner"))
+    resolved = resolve(workflow_request(workflow, manifest, tmp_path), _encoding(manifest))
+    assert (resolved.refine, resolved.base.steps) == (True, 0)
+    assert (resolved.refiner.start, resolved.refiner.stop, resolved.refiner.leftover_noise) == (30, 45, True)
+    assert (resolved.first.add_noise, resolved.refiner.add_noise) == (True, False)
+    assert resolved.sides["refiner"][0].micro.aesthetic_score == 6.0
+    no_refiner = msgspec.structs.replace(manifest, refiner=None)
+    with pytest.raises(UsageError, match="node 11: takes a refiner"):
+        workflow_request(workflow, no_refiner, tmp_path)
+    other = msgspec.structs.replace(_stage(), vae=msgspec.structs.replace(_stage().vae, decoder="own"))
+    apart = msgspec.structs.replace(manifest, refiner=other)
+    assert workflow_request(picture, apart, tmp_path).image
+    with pytest.raises(UsageError, match="another checkpoint's VAE"):
+        workflow_request(replace(picture, latents=replace(picture.latents, vae="refiner")), apart, tmp_path)
+
+
+def _encoding(manifest: Manifest) -> Manifest:
+    """Return the manifest of a bundle that has an encoder."""
+    stages = {
+        name: msgspec.structs.replace(stage, vae=msgspec.structs.replace(stage.vae, encoder="e"))
+        for name, stage in manifest.stages().items()
+    }
+    return msgspec.structs.replace(manifest, **stages)
 
 
 def test_a_lora_that_only_the_bundle_has_is_told(manifest: Manifest, caplog: Any) -> None:

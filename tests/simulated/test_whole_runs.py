@@ -1,6 +1,7 @@
 """Whole runs, base to refiner, on the simulated device: the CPU's picture, few bytes moved, one change of experts."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,16 @@ def test_the_experts_never_share_memory_under_swap(simulated: Any, planned: Path
     simulated.reset_peak()
     _latents(planned, "tensorrt", _request(), "resident")
     assert simulated.peak_bytes >= swapped + min(records[name].memory.weights for name in UNETS)
+
+
+def test_a_run_from_a_picture_is_the_cpus(simulated: Any, planned: Path, exported: Path) -> None:
+    """The encoder's plan takes pictures of the usual size whole; memory is planned for it."""
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    request = replace(_request(2), image=pixels, strength=0.75)
+    expected = _latents(exported, "ort-cpu", request)
+    with open_bundle(planned, provider="tensorrt", residency="swap", images=True) as pipeline:
+        _assert_same([picture.latents for picture in pipeline.generate(request)], expected)
+        assert pipeline.pool.loads[0] == "vae_encoder"
 
 
 def simulated_shapes(record: PlanRecord) -> list[tuple[int, ...]]:

@@ -1,0 +1,220 @@
+"""The two sides of the host-time benchmark: our pipeline over an engine that answers at once, and diffusers' loop.
+
+Both run the base's denoising of one picture of 1024² (latents 1x4x128x128) with guidance 5, on the same answers. What
+the stand-in for the UNet takes itself is not counted, nor what either side takes to draw noise, which is told apart:
+the seconds are those of the host around them.
+"""
+
+__all__ = ["CASES", "ELSEWHERE", "SIDE", "Case", "Lap", "Precision", "Run", "our_run", "their_run"]
+
+import inspect
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+from unittest import mock
+
+import msgspec
+import numpy as np
+
+from sdxl_trt.engines.base import Array
+from sdxl_trt.engines.bundle import read_bundle
+from sdxl_trt.engines.manifest import Component
+from sdxl_trt.engines.pool import EnginePool
+from sdxl_trt.mini.embedded import bundle_path
+from sdxl_trt.runtime.pipeline import Pipeline
+from sdxl_trt.runtime.prompts import PromptEmbeds
+from sdxl_trt.runtime.request import Request
+from sdxl_trt.runtime.run import timed
+from sdxl_trt.runtime.samplers import TWO_CALLS
+
+Precision = Literal["float32", "float16"]
+SIDE = 1024
+GUIDANCE = 5.0
+SEED = 7
+SDXL = {
+    "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "timestep_spacing": "leading",
+    "steps_offset": 1, "prediction_type": "epsilon",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """A sampler of ours and the scheduler of diffusers that does the same; `needs` is what that one imports."""
+
+    sampler: str
+    scheduler: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    needs: str = ""
+
+
+_SDE = {"algorithm_type": "sde-dpmsolver++"}
+CASES = (
+    Case("euler", "EulerDiscreteScheduler"),
+    Case("heun", "HeunDiscreteScheduler"),
+    Case("dpm_2", "KDPM2DiscreteScheduler"),
+    Case("lms", "LMSDiscreteScheduler", needs="scipy"),
+    Case("dpmpp_2m", "DPMSolverMultistepScheduler"),
+    Case("ddim", "DDIMScheduler", {"set_alpha_to_one": False, "clip_sample": False}),
+    Case("uni_pc", "UniPCMultistepScheduler"),
+    Case("deis", "DEISMultistepScheduler"),
+    Case("euler_ancestral", "EulerAncestralDiscreteScheduler"),
+    Case("dpm_2_ancestral", "KDPM2AncestralDiscreteScheduler"),
+    Case("dpmpp_sde", "DPMSolverSDEScheduler", {"noise_sampler_seed": SEED}, needs="torchsde"),
+    Case("dpmpp_2m_sde", "DPMSolverMultistepScheduler", _SDE),
+    Case("dpmpp_3m_sde", "DPMSolverMultistepScheduler", _SDE | {"solver_order": 3}),
+    Case("lcm", "LCMScheduler"),
+)
+ELSEWHERE = {
+    "dpmpp_2s_ancestral": "diffusers has no such scheduler",
+    "res_multistep": "diffusers has no such scheduler",
+}
+"""Samplers without a counterpart."""
+
+
+class Lap(NamedTuple):
+    """A step's seconds: of the host, and of the noise that it draws, which are no part of them."""
+
+    host: float
+    noise: float
+
+
+Run = Callable[[], list[Lap]]
+"""Denoises once. Samplers that call the UNet twice in a step leave out the last one, which has a single call."""
+
+
+class _Watch:
+    """Takes the time of steps, and out of it that of the UNet and of the noise."""
+
+    def __init__(self) -> None:
+        self._aside = {"unet": 0.0, "noise": 0.0}
+
+    def aside(self, kind: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        """Return `call` with its time put aside."""
+
+        def timed_call(*args: Any, **options: Any) -> Any:
+            started = time.perf_counter()
+            result = call(*args, **options)
+            self._aside[kind] += time.perf_counter() - started
+            return result
+
+        return timed_call
+
+    def laps(self, work: Iterator[object]) -> list[Lap]:
+        """Return a lap for everything that `work` yields."""
+        found: list[Lap] = []
+        while True:
+            self._aside = dict.fromkeys(self._aside, 0.0)
+            started = time.perf_counter()
+            done = next(work, None)
+            seconds = time.perf_counter() - started - sum(self._aside.values())
+            if done is None:
+                return found
+            found.append(Lap(seconds, self._aside["noise"]))
+
+
+def our_run(sampler: str, precision: Precision, steps: int) -> Run:
+    """Return a run of the real pipeline, with its sampler, denoiser and bookkeeping, over an engine that is ready."""
+    watch = _Watch()
+    bundle = read_bundle(bundle_path())
+    unet = bundle.manifest.base.unet
+    engine = _ReadyEngine(bundle.manifest.components[unet], precision)
+    engine.infer = watch.aside("unet", engine.infer)  # type: ignore[method-assign]
+    pipeline = Pipeline(EnginePool(bundle, lambda _name: engine, "resident", "none"))
+    request = Request(
+        "", sampler=sampler, steps=steps, guidance=GUIDANCE, seed=SEED, handoff=None, width=SIDE, height=SIDE
+    )
+    embeds = PromptEmbeds(np.zeros((77, 112), np.float32), np.zeros(64, np.float32))
+
+    def run() -> list[Lap]:
+        job = pipeline.start(request)
+        job.embeds = {"base": (embeds, embeds)}
+        source = job.noises["base"].source
+        job.noises["base"].source = lambda *args: watch.aside("noise", source(*args))  # type: ignore[method-assign]
+        work = timed(job.run, pipeline.base(job, following=unet))
+        next(work)  # the engine is loaded
+        laps = watch.laps(work)
+        return laps[:-1] if sampler in TWO_CALLS else laps
+
+    return run
+
+
+class _ReadyEngine:
+    """A UNet that always answers the same: a fresh copy, since an engine's answers belong to the caller."""
+
+    def __init__(self, component: Component, precision: Precision) -> None:
+        inputs = tuple(
+            msgspec.structs.replace(spec, dtype=precision) if spec.name == "sample" else spec
+            for spec in component.inputs
+        )
+        self.component = msgspec.structs.replace(component, inputs=inputs)
+        self._answer = _answer(precision)
+
+    def prefetch(self) -> None: ...
+
+    def load(self) -> None: ...
+
+    def bind(self, constants: Mapping[str, Array]) -> None: ...
+
+    def unload(self) -> None: ...
+
+    def infer(
+        self,
+        inputs: Mapping[str, Array],
+        outputs: Sequence[str] | None = None,  # noqa: ARG002 - the protocol's
+    ) -> dict[str, Array]:
+        return {"out_sample": self._answer[: len(inputs["sample"])].copy()}
+
+
+def _answer(precision: Precision) -> Array:
+    """Return what the UNet says: rows [positive, negative] of unit variance."""
+    drawn = np.random.default_rng(SEED).standard_normal((2, 4, SIDE // 8, SIDE // 8), dtype=np.float32)
+    return drawn.astype(precision)
+
+
+def their_run(case: Case, precision: Precision, steps: int) -> Run:
+    """Return a run of the loop of diffusers' StableDiffusionXLPipeline, without its progress bar and callbacks."""
+    import diffusers  # noqa: PLC0415 - takes seconds
+    import torch  # noqa: PLC0415
+
+    scheduler = getattr(diffusers, case.scheduler)(**SDXL, **case.options)
+    watch, ready = _Watch(), torch.from_numpy(_answer(precision))
+    unet = watch.aside("unet", lambda sample: ready[: len(sample)].clone())
+    generator = torch.Generator()
+    accepted = inspect.signature(scheduler.step).parameters
+    given = {"eta": 0.0, "generator": generator}
+    extra = {name: value for name, value in given.items() if name in accepted}
+
+    def denoise() -> Iterator[object]:
+        latents = torch.randn((1, *ready.shape[1:]), generator=generator, dtype=ready.dtype)
+        latents = latents * scheduler.init_noise_sigma
+        for t in scheduler.timesteps:
+            sample = scheduler.scale_model_input(torch.cat([latents] * 2), t)
+            negative, positive = unet(sample).chunk(2)
+            guided = negative + GUIDANCE * (positive - negative)
+            latents = scheduler.step(guided, t, latents, **extra, return_dict=False)[0]
+            yield latents
+
+    def run() -> list[Lap]:
+        scheduler.set_timesteps(steps)
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(0)
+        generator.manual_seed(SEED)
+        with torch.no_grad(), _noise_aside(watch, inspect.getmodule(type(scheduler))):
+            laps = watch.laps(denoise())
+        calls = scheduler.order
+        whole = [laps[i : i + calls] for i in range(0, len(laps) - calls + 1, calls)]
+        return [Lap(*map(sum, zip(*parts, strict=True))) for parts in whole]
+
+    return run
+
+
+@contextmanager
+def _noise_aside(watch: _Watch, module: Any) -> Iterator[None]:
+    """Put aside what a scheduler's module draws."""
+    with ExitStack() as stack:
+        for owner, name in ((module, "randn_tensor"), (getattr(module, "BrownianTreeNoiseSampler", None), "__call__")):
+            if hasattr(owner, name):
+                stack.enter_context(mock.patch.object(owner, name, watch.aside("noise", getattr(owner, name))))
+        yield

@@ -1,0 +1,53 @@
+"""How far back a picture is taken: `strength`, as diffusers and ComfyUI each mean it.
+
+diffusers takes the last steps of the grid, as many as the strength is of it. ComfyUI calls it denoise, takes all steps,
+and makes a grid so long that they are its last part.
+"""
+
+__all__ = ["DEFAULT_STRENGTH", "first_step", "grid_steps", "settled_strength"]
+
+import math
+
+from sdxl_trt.engines.errors import UsageError
+
+DEFAULT_STRENGTH = 0.3
+"""diffusers' own for SDXL pictures."""
+_WHOLE = 0.9999
+"""ComfyUI takes more than this for all of the grid."""
+
+
+def settled_strength(strength: float | None, start: int, *, picture: bool, comfyui: bool) -> float:
+    """Return the strength of a run, 1 where it goes over the whole grid; `start` is the step that is asked for.
+
+    Raises UsageError outside 0 to 1, beside a start, and for diffusers' way without a picture.
+    """
+    if strength is None:
+        return DEFAULT_STRENGTH if picture and not start else 1.0
+    if not 0.0 < strength <= 1.0:
+        raise UsageError(f"--strength {strength:g}: choose above 0, for hardly a change, to 1, for all of the steps")
+    if strength < 1.0 and start:
+        raise UsageError(f"a strength of {strength:g} and a start at step {start} say the same thing; give one of them")
+    if not picture and not comfyui:
+        raise UsageError(f"--strength {strength:g} is how far a picture is changed; give it with --image or --refine")
+    return strength
+
+
+def first_step(steps: int, strength: float) -> int:
+    """Return the step of a grid that diffusers starts a picture at. Raises UsageError where none would be left."""
+    taken = min(int(steps * strength), steps)
+    if taken < 1:
+        raise UsageError(f"--strength {strength:g} of {steps} steps is less than one of them; choose at least"
+                         f" {math.ceil(1e4 / steps) / 1e4:g}, or take more steps")  # fmt: skip
+    return steps - taken
+
+
+def grid_steps(steps: int, strength: float, most: int) -> int:
+    """Return of how many steps ComfyUI makes the grid whose last `steps` are taken. Raises UsageError above `most`."""
+    if strength > _WHOLE or steps > most:
+        return steps
+    # A quotient that no int holds is far above any grid.
+    longer = int(min(steps / strength, 1e9))
+    if longer > most:
+        raise UsageError(f"--strength {strength:g} with {steps} steps takes a grid of {longer}; choose a strength of at"
+                         f" least {math.ceil(1e4 * steps / most) / 1e4:g}, or fewer steps")  # fmt: skip
+    return longer

@@ -1,0 +1,238 @@
+"""Pictures to start from: turned, brought down to RGB, fitted; and files that are none, in one line each."""
+
+import contextlib
+import hashlib
+import io
+import os
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from sdxl_trt.engines.errors import UsageError
+from sdxl_trt.runtime import input_pictures
+from sdxl_trt.runtime.input_pictures import as_input, fitted, read_input
+
+
+@pytest.fixture
+def colours(rng: np.random.Generator) -> np.ndarray:
+    return rng.integers(0, 256, (6, 10, 3), np.uint8)
+
+
+def _saved(image: Image.Image, kind: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+@pytest.fixture
+def read(tmp_path: Path) -> Callable[[bytes], Any]:
+    def load(content: bytes) -> Any:
+        path = tmp_path / "in.png"
+        path.write_bytes(content)
+        return read_input(path)
+
+    return load
+
+
+def test_pixels_come_with_the_name_and_the_digest_of_their_file(colours: np.ndarray, read: Any) -> None:
+    for kind, options in (("PNG", {}), ("WEBP", {"lossless": True})):
+        content = _saved(Image.fromarray(colours), kind, **options)
+        picture = read(content)
+        np.testing.assert_array_equal(picture.pixels, colours)
+        assert (picture.name, picture.sha256) == ("in.png", hashlib.sha256(content).hexdigest())
+        assert (picture.size, picture.latents) == ((6, 10), None)
+    near = read(_saved(Image.fromarray(np.full((8, 8, 3), 90, np.uint8)), "JPEG")).pixels
+    assert np.abs(near.astype(int) - 90).max() <= 2
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_it_is_turned_as_its_exif_says(colours: np.ndarray, read: Any, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    found = read(_saved(Image.fromarray(colours), "PNG", exif=exif)).pixels
+    # EXIF 2.3: what the first row and the first column of what is stored are of what is meant.
+    stored = colours if orientation < 5 else colours.transpose(1, 0, 2)
+    flips = {1: "", 2: "h", 3: "hv", 4: "v", 5: "", 6: "h", 7: "hv", 8: "v"}[orientation]
+    meant = stored[:, ::-1] if "h" in flips else stored
+    np.testing.assert_array_equal(found, meant[::-1] if "v" in flips else meant)
+
+
+def test_every_kind_of_pixel_comes_down_to_rgb(colours: np.ndarray, read: Any, caplog: Any) -> None:
+    grey = colours[:, :, 0]
+    threefold = np.repeat(grey[:, :, None], 3, axis=2)
+    np.testing.assert_array_equal(read(_saved(Image.fromarray(grey), "PNG")).pixels, threefold)
+    deep = grey.astype(np.uint16) * 256 + 77
+    np.testing.assert_array_equal(read(_saved(Image.fromarray(deep), "PNG")).pixels, threefold)
+    palette = Image.fromarray(colours // 128 * 255).convert("P", palette=Image.Palette.ADAPTIVE)
+    np.testing.assert_array_equal(read(_saved(palette, "PNG")).pixels, colours // 128 * 255)
+    bits = Image.fromarray(grey).convert("1")
+    assert set(np.unique(read(_saved(bits, "PNG")).pixels)) <= {0, 255}
+    # Naively, as Pillow and so both peers do: no ink is white, all of it black.
+    for ink, value in ((0, 255), (255, 0)):
+        cmyk = Image.new("CMYK", (8, 8), (ink, ink, ink, ink))
+        assert (read(_saved(cmyk, "JPEG")).pixels == value).all()
+    assert caplog.records == []
+
+
+def test_colours_below_what_is_transparent_are_taken_and_told(colours: np.ndarray, read: Any, caplog: Any) -> None:
+    image = Image.fromarray(colours)
+    image.putalpha(255)
+    read(_saved(image, "PNG"))
+    assert caplog.records == []
+    image.putalpha(0)
+    np.testing.assert_array_equal(read(_saved(image, "PNG")).pixels, colours)
+    assert "transparent in places" in caplog.text
+
+
+def _png(width: int, height: int) -> bytes:
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+def _animated(kind: str) -> bytes:
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    return _saved(frames[0], kind, save_all=True, append_images=frames[1:])
+
+
+SOUND = _saved(Image.fromarray(np.arange(4 * 4 * 3, dtype=np.uint8).reshape(4, 4, 3)), "PNG")
+REFUSED: dict[str, tuple[bytes, str]] = {
+    "empty": (b"", "is no PNG, JPEG or WebP picture"),
+    "text": (b"not a picture", "is no PNG, JPEG or WebP picture"),
+    "another format": (_saved(Image.new("RGB", (4, 4)), "GIF"), "is no PNG, JPEG or WebP picture"),
+    "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n", "is no PNG"),
+    "truncated": (SOUND[:-30], "is a broken picture"),
+    "a flipped bit": (SOUND[:50] + bytes([SOUND[50] ^ 1]) + SOUND[51:], "is a broken picture"),
+    "a bomb": (_png(20_000, 20_000), "too many pixels|more than 89478485"),
+    "a smaller bomb": (_png(10_000, 10_000), "10000x10000, more than 89478485 pixels"),
+    "no width": (_png(0, 4), "picture"),
+    "animated PNG": (_animated("PNG"), "is animated; give a single frame"),
+    "animated WebP": (_animated("WEBP"), "is animated; give a single frame"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("content", "words"), REFUSED.values(), ids=REFUSED)
+def test_what_is_no_picture_is_refused_in_one_line(content: bytes, words: str, read: Any) -> None:
+    with pytest.raises(UsageError, match=words) as caught:
+        read(content)
+    assert "\n" not in str(caught.value)
+    assert "in.png" in str(caught.value)
+
+
+def test_files_that_cannot_be_read_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for name, words in (("missing.png", "check the path"), (".", "is not a file"), ("pipe", "is not a file"),
+                        ("nul\0", "no file can have this name")):  # fmt: skip
+        with pytest.raises(UsageError, match=words):
+            read_input(tmp_path / name, "--refine")
+    monkeypatch.setattr(input_pictures, "MAX_BYTES", 20)
+    (tmp_path / "large").write_bytes(bytes(21))
+    with pytest.raises(UsageError, match=r"--refine .*larger than"):
+        read_input(tmp_path / "large", "--refine")
+
+
+def test_a_camera_s_jpeg_of_several_pictures_is_its_first(read: Any) -> None:
+    first, second = (Image.new("RGB", (16, 16), colour) for colour in ((200, 10, 10), (10, 10, 200)))
+    found = read(_saved(first, "MPO", save_all=True, append_images=[second])).pixels
+    assert found[8, 8, 0] > 180
+
+
+@pytest.fixture
+def latents(rng: np.random.Generator) -> np.ndarray:
+    return rng.standard_normal((2, 4, 3, 5), dtype=np.float32)
+
+
+def test_latents_are_read_from_either_file_of_numpy_s(latents: np.ndarray, tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", latents)
+    np.save(tmp_path / "f.npy", np.asfortranarray(latents))
+    np.savez(tmp_path / "a.npz", initial=latents * 0, final=latents)
+    np.savez_compressed(tmp_path / "c.npz", final=latents)
+    for name in ("a.npy", "f.npy", "a.npz", "c.npz"):
+        picture = read_input(tmp_path / name)
+        np.testing.assert_array_equal(picture.latents, latents)
+        assert (picture.pixels, picture.size) == (None, None)
+
+
+def test_latents_that_are_none_are_refused(latents: np.ndarray, tmp_path: Path, monkeypatch: Any) -> None:
+    path = tmp_path / "in.npz"
+    whole = io.BytesIO()
+    np.save(whole, latents)
+    claims = whole.getvalue().replace(b"(2, 4, 3, 5)", b"(2, 4, 3, 9)")
+    bomb = io.BytesIO()
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("final.npy", bytes(1 << 20))
+    pickled = io.BytesIO()
+    np.save(pickled, np.array([{}], dtype=object), allow_pickle=True)
+    monkeypatch.setattr(input_pictures, "MAX_BYTES", 1 << 19)
+    for content, words in (
+        (whole.getvalue()[:-4], "holds no latents"),
+        (claims, "holds no latents"),
+        (pickled.getvalue(), "object, not float32"),
+        (bomb.getvalue(), "holds more than"),
+        (bomb.getvalue()[:-20], "holds no latents"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(UsageError, match=words):
+            read_input(path)
+    for array, words in ((latents.astype(np.float64), "float64, not float32"), (latents[0], "is no picture"),
+                         (latents * np.float32(np.nan), "is no picture"), (latents[:0], "is no picture")):  # fmt: skip
+        np.savez(path, final=array)
+        with pytest.raises(UsageError, match=words):
+            read_input(path)
+    np.savez(path, other=latents)
+    with pytest.raises(UsageError, match=r"final\.npy"):
+        read_input(path)
+
+
+def test_an_array_is_a_picture_too(colours: np.ndarray, latents: np.ndarray) -> None:
+    picture = as_input(colours)
+    assert (picture.name, len(picture.sha256)) == ("", 64)
+    assert as_input(picture) is picture
+    assert as_input(colours.copy()).sha256 == picture.sha256 != as_input(colours[::-1]).sha256
+    assert as_input(latents).latents is latents
+    for wrong in (colours[0], colours.astype(float), latents.astype(np.float16), np.zeros((0, 4, 3), np.uint8)):
+        with pytest.raises(UsageError, match="give uint8"):
+            as_input(wrong)
+
+
+def test_a_picture_comes_to_its_size(rng: np.random.Generator) -> None:
+    pixels = rng.integers(0, 256, (37, 53, 3), np.uint8)
+    np.testing.assert_array_equal(fitted(pixels, (32, 48), "crop"), pixels[2:34, 2:50])
+    assert fitted(pixels, (37, 53), "scale") is pixels
+    # A white bar in the middle of black: "cover" keeps its width, "scale" narrows it.
+    bar = np.zeros((64, 128, 3), np.uint8)
+    bar[:, 48:80] = 255
+    widths = {way: int((fitted(bar, (64, 64), way)[32, :, 0] > 127).sum()) for way in ("cover", "scale")}
+    assert widths == {"cover": 32, "scale": 16}
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.tuples(*[st.integers(1, 70)] * 4), st.sampled_from(["scale", "cover"]))
+def test_any_size_is_reached(sides: tuple[int, int, int, int], way: Any) -> None:
+    height, width, high, wide = sides
+    grey = np.full((height, width, 3), 120, np.uint8)
+    found = fitted(grey, (high, wide), way)
+    assert found.shape == (high, wide, 3)
+    assert found.dtype == np.uint8
+    assert (found == 120).all(), "no border comes in"
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.sampled_from([SOUND, _animated("WEBP"), _png(3, 3)]), st.data())
+def test_any_bytes_are_a_picture_or_refused(content: bytes, data: st.DataObject) -> None:
+    damaged = bytearray(content[: data.draw(st.integers(0, len(content)))] + data.draw(st.binary(max_size=8)))
+    for place in data.draw(st.lists(st.integers(0, max(len(damaged) - 1, 0)), max_size=4)) if damaged else []:
+        damaged[place] = data.draw(st.integers(0, 255))
+    with contextlib.suppress(UsageError):
+        assert input_pictures._pixels(bytes(damaged), "x").ndim == 3

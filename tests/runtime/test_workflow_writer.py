@@ -1,0 +1,215 @@
+"""Requests as ComfyUI graphs: what is written is read as the same run, and nothing is written that says less."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from sdxl_trt.engines.bundle import read_bundle
+from sdxl_trt.engines.errors import UsageError
+from sdxl_trt.engines.manifest import LoraRecord, Manifest
+from sdxl_trt.runtime.input_pictures import InputPicture, read_input
+from sdxl_trt.runtime.request import Request, ResolvedRequest, resolve
+from sdxl_trt.runtime.sides import Side
+from sdxl_trt.runtime.workflow import read_workflow
+from sdxl_trt.runtime.workflow_request import workflow_request
+from sdxl_trt.runtime.workflow_writer import write_workflow
+
+FOX = Request("a (red:1.3) fox", compat="comfyui", steps=10, seed=5, width=64, height=32)
+
+
+@pytest.fixture(scope="module")
+def manifest(pairs: Callable[[str], Any]) -> Manifest:
+    manifest = read_bundle(pairs("outline").bundle).manifest
+    return msgspec.structs.replace(manifest, loras=(LoraRecord(name="ink.safetensors", sha256="0" * 64, scale=0.8),))
+
+
+def _written(request: Request, manifest: Manifest) -> Any:
+    return write_workflow(request, resolve(request, manifest), manifest)
+
+
+def _read(graph: Any, manifest: Manifest, folder: Path) -> Request:
+    (folder / "graph.json").write_text(json.dumps(graph))
+    return workflow_request(read_workflow(folder / "graph.json"), manifest, folder)
+
+
+def _run_of(request: ResolvedRequest) -> dict[str, Any]:
+    """Return all of a request that decides its latents."""
+    grid = request.schedule.sigmas
+    told: dict[str, Any] = {
+        "grid": grid.tolist(), "size": (request.width, request.height), "seeds": request.seeds,
+        "final": request.final_scale, "refined": request.refined,
+    }  # fmt: skip
+    for stage in ("base", "refiner") if request.refined else ("base",):
+        sampler, part = request.denoising_of(stage)  # type: ignore[arg-type]
+        adds = part.add_noise and part.steps > 0
+        told[stage] = (sampler, request.guidance_of(stage), part.sigmas(grid).tolist(), adds)  # type: ignore[arg-type]
+        for sign, side in enumerate(request.sides[stage]):  # type: ignore[index]
+            micro = side.micro
+            sizes: tuple[Any, ...] = (micro.original_size, micro.crop, micro.target_size, side.prompt.text_2)
+            if stage == "refiner":
+                # It reads one text, and knows no target.
+                sizes = (micro.original_size, micro.crop, (micro.aesthetic_score, micro.negative_aesthetic_score)[sign])
+            told[f"{stage} {sign}"] = (side.prompt.text, side.zeroed, *sizes)
+    return told
+
+
+SIDES = st.builds(
+    Side, text=st.text(max_size=5), text_2=st.text(max_size=5), zeroed=st.booleans(),
+    original_size=st.none() | st.tuples(st.integers(0, 4096), st.integers(0, 4096)),
+    target_size=st.none() | st.tuples(st.integers(0, 4096), st.integers(0, 4096)),
+    aesthetic_score=st.none() | st.floats(-10, 10),
+)  # fmt: skip
+STEPS = st.none() | st.integers(0, 12)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True, max_examples=80)
+@given(data=st.data())
+def test_what_is_written_is_read_as_the_same_run(manifest: Manifest, tmp_path: Path, data: st.DataObject) -> None:
+    draw = data.draw
+    request = replace(
+        FOX,
+        negative=draw(st.none() | st.text(max_size=5)),
+        sampler=draw(st.sampled_from(["euler", "dpmpp_2m", "euler_ancestral"])),
+        refiner_sampler=draw(st.sampled_from([None, "heun", "lcm"])),
+        schedule=draw(st.sampled_from(["", "karras", "beta", "sgm_uniform"])),
+        guidance=draw(st.floats(0, 20)),
+        refiner_guidance=draw(st.none() | st.floats(0, 20)),
+        aesthetic_score=draw(st.floats(0, 10)),
+        count=draw(st.none() | st.integers(1, 3)),
+        handoff=draw(st.sampled_from(["auto", None])),
+        base_start_step=draw(st.integers(0, 12)),
+        base_end_step=draw(STEPS),
+        base_add_noise=draw(st.booleans()),
+        leftover_noise=draw(st.none() | st.booleans()),
+        refiner_end_step=draw(STEPS),
+        refiner_add_noise=draw(st.booleans()),
+        refiner_leftover_noise=draw(st.booleans()),
+        refiner_seed=draw(st.none() | st.integers(0, 2**64 - 1)),
+        base_sides=draw(st.none() | st.tuples(SIDES, SIDES)),
+        original_size=draw(st.none() | st.just((96, 48))),
+    )
+    if request.handoff is not None:
+        request = replace(request, refiner_start_step=draw(STEPS))
+        if request.base_sides is not None:
+            sides, seed = draw(st.tuples(SIDES, SIDES)), draw(st.integers(0, 9))
+            request = replace(request, refiner_sides=sides, refiner_seed=seed)
+    resolved = resolve(request, manifest)
+    graph = write_workflow(request, resolved, manifest)
+    if graph is not None:
+        again = resolve(_read(graph, manifest, tmp_path), manifest)
+        assert _run_of(again) == _run_of(resolved)
+        if resolved.refined and request.refiner_seed is not None:
+            assert again.refiner_seeds == resolved.refiner_seeds
+
+
+def test_a_graph_names_what_it_takes(manifest: Manifest) -> None:
+    graph = _written(FOX, manifest)
+    kinds = [node["class_type"] for node in graph.values()]
+    assert kinds.count("KSamplerAdvanced") == kinds.count("CheckpointLoaderSimple") == 2
+    loaders = [node["inputs"] for node in graph.values() if node["class_type"].startswith("Lora")]
+    assert [(each["lora_name"], each["strength_model"], each["strength_clip"]) for each in loaders] == [
+        ("ink.safetensors", 0.8, 0.8)
+    ]
+    names = [node["inputs"]["ckpt_name"] for node in graph.values() if node["class_type"].startswith("Checkpoint")]
+    assert names == ["base.safetensors", "refiner.safetensors"]
+    own = _written(replace(FOX, checkpoints=("sdxl.ckpt", "fine.safetensors")), manifest)
+    assert "fine.safetensors" in json.dumps(own)
+
+
+def test_every_link_leads_to_a_node_before(manifest: Manifest) -> None:
+    """ComfyUI's loader takes any order, a reader from top to bottom only this one."""
+    graph = _written(FOX, manifest)
+    for number, node in graph.items():
+        for value in node["inputs"].values():
+            if isinstance(value, list):
+                assert int(value[0]) < int(number)
+                assert (len(value), type(value[1])) == (2, int)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"compat": "diffusers"}, {"clip_skip": 1}, {"guidance_rescale": 0.5}, {"guidance_interval": (0.0, 0.5)},
+        {"tile": True}, {"latents": np.zeros((1, 4, 16, 32), np.float32)}, {"crop": (8, 0)},
+        {"refiner_add_noise": True}, {"refiner_sampler": "euler_ancestral"}, {"prediction_type": "v_prediction"},
+    ],
+    ids=lambda change: next(iter(change)),
+)  # fmt: skip
+def test_what_no_node_says_is_not_written(manifest: Manifest, change: dict[str, Any]) -> None:
+    assert _written(FOX, manifest) is not None
+    assert _written(replace(FOX, **change), manifest) is None
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> InputPicture:
+    """Return a picture file that lies where the graph is read."""
+    Image.new("RGB", (64, 32), (200, 30, 30)).save(tmp_path / "in.png")
+    return read_input(tmp_path / "in.png")
+
+
+BOTH = (Side(text="a", text_2="a", aesthetic_score=6.0), Side(text="", text_2="", aesthetic_score=2.0))
+FROM_IMAGES: dict[str, dict[str, Any]] = {
+    "base alone": {"strength": 0.5, "handoff": None},
+    "batch": {"strength": 0.5, "handoff": None, "count": 2},
+    "refiner alone": {"strength": 0.4, "refine": True},
+    "from a step": {"base_start_step": 6, "handoff_step": 8},
+    "two strengths": {
+        "strength": 0.6, "base_sides": BOTH, "refiner_sides": BOTH, "refiner_start_step": 0, "refiner_add_noise": True,
+        "base_end_step": 10_000,
+        "refiner_strength": 0.3, "refiner_seed": 3, "leftover_noise": False,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", FROM_IMAGES.values(), ids=FROM_IMAGES)
+def test_a_run_from_a_picture_is_written_with_it(
+    manifest: Manifest, image: InputPicture, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    request = replace(FOX, width=None, height=None, image=image, **change)
+    resolved = resolve(request, manifest)
+    graph = write_workflow(request, resolved, manifest)
+    assert graph is not None
+    again = resolve(_read(graph, manifest, tmp_path), manifest)
+    assert _run_of(again) == _run_of(resolved)
+    assert (again.refine, again.first.add_noise) == (resolved.refine, resolved.first.add_noise)
+    assert again.refiner_schedule.sigmas.tolist() == resolved.refiner_schedule.sigmas.tolist()
+    assert again.image is not None
+    assert (again.image.name, again.image.sha256, again.fit) == ("in.png", image.sha256, resolved.fit)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"width": 128}, {"image": np.zeros((32, 64, 3), np.uint8)}, {"image": np.zeros((1, 4, 16, 32), np.float32)},
+     {"strength": 0.5, "handoff": "auto"}],
+    ids=["scaled", "no file", "latents", "one grid for both"],
+)  # fmt: skip
+def test_what_comfyui_would_start_from_otherwise_is_not_written(
+    manifest: Manifest, image: InputPicture, change: dict[str, Any]
+) -> None:
+    usual = {"image": image, "width": None, "height": None, "strength": 0.5, "handoff": None}
+    assert _written(replace(FOX, **usual), manifest) is not None  # type: ignore[arg-type]
+    assert _written(replace(FOX, **(usual | change)), manifest) is None  # type: ignore[arg-type]
+
+
+def test_models_of_one_name_are_told_apart(manifest: Manifest, tmp_path: Path) -> None:
+    components = dict(manifest.components)
+    source = msgspec.structs.replace(components["refiner_unet"].source, name="base/unet")
+    components["refiner_unet"] = msgspec.structs.replace(components["refiner_unet"], source=source)
+    alike = msgspec.structs.replace(manifest, components=components)
+    assert _read(_written(FOX, alike), alike, tmp_path).refiner_sides is not None
+
+
+def test_a_graph_that_was_changed_by_hand_is_checked_as_any(manifest: Manifest, tmp_path: Path) -> None:
+    graph = _written(FOX, manifest)
+    next(node for node in graph.values() if node["class_type"] == "KSamplerAdvanced")["inputs"]["steps"] = 11
+    with pytest.raises(UsageError, match="steps 11 and 10"):
+        _read(graph, manifest, tmp_path)
