@@ -11,7 +11,7 @@ PROMPT ?= a large red star on a blue background
 # A half-made environment must not pass for a whole one.
 .DELETE_ON_ERROR:
 
-.PHONY: help demo demo-export install test lint types pytest peers test-peers format mini-bundle gallery checkpoints bench-export bench-build gpu-check clean
+.PHONY: help demo demo-export install test lint types pytest peers test-peers format mini-bundle gallery checkpoints readme bench bench-export bench-build bench-host gpu-check clean
 
 help:  ## Say what there is to make
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -58,11 +58,21 @@ gallery: $(VENV)/.runtime  ## Draw the README's contact sheet with the embedded 
 checkpoints: $(VENV)/.full  ## Write SDXL's base and refiner with random weights, 13 GB, to out/checkpoints
 	$(BIN)/python -m sdxl_trt.benchmarks.checkpoints --out out/checkpoints
 
+readme: $(VENV)/.runtime  ## Make the README's benchmark, and the pages beside the results, of benchmarks/results
+	@$(BIN)/python -m sdxl_trt.benchmarks.readme
+
+bench: $(VENV)/.full $(PEERS)/.done  ## Measure against PyTorch, diffusers, optimum-onnx and OpenVINO, in about ten minutes
+	$(BIN)/python -m sdxl_trt.benchmarks.ten_minutes $(if $(QUICK),--quick --results out/bench/quick.json)
+
 bench-export: $(VENV)/.full  ## Measure the export at SDXL's real size; needs 45 GB of disk under out/
 	$(BIN)/python -m sdxl_trt.benchmarks.export $(if $(QUICK),--quick --results out/bench-export/quick.json)
 
 bench-build: $(VENV)/.full  ## Measure plan builds at SDXL's real size, without a GPU; needs 16 GB of memory, 35 GB of disk
 	$(BIN)/python -m sdxl_trt.benchmarks.build $(if $(QUICK),--quick --results out/bench-build/quick.json)
+
+# The schedulers that need scipy or torchsde run in the peers' environment, if there is one.
+bench-host: $(VENV)/.full  ## Measure the host's time per step beside diffusers' schedulers, in minutes
+	$(BIN)/python -m sdxl_trt.benchmarks.host_time $(if $(wildcard $(PEERS)/.done),--peers $(PEERS)/bin/python)
 
 # Two packages install one `onnxruntime`, so the one for GPUs has an environment of its own; without a GPU it is not made.
 gpu-check: $(VENV)/.runtime  ## On a machine with an NVIDIA GPU: prove what no CPU can, and print a report for an issue

@@ -8,23 +8,21 @@ figures depends on them. Writes JSON and a Markdown table beside it; graphs and 
 
 __all__ = ["Build", "Report", "bars", "main", "measure_build", "table"]
 
-import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 import msgspec
 
+from sdxl_trt.benchmarks.bars import Bar, at_most, bars_table, missed
 from sdxl_trt.benchmarks.build_cases import Case, Export, cases, profile_words
-from sdxl_trt.benchmarks.export import Bar
 from sdxl_trt.benchmarks.processes import machine, measure
+from sdxl_trt.benchmarks.result_files import machine_words, package_versions, results_parser, write_results
 from sdxl_trt.benchmarks.tensorrt_on_cpu import BINDING, LIBRARIES, assemble, child_environment
 from sdxl_trt.engines.build import BuildEvent, BuildJob, BuiltPlan, build_plan
 from sdxl_trt.engines.bundle import Bundle, read_bundle
 from sdxl_trt.engines.errors import SdxlTrtError
-from sdxl_trt.engines.files import atomic_write
 from sdxl_trt.engines.profiles import component_profiles
 
 MB, GB = 10**6, 10**9
@@ -128,26 +126,19 @@ def bars(builds: Mapping[str, Build]) -> list[Bar]:
 
 
 def _size(what: str, build: Build | None, limit: int) -> Bar:
-    bar = f"<= {limit / MB:.0f} MB"
-    if build is None:
-        return Bar(what, bar, "not measured", None)
-    return Bar(what, bar, f"{build.activations / MB:.0f} MB", build.activations <= limit)
+    value = None if build is None else build.activations
+    return at_most(what, value, limit, f"{limit / MB:.0f} MB", lambda size: f"{size / MB:.0f} MB")
 
 
 def _times(what: str, build: Build | None, figure: str, limit: float) -> Bar:
-    if build is None:
-        return Bar(what, f"<= {limit} times", "not measured", None)
-    value = getattr(build, figure) / build.weights
-    return Bar(what, f"<= {limit} times", f"{value:.3f} times", value <= limit)
+    value = None if build is None else getattr(build, figure) / build.weights
+    return at_most(what, value, limit, f"{limit} times", lambda times: f"{times:.3f} times")
 
 
 def table(report: Report) -> str:
     """Return the report as Markdown: the bars, then the builds."""
     size = "tiny models: these figures prove the benchmark, not the build" if report.quick else "SDXL's real size"
-    about = ", ".join(f"{name} {value}" for name, value in report.machine.items())
-    verdicts = {True: "yes", False: "**no**", None: "-"}
-    lines = [f"Plan builds on a CPU, {size}. {about}.", "", "| | bar | measured | met |", "|---|---|---|---|"]
-    lines += [f"| {bar.what} | {bar.bar} | {bar.value} | {verdicts[bar.met]} |" for bar in report.bars]
+    lines = [f"Plan builds on a CPU, {size}. {machine_words(report.machine)}.", "", *bars_table(report.bars)]
     lines += [
         "",
         "| plan | profiles | activations | weights | plan | layers | parsed in | built in | anonymous | mapped files |",
@@ -171,28 +162,19 @@ def _row(name: str, build: Build) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Build, write the results and return 1 where a build failed or a bar was missed, 0 otherwise."""
-    parser = argparse.ArgumentParser(prog="python -m sdxl_trt.benchmarks.build", description=__doc__)
-    parser.add_argument("--work", type=Path, default=Path("out/bench-build"), help="folder for graphs, plans and logs")
-    parser.add_argument(
-        "--checkpoints", type=Path, default=Path("out/bench-export/checkpoints"), help="folder for random weights"
-    )
-    parser.add_argument("--results", type=Path, default=RESULTS, help="JSON file to write, the table beside it")
-    parser.add_argument("--quick", action="store_true", help="tiny models: proves the benchmark in minutes")
-    parser.add_argument("--only", action="append", default=[], metavar="PLAN", help="build this plan only; repeatable")
+    prog = f"{_MODULE}build"
+    parser = results_parser(prog, __doc__, work=Path("out/bench-build"), results=RESULTS, case="plan")
+    checkpoints = Path("out/bench-export/checkpoints")
+    parser.add_argument("--checkpoints", type=Path, default=checkpoints, help="folder for random weights")
     arguments = parser.parse_args(argv)
     chosen = [case for case in cases() if not arguments.only or case.name in arguments.only]
     os.environ.update(child_environment(assemble()))
     report = _run(chosen, arguments.checkpoints, arguments.work, quick=arguments.quick)
-    arguments.results.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(arguments.results) as file:
-        file.write(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
-    with atomic_write(arguments.results.with_suffix(".md")) as file:
-        file.write(table(report).encode())
+    write_results(report, table(report), arguments.results)
     sys.stdout.write(table(report))
     for name, reason in report.failed.items():
         sys.stderr.write(f"error: {name}: {reason}\n")
-    missed = not arguments.quick and any(bar.met is False for bar in report.bars)
-    return 1 if report.failed or missed else 0
+    return 1 if report.failed or (not arguments.quick and missed(report.bars)) else 0
 
 
 def _run(chosen: Sequence[Case], checkpoints: Path, work: Path, *, quick: bool) -> Report:
@@ -210,7 +192,7 @@ def _run(chosen: Sequence[Case], checkpoints: Path, work: Path, *, quick: bool) 
         except SdxlTrtError as exc:
             # Where the checkout lies is this machine's own affair.
             failed[case.name] = str(exc).replace(f"{Path.cwd()}/", "")
-    versions = {name: version(name) for name in ("sdxl-trt", BINDING, LIBRARIES)}
+    versions = package_versions(("sdxl-trt", BINDING, LIBRARIES))
     return Report(machine(), versions, quick, builds, failed, bars(builds))
 
 

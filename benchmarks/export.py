@@ -6,18 +6,17 @@ are missing, 13 GB and 4 GB of random weights, in ``--work``; the exported folde
 
 __all__ = ["Bar", "Case", "Report", "bars", "cases", "main", "run", "table"]
 
-import argparse
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import msgspec
 
+from sdxl_trt.benchmarks.bars import NOT_MEASURED, Bar, at_most, bars_table, missed
 from sdxl_trt.benchmarks.processes import Measured, machine, measure
-from sdxl_trt.engines.files import atomic_write
+from sdxl_trt.benchmarks.result_files import machine_words, package_versions, results_parser, write_results
 
 GB, MINUTE = 10**9, 60.0
 PACKAGES = (
@@ -42,15 +41,6 @@ class Case:
     command: tuple[str, ...]
     out: Path | None = None
     missing: str = ""
-
-
-class Bar(msgspec.Struct, frozen=True):
-    """A figure held against its bar; `met` is None where it could not be measured."""
-
-    what: str
-    bar: str
-    value: str
-    met: bool | None
 
 
 class Report(msgspec.Struct, frozen=True):
@@ -119,7 +109,7 @@ def run(chosen: Sequence[Case], work: Path, *, quick: bool) -> Report:
         if case.out and case.name != "pair":
             shutil.rmtree(case.out, ignore_errors=True)
     shutil.rmtree(work / "exported", ignore_errors=True)
-    return Report(machine(), _versions(), quick, runs, not_run, bars(runs))
+    return Report(machine(), package_versions(PACKAGES), quick, runs, not_run, bars(runs))
 
 
 def bars(runs: Mapping[str, Measured]) -> list[Bar]:
@@ -138,26 +128,23 @@ def bars(runs: Mapping[str, Measured]) -> list[Bar]:
 
 
 def _limit(what: str, measured: Measured | None, figure: str, limit: float) -> Bar:
-    text = f"<= {limit:.0f} s" if figure == "seconds" else f"<= {limit / GB:.1f} GB"
-    if measured is None:
-        return Bar(what, text, "not measured", None)
-    value = float(getattr(measured, figure))
-    shown = f"{value:.0f} s" if figure == "seconds" else f"{value / GB:.2f} GB"
-    return Bar(what, text, shown, value <= limit)
+    value = None if measured is None else float(getattr(measured, figure))
+    if figure == "seconds":
+        return at_most(what, value, limit, f"{limit:.0f} s", lambda seconds: f"{seconds:.0f} s")
+    return at_most(what, value, limit, f"{limit / GB:.1f} GB", lambda size: f"{size / GB:.2f} GB")
 
 
 def _ratio(what: str, done: Mapping[str, Measured], names: tuple[str, str], limit: float) -> Bar:
-    if any(name not in done for name in names):
-        return Bar(what, f"<= {limit} times", "not measured", None)
-    value = done[names[0]].peak_rss / done[names[1]].peak_rss
-    return Bar(what, f"<= {limit} times", f"{value:.2f} times", value <= limit)
+    there = all(name in done for name in names)
+    value = done[names[0]].peak_rss / done[names[1]].peak_rss if there else None
+    return at_most(what, value, limit, f"{limit} times", lambda times: f"{times:.2f} times")
 
 
 def _against(peer: str, done: Mapping[str, Measured], names: tuple[str, str], imports: str) -> list[Bar]:
     """Compare memory above each exporter's own imports, and time as a whole."""
     memory, pace = f"1 B fp32, RSS above the imports', against {peer}", f"1 B fp32, time, against {peer}"
     if any(name not in done for name in (*names, "imports of ours", f"imports of {imports}")):
-        return [Bar(memory, "<= 0.25 times", "not measured", None), Bar(pace, "<= 1 times", "not measured", None)]
+        return [Bar(memory, "<= 0.25 times", NOT_MEASURED, None), Bar(pace, "<= 1 times", NOT_MEASURED, None)]
     ours, theirs = (done[name] for name in names)
     above = [ours.peak_rss - done["imports of ours"].peak_rss, theirs.peak_rss - done[f"imports of {imports}"].peak_rss]
     share, times = above[0] / max(1, above[1]), ours.seconds / theirs.seconds
@@ -171,17 +158,14 @@ def _against(peer: str, done: Mapping[str, Measured], names: tuple[str, str], im
 
 def _accepted(measured: Measured | None) -> tuple[str, bool | None]:
     if measured is None:
-        return "not measured", None
+        return NOT_MEASURED, None
     return ("all" if measured.ok else "refused: see the run"), measured.ok
 
 
 def table(report: Report) -> str:
     """Return the report as Markdown: the bars, then the runs with the commands that made them."""
     size = "tiny models: these figures prove the benchmark, not the export" if report.quick else "fp16 unless named"
-    about = ", ".join(f"{name} {value}" for name, value in report.machine.items())
-    lines = [f"Export, {size}. {about}.", "", "| | bar | measured | met |", "|---|---|---|---|"]
-    verdicts = {True: "yes", False: "**no**", None: "-"}
-    lines += [f"| {bar.what} | {bar.bar} | {bar.value} | {verdicts[bar.met]} |" for bar in report.bars]
+    lines = [f"Export, {size}. {machine_words(report.machine)}.", "", *bars_table(report.bars)]
     lines += ["", "| run | seconds | peak RSS | anonymous | mapped files | command |", "|---|---|---|---|---|---|"]
     for name, one in report.runs.items():
         memory = " | ".join(f"{size / GB:.2f} GB" for size in (one.peak_rss, one.peak_anonymous, one.peak_file))
@@ -194,29 +178,19 @@ def table(report: Report) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, write the results and return 1 where a run failed or a bar was missed, 0 otherwise."""
-    parser = argparse.ArgumentParser(prog="python -m sdxl_trt.benchmarks.export", description=__doc__)
-    parser.add_argument(
-        "--work", type=Path, default=Path("out/bench-export"), help="folder for checkpoints and exports"
-    )
-    parser.add_argument("--results", type=Path, default=RESULTS, help="JSON file to write, the table beside it")
-    parser.add_argument("--quick", action="store_true", help="tiny models: proves the benchmark in minutes")
-    parser.add_argument("--only", action="append", default=[], metavar="RUN", help="measure this run only; repeatable")
+    prog = f"{_MODULE}export"
+    parser = results_parser(prog, __doc__, work=Path("out/bench-export"), results=RESULTS, case="run")
     arguments = parser.parse_args(argv)
     everything = cases(arguments.work, quick=arguments.quick)
     chosen = [case for case in everything if not arguments.only or case.name in arguments.only]
     _make_checkpoints(arguments.work, quick=arguments.quick)
     report = run(chosen, arguments.work, quick=arguments.quick)
-    arguments.results.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(arguments.results) as file:
-        file.write(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
-    with atomic_write(arguments.results.with_suffix(".md")) as file:
-        file.write(table(report).encode())
+    write_results(report, table(report), arguments.results)
     sys.stdout.write(table(report))
     failed = [name for name, measured in report.runs.items() if not measured.ok]
     for name in failed:
         sys.stderr.write(f"error: {name}: {report.runs[name].output}\n")
-    missed = not arguments.quick and any(bar.met is False for bar in report.bars)
-    return 1 if failed or missed else 0
+    return 1 if failed or (not arguments.quick and missed(report.bars)) else 0
 
 
 def _folder(work: Path, size: str, dtype: str) -> Path:
@@ -235,16 +209,6 @@ def _make_checkpoints(work: Path, *, quick: bool) -> None:
             done = measure([sys.executable, "-m", f"{_MODULE}checkpoints", *options])
             if not done.ok:
                 raise SystemExit(f"error: the checkpoint {out / role} was not written: {done.output}")
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from sdxl_trt.engines.plan_records import PlanRecord
 from sdxl_trt.engines.plans import Limits
 from sdxl_trt.engines.profiles import Sizes
 from sdxl_trt.engines.providers import open_backend
-from sdxl_trt.engines.residency import check_residency, fallbacks, plan_memory
+from sdxl_trt.engines.residency import check_residency, fallbacks, plan_memory, settled_residency
 
 log = logging.getLogger(__name__)
 
@@ -180,12 +180,14 @@ def open_pool(
     sizes: Sizes | None = None,
     *,
     images: bool = False,
+    once: bool = False,
 ) -> EnginePool:
     """Return a pool for `bundle`; nothing of it is loaded yet.
 
     `provider` is "auto" or one of PROVIDERS, `residency` "auto", "resident", "swap" or "stream"; `available` replaces
     the measured memory in bytes, the device's or the host's; `sizes` are what is to be run, where no plans say it.
-    Memory is planned for runs that start from `images` too, which need the autoencoder's encoder, if that is said.
+    Memory is planned for runs that start from `images` too, which need the autoencoder's encoder, if that is said, and
+    as for a single run where it comes `once`.
     A stated residency is kept; under "auto" the next one is taken where memory runs out. Raises UsageError for other
     names, IncompatibleError for a provider that cannot be had or a plan that does not fit this machine, ResourceError
     for plans that cannot fit.
@@ -193,6 +195,7 @@ def open_pool(
     check_residency(residency)
     backend = open_backend(bundle, provider)
     capacity = backend.free if available is None else available
+    residency = settled_residency(residency, backend.provider, once=once)
     try:
         plan = plan_memory(
             bundle,

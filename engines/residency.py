@@ -5,7 +5,7 @@ the base runs, the refiner's plan is read into host memory and checked. `stream`
 a budget left in host memory. Text encoders and the autoencoder give way to UNets where all do not fit together.
 """
 
-__all__ = ["RESIDENCIES", "check_residency", "fallbacks", "plan_memory"]
+__all__ = ["RESIDENCIES", "check_residency", "fallbacks", "plan_memory", "settled_residency"]
 
 import math
 from collections.abc import Iterable, Mapping
@@ -34,6 +34,14 @@ def check_residency(residency: str) -> None:
     """Raise UsageError unless `residency` is "auto" or a policy."""
     if residency not in ("auto", *RESIDENCIES):
         raise UsageError(f"unknown residency {residency!r}; choose auto, {', '.join(RESIDENCIES[:-1])} or stream")
+
+
+def settled_residency(residency: str, provider: str, *, once: bool) -> str:
+    """Return what "auto" is for runs that come `once`, as a command's do, which use every engine in one phase only.
+
+    On a CPU that is "swap": nothing has to cross a bus, and an engine that is kept only takes memory.
+    """
+    return "swap" if once and residency == "auto" and provider == "ort-cpu" else residency
 
 
 def plan_memory(

@@ -66,7 +66,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     asked = _request(arguments) if arguments.workflow is None else _workflow(arguments)
     with open_bundle(
         arguments.engines, provider=arguments.provider, residency=arguments.residency, available=arguments.vram,
-        images=asked.image is not None,
+        images=asked.image is not None, once=True,
     ) as pipeline:  # fmt: skip
         if arguments.source is not None:
             warn_of_another_bundle(arguments.made_with, pipeline.manifest)

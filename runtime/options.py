@@ -155,7 +155,7 @@ def _add_engine_options(parser: Parser) -> None:
     group.add_argument("--provider", choices=PROVIDERS, default="auto", help="what runs the graphs")
     group.add_argument("--residency", choices=("auto", "resident", "swap", "stream"), default="auto",
                        help="resident: both experts in memory; swap: one at a time; stream: a part of one; auto: the"
-                       " first that fits")  # fmt: skip
+                       " first that fits, on a CPU swap")  # fmt: skip
     group.add_argument("--tile", action="store_true", help="encode and decode in tiles: less memory for large pictures")
     group.add_argument("--plan", action="store_true", help="print what would be loaded when, and generate nothing")
     group.add_argument("--vram", type=_bytes, metavar="SIZE", help="make do with, or --plan for, 12GB, 16GiB, …")

@@ -213,17 +213,18 @@ def open_bundle(
     residency: str = "auto",
     available: int | None = None,
     images: bool = False,
+    once: bool = False,
 ) -> Pipeline:
     """Open the bundle at `path` (None: the embedded pair). Only the manifest is read; use it in a ``with``.
 
-    `provider`, `residency`, `available`, the bytes to make do with, and `images` are those of `open_pool`. Raises
-    SourceError, IncompatibleError, CorruptError, UsageError, ResourceError.
+    `provider`, `residency`, `available`, the bytes to make do with, `images` and `once` are those of `open_pool`.
+    Raises SourceError, IncompatibleError, CorruptError, UsageError, ResourceError.
     """
     if path is None:
         from sdxl_trt.mini.embedded import bundle_path  # noqa: PLC0415 - package data, only when nothing else is named
 
         path = bundle_path()
-    return Pipeline(open_pool(read_bundle(path), provider, residency, available, images=images))
+    return Pipeline(open_pool(read_bundle(path), provider, residency, available, images=images, once=once))
 
 
 def _texts(request: ResolvedRequest, stages: Mapping[StageName, Stage]) -> Iterator[tuple[Stage, Prompt]]:

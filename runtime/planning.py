@@ -11,7 +11,7 @@ from sdxl_trt.engines.memory_plan import MemoryPlan
 from sdxl_trt.engines.planning import check_for, stage_sizes
 from sdxl_trt.engines.profiles import Sizes, fixed
 from sdxl_trt.engines.providers import open_backend
-from sdxl_trt.engines.residency import plan_memory
+from sdxl_trt.engines.residency import plan_memory, settled_residency
 
 
 def plan_run(
@@ -24,7 +24,7 @@ def plan_run(
     *,
     images: bool = False,
 ) -> MemoryPlan:
-    """Return what runs of the bundle at `path` (None: the embedded pair) take, and how they would be made to fit.
+    """Return what a run of the bundle at `path` (None: the embedded pair) takes, and how it would be made to fit.
 
     With `vram` bytes no GPU is asked for, and "auto" means tensorrt. `width` and `height` in pixels plan for one size,
     `images` for runs that start from pictures.
@@ -42,6 +42,7 @@ def plan_run(
                            images=images)  # fmt: skip
     backend = open_backend(bundle, provider)
     backend.close()
+    residency = settled_residency(residency, backend.provider, once=True)
     return plan_memory(bundle, provider=backend.provider, capacity=backend.free, residency=residency, sizes=sizes,
                        records=backend.records, images=images)  # fmt: skip
 

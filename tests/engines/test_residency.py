@@ -17,7 +17,7 @@ from sdxl_trt.engines.needs import exact_sizes, host_need, run_components, run_p
 from sdxl_trt.engines.plan_records import BuildFlags, Environment, PlanKey, PlanMemory, PlanRecord
 from sdxl_trt.engines.profiles import axes_of, component_profiles
 from sdxl_trt.engines.records import FileRecord
-from sdxl_trt.engines.residency import RESIDENCIES, check_residency, fallbacks, plan_memory
+from sdxl_trt.engines.residency import RESIDENCIES, check_residency, fallbacks, plan_memory, settled_residency
 from sdxl_trt.mini.embedded import bundle_path
 
 MINI = read_bundle(bundle_path())
@@ -298,3 +298,10 @@ def test_without_a_refiner_there_is_no_refiner_phase() -> None:
     manifest = replace(MINI.manifest, refiner=None)
     plan = plan_memory(Bundle(MINI.root, manifest), provider="tensorrt", capacity=None)
     assert [phase.name for phase in plan.phases] == ["encode", "base", "decode"]
+
+
+def test_a_run_that_comes_once_keeps_no_engine_on_a_cpu() -> None:
+    assert settled_residency("auto", "ort-cpu", once=True) == "swap"
+    assert settled_residency("auto", "ort-cpu", once=False) == "auto"
+    assert settled_residency("resident", "ort-cpu", once=True) == "resident"
+    assert settled_residency("auto", "tensorrt", once=True) == "auto"

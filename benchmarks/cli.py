@@ -1,0 +1,168 @@
+"""trt-bench: parse, call, report; no logic."""
+
+__all__ = ["main"]
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sdxl_trt.engines.command import CLEAR_LINE, Parser, one_line, print_json, run
+
+if TYPE_CHECKING:
+    from sdxl_trt.benchmarks.reports import BenchReport
+    from sdxl_trt.benchmarks.subjects import Say, Subject
+
+EPILOG = """examples:
+  trt-bench --quick                                          the embedded pair, in a minute or two
+  trt-bench --engines sdxl --model sd_xl_base_1.0.safetensors --refiner sd_xl_refiner_1.0.safetensors --components
+  trt-bench --against eager,compile --size 1024x1024 --runs 15 --out results
+  trt-bench --quality                                        how far every precision is from PyTorch, on this machine
+  trt-bench --estimate h100                                  the floor on a GPU that is not here; measures nothing
+"""
+_QUICK_STEPS, _STEPS = 5, 30
+_QUICK_RUNS, _RUNS = 3, 7
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run trt-bench and return its exit code."""
+    return run(_parser(), lambda arguments: _run(arguments, sys.argv[1:] if argv is None else argv), argv)
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="trt-bench",
+        description="Measure time, memory and quality against PyTorch and others, on the same weights and noise.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    what = parser.add_argument_group("what is measured (default: the embedded pair)")
+    what.add_argument("--engines", type=Path, metavar="BUNDLE", help="exported folder; without it --model is exported")
+    what.add_argument("--model", metavar="SRC", help="the base that PyTorch loads: folder, .safetensors, hub id, mini")
+    what.add_argument("--refiner", metavar="SRC", help="the refiner that PyTorch loads")
+    what.add_argument("--against", metavar="LIST", help="contestants, separated by commas, or none (default: all):"
+                      " onnxruntime, eager, eager-bf16, eager-fp16, compile, diffusers, optimum, openvino, ort-cuda,"
+                      " ort-tensorrt, tensorrt")  # fmt: skip
+    how = parser.add_argument_group("how")
+    how.add_argument("--steps", type=int, metavar="N", help=f"steps of a picture (default {_STEPS})")
+    how.add_argument("--size", type=_size, metavar="WxH", help="pixels (default: the model's own)")
+    how.add_argument("--batch", type=int, default=1, metavar="N", help="pictures at once (default 1)")
+    how.add_argument("--runs", type=int, metavar="R", help=f"timed rounds (default {_RUNS})")
+    how.add_argument("--components", action="store_true", help="time a picture's parts too, its time by size, batch"
+                     " and handoff, and the start of a process")  # fmt: skip
+    how.add_argument("--quality", action="store_true", help="compare with PyTorch in fp32 at the same noise; exit 1"
+                     " where a limit is missed")  # fmt: skip
+    how.add_argument("--quick", action="store_true", help="few steps and rounds, and no contestant that takes minutes"
+                     " to make ready")  # fmt: skip
+    how.add_argument("--estimate", metavar="GPU", help="estimate the floor on h100, a100, l40s, a10g or 4090 instead")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write report.json, report.md and report.html there")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    parser.add_argument("--debug", action="store_true", help="add the traceback to an error")
+    return parser
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, _, height = text.lower().partition("x")
+    try:
+        return int(width), int(height)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; give WIDTHxHEIGHT, 1024x1024 for instance") from None
+
+
+def _run(arguments: argparse.Namespace, argv: list[str]) -> None:
+    if arguments.estimate is not None:
+        _estimate(arguments)
+        return
+    watched = sys.stderr.isatty()
+    try:
+        _bench(arguments, argv, _say_here if watched else _say)
+    finally:
+        sys.stderr.write(CLEAR_LINE if watched else "")
+
+
+def _bench(arguments: argparse.Namespace, argv: list[str], say: "Say") -> None:
+    from sdxl_trt.benchmarks.bench import Options, run_bench  # noqa: PLC0415 - numpy and more: --help must not wait
+    from sdxl_trt.benchmarks.pages import write_pages  # noqa: PLC0415
+    from sdxl_trt.benchmarks.subjects import cache_folder, find_subject  # noqa: PLC0415
+    from sdxl_trt.benchmarks.tables import markdown  # noqa: PLC0415
+
+    width, height = arguments.size or (None, None)
+    quick = arguments.quick
+    options = Options(
+        against=arguments.against,
+        steps=(_QUICK_STEPS if quick else _STEPS) if arguments.steps is None else arguments.steps,
+        width=width,
+        height=height,
+        batch=arguments.batch,
+        runs=(_QUICK_RUNS if quick else _RUNS) if arguments.runs is None else arguments.runs,
+        components=arguments.components,
+        sweeps=arguments.components and not quick,
+        cold=arguments.components and not quick,
+        quick=quick,
+    )
+    subject = find_subject(arguments.engines, arguments.model, arguments.refiner, cache_folder(), say)
+    report = _finished(run_bench(subject, options, say), subject, arguments, argv, say)
+    if arguments.out is not None:
+        write_pages(report, arguments.out)
+    if arguments.json:
+        print_json(report)
+    else:
+        sys.stdout.write(markdown(report))
+    _require_quality(report)
+
+
+def _finished(
+    report: "BenchReport", subject: "Subject", arguments: argparse.Namespace, argv: list[str], say: "Say"
+) -> "BenchReport":
+    """Return the report with the command that made it, and the quality if that was asked for."""
+    import msgspec  # noqa: PLC0415
+
+    if arguments.quality:
+        from sdxl_trt.benchmarks.quality import VARIANTS, measure_quality  # noqa: PLC0415 - torch comes with it
+
+        # To export the others takes minutes the first time.
+        variants = () if arguments.quick else tuple(VARIANTS)
+        rows = measure_quality(subject, report.settings, variants, say)
+        report = msgspec.structs.replace(report, quality=rows)
+    return msgspec.structs.replace(report, command=("trt-bench", *argv))
+
+
+def _require_quality(report: "BenchReport") -> None:
+    """Raise VerificationError where what the engines draw is not what PyTorch draws."""
+    if report.quality:
+        from sdxl_trt.benchmarks.quality import verdict  # noqa: PLC0415
+        from sdxl_trt.engines.errors import VerificationError  # noqa: PLC0415
+
+        wrong = verdict(report.quality)
+        if wrong:
+            raise VerificationError(wrong)
+
+
+def _estimate(arguments: argparse.Namespace) -> None:
+    from sdxl_trt.benchmarks.roofline import run_estimate  # noqa: PLC0415
+    from sdxl_trt.benchmarks.roofline_table import estimate_table  # noqa: PLC0415
+
+    width, height = arguments.size or (1024, 1024)
+    steps = _STEPS if arguments.steps is None else arguments.steps
+    found = run_estimate(
+        arguments.estimate, engines=arguments.engines, steps=steps, width=width, height=height, batch=arguments.batch
+    )
+    if arguments.json:
+        print_json(found)
+    else:
+        sys.stdout.write(estimate_table(found))
+
+
+def _say(text: str) -> None:
+    """Tell the stages, not the rounds: nobody watches."""
+    if ": round " not in text:
+        sys.stderr.write(f"{one_line(text)}\n")
+
+
+def _say_here(text: str) -> None:
+    sys.stderr.write(f"{CLEAR_LINE}{one_line(text)}")
+    sys.stderr.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,184 @@
+"""What trt-bench and a contestant say to each other: one JSON object a line, a question and its answer.
+
+A contestant is a process that stays, so that several can take turns, each with its own memory and its own libraries.
+Whatever goes wrong in it is an answer too. This module is read in every contestant's environment: msgspec and numpy.
+"""
+
+__all__ = ["TASKS", "Answer", "Ask", "Bye", "Failed", "Memory", "Ran", "Ready", "Spec", "Task", "serve"]
+
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import BinaryIO, Literal, Protocol
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+TASKS = ("picture", "text encoders", "base UNet step", "refiner UNet step", "VAE decode", "handoff", "handoff resident")
+Array = npt.NDArray[np.generic]
+
+
+class Spec(msgspec.Struct, frozen=True, kw_only=True):
+    """What every contestant is given; they differ in `name` alone. Sizes are pixels, `inputs` an .npz file.
+
+    `bundle` is the exported folder; `base` and `refiner` are the checkpoints that it comes from, "" where they are
+    not known or not there. `device` is "cpu" or "cuda". `cache` keeps what a contestant makes once, an export.
+    """
+
+    name: str
+    bundle: str
+    base: str
+    refiner: str
+    inputs: str
+    cache: str
+    device: str
+    threads: int
+    prompt: str
+    width: int
+    height: int
+    batch: int
+    steps: int
+    handoff: float | None
+    guidance: float
+    seed: int
+    aesthetic_score: float = 6.0
+    negative_aesthetic_score: float = 2.5
+
+
+class Ask(msgspec.Struct, frozen=True, kw_only=True):
+    """A question. "run" takes a task, and may replace what the spec says of size, batch and handoff.
+
+    `keep` is where what comes out is to be written, an .npy file, "" for nowhere.
+    """
+
+    do: Literal["prepare", "run", "memory", "quit"]
+    task: str = ""
+    keep: str = ""
+    width: int | None = None
+    height: int | None = None
+    batch: int | None = None
+    handoff: float | Literal["spec", "none"] = "spec"
+
+    @property
+    def varied(self) -> bool:
+        """Whether it replaces something of the spec."""
+        return self.handoff != "spec" or any(value is not None for value in (self.width, self.height, self.batch))
+
+
+class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
+    """A contestant is ready: what that took in seconds, the tasks that it has, and why it has not the others."""
+
+    precision: str
+    import_seconds: float
+    load_seconds: float
+    compile_seconds: float | None = None
+    versions: dict[str, str] = {}
+    tasks: tuple[str, ...] = ()
+    not_run: dict[str, str] = {}
+
+
+class Ran(msgspec.Struct, frozen=True, kw_only=True, tag="ran"):
+    """A task was done in `seconds`, those of its parts in `stages`."""
+
+    seconds: float
+    stages: dict[str, float] = {}
+
+
+class Memory(msgspec.Struct, frozen=True, kw_only=True, tag="memory"):
+    """The process's peaks in bytes: resident memory, and the GPU's where that is known."""
+
+    peak_rss: int
+    peak_gpu: int | None = None
+
+
+class Failed(msgspec.Struct, frozen=True, tag="failed"):
+    """What was asked for went wrong, in one line; the contestant goes on."""
+
+    error: str
+
+
+class Bye(msgspec.Struct, frozen=True, tag="bye"):
+    """The last answer."""
+
+
+Answer = Ready | Ran | Memory | Failed | Bye
+
+
+class Done(msgspec.Struct, frozen=True):
+    """What a task returns: the array that came out, the seconds of its stages, and its own clock if it has one."""
+
+    output: Array
+    stages: dict[str, float] = {}
+    seconds: float | None = None
+
+
+Task = Callable[[], Done]
+
+
+class Contestant(Protocol):
+    """The work of a contestant. `ready` is called once, before any task."""
+
+    def ready(self) -> Ready:
+        """Import, load and compile; say what it took."""
+
+    def task(self, ask: Ask) -> Task:
+        """Return what is to be timed for a question. Raises whatever it may: that is answered."""
+
+    def peak_gpu(self) -> int | None:
+        """Return the peak of the GPU's memory in bytes, None where it is not known."""
+
+
+def serve(make: Callable[[], Contestant], questions: BinaryIO, answers: BinaryIO) -> None:
+    """Answer every line of `questions` until it ends or says quit; `make` is called with the first "prepare"."""
+    contestant: Contestant | None = None
+    for line in questions:
+        answer: Answer
+        try:
+            ask = msgspec.json.decode(line, type=Ask)
+            if contestant is None and ask.do == "prepare":
+                contestant = make()
+            answer = _answer(contestant, ask)
+        except Exception as exc:  # noqa: BLE001 - whatever went wrong is the answer
+            traceback.print_exc()
+            answer = Failed(one_line(exc))
+        answers.write(msgspec.json.encode(answer) + b"\n")
+        answers.flush()
+        if isinstance(answer, Bye):
+            return
+
+
+def _answer(contestant: Contestant | None, ask: Ask) -> Answer:
+    if ask.do == "quit":
+        return Bye()
+    if contestant is None:
+        return Failed(f"{ask.do} before prepare")
+    if ask.do == "prepare":
+        return contestant.ready()
+    if ask.do == "memory":
+        return Memory(peak_rss=peak_rss(), peak_gpu=contestant.peak_gpu())
+    return _run(contestant, ask)
+
+
+def _run(contestant: Contestant, ask: Ask) -> Ran:
+    task = contestant.task(ask)
+    started = time.perf_counter()
+    done = task()
+    seconds = time.perf_counter() - started
+    if ask.keep:
+        np.save(ask.keep, done.output)
+    return Ran(seconds=seconds if done.seconds is None else done.seconds, stages=done.stages)
+
+
+def one_line(exc: BaseException) -> str:
+    """Return an exception as one short line."""
+    text = " ".join(f"{type(exc).__name__}: {exc}".split())
+    return text if len(text) <= 300 else f"{text[:300]}…"
+
+
+def peak_rss() -> int:
+    """Return the most memory that this process ever had resident, in bytes; its parent's is no part of it."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    found: Mapping[str, str] = dict(line.split(":", 1) for line in lines if ":" in line)
+    return int(found["VmHWM"].split()[0]) << 10

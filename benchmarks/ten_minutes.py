@@ -1,0 +1,119 @@
+"""The benchmark that a checkout can run in ten minutes on two cores: ``make bench``.
+
+A cousin of SDXL with 50 million parameters at 512² stands for the model: its UNet step and a short run end to end,
+against everybody. The embedded pair shows the cold start and the quality, whose pictures mean something. Writes
+``benchmarks/results/bench.json``, ``.md`` and ``.html``, and says where a rerun does not agree with what was there.
+"""
+
+__all__ = ["main"]
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+
+from sdxl_trt.benchmarks.architectures import ROLES
+from sdxl_trt.benchmarks.bars import bars_table, missed
+from sdxl_trt.benchmarks.bench import Options, run_bench, settled_spec
+from sdxl_trt.benchmarks.bench_bars import bench_bars
+from sdxl_trt.benchmarks.cold_start import cold_starts
+from sdxl_trt.benchmarks.pages import write_pages
+from sdxl_trt.benchmarks.processes import measure
+from sdxl_trt.benchmarks.ratios import agree
+from sdxl_trt.benchmarks.reports import BenchReport, Quality, Settings, read_report
+from sdxl_trt.benchmarks.subjects import Subject, find_subject
+from sdxl_trt.engines.command import Parser, run
+from sdxl_trt.engines.errors import EngineError, VerificationError
+
+COMMAND = ("make", "bench")
+RESULTS = Path(__file__).with_name("results") / "bench.json"
+COUSIN = ("cousin-50m", Options(steps=4, width=512, height=512, runs=5, step_runs=12, components=True, sweeps=True))
+TINY = ("tiny", Options(steps=3, width=128, height=128, runs=2, step_runs=3, components=True, sweeps=True,
+                        quick=True))  # fmt: skip
+EMBEDDED = Options(steps=30)
+COLD_RUNS = 5
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, write the results and return the exit code: 1 where a bar was missed."""
+    parser = Parser(prog="python -m sdxl_trt.benchmarks.ten_minutes", description=__doc__)
+    parser.add_argument("--work", type=Path, default=Path("out/bench"), help="folder for what is made once, and kept")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="JSON file to write, the pages beside it")
+    parser.add_argument("--quick", action="store_true", help="a tiny model: proves the benchmark, measures nothing")
+    parser.add_argument("--no-quality", action="store_true", help="leave the quality out")
+    parser.add_argument("--debug", action="store_true", help="add the traceback to an error")
+    return run(parser, _bench, argv)
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    report = _run(arguments.work, quick=arguments.quick, quality=not arguments.no_quality)
+    disagreeing = _disagreeing(arguments.results, report)
+    write_pages(report, arguments.results.parent, arguments.results.stem)
+    sys.stdout.write("\n".join(bars_table(report.bars)) + "\n")
+    for line in disagreeing:
+        sys.stderr.write(f"warning: not within the spread of the results before: {line}\n")
+    if missed(report.bars) and not arguments.quick:
+        raise VerificationError(f"a bar was missed; {arguments.results} has the figures")
+
+
+def _run(work: Path, *, quick: bool, quality: bool) -> BenchReport:
+    size, options = TINY if quick else COUSIN
+    base, refiner = _checkpoints(work / "checkpoints" / size, size)
+    subject = find_subject(None, str(base), str(refiner), work, _say)
+    subject = replace(subject, name="exported from it in fp32", model=size)
+    report = run_bench(subject, options, _say)
+    embedded = find_subject(None, None, None, work, _say)
+    spec = settled_spec(embedded, replace(EMBEDDED, steps=3) if quick else EMBEDDED)
+    starts, drawn = cold_starts(embedded, spec, 1 if quick else COLD_RUNS, say=_say)
+    told = (
+        f"the model is {size}, random weights in SDXL's architecture: its pictures are noise, its time is not",
+        f"cold start and quality are the embedded pair's, {spec.width}×{spec.height} and {spec.steps} steps",
+    )
+    notes = tuple(note for note in (*told, drawn, *report.notes) if note)
+    report = msgspec.structs.replace(report, cold_starts=starts, command=COMMAND, notes=notes)
+    report = msgspec.structs.replace(report, bars=bench_bars(report))
+    if not quality:
+        return report
+    # Last, since PyTorch makes this process large.
+    settings = msgspec.structs.replace(report.settings, model=embedded.model, bundle=embedded.name, width=spec.width,
+                                       height=spec.height, steps=spec.steps)  # fmt: skip
+    return msgspec.structs.replace(report, quality=_quality(embedded, settings, quick=quick))
+
+
+def _quality(embedded: Subject, settings: Settings, *, quick: bool) -> tuple[Quality, ...]:
+    from sdxl_trt.benchmarks.quality import VARIANTS, measure_quality  # noqa: PLC0415
+
+    return measure_quality(embedded, settings, () if quick else tuple(VARIANTS), _say)
+
+
+def _checkpoints(folder: Path, size: str) -> list[Path]:
+    """Return the folders of base and refiner, written first where they are not there, by a process of its own."""
+    for role in ROLES:
+        if not (folder / role).is_dir():
+            _say(f"writing {folder / role}")
+            command = [sys.executable, "-m", "sdxl_trt.benchmarks.checkpoints", "--out", str(folder), "--size", size]
+            done = measure([*command, "--dtype", "fp32", f"--{role}"])
+            if not done.ok:
+                raise EngineError(f"the checkpoint {folder / role} was not written: {done.output}")
+    return [folder / role for role in ROLES]
+
+
+def _disagreeing(path: Path, report: BenchReport) -> Sequence[str]:
+    """Return in which ratios `report` is not what was measured before on the same processor, if anything was."""
+    if not path.exists():
+        return []
+    before = read_report(path)
+    same = all(before.machine.get(fact) == report.machine.get(fact) for fact in ("processor", "cores"))
+    return agree(before, report) if same and before.settings == report.settings else []
+
+
+def _say(text: str) -> None:
+    if ": round " not in text:
+        sys.stderr.write(f"{text}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

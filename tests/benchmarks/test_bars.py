@@ -1,0 +1,53 @@
+"""Bars, and the results that are kept: what is checked in can still be read, and makes the table beside it."""
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from sdxl_trt.benchmarks import build, export
+from sdxl_trt.benchmarks.bars import Bar, at_most, bars_table, missed
+from sdxl_trt.benchmarks.result_files import package_versions, results_parser, write_results
+
+
+@pytest.mark.parametrize(
+    ("value", "said", "met"), [(0.5, "0.5 s", True), (0.6, "0.6 s", False), (None, "not measured", None)]
+)
+def test_a_figure_is_held_against_its_limit(value: float | None, said: str, met: bool | None) -> None:
+    assert at_most("a", value, 0.5, "0.5 s", lambda seconds: f"{seconds} s") == Bar("a", "<= 0.5 s", said, met)
+
+
+def test_a_missed_bar_stands_out_and_one_that_was_not_measured_is_not_missed() -> None:
+    bars = [Bar("a", "<= 1", "1", True), Bar("b", "<= 1", "not measured", None)]
+    assert not missed(bars)
+    assert missed([*bars, Bar("c", "<= 1", "2", False)])
+    assert bars_table([Bar("c", "<= 1", "2", False)])[-1] == "| c | <= 1 | 2 | **no** |"
+
+
+@pytest.mark.parametrize("module", [build, export], ids=["build", "export"])
+def test_the_checked_in_results_make_the_table_beside_them(module: "type[build]") -> None:
+    report = msgspec.json.decode(module.RESULTS.read_bytes(), type=module.Report)
+    assert module.table(report) == module.RESULTS.with_suffix(".md").read_text(encoding="utf-8")
+
+
+def test_results_are_written_with_their_table(tmp_path: Path) -> None:
+    write_results(Bar("a", "b", "c", None), "| a |\n", tmp_path / "new/x.json")
+    assert msgspec.json.decode((tmp_path / "new/x.json").read_bytes(), type=Bar) == Bar("a", "b", "c", None)
+    assert (tmp_path / "new/x.md").read_text() == "| a |\n"
+
+
+def test_a_package_that_is_not_here_is_named() -> None:
+    found = package_versions(["sdxl-trt", "no-such-distribution"])
+    assert found["no-such-distribution"] == "not installed"
+    assert found["sdxl-trt"][0].isdigit()
+
+
+def test_a_measurement_has_its_options() -> None:
+    parser = results_parser("x", None, work=Path("a"), results=Path("b"), case="plan")
+    arguments = parser.parse_args(["--quick", "--only", "p", "--only", "q"])
+    assert (arguments.work, arguments.results, arguments.quick, arguments.only) == (
+        Path("a"),
+        Path("b"),
+        True,
+        ["p", "q"],
+    )

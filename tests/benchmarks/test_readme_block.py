@@ -1,0 +1,51 @@
+"""The README's benchmark and the pages of the results are what the checked-in results make."""
+
+import msgspec
+import pytest
+
+from sdxl_trt.benchmarks.pages import page
+from sdxl_trt.benchmarks.readme import BEGIN, END, NOTHING, README, RESULTS, block, read_results, rewritten
+from sdxl_trt.benchmarks.reports import BenchReport
+from sdxl_trt.benchmarks.tables import markdown
+from sdxl_trt.engines.errors import CorruptError
+
+
+def test_the_readme_says_what_the_results_say() -> None:
+    readme = README.read_text(encoding="utf-8")
+    assert rewritten(readme, block(read_results())) == readme, "run: make readme"
+
+
+def test_the_pages_of_the_results_are_those_of_their_reports() -> None:
+    for name, report in read_results().items():
+        assert (RESULTS / f"{name}.md").read_text(encoding="utf-8") == markdown(report), "run: make readme"
+        assert (RESULTS / f"{name}.html").read_text(encoding="utf-8") == page(report), "run: make readme"
+
+
+def test_without_results_it_says_so() -> None:
+    assert block({}) == NOTHING
+    assert "Not measured yet" in NOTHING
+
+
+def test_figures_and_ratios_and_who_could_not_run_are_in_it(report: BenchReport) -> None:
+    text = block({"bench": report, "bench-other": report})
+    assert text.count("| **sdxl-trt, fp32** | 51.3 ms | – | 0.513 s | – | 1.95 | 612 MB |") == 2
+    assert "| PyTorch eager, fp32 | 103 ms | 0.500× | 1.03 s | 0.500× | 0.974 | 1.72 GB |" in text
+    assert "Could not run: OpenVINO (there is no environment of peers)." in text
+    assert "1 of 3 bars met, 1 missed, 1 not measured." in text
+    assert "(benchmarks/results/bench-other.md)" in text
+
+
+def test_a_figure_that_changes_changes_it(report: BenchReport) -> None:
+    first, *others = report.measurements
+    slower = msgspec.structs.replace(first, seconds=(0.7, 0.7, 0.7))
+    assert block({"bench": msgspec.structs.replace(report, measurements=(slower, *others))}) != block({"bench": report})
+
+
+def test_only_what_is_between_the_markers_is_rewritten() -> None:
+    assert rewritten(f"a\n{BEGIN}\nold\n{END}\nb", "new") == f"a\n{BEGIN}\nnew\n{END}\nb"
+
+
+@pytest.mark.parametrize("readme", ["", BEGIN, f"{END}{BEGIN}", f"{BEGIN}{BEGIN}{END}", f"{BEGIN}{END}{END}"])
+def test_a_readme_without_its_markers_is_refused(readme: str) -> None:
+    with pytest.raises(CorruptError, match="put them back"):
+        rewritten(readme, "new")

@@ -1,0 +1,149 @@
+"""A report as Markdown: every figure is in it, the order is the reader's, and no name can be more than text."""
+
+import math
+import re
+from xml.etree import ElementTree as ET
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
+
+from sdxl_trt.benchmarks.documents import Table, without_empty
+from sdxl_trt.benchmarks.quantities import memory, plain, significant, time_unit, times
+from sdxl_trt.benchmarks.reports import BenchReport, Contestant, Measurement
+from sdxl_trt.benchmarks.tables import code_block, escaped, markdown, table_lines
+
+GITHUB = MarkdownIt("gfm-like", {"linkify": False})
+HOSTILE = st.text(st.sampled_from("ab1 .|*_`~[]()<>!#-+=&;:\\\"'$\n\t/@\0\u202e"), min_size=1, max_size=20)
+
+
+def _rendered(text: str) -> ET.Element:
+    return ET.fromstring(f"<all>{GITHUB.render(text)}</all>")
+
+
+@settings(max_examples=60, deadline=None)
+@given(HOSTILE)
+def test_a_cell_is_text_and_nothing_else_to_another_reader(text: str) -> None:
+    cell = _rendered("\n".join(table_lines(Table(("a", "b"), ((text, "c"),))))).find(".//td")
+    assert cell is not None
+    assert len(cell) == 0
+    assert (cell.text or "").split() == plain(text).split()
+
+
+@settings(max_examples=60, deadline=None)
+@given(HOSTILE)
+def test_a_command_is_a_block_of_code_that_nothing_ends(text: str) -> None:
+    everything = _rendered(code_block(text))
+    assert [each.tag for each in everything.iter()] == ["all", "pre", "code"]
+    assert (everything[0][0].text or "").strip() == plain(text)
+
+
+@pytest.mark.parametrize("note", ["# big", "- a", "1. a", "> a", "=== a", "+ a", "<b>a</b>", "[a](b)", "![a](b)", "``"])
+def test_a_note_is_a_note(note: str, empty: BenchReport) -> None:
+    everything = _rendered(markdown(msgspec.structs.replace(empty, notes=(note,))))
+    found = [item for item in everything.iter("li") if item.text and item.text.strip() == note]
+    assert len(found) == 1
+    assert len(found[0]) == 0
+
+
+def test_every_figure_is_in_it(report: BenchReport) -> None:
+    text = markdown(report)
+    for one in report.measurements:
+        unit = time_unit(
+            each.median for each in report.measurements if (each.what, each.sweep) == (one.what, one.sweep)
+        )
+        row = f"{unit.show(one.median)} | ±1.0 % | {unit.show(one.p95)} | 3"
+        assert row in text, one
+    for ratio in report.ratios:
+        assert f"{times(ratio.median)} ({significant(ratio.low)}–{significant(ratio.high)})" in text
+    for start in report.cold_starts[:2]:
+        assert f"{start.median:.2f} s" in text
+        assert memory(start.peak_rss) in text
+    for shown in ("211 ms", "3.11 s", "94.3 s", "612 MB", "1.72 GB", "1.23 GB", "81.3 dB", "0.9987", "0.913", "17.2 dB",
+                  "1.70×", "0.237×", "0.251×", "1.5e-06", "0.250 J", "1.95", "16.0 GB"):  # fmt: skip
+        assert shown in text, shown
+
+
+def test_what_a_figure_is_of_is_said(report: BenchReport) -> None:
+    text = markdown(report)
+    assert "| | bar |" in re.sub(" +", " ", text)
+    assert "**base UNet step: 64×64, batch 1, 2 rows**" in text
+    assert "**picture, by size: batch 1**" in text
+    assert "| PyTorch eager, fp32 | base alone |" in text
+    assert "| a picture | <= 0.4 times | 0.50 times | **no** |" in text
+    assert "1 of 3 bars met, 1 missed, 1 not measured." in text
+    assert "trt-bench --engines 'a folder'" in text
+
+
+def test_the_bars_come_first_and_the_commands_last(report: BenchReport) -> None:
+    heads = re.findall(r"^## (.*)$", markdown(report), re.MULTILINE)
+    assert heads == ["Bars", "End to end", "Part by part", "Before the first run", "Cold start", "Quality",
+                     "What could not run", "Notes", "How it was measured"]  # fmt: skip
+
+
+def test_who_could_not_run_is_named_with_the_reason(report: BenchReport) -> None:
+    text = markdown(report)
+    assert "| OpenVINO | everything | there is no environment of peers |" in text
+    assert "| PyTorch eager, fp32 | VAE decode | it has none |" in text
+    assert "| another | cold start | it failed |" in text
+
+
+def test_what_is_not_finite_is_not_called_equal(report: BenchReport) -> None:
+    text = markdown(report)
+    assert "| fp32 | embeddings | equal |" in text
+    assert "| broken | pixels | not finite |" in text
+
+
+def test_a_report_of_nothing_says_how_and_no_more(empty: BenchReport) -> None:
+    assert re.findall(r"^## (.*)$", markdown(empty), re.MULTILINE) == ["How it was measured"]
+
+
+def test_one_contestant_has_no_ratio(report: BenchReport) -> None:
+    alone = msgspec.structs.replace(
+        report, contestants=report.contestants[:1], ratios=(),
+        measurements=tuple(one for one in report.measurements if one.contestant == "sdxl-trt"),
+    )  # fmt: skip
+    assert "/ this" not in markdown(msgspec.structs.replace(alone, cold_starts=()))
+
+
+def test_two_that_are_called_alike_are_told_apart(report: BenchReport) -> None:
+    twins = tuple(Contestant(name=name, title="X", precision="fp32") for name in ("sdxl-trt", "eager"))
+    text = markdown(msgspec.structs.replace(report, contestants=twins))
+    assert "| **X, fp32 (sdxl-trt)** |" in text
+    assert "| X, fp32 (eager) |" in text
+
+
+def test_a_measurement_without_runs_or_of_nobody_is_no_error(report: BenchReport) -> None:
+    def one(contestant: str, seconds: tuple[float, ...]) -> Measurement:
+        return Measurement(contestant=contestant, what="odd", width=8, height=8, batch=1, seconds=seconds)
+
+    text = markdown(msgspec.structs.replace(report, measurements=(one("eager", ()), one("nobody", (0.0,)))))
+    assert "| nobody | 0 µs |" in text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(0.0, "0 µs"), (8.25e-5, "82.5 µs"), (0.0123456, "12.3 ms"), (0.9996, "1000 ms"), (59.96, "60.0 s"),
+     (123456.7, "123457 s"), (1e300, "1.00e+300 s"), (1e-300, "1.00e-294 µs")],
+)  # fmt: skip
+def test_seconds_have_three_digits_and_a_unit(seconds: float, said: str) -> None:
+    assert time_unit([seconds]).show(seconds) == said
+
+
+@given(st.floats(-1e308, 1e308) | st.sampled_from([math.inf, -math.inf, math.nan]))
+def test_any_number_can_be_said(value: float) -> None:
+    said = significant(value)
+    if abs(value) in {0, float("inf")} or math.isnan(value):
+        return
+    assert float(said) == pytest.approx(value, rel=0.006)
+
+
+def test_columns_that_nobody_has_a_figure_for_are_left_out() -> None:
+    head, rows = without_empty(["", "a", "b"], [("x", "", "1"), ("y", "", "")])
+    assert (head, rows) == (("", "b"), (("x", "1"), ("y", "–")))
+
+
+def test_escaping_leaves_what_readers_read() -> None:
+    assert escaped("<= 0.5 times, 2 < 3, a–b") == "<= 0.5 times, 2 < 3, a–b"
