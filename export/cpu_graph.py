@@ -1,7 +1,7 @@
 """The graph as ONNX Runtime's CPU provider runs it fastest: its own attention, its own normalization, no splits.
 
-The rewrites were chosen by measurement (docs/bench.md): on a CPU, the function that ONNX Runtime makes of
-GroupNormalization passes over its input eight times; Attention wants its heads apart, which is a copy of every query,
+The rewrites were chosen by measurement (docs/graphs.md): on a CPU, ONNX Runtime makes of GroupNormalization a function
+of a dozen operators, each a pass over its input; Attention wants its heads apart, which is a copy of every query,
 key, value and result; and the two halves of a gated layer are copied apart. None of it changes a weight or the
 signature; TensorRT would refuse the result.
 """

@@ -328,6 +328,27 @@ def pairs(tmp_path_factory: pytest.TempPathFactory, convert_once: Convert) -> Ca
 
 
 @pytest.fixture
+def fails(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Return a function that runs a command, checks its code and its one line, and returns the line."""
+
+    def run(command: Callable[[list[str]], int], arguments: list[str], code: int) -> str:
+        capsys.readouterr()
+        try:
+            found = command(arguments)
+        except SystemExit as exc:  # argparse's own errors
+            found = exc.code
+        captured = capsys.readouterr()
+        lines = [line for line in captured.err.splitlines() if not line.startswith(("warning:", "note:"))]
+        assert captured.out == ""
+        assert len(lines) == 1, captured.err
+        assert lines[0].startswith("error: ")
+        assert found == code, lines[0]
+        return lines[0]
+
+    return run
+
+
+@pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
 
