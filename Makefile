@@ -11,7 +11,7 @@ PROMPT ?= a large red star on a blue background
 # A half-made environment must not pass for a whole one.
 .DELETE_ON_ERROR:
 
-.PHONY: help demo demo-export install test lint types pytest peers test-peers format mini-bundle gallery checkpoints readme bench bench-export bench-build bench-host gpu-check clean
+.PHONY: help demo demo-export install test lint types pytest peers test-peers test-references format mini-bundle gallery checkpoints readme bench bench-export bench-build bench-host gpu-check clean
 
 help:  ## Say what there is to make
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -37,7 +37,10 @@ types: $(VENV)/.full
 	$(BIN)/mypy -p sdxl_trt.engines -p sdxl_trt.runtime -p sdxl_trt.export -p sdxl_trt.mini -p sdxl_trt.benchmarks
 
 pytest: $(VENV)/.full
-	$(BIN)/pytest --numprocesses 2 --dist loadfile
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --ignore=tests/references
+
+test-references: $(VENV)/.full  ## Whole runs against diffusers and recorded results of ComfyUI
+	$(BIN)/pytest --numprocesses 2 --dist loadfile tests/references
 
 peers: $(PEERS)/.done  ## The environment of optimum-onnx in .venv-peers
 

@@ -155,11 +155,18 @@ class Stage(Record, frozen=True, kw_only=True):
 
 
 class LoraRecord(Record, frozen=True, kw_only=True):
-    """A LoRA that was fused into the base: its file name, its digest, and the scale."""
+    """A LoRA that was fused into the base: its file name, its digest, its scale on the UNet and on the encoders."""
 
     name: str
     sha256: Sha256
     scale: float
+    text_scale: float | None = None
+    """None where the text encoders have the UNet's scale."""
+
+    @property
+    def encoder_scale(self) -> float:
+        """Return the scale on the text encoders."""
+        return self.scale if self.text_scale is None else self.text_scale
 
 
 class Manifest(Record, frozen=True, kw_only=True):

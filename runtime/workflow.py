@@ -253,5 +253,5 @@ def _prompt(node: Node, *, zeroed: bool = False) -> Conditioning:
     text = node.text("text")
     if node.kind == "CLIPTextEncodeSDXLRefiner":
         size = (node.whole("height"), node.whole("width"))
-        return Conditioning(node.id, text, text, zeroed, size, (0, 0), score=node.number("ascore"))
+        return Conditioning(node.id, text, text, zeroed, size, (0, 0), size, score=node.number("ascore"))
     return Conditioning(node.id, text, text, zeroed)
