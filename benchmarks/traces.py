@@ -99,7 +99,7 @@ def _request(case: Case, settings: Settings) -> Request:
 def _trace(job: Job, decoded: list[Step], *, guided: bool) -> Trace:
     embeddings: dict[str, Floats] = {}
     for stage, sides in job.embeds.items():
-        for side, embeds in zip(("", " negative"), sides[: 1 + guided], strict=False):
+        for side, (embeds,) in zip(("", " negative"), sides[: 1 + guided], strict=False):
             embeddings |= {f"{stage}{side} hidden": embeds.hidden, f"{stage}{side} pooled": embeds.pooled}
     picture = decoded[-1].picture
     assert picture is not None  # noqa: S101 - what decoding ends with

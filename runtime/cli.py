@@ -14,10 +14,13 @@ from sdxl_trt.engines.errors import UsageError
 from sdxl_trt.runtime.options import NEGATIVE_SCORE, check_alone_with_workflow, make_parser
 
 if TYPE_CHECKING:
+    from sdxl_trt.runtime.batches import Batch
+    from sdxl_trt.runtime.chains import Chain
     from sdxl_trt.runtime.input_pictures import InputPicture
     from sdxl_trt.runtime.pipeline import Pipeline
     from sdxl_trt.runtime.request import Request
     from sdxl_trt.runtime.run import Picture, Run
+    from sdxl_trt.runtime.series import Series
     from sdxl_trt.runtime.workflow import Workflow
 
 
@@ -53,25 +56,22 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
-    from sdxl_trt.runtime.batches import Batch  # noqa: PLC0415 - numpy and more: --help must not wait for it
-    from sdxl_trt.runtime.outputs import Pictures, check_outputs, save_latents  # noqa: PLC0415
+    from sdxl_trt.runtime.outputs import Pictures, check_outputs, save_latents  # noqa: PLC0415 - not for --help
     from sdxl_trt.runtime.pipeline import open_bundle  # noqa: PLC0415
     from sdxl_trt.runtime.previews import Preview  # noqa: PLC0415
     from sdxl_trt.runtime.progress import ProgressBar  # noqa: PLC0415
     from sdxl_trt.runtime.provenance import warn_of_another_bundle  # noqa: PLC0415
-    from sdxl_trt.runtime.series import Series  # noqa: PLC0415
 
     started = time.perf_counter()
     check_outputs(arguments)
     asked = _request(arguments) if arguments.workflow is None else _workflow(arguments)
     with open_bundle(
         arguments.engines, provider=arguments.provider, residency=arguments.residency, available=arguments.vram,
-        images=asked.image is not None, once=True,
+        images=_loads_image(asked), once=True,
     ) as pipeline:  # fmt: skip
         if arguments.source is not None:
             warn_of_another_bundle(arguments.made_with, pipeline.manifest)
-        series = Series(_settled(asked, arguments, pipeline), arguments)
-        batch = Batch(pipeline, series.requests)
+        batch, series = _work(asked, arguments, pipeline)
         files = Pictures(arguments.out, arguments.format, batch.runs, sheet=series.sweep is not None)
         if not arguments.json and pipeline.manifest.note:
             sys.stderr.write(f"note: {one_line(pipeline.manifest.note)}\n")
@@ -149,22 +149,52 @@ def _image_given(arguments: argparse.Namespace) -> "InputPicture | None":
 
 
 def _workflow(arguments: argparse.Namespace) -> "Workflow":
-    from sdxl_trt.runtime.workflow import read_workflow  # noqa: PLC0415
+    from sdxl_trt.runtime.workflow_reader import read_workflow  # noqa: PLC0415
 
     check_alone_with_workflow(arguments)
     return read_workflow(arguments.workflow)
 
 
-def _settled(asked: "Request | Workflow", arguments: argparse.Namespace, pipeline: "Pipeline") -> "Request":
+def _loads_image(asked: "Request | Workflow") -> bool:
+    from sdxl_trt.runtime.request import Request  # noqa: PLC0415
+
+    return asked.image is not None if isinstance(asked, Request) else asked.loads_image
+
+
+def _work(
+    asked: "Request | Workflow", arguments: argparse.Namespace, pipeline: "Pipeline"
+) -> "tuple[Batch | Chain, Series]":
+    """Return what draws the pictures, and what they are a series of."""
+    from sdxl_trt.runtime.batches import Batch  # noqa: PLC0415
+    from sdxl_trt.runtime.chains import Chain  # noqa: PLC0415
+    from sdxl_trt.runtime.request import Request  # noqa: PLC0415
+    from sdxl_trt.runtime.series import Series  # noqa: PLC0415
+    from sdxl_trt.runtime.workflow_request import check_workflow, pair_request, settle_pair  # noqa: PLC0415
+
+    if isinstance(asked, Request):
+        series = Series(asked, arguments)
+        return Batch(pipeline, series.requests), series
+    folder = arguments.workflow.parent
+    found = check_workflow(asked, pipeline.manifest)
+    request = pair_request(asked, pipeline.manifest, found, folder)
+    seed_given = arguments.seed is not None
+    if request is None:
+        _check_chain(arguments)
+        chain = Chain(pipeline, asked, found, folder, lambda one: _changed(one, arguments), seed_given=seed_given)
+        return chain, Series(chain.runs[0].asked, arguments)
+    changed = _changed(request, arguments)
+    settle_pair(changed, asked, pipeline.manifest, pipeline.pool.limits, seed_given=seed_given)
+    series = Series(changed, arguments)
+    return Batch(pipeline, series.requests), series
+
+
+def _changed(request: "Request", arguments: argparse.Namespace) -> "Request":
+    """Return a workflow's request with what is given beside the workflow."""
     from dataclasses import replace  # noqa: PLC0415
 
     from sdxl_trt.runtime.outputs import load_latents  # noqa: PLC0415
-    from sdxl_trt.runtime.request import Request  # noqa: PLC0415
-    from sdxl_trt.runtime.workflow_request import with_seed, workflow_request  # noqa: PLC0415
+    from sdxl_trt.runtime.workflow_request import with_seed  # noqa: PLC0415
 
-    if isinstance(asked, Request):
-        return asked
-    request = workflow_request(asked, pipeline.manifest, arguments.workflow.parent)
     if arguments.seed is not None:
         request = with_seed(request, arguments.seed)
     return replace(
@@ -173,8 +203,18 @@ def _settled(asked: "Request | Workflow", arguments: argparse.Namespace, pipelin
         guidance_interval=arguments.guidance_interval,
         prediction_type=arguments.prediction_type,
         latents=load_latents(arguments.latents),
-        tile=arguments.tile,
+        tile=request.tile or arguments.tile,
     )
+
+
+def _check_chain(arguments: argparse.Namespace) -> None:
+    """Raise UsageError for what goes with a single run alone, where a workflow takes several."""
+    alone = {"--sweep": arguments.sweep, "--save-latents": arguments.save_latents, "--latents": arguments.latents,
+             "--guidance-interval": arguments.guidance_interval != (0.0, 1.0)}  # fmt: skip
+    given = [option for option, value in alone.items() if value]
+    if given:
+        raise UsageError(f"{given[0]} goes with a workflow of one sampler, or of a base's and a refiner's on one grid;"
+                         " this one takes several runs: leave it out")  # fmt: skip
 
 
 def _image(picture: "Picture", path: Path) -> dict[str, Any]:
@@ -218,7 +258,8 @@ def _tell(report: dict[str, Any]) -> None:
         sys.stdout.write(f"{sheet}  sheet of {len(report['images'])}\n")
     place = report["handoff"]
     single = not {"sweep", "prompt"} & set(report["images"][0])
-    alone = "base alone; " if "base" in report["timings"] else "refiner alone; "
+    drew = [name for name in ("base", "refiner") if name in report["timings"]]
+    alone = f"{drew[0]} alone; " if len(drew) == 1 else "base and refiner, each on a grid of its own; "
     how = f"handoff after step {place['step']} at sigma {place['sigma']:.3f}; " if place else alone * single
     sys.stderr.write(f"{how}{report['timings']['total']:.1f} s\n")
 

@@ -1,96 +1,35 @@
-"""A ComfyUI graph as it is stored: API JSON, the editor's JSON, or a picture that carries either.
+"""A ComfyUI graph as it is stored: API JSON, a request's body, the editor's JSON, or a picture that carries either.
 
 Nothing of it is trusted: sizes are capped before reading, every value is checked for its type when it is asked for, and
 no path in it is opened here.
 """
 
-__all__ = ["Graph", "Link", "Node", "parse_graph", "read_graph"]
+__all__ = ["MAX_BYTES", "Graph", "parse_graph", "read_graph"]
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sdxl_trt.engines.errors import UsageError, explain_os_error
+from sdxl_trt.runtime.comfy_editor import from_editor
+from sdxl_trt.runtime.comfy_node import Link, Node
+from sdxl_trt.runtime.comfy_nodes import PRIMITIVES
 from sdxl_trt.runtime.picture_files import WORKFLOW, read_texts
 
 MAX_BYTES = 16 << 20
 MAX_NODES = 10_000
-MAX_NUMBER = 2**64
 _PICTURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF")
-_MAX_HOPS = 100
-# The editor stores a node's widget values in this order; "*" is the seed's own "after generating" choice.
-_WIDGETS: dict[str, tuple[str, ...]] = {
-    "CheckpointLoaderSimple": ("ckpt_name",),
-    "EmptyLatentImage": ("width", "height", "batch_size"),
-    "LoadImage": ("image", "*"),
-    "RepeatLatentBatch": ("amount",),
-    "CLIPTextEncode": ("text",),
-    "CLIPTextEncodeSDXL": ("width", "height", "crop_w", "crop_h", "target_width", "target_height", "text_g", "text_l"),
-    "CLIPTextEncodeSDXLRefiner": ("ascore", "width", "height", "text"),
-    "KSampler": ("seed", "*", "steps", "cfg", "sampler_name", "scheduler", "denoise"),
-    "KSamplerAdvanced": ("add_noise", "noise_seed", "*", "steps", "cfg", "sampler_name", "scheduler", "start_at_step",
-                         "end_at_step", "return_with_leftover_noise"),
-    "SaveImage": ("filename_prefix",),
-    "LoraLoader": ("lora_name", "strength_model", "strength_clip"),
-    "LoraLoaderModelOnly": ("lora_name", "strength_model"),
-}  # fmt: skip
-_MUTED, _BYPASSED = 2, 4
-
-
-@dataclass(frozen=True)
-class Link:
-    """An input that comes from output `slot` of another node."""
-
-    node: str
-    slot: int
-
-
-@dataclass(frozen=True)
-class Node:
-    """A node: its id, its class, and its inputs, each a value or a Link."""
-
-    id: str
-    kind: str
-    inputs: Mapping[str, Any]
-
-    def __str__(self) -> str:
-        return f"node {self.id[:20]} ({self.kind[:60]})"
-
-    def number(self, name: str, default: float | None = None) -> float:
-        """Return a finite number; UsageError where there is none."""
-        value = self.inputs.get(name, default)
-        # Beyond every setting's range, and within what a float holds.
-        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MAX_NUMBER:
-            raise UsageError(f"{self}: {name} is no number, or a huge one")
-        return value
-
-    def whole(self, name: str, default: int | None = None) -> int:
-        """Return a whole number; UsageError where there is none."""
-        value = self.number(name, default)
-        if value != int(value):
-            raise UsageError(f"{self}: {name} is no whole number")
-        return int(value)
-
-    def text(self, name: str, default: str | None = None) -> str:
-        """Return a string; UsageError where there is none."""
-        value = self.inputs.get(name, default)
-        if not isinstance(value, str):
-            raise UsageError(f"{self}: {name} is no text")
-        return value
-
-    def link(self, name: str) -> Link:
-        """Return the link that an input is fed by; UsageError where nothing is linked."""
-        value = self.inputs.get(name)
-        if not isinstance(value, Link):
-            raise UsageError(f"{self}: nothing is linked to {name}")
-        return value
+_BODIES = ("prompt", "input", "workflow", "output")
+"""Where the body of a request keeps a graph: ComfyUI's own, RunPod's and its like, what the editor saves for an API."""
+_DEEPEST_BODY = 3
+_MOST_PRIMITIVES = 10
 
 
 @dataclass(frozen=True)
 class Graph:
-    """The nodes of a workflow by id."""
+    """The nodes of a workflow by id; values that primitive nodes hold stand where they are used."""
 
     nodes: Mapping[str, Node]
 
@@ -98,8 +37,22 @@ class Graph:
         """Return the node that a link comes from; UsageError where it is missing."""
         found = self.nodes.get(link.node)
         if found is None:
-            raise UsageError(f"the workflow links to node {link.node[:20]}, which is not in it")
+            raise UsageError(f"the workflow links to node {link.node[:20]}, which is not in it, or muted")
         return found
+
+    def api(self, ends: Iterable[str]) -> dict[str, Any]:
+        """Return the API form of the nodes called `ends` and of all that feeds them, as ComfyUI would run it."""
+        kept: dict[str, Any] = {}
+        waiting = list(ends)
+        while waiting:
+            node = self.nodes.get(waiting.pop())
+            if node is None or node.id in kept:
+                continue
+            inputs = node.inputs.items()
+            waiting += [value.node for _, value in inputs if isinstance(value, Link)]
+            stored = {name: [value.node, value.slot] if isinstance(value, Link) else value for name, value in inputs}
+            kept[node.id] = {"class_type": node.kind, "inputs": stored}
+        return {key: kept[key] for key in self.nodes if key in kept}
 
 
 def read_graph(path: Path) -> Graph:
@@ -110,19 +63,20 @@ def read_graph(path: Path) -> Graph:
     except OSError as exc:
         raise explain_os_error(exc, f"--workflow {path}") from exc
     if content.startswith(_PICTURES):
-        return parse_graph(_from_picture(path), str(path))
+        return _from_picture(path)
     if len(content) > MAX_BYTES:
         raise UsageError(f"--workflow {path}: larger than {MAX_BYTES >> 20} MiB, so not a workflow")
     return parse_graph(content, str(path))
 
 
-def _from_picture(path: Path) -> str:
-    """Return ComfyUI's text: `prompt`, what was run, or else `workflow`, what the editor showed."""
+def _from_picture(path: Path) -> Graph:
+    """Return the graph of ComfyUI's texts: `prompt`, what was run, or else `workflow`, what the editor showed."""
     texts = read_texts(path)
-    found = texts.get(WORKFLOW) or texts.get("workflow")
-    if not found:
-        raise UsageError(f"--workflow {path}: the picture carries no ComfyUI workflow; give the JSON file")
-    return found
+    for name in (WORKFLOW, "workflow"):
+        text = texts.get(name, "").strip()
+        if text not in ("", "{}", "null"):
+            return parse_graph(text, str(path))
+    raise UsageError(f"--workflow {path}: the picture carries no ComfyUI workflow; give the JSON file")
 
 
 def parse_graph(content: str | bytes, where: str) -> Graph:
@@ -131,17 +85,28 @@ def parse_graph(content: str | bytes, where: str) -> Graph:
         stored = json.loads(content)
     except (ValueError, RecursionError) as exc:
         raise UsageError(f"--workflow {where}: not a JSON file ({str(exc)[:100]})") from exc
-    editor = isinstance(stored, dict) and isinstance(stored.get("nodes"), list)
-    count = len(stored["nodes"]) if editor else len(stored) if isinstance(stored, dict) else 0
+    found = next(_graphs(stored, _DEEPEST_BODY), None)
+    if found is None:
+        raise UsageError(f"--workflow {where}: neither ComfyUI's API format nor its editor's; export it from ComfyUI")
+    editor = isinstance(found.get("nodes"), list)
+    count = len(found["nodes"]) if editor else len(found)
     if count > MAX_NODES:
         raise UsageError(f"--workflow {where}: {count} nodes, more than {MAX_NODES}")
-    if editor:
-        graph = _from_editor(stored, where)
-    elif isinstance(stored, dict) and stored and all(_is_node(value) for value in stored.values()):
-        graph = {key: _from_api(key, value) for key, value in stored.items()}
-    else:
-        raise UsageError(f"--workflow {where}: neither ComfyUI's API format nor its editor's; export it from ComfyUI")
-    return Graph(graph)
+    nodes = from_editor(found, where) if editor else {key: _from_api(key, value) for key, value in found.items()}
+    if len(nodes) > MAX_NODES:
+        raise UsageError(f"--workflow {where}: {len(nodes)} nodes with those of its subgraphs, more than {MAX_NODES}")
+    return Graph({key: _with_primitives(node, nodes) for key, node in nodes.items()})
+
+
+def _graphs(stored: Any, depth: int) -> Iterator[dict[str, Any]]:
+    """Yield the graphs in a JSON value: itself, or else what the body of a request holds."""
+    if not isinstance(stored, dict) or not stored:
+        return
+    if isinstance(stored.get("nodes"), list) or all(_is_node(value) for value in stored.values()):
+        yield stored
+    elif depth:
+        for name in _BODIES:
+            yield from _graphs(stored.get(name), depth - 1)
 
 
 def _is_node(value: Any) -> bool:
@@ -162,76 +127,16 @@ def _linked(value: Any) -> Any:
     return value
 
 
-def _from_editor(stored: dict[str, Any], where: str) -> dict[str, Node]:
-    """Return the nodes of the editor's form: links by number, widget values by position, helpers resolved away."""
-    raw = [node for node in stored["nodes"] if isinstance(node, dict) and isinstance(node.get("type"), str)]
-    nodes = {str(node.get("id")): node for node in raw}
-    links = {
-        link[0]: Link(str(link[1]), link[2])
-        for link in (stored["links"] if isinstance(stored.get("links"), list) else [])
-        if isinstance(link, list) and len(link) >= 5 and isinstance(link[0], int) and isinstance(link[2], int)
-    }
-    reader = _Editor(nodes, links, where)
-    helpers = ("Reroute", "PrimitiveNode", "Note", "MarkdownNote")
-    return {
-        key: Node(key, node["type"], reader.inputs(node))
-        for key, node in nodes.items()
-        if node["type"] not in helpers and node.get("mode") not in (_MUTED, _BYPASSED)
-    }
-
-
-@dataclass(frozen=True)
-class _Editor:
-    nodes: dict[str, dict[str, Any]]
-    links: dict[int, Link]
-    where: str
-
-    def inputs(self, node: dict[str, Any]) -> dict[str, Any]:
-        values = node.get("widgets_values")
-        if isinstance(values, dict):
-            found = dict(values)
-        else:
-            names = _WIDGETS.get(node["type"], ())
-            # A node that was saved without the seed's choice is shorter by it.
-            listed = values if isinstance(values, list) else []
-            if len(listed) < len(names):
-                names = tuple(name for name in names if name != "*")
-            found = dict(zip(names, listed, strict=False))
-            found.pop("*", None)
-        for slot in _dicts(node.get("inputs")):
-            link = self._linked(slot)
-            if link is not None and isinstance(slot.get("name"), str):
-                found[slot["name"]] = self._resolved(link)
-        return found
-
-    def _resolved(self, link: Link) -> Any:
-        """Follow reroutes and bypassed nodes to what feeds them; a primitive is its value."""
-        for _ in range(_MAX_HOPS):
-            node = self.nodes.get(link.node)
-            if node is None:
-                return link
-            if node["type"] == "PrimitiveNode":
-                values = node.get("widgets_values")
-                return values[0] if isinstance(values, list) and values else None
-            if node["type"] != "Reroute" and node.get("mode") != _BYPASSED:
-                return link
-            before = self._through(node, link.slot)
-            if before is None:
-                return None
-            link = before
-        raise UsageError(f"--workflow {self.where}: reroutes go in a circle")
-
-    def _through(self, node: dict[str, Any], slot: int) -> Link | None:
-        """Return the link into `node` of the same type as its output `slot`."""
-        outputs, inputs = _dicts(node.get("outputs")), _dicts(node.get("inputs"))
-        kind = outputs[slot].get("type") if 0 <= slot < len(outputs) else None
-        fitting = [each for each in inputs if node["type"] == "Reroute" or each.get("type") == kind]
-        return self._linked(fitting[0]) if fitting else None
-
-    def _linked(self, slot: dict[str, Any]) -> Link | None:
-        number = slot.get("link")
-        return self.links.get(number) if isinstance(number, int) else None
-
-
-def _dicts(value: Any) -> list[dict[str, Any]]:
-    return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
+def _with_primitives(node: Node, nodes: Mapping[str, Node]) -> Node:
+    """Return `node` with the values of the primitive nodes that feed it; what feeds those in a circle stays a link."""
+    values: dict[str, Any] = {}
+    held: dict[str, str] = {}
+    for name, value in node.inputs.items():
+        feeding = nodes.get(value.node) if isinstance(value, Link) else None
+        for _ in range(_MOST_PRIMITIVES):
+            if feeding is None or feeding.kind not in PRIMITIVES or "value" not in feeding.inputs:
+                break
+            values[name], held[name] = feeding.inputs["value"], str(feeding)
+            inner = values[name]
+            feeding = nodes.get(inner.node) if isinstance(inner, Link) else None
+    return replace(node, inputs={**node.inputs, **values}, held=held) if values else node

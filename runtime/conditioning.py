@@ -43,9 +43,16 @@ class MicroConditions:
         return np.array([values[name] for name in layout], dtype=np.float32)
 
 
+Embeds = PromptEmbeds | Sequence[PromptEmbeds]
+Micro = MicroConditions | Sequence[MicroConditions]
+
+
 @dataclass(frozen=True)
 class Conditions:
-    """The constant inputs of a UNet for a phase, with rows [positive…, negative…]; no negative rows unguided."""
+    """The constant inputs of a UNet for a phase, with rows [positive…, negative…]; no negative rows unguided.
+
+    A side of several conditionings has the rows of each, one block after the other.
+    """
 
     inputs: dict[str, Array]
     guidance_scale: float
@@ -53,6 +60,9 @@ class Conditions:
     """How many pictures the rows are for; 0 for as many as are asked about."""
     any_scale: bool = False
     """Whether every guidance scale but 1 guides, as in ComfyUI."""
+    positives: int = 1
+    negatives: int = 1
+    """How many conditionings a side has, of whose predictions the mean is taken; a block of rows for each."""
 
     @property
     def guided(self) -> bool:
@@ -63,9 +73,9 @@ class Conditions:
 def make_conditions(
     engine: Engine,
     stage: Stage,
-    positive: PromptEmbeds,
-    negative: PromptEmbeds,
-    micro: MicroConditions | tuple[MicroConditions, MicroConditions],
+    positive: Embeds,
+    negative: Embeds,
+    micro: MicroConditions | tuple[Micro, Micro],
     guidance_scale: float,
     pictures: int,
     *,
@@ -73,13 +83,15 @@ def make_conditions(
 ) -> Conditions:
     """Return the conditions of `pictures` pictures of one prompt, in the dtypes that `engine` takes.
 
-    `micro` are those of both sides, or of each. Prompts of different lengths are repeated to the least common one, as
-    in ComfyUI: attention takes no notice of a repetition.
+    A side is one conditioning, or several whose predictions are averaged. `micro` are those of both sides, or of each.
+    Prompts of different lengths are repeated to the least common one, as in ComfyUI: attention takes no notice of a
+    repetition.
     """
     both = (micro, micro) if isinstance(micro, MicroConditions) else micro
-    sides = [(positive, both[0], False), (negative, both[1], True)]
-    if not guides(guidance_scale, any_scale=any_scale):
-        sides = sides[:1]
+    positives, negatives = _side(positive, both[0]), _side(negative, both[1])
+    sides = [(embeds, each, False) for embeds, each in positives]
+    if guides(guidance_scale, any_scale=any_scale):
+        sides += [(embeds, each, True) for embeds, each in negatives]
     columns = {
         "encoder_hidden_states": _equally_long([embeds.hidden for embeds, _, _ in sides]),
         "text_embeds": [embeds.pooled for embeds, _, _ in sides],
@@ -89,7 +101,14 @@ def make_conditions(
         name: np.repeat(np.stack(rows), pictures, axis=0).astype(numpy_dtype(engine.component.input(name)))
         for name, rows in columns.items()
     }
-    return Conditions(inputs, guidance_scale, pictures, any_scale)
+    return Conditions(inputs, guidance_scale, pictures, any_scale, len(positives), len(negatives))
+
+
+def _side(embeds: Embeds, micro: Micro) -> list[tuple[PromptEmbeds, MicroConditions]]:
+    """Return the conditionings of a side, each with its sizes."""
+    several = [embeds] if isinstance(embeds, PromptEmbeds) else [*embeds]
+    sizes = [micro] * len(several) if isinstance(micro, MicroConditions) else [*micro]
+    return [*zip(several, sizes, strict=True)]
 
 
 def _equally_long(hidden: Sequence[NDArray[np.float32]]) -> list[NDArray[np.float32]]:

@@ -62,10 +62,13 @@ class Denoiser:
         prediction: NDArray[np.float32] = to_float32(answer) if answer.dtype == np.float16 else answer
         factor, share = self._weights(sigma)
         with np.errstate(invalid="ignore", over="ignore"):  # that is told of below
+            pictures = self._pictures(x)
+            positives = self._conditions.positives * pictures
+            positive, negatives = _mean(prediction[:positives], pictures), prediction[positives:]
             if guided:
-                pictures = len(sample) // 2
-                prediction = self._guidance.combine(prediction[:pictures], prediction[pictures:], factor)
+                prediction = self._guidance.combine(positive, _mean(negatives, pictures), factor)
             else:
+                prediction = positive
                 prediction *= factor
         if not np.isfinite(prediction).all():
             raise CorruptError(
@@ -79,13 +82,14 @@ class Denoiser:
         return denoised
 
     def _rows(self, x: NDArray[np.float32], sigma: float, *, guided: bool) -> tuple[Array, NDArray[np.float32]]:
-        """Return the scaled latents and the timestep for the UNet: one row a picture, and another for its negative.
+        """Return the scaled latents and the timestep for the UNet: a row a picture for each of its conditionings.
 
         The last picture is repeated where the conditions are for more: a plan of one batch size takes no fewer. The
         arrays are written anew by the next call.
         """
-        pictures = max(len(x), self._conditions.pictures)
-        shape = (pictures * (2 if guided else 1), *x.shape[1:])
+        pictures = self._pictures(x)
+        blocks = self._conditions.positives + (self._conditions.negatives if guided else 0)
+        shape = (pictures * blocks, *x.shape[1:])
         if self._sample.shape != shape:
             self._sample, self._timestep = np.empty(shape, self._dtype), np.empty(shape[0], np.float32)
         sample = self._sample
@@ -96,10 +100,14 @@ class Denoiser:
             np.multiply(x, scale, out=sample[: len(x)])
         if len(x) < pictures:
             sample[len(x) : pictures] = sample[len(x) - 1]
-        if guided:
-            sample[pictures:] = sample[:pictures]
+        for block in range(1, blocks):
+            sample[block * pictures : (block + 1) * pictures] = sample[:pictures]
         self._timestep.fill(self._schedule.timestep(sigma))
         return sample, self._timestep
+
+    def _pictures(self, x: NDArray[np.float32]) -> int:
+        """Return how many pictures the rows are for: those of `x`, and more where the conditions are."""
+        return max(len(x), self._conditions.pictures)
 
     def _weights(self, sigma: float) -> tuple[float, float]:
         """Return what the prediction and the noisy latents count in the clean ones."""
@@ -109,3 +117,11 @@ class Denoiser:
             variance = sigma**2 + 1.0
             return -sigma / math.sqrt(variance), 1.0 / variance
         return 1.0, 0.0
+
+
+def _mean(predictions: NDArray[np.float32], pictures: int) -> NDArray[np.float32]:
+    """Return the mean of the predictions (blocks · pictures, …) for several conditionings, as ComfyUI combines them."""
+    if len(predictions) == pictures:
+        return predictions
+    mean: NDArray[np.float32] = predictions.reshape(-1, pictures, *predictions.shape[1:]).mean(axis=0)
+    return mean

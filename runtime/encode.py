@@ -1,6 +1,6 @@
 """Pictures to latents: the autoencoder's encoder, whole or in tiles, and the draw from what it answers."""
 
-__all__ = ["Moments", "PictureEncoder", "Wanted", "encode", "encoder_sizes"]
+__all__ = ["Moments", "PictureEncoder", "Wanted", "encode", "encode_sample", "encoder_sizes"]
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -57,8 +57,13 @@ def encode(engine: Engine, vae: Vae, pixels: NDArray[np.uint8], *, tile: Size | 
     A `tile` (height, width) of latents is encoded at a time, and the moments are blended of them. Raises CorruptError
     where the encoder answers with NaN or infinity.
     """
-    dtype = numpy_dtype(engine.component.input("sample"))
     sample = np.float32(2.0) * (pixels.astype(np.float32) / np.float32(255.0)) - np.float32(1.0)
+    return encode_sample(engine, vae, np.ascontiguousarray(sample.transpose(2, 0, 1)[None]), tile=tile)
+
+
+def encode_sample(engine: Engine, vae: Vae, sample: NDArray[np.float32], *, tile: Size | None = None) -> Moments:
+    """Return the moments of a sample (1, 3, h, w) from -1 to 1, as `encode` does of pixels."""
+    dtype = numpy_dtype(engine.component.input("sample"))
 
     def infer(part: NDArray[np.float32]) -> Array:
         parameters = engine.infer({"sample": part.astype(dtype)})["latent_parameters"]
@@ -67,8 +72,7 @@ def encode(engine: Engine, vae: Vae, pixels: NDArray[np.uint8], *, tile: Size | 
                                " --vae-precision fp32")  # fmt: skip
         return parameters
 
-    whole = np.ascontiguousarray(sample.transpose(2, 0, 1)[None])
-    parameters = infer(whole) if tile is None else encode_tiled(infer, whole, tile, vae.factor)
+    parameters = infer(sample) if tile is None else encode_tiled(infer, sample, tile, vae.factor)
     mean, logvar = np.split(parameters.astype(np.float32), 2, axis=1)
     return Moments(mean, np.exp(np.float32(0.5) * np.clip(logvar, _LEAST_LOGVAR, _MOST_LOGVAR)))
 

@@ -14,20 +14,23 @@ from sdxl_trt.runtime.request import Request, ResolvedRequest
 from sdxl_trt.runtime.run import Latents, Run
 from sdxl_trt.runtime.sides import StageName
 
+Conditionings = tuple[PromptEmbeds, ...]
+
 
 @dataclass
 class Job:
     """A request on its way through the stages: its run, where each stage's noise comes from, its latents as they stand.
 
-    `embeds` are the positive and negative ones of each stage, once they are read. Latents are in the sampler's scale.
-    `posterior` is the noise that an image's latents are drawn with, None where they are the mean of what they may be.
+    `embeds` are the positive and negative ones of each stage, once they are read, one for each conditioning that is
+    combined. Latents are in the sampler's scale. `posterior` is the noise that an image's latents are drawn with, None
+    where they are the mean of what they may be.
     """
 
     run: Run
     noises: dict[StageName, NoiseSource]
     latents: Latents
     posterior: Latents | None = None
-    embeds: dict[StageName, tuple[PromptEmbeds, PromptEmbeds]] = field(default_factory=dict)
+    embeds: dict[StageName, tuple[Conditionings, Conditionings]] = field(default_factory=dict)
 
     def begin(self, clean: Latents) -> None:
         """Start from `clean` latents, one for all pictures or one each, with the noise that the first stage adds."""

@@ -30,7 +30,7 @@ from sdxl_trt.runtime.prompts import Prompt, PromptEmbeds, PromptEncoder
 from sdxl_trt.runtime.request import Request, ResolvedRequest, resolve
 from sdxl_trt.runtime.run import Handoff, Latents, Picture, Run, Step, finish, timed
 from sdxl_trt.runtime.samplers import bind_sampler, brownian_span
-from sdxl_trt.runtime.sides import StageName
+from sdxl_trt.runtime.sides import StageName, Told
 
 
 class Pipeline:
@@ -102,7 +102,7 @@ class Pipeline:
             for job in alike:
                 job.embeds = _embeds(job.run.request, self._stages(job.run.request), encoded)
                 for name, sides in job.embeds.items():
-                    self._check_tokens(sides if job.run.request.guidance_of(name).wanted else sides[:1])
+                    self._check_rows(sides if job.run.request.guidance_of(name).wanted else sides[:1])
         yield Step("encode", 1, 1, slice(0, sum(len(job.latents) for job in jobs)))
 
     def base(self, job: Job, following: str = "") -> Iterator[Step]:
@@ -145,13 +145,20 @@ class Pipeline:
         alone = refiner is not None and all(job.run.request.refine for job in jobs)
         return refiner.unet if refiner is not None and alone else self.manifest.base.unet
 
-    def _check_tokens(self, rows: Sequence[PromptEmbeds]) -> None:
-        """Raise SizeError for prompts that are longer, once they are equally long, than the plans take."""
-        tokens, limits = math.lcm(*(len(row.hidden) for row in rows)), self.pool.limits
-        if limits is not None and tokens not in limits.tokens:
+    def _check_rows(self, sides: Sequence[Sequence[PromptEmbeds]]) -> None:
+        """Raise SizeError for conditionings that are longer, once equally long, or more than the plans take."""
+        limits, rows = self.pool.limits, [embeds for side in sides for embeds in side]
+        if limits is None:
+            return
+        tokens = math.lcm(*(len(row.hidden) for row in rows))
+        if tokens not in limits.tokens:
             raise SizeError(f"the prompts take {tokens} tokens, the plans {limits.tokens.min} to"
                             f" {limits.tokens.max}; shorten them, or build plans: export-engines --tokens"
                             f" 77:77:{tokens}")  # fmt: skip
+        if len(rows) > len(sides) * limits.pictures:
+            raise SizeError(f"the prompts are combined of {len(rows)} conditionings, a row each, and the plans take"
+                            f" {len(sides) * limits.pictures}; build plans: export-engines --batch"
+                            f" 1:1:{math.ceil(len(rows) / 2)}")  # fmt: skip
 
     def _denoise(
         self,
@@ -165,7 +172,7 @@ class Pipeline:
         (engine,) = self.pool.phase(stage.unet, then=(following,))
         yield _loaded(latents)
         guidance = request.guidance_of(name)
-        micro = request.sides[name][0].micro, request.sides[name][1].micro
+        positive, negative = ([told.micro for told in side.all] for side in request.sides[name])
         sampler, part = request.denoising_of(name)
         schedule = request.schedule_of(name)
         sigmas = part.sigmas(schedule.sigmas)
@@ -175,7 +182,7 @@ class Pipeline:
         for number, group in enumerate(groups):
             pictures = max(len(latents[group]), self._fewest_at_once)
             conditions = make_conditions(
-                engine, stage, *embeds, micro, guidance.scale, pictures, any_scale=guidance.any_scale
+                engine, stage, *embeds, (positive, negative), guidance.scale, pictures, any_scale=guidance.any_scale
             )
             denoise = Denoiser(engine, schedule, conditions, predicts, guidance)
             drawn = noise.source(latents.shape[1:], group, span)
@@ -228,23 +235,43 @@ def open_bundle(
 
 
 def _texts(request: ResolvedRequest, stages: Mapping[StageName, Stage]) -> Iterator[tuple[Stage, Prompt]]:
-    """Yield what the stages have to read: the prompt for each, then the negatives where no zeros stand for them."""
-    yield from ((stage, request.sides[name][0].prompt) for name, stage in stages.items())
-    negatives = {name: request.sides[name][1] for name in stages}
-    yield from ((stages[name], negative.prompt) for name, negative in negatives.items() if not negative.zeroed)
+    """Yield what the stages have to read: the prompts of each, then the negatives where no zeros stand for them."""
+    for number in (0, 1):
+        for name, stage in stages.items():
+            side = request.sides[name][number]
+            if number == 0 or not _is_zeros(side):
+                yield from ((stage, prompt) for prompt in side.prompts())
+
+
+def _is_zeros(side: Told) -> bool:
+    """Return whether nothing of a negative side has to be read."""
+    return side.zeroed and side.is_plain
 
 
 def _embeds(
     request: ResolvedRequest, stages: Mapping[StageName, Stage], encoded: Iterator[PromptEmbeds]
-) -> dict[StageName, tuple[PromptEmbeds, PromptEmbeds]]:
+) -> dict[StageName, tuple[tuple[PromptEmbeds, ...], tuple[PromptEmbeds, ...]]]:
     """Return the positive and negative embeds of every stage, from those that were read in the order of `_texts`."""
-    positives = {name: next(encoded) for name in stages}
+    positives = {name: _side_embeds(request.sides[name][0], encoded) for name in stages}
     embeds = {}
-    for name, read in positives.items():
-        positive, negative = request.sides[name]
-        against = read.zeroed() if negative.zeroed else next(encoded)
-        embeds[name] = (read.zeroed() if positive.zeroed else read, against)
+    for name, positive in positives.items():
+        negative = request.sides[name][1]
+        zeros = _is_zeros(negative)
+        embeds[name] = positive, (positive[0].zeroed(),) if zeros else _side_embeds(negative, encoded)
     return embeds
+
+
+def _side_embeds(side: Told, encoded: Iterator[PromptEmbeds]) -> tuple[PromptEmbeds, ...]:
+    """Return the embeds of a side, one for each that is combined, from what was read in the order of its prompts."""
+    read = next(encoded)
+    embeds = read.zeroed() if side.zeroed else read
+    for mix in side.mixes:
+        if mix.other is None:
+            embeds = embeds.zeroed()
+            continue
+        (other,) = _side_embeds(mix.other, encoded)
+        embeds = embeds.followed_by(other) if mix.kind == "concat" else embeds.averaged(other, mix.strength)
+    return (embeds, *(each for told in side.combined for each in _side_embeds(told, encoded)))
 
 
 def _loaded(latents: Latents) -> Step:

@@ -47,6 +47,21 @@ class PromptEmbeds:
         """Return zeros of the same shape: SDXL's absent negative prompt."""
         return PromptEmbeds(np.zeros_like(self.hidden), np.zeros_like(self.pooled))
 
+    def followed_by(self, other: "PromptEmbeds") -> "PromptEmbeds":
+        """Return these tokens and behind them those of `other`, pooled as this one: ComfyUI's ConditioningConcat."""
+        return PromptEmbeds(np.concatenate([self.hidden, other.hidden]), self.pooled)
+
+    def averaged(self, other: "PromptEmbeds", strength: float) -> "PromptEmbeds":
+        """Return `strength` of this and the rest of `other`, token by token and pooled: ComfyUI's ConditioningAverage.
+
+        It is as long as this one; `other` is cut, or filled up with zeros.
+        """
+        rest = np.zeros_like(self.hidden)
+        shared = min(len(rest), len(other.hidden))
+        rest[:shared] = other.hidden[:shared]
+        own, others = np.float32(strength), np.float32(1.0 - strength)
+        return PromptEmbeds(self.hidden * own + rest * others, self.pooled * own + other.pooled * others)
+
 
 @dataclass(frozen=True)
 class _Row:

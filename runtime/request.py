@@ -79,6 +79,8 @@ class Request(CutSettings, SideSettings, _Settings):
     image: InputPicture | NDArray[np.uint8] | NDArray[np.float32] | None = None
     checkpoints: tuple[str, ...] = ()
     """What a workflow calls the models, base first; for the record."""
+    graph: str = ""
+    """The ComfyUI graph that asks for it, as JSON in API form; for the record, where no other says it."""
 
 
 @dataclass(frozen=True, kw_only=True)

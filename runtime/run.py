@@ -2,6 +2,7 @@
 
 __all__ = ["Handoff", "Latents", "Picture", "Run", "StageName", "Step", "finish", "timed"]
 
+import json
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -120,8 +121,15 @@ def finish(run: Run, index: int, pixels: NDArray[np.uint8]) -> Picture:
 
     seed = run.request.seeds[index]
     metadata = _metadata(run.request, seed) | _further(run)
-    graph = None if run.manifest is None else write_workflow(run.asked, run.request, run.manifest)
-    return Picture(Image.fromarray(pixels), seed, metadata, run.final[index], graph)
+    return Picture(Image.fromarray(pixels), seed, metadata, run.final[index], _graph(run))
+
+
+def _graph(run: Run) -> Mapping[str, Any] | None:
+    """Return the ComfyUI graph of a run: the one that asked for it, or one that is written for it."""
+    if run.asked.graph:
+        graph: dict[str, Any] = json.loads(run.asked.graph)
+        return graph
+    return None if run.manifest is None else write_workflow(run.asked, run.request, run.manifest)
 
 
 def _metadata(request: ResolvedRequest, seed: int) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """What each side of a stage, positive and negative, is told: prompt, sizes, crop, score; defaults are resolved here."""
 
-__all__ = ["Side", "SideSettings", "StageName", "Told", "tell"]
+__all__ = ["Side", "SideMix", "SideSettings", "StageName", "Told", "ToldMix", "most_skipped", "tell"]
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,15 +18,30 @@ MAX_CONDITION = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
+class SideMix:
+    """What is made of a side's conditioning, as ComfyUI's nodes do: zeros (ConditioningZeroOut), or `other` behind it
+    ("concat") or averaged with it ("average"), where the side itself counts with `strength`.
+    """
+
+    kind: Literal["zero", "concat", "average"]
+    other: "Side | None" = None
+    strength: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Side:
     """What one side of a stage is told in place of the request's own; None leaves a setting to the request.
 
-    `zeroed` is ComfyUI's ConditioningZeroOut. Sizes are (height, width), a crop is (top, left), in pixels.
+    `zeroed` is ComfyUI's ConditioningZeroOut of the prompt alone; `mixes` are done in their order. Sizes are (height,
+    width), a crop is (top, left), in pixels. `combined` are further ones: the model's answers to all are averaged.
     """
 
     text: str
     text_2: str
     zeroed: bool = False
+    clip_skip: int | None = None
+    mixes: tuple[SideMix, ...] = ()
+    combined: tuple["Side", ...] = ()
     original_size: Pair | None = None
     crop: Pair | None = None
     target_size: Pair | None = None
@@ -38,7 +53,8 @@ class SideSettings:
     """What a request says of all sides, and of those of one stage, (positive, negative).
 
     `negative` None is an absent negative prompt, which is not the same as "". Sizes are (height, width) in pixels,
-    None those of the picture; a crop is (top, left). `clip_skip` layers more than SDXL's one are left out.
+    None those of the picture; a crop is (top, left). `clip_skip` layers more than SDXL's one are left out;
+    -1, ComfyUI's alone, is the last one too.
     """
 
     prompt_2: str | None = None
@@ -55,12 +71,42 @@ class SideSettings:
 
 
 @dataclass(frozen=True)
+class ToldMix:
+    """A SideMix, settled."""
+
+    kind: Literal["zero", "concat", "average"]
+    other: "Told | None"
+    strength: float
+
+
+@dataclass(frozen=True)
 class Told:
     """What one side of a stage is told, settled."""
 
     prompt: Prompt
     micro: MicroConditions
     zeroed: bool = False
+    mixes: tuple[ToldMix, ...] = ()
+    combined: tuple["Told", ...] = ()
+
+    @property
+    def all(self) -> tuple["Told", ...]:
+        """Return this one and those that are combined with it."""
+        return (self, *self.combined)
+
+    @property
+    def is_plain(self) -> bool:
+        """Return whether it is one prompt, as it is or zeroed."""
+        return not self.mixes and not self.combined
+
+    def prompts(self) -> Iterator[Prompt]:
+        """Yield the prompts that are read for it: its own, those of its mixes, those of the combined ones."""
+        yield self.prompt
+        for mix in self.mixes:
+            if mix.other is not None:
+                yield from mix.other.prompts()
+        for each in self.combined:
+            yield from each.prompts()
 
 
 def tell(
@@ -71,7 +117,7 @@ def tell(
     As in diffusers an absent negative is zeroed where the stage's config says so, and only the positive skips layers;
     with `comfyui` it is "", and both skip. Raises UsageError.
     """
-    _check(settings, manifest)
+    _check(settings, manifest, comfyui=comfyui)
     stages: dict[StageName, Stage] = {"base": manifest.base}
     if manifest.refiner is not None:
         stages["refiner"] = manifest.refiner
@@ -103,17 +149,30 @@ def _settled(side: Side, settings: SideSettings, size: Pair, clip_skip: int) -> 
         _stated(side.target_size, settings.target_size, size),
         *scores,
     )
-    return Told(Prompt(side.text, side.text_2, clip_skip), micro, side.zeroed)
+    mixes = tuple(
+        ToldMix(mix.kind, None if mix.other is None else _settled(mix.other, settings, size, clip_skip), mix.strength)
+        for mix in side.mixes
+    )
+    combined = tuple(_settled(each, settings, size, clip_skip) for each in side.combined)
+    skipped = clip_skip if side.clip_skip is None else side.clip_skip
+    return Told(Prompt(side.text, side.text_2, skipped), micro, side.zeroed, mixes, combined)
 
 
 def _stated(*values: Pair | None) -> Pair:
     return next(value for value in values if value is not None)
 
 
-def _check(settings: SideSettings, manifest: Manifest) -> None:
+def _all(sides: tuple[Side, ...]) -> Iterator[Side]:
+    for side in sides:
+        yield side
+        yield from _all(tuple(mix.other for mix in side.mixes if mix.other is not None))
+        yield from _all(side.combined)
+
+
+def _check(settings: SideSettings, manifest: Manifest, *, comfyui: bool) -> None:
     if settings.negative is None and settings.negative_2 is not None:
         raise UsageError('--negative-2 without --negative: give --negative too, "" if it is to be empty')
-    sides = [*(settings.base_sides or ()), *(settings.refiner_sides or ())]
+    sides = [*_all((*(settings.base_sides or ()), *(settings.refiner_sides or ())))]
     conditions = {
         "--original-size": [settings.original_size, *(side.original_size for side in sides)],
         "--crop": [settings.crop, *(side.crop for side in sides)],
@@ -123,12 +182,14 @@ def _check(settings: SideSettings, manifest: Manifest) -> None:
         for value in (value for pair in pairs if pair is not None for value in pair):
             if not 0 <= value <= MAX_CONDITION:
                 raise UsageError(f"{option}: {value} pixels given; choose 0 to {MAX_CONDITION}")
-    most = _most_skipped(manifest)
-    if not 0 <= settings.clip_skip <= most:
-        raise UsageError(f"--clip-skip {settings.clip_skip}: choose 0 to {most}")
+    least, most = -1 if comfyui else 0, most_skipped(manifest)
+    for skipped in (settings.clip_skip, *(side.clip_skip for side in sides)):
+        if skipped is not None and not least <= skipped <= most:
+            more = ", or with --compat comfyui -1 for the last layer" if skipped == -1 else ""
+            raise UsageError(f"--clip-skip {skipped}: choose {least} to {most}{more}")
 
 
-def _most_skipped(manifest: Manifest) -> int:
+def most_skipped(manifest: Manifest) -> int:
     """Return how many layers more than SDXL's one every text encoder can leave out."""
     names = {encoder.component for stage in manifest.stages().values() for encoder in stage.text_encoders}
     outputs = [manifest.components[name].outputs for name in names]

@@ -149,6 +149,7 @@ def _with(request: Request, key: str, value: Any, *, keep_negative: bool) -> Req
 
 def _with_in_workflow(request: Request, key: str, value: Any) -> Request:
     """Return a workflow's request with one of its numbers changed; those of base and refiner are apart in it."""
+    request = replace(request, graph="")  # it is that of no cell
     if key == "handoff-step" and value is None:
         return replace(request, handoff=None, **{name: getattr(NO_REFINER, name) for name in OF_REFINER})
     if key == "handoff-step":

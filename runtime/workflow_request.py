@@ -1,82 +1,197 @@
-"""A ComfyUI workflow as a request: its first sampler is the base's, its second the refiner's.
+"""A ComfyUI workflow as requests: one for a base and a refiner that share a grid, else one for each of its samplers.
 
 Checkpoints are not looked for: the bundle takes their place, and what the workflow asks of it that it does not have, or
 what cannot be run here, is named with its node.
 """
 
-__all__ = ["with_seed", "workflow_request"]
+__all__ = [
+    "blamed",
+    "check_workflow",
+    "load_image",
+    "pair_request",
+    "sampling_request",
+    "seeded",
+    "settle_pair",
+    "with_seed",
+]
 
-import logging
-import math
+import json
 import re
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
-from sdxl_trt.engines.errors import CorruptError, UsageError
+from sdxl_trt.engines.errors import CorruptError, SizeError, UsageError
 from sdxl_trt.engines.files import contained
 from sdxl_trt.engines.manifest import Manifest
-from sdxl_trt.runtime.comfy_schedules import COMFYUI_SCHEDULES, DISCARDING
+from sdxl_trt.engines.plans import Limits
+from sdxl_trt.runtime.comfy_schedules import DISCARDING
 from sdxl_trt.runtime.input_pictures import InputPicture, read_input
-from sdxl_trt.runtime.request import Request
-from sdxl_trt.runtime.samplers import sampler_names
-from sdxl_trt.runtime.sides import Side
-from sdxl_trt.runtime.workflow import Conditioning, Latents, Sampling, Workflow
+from sdxl_trt.runtime.request import Request, resolve
+from sdxl_trt.runtime.sides import Side, SideMix, StageName
+from sdxl_trt.runtime.workflow import (
+    Conditioning,
+    Decoded,
+    Empty,
+    Encoded,
+    Latents,
+    Loaded,
+    Repeated,
+    Sampled,
+    Sampling,
+    Workflow,
+    ancestry,
+)
+from sdxl_trt.runtime.workflow_checks import (
+    Experts,
+    check_loras,
+    check_sampling,
+    check_sides,
+    experts,
+    vae_stage,
+    warn_of_names,
+)
 
-log = logging.getLogger("sdxl_trt.runtime")
-_MOST_SAMPLERS = 2
+_OWN_SEEDS = ("seed", "noise_seed")
+_FIELDS = {
+    "--steps": "steps", "--guidance": "cfg", "--refiner-guidance": "cfg", "--seed": "the seed", "--strength": "denoise",
+    "--width": "the width", "--height": "the height", "-n": "batch_size",
+    "--original-size": "the size", "--crop": "the crop", "--target-size": "the target size",
+    "--base-start-step": "start_at_step", "--base-end-step": "end_at_step", "--refiner-start-step": "start_at_step",
+    "--refiner-end-step": "end_at_step", "--aesthetic-score": "ascore", "--negative-aesthetic-score": "ascore",
+    "--sampler": "sampler_name", "--refiner-sampler": "sampler_name", "--schedule": "scheduler",
+}  # fmt: skip
+"""What a node calls what an option states."""
 
 
-def workflow_request(workflow: Workflow, manifest: Manifest, folder: Path | None = None) -> Request:
-    """Return what `workflow` asks of a bundle with `manifest`; pictures that it loads lie in `folder`, by default here.
-
-    Raises UsageError that names what cannot be run.
-    """
-    base, *others = workflow.samplings
-    if len(others) >= _MOST_SAMPLERS:
-        raise UsageError(f"node {others[1].node}: is a sampler too many; base and refiner, in this order, can be run")
+def check_workflow(workflow: Workflow, manifest: Manifest) -> Experts:
+    """Return which expert draws each checkpoint, with all that a bundle has to have for `workflow` checked."""
+    found = experts(workflow, manifest)
     for sampling in workflow.samplings:
-        _check_sampling(sampling)
-    _check_loras(base, manifest)
-    latents, image = workflow.latents, None
-    if latents.image is not None:
-        _check_encoder(latents, base, manifest)
-        image = _load(latents, folder or Path())
-    alone = Request(
-        base.positive.text_l,
-        compat="comfyui",
-        negative=base.negative.text_l,
-        steps=base.steps,
-        guidance=base.cfg,
-        sampler=base.sampler,
-        schedule=base.schedule,
-        seed=base.seed,
-        count=latents.batch,
-        width=None if image else latents.width,
-        height=None if image else latents.height,
-        image=image,
-        strength=base.denoise,
-        handoff=None,
-        base_start_step=base.start,
-        base_end_step=base.end,
-        base_add_noise=base.add_noise,
-        leftover_noise=base.leftover_noise,
-        base_sides=_sides(base),
-        checkpoints=tuple(sampling.model.checkpoint for sampling in workflow.samplings),
+        check_sampling(sampling, found[sampling.model.checkpoint], manifest)
+        check_sides(sampling, found, manifest)
+    check_loras(workflow.samplings, found, manifest)
+    warn_of_names(workflow, found, manifest)
+    return found
+
+
+def pair_request(workflow: Workflow, manifest: Manifest, found: Experts, folder: Path | None = None) -> Request | None:
+    """Return the one request that a workflow comes to, None where it takes several.
+
+    One sampler, or a base's and a refiner's in this order on one grid, from empty latents or a picture as it is, to one
+    picture. Pictures that it loads lie in `folder`, by default here. Raises UsageError.
+    """
+    if len(workflow.outputs) > 1 or not isinstance(workflow.outputs[0].image, Decoded):
+        return None
+    decoded = workflow.outputs[0].image
+    samplings, start = _samplings(decoded)
+    stages = [found[sampling.model.checkpoint] for sampling in samplings]
+    if stages not in (["base"], ["refiner"], ["base", "refiner"]) or not _fits(samplings):
+        return None
+    batch, source = _start(start)
+    if not isinstance(source, Empty | Encoded) or (
+        isinstance(source, Encoded) and not isinstance(source.image, Loaded)
+    ):
+        return None
+    decoder = vae_stage(decoded.vae, found, stages[-1], manifest)
+    encoder = stages[0] if isinstance(source, Empty) else vae_stage(source.vae, found, stages[0], manifest)
+    own = {stage: manifest.stages()[stage].vae for stage in (*stages, decoder, encoder)}
+    if own[decoder] != own[stages[-1]] or own[encoder] != own[stages[0]]:
+        return None
+    if isinstance(source, Empty) and stages == ["refiner"]:
+        return None
+    loaded = source.image if isinstance(source, Encoded) else None
+    image = load_image(loaded, folder or Path()) if isinstance(loaded, Loaded) else None
+    size = (source.height, source.width) if isinstance(source, Empty) else None
+    names = tuple(sampling.model.checkpoint for sampling in samplings)
+    request = replace(
+        sampling_request(samplings[0], stages[0], image=image, size=size, count=batch),
+        checkpoints=names,
+        tile=decoded.tiled or (isinstance(source, Encoded) and source.tiled),
+        graph=workflow.graph,
     )
-    if others:
-        return _refined(alone, base, others[0], workflow.vae, manifest)
-    # Told an aesthetic score, one sampler that starts from a picture is the refiner's.
-    return alone if image is None or base.positive.score is None else _refining(alone, base, manifest)
+    return _refined(request, *samplings) if len(samplings) > 1 else request
 
 
-def with_seed(request: Request, seed: int) -> Request:
-    """Return a workflow's `request` with another seed, which is its refiner's too where that has one."""
-    return replace(request, seed=seed, refiner_seed=None if request.refiner_seed is None else seed)
+def _samplings(decoded: Decoded) -> tuple[list[Sampling], Latents]:
+    """Return the samplers in a row that end in `decoded`, in their order, and what the first of them starts from."""
+    samplings: list[Sampling] = []
+    latents = decoded.latents
+    while isinstance(latents, Sampled):
+        samplings.insert(0, latents.sampling)
+        latents = latents.latents
+    return samplings, latents
 
 
-def _refined(alone: Request, base: Sampling, refiner: Sampling, vae: str, manifest: Manifest) -> Request:
-    """Return the base's request with the refiner's sampling added."""
-    _check_pair(base, refiner, vae, manifest)
+def _fits(samplings: Sequence[Sampling]) -> bool:
+    """Return whether samplers share one grid."""
+    first = samplings[0]
+    return all(
+        each.steps == first.steps
+        and each.schedule == first.schedule
+        # These leave out a sigma of a grid that is one step longer.
+        and (each.sampler in DISCARDING) == (first.sampler in DISCARDING)
+        for each in samplings
+    )
+
+
+def _start(start: Latents) -> tuple[int, Latents]:
+    """Return how many pictures there are, and what they start from: empty latents, or an encoded picture as it is."""
+    batch, source = 1, start
+    while isinstance(source, Repeated):
+        batch, source = batch * source.amount, source.latents
+    if isinstance(source, Empty):
+        batch *= source.batch
+    return batch, source
+
+
+def sampling_request(
+    sampling: Sampling,
+    stage: StageName,
+    *,
+    image: InputPicture | None,
+    size: tuple[int, int] | None,
+    count: int,
+) -> Request:
+    """Return the request of one sampler that starts from `image`, or from noise alone in `size` (height, width)."""
+    sides = _side(sampling.positive), _side(sampling.negative)
+    alone = Request(
+        sampling.positive[0].text_l,
+        compat="comfyui",
+        negative=sampling.negative[0].text_l,
+        steps=sampling.steps,
+        guidance=sampling.cfg,
+        sampler=sampling.sampler,
+        schedule=sampling.schedule,
+        seed=sampling.seed,
+        count=count,
+        height=None if size is None else size[0],
+        width=None if size is None else size[1],
+        image=image,
+        strength=sampling.denoise,
+        handoff=None,
+        base_start_step=sampling.start,
+        base_end_step=sampling.end,
+        base_add_noise=sampling.add_noise,
+        leftover_noise=sampling.leftover_noise,
+        base_sides=sides,
+        checkpoints=(sampling.model.checkpoint,),
+    )
+    if stage == "base":
+        return alone
+    return replace(
+        alone,
+        refine=True,
+        handoff="auto",
+        base_end_step=None,
+        leftover_noise=None,
+        refiner_end_step=sampling.end,
+        refiner_leftover_noise=sampling.leftover_noise,
+        refiner_sides=sides,
+    )
+
+
+def _refined(alone: Request, base: Sampling, refiner: Sampling) -> Request:
     return replace(
         alone,
         handoff="auto",
@@ -88,59 +203,58 @@ def _refined(alone: Request, base: Sampling, refiner: Sampling, vae: str, manife
         refiner_sampler=refiner.sampler,
         refiner_seed=refiner.seed,
         refiner_strength=None if base.denoise == refiner.denoise == 1.0 else refiner.denoise,
-        refiner_sides=_sides(refiner),
+        refiner_sides=(_side(refiner.positive), _side(refiner.negative)),
     )
 
 
-def _refining(alone: Request, refiner: Sampling, manifest: Manifest) -> Request:
-    """Return the request of a picture that the refiner alone changes."""
-    _check_refiner(refiner, manifest)
-    return replace(
-        alone,
-        refine=True,
-        handoff="auto",
-        base_end_step=None,
-        leftover_noise=None,
-        refiner_end_step=refiner.end,
-        refiner_leftover_noise=refiner.leftover_noise,
-        refiner_sides=_sides(refiner),
-    )
+def with_seed(request: Request, seed: int) -> Request:
+    """Return a workflow's `request` with another seed, which is its refiner's too where that has one."""
+    graph = seeded(request.graph, seed)
+    return replace(request, seed=seed, refiner_seed=None if request.refiner_seed is None else seed, graph=graph)
 
 
-def _check_refiner(refiner: Sampling, manifest: Manifest) -> None:
-    if manifest.refiner is None:
-        raise UsageError(f"node {refiner.node}: takes a refiner, but the bundle has none; export it with --refiner SRC")
-    if refiner.model.loras:
-        raise UsageError(f"node {refiner.node}: has a LoRA on the refiner, which is not supported; take it off")
+def seeded(graph: str, seed: int) -> str:
+    """Return a graph's JSON with another seed in all its samplers."""
+    if not graph:
+        return graph
+    nodes = json.loads(graph)
+    for node in nodes.values():
+        if node["class_type"] in ("KSampler", "KSamplerAdvanced"):
+            node["inputs"] |= {name: seed for name in _OWN_SEEDS if name in node["inputs"]}
+    return json.dumps(nodes)
 
 
-def _check_sampling(sampling: Sampling) -> None:
-    where = f"node {sampling.node}"
-    known = sampler_names(comfyui=True)
-    if sampling.sampler not in known:
-        raise UsageError(f"{where}: sampler_name {sampling.sampler!r} is unknown here; choose one of:"
-                         f" {', '.join(known)}")  # fmt: skip
-    if sampling.schedule not in COMFYUI_SCHEDULES:
-        raise UsageError(f"{where}: scheduler {sampling.schedule!r} is unknown here; choose one of:"
-                         f" {', '.join(COMFYUI_SCHEDULES)}")  # fmt: skip
-    if not 0.0 < sampling.denoise <= 1.0:
-        raise UsageError(f"{where}: denoise {sampling.denoise:g} is outside 0 to 1; choose above 0, which would change"
-                         " nothing")  # fmt: skip
+def settle_pair(
+    request: Request, workflow: Workflow, manifest: Manifest, limits: Limits | None, *, seed_given: bool
+) -> None:
+    """Raise UsageError, said of the nodes of `workflow`, for what its one `request` cannot be settled to."""
+    try:
+        resolve(request, manifest, limits)
+    except UsageError as exc:
+        samplings, start = workflow.samplings, ancestry(workflow.outputs[0].image)[-1]
+        ours = samplings[-1] if "refiner" in str(exc).partition(" ")[0] else samplings[0]
+        raise blamed(exc, ours, getattr(start, "node", ""), seed_given=seed_given) from exc
 
 
-def _check_encoder(latents: Latents, base: Sampling, manifest: Manifest) -> None:
-    """Raise UsageError for a picture that another autoencoder encodes than that of the sampler that starts from it."""
-    stages = list(manifest.stages().values())
-    if latents.vae != base.model.checkpoint and any(stage.vae != stages[0].vae for stage in stages):
-        raise UsageError(f"node {latents.node} (LoadImage): is encoded with another checkpoint's VAE than the one that"
-                         " samples first, and the bundle's differ: link the VAEEncode to that")  # fmt: skip
+def blamed(exc: UsageError, sampling: Sampling, start: str, *, seed_given: bool) -> UsageError:
+    """Return what is wrong with a request, said of the node that states it and not of an option that nobody gave.
+
+    `start` is the node that states the size.
+    """
+    message = str(exc)
+    match = re.match(r"(--[a-z-]+|-n)\b", message)
+    if match is None or match[1] not in _FIELDS or (match[1] == "--seed" and seed_given):
+        return exc
+    node = start if match[1] in ("--width", "--height", "-n") else sampling.node
+    kind = SizeError if isinstance(exc, SizeError) else UsageError
+    return kind(f"node {node}: {_FIELDS[match[1]]}{message[match.end() :]}")
 
 
-def _load(latents: Latents, folder: Path) -> InputPicture:
+def load_image(loaded: Loaded, folder: Path) -> InputPicture:
     """Return the picture of a LoadImage node, which lies in the workflow's folder, or below it."""
-    where = f"node {latents.node} (LoadImage)"
+    where = f"node {loaded.node} (LoadImage)"
     # ComfyUI says which of its folders a file is in; separators are those of its system.
-    name = re.sub(r" \[(input|output|temp)\]$", "", latents.image or "").replace("\\", "/")
+    name = re.sub(r" \[(input|output|temp)\]$", "", loaded.file).replace("\\", "/")
     try:
         path = contained(folder, name)
     except CorruptError as exc:
@@ -153,49 +267,23 @@ def _load(latents: Latents, folder: Path) -> InputPicture:
     return picture
 
 
-def _check_pair(base: Sampling, refiner: Sampling, vae: str, manifest: Manifest) -> None:
-    """Raise UsageError for two samplings that one grid, one bundle and one change of experts cannot serve."""
-    where = f"nodes {base.node} and {refiner.node}"
-    _check_refiner(refiner, manifest)
-    if base.model.checkpoint == refiner.model.checkpoint:
-        raise UsageError(f"{where}: sample with one checkpoint twice; the second is to be the refiner's")
-    for name in ("steps", "schedule"):
-        one, other = getattr(base, name), getattr(refiner, name)
-        if one != other:
-            raise UsageError(f"{where}: {name} {one} and {other}; base and refiner share one grid: make them equal")
-    # These leave out a sigma of a grid that is one step longer.
-    if (base.sampler in DISCARDING) != (refiner.sampler in DISCARDING):
-        raise UsageError(f"{where}: samplers {base.sampler} and {refiner.sampler} are on different grids; choose two of"
-                         f" the same kind: {', '.join(sorted(DISCARDING))}, or two others")  # fmt: skip
-    if vae == base.model.checkpoint and manifest.refiner and manifest.base.vae != manifest.refiner.vae:
-        raise UsageError("the workflow decodes with the base's VAE, and the bundle's refiner has another one: link the"
-                         " VAEDecode to the refiner's checkpoint")  # fmt: skip
+def _side(conditionings: Sequence[Conditioning]) -> Side:
+    first, *others = map(_one_side, conditionings)
+    return replace(first, combined=tuple(others))
 
 
-def _check_loras(base: Sampling, manifest: Manifest) -> None:
-    """Raise UsageError for a LoRA that is not in the bundle; warn of one that only the bundle has."""
-    fused = [(record.name, record.scale) for record in manifest.loras]
-    for name, strength in base.model.loras:
-        # ComfyUI names a file below its folder of LoRAs, with the separators of its system.
-        file = PurePosixPath(name.replace("\\", "/")).name
-        found = next((each for each in fused if each[0] == file and math.isclose(each[1], strength)), None)
-        if found is None:
-            raise UsageError(f"node {base.node}: LoRA {file} at strength {strength:g} is not in the bundle; export one"
-                             f" with it: export-engines --lora {file}:{strength:g}")  # fmt: skip
-        fused.remove(found)
-    for name, strength in fused:
-        log.warning("the bundle has LoRA %s at strength %g, which the workflow does not name", name, strength)
-
-
-def _sides(sampling: Sampling) -> tuple[Side, Side]:
-    return _side(sampling.positive), _side(sampling.negative)
-
-
-def _side(told: Conditioning) -> Side:
+def _one_side(told: Conditioning) -> Side:
+    zeroed = [mix.kind for mix in told.mixes] == ["zero"]
+    mixes = tuple(
+        SideMix(kind=mix.kind, other=None if mix.other is None else _one_side(mix.other), strength=mix.strength)
+        for mix in told.mixes
+    )
     return Side(
         text=told.text_l,
         text_2=told.text_g,
-        zeroed=told.zeroed,
+        zeroed=zeroed,
+        clip_skip=-2 - told.clip.last_layer,
+        mixes=() if zeroed else mixes,
         original_size=told.original_size,
         crop=told.crop,
         target_size=told.target_size,

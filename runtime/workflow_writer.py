@@ -85,6 +85,8 @@ def _is_said(stage: StageName, asked: Request, request: ResolvedRequest) -> bool
     whole = part.start == 0 and part.stop == request.schedule_of(stage).steps
     if strength < 1.0 and not (whole and _adds_noise(stage, request)):
         return False
+    if not all(side.is_plain and side.prompt.clip_skip == 0 for side in request.sides[stage]):
+        return False
     if stage == "base":
         return True
     # A grid that begins further down is one sampler's alone; a graph's refiner has a seed of its own, and no crop.

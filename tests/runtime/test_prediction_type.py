@@ -65,7 +65,7 @@ def _trail(asked: str, stated: str) -> list[Array]:
         "", prediction_type=asked, steps=STEPS, guidance=GUIDANCE, seed=3, handoff=None, width=64, height=64
     )
     job = pipeline.start(request)
-    job.embeds = {"base": (EMBEDS, EMBEDS)}
+    job.embeds = {"base": ((EMBEDS,), (EMBEDS,))}
     steps = pipeline.base(job, following=manifest.base.unet)
     return [job.latents.copy(), *[step.latents for step in steps if step.latents is not None]]
 
