@@ -180,8 +180,9 @@ class _Reader:
         def decoded(node: Node, _: int) -> Image:
             latents: Latents | None = self.tried(lambda: self._latents(linked(node, "samples")))
             vae = self._vae(linked(node, "vae"))
-            whole: Latents = _whole(latents, node)
-            return Decoded(whole, vae, node.kind == "VAEDecodeTiled", node.id)
+            if latents is None:
+                raise _incomplete(node)
+            return Decoded(latents, vae, node.kind == "VAEDecodeTiled", node.id)
 
         found: Image = self._read(link, "IMAGE", {
             "LoadImage": lambda node, _: Loaded(stated(node, "image"), node.id), "ImageScale": scaled,
@@ -196,8 +197,9 @@ class _Reader:
         def encoded(node: Node, _: int) -> Latents:
             image: Image | None = self.tried(lambda: self._image(linked(node, "pixels")))
             vae = self._vae(linked(node, "vae"))
-            whole: Image = _whole(image, node)
-            return Encoded(whole, vae, node.kind == "VAEEncodeTiled", node.id)
+            if image is None:
+                raise _incomplete(node)
+            return Encoded(image, vae, node.kind == "VAEEncodeTiled", node.id)
 
         def repeated(node: Node, _: int) -> Latents:
             return Repeated(self._latents(linked(node, "samples")), stated(node, "amount"), node.id)
@@ -314,8 +316,12 @@ class _Reader:
 def _whole(found: Found | None, node: Node) -> Found:
     """Return what was found; where it was not, the nodes that are to blame have been named."""
     if found is None:
-        raise _IncompleteError(f"{node}: cannot be run without what feeds it")
+        raise _incomplete(node)
     return found
+
+
+def _incomplete(node: Node) -> _IncompleteError:
+    return _IncompleteError(f"{node}: cannot be run without what feeds it")
 
 
 def _mixed(side: tuple[Conditioning, ...], mix: Mix) -> tuple[Conditioning, ...]:
