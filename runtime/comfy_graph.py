@@ -21,7 +21,7 @@ from sdxl_trt.runtime.picture_files import WORKFLOW, read_texts
 MAX_BYTES = 16 << 20
 MAX_NODES = 10_000
 _PICTURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF")
-_BODIES = ("prompt", "input", "workflow", "output")
+_BODIES = ("prompt", "input", "output", "workflow")
 """Where the body of a request keeps a graph: ComfyUI's own, RunPod's and its like, what the editor saves for an API."""
 _DEEPEST_BODY = 3
 _MOST_PRIMITIVES = 10

@@ -11,6 +11,8 @@ from sdxl_trt.engines.plans import Limits
 
 log = logging.getLogger("sdxl_trt.runtime")
 MAX_SIDE = 16384
+SMALLEST = 8
+"""What others bring a picture's sides to a multiple of: diffusers and ComfyUI."""
 LARGE = 4
 """From how many times the usual area on a picture's own size is worth a word."""
 
@@ -64,6 +66,9 @@ def _of_picture(size: tuple[int, int], asked: tuple[int | None, int | None], mul
     height, width = size
     if asked == (None, None):
         down = height // multiple * multiple, width // multiple * multiple
+        if any(side // SMALLEST * SMALLEST != kept for side, kept in zip(size, down, strict=True)) and all(down):
+            log.warning("the picture of %dx%d is taken in %dx%d: the UNets in use take multiples of %d", width, height,
+                        down[1], down[0], multiple)  # fmt: skip
         if not all(down):
             raise SizeError(f"a picture of {width}x{height} pixels is smaller than the {multiple} that the UNets in use"
                             f" take; give --width and --height, multiples of {multiple}")  # fmt: skip

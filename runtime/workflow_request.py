@@ -13,6 +13,7 @@ __all__ = [
     "seeded",
     "settle_pair",
     "with_seed",
+    "workflow_request",
 ]
 
 import json
@@ -73,6 +74,14 @@ def check_workflow(workflow: Workflow, manifest: Manifest) -> Experts:
     check_loras(workflow.samplings, found, manifest)
     warn_of_names(workflow, found, manifest)
     return found
+
+
+def workflow_request(workflow: Workflow, manifest: Manifest, folder: Path | None = None) -> Request:
+    """Return the one request of a workflow that takes no more; UsageError for one that takes a Chain, and as above."""
+    request = pair_request(workflow, manifest, check_workflow(workflow, manifest), folder)
+    if request is None:
+        raise UsageError("the workflow takes several runs, and is drawn as a chain of them")
+    return request
 
 
 def pair_request(workflow: Workflow, manifest: Manifest, found: Experts, folder: Path | None = None) -> Request | None:

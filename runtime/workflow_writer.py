@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from sdxl_trt.engines.errors import UsageError
 from sdxl_trt.engines.manifest import LoraRecord, Manifest
+from sdxl_trt.runtime.comfy_node import Node
+from sdxl_trt.runtime.comfy_nodes import NODES, stated
 from sdxl_trt.runtime.cuts import Part
 from sdxl_trt.runtime.request import Request, ResolvedRequest
 from sdxl_trt.runtime.samplers import STOCHASTIC
@@ -39,7 +42,19 @@ def write_workflow(asked: Request, request: ResolvedRequest, manifest: Manifest)
         latents = _sampler(graph, stage, model, latents, asked, request)
     decoded = graph.add("VAEDecode", samples=[latents, 0], vae=[checkpoint, 2])
     graph.add("SaveImage", images=[decoded, 0], filename_prefix="sdxl")
-    return graph.nodes
+    return graph.nodes if all(_is_taken(node) for node in graph.nodes.values()) else None
+
+
+def _is_taken(stored: Mapping[str, Any]) -> bool:
+    """Return whether every value of a node is within what ComfyUI takes."""
+    node = Node("", stored["class_type"], stored["inputs"])
+    try:
+        for each in NODES[node.kind].inputs:
+            if not each.is_link:
+                stated(node, each.name)
+    except UsageError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)

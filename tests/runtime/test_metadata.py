@@ -282,7 +282,7 @@ def test_a_graph_is_written_for_comfyui_and_in_its_way_alone(pairs: Any, tmp_pat
     from sdxl_trt.engines.bundle import read_bundle
     from sdxl_trt.runtime.request import Request, resolve
     from sdxl_trt.runtime.run import Run, finish
-    from sdxl_trt.runtime.workflow import read_workflow
+    from sdxl_trt.runtime.workflow_reader import read_workflow
 
     manifest, empty = read_bundle(pairs("outline").bundle).manifest, np.zeros((1, 4, 32, 32), np.float32)
     for compat in ("diffusers", "comfyui"):
@@ -292,7 +292,7 @@ def test_a_graph_is_written_for_comfyui_and_in_its_way_alone(pairs: Any, tmp_pat
         assert (WORKFLOW in describe(picture.metadata, picture.graph)) == (compat == "comfyui")
         for name in ("x.png", "x.jpg", "x.webp") if picture.graph else ():
             picture.save(tmp_path / name)
-            assert read_workflow(tmp_path / name).samplings[0].positive.text_g == "a red fox"
+            assert read_workflow(tmp_path / name).samplings[0].positive[0].text_g == "a red fox"
             picture.save(tmp_path / name, metadata=False)
             with pytest.raises(UsageError, match="carries no ComfyUI workflow"):
                 read_workflow(tmp_path / name)

@@ -15,7 +15,25 @@ from PIL.PngImagePlugin import PngInfo
 
 from sdxl_trt.engines.errors import UsageError
 from sdxl_trt.runtime.comfy_graph import MAX_BYTES
-from sdxl_trt.runtime.workflow import TO_THE_END, Conditioning, Latents, Model, Workflow, read_workflow
+from sdxl_trt.runtime.workflow import (
+    TO_THE_END,
+    Clip,
+    Conditioning,
+    Decoded,
+    Empty,
+    Encoded,
+    Loaded,
+    Mix,
+    Model,
+    Output,
+    Repeated,
+    Resized,
+    Sampled,
+    Scaled,
+    VaeName,
+    Workflow,
+)
+from sdxl_trt.runtime.workflow_reader import read_workflow
 
 Json = Any
 POSITIVE = {"width": 4096, "height": 2048, "crop_w": 1, "crop_h": 2, "target_width": 1024, "target_height": 512,
@@ -70,20 +88,31 @@ def read(tmp_path: Path) -> Callable[[Any], Workflow]:
 def test_base_and_refiner_are_read_with_all_their_settings(api: Json, read: Any) -> None:
     workflow = read(api)
     base, refiner = workflow.samplings
-    assert workflow.latents == Latents(1024, 512, 2)
-    assert workflow.vae == "refiner.safetensors"
+    clips = Clip("base.safetensors"), Clip("refiner.safetensors")
+    empty = Empty(1024, 512, 2)
+    assert workflow.outputs == (
+        Output(Decoded(Sampled(Sampled(empty, base), refiner), VaeName("refiner.safetensors")), "x"),
+    )
     assert (base.model, refiner.model) == (Model("base.safetensors"), Model("refiner.safetensors"))
     assert (base.add_noise, base.start, base.end, base.leftover_noise) == (True, 0, 40, True)
     assert (refiner.add_noise, refiner.start, refiner.end, refiner.leftover_noise) == (False, 40, TO_THE_END, False)
     assert (base.seed, base.steps, base.cfg, base.sampler, base.schedule) == (2**63, 50, 8.0, "euler", "normal")
-    assert base.positive == Conditioning("6", "a fox", "red", False, (2048, 4096), (2, 1), (512, 1024))
-    assert base.negative == Conditioning("7", "bad", "bad", zeroed=True)
-    assert refiner.positive == Conditioning("15", "a fox", "a fox", False, (512, 1024), (0, 0), score=6.0)
+    assert base.positive == (Conditioning("6", "a fox", "red", clips[0], (2048, 4096), (2, 1), (512, 1024)),)
+    assert base.negative == (Conditioning("7", "bad", "bad", clips[0], mixes=(Mix("zero"),)),)
+    told = Conditioning("15", "a fox", "a fox", clips[1], (512, 1024), (0, 0), (512, 1024), score=6.0)
+    assert refiner.positive == (told,)
+    assert json.loads(workflow.graph) == api
 
 
-def test_a_ksampler_a_lora_and_a_picture(api: Json, read: Any) -> None:
-    api["20"] = {"class_type": "LoraLoader", "inputs": {"lora_name": "a", "strength_model": 0.5, "model": ["4", 0]}}
-    api["21"] = {"class_type": "LoraLoader", "inputs": {"lora_name": "b", "strength_model": 2, "model": ["20", 0]}}
+def test_a_ksampler_loras_and_a_picture(api: Json, read: Any) -> None:
+    lora = {"lora_name": "a", "strength_model": 0.5, "strength_clip": 0.25, "model": ["4", 0], "clip": ["4", 1]}
+    api["20"] = {"class_type": "LoraLoader", "inputs": lora}
+    api["21"] = {
+        "class_type": "LoraLoaderModelOnly",
+        "inputs": {"lora_name": "b", "strength_model": 2, "model": ["20", 0]},
+    }
+    api["23"] = {"class_type": "CLIPSetLastLayer", "inputs": {"stop_at_clip_layer": -3, "clip": ["20", 1]}}
+    api["7"]["inputs"]["clip"] = ["23", 0]
     api["22"] = {"class_type": "LoadImage", "inputs": {"image": "in.png"}}
     api["5"] = {"class_type": "VAEEncode", "inputs": {"pixels": ["22", 0], "vae": ["4", 2]}}
     api["10"] = {"class_type": "KSampler", "inputs": {
@@ -91,20 +120,76 @@ def test_a_ksampler_a_lora_and_a_picture(api: Json, read: Any) -> None:
         "model": ["21", 0], "positive": ["6", 0], "negative": ["7", 0], "latent_image": ["5", 0]}}  # fmt: skip
     workflow = read(api)
     base = workflow.samplings[0]
-    assert workflow.latents == Latents(image="in.png", vae="base.safetensors")
+    start = workflow.outputs[0].image.latents.latents.latents
+    assert start == Encoded(Loaded("in.png"), VaeName("base.safetensors"))
     assert base.model == Model("base.safetensors", (("a", 0.5), ("b", 2)))
+    assert base.positive[0].clip == Clip("base.safetensors")
+    assert base.negative[0].clip == Clip("base.safetensors", (("a", 0.25),), -3)
     assert (base.seed, base.denoise, base.add_noise, base.start, base.end) == (3, 0.3, True, 0, TO_THE_END)
+    assert workflow.loads_image
 
 
-def test_a_preview_of_the_way_is_no_second_picture(api: Json, read: Any) -> None:
-    whole = read(api)
+def test_latents_and_images_are_scaled_on_the_way(api: Json, read: Any) -> None:
+    size = {"width": 256, "height": 0, "crop": "center"}
+    api["20"] = {"class_type": "LatentUpscaleBy",
+                 "inputs": {"samples": ["10", 0], "upscale_method": "bislerp", "scale_by": 2}}  # fmt: skip
+    api["11"]["inputs"]["latent_image"] = ["20", 0]
+    api["21"] = {"class_type": "ImageScale", "inputs": {"image": ["17", 0], "upscale_method": "lanczos", **size}}
+    api["22"] = {"class_type": "VAELoader", "inputs": {"vae_name": "own.safetensors"}}
+    api["23"] = {"class_type": "VAEEncodeTiled", "inputs": {"pixels": ["21", 0], "vae": ["22", 0]}}
+    api["24"] = copy.deepcopy(api["11"]) | {"inputs": api["11"]["inputs"] | {"latent_image": ["25", 0]}}
+    api["25"] = {"class_type": "RepeatLatentBatch", "inputs": {"samples": ["23", 0], "amount": 3}}
+    api["26"] = {"class_type": "VAEDecode", "inputs": {"samples": ["24", 0], "vae": ["12", 2]}}
+    api["19"]["inputs"]["images"] = ["26", 0]
+    (output,) = read(api).outputs
+    base, refiner, last = read(api).samplings
+    middle = Sampled(Resized(Sampled(Empty(1024, 512, 2), base), "bislerp", by=2.0), refiner)
+    scaled = Scaled(Decoded(middle, VaeName("refiner.safetensors")), "lanczos", (256, 0), centred=True)
+    encoded = Encoded(scaled, VaeName("own.safetensors", own_file=True), tiled=True)
+    assert output.image == Decoded(Sampled(Repeated(encoded, 3), last), VaeName("refiner.safetensors"))
+
+
+def test_prompts_are_combined_joined_and_averaged(api: Json, read: Any) -> None:
+    def node(key: str, kind: str, **inputs: Any) -> None:
+        api[key] = {"class_type": kind, "inputs": inputs}
+
+    node("20", "ConditioningConcat", conditioning_to=["6", 0], conditioning_from=["7", 0])
+    node("21", "ConditioningAverage", conditioning_to=["7", 0], conditioning_from=["20", 0],
+         conditioning_to_strength=0.25)  # fmt: skip
+    node("22", "ConditioningCombine", conditioning_1=["20", 0], conditioning_2=["21", 0])
+    node("23", "ConditioningZeroOut", conditioning=["22", 0])
+    api["10"]["inputs"]["positive"] = ["23", 0]
+    joined, averaged = read(api).samplings[0].positive
+    assert [mix.kind for mix in joined.mixes] == ["concat", "zero"]
+    assert joined.mixes[0].other.text_g == "bad"
+    assert [(mix.kind, mix.strength) for mix in averaged.mixes] == [("average", 0.25), ("zero", 1.0)]
+    assert averaged.mixes[0].other.mixes[0].other.text_g == "bad"
+    for _ in range(5):  # every one doubles it
+        number = len(api) + 100
+        node(str(number), "ConditioningCombine", conditioning_1=api["10"]["inputs"]["positive"],
+             conditioning_2=api["10"]["inputs"]["positive"])  # fmt: skip
+        api["10"]["inputs"]["positive"] = [str(number), 0]
+    with pytest.raises(UsageError, match="more than 16 prompts"):
+        read(api)
+
+
+def test_of_several_pictures_each_is_drawn_and_previews_are_named(api: Json, read: Any, caplog: Any) -> None:
     api["30"] = {"class_type": "VAEDecode", "inputs": {"samples": ["10", 0], "vae": ["4", 2]}}
     api["31"] = {"class_type": "PreviewImage", "inputs": {"images": ["30", 0]}}
+    (whole,) = read(api).outputs
+    assert "node 31 (PreviewImage): is not drawn: it is a preview" in caplog.text
+    api["31"] = {"class_type": "SaveImage", "inputs": {"images": ["30", 0], "filename_prefix": "base"}}
+    first, second = read(api).outputs
+    assert (first, second.prefix) == (whole, "base")
+    assert [sampling.node for sampling in read(api).samplings] == ["10", "11"]
+
+
+def test_what_can_be_drawn_is_drawn_and_the_rest_named(api: Json, read: Any, caplog: Any) -> None:
+    whole = read(api)
+    api["30"] = {"class_type": "FancyUpscaler", "inputs": {"image": ["17", 0]}}
+    api["31"] = {"class_type": "SaveImage", "inputs": {"images": ["30", 0], "filename_prefix": "y"}}
     assert read(api) == whole
-    api["32"] = copy.deepcopy(api["10"]) | {"inputs": api["10"]["inputs"] | {"noise_seed": 1}}
-    api["30"]["inputs"]["samples"] = ["32", 0]
-    with pytest.raises(UsageError, match="2 different pictures"):
-        read(api)
+    assert "node 31 (SaveImage): is not drawn: node 30 (FancyUpscaler): cannot be run here" in caplog.text
 
 
 WIDGETS = {
@@ -146,6 +231,31 @@ def test_the_editors_form_says_the_same(api: Json, read: Any) -> None:
     assert read(_editor(api)) == read(api)
 
 
+@pytest.mark.parametrize(
+    "body",
+    [lambda api: {"prompt": api, "client_id": "x"}, lambda api: {"input": {"workflow": api}},
+     lambda api: {"input": {"prompt": _editor(api)}}, lambda api: {"output": api, "workflow": {"nodes": []}}],
+)  # fmt: skip
+def test_a_request_s_body_holds_it(api: Json, read: Any, body: Callable[[Json], Any]) -> None:
+    assert read(body(api)).outputs == read(api).outputs
+
+
+def test_numbers_as_text_and_primitives_are_what_they_say(api: Json, read: Any) -> None:
+    plain = read(api)
+    api["10"]["inputs"] |= {"steps": "50", "cfg": "8.0", "noise_seed": ["40", 0]}
+    api["40"] = {"class_type": "PrimitiveInt", "inputs": {"value": ["41", 0]}}
+    api["41"] = {"class_type": "PrimitiveInt", "inputs": {"value": 2**63}}
+    assert read(api) == plain
+
+
+def test_a_muted_node_is_missed_and_not_its_old_value_taken(api: Json, read: Any) -> None:
+    editor = _editor(api)
+    primitive = next(node for node in editor["nodes"] if node["type"] == "PrimitiveNode")
+    primitive["mode"] = 2
+    with pytest.raises(UsageError, match="node 100, which is not in it, or muted"):
+        read(editor)
+
+
 def test_a_muted_picture_is_not_made(api: Json, read: Any) -> None:
     editor = _editor(api)
     next(node for node in editor["nodes"] if node["type"] == "SaveImage")["mode"] = 2
@@ -153,10 +263,12 @@ def test_a_muted_picture_is_not_made(api: Json, read: Any) -> None:
         read(editor)
 
 
-@pytest.mark.parametrize("form", ["prompt", "workflow"])
+@pytest.mark.parametrize("form", ["prompt", "workflow", "an empty prompt"])
 def test_a_png_carries_it(api: Json, read: Any, tmp_path: Path, form: str) -> None:
     info = PngInfo()
-    info.add_text(form, json.dumps(api if form == "prompt" else _editor(api)))
+    if form == "an empty prompt":
+        info.add_text("prompt", "{}")
+    info.add_text("prompt" if form == "prompt" else "workflow", json.dumps(api if form == "prompt" else _editor(api)))
     Image.new("RGB", (8, 8)).save(tmp_path / "made.png", pnginfo=info)
     assert read_workflow(tmp_path / "made.png") == read(api)
 
@@ -171,7 +283,6 @@ def test_a_png_without_one_says_so(tmp_path: Path) -> None:
 
 
 def test_all_that_cannot_be_run_is_named_at_once(api: Json, read: Any) -> None:
-    api["5"]["class_type"] = "LatentUpscale"
     api["6"]["class_type"] = "CLIPTextEncodeFlux"
     api["12"]["class_type"] = "UNETLoader"
     with pytest.raises(UsageError) as caught:
@@ -187,15 +298,42 @@ DAMAGE: dict[str, tuple[Callable[[Json], Any], str]] = {
     "missing node": (lambda api: api.pop("10"), "links to node 10"),
     "circle": (lambda api: api["10"]["inputs"].update(latent_image=["11", 0]), "circle"),
     "self": (lambda api: api["10"]["inputs"].update(latent_image=["10", 0]), "circle"),
-    "word for number": (lambda api: api["10"]["inputs"].update(steps="fifty"), "steps is no number"),
-    "half a step": (lambda api: api["10"]["inputs"].update(steps=0.5), "steps is no whole number"),
-    "nan": (lambda api: api["10"]["inputs"].update(cfg=float("nan")), "cfg is no number"),
-    "true": (lambda api: api["10"]["inputs"].update(cfg=True), "cfg is no number"),
-    "neither": (lambda api: api["10"]["inputs"].update(add_noise="maybe"), "neither enable nor disable"),
-    "number for text": (lambda api: api["6"]["inputs"].update(text_g=5), "text_g is no text"),
+    "word for number": (lambda api: api["10"]["inputs"].update(steps="fifty"), "steps 'fifty' is no whole number"),
+    "half a step": (lambda api: api["10"]["inputs"].update(steps=1.5), "steps '1.5' is no whole number"),
+    "half a step in words": (lambda api: api["10"]["inputs"].update(steps="8.0"), "steps '8.0' is no whole number"),
+    "no step": (lambda api: api["10"]["inputs"].update(steps=0), "steps 0 is outside 1 to 10000"),
+    "nan": (lambda api: api["10"]["inputs"].update(cfg=float("nan")), "cfg 'nan' is no number"),
+    "infinity": (lambda api: api["10"]["inputs"].update(cfg="inf"), "cfg inf is outside 0 to 100"),
+    "true": (lambda api: api["10"]["inputs"].update(cfg=True), "cfg 'True' is no number"),
+    "neither": (
+        lambda api: api["10"]["inputs"].update(add_noise="maybe"),
+        "'maybe' is unknown here; .*enable, disable",
+    ),
+    "list for text": (lambda api: api["6"]["inputs"].update(text_g=[1]), "text_g is no text"),
+    "a missing value": (
+        lambda api: api["10"]["inputs"].pop("cfg") and api["10"]["inputs"].pop("noise_seed"),
+        "noise_seed is missing",
+    ),
+    "no clip": (lambda api: api["6"]["inputs"].pop("clip"), "node 6 .*nothing is linked to clip"),
+    "the wrong output": (
+        lambda api: api["10"]["inputs"].update(model=["4", 1]),
+        "node 4 .*: gives MODEL and CLIP and VAE, and output 1 is taken for MODEL",
+    ),
+    "a bad primitive": (
+        lambda api: (
+            api.update({"40": {"class_type": "PrimitiveInt", "inputs": {"value": "x"}}})
+            or api["10"]["inputs"].update(steps=["40", 0])
+        ),
+        r"node 40 \(PrimitiveInt\), which feeds steps of node 10 .*: its value 'x' is no whole",
+    ),
+    "a styler": (
+        lambda api: (
+            api.update({"40": {"class_type": "Styler", "inputs": {}}}) or api["6"]["inputs"].update(text_g=["40", 0])
+        ),
+        r"workflow.json: node 40 \(Styler\): cannot be run here, where a value for text_g of node 6",
+    ),
     "nothing linked": (lambda api: api["17"]["inputs"].update(samples=None), "nothing is linked to samples"),
-    "other class": (lambda api: api["17"].update(class_type="VAEDecodeTiled"), "VAEDecodeTiled"),
-    "no sampler": (lambda api: api["17"]["inputs"].update(samples=["5", 0]), "no sampler"),
+    "other class": (lambda api: api["17"].update(class_type="VAEDecodeAudio"), "VAEDecodeAudio"),
 }
 
 

@@ -1,6 +1,7 @@
 """Workflows as requests: what a bundle can do is mapped, what it cannot is refused by the name of its node."""
 
 import contextlib
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,25 @@ from sdxl_trt.engines.errors import UsageError
 from sdxl_trt.engines.manifest import LoraRecord, Manifest, Scheduler, Stage, Vae
 from sdxl_trt.runtime.input_pictures import InputPicture
 from sdxl_trt.runtime.request import Request, resolve
-from sdxl_trt.runtime.workflow import TO_THE_END, Conditioning, Latents, Model, Sampling, Workflow
-from sdxl_trt.runtime.workflow_request import workflow_request
+from sdxl_trt.runtime.workflow import (
+    TO_THE_END,
+    Clip,
+    Conditioning,
+    Decoded,
+    Empty,
+    Encoded,
+    Loaded,
+    Mix,
+    Model,
+    Output,
+    Repeated,
+    Sampled,
+    Sampling,
+    VaeName,
+    Workflow,
+)
+from sdxl_trt.runtime.workflow_checks import experts
+from sdxl_trt.runtime.workflow_request import check_workflow, pair_request, settle_pair, with_seed, workflow_request
 
 SCHEDULER = Scheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 
@@ -39,16 +57,28 @@ def manifest() -> Manifest:
 
 
 INK = (("sdxl\\ink.safetensors", 0.8),)
+CLIP = Clip("base", INK)
 BASE = Sampling(
-    "10", Model("base", INK), Conditioning("6", "a fox", "red", False, (2048, 4096), (2, 1), (512, 1024)),
-    Conditioning("7", "bad", "bad", zeroed=True), 2**63, 50, 8.0, "euler", "normal", end=40, leftover_noise=True,
+    "10", Model("base", INK), (Conditioning("6", "a fox", "red", CLIP, (2048, 4096), (2, 1), (512, 1024)),),
+    (Conditioning("7", "bad", "bad", CLIP, mixes=(Mix("zero"),)),), 2**63, 50, 8.0, "euler", "normal", end=40,
+    leftover_noise=True,
 )  # fmt: skip
 REFINER = Sampling(
-    "11", Model("refiner"), Conditioning("15", "a fox", "a fox", False, (512, 1024), (0, 0), score=6.0),
-    Conditioning("16", "bad", "bad", False, (512, 1024), (0, 0), score=6.0), 7, 50, 7.0, "euler", "normal",
+    "11", Model("refiner"), (Conditioning("15", "a fox", "a fox", Clip("refiner"), (512, 1024), (0, 0), score=6.0),),
+    (Conditioning("16", "bad", "bad", Clip("refiner"), (512, 1024), (0, 0), score=6.0),), 7, 50, 7.0, "euler", "normal",
     add_noise=False, start=40,
 )  # fmt: skip
-WORKFLOW = Workflow(Latents(1024, 512, 2, node="5"), (BASE, REFINER), "refiner")
+EMPTY = Empty(1024, 512, 2, node="5")
+
+
+def _workflow(*samplings: Sampling, start: Any = EMPTY, vae: str = "refiner") -> Workflow:
+    latents = start
+    for sampling in samplings:
+        latents = Sampled(latents, sampling)
+    return Workflow((Output(Decoded(latents, VaeName(vae), node="17"), "x", "19"),))
+
+
+WORKFLOW = _workflow(BASE, REFINER)
 
 
 def test_both_samplings_are_the_request_s(manifest: Manifest, caplog: Any) -> None:
@@ -70,7 +100,7 @@ def test_both_samplings_are_the_request_s(manifest: Manifest, caplog: Any) -> No
 
 
 def test_the_base_alone(manifest: Manifest, caplog: Any) -> None:
-    alone = replace(WORKFLOW, samplings=(replace(BASE, end=TO_THE_END, leftover_noise=False),), vae="base")
+    alone = _workflow(replace(BASE, end=TO_THE_END, leftover_noise=False), vae="base")
     resolved = resolve(workflow_request(alone, manifest), manifest)
     assert (resolved.refiner, resolved.base.stop) == (None, 50)
     assert caplog.records == []
@@ -78,49 +108,158 @@ def test_the_base_alone(manifest: Manifest, caplog: Any) -> None:
 
 def test_the_editor_s_default_graph_stays_the_no_op_that_it_is(manifest: Manifest, caplog: Any) -> None:
     base, refiner = replace(BASE, steps=20, end=32), replace(REFINER, steps=20, start=32)
-    resolved = resolve(workflow_request(replace(WORKFLOW, samplings=(base, refiner)), manifest), manifest)
+    resolved = resolve(workflow_request(_workflow(base, refiner), manifest), manifest)
     assert (resolved.base.stop, resolved.refined) == (20, False)
     assert "does nothing" in caplog.text
 
 
-REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
-    "sampler": ({"sampler": "dpm_adaptive"}, {}, "node 10: sampler_name 'dpm_adaptive' is unknown here; .*euler"),
-    "schedule": ({}, {"schedule": "AYS"}, "node 11: scheduler 'AYS' is unknown here; .*normal"),
-    "denoise": ({}, {"denoise": 0.0}, "node 11: denoise 0 is outside 0 to 1"),
-    "a denoise and a start": ({"denoise": 0.3, "start": 4}, {}, "give one of them"),
-    "steps": ({"steps": 40}, {}, "nodes 10 and 11: steps 40 and 50"),
-    "schedules": ({"schedule": "karras"}, {}, "nodes 10 and 11: schedule karras and normal"),
-    "grids": ({"sampler": "dpm_2"}, {}, "nodes 10 and 11: samplers dpm_2 and euler are on different grids"),
-    "checkpoint": ({}, {"model": Model("base")}, "nodes 10 and 11: sample with one checkpoint twice"),
-    "refiner's LoRA": ({}, {"model": Model("refiner", INK)}, "node 11: has a LoRA on the refiner"),
-    "strength": ({"model": Model("base", (("ink.safetensors", 1.0),))}, {},
-                 "node 10: LoRA ink.safetensors at strength 1 is not in the bundle; .*--lora ink.safetensors:1"),
-    "twice": ({"model": Model("base", INK + INK)}, {}, "is not in the bundle"),
-    "seed": ({"seed": -1}, {}, "--seed -1"),
-    "start": ({}, {"start": -4}, "--refiner-start-step -4"),
+TWICE = replace(BASE, model=Model("base", INK + INK))
+OTHER_CLIP = replace(BASE, positive=(replace(BASE.positive[0], clip=Clip("other", INK)),))
+NO_LORA = replace(BASE, positive=(replace(BASE.positive[0], clip=Clip("base")),))
+REFUSED: dict[str, tuple[Sampling, Sampling, str]] = {
+    "sampler": (replace(BASE, sampler="dpm_adaptive"), REFINER,
+                "node 10: sampler_name 'dpm_adaptive' is unknown here; .*euler"),
+    "schedule": (BASE, replace(REFINER, schedule="AYS"), "node 11: scheduler 'AYS' is unknown here; .*normal"),
+    "denoise": (BASE, replace(REFINER, denoise=0.0), "node 11: denoise 0 is outside 0 to 1"),
+    "a denoise and a start": (replace(BASE, denoise=0.3, start=4), REFINER, "give one of them"),
+    "refiner's LoRA": (BASE, replace(REFINER, model=Model("refiner", INK)), "node 11: has a LoRA on the refiner"),
+    "refiner's CLIP": (BASE, replace(REFINER, negative=(replace(REFINER.negative[0], clip=Clip("refiner", INK)),)),
+                       "node 16: has a LoRA on the refiner's CLIP"),
+    "strength": (replace(BASE, model=Model("base", (("ink.safetensors", 1.0),))), REFINER,
+                 "LoRA ink.safetensors at strength 1, 0.8 on .*it has it at 0.8.*--lora ink.safetensors:1:0.8"),
+    "twice": (TWICE, REFINER, "LoRA ink.safetensors at strength 1.6, 0.8 on the text encoders, is not in the bundle"),
+    "the model's alone": (NO_LORA, REFINER, "node 10 with the prompt of node 6: .*--lora ink.safetensors:0.8:0"),
+    "another CLIP": (OTHER_CLIP, REFINER, "node 6: its CLIP is that of 'other', and node 10 samples with 'base'"),
+    "third checkpoint": (replace(BASE, model=Model("third")), replace(REFINER, model=Model("fourth")), "3 checkpoints"),
+    "seed": (replace(BASE, seed=-1), REFINER, "node 10: the seed -1: choose 0"),
+    "start": (BASE, replace(REFINER, start=-4), "node 11: start_at_step -4"),
+    "steps": (replace(BASE, steps=20_000), replace(REFINER, steps=20_000), "node 10: steps 20000: choose 1 to"),
+    "cfg": (replace(BASE, cfg=float("nan")), REFINER, "node 10: cfg nan: give a finite number"),
+    "size": (replace(BASE, positive=(replace(BASE.positive[0], crop=(-1, 0)),)), REFINER, "node 10: the crop: -1"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("base", "refiner", "words"), REFUSED.values(), ids=REFUSED)
-def test_what_cannot_be_run_is_named(
-    manifest: Manifest, base: dict[str, Any], refiner: dict[str, Any], words: str
-) -> None:
-    workflow = replace(WORKFLOW, samplings=(replace(BASE, **base), replace(REFINER, **refiner)))
+def test_what_cannot_be_run_is_named(manifest: Manifest, base: Sampling, refiner: Sampling, words: str) -> None:
+    last = replace(REFINER, node="12")
+    samplings = (base, refiner, last) if base.model.checkpoint == "third" else (base, refiner)
+    workflow = _workflow(*samplings)
     with pytest.raises(UsageError, match=words):
-        resolve(workflow_request(workflow, manifest), manifest)
+        settle_pair(workflow_request(workflow, manifest), workflow, manifest, None, seed_given=False)
 
 
-def test_chains_pictures_and_bundles_that_do_not_fit_are_named(manifest: Manifest) -> None:
-    third = replace(WORKFLOW, samplings=(BASE, REFINER, replace(REFINER, node="12")))
-    alone = msgspec.structs.replace(manifest, refiner=None)
+def test_the_size_is_that_of_its_node_and_the_seed_of_whoever_gave_it(manifest: Manifest) -> None:
+    workflow = _workflow(BASE, start=Empty(1000, 512, node="5"))
+    with pytest.raises(UsageError, match="node 5: the width 1000: the UNets in use take multiples of 64; try 960 or"):
+        settle_pair(workflow_request(workflow, manifest), workflow, manifest, None, seed_given=False)
+    negative = replace(workflow_request(WORKFLOW, manifest), seed=-1)
+    with pytest.raises(UsageError, match="^--seed -1"):
+        settle_pair(negative, WORKFLOW, manifest, None, seed_given=True)
+
+
+SEVERAL: dict[str, Workflow] = {
+    "three samplers": _workflow(BASE, REFINER, replace(REFINER, node="12")),
+    "steps": _workflow(replace(BASE, steps=40), REFINER),
+    "schedules": _workflow(replace(BASE, schedule="karras"), REFINER),
+    "grids": _workflow(replace(BASE, sampler="dpm_2"), REFINER),
+    "one checkpoint": _workflow(BASE, replace(BASE, node="11")),
+    "the refiner first": _workflow(REFINER, BASE),
+    "the refiner from noise": _workflow(replace(REFINER, model=Model("the_refiner"),
+                                                positive=(), negative=())),
+    "two pictures": Workflow((*WORKFLOW.outputs, *_workflow(BASE, vae="base").outputs)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_what_shares_no_grid_takes_several_runs(manifest: Manifest, name: str) -> None:
+    workflow = SEVERAL[name]
+    assert pair_request(workflow, manifest, experts(workflow, manifest)) is None
+
+
+def test_decoders_of_another_stage_take_several_runs(manifest: Manifest) -> None:
     other = msgspec.structs.replace(_stage(), vae=msgspec.structs.replace(_stage().vae, decoder="own"))
-    for workflow, bundle, words in (
-        (third, manifest, "node 12: is a sampler too many"),
-        (WORKFLOW, alone, "node 11: takes a refiner, but the bundle has none"),
-        (replace(WORKFLOW, vae="base"), msgspec.structs.replace(manifest, refiner=other), "decodes with the base's"),
+    apart = msgspec.structs.replace(manifest, refiner=other)
+    workflow = _workflow(BASE, REFINER, vae="base")
+    assert pair_request(workflow, apart, check_workflow(workflow, apart)) is None
+    assert pair_request(workflow, manifest, check_workflow(workflow, manifest)) is not None
+
+
+def test_a_bundle_without_a_refiner_says_so(manifest: Manifest) -> None:
+    with pytest.raises(UsageError, match="node 11: takes a refiner, but the bundle has none"):
+        workflow_request(WORKFLOW, msgspec.structs.replace(manifest, refiner=None))
+
+
+def _named(*names: str, score: float | None = None, encoder: str = "CLIPTextEncode", start: Any = EMPTY) -> Workflow:
+    return _workflow(
+        *(
+            replace(
+                BASE,
+                node=str(number),
+                model=Model(name),
+                positive=(Conditioning("6", "x", "x", score=score, encoder=encoder),),
+                negative=(Conditioning("7", "", ""),),
+            )
+            for number, name in enumerate(names)
+        ),
+        start=start,
+    )
+
+
+PICTURE = Encoded(Loaded("in.png"), VaeName("base"))
+
+
+@pytest.mark.parametrize(
+    ("workflow", "stages"),
+    [
+        (_named("a"), ["base"]),
+        (_named("a", "b"), ["base", "refiner"]),
+        (_named("sd_xl_refiner_1.0.safetensors", "a"), ["refiner", "base"]),
+        (_named("a", "sd_xl_base_1.0.safetensors"), ["refiner", "base"]),
+        (_named("SDXL-Refiner", start=PICTURE), ["refiner"]),
+        (_named("a", score=6.0, start=PICTURE), ["refiner"]),
+        (_named("a", score=6.0), ["base"]),
+        (_named("sd_xl_base", score=6.0, start=PICTURE), ["base"]),
+        (_named("a", start=PICTURE), ["base"]),
+    ],
+)
+def test_which_expert_a_checkpoint_is(manifest: Manifest, workflow: Workflow, stages: list[str]) -> None:
+    assert list(experts(workflow, manifest).values()) == stages
+
+
+def test_two_checkpoints_of_one_kind_are_refused(manifest: Manifest) -> None:
+    for workflow in (
+        _named("x_base", "y_base"),
+        _named("a", "b", encoder="CLIPTextEncodeSDXL"),
+        _named("refiner", "r/the-refiner"),
     ):
-        with pytest.raises(UsageError, match=words):
-            workflow_request(workflow, bundle)
+        with pytest.raises(UsageError, match="two checkpoints of one kind"):
+            experts(workflow, manifest)
+
+
+def test_layers_and_mixes_are_those_of_each_side(manifest: Manifest) -> None:
+    zeros = Mix("zero")
+    told = replace(BASE.positive[0], clip=replace(CLIP, last_layer=-1),
+                   mixes=(Mix("average", BASE.negative[0], 0.25), zeros))  # fmt: skip
+    request = workflow_request(_workflow(replace(BASE, positive=(told, *BASE.positive))), manifest)
+    side = request.base_sides[0]
+    assert (side.clip_skip, side.zeroed, side.combined[0].text) == (-1, False, "red")
+    assert [(mix.kind, mix.strength) for mix in side.mixes] == [("average", 0.25), ("zero", 1.0)]
+    assert side.mixes[0].other.zeroed
+    resolved = resolve(replace(request, base_sides=(replace(side, clip_skip=0), request.base_sides[1])), manifest)
+    assert [prompt.text for prompt in resolved.sides["base"][0].prompts()] == ["red", "bad", "red"]
+    with pytest.raises(UsageError, match="node 6: its CLIP stops at layer -5, and the bundle's text encoders go down"):
+        workflow_request(
+            _workflow(replace(BASE, positive=(replace(told, clip=replace(CLIP, last_layer=-5)),))), manifest
+        )
+
+
+def test_another_seed_is_the_graph_s_too(manifest: Manifest) -> None:
+    graph = (
+        '{"3": {"class_type": "KSampler", "inputs": {"seed": 1, "steps": 2}}, "4": {"class_type": "X", "inputs": {}}}'
+    )
+    request = with_seed(workflow_request(replace(WORKFLOW, graph=graph), manifest), 5)
+    assert (request.seed, request.refiner_seed) == (5, 5)
+    assert json.loads(request.graph)["3"]["inputs"] == {"seed": 5, "steps": 2}
 
 
 @pytest.fixture
@@ -131,12 +270,16 @@ def picture(tmp_path: Path) -> Workflow:
     Image.new("RGB", (128, 64)).save(tmp_path.parent / f"{tmp_path.name}-out.png")
     (tmp_path / "link.png").symlink_to(tmp_path / "pictures" / "in.png")
     np.save(tmp_path / "latents.npy", np.zeros((1, 4, 8, 16), np.float32))
-    return replace(WORKFLOW, latents=Latents(image="pictures/in.png", vae="base", batch=2, node="5"))
+    return _workflow(BASE, REFINER, start=_from("pictures/in.png"))
+
+
+def _from(name: str, vae: str = "base") -> Repeated:
+    return Repeated(Encoded(Loaded(name, node="5"), VaeName(vae)), 2)
 
 
 def test_a_picture_is_loaded_from_the_workflow_s_folder(manifest: Manifest, picture: Workflow, tmp_path: Path) -> None:
     for name in ("pictures/in.png", "pictures\\in.png", "pictures/in.png [input]"):
-        named = replace(picture, latents=replace(picture.latents, image=name))
+        named = _workflow(BASE, REFINER, start=_from(name))
         request = workflow_request(named, manifest, tmp_path)
         assert isinstance(request.image, InputPicture)
         assert (request.image.size, request.count, request.strength) == ((64, 128), 2, 1.0)
@@ -155,7 +298,7 @@ def test_a_picture_is_loaded_from_the_workflow_s_folder(manifest: Manifest, pict
 def test_no_picture_leads_out_of_the_folder(
     manifest: Manifest, picture: Workflow, tmp_path: Path, name: str, words: str
 ) -> None:
-    named = replace(picture, latents=replace(picture.latents, image=name.replace("OUT", f"{tmp_path.name}-out.png")))
+    named = _workflow(BASE, REFINER, start=_from(name.replace("OUT", f"{tmp_path.name}-out.png")))
     with pytest.raises(UsageError, match=rf"node 5 \(LoadImage\): .*{words}"):
         workflow_request(named, manifest, tmp_path)
 
@@ -163,7 +306,7 @@ def test_no_picture_leads_out_of_the_folder(
 def test_a_sampler_s_denoise_is_its_own(manifest: Manifest, picture: Workflow, tmp_path: Path) -> None:
     base = replace(BASE, start=0, end=TO_THE_END, leftover_noise=False, denoise=0.5)
     refiner = replace(REFINER, start=0, end=TO_THE_END, add_noise=True, denoise=0.25)
-    request = workflow_request(replace(picture, samplings=(base, refiner)), manifest, tmp_path)
+    request = workflow_request(_workflow(base, refiner, start=_from("pictures/in.png")), manifest, tmp_path)
     assert (request.strength, request.refiner_strength) == (0.5, 0.25)
     resolved = resolve(request, _encoding(manifest))
     assert [schedule.steps for schedule in (resolved.schedule, resolved.refiner_schedule)] == [50, 50]
@@ -171,13 +314,13 @@ def test_a_sampler_s_denoise_is_its_own(manifest: Manifest, picture: Workflow, t
     assert (resolved.base.start, resolved.base.stop, resolved.refine) == (0, 50, False)
     assert (resolved.refiner.start, resolved.refiner.stop, resolved.refiner.add_noise) == (0, 50, True)
     # Empty latents that are not noised all through are ComfyUI's too.
-    empty = resolve(workflow_request(replace(WORKFLOW, samplings=(base,), vae="base"), manifest), manifest)
+    empty = resolve(workflow_request(_workflow(base, vae="base"), manifest), manifest)
     np.testing.assert_array_equal(empty.schedule.sigmas, resolved.schedule.sigmas)
 
 
 def test_one_sampler_with_a_score_is_the_refiner_s(manifest: Manifest, picture: Workflow, tmp_path: Path) -> None:
     alone = replace(REFINER, start=30, end=45, add_noise=True, leftover_noise=True)
-    workflow = replace(picture, samplings=(alone,), latents=replace(picture.latents, vae="refiner"))
+    workflow = _workflow(alone, start=_from("pictures/in.png", "refiner"))
     resolved = resolve(workflow_request(workflow, manifest, tmp_path), _encoding(manifest))
     assert (resolved.refine, resolved.base.steps) == (True, 0)
     assert (resolved.refiner.start, resolved.refiner.stop, resolved.refiner.leftover_noise) == (30, 45, True)
@@ -189,8 +332,8 @@ def test_one_sampler_with_a_score_is_the_refiner_s(manifest: Manifest, picture: 
     other = msgspec.structs.replace(_stage(), vae=msgspec.structs.replace(_stage().vae, decoder="own"))
     apart = msgspec.structs.replace(manifest, refiner=other)
     assert workflow_request(picture, apart, tmp_path).image
-    with pytest.raises(UsageError, match="another checkpoint's VAE"):
-        workflow_request(replace(picture, latents=replace(picture.latents, vae="refiner")), apart, tmp_path)
+    elsewhere = _workflow(BASE, REFINER, start=_from("pictures/in.png", "refiner"))
+    assert pair_request(elsewhere, apart, experts(elsewhere, apart), tmp_path) is None
 
 
 def _encoding(manifest: Manifest) -> Manifest:
@@ -203,7 +346,8 @@ def _encoding(manifest: Manifest) -> Manifest:
 
 
 def test_a_lora_that_only_the_bundle_has_is_told(manifest: Manifest, caplog: Any) -> None:
-    plain = replace(WORKFLOW, samplings=(replace(BASE, model=Model("base")), REFINER))
+    sides = [(replace(side[0], clip=Clip("base")),) for side in (BASE.positive, BASE.negative)]
+    plain = _workflow(replace(BASE, model=Model("base"), positive=sides[0], negative=sides[1]), REFINER)
     assert isinstance(workflow_request(plain, manifest), Request)
     assert "LoRA ink.safetensors at strength 0.8" in caplog.text
 
@@ -214,10 +358,11 @@ PAIRS_OF_NUMBERS = st.tuples(NUMBERS, NUMBERS)
 
 
 def _samplings(sampling: Sampling) -> st.SearchStrategy[Sampling]:
-    told = st.builds(Conditioning, st.just("6"), st.text(), st.text(), st.booleans(), PAIRS_OF_NUMBERS,
-                     st.none() | PAIRS_OF_NUMBERS, st.none() | PAIRS_OF_NUMBERS, st.none() | REALS)  # fmt: skip
+    told = st.builds(Conditioning, st.just("6"), st.text(), st.text(), st.just(sampling.positive[0].clip),
+                     PAIRS_OF_NUMBERS, st.none() | PAIRS_OF_NUMBERS, st.none() | PAIRS_OF_NUMBERS, st.none() | REALS,
+                     st.just(()) | st.just((Mix("zero"),)))  # fmt: skip
     return st.builds(
-        replace, st.just(sampling), positive=st.just(sampling.positive) | told, seed=NUMBERS, cfg=REALS,
+        replace, st.just(sampling), positive=st.just(sampling.positive) | st.tuples(told), seed=NUMBERS, cfg=REALS,
         steps=st.just(50) | NUMBERS, start=NUMBERS, end=NUMBERS, add_noise=st.booleans(), leftover_noise=st.booleans(),
         denoise=st.just(1.0) | REALS, sampler=st.sampled_from(["euler", "dpm_2", ""]),
     )  # fmt: skip
@@ -230,4 +375,4 @@ def test_any_numbers_are_resolved_or_refused(
 ) -> None:
     for samplings in ((base,), (base, refiner)):
         with contextlib.suppress(UsageError):
-            resolve(workflow_request(Workflow(Latents(*sizes), samplings, "refiner"), manifest), manifest)
+            resolve(workflow_request(_workflow(*samplings, start=Empty(*sizes)), manifest), manifest)

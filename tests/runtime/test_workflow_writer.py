@@ -19,7 +19,7 @@ from sdxl_trt.engines.manifest import LoraRecord, Manifest
 from sdxl_trt.runtime.input_pictures import InputPicture, read_input
 from sdxl_trt.runtime.request import Request, ResolvedRequest, resolve
 from sdxl_trt.runtime.sides import Side
-from sdxl_trt.runtime.workflow import read_workflow
+from sdxl_trt.runtime.workflow_reader import read_workflow
 from sdxl_trt.runtime.workflow_request import workflow_request
 from sdxl_trt.runtime.workflow_writer import write_workflow
 
@@ -210,6 +210,12 @@ def test_models_of_one_name_are_told_apart(manifest: Manifest, tmp_path: Path) -
 
 def test_a_graph_that_was_changed_by_hand_is_checked_as_any(manifest: Manifest, tmp_path: Path) -> None:
     graph = _written(FOX, manifest)
-    next(node for node in graph.values() if node["class_type"] == "KSamplerAdvanced")["inputs"]["steps"] = 11
-    with pytest.raises(UsageError, match="steps 11 and 10"):
+    sampler = next(node for node in graph.values() if node["class_type"] == "KSamplerAdvanced")
+    sampler["inputs"]["steps"] = 0
+    with pytest.raises(UsageError, match="steps 0 is outside 1 to 10000"):
         _read(graph, manifest, tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"aesthetic_score": -1.0}, {"guidance": 101.0}, {"guidance": -1.0}])
+def test_what_comfyui_refuses_is_not_written(manifest: Manifest, change: dict[str, Any]) -> None:
+    assert _written(replace(FOX, **change), manifest) is None
