@@ -39,9 +39,8 @@ from sdxl_trt.runtime.workflow import (
 log = logging.getLogger("sdxl_trt.runtime")
 Found = TypeVar("Found")
 _MOST_OUTPUTS = 64
-_MOST_SAMPLERS = 64
 _MOST_NAMED = 20
-_DEEPEST = 150
+_DEEPEST = 100
 """Links in a row: Python's own stack holds a few hundred calls."""
 _MOST_PROMPTS = 16
 """Prompts that one side of a sampler is mixed of, or combined from."""

@@ -18,60 +18,11 @@ from sdxl_trt.runtime.workflow_reader import read_workflow
 DOCS = Path(sdxl_trt.engines.__file__).parent.parent / "docs" / "comfyui.md"
 LINKS = ("MODEL", "CLIP", "VAE", "CONDITIONING", "LATENT", "IMAGE")
 Json = Any
-SCALE = {"upscale_method": "bicubic", "width": 64, "height": 64, "crop": "disabled"}
-SAMPLING = {"steps": 4, "cfg": 5.0, "sampler_name": "euler", "scheduler": "normal", "model": ["4", 0]}
-SIZES = {"width": 64, "height": 64, "crop_w": 0, "crop_h": 0, "target_width": 64, "target_height": 64}
 GRAPH: dict[str, tuple[str, dict[str, Any]]] = {
-    "4": ("CheckpointLoaderSimple", {"ckpt_name": "base.safetensors"}),
-    "12": ("CheckpointLoaderSimple", {"ckpt_name": "refiner.safetensors"}),
-    "13": ("VAELoader", {"vae_name": "own.safetensors"}),
-    "14": ("LoraLoader", {"model": ["4", 0], "clip": ["4", 1], "lora_name": "a", "strength_model": 0.5,
-                          "strength_clip": 0.25}),
-    "15": ("LoraLoaderModelOnly", {"model": ["14", 0], "lora_name": "b", "strength_model": 0.5}),
-    "16": ("CLIPSetLastLayer", {"clip": ["14", 1], "stop_at_clip_layer": -2}),
-    "40": ("PrimitiveInt", {"value": 7}), "41": ("PrimitiveFloat", {"value": 0.5}),
-    "42": ("PrimitiveString", {"value": "red"}), "43": ("PrimitiveStringMultiline", {"value": "fox"}),
-    "20": ("CLIPTextEncode", {"clip": ["16", 0], "text": ["42", 0]}),
-    "21": ("CLIPTextEncodeSDXL", {"clip": ["16", 0], "text_g": ["43", 0], "text_l": "l", **SIZES}),
-    "22": ("CLIPTextEncodeSDXLRefiner", {"clip": ["12", 1], "text": "r", "ascore": 6.0, "width": 64, "height": 64}),
-    "23": ("ConditioningZeroOut", {"conditioning": ["20", 0]}),
-    "24": ("ConditioningConcat", {"conditioning_to": ["21", 0], "conditioning_from": ["20", 0]}),
-    "25": ("ConditioningAverage", {"conditioning_to": ["24", 0], "conditioning_from": ["20", 0],
-                                   "conditioning_to_strength": ["41", 0]}),
-    "26": ("ConditioningCombine", {"conditioning_1": ["25", 0], "conditioning_2": ["20", 0]}),
-    "5": ("EmptyLatentImage", {"width": 64, "height": 64, "batch_size": 1}),
-    "30": ("KSampler", {"seed": ["40", 0], "denoise": 0.9, "positive": ["26", 0], "negative": ["23", 0],
-                        "latent_image": ["5", 0], **SAMPLING, "model": ["15", 0]}),
-    "31": ("LatentUpscale", {"samples": ["30", 0], **SCALE}),
-    "32": ("LatentUpscaleBy", {"samples": ["31", 0], "upscale_method": "area", "scale_by": 2.0}),
-    "33": ("RepeatLatentBatch", {"samples": ["32", 0], "amount": 1}),
-    "34": ("KSamplerAdvanced", {"noise_seed": 1, "add_noise": "enable", "start_at_step": 1, "end_at_step": 3,
-                                "return_with_leftover_noise": "enable", "positive": ["22", 0], "negative": ["22", 0],
-                                "latent_image": ["33", 0], **SAMPLING, "model": ["12", 0]}),
-    "35": ("VAEDecode", {"samples": ["34", 0], "vae": ["12", 2]}),
-    "36": ("ImageScale", {"image": ["35", 0], **SCALE}),
-    "37": ("ImageScaleBy", {"image": ["36", 0], "upscale_method": "lanczos", "scale_by": 2.0}),
-    "38": ("SaveImage", {"images": ["37", 0], "filename_prefix": "x"}),
-    "50": ("LoadImage", {"image": "in.png"}),
-    "51": ("VAEEncode", {"pixels": ["50", 0], "vae": ["13", 0]}),
-    "52": ("KSampler", {"seed": 1, "denoise": 0.5, "positive": ["22", 0], "negative": ["22", 0],
-                        "latent_image": ["51", 0], **SAMPLING, "model": ["12", 0]}),
-    "53": ("VAEDecodeTiled", {"samples": ["52", 0], "vae": ["12", 2], "tile_size": 512, "overlap": 64,
-                              "temporal_size": 64, "temporal_overlap": 8}),
-    "54": ("VAEEncodeTiled", {"pixels": ["53", 0], "vae": ["12", 2], "tile_size": 512, "overlap": 64,
-                              "temporal_size": 64, "temporal_overlap": 8}),
-    "55": ("KSampler", {"seed": 1, "denoise": 0.5, "positive": ["22", 0], "negative": ["22", 0],
-                        "latent_image": ["54", 0], **SAMPLING, "model": ["12", 0]}),
-    "56": ("VAEDecode", {"samples": ["55", 0], "vae": ["12", 2]}),
-    "57": ("PreviewImage", {"images": ["56", 0]}),
-    # What a link can be moved to.
-    "60": ("LoraLoader", {"model": ["4", 0], "clip": ["4", 1], "lora_name": "z", "strength_model": 0.1,
-                          "strength_clip": 0.1}),
-    "61": ("VAELoader", {"vae_name": "other.safetensors"}),
-    "62": ("CLIPTextEncode", {"clip": ["60", 1], "text": "another"}),
-    "63": ("EmptyLatentImage", {"width": 128, "height": 64, "batch_size": 2}),
-    "64": ("LoadImage", {"image": "other.png"}),
-}  # fmt: skip
+    key: (node["class_type"], node["inputs"])
+    for key, node in json.loads((Path(__file__).parents[1] / "comfyui" / "every_node.json").read_text()).items()
+}
+"""Every class of the table: nodes 38 and 57 end two pictures, and from 60 on stands what a link can be moved to."""
 OTHER_LINKS = {"MODEL": ["60", 0], "CLIP": ["60", 1], "VAE": ["61", 0], "CONDITIONING": ["62", 0],
                "LATENT": ["63", 0], "IMAGE": ["64", 0]}  # fmt: skip
 INPUTS = [(kind, each.name) for kind, node in NODES.items() for each in node.inputs]

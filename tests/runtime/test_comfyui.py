@@ -15,10 +15,13 @@ import numpy as np
 import pytest
 
 from sdxl_trt.runtime import Request, open_bundle
+from sdxl_trt.runtime.chains import Chain
 from sdxl_trt.runtime.cli import main as trt_generate
 from sdxl_trt.runtime.pipeline import Pipeline
 from sdxl_trt.runtime.prompts import Prompt, PromptEncoder
 from sdxl_trt.runtime.request import resolve
+from sdxl_trt.runtime.workflow_reader import read_workflow
+from sdxl_trt.runtime.workflow_request import check_workflow
 
 # diffusers' own: it gives torch tensors to np.array.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")]
@@ -126,8 +129,8 @@ def _normal(steps: int) -> Grid:
 
 
 def _ksampler(
-    unet: Any, grid: Grid, positive: Cond, negative: Cond, cfg: float, latent: Any, noise: Any, *, start: int = 0,
-    end: int = 10_000, add_noise: bool = True, leftover: bool = False,
+    unet: Any, grid: Grid, positive: Cond | list[Cond], negative: Cond, cfg: float, latent: Any, noise: Any, *,
+    start: int = 0, end: int = 10_000, add_noise: bool = True, leftover: bool = False,
 ) -> Any:  # fmt: skip
     """KSamplerAdvanced with euler: what is cut first is the end, then the start."""
     import torch
@@ -144,11 +147,14 @@ def _ksampler(
     for sigma, after, time in zip(sigmas[:-1], sigmas[1:], times, strict=False):
         scaled = x / (sigma**2 + 1).sqrt()
         guesses = []
-        for cond in (positive, negative):
-            rows = len(x)
-            added = {"text_embeds": cond.pooled.repeat(rows, 1), "time_ids": cond.ids.repeat(rows, 1)}
-            hidden = cond.hidden.repeat(rows, 1, 1)
-            guesses.append(unet(scaled, time, encoder_hidden_states=hidden, added_cond_kwargs=added).sample)
+        for side in (positive, negative):
+            combined = []
+            for cond in side if isinstance(side, list) else [side]:
+                rows = len(x)
+                added = {"text_embeds": cond.pooled.repeat(rows, 1), "time_ids": cond.ids.repeat(rows, 1)}
+                hidden = cond.hidden.repeat(rows, 1, 1)
+                combined.append(unet(scaled, time, encoder_hidden_states=hidden, added_cond_kwargs=added).sample)
+            guesses.append(torch.stack(combined).mean(dim=0))
         clean, unguided = (x - sigma * guess for guess in guesses)
         clean = unguided + (clean - unguided) * cfg
         x = x + (x - clean) / sigma * (after - sigma)
@@ -257,8 +263,8 @@ def _workflow(prompt: str, negative: str) -> dict[str, Any]:
 
     common = {"noise_seed": 0, "steps": 50, "cfg": 8.0, "sampler_name": "euler", "scheduler": "normal"}
     return {
-        "4": node("CheckpointLoaderSimple", ckpt_name="sd_xl_base_1.0.safetensors"),
-        "12": node("CheckpointLoaderSimple", ckpt_name="sd_xl_refiner_1.0.safetensors"),
+        "4": node("CheckpointLoaderSimple", ckpt_name="base.safetensors"),
+        "12": node("CheckpointLoaderSimple", ckpt_name="refiner.safetensors"),
         "5": node("EmptyLatentImage", width=SIDE, height=SIDE, batch_size=1),
         "6": base(prompt), "7": base(negative), "15": refiner(prompt), "16": refiner(negative),
         "10": node("KSamplerAdvanced", **common, add_noise="enable", start_at_step=0, end_at_step=40,
@@ -410,3 +416,82 @@ def test_a_workflow_that_loads_a_picture_and_refines_it_after(
     x = _ksampler(reference.refiner.unet, _denoised(4, 0.25), *refiner, 4.0, x, _randn(6))
     with np.load(latents) as found:
         np.testing.assert_allclose(found["final"], x.numpy(), rtol=0, atol=TOLERANCE)
+
+
+def _chain() -> dict[str, Any]:
+    """Return a graph of three samplers: latents scaled after the first, pixels after the second; prompts mixed."""
+
+    def node(kind: str, **inputs: Any) -> dict[str, Any]:
+        return {"class_type": kind, "inputs": inputs}
+
+    def sampler(
+        seed: int, steps: int, denoise: float, model: str, sides: tuple[str, str], latents: str
+    ) -> dict[str, Any]:
+        return node("KSampler", seed=seed, steps=steps, cfg=4.0, sampler_name="euler", scheduler="normal",
+                    denoise=denoise, model=[model, 0], positive=[sides[0], 0], negative=[sides[1], 0],
+                    latent_image=[latents, 0])  # fmt: skip
+
+    base = {"clip": ["4", 1]}
+    refiner = {"clip": ["12", 1], "ascore": 6.0, "width": SIDE, "height": SIDE}
+    return {
+        "4": node("CheckpointLoaderSimple", ckpt_name="base.safetensors"),
+        "12": node("CheckpointLoaderSimple", ckpt_name="refiner.safetensors"),
+        "5": node("EmptyLatentImage", width=SIDE, height=SIDE, batch_size=1),
+        "1": node("CLIPTextEncode", text="a red fox", **base), "2": node("CLIPTextEncode", text="snow", **base),
+        "3": node("CLIPTextEncode", text="blurry", **base),
+        "6": node("ConditioningConcat", conditioning_to=["1", 0], conditioning_from=["2", 0]),
+        "7": node("ConditioningAverage", conditioning_to=["6", 0], conditioning_from=["2", 0],
+                  conditioning_to_strength=0.25),
+        "8": node("ConditioningCombine", conditioning_1=["7", 0], conditioning_2=["2", 0]),
+        "15": node("CLIPTextEncodeSDXLRefiner", text="a red fox", **refiner),
+        "16": node("CLIPTextEncodeSDXLRefiner", text="blurry", **refiner),
+        "20": sampler(3, 4, 1.0, "4", ("8", "3"), "5"),
+        "21": node("LatentUpscaleBy", samples=["20", 0], upscale_method="bicubic", scale_by=2.0),
+        "22": sampler(5, 3, 0.5, "4", ("1", "3"), "21"),
+        "23": node("VAEDecode", samples=["22", 0], vae=["4", 2]),
+        "24": node("ImageScale", image=["23", 0], upscale_method="area", width=SIDE, height=SIDE, crop="disabled"),
+        "25": node("VAEEncode", pixels=["24", 0], vae=["4", 2]),
+        "26": sampler(7, 5, 0.4, "12", ("15", "16"), "25"),
+        "27": node("VAEDecode", samples=["26", 0], vae=["12", 2]),
+        "28": node("SaveImage", filename_prefix="x", images=["27", 0]),
+        "29": node("SaveImage", filename_prefix="y", images=["24", 0]),
+    }  # fmt: skip
+
+
+def test_samplers_in_a_row_go_on_from_what_is_scaled_between_them(
+    opened: Pipeline, reference: Any, tmp_path: Path
+) -> None:
+    """Three grids, two experts, latents and pixels scaled, prompts joined, averaged and combined."""
+    import torch
+    from torch.nn.functional import interpolate, pad
+
+    (tmp_path / "chain.json").write_text(json.dumps(_chain()))
+    workflow = read_workflow(tmp_path / "chain.json")
+    chain = Chain(opened, workflow, check_workflow(workflow, opened.manifest), tmp_path, lambda request: request)
+    pictures = [step.picture for _, step in chain.steps() if step.picture is not None]
+    ids = [[side, side, 0, 0, side, side] for side in (SIDE, 2 * SIDE)]
+    fox, snow, blurry = (
+        reference.base_cond([(text, 1.0)], [(text, 1.0)], ids[0]) for text in ("a red fox", "snow", "blurry")
+    )
+    joined = torch.cat([fox.hidden, snow.hidden], dim=1)
+    averaged = Cond(
+        0.25 * joined + 0.75 * pad(snow.hidden, (0, 0, 0, snow.hidden.shape[1])),
+        0.25 * fox.pooled + 0.75 * snow.pooled,
+        fox.ids,
+    )
+    x = torch.zeros((1, 4, SIDE // 2, SIDE // 2))
+    x = _ksampler(reference.base.unet, _normal(4), [averaged, snow], blurry, 4.0, x, _randn(3))
+    x = interpolate(x, scale_factor=2.0, mode="bicubic")
+    large = [Cond(cond.hidden, cond.pooled, torch.tensor([ids[1]], dtype=torch.float32)) for cond in (fox, blurry)]
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
+    x = _ksampler(reference.base.unet, _denoised(3, 0.5), *large, 4.0, x, noise)
+    pixels = ((reference.base.vae.decode(x / 0.13025).sample + 1.0) / 2.0).clamp(0, 1)
+    pixels = interpolate(pixels, size=(SIDE, SIDE), mode="area")
+    shown = (pixels[0].permute(1, 2, 0) * 255.0).to(torch.uint8).numpy()
+    assert np.abs(np.asarray(pictures[1].image).astype(int) - shown).max() <= 1
+    x = reference.base.vae.encode(pixels * 2.0 - 1.0).latent_dist.mean * 0.13025
+    told = [reference.refiner_cond([(text, 1.0)], [SIDE, SIDE, 0, 0, 6.0]) for text in ("a red fox", "blurry")]
+    x = _ksampler(reference.refiner.unet, _denoised(5, 0.4), *told, 4.0, x, _randn(7))
+    np.testing.assert_allclose(chain.runs[0].final, x.numpy(), rtol=0, atol=TOLERANCE)
+    assert [picture.image.size for picture in pictures] == [(SIDE, SIDE), (SIDE, SIDE)]
+    assert pictures[0].graph == _chain()

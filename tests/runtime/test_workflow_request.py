@@ -153,7 +153,7 @@ def test_the_size_is_that_of_its_node_and_the_seed_of_whoever_gave_it(manifest: 
     with pytest.raises(UsageError, match="node 5: the width 1000: the UNets in use take multiples of 64; try 960 or"):
         settle_pair(workflow_request(workflow, manifest), workflow, manifest, None, seed_given=False)
     negative = replace(workflow_request(WORKFLOW, manifest), seed=-1)
-    with pytest.raises(UsageError, match="^--seed -1"):
+    with pytest.raises(UsageError, match=r"^--seed -1"):
         settle_pair(negative, WORKFLOW, manifest, None, seed_given=True)
 
 
