@@ -51,6 +51,8 @@ SIZES: dict[str, _Narrow | None] = {
     "cousin-1b": _Narrow((320, 640, 1280), (1, 2, 3), 2, (192, 320)),
     "cousin-160m": _Narrow((128, 256, 512), (1, 2, 3), 2, (192, 320)),
     "cousin-50m": _Narrow((64, 128, 256), (1, 2, 4), 2, (128, 128), head=32, time_dim=64),
+    # The pair that ComfyUI was run with (tests/comfyui).
+    "h6": _Narrow((64, 128, 128), (1, 1, 2), 4, (64, 128), vae=(128, 256, 512, 512)),
     "tiny": _Narrow((16, 32, 32), (1, 1, 1), 1, (16, 32), 2, (8, 16), head=8, groups=8, time_dim=8, layers=1),
 }
 

@@ -9,7 +9,7 @@ from sdxl_trt.engines.manifest import Manifest
 from sdxl_trt.runtime.comfy_schedules import DISCARDING
 from sdxl_trt.runtime.cuts import Cuts, make_cuts
 from sdxl_trt.runtime.sigmas import Schedule, make_comfyui_schedule, make_schedule
-from sdxl_trt.runtime.strength import first_step, grid_steps, settled_strength
+from sdxl_trt.runtime.strength import first_step, grid_steps, is_whole, settled_strength
 
 if TYPE_CHECKING:
     from sdxl_trt.runtime.request import Request
@@ -53,7 +53,7 @@ def _schedule(request: "Request", manifest: Manifest, strength: float, *, image:
         request.schedule or "normal",
         zero_terminal_snr=scheduler.rescale_betas_zero_snr,
     )
-    return schedule if strength == 1.0 else schedule.last(request.steps)
+    return schedule if is_whole(strength) else schedule.last(request.steps)
 
 
 def _begin(request: "Request", schedule: Schedule, strength: float) -> int:

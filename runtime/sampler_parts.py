@@ -7,12 +7,15 @@ schedulers (DDIM, DPM-Solver, UniPC, DEIS, LCM) keep the same latents divided by
 __all__ = [
     "Denoise",
     "Latents",
+    "Middle",
     "Noise",
     "Sampler",
     "Sigmas",
+    "Split",
     "StochasticSampler",
     "add_noise",
     "ancestral",
+    "geometric_mean",
     "intervals",
     "toward",
 ]
@@ -29,6 +32,10 @@ Latents = NDArray[np.float32]
 Sigmas = NDArray[np.float32]
 Denoise = Callable[[Latents, float], Latents]
 Sampler = Callable[[Denoise, Latents, Sigmas], Iterator[Latents]]
+Split = Callable[[float, float], tuple[float, float]]
+"""`split(sigma, after)` is (down, up): denoise to `down`, then add noise of deviation `up`, and `after` is reached."""
+Middle = Callable[[float, float], float]
+"""`middle(sigma, after)` is the sigma half-way between two on a line of logarithms; 0 where the second one is."""
 Noise = Callable[[float, float], Latents]
 """`noise(sigma, sigma_next)` draws unit-variance noise of the latents' shape for the way between two sigmas; a
 Brownian source makes the noise of overlapping ways agree, an independent one draws afresh. The array is the sampler's
@@ -72,3 +79,8 @@ def ancestral(sigma: float, after: float) -> tuple[float, float]:
     """
     ratio = after / sigma
     return after * ratio, after * math.sqrt(1.0 - ratio * ratio)
+
+
+def geometric_mean(sigma: float, after: float) -> float:
+    """Return the middle of two sigmas on a line of logarithms."""
+    return math.sqrt(sigma * after)

@@ -37,6 +37,7 @@ from sdxl_trt.runtime.samplers_sde import (
     lcm,
 )
 from sdxl_trt.runtime.samplers_unipc import uni_pc, uni_pc_bh1_comfyui, uni_pc_bh2_comfyui
+from sdxl_trt.runtime.steps_float32 import ancestral32, half_way, half_way_down
 
 SAMPLERS: dict[str, Sampler] = {
     "euler": euler,
@@ -59,12 +60,19 @@ STOCHASTIC: dict[str, StochasticSampler] = {
     "lcm": lcm,
 }
 COMFYUI: dict[str, Sampler] = {
+    "dpm_2": partial(dpm_2, middle=half_way),
     "lms": lms_comfyui,
     "uni_pc": uni_pc_bh1_comfyui,
     "uni_pc_bh2": uni_pc_bh2_comfyui,
     "deis": deis_comfyui,
 }
-"""What ComfyUI means by a name where it differs from diffusers."""
+"""What ComfyUI means by a name where it differs from diffusers, if only in what is rounded."""
+COMFYUI_STOCHASTIC: dict[str, StochasticSampler] = STOCHASTIC | {
+    "euler_ancestral": partial(euler_ancestral, split=ancestral32),
+    "dpm_2_ancestral": partial(dpm_2_ancestral, split=ancestral32, middle=half_way),
+    "dpmpp_2s_ancestral": partial(dpmpp_2s_ancestral, split=ancestral32, middle=half_way_down),
+    "dpmpp_sde": partial(dpmpp_sde, split=ancestral32, middle=half_way_down),
+}
 
 TWO_CALLS = frozenset({"heun", "dpm_2", "dpm_2_ancestral", "dpmpp_2s_ancestral", "dpmpp_sde"})
 """Samplers that ask the model twice in every step but one to sigma 0."""
@@ -100,5 +108,5 @@ def bind_sampler(name: str, noise: Noise, *, comfyui: bool = False) -> Sampler:
     if name in SAMPLERS:
         return SAMPLERS[name]
     if name in STOCHASTIC:
-        return partial(STOCHASTIC[name], noise=noise)
+        return partial((COMFYUI_STOCHASTIC if comfyui else STOCHASTIC)[name], noise=noise)
     raise UsageError(f"unknown sampler {name!r}; choose one of: {', '.join(sampler_names(comfyui=comfyui))}")

@@ -6,10 +6,9 @@ steps, so that a grid is always cut between them; diffusers lists both calls as 
 
 __all__ = ["ddim", "dpm_2", "euler", "heun"]
 
-import math
 from collections.abc import Iterator
 
-from sdxl_trt.runtime.sampler_parts import Denoise, Latents, Sigmas, intervals, toward
+from sdxl_trt.runtime.sampler_parts import Denoise, Latents, Middle, Sigmas, geometric_mean, intervals, toward
 
 
 def euler(denoise: Denoise, x: Latents, sigmas: Sigmas) -> Iterator[Latents]:
@@ -50,14 +49,14 @@ def heun(denoise: Denoise, x: Latents, sigmas: Sigmas) -> Iterator[Latents]:
         yield x
 
 
-def dpm_2(denoise: Denoise, x: Latents, sigmas: Sigmas) -> Iterator[Latents]:
-    """DPM-Solver-2 (arXiv 2206.00927) as in k-diffusion: the slope at the middle of a step in log sigma."""
+def dpm_2(denoise: Denoise, x: Latents, sigmas: Sigmas, *, middle: Middle = geometric_mean) -> Iterator[Latents]:
+    """DPM-Solver-2 (arXiv 2206.00927) as in k-diffusion: the slope at the `middle` of a step in log sigma."""
     for sigma, after in intervals(sigmas):
-        middle = math.sqrt(sigma * after)
-        halfway = toward(x, denoise(x, sigma), middle / sigma)
+        between = middle(sigma, after)
+        halfway = toward(x, denoise(x, sigma), between / sigma)
         if after:
-            halfway -= denoise(halfway, middle)
-            halfway *= (after - sigma) / middle
+            halfway -= denoise(halfway, between)
+            halfway *= (after - sigma) / between
             halfway += x
         x = halfway
         yield x

@@ -2,6 +2,7 @@
 
 `noise(sigma, sigma_next)` is asked once a step, and twice by `dpmpp_sde`, in the order of the steps; a step to sigma
 0 asks for none. The two-call ones take and yield whole steps, the multistep ones restart at a cut by construction.
+`split` and `middle` say where a step leads and where its middle is: in double, or as ComfyUI rounds them.
 """
 
 __all__ = [
@@ -17,53 +18,87 @@ __all__ = [
 import math
 from collections.abc import Iterator
 
-from sdxl_trt.runtime.sampler_parts import Denoise, Latents, Noise, Sigmas, add_noise, ancestral, intervals, toward
+from sdxl_trt.runtime.sampler_parts import (
+    Denoise,
+    Latents,
+    Middle,
+    Noise,
+    Sigmas,
+    Split,
+    add_noise,
+    ancestral,
+    geometric_mean,
+    intervals,
+    toward,
+)
 
 
-def euler_ancestral(denoise: Denoise, x: Latents, sigmas: Sigmas, *, noise: Noise) -> Iterator[Latents]:
+def euler_ancestral(
+    denoise: Denoise, x: Latents, sigmas: Sigmas, *, noise: Noise, split: Split = ancestral
+) -> Iterator[Latents]:
     """Ancestral sampling (arXiv 2006.11239) with Euler steps, as in k-diffusion with eta 1."""
     for sigma, after in intervals(sigmas):
-        down, up = ancestral(sigma, after)
+        down, up = split(sigma, after)
         x = toward(x, denoise(x, sigma), down / sigma)
-        if after:
+        if down:
             add_noise(x, noise(sigma, after), up)
         yield x
 
 
-def dpm_2_ancestral(denoise: Denoise, x: Latents, sigmas: Sigmas, *, noise: Noise) -> Iterator[Latents]:
-    """Ancestral sampling with the steps of DPM-Solver-2 (arXiv 2206.00927), as in k-diffusion with eta 1.
-
-    The middle of a step down to after² / sigma is, in log sigma, `after` itself.
-    """
+def dpm_2_ancestral(
+    denoise: Denoise,
+    x: Latents,
+    sigmas: Sigmas,
+    *,
+    noise: Noise,
+    split: Split = ancestral,
+    middle: Middle = geometric_mean,
+) -> Iterator[Latents]:
+    """Ancestral sampling with the steps of DPM-Solver-2 (arXiv 2206.00927), as in k-diffusion with eta 1."""
     for sigma, after in intervals(sigmas):
-        down, up = ancestral(sigma, after)
-        reached = toward(x, denoise(x, sigma), after / sigma)
-        if after:
-            reached -= denoise(reached, after)
-            reached *= (down - sigma) / after
+        down, up = split(sigma, after)
+        between = middle(sigma, down)
+        reached = toward(x, denoise(x, sigma), between / sigma)
+        if down:
+            reached -= denoise(reached, between)
+            reached *= (down - sigma) / between
             reached += x
             add_noise(reached, noise(sigma, after), up)
         x = reached
         yield x
 
 
-def dpmpp_2s_ancestral(denoise: Denoise, x: Latents, sigmas: Sigmas, *, noise: Noise) -> Iterator[Latents]:
-    """Ancestral sampling with the steps of DPM-Solver++(2S) (arXiv 2211.01095), as in k-diffusion with eta 1.
-
-    The middle of a step down to after² / sigma is, in log sigma, `after` itself.
-    """
+def dpmpp_2s_ancestral(
+    denoise: Denoise,
+    x: Latents,
+    sigmas: Sigmas,
+    *,
+    noise: Noise,
+    split: Split = ancestral,
+    middle: Middle = geometric_mean,
+) -> Iterator[Latents]:
+    """Ancestral sampling with the steps of DPM-Solver++(2S) (arXiv 2211.01095), as in k-diffusion with eta 1."""
     for sigma, after in intervals(sigmas):
-        down, up = ancestral(sigma, after)
+        down, up = split(sigma, after)
         denoised = denoise(x, sigma)
-        if after:
-            denoised = denoise(toward(x, denoised, after / sigma), after)
+        if down:
+            between = middle(sigma, down)
+            denoised = denoise(toward(x, denoised, between / sigma), between)
         x = toward(x, denoised, down / sigma)
         if after:
             add_noise(x, noise(sigma, after), up)
         yield x
 
 
-def dpmpp_sde(denoise: Denoise, x: Latents, sigmas: Sigmas, *, noise: Noise) -> Iterator[Latents]:
+def dpmpp_sde(
+    denoise: Denoise,
+    x: Latents,
+    sigmas: Sigmas,
+    *,
+    noise: Noise,
+    split: Split = ancestral,
+    middle: Middle = geometric_mean,
+) -> Iterator[Latents]:
     """DPM-Solver++ (stochastic) as in k-diffusion and diffusers' DPMSolverSDEScheduler, with eta 1 and r 1/2.
 
     `noise` is asked for the way to the middle of a step and for the whole step; a Brownian source makes them agree.
@@ -71,12 +106,12 @@ def dpmpp_sde(denoise: Denoise, x: Latents, sigmas: Sigmas, *, noise: Noise) -> 
     for sigma, after in intervals(sigmas):
         denoised = denoise(x, sigma)
         if after:
-            middle = math.sqrt(sigma * after)
-            down, up = ancestral(sigma, middle)
+            between = middle(sigma, after)
+            down, up = split(sigma, between)
             halfway = toward(x, denoised, down / sigma)
-            add_noise(halfway, noise(sigma, middle), up)
-            denoised = denoise(halfway, middle)
-        down, up = ancestral(sigma, after)
+            add_noise(halfway, noise(sigma, between), up)
+            denoised = denoise(halfway, between)
+        down, up = split(sigma, after)
         x = toward(x, denoised, down / sigma)
         if after:
             add_noise(x, noise(sigma, after), up)

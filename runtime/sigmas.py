@@ -14,6 +14,7 @@ from sdxl_trt.runtime.comfy_schedules import comfyui_sigmas
 from sdxl_trt.runtime.schedules import FAMILIES, diffusers_grid, parse_schedule
 from sdxl_trt.runtime.training_sigmas import (
     Table,
+    comfyui_log_sigmas,
     comfyui_training_sigmas,
     fractional_timesteps,
     nearest_timesteps,
@@ -38,8 +39,13 @@ class Schedule:
     final_scale: float = 1.0
     """What the last latents are multiplied by before they are decoded: 1, but for grids that end above sigma 0 in the
     variance-preserving scale."""
-    whole_timesteps: bool = False
-    """Whether the model is only told timesteps that it was trained on, as in ComfyUI."""
+    logs: Table | None = None
+    """The log of every training sigma as ComfyUI has it; None for diffusers' grids."""
+
+    @property
+    def whole_timesteps(self) -> bool:
+        """Return whether the model is only told timesteps that it was trained on, as in ComfyUI."""
+        return self.logs is not None
 
     @property
     def steps(self) -> int:
@@ -62,11 +68,12 @@ class Schedule:
         known = self._timesteps.get(sigma)
         if known is not None:
             return known
+        if self.logs is not None:
+            return np.float32(nearest_timesteps(np.array([sigma]), self.logs)[0])
         position = int(np.argmin(np.abs(self.sigmas[:-1] - sigma)))
         if math.isclose(self.sigmas[position], sigma, rel_tol=1e-6):
             return np.float32(self.timesteps[position])
-        between = nearest_timesteps if self.whole_timesteps else fractional_timesteps
-        return np.float32(between(np.array([sigma]), self.training)[0])
+        return np.float32(fractional_timesteps(np.array([sigma]), self.training)[0])
 
     @cached_property
     def _timesteps(self) -> dict[float, np.float32]:
@@ -121,15 +128,16 @@ def make_comfyui_schedule(
     Raises UsageError for a number of steps, beta schedule or name that it cannot have.
     """
     training = comfyui_training_sigmas(scheduler, zero_terminal_snr=zero_terminal_snr)
-    sigmas = comfyui_sigmas(schedule, sampler, steps, training)
-    highest = float(sigmas[0])
-    # As much as the model was ever trained on leaves nothing of the latents but unit variance.
-    unit = math.isclose(highest, float(training[-1]), rel_tol=1e-5)
+    logs = comfyui_log_sigmas(scheduler, zero_terminal_snr=zero_terminal_snr)
+    sigmas = comfyui_sigmas(schedule, sampler, steps, training, logs)
+    highest, most = float(sigmas[0]), float(training[-1])
+    # As much as the model was ever trained on, or by a rounding more, leaves nothing of the latents but unit variance.
+    unit = highest > most or math.isclose(highest, most, rel_tol=1e-5)
     return Schedule(
-        nearest_timesteps(sigmas[:-1], training).astype(np.float32),
+        nearest_timesteps(sigmas[:-1], logs).astype(np.float32),
         sigmas,
         scheduler.num_train_timesteps,
         initial_scale=math.sqrt(highest**2 + 1.0) if unit else highest,
         training=training,
-        whole_timesteps=True,
+        logs=logs,
     )

@@ -4,7 +4,7 @@ diffusers takes the last steps of the grid, as many as the strength is of it. Co
 and makes a grid so long that they are its last part.
 """
 
-__all__ = ["DEFAULT_STRENGTH", "first_step", "grid_steps", "settled_strength"]
+__all__ = ["DEFAULT_STRENGTH", "first_step", "grid_steps", "is_whole", "settled_strength"]
 
 import math
 
@@ -13,7 +13,6 @@ from sdxl_trt.engines.errors import UsageError
 DEFAULT_STRENGTH = 0.3
 """diffusers' own for SDXL pictures."""
 _WHOLE = 0.9999
-"""ComfyUI takes more than this for all of the grid."""
 
 
 def settled_strength(strength: float | None, start: int, *, picture: bool, comfyui: bool) -> float:
@@ -41,9 +40,14 @@ def first_step(steps: int, strength: float) -> int:
     return steps - taken
 
 
+def is_whole(strength: float) -> bool:
+    """Return whether ComfyUI takes `strength` for all of the grid, however many steps that has."""
+    return strength > _WHOLE
+
+
 def grid_steps(steps: int, strength: float, most: int) -> int:
     """Return of how many steps ComfyUI makes the grid whose last `steps` are taken. Raises UsageError above `most`."""
-    if strength > _WHOLE or steps > most:
+    if is_whole(strength) or steps > most:
         return steps
     # A quotient that no int holds is far above any grid.
     longer = int(min(steps / strength, 1e9))

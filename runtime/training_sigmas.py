@@ -1,12 +1,20 @@
 """The noise levels that a model was trained on, and the timestep that it knows each of them by."""
 
-__all__ = ["comfyui_training_sigmas", "fractional_timesteps", "nearest_timesteps", "training_sigmas"]
+__all__ = [
+    "Table",
+    "comfyui_log_sigmas",
+    "comfyui_training_sigmas",
+    "fractional_timesteps",
+    "nearest_timesteps",
+    "training_sigmas",
+]
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sdxl_trt.engines.errors import UsageError
 from sdxl_trt.engines.manifest import Scheduler
+from sdxl_trt.runtime.float32 import log32
 
 Table = NDArray[np.float32]
 """sigma of every training timestep (total,), from low noise to high."""
@@ -34,13 +42,12 @@ def training_sigmas(scheduler: Scheduler, *, zero_terminal_snr: bool = False) ->
 
 def comfyui_training_sigmas(scheduler: Scheduler, *, zero_terminal_snr: bool = False) -> Table:
     """Return the same as ComfyUI computes it, in float64 rounded once; its zero-SNR rescaling ends at sigma 4518.7."""
-    betas = _betas(scheduler, np.float64)
-    alphas = np.cumprod(1.0 - betas)
-    if zero_terminal_snr:
-        root = np.sqrt(alphas)
-        alphas = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
-        alphas[-1] = COMFYUI_SMALLEST_ALPHA_BAR
-    return np.sqrt((1.0 - alphas) / alphas).astype(np.float32)
+    return _comfyui_sigmas(scheduler, zero_terminal_snr=zero_terminal_snr).astype(np.float32)
+
+
+def comfyui_log_sigmas(scheduler: Scheduler, *, zero_terminal_snr: bool = False) -> Table:
+    """Return the log of every training sigma as ComfyUI keeps it beside them: of the float64 ones, rounded once."""
+    return np.log(_comfyui_sigmas(scheduler, zero_terminal_snr=zero_terminal_snr)).astype(np.float32)
 
 
 def fractional_timesteps(sigmas: NDArray[np.float64], training: Table) -> NDArray[np.float64]:
@@ -50,12 +57,23 @@ def fractional_timesteps(sigmas: NDArray[np.float64], training: Table) -> NDArra
     return timesteps
 
 
-def nearest_timesteps(sigmas: NDArray[np.floating], training: Table) -> NDArray[np.float64]:
-    """Return the whole training timesteps whose log sigma is nearest to that of `sigmas`, as ComfyUI does."""
-    logs = np.log(training.astype(np.float64)).astype(np.float32)
-    wanted = np.log(sigmas.astype(np.float32))
-    nearest: NDArray[np.intp] = np.abs(wanted[:, np.newaxis] - logs).argmin(axis=1)
+def nearest_timesteps(sigmas: NDArray[np.floating], logs: Table) -> NDArray[np.float64]:
+    """Return the whole training timesteps whose log sigma, of `logs`, is nearest to that of `sigmas`, as ComfyUI does.
+
+    Two that are equally near are told apart by the rounding of float32, so that is done where torch does it.
+    """
+    nearest: NDArray[np.intp] = np.abs(log32(sigmas)[:, np.newaxis] - logs).argmin(axis=1)
     return nearest.astype(np.float64)
+
+
+def _comfyui_sigmas(scheduler: Scheduler, *, zero_terminal_snr: bool) -> NDArray[np.float64]:
+    alphas = np.cumprod(1.0 - _betas(scheduler, np.float64))
+    if zero_terminal_snr:
+        root = np.sqrt(alphas)
+        alphas = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
+        alphas[-1] = COMFYUI_SMALLEST_ALPHA_BAR
+    sigmas: NDArray[np.float64] = np.sqrt((1.0 - alphas) / alphas)
+    return sigmas
 
 
 def _betas(scheduler: Scheduler, dtype: type[np.float32] | type[np.float64]) -> NDArray[np.floating]:
