@@ -18,16 +18,21 @@ from numpy.typing import NDArray
 from sdxl_trt.runtime.sampler_parts import Denoise, Latents, Sigmas, intervals, toward
 
 _ABSCISSAE, _WEIGHTS = np.polynomial.legendre.leggauss(16)
+POINTS = 10_000
 FEW_STEPS = 15
 """Below it diffusers' DEIS ends with a first-order step."""
 
 
 @dataclass(frozen=True)
 class _Clock:
-    """A measure of time on the grid: `time(sigma)`, and `pace(time)`, the derivative of sigma by it."""
+    """A measure of time on the grid: `time(sigma)`, and `pace(time)`, the derivative of sigma by it.
+
+    An integral is exact, but for one that is a sum over evenly spaced `points`, both ends among them.
+    """
 
     time: Callable[[float], float]
     pace: Callable[[NDArray[np.float64]], Any]
+    points: int = 0
 
 
 _SIGMA = _Clock(time=float, pace=np.ones_like)
@@ -56,7 +61,10 @@ def deis(denoise: Denoise, x: Latents, sigmas: Sigmas) -> Iterator[Latents]:
 
 
 def deis_comfyui(denoise: Denoise, x: Latents, sigmas: Sigmas) -> Iterator[Latents]:
-    """DEIS of order 3 as in ComfyUI: the t-AB of arXiv 2204.13902 in the time of a VP process from 0.002 to 80."""
+    """DEIS of order 3 as in ComfyUI: the t-AB of arXiv 2204.13902 in the time of a VP process from 0.002 to 80.
+
+    The integrals are ComfyUI's sums over 10000 points, each of which counts as much as every other.
+    """
     return _adams(denoise, x, sigmas, _vp_clock(0.002, 80.0, 1e-3), _orders(sigmas, 3))
 
 
@@ -88,18 +96,28 @@ def _weights(nodes: Sequence[float], after: float, clock: _Clock) -> list[float]
 
     By Gauss-Legendre quadrature over 16 points, which is exact for polynomials up to degree 31.
     """
-    times = np.array([clock.time(node) for node in nodes])
-    half = 0.5 * (clock.time(after) - times[0])
+    times, end = np.array([clock.time(node) for node in nodes]), clock.time(after)
+    half = 0.5 * (end - times[0])
     points = times[0] + half * (1.0 + _ABSCISSAE)
-    measure = half * _WEIGHTS * clock.pace(points)
+    integral = half * _WEIGHTS * clock.pace(points) @ _polynomials(points, times)
+    if clock.points:
+        # A sum over both ends is the trapezoids' integral and half of the ends' values more.
+        ends = np.array([times[0], end])
+        integral += (half * clock.pace(ends) @ _polynomials(ends, times) - integral) / clock.points
+    weights: list[float] = integral.tolist()
+    return weights
+
+
+def _polynomials(points: NDArray[np.float64], times: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return (points, nodes): each node's polynomial, which is 1 at the node itself and 0 at the others."""
     gaps = np.subtract.outer(times, times)
     np.fill_diagonal(gaps, np.inf)
     factors = np.subtract.outer(points, times)[:, np.newaxis] / gaps
-    # Each node's polynomial is 1 at the node itself and 0 at the others; it has no factor of its own.
+    # It has no factor of its own.
     own = np.arange(len(times))
     factors[:, own, own] = 1.0
-    weights: list[float] = (measure @ factors.prod(axis=2)).tolist()
-    return weights
+    product: NDArray[np.float64] = factors.prod(axis=2)
+    return product
 
 
 def _vp_clock(lowest: float, highest: float, start: float) -> _Clock:
@@ -116,4 +134,4 @@ def _vp_clock(lowest: float, highest: float, start: float) -> _Clock:
         derivative: NDArray[np.float64] = (slope * t + base) * np.exp(exponent) / (2.0 * np.sqrt(np.expm1(exponent)))
         return derivative
 
-    return _Clock(time, pace)
+    return _Clock(time, pace, POINTS)
