@@ -2,11 +2,12 @@
 
 ``(x)`` raises the weight by a tenth and nests by multiplying, ``(x:1.3)`` states it, an inner statement wins, ``\\(``
 is a parenthesis of the text. What is not balanced is text, as far as ComfyUI (comfy/sd1_clip.py) takes it for that.
+``embedding:name`` stands for a trained embedding; there are none here, and as in ComfyUI one that is missing is left out.
 """
 
-__all__ = ["Chunk", "Segment", "chunked", "parse_weights", "weigh"]
+__all__ = ["Chunk", "Segment", "chunked", "parse_weights", "weigh", "without_embeddings"]
 
-import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ STEP = 1.1
 MAX_DEPTH = 64
 LONG = 8
 """A segment of as many tokens may be split between two chunks; a shorter one moves to the next as a whole."""
+_EMBEDDING = "embedding:"
 # Stand for escaped parentheses while the others are read; no prompt holds them: the shell passes no NUL.
 _OPEN, _CLOSE = "\0\1", "\0\2"
 
@@ -91,7 +93,33 @@ def _stated(inner: str) -> tuple[str, float | None]:
         weight = float(number)
     except ValueError:
         return inner, None
-    return (text, weight) if math.isfinite(weight) else (inner, None)
+    return text, weight
+
+
+def without_embeddings(segments: Sequence[Segment]) -> tuple[list[Segment], list[str]]:
+    """Return the parts of `segments` around embeddings, each of which ComfyUI tokenizes by itself, and their names.
+
+    Raises UsageError for an embedding without a name.
+    """
+    parts, names = [], []
+    for segment in segments:
+        for word in re.split(f"[ \n](?={_EMBEDDING})", segment.text):
+            text = word
+            if word.startswith(_EMBEDDING):
+                name, text = _embedding(word.removeprefix(_EMBEDDING))
+                names.append(name)
+            if text:
+                parts.append(Segment(text, segment.weight))
+    return parts, names
+
+
+def _embedding(text: str) -> tuple[str, str]:
+    """Return the name that `text` begins with, and what follows it: a comma is not the name's, blanks become one."""
+    first, *others = text.split() or [""]
+    name, rest = first.strip(","), " ".join(others)
+    if not first:
+        raise UsageError(f"the prompt has an {_EMBEDDING} without a name; take it out")
+    return name, rest if name == first else f"{first[len(name) :]} {rest}"
 
 
 def chunked(segments: Sequence[Segment], tokenizer: Tokenizer, encode: Callable[[str], list[int]]) -> list[Chunk]:
@@ -125,5 +153,6 @@ def weigh(hidden: NDArray[np.float32], empty: NDArray[np.float32], weights: NDAr
     A weight of 1 leaves a position as it is, to the bit; the pooled prompt is never weighed.
     """
     column = weights[:, None]
-    weighed: NDArray[np.float32] = np.where(column == 1.0, hidden, (hidden - empty) * column + empty)
+    with np.errstate(over="ignore", invalid="ignore"):  # whoever takes them looks whether it can hold them
+        weighed: NDArray[np.float32] = np.where(column == 1.0, hidden, (hidden - empty) * column + empty)
     return weighed

@@ -9,20 +9,20 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from sdxl_trt.engines.base import Engine
+from sdxl_trt.engines.base import Engine, numpy_dtype
 from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.engines.manifest import Stage, TextEncoder
+from sdxl_trt.engines.manifest import Stage, TextEncoder, Tokenizer
 from sdxl_trt.engines.pool import EnginePool
 from sdxl_trt.engines.profiles import MAX_ROWS_OF_PROMPTS
-from sdxl_trt.runtime.prompt_weights import Chunk, chunked, parse_weights, weigh
+from sdxl_trt.runtime.prompt_weights import Chunk, chunked, parse_weights, weigh, without_embeddings
 from sdxl_trt.runtime.tokenizer import PromptTokenizer
 
 log = logging.getLogger("sdxl_trt.runtime")
 # The last layer but one, before the final normalization: what SDXL's UNets were trained on.
 PENULTIMATE = -2
 CUT_SHOWN = 200
-MAX_WEIGHT = 100.0
-"""Beyond this an encoder's outliers leave what fp16 holds."""
+MAX_WEIGHT = 10_000.0
+"""ComfyUI knows no limit, but far below this one a prompt leaves what fp16 holds."""
 MAX_CHUNKS = 16
 """ComfyUI knows no limit, but attention to a prompt of book length takes all memory."""
 
@@ -100,6 +100,11 @@ class _Text:
         parts = [weigh(each.hidden, empty, chunk.weights) for each, chunk in zip(read, self.chunks, strict=True)]
         return PromptEmbeds(np.concatenate(parts), read[0].pooled)
 
+    @property
+    def heaviest(self) -> float:
+        """Return the weight that is furthest from 0."""
+        return max((float(weight) for chunk in self.chunks for weight in chunk.weights), key=abs)
+
     def _row(self, chunk: Chunk) -> _Row:
         return _Row(self.component, tuple(chunk.ids.tolist()), self.clip_skip)
 
@@ -117,17 +122,22 @@ class PromptEncoder:
         """Return the embeds of each (stage, prompt): hidden states side by side, pooled from the pooled encoder.
 
         A stage with a single encoder reads a prompt's `text`, as diffusers' refiner does. A prompt is cut at 77
-        tokens; `weighted` is ComfyUI's way: weights in parentheses, and as many chunks of 77 as it takes. `following`
-        is the engine that is needed next, for the pool to make ready. Raises UsageError for more than MAX_CHUNKS,
-        or a weight beyond MAX_WEIGHT.
+        tokens; `weighted` is ComfyUI's way: weights in parentheses, and as many chunks of 77 as it takes, all read with
+        the vocabulary of the base's first encoder. `following` is the engine that is needed next, for the pool to make
+        ready. Raises UsageError for more than MAX_CHUNKS, a weight beyond MAX_WEIGHT, or one that a UNet cannot hold.
         """
+        if weighted:
+            _warn_of_embeddings(wanted)
         known: dict[tuple[TextEncoder, str, int], _Text] = {}
         texts = [self._texts(stage, prompt, known, weighted=weighted) for stage, prompt in wanted]
         done = self._run_all(dict.fromkeys(row for parts in texts for text in parts for row in text.rows), following)
-        return [
+        joined = [
             _join(stage.text_encoders, [text.joined(done) for text in parts])
             for (stage, _), parts in zip(wanted, texts, strict=True)
         ]
+        for (stage, _), parts, embeds in zip(wanted, texts, joined, strict=True):
+            self._check_range(stage, parts, embeds)
+        return joined
 
     def _texts(
         self, stage: Stage, prompt: Prompt, known: dict[tuple[TextEncoder, str, int], _Text], *, weighted: bool
@@ -142,16 +152,29 @@ class PromptEncoder:
         return [text.padded(max(len(each.chunks) for each in texts)) for text in texts]
 
     def _text(self, encoder: TextEncoder, text: str, clip_skip: int, *, weighted: bool) -> _Text:
-        if encoder.tokenizer not in self._tokenizers:
-            self._tokenizers[encoder.tokenizer] = PromptTokenizer(self._pool.bundle, encoder.tokenizer)
-        tokenizer = self._tokenizers[encoder.tokenizer]
+        tokenizer = self._tokenizer(encoder.tokenizer)
         (empty,) = chunked([], tokenizer.spec, tokenizer.pieces)
         if weighted:
-            chunks = _weighted_chunks(text, tokenizer)
+            # To the second encoder's own, "!" is padding wherever it stands.
+            words = self._tokenizer(self._pool.bundle.manifest.base.text_encoders[0].tokenizer)
+            chunks = _weighted_chunks(text, tokenizer.spec, words)
         else:
             _warn_of_cut(encoder.component, text, tokenizer)
             chunks = [Chunk(tokenizer.ids(text), empty.weights)]
         return _Text(encoder.component, clip_skip, tuple(chunks), empty)
+
+    def _tokenizer(self, name: str) -> PromptTokenizer:
+        if name not in self._tokenizers:
+            self._tokenizers[name] = PromptTokenizer(self._pool.bundle, name)
+        return self._tokenizers[name]
+
+    def _check_range(self, stage: Stage, texts: Sequence[_Text], embeds: PromptEmbeds) -> None:
+        """Raise UsageError for weights that take a prompt beyond what the stage's UNet is given it in."""
+        heaviest = max((text.heaviest for text in texts), key=abs)
+        dtype = numpy_dtype(self._pool.bundle.manifest.components[stage.unet].input("encoder_hidden_states"))
+        if heaviest != 1.0 and not np.abs(embeds.hidden).max() <= np.finfo(dtype).max:
+            raise UsageError(f"a weight of {heaviest:g} in the prompt takes it beyond what the {np.dtype(dtype).name}"
+                             " UNet holds; choose one nearer to 1")  # fmt: skip
 
     def _run_all(self, rows: Iterable[_Row], following: str) -> dict[_Row, PromptEmbeds]:
         by_component: dict[str, list[_Row]] = {}
@@ -166,16 +189,27 @@ class PromptEncoder:
         return done
 
 
-def _weighted_chunks(text: str, tokenizer: PromptTokenizer) -> list[Chunk]:
-    segments = parse_weights(text)
-    heaviest = max((segment.weight for segment in segments), key=abs, default=1.0)
-    if abs(heaviest) > MAX_WEIGHT:
-        raise UsageError(f"a weight of {heaviest:g} in the prompt; choose {-MAX_WEIGHT:g} to {MAX_WEIGHT:g}")
-    chunks = chunked(segments, tokenizer.spec, tokenizer.pieces)
+def _weighted_chunks(text: str, frame: Tokenizer, words: PromptTokenizer) -> list[Chunk]:
+    segments, _ = without_embeddings(parse_weights(text))
+    for weight in (segment.weight for segment in segments):
+        if not abs(weight) <= MAX_WEIGHT:  # nor is nan
+            raise UsageError(f"a weight of {weight:g} in the prompt; choose {-MAX_WEIGHT:g} to {MAX_WEIGHT:g}")
+    chunks = chunked(segments, frame, words.pieces)
     if len(chunks) > MAX_CHUNKS:
-        raise UsageError(f"a prompt takes {len(chunks)} chunks of {tokenizer.spec.max_length} tokens; shorten it to"
+        raise UsageError(f"a prompt takes {len(chunks)} chunks of {frame.max_length} tokens; shorten it to"
                          f" {MAX_CHUNKS}")  # fmt: skip
     return chunks
+
+
+def _warn_of_embeddings(wanted: Sequence[tuple[Stage, Prompt]]) -> None:
+    """Warn of each embedding that the prompts name, once."""
+    read = dict.fromkeys(
+        text
+        for stage, prompt in wanted
+        for _, text in zip(stage.text_encoders, (prompt.text, prompt.text_2), strict=False)
+    )
+    for name in dict.fromkeys(name for text in read for name in without_embeddings(parse_weights(text))[1]):
+        log.warning("embedding:%s is left out: embeddings are not read; write what it stands for", name[:CUT_SHOWN])
 
 
 def _warn_of_cut(component: str, text: str, tokenizer: PromptTokenizer) -> None:
