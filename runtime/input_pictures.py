@@ -1,7 +1,8 @@
 """Pictures to start from: read from files that nobody has vouched for, and cut or scaled to the size of a run.
 
-A file is read once, whole, up to MAX_BYTES; what is decoded is what was hashed. Only PNG, JPEG and WebP are tried, one
-frame of at most MAX_PIXELS; arrays of latents are read without numpy's pickles.
+A file is read once, whole, up to MAX_BYTES; what is decoded is what was hashed. Only the formats of FORMATS are tried,
+from files of this machine GIF and BMP too, one frame of at most MAX_PIXELS; arrays of latents are read without numpy's
+pickles.
 """
 
 __all__ = ["Fit", "InputPicture", "as_input", "check_input", "fitted", "read_input"]
@@ -33,6 +34,10 @@ MAX_BYTES = 256 << 20
 MAX_PIXELS = 89_478_485
 """Pillow's own limit, of which it only warns."""
 FORMATS = ("PNG", "JPEG", "WEBP")
+FILE_FORMATS = (*FORMATS, "GIF", "BMP")
+"""What a file that the command line or a workflow names may be."""
+_TOLD = {FORMATS: "PNG, JPEG or WebP", FILE_FORMATS: "PNG, JPEG, WebP, GIF or BMP"}
+WHITE = 255
 _NPY, _ZIP = npy.MAGIC_PREFIX, b"PK\x03\x04"
 _KEPT = "final.npy"
 Size = tuple[int, int]
@@ -79,15 +84,15 @@ def as_input(picture: InputPicture | NDArray[Any]) -> InputPicture:
 
 
 def read_input(path: Path, option: str = "--image") -> InputPicture:
-    """Return the picture in a file: PNG, JPEG or WebP, or latents, the array `final` of an .npz or that of an .npy.
+    """Return the picture in a file of FILE_FORMATS, or latents, the array `final` of an .npz or that of an .npy.
 
-    The picture is turned as its EXIF data says; of transparent ones the colours are taken, as diffusers and ComfyUI do.
-    Raises UsageError, which calls the file by `option`, for one that is missing, too large, animated, broken, or
-    something else.
+    The picture is turned as its EXIF data says; of transparent ones the colours are taken, and 16 bits of grey are cut
+    off at 255, as diffusers and ComfyUI do, with a warning; so is the first frame of an animated GIF. Raises UsageError,
+    which calls the file by `option`, for one that is missing, too large, animated, broken, or something else.
     """
     where = f"{option} {path}"
     content = _content(path, where)
-    array = _latents(content, where) if content.startswith((_NPY, _ZIP)) else _pixels(content, where)
+    array = _latents(content, where) if content.startswith((_NPY, _ZIP)) else _pixels(content, where, FILE_FORMATS)
     _check(array, where)
     return InputPicture(array, path.name, hashlib.sha256(content).hexdigest())
 
@@ -141,18 +146,18 @@ def _content(path: Path, where: str) -> bytes:
     return content
 
 
-def _pixels(content: bytes, where: str) -> NDArray[np.uint8]:
+def _pixels(content: bytes, where: str, formats: tuple[str, ...] = FORMATS) -> NDArray[np.uint8]:
     from PIL import Image, ImageOps, UnidentifiedImageError  # noqa: PLC0415 - Pillow only where there is a picture
 
     try:
         # Pillow warns of what is refused below, and of palettes that it converts all the same.
-        with warnings.catch_warnings(action="ignore"), Image.open(BytesIO(content), formats=FORMATS) as picture:
+        with warnings.catch_warnings(action="ignore"), Image.open(BytesIO(content), formats=formats) as picture:
             _check_picture(picture, where)
             return _rgb(ImageOps.exif_transpose(picture), where)
     except (UsageError, MemoryError):
         raise
     except (UnidentifiedImageError, Image.DecompressionBombError) as exc:
-        what = "no PNG, JPEG or WebP picture" if isinstance(exc, UnidentifiedImageError) else "a picture of too many"
+        what = f"no {_TOLD[formats]} picture" if isinstance(exc, UnidentifiedImageError) else "a picture of too many"
         more = "" if isinstance(exc, UnidentifiedImageError) else f" pixels, more than {MAX_PIXELS}"
         raise UsageError(f"{where}: is {what}{more}; give another one") from exc
     except Exception as exc:  # whatever a decoder says of a file that nobody has vouched for
@@ -164,16 +169,22 @@ def _check_picture(picture: "Image", where: str) -> None:
     if picture.width * picture.height > MAX_PIXELS:
         raise UsageError(f"{where}: is a picture of {picture.width}x{picture.height}, more than {MAX_PIXELS} pixels;"
                          " give a smaller one")  # fmt: skip
+    if picture.format == "GIF":
+        if getattr(picture, "is_animated", False):
+            log.warning("%s: is animated; its first frame is taken (ComfyUI's LoadImage takes them all)", where)
     # A camera's MPO is a JPEG whose further frames are previews and depths of its first.
-    if getattr(picture, "n_frames", 1) > 1 and picture.format != "MPO":
+    elif getattr(picture, "n_frames", 1) > 1 and picture.format != "MPO":
         raise UsageError(f"{where}: is animated; give a single frame of it")
 
 
 def _rgb(picture: "Image", where: str) -> NDArray[np.uint8]:
     if picture.mode.startswith("I"):
-        # 16 bits of grey, which Pillow would cut off at 255; those of colours it brings down itself.
-        grey = np.clip(np.asarray(picture).astype(np.int64) >> 8, 0, 255).astype(np.uint8)
-        return np.repeat(grey[:, :, None], 3, axis=2)
+        # 16 bits of grey; those of colours Pillow brings down itself.
+        deep = np.asarray(picture)
+        if deep.max() > WHITE:
+            log.warning("%s: is grey of 16 bits, and all above 255 is white, as in diffusers and ComfyUI; save it with 8"
+                        " bits", where)  # fmt: skip
+        return np.repeat(np.clip(deep, 0, WHITE).astype(np.uint8)[:, :, None], 3, axis=2)
     if picture.has_transparency_data and np.asarray(picture.convert("RGBA"))[:, :, 3].min() < 255:
         log.warning("%s: is transparent in places; the colours below are taken", where)
     return np.array(picture.convert("RGB"))

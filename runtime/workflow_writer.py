@@ -12,7 +12,6 @@ from sdxl_trt.runtime.comfy_node import Node
 from sdxl_trt.runtime.comfy_nodes import NODES, stated
 from sdxl_trt.runtime.cuts import Part
 from sdxl_trt.runtime.request import Request, ResolvedRequest
-from sdxl_trt.runtime.samplers import STOCHASTIC
 from sdxl_trt.runtime.sides import StageName, Told
 from sdxl_trt.runtime.workflow import TO_THE_END
 
@@ -95,7 +94,7 @@ def _is_usual(asked: Request) -> bool:
 
 def _is_said(stage: StageName, asked: Request, request: ResolvedRequest) -> bool:
     """Return whether a stage's sampler can be written with all that it does."""
-    sampler, part = request.denoising_of(stage)
+    part = request.denoising_of(stage)[1]
     strength = _strength(stage, asked, request)
     whole = part.start == 0 and part.stop == request.schedule_of(stage).steps
     if strength < 1.0 and not (whole and _adds_noise(stage, request)):
@@ -104,10 +103,9 @@ def _is_said(stage: StageName, asked: Request, request: ResolvedRequest) -> bool
         return False
     if stage == "base":
         return True
-    # A grid that begins further down is one sampler's alone; a graph's refiner has a seed of its own, and no crop.
+    # A grid that begins further down is one sampler's alone, and a graph's refiner has no crop.
     shares = not request.refine and asked.refiner_strength is None and request.strength < 1.0
-    goes_on = not request.refine and request.refiner_seeds is None and (part.add_noise or sampler in STOCHASTIC)
-    return not shares and not goes_on and all(side.micro.crop == (0, 0) for side in request.sides[stage])
+    return not shares and all(side.micro.crop == (0, 0) for side in request.sides[stage])
 
 
 def _image_is_said(request: ResolvedRequest) -> bool:
