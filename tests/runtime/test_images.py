@@ -1,5 +1,7 @@
 """Tensors to pixels as diffusers rounds them."""
 
+from pathlib import Path
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -60,3 +62,8 @@ def test_comfyui_cuts_off_what_diffusers_rounds(rng: np.random.Generator) -> Non
         255,
         255,
     ]
+
+
+def test_pixels_are_those_that_comfyui_saved() -> None:
+    with np.load(Path(__file__).parents[1] / "comfyui" / "pixels.npz") as recorded:
+        np.testing.assert_array_equal(to_uint8_truncated(recorded["decoded"][None])[0], recorded["pixels"])

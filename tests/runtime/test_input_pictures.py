@@ -1,8 +1,10 @@
 """Pictures to start from: turned, brought down to RGB, fitted; and files that are none, in one line each."""
 
+import base64
 import contextlib
 import hashlib
 import io
+import json
 import os
 import struct
 import zipfile
@@ -70,8 +72,6 @@ def test_every_kind_of_pixel_comes_down_to_rgb(colours: np.ndarray, read: Any, c
     grey = colours[:, :, 0]
     threefold = np.repeat(grey[:, :, None], 3, axis=2)
     np.testing.assert_array_equal(read(_saved(Image.fromarray(grey), "PNG")).pixels, threefold)
-    deep = grey.astype(np.uint16) * 256 + 77
-    np.testing.assert_array_equal(read(_saved(Image.fromarray(deep), "PNG")).pixels, threefold)
     palette = Image.fromarray(colours // 128 * 255).convert("P", palette=Image.Palette.ADAPTIVE)
     np.testing.assert_array_equal(read(_saved(palette, "PNG")).pixels, colours // 128 * 255)
     bits = Image.fromarray(grey).convert("1")
@@ -93,12 +93,70 @@ def test_colours_below_what_is_transparent_are_taken_and_told(colours: np.ndarra
     assert "transparent in places" in caplog.text
 
 
+RECORDED = json.loads((Path(__file__).parents[1] / "comfyui" / "images.json").read_bytes())
+FILES = {case["file"]: case for case in RECORDED if "file" in case}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_pixels_are_those_that_comfyui_loads(name: str, read: Any) -> None:
+    case = FILES[name]
+    expected = np.array(case["pixels"]).reshape(case["shape"])[0]
+    found = read(base64.b64decode(case["bytes"])).pixels
+    assert found.shape == expected.shape
+    assert np.abs(found.astype(int) - expected).max() <= (0 if case["exact"] else 1)
+
+
+def test_crops_are_those_that_comfyui_encodes() -> None:
+    for case in (case for case in RECORDED if "crop" in case):
+        (width, height), (to_width, to_height), (left, top) = case["crop"], case["size"], case["offset"]
+        places = np.stack(np.meshgrid(np.arange(width), np.arange(height), [0], indexing="xy"), -1)[:, :, 0]
+        kept = fitted(places.astype(np.uint8), (to_height, to_width), "crop")
+        assert kept.shape[:2] == (to_height, to_width)
+        assert kept[0, 0, :2].tolist() == [left, top], case
+
+
+def test_grey_of_16_bits_is_cut_off_as_by_both_references(colours: np.ndarray, read: Any, caplog: Any) -> None:
+    grey = colours[:, :, 0].astype(np.uint16)
+    content = _saved(Image.fromarray(grey), "PNG")
+    np.testing.assert_array_equal(read(content).pixels[:, :, 1], grey)
+    assert caplog.records == []
+    content = _saved(Image.fromarray(grey * 256 + 77), "PNG")
+    peers = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+    np.testing.assert_array_equal(read(content).pixels, peers)
+    assert "grey of 16 bits, and all above 255 is white" in caplog.text
+
+
+@pytest.mark.parametrize(("kind", "mode"), [("GIF", "P"), ("GIF", "L"), ("BMP", "RGB"), ("BMP", "P"), ("BMP", "1")])
+def test_files_of_gif_and_bmp_are_read_as_pillow_does(colours: np.ndarray, read: Any, kind: str, mode: str) -> None:
+    content = _saved(Image.fromarray(colours).convert(mode), kind)
+    np.testing.assert_array_equal(read(content).pixels, np.asarray(Image.open(io.BytesIO(content)).convert("RGB")))
+
+
+def test_of_an_animated_gif_the_first_frame_is_taken_and_told(read: Any, caplog: Any) -> None:
+    found = read(_animated("GIF")).pixels
+    assert (found == (255, 0, 0)).all()
+    assert "is animated; its first frame is taken" in caplog.text
+
+
+def test_gif_and_bmp_are_for_files_alone() -> None:
+    """What has no file of its own is held to the formats that a browser sends."""
+    for kind in ("GIF", "BMP"):
+        with pytest.raises(UsageError, match="is no PNG, JPEG or WebP picture"):
+            input_pictures._pixels(_saved(Image.new("RGB", (4, 4)), kind), "x")
+
+
 def _png(width: int, height: int) -> bytes:
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+def _bmp(width: int, height: int) -> bytes:
+    """Return a BMP that claims a size and holds no pixels."""
+    head = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 24, 0, 0, 0, 0, 0, 0)
+    return b"BM" + struct.pack("<IHHI", 54, 0, 0, 54) + head
 
 
 def _animated(kind: str) -> bytes:
@@ -108,9 +166,14 @@ def _animated(kind: str) -> bytes:
 
 SOUND = _saved(Image.fromarray(np.arange(4 * 4 * 3, dtype=np.uint8).reshape(4, 4, 3)), "PNG")
 REFUSED: dict[str, tuple[bytes, str]] = {
-    "empty": (b"", "is no PNG, JPEG or WebP picture"),
-    "text": (b"not a picture", "is no PNG, JPEG or WebP picture"),
-    "another format": (_saved(Image.new("RGB", (4, 4)), "GIF"), "is no PNG, JPEG or WebP picture"),
+    "empty": (b"", "is no PNG, JPEG, WebP, GIF or BMP picture"),
+    "text": (b"not a picture", "is no PNG, JPEG, WebP, GIF or BMP picture"),
+    "another format": (_saved(Image.new("RGB", (4, 4)), "TIFF"), "is no PNG, JPEG, WebP, GIF or BMP picture"),
+    "a GIF bomb": (b"GIF89a" + struct.pack("<HH", 10_000, 10_000) + _saved(Image.new("L", (4, 4)), "GIF")[10:],
+                   "10000x10000, more than 89478485 pixels"),
+    "a BMP bomb": (_bmp(10_000, 10_000), "10000x10000, more than 89478485 pixels"),
+    "a truncated GIF": (_saved(Image.new("L", (64, 64)), "GIF")[:40], "picture"),
+    "a truncated BMP": (_bmp(64, 64), "is a broken picture"),
     "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n", "is no PNG"),
     "truncated": (SOUND[:-30], "is a broken picture"),
     "a flipped bit": (SOUND[:50] + bytes([SOUND[50] ^ 1]) + SOUND[51:], "is a broken picture"),
@@ -229,10 +292,10 @@ def test_any_size_is_reached(sides: tuple[int, int, int, int], way: Any) -> None
 
 
 @settings(deadline=None, max_examples=150)
-@given(st.sampled_from([SOUND, _animated("WEBP"), _png(3, 3)]), st.data())
+@given(st.sampled_from([SOUND, _animated("WEBP"), _animated("GIF"), _bmp(3, 3) + bytes(36), _png(3, 3)]), st.data())
 def test_any_bytes_are_a_picture_or_refused(content: bytes, data: st.DataObject) -> None:
     damaged = bytearray(content[: data.draw(st.integers(0, len(content)))] + data.draw(st.binary(max_size=8)))
     for place in data.draw(st.lists(st.integers(0, max(len(damaged) - 1, 0)), max_size=4)) if damaged else []:
         damaged[place] = data.draw(st.integers(0, 255))
     with contextlib.suppress(UsageError):
-        assert input_pictures._pixels(bytes(damaged), "x").ndim == 3
+        assert input_pictures._pixels(bytes(damaged), "x", input_pictures.FILE_FORMATS).ndim == 3
