@@ -25,9 +25,7 @@ DISCARDING = frozenset({"dpm_2", "dpm_2_ancestral", "uni_pc", "uni_pc_bh2"})
 """Samplers for which ComfyUI spaces one step more and leaves out the last sigma before 0."""
 
 
-def comfyui_sigmas(
-    schedule: str, sampler: str, steps: int, training: Table, logs: Table
-) -> NDArray[np.float32]:
+def comfyui_sigmas(schedule: str, sampler: str, steps: int, training: Table, logs: Table) -> NDArray[np.float32]:
     """Return the falling sigmas, the last of them 0, of ComfyUI's scheduler `schedule` for `sampler`.
 
     `training` is ComfyUI's table, `logs` the logarithms that it keeps beside it. Raises UsageError for an unknown
@@ -77,7 +75,8 @@ def _karras(training: _Table, steps: int) -> Sigmas:
 
 
 def _exponential(training: _Table, steps: int) -> Sigmas:
-    return exp32(linspace32(*map(math.log, training.ends), steps))
+    high, low = training.ends
+    return exp32(linspace32(math.log(high), math.log(low), steps))
 
 
 def _ddim_uniform(training: _Table, steps: int) -> Sigmas:
@@ -102,7 +101,8 @@ def _linear_quadratic(training: _Table, steps: int) -> Sigmas:
     bend = (1.0 - threshold - slope * rest) / rest**2 if knee else 0.0
     beyond = np.maximum(step - knee, 0)
     removed = slope * step + bend * beyond**2
-    return (1.0 - removed).astype(np.float32) * training.sigmas[-1]
+    left: Sigmas = (1.0 - removed).astype(np.float32)
+    return left * training.sigmas[-1]
 
 
 def _kl_optimal(training: _Table, steps: int) -> Sigmas:

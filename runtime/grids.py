@@ -13,7 +13,7 @@ from sdxl_trt.runtime.comfy_schedules import DISCARDING
 from sdxl_trt.runtime.cuts import Cuts, make_cuts
 from sdxl_trt.runtime.sigmas import Schedule, make_comfyui_schedule, make_schedule
 from sdxl_trt.runtime.strength import first_step, grid_steps, is_whole, settled_strength
-from sdxl_trt.runtime.training_sigmas import comfyui_training_sigmas
+from sdxl_trt.runtime.training_sigmas import Table, comfyui_training_sigmas
 
 if TYPE_CHECKING:
     from sdxl_trt.runtime.request import Request
@@ -32,9 +32,13 @@ class _Expert:
 
     def shares(self, other: "_Expert") -> bool:
         """Return whether the grid of `other` is the same."""
-        tables = [comfyui_training_sigmas(each.scheduler, zero_terminal_snr=each.scheduler.rescale_betas_zero_snr)
-                  for each in (self, other)]  # fmt: skip
-        return np.array_equal(*tables) and (self.sampler in DISCARDING) == (other.sampler in DISCARDING)
+        alike = (self.sampler in DISCARDING) == (other.sampler in DISCARDING)
+        return alike and np.array_equal(self.table, other.table)
+
+    @property
+    def table(self) -> Table:
+        """Return the sigmas that the model was trained on."""
+        return comfyui_training_sigmas(self.scheduler, zero_terminal_snr=self.scheduler.rescale_betas_zero_snr)
 
 
 @dataclass(frozen=True)

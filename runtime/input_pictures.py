@@ -86,9 +86,9 @@ def as_input(picture: InputPicture | NDArray[Any]) -> InputPicture:
 def read_input(path: Path, option: str = "--image") -> InputPicture:
     """Return the picture in a file of FILE_FORMATS, or latents, the array `final` of an .npz or that of an .npy.
 
-    The picture is turned as its EXIF data says; of transparent ones the colours are taken, and 16 bits of grey are cut
-    off at 255, as diffusers and ComfyUI do, with a warning; so is the first frame of an animated GIF. Raises UsageError,
-    which calls the file by `option`, for one that is missing, too large, animated, broken, or something else.
+    The picture is turned as its EXIF data says. With a warning, the colours of a transparent one are taken and 16 bits
+    of grey are cut off at 255, as diffusers and ComfyUI do, and of an animated GIF the first frame. Raises UsageError,
+    which calls the file by `option`, for one that is missing, too large, animated otherwise, broken, or something else.
     """
     where = f"{option} {path}"
     content = _content(path, where)
@@ -182,8 +182,8 @@ def _rgb(picture: "Image", where: str) -> NDArray[np.uint8]:
         # 16 bits of grey; those of colours Pillow brings down itself.
         deep = np.asarray(picture)
         if deep.max() > WHITE:
-            log.warning("%s: is grey of 16 bits, and all above 255 is white, as in diffusers and ComfyUI; save it with 8"
-                        " bits", where)  # fmt: skip
+            log.warning("%s: is grey of 16 bits, of which all above 255 is white, as in diffusers and ComfyUI; save it"
+                        " with 8 bits", where)  # fmt: skip
         return np.repeat(np.clip(deep, 0, WHITE).astype(np.uint8)[:, :, None], 3, axis=2)
     if picture.has_transparency_data and np.asarray(picture.convert("RGBA"))[:, :, 3].min() < 255:
         log.warning("%s: is transparent in places; the colours below are taken", where)

@@ -2,7 +2,7 @@
 
 ``(x)`` raises the weight by a tenth and nests by multiplying, ``(x:1.3)`` states it, an inner statement wins, ``\\(``
 is a parenthesis of the text. What is not balanced is text, as far as ComfyUI (comfy/sd1_clip.py) takes it for that.
-``embedding:name`` stands for a trained embedding; there are none here, and as in ComfyUI one that is missing is left out.
+``embedding:name`` stands for a trained embedding; there are none here, and as in ComfyUI a missing one is left out.
 """
 
 __all__ = ["Chunk", "Segment", "chunked", "parse_weights", "weigh", "without_embeddings"]

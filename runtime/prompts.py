@@ -171,10 +171,10 @@ class PromptEncoder:
     def _check_range(self, stage: Stage, texts: Sequence[_Text], embeds: PromptEmbeds) -> None:
         """Raise UsageError for weights that take a prompt beyond what the stage's UNet is given it in."""
         heaviest = max((text.heaviest for text in texts), key=abs)
-        dtype = numpy_dtype(self._pool.bundle.manifest.components[stage.unet].input("encoder_hidden_states"))
+        dtype = np.dtype(numpy_dtype(self._pool.bundle.manifest.components[stage.unet].input("encoder_hidden_states")))
         if heaviest != 1.0 and not np.abs(embeds.hidden).max() <= np.finfo(dtype).max:
-            raise UsageError(f"a weight of {heaviest:g} in the prompt takes it beyond what the {np.dtype(dtype).name}"
-                             " UNet holds; choose one nearer to 1")  # fmt: skip
+            raise UsageError(f"a weight of {heaviest:g} in the prompt takes it beyond what the {dtype.name} UNet holds;"
+                             " choose one nearer to 1")  # fmt: skip
 
     def _run_all(self, rows: Iterable[_Row], following: str) -> dict[_Row, PromptEmbeds]:
         by_component: dict[str, list[_Row]] = {}

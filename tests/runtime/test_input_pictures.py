@@ -123,7 +123,7 @@ def test_grey_of_16_bits_is_cut_off_as_by_both_references(colours: np.ndarray, r
     content = _saved(Image.fromarray(grey * 256 + 77), "PNG")
     peers = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
     np.testing.assert_array_equal(read(content).pixels, peers)
-    assert "grey of 16 bits, and all above 255 is white" in caplog.text
+    assert "grey of 16 bits, of which all above 255 is white" in caplog.text
 
 
 @pytest.mark.parametrize(("kind", "mode"), [("GIF", "P"), ("GIF", "L"), ("BMP", "RGB"), ("BMP", "P"), ("BMP", "1")])

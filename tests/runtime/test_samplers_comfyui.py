@@ -135,8 +135,7 @@ NAMES = sorted({name.rsplit("_", 1)[0] for name in STEPS if name != "noise"})
 @pytest.mark.parametrize("name", NAMES)
 def test_step_by_step(name: str) -> None:
     """8 steps of `karras`: the latents before each, what they are estimated to come to, and the last ones."""
-    case = dict(model="eps", seed=5, steps=8, cfg=3.0, sampler=name, scheduler="karras", denoise=None, add_noise=True,
-                start=None, last=None, leftover=False, shape=[1, 4, 4, 4])  # fmt: skip
+    case = GROUPS["seed"][0][0] | {"seed": 5, "steps": 8, "sampler": name, "scheduler": "karras"}
     job, steps = _steps(case)
     trail: list[np.ndarray] = [job.latents.copy()]
     estimates = []
