@@ -17,7 +17,16 @@ from sdxl_trt.engines.errors import UsageError
 from sdxl_trt.engines.manifest import Scheduler, TensorSpec
 from sdxl_trt.runtime.conditioning import Conditions
 from sdxl_trt.runtime.denoiser import Denoiser
-from sdxl_trt.runtime.samplers import COMFYUI, SAMPLERS, STOCHASTIC, TWO_CALLS, bind_sampler, euler, sampler_names
+from sdxl_trt.runtime.samplers import (
+    COMFYUI,
+    COMFYUI_STOCHASTIC,
+    SAMPLERS,
+    STOCHASTIC,
+    TWO_CALLS,
+    bind_sampler,
+    euler,
+    sampler_names,
+)
 from sdxl_trt.runtime.schedules import FAMILIES
 from sdxl_trt.runtime.sigmas import make_schedule
 
@@ -26,7 +35,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 
 SDXL = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 SHAPE = (2, 4, 8, 8)
-ALL = [(name, False) for name in sampler_names()] + [(name, True) for name in COMFYUI]
+OTHERS = [*COMFYUI, *(name for name, ours in STOCHASTIC.items() if COMFYUI_STOCHASTIC[name] is not ours)]
+ALL = [(name, False) for name in sampler_names()] + [(name, True) for name in OTHERS]
 REMEMBERING = {"lms", "dpmpp_2m", "res_multistep", "deis", "uni_pc", "dpmpp_2m_sde", "dpmpp_3m_sde", "uni_pc_bh2"}
 # ComfyUI's UniPC ends at sigma 0.001.
 ENDS_NEAR = {("uni_pc", True): 2e-3, ("uni_pc_bh2", True): 2e-3}
@@ -242,3 +252,14 @@ def test_an_unknown_sampler_names_the_known_ones() -> None:
         bind_sampler("uni_pc_bh2", _noise())
     with pytest.raises(UsageError, match=r"choose one of: .*uni_pc_bh2"):
         bind_sampler("plms", _noise(), comfyui=True)
+
+
+@pytest.mark.parametrize(("name", "comfyui"), ALL)
+def test_a_caller_may_go_on_writing_into_the_latents_that_it_gave(name: str, comfyui: bool) -> None:
+    """As the pipeline does: the latents of all pictures are one array, and a group of them a view of it."""
+    sigmas = np.array([9, 4, 2, 0.5, 0], np.float32)
+    start = np.random.default_rng(1).standard_normal(SHAPE).astype(np.float32) * 9
+    *_, expected = bind_sampler(name, _noise(), comfyui=comfyui)(_denoise, start.copy(), sigmas)
+    for x in bind_sampler(name, _noise(), comfyui=comfyui)(_denoise, start, sigmas):
+        start[:] = x
+    np.testing.assert_array_equal(start, expected)
