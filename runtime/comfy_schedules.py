@@ -101,8 +101,8 @@ def _linear_quadratic(training: _Table, steps: int) -> Sigmas:
     bend = (1.0 - threshold - slope * rest) / rest**2 if knee else 0.0
     beyond = np.maximum(step - knee, 0)
     removed = slope * step + bend * beyond**2
-    left: Sigmas = (1.0 - removed).astype(np.float32)
-    return left * training.sigmas[-1]
+    sigmas: Sigmas = (1.0 - removed).astype(np.float32) * training.sigmas[-1]
+    return sigmas
 
 
 def _kl_optimal(training: _Table, steps: int) -> Sigmas:

@@ -64,7 +64,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory, digests: dict[str, str]) 
         export_bundle(files["base"], files["refiner"], root / "bundle", Options(precision="fp32"))
     for path in files.values():
         path.unlink()
-    with open_bundle(root / "bundle", provider="cpu", residency="resident") as opened:
+    with open_bundle(root / "bundle", provider="ort-cpu", residency="resident") as opened:
         yield opened
 
 
