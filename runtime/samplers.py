@@ -7,6 +7,7 @@ reads the latents and leaves them alone: the sampler goes on from them. Latents 
 __all__ = [
     "BROWNIAN",
     "COMFYUI",
+    "COMFYUI_STOCHASTIC",
     "SAMPLERS",
     "STOCHASTIC",
     "TWO_CALLS",
@@ -66,7 +67,7 @@ COMFYUI: dict[str, Sampler] = {
     "uni_pc_bh2": uni_pc_bh2_comfyui,
     "deis": deis_comfyui,
 }
-"""What ComfyUI means by a name where it differs from diffusers, if only in what is rounded."""
+"""What ComfyUI means by a name where it differs from diffusers, if only in what is rounded; as does the next."""
 COMFYUI_STOCHASTIC: dict[str, StochasticSampler] = STOCHASTIC | {
     "euler_ancestral": partial(euler_ancestral, split=ancestral32),
     "dpm_2_ancestral": partial(dpm_2_ancestral, split=ancestral32, middle=half_way),
