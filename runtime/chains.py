@@ -262,24 +262,19 @@ def _checked(batch: _Batch, source: Resized | Scaled) -> _Batch:
 
 
 def _last_sampled(output: Output) -> Sampled:
-    for each in ancestry(output.image):
-        if isinstance(each, Sampled):
-            return each
-    raise UsageError(f"node {output.node}: saves a picture that no sampler made; nothing is to be drawn")
+    return next(each for each in ancestry(output.image) if isinstance(each, Sampled))
 
 
 def _sampler_of(source: Encoded | Decoded, workflow: Workflow) -> Sampled:
     """Return the sampler whose latents are decoded, or the one that goes on from what is encoded."""
-    if isinstance(source, Decoded):
-        for each in ancestry(source):
-            if isinstance(each, Sampled):
-                return each
-        raise UsageError(f"node {source.node}: decodes latents that no sampler made; there is nothing to draw")
-    for output in workflow.outputs:
-        row = ancestry(output.image)
-        if source in row:
-            return next(each for each in reversed(row[: row.index(source)]) if isinstance(each, Sampled))
-    raise AssertionError(source)  # what is planned is part of an output
+    rows = [ancestry(output.image) for output in workflow.outputs]
+    row = next(row for row in rows if source in row)
+    place = row.index(source)
+    around = row[place:] if isinstance(source, Decoded) else row[:place][::-1]
+    found = next((each for each in around if isinstance(each, Sampled)), None)
+    if found is None:
+        raise UsageError(f"node {source.node}: codes a picture or latents that no sampler made or takes; leave it out")
+    return found
 
 
 def _finished(run: Run, index: int, unit: Values) -> Picture:

@@ -34,6 +34,7 @@ from sdxl_trt.runtime.workflow import (
     Scaled,
     VaeName,
     Workflow,
+    ancestry,
 )
 
 log = logging.getLogger("sdxl_trt.runtime")
@@ -137,6 +138,8 @@ class _Reader:
         self._check_values(node)
         prefix = str(stated(node, "filename_prefix")) if node.kind == DRAWN else ""
         image = self._image(linked(node, "images"))
+        if not any(isinstance(each, Sampled) for each in ancestry(image)):
+            raise UsageError(f"{node}: shows a picture that no sampler made; there is nothing to be drawn")
         return Output(image, prefix, node.id)
 
     def _read(self, link: Link, kind: str, readers: dict[str, Callable[[Node, int], Found]]) -> Found:

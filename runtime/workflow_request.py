@@ -26,7 +26,6 @@ from sdxl_trt.engines.errors import CorruptError, SizeError, UsageError
 from sdxl_trt.engines.files import contained
 from sdxl_trt.engines.manifest import Manifest
 from sdxl_trt.engines.plans import Limits
-from sdxl_trt.runtime.comfy_schedules import DISCARDING
 from sdxl_trt.runtime.input_pictures import InputPicture, read_input
 from sdxl_trt.runtime.request import Request, resolve
 from sdxl_trt.runtime.sides import Side, SideMix, StageName
@@ -133,15 +132,8 @@ def _samplings(decoded: Decoded) -> tuple[list[Sampling], Latents]:
 
 
 def _fits(samplings: Sequence[Sampling]) -> bool:
-    """Return whether samplers share one grid."""
-    first = samplings[0]
-    return all(
-        each.steps == first.steps
-        and each.schedule == first.schedule
-        # These leave out a sigma of a grid that is one step longer.
-        and (each.sampler in DISCARDING) == (first.sampler in DISCARDING)
-        for each in samplings
-    )
+    """Return whether samplers take the same steps of the same schedule."""
+    return len({(each.steps, each.schedule) for each in samplings}) == 1
 
 
 def _start(start: Latents) -> tuple[int, Latents]:
@@ -272,7 +264,7 @@ def load_image(loaded: Loaded, folder: Path) -> InputPicture:
         raise UsageError(f"{where}: {name[:80]!r} is not in the workflow's folder; put it into {folder}")
     picture = read_input(path, where)
     if picture.pixels is None:
-        raise UsageError(f"{where}: {name[:80]!r} is no picture; give a PNG, JPEG or WebP")
+        raise UsageError(f"{where}: {name[:80]!r} is no picture; give a PNG, JPEG, WebP, GIF or BMP")
     return picture
 
 

@@ -57,7 +57,8 @@ def _other(known: Input, value: Any) -> Any:
     if known.type == "STRING":
         return f"{value} too"
     number = value if isinstance(value, int | float) else 1
-    step = {"INT": 1, "FLOAT": 0.125}[known.type]
+    # Of a size less than a latent's ComfyUI takes no notice.
+    step = (64 if known.name in ("width", "height") else 1) if known.type == "INT" else 0.125
     return number + step if number + step <= known.high else number - step
 
 

@@ -161,7 +161,6 @@ SEVERAL: dict[str, Workflow] = {
     "three samplers": _workflow(BASE, REFINER, replace(REFINER, node="12")),
     "steps": _workflow(replace(BASE, steps=40), REFINER),
     "schedules": _workflow(replace(BASE, schedule="karras"), REFINER),
-    "grids": _workflow(replace(BASE, sampler="dpm_2"), REFINER),
     "one checkpoint": _workflow(BASE, replace(BASE, node="11")),
     "the refiner first": _workflow(REFINER, BASE),
     "the refiner from noise": _workflow(replace(REFINER, model=Model("the_refiner"),
