@@ -64,7 +64,7 @@ def _title(bundle: Bundle) -> str:
 
 def _ending(manifest: Manifest) -> Iterator[str]:
     for lora in manifest.loras:
-        yield f"LoRA {one_line(lora.name)} at {lora.scale:g}, in the base"
+        yield f"LoRA {one_line(lora.name)} at {lora.told}, in the base"
     if manifest.note:
         yield from ("", *paragraph("note: ", one_line(manifest.note)))
 
@@ -215,7 +215,10 @@ def _json(bundle: Bundle) -> dict[str, Any]:
         "onnx": manifest.onnx,
         "graphs": [_graph_json(name, component) for name, component in manifest.components.items()],
         "plans": [_plan_json(bundle, record) for record in manifest.plans],
-        "loras": [{"name": lora.name, "sha256": lora.sha256, "scale": lora.scale} for lora in manifest.loras],
+        "loras": [
+            {"name": lora.name, "sha256": lora.sha256, "scale": lora.scale, "text_scale": lora.encoder_scale}
+            for lora in manifest.loras
+        ],
         "note": manifest.note,
     }
 

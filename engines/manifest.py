@@ -168,6 +168,12 @@ class LoraRecord(Record, frozen=True, kw_only=True):
         """Return the scale on the text encoders."""
         return self.scale if self.text_scale is None else self.text_scale
 
+    @property
+    def told(self) -> str:
+        """Return the scale for a message, and that on the text encoders where it is another."""
+        both = "" if self.encoder_scale == self.scale else f" ({self.encoder_scale:g} on the text encoders)"
+        return f"{self.scale:g}{both}"
+
 
 class Manifest(Record, frozen=True, kw_only=True):
     """The whole of ``manifest.json``."""

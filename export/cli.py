@@ -17,7 +17,7 @@ from sdxl_trt.export.plan_options import PlanOptions, add_plan_options, plan_opt
 EPILOG = """examples:
   export-engines --fp16                                   the embedded pair, to ./sdxl-bundle
   export-engines --base sd_xl_base_1.0.safetensors --refiner sd_xl_refiner_1.0.safetensors --out sdxl --verify
-  export-engines --base stabilityai/stable-diffusion-xl-base-1.0 --no-refiner --lora style.safetensors:0.8
+  export-engines --base stabilityai/stable-diffusion-xl-base-1.0 --no-refiner --lora style.safetensors:0.8:0.5
   export-engines --engine tensorrt --out sdxl             plans for the bundle that is there, on this GPU
   export-engines --base my-fine-tune --no-refiner --vae madebyollin/sdxl-vae-fp16-fix --out mine --dry-run
 """
@@ -43,8 +43,9 @@ def _parser() -> Parser:
     refiner.add_argument("--refiner", metavar="SRC", help="the refiner (with mini: mini)")
     refiner.add_argument("--no-refiner", action="store_true", help="export the base alone")
     source.add_argument("--vae", metavar="SRC", help="take another autoencoder, sdxl-vae-fp16-fix for instance")
-    source.add_argument("--lora", action="append", default=[], metavar="FILE[:SCALE]",
-                        help="fuse a LoRA into the base; may be given several times")  # fmt: skip
+    source.add_argument("--lora", action="append", default=[], metavar="FILE[:UNET[:TE]]",
+                        help="fuse a LoRA into the base, with its scale on the UNet (default 1) and the text encoders"
+                        " (default: the UNet's); may be given several times")  # fmt: skip
     _add_target(parser.add_argument_group("bundle"))
     add_plan_options(parser.add_argument_group("plans (without a source, those of the bundle that --out names)"))
     parser.add_argument("--verify", action="store_true", help="compare every graph with PyTorch; exit 1 if one differs")
@@ -158,7 +159,7 @@ def _print(arguments: argparse.Namespace, told: Any) -> None:
 
 def _options(arguments: argparse.Namespace, *, twins: bool) -> Any:
     from sdxl_trt.export.components import Options  # noqa: PLC0415 - torch: --help must not wait for it
-    from sdxl_trt.export.lora import parse_lora_option  # noqa: PLC0415
+    from sdxl_trt.export.lora_option import parse_lora_option  # noqa: PLC0415
 
     names = arguments.components
     return Options(

@@ -12,9 +12,10 @@ from typing import Any, Literal, cast, get_args
 from sdxl_trt.engines.errors import SourceError, UsageError
 from sdxl_trt.engines.manifest import Kind, Precision
 from sdxl_trt.export.graphs import context_width, make_graph
-from sdxl_trt.export.lora import check_fits, fuse
-from sdxl_trt.export.lora_file import Lora
+from sdxl_trt.export.lora import ScaledLora, check_fits, fuse
+from sdxl_trt.export.lora_names import COMPONENTS as LORA_COMPONENTS
 from sdxl_trt.export.lora_names import Component as LoraComponent
+from sdxl_trt.export.lora_option import LoraOption
 from sdxl_trt.export.models import MetaModel, build_model
 from sdxl_trt.export.sources import ModelSource, PipelineSource
 from sdxl_trt.export.tensors import Checkpoint, digest_tensors, resolve_names
@@ -44,7 +45,8 @@ class Options:
     `vae_precision` "auto" is fp32 where the autoencoder's config says `force_upcast`, else the `precision` of all;
     with `twins` such an autoencoder is exported in bf16 too, for TensorRT, unless all is to be fp32;
     "mixed" keeps the end of the decoder, and the encoder, in fp32. `vae` takes another autoencoder for both stages.
-    `loras` are (file, scale) pairs, fused into the base. `components` limits what is exported; the others stay as the
+    `loras` are (file, scale) or (file, UNet's scale, text encoders' scale), fused into the base; kept as LoraOption.
+    `components` limits what is exported; the others stay as the
     bundle at the target has them. `verify` compares the result with PyTorch, `force` exports what is unchanged too.
     """
 
@@ -53,12 +55,13 @@ class Options:
     twins: bool = False
     opset: int = 23
     vae: str | Path | None = None
-    loras: tuple[tuple[Path, float], ...] = ()
+    loras: tuple[tuple[Path, float] | tuple[Path, float, float | None], ...] = ()
     components: frozenset[str] | None = None
     verify: bool = False
     force: bool = False
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "loras", tuple(LoraOption(*lora) for lora in self.loras))
         if self.opset not in OPSETS:
             raise UsageError(f"--opset {self.opset}: choose from {OPSETS[0]} to {OPSETS[-1]}")
         if self.vae_precision not in get_args(VaePrecision):
@@ -120,7 +123,7 @@ def plan_components(
     refiner: PipelineSource | None,
     options: Options,
     warn: Callable[[str], None],
-    loras: Sequence[tuple[Lora, float]] = (),
+    loras: Sequence[ScaledLora] = (),
 ) -> tuple[dict[str, ComponentPlan], dict[str, StagePlan]]:
     """Return the components to export by name, and the stages that refer to them. LoRAs go into the base only.
 
@@ -159,7 +162,7 @@ def _check_latents(base: StagePlan, refiner: StagePlan, warn: Callable[[str], No
 
 
 def _plan_stage(
-    pipeline: PipelineSource, options: Options, warn: Callable[[str], None], loras: Sequence[tuple[Lora, float]]
+    pipeline: PipelineSource, options: Options, warn: Callable[[str], None], loras: Sequence[ScaledLora]
 ) -> tuple[StagePlan, dict[str, ComponentPlan]]:
     models: dict[str, MetaModel] = {}
     checkpoints: dict[str, Checkpoint] = {}
@@ -167,9 +170,11 @@ def _plan_stage(
         where = source.where
         models[name] = build_model(source.class_name, source.config, where)
         checkpoints[name] = resolve_names(source.checkpoint(), models[name].state, where, warn)
-    check_fits((lora for lora, _ in loras), models)
-    for name in models.keys() & {"unet", "text_encoder", "text_encoder_2"} if loras else ():
-        checkpoints[name] = fuse(checkpoints[name], cast("LoraComponent", name), loras, models[name].config)
+    check_fits((each.lora for each in loras), models)
+    for name in cast("list[LoraComponent]", [*models.keys() & {*LORA_COMPONENTS}] if loras else []):
+        checkpoints[name] = fuse(
+            checkpoints[name], name, [(each.lora, each.on(name)) for each in loras], models[name].config
+        )
 
     def plan(name: str, kind: Kind, precision: Precision, time_ids: int = 0, pooled: int = 0) -> ComponentPlan:
         source = pipeline.models[name]

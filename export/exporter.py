@@ -14,14 +14,15 @@ from pathlib import Path
 from sdxl_trt.engines.bundle import Bundle, read_bundle, write_manifest
 from sdxl_trt.engines.digests import verify_file
 from sdxl_trt.engines.errors import IncompatibleError, SdxlTrtError, UsageError
-from sdxl_trt.engines.manifest import FORMAT_NAME, FORMAT_VERSION, Component, LoraRecord, Manifest
+from sdxl_trt.engines.manifest import FORMAT_NAME, FORMAT_VERSION, Component, Manifest
 from sdxl_trt.engines.plans import PLANS
 from sdxl_trt.export.budget import Needs, measure
 from sdxl_trt.export.components import Options, StagePlan, plan_components
 from sdxl_trt.export.conversion import RECORD_FILE, convert
 from sdxl_trt.export.jobs import Job, plan_jobs
-from sdxl_trt.export.lora import REFINER_NOTE
-from sdxl_trt.export.lora_file import Lora, open_lora
+from sdxl_trt.export.lora import REFINER_NOTE, ScaledLora
+from sdxl_trt.export.lora_file import open_lora
+from sdxl_trt.export.lora_option import LoraOption
 from sdxl_trt.export.manifests import stage_record, write_tokenizers
 from sdxl_trt.export.optimum_layout import write_optimum
 from sdxl_trt.export.progress import Progress, Report
@@ -43,7 +44,7 @@ class ExportPlan:
     refiner: PipelineSource | None
     stages: dict[str, StagePlan]
     jobs: dict[str, Job]
-    loras: tuple[tuple[Lora, float], ...]
+    loras: tuple[ScaledLora, ...]
     previous: Bundle | None
     needs: Needs
     note: str = ""
@@ -131,7 +132,7 @@ def planned(base: Path | str, refiner: Path | str | None, out: Path, options: Op
     """Yield the plan of an export; the sources stay open inside."""
     with contextlib.ExitStack() as stack:
         sources = _open_sources(base, refiner, options, stack)
-        loras = tuple((open_lora(path), scale) for path, scale in options.loras)
+        loras = tuple(_open_lora(LoraOption(*lora)) for lora in options.loras)
         if loras and sources[1] is not None:
             log.warning("%s", REFINER_NOTE)
         previous = previous_bundle(out)
@@ -191,7 +192,7 @@ def _make(plan: ExportPlan, folder: Path, options: Options, report: Report) -> B
         tokenizers=tokenizers,
         base=stages["base"],
         refiner=stages.get("refiner"),
-        loras=tuple(LoraRecord(name=lora.name, sha256=lora.sha256, scale=scale) for lora, scale in plan.loras),
+        loras=tuple(lora.record() for lora in plan.loras),
         plans=take_over_plans(plan.previous, records, folder) if plan.previous else (),
         note=plan.note,
     )
@@ -206,6 +207,14 @@ def _make(plan: ExportPlan, folder: Path, options: Options, report: Report) -> B
                 log.warning("%s: %s", name, text)
         verified.require()
     return bundle
+
+
+def _open_lora(option: LoraOption) -> ScaledLora:
+    """Return the LoRA of an option, and say what of it changes nothing."""
+    lora = ScaledLora(open_lora(option.file), option.scale, option.text_scale)
+    for note in lora.notes():
+        log.warning("%s", note)
+    return lora
 
 
 def _drop_strays(folder: Path, wanted: set[str]) -> None:

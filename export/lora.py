@@ -1,18 +1,19 @@
-"""LoRA fused at export: base weights plus scale · alpha / rank · up @ down, one tensor at a time."""
+"""LoRA fused at export: the base's weights with what a file does to them, one tensor at a time."""
 
-__all__ = ["REFINER_NOTE", "check_fits", "fuse", "parse_lora_option"]
+__all__ = ["REFINER_NOTE", "ScaledLora", "check_fits", "fuse"]
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from sdxl_trt.engines.errors import CorruptError, SourceError, UsageError
-from sdxl_trt.export.lora_file import Branch, Lora
-from sdxl_trt.export.lora_names import Component, module_spellings
+from sdxl_trt.engines.errors import CorruptError, SourceError
+from sdxl_trt.engines.manifest import LoraRecord
+from sdxl_trt.export.lora_file import Lora, same_tensors
+from sdxl_trt.export.lora_kinds import Branch
+from sdxl_trt.export.lora_merge import merge
+from sdxl_trt.export.lora_names import COMPONENTS, Component, module_spellings
 from sdxl_trt.export.models import MetaModel
 from sdxl_trt.export.tensors import Checkpoint
 
@@ -20,39 +21,47 @@ REFINER_NOTE = (
     "the refiner was not trained with this LoRA and repaints the last steps as it knows them: it weakens or distorts"
     " the LoRA's style and subject; hand off later (--handoff 0.9 or more), or generate with --no-refiner"
 )
-_ENDING = ".safetensors"
 _LARGEST = torch.finfo(torch.float32).max
-_POINTS: tuple[tuple[int, ...], ...] = ((), (1, 1))
+# What a UNet's cross attention takes gives its family away, as do the widths of the encoders.
+_CONTEXTS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "SDXL's base", 1280: "SDXL's refiner"}
 
 
-def parse_lora_option(text: str) -> tuple[Path, float]:
-    """Return the file and the scale of ``FILE.safetensors[:SCALE]``; without a scale it is 1, and it may be negative.
+@dataclass(frozen=True)
+class ScaledLora:
+    """An opened LoRA with its scale on the UNet, and on the text encoders where that is another (else None)."""
 
-    Only what follows the last colon is a scale, so a name may hold others. Raises UsageError.
-    """
-    if text.lower().endswith(_ENDING):
-        return Path(text), 1.0
-    head, _, tail = text.rpartition(":")
-    if not head.lower().endswith(_ENDING):
-        raise UsageError(
-            f"--lora {text}: expected FILE.safetensors or FILE.safetensors:SCALE, such as a.safetensors:0.8"
-        )
-    try:
-        scale = float(tail)
-    except ValueError:
-        scale = math.nan
-    if not math.isfinite(scale):
-        raise UsageError(f"--lora {text}: {tail!r} is no scale; give a finite number after the colon, such as 0.8")
-    return Path(head), scale
+    lora: Lora
+    scale: float
+    text_scale: float | None = None
+
+    def on(self, component: Component) -> float:
+        """Return the scale on a component."""
+        return self.scale if component == "unet" or self.text_scale is None else self.text_scale
+
+    def record(self) -> LoraRecord:
+        """Return what a manifest says of it."""
+        text_scale = None if self.text_scale == self.scale else self.text_scale
+        return LoraRecord(name=self.lora.name, sha256=self.lora.sha256, scale=self.scale, text_scale=text_scale)
+
+    def notes(self) -> Iterator[str]:
+        """Yield what is left out of the file, and scales that have nothing to scale."""
+        yield from self.lora.notes
+        if self.text_scale is not None and self.text_scale != self.scale:
+            if "unet" not in self.lora.branches:
+                yield f"{self.lora.path}: has nothing for the UNet, so that its scale {self.scale:g} changes nothing"
+            elif self.lora.branches.keys() == {"unet"}:
+                yield (f"{self.lora.path}: has nothing for the text encoders, so that their scale {self.text_scale:g}"
+                       " changes nothing")  # fmt: skip
 
 
 def check_fits(loras: Iterable[Lora], models: Mapping[str, MetaModel]) -> None:
     """Raise SourceError unless every module of every LoRA is one of the base's `models`, with fitting shapes."""
     for lora in loras:
-        for component in lora.branches:
+        # The UNet's shapes say the most about what a LoRA was trained on.
+        for component in sorted(lora.branches, key=COMPONENTS.index):
             if component not in models:
-                raise SourceError(f"{lora.path}: LoRA for another model: it changes a {component}, which this base has"
-                                  " not; use one that was trained on it")  # fmt: skip
+                raise SourceError(f"{lora.path}: changes a {component}, which this base has not; use a LoRA that was"
+                                  " trained on it")  # fmt: skip
             _targets(lora, component, models[component].state, models[component].config)
 
 
@@ -62,9 +71,9 @@ def fuse(
     loras: Sequence[tuple[Lora, float]],
     config: Mapping[str, Any],
 ) -> Checkpoint:
-    """Return `checkpoint`, under published names, with (LoRA, scale) pairs added to the weights as they are read.
+    """Return `checkpoint`, under published names, with (LoRA, scale) pairs fused, in order, as its tensors are read.
 
-    A weight that a LoRA touches is summed and given in fp32, whatever the checkpoint's dtype, so that it is rounded
+    A tensor that a LoRA touches is computed and given in fp32, whatever the checkpoint's dtype, so that it is rounded
     once, when it is written; its TensorInfo says F32. All others are read as before. One tensor and its branches
     are in memory at a time. `config` is the component's. Raises SourceError for a LoRA that does not fit, and while
     reading CorruptError for one with NaN or infinite weights, or whose sum is beyond fp32.
@@ -82,23 +91,19 @@ def fuse(
 
 @dataclass(frozen=True)
 class _Addition:
-    """What one LoRA adds: its branches by the published name of the weight beside them."""
+    """What one LoRA does: its branches by the published name of the tensor that each changes."""
 
     lora: Lora
     scale: float
     branches: Mapping[str, Branch]
 
-    def factors(self, names: Iterable[str]) -> Iterator[tuple[torch.Tensor, torch.Tensor, float]]:
-        """Yield up (out, r), down (r, in · kernel) and their factor, for those of `names` that the LoRA touches."""
+    def tensors(self, names: Iterable[str]) -> Iterator[dict[str, torch.Tensor]]:
+        """Yield the parts of the branches, in fp32, for those of `names` that the LoRA touches."""
         branches = [self.branches[name] for name in names if name in self.branches]
         infos = [info for branch in branches for info in branch.infos]
-        tensors = self._read(Checkpoint({info.key: info for info in infos}), [info.key for info in infos])
+        read = self._read(Checkpoint({info.key: info for info in infos}), [info.key for info in infos])
         for branch in branches:
-            up = next(tensors).flatten(1)
-            down = next(tensors)
-            if branch.mid is not None:
-                down = torch.einsum("ijkl,jr->irkl", next(tensors), down.flatten(1))
-            yield up, down.flatten(1), self.scale * branch.scaling
+            yield {part: next(read) for part in branch.parts}
 
     def _read(self, checkpoint: Checkpoint, keys: Iterable[str]) -> Iterator[torch.Tensor]:
         for key, tensor in checkpoint.read(keys):
@@ -109,7 +114,7 @@ class _Addition:
 
 
 class _FusedCheckpoint(Checkpoint):
-    """A checkpoint whose read() adds the LoRAs' products to the weights that they touch."""
+    """A checkpoint whose read() changes the tensors that the LoRAs touch."""
 
     def __init__(self, base: Checkpoint, additions: Sequence[_Addition]) -> None:
         touched = {name for addition in additions for name in addition.branches}
@@ -122,25 +127,25 @@ class _FusedCheckpoint(Checkpoint):
         """Yield (name, tensor) in the given order, holding one tensor and its branches at a time."""
         wanted = list(names)
         # Each file is read once, in step with the base: opening it anew for every weight would cost its header.
-        streams = [(addition, addition.factors(wanted)) for addition in self._additions]
+        streams = [(addition, addition.tensors(wanted)) for addition in self._additions]
         for name, tensor in self._base.read(wanted):
             touching = [(addition, stream) for addition, stream in streams if name in addition.branches]
-            yield name, self._sum(name, tensor, touching) if touching else tensor
+            yield name, self._fused(name, tensor, touching) if touching else tensor
 
-    def _sum(self, name: str, tensor: torch.Tensor, touching: Iterable[tuple[_Addition, Any]]) -> torch.Tensor:
+    def _fused(self, name: str, tensor: torch.Tensor, touching: Iterable[tuple[_Addition, Any]]) -> torch.Tensor:
         # A copy even of fp32: the tensor may be the file's own mapped memory.
         fused = tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        rows = fused.view(tensor.shape[0], -1)
+        fused = fused.reshape(self.tensors[name].shape)
         for addition, stream in touching:
-            up, down, factor = next(stream)
-            finite = abs(factor) <= _LARGEST
+            parts, branch = next(stream), addition.branches[name]
+            finite = abs(addition.scale * branch.scaling) <= _LARGEST
             if finite:
-                rows.addmm_(up, down, alpha=factor)
-                finite = _is_finite(rows) or not _is_finite(tensor)
+                merge(fused, branch, parts, addition.scale)
+                finite = _is_finite(fused) or not _is_finite(tensor)
             if not finite:
                 raise CorruptError(f"{addition.lora.path}: makes {name} infinite at scale {addition.scale}; lower the"
                                    " scale, or get a sound copy of the LoRA")  # fmt: skip
-        return fused.reshape(self.tensors[name].shape)
+        return fused
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
@@ -151,31 +156,38 @@ def _is_finite(tensor: torch.Tensor) -> bool:
 def _targets(
     lora: Lora, component: Component, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]
 ) -> dict[str, Branch]:
-    """Return the branches by the published name of the weight that each is added to."""
+    """Return the branches by the published name of the tensor that each changes."""
     spellings = module_spellings(component, shapes, config)
     targets: dict[str, Branch] = {}
-    for module, branch in lora.branches[component].items():
-        name = spellings.get(module)
-        given = " and ".join(f"{info.key!r} {list(info.shape)}" for info in branch.infos)
-        if name is None:
-            raise SourceError(f"{lora.path}: LoRA for another model: it has {given}, and this base's {component} has no"
-                              " such module; use one that was trained on SDXL base")  # fmt: skip
-        if not _fits(branch, shapes[name]):
-            raise SourceError(f"{lora.path}: LoRA for another model: it has {given}, but {component} has {name} of"
-                              f" shape {list(shapes[name])}; use one that was trained on SDXL base")  # fmt: skip
-        if name in targets:
-            raise SourceError(f"{lora.path}: {branch.down.key!r} and {targets[name].down.key!r} are two names of one"
-                              " module; remove one of them")  # fmt: skip
-        targets[name] = branch
+    for branch in lora.branches[component]:
+        name = f"{spellings.get(branch.place.module)}.{'bias' if branch.bias else 'weight'}"
+        if name not in shapes or not branch.fits(shapes[name]):
+            raise SourceError(f"{lora.path}: {_misfit(lora, branch, shapes, name)}")
+        if name not in targets:
+            targets[name] = branch
+        elif not same_tensors(branch, targets[name]):
+            raise SourceError(f"{lora.path}: {branch.infos[0].key!r} and {targets[name].infos[0].key!r} are two names"
+                              " of one module and differ; remove one of them")  # fmt: skip
     return targets
 
 
-def _fits(branch: Branch, shape: tuple[int, ...]) -> bool:
-    """Return whether up @ down, or up @ mid @ down, has the weight's shape (out, in, *kernel)."""
-    kernel = shape[2:]
-    # A 1x1 convolution is a matrix, and trainers store it as either.
-    points = _POINTS if kernel in _POINTS else (kernel,)
-    ends = branch.up.shape[0] == shape[0] and branch.down.shape[1] == shape[1] and branch.up.shape[2:] in _POINTS
-    if branch.mid is None:
-        return ends and branch.down.shape[2:] in points
-    return ends and branch.down.shape[2:] in _POINTS and branch.mid.shape[2:] == kernel != ()
+def _misfit(lora: Lora, branch: Branch, shapes: Mapping[str, tuple[int, ...]], name: str) -> str:
+    """Return why `branch` cannot change the tensor `name`: what the shapes say of its model, if they do."""
+    component = branch.place.component
+    contexts = {each.inputs: each for each in lora.branches.get("unet", ()) if _takes_context(each)}
+    own = next((shape[1] for key, shape in shapes.items() if key.endswith(".attn2.to_k.weight")), None)
+    for context, each in contexts.items():
+        if context in _CONTEXTS and own is not None and context != own:
+            return (f"LoRA for another model: {each.told()} takes a context of {context}, as in {_CONTEXTS[context]},"
+                    f" and this base's is {own}; use one that was trained on SDXL base")  # fmt: skip
+    if name in shapes:
+        return (f"LoRA for another model: it has {branch.told()}, but {component} has {name} of shape"
+                f" {list(shapes[name])}; use one that was trained on SDXL base")  # fmt: skip
+    what = "a bias there" if branch.bias else "a module of that name"
+    return (f"has {branch.told()}, and this base's {component} has not {what}; use a LoRA that was trained on SDXL"
+            " base, or remove these keys")  # fmt: skip
+
+
+def _takes_context(branch: Branch) -> bool:
+    module = branch.place.module.replace("_", ".")
+    return not branch.bias and "attn2" in module and module.endswith((".to.k", ".to.v"))

@@ -1,4 +1,4 @@
-"""The settings that peft stores with an adapter, as far as they decide how strongly a LoRA is added."""
+"""The settings that peft stores with an adapter, as far as they decide what it does to a weight."""
 
 __all__ = ["AdapterSettings", "read_settings"]
 
@@ -10,13 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from sdxl_trt.engines.errors import CorruptError, SourceError, explain_os_error
+from sdxl_trt.export.lora_kinds import Branch
 from sdxl_trt.export.lora_names import COMPONENTS, PEFT_ROOT, Component
 
 _HEADER_KEY = "lora_adapter_metadata"
 _SIDE_FILE = "adapter_config.json"
-# What makes more of a branch than scaling · up @ down, and what also changes the base.
-_BEYOND_LORA = ("use_dora", "fan_in_fan_out", "layer_replication", "lora_bias", "modules_to_save", "use_qalora")
-_CHANGES_BASE = ("corda", "loftq", "olora", "pissa")
+_TYPES = {"LORA": "LoRA", "LOHA": "LoHa", "LOKR": "LoKr"}
+# What makes more of a branch than its tensors say, and what also changes the base.
+_BEYOND_TENSORS = ("fan_in_fan_out", "layer_replication", "lora_bias", "modules_to_save", "use_qalora", "use_bdlora",
+                   "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "velora_config",
+                   "target_parameters", "trainable_token_indices")  # fmt: skip
+_CHANGES_BASE = ("corda", "loftq", "lora_ga", "mica", "olora", "pissa")
 _REGEX = frozenset("*+?()[]{}|\\$^")
 
 
@@ -28,34 +32,61 @@ class AdapterSettings:
     by_component: Mapping[Component, Mapping[str, Any]]
     side_file: bytes = b""
 
-    def scaling(self, component: Component, module: str, rank: int) -> float:
-        """Return alpha / r, or alpha / √r for a rank-stabilized LoRA; 1 without settings, as in diffusers."""
-        settings = self.by_component[component]
-        alpha = settings.get("lora_alpha")
-        for pattern, own in (settings.get("alpha_pattern") or {}).items():
-            if self._matches(pattern, module):
-                alpha = own
-                break
-        if alpha is None:
+    def scaling(self, branch: Branch) -> float:
+        """Return alpha / r, or alpha / √r for a rank-stabilized LoRA; 1 without settings, as in diffusers.
+
+        Raises SourceError for settings of another kind of adapter than `branch`, CorruptError for broken ones.
+        """
+        settings = self.by_component[branch.place.component]
+        if branch.kind == "difference" or not settings:
             return 1.0
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-            raise CorruptError(
-                f"{self.path}: lora_alpha {alpha!r} is no finite number; the LoRA's settings are damaged"
-            )
+        self._check_kind(settings, branch)
+        lora = branch.kind == "LoRA"
+        alpha = self._number(branch, "lora_alpha" if lora else "alpha", "alpha_pattern")
+        # peft's LoKr and LoHa divide by the rank of their settings even where nothing is of a lower rank.
+        rank = branch.rank if lora else self._number(branch, "r", "rank_pattern")
+        if alpha is None or rank is None:
+            return 1.0
         return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
-    def _matches(self, pattern: str, module: str) -> bool:
+    def _check_kind(self, settings: Mapping[str, Any], branch: Branch) -> None:
+        kind = settings.get("peft_type", "LORA" if "lora_alpha" in settings else None)
+        if kind is not None and _TYPES.get(str(kind).upper().rpartition(".")[2]) != branch.kind:
+            raise SourceError(f"{self.path}: {branch.infos[0].key!r} is of a {branch.kind}, and the file's settings are"
+                              f" of a {kind}; save the adapter again")  # fmt: skip
+        if bool(settings.get("use_dora")) != ("magnitude" in branch.parts) and branch.kind == "LoRA":
+            raise SourceError(f"{self.path}: use_dora is {bool(settings.get('use_dora'))} in the settings, but"
+                              f" {branch.infos[0].key!r} has {'a' if 'magnitude' in branch.parts else 'no'} magnitude"
+                              " vector; save the adapter again")  # fmt: skip
+
+    def _number(self, branch: Branch, name: str, patterns: str) -> float | None:
+        """Return the setting `name`, or what the first of its `patterns` that names the branch's module says."""
+        settings = self.by_component[branch.place.component]
+        value = settings.get(name)
+        for pattern, own in (settings.get(patterns) or {}).items():
+            if self._matches(pattern, branch.place.module, patterns):
+                value = own
+                break
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise CorruptError(f"{self.path}: {name} {value!r} is no finite number; the LoRA's settings are damaged")
+        if name == "r" and value <= 0:
+            raise CorruptError(f"{self.path}: r {value!r} is no rank; the LoRA's settings are damaged")
+        return value
+
+    def _matches(self, pattern: str, module: str, patterns: str) -> bool:
         # peft takes patterns as regular expressions; those of a stranger are not run, and trainers write plain names.
         name = pattern.removeprefix("^").replace("\\.", ".")
         if _REGEX & set(name):
-            raise SourceError(f"{self.path}: alpha_pattern {pattern!r} is no module's name; save the LoRA with names")
+            raise SourceError(f"{self.path}: {patterns} {pattern!r} is no module's name; save the LoRA with names")
         return module == name or (module.endswith(f".{name}") and not pattern.startswith("^"))
 
 
 def read_settings(path: Path, keys: Iterable[str], header: Mapping[str, str]) -> AdapterSettings:
     """Return the settings in the `header` of the LoRA at `path`, or in adapter_config.json beside a file of peft's.
 
-    Raises SourceError for settings that are not plain LoRA's, CorruptError for broken ones.
+    Raises SourceError for settings that are not followed, CorruptError for broken ones.
     """
     side = path.with_name(_SIDE_FILE)
     own = _parse(path, header[_HEADER_KEY]) if _HEADER_KEY in header else {}
@@ -86,12 +117,13 @@ def _parse(path: Path, text: str | bytes) -> dict[str, Any]:
 
 
 def _checked(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    beyond = next((name for name in _BEYOND_LORA if settings.get(name)), None)
+    beyond = next((name for name in _BEYOND_TENSORS if settings.get(name)), None)
     start = settings.get("init_lora_weights")
     if beyond is None and isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
         beyond = f"init_lora_weights {start!r}"
     if beyond is not None:
-        raise SourceError(f"{path}: was trained with {beyond}, and only plain LoRA is fused; merge it with peft")
-    if not isinstance(settings.get("alpha_pattern") or {}, dict):
-        raise CorruptError(f"{path}: alpha_pattern is no JSON object; the LoRA's settings are damaged")
+        raise SourceError(f"{path}: was trained with {beyond}, which is not fused here; merge it with peft")
+    for patterns in ("alpha_pattern", "rank_pattern"):
+        if not isinstance(settings.get(patterns) or {}, dict):
+            raise CorruptError(f"{path}: {patterns} is no JSON object; the LoRA's settings are damaged")
     return settings

@@ -10,6 +10,7 @@ from typing import Any, TextIO
 
 from sdxl_trt.engines.bundle import Bundle
 from sdxl_trt.engines.command import CLEAR_LINE, Told, one_line
+from sdxl_trt.engines.manifest import LoraRecord
 from sdxl_trt.export.budget import Needs
 from sdxl_trt.export.exporter import ExportPlan
 from sdxl_trt.export.progress import Event, Progress
@@ -33,10 +34,17 @@ def of_plan(plan: ExportPlan) -> Told:
         f"  {one_line(part['source'])}"
         for name, part in parts.items()
     ]
+    loras = [lora.record() for lora in plan.loras]
+    lines += [f"  LoRA {one_line(lora.name)} at {lora.told}, in the base" for lora in loras]
     lines.append(_told_needs(plan.needs))
     needs = {"disk": plan.needs.disk, "disk_free": plan.needs.disk_free, "memory": plan.needs.memory,
              "memory_free": plan.needs.memory_free}  # fmt: skip
-    return Told(lines, {"dry_run": True, "components": parts, "needs": needs, "note": plan.note})
+    return Told(lines, {"dry_run": True, "components": parts, "loras": [_lora_json(lora) for lora in loras],
+                        "needs": needs, "note": plan.note})  # fmt: skip
+
+
+def _lora_json(lora: LoraRecord) -> dict[str, Any]:
+    return {"name": lora.name, "sha256": lora.sha256, "scale": lora.scale, "text_scale": lora.encoder_scale}
 
 
 def _told_needs(needs: Needs) -> str:
@@ -62,7 +70,7 @@ def of_export(bundle: Bundle | None, out: Path, seconds: float) -> Told:
         }
         for name, component in manifest.components.items()
     }
-    loras = [{"name": lora.name, "sha256": lora.sha256, "scale": lora.scale} for lora in manifest.loras]
+    loras = [_lora_json(lora) for lora in manifest.loras]
     told = {"bundle": str(bundle.root), "seconds": seconds, "components": parts, "loras": loras,
             "refiner": manifest.refiner is not None, "note": manifest.note}  # fmt: skip
     return Told(_lines(bundle, told), told)
@@ -73,7 +81,7 @@ def _lines(bundle: Bundle, told: dict[str, Any]) -> list[str]:
         f"  {name:<24} {part['precision']:<6} {part['parameters'] / 1e6:9.2f} M  {part['bytes'] / 2**20:9.1f} MiB"
         for name, part in told["components"].items()
     ]
-    lines += [f"  LoRA {one_line(lora['name'])} at {lora['scale']:g}, in the base" for lora in told["loras"]]
+    lines += [f"  LoRA {one_line(lora.name)} at {lora.told}, in the base" for lora in bundle.manifest.loras]
     total = sum(part["bytes"] for part in told["components"].values()) / 2**20
     lines.append(f"{bundle.root}: {total:.1f} MiB in {told['seconds']:.0f} s")
     if told["note"]:

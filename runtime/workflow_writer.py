@@ -74,7 +74,7 @@ class _Model:
         self.unet: Link = [checkpoint, 0]
         self.clip: Link = [checkpoint, 1]
         for lora in loras:
-            strengths = {"strength_model": lora.scale, "strength_clip": lora.scale}
+            strengths = {"strength_model": lora.scale, "strength_clip": lora.encoder_scale}
             loader = graph.add("LoraLoader", lora_name=lora.name, **strengths, model=self.unet, clip=self.clip)
             self.unet, self.clip = [loader, 0], [loader, 1]
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
-from sdxl_trt.engines.errors import CorruptError, SourceError, UsageError
-from sdxl_trt.export.lora import REFINER_NOTE, check_fits, fuse, parse_lora_option
+from sdxl_trt.engines.errors import CorruptError, SourceError
+from sdxl_trt.export.lora import REFINER_NOTE, check_fits, fuse
 from sdxl_trt.export.lora_file import Lora, open_lora
 from sdxl_trt.export.lora_names import COMPONENTS, Component
 from sdxl_trt.export.models import MetaModel, build_model
@@ -227,12 +227,9 @@ def test_the_sum_is_fp32_whatever_the_checkpoint(half: Base, write: Callable[...
         assert checkpoint.tensors[name].dtype == names[tensor.dtype] == ("F32" if name in touched else "F16")
         assert checkpoint.tensors[name].shape == tensor.shape
         assert (name in touched) != torch.equal(tensor, plain[name])
-    branch = dict(lora.branches["unet"])[KINDS[0].replace(".", "_")]
-    factors = dict(open_file(lora.path).read([branch.up.key, branch.down.key]))
-    exact = (
-        plain[f"{KINDS[0]}.weight"].double()
-        + 0.05 * factors[branch.up.key].double() @ factors[branch.down.key].double()
-    )
+    up, down = (f"{_kohya(KINDS[0])}.lora_{part}.weight" for part in ("up", "down"))
+    factors = dict(open_file(lora.path).read([up, down]))
+    exact = plain[f"{KINDS[0]}.weight"].double() + 0.05 * factors[up].double() @ factors[down].double()
     torch.testing.assert_close(tensors[f"{KINDS[0]}.weight"].double(), exact, rtol=3e-7, atol=3e-8)
 
 
@@ -308,16 +305,28 @@ def _pair(module: str, out: int, inner: int, *kernel: int) -> dict[str, torch.Te
     }
 
 
+ATTN2 = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_v"
+TEXT_FC1 = "text_model_encoder_layers_{}_mlp_fc1"
+
+
 @pytest.mark.parametrize(
     ("tensors", "says"),
     [
-        # SD 1.5's width, a module of SDXL's larger middle, Flux in kohya's names, a wrong kernel, a refiner's width
-        (_pair(_kohya(KINDS[0]), 320, 320), r"to_k\.lora_up.*\[320, 2\].*\[2, 320\].*shape \[32, 24\]"),
-        (_pair(_kohya("mid_block.attentions.0.transformer_blocks.9.attn1.to_q"), 32, 32), "unet has no such module"),
-        (_pair("lora_unet_double_blocks_0_img_attn_proj", 8, 8), "double_blocks_0.*unet has no such module"),
+        # a width of its own, a wrong kernel, another encoder's width
+        (_pair(_kohya(KINDS[0]), 320, 320), r"it has .*to_k\.lora_down.*\[2, 320\].*shape \[32, 24\]"),
         (_pair(_kohya(KINDS[2]), 16, 16, 1, 1), r"shape \[16, 16, 3, 3\]"),
-        (_pair("lora_te2_text_model_encoder_layers_0_mlp_fc1", 64, 16), r"text_encoder_2 has .*fc1.*\[32, 16\]"),
-        (_pair("lora_te1_text_model_encoder_layers_7_mlp_fc1", 32, 16), "text_encoder has no such module"),
+        (_pair(f"lora_te2_{TEXT_FC1.format(0)}", 64, 16), r"text_encoder_2 has .*fc1.*\[32, 16\]"),
+        # what the cross attention takes names the family, whichever tensor is met first
+        (_pair(_kohya(ATTN2), 320, 768), "takes a context of 768, as in Stable Diffusion 1, and this base's is 24"),
+        (
+            _pair(_kohya(ATTN2), 320, 1024) | _pair(f"lora_te_{TEXT_FC1.format(22)}", 4096, 1024),
+            "takes a context of 1024, as in Stable Diffusion 2, and this base's is 24",
+        ),
+        (
+            _pair(_kohya("down_blocks.0.attentions.0.proj_in"), 8, 8) | _pair(f"unet.{ATTN2}", 384, 1280),
+            "takes a context of 1280, as in SDXL's refiner, and this base's is 24",
+        ),
+        ({f"unet.{ATTN2}.diff": torch.ones(320, 2048)}, "takes a context of 2048, as in SDXL's base"),
     ],
 )  # fmt: skip
 def test_a_lora_for_another_model_is_named_with_its_shapes(
@@ -327,9 +336,26 @@ def test_a_lora_for_another_model_is_named_with_its_shapes(
     with pytest.raises(SourceError, match=rf"style\.safetensors: LoRA for another model: .*{says}") as error:
         check_fits([lora], base.models)
     assert "\n" not in str(error.value)
-    [component] = lora.branches
     with pytest.raises(SourceError, match="another model"):
-        base.fused([(lora, 1.0)], component)
+        base.fused([(lora, 1.0)], "unet" if "unet" in lora.branches else "text_encoder_2")
+
+
+@pytest.mark.parametrize(
+    ("tensors", "says"),
+    [
+        (_pair(_kohya("mid_block.attentions.0.transformer_blocks.9.attn1.to_q"), 32, 32), "blocks_9.* unet has not a"),
+        (_pair("lora_unet_double_blocks_0_img_attn_proj", 8, 8), "double_blocks_0.* unet has not a module of that"),
+        (_pair(f"lora_te1_{TEXT_FC1.format(7)}", 32, 16), "layers_7.* text_encoder has not a module of that name"),
+        (_pair("lora_te2_transformer_resblocks_0_mlp_c_fc", 32, 16), "resblocks_0.* has not a module of that name"),
+        ({f"{_kohya(KINDS[0])}.diff_b": torch.ones(32)}, r"to_k\.diff_b.* unet has not a bias there"),
+    ],
+)
+def test_a_name_that_no_module_has_says_nothing_of_models(
+    tensors: dict[str, torch.Tensor], says: str, base: Base, write: Callable[..., Lora]
+) -> None:
+    with pytest.raises(SourceError, match=rf"style\.safetensors: has .*{says}") as error:
+        check_fits([write(tensors)], base.models)
+    assert "another model" not in str(error.value)
 
 
 def test_a_mid_layer_must_fit_the_kernel(base: Base, write: Callable[..., Lora]) -> None:
@@ -345,10 +371,25 @@ def test_a_base_without_the_encoder_cannot_take_its_lora(base: Base, write: Call
         check_fits([lora], {"unet": base.models["unet"]})
 
 
-def test_two_names_of_one_module_are_refused(base: Base, write: Callable[..., Lora]) -> None:
-    tensors = _pair("lora_unet_conv_in", 16, 4, 3, 3) | _pair("lora_unet_input_blocks_0_0", 16, 4, 3, 3)
-    with pytest.raises(SourceError, match=r"conv_in.*input_blocks_0_0.*|input_blocks_0_0.*conv_in.* two names"):
-        check_fits([write(tensors)], base.models)
+TWO_NAMES = [
+    ("lora_unet_conv_in", "lora_unet_input_blocks_0_0"),
+    ("lora_unet_conv_in", "unet.conv_in"),
+    ("conv_in", "base_model.model.conv_in"),
+]
+
+
+@pytest.mark.parametrize("names", TWO_NAMES)
+def test_two_names_of_one_module_count_once_if_they_agree(
+    names: tuple[str, str], base: Base, write: Callable[..., Lora]
+) -> None:
+    one, other = (_pair(name, 16, 4, 3, 3) for name in names)
+    both = base.weight("conv_in", [(write(one | other, "both"), 1.0)])
+    assert torch.equal(both, base.weight("conv_in", [(write(one, "one"), 1.0)]))
+    different = {key: tensor * 1.5 for key, tensor in other.items()}
+    for i, tensors in enumerate((one | different, one | other | {f"{names[0]}.alpha": torch.tensor(1.0)})):
+        with pytest.raises(SourceError, match=r"two names of one module and differ") as error:
+            check_fits([write(tensors, f"other-{i}")], base.models)
+        assert all(f"'{name}.lora" in str(error.value) for name in names)
 
 
 def test_tensor_infos_keep_their_place(half: Base, write: Callable[..., Lora]) -> None:
@@ -356,39 +397,6 @@ def test_tensor_infos_keep_their_place(half: Base, write: Callable[..., Lora]) -
     before, after = half.checkpoints["unet"], half.fused([(lora, 1.0)])
     assert {name: replace(info, dtype="F16") for name, info in after.tensors.items()} == before.tensors
     assert after.in_file_order(after.tensors) == before.in_file_order(before.tensors)
-
-
-@pytest.mark.parametrize(
-    ("text", "path", "scale"),
-    [
-        ("a.safetensors", "a.safetensors", 1.0),
-        ("a.safetensors:0.8", "a.safetensors", 0.8),
-        ("dir/a:b.safetensors:-1.5", "dir/a:b.safetensors", -1.5),
-        ("dir:2/a.safetensors", "dir:2/a.safetensors", 1.0),
-        (r"C:\loras\a.SafeTensors", r"C:\loras\a.SafeTensors", 1.0),
-        (r"C:\loras\a.safetensors:1e-1", r"C:\loras\a.safetensors", 0.1),
-        ("a.safetensors:0.5.safetensors", "a.safetensors:0.5.safetensors", 1.0),
-    ],
-)
-def test_lora_options(text: str, path: str, scale: float) -> None:
-    assert parse_lora_option(text) == (Path(path), scale)
-
-
-@given(st.text("ab:./ 1", max_size=12), st.floats(allow_nan=False, allow_infinity=False))
-@example(":", -0.0)
-def test_lora_options_come_back(stem: str, scale: float) -> None:
-    path = f"{stem}.safetensors"
-    assert parse_lora_option(f"{path}:{scale!r}") == (Path(path), scale)
-    assert parse_lora_option(path) == (Path(path), 1.0)
-
-
-@pytest.mark.parametrize(
-    "text", ["", "a", "a.pt", "a:0.5", ":", "a.safetensors:", "a.safetensors:x", "a.safetensors:nan",
-             "a.safetensors:inf", "a.safetensors:0.5:0.6"]
-)  # fmt: skip
-def test_other_lora_options_are_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="--lora"):
-        parse_lora_option(text)
 
 
 def test_the_note_about_the_refiner_is_one_line_with_a_remedy() -> None:

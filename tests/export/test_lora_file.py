@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from sdxl_trt.engines.errors import CorruptError, SdxlTrtError, SourceError, UsageError
-from sdxl_trt.export.lora_file import Branch, Lora, open_lora
+from sdxl_trt.export.lora_file import Lora, open_lora
+from sdxl_trt.export.lora_kinds import Branch
 
 MODULE = "mid_block.attentions.0.proj_in"
 KOHYA = "lora_unet_mid_block_attentions_0_proj_in"
@@ -44,8 +45,7 @@ def write(tmp_path: Path) -> Write:
 
 
 def _only(lora: Lora) -> Branch:
-    [branches] = lora.branches.values()
-    [branch] = branches.values()
+    [[branch]] = lora.branches.values()
     return branch
 
 
@@ -53,7 +53,8 @@ def test_a_file_is_opened_without_its_weights(write: Write) -> None:
     path = write(_pair(KOHYA) | {f"{KOHYA}.alpha": torch.tensor(2.0, dtype=torch.bfloat16)})
     lora = open_lora(path)
     branch = _only(lora)
-    assert (branch.down.shape, branch.up.shape, branch.mid, branch.scaling) == ((4, 8), (8, 4), None, 0.5)
+    assert {part: info.shape for part, info in branch.parts.items()} == {"down": (4, 8), "up": (8, 4)}
+    assert (branch.kind, branch.scaling) == ("LoRA", 0.5)
     assert lora.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     assert lora.name == "style.safetensors"
 
@@ -62,7 +63,7 @@ def test_all_three_components_are_told_apart(write: Write) -> None:
     keys = [KOHYA, f"text_encoder.{ENCODER}", "lora_te2_" + ENCODER.replace(".", "_")]
     tensors = {name: tensor for key in keys for name, tensor in _pair(key).items()}
     lora = open_lora(write(tensors))
-    assert {component: list(modules) for component, modules in lora.branches.items()} == {
+    assert {name: [branch.place.module for branch in branches] for name, branches in lora.branches.items()} == {
         "unet": [KOHYA.removeprefix("lora_unet_")],
         "text_encoder": [ENCODER],
         "text_encoder_2": [ENCODER.replace(".", "_")],
@@ -72,23 +73,19 @@ def test_all_three_components_are_told_apart(write: Write) -> None:
 @pytest.mark.parametrize(
     ("key", "name"),
     [
-        (f"{KOHYA}.dora_scale", "DoRA"),
-        (f"unet.{MODULE}.lora_magnitude_vector.weight", "DoRA"),
-        (f"unet.{MODULE}.lora_magnitude_vector", "DoRA"),
-        (f"{KOHYA}.lokr_w1", "LoKr"),
-        (f"{KOHYA}.lokr_w2_a", "LoKr"),
-        (f"{KOHYA}.lokr_t2", "LoKr"),
-        (f"{KOHYA}.hada_w1_a", "LoHa"),
-        (f"{KOHYA}.diff", "full weight differences"),
-        (f"{KOHYA}.diff_b", "full weight differences"),
+        (f"{KOHYA}.set_weight", "set weights"),
+        (f"{KOHYA}.reshape_weight", "set weights"),
         (f"{KOHYA}.oft_blocks", "OFT"),
+        (f"{KOHYA}.oft_R.weight", "OFT"),
+        (f"{KOHYA}.boft_blocks", "BOFT"),
         (f"{KOHYA}.on_input", "IA3"),
         (f"{KOHYA}.a1.weight", "GLoRA"),
-        (f"{KOHYA}.w_norm", "norm weights"),
+        (f"{KOHYA}.b2.weight", "GLoRA"),
+        (f"unet.{MODULE}.lora_E", "AdaLoRA"),
+        (f"{KOHYA}.wd_for_diff", "DoRA of the difference"),
         ("lora_controlnet", "Control LoRA"),
         (f"unet.{MODULE}.lora_B.bias", "LoRA with biases"),
         ("text_encoder.text_model.embeddings.token_embedding.lora_embedding_A", "LoRA of token embeddings"),
-        ("bundle_emb.me.string_to_param.*", "textual inversion"),
         ("emb_params", "textual inversion"),
     ],
 )
@@ -108,15 +105,25 @@ def test_other_kinds_of_adapters_are_refused_by_name(key: str, name: str, alone:
             SourceError,
             "'unet.conv_in.bias' is no tensor of a LoRA",
         ),
-        (_peft("transformer.blocks.0.attn.to_q"), SourceError, "LoRA for another model.*transformer"),
-        (_pair("lora_te3_encoder_block_0"), SourceError, "LoRA for another model.*lora_te3"),
-        (_peft() | _pair(f"unet.{MODULE}"), SourceError, "are of the same module"),
+        (_peft("transformer.blocks.0.attn.to_q"), SourceError, "no part of SDXL .* called as in 'transformer"),
+        (_pair("lora_te3_encoder_block_0"), SourceError, "no part of SDXL .* called as in 'lora_te3"),
+        (
+            _peft() | {key: 2 * tensor for key, tensor in _pair(f"unet.{MODULE}").items()},
+            SourceError,
+            "lora_down.*lora_A.* are of the same module and differ",
+        ),
+        (
+            _peft() | _pair(f"unet.{MODULE}", "lora_A.other.weight", "lora_B.one.weight"),
+            SourceError,
+            "the adapters 'one' and 'other'; save one a file",
+        ),
+        ({"bundle_emb.me.clip_l": torch.ones(2, 4)}, SourceError, "holds embeddings alone"),
         ({f"{KOHYA}.lora_down.weight": torch.ones(4, 8)}, CorruptError, "lacks its up weight"),
         ({f"{KOHYA}.lora_up.weight": torch.ones(8, 4)}, CorruptError, "lacks its down weight"),
         ({f"{KOHYA}.alpha": torch.tensor(1.0)}, CorruptError, "lacks its down weight"),
         (_pair(KOHYA) | {f"{KOHYA}.lora_up.weight": torch.ones(8, 5)}, CorruptError, "do not chain"),
         (_pair(KOHYA) | {f"{KOHYA}.lora_mid.weight": torch.ones(4, 5, 3, 3)}, CorruptError, "do not chain"),
-        (_pair(KOHYA) | {f"{KOHYA}.lora_up.weight": torch.ones(8)}, CorruptError, "not the floats"),
+        (_pair(KOHYA) | {f"{KOHYA}.lora_up.weight": torch.ones(8)}, CorruptError, "is a vector"),
         (_pair(KOHYA) | {f"{KOHYA}.lora_up.weight": torch.ones(8, 4).int()}, CorruptError, "I32"),
         (_pair(KOHYA) | {f"{KOHYA}.lora_down.weight": torch.ones(0, 8)}, CorruptError, r"\[0, 8\]"),
         (_pair(KOHYA) | {f"{KOHYA}.alpha": torch.ones(2)}, CorruptError, "not one finite number"),
@@ -192,7 +199,10 @@ def test_an_alpha_of_the_module_is_nearer_than_the_header(write: Write) -> None:
 @pytest.mark.parametrize(
     ("header", "error", "says"),
     [
-        ({"unet.use_dora": True}, SourceError, "use_dora"),
+        ({"unet.use_dora": True}, SourceError, "use_dora is True .* has no magnitude vector"),
+        ({"unet.peft_type": "LOKR", "unet.alpha": 1}, SourceError, "is of a LoRA, .* settings are of a LOKR"),
+        ({"unet.lora_bias": True}, SourceError, "lora_bias"),
+        ({"unet.init_lora_weights": "lora_ga"}, SourceError, "lora_ga"),
         ({"unet.fan_in_fan_out": True}, SourceError, "fan_in_fan_out"),
         ({"unet.init_lora_weights": "pissa_niter_4"}, SourceError, "pissa_niter_4"),
         ({"unet.alpha_pattern": {"(a+)+b": 1}}, SourceError, "no module's name"),
@@ -253,5 +263,5 @@ def test_any_keys_open_or_give_one_of_our_errors(keys: list[str], shape: tuple[i
         lora = open_lora(path)
     except SdxlTrtError:
         return
-    held = sum(len(branch.infos) for branches in lora.branches.values() for branch in branches.values())
+    held = sum(len(branch.infos) for branches in lora.branches.values() for branch in branches)
     assert held + sum(key.endswith(".alpha") for key in keys) == len(keys), "every tensor has its place"

@@ -54,7 +54,7 @@ def _ours(keys: Iterable[str], model: MetaModel) -> dict[str, str]:
         assert split is not None, key
         place = place_module(split[0])
         assert place is not None, key
-        found[key] = f"{place[0]}.{spellings[place[1]].removesuffix('.weight')}"
+        found[key] = f"{place.component}.{spellings[place.module]}"
     return found
 
 
@@ -166,7 +166,7 @@ def test_no_two_modules_share_a_spelling(model: str, request: pytest.FixtureRequ
     component: Any = {"unet": "unet", "text": "text_encoder_2"}[model]
     spellings = module_spellings(component, meta.state, meta.config)
     for module in _modules(meta):
-        assert spellings[module] == spellings[module.replace(".", "_")] == f"{module}.weight"
+        assert spellings[module] == spellings[module.replace(".", "_")] == module
 
 
 @pytest.mark.parametrize(

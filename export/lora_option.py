@@ -1,0 +1,44 @@
+"""The option --lora: a file, how strongly it changes the UNet, and how strongly the text encoders."""
+
+__all__ = ["LoraOption", "parse_lora_option"]
+
+import math
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from sdxl_trt.engines.errors import UsageError
+
+_EXPECTED = "expected FILE.safetensors, FILE.safetensors:UNET or FILE.safetensors:UNET:TE, such as a.safetensors:0.8"
+# Names may hold colons, so the file is all up to the last ending.
+_OPTION = re.compile(r"(.*\.safetensors)((?::[^:]*){0,2})", re.IGNORECASE | re.DOTALL)
+
+
+class LoraOption(NamedTuple):
+    """A LoRA file with its scale on the UNet, and on the text encoders; None there is the UNet's."""
+
+    file: Path
+    scale: float = 1.0
+    text_scale: float | None = None
+
+
+def parse_lora_option(text: str) -> LoraOption:
+    """Return what ``FILE.safetensors[:UNET[:TE]]`` says; scales may be negative, and are 1 by default.
+
+    Raises UsageError.
+    """
+    found = _OPTION.fullmatch(text)
+    if found is None:
+        raise UsageError(f"--lora {text}: {_EXPECTED}")
+    scales = [_scale(text, part) for part in found[2].split(":")[1:]]
+    return LoraOption(Path(found[1]), *scales)
+
+
+def _scale(text: str, part: str) -> float:
+    try:
+        scale = float(part)
+    except ValueError:
+        scale = math.nan
+    if not math.isfinite(scale):
+        raise UsageError(f"--lora {text}: {part!r} is no scale; give a finite number after the colon, such as 0.8")
+    return scale
