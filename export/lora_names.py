@@ -47,8 +47,8 @@ _ALPHA = ".alpha"
 # The alpha of a module may be written after the name of its branch.
 _BRANCHES = (*(end for end, part in _PARTS.items() if part in {"down", "up", "mid"}), ".lora_linear_layer", ".lora",
              "_lora")  # fmt: skip
-# The name that an adapter has in memory stands before the last word of peft's keys.
-_ADAPTER = re.compile(r"(\.lora_(?:A|B|magnitude_vector))\.([^.]+)(\.weight)?")
+# The name that an adapter has in memory stands before the last word of peft's keys: ".lora_A.default.weight".
+_ADAPTER = re.compile(r"(\.lora_(?:A|B|magnitude_vector))\.([^.]+)\.weight$")
 
 _FOREIGN = {
     ".oft_": "OFT", ".boft_": "BOFT", "oft_blocks": "OFT", "oft_diag": "OFT", ".on_input": "IA3", ".ia3_l": "IA3",
@@ -104,19 +104,14 @@ def split_key(key: str) -> tuple[str, str] | None:
     if key.endswith(_ALPHA):
         module = key.removesuffix(_ALPHA)
         return module.removesuffix(next((end for end in _BRANCHES if module.endswith(end)), "")), "alpha"
-    plain = _ADAPTER.sub(_without_adapter, key)
+    plain = _ADAPTER.sub(r"\1.weight", key)
     return next(((plain.removesuffix(end), part) for end, part in _PARTS.items() if plain.endswith(end)), None)
 
 
 def adapter_name(key: str) -> str | None:
     """Return the name that the adapter of `key` had in memory ("default_0"), if the key has one."""
     found = _ADAPTER.search(key)
-    return None if found is None or _without_adapter(found) == found[0] else found[2]
-
-
-def _without_adapter(found: re.Match[str]) -> str:
-    # ".lora_A.weight" has no adapter: "weight" is the last word itself; a bias is no part of a plain LoRA.
-    return found[0] if found[2] in {"weight", "bias"} else found[1] + (found[3] or "")
+    return None if found is None else found[2]
 
 
 def embedding_name(key: str) -> str | None:
