@@ -131,11 +131,11 @@ def test_what_a_plan_was_built_with_is_told(plan: Callable[..., Bundle]) -> None
 
 
 def test_loras_and_whatever_a_manifest_says_stay_on_their_lines(bundle: Bundle) -> None:
-    lora = LoraRecord(name="style\n\x1b[31m.safetensors", sha256="0" * 64, scale=0.8)
+    lora = LoraRecord(name="style\n\x1b[31m.safetensors", sha256="0" * 64, scale=0.8, text_scale=0.3)
     manifest = msgspec.structs.replace(bundle.manifest, loras=(lora,), note="a\nb\x07" + " long" * 40)
     write_manifest(bundle.root, manifest)
     text = _text(bundle.root)
-    assert "LoRA style [31m.safetensors at 0.8, in the base" in text
+    assert "LoRA style [31m.safetensors at 0.8 (0.3 on the text encoders), in the base" in text
     assert "note: a b long long" in text
 
 

@@ -32,6 +32,8 @@ def lora(tmp_path: Path) -> Path:
         f"lora_unet_{MODULE}.lora_down.weight": rng.normal(size=(2, 32)).astype(np.float32),
         f"lora_unet_{MODULE}.lora_up.weight": rng.normal(size=(32, 2)).astype(np.float32),
         f"lora_unet_{MODULE}.alpha": np.float32(2),
+        "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": rng.normal(size=(1, 32)).astype(np.float32),
+        "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": rng.normal(size=(64, 1)).astype(np.float32),
     }
     path = tmp_path / "style.safetensors"
     save_file({name: np.asarray(tensor) for name, tensor in tensors.items()}, path)
@@ -63,9 +65,16 @@ def test_a_lora_is_in_the_base_and_in_the_manifest(pair: Any, lora: Path, tmp_pa
     captured = capsys.readouterr()
     assert "refiner was not trained with this LoRA" in captured.err
     (told,) = json.loads(captured.out)["loras"]
-    assert (told["name"], told["scale"]) == ("style.safetensors", 0.5)
+    assert (told["name"], told["scale"], told["text_scale"]) == ("style.safetensors", 0.5, 0.5)
     before, after = (read_bundle(root).manifest for root in (pair.bundle, out))
-    assert {n for n, c in after.components.items() if c.key != before.components[n].key} == {"unet"}
+    changed = {n for n, c in after.components.items() if c.key != before.components[n].key}
+    assert changed == {"unet", "text_encoder"}
+    assert '"text_scale"' not in (out / "manifest.json").read_text()
+    for scales, exported in (("0.5:0.25", {"text_encoder"}), ("0.25:0.5", {"unet"}), ("0.5:0.5", set())):
+        assert main([*sources, "--lora", f"{lora}:{scales}", "--dry-run", "--json"]) == 0
+        told = json.loads(capsys.readouterr().out)
+        assert {name for name, part in told["components"].items() if part["action"] == "export"} == exported
+        assert ":".join(f"{told['loras'][0][name]:g}" for name in ("scale", "text_scale")) == scales
     assert [record.name for record in after.loras] == ["style.safetensors"]
     assert main([*sources, "--json"]) == 0  # and taken off again
     assert read_bundle(out).manifest == before
@@ -77,6 +86,7 @@ def test_loras_that_do_not_fit_leave_the_bundle(pair: Any, lora: Path, tmp_path:
     sources = ["--base", str(pair.refiner.parent / "base"), "--no-refiner", "--out", str(out)]
     for option, words, code in (
         (f"{lora}:much", "is no scale", 2),
+        (f"{lora}:1:much", "'much' is no scale", 2),
         (str(tmp_path / "none.safetensors"), "none.safetensors", 2),
         (str(pair.base / "unet" / "diffusion_pytorch_model.safetensors"), "LoRA", 2),
     ):

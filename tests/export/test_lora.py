@@ -45,6 +45,11 @@ KINDS = [
 ]
 
 
+ATTN2 = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_v"
+FC1, Q_PROJ = "text_model.encoder.layers.0.mlp.fc1", "text_model.encoder.layers.0.self_attn.q_proj"
+TEXT_FC1 = "text_model_encoder_layers_{}_mlp_fc1"
+
+
 @dataclass(frozen=True)
 class Base:
     """A small base: the models without weights, and their checkpoints."""
@@ -254,6 +259,35 @@ def test_what_no_lora_touches_is_the_checkpoint_itself(base: Base, write: Callab
     assert base.fused([(lora, 1.0)], "text_encoder") is base.checkpoints["text_encoder"]
 
 
+def test_a_lora_of_encoders_leaves_the_unet(base: Base, write: Callable[..., Lora]) -> None:
+    tensors = _pair(f"lora_te1_{TEXT_FC1.format(0)}", 32, 16) | _pair(f"clip_g.{Q_PROJ}", 16, 16)
+    lora = write(tensors)
+    check_fits([lora], base.models)
+    assert base.fused([(lora, 1.0)]) is base.checkpoints["unet"]
+    for component, name in (("text_encoder", FC1), ("text_encoder_2", Q_PROJ)):
+        read = [dict(source.read([f"{name}.weight"]))[f"{name}.weight"]
+                for source in (base.fused([(lora, 0.5)], component), base.checkpoints[component])]  # fmt: skip
+        torch.testing.assert_close(read[0], read[1] + 1.0)  # 0.5 · ones of rank 2
+
+
+@pytest.mark.parametrize("rank", [1, 7, 40])
+@pytest.mark.parametrize("alpha", [0.0, -3.0, 1e-3, 1000.0])
+def test_any_rank_and_alpha(rank: int, alpha: float, base: Base, write: Callable[..., Lora]) -> None:
+    out, inner = base.shape(KINDS[0])
+    up, down = torch.randn(out, rank), torch.randn(rank, inner)
+    module = _kohya(KINDS[0])
+    stored = {
+        f"{module}.lora_up.weight": up,
+        f"{module}.lora_down.weight": down,
+        f"{module}.alpha": torch.tensor(alpha),
+    }
+    [(_, plain)] = base.checkpoints["unet"].read([f"{KINDS[0]}.weight"])
+    expected = plain.double() + alpha / rank * (up.double() @ down.double())
+    torch.testing.assert_close(
+        base.weight(KINDS[0], [(write(stored), 1.0)]).double(), expected, rtol=1e-5, atol=1e-5 * max(1, abs(alpha))
+    )
+
+
 def test_a_digest_of_fused_weights_tells_loras_and_scales_apart(base: Base, write: Callable[..., Lora]) -> None:
     one, other = _lora(base, write, KINDS, "one"), _lora(base, write, KINDS, "other")
     fusions = [[], [(one, 1.0)], [(one, 0.5)], [(other, 1.0)], [(one, 1.0), (other, 1.0)]]
@@ -303,10 +337,6 @@ def _pair(module: str, out: int, inner: int, *kernel: int) -> dict[str, torch.Te
         f"{module}.lora_up.weight": torch.ones(out, 2, *(1 for _ in kernel)),
         f"{module}.lora_down.weight": torch.ones(2, inner, *kernel),
     }
-
-
-ATTN2 = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_v"
-TEXT_FC1 = "text_model_encoder_layers_{}_mlp_fc1"
 
 
 @pytest.mark.parametrize(

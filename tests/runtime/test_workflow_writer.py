@@ -126,6 +126,13 @@ def test_a_graph_names_what_it_takes(manifest: Manifest) -> None:
     assert "fine.safetensors" in json.dumps(own)
 
 
+def test_a_lora_has_the_strength_on_the_encoders_that_it_was_fused_with(manifest: Manifest) -> None:
+    lora = msgspec.structs.replace(manifest.loras[0], text_scale=0.0)
+    graph = _written(FOX, msgspec.structs.replace(manifest, loras=(lora,)))
+    [loader] = [node["inputs"] for node in graph.values() if node["class_type"] == "LoraLoader"]
+    assert (loader["strength_model"], loader["strength_clip"]) == (0.8, 0.0)
+
+
 def test_every_link_leads_to_a_node_before(manifest: Manifest) -> None:
     """ComfyUI's loader takes any order, a reader from top to bottom only this one."""
     graph = _written(FOX, manifest)
