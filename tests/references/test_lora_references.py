@@ -120,7 +120,7 @@ def _kohya(plain: dict[str, State], config: Mapping[str, Any], *, ldm: bool) -> 
         if ldm or not module.startswith("add_embedding."):
             names[f"lora_unet_{(inverse[module] if ldm else module).replace('.', '_')}"] = shape
     for i, component in enumerate(("text_encoder", "text_encoder_2")):
-        for module, shape in _modules(plain, component, TEXT).items():
+        for module, shape in _modules(plain, component, (*TEXT, "text_projection")).items():
             names[f"lora_te{i + 1}_{module.replace('.', '_')}"] = shape
     tensors: State = {}
     for i, (name, shape) in enumerate(names.items()):
