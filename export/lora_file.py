@@ -78,6 +78,7 @@ def open_lora(path: Path) -> Lora:
             projected = True
             continue
         for branch in made:
+            settings.check(branch)
             scaled = branch if alpha is not None else replace(branch, scaling=settings.scaling(branch))
             branches.setdefault(place.component, []).append(scaled)
         if stated is not None and all(part in {"diff", "diff_b"} for part in parts):

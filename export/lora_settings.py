@@ -35,12 +35,11 @@ class AdapterSettings:
     def scaling(self, branch: Branch) -> float:
         """Return alpha / r, or alpha / √r for a rank-stabilized LoRA; 1 without settings, as in diffusers.
 
-        Raises SourceError for settings of another kind of adapter than `branch`, CorruptError for broken ones.
+        Raises CorruptError for broken settings.
         """
         settings = self.by_component[branch.place.component]
         if branch.kind == "difference" or not settings:
             return 1.0
-        self._check_kind(settings, branch)
         lora = branch.kind == "LoRA"
         alpha = self._number(branch, "lora_alpha" if lora else "alpha", "alpha_pattern")
         # peft's LoKr and LoHa divide by the rank of their settings even where nothing is of a lower rank.
@@ -49,7 +48,11 @@ class AdapterSettings:
             return 1.0
         return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
-    def _check_kind(self, settings: Mapping[str, Any], branch: Branch) -> None:
+    def check(self, branch: Branch) -> None:
+        """Raise SourceError for settings of another kind of adapter than `branch` is."""
+        settings = self.by_component[branch.place.component]
+        if branch.kind == "difference" or not settings:
+            return
         kind = settings.get("peft_type", "LORA" if "lora_alpha" in settings else None)
         if kind is not None and _TYPES.get(str(kind).upper().rpartition(".")[2]) != branch.kind:
             raise SourceError(f"{self.path}: {branch.infos[0].key!r} is of a {branch.kind}, and the file's settings are"

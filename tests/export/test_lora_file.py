@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from sdxl_trt.engines.errors import CorruptError, SdxlTrtError, SourceError, UsageError
 from sdxl_trt.export.lora_file import Lora, open_lora
 from sdxl_trt.export.lora_kinds import Branch
+from sdxl_trt.export.lora_names import place_module, split_key
 
 MODULE = "mid_block.attentions.0.proj_in"
 KOHYA = "lora_unet_mid_block_attentions_0_proj_in"
@@ -191,6 +192,12 @@ def test_settings_in_the_header_decide_the_scaling(header: dict[str, Any], scali
     assert _only(open_lora(write(_peft(), **{HEADER: header}))).scaling == scaling
 
 
+def test_settings_of_another_kind_are_refused_beside_an_alpha_too(write: Write) -> None:
+    path = write(_peft() | {f"unet.{MODULE}.alpha": torch.tensor(1.0)}, **{HEADER: {"unet.use_dora": True}})
+    with pytest.raises(SourceError, match="use_dora is True"):
+        open_lora(path)
+
+
 def test_an_alpha_of_the_module_is_nearer_than_the_header(write: Write) -> None:
     path = write(_peft() | {f"unet.{MODULE}.alpha": torch.tensor(1.0)}, **{HEADER: {"unet.lora_alpha": 8}})
     assert _only(open_lora(path)).scaling == 0.25
@@ -264,4 +271,7 @@ def test_any_keys_open_or_give_one_of_our_errors(keys: list[str], shape: tuple[i
     except SdxlTrtError:
         return
     held = sum(len(branch.infos) for branches in lora.branches.values() for branch in branches)
-    assert held + sum(key.endswith(".alpha") for key in keys) == len(keys), "every tensor has its place"
+    # All tensors are equal here, so that two spellings of a part count once.
+    parts = {(place_module(module), part) for module, part in filter(None, map(split_key, keys)) if part != "alpha"}
+    assert held == len(parts), "every tensor has its place"
+    assert all(split_key(key) is not None for key in keys)
