@@ -178,13 +178,14 @@ def _misfit(lora: Lora, branch: Branch, shapes: Mapping[str, tuple[int, ...]], n
     own = next((shape[1] for key, shape in shapes.items() if key.endswith(".attn2.to_k.weight")), None)
     for context, each in contexts.items():
         if context in _CONTEXTS and own is not None and context != own:
-            return (f"LoRA for another model: {each.told()} takes a context of {context}, as in {_CONTEXTS[context]},"
-                    f" and this base's is {own}; use one that was trained on SDXL base")  # fmt: skip
+            return (f"LoRA for another model: with {each.told()} it takes a context of {context}, as"
+                    f" {_CONTEXTS[context]} does, and this base's is {own}; use one that was trained on SDXL"
+                    " base")  # fmt: skip
     if name in shapes:
         return (f"LoRA for another model: it has {branch.told()}, but {component} has {name} of shape"
                 f" {list(shapes[name])}; use one that was trained on SDXL base")  # fmt: skip
-    what = "a bias there" if branch.bias else "a module of that name"
-    return (f"has {branch.told()}, and this base's {component} has not {what}; use a LoRA that was trained on SDXL"
+    what = "bias there" if branch.bias else "module of that name"
+    return (f"has {branch.told()}, and this base's {component} has no {what}; use a LoRA that was trained on SDXL"
             " base, or remove these keys")  # fmt: skip
 
 

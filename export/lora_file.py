@@ -161,8 +161,8 @@ def _sort(path: Path, checkpoint: Checkpoint, keys: Sequence[str]) -> dict[Place
         place = place_module(spelled)
         if place is None:
             raise SourceError(
-                f"{path}: no part of SDXL ({', '.join(COMPONENTS)}) is called as in {key!r}; use a LoRA that was"
-                " trained on SDXL base, or rename its keys"
+                f"{path}: {key!r} names none of SDXL's parts ({', '.join(COMPONENTS)}); use a LoRA that was trained on"
+                " SDXL base, or rename its keys"
             )
         parts, info = places.setdefault(place, {}), checkpoint.tensors[key]
         if part in parts and not _same(info, parts[part]):

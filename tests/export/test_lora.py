@@ -347,16 +347,16 @@ def _pair(module: str, out: int, inner: int, *kernel: int) -> dict[str, torch.Te
         (_pair(_kohya(KINDS[2]), 16, 16, 1, 1), r"shape \[16, 16, 3, 3\]"),
         (_pair(f"lora_te2_{TEXT_FC1.format(0)}", 64, 16), r"text_encoder_2 has .*fc1.*\[32, 16\]"),
         # what the cross attention takes names the family, whichever tensor is met first
-        (_pair(_kohya(ATTN2), 320, 768), "takes a context of 768, as in Stable Diffusion 1, and this base's is 24"),
+        (_pair(_kohya(ATTN2), 320, 768), "takes a context of 768, as Stable Diffusion 1 does, and this base's is 24"),
         (
             _pair(_kohya(ATTN2), 320, 1024) | _pair(f"lora_te_{TEXT_FC1.format(22)}", 4096, 1024),
-            "takes a context of 1024, as in Stable Diffusion 2, and this base's is 24",
+            "takes a context of 1024, as Stable Diffusion 2 does, and this base's is 24",
         ),
         (
             _pair(_kohya("down_blocks.0.attentions.0.proj_in"), 8, 8) | _pair(f"unet.{ATTN2}", 384, 1280),
-            "takes a context of 1280, as in SDXL's refiner, and this base's is 24",
+            "takes a context of 1280, as SDXL's refiner does, and this base's is 24",
         ),
-        ({f"unet.{ATTN2}.diff": torch.ones(320, 2048)}, "takes a context of 2048, as in SDXL's base"),
+        ({f"unet.{ATTN2}.diff": torch.ones(320, 2048)}, "takes a context of 2048, as SDXL's base does"),
     ],
 )  # fmt: skip
 def test_a_lora_for_another_model_is_named_with_its_shapes(
@@ -373,11 +373,11 @@ def test_a_lora_for_another_model_is_named_with_its_shapes(
 @pytest.mark.parametrize(
     ("tensors", "says"),
     [
-        (_pair(_kohya("mid_block.attentions.0.transformer_blocks.9.attn1.to_q"), 32, 32), "blocks_9.* unet has not a"),
-        (_pair("lora_unet_double_blocks_0_img_attn_proj", 8, 8), "double_blocks_0.* unet has not a module of that"),
-        (_pair(f"lora_te1_{TEXT_FC1.format(7)}", 32, 16), "layers_7.* text_encoder has not a module of that name"),
-        (_pair("lora_te2_transformer_resblocks_0_mlp_c_fc", 32, 16), "resblocks_0.* has not a module of that name"),
-        ({f"{_kohya(KINDS[0])}.diff_b": torch.ones(32)}, r"to_k\.diff_b.* unet has not a bias there"),
+        (_pair(_kohya("mid_block.attentions.0.transformer_blocks.9.attn1.to_q"), 32, 32), "blocks_9.* unet has no"),
+        (_pair("lora_unet_double_blocks_0_img_attn_proj", 8, 8), "double_blocks_0.* unet has no module of that"),
+        (_pair(f"lora_te1_{TEXT_FC1.format(7)}", 32, 16), "layers_7.* text_encoder has no module of that name"),
+        (_pair("lora_te2_transformer_resblocks_0_mlp_c_fc", 32, 16), "resblocks_0.* has no module of that name"),
+        ({f"{_kohya(KINDS[0])}.diff_b": torch.ones(32)}, r"to_k\.diff_b.* unet has no bias there"),
     ],
 )
 def test_a_name_that_no_module_has_says_nothing_of_models(

@@ -106,8 +106,8 @@ def test_other_kinds_of_adapters_are_refused_by_name(key: str, name: str, alone:
             SourceError,
             "'unet.conv_in.bias' is no tensor of a LoRA",
         ),
-        (_peft("transformer.blocks.0.attn.to_q"), SourceError, "no part of SDXL .* called as in 'transformer"),
-        (_pair("lora_te3_encoder_block_0"), SourceError, "no part of SDXL .* called as in 'lora_te3"),
+        (_peft("transformer.blocks.0.attn.to_q"), SourceError, "'transformer.* names none of SDXL's parts"),
+        (_pair("lora_te3_encoder_block_0"), SourceError, "'lora_te3.* names none of SDXL's parts"),
         (
             _peft() | {key: 2 * tensor for key, tensor in _pair(f"unet.{MODULE}").items()},
             SourceError,

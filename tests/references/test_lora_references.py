@@ -136,8 +136,7 @@ def _written(path: Path, tensors: State, header: Mapping[str, str] | None = None
     return path
 
 
-@pytest.mark.parametrize("ldm", [True, False])
-@pytest.mark.parametrize("scales", [(1.0, 1.0), (-0.6, 0.3)])
+@pytest.mark.parametrize(("ldm", "scales"), [(True, (1.0, 1.0)), (False, (-0.6, 0.3))])
 def test_kohya(ldm: bool, scales: tuple[float, float], base: Path, plain: dict[str, State], tmp_path: Path) -> None:
     config = json.loads((base / "unet" / "config.json").read_text())
     path = _written(tmp_path / "a.safetensors", _kohya(plain, config, ldm=ldm))
