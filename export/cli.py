@@ -42,6 +42,7 @@ def _parser() -> Parser:
     refiner = source.add_mutually_exclusive_group()
     refiner.add_argument("--refiner", metavar="SRC", help="the refiner (with mini: mini)")
     refiner.add_argument("--no-refiner", action="store_true", help="export the base alone")
+    source.add_argument("--unet", metavar="SRC", help="take another UNet for the base, SDXL-Lightning's for instance")
     source.add_argument("--vae", metavar="SRC", help="take another autoencoder, sdxl-vae-fp16-fix for instance")
     source.add_argument("--lora", action="append", default=[], metavar="FILE[:UNET[:TE]]",
                         help="fuse a LoRA into the base, with its scale on the UNet (default 1) and the text encoders"
@@ -122,9 +123,9 @@ def _is_about_plans_alone(arguments: argparse.Namespace) -> bool:
     """Return whether no model is named and there is a bundle whose plans are asked for."""
     from sdxl_trt.engines.bundle import MANIFEST  # noqa: PLC0415 - --help must not wait for it
 
-    named = (arguments.base, arguments.refiner, arguments.vae)
+    named = (arguments.base, arguments.refiner, arguments.unet, arguments.vae)
     there = (arguments.out / MANIFEST).is_file()
-    return arguments.engine is not None and there and named == (None, None, None) and not arguments.lora
+    return arguments.engine is not None and there and named == (None,) * 4 and not arguments.lora
 
 
 def _build(arguments: argparse.Namespace, plans: PlanOptions, exported: dict[str, Any] | None = None) -> None:
@@ -167,6 +168,7 @@ def _options(arguments: argparse.Namespace, *, twins: bool) -> Any:
         vae_precision=arguments.vae_precision,
         twins=twins,
         opset=arguments.opset,
+        unet=arguments.unet,
         vae=arguments.vae,
         loras=tuple(parse_lora_option(text) for text in arguments.lora),
         components=None if names is None else frozenset(filter(None, names.split(","))),
@@ -181,6 +183,8 @@ def _sources(arguments: argparse.Namespace) -> tuple[str, str | None]:
     refiner: str | None = arguments.refiner
     if base is None and refiner not in (None, "mini"):
         raise UsageError(f"--refiner {refiner} without --base: name the base that it refines")
+    if base is None and arguments.unet is not None:
+        raise UsageError(f"--unet {arguments.unet} without --base: name the base that it is for")
     if refiner is None and base in (None, "mini"):
         refiner = "mini"
     if "" in (base, refiner):

@@ -30,6 +30,7 @@ from sdxl_trt.export.report import VERIFY_FILE
 from sdxl_trt.export.sources import PipelineSource, Role, open_source, open_vae, with_vae
 from sdxl_trt.export.staging import check_target, exclusive, publish, resumable
 from sdxl_trt.export.unchanged import previous_bundle, take_over, take_over_plans
+from sdxl_trt.export.unets import open_unet, with_unet
 from sdxl_trt.export.verify import verify_bundle
 
 log = logging.getLogger("sdxl_trt.export")
@@ -240,7 +241,10 @@ def _open_sources(
         source = open_source(place, role, precision=options.precision)
         return source if vae is None else with_vae(source, vae)
 
-    return opened(base, "base"), None if refiner is None else opened(refiner, "refiner")
+    first = opened(base, "base")
+    if options.unet is not None:
+        first = with_unet(first, open_unet(options.unet, precision=options.precision))
+    return first, None if refiner is None else opened(refiner, "refiner")
 
 
 def _mini_note(base: Path | str, refiner: Path | str | None) -> str:

@@ -1,6 +1,6 @@
 """Models of the Hugging Face hub, from its cache where they are there, and only the files that an export reads."""
 
-__all__ = ["HubId", "Snapshot", "fetch_pipeline", "fetch_vae", "parse_hub_id"]
+__all__ = ["HubId", "Snapshot", "fetch_pipeline", "fetch_unet", "fetch_vae", "parse_hub_id"]
 
 import contextlib
 import logging
@@ -69,6 +69,11 @@ def fetch_vae(hub_id: HubId, *, half: bool) -> Snapshot:
     return _fetch(hub_id, _choose_vae, half=half)
 
 
+def fetch_unet(hub_id: HubId, *, half: bool) -> Snapshot:
+    """Return the UNet `hub_id` in the cache, its own repository or a pipeline's ``unet/``; as fetch_pipeline."""
+    return _fetch(hub_id, _choose_unet, half=half)
+
+
 def _choose_pipeline(names: list[str]) -> tuple[list[str], str]:
     return [name for name in names if _CONFIGS.fullmatch(name)], "model_index.json"
 
@@ -76,6 +81,13 @@ def _choose_pipeline(names: list[str]) -> tuple[list[str], str]:
 def _choose_vae(names: list[str]) -> tuple[list[str], str]:
     if "model_index.json" in names:
         return [name for name in names if name in ("model_index.json", "vae/config.json")], "vae/config.json"
+    return [name for name in names if name == "config.json"], "config.json"
+
+
+def _choose_unet(names: list[str]) -> tuple[list[str], str]:
+    if "model_index.json" in names:
+        wanted = ("model_index.json", "unet/config.json", "scheduler/scheduler_config.json")
+        return [name for name in names if name in wanted], "unet/config.json"
     return [name for name in names if name == "config.json"], "config.json"
 
 

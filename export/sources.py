@@ -6,15 +6,21 @@ project's own table, pickled weights are refused, and no file of the source is e
 
 __all__ = [
     "BASE_CLASS",
+    "HALF",
+    "KINDS",
     "REFINER_CLASS",
     "ModelSource",
     "PipelineSource",
     "Role",
+    "is_file",
     "open_checkpoint_file",
+    "open_folder",
     "open_pipeline",
     "open_source",
     "open_vae",
+    "outlined",
     "read_json",
+    "warn_of_unused",
     "with_vae",
 ]
 
@@ -23,29 +29,31 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from sdxl_trt.engines.errors import SourceError
 from sdxl_trt.engines.manifest import Scheduler
 from sdxl_trt.export.configs import PUBLISHED, read_json, read_scheduler
 from sdxl_trt.export.hub import fetch_pipeline, fetch_vae, parse_hub_id
+from sdxl_trt.export.outlines import config_of
+from sdxl_trt.export.predictions import said_schedule
+from sdxl_trt.export.quantization import read_quantization, unquantized
+from sdxl_trt.export.roles import BASE_CLASS, REFINER_CLASS, Role, check_class, check_role, needs_score
 from sdxl_trt.export.single_file import SingleFile, open_single_file
 from sdxl_trt.export.tensors import Checkpoint, open_checkpoint
 from sdxl_trt.export.weight_files import PICKLED
 
 log = logging.getLogger("sdxl_trt.export")
-Role = Literal["base", "refiner"]
 Open = Callable[[], Checkpoint]
-BASE_CLASS = "StableDiffusionXLPipeline"
-REFINER_CLASS = "StableDiffusionXLImg2ImgPipeline"
+Parts = tuple[Path, dict[str, Any], Open]
 _CLASSES: dict[Role, str] = {"base": BASE_CLASS, "refiner": REFINER_CLASS}
-_OPTION = {BASE_CLASS: "--base", REFINER_CLASS: "--refiner"}
+_ROLES: dict[str, Role] = {BASE_CLASS: "base", REFINER_CLASS: "refiner"}
 _VAE_CLASS = "AutoencoderKL"
 _STEMS = {"transformers": "model", "diffusers": "diffusion_pytorch_model"}
 _MODELS = ("text_encoder", "text_encoder_2", "unet", "vae")
 _REQUIRED = ("text_encoder_2", "unet", "vae", "tokenizer_2", "scheduler")
-_HALF = ("fp16", "bf16")
-_KINDS = "give a diffusers folder, a .safetensors checkpoint or a hub id (owner/name)"
+HALF = ("fp16", "bf16")
+KINDS = "give a diffusers folder, a .safetensors checkpoint or a hub id (owner/name)"
 
 
 @dataclass(frozen=True)
@@ -91,27 +99,33 @@ def open_source(spec: str | Path, role: Role, *, precision: str = "fp32") -> Pip
     path, class_name = Path(spec), _CLASSES[role]
     if path.is_dir():
         return open_pipeline(path, class_name)
-    if _is_file(path):
+    if is_file(path):
         return open_checkpoint_file(path, role)
     hub_id = parse_hub_id(str(spec))
     if hub_id is None:
-        raise SourceError(f"--{role} {spec}: no such folder or file; {_KINDS}, or 'mini'")
-    snapshot = fetch_pipeline(hub_id, half=precision in _HALF)
+        raise SourceError(f"--{role} {spec}: no such folder or file; {KINDS}, or 'mini'")
+    snapshot = fetch_pipeline(hub_id, half=precision in HALF)
     return open_pipeline(snapshot.folder, class_name, name=snapshot.name, variant=snapshot.variant)
 
 
 def open_pipeline(root: Path, expected_class: str, *, name: str = "", variant: str = "") -> PipelineSource:
-    """Read the diffusers folder at `root`, which must hold a pipeline of `expected_class`.
+    """Read the diffusers folder at `root`, which must hold a base (`expected_class` BASE_CLASS) or a refiner.
 
-    It is recorded under its folder's name unless one is given; weights of `variant` ("fp16") are preferred.
-    Raises SourceError for a folder that is missing, incomplete, or of another class; CorruptError for broken JSON.
+    Either may have been saved as a pipeline of the other's class: the UNet and the encoders tell them apart. It is
+    recorded under its folder's name unless one is given; weights of `variant` ("fp16") are preferred. Raises
+    SourceError for a folder that is missing, incomplete, or of another class; CorruptError for broken JSON.
     """
 
-    def model(component: str, stem: str, _: dict[str, Any]) -> tuple[Path, Open]:
+    def model(component: str, stem: str, config: dict[str, Any]) -> Parts:
         folder = root / component
-        return folder, partial(open_checkpoint, folder, stem, variant)
+        return folder, unquantized(config), partial(open_folder, folder, stem, variant, config)
 
     return _read(root, expected_class, root, name or root.resolve().name, model, {})
+
+
+def open_folder(folder: Path, stem: str, variant: str, config: dict[str, Any]) -> Checkpoint:
+    """Open the weights of a model's folder as its `config` says that they are stored; as open_checkpoint."""
+    return open_checkpoint(folder, stem, variant, read_quantization(config, str(folder)))
 
 
 def open_checkpoint_file(path: Path, role: Role, *, configs: Path | None = None) -> PipelineSource:
@@ -121,21 +135,32 @@ def open_checkpoint_file(path: Path, role: Role, *, configs: Path | None = None)
     CorruptError for a broken one.
     """
     file = open_single_file(path, role)
-    unused = file.unused()
-    if unused:
-        log.warning("%s: %d tensors of no part of the model were left out, %s for one", path, len(unused), unused[0])
+    warn_of_unused(file)
 
-    def model(component: str, _: str, config: dict[str, Any]) -> tuple[Path, Open]:
-        return path / component, partial(file.checkpoint, component, config)
+    def model(component: str, _: str, config: dict[str, Any]) -> Parts:
+        if component == "unet":
+            config = outlined(file, config)
+        return path / component, config, partial(file.checkpoint, component, config)
 
     root = PUBLISHED / role if configs is None else configs
-    return _read(root, _CLASSES[role], path, path.name, model, _said_by(file))
+    said = said_schedule(file.tensors, file.metadata, str(path), log.warning)
+    return _read(root, _CLASSES[role], path, path.name, model, said)
 
 
-def _said_by(file: SingleFile) -> dict[str, Any]:
-    """Return what a checkpoint's flags change in its scheduler's config."""
-    changes: dict[str, Any] = {"prediction_type": "v_prediction"} if file.v_prediction else {}
-    return changes | ({"rescale_betas_zero_snr": True} if file.zero_terminal_snr else {})
+def warn_of_unused(file: SingleFile) -> None:
+    """Warn of the tensors of a file that are of no part of the model; raise SourceError for one that changes it."""
+    unused = file.unused()
+    if unused:
+        log.warning("%s: %d tensors of no part of the model were left out, %s for one", file.path, len(unused),
+                    unused[0])  # fmt: skip
+
+
+def outlined(file: SingleFile, config: dict[str, Any]) -> dict[str, Any]:
+    """Return a UNet's `config` with the blocks that the file has, and warn where no published model has those."""
+    found, name = config_of(config, file.outline(), str(file.path))
+    if name.startswith("a "):
+        log.warning("%s: has %s, which is taken from its tensors; is the checkpoint whole?", file.path, name)
+    return found
 
 
 def open_vae(spec: str | Path, *, precision: str = "fp32", configs: Path | None = None) -> ModelSource:
@@ -147,14 +172,16 @@ def open_vae(spec: str | Path, *, precision: str = "fp32", configs: Path | None 
     path = Path(spec)
     if path.is_dir():
         return _vae_folder(path, path.resolve().name, "")
-    if _is_file(path):
+    if is_file(path):
         file = open_single_file(path, "vae")
+        if file.kind == "vae":
+            warn_of_unused(file)
         config = read_json((PUBLISHED / "base" / "vae" if configs is None else configs) / "config.json")
         return ModelSource(str(path), path.name, _VAE_CLASS, config, partial(file.checkpoint, "vae", config))
     hub_id = parse_hub_id(str(spec))
     if hub_id is None:
-        raise SourceError(f"--vae {spec}: no such folder or file; {_KINDS}")
-    snapshot = fetch_vae(hub_id, half=precision in _HALF)
+        raise SourceError(f"--vae {spec}: no such folder or file; {KINDS}")
+    snapshot = fetch_vae(hub_id, half=precision in HALF)
     return _vae_folder(snapshot.folder, snapshot.name, snapshot.variant)
 
 
@@ -167,16 +194,17 @@ def _vae_folder(root: Path, name: str, variant: str) -> ModelSource:
     inner = (root / "vae" / "config.json").is_file()
     folder, name = (root / "vae", f"{name}/vae") if inner else (root, name)
     if not (folder / "config.json").is_file():
-        raise SourceError(f"--vae {root}: has no config.json, so it is no diffusers model; {_KINDS}")
+        raise SourceError(f"--vae {root}: has no config.json, so it is no diffusers model; {KINDS}")
     config = read_json(folder / "config.json")
     class_name = config.get("_class_name", _VAE_CLASS)
     if class_name != _VAE_CLASS:
         raise SourceError(f"--vae {root}: is a {class_name}; --vae takes an {_VAE_CLASS}")
-    opened = partial(open_checkpoint, folder, _STEMS["diffusers"], variant)
-    return ModelSource(str(folder), name, _VAE_CLASS, config, opened)
+    opened = partial(open_folder, folder, _STEMS["diffusers"], variant, config)
+    return ModelSource(str(folder), name, _VAE_CLASS, unquantized(config), opened)
 
 
-def _is_file(path: Path) -> bool:
+def is_file(path: Path) -> bool:
+    """Return whether a source is meant as a file: it is one, or is called like one."""
     return path.is_file() or path.suffix in (".safetensors", *PICKLED)
 
 
@@ -185,10 +213,10 @@ def _read(
     expected_class: str,
     root: Path,
     name: str,
-    model: Callable[[str, str, dict[str, Any]], tuple[Path, Open]],
+    model: Callable[[str, str, dict[str, Any]], Parts],
     schedule: dict[str, Any],
 ) -> PipelineSource:
-    """Read the configs of a pipeline whose models `model` opens: (component, stem, config) -> (place, opener)."""
+    """Read the configs of a pipeline; `model` makes of (component, stem, config) its place, config and opener."""
     index = _read_index(configs, expected_class)
     parts = {part: value for part, value in index.items() if isinstance(value, list) and value and value[0]}
     # The first encoder is optional, as in diffusers, but it comes with its tokenizer.
@@ -200,18 +228,19 @@ def _read(
     for component in (part for part in _MODELS if part in parts):
         library, class_name = _class(parts[component], configs / component)
         config = read_json(configs / component / "config.json")
-        place, opener = model(component, _STEMS[library], config)
+        place, config, opener = model(component, _STEMS[library], config)
         models[component] = ModelSource(str(place), f"{name}/{component}", class_name, config, opener)
+    found = {component: source.config for component, source in models.items()}
+    check_role(_ROLES[expected_class], index, found, configs)
     scheduler_file = configs / "scheduler" / "scheduler_config.json"
     scheduler_config = read_json(scheduler_file) | schedule
-    refiner = expected_class == REFINER_CLASS
     return PipelineSource(
         root=root,
         name=name,
         models=models,
         tokenizers={part: configs / part for part in ("tokenizer", "tokenizer_2") if part in parts},
         scheduler=read_scheduler(scheduler_config, str(scheduler_file if configs == root else root)),
-        requires_aesthetics_score=bool(index.get("requires_aesthetics_score", False)) and refiner,
+        requires_aesthetics_score=needs_score(_ROLES[expected_class], index, found),
         force_zeros_for_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", True)),
         index=index,
         scheduler_config=scheduler_config,
@@ -219,20 +248,15 @@ def _read(
 
 
 def _read_index(root: Path, expected_class: str) -> dict[str, Any]:
-    option = _OPTION[expected_class]
+    option = f"--{_ROLES[expected_class]}"
     if not root.is_dir():
         raise SourceError(f"{option} {root}: no such folder; give the folder of a diffusers model, or 'mini'")
     if not (root / "model_index.json").is_file():
         raise SourceError(f"{option} {root}: has no model_index.json, so it is not a diffusers pipeline folder;"
                           " give the folder that save_pretrained wrote")  # fmt: skip
     index = read_json(root / "model_index.json")
-    found = index.get("_class_name")
-    if found == expected_class:
-        return index
-    if isinstance(found, str) and found in _OPTION:
-        raise SourceError(f"{option} {root}: is a {found}, which goes to {_OPTION[found]}; {option} takes a"
-                          f" {expected_class}")  # fmt: skip
-    raise SourceError(f"{option} {root}: is a {found}, not SDXL; {option} takes a {expected_class}")
+    check_class(index.get("_class_name"), f"{option} {root}")
+    return index
 
 
 def _class(entry: list[Any], where: Path) -> tuple[str, str]:

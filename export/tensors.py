@@ -4,7 +4,6 @@ __all__ = [
     "Checkpoint",
     "TensorInfo",
     "digest_tensors",
-    "known_extra",
     "open_checkpoint",
     "open_file",
     "resolve_names",
@@ -12,64 +11,44 @@ __all__ = [
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from sdxl_trt.engines.errors import CorruptError, explain_os_error
 from sdxl_trt.engines.files import contained
+from sdxl_trt.export.first_bytes import check_first_bytes, explain_damage
+from sdxl_trt.export.fp8_scales import FP8, find_scales
+from sdxl_trt.export.leftovers import left_out
+from sdxl_trt.export.quantization import check_header, check_layer
+from sdxl_trt.export.tensor_info import Scale, TensorInfo
 from sdxl_trt.export.weight_files import find_weights
 
 # A mapped file counts as resident once its pages are touched: the mapping is renewed after this many bytes.
 REMAP_BYTES = 256 << 20
-# What published checkpoints carry and no model reads: buffers that it computes for itself, CLIP's logit scale and
-# the first encoder's projection, averaged weights, and the training's schedule, loss and flags.
-_KNOWN_EXTRA = re.compile(
-    r"(.+\.)?(position_ids|logit_scale|text_projection|text_projection\.weight)"
-    r"|(model_ema|denoiser|loss|first_stage_model\.loss|first_stage_model\.model_ema)\..+"
-    r"|(alphas|betas|lvlb|log_one_minus|posterior|sqrt)(_\w+)?|logvar|v_pred|ztsnr"
-)
-_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Where one tensor lies, its shape, and its safetensors dtype name ("F16", "F32", …).
-
-    `rows` are those of the stored tensor that make this one, all where None; `transposed` says that the stored
-    matrix is this one's transpose. `shape` is what they leave; `position` orders the tensors of a file.
-    """
-
-    file: Path
-    key: str
-    shape: tuple[int, ...]
-    dtype: str
-    rows: tuple[int, int] | None = None
-    transposed: bool = False
-    position: int = 0
-
-    def part(self, index: int, parts: int) -> "TensorInfo":
-        """Return the `index`-th of `parts` equal ranges of rows; a remainder is left out, for shapes to disagree."""
-        if not self.shape:
-            return self
-        size = self.shape[0] // parts
-        return replace(self, shape=(size, *self.shape[1:]), rows=(index * size, (index + 1) * size))
-
-    def transpose(self) -> "TensorInfo":
-        """Return the transpose of a stored matrix."""
-        return replace(self, shape=self.shape[::-1], transposed=not self.transposed)
+_FLOATS = ("F64", "F32", "F16", "BF16", *FP8)
 
 
 class Checkpoint:
-    """A model's tensors over one or several safetensors files; nothing is read before it is asked for."""
+    """A model's tensors over one or several safetensors files; nothing is read before it is asked for.
 
-    def __init__(self, tensors: Mapping[str, TensorInfo]) -> None:
+    `metadata` is what the files' headers say beside the tensors. `block` is the size of the blocks that fp8 weights
+    are scaled in, where a config states one.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, TensorInfo],
+        metadata: Mapping[str, str] | None = None,
+        block: tuple[int, int] | None = None,
+    ) -> None:
         self.tensors = dict(tensors)
+        self.metadata = dict(metadata or {})
+        self.block = block
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield (name, tensor) in the given order, holding one tensor and one mapped file at a time."""
@@ -84,7 +63,7 @@ class Checkpoint:
                     open_file, budget = info.file, REMAP_BYTES
                 tensor = _load(handle, info)
             except SafetensorError as exc:
-                raise _broken(info.file, exc) from exc
+                raise explain_damage(info.file, exc) from exc
             except OSError as exc:
                 raise explain_os_error(exc, f"reading {info.file}") from exc
             budget -= tensor.nbytes
@@ -103,33 +82,53 @@ class Checkpoint:
 def _load(handle: Any, info: TensorInfo) -> torch.Tensor:
     stored = handle.get_tensor(info.key) if info.rows is None else handle.get_slice(info.key)[slice(*info.rows)]
     tensor: torch.Tensor = stored
+    if info.scale is not None:
+        tensor = info.scale.multiply(stored, _numbers(handle, info.file, info.scale))
     return tensor.T.contiguous() if info.transposed else tensor
 
 
-def open_checkpoint(folder: Path, stem: str, variant: str = "") -> Checkpoint:
+def _numbers(handle: Any, file: Path, scale: Scale) -> torch.Tensor:
+    """Return the stored numbers of a scale, which may lie in another shard than its weight."""
+    if scale.file == file:
+        return cast("torch.Tensor", handle.get_tensor(scale.key))
+    with safe_open(scale.file, framework="pt") as other:
+        return cast("torch.Tensor", other.get_tensor(scale.key))
+
+
+def open_checkpoint(folder: Path, stem: str, variant: str = "", block: tuple[int, int] | None = None) -> Checkpoint:
     """Open the safetensors of a component folder: one file ``<stem>.safetensors``, or shards with their index.
 
-    A `variant` ("fp16") is preferred to the plain files where it is there. Raises SourceError where there are no
-    weights, or only pickled ones; CorruptError for broken files.
+    A `variant` ("fp16") is preferred to the plain files where it is there; `block` is what the config says of scaled
+    fp8 weights. Raises SourceError where there are no weights, only pickled ones, or some that are quantized in another
+    way; CorruptError for broken files.
     """
     try:
         names = [path.name for path in folder.iterdir() if path.is_file()]
     except OSError as exc:
         raise explain_os_error(exc, f"reading {folder}") from exc
     entry = folder / find_weights(names, stem, str(folder), variant)
-    return Checkpoint(_read_headers(_shards(folder, entry) if entry.suffix == ".json" else [entry]))
+    tensors, metadata = _read_headers(_shards(folder, entry) if entry.suffix == ".json" else [entry])
+    check_header(tensors, metadata, str(folder))
+    return Checkpoint(tensors, metadata, block)
 
 
 def open_file(path: Path) -> Checkpoint:
-    """Open one safetensors file. Raises CorruptError where it is broken, UsageError where it cannot be read."""
-    return Checkpoint(_read_headers([path]))
+    """Open one safetensors file, whatever it is called.
+
+    Raises CorruptError where it is broken, SourceError where it is something else, UsageError where it cannot be read.
+    """
+    return Checkpoint(*_read_headers([path]))
 
 
 def _shards(folder: Path, index: Path) -> list[Path]:
+    raw = b""
     try:
-        names = set(json.loads(index.read_bytes())["weight_map"].values())
+        raw = index.read_bytes()
+        names = set(json.loads(raw)["weight_map"].values())
         return [_inside(folder, str(name)) for name in sorted(names)]
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError, OSError) as exc:
+        if raw and not raw.lstrip().startswith((b"{", b"[")):
+            check_first_bytes(index)
         raise CorruptError(f"{index}: not a safetensors index ({exc}); download the model again") from exc
 
 
@@ -143,24 +142,26 @@ def _inside(folder: Path, name: str) -> Path:
     return path
 
 
-def _read_headers(files: Iterable[Path]) -> dict[str, TensorInfo]:
+def _read_headers(files: Iterable[Path]) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     tensors: dict[str, TensorInfo] = {}
+    metadata: dict[str, str] = {}
     for file in files:
+        check_first_bytes(file)
         try:
             with safe_open(file, framework="pt") as handle:
+                metadata |= handle.metadata() or {}
                 for position, key in enumerate(handle.offset_keys()):
+                    if key in tensors:
+                        raise CorruptError(f"{file}: has {key}, and so has {tensors[key].file.name}; download the model"
+                                           " again")  # fmt: skip
                     part = handle.get_slice(key)
                     shape, dtype = tuple(part.get_shape()), part.get_dtype()
                     tensors[key] = TensorInfo(file, key, shape, dtype, position=position)
         except SafetensorError as exc:
-            raise _broken(file, exc) from exc
+            raise explain_damage(file, exc) from exc
         except OSError as exc:
             raise explain_os_error(exc, f"reading {file}") from exc
-    return tensors
-
-
-def _broken(file: Path, exc: Exception) -> CorruptError:
-    return CorruptError(f"{file}: broken safetensors ({exc}); download it again")
+    return tensors, metadata
 
 
 def _spellings(name: str) -> Iterator[str]:
@@ -186,21 +187,30 @@ def resolve_names(
     """Return `checkpoint` under the published names that `wanted` maps to shapes.
 
     Accepts CLIP keys with and without ``text_model.``, and the attention names of older autoencoders (whose
-    weights may carry two trailing dimensions of 1). Extra tensors are warned of, except what published files are
-    known to carry; missing, misshapen and quantized ones raise CorruptError.
+    weights may carry two trailing dimensions of 1). Scaled fp8 weights become the products with their scales. Extra
+    tensors are warned of, except what published files are known to carry. Raises CorruptError for missing, misshapen
+    and quantized tensors, SourceError for extra ones that would change those that are used, and for scales whose
+    meaning is not certain.
     """
+    stored: dict[str, str] = {}
     found: dict[str, TensorInfo] = {}
-    used: set[str] = set()
     for name, shape in wanted.items():
-        stored = next((spelling for spelling in _spellings(name) if spelling in checkpoint.tensors), None)
-        if stored is None:
+        spelled = next((spelling for spelling in _spellings(name) if spelling in checkpoint.tensors), None)
+        if spelled is None:
             raise CorruptError(f"{where}: tensor {name} is missing; the checkpoint is incomplete or of another model")
-        found[name] = _checked(checkpoint.tensors[stored], name, shape, where)
-        used.add(stored)
-    extra = sorted(name for name in checkpoint.tensors.keys() - used if not known_extra(name))
+        found[name] = _checked(checkpoint.tensors[spelled], name, shape, where)
+        stored[name] = spelled
+    scales, heeded = find_scales(checkpoint.tensors, stored.values(), where, checkpoint.block)
+    for mark, tensor in checkpoint.read(name for name in heeded if name.endswith(".comfy_quant")):
+        check_layer(bytes(tensor.flatten().to(torch.uint8).tolist()), mark, where)
+    for name, spelled in stored.items():
+        if spelled in scales:
+            found[name] = replace(found[name], scale=scales[spelled], dtype="F32")
+    used = set(stored.values())
+    extra = left_out(checkpoint.tensors.keys() - used - heeded, used, where)
     if extra:
         warn(f"{where}: {len(extra)} tensors that the model does not use were left out, {extra[0]} for one")
-    return Checkpoint(found)
+    return Checkpoint(found, checkpoint.metadata)
 
 
 def _checked(info: TensorInfo, name: str, shape: tuple[int, ...], where: str) -> TensorInfo:
@@ -211,11 +221,6 @@ def _checked(info: TensorInfo, name: str, shape: tuple[int, ...], where: str) ->
         raise CorruptError(f"{where}: tensor {name} is stored as {info.dtype}, quantized; give the model in fp16 or"
                            " fp32")  # fmt: skip
     return replace(info, shape=shape)
-
-
-def known_extra(name: str) -> bool:
-    """Return whether published files are known to carry a tensor `name` that no model reads."""
-    return _KNOWN_EXTRA.fullmatch(name) is not None
 
 
 def digest_tensors(checkpoint: Checkpoint, names: Iterable[str]) -> str:
