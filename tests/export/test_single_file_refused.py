@@ -78,13 +78,6 @@ def test_swapped_files_say_where_each_goes(single: Files, given_role: str, asked
         open_source(single(given_role), asked)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("key", ["scaled_fp8", "model.diffusion_model.out.2.scale_weight"])
-def test_scaled_fp8_is_refused(single: Files, key: str) -> None:
-    """Its weights mean nothing without their scales."""
-    with pytest.raises(SourceError, match="is a quantized checkpoint, which is not supported"):
-        open_source(single(**{key: A}), "base")
-
-
 def test_a_schedule_of_another_kind_is_refused(single: Files) -> None:
     with pytest.raises(SourceError, match="fine-tune on EDM's schedule, which is not supported"):
         open_source(single(edm_mean=A), "base")
@@ -115,8 +108,9 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 # What it says of itself.
-def test_the_published_config_is_the_default(single: Files) -> None:
+def test_the_published_config_is_the_default(single: Files, caplog: pytest.LogCaptureFixture) -> None:
     source = open_source(str(single()), "base")
+    assert "a UNet of its own outline, which is taken from its tensors" in caplog.text
     assert source.models["unet"].config["cross_attention_dim"] == 2048
     assert source.models["unet"].where.endswith("base.safetensors/unet")
     assert source.models["unet"].where.endswith("/unet")
@@ -125,14 +119,15 @@ def test_the_published_config_is_the_default(single: Files) -> None:
         plan_components(source, None, Options(), _never)
 
 
-def test_v_prediction_is_read_from_the_file(single: Files, caplog: pytest.LogCaptureFixture) -> None:
-    source = open_source(single(v_pred=torch.empty(0)), "base")
+def test_v_prediction_is_read_from_the_file(made: Any, single: Files, caplog: pytest.LogCaptureFixture) -> None:
+    source = open_checkpoint_file(single(v_pred=torch.empty(0)), "base", configs=made("outline", "base")[0])
     assert source.scheduler.prediction_type == source.scheduler_config["prediction_type"] == "v_prediction"
     assert [record for record in caplog.records if record.name.startswith("sdxl_trt")] == []
 
 
-def test_a_zero_terminal_snr_is_read_from_the_file(single: Files, caplog: pytest.LogCaptureFixture) -> None:
-    source = open_source(single(v_pred=torch.empty(0), ztsnr=torch.empty(0)), "base")
+def test_a_zero_terminal_snr_is_read_from_the_file(made: Any, single: Files, caplog: pytest.LogCaptureFixture) -> None:
+    path = single(v_pred=torch.empty(0), ztsnr=torch.empty(0))
+    source = open_checkpoint_file(path, "base", configs=made("outline", "base")[0])
     assert source.scheduler_config["rescale_betas_zero_snr"] is True
     assert source.scheduler.rescale_betas_zero_snr
     assert [record for record in caplog.records if record.name.startswith("sdxl_trt")] == []

@@ -71,13 +71,21 @@ def test_a_base_has_no_score_whatever_its_index_says(write: Write) -> None:
     assert not open_pipeline(write(requires_aesthetics_score=True), BASE_CLASS).requires_aesthetics_score
 
 
-@pytest.mark.parametrize(("given_class", "asked"), [(REFINER_CLASS, BASE_CLASS), (BASE_CLASS, REFINER_CLASS)])
-def test_swapped_folders_say_where_each_goes(write: Write, given_class: str, asked: str) -> None:
+ABSENT = {"text_encoder": [None, None], "tokenizer": [None, None]}
+
+
+@pytest.mark.parametrize(
+    ("given_class", "changes", "asked"),
+    [(REFINER_CLASS, ABSENT | {"requires_aesthetics_score": True}, BASE_CLASS), (BASE_CLASS, {}, REFINER_CLASS)],
+)
+def test_swapped_folders_say_where_each_goes(
+    write: Write, given_class: str, changes: dict[str, Any], asked: str
+) -> None:
     option = {BASE_CLASS: "--base", REFINER_CLASS: "--refiner"}
     with pytest.raises(
         SourceError, match=f"{option[asked]} .* is a {given_class}, which goes to {option[given_class]}"
     ):
-        open_pipeline(write(given_class), asked)
+        open_pipeline(write(given_class, **changes), asked)
 
 
 @pytest.mark.parametrize("class_name", ["StableDiffusionPipeline", None, 7, ["x"], "os.system"])
