@@ -36,7 +36,7 @@ _PUBLISHED = {SSD_1B: "SSD-1B", VEGA: "Segmind-Vega"}
 def read_outline(names: Iterable[str]) -> Outline | None:
     """Return the outline of the UNet whose tensors are called `names`, in LDM's or in diffusers' names.
 
-    None where the names are of no UNet, or have gaps. Source: sgm's ``UNetModel`` numbers its blocks in order of
+    None where the names are of no UNet, or leave out a layer altogether. Source: sgm's ``UNetModel`` numbers its blocks in order of
     construction, a downsampler taking a number of its own and an upsampler the end of its block's last.
     """
     found = list(names)
@@ -103,7 +103,7 @@ def _depths(names: Iterable[str], pattern: str) -> dict[str, int]:
 
 
 def _outline(down: list[list[int | None]], middle: int | None, up: list[list[int | None]]) -> Outline | None:
-    whole = len(down) == len(up) and all(down) and all(up)
+    whole = len(down) == len(up) > 0 and all(down) and all(up)
     return Outline(tuple(map(tuple, down)), middle, tuple(map(tuple, up))) if whole else None
 
 

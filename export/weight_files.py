@@ -4,7 +4,7 @@ __all__ = ["PICKLED", "find_weights", "shard_names"]
 
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from sdxl_trt.engines.errors import SourceError
 
@@ -28,6 +28,9 @@ def find_weights(names: Iterable[str], stem: str, where: str, variant: str = "")
     found = _variants(present, stem)
     for choice in (variant, ""):
         if choice in found:
+            others = [name for name in _named(present, stem, choice) if name != found[choice]]
+            if others:  # diffusers takes the shards of a model, transformers the one file
+                log.warning("%s: has %s and %s; the first is taken", where, found[choice], others[0])
             return found[choice]
     if len(found) == 1:
         name = next(iter(found.values()))
@@ -52,13 +55,22 @@ def shard_names(names: Iterable[str], stem: str, entry: str) -> list[str]:
 def _variants(names: Sequence[str], stem: str) -> dict[str, str]:
     """Return {variant: file}, "" being the plain one; a single file goes before shards."""
     found: dict[str, str] = {}
+    for variant, name in _matches(names, stem):
+        found.setdefault(variant, name)
+    return found
+
+
+def _named(names: Sequence[str], stem: str, variant: str) -> list[str]:
+    return [name for found, name in _matches(names, stem) if found == variant]
+
+
+def _matches(names: Sequence[str], stem: str) -> Iterator[tuple[str, str]]:
     for form in _FORMS:
         pattern = re.compile(form.format(stem=re.escape(stem)))
         for name in names:
             match = pattern.fullmatch(name)
             if match:
-                found.setdefault(match[1] or "", name)
-    return found
+                yield match[1] or "", name
 
 
 def _no_weights(present: Sequence[str], stem: str, where: str) -> SourceError:

@@ -32,9 +32,7 @@ def _numbers(*shape: int) -> torch.Tensor:
 def resolve(tmp_path: Path) -> Resolve:
     """Return a function that stores a linear layer with changes, and resolves its two tensors without a warning."""
 
-    def run(
-        changes: State, metadata: dict[str, str] | None = None, block: tuple[int, int] | None = None
-    ) -> Checkpoint:
+    def run(changes: State, metadata: dict[str, str] | None = None, block: tuple[int, int] | None = None) -> Checkpoint:
         tensors = {"to_q.weight": _fp8(SHAPE), "to_q.bias": torch.zeros(300)} | changes
         save_file({name: tensor.clone() for name, tensor in tensors.items()}, tmp_path / "model.safetensors", metadata)
         return resolve_names(open_checkpoint(tmp_path, "model", "", block), WANTED, "unet", pytest.fail)

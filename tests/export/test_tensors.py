@@ -118,6 +118,19 @@ def test_the_plain_file_goes_before_variants_unless_one_is_asked_for(folder: Pat
     assert "a.weight" in open_checkpoint(folder, STEM, "bf16").tensors
 
 
+def test_one_file_beside_shards_is_taken_and_said(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {}}))
+    assert open_checkpoint(folder, STEM).tensors.keys() == TENSORS.keys()
+    assert "has model.safetensors and model.safetensors.index.json; the first is taken" in caplog.text
+
+
+def test_a_tensor_in_two_shards_is_corrupt(shards: Callable[[dict[str, str]], Path]) -> None:
+    folder = shards({"a.weight": "a.safetensors", "b.bias": "b.safetensors"})
+    save_file(TENSORS, folder / "b.safetensors")
+    with pytest.raises(CorruptError, match=r"b\.safetensors: has a\.weight, and so has a\.safetensors"):
+        open_checkpoint(folder, STEM)
+
+
 def test_several_variants_and_no_plain_file_are_named(folder: Path) -> None:
     save_file(TENSORS, folder / "model.bf16.safetensors")
     (folder / "model.safetensors").rename(folder / "model.fp16.safetensors")
@@ -279,7 +292,9 @@ def test_extras_of_published_files_are_silent(tmp_path: Path, name: str) -> None
     assert list(resolve_names(_checkpoint(tmp_path, "a", name), {"a": (2, 3)}, "unet", _never).tensors) == ["a"]
 
 
-@pytest.mark.parametrize("name", ["logit_scaler", "position_ids.weight", "model_emaa.x", "alphas.weight", "loss", "v_pred", "ztsnr"])
+@pytest.mark.parametrize(
+    "name", ["logit_scaler", "position_ids.weight", "model_emaa.x", "alphas.weight", "loss", "v_pred", "ztsnr"]
+)
 def test_only_what_is_known_is_silent(tmp_path: Path, name: str) -> None:
     warned: list[str] = []
     resolve_names(_checkpoint(tmp_path, "a", name), {"a": (2, 3)}, "unet", warned.append)
