@@ -36,8 +36,9 @@ _PUBLISHED = {SSD_1B: "SSD-1B", VEGA: "Segmind-Vega"}
 def read_outline(names: Iterable[str]) -> Outline | None:
     """Return the outline of the UNet whose tensors are called `names`, in LDM's or in diffusers' names.
 
-    None where the names are of no UNet, or leave out a layer altogether. Source: sgm's ``UNetModel`` numbers its blocks in order of
-    construction, a downsampler taking a number of its own and an upsampler the end of its block's last.
+    None where the names are of no UNet, or leave out a layer altogether. Source: sgm's ``UNetModel`` numbers its
+    blocks in order of construction, a downsampler taking a number of its own and an upsampler the end of its block's
+    last.
     """
     found = list(names)
     ldm = any(name.startswith("input_blocks.") for name in found)

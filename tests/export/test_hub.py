@@ -20,6 +20,7 @@ from sdxl_trt.engines.errors import ResourceError, SdxlTrtError, SourceError, Us
 from sdxl_trt.export import hub
 from sdxl_trt.export.hub import HubId, fetch_pipeline, fetch_vae, parse_hub_id
 from sdxl_trt.export.sources import BASE_CLASS, open_source, open_vae
+from sdxl_trt.export.unets import open_unet
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPO = "someone/tiny-xl"
@@ -148,6 +149,19 @@ def test_an_autoencoder_has_its_own_repository_or_a_pipelines(cache: Callable[..
     assert (inner.name, alone.name) == (f"{REPO}@{COMMIT}/vae", f"someone/vae-fix@{COMMIT}")
     assert alone.config["force_upcast"] is False
     assert [list(vae.checkpoint().tensors) for vae in (inner, alone)] == [["plain"], ["own"]]
+
+
+def test_a_unet_has_its_own_repository_or_a_pipelines(cache: Callable[..., Path]) -> None:
+    config = json.dumps({"addition_embed_type": "text_time", "cross_attention_dim": 2048}).encode()
+    alone = {"config.json": config, "diffusion_pytorch_model.fp16.safetensors": save({"u": torch.ones(1)})}
+    cache(alone, repo="someone/unet")
+    scheduler = b'{"prediction_type": "v_prediction"}'
+    cache(_files("") | {"unet/config.json": config, "scheduler/scheduler_config.json": scheduler})
+    own, of_pipeline = open_unet("someone/unet", precision="fp16"), open_unet(REPO)
+    assert (own.model.name, dict(own.schedule)) == (f"someone/unet@{COMMIT}", {})
+    assert list(own.model.checkpoint().tensors) == ["u"]
+    assert of_pipeline.model.name == f"{REPO}@{COMMIT}/unet"
+    assert of_pipeline.schedule["prediction_type"] == "v_prediction"
 
 
 def test_what_is_not_cached_names_the_cache_and_the_setting(cache: Callable[..., Path]) -> None:
