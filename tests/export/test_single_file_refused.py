@@ -188,3 +188,24 @@ def test_what_is_no_autoencoder_is_called_by_its_name(tmp_path: Path) -> None:
     _save({"cond_stage_model.x": A, "first_stage_model.decoder.conv_in.weight": A}, tmp_path / "x.safetensors")
     with pytest.raises(SourceError, match=r"--vae .*is a Stable Diffusion 1 checkpoint.*--vae takes an SDXL auto"):
         open_vae(tmp_path / "x.safetensors")
+
+
+def test_two_names_of_one_tensor_are_corrupt(made: Any, single: Files) -> None:
+    """An LDM name and diffusers' name for it: which of the two is meant cannot be known."""
+    extra = {"model.diffusion_model.conv_in.weight": torch.ones(16, 4, 3, 3)}
+    source = open_checkpoint_file(single(**extra), "base", configs=made("outline", "base")[0])
+    with pytest.raises(CorruptError, match=r"(conv_in|input_blocks\.0\.0)\.weight are two names of one tensor"):
+        source.models["unet"].checkpoint()
+
+
+def test_a_scale_of_a_weight_that_is_not_fp8_is_refused(made: Any, single: Files) -> None:
+    source = open_checkpoint_file(
+        single(**{"model.diffusion_model.out.2.scale_weight": A}), "base", configs=made("outline", "base")[0]
+    )
+    with pytest.raises(SourceError, match=r"conv_out\.scale_weight scales conv_out\.weight, which is stored as F32"):
+        plan_components(source, None, Options(), _never)
+
+
+def test_a_file_that_says_scaled_and_has_no_scale_is_refused(single: Files) -> None:
+    with pytest.raises(SourceError, match=r"says that its fp8 weights are scaled .*, but has no scales"):
+        open_source(single(scaled_fp8=A), "base")

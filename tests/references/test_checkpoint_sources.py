@@ -27,7 +27,6 @@ pytestmark = [
 State = dict[str, torch.Tensor]
 PROMPT, SEED, STEPS, HANDOFF = "a red fox in the snow", 2**33 + 11, 6, 0.5
 TOLERANCE = 1e-3
-STEMS = {"unet": "diffusion_pytorch_model", "text_encoder": "model", "text_encoder_2": "model"}
 
 
 def _tests_of_export() -> Any:
@@ -94,79 +93,53 @@ def _difference(one: np.ndarray, other: np.ndarray) -> float:
     return difference
 
 
-def _quantize(state: State, rows: Callable[[str, torch.Tensor], torch.Tensor], scale_name: str) -> tuple[State, State]:
+def _quantize(state: State, scales: Callable[[torch.Tensor], torch.Tensor]) -> tuple[State, State]:
     """Return a state whose matrices are scaled fp8, and the state that it stands for."""
     stored, meant = dict(state), dict(state)
     for name, weight in state.items():
         if name.endswith(".weight") and weight.ndim == 2 and "embedding" not in name:
-            scale = rows(name, weight)
+            scale = scales(weight)
             stored[name] = (weight / scale).to(torch.float8_e4m3fn)
-            stored[name.removesuffix("weight") + scale_name] = scale
+            stored[name.removesuffix("weight") + "scale_weight"] = scale
             meant[name] = stored[name].float() * scale
     return stored, meant
 
 
-def _largest(_: str, weight: torch.Tensor) -> torch.Tensor:
-    return weight.abs().max() / 448
-
-
-def _largest_of_rows(_: str, weight: torch.Tensor) -> torch.Tensor:
-    return weight.abs().amax(dim=1, keepdim=True) / 448
-
-
-def test_a_scaled_fp8_file_draws_what_its_weights_stand_for(base: Path, tmp_path: Path) -> None:
-    """As ComfyUI writes them: a marker, scale_weight and scale_input beside every matrix of UNet and first encoder."""
-    ldm_writer = _tests_of_export()
-    states = ldm_writer._states(base)
-    pipeline = _pipeline(base)
-    unscaled = _theirs(pipeline)
-    stored = dict(states)
-    for component, scales in (("unet", _largest), ("text_encoder", _largest_of_rows)):
-        stored[component], meant = _quantize(states[component], scales, "scale_weight")
-        bare = {name.removeprefix("text_model."): tensor for name, tensor in meant.items()}
-        getattr(pipeline, component).load_state_dict(bare)
-    ldm = ldm_writer._to_ldm(stored, "base", 1, 2)
-    modules = [name.removesuffix("scale_weight") for name in ldm if name.endswith("scale_weight")]
-    ldm |= {f"{module}scale_input": torch.tensor(1.5) for module in modules}
-    ldm["model.diffusion_model.scaled_fp8"] = torch.zeros(2, dtype=torch.float8_e4m3fn)
-    save_file({name: tensor.clone() for name, tensor in ldm.items()}, tmp_path / "scaled.safetensors")
-    expected = _theirs(pipeline)
-    assert len(modules) > 100
-    assert _difference(_ours(tmp_path / "out", tmp_path / "scaled.safetensors"), expected) <= TOLERANCE
-    assert np.abs(expected - unscaled).max() > 10 * TOLERANCE, "what fp8 itself changes would be seen"
-
-
-def test_a_folder_of_block_scaled_weights_that_image_to_image_saved(base: Path, tmp_path: Path) -> None:
-    """quantization_config and weight_scale_inv as transformers writes them; the class of the pipeline is another's."""
-    pipeline = _pipeline(base)
-
-    def blocks(_: str, weight: torch.Tensor) -> torch.Tensor:
-        grid = [-(-side // 16) for side in weight.shape]
-        return torch.rand(grid, generator=torch.Generator().manual_seed(weight.numel())) / 448 + 0.001
-
-    state = pipeline.unet.state_dict()
+def _quantize_in_blocks(state: State, side: int) -> tuple[State, State]:
+    """Return as _quantize does a state whose matrices are scaled in blocks of `side` rows and columns."""
     stored, meant = dict(state), dict(state)
     for name, weight in state.items():
         if name.endswith(".weight") and weight.ndim == 2:
-            scale = blocks(name, weight)
-            spread = scale.repeat_interleave(16, 0)[: weight.shape[0]].repeat_interleave(16, 1)[:, : weight.shape[1]]
+            grid = [-(-length // side) for length in weight.shape]
+            scale = torch.rand(grid, generator=torch.Generator().manual_seed(weight.numel())) / 448 + 0.001
+            spread = scale.repeat_interleave(side, 0)[: weight.shape[0]]
+            spread = spread.repeat_interleave(side, 1)[:, : weight.shape[1]]
             stored[name] = (weight / spread).clamp(-448, 448).to(torch.float8_e4m3fn)
             stored[name.removesuffix("weight") + "weight_scale_inv"] = scale
             meant[name] = stored[name].float() * spread
-    pipeline.unet.load_state_dict(meant)
-    save_file(stored, base / "unet" / "diffusion_pytorch_model.safetensors")
-    for path, changes in (
-        (base / "unet" / "config.json",
-         {"quantization_config": {"quant_method": "fp8", "weight_block_size": [16, 16]}}),
-        (base / "model_index.json",
-         {"_class_name": "StableDiffusionXLImg2ImgPipeline", "requires_aesthetics_score": False}),
-    ):  # fmt: skip
-        path.write_text(json.dumps(json.loads(path.read_bytes()) | changes))
-    assert _difference(_ours(tmp_path / "out", base), _theirs(pipeline)) <= TOLERANCE
+    return stored, meant
 
 
-def test_a_file_of_fewer_blocks_is_drawn_as_diffusers_builds_it(base: Path, tmp_path: Path) -> None:
-    """As SSD-1B: depths of its own on the way up, one residual layer in the middle; and a header that says v."""
+def _change(path: Path, **changes: Any) -> None:
+    """Change settings of a JSON file; those that are None are removed."""
+    settings = json.loads(path.read_bytes()) | changes
+    path.write_text(json.dumps({name: value for name, value in settings.items() if value is not None}))
+
+
+def _largest(weight: torch.Tensor) -> torch.Tensor:
+    return weight.abs().max() / 448
+
+
+def _largest_of_rows(weight: torch.Tensor) -> torch.Tensor:
+    return weight.abs().amax(dim=1, keepdim=True) / 448
+
+
+def test_a_scaled_fp8_file_of_fewer_blocks_draws_what_its_weights_stand_for(base: Path, tmp_path: Path) -> None:
+    """As SSD-1B is built, as ComfyUI scales it, and with a header that says v.
+
+    Depths of its own on the way up and one residual layer in the middle; a marker, and scale_weight and scale_input
+    beside every matrix of UNet and first encoder.
+    """
     import diffusers
 
     pipeline = _pipeline(base)
@@ -179,30 +152,45 @@ def test_a_file_of_fewer_blocks_is_drawn_as_diffusers_builds_it(base: Path, tmp_
     pipeline.scheduler = diffusers.EulerDiscreteScheduler.from_config(
         pipeline.scheduler.config, prediction_type="v_prediction"
     )
+    exact = _theirs(pipeline)
     ldm_writer = _tests_of_export()
     states = ldm_writer._states(base) | {"unet": pipeline.unet.state_dict()}
+    for component, scales in (("unet", _largest), ("text_encoder", _largest_of_rows)):
+        states[component], meant = _quantize(states[component], scales)
+        bare = {name.removeprefix("text_model."): tensor for name, tensor in meant.items()}
+        getattr(pipeline, component).load_state_dict(bare)
     ldm = ldm_writer._to_ldm(states, "base", 1, 2)
-    path = tmp_path / "ssd.safetensors"
-    save_file({name: tensor.clone() for name, tensor in ldm.items()}, path, {"modelspec.prediction_type": "v"})
-    assert _difference(_ours(tmp_path / "out", path), _theirs(pipeline)) <= TOLERANCE
+    modules = [name.removesuffix("scale_weight") for name in ldm if name.endswith("scale_weight")]
+    assert len(modules) > 100
+    ldm |= {f"{module}scale_input": torch.tensor(1.5) for module in modules}
+    ldm["model.diffusion_model.scaled_fp8"] = torch.zeros(2, dtype=torch.float8_e4m3fn)
+    tensors = {name: tensor.clone() for name, tensor in ldm.items()}
+    save_file(tensors, tmp_path / "ssd.safetensors", {"modelspec.prediction_type": "v"})
+    expected = _theirs(pipeline)
+    assert _difference(_ours(tmp_path / "out", tmp_path / "ssd.safetensors"), expected) <= TOLERANCE
+    assert np.abs(expected - exact).max() > 10 * TOLERANCE, "what fp8 itself changes would be seen"
 
 
-def test_a_unet_alone_with_a_refiner_that_text_to_image_saved(
+def test_a_unet_alone_between_two_experts_that_the_others_pipelines_saved(
     base: Path, pairs: Callable[[str], Any], tmp_path: Path
 ) -> None:
+    """A base saved by image-to-image, a refiner by text-to-image, a UNet scaled in blocks as transformers does it."""
     import diffusers
 
     pipeline = _pipeline(base)
     torch.manual_seed(5)
     pipeline.unet = diffusers.UNet2DConditionModel.from_config(pipeline.unet.config).eval()
-    save_file(pipeline.unet.state_dict(), tmp_path / "lightning.safetensors")
-    root = tmp_path / "refiner"
-    shutil.copytree(pairs("outline").refiner, root)
+    state, folder = pipeline.unet.state_dict(), tmp_path / "unet"
+    stored, meant = _quantize_in_blocks(state, 16)
+    pipeline.unet.load_state_dict(meant)
+    quantization = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+    _change(shutil.copytree(base / "unet", folder) / "config.json", quantization_config=quantization)
+    save_file(stored, folder / "diffusion_pytorch_model.safetensors")
+    _change(base / "model_index.json", _class_name="StableDiffusionXLImg2ImgPipeline", requires_aesthetics_score=False)
+    root = shutil.copytree(pairs("outline").refiner, tmp_path / "refiner")
     refiner = _quiet(lambda: diffusers.StableDiffusionXLImg2ImgPipeline.from_pretrained(root))
-    index = json.loads((root / "model_index.json").read_bytes()) | {"_class_name": "StableDiffusionXLPipeline"}
-    del index["requires_aesthetics_score"]
-    (root / "model_index.json").write_text(json.dumps(index))
-    ours = _ours(tmp_path / "out", base, root, unet=tmp_path / "lightning.safetensors")
+    _change(root / "model_index.json", _class_name="StableDiffusionXLPipeline", requires_aesthetics_score=None)
+    ours = _ours(tmp_path / "out", base, root, unet=folder)
     assert _difference(ours, _theirs(pipeline, refiner)) <= TOLERANCE
 
 
