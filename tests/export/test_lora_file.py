@@ -155,7 +155,7 @@ def test_a_key_cannot_break_the_line(write: Write) -> None:
         ("style", SourceError, "one .safetensors file"),
         ("folder.safetensors", UsageError, "no such file"),
         ("absent.safetensors", UsageError, "no such file"),
-        ("broken.safetensors", CorruptError, "broken safetensors"),
+        ("broken.safetensors", SourceError, "is pickled"),
     ],
 )
 def test_paths_that_are_no_lora(name: str, error: type[SdxlTrtError], says: str, tmp_path: Path) -> None:
