@@ -5,6 +5,7 @@ __all__ = [
     "FORMAT_VERSION",
     "Component",
     "DType",
+    "Edm",
     "Kind",
     "LoraRecord",
     "Manifest",
@@ -32,6 +33,7 @@ FORMAT_VERSION = 1
 Kind = Literal["text_encoder", "unet", "vae_decoder", "vae_encoder"]
 DType = Literal["float32", "float16", "int64"]
 Precision = Literal["fp32", "fp16", "bf16", "mixed"]
+PositiveFloat = Annotated[float, msgspec.Meta(gt=0.0)]
 
 
 class TensorSpec(Record, frozen=True, kw_only=True):
@@ -100,28 +102,67 @@ class TextEncoder(Record, frozen=True, kw_only=True):
     pooled: bool
 
 
+class Edm(Record, frozen=True, kw_only=True):
+    """The schedule of arXiv 2206.00364, which has no training timesteps: the model is told log(sigma) / 4."""
+
+    sigma_min: PositiveFloat = 0.002
+    sigma_max: PositiveFloat = 80.0
+    sigma_data: PositiveFloat = 0.5
+    """The standard deviation of clean latents, which scales what the model is given and what it answers."""
+    sigma_schedule: Literal["karras", "exponential"] = "karras"
+    rho: PositiveFloat = 7.0
+
+
 class Scheduler(Record, frozen=True, kw_only=True):
-    """The noise schedule as the source's scheduler config states it; the class it names is only recorded."""
+    """The noise schedule as the source's scheduler config states it; `class_name` is only recorded."""
 
     class_name: str = "EulerDiscreteScheduler"
+    sampler: str = "euler"
+    """The sampler that does what the class does: a run's, where none is asked for."""
     num_train_timesteps: Annotated[int, msgspec.Meta(ge=1, le=100_000)] = 1000
     beta_start: float = 0.0001
     beta_end: float = 0.02
     beta_schedule: str = "linear"
+    trained_betas: tuple[float, ...] | None = None
+    """A beta for every training timestep, in the place of a schedule of them."""
     prediction_type: str = "epsilon"
     timestep_spacing: str = "linspace"
+    timestep_type: Literal["discrete", "continuous"] = "discrete"
+    """"continuous": a model that predicts v is told log(sigma) / 4 in the place of its training timestep."""
     steps_offset: int = 0
     rescale_betas_zero_snr: bool = False
     use_karras_sigmas: bool = False
     use_exponential_sigmas: bool = False
     use_beta_sigmas: bool = False
+    use_lu_lambdas: bool = False
+    sigma_min: PositiveFloat | None = None
+    """Where transformed sigmas end, in the place of the spaced ones' end."""
+    sigma_max: PositiveFloat | None = None
+    final_sigmas_type: Literal["zero", "sigma_min"] = "zero"
+    """Where Euler's grid ends: at 0, or at the training's lowest sigma."""
+    set_alpha_to_one: bool = False
+    """Whether DDIM's grid ends at 0; else it ends at the training's lowest sigma."""
+    original_inference_steps: Positive = 50
+    """The steps of the solver that a latent consistency model is distilled from."""
+    edm: Edm | None = None
+    """The schedule of a model that was not trained on discrete timesteps; what belongs to those is then unused."""
+
+    @property
+    def transforms(self) -> tuple[str, ...]:
+        """Return what the config makes of the spaced sigmas, karras, lu, exponential, beta, the first one first."""
+        chosen = {"karras": self.use_karras_sigmas, "lu": self.use_lu_lambdas,
+                  "exponential": self.use_exponential_sigmas, "beta": self.use_beta_sigmas}  # fmt: skip
+        return tuple(name for name, used in chosen.items() if used)
 
     @property
     def transform(self) -> str:
-        """Return what the config makes of the spaced sigmas: karras, exponential, beta, or "" for nothing."""
-        chosen = {"karras": self.use_karras_sigmas, "exponential": self.use_exponential_sigmas,
-                  "beta": self.use_beta_sigmas}  # fmt: skip
-        return next((name for name, used in chosen.items() if used), "")
+        """Return the transform that goes before the others, or "" for none."""
+        return next(iter(self.transforms), "")
+
+    @property
+    def told_log_sigma(self) -> bool:
+        """Return whether the model is told log(sigma) / 4 in the place of a timestep."""
+        return self.edm is not None or (self.timestep_type == "continuous" and self.prediction_type == "v_prediction")
 
 
 class Vae(Record, frozen=True, kw_only=True):

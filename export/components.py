@@ -158,8 +158,25 @@ def _check_latents(base: StagePlan, refiner: StagePlan, warn: Callable[[str], No
             f"{refiner.pipeline.root}: its autoencoder has {spans[1][0]} levels and {spans[1][1]} latent channels, the"
             f" base's {spans[0][0]} and {spans[0][1]}; this refiner belongs to another base"
         )
-    if refiner.pipeline.scheduler != base.pipeline.scheduler:
-        warn(f"{refiner.pipeline.root}: its scheduler differs from the base's, whose grid serves both")
+    _check_schedulers(base.pipeline, refiner.pipeline, warn)
+
+
+def _check_schedulers(base: PipelineSource, refiner: PipelineSource, warn: Callable[[str], None]) -> None:
+    """Say what of the refiner's scheduler is not followed; raise SourceError where no latents can be handed over."""
+    ours, its = base.scheduler, refiner.scheduler
+    if ours.told_log_sigma or its.told_log_sigma:
+        which = base if ours.told_log_sigma else refiner
+        raise SourceError(f"{which.root}: has EDM's schedule ({which.scheduler.class_name}), and no latents are handed"
+                          " over on that; export the base with --no-refiner")  # fmt: skip
+    # Each UNet keeps its own prediction type; the classes' names are only recorded.
+    fields = [name for name in its.__struct_fields__ if name not in ("class_name", "sampler", "prediction_type")]
+    differing = [name for name in fields if getattr(its, name) != getattr(ours, name)]
+    if differing:
+        listed = ", ".join(f"{name} {getattr(its, name)!r}"[:100] for name in differing)
+        warn(f"{refiner.root}: its scheduler has {listed}, unlike the base's, whose grid serves both")
+    if its.sampler != ours.sampler:
+        warn(f"{refiner.root}: its {its.class_name} is the sampler {its.sampler}; the base's, {ours.sampler}, serves"
+             f" both without --refiner-sampler {its.sampler}")  # fmt: skip
 
 
 def _plan_stage(

@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -33,12 +33,13 @@ from typing import Any
 
 from sdxl_trt.engines.errors import SourceError
 from sdxl_trt.engines.manifest import Scheduler
-from sdxl_trt.export.configs import PUBLISHED, read_json, read_scheduler
+from sdxl_trt.export.configs import PUBLISHED, read_json
 from sdxl_trt.export.hub import fetch_pipeline, fetch_vae, parse_hub_id
 from sdxl_trt.export.outlines import config_of
 from sdxl_trt.export.predictions import said_schedule
 from sdxl_trt.export.quantization import read_quantization, unquantized
 from sdxl_trt.export.roles import BASE_CLASS, REFINER_CLASS, Role, check_class, check_role, needs_score
+from sdxl_trt.export.scheduler_config import read_scheduler
 from sdxl_trt.export.single_file import SingleFile, open_single_file
 from sdxl_trt.export.tensors import Checkpoint, open_checkpoint
 from sdxl_trt.export.weight_files import PICKLED
@@ -234,12 +235,13 @@ def _read(
     check_role(_ROLES[expected_class], index, found, configs)
     scheduler_file = configs / "scheduler" / "scheduler_config.json"
     scheduler_config = read_json(scheduler_file) | schedule
+    scheduler_class = _class(parts["scheduler"], configs / "scheduler", ("diffusers",))[1]
     return PipelineSource(
         root=root,
         name=name,
         models=models,
         tokenizers={part: configs / part for part in ("tokenizer", "tokenizer_2") if part in parts},
-        scheduler=read_scheduler(scheduler_config, str(scheduler_file if configs == root else root)),
+        scheduler=read_scheduler(scheduler_config, str(scheduler_file if configs == root else root), scheduler_class),
         requires_aesthetics_score=needs_score(_ROLES[expected_class], index, found),
         force_zeros_for_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", True)),
         index=index,
@@ -259,9 +261,9 @@ def _read_index(root: Path, expected_class: str) -> dict[str, Any]:
     return index
 
 
-def _class(entry: list[Any], where: Path) -> tuple[str, str]:
+def _class(entry: list[Any], where: Path, libraries: Collection[str] = tuple(_STEMS)) -> tuple[str, str]:
     """Return library and class of an entry of the index."""
     library, class_name = [str(part) for part in entry[:2]] if len(entry) >= 2 else ("", "")
-    if library not in _STEMS:
+    if library not in libraries:
         raise SourceError(f"{where}: model_index.json names {library}.{class_name}; custom code is never loaded")
     return library, class_name

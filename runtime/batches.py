@@ -95,11 +95,12 @@ class Batch:
         known = KNOWS_ITS_END_COMFYUI if resolved.comfyui else KNOWS_ITS_END
         # A base that leaves no noise goes to sigma 0 wherever it stops.
         on_grid = resolved.base.leftover_noise or resolved.base.stop == resolved.schedule.steps
-        if request.sampler not in known and on_grid:
+        if resolved.sampler not in known and on_grid:
             free |= CUT
         if "aesthetic_score" not in self._pipeline.manifest.base.time_ids:
             free |= SCORES
         asked = {field.name: getattr(request, field.name) for field in fields(request) if field.name not in free}
+        asked["sampler"] = resolved.sampler
         asked |= {name: id(getattr(request, name)) for name in ("latents", "image")}
         return (*asked.items(), resolved.base.start, resolved.seeds, resolved.width, resolved.height)
 

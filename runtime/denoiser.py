@@ -44,6 +44,8 @@ class Denoiser:
         self._engine = engine
         self._schedule = schedule
         self._conditions = conditions
+        if schedule.sigma_data is not None and prediction_type == "sample":
+            raise UsageError("--prediction-type sample: a model with EDM's schedule predicts epsilon or v_prediction")
         self._prediction_type = prediction_type
         self._guidance = guidance or Guidance(conditions.guidance_scale, any_scale=conditions.any_scale)
         self._dtype = numpy_dtype(engine.component.input("sample"))
@@ -93,7 +95,7 @@ class Denoiser:
         if self._sample.shape != shape:
             self._sample, self._timestep = np.empty(shape, self._dtype), np.empty(shape[0], np.float32)
         sample = self._sample
-        scale = np.float32(1.0 / math.sqrt(sigma**2 + 1.0))
+        scale = np.float32(1.0 / math.sqrt(sigma**2 + (self._schedule.sigma_data or 1.0) ** 2))
         if self._dtype is np.float16:
             write_float16(x * scale, sample[: len(x)])
         else:
@@ -111,6 +113,11 @@ class Denoiser:
 
     def _weights(self, sigma: float) -> tuple[float, float]:
         """Return what the prediction and the noisy latents count in the clean ones."""
+        data = self._schedule.sigma_data
+        if data is not None:  # c_out and c_skip of arXiv 2206.00364, as diffusers' EDM classes have them
+            variance = sigma**2 + data**2
+            c_out = sigma * data / math.sqrt(variance)
+            return c_out if self._prediction_type == "epsilon" else -c_out, data**2 / variance
         if self._prediction_type == "epsilon":
             return -sigma, 1.0
         if self._prediction_type == "v_prediction":

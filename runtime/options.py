@@ -98,7 +98,9 @@ def _add_run_options(parser: Parser) -> None:
     )
     group.add_argument("--guidance-interval", type=_interval, default=(0.0, 1.0), metavar="LO:HI",
                        help="guide these steps only, as fractions (0:1); the others cost half")  # fmt: skip
-    group.add_argument("--sampler", default="euler", metavar="NAME", help=f"euler (default), {', '.join(SAMPLERS[1:])}")
+    group.add_argument("--sampler", default="auto", metavar="NAME",
+                       help=f"{', '.join(SAMPLERS)} (default: what the model's author chose; with --compat comfyui"
+                       " euler)")  # fmt: skip
     group.add_argument("--refiner-sampler", metavar="NAME", help="the refiner's (default: the base's)")
     group.add_argument("--schedule", default="", metavar="SPACING[+TRANSFORM]",
                        help="leading, trailing or linspace, with +karras, +exponential, +beta or +lu (default: the"

@@ -5,7 +5,7 @@ __all__ = ["Request", "ResolvedRequest", "resolve"]
 import math
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -42,7 +42,8 @@ class _Settings:
     guidance_rescale: float = 0.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """The part of the steps that is guided, as fractions; the others run the prompt alone, in half the rows."""
-    sampler: str = "euler"
+    sampler: str = "auto"
+    """"auto": what the bundle's scheduler class does; in ComfyUI's way, which knows no such class, euler."""
     prediction_type: str = "auto"
     """What the UNets predict, epsilon, v_prediction or sample; "auto": what the bundle says of each."""
     tile: bool = False
@@ -169,6 +170,8 @@ def resolve(request: Request, manifest: Manifest, limits: Limits | None = None) 
 
     Raises UsageError, and SizeError for sizes; the message names what would do.
     """
+    if request.sampler == "auto":
+        request = replace(request, sampler="euler" if request.comfyui else manifest.base.scheduler.sampler)
     _check_names(request)
     _check_ranges(request)
     image = None if request.image is None else as_input(request.image)

@@ -14,11 +14,11 @@ SHAPE = 0.6
 Values = NDArray[np.float64]
 
 
-def karras(highest: float, lowest: float, steps: int) -> Values:
-    """Return (steps,) sigmas, falling, evenly spaced in sigma^(1/7) (equation 5 of arXiv 2206.00364)."""
+def karras(highest: float, lowest: float, steps: int, rho: float = RHO) -> Values:
+    """Return (steps,) sigmas, falling, evenly spaced in sigma^(1/rho) (equation 5 of arXiv 2206.00364)."""
     ramp = np.linspace(0.0, 1.0, steps)
-    high, low = highest ** (1.0 / RHO), lowest ** (1.0 / RHO)
-    sigmas: Values = (high + ramp * (low - high)) ** RHO
+    high, low = highest ** (1.0 / rho), lowest ** (1.0 / rho)
+    sigmas: Values = (high + ramp * (low - high)) ** rho
     return sigmas
 
 

@@ -9,9 +9,10 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from sdxl_trt.engines.manifest import Scheduler
+from sdxl_trt.engines.errors import UsageError
+from sdxl_trt.engines.manifest import Edm, Scheduler
 from sdxl_trt.runtime.comfy_schedules import comfyui_sigmas
-from sdxl_trt.runtime.schedules import FAMILIES, diffusers_grid, parse_schedule
+from sdxl_trt.runtime.schedules import FAMILIES, diffusers_grid, edm_grid, log_timesteps, parse_schedule
 from sdxl_trt.runtime.training_sigmas import (
     Table,
     comfyui_log_sigmas,
@@ -26,7 +27,8 @@ from sdxl_trt.runtime.training_sigmas import (
 class Schedule:
     """A run's grid: `timesteps` (steps,) and `sigmas` (steps + 1,), float32, falling.
 
-    The last sigma is 0, but for the grids of diffusers' DDIM and DEIS, which end at the training's lowest.
+    The last sigma is 0, but for grids that end at the training's lowest: diffusers' DEIS, and others whose config
+    says so.
     """
 
     timesteps: NDArray[np.float32]
@@ -41,6 +43,10 @@ class Schedule:
     variance-preserving scale."""
     logs: Table | None = None
     """The log of every training sigma as ComfyUI has it; None for diffusers' grids."""
+    told_log_sigma: bool = False
+    """Whether the model is told log(sigma) / 4 in the place of a timestep."""
+    sigma_data: float | None = None
+    """The standard deviation of clean latents that scales an EDM model's input and answer; None for another model."""
 
     @property
     def whole_timesteps(self) -> bool:
@@ -73,6 +79,8 @@ class Schedule:
         position = int(np.argmin(np.abs(self.sigmas[:-1] - sigma)))
         if math.isclose(self.sigmas[position], sigma, rel_tol=1e-6):
             return np.float32(self.timesteps[position])
+        if self.told_log_sigma:
+            return np.float32(log_timesteps(np.array(sigma)))
         return np.float32(fractional_timesteps(np.array([sigma]), self.training)[0])
 
     @cached_property
@@ -96,12 +104,15 @@ def make_schedule(
     sampler.
     """
     family = FAMILIES[sampler]
-    usual = (scheduler.timestep_spacing, "" if family.distilled else scheduler.transform)
+    if scheduler.edm is not None:
+        return _edm_schedule(scheduler, scheduler.edm, steps, schedule, ends_low=family.ends_low(scheduler))
+    usual = (scheduler.timestep_spacing, family.transform(scheduler))
     spacing, transform = parse_schedule(schedule) if schedule else usual
     if zero_terminal_snr is None:
         zero_terminal_snr = scheduler.rescale_betas_zero_snr
     training = training_sigmas(scheduler, zero_terminal_snr=zero_terminal_snr)
-    timesteps, sigmas = diffusers_grid(family, spacing, transform, steps, training, scheduler.steps_offset)
+    timesteps, sigmas = diffusers_grid(family, spacing, transform, steps, training, scheduler)
+    timesteps = log_timesteps(sigmas[:-1]) if scheduler.told_log_sigma else timesteps
     highest, lowest = float(sigmas[0]), float(sigmas[-1])
     # `leading` starts below the highest sigma, so that the noised latents still hold the data's unit variance.
     unit = family.variance_preserving or spacing == "leading"
@@ -111,7 +122,24 @@ def make_schedule(
         scheduler.num_train_timesteps,
         initial_scale=math.sqrt(highest**2 + 1.0) if unit else highest,
         training=training,
-        final_scale=1.0 / math.sqrt(lowest**2 + 1.0),
+        final_scale=1.0 / math.sqrt(lowest**2 + 1.0) if family.variance_preserving else 1.0,
+        told_log_sigma=scheduler.told_log_sigma,
+    )
+
+
+def _edm_schedule(scheduler: Scheduler, edm: Edm, steps: int, schedule: str, *, ends_low: bool) -> Schedule:
+    """Return the grid of diffusers' EDM classes, which is one for all samplers."""
+    if schedule:
+        raise UsageError(f"--schedule {schedule}: the bundle's model has EDM's own schedule; leave it out")
+    sigmas = edm_grid(edm, steps, ends_low=ends_low)
+    return Schedule(
+        log_timesteps(sigmas[:-1]).astype(np.float32),
+        sigmas.astype(np.float32),
+        scheduler.num_train_timesteps,
+        initial_scale=math.hypot(edm.sigma_max, 1.0),
+        training=sigmas[-2::-1].astype(np.float32),
+        told_log_sigma=True,
+        sigma_data=edm.sigma_data,
     )
 
 
@@ -125,8 +153,12 @@ def make_comfyui_schedule(
 ) -> Schedule:
     """Return the grid of ComfyUI's scheduler `schedule` for `sampler`; `ddim_uniform` and `beta` may change `steps`.
 
-    Raises UsageError for a number of steps, beta schedule or name that it cannot have.
+    Raises UsageError for a number of steps, beta schedule or name that it cannot have, and for a model that is told
+    of the noise itself.
     """
+    if scheduler.told_log_sigma:
+        raise UsageError("--compat comfyui: the bundle's model has EDM's schedule, which is not done in ComfyUI's way;"
+                         " leave the option out")  # fmt: skip
     training = comfyui_training_sigmas(scheduler, zero_terminal_snr=zero_terminal_snr)
     logs = comfyui_log_sigmas(scheduler, zero_terminal_snr=zero_terminal_snr)
     sigmas = comfyui_sigmas(schedule, sampler, steps, training, logs)

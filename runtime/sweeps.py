@@ -98,6 +98,8 @@ class Sweep:
         What follows another setting is None, as in the request.
         """
         asked = {name: getattr(self._request, name) for name in AS_ASKED}
+        if asked["sampler"] == "auto":
+            asked["sampler"] = cell.get("sampler", "auto")  # the bundle's, in every cell
         negative = self._request.negative_aesthetic_score if self._keep_negative else None
         axes = [axis.text for axis in self._axes]
         return {**cell, **asked, "negative_aesthetic_score": negative, "sweep": axes}

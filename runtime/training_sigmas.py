@@ -77,6 +77,8 @@ def _comfyui_sigmas(scheduler: Scheduler, *, zero_terminal_snr: bool) -> NDArray
 
 
 def _betas(scheduler: Scheduler, dtype: type[np.float32] | type[np.float64]) -> NDArray[np.floating]:
+    if scheduler.trained_betas is not None:
+        return np.array(scheduler.trained_betas, dtype=dtype)
     start, end, total = scheduler.beta_start, scheduler.beta_end, scheduler.num_train_timesteps
     if scheduler.beta_schedule == "scaled_linear":
         roots: NDArray[np.floating] = np.linspace(start**0.5, end**0.5, total, dtype=dtype)
