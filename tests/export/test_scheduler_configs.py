@@ -1,0 +1,332 @@
+"""Every scheduler class of diffusers and every field of its config: followed as diffusers does, said, or refused."""
+
+import inspect
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import schedulers
+from diffusers.schedulers.deprecated import scheduling_karras_ve, scheduling_sde_vp
+
+from sdxl_trt.engines.base import Array
+from sdxl_trt.engines.errors import CorruptError, SourceError
+from sdxl_trt.engines.manifest import Scheduler, TensorSpec
+from sdxl_trt.export.scheduler_classes import CLASSES
+from sdxl_trt.export.scheduler_config import read_scheduler
+from sdxl_trt.runtime.conditioning import Conditions
+from sdxl_trt.runtime.denoiser import Denoiser
+from sdxl_trt.runtime.samplers import TWO_CALLS, bind_sampler
+from sdxl_trt.runtime.sigmas import make_schedule
+
+# diffusers' own: torch tensors given to np.array, the logarithm of sigma 0, names that it will drop.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning"),
+]
+
+SHAPE = (1, 2, 4, 4)
+REQUIRED = 1e-4
+"""How far what is decoded may be from diffusers', in units of its largest value."""
+ALL = sorted(name for name in dir(schedulers) if name.endswith("Scheduler"))
+# A short training, since some classes go through the whole of it when they are made; sigmas from 0.1 to 15.
+PLAIN = {
+    "num_train_timesteps": 100, "beta_start": 0.0085, "beta_end": 0.12, "beta_schedule": "scaled_linear",
+    "timestep_spacing": "leading", "steps_offset": 1, "clip_sample": False, "set_alpha_to_one": False,
+    "skip_prk_steps": True, "original_inference_steps": 20,
+}  # fmt: skip
+OF_EDM = {"sigma_min": 0.02}
+KARRAS, EXPONENTIAL, BETA = ({f"use_{name}_sigmas": True} for name in ("karras", "exponential", "beta"))
+CLIPPED, THRESHOLDED = {"clip_sample": True}, {"thresholding": True, "sample_max_value": 2.0}
+# Other values of every field, each with what else the config then says.
+CHANGES: dict[str, list[tuple[Any, dict[str, Any]]]] = {
+    "num_train_timesteps": [(90, {})],
+    "beta_start": [(0.002, {})],
+    "beta_end": [(0.1, {})],
+    "beta_schedule": [("linear", {}), ("squaredcos_cap_v2", {})],
+    "trained_betas": [(np.linspace(0.001, 0.15, 100).tolist(), {}), ([0.1] * 7, {})],
+    "prediction_type": [("v_prediction", {}), ("sample", {}), ("flow_prediction", {})],
+    "interpolation_type": [("log_linear", {})],
+    "use_karras_sigmas": [(True, {}), (True, EXPONENTIAL)],
+    "use_exponential_sigmas": [(True, {})],
+    "use_beta_sigmas": [(True, {})],
+    "use_lu_lambdas": [(True, {}), (True, EXPONENTIAL), (True, KARRAS)],
+    "use_flow_sigmas": [(True, {})],
+    "flow_shift": [(3.0, {})],
+    "sigma_min": [(0.3, {}), (0.3, KARRAS), (0.3, EXPONENTIAL), (0.3, BETA)],
+    "sigma_max": [(9.0, {}), (9.0, KARRAS), (9.0, EXPONENTIAL), (9.0, BETA)],
+    "sigma_data": [(1.0, {}), (1.0, {"prediction_type": "v_prediction"})],
+    "sigma_schedule": [("exponential", {})],
+    "rho": [(5.0, {})],
+    "timestep_spacing": [("trailing", {}), ("linspace", {})],
+    "timestep_type": [("continuous", {}), ("continuous", {"prediction_type": "v_prediction"})],
+    "steps_offset": [(0, {})],
+    "rescale_betas_zero_snr": [(True, {"prediction_type": "v_prediction"})],
+    "final_sigmas_type": [("sigma_min", {})],
+    "clip_sample": [(True, {})],
+    "clip_sample_range": [(0.5, {}), (0.5, CLIPPED)],
+    "thresholding": [(True, {})],
+    "dynamic_thresholding_ratio": [(0.5, {}), (0.5, THRESHOLDED)],
+    "sample_max_value": [(3.0, {}), (3.0, {"thresholding": True})],
+    "set_alpha_to_one": [(True, {})],
+    "solver_order": [(1, {}), (3, {})],
+    "solver_type": [(value, {}) for value in ("midpoint", "heun", "logrho", "bh1", "bh2")],
+    "algorithm_type": [(value, {"final_sigmas_type": "sigma_min"} if value in ("dpmsolver", "sde-dpmsolver") else {})
+                       for value in ("dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++", "deis")],
+    "lower_order_final": [(False, {}), (True, {}), (False, {"solver_order": 3})],
+    "euler_at_final": [(True, {})],
+    "lambda_min_clipped": [(-2.0, {})],
+    "variance_type": [("learned", {}), ("fixed_large", {})],
+    "use_dynamic_shifting": [(True, {})],
+    "time_shift_type": [("linear", {})],
+    "shift_terminal": [(0.1, {})],
+    "predict_x0": [(False, {})],
+    "disable_corrector": [([0], {})],
+    "solver_p": [({"_class_name": "DEISMultistepScheduler"}, {})],
+    "noise_sampler_seed": [(3, {})],
+    "original_inference_steps": [(12, {})],
+    "timestep_scaling": [(0.1, {})],
+    "skip_prk_steps": [(False, {})],
+    "predictor_order": [(1, {})],
+    "corrector_order": [(1, {})],
+    "tau_func": [("t", {})],
+}  # fmt: skip
+
+
+ZERO_SNR = 1e-3  # DDIM's last alpha_bar is 0, and 2^-24 here and in the other classes
+LOOSER = {(name, "rescale_betas_zero_snr"): ZERO_SNR for name in CLASSES}
+# With karras diffusers keeps the fraction of the middles' timesteps and rounds those of the grid.
+LOOSER["KDPM2AncestralDiscreteScheduler", "use_karras_sigmas"] = 1e-2
+
+
+class Model:
+    """A smooth answer that depends on everything, as an engine and as a function of torch's."""
+
+    component = SimpleNamespace(input=lambda name: TensorSpec(name=name, dtype="float32", shape=("rows",)))
+
+    def bind(self, constants: Mapping[str, Array]) -> None:
+        assert constants == {}
+
+    def infer(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
+        sample, timestep = inputs["sample"], float(inputs["timestep"][0])
+        bent = 0.5 * sample + 0.2 * sample[..., ::-1] + 0.2 * np.tanh(sample) + 0.1 * np.sin(timestep / 3)
+        return {"out_sample": bent.astype(np.float32)}
+
+    def __call__(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        given = {"sample": sample.numpy(), "timestep": np.array([float(timestep)])}
+        return torch.from_numpy(self.infer(given)["out_sample"])
+
+
+def _noises() -> Iterator[np.ndarray]:
+    rng = np.random.default_rng(7)
+    while True:
+        yield rng.standard_normal(SHAPE).astype(np.float32)
+
+
+def _start() -> np.ndarray:
+    return np.random.default_rng(1).standard_normal(SHAPE).astype(np.float32)
+
+
+def _ours(scheduler: Scheduler, steps: int) -> np.ndarray:
+    """Return what is decoded, of the sampler that the bundle would record."""
+    schedule, noises = make_schedule(scheduler, steps, scheduler.sampler), _noises()
+    denoise = Denoiser(Model(), schedule, Conditions({}, 1.0), scheduler.prediction_type)
+    x = _start() * np.float32(schedule.initial_scale)
+    *_, last = bind_sampler(scheduler.sampler, lambda sigma, after: next(noises))(denoise, x, schedule.sigmas)
+    return last * np.float32(schedule.final_scale)
+
+
+def _theirs(name: str, config: dict[str, Any], steps: int, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
+    scheduler, noises, model = getattr(diffusers, name)(**config), _noises(), Model()
+    module = inspect.getmodule(type(scheduler))
+    if hasattr(module, "randn_tensor"):
+        monkeypatch.setattr(module, "randn_tensor", lambda *args, **settings: torch.from_numpy(next(noises)))
+    scheduler.set_timesteps(steps)
+    if hasattr(scheduler, "noise_sampler"):
+        scheduler.noise_sampler = lambda sigma, after: torch.from_numpy(next(noises))
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(0)
+    x = torch.from_numpy(_start()) * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        x = scheduler.step(model(scheduler.scale_model_input(x, t), t), t, x, return_dict=False)[0]
+    return x.float().numpy()
+
+
+def _fields(name: str) -> dict[str, Any]:
+    """Return the fields of a class's config with their defaults."""
+    parameters = inspect.signature(getattr(diffusers, name).__init__).parameters
+    return {field: each.default for field, each in parameters.items() if field != "self"}
+
+
+def _plain(name: str) -> dict[str, Any]:
+    usual = PLAIN | (OF_EDM if name.startswith("EDM") else {})
+    return {field: usual[field] for field in _fields(name) if field in usual}
+
+
+def _read(name: str, config: dict[str, Any], caplog: pytest.LogCaptureFixture) -> tuple[Scheduler, str]:
+    """Return the schedule of a config, and what was said of it."""
+    caplog.clear()
+    return read_scheduler(config, "a folder", name), caplog.text
+
+
+def _distance(left: np.ndarray, right: np.ndarray) -> float:
+    return float(np.abs(left - right).max() / max(1.0, np.abs(right).max()))
+
+
+def _changes(name: str) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Yield every change of a class's config: the field, the config, and what to call it."""
+    fields = _fields(name)
+    for field in fields:
+        for value, beside in CHANGES[field]:
+            if beside.keys() <= fields.keys():
+                yield field, _plain(name) | beside | {field: value}, f"{name}: {field} {value!r} beside {beside}"
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_every_field_is_followed_or_said_or_refused(
+    name: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, known = _plain(name), CLASSES[name]
+    scheduler, said = _read(name, plain, caplog)
+    assert ("no sampler does what" in said) == bool(known.instead)
+    if known.instead:
+        return  # whatever its fields are, it has been said that the pictures differ
+    assert said == ""
+    steps = [5, 20] if "lower_order_final" in _fields(name) else [5]
+    usual = {count: _theirs(name, plain, count, monkeypatch) for count in steps}
+    for count, reference in usual.items():
+        assert _distance(_ours(scheduler, count), reference) < REQUIRED
+    moved: set[str] = set()
+    for field, config, where in _changes(name):
+        found = _outcome(name, config, caplog)
+        if isinstance(found, str):
+            assert any(stated in found for stated in (field, str(config[field]), *_beside(field))), f"{where}: {found}"
+            continue
+        for count in steps:
+            try:
+                reference = _theirs(name, config, count, monkeypatch)
+            except (NotImplementedError, ValueError):  # diffusers refuses it
+                continue
+            distance = _distance(_ours(found, count), reference)
+            assert distance < LOOSER.get((name, field), REQUIRED), f"{where}: {distance:.1e} apart, and nothing said"
+            moved |= {field} if _distance(reference, usual[count]) > 1e-3 else set()
+    assert known.followed - moved == set(), "changed without any effect: does this test see them?"
+    assert moved <= known.followed | set(known.fixed), "has an effect, and is not known to"
+
+
+def _outcome(name: str, config: dict[str, Any], caplog: pytest.LogCaptureFixture) -> Scheduler | str:
+    """Return the schedule of a config, or the lines that say what is not followed or why it is refused."""
+    try:
+        scheduler, said = _read(name, config, caplog)
+    except (SourceError, CorruptError) as exc:
+        return str(exc)
+    return said or scheduler
+
+
+def _beside(field: str) -> list[str]:
+    """Return the settings that change with a field, and which a line may name in its place."""
+    return [name for _, beside in CHANGES[field] for name in beside]
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if name not in CLASSES])
+def test_every_other_class_is_refused_by_name(name: str) -> None:
+    with pytest.raises(SourceError, match=f"^a folder: {name} .*; name the scheduler that the model was trained for"):
+        read_scheduler({"_class_name": name}, "a folder")
+    with pytest.raises(SourceError, match=name):
+        read_scheduler({"_class_name": name}, "a folder", "EulerDiscreteScheduler")
+
+
+def test_every_field_is_in_one_list() -> None:
+    """What a later diffusers adds is warned of unless it has the class's default; here it is asked for by name."""
+    for name, known in CLASSES.items():
+        lists = [known.followed & _fields(name).keys(), known.fixed.keys() & _fields(name).keys(), known.inert.keys()]
+        fields = [field for each in lists for field in each]
+        assert len(fields) == len(set(fields)), name
+        if not known.instead:
+            assert _fields(name).keys() <= set(fields), name
+
+
+def test_classes_that_diffusers_does_not_know_are_refused() -> None:
+    assert not hasattr(diffusers, "DreamScheduler")
+    with pytest.raises(SourceError, match="DreamScheduler is for another kind of model"):
+        read_scheduler({}, "a folder", "DreamScheduler")
+    assert {scheduling_karras_ve.KarrasVeScheduler.__name__, scheduling_sde_vp.ScoreSdeVpScheduler.__name__} <= set(ALL)
+
+
+@pytest.mark.parametrize(
+    ("config", "sampler"),
+    [
+        ({"_class_name": "LCMScheduler"}, "lcm"),
+        ({"_class_name": "EulerAncestralDiscreteScheduler"}, "euler_ancestral"),
+        ({"_class_name": "DPMSolverMultistepScheduler"}, "dpmpp_2m"),
+        ({"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++"}, "dpmpp_2m_sde"),
+        ({"_class_name": "EDMDPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++"}, "dpmpp_2m_sde"),
+        ({"_class_name": "KDPM2AncestralDiscreteScheduler"}, "dpm_2_ancestral"),
+        ({}, "euler"),
+    ],
+)
+def test_a_class_means_a_sampler(config: dict[str, Any], sampler: str) -> None:
+    assert read_scheduler(config, "a folder").sampler == sampler
+    assert sampler in TWO_CALLS or sampler in ("lcm", "euler_ancestral", "dpmpp_2m", "dpmpp_2m_sde", "euler")
+
+
+def test_what_a_config_leaves_out_has_the_default_of_its_class(caplog: pytest.LogCaptureFixture) -> None:
+    heun, euler = (read_scheduler({}, "a folder", f"{name}DiscreteScheduler") for name in ("Heun", "Euler"))
+    assert (heun.beta_start, heun.beta_end, euler.beta_start, euler.beta_end) == (0.00085, 0.012, 0.0001, 0.02)
+    assert (euler.timestep_spacing, read_scheduler({}, "a folder", "DDIMScheduler").timestep_spacing) == (
+        "linspace", "leading",
+    )  # fmt: skip
+    assert "DDIMScheduler's clip_sample True, its default, is not followed" in caplog.text
+    # diffusers drops what a config lists as defaults.
+    listed = {"steps_offset": 7, "_use_default_values": ["steps_offset"]}
+    assert read_scheduler(listed, "a folder").steps_offset == 0
+    assert read_scheduler({"clip_sample": None, "steps_offset": None}, "a folder", "DDIMScheduler").steps_offset == 0
+
+
+def test_the_index_decides_where_the_two_files_differ(caplog: pytest.LogCaptureFixture) -> None:
+    """As in diffusers, which makes the class that model_index.json names out of any config."""
+    found = read_scheduler({"_class_name": "DDIMScheduler", "clip_sample": False}, "a folder", "LCMScheduler")
+    assert (found.class_name, found.sampler) == ("LCMScheduler", "lcm")
+    assert "says DDIMScheduler, but model_index.json says LCMScheduler, which is taken" in caplog.text
+
+
+def test_settings_of_other_classes_are_kept_for_those(caplog: pytest.LogCaptureFixture) -> None:
+    """diffusers' from_config hands on what a class does not know; what the class itself ignores has no effect."""
+    config = {"use_karras_sigmas": True, "sigma_max": 9.0, "set_alpha_to_one": False, "rescale_betas_zero_snr": True}
+    found = read_scheduler(PLAIN | config, "a folder", "EulerAncestralDiscreteScheduler")
+    plain = read_scheduler(PLAIN | {"rescale_betas_zero_snr": True}, "a folder", "EulerAncestralDiscreteScheduler")
+    assert caplog.text == ""
+    np.testing.assert_array_equal(make_schedule(found, 6, found.sampler).sigmas,
+                                  make_schedule(plain, 6, found.sampler).sigmas)  # fmt: skip
+    reference = diffusers.EulerDiscreteScheduler.from_config(
+        diffusers.EulerAncestralDiscreteScheduler.from_config(PLAIN | config).config
+    )
+    reference.set_timesteps(6)
+    np.testing.assert_allclose(make_schedule(found, 6, "euler").sigmas, reference.sigmas, rtol=2e-5)
+    assert not read_scheduler(PLAIN | config, "a folder", "HeunDiscreteScheduler").rescale_betas_zero_snr
+
+
+def test_sigma_ends_go_where_diffusers_reads_them() -> None:
+    """In every class, also where they are no field of it: all but two read them from whatever the config holds."""
+    for name in ("Heun", "KDPM2", "LMS"):
+        for flag in (KARRAS, EXPONENTIAL, BETA):
+            config = PLAIN | flag | {"sigma_min": 0.3, "sigma_max": 9.0}
+            found = read_scheduler(config, "a folder", f"{name}DiscreteScheduler")
+            reference = getattr(diffusers, f"{name}DiscreteScheduler").from_config(config)
+            reference.set_timesteps(5)
+            theirs = [*(reference.sigmas if name == "LMS" else reference.sigmas[::2])[:5], 0.0]
+            np.testing.assert_allclose(make_schedule(found, 5, found.sampler).sigmas, theirs, rtol=2e-5)
+
+
+def test_a_line_names_field_value_and_what_is_done(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        read_scheduler({"solver_order": 3}, "a folder", "DPMSolverMultistepScheduler")
+    (line,) = caplog.messages
+    assert line.startswith("a folder: DPMSolverMultistepScheduler's solver_order 3 is not followed: pictures are made ")
+    assert line.endswith("as with 2, and differ")
