@@ -141,7 +141,7 @@ class Scheduler(Record, frozen=True, kw_only=True):
     final_sigmas_type: Literal["zero", "sigma_min"] = "zero"
     """Where Euler's grid ends: at 0, or at the training's lowest sigma."""
     set_alpha_to_one: bool = False
-    """Whether DDIM's grid ends at 0; else it ends at the training's lowest sigma."""
+    """Whether DDIM's grid ends at 0; else, as SDXL's own config has it, at the training's lowest sigma."""
     original_inference_steps: Positive = 50
     """The steps of the solver that a latent consistency model is distilled from."""
     edm: Edm | None = None

@@ -26,7 +26,8 @@ _WORDS = {
 _EXCLUSIVE = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 # What a class that does not have them ignores, and no other sampler is to find.
 _OWN = frozenset({"rescale_betas_zero_snr", "timestep_type"})
-_DDIM_DEFAULTS = {"set_alpha_to_one": True}
+SPARSE_SOLVER = 5
+"""The distance of a solver's timesteps from which LCM's share of noisy latents, (0.05 / t)^2, is below 2e-4."""
 _REMEDY = "name the scheduler that the model was trained for in model_index.json and scheduler_config.json"
 
 
@@ -95,7 +96,7 @@ def _known_fields(
         return record | kept | {"edm": edm}
     fields = [field for field in Scheduler.__struct_fields__ if field not in ("class_name", "sampler", "edm")]
     stated = {field: config[field] for field in fields if field in config and field not in _OWN}
-    found = _DDIM_DEFAULTS | stated | {field: values[field] for field in fields if field in values} | known.forced
+    found = stated | {field: values[field] for field in fields if field in values} | known.forced
     return {field: value for field, value in found.items() if value is not None} | record
 
 
@@ -141,6 +142,10 @@ def _warn(
     if known.instead:
         log.warning("%s: no sampler does what %s does (%s); %s is the nearest, and its pictures differ",
                     where, name, known.instead, sampler)  # fmt: skip
+    solver, total = (values.get(field) or 0 for field in ("original_inference_steps", "num_train_timesteps"))
+    if sampler == "lcm" and solver * SPARSE_SOLVER > total:
+        log.warning("%s: %s's original_inference_steps %s of %s training timesteps leave noise in the clean latents, and the"
+                    " sampler does not: pictures differ a little", where, name, solver, total)  # fmt: skip
     for field, value, done in _not_followed(known, values, defaults):
         said = "" if field in config else ", its default,"
         log.warning("%s: %s's %s %r%s is %s", where, name, field, value, said, done)
