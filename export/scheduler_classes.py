@@ -100,9 +100,11 @@ _EDM_DPM = SchedulerClass(
 )  # fmt: skip
 _DDPM = replace(
     _ANCESTRAL,
-    fixed={**_NO_THRESHOLDING, **_NO_CLIPPING, "variance_type": ("fixed_small",)},
+    followed=_ANCESTRAL.followed - {"timestep_spacing"},
+    # With the other spacings noise is of another scale at the start, and grids are as DDIM's.
+    fixed={**_NO_THRESHOLDING, **_NO_CLIPPING, "variance_type": ("fixed_small",), "timestep_spacing": ("leading",)},
     inert={**_OF_THRESHOLDING, **_OF_CLIPPING},
-    instead="its ancestral steps start from noise of another scale and go between whole timesteps",
+    nearly=frozenset({"timestep_spacing"}),
 )
 
 CLASSES: dict[str, SchedulerClass] = {
@@ -148,7 +150,7 @@ CLASSES: dict[str, SchedulerClass] = {
     "DDPMScheduler": _DDPM,
     "DDPMParallelScheduler": _DDPM,
     "PNDMScheduler": SchedulerClass(
-        "ddim", _SPACED | {"set_alpha_to_one"}, {"skip_prk_steps": (True,)},
+        "lms", _SPACED | {"set_alpha_to_one"}, {"skip_prk_steps": (True,)},
         instead="its steps are pseudo-numerical, of up to fourth order",
     ),
     "TCDScheduler": replace(

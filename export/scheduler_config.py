@@ -144,8 +144,8 @@ def _warn(
                     where, name, known.instead, sampler)  # fmt: skip
     solver, total = (values.get(field) or 0 for field in ("original_inference_steps", "num_train_timesteps"))
     if sampler == "lcm" and solver * SPARSE_SOLVER > total:
-        log.warning("%s: %s's original_inference_steps %s of %s training timesteps leave noise in the clean latents, and the"
-                    " sampler does not: pictures differ a little", where, name, solver, total)  # fmt: skip
+        log.warning("%s: %s's original_inference_steps %s of %s training timesteps leave noise in the latents,"
+                    " and the sampler does not: pictures differ a little", where, name, solver, total)  # fmt: skip
     for field, value, done in _not_followed(known, values, defaults):
         said = "" if field in config else ", its default,"
         log.warning("%s: %s's %s %r%s is %s", where, name, field, value, said, done)

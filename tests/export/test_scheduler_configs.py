@@ -153,8 +153,10 @@ def _theirs(name: str, config: dict[str, Any], steps: int, monkeypatch: pytest.M
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)
     x = torch.from_numpy(_start()) * scheduler.init_noise_sigma
+    # As the pipelines do: TCD's own default is another.
+    eta = {"eta": 0.0} if "eta" in inspect.signature(scheduler.step).parameters else {}
     for t in scheduler.timesteps:
-        x = scheduler.step(model(scheduler.scale_model_input(x, t), t), t, x, return_dict=False)[0]
+        x = scheduler.step(model(scheduler.scale_model_input(x, t), t), t, x, **eta, return_dict=False)[0]
     return x.float().numpy()
 
 
