@@ -72,7 +72,7 @@ def model_index(stage_name: str, manifest: Manifest, scheduler: dict[str, Any]) 
 
 def scheduler_config(source: PipelineSource) -> dict[str, Any]:
     """Return the source's scheduler config whole: optimum runs diffusers' own class, which may read more than we."""
-    return {"_class_name": source.scheduler.class_name} | source.scheduler_config
+    return source.scheduler_config | {"_class_name": source.scheduler.class_name}
 
 
 def tokenizer_files(path: Path, record: Tokenizer) -> dict[str, str]:
