@@ -47,6 +47,9 @@ def _stage_of(manifest: Manifest, name: str) -> Stage:
 
 def _timesteps(manifest: Manifest, stage: Stage, rows: int) -> Array:
     """Return a timestep a row from the stage's share of the schedule: the refiner's is the last fifth."""
+    edm = stage.scheduler.edm
+    if edm is not None:
+        return 0.25 * np.linspace(np.log(edm.sigma_max), np.log(edm.sigma_min), rows)
     steps = stage.scheduler.num_train_timesteps
     last = 0.2 if stage is manifest.refiner else 1.0
     return np.linspace(0.9 * last * steps, 0.4 * last * steps, rows)

@@ -96,7 +96,7 @@ def _known_fields(
         return record | kept | {"edm": edm}
     fields = [field for field in Scheduler.__struct_fields__ if field not in ("class_name", "sampler", "edm")]
     stated = {field: config[field] for field in fields if field in config and field not in _OWN}
-    found = stated | {field: values[field] for field in fields if field in values} | known.forced
+    found = stated | {field: values[field] for field in fields if field in values} | dict(known.forced)
     return {field: value for field, value in found.items() if value is not None} | record
 
 

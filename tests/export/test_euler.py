@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sdxl_trt.engines.manifest import Scheduler
+from sdxl_trt.engines.manifest import Edm, Scheduler
 from sdxl_trt.export.euler import Euler
 
 TIMES = [999.0, 751.3, 500.0, 250.25, 149.0, 50.3]
@@ -31,6 +31,26 @@ def test_steps_are_those_of_diffusers(prediction_type: str, beta_schedule: str) 
     x, found = noise * reference.init_noise_sigma, euler.start(noise.numpy())
     for i, timestep in enumerate(reference.timesteps):
         assert float(timestep) == euler.timesteps[i]
+        shown = reference.scale_model_input(x, timestep)
+        np.testing.assert_allclose(euler.scaled(found, i), shown.numpy(), rtol=2e-5, atol=2e-5)
+        prediction = torch.randn(x.shape, generator=generator)
+        x = reference.step(prediction, timestep, x).prev_sample
+        found = euler.step(found, prediction.numpy(), i, prediction_type)
+        np.testing.assert_allclose(found, x.numpy(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_edms_steps_are_those_of_diffusers(prediction_type: str) -> None:
+    from diffusers import EDMEulerScheduler
+
+    reference = EDMEulerScheduler(sigma_schedule="exponential", prediction_type=prediction_type)
+    reference.set_timesteps(6)
+    euler = Euler(Scheduler(edm=Edm()), np.linspace(1000.0, 0.0, 6).tolist())
+    np.testing.assert_allclose(euler.timesteps, reference.timesteps, rtol=1e-5)
+    generator = torch.Generator().manual_seed(3)
+    noise = torch.randn(1, 4, 6, 5, generator=generator)
+    x, found = noise * reference.init_noise_sigma, euler.start(noise.numpy())
+    for i, timestep in enumerate(reference.timesteps):
         shown = reference.scale_model_input(x, timestep)
         np.testing.assert_allclose(euler.scaled(found, i), shown.numpy(), rtol=2e-5, atol=2e-5)
         prediction = torch.randn(x.shape, generator=generator)

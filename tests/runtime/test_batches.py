@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -98,6 +99,15 @@ def test_a_sampler_that_knows_its_end_could_not_share(pipeline: Pipeline, monkey
     requests = [replace(SMALL, sampler="deis", handoff_step=3), replace(SMALL, sampler="deis", handoff=None)]
     found = _together(pipeline, requests)
     assert not np.array_equal(found[0], _separately(pipeline, requests[0]))
+
+
+def test_the_bundles_own_sampler_counts_as_an_asked_one(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = pipeline.manifest.base
+    recorded = msgspec.structs.replace(base, scheduler=msgspec.structs.replace(base.scheduler, sampler="deis"))
+    monkeypatch.setattr(pipeline, "manifest", msgspec.structs.replace(pipeline.manifest, base=recorded))
+    requests = [replace(SMALL, handoff_step=3), replace(SMALL, handoff=None)]
+    for request, latents in zip(requests, _together(pipeline, requests), strict=True):
+        np.testing.assert_array_equal(latents, _separately(pipeline, request))
 
 
 def test_six_handoffs_cost_one_base_run_and_the_refiner_parts(pipeline: Pipeline, calls: Counter[str]) -> None:

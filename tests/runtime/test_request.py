@@ -116,6 +116,25 @@ def test_an_unknown_sampler_lists_the_known_ones(manifest: Manifest) -> None:
         resolve(Request(sampler="magic"), manifest)
 
 
+def _recording(manifest: Manifest, sampler: str) -> Manifest:
+    """Return a manifest whose base was made from a scheduler class that means `sampler`."""
+    scheduler = msgspec.structs.replace(manifest.base.scheduler, sampler=sampler)
+    return msgspec.structs.replace(manifest, base=msgspec.structs.replace(manifest.base, scheduler=scheduler))
+
+
+def test_the_bundle_says_which_sampler_its_author_chose(manifest: Manifest) -> None:
+    assert resolve(Request(), manifest).sampler == "euler", "bundles of before say nothing"
+    bundle = _recording(manifest, "dpmpp_2m")
+    resolved = resolve(Request(), bundle)
+    assert (resolved.sampler, resolved.refiner_sampler) == ("dpmpp_2m", "dpmpp_2m")
+    asked = resolve(Request(sampler="dpmpp_2m"), manifest)
+    np.testing.assert_array_equal(resolved.schedule.sigmas, asked.schedule.sigmas)
+    assert resolve(Request(sampler="heun"), bundle).sampler == "heun"
+    assert resolve(Request(compat="comfyui"), bundle).sampler == "euler", "ComfyUI knows no folder's scheduler"
+    with pytest.raises(UsageError, match="--sampler 'tomorrows' is unknown"):
+        resolve(Request(), _recording(manifest, "tomorrows"))
+
+
 def test_each_picture_has_the_next_seed(manifest: Manifest) -> None:
     assert resolve(Request(seed=7, count=3), manifest).seeds == (7, 8, 9)
     assert resolve(Request(seed=MAX_SEED, count=2), manifest).seeds == (MAX_SEED, 0)

@@ -115,6 +115,7 @@ def test_a_sheet_tells_what_its_cells_do_not() -> None:
     assert told["sweep"] == ["aesthetic-score=4,8", "guidance=3,7"]
     assert (told["prompt"], told["handoff"], told["handoff_step"], told["guidance"]) == ("a red fox", 0.6, None, 5.0)
     assert (told["refiner_guidance"], told["refiner_sampler"], told["negative_aesthetic_score"]) == (3.0, None, None)
+    assert _sweep("guidance=3,7").sheet_metadata(cell | {"sampler": "lcm"})["sampler"] == "lcm", "the bundle's own"
     kept = _sweep("aesthetic-score=4,8", request=request, keep_negative=True).sheet_metadata(cell)
     assert kept["negative_aesthetic_score"] == 2.5
 
