@@ -10,11 +10,7 @@ from typing import Any, TextIO
 
 from sdxl_trt.engines.bundle import Bundle
 from sdxl_trt.engines.command import CLEAR_LINE, Told, one_line
-<<<<<<< HEAD
-from sdxl_trt.engines.manifest import LoraRecord
-=======
-from sdxl_trt.engines.manifest import Scheduler
->>>>>>> 8a0586e (Folders with schedulers of all kinds against diffusers' pipelines of them)
+from sdxl_trt.engines.manifest import LoraRecord, Scheduler
 from sdxl_trt.export.budget import Needs
 from sdxl_trt.export.exporter import ExportPlan
 from sdxl_trt.export.progress import Event, Progress
@@ -38,26 +34,19 @@ def of_plan(plan: ExportPlan) -> Told:
         f"  {one_line(part['source'])}"
         for name, part in parts.items()
     ]
-<<<<<<< HEAD
     loras = [lora.record() for lora in plan.loras]
     lines += [f"  LoRA {one_line(lora.name)} at {lora.told}, in the base" for lora in loras]
-    lines.append(_told_needs(plan.needs))
-    needs = {"disk": plan.needs.disk, "disk_free": plan.needs.disk_free, "memory": plan.needs.memory,
-             "memory_free": plan.needs.memory_free}  # fmt: skip
-    return Told(lines, {"dry_run": True, "components": parts, "loras": [_lora_json(lora) for lora in loras],
-                        "needs": needs, "note": plan.note})  # fmt: skip
-
-
-def _lora_json(lora: LoraRecord) -> dict[str, Any]:
-    return {"name": lora.name, "sha256": lora.sha256, "scale": lora.scale, "text_scale": lora.encoder_scale}
-=======
     lines += _told_sampler(plan.base.scheduler)
     lines.append(_told_needs(plan.needs))
     needs = {"disk": plan.needs.disk, "disk_free": plan.needs.disk_free, "memory": plan.needs.memory,
              "memory_free": plan.needs.memory_free}  # fmt: skip
-    told = {"dry_run": True, "components": parts, "needs": needs, "note": plan.note,
-            "sampler": plan.base.scheduler.sampler}  # fmt: skip
+    told = {"dry_run": True, "components": parts, "loras": [_lora_json(lora) for lora in loras], "needs": needs,
+            "note": plan.note, "sampler": plan.base.scheduler.sampler}  # fmt: skip
     return Told(lines, told)
+
+
+def _lora_json(lora: LoraRecord) -> dict[str, Any]:
+    return {"name": lora.name, "sha256": lora.sha256, "scale": lora.scale, "text_scale": lora.encoder_scale}
 
 
 def _told_sampler(scheduler: Scheduler) -> list[str]:
@@ -65,7 +54,6 @@ def _told_sampler(scheduler: Scheduler) -> list[str]:
     if scheduler.sampler == Scheduler().sampler:
         return []
     return [f"  {one_line(scheduler.class_name)} is --sampler {scheduler.sampler}: runs without that option use it"]
->>>>>>> 8a0586e (Folders with schedulers of all kinds against diffusers' pipelines of them)
 
 
 def _told_needs(needs: Needs) -> str:
@@ -103,12 +91,8 @@ def _lines(bundle: Bundle, told: dict[str, Any]) -> list[str]:
         f"  {name:<24} {part['precision']:<6} {part['parameters'] / 1e6:9.2f} M  {part['bytes'] / 2**20:9.1f} MiB"
         for name, part in told["components"].items()
     ]
-<<<<<<< HEAD
     lines += [f"  LoRA {one_line(lora.name)} at {lora.told}, in the base" for lora in bundle.manifest.loras]
-=======
-    lines += [f"  LoRA {one_line(lora['name'])} at {lora['scale']:g}, in the base" for lora in told["loras"]]
     lines += _told_sampler(bundle.manifest.base.scheduler)
->>>>>>> 8a0586e (Folders with schedulers of all kinds against diffusers' pipelines of them)
     total = sum(part["bytes"] for part in told["components"].values()) / 2**20
     lines.append(f"{bundle.root}: {total:.1f} MiB in {told['seconds']:.0f} s")
     if told["note"]:

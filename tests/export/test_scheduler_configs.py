@@ -3,6 +3,7 @@
 import inspect
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,7 @@ from diffusers.schedulers.deprecated import scheduling_karras_ve, scheduling_sde
 from sdxl_trt.engines.base import Array
 from sdxl_trt.engines.errors import CorruptError, SourceError
 from sdxl_trt.engines.manifest import Scheduler, TensorSpec
-from sdxl_trt.export.scheduler_classes import CLASSES
+from sdxl_trt.export.scheduler_classes import CLASSES, FLOW
 from sdxl_trt.export.scheduler_config import read_scheduler
 from sdxl_trt.runtime.conditioning import Conditions
 from sdxl_trt.runtime.denoiser import Denoiser
@@ -31,6 +32,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning"),
 ]
 
+DOCUMENT = Path(__file__).parents[2] / "docs" / "export.md"
 SHAPE = (1, 2, 4, 4)
 REQUIRED = 1e-4
 """How far what is decoded may be from diffusers', in units of its largest value."""
@@ -334,3 +336,19 @@ def test_a_line_names_field_value_and_what_is_done(caplog: pytest.LogCaptureFixt
     assert other.startswith("another: LCMScheduler's original_inference_steps 250 of 1000 training timesteps leave")
     assert line.startswith("a folder: DPMSolverMultistepScheduler's solver_order 3 is not followed: pictures are made ")
     assert line.endswith("as with 2, and differ")
+
+
+def _row(name: str) -> str:
+    """Return the line of docs/export.md on a class: its sampler, and what is warned of."""
+    known = CLASSES[name]
+    fields = _fields(name)
+    others = [field for field in known.fixed if field in fields and field != FLOW]
+    said = "always: " + known.instead if known.instead else ", ".join(f"`{field}`" for field in sorted(others)) or "–"
+    sampler = "`dpmpp_2m`, of the sde algorithm `dpmpp_2m_sde`" if "algorithm_type" in others else f"`{known.sampler}`"
+    sampler = f"`{known.sampler}`" if known.sampler != "dpmpp_2m" or known.instead else sampler
+    return f"| {name.removesuffix('Scheduler')} | {sampler} | {said} |"
+
+
+def test_the_documents_table_is_the_codes() -> None:
+    lines = DOCUMENT.read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if line in {_row(name) for name in CLASSES}] == [_row(name) for name in CLASSES]
