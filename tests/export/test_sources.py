@@ -221,6 +221,26 @@ def test_fine_tunes_with_schedulers_of_their_own_open(
     assert caplog.records == []
 
 
+def test_the_schedulers_class_is_that_of_the_index(write: Write, caplog: pytest.LogCaptureFixture) -> None:
+    found = open_source(write(scheduler=["diffusers", "LCMScheduler"]), "base").scheduler
+    assert (found.class_name, found.sampler, found.beta_end) == ("LCMScheduler", "lcm", 0.012)
+    assert "says EulerDiscreteScheduler, but model_index.json says LCMScheduler, which is taken" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (["diffusers", "FlowMatchEulerDiscreteScheduler"], "FlowMatchEulerDiscreteScheduler noises latents as flow"),
+        (["diffusers", "CosineDPMSolverMultistepScheduler"], "CosineDPMSolverMultistepScheduler is for audio models"),
+        (["my_scheduler", "EulerDiscreteScheduler"], "custom code is never loaded"),
+    ],
+)
+def test_a_scheduler_that_is_none_of_ours_is_refused(write: Write, entry: list[str], message: str) -> None:
+    with pytest.raises(SourceError, match=message) as refused:
+        open_source(write(scheduler=entry), "base")
+    assert refused.value.exit_code == 2
+
+
 @pytest.mark.parametrize("spec", ["no/such/folder", "./nothing", "typo", "/absent/folder"])
 def test_what_is_nothing_says_what_can_be_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str) -> None:
     monkeypatch.chdir(tmp_path)
