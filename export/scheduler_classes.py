@@ -48,7 +48,7 @@ class SchedulerClass:
 
     def sampler_for(self, values: Mapping[str, Any]) -> str:
         """Return the sampler for a class with these settings: DPM-Solver's depends on its algorithm."""
-        stochastic = str(values.get("algorithm_type", "")).startswith("sde-")
+        stochastic = values.get("algorithm_type") == "sde-dpmsolver++"
         return "dpmpp_2m_sde" if self.sampler == "dpmpp_2m" and stochastic else self.sampler
 
 

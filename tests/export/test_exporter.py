@@ -50,6 +50,21 @@ def test_a_folder_saved_in_shards_by_the_current_libraries_is_the_same(
     assert _digests(_plan(tmp_path)) == _digests(_plan(pair.base))
 
 
+def test_what_of_a_refiners_scheduler_is_not_followed_is_said(pairs: Callable[[str], Any], tmp_path: Path) -> None:
+    """The grid is the base's; the prediction type of each is followed."""
+    pair = pairs("outline")
+    folder = Path(shutil.copytree(pair.refiner, tmp_path / "refiner"))
+    own = {"timestep_spacing": "trailing", "prediction_type": "v_prediction", "_class_name": "HeunDiscreteScheduler"}
+    _edit(folder / "scheduler" / "scheduler_config.json", **own)
+    _edit(folder / "model_index.json", scheduler=["diffusers", "HeunDiscreteScheduler"])
+    heard: list[str] = []
+    plan_components(open_pipeline(pair.base, BASE_CLASS), open_pipeline(folder, REFINER_CLASS), Options(), heard.append)
+    assert [line.removeprefix(f"{folder}: ") for line in heard] == [
+        "its scheduler has timestep_spacing 'trailing', unlike the base's, whose grid serves both",
+        "its HeunDiscreteScheduler is the sampler heun; the base's, euler, serves both without --refiner-sampler heun",
+    ]
+
+
 @pytest.mark.slow
 def test_old_autoencoder_names_are_the_same_tensors(pairs: Callable[[str], Any], tmp_path: Path) -> None:
     from safetensors.numpy import load_file, save_file
