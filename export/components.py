@@ -45,9 +45,9 @@ class Options:
     `vae_precision` "auto" is fp32 where the autoencoder's config says `force_upcast`, else the `precision` of all;
     with `twins` such an autoencoder is exported in bf16 too, for TensorRT, unless all is to be fp32;
     "mixed" keeps the end of the decoder, and the encoder, in fp32. `unet` takes another UNet for the base, `vae`
-    another autoencoder for both stages. `loras` are (file, scale) or (file, UNet's scale, text encoders' scale), fused into the
-    base; kept as LoraOption. `components` limits what is exported; the others stay as the
-    bundle at the target has them. `verify` compares the result with PyTorch, `force` exports what is unchanged too.
+    another autoencoder for both stages. `loras` are (file, scale) or (file, UNet's scale, text encoders' scale), fused
+    into the base; kept as LoraOption. `components` limits what is exported; the others stay as the bundle at the
+    target has them. `verify` compares the result with PyTorch, `force` exports what is unchanged too.
     """
 
     precision: Literal["fp32", "fp16", "bf16"] = "fp16"
