@@ -234,6 +234,11 @@ class Manifest(Record, frozen=True, kw_only=True):
     note: str = ""
     """A sentence that whoever uses the bundle should read, printed by the commands."""
 
+    def prompt_lengths(self) -> set[int]:
+        """Return how many tokens the encoders of a stage read at once; base and refiner may differ."""
+        encoders = [encoder for stage in self.stages().values() for encoder in stage.text_encoders]
+        return {self.tokenizers[encoder.tokenizer].max_length for encoder in encoders}
+
     def stages(self) -> dict[str, Stage]:
         """Return the stages that exist, in the order in which they run."""
         return {"base": self.base} if self.refiner is None else {"base": self.base, "refiner": self.refiner}

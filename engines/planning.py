@@ -58,7 +58,7 @@ class PlanJob:
 def stage_sizes(manifest: Manifest) -> Sizes:
     """Return the default sizes for a bundle: those that base and refiner both take."""
     base = manifest.base
-    return default_sizes(base.sample_size, base.vae.factor, size_multiple(manifest))
+    return default_sizes(base.sample_size, base.vae.factor, size_multiple(manifest), manifest.prompt_lengths())
 
 
 def size_multiple(manifest: Manifest) -> int:
@@ -68,7 +68,7 @@ def size_multiple(manifest: Manifest) -> int:
 
 def check_for(manifest: Manifest, sizes: Sizes) -> None:
     """Raise SizeError for sizes that the UNets of a bundle cannot take."""
-    check_sizes(sizes, size_multiple(manifest))
+    check_sizes(sizes, size_multiple(manifest), manifest.prompt_lengths())
 
 
 def plan_builds(

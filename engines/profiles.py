@@ -20,7 +20,7 @@ __all__ = [
 ]
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from sdxl_trt.engines.errors import SizeError, UsageError
 from sdxl_trt.engines.records import Positive, Record
@@ -28,6 +28,7 @@ from sdxl_trt.engines.records import Positive, Record
 # fp32 and mixed decoders take a picture in tiles of this many pixels: a whole one needs gigabytes of activations.
 TILE = 512
 TOKENS = 77
+"""How many tokens SDXL's own encoders read at once."""
 MAX_ROWS_OF_PROMPTS = 8
 """A text encoder's activations are small: several prompts share a call."""
 
@@ -106,23 +107,23 @@ def parse_range(text: str, option: str) -> Range:
     return Range(min=low, opt=usual, max=high)
 
 
-def default_sizes(sample_size: int, factor: int, multiple: int) -> Sizes:
+def default_sizes(sample_size: int, factor: int, multiple: int, lengths: Collection[int] = (TOKENS,)) -> Sizes:
     """Return the sizes for a model trained on `sample_size` latents of `factor` pixels, in steps of `multiple`.
 
     The usual side is the model's own, the smallest half of it and the largest a quarter more; one picture at once;
-    one to three prompt chunks.
+    one to three prompt chunks of the `lengths` that the tokenizers make.
     """
     side = sample_size * factor
     usual = max(side // multiple, 1) * multiple
     low = max(math.ceil(side / 2 / multiple), 1) * multiple
     high = max(int(side * 1.25) // multiple, usual // multiple) * multiple
     sides = Range(min=min(low, usual), opt=usual, max=high)
-    tokens = Range(min=TOKENS, opt=TOKENS, max=3 * TOKENS)
+    tokens = Range(min=min(lengths), opt=min(lengths), max=3 * max(lengths))
     return Sizes(height=sides, width=sides, batch=fixed(1), tokens=tokens)
 
 
-def check_sizes(sizes: Sizes, multiple: int) -> None:
-    """Raise SizeError unless sides are multiples of `multiple` and tokens of 77."""
+def check_sizes(sizes: Sizes, multiple: int, lengths: Collection[int] = (TOKENS,)) -> None:
+    """Raise SizeError unless sides are multiples of `multiple`, and tokens of one of the tokenizers' `lengths`."""
     for option, sides in (("--height", sizes.height), ("--width", sizes.width)):
         for side in (sides.min, sides.opt, sides.max):
             if side % multiple:
@@ -130,8 +131,9 @@ def check_sizes(sizes: Sizes, multiple: int) -> None:
                 raise SizeError(f"{option} {sides}: the UNets take multiples of {multiple}; {side} would be"
                                 f" {below} or {below + multiple}")  # fmt: skip
     for count in (sizes.tokens.min, sizes.tokens.opt, sizes.tokens.max):
-        if count % TOKENS:
-            raise SizeError(f"--tokens {sizes.tokens}: prompts come in chunks of {TOKENS}; give multiples of it")
+        if all(count % length for length in lengths):
+            chunks = " or ".join(map(str, sorted(lengths)))
+            raise SizeError(f"--tokens {sizes.tokens}: prompts come in chunks of {chunks}; give multiples of it")
 
 
 def axes_of(kind: str, precision: str, sizes: Sizes, factor: int) -> list[dict[str, Range]]:

@@ -89,7 +89,7 @@ def fallbacks(plan: MemoryPlan) -> tuple[Residency, ...]:
 def _default_sizes(manifest: Manifest, provider: str) -> Sizes:
     """Return the sizes that plans are built for by default; where none are built, the model's own."""
     multiple = math.lcm(*(stage.size_multiple for stage in manifest.stages().values()))
-    sizes = default_sizes(manifest.base.sample_size, manifest.base.vae.factor, multiple)
+    sizes = default_sizes(manifest.base.sample_size, manifest.base.vae.factor, multiple, manifest.prompt_lengths())
     return sizes if shares_activations(provider) else replace(sizes, static=True)
 
 

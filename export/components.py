@@ -11,7 +11,7 @@ from typing import Any, Literal, cast, get_args
 
 from sdxl_trt.engines.errors import SourceError, UsageError
 from sdxl_trt.engines.manifest import Kind, Precision
-from sdxl_trt.export.graphs import context_width, make_graph
+from sdxl_trt.export.graphs import PROMPT_TOKENS, context_width, make_graph
 from sdxl_trt.export.lora import ScaledLora, check_fits, fuse
 from sdxl_trt.export.lora_names import COMPONENTS as LORA_COMPONENTS
 from sdxl_trt.export.lora_names import Component as LoraComponent
@@ -19,6 +19,8 @@ from sdxl_trt.export.lora_option import LoraOption
 from sdxl_trt.export.models import MetaModel, build_model
 from sdxl_trt.export.sources import ModelSource, PipelineSource
 from sdxl_trt.export.tensors import Checkpoint, digest_tensors, resolve_names
+from sdxl_trt.export.text_encoders import find_pooled, open_tokenizers, tokenizer_role, without_idle_projection
+from sdxl_trt.export.tokenizers import LoadedTokenizer
 
 # What the host reads from the manifest, and what says nothing about the function of a graph.
 _HOST_ONLY = {
@@ -83,6 +85,8 @@ class ComponentPlan:
     precision: Precision
     time_ids: int = 0
     pooled: int = 0
+    tokens: int = PROMPT_TOKENS
+    """How many ids a text encoder reads at once."""
 
     def tensor_names(self) -> list[str]:
         """Return the published names of the tensors that belong to this half of the model."""
@@ -100,23 +104,35 @@ class ComponentPlan:
         return size * sum(math.prod(self.model.state[name]) for name in self.tensor_names())
 
     def function(self) -> tuple[Any, ...]:
-        """Return what decides the graph apart from the weights: class, precision, resolved config."""
+        """Return what decides the graph apart from the weights: class, precision, resolved config, unusual lengths."""
         config = {k: v for k, v in self.model.config.items() if k not in _HOST_ONLY and not k.startswith("_")}
+        # The usual length goes unsaid, so that what older versions exported keeps its key.
+        tokens = () if self.tokens == PROMPT_TOKENS else (self.tokens,)
         return (
             self.kind,
             self.source.class_name,
             self.precision,
             sorted(config.items(), key=lambda item: item[0]),
+            *tokens,
         )
 
 
 @dataclass
 class StagePlan:
-    """A stage's roles (unet, text_encoder, text_encoder_2, vae_decoder, vae_encoder) mapped to component names."""
+    """A stage's roles (unet, text_encoder, text_encoder_2, vae_decoder, vae_encoder) mapped to component names.
+
+    `pooled_role` is the encoder whose text_embeds are the pooled prompt.
+    """
 
     pipeline: PipelineSource
     models: dict[str, MetaModel]
+    tokenizers: dict[str, LoadedTokenizer]
+    pooled_role: str
     roles: dict[str, str] = field(default_factory=dict)
+
+    def tokenizer_of(self, role: str) -> LoadedTokenizer:
+        """Return the tokenizer of the encoder `role`."""
+        return self.tokenizers[tokenizer_role(role)]
 
 
 def plan_components(
@@ -182,11 +198,13 @@ def _check_schedulers(base: PipelineSource, refiner: PipelineSource, warn: Calla
 def _plan_stage(
     pipeline: PipelineSource, options: Options, warn: Callable[[str], None], loras: Sequence[ScaledLora]
 ) -> tuple[StagePlan, dict[str, ComponentPlan]]:
-    models: dict[str, MetaModel] = {}
+    models = {name: build_model(source.class_name, source.config, source.where)
+              for name, source in pipeline.models.items()}  # fmt: skip
+    pooled_role = find_pooled(models, pipeline)
+    pipeline = without_idle_projection(pipeline, models, pooled_role, warn)
     checkpoints: dict[str, Checkpoint] = {}
     for name, source in pipeline.models.items():
         where = source.where
-        models[name] = build_model(source.class_name, source.config, where)
         checkpoints[name] = resolve_names(source.checkpoint(), models[name].state, where, warn)
     check_fits((each.lora for each in loras), models)
     for name in cast("list[LoraComponent]", [*models.keys() & {*LORA_COMPONENTS}] if loras else []):
@@ -194,14 +212,15 @@ def _plan_stage(
             checkpoints[name], name, [(each.lora, each.on(name)) for each in loras], models[name].config
         )
 
-    def plan(name: str, kind: Kind, precision: Precision, time_ids: int = 0, pooled: int = 0) -> ComponentPlan:
-        source = pipeline.models[name]
-        return ComponentPlan(kind, source, models[name], checkpoints[name], precision, time_ids, pooled)
+    def plan(name: str, kind: Kind, precision: Precision, **signature: int) -> ComponentPlan:
+        return ComponentPlan(kind, pipeline.models[name], models[name], checkpoints[name], precision, **signature)
 
     _check_widths(models, pipeline)
-    plans = {name: plan(name, "text_encoder", options.precision) for name in models if name.startswith("text_")}
-    pooled = _pooled_width(models["text_encoder_2"], pipeline)
-    plans["unet"] = plan("unet", "unet", options.precision, len(time_id_names(pipeline)), pooled)
+    tokenizers = open_tokenizers(models, pipeline, warn)
+    plans = {name: plan(name, "text_encoder", options.precision, tokens=tokenizers[tokenizer_role(name)].max_length)
+             for name in models if name.startswith("text_")}  # fmt: skip
+    pooled = int(models[pooled_role].config["projection_dim"])
+    plans["unet"] = plan("unet", "unet", options.precision, time_ids=len(time_id_names(pipeline)), pooled=pooled)
     vae_precision = _vae_precision(models["vae"], options)
     plans["vae_decoder"] = plan("vae", "vae_decoder", vae_precision)
     # What overflows in a decoder is its end; nobody has shown which layers of the encoder may be narrow.
@@ -210,8 +229,9 @@ def _plan_stage(
         plans["vae_decoder_bf16"] = plan("vae", "vae_decoder", "bf16")
         plans["vae_encoder_bf16"] = plan("vae", "vae_encoder", "bf16")
     for each in plans.values():  # what no graph can be made of is said before anything has been exported
-        make_graph(each.kind, each.model, time_ids=each.time_ids, pooled=each.pooled, where=each.source.where)
-    return StagePlan(pipeline, models), plans
+        make_graph(each.kind, each.model, time_ids=each.time_ids, pooled=each.pooled, tokens=each.tokens,
+                   where=each.source.where)  # fmt: skip
+    return StagePlan(pipeline, models, tokenizers, pooled_role), plans
 
 
 def time_id_names(pipeline: PipelineSource) -> tuple[str, ...]:
@@ -230,24 +250,12 @@ def _check_widths(models: dict[str, MetaModel], pipeline: PipelineSource) -> Non
             f"{pipeline.root}/unet: takes {unet['in_channels']} channels, the autoencoder gives {latents}; inpainting"
             " and edit models are not supported"
         )
-    if "text_encoder" in models and "text_projection.weight" in models["text_encoder"].state:
-        raise SourceError(
-            f"{pipeline.root}/text_encoder: projects, which only SDXL's second encoder does; is it swapped with"
-            " text_encoder_2?"
-        )
     widths = [model.config["hidden_size"] for name, model in models.items() if name.startswith("text_")]
     if context_width(unet) != sum(widths):
         raise SourceError(
             f"{pipeline.root}/unet: attends to a context of {context_width(unet)}, but the text encoders make"
             f" {' + '.join(map(str, widths))}; the folder mixes two models"
         )
-
-
-def _pooled_width(model: MetaModel, pipeline: PipelineSource) -> int:
-    if "text_projection.weight" not in model.state:
-        raise SourceError(f"{pipeline.root}/text_encoder_2: is no CLIPTextModelWithProjection, so there is no pooled"
-                          " prompt; not an SDXL model")  # fmt: skip
-    return int(model.config["projection_dim"])
 
 
 def _vae_precision(model: MetaModel, options: Options) -> Precision:

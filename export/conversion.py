@@ -88,7 +88,9 @@ def convert(name: str, plan: ComponentPlan, key: str, root: Path, opset: int, re
         raise explain_os_error(exc, f"writing {folder}") from exc
     report.stage(name, "tracing")
     where = plan.source.where
-    graph = make_graph(plan.kind, plan.model, time_ids=plan.time_ids, pooled=plan.pooled, where=where)
+    graph = make_graph(
+        plan.kind, plan.model, time_ids=plan.time_ids, pooled=plan.pooled, tokens=plan.tokens, where=where
+    )
     model = trace(graph, plan.precision, opset)
     published = _name_initializers(model, graph.prefix, plan)
     permutations = simplify(model)

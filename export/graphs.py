@@ -5,7 +5,7 @@ The names are diffusers' own; the first axis of a UNet is *rows* (pictures × 1 
 schedules, and the sinusoidal embeddings are computed from them in fp32 inside the graph.
 """
 
-__all__ = ["Axis", "Graph", "Input", "Output", "context_width", "make_graph", "vae_factor"]
+__all__ = ["PROMPT_TOKENS", "Axis", "Graph", "Input", "Output", "context_width", "make_graph", "vae_factor"]
 
 from dataclasses import dataclass
 from typing import Any, cast
@@ -16,7 +16,8 @@ from torch import Tensor
 from sdxl_trt.engines.errors import SourceError
 from sdxl_trt.export.models import MetaModel
 
-MAX_TOKENS = 77
+PROMPT_TOKENS = 77
+"""How many tokens SDXL's own encoders read at once; a Long-CLIP encoder reads 248."""
 # diffusers' upsampling asks whether there are 64 rows or more, to make a copy that changes nothing: the trace must
 # stay on one side of the question, the graph holds for any number.
 MAX_TRACED_ROWS = 63
@@ -60,16 +61,19 @@ class Graph:
     prefix: str = "model."
 
 
-def make_graph(kind: str, model: MetaModel, *, time_ids: int = 0, pooled: int = 0, where: str = "") -> Graph:
+def make_graph(
+    kind: str, model: MetaModel, *, time_ids: int = 0, pooled: int = 0, tokens: int = PROMPT_TOKENS, where: str = ""
+) -> Graph:
     """Wrap `model` for the graph `kind`: text_encoder, unet, vae_decoder or vae_encoder.
 
-    A UNet's signature depends on its pipeline: the number of `time_ids` and the width of the `pooled` prompt.
-    Raises SourceError where the two do not fit the UNet's config.
+    A UNet's signature depends on its pipeline: the number of `time_ids` and the width of the `pooled` prompt; a text
+    encoder's on its tokenizer, which cuts and pads a prompt to `tokens` ids. Raises SourceError where these do not fit
+    the model's config.
     """
     if kind == "unet":
         return _unet_graph(model, time_ids, pooled, where)
     if kind == "text_encoder":
-        return _text_encoder_graph(model, where)
+        return _text_encoder_graph(model, tokens, where)
     return _vae_decoder_graph(model) if kind == "vae_decoder" else _vae_encoder_graph(model)
 
 
@@ -128,7 +132,7 @@ def _unet_graph(model: MetaModel, time_ids: int, pooled: int, where: str) -> Gra
     config = model.config
     _check_text_time(config, time_ids, pooled, where)
     multiple = 2 ** cast("int", model.module.num_upsamplers)
-    rows, tokens = Axis("rows", 2, traced_max=MAX_TRACED_ROWS), Axis("tokens", 2 * MAX_TOKENS)
+    rows, tokens = Axis("rows", 2, traced_max=MAX_TRACED_ROWS), Axis("tokens", 2 * PROMPT_TOKENS)
     height, width = Axis("height", 2 * multiple, multiple), Axis("width", 3 * multiple, multiple)
     inputs = (
         Input("sample", (rows, config["in_channels"], height, width)),
@@ -165,18 +169,19 @@ def _check_text_time(config: Any, time_ids: int, pooled: int, where: str) -> Non
         )
 
 
-def _text_encoder_graph(model: MetaModel, where: str) -> Graph:
+def _text_encoder_graph(model: MetaModel, tokens: int, where: str) -> Graph:
     config = model.config
-    if config["max_position_embeddings"] < MAX_TOKENS:
+    if config["max_position_embeddings"] < tokens:
         raise SourceError(
-            f"{where}: reads {config['max_position_embeddings']} tokens, but SDXL's prompts have {MAX_TOKENS}"
+            f"{where}: has {config['max_position_embeddings']} positions, but its tokenizer makes {tokens} ids of a"
+            " prompt; give the tokenizer that belongs to this encoder"
         )
     projects = "text_projection.weight" in model.state
-    hidden = ("prompts", MAX_TOKENS, config["hidden_size"])
+    hidden = ("prompts", tokens, config["hidden_size"])
     outputs = [Output(f"hidden_states.{i}", hidden) for i in range(config["num_hidden_layers"] + 1)]
     if projects:
         outputs.append(Output("text_embeds", ("prompts", config["projection_dim"])))
-    inputs = (Input("input_ids", (Axis("prompts", 2), MAX_TOKENS), torch.int64),)
+    inputs = (Input("input_ids", (Axis("prompts", 2), tokens), torch.int64),)
     return Graph("text_encoder", _TextEncoder(model.module, projects=projects), inputs, tuple(outputs))
 
 

@@ -11,7 +11,7 @@ from sdxl_trt.export.components import StagePlan, time_id_names
 from sdxl_trt.export.conversion import file_record
 from sdxl_trt.export.graphs import vae_factor
 from sdxl_trt.export.models import MetaModel
-from sdxl_trt.export.tokenizers import LoadedTokenizer, load_tokenizer
+from sdxl_trt.export.tokenizers import LoadedTokenizer
 
 
 def write_tokenizers(
@@ -23,8 +23,7 @@ def write_tokenizers(
     names: dict[str, dict[str, str]] = {}
     for stage_name, stage in stages.items():
         names[stage_name] = {}
-        for role, folder in stage.pipeline.tokenizers.items():
-            loaded = load_tokenizer(folder)
+        for role, loaded in stage.tokenizers.items():
             if loaded not in seen:
                 seen[loaded] = role if stage_name == "base" else f"refiner_{role}"
                 records[seen[loaded]] = _write_tokenizer(loaded, seen[loaded], root)
@@ -61,7 +60,7 @@ def stage_record(stage: StagePlan, tokenizers: dict[str, str]) -> Stage:
             TextEncoder(
                 component=stage.roles[role],
                 tokenizer=tokenizers[role.replace("text_encoder", "tokenizer")],
-                pooled=role == "text_encoder_2",
+                pooled=role == stage.pooled_role,
             )
             for role in encoders
         ),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sdxl_trt.engines.errors import CorruptError
-from sdxl_trt.engines.manifest import Component, Manifest, Stage, Tokenizer
+from sdxl_trt.engines.manifest import Component, Manifest, Stage, TextEncoder, Tokenizer
 from sdxl_trt.export.configs import read_json
 from sdxl_trt.export.sources import BASE_CLASS, REFINER_CLASS, PipelineSource
 
@@ -17,15 +17,19 @@ _LIBRARIES = {"text_encoder": "transformers", "text_encoder_2": "transformers", 
 
 def roles(stage: Stage) -> dict[str, str]:
     """Return {folder: component} of the graphs of `stage`, under diffusers' names."""
-    found = {"text_encoder_2" if encoder.pooled else "text_encoder": encoder.component
-             for encoder in stage.text_encoders}  # fmt: skip
+    found = {f"text_encoder{suffix}": encoder.component for suffix, encoder in _encoders(stage)}
     found |= {"unet": stage.unet, "vae_decoder": stage.vae.decoder}
     return found if stage.vae.encoder is None else found | {"vae_encoder": stage.vae.encoder}
 
 
 def tokenizer_roles(stage: Stage) -> dict[str, str]:
     """Return {folder: tokenizer} of `stage`, under diffusers' names."""
-    return {"tokenizer_2" if encoder.pooled else "tokenizer": encoder.tokenizer for encoder in stage.text_encoders}
+    return {f"tokenizer{suffix}": encoder.tokenizer for suffix, encoder in _encoders(stage)}
+
+
+def _encoders(stage: Stage) -> list[tuple[str, TextEncoder]]:
+    """Return the encoders with what their folders' names end in; one that stands alone is diffusers' second."""
+    return list(zip(("", "_2")[-len(stage.text_encoders) :], stage.text_encoders, strict=True))
 
 
 def component_config(role: str, component: Component, stage: Stage) -> dict[str, Any]:

@@ -20,7 +20,7 @@ _MEANINGS = {
     "height": "picture height in pixels (default: half the model's own to a quarter more)",
     "width": "picture width, the same",
     "batch": "pictures at once (default 1)",
-    "tokens": "prompt tokens (default 77:77:231)",
+    "tokens": "prompt tokens (default 77:77:231; with Long-CLIP encoders 248:248:744)",
 }
 
 

@@ -1,7 +1,7 @@
 """Real activations for every component: one request, run in PyTorch and overheard at every component's door.
 
 Two pictures of different size are made. The first is guided (two rows, 77 tokens, whole timesteps), the second is not
-(one row, 154 tokens as two prompts side by side make them, fractional timesteps). Prompts go through the pipelines'
+(one row, two prompts side by side as 154 tokens, fractional timesteps). Prompts go through the pipelines'
 own tokenizers, latents through Euler steps, from the base to the refiner and on to the autoencoder,
 whose picture goes back into its encoder. Between components only these small arrays are kept. What a component that
 is left out would have given is drawn at random.
@@ -20,8 +20,8 @@ import torch
 from sdxl_trt.engines.base import Array
 from sdxl_trt.export.components import ComponentPlan, StagePlan, time_id_names
 from sdxl_trt.export.euler import Euler
-from sdxl_trt.export.graphs import MAX_TOKENS, vae_factor
-from sdxl_trt.export.tokenizers import LoadedTokenizer, load_tokenizer
+from sdxl_trt.export.graphs import vae_factor
+from sdxl_trt.export.tokenizers import LoadedTokenizer
 
 Run = Callable[[Mapping[str, Array]], dict[str, Array]]
 PROMPTS = (
@@ -104,8 +104,7 @@ class Recording:
         return torch.randn(1, channels, height, width, generator=generator).numpy()
 
     def _encode(self, tape: _Tape, stage_name: str, role: str) -> None:
-        folder = self._stages[stage_name].pipeline.tokenizers[role.replace("text_encoder", "tokenizer")]
-        tokenizer = load_tokenizer(folder)
+        tokenizer = self._stages[stage_name].tokenizer_of(role)
         ids = np.stack([_ids(tokenizer, prompt) for prompt in PROMPTS])
         done = next((call for call in tape.calls if np.array_equal(call.inputs["input_ids"], ids)), None)
         outputs = done.outputs if done else tape(f"{len(PROMPTS)} prompts of the {stage_name}", input_ids=ids)
@@ -120,7 +119,8 @@ class Recording:
         prediction_type = self._stages[stage_name].pipeline.scheduler.prediction_type
         for i, guided in enumerate((True, False)):
             euler, conditions = self._euler(whole=guided), self._conditions(stage_name, guided=guided)
-            rows, kind = len(conditions["time_ids"]), "guided" if guided else "154 tokens"
+            tokens = conditions["encoder_hidden_states"].shape[1]
+            rows, kind = len(conditions["time_ids"]), "guided" if guided else f"{tokens} tokens"
             x = self._latents[i] if steps.start else euler.start(self._latents[i])
             for step in steps:
                 sample = np.concatenate([euler.scaled(x, step)] * rows)
@@ -142,7 +142,8 @@ class Recording:
         stage = self._stages[stage_name]
         roles = [role for role in ("text_encoder", "text_encoder_2") if role in stage.roles]
         embeds = [self._embeds.get((stage_name, role)) or self._drawn(stage, role) for role in roles]
-        hidden, pooled = np.concatenate([each["hidden"] for each in embeds], axis=-1), embeds[-1]["pooled"]
+        hidden = np.concatenate([each["hidden"] for each in embeds], axis=-1)
+        pooled = embeds[roles.index(stage.pooled_role)]["pooled"]
         if not guided:
             tokens = np.concatenate([hidden[:1], hidden[2:]], axis=1)
             return {"encoder_hidden_states": tokens, "text_embeds": pooled[:1], "time_ids": _time_ids(stage)[:1]}
@@ -157,7 +158,7 @@ class Recording:
         """Return random embeds with unit variance, as a final normalization leaves them."""
         config, rng = stage.models[role].config, np.random.default_rng(self._seed)
         shapes: dict[str, tuple[int, ...]] = {
-            "hidden": (len(PROMPTS), MAX_TOKENS, config["hidden_size"]),
+            "hidden": (len(PROMPTS), stage.tokenizer_of(role).max_length, config["hidden_size"]),
             "pooled": (len(PROMPTS), config["projection_dim"]),
         }
         return {name: rng.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}

@@ -28,7 +28,7 @@ def load_reference(plan: ComponentPlan) -> Graph:
     where = plan.source.where
     model = build_model(plan.source.class_name, plan.source.config, where)
     _fill(model, plan)
-    return make_graph(plan.kind, model, time_ids=plan.time_ids, pooled=plan.pooled, where=where)
+    return make_graph(plan.kind, model, time_ids=plan.time_ids, pooled=plan.pooled, tokens=plan.tokens, where=where)
 
 
 def run_reference(graph: Graph, inputs: Mapping[str, Array], dtype: torch.dtype) -> dict[str, Array]:

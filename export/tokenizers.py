@@ -11,9 +11,11 @@ from pathlib import Path
 
 from sdxl_trt.engines.errors import SourceError, explain_os_error
 from sdxl_trt.export.configs import PUBLISHED
+from sdxl_trt.export.graphs import PROMPT_TOKENS
 from sdxl_trt.mini import vocabulary
 
-MAX_LENGTH = 77
+# transformers' stand-in for a tokenizer that states no length is 1e30.
+_STATED = 1 << 20
 # What transformers reads of a tokenizer.
 _FILES = (
     "added_tokens.json", "merges.txt", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json",
@@ -23,7 +25,10 @@ _FILES = (
 
 @dataclass(frozen=True)
 class LoadedTokenizer:
-    """A tokenizer's JSON (without padding and truncation, which the runtime does) and its framing ids."""
+    """A tokenizer's JSON (without padding and truncation, which the runtime does) and its framing ids.
+
+    `max_length` is how many ids it makes of a prompt.
+    """
 
     json: bytes
     max_length: int
@@ -48,8 +53,13 @@ def tokenizer_files(folder: Path) -> dict[str, bytes]:
     return files
 
 
-def load_tokenizer(folder: Path) -> LoadedTokenizer:
-    """Load a CLIP tokenizer as transformers does, from ``tokenizer.json`` or from vocabulary and merges."""
+def load_tokenizer(folder: Path, positions: int = PROMPT_TOKENS) -> LoadedTokenizer:
+    """Load a CLIP tokenizer as transformers does, from ``tokenizer.json`` or from vocabulary and merges.
+
+    diffusers cuts and pads a prompt to the tokenizer's own ``model_max_length``; one that states none goes by the
+    `positions` of its encoder. Raises SourceError for a folder without a CLIP tokenizer, and for one whose prompts are
+    shorter than SDXL's.
+    """
     import transformers  # noqa: PLC0415 - seconds to import, and only when a tokenizer is read
 
     with _complete(folder) as complete:
@@ -62,13 +72,14 @@ def load_tokenizer(folder: Path) -> LoadedTokenizer:
             raise SourceError(f"{folder}: not a CLIP tokenizer ({exc}); download it again") from exc
     content["truncation"] = content["padding"] = None
     framing = (loaded.bos_token_id, loaded.eos_token_id, loaded.pad_token_id)
-    if loaded.model_max_length < MAX_LENGTH or None in framing:
+    length = int(loaded.model_max_length) if loaded.model_max_length < _STATED else positions
+    if length < PROMPT_TOKENS or None in framing:
         raise SourceError(
-            f"{folder}: SDXL's prompts are {MAX_LENGTH} ids with start, end and padding; this tokenizer has"
-            f" model_max_length {loaded.model_max_length} and the ids {framing}"
+            f"{folder}: SDXL's prompts are {PROMPT_TOKENS} ids or more, with start, end and padding; this tokenizer has"
+            f" model_max_length {length} and the ids {framing}"
         )
     compact = json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
-    return LoadedTokenizer(compact, MAX_LENGTH, *framing)
+    return LoadedTokenizer(compact, length, *framing)
 
 
 def _lacks_vocabulary(folder: Path) -> bool:

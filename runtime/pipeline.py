@@ -154,7 +154,7 @@ class Pipeline:
         if tokens not in limits.tokens:
             raise SizeError(f"the prompts take {tokens} tokens, the plans {limits.tokens.min} to"
                             f" {limits.tokens.max}; shorten them, or build plans: export-engines --tokens"
-                            f" 77:77:{tokens}")  # fmt: skip
+                            f" {limits.tokens.min}:{limits.tokens.opt}:{tokens}")  # fmt: skip
         if len(rows) > len(sides) * limits.pictures:
             raise SizeError(f"the prompts are combined of {len(rows)} conditionings, a row each, and the plans take"
                             f" {len(sides) * limits.pictures}; build plans: export-engines --batch"

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from sdxl_trt.engines.base import Engine, numpy_dtype
 from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.engines.manifest import Stage, TextEncoder, Tokenizer
+from sdxl_trt.engines.manifest import Manifest, Stage, TextEncoder, Tokenizer
 from sdxl_trt.engines.pool import EnginePool
 from sdxl_trt.engines.profiles import MAX_ROWS_OF_PROMPTS
 from sdxl_trt.runtime.prompt_weights import Chunk, chunked, parse_weights, weigh, without_embeddings
@@ -123,9 +123,12 @@ class PromptEncoder:
 
         A stage with a single encoder reads a prompt's `text`, as diffusers' refiner does. A prompt is cut at 77
         tokens; `weighted` is ComfyUI's way: weights in parentheses, and as many chunks of 77 as it takes, all read with
-        the vocabulary of the base's first encoder. `following` is the engine that is needed next, for the pool to make
-        ready. Raises UsageError for more than MAX_CHUNKS, a weight beyond MAX_WEIGHT, or one that a UNet cannot hold.
+        the vocabulary of the base's first encoder. Long-CLIP encoders have 248 for 77, either way. `following` is the
+        engine that is needed next, for the pool to make ready. Raises UsageError for more than MAX_CHUNKS, a weight
+        beyond MAX_WEIGHT, one that a UNet cannot hold, or encoders that ComfyUI reads in another way.
         """
+        for stage in {id(stage): stage for stage, _ in wanted if weighted}.values():
+            _check_as_comfyui(stage, self._pool.bundle.manifest)
         if weighted:
             _warn_of_embeddings(wanted)
         known: dict[tuple[TextEncoder, str, int], _Text] = {}
@@ -187,6 +190,24 @@ class PromptEncoder:
             for start in range(0, len(distinct), MAX_ROWS_OF_PROMPTS):
                 done |= _run(engine, distinct[start : start + MAX_ROWS_OF_PROMPTS])
         return done
+
+
+def _check_as_comfyui(stage: Stage, manifest: Manifest) -> None:
+    """Raise UsageError for encoders of which ComfyUI makes something else.
+
+    Its chunks are as long as an encoder has positions (comfy/text_encoders/long_clipl.py), whatever the tokenizer says;
+    its pooled prompt is the second encoder's.
+    """
+    for encoder in stage.text_encoders:
+        length = manifest.tokenizers[encoder.tokenizer].max_length
+        positions = manifest.components[encoder.component].config.get("max_position_embeddings", length)
+        if positions != length:
+            raise UsageError(f"--compat comfyui: {encoder.component} reads {length} tokens here, and {positions} in"
+                             " ComfyUI; use --compat diffusers, or export it with a tokenizer whose model_max_length is"
+                             f" {positions}")  # fmt: skip
+    if not stage.text_encoders[-1].pooled:
+        raise UsageError("--compat comfyui: this bundle takes the pooled prompt from its first encoder, as diffusers"
+                         " does, and ComfyUI from its second; use --compat diffusers")  # fmt: skip
 
 
 def _weighted_chunks(text: str, frame: Tokenizer, words: PromptTokenizer) -> list[Chunk]:

@@ -14,7 +14,7 @@ from sdxl_trt.engines.errors import CorruptError, UsageError
 
 
 class PromptTokenizer:
-    """A CLIP tokenizer of a bundle: 77 ids a prompt, framed, cut and padded as transformers does.
+    """A CLIP tokenizer of a bundle: 77 ids a prompt (Long-CLIP: 248), framed, cut and padded as transformers does.
 
     Raises CorruptError where the file is not the one of the manifest, or not a tokenizer.
     """
