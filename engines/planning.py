@@ -153,17 +153,18 @@ def build_plans(
     components: Iterable[str] | None = None,
     timing_cache: Path | None = None,
     force: bool = False,
+    lock: bool = True,
     progress: Callable[[BuildEvent], None] | None = None,
 ) -> Bundle:
     """Build the plans of the bundle at `root` that it has not, for this machine, and return it opened.
 
     Each plan is in the manifest as soon as it is whole: an interrupted run goes on with the next one. `progress` is
-    told every event of every build. Raises IncompatibleError without TensorRT or its GPU, SizeError,
-    UsageError, ResourceError, and EngineError with the build log's last line.
+    told every event of every build; without `lock` nothing keeps other writers away. Raises IncompatibleError without
+    TensorRT or its GPU, SizeError, UsageError, ResourceError, and EngineError with the build log's last line.
     """
     environment = here(flavour)
     root = Path(root)
-    with exclusive(root.absolute()):
+    with exclusive(root.absolute(), lock=lock):
         bundle = read_bundle(root, partial=True)
         if not bundle.manifest.onnx:
             raise IncompatibleError(f"{root}: holds plans alone, and plans are built from graphs; export the bundle"

@@ -51,6 +51,7 @@ def _parser() -> Parser:
     add_plan_options(parser.add_argument_group("plans (without a source, those of the bundle that --out names)"))
     parser.add_argument("--verify", action="store_true", help="compare every graph with PyTorch; exit 1 if one differs")
     parser.add_argument("--force", action="store_true", help="export again what has not changed")
+    parser.add_argument("--no-lock", action="store_true", help="write without a lock, where the file system has none")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done and needed; write nothing")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     parser.add_argument("--debug", action="store_true", help="add the traceback to an error")
@@ -144,7 +145,8 @@ def _build(arguments: argparse.Namespace, plans: PlanOptions, exported: dict[str
         return
     with plan_summary.progress_bar(sys.stderr) as progress:
         bundle = build_plans(arguments.out, plans.flavour, sizes, plans.flags, components=names,
-                             timing_cache=plans.timing_cache, force=arguments.force, progress=progress)  # fmt: skip
+                             timing_cache=plans.timing_cache, force=arguments.force, lock=not arguments.no_lock,
+                             progress=progress)  # fmt: skip
     if plans.plans_only:
         bundle = drop_onnx(bundle)
     told = plan_summary.of_plans(bundle, plans.flavour, time.perf_counter() - started)
@@ -174,6 +176,7 @@ def _options(arguments: argparse.Namespace, *, twins: bool) -> Any:
         components=None if names is None else frozenset(filter(None, names.split(","))),
         verify=arguments.verify,
         force=arguments.force,
+        lock=not arguments.no_lock,
     )
 
 

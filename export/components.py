@@ -50,6 +50,7 @@ class Options:
     another autoencoder for both stages. `loras` are (file, scale) or (file, UNet's scale, text encoders' scale), fused
     into the base; kept as LoraOption. `components` limits what is exported; the others stay as the bundle at the
     target has them. `verify` compares the result with PyTorch, `force` exports what is unchanged too.
+    Without `lock` nothing keeps two exports to one folder apart: for file systems that take no locks.
     """
 
     precision: Literal["fp32", "fp16", "bf16"] = "fp16"
@@ -62,6 +63,7 @@ class Options:
     components: frozenset[str] | None = None
     verify: bool = False
     force: bool = False
+    lock: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "loras", tuple(LoraOption(*lora) for lora in self.loras))

@@ -69,7 +69,7 @@ def export_bundle(
     """
     options, out = options or Options(), Path(out)
     check_target(out)
-    with exclusive(out), planned(base, refiner, out, options) as plan:
+    with exclusive(out, lock=options.lock), planned(base, refiner, out, options) as plan:
         plan.needs.require(out)
         with resumable(out, RECORD_FILE) as folder:
             report = Report(progress, {name: job.bytes for name, job in plan.jobs.items() if job.action != "keep"})
@@ -101,7 +101,7 @@ def export_optimum(
     if options.components is not None:
         raise UsageError("--layout optimum: takes all components; leave --components out")
     check_target(out)
-    with exclusive(out), planned(base, refiner, out, options) as plan:
+    with exclusive(out, lock=options.lock), planned(base, refiner, out, options) as plan:
         check_optimum(plan)
         plan.needs.require(out)
         with resumable(out, RECORD_FILE) as folder:
@@ -238,7 +238,7 @@ def _open_sources(
 
     def opened(spec: Path | str, role: Role) -> PipelineSource:
         place = mini / role if spec == MINI and mini is not None else spec
-        source = open_source(place, role, precision=options.precision)
+        source = open_source(place, role, precision=options.precision, vae=vae is None)
         return source if vae is None else with_vae(source, vae)
 
     first = opened(base, "base")

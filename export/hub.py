@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdxl_trt.engines.errors import SdxlTrtError, SourceError, explain_os_error
+from sdxl_trt.engines.errors import SdxlTrtError, SourceError, UsageError, explain_os_error
+from sdxl_trt.engines.locking import NO_LOCKS
 from sdxl_trt.export.weight_files import find_weights, shard_names
 
 log = logging.getLogger("sdxl_trt.export")
@@ -210,6 +211,9 @@ def _explain(hub_id: HubId, exc: Exception) -> SdxlTrtError:
         if isinstance(exc, kind):
             return SourceError(f"{hub_id}: {meaning}")
     if isinstance(exc, OSError):
+        if exc.errno in NO_LOCKS:
+            return UsageError(f"downloading {hub_id}: the file system of {constants.HF_HUB_CACHE} takes no locks"
+                              f" ({exc.strerror}); set HF_HOME to a folder on a local disk")  # fmt: skip
         explained = explain_os_error(exc, f"downloading {hub_id}")
         if type(explained) is not SdxlTrtError:  # the disk's fault, not the network's
             return explained

@@ -91,37 +91,41 @@ class PipelineSource:
     scheduler_config: dict[str, Any]
 
 
-def open_source(spec: str | Path, role: Role, *, precision: str = "fp32") -> PipelineSource:
+def open_source(spec: str | Path, role: Role, *, precision: str = "fp32", vae: bool = True) -> PipelineSource:
     """Open a base or refiner: a diffusers folder, a single-file checkpoint, or a hub id ``owner/name[@revision]``.
 
     A local file or folder goes before a hub id of the same name. Where `precision` is a half one, the hub's fp16
-    files are downloaded instead of the full ones. Raises SourceError and CorruptError.
+    files are downloaded instead of the full ones. Without `vae` the source needs no autoencoder: `with_vae` gives it
+    one. Raises SourceError and CorruptError.
     """
     path, class_name = Path(spec), _CLASSES[role]
     if path.is_dir():
-        return open_pipeline(path, class_name)
+        return open_pipeline(path, class_name, vae=vae)
     if is_file(path):
         return open_checkpoint_file(path, role)
     hub_id = parse_hub_id(str(spec))
     if hub_id is None:
         raise SourceError(f"--{role} {spec}: no such folder or file; {KINDS}, or 'mini'")
     snapshot = fetch_pipeline(hub_id, half=precision in HALF)
-    return open_pipeline(snapshot.folder, class_name, name=snapshot.name, variant=snapshot.variant)
+    return open_pipeline(snapshot.folder, class_name, name=snapshot.name, variant=snapshot.variant, vae=vae)
 
 
-def open_pipeline(root: Path, expected_class: str, *, name: str = "", variant: str = "") -> PipelineSource:
+def open_pipeline(
+    root: Path, expected_class: str, *, name: str = "", variant: str = "", vae: bool = True
+) -> PipelineSource:
     """Read the diffusers folder at `root`, which must hold a base (`expected_class` BASE_CLASS) or a refiner.
 
     Either may have been saved as a pipeline of the other's class: the UNet and the encoders tell them apart. It is
-    recorded under its folder's name unless one is given; weights of `variant` ("fp16") are preferred. Raises
-    SourceError for a folder that is missing, incomplete, or of another class; CorruptError for broken JSON.
+    recorded under its folder's name unless one is given; weights of `variant` ("fp16") are preferred. Without `vae` an
+    autoencoder may be missing. Raises SourceError for a folder that is missing, incomplete, or of another class;
+    CorruptError for broken JSON.
     """
 
     def model(component: str, stem: str, config: dict[str, Any]) -> Parts:
         folder = root / component
         return folder, unquantized(config), partial(open_folder, folder, stem, variant, config)
 
-    return _read(root, expected_class, root, name or root.resolve().name, model, {})
+    return _read(root, expected_class, root, name or root.resolve().name, model, {}, vae=vae)
 
 
 def open_folder(folder: Path, stem: str, variant: str, config: dict[str, Any]) -> Checkpoint:
@@ -216,15 +220,21 @@ def _read(
     name: str,
     model: Callable[[str, str, dict[str, Any]], Parts],
     schedule: dict[str, Any],
+    *,
+    vae: bool = True,
 ) -> PipelineSource:
     """Read the configs of a pipeline; `model` makes of (component, stem, config) its place, config and opener."""
     index = _read_index(configs, expected_class)
     parts = {part: value for part, value in index.items() if isinstance(value, list) and value and value[0]}
+    if not vae and not (configs / "vae").is_dir():
+        parts.pop("vae", None)
     # The first encoder is optional, as in diffusers, but it comes with its tokenizer.
     pair = [part for part in ("text_encoder", "tokenizer") if "text_encoder" in parts or "tokenizer" in parts]
-    missing = [part for part in (*_REQUIRED, *pair) if part not in parts or not (configs / part).is_dir()]
+    required = [part for part in (*_REQUIRED, *pair) if vae or part != "vae"]
+    missing = [part for part in required if part not in parts or not (configs / part).is_dir()]
     if missing:
-        raise SourceError(f"{configs}: has no {', '.join(missing)}; download the whole model folder")
+        remedy = "give an autoencoder with --vae, or " if missing == ["vae"] else ""
+        raise SourceError(f"{configs}: has no {', '.join(missing)}; {remedy}download the whole model folder")
     models: dict[str, ModelSource] = {}
     for component in (part for part in _MODELS if part in parts):
         library, class_name = _class(parts[component], configs / component)

@@ -56,12 +56,12 @@ def staging(out: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def exclusive(out: Path) -> Iterator[None]:
-    """Hold the lock of `out` beside it, with what a killed export left there cleared away.
+def exclusive(out: Path, *, lock: bool = True) -> Iterator[None]:
+    """Hold the lock of `out` beside it, or none without `lock`, with what a killed export left there cleared away.
 
-    Raises UsageError where another process has it.
+    Raises UsageError where another process has it, and where the file system takes no locks.
     """
-    with locked(out):
+    with locked(out, lock=lock):
         try:
             _recover(out)
         except OSError as exc:

@@ -106,12 +106,30 @@ def test_no_folder_and_no_pipeline_are_told_apart(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["text_encoder_2", "unet", "vae", "tokenizer_2", "scheduler"])
 def test_a_missing_part_is_named(write: Write, name: str) -> None:
-    with pytest.raises(SourceError, match=f"has no {name}; download"):
+    remedy = "give an autoencoder with --vae, or download" if name == "vae" else "download"
+    with pytest.raises(SourceError, match=f"has no {name}; {remedy}"):
         open_pipeline(write(**{name: [None, None]}), BASE_CLASS)
     root = write()
     (root / name).rename(root / "elsewhere")
-    with pytest.raises(SourceError, match=f"has no {name}; download"):
+    with pytest.raises(SourceError, match=f"has no {name}; {remedy}"):
         open_pipeline(root, BASE_CLASS)
+
+
+@pytest.mark.parametrize("entry", [["diffusers", "AutoencoderKL"], [None, None], None])
+def test_an_autoencoder_may_be_missing_where_another_takes_its_place(write: Write, entry: Any, pairs: Any) -> None:
+    root = write(**({} if entry is None else {"vae": entry}))
+    if entry is None:
+        index = json.loads((root / "model_index.json").read_text())
+        del index["vae"]
+        (root / "model_index.json").write_text(json.dumps(index))
+    shutil.rmtree(root / "vae")
+    source = open_source(root, "base", vae=False)
+    assert list(source.models) == ["text_encoder", "text_encoder_2", "unet"]
+    completed = with_vae(source, open_vae(pairs("outline").base))
+    assert completed.models["vae"].name == "base/vae"
+    with pytest.raises(SourceError, match="has no unet; download"):
+        (root / "unet").rename(root / "elsewhere")
+        open_source(root, "base", vae=False)
 
 
 @pytest.mark.parametrize("name", ["tokenizer", "text_encoder"])
