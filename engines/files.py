@@ -16,10 +16,11 @@ CHUNK = 1 << 22
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator[BinaryIO]:
+def atomic_write(path: Path, *, replace: bool = True) -> Iterator[BinaryIO]:
     """Open a sibling temporary file; on a clean exit fsync it and rename it over `path`.
 
-    Any failure leaves `path` as it was and no temporary file behind. Raises one of our errors for an OSError.
+    Any failure leaves `path` as it was and no temporary file behind. Raises one of our errors for an OSError; without
+    `replace` FileExistsError where `path` is there, even if it has come to be there meanwhile.
     """
     try:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
@@ -32,11 +33,27 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
+        if replace:
+            temporary.replace(path)
+        else:
+            _move_to_free(temporary, path)
+    except FileExistsError:
+        raise
     except OSError as exc:
         raise explain_os_error(exc, f"writing {path}") from exc
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _move_to_free(temporary: Path, path: Path) -> None:
+    """Give the file `temporary` the name `path` too, or instead; raise FileExistsError where that is taken."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links: the name is taken first, by an empty file for a moment
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        temporary.replace(path)
 
 
 def _umask() -> int:

@@ -82,13 +82,12 @@ def _generate(arguments: argparse.Namespace) -> None:
                 bar.show(step.stage, step.index, step.total, step.seconds)
                 preview.show(step)
                 if step.picture is not None:
-                    path = files.path(number, step.pictures.start)
-                    step.picture.save(path, metadata=not arguments.no_metadata)
+                    path = files.save(step.picture, number, step.pictures.start, metadata=not arguments.no_metadata)
                     images.append(_image(step.picture, path) | series.told(number))
                     series.keep(number, step.picture)
         save_latents(arguments.save_latents, batch.runs[0])
         report = _report(pipeline, batch.runs, images, time.perf_counter() - started)
-        report |= series.finish(files.out, batch.runs, metadata=not arguments.no_metadata)
+        report |= series.finish(files, batch.runs, metadata=not arguments.no_metadata)
     if arguments.json:
         print_json(report)
     else:

@@ -3,16 +3,22 @@
 __all__ = ["Pictures", "check_outputs", "load_latents", "save_latents"]
 
 import argparse
+import contextlib
+import itertools
+import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdxl_trt.engines.errors import UsageError, explain_os_error
-from sdxl_trt.runtime.picture_files import FORMATS
+from sdxl_trt.runtime.file_names import file_stem
+from sdxl_trt.runtime.picture_files import FORMATS, save_image
 
 if TYPE_CHECKING:
-    from sdxl_trt.runtime.run import Run
+    from PIL.Image import Image
+
+    from sdxl_trt.runtime.run import Picture, Run
 
 
 def check_outputs(arguments: argparse.Namespace) -> None:
@@ -40,25 +46,79 @@ _ZIP = b"PK\x03\x04"
 class Pictures:
     """Where the pictures of a batch go: to `out` itself where there is one, else numbered beside it.
 
-    With a `sheet`, `out` is the sheet's, and all pictures are numbered. No `out` is ``sdxl-<seed>`` here.
+    With a `sheet`, `out` is the sheet's, and all pictures are numbered. A file that `out` names is the user's own, and
+    is replaced. No `out` is `prefix` (what a workflow's SaveImage node says, read by `file_stem`) or ``sdxl-<seed>``,
+    here: then nothing is replaced, and the first of NAME, NAME-1, NAME-2 … is taken of which no file is there.
     """
 
-    def __init__(self, out: Path | None, kind: str | None, runs: "Sequence[Run]", *, sheet: bool = False) -> None:
+    def __init__(
+        self,
+        out: Path | None,
+        kind: str | None,
+        runs: "Sequence[Run]",
+        *,
+        sheet: bool = False,
+        prefix: str | None = None,
+    ) -> None:
         counts = [len(run.request.seeds) for run in runs]
         self._firsts = [sum(counts[:number]) for number in range(len(counts))]
-        self._alone = sum(counts) == 1 and not sheet
-        self.out = out or Path(f"sdxl-{runs[0].request.seeds[0]}{_endings(kind or 'png')[0]}")
+        self._count = sum(counts)
+        self._alone, self._sheet = self._count == 1 and not sheet, sheet
+        self._replace = out is not None
+        if out is None:
+            request = runs[0].request
+            stem = None if prefix is None else file_stem(prefix, request.width, request.height)
+            name = Path(f"{stem or f'sdxl-{request.seeds[0]}'}{_endings(kind or 'png')[0]}")
+            out = next(path for path in _numbered(name) if not any(map(os.path.lexists, self._names(path))))
+        self.out = out
 
     @property
     def preview(self) -> Path:
         """Return the file that shows the running step."""
-        return self.out.with_name(f"{self.out.stem}-preview.png")
+        return _preview(self.out)
 
     def path(self, number: int, picture: int) -> Path:
         """Return the file of picture `picture` of request `number`."""
-        if self._alone:
-            return self.out
-        return self.out.with_name(f"{self.out.stem}-{self._firsts[number] + picture}{self.out.suffix}")
+        return self.out if self._alone else _beside(self.out, self._firsts[number] + picture)
+
+    def save(self, picture: "Picture", number: int, index: int, *, metadata: bool = True) -> Path:
+        """Write `picture`, the one of this `index` of request `number`, and return its file."""
+        return self._put(
+            self.path(number, index),
+            lambda path: picture.save(path, metadata=metadata, replace=self._replace),
+        )
+
+    def save_sheet(self, sheet: "Image", texts: Mapping[str, str]) -> Path:
+        """Write the sheet with its texts and return its file."""
+        return self._put(self.out, lambda path: save_image(sheet, path, texts, replace=self._replace))
+
+    def _names(self, out: Path) -> Iterator[Path]:
+        """Yield all files that there are to be with this `out`."""
+        if self._alone or self._sheet:
+            yield out
+        yield _preview(out)
+        yield from (_beside(out, number) for number in range(0 if self._alone else self._count))
+
+    def _put(self, path: Path, write: Callable[[Path], None]) -> Path:
+        """Write to `path`, or where another run has taken that meanwhile, to the next name that is free."""
+        for free in _numbered(path):
+            with contextlib.suppress(FileExistsError):
+                write(free)
+                return free
+        raise AssertionError
+
+
+def _numbered(path: Path) -> Iterator[Path]:
+    yield path
+    yield from (_beside(path, number) for number in itertools.count(1))
+
+
+def _beside(path: Path, number: int) -> Path:
+    return path.with_name(f"{path.stem}-{number}{path.suffix}")
+
+
+def _preview(out: Path) -> Path:
+    return out.with_name(f"{out.stem}-preview.png")
 
 
 def load_latents(path: Path | None) -> Any:

@@ -42,12 +42,13 @@ def format_of(path: Path) -> str:
         raise UsageError(f"{path}: give a name that ends in {', '.join(FORMATS)}") from None
 
 
-def save_image(image: "Image", path: Path, texts: Mapping[str, str]) -> None:
+def save_image(image: "Image", path: Path, texts: Mapping[str, str], *, replace: bool = True) -> None:
     """Write `image`, atomically, in the format of the file's ending: JPEG in high quality, WebP without loss.
 
     `texts` are none, or PARAMETERS and SETTINGS, and WORKFLOW where there is one. A PNG has each as a text chunk. EXIF
     data has PARAMETERS as the user's comment and WORKFLOW as the camera's model, where others look for them, and
-    SETTINGS as the maker's note; what it cannot hold is left out with a warning.
+    SETTINGS as the maker's note; what it cannot hold is left out with a warning. Without `replace` a file that is there
+    stays, and FileExistsError is raised.
     """
     kind = format_of(path)
     options = dict(_OPTIONS.get(kind, {}))
@@ -59,7 +60,7 @@ def save_image(image: "Image", path: Path, texts: Mapping[str, str]) -> None:
             options["exif"] = exif
         else:
             log.warning("%s: the settings are longer than EXIF holds, and left out; a .png keeps them", path)
-    with atomic_write(path) as file:
+    with atomic_write(path, replace=replace) as file:
         image.save(file, format=kind, **options)
 
 

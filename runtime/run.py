@@ -97,12 +97,14 @@ class Picture:
     latents: Latents
     graph: Mapping[str, Any] | None = None
 
-    def save(self, path: Path | str, *, metadata: bool = True) -> None:
+    def save(self, path: Path | str, *, metadata: bool = True, replace: bool = True) -> None:
         """Write a picture file, atomically, in the format that the name's ending says: PNG, JPEG or WebP.
 
-        With `metadata` it holds what the run can be repeated from. Raises UsageError for another ending.
+        With `metadata` it holds what the run can be repeated from. Raises UsageError for another ending, and without
+        `replace` FileExistsError where the file is there.
         """
-        save_image(self.image, Path(path), describe(self.metadata, self.graph) if metadata else {})
+        texts = describe(self.metadata, self.graph) if metadata else {}
+        save_image(self.image, Path(path), texts, replace=replace)
 
 
 def timed(run: Run, work: Iterator[Step]) -> Iterator[Step]:

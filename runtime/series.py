@@ -6,12 +6,11 @@ import argparse
 import secrets
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from sdxl_trt.engines.errors import UsageError
 from sdxl_trt.runtime.metadata import describe
-from sdxl_trt.runtime.picture_files import save_image
+from sdxl_trt.runtime.outputs import Pictures
 from sdxl_trt.runtime.prompt_files import read_prompts
 from sdxl_trt.runtime.request import DRAWN_SEED_BITS, Request
 from sdxl_trt.runtime.run import Picture, Run
@@ -55,8 +54,8 @@ class Series:
         if self.sweep is not None:
             self._pictures[number] = picture
 
-    def finish(self, out: Path, runs: Sequence[Run], *, metadata: bool = True) -> dict[str, str]:
-        """Write the sheet of a sweep to `out` and return what a report says of it; nothing for other series.
+    def finish(self, files: Pictures, runs: Sequence[Run], *, metadata: bool = True) -> dict[str, str]:
+        """Write the sheet of a sweep and return what a report says of it; nothing for other series.
 
         With `metadata` it holds what the sweep can be repeated from.
         """
@@ -66,5 +65,4 @@ class Series:
         # The one that says most stands for all: the base alone has no settings of a refiner.
         spokesman = pictures[next((number for number, run in enumerate(runs) if run.request.refined), 0)]
         texts = describe(self.sweep.sheet_metadata(spokesman.metadata), spokesman.graph) if metadata else {}
-        save_image(self.sweep.sheet([picture.image for picture in pictures], runs), out, texts)
-        return {"sheet": str(out)}
+        return {"sheet": str(files.save_sheet(self.sweep.sheet([each.image for each in pictures], runs), texts))}
