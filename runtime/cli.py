@@ -61,9 +61,11 @@ def _generate(arguments: argparse.Namespace) -> None:
     from sdxl_trt.runtime.previews import Preview  # noqa: PLC0415
     from sdxl_trt.runtime.progress import ProgressBar  # noqa: PLC0415
     from sdxl_trt.runtime.provenance import warn_of_another_bundle  # noqa: PLC0415
+    from sdxl_trt.runtime.text_inputs import check_inputs  # noqa: PLC0415
 
     started = time.perf_counter()
     check_outputs(arguments)
+    check_inputs(arguments)
     asked = _request(arguments) if arguments.workflow is None else _workflow(arguments)
     with open_bundle(
         arguments.engines, provider=arguments.provider, residency=arguments.residency, available=arguments.vram,

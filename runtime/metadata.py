@@ -5,6 +5,7 @@ __all__ = ["Settings", "describe", "parse_settings", "read_settings"]
 import json
 import unicodedata
 from collections.abc import Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -49,12 +50,16 @@ _SCHEDULES = {
 }
 """A1111's names of the grids that it has too; it has none for diffusers' `leading`."""
 
+_PENULTIMATE = 2
+"""A1111's number of the encoders' last layer but one, which SDXL takes."""
+_A1111_STRONGEST = 0.999
+
 Text = Annotated[str, msgspec.Meta(max_length=MAX_TEXT)]
 Name = Annotated[str, msgspec.Meta(max_length=100)]
 Count = Annotated[int, msgspec.Meta(ge=1, le=100_000)]
 Whole = Annotated[int, msgspec.Meta(ge=0, le=1 << 20)]
 Pair = tuple[Whole, Whole]
-Fraction = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
+Share = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
 Number = Annotated[float, msgspec.Meta(ge=-1e6, le=1e6)]
 
 
@@ -73,8 +78,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     handoff_step: Whole | None
     guidance: Number
     refiner_guidance: Number | None
-    guidance_rescale: Fraction
-    guidance_interval: tuple[Fraction, Fraction]
+    guidance_rescale: Share
+    guidance_interval: tuple[Share, Share]
     sampler: Name
     refiner_sampler: Name | None
     schedule: Name
@@ -101,7 +106,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     image_sha256: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")] | None = None
     fit: Fit | None = None
     """How it came to the size; "cover" where that was asked for."""
-    strength: Fraction | None = None
+    strength: Share | None = None
     refine: bool = False
     """Whether the refiner alone changed the image."""
     workflow: bool = False
@@ -110,7 +115,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sweep: Annotated[tuple[Text, ...], msgspec.Meta(max_length=MOST_AXES)] = ()
     """A contact sheet's axes, as `--sweep` takes them. Its other settings are as they were asked for, None where one
     follows another; so are the handoffs, of which a single picture has only the step that they came to."""
-    handoff: Fraction | Literal["auto"] | None = "auto"
+    handoff: Share | Literal["auto"] | None = "auto"
     handoff_sigma: Number | None = None
 
 
@@ -147,6 +152,9 @@ def parse_settings(text: str, where: str) -> Settings:
 def _parameters(metadata: Mapping[str, Any]) -> str:
     """Return the text that A1111's web UI writes, whose names for samplers and grids are those of its menus."""
     bundle = metadata.get("bundle") or {}
+    switch = _switch(metadata)
+    # A1111's refiner comes after a base: one that ran alone is the model.
+    alone = bool(metadata.get("refine"))
     facts = {
         "Steps": metadata["steps"],
         "Sampler": _SAMPLERS.get(metadata["sampler"], metadata["sampler"]),
@@ -155,9 +163,11 @@ def _parameters(metadata: Mapping[str, Any]) -> str:
         "Seed": metadata["seed"],
         "Size": f"{metadata['width']}x{metadata['height']}",
         "Denoising strength": f"{metadata['strength']:g}" if "strength" in metadata else "",
-        "Model": _quoted(bundle.get("base") or ""),
-        "Refiner": _quoted(bundle.get("refiner") or ""),
-        "Refiner switch at": _share(metadata["handoff_step"], metadata["steps"]),
+        "Clip skip": _PENULTIMATE + metadata["clip_skip"] if metadata.get("clip_skip") else "",
+        "Model": _quoted(bundle.get("refiner" if alone else "base") or ""),
+        "Refiner": "" if alone else _quoted(bundle.get("refiner") or ""),
+        "Refiner switch at": switch,
+        "Refiner switch by sampling steps": bool(switch) or "",
         "Sweep": _quoted(" x ".join(metadata.get("sweep", ()))),
     }
     lines = [_clean(metadata["prompt"])]
@@ -178,8 +188,26 @@ def _quoted(fact: str) -> str:
     return json.dumps(fact, ensure_ascii=False) if set(fact) & set(',:"') else fact
 
 
-def _share(step: int | None, steps: int) -> str:
-    return "" if step is None else f"{step / steps:.4g}"
+def _switch(metadata: Mapping[str, Any]) -> str:
+    """Return the share of the sampling steps at which A1111 changes to the refiner at this very cut; "" for no cut.
+
+    Its refiner takes the first step whose number, from 0, is at least that share of all steps (apply_refiner in
+    modules/sd_samplers_common.py), if it is told to go by sampling steps: by default it goes by the noise. Its slider
+    knows hundredths, so that the share with the fewest digits is taken that is above the step before, and above its
+    second half, where a sampler of second order asks the model again.
+    """
+    step, steps = metadata["handoff_step"], metadata["steps"]
+    if step is None:
+        return ""
+    if "strength" in metadata and metadata.get("compat", "diffusers") == "diffusers":
+        # A1111 starts a picture one step earlier on the same grid (setup_img2img_steps).
+        taken = int(min(metadata["strength"], _A1111_STRONGEST) * steps) + 1
+        step, steps = step - (steps - taken), taken
+    for digits in range(2, 20):
+        share = Fraction(step * 10**digits // steps, 10**digits)
+        if share > Fraction(2 * step - 1, 2 * steps):
+            break
+    return f"{float(share):.{digits}f}".rstrip("0").rstrip(".")
 
 
 def _clean(text: str) -> str:

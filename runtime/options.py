@@ -132,7 +132,10 @@ def _add_series_options(parser: Parser) -> None:
                        help="a contact sheet of variants, twice for a grid: handoff, handoff-step, aesthetic-score,"
                        " guidance, refiner-guidance, seed, steps, strength, sampler, refiner-sampler")  # fmt: skip
     group.add_argument(
-        "--prompts", type=Path, metavar="FILE", help="a prompt a line, all in one run; # starts a comment"
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="a prompt a line, all in one run; # starts a comment; - reads standard input",
     )
     group.add_argument("--from", dest="source", type=Path, metavar="IMAGE",
                        help="make a picture again, with what else is given changed")  # fmt: skip
@@ -143,7 +146,8 @@ def _add_comfyui_options(parser: Parser) -> None:
     group = parser.add_argument_group("as in ComfyUI")
     group.add_argument("--compat", choices=("diffusers", "comfyui"), default="diffusers",
                        help="whose noise, prompt weights, timesteps and pixels (diffusers)")  # fmt: skip
-    group.add_argument("--workflow", type=Path, metavar="FILE", help="run a workflow: API JSON, or a PNG that has one")
+    group.add_argument("--workflow", type=Path, metavar="FILE", help="run a workflow: API JSON, or a picture that"
+                       " has one; - reads standard input")  # fmt: skip
     group.add_argument("--base-end-step", type=int, metavar="K", help="the base's end_at_step")
     group.add_argument("--refiner-start-step", type=int, metavar="K", help="the refiner's start_at_step")
     group.add_argument("--refiner-add-noise", action="store_true", help="the refiner's add_noise: enable")

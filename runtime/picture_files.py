@@ -2,6 +2,7 @@
 
 __all__ = ["FORMATS", "PARAMETERS", "SETTINGS", "WORKFLOW", "format_of", "read_texts", "save_image"]
 
+import io
 import logging
 import warnings
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdxl_trt.engines.errors import UsageError, explain_os_error
 from sdxl_trt.engines.files import atomic_write
+from sdxl_trt.runtime.exif_texts import EDITOR, GRAPH, MAKER, UNICODE, exif_texts
 
 if TYPE_CHECKING:
     from PIL.Image import Exif, Image
@@ -21,7 +23,7 @@ FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 """Endings of file names, and Pillow's names of what is in them."""
 PARAMETERS, SETTINGS = "parameters", "sdxl-trt"
 """The text for people and other programs, in the form of A1111's web UI, and the JSON that a run is repeated from."""
-WORKFLOW = "prompt"
+WORKFLOW = GRAPH
 """ComfyUI's name of the graph that made a picture, in its API form."""
 
 MAX_EXIF = 65_000
@@ -29,8 +31,6 @@ MAX_EXIF = 65_000
 _EXIF, _USER_COMMENT, _MAKER_NOTE = 0x8769, 0x9286, 0x927C
 _MODEL = 0x0110
 """The camera's model, where ComfyUI keeps the graph of what is no PNG, after the text's name and a colon."""
-# The encoding of a comment is named in its first eight bytes (EXIF 2.3, section 4.6.5).
-_UNICODE, _MAKER = b"UNICODE\0", b"sdxl-trt\0"
 _OPTIONS: dict[str, dict[str, Any]] = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}
 
 
@@ -64,30 +64,34 @@ def save_image(image: "Image", path: Path, texts: Mapping[str, str], *, replace:
         image.save(file, format=kind, **options)
 
 
-def read_texts(path: Path) -> dict[str, str]:
-    """Return the texts that a picture file carries: PARAMETERS, SETTINGS and WORKFLOW, if `save_image` wrote it.
+def read_texts(picture: Path | bytes) -> dict[str, str]:
+    """Return the texts that a picture carries, a file or the bytes of one, by their names in a PNG.
 
-    The pixels are not decoded, and nothing in the file is trusted. Raises UsageError where it is no picture.
+    Of what a JPEG or WebP carries these are PARAMETERS, SETTINGS, WORKFLOW and EDITOR, as `exif_texts` finds them. The
+    pixels are not decoded, and nothing is trusted. Raises UsageError where it is no picture.
     """
     from PIL import Image  # noqa: PLC0415 - Pillow only where there is a picture
 
+    name = "standard input" if isinstance(picture, bytes) else str(picture)
+    source = io.BytesIO(picture) if isinstance(picture, bytes) else picture
     try:
         # Pillow warns of sizes that would be heavy to decode.
         with (
             warnings.catch_warnings(action="ignore"),
-            Image.open(path, formats=[*dict.fromkeys(FORMATS.values())]) as image,
+            Image.open(source, formats=[*dict.fromkeys(FORMATS.values())]) as image,
         ):
-            if image.format == "PNG":
-                return {str(key): text for key, text in image.info.items() if isinstance(text, str)}
+            texts = {str(key): text for key, text in image.info.items() if isinstance(text, str)}
+            if image.format == "PNG" and (texts.keys() & {SETTINGS, WORKFLOW, EDITOR} or "exif" not in image.info):
+                return texts
             exif = image.getexif()
-            notes = exif.get_ifd(_EXIF)
-            return _texts_of(notes.get(_MAKER_NOTE), notes.get(_USER_COMMENT), exif.get(_MODEL))
+            found = exif_texts(exif, exif.get_ifd(_EXIF))
+            return found | texts if image.format == "PNG" else found
     except OSError as exc:
         if exc.errno is not None:
-            raise explain_os_error(exc, f"reading {path}") from exc
-        raise UsageError(f"{path}: is no PNG, JPEG or WebP picture; give one that trt-generate made") from exc
+            raise explain_os_error(exc, f"reading {name}") from exc
+        raise UsageError(f"{name}: is no PNG, JPEG or WebP picture; give one that trt-generate made") from exc
     except Exception as exc:  # whatever a decoder says of a file that nobody has vouched for
-        raise UsageError(f"{path}: is a broken picture ({str(exc)[:100]}); give a sound copy of it") from exc
+        raise UsageError(f"{name}: is a broken picture ({str(exc)[:100]}); give a sound copy of it") from exc
 
 
 def _chunks(texts: Mapping[str, str]) -> "PngInfo":
@@ -104,19 +108,8 @@ def _exif(texts: Mapping[str, str]) -> "Exif":
 
     exif = Exif()
     notes = exif.get_ifd(_EXIF)
-    notes[_USER_COMMENT] = _UNICODE + texts[PARAMETERS].encode("utf-16-be")
-    notes[_MAKER_NOTE] = _MAKER + texts[SETTINGS].encode()
+    notes[_USER_COMMENT] = UNICODE + texts[PARAMETERS].encode("utf-16-be")
+    notes[_MAKER_NOTE] = MAKER + texts[SETTINGS].encode()
     if WORKFLOW in texts:
         exif[_MODEL] = f"{WORKFLOW}:{texts[WORKFLOW]}"
     return exif
-
-
-def _texts_of(note: object, comment: object, model: object) -> dict[str, str]:
-    texts = {}
-    if isinstance(comment, bytes) and comment.startswith(_UNICODE):
-        texts[PARAMETERS] = comment.removeprefix(_UNICODE).decode("utf-16-be", "replace")
-    if isinstance(note, bytes) and note.startswith(_MAKER):
-        texts[SETTINGS] = note.removeprefix(_MAKER).decode("utf-8", "replace")
-    if isinstance(model, str) and model.startswith(f"{WORKFLOW}:"):
-        texts[WORKFLOW] = model.removeprefix(f"{WORKFLOW}:")
-    return texts

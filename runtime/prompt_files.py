@@ -4,7 +4,8 @@ __all__ = ["read_prompts"]
 
 from pathlib import Path
 
-from sdxl_trt.engines.errors import UsageError, explain_os_error
+from sdxl_trt.engines.errors import UsageError
+from sdxl_trt.runtime.text_inputs import read_capped
 
 MAX_BYTES = 16 << 20
 MOST = 1_000
@@ -12,17 +13,11 @@ MOST = 1_000
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Return the prompts of a UTF-8 file: its lines, without those that are empty or start with #.
+    """Return the prompts of a UTF-8 file, - for standard input: its lines, without empty ones and those after a #.
 
     Raises UsageError for a file that holds none, too many or no text.
     """
-    try:
-        with path.open("rb") as file:
-            content = file.read(MAX_BYTES + 1)
-    except OSError as exc:
-        raise explain_os_error(exc, f"--prompts {path}") from exc
-    if len(content) > MAX_BYTES:
-        raise UsageError(f"--prompts {path}: larger than {MAX_BYTES >> 20} MiB; split it")
+    content = read_capped(path, MAX_BYTES, "--prompts")
     try:
         lines = content.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as exc:

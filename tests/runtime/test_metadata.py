@@ -43,7 +43,8 @@ def test_the_parameters_are_in_the_words_of_a1111() -> None:
     assert negative == "Negative prompt: blurry"
     assert dict(FACT.findall(last)) == {
         "Steps": "30", "Sampler": "DPM++ 2M SDE", "Schedule type": "Karras", "CFG scale": "7.5",
-        "Seed": "18446744073709551615", "Size": "1024x768", "Refiner switch at": "0.7667",
+        "Seed": "18446744073709551615", "Size": "1024x768", "Refiner switch at": "0.76",
+        "Refiner switch by sampling steps": "True",
     }  # fmt: skip
 
 
@@ -69,6 +70,52 @@ def test_the_base_alone_switches_nowhere() -> None:
     text = describe(MADE | {"handoff_step": None, "negative": None})[PARAMETERS]
     assert "Refiner" not in text
     assert "Negative" not in text
+
+
+def _a1111_switches_at(share: float, steps: int, calls: int) -> int:
+    """Return the step that A1111's refiner takes first: apply_refiner, told to go by sampling steps."""
+    for call in range(calls * steps):
+        completed_ratio = call / (calls * steps)
+        if not completed_ratio < share:
+            return call // calls if call % calls == 0 else -1
+    return steps
+
+
+def _facts(metadata: dict[str, Any]) -> dict[str, str]:
+    return dict(FACT.findall(describe(metadata)[PARAMETERS].split("\n")[-1]))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 20, 25, 30, 49, 50, 51, 100, 333, 1000])
+@pytest.mark.parametrize("calls", [1, 2], ids=["first order", "second order"])
+def test_a1111_changes_to_the_refiner_at_the_same_step(steps: int, calls: int) -> None:
+    for cut in {*range(1, min(steps, 60)), *range(1, steps, 37)}:
+        facts = _facts(MADE | {"steps": steps, "handoff_step": cut})
+        assert facts["Refiner switch by sampling steps"] == "True"
+        share = facts["Refiner switch at"]
+        assert _a1111_switches_at(float(share), steps, calls) == cut
+        assert len(share) <= 4 or steps > 50, "its slider knows hundredths"
+
+
+@pytest.mark.parametrize("strength", [0.3, 0.5, 0.75, 1.0])
+@pytest.mark.parametrize("steps", [10, 20, 30])
+def test_a1111_changes_at_the_same_noise_from_a_picture(steps: int, strength: float) -> None:
+    t_enc = int(min(strength, 0.999) * steps)  # setup_img2img_steps
+    grid = list(range(steps))[steps - t_enc - 1 :]  # sample_img2img: sigmas[steps - t_enc - 1:]
+    for cut in range(steps - int(steps * strength) + 1, steps):
+        facts = _facts(MADE | {"steps": steps, "handoff_step": cut, "strength": strength})
+        assert grid[_a1111_switches_at(float(facts["Refiner switch at"]), t_enc + 1, 1)] == cut
+
+
+def test_the_refiner_alone_is_the_model() -> None:
+    bundle = {"digest": "0" * 12, "base": "base", "refiner": "fine"}
+    facts = _facts(MADE | {"bundle": bundle, "handoff_step": None, "refine": True, "strength": 0.3})
+    assert facts["Model"] == "fine"
+    assert not any(name.startswith("Refiner") for name in facts)
+
+
+@pytest.mark.parametrize(("skip", "told"), [(0, None), (1, "3"), (-1, "1")])
+def test_skipped_layers_are_counted_as_a1111_counts_them(skip: int, told: str | None) -> None:
+    assert _facts(MADE | {"clip_skip": skip}).get("Clip skip") == told
 
 
 def test_control_characters_are_left_out_and_marks_are_kept() -> None:

@@ -1,0 +1,53 @@
+"""Files that a command reads whole, from a path or from standard input, and no more of them than they may hold."""
+
+__all__ = ["STDIN", "check_inputs", "read_capped"]
+
+import argparse
+import sys
+from pathlib import Path
+
+from sdxl_trt.engines.errors import SdxlTrtError, UsageError, explain_os_error
+
+STDIN = Path("-")
+"""What stands for standard input where a file is asked for."""
+
+
+def check_inputs(arguments: argparse.Namespace) -> None:
+    """Raise UsageError where two options would read standard input, which is there once."""
+    readers = [f"--{name}" for name in ("prompts", "workflow") if getattr(arguments, name) == STDIN]
+    if len(readers) > 1:
+        raise UsageError(f"{' - and '.join(readers)} - would both read standard input; give one of them as a file")
+
+
+def read_capped(path: Path, limit: int, option: str) -> bytes:
+    """Return the bytes of the file `path`, or of standard input for ``-``: at most `limit`.
+
+    `option` is what asks for it, for messages. Raises UsageError for more than `limit`, for a file that is missing or
+    may not be read, and where there is no standard input.
+    """
+    try:
+        if path == STDIN:
+            content = _standard_input(limit + 1, option)
+        else:
+            with path.open("rb") as file:
+                content = file.read(limit + 1)
+    except (OSError, ValueError) as exc:  # a ValueError for a NUL in the name
+        raise _told(exc, f"{option} {path}") from exc
+    if len(content) > limit:
+        raise UsageError(f"{option} {path}: is larger than {_size(limit)}; give a smaller one")
+    return content
+
+
+def _standard_input(most: int, option: str) -> bytes:
+    if sys.stdin is None or sys.stdin.closed:
+        raise UsageError(f"{option} -: there is no standard input; give a file, or pipe one in")
+    return sys.stdin.buffer.read(most)
+
+
+def _told(exc: OSError | ValueError, doing: str) -> UsageError:
+    told: SdxlTrtError | ValueError = explain_os_error(exc, doing) if isinstance(exc, OSError) else exc
+    return told if isinstance(told, UsageError) else UsageError(f"{doing}: {exc}; check the path")
+
+
+def _size(limit: int) -> str:
+    return f"{limit >> 20} MiB" if limit >= 1 << 20 else f"{limit} bytes"
