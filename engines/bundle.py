@@ -15,6 +15,7 @@ import msgspec
 from sdxl_trt.engines.errors import CorruptError, IncompatibleError, SourceError, explain_os_error
 from sdxl_trt.engines.files import atomic_write, contained
 from sdxl_trt.engines.manifest import FORMAT_NAME, FORMAT_VERSION, Kind, Manifest, Stage
+from sdxl_trt.engines.path_texts import shell_word
 from sdxl_trt.engines.records import FileRecord
 
 MANIFEST = "manifest.json"
@@ -87,7 +88,7 @@ def write_manifest(root: Path, manifest: Manifest) -> None:
 
 def _read_manifest(root: Path) -> bytes:
     where = root / MANIFEST
-    hint = "make one with: export-engines --base SRC --refiner SRC --out " + str(root)
+    hint = "make one with: export-engines --base SRC --refiner SRC --out " + shell_word(root)
     if not root.exists():
         raise SourceError(f"{root}: no such folder; {hint}")
     if not root.is_dir():

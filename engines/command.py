@@ -4,6 +4,8 @@ __all__ = ["CLEAR_LINE", "Parser", "Told", "one_line", "print_json", "run"]
 
 import argparse
 import contextlib
+import io
+import json
 import logging
 import os
 import signal
@@ -15,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from sdxl_trt.engines.errors import ResourceError, SdxlTrtError, explain_os_error
+from sdxl_trt.engines.path_texts import OUTPUT_ERRORS
 
 CLEAR_LINE = "\r\033[K"
 """Written before a progress line, which so replaces the one before."""
@@ -43,6 +46,7 @@ class Parser(argparse.ArgumentParser):
 
 def run(parser: Parser, work: Callable[[argparse.Namespace], None], argv: list[str] | None) -> int:
     """Parse, work, and return the exit code; `--debug` adds the traceback to the one-line error."""
+    _take_any_path(sys.stdout)
     arguments = parser.parse_args(argv)
     try:
         with _logging_to_stderr(), _unwinding_on_sigterm():
@@ -59,6 +63,12 @@ def run(parser: Parser, work: Callable[[argparse.Namespace], None], argv: list[s
             traceback.print_exc()
         return _fail(*_explain(exc))
     return 0
+
+
+def _take_any_path(stream: Any) -> None:
+    """Let `stream` write paths of any bytes, as they are: what reads our lines opens the files that they name."""
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors=OUTPUT_ERRORS)
 
 
 @contextlib.contextmanager
@@ -91,10 +101,18 @@ def _explain(exc: Exception) -> tuple[str, int]:
 
 
 def print_json(value: Any) -> None:
-    """Print one JSON object on stdout."""
+    """Print one JSON object on stdout.
+
+    A byte of a path that is no UTF-8 is the escape of its lone surrogate (``\\udce9``), in ASCII: Python's json gives
+    back a text that `os.fsencode` turns into the path.
+    """
     import msgspec  # noqa: PLC0415 - --help must not wait for it
 
-    sys.stdout.write(msgspec.json.encode(value).decode() + "\n")
+    try:
+        text = msgspec.json.encode(value).decode()
+    except UnicodeEncodeError:
+        text = json.dumps(msgspec.to_builtins(value))
+    sys.stdout.write(text + "\n")
 
 
 def _fail(message: str, code: int) -> int:
@@ -103,8 +121,15 @@ def _fail(message: str, code: int) -> int:
 
 
 def one_line(message: str) -> str:
-    """Return `message` on one line without control characters: it may quote what nobody has vouched for."""
-    return " ".join("".join(c if c.isprintable() else " " for c in message).split())
+    """Return `message` on one line without control characters: it may quote what nobody has vouched for.
+
+    Bytes of a path that are no UTF-8 are shown as escapes (``\\xe9``).
+    """
+    return " ".join("".join(c if c.isprintable() else _shown(c) for c in message).split())
+
+
+def _shown(c: str) -> str:
+    return f"\\x{ord(c) - 0xDC00:02x}" if "\udc80" <= c <= "\udcff" else " "
 
 
 class _OneLine(logging.Formatter):

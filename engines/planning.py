@@ -35,6 +35,7 @@ from sdxl_trt.engines.errors import (
 )
 from sdxl_trt.engines.locking import exclusive
 from sdxl_trt.engines.manifest import Component, Manifest
+from sdxl_trt.engines.path_texts import require_utf8
 from sdxl_trt.engines.plan_records import BuildFlags, Environment, Flavour, PlanKey, PlanMemory, PlanRecord
 from sdxl_trt.engines.plans import PLANS, close_to_others, plan_path, why_rebuild
 from sdxl_trt.engines.profiles import Profile, Sizes, axes_of, check_sizes, component_profiles, default_sizes
@@ -164,6 +165,8 @@ def build_plans(
     """
     environment = here(flavour)
     root = Path(root)
+    for path in (root.absolute(), *(() if timing_cache is None else (timing_cache,))):
+        require_utf8(path, "TensorRT")
     with exclusive(root.absolute(), lock=lock):
         bundle = read_bundle(root, partial=True)
         if not bundle.manifest.onnx:

@@ -28,6 +28,7 @@ import numpy as np
 from sdxl_trt.engines.bundle import MANIFEST, Bundle
 from sdxl_trt.engines.errors import CorruptError, IncompatibleError, ResourceError, SizeError, explain_os_error
 from sdxl_trt.engines.manifest import Component, Stage
+from sdxl_trt.engines.path_texts import shell_word
 from sdxl_trt.engines.plan_records import ANY, BuildFlags, Environment, Flavour, PlanKey, PlanRecord
 from sdxl_trt.engines.profiles import Profile, Range
 from sdxl_trt.engines.records import Positive, Record
@@ -73,7 +74,7 @@ def has_plans(bundle: Bundle, flavour: Flavour) -> bool:
 
 def rebuild_command(bundle: Bundle, flavour: Flavour) -> str:
     """Return the command that builds what is missing or stale."""
-    return f"export-engines --engine {flavour} --out {bundle.root}"
+    return f"export-engines --engine {flavour} --out {shell_word(bundle.root)}"
 
 
 def find_plan(bundle: Bundle, name: str, environment: Environment) -> PlanRecord:

@@ -10,6 +10,7 @@ from typing import Any
 from sdxl_trt.engines.bundle import Bundle
 from sdxl_trt.engines.compare import Agreement, compare_engines, reference_of
 from sdxl_trt.engines.errors import IncompatibleError, UsageError, VerificationError
+from sdxl_trt.engines.path_texts import shell_word
 from sdxl_trt.engines.plan_records import Flavour
 
 REFERENCE = "ort-cpu"
@@ -62,7 +63,7 @@ def verify_plans(bundle: Bundle, progress: Callable[[str], None] | None = None) 
     manifest = bundle.manifest
     if not manifest.plans:
         raise UsageError(f"{bundle.root}: has no plans to verify; build them with: export-engines --engine tensorrt"
-                         f" --out {bundle.root}")  # fmt: skip
+                         f" --out {shell_word(bundle.root)}")  # fmt: skip
     if not manifest.onnx:
         raise IncompatibleError(f"{bundle.root}: holds plans alone, and there is no graph to compare them with; verify"
                                 " the bundle that they were built from")  # fmt: skip

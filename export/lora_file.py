@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from sdxl_trt.engines.errors import CorruptError, SourceError, UsageError, explain_os_error
 from sdxl_trt.engines.files import sha256_file
+from sdxl_trt.engines.path_texts import known_as
 from sdxl_trt.export.lora_kinds import Branch, make_branches
 from sdxl_trt.export.lora_names import (
     COMPONENTS,
@@ -48,7 +49,7 @@ class Lora:
     @property
     def name(self) -> str:
         """The file's name without its folder: what a manifest may say."""
-        return self.path.name
+        return known_as(self.path)
 
 
 def open_lora(path: Path) -> Lora:

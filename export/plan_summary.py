@@ -10,6 +10,7 @@ from typing import TextIO
 from sdxl_trt.engines.build_records import BuildEvent
 from sdxl_trt.engines.bundle import Bundle
 from sdxl_trt.engines.command import CLEAR_LINE, Told
+from sdxl_trt.engines.path_texts import shell_word
 from sdxl_trt.engines.plan_records import Flavour
 from sdxl_trt.engines.planning import PlanJob
 
@@ -54,7 +55,7 @@ def of_plans(bundle: Bundle, flavour: Flavour, seconds: float) -> Told:
     ]
     total = sum(record.file.size for record in records) / _MIB
     lines.append(f"{bundle.root}: {len(records)} {flavour} plans, {total:.1f} MiB, in {seconds:.0f} s")
-    lines.append(f'next: trt-generate "a prompt" --engines {bundle.root} --provider {flavour}')
+    lines.append(f'next: trt-generate "a prompt" --engines {shell_word(bundle.root)} --provider {flavour}')
     return Told(
         lines, {"bundle": str(bundle.root), "plans": parts, "plan_seconds": seconds, "onnx": bundle.manifest.onnx}
     )

@@ -33,6 +33,7 @@ from typing import Any
 
 from sdxl_trt.engines.errors import SourceError
 from sdxl_trt.engines.manifest import Scheduler
+from sdxl_trt.engines.path_texts import known_as
 from sdxl_trt.export.configs import PUBLISHED, read_json
 from sdxl_trt.export.hub import fetch_pipeline, fetch_vae, parse_hub_id
 from sdxl_trt.export.outlines import config_of
@@ -125,7 +126,7 @@ def open_pipeline(
         folder = root / component
         return folder, unquantized(config), partial(open_folder, folder, stem, variant, config)
 
-    return _read(root, expected_class, root, name or root.resolve().name, model, {}, vae=vae)
+    return _read(root, expected_class, root, name or known_as(root.resolve()), model, {}, vae=vae)
 
 
 def open_folder(folder: Path, stem: str, variant: str, config: dict[str, Any]) -> Checkpoint:
@@ -149,7 +150,7 @@ def open_checkpoint_file(path: Path, role: Role, *, configs: Path | None = None)
 
     root = PUBLISHED / role if configs is None else configs
     said = said_schedule(file.tensors, file.metadata, str(path), log.warning)
-    return _read(root, _CLASSES[role], path, path.name, model, said)
+    return _read(root, _CLASSES[role], path, known_as(path), model, said)
 
 
 def warn_of_unused(file: SingleFile) -> None:
@@ -176,13 +177,13 @@ def open_vae(spec: str | Path, *, precision: str = "fp32", configs: Path | None 
     """
     path = Path(spec)
     if path.is_dir():
-        return _vae_folder(path, path.resolve().name, "")
+        return _vae_folder(path, known_as(path.resolve()), "")
     if is_file(path):
         file = open_single_file(path, "vae")
         if file.kind == "vae":
             warn_of_unused(file)
         config = read_json((PUBLISHED / "base" / "vae" if configs is None else configs) / "config.json")
-        return ModelSource(str(path), path.name, _VAE_CLASS, config, partial(file.checkpoint, "vae", config))
+        return ModelSource(str(path), known_as(path), _VAE_CLASS, config, partial(file.checkpoint, "vae", config))
     hub_id = parse_hub_id(str(spec))
     if hub_id is None:
         raise SourceError(f"--vae {spec}: no such folder or file; {KINDS}")

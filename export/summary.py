@@ -11,6 +11,7 @@ from typing import Any, TextIO
 from sdxl_trt.engines.bundle import Bundle
 from sdxl_trt.engines.command import CLEAR_LINE, Told, one_line
 from sdxl_trt.engines.manifest import LoraRecord, Scheduler
+from sdxl_trt.engines.path_texts import shell_word
 from sdxl_trt.export.budget import Needs
 from sdxl_trt.export.exporter import ExportPlan
 from sdxl_trt.export.progress import Event, Progress
@@ -99,7 +100,7 @@ def _lines(bundle: Bundle, told: dict[str, Any]) -> list[str]:
         lines.append(f"note: {one_line(told['note'])}")
     lines += read_report(bundle.root).lines() if (bundle.root / VERIFY_FILE).is_file() else []
     if bundle.manifest.base.unet in bundle.manifest.components:
-        lines.append(f'next: trt-generate "a prompt" --engines {bundle.root}')
+        lines.append(f'next: trt-generate "a prompt" --engines {shell_word(bundle.root)}')
     return lines
 
 

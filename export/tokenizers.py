@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdxl_trt.engines.errors import SourceError, explain_os_error
+from sdxl_trt.engines.path_texts import is_utf8
 from sdxl_trt.export.configs import PUBLISHED
 from sdxl_trt.export.graphs import PROMPT_TOKENS
 from sdxl_trt.mini import vocabulary
@@ -88,8 +89,8 @@ def _lacks_vocabulary(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def _complete(folder: Path) -> Iterator[Path]:
-    """Yield `folder`, or for a published one a temporary copy that has its vocabulary."""
-    if not _lacks_vocabulary(folder):
+    """Yield `folder`, or a temporary copy: of a published one, with its vocabulary, and where its path is no UTF-8."""
+    if not _lacks_vocabulary(folder) and is_utf8(folder):
         yield folder
         return
     with tempfile.TemporaryDirectory(prefix="sdxl-trt-tokenizer-") as temporary:

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from sdxl_trt.engines.errors import SourceError
-from sdxl_trt.export.configs import PUBLISHED, read_json, read_scheduler
+from sdxl_trt.engines.path_texts import known_as
+from sdxl_trt.export.configs import PUBLISHED, read_json
 from sdxl_trt.export.hub import fetch_unet, parse_hub_id
 from sdxl_trt.export.predictions import said_schedule
 from sdxl_trt.export.quantization import unquantized
+from sdxl_trt.export.scheduler_config import read_scheduler
 from sdxl_trt.export.single_file import SingleFile, open_single_file
 from sdxl_trt.export.sources import (
     HALF,
@@ -51,7 +53,7 @@ def open_unet(spec: str | Path, *, precision: str = "fp32", configs: Path | None
     """
     path = Path(spec)
     if path.is_dir():
-        return _folder(path, path.resolve().name, "")
+        return _folder(path, known_as(path.resolve()), "")
     if is_file(path):
         return _file(path, PUBLISHED / "base" / "unet" if configs is None else configs)
     hub_id = parse_hub_id(str(spec))
@@ -90,7 +92,7 @@ def _file(path: Path, configs: Path) -> UNetSource:
         warn_of_unused(file)
     config = outlined(file, config)
     schedule = said_schedule(file.tensors, file.metadata, str(path), log.warning)
-    model = ModelSource(str(path), path.name, _CLASS, config, partial(file.checkpoint, "unet", config))
+    model = ModelSource(str(path), known_as(path), _CLASS, config, partial(file.checkpoint, "unet", config))
     return UNetSource(model, schedule)
 
 

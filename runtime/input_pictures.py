@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from sdxl_trt.engines.errors import UsageError, explain_os_error
 from sdxl_trt.engines.manifest import Manifest
+from sdxl_trt.engines.path_texts import known_as
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -94,7 +95,7 @@ def read_input(path: Path, option: str = "--image") -> InputPicture:
     content = _content(path, where)
     array = _latents(content, where) if content.startswith((_NPY, _ZIP)) else _pixels(content, where, FILE_FORMATS)
     _check(array, where)
-    return InputPicture(array, path.name, hashlib.sha256(content).hexdigest())
+    return InputPicture(array, known_as(path), hashlib.sha256(content).hexdigest())
 
 
 def check_input(picture: InputPicture, manifest: Manifest, count: int, size: Size, *, refine: bool) -> InputPicture:

@@ -26,7 +26,7 @@ class PromptTokenizer:
         path = bundle.path(self.spec.file)
         verify_file(path, self.spec.file)
         try:
-            self._tokenizer: Any = Tokenizer.from_file(str(path))
+            self._tokenizer: Any = Tokenizer.from_str(path.read_bytes().decode())
         except Exception as exc:  # tokenizers raises bare Exception
             raise CorruptError(f"{path}: not a tokenizer ({exc}); run export-engines again") from exc
 

@@ -12,6 +12,7 @@ from pathlib import PurePosixPath
 
 from sdxl_trt.engines.errors import UsageError
 from sdxl_trt.engines.manifest import LoraRecord, Manifest
+from sdxl_trt.engines.path_texts import shell_word
 from sdxl_trt.runtime.comfy_schedules import COMFYUI_SCHEDULES
 from sdxl_trt.runtime.samplers import sampler_names
 from sdxl_trt.runtime.sides import StageName, most_skipped
@@ -156,9 +157,10 @@ def _missing_lora(
     sampling: Sampling, told: Conditioning, file: str, asked: tuple[float, float], has: tuple[float, float]
 ) -> UsageError:
     instead = f" (it has it at {_told(*has)})" if any(has) else ""
+    option = f"{file}:{asked[0]:g}" + ("" if asked[0] == asked[1] else f":{asked[1]:g}")
     return UsageError(f"node {sampling.node} with the prompt of node {told.node}: LoRA {file} at strength"
                       f" {_told(*asked)} is not in the bundle{instead}; export one with it: export-engines --lora"
-                      f" {file}:{asked[0]:g}{'' if asked[0] == asked[1] else f':{asked[1]:g}'}")  # fmt: skip
+                      f" {shell_word(option)}")  # fmt: skip
 
 
 def _told(unet: float, text: float) -> str:

@@ -127,8 +127,8 @@ def test_an_autoencoder_may_be_missing_where_another_takes_its_place(write: Writ
     assert list(source.models) == ["text_encoder", "text_encoder_2", "unet"]
     completed = with_vae(source, open_vae(pairs("outline").base))
     assert completed.models["vae"].name == "base/vae"
+    (root / "unet").rename(root / "elsewhere")
     with pytest.raises(SourceError, match="has no unet; download"):
-        (root / "unet").rename(root / "elsewhere")
         open_source(root, "base", vae=False)
 
 

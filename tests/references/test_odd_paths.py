@@ -1,0 +1,31 @@
+"""A model is exported from and to folders whose names are not UTF-8, and the command that comes next is run."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+
+
+def test_an_export_and_the_command_that_it_suggests(pairs: Any, tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9  two")
+    base, out = folder / os.fsdecode(b"ba\xfese"), folder / os.fsdecode(b"o\xffut")
+    shutil.copytree(pairs("outline").base, base)
+    export = [sys.executable, "-m", "sdxl_trt.export.cli", "--base", base, "--no-refiner", "--fp32", "--verify",
+              "--engine", "none", "--out", out]  # fmt: skip
+    done = subprocess.run([*map(os.fsencode, export)], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (out / "manifest.json").is_file()
+    suggested = done.stdout.splitlines()[-1]
+    assert suggested.startswith(b"next: trt-generate ")
+    command = suggested.removeprefix(b"next: ").replace(
+        b"trt-generate", f"{sys.executable} -m sdxl_trt.runtime.cli --steps 2 --width 32 --height 32".encode(), 1
+    )
+    made = subprocess.run(["bash", "-c", command], capture_output=True, check=False, cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    assert len(list(tmp_path.glob("sdxl-*.png"))) == 1

@@ -1,0 +1,55 @@
+"""Commands among paths that are not UTF-8, which no output and no JSON may choke on."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sdxl_trt.mini.embedded import bundle_path
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+
+
+def _command(module: str, *arguments: Path | str, encoding: str = "utf-8") -> subprocess.CompletedProcess[bytes]:
+    environment = os.environ | {"PYTHONIOENCODING": f"{encoding}:strict"}
+    words = [sys.executable, "-m", f"sdxl_trt.{module}", *map(os.fsencode, arguments)]
+    return subprocess.run(words, capture_output=True, check=False, env=environment)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder whose name has a byte that is no UTF-8, and blanks."""
+    folder = tmp_path / os.fsdecode(b"caf\xe9  two")
+    folder.mkdir()
+    return folder
+
+
+def test_pictures_are_made_there(folder: Path) -> None:
+    bundle, prompts = folder / "bundle", folder / os.fsdecode(b"p\xff.txt")
+    shutil.copytree(bundle_path(), bundle)
+    prompts.write_text("a red star\n")
+    out = folder / os.fsdecode(b"o\xfe.png")
+    fast = ("--steps", "2", "--seed", "3", "--no-refiner")
+    run = _command("runtime.cli", "--engines", bundle, "--prompts", prompts, "-o", out, "--json", *fast)
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout)["images"][0]["path"] == str(out)
+    assert out.is_file()
+
+
+@pytest.mark.parametrize(
+    ("encoding", "options", "message"),
+    [("utf-8", ("--prompts",), b"check the path"), ("ascii", ("a fox", "--engines"), b"no such folder")],
+)
+def test_what_is_missing_there_is_one_line(
+    folder: Path, encoding: str, options: tuple[str, ...], message: bytes
+) -> None:
+    run = _command("runtime.cli", *options, folder / "none", encoding=encoding)
+    assert (run.returncode, run.stdout) == (2, b""), run.stderr
+    assert run.stderr.startswith(b"error: ")
+    assert run.stderr.count(b"\n") == 1
+    assert message in run.stderr
+    assert b"caf\\xe9" in run.stderr
