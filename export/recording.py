@@ -140,7 +140,7 @@ class Recording:
     def _conditions(self, stage_name: str, *, guided: bool) -> dict[str, Array]:
         """Return a UNet's constant inputs: rows [positive, negative] guided, else one row of two prompts."""
         stage = self._stages[stage_name]
-        roles = [role for role in ("text_encoder", "text_encoder_2") if role in stage.roles]
+        roles: list[str] = [role for role in ("text_encoder", "text_encoder_2") if role in stage.roles]
         embeds = [self._embeds.get((stage_name, role)) or self._drawn(stage, role) for role in roles]
         hidden = np.concatenate([each["hidden"] for each in embeds], axis=-1)
         pooled = embeds[roles.index(stage.pooled_role)]["pooled"]

@@ -121,3 +121,12 @@ def test_an_unknown_axis_is_refused() -> None:
 
 def test_what_a_profile_does_not_name_is_not_asked_about() -> None:
     assert Profile(shapes={}).holds({"sample": (9, 9)})
+
+
+def test_tokens_come_in_the_chunks_of_the_tokenizers() -> None:
+    assert str(default_sizes(128, 8, 64, {248}).tokens) == "248:248:744"
+    assert str(default_sizes(128, 8, 64, {77, 248}).tokens) == "77:77:744"
+    sizes = Sizes(height=fixed(1024), width=fixed(1024), batch=fixed(1), tokens=fixed(154))
+    check_sizes(sizes, 64, {77, 248})
+    with pytest.raises(SizeError, match="chunks of 248; give"):
+        check_sizes(sizes, 64, {248})
