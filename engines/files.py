@@ -53,7 +53,11 @@ def _move_to_free(temporary: Path, path: Path) -> None:
         raise
     except OSError:  # a file system without links: the name is taken first, by an empty file for a moment
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-        temporary.replace(path)
+        try:
+            temporary.replace(path)
+        except BaseException:
+            path.unlink()
+            raise
 
 
 def _umask() -> int:

@@ -16,6 +16,9 @@ from sdxl_trt.export import Options, export_bundle
 from sdxl_trt.runtime import Request, open_bundle
 
 SHORT, LONG = "a red fox in the snow", "a red fox, " * 60
+# UNet and autoencoder are the same in all tests: they are converted once.
+pytestmark = pytest.mark.usefixtures("converted_once")
+
 LATENTS_TOLERANCE = 1e-4
 Copy = Callable[[str], Path]
 
