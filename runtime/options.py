@@ -77,8 +77,8 @@ def _add_prompt_options(parser: Parser) -> None:
     group.add_argument("--height", type=int, metavar="H", help="pixels (default: the model's)")
     group.add_argument("-n", dest="count", type=int, metavar="COUNT", help="pictures, with seeds N, N+1, … (default 1)")
     group.add_argument("--seed", type=int, metavar="N", help="0 to 2^64-1 (default: drawn and printed)")
-    group.add_argument("-o", dest="out", type=Path, metavar="FILE", help="file to write or replace (default: sdxl-<seed>"
-                       ".png, or the next name that is free)")  # fmt: skip
+    group.add_argument("-o", dest="out", type=Path, metavar="FILE", help="file to write or replace (default:"
+                       " sdxl-<seed>.png, or the next name that is free)")  # fmt: skip
     group.add_argument("--format", choices=FORMATS, help="png, or by the ending of -o; webp is without loss")
     group.add_argument("--no-metadata", action="store_true", help="write pictures without their settings")
 

@@ -14,6 +14,7 @@ from sdxl_trt.engines.errors import SourceError, UsageError
 from sdxl_trt.engines.manifest import Scheduler
 from sdxl_trt.export.graphs import make_graph
 from sdxl_trt.export.models import MetaModel, build_model
+from sdxl_trt.export.optimum_configs import roles, tokenizer_roles
 from sdxl_trt.export.sources import ModelSource, PipelineSource
 from sdxl_trt.export.text_encoders import find_pooled, open_tokenizers, without_idle_projection
 from sdxl_trt.mini.embedded import bundle_path
@@ -115,3 +116,14 @@ def test_what_comfyui_reads_in_another_way_is_refused() -> None:
         encoder = PromptEncoder(SimpleNamespace(bundle=SimpleNamespace(manifest=changed)))  # type: ignore[arg-type]
         with pytest.raises(UsageError, match=message):
             encoder.encode([(changed.base, Prompt("a", "a"))], "unet", weighted=True)
+
+
+def test_folders_of_another_layout_go_by_the_order_of_the_encoders() -> None:
+    stages = read_bundle(bundle_path()).manifest.stages()
+    for name, suffixes in (("base", ["", "_2"]), ("refiner", ["_2"])):
+        encoders = stages[name].text_encoders
+        turned = tuple(msgspec.structs.replace(encoder, pooled=not encoder.pooled) for encoder in encoders)
+        for stage in (stages[name], msgspec.structs.replace(stages[name], text_encoders=turned)):
+            found = roles(stage), tokenizer_roles(stage)
+            assert [found[0][f"text_encoder{suffix}"] for suffix in suffixes] == [e.component for e in encoders]
+            assert [found[1][f"tokenizer{suffix}"] for suffix in suffixes] == [e.tokenizer for e in encoders]
