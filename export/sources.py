@@ -96,8 +96,8 @@ def open_source(spec: str | Path, role: Role, *, precision: str = "fp32", vae: b
     """Open a base or refiner: a diffusers folder, a single-file checkpoint, or a hub id ``owner/name[@revision]``.
 
     A local file or folder goes before a hub id of the same name. Where `precision` is a half one, the hub's fp16
-    files are downloaded instead of the full ones. Without `vae` the source needs no autoencoder: `with_vae` gives it
-    one. Raises SourceError and CorruptError.
+    files are downloaded instead of the full ones. Without `vae` the source's autoencoder, if any, is left: `with_vae`
+    gives it one. Raises SourceError and CorruptError.
     """
     path, class_name = Path(spec), _CLASSES[role]
     if path.is_dir():
@@ -117,8 +117,8 @@ def open_pipeline(
     """Read the diffusers folder at `root`, which must hold a base (`expected_class` BASE_CLASS) or a refiner.
 
     Either may have been saved as a pipeline of the other's class: the UNet and the encoders tell them apart. It is
-    recorded under its folder's name unless one is given; weights of `variant` ("fp16") are preferred. Without `vae` an
-    autoencoder may be missing. Raises SourceError for a folder that is missing, incomplete, or of another class;
+    recorded under its folder's name unless one is given; weights of `variant` ("fp16") are preferred. Without `vae` its
+    autoencoder, if any, is left. Raises SourceError for a folder that is missing, incomplete, or of another class;
     CorruptError for broken JSON.
     """
 
@@ -227,7 +227,7 @@ def _read(
     """Read the configs of a pipeline; `model` makes of (component, stem, config) its place, config and opener."""
     index = _read_index(configs, expected_class)
     parts = {part: value for part, value in index.items() if isinstance(value, list) and value and value[0]}
-    if not vae and not (configs / "vae").is_dir():
+    if not vae:
         parts.pop("vae", None)
     # The first encoder is optional, as in diffusers, but it comes with its tokenizer.
     pair = [part for part in ("text_encoder", "tokenizer") if "text_encoder" in parts or "tokenizer" in parts]

@@ -122,8 +122,10 @@ def test_an_autoencoder_may_be_missing_where_another_takes_its_place(write: Writ
         index = json.loads((root / "model_index.json").read_text())
         del index["vae"]
         (root / "model_index.json").write_text(json.dumps(index))
-    shutil.rmtree(root / "vae")
-    source = open_source(root, "base", vae=False)
+    for there in (True, False):
+        (root / "vae" / "config.json").unlink() if there else shutil.rmtree(root / "vae")
+        source = open_source(root, "base", vae=False)
+        assert "vae" not in source.models
     assert list(source.models) == ["text_encoder", "text_encoder_2", "unet"]
     completed = with_vae(source, open_vae(pairs("outline").base))
     assert completed.models["vae"].name == "base/vae"
