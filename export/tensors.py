@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from sdxl_trt.engines.errors import CorruptError, explain_os_error
 from sdxl_trt.engines.files import contained
+from sdxl_trt.engines.path_texts import require_utf8
 from sdxl_trt.export.first_bytes import check_first_bytes, explain_damage
 from sdxl_trt.export.fp8_scales import FP8, find_scales
 from sdxl_trt.export.leftovers import left_out
@@ -147,6 +148,7 @@ def _read_headers(files: Iterable[Path]) -> tuple[dict[str, TensorInfo], dict[st
     metadata: dict[str, str] = {}
     for file in files:
         check_first_bytes(file)
+        require_utf8(file, "safetensors")
         try:
             with safe_open(file, framework="pt") as handle:
                 metadata |= handle.metadata() or {}

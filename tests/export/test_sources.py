@@ -1,7 +1,9 @@
 """A diffusers folder is read, and never believed: class names, configs, weights, JSON."""
 
 import json
+import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from sdxl_trt.engines.errors import CorruptError, SdxlTrtError, SourceError, Usa
 from sdxl_trt.engines.manifest import Scheduler
 from sdxl_trt.export.components import Options, plan_components
 from sdxl_trt.export.sources import BASE_CLASS, REFINER_CLASS, open_pipeline, open_source, open_vae, with_vae
+from sdxl_trt.export.tensors import open_file
 
 CLASSES = {
     "unet": ["diffusers", "UNet2DConditionModel"],
@@ -342,3 +345,11 @@ def test_any_index_is_read_or_refused(write: Write, name: str, value: Any) -> No
     else:
         code = 2
     assert code in (2, 4)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_weights_that_safetensors_cannot_open_are_not_called_broken(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"caf\xe9.safetensors")
+    path.touch()
+    with pytest.raises(UsageError, match="is not UTF-8, and safetensors takes no such path; rename it"):
+        open_file(path)
