@@ -129,7 +129,7 @@ def our_run(sampler: str, precision: Precision, steps: int) -> Run:
 
     def run() -> list[Lap]:
         job = pipeline.start(request)
-        job.embeds = {"base": (embeds, embeds)}
+        job.embeds = {"base": ((embeds,), (embeds,))}
         source = job.noises["base"].source
         job.noises["base"].source = lambda *args: watch.aside("noise", source(*args))  # type: ignore[method-assign]
         work = timed(job.run, pipeline.base(job, following=unet))

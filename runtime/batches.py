@@ -83,7 +83,7 @@ class Batch:
             if step.stage == "base":
                 for number in group[1:]:
                     if self._cut(number) == step.index:
-                        _hand_over(self._jobs[leader], self._jobs[number])
+                        _hand_over(step, self._jobs[leader], self._jobs[number])
             yield step
 
     def _base_of(self, number: int, request: Request) -> Hashable:
@@ -117,9 +117,10 @@ class Batch:
         return self._pipeline.vae(self.runs[number].request).decoder
 
 
-def _hand_over(leader: Job, other: Job) -> None:
-    """Leave `other` as its own base run would: with its latents, and its noise drawn as far as theirs."""
-    other.latents = leader.latents.copy()
+def _hand_over(step: Step, leader: Job, other: Job) -> None:
+    """Leave `other` as its own base run would after `step` of `leader`: with its latents, its noise drawn as far."""
+    assert step.latents is not None  # noqa: S101 - it is a sampler's
+    other.latents = step.latents.copy()
     base, own = deepcopy(leader.noises["base"]), other.noises["refiner"]
     # A refiner without a seed of its own goes on with the base's noise.
     other.noises = {"base": base, "refiner": base if own is other.noises["base"] else own}

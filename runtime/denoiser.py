@@ -53,7 +53,7 @@ class Denoiser:
         self._sample: Array = np.empty(0, self._dtype)
         self._timestep = np.empty(0, np.float32)
         self.latest: NDArray[np.float32] | None = None
-        """The latest estimate, for previews; it belongs to the sampler."""
+        """The latest estimate, for previews: read-only, since a sampler goes on from the memory that it shows."""
         engine.bind(conditions.inputs)
 
     def __call__(self, x: NDArray[np.float32], sigma: float) -> NDArray[np.float32]:
@@ -80,7 +80,8 @@ class Denoiser:
         denoised = prediction[: len(x)]
         if share:
             denoised += x if share == 1.0 else x * np.float32(share)
-        self.latest = denoised
+        self.latest = denoised.view()
+        self.latest.flags.writeable = False
         return denoised
 
     def _rows(self, x: NDArray[np.float32], sigma: float, *, guided: bool) -> tuple[Array, NDArray[np.float32]]:

@@ -54,7 +54,7 @@ def start_job(resolved: ResolvedRequest, asked: Request, manifest: Manifest) -> 
     image = resolved.image
     draws = image is not None and image.pixels is not None and not resolved.comfyui
     posterior = noise.draw(shape) if draws else None
-    initial = noise.draw(shape) if resolved.latents is None else resolved.latents
+    initial = noise.draw(shape) if resolved.latents is None else resolved.latents.copy()
     run = Run(resolved, initial=initial, final=initial, asked=asked, manifest=manifest)
     job = Job(run, noises, initial, posterior)
     latents = None if image is None else image.latents

@@ -167,7 +167,11 @@ class Pipeline:
         job: Job,
         following: str,
     ) -> Iterator[Step]:
-        """Take all pictures over one expert's part, writing into their latents; then comes engine `following`."""
+        """Take all pictures over one expert's part; then comes engine `following`.
+
+        A sampler goes on from memory of its own: it starts from a copy, callers get copies of what it yields, and the
+        latents of the job are written once a group has taken its steps.
+        """
         request, latents, embeds, noise = job.run.request, job.latents, job.embeds[name], job.noises[name]
         (engine,) = self.pool.phase(stage.unet, then=(following,))
         yield _loaded(latents)
@@ -187,9 +191,11 @@ class Pipeline:
             denoise = Denoiser(engine, schedule, conditions, predicts, guidance)
             drawn = noise.source(latents.shape[1:], group, span)
             sample = bind_sampler(sampler, drawn, comfyui=request.comfyui)
-            for index, x in enumerate(sample(denoise, latents[group], sigmas), start=number * part.steps + 1):
-                latents[group] = x
-                yield Step(name, index, part.steps * len(groups), group, latents=x, denoised=denoise.latest)
+            x = latents[group].copy()
+            for index, x in enumerate(sample(denoise, x, sigmas), start=number * part.steps + 1):
+                total = part.steps * len(groups)
+                yield Step(name, index, total, group, latents=x.copy(), denoised=denoise.latest)
+            latents[group] = x
 
     def _decode(self, vae: Vae, run: Run) -> Iterator[Step]:
         """Decode one picture at a time: the decoder's activations are the largest of all."""

@@ -41,8 +41,9 @@ class Step:
     """One unit of work done: prompts or an image encoded, an engine loaded, a step of a group, a picture decoded.
 
     `index` counts from 1 to `total` within `stage` over all pictures; `seconds` is what this unit took. After a
-    sampler step `latents` are those of the pictures `pictures` (yours to keep), and `denoised` is what they are
-    estimated to come to (not yours to change); after a decode `picture` is the finished one. Elsewhere all are None.
+    sampler step `latents` are those of the pictures `pictures` (a copy: yours to keep and to change), and `denoised` is
+    what they are estimated to come to (yours to keep, but read-only: the sampler may go on from it); after a decode
+    `picture` is the finished one. Elsewhere all are None.
     """
 
     stage: StageName
@@ -123,7 +124,7 @@ def finish(run: Run, index: int, pixels: NDArray[np.uint8]) -> Picture:
 
     seed = run.request.seeds[index]
     metadata = _metadata(run.request, seed) | _further(run)
-    return Picture(Image.fromarray(pixels), seed, metadata, run.final[index], _graph(run))
+    return Picture(Image.fromarray(pixels), seed, metadata, run.final[index].copy(), _graph(run))
 
 
 def _graph(run: Run) -> Mapping[str, Any] | None:
