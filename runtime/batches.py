@@ -17,9 +17,8 @@ REFINER = frozenset(
     {"refiner_sampler", "refiner_guidance", "refiner_sides", "refiner_seed", "refiner_start_step", "refiner_end_step",
      "refiner_add_noise", "refiner_leftover_noise", "refiner_strength"}
 )  # fmt: skip
-KNOWS_ITS_END = frozenset({"deis"})
 KNOWS_ITS_END_COMFYUI = BROWNIAN | {"uni_pc", "uni_pc_bh2"}
-"""Samplers whose step differs from the same step on the way to another end: no cut can share a run of theirs."""
+"""Samplers whose step in ComfyUI's way differs from the same step on the way to another end: no cut can share a run."""
 
 
 class Batch:
@@ -92,10 +91,10 @@ class Batch:
         if len(resolved.seeds) > 1:
             return number
         free = set(REFINER)
-        known = KNOWS_ITS_END_COMFYUI if resolved.comfyui else KNOWS_ITS_END
+        knows_its_end = resolved.comfyui and resolved.sampler in KNOWS_ITS_END_COMFYUI
         # A base that leaves no noise goes to sigma 0 wherever it stops.
         on_grid = resolved.base.leftover_noise or resolved.base.stop == resolved.schedule.steps
-        if resolved.sampler not in known and on_grid:
+        if on_grid and not knows_its_end:
             free |= CUT
         if "aesthetic_score" not in self._pipeline.manifest.base.time_ids:
             free |= SCORES

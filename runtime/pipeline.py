@@ -29,7 +29,7 @@ from sdxl_trt.runtime.noise_sources import NoiseSource
 from sdxl_trt.runtime.prompts import Prompt, PromptEmbeds, PromptEncoder
 from sdxl_trt.runtime.request import Request, ResolvedRequest, resolve
 from sdxl_trt.runtime.run import Handoff, Latents, Picture, Run, Step, finish, timed
-from sdxl_trt.runtime.samplers import bind_sampler, brownian_span
+from sdxl_trt.runtime.samplers import FEW_STEPS, bind_sampler, brownian_span
 from sdxl_trt.runtime.sides import StageName, Told
 
 
@@ -181,6 +181,7 @@ class Pipeline:
         schedule = request.schedule_of(name)
         sigmas = part.sigmas(schedule.sigmas)
         span = brownian_span(sampler, sigmas, schedule.sigmas, comfyui=request.comfyui)
+        short_end = part.stop == schedule.steps < FEW_STEPS
         predicts = request.prediction_type_of(stage.scheduler)
         groups = _groups(len(latents), self._pictures_at_once)
         for number, group in enumerate(groups):
@@ -190,7 +191,7 @@ class Pipeline:
             )
             denoise = Denoiser(engine, schedule, conditions, predicts, guidance)
             drawn = noise.source(latents.shape[1:], group, span)
-            sample = bind_sampler(sampler, drawn, comfyui=request.comfyui)
+            sample = bind_sampler(sampler, drawn, comfyui=request.comfyui, short_end=short_end)
             x = latents[group].copy()
             for index, x in enumerate(sample(denoise, x, sigmas), start=number * part.steps + 1):
                 total = part.steps * len(groups)

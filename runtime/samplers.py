@@ -1,13 +1,16 @@
 """Samplers: each one a function of (denoise, x, sigmas), in the manner of k-diffusion; this is their registry.
 
-A sampler yields the latents after every step; progress, previews, timing and cancellation belong to the caller, who
-reads the latents and leaves them alone: the sampler goes on from them. Latents keep their shape and dtype, float32.
+A sampler yields the latents after every step; progress, previews, timing and cancellation belong to the caller. What a
+sampler is given is its own: where it starts, what the model answers and the noise that it draws must not be written
+to by anybody else while it runs, nor must what it yields, which it goes on from. A caller that keeps or changes latents
+takes a copy. Latents keep their shape and dtype, float32.
 """
 
 __all__ = [
     "BROWNIAN",
     "COMFYUI",
     "COMFYUI_STOCHASTIC",
+    "FEW_STEPS",
     "SAMPLERS",
     "STOCHASTIC",
     "TWO_CALLS",
@@ -25,7 +28,7 @@ from functools import partial
 
 from sdxl_trt.engines.errors import UsageError
 from sdxl_trt.runtime.sampler_parts import Denoise, Noise, Sampler, Sigmas, StochasticSampler
-from sdxl_trt.runtime.samplers_adams import deis, deis_comfyui, lms, lms_comfyui
+from sdxl_trt.runtime.samplers_adams import FEW_STEPS, deis, deis_comfyui, lms, lms_comfyui
 from sdxl_trt.runtime.samplers_multistep import dpmpp_2m, res_multistep
 from sdxl_trt.runtime.samplers_ode import ddim, dpm_2, euler, heun
 from sdxl_trt.runtime.samplers_sde import (
@@ -99,13 +102,16 @@ def brownian_span(name: str, sigmas: Sigmas, grid: Sigmas, *, comfyui: bool) -> 
     return float(positive.min()), float(positive.max())
 
 
-def bind_sampler(name: str, noise: Noise, *, comfyui: bool = False) -> Sampler:
+def bind_sampler(name: str, noise: Noise, *, comfyui: bool = False, short_end: bool | None = None) -> Sampler:
     """Return the sampler `name` as a function of (denoise, x, sigmas); a stochastic one draws from `noise`.
 
-    With `comfyui`, what ComfyUI means by the name. Raises UsageError for an unknown name.
+    With `comfyui`, what ComfyUI means by the name. `short_end` is that of `deis`, for sigmas that are a part of a grid.
+    Raises UsageError for an unknown name.
     """
     if comfyui and name in COMFYUI:
         return COMFYUI[name]
+    if name == "deis":
+        return partial(deis, short_end=short_end)
     if name in SAMPLERS:
         return SAMPLERS[name]
     if name in STOCHASTIC:

@@ -4,7 +4,7 @@ dx = slope · dsigma, and the polynomial may be one in sigma itself (LMS), in lo
 A fresh call knows no slope, so a grid that is cut restarts at the cut by construction.
 """
 
-__all__ = ["deis", "deis_comfyui", "lms", "lms_comfyui"]
+__all__ = ["FEW_STEPS", "deis", "deis_comfyui", "lms", "lms_comfyui"]
 
 import math
 from collections import deque
@@ -49,13 +49,14 @@ def lms_comfyui(denoise: Denoise, x: Latents, sigmas: Sigmas) -> Iterator[Latent
     return _adams(denoise, x, sigmas, _SIGMA, _orders(sigmas, 4))
 
 
-def deis(denoise: Denoise, x: Latents, sigmas: Sigmas) -> Iterator[Latents]:
+def deis(denoise: Denoise, x: Latents, sigmas: Sigmas, *, short_end: bool | None = None) -> Iterator[Latents]:
     """DEIS of order 2 (the rho-AB of arXiv 2204.13902 in log rho) as in diffusers' DEISMultistepScheduler.
 
-    As there, a grid of fewer than 15 steps ends with one of first order; a grid here is what one call is given.
+    As there, a grid of fewer than 15 steps ends with a step of first order. Where `sigmas` are a part of a grid,
+    `short_end` says whether they end such a grid; None takes them for the whole.
     """
     orders = _orders(sigmas, 2)
-    if 0 < len(orders) < FEW_STEPS:
+    if orders and (len(orders) < FEW_STEPS if short_end is None else short_end):
         orders[-1] = 1
     return _adams(denoise, x, sigmas, _LOG_SIGMA, orders)
 

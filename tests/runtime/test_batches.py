@@ -11,9 +11,9 @@ import pytest
 
 from sdxl_trt.engines.errors import UsageError
 from sdxl_trt.runtime import Request, open_bundle
-from sdxl_trt.runtime.batches import KNOWS_ITS_END, Batch
+from sdxl_trt.runtime.batches import KNOWS_ITS_END_COMFYUI, Batch
 from sdxl_trt.runtime.pipeline import Pipeline
-from sdxl_trt.runtime.samplers import SAMPLERS, TWO_CALLS, sampler_names
+from sdxl_trt.runtime.samplers import TWO_CALLS, sampler_names
 from sdxl_trt.runtime.sides import Side
 from sdxl_trt.runtime.sweeps import Sweep, parse_axis
 
@@ -72,10 +72,9 @@ def test_cuts_of_one_base_run_equal_separate_runs(pipeline: Pipeline, calls: Cou
     cuts = [replace(SMALL, sampler=sampler, handoff_step=cut) for cut in (1, 3)]
     requests = [cuts[0], replace(SMALL, sampler=sampler, handoff=None), cuts[1]]
     found = _together(pipeline, requests)
-    shared = sampler not in KNOWS_ITS_END
     grid = pipeline.start(requests[1]).run.request.schedule.sigmas
     twice = int(np.count_nonzero(grid[1:])) if sampler in TWO_CALLS else 0
-    assert calls["unet"] == (4 + twice if shared else 1 + 4 + 3)
+    assert calls["unet"] == 4 + twice
     for request, latents in zip(requests, found, strict=True):
         np.testing.assert_array_equal(latents, _separately(pipeline, request))
 
@@ -94,9 +93,10 @@ def test_cuts_in_comfyui_s_way_equal_separate_runs(pipeline: Pipeline, sampler: 
 
 
 def test_a_sampler_that_knows_its_end_could_not_share(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert set(SAMPLERS) >= KNOWS_ITS_END
-    monkeypatch.setattr("sdxl_trt.runtime.batches.KNOWS_ITS_END", frozenset())
-    requests = [replace(SMALL, sampler="deis", handoff_step=3), replace(SMALL, sampler="deis", handoff=None)]
+    assert "uni_pc" in KNOWS_ITS_END_COMFYUI
+    monkeypatch.setattr("sdxl_trt.runtime.batches.KNOWS_ITS_END_COMFYUI", frozenset())
+    way = replace(SMALL, compat="comfyui", sampler="uni_pc", steps=6)
+    requests = [replace(way, handoff_step=4), replace(way, handoff=None)]
     found = _together(pipeline, requests)
     assert not np.array_equal(found[0], _separately(pipeline, requests[0]))
 
