@@ -121,6 +121,16 @@ def test_six_handoffs_cost_one_base_run_and_the_refiner_parts(pipeline: Pipeline
     assert calls["unet"] + calls["refiner_unet"] <= 1.1 * (10 + parts)
 
 
+def test_a_caller_that_changes_a_step_changes_none_of_those_that_share_it(pipeline: Pipeline) -> None:
+    requests = [replace(SMALL, sampler="dpmpp_2m", handoff_step=cut) for cut in (1, 2, 3)]
+    batch = Batch(pipeline, requests)
+    for _, step in batch.steps():
+        if step.latents is not None:
+            step.latents.fill(np.nan)
+    for request, run in zip(requests, batch.runs, strict=True):
+        np.testing.assert_array_equal(run.final, _separately(pipeline, request))
+
+
 SIDES = (Side(text="a red fox", text_2="a red fox", aesthetic_score=6.0), Side(text="", text_2=""))
 OF_A_WORKFLOW = replace(
     SMALL, compat="comfyui", count=1, base_end_step=2, leftover_noise=True, base_sides=SIDES, refiner_start_step=2,
