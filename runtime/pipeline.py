@@ -192,9 +192,9 @@ class Pipeline:
             denoise = Denoiser(engine, schedule, conditions, predicts, guidance)
             drawn = noise.source(latents.shape[1:], group, span)
             sample = bind_sampler(sampler, drawn, comfyui=request.comfyui, short_end=short_end)
-            x = latents[group].copy()
-            for index, x in enumerate(sample(denoise, x, sigmas), start=number * part.steps + 1):
-                total = part.steps * len(groups)
+            total, x = part.steps * len(groups), latents[group].copy()
+            sampled = sample(denoise, x, sigmas)
+            for index, x in enumerate(sampled, start=number * part.steps + 1):
                 yield Step(name, index, total, group, latents=x.copy(), denoised=denoise.latest)
             latents[group] = x
 

