@@ -56,7 +56,7 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
-    from sdxl_trt.runtime.outputs import Pictures, check_outputs, save_latents  # noqa: PLC0415 - not for --help
+    from sdxl_trt.runtime.outputs import check_outputs, picture_files, save_latents  # noqa: PLC0415 - not for --help
     from sdxl_trt.runtime.pipeline import open_bundle  # noqa: PLC0415
     from sdxl_trt.runtime.previews import Preview  # noqa: PLC0415
     from sdxl_trt.runtime.progress import ProgressBar  # noqa: PLC0415
@@ -74,7 +74,9 @@ def _generate(arguments: argparse.Namespace) -> None:
         if arguments.source is not None:
             warn_of_another_bundle(arguments.made_with, pipeline.manifest)
         batch, series = _work(asked, arguments, pipeline)
-        files = Pictures(arguments.out, arguments.format, batch.runs, sheet=series.sweep is not None)
+        places = picture_files(arguments.out, arguments.format, batch.runs, _prefixes(asked),
+                               sheet=series.sweep is not None)  # fmt: skip
+        files = places[0][0]
         if not arguments.json and pipeline.manifest.note:
             sys.stderr.write(f"note: {one_line(pipeline.manifest.note)}\n")
         images = []
@@ -84,7 +86,8 @@ def _generate(arguments: argparse.Namespace) -> None:
                 bar.show(step.stage, step.index, step.total, step.seconds)
                 preview.show(step)
                 if step.picture is not None:
-                    path = files.save(step.picture, number, step.pictures.start, metadata=not arguments.no_metadata)
+                    place, index = places[number]
+                    path = place.save(step.picture, index, step.pictures.start, metadata=not arguments.no_metadata)
                     images.append(_image(step.picture, path) | series.told(number))
                     series.keep(number, step.picture)
         save_latents(arguments.save_latents, batch.runs[0])
@@ -160,6 +163,13 @@ def _loads_image(asked: "Request | Workflow") -> bool:
     from sdxl_trt.runtime.request import Request  # noqa: PLC0415
 
     return asked.image is not None if isinstance(asked, Request) else asked.loads_image
+
+
+def _prefixes(asked: "Request | Workflow") -> list[str]:
+    """Return what a workflow's pictures are called."""
+    from sdxl_trt.runtime.request import Request  # noqa: PLC0415
+
+    return [] if isinstance(asked, Request) else [output.prefix for output in asked.outputs]
 
 
 def _work(

@@ -12,11 +12,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sdxl_trt.engines.errors import UsageError, explain_os_error
+from sdxl_trt.engines.errors import UsageError
 from sdxl_trt.runtime.comfy_editor import from_editor
 from sdxl_trt.runtime.comfy_node import Link, Node
 from sdxl_trt.runtime.comfy_nodes import PRIMITIVES
+from sdxl_trt.runtime.exif_texts import EDITOR
 from sdxl_trt.runtime.picture_files import WORKFLOW, read_texts
+from sdxl_trt.runtime.text_inputs import STDIN, read_capped
 
 MAX_BYTES = 16 << 20
 MAX_NODES = 10_000
@@ -56,27 +58,31 @@ class Graph:
 
 
 def read_graph(path: Path) -> Graph:
-    """Return the graph of a JSON file, or of the texts of a picture; UsageError where there is none."""
+    """Return the graph of a JSON file or of a picture's texts, ``-`` for standard input; UsageError without one."""
+    if _is_picture(path):
+        return _from_picture(path, str(path))
+    content = read_capped(path, MAX_BYTES, "--workflow")
+    return _from_picture(content, str(path)) if content.startswith(_PICTURES) else parse_graph(content, str(path))
+
+
+def _is_picture(path: Path) -> bool:
+    if path == STDIN:
+        return False
     try:
         with path.open("rb") as file:
-            content = file.read(MAX_BYTES + 1)
-    except OSError as exc:
-        raise explain_os_error(exc, f"--workflow {path}") from exc
-    if content.startswith(_PICTURES):
-        return _from_picture(path)
-    if len(content) > MAX_BYTES:
-        raise UsageError(f"--workflow {path}: larger than {MAX_BYTES >> 20} MiB, so not a workflow")
-    return parse_graph(content, str(path))
+            return file.read(len(_PICTURES[0])).startswith(_PICTURES)
+    except (OSError, ValueError):
+        return False  # reading it says why
 
 
-def _from_picture(path: Path) -> Graph:
+def _from_picture(picture: Path | bytes, where: str) -> Graph:
     """Return the graph of ComfyUI's texts: `prompt`, what was run, or else `workflow`, what the editor showed."""
-    texts = read_texts(path)
-    for name in (WORKFLOW, "workflow"):
+    texts = read_texts(picture)
+    for name in (WORKFLOW, EDITOR):
         text = texts.get(name, "").strip()
         if text not in ("", "{}", "null"):
-            return parse_graph(text, str(path))
-    raise UsageError(f"--workflow {path}: the picture carries no ComfyUI workflow; give the JSON file")
+            return parse_graph(text, where)
+    raise UsageError(f"--workflow {where}: the picture carries no ComfyUI workflow; give the JSON file")
 
 
 def parse_graph(content: str | bytes, where: str) -> Graph:

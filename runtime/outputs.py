@@ -1,6 +1,6 @@
 """The files of trt-generate: which they are, whether they can be written, noise in and latents out."""
 
-__all__ = ["Pictures", "check_outputs", "load_latents", "save_latents"]
+__all__ = ["Pictures", "check_outputs", "load_latents", "picture_files", "save_latents"]
 
 import argparse
 import contextlib
@@ -106,6 +106,19 @@ class Pictures:
                 write(free)
                 return free
         raise AssertionError
+
+
+def picture_files(
+    out: Path | None, kind: str | None, runs: "Sequence[Run]", prefixes: Sequence[str], *, sheet: bool = False
+) -> list[tuple[Pictures, int]]:
+    """Return for each of `runs` the files that it writes to, and its number among theirs.
+
+    `prefixes` are those of a workflow's pictures, if any: where no `out` is given each of several has its own names.
+    """
+    if out is None and len(prefixes) > 1:
+        return [(Pictures(None, kind, [run], prefix=name), 0) for run, name in zip(runs, prefixes, strict=True)]
+    files = Pictures(out, kind, runs, sheet=sheet, prefix=prefixes[0] if prefixes else None)
+    return [(files, number) for number in range(len(runs))]
 
 
 def _numbered(path: Path) -> Iterator[Path]:
