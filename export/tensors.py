@@ -147,8 +147,8 @@ def _read_headers(files: Iterable[Path]) -> tuple[dict[str, TensorInfo], dict[st
     tensors: dict[str, TensorInfo] = {}
     metadata: dict[str, str] = {}
     for file in files:
-        check_first_bytes(file)
         require_utf8(file, "safetensors")
+        check_first_bytes(file)
         try:
             with safe_open(file, framework="pt") as handle:
                 metadata |= handle.metadata() or {}

@@ -13,7 +13,8 @@ from PIL import Image
 
 from sdxl_trt.runtime.cli import main as trt_generate
 from sdxl_trt.runtime.repeat import repeated
-from sdxl_trt.runtime.workflow import TO_THE_END, read_workflow
+from sdxl_trt.runtime.workflow import TO_THE_END
+from sdxl_trt.runtime.workflow_reader import read_workflow
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "tutorial.md"
 

@@ -16,7 +16,7 @@ from sdxl_trt.export import Options, export_bundle
 from sdxl_trt.runtime import open_bundle
 from sdxl_trt.runtime.pipeline import Pipeline
 from sdxl_trt.runtime.prompts import Prompt
-from sdxl_trt.runtime.workflow import read_workflow
+from sdxl_trt.runtime.workflow_reader import read_workflow
 from sdxl_trt.runtime.workflow_request import workflow_request
 
 RECORDED = Path(__file__).parents[1] / "comfyui"

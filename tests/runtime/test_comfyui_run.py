@@ -15,7 +15,7 @@ from sdxl_trt.runtime import Request, open_bundle
 from sdxl_trt.runtime import pipeline as pipeline_module
 from sdxl_trt.runtime.noise_sources import BatchNoise
 from sdxl_trt.runtime.pipeline import Pipeline
-from sdxl_trt.runtime.workflow import read_workflow
+from sdxl_trt.runtime.workflow_reader import read_workflow
 from sdxl_trt.runtime.workflow_request import workflow_request
 
 SIDE = 32
