@@ -85,10 +85,11 @@ def test_the_picture_carries_the_tutorial_s_graph(run: Any) -> None:
     assert (base.steps, base.cfg, base.sampler, base.schedule, base.seed) == (50, 8.0, "euler", "normal", 0)
     assert (base.add_noise, base.start, base.end, base.leftover_noise) == (True, 0, 40, True)
     assert (refiner.add_noise, refiner.start, refiner.end, refiner.leftover_noise) == (False, 40, TO_THE_END, False)
-    assert refiner.positive.score == refiner.negative.score == 6.0
-    assert base.positive.text_l == base.positive.text_g == refiner.positive.text_g
-    assert base.positive.text_g.endswith("16k resolution")
-    assert base.negative.text_g.startswith("(worst quality")
+    (positive,), (negative,), (refined,) = base.positive, base.negative, refiner.positive
+    assert refined.score == refiner.negative[0].score == 6.0
+    assert positive.text_l == positive.text_g == refined.text_g
+    assert positive.text_g.endswith("16k resolution")
+    assert negative.text_g.startswith("(worst quality")
 
 
 @pytest.mark.slow

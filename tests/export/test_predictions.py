@@ -20,7 +20,9 @@ def _comfyui(names: set[str]) -> dict[str, Any]:
     return V | (ZERO if "ztsnr" in names else {}) if "v_pred" in names else {}
 
 
-@pytest.mark.parametrize("names", [set(), {"v_pred"}, {"ztsnr"}, {"v_pred", "ztsnr"}], ids=lambda names: "+".join(sorted(names)) or "none")
+@pytest.mark.parametrize(
+    "names", [set(), {"v_pred"}, {"ztsnr"}, {"v_pred", "ztsnr"}], ids=lambda names: "+".join(sorted(names)) or "none"
+)
 def test_tensors_are_followed_as_in_comfyui(names: set[str]) -> None:
     told: list[str] = []
     assert said_schedule(names, {}, "x", told.append) == _comfyui(names)

@@ -51,7 +51,8 @@ class Encoding:
         encoders = (TextEncoder(component="clip_l", tokenizer="tokenizer", pooled=False),
                     TextEncoder(component="clip_g", tokenizer="tokenizer_2", pooled=True))  # fmt: skip
         self.stage = msgspec.structs.replace(bundle.manifest.base, unet="u", text_encoders=encoders)
-        manifest = msgspec.structs.replace(bundle.manifest, base=self.stage, components={"u": unet})
+        parts = {"u": unet, **dict.fromkeys(PADS, SimpleNamespace(config={"max_position_embeddings": 77}))}
+        manifest = msgspec.structs.replace(bundle.manifest, base=self.stage, components=parts)
         self.readers: dict[str, Reader] = {}
         pool: Any = SimpleNamespace(
             bundle=SimpleNamespace(manifest=manifest, path=bundle.path), phase=lambda name, **_: [self.readers[name]]

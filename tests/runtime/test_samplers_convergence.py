@@ -29,7 +29,7 @@ VARIANCE_ORDERS = {
     "euler_ancestral": 1.0, "dpm_2_ancestral": 2.0, "dpmpp_2s_ancestral": 2.0, "dpmpp_sde": 1.0, "dpmpp_2m_sde": 2.0,
     "dpmpp_3m_sde": 2.1,
 }  # fmt: skip
-COMFYUI_ORDERS = {"lms": 3.4, "deis": 2.8, "uni_pc": 1.9, "uni_pc_bh2": 1.9}
+COMFYUI_ORDERS = {"dpm_2": 2.0, "lms": 3.4, "deis": 2.8, "uni_pc": 1.9, "uni_pc_bh2": 1.9}
 SLACK = 0.12
 
 
