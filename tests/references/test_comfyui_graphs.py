@@ -111,13 +111,16 @@ def _export(pairs: Any, folder: Path, *scales: float) -> Path:
 
     from sdxl_trt.export import Options, export_bundle
 
-    pair, torch_seed = pairs("outline"), torch.Generator().manual_seed(1)
-    down = torch.randn((4, 32), generator=torch_seed)
+    pair, seed = pairs("outline"), torch.Generator().manual_seed(1)
+    down = torch.randn((4, 32), generator=seed)
     lora = {}
     for name in ("lora_te1_text_model_encoder_layers_0_mlp_fc1", "lora_te1_text_model_encoder_layers_1_mlp_fc1"):
-        lora |= {f"{name}.lora_down.weight": down.clone(), f"{name}.lora_up.weight": torch.randn((64, 4), generator=torch_seed)}
+        lora |= {
+            f"{name}.lora_down.weight": down.clone(),
+            f"{name}.lora_up.weight": torch.randn((64, 4), generator=seed),
+        }
     name = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"
-    lora |= {f"{name}.lora_down.weight": down.clone(), f"{name}.lora_up.weight": torch.randn((32, 4), generator=torch_seed)}
+    lora |= {f"{name}.lora_down.weight": down.clone(), f"{name}.lora_up.weight": torch.randn((32, 4), generator=seed)}
     save_file(lora, folder / "style.safetensors")
     options = Options(precision="fp32", loras=((folder / "style.safetensors", *scales),))
     export_bundle(pair.base, pair.refiner, folder / "bundle", options)
