@@ -94,7 +94,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     original_size: Pair | None = None
     crop: Pair = (0, 0)
     target_size: Pair | None = None
-    clip_skip: Whole = 0
+    clip_skip: Annotated[int, msgspec.Meta(ge=-1, le=1 << 20)] = 0
     base_end_step: Whole | None = None
     refiner_start_step: Whole | None = None
     refiner_add_noise: bool = False

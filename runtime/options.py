@@ -113,7 +113,8 @@ def _add_run_options(parser: Parser) -> None:
     group.add_argument("--original-size", type=_size, metavar="WxH", help="size that the model is told it was cut from")
     group.add_argument("--crop", type=_corner, default=(0, 0), metavar="X,Y", help="where it was cut from that (0,0)")
     group.add_argument("--target-size", type=_size, metavar="WxH", help="size that the model is told it has (its own)")
-    group.add_argument("--clip-skip", type=int, default=0, metavar="K", help="text encoder layers to leave out (0)")
+    group.add_argument("--clip-skip", type=int, default=0, metavar="K",
+                       help="text encoder layers to leave out (0); with --compat comfyui -1 uses the last one too")  # fmt: skip
     group.add_argument("--latents", type=Path, metavar="FILE.npy", help="initial noise, float32 of unit variance")
     group.add_argument("--save-latents", type=Path, metavar="FILE.npz", help="write initial, handoff and final latents")
 
@@ -122,7 +123,8 @@ def _add_image_options(parser: Parser) -> None:
     group = parser.add_argument_group("starting from a picture")
     which = group.add_mutually_exclusive_group()
     which.add_argument("--image", type=Path, metavar="FILE",
-                       help="change this picture (PNG, JPEG, WebP), or latents that --save-latents kept")  # fmt: skip
+                       help="change this picture (PNG, JPEG, WebP, GIF, BMP), or latents that --save-latents"
+                       " kept")  # fmt: skip
     which.add_argument("--refine", type=Path, metavar="FILE", help="the same by the refiner alone")
     group.add_argument("--strength", type=float, metavar="S", help="how much it is changed, 0 to 1 (0.3)")
 

@@ -43,7 +43,7 @@ def test_a_picture_is_repeated_from_its_file(bundle: Path, tmp_path: Path, capsy
 @pytest.mark.slow
 def test_a_picture_in_comfyui_s_way_is_repeated(bundle: Path, tmp_path: Path) -> None:
     way = ["--compat", "comfyui", "--sampler", "euler_ancestral", "--schedule", "karras", "--base-end-step", "3",
-           "--refiner-start-step", "2", "--refiner-add-noise", "--crop", "4,8", "--clip-skip", "1",
+           "--refiner-start-step", "2", "--refiner-add-noise", "--crop", "4,8", "--clip-skip", "-1",
            "-n", "2"]  # fmt: skip
     size = ["--steps", "4", "--width", "32", "--height", "32"]
     first, again = tmp_path / "first.png", tmp_path / "again.png"
