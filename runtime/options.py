@@ -114,7 +114,8 @@ def _add_run_options(parser: Parser) -> None:
     group.add_argument("--crop", type=_corner, default=(0, 0), metavar="X,Y", help="where it was cut from that (0,0)")
     group.add_argument("--target-size", type=_size, metavar="WxH", help="size that the model is told it has (its own)")
     group.add_argument("--clip-skip", type=int, default=0, metavar="K",
-                       help="text encoder layers to leave out (0); with --compat comfyui -1 uses the last one too")  # fmt: skip
+                       help="text encoder layers to leave out (0); -1, with --compat comfyui, leaves none"
+                       " out")  # fmt: skip
     group.add_argument("--latents", type=Path, metavar="FILE.npy", help="initial noise, float32 of unit variance")
     group.add_argument("--save-latents", type=Path, metavar="FILE.npz", help="write initial, handoff and final latents")
 
