@@ -2,6 +2,7 @@
 
 __all__ = ["Request", "ResolvedRequest", "resolve"]
 
+import logging
 import math
 import secrets
 from collections.abc import Mapping
@@ -25,6 +26,7 @@ from sdxl_trt.runtime.sides import SideSettings, StageName, Told, tell
 from sdxl_trt.runtime.sigmas import Schedule
 from sdxl_trt.runtime.sizes import picture_size
 
+log = logging.getLogger("sdxl_trt.runtime")
 COMPATS = ("diffusers", "comfyui")
 MAX_COUNT = 10_000
 MAX_SEED = 2**64 - 1
@@ -178,6 +180,8 @@ def resolve(request: Request, manifest: Manifest, limits: Limits | None = None) 
     grids = make_grids(request, manifest, image=image is not None)
     guided_span(grids.schedule.sigmas, *request.guidance_interval)
     cuts = grids.cuts
+    if "ddim" in (request.sampler, request.refiner_sampler) and not request.comfyui:
+        _warn_of_ddim(grids.schedule)
     stored = request.latents if request.latents is not None or image is None else image.latents
     shape = None if stored is None else stored.shape
     asked = (request.height, request.width)
@@ -217,6 +221,14 @@ def resolve(request: Request, manifest: Manifest, limits: Limits | None = None) 
         fit="cover" if asked != (None, None) else "crop" if request.comfyui else "scale",
         strength=grids.strength,
     )
+
+
+def _warn_of_ddim(schedule: Schedule) -> None:
+    """Say where diffusers' DDIM gives another picture: it steps evenly, whatever the timesteps that it asks at."""
+    stride = schedule.num_train_timesteps // schedule.steps
+    if (-np.diff(schedule.timesteps) != stride).any():
+        log.warning("ddim goes from each timestep of this schedule to the next; diffusers' DDIMScheduler goes %d down"
+                    " from each, and gives another picture: both agree with --schedule leading", stride)  # fmt: skip
 
 
 def _check_names(request: Request) -> None:

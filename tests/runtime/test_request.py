@@ -257,3 +257,17 @@ def test_sizes_that_are_stated_condition_both_stages_and_sides(manifest: Manifes
     for side in (side for pair in resolve(request, manifest).sides.values() for side in pair):
         micro = side.micro
         assert (micro.original_size, micro.crop, micro.target_size) == ((2048, 4096), (1, 2), (512, 256))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps", "told"),
+    [("leading", 14, False), ("trailing", 20, False), ("trailing", 14, True), ("linspace", 10, True)],
+)
+def test_ddim_says_where_diffusers_steps_otherwise(
+    manifest: Manifest, caplog: Any, schedule: str, steps: int, told: bool
+) -> None:
+    resolve(Request("x", sampler="ddim", schedule=schedule, steps=steps), manifest)
+    assert ("diffusers' DDIMScheduler goes" in caplog.text) == told
+    caplog.clear()
+    resolve(Request("x", schedule=schedule, steps=steps), manifest)
+    assert "DDIMScheduler" not in caplog.text
