@@ -42,7 +42,7 @@ from sdxl_trt.runtime.workflow import (
     ancestry,
 )
 from sdxl_trt.runtime.workflow_checks import Experts, vae_stage
-from sdxl_trt.runtime.workflow_request import blamed, load_image, sampling_request
+from sdxl_trt.runtime.workflow_request import blamed, load_image, part_of, sampling_request
 
 Values = NDArray[np.float32]
 Made = Generator[Step, None, Values]
@@ -177,11 +177,11 @@ class Chain:
             finishes = yield from self._made(sampled)
         run.final = finishes
         if isinstance(output.image, Decoded):
-            yield from self._decoded(output.image, finishes, lambda index, unit: _finished(run, index, unit))
+            yield from self._decoded(output.image, finishes, lambda index, unit: _finished(run, index, unit, output))
             return
         pixels = yield from self._made(output.image)
         for index in range(len(pixels)):
-            picture = _finished(run, index, pixels[index : index + 1])
+            picture = _finished(run, index, pixels[index : index + 1], output)
             yield Step("decode", index + 1, len(pixels), slice(index, index + 1), picture=picture)
 
     def _made(self, source: Latents | Image) -> Made:
@@ -277,8 +277,13 @@ def _sampler_of(source: Encoded | Decoded, workflow: Workflow) -> Sampled:
     return found
 
 
-def _finished(run: Run, index: int, unit: Values) -> Picture:
-    """Return picture `index` of `run` from its pixels (1, 3, h, w), which may be of another size than its latents."""
+def _finished(run: Run, index: int, unit: Values, output: Output) -> Picture:
+    """Return picture `index` of `run` from its pixels (1, 3, h, w), which may be of another size than its latents.
+
+    Of a workflow of several pictures it carries the part that draws it.
+    """
     pixels = from_unit(unit)[0]
     picture = finish(run, index, pixels)
-    return replace(picture, metadata={**picture.metadata, "width": pixels.shape[1], "height": pixels.shape[0]})
+    graph = None if picture.graph is None else part_of(picture.graph, output.node)
+    metadata = {**picture.metadata, "width": pixels.shape[1], "height": pixels.shape[0]}
+    return replace(picture, metadata=metadata, graph=graph)

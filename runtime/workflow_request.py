@@ -9,6 +9,7 @@ __all__ = [
     "check_workflow",
     "load_image",
     "pair_request",
+    "part_of",
     "sampling_request",
     "seeded",
     "settle_pair",
@@ -18,9 +19,10 @@ __all__ = [
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from sdxl_trt.engines.errors import CorruptError, SizeError, UsageError
 from sdxl_trt.engines.files import contained
@@ -223,6 +225,19 @@ def seeded(graph: str, seed: int) -> str:
         if node["class_type"] in ("KSampler", "KSamplerAdvanced"):
             node["inputs"] |= {name: seed for name in _OWN_SEEDS if name in node["inputs"]}
     return json.dumps(nodes)
+
+
+def part_of(graph: Mapping[str, Any], end: str) -> dict[str, Any]:
+    """Return the nodes of a graph in API form that node `end` needs, and itself, in their order."""
+    kept: set[str] = set()
+    waiting = [end]
+    while waiting:
+        key = waiting.pop()
+        if key in graph and key not in kept:
+            kept.add(key)
+            links = [value for value in graph[key]["inputs"].values() if isinstance(value, list) and len(value) == 2]
+            waiting += [link[0] for link in links if isinstance(link[0], str)]
+    return {key: node for key, node in graph.items() if key in kept}
 
 
 def settle_pair(
