@@ -14,6 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 from filelock import FileLock
+from hypothesis import HealthCheck, settings
+
+# What is measured in seconds says how busy the machine is, and no more.
+settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")
 
 # Two test processes on two cores: threads of torch's that spin for each other would starve both.
 os.environ["OMP_NUM_THREADS"] = "1"

@@ -100,7 +100,7 @@ def test_every_missing_field_is_refused_or_has_a_default(valid: Json, read: Call
         assert _refusal(read, _changed(valid, place, lambda parent, key: parent.__delitem__(key))), place
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None)
 @given(data=st.data())
 def test_any_damage_ends_in_one_of_our_errors(valid: Json, read: Callable[[Json], Bundle], data: st.DataObject) -> None:
     raw = bytearray(json.dumps(valid).encode())

@@ -51,7 +51,9 @@ def test_the_whole_file_is_read_without_a_word(whole: Any) -> None:
     assert told == []
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(data=st.data())
 def test_nothing_is_ignored_in_silence(whole: Any, data: st.DataObject) -> None:
     tensors, configs, states = whole

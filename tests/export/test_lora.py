@@ -238,7 +238,9 @@ def test_the_sum_is_fp32_whatever_the_checkpoint(half: Base, write: Callable[...
     torch.testing.assert_close(tensors[f"{KINDS[0]}.weight"].double(), exact, rtol=3e-7, atol=3e-8)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(data=st.data())
 def test_any_reading_order_gives_the_same_weights(data: st.DataObject, base: Base, write: Callable[..., Lora]) -> None:
     loras = [(_lora(base, write, KINDS, "one"), 1.0), (_lora(base, write, KINDS[1:3], "two"), 0.5)]

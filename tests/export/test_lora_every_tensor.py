@@ -232,7 +232,9 @@ def _with_one(tensor: torch.Tensor, value: float) -> torch.Tensor:
     return changed
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(data=st.data())
 def test_every_tensor_counts(
     data: st.DataObject, base: dict[Component, Checkpoint], plain: dict[Place, Parts], tmp_path: Path

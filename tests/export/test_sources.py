@@ -332,7 +332,7 @@ JSON = st.recursive(
 )
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(name=st.sampled_from([*CLASSES, "_class_name", "requires_aesthetics_score"]), value=JSON)
 def test_any_index_is_read_or_refused(write: Write, name: str, value: Any) -> None:
     root = write()

@@ -91,7 +91,7 @@ def test_what_is_no_sound_picture_is_a_usage_error(tmp_path: Path, content: byte
 
 
 @pytest.mark.parametrize("ending", ["png", "jpg", "webp"])
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(data=st.data())
 def test_a_damaged_picture_is_read_or_refused(tmp_path: Path, image: Image.Image, ending: str, data: Any) -> None:
     path = tmp_path / f"x.{ending}"

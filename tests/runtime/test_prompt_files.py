@@ -38,7 +38,7 @@ def test_what_is_no_file_of_prompts_is_refused(tmp_path: Path, monkeypatch: pyte
         read_prompts(tmp_path)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(st.binary(max_size=200) | st.text(max_size=200).map(lambda text: text.encode(errors="replace")))
 def test_any_file_is_read_or_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x").write_bytes(content)

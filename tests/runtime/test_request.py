@@ -15,7 +15,7 @@ from sdxl_trt.engines.manifest import Manifest, Scheduler, Stage, Vae
 from sdxl_trt.runtime.request import MAX_SEED, Request, resolve
 from sdxl_trt.runtime.sizes import MAX_SIDE
 
-FIXTURES = [HealthCheck.function_scoped_fixture]
+FIXTURES = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 
 
 def _stage(multiple: int) -> Stage:

@@ -71,7 +71,9 @@ SIDES = st.builds(
 STEPS = st.none() | st.integers(0, 12)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True, max_examples=80)
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], derandomize=True, max_examples=80
+)
 @given(data=st.data())
 def test_what_is_written_is_read_as_the_same_run(manifest: Manifest, tmp_path: Path, data: st.DataObject) -> None:
     draw = data.draw
