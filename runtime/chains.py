@@ -169,12 +169,8 @@ class Chain:
 
     def _drawn(self, output: Output, run: Run) -> Iterator[Step]:
         """Yield the work that `output` takes, and its pictures."""
-        sampled = _last_sampled(output)
-        if isinstance(output.image, Decoded):
-            latents = yield from self._made(output.image.latents)
-            finishes = latents
-        else:
-            finishes = yield from self._made(sampled)
+        last = output.image.latents if isinstance(output.image, Decoded) else _last_sampled(output)
+        finishes = yield from self._made(last)
         run.final = finishes
         if isinstance(output.image, Decoded):
             yield from self._decoded(output.image, finishes, lambda index, unit: _finished(run, index, unit, output))

@@ -118,7 +118,6 @@ class Sampling:
     end: int = TO_THE_END
     leftover_noise: bool = False
     denoise: float = 1.0
-    advanced: bool = field(default=True, compare=False)
 
 
 @dataclass(frozen=True)

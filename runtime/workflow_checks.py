@@ -124,6 +124,9 @@ def check_sides(sampling: Sampling, found: Experts, manifest: Manifest) -> None:
         if each.clip.last_layer < -2 - most:
             raise UsageError(f"node {each.node}: its CLIP stops at layer {each.clip.last_layer}, and the bundle's text"
                              f" encoders go down to {-2 - most}: choose -1 to {-2 - most}")  # fmt: skip
+        if found[own] == "refiner" and each.encoder == "CLIPTextEncodeSDXL":
+            raise UsageError(f"node {each.node} (CLIPTextEncodeSDXL): has texts for the base's two encoders, and node"
+                             f" {sampling.node} samples with the refiner: use CLIPTextEncodeSDXLRefiner")  # fmt: skip
         if found[own] == "refiner" and each.clip.loras:
             raise UsageError(f"node {each.node}: has a LoRA on the refiner's CLIP, which is not supported; take it off")
 

@@ -223,8 +223,8 @@ class _Reader:
     def _sampling(self, node: Node) -> Sampling:
         advanced = node.kind == "KSamplerAdvanced"
         model = self.tried(lambda: self._model(linked(node, "model")))
-        positive = self.tried(lambda: self._side(node, "positive"))
-        negative = self.tried(lambda: self._side(node, "negative"))
+        positive = self.tried(lambda: self._conditioning(linked(node, "positive")))
+        negative = self.tried(lambda: self._conditioning(linked(node, "negative")))
         part = _part(node) if advanced else {"denoise": stated(node, "denoise")}
         return Sampling(
             node=node.id,
@@ -236,7 +236,6 @@ class _Reader:
             cfg=stated(node, "cfg"),
             sampler=stated(node, "sampler_name"),
             schedule=stated(node, "scheduler"),
-            advanced=advanced,
             **part,
         )
 
@@ -269,12 +268,6 @@ class _Reader:
             "CheckpointLoaderSimple": lambda node, _: VaeName(stated(node, "ckpt_name"), node=node.id),
             "VAELoader": lambda node, _: VaeName(stated(node, "vae_name"), own_file=True, node=node.id),
         })  # fmt: skip
-
-    def _side(self, node: Node, name: str) -> tuple[Conditioning, ...]:
-        side = self._conditioning(linked(node, name))
-        if sum(map(_prompts, side)) > _MOST_PROMPTS:
-            raise UsageError(f"{node}: {name} is mixed of more than {_MOST_PROMPTS} prompts; leave some out")
-        return side
 
     def _conditioning(self, link: Link) -> tuple[Conditioning, ...]:
         """Return the conditionings that a link carries: several where they were combined."""

@@ -116,6 +116,12 @@ def test_the_editor_s_default_graph_stays_the_no_op_that_it_is(manifest: Manifes
 TWICE = replace(BASE, model=Model("base", INK + INK))
 OTHER_CLIP = replace(BASE, positive=(replace(BASE.positive[0], clip=Clip("other", INK)),))
 NO_LORA = replace(BASE, positive=(replace(BASE.positive[0], clip=Clip("base")),))
+BASE_TOLD = replace(
+    REFINER,
+    model=Model("a refiner"),
+    positive=(replace(REFINER.positive[0], clip=Clip("a refiner"), encoder="CLIPTextEncodeSDXL"),),
+    negative=(Conditioning("16", "", ""),),
+)
 REFUSED: dict[str, tuple[Sampling, Sampling, str]] = {
     "sampler": (replace(BASE, sampler="dpm_adaptive"), REFINER,
                 "node 10: sampler_name 'dpm_adaptive' is unknown here; .*euler"),
@@ -125,6 +131,7 @@ REFUSED: dict[str, tuple[Sampling, Sampling, str]] = {
     "refiner's LoRA": (BASE, replace(REFINER, model=Model("refiner", INK)), "node 11: has a LoRA on the refiner"),
     "refiner's CLIP": (BASE, replace(REFINER, negative=(replace(REFINER.negative[0], clip=Clip("refiner", INK)),)),
                        "node 16: has a LoRA on the refiner's CLIP"),
+    "base's encoder on the refiner": (BASE, BASE_TOLD, "node 15 .*: has texts for the base's two encoders, and node 11"),
     "strength": (replace(BASE, model=Model("base", (("ink.safetensors", 1.0),))), REFINER,
                  "LoRA ink.safetensors at strength 1, 0.8 on .*it has it at 0.8.*--lora ink.safetensors:1:0.8"),
     "twice": (TWICE, REFINER, "LoRA ink.safetensors at strength 1.6, 0.8 on the text encoders, is not in the bundle"),
