@@ -131,7 +131,7 @@ REFUSED: dict[str, tuple[Sampling, Sampling, str]] = {
     "refiner's LoRA": (BASE, replace(REFINER, model=Model("refiner", INK)), "node 11: has a LoRA on the refiner"),
     "refiner's CLIP": (BASE, replace(REFINER, negative=(replace(REFINER.negative[0], clip=Clip("refiner", INK)),)),
                        "node 16: has a LoRA on the refiner's CLIP"),
-    "base's encoder on the refiner": (BASE, BASE_TOLD, "node 15 .*: has texts for the base's two encoders, and node 11"),
+    "base's encoder on the refiner": (BASE, BASE_TOLD, "node 15 .*: has texts for the base's two encoders"),
     "strength": (replace(BASE, model=Model("base", (("ink.safetensors", 1.0),))), REFINER,
                  "LoRA ink.safetensors at strength 1, 0.8 on .*it has it at 0.8.*--lora ink.safetensors:1:0.8"),
     "twice": (TWICE, REFINER, "LoRA ink.safetensors at strength 1.6, 0.8 on the text encoders, is not in the bundle"),
