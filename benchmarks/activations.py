@@ -18,13 +18,14 @@ from pathlib import Path
 import msgspec
 
 from sdxl_trt.benchmarks.tensorrt_on_cpu import assemble, child_environment
-from sdxl_trt.engines.activations import estimate_activations, estimate_error
-from sdxl_trt.engines.build import BuildJob, build_plan
-from sdxl_trt.engines.bundle import Bundle, read_bundle
-from sdxl_trt.engines.files import atomic_write
-from sdxl_trt.engines.manifest import Component
-from sdxl_trt.engines.needs import exact_sizes
-from sdxl_trt.engines.profiles import Profile, Range, Sizes, axes_of, component_profiles, fixed
+from sdxl_trt.engines.build.process import BuildJob, build_plan
+from sdxl_trt.engines.bundle.bundle import Bundle, read_bundle
+from sdxl_trt.engines.bundle.manifest import Component
+from sdxl_trt.engines.bundle.profile import Profile, Range, fixed
+from sdxl_trt.engines.host.files import atomic_write
+from sdxl_trt.engines.plans.sizes import Sizes, axes_of, component_profiles
+from sdxl_trt.engines.residency.activations import estimate_activations, estimate_error
+from sdxl_trt.engines.residency.needs import exact_sizes
 from sdxl_trt.mini.embedded import bundle_path
 
 RESULTS = Path(__file__).with_name("results") / "activations.md"

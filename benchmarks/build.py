@@ -20,10 +20,10 @@ from sdxl_trt.benchmarks.build_cases import Case, Export, cases, profile_words
 from sdxl_trt.benchmarks.processes import machine, measure
 from sdxl_trt.benchmarks.result_files import machine_words, package_versions, results_parser, write_results
 from sdxl_trt.benchmarks.tensorrt_on_cpu import BINDING, LIBRARIES, assemble, child_environment
-from sdxl_trt.engines.build import BuildEvent, BuildJob, BuiltPlan, build_plan
-from sdxl_trt.engines.bundle import Bundle, read_bundle
+from sdxl_trt.engines.build.process import BuildEvent, BuildJob, BuiltPlan, build_plan
+from sdxl_trt.engines.bundle.bundle import Bundle, read_bundle
 from sdxl_trt.engines.errors import SdxlTrtError
-from sdxl_trt.engines.profiles import component_profiles
+from sdxl_trt.engines.plans.sizes import component_profiles
 
 MB, GB = 10**6, 10**9
 RESULTS = Path(__file__).with_name("results") / "build.json"

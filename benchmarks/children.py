@@ -16,7 +16,7 @@ from typing import Self, TypeVar
 import msgspec
 
 from sdxl_trt.benchmarks.protocol import Answer, Ask, Bye, Failed
-from sdxl_trt.engines.command import one_line
+from sdxl_trt.engines.host.console import one_line
 
 _LONGEST = 1 << 20
 _TAIL = 2000

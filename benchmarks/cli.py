@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sdxl_trt.engines.command import CLEAR_LINE, Parser, one_line, print_json, run
+from sdxl_trt.engines.host.console import CLEAR_LINE, Parser, one_line, print_json, run
 
 if TYPE_CHECKING:
     from sdxl_trt.benchmarks.reports import BenchReport

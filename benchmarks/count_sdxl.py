@@ -22,7 +22,7 @@ from sdxl_trt.benchmarks.architectures import architecture
 from sdxl_trt.benchmarks.flops import Counts, count_graph
 from sdxl_trt.benchmarks.sdxl_counts import FACTOR, PATH, TERMS, GraphCounts, SdxlCounts, term_values
 from sdxl_trt.engines.errors import SdxlTrtError
-from sdxl_trt.engines.files import atomic_write
+from sdxl_trt.engines.host.files import atomic_write
 
 COMMAND = "python -m sdxl_trt.benchmarks.count_sdxl"
 OPSET = 23

@@ -6,7 +6,7 @@ from sdxl_trt.benchmarks.flops import count_component
 from sdxl_trt.benchmarks.gemm import floor_seconds, peak_gemm_rate
 from sdxl_trt.benchmarks.inputs import unet_rows
 from sdxl_trt.benchmarks.protocol import Spec
-from sdxl_trt.engines.bundle import Bundle
+from sdxl_trt.engines.bundle.bundle import Bundle
 from sdxl_trt.engines.errors import SdxlTrtError
 
 

@@ -19,7 +19,7 @@ import msgspec
 from sdxl_trt.benchmarks.gpu_checks import Check, all_checks
 from sdxl_trt.benchmarks.gpu_facts import gpu_facts, no_driver
 from sdxl_trt.benchmarks.gpu_workplace import Skipped, Workplace
-from sdxl_trt.engines.environment import device_available
+from sdxl_trt.engines.backends.trt.environment import device_available
 
 NO_GPU = 3
 COMMAND = "python -m sdxl_trt.benchmarks.gpu_check"

@@ -15,15 +15,14 @@ from unittest import mock
 import numpy as np
 from numpy.typing import NDArray
 
-from sdxl_trt.engines.bundle import Bundle, read_bundle
-from sdxl_trt.engines.cuda import Cuda
-from sdxl_trt.engines.environment import here
+from sdxl_trt.engines.backends.cuda.runtime import Cuda
+from sdxl_trt.engines.backends.trt.api import tensorrt_module
+from sdxl_trt.engines.backends.trt.environment import here
+from sdxl_trt.engines.bundle.bundle import Bundle, read_bundle
+from sdxl_trt.engines.bundle.plan_record import BuildFlags, Flavour, PlanRecord
 from sdxl_trt.engines.errors import IncompatibleError
-from sdxl_trt.engines.plan_records import BuildFlags, Flavour, PlanRecord
-from sdxl_trt.engines.planning import planned_components
-from sdxl_trt.engines.plans import find_plan
-from sdxl_trt.engines.pool import open_pool
-from sdxl_trt.engines.tensorrt_api import tensorrt_module
+from sdxl_trt.engines.plans.lookup import find_plan, planned_components
+from sdxl_trt.engines.residency.pool import open_pool
 from sdxl_trt.mini.embedded import bundle_path
 from sdxl_trt.runtime import Request
 from sdxl_trt.runtime.pipeline import Pipeline

@@ -18,10 +18,10 @@ from unittest import mock
 import msgspec
 import numpy as np
 
-from sdxl_trt.engines.base import Array
-from sdxl_trt.engines.bundle import read_bundle
-from sdxl_trt.engines.manifest import Component
-from sdxl_trt.engines.pool import EnginePool
+from sdxl_trt.engines.bundle.bundle import read_bundle
+from sdxl_trt.engines.bundle.manifest import Component
+from sdxl_trt.engines.engine import Array
+from sdxl_trt.engines.residency.pool import EnginePool
 from sdxl_trt.mini.embedded import bundle_path
 from sdxl_trt.runtime.pipeline import Pipeline
 from sdxl_trt.runtime.prompts import PromptEmbeds

@@ -23,7 +23,7 @@ import numpy as np
 from sdxl_trt.benchmarks.bars import VERDICTS, Bar, missed
 from sdxl_trt.benchmarks.host_cases import CASES, ELSEWHERE, SIDE, Case, Lap, Precision, our_run, their_run
 from sdxl_trt.benchmarks.processes import machine
-from sdxl_trt.engines.files import atomic_write
+from sdxl_trt.engines.host.files import atomic_write
 
 COMMAND = "python -m sdxl_trt.benchmarks.host_time"
 RESULTS = Path(__file__).with_name("results") / "host_time.json"

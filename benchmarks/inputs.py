@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from sdxl_trt.engines.bundle import Bundle
-from sdxl_trt.engines.files import atomic_write
-from sdxl_trt.engines.manifest import Stage
+from sdxl_trt.engines.bundle.bundle import Bundle
+from sdxl_trt.engines.bundle.manifest import Stage
+from sdxl_trt.engines.host.files import atomic_write
 from sdxl_trt.runtime.tokenizer import PromptTokenizer
 
 TIMESTEPS = {"base": 500.0, "refiner": 100.0}

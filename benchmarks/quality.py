@@ -20,8 +20,8 @@ from sdxl_trt.benchmarks.reports import Quality, Settings
 from sdxl_trt.benchmarks.subjects import Subject
 from sdxl_trt.benchmarks.traces import Case, Pixels, Trace, make_cases, tiled_pixels, trace_engines
 from sdxl_trt.benchmarks.traces_torch import trace_diffusers
+from sdxl_trt.engines.bundle.manifest import Manifest
 from sdxl_trt.engines.errors import CorruptError, IncompatibleError, UsageError
-from sdxl_trt.engines.manifest import Manifest
 from sdxl_trt.export import Options, export_bundle
 from sdxl_trt.export.components import VaePrecision
 from sdxl_trt.export.exporter import plan_export

@@ -12,7 +12,7 @@ from sdxl_trt.benchmarks.likeness import PIXEL_RANGE, psnr, ssim
 from sdxl_trt.benchmarks.quality_limits import STAGES, TILED_LIMIT, limit_of
 from sdxl_trt.benchmarks.reports import Quality
 from sdxl_trt.benchmarks.traces import Pixels, Trace
-from sdxl_trt.engines.manifest import Precision
+from sdxl_trt.engines.bundle.manifest import Precision
 from sdxl_trt.runtime import Pipeline
 
 Scorer = Callable[[Sequence[Pixels]], float | None]

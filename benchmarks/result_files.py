@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from sdxl_trt.engines.files import atomic_write
+from sdxl_trt.engines.host.files import atomic_write
 
 
 def results_parser(prog: str, about: str | None, *, work: Path, results: Path, case: str) -> argparse.ArgumentParser:

@@ -17,9 +17,9 @@ from sdxl_trt.benchmarks.flops import Counts, count_component
 from sdxl_trt.benchmarks.gpus import Gpu, find_gpu
 from sdxl_trt.benchmarks.published import PUBLISHED, Published, Rate
 from sdxl_trt.benchmarks.sdxl_counts import read_counts
-from sdxl_trt.engines.bundle import Bundle, read_bundle
+from sdxl_trt.engines.bundle.bundle import Bundle, read_bundle
+from sdxl_trt.engines.bundle.manifest import Manifest, Precision, Scheduler, Stage
 from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.engines.manifest import Manifest, Precision, Scheduler, Stage
 from sdxl_trt.runtime.handoff import step_at_fraction
 from sdxl_trt.runtime.sigmas import make_schedule
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdxl_trt.benchmarks.processes import measure
-from sdxl_trt.engines.bundle import Bundle, read_bundle
+from sdxl_trt.engines.bundle.bundle import Bundle, read_bundle
 from sdxl_trt.engines.errors import CorruptError, IncompatibleError, ResourceError, SdxlTrtError, UsageError
 from sdxl_trt.mini.embedded import bundle_path
 

@@ -25,8 +25,8 @@ from sdxl_trt.benchmarks.processes import measure
 from sdxl_trt.benchmarks.ratios import agree
 from sdxl_trt.benchmarks.reports import BenchReport, Quality, Settings, read_report
 from sdxl_trt.benchmarks.subjects import Subject, find_subject
-from sdxl_trt.engines.command import Parser, run
 from sdxl_trt.engines.errors import EngineError, VerificationError
+from sdxl_trt.engines.host.console import Parser, run
 
 COMMAND = ("make", "bench")
 RESULTS = Path(__file__).with_name("results") / "bench.json"

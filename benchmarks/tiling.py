@@ -19,7 +19,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from sdxl_trt.engines.files import atomic_write
+from sdxl_trt.engines.host.files import atomic_write
 from sdxl_trt.mini.scenes import EVALUATION_SEEDS, render, sample_scene
 from sdxl_trt.runtime.tiling import decode_tiled, tile_starts
 

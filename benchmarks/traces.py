@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdxl_trt.benchmarks.reports import Settings
-from sdxl_trt.engines.manifest import Vae
+from sdxl_trt.engines.bundle.manifest import Vae
 from sdxl_trt.runtime import Pipeline, Request
 from sdxl_trt.runtime.decode import Size, choose_tile, decode, decoder_sizes
 from sdxl_trt.runtime.images import to_uint8

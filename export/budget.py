@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdxl_trt.engines.errors import ResourceError
-from sdxl_trt.engines.memory import available_host_memory
+from sdxl_trt.engines.host.memory import available_host_memory
 from sdxl_trt.export.components import ComponentPlan
 from sdxl_trt.export.tensors import REMAP_BYTES
 

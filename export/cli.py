@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sdxl_trt.engines.command import Parser, Told, print_json, run
 from sdxl_trt.engines.errors import SdxlTrtError, UsageError
+from sdxl_trt.engines.host.console import Parser, Told, print_json, run
 from sdxl_trt.export.plan_options import PlanOptions, add_plan_options, plan_options
 
 EPILOG = """examples:
@@ -111,7 +111,7 @@ def _tensorrt_can_run() -> bool:
     """Return whether plans can be built here without being asked for: TensorRT and a GPU are there."""
     if importlib.util.find_spec("tensorrt") is None:
         return False
-    from sdxl_trt.engines.environment import here  # noqa: PLC0415 - loads CUDA
+    from sdxl_trt.engines.backends.trt.environment import here  # noqa: PLC0415 - loads CUDA
 
     try:
         here("tensorrt")
@@ -122,7 +122,7 @@ def _tensorrt_can_run() -> bool:
 
 def _is_about_plans_alone(arguments: argparse.Namespace) -> bool:
     """Return whether no model is named and there is a bundle whose plans are asked for."""
-    from sdxl_trt.engines.bundle import MANIFEST  # noqa: PLC0415 - --help must not wait for it
+    from sdxl_trt.engines.bundle.bundle import MANIFEST  # noqa: PLC0415 - --help must not wait for it
 
     named = (arguments.base, arguments.refiner, arguments.unet, arguments.vae)
     there = (arguments.out / MANIFEST).is_file()
@@ -131,9 +131,10 @@ def _is_about_plans_alone(arguments: argparse.Namespace) -> bool:
 
 def _build(arguments: argparse.Namespace, plans: PlanOptions, exported: dict[str, Any] | None = None) -> None:
     """Build the plans and tell of them; with `exported` as JSON, of both in one object."""
-    from sdxl_trt.engines.bundle import read_bundle  # noqa: PLC0415
-    from sdxl_trt.engines.environment import here  # noqa: PLC0415 - loads CUDA
-    from sdxl_trt.engines.planning import build_plans, drop_onnx, plan_builds  # noqa: PLC0415
+    from sdxl_trt.engines.backends.trt.environment import here  # noqa: PLC0415 - loads CUDA
+    from sdxl_trt.engines.build.bundle_plans import build_plans, drop_onnx  # noqa: PLC0415
+    from sdxl_trt.engines.build.jobs import plan_builds  # noqa: PLC0415
+    from sdxl_trt.engines.bundle.bundle import read_bundle  # noqa: PLC0415
     from sdxl_trt.export import plan_summary  # noqa: PLC0415
 
     bundle = read_bundle(arguments.out, partial=True)

@@ -9,8 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
+from sdxl_trt.engines.bundle.manifest import Kind, Precision
 from sdxl_trt.engines.errors import SourceError, UsageError
-from sdxl_trt.engines.manifest import Kind, Precision
 from sdxl_trt.export.graphs import PROMPT_TOKENS, context_width, make_graph
 from sdxl_trt.export.lora import ScaledLora, check_fits, fuse
 from sdxl_trt.export.lora_names import COMPONENTS as LORA_COMPONENTS

@@ -23,11 +23,11 @@ from typing import Any
 import msgspec
 import onnx_ir as ir
 
-from sdxl_trt.engines.digests import verify_file
+from sdxl_trt.engines.bundle.digests import verify_file
+from sdxl_trt.engines.bundle.manifest import Component, Source, TensorSpec
+from sdxl_trt.engines.bundle.records import FileRecord
 from sdxl_trt.engines.errors import SdxlTrtError, UsageError, explain_os_error
-from sdxl_trt.engines.files import atomic_write, sha256_file
-from sdxl_trt.engines.manifest import Component, Source, TensorSpec
-from sdxl_trt.engines.records import FileRecord
+from sdxl_trt.engines.host.files import atomic_write, sha256_file
 from sdxl_trt.export.components import ComponentPlan
 from sdxl_trt.export.cpu_graph import for_cpu
 from sdxl_trt.export.graphs import make_graph

@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
-from sdxl_trt.engines.bundle import Bundle, read_bundle, write_manifest
-from sdxl_trt.engines.digests import verify_file
+from sdxl_trt.engines.bundle.bundle import Bundle, read_bundle, write_manifest
+from sdxl_trt.engines.bundle.digests import verify_file
+from sdxl_trt.engines.bundle.manifest import FORMAT_NAME, FORMAT_VERSION, Component, Manifest
 from sdxl_trt.engines.errors import IncompatibleError, SdxlTrtError, UsageError
-from sdxl_trt.engines.manifest import FORMAT_NAME, FORMAT_VERSION, Component, Manifest
-from sdxl_trt.engines.plans import PLANS
+from sdxl_trt.engines.plans.files import PLANS
 from sdxl_trt.export.budget import Needs, measure
 from sdxl_trt.export.components import Options, StagePlan, plan_components
 from sdxl_trt.export.conversion import RECORD_FILE, convert

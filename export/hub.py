@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdxl_trt.engines.errors import SdxlTrtError, SourceError, UsageError, explain_os_error
-from sdxl_trt.engines.locking import NO_LOCKS
+from sdxl_trt.engines.host.files import NO_LOCKS
 from sdxl_trt.export.weight_files import find_weights, shard_names
 
 log = logging.getLogger("sdxl_trt.export")

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from sdxl_trt.engines.bundle.manifest import LoraRecord
 from sdxl_trt.engines.errors import CorruptError, SourceError
-from sdxl_trt.engines.manifest import LoraRecord
 from sdxl_trt.export.lora_file import Lora, same_tensors
 from sdxl_trt.export.lora_kinds import Branch
 from sdxl_trt.export.lora_merge import merge

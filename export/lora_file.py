@@ -12,8 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from sdxl_trt.engines.errors import CorruptError, SourceError, UsageError, explain_os_error
-from sdxl_trt.engines.files import sha256_file
-from sdxl_trt.engines.path_texts import known_as
+from sdxl_trt.engines.host.files import sha256_file
+from sdxl_trt.engines.host.paths import known_as
 from sdxl_trt.export.lora_kinds import Branch, make_branches
 from sdxl_trt.export.lora_names import (
     COMPONENTS,

@@ -5,8 +5,8 @@ __all__ = ["stage_record", "write_tokenizers"]
 from pathlib import Path
 from typing import Any
 
+from sdxl_trt.engines.bundle.manifest import Stage, TextEncoder, Tokenizer, Vae
 from sdxl_trt.engines.errors import explain_os_error
-from sdxl_trt.engines.manifest import Stage, TextEncoder, Tokenizer, Vae
 from sdxl_trt.export.components import StagePlan, time_id_names
 from sdxl_trt.export.conversion import file_record
 from sdxl_trt.export.graphs import vae_factor

@@ -7,8 +7,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from sdxl_trt.engines.bundle.manifest import Component, Manifest, Stage, TextEncoder, Tokenizer
 from sdxl_trt.engines.errors import CorruptError
-from sdxl_trt.engines.manifest import Component, Manifest, Stage, TextEncoder, Tokenizer
 from sdxl_trt.export.configs import read_json
 from sdxl_trt.export.sources import BASE_CLASS, REFINER_CLASS, PipelineSource
 

@@ -18,9 +18,9 @@ from typing import Any, BinaryIO
 
 import onnx_ir as ir
 
-from sdxl_trt.engines.bundle import MANIFEST, Bundle
+from sdxl_trt.engines.bundle.bundle import MANIFEST, Bundle
+from sdxl_trt.engines.bundle.manifest import Manifest
 from sdxl_trt.engines.errors import CorruptError, IncompatibleError, explain_os_error
-from sdxl_trt.engines.manifest import Manifest
 from sdxl_trt.export.optimum_configs import (
     component_config,
     model_index,

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from sdxl_trt.engines.errors import UsageError
 
 if TYPE_CHECKING:
-    from sdxl_trt.engines.manifest import Manifest
-    from sdxl_trt.engines.plan_records import BuildFlags, Flavour
-    from sdxl_trt.engines.profiles import Range, Sizes
+    from sdxl_trt.engines.bundle.manifest import Manifest
+    from sdxl_trt.engines.bundle.plan_record import BuildFlags, Flavour
+    from sdxl_trt.engines.bundle.profile import Range
+    from sdxl_trt.engines.plans.sizes import Sizes
 
 Engine = Literal["none", "tensorrt", "tensorrt-rtx"]
 _MEANINGS = {
@@ -37,8 +38,7 @@ class PlanOptions:
 
     def sizes(self, manifest: "Manifest") -> "Sizes":
         """Return the sizes for the models of `manifest`."""
-        from sdxl_trt.engines.planning import stage_sizes  # noqa: PLC0415 - --help must not wait for it
-        from sdxl_trt.engines.profiles import Sizes  # noqa: PLC0415
+        from sdxl_trt.engines.plans.sizes import Sizes, stage_sizes  # noqa: PLC0415 - numpy: --help must not wait
 
         usual = stage_sizes(manifest)
         chosen = {name: self.ranges.get(name, getattr(usual, name)) for name in _MEANINGS}
@@ -77,7 +77,7 @@ def plan_options(arguments: argparse.Namespace, can_build: Callable[[], bool]) -
         return None
     if arguments.layout == "optimum":
         raise UsageError(f"--engine {engine}: plans belong to a bundle; leave --layout optimum out")
-    from sdxl_trt.engines.plan_records import BuildFlags  # noqa: PLC0415 - --help must not wait for it
+    from sdxl_trt.engines.bundle.plan_record import BuildFlags  # noqa: PLC0415 - --help must not wait for it
 
     flags = BuildFlags(
         opt_level=arguments.opt_level,
@@ -91,7 +91,7 @@ def plan_options(arguments: argparse.Namespace, can_build: Callable[[], bool]) -
 
 def _range(option: str) -> "Callable[[str], Range]":
     def parse(text: str) -> "Range":
-        from sdxl_trt.engines.profiles import parse_range  # noqa: PLC0415 - --help must not wait for it
+        from sdxl_trt.engines.plans.sizes import parse_range  # noqa: PLC0415 - --help must not wait for it
 
         try:
             return parse_range(text, option)
@@ -102,7 +102,7 @@ def _range(option: str) -> "Callable[[str], Range]":
 
 
 def _size(text: str) -> int:
-    from sdxl_trt.engines.memory import parse_bytes  # noqa: PLC0415 - --help must not wait for it
+    from sdxl_trt.engines.host.memory import parse_bytes  # noqa: PLC0415 - --help must not wait for it
 
     try:
         return parse_bytes(text)

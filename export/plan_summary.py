@@ -7,12 +7,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TextIO
 
-from sdxl_trt.engines.build_records import BuildEvent
-from sdxl_trt.engines.bundle import Bundle
-from sdxl_trt.engines.command import CLEAR_LINE, Told
-from sdxl_trt.engines.path_texts import shell_word
-from sdxl_trt.engines.plan_records import Flavour
-from sdxl_trt.engines.planning import PlanJob
+from sdxl_trt.engines.build.jobs import PlanJob
+from sdxl_trt.engines.build.messages import BuildEvent
+from sdxl_trt.engines.bundle.bundle import Bundle
+from sdxl_trt.engines.bundle.plan_record import Flavour
+from sdxl_trt.engines.host.console import CLEAR_LINE, Told
+from sdxl_trt.engines.host.paths import shell_word
 
 _INTERVAL, _WIDTH = 0.1, 20
 _MIB = 2**20

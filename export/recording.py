@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sdxl_trt.engines.base import Array
+from sdxl_trt.engines.engine import Array
 from sdxl_trt.export.components import ComponentPlan, StagePlan, time_id_names
 from sdxl_trt.export.euler import Euler
 from sdxl_trt.export.graphs import vae_factor

@@ -10,7 +10,7 @@ import torch
 from accelerate.utils import set_module_tensor_to_device
 from torch.overrides import TorchFunctionMode
 
-from sdxl_trt.engines.base import Array
+from sdxl_trt.engines.engine import Array
 from sdxl_trt.export.components import ComponentPlan
 from sdxl_trt.export.graphs import Graph, make_graph
 from sdxl_trt.export.models import MetaModel, build_model, published_name

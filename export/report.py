@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 
 from sdxl_trt.engines.errors import VerificationError
-from sdxl_trt.engines.files import atomic_write
+from sdxl_trt.engines.host.files import atomic_write
 from sdxl_trt.export.figures import Figures
 from sdxl_trt.export.overflow import Peak
 

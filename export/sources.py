@@ -31,9 +31,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from sdxl_trt.engines.bundle.manifest import Scheduler
 from sdxl_trt.engines.errors import SourceError
-from sdxl_trt.engines.manifest import Scheduler
-from sdxl_trt.engines.path_texts import known_as
+from sdxl_trt.engines.host.paths import known_as
 from sdxl_trt.export.configs import PUBLISHED, read_json
 from sdxl_trt.export.hub import fetch_pipeline, fetch_vae, parse_hub_id
 from sdxl_trt.export.outlines import config_of

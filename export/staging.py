@@ -10,11 +10,11 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from sdxl_trt.engines.bundle import MANIFEST
+from sdxl_trt.engines.bundle.bundle import MANIFEST
+from sdxl_trt.engines.bundle.manifest import FORMAT_NAME
 from sdxl_trt.engines.errors import SdxlTrtError, UsageError, explain_os_error
-from sdxl_trt.engines.locking import exclusive as locked
-from sdxl_trt.engines.locking import sibling
-from sdxl_trt.engines.manifest import FORMAT_NAME
+from sdxl_trt.engines.host.files import exclusive as locked
+from sdxl_trt.engines.host.files import sibling
 
 log = logging.getLogger("sdxl_trt.export")
 OPTIMUM_FORMAT = "sdxl-trt-optimum"

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from sdxl_trt.engines.bundle import Bundle
-from sdxl_trt.engines.command import CLEAR_LINE, Told, one_line
-from sdxl_trt.engines.manifest import LoraRecord, Scheduler
-from sdxl_trt.engines.path_texts import shell_word
+from sdxl_trt.engines.bundle.bundle import Bundle
+from sdxl_trt.engines.bundle.manifest import LoraRecord, Scheduler
+from sdxl_trt.engines.host.console import CLEAR_LINE, Told, one_line
+from sdxl_trt.engines.host.paths import shell_word
 from sdxl_trt.export.budget import Needs
 from sdxl_trt.export.exporter import ExportPlan
 from sdxl_trt.export.progress import Event, Progress

@@ -20,8 +20,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from sdxl_trt.engines.errors import CorruptError, explain_os_error
-from sdxl_trt.engines.files import contained
-from sdxl_trt.engines.path_texts import require_utf8
+from sdxl_trt.engines.host.files import contained
+from sdxl_trt.engines.host.paths import require_utf8
 from sdxl_trt.export.first_bytes import check_first_bytes, explain_damage
 from sdxl_trt.export.fp8_scales import FP8, find_scales
 from sdxl_trt.export.leftovers import left_out

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdxl_trt.engines.errors import SourceError, explain_os_error
-from sdxl_trt.engines.path_texts import is_utf8
+from sdxl_trt.engines.host.paths import is_utf8
 from sdxl_trt.export.configs import PUBLISHED
 from sdxl_trt.export.graphs import PROMPT_TOKENS
 from sdxl_trt.mini import vocabulary

@@ -9,14 +9,14 @@ import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from sdxl_trt.engines.bundle import Bundle, read_bundle
-from sdxl_trt.engines.digests import verify_file
+from sdxl_trt.engines.bundle.bundle import Bundle, read_bundle
+from sdxl_trt.engines.bundle.digests import verify_file
+from sdxl_trt.engines.bundle.manifest import Component
+from sdxl_trt.engines.bundle.plan_record import PlanRecord
+from sdxl_trt.engines.bundle.records import FileRecord
 from sdxl_trt.engines.errors import IncompatibleError, SdxlTrtError, explain_os_error
-from sdxl_trt.engines.files import contained
-from sdxl_trt.engines.manifest import Component
-from sdxl_trt.engines.plan_records import PlanRecord
-from sdxl_trt.engines.plans import PLANS, close_to_others
-from sdxl_trt.engines.records import FileRecord
+from sdxl_trt.engines.host.files import contained
+from sdxl_trt.engines.plans.files import PLANS, close_to_others
 
 # What file systems without hard links answer.
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.EXDEV, errno.EMLINK, errno.ENOSYS)

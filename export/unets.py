@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sdxl_trt.engines.errors import SourceError
-from sdxl_trt.engines.path_texts import known_as
+from sdxl_trt.engines.host.paths import known_as
 from sdxl_trt.export.configs import PUBLISHED, read_json
 from sdxl_trt.export.hub import fetch_unet, parse_hub_id
 from sdxl_trt.export.predictions import said_schedule

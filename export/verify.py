@@ -11,9 +11,9 @@ import gc
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 
-from sdxl_trt.engines.base import numpy_dtype
-from sdxl_trt.engines.bundle import Bundle
-from sdxl_trt.engines.ort import OrtEngine
+from sdxl_trt.engines.backends.ort.engine import OrtEngine
+from sdxl_trt.engines.bundle.bundle import Bundle
+from sdxl_trt.engines.engine import numpy_dtype
 from sdxl_trt.export.components import ComponentPlan, StagePlan
 from sdxl_trt.export.judgement import NOT_RUN, Outputs, Results, judge
 from sdxl_trt.export.overflow import watch_dtypes, watch_peaks

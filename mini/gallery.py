@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from sdxl_trt.engines.files import atomic_write
+from sdxl_trt.engines.host.files import atomic_write
 from sdxl_trt.runtime import Request, open_bundle
 from sdxl_trt.runtime.sheets import contact_sheet
 

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sdxl_trt.engines.bundle.manifest import Manifest, Vae
 from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.engines.manifest import Manifest, Vae
 from sdxl_trt.runtime.decode import choose_tile, decode, decoder_sizes
 from sdxl_trt.runtime.encode import encode_sample, encoder_sizes
 from sdxl_trt.runtime.images import from_unit, to_unit

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdxl_trt.engines.command import one_line, print_json, run
 from sdxl_trt.engines.errors import UsageError
+from sdxl_trt.engines.host.console import one_line, print_json, run
 from sdxl_trt.runtime.options import NEGATIVE_SCORE, check_alone_with_workflow, make_parser
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from sdxl_trt.engines.base import Array, Engine, numpy_dtype
+from sdxl_trt.engines.bundle.manifest import Stage
+from sdxl_trt.engines.engine import Array, Engine, numpy_dtype
 from sdxl_trt.engines.errors import CorruptError
-from sdxl_trt.engines.manifest import Stage
 from sdxl_trt.runtime.guidance import guides
 from sdxl_trt.runtime.prompts import PromptEmbeds
 

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from sdxl_trt.engines.base import Array, Engine, numpy_dtype
+from sdxl_trt.engines.bundle.manifest import Vae
+from sdxl_trt.engines.engine import Array, Engine, numpy_dtype
 from sdxl_trt.engines.errors import CorruptError
-from sdxl_trt.engines.manifest import Vae
-from sdxl_trt.engines.pool import EnginePool
-from sdxl_trt.engines.profiles import TILE
+from sdxl_trt.engines.plans.sizes import TILE
+from sdxl_trt.engines.residency.pool import EnginePool
 from sdxl_trt.runtime.tiling import decode_tiled
 
 Latents = NDArray[np.float32]
@@ -30,7 +30,7 @@ def component_sizes(pool: EnginePool, name: str, sample: str) -> list[Span] | No
     record = pool.records.get(pool.stand_in(name))
     profiles = list(record.key.profiles) if record else []
     if pool.provider == "ort-tensorrt":
-        from sdxl_trt.engines.ort_providers import shape_limits  # noqa: PLC0415 - with it comes the planning of builds
+        from sdxl_trt.engines.backends.ort.providers import shape_limits  # noqa: PLC0415 - with it comes the planning of builds
 
         profiles = [shape_limits(pool.bundle, pool.stand_in(name))]
     shapes = [profile.shapes[sample] for profile in profiles]

@@ -11,7 +11,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from sdxl_trt.engines.base import Array, Engine, numpy_dtype
+from sdxl_trt.engines.engine import Array, Engine, numpy_dtype
 from sdxl_trt.engines.errors import CorruptError, UsageError
 from sdxl_trt.runtime.conditioning import Conditions
 from sdxl_trt.runtime.guidance import Guidance

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from sdxl_trt.engines.base import Array, Engine, numpy_dtype
+from sdxl_trt.engines.bundle.manifest import Vae
+from sdxl_trt.engines.engine import Array, Engine, numpy_dtype
 from sdxl_trt.engines.errors import CorruptError
-from sdxl_trt.engines.manifest import Vae
-from sdxl_trt.engines.pool import EnginePool
+from sdxl_trt.engines.residency.pool import EnginePool
 from sdxl_trt.runtime.decode import Latents, Size, Span, choose_tile, component_sizes
 from sdxl_trt.runtime.input_pictures import Fit, InputPicture, fitted
 from sdxl_trt.runtime.tiling import encode_tiled

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sdxl_trt.engines.manifest import Manifest, Scheduler
+from sdxl_trt.engines.bundle.manifest import Manifest, Scheduler
 from sdxl_trt.runtime.comfy_schedules import DISCARDING
 from sdxl_trt.runtime.cuts import Cuts, make_cuts
 from sdxl_trt.runtime.sigmas import Schedule, make_comfyui_schedule, make_schedule

@@ -5,7 +5,7 @@ __all__ = ["from_unit", "to_uint8", "to_uint8_truncated", "to_unit"]
 import numpy as np
 from numpy.typing import NDArray
 
-from sdxl_trt.engines.base import Array
+from sdxl_trt.engines.engine import Array
 
 
 def to_uint8(sample: Array) -> NDArray[np.uint8]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from sdxl_trt.engines.manifest import Manifest, Vae
+from sdxl_trt.engines.bundle.manifest import Manifest, Vae
 from sdxl_trt.runtime.encode import Moments
 from sdxl_trt.runtime.noise_sources import BatchNoise, NoiseSource, PictureNoise
 from sdxl_trt.runtime.prompts import PromptEmbeds

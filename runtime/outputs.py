@@ -160,7 +160,7 @@ def save_latents(path: Path | None, run: "Run | None") -> None:
         return
     import numpy as np  # noqa: PLC0415
 
-    from sdxl_trt.engines.files import atomic_write  # noqa: PLC0415
+    from sdxl_trt.engines.host.files import atomic_write  # noqa: PLC0415
 
     arrays = {"initial": run.initial, "final": run.final}
     if run.handoff is not None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdxl_trt.engines.errors import UsageError, explain_os_error
-from sdxl_trt.engines.files import atomic_write
+from sdxl_trt.engines.host.files import atomic_write
 from sdxl_trt.runtime.exif_texts import EDITOR, GRAPH, MAKER, UNICODE, exif_texts
 
 if TYPE_CHECKING:

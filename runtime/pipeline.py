@@ -14,10 +14,10 @@ from typing import Self
 
 import numpy as np
 
-from sdxl_trt.engines.bundle import read_bundle
+from sdxl_trt.engines.bundle.bundle import read_bundle
+from sdxl_trt.engines.bundle.manifest import Stage, Vae
 from sdxl_trt.engines.errors import SizeError
-from sdxl_trt.engines.manifest import Stage, Vae
-from sdxl_trt.engines.pool import EnginePool, open_pool
+from sdxl_trt.engines.residency.pool import EnginePool, open_pool
 from sdxl_trt.runtime.conditioning import make_conditions
 from sdxl_trt.runtime.cuts import Part
 from sdxl_trt.runtime.decode import choose_tile, decode, decoder_sizes

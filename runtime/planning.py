@@ -6,12 +6,12 @@ from pathlib import Path
 
 import msgspec
 
-from sdxl_trt.engines.bundle import Bundle, read_bundle
-from sdxl_trt.engines.memory_plan import MemoryPlan
-from sdxl_trt.engines.planning import check_for, stage_sizes
-from sdxl_trt.engines.profiles import Sizes, fixed
-from sdxl_trt.engines.providers import open_backend
-from sdxl_trt.engines.residency import plan_memory, settled_residency
+from sdxl_trt.engines.backends.open import open_backend
+from sdxl_trt.engines.bundle.bundle import Bundle, read_bundle
+from sdxl_trt.engines.bundle.profile import fixed
+from sdxl_trt.engines.plans.sizes import Sizes, check_for, stage_sizes
+from sdxl_trt.engines.residency.estimate import MemoryPlan
+from sdxl_trt.engines.residency.policy import plan_memory, settled_residency
 
 
 def plan_run(

@@ -10,8 +10,8 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from sdxl_trt.engines.bundle.manifest import Manifest
 from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.engines.manifest import Manifest
 from sdxl_trt.runtime.picture_files import save_image
 from sdxl_trt.runtime.run import Latents, Step
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from sdxl_trt.engines.base import Engine, numpy_dtype
+from sdxl_trt.engines.bundle.manifest import Manifest, Stage, TextEncoder, Tokenizer
+from sdxl_trt.engines.engine import Engine, numpy_dtype
 from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.engines.manifest import Manifest, Stage, TextEncoder, Tokenizer
-from sdxl_trt.engines.pool import EnginePool
-from sdxl_trt.engines.profiles import MAX_ROWS_OF_PROMPTS
+from sdxl_trt.engines.plans.sizes import MAX_ROWS_OF_PROMPTS
+from sdxl_trt.engines.residency.pool import EnginePool
 from sdxl_trt.runtime.prompt_weights import Chunk, chunked, parse_weights, weigh, without_embeddings
 from sdxl_trt.runtime.tokenizer import PromptTokenizer
 

@@ -8,7 +8,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.engines.files import sha256_file
+from sdxl_trt.engines.host.files import sha256_file
 from sdxl_trt.runtime.metadata import Settings, read_settings
 from sdxl_trt.runtime.options import NEGATIVE_SCORE, make_parser
 

@@ -12,9 +12,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from sdxl_trt.engines.bundle.manifest import Manifest, Scheduler
 from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.engines.manifest import Manifest, Scheduler
-from sdxl_trt.engines.plans import Limits
+from sdxl_trt.engines.plans.limits import Limits
 from sdxl_trt.runtime.cuts import CutSettings, Part
 from sdxl_trt.runtime.denoiser import PREDICTIONS
 from sdxl_trt.runtime.grids import make_grids

@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from sdxl_trt.engines.manifest import Manifest
+from sdxl_trt.engines.bundle.manifest import Manifest
 from sdxl_trt.runtime.metadata import describe
 from sdxl_trt.runtime.picture_files import save_image
 from sdxl_trt.runtime.provenance import bundle_name

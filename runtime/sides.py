@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from sdxl_trt.engines.bundle.manifest import Manifest, Stage
 from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.engines.manifest import Manifest, Stage
 from sdxl_trt.runtime.conditioning import MicroConditions
 from sdxl_trt.runtime.prompts import PENULTIMATE, Prompt
 

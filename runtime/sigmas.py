@@ -9,8 +9,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from sdxl_trt.engines.bundle.manifest import Edm, Scheduler
 from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.engines.manifest import Edm, Scheduler
 from sdxl_trt.runtime.comfy_schedules import comfyui_sigmas
 from sdxl_trt.runtime.schedules import FAMILIES, diffusers_grid, edm_grid, log_timesteps, parse_schedule
 from sdxl_trt.runtime.training_sigmas import (

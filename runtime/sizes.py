@@ -5,9 +5,9 @@ __all__ = ["MAX_SIDE", "picture_size"]
 import logging
 import math
 
+from sdxl_trt.engines.bundle.manifest import Manifest
 from sdxl_trt.engines.errors import SizeError
-from sdxl_trt.engines.manifest import Manifest
-from sdxl_trt.engines.plans import Limits
+from sdxl_trt.engines.plans.limits import Limits
 
 log = logging.getLogger("sdxl_trt.runtime")
 MAX_SIDE = 16384

@@ -10,9 +10,9 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import PurePosixPath
 
+from sdxl_trt.engines.bundle.manifest import LoraRecord, Manifest
 from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.engines.manifest import LoraRecord, Manifest
-from sdxl_trt.engines.path_texts import shell_word
+from sdxl_trt.engines.host.paths import shell_word
 from sdxl_trt.runtime.comfy_schedules import COMFYUI_SCHEDULES
 from sdxl_trt.runtime.samplers import sampler_names
 from sdxl_trt.runtime.sides import StageName, most_skipped

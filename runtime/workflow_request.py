@@ -24,10 +24,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from sdxl_trt.engines.bundle.manifest import Manifest
 from sdxl_trt.engines.errors import CorruptError, SizeError, UsageError
-from sdxl_trt.engines.files import contained
-from sdxl_trt.engines.manifest import Manifest
-from sdxl_trt.engines.plans import Limits
+from sdxl_trt.engines.host.files import contained
+from sdxl_trt.engines.plans.limits import Limits
 from sdxl_trt.runtime.input_pictures import InputPicture, read_input
 from sdxl_trt.runtime.request import Request, resolve
 from sdxl_trt.runtime.sides import Side, SideMix, StageName

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from sdxl_trt.engines.bundle.manifest import LoraRecord, Manifest
 from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.engines.manifest import LoraRecord, Manifest
 from sdxl_trt.runtime.comfy_node import Node
 from sdxl_trt.runtime.comfy_nodes import NODES, stated
 from sdxl_trt.runtime.cuts import Part

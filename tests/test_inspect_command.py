@@ -13,10 +13,10 @@ import msgspec
 import numpy as np
 import pytest
 
-from sdxl_trt.engines.bundle import Bundle, read_bundle, write_manifest
+from sdxl_trt.engines.bundle.bundle import Bundle, read_bundle, write_manifest
+from sdxl_trt.engines.bundle.plan_record import PlanRecord
 from sdxl_trt.engines.cli import main as trt_inspect
-from sdxl_trt.engines.compare import compare_engines
-from sdxl_trt.engines.plan_records import PlanRecord
+from sdxl_trt.engines.inspection.compare import compare_engines
 from sdxl_trt.mini.embedded import bundle_path
 
 

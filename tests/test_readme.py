@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sdxl_trt.engines.bundle import read_bundle
+from sdxl_trt.engines.bundle.bundle import read_bundle
 from sdxl_trt.mini.embedded import bundle_path
 
 ROOT = Path(__file__).parent.parent

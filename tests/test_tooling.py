@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.slow
 def test_the_type_checker_sees_a_planted_error() -> None:
-    planted = 'from sdxl_trt.engines.files import sha256_file\nx: int = sha256_file("not a path")\n'
+    planted = 'from sdxl_trt.engines.host.files import sha256_file\nx: int = sha256_file("not a path")\n'
     command = [sys.executable, "-m", "mypy", "--config-file", "pyproject.toml", "-c", planted]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 1

@@ -7,7 +7,7 @@ import pytest
 
 from sdxl_trt.benchmarks import activations
 from sdxl_trt.benchmarks.activations import Row, main, table
-from sdxl_trt.engines.manifest import Component
+from sdxl_trt.engines.bundle.manifest import Component
 from sdxl_trt.mini.embedded import bundle_path
 
 ROWS = [

@@ -11,8 +11,8 @@ from sdxl_trt.benchmarks.gpu_check import Result, main, report, run_check, run_c
 from sdxl_trt.benchmarks.gpu_checks import Check, all_checks
 from sdxl_trt.benchmarks.gpu_facts import no_driver
 from sdxl_trt.benchmarks.gpu_workplace import Skipped, Workplace
-from sdxl_trt.engines import ort_providers
-from sdxl_trt.engines.cuda_streams import Stream
+from sdxl_trt.engines.backends.cuda.streams import Stream
+from sdxl_trt.engines.backends.ort import providers as ort_providers
 
 pytestmark = pytest.mark.slow
 
@@ -214,7 +214,7 @@ def test_a_graph_that_cannot_be_captured_is_a_failure(workplace: Workplace, simu
 
 
 def test_no_graph_at_all_is_a_failure(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sdxl_trt.engines.trt_context import ShapedContext
+    from sdxl_trt.engines.backends.trt.context import ShapedContext
 
     monkeypatch.setattr(ShapedContext, "wants_graph", property(lambda self: False))
     result = run_check(check("tensorrt: CUDA graphs are used"), workplace)

@@ -18,10 +18,10 @@ from sdxl_trt.benchmarks.reports import BenchReport, Quality, Settings
 from sdxl_trt.benchmarks.subjects import Subject
 from sdxl_trt.benchmarks.tables import markdown
 from sdxl_trt.benchmarks.traces import Case, Trace
-from sdxl_trt.engines.bundle import read_bundle, write_manifest
+from sdxl_trt.engines.bundle.bundle import read_bundle, write_manifest
+from sdxl_trt.engines.bundle.manifest import LoraRecord
 from sdxl_trt.engines.errors import CorruptError, UsageError
-from sdxl_trt.engines.files import sha256_file
-from sdxl_trt.engines.manifest import LoraRecord
+from sdxl_trt.engines.host.files import sha256_file
 from sdxl_trt.mini.scenes import EVALUATION_SEEDS, render, sample_scene, training_pairs
 
 SETTINGS = Settings(

@@ -12,7 +12,7 @@ from sdxl_trt.benchmarks.inputs import draw_inputs, unet_rows, write_inputs
 from sdxl_trt.benchmarks.processes import Measured
 from sdxl_trt.benchmarks.roster import ROSTER, choose, command, shown, unable
 from sdxl_trt.benchmarks.subjects import find_subject
-from sdxl_trt.engines.bundle import read_bundle
+from sdxl_trt.engines.bundle.bundle import read_bundle
 from sdxl_trt.engines.errors import CorruptError, SdxlTrtError, UsageError
 from sdxl_trt.mini.embedded import bundle_path
 

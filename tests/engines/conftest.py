@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from sdxl_trt.engines.bundle import Bundle, read_bundle
-from sdxl_trt.engines.manifest import FORMAT_VERSION, Component, Manifest, Scheduler, Source, Stage, Vae
-from sdxl_trt.engines.records import FileRecord
+from sdxl_trt.engines.bundle.bundle import Bundle, read_bundle
+from sdxl_trt.engines.bundle.manifest import FORMAT_VERSION, Component, Manifest, Scheduler, Source, Stage, Vae
+from sdxl_trt.engines.bundle.records import FileRecord
 
 KINDS = {"unet": "unet", "text_encoder_2": "text_encoder", "vae_decoder": "vae_decoder", "vae_encoder": "vae_encoder"}
 SIGNATURES = {

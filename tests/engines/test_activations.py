@@ -8,10 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from sdxl_trt.engines.activations import estimate_activations, estimate_error, largest_axes, score_bytes
-from sdxl_trt.engines.bundle import read_bundle
-from sdxl_trt.engines.manifest import Component
-from sdxl_trt.engines.profiles import Profile, Range, component_profiles, fixed
+from sdxl_trt.engines.bundle.bundle import read_bundle
+from sdxl_trt.engines.bundle.manifest import Component
+from sdxl_trt.engines.bundle.profile import Profile, Range, fixed
+from sdxl_trt.engines.plans.sizes import component_profiles
+from sdxl_trt.engines.residency.activations import estimate_activations, estimate_error, largest_axes, score_bytes
 from sdxl_trt.mini.embedded import bundle_path
 
 Axis = int | tuple[int, int, int]

@@ -6,10 +6,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from sdxl_trt.engines.base import Array, check_inputs, numpy_dtype
+from sdxl_trt.engines.bundle.manifest import Component, Source, TensorSpec
+from sdxl_trt.engines.bundle.records import FileRecord
+from sdxl_trt.engines.engine import Array, check_inputs, numpy_dtype
 from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.engines.manifest import Component, Source, TensorSpec
-from sdxl_trt.engines.records import FileRecord
 
 Inputs = dict[str, Array]
 

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from sdxl_trt.engines import build, errors
-from sdxl_trt.engines.build import BuildEvent, BuildJob, build_plan
+from sdxl_trt.engines import errors
+from sdxl_trt.engines.build import process as build
+from sdxl_trt.engines.build.process import BuildEvent, BuildJob, build_plan
+from sdxl_trt.engines.bundle.profile import Profile
 from sdxl_trt.engines.errors import EngineError, ResourceError, UsageError
-from sdxl_trt.engines.profiles import Profile
 
 PRELUDE = """
 import hashlib, json, os, signal, sys

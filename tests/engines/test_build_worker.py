@@ -8,8 +8,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from sdxl_trt.engines.build_records import BuildJob, Message, Refused
-from sdxl_trt.engines.build_worker import Phases
+from sdxl_trt.engines.build.messages import BuildJob, Message, Refused
+from sdxl_trt.engines.build.worker import Phases
 
 FAKE = """
 import sys
@@ -80,7 +80,7 @@ def _run(tmp_path: Path, builder: str, *, close: bool) -> tuple[int, list[Messag
     )  # fmt: skip
     environment = os.environ | {"PYTHONPATH": str(modules.parent)}
     with (tmp_path / "plan").open("w+b") as plan, (tmp_path / "log").open("wb") as log:
-        command = [sys.executable, "-m", "sdxl_trt.engines.build_worker", str(plan.fileno())]
+        command = [sys.executable, "-m", "sdxl_trt.engines.build.worker", str(plan.fileno())]
         pipe = subprocess.PIPE
         with subprocess.Popen(
             command, stdin=pipe, stdout=pipe, stderr=log, env=environment, pass_fds=(plan.fileno(),)
@@ -130,7 +130,7 @@ def test_noise_on_stdout_is_in_the_log(tmp_path: Path) -> None:
 
 
 def test_a_tensorrt_that_is_not_there_is_named(tmp_path: Path) -> None:
-    """`sdxl_trt.engines.tensorrt_api` knows the remedy; here it only has to arrive."""
+    """`sdxl_trt.engines.backends.trt.api` knows the remedy; here it only has to arrive."""
     (tmp_path / "modules").mkdir()
     _, words, _ = _run(tmp_path / "modules", "pass\nraise ImportError('planted')", close=False)
     last = words[-1]

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from sdxl_trt.engines.builders import PlanFile, add_profiles, configure, memory_of, save_timing_cache, write_plan
+from sdxl_trt.engines.build.builder import PlanFile, add_profiles, configure, memory_of, save_timing_cache, write_plan
+from sdxl_trt.engines.build.network import BuildLog
+from sdxl_trt.engines.bundle.plan_record import BuildFlags, PlanMemory
+from sdxl_trt.engines.bundle.profile import Profile
 from sdxl_trt.engines.errors import EngineError, IncompatibleError, UsageError
-from sdxl_trt.engines.networks import BuildLog
-from sdxl_trt.engines.plan_records import BuildFlags, PlanMemory
-from sdxl_trt.engines.profiles import Profile
 
 PLAN = bytes(range(256)) * (1 << 17)
 

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sdxl_trt.engines import bundle as bundle_module
-from sdxl_trt.engines.bundle import Bundle, read_bundle, write_manifest
+from sdxl_trt.engines.bundle import bundle as bundle_module
+from sdxl_trt.engines.bundle.bundle import Bundle, read_bundle, write_manifest
+from sdxl_trt.engines.bundle.manifest import FORMAT_VERSION
 from sdxl_trt.engines.errors import CorruptError, IncompatibleError, ResourceError, SdxlTrtError, SourceError
-from sdxl_trt.engines.manifest import FORMAT_VERSION
 
 REFUSALS = (CorruptError, IncompatibleError, SourceError)
 Json = Any

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sdxl_trt.engines.bundle import Bundle
+from sdxl_trt.engines.bundle.bundle import Bundle
 from sdxl_trt.engines.errors import CorruptError
 
 Json = Any

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from sdxl_trt.engines.command import Parser, print_json, run
 from sdxl_trt.engines.errors import (
     CorruptError,
     EngineError,
@@ -17,6 +16,7 @@ from sdxl_trt.engines.errors import (
     SourceError,
     UsageError,
 )
+from sdxl_trt.engines.host.console import Parser, print_json, run
 
 
 @pytest.fixture

@@ -13,14 +13,14 @@ import msgspec
 import numpy as np
 import pytest
 
-from sdxl_trt.engines.base import Array, Engine, check_inputs
-from sdxl_trt.engines.bundle import Bundle, read_bundle
-from sdxl_trt.engines.compare import Agreement, Opened, compare_engines, compare_pair, reference_of
+from sdxl_trt.engines.backends.ort.engine import OrtEngine
+from sdxl_trt.engines.backends.ort.providers import shape_limits
+from sdxl_trt.engines.bundle.bundle import Bundle, read_bundle
+from sdxl_trt.engines.bundle.profile import Profile
+from sdxl_trt.engines.engine import Array, Engine, check_inputs
 from sdxl_trt.engines.errors import CorruptError, EngineError, IncompatibleError
-from sdxl_trt.engines.example_inputs import example_inputs
-from sdxl_trt.engines.ort import OrtEngine
-from sdxl_trt.engines.ort_providers import shape_limits
-from sdxl_trt.engines.profiles import Profile
+from sdxl_trt.engines.inspection.compare import Agreement, Opened, compare_engines, compare_pair, reference_of
+from sdxl_trt.engines.inspection.example_inputs import example_inputs
 from sdxl_trt.mini.embedded import bundle_path
 
 SEED = 3
@@ -245,7 +245,7 @@ def test_polygraphy_s_loaders_stay_out() -> None:
     """They let plans run code on the host: none is imported, and the module itself needs no Polygraphy."""
     code = """
 import sys
-import sdxl_trt.engines.compare as compare
+import sdxl_trt.engines.inspection.compare as compare
 assert not [name for name in sys.modules if name.startswith("polygraphy")]
 compare._polygraphy()
 found = [name for name in sys.modules if name.startswith(("polygraphy.backend.", "tensorrt", "torch"))]

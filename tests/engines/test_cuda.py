@@ -6,10 +6,10 @@ import threading
 import numpy as np
 import pytest
 
-from sdxl_trt.engines import cuda as cuda_module
-from sdxl_trt.engines.cuda import Cuda, cuda_runtime
-from sdxl_trt.engines.cuda_memory import DeviceBuffer, PinnedBuffer
-from sdxl_trt.engines.cuda_streams import Stream
+from sdxl_trt.engines.backends.cuda import runtime as cuda_module
+from sdxl_trt.engines.backends.cuda.memory import DeviceBuffer, PinnedBuffer
+from sdxl_trt.engines.backends.cuda.runtime import Cuda, cuda_runtime
+from sdxl_trt.engines.backends.cuda.streams import Stream
 from sdxl_trt.engines.errors import EngineError, IncompatibleError, ResourceError
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from sdxl_trt.engines import digests
-from sdxl_trt.engines.digests import verify_file
+from sdxl_trt.engines.bundle import digests
+from sdxl_trt.engines.bundle.digests import verify_file
+from sdxl_trt.engines.bundle.records import FileRecord
 from sdxl_trt.engines.errors import CorruptError, UsageError
-from sdxl_trt.engines.records import FileRecord
 
 CONTENT = b"weights" * 1000
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from sdxl_trt.engines import environment
-from sdxl_trt.engines.environment import device_available, here
+from sdxl_trt.engines.backends.trt import environment
+from sdxl_trt.engines.backends.trt.environment import device_available, here
+from sdxl_trt.engines.bundle.plan_record import ANY
 from sdxl_trt.engines.errors import IncompatibleError
-from sdxl_trt.engines.plan_records import ANY
 
 OPEN = (
     "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build  (dvs-builder@U22)\nGCC version:"

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdxl_trt.engines import files
 from sdxl_trt.engines.errors import CorruptError, ResourceError, SdxlTrtError, UsageError
-from sdxl_trt.engines.files import atomic_write, contained, sha256_file
+from sdxl_trt.engines.host import files
+from sdxl_trt.engines.host.files import atomic_write, contained, sha256_file
 
 
 @pytest.fixture

@@ -10,18 +10,18 @@ from typing import Any
 import msgspec
 import pytest
 
-from sdxl_trt.engines.bundle import Bundle, read_bundle, write_manifest
-from sdxl_trt.engines.compare import Agreement
+from sdxl_trt.engines.bundle.bundle import Bundle, read_bundle, write_manifest
+from sdxl_trt.engines.bundle.manifest import LoraRecord
+from sdxl_trt.engines.bundle.plan_record import BuildFlags, Environment, PlanKey, PlanMemory, PlanRecord
+from sdxl_trt.engines.bundle.profile import Range, fixed
+from sdxl_trt.engines.bundle.records import FileRecord
 from sdxl_trt.engines.errors import CorruptError, IncompatibleError, UsageError, VerificationError
-from sdxl_trt.engines.inspection import inspect_bundle
-from sdxl_trt.engines.manifest import LoraRecord
-from sdxl_trt.engines.plan_records import BuildFlags, Environment, PlanKey, PlanMemory, PlanRecord
-from sdxl_trt.engines.planning import profiles_of
-from sdxl_trt.engines.profiles import Range, Sizes, fixed
-from sdxl_trt.engines.rebuilds import find_rebuilds
-from sdxl_trt.engines.records import FileRecord
-from sdxl_trt.engines.tables import WIDTH
-from sdxl_trt.engines.verification import Verification
+from sdxl_trt.engines.host.tables import WIDTH
+from sdxl_trt.engines.inspection.compare import Agreement
+from sdxl_trt.engines.inspection.rebuilds import find_rebuilds
+from sdxl_trt.engines.inspection.report import inspect_bundle
+from sdxl_trt.engines.inspection.verification import Verification
+from sdxl_trt.engines.plans.sizes import Sizes, profiles_of
 from sdxl_trt.mini.embedded import bundle_path
 
 RTX_4090 = Environment(
@@ -171,7 +171,9 @@ def _statuses(bundle: Bundle) -> dict[str, tuple[str, list[str]]]:
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> Callable[[Environment], None]:
     """Return a function that says what this machine is."""
-    return lambda environment: monkeypatch.setattr("sdxl_trt.engines.environment.here", lambda _flavour: environment)
+    return lambda environment: monkeypatch.setattr(
+        "sdxl_trt.engines.backends.trt.environment.here", lambda _flavour: environment
+    )
 
 
 def test_what_would_be_rebuilt_and_why(plan: Any, here: Any) -> None:
@@ -216,7 +218,7 @@ def test_without_tensorrt_the_reason_is_told(plan: Any, monkeypatch: pytest.Monk
     def fail(_flavour: str) -> Environment:
         raise IncompatibleError("provider tensorrt needs tensorrt (No module named 'tensorrt'); pip install it")
 
-    monkeypatch.setattr("sdxl_trt.engines.environment.here", fail)
+    monkeypatch.setattr("sdxl_trt.engines.backends.trt.environment.here", fail)
     bundle = plan("unet")
     assert find_rebuilds(read_bundle(bundle_path()))[0].components[0].status == "missing"  # asked for without plans too
     plan("text_encoder", graph="1" * 64)

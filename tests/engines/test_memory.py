@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdxl_trt.engines import memory
 from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.engines.memory import available_host_memory, format_bytes, parse_bytes
+from sdxl_trt.engines.host import memory
+from sdxl_trt.engines.host.memory import available_host_memory, format_bytes, parse_bytes
 
 GIB = 1 << 30
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from sdxl_trt.engines.build.network import BuildLog, Parsed, allow_decomposition, new_network, parse_error
 from sdxl_trt.engines.errors import CorruptError, EngineError, ResourceError
-from sdxl_trt.engines.networks import BuildLog, Parsed, allow_decomposition, new_network, parse_error
 
 ACTIVATIONS = "Total Activation Memory: {} bytes"
 

@@ -9,8 +9,13 @@ import msgspec
 import numpy as np
 import pytest
 
-from sdxl_trt.engines import ort as ort_module
-from sdxl_trt.engines.bundle import Bundle
+from sdxl_trt.engines.backends.ort import engine as ort_module
+from sdxl_trt.engines.backends.ort.engine import DeviceTensors, OrtEngine
+from sdxl_trt.engines.backends.ort.providers import ExecutionProvider
+from sdxl_trt.engines.bundle.bundle import Bundle
+from sdxl_trt.engines.bundle.manifest import Component, Manifest, Scheduler, Source, Stage, TensorSpec, Vae
+from sdxl_trt.engines.bundle.profile import Profile
+from sdxl_trt.engines.bundle.records import FileRecord
 from sdxl_trt.engines.errors import (
     CorruptError,
     EngineError,
@@ -20,11 +25,6 @@ from sdxl_trt.engines.errors import (
     SizeError,
     UsageError,
 )
-from sdxl_trt.engines.manifest import Component, Manifest, Scheduler, Source, Stage, TensorSpec, Vae
-from sdxl_trt.engines.ort import DeviceTensors, OrtEngine
-from sdxl_trt.engines.ort_providers import ExecutionProvider
-from sdxl_trt.engines.profiles import Profile
-from sdxl_trt.engines.records import FileRecord
 
 Make = Callable[[Path], Bundle]
 
@@ -374,7 +374,7 @@ def test_bf16_is_refused_where_no_kernel_has_it(bundle, provider) -> None:
 def test_a_bundle_of_plans_alone_is_refused(tmp_path: Path) -> None:
     import msgspec
 
-    from sdxl_trt.engines.bundle import Bundle, read_bundle
+    from sdxl_trt.engines.bundle.bundle import Bundle, read_bundle
     from sdxl_trt.mini.embedded import bundle_path
 
     manifest = msgspec.structs.replace(read_bundle(bundle_path()).manifest, onnx=False)

@@ -15,11 +15,10 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from sdxl_trt.engines import ort_providers
-from sdxl_trt.engines.bundle import Bundle, read_bundle
-from sdxl_trt.engines.errors import CorruptError, IncompatibleError, UsageError
-from sdxl_trt.engines.ort import OrtEngine
-from sdxl_trt.engines.ort_providers import (
+from sdxl_trt.engines.backends.ort import providers as ort_providers
+from sdxl_trt.engines.backends.ort.cache import engine_cache
+from sdxl_trt.engines.backends.ort.engine import OrtEngine
+from sdxl_trt.engines.backends.ort.providers import (
     CPU,
     CUDA,
     RTX,
@@ -27,11 +26,12 @@ from sdxl_trt.engines.ort_providers import (
     ExecutionProvider,
     check_session,
     choose_provider,
-    engine_cache,
     shape_limits,
 )
-from sdxl_trt.engines.plan_records import BuildFlags, Environment, PlanKey, PlanMemory, PlanRecord
-from sdxl_trt.engines.profiles import Profile
+from sdxl_trt.engines.bundle.bundle import Bundle, read_bundle
+from sdxl_trt.engines.bundle.plan_record import BuildFlags, Environment, PlanKey, PlanMemory, PlanRecord
+from sdxl_trt.engines.bundle.profile import Profile
+from sdxl_trt.engines.errors import CorruptError, IncompatibleError, UsageError
 from sdxl_trt.mini.embedded import bundle_path
 
 GRAPHICS = [TENSORRT, CUDA, CPU]

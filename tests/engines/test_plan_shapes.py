@@ -2,10 +2,11 @@
 
 import pytest
 
+from sdxl_trt.engines.bundle.manifest import Component, TensorSpec
+from sdxl_trt.engines.bundle.profile import Profile, Range
 from sdxl_trt.engines.errors import SizeError
-from sdxl_trt.engines.manifest import Component, TensorSpec
-from sdxl_trt.engines.plan_shapes import choose_profile, outside_profiles
-from sdxl_trt.engines.profiles import Profile, Range, component_profiles
+from sdxl_trt.engines.plans.shapes import choose_profile, outside_profiles
+from sdxl_trt.engines.plans.sizes import component_profiles
 
 INPUTS = {"sample": ("rows", 4, "height", "width"), "timestep": ("rows",)}
 

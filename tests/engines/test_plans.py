@@ -8,13 +8,15 @@ from typing import Any
 import msgspec
 import pytest
 
-from sdxl_trt.engines.bundle import Bundle, read_bundle, write_manifest
+from sdxl_trt.engines.bundle.bundle import Bundle, read_bundle, write_manifest
+from sdxl_trt.engines.bundle.plan_record import ANY, BuildFlags, Environment, PlanKey, PlanMemory, PlanRecord
+from sdxl_trt.engines.bundle.profile import Profile, Range, fixed
+from sdxl_trt.engines.bundle.records import FileRecord
 from sdxl_trt.engines.errors import CorruptError, IncompatibleError, SdxlTrtError, SizeError
-from sdxl_trt.engines.plan_records import ANY, BuildFlags, Environment, PlanKey, PlanMemory, PlanRecord
-from sdxl_trt.engines.planning import profiles_of, stage_sizes
-from sdxl_trt.engines.plans import Limits, find_plan, has_plans, plan_limits, plan_path, read_plan, why_rebuild
-from sdxl_trt.engines.profiles import Profile, Range, Sizes, fixed
-from sdxl_trt.engines.records import FileRecord
+from sdxl_trt.engines.plans.files import plan_path, read_plan
+from sdxl_trt.engines.plans.limits import Limits, plan_limits
+from sdxl_trt.engines.plans.lookup import find_plan, has_plans, why_rebuild
+from sdxl_trt.engines.plans.sizes import Sizes, profiles_of, stage_sizes
 
 HERE = Environment(flavour="tensorrt", tensorrt="11.4.0.106", gpu="NVIDIA H100", compute_capability="9.0",
                    driver="580.1", platform="linux-x86_64")  # fmt: skip

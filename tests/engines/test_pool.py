@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 import pytest
 
-from sdxl_trt.engines.base import Array, Engine
-from sdxl_trt.engines.bundle import Bundle
+from sdxl_trt.engines.bundle.bundle import Bundle
+from sdxl_trt.engines.bundle.manifest import Component
+from sdxl_trt.engines.engine import Array, Engine
 from sdxl_trt.engines.errors import CorruptError, EngineError, ResourceError
-from sdxl_trt.engines.manifest import Component
-from sdxl_trt.engines.pool import EnginePool
+from sdxl_trt.engines.residency.pool import EnginePool
 
 NAMES = ("text_encoder", "unet", "refiner_unet", "vae_decoder")
 UNETS = ("unet", "refiner_unet")

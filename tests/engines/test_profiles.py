@@ -4,18 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sdxl_trt.engines.bundle.profile import Profile, Range, fixed
 from sdxl_trt.engines.errors import SizeError, UsageError
-from sdxl_trt.engines.profiles import (
-    Profile,
-    Range,
-    Sizes,
-    axes_of,
-    check_sizes,
-    component_profiles,
-    default_sizes,
-    fixed,
-    parse_range,
-)
+from sdxl_trt.engines.plans.sizes import Sizes, axes_of, check_sizes, component_profiles, default_sizes, parse_range
 
 UNET = {
     "sample": ("rows", 4, "height", "width"),

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sdxl_trt.engines import providers
-from sdxl_trt.engines.base import Engine, numpy_dtype
-from sdxl_trt.engines.bundle import Bundle, read_bundle
+from sdxl_trt.engines.backends import open as providers
+from sdxl_trt.engines.bundle.bundle import Bundle, read_bundle
+from sdxl_trt.engines.bundle.phases import run_components
+from sdxl_trt.engines.engine import Engine, numpy_dtype
 from sdxl_trt.engines.errors import IncompatibleError, ResourceError, UsageError
-from sdxl_trt.engines.memory_plan import MemoryPlan
-from sdxl_trt.engines.needs import run_components
-from sdxl_trt.engines.pool import EnginePool, open_pool
-from sdxl_trt.engines.residency import RESIDENCIES, plan_memory
+from sdxl_trt.engines.residency.estimate import MemoryPlan
+from sdxl_trt.engines.residency.policy import RESIDENCIES, plan_memory
+from sdxl_trt.engines.residency.pool import EnginePool, open_pool
 from sdxl_trt.mini.embedded import bundle_path
 
 pytestmark = pytest.mark.slow

@@ -10,14 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from sdxl_trt.engines.bundle import Bundle, read_bundle
+from sdxl_trt.engines.bundle.bundle import Bundle, read_bundle
+from sdxl_trt.engines.bundle.phases import run_components, run_phases, stand_ins
+from sdxl_trt.engines.bundle.plan_record import BuildFlags, Environment, PlanKey, PlanMemory, PlanRecord
+from sdxl_trt.engines.bundle.records import FileRecord
 from sdxl_trt.engines.errors import ResourceError, UsageError
-from sdxl_trt.engines.memory_plan import MemoryPlan
-from sdxl_trt.engines.needs import exact_sizes, host_need, run_components, run_phases, stand_ins
-from sdxl_trt.engines.plan_records import BuildFlags, Environment, PlanKey, PlanMemory, PlanRecord
-from sdxl_trt.engines.profiles import axes_of, component_profiles
-from sdxl_trt.engines.records import FileRecord
-from sdxl_trt.engines.residency import RESIDENCIES, check_residency, fallbacks, plan_memory, settled_residency
+from sdxl_trt.engines.plans.sizes import axes_of, component_profiles
+from sdxl_trt.engines.residency.estimate import MemoryPlan
+from sdxl_trt.engines.residency.needs import exact_sizes, host_need
+from sdxl_trt.engines.residency.policy import RESIDENCIES, check_residency, fallbacks, plan_memory, settled_residency
 from sdxl_trt.mini.embedded import bundle_path
 
 MINI = read_bundle(bundle_path())

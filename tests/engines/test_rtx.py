@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sdxl_trt.engines.bundle import read_bundle
+from sdxl_trt.engines.backends.ort.engine import OrtEngine
+from sdxl_trt.engines.backends.trt.engine import TrtEngine, open_device
+from sdxl_trt.engines.backends.trt.rtx import KernelCache, ParkedWeights
+from sdxl_trt.engines.bundle.bundle import read_bundle
 from sdxl_trt.engines.errors import EngineError
-from sdxl_trt.engines.ort import OrtEngine
-from sdxl_trt.engines.rtx import KernelCache, ParkedWeights
-from sdxl_trt.engines.trt import TrtEngine, open_device
 
 DIGEST = "0123456789abcdef" * 4
 TRT = types.SimpleNamespace(

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from sdxl_trt.engines.backends.trt.api import Messages, library_version, make_logger, tensorrt_module
 from sdxl_trt.engines.errors import IncompatibleError
-from sdxl_trt.engines.tensorrt_api import Messages, library_version, make_logger, tensorrt_module
 
 
 def _module(name: str, version: str | None, bindings: str = "") -> types.ModuleType:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sdxl_trt.engines.bundle import read_bundle
+from sdxl_trt.engines.bundle.bundle import read_bundle
 from sdxl_trt.export.cli import main
 from sdxl_trt.export.progress import Event
 from sdxl_trt.export.summary import progress_bar

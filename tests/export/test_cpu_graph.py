@@ -11,9 +11,9 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from sdxl_trt.engines.base import numpy_dtype
-from sdxl_trt.engines.bundle import Bundle, read_bundle
-from sdxl_trt.engines.ort import OrtEngine
+from sdxl_trt.engines.backends.ort.engine import OrtEngine
+from sdxl_trt.engines.bundle.bundle import Bundle, read_bundle
+from sdxl_trt.engines.engine import numpy_dtype
 from sdxl_trt.export.cpu_graph import for_cpu
 
 Arrays = dict[str, np.ndarray]

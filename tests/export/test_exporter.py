@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sdxl_trt.engines.bundle import read_bundle
+from sdxl_trt.engines.bundle.bundle import read_bundle
 from sdxl_trt.engines.errors import SourceError
 from sdxl_trt.export import Options, export_bundle
 from sdxl_trt.export.components import plan_components

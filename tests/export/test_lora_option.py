@@ -6,8 +6,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from sdxl_trt.engines.bundle.manifest import LoraRecord
 from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.engines.manifest import LoraRecord
 from sdxl_trt.export.components import Options
 from sdxl_trt.export.lora import ScaledLora
 from sdxl_trt.export.lora_file import Lora

@@ -9,10 +9,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from sdxl_trt.engines.bundle import read_bundle
+from sdxl_trt.engines.bundle.bundle import read_bundle
+from sdxl_trt.engines.bundle.manifest import Manifest, Tokenizer
+from sdxl_trt.engines.bundle.records import FileRecord
 from sdxl_trt.engines.errors import CorruptError
-from sdxl_trt.engines.manifest import Manifest, Tokenizer
-from sdxl_trt.engines.records import FileRecord
 from sdxl_trt.export.optimum_configs import component_config, model_index, scheduler_config, tokenizer_files
 from sdxl_trt.export.sources import BASE_CLASS, open_pipeline
 from sdxl_trt.export.tokenizers import LoadedTokenizer, load_tokenizer

@@ -12,7 +12,7 @@ import msgspec
 import onnx
 import pytest
 
-from sdxl_trt.engines.bundle import Bundle, read_bundle
+from sdxl_trt.engines.bundle.bundle import Bundle, read_bundle
 from sdxl_trt.engines.errors import CorruptError, IncompatibleError, ResourceError, SdxlTrtError, UsageError
 from sdxl_trt.export.optimum_layout import write_optimum
 from sdxl_trt.export.sources import BASE_CLASS, REFINER_CLASS, PipelineSource, open_pipeline

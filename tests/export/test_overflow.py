@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from sdxl_trt.engines.bundle import Bundle, read_bundle
+from sdxl_trt.engines.bundle.bundle import Bundle, read_bundle
 from sdxl_trt.engines.errors import VerificationError
 from sdxl_trt.export.components import ComponentPlan, Options, StagePlan, plan_components
 from sdxl_trt.export.overflow import FP16_MAX, NEAR_MISS, overflows, watch_dtypes, watch_peaks

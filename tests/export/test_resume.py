@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sdxl_trt.engines.bundle import Bundle, read_bundle
+from sdxl_trt.engines.bundle.bundle import Bundle, read_bundle
 from sdxl_trt.engines.errors import CorruptError, IncompatibleError, ResourceError, SdxlTrtError, UsageError
 from sdxl_trt.export import Options, export_bundle, exporter
 from sdxl_trt.export.exporter import plan_export

@@ -13,9 +13,9 @@ import pytest
 import torch
 from diffusers import schedulers
 
-from sdxl_trt.engines.base import Array
+from sdxl_trt.engines.bundle.manifest import Scheduler, TensorSpec
+from sdxl_trt.engines.engine import Array
 from sdxl_trt.engines.errors import CorruptError, SourceError
-from sdxl_trt.engines.manifest import Scheduler, TensorSpec
 from sdxl_trt.export.scheduler_classes import CLASSES, FLOW
 from sdxl_trt.export.scheduler_config import read_scheduler
 from sdxl_trt.runtime.conditioning import Conditions

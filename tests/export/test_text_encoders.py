@@ -9,9 +9,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from sdxl_trt.engines.bundle import read_bundle
+from sdxl_trt.engines.bundle.bundle import read_bundle
+from sdxl_trt.engines.bundle.manifest import Scheduler
 from sdxl_trt.engines.errors import SourceError, UsageError
-from sdxl_trt.engines.manifest import Scheduler
 from sdxl_trt.export.graphs import make_graph
 from sdxl_trt.export.models import MetaModel, build_model
 from sdxl_trt.export.optimum_configs import roles, tokenizer_roles

@@ -4,7 +4,7 @@ import pytest
 
 from sdxl_trt.benchmarks.gpu_checks import Check, all_checks
 from sdxl_trt.benchmarks.gpu_workplace import Skipped, Workplace
-from sdxl_trt.engines.environment import device_available
+from sdxl_trt.engines.backends.trt.environment import device_available
 
 pytestmark = pytest.mark.gpu
 

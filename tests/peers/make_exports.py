@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from conftest import SHAPES, make_pair
 
-from sdxl_trt.engines.bundle import read_bundle
+from sdxl_trt.engines.bundle.bundle import read_bundle
 from sdxl_trt.export import Options, export_bundle
 from sdxl_trt.export.optimum_layout import write_optimum
 from sdxl_trt.export.sources import BASE_CLASS, REFINER_CLASS, open_pipeline

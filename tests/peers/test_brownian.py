@@ -11,7 +11,7 @@ import pytest
 import torch
 import torchsde
 
-from sdxl_trt.engines.manifest import Scheduler
+from sdxl_trt.engines.bundle.manifest import Scheduler
 from sdxl_trt.runtime.brownian import BrownianPath
 from sdxl_trt.runtime.noise_sources import BatchNoise, PictureNoise
 from sdxl_trt.runtime.samplers import BROWNIAN, bind_sampler, brownian_span

@@ -15,7 +15,7 @@ import torch
 from diffusers.schedulers import scheduling_dpmsolver_sde
 from scipy import integrate, stats
 
-from sdxl_trt.engines.manifest import Scheduler
+from sdxl_trt.engines.bundle.manifest import Scheduler
 from sdxl_trt.runtime.comfy_schedules import comfyui_sigmas
 from sdxl_trt.runtime.samplers import STOCHASTIC, bind_sampler
 from sdxl_trt.runtime.samplers_adams import _SIGMA, _weights

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sdxl_trt.engines.bundle import Bundle, read_bundle
+from sdxl_trt.engines.bundle.bundle import Bundle, read_bundle
 from sdxl_trt.engines.errors import SourceError, UsageError
 from sdxl_trt.export import Options, export_bundle
 from sdxl_trt.runtime import Request, open_bundle

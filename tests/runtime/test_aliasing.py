@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sdxl_trt.engines.base import Array
-from sdxl_trt.engines.bundle import read_bundle
-from sdxl_trt.engines.manifest import TensorSpec
-from sdxl_trt.engines.pool import EnginePool
+from sdxl_trt.engines.bundle.bundle import read_bundle
+from sdxl_trt.engines.bundle.manifest import TensorSpec
+from sdxl_trt.engines.engine import Array
+from sdxl_trt.engines.residency.pool import EnginePool
 from sdxl_trt.mini.embedded import bundle_path
 from sdxl_trt.runtime import pipeline as pipeline_module
 from sdxl_trt.runtime.conditioning import make_conditions

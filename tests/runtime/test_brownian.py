@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdxl_trt.engines.manifest import Scheduler
+from sdxl_trt.engines.bundle.manifest import Scheduler
 from sdxl_trt.runtime import Request, open_bundle
 from sdxl_trt.runtime.brownian import DECIMALS, KEPT, BrownianPath
 from sdxl_trt.runtime.noise_sources import BatchNoise, NoiseSource, PictureNoise, Span

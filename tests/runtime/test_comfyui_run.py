@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sdxl_trt.engines.bundle.profile import Range, fixed
 from sdxl_trt.engines.errors import SizeError, UsageError
-from sdxl_trt.engines.plans import Limits
-from sdxl_trt.engines.profiles import Range, fixed
+from sdxl_trt.engines.plans.limits import Limits
 from sdxl_trt.runtime import Request, open_bundle
 from sdxl_trt.runtime import pipeline as pipeline_module
 from sdxl_trt.runtime.noise_sources import BatchNoise

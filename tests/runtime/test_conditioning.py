@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sdxl_trt.engines.bundle.manifest import Scheduler, Stage, TensorSpec, Vae
 from sdxl_trt.engines.errors import CorruptError
-from sdxl_trt.engines.manifest import Scheduler, Stage, TensorSpec, Vae
 from sdxl_trt.runtime.conditioning import MicroConditions, make_conditions
 from sdxl_trt.runtime.prompts import PromptEmbeds
 

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sdxl_trt.engines.bundle.manifest import Scheduler
 from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.engines.manifest import Scheduler
 from sdxl_trt.runtime.cuts import Cuts, CutSettings, Part, make_cuts
 from sdxl_trt.runtime.sigmas import Schedule, make_comfyui_schedule
 

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sdxl_trt.engines.bundle import read_bundle
+from sdxl_trt.engines.backends.ort.providers import shape_limits
+from sdxl_trt.engines.bundle.bundle import read_bundle
+from sdxl_trt.engines.bundle.manifest import Vae
+from sdxl_trt.engines.bundle.profile import Profile
 from sdxl_trt.engines.errors import CorruptError
-from sdxl_trt.engines.manifest import Vae
-from sdxl_trt.engines.ort_providers import shape_limits
-from sdxl_trt.engines.profiles import Profile
 from sdxl_trt.mini.embedded import bundle_path
 from sdxl_trt.runtime.decode import choose_tile, decode, decoder_sizes
 

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from sdxl_trt.engines.base import Array
+from sdxl_trt.engines.bundle.manifest import Scheduler, TensorSpec
+from sdxl_trt.engines.engine import Array
 from sdxl_trt.engines.errors import CorruptError, UsageError
-from sdxl_trt.engines.manifest import Scheduler, TensorSpec
 from sdxl_trt.runtime.conditioning import Conditions
 from sdxl_trt.runtime.denoiser import Denoiser
 from sdxl_trt.runtime.guidance import Guidance, guided_span

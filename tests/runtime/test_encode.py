@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sdxl_trt.engines.bundle.manifest import Vae
+from sdxl_trt.engines.bundle.profile import Profile
 from sdxl_trt.engines.errors import CorruptError
-from sdxl_trt.engines.manifest import Vae
-from sdxl_trt.engines.profiles import Profile
 from sdxl_trt.runtime.encode import Moments, encode, encoder_sizes
 from sdxl_trt.runtime.tiling import encode_tiled
 

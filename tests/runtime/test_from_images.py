@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdxl_trt.engines.bundle import read_bundle
+from sdxl_trt.engines.bundle.bundle import read_bundle
+from sdxl_trt.engines.bundle.phases import run_phases
 from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.engines.needs import run_phases
 from sdxl_trt.runtime import Pipeline, Request, pipeline
 from sdxl_trt.runtime.cli import main as trt_generate
 from sdxl_trt.runtime.input_pictures import read_input

@@ -8,7 +8,7 @@ from diffusers import EulerDiscreteScheduler, StableDiffusionXLImg2ImgPipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdxl_trt.engines.manifest import Scheduler
+from sdxl_trt.engines.bundle.manifest import Scheduler
 from sdxl_trt.runtime.cuts import Part
 from sdxl_trt.runtime.handoff import step_at_fraction, step_at_sigma
 from sdxl_trt.runtime.sigmas import make_schedule

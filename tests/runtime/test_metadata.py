@@ -305,7 +305,7 @@ def test_noise_of_its_own_is_asked_for(tmp_path: Path) -> None:
 
 
 def test_every_setting_that_is_written_is_read(pairs: Any) -> None:
-    from sdxl_trt.engines.bundle import read_bundle
+    from sdxl_trt.engines.bundle.bundle import read_bundle
     from sdxl_trt.runtime.request import Request, resolve
     from sdxl_trt.runtime.run import Run, finish
 
@@ -326,7 +326,7 @@ def test_every_setting_that_is_written_is_read(pairs: Any) -> None:
 
 
 def test_a_graph_is_written_for_comfyui_and_in_its_way_alone(pairs: Any, tmp_path: Path) -> None:
-    from sdxl_trt.engines.bundle import read_bundle
+    from sdxl_trt.engines.bundle.bundle import read_bundle
     from sdxl_trt.runtime.request import Request, resolve
     from sdxl_trt.runtime.run import Run, finish
     from sdxl_trt.runtime.workflow_reader import read_workflow

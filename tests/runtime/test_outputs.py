@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from sdxl_trt.engines.files import atomic_write
+from sdxl_trt.engines.host.files import atomic_write
 from sdxl_trt.runtime.file_names import MAX_STEM_BYTES, file_stem
 from sdxl_trt.runtime.outputs import Pictures
 from sdxl_trt.runtime.run import Picture

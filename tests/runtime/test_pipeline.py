@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sdxl_trt.engines import profiles
+from sdxl_trt.engines.bundle.profile import Range, fixed
 from sdxl_trt.engines.errors import SizeError
-from sdxl_trt.engines.plans import Limits
-from sdxl_trt.engines.profiles import Range, fixed
+from sdxl_trt.engines.plans import sizes as profiles
+from sdxl_trt.engines.plans.limits import Limits
 from sdxl_trt.runtime import Request, open_bundle
 from sdxl_trt.runtime import decode as decode_module
 from sdxl_trt.runtime import pipeline as pipeline_module

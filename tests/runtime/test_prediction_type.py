@@ -9,11 +9,11 @@ import pytest
 import torch
 from diffusers import EulerDiscreteScheduler
 
-from sdxl_trt.engines.base import Array
-from sdxl_trt.engines.bundle import read_bundle
+from sdxl_trt.engines.bundle.bundle import read_bundle
+from sdxl_trt.engines.bundle.manifest import Component
+from sdxl_trt.engines.engine import Array
 from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.engines.manifest import Component
-from sdxl_trt.engines.pool import EnginePool
+from sdxl_trt.engines.residency.pool import EnginePool
 from sdxl_trt.mini.embedded import bundle_path
 from sdxl_trt.runtime import Request, open_bundle
 from sdxl_trt.runtime.denoiser import PREDICTIONS

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdxl_trt.engines.bundle import read_bundle
+from sdxl_trt.engines.bundle.bundle import read_bundle
+from sdxl_trt.engines.bundle.manifest import Manifest
 from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.engines.manifest import Manifest
 from sdxl_trt.mini.embedded import bundle_path
 from sdxl_trt.runtime import Request, open_bundle
 from sdxl_trt.runtime.previews import EMBEDDED, SDXL, Colours, Preview, approximate, colours_of

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sdxl_trt.engines.bundle.manifest import Tokenizer
+from sdxl_trt.engines.bundle.records import FileRecord
 from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.engines.manifest import Tokenizer
-from sdxl_trt.engines.records import FileRecord
 from sdxl_trt.runtime.prompt_weights import MAX_DEPTH, Segment, chunked, parse_weights, weigh
 
 BOS, EOS, PAD = 1000, 1001, 7

@@ -10,10 +10,10 @@ import msgspec
 import numpy as np
 import pytest
 
-from sdxl_trt.engines.base import Array
-from sdxl_trt.engines.bundle import read_bundle
+from sdxl_trt.engines.bundle.bundle import read_bundle
+from sdxl_trt.engines.bundle.manifest import TensorSpec, TextEncoder
+from sdxl_trt.engines.engine import Array
 from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.engines.manifest import TensorSpec, TextEncoder
 from sdxl_trt.mini.embedded import bundle_path
 from sdxl_trt.runtime.prompt_weights import Segment, parse_weights, without_embeddings
 from sdxl_trt.runtime.prompts import Prompt, PromptEncoder

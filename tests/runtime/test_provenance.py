@@ -6,8 +6,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from sdxl_trt.engines.bundle import read_bundle
-from sdxl_trt.engines.manifest import Manifest
+from sdxl_trt.engines.bundle.bundle import read_bundle
+from sdxl_trt.engines.bundle.manifest import Manifest
 from sdxl_trt.runtime.provenance import MOST, bundle_name, warn_of_another_bundle
 
 

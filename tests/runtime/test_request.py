@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from sdxl_trt.engines.bundle.manifest import Manifest, Scheduler, Stage, Vae
 from sdxl_trt.engines.errors import SizeError, UsageError
-from sdxl_trt.engines.manifest import Manifest, Scheduler, Stage, Vae
 from sdxl_trt.runtime.request import MAX_SEED, Request, resolve
 from sdxl_trt.runtime.sizes import MAX_SIDE
 

@@ -12,9 +12,9 @@ from diffusers import EulerDiscreteScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdxl_trt.engines.base import Array
+from sdxl_trt.engines.bundle.manifest import Scheduler, TensorSpec
+from sdxl_trt.engines.engine import Array
 from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.engines.manifest import Scheduler, TensorSpec
 from sdxl_trt.runtime.conditioning import Conditions
 from sdxl_trt.runtime.denoiser import Denoiser
 from sdxl_trt.runtime.samplers import (

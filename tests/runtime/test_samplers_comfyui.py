@@ -13,9 +13,9 @@ import msgspec
 import numpy as np
 import pytest
 
-from sdxl_trt.engines.base import Array
+from sdxl_trt.engines.bundle.manifest import Manifest, Scheduler, Stage, TensorSpec, Vae
+from sdxl_trt.engines.engine import Array
 from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.engines.manifest import Manifest, Scheduler, Stage, TensorSpec, Vae
 from sdxl_trt.runtime.noise_sources import BatchNoise
 from sdxl_trt.runtime.pipeline import Pipeline
 from sdxl_trt.runtime.prompts import PromptEmbeds

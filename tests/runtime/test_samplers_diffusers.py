@@ -14,7 +14,7 @@ import pytest
 import torch
 from diffusers import schedulers
 
-from sdxl_trt.engines.manifest import Scheduler
+from sdxl_trt.engines.bundle.manifest import Scheduler
 from sdxl_trt.runtime.samplers import TWO_CALLS, bind_sampler
 from sdxl_trt.runtime.schedules import FAMILIES
 from sdxl_trt.runtime.sigmas import Schedule, make_schedule

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sdxl_trt.engines.bundle.manifest import Scheduler
 from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.engines.manifest import Scheduler
 from sdxl_trt.runtime.schedules import FAMILIES, SPACINGS, TRANSFORMS, parse_schedule
 from sdxl_trt.runtime.sigma_spans import beta_quantile
 from sdxl_trt.runtime.sigmas import make_schedule

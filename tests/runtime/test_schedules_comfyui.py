@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sdxl_trt.engines.bundle.manifest import Scheduler
 from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.engines.manifest import Scheduler
 from sdxl_trt.runtime.comfy_schedules import COMFYUI_SCHEDULES, DISCARDING
 from sdxl_trt.runtime.sigmas import make_comfyui_schedule
 from sdxl_trt.runtime.training_sigmas import comfyui_log_sigmas, comfyui_training_sigmas

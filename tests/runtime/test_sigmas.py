@@ -9,8 +9,8 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sdxl_trt.engines.bundle.manifest import Scheduler
 from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.engines.manifest import Scheduler
 from sdxl_trt.runtime.sigmas import make_comfyui_schedule, make_schedule
 
 # diffusers' own: it gives torch tensors to np.array.

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sdxl_trt.engines.bundle.manifest import Scheduler
 from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.engines.manifest import Scheduler
 from sdxl_trt.runtime.cuts import Cuts, CutSettings, Part, make_cuts
 from sdxl_trt.runtime.sigmas import make_comfyui_schedule, make_schedule
 from sdxl_trt.runtime.strength import first_step, grid_steps, settled_strength

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sdxl_trt.engines.bundle import Bundle
+from sdxl_trt.engines.bundle.bundle import Bundle
+from sdxl_trt.engines.bundle.manifest import Manifest, Scheduler, Stage, Tokenizer, Vae
+from sdxl_trt.engines.bundle.records import FileRecord
 from sdxl_trt.engines.errors import CorruptError, UsageError
-from sdxl_trt.engines.manifest import Manifest, Scheduler, Stage, Tokenizer, Vae
-from sdxl_trt.engines.records import FileRecord
 from sdxl_trt.runtime.tokenizer import PromptTokenizer
 
 WORDS = ["a", "red", "fox", "in", "the", "snow", "blue", "star"]

@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from sdxl_trt.engines.bundle.manifest import LoraRecord, Manifest, Scheduler, Stage, Vae
 from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.engines.manifest import LoraRecord, Manifest, Scheduler, Stage, Vae
 from sdxl_trt.runtime.input_pictures import InputPicture
 from sdxl_trt.runtime.request import Request, resolve
 from sdxl_trt.runtime.workflow import (

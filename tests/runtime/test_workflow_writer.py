@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from sdxl_trt.engines.bundle import read_bundle
+from sdxl_trt.engines.bundle.bundle import read_bundle
+from sdxl_trt.engines.bundle.manifest import LoraRecord, Manifest
 from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.engines.manifest import LoraRecord, Manifest
 from sdxl_trt.runtime.input_pictures import InputPicture, read_input
 from sdxl_trt.runtime.request import Request, ResolvedRequest, resolve
 from sdxl_trt.runtime.sides import Side

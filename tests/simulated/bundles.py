@@ -11,13 +11,14 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from sdxl_trt.engines.base import numpy_dtype
-from sdxl_trt.engines.bundle import MANIFEST, read_bundle, write_manifest
-from sdxl_trt.engines.manifest import Component, Manifest
-from sdxl_trt.engines.plan_records import BuildFlags, Environment, PlanKey, PlanMemory, PlanRecord
-from sdxl_trt.engines.plans import PLANS, plan_path
-from sdxl_trt.engines.profiles import Profile, Range, axes_of, component_profiles, default_sizes
-from sdxl_trt.engines.records import FileRecord
+from sdxl_trt.engines.bundle.bundle import MANIFEST, read_bundle, write_manifest
+from sdxl_trt.engines.bundle.manifest import Component, Manifest
+from sdxl_trt.engines.bundle.plan_record import BuildFlags, Environment, PlanKey, PlanMemory, PlanRecord
+from sdxl_trt.engines.bundle.profile import Profile, Range
+from sdxl_trt.engines.bundle.records import FileRecord
+from sdxl_trt.engines.engine import numpy_dtype
+from sdxl_trt.engines.plans.files import PLANS, plan_path
+from sdxl_trt.engines.plans.sizes import axes_of, component_profiles, default_sizes
 from simulated.plans import Plan, encode, output_shape, rounded
 
 Activations = Callable[[str, Profile], int]

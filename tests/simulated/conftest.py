@@ -10,9 +10,9 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from sdxl_trt.engines.manifest import TensorSpec
-from sdxl_trt.engines.plan_records import Environment
-from sdxl_trt.engines.profiles import Profile
+from sdxl_trt.engines.bundle.manifest import TensorSpec
+from sdxl_trt.engines.bundle.plan_record import Environment
+from sdxl_trt.engines.bundle.profile import Profile
 
 INPUTS = (
     TensorSpec(name="x", dtype="float32", shape=("rows", 4, "height")),

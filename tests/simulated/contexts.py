@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from sdxl_trt.engines.base import numpy_dtype
-from sdxl_trt.engines.manifest import TensorSpec
+from sdxl_trt.engines.bundle.manifest import TensorSpec
+from sdxl_trt.engines.engine import numpy_dtype
 from simulated.binding import LOCK, Bound
 from simulated.enumerations import Severity, Strategy
 from simulated.errors import SimulationError

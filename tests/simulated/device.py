@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from sdxl_trt.engines.plan_records import Environment, Flavour
+from sdxl_trt.engines.bundle.plan_record import Environment, Flavour
 from simulated.binding import specification
 from simulated.cudart import NAME, make_module
 from simulated.errors import SimulationError, violations
@@ -216,7 +216,7 @@ class SimulatedDevice:
 
     def environment(self) -> Environment:
         """Return what plans for this device are keyed by, as the code under test finds it; no call counts."""
-        from sdxl_trt.engines.environment import here
+        from sdxl_trt.engines.backends.trt.environment import here
 
         calls, sticky = Counter(self.calls), self._sticky_after
         self._sticky_after = None

@@ -11,11 +11,11 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from sdxl_trt.engines.base import numpy_dtype
-from sdxl_trt.engines.manifest import TensorSpec
-from sdxl_trt.engines.plan_records import Environment
-from sdxl_trt.engines.profiles import Profile
-from sdxl_trt.engines.records import Record
+from sdxl_trt.engines.bundle.manifest import TensorSpec
+from sdxl_trt.engines.bundle.plan_record import Environment
+from sdxl_trt.engines.bundle.profile import Profile
+from sdxl_trt.engines.bundle.records import Record
+from sdxl_trt.engines.engine import numpy_dtype
 
 MAGIC = b"SIMPLAN\0"
 HEAD = len(MAGIC) + 8

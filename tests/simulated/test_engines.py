@@ -8,8 +8,9 @@ import msgspec
 import numpy as np
 import pytest
 
-from sdxl_trt.engines.bundle import read_bundle
-from sdxl_trt.engines.plans import find_plan, read_plan
+from sdxl_trt.engines.bundle.bundle import read_bundle
+from sdxl_trt.engines.plans.files import read_plan
+from sdxl_trt.engines.plans.lookup import find_plan
 from sdxl_trt.mini.embedded import bundle_path
 
 X = np.random.default_rng(3).standard_normal((2, 4, 8)).astype(np.float32)

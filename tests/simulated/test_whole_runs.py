@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sdxl_trt.engines.bundle import Bundle, read_bundle
+from sdxl_trt.engines.bundle.bundle import Bundle, read_bundle
+from sdxl_trt.engines.bundle.plan_record import PlanRecord
 from sdxl_trt.engines.errors import EngineError, ResourceError, SdxlTrtError
-from sdxl_trt.engines.plan_records import PlanRecord
 from sdxl_trt.runtime import Request, open_bundle
 
 pytestmark = pytest.mark.slow

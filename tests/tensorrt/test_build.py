@@ -15,13 +15,13 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from sdxl_trt.engines.build import BuildEvent, BuildJob, BuiltPlan, build_plan
-from sdxl_trt.engines.bundle import read_bundle
+from sdxl_trt.engines.build.process import BuildEvent, BuildJob, BuiltPlan, build_plan
+from sdxl_trt.engines.bundle.bundle import read_bundle
+from sdxl_trt.engines.bundle.manifest import Component
+from sdxl_trt.engines.bundle.plan_record import BuildFlags
+from sdxl_trt.engines.bundle.profile import Profile, fixed
 from sdxl_trt.engines.errors import CorruptError, EngineError, ResourceError, SdxlTrtError, UsageError
-from sdxl_trt.engines.manifest import Component
-from sdxl_trt.engines.plan_records import BuildFlags
-from sdxl_trt.engines.planning import profiles_of, stage_sizes
-from sdxl_trt.engines.profiles import Profile, component_profiles, fixed
+from sdxl_trt.engines.plans.sizes import component_profiles, profiles_of, stage_sizes
 from sdxl_trt.mini.embedded import bundle_path
 
 pytestmark = pytest.mark.usefixtures("tensorrt")
@@ -195,7 +195,7 @@ class _Stop(Exception):  # noqa: N818 - it is no error
 def _pid_of_child() -> int:
     children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
     commands = {int(pid): Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children}
-    return next(pid for pid, command in commands.items() if b"build_worker" in command)
+    return next(pid for pid, command in commands.items() if b"engines.build.worker" in command)
 
 
 def _is_building(event: BuildEvent) -> bool:
@@ -237,7 +237,7 @@ def test_the_builder_ends_with_a_parent_that_was_killed(tmp_path: Path) -> None:
     """Nobody tidies up after SIGKILL: the child sees its stdin close, in the midst of TensorRT's own code."""
     plan = tmp_path / "plan"
     with plan.open("w+b") as file:
-        command = [sys.executable, "-m", "sdxl_trt.engines.build_worker", str(file.fileno())]
+        command = [sys.executable, "-m", "sdxl_trt.engines.build.worker", str(file.fileno())]
         pipe = subprocess.PIPE
         with subprocess.Popen(command, stdin=pipe, stdout=pipe, pass_fds=(file.fileno(),)) as child:
             assert child.stdin
@@ -256,7 +256,7 @@ def test_the_builder_ends_with_a_parent_that_was_killed(tmp_path: Path) -> None:
 def test_a_disk_that_is_full(tmp_path: Path) -> None:
     """The worker writes to the file that it is given: /dev/full has no room."""
     with Path("/dev/full").open("r+b", buffering=0) as full:
-        command = [sys.executable, "-m", "sdxl_trt.engines.build_worker", str(full.fileno())]
+        command = [sys.executable, "-m", "sdxl_trt.engines.build.worker", str(full.fileno())]
         given = msgspec.json.encode(_job(tmp_path), enc_hook=str) + b"\n"
         pipe = subprocess.PIPE
         with subprocess.Popen(command, stdin=pipe, stdout=pipe, pass_fds=(full.fileno(),)) as child:

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from sdxl_trt.benchmarks.tensorrt_on_cpu import assemble, child_environment, unavailable
-from sdxl_trt.engines.bundle import Bundle, read_bundle
-from sdxl_trt.engines.digests import verify_file
-from sdxl_trt.engines.plans import read_plan
-from sdxl_trt.engines.profiles import fixed
+from sdxl_trt.engines.bundle.bundle import Bundle, read_bundle
+from sdxl_trt.engines.bundle.digests import verify_file
+from sdxl_trt.engines.bundle.profile import fixed
+from sdxl_trt.engines.plans.files import read_plan
 from sdxl_trt.export.cli import main
 
 pytestmark = pytest.mark.slow
@@ -146,8 +146,9 @@ def test_a_plan_of_what_was_exported_anew_is_dropped(copied: Path, tmp_path: Pat
 def test_a_bundle_of_plans_alone(planned: Path, tmp_path: Path) -> None:
     import msgspec
 
-    from sdxl_trt.engines.bundle import write_manifest
-    from sdxl_trt.engines.planning import drop_onnx, planned_components
+    from sdxl_trt.engines.build.bundle_plans import drop_onnx
+    from sdxl_trt.engines.bundle.bundle import write_manifest
+    from sdxl_trt.engines.plans.lookup import planned_components
 
     root = Path(shutil.copytree(planned, tmp_path / "bundle"))
     bundle = read_bundle(root)
@@ -167,7 +168,7 @@ def test_a_bundle_of_plans_alone(planned: Path, tmp_path: Path) -> None:
 
 
 def _any_profile(bundle: Bundle, name: str) -> Any:
-    from sdxl_trt.engines.planning import profiles_of, stage_sizes
+    from sdxl_trt.engines.plans.sizes import profiles_of, stage_sizes
 
     return profiles_of(bundle.manifest.components[name], stage_sizes(bundle.manifest), bundle.manifest.base.vae.factor)
 

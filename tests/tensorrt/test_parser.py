@@ -9,7 +9,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from sdxl_trt.engines.bundle import read_bundle
+from sdxl_trt.engines.bundle.bundle import read_bundle
 from sdxl_trt.export import Options, export_bundle
 from sdxl_trt.mini.embedded import bundle_path
 

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sdxl_trt.engines.base import numpy_dtype
-from sdxl_trt.engines.bundle import Bundle, read_bundle
-from sdxl_trt.engines.manifest import Component
-from sdxl_trt.engines.ort import OrtEngine
-from sdxl_trt.engines.plan_records import PlanRecord
-from sdxl_trt.engines.trt import TrtDevice, TrtEngine, open_device
+from sdxl_trt.engines.backends.ort.engine import OrtEngine
+from sdxl_trt.engines.backends.trt.engine import TrtDevice, TrtEngine, open_device
+from sdxl_trt.engines.bundle.bundle import Bundle, read_bundle
+from sdxl_trt.engines.bundle.manifest import Component
+from sdxl_trt.engines.bundle.plan_record import PlanRecord
+from sdxl_trt.engines.engine import numpy_dtype
 
 SIZES: dict[str, int | tuple[int, int, int]] = {
     "height": (16, 32, 48), "width": (16, 32, 48), "batch": (1, 1, 2), "tokens": (77, 77, 154),

@@ -5,8 +5,8 @@ import logging
 import numpy as np
 import pytest
 
+from sdxl_trt.engines.backends.trt.context import MAX_SHAPES
 from sdxl_trt.engines.errors import SizeError
-from sdxl_trt.engines.trt_context import MAX_SHAPES
 
 
 @pytest.mark.parametrize(

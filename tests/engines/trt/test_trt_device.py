@@ -2,8 +2,8 @@
 
 import pytest
 
+from sdxl_trt.engines.backends.trt.engine import open_device
 from sdxl_trt.engines.errors import EngineError, IncompatibleError, ResourceError
-from sdxl_trt.engines.trt import open_device
 
 
 def test_a_device_closes_twice_and_opens_again(simulated) -> None:

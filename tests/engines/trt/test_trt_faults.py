@@ -6,9 +6,9 @@ import msgspec
 import numpy as np
 import pytest
 
+from sdxl_trt.engines.backends.trt.engine import TrtDevice, TrtEngine, open_device
+from sdxl_trt.engines.bundle.plan_record import PlanRecord
 from sdxl_trt.engines.errors import CorruptError, EngineError, IncompatibleError, ResourceError, SizeError, UsageError
-from sdxl_trt.engines.plan_records import PlanRecord
-from sdxl_trt.engines.trt import TrtDevice, TrtEngine, open_device
 
 
 def test_shapes_outside_the_profiles_are_a_size_error(planned, device) -> None:

@@ -1,0 +1,1 @@
+"""CUDA: the runtime API, device memory and streams."""

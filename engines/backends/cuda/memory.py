@@ -1,0 +1,66 @@
+"""Memory of the device, and pinned memory of the host that it copies from and to."""
+
+__all__ = ["DeviceBuffer", "PinnedBuffer"]
+
+import ctypes
+import math
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from sdxl_trt.engines.backends.cuda.runtime import Cuda, Owned
+from sdxl_trt.engines.engine import Array
+from sdxl_trt.engines.errors import EngineError
+
+
+class DeviceBuffer(Owned):
+    """`nbytes` of device memory, aligned to 256 bytes at least as all that cudaMalloc returns."""
+
+    destroy = "cudaFree"
+
+    def __init__(self, cuda: Cuda, nbytes: int, doing: str) -> None:
+        super().__init__(cuda, int(cuda.call("cudaMalloc", nbytes, doing=doing)))
+        self.nbytes = nbytes
+        cuda.count(device=nbytes)
+
+    @property
+    def address(self) -> int:
+        """Where it starts; EngineError after `free`."""
+        return int(self.held())
+
+    def free(self) -> bool:
+        """See Owned.free."""
+        if freed := super().free():
+            self.cuda.count(device=-self.nbytes)
+        return freed
+
+
+class PinnedBuffer(Owned):
+    """`nbytes` of host memory that the device copies from and to without a detour."""
+
+    destroy = "cudaFreeHost"
+
+    def __init__(self, cuda: Cuda, nbytes: int, doing: str) -> None:
+        super().__init__(cuda, int(cuda.call("cudaMallocHost", nbytes, doing=doing)))
+        self.nbytes = nbytes
+        cuda.count(pinned=nbytes)
+
+    @property
+    def address(self) -> int:
+        """Where it starts; EngineError after `free`."""
+        return int(self.held())
+
+    def view(self, offset: int, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+        """Return the bytes from `offset` as an array, not to be touched after `free`."""
+        length = math.prod(shape) * np.dtype(dtype).itemsize
+        if not 0 <= offset <= offset + length <= self.nbytes:
+            raise EngineError(f"bytes {offset} to {offset + length} of a buffer of {self.nbytes}; this is a bug")
+        raw = (ctypes.c_char * length).from_address(int(self.held()) + offset)
+        array: Array = np.ndarray(shape, dtype, buffer=memoryview(raw))
+        return array
+
+    def free(self) -> bool:
+        """See Owned.free."""
+        if freed := super().free():
+            self.cuda.count(pinned=-self.nbytes)
+        return freed

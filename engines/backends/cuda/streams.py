@@ -1,0 +1,92 @@
+"""Streams of CUDA's, copies on them, and graphs that are captured of their work."""
+
+__all__ = ["Graph", "Stream"]
+
+from collections.abc import Callable
+from typing import Any
+
+from sdxl_trt.engines.backends.cuda.runtime import Cuda, Owned
+from sdxl_trt.engines.engine import Array
+from sdxl_trt.engines.errors import SdxlTrtError
+
+
+class Stream(Owned):
+    """A stream that does not wait for the default one."""
+
+    destroy = "cudaStreamDestroy"
+
+    def __init__(self, cuda: Cuda) -> None:
+        flags = cuda.runtime.cudaStreamNonBlocking
+        super().__init__(cuda, cuda.call("cudaStreamCreateWithFlags", flags, doing="creating a CUDA stream"))
+
+    @property
+    def handle(self) -> int:
+        """The stream as TensorRT takes it."""
+        return int(self.held())
+
+    def upload(self, address: int, source: Array, doing: str) -> None:
+        """Copy `source`, contiguous and left alone until `synchronize`, to device memory at `address`."""
+        kind = self.cuda.runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
+        self._copy(address, source.ctypes.data, source.nbytes, kind, doing)
+
+    def download(self, target: Array, address: int, doing: str) -> None:
+        """Copy device memory at `address` to `target`, contiguous and not to be read before `synchronize`."""
+        kind = self.cuda.runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        self._copy(target.ctypes.data, address, target.nbytes, kind, doing)
+
+    def synchronize(self, doing: str) -> None:
+        """Wait until all that was put on the stream is done; raise what went wrong in it."""
+        self.cuda.call("cudaStreamSynchronize", self.held(), doing=doing)
+
+    def drain(self, doing: str) -> SdxlTrtError | None:
+        """Wait as `synchronize`, on the way out of an error; return what went wrong on the stream, if anything.
+
+        The buffers of what still runs must outlive it.
+        """
+        try:
+            self.synchronize(doing)
+        except SdxlTrtError as exc:
+            return exc
+        return None
+
+    def launch(self, graph: "Graph", doing: str) -> None:
+        """Put a captured graph on the stream."""
+        self.cuda.call("cudaGraphLaunch", graph.executable, self.held(), doing=doing)
+
+    def capture(self, record: Callable[[], None], doing: str) -> "Graph":
+        """Return what `record` puts on this stream as a graph; nothing of it is run. Raises what `record` raises."""
+        # Other threads go on allocating meanwhile, which the global mode would forbid them.
+        mode = self.cuda.runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        self.cuda.call("cudaStreamBeginCapture", self.held(), mode, doing=doing)
+        try:
+            record()
+        except BaseException:
+            self._abandon_capture()
+            raise
+        template = self.cuda.call("cudaStreamEndCapture", self.held(), doing=doing)
+        try:
+            return Graph(self.cuda, template, doing)
+        finally:
+            self.cuda.quietly("cudaGraphDestroy", template)
+
+    def _abandon_capture(self) -> None:
+        error, template = self.cuda.runtime.cudaStreamEndCapture(self.held())
+        if error == self.cuda.runtime.cudaError_t.cudaSuccess:
+            self.cuda.quietly("cudaGraphDestroy", template)
+
+    def _copy(self, target: int, source: int, nbytes: int, kind: Any, doing: str) -> None:
+        self.cuda.call("cudaMemcpyAsync", target, source, nbytes, kind, self.held(), doing=doing)
+
+
+class Graph(Owned):
+    """A captured sequence of work, ready for Stream.launch; the memory that it names must outlive it."""
+
+    destroy = "cudaGraphExecDestroy"
+
+    def __init__(self, cuda: Cuda, template: Any, doing: str) -> None:
+        super().__init__(cuda, cuda.call("cudaGraphInstantiate", template, 0, doing=doing))
+
+    @property
+    def executable(self) -> Any:
+        """What cudaGraphLaunch takes."""
+        return self.held()

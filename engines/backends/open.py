@@ -1,0 +1,129 @@
+"""Which provider runs a bundle on this machine, and how its engines are made."""
+
+__all__ = ["PROVIDERS", "Backend", "open_backend"]
+
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import cast
+
+from sdxl_trt.engines.bundle.bundle import Bundle
+from sdxl_trt.engines.bundle.phases import run_components
+from sdxl_trt.engines.bundle.plan_record import Flavour, PlanRecord
+from sdxl_trt.engines.engine import Engine
+from sdxl_trt.engines.errors import IncompatibleError, SdxlTrtError, UsageError
+from sdxl_trt.engines.host.memory import available_host_memory
+from sdxl_trt.engines.plans.limits import Limits, plan_limits
+from sdxl_trt.engines.plans.lookup import find_plan, has_plans
+
+log = logging.getLogger(__name__)
+PROVIDERS = ("ort-cpu", "ort-cuda", "ort-tensorrt", "tensorrt", "tensorrt-rtx")
+_FLAVOURS: tuple[Flavour, ...] = ("tensorrt", "tensorrt-rtx")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A provider made ready: nothing of the bundle is loaded yet.
+
+    `make` returns an engine for a component; its second argument is the bytes of weights that may lie on the device,
+    None for all. `free` is the memory that engines are loaded into, in bytes, None where it is not known. `records`
+    are the plans in use, `limits` what they take, and `close` frees the device.
+    """
+
+    provider: str
+    make: Callable[..., Engine]
+    free: int | None
+    records: Mapping[str, PlanRecord] = field(default_factory=dict)
+    limits: Limits | None = None
+    close: Callable[[], None] = lambda: None
+
+
+def open_backend(bundle: Bundle, provider: str) -> Backend:
+    """Return the backend for `provider`, or under "auto" the fastest that this machine and the bundle have.
+
+    A plan that is there and does not fit this machine is an error under "auto" too; a library or a device that is
+    missing is a warning. Raises UsageError for an unknown provider, IncompatibleError for one that cannot be had.
+    """
+    if provider not in ("auto", *PROVIDERS):
+        raise UsageError(f"unknown provider {provider!r}; choose one of auto, {', '.join(PROVIDERS)}")
+    if provider == "auto":
+        return _fastest(bundle)
+    for flavour in _FLAVOURS:
+        if provider == flavour:
+            return _tensorrt(bundle, flavour)
+    return _onnxruntime(bundle, provider)
+
+
+def _fastest(bundle: Bundle) -> Backend:
+    for flavour in _FLAVOURS:
+        if not has_plans(bundle, flavour):
+            continue
+        reason = _unavailable(flavour)
+        if reason is None:
+            return _tensorrt(bundle, flavour)
+        if not bundle.manifest.onnx:
+            raise reason
+        log.warning("the bundle's %s plans are not used: %s", flavour, reason)
+    return _onnxruntime(bundle, "ort-cuda" if _onnxruntime_has_cuda() else "ort-cpu")
+
+
+def _unavailable(flavour: Flavour) -> IncompatibleError | None:
+    """Return why TensorRT cannot run here, its library, the driver or the GPU missing, or None where it can."""
+    from sdxl_trt.engines.backends.trt.device import open_device  # noqa: PLC0415 - one import a provider
+
+    try:
+        open_device(flavour).close()
+    except IncompatibleError as exc:
+        return exc
+    return None
+
+
+def _tensorrt(bundle: Bundle, flavour: Flavour) -> Backend:
+    from sdxl_trt.engines.backends.trt.engine import TrtEngine, open_device  # noqa: PLC0415
+    from sdxl_trt.engines.backends.trt.environment import here  # noqa: PLC0415 - one import a provider
+
+    environment = here(flavour)
+    records = {name: find_plan(bundle, name, environment) for name in run_components(bundle.manifest, flavour)}
+    for name in run_components(bundle.manifest, flavour, images=True):
+        # What only some runs need may lack a plan until one of them comes.
+        if name not in records:
+            with suppress(IncompatibleError):
+                records[name] = find_plan(bundle, name, environment)
+    device = open_device(flavour)
+    free, _ = device.cuda.memory()
+
+    def make(name: str, weight_budget: int | None = None) -> Engine:
+        record = records.get(name) or find_plan(bundle, name, environment)
+        return TrtEngine(bundle, record, device, weight_budget=weight_budget)
+
+    return Backend(flavour, make, free, records, plan_limits(bundle, records.values()), device.close)
+
+
+def _onnxruntime(bundle: Bundle, provider: str) -> Backend:
+    from sdxl_trt.engines.backends.ort.engine import OrtEngine  # noqa: PLC0415 - one import a provider
+    from sdxl_trt.engines.backends.ort.providers import OrtProvider  # noqa: PLC0415
+
+    def make(name: str) -> Engine:
+        return OrtEngine(bundle, name, cast(OrtProvider, provider))
+
+    return Backend(provider, make, available_host_memory() if provider == "ort-cpu" else _free_device_memory())
+
+
+def _free_device_memory() -> int | None:
+    """Return what is free on the GPU, or None where that cannot be asked: ONNX Runtime needs no CUDA bindings."""
+    from sdxl_trt.engines.backends.cuda.runtime import Cuda  # noqa: PLC0415 - one import a provider
+
+    try:
+        free, _ = Cuda().memory()
+    except SdxlTrtError:
+        return None
+    return free
+
+
+def _onnxruntime_has_cuda() -> bool:
+    try:
+        import onnxruntime  # noqa: PLC0415 - 0.1 s, and its absence is for OrtEngine to explain
+    except ImportError:
+        return False
+    return "CUDAExecutionProvider" in onnxruntime.get_available_providers()

@@ -1,0 +1,1 @@
+"""ONNX Runtime: engines, execution providers and the cache of compiled engines."""

@@ -1,0 +1,46 @@
+"""The folder in which ONNX Runtime's TensorRT providers keep the engines that they compile."""
+
+__all__ = []
+
+
+import hashlib
+import os
+import stat
+from pathlib import Path
+
+import msgspec
+
+from sdxl_trt.engines.bundle.bundle import Bundle
+from sdxl_trt.engines.bundle.profile import Profile
+from sdxl_trt.engines.errors import UsageError, explain_os_error
+
+_DIGITS = 16
+
+
+def engine_cache(bundle: Bundle, name: str, provider: str, limits: Profile) -> Path:
+    """Return the folder for the engines that `provider` compiles from component `name`, made if need be.
+
+    ONNX Runtime names an engine by the names in its graph alone: without a folder for each set of weights, a
+    fine-tune would run with the weights of the model that was first. Engines are code that ONNX Runtime runs
+    unchecked, so a folder that others may write raises UsageError.
+    """
+    component = bundle.manifest.components[name]
+    parts = [component.graph.sha256, component.weights.sha256, provider, msgspec.json.encode(limits).decode()]
+    key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:_DIGITS]
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folders = [caches / "sdxl-trt", caches / "sdxl-trt" / "onnxruntime", caches / "sdxl-trt" / "onnxruntime" / key]
+    try:
+        caches.mkdir(parents=True, exist_ok=True)
+        for folder in folders:
+            folder.mkdir(mode=0o700, exist_ok=True)
+            _require_private(folder)
+    except OSError as exc:
+        raise explain_os_error(exc, f"making the engine cache {folders[-1]}") from exc
+    return folders[-1]
+
+
+def _require_private(folder: Path) -> None:
+    status = folder.stat()
+    if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise UsageError(f"{folder}: others may write it, and engines in it are code that would run here; chmod go-w"
+                         " it, or set XDG_CACHE_HOME to a folder of your own")  # fmt: skip

@@ -1,0 +1,233 @@
+"""ONNX Runtime behind the Engine protocol, on a CPU or on a GPU."""
+
+__all__ = ["OrtEngine"]
+
+import mmap
+from collections.abc import Mapping, Sequence
+from pathlib import PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from sdxl_trt.engines.backends.ort.providers import (
+    ORT_PROVIDERS,
+    ExecutionProvider,
+    OrtProvider,
+    choose_provider,
+    shape_limits,
+)
+from sdxl_trt.engines.bundle.bundle import Bundle
+from sdxl_trt.engines.bundle.digests import verify_file
+from sdxl_trt.engines.bundle.manifest import Component
+from sdxl_trt.engines.bundle.profile import Profile
+from sdxl_trt.engines.engine import Array, check_inputs
+from sdxl_trt.engines.errors import (
+    EngineError,
+    IncompatibleError,
+    ResourceError,
+    SdxlTrtError,
+    UsageError,
+    explain_os_error,
+)
+from sdxl_trt.engines.plans.shapes import outside_profiles
+
+# Errors reach us as exceptions; printed as well, they would stand beside our one line.
+_FATAL_ONLY = 4
+
+
+class OrtEngine:
+    """One component on ONNX Runtime: on the CPU, on CUDA, or compiled by TensorRT.
+
+    The graph is handed over as bytes and the weights as a mapping of the one file that the manifest vouches for:
+    ONNX Runtime opens no file by itself, so a graph cannot name another one. The CPU runs the graph that was rewritten
+    for it, if the bundle has one, unless the one of all backends, the `standard` one, is asked for.
+    """
+
+    def __init__(self, bundle: Bundle, name: str, provider: OrtProvider = "ort-cpu", *, standard: bool = False) -> None:
+        if provider not in ORT_PROVIDERS:
+            raise UsageError(f"unknown provider {provider!r}; choose {', '.join(ORT_PROVIDERS)}")
+        self.name = name
+        self.provider = provider
+        self.component: Component = bundle.manifest.components[name]
+        if not bundle.manifest.onnx:
+            raise IncompatibleError(f"{bundle.root}: holds plans alone, and ONNX Runtime runs graphs; export the bundle"
+                                    " again without --plans-only, or use --provider tensorrt")  # fmt: skip
+        # TensorRT computes in bf16; the kernels of the other two do not cover it.
+        if self.component.precision == "bf16" and provider != "ort-tensorrt":
+            raise IncompatibleError(
+                f"{bundle.root}: {name} is bf16, which ONNX Runtime's {provider.removeprefix('ort-').upper()} provider"
+                " cannot run; export it again with --fp16 (or --fp32), or run it with TensorRT"
+            )
+        self._bundle = bundle
+        # Another provider would leave the CPU's own operators to the CPU.
+        own = self.component.cpu_graph if provider == "ort-cpu" and not standard else None
+        self._graph_record = own or self.component.graph
+        self._graph_path = bundle.path(self._graph_record)
+        self._weights_path = bundle.path(self.component.weights)
+        self._graph: bytes | None = None
+        self._weights: mmap.mmap | None = None
+        self._session: Any = None
+        self._device: DeviceTensors | None = None
+        self._limits: Profile | None = None
+        self._constants: dict[str, Array] = {}
+
+    def prefetch(self) -> None:
+        """Map the files and check their digests; see Engine.prefetch."""
+        if self._graph is not None or self._session is not None:
+            return
+        verify_file(self._graph_path, self._graph_record)
+        verify_file(self._weights_path, self.component.weights)
+        try:
+            graph = self._graph_path.read_bytes()
+            with self._weights_path.open("rb") as file:
+                self._weights = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as exc:
+            reason = exc if isinstance(exc, OSError) else OSError(str(exc))
+            raise explain_os_error(reason, f"reading component {self.name}") from exc
+        self._graph = graph
+
+    def load(self) -> None:
+        """Create the session; see Engine.load. Raises IncompatibleError where it would not run on the provider."""
+        if self._session is not None:
+            return
+        self.prefetch()
+        ort = _onnxruntime(self.provider)
+        try:
+            chosen = choose_provider(ort, self.provider)
+            self._limits = shape_limits(self._bundle, self.name) if chosen.profiled else None
+            self._session = self._open(ort, chosen)
+        except SdxlTrtError:
+            raise
+        except MemoryError as exc:
+            raise _out_of_memory(f"loading {self.name}") from exc
+        except Exception as exc:
+            raise _explain(exc, f"loading {self.name}") from exc
+        finally:
+            self._forget_files()
+        if chosen.device != "cpu":
+            self._device = DeviceTensors(ort, self._session, chosen.device)
+
+    def _open(self, ort: Any, chosen: ExecutionProvider) -> Any:
+        options = ort.SessionOptions()
+        options.log_severity_level = _FATAL_ONLY
+        if self._weights is not None:
+            file_name = PurePosixPath(self.component.weights.file).name
+            options.add_external_initializers_from_files_in_memory(
+                [file_name], [self._weights], [len(self._weights)]
+            )  # fmt: skip
+        return chosen.open(ort, self._graph or b"", options, self._bundle, self.name, self._limits)
+
+    def bind(self, constants: Mapping[str, Array]) -> None:
+        """Keep the inputs of a phase; see Engine.bind. A GPU gets them with the first `infer`."""
+        self._constants = dict(constants)
+        if self._device is not None:
+            self._device.forget()
+
+    def infer(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
+        """Run the session; see Engine.infer. Raises SizeError for shapes that a compiled graph does not take."""
+        if self._session is None:
+            raise EngineError(f"{self.name}: infer before load; call load() first")
+        rows = min((array.shape[0] for array in inputs.values() if array.ndim), default=None)
+        feed = {name: array[:rows] for name, array in self._constants.items()} | dict(inputs)
+        check_inputs(self.component, feed)
+        self._check_limits(feed)
+        names = list(outputs) if outputs is not None else [spec.name for spec in self.component.outputs]
+        try:
+            if self._device is None:
+                return dict(zip(names, self._session.run(names, feed), strict=True))
+            constants = {name: array for name, array in self._constants.items() if name not in inputs}
+            return self._device.run(names, feed, constants)
+        except MemoryError as exc:
+            raise _out_of_memory(f"running {self.name}") from exc
+        except Exception as exc:
+            raise _explain(exc, f"running {self.name}") from exc
+
+    def _check_limits(self, feed: Mapping[str, Array]) -> None:
+        if self._limits is None:
+            return
+        shapes = {name: array.shape for name, array in feed.items()}
+        if not self._limits.holds(shapes):
+            factor = self._bundle.manifest.base.vae.factor
+            raise outside_profiles(self.name, self.component, [self._limits], shapes, factor)
+
+    def unload(self) -> None:
+        """Free the session; see Engine.unload."""
+        self._device = None
+        self._session = None
+        self._constants = {}
+        self._forget_files()
+
+    def _forget_files(self) -> None:
+        self._graph = None
+        if self._weights is not None:
+            self._weights.close()
+            self._weights = None
+
+
+class DeviceTensors:
+    """The tensors of a session on its device: constants go there once, the rest with every run.
+
+    `device` is the device's name as ONNX Runtime's OrtValues have it, "cuda" or "cpu".
+    """
+
+    def __init__(self, ort: Any, session: Any, device: str) -> None:
+        self._ort, self._session, self._device = ort, session, device
+        self._uploaded: dict[str, Any] = {}
+
+    def forget(self) -> None:
+        """Free the constants on the device."""
+        self._uploaded = {}
+
+    def run(self, names: Sequence[str], feed: Mapping[str, Array], constants: Mapping[str, Array]) -> dict[str, Array]:
+        """Run the session on `feed` and return the outputs called `names`, which belong to the caller.
+
+        `constants` are inputs that stay on the device until `forget`; `feed` has as many of their rows as are wanted.
+        """
+        self._upload(constants)
+        binding = self._session.io_binding()
+        for name, array in feed.items():
+            if name in constants:
+                # The first rows of a tensor are a tensor: the same address, fewer rows.
+                address = self._uploaded[name].data_ptr()
+                binding.bind_input(name, self._device, 0, array.dtype.type, array.shape, address)
+            else:
+                binding.bind_cpu_input(name, array)
+        for name in names:
+            binding.bind_output(name, self._device)
+        binding.synchronize_inputs()
+        self._session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+        return dict(zip(names, binding.copy_outputs_to_cpu(), strict=True))
+
+    def _upload(self, constants: Mapping[str, Array]) -> None:
+        for name in constants.keys() - self._uploaded.keys():
+            # A copy: on a CPU the value is the array's own memory, which its owner may write again.
+            array = np.array(constants[name], order="C")
+            self._uploaded[name] = self._ort.OrtValue.ortvalue_from_numpy(array, self._device, 0)
+
+
+def _onnxruntime(provider: str) -> Any:
+    try:
+        import onnxruntime  # noqa: PLC0415 - 0.1 s, and only when an engine is loaded
+    except ImportError as exc:
+        extra = "cpu" if provider == "ort-cpu" else "gpu"
+        raise IncompatibleError(
+            f"provider {provider} needs onnxruntime ({exc}); pip install 'sdxl-trt[{extra}]'"
+        ) from exc
+    return onnxruntime
+
+
+def _explain(exc: Exception, doing: str) -> SdxlTrtError:
+    """Map an ONNX Runtime exception: they share no base class, and memory is told apart by the message alone."""
+    text = " ".join(str(exc).split())
+    if any(sign in text for sign in ("bad_alloc", "Failed to allocate", "bad allocation", "out of memory")):
+        return _out_of_memory(doing)
+    if "engine from cache" in text:
+        return IncompatibleError(f"{doing}: an engine that was compiled earlier does not load ({text[:200]}); TensorRT,"
+                                 " the driver or the GPU has changed: remove sdxl-trt/onnxruntime from the cache folder"
+                                 " (XDG_CACHE_HOME or ~/.cache)")  # fmt: skip
+    return EngineError(f"{doing}: ONNX Runtime failed: {text[:300]}; rerun with --debug for the whole of it")
+
+
+def _out_of_memory(doing: str) -> ResourceError:
+    return ResourceError(f"{doing}: out of memory; try --residency swap, a smaller size, or fewer pictures at once")

@@ -1,0 +1,222 @@
+"""ONNX Runtime's execution providers: which one serves a provider of ours, with what options, and that it does.
+
+Where an execution provider cannot start, ONNX Runtime runs the whole session on the CPU and says so in a log at
+most: a picture would take an hour. So what a session really runs on is read back, and a fallback is an error.
+"""
+
+__all__ = [
+    "CPU",
+    "ORT_PROVIDERS",
+    "ExecutionProvider",
+    "OrtProvider",
+    "check_session",
+    "choose_provider",
+    "shape_limits",
+]
+
+import contextlib
+import ctypes
+import importlib.util
+import io
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from sdxl_trt.engines.backends.ort.cache import engine_cache
+from sdxl_trt.engines.bundle.bundle import Bundle
+from sdxl_trt.engines.bundle.profile import Profile
+from sdxl_trt.engines.errors import CorruptError, IncompatibleError
+
+OrtProvider = Literal["ort-cpu", "ort-cuda", "ort-tensorrt"]
+ORT_PROVIDERS: tuple[OrtProvider, ...] = get_args(OrtProvider)
+CPU = "CPUExecutionProvider"
+CUDA = "CUDAExecutionProvider"
+TENSORRT = "TensorrtExecutionProvider"
+RTX = "NvTensorRTRTXExecutionProvider"
+RTX_MODULE = "onnxruntime_ep_nv_tensorrt_rtx"
+
+# Two packages install the same `onnxruntime`: the one for CPUs has to go before the one for GPUs comes.
+_GPU_COMMAND = "pip uninstall -y onnxruntime && pip install 'sdxl-trt[gpu]'"
+_RTX_COMMAND = "pip install onnxruntime-ep-nv-tensorrt-rtx-cu12"
+_CUDA_OPTIONS = {
+    # By default the arena doubles with every extension, and keeps it.
+    "arena_extend_strategy": "kSameAsRequested",
+    # The default tries every algorithm, with the largest workspaces, at every new picture size.
+    "cudnn_conv_algo_search": "HEURISTIC",
+    # A graph exported in fp32 is meant to run in it.
+    "use_tf32": "0",
+}
+_HEAVY = ("Attention", "Conv", "Gemm", "MatMul")
+"""Parts of the names of the operators that a picture's time goes into."""
+# Operator of models that hold, or name, an engine compiled elsewhere: code that no manifest vouches for.
+_COMPILED = b"EPContext"
+
+
+@dataclass(frozen=True)
+class ExecutionProvider:
+    """An execution provider of this ONNX Runtime: its name there, the device of its tensors, whether it is a plugin.
+
+    `profiled` ones compile the graph for a range of shapes, and keep what they compiled.
+    """
+
+    name: str
+    device: str = "cuda"
+    plugin: bool = False
+    profiled: bool = False
+
+    def open(self, ort: Any, graph: bytes, options: Any, bundle: Bundle, component: str, limits: Profile | None) -> Any:
+        """Return an InferenceSession for `graph` with `options`, its weights among them; `limits` of profiled ones.
+
+        Raises CorruptError for a graph that would load compiled code, UsageError for a cache that others may write,
+        IncompatibleError where the session would run elsewhere, and what ONNX Runtime raises.
+        """
+        if self.device == "cpu":
+            return ort.InferenceSession(graph, options, providers=[self.name])
+        if _COMPILED in graph:
+            raise CorruptError(f"{bundle.root}: the graph of {component} holds an engine compiled elsewhere, which is"
+                               " code; get a sound copy of the bundle")  # fmt: skip
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        settings = self._settings(ort, bundle, component, limits)
+        if self.plugin:
+            options.add_provider_for_devices(_rtx_devices(ort), settings)
+            session = ort.InferenceSession(graph, options, enable_fallback=0)
+        else:
+            providers = [(self.name, settings), (CUDA, _CUDA_OPTIONS)] if self.profiled else [(self.name, settings)]
+            session = ort.InferenceSession(graph, options, providers=providers, enable_fallback=0)
+        check_session(session, self.name, component)
+        return session
+
+    def _settings(self, ort: Any, bundle: Bundle, component: str, limits: Profile | None) -> dict[str, str]:
+        if limits is None:
+            return _CUDA_OPTIONS
+        cache_folder = str(engine_cache(bundle, component, f"{self.name} {ort.__version__}", limits))
+        prefix = "nv" if self.plugin else "trt"
+        shapes = {f"{prefix}_profile_{which}_shapes": _told(limits, i) for i, which in enumerate(("min", "opt", "max"))}
+        if self.plugin:
+            # Without the last one the weights are copied into a protobuf message, which ends at 2 GB.
+            return {**shapes, "nv_runtime_cache_path": cache_folder, "nv_use_external_data_initializer": "1"}
+        return {
+            **shapes,
+            "trt_engine_cache_enable": "1",
+            "trt_engine_cache_path": cache_folder,
+            "trt_timing_cache_enable": "1",
+            "trt_timing_cache_path": cache_folder,
+            "trt_load_user_initializer": "1",
+        }
+
+
+def choose_provider(ort: Any, provider: OrtProvider) -> ExecutionProvider:
+    """Return what serves `provider` in the module `ort`; ort-tensorrt is the RTX plugin where the classic one is not.
+
+    Raises IncompatibleError with the pip command where this ONNX Runtime has nothing that does.
+    """
+    if provider == "ort-cpu":
+        return ExecutionProvider(CPU, device="cpu")
+    available = ort.get_available_providers()
+    wanted = CUDA if provider == "ort-cuda" else TENSORRT
+    if wanted in available:
+        _preload(ort)
+        return ExecutionProvider(wanted, profiled=provider == "ort-tensorrt")
+    if provider == "ort-tensorrt" and _has_plugin():
+        return ExecutionProvider(RTX, plugin=True, profiled=True)
+    other = f"; for GeForce and RTX cards also: {_RTX_COMMAND}" if provider == "ort-tensorrt" else ""
+    raise IncompatibleError(f"provider {provider} needs ONNX Runtime with {wanted}, this one has"
+                            f" {', '.join(available)}; {_GPU_COMMAND}{other}")  # fmt: skip
+
+
+def check_session(session: Any, name: str, component: str) -> None:
+    """Raise IncompatibleError unless `session` runs its heavy operators on the execution provider called `name`.
+
+    The session must have been made with the recording of its assignment.
+    """
+    if name not in session.get_providers():
+        raise IncompatibleError(
+            f"{component}: ONNX Runtime could not start {name} and would run on the CPU instead; check the NVIDIA"
+            " driver (nvidia-smi), CUDA and cuDNN, or use --provider ort-cpu"
+        )
+    assigned: dict[str, set[str]] = {}
+    for part in session.get_provider_graph_assignment_info():
+        assigned.setdefault(part.ep_name, set()).update(node.op_type for node in part.get_nodes())
+    stray = sorted(_heavy(assigned.get(CPU, ())))
+    if name != CPU and (stray or not _heavy(assigned.get(name, ()))):
+        what = ", ".join(stray) or "everything"
+        raise IncompatibleError(f"{component}: {name} does not take {what}, which ONNX Runtime would run elsewhere;"
+                                " export the bundle again with --opset 20, or use another --provider")  # fmt: skip
+
+
+def _heavy(operators: Iterable[str]) -> set[str]:
+    return {operator for operator in operators if any(part in operator for part in _HEAVY)}
+
+
+@cache
+def _preload(ort: Any) -> None:
+    """Load CUDA and cuDNN as pip installs them: they lie where no loader looks."""
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find
+        ort.preload_dlls()
+
+
+def _has_plugin() -> bool:
+    return importlib.util.find_spec(RTX_MODULE) is not None
+
+
+@cache
+def _register_rtx(ort: Any) -> None:
+    """Register the RTX plugin with ONNX Runtime, once in a process."""
+    try:
+        plugin = importlib.import_module(RTX_MODULE)
+        library = Path(plugin.get_library_path())
+        for runtime in sorted(library.parent.glob("libcudart.so.*")):
+            # The wheel carries the CUDA runtime, under a name by which its library does not find it.
+            ctypes.CDLL(str(runtime), mode=ctypes.RTLD_GLOBAL)
+        ort.register_execution_provider_library(RTX, str(library))
+    except Exception as exc:
+        reason = " ".join(str(exc).split())
+        raise IncompatibleError(
+            f"provider ort-tensorrt: the RTX plugin of ONNX Runtime does not load ({reason[:300]}); it needs an NVIDIA"
+            f" driver (see nvidia-smi), and is installed with: {_RTX_COMMAND}"
+        ) from exc
+
+
+def _rtx_devices(ort: Any) -> list[Any]:
+    _register_rtx(ort)
+    devices = [device for device in ort.get_ep_devices() if device.ep_name == RTX]
+    if not devices:
+        raise IncompatibleError(
+            "provider ort-tensorrt: the RTX plugin of ONNX Runtime finds no GPU that it supports (compute capability"
+            " 8.6, 8.9, or 12.0 and later); use --provider tensorrt, ort-cuda or ort-cpu"
+        )
+    return devices[:1]
+
+
+def shape_limits(bundle: Bundle, name: str) -> Profile:
+    """Return the one profile that component `name` is compiled with: what its plans take, else the bundle's sizes."""
+    from sdxl_trt.engines.plans.sizes import profiles_of, stage_sizes  # noqa: PLC0415 - the CPU provider needs no plans
+
+    manifest = bundle.manifest
+    for record in manifest.plans:
+        if record.key.component == name:
+            return _span(record.key.profiles)
+    return _span(profiles_of(manifest.components[name], stage_sizes(manifest), manifest.base.vae.factor))
+
+
+def _span(profiles: tuple[Profile, ...]) -> Profile:
+    """Return the profile that holds all of `profiles`, tuned for what the largest is."""
+    largest = max(profiles, key=lambda profile: sum(math.prod(usual) for _, usual, _ in profile.shapes.values())).shapes
+    return Profile(
+        shapes={
+            name: (
+                tuple(min(sizes) for sizes in zip(*(each.shapes[name][0] for each in profiles), strict=True)),
+                largest[name][1],
+                tuple(max(sizes) for sizes in zip(*(each.shapes[name][2] for each in profiles), strict=True)),
+            )
+            for name in largest
+        }
+    )
+
+
+def _told(limits: Profile, which: int) -> str:
+    """Return the shapes of a profile as the options of both TensorRT providers take them."""
+    return ",".join(f"{name}:{'x'.join(map(str, shapes[which]))}" for name, shapes in limits.shapes.items())

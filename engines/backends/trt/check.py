@@ -1,0 +1,48 @@
+"""A deserialized plan held against what the manifest says of it, before anything is run on it."""
+
+__all__ = ["check_engine"]
+
+from collections.abc import Iterable
+from typing import Any
+
+from sdxl_trt.engines.bundle.manifest import Component, DType, TensorSpec
+from sdxl_trt.engines.bundle.plan_record import PlanRecord
+from sdxl_trt.engines.errors import IncompatibleError
+
+_TYPES: dict[DType, str] = {"float32": "FLOAT", "float16": "HALF", "int64": "INT64"}
+
+
+def check_engine(engine: Any, component: Component, record: PlanRecord) -> None:
+    """Raise IncompatibleError unless `engine` has the tensors of `component` and the profiles of `record`."""
+    found = _tensors(engine)
+    expected = _expected(component.inputs, "INPUT") | _expected(component.outputs, "OUTPUT")
+    differing = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+    if differing:
+        name = differing[0]
+        raise _other(record, f"{name} is {_say(found.get(name))}, the graph has {_say(expected.get(name))}")
+    if engine.num_optimization_profiles != len(record.key.profiles):
+        raise _other(record, f"it has {engine.num_optimization_profiles} profiles, not {len(record.key.profiles)}")
+    for index, profile in enumerate(record.key.profiles):
+        for name, shapes in profile.shapes.items():
+            built = tuple(tuple(int(n) for n in dims) for dims in engine.get_tensor_profile_shape(name, index))
+            if built != shapes:
+                raise _other(record, f"profile {index} takes {name} as {built}, not {shapes}")
+
+
+def _tensors(engine: Any) -> dict[str, tuple[str, str]]:
+    names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+    return {name: (engine.get_tensor_mode(name).name, engine.get_tensor_dtype(name).name) for name in names}
+
+
+def _expected(specs: Iterable[TensorSpec], mode: str) -> dict[str, tuple[str, str]]:
+    return {spec.name: (mode, _TYPES[spec.dtype]) for spec in specs}
+
+
+def _say(tensor: tuple[str, str] | None) -> str:
+    return "absent" if tensor is None else " of type ".join(part.lower() for part in tensor)
+
+
+def _other(record: PlanRecord, reason: str) -> IncompatibleError:
+    name = record.key.component
+    return IncompatibleError(f"{record.file.file}: not the plan of {name} that the manifest states: {reason}; build it"
+                             " again with export-engines")  # fmt: skip

@@ -1,0 +1,220 @@
+"""TensorRT and TensorRT for RTX behind the Engine protocol: plans loaded, run on a shared device, and unloaded.
+
+A step moves what `infer` is given to the device and the outputs that are asked for back, and nothing else: constant
+inputs lie there from `bind` on, in memory that stays in place, so that the CUDA graph of a step lasts for a run.
+"""
+
+__all__ = ["TrtDevice", "TrtEngine", "open_device"]
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from sdxl_trt.engines.backends.trt.check import check_engine
+from sdxl_trt.engines.backends.trt.context import ShapedContext, ShapedContexts
+from sdxl_trt.engines.backends.trt.device import TrtDevice, forget_frames, open_device
+from sdxl_trt.engines.backends.trt.rtx import KernelCache
+from sdxl_trt.engines.backends.trt.tensors import Layout, Tensors, nbytes_of
+from sdxl_trt.engines.bundle.bundle import Bundle
+from sdxl_trt.engines.bundle.manifest import Component
+from sdxl_trt.engines.bundle.plan_record import PlanRecord
+from sdxl_trt.engines.engine import Array, check_inputs, numpy_dtype
+from sdxl_trt.engines.errors import EngineError, IncompatibleError, SdxlTrtError, UsageError
+from sdxl_trt.engines.plans.files import read_plan
+from sdxl_trt.engines.plans.shapes import Shapes, choose_profile, outside_profiles
+
+log = logging.getLogger(__name__)
+
+
+class TrtEngine:
+    """One component's plan on `device`, which other engines share.
+
+    `weight_budget` is how many bytes of the streamable weights may lie on the device, for plans that were built
+    with weight streaming; None for all of them. An engine is one thread's at a time; several engines of a device
+    may be loaded and run from several threads.
+    """
+
+    def __init__(
+        self, bundle: Bundle, record: PlanRecord, device: TrtDevice, *, weight_budget: int | None = None
+    ) -> None:
+        self.name = record.key.component
+        self.component: Component = bundle.manifest.components[self.name]
+        if weight_budget is not None and not record.key.flags.weight_streaming:
+            raise IncompatibleError(f"{self.name}: its plan cannot stream weights; build it again with"
+                                    " --weight-streaming, or use --residency swap")  # fmt: skip
+        self._bundle = bundle
+        self._record = record
+        self._device = device
+        self._weight_budget = weight_budget
+        self._plan: memoryview | None = None
+        self._engine: Any = None
+        self._kernels: KernelCache | None = None
+        self._contexts: ShapedContexts | None = None
+        self._tensors = Tensors(device, self.name)
+        self._constants: dict[str, Array] = {}
+        self._captures = True
+
+    def prefetch(self) -> None:
+        """Read the plan and check its digest; see Engine.prefetch."""
+        if self._plan is None and self._engine is None:
+            self._plan = read_plan(self._bundle, self._record)
+
+    def load(self) -> None:
+        """Put the weights on the device and reserve memory for activations; see Engine.load.
+
+        Raises IncompatibleError too, for a plan that this TensorRT refuses or that is not the component's.
+        """
+        if self._engine is not None:
+            return
+        self.prefetch()
+        doing = f"loading {self.name}"
+        try:
+            self._engine = self._device.deserialize(self._plan, doing)
+            self._plan = None  # gigabytes, which the engine has copied
+            check_engine(self._engine, self.component, self._record)
+            self._set_weight_budget(doing)
+            with self._device.lock:
+                self._open_kernels()
+                self._contexts = ShapedContexts(self._device, self.name, self._new_context)
+                self._device.activations.reserve(self, int(self._engine.device_memory_size_v2))
+        except BaseException as exc:
+            self.unload()
+            forget_frames(exc)
+            lost = self._device.lost(doing) if isinstance(exc, EngineError) else None
+            if lost is not None:
+                raise lost from exc
+            raise
+
+    def bind(self, constants: Mapping[str, Array]) -> None:
+        """Copy the inputs of a phase to the device; see Engine.bind. Raises UsageError, ResourceError, EngineError."""
+        self._require_loaded("bind")
+        self._check_constants(constants)
+        doing = f"binding the inputs of {self.name}"
+        self._constants = {}
+        with self._device.computing(doing):
+            places = {name: self._tensors.place("bound", name, array.nbytes) for name, array in constants.items()}
+            views = self._tensors.views([(array.shape, array.dtype) for array in constants.values()])
+            self._tensors.send(places, constants, views, doing)
+            self._device.stream.synchronize(doing)
+        # `infer` asks what the constants look like, not what they hold: an array of one element serves.
+        self._constants = {
+            name: np.broadcast_to(np.zeros((), array.dtype), array.shape) for name, array in constants.items()
+        }
+
+    def infer(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
+        """Run the plan; see Engine.infer. Raises SizeError outside its profiles, ResourceError, EngineError."""
+        self._require_loaded("infer")
+        rows = min((array.shape[0] for array in inputs.values() if array.ndim), default=None)
+        feed = {name: constant[:rows] for name, constant in self._constants.items()} | dict(inputs)
+        check_inputs(self.component, feed)
+        names = self._asked(outputs)
+        with self._device.computing(f"running {self.name}"):
+            return self._run({name: array.shape for name, array in feed.items()}, inputs, names)
+
+    def unload(self) -> None:
+        """Free the plan, the engine, its memory and its share of the activations; see Engine.unload."""
+        with self._device.lock:
+            self._plan = None
+            self._constants = {}
+            if self._contexts is not None:
+                self._contexts.free()
+            if self._kernels is not None:
+                self._kernels.save()
+            self._contexts = self._kernels = None
+            self._engine = None  # after its contexts
+            self._captures = True
+            self._tensors.free()
+            self._device.activations.release(self)
+
+    def _run(self, shapes: Shapes, inputs: Mapping[str, Array], names: list[str]) -> dict[str, Array]:
+        doing = f"running {self.name}"
+        shaped = self._require_loaded("infer").get(shapes, self._choose)
+        layouts: dict[str, Layout] = {
+            spec.name: (shaped.output_shape(spec.name), numpy_dtype(spec)) for spec in self.component.outputs
+        }
+        places = self._places(inputs, layouts)
+        views = self._tensors.views(
+            [(array.shape, array.dtype) for array in inputs.values()] + [layouts[name] for name in names]
+        )
+        shaped.place(places, self._device.activations.block())
+        self._tensors.send(places, inputs, views[: len(inputs)], doing)
+        self._compute(shaped)
+        return self._tensors.receive(places, dict(zip(names, views[len(inputs) :], strict=True)), doing)
+
+    def _places(self, inputs: Mapping[str, Array], layouts: Mapping[str, Layout]) -> dict[str, int]:
+        """Return the address of every input and output of the graph."""
+        place = self._tensors.place
+        places = {name: place("bound", name, 0) for name in self._constants if name not in inputs}
+        places |= {name: place("given", name, array.nbytes) for name, array in inputs.items()}
+        return places | {name: place("output", name, nbytes_of(layout)) for name, layout in layouts.items()}
+
+    def _compute(self, shaped: ShapedContext) -> None:
+        if self._captures and shaped.wants_graph:
+            try:
+                shaped.capture()
+            except SdxlTrtError as exc:
+                self._captures = False
+                # As text: a kept record would keep the traceback, and the context in it.
+                log.warning("no CUDA graph: %s; going on without, which may be slower", str(exc))
+        shaped.run()
+
+    def _choose(self, shapes: Shapes) -> int:
+        profiles = self._record.key.profiles
+        profile = choose_profile(profiles, shapes)
+        if profile is None:
+            factor = self._bundle.manifest.base.vae.factor
+            raise outside_profiles(self.name, self.component, profiles, shapes, factor)
+        return profile
+
+    def _new_context(self) -> Any:
+        """Return another context of the engine, with memory of ours."""
+        doing = f"making a context of {self.name}"
+        if self._kernels is not None:
+            return self._device.ask(doing, self._kernels.create_context, self._engine)
+        strategy = self._device.trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        return self._device.ask(doing, self._engine.create_execution_context, strategy)
+
+    def _open_kernels(self) -> None:
+        """Let TensorRT for RTX keep compiled kernels, and capture graphs by itself, where it can."""
+        if self._device.flavour == "tensorrt-rtx":
+            kernels = KernelCache(self._device.trt, self._engine, self._record.file.sha256)
+            self._kernels = kernels if kernels.usable else None
+            self._captures = self._kernels is None
+
+    def _set_weight_budget(self, doing: str) -> None:
+        """Say how much of the weights may lie on the device, which is fixed once there are contexts."""
+        if self._weight_budget is None:
+            return
+        budget = min(self._weight_budget, int(self._engine.streamable_weights_size))
+        refused = f"it did not take a weight streaming budget of {budget} bytes"
+        try:
+            self._engine.weight_streaming_budget_v2 = budget
+        except RuntimeError as exc:
+            raise self._device.explain(doing, refused) from exc
+        if int(self._engine.weight_streaming_budget_v2) != budget:
+            raise self._device.explain(doing, refused)
+
+    def _check_constants(self, constants: Mapping[str, Array]) -> None:
+        """Raise UsageError unless the graph has these inputs; their sizes are checked with the others in `infer`."""
+        specs = {spec.name: spec for spec in self.component.inputs}
+        for name, array in constants.items():
+            spec = specs.get(name)
+            if spec is None:
+                raise UsageError(f"{self.name}: input {name} bound, but the graph takes {sorted(specs)}")
+            if array.dtype != numpy_dtype(spec) or array.ndim != len(spec.shape):
+                raise UsageError(f"{self.name}: input {name}: {array.dtype} {list(array.shape)} bound, {spec.dtype}"
+                                 f" {list(spec.shape)} expected")  # fmt: skip
+
+    def _asked(self, outputs: Sequence[str] | None) -> list[str]:
+        known = [spec.name for spec in self.component.outputs]
+        unknown = sorted(set(outputs or ()) - set(known))
+        if unknown:
+            raise UsageError(f"{self.name}: output {unknown[0]} asked for, but the graph gives {known}")
+        return known if outputs is None else list(outputs)
+
+    def _require_loaded(self, call: str) -> ShapedContexts:
+        if self._contexts is None:
+            raise EngineError(f"{self.name}: {call} before load; call load() first")
+        return self._contexts

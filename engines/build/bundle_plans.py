@@ -1,0 +1,156 @@
+"""Plans for the graphs of a bundle: which are to be built, and building them into the bundle, one by one."""
+
+__all__ = ["build_plans", "drop_onnx"]
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import msgspec
+
+from sdxl_trt.engines.backends.trt.environment import here
+from sdxl_trt.engines.build.jobs import PlanJob, _place, plan_builds
+from sdxl_trt.engines.build.messages import BuildEvent, BuildJob, BuiltPlan
+from sdxl_trt.engines.build.process import build_plan
+from sdxl_trt.engines.bundle.bundle import MANIFEST, Bundle, read_bundle, write_manifest
+from sdxl_trt.engines.bundle.digests import verify_file
+from sdxl_trt.engines.bundle.plan_record import BuildFlags, Flavour, PlanMemory, PlanRecord
+from sdxl_trt.engines.bundle.records import FileRecord
+from sdxl_trt.engines.errors import (
+    IncompatibleError,
+    ResourceError,
+    UsageError,
+    explain_os_error,
+)
+from sdxl_trt.engines.host.files import exclusive
+from sdxl_trt.engines.host.paths import require_utf8
+from sdxl_trt.engines.plans.files import PLANS, close_to_others, plan_path
+from sdxl_trt.engines.plans.lookup import planned_components
+from sdxl_trt.engines.plans.sizes import Sizes
+
+# A plan holds the weights and the kernels; measured by benchmarks/build.py.
+_PLAN_BYTES, _PLAN_EXTRA = 1.05, 32 << 20
+
+
+def build_plans(
+    root: Path | str,
+    flavour: Flavour = "tensorrt",
+    sizes: Sizes | None = None,
+    flags: BuildFlags | None = None,
+    *,
+    components: Iterable[str] | None = None,
+    timing_cache: Path | None = None,
+    force: bool = False,
+    lock: bool = True,
+    progress: Callable[[BuildEvent], None] | None = None,
+) -> Bundle:
+    """Build the plans of the bundle at `root` that it has not, for this machine, and return it opened.
+
+    Each plan is in the manifest as soon as it is whole: an interrupted run goes on with the next one. `progress` is
+    told every event of every build; without `lock` nothing keeps other writers away. Raises IncompatibleError without
+    TensorRT or its GPU, SizeError, UsageError, ResourceError, and EngineError with the build log's last line.
+    """
+    environment = here(flavour)
+    root = Path(root)
+    for path in (root.absolute(), *(() if timing_cache is None else (timing_cache,))):
+        require_utf8(path, "TensorRT")
+    with exclusive(root.absolute(), lock=lock):
+        bundle = read_bundle(root, partial=True)
+        if not bundle.manifest.onnx:
+            raise IncompatibleError(f"{root}: holds plans alone, and plans are built from graphs; export the bundle"
+                                    " again without --plans-only")  # fmt: skip
+        jobs = plan_builds(bundle, environment, sizes, flags, components=components, force=force)
+        to_build = [job for job in jobs if job.record is None]
+        _require_disk(bundle, to_build)
+        for job in to_build:
+            bundle = _build_one(bundle, job, timing_cache, progress)
+        return bundle
+
+
+def _build_one(
+    bundle: Bundle, job: PlanJob, timing_cache: Path | None, progress: Callable[[BuildEvent], None] | None
+) -> Bundle:
+    component = bundle.manifest.components[job.component]
+    for record in (component.graph, component.weights):
+        verify_file(bundle.path(record), record)
+    file = plan_path(job.key)
+    target = bundle.root / file
+    _make_folder(target.parent)
+    built = build_plan(
+        BuildJob(
+            component=job.component,
+            graph=bundle.path(component.graph),
+            profiles=job.key.profiles,
+            flavour=job.key.environment.flavour,
+            flags=job.key.flags,
+            timing_cache=timing_cache,
+            plan=target,
+            log=target.with_suffix(".log"),
+        ),
+        progress=progress,
+    )
+    return _enter(bundle, _record(job, file, built))
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as exc:
+        raise explain_os_error(exc, f"writing {folder}") from exc
+    for place in (folder.parent, folder):
+        close_to_others(place)
+
+
+def _record(job: PlanJob, file: str, built: BuiltPlan) -> PlanRecord:
+    return PlanRecord(
+        key=job.key,
+        file=FileRecord(file=file, size=built.size, sha256=built.sha256),
+        memory=PlanMemory(weights=built.weights, activations=built.activations, streamable=built.streamable),
+        seconds=built.seconds,
+        log=str(Path(file).with_suffix(".log").as_posix()),
+    )
+
+
+def _enter(bundle: Bundle, record: PlanRecord) -> Bundle:
+    """Enter `record` into the manifest in the place of an older one, whose file is then removed."""
+    stale = [old for old in bundle.manifest.plans if _place(old.key) == _place(record.key)]
+    kept = [old for old in bundle.manifest.plans if old not in stale]
+    manifest = msgspec.structs.replace(bundle.manifest, plans=(*kept, record))
+    write_manifest(bundle.root, manifest)
+    for place in (bundle.root / MANIFEST, bundle.path(record.file)):
+        close_to_others(place)
+    for old in stale:
+        if old.file.file != record.file.file:
+            for path in (bundle.path(old.file), bundle.path(old.file).with_suffix(".log")):
+                path.unlink(missing_ok=True)
+    return Bundle(bundle.root, manifest)
+
+
+def _require_disk(bundle: Bundle, jobs: Iterable[PlanJob]) -> None:
+    need = sum(int(bundle.manifest.components[job.component].weights.size * _PLAN_BYTES) + _PLAN_EXTRA for job in jobs)
+    free = shutil.disk_usage(bundle.root).free
+    if need > free:
+        raise ResourceError(f"{bundle.root}: plans need {need / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are free; free"
+                            " some space, or write the bundle to another disk")  # fmt: skip
+
+
+def drop_onnx(bundle: Bundle) -> Bundle:
+    """Take graphs and weights out of a bundle that has a plan of every component, and return what is left.
+
+    Raises UsageError where a component would be left without a plan.
+    """
+    planned = {record.key.component for record in bundle.manifest.plans}
+    bare = [name for name in planned_components(bundle.manifest) if name not in planned]
+    if bare:
+        raise UsageError(f"--plans-only: {', '.join(bare)} would be left without a plan; build plans of all components")
+    manifest = msgspec.structs.replace(bundle.manifest, onnx=False)
+    write_manifest(bundle.root, manifest)
+    # Out of sight in one step each, so that an interrupt leaves nothing that looks whole.
+    with tempfile.TemporaryDirectory(prefix=f".{PLANS}-only.", dir=bundle.root) as away:
+        for name, component in manifest.components.items():
+            for record in component.files:
+                path = bundle.path(record)
+                path.replace(Path(away) / f"{name}-{path.name}")
+            shutil.rmtree(bundle.path(component.graph).parent, ignore_errors=True)
+    return Bundle(bundle.root, manifest)

@@ -1,0 +1,86 @@
+"""The plans a bundle needs for an environment: which to keep and which to build."""
+
+__all__ = ["PlanJob", "plan_builds"]
+
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from sdxl_trt.engines.bundle.bundle import Bundle
+from sdxl_trt.engines.bundle.digests import verify_file
+from sdxl_trt.engines.bundle.plan_record import BuildFlags, Environment, PlanKey, PlanRecord
+from sdxl_trt.engines.errors import (
+    SdxlTrtError,
+    UsageError,
+)
+from sdxl_trt.engines.plans.lookup import planned_components, why_rebuild
+from sdxl_trt.engines.plans.sizes import Sizes, check_for, profiles_of, stage_sizes
+
+
+@dataclass(frozen=True)
+class PlanJob:
+    """The plan of one component: to be built under `key`, or kept where `record` is what the bundle has."""
+
+    component: str
+    key: PlanKey
+    record: PlanRecord | None
+    reasons: tuple[str, ...] = ()
+    """Why a plan that is there is not kept."""
+
+
+def plan_builds(
+    bundle: Bundle,
+    environment: Environment,
+    sizes: Sizes | None = None,
+    flags: BuildFlags | None = None,
+    *,
+    components: Iterable[str] | None = None,
+    force: bool = False,
+) -> list[PlanJob]:
+    """Return what building plans for `environment` comes to, component by component; nothing is built.
+
+    `components` limits it. A plan that is there is kept where key and bytes are right. Raises UsageError for a
+    component that the bundle has not, SizeError for sizes that its UNets cannot take.
+    """
+    sizes, flags = sizes or stage_sizes(bundle.manifest), flags or BuildFlags()
+    check_for(bundle.manifest, sizes)
+    names = planned_components(bundle.manifest)
+    chosen = names if components is None else list(components)
+    unknown = [name for name in chosen if name not in bundle.manifest.components]
+    if unknown:
+        raise UsageError(f"--components {','.join(unknown)}: the bundle has {', '.join(names)}")
+    return [_job(bundle, name, environment, sizes, flags, force=force) for name in names if name in chosen]
+
+
+def _job(
+    bundle: Bundle, name: str, environment: Environment, sizes: Sizes, flags: BuildFlags, *, force: bool
+) -> PlanJob:
+    component = bundle.manifest.components[name]
+    profiles = profiles_of(component, sizes, bundle.manifest.base.vae.factor)
+    key = PlanKey(
+        component=name,
+        graph=component.graph.sha256,
+        weights=component.weights.sha256,
+        environment=environment,
+        profiles=profiles,
+        flags=flags,
+    )
+    there = [record for record in bundle.manifest.plans if _place(record.key) == _place(key)]
+    for record in there:
+        if record.key == key and not force and _is_sound(bundle, record):
+            return PlanJob(name, key, record)
+    reasons = why_rebuild(there[0], component, environment, (profiles, flags)) if there else []
+    return PlanJob(name, key, None, tuple(reasons))
+
+
+def _place(key: PlanKey) -> tuple[str, str, str]:
+    """Return what there is one plan of: a component, a flavour, a GPU."""
+    return key.component, key.environment.flavour, key.environment.gpu
+
+
+def _is_sound(bundle: Bundle, record: PlanRecord) -> bool:
+    try:
+        verify_file(bundle.path(record.file), record.file)
+    except SdxlTrtError:
+        return False
+    return True

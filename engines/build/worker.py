@@ -1,0 +1,194 @@
+"""The process that builds one plan: ``python -m sdxl_trt.engines.build.worker FD``, started by `engines.build`.
+
+It reads a BuildJob as a line of JSON from stdin and writes the plan to the open file FD. Stdout carries one message
+a line (`build_records.Message`); what anybody else prints goes where stderr goes, into the build log. It ends with
+its parent: when stdin closes, it is gone, whatever TensorRT is doing.
+"""
+
+__all__ = ["Phases", "main", "make_plan"]
+
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import msgspec
+
+from sdxl_trt.engines.backends.trt.api import library_version, make_logger, tensorrt_module
+from sdxl_trt.engines.build.builder import PlanFile, add_profiles, configure, memory_of, save_timing_cache, write_plan
+from sdxl_trt.engines.build.messages import BuildJob, Made, Message, Phase, Refused
+from sdxl_trt.engines.build.network import BuildLog, allow_decomposition, parse_error, parse_graph
+from sdxl_trt.engines.errors import ResourceError, SdxlTrtError, explain_os_error
+
+INTERVAL = 0.1
+"""Seconds between two words about one phase: the builder takes thousands of steps."""
+Say = Callable[[Message], None]
+
+
+class Phases:
+    """TensorRT's nested phases as one share: of each outer phase, the step that its inner phases are part of.
+
+    Called from the builder's threads, in no promised order: a step of a phase that is over is passed by.
+    """
+
+    def __init__(self, say: Callable[[str, float], None], clock: Callable[[], float] = time.monotonic) -> None:
+        self._say = say
+        self._clock = clock
+        self._open: dict[str, tuple[int, int]] = {}
+        self._share = 0.0
+        self._next = 0.0
+        self._lock = threading.Lock()
+
+    def start(self, phase: str, steps: int) -> None:
+        """Enter `phase`, which takes `steps` steps."""
+        with self._lock:
+            self._open[phase] = (0, max(1, steps))
+            self._tell(phase)
+
+    def step(self, phase: str, step: int) -> None:
+        """Note that step number `step`, counted from 0, of `phase` is done."""
+        with self._lock:
+            if phase in self._open:
+                steps = self._open[phase][1]
+                self._open[phase] = (min(step + 1, steps), steps)
+                self._tell(phase)
+
+    def finish(self, phase: str) -> None:
+        """Leave `phase`."""
+        with self._lock:
+            self._open.pop(phase, None)
+
+    def _tell(self, phase: str) -> None:
+        share, part = 0.0, 1.0
+        for done, steps in self._open.values():
+            share += part * done / steps
+            part /= steps
+        self._share = min(1.0, max(self._share, share))
+        if self._clock() >= self._next:
+            self._next = self._clock() + INTERVAL
+            self._say(phase, self._share)
+
+
+def make_plan(job: BuildJob, file: BinaryIO, say: Say) -> Made:
+    """Build the plan of `job` into `file`, saying what goes on. Raises one of our errors."""
+    say(Phase(phase="loading TensorRT"))
+    trt = tensorrt_module(job.flavour)
+    log = BuildLog(sys.stderr)
+    log.note("INFO", f"{job.component}: {job.flavour} {library_version(trt)}, {job.flags}, profiles {job.profiles}")
+    # The builder outlives neither its logger nor its monitor: all of them stay until this function is left.
+    logger = make_logger(trt, log.note)
+    builder = _builder(trt, logger, log, job)
+    say(Phase(phase="parsing"))
+    # By its bare name, so that the log says nothing of this machine's folders: it stays in the bundle.
+    os.chdir(job.graph.parent)
+    parsed = parse_graph(trt, builder, logger, Path(job.graph.name))
+    refusal = parse_error(trt, parsed, log, job.graph)
+    if refusal is not None:
+        raise refusal
+    layers = parsed.network.num_layers
+    allow_decomposition(trt, parsed.network)
+    config = configure(trt, builder, job.flavour, job.flags, job.timing_cache)
+    add_profiles(builder, config, parsed.network, job.profiles)
+    monitor = _monitor(trt, Phases(lambda phase, share: say(Phase(phase=phase, share=share))))
+    config.progress_monitor = monitor
+    say(Phase(phase="building"))
+    plan = PlanFile(file)
+    log.errors.clear()  # a timing cache that did not fit is no error
+    if not write_plan(trt, builder, parsed.network, config, plan):
+        raise log.failure(_doing(job), f"the log is {job.log}")
+    file.flush()
+    if job.timing_cache is not None:
+        save_timing_cache(config, job.timing_cache)
+    memory = memory_of(trt, logger, log, file, job.flags)
+    figures = msgspec.structs.asdict(memory)
+    return Made(size=plan.size, sha256=plan.sha256, parse_seconds=parsed.seconds, layers=layers, **figures)
+
+
+def _builder(trt: Any, logger: Any, log: BuildLog, job: BuildJob) -> Any:
+    try:
+        return trt.Builder(logger)
+    except TypeError as exc:  # the library gave none, for want of a driver or a GPU, and has logged why
+        raise log.failure(_doing(job), f"the log is {job.log}") from exc
+
+
+def _doing(job: BuildJob) -> str:
+    return f"building {job.component}"
+
+
+def _monitor(trt: Any, phases: Phases) -> Any:
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc] # the base is known at run time only
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+
+        def phase_start(self, phase_name: str, parent_phase: str, num_steps: int) -> None:  # noqa: ARG002
+            phases.start(phase_name, num_steps)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            phases.step(phase_name, step)
+            return True  # whoever wants to stop the build ends the process
+
+        def phase_finish(self, phase_name: str) -> None:
+            phases.finish(phase_name)
+
+    return Monitor()
+
+
+def main() -> int:
+    """Do the job that stdin brings and return the exit code: 0 if the parent was told how it went."""
+    # Ctrl-C in a terminal reaches the parent too, which ends this process and tidies up.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    say = _channel()
+    job = msgspec.json.decode(sys.stdin.buffer.readline(), type=BuildJob, dec_hook=lambda kind, value: kind(value))
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        with open(int(sys.argv[1]), "r+b", closefd=False) as file:
+            say(make_plan(job, file, say))
+    except Exception as exc:  # noqa: BLE001 - the boundary: the parent gets one line, the log the rest
+        if not isinstance(exc, SdxlTrtError):
+            traceback.print_exc()
+        refusal = _refusal(exc, job)
+        sys.stderr.write(f"[E] {refusal.message}\n")
+        say(refusal)
+    return 0
+
+
+def _channel() -> Say:
+    """Keep stdout for messages, and let everybody else's writes to it land in the log."""
+    messages = os.dup(1)
+    os.dup2(2, 1)
+    lock = threading.Lock()
+
+    def say(message: Message) -> None:
+        line = msgspec.json.encode(message) + b"\n"
+        with lock:
+            os.write(messages, line)
+
+    return say
+
+
+def _end_with_parent() -> None:
+    sys.stdin.buffer.read()
+    os._exit(1)
+
+
+def _refusal(exc: Exception, job: BuildJob) -> Refused:
+    doing = _doing(job)
+    if isinstance(exc, OSError):
+        exc = explain_os_error(exc, doing)
+    if isinstance(exc, MemoryError):
+        exc = ResourceError(f"{doing}: out of memory; close other programs, or build for smaller sizes")
+    if isinstance(exc, SdxlTrtError):
+        return Refused(error=type(exc).__name__, message=str(exc))
+    return Refused(error="EngineError", message=f"{doing}: {type(exc).__name__}: {exc}; the log is {job.log}")
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stderr.flush()
+    # The kernel takes gigabytes back faster than destructors give them, and nothing else is left to do.
+    os._exit(code)

@@ -1,0 +1,76 @@
+"""Digests of large files, checked before use and remembered while the file stays the same.
+
+sha256 costs about 0.6 s a gigabyte. A digest that was computed here is remembered in a user-private cache by
+(device, inode, size, mtime, ctime): a file that was touched in any way is read again.
+"""
+
+__all__ = ["verify_file"]
+
+import contextlib
+import json
+import os
+import stat
+from pathlib import Path
+
+from sdxl_trt.engines.bundle.records import FileRecord
+from sdxl_trt.engines.errors import CorruptError, SdxlTrtError, explain_os_error
+from sdxl_trt.engines.host.files import atomic_write, sha256_file
+
+REMEMBER_FROM = 64 << 20
+"""Smaller files are hashed every time: that is faster than being clever."""
+MAX_ENTRIES = 512
+
+
+def verify_file(path: Path, record: FileRecord) -> None:
+    """Raise CorruptError unless the file at `path` has the size and sha256 of `record`."""
+    try:
+        status = path.stat()
+        digest = _digest(path, status) if status.st_size == record.size else None
+    except OSError as exc:
+        raise explain_os_error(exc, f"reading {path}") from exc
+    if digest is None:
+        raise CorruptError(f"{path}: {status.st_size} bytes, but the manifest says {record.size}; the file is truncated"
+                           " or was changed: run export-engines again")  # fmt: skip
+    if digest != record.sha256:
+        raise CorruptError(f"{path}: its sha256 is not the manifest's; the file is damaged or was changed: run"
+                           " export-engines again")  # fmt: skip
+
+
+def _digest(path: Path, status: os.stat_result) -> str:
+    if status.st_size < REMEMBER_FROM:
+        return sha256_file(path)
+    key = ":".join(
+        str(n) for n in (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    )
+    memory = _recall()
+    if key not in memory:
+        memory[key] = sha256_file(path)
+        _remember(memory)
+    return memory[key]
+
+
+def _cache_file() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "sdxl-trt" / "digests.json"
+
+
+def _recall() -> dict[str, str]:
+    """Return what was remembered; nothing where the cache is absent, unreadable, or writable by others."""
+    try:
+        file = _cache_file()
+        status = file.stat()
+        private = status.st_uid == os.getuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        memory = json.loads(file.read_bytes()) if private else {}
+    except (OSError, ValueError, RuntimeError):
+        return {}
+    return {str(k): str(v) for k, v in memory.items()} if isinstance(memory, dict) else {}
+
+
+def _remember(memory: dict[str, str]) -> None:
+    """Store the newest entries; a cache that cannot be written costs time only."""
+    newest = dict(list(memory.items())[-MAX_ENTRIES:])
+    with contextlib.suppress(OSError, SdxlTrtError, RuntimeError):
+        file = _cache_file()
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with atomic_write(file) as stream:
+            stream.write(json.dumps(newest).encode())

@@ -1,0 +1,37 @@
+"""The components that each phase of a run uses, and the bf16 twins that stand in for them."""
+
+__all__ = ["run_components", "run_phases", "stand_ins"]
+
+
+from sdxl_trt.engines.bundle.manifest import Manifest
+
+
+def stand_ins(manifest: Manifest, provider: str) -> dict[str, str]:
+    """Return what `provider` runs in the place of a component: TensorRT takes the bf16 twin of an autoencoder."""
+    if provider.startswith("ort-"):
+        return {}
+    vaes = [stage.vae for stage in manifest.stages().values()]
+    twins = {vae.decoder: vae.decoder_bf16 for vae in vaes if vae.decoder_bf16}
+    return twins | {vae.encoder: vae.encoder_bf16 for vae in vaes if vae.encoder and vae.encoder_bf16}
+
+
+def run_phases(manifest: Manifest, provider: str, *, images: bool = False) -> dict[str, tuple[str, ...]]:
+    """Return the components of each phase of a run with all stages: encode, base, refiner, decode.
+
+    A run that starts from `images` begins with encoding them, with the autoencoder of either stage.
+    """
+    stages = manifest.stages()
+    encoders = [encoder.component for stage in stages.values() for encoder in stage.text_encoders]
+    decoder = list(stages.values())[-1].vae.decoder
+    replaced = stand_ins(manifest, provider)
+    pictures = [stage.vae.encoder for stage in stages.values() if images and stage.vae.encoder is not None]
+    phases = {"picture": tuple(dict.fromkeys(replaced.get(name, name) for name in pictures))} if pictures else {}
+    phases["encode"] = tuple(dict.fromkeys(encoders))
+    phases |= {name: (stage.unet,) for name, stage in stages.items()}
+    return phases | {"decode": (replaced.get(decoder, decoder),)}
+
+
+def run_components(manifest: Manifest, provider: str, *, images: bool = False) -> tuple[str, ...]:
+    """Return the components of a run with all stages, each once, in the order in which they are used."""
+    phases = run_phases(manifest, provider, images=images)
+    return tuple(dict.fromkeys(name for used in phases.values() for name in used))

@@ -1,0 +1,68 @@
+"""The Engine protocol: what the runtime asks of a loaded graph, whatever runs it. numpy in, numpy out."""
+
+__all__ = ["Array", "Engine", "check_inputs", "numpy_dtype"]
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sdxl_trt.engines.bundle.manifest import Component, DType, TensorSpec
+from sdxl_trt.engines.errors import UsageError
+
+Array = NDArray[Any]
+
+_NUMPY: dict[DType, type[np.generic]] = {"float32": np.float32, "float16": np.float16, "int64": np.int64}
+
+
+class Engine(Protocol):
+    """A graph that can be prefetched, loaded, fed and unloaded.
+
+    Nothing is read before `prefetch`, nothing is put on a device before `load`. Residency policies are built on
+    these five calls; each may be repeated, and `unload` leaves the engine ready for another `load`.
+    """
+
+    component: Component
+
+    def prefetch(self) -> None:
+        """Read what `load` needs into host memory and check its digests; raise CorruptError where they differ."""
+
+    def load(self) -> None:
+        """Make the engine ready to infer, prefetching first if need be; raise ResourceError, EngineError."""
+
+    def bind(self, constants: Mapping[str, Array]) -> None:
+        """Set the inputs that stay the same for a phase. They may have more rows than `infer` is then given."""
+
+    def infer(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
+        """Run on `inputs` and the bound constants, cut to as many rows; return `outputs` (default: all).
+
+        The returned arrays belong to the caller. Raises UsageError for inputs that do not fit the graph.
+        """
+
+    def unload(self) -> None:
+        """Free the engine, its bound inputs and what was prefetched."""
+
+
+def numpy_dtype(spec: TensorSpec) -> type[np.generic]:
+    """Return the numpy type of a graph input or output."""
+    return _NUMPY[spec.dtype]
+
+
+def check_inputs(component: Component, inputs: Mapping[str, Array]) -> None:
+    """Raise UsageError unless `inputs` are exactly the graph's, in dtype and shape, with one size an axis name."""
+    expected = {spec.name: spec for spec in component.inputs}
+    if inputs.keys() != expected.keys():
+        raise UsageError(f"inputs {sorted(inputs)} given, but the graph takes {sorted(expected)}")
+    axes: dict[str, int] = {}
+    for name, spec in expected.items():
+        array = inputs[name]
+        if array.dtype != numpy_dtype(spec):
+            raise UsageError(f"input {name}: dtype {array.dtype} given, {spec.dtype} expected; cast it")
+        fits = array.ndim == len(spec.shape) and all(
+            size == (dim if isinstance(dim, int) else axes.setdefault(dim, size))
+            for size, dim in zip(array.shape, spec.shape, strict=True)
+        )
+        if not fits:
+            known = f" where {axes}" if axes else ""
+            raise UsageError(f"input {name}: shape {list(array.shape)} given, {list(spec.shape)}{known} expected")

@@ -1,0 +1,1 @@
+"""The machine outside the GPU: files, locks, memory, the console and text tables."""

@@ -1,0 +1,153 @@
+"""What the commands share: one-line errors with their exit codes, warnings on stderr, JSON on stdout."""
+
+__all__ = ["CLEAR_LINE", "Parser", "Told", "one_line", "print_json", "run"]
+
+import argparse
+import contextlib
+import io
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from sdxl_trt.engines.errors import ResourceError, SdxlTrtError, explain_os_error
+from sdxl_trt.engines.host.paths import OUTPUT_ERRORS
+
+CLEAR_LINE = "\r\033[K"
+"""Written before a progress line, which so replaces the one before."""
+INTERRUPTED = 130
+USAGE = 2
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a command has to say, twice: lines for people, an object for programs."""
+
+    lines: list[str]
+    json: dict[str, Any]
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, without abbreviations that a later flag would break."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        """Print one line and exit 2."""
+        self.exit(USAGE, f"error: {one_line(message)}; see {self.prog} --help\n")
+
+
+def run(parser: Parser, work: Callable[[argparse.Namespace], None], argv: list[str] | None) -> int:
+    """Parse, work, and return the exit code; `--debug` adds the traceback to the one-line error."""
+    _take_any_path(sys.stdout)
+    arguments = parser.parse_args(argv)
+    try:
+        with _logging_to_stderr(), _unwinding_on_sigterm():
+            work(arguments)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return _fail("interrupted; nothing was left half-written", INTERRUPTED)
+    except BrokenPipeError:
+        # Whoever read our output has closed it, and wants no message; the interpreter would write one at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as exc:  # noqa: BLE001 - the boundary: whatever it was, the user gets one line
+        if arguments.debug:
+            traceback.print_exc()
+        return _fail(*_explain(exc))
+    return 0
+
+
+def _take_any_path(stream: Any) -> None:
+    """Let `stream` write paths of any bytes, as they are: what reads our lines opens the files that they name."""
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors=OUTPUT_ERRORS)
+
+
+@contextlib.contextmanager
+def _unwinding_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM unwind the stack as an interrupt does, so that what is half-written is removed."""
+
+    def leave(number: int, _frame: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may handle signals
+        return
+    previous = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _explain(exc: Exception) -> tuple[str, int]:
+    if isinstance(exc, SdxlTrtError):
+        return str(exc), exc.exit_code
+    if isinstance(exc, MemoryError):
+        remedy = "try a smaller size, fewer pictures, or --residency swap"
+        return f"out of memory; {remedy}", ResourceError.exit_code
+    if isinstance(exc, OSError):
+        known = explain_os_error(exc, f"using {exc.filename or 'the output'}")
+        return str(known), known.exit_code
+    return f"{type(exc).__name__}: {exc}; this is a defect: please report it with what --debug prints", 1
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON object on stdout.
+
+    A byte of a path that is no UTF-8 is the escape of its lone surrogate (``\\udce9``), in ASCII: Python's json gives
+    back a text that `os.fsencode` turns into the path.
+    """
+    import msgspec  # noqa: PLC0415 - --help must not wait for it
+
+    try:
+        text = msgspec.json.encode(value).decode()
+    except UnicodeEncodeError:
+        text = json.dumps(msgspec.to_builtins(value))
+    sys.stdout.write(text + "\n")
+
+
+def _fail(message: str, code: int) -> int:
+    sys.stderr.write(f"error: {one_line(message)}\n")
+    return code
+
+
+def one_line(message: str) -> str:
+    """Return `message` on one line without control characters: it may quote what nobody has vouched for.
+
+    Bytes of a path that are no UTF-8 are shown as escapes (``\\xe9``).
+    """
+    return " ".join("".join(c if c.isprintable() else _shown(c) for c in message).split())
+
+
+def _shown(c: str) -> str:
+    return f"\\x{ord(c) - 0xDC00:02x}" if "\udc80" <= c <= "\udcff" else " "
+
+
+class _OneLine(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return f"{record.levelname.lower()}: {one_line(record.getMessage())}"
+
+
+@contextlib.contextmanager
+def _logging_to_stderr() -> Iterator[None]:
+    """Show the library's warnings as lines on stderr, and on nothing else, while a command runs."""
+    logger = logging.getLogger("sdxl_trt")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_OneLine())
+    propagate = logger.propagate
+    logger.addHandler(handler)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagate

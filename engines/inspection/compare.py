@@ -1,0 +1,274 @@
+"""Two engines of one component compared on the same inputs, by Polygraphy's Comparator.
+
+Polygraphy is a verifier here and no part of a run: it gets our own engines to call, never a graph or a plan, because
+its loaders let a plan run code on the host.
+"""
+
+__all__ = ["Agreement", "Opened", "compare_engines", "compare_pair", "reference_of"]
+
+import contextlib
+import importlib
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+
+from sdxl_trt.engines.backends.ort.providers import OrtProvider, shape_limits
+from sdxl_trt.engines.bundle.bundle import Bundle
+from sdxl_trt.engines.bundle.manifest import Component, Manifest
+from sdxl_trt.engines.bundle.plan_record import Flavour
+from sdxl_trt.engines.bundle.profile import Profile
+from sdxl_trt.engines.bundle.records import Record
+from sdxl_trt.engines.engine import Array, Engine, numpy_dtype
+from sdxl_trt.engines.errors import EngineError, IncompatibleError
+from sdxl_trt.engines.inspection.example_inputs import example_inputs
+from sdxl_trt.engines.plans.lookup import find_plan
+
+Opened = Callable[[], AbstractContextManager[Engine]]
+"""Makes an engine ready for as long as its context is entered."""
+
+_SILENT = 100  # above everything that Polygraphy says: it prints on stdout, and what it refuses it also raises
+
+
+@dataclass(frozen=True)
+class _Limits:
+    """How far apart outputs may be: the largest error as a part of the reference's range, and the cosine."""
+
+    relative: float
+    cosine: float
+
+
+# One graph on two backends differs by rounding alone. Where both round to fp16, each as it likes, they may be as far
+# apart as either is from fp32, which export/figures.py limits to the same. A bf16 decoder is held to what bf16 costs:
+# its reference is fp32.
+_LIMITS = {
+    "fp32": _Limits(relative=1e-3, cosine=1 - 1e-6),
+    "fp16": _Limits(relative=3e-2, cosine=1 - 1e-4),
+    "bf16": _Limits(relative=1e-1, cosine=1 - 2e-3),
+    "mixed": _Limits(relative=3e-2, cosine=1 - 1e-4),
+}
+
+
+class Agreement(Record, frozen=True, kw_only=True):
+    """How far one output of `component` is from the same of `reference`, and whether that is near enough.
+
+    `max_abs` may be `allowed`, the cosine must be `required`; NaN anywhere is no agreement.
+    """
+
+    component: str
+    reference: str
+    precision: str
+    output: str
+    passed: bool
+    max_abs: float
+    mean_abs: float
+    cosine: float
+    allowed: float
+    required: float
+
+
+def compare_engines(
+    bundle: Bundle,
+    names: Iterable[str],
+    left_provider: str,
+    right_provider: str,
+    *,
+    seed: int = 0,
+    progress: Callable[[str], None] | None = None,
+) -> list[Agreement]:
+    """Compare components `names` of `bundle` on two providers, at the sizes that their plans are tuned for.
+
+    One engine is loaded at a time. `progress` is told every component before it is run. What differs is in the list,
+    not raised. Raises IncompatibleError without Polygraphy, for a component that the right provider cannot run, and
+    what engines raise.
+    """
+    found: list[Agreement] = []
+    with ExitStack() as stack:
+        left, right = (_side(bundle, provider, stack) for provider in (left_provider, right_provider))
+        for name in names:
+            reference = reference_of(bundle.manifest, name, right_provider)
+            if reference is None:
+                raise IncompatibleError(f"{name} is bf16, which {right_provider} cannot run, and the bundle has no fp32"
+                                        " twin of it to compare with")  # fmt: skip
+            if progress:
+                progress(name)
+            feeds = [example_inputs(bundle, name, each, seed) for each in left.profiles(name)]
+            sides = _opened(left.make, name), _opened(right.make, reference)
+            found += compare_pair(bundle, name, *sides, feeds, reference)
+    return found
+
+
+@dataclass(frozen=True)
+class _Side:
+    """How a provider makes an engine, and the profiles that it is tuned for."""
+
+    make: Callable[[str], Engine]
+    profiles: Callable[[str], Sequence[Profile]]
+
+
+def _side(bundle: Bundle, provider: str, stack: ExitStack) -> _Side:
+    """Return a side whose device is closed with `stack`. Each component by itself: others may lack a plan."""
+    if provider.startswith("ort-"):
+        from sdxl_trt.engines.backends.ort.engine import OrtEngine  # noqa: PLC0415 - one import a provider
+
+        served = cast(OrtProvider, provider)
+        return _Side(lambda name: OrtEngine(bundle, name, served), lambda name: [shape_limits(bundle, name)])
+    from sdxl_trt.engines.backends.trt.engine import TrtEngine, open_device  # noqa: PLC0415
+    from sdxl_trt.engines.backends.trt.environment import here  # noqa: PLC0415 - one import a provider
+
+    flavour = cast(Flavour, provider)
+    environment, device = here(flavour), open_device(flavour)
+    stack.callback(device.close)
+    return _Side(
+        lambda name: TrtEngine(bundle, find_plan(bundle, name, environment), device),
+        lambda name: find_plan(bundle, name, environment).key.profiles,
+    )
+
+
+def _opened(make: Callable[[str], Engine], name: str) -> Opened:
+    @contextlib.contextmanager
+    def opened() -> Iterator[Engine]:
+        engine = make(name)
+        try:
+            engine.load()
+            yield engine
+        finally:
+            engine.unload()
+
+    return opened
+
+
+def reference_of(manifest: Manifest, name: str, provider: str) -> str | None:
+    """Return the component that `name` is compared with on `provider`: itself, or the fp32 twin of a bf16 one.
+
+    None where the provider cannot run it and there is no twin.
+    """
+    if manifest.components[name].precision != "bf16" or not provider.startswith("ort-"):
+        return name
+    for stage in manifest.stages().values():
+        twins = {stage.vae.decoder_bf16: stage.vae.decoder, stage.vae.encoder_bf16: stage.vae.encoder}
+        if name in twins:
+            return twins[name]
+    return None
+
+
+def compare_pair(
+    bundle: Bundle, name: str, left: Opened, right: Opened, feeds: Sequence[Mapping[str, Array]], reference: str = ""
+) -> list[Agreement]:
+    """Compare two engines of component `name` on `feeds`; return the worst of each output.
+
+    Each engine is opened once, the left one first, and closed before the other is opened. Raises IncompatibleError
+    without Polygraphy, EngineError where it refuses what it was given, and what engines raise.
+    """
+    polygraphy = _polygraphy()
+    component = bundle.manifest.components[name]
+    runners = [polygraphy.runner(side, opened) for side, opened in (("left", left), ("right", right))]
+    try:
+        with _quiet(polygraphy):
+            runs = polygraphy.Comparator.run(runners, data_loader=[dict(feed) for feed in feeds])
+            allowed = _allowed(component, runs["right"])
+            limits = _LIMITS[component.precision]
+            judges = [
+                polygraphy.SimpleCompareFunc(atol=allowed, rtol=0.0, check_error_stat="max"),
+                polygraphy.CosineSimilarityCompareFunc(limits.cosine),
+            ]
+            distances, cosines = polygraphy.Comparator.compare_accuracy(runs, compare_func=judges)
+    except polygraphy.PolygraphyException as exc:
+        reason = " ".join(str(exc).split())
+        raise EngineError(f"comparing {name}: Polygraphy failed: {reason[:300]}") from exc
+    ((_, distance),), ((_, cosine),) = distances.items(), cosines.items()
+    return [
+        _agreement(
+            component, name, reference or name, output, allowed[output], list(zip(distance, cosine, strict=True))
+        )
+        for output in allowed
+    ]
+
+
+def _agreement(
+    component: Component, name: str, reference: str, output: str, allowed: float, results: list[tuple[Any, Any]]
+) -> Agreement:
+    each = [(distance[output], cosine[output]) for distance, cosine in results]
+    # A bare False instead of figures says that the shapes differ.
+    measured = [pair for pair in each if not isinstance(pair[0], bool)]
+    return Agreement(
+        component=name,
+        reference=reference,
+        precision=component.precision,
+        output=output,
+        passed=all(bool(distance) and bool(cosine) for distance, cosine in each),
+        max_abs=float(np.max([distance.max_absdiff for distance, _ in measured], initial=0.0)),
+        mean_abs=float(np.max([distance.mean_absdiff for distance, _ in measured], initial=0.0)),
+        cosine=float(np.min([cosine.cosine_similarity for _, cosine in measured], initial=1.0)),
+        allowed=allowed,
+        required=_LIMITS[component.precision].cosine,
+    )
+
+
+def _allowed(component: Component, references: Sequence[Mapping[str, Array]]) -> dict[str, float]:
+    """Return the largest error that each output may have, by its range in the reference runs."""
+    share = _LIMITS[component.precision].relative
+    ranges = {name: max(float(np.ptp(run[name]) or np.abs(run[name]).max()) for run in references)
+              for name in references[0]}  # fmt: skip
+    return {name: share * size for name, size in ranges.items()}
+
+
+@contextlib.contextmanager
+def _quiet(polygraphy: Any) -> Iterator[None]:
+    """Keep Polygraphy from printing, and numpy from warning of the NaN that it is to find."""
+    with polygraphy.G_LOGGER.verbosity(_SILENT), np.errstate(all="ignore"):
+        yield
+
+
+class _Polygraphy:
+    """What is used of Polygraphy, imported when the first comparison needs it."""
+
+    def __init__(self) -> None:
+        comparator = importlib.import_module("polygraphy.comparator")
+        self.Comparator: Any = comparator.Comparator
+        self.SimpleCompareFunc: Any = comparator.SimpleCompareFunc
+        self.CosineSimilarityCompareFunc: Any = comparator.CosineSimilarityCompareFunc
+        self.TensorMetadata: Any = importlib.import_module("polygraphy.common").TensorMetadata
+        self.G_LOGGER: Any = importlib.import_module("polygraphy.logger").G_LOGGER
+        self.PolygraphyException: Any = importlib.import_module("polygraphy.exception").PolygraphyException
+        self._base: Any = importlib.import_module("polygraphy.backend.base").BaseRunner
+
+    def runner(self, side: str, opened: Opened) -> Any:
+        """Return a BaseRunner that runs our engine while it is active."""
+        metadata = self.TensorMetadata
+
+        class EngineRunner(self._base):  # type: ignore[misc, name-defined]
+            def activate_impl(self) -> None:
+                with ExitStack() as stack:
+                    self.engine = stack.enter_context(opened())
+                    self.stack = stack.pop_all()
+
+            def get_input_metadata_impl(self) -> Any:
+                inputs = metadata()
+                for spec in self.engine.component.inputs:
+                    shape = [size if isinstance(size, int) else None for size in spec.shape]
+                    inputs.add(spec.name, np.dtype(numpy_dtype(spec)), shape)
+                return inputs
+
+            def infer_impl(self, feed_dict: Mapping[str, Array]) -> dict[str, Array]:
+                started = time.perf_counter()
+                outputs = self.engine.infer(feed_dict)
+                self.inference_time = time.perf_counter() - started
+                # In double precision, or the sums of a cosine would round off what they are to find.
+                return {name: np.array(array, np.float64, order="C") for name, array in outputs.items()}
+
+            def deactivate_impl(self) -> None:
+                self.stack.close()
+                del self.engine, self.stack
+
+        return EngineRunner(name=side)
+
+
+def _polygraphy() -> _Polygraphy:
+    try:
+        return _Polygraphy()
+    except ImportError as exc:
+        raise IncompatibleError(f"--verify needs Polygraphy ({exc}); pip install 'sdxl-trt[verify]'") from exc

@@ -1,0 +1,118 @@
+"""Which plans of a bundle serve on this machine, and what makes the others wrong."""
+
+__all__ = ["Rebuild", "Rebuilds", "file_problem", "find_rebuilds"]
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sdxl_trt.engines.bundle.bundle import Bundle
+from sdxl_trt.engines.bundle.plan_record import Environment, Flavour, PlanRecord
+from sdxl_trt.engines.bundle.records import FileRecord
+from sdxl_trt.engines.errors import SdxlTrtError
+
+Status = Literal["usable", "stale", "missing", "unknown"]
+_VERDICTS: dict[Status, str] = {
+    "usable": "its plan is used as it is",
+    "stale": "would be rebuilt: ",
+    "missing": "would be built: it has no plan",
+    "unknown": "its plan is of the bundle's graph and weights; whether it fits cannot be told here",
+}
+
+
+@dataclass(frozen=True)
+class Rebuild:
+    """What would happen to the plan of one component, and why."""
+
+    component: str
+    status: Status
+    reasons: list[str]
+
+    @property
+    def verdict(self) -> str:
+        """What would happen, as the beginning of a sentence that the reasons end."""
+        return _VERDICTS[self.status]
+
+
+@dataclass(frozen=True)
+class Rebuilds:
+    """The plans of one flavour, held against this machine, or `problem`: why it is not known what machine this is."""
+
+    flavour: Flavour
+    environment: Environment | None
+    problem: str
+    components: list[Rebuild]
+
+    def json(self) -> dict[str, Any]:
+        """Return all of it for programs."""
+        return {
+            "flavour": self.flavour,
+            "environment": self.environment,
+            "problem": self.problem,
+            "components": [
+                {"component": each.component, "status": each.status, "reasons": each.reasons}
+                for each in self.components
+            ],
+        }
+
+
+def find_rebuilds(bundle: Bundle) -> list[Rebuilds]:
+    """Return, for every flavour that the bundle has plans of (else TensorRT), what building again would change.
+
+    Nothing is raised for what is missing here, TensorRT or a GPU: it is in the answer.
+    """
+    there = dict.fromkeys(record.key.environment.flavour for record in bundle.manifest.plans)
+    flavours: list[Flavour] = list(there) or ["tensorrt"]
+    return [_of_flavour(bundle, flavour) for flavour in flavours]
+
+
+def _of_flavour(bundle: Bundle, flavour: Flavour) -> Rebuilds:
+    # Both reach for CUDA and the builder.
+    from sdxl_trt.engines.backends.trt.environment import here  # noqa: PLC0415
+    from sdxl_trt.engines.plans.lookup import planned_components  # noqa: PLC0415
+
+    environment, problem = None, ""
+    try:
+        environment = here(flavour)
+    except SdxlTrtError as exc:
+        problem = str(exc)
+    names = planned_components(bundle.manifest)
+    return Rebuilds(
+        flavour, environment, problem, [_of_component(bundle, name, flavour, environment) for name in names]
+    )
+
+
+def _of_component(bundle: Bundle, name: str, flavour: Flavour, environment: Environment | None) -> Rebuild:
+    records = [
+        record
+        for record in bundle.manifest.plans
+        if record.key.component == name and record.key.environment.flavour == flavour
+    ]
+    if not records:
+        return Rebuild(name, "missing", [])
+    reasons = min((_reasons(bundle, record, environment) for record in records), key=len)
+    if reasons:
+        return Rebuild(name, "stale", reasons)
+    return Rebuild(name, "usable" if environment else "unknown", [])
+
+
+def _reasons(bundle: Bundle, record: PlanRecord, environment: Environment | None) -> list[str]:
+    """Return what is wrong with a plan; of another machine nothing is, where this one is not known."""
+    from sdxl_trt.engines.plans.lookup import why_rebuild  # noqa: PLC0415
+
+    component = bundle.manifest.components[record.key.component]
+    problem = file_problem(bundle, record.file)
+    return [
+        *([f"its file {problem}"] if problem else []),
+        *why_rebuild(record, component, environment or record.key.environment),
+    ]
+
+
+def file_problem(bundle: Bundle, record: FileRecord) -> str:
+    """Return what is wrong with a file as far as its size tells ("is missing"), or ""."""
+    try:
+        size = bundle.path(record).stat().st_size
+    except OSError:
+        return "is missing"
+    except SdxlTrtError as exc:
+        return f"cannot be used: {exc}"
+    return "" if size == record.size else f"has {size} bytes instead of {record.size}"

@@ -1,0 +1,254 @@
+"""What trt-inspect tells of a bundle: its graphs and plans, what would be rebuilt here, and whether plans are right."""
+
+__all__ = ["Report", "inspect_bundle"]
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sdxl_trt.engines.bundle.bundle import Bundle, read_bundle
+from sdxl_trt.engines.bundle.manifest import Component, Manifest
+from sdxl_trt.engines.bundle.plan_record import ANY, Environment, PlanRecord
+from sdxl_trt.engines.host.console import one_line
+from sdxl_trt.engines.host.tables import mebibytes, paragraph, span, table
+from sdxl_trt.engines.inspection.rebuilds import Rebuilds, file_problem, find_rebuilds
+from sdxl_trt.engines.inspection.verification import Verification, verify_plans
+
+Shape = tuple[int, ...]
+_DIGITS = 12
+_WAYS = {"height": "high", "width": "wide"}
+
+
+@dataclass(frozen=True)
+class Report:
+    """The same twice, lines for people and an object for programs; `require` raises what the comparison found."""
+
+    lines: list[str]
+    json: dict[str, Any]
+    verification: Verification = field(default_factory=Verification)
+
+    def require(self) -> None:
+        """Raise VerificationError that names every output that differs."""
+        self.verification.require()
+
+
+def inspect_bundle(
+    root: Path, *, why_rebuild: bool = False, verify: bool = False, progress: Callable[[str], None] | None = None
+) -> Report:
+    """Return what there is to tell of the bundle at `root`, TensorRT or a GPU here or not.
+
+    With `why_rebuild`, files that are missing are told instead of raised; with `verify`, plans are compared with
+    ONNX Runtime, and `progress` is told each component. Raises SourceError, CorruptError, IncompatibleError for what
+    is no sound bundle, and what `verify` meets.
+    """
+    bundle = read_bundle(root, partial=True, files=not why_rebuild)
+    lines = [_title(bundle), "", *_graph_lines(bundle), "", *_plan_lines(bundle)]
+    told: dict[str, Any] = _json(bundle)
+    if why_rebuild:
+        rebuilds = find_rebuilds(bundle)
+        lines += [line for each in rebuilds for line in ("", *_rebuild_lines(each))]
+        told["rebuild"] = [each.json() for each in rebuilds]
+    verification = verify_plans(bundle, progress) if verify else Verification()
+    if verify:
+        lines += ["", *_verification_lines(verification)]
+        told["verify"] = verification.json()
+    return Report([*lines, *_ending(bundle.manifest)], told, verification)
+
+
+def _title(bundle: Bundle) -> str:
+    manifest = bundle.manifest
+    stages = " and ".join(manifest.stages())
+    return f"{bundle.root}: {stages}, {manifest.precision}, made by {one_line(manifest.generator)}"
+
+
+def _ending(manifest: Manifest) -> Iterator[str]:
+    for lora in manifest.loras:
+        yield f"LoRA {one_line(lora.name)} at {lora.told}, in the base"
+    if manifest.note:
+        yield from ("", *paragraph("note: ", one_line(manifest.note)))
+
+
+def _graph_lines(bundle: Bundle) -> list[str]:
+    manifest = bundle.manifest
+    rows = [
+        [
+            name,
+            component.kind,
+            component.precision,
+            f"{component.parameters / 1e6:.1f} M",
+            mebibytes(_size(component)),
+            str(component.opset),
+            component.key[:_DIGITS] or "-",
+        ]
+        for name, component in manifest.components.items()
+    ]
+    parameters = sum(component.parameters for component in manifest.components.values())
+    total = sum(_size(component) for component in manifest.components.values())
+    rows.append(["total", "", "", f"{parameters / 1e6:.1f} M", mebibytes(total), "", ""])
+    head = ["graphs", "kind", "precision", "parameters", "size", "opset", "key"]
+    lines = table(head, rows, right={3, 4, 5})
+    if not manifest.onnx:
+        return [*lines, "  (not in this bundle, which holds plans alone)"]
+    files = [file for component in manifest.components.values() for file in component.files]
+    return lines + [f"  {file.file} {problem}" for file in files if (problem := file_problem(bundle, file))]
+
+
+def _size(component: Component) -> int:
+    return sum(file.size for file in component.files)
+
+
+def _plan_lines(bundle: Bundle) -> list[str]:
+    plans = bundle.manifest.plans
+    if not plans:
+        return ["plans: none, ONNX Runtime runs the graphs; export-engines --engine tensorrt builds plans"]
+    rows = [
+        [
+            record.key.component,
+            record.key.environment.flavour,
+            mebibytes(record.file.size),
+            mebibytes(record.memory.weights),
+            mebibytes(record.memory.activations),
+            f"{record.seconds:.0f} s",
+            record.key.digest()[:_DIGITS],
+        ]
+        for record in plans
+    ]
+    head = ["plans", "flavour", "size", "weights", "activations", "built in", "key"]
+    first, *each = table(head, rows, right={2, 3, 4, 5})
+    return [
+        first,
+        *(line for row, record in zip(each, plans, strict=True) for line in (row, *_details(bundle, record))),
+    ]
+
+
+def _details(bundle: Bundle, record: PlanRecord) -> Iterator[str]:
+    yield from paragraph("      ", "; or ".join(_profiles(bundle, record)))
+    yield from paragraph("      ", f"for {_machine(record.key.environment)}{_flags(record)}")
+    problem = file_problem(bundle, record.file)
+    if problem:
+        yield from paragraph("      ", f"its file {problem}")
+
+
+def _profiles(bundle: Bundle, record: PlanRecord) -> list[str]:
+    """Return what each profile takes, in people's words: pixels instead of latents."""
+    component = bundle.manifest.components.get(record.key.component)
+    if component is None:
+        return ["its component is not in the bundle"]
+    return [_words(component, shapes.shapes, bundle.manifest.base.vae.factor) for shapes in record.key.profiles]
+
+
+def _words(component: Component, shapes: Mapping[str, tuple[Shape, Shape, Shape]], factor: int) -> str:
+    axes = {
+        axis: (low, usual, high)
+        for spec in component.inputs
+        for axis, low, usual, high in zip(spec.shape, *shapes[spec.name], strict=True)
+        if isinstance(axis, str)
+    }
+    pixels = factor if component.kind in ("unet", "vae_decoder") else 1
+    sides = {}
+    for axis in [axis for axis in _WAYS if axis in axes]:
+        low, usual, high = axes.pop(axis)
+        sides[axis] = low * pixels, usual * pixels, high * pixels
+    if len(set(sides.values())) == 1 < len(sides):
+        words = [span(*sides["height"], "pixels a side")]
+    else:
+        words = [span(*size, f"pixels {_WAYS[axis]}") for axis, size in sides.items()]
+    return ", ".join(words + [span(*sizes, axis) for axis, sizes in axes.items()])
+
+
+def _machine(environment: Environment) -> str:
+    library = "TensorRT for RTX" if environment.flavour == "tensorrt-rtx" else "TensorRT"
+    parts = [f"{library} {environment.tensorrt}"]
+    parts.append("any RTX GPU" if environment.gpu == ANY else f"{environment.gpu} ({environment.compute_capability})")
+    if environment.driver != ANY:
+        parts.append(f"driver {environment.driver}")
+    return one_line(", ".join([*parts, environment.platform]))
+
+
+def _flags(record: PlanRecord) -> str:
+    flags = record.key.flags
+    told = [f"workspace {mebibytes(flags.workspace)}"] if flags.workspace else []
+    if flags.weight_streaming:
+        told.append(f"{mebibytes(record.memory.streamable)} of weights may be streamed")
+    told += [name.replace("_", " ") for name in ("version_compatible", "hardware_compatible") if getattr(flags, name)]
+    return "".join(f"; {each}" for each in told)
+
+
+def _rebuild_lines(rebuilds: Rebuilds) -> list[str]:
+    environment = rebuilds.environment
+    where = f"here is {_machine(environment)}" if environment else one_line(rebuilds.problem)
+    lines = paragraph(f"{rebuilds.flavour}: ", where)
+    width = max((len(each.component) for each in rebuilds.components), default=0)
+    for each in rebuilds.components:
+        lines += paragraph(f"  {each.component:<{width}}  ", f"{each.verdict}{'; '.join(each.reasons)}")
+    return lines
+
+
+def _verification_lines(verification: Verification) -> list[str]:
+    rows = [
+        [
+            worst.component,
+            worst.output if count == 1 else f"{worst.output} (worst of {count})",
+            f"{worst.max_abs:.2g}",
+            f"{worst.allowed:.2g}",
+            f"{worst.mean_abs:.2g}",
+            f"{worst.cosine:.7f}",
+            "agrees" if worst.passed else "DIFFERS",
+        ]
+        for worst, count in verification.worst()
+    ]
+    head = [f"{verification.left} against {verification.right}", "output", "largest error", "allowed", "mean", "cosine"]
+    lines = table([*head, ""], rows, right={2, 3, 4, 5})
+    for name, reason in verification.skipped.items():
+        lines += paragraph(f"  {name}  ", f"not compared: {reason}")
+    return lines
+
+
+def _json(bundle: Bundle) -> dict[str, Any]:
+    manifest = bundle.manifest
+    return {
+        "bundle": str(bundle.root),
+        "generator": manifest.generator,
+        "precision": manifest.precision,
+        "stages": list(manifest.stages()),
+        "onnx": manifest.onnx,
+        "graphs": [_graph_json(name, component) for name, component in manifest.components.items()],
+        "plans": [_plan_json(bundle, record) for record in manifest.plans],
+        "loras": [
+            {"name": lora.name, "sha256": lora.sha256, "scale": lora.scale, "text_scale": lora.encoder_scale}
+            for lora in manifest.loras
+        ],
+        "note": manifest.note,
+    }
+
+
+def _graph_json(name: str, component: Component) -> dict[str, Any]:
+    return {
+        "component": name,
+        "kind": component.kind,
+        "precision": component.precision,
+        "parameters": component.parameters,
+        "bytes": _size(component),
+        "opset": component.opset,
+        "key": component.key,
+        "graph": component.graph.sha256,
+        "weights": component.weights.sha256,
+    }
+
+
+def _plan_json(bundle: Bundle, record: PlanRecord) -> dict[str, Any]:
+    return {
+        "component": record.key.component,
+        "flavour": record.key.environment.flavour,
+        "file": record.file.file,
+        "bytes": record.file.size,
+        "memory": record.memory,
+        "profiles": record.key.profiles,
+        "environment": record.key.environment,
+        "flags": record.key.flags,
+        "seconds": record.seconds,
+        "log": record.log,
+        "key": record.key.digest(),
+        "problem": file_problem(bundle, record.file),
+    }

@@ -1,0 +1,91 @@
+"""Plan files: where they lie in a bundle, and how their bytes are checked while they are read."""
+
+__all__ = ["PLANS", "close_to_others", "plan_path", "read_plan", "rebuild_command"]
+
+
+import hashlib
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from sdxl_trt.engines.bundle.bundle import MANIFEST, Bundle
+from sdxl_trt.engines.bundle.plan_record import Flavour, PlanKey, PlanRecord
+from sdxl_trt.engines.errors import CorruptError, ResourceError, explain_os_error
+from sdxl_trt.engines.host.paths import shell_word
+
+PLANS = "plans"
+_DIGITS = 12
+_CHUNK = 64 << 20
+
+
+def plan_path(key: PlanKey) -> str:
+    """Return the file of a plan with this key, relative to the bundle."""
+    return f"{PLANS}/{key.component}-{key.environment.flavour}-{key.digest()[:_DIGITS]}.plan"
+
+
+def rebuild_command(bundle: Bundle, flavour: Flavour) -> str:
+    """Return the command that builds what is missing or stale."""
+    return f"export-engines --engine {flavour} --out {shell_word(bundle.root)}"
+
+
+def read_plan(bundle: Bundle, record: PlanRecord, progress: Callable[[int], None] | None = None) -> memoryview:
+    """Return the bytes of a plan, read once and checked in the buffer that is returned; the caller owns it.
+
+    `progress` is told the bytes of each chunk. Raises CorruptError where the file is not what the manifest vouches
+    for, or where others than this user could have written it; ResourceError where it does not fit into memory.
+    """
+    path = bundle.path(record.file)
+    for place in (bundle.root, bundle.root / MANIFEST, path.parent, path):
+        _check_private(place)
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != record.file.size:
+                raise _damaged(bundle, record, f"{size} bytes, but the manifest says {record.file.size}")
+            buffer = np.empty(size, np.uint8).data
+            digest = hashlib.sha256()
+            for start in range(0, size, _CHUNK):
+                part = buffer[start : start + _CHUNK]
+                if file.readinto(part) != len(part):
+                    raise _damaged(bundle, record, "it became shorter while it was read")
+                digest.update(part)
+                if progress:
+                    progress(len(part))
+    except MemoryError as exc:
+        raise ResourceError(f"reading {path}: out of host memory ({record.file.size / 1e9:.1f} GB);"
+                            " close other programs") from exc  # fmt: skip
+    except OSError as exc:
+        raise explain_os_error(exc, f"reading {path}") from exc
+    if digest.hexdigest() != record.file.sha256:
+        raise _damaged(bundle, record, "its sha256 is not the manifest's")
+    return buffer
+
+
+def _damaged(bundle: Bundle, record: PlanRecord, reason: str) -> CorruptError:
+    command = rebuild_command(bundle, record.key.environment.flavour)
+    return CorruptError(f"{bundle.path(record.file)}: {reason}; the plan is damaged: build it again with: {command}")
+
+
+def close_to_others(path: Path) -> None:
+    """Take the permission to write `path` from everybody but its owner: whatever the umask, plans are code."""
+    try:
+        path.chmod(stat.S_IMODE(path.stat().st_mode) & ~(stat.S_IWGRP | stat.S_IWOTH))
+    except OSError as exc:
+        raise explain_os_error(exc, f"writing {path}") from exc
+
+
+def _check_private(path: Path) -> None:
+    """Raise CorruptError where others could have put code into a plan, or vouched for it."""
+    try:
+        status = path.stat()
+    except OSError as exc:
+        raise explain_os_error(exc, f"reading {path}") from exc
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise CorruptError(f"{path}: others may write it, and plans are code that would run here; chmod go-w it, or"
+                           " build plans in a folder of your own")  # fmt: skip
+    if status.st_uid not in (0, os.getuid()):
+        raise CorruptError(f"{path}: belongs to another user, and plans are code that would run here; copy the bundle"
+                           " to a folder of your own")  # fmt: skip

@@ -1,0 +1,83 @@
+"""The picture sizes, batch sizes and prompt lengths that a bundle's plans accept."""
+
+__all__ = ["Limits", "plan_limits"]
+
+
+from collections.abc import Iterable
+
+from sdxl_trt.engines.bundle.bundle import Bundle
+from sdxl_trt.engines.bundle.manifest import Stage
+from sdxl_trt.engines.bundle.plan_record import Flavour, PlanRecord
+from sdxl_trt.engines.bundle.profile import Range
+from sdxl_trt.engines.bundle.records import Positive, Record
+from sdxl_trt.engines.errors import IncompatibleError, SizeError
+
+
+class Limits(Record, frozen=True, kw_only=True):
+    """What the plans of a bundle take: picture sides in pixels, pictures at once, prompt tokens.
+
+    A call of fewer pictures than `fewest`, more than 1 where a plan was built for one batch size, has to be filled up.
+    """
+
+    height: Range
+    width: Range
+    pictures: Positive
+    tokens: Range
+    fewest: Positive = 1
+    flavour: Flavour = "tensorrt"
+
+    def check(self, width: int, height: int) -> None:
+        """Raise SizeError for a picture of `width` x `height` pixels that no plan takes."""
+        for option, side, sides in (("--width", width, self.width), ("--height", height, self.height)):
+            if side not in sides:
+                near = sides.min if side < sides.min else sides.max
+                raise SizeError(
+                    f"{option} {side}: the plans were built for {sides.min} to {sides.max}; try {near}, or build plans"
+                    f" for it: export-engines --engine {self.flavour} {option} {side} --out BUNDLE"
+                )
+
+
+def plan_limits(bundle: Bundle, records: Iterable[PlanRecord]) -> Limits | None:
+    """Return what the plans `records` take, as far as they are of UNets; None where none is."""
+    stages = {stage.unet: stage for stage in bundle.manifest.stages().values()}
+    each = [_unet_limits(record, stages[record.key.component]) for record in records if record.key.component in stages]
+    if not each:
+        return None
+    return Limits(
+        height=_common([limits.height for limits in each]),
+        width=_common([limits.width for limits in each]),
+        pictures=min(limits.pictures for limits in each),
+        fewest=max(limits.fewest for limits in each),
+        tokens=_common([limits.tokens for limits in each]),
+        flavour=each[0].flavour,
+    )
+
+
+def _unet_limits(record: PlanRecord, stage: Stage) -> Limits:
+    samples = [profile.shapes["sample"] for profile in record.key.profiles]
+    contexts = [profile.shapes["encoder_hidden_states"] for profile in record.key.profiles]
+
+    def span(shapes: list[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]], axis: int) -> Range:
+        low, usual, high = (min, max, max)
+        return Range(
+            min=low(shape[0][axis] for shape in shapes),
+            opt=usual(shape[1][axis] for shape in shapes),
+            max=high(shape[2][axis] for shape in shapes),
+        )
+
+    rows = span(samples, 0)
+    return Limits(
+        height=span(samples, 2).times(stage.vae.factor),
+        width=span(samples, 3).times(stage.vae.factor),
+        pictures=max(rows.max // 2, 1),
+        fewest=rows.min,
+        tokens=span(contexts, 1),
+        flavour=record.key.environment.flavour,
+    )
+
+
+def _common(ranges: list[Range]) -> Range:
+    low, high = max(each.min for each in ranges), min(each.max for each in ranges)
+    if low > high:
+        raise IncompatibleError("the plans of base and refiner have no size in common; build them together")
+    return Range(min=low, opt=min(max(ranges[0].opt, low), high), max=high)

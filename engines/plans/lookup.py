@@ -1,0 +1,111 @@
+"""Plans of a bundle: where they lie, which one fits this machine, and why one does not.
+
+A plan is executable code. It is used only where the manifest vouches for its bytes and its key is, part by part,
+what this machine and the bundle's graphs come to; nothing is rebuilt in silence.
+"""
+
+__all__ = ["find_plan", "has_plans", "planned_components", "why_rebuild"]
+
+
+from sdxl_trt.engines.bundle.bundle import Bundle
+from sdxl_trt.engines.bundle.manifest import Component, Manifest
+from sdxl_trt.engines.bundle.plan_record import ANY, BuildFlags, Environment, Flavour, PlanRecord
+from sdxl_trt.engines.bundle.profile import Profile
+from sdxl_trt.engines.errors import IncompatibleError
+from sdxl_trt.engines.plans.files import rebuild_command
+
+
+def has_plans(bundle: Bundle, flavour: Flavour) -> bool:
+    """Return whether the bundle has any plan of this flavour, whether or not it fits this machine."""
+    return any(record.key.environment.flavour == flavour for record in bundle.manifest.plans)
+
+
+def find_plan(bundle: Bundle, name: str, environment: Environment) -> PlanRecord:
+    """Return the plan of component `name` that was built for `environment`.
+
+    Raises IncompatibleError that says what differs, and the command that mends it, where there is none.
+    """
+    flavour = environment.flavour
+    records = [
+        record
+        for record in bundle.manifest.plans
+        if record.key.component == name and record.key.environment.flavour == flavour
+    ]
+    command = rebuild_command(bundle, flavour)
+    if not records:
+        raise IncompatibleError(f"{bundle.root}: has no {flavour} plan of {name}; build it with: {command}")
+    component = bundle.manifest.components[name]
+    reasons = [why_rebuild(record, component, environment) for record in records]
+    for record, differences in zip(records, reasons, strict=True):
+        if not differences:
+            return record
+    nearest = min(reasons, key=len)
+    raise IncompatibleError(
+        f"{bundle.root}: the {flavour} plan of {name} does not fit: {'; '.join(nearest)}; build it again with:"
+        f" {command}"
+    )
+
+
+def why_rebuild(
+    record: PlanRecord,
+    component: Component,
+    environment: Environment,
+    wanted: tuple[tuple[Profile, ...], BuildFlags] | None = None,
+) -> list[str]:
+    """Return what makes the plan of `record` wrong for `component` on a machine of `environment`, a sentence each.
+
+    With `wanted`, profiles and flags must be those too; without, a plan is taken with what it was built for.
+    """
+    key, here = record.key, environment
+    built, flags = key.environment, key.flags
+    reasons = []
+    if key.graph != component.graph.sha256:
+        reasons.append("the graph has been exported anew since the plan was built")
+    if key.weights != component.weights.sha256:
+        reasons.append("the weights are not those that the plan was built with")
+    if built.flavour != here.flavour:
+        reasons.append(f"it is a {built.flavour} plan, {here.flavour} is asked for")
+    if not _version_fits(built, here, flags):
+        reasons.append(f"TensorRT is {here.tensorrt}, the plan was built with {built.tensorrt}")
+    reasons += _device_reasons(built, here, flags)
+    if built.platform != here.platform:
+        reasons.append(f"the platform is {here.platform}, the plan was built on {built.platform}")
+    if wanted is not None and wanted[0] != key.profiles:
+        reasons.append("other sizes are asked for")
+    if wanted is not None and wanted[1] != flags:
+        reasons.append("other build options are asked for")
+    return reasons
+
+
+def _version_fits(built: Environment, here: Environment, flags: BuildFlags) -> bool:
+    if flags.version_compatible:
+        # Version-compatible plans run on their own and on later minor versions of the same major one.
+        return built.tensorrt.split(".")[0] == here.tensorrt.split(".")[0] and _release(built) <= _release(here)
+    return built.tensorrt == here.tensorrt
+
+
+def _release(environment: Environment) -> tuple[int, ...]:
+    return tuple(int(part) for part in environment.tensorrt.split(".") if part.isdecimal())
+
+
+def _device_reasons(built: Environment, here: Environment, flags: BuildFlags) -> list[str]:
+    """Return what differs in the device; `hardware_compatible` plans run on every GPU from Ampere on."""
+    if flags.hardware_compatible:
+        older = here.compute_capability != ANY and float(here.compute_capability) < 8.0
+        return [f"the GPU has compute capability {here.compute_capability}, the plan needs 8.0"] if older else []
+    pairs = (
+        ("GPU", built.gpu, here.gpu),
+        ("compute capability", built.compute_capability, here.compute_capability),
+        ("driver", built.driver, here.driver),
+    )
+    return [f"the {what} is {now}, the plan was built for {then}" for what, then, now in pairs
+            if ANY not in (then, now) and then != now]  # fmt: skip
+
+
+def planned_components(manifest: Manifest) -> list[str]:
+    """Return the components that TensorRT runs: all but those that a bf16 twin stands in for."""
+    replaced: set[str] = set()
+    for stage in manifest.stages().values():
+        replaced |= {stage.vae.decoder} if stage.vae.decoder_bf16 else set()
+        replaced |= {stage.vae.encoder} if stage.vae.encoder_bf16 and stage.vae.encoder else set()
+    return [name for name in manifest.components if name not in replaced]

@@ -1,0 +1,167 @@
+"""Shapes that a plan is built for: which sizes a user wants, and what they come to for each graph's inputs.
+
+ONNX Runtime takes what the graph takes; profiles bind plans only.
+"""
+
+__all__ = [
+    "MAX_ROWS_OF_PROMPTS",
+    "TILE",
+    "TOKENS",
+    "Sizes",
+    "axes_of",
+    "check_for",
+    "check_sizes",
+    "component_profiles",
+    "default_sizes",
+    "parse_range",
+    "profiles_of",
+    "size_multiple",
+    "stage_sizes",
+]
+
+import math
+from collections.abc import Collection, Mapping
+
+from sdxl_trt.engines.bundle.manifest import Component, Manifest
+from sdxl_trt.engines.bundle.profile import Axes, Profile, Range, Shape, fixed
+from sdxl_trt.engines.bundle.records import Record
+from sdxl_trt.engines.errors import (
+    SizeError,
+    UsageError,
+)
+
+# fp32 and mixed decoders take a picture in tiles of this many pixels: a whole one needs gigabytes of activations.
+TILE = 512
+TOKENS = 77
+"""How many tokens SDXL's own encoders read at once."""
+MAX_ROWS_OF_PROMPTS = 8
+"""A text encoder's activations are small: several prompts share a call."""
+
+
+class Sizes(Record, frozen=True, kw_only=True):
+    """What plans are built for: picture sides in pixels, pictures at once, prompt tokens.
+
+    `static` builds one plan with two profiles, for guidance off (batch rows) and on (twice as many), instead of
+    one profile over both.
+    """
+
+    height: Range
+    width: Range
+    batch: Range
+    tokens: Range
+    static: bool = False
+
+
+def parse_range(text: str, option: str) -> Range:
+    """Return the range that ``MIN:OPT:MAX`` or one number states. Raises UsageError."""
+    parts = text.split(":")
+    try:
+        values = [int(part) for part in parts]
+    except ValueError:
+        values = []
+    if len(values) not in (1, 3) or any(value < 1 for value in values) or values != sorted(values):
+        raise UsageError(f"{option} {text}: give one number, or MIN:OPT:MAX in rising order (512:1024:1280)")
+    low, usual, high = values if len(values) == 3 else values * 3
+    return Range(min=low, opt=usual, max=high)
+
+
+def default_sizes(sample_size: int, factor: int, multiple: int, lengths: Collection[int] = (TOKENS,)) -> Sizes:
+    """Return the sizes for a model trained on `sample_size` latents of `factor` pixels, in steps of `multiple`.
+
+    The usual side is the model's own, the smallest half of it and the largest a quarter more; one picture at once;
+    one to three prompt chunks of the `lengths` that the tokenizers make.
+    """
+    side = sample_size * factor
+    usual = max(side // multiple, 1) * multiple
+    low = max(math.ceil(side / 2 / multiple), 1) * multiple
+    high = max(int(side * 1.25) // multiple, usual // multiple) * multiple
+    sides = Range(min=min(low, usual), opt=usual, max=high)
+    tokens = Range(min=min(lengths), opt=min(lengths), max=3 * max(lengths))
+    return Sizes(height=sides, width=sides, batch=fixed(1), tokens=tokens)
+
+
+def check_sizes(sizes: Sizes, multiple: int, lengths: Collection[int] = (TOKENS,)) -> None:
+    """Raise SizeError unless sides are multiples of `multiple`, and tokens of one of the tokenizers' `lengths`."""
+    for option, sides in (("--height", sizes.height), ("--width", sizes.width)):
+        for side in (sides.min, sides.opt, sides.max):
+            if side % multiple:
+                below = max(side // multiple, 1) * multiple
+                raise SizeError(f"{option} {sides}: the UNets take multiples of {multiple}; {side} would be"
+                                f" {below} or {below + multiple}")  # fmt: skip
+    for count in (sizes.tokens.min, sizes.tokens.opt, sizes.tokens.max):
+        if all(count % length for length in lengths):
+            chunks = " or ".join(map(str, sorted(lengths)))
+            raise SizeError(f"--tokens {sizes.tokens}: prompts come in chunks of {chunks}; give multiples of it")
+
+
+def axes_of(kind: str, precision: str, sizes: Sizes, factor: int) -> list[dict[str, Range]]:
+    """Return, for each profile of a graph of `kind`, the range of every named axis of its inputs."""
+    if kind == "unet":
+        common = {"height": sizes.height.over(factor), "width": sizes.width.over(factor), "tokens": sizes.tokens}
+        if sizes.static:
+            static = {name: fixed(axis.opt) for name, axis in common.items()}
+            return [{**static, "rows": fixed(sizes.batch.opt)}, {**static, "rows": fixed(2 * sizes.batch.opt)}]
+        rows = Range(min=sizes.batch.min, opt=2 * sizes.batch.opt, max=2 * sizes.batch.max)
+        return [{**common, "rows": rows}]
+    if kind == "text_encoder":
+        return [{"prompts": Range(min=1, opt=2, max=MAX_ROWS_OF_PROMPTS)}]
+    unit = factor if kind == "vae_decoder" else 1
+    wide = precision in ("fp32", "mixed")
+    return [
+        {"pictures": fixed(1), "height": fixed(height // unit), "width": fixed(width // unit)}
+        for height, width in _still(sizes, wide=wide)
+    ]
+
+
+def _still(sizes: Sizes, *, wide: bool) -> list[tuple[int, int]]:
+    """Return the picture sizes that an autoencoder's plan is built for: the usual one, and tiles for all others.
+
+    Its activations are the largest of all, and over a range of sizes three times those of one size: pictures go
+    through one at a time, whole at the usual size unless the type is `wide`, and in tiles elsewhere.
+    """
+    usual = (sizes.height.opt, sizes.width.opt)
+    tile = (min(usual[0], TILE), min(usual[1], TILE))
+    smallest = (min(sizes.height.min, TILE), min(sizes.width.min, TILE))
+    chosen = [tile] if wide else [usual]
+    return list(dict.fromkeys(chosen if sizes.static else [*chosen, tile, smallest]))
+
+
+def component_profiles(
+    inputs: Mapping[str, tuple[int | str, ...]], axes: list[dict[str, Range]]
+) -> tuple[Profile, ...]:
+    """Return the profiles of a graph whose `inputs` have these shapes, axes by name. Raises UsageError."""
+    return tuple(Profile(shapes={name: _shapes(shape, each) for name, shape in inputs.items()}) for each in axes)
+
+
+def _shapes(shape: tuple[int | str, ...], axes: Axes) -> tuple[Shape, Shape, Shape]:
+    unknown = [axis for axis in shape if isinstance(axis, str) and axis not in axes]
+    if unknown:
+        raise UsageError(f"the graph has an axis {unknown[0]!r} that no profile speaks of; export it again")
+    ranges = [fixed(axis) if isinstance(axis, int) else axes[axis] for axis in shape]
+    return (
+        tuple(axis.min for axis in ranges),
+        tuple(axis.opt for axis in ranges),
+        tuple(axis.max for axis in ranges),
+    )
+
+
+def stage_sizes(manifest: Manifest) -> Sizes:
+    """Return the default sizes for a bundle: those that base and refiner both take."""
+    base = manifest.base
+    return default_sizes(base.sample_size, base.vae.factor, size_multiple(manifest), manifest.prompt_lengths())
+
+
+def size_multiple(manifest: Manifest) -> int:
+    """Return what the picture sides of a bundle must be multiples of, in pixels, with its deepest UNet in use."""
+    return math.lcm(*(stage.size_multiple for stage in manifest.stages().values()))
+
+
+def check_for(manifest: Manifest, sizes: Sizes) -> None:
+    """Raise SizeError for sizes that the UNets of a bundle cannot take."""
+    check_sizes(sizes, size_multiple(manifest), manifest.prompt_lengths())
+
+
+def profiles_of(component: Component, sizes: Sizes, factor: int) -> tuple[Profile, ...]:
+    """Return the profiles of a component's graph for `sizes`; `factor` is the pixels of a latent."""
+    shapes = {spec.name: spec.shape for spec in component.inputs}
+    return component_profiles(shapes, axes_of(component.kind, component.precision, sizes, factor))

@@ -1,0 +1,1 @@
+"""Which engines are loaded when, and how much memory they take."""

@@ -1,0 +1,134 @@
+"""Activations of a plan before it is built: an estimate from a component's config and its profiles.
+
+What is alive at once in a UNet is what its up blocks still wait for, the skip connections, with a resnet's input, that
+input normalized (in fp32), and its output; in a decoder the same of its last resnet at full size. The factors below
+are what the real builder's figures come to in those units: benchmarks/activations.py compares the two, and
+benchmarks/results/activations.md has the table. The estimate is one, and `estimate_error` says by how much it was off.
+"""
+
+__all__ = ["estimate_activations", "estimate_error", "largest_axes", "score_bytes"]
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from sdxl_trt.engines.bundle.manifest import Component, Precision
+from sdxl_trt.engines.bundle.profile import Profile
+
+Config = Mapping[str, Any]
+_ITEM: dict[Precision, int] = {"fp32": 4, "fp16": 2, "bf16": 2, "mixed": 4}
+_WORKSPACE = 8 << 20  # of every plan, whatever its size
+# Kernels for a range of shapes take more room than those for shapes known at build time; so do those for few channels.
+_UNET_STATIC, _UNET_NARROW, _UNET_DYNAMIC = 1.02, 1.45, 1.79
+_NARROW, _NARROW_DECODER = 128, 64
+_DECODER_STATIC, _DECODER_DYNAMIC = 1.0, {2: 2.3, 4: 1.4}
+_TEXT_HIDDENS = 6.5
+# Peak memory of ONNX Runtime's CPU provider on the embedded pair's UNets and decoder, 512² to 768², within 15 %.
+_SCORES = 1.5
+_WIDTHS = (320, 640, 1280, 1280)
+
+
+def estimate_activations(component: Component, profiles: Iterable[Profile], precision: Precision | None = None) -> int:
+    """Return about how many bytes of activations a plan needs for the largest shapes of any of its `profiles`.
+
+    `precision` replaces the component's own, for a provider that computes in another.
+    """
+    item = _ITEM[precision or component.precision]
+    return max((_estimate(component, profile, item) for profile in profiles), default=0)
+
+
+def estimate_error(component: Component) -> float:
+    """Return the share of itself by which an estimate of this component may be off, either way."""
+    if component.kind != "unet":
+        return 0.1
+    # SDXL's base and refiner at full size come to 6 to 13 % more than estimated: benchmarks/results/build.md.
+    return 0.15 if _widths(component.config)[0] >= _NARROW else 0.2
+
+
+def largest_axes(component: Component, profile: Profile) -> dict[str, int]:
+    """Return the largest size of every named axis of a component's inputs."""
+    return {
+        axis: size
+        for spec in component.inputs
+        for axis, size in zip(spec.shape, profile.shapes[spec.name][2], strict=True)
+        if isinstance(axis, str)
+    }
+
+
+def score_bytes(component: Component, profiles: Iterable[Profile], precision: Precision) -> int:
+    """Return the bytes of the largest attention's scores and of what softmax keeps, where no kernel fuses the two."""
+    scores = max((_scores(component, largest_axes(component, profile)) for profile in profiles), default=0)
+    return int(_SCORES * scores) * _ITEM[precision]
+
+
+def _estimate(component: Component, profile: Profile, item: int) -> int:
+    axes, widths = largest_axes(component, profile), _widths(component.config)
+    static = all(low == high for low, _, high in profile.shapes.values())
+    places = axes.get("height", 1) * axes.get("width", 1)
+    if component.kind == "unet":
+        factor = _UNET_DYNAMIC if not static else _UNET_NARROW if widths[0] < _NARROW else _UNET_STATIC
+        alive = _unet_bytes(component.config, item) * places * axes.get("rows", 1)
+    elif component.kind == "text_encoder":
+        config, prompts = component.config, axes.get("prompts", 1)
+        alive = config.get("hidden_size", 768) * item * prompts * config.get("max_position_embeddings", 77)
+        factor = _TEXT_HIDDENS
+    else:
+        fused = static and widths[0] >= _NARROW_DECODER
+        factor = _DECODER_STATIC if fused else _DECODER_DYNAMIC[item]
+        # A decoder is fed latents, an encoder pixels; both are neediest at pixels.
+        scale = 4 ** (len(widths) - 1) if component.kind == "vae_decoder" else 1
+        alive = _decoder_channels(widths) * item * places * scale * axes.get("pictures", 1)
+    return int(factor * alive) + _WORKSPACE
+
+
+def _unet_bytes(config: Config, item: int) -> float:
+    """Return the bytes a latent pixel that are alive in a UNet, whose values have `item` bytes, where most are."""
+    widths = _widths(config)
+    layers = _per_level(config.get("layers_per_block", 2), len(widths))
+    skips = list(_skips(widths, layers))
+    hidden, most = widths[-1] / 4 ** (len(widths) - 1), 0.0
+    for level in reversed(range(len(widths))):
+        for _ in range(layers[level] + 1):
+            wide = hidden + skips.pop()
+            hidden = widths[level] / 4**level
+            most = max(most, (wide + hidden + sum(skips)) * item + wide * 4)
+        hidden *= 4  # upsampled for the level above
+    return most
+
+
+def _skips(widths: Sequence[int], layers: Sequence[int]) -> Iterator[float]:
+    """Yield what the down blocks leave for the up blocks, in channels at the first level's size."""
+    yield widths[0]
+    for level, width in enumerate(widths):
+        for _ in range(layers[level]):
+            yield width / 4**level
+        if level + 1 < len(widths):
+            yield width / 4 ** (level + 1)
+
+
+def _decoder_channels(widths: Sequence[int]) -> int:
+    """Return the channels at full size that are alive in an autoencoder: the last up block's first resnet."""
+    return 2 * widths[min(1, len(widths) - 1)] + widths[0]
+
+
+def _scores(component: Component, axes: Mapping[str, int]) -> int:
+    """Return how many scores the largest self-attention of a graph has."""
+    config, places = component.config, axes.get("height", 1) * axes.get("width", 1)
+    if component.kind == "text_encoder":
+        return 0
+    if component.kind == "unet":
+        blocks = config.get("down_block_types", ())
+        # diffusers calls the number of heads their dimension.
+        heads = _per_level(config.get("num_attention_heads") or config.get("attention_head_dim", 8), len(blocks))
+        levels = [level for level, block in enumerate(blocks) if block.startswith("CrossAttn")]
+        return axes.get("rows", 1) * max((heads[level] * (places // 4**level) ** 2 for level in levels), default=0)
+    latents = places if component.kind == "vae_decoder" else places // 4 ** (len(_widths(config)) - 1)
+    return axes.get("pictures", 1) * latents**2
+
+
+def _widths(config: Config) -> Sequence[int]:
+    widths: Sequence[int] = config.get("block_out_channels", _WIDTHS)
+    return widths
+
+
+def _per_level(value: int | Sequence[int], levels: int) -> list[int]:
+    return [value] * levels if isinstance(value, int) else list(value)

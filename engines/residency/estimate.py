@@ -1,0 +1,119 @@
+"""The memory plan as a record: what stays loaded, what swaps, what streams, the peak of every phase."""
+
+__all__ = ["MemoryPlan", "Phase", "Residency"]
+
+from typing import Literal
+
+import msgspec
+
+from sdxl_trt.engines.bundle.records import Natural, Record
+from sdxl_trt.engines.errors import ResourceError
+from sdxl_trt.engines.host.memory import format_bytes
+from sdxl_trt.engines.residency.needs import Need, on_device
+
+Residency = Literal["resident", "swap", "stream"]
+
+
+class Phase(Record, frozen=True, kw_only=True):
+    """A phase of a run: the components it uses, those that are loaded at its peak, and the bytes they take then.
+
+    `uncertain` is by how many bytes the peak may be off, 0 where all its figures are the builder's own.
+    """
+
+    name: str
+    components: tuple[str, ...]
+    loaded: tuple[str, ...]
+    peak: Natural
+    uncertain: Natural = 0
+
+
+class MemoryPlan(Record, frozen=True, kw_only=True):
+    """What a run takes under the residency chosen, all in bytes.
+
+    `capacity` is the memory there is (None: not known), `usable` what of it is planned with. `keeps` names what stays
+    loaded between phases, `budgets` how much of a UNet's streamable weights lies on the device. `host` is what plans
+    take of host memory beside. `missing` is by how much `peak` is above `usable`, 0 where it fits.
+    """
+
+    provider: str
+    capacity: Natural | None
+    usable: Natural | None
+    residency: Residency
+    reason: str
+    needs: tuple[Need, ...]
+    phases: tuple[Phase, ...]
+    peak: Natural
+    keeps: tuple[str, ...] = ()
+    budgets: dict[str, Natural] = msgspec.field(default_factory=dict)
+    host: Natural = 0
+    missing: Natural = 0
+
+    @property
+    def estimated(self) -> bool:
+        """Whether any figure is an estimate, rather than the builder's own."""
+        return any(need.uncertain for need in self.needs)
+
+    def check(self) -> None:
+        """Raise ResourceError where the plan does not fit: by how much, and what would take less."""
+        if self.missing:
+            worst = max(self.phases, key=lambda phase: phase.peak)
+            raise ResourceError(
+                f"{self.provider}, residency {self.residency}: {worst.name} needs {_about(worst)}, "
+                f"{format_bytes(self.missing)} more than the {format_bytes(self.usable or 0)}"
+                f" that are usable; {_remedy(self)}"
+            )
+
+    def lines(self) -> list[str]:
+        """Return the plan as people read it, line by line."""
+        lines = [_headline(self), f"residency {self.residency}: {self.reason}", ""]
+        lines += [*_need_lines(self), "", *_phase_lines(self)]
+        if self.host:
+            lines.append(f"host memory for plans and streamed weights: {format_bytes(self.host)}")
+        if self.missing:
+            lines.append(f"does not fit: {format_bytes(self.missing)} are missing; {_remedy(self)}")
+        return lines
+
+
+def _headline(plan: MemoryPlan) -> str:
+    where = "device" if on_device(plan.provider) else "host"
+    if plan.capacity is None or plan.usable is None:
+        return f"{plan.provider}: how much {where} memory there is is not known"
+    have, usable = format_bytes(plan.capacity), format_bytes(plan.usable)
+    return f"{plan.provider}: {have} of {where} memory, {usable} of it usable"
+
+
+def _need_lines(plan: MemoryPlan) -> list[str]:
+    lines = [f"{'component':24}{'weights':>10}{'activations':>13}{'in and out':>12}"]
+    for need in plan.needs:
+        figures = (need.weights, need.activations, need.io)
+        weights, activations, io = (format_bytes(figure) for figure in figures)
+        origin = f"estimate, ±{format_bytes(need.uncertain)}" if need.uncertain else "as built"
+        staying = "stays" if need.component in plan.keeps else "loaded for its phase"
+        budget = plan.budgets.get(need.component)
+        if budget is not None and budget < need.streamable:
+            staying += f", {format_bytes(need.streamable - budget)} of its weights in host memory"
+        lines.append(f"{need.component:24}{weights:>10}{activations:>13}{io:>12}  {origin}; {staying}")
+    return lines
+
+
+def _phase_lines(plan: MemoryPlan) -> list[str]:
+    lines = [f"{'phase':10}{'peak':<20}loaded"]
+    return lines + [f"{phase.name:10}{_about(phase):<20}{', '.join(phase.loaded)}" for phase in plan.phases]
+
+
+def _about(phase: Phase) -> str:
+    uncertain = f" ±{format_bytes(phase.uncertain)}" if phase.uncertain else ""
+    return format_bytes(phase.peak) + uncertain
+
+
+def _remedy(plan: MemoryPlan) -> str:
+    """Return what would take less, for the phase that takes most."""
+    worst = max(plan.phases, key=lambda phase: phase.peak)
+    streamable = any(need.streamable for need in plan.needs if need.component in worst.loaded)
+    if streamable and plan.residency == "swap":
+        return "try --residency stream"
+    if plan.residency == "resident":
+        return "try --residency swap"
+    if plan.provider.startswith("tensorrt") and worst.name in ("base", "refiner") and not streamable:
+        return "build the plans with --weight-streaming, or for smaller pictures"
+    return f"try smaller pictures{', or a device with more memory' if on_device(plan.provider) else ''}"

@@ -1,0 +1,126 @@
+"""What each component of a bundle needs while it is loaded: weights, activations, inputs and outputs, in bytes."""
+
+__all__ = ["Need", "exact_sizes", "host_need", "need_of", "on_device", "shares_activations"]
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+
+from sdxl_trt.engines.bundle.manifest import Component, DType, Manifest, TensorSpec
+from sdxl_trt.engines.bundle.plan_record import PlanRecord
+from sdxl_trt.engines.bundle.profile import Profile, Range, fixed
+from sdxl_trt.engines.bundle.records import Natural, Record
+from sdxl_trt.engines.plans.sizes import TOKENS, Sizes, axes_of, component_profiles
+from sdxl_trt.engines.residency.activations import estimate_activations, estimate_error, largest_axes, score_bytes
+
+_ITEM: dict[DType, int] = {"float32": 4, "float16": 2, "int64": 8}
+# ONNX Runtime's CPU provider computes in fp32: fp16 weights are held beside their fp32 casts and packed copies.
+# Estimates from loading a 50 M-parameter UNet: 1.4 times the fp32 weights in fp32, 1.9 times in fp16.
+_FP32_BYTES = 4
+_ORT_WEIGHTS = {"fp32": 1.5, "fp16": 2.0, "bf16": 2.0, "mixed": 2.0}
+_ORT_ERROR = 0.3
+# Of a UNet's weights nearly all belong to convolutions and matrix products, which can be streamed.
+_STREAMABLE = 0.9
+_PLAN_ERROR = 0.03
+
+
+class Need(Record, frozen=True, kw_only=True):
+    """Bytes that a loaded component takes for the largest sizes it is to be fed.
+
+    `io` is its input and output buffers, `streamable` what of `weights` may be left in host memory. `uncertain` is
+    by how much all of it may be off, either way: 0 where the figures are the builder's own.
+    """
+
+    component: str
+    weights: Natural
+    activations: Natural
+    io: Natural
+    streamable: Natural = 0
+    uncertain: Natural = 0
+
+
+def on_device(provider: str) -> bool:
+    """Return whether the engines of `provider` lie in device memory, rather than in the host's."""
+    return provider != "ort-cpu"
+
+
+def shares_activations(provider: str) -> bool:
+    """Return whether one block of activations serves all engines: ONNX Runtime's sessions have one each."""
+    return not provider.startswith("ort-")
+
+
+def exact_sizes(height: int, width: int, pictures: int = 1, tokens: int = TOKENS) -> Sizes:
+    """Return the sizes of one request: sides in pixels, pictures at once, prompt tokens."""
+    return Sizes(height=fixed(height), width=fixed(width), batch=fixed(pictures), tokens=fixed(tokens), static=True)
+
+
+def need_of(manifest: Manifest, name: str, provider: str, sizes: Sizes, record: PlanRecord | None = None) -> Need:
+    """Return what component `name` takes: as its plan's `record` states it, else as estimated for `sizes`."""
+    component = manifest.components[name]
+    if record is not None:
+        measured = record.memory
+        return Need(
+            component=name,
+            weights=measured.weights,
+            activations=measured.activations,
+            io=_io_bytes(component, record.key.profiles),
+            streamable=measured.streamable,
+        )
+    # Tiles are for plans: ONNX Runtime decodes a picture whole.
+    precision = component.precision if shares_activations(provider) else "fp16"
+    profiles = _profiles(component, axes_of(component.kind, precision, sizes, manifest.base.vae.factor))
+    io = _io_bytes(component, profiles)
+    if not shares_activations(provider):
+        return _onnxruntime_need(name, component, provider, profiles, io)
+    weights, activations = component.weights.size, estimate_activations(component, profiles)
+    return Need(
+        component=name,
+        weights=weights,
+        activations=activations,
+        io=io,
+        streamable=int(weights * _STREAMABLE) if component.kind == "unet" else 0,
+        uncertain=int(activations * estimate_error(component) + weights * _PLAN_ERROR),
+    )
+
+
+def _onnxruntime_need(name: str, component: Component, provider: str, profiles: tuple[Profile, ...], io: int) -> Need:
+    device = on_device(provider)
+    precision = component.precision if device else "fp32"
+    weights = component.weights.size if device else host_need(component)
+    activations = estimate_activations(component, profiles, precision)
+    if provider != "ort-tensorrt":
+        activations += score_bytes(component, profiles, precision)
+    uncertain = int((weights + activations) * _ORT_ERROR)
+    return Need(component=name, weights=weights, activations=activations, io=io, uncertain=uncertain)
+
+
+def host_need(component: Component) -> int:
+    """Return about how many bytes of host memory a component's weights take on ONNX Runtime's CPU provider."""
+    return int(component.parameters * _FP32_BYTES * _ORT_WEIGHTS[component.precision])
+
+
+def _profiles(component: Component, axes: list[dict[str, Range]]) -> tuple[Profile, ...]:
+    return component_profiles({spec.name: spec.shape for spec in component.inputs}, axes)
+
+
+def _io_bytes(component: Component, profiles: Iterable[Profile]) -> int:
+    """Return the bytes of a component's inputs and outputs at the largest shapes of any profile."""
+    return max((_io_at(component, largest_axes(component, profile)) for profile in profiles), default=0)
+
+
+def _io_at(component: Component, axes: Mapping[str, int]) -> int:
+    return sum(_bytes(spec, axes) for spec in (*component.inputs, *component.outputs))
+
+
+def _bytes(spec: TensorSpec, axes: Mapping[str, int]) -> int:
+    return math.prod(_size(axis, axes) for axis in spec.shape) * _ITEM[spec.dtype]
+
+
+def _size(axis: int | str, axes: Mapping[str, int]) -> int:
+    """Return an axis in numbers: it is one, or a name, or "8*height" or "height/8" of one."""
+    if isinstance(axis, int):
+        return axis
+    found = re.fullmatch(r"(?:(\d+)\*)?(\w+?)(?:/(\d+))?", axis)
+    if found is None or found[2] not in axes:
+        return 1
+    return axes[found[2]] * int(found[1] or 1) // int(found[3] or 1)

@@ -1,0 +1,218 @@
+"""Which residency follows from what a bundle needs and a device has, before anything is built or loaded.
+
+`resident` keeps both UNets loaded; the refiner is loaded while the base runs. `swap` holds one UNet at a time; while
+the base runs, the refiner's plan is read into host memory and checked. `stream` is swap with the UNets' weights above
+a budget left in host memory. Text encoders and the autoencoder give way to UNets where all do not fit together.
+"""
+
+__all__ = ["RESIDENCIES", "check_residency", "fallbacks", "plan_memory", "settled_residency"]
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import get_args
+
+from msgspec.structs import replace
+
+from sdxl_trt.engines.bundle.bundle import Bundle
+from sdxl_trt.engines.bundle.manifest import Manifest
+from sdxl_trt.engines.bundle.phases import run_components, run_phases
+from sdxl_trt.engines.bundle.plan_record import PlanRecord
+from sdxl_trt.engines.errors import UsageError
+from sdxl_trt.engines.host.memory import format_bytes
+from sdxl_trt.engines.plans.sizes import Sizes, default_sizes
+from sdxl_trt.engines.residency.estimate import MemoryPlan, Phase, Residency
+from sdxl_trt.engines.residency.needs import Need, need_of, on_device, shares_activations
+
+RESIDENCIES: tuple[Residency, ...] = get_args(Residency)
+# What is left to others: on a device CUDA itself, kernels and the desktop; on a host the rest of the process.
+_DEVICE_SHARE, _HOST_SHARE = 0.9, 0.8
+# Weights that stream pass through a block on the device; TensorRT asks for little beside all that stream.
+_STAGED = 0.02
+
+
+def check_residency(residency: str) -> None:
+    """Raise UsageError unless `residency` is "auto" or a policy."""
+    if residency not in ("auto", *RESIDENCIES):
+        raise UsageError(f"unknown residency {residency!r}; choose auto, {', '.join(RESIDENCIES[:-1])} or stream")
+
+
+def settled_residency(residency: str, provider: str, *, once: bool) -> str:
+    """Return what "auto" is for runs that come `once`, as a command's do, which use every engine in one phase only.
+
+    On a CPU that is "swap": nothing has to cross a bus, and an engine that is kept only takes memory.
+    """
+    return "swap" if once and residency == "auto" and provider == "ort-cpu" else residency
+
+
+def plan_memory(
+    bundle: Bundle,
+    *,
+    provider: str,
+    capacity: int | None,
+    residency: str = "auto",
+    sizes: Sizes | None = None,
+    records: Mapping[str, PlanRecord] | None = None,
+    images: bool = False,
+) -> MemoryPlan:
+    """Return what runs of `bundle` take on `provider` with `capacity` bytes of device or host memory.
+
+    Nothing is loaded and no GPU is needed. What `records` (by default the manifest's plans for that provider) state
+    is used, else estimates for `sizes` (by default those that plans would be built for; ONNX Runtime's are the usual
+    ones). `images` counts the encoder, which runs that start from pictures need. With `residency` "auto" the first
+    policy that fits is taken, the last one where none does: `missing` then says by how much. Raises UsageError for an
+    unknown residency.
+    """
+    check_residency(residency)
+    manifest = bundle.manifest
+    sizes = sizes or _default_sizes(manifest, provider)
+    plans = _recorded(manifest, provider) if records is None else records
+    names = run_components(manifest, provider, images=images)
+    share = _DEVICE_SHARE if on_device(provider) else _HOST_SHARE
+    draft = _Draft(
+        provider=provider,
+        capacity=capacity,
+        usable=None if capacity is None else int(capacity * share),
+        needs={name: need_of(manifest, name, provider, sizes, plans.get(name)) for name in names},
+        phases=run_phases(manifest, provider, images=images),
+        unets=tuple(dict.fromkeys(stage.unet for stage in manifest.stages().values())),
+    )
+    return draft.best() if residency == "auto" else draft.under(residency)
+
+
+def fallbacks(plan: MemoryPlan) -> tuple[Residency, ...]:
+    """Return the policies, in order, that take less memory than that of `plan`."""
+    streams = any(need.streamable for need in plan.needs)
+    smaller = RESIDENCIES[RESIDENCIES.index(plan.residency) + 1 :]
+    return tuple(residency for residency in smaller if residency != "stream" or streams)
+
+
+def _default_sizes(manifest: Manifest, provider: str) -> Sizes:
+    """Return the sizes that plans are built for by default; where none are built, the model's own."""
+    multiple = math.lcm(*(stage.size_multiple for stage in manifest.stages().values()))
+    sizes = default_sizes(manifest.base.sample_size, manifest.base.vae.factor, multiple, manifest.prompt_lengths())
+    return sizes if shares_activations(provider) else replace(sizes, static=True)
+
+
+def _recorded(manifest: Manifest, provider: str) -> dict[str, PlanRecord]:
+    records = reversed([record for record in manifest.plans if record.key.environment.flavour == provider])
+    return {record.key.component: record for record in records}
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """What is known before a policy is chosen."""
+
+    provider: str
+    capacity: int | None
+    usable: int | None
+    needs: Mapping[str, Need]
+    phases: Mapping[str, tuple[str, ...]]
+    unets: tuple[str, ...]
+
+    def best(self) -> MemoryPlan:
+        """Return the first policy that fits, else the last one that there is."""
+        if self.usable is None:
+            return self._resident(tuple(self.needs), "nothing says that it would not fit")
+        plans = [self.under(residency) for residency in self._policies()]
+        chosen = min(plans, key=lambda plan: plan.missing)  # the first of those that fit
+        refused = plans[: plans.index(chosen)]
+        tried = "".join(f"{plan.residency} would take {format_bytes(plan.peak)}; " for plan in refused)
+        return replace(chosen, reason=tried + chosen.reason)
+
+    def under(self, residency: str) -> MemoryPlan:
+        """Return the plan of a policy; under `resident` the small components give way only where they must."""
+        if residency == "swap":
+            return self._plan("swap", "one UNet is loaded at a time")
+        if residency == "stream":
+            return self._stream()
+        everything = self._resident(tuple(self.needs), "all components stay loaded")
+        if not everything.missing:
+            return everything
+        return self._resident(self.unets, "the UNets stay loaded, the rest is loaded for its phase")
+
+    def _policies(self) -> tuple[Residency, ...]:
+        return RESIDENCIES if self._streams() else ("resident", "swap")
+
+    def _streams(self) -> bool:
+        return any(self.needs[name].streamable for name in self.unets)
+
+    def _resident(self, keeps: tuple[str, ...], reason: str) -> MemoryPlan:
+        return self._plan("resident", reason, keeps=keeps)
+
+    def _stream(self) -> MemoryPlan:
+        if not self._streams():
+            why = "the plans were built without it" if shares_activations(self.provider) else "it has no such thing"
+            return self._plan("stream", f"as swap: weights do not stream with {self.provider}, {why}")
+        budgets = {name: self._budget(self.needs[name]) for name in self.unets}
+        left = max(self.needs[name].streamable - budget for name, budget in budgets.items())
+        if not left:
+            return self._plan("stream", "one UNet is loaded at a time, with all of its weights", budgets=budgets)
+        reason = f"one UNet is loaded at a time, up to {format_bytes(left)} of its weights stay in host memory"
+        if any(self.needs[name].uncertain for name in self.unets):
+            reason += "; its plan is to be built with --weight-streaming"
+        return self._plan("stream", reason, budgets=budgets)
+
+    def _budget(self, need: Need) -> int:
+        """Return how many streamable bytes may lie on the device: all where they fit, else what is left over."""
+        if self.usable is None:
+            return 0
+        free = self.usable - self._bytes((need.component,), {})
+        if free >= 0:
+            return need.streamable
+        staged = int(need.streamable * _STAGED)
+        return max(need.streamable - staged + free, 0)
+
+    def _plan(
+        self, residency: Residency, reason: str, *, keeps: tuple[str, ...] = (), budgets: dict[str, int] | None = None
+    ) -> MemoryPlan:
+        budgets = budgets or {}
+        phases = tuple(self._phase(name, used, keeps, budgets) for name, used in self.phases.items())
+        peak = max(phase.peak for phase in phases)
+        return MemoryPlan(
+            provider=self.provider,
+            capacity=self.capacity,
+            usable=self.usable,
+            residency=residency,
+            reason=reason,
+            needs=tuple(self.needs.values()),
+            phases=phases,
+            peak=peak,
+            keeps=keeps,
+            budgets=budgets,
+            host=self._host(budgets),
+            missing=0 if self.usable is None else max(peak - self.usable, 0),
+        )
+
+    def _phase(self, name: str, used: tuple[str, ...], keeps: tuple[str, ...], budgets: Mapping[str, int]) -> Phase:
+        """Return a phase at its peak: what stays, and the neediest of the components that it loads in turn."""
+        moments = [keeps if one in keeps else (*keeps, one) for one in used] or [keeps]
+        loaded = max(moments, key=lambda moment: self._bytes(moment, budgets))
+        return Phase(
+            name=name,
+            components=used,
+            loaded=loaded,
+            peak=self._bytes(loaded, budgets),
+            uncertain=sum(self.needs[one].uncertain for one in loaded),
+        )
+
+    def _bytes(self, loaded: Iterable[str], budgets: Mapping[str, int]) -> int:
+        """Return what is taken with `loaded` on the device: one block of activations serves all, or one each."""
+        needs = [self.needs[name] for name in loaded]
+        activations = [need.activations for need in needs]
+        together = max(activations, default=0) if shares_activations(self.provider) else sum(activations)
+        return sum(_weights(need, budgets) + need.io for need in needs) + together
+
+    def _host(self, budgets: Mapping[str, int]) -> int:
+        """Return the host memory that plans take: one that is read ahead, beside the streamed weights of another."""
+        if not shares_activations(self.provider):
+            return 0
+        ahead = max(self.needs[name].weights for name in self.unets)
+        return ahead + max((self.needs[name].streamable - left for name, left in budgets.items()), default=0)
+
+
+def _weights(need: Need, budgets: Mapping[str, int]) -> int:
+    """Return the bytes of a component's weights on the device, with the block that those that stream pass through."""
+    budget = budgets.get(need.component, need.streamable)
+    staged = int(need.streamable * _STAGED) if budget < need.streamable else 0
+    return need.weights - need.streamable + budget + staged

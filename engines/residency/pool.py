@@ -1,0 +1,231 @@
+"""Engines of a bundle under a residency policy: loaded when a phase needs them, freed when the policy says so."""
+
+__all__ = ["EnginePool", "open_pool"]
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Self
+
+from sdxl_trt.engines.backends.open import open_backend
+from sdxl_trt.engines.bundle.bundle import Bundle
+from sdxl_trt.engines.bundle.phases import stand_ins
+from sdxl_trt.engines.bundle.plan_record import PlanRecord
+from sdxl_trt.engines.engine import Engine
+from sdxl_trt.engines.errors import ResourceError
+from sdxl_trt.engines.plans.limits import Limits
+from sdxl_trt.engines.plans.sizes import Sizes
+from sdxl_trt.engines.residency.estimate import MemoryPlan, Residency
+from sdxl_trt.engines.residency.loading import LoadAhead, load
+from sdxl_trt.engines.residency.policy import check_residency, fallbacks, plan_memory, settled_residency
+
+log = logging.getLogger(__name__)
+
+
+class EnginePool:
+    """Loads and frees the engines of a bundle; a context manager that frees them all, and the device.
+
+    `resident` keeps every engine that was loaded, or of those only what `keeps` names. `swap` and `stream` hold the
+    engines of one phase: before a phase loads its own, it frees all others, so that the refiner never shares memory
+    with the base. Where memory runs out while engines are loaded, the pool goes on with the next of `fallbacks`.
+
+    `make` is called with a component and, where that streams, with the bytes of its weights that may lie on the
+    device, from `budgets`. `replaced` says which component runs in the place of another.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        make: Callable[..., Engine],
+        residency: Residency,
+        provider: str,
+        *,
+        keeps: Iterable[str] | None = None,
+        fallbacks: tuple[Residency, ...] = (),
+        budgets: Mapping[str, int] | None = None,
+        replaced: Mapping[str, str] | None = None,
+        records: Mapping[str, PlanRecord] | None = None,
+        limits: Limits | None = None,
+        close: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.bundle = bundle
+        self.residency: Residency = residency
+        self.provider = provider
+        self.records = records or {}
+        """The plans in use, by component."""
+        self.limits = limits
+        """The sizes that the plans in use take; None where whatever the graphs take will do."""
+        self.loads: list[str] = []
+        """The components in the order in which they were loaded."""
+        self.swaps = 0
+        """How often one UNet took the place of another, which had to be freed for it."""
+        self._make = make
+        self._keeps = frozenset(bundle.manifest.components if keeps is None else keeps)
+        self._fallbacks = fallbacks
+        self._budgets = budgets or {}
+        self._replaced = replaced or {}
+        self._close = close
+        self._engines: dict[str, Engine] = {}
+        self._prefetched: dict[str, Engine] = {}
+        self._ahead: LoadAhead | None = None
+        self._last_unet = ""
+
+    def phase(self, *names: str, then: tuple[str, ...] = ()) -> tuple[Engine, ...]:
+        """Return the loaded engines of the components `names`, having freed what the policy does not keep.
+
+        A thread meanwhile makes those of the next phase, `then`, ready: it loads what may stay beside `names`, and
+        reads and checks the plans of the rest. What goes wrong there is raised by the next call, as if it had
+        happened in it. Raises ResourceError where memory runs out under the last policy, and what Engine.load raises.
+        """
+        wanted = self._resolve(names)
+        while True:
+            try:
+                self._take_over()
+                self._unload((*wanted, *self._staying()))
+                engines = tuple(self._load(name) for name in wanted)
+                break
+            except ResourceError as exc:
+                self._fall_back(exc)
+        ahead = [name for name in self._resolve(then) if name not in self._engines]
+        if ahead:
+            self._ahead = LoadAhead(self._new, ahead, self._staying())
+        return engines
+
+    def stand_in(self, name: str) -> str:
+        """Return the component that runs in the place of `name` on this provider, mostly itself."""
+        return self._replaced.get(name, name)
+
+    def free(self, keep: tuple[str, ...] = ()) -> None:
+        """Unload every engine but those to `keep`, once the thread that makes others ready has ended."""
+        try:
+            self._take_over()
+        except Exception as exc:  # noqa: BLE001 - there is no next phase to raise it
+            log.warning("%s", exc)
+        self._unload(self._resolve(keep))
+
+    def close(self) -> None:
+        """Unload every engine and close the device; the pool is of no use afterwards."""
+        with ExitStack() as stack:
+            stack.callback(self._close)
+            self.free()
+
+    def _resolve(self, names: Iterable[str]) -> tuple[str, ...]:
+        return tuple(self.stand_in(name) for name in names)
+
+    def _staying(self) -> frozenset[str]:
+        return self._keeps if self.residency == "resident" else frozenset()
+
+    def _unload(self, keep: Iterable[str]) -> None:
+        with ExitStack() as stack:  # one that fails to unload keeps no other loaded
+            for held in (self._prefetched, self._engines):
+                for name in held.keys() - set(keep):
+                    stack.callback(held.pop(name).unload)
+
+    def _take_over(self) -> None:
+        """Wait for the thread, take over what it has made ready, and raise what stopped it."""
+        if self._ahead is None:
+            return
+        error = self._ahead.finish()
+        ahead, self._ahead = self._ahead, None
+        self._prefetched |= ahead.prefetched
+        for name, engine in ahead.loaded.items():
+            self._enter(name, engine)
+        if error is not None:
+            raise error
+
+    def _load(self, name: str) -> Engine:
+        if name not in self._engines:
+            engine = self._prefetched.pop(name, None) or self._new(name)
+            load(engine)
+            self._enter(name, engine)
+        return self._engines[name]
+
+    def _new(self, name: str) -> Engine:
+        if self.residency == "stream" and name in self._budgets:
+            return self._make(name, self._budgets[name])
+        return self._make(name)
+
+    def _enter(self, name: str, engine: Engine) -> None:
+        self._engines[name] = engine
+        self.loads.append(name)
+        if self.bundle.manifest.components[name].kind == "unet":
+            self.swaps += self._last_unet not in ("", name, *self._engines)
+            self._last_unet = name
+
+    def _fall_back(self, exc: ResourceError) -> None:
+        """Free everything and take the next policy, or raise `exc` where there is none."""
+        if not self._fallbacks:
+            raise exc
+        before = self.residency
+        self.residency, *rest = self._fallbacks
+        self._fallbacks = tuple(rest)
+        log.warning("residency %s: %s; going on with %s", before, exc, self.residency)
+        self.free()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def open_pool(
+    bundle: Bundle,
+    provider: str = "auto",
+    residency: str = "auto",
+    available: int | None = None,
+    sizes: Sizes | None = None,
+    *,
+    images: bool = False,
+    once: bool = False,
+) -> EnginePool:
+    """Return a pool for `bundle`; nothing of it is loaded yet.
+
+    `provider` is "auto" or one of PROVIDERS, `residency` "auto", "resident", "swap" or "stream"; `available` replaces
+    the measured memory in bytes, the device's or the host's; `sizes` are what is to be run, where no plans say it.
+    Memory is planned for runs that start from `images` too, which need the autoencoder's encoder, if that is said, and
+    as for a single run where it comes `once`.
+    A stated residency is kept; under "auto" the next one is taken where memory runs out. Raises UsageError for other
+    names, IncompatibleError for a provider that cannot be had or a plan that does not fit this machine, ResourceError
+    for plans that cannot fit.
+    """
+    check_residency(residency)
+    backend = open_backend(bundle, provider)
+    capacity = backend.free if available is None else available
+    residency = settled_residency(residency, backend.provider, once=once)
+    try:
+        plan = plan_memory(
+            bundle,
+            provider=backend.provider,
+            capacity=capacity,
+            residency=residency,
+            sizes=sizes,
+            records=backend.records,
+            images=images,
+        )
+        _refuse_the_impossible(plan)
+    except BaseException:
+        backend.close()
+        raise
+    return EnginePool(
+        bundle,
+        backend.make,
+        plan.residency,
+        backend.provider,
+        keeps=plan.keeps,
+        fallbacks=fallbacks(plan) if residency == "auto" else (),
+        budgets=plan.budgets or {need.component: need.streamable // 2 for need in plan.needs if need.streamable},
+        replaced=stand_ins(bundle.manifest, backend.provider),
+        records=backend.records,
+        limits=backend.limits,
+        close=backend.close,
+    )
+
+
+def _refuse_the_impossible(plan: MemoryPlan) -> None:
+    """Raise ResourceError where the builder's own figures are above all the memory there is; estimates may be off."""
+    if not plan.estimated and plan.capacity is not None and plan.peak > plan.capacity:
+        plan.check()
