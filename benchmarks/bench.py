@@ -29,7 +29,8 @@ from sdxl_trt.benchmarks.roster import OURS, Entry, choose, command, cores, envi
 from sdxl_trt.benchmarks.subjects import Subject
 from sdxl_trt.benchmarks.sweeps import is_usual, sweep_asks
 from sdxl_trt.engines.errors import EngineError, UsageError
-from sdxl_trt.runtime.request import Request, resolve
+from sdxl_trt.runtime.request.request import Request
+from sdxl_trt.runtime.request.resolve import resolve
 
 PROMPT = "a large red star on a blue background"
 PACKAGES = ("sdxl-trt", "numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt", "torch", "diffusers")

@@ -29,7 +29,15 @@ def commands(subject: Subject, spec: Spec, out: Path) -> dict[str, list[str]]:
     common = [spec.prompt, "--steps", str(spec.steps), "--seed", str(spec.seed), "--guidance", str(spec.guidance)]
     common += ["--width", str(spec.width), "--height", str(spec.height)]
     handoff = ["--handoff", "none" if spec.handoff is None else str(spec.handoff)]
-    ours = [sys.executable, "-m", "sdxl_trt.runtime.cli", *common, *handoff, "--engines", str(subject.bundle.root)]
+    ours = [
+        sys.executable,
+        "-m",
+        "sdxl_trt.runtime.cli",
+        *common,
+        *handoff,
+        "--engines",
+        str(subject.bundle.root),
+    ]
     found = {OURS: [*ours, "-o", str(out / "ours.png")]}
     if subject.base:
         refiner = ["--refiner", subject.refiner, *handoff] if subject.refiner and spec.handoff is not None else []

@@ -25,7 +25,7 @@ from sdxl_trt.engines.plans.lookup import find_plan, planned_components
 from sdxl_trt.engines.residency.pool import open_pool
 from sdxl_trt.mini.embedded import bundle_path
 from sdxl_trt.runtime import Request
-from sdxl_trt.runtime.pipeline import Pipeline
+from sdxl_trt.runtime.pipeline.pipeline import Pipeline
 
 PROMPT, SEED, STEPS = "a large red star on a blue background", 7, 10
 PICTURES = 3

@@ -23,11 +23,11 @@ from sdxl_trt.engines.bundle.manifest import Component
 from sdxl_trt.engines.engine import Array
 from sdxl_trt.engines.residency.pool import EnginePool
 from sdxl_trt.mini.embedded import bundle_path
-from sdxl_trt.runtime.pipeline import Pipeline
-from sdxl_trt.runtime.prompts import PromptEmbeds
-from sdxl_trt.runtime.request import Request
-from sdxl_trt.runtime.run import timed
-from sdxl_trt.runtime.samplers import TWO_CALLS
+from sdxl_trt.runtime.diffusion.samplers.registry import TWO_CALLS
+from sdxl_trt.runtime.pipeline.pipeline import Pipeline
+from sdxl_trt.runtime.pipeline.run import timed
+from sdxl_trt.runtime.request.request import Request
+from sdxl_trt.runtime.text.encoder import PromptEmbeds
 
 Precision = Literal["float32", "float16"]
 SIDE = 1024

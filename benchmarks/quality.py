@@ -29,7 +29,7 @@ from sdxl_trt.mini.drawing import SIDE
 from sdxl_trt.mini.evaluate import cases as evaluation_cases
 from sdxl_trt.mini.score import score
 from sdxl_trt.runtime import Request, open_bundle
-from sdxl_trt.runtime.request import resolve
+from sdxl_trt.runtime.request.resolve import resolve
 
 GIVEN = "these engines"
 """What the names of the rows begin with that are about the bundle at hand."""

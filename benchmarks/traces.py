@@ -12,11 +12,10 @@ from numpy.typing import NDArray
 from sdxl_trt.benchmarks.reports import Settings
 from sdxl_trt.engines.bundle.manifest import Vae
 from sdxl_trt.runtime import Pipeline, Request
-from sdxl_trt.runtime.decode import Size, choose_tile, decode, decoder_sizes
-from sdxl_trt.runtime.images import to_uint8
-from sdxl_trt.runtime.jobs import Job
-from sdxl_trt.runtime.noise_sources import PictureNoise
-from sdxl_trt.runtime.run import Step
+from sdxl_trt.runtime.diffusion.noise.sources import PictureNoise
+from sdxl_trt.runtime.pipeline.run import Job, Step
+from sdxl_trt.runtime.vae.decode import decode, to_uint8
+from sdxl_trt.runtime.vae.tile_sizes import Size, choose_tile, decoder_sizes
 
 Floats = NDArray[np.float32]
 Pixels = NDArray[np.uint8]

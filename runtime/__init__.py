@@ -10,8 +10,8 @@ with open_bundle("my-bundle") as pipeline:
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sdxl_trt.runtime.pipeline import Picture, Pipeline, Step, open_bundle
-    from sdxl_trt.runtime.request import Request
+    from sdxl_trt.runtime.pipeline.pipeline import Picture, Pipeline, Step, open_bundle
+    from sdxl_trt.runtime.request.request import Request
 
 __all__ = ["Picture", "Pipeline", "Request", "Step", "open_bundle"]
 

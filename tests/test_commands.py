@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from sdxl_trt.export.cli import main as export_engines
-from sdxl_trt.runtime.cli import main as trt_generate
+from sdxl_trt.runtime.cli.generate import main as trt_generate
 
 FAST = ["--steps", "4", "--handoff", "0.5", "--width", "32", "--height", "32"]
 
@@ -255,15 +255,15 @@ sys.exit(main(["a fox", "--engines", {str(bundle)!r}, "-o", {str(tmp_path / "x.p
 
 
 def test_every_sampler_is_in_the_help() -> None:
-    from sdxl_trt.runtime import options
-    from sdxl_trt.runtime.samplers import sampler_names
+    from sdxl_trt.runtime.cli import options
+    from sdxl_trt.runtime.diffusion.samplers.registry import sampler_names
 
     assert list(options.SAMPLERS) == sampler_names()
 
 
 def test_every_schedule_of_comfyui_is_in_the_help() -> None:
-    from sdxl_trt.runtime import options
-    from sdxl_trt.runtime.comfy_schedules import COMFYUI_SCHEDULES
+    from sdxl_trt.runtime.cli import options
+    from sdxl_trt.runtime.diffusion.schedules.comfyui import COMFYUI_SCHEDULES
 
     assert tuple(COMFYUI_SCHEDULES) == options.COMFYUI_SCHEDULES
 

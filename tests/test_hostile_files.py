@@ -14,14 +14,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sdxl_trt.runtime import batches, series
-from sdxl_trt.runtime.cli import main as trt_generate
-from sdxl_trt.runtime.comfy_graph import MAX_BYTES
-from sdxl_trt.runtime.metadata import describe
-from sdxl_trt.runtime.picture_files import PARAMETERS, SETTINGS, WORKFLOW
-from sdxl_trt.runtime.pipeline import open_bundle
-from sdxl_trt.runtime.request import Request, resolve
-from sdxl_trt.runtime.workflow_writer import write_workflow
+from sdxl_trt.runtime.cli import series
+from sdxl_trt.runtime.cli.generate import main as trt_generate
+from sdxl_trt.runtime.comfyui.graph import MAX_BYTES
+from sdxl_trt.runtime.comfyui.writer import write_workflow
+from sdxl_trt.runtime.images.files import PARAMETERS, SETTINGS, WORKFLOW
+from sdxl_trt.runtime.images.metadata import describe
+from sdxl_trt.runtime.pipeline import batch as batches
+from sdxl_trt.runtime.pipeline.pipeline import open_bundle
+from sdxl_trt.runtime.request.request import Request
+from sdxl_trt.runtime.request.resolve import resolve
 
 FUZZ = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], derandomize=True, deadline=None,

@@ -49,12 +49,12 @@ def test_arrows_point_one_way(path: Path) -> None:
 @pytest.mark.parametrize(
     ("part", "source"),
     [
-        ("engines", "from sdxl_trt.runtime.request import Request"),
+        ("engines", "from sdxl_trt.runtime.request.request import Request"),
         ("engines", "def f():\n    import sdxl_trt.mini"),
         ("engines", "from sdxl_trt import export"),
         ("runtime", "from sdxl_trt.export import export_bundle"),
-        ("export", "import sdxl_trt.runtime.noise as noise"),
-        ("runtime", "from sdxl_trt.runtime.cli import main"),
+        ("export", "import sdxl_trt.runtime.diffusion.noise.generator as noise"),
+        ("runtime", "from sdxl_trt.runtime.cli.generate import main"),
         ("export", "from sdxl_trt.export import cli"),
         ("runtime", "from sdxl_trt.benchmarks import latency"),
     ],

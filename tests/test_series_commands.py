@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdxl_trt.runtime.cli import main as trt_generate
+from sdxl_trt.runtime.cli.generate import main as trt_generate
 
 FAST = ["--steps", "4", "--handoff", "0.5", "--width", "32", "--height", "32"]
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdxl_trt.runtime.cli import main as trt_generate
-from sdxl_trt.runtime.repeat import repeated
-from sdxl_trt.runtime.workflow import TO_THE_END
-from sdxl_trt.runtime.workflow_reader import read_workflow
+from sdxl_trt.runtime.cli.generate import main as trt_generate
+from sdxl_trt.runtime.cli.repeat import repeated
+from sdxl_trt.runtime.comfyui.reader import read_workflow
+from sdxl_trt.runtime.comfyui.workflow import TO_THE_END
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "tutorial.md"
 

@@ -12,6 +12,7 @@ from sdxl_trt.engines.backends.open import open_backend
 from sdxl_trt.engines.bundle.bundle import Bundle
 from sdxl_trt.engines.bundle.phases import stand_ins
 from sdxl_trt.engines.bundle.plan_record import PlanRecord
+from sdxl_trt.engines.bundle.profile import Profile
 from sdxl_trt.engines.engine import Engine
 from sdxl_trt.engines.errors import ResourceError
 from sdxl_trt.engines.plans.limits import Limits
@@ -95,6 +96,16 @@ class EnginePool:
     def stand_in(self, name: str) -> str:
         """Return the component that runs in the place of `name` on this provider, mostly itself."""
         return self._replaced.get(name, name)
+
+    def profiles(self, name: str) -> tuple[Profile, ...]:
+        """Return the profiles that limit what component `name` takes, or () if it takes what its graph takes."""
+        name = self.stand_in(name)
+        if self.provider == "ort-tensorrt":
+            from sdxl_trt.engines.backends.ort.providers import shape_limits  # noqa: PLC0415 - only this provider's
+
+            return (shape_limits(self.bundle, name),)
+        record = self.records.get(name)
+        return record.key.profiles if record else ()
 
     def free(self, keep: tuple[str, ...] = ()) -> None:
         """Unload every engine but those to `keep`, once the thread that makes others ready has ended."""

@@ -18,10 +18,10 @@ from sdxl_trt.engines.engine import Array
 from sdxl_trt.engines.errors import CorruptError, SourceError
 from sdxl_trt.export.scheduler_classes import CLASSES, FLOW
 from sdxl_trt.export.scheduler_config import read_scheduler
-from sdxl_trt.runtime.conditioning import Conditions
-from sdxl_trt.runtime.denoiser import Denoiser
-from sdxl_trt.runtime.samplers import bind_sampler, sampler_names
-from sdxl_trt.runtime.sigmas import make_schedule
+from sdxl_trt.runtime.diffusion.conditioning import Conditions
+from sdxl_trt.runtime.diffusion.denoiser import Denoiser
+from sdxl_trt.runtime.diffusion.samplers.registry import bind_sampler, sampler_names
+from sdxl_trt.runtime.diffusion.schedules.schedule import make_schedule
 
 # diffusers' own: torch tensors given to np.array, the logarithm of sigma 0, names that it will drop.
 pytestmark = [

@@ -18,7 +18,7 @@ from sdxl_trt.export.optimum_configs import roles, tokenizer_roles
 from sdxl_trt.export.sources import ModelSource, PipelineSource
 from sdxl_trt.export.text_encoders import find_pooled, open_tokenizers, without_idle_projection
 from sdxl_trt.mini.embedded import bundle_path
-from sdxl_trt.runtime.prompts import Prompt, PromptEncoder
+from sdxl_trt.runtime.text.encoder import Prompt, PromptEncoder
 
 PLAIN, PROJECTS = "CLIPTextModel", "CLIPTextModelWithProjection"
 

@@ -12,10 +12,10 @@ import torch
 import torchsde
 
 from sdxl_trt.engines.bundle.manifest import Scheduler
-from sdxl_trt.runtime.brownian import BrownianPath
-from sdxl_trt.runtime.noise_sources import BatchNoise, PictureNoise
-from sdxl_trt.runtime.samplers import BROWNIAN, bind_sampler, brownian_span
-from sdxl_trt.runtime.sigmas import make_comfyui_schedule, make_schedule
+from sdxl_trt.runtime.diffusion.noise.brownian import BrownianPath
+from sdxl_trt.runtime.diffusion.noise.sources import BatchNoise, PictureNoise
+from sdxl_trt.runtime.diffusion.samplers.registry import BROWNIAN, bind_sampler, brownian_span
+from sdxl_trt.runtime.diffusion.schedules.schedule import make_comfyui_schedule, make_schedule
 
 SDXL = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 SHAPE = (2, 4, 6, 6)

@@ -16,13 +16,13 @@ from diffusers.schedulers import scheduling_dpmsolver_sde
 from scipy import integrate, stats
 
 from sdxl_trt.engines.bundle.manifest import Scheduler
-from sdxl_trt.runtime.comfy_schedules import comfyui_sigmas
-from sdxl_trt.runtime.samplers import STOCHASTIC, bind_sampler
-from sdxl_trt.runtime.samplers_adams import _SIGMA, _weights
-from sdxl_trt.runtime.schedules import SPACINGS
-from sdxl_trt.runtime.sigma_spans import beta_quantile
-from sdxl_trt.runtime.sigmas import make_schedule
-from sdxl_trt.runtime.training_sigmas import comfyui_training_sigmas
+from sdxl_trt.runtime.diffusion.samplers.adams import _SIGMA, _weights
+from sdxl_trt.runtime.diffusion.samplers.registry import STOCHASTIC, bind_sampler
+from sdxl_trt.runtime.diffusion.schedules.comfyui import comfyui_sigmas
+from sdxl_trt.runtime.diffusion.schedules.curves import beta_quantile
+from sdxl_trt.runtime.diffusion.schedules.diffusers import SPACINGS
+from sdxl_trt.runtime.diffusion.schedules.schedule import make_schedule
+from sdxl_trt.runtime.diffusion.schedules.training import comfyui_training_sigmas
 
 SDXL = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 SHAPE = (2, 4, 6, 6)

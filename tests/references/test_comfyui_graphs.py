@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdxl_trt.runtime.cli import main as trt_generate
+from sdxl_trt.runtime.cli.generate import main as trt_generate
 
 GRAPHS = Path(__file__).parents[1] / "comfyui" / "graphs"
 Json = Any

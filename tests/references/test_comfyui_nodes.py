@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 
 from sdxl_trt.runtime import Request, open_bundle
-from sdxl_trt.runtime.chains import Chain
-from sdxl_trt.runtime.cli import main as trt_generate
-from sdxl_trt.runtime.pipeline import Pipeline
-from sdxl_trt.runtime.prompts import Prompt, PromptEncoder
-from sdxl_trt.runtime.request import resolve
-from sdxl_trt.runtime.workflow_reader import read_workflow
-from sdxl_trt.runtime.workflow_request import check_workflow
+from sdxl_trt.runtime.cli.generate import main as trt_generate
+from sdxl_trt.runtime.comfyui.reader import read_workflow
+from sdxl_trt.runtime.comfyui.requests import check_workflow
+from sdxl_trt.runtime.pipeline.chain import Chain
+from sdxl_trt.runtime.pipeline.pipeline import Pipeline
+from sdxl_trt.runtime.request.resolve import resolve
+from sdxl_trt.runtime.text.encoder import Prompt, PromptEncoder
 
 # diffusers' own: it gives torch tensors to np.array.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")]

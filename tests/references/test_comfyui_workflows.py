@@ -14,10 +14,10 @@ from sdxl_trt.benchmarks.checkpoints import write_checkpoint
 from sdxl_trt.engines.errors import UsageError
 from sdxl_trt.export import Options, export_bundle
 from sdxl_trt.runtime import open_bundle
-from sdxl_trt.runtime.pipeline import Pipeline
-from sdxl_trt.runtime.prompts import Prompt
-from sdxl_trt.runtime.workflow_reader import read_workflow
-from sdxl_trt.runtime.workflow_request import workflow_request
+from sdxl_trt.runtime.comfyui.reader import read_workflow
+from sdxl_trt.runtime.comfyui.requests import workflow_request
+from sdxl_trt.runtime.pipeline.pipeline import Pipeline
+from sdxl_trt.runtime.text.encoder import Prompt
 
 RECORDED = Path(__file__).parents[1] / "comfyui"
 SHA256 = {

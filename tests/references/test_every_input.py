@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdxl_trt.runtime.cli import main as trt_generate
-from sdxl_trt.runtime.comfy_node import Input
-from sdxl_trt.runtime.comfy_nodes import NODES
+from sdxl_trt.runtime.cli.generate import main as trt_generate
+from sdxl_trt.runtime.comfyui.node import Input
+from sdxl_trt.runtime.comfyui.nodes import NODES
 
 GRAPH = json.loads((Path(__file__).parents[1] / "comfyui" / "every_node.json").read_text())
 OTHER_LINKS = {"MODEL": ["60", 0], "CLIP": ["60", 1], "VAE": ["61", 0], "CONDITIONING": ["62", 0],

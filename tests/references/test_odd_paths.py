@@ -22,7 +22,9 @@ def test_an_export_and_the_command_that_it_suggests(pairs: Any, tmp_path: Path) 
     suggested = done.stdout.splitlines()[-1]
     assert suggested.startswith(b"next: trt-generate ")
     command = suggested.removeprefix(b"next: ").replace(
-        b"trt-generate", f"{sys.executable} -m sdxl_trt.runtime.cli --steps 2 --width 32 --height 32".encode(), 1
+        b"trt-generate",
+        f"{sys.executable} -m sdxl_trt.runtime.cli --steps 2 --width 32 --height 32".encode(),
+        1,
     )
     made = subprocess.run(["bash", "-c", command], capture_output=True, check=False, cwd=tmp_path)
     assert made.returncode == 0, made.stderr

@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 
 from sdxl_trt.runtime import Request, open_bundle
-from sdxl_trt.runtime import noise_sources as noise_sources_module
-from sdxl_trt.runtime.batches import Batch
-from sdxl_trt.runtime.brownian import BrownianPath
-from sdxl_trt.runtime.pipeline import Pipeline
-from sdxl_trt.runtime.run import Run
-from sdxl_trt.runtime.samplers import SAMPLERS, bind_sampler, sampler_names
+from sdxl_trt.runtime.diffusion.noise import sources as noise_sources_module
+from sdxl_trt.runtime.diffusion.noise.brownian import BrownianPath
+from sdxl_trt.runtime.diffusion.samplers.registry import SAMPLERS, bind_sampler, sampler_names
+from sdxl_trt.runtime.pipeline.batch import Batch
+from sdxl_trt.runtime.pipeline.pipeline import Pipeline
+from sdxl_trt.runtime.pipeline.run import Run
 
 # diffusers' own: it gives torch tensors to np.array, and KDPM2 takes the logarithm of sigma 0.
 pytestmark = [

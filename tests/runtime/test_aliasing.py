@@ -13,16 +13,16 @@ from sdxl_trt.engines.bundle.manifest import TensorSpec
 from sdxl_trt.engines.engine import Array
 from sdxl_trt.engines.residency.pool import EnginePool
 from sdxl_trt.mini.embedded import bundle_path
-from sdxl_trt.runtime import pipeline as pipeline_module
-from sdxl_trt.runtime.conditioning import make_conditions
-from sdxl_trt.runtime.denoiser import Denoiser
-from sdxl_trt.runtime.jobs import Job
-from sdxl_trt.runtime.noise_sources import BatchNoise, NoiseSource, PictureNoise
-from sdxl_trt.runtime.pipeline import Pipeline
-from sdxl_trt.runtime.prompts import PromptEmbeds
-from sdxl_trt.runtime.request import Request
-from sdxl_trt.runtime.run import Step, finish
-from sdxl_trt.runtime.samplers import COMFYUI, bind_sampler, brownian_span, sampler_names
+from sdxl_trt.runtime.diffusion.conditioning import make_conditions
+from sdxl_trt.runtime.diffusion.denoiser import Denoiser
+from sdxl_trt.runtime.diffusion.noise.sources import BatchNoise, NoiseSource, PictureNoise
+from sdxl_trt.runtime.diffusion.samplers.registry import COMFYUI, bind_sampler, brownian_span, sampler_names
+from sdxl_trt.runtime.pipeline import pipeline as pipeline_module
+from sdxl_trt.runtime.pipeline.pipeline import Pipeline
+from sdxl_trt.runtime.pipeline.record import finish
+from sdxl_trt.runtime.pipeline.run import Job, Step
+from sdxl_trt.runtime.request.request import Request
+from sdxl_trt.runtime.text.encoder import PromptEmbeds
 
 ALL = [(name, False) for name in sampler_names()] + [(name, True) for name in COMFYUI]
 EMBEDS = PromptEmbeds(np.zeros((77, 112), np.float32), np.zeros(64, np.float32))

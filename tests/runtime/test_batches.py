@@ -11,11 +11,11 @@ import pytest
 
 from sdxl_trt.engines.errors import UsageError
 from sdxl_trt.runtime import Request, open_bundle
-from sdxl_trt.runtime.batches import KNOWS_ITS_END_COMFYUI, Batch
-from sdxl_trt.runtime.pipeline import Pipeline
-from sdxl_trt.runtime.samplers import TWO_CALLS, sampler_names
-from sdxl_trt.runtime.sides import Side
-from sdxl_trt.runtime.sweeps import Sweep, parse_axis
+from sdxl_trt.runtime.diffusion.samplers.registry import TWO_CALLS, sampler_names
+from sdxl_trt.runtime.pipeline.batch import KNOWS_ITS_END_COMFYUI, Batch
+from sdxl_trt.runtime.pipeline.pipeline import Pipeline
+from sdxl_trt.runtime.pipeline.sweep import Sweep, parse_axis
+from sdxl_trt.runtime.request.sides import Side
 
 pytestmark = pytest.mark.slow
 
@@ -94,7 +94,7 @@ def test_cuts_in_comfyui_s_way_equal_separate_runs(pipeline: Pipeline, sampler: 
 
 def test_a_sampler_that_knows_its_end_could_not_share(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "uni_pc" in KNOWS_ITS_END_COMFYUI
-    monkeypatch.setattr("sdxl_trt.runtime.batches.KNOWS_ITS_END_COMFYUI", frozenset())
+    monkeypatch.setattr("sdxl_trt.runtime.pipeline.batch.KNOWS_ITS_END_COMFYUI", frozenset())
     way = replace(SMALL, compat="comfyui", sampler="uni_pc", steps=6)
     requests = [replace(way, handoff_step=4), replace(way, handoff=None)]
     found = _together(pipeline, requests)

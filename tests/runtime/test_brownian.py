@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from sdxl_trt.engines.bundle.manifest import Scheduler
 from sdxl_trt.runtime import Request, open_bundle
-from sdxl_trt.runtime.brownian import DECIMALS, KEPT, BrownianPath
-from sdxl_trt.runtime.noise_sources import BatchNoise, NoiseSource, PictureNoise, Span
-from sdxl_trt.runtime.sampler_parts import Noise
-from sdxl_trt.runtime.samplers import BROWNIAN, brownian_span, sampler_names
-from sdxl_trt.runtime.sigmas import make_schedule
+from sdxl_trt.runtime.diffusion.noise.brownian import DECIMALS, KEPT, BrownianPath
+from sdxl_trt.runtime.diffusion.noise.sources import BatchNoise, NoiseSource, PictureNoise, Span
+from sdxl_trt.runtime.diffusion.samplers.base import Noise
+from sdxl_trt.runtime.diffusion.samplers.registry import BROWNIAN, brownian_span, sampler_names
+from sdxl_trt.runtime.diffusion.schedules.schedule import make_schedule
 
 GOLDEN = json.loads(Path(__file__).with_name("golden").joinpath("brownian.json").read_text(encoding="utf-8"))
 REQUIRED = 2e-6

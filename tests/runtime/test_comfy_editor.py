@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.runtime.comfy_editor import from_editor
-from sdxl_trt.runtime.comfy_node import Link
+from sdxl_trt.runtime.comfyui.editor import from_editor
+from sdxl_trt.runtime.comfyui.node import Link
 
 Json = Any
 

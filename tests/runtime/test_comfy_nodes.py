@@ -11,9 +11,9 @@ import pytest
 
 import sdxl_trt.engines
 from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.runtime.comfy_node import REQUIRED, Input
-from sdxl_trt.runtime.comfy_nodes import NODES
-from sdxl_trt.runtime.workflow_reader import read_workflow
+from sdxl_trt.runtime.comfyui.node import REQUIRED, Input
+from sdxl_trt.runtime.comfyui.nodes import NODES
+from sdxl_trt.runtime.comfyui.reader import read_workflow
 
 DOCS = Path(sdxl_trt.engines.__file__).parent.parent / "docs" / "comfyui.md"
 LINKS = ("MODEL", "CLIP", "VAE", "CONDITIONING", "LATENT", "IMAGE")

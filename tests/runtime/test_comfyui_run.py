@@ -12,11 +12,11 @@ from sdxl_trt.engines.bundle.profile import Range, fixed
 from sdxl_trt.engines.errors import SizeError, UsageError
 from sdxl_trt.engines.plans.limits import Limits
 from sdxl_trt.runtime import Request, open_bundle
-from sdxl_trt.runtime import pipeline as pipeline_module
-from sdxl_trt.runtime.noise_sources import BatchNoise
-from sdxl_trt.runtime.pipeline import Pipeline
-from sdxl_trt.runtime.workflow_reader import read_workflow
-from sdxl_trt.runtime.workflow_request import workflow_request
+from sdxl_trt.runtime.comfyui.reader import read_workflow
+from sdxl_trt.runtime.comfyui.requests import workflow_request
+from sdxl_trt.runtime.diffusion.noise.sources import BatchNoise
+from sdxl_trt.runtime.pipeline import pipeline as pipeline_module
+from sdxl_trt.runtime.pipeline.pipeline import Pipeline
 
 SIDE = 32
 

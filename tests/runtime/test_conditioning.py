@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from sdxl_trt.engines.bundle.manifest import Scheduler, Stage, TensorSpec, Vae
 from sdxl_trt.engines.errors import CorruptError
-from sdxl_trt.runtime.conditioning import MicroConditions, make_conditions
-from sdxl_trt.runtime.prompts import PromptEmbeds
+from sdxl_trt.runtime.diffusion.conditioning import MicroConditions, make_conditions
+from sdxl_trt.runtime.text.encoder import PromptEmbeds
 
 BASE = ("original_height", "original_width", "crop_top", "crop_left", "target_height", "target_width")
 REFINER = ("original_height", "original_width", "crop_top", "crop_left", "aesthetic_score")

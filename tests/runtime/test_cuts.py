@@ -8,8 +8,8 @@ import pytest
 
 from sdxl_trt.engines.bundle.manifest import Scheduler
 from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.runtime.cuts import Cuts, CutSettings, Part, make_cuts
-from sdxl_trt.runtime.sigmas import Schedule, make_comfyui_schedule
+from sdxl_trt.runtime.diffusion.schedules.schedule import Schedule, make_comfyui_schedule
+from sdxl_trt.runtime.request.handoff import Cuts, CutSettings, Part, make_cuts
 
 SDXL = Scheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 

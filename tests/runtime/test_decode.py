@@ -13,7 +13,8 @@ from sdxl_trt.engines.bundle.manifest import Vae
 from sdxl_trt.engines.bundle.profile import Profile
 from sdxl_trt.engines.errors import CorruptError
 from sdxl_trt.mini.embedded import bundle_path
-from sdxl_trt.runtime.decode import choose_tile, decode, decoder_sizes
+from sdxl_trt.runtime.vae.decode import decode
+from sdxl_trt.runtime.vae.tile_sizes import choose_tile, decoder_sizes
 
 
 class Spec:

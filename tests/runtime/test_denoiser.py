@@ -9,10 +9,10 @@ import pytest
 from sdxl_trt.engines.bundle.manifest import Scheduler, TensorSpec
 from sdxl_trt.engines.engine import Array
 from sdxl_trt.engines.errors import CorruptError, UsageError
-from sdxl_trt.runtime.conditioning import Conditions
-from sdxl_trt.runtime.denoiser import Denoiser
-from sdxl_trt.runtime.guidance import Guidance, guided_span
-from sdxl_trt.runtime.sigmas import Schedule, make_schedule
+from sdxl_trt.runtime.diffusion.conditioning import Conditions
+from sdxl_trt.runtime.diffusion.denoiser import Denoiser
+from sdxl_trt.runtime.diffusion.guidance import Guidance, guided_span
+from sdxl_trt.runtime.diffusion.schedules.schedule import Schedule, make_schedule
 
 
 class RecordingEngine:

@@ -10,8 +10,8 @@ import pytest
 from sdxl_trt.engines.bundle.manifest import Vae
 from sdxl_trt.engines.bundle.profile import Profile
 from sdxl_trt.engines.errors import CorruptError
-from sdxl_trt.runtime.encode import Moments, encode, encoder_sizes
-from sdxl_trt.runtime.tiling import encode_tiled
+from sdxl_trt.runtime.vae.encode import Moments, encode, encoder_sizes
+from sdxl_trt.runtime.vae.tiling import encode_tiled
 
 
 def vae(**settings: Any) -> Vae:

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from sdxl_trt.runtime.exif_texts import EDITOR, GRAPH, exif_texts
-from sdxl_trt.runtime.picture_files import PARAMETERS, WORKFLOW, read_texts
+from sdxl_trt.runtime.images.exif import EDITOR, GRAPH, exif_texts
+from sdxl_trt.runtime.images.files import PARAMETERS, WORKFLOW, read_texts
 
 API = json.dumps({"3": {"class_type": "KSampler", "inputs": {"text": "a fox: red, „groß“"}}}, ensure_ascii=False)
 PAGE = json.dumps({"nodes": [], "links": []})
@@ -73,7 +73,7 @@ def test_what_is_no_graph_is_none(text: str) -> None:
 
 def test_the_first_graph_counts_and_a_long_one_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     assert exif_texts({MAKE: 'prompt:{"1": 1}', MODEL: 'prompt:{"2": 2}'}, {})[GRAPH] == '{"1": 1}'
-    monkeypatch.setattr("sdxl_trt.runtime.exif_texts.MAX_TEXT", 20)
+    monkeypatch.setattr("sdxl_trt.runtime.images.exif.MAX_TEXT", 20)
     assert exif_texts({MAKE: f"workflow:{PAGE}", MODEL: 'prompt:{"2": 2}'}, {}) == {GRAPH: '{"2": 2}'}
 
 

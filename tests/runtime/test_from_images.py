@@ -14,12 +14,13 @@ from PIL import Image
 from sdxl_trt.engines.bundle.bundle import read_bundle
 from sdxl_trt.engines.bundle.phases import run_phases
 from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.runtime import Pipeline, Request, pipeline
-from sdxl_trt.runtime.cli import main as trt_generate
-from sdxl_trt.runtime.input_pictures import read_input
-from sdxl_trt.runtime.metadata import describe, read_settings
-from sdxl_trt.runtime.picture_files import save_image
-from sdxl_trt.runtime.repeat import repeated
+from sdxl_trt.runtime import Pipeline, Request
+from sdxl_trt.runtime.cli.generate import main as trt_generate
+from sdxl_trt.runtime.cli.repeat import repeated
+from sdxl_trt.runtime.images.files import save_image
+from sdxl_trt.runtime.images.inputs import read_input
+from sdxl_trt.runtime.images.metadata import describe, read_settings
+from sdxl_trt.runtime.pipeline import pipeline
 
 pytestmark = pytest.mark.slow
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.runtime.guidance import Guidance, guided_span, guides
+from sdxl_trt.runtime.diffusion.guidance import Guidance, guided_span, guides
 
 SIGMAS = np.append(np.geomspace(14.6, 0.03, 10), 0).astype(np.float32)
 

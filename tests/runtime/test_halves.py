@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from sdxl_trt.runtime.halves import to_float32, write_float16
+from sdxl_trt.runtime.diffusion.float16 import to_float32, write_float16
 
 EVERY = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
 FINITE = EVERY[np.isfinite(EVERY)]

@@ -9,9 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdxl_trt.engines.bundle.manifest import Scheduler
-from sdxl_trt.runtime.cuts import Part
-from sdxl_trt.runtime.handoff import step_at_fraction, step_at_sigma
-from sdxl_trt.runtime.sigmas import make_schedule
+from sdxl_trt.runtime.diffusion.schedules.schedule import make_schedule
+from sdxl_trt.runtime.request.handoff import Part, step_at_fraction, step_at_sigma
 
 # diffusers' own: it gives torch tensors to np.array.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

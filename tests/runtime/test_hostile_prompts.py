@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from sdxl_trt.engines.errors import UsageError
 from sdxl_trt.runtime import Request, open_bundle
-from sdxl_trt.runtime.pipeline import Pipeline
+from sdxl_trt.runtime.pipeline.pipeline import Pipeline
 
 PROMPTS = {
     "nothing": "", "blank": " \t\r\n ", "only opened": "(" * 200, "only closed": ")" * 200, "crossed": ")(:1.2)((",

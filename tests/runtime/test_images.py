@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdxl_trt.runtime.images import to_uint8, to_uint8_truncated
+from sdxl_trt.runtime.vae.decode import to_uint8, to_uint8_truncated
 
 
 def _diffusers(sample: np.ndarray) -> np.ndarray:

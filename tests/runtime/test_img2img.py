@@ -10,9 +10,9 @@ import pytest
 
 from sdxl_trt.engines.errors import UsageError
 from sdxl_trt.runtime import Request, open_bundle
-from sdxl_trt.runtime import encode as encode_module
-from sdxl_trt.runtime.batches import Batch
-from sdxl_trt.runtime.pipeline import Pipeline
+from sdxl_trt.runtime.pipeline.batch import Batch
+from sdxl_trt.runtime.pipeline.pipeline import Pipeline
+from sdxl_trt.runtime.vae import encode as encode_module
 
 # diffusers' own: it gives torch tensors to np.array.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")]

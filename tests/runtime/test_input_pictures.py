@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.runtime import input_pictures
-from sdxl_trt.runtime.input_pictures import as_input, fitted, read_input
+from sdxl_trt.runtime.images import inputs as input_pictures
+from sdxl_trt.runtime.images.inputs import as_input, fitted, read_input
 
 
 @pytest.fixture

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.runtime.metadata import Settings, describe, parse_settings, read_settings
-from sdxl_trt.runtime.options import check_alone_with_workflow, make_parser
-from sdxl_trt.runtime.picture_files import PARAMETERS, SETTINGS, WORKFLOW, save_image
-from sdxl_trt.runtime.provenance import BundleName
-from sdxl_trt.runtime.repeat import repeated
+from sdxl_trt.runtime.cli.options import check_alone_with_workflow, make_parser
+from sdxl_trt.runtime.cli.repeat import repeated
+from sdxl_trt.runtime.images.files import PARAMETERS, SETTINGS, WORKFLOW, save_image
+from sdxl_trt.runtime.images.metadata import Settings, describe, parse_settings, read_settings
+from sdxl_trt.runtime.images.provenance import BundleName
 
 MADE: dict[str, Any] = {
     "prompt": "a red fox", "prompt_2": "a red fox", "negative": "blurry", "negative_2": "blurry", "seed": 2**64 - 1,
@@ -306,8 +306,10 @@ def test_noise_of_its_own_is_asked_for(tmp_path: Path) -> None:
 
 def test_every_setting_that_is_written_is_read(pairs: Any) -> None:
     from sdxl_trt.engines.bundle.bundle import read_bundle
-    from sdxl_trt.runtime.request import Request, resolve
-    from sdxl_trt.runtime.run import Run, finish
+    from sdxl_trt.runtime.pipeline.record import finish
+    from sdxl_trt.runtime.pipeline.run import Run
+    from sdxl_trt.runtime.request.request import Request
+    from sdxl_trt.runtime.request.resolve import resolve
 
     request = Request("a red fox", negative="", width=64, height=64, seed=3)
     comfyui = replace(
@@ -327,9 +329,11 @@ def test_every_setting_that_is_written_is_read(pairs: Any) -> None:
 
 def test_a_graph_is_written_for_comfyui_and_in_its_way_alone(pairs: Any, tmp_path: Path) -> None:
     from sdxl_trt.engines.bundle.bundle import read_bundle
-    from sdxl_trt.runtime.request import Request, resolve
-    from sdxl_trt.runtime.run import Run, finish
-    from sdxl_trt.runtime.workflow_reader import read_workflow
+    from sdxl_trt.runtime.comfyui.reader import read_workflow
+    from sdxl_trt.runtime.pipeline.record import finish
+    from sdxl_trt.runtime.pipeline.run import Run
+    from sdxl_trt.runtime.request.request import Request
+    from sdxl_trt.runtime.request.resolve import resolve
 
     manifest, empty = read_bundle(pairs("outline").bundle).manifest, np.zeros((1, 4, 32, 32), np.float32)
     for compat in ("diffusers", "comfyui"):

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdxl_trt.runtime.noise import TorchGenerator
-from sdxl_trt.runtime.noise_sources import BatchNoise
+from sdxl_trt.runtime.diffusion.noise.generator import TorchGenerator
+from sdxl_trt.runtime.diffusion.noise.sources import BatchNoise
 
 TOLERANCE = 1e-6  # torch evaluates logarithm and cosine with polynomials of its own: 3 units in the last place
 SEEDS = [0, 1, 7, 42, 2**31, 2**32 - 1, 2**32, 2**32 + 7, 2**63 + 5, 2**64 - 1]

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sdxl_trt.engines.host.files import atomic_write
-from sdxl_trt.runtime.file_names import MAX_STEM_BYTES, file_stem
-from sdxl_trt.runtime.outputs import Pictures
-from sdxl_trt.runtime.run import Picture
+from sdxl_trt.runtime.cli.file_names import MAX_STEM_BYTES, file_stem
+from sdxl_trt.runtime.cli.outputs import Pictures
+from sdxl_trt.runtime.images.picture import Picture
 
 NOW = datetime(2026, 3, 9, 5, 7, 8, tzinfo=UTC)
 

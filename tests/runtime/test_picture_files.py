@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 from sdxl_trt.engines.errors import ResourceError, UsageError
-from sdxl_trt.runtime.picture_files import PARAMETERS, SETTINGS, WORKFLOW, read_texts, save_image
+from sdxl_trt.runtime.images.files import PARAMETERS, SETTINGS, WORKFLOW, read_texts, save_image
 
 
 @pytest.fixture

@@ -12,10 +12,10 @@ from sdxl_trt.engines.errors import SizeError
 from sdxl_trt.engines.plans import sizes as profiles
 from sdxl_trt.engines.plans.limits import Limits
 from sdxl_trt.runtime import Request, open_bundle
-from sdxl_trt.runtime import decode as decode_module
-from sdxl_trt.runtime import pipeline as pipeline_module
-from sdxl_trt.runtime.pipeline import Pipeline
-from sdxl_trt.runtime.prompts import Prompt, PromptEncoder
+from sdxl_trt.runtime.pipeline import pipeline as pipeline_module
+from sdxl_trt.runtime.pipeline.pipeline import Pipeline
+from sdxl_trt.runtime.text.encoder import Prompt, PromptEncoder
+from sdxl_trt.runtime.vae import decode as decode_module
 
 PROMPT = "a red fox in the snow"
 SMALL = {"steps": 4, "width": 32, "height": 32, "seed": 5}

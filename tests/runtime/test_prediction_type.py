@@ -16,11 +16,11 @@ from sdxl_trt.engines.errors import UsageError
 from sdxl_trt.engines.residency.pool import EnginePool
 from sdxl_trt.mini.embedded import bundle_path
 from sdxl_trt.runtime import Request, open_bundle
-from sdxl_trt.runtime.denoiser import PREDICTIONS
-from sdxl_trt.runtime.options import make_parser
-from sdxl_trt.runtime.pipeline import Pipeline
-from sdxl_trt.runtime.prompts import PromptEmbeds
-from sdxl_trt.runtime.repeat import repeated
+from sdxl_trt.runtime.cli.options import make_parser
+from sdxl_trt.runtime.cli.repeat import repeated
+from sdxl_trt.runtime.diffusion.denoiser import PREDICTIONS
+from sdxl_trt.runtime.pipeline.pipeline import Pipeline
+from sdxl_trt.runtime.text.encoder import PromptEmbeds
 
 # diffusers' own: it gives torch tensors to np.array.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

@@ -12,8 +12,9 @@ from sdxl_trt.engines.bundle.manifest import Manifest
 from sdxl_trt.engines.errors import UsageError
 from sdxl_trt.mini.embedded import bundle_path
 from sdxl_trt.runtime import Request, open_bundle
-from sdxl_trt.runtime.previews import EMBEDDED, SDXL, Colours, Preview, approximate, colours_of
-from sdxl_trt.runtime.run import Step
+from sdxl_trt.runtime.cli.preview import Preview
+from sdxl_trt.runtime.pipeline.run import Step
+from sdxl_trt.runtime.vae.preview import EMBEDDED, SDXL, Colours, approximate, colours_of
 
 
 @pytest.fixture(scope="module")

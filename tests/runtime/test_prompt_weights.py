@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sdxl_trt.engines.bundle.manifest import Tokenizer
 from sdxl_trt.engines.bundle.records import FileRecord
 from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.runtime.prompt_weights import MAX_DEPTH, Segment, chunked, parse_weights, weigh
+from sdxl_trt.runtime.text.weighting import MAX_DEPTH, Segment, chunked, parse_weights, weigh
 
 BOS, EOS, PAD = 1000, 1001, 7
 TOKENIZER = Tokenizer(

@@ -15,8 +15,8 @@ from sdxl_trt.engines.bundle.manifest import TensorSpec, TextEncoder
 from sdxl_trt.engines.engine import Array
 from sdxl_trt.engines.errors import UsageError
 from sdxl_trt.mini.embedded import bundle_path
-from sdxl_trt.runtime.prompt_weights import Segment, parse_weights, without_embeddings
-from sdxl_trt.runtime.prompts import Prompt, PromptEncoder
+from sdxl_trt.runtime.text.encoder import Prompt, PromptEncoder
+from sdxl_trt.runtime.text.weighting import Segment, parse_weights, without_embeddings
 
 RECORDED = Path(__file__).parents[1] / "comfyui"
 PROMPTS: list[dict[str, Any]] = json.loads((RECORDED / "prompts.json").read_bytes())

@@ -8,7 +8,7 @@ import pytest
 
 from sdxl_trt.engines.bundle.bundle import read_bundle
 from sdxl_trt.engines.bundle.manifest import Manifest
-from sdxl_trt.runtime.provenance import MOST, bundle_name, warn_of_another_bundle
+from sdxl_trt.runtime.images.provenance import MOST, bundle_name, warn_of_another_bundle
 
 
 @pytest.fixture(scope="module")

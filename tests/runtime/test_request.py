@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from sdxl_trt.engines.bundle.manifest import Manifest, Scheduler, Stage, Vae
 from sdxl_trt.engines.errors import SizeError, UsageError
-from sdxl_trt.runtime.request import MAX_SEED, Request, resolve
-from sdxl_trt.runtime.sizes import MAX_SIDE
+from sdxl_trt.runtime.request.request import Request
+from sdxl_trt.runtime.request.resolve import MAX_SEED, resolve
+from sdxl_trt.runtime.request.sizes import MAX_SIDE
 
 FIXTURES = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 

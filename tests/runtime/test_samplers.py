@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from sdxl_trt.engines.bundle.manifest import Scheduler, TensorSpec
 from sdxl_trt.engines.engine import Array
 from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.runtime.conditioning import Conditions
-from sdxl_trt.runtime.denoiser import Denoiser
-from sdxl_trt.runtime.samplers import (
+from sdxl_trt.runtime.diffusion.conditioning import Conditions
+from sdxl_trt.runtime.diffusion.denoiser import Denoiser
+from sdxl_trt.runtime.diffusion.samplers.registry import (
     COMFYUI,
     COMFYUI_STOCHASTIC,
     SAMPLERS,
@@ -27,8 +27,8 @@ from sdxl_trt.runtime.samplers import (
     euler,
     sampler_names,
 )
-from sdxl_trt.runtime.schedules import FAMILIES
-from sdxl_trt.runtime.sigmas import make_schedule
+from sdxl_trt.runtime.diffusion.schedules.diffusers import FAMILIES
+from sdxl_trt.runtime.diffusion.schedules.schedule import make_schedule
 
 # diffusers' own: it gives torch tensors to np.array.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

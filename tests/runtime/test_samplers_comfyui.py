@@ -16,12 +16,13 @@ import pytest
 from sdxl_trt.engines.bundle.manifest import Manifest, Scheduler, Stage, TensorSpec, Vae
 from sdxl_trt.engines.engine import Array
 from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.runtime.noise_sources import BatchNoise
-from sdxl_trt.runtime.pipeline import Pipeline
-from sdxl_trt.runtime.prompts import PromptEmbeds
-from sdxl_trt.runtime.request import Request, resolve
-from sdxl_trt.runtime.run import Step
-from sdxl_trt.runtime.samplers import BROWNIAN, COMFYUI, COMFYUI_STOCHASTIC, SAMPLERS, bind_sampler
+from sdxl_trt.runtime.diffusion.noise.sources import BatchNoise
+from sdxl_trt.runtime.diffusion.samplers.registry import BROWNIAN, COMFYUI, COMFYUI_STOCHASTIC, SAMPLERS, bind_sampler
+from sdxl_trt.runtime.pipeline.pipeline import Pipeline
+from sdxl_trt.runtime.pipeline.run import Step
+from sdxl_trt.runtime.request.request import Request
+from sdxl_trt.runtime.request.resolve import resolve
+from sdxl_trt.runtime.text.encoder import PromptEmbeds
 
 RECORDED = Path(__file__).parents[1] / "comfyui"
 REQUIRED = 1e-5

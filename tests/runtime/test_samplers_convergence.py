@@ -11,8 +11,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from sdxl_trt.runtime.samplers import COMFYUI, SAMPLERS, STOCHASTIC
-from sdxl_trt.runtime.samplers_unipc import _uni_pc
+from sdxl_trt.runtime.diffusion.samplers.registry import COMFYUI, SAMPLERS, STOCHASTIC
+from sdxl_trt.runtime.diffusion.samplers.unipc import _uni_pc
 
 DEVIATION, HIGHEST, LOWEST = 0.5, 10.0, 0.1
 STEPS = (40, 80)

@@ -15,9 +15,9 @@ import torch
 from diffusers import schedulers
 
 from sdxl_trt.engines.bundle.manifest import Scheduler
-from sdxl_trt.runtime.samplers import TWO_CALLS, bind_sampler
-from sdxl_trt.runtime.schedules import FAMILIES
-from sdxl_trt.runtime.sigmas import Schedule, make_schedule
+from sdxl_trt.runtime.diffusion.samplers.registry import TWO_CALLS, bind_sampler
+from sdxl_trt.runtime.diffusion.schedules.diffusers import FAMILIES
+from sdxl_trt.runtime.diffusion.schedules.schedule import Schedule, make_schedule
 
 # diffusers' own: it gives torch tensors to np.array; KDPM2 takes the logarithm of sigma 0.
 pytestmark = [

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from sdxl_trt.engines.bundle.manifest import Scheduler
 from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.runtime.schedules import FAMILIES, SPACINGS, TRANSFORMS, parse_schedule
-from sdxl_trt.runtime.sigma_spans import beta_quantile
-from sdxl_trt.runtime.sigmas import make_schedule
-from sdxl_trt.runtime.training_sigmas import training_sigmas
+from sdxl_trt.runtime.diffusion.schedules.curves import beta_quantile
+from sdxl_trt.runtime.diffusion.schedules.diffusers import FAMILIES, SPACINGS, TRANSFORMS, parse_schedule
+from sdxl_trt.runtime.diffusion.schedules.schedule import make_schedule
+from sdxl_trt.runtime.diffusion.schedules.training import training_sigmas
 
 # diffusers' own: it gives torch tensors to np.array; the logarithm of its last sigma, 0.
 pytestmark = [

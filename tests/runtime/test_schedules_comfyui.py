@@ -10,9 +10,9 @@ import pytest
 
 from sdxl_trt.engines.bundle.manifest import Scheduler
 from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.runtime.comfy_schedules import COMFYUI_SCHEDULES, DISCARDING
-from sdxl_trt.runtime.sigmas import make_comfyui_schedule
-from sdxl_trt.runtime.training_sigmas import comfyui_log_sigmas, comfyui_training_sigmas
+from sdxl_trt.runtime.diffusion.schedules.comfyui import COMFYUI_SCHEDULES, DISCARDING
+from sdxl_trt.runtime.diffusion.schedules.schedule import make_comfyui_schedule
+from sdxl_trt.runtime.diffusion.schedules.training import comfyui_log_sigmas, comfyui_training_sigmas
 
 SDXL = Scheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)
 RECORDED = Path(__file__).parents[1] / "comfyui"

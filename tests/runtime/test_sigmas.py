@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sdxl_trt.engines.bundle.manifest import Scheduler
 from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.runtime.sigmas import make_comfyui_schedule, make_schedule
+from sdxl_trt.runtime.diffusion.schedules.schedule import make_comfyui_schedule, make_schedule
 
 # diffusers' own: it gives torch tensors to np.array.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

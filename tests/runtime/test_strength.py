@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from sdxl_trt.engines.bundle.manifest import Scheduler
 from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.runtime.cuts import Cuts, CutSettings, Part, make_cuts
-from sdxl_trt.runtime.sigmas import make_comfyui_schedule, make_schedule
-from sdxl_trt.runtime.strength import first_step, grid_steps, settled_strength
+from sdxl_trt.runtime.diffusion.schedules.schedule import make_comfyui_schedule, make_schedule
+from sdxl_trt.runtime.request.handoff import Cuts, CutSettings, Part, make_cuts
+from sdxl_trt.runtime.request.strength import first_step, grid_steps, settled_strength
 
 SDXL = Scheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading",
                  steps_offset=1)  # fmt: skip

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFont
 
 from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.runtime.cuts import Part
-from sdxl_trt.runtime.request import Request
-from sdxl_trt.runtime.sheets import Sheet, _wrapped, draw_sheet
-from sdxl_trt.runtime.sides import Side
-from sdxl_trt.runtime.sweeps import Axis, Sweep, parse_axis
+from sdxl_trt.runtime.images.sheet import Sheet, _wrapped, draw_sheet
+from sdxl_trt.runtime.pipeline.sweep import Axis, Sweep, parse_axis
+from sdxl_trt.runtime.request.handoff import Part
+from sdxl_trt.runtime.request.request import Request
+from sdxl_trt.runtime.request.sides import Side
 
 FOX = Request("a red fox", steps=10, seed=5)
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdxl_trt.runtime import tiling
-from sdxl_trt.runtime.tiling import decode_tiled, tile_starts, tile_weights
+from sdxl_trt.runtime.vae import tiling
+from sdxl_trt.runtime.vae.tiling import decode_tiled, tile_starts, tile_weights
 
 sides = st.integers(2, 200)
 

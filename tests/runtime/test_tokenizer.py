@@ -15,7 +15,7 @@ from sdxl_trt.engines.bundle.bundle import Bundle
 from sdxl_trt.engines.bundle.manifest import Manifest, Scheduler, Stage, Tokenizer, Vae
 from sdxl_trt.engines.bundle.records import FileRecord
 from sdxl_trt.engines.errors import CorruptError, UsageError
-from sdxl_trt.runtime.tokenizer import PromptTokenizer
+from sdxl_trt.runtime.text.tokenizer import PromptTokenizer
 
 WORDS = ["a", "red", "fox", "in", "the", "snow", "blue", "star"]
 SPECIAL = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}

@@ -14,8 +14,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.runtime.comfy_graph import MAX_BYTES
-from sdxl_trt.runtime.workflow import (
+from sdxl_trt.runtime.comfyui.graph import MAX_BYTES
+from sdxl_trt.runtime.comfyui.reader import read_workflow
+from sdxl_trt.runtime.comfyui.workflow import (
     TO_THE_END,
     Clip,
     Conditioning,
@@ -33,7 +34,6 @@ from sdxl_trt.runtime.workflow import (
     VaeName,
     Workflow,
 )
-from sdxl_trt.runtime.workflow_reader import read_workflow
 
 Json = Any
 POSITIVE = {"width": 4096, "height": 2048, "crop_w": 1, "crop_h": 2, "target_width": 1024, "target_height": 512,

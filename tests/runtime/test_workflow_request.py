@@ -15,9 +15,9 @@ from PIL import Image
 
 from sdxl_trt.engines.bundle.manifest import LoraRecord, Manifest, Scheduler, Stage, Vae
 from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.runtime.input_pictures import InputPicture
-from sdxl_trt.runtime.request import Request, resolve
-from sdxl_trt.runtime.workflow import (
+from sdxl_trt.runtime.comfyui.checks import experts
+from sdxl_trt.runtime.comfyui.requests import check_workflow, pair_request, settle_pair, with_seed, workflow_request
+from sdxl_trt.runtime.comfyui.workflow import (
     TO_THE_END,
     Clip,
     Conditioning,
@@ -34,8 +34,9 @@ from sdxl_trt.runtime.workflow import (
     VaeName,
     Workflow,
 )
-from sdxl_trt.runtime.workflow_checks import experts
-from sdxl_trt.runtime.workflow_request import check_workflow, pair_request, settle_pair, with_seed, workflow_request
+from sdxl_trt.runtime.images.inputs import InputPicture
+from sdxl_trt.runtime.request.request import Request
+from sdxl_trt.runtime.request.resolve import resolve
 
 SCHEDULER = Scheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 

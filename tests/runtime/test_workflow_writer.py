@@ -16,12 +16,13 @@ from PIL import Image
 from sdxl_trt.engines.bundle.bundle import read_bundle
 from sdxl_trt.engines.bundle.manifest import LoraRecord, Manifest
 from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.runtime.input_pictures import InputPicture, read_input
-from sdxl_trt.runtime.request import Request, ResolvedRequest, resolve
-from sdxl_trt.runtime.sides import Side
-from sdxl_trt.runtime.workflow_reader import read_workflow
-from sdxl_trt.runtime.workflow_request import workflow_request
-from sdxl_trt.runtime.workflow_writer import write_workflow
+from sdxl_trt.runtime.comfyui.reader import read_workflow
+from sdxl_trt.runtime.comfyui.requests import workflow_request
+from sdxl_trt.runtime.comfyui.writer import write_workflow
+from sdxl_trt.runtime.images.inputs import InputPicture, read_input
+from sdxl_trt.runtime.request.request import Request
+from sdxl_trt.runtime.request.resolve import ResolvedRequest, resolve
+from sdxl_trt.runtime.request.sides import Side
 
 FOX = Request("a (red:1.3) fox", compat="comfyui", steps=10, seed=5, width=64, height=32)
 

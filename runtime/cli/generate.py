@@ -1,0 +1,280 @@
+"""trt-generate: parse, call, report; no logic."""
+
+__all__ = ["main"]
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdxl_trt.engines.errors import UsageError
+from sdxl_trt.engines.host.console import one_line, print_json, run
+from sdxl_trt.runtime.cli.options import NEGATIVE_SCORE, check_alone_with_workflow, make_parser
+
+if TYPE_CHECKING:
+    from sdxl_trt.runtime.cli.series import Series
+    from sdxl_trt.runtime.comfyui.workflow import Workflow
+    from sdxl_trt.runtime.images.inputs import InputPicture
+    from sdxl_trt.runtime.images.picture import Picture
+    from sdxl_trt.runtime.pipeline.batch import Batch
+    from sdxl_trt.runtime.pipeline.chain import Chain
+    from sdxl_trt.runtime.pipeline.pipeline import Pipeline
+    from sdxl_trt.runtime.pipeline.run import Run
+    from sdxl_trt.runtime.request.request import Request
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run trt-generate and return its exit code."""
+    return run(make_parser(), lambda arguments: _run(arguments, argv), argv)
+
+
+def _run(arguments: argparse.Namespace, argv: list[str] | None) -> None:
+    if arguments.source is not None:
+        from sdxl_trt.runtime.cli.repeat import repeated  # noqa: PLC0415 - --help must not wait for it
+
+        arguments = repeated(argv)
+    if arguments.plan:
+        _plan(arguments)
+    elif all(given is None for given in (arguments.prompt, arguments.prompts, arguments.workflow)):
+        raise UsageError("a PROMPT is missing: say what the picture shows")
+    else:
+        _generate(arguments)
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    """Print the memory plan for this machine, or for a device of another size."""
+    from sdxl_trt.runtime.cli.memory import plan_run  # noqa: PLC0415
+
+    plan = plan_run(arguments.engines, arguments.provider, arguments.residency, arguments.vram, arguments.width,
+                    arguments.height, images=arguments.image is not None or arguments.refine is not None)  # fmt: skip
+    if arguments.json:
+        print_json(plan)
+    else:
+        sys.stdout.write("".join(f"{line}\n" for line in plan.lines()))
+    plan.check()
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    from sdxl_trt.engines.host.text_inputs import check_inputs  # noqa: PLC0415
+    from sdxl_trt.runtime.cli.outputs import check_outputs, picture_files, save_latents  # noqa: PLC0415 - not for --help
+    from sdxl_trt.runtime.cli.preview import Preview  # noqa: PLC0415
+    from sdxl_trt.runtime.cli.progress import ProgressBar  # noqa: PLC0415
+    from sdxl_trt.runtime.images.provenance import warn_of_another_bundle  # noqa: PLC0415
+    from sdxl_trt.runtime.pipeline.pipeline import open_bundle  # noqa: PLC0415
+
+    started = time.perf_counter()
+    check_outputs(arguments)
+    check_inputs(arguments)
+    asked = _request(arguments) if arguments.workflow is None else _workflow(arguments)
+    with open_bundle(
+        arguments.engines, provider=arguments.provider, residency=arguments.residency, available=arguments.vram,
+        images=_loads_image(asked), once=True,
+    ) as pipeline:  # fmt: skip
+        if arguments.source is not None:
+            warn_of_another_bundle(arguments.made_with, pipeline.manifest)
+        batch, series = _work(asked, arguments, pipeline)
+        places = picture_files(arguments.out, arguments.format, batch.runs, _prefixes(asked),
+                               sheet=series.sweep is not None)  # fmt: skip
+        files = places[0][0]
+        if not arguments.json and pipeline.manifest.note:
+            sys.stderr.write(f"note: {one_line(pipeline.manifest.note)}\n")
+        images = []
+        preview = Preview(files.preview if arguments.preview else None, pipeline.manifest)
+        with ProgressBar() as bar, preview:
+            for number, step in batch.steps():
+                bar.show(step.stage, step.index, step.total, step.seconds)
+                preview.show(step)
+                if step.picture is not None:
+                    place, index = places[number]
+                    path = place.save(step.picture, index, step.pictures.start, metadata=not arguments.no_metadata)
+                    images.append(_image(step.picture, path) | series.told(number))
+                    series.keep(number, step.picture)
+        save_latents(arguments.save_latents, batch.runs[0])
+        report = _report(pipeline, batch.runs, images, time.perf_counter() - started)
+        report |= series.finish(files, batch.runs, metadata=not arguments.no_metadata)
+    if arguments.json:
+        print_json(report)
+    else:
+        _tell(report)
+
+
+def _request(arguments: argparse.Namespace) -> "Request":
+    from sdxl_trt.runtime.cli.outputs import load_latents  # noqa: PLC0415
+    from sdxl_trt.runtime.request.request import Request  # noqa: PLC0415
+
+    negative_score = arguments.negative_aesthetic_score
+    return Request(
+        compat=arguments.compat,
+        prompt=arguments.prompt or "",
+        prompt_2=arguments.prompt_2,
+        negative=arguments.negative,
+        negative_2=arguments.negative_2,
+        steps=arguments.steps,
+        handoff=None if arguments.no_refiner else arguments.handoff,
+        handoff_step=arguments.handoff_step,
+        handoff_sigma=arguments.handoff_sigma,
+        base_end_step=arguments.base_end_step,
+        refiner_start_step=arguments.refiner_start_step,
+        refiner_add_noise=arguments.refiner_add_noise,
+        leftover_noise=arguments.leftover_noise,
+        guidance=arguments.guidance,
+        refiner_guidance=arguments.refiner_guidance,
+        guidance_rescale=arguments.guidance_rescale,
+        guidance_interval=arguments.guidance_interval,
+        sampler=arguments.sampler,
+        refiner_sampler=arguments.refiner_sampler,
+        schedule=arguments.schedule,
+        prediction_type=arguments.prediction_type,
+        aesthetic_score=arguments.aesthetic_score,
+        negative_aesthetic_score=NEGATIVE_SCORE if negative_score is None else negative_score,
+        original_size=arguments.original_size,
+        crop=arguments.crop,
+        target_size=arguments.target_size,
+        clip_skip=arguments.clip_skip,
+        seed=arguments.seed,
+        count=arguments.count,
+        width=arguments.width,
+        height=arguments.height,
+        latents=load_latents(arguments.latents),
+        image=_image_given(arguments),
+        strength=arguments.strength,
+        refine=arguments.refine is not None,
+        tile=arguments.tile,
+    )
+
+
+def _image_given(arguments: argparse.Namespace) -> "InputPicture | None":
+    from sdxl_trt.runtime.images.inputs import read_input  # noqa: PLC0415
+
+    if arguments.refine is not None:
+        return read_input(arguments.refine, "--refine")
+    return None if arguments.image is None else read_input(arguments.image)
+
+
+def _workflow(arguments: argparse.Namespace) -> "Workflow":
+    from sdxl_trt.runtime.comfyui.reader import read_workflow  # noqa: PLC0415
+
+    check_alone_with_workflow(arguments)
+    return read_workflow(arguments.workflow)
+
+
+def _loads_image(asked: "Request | Workflow") -> bool:
+    from sdxl_trt.runtime.request.request import Request  # noqa: PLC0415
+
+    return asked.image is not None if isinstance(asked, Request) else asked.loads_image
+
+
+def _prefixes(asked: "Request | Workflow") -> list[str]:
+    """Return what a workflow's pictures are called."""
+    from sdxl_trt.runtime.request.request import Request  # noqa: PLC0415
+
+    return [] if isinstance(asked, Request) else [output.prefix for output in asked.outputs]
+
+
+def _work(
+    asked: "Request | Workflow", arguments: argparse.Namespace, pipeline: "Pipeline"
+) -> "tuple[Batch | Chain, Series]":
+    """Return what draws the pictures, and what they are a series of."""
+    from sdxl_trt.runtime.cli.series import Series  # noqa: PLC0415
+    from sdxl_trt.runtime.comfyui.requests import check_workflow, pair_request, settle_pair  # noqa: PLC0415
+    from sdxl_trt.runtime.pipeline.batch import Batch  # noqa: PLC0415
+    from sdxl_trt.runtime.pipeline.chain import Chain  # noqa: PLC0415
+    from sdxl_trt.runtime.request.request import Request  # noqa: PLC0415
+
+    if isinstance(asked, Request):
+        series = Series(asked, arguments)
+        return Batch(pipeline, series.requests), series
+    folder = arguments.workflow.parent
+    found = check_workflow(asked, pipeline.manifest)
+    request = pair_request(asked, pipeline.manifest, found, folder)
+    seed_given = arguments.seed is not None
+    if request is None:
+        _check_chain(arguments)
+        chain = Chain(pipeline, asked, found, folder, lambda one: _changed(one, arguments), seed_given=seed_given)
+        return chain, Series(chain.runs[0].asked, arguments)
+    changed = _changed(request, arguments)
+    settle_pair(changed, asked, pipeline.manifest, pipeline.pool.limits, seed_given=seed_given)
+    series = Series(changed, arguments)
+    return Batch(pipeline, series.requests), series
+
+
+def _changed(request: "Request", arguments: argparse.Namespace) -> "Request":
+    """Return a workflow's request with what is given beside the workflow."""
+    from dataclasses import replace  # noqa: PLC0415
+
+    from sdxl_trt.runtime.cli.outputs import load_latents  # noqa: PLC0415
+    from sdxl_trt.runtime.comfyui.requests import with_seed  # noqa: PLC0415
+
+    if arguments.seed is not None:
+        request = with_seed(request, arguments.seed)
+    return replace(
+        request,
+        guidance_rescale=arguments.guidance_rescale,
+        guidance_interval=arguments.guidance_interval,
+        prediction_type=arguments.prediction_type,
+        latents=load_latents(arguments.latents),
+        tile=request.tile or arguments.tile,
+    )
+
+
+def _check_chain(arguments: argparse.Namespace) -> None:
+    """Raise UsageError for what goes with a single run alone, where a workflow takes several."""
+    alone = {"--sweep": arguments.sweep, "--save-latents": arguments.save_latents, "--latents": arguments.latents,
+             "--guidance-interval": arguments.guidance_interval != (0.0, 1.0)}  # fmt: skip
+    given = [option for option, value in alone.items() if value]
+    if given:
+        raise UsageError(f"{given[0]} goes with a workflow of one sampler, or of a base's and a refiner's on one grid;"
+                         " this one takes several runs: leave it out")  # fmt: skip
+
+
+def _image(picture: "Picture", path: Path) -> dict[str, Any]:
+    width, height = picture.image.size
+    return {"path": str(path), "seed": picture.seed, "width": width, "height": height}
+
+
+def _report(
+    pipeline: "Pipeline", runs: "Sequence[Run]", images: list[dict[str, Any]], seconds: float
+) -> dict[str, Any]:
+    pool, components = pipeline.pool, pipeline.manifest.components
+    timings: dict[str, list[float]] = {}
+    for stage, each in (item for one in runs for item in one.timings.items()):
+        timings.setdefault(stage, []).extend(each)
+    place = runs[0].place if len(runs) == 1 else None
+    return {
+        "images": images,
+        "timings": {
+            "total": seconds,
+            **{stage: {"seconds": sum(each), "steps": each} for stage, each in timings.items()},
+        },
+        "handoff": {"step": place.step, "timestep": place.timestep, "sigma": place.sigma} if place else None,
+        "engines": [
+            {
+                "component": name,
+                "provider": pool.provider,
+                "precision": components[name].precision,
+                "digest": components[name].graph.sha256,
+            }
+            for name in pool.loads
+        ],
+        "residency": pool.residency,
+        "note": pipeline.manifest.note,
+    }
+
+
+def _tell(report: dict[str, Any]) -> None:
+    for image in report["images"]:
+        sys.stdout.write(f"{image['path']}  seed {image['seed']}  {image['width']}x{image['height']}\n")
+    if sheet := report.get("sheet"):
+        sys.stdout.write(f"{sheet}  sheet of {len(report['images'])}\n")
+    place = report["handoff"]
+    single = not {"sweep", "prompt"} & set(report["images"][0])
+    drew = [name for name in ("base", "refiner") if name in report["timings"]]
+    alone = f"{drew[0]} alone; " if len(drew) == 1 else "base and refiner, each on a grid of its own; "
+    how = f"handoff after step {place['step']} at sigma {place['sigma']:.3f}; " if place else alone * single
+    sys.stderr.write(f"{how}{report['timings']['total']:.1f} s\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,28 @@
+"""A file of prompts, one a line."""
+
+__all__ = ["read_prompts"]
+
+from pathlib import Path
+
+from sdxl_trt.engines.errors import UsageError
+from sdxl_trt.engines.host.text_inputs import read_capped
+
+MAX_BYTES = 16 << 20
+MOST = 1_000
+"""What is read of each waits in memory for its turn: 2 MB with SDXL's encoders."""
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Return the prompts of a UTF-8 file, - for standard input: its lines, without empty ones and those after a #.
+
+    Raises UsageError for a file that holds none, too many or no text.
+    """
+    content = read_capped(path, MAX_BYTES, "--prompts")
+    try:
+        lines = content.decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError as exc:
+        raise UsageError(f"--prompts {path}: is not UTF-8 at byte {exc.start}; save it as plain text in UTF-8") from exc
+    prompts = [line for line in map(str.strip, lines) if line and not line.startswith("#")]
+    if not 1 <= len(prompts) <= MOST:
+        raise UsageError(f"--prompts {path}: holds {len(prompts)} prompts; give one a line, and at most {MOST}")
+    return prompts

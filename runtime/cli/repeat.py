@@ -1,0 +1,109 @@
+"""`--from`: the settings of an earlier picture in the place of the options that the command line leaves out."""
+
+__all__ = ["repeated"]
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path, PurePath
+from typing import Any
+
+from sdxl_trt.engines.errors import UsageError
+from sdxl_trt.engines.host.files import sha256_file
+from sdxl_trt.runtime.cli.options import NEGATIVE_SCORE, make_parser
+from sdxl_trt.runtime.images.metadata import Settings, read_settings
+
+ALIKE = (
+    "prompt", "negative", "seed", "steps", "guidance", "guidance_rescale", "guidance_interval", "sampler", "schedule",
+    "width", "height", "aesthetic_score", "negative_aesthetic_score", "tile",
+    "strength", "compat", "original_size", "crop", "target_size", "clip_skip", "base_end_step", "refiner_start_step",
+    "refiner_add_noise", "leftover_noise", "prediction_type", "count",
+)  # fmt: skip
+"""Settings that have the name of their option."""
+FOLLOWING = {
+    "prompt_2": "prompt", "negative_2": "negative", "refiner_guidance": "guidance", "refiner_sampler": "sampler",
+}  # fmt: skip
+"""Settings that are another one where they are not stated."""
+BESIDE_A_WORKFLOW = ("guidance_rescale", "guidance_interval", "prediction_type", "tile")
+"""Settings that a workflow has no word for."""
+
+
+def repeated(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the options in `argv`, and those of the picture that it names with `--from` for all that it leaves out.
+
+    What a workflow made is made by the graph that the picture carries, a contact sheet by its sweep. A handoff keeps
+    its share of the steps where another number of them is asked for. `made_with` is the bundle that the picture names.
+    Raises UsageError for a picture that cannot be repeated.
+    """
+    parser = make_parser()
+    stated = parser.parse_args(argv)
+    source = stated.source
+    settings = read_settings(source)
+    if stated.workflow is not None:
+        raise UsageError("--from and --workflow both state a picture to be made; give one of them")
+    if settings.workflow:
+        parser.set_defaults(workflow=source, **{name: getattr(settings, name) for name in BESIDE_A_WORKFLOW})
+    else:
+        parser.set_defaults(**_defaults(settings))
+    arguments = parser.parse_args(argv)
+    arguments.sweep = stated.sweep or list(settings.sweep)
+    arguments.made_with = settings.bundle
+    if settings.injected_latents and arguments.latents is None:
+        raise UsageError(f"--from {source}: was made from noise of its own; give that with --latents FILE.npy")
+    if not settings.workflow:
+        _take_handoff(arguments, settings)
+        _take_image(arguments, settings, source)
+    return arguments
+
+
+def _defaults(settings: Settings) -> dict[str, Any]:
+    """Return the options that make the picture again, without the handoff; what is None is left to the defaults."""
+    found = {name: getattr(settings, name) for name in ALIKE}
+    # What only repeats another setting follows that when it is replaced. A sheet says itself what follows.
+    for name, other in FOLLOWING.items():
+        value = getattr(settings, name)
+        stated = settings.sweep and name.startswith("refiner")
+        found[name] = value if stated or value != getattr(settings, other) else None
+    if settings.negative_aesthetic_score == NEGATIVE_SCORE and not settings.sweep:
+        # Not stated, as far as one can tell: so it goes with the other score in a sweep of that.
+        del found["negative_aesthetic_score"]
+    if settings.fit in ("scale", "crop"):
+        # The image gives the size.
+        del found["width"], found["height"]
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _take_image(arguments: argparse.Namespace, settings: Settings, source: Path) -> None:
+    """Take the image that a run started from where it lies beside the picture, or here, as it was."""
+    if settings.image is None or arguments.image is not None or arguments.refine is not None:
+        return
+    name = PurePath(settings.image).name
+    for path in (source.parent / name, Path(name)) if name == settings.image and name else ():
+        if _holds(path, settings.image_sha256):
+            arguments.image, arguments.refine = (None, path) if settings.refine else (path, None)
+            return
+    option = "--refine" if settings.refine else "--image"
+    raise UsageError(f"--from {source}: was made from {settings.image[:100]!r}, which is not beside it as it was; give"
+                     f" it with {option} FILE")  # fmt: skip
+
+
+def _holds(path: Path, sha256: str | None) -> bool:
+    try:
+        return path.is_file() and sha256_file(path) == sha256
+    except (OSError, ValueError):
+        return False
+
+
+def _take_handoff(arguments: argparse.Namespace, settings: Settings) -> None:
+    stated = arguments.handoff != "auto" or arguments.no_refiner or settings.refine
+    ends = (arguments.handoff_step, arguments.handoff_sigma, arguments.base_end_step, arguments.refiner_start_step)
+    if stated or any(end is not None for end in ends):
+        return
+    if settings.sweep and settings.handoff_step is None:
+        arguments.handoff, arguments.handoff_sigma = settings.handoff, settings.handoff_sigma
+    elif settings.handoff_step is None:
+        arguments.no_refiner = True
+    elif arguments.steps == settings.steps:
+        arguments.handoff_step = settings.handoff_step
+    else:
+        share = round(settings.handoff_step * arguments.steps / settings.steps)
+        arguments.handoff_step = min(max(share, 1), max(arguments.steps - 1, 1))

@@ -1,0 +1,70 @@
+"""The requests of one command: a single one, the variants of a sweep, or one for each prompt of a file."""
+
+__all__ = ["Series"]
+
+import argparse
+import secrets
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from sdxl_trt.engines.errors import UsageError
+from sdxl_trt.runtime.cli.outputs import Pictures
+from sdxl_trt.runtime.cli.prompt_files import read_prompts
+from sdxl_trt.runtime.images.metadata import describe
+from sdxl_trt.runtime.images.picture import Picture
+from sdxl_trt.runtime.pipeline.run import Run
+from sdxl_trt.runtime.pipeline.sweep import Sweep, parse_axis
+from sdxl_trt.runtime.request.request import Request
+from sdxl_trt.runtime.request.resolve import DRAWN_SEED_BITS
+
+
+class Series:
+    """What `request` comes to under ``--sweep`` and ``--prompts``; keeps what the sheet needs. Raises UsageError.
+
+    All requests have one seed, drawn here where none was given.
+    """
+
+    def __init__(self, request: Request, arguments: argparse.Namespace) -> None:
+        self.sweep: Sweep | None = None
+        self.requests = [request]
+        self._pictures: dict[int, Picture] = {}
+        self._several = arguments.prompts is not None
+        if arguments.sweep and self._several:
+            raise UsageError("--sweep varies one prompt and --prompts has many; give one of them")
+        if arguments.workflow is not None and self._several:
+            raise UsageError("--workflow states its prompts itself; leave --prompts out")
+        if request.seed is None and (arguments.sweep or self._several):
+            request = replace(request, seed=secrets.randbits(DRAWN_SEED_BITS))
+        if arguments.sweep:
+            axes = [parse_axis(text) for text in arguments.sweep]
+            self.sweep = Sweep(request, axes, keep_negative=arguments.negative_aesthetic_score is not None)
+            self.requests = self.sweep.requests
+        elif self._several:
+            if arguments.prompt is not None and arguments.source is None:
+                raise UsageError("a PROMPT and --prompts state the same thing; give one of them")
+            self.requests = [replace(request, prompt=prompt) for prompt in read_prompts(arguments.prompts)]
+
+    def told(self, number: int) -> dict[str, Any]:
+        """Return what a report says of the pictures of a request, to tell them from the others'."""
+        if self.sweep is not None:
+            return {"sweep": self.sweep.settings(number)}
+        return {"prompt": self.requests[number].prompt} if self._several else {}
+
+    def keep(self, number: int, picture: Picture) -> None:
+        """Keep a picture for the sheet, if there is to be one."""
+        if self.sweep is not None:
+            self._pictures[number] = picture
+
+    def finish(self, files: Pictures, runs: Sequence[Run], *, metadata: bool = True) -> dict[str, str]:
+        """Write the sheet of a sweep and return what a report says of it; nothing for other series.
+
+        With `metadata` it holds what the sweep can be repeated from.
+        """
+        if self.sweep is None:
+            return {}
+        pictures = [self._pictures[number] for number in range(len(self.requests))]
+        # The one that says most stands for all: the base alone has no settings of a refiner.
+        spokesman = pictures[next((number for number, run in enumerate(runs) if run.request.refined), 0)]
+        texts = describe(self.sweep.sheet_metadata(spokesman.metadata), spokesman.graph) if metadata else {}
+        return {"sheet": str(files.save_sheet(self.sweep.sheet([each.image for each in pictures], runs), texts))}

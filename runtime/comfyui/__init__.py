@@ -1,0 +1,1 @@
+"""ComfyUI workflows: reading them into requests, and writing requests as graphs."""

@@ -1,0 +1,212 @@
+"""What of a workflow a bundle can do: which expert draws each checkpoint, whether its LoRAs and autoencoders are there.
+
+Checkpoints are not looked for: the bundle takes their place, in a line where it has another name.
+"""
+
+__all__ = ["check_loras", "check_sampling", "check_sides", "experts", "vae_stage", "warn_of_names"]
+
+import logging
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import PurePosixPath
+
+from sdxl_trt.engines.bundle.manifest import LoraRecord, Manifest
+from sdxl_trt.engines.errors import UsageError
+from sdxl_trt.engines.host.paths import shell_word
+from sdxl_trt.runtime.comfyui.workflow import Conditioning, Loaded, Loras, Sampling, VaeName, Workflow, ancestry
+from sdxl_trt.runtime.diffusion.samplers.registry import sampler_names
+from sdxl_trt.runtime.diffusion.schedules.comfyui import COMFYUI_SCHEDULES
+from sdxl_trt.runtime.request.sides import StageName, most_skipped
+
+log = logging.getLogger("sdxl_trt.runtime")
+Experts = Mapping[str, StageName]
+
+
+def experts(workflow: Workflow, manifest: Manifest) -> Experts:
+    """Return which expert of a bundle draws each checkpoint that a workflow samples with.
+
+    A name, an encoder or a start from a picture can say it; of two that say nothing the one that samples later is the
+    refiner, and one alone is the base. Raises UsageError for more checkpoints than experts, and for two of one kind.
+    """
+    found: dict[str, StageName | None] = {}
+    for sampling in workflow.samplings:
+        own = [each for each in workflow.samplings if each.model.checkpoint == sampling.model.checkpoint]
+        found.setdefault(sampling.model.checkpoint, _said(sampling.model.checkpoint, own, workflow, manifest))
+    named = [name[:60] for name in found]
+    if len(found) > 2:
+        raise UsageError(f"the workflow samples with {len(found)} checkpoints, {', '.join(map(repr, named[:4]))}; a"
+                         " bundle has a base and a refiner")  # fmt: skip
+    if len(found) == 1:
+        ((name, expert),) = found.items()
+        return {name: expert or "base"}
+    (first, one), (second, other) = found.items()
+    if one is not None and one == other:
+        raise UsageError(f"the workflow samples with two checkpoints of one kind, {named[0]!r} and {named[1]!r}, both"
+                         f" for the {one}; a bundle has one base and one refiner")  # fmt: skip
+    if one == "refiner" or other == "base":
+        return {first: "refiner", second: "base"}
+    return {first: "base", second: "refiner"}
+
+
+def _said(name: str, samplings: list[Sampling], workflow: Workflow, manifest: Manifest) -> StageName | None:
+    """Return the expert that a checkpoint says it is, None for one that says nothing."""
+    stem = _stem(name)
+    known = {_stem(model): stage for stage, model in _models(manifest).items()}
+    if stem in known and len(known) == len(_models(manifest)):
+        return known[stem]
+    if "refiner" in stem:
+        return "refiner"
+    told = [each for sampling in samplings for each in _leaves((*sampling.positive, *sampling.negative))]
+    if "base" in stem or any(each.encoder == "CLIPTextEncodeSDXL" for each in told):
+        return "base"
+    alone = len({sampling.model.checkpoint for sampling in workflow.samplings}) == 1
+    starts = [each for output in workflow.outputs for each in ancestry(output.image)[-1:]]
+    if alone and any(each.score is not None for each in told) and all(isinstance(each, Loaded) for each in starts):
+        return "refiner"
+    return None
+
+
+def _models(manifest: Manifest) -> dict[StageName, str]:
+    """Return what the bundle's models are called, by stage."""
+    stages: dict[StageName, str] = {}
+    for name, stage in (("base", manifest.base), ("refiner", manifest.refiner)):
+        component = None if stage is None else manifest.components.get(stage.unet)
+        if component is not None:
+            stages[name] = component.source.name.removesuffix("/unet")  # type: ignore[index]
+    return stages
+
+
+def _stem(name: str) -> str:
+    """Return a file's name as it is compared: without its folder, its ending, and case."""
+    # ComfyUI names a file below its folder of models, with the separators of its system.
+    return PurePosixPath(name.replace("\\", "/")).name.lower().removesuffix(".safetensors").removesuffix(".ckpt")
+
+
+def warn_of_names(workflow: Workflow, found: Experts, manifest: Manifest) -> None:
+    """Say which model of the bundle takes the place of a checkpoint that has another name."""
+    models = _models(manifest)
+    said: dict[str, None] = {}
+    for sampling in workflow.samplings:
+        name = sampling.model.checkpoint
+        model = models.get(found[name])
+        if model is not None and _stem(model) != _stem(name):
+            said[f"node {sampling.model.node[:20]} (CheckpointLoaderSimple): {name[:80]!r} is not read: the bundle"
+                 f" draws with its {found[name]}, {model!r}"] = None  # fmt: skip
+    for line in said:
+        log.warning("%s", line)
+
+
+def check_sampling(sampling: Sampling, stage: StageName, manifest: Manifest) -> None:
+    """Raise UsageError for a sampler that is unknown here, or that the bundle has no model for."""
+    where = f"node {sampling.node}"
+    known = sampler_names(comfyui=True)
+    if sampling.sampler not in known:
+        raise UsageError(f"{where}: sampler_name {sampling.sampler!r} is unknown here; choose one of:"
+                         f" {', '.join(known)}")  # fmt: skip
+    if sampling.schedule not in COMFYUI_SCHEDULES:
+        raise UsageError(f"{where}: scheduler {sampling.schedule!r} is unknown here; choose one of:"
+                         f" {', '.join(COMFYUI_SCHEDULES)}")  # fmt: skip
+    if not 0.0 < sampling.denoise <= 1.0:
+        raise UsageError(f"{where}: denoise {sampling.denoise:g} is outside 0 to 1; choose above 0, which would change"
+                         " nothing")  # fmt: skip
+    if stage == "refiner" and manifest.refiner is None:
+        raise UsageError(f"{where}: takes a refiner, but the bundle has none; export it with --refiner SRC")
+
+
+def check_sides(sampling: Sampling, found: Experts, manifest: Manifest) -> None:
+    """Raise UsageError for a prompt that other encoders read than the model's own, or that stops below their layers."""
+    own, most = sampling.model.checkpoint, most_skipped(manifest)
+    for each in _leaves((*sampling.positive, *sampling.negative)):
+        if each.clip.checkpoint not in ("", own):
+            other = each.clip.checkpoint[:60]
+            raise UsageError(f"node {each.node}: its CLIP is that of {other!r}, and node {sampling.node} samples with"
+                             f" {own[:60]!r}: link that one's, which the bundle has")  # fmt: skip
+        if each.clip.last_layer < -2 - most:
+            raise UsageError(f"node {each.node}: its CLIP stops at layer {each.clip.last_layer}, and the bundle's text"
+                             f" encoders go down to {-2 - most}: choose -1 to {-2 - most}")  # fmt: skip
+        if found[own] == "refiner" and each.encoder == "CLIPTextEncodeSDXL":
+            raise UsageError(f"node {each.node} (CLIPTextEncodeSDXL): has texts for the base's two encoders, and node"
+                             f" {sampling.node} samples with the refiner: use CLIPTextEncodeSDXLRefiner")  # fmt: skip
+        if found[own] == "refiner" and each.clip.loras:
+            raise UsageError(f"node {each.node}: has a LoRA on the refiner's CLIP, which is not supported; take it off")
+
+
+def check_loras(samplings: Iterable[Sampling], found: Experts, manifest: Manifest) -> None:
+    """Raise UsageError for LoRAs that the bundle has not, or at other strengths; warn of one that only it has."""
+    fused = _fused(manifest.loras)
+    unnamed = set(fused)
+    for sampling in samplings:
+        if found[sampling.model.checkpoint] == "refiner":
+            if sampling.model.loras:
+                raise UsageError(
+                    f"node {sampling.node}: has a LoRA on the refiner, which is not supported; take it off"
+                )
+            continue
+        unet = _strengths(sampling.model.loras)
+        for told in _leaves((*sampling.positive, *sampling.negative)):
+            # A prompt that was made by hand says nothing of its encoders.
+            text = _strengths(told.clip.loras) if told.clip.checkpoint else dict(unet)
+            for file in dict.fromkeys([*unet, *text]):
+                asked, has = (unet.get(file, 0.0), text.get(file, 0.0)), fused.get(file, (0.0, 0.0))
+                if not all(math.isclose(one, other, abs_tol=1e-9) for one, other in zip(asked, has, strict=True)):
+                    raise _missing_lora(sampling, told, file, asked, has)
+            unnamed -= set(unet) | set(text)
+    for file in sorted(unnamed):
+        log.warning("the bundle has LoRA %s at strength %s, which the workflow does not name", file,
+                    _told(*fused[file]))  # fmt: skip
+
+
+def _missing_lora(
+    sampling: Sampling, told: Conditioning, file: str, asked: tuple[float, float], has: tuple[float, float]
+) -> UsageError:
+    instead = f" (it has it at {_told(*has)})" if any(has) else ""
+    option = f"{file}:{asked[0]:g}" + ("" if asked[0] == asked[1] else f":{asked[1]:g}")
+    return UsageError(f"node {sampling.node} with the prompt of node {told.node}: LoRA {file} at strength"
+                      f" {_told(*asked)} is not in the bundle{instead}; export one with it: export-engines --lora"
+                      f" {shell_word(option)}")  # fmt: skip
+
+
+def _told(unet: float, text: float) -> str:
+    return f"{unet:g}" if unet == text else f"{unet:g}, {text:g} on the text encoders,"
+
+
+def _fused(records: Iterable[LoraRecord]) -> dict[str, tuple[float, float]]:
+    fused: dict[str, tuple[float, float]] = {}
+    for record in records:
+        before = fused.get(record.name, (0.0, 0.0))
+        fused[record.name] = before[0] + record.scale, before[1] + record.encoder_scale
+    return fused
+
+
+def _strengths(loras: Loras) -> dict[str, float]:
+    """Return the strength of each file; the same one twice counts as often."""
+    found: dict[str, float] = {}
+    for name, strength in loras:
+        file = PurePosixPath(name.replace("\\", "/")).name
+        found[file] = found.get(file, 0.0) + strength
+    return found
+
+
+def vae_stage(vae: VaeName, found: Experts, otherwise: StageName, manifest: Manifest) -> StageName:
+    """Return the stage whose autoencoder stands for `vae`, `otherwise` for one that no sampler's checkpoint has.
+
+    A file of its own is not read, which a line says unless the bundle was made with it.
+    """
+    if not vae.own_file and vae.name in found:
+        return found[vae.name]
+    stage = manifest.refiner if otherwise == "refiner" and manifest.refiner is not None else manifest.base
+    component = manifest.components.get(stage.vae.decoder)
+    if component is not None:
+        source = component.source.name
+        ours = {_stem(source), _stem(source.removesuffix("/vae"))}
+        if _stem(vae.name) not in ours:
+            log.warning("node %s: the autoencoder %r is not read: the bundle's own, %s, takes its place", vae.node[:20],
+                        vae.name[:80], source)  # fmt: skip
+    return otherwise
+
+
+def _leaves(side: Iterable[Conditioning]) -> Iterator[Conditioning]:
+    """Yield the prompts of a side, those that are mixed into others too."""
+    for each in side:
+        yield each
+        yield from _leaves(mix.other for mix in each.mixes if mix.other is not None)

@@ -1,0 +1,148 @@
+"""A ComfyUI graph as it is stored: API JSON, a request's body, the editor's JSON, or a picture that carries either.
+
+Nothing of it is trusted: sizes are capped before reading, every value is checked for its type when it is asked for, and
+no path in it is opened here.
+"""
+
+__all__ = ["MAX_BYTES", "Graph", "parse_graph", "read_graph"]
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sdxl_trt.engines.errors import UsageError
+from sdxl_trt.engines.host.text_inputs import STDIN, read_capped
+from sdxl_trt.runtime.comfyui.editor import from_editor
+from sdxl_trt.runtime.comfyui.node import Link, Node
+from sdxl_trt.runtime.comfyui.nodes import PRIMITIVES
+from sdxl_trt.runtime.images.exif import EDITOR
+from sdxl_trt.runtime.images.files import WORKFLOW, read_texts
+
+MAX_BYTES = 16 << 20
+MAX_NODES = 10_000
+_PICTURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF")
+_BODIES = ("prompt", "input", "output", "workflow")
+"""Where the body of a request keeps a graph: ComfyUI's own, RunPod's and its like, what the editor saves for an API."""
+_DEEPEST_BODY = 3
+_MOST_PRIMITIVES = 10
+
+
+@dataclass(frozen=True)
+class Graph:
+    """The nodes of a workflow by id; values that primitive nodes hold stand where they are used."""
+
+    nodes: Mapping[str, Node]
+
+    def node(self, link: Link) -> Node:
+        """Return the node that a link comes from; UsageError where it is missing."""
+        found = self.nodes.get(link.node)
+        if found is None:
+            raise UsageError(f"the workflow links to node {link.node[:20]}, which is not in it, or muted")
+        return found
+
+    def api(self, ends: Iterable[str]) -> dict[str, Any]:
+        """Return the API form of the nodes called `ends` and of all that feeds them, as ComfyUI would run it."""
+        kept: dict[str, Any] = {}
+        waiting = list(ends)
+        while waiting:
+            node = self.nodes.get(waiting.pop())
+            if node is None or node.id in kept:
+                continue
+            inputs = node.inputs.items()
+            waiting += [value.node for _, value in inputs if isinstance(value, Link)]
+            stored = {name: [value.node, value.slot] if isinstance(value, Link) else value for name, value in inputs}
+            kept[node.id] = {"class_type": node.kind, "inputs": stored}
+        return {key: kept[key] for key in self.nodes if key in kept}
+
+
+def read_graph(path: Path) -> Graph:
+    """Return the graph of a JSON file or of a picture's texts, ``-`` for standard input; UsageError without one."""
+    if _is_picture(path):
+        return _from_picture(path, str(path))
+    content = read_capped(path, MAX_BYTES, "--workflow")
+    return _from_picture(content, str(path)) if content.startswith(_PICTURES) else parse_graph(content, str(path))
+
+
+def _is_picture(path: Path) -> bool:
+    if path == STDIN:
+        return False
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_PICTURES[0])).startswith(_PICTURES)
+    except (OSError, ValueError):
+        return False  # reading it says why
+
+
+def _from_picture(picture: Path | bytes, where: str) -> Graph:
+    """Return the graph of ComfyUI's texts: `prompt`, what was run, or else `workflow`, what the editor showed."""
+    texts = read_texts(picture)
+    for name in (WORKFLOW, EDITOR):
+        text = texts.get(name, "").strip()
+        if text not in ("", "{}", "null"):
+            return parse_graph(text, where)
+    raise UsageError(f"--workflow {where}: the picture carries no ComfyUI workflow; give the JSON file")
+
+
+def parse_graph(content: str | bytes, where: str) -> Graph:
+    """Return the graph of a JSON text in either form. Raises UsageError, which calls it `where`."""
+    try:
+        stored = json.loads(content)
+    except (ValueError, RecursionError) as exc:
+        raise UsageError(f"--workflow {where}: not a JSON file ({str(exc)[:100]})") from exc
+    found = next(_graphs(stored, _DEEPEST_BODY), None)
+    if found is None:
+        raise UsageError(f"--workflow {where}: neither ComfyUI's API format nor its editor's; export it from ComfyUI")
+    editor = isinstance(found.get("nodes"), list)
+    count = len(found["nodes"]) if editor else len(found)
+    if count > MAX_NODES:
+        raise UsageError(f"--workflow {where}: {count} nodes, more than {MAX_NODES}")
+    nodes = from_editor(found, where) if editor else {key: _from_api(key, value) for key, value in found.items()}
+    if len(nodes) > MAX_NODES:
+        raise UsageError(f"--workflow {where}: {len(nodes)} nodes with those of its subgraphs, more than {MAX_NODES}")
+    return Graph({key: _with_primitives(node, nodes) for key, node in nodes.items()})
+
+
+def _graphs(stored: Any, depth: int) -> Iterator[dict[str, Any]]:
+    """Yield the graphs in a JSON value: itself, or else what the body of a request holds."""
+    if not isinstance(stored, dict) or not stored:
+        return
+    if isinstance(stored.get("nodes"), list) or all(_is_node(value) for value in stored.values()):
+        yield stored
+    elif depth:
+        for name in _BODIES:
+            yield from _graphs(stored.get(name), depth - 1)
+
+
+def _is_node(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("class_type"), str)
+
+
+def _from_api(key: str, stored: dict[str, Any]) -> Node:
+    inputs = stored.get("inputs")
+    inputs = inputs if isinstance(inputs, dict) else {}
+    return Node(key, stored["class_type"], {name: _linked(value) for name, value in inputs.items()})
+
+
+def _linked(value: Any) -> Any:
+    """Return a Link for ``[node id, output slot]``, else the value."""
+    pair = isinstance(value, list) and len(value) == 2
+    if pair and isinstance(value[0], str | int) and isinstance(value[1], int):
+        return Link(str(value[0]), value[1])
+    return value
+
+
+def _with_primitives(node: Node, nodes: Mapping[str, Node]) -> Node:
+    """Return `node` with the values of the primitive nodes that feed it; what feeds those in a circle stays a link."""
+    values: dict[str, Any] = {}
+    held: dict[str, str] = {}
+    for name, value in node.inputs.items():
+        feeding = nodes.get(value.node) if isinstance(value, Link) else None
+        for _ in range(_MOST_PRIMITIVES):
+            if feeding is None or feeding.kind not in PRIMITIVES or "value" not in feeding.inputs:
+                break
+            values[name], held[name] = feeding.inputs["value"], str(feeding)
+            inner = values[name]
+            feeding = nodes.get(inner.node) if isinstance(inner, Link) else None
+    return replace(node, inputs={**node.inputs, **values}, held=held) if values else node

@@ -1,0 +1,369 @@
+"""From a graph's nodes to what they ask for: every link is followed, and every input taken by the table of nodes."""
+
+__all__ = ["read_workflow"]
+
+import json
+import logging
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sdxl_trt.engines.errors import UsageError
+from sdxl_trt.runtime.comfyui.graph import Graph, read_graph
+from sdxl_trt.runtime.comfyui.node import Link, Node
+from sdxl_trt.runtime.comfyui.nodes import DRAWN, NODES, SHOWN, linked, stated, undeclared
+from sdxl_trt.runtime.comfyui.workflow import (
+    Clip,
+    Conditioning,
+    Decoded,
+    Empty,
+    Encoded,
+    Image,
+    Latents,
+    Loaded,
+    Mix,
+    Model,
+    Output,
+    Repeated,
+    Resized,
+    Sampled,
+    Sampling,
+    Scaled,
+    VaeName,
+    Workflow,
+    ancestry,
+)
+
+log = logging.getLogger("sdxl_trt.runtime")
+Found = TypeVar("Found")
+_MOST_OUTPUTS = 64
+_MOST_NAMED = 20
+_DEEPEST = 100
+"""Links in a row: Python's own stack holds a few hundred calls."""
+_MOST_PROMPTS = 16
+"""Prompts that one side of a sampler is mixed of, or combined from."""
+_DRAWN_AT_RANDOM = re.compile(r"(?<!\\)\{[^{}]*\|[^{}]*\}")
+
+
+def read_workflow(path: Path) -> Workflow:
+    """Return what the workflow in a JSON or picture file asks for.
+
+    Raises UsageError that names every node that cannot be run, or what is missing.
+    """
+    graph = read_graph(path)
+    outputs = [node for node in graph.nodes.values() if node.kind in (DRAWN, SHOWN)]
+    if not outputs:
+        raise UsageError(f"--workflow {path}: has no SaveImage or PreviewImage; add one")
+    if len(outputs) > _MOST_OUTPUTS:
+        raise UsageError(f"--workflow {path}: saves and shows {len(outputs)} pictures; leave one SaveImage in it")
+    reader = _Reader(graph)
+    problems: dict[str, dict[str, None]] = {}
+    drawn: list[Output] = []
+    for node in outputs:
+        with reader.noting(problems.setdefault(node.id, {})):
+            found = reader.tried(lambda node=node: reader.output(node))  # type: ignore[misc]
+        if found is not None and not problems[node.id]:
+            drawn.append(found)
+    if not drawn:
+        said = [*dict.fromkeys(problem for each in problems.values() for problem in each)]
+        more = ["and more"] if len(said) > _MOST_NAMED else []
+        raise UsageError(f"--workflow {path}: " + "; ".join(said[:_MOST_NAMED] + more))
+    kept = _kept(drawn, {node.id: node for node in outputs})
+    for node in outputs:
+        if problems[node.id]:
+            log.warning("%s: is not drawn: %s", node, "; ".join([*problems[node.id]][:_MOST_NAMED]))
+        elif all(output.node != node.id for output in kept):
+            log.warning("%s: is not drawn: %s", node, "another one saves the same picture" if node.kind == DRAWN else
+                        "it is a preview beside what is saved; put a SaveImage in its place")  # fmt: skip
+    reader.warn(kept)
+    return Workflow(tuple(kept), json.dumps(graph.api(output.node for output in kept)))
+
+
+def _kept(drawn: list[Output], nodes: dict[str, Node]) -> list[Output]:
+    """Return the pictures that are written: those that are saved, or else those that are shown, each once."""
+    saved = [output for output in drawn if nodes[output.node].kind == DRAWN] or drawn
+    return [output for i, output in enumerate(saved) if all(output.image != other.image for other in saved[:i])]
+
+
+class _IncompleteError(UsageError):
+    """A node cannot be read because one that feeds it cannot."""
+
+
+class _Reader:
+    def __init__(self, graph: Graph) -> None:
+        self._graph = graph
+        self._problems: dict[str, None] = {}
+        self._known: dict[tuple[str, str], Any] = {}
+        self._under_way: list[tuple[str, str]] = []
+        self._used: dict[str, dict[str, None]] = {}
+        """The nodes that each picture has been read from."""
+        self._reading: dict[str, None] = {}
+
+    @contextmanager
+    def noting(self, problems: dict[str, None]) -> Iterator[None]:
+        """Collect in `problems` what is found while reading."""
+        before, self._problems = self._problems, problems
+        yield
+        self._problems = before
+
+    def tried(self, read: Callable[[], Found]) -> Found | None:
+        """Return what `read` finds; note the problem and return None where it cannot."""
+        try:
+            return read()
+        except _IncompleteError:
+            return None  # what it lacks has been noted
+        except UsageError as exc:
+            self._problems[str(exc)] = None
+            return None
+
+    def warn(self, outputs: list[Output]) -> None:
+        """Say what is not followed of the nodes that `outputs` need."""
+        for key in dict.fromkeys(key for output in outputs for key in self._used[output.node]):
+            node = self._graph.nodes[key]
+            for line in undeclared(node):
+                log.warning("%s", line)
+            for name, value in node.inputs.items():
+                if name.startswith("text") and isinstance(value, str) and (found := _DRAWN_AT_RANDOM.search(value)):
+                    log.warning("%s: %s holds %s, of which ComfyUI's editor draws one at random; here it is read as it"
+                                " stands: write the choice", node, name, found[0][:60])  # fmt: skip
+
+    def output(self, node: Node) -> Output:
+        """Return the picture of a SaveImage or PreviewImage."""
+        self._reading = {node.id: None}
+        self._used[node.id] = self._reading
+        self._known.clear()  # so that every picture notes the nodes and the problems of its own
+        self._check_values(node)
+        prefix = str(stated(node, "filename_prefix")) if node.kind == DRAWN else ""
+        image = self._image(linked(node, "images"))
+        if not any(isinstance(each, Sampled) for each in ancestry(image)):
+            raise UsageError(f"{node}: shows a picture that no sampler made; there is nothing to be drawn")
+        return Output(image, prefix, node.id)
+
+    def _read(self, link: Link, kind: str, readers: dict[str, Callable[[Node, int], Found]]) -> Found:
+        """Return what the node that `link` comes from gives as `kind`; each is read once, none within itself."""
+        node = self._graph.node(link)
+        key = (node.id, kind)
+        if key in self._known:
+            return self._known[key]  # type: ignore[no-any-return]
+        if key in self._under_way or len(self._under_way) >= _DEEPEST:
+            raise UsageError(f"{node}: the links go in a circle, or over more than {_DEEPEST} nodes")
+        known = NODES.get(node.kind)
+        if known is None:
+            raise UsageError(f"{node}: cannot be run here, where {kind} is expected; replace it, or leave it out")
+        if node.kind not in readers or not 0 <= link.slot < len(known.outputs) or known.outputs[link.slot] != kind:
+            gives = " and ".join(known.outputs) or "nothing"
+            raise UsageError(f"{node}: gives {gives}, and output {link.slot} is taken for {kind}; link it otherwise")
+        self._under_way.append(key)
+        try:
+            self._reading[node.id] = None
+            self._check_values(node)
+            found = readers[node.kind](node, link.slot)
+        finally:
+            self._under_way.pop()
+        self._known[key] = found
+        return found
+
+    def _check_values(self, node: Node) -> None:
+        """Raise UsageError that names the node which would have to give a value, and cannot."""
+        for each in NODES[node.kind].inputs:
+            value = node.inputs.get(each.name)
+            if isinstance(value, Link) and not each.is_link:
+                giving = self._graph.node(value)
+                raise UsageError(f"{giving}: cannot be run here, where a value for {each.name} of {node} is expected;"
+                                 f" write it into {each.name}")  # fmt: skip
+
+    def _image(self, link: Link) -> Image:
+        def scaled(node: Node, _: int) -> Image:
+            return Scaled(self._image(linked(node, "image")), **_size_of(node))
+
+        def decoded(node: Node, _: int) -> Image:
+            latents: Latents | None = self.tried(lambda: self._latents(linked(node, "samples")))
+            vae = self._vae(linked(node, "vae"))
+            if latents is None:
+                raise _incomplete(node)
+            return Decoded(latents, vae, node.kind == "VAEDecodeTiled", node.id)
+
+        found: Image = self._read(link, "IMAGE", {
+            "LoadImage": lambda node, _: Loaded(stated(node, "image"), node.id), "ImageScale": scaled,
+            "ImageScaleBy": scaled, "VAEDecode": decoded, "VAEDecodeTiled": decoded,
+        })  # fmt: skip
+        return found
+
+    def _latents(self, link: Link) -> Latents:
+        def empty(node: Node, _: int) -> Latents:
+            return Empty(stated(node, "width"), stated(node, "height"), stated(node, "batch_size"), node.id)
+
+        def encoded(node: Node, _: int) -> Latents:
+            image: Image | None = self.tried(lambda: self._image(linked(node, "pixels")))
+            vae = self._vae(linked(node, "vae"))
+            if image is None:
+                raise _incomplete(node)
+            return Encoded(image, vae, node.kind == "VAEEncodeTiled", node.id)
+
+        def repeated(node: Node, _: int) -> Latents:
+            return Repeated(self._latents(linked(node, "samples")), stated(node, "amount"), node.id)
+
+        def resized(node: Node, _: int) -> Latents:
+            return Resized(self._latents(linked(node, "samples")), **_size_of(node))
+
+        def sampled(node: Node, _: int) -> Latents:
+            sampling = self.tried(lambda: self._sampling(node))
+            latents = self._latents(linked(node, "latent_image"))
+            return Sampled(latents, _whole(sampling, node))
+
+        found: Latents = self._read(link, "LATENT", {
+            "EmptyLatentImage": empty, "VAEEncode": encoded, "VAEEncodeTiled": encoded, "RepeatLatentBatch": repeated,
+            "LatentUpscale": resized, "LatentUpscaleBy": resized, "KSampler": sampled, "KSamplerAdvanced": sampled,
+        })  # fmt: skip
+        return found
+
+    def _sampling(self, node: Node) -> Sampling:
+        advanced = node.kind == "KSamplerAdvanced"
+        model = self.tried(lambda: self._model(linked(node, "model")))
+        positive = self.tried(lambda: self._conditioning(linked(node, "positive")))
+        negative = self.tried(lambda: self._conditioning(linked(node, "negative")))
+        part = _part(node) if advanced else {"denoise": stated(node, "denoise")}
+        return Sampling(
+            node=node.id,
+            model=_whole(model, node),
+            positive=_whole(positive, node),
+            negative=_whole(negative, node),
+            seed=stated(node, "noise_seed" if advanced else "seed"),
+            steps=stated(node, "steps"),
+            cfg=stated(node, "cfg"),
+            sampler=stated(node, "sampler_name"),
+            schedule=stated(node, "scheduler"),
+            **part,
+        )
+
+    def _model(self, link: Link) -> Model:
+        def lora(node: Node, _: int) -> Model:
+            model = self._model(linked(node, "model"))
+            added = (stated(node, "lora_name"), stated(node, "strength_model"))
+            return replace(model, loras=(*model.loras, added))
+
+        return self._read(link, "MODEL", {
+            "CheckpointLoaderSimple": lambda node, _: Model(stated(node, "ckpt_name"), node=node.id),
+            "LoraLoader": lora, "LoraLoaderModelOnly": lora,
+        })  # fmt: skip
+
+    def _clip(self, link: Link) -> Clip:
+        def lora(node: Node, _: int) -> Clip:
+            clip = self._clip(linked(node, "clip"))
+            return replace(clip, loras=(*clip.loras, (stated(node, "lora_name"), stated(node, "strength_clip"))))
+
+        def last_layer(node: Node, _: int) -> Clip:
+            return replace(self._clip(linked(node, "clip")), last_layer=stated(node, "stop_at_clip_layer"))
+
+        return self._read(link, "CLIP", {
+            "CheckpointLoaderSimple": lambda node, _: Clip(stated(node, "ckpt_name")),
+            "LoraLoader": lora, "CLIPSetLastLayer": last_layer,
+        })  # fmt: skip
+
+    def _vae(self, link: Link) -> VaeName:
+        return self._read(link, "VAE", {
+            "CheckpointLoaderSimple": lambda node, _: VaeName(stated(node, "ckpt_name"), node=node.id),
+            "VAELoader": lambda node, _: VaeName(stated(node, "vae_name"), own_file=True, node=node.id),
+        })  # fmt: skip
+
+    def _conditioning(self, link: Link) -> tuple[Conditioning, ...]:
+        """Return the conditionings that a link carries: several where they were combined."""
+
+        def prompt(node: Node, _: int) -> tuple[Conditioning, ...]:
+            clip = self.tried(lambda: self._clip(linked(node, "clip")))
+            read = _prompt(node)
+            return (replace(read, clip=_whole(clip, node)),)
+
+        def zeroed(node: Node, _: int) -> tuple[Conditioning, ...]:
+            return _mixed(self._conditioning(linked(node, "conditioning")), Mix("zero"))
+
+        def combined(node: Node, _: int) -> tuple[Conditioning, ...]:
+            both = [self._conditioning(linked(node, f"conditioning_{number}")) for number in (1, 2)]
+            return self._limited(node, (*both[0], *both[1]))
+
+        def joined(node: Node, _: int) -> tuple[Conditioning, ...]:
+            to = self._conditioning(linked(node, "conditioning_to"))
+            first, *others = self._conditioning(linked(node, "conditioning_from"))
+            if others:
+                raise UsageError(f"{node}: conditioning_from carries several prompts, of which ComfyUI takes the first"
+                                 " alone; link that one")  # fmt: skip
+            averages = node.kind == "ConditioningAverage"
+            strength = stated(node, "conditioning_to_strength") if averages else 1.0
+            mix = Mix("average" if averages else "concat", first, strength)
+            return self._limited(node, _mixed(to, mix))
+
+        return self._read(link, "CONDITIONING", {
+            **dict.fromkeys(("CLIPTextEncode", "CLIPTextEncodeSDXL", "CLIPTextEncodeSDXLRefiner"), prompt),
+            "ConditioningZeroOut": zeroed, "ConditioningCombine": combined,
+            "ConditioningConcat": joined, "ConditioningAverage": joined,
+        })  # fmt: skip
+
+    @staticmethod
+    def _limited(node: Node, side: tuple[Conditioning, ...]) -> tuple[Conditioning, ...]:
+        if sum(map(_prompts, side)) > _MOST_PROMPTS:
+            raise UsageError(f"{node}: mixes more than {_MOST_PROMPTS} prompts; leave some out")
+        return side
+
+
+def _whole(found: Found | None, node: Node) -> Found:
+    """Return what was found; where it was not, the nodes that are to blame have been named."""
+    if found is None:
+        raise _incomplete(node)
+    return found
+
+
+def _incomplete(node: Node) -> _IncompleteError:
+    return _IncompleteError(f"{node}: cannot be run without what feeds it")
+
+
+def _mixed(side: tuple[Conditioning, ...], mix: Mix) -> tuple[Conditioning, ...]:
+    return tuple(replace(each, mixes=(*each.mixes, mix)) for each in side)
+
+
+def _prompts(conditioning: Conditioning) -> int:
+    """Return how many prompts a conditioning is mixed of."""
+    return 1 + sum(_prompts(mix.other) for mix in conditioning.mixes if mix.other is not None)
+
+
+def _part(node: Node) -> dict[str, Any]:
+    return {
+        "add_noise": stated(node, "add_noise") == "enable",
+        "start": stated(node, "start_at_step"),
+        "end": stated(node, "end_at_step"),
+        "leftover_noise": stated(node, "return_with_leftover_noise") == "enable",
+    }
+
+
+def _size_of(node: Node) -> dict[str, Any]:
+    """Return what the nodes that scale latents and images state alike."""
+    said = {"method": stated(node, "upscale_method"), "node": node.id}
+    if node.kind.endswith("By"):
+        return {**said, "by": stated(node, "scale_by")}
+    size = (stated(node, "width"), stated(node, "height"))
+    return {**said, "size": size, "centred": stated(node, "crop") == "center"}
+
+
+def _prompt(node: Node) -> Conditioning:
+    if node.kind == "CLIPTextEncodeSDXL":
+        sizes = [(stated(node, f"{of}height"), stated(node, f"{of}width")) for of in ("", "target_")]
+        return Conditioning(
+            node=node.id,
+            text_g=stated(node, "text_g"),
+            text_l=stated(node, "text_l"),
+            original_size=sizes[0],
+            crop=(stated(node, "crop_h"), stated(node, "crop_w")),
+            target_size=sizes[1],
+            encoder=node.kind,
+        )
+    text = stated(node, "text")
+    if node.kind == "CLIPTextEncodeSDXLRefiner":
+        size = (stated(node, "height"), stated(node, "width"))
+        # A base that is told a refiner's sizes takes them for its target too.
+        return Conditioning(
+            node.id, text, text, original_size=size, crop=(0, 0), target_size=size, score=stated(node, "ascore"),
+            encoder=node.kind,
+        )  # fmt: skip
+    return Conditioning(node.id, text, text)

@@ -1,0 +1,308 @@
+"""A ComfyUI workflow as requests: one for a base and a refiner that share a grid, else one for each of its samplers.
+
+Checkpoints are not looked for: the bundle takes their place, and what the workflow asks of it that it does not have, or
+what cannot be run here, is named with its node.
+"""
+
+__all__ = [
+    "blamed",
+    "check_workflow",
+    "load_image",
+    "pair_request",
+    "part_of",
+    "sampling_request",
+    "seeded",
+    "settle_pair",
+    "with_seed",
+    "workflow_request",
+]
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from sdxl_trt.engines.bundle.manifest import Manifest
+from sdxl_trt.engines.errors import CorruptError, SizeError, UsageError
+from sdxl_trt.engines.host.files import contained
+from sdxl_trt.engines.plans.limits import Limits
+from sdxl_trt.runtime.comfyui.checks import (
+    Experts,
+    check_loras,
+    check_sampling,
+    check_sides,
+    experts,
+    vae_stage,
+    warn_of_names,
+)
+from sdxl_trt.runtime.comfyui.workflow import (
+    Conditioning,
+    Decoded,
+    Empty,
+    Encoded,
+    Latents,
+    Loaded,
+    Repeated,
+    Sampled,
+    Sampling,
+    Workflow,
+    ancestry,
+)
+from sdxl_trt.runtime.images.inputs import InputPicture, read_input
+from sdxl_trt.runtime.request.request import Request
+from sdxl_trt.runtime.request.resolve import resolve
+from sdxl_trt.runtime.request.sides import Side, SideMix, StageName
+
+_OWN_SEEDS = ("seed", "noise_seed")
+_FIELDS = {
+    "--steps": "steps", "--guidance": "cfg", "--refiner-guidance": "cfg", "--seed": "the seed", "--strength": "denoise",
+    "--width": "the width", "--height": "the height", "-n": "batch_size",
+    "--original-size": "the size", "--crop": "the crop", "--target-size": "the target size",
+    "--base-start-step": "start_at_step", "--base-end-step": "end_at_step", "--refiner-start-step": "start_at_step",
+    "--refiner-end-step": "end_at_step", "--aesthetic-score": "ascore", "--negative-aesthetic-score": "ascore",
+    "--sampler": "sampler_name", "--refiner-sampler": "sampler_name", "--schedule": "scheduler",
+}  # fmt: skip
+"""What a node calls what an option states."""
+
+
+def check_workflow(workflow: Workflow, manifest: Manifest) -> Experts:
+    """Return which expert draws each checkpoint, with all that a bundle has to have for `workflow` checked."""
+    found = experts(workflow, manifest)
+    for sampling in workflow.samplings:
+        check_sampling(sampling, found[sampling.model.checkpoint], manifest)
+        check_sides(sampling, found, manifest)
+    check_loras(workflow.samplings, found, manifest)
+    warn_of_names(workflow, found, manifest)
+    return found
+
+
+def workflow_request(workflow: Workflow, manifest: Manifest, folder: Path | None = None) -> Request:
+    """Return the one request of a workflow that takes no more; UsageError for one that takes a Chain, and as above."""
+    request = pair_request(workflow, manifest, check_workflow(workflow, manifest), folder)
+    if request is None:
+        raise UsageError("the workflow takes several runs, and is drawn as a chain of them")
+    return request
+
+
+def pair_request(workflow: Workflow, manifest: Manifest, found: Experts, folder: Path | None = None) -> Request | None:
+    """Return the one request that a workflow comes to, None where it takes several.
+
+    One sampler, or a base's and a refiner's in this order on one grid, from empty latents or a picture as it is, to one
+    picture. Pictures that it loads lie in `folder`, by default here. Raises UsageError.
+    """
+    if len(workflow.outputs) > 1 or not isinstance(workflow.outputs[0].image, Decoded):
+        return None
+    decoded = workflow.outputs[0].image
+    samplings, start = _samplings(decoded)
+    stages = [found[sampling.model.checkpoint] for sampling in samplings]
+    if stages not in (["base"], ["refiner"], ["base", "refiner"]) or not _fits(samplings):
+        return None
+    batch, source = _start(start)
+    if not isinstance(source, Empty | Encoded) or (
+        isinstance(source, Encoded) and not isinstance(source.image, Loaded)
+    ):
+        return None
+    decoder = vae_stage(decoded.vae, found, stages[-1], manifest)
+    encoder = stages[0] if isinstance(source, Empty) else vae_stage(source.vae, found, stages[0], manifest)
+    own = {stage: manifest.stages()[stage].vae for stage in (*stages, decoder, encoder)}
+    if own[decoder] != own[stages[-1]] or own[encoder] != own[stages[0]]:
+        return None
+    if isinstance(source, Empty) and stages == ["refiner"]:
+        return None
+    loaded = source.image if isinstance(source, Encoded) else None
+    image = load_image(loaded, folder or Path()) if isinstance(loaded, Loaded) else None
+    size = (source.height, source.width) if isinstance(source, Empty) else None
+    names = tuple(sampling.model.checkpoint for sampling in samplings)
+    request = replace(
+        sampling_request(samplings[0], stages[0], image=image, size=size, count=batch),
+        checkpoints=names,
+        tile=decoded.tiled or (isinstance(source, Encoded) and source.tiled),
+        graph=workflow.graph,
+    )
+    return _refined(request, *samplings) if len(samplings) > 1 else request
+
+
+def _samplings(decoded: Decoded) -> tuple[list[Sampling], Latents]:
+    """Return the samplers in a row that end in `decoded`, in their order, and what the first of them starts from."""
+    samplings: list[Sampling] = []
+    latents = decoded.latents
+    while isinstance(latents, Sampled):
+        samplings.insert(0, latents.sampling)
+        latents = latents.latents
+    return samplings, latents
+
+
+def _fits(samplings: Sequence[Sampling]) -> bool:
+    """Return whether samplers take the same steps of the same schedule."""
+    return len({(each.steps, each.schedule) for each in samplings}) == 1
+
+
+def _start(start: Latents) -> tuple[int, Latents]:
+    """Return how many pictures there are, and what they start from: empty latents, or an encoded picture as it is."""
+    batch, source = 1, start
+    while isinstance(source, Repeated):
+        batch, source = batch * source.amount, source.latents
+    if isinstance(source, Empty):
+        batch *= source.batch
+    return batch, source
+
+
+def sampling_request(
+    sampling: Sampling,
+    stage: StageName,
+    *,
+    image: InputPicture | None,
+    size: tuple[int, int] | None,
+    count: int,
+) -> Request:
+    """Return the request of one sampler that starts from `image`, or from noise alone in `size` (height, width)."""
+    sides = _side(sampling.positive), _side(sampling.negative)
+    alone = Request(
+        sampling.positive[0].text_l,
+        compat="comfyui",
+        negative=sampling.negative[0].text_l,
+        steps=sampling.steps,
+        guidance=sampling.cfg,
+        sampler=sampling.sampler,
+        schedule=sampling.schedule,
+        seed=sampling.seed,
+        count=count,
+        height=None if size is None else size[0],
+        width=None if size is None else size[1],
+        image=image,
+        strength=sampling.denoise,
+        handoff=None,
+        base_start_step=sampling.start,
+        base_end_step=sampling.end,
+        base_add_noise=sampling.add_noise,
+        leftover_noise=sampling.leftover_noise,
+        base_sides=sides,
+        checkpoints=(sampling.model.checkpoint,),
+    )
+    if stage == "base":
+        return alone
+    return replace(
+        alone,
+        refine=True,
+        handoff="auto",
+        base_end_step=None,
+        leftover_noise=None,
+        refiner_end_step=sampling.end,
+        refiner_leftover_noise=sampling.leftover_noise,
+        refiner_sides=sides,
+    )
+
+
+def _refined(alone: Request, base: Sampling, refiner: Sampling) -> Request:
+    return replace(
+        alone,
+        handoff="auto",
+        refiner_start_step=refiner.start,
+        refiner_end_step=refiner.end,
+        refiner_add_noise=refiner.add_noise,
+        refiner_leftover_noise=refiner.leftover_noise,
+        refiner_guidance=refiner.cfg,
+        refiner_sampler=refiner.sampler,
+        refiner_seed=refiner.seed,
+        refiner_strength=None if base.denoise == refiner.denoise == 1.0 else refiner.denoise,
+        refiner_sides=(_side(refiner.positive), _side(refiner.negative)),
+    )
+
+
+def with_seed(request: Request, seed: int) -> Request:
+    """Return a workflow's `request` with another seed, which is its refiner's too where that has one."""
+    graph = seeded(request.graph, seed)
+    return replace(request, seed=seed, refiner_seed=None if request.refiner_seed is None else seed, graph=graph)
+
+
+def seeded(graph: str, seed: int) -> str:
+    """Return a graph's JSON with another seed in all its samplers."""
+    if not graph:
+        return graph
+    nodes = json.loads(graph)
+    for node in nodes.values():
+        if node["class_type"] in ("KSampler", "KSamplerAdvanced"):
+            node["inputs"] |= {name: seed for name in _OWN_SEEDS if name in node["inputs"]}
+    return json.dumps(nodes)
+
+
+def part_of(graph: Mapping[str, Any], end: str) -> dict[str, Any]:
+    """Return the nodes of a graph in API form that node `end` needs, and itself, in their order."""
+    kept: set[str] = set()
+    waiting = [end]
+    while waiting:
+        key = waiting.pop()
+        if key in graph and key not in kept:
+            kept.add(key)
+            links = [value for value in graph[key]["inputs"].values() if isinstance(value, list) and len(value) == 2]
+            waiting += [link[0] for link in links if isinstance(link[0], str)]
+    return {key: node for key, node in graph.items() if key in kept}
+
+
+def settle_pair(
+    request: Request, workflow: Workflow, manifest: Manifest, limits: Limits | None, *, seed_given: bool
+) -> None:
+    """Raise UsageError, said of the nodes of `workflow`, for what its one `request` cannot be settled to."""
+    try:
+        resolve(request, manifest, limits)
+    except UsageError as exc:
+        samplings, start = workflow.samplings, ancestry(workflow.outputs[0].image)[-1]
+        ours = samplings[-1] if "refiner" in str(exc).partition(" ")[0] else samplings[0]
+        raise blamed(exc, ours, getattr(start, "node", ""), seed_given=seed_given) from exc
+
+
+def blamed(exc: UsageError, sampling: Sampling, start: str, *, seed_given: bool) -> UsageError:
+    """Return what is wrong with a request, said of the node that states it and not of an option that nobody gave.
+
+    `start` is the node that states the size.
+    """
+    message = str(exc)
+    match = re.match(r"(--[a-z-]+|-n)\b", message)
+    if match is None or match[1] not in _FIELDS or (match[1] == "--seed" and seed_given):
+        return exc
+    node = start if match[1] in ("--width", "--height", "-n") else sampling.node
+    kind = SizeError if isinstance(exc, SizeError) else UsageError
+    return kind(f"node {node}: {_FIELDS[match[1]]}{message[match.end() :]}")
+
+
+def load_image(loaded: Loaded, folder: Path) -> InputPicture:
+    """Return the picture of a LoadImage node, which lies in the workflow's folder, or below it."""
+    where = f"node {loaded.node} (LoadImage)"
+    # ComfyUI says which of its folders a file is in; separators are those of its system.
+    name = re.sub(r" \[(input|output|temp)\]$", "", loaded.file).replace("\\", "/")
+    try:
+        path = contained(folder, name)
+    except CorruptError as exc:
+        raise UsageError(f"{where}: {name[:80]!r} is no plain name of a file in the workflow's folder") from exc
+    if not path.is_file():
+        raise UsageError(f"{where}: {name[:80]!r} is not in the workflow's folder; put it into {folder}")
+    picture = read_input(path, where)
+    if picture.pixels is None:
+        raise UsageError(f"{where}: {name[:80]!r} is no picture; give a PNG, JPEG, WebP, GIF or BMP")
+    return picture
+
+
+def _side(conditionings: Sequence[Conditioning]) -> Side:
+    first, *others = map(_one_side, conditionings)
+    return replace(first, combined=tuple(others))
+
+
+def _one_side(told: Conditioning) -> Side:
+    zeroed = [mix.kind for mix in told.mixes] == ["zero"]
+    mixes = tuple(
+        SideMix(kind=mix.kind, other=None if mix.other is None else _one_side(mix.other), strength=mix.strength)
+        for mix in told.mixes
+    )
+    return Side(
+        text=told.text_l,
+        text_2=told.text_g,
+        zeroed=zeroed,
+        clip_skip=-2 - told.clip.last_layer,
+        mixes=() if zeroed else mixes,
+        original_size=told.original_size,
+        crop=told.crop,
+        target_size=told.target_size,
+        aesthetic_score=told.score,
+    )

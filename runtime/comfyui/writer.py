@@ -1,0 +1,196 @@
+"""A request in ComfyUI's way as the graph that ComfyUI would run for it: what `--workflow` and ComfyUI itself read."""
+
+__all__ = ["write_workflow"]
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from sdxl_trt.engines.bundle.manifest import LoraRecord, Manifest
+from sdxl_trt.engines.errors import UsageError
+from sdxl_trt.runtime.comfyui.node import Node
+from sdxl_trt.runtime.comfyui.nodes import NODES, stated
+from sdxl_trt.runtime.comfyui.workflow import TO_THE_END
+from sdxl_trt.runtime.request.handoff import Part
+from sdxl_trt.runtime.request.request import Request
+from sdxl_trt.runtime.request.resolve import ResolvedRequest
+from sdxl_trt.runtime.request.sides import StageName, Told
+
+Link = list[Any]
+_UNSAID = ("guidance_rescale", "guidance_interval", "clip_skip", "prediction_type", "tile")
+"""Settings that no node of these graphs has."""
+
+
+def write_workflow(asked: Request, request: ResolvedRequest, manifest: Manifest) -> dict[str, Any] | None:
+    """Return the graph in API form of `asked`, settled as `request`; None where ComfyUI's nodes do not say all of it.
+
+    Beside what a workflow asked for, guidance rescale and interval, tiles and injected noise may stand, which no node
+    says. Checkpoints have the names that the workflow gave them, or those that the bundle knows.
+    """
+    stages = _stages(request)
+    if not request.comfyui or not all(_is_said(stage, asked, request) for stage in stages):
+        return None
+    if not _is_usual(asked) or not _image_is_said(request):
+        return None
+    graph = _Graph()
+    names = asked.checkpoints or _checkpoints(manifest)
+    latents = ""
+    for stage in stages:
+        checkpoint = graph.add("CheckpointLoaderSimple", ckpt_name=names[0 if stage == "base" else -1])
+        latents = latents or _start(graph, checkpoint, request)
+        model = _Model(graph, checkpoint, manifest.loras if stage == "base" else ())
+        latents = _sampler(graph, stage, model, latents, asked, request)
+    decoded = graph.add("VAEDecode", samples=[latents, 0], vae=[checkpoint, 2])
+    graph.add("SaveImage", images=[decoded, 0], filename_prefix="sdxl")
+    return graph.nodes if all(_is_taken(node) for node in graph.nodes.values()) else None
+
+
+def _is_taken(stored: Mapping[str, Any]) -> bool:
+    """Return whether every value of a node is within what ComfyUI takes."""
+    node = Node("", stored["class_type"], stored["inputs"])
+    try:
+        for each in NODES[node.kind].inputs:
+            if not each.is_link:
+                stated(node, each.name)
+    except UsageError:
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class _Graph:
+    nodes: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, kind: str, **inputs: Any) -> str:
+        """Add a node and return its id."""
+        number = str(len(self.nodes) + 1)
+        self.nodes[number] = {"class_type": kind, "inputs": inputs}
+        return number
+
+
+class _Model:
+    """The links to a checkpoint's UNet and text encoders, with LoRAs on them."""
+
+    def __init__(self, graph: _Graph, checkpoint: str, loras: tuple[LoraRecord, ...]) -> None:
+        self.unet: Link = [checkpoint, 0]
+        self.clip: Link = [checkpoint, 1]
+        for lora in loras:
+            strengths = {"strength_model": lora.scale, "strength_clip": lora.encoder_scale}
+            loader = graph.add("LoraLoader", lora_name=lora.name, **strengths, model=self.unet, clip=self.clip)
+            self.unet, self.clip = [loader, 0], [loader, 1]
+
+
+def _stages(request: ResolvedRequest) -> tuple[StageName, ...]:
+    if request.refine:
+        return ("refiner",)
+    return ("base", "refiner") if request.refined else ("base",)
+
+
+def _is_usual(asked: Request) -> bool:
+    """Return whether a request says nothing more than a graph; what comes from one does not."""
+    usual = Request()
+    said = asked.latents is None and all(getattr(asked, name) == getattr(usual, name) for name in _UNSAID)
+    return said or asked.base_sides is not None
+
+
+def _is_said(stage: StageName, asked: Request, request: ResolvedRequest) -> bool:
+    """Return whether a stage's sampler can be written with all that it does."""
+    part = request.denoising_of(stage)[1]
+    strength = _strength(stage, asked, request)
+    whole = part.start == 0 and part.stop == request.schedule_of(stage).steps
+    if strength < 1.0 and not (whole and _adds_noise(stage, request)):
+        return False
+    if not all(side.is_plain and side.prompt.clip_skip == 0 for side in request.sides[stage]):
+        return False
+    if stage == "base":
+        return True
+    # A grid that begins further down is one sampler's alone, and a graph's refiner has no crop.
+    shares = not request.refine and asked.refiner_strength is None and request.strength < 1.0
+    return not shares and all(side.micro.crop == (0, 0) for side in request.sides[stage])
+
+
+def _image_is_said(request: ResolvedRequest) -> bool:
+    """Return whether what a run starts from is a picture file that ComfyUI takes as it is, or noise alone."""
+    image = request.image
+    return image is None or (image.pixels is not None and image.name != "" and request.fit == "crop")
+
+
+def _strength(stage: StageName, asked: Request, request: ResolvedRequest) -> float:
+    own = stage == "refiner" and not request.refine
+    return (1.0 if asked.refiner_strength is None else asked.refiner_strength) if own else request.strength
+
+
+def _adds_noise(stage: StageName, request: ResolvedRequest) -> bool:
+    return request.first.add_noise if request.refine else request.denoising_of(stage)[1].add_noise
+
+
+def _checkpoints(manifest: Manifest) -> tuple[str, ...]:
+    """Return file names for the bundle's models, from what they are called."""
+    components = manifest.components
+    names = [components[stage.unet].source.name.removesuffix("/unet") for stage in manifest.stages().values()]
+    stems = [name.rsplit("/", 1)[-1].removesuffix(".safetensors") for name in names]
+    if stems[0] == stems[-1]:
+        # One checkpoint twice would be no base and refiner.
+        stems[1:] = [f"{stem}-refiner" for stem in stems[1:]]
+    return tuple(f"{stem}.safetensors" for stem in stems)
+
+
+def _start(graph: _Graph, checkpoint: str, request: ResolvedRequest) -> str:
+    """Add what the first sampler starts from, and return its node."""
+    count = len(request.seeds)
+    if request.image is None:
+        return graph.add("EmptyLatentImage", width=request.width, height=request.height, batch_size=count)
+    loaded = graph.add("LoadImage", image=request.image.name)
+    encoded = graph.add("VAEEncode", pixels=[loaded, 0], vae=[checkpoint, 2])
+    return graph.add("RepeatLatentBatch", samples=[encoded, 0], amount=count) if count > 1 else encoded
+
+
+def _sampler(
+    graph: _Graph, stage: StageName, model: _Model, latents: str, asked: Request, request: ResolvedRequest
+) -> str:
+    """Add the nodes of a stage, and return its sampler."""
+    positive, negative = request.sides[stage]
+    sampler, part = request.denoising_of(stage)
+    seed = ((request.refiner_seeds if stage == "refiner" else None) or request.seeds)[0]
+    inputs = {
+        "model": model.unet,
+        "positive": [_prompt(graph, stage, model.clip, positive, positive.micro.aesthetic_score), 0],
+        "negative": [_prompt(graph, stage, model.clip, negative, negative.micro.negative_aesthetic_score), 0],
+        "latent_image": [latents, 0],
+        "steps": request.steps,
+        "cfg": request.guidance_of(stage).scale,
+        "sampler_name": sampler,
+        "scheduler": request.spacing or "normal",
+    }
+    strength = _strength(stage, asked, request)
+    if strength < 1.0:
+        return graph.add("KSampler", **inputs, seed=seed, denoise=strength)
+    noise = _switch(on=_adds_noise(stage, request))
+    ends = _ends(part, request.schedule_of(stage).steps)
+    return graph.add("KSamplerAdvanced", **inputs, noise_seed=seed, add_noise=noise, **ends)
+
+
+def _ends(part: Part, steps: int) -> Mapping[str, Any]:
+    return {
+        "start_at_step": part.start,
+        "end_at_step": TO_THE_END if part.stop == steps else part.stop,
+        "return_with_leftover_noise": _switch(on=part.leftover_noise and part.stop < steps),
+    }
+
+
+def _switch(*, on: bool) -> str:
+    return "enable" if on else "disable"
+
+
+def _prompt(graph: _Graph, stage: StageName, clip: Link, told: Told, score: float) -> str:
+    """Add the encoder of one side of a stage, and return the node that its conditioning comes from."""
+    height, width = told.micro.original_size
+    size = {"width": width, "height": height}
+    if stage == "refiner":
+        node = graph.add("CLIPTextEncodeSDXLRefiner", ascore=score, **size, text=told.prompt.text, clip=clip)
+    else:
+        (top, left), (target_height, target_width) = told.micro.crop, told.micro.target_size
+        target = {"crop_w": left, "crop_h": top, "target_width": target_width, "target_height": target_height}
+        texts = {"text_g": told.prompt.text_2, "text_l": told.prompt.text}
+        node = graph.add("CLIPTextEncodeSDXL", **size, **target, **texts, clip=clip)
+    return graph.add("ConditioningZeroOut", conditioning=[node, 0]) if told.zeroed else node

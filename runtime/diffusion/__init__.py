@@ -1,0 +1,1 @@
+"""The mathematics of denoising: model evaluations, guidance and conditioning."""

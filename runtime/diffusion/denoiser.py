@@ -1,0 +1,135 @@
+"""A UNet as one function from noisy latents and sigma to clean latents.
+
+Prediction type, input scaling and guidance hide behind ``denoised = denoise(x, sigma)``, as in k-diffusion's
+``external.py``.
+"""
+
+__all__ = ["PREDICTIONS", "Denoiser"]
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sdxl_trt.engines.engine import Array, Engine, numpy_dtype
+from sdxl_trt.engines.errors import CorruptError, UsageError
+from sdxl_trt.runtime.diffusion.conditioning import Conditions
+from sdxl_trt.runtime.diffusion.float16 import to_float32, write_float16
+from sdxl_trt.runtime.diffusion.guidance import Guidance
+from sdxl_trt.runtime.diffusion.schedules.schedule import Schedule
+
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+
+
+class Denoiser:
+    """Binds a UNet engine to the conditions of a phase; float32 latents (n, c, h, w) in and out.
+
+    The estimate takes the place of the engine's answer, and the engine's inputs that of the ones before: at a few
+    hundred kilobytes fresh memory costs more than the arithmetic.
+
+    `schedule` gives the timestep of each sigma; without `guidance` every step has the scale of the `conditions`.
+    Raises UsageError for an unknown prediction type, CorruptError where the UNet answers with NaN or infinity.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        schedule: Schedule,
+        conditions: Conditions,
+        prediction_type: str,
+        guidance: Guidance | None = None,
+    ) -> None:
+        if prediction_type not in PREDICTIONS:
+            raise UsageError(f"prediction type {prediction_type!r} is unknown; {', '.join(PREDICTIONS)} are known")
+        self._engine = engine
+        self._schedule = schedule
+        self._conditions = conditions
+        if schedule.sigma_data is not None and prediction_type == "sample":
+            raise UsageError("--prediction-type sample: a model with EDM's schedule predicts epsilon or v_prediction")
+        self._prediction_type = prediction_type
+        self._guidance = guidance or Guidance(conditions.guidance_scale, any_scale=conditions.any_scale)
+        self._dtype = numpy_dtype(engine.component.input("sample"))
+        self._guided = conditions.guided
+        self._sample: Array = np.empty(0, self._dtype)
+        self._timestep = np.empty(0, np.float32)
+        self.latest: NDArray[np.float32] | None = None
+        """The latest estimate, for previews: read-only, since a sampler goes on from the memory that it shows."""
+        engine.bind(conditions.inputs)
+
+    def __call__(self, x: NDArray[np.float32], sigma: float) -> NDArray[np.float32]:
+        """Return the estimate of the clean latents in `x`, which holds noise of standard deviation `sigma`."""
+        guided = self._guided and self._guidance.applies(sigma)
+        sample, timestep = self._rows(x, sigma, guided=guided)
+        answer = self._engine.infer({"sample": sample, "timestep": timestep})["out_sample"]
+        prediction: NDArray[np.float32] = to_float32(answer) if answer.dtype == np.float16 else answer
+        factor, share = self._weights(sigma)
+        with np.errstate(invalid="ignore", over="ignore"):  # that is told of below
+            pictures = self._pictures(x)
+            positives = self._conditions.positives * pictures
+            positive, negatives = _mean(prediction[:positives], pictures), prediction[positives:]
+            if guided:
+                prediction = self._guidance.combine(positive, _mean(negatives, pictures), factor)
+            else:
+                prediction = positive
+                prediction *= factor
+        if not np.isfinite(prediction).all():
+            raise CorruptError(
+                f"the UNet answered with NaN or infinity at timestep {timestep[0]:g}; if the bundle is fp16, export it"
+                " with --fp32, else its weights are damaged"
+            )
+        denoised = prediction[: len(x)]
+        if share:
+            denoised += x if share == 1.0 else x * np.float32(share)
+        self.latest = denoised.view()
+        self.latest.flags.writeable = False
+        return denoised
+
+    def _rows(self, x: NDArray[np.float32], sigma: float, *, guided: bool) -> tuple[Array, NDArray[np.float32]]:
+        """Return the scaled latents and the timestep for the UNet: a row a picture for each of its conditionings.
+
+        The last picture is repeated where the conditions are for more: a plan of one batch size takes no fewer. The
+        arrays are written anew by the next call.
+        """
+        pictures = self._pictures(x)
+        blocks = self._conditions.positives + (self._conditions.negatives if guided else 0)
+        shape = (pictures * blocks, *x.shape[1:])
+        if self._sample.shape != shape:
+            self._sample, self._timestep = np.empty(shape, self._dtype), np.empty(shape[0], np.float32)
+        sample = self._sample
+        scale = np.float32(1.0 / math.sqrt(sigma**2 + (self._schedule.sigma_data or 1.0) ** 2))
+        if self._dtype is np.float16:
+            write_float16(x * scale, sample[: len(x)])
+        else:
+            np.multiply(x, scale, out=sample[: len(x)])
+        if len(x) < pictures:
+            sample[len(x) : pictures] = sample[len(x) - 1]
+        for block in range(1, blocks):
+            sample[block * pictures : (block + 1) * pictures] = sample[:pictures]
+        self._timestep.fill(self._schedule.timestep(sigma))
+        return sample, self._timestep
+
+    def _pictures(self, x: NDArray[np.float32]) -> int:
+        """Return how many pictures the rows are for: those of `x`, and more where the conditions are."""
+        return max(len(x), self._conditions.pictures)
+
+    def _weights(self, sigma: float) -> tuple[float, float]:
+        """Return what the prediction and the noisy latents count in the clean ones."""
+        data = self._schedule.sigma_data
+        if data is not None:  # c_out and c_skip of arXiv 2206.00364, as diffusers' EDM classes have them
+            variance = sigma**2 + data**2
+            c_out = sigma * data / math.sqrt(variance)
+            return c_out if self._prediction_type == "epsilon" else -c_out, data**2 / variance
+        if self._prediction_type == "epsilon":
+            return -sigma, 1.0
+        if self._prediction_type == "v_prediction":
+            variance = sigma**2 + 1.0
+            return -sigma / math.sqrt(variance), 1.0 / variance
+        return 1.0, 0.0
+
+
+def _mean(predictions: NDArray[np.float32], pictures: int) -> NDArray[np.float32]:
+    """Return the mean of the predictions (blocks · pictures, …) for several conditionings, as ComfyUI combines them."""
+    if len(predictions) == pictures:
+        return predictions
+    mean: NDArray[np.float32] = predictions.reshape(-1, pictures, *predictions.shape[1:]).mean(axis=0)
+    return mean

@@ -1,0 +1,1 @@
+"""Noise with the values of torch and torchsde, drawn without torch."""

@@ -1,0 +1,1 @@
+"""Samplers: one function each, from sigmas to latents."""

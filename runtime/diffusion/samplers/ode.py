@@ -1,0 +1,102 @@
+"""Samplers of the probability flow ODE that look at one step at a time.
+
+Heun and DPM-Solver-2 ask the model twice within a step, at its end or in its middle. They take and yield whole
+steps, so that a grid is always cut between them; diffusers lists both calls as steps and can cut a step in two.
+"""
+
+__all__ = ["ddim", "dpm_2", "dpmpp_2m", "euler", "heun", "res_multistep"]
+
+import math
+from collections.abc import Callable, Iterator
+
+from sdxl_trt.runtime.diffusion.samplers.base import Denoise, Latents, Middle, Sigmas, geometric_mean, intervals, toward
+
+
+def euler(denoise: Denoise, x: Latents, sigmas: Sigmas) -> Iterator[Latents]:
+    """Euler steps along the probability flow ODE (algorithm 2 of arXiv 2206.00364, without churn).
+
+    `denoise(x, sigma)` estimates the clean latents in `x` (n, c, h, w); `sigmas` are (steps + 1,), falling.
+    """
+    for sigma, after in intervals(sigmas):
+        x = toward(x, denoise(x, sigma), after / sigma)
+        yield x
+
+
+def ddim(denoise: Denoise, x: Latents, sigmas: Sigmas) -> Iterator[Latents]:
+    """DDIM with eta 0 (arXiv 2010.02502), which in sigmas is Euler's step: only diffusers' grid for it differs.
+
+    diffusers steps to T // steps below a timestep, which is the next one of its grid with `leading`, and with
+    `trailing` where the steps divide T; elsewhere its latents belong to a timestep beside the one it asks the
+    model for, and here they do not.
+    """
+    return euler(denoise, x, sigmas)
+
+
+def heun(denoise: Denoise, x: Latents, sigmas: Sigmas) -> Iterator[Latents]:
+    """Heun steps (algorithm 2 of arXiv 2206.00364, without churn): the mean of the slopes at both ends of a step."""
+    for sigma, after in intervals(sigmas):
+        denoised = denoise(x, sigma)
+        slope = x - denoised
+        reached = slope * (after / sigma)
+        reached += denoised
+        if after:
+            half = 0.5 * (after - sigma)
+            reached -= denoise(reached, after)
+            reached *= half / after
+            slope *= half / sigma
+            reached += slope
+            reached += x
+        x = reached
+        yield x
+
+
+def dpm_2(denoise: Denoise, x: Latents, sigmas: Sigmas, *, middle: Middle = geometric_mean) -> Iterator[Latents]:
+    """DPM-Solver-2 (arXiv 2206.00927) as in k-diffusion: the slope at the `middle` of a step in log sigma."""
+    for sigma, after in intervals(sigmas):
+        between = middle(sigma, after)
+        halfway = toward(x, denoise(x, sigma), between / sigma)
+        if after:
+            halfway -= denoise(halfway, between)
+            halfway *= (after - sigma) / between
+            halfway += x
+        x = halfway
+        yield x
+
+
+def dpmpp_2m(denoise: Denoise, x: Latents, sigmas: Sigmas) -> Iterator[Latents]:
+    """DPM-Solver++(2M) (algorithm 2 of arXiv 2211.01095), the midpoint form of k-diffusion and diffusers.
+
+    In t = -log sigma the last two estimates are drawn on by half a step; a step to sigma 0 is of first order.
+    """
+    return _extrapolated(denoise, x, sigmas, _midpoint)
+
+
+def res_multistep(denoise: Denoise, x: Latents, sigmas: Sigmas) -> Iterator[Latents]:
+    """The second-order multistep refined exponential solver (arXiv 2308.02157) as in ComfyUI, without noise.
+
+    The line through the last two estimates is integrated exactly against the exponential of the step.
+    """
+    return _extrapolated(denoise, x, sigmas, _mean)
+
+
+def _midpoint(ahead: float) -> float:
+    return 0.5 * ahead
+
+
+def _mean(ahead: float) -> float:
+    """Return the mean of t over a step of length `ahead`, weighted as the step weighs the model: with exp(t)."""
+    return -ahead / math.expm1(-ahead) - 1.0
+
+
+def _extrapolated(denoise: Denoise, x: Latents, sigmas: Sigmas, reach: Callable[[float], float]) -> Iterator[Latents]:
+    """Step toward what the line through the last two estimates is at `reach(step)` from here in t = -log sigma."""
+    previous, behind = x, math.inf
+    for sigma, after in intervals(sigmas):
+        denoised = target = denoise(x, sigma)
+        remaining = after / sigma
+        ahead = -math.log(remaining) if after else math.inf
+        if 0.0 < remaining < 1.0 and 0.0 < behind < math.inf:
+            target = toward(previous, denoised, -reach(ahead) / behind)
+        x = toward(x, target, remaining)
+        previous, behind = denoised, ahead
+        yield x

@@ -1,0 +1,115 @@
+"""Picture files: PNG, JPEG and WebP, written whole with texts in them, and the texts of files from anywhere."""
+
+__all__ = ["FORMATS", "PARAMETERS", "SETTINGS", "WORKFLOW", "format_of", "read_texts", "save_image"]
+
+import io
+import logging
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdxl_trt.engines.errors import UsageError, explain_os_error
+from sdxl_trt.engines.host.files import atomic_write
+from sdxl_trt.runtime.images.exif import EDITOR, GRAPH, MAKER, UNICODE, exif_texts
+
+if TYPE_CHECKING:
+    from PIL.Image import Exif, Image
+    from PIL.PngImagePlugin import PngInfo
+
+log = logging.getLogger("sdxl_trt.runtime")
+
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+"""Endings of file names, and Pillow's names of what is in them."""
+PARAMETERS, SETTINGS = "parameters", "sdxl-trt"
+"""The text for people and other programs, in the form of A1111's web UI, and the JSON that a run is repeated from."""
+WORKFLOW = GRAPH
+"""ComfyUI's name of the graph that made a picture, in its API form."""
+
+MAX_EXIF = 65_000
+"""An EXIF segment of a JPEG holds 65 533 bytes."""
+_EXIF, _USER_COMMENT, _MAKER_NOTE = 0x8769, 0x9286, 0x927C
+_MODEL = 0x0110
+"""The camera's model, where ComfyUI keeps the graph of what is no PNG, after the text's name and a colon."""
+_OPTIONS: dict[str, dict[str, Any]] = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}
+
+
+def format_of(path: Path) -> str:
+    """Return Pillow's name of the format that a file's ending says. Raises UsageError for another one."""
+    try:
+        return FORMATS[path.suffix.lower()]
+    except KeyError:
+        raise UsageError(f"{path}: give a name that ends in {', '.join(FORMATS)}") from None
+
+
+def save_image(image: "Image", path: Path, texts: Mapping[str, str], *, replace: bool = True) -> None:
+    """Write `image`, atomically, in the format of the file's ending: JPEG in high quality, WebP without loss.
+
+    `texts` are none, or PARAMETERS and SETTINGS, and WORKFLOW where there is one. A PNG has each as a text chunk. EXIF
+    data has PARAMETERS as the user's comment and WORKFLOW as the camera's model, where others look for them, and
+    SETTINGS as the maker's note; what it cannot hold is left out with a warning. Without `replace` a file that is there
+    stays, and FileExistsError is raised.
+    """
+    kind = format_of(path)
+    options = dict(_OPTIONS.get(kind, {}))
+    if kind == "PNG":
+        options["pnginfo"] = _chunks(texts)
+    elif texts:
+        exif = _exif(texts)
+        if len(exif.tobytes()) <= MAX_EXIF:
+            options["exif"] = exif
+        else:
+            log.warning("%s: the settings are longer than EXIF holds, and left out; a .png keeps them", path)
+    with atomic_write(path, replace=replace) as file:
+        image.save(file, format=kind, **options)
+
+
+def read_texts(picture: Path | bytes) -> dict[str, str]:
+    """Return the texts that a picture carries, a file or the bytes of one, by their names in a PNG.
+
+    Of what a JPEG or WebP carries these are PARAMETERS, SETTINGS, WORKFLOW and EDITOR, as `exif_texts` finds them. The
+    pixels are not decoded, and nothing is trusted. Raises UsageError where it is no picture.
+    """
+    from PIL import Image  # noqa: PLC0415 - Pillow only where there is a picture
+
+    name = "standard input" if isinstance(picture, bytes) else str(picture)
+    source = io.BytesIO(picture) if isinstance(picture, bytes) else picture
+    try:
+        # Pillow warns of sizes that would be heavy to decode.
+        with (
+            warnings.catch_warnings(action="ignore"),
+            Image.open(source, formats=[*dict.fromkeys(FORMATS.values())]) as image,
+        ):
+            texts = {str(key): text for key, text in image.info.items() if isinstance(text, str)}
+            if image.format == "PNG" and (texts.keys() & {SETTINGS, WORKFLOW, EDITOR} or "exif" not in image.info):
+                return texts
+            exif = image.getexif()
+            found = exif_texts(exif, exif.get_ifd(_EXIF))
+            return found | texts if image.format == "PNG" else found
+    except OSError as exc:
+        if exc.errno is not None:
+            raise explain_os_error(exc, f"reading {name}") from exc
+        raise UsageError(f"{name}: is no PNG, JPEG or WebP picture; give one that trt-generate made") from exc
+    except Exception as exc:  # whatever a decoder says of a file that nobody has vouched for
+        raise UsageError(f"{name}: is a broken picture ({str(exc)[:100]}); give a sound copy of it") from exc
+
+
+def _chunks(texts: Mapping[str, str]) -> "PngInfo":
+    from PIL.PngImagePlugin import PngInfo  # noqa: PLC0415 - Pillow is loaded with the first picture
+
+    info = PngInfo()
+    for key, text in texts.items():
+        info.add_text(key, text)
+    return info
+
+
+def _exif(texts: Mapping[str, str]) -> "Exif":
+    from PIL.Image import Exif  # noqa: PLC0415 - Pillow is loaded with the first picture
+
+    exif = Exif()
+    notes = exif.get_ifd(_EXIF)
+    notes[_USER_COMMENT] = UNICODE + texts[PARAMETERS].encode("utf-16-be")
+    notes[_MAKER_NOTE] = MAKER + texts[SETTINGS].encode()
+    if WORKFLOW in texts:
+        exif[_MODEL] = f"{WORKFLOW}:{texts[WORKFLOW]}"
+    return exif

@@ -1,0 +1,125 @@
+"""Several requests in one phase-major run, which takes the steps that they have in common once."""
+
+__all__ = ["Batch"]
+
+from collections.abc import Hashable, Iterator, Sequence
+from copy import deepcopy
+from dataclasses import fields, replace
+
+from sdxl_trt.runtime.diffusion.samplers.registry import BROWNIAN
+from sdxl_trt.runtime.pipeline.pipeline import Job, Pipeline
+from sdxl_trt.runtime.pipeline.run import PhaseName, Run, Step, timed
+from sdxl_trt.runtime.request.request import Request
+
+CUT = frozenset({"handoff", "handoff_step", "handoff_sigma", "base_end_step", "leftover_noise"})
+SCORES = frozenset({"aesthetic_score", "negative_aesthetic_score"})
+REFINER = frozenset(
+    {"refiner_sampler", "refiner_guidance", "refiner_sides", "refiner_seed", "refiner_start_step", "refiner_end_step",
+     "refiner_add_noise", "refiner_leftover_noise", "refiner_strength"}
+)  # fmt: skip
+KNOWS_ITS_END_COMFYUI = BROWNIAN | {"uni_pc", "uni_pc_bh2"}
+"""Samplers whose step in ComfyUI's way differs from the same step on the way to another end: no cut can share a run."""
+
+
+class Batch:
+    """Requests resolved for a pipeline, to be run together: all prompts, all base steps, one change of UNets, and on.
+
+    Single pictures that ask the same of the base share its run, and each leaves it at its own cut. Raises UsageError
+    for any of the requests, before anything is loaded.
+    """
+
+    def __init__(self, pipeline: Pipeline, requests: Sequence[Request]) -> None:
+        self._pipeline = pipeline
+        self._jobs = [pipeline.start(request) for request in requests]
+        self._groups: dict[Hashable, list[int]] = {}
+        for number in sorted(range(len(requests)), key=lambda number: -self._cut(number)):
+            self._groups.setdefault(self._base_of(number, requests[number]), []).append(number)
+
+    @property
+    def runs(self) -> list[Run]:
+        """Return what each request leaves behind, in their order."""
+        return [job.run for job in self._jobs]
+
+    def steps(self) -> Iterator[tuple[int, Step]]:
+        """Return an iterator of the units of work as they are done, each with the number of its request, from 0.
+
+        Steps are counted over the batch; those that are shared are told of the request that goes furthest.
+        """
+        everyone = range(len(self._jobs))
+        for first in (self._pipeline.pictures, self._pipeline.encode):
+            yield from ((0, step) for step in timed(self._jobs[0].run, first(self._jobs)))
+        yield from self._phase("base", sorted(group[0] for group in self._groups.values()))
+        yield from self._phase("refiner", [number for number in everyone if self.runs[number].request.refined])
+        # Where base and refiner have decoders of their own, each is loaded once.
+        yield from self._phase("decode", sorted(everyone, key=self._decoder))
+
+    def _phase(self, stage: PhaseName, numbers: Sequence[int]) -> Iterator[tuple[int, Step]]:
+        """Take the jobs `numbers` through a stage, counting over all of them."""
+        units = [self._units(stage, number) for number in numbers]
+        for place, number in enumerate(numbers):
+            last = number == numbers[-1]
+            for step in timed(self.runs[number], self._work(stage, number, last=last)):
+                if step.stage != stage:
+                    yield number, step
+                    continue
+                each = step.total // units[place]
+                yield number, replace(step, index=sum(units[:place]) * each + step.index, total=sum(units) * each)
+
+    def _work(self, stage: PhaseName, number: int, *, last: bool) -> Iterator[Step]:
+        job, manifest = self._jobs[number], self._pipeline.manifest
+        if stage == "base":
+            refined = any(run.request.refined for run in self.runs)
+            after = manifest.refiner.unet if manifest.refiner and refined else ""
+            return self._base(number, following=after if last else manifest.base.unet)
+        if stage == "refiner" and manifest.refiner is not None:
+            return self._pipeline.refine(job, following="" if last else manifest.refiner.unet)
+        return self._pipeline.decode(job)
+
+    def _base(self, leader: int, following: str) -> Iterator[Step]:
+        """Take the base steps of a job, and hand their latents to those that share them at their cuts."""
+        (group,) = (group for group in self._groups.values() if group[0] == leader)
+        for step in self._pipeline.base(self._jobs[leader], following):
+            if step.stage == "base":
+                for number in group[1:]:
+                    if self._cut(number) == step.index:
+                        _hand_over(step, self._jobs[leader], self._jobs[number])
+            yield step
+
+    def _base_of(self, number: int, request: Request) -> Hashable:
+        """Return what a request asks of the base: equal for those that can share its run."""
+        resolved = self.runs[number].request
+        if len(resolved.seeds) > 1:
+            return number
+        free = set(REFINER)
+        knows_its_end = resolved.comfyui and resolved.sampler in KNOWS_ITS_END_COMFYUI
+        # A base that leaves no noise goes to sigma 0 wherever it stops.
+        on_grid = resolved.base.leftover_noise or resolved.base.stop == resolved.schedule.steps
+        if on_grid and not knows_its_end:
+            free |= CUT
+        if "aesthetic_score" not in self._pipeline.manifest.base.time_ids:
+            free |= SCORES
+        asked = {field.name: getattr(request, field.name) for field in fields(request) if field.name not in free}
+        asked["sampler"] = resolved.sampler
+        asked |= {name: id(getattr(request, name)) for name in ("latents", "image")}
+        return (*asked.items(), resolved.base.start, resolved.seeds, resolved.width, resolved.height)
+
+    def _cut(self, number: int) -> int:
+        return self.runs[number].request.base.steps
+
+    def _units(self, stage: PhaseName, number: int) -> int:
+        """Return how many steps, or pictures to decode, a job has in a stage, for each group of its pictures."""
+        request = self.runs[number].request
+        refiner = request.refiner.steps if request.refiner else 0
+        return {"base": request.base.steps, "refiner": refiner}.get(stage, len(request.seeds))
+
+    def _decoder(self, number: int) -> str:
+        return self._pipeline.vae(self.runs[number].request).decoder
+
+
+def _hand_over(step: Step, leader: Job, other: Job) -> None:
+    """Leave `other` as its own base run would after `step` of `leader`: with its latents, its noise drawn as far."""
+    assert step.latents is not None  # noqa: S101 - it is a sampler's
+    other.latents = step.latents.copy()
+    base, own = deepcopy(leader.noises["base"]), other.noises["refiner"]
+    # A refiner without a seed of its own goes on with the base's noise.
+    other.noises = {"base": base, "refiner": base if own is other.noises["base"] else own}

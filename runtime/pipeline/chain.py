@@ -1,0 +1,286 @@
+"""A workflow of samplers that share no grid, one after the other: pictures scaled, decoded and encoded on the way.
+
+Each sampler is a request of its own, on the base or on the refiner, which goes on from the latents before it. All
+prompts are read first; what several pictures need is made once.
+"""
+
+__all__ = ["Chain"]
+
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sdxl_trt.engines.bundle.manifest import Manifest, Vae
+from sdxl_trt.engines.errors import UsageError
+from sdxl_trt.runtime.comfyui.checks import Experts, vae_stage
+from sdxl_trt.runtime.comfyui.requests import blamed, load_image, part_of, sampling_request
+from sdxl_trt.runtime.comfyui.workflow import (
+    Decoded,
+    Empty,
+    Encoded,
+    Image,
+    Latents,
+    Loaded,
+    Output,
+    Repeated,
+    Resized,
+    Sampled,
+    Scaled,
+    Workflow,
+    ancestry,
+)
+from sdxl_trt.runtime.images.inputs import InputPicture, as_input
+from sdxl_trt.runtime.images.picture import Picture
+from sdxl_trt.runtime.images.scaling import new_size, resize
+from sdxl_trt.runtime.pipeline.pipeline import Pipeline
+from sdxl_trt.runtime.pipeline.record import finish
+from sdxl_trt.runtime.pipeline.run import Job, Run, Step, timed
+from sdxl_trt.runtime.request.request import Request
+from sdxl_trt.runtime.request.sides import StageName
+from sdxl_trt.runtime.vae.decode import decode, from_unit, to_unit
+from sdxl_trt.runtime.vae.encode import encode_sample, encoder_sizes
+from sdxl_trt.runtime.vae.tile_sizes import choose_tile, decoder_sizes
+
+Values = NDArray[np.float32]
+Made = Generator[Step, None, Values]
+Size = tuple[int, int]
+MOST_PIXELS = 1 << 28
+"""More than any picture that a UNet here takes; what is scaled beyond it was a slip."""
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """How many pictures, and their size (height, width), in latents or in pixels."""
+
+    count: int
+    size: Size
+
+
+class Chain:
+    """The samplers of a workflow in a row for a pipeline; `change` is made of every request that they come to.
+
+    Pictures that it loads lie in `folder`. Raises UsageError for what cannot be run, before anything is loaded.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        workflow: Workflow,
+        found: Experts,
+        folder: Path,
+        change: Callable[[Request], Request],
+        *,
+        seed_given: bool = False,
+    ) -> None:
+        self._pipeline, self._workflow, self._experts = pipeline, workflow, found
+        self._change, self._seed_given = change, seed_given
+        self._images: dict[str, InputPicture] = {}
+        self._jobs: dict[str, Job] = {}
+        self._done: dict[Latents | Image, Values] = {}
+        self._vaes: dict[Encoded | Decoded, Vae] = {}
+        for output in workflow.outputs:
+            _last_sampled(output)
+            for each in ancestry(output.image):
+                if isinstance(each, Loaded) and each.file not in self._images:
+                    self._images[each.file] = load_image(each, folder)
+            self._plan(output.image)
+
+    @property
+    def runs(self) -> list[Run]:
+        """Return the run of the last sampler of every picture, in the order of the workflow's outputs."""
+        return [self._jobs[_last_sampled(output).sampling.node].run for output in self._workflow.outputs]
+
+    def steps(self) -> Iterator[tuple[int, Step]]:
+        """Return an iterator of the units of work as they are done, each with the number of its output, from 0."""
+        runs = self.runs
+        yield from ((0, step) for step in timed(runs[0], self._pipeline.encode([*self._jobs.values()])))
+        for number, output in enumerate(self._workflow.outputs):
+            yield from ((number, step) for step in timed(runs[number], self._drawn(output, runs[number])))
+
+    def _plan(self, source: Latents | Image) -> _Batch:
+        """Return how large what `source` makes is, having made a request of every sampler on the way."""
+        if isinstance(source, Empty):
+            factor = self._manifest.base.vae.factor
+            return _Batch(source.batch, (source.height // factor, source.width // factor))
+        if isinstance(source, Loaded):
+            size = self._images[source.file].size
+            assert size is not None  # noqa: S101 - a picture has a size, and latents were refused
+            return _Batch(1, size)
+        before = self._plan(source.image if isinstance(source, Encoded | Scaled) else source.latents)
+        if isinstance(source, Repeated):
+            return _Batch(before.count * source.amount, before.size)
+        if isinstance(source, Resized | Scaled):
+            return _checked(_Batch(before.count, self._new_size(source, before.size)), source)
+        if isinstance(source, Sampled):
+            return self._plan_sampled(source, before)
+        return self._plan_coded(source, before)
+
+    def _plan_coded(self, source: Encoded | Decoded, before: _Batch) -> _Batch:
+        sampled = _sampler_of(source, self._workflow)
+        stage = self._experts[sampled.sampling.model.checkpoint]
+        chosen = self._stage_vae(vae_stage(source.vae, self._experts, stage, self._manifest))
+        own = self._stage_vae(stage)
+        if (chosen.scaling_factor, chosen.factor) != (own.scaling_factor, own.factor):
+            raise UsageError(f"node {source.node}: codes with another checkpoint's VAE than that of the sampler beside"
+                             " it, and the bundle's have other scales: link the sampler's own")  # fmt: skip
+        self._vaes[source] = chosen
+        if isinstance(source, Decoded):
+            return _Batch(before.count, (before.size[0] * chosen.factor, before.size[1] * chosen.factor))
+        if chosen.encoder is None:
+            raise UsageError("a picture is to be encoded, and the bundle has no VAE encoder; export the bundle with it:"
+                             " export-engines without --components")  # fmt: skip
+        return _Batch(before.count, (before.size[0] // chosen.factor, before.size[1] // chosen.factor))
+
+    def _plan_sampled(self, source: Sampled, before: _Batch) -> _Batch:
+        sampling = source.sampling
+        if sampling.node in self._jobs:
+            return before
+        stage = self._experts[sampling.model.checkpoint]
+        vae = self._stage_vae(stage)
+        fresh = stage == "base" and isinstance(source.latents, Empty)
+        # What it starts from is put in its place when it is there: only its size counts here.
+        shape = (before.count, vae.latent_channels, *before.size)
+        image = None if fresh else as_input(np.zeros(shape, np.float32))
+        size = (before.size[0] * vae.factor, before.size[1] * vae.factor)
+        request = sampling_request(sampling, stage, image=image, size=size, count=before.count)
+        try:
+            job = self._pipeline.start(self._change(replace(request, graph=self._workflow.graph)))
+        except UsageError as exc:
+            start = ancestry(source.latents)[0]
+            raise blamed(exc, sampling, getattr(start, "node", ""), seed_given=self._seed_given) from exc
+        self._jobs[sampling.node] = job
+        return before
+
+    @property
+    def _manifest(self) -> Manifest:
+        return self._pipeline.manifest
+
+    def _stage_vae(self, stage: StageName) -> Vae:
+        return self._manifest.stages()[stage].vae
+
+    def _new_size(self, source: Resized | Scaled, size: Size) -> Size:
+        latents = isinstance(source, Resized)
+        # ComfyUI's latents are at least 64 pixels, and an eighth of a size that is stated.
+        unit, least = (self._manifest.base.vae.factor, 64) if latents else (1, 1)
+        return new_size(size, source.size, source.by, unit, least)
+
+    def _drawn(self, output: Output, run: Run) -> Iterator[Step]:
+        """Yield the work that `output` takes, and its pictures."""
+        last = output.image.latents if isinstance(output.image, Decoded) else _last_sampled(output)
+        finishes = yield from self._made(last)
+        run.final = finishes
+        if isinstance(output.image, Decoded):
+            yield from self._decoded(output.image, finishes, lambda index, unit: _finished(run, index, unit, output))
+            return
+        pixels = yield from self._made(output.image)
+        for index in range(len(pixels)):
+            picture = _finished(run, index, pixels[index : index + 1], output)
+            yield Step("decode", index + 1, len(pixels), slice(index, index + 1), picture=picture)
+
+    def _made(self, source: Latents | Image) -> Made:
+        """Make `source`, once: latents in the samplers' scale, or pixels (n, 3, h, w) from 0 to 1."""
+        if source not in self._done:
+            self._done[source] = yield from self._make(source)
+        return self._done[source]
+
+    def _make(self, source: Latents | Image) -> Made:
+        if isinstance(source, Empty):
+            factor, channels = self._manifest.base.vae.factor, self._manifest.base.vae.latent_channels
+            return np.zeros((source.batch, channels, source.height // factor, source.width // factor), np.float32)
+        if isinstance(source, Loaded):
+            pixels: NDArray[Any] = self._images[source.file].array
+            return np.ascontiguousarray(pixels.transpose(2, 0, 1)[None].astype(np.float32) / np.float32(255.0))
+        before = yield from self._made(source.image if isinstance(source, Encoded | Scaled) else source.latents)
+        if isinstance(source, Repeated):
+            return np.tile(before, (source.amount, 1, 1, 1))
+        if isinstance(source, Resized | Scaled):
+            size = self._new_size(source, (before.shape[2], before.shape[3]))
+            return resize(before, size, source.method, centred=source.centred)
+        return (yield from self._worked(source, before))
+
+    def _worked(self, source: Sampled | Encoded | Decoded, before: Values) -> Made:
+        """Make what an engine is needed for."""
+        if isinstance(source, Sampled):
+            return (yield from self._sampled(source, before))
+        if isinstance(source, Encoded):
+            return (yield from self._encoded(source, before))
+        decoded: list[Values] = []
+        yield from self._decoded(source, before, lambda _, unit: decoded.append(unit))
+        return np.concatenate(decoded)
+
+    def _sampled(self, source: Sampled, before: Values) -> Made:
+        job = self._jobs[source.sampling.node]
+        job.begin(before)
+        yield from self._pipeline.base(job)
+        yield from self._pipeline.refine(job)
+        latents: Values = job.latents * np.float32(job.run.request.final_scale)
+        return latents
+
+    def _encoded(self, source: Encoded, pixels: Values) -> Made:
+        vae, pool = self._vaes[source], self._pipeline.pool
+        assert vae.encoder is not None  # noqa: S101 - a workflow without it was refused
+        (engine,) = pool.phase(vae.encoder)
+        yield Step("load", 1, 1, slice(0, len(pixels)))
+        # What a whole number of latents does not cover is cut off on both sides.
+        size = tuple(side // vae.factor * vae.factor for side in pixels.shape[2:])
+        top, left = ((side - kept) // 2 for side, kept in zip(pixels.shape[2:], size, strict=True))
+        takes = encoder_sizes(pool, vae.encoder, vae.factor)
+        tile = choose_tile((size[0] // vae.factor, size[1] // vae.factor), takes, vae.factor, tiled=source.tiled)
+        made = []
+        for index, each in enumerate(pixels):
+            sample = each[None, :, top : top + size[0], left : left + size[1]] * np.float32(2.0) - np.float32(1.0)
+            made.append(encode_sample(engine, vae, np.ascontiguousarray(sample), tile=tile).drawn(None, vae))
+            yield Step("picture", index + 1, len(pixels), slice(index, index + 1))
+        return np.concatenate(made)
+
+    def _decoded(self, source: Decoded, latents: Values, keep: Callable[[int, Values], Any]) -> Iterator[Step]:
+        """Decode latents one at a time; `keep` takes the number and the pixels (1, 3, h, w) of each."""
+        vae, pool = self._vaes[source], self._pipeline.pool
+        (engine,) = pool.phase(vae.decoder)
+        yield Step("load", 1, 1, slice(0, len(latents)))
+        tiled = source.tiled or any(job.run.request.tile for job in self._jobs.values())
+        size = (latents.shape[2], latents.shape[3])
+        tile = choose_tile(size, decoder_sizes(pool, vae.decoder), vae.factor, tiled=tiled)
+        for index in range(len(latents)):
+            one = slice(index, index + 1)
+            picture = keep(index, to_unit(decode(engine, vae, latents[one], tile=tile)))
+            yield Step("decode", index + 1, len(latents), one, picture=picture)
+
+
+def _checked(batch: _Batch, source: Resized | Scaled) -> _Batch:
+    if batch.size[0] * batch.size[1] > MOST_PIXELS:
+        raise UsageError(f"node {source.node}: scales to {batch.size[1]}x{batch.size[0]}, more than {MOST_PIXELS}"
+                         " pixels; choose a smaller size")  # fmt: skip
+    return batch
+
+
+def _last_sampled(output: Output) -> Sampled:
+    return next(each for each in ancestry(output.image) if isinstance(each, Sampled))
+
+
+def _sampler_of(source: Encoded | Decoded, workflow: Workflow) -> Sampled:
+    """Return the sampler whose latents are decoded, or the one that goes on from what is encoded."""
+    rows = [ancestry(output.image) for output in workflow.outputs]
+    row = next(row for row in rows if source in row)
+    place = row.index(source)
+    around = row[place:] if isinstance(source, Decoded) else row[:place][::-1]
+    found = next((each for each in around if isinstance(each, Sampled)), None)
+    if found is None:
+        raise UsageError(f"node {source.node}: codes a picture or latents that no sampler made or takes; leave it out")
+    return found
+
+
+def _finished(run: Run, index: int, unit: Values, output: Output) -> Picture:
+    """Return picture `index` of `run` from its pixels (1, 3, h, w), which may be of another size than its latents.
+
+    Of a workflow of several pictures it carries the part that draws it.
+    """
+    pixels = from_unit(unit)[0]
+    picture = finish(run, index, pixels)
+    graph = None if picture.graph is None else part_of(picture.graph, output.node)
+    metadata = {**picture.metadata, "width": pixels.shape[1], "height": pixels.shape[0]}
+    return replace(picture, metadata=metadata, graph=graph)

@@ -1,0 +1,303 @@
+"""Prompt to pictures, read as the list of stages: encode, base, handoff, refiner, decode.
+
+A request runs phase-major: all images and prompts are encoded, all pictures take their base steps, the experts change
+once, all pictures take their refiner steps, all are decoded. Each phase tells the pool what the next one needs.
+"""
+
+__all__ = ["Handoff", "Job", "Picture", "Pipeline", "Run", "Step", "open_bundle"]
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from sdxl_trt.engines.bundle.bundle import read_bundle
+from sdxl_trt.engines.bundle.manifest import Stage, Vae
+from sdxl_trt.engines.errors import SizeError
+from sdxl_trt.engines.residency.pool import EnginePool, open_pool
+from sdxl_trt.runtime.arrays import Latents
+from sdxl_trt.runtime.diffusion.conditioning import make_conditions
+from sdxl_trt.runtime.diffusion.denoiser import Denoiser
+from sdxl_trt.runtime.diffusion.noise.sources import NoiseSource
+from sdxl_trt.runtime.diffusion.samplers.registry import FEW_STEPS, bind_sampler, brownian_span
+from sdxl_trt.runtime.images.picture import Picture
+from sdxl_trt.runtime.pipeline.record import finish
+from sdxl_trt.runtime.pipeline.run import Handoff, Job, Run, Step, start_job, timed
+from sdxl_trt.runtime.request.handoff import Part
+from sdxl_trt.runtime.request.request import Request
+from sdxl_trt.runtime.request.resolve import ResolvedRequest, resolve
+from sdxl_trt.runtime.request.sides import StageName, Told
+from sdxl_trt.runtime.text.encoder import Prompt, PromptEmbeds, PromptEncoder
+from sdxl_trt.runtime.vae.decode import decode, to_uint8, to_uint8_truncated
+from sdxl_trt.runtime.vae.encode import PictureEncoder, Wanted
+from sdxl_trt.runtime.vae.tile_sizes import choose_tile, decoder_sizes
+
+
+class Pipeline:
+    """A bundle ready to generate; a context manager that frees the engines.
+
+    `pictures_at_once` share a call of a UNet where no plan says how many it takes.
+    """
+
+    def __init__(self, pool: EnginePool, *, pictures_at_once: int = 4) -> None:
+        self.pool = pool
+        self.manifest = pool.bundle.manifest
+        self._pictures_at_once = pictures_at_once if pool.limits is None else pool.limits.pictures
+        self._fewest_at_once = 1 if pool.limits is None else pool.limits.fewest
+        self._encoder = PromptEncoder(pool)
+        self._pictures = PictureEncoder(pool)
+        self.run: Run | None = None
+        """What the latest request left behind."""
+
+    def generate(self, request: Request) -> Iterator[Picture]:
+        """Return an iterator of the pictures of `request`. Raises UsageError before anything is loaded."""
+        return (step.picture for step in self.steps(request) if step.picture is not None)
+
+    def steps(self, request: Request) -> Iterator[Step]:
+        """Return an iterator of the units of work of `request` as they are done; stop iterating to cancel.
+
+        `run` then belongs to this request. Raises UsageError before anything is loaded.
+        """
+        job = self.start(request)
+        self.run = job.run
+        return timed(job.run, self._work(job))
+
+    def start(self, request: Request) -> Job:
+        """Return `request` settled, with its noise drawn, ready for the stages. Raises UsageError."""
+        return start_job(resolve(request, self.manifest, self.pool.limits), request, self.manifest)
+
+    def _work(self, job: Job) -> Iterator[Step]:
+        yield from self.pictures([job])
+        yield from self.encode([job])
+        yield from self.base(job)
+        yield from self.refine(job)
+        yield from self.decode(job)
+
+    def pictures(self, jobs: Sequence[Job]) -> Iterator[Step]:
+        """Encode the images that `jobs` start from, one at a time, into their latents; nothing without any."""
+        starting = [(job, wanted) for job in jobs if (wanted := self._wanted(job.run.request)) is not None]
+        if not starting:
+            return
+        following = next(iter(self._stages(jobs[0].run.request).values())).text_encoders[0].component
+        encoded = self._pictures.encode([wanted for _, wanted in starting], following)
+        for done, (number, moments) in enumerate(encoded, start=1):
+            job, wanted = starting[number]
+            job.begin_from(moments, wanted.vae)
+            yield Step("picture", done, len(starting), slice(0, len(job.latents)))
+
+    def _wanted(self, request: ResolvedRequest) -> Wanted | None:
+        """Return what is to be encoded of a request; None for one that starts from latents, or from noise."""
+        if request.image is None or request.image.pixels is None:
+            return None
+        vae = next(iter(self._stages(request).values())).vae
+        return Wanted(vae, request.image, (request.height, request.width), request.fit, request.tile)
+
+    def encode(self, jobs: Sequence[Job]) -> Iterator[Step]:
+        """Read the prompts of all `jobs`, with every encoder loaded once, into their `embeds`."""
+        for weighted in (False, True):
+            alike = [job for job in jobs if job.run.request.comfyui == weighted]
+            wanted = [pair for job in alike for pair in _texts(job.run.request, self._stages(job.run.request))]
+            if wanted:
+                encoded = iter(self._encoder.encode(wanted, self._first_unet(jobs), weighted=weighted))
+            for job in alike:
+                job.embeds = _embeds(job.run.request, self._stages(job.run.request), encoded)
+                for name, sides in job.embeds.items():
+                    self._check_rows(sides if job.run.request.guidance_of(name).wanted else sides[:1])
+        yield Step("encode", 1, 1, slice(0, sum(len(job.latents) for job in jobs)))
+
+    def base(self, job: Job, following: str = "") -> Iterator[Step]:
+        """Take `job` over the base's part of the grid; then comes engine `following`, by default what it needs next."""
+        request, stage = job.run.request, self.manifest.base
+        usual = self.manifest.refiner.unet if self.manifest.refiner and request.refined else stage.vae.decoder
+        if request.base.steps:
+            yield from self._denoise("base", stage, job, following or usual)
+
+    def refine(self, job: Job, following: str = "") -> Iterator[Step]:
+        """Take the latents of `job`, as the base left them, over the refiner's part; nothing for the base alone.
+
+        With the refiner alone nothing is handed over, and the run keeps no handoff.
+        """
+        request, stage = job.run.request, self.manifest.refiner
+        if stage is None or request.refiner is None:
+            return
+        if not request.refine:
+            job.run.handoff, job.run.place = job.latents, _place(request)
+        job.latents = _noised_again(job.latents, request.refiner, request, job.noises["refiner"])
+        yield from self._denoise("refiner", stage, job, following or stage.vae.decoder)
+
+    def decode(self, job: Job) -> Iterator[Step]:
+        """Decode the pictures of `job`, whose latents are as the last expert left them."""
+        job.run.final = job.latents * np.float32(job.run.request.final_scale)
+        yield from self._decode(self.vae(job.run.request), job.run)
+
+    def vae(self, request: ResolvedRequest) -> Vae:
+        """Return the autoencoder that decodes `request`: the refiner's where it runs."""
+        return list(self._stages(request).values())[-1].vae
+
+    def _stages(self, request: ResolvedRequest) -> dict[StageName, Stage]:
+        base, refiner = self.manifest.base, self.manifest.refiner if request.refined else None
+        if refiner is not None and request.refine:
+            return {"refiner": refiner}
+        return {"base": base} if refiner is None else {"base": base, "refiner": refiner}
+
+    def _first_unet(self, jobs: Sequence[Job]) -> str:
+        refiner = self.manifest.refiner
+        alone = refiner is not None and all(job.run.request.refine for job in jobs)
+        return refiner.unet if refiner is not None and alone else self.manifest.base.unet
+
+    def _check_rows(self, sides: Sequence[Sequence[PromptEmbeds]]) -> None:
+        """Raise SizeError for conditionings that are longer, once equally long, or more than the plans take."""
+        limits, rows = self.pool.limits, [embeds for side in sides for embeds in side]
+        if limits is None:
+            return
+        tokens = math.lcm(*(len(row.hidden) for row in rows))
+        if tokens not in limits.tokens:
+            raise SizeError(f"the prompts take {tokens} tokens, the plans {limits.tokens.min} to"
+                            f" {limits.tokens.max}; shorten them, or build plans: export-engines --tokens"
+                            f" {limits.tokens.min}:{limits.tokens.opt}:{tokens}")  # fmt: skip
+        if len(rows) > len(sides) * limits.pictures:
+            raise SizeError(f"the prompts are combined of {len(rows)} conditionings, a row each, and the plans take"
+                            f" {len(sides) * limits.pictures}; build plans: export-engines --batch"
+                            f" 1:1:{math.ceil(len(rows) / 2)}")  # fmt: skip
+
+    def _denoise(
+        self,
+        name: StageName,
+        stage: Stage,
+        job: Job,
+        following: str,
+    ) -> Iterator[Step]:
+        """Take all pictures over one expert's part; then comes engine `following`.
+
+        A sampler goes on from memory of its own: it starts from a copy, callers get copies of what it yields, and the
+        latents of the job are written once a group has taken its steps.
+        """
+        request, latents, embeds, noise = job.run.request, job.latents, job.embeds[name], job.noises[name]
+        (engine,) = self.pool.phase(stage.unet, then=(following,))
+        yield _loaded(latents)
+        guidance = request.guidance_of(name)
+        positive, negative = ([told.micro for told in side.all] for side in request.sides[name])
+        sampler, part = request.denoising_of(name)
+        schedule = request.schedule_of(name)
+        sigmas = part.sigmas(schedule.sigmas)
+        span = brownian_span(sampler, sigmas, schedule.sigmas, comfyui=request.comfyui)
+        short_end = part.stop == schedule.steps < FEW_STEPS
+        predicts = request.prediction_type_of(stage.scheduler)
+        groups = _groups(len(latents), self._pictures_at_once)
+        for number, group in enumerate(groups):
+            pictures = max(len(latents[group]), self._fewest_at_once)
+            conditions = make_conditions(
+                engine, stage, *embeds, (positive, negative), guidance.scale, pictures, any_scale=guidance.any_scale
+            )
+            denoise = Denoiser(engine, schedule, conditions, predicts, guidance)
+            drawn = noise.source(latents.shape[1:], group, span)
+            sample = bind_sampler(sampler, drawn, comfyui=request.comfyui, short_end=short_end)
+            total, x = part.steps * len(groups), latents[group].copy()
+            sampled = sample(denoise, x, sigmas)
+            for index, x in enumerate(sampled, start=number * part.steps + 1):
+                yield Step(name, index, total, group, latents=x.copy(), denoised=denoise.latest)
+            latents[group] = x
+
+    def _decode(self, vae: Vae, run: Run) -> Iterator[Step]:
+        """Decode one picture at a time: the decoder's activations are the largest of all."""
+        (engine,) = self.pool.phase(vae.decoder)
+        yield _loaded(run.final)
+        count, _, height, width = run.final.shape
+        takes = decoder_sizes(self.pool, vae.decoder)
+        tile = choose_tile((height, width), takes, vae.factor, tiled=run.request.tile)
+        for index in range(count):
+            one = slice(index, index + 1)
+            sample = decode(engine, vae, run.final[one], tile=tile)
+            pixels = (to_uint8_truncated if run.request.comfyui else to_uint8)(sample)[0]
+            yield Step("decode", index + 1, count, one, picture=finish(run, index, pixels))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.pool.close()
+
+
+def open_bundle(
+    path: Path | str | None = None,
+    *,
+    provider: str = "auto",
+    residency: str = "auto",
+    available: int | None = None,
+    images: bool = False,
+    once: bool = False,
+) -> Pipeline:
+    """Open the bundle at `path` (None: the embedded pair). Only the manifest is read; use it in a ``with``.
+
+    `provider`, `residency`, `available`, the bytes to make do with, `images` and `once` are those of `open_pool`.
+    Raises SourceError, IncompatibleError, CorruptError, UsageError, ResourceError.
+    """
+    if path is None:
+        from sdxl_trt.mini.embedded import bundle_path  # noqa: PLC0415 - package data, only when nothing else is named
+
+        path = bundle_path()
+    return Pipeline(open_pool(read_bundle(path), provider, residency, available, images=images, once=once))
+
+
+def _texts(request: ResolvedRequest, stages: Mapping[StageName, Stage]) -> Iterator[tuple[Stage, Prompt]]:
+    """Yield what the stages have to read: the prompts of each, then the negatives where no zeros stand for them."""
+    for number in (0, 1):
+        for name, stage in stages.items():
+            side = request.sides[name][number]
+            if number == 0 or not _is_zeros(side):
+                yield from ((stage, prompt) for prompt in side.prompts())
+
+
+def _is_zeros(side: Told) -> bool:
+    """Return whether nothing of a negative side has to be read."""
+    return side.zeroed and side.is_plain
+
+
+def _embeds(
+    request: ResolvedRequest, stages: Mapping[StageName, Stage], encoded: Iterator[PromptEmbeds]
+) -> dict[StageName, tuple[tuple[PromptEmbeds, ...], tuple[PromptEmbeds, ...]]]:
+    """Return the positive and negative embeds of every stage, from those that were read in the order of `_texts`."""
+    positives = {name: _side_embeds(request.sides[name][0], encoded) for name in stages}
+    embeds = {}
+    for name, positive in positives.items():
+        negative = request.sides[name][1]
+        zeros = _is_zeros(negative)
+        embeds[name] = positive, (positive[0].zeroed(),) if zeros else _side_embeds(negative, encoded)
+    return embeds
+
+
+def _side_embeds(side: Told, encoded: Iterator[PromptEmbeds]) -> tuple[PromptEmbeds, ...]:
+    """Return the embeds of a side, one for each that is combined, from what was read in the order of its prompts."""
+    read = next(encoded)
+    embeds = read.zeroed() if side.zeroed else read
+    for mix in side.mixes:
+        if mix.other is None:
+            embeds = embeds.zeroed()
+            continue
+        (other,) = _side_embeds(mix.other, encoded)
+        embeds = embeds.followed_by(other) if mix.kind == "concat" else embeds.averaged(other, mix.strength)
+    return (embeds, *(each for told in side.combined for each in _side_embeds(told, encoded)))
+
+
+def _loaded(latents: Latents) -> Step:
+    return Step("load", 1, 1, slice(0, len(latents)))
+
+
+def _groups(count: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def _noised_again(latents: Latents, part: Part, request: ResolvedRequest, noise: NoiseSource) -> Latents:
+    """Return the handed-over latents as the refiner starts from them: a copy, with noise where it adds its own."""
+    drawn = noise.draw(latents.shape[1:]) if part.add_noise else np.zeros_like(latents)
+    return part.noised(latents, drawn, request.refiner_schedule)
+
+
+def _place(request: ResolvedRequest) -> Handoff:
+    schedule, start = request.refiner_schedule, request.denoising_of("refiner")[1].start
+    return Handoff(request.cut, float(schedule.timesteps[start]), float(schedule.sigmas[start]))

@@ -1,0 +1,141 @@
+"""What a request does and leaves behind: its steps, its latents and timings, its pictures and their metadata."""
+
+__all__ = ["Handoff", "Job", "PhaseName", "Run", "Step", "start_job", "timed"]
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from sdxl_trt.engines.bundle.manifest import Manifest, Vae
+from sdxl_trt.runtime.arrays import Latents
+from sdxl_trt.runtime.diffusion.noise.sources import BatchNoise, NoiseSource, PictureNoise
+from sdxl_trt.runtime.images.picture import Picture
+from sdxl_trt.runtime.request.request import Request
+from sdxl_trt.runtime.request.resolve import ResolvedRequest
+from sdxl_trt.runtime.request.sides import StageName
+from sdxl_trt.runtime.text.encoder import PromptEmbeds
+from sdxl_trt.runtime.vae.encode import Moments
+
+if TYPE_CHECKING:
+    pass
+PhaseName = Literal["picture", "encode", "load", "base", "refiner", "decode"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One unit of work done: prompts or an image encoded, an engine loaded, a step of a group, a picture decoded.
+
+    `index` counts from 1 to `total` within `stage` over all pictures; `seconds` is what this unit took. After a
+    sampler step `latents` are those of the pictures `pictures` (a copy: yours to keep and to change), and `denoised` is
+    what they are estimated to come to (yours to keep, but read-only: the sampler may go on from it); after a decode
+    `picture` is the finished one. Elsewhere all are None.
+    """
+
+    stage: PhaseName
+    index: int
+    total: int
+    pictures: slice
+    seconds: float = 0.0
+    latents: Latents | None = None
+    picture: Picture | None = None
+    denoised: Latents | None = None
+
+
+@dataclass(frozen=True)
+class Handoff:
+    """Where the latents changed hands: after `step` steps, the refiner starting at `timestep` and `sigma`."""
+
+    step: int
+    timestep: float
+    sigma: float
+
+
+@dataclass
+class Run:
+    """What a request left behind: latents (count, c, h, w) float32 and the seconds of every stage and step.
+
+    `initial` has unit variance; `handoff` is what the refiner received (None without a refiner); `final` is what
+    the autoencoder received, before its scaling is undone.
+    """
+
+    request: ResolvedRequest
+    initial: Latents
+    final: Latents
+    handoff: Latents | None = None
+    place: Handoff | None = None
+    timings: dict[str, list[float]] = field(default_factory=dict)
+    asked: Request = field(default_factory=Request)
+    """The request before its defaults were settled."""
+    manifest: Manifest | None = None
+    """That of the bundle, which the pictures name; None where nobody asks."""
+
+
+def timed(run: Run, work: Iterator[Step]) -> Iterator[Step]:
+    """Yield the steps of `work` with their seconds, which the time a caller spends between them is not part of."""
+    started = time.perf_counter()
+    for step in work:
+        seconds = time.perf_counter() - started
+        run.timings.setdefault(step.stage, []).append(seconds)
+        yield replace(step, seconds=seconds)
+        started = time.perf_counter()
+
+
+Conditionings = tuple[PromptEmbeds, ...]
+
+
+@dataclass
+class Job:
+    """A request on its way through the stages: its run, where each stage's noise comes from, its latents as they stand.
+
+    `embeds` are the positive and negative ones of each stage, once they are read, one for each conditioning that is
+    combined. Latents are in the sampler's scale. `posterior` is the noise that an image's latents are drawn with, None
+    where they are the mean of what they may be.
+    """
+
+    run: Run
+    noises: dict[StageName, NoiseSource]
+    latents: Latents
+    posterior: Latents | None = None
+    embeds: dict[StageName, tuple[Conditionings, Conditionings]] = field(default_factory=dict)
+
+    def begin(self, clean: Latents) -> None:
+        """Start from `clean` latents, one for all pictures or one each, with the noise that the first stage adds."""
+        request = self.run.request
+        clean = np.broadcast_to(clean, self.run.initial.shape)
+        self.latents = request.first.noised(clean, self.run.initial, request.schedule)
+
+    def begin_from(self, moments: Moments, vae: Vae) -> None:
+        """Start from what the encoder of `vae` made of the image."""
+        self.begin(moments.drawn(self.posterior, vae))
+
+
+def start_job(resolved: ResolvedRequest, asked: Request, manifest: Manifest) -> Job:
+    """Return the job of a request with its noise drawn, an image's first as diffusers does.
+
+    It is ready for the stages, but for an image that is still to be encoded.
+    """
+    noises = _noises(resolved)
+    noise, vae = noises["refiner" if resolved.refine else "base"], manifest.base.vae
+    shape = (vae.latent_channels, resolved.height // vae.factor, resolved.width // vae.factor)
+    image = resolved.image
+    draws = image is not None and image.pixels is not None and not resolved.comfyui
+    posterior = noise.draw(shape) if draws else None
+    initial = noise.draw(shape) if resolved.latents is None else resolved.latents.copy()
+    run = Run(resolved, initial=initial, final=initial, asked=asked, manifest=manifest)
+    job = Job(run, noises, initial, posterior)
+    latents = None if image is None else image.latents
+    job.begin(np.zeros_like(initial) if latents is None else latents)
+    return job
+
+
+def _noises(request: ResolvedRequest) -> dict[StageName, NoiseSource]:
+    """Return what each stage draws its noise from; the refiner, without a seed of its own, from the base's."""
+    base = _noise(request, request.seeds)
+    return {"base": base, "refiner": _noise(request, request.refiner_seeds) if request.refiner_seeds else base}
+
+
+def _noise(request: ResolvedRequest, seeds: tuple[int, ...]) -> NoiseSource:
+    return BatchNoise(seeds[0], len(seeds)) if request.comfyui else PictureNoise(seeds)

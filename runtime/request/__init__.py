@@ -1,0 +1,1 @@
+"""A request, and the same request resolved against a bundle."""

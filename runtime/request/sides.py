@@ -1,0 +1,197 @@
+"""What each side of a stage, positive and negative, is told: prompt, sizes, crop, score; defaults are resolved here."""
+
+__all__ = ["Side", "SideMix", "SideSettings", "StageName", "Told", "ToldMix", "most_skipped", "tell"]
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from sdxl_trt.engines.bundle.manifest import Manifest, Stage
+from sdxl_trt.engines.errors import UsageError
+from sdxl_trt.runtime.diffusion.conditioning import MicroConditions
+from sdxl_trt.runtime.text.encoder import PENULTIMATE, Prompt
+
+StageName = Literal["base", "refiner"]
+Pair = tuple[int, int]
+MAX_CONDITION = 1 << 20
+"""More than any size that a picture is said to have had; float32 holds every whole number up to it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SideMix:
+    """What is made of a side's conditioning, as ComfyUI's nodes do: zeros (ConditioningZeroOut), or `other` behind it
+    ("concat") or averaged with it ("average"), where the side itself counts with `strength`.
+    """
+
+    kind: Literal["zero", "concat", "average"]
+    other: "Side | None" = None
+    strength: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """What one side of a stage is told in place of the request's own; None leaves a setting to the request.
+
+    `zeroed` is ComfyUI's ConditioningZeroOut of the prompt alone; `mixes` are done in their order. Sizes are (height,
+    width), a crop is (top, left), in pixels. `combined` are further ones: the model's answers to all are averaged.
+    """
+
+    text: str
+    text_2: str
+    zeroed: bool = False
+    clip_skip: int | None = None
+    mixes: tuple[SideMix, ...] = ()
+    combined: tuple["Side", ...] = ()
+    original_size: Pair | None = None
+    crop: Pair | None = None
+    target_size: Pair | None = None
+    aesthetic_score: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SideSettings:
+    """What a request says of all sides, and of those of one stage, (positive, negative).
+
+    `negative` None is an absent negative prompt, which is not the same as "". Sizes are (height, width) in pixels,
+    None those of the picture; a crop is (top, left). `clip_skip` layers more than SDXL's one are left out;
+    -1, ComfyUI's alone, is the last one too.
+    """
+
+    prompt_2: str | None = None
+    negative: str | None = None
+    negative_2: str | None = None
+    aesthetic_score: float = 6.0
+    negative_aesthetic_score: float = 2.5
+    original_size: Pair | None = None
+    crop: Pair = (0, 0)
+    target_size: Pair | None = None
+    clip_skip: int = 0
+    base_sides: tuple[Side, Side] | None = None
+    refiner_sides: tuple[Side, Side] | None = None
+
+
+@dataclass(frozen=True)
+class ToldMix:
+    """A SideMix, settled."""
+
+    kind: Literal["zero", "concat", "average"]
+    other: "Told | None"
+    strength: float
+
+
+@dataclass(frozen=True)
+class Told:
+    """What one side of a stage is told, settled."""
+
+    prompt: Prompt
+    micro: MicroConditions
+    zeroed: bool = False
+    mixes: tuple[ToldMix, ...] = ()
+    combined: tuple["Told", ...] = ()
+
+    @property
+    def all(self) -> tuple["Told", ...]:
+        """Return this one and those that are combined with it."""
+        return (self, *self.combined)
+
+    @property
+    def is_plain(self) -> bool:
+        """Return whether it is one prompt, as it is or zeroed."""
+        return not self.mixes and not self.combined
+
+    def prompts(self) -> Iterator[Prompt]:
+        """Yield the prompts that are read for it: its own, those of its mixes, those of the combined ones."""
+        yield self.prompt
+        for mix in self.mixes:
+            if mix.other is not None:
+                yield from mix.other.prompts()
+        for each in self.combined:
+            yield from each.prompts()
+
+
+def tell(
+    prompt: str, settings: SideSettings, manifest: Manifest, size: Pair, *, comfyui: bool
+) -> Mapping[StageName, tuple[Told, Told]]:
+    """Return what the (positive, negative) sides of every stage are told for a picture of `size` (height, width).
+
+    As in diffusers an absent negative is zeroed where the stage's config says so, and only the positive skips layers;
+    with `comfyui` it is "", and both skip. Raises UsageError.
+    """
+    _check(settings, manifest, comfyui=comfyui)
+    stages: dict[StageName, Stage] = {"base": manifest.base}
+    if manifest.refiner is not None:
+        stages["refiner"] = manifest.refiner
+    own = {"base": settings.base_sides, "refiner": settings.refiner_sides}
+    told: dict[StageName, tuple[Told, Told]] = {}
+    for name, stage in stages.items():
+        zeroed = settings.negative is None and stage.force_zeros_for_empty_prompt and not comfyui
+        usual = (
+            Side(text=prompt, text_2=settings.prompt_2 or prompt),
+            # As in diffusers, an empty second prompt means the first one.
+            Side(text=settings.negative or "", text_2=settings.negative_2 or settings.negative or "", zeroed=zeroed),
+        )
+        positive, negative = own[name] or usual
+        told[name] = (
+            _settled(positive, settings, size, settings.clip_skip),
+            _settled(negative, settings, size, settings.clip_skip if comfyui else 0),
+        )
+    return told
+
+
+def _settled(side: Side, settings: SideSettings, size: Pair, clip_skip: int) -> Told:
+    scores = settings.aesthetic_score, settings.negative_aesthetic_score
+    if side.aesthetic_score is not None:
+        # Which of the two is read depends on the side, and this is the side's.
+        scores = side.aesthetic_score, side.aesthetic_score
+    micro = MicroConditions(
+        _stated(side.original_size, settings.original_size, size),
+        _stated(side.crop, settings.crop, (0, 0)),
+        _stated(side.target_size, settings.target_size, size),
+        *scores,
+    )
+    mixes = tuple(
+        ToldMix(mix.kind, None if mix.other is None else _settled(mix.other, settings, size, clip_skip), mix.strength)
+        for mix in side.mixes
+    )
+    combined = tuple(_settled(each, settings, size, clip_skip) for each in side.combined)
+    skipped = clip_skip if side.clip_skip is None else side.clip_skip
+    return Told(Prompt(side.text, side.text_2, skipped), micro, side.zeroed, mixes, combined)
+
+
+def _stated(*values: Pair | None) -> Pair:
+    return next(value for value in values if value is not None)
+
+
+def _all(sides: tuple[Side, ...]) -> Iterator[Side]:
+    for side in sides:
+        yield side
+        yield from _all(tuple(mix.other for mix in side.mixes if mix.other is not None))
+        yield from _all(side.combined)
+
+
+def _check(settings: SideSettings, manifest: Manifest, *, comfyui: bool) -> None:
+    if settings.negative is None and settings.negative_2 is not None:
+        raise UsageError('--negative-2 without --negative: give --negative too, "" if it is to be empty')
+    sides = [*_all((*(settings.base_sides or ()), *(settings.refiner_sides or ())))]
+    conditions = {
+        "--original-size": [settings.original_size, *(side.original_size for side in sides)],
+        "--crop": [settings.crop, *(side.crop for side in sides)],
+        "--target-size": [settings.target_size, *(side.target_size for side in sides)],
+    }
+    for option, pairs in conditions.items():
+        for value in (value for pair in pairs if pair is not None for value in pair):
+            if not 0 <= value <= MAX_CONDITION:
+                raise UsageError(f"{option}: {value} pixels given; choose 0 to {MAX_CONDITION}")
+    least, most = -1 if comfyui else 0, most_skipped(manifest)
+    for skipped in (settings.clip_skip, *(side.clip_skip for side in sides)):
+        if skipped is not None and not least <= skipped <= most:
+            more = ", or with --compat comfyui -1 for the last layer" if skipped == -1 else ""
+            raise UsageError(f"--clip-skip {skipped}: choose {least} to {most}{more}")
+
+
+def most_skipped(manifest: Manifest) -> int:
+    """Return how many layers more than SDXL's one every text encoder can leave out."""
+    names = {encoder.component for stage in manifest.stages().values() for encoder in stage.text_encoders}
+    outputs = [manifest.components[name].outputs for name in names]
+    states = (sum(spec.name.startswith("hidden_states.") for spec in each) for each in outputs)
+    return min(states, default=-PENULTIMATE) + PENULTIMATE

@@ -1,0 +1,258 @@
+"""Prompts to the embeddings that condition a UNet."""
+
+__all__ = ["Prompt", "PromptEmbeds", "PromptEncoder"]
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sdxl_trt.engines.bundle.manifest import Manifest, Stage, TextEncoder, Tokenizer
+from sdxl_trt.engines.engine import Engine, numpy_dtype
+from sdxl_trt.engines.errors import UsageError
+from sdxl_trt.engines.plans.sizes import MAX_ROWS_OF_PROMPTS
+from sdxl_trt.engines.residency.pool import EnginePool
+from sdxl_trt.runtime.text.tokenizer import PromptTokenizer
+from sdxl_trt.runtime.text.weighting import Chunk, chunked, parse_weights, weigh, without_embeddings
+
+log = logging.getLogger("sdxl_trt.runtime")
+# The last layer but one, before the final normalization: what SDXL's UNets were trained on.
+PENULTIMATE = -2
+CUT_SHOWN = 200
+MAX_WEIGHT = 10_000.0
+"""ComfyUI knows no limit, but far below this one a prompt leaves what fp16 holds."""
+MAX_CHUNKS = 16
+"""ComfyUI knows no limit, but attention to a prompt of book length takes all memory."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt, what the second encoder reads, and how many layers more than SDXL's one are left out at the end."""
+
+    text: str
+    text_2: str
+    clip_skip: int = 0
+
+
+@dataclass(frozen=True)
+class PromptEmbeds:
+    """`hidden` (tokens, width of all encoders) and `pooled` (width of the pooled encoder), float32."""
+
+    hidden: NDArray[np.float32]
+    pooled: NDArray[np.float32]
+
+    def zeroed(self) -> "PromptEmbeds":
+        """Return zeros of the same shape: SDXL's absent negative prompt."""
+        return PromptEmbeds(np.zeros_like(self.hidden), np.zeros_like(self.pooled))
+
+    def followed_by(self, other: "PromptEmbeds") -> "PromptEmbeds":
+        """Return these tokens and behind them those of `other`, pooled as this one: ComfyUI's ConditioningConcat."""
+        return PromptEmbeds(np.concatenate([self.hidden, other.hidden]), self.pooled)
+
+    def averaged(self, other: "PromptEmbeds", strength: float) -> "PromptEmbeds":
+        """Return `strength` of this and the rest of `other`, token by token and pooled: ComfyUI's ConditioningAverage.
+
+        It is as long as this one; `other` is cut, or filled up with zeros.
+        """
+        rest = np.zeros_like(self.hidden)
+        shared = min(len(rest), len(other.hidden))
+        rest[:shared] = other.hidden[:shared]
+        own, others = np.float32(strength), np.float32(1.0 - strength)
+        return PromptEmbeds(self.hidden * own + rest * others, self.pooled * own + other.pooled * others)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """What an encoder reads at once; equal rows are run once, whichever prompts they belong to."""
+
+    component: str
+    ids: tuple[int, ...]
+    clip_skip: int
+
+
+@dataclass(frozen=True)
+class _Text:
+    """One text as one encoder reads it: `chunks` of it, and the `empty` prompt that weights are measured from."""
+
+    component: str
+    clip_skip: int
+    chunks: tuple[Chunk, ...]
+    empty: Chunk
+
+    def padded(self, count: int) -> "_Text":
+        """Return the text with empty chunks added up to `count`."""
+        return replace(self, chunks=self.chunks + (self.empty,) * (count - len(self.chunks)))
+
+    @property
+    def rows(self) -> Iterator[_Row]:
+        """Yield the rows that it takes to encode the text."""
+        yield from (self._row(chunk) for chunk in self.chunks)
+        if any((chunk.weights != 1.0).any() for chunk in self.chunks):
+            yield self._row(self.empty)
+
+    def joined(self, done: Mapping[_Row, PromptEmbeds]) -> PromptEmbeds:
+        """Return the weighed chunks one after the other, and the first one's pooled vector."""
+        read = [done[self._row(chunk)] for chunk in self.chunks]
+        # Without a weight the empty prompt is not run, and not looked at.
+        empty = done.get(self._row(self.empty), read[0]).hidden
+        parts = [weigh(each.hidden, empty, chunk.weights) for each, chunk in zip(read, self.chunks, strict=True)]
+        return PromptEmbeds(np.concatenate(parts), read[0].pooled)
+
+    @property
+    def heaviest(self) -> float:
+        """Return the weight that is furthest from 0."""
+        return max((float(weight) for chunk in self.chunks for weight in chunk.weights), key=abs)
+
+    def _row(self, chunk: Chunk) -> _Row:
+        return _Row(self.component, tuple(chunk.ids.tolist()), self.clip_skip)
+
+
+class PromptEncoder:
+    """Encodes prompts for the stages of a bundle; every encoder is loaded once for all that it has to read."""
+
+    def __init__(self, pool: EnginePool) -> None:
+        self._pool = pool
+        self._tokenizers: dict[str, PromptTokenizer] = {}
+
+    def encode(
+        self, wanted: Sequence[tuple[Stage, Prompt]], following: str, *, weighted: bool = False
+    ) -> list[PromptEmbeds]:
+        """Return the embeds of each (stage, prompt): hidden states side by side, pooled from the pooled encoder.
+
+        A stage with a single encoder reads a prompt's `text`, as diffusers' refiner does. A prompt is cut at 77
+        tokens; `weighted` is ComfyUI's way: weights in parentheses, and as many chunks of 77 as it takes, all read with
+        the vocabulary of the base's first encoder. Long-CLIP encoders have 248 for 77, either way. `following` is the
+        engine that is needed next, for the pool to make ready. Raises UsageError for more than MAX_CHUNKS, a weight
+        beyond MAX_WEIGHT, one that a UNet cannot hold, or encoders that ComfyUI reads in another way.
+        """
+        for stage in {id(stage): stage for stage, _ in wanted if weighted}.values():
+            _check_as_comfyui(stage, self._pool.bundle.manifest)
+        if weighted:
+            _warn_of_embeddings(wanted)
+        known: dict[tuple[TextEncoder, str, int], _Text] = {}
+        texts = [self._texts(stage, prompt, known, weighted=weighted) for stage, prompt in wanted]
+        done = self._run_all(dict.fromkeys(row for parts in texts for text in parts for row in text.rows), following)
+        joined = [
+            _join(stage.text_encoders, [text.joined(done) for text in parts])
+            for (stage, _), parts in zip(wanted, texts, strict=True)
+        ]
+        for (stage, _), parts, embeds in zip(wanted, texts, joined, strict=True):
+            self._check_range(stage, parts, embeds)
+        return joined
+
+    def _texts(
+        self, stage: Stage, prompt: Prompt, known: dict[tuple[TextEncoder, str, int], _Text], *, weighted: bool
+    ) -> list[_Text]:
+        """Return what the encoders of a stage read of a prompt, in as many chunks each; `known` is read once."""
+        texts = []
+        for encoder, text in zip(stage.text_encoders, (prompt.text, prompt.text_2), strict=False):
+            key = (encoder, text, prompt.clip_skip)
+            if key not in known:
+                known[key] = self._text(*key, weighted=weighted)
+            texts.append(known[key])
+        return [text.padded(max(len(each.chunks) for each in texts)) for text in texts]
+
+    def _text(self, encoder: TextEncoder, text: str, clip_skip: int, *, weighted: bool) -> _Text:
+        tokenizer = self._tokenizer(encoder.tokenizer)
+        (empty,) = chunked([], tokenizer.spec, tokenizer.pieces)
+        if weighted:
+            # To the second encoder's own, "!" is padding wherever it stands.
+            words = self._tokenizer(self._pool.bundle.manifest.base.text_encoders[0].tokenizer)
+            chunks = _weighted_chunks(text, tokenizer.spec, words)
+        else:
+            _warn_of_cut(encoder.component, text, tokenizer)
+            chunks = [Chunk(tokenizer.ids(text), empty.weights)]
+        return _Text(encoder.component, clip_skip, tuple(chunks), empty)
+
+    def _tokenizer(self, name: str) -> PromptTokenizer:
+        if name not in self._tokenizers:
+            self._tokenizers[name] = PromptTokenizer(self._pool.bundle, name)
+        return self._tokenizers[name]
+
+    def _check_range(self, stage: Stage, texts: Sequence[_Text], embeds: PromptEmbeds) -> None:
+        """Raise UsageError for weights that take a prompt beyond what the stage's UNet is given it in."""
+        heaviest = max((text.heaviest for text in texts), key=abs)
+        dtype = np.dtype(numpy_dtype(self._pool.bundle.manifest.components[stage.unet].input("encoder_hidden_states")))
+        if heaviest != 1.0 and not np.abs(embeds.hidden).max() <= np.finfo(dtype).max:
+            raise UsageError(f"a weight of {heaviest:g} in the prompt takes it beyond what the {dtype.name} UNet holds;"
+                             " choose one nearer to 1")  # fmt: skip
+
+    def _run_all(self, rows: Iterable[_Row], following: str) -> dict[_Row, PromptEmbeds]:
+        by_component: dict[str, list[_Row]] = {}
+        for row in rows:
+            by_component.setdefault(row.component, []).append(row)
+        done: dict[_Row, PromptEmbeds] = {}
+        nexts = [*list(by_component)[1:], following]
+        for (component, distinct), upcoming in zip(by_component.items(), nexts, strict=True):
+            (engine,) = self._pool.phase(component, then=(upcoming,))
+            for start in range(0, len(distinct), MAX_ROWS_OF_PROMPTS):
+                done |= _run(engine, distinct[start : start + MAX_ROWS_OF_PROMPTS])
+        return done
+
+
+def _check_as_comfyui(stage: Stage, manifest: Manifest) -> None:
+    """Raise UsageError for encoders of which ComfyUI makes something else.
+
+    Its chunks are as long as an encoder has positions (comfy/text_encoders/long_clipl.py), whatever the tokenizer says;
+    its pooled prompt is the second encoder's.
+    """
+    for encoder in stage.text_encoders:
+        length = manifest.tokenizers[encoder.tokenizer].max_length
+        positions = manifest.components[encoder.component].config.get("max_position_embeddings", length)
+        if positions != length:
+            raise UsageError(f"--compat comfyui: {encoder.component} reads {length} tokens here, and {positions} in"
+                             " ComfyUI; use --compat diffusers, or export it with a tokenizer whose model_max_length is"
+                             f" {positions}")  # fmt: skip
+    if not stage.text_encoders[-1].pooled:
+        raise UsageError("--compat comfyui: this bundle takes the pooled prompt from its first encoder, as diffusers"
+                         " does, and ComfyUI from its second; use --compat diffusers")  # fmt: skip
+
+
+def _weighted_chunks(text: str, frame: Tokenizer, words: PromptTokenizer) -> list[Chunk]:
+    segments, _ = without_embeddings(parse_weights(text))
+    for weight in (segment.weight for segment in segments):
+        if not abs(weight) <= MAX_WEIGHT:  # nor is nan
+            raise UsageError(f"a weight of {weight:g} in the prompt; choose {-MAX_WEIGHT:g} to {MAX_WEIGHT:g}")
+    chunks = chunked(segments, frame, words.pieces)
+    if len(chunks) > MAX_CHUNKS:
+        raise UsageError(f"a prompt takes {len(chunks)} chunks of {frame.max_length} tokens; shorten it to"
+                         f" {MAX_CHUNKS}")  # fmt: skip
+    return chunks
+
+
+def _warn_of_embeddings(wanted: Sequence[tuple[Stage, Prompt]]) -> None:
+    """Warn of each embedding that the prompts name, once."""
+    read = dict.fromkeys(
+        text
+        for stage, prompt in wanted
+        for _, text in zip(stage.text_encoders, (prompt.text, prompt.text_2), strict=False)
+    )
+    for name in dict.fromkeys(name for text in read for name in without_embeddings(parse_weights(text))[1]):
+        log.warning("embedding:%s is left out: embeddings are not read; write what it stands for", name[:CUT_SHOWN])
+
+
+def _warn_of_cut(component: str, text: str, tokenizer: PromptTokenizer) -> None:
+    if cut := tokenizer.cut_off(text):
+        length = tokenizer.spec.max_length
+        log.warning("%s: a prompt is longer than %d tokens; this is not read: %s", component, length, cut[:CUT_SHOWN])
+
+
+def _run(engine: Engine, rows: Sequence[_Row]) -> dict[_Row, PromptEmbeds]:
+    outputs = [spec.name for spec in engine.component.outputs]
+    states = [name for name in outputs if name.startswith("hidden_states.")]
+    state_of = {row: states[PENULTIMATE - row.clip_skip] for row in rows}
+    pooled = [name for name in outputs if name == "text_embeds"]
+    ids = np.array([row.ids for row in rows], dtype=np.int64)
+    result = engine.infer({"input_ids": ids}, [*dict.fromkeys(state_of.values()), *pooled])
+    vectors = result["text_embeds"].astype(np.float32) if pooled else np.zeros((len(ids), 0), np.float32)
+    return {
+        row: PromptEmbeds(result[state][index].astype(np.float32), vectors[index])
+        for index, (row, state) in enumerate(state_of.items())
+    }
+
+
+def _join(encoders: Sequence[TextEncoder], parts: Sequence[PromptEmbeds]) -> PromptEmbeds:
+    pooled = next(part.pooled for encoder, part in zip(encoders, parts, strict=True) if encoder.pooled)
+    return PromptEmbeds(np.concatenate([part.hidden for part in parts], axis=-1), pooled)

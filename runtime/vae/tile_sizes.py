@@ -1,0 +1,45 @@
+"""The tile size that a decoder or encoder is run with."""
+
+__all__ = ["Size", "Span", "choose_tile", "component_sizes", "decoder_sizes"]
+
+
+import math
+from collections.abc import Sequence
+
+from sdxl_trt.engines.plans.sizes import TILE
+from sdxl_trt.engines.residency.pool import EnginePool
+
+Size = tuple[int, int]
+Span = tuple[Size, Size]
+
+
+def decoder_sizes(pool: EnginePool, decoder: str) -> list[Span] | None:
+    """Return (smallest, largest) latents of every profile of component `decoder`; None where any size goes."""
+    return component_sizes(pool, decoder, "latent_sample")
+
+
+def component_sizes(pool: EnginePool, name: str, sample: str) -> list[Span] | None:
+    """Return (smallest, largest) height and width of the input `sample` of every profile; None where any size goes."""
+    shapes = [profile.shapes[sample] for profile in pool.profiles(name)]
+    return [((low[2], low[3]), (high[2], high[3])) for low, _, high in shapes] or None
+
+
+def choose_tile(latents: Size, takes: Sequence[Span] | None, factor: int, *, tiled: bool) -> Size | None:
+    """Return the tile (height, width) to decode `latents` of this size in, or None for the whole at once.
+
+    `takes` are the (smallest, largest) sizes that the decoder has profiles for, None where it takes any; `tiled` asks
+    for tiles of TILE pixels where a larger picture would do. All sizes are latents, of `factor` pixels each. Where no
+    profile fits into the latents the smallest is tried, for its engine to say what it takes.
+    """
+    spans = takes or [((1, 1), latents)]
+    wanted = (TILE // factor, TILE // factor) if tiled else latents
+    tiles = [tuple(_within(axes) for axes in zip(latents, wanted, *span, strict=True)) for span in spans]
+    fitting = [(high, wide) for high, wide in tiles if high <= latents[0] and wide <= latents[1]]
+    asked = [tile for tile in fitting if tile[0] <= wanted[0] and tile[1] <= wanted[1]]
+    best = max(asked or fitting, key=math.prod, default=min(tiles, key=math.prod))
+    return None if best == latents else (best[0], best[1])
+
+
+def _within(axis: tuple[int, int, int, int]) -> int:
+    size, wanted, least, most = axis
+    return min(max(min(size, wanted), least), most)
