@@ -57,8 +57,8 @@ def published_graphs(size: str = "sdxl", names: Collection[str] = ()) -> Iterato
 
     `size` is one of `architectures.SIZES`. Needs the exporter's libraries.
     """
-    from sdxl_trt.export.graphs import make_graph  # noqa: PLC0415 - seconds to import
-    from sdxl_trt.export.models import build_model  # noqa: PLC0415
+    from sdxl_trt.export.graph.models import build_model  # noqa: PLC0415
+    from sdxl_trt.export.graph.signatures import make_graph  # noqa: PLC0415 - seconds to import
 
     for each in (graph for graph in GRAPHS if not names or graph.name in names):
         configs = architecture(size, each.role)
@@ -72,8 +72,8 @@ def write_graph(model: Any, graph: Any, precision: str, path: Path) -> None:
     """Trace a `graph` of `published_graphs`, simplify it as an export does, and write it to `path` without weights."""
     import onnx_ir as ir  # noqa: PLC0415 - the exporter's
 
-    from sdxl_trt.export.passes import simplify  # noqa: PLC0415
-    from sdxl_trt.export.to_onnx import trace  # noqa: PLC0415
+    from sdxl_trt.export.graph.passes import simplify  # noqa: PLC0415
+    from sdxl_trt.export.graph.trace import trace  # noqa: PLC0415
 
     traced = trace(graph, precision, OPSET)
     for name, value in traced.graph.initializers.items():

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from sdxl_trt.benchmarks.reports import Settings
 from sdxl_trt.benchmarks.traces import Case, Trace
-from sdxl_trt.export.configs import PUBLISHED
 from sdxl_trt.export.exporter import MINI
-from sdxl_trt.export.sources import PipelineSource, Role, open_source
-from sdxl_trt.export.tokenizers import tokenizer_files
+from sdxl_trt.export.sources.configs import PUBLISHED
+from sdxl_trt.export.sources.source import PipelineSource, Role, open_source
+from sdxl_trt.export.sources.tokenizers import tokenizer_files
 
 Floats = NDArray[np.float32]
 Model = str | Path

@@ -11,16 +11,17 @@ from typing import Any, Literal, cast, get_args
 
 from sdxl_trt.engines.bundle.manifest import Kind, Precision
 from sdxl_trt.engines.errors import SourceError, UsageError
-from sdxl_trt.export.graphs import PROMPT_TOKENS, context_width, make_graph
-from sdxl_trt.export.lora import ScaledLora, check_fits, fuse
-from sdxl_trt.export.lora_names import COMPONENTS as LORA_COMPONENTS
-from sdxl_trt.export.lora_names import Component as LoraComponent
-from sdxl_trt.export.lora_option import LoraOption
-from sdxl_trt.export.models import MetaModel, build_model
-from sdxl_trt.export.sources import ModelSource, PipelineSource
-from sdxl_trt.export.tensors import Checkpoint, digest_tensors, resolve_names
+from sdxl_trt.engines.plans.sizes import TOKENS
+from sdxl_trt.export.checkpoints.checkpoint import Checkpoint, digest_tensors, resolve_names
+from sdxl_trt.export.graph.models import MetaModel, build_model
+from sdxl_trt.export.graph.signatures import context_width, make_graph
+from sdxl_trt.export.lora.fuse import ScaledLora, check_fits, fuse
+from sdxl_trt.export.lora.names import COMPONENTS as LORA_COMPONENTS
+from sdxl_trt.export.lora.names import Component as LoraComponent
+from sdxl_trt.export.lora.option import LoraOption
+from sdxl_trt.export.sources.source import ModelSource, PipelineSource
+from sdxl_trt.export.sources.tokenizers import LoadedTokenizer
 from sdxl_trt.export.text_encoders import find_pooled, open_tokenizers, tokenizer_role, without_idle_projection
-from sdxl_trt.export.tokenizers import LoadedTokenizer
 
 # What the host reads from the manifest, and what says nothing about the function of a graph.
 _HOST_ONLY = {
@@ -87,7 +88,7 @@ class ComponentPlan:
     precision: Precision
     time_ids: int = 0
     pooled: int = 0
-    tokens: int = PROMPT_TOKENS
+    tokens: int = TOKENS
     """How many ids a text encoder reads at once."""
 
     def tensor_names(self) -> list[str]:
@@ -109,7 +110,7 @@ class ComponentPlan:
         """Return what decides the graph apart from the weights: class, precision, resolved config, unusual lengths."""
         config = {k: v for k, v in self.model.config.items() if k not in _HOST_ONLY and not k.startswith("_")}
         # The usual length goes unsaid, so that what older versions exported keeps its key.
-        tokens = () if self.tokens == PROMPT_TOKENS else (self.tokens,)
+        tokens = () if self.tokens == TOKENS else (self.tokens,)
         return (
             self.kind,
             self.source.class_name,

@@ -16,22 +16,22 @@ from sdxl_trt.engines.bundle.digests import verify_file
 from sdxl_trt.engines.bundle.manifest import FORMAT_NAME, FORMAT_VERSION, Component, Manifest
 from sdxl_trt.engines.errors import IncompatibleError, SdxlTrtError, UsageError
 from sdxl_trt.engines.plans.files import PLANS
-from sdxl_trt.export.budget import Needs, measure
 from sdxl_trt.export.components import Options, StagePlan, plan_components
-from sdxl_trt.export.conversion import RECORD_FILE, convert
-from sdxl_trt.export.jobs import Job, plan_jobs
-from sdxl_trt.export.lora import REFINER_NOTE, ScaledLora
-from sdxl_trt.export.lora_file import open_lora
-from sdxl_trt.export.lora_option import LoraOption
-from sdxl_trt.export.manifests import stage_record, write_tokenizers
-from sdxl_trt.export.optimum_layout import write_optimum
+from sdxl_trt.export.convert import RECORD_FILE, convert
+from sdxl_trt.export.lora.file import open_lora
+from sdxl_trt.export.lora.fuse import REFINER_NOTE, ScaledLora
+from sdxl_trt.export.lora.option import LoraOption
+from sdxl_trt.export.optimum.layout import write_optimum
+from sdxl_trt.export.output.budget import Needs, measure
+from sdxl_trt.export.output.jobs import Job, plan_jobs
+from sdxl_trt.export.output.reuse import previous_bundle, take_over, take_over_plans
+from sdxl_trt.export.output.stages import stage_record, write_tokenizers
+from sdxl_trt.export.output.staging import check_target, exclusive, publish, resumable
 from sdxl_trt.export.progress import Progress, Report
-from sdxl_trt.export.report import VERIFY_FILE
-from sdxl_trt.export.sources import PipelineSource, Role, open_source, open_vae, with_vae
-from sdxl_trt.export.staging import check_target, exclusive, publish, resumable
-from sdxl_trt.export.unchanged import previous_bundle, take_over, take_over_plans
-from sdxl_trt.export.unets import open_unet, with_unet
-from sdxl_trt.export.verify import verify_bundle
+from sdxl_trt.export.sources.source import PipelineSource, Role, open_source, open_vae, with_vae
+from sdxl_trt.export.sources.unets import open_unet, with_unet
+from sdxl_trt.export.verify.report import VERIFY_FILE
+from sdxl_trt.export.verify.verify import verify_bundle
 
 log = logging.getLogger("sdxl_trt.export")
 MINI = "mini"

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from sdxl_trt.engines.errors import SourceError
-from sdxl_trt.export.models import MetaModel, build_model
-from sdxl_trt.export.sources import PipelineSource
-from sdxl_trt.export.tokenizers import LoadedTokenizer, load_tokenizer
+from sdxl_trt.export.graph.models import MetaModel, build_model
+from sdxl_trt.export.sources.source import PipelineSource
+from sdxl_trt.export.sources.tokenizers import LoadedTokenizer, load_tokenizer
 
 Warn = Callable[[str], None]
 FIRST, SECOND = "text_encoder", "text_encoder_2"

@@ -285,7 +285,7 @@ def convert_once(tmp_path_factory: pytest.TempPathFactory) -> Convert:
     def convert(name: str, plan: Any, key: str, root: Path, *rest: Any) -> Any:
         import msgspec
 
-        from sdxl_trt.export import conversion
+        from sdxl_trt.export import convert as conversion
 
         def make(folder: Path) -> None:
             conversion.convert(name, plan, key, root, *rest)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdxl_trt.export.cli import main as export_engines
+from sdxl_trt.export.cli.export import main as export_engines
 from sdxl_trt.runtime.cli.generate import main as trt_generate
 
 FAST = ["--steps", "4", "--handoff", "0.5", "--width", "32", "--height", "32"]

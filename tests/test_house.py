@@ -126,6 +126,6 @@ def test_engines_and_runtime_import_without_torch() -> None:
 
 
 def test_a_module_that_needs_torch_would_be_found() -> None:
-    done = _import_blocked(["sdxl_trt.export.tensors"])
+    done = _import_blocked(["sdxl_trt.export.checkpoints.checkpoint"])
     assert done.returncode == 1
     assert "torch" in done.stderr

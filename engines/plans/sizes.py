@@ -33,7 +33,7 @@ from sdxl_trt.engines.errors import (
 # fp32 and mixed decoders take a picture in tiles of this many pixels: a whole one needs gigabytes of activations.
 TILE = 512
 TOKENS = 77
-"""How many tokens SDXL's own encoders read at once."""
+"""How many tokens SDXL's own encoders read at once; a Long-CLIP encoder reads 248."""
 MAX_ROWS_OF_PROMPTS = 8
 """A text encoder's activations are small: several prompts share a call."""
 

@@ -99,7 +99,7 @@ def test_base_and_refiner_share_what_the_published_pair_shares(write: Write) -> 
 
 
 def test_the_sizes_are_what_their_names_say() -> None:
-    from sdxl_trt.export.models import build_model
+    from sdxl_trt.export.graph.models import build_model
 
     published = {"base": 2_567_463_684, "refiner": 2_259_526_660}
     for role, parameters in published.items():

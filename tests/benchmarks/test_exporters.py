@@ -29,7 +29,7 @@ def test_what_was_exported_is_checked(
         _save(tmp_path / "out/unet", operator)
         return 0
 
-    monkeypatch.setattr("sdxl_trt.export.cli.main", export)
+    monkeypatch.setattr("sdxl_trt.export.cli.export.main", export)
     arguments = ["--base", "a folder", "--components", "unet", "--out", str(tmp_path / "out")]
     if sound:
         assert main(["ours", *arguments]) == 0
@@ -41,6 +41,6 @@ def test_what_was_exported_is_checked(
 
 
 def test_a_failed_export_is_not_checked(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("sdxl_trt.export.cli.main", lambda _: 5)
+    monkeypatch.setattr("sdxl_trt.export.cli.export.main", lambda _: 5)
     assert main(["ours", "--out", "nowhere"]) == 5
     assert capsys.readouterr().out == ""

@@ -16,8 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from sdxl_trt.benchmarks.flops import Counts, component_shapes, count_component, count_graph, count_model
 from sdxl_trt.engines.bundle.bundle import Bundle, read_bundle
 from sdxl_trt.engines.errors import CorruptError, IncompatibleError, SizeError, UsageError
-from sdxl_trt.export.graphs import make_graph
-from sdxl_trt.export.models import build_model
+from sdxl_trt.export.graph.models import build_model
+from sdxl_trt.export.graph.signatures import make_graph
 from sdxl_trt.mini.embedded import bundle_path
 
 SIZE = {"rows": 2, "height": 64, "width": 96, "tokens": 154}

@@ -10,7 +10,7 @@ import pytest
 
 from sdxl_trt.engines.errors import UsageError
 from sdxl_trt.engines.host.files import exclusive, sibling
-from sdxl_trt.export.cli import main as export_engines
+from sdxl_trt.export.cli.export import main as export_engines
 
 WITHOUT_LOCKS = [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS]
 

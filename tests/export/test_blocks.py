@@ -10,10 +10,10 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-from sdxl_trt.export.blocks import DOMAIN, fingerprint, hollowed
-from sdxl_trt.export.graphs import make_graph
-from sdxl_trt.export.models import build_model
-from sdxl_trt.export.to_onnx import trace
+from sdxl_trt.export.graph.blocks import DOMAIN, fingerprint, hollowed
+from sdxl_trt.export.graph.models import build_model
+from sdxl_trt.export.graph.signatures import make_graph
+from sdxl_trt.export.graph.trace import trace
 
 UNET = {
     "addition_embed_type": "text_time", "addition_time_embed_dim": 8, "norm_num_groups": 4, "cross_attention_dim": 20,

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from sdxl_trt.engines.backends.ort.engine import OrtEngine
 from sdxl_trt.engines.bundle.bundle import Bundle, read_bundle
 from sdxl_trt.engines.engine import numpy_dtype
-from sdxl_trt.export.cpu_graph import for_cpu
+from sdxl_trt.export.graph.cpu_graph import for_cpu
 
 Arrays = dict[str, np.ndarray]
 WIDTH, HEADS = 8, 2

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sdxl_trt.engines.bundle.manifest import Edm, Scheduler
-from sdxl_trt.export.euler import Euler
+from sdxl_trt.export.verify.euler import Euler
 
 TIMES = [999.0, 751.3, 500.0, 250.25, 149.0, 50.3]
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sdxl_trt.export.figures import EXCESS, excess, limits_of, measure
+from sdxl_trt.export.verify.metrics import EXCESS, excess, limits_of, measure
 
 
 def test_figures_of_a_known_error(rng: np.random.Generator) -> None:

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
 
 from sdxl_trt.engines.errors import CorruptError, SdxlTrtError, SourceError
-from sdxl_trt.export.quantization import read_quantization, unquantized
-from sdxl_trt.export.tensors import Checkpoint, digest_tensors, open_checkpoint, resolve_names
+from sdxl_trt.export.checkpoints.checkpoint import Checkpoint, digest_tensors, open_checkpoint, resolve_names
+from sdxl_trt.export.checkpoints.quantization import read_quantization, unquantized
 
 State = dict[str, torch.Tensor]
 Resolve = Callable[..., Checkpoint]

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from sdxl_trt.engines.errors import SourceError
-from sdxl_trt.export.graphs import make_graph
-from sdxl_trt.export.models import build_model, published_name
-from sdxl_trt.export.passes import simplify
-from sdxl_trt.export.tensors import Checkpoint, TensorInfo
-from sdxl_trt.export.to_onnx import trace
-from sdxl_trt.export.weights import write_weights
+from sdxl_trt.export.checkpoints.checkpoint import Checkpoint, TensorInfo
+from sdxl_trt.export.graph.models import build_model, published_name
+from sdxl_trt.export.graph.passes import simplify
+from sdxl_trt.export.graph.signatures import make_graph
+from sdxl_trt.export.graph.trace import trace
+from sdxl_trt.export.graph.weights import write_weights
 
 POOLED, IDS = 24, 6
 COMMON = {

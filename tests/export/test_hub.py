@@ -17,10 +17,10 @@ from huggingface_hub import constants, errors
 from safetensors.torch import save
 
 from sdxl_trt.engines.errors import ResourceError, SdxlTrtError, SourceError, UsageError
-from sdxl_trt.export import hub
-from sdxl_trt.export.hub import HubId, fetch_pipeline, fetch_vae, parse_hub_id
-from sdxl_trt.export.sources import BASE_CLASS, open_source, open_vae
-from sdxl_trt.export.unets import open_unet
+from sdxl_trt.export.sources import hub
+from sdxl_trt.export.sources.hub import HubId, fetch_pipeline, fetch_vae, parse_hub_id
+from sdxl_trt.export.sources.source import BASE_CLASS, open_source, open_vae
+from sdxl_trt.export.sources.unets import open_unet
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPO = "someone/tiny-xl"
@@ -202,7 +202,9 @@ def test_a_repository_of_one_file_says_what_to_do(cache: Callable[..., Path]) ->
 
 def test_the_environment_is_honoured(cache: Callable[..., Path], tmp_path: Path) -> None:
     cache(_files(""))
-    code = f"from sdxl_trt.export.hub import HubId, fetch_vae; print(fetch_vae(HubId({REPO!r}), half=False).name)"
+    code = (
+        f"from sdxl_trt.export.sources.hub import HubId, fetch_vae; print(fetch_vae(HubId({REPO!r}), half=False).name)"
+    )
     environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.stdout == f"{REPO}@{COMMIT}\n", done.stderr

@@ -9,9 +9,9 @@ from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, con
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdxl_trt.export.configs import PUBLISHED
-from sdxl_trt.export.ldm import open_clip_prefixes, unet_prefixes, vae_prefixes
-from sdxl_trt.export.models import build_model
+from sdxl_trt.export.checkpoints.ldm import open_clip_prefixes, unet_prefixes, vae_prefixes
+from sdxl_trt.export.graph.models import build_model
+from sdxl_trt.export.sources.configs import PUBLISHED
 
 TINY = {
     "sample_size": 8, "addition_embed_type": "text_time", "addition_time_embed_dim": 4, "norm_num_groups": 4,

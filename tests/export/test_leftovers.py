@@ -11,10 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sdxl_trt.engines.errors import SdxlTrtError, SourceError
-from sdxl_trt.export.leftovers import known_extra, left_out
-from sdxl_trt.export.models import build_model
-from sdxl_trt.export.single_file import SingleFile
-from sdxl_trt.export.tensors import Checkpoint, TensorInfo, resolve_names
+from sdxl_trt.export.checkpoints.checkpoint import Checkpoint, TensorInfo, resolve_names
+from sdxl_trt.export.checkpoints.leftovers import known_extra, left_out
+from sdxl_trt.export.graph.models import build_model
+from sdxl_trt.export.sources.single_file import SingleFile
 
 COMPONENTS = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel",
               "text_encoder_2": "CLIPTextModelWithProjection"}  # fmt: skip

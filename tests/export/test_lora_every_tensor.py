@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from sdxl_trt.engines.errors import CorruptError, SdxlTrtError
-from sdxl_trt.export.ldm import unet_prefixes
-from sdxl_trt.export.lora import check_fits, fuse
-from sdxl_trt.export.lora_file import Lora, open_lora
-from sdxl_trt.export.lora_names import COMPONENTS, Component
-from sdxl_trt.export.tensors import Checkpoint, open_file
+from sdxl_trt.export.checkpoints.checkpoint import Checkpoint, open_file
+from sdxl_trt.export.checkpoints.ldm import unet_prefixes
+from sdxl_trt.export.lora.file import Lora, open_lora
+from sdxl_trt.export.lora.fuse import check_fits, fuse
+from sdxl_trt.export.lora.names import COMPONENTS, Component
 
 CONFIG: dict[str, Any] = {
     "block_out_channels": [16, 32], "layers_per_block": 1, "transformer_layers_per_block": 1,

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from sdxl_trt.engines.errors import CorruptError, SdxlTrtError, SourceError, UsageError
-from sdxl_trt.export.lora_file import Lora, open_lora
-from sdxl_trt.export.lora_kinds import Branch
-from sdxl_trt.export.lora_names import place_module, split_key
+from sdxl_trt.export.lora.file import Lora, open_lora
+from sdxl_trt.export.lora.kinds import Branch
+from sdxl_trt.export.lora.names import place_module, split_key
 
 MODULE = "mid_block.attentions.0.proj_in"
 KOHYA = "lora_unet_mid_block_attentions_0_proj_in"

@@ -13,9 +13,9 @@ from diffusers.utils.state_dict_utils import (
     convert_unet_state_dict_to_peft,
 )
 
-from sdxl_trt.export.ldm import unet_prefixes
-from sdxl_trt.export.lora_names import Component, foreign_format, module_spellings, place_module, split_key
-from sdxl_trt.export.models import MetaModel, build_model
+from sdxl_trt.export.checkpoints.ldm import unet_prefixes
+from sdxl_trt.export.graph.models import MetaModel, build_model
+from sdxl_trt.export.lora.names import Component, foreign_format, module_spellings, place_module, split_key
 
 # The published outline of SDXL base; diffusers' converter knows no other.
 UNET = {

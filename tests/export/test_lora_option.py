@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from sdxl_trt.engines.bundle.manifest import LoraRecord
 from sdxl_trt.engines.errors import UsageError
 from sdxl_trt.export.components import Options
-from sdxl_trt.export.lora import ScaledLora
-from sdxl_trt.export.lora_file import Lora
-from sdxl_trt.export.lora_kinds import Branch
-from sdxl_trt.export.lora_names import COMPONENTS, Component, Place
-from sdxl_trt.export.lora_option import LoraOption, parse_lora_option
+from sdxl_trt.export.lora.file import Lora
+from sdxl_trt.export.lora.fuse import ScaledLora
+from sdxl_trt.export.lora.kinds import Branch
+from sdxl_trt.export.lora.names import COMPONENTS, Component, Place
+from sdxl_trt.export.lora.option import LoraOption, parse_lora_option
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,9 @@ from sdxl_trt.engines.bundle.bundle import read_bundle
 from sdxl_trt.engines.bundle.manifest import Manifest, Tokenizer
 from sdxl_trt.engines.bundle.records import FileRecord
 from sdxl_trt.engines.errors import CorruptError
-from sdxl_trt.export.optimum_configs import component_config, model_index, scheduler_config, tokenizer_files
-from sdxl_trt.export.sources import BASE_CLASS, open_pipeline
-from sdxl_trt.export.tokenizers import LoadedTokenizer, load_tokenizer
+from sdxl_trt.export.optimum.configs import component_config, model_index, scheduler_config, tokenizer_files
+from sdxl_trt.export.sources.source import BASE_CLASS, open_pipeline
+from sdxl_trt.export.sources.tokenizers import LoadedTokenizer, load_tokenizer
 
 PROMPTS = ["a red fox in the snow", "", "Blurry, BLUE  star!", "naïve café 雪 <|endoftext|> fox", "a " * 90]
 

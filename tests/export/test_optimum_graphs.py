@@ -14,7 +14,7 @@ import pytest
 from sdxl_trt.engines.bundle.bundle import Bundle, read_bundle
 from sdxl_trt.engines.errors import CorruptError
 from sdxl_trt.export import Options, export_bundle
-from sdxl_trt.export.optimum_graphs import wrap
+from sdxl_trt.export.optimum.graphs import wrap
 from sdxl_trt.mini.embedded import bundle_path
 
 DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}

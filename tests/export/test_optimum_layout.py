@@ -14,8 +14,8 @@ import pytest
 
 from sdxl_trt.engines.bundle.bundle import Bundle, read_bundle
 from sdxl_trt.engines.errors import CorruptError, IncompatibleError, ResourceError, SdxlTrtError, UsageError
-from sdxl_trt.export.optimum_layout import write_optimum
-from sdxl_trt.export.sources import BASE_CLASS, REFINER_CLASS, PipelineSource, open_pipeline
+from sdxl_trt.export.optimum.layout import write_optimum
+from sdxl_trt.export.sources.source import BASE_CLASS, REFINER_CLASS, PipelineSource, open_pipeline
 
 MODELS = {"unet", "vae_decoder", "vae_encoder", "text_encoder_2"}
 COPY = os.copy_file_range

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdxl_trt.engines.errors import SourceError
-from sdxl_trt.export.configs import PUBLISHED
-from sdxl_trt.export.ldm import unet_prefixes
-from sdxl_trt.export.outlines import Outline, config_of, read_outline
+from sdxl_trt.export.checkpoints.ldm import unet_prefixes
+from sdxl_trt.export.sources.configs import PUBLISHED
+from sdxl_trt.export.sources.outlines import Outline, config_of, read_outline
 
 SDXL: dict[str, Any] = json.loads((PUBLISHED / "base" / "unet" / "config.json").read_bytes())
 REFINER: dict[str, Any] = json.loads((PUBLISHED / "refiner" / "unet" / "config.json").read_bytes())

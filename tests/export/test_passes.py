@@ -9,7 +9,7 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from sdxl_trt.export.passes import simplify
+from sdxl_trt.export.graph.passes import simplify
 
 Arrays = dict[str, np.ndarray]
 Nodes = list[tuple[str, list[str], list[str], dict[str, object]]]

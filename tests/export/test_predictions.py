@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sdxl_trt.export.predictions import said_schedule
-from sdxl_trt.export.sources import open_checkpoint_file
+from sdxl_trt.export.sources.predictions import said_schedule
+from sdxl_trt.export.sources.source import open_checkpoint_file
 
 V = {"prediction_type": "v_prediction"}
 ZERO = {"rescale_betas_zero_snr": True}

@@ -11,7 +11,7 @@ from sdxl_trt.engines.bundle.bundle import Bundle, read_bundle
 from sdxl_trt.engines.errors import CorruptError, IncompatibleError, ResourceError, SdxlTrtError, UsageError
 from sdxl_trt.export import Options, export_bundle, exporter
 from sdxl_trt.export.exporter import plan_export
-from sdxl_trt.export.staging import exclusive, partial_folder
+from sdxl_trt.export.output.staging import exclusive, partial_folder
 
 ENCODERS = frozenset({"text_encoder", "text_encoder_2"})
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("converted_once")]
@@ -170,12 +170,12 @@ def test_disk_and_memory_are_checked_first(base: Path, tmp_path: Path, monkeypat
     parts = plan_export(base, None, out, Options("fp32", components=ENCODERS)).needs
     assert 0 < parts.disk < needs.disk
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr("sdxl_trt.export.budget._free", lambda out: needs.disk - 1)
+    monkeypatch.setattr("sdxl_trt.export.output.budget._free", lambda out: needs.disk - 1)
     with pytest.raises(ResourceError, match="of disk") as caught:
         export_bundle(base, None, out, Options("fp32"))
     assert caught.value.exit_code == 5
-    monkeypatch.setattr("sdxl_trt.export.budget._free", lambda out: None)
-    monkeypatch.setattr("sdxl_trt.export.budget.available_host_memory", lambda: 1 << 20)
+    monkeypatch.setattr("sdxl_trt.export.output.budget._free", lambda out: None)
+    monkeypatch.setattr("sdxl_trt.export.output.budget.available_host_memory", lambda: 1 << 20)
     with pytest.raises(ResourceError, match="of memory"):
         export_bundle(base, None, out, Options("fp32"))
     assert list(tmp_path.iterdir()) == []

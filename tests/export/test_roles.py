@@ -10,7 +10,7 @@ import pytest
 
 from sdxl_trt.engines.errors import SourceError
 from sdxl_trt.export.components import Options, plan_components, time_id_names
-from sdxl_trt.export.sources import BASE_CLASS, REFINER_CLASS, open_source
+from sdxl_trt.export.sources.source import BASE_CLASS, REFINER_CLASS, open_source
 
 Copy = Callable[..., Path]
 

@@ -16,8 +16,8 @@ from diffusers import schedulers
 from sdxl_trt.engines.bundle.manifest import Scheduler, TensorSpec
 from sdxl_trt.engines.engine import Array
 from sdxl_trt.engines.errors import CorruptError, SourceError
-from sdxl_trt.export.scheduler_classes import CLASSES, FLOW
-from sdxl_trt.export.scheduler_config import read_scheduler
+from sdxl_trt.export.sources.scheduler_classes import CLASSES, FLOW
+from sdxl_trt.export.sources.scheduler_config import read_scheduler
 from sdxl_trt.runtime.diffusion.conditioning import Conditions
 from sdxl_trt.runtime.diffusion.denoiser import Denoiser
 from sdxl_trt.runtime.diffusion.samplers.registry import bind_sampler, sampler_names

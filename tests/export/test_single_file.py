@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sdxl_trt.engines.errors import SourceError
+from sdxl_trt.export.checkpoints.checkpoint import TensorInfo, digest_tensors, resolve_names
 from sdxl_trt.export.components import Options, plan_components
-from sdxl_trt.export.configs import PUBLISHED
-from sdxl_trt.export.models import build_model
-from sdxl_trt.export.single_file import SingleFile
-from sdxl_trt.export.sources import (
+from sdxl_trt.export.graph.models import build_model
+from sdxl_trt.export.sources.configs import PUBLISHED
+from sdxl_trt.export.sources.single_file import SingleFile
+from sdxl_trt.export.sources.source import (
     BASE_CLASS,
     REFINER_CLASS,
     PipelineSource,
@@ -24,8 +25,7 @@ from sdxl_trt.export.sources import (
     open_vae,
     with_vae,
 )
-from sdxl_trt.export.tensors import TensorInfo, digest_tensors, resolve_names
-from sdxl_trt.export.tokenizers import load_tokenizer, tokenizer_files
+from sdxl_trt.export.sources.tokenizers import load_tokenizer, tokenizer_files
 from sdxl_trt.mini.embedded import bundle_path
 
 State = dict[str, torch.Tensor]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from sdxl_trt.engines.errors import SdxlTrtError, UsageError
-from sdxl_trt.export.staging import OPTIMUM_FORMAT, check_target, publish, staging
+from sdxl_trt.export.output.staging import OPTIMUM_FORMAT, check_target, publish, staging
 
 
 def _ours(out: Path, content: object) -> Path:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from sdxl_trt.engines.errors import CorruptError, SourceError
-from sdxl_trt.export.tensors import Checkpoint, digest_tensors, open_checkpoint, resolve_names
+from sdxl_trt.export.checkpoints.checkpoint import Checkpoint, digest_tensors, open_checkpoint, resolve_names
 
 TENSORS = {"a.weight": torch.arange(6.0).reshape(2, 3), "b.bias": torch.ones(4, dtype=torch.float16)}
 STEM = "model"

@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import save_file
 
 from sdxl_trt.engines.errors import SourceError
-from sdxl_trt.export.cli import main
-from sdxl_trt.export.models import build_model
-from sdxl_trt.export.sources import BASE_CLASS, PipelineSource, open_pipeline, open_source, open_vae
-from sdxl_trt.export.tensors import digest_tensors, open_checkpoint, resolve_names
-from sdxl_trt.export.unets import open_unet, with_unet
+from sdxl_trt.export.checkpoints.checkpoint import digest_tensors, open_checkpoint, resolve_names
+from sdxl_trt.export.cli.export import main
+from sdxl_trt.export.graph.models import build_model
+from sdxl_trt.export.sources.source import BASE_CLASS, PipelineSource, open_pipeline, open_source, open_vae
+from sdxl_trt.export.sources.unets import open_unet, with_unet
 
 State = dict[str, torch.Tensor]
 

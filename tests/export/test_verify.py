@@ -13,9 +13,9 @@ import pytest
 from sdxl_trt.engines.bundle.bundle import read_bundle
 from sdxl_trt.engines.errors import CorruptError, VerificationError
 from sdxl_trt.export.components import ComponentPlan, Options, StagePlan, plan_components
-from sdxl_trt.export.report import Report
-from sdxl_trt.export.sources import BASE_CLASS, REFINER_CLASS, open_pipeline
-from sdxl_trt.export.verify import verify_bundle
+from sdxl_trt.export.sources.source import BASE_CLASS, REFINER_CLASS, open_pipeline
+from sdxl_trt.export.verify.report import Report
+from sdxl_trt.export.verify.verify import verify_bundle
 
 Plans = tuple[dict[str, ComponentPlan], dict[str, StagePlan]]
 TEXT = ("text_encoder", "text_encoder_2")

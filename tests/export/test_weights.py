@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from sdxl_trt.engines.errors import CorruptError, ResourceError
-from sdxl_trt.export.tensors import Checkpoint, TensorInfo, open_checkpoint, resolve_names
-from sdxl_trt.export.weights import WEIGHTS_FILE, WrittenWeights, write_weights
+from sdxl_trt.export.checkpoints.checkpoint import Checkpoint, TensorInfo, open_checkpoint, resolve_names
+from sdxl_trt.export.graph.weights import WEIGHTS_FILE, WrittenWeights, write_weights
 
 Tensors = dict[str, torch.Tensor]
 TYPES = {torch.float32: ir.DataType.FLOAT, torch.float16: ir.DataType.FLOAT16}
@@ -138,7 +138,7 @@ def test_a_full_disk_is_a_resource_error(write, monkeypatch: pytest.MonkeyPatch)
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("sdxl_trt.export.weights._Writer._write", full)
+    monkeypatch.setattr("sdxl_trt.export.graph.weights._Writer._write", full)
     with pytest.raises(ResourceError, match=rf"writing .*{WEIGHTS_FILE}"):
         write({"a": torch.ones(2)})
 

@@ -11,8 +11,8 @@ from conftest import SHAPES, make_pair
 
 from sdxl_trt.engines.bundle.bundle import read_bundle
 from sdxl_trt.export import Options, export_bundle
-from sdxl_trt.export.optimum_layout import write_optimum
-from sdxl_trt.export.sources import BASE_CLASS, REFINER_CLASS, open_pipeline
+from sdxl_trt.export.optimum.layout import write_optimum
+from sdxl_trt.export.sources.source import BASE_CLASS, REFINER_CLASS, open_pipeline
 from sdxl_trt.mini import materialize
 from sdxl_trt.mini.embedded import bundle_path
 

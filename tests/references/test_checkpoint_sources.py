@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from sdxl_trt.export import Options, export_bundle
 from sdxl_trt.export.components import plan_components
-from sdxl_trt.export.sources import open_source
+from sdxl_trt.export.sources.source import open_source
 from sdxl_trt.runtime import Request, open_bundle
 
 pytestmark = [
@@ -45,8 +45,8 @@ def base(pairs: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.Monkey
     """A copy of the outline pair's base, whose configs stand for the published ones."""
     root = tmp_path / "published" / "base"
     shutil.copytree(pairs("outline").base, root)
-    monkeypatch.setattr("sdxl_trt.export.sources.PUBLISHED", tmp_path / "published")
-    monkeypatch.setattr("sdxl_trt.export.unets.PUBLISHED", tmp_path / "published")
+    monkeypatch.setattr("sdxl_trt.export.sources.source.PUBLISHED", tmp_path / "published")
+    monkeypatch.setattr("sdxl_trt.export.sources.unets.PUBLISHED", tmp_path / "published")
     shutil.copytree(root, tmp_path / "base")
     return tmp_path / "base"
 
@@ -218,9 +218,9 @@ def test_the_published_outlines_are_as_large_as_is_published(name: str, parts: d
     """
     import math
 
-    from sdxl_trt.export.configs import PUBLISHED
-    from sdxl_trt.export.models import build_model
-    from sdxl_trt.export.outlines import SSD_1B, VEGA, config_of
+    from sdxl_trt.export.graph.models import build_model
+    from sdxl_trt.export.sources.configs import PUBLISHED
+    from sdxl_trt.export.sources.outlines import SSD_1B, VEGA, config_of
 
     sdxl = json.loads((PUBLISHED / "base" / "unet" / "config.json").read_bytes())
     config, called = config_of(sdxl, {"SSD-1B": SSD_1B, "Segmind-Vega": VEGA}[name], "x")

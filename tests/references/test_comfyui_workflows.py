@@ -32,7 +32,7 @@ WORKFLOWS = sorted(path.stem for path in (RECORDED / "workflows").glob("*.json")
 
 def _write_configs(root: Path, role: Role) -> None:
     """Write what a single file of this size does not hold: a diffusers folder without weights."""
-    from sdxl_trt.export.tokenizers import tokenizer_files
+    from sdxl_trt.export.sources.tokenizers import tokenizer_files
 
     shape = architecture("h6", role)
     files = {f"{model}/config.json": config for model, config in shape.models.items()}
@@ -60,7 +60,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory, digests: dict[str, str]) 
             digests[role] = hashlib.file_digest(file, "sha256").hexdigest()
         _write_configs(root / "configs" / role, role)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sdxl_trt.export.sources.PUBLISHED", root / "configs")
+        patch.setattr("sdxl_trt.export.sources.source.PUBLISHED", root / "configs")
         export_bundle(files["base"], files["refiner"], root / "bundle", Options(precision="fp32"))
     for path in files.values():
         path.unlink()

@@ -66,7 +66,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def bundle(sources: Path) -> Bundle:
     """Return a bundle with both tokenizers, written from the sources as the exporter writes them."""
-    from sdxl_trt.export.tokenizers import load_tokenizer
+    from sdxl_trt.export.sources.tokenizers import load_tokenizer
 
     records = {}
     for name in PADS:

@@ -15,7 +15,7 @@ from sdxl_trt.engines.bundle.bundle import Bundle, read_bundle
 from sdxl_trt.engines.bundle.digests import verify_file
 from sdxl_trt.engines.bundle.profile import fixed
 from sdxl_trt.engines.plans.files import read_plan
-from sdxl_trt.export.cli import main
+from sdxl_trt.export.cli.export import main
 
 pytestmark = pytest.mark.slow
 RTX = ("--engine", "tensorrt-rtx", "--json")
@@ -129,7 +129,7 @@ def test_an_export_of_the_same_keeps_the_plans(copied: Path, pairs: Callable[[st
 def test_a_plan_of_what_was_exported_anew_is_dropped(copied: Path, tmp_path: Path) -> None:
     import msgspec
 
-    from sdxl_trt.export.unchanged import take_over_plans
+    from sdxl_trt.export.output.reuse import take_over_plans
 
     bundle, before = read_bundle(copied), _plans(copied)
     components = dict(bundle.manifest.components)

@@ -1,0 +1,1 @@
+"""Weight files: their tensors, names, dtypes and quantization scales."""

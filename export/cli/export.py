@@ -1,0 +1,201 @@
+"""export-engines: parse, call, report; no logic."""
+
+__all__ = ["main"]
+
+import argparse
+import importlib.util
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from sdxl_trt.engines.errors import SdxlTrtError, UsageError
+from sdxl_trt.engines.host.console import Parser, Told, print_json, run
+from sdxl_trt.export.cli.options import PlanOptions, add_plan_options, plan_options
+
+EPILOG = """examples:
+  export-engines --fp16                                   the embedded pair, to ./sdxl-bundle
+  export-engines --base sd_xl_base_1.0.safetensors --refiner sd_xl_refiner_1.0.safetensors --out sdxl --verify
+  export-engines --base stabilityai/stable-diffusion-xl-base-1.0 --no-refiner --lora style.safetensors:0.8:0.5
+  export-engines --engine tensorrt --out sdxl             plans for the bundle that is there, on this GPU
+  export-engines --base my-fine-tune --no-refiner --vae madebyollin/sdxl-vae-fp16-fix --out mine --dry-run
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run export-engines and return its exit code."""
+    return run(_parser(), _export, argv)
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="export-engines",
+        description="Convert an SDXL base and refiner to a bundle of ONNX graphs that trt-generate runs without torch.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    source = parser.add_argument_group(
+        "sources (SRC: a diffusers folder, a .safetensors checkpoint, a hub id owner/name[@revision], or mini)"
+    )
+    source.add_argument("--base", metavar="SRC", help="the base (default: mini, the embedded pair)")
+    refiner = source.add_mutually_exclusive_group()
+    refiner.add_argument("--refiner", metavar="SRC", help="the refiner (with mini: mini)")
+    refiner.add_argument("--no-refiner", action="store_true", help="export the base alone")
+    source.add_argument("--unet", metavar="SRC", help="take another UNet for the base, SDXL-Lightning's for instance")
+    source.add_argument("--vae", metavar="SRC", help="take another autoencoder, sdxl-vae-fp16-fix for instance")
+    source.add_argument("--lora", action="append", default=[], metavar="FILE[:UNET[:TE]]",
+                        help="fuse a LoRA into the base, with its scale on the UNet (default 1) and the text encoders"
+                        " (default: the UNet's); may be given several times")  # fmt: skip
+    _add_target(parser.add_argument_group("bundle"))
+    add_plan_options(parser.add_argument_group("plans (without a source, those of the bundle that --out names)"))
+    parser.add_argument("--verify", action="store_true", help="compare every graph with PyTorch; exit 1 if one differs")
+    parser.add_argument("--force", action="store_true", help="export again what has not changed")
+    parser.add_argument("--no-lock", action="store_true", help="write without a lock, where the file system has none")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done and needed; write nothing")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    parser.add_argument("--debug", action="store_true", help="add the traceback to an error")
+    parser.set_defaults(precision="fp16")
+    return parser
+
+
+def _add_target(group: Any) -> None:
+    group.add_argument("--out", type=Path, default=Path("sdxl-bundle"), metavar="DIR", help="folder to make or replace")
+    precision = group.add_mutually_exclusive_group()
+    for name, meaning in (("fp16", "half precision (default)"), ("bf16", "bfloat16, for TensorRT"),
+                          ("fp32", "single precision")):  # fmt: skip
+        precision.add_argument(f"--{name}", dest="precision", action="store_const", const=name, help=meaning)
+    group.add_argument("--vae-precision", choices=("auto", "fp32", "bf16", "fp16", "mixed"), default="auto",
+                       help="auto: fp32 where the autoencoder's config says force_upcast, else the chosen precision;"
+                       " mixed: fp16 with the end of the decoder in fp32")  # fmt: skip
+    group.add_argument("--components", metavar="LIST", help="export only these, separated by commas; the others stay"
+                       " as the bundle has them")  # fmt: skip
+    group.add_argument("--layout", choices=("bundle", "optimum"), default="bundle",
+                       help="optimum: two folders, base and refiner, that optimum-onnx loads")  # fmt: skip
+    group.add_argument("--opset", type=int, default=23, metavar="N", help="ONNX operator set, 20 to 23 (default 23)")
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    # The exporter is serial Python; threads that spin between its small tensors only take time from it.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    plans = plan_options(arguments, _tensorrt_can_run)
+    if plans is not None and _is_about_plans_alone(arguments):
+        _build(arguments, plans)
+        return
+    base, refiner = _sources(arguments)
+    options = _options(arguments, twins=plans is not None)
+    from sdxl_trt.export import exporter  # noqa: PLC0415 - torch: --help must not wait for it
+    from sdxl_trt.export.cli import summary  # noqa: PLC0415 - torch: --help must not wait for it
+
+    if arguments.dry_run:
+        plan = exporter.plan_export(base, refiner, arguments.out, options)
+        if arguments.layout == "optimum":
+            exporter.check_optimum(plan)
+        told = summary.of_plan(plan)
+        lines = told.lines if plans is None else [*told.lines, f"then a {plans.flavour} plan of every component"]
+        _print(arguments, Told(lines, told.json))
+        return
+    started = time.perf_counter()
+    export = exporter.export_optimum if arguments.layout == "optimum" else exporter.export_bundle
+    with summary.progress_bar(sys.stderr) as progress:
+        exported = export(base, refiner, arguments.out, options, progress=progress)
+    told = summary.of_export(exported, arguments.out, time.perf_counter() - started)
+    if plans is None:
+        _print(arguments, told)
+        return
+    if not arguments.json:
+        _print(arguments, told)
+    _build(arguments, plans, told.json)
+
+
+def _tensorrt_can_run() -> bool:
+    """Return whether plans can be built here without being asked for: TensorRT and a GPU are there."""
+    if importlib.util.find_spec("tensorrt") is None:
+        return False
+    from sdxl_trt.engines.backends.trt.environment import here  # noqa: PLC0415 - loads CUDA
+
+    try:
+        here("tensorrt")
+    except SdxlTrtError:
+        return False
+    return True
+
+
+def _is_about_plans_alone(arguments: argparse.Namespace) -> bool:
+    """Return whether no model is named and there is a bundle whose plans are asked for."""
+    from sdxl_trt.engines.bundle.bundle import MANIFEST  # noqa: PLC0415 - --help must not wait for it
+
+    named = (arguments.base, arguments.refiner, arguments.unet, arguments.vae)
+    there = (arguments.out / MANIFEST).is_file()
+    return arguments.engine is not None and there and named == (None,) * 4 and not arguments.lora
+
+
+def _build(arguments: argparse.Namespace, plans: PlanOptions, exported: dict[str, Any] | None = None) -> None:
+    """Build the plans and tell of them; with `exported` as JSON, of both in one object."""
+    from sdxl_trt.engines.backends.trt.environment import here  # noqa: PLC0415 - loads CUDA
+    from sdxl_trt.engines.build.bundle_plans import build_plans, drop_onnx  # noqa: PLC0415
+    from sdxl_trt.engines.build.jobs import plan_builds  # noqa: PLC0415
+    from sdxl_trt.engines.bundle.bundle import read_bundle  # noqa: PLC0415
+    from sdxl_trt.export.cli import summary  # noqa: PLC0415
+
+    bundle = read_bundle(arguments.out, partial=True)
+    sizes, started = plans.sizes(bundle.manifest), time.perf_counter()
+    names = None if arguments.components is None else list(filter(None, arguments.components.split(",")))
+    if arguments.dry_run:
+        jobs = plan_builds(bundle, here(plans.flavour), sizes, plans.flags, components=names, force=arguments.force)
+        _print(arguments, summary.of_jobs(jobs))
+        return
+    with summary.build_bar(sys.stderr) as progress:
+        bundle = build_plans(arguments.out, plans.flavour, sizes, plans.flags, components=names,
+                             timing_cache=plans.timing_cache, force=arguments.force, lock=not arguments.no_lock,
+                             progress=progress)  # fmt: skip
+    if plans.plans_only:
+        bundle = drop_onnx(bundle)
+    told = summary.of_plans(bundle, plans.flavour, time.perf_counter() - started)
+    _print(arguments, Told(told.lines, {**(exported or {}), **told.json}))
+
+
+def _print(arguments: argparse.Namespace, told: Any) -> None:
+    if arguments.json:
+        print_json(told.json)
+    else:
+        sys.stdout.write("".join(f"{line}\n" for line in told.lines))
+
+
+def _options(arguments: argparse.Namespace, *, twins: bool) -> Any:
+    from sdxl_trt.export.components import Options  # noqa: PLC0415 - torch: --help must not wait for it
+    from sdxl_trt.export.lora.option import parse_lora_option  # noqa: PLC0415
+
+    names = arguments.components
+    return Options(
+        precision=arguments.precision,
+        vae_precision=arguments.vae_precision,
+        twins=twins,
+        opset=arguments.opset,
+        unet=arguments.unet,
+        vae=arguments.vae,
+        loras=tuple(parse_lora_option(text) for text in arguments.lora),
+        components=None if names is None else frozenset(filter(None, names.split(","))),
+        verify=arguments.verify,
+        force=arguments.force,
+        lock=not arguments.no_lock,
+    )
+
+
+def _sources(arguments: argparse.Namespace) -> tuple[str, str | None]:
+    """Return base and refiner; the embedded halves belong together, so neither completes a model of the user's."""
+    base: str | None = arguments.base
+    refiner: str | None = arguments.refiner
+    if base is None and refiner not in (None, "mini"):
+        raise UsageError(f"--refiner {refiner} without --base: name the base that it refines")
+    if base is None and arguments.unet is not None:
+        raise UsageError(f"--unet {arguments.unet} without --base: name the base that it is for")
+    if refiner is None and base in (None, "mini"):
+        refiner = "mini"
+    if "" in (base, refiner):
+        raise UsageError("--base and --refiner take a folder or mini, not an empty name; is a variable unset?")
+    return "mini" if base is None else base, None if arguments.no_refiner else refiner
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,235 @@
+"""What export-engines tells: a progress bar, the plan of a dry run, and what was written."""
+
+__all__ = ["build_bar", "of_export", "of_jobs", "of_plan", "of_plans", "progress_bar"]
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from sdxl_trt.engines.build.jobs import PlanJob
+from sdxl_trt.engines.build.messages import BuildEvent
+from sdxl_trt.engines.bundle.bundle import Bundle
+from sdxl_trt.engines.bundle.manifest import LoraRecord, Scheduler
+from sdxl_trt.engines.bundle.plan_record import Flavour
+from sdxl_trt.engines.host.console import CLEAR_LINE, Told, one_line
+from sdxl_trt.engines.host.paths import shell_word
+from sdxl_trt.export.exporter import ExportPlan
+from sdxl_trt.export.output.budget import Needs
+from sdxl_trt.export.progress import Event, Progress
+from sdxl_trt.export.verify.report import VERIFY_FILE, read_report
+
+
+def of_plan(plan: ExportPlan) -> Told:
+    """Return what an export would do and need."""
+    parts: dict[str, dict[str, Any]] = {
+        name: {
+            "action": job.action,
+            "kind": job.plan.kind,
+            "precision": job.plan.precision,
+            "bytes": job.plan.bytes(),
+            "source": job.plan.source.name,
+        }
+        for name, job in plan.jobs.items()
+    }
+    lines = [
+        f"  {name:<24} {part['action']:<7} {part['precision']:<6} {part['bytes'] / 2**20:9.1f} MiB"
+        f"  {one_line(part['source'])}"
+        for name, part in parts.items()
+    ]
+    loras = [lora.record() for lora in plan.loras]
+    lines += [f"  LoRA {one_line(lora.name)} at {lora.told}, in the base" for lora in loras]
+    lines += _told_sampler(plan.base.scheduler)
+    lines.append(_told_needs(plan.needs))
+    needs = {"disk": plan.needs.disk, "disk_free": plan.needs.disk_free, "memory": plan.needs.memory,
+             "memory_free": plan.needs.memory_free}  # fmt: skip
+    told = {"dry_run": True, "components": parts, "loras": [_lora_json(lora) for lora in loras], "needs": needs,
+            "note": plan.note, "sampler": plan.base.scheduler.sampler}  # fmt: skip
+    return Told(lines, told)
+
+
+def _lora_json(lora: LoraRecord) -> dict[str, Any]:
+    return {"name": lora.name, "sha256": lora.sha256, "scale": lora.scale, "text_scale": lora.encoder_scale}
+
+
+def _told_sampler(scheduler: Scheduler) -> list[str]:
+    """Return a line on the sampler that the scheduler class of a source means, where it is not the usual one."""
+    if scheduler.sampler == Scheduler().sampler:
+        return []
+    return [f"  {one_line(scheduler.class_name)} is --sampler {scheduler.sampler}: runs without that option use it"]
+
+
+def _told_needs(needs: Needs) -> str:
+    def free(count: int | None) -> str:
+        return "unknown" if count is None else f"{count / 1e9:.1f} GB"
+
+    return (f"nothing written; needs {needs.disk / 1e9:.2f} GB of disk (free: {free(needs.disk_free)}) and"
+            f" {needs.memory / 1e9:.1f} GB of memory (free: {free(needs.memory_free)})")  # fmt: skip
+
+
+def of_export(bundle: Bundle | None, out: Path, seconds: float) -> Told:
+    """Return what was exported to `out` in `seconds`; `bundle` is None for another layout."""
+    if bundle is None:
+        return Told([f"{out}: written in {seconds:.0f} s"], {"folder": str(out), "seconds": seconds})
+    manifest = bundle.manifest
+    parts = {
+        name: {
+            "kind": component.kind,
+            "precision": component.precision,
+            "parameters": component.parameters,
+            "bytes": sum(file.size for file in component.files),
+            "sha256": component.weights.sha256,
+        }
+        for name, component in manifest.components.items()
+    }
+    loras = [_lora_json(lora) for lora in manifest.loras]
+    told = {"bundle": str(bundle.root), "seconds": seconds, "components": parts, "loras": loras,
+            "refiner": manifest.refiner is not None, "note": manifest.note,
+            "sampler": manifest.base.scheduler.sampler}  # fmt: skip
+    return Told(_lines(bundle, told), told)
+
+
+def _lines(bundle: Bundle, told: dict[str, Any]) -> list[str]:
+    lines = [
+        f"  {name:<24} {part['precision']:<6} {part['parameters'] / 1e6:9.2f} M  {part['bytes'] / 2**20:9.1f} MiB"
+        for name, part in told["components"].items()
+    ]
+    lines += [f"  LoRA {one_line(lora.name)} at {lora.told}, in the base" for lora in bundle.manifest.loras]
+    lines += _told_sampler(bundle.manifest.base.scheduler)
+    total = sum(part["bytes"] for part in told["components"].values()) / 2**20
+    lines.append(f"{bundle.root}: {total:.1f} MiB in {told['seconds']:.0f} s")
+    if told["note"]:
+        lines.append(f"note: {one_line(told['note'])}")
+    lines += read_report(bundle.root).lines() if (bundle.root / VERIFY_FILE).is_file() else []
+    if bundle.manifest.base.unet in bundle.manifest.components:
+        lines.append(f'next: trt-generate "a prompt" --engines {shell_word(bundle.root)}')
+    return lines
+
+
+@contextlib.contextmanager
+def progress_bar(stream: TextIO) -> Iterator[Progress]:
+    """Yield a Progress that keeps one line on a terminal up to date; on anything else it is silent."""
+    if not stream.isatty():
+        yield _silent
+        return
+    bar = _Bar(stream)
+    try:
+        yield bar
+    finally:
+        stream.write(CLEAR_LINE)
+        stream.flush()
+
+
+def _silent(event: Event) -> None:
+    """Report nothing."""
+
+
+class _Bar:
+    _INTERVAL, _WIDTH = 0.1, 20
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._started = self._shown = time.monotonic()
+        self._last = ("", "")
+        self._stage_started, self._stage_from = self._started, 0
+
+    def __call__(self, event: Event) -> None:
+        now = time.monotonic()
+        stage = (event.component, event.stage)
+        if stage != self._last:
+            self._last, self._stage_started, self._stage_from = stage, now, event.written
+        elif now - self._shown < self._INTERVAL:
+            return
+        self._shown = now
+        self._stream.write(f"{CLEAR_LINE}{self._line(event, now)}")
+        self._stream.flush()
+
+    def _line(self, event: Event, now: float) -> str:
+        share = event.written / event.total if event.total else 0.0
+        full = int(share * self._WIDTH)
+        bar = "█" * full + "░" * (self._WIDTH - full)
+        moved, elapsed = event.written - self._stage_from, now - self._stage_started
+        rate = f" {moved / elapsed / 1e6:.0f} MB/s" if moved and elapsed > self._INTERVAL else ""
+        left = f", {self._left(share, now)} left" if share > 0 else ""
+        return f"{bar} {share:4.0%}  [{event.index}/{event.count}] {event.component}: {event.stage}{rate}{left}"
+
+    def _left(self, share: float, now: float) -> str:
+        seconds = int((now - self._started) * (1 - share) / share)
+        return f"{seconds // 60} min {seconds % 60} s" if seconds >= 60 else f"{seconds} s"
+
+
+_INTERVAL, _WIDTH = 0.1, 20
+_MIB = 2**20
+
+
+def of_jobs(jobs: Sequence[PlanJob]) -> Told:
+    """Return what building plans would do, and why."""
+    parts = [
+        {
+            "component": job.component,
+            "action": "build" if job.record is None else "keep",
+            "reasons": list(job.reasons),
+            "key": job.key.digest(),
+        }
+        for job in jobs
+    ]
+    lines = [f"  {part['component']:<24} {part['action']:<6} {'; '.join(part['reasons'])}".rstrip() for part in parts]
+    return Told([*lines, "no plan was built"], {"dry_run": True, "plans": parts})
+
+
+def of_plans(bundle: Bundle, flavour: Flavour, seconds: float) -> Told:
+    """Return which plans of `flavour` the bundle has, built or kept in `seconds`."""
+    records = [record for record in bundle.manifest.plans if record.key.environment.flavour == flavour]
+    parts = [
+        {
+            "component": record.key.component,
+            "flavour": flavour,
+            "bytes": record.file.size,
+            "activations": record.memory.activations,
+            "seconds": record.seconds,
+            "key": record.key.digest(),
+            "gpu": record.key.environment.gpu,
+        }
+        for record in records
+    ]
+    lines = [
+        f"  {record.key.component:<24} {flavour:<12} {record.file.size / _MIB:9.1f} MiB, activations"
+        f" {record.memory.activations / _MIB:8.1f} MiB, built in {record.seconds:.0f} s"
+        for record in records
+    ]
+    total = sum(record.file.size for record in records) / _MIB
+    lines.append(f"{bundle.root}: {len(records)} {flavour} plans, {total:.1f} MiB, in {seconds:.0f} s")
+    lines.append(f'next: trt-generate "a prompt" --engines {shell_word(bundle.root)} --provider {flavour}')
+    return Told(
+        lines, {"bundle": str(bundle.root), "plans": parts, "plan_seconds": seconds, "onnx": bundle.manifest.onnx}
+    )
+
+
+@contextlib.contextmanager
+def build_bar(stream: TextIO) -> Iterator[Callable[[BuildEvent], None] | None]:
+    """Yield what keeps one line on a terminal up to date while plans are built; None on anything else."""
+    if not stream.isatty():
+        yield None
+        return
+    shown = 0.0
+
+    def show(event: BuildEvent) -> None:
+        nonlocal shown
+        if time.monotonic() - shown >= _INTERVAL:
+            shown = time.monotonic()
+            stream.write(CLEAR_LINE + _line(event))
+            stream.flush()
+
+    try:
+        yield show
+    finally:
+        stream.write(CLEAR_LINE)
+        stream.flush()
+
+
+def _line(event: BuildEvent) -> str:
+    full = int((event.share or 0.0) * _WIDTH)
+    bar = "█" * full + "░" * (_WIDTH - full)
+    memory = f", {event.resident / 1e9:.1f} GB" if event.resident else ""
+    return f"{bar} {event.component}: {event.phase} ({event.seconds:.0f} s{memory})"

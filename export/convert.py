@@ -1,0 +1,177 @@
+"""One component: traced, simplified, its weights streamed; skipped where that was done before."""
+
+__all__ = [
+    "CPU_GRAPH_FILE",
+    "GRAPH_FILE",
+    "RECORD_FILE",
+    "component_key",
+    "component_source",
+    "convert",
+    "file_record",
+    "finished",
+    "kept_config",
+]
+
+import hashlib
+import json
+import shutil
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import onnx_ir as ir
+
+from sdxl_trt.engines.bundle.digests import verify_file
+from sdxl_trt.engines.bundle.manifest import Component, Source, TensorSpec
+from sdxl_trt.engines.bundle.records import FileRecord
+from sdxl_trt.engines.errors import SdxlTrtError, UsageError, explain_os_error
+from sdxl_trt.engines.host.files import atomic_write, sha256_file
+from sdxl_trt.export.components import ComponentPlan
+from sdxl_trt.export.graph.cpu_graph import for_cpu
+from sdxl_trt.export.graph.models import published_name
+from sdxl_trt.export.graph.passes import simplify
+from sdxl_trt.export.graph.signatures import make_graph
+from sdxl_trt.export.graph.trace import trace
+from sdxl_trt.export.graph.weights import WEIGHTS_FILE, write_weights
+from sdxl_trt.export.progress import Report
+
+GRAPH_FILE = "model.onnx"
+CPU_GRAPH_FILE = "cpu.onnx"
+"""Beside the graph, over the same weights: what ONNX Runtime's CPU provider runs, where that is faster."""
+RECORD_FILE = "component.json"
+"""Beside a component that is finished, in a bundle that is not; the manifest says the same once it is."""
+REVISION = 2
+"""To be raised where this code makes another graph of the same model."""
+# Whose versions decide what a graph looks like.
+_LIBRARIES = ("sdxl-trt", "torch", "onnxscript", "onnx-ir", "diffusers", "transformers")
+_DTYPES = {ir.DataType.FLOAT: "float32", ir.DataType.FLOAT16: "float16", ir.DataType.INT64: "int64"}
+
+
+def component_key(plan: ComponentPlan, opset: int) -> str:
+    """Return a sha256 of all that decides a component's files: the model, its tensors, the options, the libraries."""
+    settings = [REVISION, opset, plan.time_ids, plan.pooled, plan.digest, _versions(), plan.function()]
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
+
+
+@cache
+def _versions() -> tuple[str, ...]:
+    return tuple(version(library) for library in _LIBRARIES)
+
+
+def finished(root: Path, name: str, key: str) -> Component | None:
+    """Return the component that an interrupted export finished in ``root/name``, if it is whole and has this key."""
+    try:
+        component = msgspec.json.decode((root / name / RECORD_FILE).read_bytes(), type=Component)
+        if component.key != key:
+            return None
+        if any(record.file not in _files(name) for record in component.files):
+            return None
+        for record in component.files:
+            verify_file(root / record.file, record)
+    except (OSError, msgspec.DecodeError, SdxlTrtError):
+        return None
+    return component
+
+
+def convert(name: str, plan: ComponentPlan, key: str, root: Path, opset: int, report: Report) -> Component:
+    """Export one component to ``root/name``, and record it there once it is whole.
+
+    Raises CorruptError for weights that are damaged or do not fit the precision, ResourceError for a full disk.
+    """
+    folder = root / name
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+    except OSError as exc:
+        raise explain_os_error(exc, f"writing {folder}") from exc
+    report.stage(name, "tracing")
+    where = plan.source.where
+    graph = make_graph(
+        plan.kind, plan.model, time_ids=plan.time_ids, pooled=plan.pooled, tokens=plan.tokens, where=where
+    )
+    model = trace(graph, plan.precision, opset)
+    published = _name_initializers(model, graph.prefix, plan)
+    permutations = simplify(model)
+    names = {name: source for name, source in published.items() if name in model.graph.initializers}
+    report.stage(name, "writing weights")
+    written = write_weights(model, plan.checkpoint, names, permutations, folder, report.written)
+    report.stage(name, "writing graph")
+    _save_graph(model, folder / GRAPH_FILE)
+    cpu_graph = _save_cpu_graph(model, plan.precision, root, folder / CPU_GRAPH_FILE)
+    component = Component(
+        kind=plan.kind,
+        precision=plan.precision,
+        opset=opset,
+        graph=file_record(root, folder / GRAPH_FILE),
+        weights=FileRecord(file=f"{name}/{WEIGHTS_FILE}", size=written.size, sha256=written.sha256),
+        inputs=tuple(_spec(value) for value in model.graph.inputs),
+        outputs=tuple(_spec(value) for value in model.graph.outputs),
+        source=component_source(plan),
+        config=kept_config(plan),
+        parameters=written.parameters,
+        key=key,
+        cpu_graph=cpu_graph,
+    )
+    with atomic_write(folder / RECORD_FILE) as file:
+        file.write(msgspec.json.encode(component))
+    return component
+
+
+def component_source(plan: ComponentPlan) -> Source:
+    """Return where a component comes from, for the manifest."""
+    return Source(name=plan.source.name, class_name=plan.source.class_name, sha256=plan.digest)
+
+
+def kept_config(plan: ComponentPlan) -> dict[str, Any]:
+    """Return the config of a component's model, for the manifest: without paths of this machine."""
+    return {name: value for name, value in plan.source.config.items() if name != "_name_or_path"}
+
+
+def file_record(root: Path, path: Path) -> FileRecord:
+    """Return the record of a file of the bundle at `root`."""
+    return FileRecord(file=path.relative_to(root).as_posix(), size=path.stat().st_size, sha256=sha256_file(path))
+
+
+def _name_initializers(model: ir.Model, prefix: str, plan: ComponentPlan) -> dict[str, str]:
+    """Give weights their published names, fill the buffers that the model computed; return {name: name} of weights."""
+    published: dict[str, str] = {}
+    for value in list(model.graph.initializers.values()):
+        inner = str(value.name).removeprefix(prefix)
+        if inner in plan.model.buffers:
+            value.const_value = ir.tensor(plan.model.buffers[inner].numpy(), name=str(value.name))
+            continue
+        name = published_name(inner, plan.source.class_name)
+        if name in plan.model.state:
+            value.name = name
+            published[name] = name
+    return published
+
+
+def _save_graph(model: ir.Model, path: Path) -> None:
+    model.producer_name, model.producer_version = "sdxl-trt", version("sdxl-trt")
+    try:
+        ir.save(model, path)
+    except OSError as exc:
+        raise explain_os_error(exc, f"writing {path}") from exc
+
+
+def _save_cpu_graph(model: ir.Model, precision: str, root: Path, path: Path) -> FileRecord | None:
+    """Write the graph for ONNX Runtime's CPU provider, rewritten in place, where there is anything to rewrite."""
+    # The CPU provider has no bf16.
+    if precision == "bf16" or not for_cpu(model):
+        return None
+    _save_graph(model, path)
+    return file_record(root, path)
+
+
+def _files(name: str) -> set[str]:
+    return {f"{name}/{file}" for file in (GRAPH_FILE, CPU_GRAPH_FILE, WEIGHTS_FILE)}
+
+
+def _spec(value: ir.Value) -> TensorSpec:
+    if value.shape is None or value.dtype is None:
+        raise UsageError(f"{value.name}: the traced graph gives no shape")
+    shape = tuple(dim if isinstance(dim, int) else str(dim.value) for dim in value.shape)
+    return TensorSpec(name=str(value.name), dtype=_DTYPES[value.dtype], shape=shape)  # type: ignore[arg-type]

@@ -1,0 +1,1 @@
+"""A PyTorch module to an ONNX graph with external weights."""

@@ -1,0 +1,211 @@
+"""One flat signature per graph: names, dtypes, dynamic axes, and the module that has it.
+
+The names are diffusers' own; the first axis of a UNet is *rows* (pictures × 1 or 2 for guidance). ``timestep``,
+``text_embeds`` and ``time_ids`` are fp32 in every precision: fp16 timesteps are wrong above 512 on fractional
+schedules, and the sinusoidal embeddings are computed from them in fp32 inside the graph.
+"""
+
+__all__ = ["Axis", "Graph", "Input", "Output", "context_width", "make_graph", "vae_factor"]
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from sdxl_trt.engines.errors import SourceError
+from sdxl_trt.engines.plans.sizes import TOKENS
+from sdxl_trt.export.graph.models import MetaModel
+
+# diffusers' upsampling asks whether there are 64 rows or more, to make a copy that changes nothing: the trace must
+# stay on one side of the question, the graph holds for any number.
+MAX_TRACED_ROWS = 63
+
+
+@dataclass(frozen=True)
+class Axis:
+    """An axis that may vary, in multiples of `multiple`; `example` is its size while tracing."""
+
+    name: str
+    example: int
+    multiple: int = 1
+    traced_max: int | None = None
+
+
+@dataclass(frozen=True)
+class Input:
+    """One input of a graph; `dtype` None stands for the precision of the graph."""
+
+    name: str
+    shape: tuple[int | Axis, ...]
+    dtype: torch.dtype | None = None
+
+
+@dataclass(frozen=True)
+class Output:
+    """One output of a graph, in the precision of the graph; varying dimensions are named."""
+
+    name: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A traceable module with its signature. `prefix` leads from its parameter names to the model's."""
+
+    kind: str
+    module: torch.nn.Module
+    inputs: tuple[Input, ...]
+    outputs: tuple[Output, ...]
+    prefix: str = "model."
+
+
+def make_graph(
+    kind: str, model: MetaModel, *, time_ids: int = 0, pooled: int = 0, tokens: int = TOKENS, where: str = ""
+) -> Graph:
+    """Wrap `model` for the graph `kind`: text_encoder, unet, vae_decoder or vae_encoder.
+
+    A UNet's signature depends on its pipeline: the number of `time_ids` and the width of the `pooled` prompt; a text
+    encoder's on its tokenizer, which cuts and pads a prompt to `tokens` ids. Raises SourceError where these do not fit
+    the model's config.
+    """
+    if kind == "unet":
+        return _unet_graph(model, time_ids, pooled, where)
+    if kind == "text_encoder":
+        return _text_encoder_graph(model, tokens, where)
+    return _vae_decoder_graph(model) if kind == "vae_decoder" else _vae_encoder_graph(model)
+
+
+class _UNet(torch.nn.Module):
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        text_embeds: Tensor,
+        time_ids: Tensor,
+    ) -> Tensor:
+        conditions = {"text_embeds": text_embeds, "time_ids": time_ids}
+        output = self.model(sample, timestep, encoder_hidden_states, added_cond_kwargs=conditions, return_dict=False)
+        return cast("Tensor", output[0])
+
+
+class _TextEncoder(torch.nn.Module):
+    """Every hidden state (clip skip needs them) and, where the encoder projects, the pooled text_embeds."""
+
+    def __init__(self, model: Any, *, projects: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.projects = projects
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
+        output = self.model(input_ids, output_hidden_states=True)
+        return (*output.hidden_states, output.text_embeds) if self.projects else tuple(output.hidden_states)
+
+
+class _VaeDecoder(torch.nn.Module):
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, latent_sample: Tensor) -> Tensor:
+        return cast("Tensor", self.model.decode(latent_sample, return_dict=False)[0])
+
+
+class _VaeEncoder(torch.nn.Module):
+    """The moments of the posterior; the draw from it is on the host."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, sample: Tensor) -> Tensor:
+        return cast("Tensor", self.model.encode(sample).latent_dist.parameters)
+
+
+def _unet_graph(model: MetaModel, time_ids: int, pooled: int, where: str) -> Graph:
+    config = model.config
+    _check_text_time(config, time_ids, pooled, where)
+    multiple = 2 ** cast("int", model.module.num_upsamplers)
+    rows, tokens = Axis("rows", 2, traced_max=MAX_TRACED_ROWS), Axis("tokens", 2 * TOKENS)
+    height, width = Axis("height", 2 * multiple, multiple), Axis("width", 3 * multiple, multiple)
+    inputs = (
+        Input("sample", (rows, config["in_channels"], height, width)),
+        Input("timestep", (rows,), torch.float32),
+        Input("encoder_hidden_states", (rows, tokens, context_width(config))),
+        Input("text_embeds", (rows, pooled), torch.float32),
+        Input("time_ids", (rows, time_ids), torch.float32),
+    )
+    outputs = (Output("out_sample", ("rows", config["out_channels"], "height", "width")),)
+    return Graph("unet", _UNet(model.module), inputs, outputs)
+
+
+def context_width(config: Any) -> int:
+    """Return the width of the encoder_hidden_states that a UNet with this config takes."""
+    width = config["encoder_hid_dim"] or config["cross_attention_dim"]
+    return int(width if isinstance(width, int) else width[0])
+
+
+def _check_text_time(config: Any, time_ids: int, pooled: int, where: str) -> None:
+    if config["addition_embed_type"] != "text_time":
+        raise SourceError(f"{where}: addition_embed_type is {config['addition_embed_type']!r}, but SDXL's UNets have"
+                          " 'text_time'; not an SDXL model")  # fmt: skip
+    expected = config["projection_class_embeddings_input_dim"]
+    extras = [name for name in ("time_cond_proj_dim", "class_embed_type", "num_class_embeds") if config.get(name)]
+    if extras:
+        raise SourceError(f"{where}: takes inputs that SDXL's pipelines do not give ({', '.join(extras)}), as distilled"
+                          " consistency models do; not supported")  # fmt: skip
+    made = time_ids * config["addition_time_embed_dim"] + pooled
+    if made != expected:
+        raise SourceError(
+            f"{where}: the UNet takes {expected} added conditions, but {time_ids} time ids of"
+            f" {config['addition_time_embed_dim']} and a pooled prompt of {pooled} make {made};"
+            " check requires_aesthetics_score in model_index.json and the second text encoder"
+        )
+
+
+def _text_encoder_graph(model: MetaModel, tokens: int, where: str) -> Graph:
+    config = model.config
+    if config["max_position_embeddings"] < tokens:
+        raise SourceError(
+            f"{where}: has {config['max_position_embeddings']} positions, but its tokenizer makes {tokens} ids of a"
+            " prompt; give the tokenizer that belongs to this encoder"
+        )
+    projects = "text_projection.weight" in model.state
+    hidden = ("prompts", tokens, config["hidden_size"])
+    outputs = [Output(f"hidden_states.{i}", hidden) for i in range(config["num_hidden_layers"] + 1)]
+    if projects:
+        outputs.append(Output("text_embeds", ("prompts", config["projection_dim"])))
+    inputs = (Input("input_ids", (Axis("prompts", 2), tokens), torch.int64),)
+    return Graph("text_encoder", _TextEncoder(model.module, projects=projects), inputs, tuple(outputs))
+
+
+def vae_factor(config: Any) -> int:
+    """Return how many pixels a latent pixel spans."""
+    return int(2 ** (len(config["block_out_channels"]) - 1))
+
+
+def _vae_decoder_graph(model: MetaModel) -> Graph:
+    config, factor = model.config, vae_factor(model.config)
+    pictures = Axis("pictures", 2, traced_max=MAX_TRACED_ROWS)
+    shape = (pictures, config["latent_channels"], Axis("height", 6), Axis("width", 8))
+    pixels = ("pictures", config["out_channels"], f"{factor}*height", f"{factor}*width")
+    return Graph(
+        "vae_decoder",
+        _VaeDecoder(model.module),
+        (Input("latent_sample", shape),),
+        (Output("sample", pixels),),
+    )
+
+
+def _vae_encoder_graph(model: MetaModel) -> Graph:
+    config, factor = model.config, vae_factor(model.config)
+    height, width = Axis("height", 6 * factor, factor), Axis("width", 8 * factor, factor)
+    shape = (Axis("pictures", 2, traced_max=MAX_TRACED_ROWS), config["in_channels"], height, width)
+    moments = ("pictures", 2 * config["latent_channels"], f"height/{factor}", f"width/{factor}")
+    outputs = (Output("latent_parameters", moments),)
+    return Graph("vae_encoder", _VaeEncoder(model.module), (Input("sample", shape),), outputs)

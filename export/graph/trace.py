@@ -1,0 +1,105 @@
+"""A meta-device module to an ONNX graph whose weights are names still to be filled."""
+
+__all__ = ["trace"]
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch.export import Dim
+
+from sdxl_trt.export.graph.blocks import Blocks, expand, hollowed, translations
+from sdxl_trt.export.graph.passes import fold
+from sdxl_trt.export.graph.precision import Casting, boundary_dtype, convert_module
+from sdxl_trt.export.graph.signatures import Axis, Graph, Input
+
+_CASTING = "inner."
+
+
+def trace(graph: Graph, precision: str, opset: int) -> ir.Model:
+    """Trace `graph` on the meta device and convert it; initializers have types and shapes, and no values.
+
+    The module is converted to `precision` in place. Nothing of the size of the weights is allocated.
+    """
+    inside, outside = convert_module(graph, precision), boundary_dtype(precision)
+    arguments = tuple(_example(value, outside) for value in graph.inputs)
+    shapes: Any = _dynamic_shapes(graph.inputs)
+    module = graph.module
+    if inside != outside:
+        module, shapes = Casting(graph, inside, outside), (shapes,)
+    with _quiet():
+        model = _convert(module, arguments, shapes, opset)
+    _rename(model, graph)
+    return model
+
+
+def _convert(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...], shapes: Any, opset: int) -> ir.Model:
+    """Convert a module, its repeated blocks once for each kind and call."""
+    with hollowed(module) as calls:
+        program = torch.export.export(module, arguments, dynamic_shapes=shapes)
+        converted = torch.onnx.export(
+            program, dynamo=True, optimize=False, opset_version=opset, verbose=False,
+            custom_translation_table=translations(),
+        )  # fmt: skip
+    if converted is None:  # the signature allows it for the other exporter; this one always returns a program
+        raise RuntimeError("torch.onnx.export returned nothing")
+    model = converted.model
+    for value in model.graph.initializers.values():
+        value.const_value = None
+    if calls:
+        keys = {path: call.key() for path, call in calls.items()}
+        distinct = dict(zip(keys.values(), calls.values(), strict=True))
+        blocks = Blocks(list(distinct.values()))
+        inner = _convert(blocks, blocks.arguments(), blocks.dynamic_shapes(), opset)
+        fold(inner)  # once a block instead of once for each of its copies
+        templates = dict(zip(distinct, blocks.templates(inner), strict=True))
+        expand(model, {path: templates[key] for path, key in keys.items()})
+    return model
+
+
+def _example(value: Input, dtype: torch.dtype) -> torch.Tensor:
+    shape = [axis.example if isinstance(axis, Axis) else axis for axis in value.shape]
+    return torch.empty(shape, dtype=value.dtype or dtype, device="meta")
+
+
+def _dynamic_shapes(inputs: tuple[Input, ...]) -> tuple[dict[int, Dim], ...]:
+    dims: dict[str, Dim] = {}
+    for axis in (axis for value in inputs for axis in value.shape if isinstance(axis, Axis)):
+        root = Dim(axis.name) if axis.traced_max is None else Dim(axis.name, max=axis.traced_max)
+        dims.setdefault(axis.name, root if axis.multiple == 1 else axis.multiple * root)
+    return tuple(
+        {i: dims[axis.name] for i, axis in enumerate(value.shape) if isinstance(axis, Axis)} for value in inputs
+    )
+
+
+def _rename(model: ir.Model, graph: Graph) -> None:
+    """Give inputs, outputs and their axes the signature's names instead of torch's, weights those of the module."""
+    for name in [name for name in model.graph.initializers if name.startswith(_CASTING)]:
+        value = model.graph.initializers.pop(name)
+        value.name = name.removeprefix(_CASTING)
+        model.graph.initializers.add(value)
+    for value, spec in zip(model.graph.inputs, graph.inputs, strict=True):
+        value.name = spec.name
+        value.shape = ir.Shape([axis.name if isinstance(axis, Axis) else axis for axis in spec.shape])
+    for value, output in zip(model.graph.outputs, graph.outputs, strict=True):
+        value.name = output.name
+        value.shape = ir.Shape(list(output.shape))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the exporter's own progress, its notes on torchvision and its deprecation warnings."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logger.setLevel(level)

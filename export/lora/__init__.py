@@ -1,0 +1,1 @@
+"""LoRA files, and fusing them into a checkpoint's weights."""

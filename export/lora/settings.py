@@ -1,0 +1,132 @@
+"""The settings that peft stores with an adapter, as far as they decide what it does to a weight."""
+
+__all__ = ["AdapterSettings", "read_settings"]
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sdxl_trt.engines.errors import CorruptError, SourceError, explain_os_error
+from sdxl_trt.export.lora.kinds import Branch
+from sdxl_trt.export.lora.names import COMPONENTS, PEFT_ROOT, Component
+
+_HEADER_KEY = "lora_adapter_metadata"
+_SIDE_FILE = "adapter_config.json"
+_TYPES = {"LORA": "LoRA", "LOHA": "LoHa", "LOKR": "LoKr"}
+# What makes more of a branch than its tensors say, and what also changes the base.
+_BEYOND_TENSORS = ("fan_in_fan_out", "layer_replication", "lora_bias", "modules_to_save", "use_qalora", "use_bdlora",
+                   "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "velora_config",
+                   "target_parameters", "trainable_token_indices")  # fmt: skip
+_CHANGES_BASE = ("corda", "loftq", "lora_ga", "mica", "olora", "pissa")
+_REGEX = frozenset("*+?()[]{}|\\$^")
+
+
+@dataclass(frozen=True)
+class AdapterSettings:
+    """Settings by component, empty where the file has none; `side_file` is what a file beside the LoRA added."""
+
+    path: Path
+    by_component: Mapping[Component, Mapping[str, Any]]
+    side_file: bytes = b""
+
+    def scaling(self, branch: Branch) -> float:
+        """Return alpha / r, or alpha / √r for a rank-stabilized LoRA; 1 without settings, as in diffusers.
+
+        Raises CorruptError for broken settings.
+        """
+        settings = self.by_component[branch.place.component]
+        if branch.kind == "difference" or not settings:
+            return 1.0
+        lora = branch.kind == "LoRA"
+        alpha = self._number(branch, "lora_alpha" if lora else "alpha", "alpha_pattern")
+        # peft's LoKr and LoHa divide by the rank of their settings even where nothing is of a lower rank.
+        rank = branch.rank if lora else self._number(branch, "r", "rank_pattern")
+        if alpha is None or rank is None:
+            return 1.0
+        return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+
+    def check(self, branch: Branch) -> None:
+        """Raise SourceError for settings of another kind of adapter than `branch` is."""
+        settings = self.by_component[branch.place.component]
+        if branch.kind == "difference" or not settings:
+            return
+        kind = settings.get("peft_type", "LORA" if "lora_alpha" in settings else None)
+        if kind is not None and _TYPES.get(str(kind).upper().rpartition(".")[2]) != branch.kind:
+            raise SourceError(f"{self.path}: {branch.infos[0].key!r} is of a {branch.kind}, and the file's settings are"
+                              f" of a {kind}; save the adapter again")  # fmt: skip
+        if bool(settings.get("use_dora")) != ("magnitude" in branch.parts) and branch.kind == "LoRA":
+            raise SourceError(f"{self.path}: use_dora is {bool(settings.get('use_dora'))} in the settings, but"
+                              f" {branch.infos[0].key!r} has {'a' if 'magnitude' in branch.parts else 'no'} magnitude"
+                              " vector; save the adapter again")  # fmt: skip
+
+    def _number(self, branch: Branch, name: str, patterns: str) -> float | None:
+        """Return the setting `name`, or what the first of its `patterns` that names the branch's module says."""
+        settings = self.by_component[branch.place.component]
+        value = settings.get(name)
+        for pattern, own in (settings.get(patterns) or {}).items():
+            if self._matches(pattern, branch.place.module, patterns):
+                value = own
+                break
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise CorruptError(f"{self.path}: {name} {value!r} is no finite number; the LoRA's settings are damaged")
+        if name == "r" and value <= 0:
+            raise CorruptError(f"{self.path}: r {value!r} is no rank; the LoRA's settings are damaged")
+        return value
+
+    def _matches(self, pattern: str, module: str, patterns: str) -> bool:
+        # peft takes patterns as regular expressions; those of a stranger are not run, and trainers write plain names.
+        name = pattern.removeprefix("^").replace("\\.", ".")
+        if _REGEX & set(name):
+            raise SourceError(f"{self.path}: {patterns} {pattern!r} is no module's name; save the LoRA with names")
+        return module == name or (module.endswith(f".{name}") and not pattern.startswith("^"))
+
+
+def read_settings(path: Path, keys: Iterable[str], header: Mapping[str, str]) -> AdapterSettings:
+    """Return the settings in the `header` of the LoRA at `path`, or in adapter_config.json beside a file of peft's.
+
+    Raises SourceError for settings that are not followed, CorruptError for broken ones.
+    """
+    side = path.with_name(_SIDE_FILE)
+    own = _parse(path, header[_HEADER_KEY]) if _HEADER_KEY in header else {}
+    raw = b""
+    if not own and side.is_file() and any(key.startswith(PEFT_ROOT) for key in keys):
+        try:
+            raw = side.read_bytes()
+        except OSError as exc:
+            raise explain_os_error(exc, f"reading {side}") from exc
+    shared = _parse(side, raw) if raw else {}
+    by_component = {component: _checked(path, _of(component, own) or shared) for component in COMPONENTS}
+    return AdapterSettings(path, by_component, raw)
+
+
+def _of(component: Component, settings: Mapping[str, Any]) -> dict[str, Any]:
+    start = f"{component}."
+    return {name.removeprefix(start): value for name, value in settings.items() if name.startswith(start)}
+
+
+def _parse(path: Path, text: str | bytes) -> dict[str, Any]:
+    try:
+        parsed = json.loads(text)
+    except (ValueError, RecursionError) as exc:
+        raise CorruptError(f"{path}: the LoRA's settings are not JSON ({exc}); download it again") from exc
+    if not isinstance(parsed, dict):
+        raise CorruptError(f"{path}: the LoRA's settings are no JSON object; download it again")
+    return parsed
+
+
+def _checked(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    beyond = next((name for name in _BEYOND_TENSORS if settings.get(name)), None)
+    start = settings.get("init_lora_weights")
+    if beyond is None and isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
+        beyond = f"init_lora_weights {start!r}"
+    if beyond is not None:
+        raise SourceError(f"{path}: was trained with {beyond}, which is not fused here; merge it with peft")
+    for patterns in ("alpha_pattern", "rank_pattern"):
+        if not isinstance(settings.get(patterns) or {}, dict):
+            raise CorruptError(f"{path}: {patterns} is no JSON object; the LoRA's settings are damaged")
+    return settings

@@ -1,0 +1,1 @@
+"""The same models in optimum-onnx's layout."""

@@ -1,0 +1,280 @@
+"""Where an SDXL model comes from: a diffusers folder, the hub, or a single file; its components and their configs.
+
+Only what is listed here is read: class names come from ``model_index.json`` but never choose code outside this
+project's own table, pickled weights are refused, and no file of the source is executed.
+"""
+
+__all__ = [
+    "BASE_CLASS",
+    "HALF",
+    "KINDS",
+    "REFINER_CLASS",
+    "ModelSource",
+    "PipelineSource",
+    "Role",
+    "is_file",
+    "open_checkpoint_file",
+    "open_folder",
+    "open_pipeline",
+    "open_source",
+    "open_vae",
+    "outlined",
+    "read_json",
+    "warn_of_unused",
+    "with_vae",
+]
+
+import logging
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from sdxl_trt.engines.bundle.manifest import Scheduler
+from sdxl_trt.engines.errors import SourceError
+from sdxl_trt.engines.host.paths import known_as
+from sdxl_trt.export.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from sdxl_trt.export.checkpoints.quantization import read_quantization, unquantized
+from sdxl_trt.export.checkpoints.weight_files import PICKLED
+from sdxl_trt.export.sources.configs import PUBLISHED, read_json
+from sdxl_trt.export.sources.hub import fetch_pipeline, fetch_vae, parse_hub_id
+from sdxl_trt.export.sources.outlines import config_of
+from sdxl_trt.export.sources.predictions import said_schedule
+from sdxl_trt.export.sources.roles import BASE_CLASS, REFINER_CLASS, Role, check_class, check_role, needs_score
+from sdxl_trt.export.sources.scheduler_config import read_scheduler
+from sdxl_trt.export.sources.single_file import SingleFile, open_single_file
+
+log = logging.getLogger("sdxl_trt.export")
+Open = Callable[[], Checkpoint]
+Parts = tuple[Path, dict[str, Any], Open]
+_CLASSES: dict[Role, str] = {"base": BASE_CLASS, "refiner": REFINER_CLASS}
+_ROLES: dict[str, Role] = {BASE_CLASS: "base", REFINER_CLASS: "refiner"}
+_VAE_CLASS = "AutoencoderKL"
+_STEMS = {"transformers": "model", "diffusers": "diffusion_pytorch_model"}
+_MODELS = ("text_encoder", "text_encoder_2", "unet", "vae")
+_REQUIRED = ("text_encoder_2", "unet", "vae", "tokenizer_2", "scheduler")
+HALF = ("fp16", "bf16")
+KINDS = "give a diffusers folder, a .safetensors checkpoint or a hub id (owner/name)"
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """One model of a source: class and config; the weights are opened when asked for.
+
+    `where` is its place for messages, like a path; `name` is what a manifest records, without paths of this machine
+    ("sdxl-base/unet", "owner/name@commit/vae").
+    """
+
+    where: str
+    name: str
+    class_name: str
+    config: dict[str, Any]
+    open: Open
+
+    def checkpoint(self) -> Checkpoint:
+        """Open the model's safetensors. Raises SourceError where there are none, CorruptError for broken ones."""
+        return self.open()
+
+
+@dataclass(frozen=True)
+class PipelineSource:
+    """A base or refiner whose configs have been read; `index` and `scheduler_config` are the raw ones."""
+
+    root: Path
+    name: str
+    models: dict[str, ModelSource]
+    tokenizers: dict[str, Path]
+    scheduler: Scheduler
+    requires_aesthetics_score: bool
+    force_zeros_for_empty_prompt: bool
+    index: dict[str, Any]
+    scheduler_config: dict[str, Any]
+
+
+def open_source(spec: str | Path, role: Role, *, precision: str = "fp32", vae: bool = True) -> PipelineSource:
+    """Open a base or refiner: a diffusers folder, a single-file checkpoint, or a hub id ``owner/name[@revision]``.
+
+    A local file or folder goes before a hub id of the same name. Where `precision` is a half one, the hub's fp16
+    files are downloaded instead of the full ones. Without `vae` the source's autoencoder, if any, is left: `with_vae`
+    gives it one. Raises SourceError and CorruptError.
+    """
+    path, class_name = Path(spec), _CLASSES[role]
+    if path.is_dir():
+        return open_pipeline(path, class_name, vae=vae)
+    if is_file(path):
+        return open_checkpoint_file(path, role)
+    hub_id = parse_hub_id(str(spec))
+    if hub_id is None:
+        raise SourceError(f"--{role} {spec}: no such folder or file; {KINDS}, or 'mini'")
+    snapshot = fetch_pipeline(hub_id, half=precision in HALF)
+    return open_pipeline(snapshot.folder, class_name, name=snapshot.name, variant=snapshot.variant, vae=vae)
+
+
+def open_pipeline(
+    root: Path, expected_class: str, *, name: str = "", variant: str = "", vae: bool = True
+) -> PipelineSource:
+    """Read the diffusers folder at `root`, which must hold a base (`expected_class` BASE_CLASS) or a refiner.
+
+    Either may have been saved as a pipeline of the other's class: the UNet and the encoders tell them apart. It is
+    recorded under its folder's name unless one is given; weights of `variant` ("fp16") are preferred. Without `vae` its
+    autoencoder, if any, is left. Raises SourceError for a folder that is missing, incomplete, or of another class;
+    CorruptError for broken JSON.
+    """
+
+    def model(component: str, stem: str, config: dict[str, Any]) -> Parts:
+        folder = root / component
+        return folder, unquantized(config), partial(open_folder, folder, stem, variant, config)
+
+    return _read(root, expected_class, root, name or known_as(root.resolve()), model, {}, vae=vae)
+
+
+def open_folder(folder: Path, stem: str, variant: str, config: dict[str, Any]) -> Checkpoint:
+    """Open the weights of a model's folder as its `config` says that they are stored; as open_checkpoint."""
+    return open_checkpoint(folder, stem, variant, read_quantization(config, str(folder)))
+
+
+def open_checkpoint_file(path: Path, role: Role, *, configs: Path | None = None) -> PipelineSource:
+    """Read the single-file checkpoint at `path`, whose configs and tokenizers are SDXL's published ones.
+
+    `configs` is a diffusers folder to take them from instead. Raises SourceError for a file of another kind, and
+    CorruptError for a broken one.
+    """
+    file = open_single_file(path, role)
+    warn_of_unused(file)
+
+    def model(component: str, _: str, config: dict[str, Any]) -> Parts:
+        if component == "unet":
+            config = outlined(file, config)
+        return path / component, config, partial(file.checkpoint, component, config)
+
+    root = PUBLISHED / role if configs is None else configs
+    said = said_schedule(file.tensors, file.metadata, str(path), log.warning)
+    return _read(root, _CLASSES[role], path, known_as(path), model, said)
+
+
+def warn_of_unused(file: SingleFile) -> None:
+    """Warn of the tensors of a file that are of no part of the model; raise SourceError for one that changes it."""
+    unused = file.unused()
+    if unused:
+        log.warning("%s: %d tensors of no part of the model were left out, %s for one", file.path, len(unused),
+                    unused[0])  # fmt: skip
+
+
+def outlined(file: SingleFile, config: dict[str, Any]) -> dict[str, Any]:
+    """Return a UNet's `config` with the blocks that the file has, and warn where no published model has those."""
+    found, name = config_of(config, file.outline(), str(file.path))
+    if name.startswith("a "):
+        log.warning("%s: has %s, which is taken from its tensors; is the checkpoint whole?", file.path, name)
+    return found
+
+
+def open_vae(spec: str | Path, *, precision: str = "fp32", configs: Path | None = None) -> ModelSource:
+    """Open an autoencoder that replaces a pipeline's: its folder, a pipeline's, a hub id, or a single file.
+
+    A single file has LDM names, with or without ``first_stage_model.``, or diffusers' names, and the published
+    config unless a folder `configs` has another (``config.json``). Raises SourceError and CorruptError.
+    """
+    path = Path(spec)
+    if path.is_dir():
+        return _vae_folder(path, known_as(path.resolve()), "")
+    if is_file(path):
+        file = open_single_file(path, "vae")
+        if file.kind == "vae":
+            warn_of_unused(file)
+        config = read_json((PUBLISHED / "base" / "vae" if configs is None else configs) / "config.json")
+        return ModelSource(str(path), known_as(path), _VAE_CLASS, config, partial(file.checkpoint, "vae", config))
+    hub_id = parse_hub_id(str(spec))
+    if hub_id is None:
+        raise SourceError(f"--vae {spec}: no such folder or file; {KINDS}")
+    snapshot = fetch_vae(hub_id, half=precision in HALF)
+    return _vae_folder(snapshot.folder, snapshot.name, snapshot.variant)
+
+
+def with_vae(pipeline: PipelineSource, vae: ModelSource) -> PipelineSource:
+    """Return `pipeline` with another autoencoder; whether the two fit is checked with the components."""
+    return replace(pipeline, models=pipeline.models | {"vae": vae})
+
+
+def _vae_folder(root: Path, name: str, variant: str) -> ModelSource:
+    inner = (root / "vae" / "config.json").is_file()
+    folder, name = (root / "vae", f"{name}/vae") if inner else (root, name)
+    if not (folder / "config.json").is_file():
+        raise SourceError(f"--vae {root}: has no config.json, so it is no diffusers model; {KINDS}")
+    config = read_json(folder / "config.json")
+    class_name = config.get("_class_name", _VAE_CLASS)
+    if class_name != _VAE_CLASS:
+        raise SourceError(f"--vae {root}: is a {class_name}; --vae takes an {_VAE_CLASS}")
+    opened = partial(open_folder, folder, _STEMS["diffusers"], variant, config)
+    return ModelSource(str(folder), name, _VAE_CLASS, unquantized(config), opened)
+
+
+def is_file(path: Path) -> bool:
+    """Return whether a source is meant as a file: it is one, or is called like one."""
+    return path.is_file() or path.suffix in (".safetensors", *PICKLED)
+
+
+def _read(
+    configs: Path,
+    expected_class: str,
+    root: Path,
+    name: str,
+    model: Callable[[str, str, dict[str, Any]], Parts],
+    schedule: dict[str, Any],
+    *,
+    vae: bool = True,
+) -> PipelineSource:
+    """Read the configs of a pipeline; `model` makes of (component, stem, config) its place, config and opener."""
+    index = _read_index(configs, expected_class)
+    parts = {part: value for part, value in index.items() if isinstance(value, list) and value and value[0]}
+    if not vae:
+        parts.pop("vae", None)
+    # The first encoder is optional, as in diffusers, but it comes with its tokenizer.
+    pair = [part for part in ("text_encoder", "tokenizer") if "text_encoder" in parts or "tokenizer" in parts]
+    required = [part for part in (*_REQUIRED, *pair) if vae or part != "vae"]
+    missing = [part for part in required if part not in parts or not (configs / part).is_dir()]
+    if missing:
+        remedy = "give an autoencoder with --vae, or " if missing == ["vae"] else ""
+        raise SourceError(f"{configs}: has no {', '.join(missing)}; {remedy}download the whole model folder")
+    models: dict[str, ModelSource] = {}
+    for component in (part for part in _MODELS if part in parts):
+        library, class_name = _class(parts[component], configs / component)
+        config = read_json(configs / component / "config.json")
+        place, config, opener = model(component, _STEMS[library], config)
+        models[component] = ModelSource(str(place), f"{name}/{component}", class_name, config, opener)
+    found = {component: source.config for component, source in models.items()}
+    check_role(_ROLES[expected_class], index, found, configs)
+    scheduler_file = configs / "scheduler" / "scheduler_config.json"
+    scheduler_config = read_json(scheduler_file) | schedule
+    scheduler_class = _class(parts["scheduler"], configs / "scheduler", ("diffusers",))[1]
+    return PipelineSource(
+        root=root,
+        name=name,
+        models=models,
+        tokenizers={part: configs / part for part in ("tokenizer", "tokenizer_2") if part in parts},
+        scheduler=read_scheduler(scheduler_config, str(scheduler_file if configs == root else root), scheduler_class),
+        requires_aesthetics_score=needs_score(_ROLES[expected_class], index, found),
+        force_zeros_for_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", True)),
+        index=index,
+        scheduler_config=scheduler_config,
+    )
+
+
+def _read_index(root: Path, expected_class: str) -> dict[str, Any]:
+    option = f"--{_ROLES[expected_class]}"
+    if not root.is_dir():
+        raise SourceError(f"{option} {root}: no such folder; give the folder of a diffusers model, or 'mini'")
+    if not (root / "model_index.json").is_file():
+        raise SourceError(f"{option} {root}: has no model_index.json, so it is not a diffusers pipeline folder;"
+                          " give the folder that save_pretrained wrote")  # fmt: skip
+    index = read_json(root / "model_index.json")
+    check_class(index.get("_class_name"), f"{option} {root}")
+    return index
+
+
+def _class(entry: list[Any], where: Path, libraries: Collection[str] = tuple(_STEMS)) -> tuple[str, str]:
+    """Return library and class of an entry of the index."""
+    library, class_name = [str(part) for part in entry[:2]] if len(entry) >= 2 else ("", "")
+    if library not in libraries:
+        raise SourceError(f"{where}: model_index.json names {library}.{class_name}; custom code is never loaded")
+    return library, class_name

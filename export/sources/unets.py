@@ -1,0 +1,159 @@
+"""A UNet by itself, as distilled models are published, that takes the place of a base's own."""
+
+__all__ = ["UNetSource", "open_unet", "with_unet"]
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from sdxl_trt.engines.errors import SourceError
+from sdxl_trt.engines.host.paths import known_as
+from sdxl_trt.export.checkpoints.quantization import unquantized
+from sdxl_trt.export.sources.configs import PUBLISHED, read_json
+from sdxl_trt.export.sources.hub import fetch_unet, parse_hub_id
+from sdxl_trt.export.sources.predictions import said_schedule
+from sdxl_trt.export.sources.scheduler_config import read_scheduler
+from sdxl_trt.export.sources.single_file import SingleFile, open_single_file
+from sdxl_trt.export.sources.source import (
+    HALF,
+    KINDS,
+    ModelSource,
+    PipelineSource,
+    is_file,
+    open_folder,
+    outlined,
+    warn_of_unused,
+)
+
+log = logging.getLogger("sdxl_trt.export")
+_CLASS, _STEM = "UNet2DConditionModel", "diffusion_pytorch_model"
+_REFINER_WIDTH = 1280
+_WIDTHS = {768: "a UNet of Stable Diffusion 1", 1024: "a UNet of Stable Diffusion 2"}
+# What belongs to a UNet rather than to the way it is sampled, and the defaults of diffusers' schedulers.
+_PREDICTED: dict[str, Any] = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}
+
+
+@dataclass(frozen=True)
+class UNetSource:
+    """A UNet and what its source says of the scheduler's config: nothing in most files."""
+
+    model: ModelSource
+    schedule: Mapping[str, Any]
+
+
+def open_unet(spec: str | Path, *, precision: str = "fp32", configs: Path | None = None) -> UNetSource:
+    """Open a UNet that replaces a base's: its diffusers folder, a pipeline's, a hub id, or a single file.
+
+    A single file has LDM names, with or without ``model.diffusion_model.``, or diffusers' names; a whole checkpoint
+    lends its UNet too. The config is the published one, with the blocks that the file has, unless a folder `configs`
+    has another (``config.json``). Raises SourceError for UNets of other models, by name, and CorruptError.
+    """
+    path = Path(spec)
+    if path.is_dir():
+        return _folder(path, known_as(path.resolve()), "")
+    if is_file(path):
+        return _file(path, PUBLISHED / "base" / "unet" if configs is None else configs)
+    hub_id = parse_hub_id(str(spec))
+    if hub_id is None:
+        raise SourceError(f"--unet {spec}: no such folder or file; {KINDS}")
+    snapshot = fetch_unet(hub_id, half=precision in HALF)
+    return _folder(snapshot.folder, snapshot.name, snapshot.variant)
+
+
+def with_unet(pipeline: PipelineSource, unet: UNetSource) -> PipelineSource:
+    """Return a base with another UNet; whether it fits the encoders is checked with the components.
+
+    What the UNet predicts comes with it where its source says so, and is told; all else of the schedule is the base's.
+    """
+    where, config = unet.model.where, pipeline.scheduler_config
+    changed = {name: value for name, value in unet.schedule.items() if config.get(name, _PREDICTED.get(name)) != value}
+    if changed:
+        said = ", ".join(f"{name} {value}" for name, value in changed.items())
+        log.warning("%s: %s comes with this UNet; the base's scheduler says otherwise", where, said)
+        config = config | changed
+    log.warning("%s: replaces the base's UNet, and the base's schedule stays; a distilled UNet (Lightning, DMD2, Hyper,"
+                " Turbo) needs the steps, the spacing and the guidance that its page names", where)  # fmt: skip
+    return replace(
+        pipeline,
+        models=pipeline.models | {"unet": unet.model},
+        scheduler=read_scheduler(config, where) if changed else pipeline.scheduler,
+        scheduler_config=config,
+    )
+
+
+def _file(path: Path, configs: Path) -> UNetSource:
+    file = open_single_file(path, "unet")
+    config = read_json(configs / "config.json")
+    if file.kind == "unet":
+        _check_names(file)
+        warn_of_unused(file)
+    config = outlined(file, config)
+    schedule = said_schedule(file.tensors, file.metadata, str(path), log.warning)
+    model = ModelSource(str(path), known_as(path), _CLASS, config, partial(file.checkpoint, "unet", config))
+    return UNetSource(model, schedule)
+
+
+def _check_names(file: SingleFile) -> None:
+    """Raise SourceError for the UNet of another model, which its tensors' names and shapes tell."""
+    context = file.shape("unet", ".attn2.to_k.weight")
+    width = context[-1] if context else None
+    added = file.shape("unet", "label_emb.0.0.weight", "add_embedding.linear_1.weight")
+    _refuse_other(f"--unet {file.path}", width, added=added is not None,
+                  distilled=file.shape("unet", "cond_proj.weight") is not None)  # fmt: skip
+
+
+def _refuse_other(where: str, width: int | None, *, added: bool, distilled: bool) -> None:
+    what = ""
+    if distilled:
+        what = "a latent consistency model (LCM), whose UNet is told the guidance, which is not supported; fuse an LCM"
+        what += " LoRA with --lora instead"
+    elif width == _REFINER_WIDTH and added:
+        what = "the refiner's UNet; --unet takes the place of the base's, and a refiner goes to --refiner"
+    elif not added or width in _WIDTHS:
+        what = f"{_WIDTHS.get(width or 0, 'a UNet of another model than SDXL')}; --unet takes a UNet of SDXL's base"
+    if what:
+        raise SourceError(f"{where}: is {what}")
+
+
+def _folder(root: Path, name: str, variant: str) -> UNetSource:
+    inner = (root / "unet" / "config.json").is_file()
+    folder, name = (root / "unet", f"{name}/unet") if inner else (root, name)
+    where = f"--unet {root}"
+    if not (folder / "config.json").is_file():
+        raise SourceError(f"{where}: has no config.json, so it is no diffusers model; {KINDS}")
+    config = read_json(folder / "config.json")
+    class_name = config.get("_class_name", _CLASS)
+    if class_name != _CLASS:
+        raise SourceError(f"{where}: is a {class_name}; --unet takes a {_CLASS}")
+    _check_config(config, where)
+    opened = partial(open_folder, folder, _STEM, variant, config)
+    model = ModelSource(str(folder), name, _CLASS, unquantized(config), opened)
+    return UNetSource(model, _pipelines_schedule(root) if inner else {})
+
+
+def _check_config(config: Mapping[str, Any], where: str) -> None:
+    channels, width = config.get("in_channels", 4), config.get("cross_attention_dim")
+    if channels in (8, 9):
+        kind = "an inpainting model" if channels == 9 else "an edit model"
+        raise SourceError(f"{where}: is {kind} (its UNet takes {channels} channels), which is not supported; give the"
+                          " text-to-image UNet")  # fmt: skip
+    added = config.get("addition_embed_type") == "text_time"
+    _refuse_other(where, width if isinstance(width, int) else None, added=added,
+                  distilled=bool(config.get("time_cond_proj_dim")))  # fmt: skip
+
+
+def _pipelines_schedule(root: Path) -> dict[str, Any]:
+    """Return what the scheduler beside a pipeline's UNet says that the UNet predicts.
+
+    Raises SourceError where it was trained on another kind of schedule than the base's, EDM's or a flow's.
+    """
+    path = root / "scheduler" / "scheduler_config.json"
+    config = read_json(path) if path.is_file() else {}
+    class_name = str(config.get("_class_name", ""))
+    if class_name.startswith(("EDM", "Flow")):
+        raise SourceError(f"--unet {root}: its scheduler is a {class_name}, so its UNet was not trained on the schedule"
+                          " of SDXL's base; give the whole pipeline with --base")  # fmt: skip
+    return {name: config.get(name) or usual for name, usual in _PREDICTED.items()} if config else {}

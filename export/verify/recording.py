@@ -1,0 +1,232 @@
+"""Real activations for every component: one request, run in PyTorch and overheard at every component's door.
+
+Two pictures of different size are made. The first is guided (two rows, 77 tokens, whole timesteps), the second is not
+(one row, two prompts side by side as 154 tokens, fractional timesteps). Prompts go through the pipelines'
+own tokenizers, latents through Euler steps, from the base to the refiner and on to the autoencoder,
+whose picture goes back into its encoder. Between components only these small arrays are kept. What a component that
+is left out would have given is drawn at random.
+"""
+
+__all__ = ["Call", "Recording", "Run", "Settings"]
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from sdxl_trt.engines.engine import Array
+from sdxl_trt.export.components import ComponentPlan, StagePlan, time_id_names
+from sdxl_trt.export.graph.signatures import vae_factor
+from sdxl_trt.export.sources.tokenizers import LoadedTokenizer
+from sdxl_trt.export.verify.euler import Euler
+
+Run = Callable[[Mapping[str, Array]], dict[str, Array]]
+PROMPTS = (
+    "a photograph of a red fox in the snow, golden hour, 85 mm, shallow depth of field",
+    "",
+    "Ein Fjord im Nebel, oil on canvas; " * 12,
+)
+GUIDANCE_SCALE, AESTHETIC_SCORES = 5.0, (6.0, 2.5)
+# Where on the training timesteps the UNets are asked; the refiner takes over where SDXL's does, below a fifth.
+BASE_GRID, REFINER_GRID = (0.999, 0.7513, 0.5007, 0.2502), (0.1498, 0.0503)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`sizes` are latent pixels (height, width) of the two pictures, rounded up to what the UNets can take."""
+
+    sizes: tuple[tuple[int, int], tuple[int, int]] = ((16, 16), (24, 16))
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a component: a title, float32 and int64 inputs, and float32 outputs."""
+
+    title: str
+    inputs: dict[str, Array]
+    outputs: dict[str, Array]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every input."""
+        return {name: tuple(array.shape) for name, array in self.inputs.items()}
+
+
+@dataclass
+class _Tape:
+    """Runs a component and keeps what goes in and what comes out."""
+
+    run: Run
+    calls: list[Call] = field(default_factory=list)
+
+    def __call__(self, title: str, **inputs: Array) -> dict[str, Array]:
+        outputs = self.run(inputs)
+        self.calls.append(Call(title, inputs, outputs))
+        return outputs
+
+
+class Recording:
+    """The request's state between components, which must be overheard in the order of a run."""
+
+    def __init__(self, stages: Mapping[str, StagePlan], settings: Settings) -> None:
+        self._stages, self._seed = stages, settings.seed
+        self._embeds: dict[tuple[str, str], dict[str, Array]] = {}
+        self._sizes = [tuple(-(-side // self._multiple) * self._multiple for side in size) for size in settings.sizes]
+        self._latents = [self._noise(settings.seed + i, *size) for i, size in enumerate(self._sizes)]
+        self._pictures: dict[str, list[Array]] = {}
+
+    @cached_property
+    def _multiple(self) -> int:
+        return max(2 ** int(stage.models["unet"].module.num_upsamplers) for stage in self._stages.values())
+
+    def calls(self, name: str, plan: ComponentPlan, run: Run) -> list[Call]:
+        """Take the component called `name` through its part of the request with `run`; return its calls."""
+        tape = _Tape(run)
+        for stage_name, stage in self._stages.items():
+            for role in (role for role, component in stage.roles.items() if component == name):
+                if plan.kind == "text_encoder":
+                    self._encode(tape, stage_name, role)
+                elif plan.kind == "unet":
+                    self._denoise(tape, stage_name)
+                elif not tape.calls and plan.kind == "vae_decoder":
+                    self._decode(tape, stage)
+                elif not tape.calls:
+                    self._read_back(tape, stage)
+        return tape.calls
+
+    def _noise(self, seed: int, height: int, width: int) -> Array:
+        channels = self._stages["base"].models["vae"].config["latent_channels"]
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(1, channels, height, width, generator=generator).numpy()
+
+    def _encode(self, tape: _Tape, stage_name: str, role: str) -> None:
+        tokenizer = self._stages[stage_name].tokenizer_of(role)
+        ids = np.stack([_ids(tokenizer, prompt) for prompt in PROMPTS])
+        done = next((call for call in tape.calls if np.array_equal(call.inputs["input_ids"], ids)), None)
+        outputs = done.outputs if done else tape(f"{len(PROMPTS)} prompts of the {stage_name}", input_ids=ids)
+        states = [value for name, value in outputs.items() if name.startswith("hidden_states.")]
+        pooled = outputs.get("text_embeds")
+        self._embeds[stage_name, role] = {"hidden": states[-2]} | ({} if pooled is None else {"pooled": pooled})
+        if done is None:
+            tape(f"one prompt of the {stage_name}", input_ids=ids[:1])
+
+    def _denoise(self, tape: _Tape, stage_name: str) -> None:
+        steps = _steps(stage_name, alone="refiner" not in self._stages)
+        prediction_type = self._stages[stage_name].pipeline.scheduler.prediction_type
+        for i, guided in enumerate((True, False)):
+            euler, conditions = self._euler(whole=guided), self._conditions(stage_name, guided=guided)
+            tokens = conditions["encoder_hidden_states"].shape[1]
+            rows, kind = len(conditions["time_ids"]), "guided" if guided else f"{tokens} tokens"
+            x = self._latents[i] if steps.start else euler.start(self._latents[i])
+            for step in steps:
+                sample = np.concatenate([euler.scaled(x, step)] * rows)
+                timestep = euler.timesteps[step]
+                title = f"{kind}, timestep {timestep:g}"
+                times = np.full(rows, timestep, np.float32)
+                out = tape(title, sample=sample, timestep=times, **conditions)["out_sample"]
+                x = euler.step(x, _guided(out), step, prediction_type)
+            self._latents[i] = x
+
+    def _euler(self, *, whole: bool) -> Euler:
+        """Return the grid of base and refiner, which is the base's schedule."""
+        scheduler = self._stages["base"].pipeline.scheduler
+        times = np.array(BASE_GRID + REFINER_GRID) * scheduler.num_train_timesteps
+        return Euler(scheduler, list(np.floor(times) if whole else times))
+
+    def _conditions(self, stage_name: str, *, guided: bool) -> dict[str, Array]:
+        """Return a UNet's constant inputs: rows [positive, negative] guided, else one row of two prompts."""
+        stage = self._stages[stage_name]
+        roles: list[str] = [role for role in ("text_encoder", "text_encoder_2") if role in stage.roles]
+        embeds = [self._embeds.get((stage_name, role)) or self._drawn(stage, role) for role in roles]
+        hidden = np.concatenate([each["hidden"] for each in embeds], axis=-1)
+        pooled = embeds[roles.index(stage.pooled_role)]["pooled"]
+        if not guided:
+            tokens = np.concatenate([hidden[:1], hidden[2:]], axis=1)
+            return {"encoder_hidden_states": tokens, "text_embeds": pooled[:1], "time_ids": _time_ids(stage)[:1]}
+        kept = np.array([[1.0], [0.0 if stage.pipeline.force_zeros_for_empty_prompt else 1.0]], np.float32)
+        return {
+            "encoder_hidden_states": hidden[:2] * kept[..., None],
+            "text_embeds": pooled[:2] * kept,
+            "time_ids": _time_ids(stage),
+        }
+
+    def _drawn(self, stage: StagePlan, role: str) -> dict[str, Array]:
+        """Return random embeds with unit variance, as a final normalization leaves them."""
+        config, rng = stage.models[role].config, np.random.default_rng(self._seed)
+        shapes: dict[str, tuple[int, ...]] = {
+            "hidden": (len(PROMPTS), stage.tokenizer_of(role).max_length, config["hidden_size"]),
+            "pooled": (len(PROMPTS), config["projection_dim"]),
+        }
+        return {name: rng.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
+
+    def _decode(self, tape: _Tape, stage: StagePlan) -> None:
+        config = stage.models["vae"].config
+        pictures = []
+        for latents in self._latents:
+            clean = _unscaled(latents, config)
+            # The mirror image fills a second row.
+            for rows, value in ((1, clean), (2, np.concatenate([clean, clean[..., ::-1]]))):
+                picture = tape(f"{_size(latents)} latents, {rows} rows", latent_sample=value)["sample"]
+                pictures.append(np.clip(picture, -1, 1))
+        self._pictures[stage.roles["vae_decoder"]] = pictures
+
+    def _read_back(self, tape: _Tape, stage: StagePlan) -> None:
+        for picture in self._pictures.get(stage.roles["vae_decoder"]) or self._scribbles(stage):
+            tape(f"{_size(picture)} pixels, {len(picture)} rows", sample=picture)
+
+    def _scribbles(self, stage: StagePlan) -> list[Array]:
+        config, rng = stage.models["vae"].config, np.random.default_rng(self._seed)
+        sides = [tuple(side * vae_factor(config) for side in size) for size in self._sizes]
+        rows = [(rows, config["in_channels"], *size) for rows, size in enumerate(sides, start=1)]
+        return [rng.uniform(-1, 1, shape).astype(np.float32) for shape in rows]
+
+
+def _steps(stage_name: str, *, alone: bool) -> range:
+    """Return the steps of the grid that a stage takes."""
+    cut, end = len(BASE_GRID), len(BASE_GRID + REFINER_GRID)
+    if alone:
+        return range(end)
+    return range(cut) if stage_name == "base" else range(cut, end)
+
+
+def _ids(tokenizer: LoadedTokenizer, prompt: str) -> Array:
+    from tokenizers import Tokenizer  # noqa: PLC0415 - a compiled library
+
+    room = tokenizer.max_length - 2
+    body = Tokenizer.from_str(tokenizer.json.decode()).encode(prompt, add_special_tokens=False).ids[:room]
+    framed = [tokenizer.bos_id, *body, tokenizer.eos_id]
+    return np.array(framed + [tokenizer.pad_id] * (room - len(body)), dtype=np.int64)
+
+
+def _time_ids(stage: StagePlan) -> Array:
+    """Return (2, 5 or 6): the sizes of a picture as the model was trained on, uncropped; positive, then negative."""
+    unet, names = stage.models["unet"].config, time_id_names(stage.pipeline)
+    side = unet["sample_size"] if isinstance(unet["sample_size"], int) else 128
+    pixels = float(side * vae_factor(stage.models["vae"].config))
+    rows = [
+        [score if name == "aesthetic_score" else 0.0 if name.startswith("crop") else pixels for name in names]
+        for score in AESTHETIC_SCORES
+    ]
+    return np.array(rows, dtype=np.float32)
+
+
+def _guided(out: Array) -> Array:
+    return out if len(out) == 1 else out[1:] + np.float32(GUIDANCE_SCALE) * (out[:1] - out[1:])
+
+
+def _unscaled(latents: Array, config: Mapping[str, Any]) -> Array:
+    """Return what the decoder takes: the latents at the autoencoder's own scale."""
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    spread = np.float32(config["scaling_factor"])
+    if mean is None or std is None:
+        return latents / spread
+    columns = [np.array(value, np.float32).reshape(1, -1, 1, 1) for value in (std, mean)]
+    return latents * columns[0] / spread + columns[1]
+
+
+def _size(array: Array) -> str:
+    return "x".join(str(side) for side in array.shape[-2:])

@@ -1,0 +1,106 @@
+"""The exported graphs against PyTorch, component by component, on real activations.
+
+Every component is run in PyTorch fp32 (which records the inputs of the next, and how large its activations grow), in
+PyTorch at the precision of its export, and on ONNX Runtime's CPU provider, the graph that is rewritten for a CPU after
+the one of all backends. One of them is in memory at a time.
+"""
+
+__all__ = ["verify_bundle"]
+
+import gc
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+
+from sdxl_trt.engines.backends.ort.engine import OrtEngine
+from sdxl_trt.engines.bundle.bundle import Bundle
+from sdxl_trt.engines.engine import numpy_dtype
+from sdxl_trt.export.components import ComponentPlan, StagePlan
+from sdxl_trt.export.graph.precision import convert_module
+from sdxl_trt.export.verify.overflow import watch_dtypes, watch_peaks
+from sdxl_trt.export.verify.recording import Call, Recording, Settings
+from sdxl_trt.export.verify.reference import Prepare, load_reference, run_reference
+from sdxl_trt.export.verify.report import ComponentReport, Report, write_report
+from sdxl_trt.export.verify.verdict import NOT_RUN, Outputs, Results, judge
+
+Progress = Callable[[str, str], None]
+# In the order of a request: what a component is given, those before it have made.
+_ORDER = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
+_LIBRARIES = ("torch", "onnxruntime", "diffusers", "transformers")
+
+
+def verify_bundle(
+    bundle: Bundle,
+    components: Mapping[str, ComponentPlan],
+    stages: Mapping[str, StagePlan],
+    *,
+    progress: Progress | None = None,
+    settings: Settings | None = None,
+    prepare: Prepare = convert_module,
+) -> Report:
+    """Compare every component of `bundle` with the PyTorch models that it was planned from; write ``verify.json``.
+
+    `progress` is told each component and the run that begins. `prepare` must turn a module into a precision as the
+    export did. What fails is in the report, for `Report.require` to raise. Raises CorruptError for files that are
+    not the manifest's, ResourceError and EngineError where a backend cannot run.
+    """
+    settings, progress = settings or Settings(), progress or _silent
+    recording = Recording(stages, settings)
+    parts: dict[str, ComponentReport] = {}
+    for name in sorted(components, key=lambda name: _ORDER.index(components[name].kind)):
+        plan = components[name]
+        results = _run_torch(name, plan, recording, prepare, progress)
+        gc.collect()  # modules hold cycles: the next model must not wait for their turn
+        if plan.precision not in NOT_RUN:
+            progress(name, "verifying: ONNX Runtime")
+            results.onnx = _run_onnx(bundle, name, results.calls, standard=True)
+        parts[name] = judge(plan, results)
+        if cpu_graph := bundle.manifest.components[name].cpu_graph:
+            progress(name, "verifying: ONNX Runtime, the graph for a CPU")
+            results.onnx = _run_onnx(bundle, name, results.calls, standard=False)
+            parts[cpu_graph.file] = judge(plan, results)
+    report = Report(
+        generator=f"sdxl-trt {version('sdxl-trt')}",
+        versions={library: version(library) for library in _LIBRARIES},
+        seed=settings.seed,
+        passed=all(part.passed for part in parts.values()),
+        components=_ordered(parts, components),
+    )
+    write_report(bundle.root, report)
+    return report
+
+
+def _silent(component: str, stage: str) -> None:
+    """Report nothing."""
+
+
+def _run_torch(name: str, plan: ComponentPlan, recording: Recording, prepare: Prepare, progress: Progress) -> Results:
+    progress(name, "verifying: PyTorch fp32")
+    graph = load_reference(plan)
+    dtype = convert_module(graph, "fp32")
+    with watch_peaks(graph.module.model) as peaks:
+        calls = recording.calls(name, plan, lambda inputs: run_reference(graph, inputs, dtype))
+    if plan.precision == "fp32":
+        return Results(calls, peaks)
+    progress(name, f"verifying: PyTorch {plan.precision}")
+    dtype = prepare(graph, plan.precision)
+    with watch_dtypes(graph.module.model) as dtypes:
+        rounded = [run_reference(graph, call.inputs, dtype) for call in calls]
+    return Results(calls, peaks, rounded, dtypes)
+
+
+def _ordered(
+    parts: Mapping[str, ComponentReport], components: Mapping[str, ComponentPlan]
+) -> dict[str, ComponentReport]:
+    """Return the reports in the order of the components, that of a graph for a CPU after its component's."""
+    places = list(components)
+    return {part: parts[part] for part in sorted(parts, key=lambda part: (places.index(part.partition("/")[0]), part))}
+
+
+def _run_onnx(bundle: Bundle, name: str, calls: Sequence[Call], *, standard: bool) -> list[Outputs]:
+    engine = OrtEngine(bundle, name, standard=standard)
+    dtypes = {spec.name: numpy_dtype(spec) for spec in engine.component.inputs}
+    engine.load()
+    try:
+        return [engine.infer({key: value.astype(dtypes[key]) for key, value in call.inputs.items()}) for call in calls]
+    finally:
+        engine.unload()
