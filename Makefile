@@ -56,7 +56,7 @@ mini-bundle: $(VENV)/.full  ## Export the embedded pair's weights to mini/bundle
 
 gallery: $(VENV)/.runtime  ## Draw the README's contact sheet with the embedded bundle
 	@mkdir -p docs
-	$(BIN)/python -m sdxl_trt.mini.gallery docs/gallery.png
+	$(BIN)/python examples/gallery.py docs/gallery.png
 
 checkpoints: $(VENV)/.full  ## Write SDXL's base and refiner with random weights, 13 GB, to out/checkpoints
 	$(BIN)/python -m sdxl_trt.benchmarks.checkpoints --out out/checkpoints

@@ -14,6 +14,7 @@ from typing import Literal
 
 import msgspec
 
+from sdxl_trt.benchmarks.model_card.cases import cases as evaluation_cases
 from sdxl_trt.benchmarks.quality_limits import STAGES, culprit
 from sdxl_trt.benchmarks.quality_rows import Scorer, compare, compare_tiled, precisions_of
 from sdxl_trt.benchmarks.reports import Quality, Settings
@@ -25,9 +26,8 @@ from sdxl_trt.engines.errors import CorruptError, IncompatibleError, UsageError
 from sdxl_trt.export import Options, export_bundle
 from sdxl_trt.export.components import VaePrecision
 from sdxl_trt.export.exporter import plan_export
-from sdxl_trt.mini.drawing import SIDE
-from sdxl_trt.mini.evaluate import cases as evaluation_cases
-from sdxl_trt.mini.score import score
+from sdxl_trt.mini.scenes.drawing import SIDE
+from sdxl_trt.mini.score.score import score
 from sdxl_trt.runtime import Request, open_bundle
 from sdxl_trt.runtime.request.resolve import resolve
 

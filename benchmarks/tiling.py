@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdxl_trt.engines.host.files import atomic_write
-from sdxl_trt.mini.scenes import EVALUATION_SEEDS, render, sample_scene
+from sdxl_trt.mini.scenes.scenes import EVALUATION_SEEDS, render, sample_scene
 from sdxl_trt.runtime.vae.tiling import decode_tiled, tile_starts
 
 RESULTS = Path(__file__).with_name("results") / "tiling.md"

@@ -15,7 +15,8 @@ import numpy.typing as npt
 from safetensors import safe_open
 from safetensors.numpy import save
 
-from sdxl_trt.mini import architecture, vocabulary
+from sdxl_trt.mini import architecture
+from sdxl_trt.mini import clip_vocabulary as vocabulary
 
 WEIGHTS = Path(__file__).with_name("weights")
 TOKEN_TABLE = "text_model.embeddings.token_embedding.weight"  # noqa: S105 (a tensor's name)

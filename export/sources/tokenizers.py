@@ -13,7 +13,7 @@ from sdxl_trt.engines.errors import SourceError, explain_os_error
 from sdxl_trt.engines.host.paths import is_utf8
 from sdxl_trt.engines.plans.sizes import TOKENS
 from sdxl_trt.export.sources.configs import PUBLISHED
-from sdxl_trt.mini import vocabulary
+from sdxl_trt.mini import clip_vocabulary as vocabulary
 
 # transformers' stand-in for a tokenizer that states no length is 1e30.
 _STATED = 1 << 20

@@ -22,7 +22,7 @@ from sdxl_trt.engines.bundle.bundle import read_bundle, write_manifest
 from sdxl_trt.engines.bundle.manifest import LoraRecord
 from sdxl_trt.engines.errors import CorruptError, UsageError
 from sdxl_trt.engines.host.files import sha256_file
-from sdxl_trt.mini.scenes import EVALUATION_SEEDS, render, sample_scene, training_pairs
+from sdxl_trt.mini.scenes.scenes import EVALUATION_SEEDS, render, sample_scene, training_pairs
 
 SETTINGS = Settings(
     bundle="", model="", width=32, height=32, batch=1, steps=4, handoff=0.5, guidance=5.0, seed=3, tokens=77, runs=1,

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sdxl_trt.mini.score import score
+from sdxl_trt.mini.score.score import score
 from sdxl_trt.runtime import Request, open_bundle
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from sdxl_trt.mini import architecture, pair, vocabulary
+from sdxl_trt.mini import architecture, pair
+from sdxl_trt.mini import clip_vocabulary as vocabulary
 from sdxl_trt.mini import materialize as exported
 
 

@@ -7,17 +7,10 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from sdxl_trt.mini.captions import (
-    TEMPLATES,
-    Asked,
-    caption_for,
-    draw_caption,
-    is_for_evaluation,
-    read_caption,
-)
-from sdxl_trt.mini.damage import Damage, aesthetic_score, apply_damage
-from sdxl_trt.mini.drawing import COLOURS, FILLS, SHAPES, TEXTURES, pattern, shape_mask
-from sdxl_trt.mini.scenes import (
+from sdxl_trt.mini.scenes.captions import TEMPLATES, Asked, caption_for, draw_caption, is_for_evaluation, read_caption
+from sdxl_trt.mini.scenes.damage import Damage, aesthetic_score, apply_damage
+from sdxl_trt.mini.scenes.drawing import COLOURS, FILLS, SHAPES, TEXTURES, pattern, shape_mask
+from sdxl_trt.mini.scenes.scenes import (
     EVALUATION_SEEDS,
     HELD_OUT,
     TRAINING_SEEDS,

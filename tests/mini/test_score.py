@@ -7,12 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from sdxl_trt.mini.captions import Asked, draw_caption
-from sdxl_trt.mini.damage import Damage, apply_damage
-from sdxl_trt.mini.drawing import COLOURS, SHAPES, Picture
-from sdxl_trt.mini.reading import UNKNOWN, read
-from sdxl_trt.mini.scenes import VALIDATION_SEEDS, Scene, render, sample_scene
-from sdxl_trt.mini.score import score
+from sdxl_trt.mini.scenes.captions import Asked, draw_caption
+from sdxl_trt.mini.scenes.damage import Damage, apply_damage
+from sdxl_trt.mini.scenes.drawing import COLOURS, SHAPES, Picture
+from sdxl_trt.mini.scenes.scenes import VALIDATION_SEEDS, Scene, render, sample_scene
+from sdxl_trt.mini.score.reading import UNKNOWN, read
+from sdxl_trt.mini.score.score import score
 
 ALL_PAIRS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
 STAR = Scene(Asked("star", "red", "blue", "large", "centre", "plain", "plain"), 64.0, 64.0, 42.0)

@@ -12,7 +12,7 @@ import transformers
 from safetensors.torch import load_file
 
 from sdxl_trt.mini import materialize
-from sdxl_trt.mini.score import score
+from sdxl_trt.mini.score.score import score
 
 CLASSES = {
     "base": diffusers.StableDiffusionXLPipeline,

@@ -8,10 +8,10 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from sdxl_trt.mini import architecture
-from sdxl_trt.mini.train_data import Batch, Rows, draw_batch, load_cache
-from sdxl_trt.mini.train_loop import Budget, Loss, Weights, begin, save_whole, train
-from sdxl_trt.mini.train_text import Encoders
-from sdxl_trt.mini.train_vae import load_vae
+from sdxl_trt.mini.train.data import Batch, Rows, draw_batch, load_cache
+from sdxl_trt.mini.train.loop import Budget, Loss, Weights, begin, save_whole, train
+from sdxl_trt.mini.train.text import Encoders
+from sdxl_trt.mini.train.vae import load_vae
 
 PEAK_RATE = 6e-4
 SNR_CAP = 5.0

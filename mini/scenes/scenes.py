@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from sdxl_trt.mini.captions import POSITIONS, SIZES, Asked, draw_caption
-from sdxl_trt.mini.damage import Damage, aesthetic_score, apply_damage, sample_damage
-from sdxl_trt.mini.drawing import (
+from sdxl_trt.mini.scenes.captions import POSITIONS, SIZES, Asked, draw_caption
+from sdxl_trt.mini.scenes.damage import Damage, aesthetic_score, apply_damage, sample_damage
+from sdxl_trt.mini.scenes.drawing import (
     COLOURS,
     FILL_CONTRAST,
     FILLS,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sdxl_trt.mini.drawing import COLOURS, SHAPES
+from sdxl_trt.mini.scenes.drawing import COLOURS, SHAPES
 
 SIZES = ("small", "medium", "large")
 POSITIONS = {

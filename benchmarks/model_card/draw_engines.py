@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from sdxl_trt.mini.evaluate import Generator, Settings
+from sdxl_trt.benchmarks.model_card.cases import Generator, Settings
 from sdxl_trt.runtime import Request, open_bundle
 
 

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from sdxl_trt.mini import architecture, vocabulary
+from sdxl_trt.mini import architecture
+from sdxl_trt.mini import clip_vocabulary as vocabulary
 
 Ids = npt.NDArray[np.int64]
 TABLE = "embeddings.token_embedding.weight"

@@ -1,63 +1,27 @@
-"""How good the pair is, on captions and seeds that training never saw: `python -m sdxl_trt.mini.evaluate`."""
+"""How good the pair is, on captions and seeds that training never saw: `python -m sdxl_trt.benchmarks.model_card`."""
+
+__all__ = []
 
 import argparse
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from sdxl_trt.mini.captions import draw_caption
+from sdxl_trt.benchmarks.model_card.cases import Case, Generator, Settings, cases
 from sdxl_trt.mini.pair import materialize
-from sdxl_trt.mini.scenes import EVALUATION_SEEDS, HELD_OUT, sample_scene, training_pairs
-from sdxl_trt.mini.score import Score, score
+from sdxl_trt.mini.score.score import Score, score
 
 BATCH = 25
 HANDOFFS = (0.25, 0.5, 0.6, 0.7, 0.8, None)
 AESTHETICS = (2.0, 4.0, 6.0, 8.0)
-HELD_OUT_OFFSET = 1_000_000
-"""Where in `EVALUATION_SEEDS` the held-out cases start."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a generator is asked for; `handoff` None means the base alone for all steps."""
-
-    steps: int = 30
-    handoff: float | None = 0.8
-    guidance: float = 5.0
-    aesthetic: float = 6.0
-    negative_aesthetic: float = 2.5
-
-
-@dataclass(frozen=True)
-class Case:
-    """One evaluation caption and the seed of its noise."""
-
-    caption: str
-    seed: int
-
-
-Generator = Callable[[list[str], list[int], Settings], npt.NDArray[np.uint8]]
-"""Prompts, seeds and settings to pictures `(n, 128, 128, 3)` uint8."""
 
 Row = dict[str, Any]
-
-
-def cases(count: int, held_out: bool = False) -> list[Case]:
-    """Evaluation captions of the training pairs or of the held-out ones, always the same."""
-    pairs = list(HELD_OUT) if held_out else training_pairs()
-    made = []
-    for i in range(count):
-        seed = EVALUATION_SEEDS[i + HELD_OUT_OFFSET * held_out]
-        rng = np.random.default_rng(seed)
-        made.append(Case(draw_caption(sample_scene(rng, pairs).asked, rng, evaluation=True), seed))
-    return made
 
 
 def scores(generator: Generator, wanted: list[Case], settings: Settings) -> list[Score]:
@@ -166,12 +130,12 @@ def _quality_cells(row: Row) -> str:
 def _generator(bundle: Path | None) -> Iterator[Generator]:
     """Yield what draws: an exported bundle, or diffusers on the materialized pair (the measuring needs neither)."""
     if bundle is not None:
-        from sdxl_trt.mini.draw_engines import engine_pair  # noqa: PLC0415 (it imports this module)
+        from sdxl_trt.benchmarks.model_card.draw_engines import engine_pair  # noqa: PLC0415 (it imports this module)
 
         with engine_pair(bundle) as generator:
             yield generator
         return
-    from sdxl_trt.mini.draw_torch import TorchPair  # noqa: PLC0415 (torch)
+    from sdxl_trt.benchmarks.model_card.draw_torch import TorchPair  # noqa: PLC0415 (torch)
 
     with tempfile.TemporaryDirectory() as folder:
         yield TorchPair(*materialize(folder))
@@ -179,7 +143,7 @@ def _generator(bundle: Path | None) -> Iterator[Generator]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Draw with the embedded pair or a bundle, print the tables and write them as JSON."""
-    parser = argparse.ArgumentParser(prog="python -m sdxl_trt.mini.evaluate", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m sdxl_trt.benchmarks.model_card", description=__doc__)
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--sweep", type=int, default=60, help="captions for each setting of the sweeps")
     parser.add_argument("--output", type=Path, help="write the figures here as JSON")

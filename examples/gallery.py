@@ -1,4 +1,4 @@
-"""The README's contact sheet, drawn by the embedded bundle: `python -m sdxl_trt.mini.gallery out.png`."""
+"""The README's contact sheet, drawn by the embedded bundle: `python examples/gallery.py out.png`."""
 
 import sys
 from pathlib import Path

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
 
-from sdxl_trt.mini.evaluate import Settings
+from sdxl_trt.benchmarks.model_card.cases import Settings
 
 
 class TorchPair:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from sdxl_trt.mini.pair import WEIGHTS
-from sdxl_trt.mini.train_loop import Budget
+from sdxl_trt.mini.train.loop import Budget
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -31,7 +31,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> None:
     """Run the chosen stage. Each reads from the folder what the stages before it wrote."""
-    from sdxl_trt.mini import train_data, train_publish, train_unet, train_vae  # noqa: PLC0415 (slow to load)
+    from sdxl_trt.mini.train import data as train_data  # noqa: PLC0415 (slow to load)
+    from sdxl_trt.mini.train import publish as train_publish  # noqa: PLC0415
+    from sdxl_trt.mini.train import unet as train_unet  # noqa: PLC0415
+    from sdxl_trt.mini.train import vae as train_vae  # noqa: PLC0415
 
     budget = Budget(options.minutes, options.steps)
     if options.stage == "vae":

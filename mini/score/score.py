@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sdxl_trt.mini.captions import Asked, read_caption
-from sdxl_trt.mini.drawing import COLOURS, FILL_CONTRAST, SIDE, TEXTURE_CONTRAST, Picture, Plane, shade
-from sdxl_trt.mini.reading import UNKNOWN, Mask, Reading, distance_to_tones, eroded, read, spread, tones
+from sdxl_trt.mini.scenes.captions import Asked, read_caption
+from sdxl_trt.mini.scenes.drawing import COLOURS, FILL_CONTRAST, SIDE, TEXTURE_CONTRAST, Picture, Plane, shade
+from sdxl_trt.mini.score.reading import UNKNOWN, Mask, Reading, distance_to_tones, eroded, read, spread, tones
 
 RIM = 4
 """Half width in pixels of the band around the shape's edge where sharpness is measured and damage is not."""

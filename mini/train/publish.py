@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from sdxl_trt.mini.pair import TOKEN_IDS, WEIGHTS, Tensors, write_tensors
-from sdxl_trt.mini.train_unet import without
+from sdxl_trt.mini.train.unet import without
 
 
 def published_clip(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -8,9 +8,9 @@ from diffusers import AutoencoderKL
 from torch.nn import functional
 
 from sdxl_trt.mini import architecture
-from sdxl_trt.mini.drawing import SIDE, Picture
-from sdxl_trt.mini.scenes import TRAINING_SEEDS, VALIDATION_SEEDS, example
-from sdxl_trt.mini.train_loop import Budget, Weights, begin, save_whole, train
+from sdxl_trt.mini.scenes.drawing import SIDE, Picture
+from sdxl_trt.mini.scenes.scenes import TRAINING_SEEDS, VALIDATION_SEEDS, example
+from sdxl_trt.mini.train.loop import Budget, Weights, begin, save_whole, train
 
 BATCH = 4
 WINDOW = 64

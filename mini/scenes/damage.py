@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from sdxl_trt.mini.drawing import SIDE, Picture
+from sdxl_trt.mini.scenes.drawing import SIDE, Picture
 
 MAX_BLUR = 2.6
 MAX_GRAIN = 38.0

@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from sdxl_trt.mini.captions import draw_caption
-from sdxl_trt.mini.scenes import TRAINING_SEEDS, example
-from sdxl_trt.mini.train_text import Ids, compact, tokenize, with_fillers
-from sdxl_trt.mini.train_vae import load_vae, signals
+from sdxl_trt.mini.scenes.captions import draw_caption
+from sdxl_trt.mini.scenes.scenes import TRAINING_SEEDS, example
+from sdxl_trt.mini.train.text import Ids, compact, tokenize, with_fillers
+from sdxl_trt.mini.train.vae import load_vae, signals
 
 CAPTIONS_EACH = 4
 PART = 1500

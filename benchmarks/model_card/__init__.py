@@ -1,0 +1,1 @@
+"""The figures of the embedded pair's model card."""

@@ -1,0 +1,50 @@
+"""The captions and seeds that the embedded pair is evaluated with."""
+
+__all__ = []
+
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from sdxl_trt.mini.scenes.captions import draw_caption
+from sdxl_trt.mini.scenes.scenes import EVALUATION_SEEDS, HELD_OUT, sample_scene, training_pairs
+
+HELD_OUT_OFFSET = 1_000_000
+"""Where in `EVALUATION_SEEDS` the held-out cases start."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a generator is asked for; `handoff` None means the base alone for all steps."""
+
+    steps: int = 30
+    handoff: float | None = 0.8
+    guidance: float = 5.0
+    aesthetic: float = 6.0
+    negative_aesthetic: float = 2.5
+
+
+@dataclass(frozen=True)
+class Case:
+    """One evaluation caption and the seed of its noise."""
+
+    caption: str
+    seed: int
+
+
+Generator = Callable[[list[str], list[int], Settings], npt.NDArray[np.uint8]]
+"""Prompts, seeds and settings to pictures `(n, 128, 128, 3)` uint8."""
+
+
+def cases(count: int, held_out: bool = False) -> list[Case]:
+    """Evaluation captions of the training pairs or of the held-out ones, always the same."""
+    pairs = list(HELD_OUT) if held_out else training_pairs()
+    made = []
+    for i in range(count):
+        seed = EVALUATION_SEEDS[i + HELD_OUT_OFFSET * held_out]
+        rng = np.random.default_rng(seed)
+        made.append(Case(draw_caption(sample_scene(rng, pairs).asked, rng, evaluation=True), seed))
+    return made

@@ -1,0 +1,1 @@
+"""The scenes that the embedded pair draws, with captions."""

@@ -1,0 +1,1 @@
+"""Scores of drawn scenes against their captions."""
