@@ -59,19 +59,19 @@ gallery: $(VENV)/.runtime  ## Draw the README's contact sheet with the embedded 
 	$(BIN)/python examples/gallery.py docs/gallery.png
 
 checkpoints: $(VENV)/.full  ## Write SDXL's base and refiner with random weights, 13 GB, to out/checkpoints
-	$(BIN)/python -m sdxl_trt.benchmarks.checkpoints --out out/checkpoints
+	$(BIN)/python -m sdxl_trt.benchmarks.full_size.checkpoints --out out/checkpoints
 
 readme: $(VENV)/.runtime  ## Make the README's benchmark, and the pages beside the results, of benchmarks/results
-	@$(BIN)/python -m sdxl_trt.benchmarks.readme
+	@$(BIN)/python -m sdxl_trt.benchmarks.report.readme
 
 bench: $(VENV)/.full $(PEERS)/.done  ## Measure against PyTorch, diffusers, optimum-onnx and OpenVINO, in about ten minutes
 	$(BIN)/python -m sdxl_trt.benchmarks.ten_minutes $(if $(QUICK),--quick --results out/bench/quick.json)
 
 bench-export: $(VENV)/.full  ## Measure the export at SDXL's real size; needs 45 GB of disk under out/
-	$(BIN)/python -m sdxl_trt.benchmarks.export $(if $(QUICK),--quick --results out/bench-export/quick.json)
+	$(BIN)/python -m sdxl_trt.benchmarks.full_size.export $(if $(QUICK),--quick --results out/bench-export/quick.json)
 
 bench-build: $(VENV)/.full  ## Measure plan builds at SDXL's real size, without a GPU; needs 16 GB of memory, 35 GB of disk
-	$(BIN)/python -m sdxl_trt.benchmarks.build $(if $(QUICK),--quick --results out/bench-build/quick.json)
+	$(BIN)/python -m sdxl_trt.benchmarks.full_size.build $(if $(QUICK),--quick --results out/bench-build/quick.json)
 
 # The schedulers that need scipy or torchsde run in the peers' environment, if there is one.
 bench-host: $(VENV)/.full  ## Measure the host's time per step beside diffusers' schedulers, in minutes

@@ -15,21 +15,22 @@ from pathlib import Path
 
 import msgspec
 
-from sdxl_trt.benchmarks.architectures import ROLES
-from sdxl_trt.benchmarks.bars import bars_table, missed
-from sdxl_trt.benchmarks.bench import Options, run_bench, settled_spec
-from sdxl_trt.benchmarks.bench_bars import bench_bars
-from sdxl_trt.benchmarks.cold_start import cold_starts
-from sdxl_trt.benchmarks.pages import write_pages
-from sdxl_trt.benchmarks.processes import measure
-from sdxl_trt.benchmarks.ratios import agree
-from sdxl_trt.benchmarks.reports import BenchReport, Quality, Settings, read_report
-from sdxl_trt.benchmarks.subjects import Subject, find_subject
+from sdxl_trt.benchmarks.contest.bars import bench_bars
+from sdxl_trt.benchmarks.contest.bench import Options, run_bench, settled_spec
+from sdxl_trt.benchmarks.contest.cold_start import cold_starts
+from sdxl_trt.benchmarks.contest.ratios import agree
+from sdxl_trt.benchmarks.full_size.architectures import ROLES
+from sdxl_trt.benchmarks.measure.bars import bars_table, missed
+from sdxl_trt.benchmarks.measure.processes import measure
+from sdxl_trt.benchmarks.measure.results import RESULTS_FOLDER
+from sdxl_trt.benchmarks.measure.subjects import Subject, find_subject
+from sdxl_trt.benchmarks.report.pages import write_pages
+from sdxl_trt.benchmarks.report.records import BenchReport, Quality, Settings, read_report
 from sdxl_trt.engines.errors import EngineError, VerificationError
 from sdxl_trt.engines.host.console import Parser, run
 
 COMMAND = ("make", "bench")
-RESULTS = Path(__file__).with_name("results") / "bench.json"
+RESULTS = RESULTS_FOLDER / "bench.json"
 COUSIN = ("cousin-50m", Options(steps=4, width=512, height=512, runs=5, step_runs=12, components=True, sweeps=True))
 TINY = ("tiny", Options(steps=3, width=128, height=128, runs=2, step_runs=3, components=True, sweeps=True,
                         quick=True))  # fmt: skip
@@ -84,7 +85,7 @@ def _run(work: Path, *, quick: bool, quality: bool) -> BenchReport:
 
 
 def _quality(embedded: Subject, settings: Settings, *, quick: bool) -> tuple[Quality, ...]:
-    from sdxl_trt.benchmarks.quality import VARIANTS, measure_quality  # noqa: PLC0415
+    from sdxl_trt.benchmarks.quality.quality import VARIANTS, measure_quality  # noqa: PLC0415
 
     return measure_quality(embedded, settings, () if quick else tuple(VARIANTS), _say)
 
@@ -94,7 +95,15 @@ def _checkpoints(folder: Path, size: str) -> list[Path]:
     for role in ROLES:
         if not (folder / role).is_dir():
             _say(f"writing {folder / role}")
-            command = [sys.executable, "-m", "sdxl_trt.benchmarks.checkpoints", "--out", str(folder), "--size", size]
+            command = [
+                sys.executable,
+                "-m",
+                "sdxl_trt.benchmarks.full_size.checkpoints",
+                "--out",
+                str(folder),
+                "--size",
+                size,
+            ]
             done = measure([*command, "--dtype", "fp32", f"--{role}"])
             if not done.ok:
                 raise EngineError(f"the checkpoint {folder / role} was not written: {done.output}")

@@ -10,12 +10,20 @@ with open_bundle("my-bundle") as pipeline:
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sdxl_trt.runtime.pipeline.pipeline import Picture, Pipeline, Step, open_bundle
+    from sdxl_trt.runtime.images.picture import Picture
+    from sdxl_trt.runtime.pipeline.pipeline import Pipeline, open_bundle
+    from sdxl_trt.runtime.pipeline.run import Step
     from sdxl_trt.runtime.request.request import Request
 
 __all__ = ["Picture", "Pipeline", "Request", "Step", "open_bundle"]
 
-_HOMES = {"Picture": "pipeline", "Pipeline": "pipeline", "Request": "request", "Step": "pipeline"}
+_HOMES = {
+    "Picture": "images.picture",
+    "Pipeline": "pipeline.pipeline",
+    "Request": "request.request",
+    "Step": "pipeline.run",
+    "open_bundle": "pipeline.pipeline",
+}
 
 
 def __getattr__(name: str) -> object:
@@ -24,4 +32,4 @@ def __getattr__(name: str) -> object:
 
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES.get(name, 'pipeline')}"), name)
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

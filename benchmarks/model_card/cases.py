@@ -1,6 +1,6 @@
 """The captions and seeds that the embedded pair is evaluated with."""
 
-__all__ = []
+__all__ = ["HELD_OUT_OFFSET", "Case", "Generator", "Settings", "cases"]
 
 
 from collections.abc import Callable

@@ -29,7 +29,7 @@ from sdxl_trt.engines.plans.files import PLANS, close_to_others, plan_path
 from sdxl_trt.engines.plans.lookup import planned_components
 from sdxl_trt.engines.plans.sizes import Sizes
 
-# A plan holds the weights and the kernels; measured by benchmarks/build.py.
+# A plan holds the weights and the kernels; measured by benchmarks/full_size/build.py.
 _PLAN_BYTES, _PLAN_EXTRA = 1.05, 32 << 20
 
 

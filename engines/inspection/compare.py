@@ -42,7 +42,7 @@ class _Limits:
 
 
 # One graph on two backends differs by rounding alone. Where both round to fp16, each as it likes, they may be as far
-# apart as either is from fp32, which export/figures.py limits to the same. A bf16 decoder is held to what bf16 costs:
+# apart as either is from fp32, which export/verify limits to the same. A bf16 decoder is held to what bf16 costs:
 # its reference is fp32.
 _LIMITS = {
     "fp32": _Limits(relative=1e-3, cosine=1 - 1e-6),

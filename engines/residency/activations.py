@@ -2,7 +2,7 @@
 
 What is alive at once in a UNet is what its up blocks still wait for, the skip connections, with a resnet's input, that
 input normalized (in fp32), and its output; in a decoder the same of its last resnet at full size. The factors below
-are what the real builder's figures come to in those units: benchmarks/activations.py compares the two, and
+are what the real builder's figures come to in those units: benchmarks/full_size/activations.py compares the two, and
 benchmarks/results/activations.md has the table. The estimate is one, and `estimate_error` says by how much it was off.
 """
 

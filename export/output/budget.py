@@ -13,7 +13,7 @@ from sdxl_trt.engines.host.memory import available_host_memory
 from sdxl_trt.export.checkpoints.checkpoint import REMAP_BYTES
 from sdxl_trt.export.components import ComponentPlan
 
-# Graphs, tokenizers, the manifest; and the libraries with a traced graph, as measured by benchmarks/export.py.
+# Graphs, tokenizers, the manifest; and the libraries with a traced graph, measured by benchmarks/full_size/export.py.
 _DISK_EXTRA, _MEMORY_BASE = 64 << 20, 900 << 20
 # A tensor as stored, its cast, its transpose, and an fp32 sum where a LoRA is fused.
 _COPIES = 4

@@ -2,9 +2,9 @@
 
 import pytest
 
-from sdxl_trt.benchmarks.bars import Bar
-from sdxl_trt.benchmarks.ratios import ratios
-from sdxl_trt.benchmarks.reports import BenchReport, ColdStart, Contestant, Measurement, Quality, Settings
+from sdxl_trt.benchmarks.contest.ratios import ratios
+from sdxl_trt.benchmarks.measure.bars import Bar
+from sdxl_trt.benchmarks.report.records import BenchReport, ColdStart, Contestant, Measurement, Quality, Settings
 
 OURS = "sdxl-trt"
 STAGES = {"text encoders": 0.03, "base UNet": 0.7, "handoff": 0.01, "refiner UNet": 0.18, "VAE decode": 0.08}

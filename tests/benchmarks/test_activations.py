@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from sdxl_trt.benchmarks import activations
-from sdxl_trt.benchmarks.activations import Row, main, table
+from sdxl_trt.benchmarks.full_size import activations
+from sdxl_trt.benchmarks.full_size.activations import Row, main, table
 from sdxl_trt.engines.bundle.manifest import Component
 from sdxl_trt.mini.embedded import bundle_path
 

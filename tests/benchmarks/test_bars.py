@@ -5,9 +5,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from sdxl_trt.benchmarks import build, export
-from sdxl_trt.benchmarks.bars import Bar, at_most, bars_table, missed
-from sdxl_trt.benchmarks.result_files import package_versions, results_parser, write_results
+from sdxl_trt.benchmarks.full_size import build, export
+from sdxl_trt.benchmarks.measure.bars import Bar, at_most, bars_table, missed
+from sdxl_trt.benchmarks.measure.results import package_versions, results_parser, write_results
 
 
 @pytest.mark.parametrize(

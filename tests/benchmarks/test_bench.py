@@ -10,12 +10,12 @@ from typing import Any
 import msgspec
 import pytest
 
-from sdxl_trt.benchmarks import bench
-from sdxl_trt.benchmarks.bench import Options, run_bench, settled_spec
 from sdxl_trt.benchmarks.cli import main
-from sdxl_trt.benchmarks.reports import BenchReport, read_report
-from sdxl_trt.benchmarks.subjects import Subject, find_subject
-from sdxl_trt.benchmarks.sweeps import is_usual, sweep_asks
+from sdxl_trt.benchmarks.contest import bench
+from sdxl_trt.benchmarks.contest.bench import Options, run_bench, settled_spec
+from sdxl_trt.benchmarks.contest.sweeps import is_usual, sweep_asks
+from sdxl_trt.benchmarks.measure.subjects import Subject, find_subject
+from sdxl_trt.benchmarks.report.records import BenchReport, read_report
 from sdxl_trt.engines.errors import EngineError, SizeError, UsageError
 
 # A contestant that says that it can do everything in a quarter of a second; what else it does is in its arguments.
@@ -178,8 +178,8 @@ def test_quality_that_is_not_reached_is_an_error(
     quality = SimpleNamespace(
         VARIANTS=("fp32",), measure_quality=lambda *_: ("a row",), verdict=lambda rows: f"quality: {rows[0]} is off"
     )
-    monkeypatch.setitem(sys.modules, "sdxl_trt.benchmarks.quality", quality)
-    monkeypatch.setattr("sdxl_trt.benchmarks.tables.markdown", lambda report: "# all of it\n")
+    monkeypatch.setitem(sys.modules, "sdxl_trt.benchmarks.quality.quality", quality)
+    monkeypatch.setattr("sdxl_trt.benchmarks.report.markdown.markdown", lambda report: "# all of it\n")
     assert main(["--against", "none", "--quick", "--quality"]) == 1
     printed = capsys.readouterr()
     assert printed.out == "# all of it\n", printed.err

@@ -6,10 +6,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from sdxl_trt.benchmarks import build
-from sdxl_trt.benchmarks.build import Build, Report, bars, main, table
-from sdxl_trt.benchmarks.build_cases import cases
-from sdxl_trt.benchmarks.tensorrt_on_cpu import unavailable
+from sdxl_trt.benchmarks.full_size import build
+from sdxl_trt.benchmarks.full_size.build import Build, Report, bars, main, table
+from sdxl_trt.benchmarks.full_size.build_cases import cases
+from sdxl_trt.benchmarks.full_size.tensorrt_on_cpu import unavailable
 from sdxl_trt.engines.bundle.bundle import read_bundle
 from sdxl_trt.mini.embedded import bundle_path
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sdxl_trt.benchmarks import checkpoints
-from sdxl_trt.benchmarks.architectures import SIZES, architecture
-from sdxl_trt.benchmarks.checkpoints import main, write_checkpoint
+from sdxl_trt.benchmarks.full_size import checkpoints
+from sdxl_trt.benchmarks.full_size.architectures import SIZES, architecture
+from sdxl_trt.benchmarks.full_size.checkpoints import main, write_checkpoint
 from sdxl_trt.engines.errors import UsageError
 
 pytestmark = pytest.mark.slow

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from sdxl_trt.benchmarks.children import Child, ContestantError
-from sdxl_trt.benchmarks.protocol import Ask, Memory, Ran, Ready
+from sdxl_trt.benchmarks.contest.child import Child, ContestantError
+from sdxl_trt.benchmarks.contestants.protocol import Ask, Memory, Ran, Ready
 
 LIMIT = 20.0
 RUN = Ask(do="run", task="picture")

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdxl_trt.benchmarks.bench import Options, settled_spec
-from sdxl_trt.benchmarks.bench_bars import bench_bars
-from sdxl_trt.benchmarks.cold_start import OURS, THEIRS, cold_starts, commands, likeness
-from sdxl_trt.benchmarks.processes import Measured
-from sdxl_trt.benchmarks.reports import BenchReport, Contestant, Measurement, Settings
-from sdxl_trt.benchmarks.subjects import Subject, find_subject
+from sdxl_trt.benchmarks.contest.bars import bench_bars
+from sdxl_trt.benchmarks.contest.bench import Options, settled_spec
+from sdxl_trt.benchmarks.contest.cold_start import OURS, THEIRS, cold_starts, commands, likeness
+from sdxl_trt.benchmarks.measure.processes import Measured
+from sdxl_trt.benchmarks.measure.subjects import Subject, find_subject
+from sdxl_trt.benchmarks.report.records import BenchReport, Contestant, Measurement, Settings
 from sdxl_trt.mini.embedded import bundle_path
 
 SETTINGS = Settings(bundle="", model="", width=8, height=8, batch=1, steps=1, handoff=None, guidance=1, seed=0,

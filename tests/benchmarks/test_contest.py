@@ -8,12 +8,12 @@ import msgspec
 import numpy as np
 import pytest
 
-from sdxl_trt.benchmarks.children import ContestantError
-from sdxl_trt.benchmarks.contest import Entrant, Plan, Turns, close, prepare, rotated, take_turns
-from sdxl_trt.benchmarks.energy import Nvml
-from sdxl_trt.benchmarks.entries import contestant, measurement
-from sdxl_trt.benchmarks.protocol import Ask, Memory, Ran, Ready, Spec
-from sdxl_trt.benchmarks.roster import Entry
+from sdxl_trt.benchmarks.contest.child import ContestantError
+from sdxl_trt.benchmarks.contest.entries import contestant, measurement
+from sdxl_trt.benchmarks.contest.roster import Entry
+from sdxl_trt.benchmarks.contest.turns import Entrant, Plan, Turns, close, prepare, rotated, take_turns
+from sdxl_trt.benchmarks.contestants.protocol import Ask, Memory, Ran, Ready, Spec
+from sdxl_trt.benchmarks.measure.energy import Nvml
 
 STEP = "base UNet step"
 READY = Ready(precision="fp32", import_seconds=1, load_seconds=2, compile_seconds=3, versions={"torch": "9"},

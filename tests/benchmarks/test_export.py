@@ -7,9 +7,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from sdxl_trt.benchmarks import export
-from sdxl_trt.benchmarks.export import Case, bars, cases, main, run, table
-from sdxl_trt.benchmarks.processes import Measured
+from sdxl_trt.benchmarks.full_size import export
+from sdxl_trt.benchmarks.full_size.export import Case, bars, cases, main, run, table
+from sdxl_trt.benchmarks.measure.processes import Measured
 
 GB = 10**9
 

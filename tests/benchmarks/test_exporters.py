@@ -6,7 +6,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from sdxl_trt.benchmarks.exporters import main
+from sdxl_trt.benchmarks.full_size.exporters import main
 
 
 def _save(folder: Path, operator: str) -> None:

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch.nn import functional as fn
 from torch.utils.flop_counter import FlopCounterMode
 
-from sdxl_trt.benchmarks.flops import Counts, component_shapes, count_component, count_graph, count_model
+from sdxl_trt.benchmarks.roofline.flops import Counts, component_shapes, count_component, count_graph, count_model
 from sdxl_trt.engines.bundle.bundle import Bundle, read_bundle
 from sdxl_trt.engines.errors import CorruptError, IncompatibleError, SizeError, UsageError
 from sdxl_trt.export.graph.models import build_model

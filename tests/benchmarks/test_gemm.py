@@ -7,8 +7,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from sdxl_trt.benchmarks import gemm
-from sdxl_trt.benchmarks.gemm import GemmRate, floor_seconds, main, measure_gemm, peak_gemm_rate
+from sdxl_trt.benchmarks.roofline import gemm
+from sdxl_trt.benchmarks.roofline.gemm import GemmRate, floor_seconds, main, measure_gemm, peak_gemm_rate
 from sdxl_trt.engines.errors import EngineError, UsageError
 
 

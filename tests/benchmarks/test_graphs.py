@@ -7,7 +7,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from sdxl_trt.benchmarks.graphs import count_operators, main, table
+from sdxl_trt.benchmarks.full_size.node_counts import count_operators, main, table
 from sdxl_trt.mini.embedded import bundle_path
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from sdxl_trt.benchmarks import host_cases, host_time
-from sdxl_trt.benchmarks.host_cases import CASES, ELSEWHERE, Lap, our_run, their_run
-from sdxl_trt.benchmarks.host_time import Report, Row, Spread, bars, main, table
+from sdxl_trt.benchmarks.host_time import __main__ as host_time
+from sdxl_trt.benchmarks.host_time import cases as host_cases
+from sdxl_trt.benchmarks.host_time.__main__ import Report, Row, Spread, bars, main, table
+from sdxl_trt.benchmarks.host_time.cases import CASES, ELSEWHERE, Lap, our_run, their_run
 from sdxl_trt.runtime.diffusion.samplers.registry import TWO_CALLS, sampler_names
 
 # diffusers' own: it gives torch tensors to np.array; KDPM2 takes the logarithm of sigma 0.

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sdxl_trt.benchmarks.likeness import psnr, ssim
+from sdxl_trt.benchmarks.quality.likeness import psnr, ssim
 
 
 def _pictures(high: int, wide: int, grain: int) -> tuple[np.ndarray, np.ndarray]:

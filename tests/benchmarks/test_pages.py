@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdxl_trt.benchmarks.bars import Bar
-from sdxl_trt.benchmarks.charts import charts
-from sdxl_trt.benchmarks.pages import page, write_pages
-from sdxl_trt.benchmarks.quantities import plain
-from sdxl_trt.benchmarks.reports import (
+from sdxl_trt.benchmarks.measure.bars import Bar
+from sdxl_trt.benchmarks.report.charts import charts
+from sdxl_trt.benchmarks.report.markdown import markdown
+from sdxl_trt.benchmarks.report.pages import page, write_pages
+from sdxl_trt.benchmarks.report.quantities import plain
+from sdxl_trt.benchmarks.report.records import (
     BenchReport,
     ColdStart,
     Contestant,
@@ -22,7 +23,6 @@ from sdxl_trt.benchmarks.reports import (
     Settings,
     read_report,
 )
-from sdxl_trt.benchmarks.tables import markdown
 
 VOID = {"meta"}
 

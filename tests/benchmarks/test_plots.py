@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdxl_trt.benchmarks.plots import Dots, Item, Line, Stack, bar_chart, dot_chart, line_chart, stacked_chart
-from sdxl_trt.benchmarks.svg import Scale, element, nice_ticks, shortened
+from sdxl_trt.benchmarks.report.plots import Dots, Item, Line, Stack, bar_chart, dot_chart, line_chart, stacked_chart
+from sdxl_trt.benchmarks.report.svg import Scale, element, nice_ticks, shortened
 
 finite = st.floats(-1e9, 1e9, allow_subnormal=False)
 

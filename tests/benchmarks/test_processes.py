@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 
-from sdxl_trt.benchmarks.processes import Measured, machine, measure
+from sdxl_trt.benchmarks.measure.processes import Measured, machine, measure
 
 MB = 1 << 20
 # A child that says when it holds its memory, and stays until it has been seen.

@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from sdxl_trt.benchmarks.protocol import Answer, Ask, Done, Ran, Ready, Task, serve
+from sdxl_trt.benchmarks.contestants.protocol import Answer, Ask, Done, Ran, Ready, Task, serve
 
 
 class Fake:
@@ -86,7 +86,7 @@ def test_a_process_answers_on_stdout_alone_whatever_libraries_print(tmp_path: Pa
     spec |= dict.fromkeys(("threads", "width", "height", "batch", "steps", "seed"), 1) | {"guidance": 1.0}
     path = tmp_path / "spec.json"
     path.write_text(json.dumps(spec | {"handoff": None}))
-    command = [sys.executable, "-m", "sdxl_trt.benchmarks.contestant", str(path), "onnxruntime"]
+    command = [sys.executable, "-m", "sdxl_trt.benchmarks.contestants", str(path), "onnxruntime"]
     questions = b'{"do":"prepare"}\n{"do":"memory"}\n'
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, input=questions, capture_output=True, check=True, timeout=60, env=environment)

@@ -11,13 +11,13 @@ import numpy as np
 import onnx
 import pytest
 
-from sdxl_trt.benchmarks import quality
-from sdxl_trt.benchmarks.quality import GIVEN, measure_quality, verdict
-from sdxl_trt.benchmarks.quality_limits import STAGES
-from sdxl_trt.benchmarks.reports import BenchReport, Quality, Settings
-from sdxl_trt.benchmarks.subjects import Subject
-from sdxl_trt.benchmarks.tables import markdown
-from sdxl_trt.benchmarks.traces import Case, Trace
+from sdxl_trt.benchmarks.measure.subjects import Subject
+from sdxl_trt.benchmarks.quality import quality
+from sdxl_trt.benchmarks.quality.limits import STAGES
+from sdxl_trt.benchmarks.quality.quality import GIVEN, measure_quality, verdict
+from sdxl_trt.benchmarks.quality.traces import Case, Trace
+from sdxl_trt.benchmarks.report.markdown import markdown
+from sdxl_trt.benchmarks.report.records import BenchReport, Quality, Settings
 from sdxl_trt.engines.bundle.bundle import read_bundle, write_manifest
 from sdxl_trt.engines.bundle.manifest import LoraRecord
 from sdxl_trt.engines.errors import CorruptError, UsageError

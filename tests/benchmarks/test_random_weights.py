@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from sdxl_trt.benchmarks import random_weights
-from sdxl_trt.benchmarks.random_weights import random_tensors, split, write_file
+from sdxl_trt.benchmarks.full_size import random_weights
+from sdxl_trt.benchmarks.full_size.random_weights import random_tensors, split, write_file
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "conv.weight": (64, 32, 3, 3), "conv.bias": (64,), "norm.weight": (64,), "norm.bias": (64,),

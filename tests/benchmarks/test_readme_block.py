@@ -3,10 +3,10 @@
 import msgspec
 import pytest
 
-from sdxl_trt.benchmarks.pages import page
-from sdxl_trt.benchmarks.readme import BEGIN, END, NOTHING, README, RESULTS, block, read_results, rewritten
-from sdxl_trt.benchmarks.reports import BenchReport
-from sdxl_trt.benchmarks.tables import markdown
+from sdxl_trt.benchmarks.report.markdown import markdown
+from sdxl_trt.benchmarks.report.pages import page
+from sdxl_trt.benchmarks.report.readme import BEGIN, END, NOTHING, README, RESULTS, block, read_results, rewritten
+from sdxl_trt.benchmarks.report.records import BenchReport
 from sdxl_trt.engines.errors import CorruptError
 
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from sdxl_trt.benchmarks.estimates import Work
-from sdxl_trt.benchmarks.gpus import GPUS, find_gpu
-from sdxl_trt.benchmarks.published import PUBLISHED
-from sdxl_trt.benchmarks.roofline import estimate, run_estimate
-from sdxl_trt.benchmarks.roofline_table import estimate_table
+from sdxl_trt.benchmarks.roofline.estimates import Work
+from sdxl_trt.benchmarks.roofline.gpus import GPUS, find_gpu
+from sdxl_trt.benchmarks.roofline.published import PUBLISHED
+from sdxl_trt.benchmarks.roofline.roofline import estimate, run_estimate
+from sdxl_trt.benchmarks.roofline.table import estimate_table
 from sdxl_trt.engines.errors import SizeError, SourceError, UsageError
 from sdxl_trt.mini.embedded import bundle_path
 
@@ -128,8 +128,8 @@ def test_names_are_found_as_people_write_them() -> None:
 def test_an_estimate_needs_neither_onnx_nor_torch() -> None:
     code = (
         "import sys; sys.modules.update(dict.fromkeys(['onnx', 'onnxruntime', 'torch', 'tensorrt', 'cuda']));"
-        "from sdxl_trt.benchmarks.roofline import run_estimate;"
-        "from sdxl_trt.benchmarks.roofline_table import estimate_table; print(estimate_table(run_estimate('h100')))"
+        "from sdxl_trt.benchmarks.roofline.roofline import run_estimate;"
+        "from sdxl_trt.benchmarks.roofline.table import estimate_table; print(estimate_table(run_estimate('h100')))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "Estimate, not a measurement" in done.stdout

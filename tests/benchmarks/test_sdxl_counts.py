@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from sdxl_trt.benchmarks.count_sdxl import GRAPHS, fit_graph, published_graphs, solve, write_graph
-from sdxl_trt.benchmarks.flops import Counts, component_shapes, count_component, count_graph
-from sdxl_trt.benchmarks.sdxl_counts import FACTOR, TERMS, read_counts, term_values
+from sdxl_trt.benchmarks.roofline.count_sdxl import GRAPHS, fit_graph, published_graphs, solve, write_graph
+from sdxl_trt.benchmarks.roofline.flops import Counts, component_shapes, count_component, count_graph
+from sdxl_trt.benchmarks.roofline.sdxl_counts import FACTOR, TERMS, read_counts, term_values
 from sdxl_trt.engines.bundle.bundle import read_bundle
 from sdxl_trt.engines.errors import CorruptError, SizeError
 

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sdxl_trt.benchmarks import subjects
-from sdxl_trt.benchmarks.inputs import draw_inputs, unet_rows, write_inputs
-from sdxl_trt.benchmarks.processes import Measured
-from sdxl_trt.benchmarks.roster import ROSTER, choose, command, shown, unable
-from sdxl_trt.benchmarks.subjects import find_subject
+from sdxl_trt.benchmarks.contest.inputs import draw_inputs, unet_rows, write_inputs
+from sdxl_trt.benchmarks.contest.roster import ROSTER, choose, command, shown, unable
+from sdxl_trt.benchmarks.measure import subjects
+from sdxl_trt.benchmarks.measure.processes import Measured
+from sdxl_trt.benchmarks.measure.subjects import find_subject
 from sdxl_trt.engines.bundle.bundle import read_bundle
 from sdxl_trt.engines.errors import CorruptError, SdxlTrtError, UsageError
 from sdxl_trt.mini.embedded import bundle_path
@@ -121,8 +121,8 @@ def test_who_takes_part() -> None:
 
 
 def test_why_one_cannot_take_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sdxl_trt.benchmarks.roster.find_spec", lambda name: None)
-    monkeypatch.setattr("sdxl_trt.benchmarks.roster.peers", lambda: None)
+    monkeypatch.setattr("sdxl_trt.benchmarks.contest.roster.find_spec", lambda name: None)
+    monkeypatch.setattr("sdxl_trt.benchmarks.contest.roster.peers", lambda: None)
     reasons = {name: unable(entry, checkpoint=True, gpu=False) for name, entry in ROSTER.items()}
     assert reasons["sdxl-trt"] == ""
     assert reasons["ort-cuda"] == reasons["eager-fp16"] == "there is no NVIDIA GPU"
@@ -137,4 +137,4 @@ def test_why_one_cannot_take_part(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_command_is_shown_without_where_things_lie(tmp_path: Path) -> None:
     line = shown(command(ROSTER["eager"], tmp_path / "spec.json"))
-    assert line == ("python", "-m", "sdxl_trt.benchmarks.contestant", "spec.json", "eager")
+    assert line == ("python", "-m", "sdxl_trt.benchmarks.contestants", "spec.json", "eager")

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from sdxl_trt.benchmarks.documents import Table, without_empty
-from sdxl_trt.benchmarks.quantities import memory, plain, significant, time_unit, times
-from sdxl_trt.benchmarks.reports import BenchReport, Contestant, Measurement
-from sdxl_trt.benchmarks.tables import code_block, escaped, markdown, table_lines
+from sdxl_trt.benchmarks.report.document import Table, without_empty
+from sdxl_trt.benchmarks.report.markdown import code_block, escaped, markdown, table_lines
+from sdxl_trt.benchmarks.report.quantities import memory, plain, significant, time_unit, times
+from sdxl_trt.benchmarks.report.records import BenchReport, Contestant, Measurement
 
 GITHUB = MarkdownIt("gfm-like", {"linkify": False})
 HOSTILE = st.text(st.sampled_from("ab1 .|*_`~[]()<>!#-+=&;:\\\"'$\n\t/@\0\u202e"), min_size=1, max_size=20)

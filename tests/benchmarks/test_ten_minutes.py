@@ -6,8 +6,8 @@ import msgspec
 import pytest
 
 from sdxl_trt.benchmarks import ten_minutes
-from sdxl_trt.benchmarks.bars import Bar
-from sdxl_trt.benchmarks.reports import BenchReport, Ratio, Settings, read_report
+from sdxl_trt.benchmarks.measure.bars import Bar
+from sdxl_trt.benchmarks.report.records import BenchReport, Ratio, Settings, read_report
 from sdxl_trt.benchmarks.ten_minutes import main
 from sdxl_trt.engines.errors import SourceError
 

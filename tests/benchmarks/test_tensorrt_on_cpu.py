@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sdxl_trt.benchmarks import tensorrt_on_cpu
-from sdxl_trt.benchmarks.tensorrt_on_cpu import (
+from sdxl_trt.benchmarks.full_size import tensorrt_on_cpu
+from sdxl_trt.benchmarks.full_size.tensorrt_on_cpu import (
     CACHE_VARIABLE,
     LINKS,
     PACKAGE,

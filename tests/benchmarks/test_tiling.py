@@ -5,15 +5,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sdxl_trt.benchmarks import tiling
-from sdxl_trt.benchmarks.tiling import Row, main, table
+from sdxl_trt.benchmarks.quality import tiling
+from sdxl_trt.benchmarks.quality.tiling import Row, main, table
 
 ROW = Row(kind="one scene", pictures=4, side=512, tile=256, tiles=9, ours=53.04, theirs=51.32)
 
 
 def test_the_table_names_its_command_and_rounds_to_tenths() -> None:
     text = table([ROW])
-    assert "`python -m sdxl_trt.benchmarks.tiling`" in text
+    assert "`python -m sdxl_trt.benchmarks.quality.tiling`" in text
     assert "| 4 of one scene | 512² | 256² | 9 | 53.0 dB | 51.3 dB |" in text
 
 

@@ -67,7 +67,7 @@ def edit_graph() -> Callable[..., None]:
 
 
 # A pipeline as one LDM checkpoint. The way back, as the authors of SDXL numbered their modules: written for the tests,
-# apart from export/ldm.py.
+# apart from export/checkpoints/ldm.py.
 def _unet_name(name: str, state: Mapping[str, Any], layers: int) -> str:
     def block(match: re.Match[str]) -> str:
         half, level, part, number = match[1], int(match[2]), match[3], int(match[4])

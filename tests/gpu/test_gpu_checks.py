@@ -2,8 +2,8 @@
 
 import pytest
 
-from sdxl_trt.benchmarks.gpu_checks import Check, all_checks
-from sdxl_trt.benchmarks.gpu_workplace import Skipped, Workplace
+from sdxl_trt.benchmarks.gpu_check.checks import Check, all_checks
+from sdxl_trt.benchmarks.gpu_check.workplace import Skipped, Workplace
 from sdxl_trt.engines.backends.trt.environment import device_available
 
 pytestmark = pytest.mark.gpu

@@ -7,11 +7,11 @@ import msgspec
 import numpy as np
 import pytest
 
-from sdxl_trt.benchmarks.bench import Options, settled_spec
-from sdxl_trt.benchmarks.contestant import make
-from sdxl_trt.benchmarks.inputs import draw_inputs, write_inputs
-from sdxl_trt.benchmarks.protocol import Ask, Spec
-from sdxl_trt.benchmarks.subjects import find_subject
+from sdxl_trt.benchmarks.contest.bench import Options, settled_spec
+from sdxl_trt.benchmarks.contest.inputs import draw_inputs, write_inputs
+from sdxl_trt.benchmarks.contestants.__main__ import make
+from sdxl_trt.benchmarks.contestants.protocol import Ask, Spec
+from sdxl_trt.benchmarks.measure.subjects import find_subject
 
 TOLERANCE = 1e-4
 LEVELS = 2

@@ -30,7 +30,7 @@ TOLERANCE = 1e-3
 
 
 def _tests_of_export() -> Any:
-    """Import tests/export/conftest.py, which writes pipelines as LDM checkpoints, apart from export/ldm.py."""
+    """Import tests/export/conftest.py, which writes pipelines as LDM checkpoints, apart from checkpoints/ldm.py."""
     path = Path(__file__).parents[1] / "export" / "conftest.py"
     spec = importlib.util.spec_from_file_location("ldm_checkpoints", path)
     assert spec is not None

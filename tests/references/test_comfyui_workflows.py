@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sdxl_trt.benchmarks.architectures import ROLES, Role, architecture
-from sdxl_trt.benchmarks.checkpoints import write_checkpoint
+from sdxl_trt.benchmarks.full_size.architectures import ROLES, Role, architecture
+from sdxl_trt.benchmarks.full_size.checkpoints import write_checkpoint
 from sdxl_trt.engines.errors import UsageError
 from sdxl_trt.export import Options, export_bundle
 from sdxl_trt.runtime import open_bundle

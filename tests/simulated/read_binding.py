@@ -10,7 +10,7 @@ import re
 import sys
 from typing import Any
 
-from sdxl_trt.benchmarks.tensorrt_on_cpu import assemble, load
+from sdxl_trt.benchmarks.full_size.tensorrt_on_cpu import assemble, load
 
 CLASSES = (
     "DataType", "Dims", "EngineStat", "ExecutionContextAllocationStrategy", "ICudaEngine", "IExecutionContext",

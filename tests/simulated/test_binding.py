@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sdxl_trt.benchmarks.tensorrt_on_cpu import unavailable
+from sdxl_trt.benchmarks.full_size.tensorrt_on_cpu import unavailable
 
 
 @pytest.fixture

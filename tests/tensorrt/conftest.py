@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from sdxl_trt.benchmarks.tensorrt_on_cpu import assemble, child_environment, unavailable
+from sdxl_trt.benchmarks.full_size.tensorrt_on_cpu import assemble, child_environment, unavailable
 
 
 @pytest.fixture(scope="session")
@@ -32,7 +32,15 @@ def run_parser(tensorrt_folder: Path) -> Callable[..., tuple[int, dict[str, Any]
     """Return a function that parses graphs and returns the exit code and the report."""
 
     def run(*arguments: str | Path) -> tuple[int, dict[str, Any]]:
-        command = [sys.executable, "-W", "error", "-m", "sdxl_trt.benchmarks.parse", "--json", *map(str, arguments)]
+        command = [
+            sys.executable,
+            "-W",
+            "error",
+            "-m",
+            "sdxl_trt.benchmarks.full_size.parse",
+            "--json",
+            *map(str, arguments),
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.stdout, done.stderr
         return done.returncode, msgspec.json.decode(done.stdout)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from sdxl_trt.benchmarks.tensorrt_on_cpu import assemble, child_environment, unavailable
+from sdxl_trt.benchmarks.full_size.tensorrt_on_cpu import assemble, child_environment, unavailable
 from sdxl_trt.engines.bundle.bundle import Bundle, read_bundle
 from sdxl_trt.engines.bundle.digests import verify_file
 from sdxl_trt.engines.bundle.profile import fixed

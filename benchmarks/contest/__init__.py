@@ -1,0 +1,1 @@
+"""trt-bench: contestants take turns on the same inputs."""

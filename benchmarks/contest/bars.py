@@ -1,0 +1,68 @@
+"""The bars that trt-bench holds its figures against: this project's time over a peer's, and a cold start's cost."""
+
+__all__ = ["bench_bars"]
+
+from collections.abc import Iterator
+from statistics import median
+
+from sdxl_trt.benchmarks.contest.cold_start import OURS as OUR_START
+from sdxl_trt.benchmarks.contest.cold_start import THEIRS as THEIR_START
+from sdxl_trt.benchmarks.contest.ratios import ratio
+from sdxl_trt.benchmarks.contest.roster import OURS
+from sdxl_trt.benchmarks.measure.bars import NOT_MEASURED, Bar
+from sdxl_trt.benchmarks.report.records import BenchReport, ColdStart, Measurement
+
+STEP, PICTURE = "base UNet step", "picture"
+# Task, peer, the highest ratio, and the one to be reached for where there is one.
+LIMITS = (
+    (STEP, "eager", 0.55, 0.50),
+    (STEP, "compile", 0.47, 0.45),
+    (STEP, "openvino", 1.05, 1.00),
+    (PICTURE, "optimum", 0.90, None),
+)
+COLD_LIMIT = 0.35
+
+
+def bench_bars(report: BenchReport) -> tuple[Bar, ...]:
+    """Return the bars of a run on a CPU with what was measured; what was not is in the contestants' words."""
+    named = {one.name: one for one in report.contestants}
+    found = [
+        _against(report, task, peer, limit, goal)
+        for task, peer, limit, goal in LIMITS
+        if peer in named or report.of(peer, task)
+    ]
+    return (*found, *_cold(report.cold_starts))
+
+
+def _against(report: BenchReport, task: str, peer: str, limit: float, goal: float | None) -> Bar:
+    what = f"{task} over that of {peer}"
+    bar = f"<= {limit:g} times" + ("" if goal is None else f", goal {goal:g}")
+    ours, theirs = report.of(OURS, task), report.of(peer, task)
+    if ours is None or theirs is None:
+        return Bar(what, bar, NOT_MEASURED, None)
+    found = ratio(ours, theirs)
+    seconds = f"{_seconds(ours)} of {_seconds(theirs)}"
+    value = f"{found.median:.2f} times, {found.low:.2f} to {found.high:.2f} ({seconds})"
+    return Bar(what, bar, value, found.median <= limit)
+
+
+def _cold(starts: tuple[ColdStart, ...]) -> Iterator[Bar]:
+    by_name = {start.name: start for start in starts}
+    if not starts:
+        return
+    ours, theirs = by_name.get(OUR_START), by_name.get(THEIR_START)
+    bar = f"<= {COLD_LIMIT:g} times"
+    what = "cold start of trt-generate over that of a diffusers script"
+    if ours is None or theirs is None or not ours.seconds or not theirs.seconds:
+        yield from (Bar(f"{what}: {figure}", bar, NOT_MEASURED, None) for figure in ("seconds", "peak RSS"))
+        return
+    pace = median(one / other for one, other in zip(ours.seconds, theirs.seconds, strict=True))
+    memory = ours.peak_rss / theirs.peak_rss
+    yield Bar(f"{what}: seconds", bar, f"{pace:.2f} times ({ours.median:.2f} of {theirs.median:.2f} s)",
+              pace <= COLD_LIMIT)  # fmt: skip
+    sizes = f"{ours.peak_rss / 1e6:.0f} of {theirs.peak_rss / 1e6:.0f} MB"
+    yield Bar(f"{what}: peak RSS", bar, f"{memory:.2f} times ({sizes})", memory <= COLD_LIMIT)
+
+
+def _seconds(one: Measurement) -> str:
+    return f"{one.median:.2f} s" if one.median >= 1 else f"{one.median * 1e3:.0f} ms"

@@ -1,0 +1,156 @@
+"""A contestant's process as trt-bench sees it: questions, and answers that have a time limit."""
+
+__all__ = ["Child", "ContestantError"]
+
+import contextlib
+import os
+import select
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Self, TypeVar
+
+import msgspec
+
+from sdxl_trt.benchmarks.contestants.protocol import Answer, Ask, Bye, Failed
+from sdxl_trt.engines.host.console import one_line
+
+_LONGEST = 1 << 20
+_TAIL = 2000
+_FAREWELL = 10.0
+_LINGERING = 1.0
+"""Seconds that a process may take to end once it has said goodbye."""
+T = TypeVar("T", bound=msgspec.Struct)
+
+
+class ContestantError(Exception):
+    """A contestant failed at what it was asked; `gone` where its process is lost and it can be asked nothing more."""
+
+    def __init__(self, reason: str, *, gone: bool = False) -> None:
+        super().__init__(one_line(reason))
+        self.gone = gone
+
+
+class Child:
+    """The process of `command`, started at once; a context manager that ends it, and whatever it started, with it."""
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the process
+        self._buffer = b""
+        try:
+            self._process = subprocess.Popen(  # noqa: S603 - our own commands
+                list(command),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
+                env=os.environ | dict(environment or {}),
+                start_new_session=True,  # a group of its own, to be ended as a whole
+            )
+        except OSError as exc:
+            self._errors.close()
+            raise ContestantError(f"{command[0]} does not start: {exc.strerror or exc}", gone=True) from exc
+
+    def ask(self, ask: Ask, wanted: type[T], limit: float) -> T:
+        """Return the answer to a question, which must be a `wanted` one and come within `limit` seconds.
+
+        Raises ContestantError where the contestant says that it failed, and, having ended it, where it died, was
+        silent, or answered what is no answer.
+        """
+        answer = self._answer(ask, limit)
+        if isinstance(answer, Failed):
+            raise ContestantError(answer.error)
+        if not isinstance(answer, wanted):
+            raise self._lost(f"answered {ask.do} with {type(answer).__name__}")
+        return answer
+
+    def _answer(self, ask: Ask, limit: float) -> Answer:
+        assert self._process.stdin is not None  # noqa: S101 - a pipe, as opened
+        try:
+            self._process.stdin.write(msgspec.json.encode(ask) + b"\n")
+            self._process.stdin.flush()
+            line = self._line(time.monotonic() + limit)
+        except TimeoutError:
+            raise self._lost(f"{_said(ask)}: no answer within {limit:g} s") from None
+        except OverflowError:
+            raise self._lost(f"{_said(ask)}: answered a line that does not end") from None
+        except (OSError, EOFError):
+            raise self._lost(f"{_said(ask)}: {self._ended()}") from None
+        try:
+            answer: Answer = msgspec.json.decode(line, type=Answer)
+        except (msgspec.MsgspecError, UnicodeDecodeError):
+            raise self._lost(f"{_said(ask)}: answered {line[:60]!r}, which is no answer") from None
+        return answer
+
+    def _line(self, deadline: float) -> bytes:
+        """Return the next line. Raises TimeoutError, EOFError, OSError, and OverflowError for one that does not end."""
+        assert self._process.stdout is not None  # noqa: S101 - a pipe, as opened
+        handle = self._process.stdout.fileno()
+        while b"\n" not in self._buffer:
+            if len(self._buffer) > _LONGEST:
+                raise OverflowError
+            readable, _, _ = select.select([handle], [], [], max(0.0, deadline - time.monotonic()))
+            if not readable:
+                raise TimeoutError
+            read = os.read(handle, 1 << 16)
+            if not read:
+                raise EOFError
+            self._buffer += read
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        return line
+
+    def _ended(self) -> str:
+        """Return how the process ended, with the last line that it wrote."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_FAREWELL)
+        code = self._process.poll()
+        how = "it closed its output" if code is None else f"it was killed by signal {-code}" if code < 0 else (
+            f"it ended with exit code {code}")  # fmt: skip
+        self._errors.seek(0, os.SEEK_END)
+        self._errors.seek(max(0, self._errors.tell() - _TAIL))
+        last = self._errors.read().decode(errors="replace").strip().rpartition("\n")[2]
+        return f"{how} ({last[:200]})" if last else how
+
+    def _lost(self, reason: str) -> ContestantError:
+        self.kill()
+        return ContestantError(reason, gone=True)
+
+    def kill(self) -> None:
+        """End the process and its group."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def close(self) -> None:
+        """Ask the process to end, end it, and free what it held here; it may be gone already."""
+        try:
+            if self._process.poll() is None:
+                self.ask(Ask(do="quit"), Bye, _FAREWELL)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(_LINGERING)
+        except ContestantError:
+            pass
+        finally:
+            self.kill()
+            for pipe in (self._process.stdin, self._process.stdout, self._errors):
+                with contextlib.suppress(OSError):  # a pipe that nobody reads any more
+                    pipe.close()  # type: ignore[union-attr]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            with contextlib.suppress(OSError):
+                self.kill()
+            self.close()
+
+
+def _said(ask: Ask) -> str:
+    return f"{ask.do} {ask.task}".strip()

@@ -1,0 +1,103 @@
+"""From the command to the picture: trt-generate beside a diffusers script that draws the same.
+
+Both are whole processes with the same weights, prompt, seed, size, steps and handoff, run in turns.
+"""
+
+__all__ = ["OURS", "THEIRS", "cold_starts", "commands", "likeness"]
+
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from sdxl_trt.benchmarks.contestants.protocol import Spec
+from sdxl_trt.benchmarks.measure.processes import Measured, measure
+from sdxl_trt.benchmarks.measure.subjects import Subject
+from sdxl_trt.benchmarks.report.records import ColdStart
+
+OURS, THEIRS = "trt-generate", "diffusers script"
+LEAST_LIKENESS = 30.0
+"""PSNR in dB below which two pictures are not the same: the bundle may be fp16, the script is fp32."""
+Measure = Callable[[list[str]], Measured]
+Say = Callable[[str], None]
+
+
+def commands(subject: Subject, spec: Spec, out: Path) -> dict[str, list[str]]:
+    """Return both commands, each writing its picture into `out`; ours alone where there is no checkpoint."""
+    common = [spec.prompt, "--steps", str(spec.steps), "--seed", str(spec.seed), "--guidance", str(spec.guidance)]
+    common += ["--width", str(spec.width), "--height", str(spec.height)]
+    handoff = ["--handoff", "none" if spec.handoff is None else str(spec.handoff)]
+    ours = [
+        sys.executable,
+        "-m",
+        "sdxl_trt.runtime.cli",
+        *common,
+        *handoff,
+        "--engines",
+        str(subject.bundle.root),
+    ]
+    found = {OURS: [*ours, "-o", str(out / "ours.png")]}
+    if subject.base:
+        refiner = ["--refiner", subject.refiner, *handoff] if subject.refiner and spec.handoff is not None else []
+        theirs = [
+            sys.executable,
+            "-m",
+            "sdxl_trt.benchmarks.contestants.diffusers_picture",
+            *common,
+            "--base",
+            subject.base,
+        ]
+        found[THEIRS] = [*theirs, *refiner, "--out", str(out / "theirs.png")]
+    return found
+
+
+def cold_starts(
+    subject: Subject, spec: Spec, runs: int, *, run: Measure = measure, say: Say = lambda _: None
+) -> tuple[tuple[ColdStart, ...], str]:
+    """Run both commands `runs` times in turns, and return what they took and a sentence on what they drew.
+
+    A command that fails has no seconds, and its reason. A first round, which reads the files from the disk, is not
+    counted.
+    """
+    with tempfile.TemporaryDirectory(prefix="sdxl-trt-bench-") as folder:
+        chosen = commands(subject, spec, Path(folder))
+        done: dict[str, list[Measured]] = {name: [] for name in chosen}
+        failed: dict[str, str] = {}
+        for number in range(runs + 1):
+            say(f"cold start: round {number} of {runs}")
+            names = list(chosen) if number % 2 else list(reversed(chosen))
+            for name in (name for name in names if name not in failed):
+                measured = run(chosen[name])
+                if not measured.ok:
+                    failed[name] = measured.output.rpartition("\n")[2] or f"exit code {measured.exit_code}"
+                elif number:
+                    done[name].append(measured)
+        starts = tuple(_start(name, chosen[name], done[name], failed.get(name, "")) for name in chosen)
+        both = len(chosen) == 2 and not failed
+        return starts, likeness(Path(folder) / "ours.png", Path(folder) / "theirs.png") if both else ""
+
+
+def likeness(ours: Path, theirs: Path) -> str:
+    """Return how alike two picture files are, in words."""
+    from PIL import Image  # noqa: PLC0415 - with the pictures
+
+    one, other = (np.asarray(Image.open(path)).astype(np.float64) for path in (ours, theirs))
+    if one.shape != other.shape:
+        return "cold start: the two pictures are of different sizes, and their times no comparison"
+    error = float(np.mean((one - other) ** 2))
+    psnr = float("inf") if error == 0 else 10 * float(np.log10(255.0**2 / error))
+    same = "the same picture" if psnr >= LEAST_LIKENESS else "DIFFERENT pictures: their times are no comparison"
+    return f"cold start: both drew {same} (PSNR {psnr:.1f} dB)"
+
+
+def _start(name: str, command: Sequence[str], done: Sequence[Measured], missing: str) -> ColdStart:
+    shown = ("python", *(Path(part).name if Path(part).is_absolute() else part for part in command[1:]))
+    return ColdStart(
+        name=name,
+        command=shown,
+        seconds=() if missing else tuple(each.seconds for each in done),
+        peak_rss=max((each.peak_rss for each in done), default=0),
+        missing=missing,
+    )

@@ -1,0 +1,34 @@
+"""The least time that this CPU could take for a task: its multiply-adds at the peak rate of matrix products."""
+
+__all__ = ["cpu_floors"]
+
+from sdxl_trt.benchmarks.contest.inputs import unet_rows
+from sdxl_trt.benchmarks.contestants.protocol import Spec
+from sdxl_trt.benchmarks.roofline.flops import count_component
+from sdxl_trt.benchmarks.roofline.gemm import floor_seconds, peak_gemm_rate
+from sdxl_trt.engines.bundle.bundle import Bundle
+from sdxl_trt.engines.errors import SdxlTrtError
+
+
+def cpu_floors(bundle: Bundle, spec: Spec, rate: float | None = None) -> tuple[dict[str, float], str]:
+    """Return the floor of every task that is one graph, in seconds, and a sentence on where it comes from.
+
+    `rate` is in FLOP/s, None to measure it. Where operations cannot be counted, there are none, and the sentence says
+    why.
+    """
+    manifest, rows = bundle.manifest, unet_rows(spec.batch, spec.guidance)
+    graphs = {f"{name} UNet step": (stage.unet, rows) for name, stage in manifest.stages().items()}
+    graphs["VAE decode"] = (list(manifest.stages().values())[-1].vae.decoder, 1)
+    try:
+        flops = {
+            task: count_component(bundle, name, rows=count, height=spec.height, width=spec.width).flops
+            for task, (name, count) in graphs.items()
+        }
+        rate = peak_gemm_rate(spec.threads) if rate is None else rate
+    except ImportError as exc:
+        return {}, f"floors: the graphs' operations were not counted ({exc}); pip install 'sdxl-trt[export]'"
+    except SdxlTrtError as exc:
+        return {}, f"floors: {exc}"
+    told = ", ".join(f"{task} {each / 1e9:.1f} GFLOP" for task, each in flops.items())
+    note = f"floors: {told}, at {rate / 1e9:.0f} GFLOP/s, the highest rate of fp32 matrix products that was measured"
+    return {task: floor_seconds(each, rate) for task, each in flops.items()}, f"{note} with {spec.threads} threads"

@@ -1,0 +1,118 @@
+"""Who takes part in trt-bench: each contestant's title and environment, and why it cannot run here."""
+
+__all__ = ["OURS", "ROSTER", "Entry", "choose", "command", "cores", "environment", "shown", "unable"]
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+from sdxl_trt.engines.errors import UsageError
+
+Need = Literal["checkpoint", "gpu", "cpu", "peers"]
+PEERS = Path(".venv-peers/bin/python")
+_HERE = Path(__file__).resolve().parents[2]
+_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A contestant: its name in --against, what a reader is told that it is, and what it cannot do without.
+
+    `modules` are looked for in this environment; those that need "peers" run in theirs (``make peers``).
+    """
+
+    name: str
+    title: str
+    needs: tuple[Need, ...] = ()
+    modules: tuple[str, ...] = ()
+    slow: bool = False
+    """Whether it takes minutes to make ready."""
+
+
+_TORCH = ("torch", "diffusers", "transformers")
+ROSTER = {
+    entry.name: entry
+    for entry in (
+        Entry("sdxl-trt", "sdxl-trt"),
+        Entry("ort-cuda", "sdxl-trt on ONNX Runtime's CUDA", ("gpu",)),
+        Entry("ort-tensorrt", "sdxl-trt on ONNX Runtime's TensorRT", ("gpu",)),
+        Entry("tensorrt", "sdxl-trt on TensorRT", ("gpu",)),
+        Entry("onnxruntime", "plain ONNX Runtime", ("cpu",), ("onnxruntime",)),
+        Entry("eager", "PyTorch eager", ("checkpoint",), _TORCH),
+        Entry("eager-bf16", "PyTorch eager, bf16", ("checkpoint",), _TORCH),
+        Entry("eager-fp16", "PyTorch eager, fp16", ("checkpoint", "gpu"), _TORCH),
+        Entry("compile", "PyTorch torch.compile", ("checkpoint",), _TORCH, slow=True),
+        Entry("diffusers", "diffusers' own pipelines", ("checkpoint",), _TORCH),
+        Entry("optimum", "optimum-onnx, its own export", ("checkpoint", "cpu", "peers"), slow=True),
+        Entry("openvino", "OpenVINO, static shapes", ("checkpoint", "cpu", "peers"), slow=True),
+    )
+}
+OURS = "sdxl-trt"
+
+
+def choose(against: str | None) -> list[Entry]:
+    """Return the contestants of ``--against NAME,NAME``, by default all, ours first; "none" is ours alone.
+
+    Raises UsageError for a name that nobody has.
+    """
+    names = list(ROSTER) if against is None else _names(against)
+    return [ROSTER[name] for name in dict.fromkeys([OURS, *names])]
+
+
+def _names(against: str) -> list[str]:
+    names = [name.strip() for name in against.split(",") if name.strip()]
+    if names == ["none"]:
+        return []
+    unknown = [name for name in names if name not in ROSTER]
+    if unknown or not names:
+        known = ", ".join(name for name in ROSTER if name != OURS)
+        raise UsageError(
+            f"--against {against}: {unknown[0] if unknown else 'nobody'} is unknown; choose of: {known}, or none"
+        )
+    return names
+
+
+def unable(entry: Entry, *, checkpoint: bool, gpu: bool, quick: bool = False) -> str:
+    """Return why a contestant cannot run here, "" where nothing is known against it; `quick` leaves out slow ones."""
+    if quick and entry.slow:
+        return "it takes minutes to make ready, and --quick leaves it out; name it with --against"
+    if "checkpoint" in entry.needs and not checkpoint:
+        return "there is no checkpoint to load; name the one that the bundle comes from: --model SRC --refiner SRC"
+    if "gpu" in entry.needs and not gpu:
+        return "there is no NVIDIA GPU"
+    if "cpu" in entry.needs and gpu:
+        return "it is measured on CPUs alone"
+    if "peers" in entry.needs and peers() is None:
+        return f"there is no {PEERS.parent.parent}; make it with: make peers"
+    absent = [module for module in entry.modules if find_spec(module) is None]
+    return f"{absent[0]} is not installed; pip install 'sdxl-trt[cpu,export]'" if absent else ""
+
+
+def peers() -> Path | None:
+    """Return the interpreter of the peers' environment, of this folder or of the checkout, None without one."""
+    return next((path for path in (PEERS.absolute(), _HERE / PEERS) if path.exists()), None)
+
+
+def command(entry: Entry, spec: Path) -> list[str]:
+    """Return the command of a contestant's process."""
+    python = str(peers() or PEERS) if "peers" in entry.needs else sys.executable
+    return [python, "-m", "sdxl_trt.benchmarks.contestants", str(spec), entry.name]
+
+
+def environment(threads: int) -> dict[str, str]:
+    """Return what every contestant's environment has beside ours: as many threads for all."""
+    return dict.fromkeys(_THREADS, str(threads)) | {"TOKENIZERS_PARALLELISM": "false"}
+
+
+def cores() -> int:
+    """Return the processors that this process may use: the threads of every contestant."""
+    return len(os.sched_getaffinity(0))
+
+
+def shown(command_line: Sequence[str]) -> tuple[str, ...]:
+    """Return a command without where this machine keeps its interpreters and files."""
+    return ("python", *(Path(part).name if "/" in part else part for part in command_line[1:]))

@@ -1,0 +1,193 @@
+"""Contestants taking turns, run by run, so that what a machine does over the minutes meets them all alike."""
+
+__all__ = ["Entrant", "Plan", "Player", "Turns", "close", "prepare", "rotated", "take_turns"]
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import msgspec
+import numpy as np
+
+from sdxl_trt.benchmarks.contest.child import ContestantError
+from sdxl_trt.benchmarks.contest.roster import Entry
+from sdxl_trt.benchmarks.contestants.protocol import Ask, Memory, Ran, Ready
+from sdxl_trt.benchmarks.measure.energy import Nvml
+
+PREPARE_LIMIT = 3600.0
+RUN_LIMIT = 3600.0
+LONG = 2.0
+"""Seconds of a run from which on caches and sleeping threads at its beginning do not matter."""
+T = TypeVar("T", bound=msgspec.Struct)
+Say = Callable[[str], None]
+
+
+class Player(Protocol):
+    """A contestant's process."""
+
+    def ask(self, ask: Ask, wanted: type[T], limit: float) -> T:
+        """Return the answer; raise ContestantError."""
+
+    def close(self) -> None:
+        """End it."""
+
+
+@dataclass
+class Entrant:
+    """A contestant as the contest goes: its process while it has one, what it said, why it is out or did not run."""
+
+    entry: Entry
+    player: Player | None = None
+    ready: Ready | None = None
+    missing: str = ""
+    not_run: dict[str, str] = field(default_factory=dict)
+    memory: Memory | None = None
+    command: tuple[str, ...] = ()
+    gpu_before: int = 0
+    gpu_peak: int | None = None
+
+    @property
+    def name(self) -> str:
+        """Return its name."""
+        return self.entry.name
+
+    def leave(self, reason: str) -> None:
+        """End it for good, and say why."""
+        self.end()
+        self.missing = reason
+
+    def end(self) -> None:
+        """End its process, if it has one."""
+        if self.player is not None:
+            self.player.close()
+        self.player = None
+
+    def plays(self, task: str) -> bool:
+        """Whether it can be asked for `task`."""
+        return self.player is not None and self.ready is not None and task in self.ready.tasks
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A task, how often it is warmed up and timed, and where to put what comes out of it, if anywhere."""
+
+    ask: Ask
+    runs: int
+    warmups: int = 1
+    outputs: Path | None = None
+
+
+@dataclass
+class Turns:
+    """What came of a task: by contestant the answers in the order of the rounds, the GPU's joules a run, the outputs.
+
+    Contestants have equally many answers: one that failed on the way has none.
+    """
+
+    answers: dict[str, list[Ran]] = field(default_factory=dict)
+    joules: dict[str, float] = field(default_factory=dict)
+    outputs: dict[str, Path] = field(default_factory=dict)
+
+    def difference(self, name: str, reference: str) -> float | None:
+        """Return the largest difference of two outputs as a share of the reference's largest value, None for one."""
+        if name == reference or not {name, reference} <= self.outputs.keys():
+            return None
+        one, other = (np.load(self.outputs[each]).astype(np.float64) for each in (name, reference))
+        if one.shape != other.shape:
+            return float("inf")
+        return float(np.abs(one - other).max() / max(np.abs(other).max(), np.finfo(np.float64).tiny))
+
+
+def prepare(entrant: Entrant, nvml: Nvml, limit: float = PREPARE_LIMIT) -> None:
+    """Make a contestant ready, alone; one that fails is out, with its reason."""
+    if entrant.player is None:
+        return
+    entrant.gpu_before = nvml.used() or 0
+    try:
+        entrant.ready = entrant.player.ask(Ask(do="prepare"), Ready, limit)
+    except ContestantError as exc:
+        entrant.leave(str(exc))
+        return
+    entrant.not_run |= entrant.ready.not_run
+    _watch_memory(entrant, nvml)
+
+
+def take_turns(
+    entrants: Sequence[Entrant], plan: Plan, nvml: Nvml, say: Say = lambda _: None, limit: float = RUN_LIMIT
+) -> Turns:
+    """Run a task round by round by everybody who has it, one at a time, each round beginning with the next one.
+
+    Before a run that takes less than LONG comes one that is not timed where others had the caches before it. Whoever
+    fails is told of in its `not_run`, and is out where its process is lost.
+    """
+    task, turns = plan.ask.task, Turns()
+    able = [entrant for entrant in entrants if entrant.plays(task)]
+    for entrant in list(able):
+        keep = "" if plan.outputs is None else str(plan.outputs / f"{entrant.name} {task}.npy")
+        first = msgspec.structs.replace(plan.ask, keep=keep)
+        if all(_run(entrant, ask, limit) for ask in [first, *[plan.ask] * plan.warmups][: plan.warmups]):
+            turns.answers[entrant.name] = []
+            if Path(keep).is_file():
+                turns.outputs[entrant.name] = Path(keep)
+    for number in range(plan.runs):
+        say(f"{task}: round {number + 1} of {plan.runs}")
+        for entrant in rotated([one for one in able if one.name in turns.answers], number):
+            _turn(entrant, plan.ask, turns, nvml, limit)
+    turns.joules = {name: spent / plan.runs for name, spent in turns.joules.items()}
+    return turns
+
+
+def _turn(entrant: Entrant, ask: Ask, turns: Turns, nvml: Nvml, limit: float) -> None:
+    answers = turns.answers[entrant.name]
+    last = answers[-1].seconds if answers else 0.0
+    disturbed = len(turns.answers) > 1 and last < LONG
+    if disturbed and _run(entrant, ask, limit) is None:
+        del turns.answers[entrant.name]
+        return
+    before = nvml.joules()
+    ran = _run(entrant, ask, limit)
+    after = nvml.joules()
+    if ran is None:
+        del turns.answers[entrant.name]
+        return
+    answers.append(ran)
+    if before is not None and after is not None:
+        turns.joules[entrant.name] = turns.joules.get(entrant.name, 0.0) + after - before
+    _watch_memory(entrant, nvml)
+
+
+def _run(entrant: Entrant, ask: Ask, limit: float) -> Ran | None:
+    """Return what a run took, None where it failed."""
+    if entrant.player is None:
+        return None
+    try:
+        return entrant.player.ask(ask, Ran, limit)
+    except ContestantError as exc:
+        entrant.not_run[f"{ask.task} at other settings" if ask.varied else ask.task] = str(exc)
+        if exc.gone:
+            entrant.leave(str(exc))
+        return None
+
+
+def _watch_memory(entrant: Entrant, nvml: Nvml) -> None:
+    used = nvml.used()
+    if used is not None:
+        entrant.gpu_peak = max(entrant.gpu_peak or 0, used - entrant.gpu_before)
+
+
+def close(entrant: Entrant, limit: float = 60.0) -> None:
+    """Ask a contestant for its memory and end it; what it measured stands."""
+    if entrant.player is None:
+        return
+    try:
+        entrant.memory = entrant.player.ask(Ask(do="memory"), Memory, limit)
+    except ContestantError as exc:
+        entrant.not_run["memory"] = str(exc)
+    entrant.end()
+
+
+def rotated(entrants: Sequence[Entrant], number: int) -> list[Entrant]:
+    """Return `entrants` beginning with the one whose turn it is to be first in round `number`."""
+    first = number % len(entrants) if entrants else 0
+    return [*entrants[first:], *entrants[:first]]

@@ -1,0 +1,1 @@
+"""The contestants of trt-bench, one process each."""

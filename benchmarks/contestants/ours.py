@@ -1,0 +1,165 @@
+"""trt-bench's contestant that is this project: the runtime on a provider, as a program that imports it would use it."""
+
+__all__ = ["Ours"]
+
+import time
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+
+from sdxl_trt.benchmarks.contestants.protocol import Ask, Done, Ready, Spec, Task
+
+_PACKAGES = ("sdxl-trt", "numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt")
+_STAGES = {"base UNet step": "base", "refiner UNet step": "refiner"}
+
+
+class Ours:
+    """The bundle on the best provider of this machine, or on the one that the contestant's name is."""
+
+    def __init__(self, spec: Spec) -> None:
+        self._spec = spec
+        self._provider = "auto" if spec.name == "sdxl-trt" else spec.name
+        self._inputs: Any = np.load(spec.inputs)
+        self._pipeline: Any = None
+
+    def ready(self) -> Ready:
+        """Import the runtime, and load every engine that a picture needs."""
+        started = time.perf_counter()
+        from sdxl_trt.runtime import open_bundle  # noqa: PLC0415 - its time is measured
+
+        imported = time.perf_counter()
+        self._pipeline = open_bundle(self._spec.bundle, provider=self._provider)
+        pool, manifest = self._pipeline.pool, self._pipeline.manifest
+        for name in self._components():
+            pool.phase(name)
+        loaded = time.perf_counter()
+        tasks = ["picture", "text encoders", "base UNet step", "VAE decode"]
+        not_run = {}
+        if manifest.refiner is not None and self._spec.handoff is not None:
+            tasks += ["refiner UNet step", "handoff", "handoff resident"]
+        else:
+            not_run = dict.fromkeys(("refiner UNet step", "handoff", "handoff resident"), "there is no refiner")
+        return Ready(
+            precision=manifest.precision,
+            import_seconds=imported - started,
+            load_seconds=loaded - imported,
+            versions=versions(_PACKAGES) | {"provider": pool.provider},
+            tasks=tuple(tasks),
+            not_run=not_run,
+        )
+
+    def task(self, ask: Ask) -> Task:
+        """Return a task; only pictures may be varied."""
+        if ask.task == "picture":
+            return self._picture(ask)
+        if ask.varied:
+            raise ValueError(f"{ask.task} at another size than the run's is not measured")
+        tasks: dict[str, Task] = {
+            "text encoders": self._encode,
+            "VAE decode": self._decode,
+            "handoff": partial(self._handoff, "swap"),
+            "handoff resident": partial(self._handoff, "resident"),
+        }
+        return self._step(_STAGES[ask.task]) if ask.task in _STAGES else tasks[ask.task]
+
+    def peak_gpu(self) -> int | None:
+        """Return None: the engines' memory is the device's affair, which trt-bench asks for itself."""
+        return None
+
+    def _components(self) -> list[str]:
+        """Return the components of a picture in the order of a run."""
+        stages = self._pipeline.manifest.stages()
+        if self._spec.handoff is None:
+            stages.pop("refiner", None)
+        encoders = [encoder.component for stage in stages.values() for encoder in stage.text_encoders]
+        unets = [stage.unet for stage in stages.values()]
+        return list(dict.fromkeys([*encoders, *unets, list(stages.values())[-1].vae.decoder]))
+
+    def _picture(self, ask: Ask) -> Task:
+        from sdxl_trt.runtime import Request  # noqa: PLC0415
+
+        spec, pipeline = self._spec, self._pipeline
+        handoff = spec.handoff if ask.handoff == "spec" else None if ask.handoff == "none" else ask.handoff
+        request = Request(
+            spec.prompt,
+            steps=spec.steps,
+            handoff=handoff if pipeline.manifest.refiner is not None else None,
+            guidance=spec.guidance,
+            seed=spec.seed,
+            count=ask.batch or spec.batch,
+            width=ask.width or spec.width,
+            height=ask.height or spec.height,
+            latents=None if ask.varied else self._inputs["latents"],
+            aesthetic_score=spec.aesthetic_score,
+            negative_aesthetic_score=spec.negative_aesthetic_score,
+        )
+
+        def draw() -> Done:
+            pictures = [np.asarray(picture.image) for picture in pipeline.generate(request)]
+            timings = {stage: sum(seconds) for stage, seconds in pipeline.run.timings.items()}
+            return Done(np.stack(pictures), timings)
+
+        return draw
+
+    def _engine(self, component: str) -> Any:
+        (engine,) = self._pipeline.pool.phase(component)
+        return engine
+
+    def _encode(self) -> Done:
+        outputs = []
+        for number, encoder in enumerate(self._pipeline.manifest.base.text_encoders):
+            engine = self._engine(encoder.component)
+            # What a run asks for: the last state but one, and the pooled vector where it is used.
+            states = [spec.name for spec in engine.component.outputs if spec.name.startswith("hidden_states.")]
+            wanted = [states[-2], *(["text_embeds"] if encoder.pooled else [])]
+            outputs.append(engine.infer({"input_ids": self._inputs[f"ids/{number}"]}, wanted)[states[-2]])
+        return Done(np.concatenate(outputs, axis=-1).astype(np.float32))
+
+    def _step(self, stage: str) -> Task:
+        """Return a step as the sampler asks for it: what is constant in a run is bound before."""
+        engine = self._engine(getattr(self._pipeline.manifest, stage).unet)
+        given = self._given(engine, stage)
+        engine.bind({name: given.pop(name) for name in ("encoder_hidden_states", "text_embeds", "time_ids")})
+        return lambda: Done(engine.infer(given)["out_sample"].astype(np.float32))
+
+    def _given(self, engine: Any, stage: str) -> dict[str, Any]:
+        from sdxl_trt.engines.engine import numpy_dtype  # noqa: PLC0415
+
+        return {
+            spec.name: self._inputs[f"{stage}/{spec.name}"].astype(numpy_dtype(spec))
+            for spec in engine.component.inputs
+        }
+
+    def _decode(self) -> Done:
+        engine = self._engine(list(self._pipeline.manifest.stages().values())[-1].vae.decoder)
+        given = self._given(engine, "decode")
+        return Done(engine.infer(given)["sample"].astype(np.float32))
+
+    def _handoff(self, residency: Any) -> Done:
+        """Time the change of experts after a base step, during which the pool has made the refiner ready."""
+        pool, manifest = self._pipeline.pool, self._pipeline.manifest
+        usual, pool.residency = pool.residency, residency
+        try:
+            if residency == "resident":
+                pool.phase(manifest.refiner.unet)
+            (base,) = pool.phase(manifest.base.unet, then=(manifest.refiner.unet,))
+            base.infer(self._given(base, "base"))
+            started = time.perf_counter()
+            (refiner,) = pool.phase(manifest.refiner.unet)
+            seconds = time.perf_counter() - started
+        finally:
+            pool.residency = usual
+        return Done(np.array([len(refiner.component.inputs)]), seconds=seconds)
+
+
+def versions(packages: tuple[str, ...]) -> dict[str, str]:
+    """Return the versions of those of `packages` that are installed."""
+    found = {}
+    for name in packages:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

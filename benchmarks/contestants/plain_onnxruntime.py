@@ -1,0 +1,56 @@
+"""trt-bench's contestant ONNX Runtime as it is: the bundle's graphs in sessions with every option at its default."""
+
+__all__ = ["PlainOnnxRuntime"]
+
+import time
+from typing import Any
+
+import numpy as np
+
+from sdxl_trt.benchmarks.contestants.ours import versions
+from sdxl_trt.benchmarks.contestants.protocol import Ask, Done, Ready, Spec, Task
+
+
+class PlainOnnxRuntime:
+    """The UNets alone, on the CPU: what this project's own options and graph changes are measured against."""
+
+    def __init__(self, spec: Spec) -> None:
+        self._spec = spec
+        self._inputs: Any = np.load(spec.inputs)
+        self._sessions: dict[str, Any] = {}
+
+    def ready(self) -> Ready:
+        """Make a session for every UNet."""
+        started = time.perf_counter()
+        import onnxruntime  # noqa: PLC0415 - its time is measured
+
+        from sdxl_trt.engines.bundle.bundle import read_bundle  # noqa: PLC0415
+
+        imported = time.perf_counter()
+        bundle = read_bundle(self._spec.bundle)
+        manifest = bundle.manifest
+        for stage, expert in manifest.stages().items():
+            graph = bundle.path(manifest.components[expert.unet].graph)
+            session = onnxruntime.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
+            self._sessions[f"{stage} UNet step"] = session
+        return Ready(
+            precision=manifest.precision,
+            import_seconds=imported - started,
+            load_seconds=time.perf_counter() - imported,
+            versions=versions(("onnxruntime", "onnxruntime-gpu")),
+            tasks=tuple(self._sessions),
+            not_run={"picture": "it runs graphs, and knows no pipeline"},
+        )
+
+    def task(self, ask: Ask) -> Task:
+        """Return a UNet's step."""
+        if ask.varied:
+            raise ValueError("a UNet step at another size than the run's is not measured")
+        session, stage = self._sessions[ask.task], ask.task.split()[0]
+        types = {"tensor(float16)": np.float16, "tensor(float)": np.float32}
+        feed = {one.name: self._inputs[f"{stage}/{one.name}"].astype(types[one.type]) for one in session.get_inputs()}
+        return lambda: Done(session.run(["out_sample"], feed)[0].astype(np.float32))
+
+    def peak_gpu(self) -> int | None:
+        """Return None: it runs on the CPU."""
+        return None

@@ -1,0 +1,1 @@
+"""Exports and builds of models at SDXL's real size."""

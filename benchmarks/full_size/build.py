@@ -1,0 +1,228 @@
+"""Measure plan builds at SDXL's real size, on a CPU, each in a process of its own: ``make bench-build``.
+
+The real builder of TensorRT for RTX makes the plans (`tensorrt_on_cpu`): memory and sizes are the builder's own
+figures, build times are this machine's, and nothing here says how fast a plan runs. Random weights: none of the
+figures depends on them. Writes JSON and a Markdown table beside it; graphs and checkpoints stay in ``--work`` and
+``--checkpoints`` for the next run, plans are removed.
+"""
+
+__all__ = ["Build", "Report", "bars", "main", "measure_build", "table"]
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+
+from sdxl_trt.benchmarks.full_size.build_cases import Case, Export, cases, profile_words
+from sdxl_trt.benchmarks.full_size.tensorrt_on_cpu import BINDING, LIBRARIES, assemble, child_environment
+from sdxl_trt.benchmarks.measure.bars import Bar, at_most, bars_table, missed
+from sdxl_trt.benchmarks.measure.processes import machine, measure
+from sdxl_trt.benchmarks.measure.results import (
+    RESULTS_FOLDER,
+    machine_words,
+    package_versions,
+    results_parser,
+    write_results,
+)
+from sdxl_trt.engines.build.process import BuildEvent, BuildJob, BuiltPlan, build_plan
+from sdxl_trt.engines.bundle.bundle import Bundle, read_bundle
+from sdxl_trt.engines.errors import SdxlTrtError
+from sdxl_trt.engines.plans.sizes import component_profiles
+
+MB, GB = 10**6, 10**9
+RESULTS = RESULTS_FOLDER / "build.json"
+_MODULE = "sdxl_trt.benchmarks.full_size."
+_MODELS = {False: ("sdxl", "fp16"), True: ("tiny", "fp32")}
+
+
+class Build(msgspec.Struct, frozen=True):
+    """What one build took and made: bytes, seconds; the weights are those of the ONNX graph."""
+
+    component: str
+    profiles: str
+    weights: int
+    plan: int
+    activations: int
+    layers: int
+    parse_seconds: float
+    seconds: float
+    peak_anonymous: int
+    peak_file: int
+
+
+class Report(msgspec.Struct, frozen=True):
+    """Everything that was measured in one run."""
+
+    machine: dict[str, str | int]
+    versions: dict[str, str]
+    quick: bool
+    builds: dict[str, Build]
+    failed: dict[str, str]
+    bars: list[Bar]
+
+
+def measure_build(case: Case, bundle: Bundle, folder: Path) -> Build:
+    """Build the plan of `case` in a process of its own, remove it, and return the figures. Raises as `build_plan`."""
+    component = bundle.manifest.components[case.component]
+    inputs = {spec.name: spec.shape for spec in component.inputs}
+    plan = folder / "plan"
+    job = BuildJob(
+        component=case.component,
+        graph=bundle.path(component.graph),
+        profiles=component_profiles(inputs, list(case.axes)),
+        flavour="tensorrt-rtx",
+        plan=plan,
+        log=folder / f"{case.name.replace(' ', '-').replace(':', '-').replace(',', '')}.log",
+    )
+    try:
+        built = build_plan(job, progress=_show)
+    finally:
+        plan.unlink(missing_ok=True)
+        _show(None)
+    return _figures(case, built, component.weights.size)
+
+
+def _figures(case: Case, built: BuiltPlan, weights: int) -> Build:
+    return Build(
+        component=case.component,
+        profiles="; ".join(profile_words(axes) for axes in case.axes),
+        weights=weights,
+        plan=built.size,
+        activations=built.activations,
+        layers=built.layers,
+        parse_seconds=built.parse_seconds,
+        seconds=built.seconds,
+        peak_anonymous=built.peak_anonymous,
+        peak_file=built.peak_file,
+    )
+
+
+def _show(event: BuildEvent | None) -> None:
+    if not sys.stderr.isatty():
+        return
+    if event is None:
+        sys.stderr.write("\n")
+        return
+    share = "" if event.share is None else f" {event.share:.0%}"
+    sys.stderr.write(f"\r  {event.seconds:.0f} s, {event.resident / GB:.1f} GB, {event.phase}{share}\x1b[K")
+    sys.stderr.flush()
+
+
+def bars(builds: Mapping[str, Build]) -> list[Bar]:
+    """Hold what was measured against the bars; a build that failed or did not run has no figure."""
+    found = []
+    for model, limit in (("base", 310 * MB), ("refiner", 340 * MB)):
+        build = builds.get(f"{model} UNet, static")
+        what = f"{model} UNet, static 1024², 2 rows"
+        found += [
+            _size(f"{what}: activations", build, limit),
+            _times(f"{what}: plan, against the weights", build, "plan", 1.03),
+            _times(f"{what}: peak anonymous memory, against the weights", build, "peak_anonymous", 2.3),
+        ]
+    for precision in ("fp16", "bf16"):
+        build = builds.get(f"VAE decoder {precision}, static")
+        found.append(_size(f"VAE decode {precision}, 1024²: activations", build, 1500 * MB))
+    for precision, limit in (("bf16", 1500 * MB), ("fp32", 800 * MB)):
+        exported = builds.get(f"VAE decoder {precision}, as exported")
+        found.append(_size(f"VAE decode {precision}, any size and batch, as exported: activations", exported, limit))
+    tile = builds.get("VAE decoder fp32, 512² tile")
+    return [*found, _size("VAE decode fp32, in 512² tiles: activations", tile, 800 * MB)]
+
+
+def _size(what: str, build: Build | None, limit: int) -> Bar:
+    value = None if build is None else build.activations
+    return at_most(what, value, limit, f"{limit / MB:.0f} MB", lambda size: f"{size / MB:.0f} MB")
+
+
+def _times(what: str, build: Build | None, figure: str, limit: float) -> Bar:
+    value = None if build is None else getattr(build, figure) / build.weights
+    return at_most(what, value, limit, f"{limit} times", lambda times: f"{times:.3f} times")
+
+
+def table(report: Report) -> str:
+    """Return the report as Markdown: the bars, then the builds."""
+    size = "tiny models: these figures prove the benchmark, not the build" if report.quick else "SDXL's real size"
+    lines = [f"Plan builds on a CPU, {size}. {machine_words(report.machine)}.", "", *bars_table(report.bars)]
+    lines += [
+        "",
+        "| plan | profiles | activations | weights | plan | layers | parsed in | built in | anonymous | mapped files |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    lines += [_row(name, build) for name, build in report.builds.items()]
+    lines += [f"| {name} | failed: {reason} | | | | | | | | |" for name, reason in report.failed.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _row(name: str, build: Build) -> str:
+    plan = f"{build.plan / GB:.3f} GB ({build.plan / build.weights:.3f}×)"
+    anonymous = f"{build.peak_anonymous / GB:.2f} GB ({build.peak_anonymous / build.weights:.2f}×)"
+    cells = [
+        name, build.profiles, f"{build.activations / MB:.0f} MB", f"{build.weights / GB:.3f} GB", plan,
+        str(build.layers), f"{build.parse_seconds:.2f} s", f"{build.seconds:.0f} s", anonymous,
+        f"{build.peak_file / GB:.2f} GB",
+    ]  # fmt: skip
+    return "| " + " | ".join(cells) + " |"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Build, write the results and return 1 where a build failed or a bar was missed, 0 otherwise."""
+    prog = f"{_MODULE}build"
+    parser = results_parser(prog, __doc__, work=Path("out/bench-build"), results=RESULTS, case="plan")
+    checkpoints = Path("out/bench-export/checkpoints")
+    parser.add_argument("--checkpoints", type=Path, default=checkpoints, help="folder for random weights")
+    arguments = parser.parse_args(argv)
+    chosen = [case for case in cases() if not arguments.only or case.name in arguments.only]
+    os.environ.update(child_environment(assemble()))
+    report = _run(chosen, arguments.checkpoints, arguments.work, quick=arguments.quick)
+    write_results(report, table(report), arguments.results)
+    sys.stdout.write(table(report))
+    for name, reason in report.failed.items():
+        sys.stderr.write(f"error: {name}: {reason}\n")
+    return 1 if report.failed or (not arguments.quick and missed(report.bars)) else 0
+
+
+def _run(chosen: Sequence[Case], checkpoints: Path, work: Path, *, quick: bool) -> Report:
+    size, dtype = _MODELS[quick]
+    source = checkpoints / f"{size}-{dtype}"
+    folder = work / size
+    folder.mkdir(parents=True, exist_ok=True)
+    bundles = {export: _export(export, source, folder) for export in dict.fromkeys(case.export for case in chosen)}
+    builds: dict[str, Build] = {}
+    failed: dict[str, str] = {}
+    for case in chosen:
+        sys.stderr.write(f"{case.name}\n")
+        try:
+            builds[case.name] = measure_build(case, bundles[case.export], folder)
+        except SdxlTrtError as exc:
+            # Where the checkout lies is this machine's own affair.
+            failed[case.name] = str(exc).replace(f"{Path.cwd()}/", "")
+    versions = package_versions(("sdxl-trt", BINDING, LIBRARIES))
+    return Report(machine(), versions, quick, builds, failed, bars(builds))
+
+
+def _export(export: Export, source: Path, folder: Path) -> Bundle:
+    """Export what is not there yet, from checkpoints that are made where they are missing; processes do both."""
+    roles = ("base",) if "--no-refiner" in export.options else ("base", "refiner")
+    for role in roles:
+        if not (source / role).is_dir():
+            size, _, dtype = source.name.rpartition("-")
+            options = ["--out", str(source), "--size", size, "--dtype", dtype, f"--{role}"]
+            _do([sys.executable, "-m", f"{_MODULE}checkpoints", *options])
+    out = folder / export.name
+    given = [option for role in roles for option in (f"--{role}", str(source / role))]
+    options = [*given, *export.options, "--engine", "none", "--out", str(out)]
+    _do([sys.executable, "-m", f"{_MODULE}exporters", "ours", *options])
+    return read_bundle(out, partial=True)
+
+
+def _do(command: list[str]) -> None:
+    sys.stderr.write(" ".join(command[2:]) + "\n")
+    done = measure(command)
+    if not done.ok:
+        raise SystemExit(f"error: {' '.join(command[2:])}: {done.output}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Checks that only a machine with a GPU can run."""

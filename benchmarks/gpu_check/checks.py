@@ -1,0 +1,256 @@
+"""The checks of ``make gpu-check``, each a function that returns what it saw, raises, or is skipped."""
+
+__all__ = ["Check", "all_checks"]
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from sdxl_trt.benchmarks.gpu_check.workplace import PICTURES, Skipped, Workplace, counted
+from sdxl_trt.benchmarks.measure.gpu_facts import FLAVOURS
+from sdxl_trt.engines.backends.cuda.runtime import Cuda, cuda_runtime
+from sdxl_trt.engines.backends.cuda.streams import Stream
+from sdxl_trt.engines.backends.ort.providers import ORT_PROVIDERS, OrtProvider, choose_provider
+from sdxl_trt.engines.backends.trt.api import library_version, tensorrt_module
+from sdxl_trt.engines.backends.trt.engine import open_device
+from sdxl_trt.engines.backends.trt.environment import here
+from sdxl_trt.engines.backends.trt.rtx import ParkedWeights
+from sdxl_trt.engines.build.bundle_plans import build_plans
+from sdxl_trt.engines.bundle.plan_record import Flavour
+from sdxl_trt.engines.errors import IncompatibleError
+from sdxl_trt.engines.host.memory import format_bytes
+from sdxl_trt.engines.inspection.compare import compare_engines
+from sdxl_trt.engines.plans.files import read_plan
+from sdxl_trt.engines.residency.policy import RESIDENCIES, plan_memory
+from sdxl_trt.engines.residency.pool import open_pool
+
+# fp16 engines beside ONNX Runtime, which computes fp16 graphs in fp32 on a CPU, over all steps of a picture.
+LATENTS_TOLERANCE, LEAST_COSINE = 0.1, 0.999
+# The same plans under another residency run the same kernels.
+SAME_TOLERANCE = 1e-2
+# What CUDA itself takes beside what we allocate: code of kernels, libraries' workspaces.
+OVERHEAD, SLACK = 768 << 20, 1.1
+LEFT_BEHIND = 64 << 20
+
+
+@dataclass(frozen=True)
+class Check:
+    """A named check. `run` raises Skipped where the machine or the bundle has not what it asks for."""
+
+    name: str
+    run: Callable[[Workplace], str]
+
+
+def all_checks() -> list[Check]:
+    """Return the checks in the order in which they build on each other."""
+    checks = [Check(f"{flavour}: {name}", partial(run, flavour)) for flavour in FLAVOURS for name, run in _EACH.items()]
+    checks += [Check(f"tensorrt-rtx: {name}", run) for name, run in _RTX.items()]
+    return checks + [
+        Check(f"{provider}: a whole picture is ort-cpu's", partial(_onnxruntime, provider))
+        for provider in ORT_PROVIDERS
+        if provider != "ort-cpu"
+    ]
+
+
+def _bindings(flavour: Flavour, _: Workplace) -> str:
+    try:
+        trt = tensorrt_module(flavour)
+    except IncompatibleError as exc:
+        if flavour == "tensorrt-rtx":
+            raise Skipped(str(exc)) from exc
+        raise
+    cuda_runtime()
+    return f"TensorRT {library_version(trt)}, cuda-bindings"
+
+
+def _environment(flavour: Flavour, workplace: Workplace) -> str:
+    workplace.require_installed(flavour)
+    key = here(flavour)
+    return f"{key.gpu}, compute capability {key.compute_capability}, driver {key.driver}, {key.platform}"
+
+
+def _build(flavour: Flavour, workplace: Workplace) -> str:
+    """Build plans where there are none that fit; those of the bundle that was brought stay as they are."""
+    workplace.require_installed(flavour)
+    try:
+        records, how = workplace.records(flavour), "there already"
+    except IncompatibleError:
+        build_plans(workplace.root, flavour, flags=workplace.flags)
+        records, how = workplace.records(flavour), "built"
+    seconds = sum(record.seconds for record in records.values())
+    size = sum(record.file.size for record in records.values())
+    return f"{len(records)} plans {how}, {format_bytes(size)}, {seconds:.1f} s of building"
+
+
+def _load(flavour: Flavour, workplace: Workplace) -> str:
+    """Load and unload every plan twice; after the second time as much must be free as after the first."""
+    bundle, cuda = workplace.planned(flavour), Cuda()
+    records, free = workplace.records(flavour), []
+    with open_pool(bundle, flavour, "swap") as pool:
+        for _ in range(2):
+            for name in records:
+                pool.phase(name)
+            pool.free()
+            free.append(cuda.memory()[0])
+    left = max(free[0] - free[1], 0)
+    if left > LEFT_BEHIND:
+        raise AssertionError(f"{format_bytes(left)} were not given back by loading and unloading")
+    return f"{len(records)} plans; a second time leaves {format_bytes(left)} behind"
+
+
+def _components(flavour: Flavour, workplace: Workplace) -> str:
+    bundle = workplace.planned(flavour)
+    found = compare_engines(bundle, workplace.records(flavour), flavour, "ort-cpu")
+    wrong = [each for each in found if not each.passed]
+    if wrong:
+        raise AssertionError("; ".join(
+            f"{each.component} {each.output} differs by {each.max_abs:.1e} ({each.allowed:.1e} allowed), cosine"
+            f" {each.cosine:.6f} ({each.required} required)" for each in wrong
+        ))  # fmt: skip
+    worst = min(found, key=lambda each: each.cosine)
+    return (
+        f"{len(found)} outputs; worst {worst.component} {worst.output}: {worst.max_abs:.1e}, cosine {worst.cosine:.6f}"
+    )
+
+
+def _picture(flavour: Flavour, workplace: Workplace) -> str:
+    workplace.planned(flavour)
+    return _same_picture(workplace, flavour)
+
+
+def _residencies(flavour: Flavour, workplace: Workplace) -> str:
+    workplace.planned(flavour)
+    reference, seen = workplace.run(flavour, RESIDENCIES[0]), []
+    for residency in RESIDENCIES[1:]:
+        if residency == "stream" and not workplace.streams(flavour):
+            seen.append("stream not tried, the plans cannot: build them with --weight-streaming")
+            continue
+        difference = float(np.abs(workplace.run(flavour, residency).latents - reference.latents).max())
+        seen.append(f"{residency} differs from {RESIDENCIES[0]} by {difference:.1e}")
+        if not difference <= SAME_TOLERANCE:
+            raise AssertionError(f"{seen[-1]}, more than {SAME_TOLERANCE}")
+    return "; ".join(seen)
+
+
+def _one_swap(flavour: Flavour, workplace: Workplace) -> str:
+    bundle = workplace.planned(flavour)
+    if bundle.manifest.refiner is None:
+        raise Skipped("the bundle has no refiner")
+    run = workplace.run(flavour, "swap", pictures=PICTURES)
+    if run.swaps != 1:
+        raise AssertionError(f"{run.swaps} changes of UNets for {PICTURES} pictures, loads {', '.join(run.loads)}")
+    return f"one change of UNets for {PICTURES} pictures"
+
+
+def _memory(flavour: Flavour, workplace: Workplace) -> str:
+    bundle = workplace.planned(flavour)
+    total, seen = Cuda().memory()[1], []
+    for residency in ("resident", "swap"):
+        plan = plan_memory(bundle, provider=flavour, capacity=total, residency=residency)
+        peak = workplace.run(flavour, residency).peak
+        seen.append(f"{residency}: {format_bytes(peak)} taken, {format_bytes(plan.peak)} planned")
+        if peak > plan.peak * SLACK + OVERHEAD:
+            raise AssertionError(f"{seen[-1]}, which is too far off")
+    return "; ".join(seen)
+
+
+def _graphs(flavour: Flavour, workplace: Workplace) -> str:
+    """Count the launches of captured graphs; TensorRT for RTX captures by itself, unseen."""
+    workplace.planned(flavour)
+    with counted(Stream, "launch") as launches, _warnings() as told:
+        workplace.run(flavour, "resident", again=True)
+    refused = [text for text in told if "graph" in text]
+    if refused:
+        raise AssertionError(f"a CUDA graph could not be captured: {refused[0]}")
+    if not launches and flavour == "tensorrt":
+        raise AssertionError("no CUDA graph was launched in a whole picture")
+    return f"{len(launches)} launches of CUDA graphs" if launches else "captured by TensorRT itself, if at all"
+
+
+def _kernel_cache(workplace: Workplace) -> str:
+    workplace.planned("tensorrt-rtx")
+    workplace.run("tensorrt-rtx", "resident")
+    digests = [record.file.sha256[:16] for record in workplace.records("tensorrt-rtx").values()]
+    files = [file for file in workplace.cache.glob("sdxl-trt/rtx/*.kernels") if file.stem in digests]
+    if not files:
+        raise AssertionError("no compiled kernels were kept for the next process")
+    return f"{len(files)} files of compiled kernels, {format_bytes(sum(file.stat().st_size for file in files))}"
+
+
+def _weights_manager(workplace: Workplace) -> str:
+    bundle = workplace.planned("tensorrt-rtx")
+    record = workplace.records("tensorrt-rtx")[bundle.manifest.base.unet]
+    with open_device("tensorrt-rtx") as device:
+        engine = device.deserialize(read_plan(bundle, record), "loading the UNet")
+        parked = ParkedWeights(device, engine)
+        try:
+            loaded = device.cuda.memory()[0]
+            parked.park()
+            freed = device.cuda.memory()[0] - loaded
+            parked.restore()
+            taken = loaded + freed - device.cuda.memory()[0]
+        finally:
+            parked.free()
+    if freed < record.memory.weights // 2:
+        raise AssertionError(f"parking gave back {format_bytes(freed)} of {format_bytes(record.memory.weights)}")
+    return f"parking gave back {format_bytes(freed)}, restoring took {format_bytes(taken)}"
+
+
+def _onnxruntime(provider: OrtProvider, workplace: Workplace) -> str:
+    import onnxruntime  # noqa: PLC0415 - as every engine's library, where it is used
+
+    try:
+        served = choose_provider(onnxruntime, provider)
+    except IncompatibleError as exc:
+        raise Skipped(str(exc)) from exc
+    return f"{served.name}: {_same_picture(workplace, provider)}"
+
+
+def _same_picture(workplace: Workplace, provider: str) -> str:
+    reference, run = workplace.run("ort-cpu").latents, workplace.run(provider).latents
+    difference = float(np.abs(run - reference).max())
+    cosine = float(np.vdot(run, reference) / (np.linalg.norm(run) * np.linalg.norm(reference)))
+    seen = f"latents differ from ort-cpu's by {difference:.1e} at most, cosine {cosine:.6f}"
+    if not (difference <= LATENTS_TOLERANCE and cosine >= LEAST_COSINE):
+        raise AssertionError(f"{seen}; {LATENTS_TOLERANCE} and {LEAST_COSINE} are allowed")
+    return seen
+
+
+class _warnings(logging.Handler):  # noqa: N801 - a context manager, read as a function
+    """Collects the warnings of the engines while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.told: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep the message."""
+        self.told.append(record.getMessage())
+
+    def __enter__(self) -> list[str]:
+        logging.getLogger("sdxl_trt.engines").addHandler(self)
+        return self.told
+
+    def __exit__(self, *_: object) -> None:
+        logging.getLogger("sdxl_trt.engines").removeHandler(self)
+
+
+_EACH: dict[str, Callable[[Flavour, Workplace], str]] = {
+    "the bindings import": _bindings,
+    "the environment is known": _environment,
+    "plans are built": _build,
+    "plans load and go": _load,
+    "every component is ONNX Runtime's": _components,
+    "a whole picture is ort-cpu's": _picture,
+    "residencies give one picture": _residencies,
+    "one change of UNets": _one_swap,
+    "memory is what was planned": _memory,
+    "CUDA graphs are used": _graphs,
+}
+_RTX: dict[str, Callable[[Workplace], str]] = {
+    "compiled kernels are kept": _kernel_cache,
+    "weights are parked and restored": _weights_manager,
+}

@@ -1,0 +1,1 @@
+"""The host's time per step beside diffusers' schedulers."""

@@ -1,0 +1,1 @@
+"""What every measurement uses: processes, energy, subjects, bars and result files."""

@@ -1,0 +1,1 @@
+"""Quality of a bundle's pictures against PyTorch, stage by stage."""

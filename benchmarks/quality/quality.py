@@ -1,0 +1,189 @@
+"""How far engines are from PyTorch fp32 at the same noise, stage by stage, in every precision beside each other.
+
+The reference is diffusers' own base and refiner on the checkpoint that the bundle was exported from. Beside the bundle
+at hand, which alone decides whether the quality is what it must be, others are exported from the same checkpoint.
+"""
+
+__all__ = ["GIVEN", "VARIANTS", "measure_quality", "verdict"]
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from sdxl_trt.benchmarks.measure.subjects import Subject
+from sdxl_trt.benchmarks.model_card.cases import cases as evaluation_cases
+from sdxl_trt.benchmarks.quality.limits import STAGES, culprit
+from sdxl_trt.benchmarks.quality.rows import Scorer, compare, compare_tiled, precisions_of
+from sdxl_trt.benchmarks.quality.traces import Case, Pixels, Trace, make_cases, tiled_pixels, trace_engines
+from sdxl_trt.benchmarks.quality.traces_torch import trace_diffusers
+from sdxl_trt.benchmarks.report.records import Quality, Settings
+from sdxl_trt.engines.bundle.manifest import Manifest
+from sdxl_trt.engines.errors import CorruptError, IncompatibleError, UsageError
+from sdxl_trt.export import Options, export_bundle
+from sdxl_trt.export.components import VaePrecision
+from sdxl_trt.export.exporter import plan_export
+from sdxl_trt.mini.scenes.drawing import SIDE
+from sdxl_trt.mini.score.score import score
+from sdxl_trt.runtime import Request, open_bundle
+from sdxl_trt.runtime.request.resolve import resolve
+
+GIVEN = "these engines"
+"""What the names of the rows begin with that are about the bundle at hand."""
+REFERENCE = "PyTorch fp32"
+VARIANTS: dict[str, tuple[Literal["fp32", "fp16", "bf16"], VaePrecision]] = {
+    "fp32": ("fp32", "fp32"),
+    "fp16, VAE fp32": ("fp16", "fp32"),
+    "fp16, VAE mixed": ("fp16", "mixed"),
+    "fp16, VAE fp16": ("fp16", "fp16"),
+    "bf16": ("bf16", "bf16"),
+}
+"""What can be exported beside the bundle at hand: precisions of everything, and of the autoencoder."""
+SCORED = 4
+_NO_BF16 = "bf16 graphs run in TensorRT plans alone: numpy and ONNX Runtime's CPU provider have no bf16"
+Say = Callable[[str], None]
+
+
+def measure_quality(
+    subject: Subject,
+    settings: Settings,
+    variants: Sequence[str] = tuple(VARIANTS),
+    say: Say = lambda _: None,
+    *,
+    provider: str = "auto",
+) -> tuple[Quality, ...]:
+    """Return the rows of the bundle of `subject`, then those of the `variants`, against PyTorch fp32.
+
+    Of the embedded pair SCORED evaluation captions are drawn, of another model `settings.batch` pictures of the
+    prompt. Size, steps, guidance and handoff are those of `settings`. One model is in memory at a time; variants are
+    exported into `subject.cache`, where a rerun finds them. Raises UsageError without a checkpoint to compare with,
+    or where the bundle was made of another, and what exporting and running the bundle at hand raise.
+    """
+    check_same_model(subject)
+    settings = _settled(subject, settings)
+    cases, scorer = _cases(subject, settings)
+    say("quality: PyTorch fp32")
+    measured = _Measured(
+        cases, settings, trace_diffusers(subject.base, subject.refiner or None, cases, settings), scorer
+    )
+    rows = measured.of_reference()
+    say(f"quality: {GIVEN}")
+    rows += measured.rows(subject.bundle.root, f"{GIVEN} ({_precision(subject.bundle.manifest)})", provider, tiled=True)
+    for name in variants:
+        say(f"quality: {name}")
+        rows += _variant(name, subject, measured)
+    return tuple(rows)
+
+
+def verdict(rows: Sequence[Quality]) -> str:
+    """Return which part of the bundle at hand is off, in one line, by its first stage below its limit; "" for none."""
+    given = [row for row in rows if row.variant.startswith(GIVEN)]
+    failed = next((row for row in given if not row.passed), None)
+    if failed is None:
+        return ""
+    refined = any(row.stage == "handoff latents" for row in given)
+    plain = [row for row in given if row.variant == failed.variant]
+    off = culprit(failed.stage, refined=refined) if len(plain) > 1 else "decoding in tiles"
+    before = STAGES[: STAGES.index(failed.stage)]
+    agree = [f"{row.stage} agree" for row in plain if row.stage in before]
+    return (
+        f"quality: {failed.stage} are {failed.psnr:.1f} dB from PyTorch fp32, {failed.limit:g} dB required: {off} is"
+        f" not the model's{' (' + ', '.join(agree) + ')' if agree else ''}; export again"
+    )
+
+
+def check_same_model(subject: Subject) -> None:
+    """Raise UsageError unless the bundle was exported from the tensors of the checkpoint, component by component."""
+    if not subject.base:
+        raise UsageError("--quality compares with PyTorch, which needs the checkpoint: name it with --model"
+                         " (and --refiner)")  # fmt: skip
+    manifest = subject.bundle.manifest
+    if manifest.loras:
+        raise UsageError(f"--quality: {subject.bundle.root} has the LoRA {manifest.loras[0].name} fused in, which"
+                         " --model has not; export the bundle without it")  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        plan = plan_export(subject.base, subject.refiner or None, Path(folder) / "none", Options(precision="fp32"))
+    for name, job in plan.jobs.items():
+        found = manifest.components.get(name)
+        if found is None or found.source.sha256 != job.plan.digest:
+            problem = f"has no {name}" if found is None else f"its {name} was made of other tensors"
+            raise UsageError(f"--quality: {subject.bundle.root} was not exported from {subject.model or '--model'}"
+                             f" ({problem}); name the checkpoints that it comes from")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """The cases, and what PyTorch makes of them."""
+
+    cases: Sequence[Case]
+    settings: Settings
+    reference: Sequence[Trace]
+    score: Scorer
+
+    def of_reference(self) -> list[Quality]:
+        """Return the row of PyTorch's own pictures, where they can be scored."""
+        right = self.score([trace.pixels for trace in self.reference])
+        if right is None:
+            return []
+        row = Quality(variant=REFERENCE, stage="pixels", psnr=None, ssim=1.0, score=right, pictures=len(self.cases))
+        return [row]
+
+    def rows(self, bundle: Path, variant: str, provider: str, *, tiled: bool = False) -> Iterator[Quality]:
+        """Yield the rows of the bundle at `bundle`, with `tiled` also of its pictures decoded in tiles."""
+        with open_bundle(bundle, provider=provider) as pipeline:
+            traces = trace_engines(pipeline, self.cases, self.settings)
+            precisions = precisions_of(pipeline, refined=self.settings.handoff is not None)
+            yield from compare(variant, traces, self.reference, precisions, self.score)
+            parts = tiled_pixels(pipeline, traces) if tiled else None
+        if parts is not None:
+            (height, width), pictures = parts
+            name = f"{variant}, tiles of {width}x{height}"
+            yield compare_tiled(name, pictures, self.reference, self.score)
+
+
+def _variant(name: str, subject: Subject, measured: _Measured) -> list[Quality]:
+    """Export a variant and return its rows, or the one that says why it cannot be measured."""
+    precision, vae = VARIANTS[name]
+    if precision == "bf16":
+        return [Quality(variant=name, stage="", psnr=None, missing=_NO_BF16)]
+    # Those that differ in the autoencoder alone share a folder, so that nothing else is exported again.
+    target = subject.cache / "quality" / precision
+    target.parent.mkdir(parents=True, exist_ok=True)
+    options = Options(precision=precision, vae_precision=vae)
+    try:
+        export_bundle(subject.base, subject.refiner or None, target, options)
+        return list(measured.rows(target, name, "ort-cpu"))
+    except (CorruptError, IncompatibleError) as exc:  # an autoencoder that overflows fp16, for one
+        return [Quality(variant=name, stage="", psnr=None, passed=False, missing=str(exc))]
+
+
+def _settled(subject: Subject, settings: Settings) -> Settings:
+    """Return the settings, without a handoff where the refiner takes no part: PyTorch has none to compare with."""
+    request = Request(settings.prompt, steps=settings.steps, handoff=settings.handoff, seed=settings.seed,
+                      width=settings.width, height=settings.height)  # fmt: skip
+    refined = bool(subject.refiner) and resolve(request, subject.bundle.manifest).refined
+    return settings if refined else msgspec.structs.replace(settings, handoff=None)
+
+
+def _cases(subject: Subject, settings: Settings) -> tuple[list[Case], Scorer]:
+    """Return what is drawn, and who can say whether a picture answers its prompt."""
+    vae = subject.bundle.manifest.base.vae
+    if not subject.embedded or (settings.width, settings.height) != (SIDE, SIDE):
+        seeds = [settings.seed + i for i in range(settings.batch)]
+        return make_cases([settings.prompt] * settings.batch, seeds, settings, vae), lambda _: None
+    asked = evaluation_cases(SCORED)
+    captions = [case.caption for case in asked]
+
+    def share(pictures: Sequence[Pixels]) -> float:
+        right = [score(picture, caption).right for picture, caption in zip(pictures, captions, strict=True)]
+        return sum(right) / len(right)
+
+    return make_cases(captions, [case.seed for case in asked], settings, vae), share
+
+
+def _precision(manifest: Manifest) -> str:
+    vae = manifest.components[manifest.base.vae.decoder].precision
+    return manifest.precision if vae == manifest.precision else f"{manifest.precision}, VAE {vae}"

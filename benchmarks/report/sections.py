@@ -1,0 +1,203 @@
+"""What a reader of trt-bench's report needs, in its order: the bars, what was timed, what else it cost, and how."""
+
+__all__ = ["bars_words", "sections", "settings_words"]
+
+import math
+import shlex
+from collections.abc import Iterator
+
+from sdxl_trt.benchmarks.measure.bars import NOT_MEASURED, VERDICTS
+from sdxl_trt.benchmarks.report.document import Section, Table, without_empty
+from sdxl_trt.benchmarks.report.quantities import memory, significant, time_unit, times
+from sdxl_trt.benchmarks.report.records import BenchReport, Contestant, Quality, Settings
+from sdxl_trt.benchmarks.report.timed import PICTURE, labels, our_names, spread_words, stage_table, task_tables, tasks
+
+
+def sections(report: BenchReport) -> list[Section]:
+    """Return the sections of `report` that have something in them, in the order in which they are read."""
+    found = [
+        _bars(report), _pictures(report), _parts(report), _ready(report), _cold(report), _quality(report),
+        _missing(report), _notes(report), _how(report),
+    ]  # fmt: skip
+    return [section for section in found if not section.empty]
+
+
+def _bars(report: BenchReport) -> Section:
+    rows = tuple((bar.what, bar.bar, bar.value, VERDICTS[bar.met]) for bar in report.bars)
+    table = Table(("", "bar", "measured", "met"), rows, words=4, verdict=True)
+    return Section("bars", "Bars", (f"{bars_words(report)}.",), (table,) if rows else ())
+
+
+def bars_words(report: BenchReport) -> str:
+    """Return in words how many bars were met, missed and not measured."""
+    verdicts = [bar.met for bar in report.bars]
+    others = [("missed", verdicts.count(False)), (NOT_MEASURED, verdicts.count(None))]
+    met = f"{verdicts.count(True)} of {len(verdicts)} bars met"
+    return ", ".join([met, *(f"{count} {word}" for word, count in others if count)])
+
+
+def _pictures(report: BenchReport) -> Section:
+    about = (
+        f"{settings_words(report.settings)}. Prompt to pixels, after {_count(report.settings.warmups, 'warm-up')}; "
+        "importing, loading and compiling are no part of it: they stand under “Before the first run”."
+    )
+    tables = [*task_tables(report, PICTURE), stage_table(report)]
+    return Section("pictures", "End to end", (about, _reading(report)), tuple(table for table in tables if table))
+
+
+def _reading(report: BenchReport) -> str:
+    """Return what the columns mean, those that there are."""
+    words = ["The spread is half the distance of the quartiles."]
+    if report.ratios:
+        words.append(
+            "Contestants took turns in every round: a ratio is the median of the rounds' ratios, with the span of the "
+            "middle eight of ten, "
+            "and below 1 the one that the column names is faster than the row."
+        )
+    if any(one.difference is not None for one in report.measurements):
+        words.append(
+            "The largest difference is that of what came out from PyTorch's (where it did not run: from ours), as a "
+            "share of its largest value."
+        )
+    return " ".join(words)
+
+
+def _parts(report: BenchReport) -> Section:
+    tables = [table for what in tasks(report) if what != PICTURE for table in task_tables(report, what)]
+    reading = _reading(report)
+    floors = (
+        "A floor is what the task's multiply-adds take at the peak rate of matrix products, measured in the same run: "
+        "a step that does nothing else, and all of it at that rate, is at 1×."
+    )
+    return Section("parts", "Part by part", (reading, floors) if report.floors else (reading,), tuple(tables))
+
+
+def _ready(report: BenchReport) -> Section:
+    named, ours = labels(report), our_names(report)
+    there = [one for one in report.contestants if not one.missing]
+    rows = [
+        [
+            named[one.name],
+            *("" if taken is None else time_unit([taken]).show(taken) for taken in _getting_ready(one)),
+            *("" if size is None else memory(size) for size in (one.peak_rss, one.peak_gpu)),
+        ]
+        for one in there
+    ]
+    head, filled = without_empty(["", "importing", "loading", "compiling", "peak RSS", "peak GPU"], rows)
+    table = Table(head, filled, ours=frozenset(number for number, one in enumerate(there) if one.name in ours))
+    says = "What each contestant took once, in a process of its own. The peaks are those of its process to the end."
+    return Section("ready", "Before the first run", (says,), (table,) if len(head) > 1 else ())
+
+
+def _getting_ready(one: Contestant) -> tuple[float | None, float | None, float | None]:
+    return one.import_seconds, one.load_seconds, one.compile_seconds
+
+
+def _cold(report: BenchReport) -> Section:
+    there = [one for one in report.cold_starts if one.seconds and not one.missing]
+    if not there:
+        return Section("cold", "Cold start")
+    first = there[0]
+    unit = time_unit(one.median for one in there)
+    rows = tuple(
+        (
+            one.name, unit.show(one.median), spread_words(one) or "–", str(len(one.seconds)),
+            times(first.median / one.median) if one.median else "–", memory(one.peak_rss),
+            times(first.peak_rss / one.peak_rss) if one.peak_rss else "–",
+        )
+        for one in there
+    )  # fmt: skip
+    head = ("", "median", "spread", "runs", f"{first.name} / this", "peak RSS", f"memory, {first.name} / this")
+    says = "From the command to its first picture: starting, importing, loading, compiling where it must, and drawing."
+    commands = tuple((one.name, shlex.join(one.command)) for one in there if one.command)
+    return Section("cold", "Cold start", (says,), (Table(head, rows, ours=frozenset({0})),), commands=commands)
+
+
+def _quality(report: BenchReport) -> Section:
+    rows = [
+        [
+            one.variant,
+            one.stage,
+            _psnr(one),
+            "" if one.ssim is None else f"{one.ssim:.4f}",
+            "" if one.score is None else significant(one.score),
+            "" if one.limit is None else f">= {one.limit:.1f} dB",
+            "" if one.missing and one.passed else "yes" if one.passed else "no",
+        ]
+        for one in report.quality
+    ]
+    head, filled = without_empty(["variant", "stage", "PSNR", "SSIM", "prompt score", "asked", "passed"], rows)
+    says = "Against PyTorch fp32 at the same noise, stage by stage; equal is bit for bit. Prompt score: mini/score/."
+    return Section("quality", "Quality", (says,), (Table(head, filled, words=2, verdict=True),) if rows else ())
+
+
+def _psnr(one: Quality) -> str:
+    """Return a PSNR in words; JSON has no infinity, so that what is None and failed was not finite, not equal."""
+    if one.missing:
+        return ""
+    if one.psnr is None:
+        return "equal" if one.passed else "not finite"
+    return f"{one.psnr:.1f} dB" if math.isfinite(one.psnr) else "not finite"
+
+
+def _missing(report: BenchReport) -> Section:
+    named = labels(report)
+    rows = [(named[one.name], "everything", one.missing) for one in report.contestants if one.missing]
+    rows += [(named[one.name], what, why) for one in report.contestants for what, why in one.not_run.items()]
+    rows += [(one.name, "cold start", one.missing) for one in report.cold_starts if one.missing]
+    rows += [(one.variant, "quality", one.missing) for one in report.quality if one.missing]
+    table = Table(("", "task", "reason"), tuple(rows), words=3)
+    return Section("missing", "What could not run", tables=(table,) if rows else ())
+
+
+def _notes(report: BenchReport) -> Section:
+    return Section("notes", "Notes", points=report.notes)
+
+
+def _how(report: BenchReport) -> Section:
+    settings = report.settings
+    asked = (
+        f"{settings_words(settings)}, seed {settings.seed}, prompts of {settings.tokens} tokens, "
+        f"{_count(settings.runs, 'run')} after {_count(settings.warmups, 'warm-up')}, "
+        f"{_count(settings.threads, 'thread')}"
+    )
+    points = [
+        f"Machine: {', '.join(_facts(report.machine))}.",
+        f"Versions: {', '.join(f'{name} {version}' for name, version in report.versions.items())}.",
+        f"Asked of every contestant: {asked}.",
+        f"Prompt: {settings.prompt}",
+    ]
+    points += [f"{labels(report)[name]}: {words}." for name, words in _own_versions(report)]
+    commands = [("This report", shlex.join(report.command))] if report.command else []
+    commands += [(labels(report)[one.name], shlex.join(one.command)) for one in report.contestants if one.command]
+    return Section("how", "How it was measured", points=tuple(points), commands=tuple(commands))
+
+
+def _own_versions(report: BenchReport) -> Iterator[tuple[str, str]]:
+    """Yield the versions that a contestant has for itself alone, in an environment of its own."""
+    for one in report.contestants:
+        own = {name: version for name, version in one.versions.items() if report.versions.get(name) != version}
+        if own:
+            yield one.name, ", ".join(f"{name} {version}" for name, version in own.items())
+
+
+def _facts(machine: dict[str, str | int]) -> Iterator[str]:
+    for name, value in machine.items():
+        if name.endswith("_bytes") and isinstance(value, int):
+            yield f"{name.removesuffix('_bytes')} {memory(value)}"
+        else:
+            yield f"{name.replace('_', ' ')} {value}"
+
+
+def settings_words(settings: Settings) -> str:
+    """Return what was drawn: model, size, batch, steps, handoff and guidance."""
+    handoff = "the base alone" if settings.handoff is None else f"handoff at {settings.handoff:g}"
+    size = f"{settings.width}×{settings.height}"
+    return (
+        f"{settings.model}, {size}, {_count(settings.batch, 'picture')} at once, {_count(settings.steps, 'step')}, "
+        f"{handoff}, guidance {settings.guidance:g}"
+    )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"

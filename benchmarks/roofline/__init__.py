@@ -1,0 +1,1 @@
+"""Estimated lower bounds of latency from FLOPs, bytes and published rates."""

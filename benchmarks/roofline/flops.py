@@ -1,0 +1,194 @@
+"""Count what a graph costs from its ONNX file alone: multiply-adds, and the bytes that must move.
+
+FLOPs are two a multiply-add, of convolutions, matrix products and attention. What the rest takes (normalization,
+activations, softmax, resizing) is bound by memory on every machine, and as in torch's own FlopCounterMode not counted.
+The weights are not read: `model.onnx` is enough, of a graph of any size.
+"""
+
+__all__ = ["Counts", "component_shapes", "count_component", "count_graph", "count_model"]
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from sdxl_trt.benchmarks.roofline.onnx_shapes import Shape, TypedGraph, infer
+from sdxl_trt.engines.bundle.bundle import Bundle
+from sdxl_trt.engines.bundle.manifest import Component
+from sdxl_trt.engines.errors import CorruptError, IncompatibleError, SizeError, UsageError, explain_os_error
+
+if TYPE_CHECKING:
+    import onnx
+
+
+class Counts(msgspec.Struct, frozen=True, kw_only=True):
+    """What one call of a graph costs.
+
+    `weight_bytes` are what is loaded. `least_bytes` are what no call can avoid to move, were everything between kept
+    on the chip: the graph's inputs and outputs and the weights, of tables only the rows looked up. `activation_bytes`
+    are the operands and results of the counted operators without weights, each once: what moves besides where every
+    one is a kernel of its own and nothing stays in a cache.
+    """
+
+    flops: int
+    by_operator: dict[str, int]
+    weight_bytes: int
+    least_bytes: int
+    activation_bytes: int
+
+
+def count_graph(path: Path, shapes: Mapping[str, Shape]) -> Counts:
+    """Return what one call of the ONNX file `path` costs where its inputs have these shapes, by name.
+
+    Raises CorruptError for what is no ONNX, UsageError for inputs that the graph does not take, IncompatibleError for
+    a graph with operators whose cost is not known.
+    """
+    import onnx  # noqa: PLC0415 - takes a while to import
+
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except OSError as exc:
+        raise explain_os_error(exc, f"reading {path}") from exc
+    except Exception as exc:  # protobuf's own, which has no types to import
+        raise CorruptError(f"{path}: not an ONNX file ({exc}); run export-engines again") from exc
+    return count_model(model, shapes)
+
+
+def count_model(model: "onnx.ModelProto", shapes: Mapping[str, Shape]) -> Counts:
+    """Return what one call of `model` costs; see `count_graph`."""
+    graph = infer(model, shapes)
+    flops: Counter[str] = Counter()
+    moved = 0
+    for node in graph.nodes:
+        cost = _cost_of(node)
+        if cost is not None and not _constant(node, graph):
+            flops[node.op_type] += 2 * cost(node, _shapes_of(node, graph))
+            moved += sum(_bytes(name, graph) for name in (*node.input, *node.output) if name not in graph.constants)
+    weights = {tensor.name: _bytes(tensor.name, graph) for tensor in model.graph.initializer}
+    ends = [value.name for value in (*model.graph.input, *model.graph.output) if value.name not in graph.constants]
+    return Counts(
+        flops=sum(flops.values()),
+        by_operator=dict(sorted(flops.items())),
+        weight_bytes=sum(weights.values()),
+        least_bytes=sum((weights | _looked_up(graph, weights)).values()) + sum(_bytes(name, graph) for name in ends),
+        activation_bytes=moved,
+    )
+
+
+def count_component(bundle: Bundle, component: str, *, rows: int, height: int, width: int, tokens: int = 77) -> Counts:
+    """Return what one call of a bundle's component costs for pictures of `height` × `width` pixels.
+
+    `rows` are a UNet's rows (pictures × 2 with guidance), an autoencoder's pictures, an encoder's prompts. Raises
+    UsageError for a component that the bundle has not, and as `count_graph`.
+    """
+    found = bundle.manifest.components.get(component)
+    if found is None:
+        raise UsageError(f"{bundle.root}: has no {component}; it has {', '.join(bundle.manifest.components)}")
+    factor = bundle.manifest.base.vae.factor
+    shapes = component_shapes(found, factor, rows=rows, height=height, width=width, tokens=tokens)
+    return count_graph(bundle.path(found.graph), shapes)
+
+
+def component_shapes(
+    component: Component, factor: int, *, rows: int, height: int, width: int, tokens: int = 77
+) -> dict[str, Shape]:
+    """Return the shape of every input of a component for pictures in pixels, `factor` of them a latent pixel."""
+    if height % factor or width % factor:
+        raise SizeError(f"{width}x{height}: a latent pixel spans {factor} pixels; give multiples of {factor}")
+    unit = 1 if component.kind == "vae_encoder" else factor
+    axes = {"rows": rows, "prompts": rows, "pictures": rows, "tokens": tokens}
+    axes |= {"height": height // unit, "width": width // unit}
+    return {spec.name: tuple(_size(axis, axes) for axis in spec.shape) for spec in component.inputs}
+
+
+def _size(axis: int | str, axes: Mapping[str, int]) -> int:
+    if isinstance(axis, int):
+        return axis
+    if axis not in axes:
+        raise UsageError(f"the graph has an axis {axis!r} that no size speaks of; export it again")
+    return axes[axis]
+
+
+def _attributes(node: "onnx.NodeProto") -> dict[str, Any]:
+    import onnx  # noqa: PLC0415
+
+    return {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+
+
+# Each returns the multiply-adds of a node from the shapes of its inputs, and of its first output at the end.
+def _conv(_: "onnx.NodeProto", shapes: list[Shape]) -> int:
+    return math.prod(shapes[-1]) * math.prod(shapes[1][1:])
+
+
+def _conv_transpose(_: "onnx.NodeProto", shapes: list[Shape]) -> int:
+    return math.prod(shapes[0]) * math.prod(shapes[1][1:])
+
+
+def _matmul(_: "onnx.NodeProto", shapes: list[Shape]) -> int:
+    return math.prod(shapes[-1]) * shapes[0][-1]
+
+
+def _gemm(node: "onnx.NodeProto", shapes: list[Shape]) -> int:
+    return math.prod(shapes[-1]) * shapes[0][0 if _attributes(node).get("transA") else 1]
+
+
+def _attention(node: "onnx.NodeProto", shapes: list[Shape]) -> int:
+    if any(node.input[4:]) or len(node.output) > 1:
+        raise IncompatibleError(f"Attention {node.name}: with a cache; its cost is not counted")
+    query, keys, values = shapes[0], shapes[1], shapes[2]
+    if len(query) == 4:
+        batch, heads, length, wide = query
+        return batch * heads * length * keys[2] * (wide + values[3])
+    groups = _attributes(node)
+    batch, length, wide = query
+    # Every head of the queries gathers values as wide as those of its group.
+    gathered = values[2] * groups["q_num_heads"] // groups["kv_num_heads"]
+    return int(batch * length * keys[1] * (wide + gathered))
+
+
+_COSTS: dict[str, Callable[["onnx.NodeProto", list[Shape]], int]] = {
+    "Attention": _attention,
+    "Conv": _conv,
+    "ConvTranspose": _conv_transpose,
+    "Gemm": _gemm,
+    "MatMul": _matmul,
+}
+# They multiply too, in ways that are not counted here: silence would make a graph cheaper than it is.
+_UNKNOWN = {"ConvInteger", "DFT", "DeformConv", "Einsum", "GRU", "If", "LSTM", "Loop", "MatMulInteger", "QLinearConv",
+            "QLinearMatMul", "RNN", "STFT", "Scan", "TensorScatter"}  # fmt: skip
+
+
+def _cost_of(node: "onnx.NodeProto") -> Callable[["onnx.NodeProto", list[Shape]], int] | None:
+    if node.domain not in ("", "ai.onnx") or node.op_type in _UNKNOWN:
+        raise IncompatibleError(f"{node.op_type} {node.name}: its cost is not counted; count the graph as"
+                                " export-engines writes it")  # fmt: skip
+    return _COSTS.get(node.op_type)
+
+
+def _constant(node: "onnx.NodeProto", graph: TypedGraph) -> bool:
+    """Whether a node is worked out once, when the graph is loaded."""
+    return node.output[0] in graph.constants
+
+
+def _shapes_of(node: "onnx.NodeProto", graph: TypedGraph) -> list[Shape]:
+    names = [*(name for name in node.input if name), node.output[0]]
+    unknown = [name for name in names if name not in graph.shapes]
+    if unknown:
+        raise IncompatibleError(f"{node.op_type} {node.name}: the shape of {unknown[0]} depends on more than the sizes"
+                                " of the inputs")  # fmt: skip
+    return [graph.shapes[name] for name in names]
+
+
+def _looked_up(graph: TypedGraph, weights: Mapping[str, int]) -> dict[str, int]:
+    """Return the bytes that a call reads of the weights that are tables: used by one Gather alone."""
+    uses = Counter(name for node in graph.nodes for name in node.input)
+    gathers = [node for node in graph.nodes if node.op_type == "Gather" and uses[node.input[0]] == 1]
+    tables = [node for node in gathers if node.input[0] in weights and node.output[0] in graph.shapes]
+    return {node.input[0]: min(weights[node.input[0]], _bytes(node.output[0], graph)) for node in tables}
+
+
+def _bytes(name: str, graph: TypedGraph) -> int:
+    return math.prod(graph.shapes[name]) * graph.items[name] if name else 0

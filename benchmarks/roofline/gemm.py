@@ -1,0 +1,172 @@
+"""This CPU's peak fp32 rate of matrix products, measured: ``python -m sdxl_trt.benchmarks.roofline.gemm --threads N``.
+
+A step cannot take less than its multiply-adds at that rate: `floor_seconds` of a graph's FLOPs (`flops.count_graph`)
+is what a measured step is held against. The rate is the best of several sizes and libraries, each in a process of its
+own, since most fix their threads when they are loaded.
+"""
+
+__all__ = ["GemmRate", "floor_seconds", "main", "measure_gemm", "peak_gemm_rate"]
+
+import argparse
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+
+import msgspec
+import numpy as np
+
+from sdxl_trt.engines.errors import EngineError, UsageError
+
+COMMAND = "python -m sdxl_trt.benchmarks.roofline.gemm"
+LIBRARIES = ("onnxruntime", "numpy", "torch")
+SIZES = (512, 1024, 2048)
+"""Sides of the square factors: from what fits in a core's cache to what fills the last one."""
+_SECONDS = 0.5
+_LIMIT = 120.0
+_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+Product = Callable[[], object]
+
+
+class GemmRate(msgspec.Struct, frozen=True, kw_only=True):
+    """The best rate of one library for one size: FLOP/s, two a multiply-add."""
+
+    library: str
+    size: int
+    threads: int
+    rate: float
+
+
+def floor_seconds(flops: float, rate: float) -> float:
+    """Return the seconds that `flops` operations take at least at `rate` operations a second."""
+    return flops / rate
+
+
+def peak_gemm_rate(threads: int | None = None) -> float:
+    """Return the highest fp32 FLOP/s that any library here reaches with `threads` (by default one a core).
+
+    Takes a few seconds on an idle machine. Raises EngineError where no library could be measured.
+    """
+    return max(measured.rate for measured in measure_gemm(threads))
+
+
+def measure_gemm(threads: int | None = None, sizes: Sequence[int] = SIZES) -> list[GemmRate]:
+    """Return the rate of every library that is installed, for products of square fp32 matrices of each of `sizes`.
+
+    Raises UsageError for a number of threads below one, EngineError where no library could be measured.
+    """
+    threads = (os.cpu_count() or 1) if threads is None else threads
+    if threads < 1:
+        raise UsageError(f"--threads {threads}: give at least one")
+    found: list[GemmRate] = []
+    failures = []
+    for library in (name for name in LIBRARIES if find_spec(name)):
+        command = [
+            sys.executable,
+            "-m",
+            "sdxl_trt.benchmarks.roofline.gemm",
+            "--library",
+            library,
+            "--threads",
+            str(threads),
+        ]
+        command += ["--sizes", *map(str, sizes)]
+        environment = os.environ | dict.fromkeys(_THREADS, str(threads))
+        try:
+            done = subprocess.run(command, capture_output=True, env=environment, timeout=_LIMIT, check=True)  # noqa: S603 - ourselves
+            found += msgspec.json.decode(done.stdout, type=list[GemmRate])
+        except (subprocess.SubprocessError, msgspec.DecodeError) as exc:
+            failures.append(f"{library}: {exc}")
+    if not found:
+        raise EngineError(f"no library measured ({'; '.join(failures) or 'none installed'}); install numpy")
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the rates of all libraries, or as JSON of the one that is named; return the exit code."""
+    parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__)
+    parser.add_argument("--threads", type=int, metavar="N", help="threads, by default one a core")
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, metavar="N", help="sides of the square factors")
+    parser.add_argument("--library", choices=LIBRARIES, help="measure one in this process, and print JSON")
+    arguments = parser.parse_args(argv)
+    if arguments.library:
+        rates = _measure(arguments.library, arguments.threads or os.cpu_count() or 1, arguments.sizes)
+        sys.stdout.write(msgspec.json.encode(rates).decode() + "\n")
+        return 0
+    try:
+        rates = measure_gemm(arguments.threads, arguments.sizes)
+    except (EngineError, UsageError) as exc:
+        sys.stderr.write(f"error: {exc}\n")
+        return exc.exit_code
+    for each in rates:
+        sys.stdout.write(f"{each.library} {each.size}: {each.rate / 1e9:.1f} GFLOP/s with {each.threads} threads\n")
+    sys.stdout.write(f"peak: {max(each.rate for each in rates) / 1e9:.1f} GFLOP/s\n")
+    return 0
+
+
+def _measure(library: str, threads: int, sizes: Sequence[int]) -> list[GemmRate]:
+    make = {"onnxruntime": _onnxruntime, "numpy": _numpy, "torch": _torch}[library]
+    return [
+        GemmRate(library=library, size=size, threads=threads, rate=2 * size**3 / _fastest(make(size, threads)))
+        for size in sizes
+    ]
+
+
+def _fastest(product: Product) -> float:
+    """Return the seconds of the fastest call within half a second of calls, and of three at least."""
+    product()
+    fastest, spent, calls = math.inf, 0.0, 0
+    while calls < 3 or spent < _SECONDS:
+        started = time.perf_counter()
+        product()
+        taken = time.perf_counter() - started
+        fastest, spent, calls = min(fastest, taken), spent + taken, calls + 1
+    return fastest
+
+
+def _factors(size: int) -> tuple[np.ndarray, np.ndarray]:
+    drawn = np.random.default_rng(0).standard_normal((2, size, size), np.float32)
+    return drawn[0], drawn[1]
+
+
+def _numpy(size: int, _: int) -> Product:
+    left, right = _factors(size)
+    out = np.empty_like(left)
+    return lambda: np.matmul(left, right, out=out)
+
+
+def _torch(size: int, threads: int) -> Product:
+    import torch  # noqa: PLC0415 - seconds to import
+
+    torch.set_num_threads(threads)
+    left, right = map(torch.from_numpy, _factors(size))
+    out = torch.empty_like(left)
+    return lambda: torch.mm(left, right, out=out)
+
+
+def _onnxruntime(size: int, threads: int) -> Product:
+    """Return ONNX Runtime's product with a constant second factor, which it packs once as it does weights."""
+    import onnx  # noqa: PLC0415
+    import onnxruntime as ort  # noqa: PLC0415
+
+    left, right = _factors(size)
+    kind = onnx.TensorProto.FLOAT
+    ends = [onnx.helper.make_tensor_value_info(name, kind, [size, size]) for name in ("x", "y")]
+    node = onnx.helper.make_node("MatMul", ["x", "w"], ["y"])
+    graph = onnx.helper.make_graph([node], "gemm", ends[:1], ends[1:], [onnx.numpy_helper.from_array(right, "w")])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    binding = session.io_binding()
+    binding.bind_cpu_input("x", left)
+    binding.bind_output("y", "cpu")
+    return lambda: session.run_with_iobinding(binding)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
