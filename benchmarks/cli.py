@@ -81,14 +81,14 @@ def _run(arguments: argparse.Namespace, argv: list[str]) -> None:
 
 
 def _bench(arguments: argparse.Namespace, argv: list[str], say: "Say") -> None:
-    from sdxl_trt.benchmarks.contest.bench import Options, run_bench  # noqa: PLC0415 - numpy and more: --help must not wait
+    from sdxl_trt.benchmarks.contest.bench import BenchOptions, run_bench  # noqa: PLC0415 - numpy and more: --help must not wait
     from sdxl_trt.benchmarks.measure.subjects import cache_folder, find_subject  # noqa: PLC0415
-    from sdxl_trt.benchmarks.report.markdown import markdown  # noqa: PLC0415
+    from sdxl_trt.benchmarks.report.markdown import markdown_report  # noqa: PLC0415
     from sdxl_trt.benchmarks.report.pages import write_pages  # noqa: PLC0415
 
     width, height = arguments.size or (None, None)
     quick = arguments.quick
-    options = Options(
+    options = BenchOptions(
         against=arguments.against,
         steps=(_QUICK_STEPS if quick else _STEPS) if arguments.steps is None else arguments.steps,
         width=width,
@@ -107,7 +107,7 @@ def _bench(arguments: argparse.Namespace, argv: list[str], say: "Say") -> None:
     if arguments.json:
         print_json(report)
     else:
-        sys.stdout.write(markdown(report))
+        sys.stdout.write(markdown_report(report))
     _require_quality(report)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 
 from sdxl_trt.benchmarks.contest.bars import bench_bars
-from sdxl_trt.benchmarks.contest.bench import Options, run_bench, settled_spec
+from sdxl_trt.benchmarks.contest.bench import BenchOptions, run_bench, settled_spec
 from sdxl_trt.benchmarks.contest.cold_start import cold_starts
 from sdxl_trt.benchmarks.contest.ratios import agree
 from sdxl_trt.benchmarks.full_size.architectures import ROLES
@@ -25,16 +25,19 @@ from sdxl_trt.benchmarks.measure.processes import measure
 from sdxl_trt.benchmarks.measure.results import RESULTS_FOLDER
 from sdxl_trt.benchmarks.measure.subjects import Subject, find_subject
 from sdxl_trt.benchmarks.report.pages import write_pages
-from sdxl_trt.benchmarks.report.records import BenchReport, Quality, Settings, read_report
+from sdxl_trt.benchmarks.report.records import BenchReport, BenchSettings, Quality, read_report
 from sdxl_trt.engines.errors import EngineError, VerificationError
 from sdxl_trt.engines.host.console import Parser, run
 
 COMMAND = ("make", "bench")
 RESULTS = RESULTS_FOLDER / "bench.json"
-COUSIN = ("cousin-50m", Options(steps=4, width=512, height=512, runs=5, step_runs=12, components=True, sweeps=True))
-TINY = ("tiny", Options(steps=3, width=128, height=128, runs=2, step_runs=3, components=True, sweeps=True,
+COUSIN = (
+    "cousin-50m",
+    BenchOptions(steps=4, width=512, height=512, runs=5, step_runs=12, components=True, sweeps=True),
+)
+TINY = ("tiny", BenchOptions(steps=3, width=128, height=128, runs=2, step_runs=3, components=True, sweeps=True,
                         quick=True))  # fmt: skip
-EMBEDDED = Options(steps=30)
+EMBEDDED = BenchOptions(steps=30)
 COLD_RUNS = 5
 
 
@@ -84,7 +87,7 @@ def _run(work: Path, *, quick: bool, quality: bool) -> BenchReport:
     return msgspec.structs.replace(report, quality=_quality(embedded, settings, quick=quick))
 
 
-def _quality(embedded: Subject, settings: Settings, *, quick: bool) -> tuple[Quality, ...]:
+def _quality(embedded: Subject, settings: BenchSettings, *, quick: bool) -> tuple[Quality, ...]:
     from sdxl_trt.benchmarks.quality.quality import VARIANTS, measure_quality  # noqa: PLC0415
 
     return measure_quality(embedded, settings, () if quick else tuple(VARIANTS), _say)

@@ -15,9 +15,9 @@ from sdxl_trt.engines.plans.sizes import TOKENS
 from sdxl_trt.export.checkpoints.checkpoint import Checkpoint, digest_tensors, resolve_names
 from sdxl_trt.export.graph.models import MetaModel, build_model
 from sdxl_trt.export.graph.signatures import context_width, make_graph
-from sdxl_trt.export.lora.fuse import ScaledLora, check_fits, fuse
+from sdxl_trt.export.lora.fuse import ScaledLora, check_fits, fuse_loras
 from sdxl_trt.export.lora.names import COMPONENTS as LORA_COMPONENTS
-from sdxl_trt.export.lora.names import Component as LoraComponent
+from sdxl_trt.export.lora.names import LoraComponent
 from sdxl_trt.export.lora.option import LoraOption
 from sdxl_trt.export.sources.source import ModelSource, PipelineSource
 from sdxl_trt.export.sources.tokenizers import LoadedTokenizer
@@ -211,7 +211,7 @@ def _plan_stage(
         checkpoints[name] = resolve_names(source.checkpoint(), models[name].state, where, warn)
     check_fits((each.lora for each in loras), models)
     for name in cast("list[LoraComponent]", [*models.keys() & {*LORA_COMPONENTS}] if loras else []):
-        checkpoints[name] = fuse(
+        checkpoints[name] = fuse_loras(
             checkpoints[name], name, [(each.lora, each.on(name)) for each in loras], models[name].config
         )
 

@@ -33,9 +33,9 @@ from sdxl_trt.export.graph.cpu_graph import for_cpu
 from sdxl_trt.export.graph.models import published_name
 from sdxl_trt.export.graph.passes import simplify
 from sdxl_trt.export.graph.signatures import make_graph
-from sdxl_trt.export.graph.trace import trace
+from sdxl_trt.export.graph.trace import trace_graph
 from sdxl_trt.export.graph.weights import WEIGHTS_FILE, write_weights
-from sdxl_trt.export.progress import Report
+from sdxl_trt.export.progress import ProgressTracker
 
 GRAPH_FILE = "model.onnx"
 CPU_GRAPH_FILE = "cpu.onnx"
@@ -75,7 +75,7 @@ def finished(root: Path, name: str, key: str) -> Component | None:
     return component
 
 
-def convert(name: str, plan: ComponentPlan, key: str, root: Path, opset: int, report: Report) -> Component:
+def convert(name: str, plan: ComponentPlan, key: str, root: Path, opset: int, report: ProgressTracker) -> Component:
     """Export one component to ``root/name``, and record it there once it is whole.
 
     Raises CorruptError for weights that are damaged or do not fit the precision, ResourceError for a full disk.
@@ -91,7 +91,7 @@ def convert(name: str, plan: ComponentPlan, key: str, root: Path, opset: int, re
     graph = make_graph(
         plan.kind, plan.model, time_ids=plan.time_ids, pooled=plan.pooled, tokens=plan.tokens, where=where
     )
-    model = trace(graph, plan.precision, opset)
+    model = trace_graph(graph, plan.precision, opset)
     published = _name_initializers(model, graph.prefix, plan)
     permutations = simplify(model)
     names = {name: source for name, source in published.items() if name in model.graph.initializers}

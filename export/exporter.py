@@ -23,11 +23,11 @@ from sdxl_trt.export.lora.fuse import REFINER_NOTE, ScaledLora
 from sdxl_trt.export.lora.option import LoraOption
 from sdxl_trt.export.optimum.layout import write_optimum
 from sdxl_trt.export.output.budget import Needs, measure
-from sdxl_trt.export.output.jobs import Job, plan_jobs
+from sdxl_trt.export.output.jobs import ExportJob, plan_jobs
 from sdxl_trt.export.output.reuse import previous_bundle, take_over, take_over_plans
 from sdxl_trt.export.output.stages import stage_record, write_tokenizers
 from sdxl_trt.export.output.staging import check_target, exclusive, publish, resumable
-from sdxl_trt.export.progress import Progress, Report
+from sdxl_trt.export.progress import ExportProgress, ProgressTracker
 from sdxl_trt.export.sources.source import PipelineSource, Role, open_source, open_vae, with_vae
 from sdxl_trt.export.sources.unets import open_unet, with_unet
 from sdxl_trt.export.verify.report import VERIFY_FILE
@@ -44,7 +44,7 @@ class ExportPlan:
     base: PipelineSource
     refiner: PipelineSource | None
     stages: dict[str, StagePlan]
-    jobs: dict[str, Job]
+    jobs: dict[str, ExportJob]
     loras: tuple[ScaledLora, ...]
     previous: Bundle | None
     needs: Needs
@@ -57,7 +57,7 @@ def export_bundle(
     out: Path | str = "sdxl-bundle",
     options: Options | None = None,
     *,
-    progress: Progress | None = None,
+    progress: ExportProgress | None = None,
 ) -> Bundle:
     """Export a base and, unless None, a refiner to the bundle folder `out`, and return it opened.
 
@@ -72,7 +72,9 @@ def export_bundle(
     with exclusive(out, lock=options.lock), planned(base, refiner, out, options) as plan:
         plan.needs.require(out)
         with resumable(out, RECORD_FILE) as folder:
-            report = Report(progress, {name: job.bytes for name, job in plan.jobs.items() if job.action != "keep"})
+            report = ProgressTracker(
+                progress, {name: job.bytes for name, job in plan.jobs.items() if job.action != "keep"}
+            )
             bundle = _make(plan, folder, options, report)
             if _is_same(plan, bundle):  # what stands may hold more, plans for instance
                 if options.verify:
@@ -91,7 +93,7 @@ def export_optimum(
     out: Path | str = "sdxl-optimum",
     options: Options | None = None,
     *,
-    progress: Progress | None = None,
+    progress: ExportProgress | None = None,
 ) -> None:
     """Export as export_bundle does, and write the result to ``out/base`` and ``out/refiner`` in optimum-onnx's layout.
 
@@ -105,7 +107,7 @@ def export_optimum(
         check_optimum(plan)
         plan.needs.require(out)
         with resumable(out, RECORD_FILE) as folder:
-            report = Report(progress, {name: job.bytes for name, job in plan.jobs.items()})
+            report = ProgressTracker(progress, {name: job.bytes for name, job in plan.jobs.items()})
             bundle = _make(plan, folder, options, report)
             for record in folder.glob(f"*/{RECORD_FILE}"):
                 record.unlink()  # weights leave the folder now: it is nothing to go on from
@@ -171,7 +173,7 @@ def _is_same(plan: ExportPlan, bundle: Bundle) -> bool:
     return True
 
 
-def _make(plan: ExportPlan, folder: Path, options: Options, report: Report) -> Bundle:
+def _make(plan: ExportPlan, folder: Path, options: Options, report: ProgressTracker) -> Bundle:
     """Fill `folder` with the whole bundle."""
     records: dict[str, Component] = {}
     for name, job in plan.jobs.items():

@@ -1,13 +1,13 @@
 """What an export is doing: component, stage, and how many bytes of weights are written of how many."""
 
-__all__ = ["Event", "Progress", "Report"]
+__all__ = ["ExportEvent", "ExportProgress", "ProgressTracker"]
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Event:
+class ExportEvent:
     """A moment of an export: the `index`-th of `count` components, and the bytes of weights so far and in all."""
 
     component: str
@@ -18,13 +18,13 @@ class Event:
     total: int
 
 
-Progress = Callable[[Event], None]
+ExportProgress = Callable[[ExportEvent], None]
 
 
-class Report:
+class ProgressTracker:
     """Counts what is done and tells `progress` of it."""
 
-    def __init__(self, progress: Progress | None, sizes: dict[str, int]) -> None:
+    def __init__(self, progress: ExportProgress | None, sizes: dict[str, int]) -> None:
         self._progress = progress
         self._sizes = sizes
         self._names = list(sizes)
@@ -46,4 +46,4 @@ class Report:
             return
         index = self._names.index(self._name) + 1 if self._name in self._names else len(self._names)
         total = sum(self._sizes.values())
-        self._progress(Event(self._name, self._stage, index, len(self._names), min(self._written, total), total))
+        self._progress(ExportEvent(self._name, self._stage, index, len(self._names), min(self._written, total), total))

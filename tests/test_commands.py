@@ -291,7 +291,7 @@ def test_comfyui_s_options_reach_the_run(pairs: Any, tmp_path: Path, capsys: Any
     )  # fmt: skip
     with open_bundle(bundle) as pipeline, np.load(latents) as found:
         list(pipeline.generate(request))
-        np.testing.assert_allclose(found["handoff"], pipeline.run.handoff, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(found["handoff"], pipeline.run.handoff_latents, rtol=0, atol=1e-5)
         np.testing.assert_allclose(found["final"], pipeline.run.final, rtol=0, atol=1e-5)
 
 

@@ -23,7 +23,7 @@ from sdxl_trt.runtime.images.metadata import describe
 from sdxl_trt.runtime.pipeline import batch as batches
 from sdxl_trt.runtime.pipeline.pipeline import open_bundle
 from sdxl_trt.runtime.request.request import Request
-from sdxl_trt.runtime.request.resolve import resolve
+from sdxl_trt.runtime.request.resolve import resolve_request
 
 FUZZ = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], derandomize=True, deadline=None,
@@ -68,7 +68,7 @@ def graph(pairs: Callable[[str], Any]) -> Any:
     """Return a workflow that can be run."""
     request = Request("a red fox", compat="comfyui", steps=4, seed=3, width=32, height=32, handoff_step=2)
     with open_bundle(pairs("outline").bundle) as pipeline:
-        return write_workflow(request, resolve(request, pipeline.manifest), pipeline.manifest)
+        return write_workflow(request, resolve_request(request, pipeline.manifest), pipeline.manifest)
 
 
 @pytest.fixture(scope="module")

@@ -156,12 +156,12 @@ def test_the_run_is_diffusers_run(
         run = pipeline.run
 
     # DPM-Solver keeps its latents in unit variance, ours are what ComfyUI and k-diffusion hand over.
-    scale = np.float32(np.hypot(1, run.place.sigma) if case.sampler == "dpmpp_2m" else 1)
-    np.testing.assert_allclose(run.handoff / scale, expected.handoff, rtol=0, atol=LATENTS_TOLERANCE)
+    scale = np.float32(np.hypot(1, run.handoff.sigma) if case.sampler == "dpmpp_2m" else 1)
+    np.testing.assert_allclose(run.handoff_latents / scale, expected.handoff_latents, rtol=0, atol=LATENTS_TOLERANCE)
     np.testing.assert_allclose(run.final, expected.final, rtol=0, atol=LATENTS_TOLERANCE)
     pixels = np.stack([np.asarray(picture.image) for picture in pictures])
     assert _psnr(pixels, expected.pixels) >= PSNR_FLOOR
-    assert run.place.timestep == expected.refiner_timesteps[0]
+    assert run.handoff.timestep == expected.refiner_timesteps[0]
     assert len(run.timings["refiner"]) == len(expected.refiner_timesteps)
 
 
@@ -189,7 +189,7 @@ def test_an_absent_negative_is_what_each_config_says(name: str, pairs: Callable[
             list(pipeline.generate(Request(PROMPT, negative=negative, **settings)))
             runs.append(pipeline.run)
     base_zeroes, refiner_zeroes = pair.shape.force_zeros
-    moved = np.abs(runs[0].handoff - runs[1].handoff).max()
+    moved = np.abs(runs[0].handoff_latents - runs[1].handoff_latents).max()
     assert (moved > 0) == base_zeroes
     if not base_zeroes:  # the refiner received the same latents: what moves now is its own doing
         assert (np.abs(runs[0].final - runs[1].final).max() > 0) == refiner_zeroes

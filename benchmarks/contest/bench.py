@@ -1,6 +1,6 @@
 """A run of trt-bench: contestants made ready one by one, tasks in turns, and what came of it as a report."""
 
-__all__ = ["Options", "run_bench", "settled_spec"]
+__all__ = ["BenchOptions", "run_bench", "settled_spec"]
 
 import math
 import os
@@ -27,10 +27,10 @@ from sdxl_trt.benchmarks.measure.gpu_facts import no_driver
 from sdxl_trt.benchmarks.measure.processes import machine
 from sdxl_trt.benchmarks.measure.results import package_versions
 from sdxl_trt.benchmarks.measure.subjects import Subject
-from sdxl_trt.benchmarks.report.records import BenchReport, Measurement, Settings
+from sdxl_trt.benchmarks.report.records import BenchReport, BenchSettings, Measurement
 from sdxl_trt.engines.errors import EngineError, UsageError
 from sdxl_trt.runtime.request.request import Request
-from sdxl_trt.runtime.request.resolve import resolve
+from sdxl_trt.runtime.request.resolve import resolve_request
 
 PROMPT = "a large red star on a blue background"
 PACKAGES = ("sdxl-trt", "numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt", "torch", "diffusers")
@@ -42,7 +42,7 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Options:
+class BenchOptions:
     """What is asked of a run. None takes the model's own: its picture size, and the handoff that is usual."""
 
     against: str | None = None
@@ -65,7 +65,7 @@ class Options:
     prompt: str = PROMPT
 
 
-def run_bench(subject: Subject, options: Options, say: Say = lambda _: None) -> BenchReport:
+def run_bench(subject: Subject, options: BenchOptions, say: Say = lambda _: None) -> BenchReport:
     """Measure `subject` and return the report, without its command, bars and quality, which are others' affair.
 
     Raises UsageError for what cannot be asked for, and EngineError where our own contestant does not run; any other
@@ -104,7 +104,7 @@ def run_bench(subject: Subject, options: Options, say: Say = lambda _: None) -> 
     )
 
 
-def settled_spec(subject: Subject, options: Options, *, inputs: Path = Path(), device: str = "cpu") -> Spec:
+def settled_spec(subject: Subject, options: BenchOptions, *, inputs: Path = Path(), device: str = "cpu") -> Spec:
     """Return what every contestant is told, the model's own sizes and handoff settled. Raises UsageError."""
     for option, value in (("--steps", options.steps), ("--batch", options.batch), ("--runs", options.runs)):
         if value < 1:
@@ -113,7 +113,7 @@ def settled_spec(subject: Subject, options: Options, *, inputs: Path = Path(), d
     handoff = options.handoff if manifest.refiner is not None else None
     request = Request(options.prompt, steps=options.steps, handoff=handoff, seed=options.seed, count=options.batch,
                       width=options.width, height=options.height)  # fmt: skip
-    resolved = resolve(request, manifest)
+    resolved = resolve_request(request, manifest)
     return Spec(
         name="",
         bundle=str(subject.bundle.root.absolute()),
@@ -156,7 +156,7 @@ def _enter(entry: Entry, spec: Spec, path: Path, *, gpu: bool, quick: bool) -> E
 
 
 def _measure(
-    entrants: Sequence[Entrant], spec: Spec, options: Options, folder: Path, nvml: Nvml, say: Say, multiple: int
+    entrants: Sequence[Entrant], spec: Spec, options: BenchOptions, folder: Path, nvml: Nvml, say: Say, multiple: int
 ) -> Iterator[Measurement]:
     """Yield what every contestant took for every task, then how ours changes with size, batch and handoff."""
     found: list[Measurement] = []
@@ -193,8 +193,8 @@ def _reference(outputs: dict[str, Path]) -> str:
     return next((name for name in ("eager", "diffusers") if name in outputs), next(iter(outputs), ""))
 
 
-def _settings(subject: Subject, options: Options, spec: Spec) -> Settings:
-    return Settings(
+def _settings(subject: Subject, options: BenchOptions, spec: Spec) -> BenchSettings:
+    return BenchSettings(
         bundle=subject.name,
         model=subject.model,
         width=spec.width,

@@ -144,7 +144,7 @@ class Ours:
         try:
             if residency == "resident":
                 pool.phase(manifest.refiner.unet)
-            (base,) = pool.phase(manifest.base.unet, then=(manifest.refiner.unet,))
+            (base,) = pool.phase(manifest.base.unet, next_engines=(manifest.refiner.unet,))
             base.infer(self._given(base, "base"))
             started = time.perf_counter()
             (refiner,) = pool.phase(manifest.refiner.unet)

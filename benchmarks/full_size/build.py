@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 
-from sdxl_trt.benchmarks.full_size.build_cases import Case, Export, cases, profile_words
+from sdxl_trt.benchmarks.full_size.build_cases import BuildCase, Export, cases, profile_words
 from sdxl_trt.benchmarks.full_size.tensorrt_on_cpu import BINDING, LIBRARIES, assemble, child_environment
 from sdxl_trt.benchmarks.measure.bars import Bar, at_most, bars_table, missed
 from sdxl_trt.benchmarks.measure.processes import machine, measure
@@ -63,7 +63,7 @@ class Report(msgspec.Struct, frozen=True):
     bars: list[Bar]
 
 
-def measure_build(case: Case, bundle: Bundle, folder: Path) -> Build:
+def measure_build(case: BuildCase, bundle: Bundle, folder: Path) -> Build:
     """Build the plan of `case` in a process of its own, remove it, and return the figures. Raises as `build_plan`."""
     component = bundle.manifest.components[case.component]
     inputs = {spec.name: spec.shape for spec in component.inputs}
@@ -84,7 +84,7 @@ def measure_build(case: Case, bundle: Bundle, folder: Path) -> Build:
     return _figures(case, built, component.weights.size)
 
 
-def _figures(case: Case, built: BuiltPlan, weights: int) -> Build:
+def _figures(case: BuildCase, built: BuiltPlan, weights: int) -> Build:
     return Build(
         component=case.component,
         profiles="; ".join(profile_words(axes) for axes in case.axes),
@@ -183,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if report.failed or (not arguments.quick and missed(report.bars)) else 0
 
 
-def _run(chosen: Sequence[Case], checkpoints: Path, work: Path, *, quick: bool) -> Report:
+def _run(chosen: Sequence[BuildCase], checkpoints: Path, work: Path, *, quick: bool) -> Report:
     size, dtype = _MODELS[quick]
     source = checkpoints / f"{size}-{dtype}"
     folder = work / size

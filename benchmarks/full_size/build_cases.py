@@ -1,6 +1,6 @@
 """The plans that `benchmarks.build` builds: of which graphs, for which shapes."""
 
-__all__ = ["Case", "Export", "cases", "profile_words"]
+__all__ = ["BuildCase", "Export", "cases", "profile_words"]
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ VAES = {
 
 
 @dataclass(frozen=True)
-class Case:
+class BuildCase:
     """One plan to build: a component of an export, and the range of every axis for each of its profiles."""
 
     name: str
@@ -43,7 +43,7 @@ class Case:
     axes: tuple[dict[str, Range], ...]
 
 
-def cases() -> list[Case]:
+def cases() -> list[BuildCase]:
     """Return the plans to build, in order."""
     static = {"rows": fixed(2), "tokens": fixed(77)} | _square(_SIDE)
     default = default_sizes(_SIDE, _FACTOR, _MULTIPLE)
@@ -52,24 +52,26 @@ def cases() -> list[Case]:
     found = []
     for model, component in (("base", "unet"), ("refiner", "refiner_unet")):
         found += [
-            Case(f"{model} UNet, static", UNETS, component, (static,)),
-            Case(f"{model} UNet, dynamic", UNETS, component, _axes("unet", "fp16", default)),
-            Case(f"{model} UNet, dynamic, batch 1:1:4", UNETS, component, _axes("unet", "fp16", four)),
+            BuildCase(f"{model} UNet, static", UNETS, component, (static,)),
+            BuildCase(f"{model} UNet, dynamic", UNETS, component, _axes("unet", "fp16", default)),
+            BuildCase(f"{model} UNet, dynamic, batch 1:1:4", UNETS, component, _axes("unet", "fp16", four)),
         ]
-    found.append(Case("base UNet, --static", UNETS, "unet", _axes("unet", "fp16", both)))
+    found.append(BuildCase("base UNet, --static", UNETS, "unet", _axes("unet", "fp16", both)))
     whole = {"pictures": fixed(1)} | _square(_SIDE)
     found += [
-        Case(f"VAE decoder {precision}, static", VAES[precision], "vae_decoder", (whole,))
+        BuildCase(f"VAE decoder {precision}, static", VAES[precision], "vae_decoder", (whole,))
         for precision in ("fp16", "bf16", "fp32")
     ]
     tile = {"pictures": fixed(1)} | _square(_TILE)
-    found.append(Case("VAE decoder fp32, 512² tile", VAES["fp32"], "vae_decoder", (tile,)))
+    found.append(BuildCase("VAE decoder fp32, 512² tile", VAES["fp32"], "vae_decoder", (tile,)))
     # What a range of sizes would cost, and what is built instead: one size, and tiles for all others.
     sides = {"height": default.height.over(_FACTOR), "width": default.width.over(_FACTOR)}
-    found.append(Case("VAE decoder bf16, dynamic", VAES["bf16"], "vae_decoder", ({"pictures": fixed(1), **sides},)))
+    found.append(
+        BuildCase("VAE decoder bf16, dynamic", VAES["bf16"], "vae_decoder", ({"pictures": fixed(1), **sides},))
+    )
     for precision in ("bf16", "fp32"):
         axes = _axes("vae_decoder", precision, default)
-        found.append(Case(f"VAE decoder {precision}, as exported", VAES[precision], "vae_decoder", axes))
+        found.append(BuildCase(f"VAE decoder {precision}, as exported", VAES[precision], "vae_decoder", axes))
     return found
 
 

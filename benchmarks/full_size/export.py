@@ -4,7 +4,7 @@ Writes JSON (machine, versions, commands, figures) and a Markdown table beside i
 are missing, 13 GB and 4 GB of random weights, in ``--work``; the exported folders need as much again.
 """
 
-__all__ = ["Bar", "Case", "Report", "bars", "cases", "main", "run", "table"]
+__all__ = ["Bar", "ExportCase", "Report", "bars", "cases", "main", "run", "table"]
 
 import shutil
 import sys
@@ -40,7 +40,7 @@ SCALES = {
 
 
 @dataclass(frozen=True)
-class Case:
+class ExportCase:
     """One process to measure: its name, its command, the folder that it writes, and why it cannot run, if so."""
 
     name: str
@@ -60,24 +60,24 @@ class Report(msgspec.Struct, frozen=True):
     bars: list[Bar]
 
 
-def cases(work: Path, *, quick: bool) -> list[Case]:
+def cases(work: Path, *, quick: bool) -> list[ExportCase]:
     """Return the processes to measure, in order; `quick` takes tiny models: it proves the benchmark, not the export."""
     sources = {scale: _folder(work, *model) for scale, model in SCALES[quick].items()}
     peers = "" if PEERS.exists() else f"there is no {PEERS.parent.parent}; make it with: make peers"
     python, base = (sys.executable, "-m"), sources["peer"] / "base"
 
-    def ours(name: str, scale: str, *arguments: str, precision: str = "--fp16") -> Case:
+    def ours(name: str, scale: str, *arguments: str, precision: str = "--fp16") -> ExportCase:
         out, pair = work / "exported" / name.replace(" ", "-"), sources[scale]
         options = ("--base", str(pair / "base"), *arguments, precision, "--out", str(out))
-        return Case(name, (*python, f"{_MODULE}exporters", "ours", *options), out)
+        return ExportCase(name, (*python, f"{_MODULE}exporters", "ours", *options), out)
 
-    def other(name: str, what: str, interpreter: str, missing: str = "") -> Case:
+    def other(name: str, what: str, interpreter: str, missing: str = "") -> ExportCase:
         out = work / "exported" / name.replace(" ", "-")
-        return Case(name, (interpreter, "-m", f"{_MODULE}exporters", what, str(base), str(out)), out, missing)
+        return ExportCase(name, (interpreter, "-m", f"{_MODULE}exporters", what, str(base), str(out)), out, missing)
 
-    def imports(exporter: str, interpreter: str, missing: str = "") -> Case:
+    def imports(exporter: str, interpreter: str, missing: str = "") -> ExportCase:
         name = f"imports of {exporter}"
-        return Case(name, (interpreter, "-m", f"{_MODULE}exporters", "imports", exporter), None, missing)
+        return ExportCase(name, (interpreter, "-m", f"{_MODULE}exporters", "imports", exporter), None, missing)
 
     unet = ("--no-refiner", "--components", "unet")
     whole = ours("pair", "full", "--refiner", str(sources["full"] / "refiner"))
@@ -86,7 +86,7 @@ def cases(work: Path, *, quick: bool) -> list[Case]:
         ours("base UNet", "full", *unet),
         ours("narrow UNet", "narrow", *unet),
         whole,
-        Case("TensorRT parser", (*python, f"{_MODULE}parse", str(whole.out))),
+        ExportCase("TensorRT parser", (*python, f"{_MODULE}parse", str(whole.out))),
         imports("torch", sys.executable),
         ours("1B UNet", "peer", *unet, precision="--fp32"),
         other("1B UNet by torch", "torch", sys.executable),
@@ -96,7 +96,7 @@ def cases(work: Path, *, quick: bool) -> list[Case]:
     ]
 
 
-def run(chosen: Sequence[Case], work: Path, *, quick: bool) -> Report:
+def run(chosen: Sequence[ExportCase], work: Path, *, quick: bool) -> Report:
     """Measure the `chosen` cases one after the other, removing what a case wrote once nobody needs it."""
     runs: dict[str, Measured] = {}
     not_run: dict[str, str] = {}

@@ -16,7 +16,7 @@ from sdxl_trt.engines.backends.cuda.streams import Stream
 from sdxl_trt.engines.backends.ort.providers import ORT_PROVIDERS, OrtProvider, choose_provider
 from sdxl_trt.engines.backends.trt.api import library_version, tensorrt_module
 from sdxl_trt.engines.backends.trt.engine import open_device
-from sdxl_trt.engines.backends.trt.environment import here
+from sdxl_trt.engines.backends.trt.environment import current_environment
 from sdxl_trt.engines.backends.trt.rtx import ParkedWeights
 from sdxl_trt.engines.build.bundle_plans import build_plans
 from sdxl_trt.engines.bundle.plan_record import Flavour
@@ -24,7 +24,7 @@ from sdxl_trt.engines.errors import IncompatibleError
 from sdxl_trt.engines.host.memory import format_bytes
 from sdxl_trt.engines.inspection.compare import compare_engines
 from sdxl_trt.engines.plans.files import read_plan
-from sdxl_trt.engines.residency.policy import RESIDENCIES, plan_memory
+from sdxl_trt.engines.residency.policy import RESIDENCIES, estimate_memory
 from sdxl_trt.engines.residency.pool import open_pool
 
 # fp16 engines beside ONNX Runtime, which computes fp16 graphs in fp32 on a CPU, over all steps of a picture.
@@ -68,7 +68,7 @@ def _bindings(flavour: Flavour, _: Workplace) -> str:
 
 def _environment(flavour: Flavour, workplace: Workplace) -> str:
     workplace.require_installed(flavour)
-    key = here(flavour)
+    key = current_environment(flavour)
     return f"{key.gpu}, compute capability {key.compute_capability}, driver {key.driver}, {key.platform}"
 
 
@@ -149,7 +149,7 @@ def _memory(flavour: Flavour, workplace: Workplace) -> str:
     bundle = workplace.planned(flavour)
     total, seen = Cuda().memory()[1], []
     for residency in ("resident", "swap"):
-        plan = plan_memory(bundle, provider=flavour, capacity=total, residency=residency)
+        plan = estimate_memory(bundle, provider=flavour, capacity=total, residency=residency)
         peak = workplace.run(flavour, residency).peak
         seen.append(f"{residency}: {format_bytes(peak)} taken, {format_bytes(plan.peak)} planned")
         if peak > plan.peak * SLACK + OVERHEAD:

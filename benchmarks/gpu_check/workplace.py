@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from sdxl_trt.engines.backends.cuda.runtime import Cuda
 from sdxl_trt.engines.backends.trt.api import tensorrt_module
-from sdxl_trt.engines.backends.trt.environment import here
+from sdxl_trt.engines.backends.trt.environment import current_environment
 from sdxl_trt.engines.bundle.bundle import Bundle, read_bundle
 from sdxl_trt.engines.bundle.plan_record import BuildFlags, Flavour, PlanRecord
 from sdxl_trt.engines.errors import IncompatibleError
@@ -80,7 +80,7 @@ class Workplace:
 
     def records(self, flavour: Flavour) -> dict[str, PlanRecord]:
         """Return the plans of this flavour by component. Raises IncompatibleError where one is missing."""
-        bundle, environment = read_bundle(self.root), here(flavour)
+        bundle, environment = read_bundle(self.root), current_environment(flavour)
         return {name: find_plan(bundle, name, environment) for name in planned_components(bundle.manifest)}
 
     def streams(self, flavour: Flavour) -> bool:

@@ -20,7 +20,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from sdxl_trt.benchmarks.host_time.cases import CASES, ELSEWHERE, SIDE, Case, Lap, Precision, our_run, their_run
+from sdxl_trt.benchmarks.host_time.cases import CASES, ELSEWHERE, SIDE, HostCase, Lap, Precision, our_run, their_run
 from sdxl_trt.benchmarks.measure.bars import VERDICTS, Bar, missed
 from sdxl_trt.benchmarks.measure.processes import machine
 from sdxl_trt.benchmarks.measure.results import RESULTS_FOLDER
@@ -74,7 +74,7 @@ class Report(msgspec.Struct, frozen=True):
     bars: list[Bar]
 
 
-def measure(case: Case, precision: Precision, steps: int, rounds: int) -> Row:
+def measure(case: HostCase, precision: Precision, steps: int, rounds: int) -> Row:
     """Let our run and both of diffusers' take turns for `rounds`."""
     import torch  # noqa: PLC0415 - takes seconds
 
@@ -199,7 +199,7 @@ def _run(arguments: argparse.Namespace) -> Report:
     )
 
 
-def _ask_peers(case: Case, arguments: argparse.Namespace) -> list[Row]:
+def _ask_peers(case: HostCase, arguments: argparse.Namespace) -> list[Row]:
     """Return the rows of `case` as measured by this module in the peers' environment, none without one."""
     if arguments.peers is None:
         return []

@@ -5,7 +5,7 @@ the stand-in for the UNet takes itself is not counted, nor what either side take
 the seconds are those of the host around them.
 """
 
-__all__ = ["CASES", "ELSEWHERE", "SIDE", "Case", "Lap", "Precision", "Run", "our_run", "their_run"]
+__all__ = ["CASES", "ELSEWHERE", "SIDE", "HostCase", "Lap", "Precision", "Run", "our_run", "their_run"]
 
 import inspect
 import time
@@ -40,7 +40,7 @@ SDXL = {
 
 
 @dataclass(frozen=True)
-class Case:
+class HostCase:
     """A sampler of ours and the scheduler of diffusers that does the same; `needs` is what that one imports."""
 
     sampler: str
@@ -51,20 +51,20 @@ class Case:
 
 _SDE = {"algorithm_type": "sde-dpmsolver++"}
 CASES = (
-    Case("euler", "EulerDiscreteScheduler"),
-    Case("heun", "HeunDiscreteScheduler"),
-    Case("dpm_2", "KDPM2DiscreteScheduler"),
-    Case("lms", "LMSDiscreteScheduler", needs="scipy"),
-    Case("dpmpp_2m", "DPMSolverMultistepScheduler"),
-    Case("ddim", "DDIMScheduler", {"set_alpha_to_one": False, "clip_sample": False}),
-    Case("uni_pc", "UniPCMultistepScheduler"),
-    Case("deis", "DEISMultistepScheduler"),
-    Case("euler_ancestral", "EulerAncestralDiscreteScheduler"),
-    Case("dpm_2_ancestral", "KDPM2AncestralDiscreteScheduler"),
-    Case("dpmpp_sde", "DPMSolverSDEScheduler", {"noise_sampler_seed": SEED}, needs="torchsde"),
-    Case("dpmpp_2m_sde", "DPMSolverMultistepScheduler", _SDE),
-    Case("dpmpp_3m_sde", "DPMSolverMultistepScheduler", _SDE | {"solver_order": 3}),
-    Case("lcm", "LCMScheduler"),
+    HostCase("euler", "EulerDiscreteScheduler"),
+    HostCase("heun", "HeunDiscreteScheduler"),
+    HostCase("dpm_2", "KDPM2DiscreteScheduler"),
+    HostCase("lms", "LMSDiscreteScheduler", needs="scipy"),
+    HostCase("dpmpp_2m", "DPMSolverMultistepScheduler"),
+    HostCase("ddim", "DDIMScheduler", {"set_alpha_to_one": False, "clip_sample": False}),
+    HostCase("uni_pc", "UniPCMultistepScheduler"),
+    HostCase("deis", "DEISMultistepScheduler"),
+    HostCase("euler_ancestral", "EulerAncestralDiscreteScheduler"),
+    HostCase("dpm_2_ancestral", "KDPM2AncestralDiscreteScheduler"),
+    HostCase("dpmpp_sde", "DPMSolverSDEScheduler", {"noise_sampler_seed": SEED}, needs="torchsde"),
+    HostCase("dpmpp_2m_sde", "DPMSolverMultistepScheduler", _SDE),
+    HostCase("dpmpp_3m_sde", "DPMSolverMultistepScheduler", _SDE | {"solver_order": 3}),
+    HostCase("lcm", "LCMScheduler"),
 )
 ELSEWHERE = {
     "dpmpp_2s_ancestral": "diffusers has no such scheduler",
@@ -132,7 +132,7 @@ def our_run(sampler: str, precision: Precision, steps: int) -> Run:
         job.embeds = {"base": ((embeds,), (embeds,))}
         source = job.noises["base"].source
         job.noises["base"].source = lambda *args: watch.aside("noise", source(*args))  # type: ignore[method-assign]
-        work = timed(job.run, pipeline.base(job, following=unet))
+        work = timed(job.run, pipeline.base(job, next_engine=unet))
         next(work)  # the engine is loaded
         laps = watch.laps(work)
         return laps[:-1] if sampler in TWO_CALLS else laps
@@ -173,7 +173,7 @@ def _answer(precision: Precision) -> Array:
     return drawn.astype(precision)
 
 
-def their_run(case: Case, precision: Precision, steps: int) -> Run:
+def their_run(case: HostCase, precision: Precision, steps: int) -> Run:
     """Return a run of the loop of diffusers' StableDiffusionXLPipeline, without its progress bar and callbacks."""
     import diffusers  # noqa: PLC0415 - takes seconds
     import torch  # noqa: PLC0415

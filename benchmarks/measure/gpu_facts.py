@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from sdxl_trt.benchmarks.measure.processes import machine
 from sdxl_trt.engines.backends.cuda.runtime import Cuda
-from sdxl_trt.engines.backends.trt.environment import device_available, here
+from sdxl_trt.engines.backends.trt.environment import current_environment, device_available
 from sdxl_trt.engines.bundle.plan_record import Flavour
 from sdxl_trt.engines.errors import SdxlTrtError
 from sdxl_trt.engines.host.memory import format_bytes
@@ -72,7 +72,7 @@ def _gpu() -> str:
 
 
 def _flavour(flavour: Flavour) -> str:
-    environment = here(flavour)
+    environment = current_environment(flavour)
     return f"{environment.tensorrt}; driver {environment.driver}"
 
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from sdxl_trt.benchmarks.model_card.cases import Case, Generator, Settings, cases
+from sdxl_trt.benchmarks.model_card.cases import CardCase, DrawSettings, Generator, evaluation_cases
 from sdxl_trt.mini.pair import materialize
-from sdxl_trt.mini.score.score import Score, score
+from sdxl_trt.mini.score.score import Score, score_picture
 
 BATCH = 25
 HANDOFFS = (0.25, 0.5, 0.6, 0.7, 0.8, None)
@@ -24,13 +24,13 @@ AESTHETICS = (2.0, 4.0, 6.0, 8.0)
 Row = dict[str, Any]
 
 
-def scores(generator: Generator, wanted: list[Case], settings: Settings) -> list[Score]:
+def scores(generator: Generator, wanted: list[CardCase], settings: DrawSettings) -> list[Score]:
     """Draw and score all cases, some at a time."""
     scored: list[Score] = []
     for start in range(0, len(wanted), BATCH):
         part = wanted[start : start + BATCH]
         pictures = generator([case.caption for case in part], [case.seed for case in part], settings)
-        scored += [score(picture, case.caption) for picture, case in zip(pictures, part, strict=True)]
+        scored += [score_picture(picture, case.caption) for picture, case in zip(pictures, part, strict=True)]
     return scored
 
 
@@ -72,14 +72,14 @@ def paired_effect(before: list[Score], after: list[Score], name: str) -> Row:
     return {"mean": mean, "low": float(low), "high": float(high), "d": mean / spread if spread else 0.0}
 
 
-def evaluate(generator: Generator, count: int, sweep_count: int, settings: Settings) -> Row:
+def evaluate(generator: Generator, count: int, sweep_count: int, settings: DrawSettings) -> Row:
     """The whole table. Each setting draws the same captions from the same noise; sweeps use the first few."""
-    usual = cases(count)
+    usual = evaluation_cases(count)
     default = scores(generator, usual, settings)
     alone = scores(generator, usual, replace(settings, handoff=None))
     few = usual[:sweep_count]
 
-    def swept(changed: Settings) -> list[Score]:
+    def swept(changed: DrawSettings) -> list[Score]:
         known = {settings: default, replace(settings, handoff=None): alone}
         return known[changed][:sweep_count] if changed in known else scores(generator, few, changed)
 
@@ -89,7 +89,7 @@ def evaluate(generator: Generator, count: int, sweep_count: int, settings: Setti
     return {
         "settings": asdict(settings),
         "defaults": {**share_right(default), **quality(default)},
-        "held_out": share_right(scores(generator, cases(count, held_out=True), settings)),
+        "held_out": share_right(scores(generator, evaluation_cases(count, held_out=True), settings)),
         "base_alone": {**share_right(alone), **quality(alone)},
         "refiner_effect": {name: paired_effect(alone, default, name) for name in measures},
         "sweep_count": sweep_count,
@@ -150,7 +150,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--bundle", type=Path, help="draw with this exported bundle instead of diffusers in fp32")
     options = parser.parse_args(arguments)
     with _generator(options.bundle) as generator:
-        result = evaluate(generator, options.count, options.sweep, Settings())
+        result = evaluate(generator, options.count, options.sweep, DrawSettings())
     print(markdown(result))
     if options.output:
         options.output.write_text(json.dumps(result, indent=1) + "\n")

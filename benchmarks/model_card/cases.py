@@ -1,6 +1,6 @@
 """The captions and seeds that the embedded pair is evaluated with."""
 
-__all__ = ["HELD_OUT_OFFSET", "Case", "Generator", "Settings", "cases"]
+__all__ = ["HELD_OUT_OFFSET", "CardCase", "DrawSettings", "Generator", "evaluation_cases"]
 
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ HELD_OUT_OFFSET = 1_000_000
 
 
 @dataclass(frozen=True)
-class Settings:
+class DrawSettings:
     """What a generator is asked for; `handoff` None means the base alone for all steps."""
 
     steps: int = 30
@@ -28,23 +28,23 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Case:
+class CardCase:
     """One evaluation caption and the seed of its noise."""
 
     caption: str
     seed: int
 
 
-Generator = Callable[[list[str], list[int], Settings], npt.NDArray[np.uint8]]
+Generator = Callable[[list[str], list[int], DrawSettings], npt.NDArray[np.uint8]]
 """Prompts, seeds and settings to pictures `(n, 128, 128, 3)` uint8."""
 
 
-def cases(count: int, held_out: bool = False) -> list[Case]:
+def evaluation_cases(count: int, held_out: bool = False) -> list[CardCase]:
     """Evaluation captions of the training pairs or of the held-out ones, always the same."""
     pairs = list(HELD_OUT) if held_out else training_pairs()
     made = []
     for i in range(count):
         seed = EVALUATION_SEEDS[i + HELD_OUT_OFFSET * held_out]
         rng = np.random.default_rng(seed)
-        made.append(Case(draw_caption(sample_scene(rng, pairs).asked, rng, evaluation=True), seed))
+        made.append(CardCase(draw_caption(sample_scene(rng, pairs).asked, rng, evaluation=True), seed))
     return made

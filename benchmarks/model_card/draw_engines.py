@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from sdxl_trt.benchmarks.model_card.cases import Generator, Settings
+from sdxl_trt.benchmarks.model_card.cases import DrawSettings, Generator
 from sdxl_trt.runtime import Request, open_bundle
 
 
@@ -16,7 +16,7 @@ def engine_pair(bundle: Path) -> Iterator[Generator]:
     """Open `bundle` and yield a generator of pictures; its engines stay loaded until the end."""
     with open_bundle(bundle, residency="resident") as pipeline:
 
-        def draw(prompts: list[str], seeds: list[int], settings: Settings) -> npt.NDArray[np.uint8]:
+        def draw(prompts: list[str], seeds: list[int], settings: DrawSettings) -> npt.NDArray[np.uint8]:
             pictures = []
             for prompt, seed in zip(prompts, seeds, strict=True):
                 request = Request(

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
 
-from sdxl_trt.benchmarks.model_card.cases import Settings
+from sdxl_trt.benchmarks.model_card.cases import DrawSettings
 
 
 class TorchPair:
@@ -25,7 +25,7 @@ class TorchPair:
         for pipeline in (self.base, self.refiner):
             pipeline.set_progress_bar_config(disable=True)
 
-    def __call__(self, prompts: list[str], seeds: list[int], settings: Settings) -> npt.NDArray[np.uint8]:
+    def __call__(self, prompts: list[str], seeds: list[int], settings: DrawSettings) -> npt.NDArray[np.uint8]:
         """Pictures `(n, 128, 128, 3)` uint8; each seed feeds its own generator."""
         common: dict[str, Any] = {
             "prompt": prompts,

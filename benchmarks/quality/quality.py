@@ -15,21 +15,21 @@ from typing import Literal
 import msgspec
 
 from sdxl_trt.benchmarks.measure.subjects import Subject
-from sdxl_trt.benchmarks.model_card.cases import cases as evaluation_cases
+from sdxl_trt.benchmarks.model_card.cases import evaluation_cases
 from sdxl_trt.benchmarks.quality.limits import STAGES, culprit
 from sdxl_trt.benchmarks.quality.rows import Scorer, compare, compare_tiled, precisions_of
-from sdxl_trt.benchmarks.quality.traces import Case, Pixels, Trace, make_cases, tiled_pixels, trace_engines
+from sdxl_trt.benchmarks.quality.traces import Pixels, Trace, TraceCase, make_cases, tiled_pixels, trace_engines
 from sdxl_trt.benchmarks.quality.traces_torch import trace_diffusers
-from sdxl_trt.benchmarks.report.records import Quality, Settings
+from sdxl_trt.benchmarks.report.records import BenchSettings, Quality
 from sdxl_trt.engines.bundle.manifest import Manifest
 from sdxl_trt.engines.errors import CorruptError, IncompatibleError, UsageError
 from sdxl_trt.export import Options, export_bundle
 from sdxl_trt.export.components import VaePrecision
 from sdxl_trt.export.exporter import plan_export
 from sdxl_trt.mini.scenes.drawing import SIDE
-from sdxl_trt.mini.score.score import score
+from sdxl_trt.mini.score.score import score_picture
 from sdxl_trt.runtime import Request, open_bundle
-from sdxl_trt.runtime.request.resolve import resolve
+from sdxl_trt.runtime.request.resolve import resolve_request
 
 GIVEN = "these engines"
 """What the names of the rows begin with that are about the bundle at hand."""
@@ -49,7 +49,7 @@ Say = Callable[[str], None]
 
 def measure_quality(
     subject: Subject,
-    settings: Settings,
+    settings: BenchSettings,
     variants: Sequence[str] = tuple(VARIANTS),
     say: Say = lambda _: None,
     *,
@@ -118,8 +118,8 @@ def check_same_model(subject: Subject) -> None:
 class _Measured:
     """The cases, and what PyTorch makes of them."""
 
-    cases: Sequence[Case]
-    settings: Settings
+    cases: Sequence[TraceCase]
+    settings: BenchSettings
     reference: Sequence[Trace]
     score: Scorer
 
@@ -160,15 +160,15 @@ def _variant(name: str, subject: Subject, measured: _Measured) -> list[Quality]:
         return [Quality(variant=name, stage="", psnr=None, passed=False, missing=str(exc))]
 
 
-def _settled(subject: Subject, settings: Settings) -> Settings:
+def _settled(subject: Subject, settings: BenchSettings) -> BenchSettings:
     """Return the settings, without a handoff where the refiner takes no part: PyTorch has none to compare with."""
     request = Request(settings.prompt, steps=settings.steps, handoff=settings.handoff, seed=settings.seed,
                       width=settings.width, height=settings.height)  # fmt: skip
-    refined = bool(subject.refiner) and resolve(request, subject.bundle.manifest).refined
+    refined = bool(subject.refiner) and resolve_request(request, subject.bundle.manifest).uses_refiner
     return settings if refined else msgspec.structs.replace(settings, handoff=None)
 
 
-def _cases(subject: Subject, settings: Settings) -> tuple[list[Case], Scorer]:
+def _cases(subject: Subject, settings: BenchSettings) -> tuple[list[TraceCase], Scorer]:
     """Return what is drawn, and who can say whether a picture answers its prompt."""
     vae = subject.bundle.manifest.base.vae
     if not subject.embedded or (settings.width, settings.height) != (SIDE, SIDE):
@@ -178,7 +178,7 @@ def _cases(subject: Subject, settings: Settings) -> tuple[list[Case], Scorer]:
     captions = [case.caption for case in asked]
 
     def share(pictures: Sequence[Pixels]) -> float:
-        right = [score(picture, caption).right for picture, caption in zip(pictures, captions, strict=True)]
+        right = [score_picture(picture, caption).right for picture, caption in zip(pictures, captions, strict=True)]
         return sum(right) / len(right)
 
     return make_cases(captions, [case.seed for case in asked], settings, vae), share

@@ -1,6 +1,6 @@
 """What a run of base and refiner leaves behind at every stage, so that two ways of running them can be compared."""
 
-__all__ = ["Case", "Trace", "make_cases", "tiled_pixels", "trace_engines"]
+__all__ = ["Trace", "TraceCase", "make_cases", "tiled_pixels", "trace_engines"]
 
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from sdxl_trt.benchmarks.report.records import Settings
+from sdxl_trt.benchmarks.report.records import BenchSettings
 from sdxl_trt.engines.bundle.manifest import Vae
 from sdxl_trt.runtime import Pipeline, Request
 from sdxl_trt.runtime.diffusion.noise.sources import PictureNoise
 from sdxl_trt.runtime.pipeline.run import Job, Step
-from sdxl_trt.runtime.vae.decode import decode, to_uint8
+from sdxl_trt.runtime.vae.decode import decode_latents, to_uint8
 from sdxl_trt.runtime.vae.tile_sizes import Size, choose_tile, decoder_sizes
 
 Floats = NDArray[np.float32]
@@ -22,7 +22,7 @@ Pixels = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
-class Case:
+class TraceCase:
     """A prompt, and the noise (1, c, h/8, w/8) of unit variance that everybody starts from."""
 
     prompt: str
@@ -44,13 +44,13 @@ class Trace:
     pixels: Pixels
 
 
-def make_cases(prompts: Sequence[str], seeds: Sequence[int], settings: Settings, vae: Vae) -> list[Case]:
+def make_cases(prompts: Sequence[str], seeds: Sequence[int], settings: BenchSettings, vae: Vae) -> list[TraceCase]:
     """Return a case for every prompt with its seed, at the size of `settings`."""
     shape = (vae.latent_channels, settings.height // vae.factor, settings.width // vae.factor)
-    return [Case(prompt, PictureNoise([seed]).draw(shape)) for prompt, seed in zip(prompts, seeds, strict=True)]
+    return [TraceCase(prompt, PictureNoise([seed]).draw(shape)) for prompt, seed in zip(prompts, seeds, strict=True)]
 
 
-def trace_engines(pipeline: Pipeline, cases: Sequence[Case], settings: Settings) -> list[Trace]:
+def trace_engines(pipeline: Pipeline, cases: Sequence[TraceCase], settings: BenchSettings) -> list[Trace]:
     """Return what `pipeline` makes of every case, in the order of a run: one change of UNets for all."""
     jobs = [pipeline.start(_request(case, settings)) for case in cases]
     manifest = pipeline.manifest
@@ -78,11 +78,11 @@ def tiled_pixels(pipeline: Pipeline, traces: Sequence[Trace]) -> tuple[Size, lis
     if tile is None:
         return None
     (engine,) = pipeline.pool.phase(vae.decoder)
-    pictures = [to_uint8(decode(engine, vae, trace.final[None], tile=tile))[0] for trace in traces]
+    pictures = [to_uint8(decode_latents(engine, vae, trace.final[None], tile=tile))[0] for trace in traces]
     return (tile[0] * vae.factor, tile[1] * vae.factor), pictures
 
 
-def _request(case: Case, settings: Settings) -> Request:
+def _request(case: TraceCase, settings: BenchSettings) -> Request:
     return Request(
         case.prompt,
         steps=settings.steps,
@@ -102,7 +102,7 @@ def _trace(job: Job, decoded: list[Step], *, guided: bool) -> Trace:
             embeddings |= {f"{stage}{side} hidden": embeds.hidden, f"{stage}{side} pooled": embeds.pooled}
     picture = decoded[-1].picture
     assert picture is not None  # noqa: S101 - what decoding ends with
-    handoff = None if job.run.handoff is None else job.run.handoff[0]
+    handoff = None if job.run.handoff_latents is None else job.run.handoff_latents[0]
     return Trace(embeddings, handoff, job.run.final[0], np.asarray(picture.image))
 
 

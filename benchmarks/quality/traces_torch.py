@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sdxl_trt.benchmarks.quality.traces import Case, Trace
-from sdxl_trt.benchmarks.report.records import Settings
+from sdxl_trt.benchmarks.quality.traces import Trace, TraceCase
+from sdxl_trt.benchmarks.report.records import BenchSettings
 from sdxl_trt.export.exporter import MINI
 from sdxl_trt.export.sources.configs import PUBLISHED
 from sdxl_trt.export.sources.source import PipelineSource, Role, open_source
@@ -26,7 +26,9 @@ Model = str | Path
 CLASSES: dict[Role, str] = {"base": "StableDiffusionXLPipeline", "refiner": "StableDiffusionXLImg2ImgPipeline"}
 
 
-def trace_diffusers(model: Model, refiner: Model | None, cases: Sequence[Case], settings: Settings) -> list[Trace]:
+def trace_diffusers(
+    model: Model, refiner: Model | None, cases: Sequence[TraceCase], settings: BenchSettings
+) -> list[Trace]:
     """Return what diffusers makes of every case in fp32 on the CPU, with Euler steps on the model's own schedule.
 
     `model` and `refiner` are diffusers folders, hub ids, single files or "mini"; the refiner takes part where
@@ -39,7 +41,9 @@ def trace_diffusers(model: Model, refiner: Model | None, cases: Sequence[Case], 
         return traces if fraction is None else _refined(sources["refiner"], cases, settings, traces)
 
 
-def _base(source: PipelineSource, cases: Sequence[Case], settings: Settings, fraction: float | None) -> list[Trace]:
+def _base(
+    source: PipelineSource, cases: Sequence[TraceCase], settings: BenchSettings, fraction: float | None
+) -> list[Trace]:
     """Run the base on its share; without a handoff the traces are whole."""
     pipeline, traces = _load(source, "base"), []
     for case in cases:
@@ -52,7 +56,9 @@ def _base(source: PipelineSource, cases: Sequence[Case], settings: Settings, fra
     return traces
 
 
-def _refined(source: PipelineSource, cases: Sequence[Case], settings: Settings, traces: Sequence[Trace]) -> list[Trace]:
+def _refined(
+    source: PipelineSource, cases: Sequence[TraceCase], settings: BenchSettings, traces: Sequence[Trace]
+) -> list[Trace]:
     """Let the refiner finish what the base handed over."""
     pipeline, refined = _load(source, "refiner"), []
     for case, trace in zip(cases, traces, strict=True):
@@ -63,7 +69,7 @@ def _refined(source: PipelineSource, cases: Sequence[Case], settings: Settings, 
     return refined
 
 
-def _run(pipeline: Any, prompt: str, settings: Settings, told: dict[str, Any]) -> tuple[Floats, NDArray[np.uint8]]:
+def _run(pipeline: Any, prompt: str, settings: BenchSettings, told: dict[str, Any]) -> tuple[Floats, NDArray[np.uint8]]:
     """Return the latents (c, h, w) after the last step, and the pixels (h, w, 3); none where latents were asked for."""
     last: dict[str, Any] = {}
 
@@ -85,7 +91,7 @@ def _run(pipeline: Any, prompt: str, settings: Settings, told: dict[str, Any]) -
     return last["latents"][0].numpy(), pixels
 
 
-def _embeddings(pipeline: Any, stage: str, prompt: str, settings: Settings) -> dict[str, Floats]:
+def _embeddings(pipeline: Any, stage: str, prompt: str, settings: BenchSettings) -> dict[str, Floats]:
     """Return what a pipeline tells its UNet of a prompt; see Trace."""
     guided = settings.guidance > 1
     hidden, negative, pooled, negative_pooled = pipeline.encode_prompt(prompt, do_classifier_free_guidance=guided)

@@ -1,6 +1,6 @@
 """A report of trt-bench as Markdown, whatever the names in it hold."""
 
-__all__ = ["code_block", "escaped", "markdown", "table_lines"]
+__all__ = ["code_block", "escaped", "markdown_report", "table_lines"]
 
 import re
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ _SPECIAL = re.compile(r"([\\`*_\[\]|~$]|<(?=[A-Za-z/!?]))")
 _OPENING = re.compile(r"^(?=[#\-+=>])|^(\d+)(?=[.)])")
 
 
-def markdown(report: BenchReport) -> str:
+def markdown_report(report: BenchReport) -> str:
     """Return `report` as Markdown: the bars first, then what was measured, then how."""
     blocks = ["# trt-bench"]
     for section in sections(report):

@@ -8,7 +8,7 @@ from pathlib import Path
 from sdxl_trt.benchmarks.measure.results import write_text
 from sdxl_trt.benchmarks.report.charts import charts
 from sdxl_trt.benchmarks.report.document import Section, Table
-from sdxl_trt.benchmarks.report.markdown import markdown
+from sdxl_trt.benchmarks.report.markdown import markdown_report
 from sdxl_trt.benchmarks.report.records import BenchReport, write_report
 from sdxl_trt.benchmarks.report.sections import sections
 from sdxl_trt.benchmarks.report.style import STYLE
@@ -26,7 +26,7 @@ def write_pages(report: BenchReport, folder: Path, name: str = "report") -> None
 
 def write_views(report: BenchReport, folder: Path, name: str = "report") -> None:
     """Write what is made of a report that is there: Markdown and HTML."""
-    write_text(markdown(report), folder / f"{name}.md")
+    write_text(markdown_report(report), folder / f"{name}.md")
     write_text(page(report), folder / f"{name}.html")
 
 

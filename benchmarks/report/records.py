@@ -4,12 +4,12 @@ __all__ = [
     "SCHEMA",
     "Bar",
     "BenchReport",
+    "BenchSettings",
     "ColdStart",
     "Contestant",
     "Measurement",
     "Quality",
     "Ratio",
-    "Settings",
     "Timed",
     "read_report",
     "write_report",
@@ -28,7 +28,7 @@ SCHEMA = 1
 """Counted up when a field changes its meaning or goes; a field that is new leaves it."""
 
 
-class Settings(msgspec.Struct, frozen=True, kw_only=True):
+class BenchSettings(msgspec.Struct, frozen=True, kw_only=True):
     """What every contestant was asked for. Sizes are pixels, `tokens` those of the prompts."""
 
     bundle: str
@@ -172,7 +172,7 @@ class BenchReport(msgspec.Struct, frozen=True, kw_only=True):
     command: tuple[str, ...] = ()
     machine: dict[str, str | int]
     versions: dict[str, str]
-    settings: Settings
+    settings: BenchSettings
     contestants: tuple[Contestant, ...] = ()
     measurements: tuple[Measurement, ...] = ()
     cold_starts: tuple[ColdStart, ...] = ()

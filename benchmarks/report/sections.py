@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from sdxl_trt.benchmarks.measure.bars import NOT_MEASURED, VERDICTS
 from sdxl_trt.benchmarks.report.document import Section, Table, without_empty
 from sdxl_trt.benchmarks.report.quantities import memory, significant, time_unit, times
-from sdxl_trt.benchmarks.report.records import BenchReport, Contestant, Quality, Settings
+from sdxl_trt.benchmarks.report.records import BenchReport, BenchSettings, Contestant, Quality
 from sdxl_trt.benchmarks.report.timed import PICTURE, labels, our_names, spread_words, stage_table, task_tables, tasks
 
 
@@ -189,7 +189,7 @@ def _facts(machine: dict[str, str | int]) -> Iterator[str]:
             yield f"{name.replace('_', ' ')} {value}"
 
 
-def settings_words(settings: Settings) -> str:
+def settings_words(settings: BenchSettings) -> str:
     """Return what was drawn: model, size, batch, steps, handoff and guidance."""
     handoff = "the base alone" if settings.handoff is None else f"handoff at {settings.handoff:g}"
     size = f"{settings.width}×{settings.height}"

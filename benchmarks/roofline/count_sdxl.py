@@ -73,9 +73,9 @@ def write_graph(model: Any, graph: Any, precision: str, path: Path) -> None:
     import onnx_ir as ir  # noqa: PLC0415 - the exporter's
 
     from sdxl_trt.export.graph.passes import simplify  # noqa: PLC0415
-    from sdxl_trt.export.graph.trace import trace  # noqa: PLC0415
+    from sdxl_trt.export.graph.trace import trace_graph  # noqa: PLC0415
 
-    traced = trace(graph, precision, OPSET)
+    traced = trace_graph(graph, precision, OPSET)
     for name, value in traced.graph.initializers.items():
         buffer = model.buffers.get(name.removeprefix(graph.prefix))
         if buffer is not None:

@@ -1,6 +1,6 @@
 """What an estimate of a GPU holds: the work, the floor of every part of it, the handoff, and what others published."""
 
-__all__ = ["Comparison", "Estimate", "Handoff", "Part", "Work"]
+__all__ = ["Comparison", "Estimate", "HandoffEstimate", "PartEstimate", "Work"]
 
 import msgspec
 
@@ -24,7 +24,7 @@ class Work(msgspec.Struct, frozen=True, kw_only=True):
     tokens: int = 77
 
 
-class Part(msgspec.Struct, frozen=True, kw_only=True):
+class PartEstimate(msgspec.Struct, frozen=True, kw_only=True):
     """A graph's share of a picture: what a call costs, and the seconds a call takes at least.
 
     `compute` is its multiply-adds at the peak rate, `memory` its least bytes at the peak bandwidth, `floor` the longer
@@ -41,7 +41,7 @@ class Part(msgspec.Struct, frozen=True, kw_only=True):
     floor: float
 
 
-class Handoff(msgspec.Struct, frozen=True, kw_only=True):
+class HandoffEstimate(msgspec.Struct, frozen=True, kw_only=True):
     """What the refiner saves or costs against the base alone, in seconds and bytes; None where there is no refiner.
 
     `saved` is over all refiner steps. `load` is the refiner's UNet over PCI Express from host memory at its peak rate,
@@ -78,7 +78,7 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
     gpu: Gpu
     work: Work
     counts_from: str
-    parts: tuple[Part, ...]
+    parts: tuple[PartEstimate, ...]
     seconds: float
-    handoff: Handoff | None
+    handoff: HandoffEstimate | None
     published: tuple[Comparison, ...]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from sdxl_trt.benchmarks.roofline.estimates import Comparison, Estimate, Handoff, Part, Work
+from sdxl_trt.benchmarks.roofline.estimates import Comparison, Estimate, HandoffEstimate, PartEstimate, Work
 from sdxl_trt.benchmarks.roofline.flops import Counts, count_component
 from sdxl_trt.benchmarks.roofline.gpus import Gpu, find_gpu
 from sdxl_trt.benchmarks.roofline.published import PUBLISHED, Published, Rate
@@ -145,7 +145,7 @@ def _encoders(manifest: Manifest) -> dict[str, None]:
     return dict.fromkeys(name for stage in manifest.stages().values() for name in names(stage))
 
 
-def _parts(gpu: Gpu, work: Work, graphs: dict[str, _Graph]) -> list[Part]:
+def _parts(gpu: Gpu, work: Work, graphs: dict[str, _Graph]) -> list[PartEstimate]:
     """Return the parts of `work`, in the order in which they run."""
     calls = {"base": work.base_steps, "refiner": work.refiner_steps}
     chunks = max(work.tokens // 77, 1)
@@ -159,16 +159,16 @@ def _parts(gpu: Gpu, work: Work, graphs: dict[str, _Graph]) -> list[Part]:
     return parts
 
 
-def _part(gpu: Gpu, name: str, calls: int, counts: Counts, rate: Rate) -> Part:
+def _part(gpu: Gpu, name: str, calls: int, counts: Counts, rate: Rate) -> PartEstimate:
     compute = counts.flops / getattr(gpu, rate)
     memory = counts.least_bytes / gpu.bandwidth
     traffic = (counts.weight_bytes + counts.activation_bytes) / gpu.bandwidth
     floor = max(compute, memory)
-    return Part(name=name, calls=calls, counts=counts, rate=rate, compute=compute, memory=memory, traffic=traffic,
-                floor=floor)  # fmt: skip
+    return PartEstimate(name=name, calls=calls, counts=counts, rate=rate, compute=compute, memory=memory,
+                        traffic=traffic, floor=floor)  # fmt: skip
 
 
-def _handoff(gpu: Gpu, work: Work, graphs: dict[str, _Graph], parts: list[Part]) -> Handoff | None:
+def _handoff(gpu: Gpu, work: Work, graphs: dict[str, _Graph], parts: list[PartEstimate]) -> HandoffEstimate | None:
     """Return what the refiner of `work` saves and costs, or None where it has no step."""
     if not work.refiner_steps:
         return None
@@ -181,7 +181,7 @@ def _handoff(gpu: Gpu, work: Work, graphs: dict[str, _Graph], parts: list[Part])
     base, refiner = (steps[name].counts.weight_bytes for name in ("base", "refiner"))
     resident = sum(part.counts.weight_bytes for part in parts)
     swap = (base + refiner) / gpu.link
-    return Handoff(
+    return HandoffEstimate(
         base_step=steps["base"].floor,
         refiner_step=steps["refiner"].floor,
         saved=saved * work.refiner_steps,

@@ -4,7 +4,7 @@ __all__ = ["estimate_table"]
 
 from collections.abc import Iterable
 
-from sdxl_trt.benchmarks.roofline.estimates import Estimate, Handoff
+from sdxl_trt.benchmarks.roofline.estimates import Estimate, HandoffEstimate
 from sdxl_trt.benchmarks.roofline.published import Published, Rate
 
 _TYPES = {"fp16": "fp16", "fp32_sums": "fp16 or bf16 summed in fp32", "tf32": "tf32", "eight_bit": "8 bits"}
@@ -78,7 +78,7 @@ def _handoff(estimate: Estimate) -> str:
     )
 
 
-def _pays(found: Handoff) -> str:
+def _pays(found: HandoffEstimate) -> str:
     if found.steps_to_pay is None:
         return "no step is cheaper for it, so a swap never pays in time."
     return f"what {found.steps_to_pay:.0f} refiner steps save."

@@ -14,7 +14,7 @@ from sdxl_trt.engines.bundle.plan_record import Flavour, PlanRecord
 from sdxl_trt.engines.engine import Engine
 from sdxl_trt.engines.errors import IncompatibleError, SdxlTrtError, UsageError
 from sdxl_trt.engines.host.memory import available_host_memory
-from sdxl_trt.engines.plans.limits import Limits, plan_limits
+from sdxl_trt.engines.plans.limits import PlanLimits, plan_limits
 from sdxl_trt.engines.plans.lookup import find_plan, has_plans
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class Backend:
     make: Callable[..., Engine]
     free: int | None
     records: Mapping[str, PlanRecord] = field(default_factory=dict)
-    limits: Limits | None = None
+    limits: PlanLimits | None = None
     close: Callable[[], None] = lambda: None
 
 
@@ -81,11 +81,11 @@ def _unavailable(flavour: Flavour) -> IncompatibleError | None:
 
 def _tensorrt(bundle: Bundle, flavour: Flavour) -> Backend:
     from sdxl_trt.engines.backends.trt.engine import TrtEngine, open_device  # noqa: PLC0415
-    from sdxl_trt.engines.backends.trt.environment import here  # noqa: PLC0415 - one import a provider
+    from sdxl_trt.engines.backends.trt.environment import current_environment  # noqa: PLC0415 - one import a provider
 
-    environment = here(flavour)
+    environment = current_environment(flavour)
     records = {name: find_plan(bundle, name, environment) for name in run_components(bundle.manifest, flavour)}
-    for name in run_components(bundle.manifest, flavour, images=True):
+    for name in run_components(bundle.manifest, flavour, from_image=True):
         # What only some runs need may lack a plan until one of them comes.
         if name not in records:
             with suppress(IncompatibleError):

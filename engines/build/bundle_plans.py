@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from sdxl_trt.engines.backends.trt.environment import here
+from sdxl_trt.engines.backends.trt.environment import current_environment
 from sdxl_trt.engines.build.jobs import PlanJob, _place, plan_builds
 from sdxl_trt.engines.build.messages import BuildEvent, BuildJob, BuiltPlan
 from sdxl_trt.engines.build.process import build_plan
@@ -25,7 +25,7 @@ from sdxl_trt.engines.errors import (
 )
 from sdxl_trt.engines.host.files import exclusive
 from sdxl_trt.engines.host.paths import require_utf8
-from sdxl_trt.engines.plans.files import PLANS, close_to_others, plan_path
+from sdxl_trt.engines.plans.files import PLANS, plan_path, remove_write_permission
 from sdxl_trt.engines.plans.lookup import planned_components
 from sdxl_trt.engines.plans.sizes import Sizes
 
@@ -51,7 +51,7 @@ def build_plans(
     told every event of every build; without `lock` nothing keeps other writers away. Raises IncompatibleError without
     TensorRT or its GPU, SizeError, UsageError, ResourceError, and EngineError with the build log's last line.
     """
-    environment = here(flavour)
+    environment = current_environment(flavour)
     root = Path(root)
     for path in (root.absolute(), *(() if timing_cache is None else (timing_cache,))):
         require_utf8(path, "TensorRT")
@@ -99,7 +99,7 @@ def _make_folder(folder: Path) -> None:
     except OSError as exc:
         raise explain_os_error(exc, f"writing {folder}") from exc
     for place in (folder.parent, folder):
-        close_to_others(place)
+        remove_write_permission(place)
 
 
 def _record(job: PlanJob, file: str, built: BuiltPlan) -> PlanRecord:
@@ -119,7 +119,7 @@ def _enter(bundle: Bundle, record: PlanRecord) -> Bundle:
     manifest = msgspec.structs.replace(bundle.manifest, plans=(*kept, record))
     write_manifest(bundle.root, manifest)
     for place in (bundle.root / MANIFEST, bundle.path(record.file)):
-        close_to_others(place)
+        remove_write_permission(place)
     for old in stale:
         if old.file.file != record.file.file:
             for path in (bundle.path(old.file), bundle.path(old.file).with_suffix(".log")):

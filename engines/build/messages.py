@@ -1,6 +1,6 @@
 """What a build is asked for, what it says while it runs, and what comes of it."""
 
-__all__ = ["BuildEvent", "BuildJob", "BuiltPlan", "Made", "Message", "Phase", "Refused"]
+__all__ = ["BuildEvent", "BuildJob", "BuildPhase", "BuiltPlan", "Made", "Message", "Refused"]
 
 from pathlib import Path
 
@@ -59,7 +59,7 @@ class BuiltPlan(Record, frozen=True, kw_only=True):
     peak_file: Natural
 
 
-class Phase(Record, frozen=True, kw_only=True, tag="phase"):
+class BuildPhase(Record, frozen=True, kw_only=True, tag="phase"):
     """Said by the building process whenever it turns to something else."""
 
     phase: str
@@ -85,4 +85,4 @@ class Refused(Record, frozen=True, kw_only=True, tag="refused"):
     message: str
 
 
-Message = Phase | Made | Refused
+Message = BuildPhase | Made | Refused

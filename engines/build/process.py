@@ -20,7 +20,7 @@ from typing import BinaryIO
 import msgspec
 
 from sdxl_trt.engines import errors
-from sdxl_trt.engines.build.messages import BuildEvent, BuildJob, BuiltPlan, Made, Message, Phase, Refused
+from sdxl_trt.engines.build.messages import BuildEvent, BuildJob, BuildPhase, BuiltPlan, Made, Message, Refused
 from sdxl_trt.engines.errors import EngineError, ResourceError, SdxlTrtError, explain_os_error
 from sdxl_trt.engines.host.files import atomic_write
 
@@ -105,7 +105,7 @@ class _Watch:
         self._log = log
         self._progress = progress
         self._started = started
-        self._phase = Phase(phase="starting")
+        self._phase = BuildPhase(phase="starting")
         self._resident = 0
 
     def until_end(self, child: "subprocess.Popen[bytes]") -> None:
@@ -135,7 +135,7 @@ class _Watch:
                 self.last = msgspec.json.decode(line, type=Message)
             except msgspec.DecodeError:
                 self._log.write(line + b"\n")  # what a start-up hook of the interpreter printed, for instance
-            if isinstance(self.last, Phase):
+            if isinstance(self.last, BuildPhase):
                 self._phase = self.last
         return self._phase != before
 

@@ -21,7 +21,7 @@ import msgspec
 
 from sdxl_trt.engines.backends.trt.api import library_version, make_logger, tensorrt_module
 from sdxl_trt.engines.build.builder import PlanFile, add_profiles, configure, memory_of, save_timing_cache, write_plan
-from sdxl_trt.engines.build.messages import BuildJob, Made, Message, Phase, Refused
+from sdxl_trt.engines.build.messages import BuildJob, BuildPhase, Made, Message, Refused
 from sdxl_trt.engines.build.network import BuildLog, allow_decomposition, parse_error, parse_graph
 from sdxl_trt.engines.errors import ResourceError, SdxlTrtError, explain_os_error
 
@@ -76,14 +76,14 @@ class Phases:
 
 def make_plan(job: BuildJob, file: BinaryIO, say: Say) -> Made:
     """Build the plan of `job` into `file`, saying what goes on. Raises one of our errors."""
-    say(Phase(phase="loading TensorRT"))
+    say(BuildPhase(phase="loading TensorRT"))
     trt = tensorrt_module(job.flavour)
     log = BuildLog(sys.stderr)
     log.note("INFO", f"{job.component}: {job.flavour} {library_version(trt)}, {job.flags}, profiles {job.profiles}")
     # The builder outlives neither its logger nor its monitor: all of them stay until this function is left.
     logger = make_logger(trt, log.note)
     builder = _builder(trt, logger, log, job)
-    say(Phase(phase="parsing"))
+    say(BuildPhase(phase="parsing"))
     # By its bare name, so that the log says nothing of this machine's folders: it stays in the bundle.
     os.chdir(job.graph.parent)
     parsed = parse_graph(trt, builder, logger, Path(job.graph.name))
@@ -94,9 +94,9 @@ def make_plan(job: BuildJob, file: BinaryIO, say: Say) -> Made:
     allow_decomposition(trt, parsed.network)
     config = configure(trt, builder, job.flavour, job.flags, job.timing_cache)
     add_profiles(builder, config, parsed.network, job.profiles)
-    monitor = _monitor(trt, Phases(lambda phase, share: say(Phase(phase=phase, share=share))))
+    monitor = _monitor(trt, Phases(lambda phase, share: say(BuildPhase(phase=phase, share=share))))
     config.progress_monitor = monitor
-    say(Phase(phase="building"))
+    say(BuildPhase(phase="building"))
     plan = PlanFile(file)
     log.errors.clear()  # a timing cache that did not fit is no error
     if not write_plan(trt, builder, parsed.network, config, plan):

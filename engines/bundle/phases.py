@@ -15,23 +15,23 @@ def stand_ins(manifest: Manifest, provider: str) -> dict[str, str]:
     return twins | {vae.encoder: vae.encoder_bf16 for vae in vaes if vae.encoder and vae.encoder_bf16}
 
 
-def run_phases(manifest: Manifest, provider: str, *, images: bool = False) -> dict[str, tuple[str, ...]]:
+def run_phases(manifest: Manifest, provider: str, *, from_image: bool = False) -> dict[str, tuple[str, ...]]:
     """Return the components of each phase of a run with all stages: encode, base, refiner, decode.
 
-    A run that starts from `images` begins with encoding them, with the autoencoder of either stage.
+    A run that starts `from_image` begins with encoding it, with the autoencoder of either stage.
     """
     stages = manifest.stages()
     encoders = [encoder.component for stage in stages.values() for encoder in stage.text_encoders]
     decoder = list(stages.values())[-1].vae.decoder
     replaced = stand_ins(manifest, provider)
-    pictures = [stage.vae.encoder for stage in stages.values() if images and stage.vae.encoder is not None]
+    pictures = [stage.vae.encoder for stage in stages.values() if from_image and stage.vae.encoder is not None]
     phases = {"picture": tuple(dict.fromkeys(replaced.get(name, name) for name in pictures))} if pictures else {}
     phases["encode"] = tuple(dict.fromkeys(encoders))
     phases |= {name: (stage.unet,) for name, stage in stages.items()}
     return phases | {"decode": (replaced.get(decoder, decoder),)}
 
 
-def run_components(manifest: Manifest, provider: str, *, images: bool = False) -> tuple[str, ...]:
+def run_components(manifest: Manifest, provider: str, *, from_image: bool = False) -> tuple[str, ...]:
     """Return the components of a run with all stages, each once, in the order in which they are used."""
-    phases = run_phases(manifest, provider, images=images)
+    phases = run_phases(manifest, provider, from_image=from_image)
     return tuple(dict.fromkeys(name for used in phases.values() for name in used))

@@ -1,6 +1,6 @@
 """What the commands share: one-line errors with their exit codes, warnings on stderr, JSON on stdout."""
 
-__all__ = ["CLEAR_LINE", "Parser", "Told", "one_line", "print_json", "run"]
+__all__ = ["CLEAR_LINE", "Output", "Parser", "one_line", "print_json", "run"]
 
 import argparse
 import contextlib
@@ -26,7 +26,7 @@ USAGE = 2
 
 
 @dataclass(frozen=True)
-class Told:
+class Output:
     """What a command has to say, twice: lines for people, an object for programs."""
 
     lines: list[str]

@@ -117,10 +117,10 @@ def _side(bundle: Bundle, provider: str, stack: ExitStack) -> _Side:
         served = cast(OrtProvider, provider)
         return _Side(lambda name: OrtEngine(bundle, name, served), lambda name: [shape_limits(bundle, name)])
     from sdxl_trt.engines.backends.trt.engine import TrtEngine, open_device  # noqa: PLC0415
-    from sdxl_trt.engines.backends.trt.environment import here  # noqa: PLC0415 - one import a provider
+    from sdxl_trt.engines.backends.trt.environment import current_environment  # noqa: PLC0415 - one import a provider
 
     flavour = cast(Flavour, provider)
-    environment, device = here(flavour), open_device(flavour)
+    environment, device = current_environment(flavour), open_device(flavour)
     stack.callback(device.close)
     return _Side(
         lambda name: TrtEngine(bundle, find_plan(bundle, name, environment), device),

@@ -67,12 +67,12 @@ def find_rebuilds(bundle: Bundle) -> list[Rebuilds]:
 
 def _of_flavour(bundle: Bundle, flavour: Flavour) -> Rebuilds:
     # Both reach for CUDA and the builder.
-    from sdxl_trt.engines.backends.trt.environment import here  # noqa: PLC0415
+    from sdxl_trt.engines.backends.trt.environment import current_environment  # noqa: PLC0415
     from sdxl_trt.engines.plans.lookup import planned_components  # noqa: PLC0415
 
     environment, problem = None, ""
     try:
-        environment = here(flavour)
+        environment = current_environment(flavour)
     except SdxlTrtError as exc:
         problem = str(exc)
     names = planned_components(bundle.manifest)

@@ -1,6 +1,6 @@
 """What trt-inspect tells of a bundle: its graphs and plans, what would be rebuilt here, and whether plans are right."""
 
-__all__ = ["Report", "inspect_bundle"]
+__all__ = ["InspectionReport", "inspect_bundle"]
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ _WAYS = {"height": "high", "width": "wide"}
 
 
 @dataclass(frozen=True)
-class Report:
+class InspectionReport:
     """The same twice, lines for people and an object for programs; `require` raises what the comparison found."""
 
     lines: list[str]
@@ -35,7 +35,7 @@ class Report:
 
 def inspect_bundle(
     root: Path, *, why_rebuild: bool = False, verify: bool = False, progress: Callable[[str], None] | None = None
-) -> Report:
+) -> InspectionReport:
     """Return what there is to tell of the bundle at `root`, TensorRT or a GPU here or not.
 
     With `why_rebuild`, files that are missing are told instead of raised; with `verify`, plans are compared with
@@ -53,7 +53,7 @@ def inspect_bundle(
     if verify:
         lines += ["", *_verification_lines(verification)]
         told["verify"] = verification.json()
-    return Report([*lines, *_ending(bundle.manifest)], told, verification)
+    return InspectionReport([*lines, *_ending(bundle.manifest)], told, verification)
 
 
 def _title(bundle: Bundle) -> str:

@@ -83,12 +83,12 @@ def verify_plans(bundle: Bundle, progress: Callable[[str], None] | None = None) 
 
 def _flavour(bundle: Bundle) -> Flavour:
     """Return the flavour of the bundle's plans that this machine has a library for, or raise why there is none."""
-    from sdxl_trt.engines.backends.trt.environment import here  # noqa: PLC0415 - reaches for CUDA
+    from sdxl_trt.engines.backends.trt.environment import current_environment  # noqa: PLC0415 - reaches for CUDA
 
     problems = []
     for flavour in dict.fromkeys(record.key.environment.flavour for record in bundle.manifest.plans):
         try:
-            here(flavour)
+            current_environment(flavour)
         except IncompatibleError as exc:
             problems.append(str(exc))
         else:

@@ -1,6 +1,6 @@
 """Plan files: where they lie in a bundle, and how their bytes are checked while they are read."""
 
-__all__ = ["PLANS", "close_to_others", "plan_path", "read_plan", "rebuild_command"]
+__all__ = ["PLANS", "plan_path", "read_plan", "rebuild_command", "remove_write_permission"]
 
 
 import hashlib
@@ -69,7 +69,7 @@ def _damaged(bundle: Bundle, record: PlanRecord, reason: str) -> CorruptError:
     return CorruptError(f"{bundle.path(record.file)}: {reason}; the plan is damaged: build it again with: {command}")
 
 
-def close_to_others(path: Path) -> None:
+def remove_write_permission(path: Path) -> None:
     """Take the permission to write `path` from everybody but its owner: whatever the umask, plans are code."""
     try:
         path.chmod(stat.S_IMODE(path.stat().st_mode) & ~(stat.S_IWGRP | stat.S_IWOTH))

@@ -1,6 +1,6 @@
 """The picture sizes, batch sizes and prompt lengths that a bundle's plans accept."""
 
-__all__ = ["Limits", "plan_limits"]
+__all__ = ["PlanLimits", "plan_limits"]
 
 
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ from sdxl_trt.engines.bundle.records import Positive, Record
 from sdxl_trt.engines.errors import IncompatibleError, SizeError
 
 
-class Limits(Record, frozen=True, kw_only=True):
+class PlanLimits(Record, frozen=True, kw_only=True):
     """What the plans of a bundle take: picture sides in pixels, pictures at once, prompt tokens.
 
     A call of fewer pictures than `fewest`, more than 1 where a plan was built for one batch size, has to be filled up.
@@ -37,13 +37,13 @@ class Limits(Record, frozen=True, kw_only=True):
                 )
 
 
-def plan_limits(bundle: Bundle, records: Iterable[PlanRecord]) -> Limits | None:
+def plan_limits(bundle: Bundle, records: Iterable[PlanRecord]) -> PlanLimits | None:
     """Return what the plans `records` take, as far as they are of UNets; None where none is."""
     stages = {stage.unet: stage for stage in bundle.manifest.stages().values()}
     each = [_unet_limits(record, stages[record.key.component]) for record in records if record.key.component in stages]
     if not each:
         return None
-    return Limits(
+    return PlanLimits(
         height=_common([limits.height for limits in each]),
         width=_common([limits.width for limits in each]),
         pictures=min(limits.pictures for limits in each),
@@ -53,7 +53,7 @@ def plan_limits(bundle: Bundle, records: Iterable[PlanRecord]) -> Limits | None:
     )
 
 
-def _unet_limits(record: PlanRecord, stage: Stage) -> Limits:
+def _unet_limits(record: PlanRecord, stage: Stage) -> PlanLimits:
     samples = [profile.shapes["sample"] for profile in record.key.profiles]
     contexts = [profile.shapes["encoder_hidden_states"] for profile in record.key.profiles]
 
@@ -66,7 +66,7 @@ def _unet_limits(record: PlanRecord, stage: Stage) -> Limits:
         )
 
     rows = span(samples, 0)
-    return Limits(
+    return PlanLimits(
         height=span(samples, 2).times(stage.vae.factor),
         width=span(samples, 3).times(stage.vae.factor),
         pictures=max(rows.max // 2, 1),

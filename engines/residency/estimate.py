@@ -1,6 +1,6 @@
 """The memory plan as a record: what stays loaded, what swaps, what streams, the peak of every phase."""
 
-__all__ = ["MemoryPlan", "Phase", "Residency"]
+__all__ = ["MemoryEstimate", "PhaseEstimate", "Residency"]
 
 from typing import Literal
 
@@ -14,7 +14,7 @@ from sdxl_trt.engines.residency.needs import Need, on_device
 Residency = Literal["resident", "swap", "stream"]
 
 
-class Phase(Record, frozen=True, kw_only=True):
+class PhaseEstimate(Record, frozen=True, kw_only=True):
     """A phase of a run: the components it uses, those that are loaded at its peak, and the bytes they take then.
 
     `uncertain` is by how many bytes the peak may be off, 0 where all its figures are the builder's own.
@@ -27,7 +27,7 @@ class Phase(Record, frozen=True, kw_only=True):
     uncertain: Natural = 0
 
 
-class MemoryPlan(Record, frozen=True, kw_only=True):
+class MemoryEstimate(Record, frozen=True, kw_only=True):
     """What a run takes under the residency chosen, all in bytes.
 
     `capacity` is the memory there is (None: not known), `usable` what of it is planned with. `keeps` names what stays
@@ -41,7 +41,7 @@ class MemoryPlan(Record, frozen=True, kw_only=True):
     residency: Residency
     reason: str
     needs: tuple[Need, ...]
-    phases: tuple[Phase, ...]
+    phases: tuple[PhaseEstimate, ...]
     peak: Natural
     keeps: tuple[str, ...] = ()
     budgets: dict[str, Natural] = msgspec.field(default_factory=dict)
@@ -74,7 +74,7 @@ class MemoryPlan(Record, frozen=True, kw_only=True):
         return lines
 
 
-def _headline(plan: MemoryPlan) -> str:
+def _headline(plan: MemoryEstimate) -> str:
     where = "device" if on_device(plan.provider) else "host"
     if plan.capacity is None or plan.usable is None:
         return f"{plan.provider}: how much {where} memory there is is not known"
@@ -82,7 +82,7 @@ def _headline(plan: MemoryPlan) -> str:
     return f"{plan.provider}: {have} of {where} memory, {usable} of it usable"
 
 
-def _need_lines(plan: MemoryPlan) -> list[str]:
+def _need_lines(plan: MemoryEstimate) -> list[str]:
     lines = [f"{'component':24}{'weights':>10}{'activations':>13}{'in and out':>12}"]
     for need in plan.needs:
         figures = (need.weights, need.activations, need.io)
@@ -96,17 +96,17 @@ def _need_lines(plan: MemoryPlan) -> list[str]:
     return lines
 
 
-def _phase_lines(plan: MemoryPlan) -> list[str]:
+def _phase_lines(plan: MemoryEstimate) -> list[str]:
     lines = [f"{'phase':10}{'peak':<20}loaded"]
     return lines + [f"{phase.name:10}{_about(phase):<20}{', '.join(phase.loaded)}" for phase in plan.phases]
 
 
-def _about(phase: Phase) -> str:
+def _about(phase: PhaseEstimate) -> str:
     uncertain = f" ±{format_bytes(phase.uncertain)}" if phase.uncertain else ""
     return format_bytes(phase.peak) + uncertain
 
 
-def _remedy(plan: MemoryPlan) -> str:
+def _remedy(plan: MemoryEstimate) -> str:
     """Return what would take less, for the phase that takes most."""
     worst = max(plan.phases, key=lambda phase: phase.peak)
     streamable = any(need.streamable for need in plan.needs if need.component in worst.loaded)

@@ -5,7 +5,7 @@ the base runs, the refiner's plan is read into host memory and checked. `stream`
 a budget left in host memory. Text encoders and the autoencoder give way to UNets where all do not fit together.
 """
 
-__all__ = ["RESIDENCIES", "check_residency", "fallbacks", "plan_memory", "settled_residency"]
+__all__ = ["RESIDENCIES", "check_residency", "estimate_memory", "fallbacks", "settled_residency"]
 
 import math
 from collections.abc import Iterable, Mapping
@@ -21,7 +21,7 @@ from sdxl_trt.engines.bundle.plan_record import PlanRecord
 from sdxl_trt.engines.errors import UsageError
 from sdxl_trt.engines.host.memory import format_bytes
 from sdxl_trt.engines.plans.sizes import Sizes, default_sizes
-from sdxl_trt.engines.residency.estimate import MemoryPlan, Phase, Residency
+from sdxl_trt.engines.residency.estimate import MemoryEstimate, PhaseEstimate, Residency
 from sdxl_trt.engines.residency.needs import Need, need_of, on_device, shares_activations
 
 RESIDENCIES: tuple[Residency, ...] = get_args(Residency)
@@ -45,7 +45,7 @@ def settled_residency(residency: str, provider: str, *, once: bool) -> str:
     return "swap" if once and residency == "auto" and provider == "ort-cpu" else residency
 
 
-def plan_memory(
+def estimate_memory(
     bundle: Bundle,
     *,
     provider: str,
@@ -53,13 +53,13 @@ def plan_memory(
     residency: str = "auto",
     sizes: Sizes | None = None,
     records: Mapping[str, PlanRecord] | None = None,
-    images: bool = False,
-) -> MemoryPlan:
+    from_image: bool = False,
+) -> MemoryEstimate:
     """Return what runs of `bundle` take on `provider` with `capacity` bytes of device or host memory.
 
     Nothing is loaded and no GPU is needed. What `records` (by default the manifest's plans for that provider) state
     is used, else estimates for `sizes` (by default those that plans would be built for; ONNX Runtime's are the usual
-    ones). `images` counts the encoder, which runs that start from pictures need. With `residency` "auto" the first
+    ones). `from_image` counts the encoder, which runs that start from pictures need. With `residency` "auto" the first
     policy that fits is taken, the last one where none does: `missing` then says by how much. Raises UsageError for an
     unknown residency.
     """
@@ -67,20 +67,20 @@ def plan_memory(
     manifest = bundle.manifest
     sizes = sizes or _default_sizes(manifest, provider)
     plans = _recorded(manifest, provider) if records is None else records
-    names = run_components(manifest, provider, images=images)
+    names = run_components(manifest, provider, from_image=from_image)
     share = _DEVICE_SHARE if on_device(provider) else _HOST_SHARE
     draft = _Draft(
         provider=provider,
         capacity=capacity,
         usable=None if capacity is None else int(capacity * share),
         needs={name: need_of(manifest, name, provider, sizes, plans.get(name)) for name in names},
-        phases=run_phases(manifest, provider, images=images),
+        phases=run_phases(manifest, provider, from_image=from_image),
         unets=tuple(dict.fromkeys(stage.unet for stage in manifest.stages().values())),
     )
     return draft.best() if residency == "auto" else draft.under(residency)
 
 
-def fallbacks(plan: MemoryPlan) -> tuple[Residency, ...]:
+def fallbacks(plan: MemoryEstimate) -> tuple[Residency, ...]:
     """Return the policies, in order, that take less memory than that of `plan`."""
     streams = any(need.streamable for need in plan.needs)
     smaller = RESIDENCIES[RESIDENCIES.index(plan.residency) + 1 :]
@@ -110,7 +110,7 @@ class _Draft:
     phases: Mapping[str, tuple[str, ...]]
     unets: tuple[str, ...]
 
-    def best(self) -> MemoryPlan:
+    def best(self) -> MemoryEstimate:
         """Return the first policy that fits, else the last one that there is."""
         if self.usable is None:
             return self._resident(tuple(self.needs), "nothing says that it would not fit")
@@ -120,7 +120,7 @@ class _Draft:
         tried = "".join(f"{plan.residency} would take {format_bytes(plan.peak)}; " for plan in refused)
         return replace(chosen, reason=tried + chosen.reason)
 
-    def under(self, residency: str) -> MemoryPlan:
+    def under(self, residency: str) -> MemoryEstimate:
         """Return the plan of a policy; under `resident` the small components give way only where they must."""
         if residency == "swap":
             return self._plan("swap", "one UNet is loaded at a time")
@@ -137,10 +137,10 @@ class _Draft:
     def _streams(self) -> bool:
         return any(self.needs[name].streamable for name in self.unets)
 
-    def _resident(self, keeps: tuple[str, ...], reason: str) -> MemoryPlan:
+    def _resident(self, keeps: tuple[str, ...], reason: str) -> MemoryEstimate:
         return self._plan("resident", reason, keeps=keeps)
 
-    def _stream(self) -> MemoryPlan:
+    def _stream(self) -> MemoryEstimate:
         if not self._streams():
             why = "the plans were built without it" if shares_activations(self.provider) else "it has no such thing"
             return self._plan("stream", f"as swap: weights do not stream with {self.provider}, {why}")
@@ -165,11 +165,11 @@ class _Draft:
 
     def _plan(
         self, residency: Residency, reason: str, *, keeps: tuple[str, ...] = (), budgets: dict[str, int] | None = None
-    ) -> MemoryPlan:
+    ) -> MemoryEstimate:
         budgets = budgets or {}
         phases = tuple(self._phase(name, used, keeps, budgets) for name, used in self.phases.items())
         peak = max(phase.peak for phase in phases)
-        return MemoryPlan(
+        return MemoryEstimate(
             provider=self.provider,
             capacity=self.capacity,
             usable=self.usable,
@@ -184,11 +184,13 @@ class _Draft:
             missing=0 if self.usable is None else max(peak - self.usable, 0),
         )
 
-    def _phase(self, name: str, used: tuple[str, ...], keeps: tuple[str, ...], budgets: Mapping[str, int]) -> Phase:
+    def _phase(
+        self, name: str, used: tuple[str, ...], keeps: tuple[str, ...], budgets: Mapping[str, int]
+    ) -> PhaseEstimate:
         """Return a phase at its peak: what stays, and the neediest of the components that it loads in turn."""
         moments = [keeps if one in keeps else (*keeps, one) for one in used] or [keeps]
         loaded = max(moments, key=lambda moment: self._bytes(moment, budgets))
-        return Phase(
+        return PhaseEstimate(
             name=name,
             components=used,
             loaded=loaded,

@@ -15,11 +15,11 @@ from sdxl_trt.engines.bundle.plan_record import PlanRecord
 from sdxl_trt.engines.bundle.profile import Profile
 from sdxl_trt.engines.engine import Engine
 from sdxl_trt.engines.errors import ResourceError
-from sdxl_trt.engines.plans.limits import Limits
+from sdxl_trt.engines.plans.limits import PlanLimits
 from sdxl_trt.engines.plans.sizes import Sizes
-from sdxl_trt.engines.residency.estimate import MemoryPlan, Residency
+from sdxl_trt.engines.residency.estimate import MemoryEstimate, Residency
 from sdxl_trt.engines.residency.loading import LoadAhead, load
-from sdxl_trt.engines.residency.policy import check_residency, fallbacks, plan_memory, settled_residency
+from sdxl_trt.engines.residency.policy import check_residency, estimate_memory, fallbacks, settled_residency
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class EnginePool:
         budgets: Mapping[str, int] | None = None,
         replaced: Mapping[str, str] | None = None,
         records: Mapping[str, PlanRecord] | None = None,
-        limits: Limits | None = None,
+        limits: PlanLimits | None = None,
         close: Callable[[], None] = lambda: None,
     ) -> None:
         self.bundle = bundle
@@ -72,12 +72,11 @@ class EnginePool:
         self._ahead: LoadAhead | None = None
         self._last_unet = ""
 
-    def phase(self, *names: str, then: tuple[str, ...] = ()) -> tuple[Engine, ...]:
+    def phase(self, *names: str, next_engines: tuple[str, ...] = ()) -> tuple[Engine, ...]:
         """Return the loaded engines of the components `names`, having freed what the policy does not keep.
 
-        A thread meanwhile makes those of the next phase, `then`, ready: it loads what may stay beside `names`, and
-        reads and checks the plans of the rest. What goes wrong there is raised by the next call, as if it had
-        happened in it. Raises ResourceError where memory runs out under the last policy, and what Engine.load raises.
+        A thread meanwhile prepares `next_engines`, those of the next phase: it loads what may stay beside `names`, and
+        reads and checks the plans of the rest. The next call raises what goes wrong there. Raises ResourceError where memory runs out under the last policy, and what Engine.load raises.
         """
         wanted = self._resolve(names)
         while True:
@@ -88,7 +87,7 @@ class EnginePool:
                 break
             except ResourceError as exc:
                 self._fall_back(exc)
-        ahead = [name for name in self._resolve(then) if name not in self._engines]
+        ahead = [name for name in self._resolve(next_engines) if name not in self._engines]
         if ahead:
             self._ahead = LoadAhead(self._new, ahead, self._staying())
         return engines
@@ -190,15 +189,15 @@ def open_pool(
     available: int | None = None,
     sizes: Sizes | None = None,
     *,
-    images: bool = False,
+    from_image: bool = False,
     once: bool = False,
 ) -> EnginePool:
     """Return a pool for `bundle`; nothing of it is loaded yet.
 
     `provider` is "auto" or one of PROVIDERS, `residency` "auto", "resident", "swap" or "stream"; `available` replaces
     the measured memory in bytes, the device's or the host's; `sizes` are what is to be run, where no plans say it.
-    Memory is planned for runs that start from `images` too, which need the autoencoder's encoder, if that is said, and
-    as for a single run where it comes `once`.
+    With `from_image`, memory is planned for runs that start from an image, which also need the autoencoder's encoder;
+    with `once`, for a single run.
     A stated residency is kept; under "auto" the next one is taken where memory runs out. Raises UsageError for other
     names, IncompatibleError for a provider that cannot be had or a plan that does not fit this machine, ResourceError
     for plans that cannot fit.
@@ -208,14 +207,14 @@ def open_pool(
     capacity = backend.free if available is None else available
     residency = settled_residency(residency, backend.provider, once=once)
     try:
-        plan = plan_memory(
+        plan = estimate_memory(
             bundle,
             provider=backend.provider,
             capacity=capacity,
             residency=residency,
             sizes=sizes,
             records=backend.records,
-            images=images,
+            from_image=from_image,
         )
         _refuse_the_impossible(plan)
     except BaseException:
@@ -236,7 +235,7 @@ def open_pool(
     )
 
 
-def _refuse_the_impossible(plan: MemoryPlan) -> None:
+def _refuse_the_impossible(plan: MemoryEstimate) -> None:
     """Raise ResourceError where the builder's own figures are above all the memory there is; estimates may be off."""
     if not plan.estimated and plan.capacity is not None and plan.peak > plan.capacity:
         plan.check()

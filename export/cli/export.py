@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sdxl_trt.engines.errors import SdxlTrtError, UsageError
-from sdxl_trt.engines.host.console import Parser, Told, print_json, run
+from sdxl_trt.engines.host.console import Output, Parser, print_json, run
 from sdxl_trt.export.cli.options import PlanOptions, add_plan_options, plan_options
 
 EPILOG = """examples:
@@ -93,7 +93,7 @@ def _export(arguments: argparse.Namespace) -> None:
             exporter.check_optimum(plan)
         told = summary.of_plan(plan)
         lines = told.lines if plans is None else [*told.lines, f"then a {plans.flavour} plan of every component"]
-        _print(arguments, Told(lines, told.json))
+        _print(arguments, Output(lines, told.json))
         return
     started = time.perf_counter()
     export = exporter.export_optimum if arguments.layout == "optimum" else exporter.export_bundle
@@ -112,10 +112,10 @@ def _tensorrt_can_run() -> bool:
     """Return whether plans can be built here without being asked for: TensorRT and a GPU are there."""
     if importlib.util.find_spec("tensorrt") is None:
         return False
-    from sdxl_trt.engines.backends.trt.environment import here  # noqa: PLC0415 - loads CUDA
+    from sdxl_trt.engines.backends.trt.environment import current_environment  # noqa: PLC0415 - loads CUDA
 
     try:
-        here("tensorrt")
+        current_environment("tensorrt")
     except SdxlTrtError:
         return False
     return True
@@ -132,7 +132,7 @@ def _is_about_plans_alone(arguments: argparse.Namespace) -> bool:
 
 def _build(arguments: argparse.Namespace, plans: PlanOptions, exported: dict[str, Any] | None = None) -> None:
     """Build the plans and tell of them; with `exported` as JSON, of both in one object."""
-    from sdxl_trt.engines.backends.trt.environment import here  # noqa: PLC0415 - loads CUDA
+    from sdxl_trt.engines.backends.trt.environment import current_environment  # noqa: PLC0415 - loads CUDA
     from sdxl_trt.engines.build.bundle_plans import build_plans, drop_onnx  # noqa: PLC0415
     from sdxl_trt.engines.build.jobs import plan_builds  # noqa: PLC0415
     from sdxl_trt.engines.bundle.bundle import read_bundle  # noqa: PLC0415
@@ -142,7 +142,9 @@ def _build(arguments: argparse.Namespace, plans: PlanOptions, exported: dict[str
     sizes, started = plans.sizes(bundle.manifest), time.perf_counter()
     names = None if arguments.components is None else list(filter(None, arguments.components.split(",")))
     if arguments.dry_run:
-        jobs = plan_builds(bundle, here(plans.flavour), sizes, plans.flags, components=names, force=arguments.force)
+        jobs = plan_builds(
+            bundle, current_environment(plans.flavour), sizes, plans.flags, components=names, force=arguments.force
+        )
         _print(arguments, summary.of_jobs(jobs))
         return
     with summary.build_bar(sys.stderr) as progress:
@@ -152,7 +154,7 @@ def _build(arguments: argparse.Namespace, plans: PlanOptions, exported: dict[str
     if plans.plans_only:
         bundle = drop_onnx(bundle)
     told = summary.of_plans(bundle, plans.flavour, time.perf_counter() - started)
-    _print(arguments, Told(told.lines, {**(exported or {}), **told.json}))
+    _print(arguments, Output(told.lines, {**(exported or {}), **told.json}))
 
 
 def _print(arguments: argparse.Namespace, told: Any) -> None:

@@ -13,15 +13,15 @@ from sdxl_trt.engines.build.messages import BuildEvent
 from sdxl_trt.engines.bundle.bundle import Bundle
 from sdxl_trt.engines.bundle.manifest import LoraRecord, Scheduler
 from sdxl_trt.engines.bundle.plan_record import Flavour
-from sdxl_trt.engines.host.console import CLEAR_LINE, Told, one_line
+from sdxl_trt.engines.host.console import CLEAR_LINE, Output, one_line
 from sdxl_trt.engines.host.paths import shell_word
 from sdxl_trt.export.exporter import ExportPlan
 from sdxl_trt.export.output.budget import Needs
-from sdxl_trt.export.progress import Event, Progress
+from sdxl_trt.export.progress import ExportEvent, ExportProgress
 from sdxl_trt.export.verify.report import VERIFY_FILE, read_report
 
 
-def of_plan(plan: ExportPlan) -> Told:
+def of_plan(plan: ExportPlan) -> Output:
     """Return what an export would do and need."""
     parts: dict[str, dict[str, Any]] = {
         name: {
@@ -46,7 +46,7 @@ def of_plan(plan: ExportPlan) -> Told:
              "memory_free": plan.needs.memory_free}  # fmt: skip
     told = {"dry_run": True, "components": parts, "loras": [_lora_json(lora) for lora in loras], "needs": needs,
             "note": plan.note, "sampler": plan.base.scheduler.sampler}  # fmt: skip
-    return Told(lines, told)
+    return Output(lines, told)
 
 
 def _lora_json(lora: LoraRecord) -> dict[str, Any]:
@@ -68,10 +68,10 @@ def _told_needs(needs: Needs) -> str:
             f" {needs.memory / 1e9:.1f} GB of memory (free: {free(needs.memory_free)})")  # fmt: skip
 
 
-def of_export(bundle: Bundle | None, out: Path, seconds: float) -> Told:
+def of_export(bundle: Bundle | None, out: Path, seconds: float) -> Output:
     """Return what was exported to `out` in `seconds`; `bundle` is None for another layout."""
     if bundle is None:
-        return Told([f"{out}: written in {seconds:.0f} s"], {"folder": str(out), "seconds": seconds})
+        return Output([f"{out}: written in {seconds:.0f} s"], {"folder": str(out), "seconds": seconds})
     manifest = bundle.manifest
     parts = {
         name: {
@@ -87,7 +87,7 @@ def of_export(bundle: Bundle | None, out: Path, seconds: float) -> Told:
     told = {"bundle": str(bundle.root), "seconds": seconds, "components": parts, "loras": loras,
             "refiner": manifest.refiner is not None, "note": manifest.note,
             "sampler": manifest.base.scheduler.sampler}  # fmt: skip
-    return Told(_lines(bundle, told), told)
+    return Output(_lines(bundle, told), told)
 
 
 def _lines(bundle: Bundle, told: dict[str, Any]) -> list[str]:
@@ -108,7 +108,7 @@ def _lines(bundle: Bundle, told: dict[str, Any]) -> list[str]:
 
 
 @contextlib.contextmanager
-def progress_bar(stream: TextIO) -> Iterator[Progress]:
+def progress_bar(stream: TextIO) -> Iterator[ExportProgress]:
     """Yield a Progress that keeps one line on a terminal up to date; on anything else it is silent."""
     if not stream.isatty():
         yield _silent
@@ -121,7 +121,7 @@ def progress_bar(stream: TextIO) -> Iterator[Progress]:
         stream.flush()
 
 
-def _silent(event: Event) -> None:
+def _silent(event: ExportEvent) -> None:
     """Report nothing."""
 
 
@@ -134,7 +134,7 @@ class _Bar:
         self._last = ("", "")
         self._stage_started, self._stage_from = self._started, 0
 
-    def __call__(self, event: Event) -> None:
+    def __call__(self, event: ExportEvent) -> None:
         now = time.monotonic()
         stage = (event.component, event.stage)
         if stage != self._last:
@@ -145,7 +145,7 @@ class _Bar:
         self._stream.write(f"{CLEAR_LINE}{self._line(event, now)}")
         self._stream.flush()
 
-    def _line(self, event: Event, now: float) -> str:
+    def _line(self, event: ExportEvent, now: float) -> str:
         share = event.written / event.total if event.total else 0.0
         full = int(share * self._WIDTH)
         bar = "█" * full + "░" * (self._WIDTH - full)
@@ -163,7 +163,7 @@ _INTERVAL, _WIDTH = 0.1, 20
 _MIB = 2**20
 
 
-def of_jobs(jobs: Sequence[PlanJob]) -> Told:
+def of_jobs(jobs: Sequence[PlanJob]) -> Output:
     """Return what building plans would do, and why."""
     parts = [
         {
@@ -175,10 +175,10 @@ def of_jobs(jobs: Sequence[PlanJob]) -> Told:
         for job in jobs
     ]
     lines = [f"  {part['component']:<24} {part['action']:<6} {'; '.join(part['reasons'])}".rstrip() for part in parts]
-    return Told([*lines, "no plan was built"], {"dry_run": True, "plans": parts})
+    return Output([*lines, "no plan was built"], {"dry_run": True, "plans": parts})
 
 
-def of_plans(bundle: Bundle, flavour: Flavour, seconds: float) -> Told:
+def of_plans(bundle: Bundle, flavour: Flavour, seconds: float) -> Output:
     """Return which plans of `flavour` the bundle has, built or kept in `seconds`."""
     records = [record for record in bundle.manifest.plans if record.key.environment.flavour == flavour]
     parts = [
@@ -201,7 +201,7 @@ def of_plans(bundle: Bundle, flavour: Flavour, seconds: float) -> Told:
     total = sum(record.file.size for record in records) / _MIB
     lines.append(f"{bundle.root}: {len(records)} {flavour} plans, {total:.1f} MiB, in {seconds:.0f} s")
     lines.append(f'next: trt-generate "a prompt" --engines {shell_word(bundle.root)} --provider {flavour}')
-    return Told(
+    return Output(
         lines, {"bundle": str(bundle.root), "plans": parts, "plan_seconds": seconds, "onnx": bundle.manifest.onnx}
     )
 

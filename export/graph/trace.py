@@ -1,6 +1,6 @@
 """A meta-device module to an ONNX graph whose weights are names still to be filled."""
 
-__all__ = ["trace"]
+__all__ = ["trace_graph"]
 
 import contextlib
 import io
@@ -21,7 +21,7 @@ from sdxl_trt.export.graph.signatures import Axis, Graph, Input
 _CASTING = "inner."
 
 
-def trace(graph: Graph, precision: str, opset: int) -> ir.Model:
+def trace_graph(graph: Graph, precision: str, opset: int) -> ir.Model:
     """Trace `graph` on the meta device and convert it; initializers have types and shapes, and no values.
 
     The module is converted to `precision` in place. Nothing of the size of the weights is allocated.

@@ -19,7 +19,7 @@ from sdxl_trt.export.checkpoints.weight_files import PICKLED
 from sdxl_trt.export.lora.kinds import Branch, make_branches
 from sdxl_trt.export.lora.names import (
     COMPONENTS,
-    Component,
+    LoraComponent,
     Place,
     adapter_name,
     embedding_name,
@@ -43,7 +43,7 @@ class Lora:
 
     path: Path
     sha256: str
-    branches: Mapping[Component, tuple[Branch, ...]]
+    branches: Mapping[LoraComponent, tuple[Branch, ...]]
     notes: tuple[str, ...] = ()
 
     @property
@@ -68,7 +68,7 @@ def open_lora(path: Path) -> Lora:
     modules = _sort(path, checkpoint, keys)
     alphas = _alphas(path, checkpoint, keys)
     settings = read_settings(path, checkpoint.tensors, _header(path))
-    branches: dict[Component, list[Branch]] = {}
+    branches: dict[LoraComponent, list[Branch]] = {}
     idle: list[str] = []
     projected = False
     for place, parts in modules.items():
@@ -174,7 +174,7 @@ def _sort(path: Path, checkpoint: Checkpoint, keys: Sequence[str]) -> dict[Place
 
 
 def _notes(
-    keys: Iterable[str], branches: Mapping[Component, Sequence[Branch]], idle: Sequence[str], *, projected: bool
+    keys: Iterable[str], branches: Mapping[LoraComponent, Sequence[Branch]], idle: Sequence[str], *, projected: bool
 ) -> list[str]:
     """Return a sentence on each kind of tensors that change nothing, and on DoRA that ComfyUI takes otherwise."""
     notes = []

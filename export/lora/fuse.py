@@ -1,6 +1,6 @@
 """LoRA fused at export: the base's weights with what a file does to them, one tensor at a time."""
 
-__all__ = ["REFINER_NOTE", "ScaledLora", "check_fits", "fuse"]
+__all__ = ["REFINER_NOTE", "ScaledLora", "check_fits", "fuse_loras"]
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ from sdxl_trt.export.graph.models import MetaModel
 from sdxl_trt.export.lora.file import Lora, same_tensors
 from sdxl_trt.export.lora.kinds import Branch
 from sdxl_trt.export.lora.merge import merge
-from sdxl_trt.export.lora.names import COMPONENTS, Component, module_spellings
+from sdxl_trt.export.lora.names import COMPONENTS, LoraComponent, module_spellings
 
 REFINER_NOTE = (
     "the refiner was not trained with this LoRA and repaints the last steps as it knows them: it weakens or distorts"
@@ -34,7 +34,7 @@ class ScaledLora:
     scale: float
     text_scale: float | None = None
 
-    def on(self, component: Component) -> float:
+    def on(self, component: LoraComponent) -> float:
         """Return the scale on a component."""
         return self.scale if component == "unet" or self.text_scale is None else self.text_scale
 
@@ -65,9 +65,9 @@ def check_fits(loras: Iterable[Lora], models: Mapping[str, MetaModel]) -> None:
             _targets(lora, component, models[component].state, models[component].config)
 
 
-def fuse(
+def fuse_loras(
     checkpoint: Checkpoint,
-    component: Component,
+    component: LoraComponent,
     loras: Sequence[tuple[Lora, float]],
     config: Mapping[str, Any],
 ) -> Checkpoint:
@@ -154,7 +154,7 @@ def _is_finite(tensor: torch.Tensor) -> bool:
 
 
 def _targets(
-    lora: Lora, component: Component, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]
+    lora: Lora, component: LoraComponent, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]
 ) -> dict[str, Branch]:
     """Return the branches by the published name of the tensor that each changes."""
     spellings = module_spellings(component, shapes, config)

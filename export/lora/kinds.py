@@ -1,6 +1,6 @@
 """The kinds of changes that LoRA files hold for one weight: which tensors each consists of, and what they fit."""
 
-__all__ = ["Branch", "Kind", "magnitude_axis", "make_branches"]
+__all__ = ["Branch", "LoraKind", "magnitude_axis", "make_branches"]
 
 import math
 from collections.abc import Iterator, Mapping
@@ -12,10 +12,10 @@ from sdxl_trt.engines.errors import CorruptError, SourceError
 from sdxl_trt.export.checkpoints.checkpoint import TensorInfo
 from sdxl_trt.export.lora.names import Place
 
-Kind = Literal["LoRA", "LoHa", "LoKr", "difference"]
+LoraKind = Literal["LoRA", "LoHa", "LoKr", "difference"]
 Parts = Mapping[str, TensorInfo]
 
-_KINDS: dict[Kind, frozenset[str]] = {
+_KINDS: dict[LoraKind, frozenset[str]] = {
     "LoRA": frozenset({"down", "up", "mid"}),
     "LoHa": frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"}),
     "LoKr": frozenset({"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"}),
@@ -41,7 +41,7 @@ class Branch:
     """
 
     place: Place
-    kind: Kind
+    kind: LoraKind
     parts: Parts
     scaling: float = 1.0
     bias: bool = False
@@ -112,7 +112,7 @@ def make_branches(path: Path, place: Place, parts: Parts, alpha: float | None) -
     weight = {part: info for part, info in parts.items() if part != "diff_b"}
     if not weight and "diff_b" in parts:
         return
-    kinds: list[Kind] = [kind for kind, own in _KINDS.items() if own & weight.keys()]
+    kinds: list[LoraKind] = [kind for kind, own in _KINDS.items() if own & weight.keys()]
     decomposed = [part for part in _MAGNITUDES if part in weight]
     if len(kinds) > 1 or len(decomposed) > 1 or (decomposed and kinds == ["difference"]):
         raise SourceError(f"{where} has {' and '.join(repr(info.key) for info in weight.values())}, which exclude"
@@ -125,7 +125,7 @@ def make_branches(path: Path, place: Place, parts: Parts, alpha: float | None) -
     yield Branch(place, kinds[0], weight, 1.0 if alpha is None or branch.rank is None else alpha / branch.rank)
 
 
-def _missing(kind: Kind, parts: Parts) -> str:
+def _missing(kind: LoraKind, parts: Parts) -> str:
     """Return the name of a part that `kind` needs and the file has not; "" for a whole one."""
     needed = {"LoRA": ["down", "up"], "LoHa": ["hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"], "LoKr": [],
               "difference": []}[kind]  # fmt: skip

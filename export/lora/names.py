@@ -3,7 +3,7 @@
 __all__ = [
     "COMPONENTS",
     "PEFT_ROOT",
-    "Component",
+    "LoraComponent",
     "Place",
     "adapter_name",
     "embedding_name",
@@ -20,9 +20,9 @@ from typing import Any, Literal
 
 from sdxl_trt.export.checkpoints.ldm import unet_prefixes
 
-Component = Literal["unet", "text_encoder", "text_encoder_2"]
+LoraComponent = Literal["unet", "text_encoder", "text_encoder_2"]
 PEFT_ROOT = "base_model.model."
-COMPONENTS: tuple[Component, ...] = ("unet", "text_encoder", "text_encoder_2")
+COMPONENTS: tuple[LoraComponent, ...] = ("unet", "text_encoder", "text_encoder_2")
 
 _PARTS = {
     # kohya's scripts and LyCORIS
@@ -62,12 +62,12 @@ _FOREIGN_ENDS = {(".set_weight", ".reshape_weight"): "set weights"}
 _EMBEDDING = "bundle_emb."
 
 # The module's dots are underscores after these; "lora_te_" is the one encoder of older models, SDXL's first.
-_UNDERSCORED: dict[str, Component] = {
+_UNDERSCORED: dict[str, LoraComponent] = {
     "lora_unet_": "unet", "lycoris_": "unet", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2",
     "lora_te_": "text_encoder",
 }  # fmt: skip
 # ComfyUI's own names of the encoders, OneTrainer's, diffusers'; the longer before what it begins with.
-_DOTTED: dict[str, Component] = {
+_DOTTED: dict[str, LoraComponent] = {
     "unet.": "unet", "diffusion_model.": "unet", "lora_unet.": "unet",
     "text_encoders.clip_l.transformer.": "text_encoder", "text_encoders.clip_g.transformer.": "text_encoder_2",
     "clip_l.transformer.": "text_encoder", "clip_g.transformer.": "text_encoder_2",
@@ -91,7 +91,7 @@ class Place:
     Two roots of one module are two spellings of it.
     """
 
-    component: Component
+    component: LoraComponent
     module: str
     root: str
 
@@ -141,7 +141,7 @@ def place_module(spelled: str) -> Place | None:
     return Place("unet", _renew(bare, "unet"), peft) if bare.split(".")[0] in _UNET_ROOTS else None
 
 
-def _renew(module: str, component: Component) -> str:
+def _renew(module: str, component: LoraComponent) -> str:
     """Return today's name of a module that is spelled with dots."""
     parent, dot, leaf = module.replace(".processor.", ".").rpartition(".")
     renamed = _OLD_UNET if component == "unet" else _OLD_TEXT
@@ -149,7 +149,7 @@ def _renew(module: str, component: Component) -> str:
 
 
 def module_spellings(
-    component: Component, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]
+    component: LoraComponent, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]
 ) -> dict[str, str]:
     """Return {spelling of a module: published name} for every module with a weight, normalizations included.
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from sdxl_trt.engines.errors import CorruptError, SourceError, explain_os_error
 from sdxl_trt.export.lora.kinds import Branch
-from sdxl_trt.export.lora.names import COMPONENTS, PEFT_ROOT, Component
+from sdxl_trt.export.lora.names import COMPONENTS, PEFT_ROOT, LoraComponent
 
 _HEADER_KEY = "lora_adapter_metadata"
 _SIDE_FILE = "adapter_config.json"
@@ -29,7 +29,7 @@ class AdapterSettings:
     """Settings by component, empty where the file has none; `side_file` is what a file beside the LoRA added."""
 
     path: Path
-    by_component: Mapping[Component, Mapping[str, Any]]
+    by_component: Mapping[LoraComponent, Mapping[str, Any]]
     side_file: bytes = b""
 
     def scaling(self, branch: Branch) -> float:
@@ -104,7 +104,7 @@ def read_settings(path: Path, keys: Iterable[str], header: Mapping[str, str]) ->
     return AdapterSettings(path, by_component, raw)
 
 
-def _of(component: Component, settings: Mapping[str, Any]) -> dict[str, Any]:
+def _of(component: LoraComponent, settings: Mapping[str, Any]) -> dict[str, Any]:
     start = f"{component}."
     return {name.removeprefix(start): value for name, value in settings.items() if name.startswith(start)}
 

@@ -30,7 +30,7 @@ from sdxl_trt.export.optimum.configs import (
     tokenizer_roles,
 )
 from sdxl_trt.export.optimum.graphs import wrap
-from sdxl_trt.export.output.staging import OPTIMUM_FORMAT, check_target, publish, staging
+from sdxl_trt.export.output.staging import OPTIMUM_FORMAT, check_target, publish, staged_folder
 from sdxl_trt.export.sources.source import PipelineSource
 
 FORMAT_VERSION = 1
@@ -61,7 +61,7 @@ def write_optimum(
     _check_precisions(bundle.manifest)
     sources = {"base": base, "refiner": refiner or base}
     left = _uses(bundle.manifest) if consume else Counter()
-    with staging(out) as folder:
+    with staged_folder(out) as folder:
         writer = _Writer(bundle, left, progress or _silent)
         try:
             for name in bundle.manifest.stages():

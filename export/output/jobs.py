@@ -1,6 +1,6 @@
 """What is to be done to each component: exported, kept from the bundle at the target, or taken up where it stopped."""
 
-__all__ = ["Job", "plan_jobs"]
+__all__ = ["ExportJob", "plan_jobs"]
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ from sdxl_trt.export.output.staging import partial_folder
 
 
 @dataclass(frozen=True)
-class Job:
+class ExportJob:
     """One component: `action` is "export", "resume" or "keep"; the latter two have the `component` that exists."""
 
     plan: ComponentPlan
@@ -34,7 +34,7 @@ class Job:
 
 def plan_jobs(
     components: Mapping[str, ComponentPlan], previous: Bundle | None, out: Path, options: Options
-) -> dict[str, Job]:
+) -> dict[str, ExportJob]:
     """Return the job of every component, by name.
 
     With `options.components` the others are kept as `previous` has them, if they are of the same model. Raises
@@ -43,7 +43,7 @@ def plan_jobs(
     """
     wanted = frozenset(components) if options.components is None else options.components
     _check_names(wanted, components, previous)
-    jobs: dict[str, Job] = {}
+    jobs: dict[str, ExportJob] = {}
     for name, plan in components.items():
         if name in wanted:
             jobs[name] = _job(name, plan, previous, out, options)
@@ -68,28 +68,28 @@ def _check_names(wanted: frozenset[str], components: Mapping[str, ComponentPlan]
         raise UsageError(f"--components: the bundle at {previous.root} would lack {', '.join(missing)}; list that too")
 
 
-def _kept(name: str, plan: ComponentPlan, previous: Bundle) -> Job:
+def _kept(name: str, plan: ComponentPlan, previous: Bundle) -> ExportJob:
     component = previous.manifest.components[name]
     if component.source.sha256 != plan.digest:
         raise UsageError(f"--components: {name} in {previous.root} is of another model, or has other LoRAs; list it"
                          " too, or export everything")  # fmt: skip
     sound_component(previous, component)
-    return Job(replace(plan, precision=component.precision), component.key, "keep", component)
+    return ExportJob(replace(plan, precision=component.precision), component.key, "keep", component)
 
 
-def _job(name: str, plan: ComponentPlan, previous: Bundle | None, out: Path, options: Options) -> Job:
+def _job(name: str, plan: ComponentPlan, previous: Bundle | None, out: Path, options: Options) -> ExportJob:
     key = component_key(plan, options.opset)
     if options.force:
-        return Job(plan, key, "export")
+        return ExportJob(plan, key, "export")
     for action, found in (
         ("keep", _unchanged(previous, name, key)),
         ("resume", finished(partial_folder(out), name, key)),
     ):
         if found is not None:
             # The key knows what is computed; where it came from, and what only the host reads, may have changed.
-            return Job(plan, key, action, msgspec.structs.replace(
+            return ExportJob(plan, key, action, msgspec.structs.replace(
                 found, source=component_source(plan), config=kept_config(plan)))  # fmt: skip
-    return Job(plan, key, "export")
+    return ExportJob(plan, key, "export")
 
 
 def _unchanged(previous: Bundle | None, name: str, key: str) -> Component | None:

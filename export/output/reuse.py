@@ -16,7 +16,7 @@ from sdxl_trt.engines.bundle.plan_record import PlanRecord
 from sdxl_trt.engines.bundle.records import FileRecord
 from sdxl_trt.engines.errors import IncompatibleError, SdxlTrtError, explain_os_error
 from sdxl_trt.engines.host.files import contained
-from sdxl_trt.engines.plans.files import PLANS, close_to_others
+from sdxl_trt.engines.plans.files import PLANS, remove_write_permission
 
 # What file systems without hard links answer.
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.EXDEV, errno.EMLINK, errno.ENOSYS)
@@ -73,7 +73,7 @@ def take_over_plans(bundle: Bundle, components: Mapping[str, Component], folder:
     kept = tuple(record for record in bundle.manifest.plans if _still_fits(bundle, record, components))
     take_over(bundle, (record.file for record in kept), folder)
     if kept:
-        close_to_others(folder / PLANS)
+        remove_write_permission(folder / PLANS)
     for record in kept:
         with contextlib.suppress(OSError, SdxlTrtError):  # a log is only for people to read
             _link(contained(bundle.root, record.log), folder / record.log)

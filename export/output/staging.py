@@ -1,6 +1,6 @@
 """An output folder that appears, or is replaced, only as a whole."""
 
-__all__ = ["OPTIMUM_FORMAT", "check_target", "exclusive", "partial_folder", "publish", "resumable", "staging"]
+__all__ = ["OPTIMUM_FORMAT", "check_target", "exclusive", "partial_folder", "publish", "resumable", "staged_folder"]
 
 import contextlib
 import json
@@ -41,7 +41,7 @@ def _is_ours(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def staging(out: Path) -> Iterator[Path]:
+def staged_folder(out: Path) -> Iterator[Path]:
     """Yield a hidden sibling of `out` that is gone at the end, unless it has become `out`."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

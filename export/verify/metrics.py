@@ -6,7 +6,7 @@ small error everywhere, so all three must hold. What fp16 may cost is known from
 distance to fp32 is larger than PyTorch's by more than EXCESS has another error than rounding.
 """
 
-__all__ = ["EXCESS", "Figures", "Limits", "excess", "limits_of", "measure"]
+__all__ = ["EXCESS", "Figures", "Tolerance", "excess", "limits_of", "measure"]
 
 from typing import Literal
 
@@ -44,7 +44,7 @@ class Figures(msgspec.Struct, frozen=True, omit_defaults=True):
         return np.inf if self.psnr is None else self.psnr
 
 
-class Limits(msgspec.Struct, frozen=True):
+class Tolerance(msgspec.Struct, frozen=True):
     """What still passes: `relative` is the largest error over the reference's range."""
 
     relative: float
@@ -69,15 +69,15 @@ class Limits(msgspec.Struct, frozen=True):
 # Models of SDXL's depth round many times more often, hence the room. In it, EXCESS (at most 0.93 measured) tells
 # rounding from other errors: a transposed weight of an attention in the trained miniature leaves 58 dB, but is 14
 # times too far.
-_LIMITS: dict[tuple[str, Pair], Limits] = {
-    ("fp32", "graph"): Limits(relative=1e-4, cosine=1 - 1e-8, psnr=100.0),
-    ("fp16", "graph"): Limits(relative=2e-2, cosine=1 - 1e-5, psnr=55.0),
-    ("fp16", "precision"): Limits(relative=3e-2, cosine=1 - 1e-4, psnr=45.0),
-    ("bf16", "precision"): Limits(relative=1e-1, cosine=1 - 2e-3, psnr=32.0),
+_LIMITS: dict[tuple[str, Pair], Tolerance] = {
+    ("fp32", "graph"): Tolerance(relative=1e-4, cosine=1 - 1e-8, psnr=100.0),
+    ("fp16", "graph"): Tolerance(relative=2e-2, cosine=1 - 1e-5, psnr=55.0),
+    ("fp16", "precision"): Tolerance(relative=3e-2, cosine=1 - 1e-4, psnr=45.0),
+    ("bf16", "precision"): Tolerance(relative=1e-1, cosine=1 - 2e-3, psnr=32.0),
 }
 
 
-def limits_of(precision: str, pair: Pair) -> Limits:
+def limits_of(precision: str, pair: Pair) -> Tolerance:
     """Return the limits of a precision; a component that mixes two is held to those of fp16."""
     known = precision if (precision, pair) in _LIMITS else "fp16"
     return _LIMITS[known, pair]

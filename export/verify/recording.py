@@ -7,7 +7,7 @@ whose picture goes back into its encoder. Between components only these small ar
 is left out would have given is drawn at random.
 """
 
-__all__ = ["Call", "Recording", "Run", "Settings"]
+__all__ = ["Call", "Recording", "RecordingSettings", "Run"]
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -35,7 +35,7 @@ BASE_GRID, REFINER_GRID = (0.999, 0.7513, 0.5007, 0.2502), (0.1498, 0.0503)
 
 
 @dataclass(frozen=True)
-class Settings:
+class RecordingSettings:
     """`sizes` are latent pixels (height, width) of the two pictures, rounded up to what the UNets can take."""
 
     sizes: tuple[tuple[int, int], tuple[int, int]] = ((16, 16), (24, 16))
@@ -72,7 +72,7 @@ class _Tape:
 class Recording:
     """The request's state between components, which must be overheard in the order of a run."""
 
-    def __init__(self, stages: Mapping[str, StagePlan], settings: Settings) -> None:
+    def __init__(self, stages: Mapping[str, StagePlan], settings: RecordingSettings) -> None:
         self._stages, self._seed = stages, settings.seed
         self._embeds: dict[tuple[str, str], dict[str, Array]] = {}
         self._sizes = [tuple(-(-side // self._multiple) * self._multiple for side in size) for size in settings.sizes]

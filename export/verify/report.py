@@ -1,6 +1,6 @@
 """What a verification found: written beside the manifest as ``verify.json``, and told in a few lines."""
 
-__all__ = ["VERIFY_FILE", "Case", "Comparison", "ComponentReport", "Report", "read_report", "write_report"]
+__all__ = ["VERIFY_FILE", "Comparison", "ComponentReport", "VerifyCase", "VerifyReport", "read_report", "write_report"]
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +27,7 @@ class Comparison(_Record, frozen=True, kw_only=True):
     figures: Figures
 
 
-class Case(_Record, frozen=True, kw_only=True):
+class VerifyCase(_Record, frozen=True, kw_only=True):
     """One call of a component with recorded inputs. `excess` is ONNX Runtime's distance from fp32 over PyTorch's."""
 
     title: str
@@ -43,7 +43,7 @@ class ComponentReport(_Record, frozen=True, kw_only=True):
     precision: str
     not_run: str
     """Why ONNX Runtime did not run it, or ""."""
-    cases: tuple[Case, ...]
+    cases: tuple[VerifyCase, ...]
     peaks: tuple[Peak, ...]
     warnings: tuple[str, ...]
     failures: tuple[str, ...]
@@ -62,7 +62,7 @@ class ComponentReport(_Record, frozen=True, kw_only=True):
             yield min(comparisons, key=lambda each: each.figures.rank)
 
 
-class Report(_Record, frozen=True, kw_only=True):
+class VerifyReport(_Record, frozen=True, kw_only=True):
     """The whole of ``verify.json``."""
 
     generator: str
@@ -93,16 +93,16 @@ class Report(_Record, frozen=True, kw_only=True):
             raise VerificationError(f"{name}: {part.failures[0]}{more}")
 
 
-def write_report(root: Path, report: Report) -> None:
+def write_report(root: Path, report: VerifyReport) -> None:
     """Write ``verify.json`` into the bundle folder `root`, atomically and in a fixed order."""
     encoded = msgspec.json.format(msgspec.json.encode(report, order="deterministic"), indent=1)
     with atomic_write(root / VERIFY_FILE) as file:
         file.write(encoded + b"\n")
 
 
-def read_report(root: Path) -> Report:
+def read_report(root: Path) -> VerifyReport:
     """Read the ``verify.json`` that this program wrote."""
-    return msgspec.json.decode((root / VERIFY_FILE).read_bytes(), type=Report)
+    return msgspec.json.decode((root / VERIFY_FILE).read_bytes(), type=VerifyReport)
 
 
 def _told(figures: Figures) -> str:

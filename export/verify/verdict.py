@@ -12,7 +12,7 @@ from sdxl_trt.export.components import ComponentPlan
 from sdxl_trt.export.verify.metrics import EXCESS, Figures, Pair, excess, limits_of, measure
 from sdxl_trt.export.verify.overflow import FP16_MAX, NEAR_MISS, Peak, overflows
 from sdxl_trt.export.verify.recording import Call
-from sdxl_trt.export.verify.report import Case, Comparison, ComponentReport
+from sdxl_trt.export.verify.report import Comparison, ComponentReport, VerifyCase
 
 Outputs = Mapping[str, Array]
 NOT_RUN = {"bf16": "not run on ONNX Runtime, whose CPU provider has no bf16; compared in PyTorch"}
@@ -105,8 +105,8 @@ def _excess(results: Results, i: int) -> float | None:
     return max(found)
 
 
-def _case(call: Call, pairs: list[_Pair], compared: list[list[Figures]], more: float | None) -> Case:
-    return Case(
+def _case(call: Call, pairs: list[_Pair], compared: list[list[Figures]], more: float | None) -> VerifyCase:
+    return VerifyCase(
         title=call.title,
         shapes=call.shapes,
         comparisons=tuple(

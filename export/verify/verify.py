@@ -17,9 +17,9 @@ from sdxl_trt.engines.engine import numpy_dtype
 from sdxl_trt.export.components import ComponentPlan, StagePlan
 from sdxl_trt.export.graph.precision import convert_module
 from sdxl_trt.export.verify.overflow import watch_dtypes, watch_peaks
-from sdxl_trt.export.verify.recording import Call, Recording, Settings
+from sdxl_trt.export.verify.recording import Call, Recording, RecordingSettings
 from sdxl_trt.export.verify.reference import Prepare, load_reference, run_reference
-from sdxl_trt.export.verify.report import ComponentReport, Report, write_report
+from sdxl_trt.export.verify.report import ComponentReport, VerifyReport, write_report
 from sdxl_trt.export.verify.verdict import NOT_RUN, Outputs, Results, judge
 
 Progress = Callable[[str, str], None]
@@ -34,16 +34,16 @@ def verify_bundle(
     stages: Mapping[str, StagePlan],
     *,
     progress: Progress | None = None,
-    settings: Settings | None = None,
+    settings: RecordingSettings | None = None,
     prepare: Prepare = convert_module,
-) -> Report:
+) -> VerifyReport:
     """Compare every component of `bundle` with the PyTorch models that it was planned from; write ``verify.json``.
 
     `progress` is told each component and the run that begins. `prepare` must turn a module into a precision as the
     export did. What fails is in the report, for `Report.require` to raise. Raises CorruptError for files that are
     not the manifest's, ResourceError and EngineError where a backend cannot run.
     """
-    settings, progress = settings or Settings(), progress or _silent
+    settings, progress = settings or RecordingSettings(), progress or _silent
     recording = Recording(stages, settings)
     parts: dict[str, ComponentReport] = {}
     for name in sorted(components, key=lambda name: _ORDER.index(components[name].kind)):
@@ -58,7 +58,7 @@ def verify_bundle(
             progress(name, "verifying: ONNX Runtime, the graph for a CPU")
             results.onnx = _run_onnx(bundle, name, results.calls, standard=False)
             parts[cpu_graph.file] = judge(plan, results)
-    report = Report(
+    report = VerifyReport(
         generator=f"sdxl-trt {version('sdxl-trt')}",
         versions={library: version(library) for library in _LIBRARIES},
         seed=settings.seed,

@@ -40,7 +40,7 @@ class Score:
         return self.shape and self.colour and self.background
 
 
-def score(picture: Picture, caption: str) -> Score:
+def score_picture(picture: Picture, caption: str) -> Score:
     """Score a `(128, 128, 3)` uint8 picture. Raises `ValueError` for a caption outside the data set's
     language.
     """

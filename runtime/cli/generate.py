@@ -45,10 +45,11 @@ def _run(arguments: argparse.Namespace, argv: list[str] | None) -> None:
 
 def _plan(arguments: argparse.Namespace) -> None:
     """Print the memory plan for this machine, or for a device of another size."""
-    from sdxl_trt.runtime.cli.memory import plan_run  # noqa: PLC0415
+    from sdxl_trt.runtime.cli.memory import estimate_run  # noqa: PLC0415
 
-    plan = plan_run(arguments.engines, arguments.provider, arguments.residency, arguments.vram, arguments.width,
-                    arguments.height, images=arguments.image is not None or arguments.refine is not None)  # fmt: skip
+    from_image = arguments.image is not None or arguments.refine is not None
+    plan = estimate_run(arguments.engines, arguments.provider, arguments.residency, arguments.vram, arguments.width,
+                        arguments.height, from_image=from_image)  # fmt: skip
     if arguments.json:
         print_json(plan)
     else:
@@ -70,7 +71,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     asked = _request(arguments) if arguments.workflow is None else _workflow(arguments)
     with open_bundle(
         arguments.engines, provider=arguments.provider, residency=arguments.residency, available=arguments.vram,
-        images=_loads_image(asked), once=True,
+        from_image=_loads_image(asked), once=True,
     ) as pipeline:  # fmt: skip
         if arguments.source is not None:
             warn_of_another_bundle(arguments.made_with, pipeline.manifest)
@@ -241,7 +242,7 @@ def _report(
     timings: dict[str, list[float]] = {}
     for stage, each in (item for one in runs for item in one.timings.items()):
         timings.setdefault(stage, []).extend(each)
-    place = runs[0].place if len(runs) == 1 else None
+    place = runs[0].handoff if len(runs) == 1 else None
     return {
         "images": images,
         "timings": {

@@ -1,6 +1,6 @@
 """The memory plan of a run, without running it: for this machine, or for a device of another size."""
 
-__all__ = ["plan_run"]
+__all__ = ["estimate_run"]
 
 from pathlib import Path
 
@@ -10,11 +10,11 @@ from sdxl_trt.engines.backends.open import open_backend
 from sdxl_trt.engines.bundle.bundle import Bundle, read_bundle
 from sdxl_trt.engines.bundle.profile import fixed
 from sdxl_trt.engines.plans.sizes import Sizes, check_for, stage_sizes
-from sdxl_trt.engines.residency.estimate import MemoryPlan
-from sdxl_trt.engines.residency.policy import plan_memory, settled_residency
+from sdxl_trt.engines.residency.estimate import MemoryEstimate
+from sdxl_trt.engines.residency.policy import estimate_memory, settled_residency
 
 
-def plan_run(
+def estimate_run(
     path: Path | str | None = None,
     provider: str = "auto",
     residency: str = "auto",
@@ -22,12 +22,12 @@ def plan_run(
     width: int | None = None,
     height: int | None = None,
     *,
-    images: bool = False,
-) -> MemoryPlan:
+    from_image: bool = False,
+) -> MemoryEstimate:
     """Return what a run of the bundle at `path` (None: the embedded pair) takes, and how it would be made to fit.
 
     With `vram` bytes no GPU is asked for, and "auto" means tensorrt. `width` and `height` in pixels plan for one size,
-    `images` for runs that start from pictures.
+    `from_image` for runs that start from pictures.
     Raises SourceError, CorruptError, UsageError, SizeError, and IncompatibleError for a provider that is not here.
     """
     if path is None:
@@ -38,13 +38,13 @@ def plan_run(
     sizes = _sizes(bundle, width, height)
     if vram is not None:
         chosen = "tensorrt" if provider == "auto" else provider
-        return plan_memory(bundle, provider=chosen, capacity=vram, residency=residency, sizes=sizes,
-                           images=images)  # fmt: skip
+        return estimate_memory(bundle, provider=chosen, capacity=vram, residency=residency, sizes=sizes,
+                           from_image=from_image)  # fmt: skip
     backend = open_backend(bundle, provider)
     backend.close()
     residency = settled_residency(residency, backend.provider, once=True)
-    return plan_memory(bundle, provider=backend.provider, capacity=backend.free, residency=residency, sizes=sizes,
-                       records=backend.records, images=images)  # fmt: skip
+    return estimate_memory(bundle, provider=backend.provider, capacity=backend.free, residency=residency, sizes=sizes,
+                       records=backend.records, from_image=from_image)  # fmt: skip
 
 
 def _sizes(bundle: Bundle, width: int | None, height: int | None) -> Sizes | None:

@@ -164,7 +164,7 @@ def save_latents(path: Path | None, run: "Run | None") -> None:
     from sdxl_trt.engines.host.files import atomic_write  # noqa: PLC0415
 
     arrays = {"initial": run.initial, "final": run.final}
-    if run.handoff is not None:
-        arrays["handoff"] = run.handoff
+    if run.handoff_latents is not None:
+        arrays["handoff"] = run.handoff_latents
     with atomic_write(path) as file:
         np.savez(file, allow_pickle=False, **arrays)

@@ -10,7 +10,7 @@ from typing import Any
 from sdxl_trt.engines.errors import UsageError
 from sdxl_trt.engines.host.files import sha256_file
 from sdxl_trt.runtime.cli.options import NEGATIVE_SCORE, make_parser
-from sdxl_trt.runtime.images.metadata import Settings, read_settings
+from sdxl_trt.runtime.images.metadata import ImageSettings, read_settings
 
 ALIKE = (
     "prompt", "negative", "seed", "steps", "guidance", "guidance_rescale", "guidance_interval", "sampler", "schedule",
@@ -55,7 +55,7 @@ def repeated(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def _defaults(settings: Settings) -> dict[str, Any]:
+def _defaults(settings: ImageSettings) -> dict[str, Any]:
     """Return the options that make the picture again, without the handoff; what is None is left to the defaults."""
     found = {name: getattr(settings, name) for name in ALIKE}
     # What only repeats another setting follows that when it is replaced. A sheet says itself what follows.
@@ -72,7 +72,7 @@ def _defaults(settings: Settings) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _take_image(arguments: argparse.Namespace, settings: Settings, source: Path) -> None:
+def _take_image(arguments: argparse.Namespace, settings: ImageSettings, source: Path) -> None:
     """Take the image that a run started from where it lies beside the picture, or here, as it was."""
     if settings.image is None or arguments.image is not None or arguments.refine is not None:
         return
@@ -93,7 +93,7 @@ def _holds(path: Path, sha256: str | None) -> bool:
         return False
 
 
-def _take_handoff(arguments: argparse.Namespace, settings: Settings) -> None:
+def _take_handoff(arguments: argparse.Namespace, settings: ImageSettings) -> None:
     stated = arguments.handoff != "auto" or arguments.no_refiner or settings.refine
     ends = (arguments.handoff_step, arguments.handoff_sigma, arguments.base_end_step, arguments.refiner_start_step)
     if stated or any(end is not None for end in ends):

@@ -65,6 +65,6 @@ class Series:
             return {}
         pictures = [self._pictures[number] for number in range(len(self.requests))]
         # The one that says most stands for all: the base alone has no settings of a refiner.
-        spokesman = pictures[next((number for number, run in enumerate(runs) if run.request.refined), 0)]
+        spokesman = pictures[next((number for number, run in enumerate(runs) if run.request.uses_refiner), 0)]
         texts = describe(self.sweep.sheet_metadata(spokesman.metadata), spokesman.graph) if metadata else {}
         return {"sheet": str(files.save_sheet(self.sweep.sheet([each.image for each in pictures], runs), texts))}

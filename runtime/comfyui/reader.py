@@ -22,7 +22,7 @@ from sdxl_trt.runtime.comfyui.workflow import (
     Empty,
     Encoded,
     Image,
-    Latents,
+    LatentSource,
     Loaded,
     Mix,
     Model,
@@ -180,7 +180,7 @@ class _Reader:
             return Scaled(self._image(linked(node, "image")), **_size_of(node))
 
         def decoded(node: Node, _: int) -> Image:
-            latents: Latents | None = self.tried(lambda: self._latents(linked(node, "samples")))
+            latents: LatentSource | None = self.tried(lambda: self._latents(linked(node, "samples")))
             vae = self._vae(linked(node, "vae"))
             if latents is None:
                 raise _incomplete(node)
@@ -192,29 +192,29 @@ class _Reader:
         })  # fmt: skip
         return found
 
-    def _latents(self, link: Link) -> Latents:
-        def empty(node: Node, _: int) -> Latents:
+    def _latents(self, link: Link) -> LatentSource:
+        def empty(node: Node, _: int) -> LatentSource:
             return Empty(stated(node, "width"), stated(node, "height"), stated(node, "batch_size"), node.id)
 
-        def encoded(node: Node, _: int) -> Latents:
+        def encoded(node: Node, _: int) -> LatentSource:
             image: Image | None = self.tried(lambda: self._image(linked(node, "pixels")))
             vae = self._vae(linked(node, "vae"))
             if image is None:
                 raise _incomplete(node)
             return Encoded(image, vae, node.kind == "VAEEncodeTiled", node.id)
 
-        def repeated(node: Node, _: int) -> Latents:
+        def repeated(node: Node, _: int) -> LatentSource:
             return Repeated(self._latents(linked(node, "samples")), stated(node, "amount"), node.id)
 
-        def resized(node: Node, _: int) -> Latents:
+        def resized(node: Node, _: int) -> LatentSource:
             return Resized(self._latents(linked(node, "samples")), **_size_of(node))
 
-        def sampled(node: Node, _: int) -> Latents:
+        def sampled(node: Node, _: int) -> LatentSource:
             sampling = self.tried(lambda: self._sampling(node))
             latents = self._latents(linked(node, "latent_image"))
             return Sampled(latents, _whole(sampling, node))
 
-        found: Latents = self._read(link, "LATENT", {
+        found: LatentSource = self._read(link, "LATENT", {
             "EmptyLatentImage": empty, "VAEEncode": encoded, "VAEEncodeTiled": encoded, "RepeatLatentBatch": repeated,
             "LatentUpscale": resized, "LatentUpscaleBy": resized, "KSampler": sampled, "KSamplerAdvanced": sampled,
         })  # fmt: skip

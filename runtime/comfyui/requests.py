@@ -27,7 +27,7 @@ from typing import Any
 from sdxl_trt.engines.bundle.manifest import Manifest
 from sdxl_trt.engines.errors import CorruptError, SizeError, UsageError
 from sdxl_trt.engines.host.files import contained
-from sdxl_trt.engines.plans.limits import Limits
+from sdxl_trt.engines.plans.limits import PlanLimits
 from sdxl_trt.runtime.comfyui.checks import (
     Experts,
     check_loras,
@@ -42,7 +42,7 @@ from sdxl_trt.runtime.comfyui.workflow import (
     Decoded,
     Empty,
     Encoded,
-    Latents,
+    LatentSource,
     Loaded,
     Repeated,
     Sampled,
@@ -52,7 +52,7 @@ from sdxl_trt.runtime.comfyui.workflow import (
 )
 from sdxl_trt.runtime.images.inputs import InputPicture, read_input
 from sdxl_trt.runtime.request.request import Request
-from sdxl_trt.runtime.request.resolve import resolve
+from sdxl_trt.runtime.request.resolve import resolve_request
 from sdxl_trt.runtime.request.sides import Side, SideMix, StageName
 
 _OWN_SEEDS = ("seed", "noise_seed")
@@ -124,7 +124,7 @@ def pair_request(workflow: Workflow, manifest: Manifest, found: Experts, folder:
     return _refined(request, *samplings) if len(samplings) > 1 else request
 
 
-def _samplings(decoded: Decoded) -> tuple[list[Sampling], Latents]:
+def _samplings(decoded: Decoded) -> tuple[list[Sampling], LatentSource]:
     """Return the samplers in a row that end in `decoded`, in their order, and what the first of them starts from."""
     samplings: list[Sampling] = []
     latents = decoded.latents
@@ -139,7 +139,7 @@ def _fits(samplings: Sequence[Sampling]) -> bool:
     return len({(each.steps, each.schedule) for each in samplings}) == 1
 
 
-def _start(start: Latents) -> tuple[int, Latents]:
+def _start(start: LatentSource) -> tuple[int, LatentSource]:
     """Return how many pictures there are, and what they start from: empty latents, or an encoded picture as it is."""
     batch, source = 1, start
     while isinstance(source, Repeated):
@@ -242,11 +242,11 @@ def part_of(graph: Mapping[str, Any], end: str) -> dict[str, Any]:
 
 
 def settle_pair(
-    request: Request, workflow: Workflow, manifest: Manifest, limits: Limits | None, *, seed_given: bool
+    request: Request, workflow: Workflow, manifest: Manifest, limits: PlanLimits | None, *, seed_given: bool
 ) -> None:
     """Raise UsageError, said of the nodes of `workflow`, for what its one `request` cannot be settled to."""
     try:
-        resolve(request, manifest, limits)
+        resolve_request(request, manifest, limits)
     except UsageError as exc:
         samplings, start = workflow.samplings, ancestry(workflow.outputs[0].image)[-1]
         ours = samplings[-1] if "refiner" in str(exc).partition(" ")[0] else samplings[0]

@@ -12,7 +12,7 @@ __all__ = [
     "Empty",
     "Encoded",
     "Image",
-    "Latents",
+    "LatentSource",
     "Loaded",
     "Mix",
     "Model",
@@ -144,7 +144,7 @@ class Encoded:
 class Repeated:
     """Every one of some latents, several times: the batch as a whole, again and again."""
 
-    latents: "Latents"
+    latents: "LatentSource"
     amount: int
     node: str = field(default="", compare=False)
 
@@ -153,7 +153,7 @@ class Repeated:
 class Resized:
     """Latents of another size: (width, height) in pixels, 0 for what keeps the shape, or scaled `by` a factor."""
 
-    latents: "Latents"
+    latents: "LatentSource"
     method: str
     size: tuple[int, int] | None = None
     by: float = 1.0
@@ -166,7 +166,7 @@ class Resized:
 class Sampled:
     """What a sampler makes of latents."""
 
-    latents: "Latents"
+    latents: "LatentSource"
     sampling: Sampling
 
 
@@ -194,13 +194,13 @@ class Scaled:
 class Decoded:
     """What an autoencoder makes of latents; `tiled` in tiles."""
 
-    latents: "Latents"
+    latents: "LatentSource"
     vae: VaeName
     tiled: bool = False
     node: str = field(default="", compare=False)
 
 
-Latents = Empty | Encoded | Repeated | Resized | Sampled
+LatentSource = Empty | Encoded | Repeated | Resized | Sampled
 Image = Loaded | Scaled | Decoded
 
 
@@ -236,9 +236,9 @@ class Workflow:
         return any(isinstance(each, Encoded) for output in self.outputs for each in ancestry(output.image))
 
 
-def ancestry(source: Latents | Image) -> "list[Latents | Image]":
+def ancestry(source: LatentSource | Image) -> "list[LatentSource | Image]":
     """Return `source` and what it is made of, back to where it starts: each is made of one other at most."""
-    found: list[Latents | Image] = [source]
+    found: list[LatentSource | Image] = [source]
     while not isinstance(found[-1], Empty | Loaded):
         last = found[-1]
         found.append(last.image if isinstance(last, Encoded | Scaled) else last.latents)

@@ -11,10 +11,10 @@ from sdxl_trt.engines.errors import UsageError
 from sdxl_trt.runtime.comfyui.node import Node
 from sdxl_trt.runtime.comfyui.nodes import NODES, stated
 from sdxl_trt.runtime.comfyui.workflow import TO_THE_END
-from sdxl_trt.runtime.request.handoff import Part
+from sdxl_trt.runtime.request.handoff import StepRange
 from sdxl_trt.runtime.request.request import Request
 from sdxl_trt.runtime.request.resolve import ResolvedRequest
-from sdxl_trt.runtime.request.sides import StageName, Told
+from sdxl_trt.runtime.request.sides import ResolvedSide, StageName
 
 Link = list[Any]
 _UNSAID = ("guidance_rescale", "guidance_interval", "clip_skip", "prediction_type", "tile")
@@ -81,9 +81,9 @@ class _Model:
 
 
 def _stages(request: ResolvedRequest) -> tuple[StageName, ...]:
-    if request.refine:
+    if request.refiner_only:
         return ("refiner",)
-    return ("base", "refiner") if request.refined else ("base",)
+    return ("base", "refiner") if request.uses_refiner else ("base",)
 
 
 def _is_usual(asked: Request) -> bool:
@@ -105,7 +105,7 @@ def _is_said(stage: StageName, asked: Request, request: ResolvedRequest) -> bool
     if stage == "base":
         return True
     # A grid that begins further down is one sampler's alone, and a graph's refiner has no crop.
-    shares = not request.refine and asked.refiner_strength is None and request.strength < 1.0
+    shares = not request.refiner_only and asked.refiner_strength is None and request.strength < 1.0
     return not shares and all(side.micro.crop == (0, 0) for side in request.sides[stage])
 
 
@@ -116,12 +116,12 @@ def _image_is_said(request: ResolvedRequest) -> bool:
 
 
 def _strength(stage: StageName, asked: Request, request: ResolvedRequest) -> float:
-    own = stage == "refiner" and not request.refine
+    own = stage == "refiner" and not request.refiner_only
     return (1.0 if asked.refiner_strength is None else asked.refiner_strength) if own else request.strength
 
 
 def _adds_noise(stage: StageName, request: ResolvedRequest) -> bool:
-    return request.first.add_noise if request.refine else request.denoising_of(stage)[1].add_noise
+    return request.first.add_noise if request.refiner_only else request.denoising_of(stage)[1].add_noise
 
 
 def _checkpoints(manifest: Manifest) -> tuple[str, ...]:
@@ -170,7 +170,7 @@ def _sampler(
     return graph.add("KSamplerAdvanced", **inputs, noise_seed=seed, add_noise=noise, **ends)
 
 
-def _ends(part: Part, steps: int) -> Mapping[str, Any]:
+def _ends(part: StepRange, steps: int) -> Mapping[str, Any]:
     return {
         "start_at_step": part.start,
         "end_at_step": TO_THE_END if part.stop == steps else part.stop,
@@ -182,7 +182,7 @@ def _switch(*, on: bool) -> str:
     return "enable" if on else "disable"
 
 
-def _prompt(graph: _Graph, stage: StageName, clip: Link, told: Told, score: float) -> str:
+def _prompt(graph: _Graph, stage: StageName, clip: Link, told: ResolvedSide, score: float) -> str:
     """Add the encoder of one side of a stage, and return the node that its conditioning comes from."""
     height, width = told.micro.original_size
     size = {"width": width, "height": height}

@@ -58,7 +58,7 @@ class Conditions:
     guidance_scale: float
     pictures: int = 0
     """How many pictures the rows are for; 0 for as many as are asked about."""
-    any_scale: bool = False
+    comfyui_rule: bool = False
     """Whether every guidance scale but 1 guides, as in ComfyUI."""
     positives: int = 1
     negatives: int = 1
@@ -67,7 +67,7 @@ class Conditions:
     @property
     def guided(self) -> bool:
         """Return whether there are negative rows."""
-        return guides(self.guidance_scale, any_scale=self.any_scale)
+        return guides(self.guidance_scale, comfyui_rule=self.comfyui_rule)
 
 
 def make_conditions(
@@ -79,7 +79,7 @@ def make_conditions(
     guidance_scale: float,
     pictures: int,
     *,
-    any_scale: bool = False,
+    comfyui_rule: bool = False,
 ) -> Conditions:
     """Return the conditions of `pictures` pictures of one prompt, in the dtypes that `engine` takes.
 
@@ -90,7 +90,7 @@ def make_conditions(
     both = (micro, micro) if isinstance(micro, MicroConditions) else micro
     positives, negatives = _side(positive, both[0]), _side(negative, both[1])
     sides = [(embeds, each, False) for embeds, each in positives]
-    if guides(guidance_scale, any_scale=any_scale):
+    if guides(guidance_scale, comfyui_rule=comfyui_rule):
         sides += [(embeds, each, True) for embeds, each in negatives]
     columns = {
         "encoder_hidden_states": _equally_long([embeds.hidden for embeds, _, _ in sides]),
@@ -101,7 +101,7 @@ def make_conditions(
         name: np.repeat(np.stack(rows), pictures, axis=0).astype(numpy_dtype(engine.component.input(name)))
         for name, rows in columns.items()
     }
-    return Conditions(inputs, guidance_scale, pictures, any_scale, len(positives), len(negatives))
+    return Conditions(inputs, guidance_scale, pictures, comfyui_rule, len(positives), len(negatives))
 
 
 def _side(embeds: Embeds, micro: Micro) -> list[tuple[PromptEmbeds, MicroConditions]]:

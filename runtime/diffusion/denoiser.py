@@ -47,7 +47,7 @@ class Denoiser:
         if schedule.sigma_data is not None and prediction_type == "sample":
             raise UsageError("--prediction-type sample: a model with EDM's schedule predicts epsilon or v_prediction")
         self._prediction_type = prediction_type
-        self._guidance = guidance or Guidance(conditions.guidance_scale, any_scale=conditions.any_scale)
+        self._guidance = guidance or Guidance(conditions.guidance_scale, comfyui_rule=conditions.comfyui_rule)
         self._dtype = numpy_dtype(engine.component.input("sample"))
         self._guided = conditions.guided
         self._sample: Array = np.empty(0, self._dtype)

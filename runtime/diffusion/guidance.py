@@ -11,27 +11,27 @@ from numpy.typing import NDArray
 from sdxl_trt.engines.errors import UsageError
 
 
-def guides(scale: float, *, any_scale: bool = False) -> bool:
-    """Return whether `scale` is guidance: above 1 (diffusers' rule), or with `any_scale` all but 1 (ComfyUI's)."""
-    return not math.isclose(scale, 1.0) if any_scale else scale > 1.0
+def guides(scale: float, *, comfyui_rule: bool = False) -> bool:
+    """Return whether `scale` is guidance: above 1 (diffusers' rule), or with `comfyui_rule` all but 1 (ComfyUI's)."""
+    return not math.isclose(scale, 1.0) if comfyui_rule else scale > 1.0
 
 
 @dataclass(frozen=True)
 class Guidance:
     """How strongly a stage is guided. Sigmas in (`above`, `up_to`] are; the others run the positive prompt alone, in
-    half the rows. `rescale` mixes in a prediction with the positive's own spread; `any_scale` is that of `guides`.
+    half the rows. `rescale` mixes in a prediction with the positive's own spread; `comfyui_rule` is that of `guides`.
     """
 
     scale: float
     rescale: float = 0.0
     above: float = 0.0
     up_to: float = math.inf
-    any_scale: bool = False
+    comfyui_rule: bool = False
 
     @property
     def wanted(self) -> bool:
         """Return whether any step is guided."""
-        return guides(self.scale, any_scale=self.any_scale) and self.above < self.up_to
+        return guides(self.scale, comfyui_rule=self.comfyui_rule) and self.above < self.up_to
 
     def applies(self, sigma: float) -> bool:
         """Return whether a step at `sigma` is guided."""

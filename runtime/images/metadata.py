@@ -1,6 +1,6 @@
 """What a picture file says of its making: A1111's text for people, and the settings that a run is repeated from."""
 
-__all__ = ["Settings", "describe", "parse_settings", "read_settings"]
+__all__ = ["ImageSettings", "describe", "parse_settings", "read_settings"]
 
 import json
 import unicodedata
@@ -63,7 +63,7 @@ Share = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
 Number = Annotated[float, msgspec.Meta(ge=-1e6, le=1e6)]
 
 
-class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class ImageSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The settings of one picture, as its file states them; types, ranges and lengths are checked, no more.
 
     `handoff_step` None is the base alone; what only a refiner reads is then None too.
@@ -128,7 +128,7 @@ def describe(metadata: Mapping[str, Any], graph: Mapping[str, Any] | None = None
     return texts if graph is None else texts | {WORKFLOW: json.dumps(graph)}
 
 
-def read_settings(path: Path) -> Settings:
+def read_settings(path: Path) -> ImageSettings:
     """Return the settings that a picture file carries. Raises UsageError where it carries none, or broken ones."""
     text = read_texts(path).get(SETTINGS)
     if text is None:
@@ -136,12 +136,12 @@ def read_settings(path: Path) -> Settings:
     return parse_settings(text, str(path))
 
 
-def parse_settings(text: str, where: str) -> Settings:
+def parse_settings(text: str, where: str) -> ImageSettings:
     """Return the settings in a JSON text that nobody has vouched for. Raises UsageError, which calls it `where`."""
     if len(text) > MAX_SETTINGS:
         raise UsageError(f"--from {where}: its settings are longer than {MAX_SETTINGS >> 20} MiB; they are not ours")
     try:
-        return msgspec.json.decode(text.encode(errors="replace"), type=Settings)
+        return msgspec.json.decode(text.encode(errors="replace"), type=ImageSettings)
     except (msgspec.DecodeError, RecursionError) as exc:
         raise UsageError(
             f"--from {where}: its settings cannot be read ({str(exc)[:200]}); another version wrote them, or they are"

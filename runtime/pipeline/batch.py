@@ -49,7 +49,7 @@ class Batch:
         for first in (self._pipeline.pictures, self._pipeline.encode):
             yield from ((0, step) for step in timed(self._jobs[0].run, first(self._jobs)))
         yield from self._phase("base", sorted(group[0] for group in self._groups.values()))
-        yield from self._phase("refiner", [number for number in everyone if self.runs[number].request.refined])
+        yield from self._phase("refiner", [number for number in everyone if self.runs[number].request.uses_refiner])
         # Where base and refiner have decoders of their own, each is loaded once.
         yield from self._phase("decode", sorted(everyone, key=self._decoder))
 
@@ -68,17 +68,17 @@ class Batch:
     def _work(self, stage: PhaseName, number: int, *, last: bool) -> Iterator[Step]:
         job, manifest = self._jobs[number], self._pipeline.manifest
         if stage == "base":
-            refined = any(run.request.refined for run in self.runs)
+            refined = any(run.request.uses_refiner for run in self.runs)
             after = manifest.refiner.unet if manifest.refiner and refined else ""
-            return self._base(number, following=after if last else manifest.base.unet)
+            return self._base(number, next_engine=after if last else manifest.base.unet)
         if stage == "refiner" and manifest.refiner is not None:
-            return self._pipeline.refine(job, following="" if last else manifest.refiner.unet)
+            return self._pipeline.refine(job, next_engine="" if last else manifest.refiner.unet)
         return self._pipeline.decode(job)
 
-    def _base(self, leader: int, following: str) -> Iterator[Step]:
+    def _base(self, leader: int, next_engine: str) -> Iterator[Step]:
         """Take the base steps of a job, and hand their latents to those that share them at their cuts."""
         (group,) = (group for group in self._groups.values() if group[0] == leader)
-        for step in self._pipeline.base(self._jobs[leader], following):
+        for step in self._pipeline.base(self._jobs[leader], next_engine):
             if step.stage == "base":
                 for number in group[1:]:
                     if self._cut(number) == step.index:

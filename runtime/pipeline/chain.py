@@ -23,7 +23,7 @@ from sdxl_trt.runtime.comfyui.workflow import (
     Empty,
     Encoded,
     Image,
-    Latents,
+    LatentSource,
     Loaded,
     Output,
     Repeated,
@@ -41,7 +41,7 @@ from sdxl_trt.runtime.pipeline.record import finish
 from sdxl_trt.runtime.pipeline.run import Job, Run, Step, timed
 from sdxl_trt.runtime.request.request import Request
 from sdxl_trt.runtime.request.sides import StageName
-from sdxl_trt.runtime.vae.decode import decode, from_unit, to_unit
+from sdxl_trt.runtime.vae.decode import decode_latents, from_unit, to_unit
 from sdxl_trt.runtime.vae.encode import encode_sample, encoder_sizes
 from sdxl_trt.runtime.vae.tile_sizes import choose_tile, decoder_sizes
 
@@ -80,7 +80,7 @@ class Chain:
         self._change, self._seed_given = change, seed_given
         self._images: dict[str, InputPicture] = {}
         self._jobs: dict[str, Job] = {}
-        self._done: dict[Latents | Image, Values] = {}
+        self._done: dict[LatentSource | Image, Values] = {}
         self._vaes: dict[Encoded | Decoded, Vae] = {}
         for output in workflow.outputs:
             _last_sampled(output)
@@ -101,7 +101,7 @@ class Chain:
         for number, output in enumerate(self._workflow.outputs):
             yield from ((number, step) for step in timed(runs[number], self._drawn(output, runs[number])))
 
-    def _plan(self, source: Latents | Image) -> _Batch:
+    def _plan(self, source: LatentSource | Image) -> _Batch:
         """Return how large what `source` makes is, having made a request of every sampler on the way."""
         if isinstance(source, Empty):
             factor = self._manifest.base.vae.factor
@@ -181,13 +181,13 @@ class Chain:
             picture = _finished(run, index, pixels[index : index + 1], output)
             yield Step("decode", index + 1, len(pixels), slice(index, index + 1), picture=picture)
 
-    def _made(self, source: Latents | Image) -> Made:
+    def _made(self, source: LatentSource | Image) -> Made:
         """Make `source`, once: latents in the samplers' scale, or pixels (n, 3, h, w) from 0 to 1."""
         if source not in self._done:
             self._done[source] = yield from self._make(source)
         return self._done[source]
 
-    def _make(self, source: Latents | Image) -> Made:
+    def _make(self, source: LatentSource | Image) -> Made:
         if isinstance(source, Empty):
             factor, channels = self._manifest.base.vae.factor, self._manifest.base.vae.latent_channels
             return np.zeros((source.batch, channels, source.height // factor, source.width // factor), np.float32)
@@ -247,7 +247,7 @@ class Chain:
         tile = choose_tile(size, decoder_sizes(pool, vae.decoder), vae.factor, tiled=tiled)
         for index in range(len(latents)):
             one = slice(index, index + 1)
-            picture = keep(index, to_unit(decode(engine, vae, latents[one], tile=tile)))
+            picture = keep(index, to_unit(decode_latents(engine, vae, latents[one], tile=tile)))
             yield Step("decode", index + 1, len(latents), one, picture=picture)
 
 

@@ -26,12 +26,12 @@ from sdxl_trt.runtime.diffusion.samplers.registry import FEW_STEPS, bind_sampler
 from sdxl_trt.runtime.images.picture import Picture
 from sdxl_trt.runtime.pipeline.record import finish
 from sdxl_trt.runtime.pipeline.run import Handoff, Job, Run, Step, start_job, timed
-from sdxl_trt.runtime.request.handoff import Part
+from sdxl_trt.runtime.request.handoff import StepRange
 from sdxl_trt.runtime.request.request import Request
-from sdxl_trt.runtime.request.resolve import ResolvedRequest, resolve
-from sdxl_trt.runtime.request.sides import StageName, Told
+from sdxl_trt.runtime.request.resolve import ResolvedRequest, resolve_request
+from sdxl_trt.runtime.request.sides import ResolvedSide, StageName
 from sdxl_trt.runtime.text.encoder import Prompt, PromptEmbeds, PromptEncoder
-from sdxl_trt.runtime.vae.decode import decode, to_uint8, to_uint8_truncated
+from sdxl_trt.runtime.vae.decode import decode_latents, to_uint8, to_uint8_truncated
 from sdxl_trt.runtime.vae.encode import PictureEncoder, Wanted
 from sdxl_trt.runtime.vae.tile_sizes import choose_tile, decoder_sizes
 
@@ -67,7 +67,7 @@ class Pipeline:
 
     def start(self, request: Request) -> Job:
         """Return `request` settled, with its noise drawn, ready for the stages. Raises UsageError."""
-        return start_job(resolve(request, self.manifest, self.pool.limits), request, self.manifest)
+        return start_job(resolve_request(request, self.manifest, self.pool.limits), request, self.manifest)
 
     def _work(self, job: Job) -> Iterator[Step]:
         yield from self.pictures([job])
@@ -81,8 +81,8 @@ class Pipeline:
         starting = [(job, wanted) for job in jobs if (wanted := self._wanted(job.run.request)) is not None]
         if not starting:
             return
-        following = next(iter(self._stages(jobs[0].run.request).values())).text_encoders[0].component
-        encoded = self._pictures.encode([wanted for _, wanted in starting], following)
+        next_engine = next(iter(self._stages(jobs[0].run.request).values())).text_encoders[0].component
+        encoded = self._pictures.encode([wanted for _, wanted in starting], next_engine)
         for done, (number, moments) in enumerate(encoded, start=1):
             job, wanted = starting[number]
             job.begin_from(moments, wanted.vae)
@@ -108,14 +108,14 @@ class Pipeline:
                     self._check_rows(sides if job.run.request.guidance_of(name).wanted else sides[:1])
         yield Step("encode", 1, 1, slice(0, sum(len(job.latents) for job in jobs)))
 
-    def base(self, job: Job, following: str = "") -> Iterator[Step]:
-        """Take `job` over the base's part of the grid; then comes engine `following`, by default what it needs next."""
+    def base(self, job: Job, next_engine: str = "") -> Iterator[Step]:
+        """Run the base's steps of `job`; then engine `next_engine` runs, by default the one that `job` needs next."""
         request, stage = job.run.request, self.manifest.base
-        usual = self.manifest.refiner.unet if self.manifest.refiner and request.refined else stage.vae.decoder
+        usual = self.manifest.refiner.unet if self.manifest.refiner and request.uses_refiner else stage.vae.decoder
         if request.base.steps:
-            yield from self._denoise("base", stage, job, following or usual)
+            yield from self._denoise("base", stage, job, next_engine or usual)
 
-    def refine(self, job: Job, following: str = "") -> Iterator[Step]:
+    def refine(self, job: Job, next_engine: str = "") -> Iterator[Step]:
         """Take the latents of `job`, as the base left them, over the refiner's part; nothing for the base alone.
 
         With the refiner alone nothing is handed over, and the run keeps no handoff.
@@ -123,10 +123,10 @@ class Pipeline:
         request, stage = job.run.request, self.manifest.refiner
         if stage is None or request.refiner is None:
             return
-        if not request.refine:
-            job.run.handoff, job.run.place = job.latents, _place(request)
+        if not request.refiner_only:
+            job.run.handoff_latents, job.run.handoff = job.latents, _place(request)
         job.latents = _noised_again(job.latents, request.refiner, request, job.noises["refiner"])
-        yield from self._denoise("refiner", stage, job, following or stage.vae.decoder)
+        yield from self._denoise("refiner", stage, job, next_engine or stage.vae.decoder)
 
     def decode(self, job: Job) -> Iterator[Step]:
         """Decode the pictures of `job`, whose latents are as the last expert left them."""
@@ -138,14 +138,14 @@ class Pipeline:
         return list(self._stages(request).values())[-1].vae
 
     def _stages(self, request: ResolvedRequest) -> dict[StageName, Stage]:
-        base, refiner = self.manifest.base, self.manifest.refiner if request.refined else None
-        if refiner is not None and request.refine:
+        base, refiner = self.manifest.base, self.manifest.refiner if request.uses_refiner else None
+        if refiner is not None and request.refiner_only:
             return {"refiner": refiner}
         return {"base": base} if refiner is None else {"base": base, "refiner": refiner}
 
     def _first_unet(self, jobs: Sequence[Job]) -> str:
         refiner = self.manifest.refiner
-        alone = refiner is not None and all(job.run.request.refine for job in jobs)
+        alone = refiner is not None and all(job.run.request.refiner_only for job in jobs)
         return refiner.unet if refiner is not None and alone else self.manifest.base.unet
 
     def _check_rows(self, sides: Sequence[Sequence[PromptEmbeds]]) -> None:
@@ -168,15 +168,15 @@ class Pipeline:
         name: StageName,
         stage: Stage,
         job: Job,
-        following: str,
+        next_engine: str,
     ) -> Iterator[Step]:
-        """Take all pictures over one expert's part; then comes engine `following`.
+        """Take all pictures over one expert's part; then comes engine `next_engine`.
 
         A sampler goes on from memory of its own: it starts from a copy, callers get copies of what it yields, and the
         latents of the job are written once a group has taken its steps.
         """
         request, latents, embeds, noise = job.run.request, job.latents, job.embeds[name], job.noises[name]
-        (engine,) = self.pool.phase(stage.unet, then=(following,))
+        (engine,) = self.pool.phase(stage.unet, next_engines=(next_engine,))
         yield _loaded(latents)
         guidance = request.guidance_of(name)
         positive, negative = ([told.micro for told in side.all] for side in request.sides[name])
@@ -190,7 +190,13 @@ class Pipeline:
         for number, group in enumerate(groups):
             pictures = max(len(latents[group]), self._fewest_at_once)
             conditions = make_conditions(
-                engine, stage, *embeds, (positive, negative), guidance.scale, pictures, any_scale=guidance.any_scale
+                engine,
+                stage,
+                *embeds,
+                (positive, negative),
+                guidance.scale,
+                pictures,
+                comfyui_rule=guidance.comfyui_rule,
             )
             denoise = Denoiser(engine, schedule, conditions, predicts, guidance)
             drawn = noise.source(latents.shape[1:], group, span)
@@ -210,7 +216,7 @@ class Pipeline:
         tile = choose_tile((height, width), takes, vae.factor, tiled=run.request.tile)
         for index in range(count):
             one = slice(index, index + 1)
-            sample = decode(engine, vae, run.final[one], tile=tile)
+            sample = decode_latents(engine, vae, run.final[one], tile=tile)
             pixels = (to_uint8_truncated if run.request.comfyui else to_uint8)(sample)[0]
             yield Step("decode", index + 1, count, one, picture=finish(run, index, pixels))
 
@@ -229,19 +235,19 @@ def open_bundle(
     provider: str = "auto",
     residency: str = "auto",
     available: int | None = None,
-    images: bool = False,
+    from_image: bool = False,
     once: bool = False,
 ) -> Pipeline:
     """Open the bundle at `path` (None: the embedded pair). Only the manifest is read; use it in a ``with``.
 
-    `provider`, `residency`, `available`, the bytes to make do with, `images` and `once` are those of `open_pool`.
+    `provider`, `residency`, `available`, the bytes to make do with, `from_image` and `once` are those of `open_pool`.
     Raises SourceError, IncompatibleError, CorruptError, UsageError, ResourceError.
     """
     if path is None:
         from sdxl_trt.mini.embedded import bundle_path  # noqa: PLC0415 - package data, only when nothing else is named
 
         path = bundle_path()
-    return Pipeline(open_pool(read_bundle(path), provider, residency, available, images=images, once=once))
+    return Pipeline(open_pool(read_bundle(path), provider, residency, available, from_image=from_image, once=once))
 
 
 def _texts(request: ResolvedRequest, stages: Mapping[StageName, Stage]) -> Iterator[tuple[Stage, Prompt]]:
@@ -253,7 +259,7 @@ def _texts(request: ResolvedRequest, stages: Mapping[StageName, Stage]) -> Itera
                 yield from ((stage, prompt) for prompt in side.prompts())
 
 
-def _is_zeros(side: Told) -> bool:
+def _is_zeros(side: ResolvedSide) -> bool:
     """Return whether nothing of a negative side has to be read."""
     return side.zeroed and side.is_plain
 
@@ -271,7 +277,7 @@ def _embeds(
     return embeds
 
 
-def _side_embeds(side: Told, encoded: Iterator[PromptEmbeds]) -> tuple[PromptEmbeds, ...]:
+def _side_embeds(side: ResolvedSide, encoded: Iterator[PromptEmbeds]) -> tuple[PromptEmbeds, ...]:
     """Return the embeds of a side, one for each that is combined, from what was read in the order of its prompts."""
     read = next(encoded)
     embeds = read.zeroed() if side.zeroed else read
@@ -292,7 +298,7 @@ def _groups(count: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def _noised_again(latents: Latents, part: Part, request: ResolvedRequest, noise: NoiseSource) -> Latents:
+def _noised_again(latents: Latents, part: StepRange, request: ResolvedRequest, noise: NoiseSource) -> Latents:
     """Return the handed-over latents as the refiner starts from them: a copy, with noise where it adds its own."""
     drawn = noise.draw(latents.shape[1:]) if part.add_noise else np.zeros_like(latents)
     return part.noised(latents, drawn, request.refiner_schedule)

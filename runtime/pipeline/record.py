@@ -47,7 +47,7 @@ def _graph(run: Run) -> Mapping[str, Any] | None:
 
 def _metadata(request: ResolvedRequest, seed: int) -> dict[str, Any]:
     """Return what the picture can be made again from; no path and no name of a host."""
-    refined = request.refined
+    refined = request.uses_refiner
     positive, negative = request.sides["refiner" if refined else "base"]
     return {
         "prompt": request.prompt.text,
@@ -56,7 +56,7 @@ def _metadata(request: ResolvedRequest, seed: int) -> dict[str, Any]:
         "negative_2": request.negative.text_2 if request.negative else None,
         "seed": seed,
         "steps": request.steps,
-        "handoff_step": request.cut if refined and not request.refine else None,
+        "handoff_step": request.cut if refined and not request.refiner_only else None,
         "guidance": request.guidance,
         "refiner_guidance": request.refiner_guidance if refined else None,
         "guidance_rescale": request.guidance_rescale,
@@ -78,7 +78,7 @@ def _started_from(request: ResolvedRequest) -> dict[str, Any]:
     if request.image is None:
         return {}
     image = {"image": request.image.name, "image_sha256": request.image.sha256, "strength": request.strength}
-    return image | {"fit": request.fit} | ({"refine": True} if request.refine else {})
+    return image | {"fit": request.fit} | ({"refine": True} if request.refiner_only else {})
 
 
 def _further(run: Run) -> dict[str, Any]:
@@ -95,5 +95,5 @@ def _further(run: Run) -> dict[str, Any]:
         # Pictures of one batch share a stream of noise: they are made again together.
         found["count"] = len(run.request.seeds)
     if run.manifest is not None:
-        found["bundle"] = msgspec.to_builtins(bundle_name(run.manifest, refined=run.request.refined))
+        found["bundle"] = msgspec.to_builtins(bundle_name(run.manifest, refined=run.request.uses_refiner))
     return found

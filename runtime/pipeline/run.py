@@ -57,15 +57,15 @@ class Handoff:
 class Run:
     """What a request left behind: latents (count, c, h, w) float32 and the seconds of every stage and step.
 
-    `initial` has unit variance; `handoff` is what the refiner received (None without a refiner); `final` is what
-    the autoencoder received, before its scaling is undone.
+    `initial` has unit variance; `handoff_latents` are what the refiner received (None without a refiner); `final` are
+    what the autoencoder received, before its scaling is undone.
     """
 
     request: ResolvedRequest
     initial: Latents
     final: Latents
-    handoff: Latents | None = None
-    place: Handoff | None = None
+    handoff_latents: Latents | None = None
+    handoff: Handoff | None = None
     timings: dict[str, list[float]] = field(default_factory=dict)
     asked: Request = field(default_factory=Request)
     """The request before its defaults were settled."""
@@ -118,7 +118,7 @@ def start_job(resolved: ResolvedRequest, asked: Request, manifest: Manifest) -> 
     It is ready for the stages, but for an image that is still to be encoded.
     """
     noises = _noises(resolved)
-    noise, vae = noises["refiner" if resolved.refine else "base"], manifest.base.vae
+    noise, vae = noises["refiner" if resolved.refiner_only else "base"], manifest.base.vae
     shape = (vae.latent_channels, resolved.height // vae.factor, resolved.width // vae.factor)
     image = resolved.image
     draws = image is not None and image.pixels is not None and not resolved.comfyui

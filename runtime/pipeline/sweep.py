@@ -196,7 +196,7 @@ def _models(runs: Sequence[Run]) -> list[str]:
     """Return what the bundle's models are called."""
     if runs[0].manifest is None:
         return []
-    models = bundle_name(runs[0].manifest, refined=any(run.request.refined for run in runs))
+    models = bundle_name(runs[0].manifest, refined=any(run.request.uses_refiner for run in runs))
     return [models.base if models.refiner is None else f"{models.base} + {models.refiner}"]
 
 

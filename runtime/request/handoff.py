@@ -5,7 +5,7 @@ states start, end, added and leftover noise of each sampler apart; what then doe
 same, with a warning. A picture comes in further on, and may leave the base nothing to do.
 """
 
-__all__ = ["CutSettings", "Cuts", "Part", "make_cuts", "step_at_fraction", "step_at_sigma"]
+__all__ = ["HandoffSettings", "StageRanges", "StepRange", "split_steps", "step_at_fraction", "step_at_sigma"]
 
 import logging
 import math
@@ -23,7 +23,7 @@ DEFAULT_HANDOFF = 0.8
 
 
 @dataclass(frozen=True, kw_only=True)
-class CutSettings:
+class HandoffSettings:
     """What a request says of the two parts; steps are counted from the noisy end, an end beyond the last is the last.
 
     One of the handoffs, or with ComfyUI's freedom an end of the base and a start of the refiner, each of which is the
@@ -56,7 +56,7 @@ class CutSettings:
 
 
 @dataclass(frozen=True)
-class Part:
+class StepRange:
     """The steps `start` to `stop` of a grid, as one KSamplerAdvanced takes them: none where `stop` is not later."""
 
     start: int
@@ -90,25 +90,25 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Cuts:
+class StageRanges:
     """The base's part of a grid, and the refiner's; None where it does nothing.
 
     `first` is the refiner's part where that starts the run, and so adds the noise; None where the base does.
     """
 
-    base: Part
-    refiner: Part | None
-    first: Part | None = None
+    base: StepRange
+    refiner: StepRange | None
+    first: StepRange | None = None
 
 
-def make_cuts(
-    settings: CutSettings,
+def split_steps(
+    settings: HandoffSettings,
     schedule: Schedule,
     *,
     refiner: bool,
     picture: int | None = None,
     refiner_schedule: Schedule | None = None,
-) -> Cuts:
+) -> StageRanges:
     """Return the parts of `schedule` that `settings` come to for a bundle with or without `refiner`.
 
     The refiner's is one of `refiner_schedule`, where it has a grid of its own. `picture` is the step at which a picture
@@ -121,40 +121,40 @@ def make_cuts(
         return _refining(settings, begin, steps)
     if not _wants_refiner(settings, refiner=refiner):
         end = steps if settings.base_end_step is None else min(settings.base_end_step, steps)
-        base = Part(begin, end, settings.base_add_noise, settings.leftover_noise or False)
+        base = StepRange(begin, end, settings.base_add_noise, settings.leftover_noise or False)
         _warn_of_idle(base)
-        return Cuts(base, None)
+        return StageRanges(base, None)
     stop, start = _ends(settings, schedule, begin=None if picture is None else begin)
     stated = settings.base_end_step is not None or settings.refiner_start_step is not None
     if picture is not None and start <= begin and not stated:
         log.warning("the picture comes in at step %d, at or behind the handoff: the refiner alone changes it", begin)
         return _refining(settings, begin, steps)
     leftover = settings.leftover_noise is not False
-    base = Part(begin, min(stop, steps), settings.base_add_noise, leftover)
+    base = StepRange(begin, min(stop, steps), settings.base_add_noise, leftover)
     steps = schedule.steps if refiner_schedule is None else refiner_schedule.steps
     last = steps if settings.refiner_end_step is None else min(settings.refiner_end_step, steps)
-    refining = Part(start, last, settings.refiner_add_noise, settings.refiner_leftover_noise)
+    refining = StepRange(start, last, settings.refiner_add_noise, settings.refiner_leftover_noise)
     _warn_of_idle(base)
     if not refining.steps:
         # With a single step the usual handoff leaves the refiner none, which needs no warning.
         if settings.refiner_start_step is not None or settings.base_end_step is not None:
             log.warning("the refiner would start at step %d of %d: it does nothing; start it earlier", start, last)
-        return Cuts(base, None)
+        return StageRanges(base, None)
     if refiner_schedule is None:
         _warn_of_misfits(base, refining, steps)
-    return Cuts(base, refining)
+    return StageRanges(base, refining)
 
 
-def _refining(settings: CutSettings, begin: int, steps: int) -> Cuts:
+def _refining(settings: HandoffSettings, begin: int, steps: int) -> StageRanges:
     """Return the cuts of a picture that the refiner alone changes: it starts the run, and so adds the noise."""
     end = steps if settings.refiner_end_step is None else min(settings.refiner_end_step, steps)
-    refiner = Part(begin, end, leftover_noise=settings.refiner_leftover_noise)
+    refiner = StepRange(begin, end, leftover_noise=settings.refiner_leftover_noise)
     if not refiner.steps:
         log.warning("the refiner would start at step %d of %d: it does nothing; start it earlier", begin, end)
-    return Cuts(Part(begin, begin), refiner, first=replace(refiner, add_noise=settings.base_add_noise))
+    return StageRanges(StepRange(begin, begin), refiner, first=replace(refiner, add_noise=settings.base_add_noise))
 
 
-def _check(settings: CutSettings, *, refiner: bool) -> None:
+def _check(settings: HandoffSettings, *, refiner: bool) -> None:
     stated = {
         "--handoff": None if settings.handoff == "auto" else settings.handoff,
         "--handoff-step": settings.handoff_step,
@@ -179,7 +179,7 @@ def _check(settings: CutSettings, *, refiner: bool) -> None:
             raise UsageError(f"--{name.replace('_', '-')} {step}: steps count from 0")
 
 
-def _check_refine(stated: list[str], settings: CutSettings, *, refiner: bool) -> None:
+def _check_refine(stated: list[str], settings: HandoffSettings, *, refiner: bool) -> None:
     if not refiner:
         raise UsageError("--refine takes a refiner, and the bundle has none; use --image, or export the bundle with"
                          " --refiner SRC")  # fmt: skip
@@ -188,12 +188,12 @@ def _check_refine(stated: list[str], settings: CutSettings, *, refiner: bool) ->
         raise UsageError(f"--refine has the refiner alone change a picture; leave {option} out, or use --image")
 
 
-def _wants_refiner(settings: CutSettings, *, refiner: bool) -> bool:
+def _wants_refiner(settings: HandoffSettings, *, refiner: bool) -> bool:
     alone = settings.handoff is None and settings.handoff_step is None and settings.handoff_sigma is None
     return refiner and not alone
 
 
-def _ends(settings: CutSettings, schedule: Schedule, begin: int | None) -> tuple[int, int]:
+def _ends(settings: HandoffSettings, schedule: Schedule, begin: int | None) -> tuple[int, int]:
     """Return where the base stops and the refiner starts; `begin` is where a picture comes in."""
     stop, start = settings.base_end_step, settings.refiner_start_step
     if stop is None and start is None:
@@ -206,7 +206,7 @@ def _ends(settings: CutSettings, schedule: Schedule, begin: int | None) -> tuple
     return stop, start
 
 
-def _handoff(settings: CutSettings, schedule: Schedule, *, picture: bool) -> int:
+def _handoff(settings: HandoffSettings, schedule: Schedule, *, picture: bool) -> int:
     """Return the step of the one cut; each expert has a step at least, but for a `picture` the base."""
     steps = schedule.steps
     least = 0 if picture else 1
@@ -218,29 +218,31 @@ def _handoff(settings: CutSettings, schedule: Schedule, *, picture: bool) -> int
     if settings.handoff_sigma is not None:
         if not math.isfinite(settings.handoff_sigma) or settings.handoff_sigma <= 0:
             raise UsageError(f"--handoff-sigma {settings.handoff_sigma}: give a positive number")
-        return _no_idler(step_at_sigma(schedule, settings.handoff_sigma), least, steps,
+        return _check_not_empty(step_at_sigma(schedule, settings.handoff_sigma), least, steps,
                          f"--handoff-sigma {settings.handoff_sigma:g}")  # fmt: skip
     fraction = DEFAULT_HANDOFF if settings.handoff == "auto" else settings.handoff
     if fraction is None or not 0.0 < fraction < 1.0:
         raise UsageError(f"--handoff {fraction}: choose a fraction between 0 and 1 (0.8 is usual), or none")
     cut = step_at_fraction(schedule, fraction)
     # The usual handoff gives way where steps are few: with one, the base alone takes it.
-    return max(cut, least) if settings.handoff == "auto" else _no_idler(cut, least, steps, f"--handoff {fraction}")
+    return (
+        max(cut, least) if settings.handoff == "auto" else _check_not_empty(cut, least, steps, f"--handoff {fraction}")
+    )
 
 
-def _no_idler(cut: int, least: int, steps: int, option: str) -> int:
+def _check_not_empty(cut: int, least: int, steps: int, option: str) -> int:
     if least <= cut < steps:
         return cut
     idle = "base" if cut == 0 else "refiner"
     raise UsageError(f"{option} leaves the {idle} no step of {steps}; take more steps, another place, or --no-refiner")
 
 
-def _warn_of_idle(base: Part) -> None:
+def _warn_of_idle(base: StepRange) -> None:
     if not base.steps:
         log.warning("the base would start at step %d and stop at %d: it does nothing", base.start, base.stop)
 
 
-def _warn_of_misfits(base: Part, refiner: Part, steps: int) -> None:
+def _warn_of_misfits(base: StepRange, refiner: StepRange, steps: int) -> None:
     if base.stop != refiner.start:
         between = "are left out" if base.stop < refiner.start else "are taken twice"
         log.warning("the base stops at step %d, the refiner starts at %d: the steps between %s", base.stop,

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdxl_trt.runtime.images.inputs import InputPicture
-from sdxl_trt.runtime.request.handoff import CutSettings
+from sdxl_trt.runtime.request.handoff import HandoffSettings
 from sdxl_trt.runtime.request.sides import SideSettings
 
 
@@ -38,7 +38,7 @@ class PlainSettings:
 
 
 @dataclass(frozen=True)
-class Request(CutSettings, SideSettings, PlainSettings):
+class Request(HandoffSettings, SideSettings, PlainSettings):
     """What a user asks for. None takes the default that fits the bundle.
 
     Picture i has seed `seed` + i; in ComfyUI's way all pictures are a batch of one seed. The refiner's own noise, if

@@ -1,6 +1,6 @@
 """A request resolved against a bundle: every default is settled here, once."""
 
-__all__ = ["ResolvedRequest", "resolve"]
+__all__ = ["ResolvedRequest", "resolve_request"]
 
 
 import logging
@@ -14,16 +14,16 @@ from numpy.typing import NDArray
 
 from sdxl_trt.engines.bundle.manifest import Manifest, Scheduler
 from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.engines.plans.limits import Limits
+from sdxl_trt.engines.plans.limits import PlanLimits
 from sdxl_trt.runtime.diffusion.denoiser import PREDICTIONS
 from sdxl_trt.runtime.diffusion.guidance import Guidance, guided_span
 from sdxl_trt.runtime.diffusion.samplers.registry import sampler_names
 from sdxl_trt.runtime.diffusion.schedules.schedule import Schedule
 from sdxl_trt.runtime.images.inputs import Fit, InputPicture, as_input, check_input
-from sdxl_trt.runtime.request.handoff import Part
+from sdxl_trt.runtime.request.handoff import StepRange
 from sdxl_trt.runtime.request.request import PlainSettings, Request
 from sdxl_trt.runtime.request.schedules import make_grids
-from sdxl_trt.runtime.request.sides import StageName, Told, tell
+from sdxl_trt.runtime.request.sides import ResolvedSide, StageName, resolve_sides
 from sdxl_trt.runtime.request.sizes import picture_size
 from sdxl_trt.runtime.text.encoder import Prompt
 
@@ -48,10 +48,10 @@ class ResolvedRequest(PlainSettings):
     """The same, but where the refiner has a grid of its own."""
     spacing: str
     """What was asked for as the schedule; "" for the model's own."""
-    base: Part
-    refiner: Part | None
-    first: Part
-    sides: Mapping[StageName, tuple[Told, Told]]
+    base: StepRange
+    refiner: StepRange | None
+    first: StepRange
+    sides: Mapping[StageName, tuple[ResolvedSide, ResolvedSide]]
     """What the positive and the negative side of every stage are told."""
     prompt: Prompt
     negative: Prompt | None
@@ -71,12 +71,12 @@ class ResolvedRequest(PlainSettings):
     strength: float
 
     @property
-    def refined(self) -> bool:
+    def uses_refiner(self) -> bool:
         """Return whether the refiner runs at all."""
         return self.refiner is not None
 
     @property
-    def refine(self) -> bool:
+    def refiner_only(self) -> bool:
         """Return whether the refiner alone changes an image."""
         return self.first is not self.base
 
@@ -98,11 +98,11 @@ class ResolvedRequest(PlainSettings):
         """Return the grid of a stage."""
         return self.schedule if stage == "base" else self.refiner_schedule
 
-    def denoising_of(self, stage: StageName) -> tuple[str, Part]:
+    def denoising_of(self, stage: StageName) -> tuple[str, StepRange]:
         """Return the sampler of a stage and its part of the schedule; an idle refiner has no step."""
         if stage == "base":
             return self.sampler, self.base
-        return self.refiner_sampler, self.refiner or Part(self.schedule.steps, self.schedule.steps)
+        return self.refiner_sampler, self.refiner or StepRange(self.schedule.steps, self.schedule.steps)
 
     def prediction_type_of(self, scheduler: Scheduler) -> str:
         """Return what the UNet of a stage with `scheduler` predicts: what was asked for, or what its bundle says."""
@@ -112,10 +112,10 @@ class ResolvedRequest(PlainSettings):
         """Return the guidance of a stage."""
         scale = self.guidance if stage == "base" else self.refiner_guidance
         span = guided_span(self.schedule_of(stage).sigmas, *self.guidance_interval)
-        return Guidance(scale, self.guidance_rescale, *span, any_scale=self.comfyui)
+        return Guidance(scale, self.guidance_rescale, *span, comfyui_rule=self.comfyui)
 
 
-def resolve(request: Request, manifest: Manifest, limits: Limits | None = None) -> ResolvedRequest:
+def resolve_request(request: Request, manifest: Manifest, limits: PlanLimits | None = None) -> ResolvedRequest:
     """Settle every default of `request` for a bundle with `manifest`, within what its plans take, if there are any.
 
     Raises UsageError, and SizeError for sizes; the message names what would do.
@@ -135,7 +135,7 @@ def resolve(request: Request, manifest: Manifest, limits: Limits | None = None) 
     asked = (request.height, request.width)
     size = picture_size(asked, shape, manifest, limits, refined=cuts.refiner is not None,
                         picture=None if image is None else image.size)  # fmt: skip
-    sides = tell(request.prompt, request, manifest, size, comfyui=request.comfyui)
+    sides = resolve_sides(request.prompt, request, manifest, size, comfyui=request.comfyui)
     count = request.count or (shape[0] if shape else None) or 1
     seed = secrets.randbits(DRAWN_SEED_BITS) if request.seed is None else request.seed
     return ResolvedRequest(

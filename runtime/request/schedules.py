@@ -12,7 +12,7 @@ from sdxl_trt.engines.bundle.manifest import Manifest, Scheduler
 from sdxl_trt.runtime.diffusion.schedules.comfyui import DISCARDING
 from sdxl_trt.runtime.diffusion.schedules.schedule import Schedule, make_comfyui_schedule, make_schedule
 from sdxl_trt.runtime.diffusion.schedules.training import Table, comfyui_training_sigmas
-from sdxl_trt.runtime.request.handoff import Cuts, make_cuts
+from sdxl_trt.runtime.request.handoff import StageRanges, split_steps
 from sdxl_trt.runtime.request.strength import first_step, grid_steps, is_whole, settled_strength
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Grids:
 
     schedule: Schedule
     refiner: Schedule
-    cuts: Cuts
+    cuts: StageRanges
     strength: float
 
 
@@ -61,7 +61,7 @@ def make_grids(request: "Request", manifest: Manifest, *, image: bool) -> Grids:
     # Of two grids with as many steps, a step of one is a step of the other.
     apart = own if request.refiner_strength is not None or (own and own.steps != schedule.steps) else None
     refiner = manifest.refiner is not None
-    cuts = make_cuts(request, schedule, refiner=refiner, picture=begin, refiner_schedule=apart)
+    cuts = split_steps(request, schedule, refiner=refiner, picture=begin, refiner_schedule=apart)
     if own is not None and cuts.first is not None:
         schedule, own = own, None
     if request.comfyui:
@@ -108,7 +108,7 @@ def _begin(request: "Request", schedule: Schedule, strength: float) -> int:
     return request.base_start_step or (0 if request.comfyui else first_step(schedule.steps, strength))
 
 
-def _warn_of_single_steps(cuts: Cuts, experts: tuple[_Expert, ...]) -> None:
+def _warn_of_single_steps(cuts: StageRanges, experts: tuple[_Expert, ...]) -> None:
     parts = [cuts.base, cuts.refiner] if cuts.first is None else [cuts.refiner]
     for part, expert in zip(parts, experts[-len(parts) :], strict=False):
         if part is not None and part.steps == 1 and expert.sampler in _IDLE_FOR_ONE:

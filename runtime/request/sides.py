@@ -1,6 +1,6 @@
 """What each side of a stage, positive and negative, is told: prompt, sizes, crop, score; defaults are resolved here."""
 
-__all__ = ["Side", "SideMix", "SideSettings", "StageName", "Told", "ToldMix", "most_skipped", "tell"]
+__all__ = ["ResolvedSide", "Side", "SideMix", "SideSettings", "StageName", "ToldMix", "most_skipped", "resolve_sides"]
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -75,22 +75,22 @@ class ToldMix:
     """A SideMix, settled."""
 
     kind: Literal["zero", "concat", "average"]
-    other: "Told | None"
+    other: "ResolvedSide | None"
     strength: float
 
 
 @dataclass(frozen=True)
-class Told:
+class ResolvedSide:
     """What one side of a stage is told, settled."""
 
     prompt: Prompt
     micro: MicroConditions
     zeroed: bool = False
     mixes: tuple[ToldMix, ...] = ()
-    combined: tuple["Told", ...] = ()
+    combined: tuple["ResolvedSide", ...] = ()
 
     @property
-    def all(self) -> tuple["Told", ...]:
+    def all(self) -> tuple["ResolvedSide", ...]:
         """Return this one and those that are combined with it."""
         return (self, *self.combined)
 
@@ -109,9 +109,9 @@ class Told:
             yield from each.prompts()
 
 
-def tell(
+def resolve_sides(
     prompt: str, settings: SideSettings, manifest: Manifest, size: Pair, *, comfyui: bool
-) -> Mapping[StageName, tuple[Told, Told]]:
+) -> Mapping[StageName, tuple[ResolvedSide, ResolvedSide]]:
     """Return what the (positive, negative) sides of every stage are told for a picture of `size` (height, width).
 
     As in diffusers an absent negative is zeroed where the stage's config says so, and only the positive skips layers;
@@ -122,7 +122,7 @@ def tell(
     if manifest.refiner is not None:
         stages["refiner"] = manifest.refiner
     own = {"base": settings.base_sides, "refiner": settings.refiner_sides}
-    told: dict[StageName, tuple[Told, Told]] = {}
+    told: dict[StageName, tuple[ResolvedSide, ResolvedSide]] = {}
     for name, stage in stages.items():
         zeroed = settings.negative is None and stage.force_zeros_for_empty_prompt and not comfyui
         usual = (
@@ -138,7 +138,7 @@ def tell(
     return told
 
 
-def _settled(side: Side, settings: SideSettings, size: Pair, clip_skip: int) -> Told:
+def _settled(side: Side, settings: SideSettings, size: Pair, clip_skip: int) -> ResolvedSide:
     scores = settings.aesthetic_score, settings.negative_aesthetic_score
     if side.aesthetic_score is not None:
         # Which of the two is read depends on the side, and this is the side's.
@@ -155,7 +155,7 @@ def _settled(side: Side, settings: SideSettings, size: Pair, clip_skip: int) -> 
     )
     combined = tuple(_settled(each, settings, size, clip_skip) for each in side.combined)
     skipped = clip_skip if side.clip_skip is None else side.clip_skip
-    return Told(Prompt(side.text, side.text_2, skipped), micro, side.zeroed, mixes, combined)
+    return ResolvedSide(Prompt(side.text, side.text_2, skipped), micro, side.zeroed, mixes, combined)
 
 
 def _stated(*values: Pair | None) -> Pair:

@@ -7,7 +7,7 @@ import math
 
 from sdxl_trt.engines.bundle.manifest import Manifest
 from sdxl_trt.engines.errors import SizeError
-from sdxl_trt.engines.plans.limits import Limits
+from sdxl_trt.engines.plans.limits import PlanLimits
 
 log = logging.getLogger("sdxl_trt.runtime")
 MAX_SIDE = 16384
@@ -21,7 +21,7 @@ def picture_size(
     asked: tuple[int | None, int | None],
     latents: tuple[int, ...] | None,
     manifest: Manifest,
-    limits: Limits | None,
+    limits: PlanLimits | None,
     *,
     refined: bool,
     picture: tuple[int, int] | None = None,

@@ -117,13 +117,13 @@ class PromptEncoder:
         self._tokenizers: dict[str, PromptTokenizer] = {}
 
     def encode(
-        self, wanted: Sequence[tuple[Stage, Prompt]], following: str, *, weighted: bool = False
+        self, wanted: Sequence[tuple[Stage, Prompt]], next_engine: str, *, weighted: bool = False
     ) -> list[PromptEmbeds]:
         """Return the embeds of each (stage, prompt): hidden states side by side, pooled from the pooled encoder.
 
         A stage with a single encoder reads a prompt's `text`, as diffusers' refiner does. A prompt is cut at 77
         tokens; `weighted` is ComfyUI's way: weights in parentheses, and as many chunks of 77 as it takes, all read with
-        the vocabulary of the base's first encoder. Long-CLIP encoders have 248 for 77, either way. `following` is the
+        the vocabulary of the base's first encoder. Long-CLIP encoders have 248 for 77, either way. `next_engine` is the
         engine that is needed next, for the pool to make ready. Raises UsageError for more than MAX_CHUNKS, a weight
         beyond MAX_WEIGHT, one that a UNet cannot hold, or encoders that ComfyUI reads in another way.
         """
@@ -133,7 +133,7 @@ class PromptEncoder:
             _warn_of_embeddings(wanted)
         known: dict[tuple[TextEncoder, str, int], _Text] = {}
         texts = [self._texts(stage, prompt, known, weighted=weighted) for stage, prompt in wanted]
-        done = self._run_all(dict.fromkeys(row for parts in texts for text in parts for row in text.rows), following)
+        done = self._run_all(dict.fromkeys(row for parts in texts for text in parts for row in text.rows), next_engine)
         joined = [
             _join(stage.text_encoders, [text.joined(done) for text in parts])
             for (stage, _), parts in zip(wanted, texts, strict=True)
@@ -179,14 +179,14 @@ class PromptEncoder:
             raise UsageError(f"a weight of {heaviest:g} in the prompt takes it beyond what the {dtype.name} UNet holds;"
                              " choose one nearer to 1")  # fmt: skip
 
-    def _run_all(self, rows: Iterable[_Row], following: str) -> dict[_Row, PromptEmbeds]:
+    def _run_all(self, rows: Iterable[_Row], next_engine: str) -> dict[_Row, PromptEmbeds]:
         by_component: dict[str, list[_Row]] = {}
         for row in rows:
             by_component.setdefault(row.component, []).append(row)
         done: dict[_Row, PromptEmbeds] = {}
-        nexts = [*list(by_component)[1:], following]
-        for (component, distinct), upcoming in zip(by_component.items(), nexts, strict=True):
-            (engine,) = self._pool.phase(component, then=(upcoming,))
+        nexts = [*list(by_component)[1:], next_engine]
+        for (component, distinct), after in zip(by_component.items(), nexts, strict=True):
+            (engine,) = self._pool.phase(component, next_engines=(after,))
             for start in range(0, len(distinct), MAX_ROWS_OF_PROMPTS):
                 done |= _run(engine, distinct[start : start + MAX_ROWS_OF_PROMPTS])
         return done

@@ -1,6 +1,6 @@
 """Latents to pictures in [-1, 1]: the autoencoder's scaling undone, and in tiles where a whole one is too large."""
 
-__all__ = ["Latents", "decode", "from_unit", "to_uint8", "to_uint8_truncated", "to_unit"]
+__all__ = ["Latents", "decode_latents", "from_unit", "to_uint8", "to_uint8_truncated", "to_unit"]
 
 
 import numpy as np
@@ -15,7 +15,7 @@ from sdxl_trt.runtime.vae.tiling import decode_tiled
 Latents = NDArray[np.float32]
 
 
-def decode(engine: Engine, vae: Vae, latents: Latents, *, tile: Size | None = None) -> Array:
+def decode_latents(engine: Engine, vae: Vae, latents: Latents, *, tile: Size | None = None) -> Array:
     """Return the sample (n, 3, h·f, w·f) of latents (n, c, h, w) as a sampler leaves them, about -1 to 1.
 
     A `tile` (height, width) of latents is decoded at a time, and the sample is then float32, blended of them.

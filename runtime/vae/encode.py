@@ -95,14 +95,14 @@ class PictureEncoder:
     def __init__(self, pool: EnginePool) -> None:
         self._pool = pool
 
-    def encode(self, wanted: Sequence[Wanted], following: str) -> Iterator[tuple[int, Moments]]:
-        """Yield the number of every one of `wanted` and its moments; engine `following` is needed next.
+    def encode(self, wanted: Sequence[Wanted], next_engine: str) -> Iterator[tuple[int, Moments]]:
+        """Yield the number of every one of `wanted` and its moments; engine `next_engine` is needed next.
 
         Raises CorruptError for an encoder that answers with NaN.
         """
         encoders = list(dict.fromkeys(_encoder(each.vae) for each in wanted))
-        for encoder, upcoming in zip(encoders, [*encoders[1:], following], strict=True):
-            (engine,) = self._pool.phase(encoder, then=(upcoming,))
+        for encoder, after in zip(encoders, [*encoders[1:], next_engine], strict=True):
+            (engine,) = self._pool.phase(encoder, next_engines=(after,))
             done: dict[tuple[object, ...], Moments] = {}
             for number, each in enumerate(wanted):
                 if _encoder(each.vae) != encoder:

@@ -4,15 +4,15 @@ import pytest
 
 from sdxl_trt.benchmarks.contest.ratios import ratios
 from sdxl_trt.benchmarks.measure.bars import Bar
-from sdxl_trt.benchmarks.report.records import BenchReport, ColdStart, Contestant, Measurement, Quality, Settings
+from sdxl_trt.benchmarks.report.records import BenchReport, BenchSettings, ColdStart, Contestant, Measurement, Quality
 
 OURS = "sdxl-trt"
 STAGES = {"text encoders": 0.03, "base UNet": 0.7, "handoff": 0.01, "refiner UNet": 0.18, "VAE decode": 0.08}
 
 
 @pytest.fixture(scope="session")
-def settings() -> Settings:
-    return Settings(
+def settings() -> BenchSettings:
+    return BenchSettings(
         bundle="bundle", model="a model", width=64, height=64, batch=1, steps=10, handoff=0.8, guidance=5.0, seed=7,
         tokens=77, runs=3, warmups=1, threads=2, prompt="a red star",
     )  # fmt: skip
@@ -47,7 +47,7 @@ def _timed(contestant: str, pace: float) -> list[Measurement]:
 
 
 @pytest.fixture(scope="session")
-def report(settings: Settings) -> BenchReport:
+def report(settings: BenchSettings) -> BenchReport:
     measured = [*_timed(OURS, 0.513), *_timed("eager", 1.027)]
     return BenchReport(
         command=("trt-bench", "--engines", "a folder"),
@@ -82,5 +82,5 @@ def report(settings: Settings) -> BenchReport:
 
 
 @pytest.fixture(scope="session")
-def empty(settings: Settings) -> BenchReport:
+def empty(settings: BenchSettings) -> BenchReport:
     return BenchReport(machine={}, versions={}, settings=settings)

@@ -12,7 +12,7 @@ import pytest
 
 from sdxl_trt.benchmarks.cli import main
 from sdxl_trt.benchmarks.contest import bench
-from sdxl_trt.benchmarks.contest.bench import Options, run_bench, settled_spec
+from sdxl_trt.benchmarks.contest.bench import BenchOptions, run_bench, settled_spec
 from sdxl_trt.benchmarks.contest.sweeps import is_usual, sweep_asks
 from sdxl_trt.benchmarks.measure.subjects import Subject, find_subject
 from sdxl_trt.benchmarks.report.records import BenchReport, read_report
@@ -69,7 +69,7 @@ def test_everybody_is_in_the_report(subject: Subject, fakes: dict[str, str]) -> 
     fakes["eager"] = "sys.exit('no torch')"
     fakes["compile"] = "print('compiling')"
     said: list[str] = []
-    report = run_bench(subject, Options(runs=2, components=True, sweeps=True), said.append)
+    report = run_bench(subject, BenchOptions(runs=2, components=True, sweeps=True), said.append)
     reasons = {one.name: one.missing for one in report.contestants}
     assert reasons["ort-cuda"] == reasons["tensorrt"] == "no GPU"
     assert reasons["eager"] == "prepare: it ended with exit code 1 (no torch)"
@@ -92,16 +92,16 @@ def test_everybody_is_in_the_report(subject: Subject, fakes: dict[str, str]) -> 
 def test_without_ours_there_is_no_benchmark(subject: Subject, fakes: dict[str, str]) -> None:
     fakes["sdxl-trt"] = "sys.exit('broken')"
     with pytest.raises(EngineError, match="broken"):
-        run_bench(subject, Options(against="eager"))
+        run_bench(subject, BenchOptions(against="eager"))
 
 
 @pytest.mark.parametrize(
     ("options", "error"),
-    [(Options(steps=0), UsageError), (Options(batch=0), UsageError), (Options(runs=-1), UsageError),
-     (Options(width=100), SizeError), (Options(against="nobody"), UsageError)],
+    [(BenchOptions(steps=0), UsageError), (BenchOptions(batch=0), UsageError), (BenchOptions(runs=-1), UsageError),
+     (BenchOptions(width=100), SizeError), (BenchOptions(against="nobody"), UsageError)],
 )  # fmt: skip
 def test_what_cannot_be_is_said_before_anything_starts(
-    subject: Subject, options: Options, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+    subject: Subject, options: BenchOptions, error: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bench, "Child", None)
     with pytest.raises(error):
@@ -109,7 +109,7 @@ def test_what_cannot_be_is_said_before_anything_starts(
 
 
 def test_sweeps_hold_sizes_that_the_unets_take(subject: Subject) -> None:
-    spec = settled_spec(subject, Options())
+    spec = settled_spec(subject, BenchOptions())
     asks = list(sweep_asks(spec, 8))
     sizes = [(ask.width, ask.height) for name, ask in asks if name == "size"]
     assert sizes == [(64, 64), (96, 96), (128, 128)]
@@ -119,7 +119,7 @@ def test_sweeps_hold_sizes_that_the_unets_take(subject: Subject) -> None:
     assert all(ask.varied for _, ask in asks)
     usual = [(name, ask.width or ask.batch or ask.handoff) for name, ask in asks if is_usual(ask, spec)]
     assert usual == [("size", 128), ("batch", 1), ("handoff", 0.8)]
-    alone = settled_spec(subject, Options(handoff=None))
+    alone = settled_spec(subject, BenchOptions(handoff=None))
     assert {name for name, _ in sweep_asks(alone, 64)} == {"size", "batch"}
     assert min(ask.width or 64 for _, ask in sweep_asks(alone, 128)) == 64
 
@@ -179,7 +179,7 @@ def test_quality_that_is_not_reached_is_an_error(
         VARIANTS=("fp32",), measure_quality=lambda *_: ("a row",), verdict=lambda rows: f"quality: {rows[0]} is off"
     )
     monkeypatch.setitem(sys.modules, "sdxl_trt.benchmarks.quality.quality", quality)
-    monkeypatch.setattr("sdxl_trt.benchmarks.report.markdown.markdown", lambda report: "# all of it\n")
+    monkeypatch.setattr("sdxl_trt.benchmarks.report.markdown.markdown_report", lambda report: "# all of it\n")
     assert main(["--against", "none", "--quick", "--quality"]) == 1
     printed = capsys.readouterr()
     assert printed.out == "# all of it\n", printed.err
@@ -200,7 +200,7 @@ def test_help_needs_nothing_heavy() -> None:
 @pytest.mark.slow
 def test_the_embedded_pair_for_real(subject: Subject) -> None:
     """Ours beside plain ONNX Runtime on the same graphs: the same output, from processes of their own."""
-    options = Options(against="onnxruntime", steps=2, runs=1, components=True, floors=False)
+    options = BenchOptions(against="onnxruntime", steps=2, runs=1, components=True, floors=False)
     report = run_bench(subject, options)
     assert [one.missing for one in report.contestants] == ["", ""]
     done = {(one.what, one.contestant) for one in report.measurements}

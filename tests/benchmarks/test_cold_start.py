@@ -8,14 +8,14 @@ import pytest
 from PIL import Image
 
 from sdxl_trt.benchmarks.contest.bars import bench_bars
-from sdxl_trt.benchmarks.contest.bench import Options, settled_spec
+from sdxl_trt.benchmarks.contest.bench import BenchOptions, settled_spec
 from sdxl_trt.benchmarks.contest.cold_start import OURS, THEIRS, cold_starts, commands, likeness
 from sdxl_trt.benchmarks.measure.processes import Measured
 from sdxl_trt.benchmarks.measure.subjects import Subject, find_subject
-from sdxl_trt.benchmarks.report.records import BenchReport, Contestant, Measurement, Settings
+from sdxl_trt.benchmarks.report.records import BenchReport, BenchSettings, Contestant, Measurement
 from sdxl_trt.mini.embedded import bundle_path
 
-SETTINGS = Settings(bundle="", model="", width=8, height=8, batch=1, steps=1, handoff=None, guidance=1, seed=0,
+SETTINGS = BenchSettings(bundle="", model="", width=8, height=8, batch=1, steps=1, handoff=None, guidance=1, seed=0,
                     tokens=77, runs=1, warmups=1, threads=1, prompt="")  # fmt: skip
 
 
@@ -43,7 +43,7 @@ class Runner:
 
 def test_both_take_turns_and_the_first_round_is_not_counted(subject: Subject) -> None:
     runner = Runner()
-    (ours, theirs), said = cold_starts(subject, settled_spec(subject, Options()), 3, run=runner)
+    (ours, theirs), said = cold_starts(subject, settled_spec(subject, BenchOptions()), 3, run=runner)
     assert "".join(runner.order) == "to" + "ot" + "to" + "ot"
     assert (ours.name, ours.seconds, ours.peak_rss) == (OURS, (1.0,) * 3, 10)
     assert (theirs.name, theirs.seconds, theirs.peak_rss) == (THEIRS, (4.0,) * 3, 100)
@@ -56,13 +56,13 @@ def test_both_take_turns_and_the_first_round_is_not_counted(subject: Subject) ->
 
 
 def test_other_pictures_are_told_of(subject: Subject) -> None:
-    _, said = cold_starts(subject, settled_spec(subject, Options()), 1, run=Runner(shade=60))
+    _, said = cold_starts(subject, settled_spec(subject, BenchOptions()), 1, run=Runner(shade=60))
     assert "DIFFERENT" in said
 
 
 def test_one_that_fails_is_listed_and_not_asked_again(subject: Subject) -> None:
     runner = Runner(fails=THEIRS)
-    (ours, theirs), said = cold_starts(subject, settled_spec(subject, Options()), 2, run=runner)
+    (ours, theirs), said = cold_starts(subject, settled_spec(subject, BenchOptions()), 2, run=runner)
     assert "".join(runner.order) == "tooo"
     assert (theirs.seconds, theirs.missing) == ((), "error: no memory")
     assert len(ours.seconds) == 2
@@ -71,7 +71,7 @@ def test_one_that_fails_is_listed_and_not_asked_again(subject: Subject) -> None:
 
 
 def test_both_commands_are_told_the_same(subject: Subject, tmp_path: Path) -> None:
-    spec = settled_spec(subject, Options(steps=9, handoff=0.5, seed=3, guidance=2.0, width=64))
+    spec = settled_spec(subject, BenchOptions(steps=9, handoff=0.5, seed=3, guidance=2.0, width=64))
     found = commands(subject, spec, tmp_path)
     for option, value in (("--steps", "9"), ("--handoff", "0.5"), ("--seed", "3"), ("--guidance", "2.0"),
                           ("--width", "64"), ("--height", "128")):  # fmt: skip

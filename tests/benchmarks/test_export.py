@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from sdxl_trt.benchmarks.full_size import export
-from sdxl_trt.benchmarks.full_size.export import Case, bars, cases, main, run, table
+from sdxl_trt.benchmarks.full_size.export import ExportCase, bars, cases, main, run, table
 from sdxl_trt.benchmarks.measure.processes import Measured
 
 GB = 10**9
@@ -74,7 +74,7 @@ def test_what_a_case_wrote_is_removed(tmp_path: Path) -> None:
 
     out = tmp_path / "exported/a"
     code = f"import pathlib; pathlib.Path({str(out)!r}).mkdir(parents=True)"
-    report = run([Case("a", (sys.executable, "-c", code), out)], tmp_path, quick=True)
+    report = run([ExportCase("a", (sys.executable, "-c", code), out)], tmp_path, quick=True)
     assert report.runs["a"].ok
     assert not out.exists()
 
@@ -83,7 +83,7 @@ def test_names_in_the_bars_are_names_of_cases(tmp_path: Path) -> None:
     assert {case.name for case in cases(tmp_path, quick=False)} == _all_good().keys()
 
 
-def _with_an_encoder(work: Path, *, quick: bool) -> list[Case]:
+def _with_an_encoder(work: Path, *, quick: bool) -> list[ExportCase]:
     small = {"unet": "text_encoder"}
     return [replace(case, command=tuple(small.get(word, word) for word in case.command))
             for case in cases(work, quick=quick)]  # fmt: skip

@@ -40,7 +40,7 @@ def test_every_sampler_is_compared_or_says_why_not() -> None:
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if not case.needs], ids=lambda case: case.sampler)
-def test_both_sides_take_the_same_steps(case: host_cases.Case) -> None:
+def test_both_sides_take_the_same_steps(case: host_cases.HostCase) -> None:
     """One with two calls of the UNet leaves out the last step, which has one."""
     expected = STEPS - (case.sampler in TWO_CALLS)
     for run in (our_run(case.sampler, "float32", STEPS), their_run(case, "float16", STEPS)):

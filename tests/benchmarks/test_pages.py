@@ -11,16 +11,16 @@ from hypothesis import strategies as st
 
 from sdxl_trt.benchmarks.measure.bars import Bar
 from sdxl_trt.benchmarks.report.charts import charts
-from sdxl_trt.benchmarks.report.markdown import markdown
+from sdxl_trt.benchmarks.report.markdown import markdown_report
 from sdxl_trt.benchmarks.report.pages import page, write_pages
 from sdxl_trt.benchmarks.report.quantities import plain
 from sdxl_trt.benchmarks.report.records import (
     BenchReport,
+    BenchSettings,
     ColdStart,
     Contestant,
     Measurement,
     Quality,
-    Settings,
     read_report,
 )
 
@@ -59,7 +59,9 @@ def test_no_element_is_closed_as_html_cannot(report: BenchReport) -> None:
 def test_every_text_of_the_markdown_is_in_it(report: BenchReport) -> None:
     """Both are made of the same sections: what a row of the table says, a row of the page says."""
     rows = [
-        [cell.strip(" *") for cell in line.split("|")[1:-1]] for line in markdown(report).splitlines() if "|" in line
+        [cell.strip(" *") for cell in line.split("|")[1:-1]]
+        for line in markdown_report(report).splitlines()
+        if "|" in line
     ]
     found = [["".join(cell.itertext()).strip() for cell in row] for row in _parsed(report).iter("tr")]
     told = [row for row in rows if not set("".join(row)) <= set("-: ")]
@@ -133,7 +135,7 @@ def test_a_name_is_text_wherever_it_stands(text: str) -> None:
 
 
 def _named(name: str) -> BenchReport:
-    asked = Settings(bundle=name, model=name, width=8, height=8, batch=1, steps=1, handoff=None, guidance=1.0,
+    asked = BenchSettings(bundle=name, model=name, width=8, height=8, batch=1, steps=1, handoff=None, guidance=1.0,
                         seed=0, tokens=77, runs=1, warmups=0, threads=1, prompt=name)  # fmt: skip
     return BenchReport(
         command=(name,), machine={name: name, "processor": name}, versions={name: name}, settings=asked,
@@ -153,5 +155,5 @@ def test_the_files_are_one_report(report: BenchReport, tmp_path: Path) -> None:
     folder = tmp_path / "new/folder"
     assert {path.name for path in folder.iterdir()} == {"report.json", "report.md", "report.html"}
     assert read_report(folder / "report.json") == report
-    assert (folder / "report.md").read_text() == markdown(report)
+    assert (folder / "report.md").read_text() == markdown_report(report)
     assert (folder / "report.html").read_text() == page(report)

@@ -15,16 +15,16 @@ from sdxl_trt.benchmarks.measure.subjects import Subject
 from sdxl_trt.benchmarks.quality import quality
 from sdxl_trt.benchmarks.quality.limits import STAGES
 from sdxl_trt.benchmarks.quality.quality import GIVEN, measure_quality, verdict
-from sdxl_trt.benchmarks.quality.traces import Case, Trace
-from sdxl_trt.benchmarks.report.markdown import markdown
-from sdxl_trt.benchmarks.report.records import BenchReport, Quality, Settings
+from sdxl_trt.benchmarks.quality.traces import Trace, TraceCase
+from sdxl_trt.benchmarks.report.markdown import markdown_report
+from sdxl_trt.benchmarks.report.records import BenchReport, BenchSettings, Quality
 from sdxl_trt.engines.bundle.bundle import read_bundle, write_manifest
 from sdxl_trt.engines.bundle.manifest import LoraRecord
 from sdxl_trt.engines.errors import CorruptError, UsageError
 from sdxl_trt.engines.host.files import sha256_file
 from sdxl_trt.mini.scenes.scenes import EVALUATION_SEEDS, render, sample_scene, training_pairs
 
-SETTINGS = Settings(
+SETTINGS = BenchSettings(
     bundle="", model="", width=32, height=32, batch=1, steps=4, handoff=0.5, guidance=5.0, seed=3, tokens=77, runs=1,
     warmups=0, threads=1, prompt="a red fox in the snow",
 )  # fmt: skip
@@ -42,7 +42,7 @@ def traced() -> Callable[..., list[Trace]]:
     known: dict[tuple[Any, ...], list[Trace]] = {}
     run = quality.trace_diffusers
 
-    def trace(base: str, refiner: str | None, cases: Sequence[Case], settings: Settings) -> list[Trace]:
+    def trace(base: str, refiner: str | None, cases: Sequence[TraceCase], settings: BenchSettings) -> list[Trace]:
         key = (base, refiner, settings, *(case.noise.tobytes() for case in cases))
         if key not in known:
             known[key] = run(base, refiner, cases, settings)
@@ -59,7 +59,7 @@ def measure(
     monkeypatch.setattr(quality, "trace_diffusers", traced)
     pair = pairs("outline")
 
-    def run(change: Callable[[Path], None] | None = None, settings: Settings = SETTINGS) -> tuple[Quality, ...]:
+    def run(change: Callable[[Path], None] | None = None, settings: BenchSettings = SETTINGS) -> tuple[Quality, ...]:
         bundle = pair.bundle
         if change is not None:
             monkeypatch.setattr(quality, "check_same_model", lambda _: None)  # costs seconds, and has its own tests
@@ -254,7 +254,7 @@ def test_what_is_drawn_depends_on_the_model(pairs: Any, tmp_path: Path) -> None:
 
 def test_the_report_says_why_a_variant_was_not_measured(report: BenchReport) -> None:
     missing = Quality(variant="bf16", stage="", psnr=None, missing="no kernels")
-    told = markdown(msgspec.structs.replace(report, quality=(*report.quality, missing)))
+    told = markdown_report(msgspec.structs.replace(report, quality=(*report.quality, missing)))
     assert "bf16 | quality | no kernels" in told
     (row,) = (line for line in told.splitlines() if line.startswith("| bf16 | ") and "no kernels" not in line)
     assert not {"equal", "yes", "no"} & {cell.strip() for cell in row.split("|")}

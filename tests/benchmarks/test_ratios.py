@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from sdxl_trt.benchmarks.contest.ratios import agree, ratio, ratios
-from sdxl_trt.benchmarks.report.records import BenchReport, Measurement, Ratio, Settings
+from sdxl_trt.benchmarks.report.records import BenchReport, BenchSettings, Measurement, Ratio
 
-SETTINGS = Settings(bundle="", model="", width=8, height=8, batch=1, steps=1, handoff=None, guidance=1, seed=0,
+SETTINGS = BenchSettings(bundle="", model="", width=8, height=8, batch=1, steps=1, handoff=None, guidance=1, seed=0,
                     tokens=77, runs=1, warmups=1, threads=1, prompt="")  # fmt: skip
 
 

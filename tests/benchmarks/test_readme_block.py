@@ -3,7 +3,7 @@
 import msgspec
 import pytest
 
-from sdxl_trt.benchmarks.report.markdown import markdown
+from sdxl_trt.benchmarks.report.markdown import markdown_report
 from sdxl_trt.benchmarks.report.pages import page
 from sdxl_trt.benchmarks.report.readme import BEGIN, END, NOTHING, README, RESULTS, block, read_results, rewritten
 from sdxl_trt.benchmarks.report.records import BenchReport
@@ -17,7 +17,7 @@ def test_the_readme_says_what_the_results_say() -> None:
 
 def test_the_pages_of_the_results_are_those_of_their_reports() -> None:
     for name, report in read_results().items():
-        assert (RESULTS / f"{name}.md").read_text(encoding="utf-8") == markdown(report), "run: make readme"
+        assert (RESULTS / f"{name}.md").read_text(encoding="utf-8") == markdown_report(report), "run: make readme"
         assert (RESULTS / f"{name}.html").read_text(encoding="utf-8") == page(report), "run: make readme"
 
 

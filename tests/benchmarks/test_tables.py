@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from sdxl_trt.benchmarks.report.document import Table, without_empty
-from sdxl_trt.benchmarks.report.markdown import code_block, escaped, markdown, table_lines
+from sdxl_trt.benchmarks.report.markdown import code_block, escaped, markdown_report, table_lines
 from sdxl_trt.benchmarks.report.quantities import memory, plain, significant, time_unit, times
 from sdxl_trt.benchmarks.report.records import BenchReport, Contestant, Measurement
 
@@ -42,14 +42,14 @@ def test_a_command_is_a_block_of_code_that_nothing_ends(text: str) -> None:
 
 @pytest.mark.parametrize("note", ["# big", "- a", "1. a", "> a", "=== a", "+ a", "<b>a</b>", "[a](b)", "![a](b)", "``"])
 def test_a_note_is_a_note(note: str, empty: BenchReport) -> None:
-    everything = _rendered(markdown(msgspec.structs.replace(empty, notes=(note,))))
+    everything = _rendered(markdown_report(msgspec.structs.replace(empty, notes=(note,))))
     found = [item for item in everything.iter("li") if item.text and item.text.strip() == note]
     assert len(found) == 1
     assert len(found[0]) == 0
 
 
 def test_every_figure_is_in_it(report: BenchReport) -> None:
-    text = markdown(report)
+    text = markdown_report(report)
     for one in report.measurements:
         unit = time_unit(
             each.median for each in report.measurements if (each.what, each.sweep) == (one.what, one.sweep)
@@ -67,7 +67,7 @@ def test_every_figure_is_in_it(report: BenchReport) -> None:
 
 
 def test_what_a_figure_is_of_is_said(report: BenchReport) -> None:
-    text = markdown(report)
+    text = markdown_report(report)
     assert "| | bar |" in re.sub(" +", " ", text)
     assert "**base UNet step: 64×64, batch 1, 2 rows**" in text
     assert "**picture, by size: batch 1**" in text
@@ -78,26 +78,26 @@ def test_what_a_figure_is_of_is_said(report: BenchReport) -> None:
 
 
 def test_the_bars_come_first_and_the_commands_last(report: BenchReport) -> None:
-    heads = re.findall(r"^## (.*)$", markdown(report), re.MULTILINE)
+    heads = re.findall(r"^## (.*)$", markdown_report(report), re.MULTILINE)
     assert heads == ["Bars", "End to end", "Part by part", "Before the first run", "Cold start", "Quality",
                      "What could not run", "Notes", "How it was measured"]  # fmt: skip
 
 
 def test_who_could_not_run_is_named_with_the_reason(report: BenchReport) -> None:
-    text = markdown(report)
+    text = markdown_report(report)
     assert "| OpenVINO | everything | there is no environment of peers |" in text
     assert "| PyTorch eager, fp32 | VAE decode | it has none |" in text
     assert "| another | cold start | it failed |" in text
 
 
 def test_what_is_not_finite_is_not_called_equal(report: BenchReport) -> None:
-    text = markdown(report)
+    text = markdown_report(report)
     assert "| fp32 | embeddings | equal |" in text
     assert "| broken | pixels | not finite |" in text
 
 
 def test_a_report_of_nothing_says_how_and_no_more(empty: BenchReport) -> None:
-    assert re.findall(r"^## (.*)$", markdown(empty), re.MULTILINE) == ["How it was measured"]
+    assert re.findall(r"^## (.*)$", markdown_report(empty), re.MULTILINE) == ["How it was measured"]
 
 
 def test_one_contestant_has_no_ratio(report: BenchReport) -> None:
@@ -105,12 +105,12 @@ def test_one_contestant_has_no_ratio(report: BenchReport) -> None:
         report, contestants=report.contestants[:1], ratios=(),
         measurements=tuple(one for one in report.measurements if one.contestant == "sdxl-trt"),
     )  # fmt: skip
-    assert "/ this" not in markdown(msgspec.structs.replace(alone, cold_starts=()))
+    assert "/ this" not in markdown_report(msgspec.structs.replace(alone, cold_starts=()))
 
 
 def test_two_that_are_called_alike_are_told_apart(report: BenchReport) -> None:
     twins = tuple(Contestant(name=name, title="X", precision="fp32") for name in ("sdxl-trt", "eager"))
-    text = markdown(msgspec.structs.replace(report, contestants=twins))
+    text = markdown_report(msgspec.structs.replace(report, contestants=twins))
     assert "| **X, fp32 (sdxl-trt)** |" in text
     assert "| X, fp32 (eager) |" in text
 
@@ -119,7 +119,7 @@ def test_a_measurement_without_runs_or_of_nobody_is_no_error(report: BenchReport
     def one(contestant: str, seconds: tuple[float, ...]) -> Measurement:
         return Measurement(contestant=contestant, what="odd", width=8, height=8, batch=1, seconds=seconds)
 
-    text = markdown(msgspec.structs.replace(report, measurements=(one("eager", ()), one("nobody", (0.0,)))))
+    text = markdown_report(msgspec.structs.replace(report, measurements=(one("eager", ()), one("nobody", (0.0,)))))
     assert "| nobody | 0 µs |" in text
 
 

@@ -7,11 +7,11 @@ import pytest
 
 from sdxl_trt.benchmarks import ten_minutes
 from sdxl_trt.benchmarks.measure.bars import Bar
-from sdxl_trt.benchmarks.report.records import BenchReport, Ratio, Settings, read_report
+from sdxl_trt.benchmarks.report.records import BenchReport, BenchSettings, Ratio, read_report
 from sdxl_trt.benchmarks.ten_minutes import main
 from sdxl_trt.engines.errors import SourceError
 
-SETTINGS = Settings(bundle="b", model="m", width=8, height=8, batch=1, steps=1, handoff=None, guidance=1, seed=0,
+SETTINGS = BenchSettings(bundle="b", model="m", width=8, height=8, batch=1, steps=1, handoff=None, guidance=1, seed=0,
                     tokens=77, runs=1, warmups=1, threads=1, prompt="")  # fmt: skip
 
 

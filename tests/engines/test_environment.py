@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from sdxl_trt.engines.backends.trt import environment
-from sdxl_trt.engines.backends.trt.environment import device_available, here
+from sdxl_trt.engines.backends.trt.environment import current_environment, device_available
 from sdxl_trt.engines.bundle.plan_record import ANY
 from sdxl_trt.engines.errors import IncompatibleError
 
@@ -33,7 +33,7 @@ def driver_file(tmp_path: Path, monkeypatch) -> Path:
 
 def test_here_names_all_that_binds_a_plan(simulated, driver_file: Path) -> None:
     driver_file.write_text(OPEN)
-    found = here("tensorrt")
+    found = current_environment("tensorrt")
     assert found.flavour == "tensorrt"
     assert found.tensorrt == sys.modules["tensorrt"].__version__
     assert (found.gpu, found.compute_capability, found.driver) == ("Simulated GPU", "8.9", "580.65.06")
@@ -43,16 +43,16 @@ def test_here_names_all_that_binds_a_plan(simulated, driver_file: Path) -> None:
 @pytest.mark.parametrize(("text", "driver"), [(CLOSED, "535.104.05"), (SHORT, "1000.12"), ("nothing", "CUDA 13.5")])
 def test_the_driver_is_the_kernels_or_what_it_supports(simulated, driver_file: Path, text: str, driver: str) -> None:
     driver_file.write_text(text)
-    assert here("tensorrt").driver == driver
+    assert current_environment("tensorrt").driver == driver
 
 
 def test_without_the_kernels_file_the_driver_is_what_it_supports(simulated, driver_file: Path) -> None:
-    assert here("tensorrt").driver == "CUDA 13.5"
+    assert current_environment("tensorrt").driver == "CUDA 13.5"
 
 
 def test_plans_for_rtx_are_bound_to_no_gpu(simulated) -> None:
     simulated.install("tensorrt-rtx")
-    found = here("tensorrt-rtx")
+    found = current_environment("tensorrt-rtx")
     assert (found.gpu, found.compute_capability, found.driver) == (ANY, ANY, ANY)
     assert found.tensorrt == sys.modules["tensorrt_rtx"].__version__
     assert not simulated.calls, "a GPU was asked for"
@@ -60,7 +60,7 @@ def test_plans_for_rtx_are_bound_to_no_gpu(simulated) -> None:
 
 def test_the_other_flavour_is_not_installed(simulated) -> None:
     with pytest.raises(IncompatibleError, match="provider tensorrt-rtx needs tensorrt_rtx"):
-        here("tensorrt-rtx")
+        current_environment("tensorrt-rtx")
 
 
 def test_a_device_is_found(simulated) -> None:

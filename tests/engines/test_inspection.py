@@ -172,7 +172,7 @@ def _statuses(bundle: Bundle) -> dict[str, tuple[str, list[str]]]:
 def here(monkeypatch: pytest.MonkeyPatch) -> Callable[[Environment], None]:
     """Return a function that says what this machine is."""
     return lambda environment: monkeypatch.setattr(
-        "sdxl_trt.engines.backends.trt.environment.here", lambda _flavour: environment
+        "sdxl_trt.engines.backends.trt.environment.current_environment", lambda _flavour: environment
     )
 
 
@@ -218,7 +218,7 @@ def test_without_tensorrt_the_reason_is_told(plan: Any, monkeypatch: pytest.Monk
     def fail(_flavour: str) -> Environment:
         raise IncompatibleError("provider tensorrt needs tensorrt (No module named 'tensorrt'); pip install it")
 
-    monkeypatch.setattr("sdxl_trt.engines.backends.trt.environment.here", fail)
+    monkeypatch.setattr("sdxl_trt.engines.backends.trt.environment.current_environment", fail)
     bundle = plan("unet")
     assert find_rebuilds(read_bundle(bundle_path()))[0].components[0].status == "missing"  # asked for without plans too
     plan("text_encoder", graph="1" * 64)

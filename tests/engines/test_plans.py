@@ -14,7 +14,7 @@ from sdxl_trt.engines.bundle.profile import Profile, Range, fixed
 from sdxl_trt.engines.bundle.records import FileRecord
 from sdxl_trt.engines.errors import CorruptError, IncompatibleError, SdxlTrtError, SizeError
 from sdxl_trt.engines.plans.files import plan_path, read_plan
-from sdxl_trt.engines.plans.limits import Limits, plan_limits
+from sdxl_trt.engines.plans.limits import PlanLimits, plan_limits
 from sdxl_trt.engines.plans.lookup import find_plan, has_plans, why_rebuild
 from sdxl_trt.engines.plans.sizes import Sizes, profiles_of, stage_sizes
 
@@ -263,4 +263,4 @@ def test_static_limits_hold_both_row_counts(bundle: Bundle) -> None:
     sizes = Sizes(height=fixed(128), width=fixed(128), batch=fixed(3), tokens=fixed(77), static=True)
     component = bundle.manifest.components["unet"]
     limits = plan_limits(bundle, [_record(_key(bundle, profiles=profiles_of(component, sizes, 8)))])
-    assert limits == Limits(height=fixed(128), width=fixed(128), pictures=3, tokens=fixed(77), fewest=3)
+    assert limits == PlanLimits(height=fixed(128), width=fixed(128), pictures=3, tokens=fixed(77), fewest=3)

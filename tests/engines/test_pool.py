@@ -98,7 +98,7 @@ def make_pool(bundle: Bundle, machine: Machine) -> Callable[..., EnginePool]:
 def run(pool: EnginePool, pictures: int = 1) -> None:
     """Take a request through all phases, every picture in every one of them."""
     for name, after in RUN:
-        (engine,) = pool.phase(name, then=(after,) if after else ())
+        (engine,) = pool.phase(name, next_engines=(after,) if after else ())
         for _ in range(pictures):
             engine.infer({})
 
@@ -167,7 +167,7 @@ def test_a_request_swaps_unets_once_however_many_pictures(make_pool, residency: 
 def test_under_swap_a_thread_reads_the_next_plan_while_this_one_runs(make_pool, machine: Machine) -> None:
     machine.hold["prefetch refiner_unet"] = threading.Event()
     with make_pool("swap") as pool:
-        (engine,) = pool.phase("unet", then=("refiner_unet",))
+        (engine,) = pool.phase("unet", next_engines=("refiner_unet",))
         engine.infer({})  # while the refiner's plan is still being read
         assert "prefetch refiner_unet" not in machine.events
         machine.hold["prefetch refiner_unet"].set()
@@ -179,7 +179,7 @@ def test_under_swap_a_thread_reads_the_next_plan_while_this_one_runs(make_pool, 
 def test_under_resident_a_thread_loads_the_next_engine_while_this_one_runs(make_pool, machine: Machine) -> None:
     machine.hold["load refiner_unet"] = threading.Event()
     with make_pool("resident") as pool:
-        (engine,) = pool.phase("unet", then=("refiner_unet",))
+        (engine,) = pool.phase("unet", next_engines=("refiner_unet",))
         engine.infer({})
         assert machine.loaded == ["unet"]
         machine.hold["load refiner_unet"].set()
@@ -191,7 +191,7 @@ def test_under_resident_a_thread_loads_the_next_engine_while_this_one_runs(make_
 
 def test_what_may_not_stay_is_read_ahead_under_resident_too(make_pool, machine: Machine) -> None:
     with make_pool("resident", keeps=UNETS) as pool:
-        pool.phase("refiner_unet", then=("vae_decoder",))
+        pool.phase("refiner_unet", next_engines=("vae_decoder",))
         pool.phase("vae_decoder")
         assert machine.events == ["load refiner_unet", "prefetch vae_decoder", "load vae_decoder"]
 
@@ -199,13 +199,13 @@ def test_what_may_not_stay_is_read_ahead_under_resident_too(make_pool, machine: 
 def test_what_is_loaded_is_not_made_ready_again(make_pool, machine: Machine) -> None:
     with make_pool("resident") as pool:
         pool.phase(*UNETS)
-        pool.phase("unet", then=("refiner_unet",))
+        pool.phase("unet", next_engines=("refiner_unet",))
         assert machine.events == ["load unet", "load refiner_unet"]
 
 
 def test_what_was_read_ahead_in_vain_is_freed(make_pool, machine: Machine) -> None:
     with make_pool("swap") as pool:
-        pool.phase("unet", then=("refiner_unet",))
+        pool.phase("unet", next_engines=("refiner_unet",))
         pool.phase("vae_decoder")
         assert set(machine.events[2:4]) == {"unload unet", "unload refiner_unet"}
         assert machine.events[-1] == "load vae_decoder"
@@ -217,7 +217,7 @@ def test_an_error_of_the_thread_is_raised_by_the_next_phase(
 ) -> None:
     machine.errors[event] = CorruptError("the plan is damaged")
     with make_pool(residency) as pool:
-        pool.phase("unet", then=("refiner_unet",))
+        pool.phase("unet", next_engines=("refiner_unet",))
         with pytest.raises(CorruptError, match="the plan is damaged"):
             pool.phase("refiner_unet")
         assert "unload refiner_unet" in machine.events, "what it had read is freed"
@@ -231,7 +231,7 @@ def test_an_error_that_no_phase_can_raise_is_logged(
 ) -> None:
     machine.errors["prefetch refiner_unet"] = CorruptError("the plan is damaged")
     with make_pool("swap") as pool:
-        pool.phase("unet", then=("refiner_unet",))
+        pool.phase("unet", next_engines=("refiner_unet",))
     assert [record.getMessage() for record in caplog.records] == ["the plan is damaged"]
     assert machine.loaded == []
 
@@ -241,7 +241,7 @@ def test_a_plan_that_does_not_fit_into_host_memory_is_read_when_its_turn_comes(
 ) -> None:
     machine.errors["prefetch refiner_unet"] = ResourceError("out of host memory")
     with make_pool("swap", fallbacks=("stream",)) as pool:
-        pool.phase("unet", then=("refiner_unet",))
+        pool.phase("unet", next_engines=("refiner_unet",))
         pool.phase("refiner_unet")
         assert machine.loaded == ["refiner_unet"]
         assert pool.residency == "swap"
@@ -253,7 +253,7 @@ def test_a_pool_that_is_left_waits_for_its_thread(make_pool, machine: Machine, r
     event = "load refiner_unet" if residency == "resident" else "prefetch refiner_unet"
     machine.hold[event] = threading.Event()
     with pytest.raises(RuntimeError, match="stop"), make_pool(residency) as pool:  # noqa: PT012
-        pool.phase("unet", then=("refiner_unet",))
+        pool.phase("unet", next_engines=("refiner_unet",))
         machine.hold[event].set()
         raise RuntimeError("stop")
     assert machine.loaded == []
@@ -317,8 +317,8 @@ def test_out_of_memory_under_resident_goes_on_with_swap(
 ) -> None:
     machine = Full(room=1)
     with EnginePool(bundle, machine.make, "resident", "fake", keeps=UNETS, fallbacks=("swap", "stream")) as pool:
-        pool.phase("unet", then=("refiner_unet",) if ahead else ())
-        pool.phase("refiner_unet", then=("vae_decoder",))
+        pool.phase("unet", next_engines=("refiner_unet",) if ahead else ())
+        pool.phase("refiner_unet", next_engines=("vae_decoder",))
         assert (pool.residency, machine.loaded, pool.swaps) == ("swap", ["refiner_unet"], 1)
         run(pool)
         assert machine.most_unets == 1
@@ -364,7 +364,7 @@ def test_out_of_memory_under_the_last_policy_is_an_error(bundle: Bundle, fallbac
 
 def test_a_stand_in_runs_under_the_name_of_what_it_stands_for(make_pool, machine: Machine) -> None:
     with make_pool("swap", replaced={"text_encoder": "vae_decoder"}) as pool:
-        pool.phase("unet", then=("text_encoder",))
+        pool.phase("unet", next_engines=("text_encoder",))
         (engine,) = pool.phase("text_encoder")
         assert engine.name == "vae_decoder"
         pool.free(keep=("text_encoder",))

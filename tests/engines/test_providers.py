@@ -14,8 +14,8 @@ from sdxl_trt.engines.bundle.bundle import Bundle, read_bundle
 from sdxl_trt.engines.bundle.phases import run_components
 from sdxl_trt.engines.engine import Engine, numpy_dtype
 from sdxl_trt.engines.errors import IncompatibleError, ResourceError, UsageError
-from sdxl_trt.engines.residency.estimate import MemoryPlan
-from sdxl_trt.engines.residency.policy import RESIDENCIES, plan_memory
+from sdxl_trt.engines.residency.estimate import MemoryEstimate
+from sdxl_trt.engines.residency.policy import RESIDENCIES, estimate_memory
 from sdxl_trt.engines.residency.pool import EnginePool, open_pool
 from sdxl_trt.mini.embedded import bundle_path
 
@@ -51,12 +51,12 @@ def infer(engine: Engine) -> None:
 
 def run(pool: EnginePool) -> None:
     for name, after in zip(RUN, (*RUN[1:], ""), strict=True):
-        (engine,) = pool.phase(name, then=(after,) if after else ())
+        (engine,) = pool.phase(name, next_engines=(after,) if after else ())
         infer(engine)
 
 
-def plan_of(bundle: Bundle, residency: str, capacity: int | None = None) -> MemoryPlan:
-    return plan_memory(bundle, provider="tensorrt", capacity=capacity, residency=residency)
+def plan_of(bundle: Bundle, residency: str, capacity: int | None = None) -> MemoryEstimate:
+    return estimate_memory(bundle, provider="tensorrt", capacity=capacity, residency=residency)
 
 
 @pytest.mark.parametrize("residency", RESIDENCIES)
@@ -80,7 +80,7 @@ def test_under_swap_only_one_unet_is_ever_on_the_device(planned, simulated) -> N
     with open_pool(bundle, "tensorrt", "swap") as pool:
         run(pool)
         simulated.reset_peak()
-        pool.phase("unet", then=("refiner_unet",))
+        pool.phase("unet", next_engines=("refiner_unet",))
         pool.phase("refiner_unet")
         bound = max(needs[name].weights for name in UNETS) + max(needs[name].activations for name in UNETS)
         assert simulated.peak_bytes <= bound + max(needs[name].io for name in UNETS) + 256 * 64
@@ -203,6 +203,6 @@ def test_the_policies_hold_on_onnxruntime() -> None:
         run(pool)
         assert (pool.swaps, pool.loads) == (1, list(RUN))
     with open_pool(EMBEDDED, "ort-cpu", "resident") as pool:
-        pool.phase("unet", then=("refiner_unet",))
+        pool.phase("unet", next_engines=("refiner_unet",))
         infer(*pool.phase("refiner_unet"))
         assert (pool.swaps, pool.loads) == (0, list(UNETS))

@@ -16,9 +16,15 @@ from sdxl_trt.engines.bundle.plan_record import BuildFlags, Environment, PlanKey
 from sdxl_trt.engines.bundle.records import FileRecord
 from sdxl_trt.engines.errors import ResourceError, UsageError
 from sdxl_trt.engines.plans.sizes import axes_of, component_profiles
-from sdxl_trt.engines.residency.estimate import MemoryPlan
+from sdxl_trt.engines.residency.estimate import MemoryEstimate
 from sdxl_trt.engines.residency.needs import exact_sizes, host_need
-from sdxl_trt.engines.residency.policy import RESIDENCIES, check_residency, fallbacks, plan_memory, settled_residency
+from sdxl_trt.engines.residency.policy import (
+    RESIDENCIES,
+    check_residency,
+    estimate_memory,
+    fallbacks,
+    settled_residency,
+)
 from sdxl_trt.mini.embedded import bundle_path
 
 MINI = read_bundle(bundle_path())
@@ -64,8 +70,8 @@ records = st.fixed_dictionaries({name: memories() for name in COMPONENTS}).map(
 capacities = st.integers(0, 10**11)
 
 
-def plan_of(records: dict[str, PlanRecord], residency: str = "auto", capacity: int | None = None) -> MemoryPlan:
-    return plan_memory(MINI, provider="tensorrt", capacity=capacity, residency=residency, records=records)
+def plan_of(records: dict[str, PlanRecord], residency: str = "auto", capacity: int | None = None) -> MemoryEstimate:
+    return estimate_memory(MINI, provider="tensorrt", capacity=capacity, residency=residency, records=records)
 
 
 @given(records)
@@ -137,12 +143,12 @@ def test_budgets_lie_within_what_streams(records: dict[str, PlanRecord], capacit
 @given(records, st.none() | capacities)
 def test_a_plan_survives_json(records: dict[str, PlanRecord], capacity: int | None) -> None:
     plan = plan_of(records, capacity=capacity)
-    assert msgspec.json.decode(msgspec.json.encode(plan), type=MemoryPlan) == plan
+    assert msgspec.json.decode(msgspec.json.encode(plan), type=MemoryEstimate) == plan
     assert plan.lines()
 
 
 def test_unknown_memory_is_no_reason_to_swap() -> None:
-    plan = plan_memory(MINI, provider="tensorrt", capacity=None)
+    plan = estimate_memory(MINI, provider="tensorrt", capacity=None)
     assert (plan.residency, plan.missing) == ("resident", 0)
     assert "not known" in plan.lines()[0]
 
@@ -151,7 +157,7 @@ def test_unknown_memory_is_no_reason_to_swap() -> None:
 @pytest.mark.parametrize("provider", ["ort-cpu", "tensorrt"])
 @pytest.mark.parametrize("residency", RESIDENCIES)
 def test_a_stated_policy_is_kept(residency: str, provider: str, capacity: int | None) -> None:
-    assert plan_memory(MINI, provider=provider, capacity=capacity, residency=residency).residency == residency
+    assert estimate_memory(MINI, provider=provider, capacity=capacity, residency=residency).residency == residency
 
 
 def test_policies_that_exist_are_listed() -> None:
@@ -174,8 +180,8 @@ def test_figures_of_plans_are_taken_as_built_and_others_are_called_estimates() -
 def test_the_manifests_plans_of_that_flavour_are_used() -> None:
     records = tuple(record_of(name, PlanMemory(weights=1000, activations=10)) for name in COMPONENTS)
     bundle = Bundle(MINI.root, replace(MINI.manifest, plans=records))
-    assert not plan_memory(bundle, provider="tensorrt", capacity=None).estimated
-    assert plan_memory(bundle, provider="tensorrt-rtx", capacity=None).estimated
+    assert not estimate_memory(bundle, provider="tensorrt", capacity=None).estimated
+    assert estimate_memory(bundle, provider="tensorrt-rtx", capacity=None).estimated
 
 
 @pytest.fixture
@@ -211,7 +217,7 @@ def sdxl() -> Bundle:
 def test_sdxl_on_cards_that_people_have(
     sdxl: Bundle, capacity: float, residency: str, *, everything_stays: bool
 ) -> None:
-    plan = plan_memory(sdxl, provider="tensorrt", capacity=int(capacity), sizes=exact_sizes(1024, 1024))
+    plan = estimate_memory(sdxl, provider="tensorrt", capacity=int(capacity), sizes=exact_sizes(1024, 1024))
     assert (plan.residency, plan.missing) == (residency, 0)
     assert (set(plan.keeps) == set(COMPONENTS)) == everything_stays
     if residency == "resident":
@@ -219,14 +225,14 @@ def test_sdxl_on_cards_that_people_have(
 
 
 def test_what_streams_stays_in_host_memory_and_is_said_to(sdxl: Bundle) -> None:
-    plan = plan_memory(sdxl, provider="tensorrt", capacity=4 * GB, sizes=exact_sizes(1024, 1024))
+    plan = estimate_memory(sdxl, provider="tensorrt", capacity=4 * GB, sizes=exact_sizes(1024, 1024))
     there = 5_135_000_000 * 9 // 10 - plan.budgets["unet"]
     assert plan.host >= there > 1.5 * GB
     assert any("of its weights in host memory" in line for line in plan.lines())
 
 
 def test_too_little_memory_is_named_with_what_is_missing(sdxl: Bundle) -> None:
-    plan = plan_memory(sdxl, provider="tensorrt", capacity=GB, sizes=exact_sizes(1024, 1024))
+    plan = estimate_memory(sdxl, provider="tensorrt", capacity=GB, sizes=exact_sizes(1024, 1024))
     assert plan.missing
     assert f"does not fit: {plan.missing / 1e6:.0f} MB are missing" in plan.lines()[-1]
     with pytest.raises(ResourceError, match="try smaller pictures, or a device with more memory"):
@@ -238,14 +244,16 @@ def test_too_little_memory_is_named_with_what_is_missing(sdxl: Bundle) -> None:
     [("resident", "try --residency swap"), ("swap", "try --residency stream")],
 )
 def test_a_stated_policy_that_does_not_fit_names_the_next(sdxl: Bundle, residency: str, remedy: str) -> None:
-    plan = plan_memory(sdxl, provider="tensorrt", capacity=4 * GB, residency=residency, sizes=exact_sizes(1024, 1024))
+    plan = estimate_memory(
+        sdxl, provider="tensorrt", capacity=4 * GB, residency=residency, sizes=exact_sizes(1024, 1024)
+    )
     with pytest.raises(ResourceError, match=remedy):
         plan.check()
 
 
 def test_a_larger_picture_takes_more(sdxl: Bundle) -> None:
     peaks = [
-        plan_memory(sdxl, provider="tensorrt", capacity=None, sizes=exact_sizes(side, side)).peak
+        estimate_memory(sdxl, provider="tensorrt", capacity=None, sizes=exact_sizes(side, side)).peak
         for side in (512, 768, 1024, 1536)
     ]
     assert peaks == sorted(set(peaks))
@@ -253,23 +261,24 @@ def test_a_larger_picture_takes_more(sdxl: Bundle) -> None:
 
 def test_onnxruntime_streams_nothing_and_says_so(sdxl: Bundle) -> None:
     stream, swap = (
-        plan_memory(sdxl, provider="ort-cpu", capacity=16 * GB, residency=residency) for residency in ("stream", "swap")
+        estimate_memory(sdxl, provider="ort-cpu", capacity=16 * GB, residency=residency)
+        for residency in ("stream", "swap")
     )
     assert stream.reason.startswith("as swap: weights do not stream with ort-cpu")
     assert (stream.peak, stream.budgets) == (swap.peak, {})
-    assert plan_memory(sdxl, provider="ort-cpu", capacity=1).residency == "swap"
+    assert estimate_memory(sdxl, provider="ort-cpu", capacity=1).residency == "swap"
     assert fallbacks(swap) == ()
 
 
 def test_what_comes_next_where_memory_runs_out(sdxl: Bundle) -> None:
     def next_of(residency: str) -> tuple[str, ...]:
-        return fallbacks(plan_memory(sdxl, provider="tensorrt", capacity=None, residency=residency))
+        return fallbacks(estimate_memory(sdxl, provider="tensorrt", capacity=None, residency=residency))
 
     assert [next_of(residency) for residency in RESIDENCIES] == [("swap", "stream"), ("stream",), ()]
 
 
 def test_on_the_host_each_session_has_activations_of_its_own(sdxl: Bundle) -> None:
-    plan = plan_memory(sdxl, provider="ort-cpu", capacity=None)
+    plan = estimate_memory(sdxl, provider="ort-cpu", capacity=None)
     assert plan.peak == sum(need.weights + need.io + need.activations for need in plan.needs)
     assert plan.host == 0, "the files are mapped"
 
@@ -297,7 +306,7 @@ def test_phases_are_those_of_a_run_and_tensorrt_takes_the_bf16_twin() -> None:
 
 def test_without_a_refiner_there_is_no_refiner_phase() -> None:
     manifest = replace(MINI.manifest, refiner=None)
-    plan = plan_memory(Bundle(MINI.root, manifest), provider="tensorrt", capacity=None)
+    plan = estimate_memory(Bundle(MINI.root, manifest), provider="tensorrt", capacity=None)
     assert [phase.name for phase in plan.phases] == ["encode", "base", "decode"]
 
 

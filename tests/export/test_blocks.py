@@ -13,7 +13,7 @@ from torch import nn
 from sdxl_trt.export.graph.blocks import DOMAIN, fingerprint, hollowed
 from sdxl_trt.export.graph.models import build_model
 from sdxl_trt.export.graph.signatures import make_graph
-from sdxl_trt.export.graph.trace import trace
+from sdxl_trt.export.graph.trace import trace_graph
 
 UNET = {
     "addition_embed_type": "text_time", "addition_time_embed_dim": 8, "norm_num_groups": 4, "cross_attention_dim": 20,
@@ -78,7 +78,7 @@ def test_hollow_modules_are_whole_again() -> None:
 def test_every_copy_has_weights_of_its_own() -> None:
     model = build_model("UNet2DConditionModel", UNET, "test")
     graph = make_graph("unet", model, time_ids=6, pooled=24, where="test")
-    traced = trace(graph, "fp32", 23)
+    traced = trace_graph(graph, "fp32", 23)
     expected = {f"model.{name}" for name in model.state}
     weights = {name: value for name, value in traced.graph.initializers.items() if value.const_value is None}
     assert set(weights) == expected

@@ -12,7 +12,7 @@ import pytest
 from sdxl_trt.engines.bundle.bundle import read_bundle
 from sdxl_trt.export.cli.export import main
 from sdxl_trt.export.cli.summary import progress_bar
-from sdxl_trt.export.progress import Event
+from sdxl_trt.export.progress import ExportEvent
 
 MODULE = "down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("converted_once")]
@@ -170,10 +170,10 @@ def test_the_bar_names_component_share_and_rate(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("time.monotonic", lambda: next(clock))
     terminal = _Terminal()
     with progress_bar(terminal) as show:  # type: ignore[arg-type]
-        show(Event("unet", "writing weights", 1, 2, 0, 4_000_000))
-        show(Event("unet", "writing weights", 1, 2, 1_000_000, 4_000_000))
-        show(Event("unet", "writing weights", 1, 2, 1_500_000, 4_000_000))  # too soon to be shown
-        show(Event("vae_decoder", "tracing", 2, 2, 4_000_000, 4_000_000))
+        show(ExportEvent("unet", "writing weights", 1, 2, 0, 4_000_000))
+        show(ExportEvent("unet", "writing weights", 1, 2, 1_000_000, 4_000_000))
+        show(ExportEvent("unet", "writing weights", 1, 2, 1_500_000, 4_000_000))  # too soon to be shown
+        show(ExportEvent("vae_decoder", "tracing", 2, 2, 4_000_000, 4_000_000))
     shown = [line for line in terminal.text.split("\r\033[K") if line]
     assert len(shown) == 3
     assert "0%  [1/2] unet: writing weights" in shown[0]

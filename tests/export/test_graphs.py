@@ -14,7 +14,7 @@ from sdxl_trt.export.checkpoints.checkpoint import Checkpoint, TensorInfo
 from sdxl_trt.export.graph.models import build_model, published_name
 from sdxl_trt.export.graph.passes import simplify
 from sdxl_trt.export.graph.signatures import make_graph
-from sdxl_trt.export.graph.trace import trace
+from sdxl_trt.export.graph.trace import trace_graph
 from sdxl_trt.export.graph.weights import write_weights
 
 POOLED, IDS = 24, 6
@@ -64,7 +64,7 @@ def _export(kind: str, class_name: str, config: dict[str, Any], module: Any, fol
     meta = build_model(class_name, config, "test")
     checkpoint = Checkpoint({n: TensorInfo(file, n, tuple(t.shape), "F32") for n, t in state.items()})
     graph = make_graph(kind, meta, where="test", **signature)
-    model = trace(graph, "fp32", 23)
+    model = trace_graph(graph, "fp32", 23)
     names = {}
     for value in list(model.graph.initializers.values()):
         inner = value.name.removeprefix(graph.prefix)

@@ -18,8 +18,8 @@ from sdxl_trt.engines.errors import CorruptError, SourceError
 from sdxl_trt.export.checkpoints.checkpoint import Checkpoint, digest_tensors, open_file, resolve_names
 from sdxl_trt.export.graph.models import MetaModel, build_model
 from sdxl_trt.export.lora.file import Lora, open_lora
-from sdxl_trt.export.lora.fuse import REFINER_NOTE, check_fits, fuse
-from sdxl_trt.export.lora.names import COMPONENTS, Component
+from sdxl_trt.export.lora.fuse import REFINER_NOTE, check_fits, fuse_loras
+from sdxl_trt.export.lora.names import COMPONENTS, LoraComponent
 
 UNET = {
     "addition_embed_type": "text_time", "addition_time_embed_dim": 8, "attention_head_dim": 2, "in_channels": 4,
@@ -31,12 +31,12 @@ TEXT = {
     "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "vocab_size": 20,
     "eos_token_id": 2, "bos_token_id": 0, "projection_dim": 16,
 }  # fmt: skip
-CLASSES: dict[Component, tuple[str, dict[str, Any]]] = {
+CLASSES: dict[LoraComponent, tuple[str, dict[str, Any]]] = {
     "unet": ("UNet2DConditionModel", UNET),
     "text_encoder": ("CLIPTextModel", TEXT),
     "text_encoder_2": ("CLIPTextModelWithProjection", TEXT),
 }
-PREFIXES: dict[Component, str] = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
+PREFIXES: dict[LoraComponent, str] = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
 KINDS = [
     "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k",
     "down_blocks.1.attentions.0.proj_in",
@@ -54,14 +54,14 @@ TEXT_FC1 = "text_model_encoder_layers_{}_mlp_fc1"
 class Base:
     """A small base: the models without weights, and their checkpoints."""
 
-    models: dict[Component, MetaModel]
-    checkpoints: dict[Component, Checkpoint]
+    models: dict[LoraComponent, MetaModel]
+    checkpoints: dict[LoraComponent, Checkpoint]
 
     def shape(self, module: str) -> tuple[int, ...]:
         return self.models["unet"].state[f"{module}.weight"]
 
-    def fused(self, loras: list[tuple[Lora, float]], component: Component = "unet") -> Checkpoint:
-        return fuse(self.checkpoints[component], component, loras, self.models[component].config)
+    def fused(self, loras: list[tuple[Lora, float]], component: LoraComponent = "unet") -> Checkpoint:
+        return fuse_loras(self.checkpoints[component], component, loras, self.models[component].config)
 
     def weight(self, module: str, loras: list[tuple[Lora, float]]) -> torch.Tensor:
         [(_, tensor)] = self.fused(loras).read([f"{module}.weight"])
@@ -69,8 +69,8 @@ class Base:
 
 
 def _open_base(folder: Path, dtype: torch.dtype) -> Base:
-    models: dict[Component, MetaModel] = {}
-    checkpoints: dict[Component, Checkpoint] = {}
+    models: dict[LoraComponent, MetaModel] = {}
+    checkpoints: dict[LoraComponent, Checkpoint] = {}
     for component, (class_name, config) in CLASSES.items():
         models[component] = build_model(class_name, config, component)
         generator = torch.Generator().manual_seed(len(component))
@@ -114,7 +114,7 @@ def _stored(prefix: str, branch: nn.Sequential, alpha: float | None) -> dict[str
     return tensors if alpha is None else tensors | {f"{prefix}.alpha": torch.tensor(alpha)}
 
 
-def _kohya(module: str, component: Component = "unet") -> str:
+def _kohya(module: str, component: LoraComponent = "unet") -> str:
     return PREFIXES[component] + module.replace(".", "_")
 
 
@@ -160,7 +160,7 @@ def _hooked(module: nn.Module, branch: nn.Sequential, factor: float) -> None:
 
 @pytest.mark.parametrize("component", COMPONENTS)
 def test_a_whole_model_computes_what_it_computes_with_branches(
-    component: Component, base: Base, write: Callable[..., Lora]
+    component: LoraComponent, base: Base, write: Callable[..., Lora]
 ) -> None:
     torch.manual_seed(1)
     model = copy.deepcopy(base.models[component].module).to_empty(device="cpu")
@@ -194,7 +194,7 @@ def test_a_whole_model_computes_what_it_computes_with_branches(
     assert not torch.allclose(fused, plain, atol=1e-2)
 
 
-def _run(component: Component, model: nn.Module) -> torch.Tensor:
+def _run(component: LoraComponent, model: nn.Module) -> torch.Tensor:
     with torch.no_grad():
         if component != "unet":
             return model(torch.tensor([[0, 5, 7, 19]])).last_hidden_state
@@ -319,7 +319,7 @@ def test_a_sum_beyond_fp32_is_the_loras_fault(scale: float, base: Base, write: C
 def test_nan_in_the_base_is_not_the_loras_fault(base: Base, write: Callable[..., Lora], tmp_path: Path) -> None:
     name = f"{KINDS[0]}.weight"
     save_file({name: torch.full(base.shape(KINDS[0]), math.nan)}, tmp_path / "nan.safetensors")
-    fused = fuse(open_file(tmp_path / "nan.safetensors"), "unet", [(_lora(base, write, KINDS[:1]), 1.0)], UNET)
+    fused = fuse_loras(open_file(tmp_path / "nan.safetensors"), "unet", [(_lora(base, write, KINDS[:1]), 1.0)], UNET)
     assert torch.isnan(dict(fused.read([name]))[name]).all()
 
 

@@ -16,8 +16,8 @@ from sdxl_trt.engines.errors import CorruptError, SdxlTrtError
 from sdxl_trt.export.checkpoints.checkpoint import Checkpoint, open_file
 from sdxl_trt.export.checkpoints.ldm import unet_prefixes
 from sdxl_trt.export.lora.file import Lora, open_lora
-from sdxl_trt.export.lora.fuse import check_fits, fuse
-from sdxl_trt.export.lora.names import COMPONENTS, Component
+from sdxl_trt.export.lora.fuse import check_fits, fuse_loras
+from sdxl_trt.export.lora.names import COMPONENTS, LoraComponent
 
 CONFIG: dict[str, Any] = {
     "block_out_channels": [16, 32], "layers_per_block": 1, "transformer_layers_per_block": 1,
@@ -28,7 +28,7 @@ TO_OUT = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0"
 CONV, NORM = "down_blocks.0.resnets.0.conv1", "down_blocks.0.resnets.0.norm1"
 FC1 = "text_model.encoder.layers.0.mlp.fc1"
 Q_PROJ = "text_model.encoder.layers.0.self_attn.q_proj"
-SHAPES: dict[Component, dict[str, tuple[int, ...]]] = {
+SHAPES: dict[LoraComponent, dict[str, tuple[int, ...]]] = {
     "unet": {TO_K: (12, 8), TO_OUT: (12, 12), CONV: (8, 6, 3, 3), NORM: (6,)},
     "text_encoder": {FC1: (12, 6), Q_PROJ: (6, 6)},
     "text_encoder_2": {FC1: (12, 6), "text_projection": (8, 6)},
@@ -38,7 +38,7 @@ TENSORS = {
                 for module, shape in modules.items() for end in ("weight", "bias")}
     for component, modules in SHAPES.items()
 }  # fmt: skip
-Place = tuple[Component, str]
+Place = tuple[LoraComponent, str]
 Parts = dict[str, torch.Tensor]
 File = dict[Place, Parts]
 """What a LoRA file says, whatever it calls its tensors: its parts by component and module."""
@@ -52,7 +52,7 @@ def _ldm(module: str) -> str:
     return LDM.get(module, module)
 
 
-STYLES: dict[str, Callable[[Component, str], str]] = {
+STYLES: dict[str, Callable[[LoraComponent, str], str]] = {
     "kohya": lambda component, module: UNDERSCORED[component] + _ldm(module).replace(".", "_"),
     "kohya, diffusers' UNet": lambda component, module: UNDERSCORED[component] + module.replace(".", "_"),
     "SimpleTuner": lambda component, module: (
@@ -168,12 +168,12 @@ def _reference(file: File, plain: dict[Place, Parts]) -> dict[Place, Parts]:
 
 
 @pytest.fixture(scope="module")
-def plain(base: dict[Component, Checkpoint]) -> dict[Place, Parts]:
+def plain(base: dict[LoraComponent, Checkpoint]) -> dict[Place, Parts]:
     return _by_place((c, name, t) for c in COMPONENTS for name, t in base[c].read(TENSORS[c]))
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> dict[Component, Checkpoint]:
+def base(tmp_path_factory: pytest.TempPathFactory) -> dict[LoraComponent, Checkpoint]:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("base")
     for component, tensors in TENSORS.items():
@@ -181,7 +181,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> dict[Component, Checkpoint
     return {component: open_file(folder / f"{component}.safetensors") for component in COMPONENTS}
 
 
-def _by_place(tensors: Iterator[tuple[Component, str, torch.Tensor]]) -> dict[Place, Parts]:
+def _by_place(tensors: Iterator[tuple[LoraComponent, str, torch.Tensor]]) -> dict[Place, Parts]:
     places: dict[Place, Parts] = {}
     for component, name, tensor in tensors:
         module, _, end = name.rpartition(".")
@@ -189,10 +189,10 @@ def _by_place(tensors: Iterator[tuple[Component, str, torch.Tensor]]) -> dict[Pl
     return places
 
 
-def _fused(base: dict[Component, Checkpoint], lora: Lora) -> dict[Place, Parts]:
+def _fused(base: dict[LoraComponent, Checkpoint], lora: Lora) -> dict[Place, Parts]:
     models: Any = {c: SimpleNamespace(state=TENSORS[c], config=CONFIG) for c in COMPONENTS}
     check_fits([lora], models)
-    fused = {c: fuse(base[c], c, [(lora, 1.0)], CONFIG) for c in COMPONENTS}
+    fused = {c: fuse_loras(base[c], c, [(lora, 1.0)], CONFIG) for c in COMPONENTS}
     return _by_place((c, name, t) for c in COMPONENTS for name, t in fused[c].read(TENSORS[c]))
 
 
@@ -210,7 +210,7 @@ def _write(path: Path, tensors: Parts) -> Lora:
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("ends", ENDS)
 def test_every_naming_of_a_lora_means_the_same(
-    style: str, ends: str, base: dict[Component, Checkpoint], plain: dict[Place, Parts], tmp_path: Path
+    style: str, ends: str, base: dict[LoraComponent, Checkpoint], plain: dict[Place, Parts], tmp_path: Path
 ) -> None:
     file = CONTENTS["LoRA"]
     keys = _rendered(file, style, ends)
@@ -237,7 +237,7 @@ def _with_one(tensor: torch.Tensor, value: float) -> torch.Tensor:
 )
 @given(data=st.data())
 def test_every_tensor_counts(
-    data: st.DataObject, base: dict[Component, Checkpoint], plain: dict[Place, Parts], tmp_path: Path
+    data: st.DataObject, base: dict[LoraComponent, Checkpoint], plain: dict[Place, Parts], tmp_path: Path
 ) -> None:
     kind, style = data.draw(st.sampled_from(list(CONTENTS))), data.draw(st.sampled_from(list(STYLES)))
     file = CONTENTS[kind]

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from sdxl_trt.engines.errors import CorruptError, SdxlTrtError, SourceError
 from sdxl_trt.export.checkpoints.checkpoint import Checkpoint, open_file
 from sdxl_trt.export.lora.file import Lora, open_lora
-from sdxl_trt.export.lora.fuse import check_fits, fuse
+from sdxl_trt.export.lora.fuse import check_fits, fuse_loras
 
 LINEAR, CONV, POINT, NORM = "mid_block.linear", "mid_block.conv", "mid_block.point", "mid_block.norm"
 SHAPES = {
@@ -47,7 +47,7 @@ def opened(tmp_path: Path) -> Callable[[Tensors], Lora]:
 
 def _fused(base: Checkpoint, lora: Lora, scale: float = 1.0) -> Tensors:
     check_fits([lora], {"unet": SimpleNamespace(state=SHAPES, config=CONFIG)})  # type: ignore[dict-item]
-    return dict(fuse(base, "unet", [(lora, scale)], CONFIG).read(SHAPES))
+    return dict(fuse_loras(base, "unet", [(lora, scale)], CONFIG).read(SHAPES))
 
 
 def _named(module: str, parts: Mapping[str, torch.Tensor]) -> Tensors:
@@ -265,7 +265,11 @@ def test_a_weight_of_no_length_cannot_be_given_one(tmp_path: Path, opened: Calla
     zero = {key: torch.zeros_like(tensor) for key, tensor in LORA.items()}
     lora = opened(_named(LINEAR, zero | {"lora_magnitude_vector": torch.ones(12)}))
     with pytest.raises(CorruptError, match=r"makes mid_block\.linear\.weight infinite"):
-        dict(fuse(open_file(tmp_path / "zeros.safetensors"), "unet", [(lora, 1.0)], CONFIG).read([f"{LINEAR}.weight"]))
+        dict(
+            fuse_loras(open_file(tmp_path / "zeros.safetensors"), "unet", [(lora, 1.0)], CONFIG).read(
+                [f"{LINEAR}.weight"]
+            )
+        )
 
 
 @pytest.mark.parametrize("extra", [{"bundle_emb.me.clip_l": UP}, {"bundle_emb.a:b.string_to_param.*": UP}])

@@ -15,7 +15,7 @@ from diffusers.utils.state_dict_utils import (
 
 from sdxl_trt.export.checkpoints.ldm import unet_prefixes
 from sdxl_trt.export.graph.models import MetaModel, build_model
-from sdxl_trt.export.lora.names import Component, foreign_format, module_spellings, place_module, split_key
+from sdxl_trt.export.lora.names import LoraComponent, foreign_format, module_spellings, place_module, split_key
 
 # The published outline of SDXL base; diffusers' converter knows no other.
 UNET = {
@@ -46,7 +46,7 @@ def _modules(model: MetaModel) -> list[str]:
 
 def _ours(keys: Iterable[str], model: MetaModel) -> dict[str, str]:
     """Return {key: "component.module"}, all the way through."""
-    kind: Component = "unet" if "in_channels" in model.config else "text_encoder"
+    kind: LoraComponent = "unet" if "in_channels" in model.config else "text_encoder"
     spellings = module_spellings(kind, model.state, model.config)
     found = {}
     for key in keys:

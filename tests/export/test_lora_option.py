@@ -12,7 +12,7 @@ from sdxl_trt.export.components import Options
 from sdxl_trt.export.lora.file import Lora
 from sdxl_trt.export.lora.fuse import ScaledLora
 from sdxl_trt.export.lora.kinds import Branch
-from sdxl_trt.export.lora.names import COMPONENTS, Component, Place
+from sdxl_trt.export.lora.names import COMPONENTS, LoraComponent, Place
 from sdxl_trt.export.lora.option import LoraOption, parse_lora_option
 
 
@@ -62,7 +62,7 @@ def test_options_take_pairs_and_triples() -> None:
     assert options.loras == (LoraOption(path, 0.8), LoraOption(path, 0.8, 0.5), LoraOption(path, 1.0))
 
 
-def _lora(*components: Component) -> Lora:
+def _lora(*components: LoraComponent) -> Lora:
     branches = {name: (Branch(Place(name, "a", ""), "difference", {}),) for name in components}
     return Lora(Path("a.safetensors"), "0" * 64, branches, ("a.safetensors: left out",))
 
@@ -97,7 +97,7 @@ def test_a_record_has_a_second_scale_only_where_it_differs(
     ],
 )
 def test_a_scale_with_nothing_to_scale_is_said(
-    components: tuple[Component, ...], scales: tuple[float, ...], says: list[str]
+    components: tuple[LoraComponent, ...], scales: tuple[float, ...], says: list[str]
 ) -> None:
     left_out, *rest = ScaledLora(_lora(*components), *scales).notes()
     assert left_out == "a.safetensors: left out"

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from sdxl_trt.engines.errors import SdxlTrtError, UsageError
-from sdxl_trt.export.output.staging import OPTIMUM_FORMAT, check_target, publish, staging
+from sdxl_trt.export.output.staging import OPTIMUM_FORMAT, check_target, publish, staged_folder
 
 
 def _ours(out: Path, content: object) -> Path:
@@ -45,7 +45,7 @@ def test_links_files_and_the_working_folder_are_refused(tmp_path: Path, monkeypa
 
 def test_the_new_takes_the_place_of_the_old(tmp_path: Path) -> None:
     out = _ours(tmp_path / "out", {})
-    with staging(out) as folder:
+    with staged_folder(out) as folder:
         (folder / "new").write_text("new")
         publish(folder, out)
     assert [path.name for path in out.iterdir()] == ["new"]
@@ -56,7 +56,7 @@ def test_a_failure_inside_leaves_the_old(tmp_path: Path) -> None:
     out = _ours(tmp_path / "out", {})
 
     def fail() -> None:
-        with staging(out) as folder:
+        with staged_folder(out) as folder:
             (folder / "new").write_text("new")
             raise KeyError
 
@@ -76,7 +76,7 @@ def test_a_rename_that_fails_brings_the_old_back(tmp_path: Path, monkeypatch: py
         return rename(source, target)
 
     monkeypatch.setattr(Path, "rename", fail)
-    with pytest.raises(SdxlTrtError, match="Permission denied"), staging(out) as folder:
+    with pytest.raises(SdxlTrtError, match="Permission denied"), staged_folder(out) as folder:
         publish(folder, out)
     assert [path.name for path in out.iterdir()] == ["manifest.json"]
     assert list(tmp_path.iterdir()) == [out]

@@ -14,7 +14,7 @@ from sdxl_trt.engines.bundle.bundle import read_bundle
 from sdxl_trt.engines.errors import CorruptError, VerificationError
 from sdxl_trt.export.components import ComponentPlan, Options, StagePlan, plan_components
 from sdxl_trt.export.sources.source import BASE_CLASS, REFINER_CLASS, open_pipeline
-from sdxl_trt.export.verify.report import Report
+from sdxl_trt.export.verify.report import VerifyReport
 from sdxl_trt.export.verify.verify import verify_bundle
 
 Plans = tuple[dict[str, ComponentPlan], dict[str, StagePlan]]
@@ -53,7 +53,7 @@ def test_a_sound_pair_passes_and_its_report_says_how(pairs: Callable[[str], Any]
     _check_cases(report)
 
 
-def _check_cases(report: Report) -> None:
+def _check_cases(report: VerifyReport) -> None:
     """Every component was asked for one row and for several, and the UNets for what SDXL's runs ask of them."""
     for name, part in report.components.items():
         first = [next(iter(case.shapes.values())) for case in part.cases]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sdxl_trt.mini.score.score import score
+from sdxl_trt.mini.score.score import score_picture
 from sdxl_trt.runtime import Request, open_bundle
 
 
@@ -14,4 +14,4 @@ def test_the_defaults_answer_the_prompt() -> None:
         for prompt in prompts:
             (picture,) = pipeline.generate(Request(prompt, seed=7))
             assert picture.image.size == (128, 128)
-            assert score(np.asarray(picture.image), prompt).right, prompt
+            assert score_picture(np.asarray(picture.image), prompt).right, prompt

@@ -12,7 +12,7 @@ from sdxl_trt.mini.scenes.damage import Damage, apply_damage
 from sdxl_trt.mini.scenes.drawing import COLOURS, SHAPES, Picture
 from sdxl_trt.mini.scenes.scenes import VALIDATION_SEEDS, Scene, render, sample_scene
 from sdxl_trt.mini.score.reading import UNKNOWN, read
-from sdxl_trt.mini.score.score import score
+from sdxl_trt.mini.score.score import score_picture
 
 ALL_PAIRS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
 STAR = Scene(Asked("star", "red", "blue", "large", "centre", "plain", "plain"), 64.0, 64.0, 42.0)
@@ -26,7 +26,7 @@ def clean_render(seed: int) -> tuple[Picture, str]:
 
 
 def test_clean_renders_are_right() -> None:
-    found = [score(*clean_render(seed)) for seed in range(200)]
+    found = [score_picture(*clean_render(seed)) for seed in range(200)]
     assert np.mean([one.right for one in found]) >= 0.99
     assert np.mean([one.size and one.position for one in found]) >= 0.99
     assert np.mean([one.sharpness for one in found]) > 0.98
@@ -37,7 +37,7 @@ def test_damaged_renders_are_still_read() -> None:
     spoilt = [Damage(blur=1.3), Damage(grain=15.0), Damage(watermark=True)]
     rng = np.random.default_rng(0)
     cases = [clean_render(seed) for seed in range(60)]
-    found = [score(apply_damage(p, spoilt[i % 3], rng), caption) for i, (p, caption) in enumerate(cases)]
+    found = [score_picture(apply_damage(p, spoilt[i % 3], rng), caption) for i, (p, caption) in enumerate(cases)]
     assert np.mean([one.right for one in found]) >= 0.9
 
 
@@ -52,20 +52,20 @@ def test_damaged_renders_are_still_read() -> None:
     ],
 )
 def test_exactly_the_wrong_part_is_named(caption: str, wrong: str) -> None:
-    found = score(render(STAR), caption)
+    found = score_picture(render(STAR), caption)
     parts = {part: getattr(found, part) for part in ("shape", "colour", "background", "size", "position")}
     assert parts == {part: part != wrong for part in parts}
 
 
 def test_swapped_colours_are_wrong() -> None:
-    assert score(render(STAR), CAPTION).right
-    assert not score(render(STAR), "a large blue star on a red background in the centre").right
+    assert score_picture(render(STAR), CAPTION).right
+    assert not score_picture(render(STAR), "a large blue star on a red background in the centre").right
 
 
 def test_every_other_shape_is_wrong() -> None:
     for drawn in SHAPES:
         picture = render(replace(STAR, asked=replace(STAR.asked, shape=drawn)))
-        answers = [shape for shape in SHAPES if score(picture, f"a red {shape} on a blue background").right]
+        answers = [shape for shape in SHAPES if score_picture(picture, f"a red {shape} on a blue background").right]
         assert answers == [drawn]
 
 
@@ -105,10 +105,12 @@ def test_what_is_no_answer_answers_nothing(draw: Callable[[], Picture]) -> None:
 
 def test_sharpness_and_damage_follow_the_damage() -> None:
     rng = np.random.default_rng(0)
-    blurred = [score(apply_damage(render(STAR), Damage(blur=b), rng), CAPTION) for b in (0.0, 0.8, 1.6, 2.6)]
-    grained = [score(apply_damage(render(STAR), Damage(grain=g), rng), CAPTION) for g in (0.0, 5.0, 15.0, 38.0)]
+    blurred = [score_picture(apply_damage(render(STAR), Damage(blur=b), rng), CAPTION) for b in (0.0, 0.8, 1.6, 2.6)]
+    grained = [score_picture(apply_damage(render(STAR), Damage(grain=g), rng), CAPTION) for g in (0.0, 5.0, 15.0, 38.0)]
     sharpness = [one.sharpness for one in blurred]
     assert sharpness[0] > 0.98
     assert all(a > b for a, b in itertools.pairwise(sharpness))
     assert all(a.damage < b.damage for found in (blurred, grained) for a, b in itertools.pairwise(found))
-    assert score(apply_damage(render(STAR), Damage(watermark=True), rng), CAPTION).damage > blurred[0].damage + 0.1
+    assert (
+        score_picture(apply_damage(render(STAR), Damage(watermark=True), rng), CAPTION).damage > blurred[0].damage + 0.1
+    )

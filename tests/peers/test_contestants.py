@@ -7,7 +7,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from sdxl_trt.benchmarks.contest.bench import Options, settled_spec
+from sdxl_trt.benchmarks.contest.bench import BenchOptions, settled_spec
 from sdxl_trt.benchmarks.contest.inputs import draw_inputs, write_inputs
 from sdxl_trt.benchmarks.contestants.__main__ import make
 from sdxl_trt.benchmarks.contestants.protocol import Ask, Spec
@@ -22,7 +22,7 @@ LEVELS = 2
 def spec(exports: Path, tmp_path_factory: pytest.TempPathFactory) -> Spec:
     folder, pair = tmp_path_factory.mktemp("bench"), exports / "outline"
     subject = find_subject(pair / "bundle", str(pair / "base"), str(pair / "refiner"), folder, print)
-    spec = settled_spec(subject, Options(steps=4, handoff=0.5), inputs=folder / "inputs.npz")
+    spec = settled_spec(subject, BenchOptions(steps=4, handoff=0.5), inputs=folder / "inputs.npz")
     drawn = draw_inputs(subject.bundle, width=spec.width, height=spec.height, batch=spec.batch,
                         guidance=spec.guidance, seed=spec.seed, prompt=spec.prompt)  # fmt: skip
     write_inputs(Path(spec.inputs), drawn)

@@ -12,7 +12,7 @@ import transformers
 from safetensors.torch import load_file
 
 from sdxl_trt.mini import materialize
-from sdxl_trt.mini.score.score import score
+from sdxl_trt.mini.score.score import score_picture
 
 CLASSES = {
     "base": diffusers.StableDiffusionXLPipeline,
@@ -61,7 +61,7 @@ def test_the_pair_draws_what_the_prompt_says(folder: Path, measured: Callable[[s
             **settings, generator=torch.Generator().manual_seed(7), denoising_end=0.8, output_type="latent"
         ).images
         picture = refiner(**settings, image=latents, denoising_start=0.8).images[0]
-    judged = score(np.asarray(picture), PROMPT)
+    judged = score_picture(np.asarray(picture), PROMPT)
     seen = judged.reading
     measured(f"mini in diffusers {diffusers.__version__}: {seen.colour} {seen.shape} on {seen.background}")
     assert judged.right

@@ -71,8 +71,8 @@ def _ours(folder: Path) -> Drawn:
                           width=SIZE * factor, height=SIZE * factor)  # fmt: skip
         pictures = [np.asarray(picture.image) / 255.0 for picture in pipeline.generate(request)]
         run = pipeline.run
-    assert run.handoff is not None
-    return Drawn(run.handoff, run.final, np.stack(pictures))
+    assert run.handoff_latents is not None
+    return Drawn(run.handoff_latents, run.final, np.stack(pictures))
 
 
 def _psnr(one: np.ndarray, other: np.ndarray) -> float:

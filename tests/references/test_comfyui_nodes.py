@@ -20,7 +20,7 @@ from sdxl_trt.runtime.comfyui.reader import read_workflow
 from sdxl_trt.runtime.comfyui.requests import check_workflow
 from sdxl_trt.runtime.pipeline.chain import Chain
 from sdxl_trt.runtime.pipeline.pipeline import Pipeline
-from sdxl_trt.runtime.request.resolve import resolve
+from sdxl_trt.runtime.request.resolve import resolve_request
 from sdxl_trt.runtime.text.encoder import Prompt, PromptEncoder
 
 # diffusers' own: it gives torch tensors to np.array.
@@ -243,8 +243,8 @@ def test_every_field_is_ksampler_advanced_s(compat: str, name: str, opened: Pipe
     handed = _ksampler(reference.base.unet, grid, conds[0][0], conds[1][0], 4.0, latent, noises[0], **base)
     final = _ksampler(reference.refiner.unet, grid, conds[0][1], conds[1][1], 4.0, handed, noises[1], **refiner)
     np.testing.assert_allclose(opened.run.final, final.numpy(), rtol=0, atol=TOLERANCE)
-    if opened.run.handoff is not None:
-        np.testing.assert_allclose(opened.run.handoff, handed.numpy(), rtol=0, atol=TOLERANCE)
+    if opened.run.handoff_latents is not None:
+        np.testing.assert_allclose(opened.run.handoff_latents, handed.numpy(), rtol=0, atol=TOLERANCE)
 
 
 def _workflow(prompt: str, negative: str) -> dict[str, Any]:
@@ -317,7 +317,7 @@ def test_clip_skip_leaves_out_layers(clip_skip: int, opened: Pipeline, reference
     ours = []
     for compat in ("diffusers", "comfyui"):
         request = Request("a red fox", compat=compat, negative="blurry", clip_skip=clip_skip, width=SIDE, height=SIDE)
-        sides = resolve(request, opened.manifest).sides["base"]
+        sides = resolve_request(request, opened.manifest).sides["base"]
         stage = opened.manifest.base
         ours.append(PromptEncoder(opened.pool).encode([(stage, side.prompt) for side in sides], stage.unet))
     for found, tensor in zip(ours[0], expected[:2], strict=True):

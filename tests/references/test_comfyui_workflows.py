@@ -106,7 +106,7 @@ def test_a_workflow_s_latents_are_comfyui_s(pipeline: Pipeline, name: str) -> No
     list(pipeline.encode([job]))
     list(pipeline.base(job))
     found = [job.latents.copy()]
-    if job.run.request.refined:
+    if job.run.request.uses_refiner:
         list(pipeline.refine(job))
         found.append(job.latents)
     with np.load(RECORDED / "workflows" / f"{name}.npz") as recorded:

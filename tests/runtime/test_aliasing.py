@@ -62,7 +62,7 @@ def _start(toy: Pipeline, sampler: str = "euler", **settings: Any) -> Job:
 
 
 def _steps(toy: Pipeline, job: Job) -> Iterator[Step]:
-    return (step for step in toy.base(job, following="unet") if step.stage == "base")
+    return (step for step in toy.base(job, next_engine="unet") if step.stage == "base")
 
 
 def _by_hand(toy: Pipeline, job: Job, group: slice, *, comfyui: bool) -> Iterator[np.ndarray]:
@@ -70,7 +70,7 @@ def _by_hand(toy: Pipeline, job: Job, group: slice, *, comfyui: bool) -> Iterato
     request, stage, engine = job.run.request, toy.manifest.base, ToyEngine()
     guidance, schedule, start = request.guidance_of("base"), request.schedule, job.latents[group].copy()
     micro = request.sides["base"][0].micro
-    conditions = make_conditions(engine, stage, EMBEDS, EMBEDS, micro, guidance.scale, len(start), any_scale=comfyui)
+    conditions = make_conditions(engine, stage, EMBEDS, EMBEDS, micro, guidance.scale, len(start), comfyui_rule=comfyui)
     denoise = Denoiser(engine, schedule, conditions, stage.scheduler.prediction_type, guidance)
     span = brownian_span(request.sampler, schedule.sigmas, schedule.sigmas, comfyui=comfyui)
     noise = deepcopy(job.noises["base"]).source(start.shape[1:], group, span)

@@ -35,8 +35,8 @@ def calls(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     phase = pipeline.pool.phase
     watched: set[str] = set()
 
-    def watching(*names: str, then: tuple[str, ...] = ()) -> tuple[Any, ...]:
-        engines = phase(*names, then=then)
+    def watching(*names: str, next_engines: tuple[str, ...] = ()) -> tuple[Any, ...]:
+        engines = phase(*names, next_engines=next_engines)
         for name, engine in zip(names, engines, strict=True):
             if name not in watched:
                 watched.add(name)

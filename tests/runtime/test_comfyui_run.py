@@ -10,7 +10,7 @@ import pytest
 
 from sdxl_trt.engines.bundle.profile import Range, fixed
 from sdxl_trt.engines.errors import SizeError, UsageError
-from sdxl_trt.engines.plans.limits import Limits
+from sdxl_trt.engines.plans.limits import PlanLimits
 from sdxl_trt.runtime import Request, open_bundle
 from sdxl_trt.runtime.comfyui.reader import read_workflow
 from sdxl_trt.runtime.comfyui.requests import workflow_request
@@ -65,7 +65,9 @@ def test_a_prompt_of_book_length_is_refused_before_anything_is_loaded(opened: Pi
 
 def test_prompts_that_no_plan_takes_are_refused(opened: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = Range(min=77, opt=77, max=154)
-    monkeypatch.setattr(opened.pool, "limits", Limits(height=fixed(SIDE), width=fixed(SIDE), pictures=1, tokens=tokens))
+    monkeypatch.setattr(
+        opened.pool, "limits", PlanLimits(height=fixed(SIDE), width=fixed(SIDE), pictures=1, tokens=tokens)
+    )
     request = Request("a fox " * 100, compat="comfyui", handoff=None)
     with pytest.raises(SizeError, match=r"take 231 tokens, the plans 77 to 154; .*--tokens 77:77:231"):
         list(opened.generate(request))
@@ -82,7 +84,9 @@ def test_a_prompt_without_guidance_needs_no_room_for_the_negative(
     opened: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokens = Range(min=77, opt=77, max=154)
-    monkeypatch.setattr(opened.pool, "limits", Limits(height=fixed(SIDE), width=fixed(SIDE), pictures=1, tokens=tokens))
+    monkeypatch.setattr(
+        opened.pool, "limits", PlanLimits(height=fixed(SIDE), width=fixed(SIDE), pictures=1, tokens=tokens)
+    )
     request = Request("a fox", negative="a fox " * 100, compat="comfyui", handoff=None, steps=1, guidance=1.0)
     assert len(list(opened.generate(request))) == 1
 

@@ -121,6 +121,6 @@ def test_prompts_of_different_lengths_are_repeated_to_the_least_common_one(stage
 
 def test_each_side_may_have_its_own_sizes_and_any_scale_may_guide(stage: Stage) -> None:
     other = MicroConditions((1, 2), (3, 4), (5, 6), 7.0, 8.0)
-    made = make_conditions(_engine("float32"), stage, _embeds(1), _embeds(2), (MICRO, other), 0.5, 1, any_scale=True)
+    made = make_conditions(_engine("float32"), stage, _embeds(1), _embeds(2), (MICRO, other), 0.5, 1, comfyui_rule=True)
     assert made.guided
     assert made.inputs["time_ids"].tolist() == [[768, 1024, 3, 5, 6], [1, 2, 3, 4, 8]]

@@ -9,7 +9,7 @@ import pytest
 from sdxl_trt.engines.bundle.manifest import Scheduler
 from sdxl_trt.engines.errors import UsageError
 from sdxl_trt.runtime.diffusion.schedules.schedule import Schedule, make_comfyui_schedule
-from sdxl_trt.runtime.request.handoff import Cuts, CutSettings, Part, make_cuts
+from sdxl_trt.runtime.request.handoff import HandoffSettings, StageRanges, StepRange, split_steps
 
 SDXL = Scheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 
@@ -19,12 +19,12 @@ def schedule() -> Schedule:
     return make_comfyui_schedule(SDXL, 50)
 
 
-def _cuts(schedule: Schedule, *, refiner: bool = True, **settings: Any) -> Cuts:
-    return make_cuts(CutSettings(**settings), schedule, refiner=refiner)
+def _cuts(schedule: Schedule, *, refiner: bool = True, **settings: Any) -> StageRanges:
+    return split_steps(HandoffSettings(**settings), schedule, refiner=refiner)
 
 
 def test_a_handoff_is_one_cut(schedule: Schedule, caplog: Any) -> None:
-    expected = Cuts(Part(0, 40, add_noise=True), Part(40, 50, leftover_noise=False))
+    expected = StageRanges(StepRange(0, 40, add_noise=True), StepRange(40, 50, leftover_noise=False))
     sigma = float(schedule.sigmas[40])
     for settings in ({"handoff_step": 40}, {"handoff_sigma": sigma}, {"handoff_sigma": sigma * 1.01},
                      {"base_end_step": 40}, {"refiner_start_step": 40},
@@ -35,8 +35,8 @@ def test_a_handoff_is_one_cut(schedule: Schedule, caplog: Any) -> None:
 
 
 def test_the_base_alone_ends_clean_unless_asked_otherwise(schedule: Schedule) -> None:
-    assert _cuts(schedule, handoff=None) == Cuts(Part(0, 50, add_noise=True, leftover_noise=False), None)
-    assert _cuts(schedule, refiner=False).base == Part(0, 50, add_noise=True, leftover_noise=False)
+    assert _cuts(schedule, handoff=None) == StageRanges(StepRange(0, 50, add_noise=True, leftover_noise=False), None)
+    assert _cuts(schedule, refiner=False).base == StepRange(0, 50, add_noise=True, leftover_noise=False)
     part = _cuts(schedule, handoff=None, base_end_step=20).base
     assert (part.steps, part.sigmas(schedule.sigmas)[-1]) == (20, 0)
     noisy = _cuts(schedule, handoff=None, base_end_step=20, leftover_noise=True).base
@@ -91,15 +91,15 @@ def test_no_refiner_can_start(schedule: Schedule, settings: dict[str, Any]) -> N
 
 def test_noise_is_scaled_for_the_sigma_that_a_part_starts_at(schedule: Schedule) -> None:
     latents, noise = np.full((1, 4, 2, 2), 3, np.float32), np.ones((1, 4, 2, 2), np.float32)
-    full = Part(0, 50, add_noise=True).noised(latents, noise, schedule)
+    full = StepRange(0, 50, add_noise=True).noised(latents, noise, schedule)
     np.testing.assert_allclose(full, 3 + np.hypot(1, 14.614641), rtol=1e-6)
-    late = Part(40, 50, add_noise=True).noised(latents, noise, schedule)
+    late = StepRange(40, 50, add_noise=True).noised(latents, noise, schedule)
     np.testing.assert_allclose(late, 3 + schedule.sigmas[40], rtol=1e-6)
-    for part in (Part(40, 50), Part(40, 40, add_noise=True)):
+    for part in (StepRange(40, 50), StepRange(40, 40, add_noise=True)):
         same = part.noised(latents, noise, schedule)
         np.testing.assert_array_equal(same, latents)
         assert same is not latents
     # linear_quadratic and the like start at the highest sigma, ddim_uniform need not.
     lower = make_comfyui_schedule(SDXL, 50, schedule="ddim_uniform")
-    start = Part(0, 50, add_noise=True).noised(latents, noise, lower)
+    start = StepRange(0, 50, add_noise=True).noised(latents, noise, lower)
     np.testing.assert_allclose(start, 3 + lower.sigmas[0], rtol=1e-6)

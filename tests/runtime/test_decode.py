@@ -13,7 +13,7 @@ from sdxl_trt.engines.bundle.manifest import Vae
 from sdxl_trt.engines.bundle.profile import Profile
 from sdxl_trt.engines.errors import CorruptError
 from sdxl_trt.mini.embedded import bundle_path
-from sdxl_trt.runtime.vae.decode import decode
+from sdxl_trt.runtime.vae.decode import decode_latents
 from sdxl_trt.runtime.vae.tile_sizes import choose_tile, decoder_sizes
 
 
@@ -53,15 +53,15 @@ def vae(**settings: Any) -> Vae:
 
 def test_scaling_is_undone_once_whole_or_in_tiles(rng: np.random.Generator) -> None:
     latents = rng.standard_normal((1, 4, 20, 12), dtype=np.float32)
-    whole = decode(Enlarger(), vae(), latents)
+    whole = decode_latents(Enlarger(), vae(), latents)
     np.testing.assert_array_equal(whole[0, :, ::2, ::2], latents[0, :3] / 0.5)
-    np.testing.assert_allclose(decode(Enlarger(), vae(), latents, tile=(8, 8)), whole, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(decode_latents(Enlarger(), vae(), latents, tile=(8, 8)), whole, rtol=0, atol=1e-5)
 
 
 def test_mean_and_deviation_are_undone_as_diffusers_does(rng: np.random.Generator) -> None:
     latents = rng.standard_normal((2, 4, 4, 4), dtype=np.float32)
     mean, deviation = (0.1, -0.2, 0.3, 0.0), (1.0, 2.0, 0.5, 1.5)
-    whole = decode(Enlarger(), vae(latents_mean=mean, latents_std=deviation), latents)
+    whole = decode_latents(Enlarger(), vae(latents_mean=mean, latents_std=deviation), latents)
     # StableDiffusionXLPipeline: latents * latents_std / scaling_factor + latents_mean
     expected = latents * np.float32(deviation).reshape(1, 4, 1, 1) / 0.5 + np.float32(mean).reshape(1, 4, 1, 1)
     np.testing.assert_allclose(whole[:, :, ::2, ::2], expected[:, :3], rtol=1e-6)
@@ -70,14 +70,14 @@ def test_mean_and_deviation_are_undone_as_diffusers_does(rng: np.random.Generato
 @pytest.mark.parametrize("tile", [None, (8, 8)])
 def test_the_decoder_gets_its_own_dtype(tile: tuple[int, int] | None) -> None:
     engine = Enlarger("float16")
-    decode(engine, vae(), np.ones((1, 4, 12, 12), np.float32), tile=tile)
+    decode_latents(engine, vae(), np.ones((1, 4, 12, 12), np.float32), tile=tile)
     assert {latents.dtype for latents in engine.given} == {np.dtype(np.float16)}
 
 
 @pytest.mark.parametrize(("tile", "spoilt"), [(None, 1), ((8, 8), 1), ((8, 8), 4)])
 def test_a_picture_that_is_none_is_refused_whichever_tile_has_it(tile: tuple[int, int] | None, spoilt: int) -> None:
     with pytest.raises(CorruptError, match=r"NaN or infinity.*--vae-precision fp32"):
-        decode(Enlarger(spoilt=spoilt), vae(), np.ones((1, 4, 12, 12), np.float32), tile=tile)
+        decode_latents(Enlarger(spoilt=spoilt), vae(), np.ones((1, 4, 12, 12), np.float32), tile=tile)
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,7 @@ def test_a_bundle_without_an_encoder_says_so(pairs: Any, photo: Path, monkeypatc
     monkeypatch.setattr(pipeline, "read_bundle", lambda _: replace(bundle, manifest=manifest))
     assert trt_generate(["a fox", "--image", str(photo), "--engines", str(pairs("outline").bundle)]) == 2
     assert "the bundle has no VAE encoder" in capsys.readouterr().err
-    assert "picture" not in run_phases(manifest, "ort-cpu", images=True)
+    assert "picture" not in run_phases(manifest, "ort-cpu", from_image=True)
 
 
 def test_the_plan_counts_the_encoder(pairs: Any, capsys: Any) -> None:

@@ -82,7 +82,7 @@ def test_a_scale_of_one_is_no_guidance(scale: float) -> None:
 
 def test_in_comfyui_every_scale_but_one_guides() -> None:
     scales = (-1.0, 0.0, 0.5, 1.0, 1.0 + 1e-12, 1.001, 8.0)
-    assert [guides(scale, any_scale=True) for scale in scales] == [True, True, True, False, False, True, True]
+    assert [guides(scale, comfyui_rule=True) for scale in scales] == [True, True, True, False, False, True, True]
     assert [guides(scale) for scale in scales] == [False, False, False, False, True, True, True]
-    assert Guidance(0.5, any_scale=True).applies(1.0)
+    assert Guidance(0.5, comfyui_rule=True).applies(1.0)
     assert not Guidance(0.5).applies(1.0)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from sdxl_trt.engines.bundle.manifest import Scheduler
 from sdxl_trt.runtime.diffusion.schedules.schedule import make_schedule
-from sdxl_trt.runtime.request.handoff import Part, step_at_fraction, step_at_sigma
+from sdxl_trt.runtime.request.handoff import StepRange, step_at_fraction, step_at_sigma
 
 # diffusers' own: it gives torch tensors to np.array.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -63,7 +63,7 @@ def test_half_a_timestep_rounds_to_even_as_python_does() -> None:
 def test_one_grid_is_cut_once() -> None:
     schedule = make_schedule(Scheduler(**SDXL, timestep_spacing="leading"), 30)
     for step in range(1, 30):
-        before, after = (Part(*ends).sigmas(schedule.sigmas) for ends in ((0, step), (step, 30)))
+        before, after = (StepRange(*ends).sigmas(schedule.sigmas) for ends in ((0, step), (step, 30)))
         assert (len(before) - 1, len(after) - 1) == (step, 30 - step)
         assert before[-1] == after[0], "both hold the sigma at which the latents change hands"
         np.testing.assert_array_equal(np.concatenate([before, after[1:]]), schedule.sigmas)
@@ -71,8 +71,8 @@ def test_one_grid_is_cut_once() -> None:
 
 def test_a_cut_at_the_end_leaves_all_to_the_base() -> None:
     sigmas = np.array([3, 2, 1, 0], np.float32)
-    assert Part(0, 3).sigmas(sigmas).tolist() == [3, 2, 1, 0]
-    assert (Part(3, 3).sigmas(sigmas).tolist(), Part(3, 3).steps) == ([0], 0)
+    assert StepRange(0, 3).sigmas(sigmas).tolist() == [3, 2, 1, 0]
+    assert (StepRange(3, 3).sigmas(sigmas).tolist(), StepRange(3, 3).steps) == ([0], 0)
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])

@@ -144,7 +144,7 @@ def test_the_run_is_diffusers_run(case: Case, opened: Pipeline, experts: dict[st
     pictures = list(opened.generate(_request(case)))
     assert [picture.image.size for picture in pictures] == [SIDES] * case.count
     if handed is not None:
-        np.testing.assert_allclose(opened.run.handoff, handed, rtol=0, atol=TOLERANCE)
+        np.testing.assert_allclose(opened.run.handoff_latents, handed, rtol=0, atol=TOLERANCE)
     np.testing.assert_allclose(opened.run.final, final, rtol=0, atol=TOLERANCE)
 
 
@@ -162,7 +162,9 @@ def test_the_tolerance_would_notice_the_draw_the_strength_and_the_noise(opened: 
 def test_the_image_is_encoded_before_all_else_and_once(opened: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     phases: list[tuple[tuple[str, ...], tuple[str, ...]]] = []
     phase = opened.pool.phase
-    monkeypatch.setattr(opened.pool, "phase", lambda *names, then=(): phases.append((names, then)) or phase(*names))
+    monkeypatch.setattr(
+        opened.pool, "phase", lambda *names, next_engines=(): phases.append((names, next_engines)) or phase(*names)
+    )
     stages = [step.stage for step in opened.steps(_request(CASES[0]))]
     assert stages[:3] == ["picture", "encode", "load"]
     assert stages.count("picture") == 1
@@ -174,10 +176,12 @@ def test_the_image_is_encoded_before_all_else_and_once(opened: Pipeline, monkeyp
 def test_the_base_s_engines_are_not_asked_for_where_the_refiner_is_alone(opened: Pipeline, monkeypatch: Any) -> None:
     names: list[str] = []
     phase = opened.pool.phase
-    monkeypatch.setattr(opened.pool, "phase", lambda *wanted, then=(): names.extend((*wanted, *then)) or phase(*wanted))
+    monkeypatch.setattr(
+        opened.pool, "phase", lambda *wanted, next_engines=(): names.extend((*wanted, *next_engines)) or phase(*wanted)
+    )
     list(opened.generate(_request(CASES[7], count=1, steps=4)))
     assert set(names) == {"vae_encoder", "text_encoder_2", "refiner_unet", "vae_decoder"}
-    assert (opened.run.handoff, opened.run.place) == (None, None), "nothing is handed over"
+    assert (opened.run.handoff_latents, opened.run.handoff) == (None, None), "nothing is handed over"
 
 
 def test_an_encoder_that_cannot_take_the_whole_gets_tiles(opened: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,8 +216,8 @@ def test_a_sweep_shares_the_encoding_and_the_base(opened: Pipeline, monkeypatch:
     for request, run in zip(requests, batch.runs, strict=True):
         list(opened.generate(request))
         np.testing.assert_allclose(run.final, opened.run.final, rtol=0, atol=1e-5)
-    assert batch.runs[3].request.refine
-    assert not batch.runs[0].request.refine
+    assert batch.runs[3].request.refiner_only
+    assert not batch.runs[0].request.refiner_only
 
 
 def test_sizes_come_from_the_picture_or_are_asked_for(opened: Pipeline) -> None:

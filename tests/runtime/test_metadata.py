@@ -17,7 +17,7 @@ from sdxl_trt.engines.errors import UsageError
 from sdxl_trt.runtime.cli.options import check_alone_with_workflow, make_parser
 from sdxl_trt.runtime.cli.repeat import repeated
 from sdxl_trt.runtime.images.files import PARAMETERS, SETTINGS, WORKFLOW, save_image
-from sdxl_trt.runtime.images.metadata import Settings, describe, parse_settings, read_settings
+from sdxl_trt.runtime.images.metadata import ImageSettings, describe, parse_settings, read_settings
 from sdxl_trt.runtime.images.provenance import BundleName
 
 MADE: dict[str, Any] = {
@@ -177,7 +177,7 @@ def test_any_change_is_read_or_refused(changes: dict[str, Any]) -> None:
         settings = parse_settings(json.dumps(MADE | changes), "x.png")
     except UsageError:
         return
-    assert isinstance(settings, Settings)
+    assert isinstance(settings, ImageSettings)
     assert 1 <= settings.steps <= 100_000
 
 
@@ -309,7 +309,7 @@ def test_every_setting_that_is_written_is_read(pairs: Any) -> None:
     from sdxl_trt.runtime.pipeline.record import finish
     from sdxl_trt.runtime.pipeline.run import Run
     from sdxl_trt.runtime.request.request import Request
-    from sdxl_trt.runtime.request.resolve import resolve
+    from sdxl_trt.runtime.request.resolve import resolve_request
 
     request = Request("a red fox", negative="", width=64, height=64, seed=3)
     comfyui = replace(
@@ -318,12 +318,12 @@ def test_every_setting_that_is_written_is_read(pairs: Any) -> None:
     )  # fmt: skip
     for each in (request, replace(request, handoff=None, negative=None, sampler="lcm", tile=True), comfyui):
         manifest = read_bundle(pairs("outline").bundle).manifest
-        resolved = resolve(each, manifest)
+        resolved = resolve_request(each, manifest)
         empty = np.zeros((1, 4, 32, 32), np.float32)
         picture = finish(Run(resolved, empty, empty, asked=each, manifest=manifest), 0, np.zeros((8, 8, 3), np.uint8))
         settings = parse_settings(describe(picture.metadata, picture.graph)[SETTINGS], "x.png")
         assert ("count" in picture.metadata) == (each is comfyui)
-        assert picture.metadata["bundle"]["refiner"] == ("refiner" if resolved.refined else None)
+        assert picture.metadata["bundle"]["refiner"] == ("refiner" if resolved.uses_refiner else None)
         assert picture.metadata.items() <= msgspec.to_builtins(settings, builtin_types=(tuple,)).items()
 
 
@@ -333,12 +333,12 @@ def test_a_graph_is_written_for_comfyui_and_in_its_way_alone(pairs: Any, tmp_pat
     from sdxl_trt.runtime.pipeline.record import finish
     from sdxl_trt.runtime.pipeline.run import Run
     from sdxl_trt.runtime.request.request import Request
-    from sdxl_trt.runtime.request.resolve import resolve
+    from sdxl_trt.runtime.request.resolve import resolve_request
 
     manifest, empty = read_bundle(pairs("outline").bundle).manifest, np.zeros((1, 4, 32, 32), np.float32)
     for compat in ("diffusers", "comfyui"):
         request = Request("a red fox", width=64, height=64, seed=3, compat=compat)  # type: ignore[arg-type]
-        run = Run(resolve(request, manifest), empty, empty, asked=request, manifest=manifest)
+        run = Run(resolve_request(request, manifest), empty, empty, asked=request, manifest=manifest)
         picture = finish(run, 0, np.zeros((8, 8, 3), np.uint8))
         assert (WORKFLOW in describe(picture.metadata, picture.graph)) == (compat == "comfyui")
         for name in ("x.png", "x.jpg", "x.webp") if picture.graph else ():

@@ -10,12 +10,12 @@ import pytest
 from sdxl_trt.engines.bundle.profile import Range, fixed
 from sdxl_trt.engines.errors import SizeError
 from sdxl_trt.engines.plans import sizes as profiles
-from sdxl_trt.engines.plans.limits import Limits
+from sdxl_trt.engines.plans.limits import PlanLimits
 from sdxl_trt.runtime import Request, open_bundle
 from sdxl_trt.runtime.pipeline import pipeline as pipeline_module
 from sdxl_trt.runtime.pipeline.pipeline import Pipeline
 from sdxl_trt.runtime.text.encoder import Prompt, PromptEncoder
-from sdxl_trt.runtime.vae import decode as decode_module
+from sdxl_trt.runtime.vae import decode_latents as decode_module
 
 PROMPT = "a red fox in the snow"
 SMALL = {"steps": 4, "width": 32, "height": 32, "seed": 5}
@@ -37,9 +37,9 @@ class Watch:
         self._phase, self._monkeypatch = pool.phase, monkeypatch
         monkeypatch.setattr(pool, "phase", self.phase)
 
-    def phase(self, *names: str, then: tuple[str, ...] = ()) -> tuple[Any, ...]:
-        self.phases.append((names, then))
-        engines = self._phase(*names, then=then)
+    def phase(self, *names: str, next_engines: tuple[str, ...] = ()) -> tuple[Any, ...]:
+        self.phases.append((names, next_engines))
+        engines = self._phase(*names, next_engines=next_engines)
         for name, engine in zip(names, engines, strict=True):
             self._watch(name, engine)
         return engines
@@ -83,7 +83,7 @@ def test_the_base_alone_goes_on_to_the_decoder(opened: Pipeline, watch: Watch) -
 def test_groups_are_no_larger_than_the_plans_batch(
     opened: Pipeline, monkeypatch: pytest.MonkeyPatch, guidance: float, rows: list[int]
 ) -> None:
-    limits = Limits(height=fixed(32), width=fixed(32), pictures=2, tokens=fixed(77))
+    limits = PlanLimits(height=fixed(32), width=fixed(32), pictures=2, tokens=fixed(77))
     monkeypatch.setattr(opened.pool, "limits", limits)
     pipeline = Pipeline(opened.pool)
     watch = Watch(opened.pool, monkeypatch)
@@ -98,7 +98,7 @@ def test_a_size_that_no_plan_takes_is_refused_before_anything_is_loaded(
     opened: Pipeline, watch: Watch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sides = Range(min=64, opt=64, max=128)
-    monkeypatch.setattr(opened.pool, "limits", Limits(height=sides, width=sides, pictures=1, tokens=fixed(77)))
+    monkeypatch.setattr(opened.pool, "limits", PlanLimits(height=sides, width=sides, pictures=1, tokens=fixed(77)))
     with pytest.raises(SizeError, match="--width 32: the plans were built for 64 to 128; try 64"):
         opened.steps(Request(PROMPT, **SMALL))
     assert watch.phases == []

@@ -66,7 +66,7 @@ def _trail(asked: str, stated: str) -> list[Array]:
     )
     job = pipeline.start(request)
     job.embeds = {"base": ((EMBEDS,), (EMBEDS,))}
-    steps = pipeline.base(job, following=manifest.base.unet)
+    steps = pipeline.base(job, next_engine=manifest.base.unet)
     return [job.latents.copy(), *[step.latents for step in steps if step.latents is not None]]
 
 

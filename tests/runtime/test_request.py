@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sdxl_trt.engines.bundle.manifest import Manifest, Scheduler, Stage, Vae
 from sdxl_trt.engines.errors import SizeError, UsageError
 from sdxl_trt.runtime.request.request import Request
-from sdxl_trt.runtime.request.resolve import MAX_SEED, resolve
+from sdxl_trt.runtime.request.resolve import MAX_SEED, resolve_request
 from sdxl_trt.runtime.request.sizes import MAX_SIDE
 
 FIXTURES = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
@@ -46,75 +46,75 @@ def alone(manifest: Manifest) -> Manifest:
 
 
 def test_the_defaults_are_the_documented_ones(manifest: Manifest) -> None:
-    resolved = resolve(Request("a red fox", seed=0), manifest)
+    resolved = resolve_request(Request("a red fox", seed=0), manifest)
     assert (resolved.width, resolved.height, resolved.steps, resolved.cut) == (1024, 1024, 30, 23)
     assert (resolved.guidance, resolved.refiner_guidance, resolved.seeds) == (5.0, 5.0, (0,))
     for told in resolved.sides["base"] + resolved.sides["refiner"]:
         assert (told.micro.aesthetic_score, told.micro.negative_aesthetic_score) == (6.0, 2.5)
         assert (told.micro.original_size, told.micro.crop) == ((1024, 1024), (0, 0))
     assert (resolved.prompt.text, resolved.prompt.text_2, resolved.negative) == ("a red fox", "a red fox", None)
-    assert resolved.refined
+    assert resolved.uses_refiner
 
 
 def test_without_a_refiner_the_base_takes_all_steps(manifest: Manifest, alone: Manifest) -> None:
-    for resolved in (resolve(Request(), alone), resolve(Request(handoff=None), manifest)):
-        assert (resolved.cut, resolved.refined) == (30, False)
+    for resolved in (resolve_request(Request(), alone), resolve_request(Request(handoff=None), manifest)):
+        assert (resolved.cut, resolved.uses_refiner) == (30, False)
 
 
 @pytest.mark.parametrize("settings", [{"handoff": 0.8}, {"handoff": 0.8, "steps": 1}, {"handoff_step": 5}])
 def test_a_handoff_without_a_refiner_is_refused(alone: Manifest, settings: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="the bundle has no refiner"):
-        resolve(Request(**settings), alone)
+        resolve_request(Request(**settings), alone)
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, 1.5, math.nan, math.inf])
 def test_a_fraction_outside_the_range_is_refused(manifest: Manifest, fraction: float) -> None:
     with pytest.raises(UsageError, match="choose a fraction between 0 and 1"):
-        resolve(Request(handoff=fraction), manifest)
+        resolve_request(Request(handoff=fraction), manifest)
 
 
 @pytest.mark.parametrize(("fraction", "idle"), [(0.999, "refiner"), (0.001, "base")])
 def test_a_handoff_that_leaves_an_expert_idle_says_which(manifest: Manifest, fraction: float, idle: str) -> None:
     with pytest.raises(UsageError, match=f"leaves the {idle} no step of 30"):
-        resolve(Request(handoff=fraction), manifest)
+        resolve_request(Request(handoff=fraction), manifest)
 
 
 def test_the_usual_handoff_gives_way_where_steps_are_few(manifest: Manifest) -> None:
-    assert [resolve(Request(steps=steps), manifest).cut for steps in (1, 2, 5)] == [1, 1, 4]
+    assert [resolve_request(Request(steps=steps), manifest).cut for steps in (1, 2, 5)] == [1, 1, 4]
 
 
 def test_a_handoff_in_steps_is_taken_as_it_is(manifest: Manifest) -> None:
-    assert [resolve(Request(handoff_step=step), manifest).cut for step in (1, 23, 29)] == [1, 23, 29]
+    assert [resolve_request(Request(handoff_step=step), manifest).cut for step in (1, 23, 29)] == [1, 23, 29]
     for step in (0, 30, -1):
         with pytest.raises(UsageError, match="choose 1 to 29 of 30 steps"):
-            resolve(Request(handoff_step=step), manifest)
+            resolve_request(Request(handoff_step=step), manifest)
     with pytest.raises(UsageError, match="state the same thing"):
-        resolve(Request(handoff=0.5, handoff_step=3), manifest)
+        resolve_request(Request(handoff=0.5, handoff_step=3), manifest)
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1001])
 def test_steps_have_a_range(manifest: Manifest, steps: int) -> None:
     with pytest.raises(UsageError, match="choose 1 to 1000"):
-        resolve(Request(steps=steps), manifest)
+        resolve_request(Request(steps=steps), manifest)
 
 
 @pytest.mark.parametrize("option", ["guidance", "refiner_guidance", "aesthetic_score", "negative_aesthetic_score"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_numbers_are_finite(manifest: Manifest, option: str, value: float) -> None:
     with pytest.raises(UsageError, match=f"--{option.replace('_', '-')} .*finite"):
-        resolve(Request(**{option: value}), manifest)
+        resolve_request(Request(**{option: value}), manifest)
 
 
 def test_zero_counts(manifest: Manifest) -> None:
     """Guidance, score and seed of 0 are values, not absences."""
-    resolved = resolve(Request(refiner_guidance=0.0, aesthetic_score=0.0, seed=0), manifest)
+    resolved = resolve_request(Request(refiner_guidance=0.0, aesthetic_score=0.0, seed=0), manifest)
     score = resolved.sides["refiner"][0].micro.aesthetic_score
     assert (resolved.refiner_guidance, score, resolved.seeds) == (0.0, 0.0, (0,))
 
 
 def test_an_unknown_sampler_lists_the_known_ones(manifest: Manifest) -> None:
     with pytest.raises(UsageError, match="--sampler 'magic' is unknown; choose one of: euler"):
-        resolve(Request(sampler="magic"), manifest)
+        resolve_request(Request(sampler="magic"), manifest)
 
 
 def _recording(manifest: Manifest, sampler: str) -> Manifest:
@@ -124,49 +124,49 @@ def _recording(manifest: Manifest, sampler: str) -> Manifest:
 
 
 def test_the_bundle_says_which_sampler_its_author_chose(manifest: Manifest) -> None:
-    assert resolve(Request(), manifest).sampler == "euler", "bundles of before say nothing"
+    assert resolve_request(Request(), manifest).sampler == "euler", "bundles of before say nothing"
     bundle = _recording(manifest, "dpmpp_2m")
-    resolved = resolve(Request(), bundle)
+    resolved = resolve_request(Request(), bundle)
     assert (resolved.sampler, resolved.refiner_sampler) == ("dpmpp_2m", "dpmpp_2m")
-    asked = resolve(Request(sampler="dpmpp_2m"), manifest)
+    asked = resolve_request(Request(sampler="dpmpp_2m"), manifest)
     np.testing.assert_array_equal(resolved.schedule.sigmas, asked.schedule.sigmas)
-    assert resolve(Request(sampler="heun"), bundle).sampler == "heun"
-    assert resolve(Request(compat="comfyui"), bundle).sampler == "euler", "ComfyUI knows no folder's scheduler"
+    assert resolve_request(Request(sampler="heun"), bundle).sampler == "heun"
+    assert resolve_request(Request(compat="comfyui"), bundle).sampler == "euler", "ComfyUI knows no folder's scheduler"
     with pytest.raises(UsageError, match="--sampler 'tomorrows' is unknown"):
-        resolve(Request(), _recording(manifest, "tomorrows"))
+        resolve_request(Request(), _recording(manifest, "tomorrows"))
 
 
 def test_each_picture_has_the_next_seed(manifest: Manifest) -> None:
-    assert resolve(Request(seed=7, count=3), manifest).seeds == (7, 8, 9)
-    assert resolve(Request(seed=MAX_SEED, count=2), manifest).seeds == (MAX_SEED, 0)
-    drawn = {resolve(Request(), manifest).seeds for _ in range(8)}
+    assert resolve_request(Request(seed=7, count=3), manifest).seeds == (7, 8, 9)
+    assert resolve_request(Request(seed=MAX_SEED, count=2), manifest).seeds == (MAX_SEED, 0)
+    drawn = {resolve_request(Request(), manifest).seeds for _ in range(8)}
     assert len(drawn) > 1
     for seed in (-1, MAX_SEED + 1):
         with pytest.raises(UsageError, match="--seed"):
-            resolve(Request(seed=seed), manifest)
+            resolve_request(Request(seed=seed), manifest)
 
 
 @pytest.mark.parametrize("count", [0, -1])
 def test_no_picture_is_refused(manifest: Manifest, count: int) -> None:
     with pytest.raises(UsageError, match="at least one picture"):
-        resolve(Request(count=count), manifest)
+        resolve_request(Request(count=count), manifest)
 
 
 def test_an_absent_negative_is_not_an_empty_one(manifest: Manifest) -> None:
-    assert resolve(Request(negative=None), manifest).negative is None
-    empty = resolve(Request(negative=""), manifest).negative
+    assert resolve_request(Request(negative=None), manifest).negative is None
+    empty = resolve_request(Request(negative=""), manifest).negative
     assert (empty.text, empty.text_2) == ("", "")
-    both = resolve(Request(negative="blurry", negative_2="dark", prompt="p", prompt_2="q"), manifest)
+    both = resolve_request(Request(negative="blurry", negative_2="dark", prompt="p", prompt_2="q"), manifest)
     assert (both.negative.text, both.negative.text_2, both.prompt.text_2) == ("blurry", "dark", "q")
     with pytest.raises(UsageError, match="--negative-2 without --negative"):
-        resolve(Request(negative_2="dark"), manifest)
+        resolve_request(Request(negative_2="dark"), manifest)
 
 
 def test_multiples_follow_the_unets_in_use(manifest: Manifest, alone: Manifest) -> None:
-    assert resolve(Request(width=96, height=1056), alone).width == 96
-    assert resolve(Request(width=96, handoff=None), manifest).width == 96
+    assert resolve_request(Request(width=96, height=1056), alone).width == 96
+    assert resolve_request(Request(width=96, handoff=None), manifest).width == 96
     with pytest.raises(SizeError, match=r"--width 96: .* multiples of 64; try 64 or 128"):
-        resolve(Request(width=96), manifest)
+        resolve_request(Request(width=96), manifest)
 
 
 @settings(deadline=None, suppress_health_check=FIXTURES, max_examples=300)
@@ -176,16 +176,16 @@ def test_multiples_follow_the_unets_in_use(manifest: Manifest, alone: Manifest) 
 )
 def test_every_size_is_taken_or_its_remedies_are(manifest: Manifest, side: int, option: str) -> None:
     try:
-        assert getattr(resolve(Request(**{option: side}), manifest), option) == side
+        assert getattr(resolve_request(Request(**{option: side}), manifest), option) == side
     except SizeError as exc:
         tries = re.findall(r"\d+", str(exc).split("try ")[1])
         assert tries
         for proposed in tries:
-            assert getattr(resolve(Request(**{option: int(proposed)}), manifest), option) == int(proposed)
+            assert getattr(resolve_request(Request(**{option: int(proposed)}), manifest), option) == int(proposed)
 
 
 def test_sizes_condition_the_model_height_first(manifest: Manifest) -> None:
-    micro = resolve(Request(width=768, height=512), manifest).sides["base"][0].micro
+    micro = resolve_request(Request(width=768, height=512), manifest).sides["base"][0].micro
     assert (micro.original_size, micro.target_size) == ((512, 768), (512, 768))
 
 
@@ -194,7 +194,7 @@ def _latents(*shape: int, dtype: type = np.float32) -> np.ndarray:
 
 
 def test_latents_bring_their_size_and_count(manifest: Manifest) -> None:
-    resolved = resolve(Request(latents=_latents(2, 4, 64, 96), seed=3), manifest)
+    resolved = resolve_request(Request(latents=_latents(2, 4, 64, 96), seed=3), manifest)
     assert (resolved.width, resolved.height, resolved.seeds) == (768, 512, (3, 4))
 
 
@@ -213,17 +213,19 @@ def test_latents_bring_their_size_and_count(manifest: Manifest) -> None:
 )
 def test_latents_that_do_not_fit_are_refused(manifest: Manifest, latents: np.ndarray, words: str) -> None:
     with pytest.raises(UsageError, match=words):
-        resolve(Request(latents=latents), manifest)
+        resolve_request(Request(latents=latents), manifest)
 
 
 @pytest.mark.parametrize("setting", [{"count": 2}, {"width": 1024}])
 def test_latents_must_agree_with_what_is_stated(manifest: Manifest, setting: dict[str, int]) -> None:
     with pytest.raises(UsageError, match="--latents: shape"):
-        resolve(Request(latents=_latents(1, 4, 64, 64), **setting), manifest)
+        resolve_request(Request(latents=_latents(1, 4, 64, 64), **setting), manifest)
 
 
 def test_comfyui_s_way_is_resolved_once(manifest: Manifest) -> None:
-    resolved = resolve(Request("p", compat="comfyui", seed=7, count=2, sampler="uni_pc_bh2", guidance=0.5), manifest)
+    resolved = resolve_request(
+        Request("p", compat="comfyui", seed=7, count=2, sampler="uni_pc_bh2", guidance=0.5), manifest
+    )
     assert (resolved.seeds, resolved.refiner_seeds) == ((7, 7), None)
     assert resolved.schedule.whole_timesteps
     assert resolved.schedule.timesteps[0] == 999, "the full range, as `normal` has it"
@@ -231,7 +233,7 @@ def test_comfyui_s_way_is_resolved_once(manifest: Manifest) -> None:
     for positive, negative in resolved.sides.values():
         assert (positive.prompt.text, negative.prompt.text) == ("p", "")
         assert not negative.zeroed
-    assert resolve(Request(compat="comfyui", schedule="karras"), manifest).spacing == "karras"
+    assert resolve_request(Request(compat="comfyui", schedule="karras"), manifest).spacing == "karras"
 
 
 @pytest.mark.parametrize(
@@ -250,12 +252,12 @@ def test_comfyui_s_way_is_resolved_once(manifest: Manifest) -> None:
 )
 def test_what_comfyui_s_way_cannot_have_is_refused(manifest: Manifest, settings: dict[str, Any], words: str) -> None:
     with pytest.raises(UsageError, match=words):
-        resolve(Request(**settings), manifest)
+        resolve_request(Request(**settings), manifest)
 
 
 def test_sizes_that_are_stated_condition_both_stages_and_sides(manifest: Manifest) -> None:
     request = Request(original_size=(2048, 4096), crop=(1, 2), target_size=(512, 256))
-    for side in (side for pair in resolve(request, manifest).sides.values() for side in pair):
+    for side in (side for pair in resolve_request(request, manifest).sides.values() for side in pair):
         micro = side.micro
         assert (micro.original_size, micro.crop, micro.target_size) == ((2048, 4096), (1, 2), (512, 256))
 
@@ -267,8 +269,8 @@ def test_sizes_that_are_stated_condition_both_stages_and_sides(manifest: Manifes
 def test_ddim_says_where_diffusers_steps_otherwise(
     manifest: Manifest, caplog: Any, schedule: str, steps: int, told: bool
 ) -> None:
-    resolve(Request("x", sampler="ddim", schedule=schedule, steps=steps), manifest)
+    resolve_request(Request("x", sampler="ddim", schedule=schedule, steps=steps), manifest)
     assert ("diffusers' DDIMScheduler goes" in caplog.text) == told
     caplog.clear()
-    resolve(Request("x", schedule=schedule, steps=steps), manifest)
+    resolve_request(Request("x", schedule=schedule, steps=steps), manifest)
     assert "DDIMScheduler" not in caplog.text

@@ -21,7 +21,7 @@ from sdxl_trt.runtime.diffusion.samplers.registry import BROWNIAN, COMFYUI, COMF
 from sdxl_trt.runtime.pipeline.pipeline import Pipeline
 from sdxl_trt.runtime.pipeline.run import Step
 from sdxl_trt.runtime.request.request import Request
-from sdxl_trt.runtime.request.resolve import resolve
+from sdxl_trt.runtime.request.resolve import resolve_request
 from sdxl_trt.runtime.text.encoder import PromptEmbeds
 
 RECORDED = Path(__file__).parents[1] / "comfyui"
@@ -179,7 +179,7 @@ def test_each_expert_keeps_its_own_grid() -> None:
     zero, usual = _manifest("vzsnr"), _manifest("eps")
     pair = msgspec.structs.replace(zero, refiner=usual.base)
     request = Request(compat="comfyui", steps=10, width=32, height=32, schedule="karras")
-    both, alone = resolve(replace(request, handoff_step=6), pair), resolve(request, usual)
+    both, alone = resolve_request(replace(request, handoff_step=6), pair), resolve_request(request, usual)
     assert both.schedule.sigmas[0] > 4000
     np.testing.assert_array_equal(both.refiner_schedule.sigmas, alone.schedule.sigmas)
     assert (both.cut, both.base.stop, both.denoising_of("refiner")[1].start) == (6, 6, 6)
@@ -203,7 +203,7 @@ def test_a_refiner_s_sampler_of_another_kind_has_its_own_grid(sampler: str, refi
     usual = _manifest("eps")
     pair = msgspec.structs.replace(usual, refiner=usual.base)
     request = Request(compat="comfyui", steps=10, width=32, height=32, schedule="beta", sampler=sampler)
-    both = resolve(replace(request, refiner_sampler=refiner, handoff_step=6), pair)
+    both = resolve_request(replace(request, refiner_sampler=refiner, handoff_step=6), pair)
     for sigmas, name in ((both.schedule.sigmas, sampler), (both.refiner_schedule.sigmas, refiner)):
-        np.testing.assert_array_equal(sigmas, resolve(replace(request, sampler=name), usual).schedule.sigmas)
+        np.testing.assert_array_equal(sigmas, resolve_request(replace(request, sampler=name), usual).schedule.sigmas)
     assert (both.refiner_schedule is both.schedule) == (sampler == refiner)

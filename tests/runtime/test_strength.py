@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sdxl_trt.engines.bundle.manifest import Scheduler
 from sdxl_trt.engines.errors import UsageError
 from sdxl_trt.runtime.diffusion.schedules.schedule import make_comfyui_schedule, make_schedule
-from sdxl_trt.runtime.request.handoff import Cuts, CutSettings, Part, make_cuts
+from sdxl_trt.runtime.request.handoff import HandoffSettings, StageRanges, StepRange, split_steps
 from sdxl_trt.runtime.request.strength import first_step, grid_steps, settled_strength
 
 SDXL = Scheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading",
@@ -87,20 +87,20 @@ def test_the_strength_is_settled_once() -> None:
 SCHEDULE = make_schedule(SDXL, 30)
 
 
-def _cuts(begin: int, *, refiner: bool = True, **asked: Any) -> Cuts:
-    return make_cuts(CutSettings(**asked), SCHEDULE, refiner=refiner, picture=begin)
+def _cuts(begin: int, *, refiner: bool = True, **asked: Any) -> StageRanges:
+    return split_steps(HandoffSettings(**asked), SCHEDULE, refiner=refiner, picture=begin)
 
 
 def test_a_picture_comes_in_on_the_way() -> None:
-    assert _cuts(10) == Cuts(Part(10, 23, add_noise=True), Part(23, 30, leftover_noise=False))
-    assert _cuts(10, handoff=None).base == Part(10, 30, add_noise=True, leftover_noise=False)
+    assert _cuts(10) == StageRanges(StepRange(10, 23, add_noise=True), StepRange(23, 30, leftover_noise=False))
+    assert _cuts(10, handoff=None).base == StepRange(10, 30, add_noise=True, leftover_noise=False)
     assert _cuts(10, refiner=False).refiner is None
-    assert _cuts(10, handoff_step=12).base == Part(10, 12, add_noise=True)
+    assert _cuts(10, handoff_step=12).base == StepRange(10, 12, add_noise=True)
 
 
 def test_behind_the_handoff_the_refiner_takes_it(caplog: Any) -> None:
-    refiner = Part(25, 30, leftover_noise=False)
-    alone = Cuts(Part(25, 25), refiner, first=Part(25, 30, add_noise=True, leftover_noise=False))
+    refiner = StepRange(25, 30, leftover_noise=False)
+    alone = StageRanges(StepRange(25, 25), refiner, first=StepRange(25, 30, add_noise=True, leftover_noise=False))
     assert _cuts(25) == alone
     assert "the refiner alone changes it" in caplog.text
     caplog.clear()

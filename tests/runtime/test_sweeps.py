@@ -14,7 +14,7 @@ from PIL import Image, ImageFont
 from sdxl_trt.engines.errors import UsageError
 from sdxl_trt.runtime.images.sheet import Sheet, _wrapped, draw_sheet
 from sdxl_trt.runtime.pipeline.sweep import Axis, Sweep, parse_axis
-from sdxl_trt.runtime.request.handoff import Part
+from sdxl_trt.runtime.request.handoff import StepRange
 from sdxl_trt.runtime.request.request import Request
 from sdxl_trt.runtime.request.sides import Side
 
@@ -190,8 +190,8 @@ def test_every_cell_of_a_grid_has_its_titles_and_caption() -> None:
         SimpleNamespace(
             request=SimpleNamespace(
                 prompt=SimpleNamespace(text="a red fox"), negative=SimpleNamespace(text="bad"), steps=10,
-                sampler="euler", guidance=5.0, seeds=(5,), width=128, height=128, image=None, base=Part(0, cut),
-                refiner=Part(cut, 10) if cut < 10 else None,
+                sampler="euler", guidance=5.0, seeds=(5,), width=128, height=128, image=None, base=StepRange(0, cut),
+                refiner=StepRange(cut, 10) if cut < 10 else None,
             ),
             manifest=None,
         )

@@ -36,7 +36,7 @@ from sdxl_trt.runtime.comfyui.workflow import (
 )
 from sdxl_trt.runtime.images.inputs import InputPicture
 from sdxl_trt.runtime.request.request import Request
-from sdxl_trt.runtime.request.resolve import resolve
+from sdxl_trt.runtime.request.resolve import resolve_request
 
 SCHEDULER = Scheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 
@@ -83,7 +83,7 @@ WORKFLOW = _workflow(BASE, REFINER)
 
 
 def test_both_samplings_are_the_request_s(manifest: Manifest, caplog: Any) -> None:
-    resolved = resolve(workflow_request(WORKFLOW, manifest), manifest)
+    resolved = resolve_request(workflow_request(WORKFLOW, manifest), manifest)
     assert (resolved.compat, resolved.steps, resolved.spacing, resolved.sampler) == ("comfyui", 50, "normal", "euler")
     assert (resolved.width, resolved.height) == (1024, 512)
     assert (resolved.seeds, resolved.refiner_seeds) == ((2**63, 2**63), (7, 7))
@@ -102,15 +102,15 @@ def test_both_samplings_are_the_request_s(manifest: Manifest, caplog: Any) -> No
 
 def test_the_base_alone(manifest: Manifest, caplog: Any) -> None:
     alone = _workflow(replace(BASE, end=TO_THE_END, leftover_noise=False), vae="base")
-    resolved = resolve(workflow_request(alone, manifest), manifest)
+    resolved = resolve_request(workflow_request(alone, manifest), manifest)
     assert (resolved.refiner, resolved.base.stop) == (None, 50)
     assert caplog.records == []
 
 
 def test_the_editor_s_default_graph_stays_the_no_op_that_it_is(manifest: Manifest, caplog: Any) -> None:
     base, refiner = replace(BASE, steps=20, end=32), replace(REFINER, steps=20, start=32)
-    resolved = resolve(workflow_request(_workflow(base, refiner), manifest), manifest)
-    assert (resolved.base.stop, resolved.refined) == (20, False)
+    resolved = resolve_request(workflow_request(_workflow(base, refiner), manifest), manifest)
+    assert (resolved.base.stop, resolved.uses_refiner) == (20, False)
     assert "does nothing" in caplog.text
 
 
@@ -252,7 +252,9 @@ def test_layers_and_mixes_are_those_of_each_side(manifest: Manifest) -> None:
     assert (side.clip_skip, side.zeroed, side.combined[0].text) == (-1, False, "red")
     assert [(mix.kind, mix.strength) for mix in side.mixes] == [("average", 0.25), ("zero", 1.0)]
     assert side.mixes[0].other.zeroed
-    resolved = resolve(replace(request, base_sides=(replace(side, clip_skip=0), request.base_sides[1])), manifest)
+    resolved = resolve_request(
+        replace(request, base_sides=(replace(side, clip_skip=0), request.base_sides[1])), manifest
+    )
     assert [prompt.text for prompt in resolved.sides["base"][0].prompts()] == ["red", "bad", "red"]
     with pytest.raises(UsageError, match="node 6: its CLIP stops at layer -5, and the bundle's text encoders go down"):
         workflow_request(
@@ -315,21 +317,21 @@ def test_a_sampler_s_denoise_is_its_own(manifest: Manifest, picture: Workflow, t
     refiner = replace(REFINER, start=0, end=TO_THE_END, add_noise=True, denoise=0.25)
     request = workflow_request(_workflow(base, refiner, start=_from("pictures/in.png")), manifest, tmp_path)
     assert (request.strength, request.refiner_strength) == (0.5, 0.25)
-    resolved = resolve(request, _encoding(manifest))
+    resolved = resolve_request(request, _encoding(manifest))
     assert [schedule.steps for schedule in (resolved.schedule, resolved.refiner_schedule)] == [50, 50]
     assert resolved.refiner_schedule.sigmas[0] < resolved.schedule.sigmas[0] < 14
-    assert (resolved.base.start, resolved.base.stop, resolved.refine) == (0, 50, False)
+    assert (resolved.base.start, resolved.base.stop, resolved.refiner_only) == (0, 50, False)
     assert (resolved.refiner.start, resolved.refiner.stop, resolved.refiner.add_noise) == (0, 50, True)
     # Empty latents that are not noised all through are ComfyUI's too.
-    empty = resolve(workflow_request(_workflow(base, vae="base"), manifest), manifest)
+    empty = resolve_request(workflow_request(_workflow(base, vae="base"), manifest), manifest)
     np.testing.assert_array_equal(empty.schedule.sigmas, resolved.schedule.sigmas)
 
 
 def test_one_sampler_with_a_score_is_the_refiner_s(manifest: Manifest, picture: Workflow, tmp_path: Path) -> None:
     alone = replace(REFINER, start=30, end=45, add_noise=True, leftover_noise=True)
     workflow = _workflow(alone, start=_from("pictures/in.png", "refiner"))
-    resolved = resolve(workflow_request(workflow, manifest, tmp_path), _encoding(manifest))
-    assert (resolved.refine, resolved.base.steps) == (True, 0)
+    resolved = resolve_request(workflow_request(workflow, manifest, tmp_path), _encoding(manifest))
+    assert (resolved.refiner_only, resolved.base.steps) == (True, 0)
     assert (resolved.refiner.start, resolved.refiner.stop, resolved.refiner.leftover_noise) == (30, 45, True)
     assert (resolved.first.add_noise, resolved.refiner.add_noise) == (True, False)
     assert resolved.sides["refiner"][0].micro.aesthetic_score == 6.0
@@ -382,4 +384,4 @@ def test_any_numbers_are_resolved_or_refused(
 ) -> None:
     for samplings in ((base,), (base, refiner)):
         with contextlib.suppress(UsageError):
-            resolve(workflow_request(_workflow(*samplings, start=Empty(*sizes)), manifest), manifest)
+            resolve_request(workflow_request(_workflow(*samplings, start=Empty(*sizes)), manifest), manifest)

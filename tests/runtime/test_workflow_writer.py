@@ -21,7 +21,7 @@ from sdxl_trt.runtime.comfyui.requests import workflow_request
 from sdxl_trt.runtime.comfyui.writer import write_workflow
 from sdxl_trt.runtime.images.inputs import InputPicture, read_input
 from sdxl_trt.runtime.request.request import Request
-from sdxl_trt.runtime.request.resolve import ResolvedRequest, resolve
+from sdxl_trt.runtime.request.resolve import ResolvedRequest, resolve_request
 from sdxl_trt.runtime.request.sides import Side
 
 FOX = Request("a (red:1.3) fox", compat="comfyui", steps=10, seed=5, width=64, height=32)
@@ -34,7 +34,7 @@ def manifest(pairs: Callable[[str], Any]) -> Manifest:
 
 
 def _written(request: Request, manifest: Manifest) -> Any:
-    return write_workflow(request, resolve(request, manifest), manifest)
+    return write_workflow(request, resolve_request(request, manifest), manifest)
 
 
 def _read(graph: Any, manifest: Manifest, folder: Path) -> Request:
@@ -47,9 +47,9 @@ def _run_of(request: ResolvedRequest) -> dict[str, Any]:
     grid = request.schedule.sigmas
     told: dict[str, Any] = {
         "grid": grid.tolist(), "size": (request.width, request.height), "seeds": request.seeds,
-        "final": request.final_scale, "refined": request.refined,
+        "final": request.final_scale, "refined": request.uses_refiner,
     }  # fmt: skip
-    for stage in ("base", "refiner") if request.refined else ("base",):
+    for stage in ("base", "refiner") if request.uses_refiner else ("base",):
         sampler, part = request.denoising_of(stage)  # type: ignore[arg-type]
         adds = part.add_noise and part.steps > 0
         told[stage] = (sampler, request.guidance_of(stage), part.sigmas(grid).tolist(), adds)  # type: ignore[arg-type]
@@ -105,12 +105,12 @@ def test_what_is_written_is_read_as_the_same_run(manifest: Manifest, tmp_path: P
         if request.base_sides is not None:
             sides, seed = draw(st.tuples(SIDES, SIDES)), draw(st.integers(0, 9))
             request = replace(request, refiner_sides=sides, refiner_seed=seed)
-    resolved = resolve(request, manifest)
+    resolved = resolve_request(request, manifest)
     graph = write_workflow(request, resolved, manifest)
     if graph is not None:
-        again = resolve(_read(graph, manifest, tmp_path), manifest)
+        again = resolve_request(_read(graph, manifest, tmp_path), manifest)
         assert _run_of(again) == _run_of(resolved)
-        if resolved.refined:
+        if resolved.uses_refiner:
             # A refiner without a seed draws from the base's, each from its beginning.
             assert again.refiner_seeds == (resolved.refiner_seeds or resolved.seeds)
 
@@ -186,12 +186,12 @@ def test_a_run_from_a_picture_is_written_with_it(
     manifest: Manifest, image: InputPicture, tmp_path: Path, change: dict[str, Any]
 ) -> None:
     request = replace(FOX, width=None, height=None, image=image, **change)
-    resolved = resolve(request, manifest)
+    resolved = resolve_request(request, manifest)
     graph = write_workflow(request, resolved, manifest)
     assert graph is not None
-    again = resolve(_read(graph, manifest, tmp_path), manifest)
+    again = resolve_request(_read(graph, manifest, tmp_path), manifest)
     assert _run_of(again) == _run_of(resolved)
-    assert (again.refine, again.first.add_noise) == (resolved.refine, resolved.first.add_noise)
+    assert (again.refiner_only, again.first.add_noise) == (resolved.refiner_only, resolved.first.add_noise)
     assert again.refiner_schedule.sigmas.tolist() == resolved.refiner_schedule.sigmas.tolist()
     assert again.image is not None
     assert (again.image.name, again.image.sha256, again.fit) == ("in.png", image.sha256, resolved.fit)

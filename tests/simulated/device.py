@@ -216,12 +216,12 @@ class SimulatedDevice:
 
     def environment(self) -> Environment:
         """Return what plans for this device are keyed by, as the code under test finds it; no call counts."""
-        from sdxl_trt.engines.backends.trt.environment import here
+        from sdxl_trt.engines.backends.trt.environment import current_environment
 
         calls, sticky = Counter(self.calls), self._sticky_after
         self._sticky_after = None
         try:
-            return here(self.flavour)
+            return current_environment(self.flavour)
         finally:
             self.calls, self._sticky_after = calls, sticky
 

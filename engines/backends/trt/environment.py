@@ -1,6 +1,6 @@
 """This machine as a plan's key states it: TensorRT, GPU, driver, platform."""
 
-__all__ = ["device_available", "here"]
+__all__ = ["current_environment", "device_available"]
 
 import platform
 import re
@@ -17,7 +17,7 @@ _DRIVER_FILE = Path("/proc/driver/nvidia/version")
 _DRIVER = re.compile(r"\b\d{3,4}\.\d+(?:\.\d+)?\b")
 
 
-def here(flavour: Flavour) -> Environment:
+def current_environment(flavour: Flavour) -> Environment:
     """Return what a plan that runs on this machine must have been built for; the GPU is the first visible one.
 
     TensorRT for RTX builds ahead of time, for every GPU: no GPU is asked for, and its fields say "any". Raises
