@@ -76,7 +76,8 @@ class EnginePool:
         """Return the loaded engines of the components `names`, having freed what the policy does not keep.
 
         A thread meanwhile prepares `next_engines`, those of the next phase: it loads what may stay beside `names`, and
-        reads and checks the plans of the rest. The next call raises what goes wrong there. Raises ResourceError where memory runs out under the last policy, and what Engine.load raises.
+        reads and checks the plans of the rest. The next call raises what goes wrong there. Raises ResourceError where
+        memory runs out under the last policy, and what Engine.load raises.
         """
         wanted = self._resolve(names)
         while True:
