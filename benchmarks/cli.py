@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sdxl_trt.engines.host.console import CLEAR_LINE, Parser, one_line, print_json, run
+from sdxl_trt.engines.host import CLEAR_LINE, Parser, one_line, print_json, run
 
 if TYPE_CHECKING:
-    from sdxl_trt.benchmarks.measure.subjects import Say, Subject
-    from sdxl_trt.benchmarks.report.records import BenchReport
+    from sdxl_trt.benchmarks.measure import Say, Subject
+    from sdxl_trt.benchmarks.report import BenchReport
 
 EPILOG = """examples:
   trt-bench --quick                                          the embedded pair, in a minute or two
@@ -81,10 +81,9 @@ def _run(arguments: argparse.Namespace, argv: list[str]) -> None:
 
 
 def _bench(arguments: argparse.Namespace, argv: list[str], say: "Say") -> None:
-    from sdxl_trt.benchmarks.contest.bench import BenchOptions, run_bench  # noqa: PLC0415 - numpy and more: --help must not wait
-    from sdxl_trt.benchmarks.measure.subjects import cache_folder, find_subject  # noqa: PLC0415
-    from sdxl_trt.benchmarks.report.markdown import markdown_report  # noqa: PLC0415
-    from sdxl_trt.benchmarks.report.pages import write_pages  # noqa: PLC0415
+    from sdxl_trt.benchmarks.contest import BenchOptions, run_bench  # noqa: PLC0415 - numpy and more: --help must not wait
+    from sdxl_trt.benchmarks.measure import cache_folder, find_subject  # noqa: PLC0415
+    from sdxl_trt.benchmarks.report import markdown_report, write_pages  # noqa: PLC0415
 
     width, height = arguments.size or (None, None)
     quick = arguments.quick
@@ -118,7 +117,7 @@ def _finished(
     import msgspec  # noqa: PLC0415
 
     if arguments.quality:
-        from sdxl_trt.benchmarks.quality.quality import VARIANTS, measure_quality  # noqa: PLC0415 - torch comes with it
+        from sdxl_trt.benchmarks.quality import VARIANTS, measure_quality  # noqa: PLC0415 - torch comes with it
 
         # To export the others takes minutes the first time.
         variants = () if arguments.quick else tuple(VARIANTS)
@@ -130,8 +129,8 @@ def _finished(
 def _require_quality(report: "BenchReport") -> None:
     """Raise VerificationError where what the engines draw is not what PyTorch draws."""
     if report.quality:
-        from sdxl_trt.benchmarks.quality.quality import verdict  # noqa: PLC0415
-        from sdxl_trt.engines.errors import VerificationError  # noqa: PLC0415
+        from sdxl_trt.benchmarks.quality import verdict  # noqa: PLC0415
+        from sdxl_trt.engines import VerificationError  # noqa: PLC0415
 
         wrong = verdict(report.quality)
         if wrong:
@@ -139,8 +138,7 @@ def _require_quality(report: "BenchReport") -> None:
 
 
 def _estimate(arguments: argparse.Namespace) -> None:
-    from sdxl_trt.benchmarks.roofline.roofline import run_estimate  # noqa: PLC0415
-    from sdxl_trt.benchmarks.roofline.table import estimate_table  # noqa: PLC0415
+    from sdxl_trt.benchmarks.roofline import estimate_table, run_estimate  # noqa: PLC0415
 
     width, height = arguments.size or (1024, 1024)
     steps = _STEPS if arguments.steps is None else arguments.steps

@@ -15,19 +15,12 @@ from pathlib import Path
 
 import msgspec
 
-from sdxl_trt.benchmarks.contest.bars import bench_bars
-from sdxl_trt.benchmarks.contest.bench import BenchOptions, run_bench, settled_spec
-from sdxl_trt.benchmarks.contest.cold_start import cold_starts
-from sdxl_trt.benchmarks.contest.ratios import agree
-from sdxl_trt.benchmarks.full_size.architectures import ROLES
-from sdxl_trt.benchmarks.measure.bars import bars_table, missed
-from sdxl_trt.benchmarks.measure.processes import measure
-from sdxl_trt.benchmarks.measure.results import RESULTS_FOLDER
-from sdxl_trt.benchmarks.measure.subjects import Subject, find_subject
-from sdxl_trt.benchmarks.report.pages import write_pages
-from sdxl_trt.benchmarks.report.records import BenchReport, BenchSettings, Quality, read_report
-from sdxl_trt.engines.errors import EngineError, VerificationError
-from sdxl_trt.engines.host.console import Parser, run
+from sdxl_trt.benchmarks.contest import BenchOptions, agree, bench_bars, cold_starts, run_bench, settled_spec
+from sdxl_trt.benchmarks.full_size import ROLES
+from sdxl_trt.benchmarks.measure import RESULTS_FOLDER, Subject, bars_table, find_subject, measure, missed
+from sdxl_trt.benchmarks.report import BenchReport, BenchSettings, Quality, read_report, write_pages
+from sdxl_trt.engines import EngineError, VerificationError
+from sdxl_trt.engines.host import Parser, run
 
 COMMAND = ("make", "bench")
 RESULTS = RESULTS_FOLDER / "bench.json"
@@ -88,7 +81,7 @@ def _run(work: Path, *, quick: bool, quality: bool) -> BenchReport:
 
 
 def _quality(embedded: Subject, settings: BenchSettings, *, quick: bool) -> tuple[Quality, ...]:
-    from sdxl_trt.benchmarks.quality.quality import VARIANTS, measure_quality  # noqa: PLC0415
+    from sdxl_trt.benchmarks.quality import VARIANTS, measure_quality  # noqa: PLC0415
 
     return measure_quality(embedded, settings, () if quick else tuple(VARIANTS), _say)
 

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from sdxl_trt.engines.host.console import Parser, print_json, run
+from sdxl_trt.engines.host import Parser, print_json, run
 
 EPILOG = """examples:
   trt-inspect my-bundle                      graphs, plans, memory, keys
@@ -38,7 +38,7 @@ def _parser() -> Parser:
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    from sdxl_trt.engines.inspection.report import inspect_bundle  # noqa: PLC0415 - numpy and more: --help must not wait
+    from sdxl_trt.engines.inspection import inspect_bundle  # noqa: PLC0415 - numpy and more: --help must not wait
 
     report = inspect_bundle(
         arguments.bundle, why_rebuild=arguments.why_rebuild, verify=arguments.verify is not None, progress=_show

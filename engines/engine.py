@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from sdxl_trt.engines.bundle.manifest import Component, DType, TensorSpec
+from sdxl_trt.engines.bundle import Component, DType, TensorSpec
 from sdxl_trt.engines.errors import UsageError
 
 Array = NDArray[Any]

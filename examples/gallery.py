@@ -3,9 +3,9 @@
 import sys
 from pathlib import Path
 
-from sdxl_trt.engines.host.files import atomic_write
+from sdxl_trt.engines.host import atomic_write
 from sdxl_trt.runtime import Request, open_bundle
-from sdxl_trt.runtime.images.sheet import contact_sheet
+from sdxl_trt.runtime.images import contact_sheet
 
 PROMPTS = (
     "a large red star on a blue background",

@@ -23,18 +23,19 @@ from typing import Any
 import msgspec
 import onnx_ir as ir
 
-from sdxl_trt.engines.bundle.digests import verify_file
-from sdxl_trt.engines.bundle.manifest import Component, Source, TensorSpec
-from sdxl_trt.engines.bundle.records import FileRecord
-from sdxl_trt.engines.errors import SdxlTrtError, UsageError, explain_os_error
-from sdxl_trt.engines.host.files import atomic_write, sha256_file
+from sdxl_trt.engines import SdxlTrtError, UsageError, explain_os_error
+from sdxl_trt.engines.bundle import Component, FileRecord, Source, TensorSpec, verify_file
+from sdxl_trt.engines.host import atomic_write, sha256_file
 from sdxl_trt.export.components import ComponentPlan
-from sdxl_trt.export.graph.cpu_graph import for_cpu
-from sdxl_trt.export.graph.models import published_name
-from sdxl_trt.export.graph.passes import simplify
-from sdxl_trt.export.graph.signatures import make_graph
-from sdxl_trt.export.graph.trace import trace_graph
-from sdxl_trt.export.graph.weights import WEIGHTS_FILE, write_weights
+from sdxl_trt.export.graph import (
+    WEIGHTS_FILE,
+    for_cpu,
+    make_graph,
+    published_name,
+    simplify,
+    trace_graph,
+    write_weights,
+)
 from sdxl_trt.export.progress import ProgressTracker
 
 GRAPH_FILE = "model.onnx"

@@ -11,27 +11,40 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
-from sdxl_trt.engines.bundle.bundle import Bundle, read_bundle, write_manifest
-from sdxl_trt.engines.bundle.digests import verify_file
-from sdxl_trt.engines.bundle.manifest import FORMAT_NAME, FORMAT_VERSION, Component, Manifest
-from sdxl_trt.engines.errors import IncompatibleError, SdxlTrtError, UsageError
-from sdxl_trt.engines.plans.files import PLANS
+from sdxl_trt.engines import IncompatibleError, SdxlTrtError, UsageError
+from sdxl_trt.engines.bundle import (
+    FORMAT_NAME,
+    FORMAT_VERSION,
+    Bundle,
+    Component,
+    Manifest,
+    read_bundle,
+    verify_file,
+    write_manifest,
+)
+from sdxl_trt.engines.plans import PLANS
 from sdxl_trt.export.components import Options, StagePlan, plan_components
 from sdxl_trt.export.convert import RECORD_FILE, convert
-from sdxl_trt.export.lora.file import open_lora
-from sdxl_trt.export.lora.fuse import REFINER_NOTE, ScaledLora
-from sdxl_trt.export.lora.option import LoraOption
-from sdxl_trt.export.optimum.layout import write_optimum
-from sdxl_trt.export.output.budget import Needs, measure
-from sdxl_trt.export.output.jobs import ExportJob, plan_jobs
-from sdxl_trt.export.output.reuse import previous_bundle, take_over, take_over_plans
-from sdxl_trt.export.output.stages import stage_record, write_tokenizers
-from sdxl_trt.export.output.staging import check_target, exclusive, publish, resumable
+from sdxl_trt.export.lora import REFINER_NOTE, LoraOption, ScaledLora, open_lora
+from sdxl_trt.export.optimum import write_optimum
+from sdxl_trt.export.output import (
+    ExportJob,
+    Needs,
+    check_target,
+    exclusive,
+    measure,
+    plan_jobs,
+    previous_bundle,
+    publish,
+    resumable,
+    stage_record,
+    take_over,
+    take_over_plans,
+    write_tokenizers,
+)
 from sdxl_trt.export.progress import ExportProgress, ProgressTracker
-from sdxl_trt.export.sources.source import PipelineSource, Role, open_source, open_vae, with_vae
-from sdxl_trt.export.sources.unets import open_unet, with_unet
-from sdxl_trt.export.verify.report import VERIFY_FILE
-from sdxl_trt.export.verify.verify import verify_bundle
+from sdxl_trt.export.sources import PipelineSource, Role, open_source, open_unet, open_vae, with_unet, with_vae
+from sdxl_trt.export.verify import VERIFY_FILE, verify_bundle
 
 log = logging.getLogger("sdxl_trt.export")
 MINI = "mini"
@@ -232,7 +245,7 @@ def _open_sources(
 ) -> tuple[PipelineSource, PipelineSource | None]:
     mini: Path | None = None
     if MINI in (base, refiner):
-        from sdxl_trt.mini.pair import materialize  # noqa: PLC0415 - only when the embedded pair is asked for
+        from sdxl_trt.mini import materialize  # noqa: PLC0415 - only when the embedded pair is asked for
 
         mini = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sdxl-trt-mini-")))
         materialize(mini)
@@ -252,6 +265,6 @@ def _open_sources(
 def _mini_note(base: Path | str, refiner: Path | str | None) -> str:
     if MINI not in (base, refiner):
         return ""
-    from sdxl_trt.mini.embedded import NOTE  # noqa: PLC0415 - only when the embedded pair is asked for
+    from sdxl_trt.mini import NOTE  # noqa: PLC0415 - only when the embedded pair is asked for
 
     return NOTE

@@ -5,10 +5,9 @@ __all__ = ["find_pooled", "open_tokenizers", "tokenizer_role", "without_idle_pro
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from sdxl_trt.engines.errors import SourceError
-from sdxl_trt.export.graph.models import MetaModel, build_model
-from sdxl_trt.export.sources.source import PipelineSource
-from sdxl_trt.export.sources.tokenizers import LoadedTokenizer, load_tokenizer
+from sdxl_trt.engines import SourceError
+from sdxl_trt.export.graph import MetaModel, build_model
+from sdxl_trt.export.sources import LoadedTokenizer, PipelineSource, load_tokenizer
 
 Warn = Callable[[str], None]
 FIRST, SECOND = "text_encoder", "text_encoder_2"

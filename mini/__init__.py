@@ -1,21 +1,23 @@
-"""The embedded pair: a miniature SDXL base and refiner, trained from nothing on drawn scenes, with its data
+"""The embedded pair: a miniature SDXL base and refiner, trained from scratch on drawn scenes, with its data
 and its scorer.
 """
 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from sdxl_trt.mini.clip_vocabulary import merges, vocabulary
+    from sdxl_trt.mini.embedded import NOTE, bundle_path
     from sdxl_trt.mini.pair import materialize
 
-__all__ = ["materialize"]
+__all__ = ["NOTE", "bundle_path", "materialize", "merges", "vocabulary"]
+
+_HOMES = {"merges": "clip_vocabulary", "vocabulary": "clip_vocabulary", "materialize": "pair"}
 
 
 def __getattr__(name: str) -> object:
-    """Import `materialize` when it is first asked for, so that the scenes and the scorer stay free of its
-    dependencies.
-    """
-    if name == "materialize":
-        from sdxl_trt.mini.pair import materialize  # noqa: PLC0415 (see above)
+    """Import a name when it is first used: the runtime asks for the bundle's path only."""
+    from importlib import import_module  # noqa: PLC0415
 
-        return materialize
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES.get(name, 'embedded')}"), name)

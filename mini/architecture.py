@@ -4,7 +4,7 @@ transformers' words.
 
 from typing import Any
 
-from sdxl_trt.mini.scenes.drawing import SIDE
+from sdxl_trt.mini.scenes import SIDE
 
 Config = dict[str, Any]
 

@@ -9,27 +9,17 @@ with open_bundle("my-bundle") as pipeline:
 
 from typing import TYPE_CHECKING
 
+from sdxl_trt.engines.lazy import lazy_names
+
 if TYPE_CHECKING:
-    from sdxl_trt.runtime.images.picture import Picture
-    from sdxl_trt.runtime.pipeline.pipeline import Pipeline, open_bundle
-    from sdxl_trt.runtime.pipeline.run import Step
-    from sdxl_trt.runtime.request.request import Request
+    from sdxl_trt.runtime.images import Picture
+    from sdxl_trt.runtime.pipeline import Batch, Pipeline, Step, open_bundle
+    from sdxl_trt.runtime.request import Request
+else:
+    __getattr__ = lazy_names(__name__, {
+        "images": ("Picture",),
+        "pipeline": ("Batch", "Pipeline", "Step", "open_bundle"),
+        "request": ("Request",),
+    })
 
-__all__ = ["Picture", "Pipeline", "Request", "Step", "open_bundle"]
-
-_HOMES = {
-    "Picture": "images.picture",
-    "Pipeline": "pipeline.pipeline",
-    "Request": "request.request",
-    "Step": "pipeline.run",
-    "open_bundle": "pipeline.pipeline",
-}
-
-
-def __getattr__(name: str) -> object:
-    """Import on first use, so that `trt-generate --help` waits for nothing."""
-    from importlib import import_module  # noqa: PLC0415
-
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+__all__ = ["Batch", "Picture", "Pipeline", "Request", "Step", "open_bundle"]

@@ -9,8 +9,8 @@ from sdxl_trt.benchmarks.contest.cold_start import OURS as OUR_START
 from sdxl_trt.benchmarks.contest.cold_start import THEIRS as THEIR_START
 from sdxl_trt.benchmarks.contest.ratios import ratio
 from sdxl_trt.benchmarks.contest.roster import OURS
-from sdxl_trt.benchmarks.measure.bars import NOT_MEASURED, Bar
-from sdxl_trt.benchmarks.report.records import BenchReport, ColdStart, Measurement
+from sdxl_trt.benchmarks.measure import NOT_MEASURED, Bar
+from sdxl_trt.benchmarks.report import BenchReport, ColdStart, Measurement
 
 STEP, PICTURE = "base UNet step", "picture"
 # Task, peer, the highest ratio, and the one to be reached for where there is one.

@@ -21,16 +21,11 @@ from sdxl_trt.benchmarks.contest.ratios import ratios
 from sdxl_trt.benchmarks.contest.roster import OURS, Entry, choose, command, cores, environment, shown, unable
 from sdxl_trt.benchmarks.contest.sweeps import is_usual, sweep_asks
 from sdxl_trt.benchmarks.contest.turns import Entrant, Plan, close, prepare, take_turns
-from sdxl_trt.benchmarks.contestants.protocol import TASKS, Ask, Spec
-from sdxl_trt.benchmarks.measure.energy import Nvml
-from sdxl_trt.benchmarks.measure.gpu_facts import no_driver
-from sdxl_trt.benchmarks.measure.processes import machine
-from sdxl_trt.benchmarks.measure.results import package_versions
-from sdxl_trt.benchmarks.measure.subjects import Subject
-from sdxl_trt.benchmarks.report.records import BenchReport, BenchSettings, Measurement
-from sdxl_trt.engines.errors import EngineError, UsageError
-from sdxl_trt.runtime.request.request import Request
-from sdxl_trt.runtime.request.resolve import resolve_request
+from sdxl_trt.benchmarks.contestants import TASKS, Ask, Spec
+from sdxl_trt.benchmarks.measure import Nvml, Subject, machine, no_driver, package_versions
+from sdxl_trt.benchmarks.report import BenchReport, BenchSettings, Measurement
+from sdxl_trt.engines import EngineError, UsageError
+from sdxl_trt.runtime.request import Request, resolve_request
 
 PROMPT = "a large red star on a blue background"
 PACKAGES = ("sdxl-trt", "numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt", "torch", "diffusers")

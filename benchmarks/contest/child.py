@@ -15,8 +15,8 @@ from typing import Self, TypeVar
 
 import msgspec
 
-from sdxl_trt.benchmarks.contestants.protocol import Answer, Ask, Bye, Failed
-from sdxl_trt.engines.host.console import one_line
+from sdxl_trt.benchmarks.contestants import Answer, Ask, Bye, Failed
+from sdxl_trt.engines.host import one_line
 
 _LONGEST = 1 << 20
 _TAIL = 2000

@@ -12,10 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from sdxl_trt.benchmarks.contestants.protocol import Spec
-from sdxl_trt.benchmarks.measure.processes import Measured, measure
-from sdxl_trt.benchmarks.measure.subjects import Subject
-from sdxl_trt.benchmarks.report.records import ColdStart
+from sdxl_trt.benchmarks.contestants import Spec
+from sdxl_trt.benchmarks.measure import Measured, Subject, measure
+from sdxl_trt.benchmarks.report import ColdStart
 
 OURS, THEIRS = "trt-generate", "diffusers script"
 LEAST_LIKENESS = 30.0

@@ -4,8 +4,8 @@ __all__ = ["contestant", "measurement"]
 
 from sdxl_trt.benchmarks.contest.inputs import unet_rows
 from sdxl_trt.benchmarks.contest.turns import Entrant, Turns
-from sdxl_trt.benchmarks.contestants.protocol import Ask, Ran, Spec
-from sdxl_trt.benchmarks.report.records import Contestant, Measurement
+from sdxl_trt.benchmarks.contestants import Ask, Ran, Spec
+from sdxl_trt.benchmarks.report import Contestant, Measurement
 
 PICTURE = "picture"
 

@@ -3,11 +3,10 @@
 __all__ = ["cpu_floors"]
 
 from sdxl_trt.benchmarks.contest.inputs import unet_rows
-from sdxl_trt.benchmarks.contestants.protocol import Spec
-from sdxl_trt.benchmarks.roofline.flops import count_component
-from sdxl_trt.benchmarks.roofline.gemm import floor_seconds, peak_gemm_rate
-from sdxl_trt.engines.bundle.bundle import Bundle
-from sdxl_trt.engines.errors import SdxlTrtError
+from sdxl_trt.benchmarks.contestants import Spec
+from sdxl_trt.benchmarks.roofline import count_component, floor_seconds, peak_gemm_rate
+from sdxl_trt.engines import SdxlTrtError
+from sdxl_trt.engines.bundle import Bundle
 
 
 def cpu_floors(bundle: Bundle, spec: Spec, rate: float | None = None) -> tuple[dict[str, float], str]:

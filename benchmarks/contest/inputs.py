@@ -7,10 +7,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from sdxl_trt.engines.bundle.bundle import Bundle
-from sdxl_trt.engines.bundle.manifest import Stage
-from sdxl_trt.engines.host.files import atomic_write
-from sdxl_trt.runtime.text.tokenizer import PromptTokenizer
+from sdxl_trt.engines.bundle import Bundle, Stage
+from sdxl_trt.engines.host import atomic_write
+from sdxl_trt.runtime.text import PromptTokenizer
 
 TIMESTEPS = {"base": 500.0, "refiner": 100.0}
 """A step in the middle of each expert's part."""

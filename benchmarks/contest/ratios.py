@@ -11,7 +11,7 @@ __all__ = ["agree", "ratio", "ratios"]
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 
-from sdxl_trt.benchmarks.report.records import BenchReport, Measurement, Ratio
+from sdxl_trt.benchmarks.report import BenchReport, Measurement, Ratio
 
 
 def ratio(ours: Measurement, theirs: Measurement) -> Ratio:

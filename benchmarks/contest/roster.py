@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from sdxl_trt.engines.errors import UsageError
+from sdxl_trt.engines import UsageError
 
 Need = Literal["checkpoint", "gpu", "cpu", "peers"]
 PEERS = Path(".venv-peers/bin/python")

@@ -4,7 +4,7 @@ __all__ = ["is_usual", "sweep_asks"]
 
 from collections.abc import Iterator
 
-from sdxl_trt.benchmarks.contestants.protocol import Ask, Spec
+from sdxl_trt.benchmarks.contestants import Ask, Spec
 
 SIZES = (0.5, 0.75, 1.0)
 """Sides as shares of the run's own, rounded down to what the UNets take."""

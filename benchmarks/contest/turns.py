@@ -12,8 +12,8 @@ import numpy as np
 
 from sdxl_trt.benchmarks.contest.child import ContestantError
 from sdxl_trt.benchmarks.contest.roster import Entry
-from sdxl_trt.benchmarks.contestants.protocol import Ask, Memory, Ran, Ready
-from sdxl_trt.benchmarks.measure.energy import Nvml
+from sdxl_trt.benchmarks.contestants import Ask, Memory, Ran, Ready
+from sdxl_trt.benchmarks.measure import Nvml
 
 PREPARE_LIMIT = 3600.0
 RUN_LIMIT = 3600.0

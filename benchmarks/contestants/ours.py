@@ -125,7 +125,7 @@ class Ours:
         return lambda: Done(engine.infer(given)["out_sample"].astype(np.float32))
 
     def _given(self, engine: Any, stage: str) -> dict[str, Any]:
-        from sdxl_trt.engines.engine import numpy_dtype  # noqa: PLC0415
+        from sdxl_trt.engines import numpy_dtype  # noqa: PLC0415
 
         return {
             spec.name: self._inputs[f"{stage}/{spec.name}"].astype(numpy_dtype(spec))

@@ -24,7 +24,7 @@ class PlainOnnxRuntime:
         started = time.perf_counter()
         import onnxruntime  # noqa: PLC0415 - its time is measured
 
-        from sdxl_trt.engines.bundle.bundle import read_bundle  # noqa: PLC0415
+        from sdxl_trt.engines.bundle import read_bundle  # noqa: PLC0415
 
         imported = time.perf_counter()
         bundle = read_bundle(self._spec.bundle)

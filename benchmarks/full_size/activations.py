@@ -18,16 +18,13 @@ from pathlib import Path
 import msgspec
 
 from sdxl_trt.benchmarks.full_size.tensorrt_on_cpu import assemble, child_environment
-from sdxl_trt.benchmarks.measure.results import RESULTS_FOLDER
-from sdxl_trt.engines.build.process import BuildJob, build_plan
-from sdxl_trt.engines.bundle.bundle import Bundle, read_bundle
-from sdxl_trt.engines.bundle.manifest import Component
-from sdxl_trt.engines.bundle.profile import Profile, Range, fixed
-from sdxl_trt.engines.host.files import atomic_write
-from sdxl_trt.engines.plans.sizes import Sizes, axes_of, component_profiles
-from sdxl_trt.engines.residency.activations import estimate_activations, estimate_error
-from sdxl_trt.engines.residency.needs import exact_sizes
-from sdxl_trt.mini.embedded import bundle_path
+from sdxl_trt.benchmarks.measure import RESULTS_FOLDER
+from sdxl_trt.engines.build import BuildJob, build_plan
+from sdxl_trt.engines.bundle import Bundle, Component, Profile, Range, fixed, read_bundle
+from sdxl_trt.engines.host import atomic_write
+from sdxl_trt.engines.plans import Sizes, axes_of, component_profiles
+from sdxl_trt.engines.residency import estimate_activations, estimate_error, exact_sizes
+from sdxl_trt.mini import bundle_path
 
 RESULTS = RESULTS_FOLDER / "activations.md"
 COMMAND = "python -m sdxl_trt.benchmarks.full_size.activations"

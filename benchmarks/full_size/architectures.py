@@ -62,7 +62,7 @@ def architecture(size: str, role: Role) -> Architecture:
 
     The published ones come with the package (``export/published``); a cousin changes widths and depths in them.
     """
-    from sdxl_trt.export.sources.configs import PUBLISHED  # noqa: PLC0415 - brings the exporter's libraries
+    from sdxl_trt.export.sources import PUBLISHED  # noqa: PLC0415 - brings the exporter's libraries
 
     root = PUBLISHED / role
     index = _read(root / "model_index.json")

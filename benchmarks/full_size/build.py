@@ -17,19 +17,23 @@ import msgspec
 
 from sdxl_trt.benchmarks.full_size.build_cases import BuildCase, Export, cases, profile_words
 from sdxl_trt.benchmarks.full_size.tensorrt_on_cpu import BINDING, LIBRARIES, assemble, child_environment
-from sdxl_trt.benchmarks.measure.bars import Bar, at_most, bars_table, missed
-from sdxl_trt.benchmarks.measure.processes import machine, measure
-from sdxl_trt.benchmarks.measure.results import (
+from sdxl_trt.benchmarks.measure import (
     RESULTS_FOLDER,
+    Bar,
+    at_most,
+    bars_table,
+    machine,
     machine_words,
+    measure,
+    missed,
     package_versions,
     results_parser,
     write_results,
 )
-from sdxl_trt.engines.build.process import BuildEvent, BuildJob, BuiltPlan, build_plan
-from sdxl_trt.engines.bundle.bundle import Bundle, read_bundle
-from sdxl_trt.engines.errors import SdxlTrtError
-from sdxl_trt.engines.plans.sizes import component_profiles
+from sdxl_trt.engines import SdxlTrtError
+from sdxl_trt.engines.build import BuildEvent, BuildJob, BuiltPlan, build_plan
+from sdxl_trt.engines.bundle import Bundle, read_bundle
+from sdxl_trt.engines.plans import component_profiles
 
 MB, GB = 10**6, 10**9
 RESULTS = RESULTS_FOLDER / "build.json"

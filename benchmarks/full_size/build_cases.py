@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import msgspec
 
-from sdxl_trt.engines.bundle.profile import Range, fixed
-from sdxl_trt.engines.plans.sizes import Sizes, axes_of, default_sizes
+from sdxl_trt.engines.bundle import Range, fixed
+from sdxl_trt.engines.plans import Sizes, axes_of, default_sizes
 
 # SDXL's: latents of 1024² pictures, 8 pixels each; sides that base and refiner both take.
 _SIDE, _FACTOR, _MULTIPLE = 128, 8, 64

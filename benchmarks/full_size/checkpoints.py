@@ -29,7 +29,7 @@ from sdxl_trt.benchmarks.full_size.random_weights import (
     split,
     write_file,
 )
-from sdxl_trt.engines.errors import SdxlTrtError, UsageError
+from sdxl_trt.engines import SdxlTrtError, UsageError
 
 Format = Literal["diffusers", "sharded", "single-file"]
 FORMATS: tuple[Format, ...] = ("diffusers", "sharded", "single-file")
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _tensors(shape: Architecture, model: str, dtype: DType) -> Tensors:
     """Return the tensors of one model under published names."""
-    from sdxl_trt.export.graph.models import build_model  # noqa: PLC0415 - torch, diffusers, transformers
+    from sdxl_trt.export.graph import build_model  # noqa: PLC0415 - torch, diffusers, transformers
 
     built = build_model(shape.class_name(model), shape.models[model], model)
     seed = f"{shape.role} unet" if model == "unet" else model
@@ -102,7 +102,7 @@ def _tensors(shape: Architecture, model: str, dtype: DType) -> Tensors:
 
 
 def _write_folder(root: Path, shape: Architecture, dtype: DType, shard_bytes: int | None) -> None:
-    from sdxl_trt.export.sources.tokenizers import tokenizer_files  # noqa: PLC0415 - brings the exporter's libraries
+    from sdxl_trt.export.sources import tokenizer_files  # noqa: PLC0415 - brings the exporter's libraries
 
     for model, config in shape.models.items():
         folder, stem = root / model, _STEMS[shape.index[model][0]]
@@ -136,7 +136,7 @@ def _write_shards(folder: Path, stem: str, tensors: Tensors, dtype: DType, limit
 
 def _ldm_tensors(shape: Architecture, dtype: DType) -> Tensors:
     """Return all tensors of a pipeline under the names of a single file, as sgm writes them."""
-    from sdxl_trt.export.checkpoints.ldm import unet_prefixes, vae_prefixes  # noqa: PLC0415 - a checkpoint of folders needs none
+    from sdxl_trt.export.checkpoints import unet_prefixes, vae_prefixes  # noqa: PLC0415 - a checkpoint of folders needs none
 
     models = {model: _tensors(shape, model, dtype) for model in shape.models}
     stored = _renamed(models["unet"], unet_prefixes(shape.models["unet"]), "model.diffusion_model.")
@@ -163,7 +163,7 @@ def _renamed(tensors: Tensors, modules: dict[str, str], prefix: str) -> Tensors:
 
 def _open_clip(tensors: Tensors, config: dict[str, Any], prefix: str) -> Tensors:
     """Return an encoder's tensors as OpenCLIP stores them: one projection for query, key and value, one transposed."""
-    from sdxl_trt.export.checkpoints.ldm import open_clip_prefixes  # noqa: PLC0415 - a checkpoint of folders needs none
+    from sdxl_trt.export.checkpoints import open_clip_prefixes  # noqa: PLC0415 - a checkpoint of folders needs none
 
     stored = {
         "model.positional_embedding": tensors["text_model.embeddings.position_embedding.weight"],

@@ -14,11 +14,17 @@ from pathlib import Path
 
 import msgspec
 
-from sdxl_trt.benchmarks.measure.bars import NOT_MEASURED, Bar, at_most, bars_table, missed
-from sdxl_trt.benchmarks.measure.processes import Measured, machine, measure
-from sdxl_trt.benchmarks.measure.results import (
+from sdxl_trt.benchmarks.measure import (
+    NOT_MEASURED,
     RESULTS_FOLDER,
+    Bar,
+    Measured,
+    at_most,
+    bars_table,
+    machine,
     machine_words,
+    measure,
+    missed,
     package_versions,
     results_parser,
     write_results,

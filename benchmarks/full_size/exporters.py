@@ -59,7 +59,7 @@ def _imports(exporter: str) -> int:
 
 def _ours(arguments: list[str]) -> int:
     """Export and check in one process, so that its peak is that of both."""
-    from sdxl_trt.export.cli.export import main as export_engines  # noqa: PLC0415 - measured: nothing early
+    from sdxl_trt.export.cli import main as export_engines  # noqa: PLC0415 - measured: nothing early
 
     code = export_engines(arguments)
     if code == 0:

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sdxl_trt.engines.bundle.bundle import read_bundle
-from sdxl_trt.engines.errors import SdxlTrtError
+from sdxl_trt.engines import SdxlTrtError
+from sdxl_trt.engines.bundle import read_bundle
 
 
 def count_operators(path: Path) -> dict[str, int]:

@@ -17,11 +17,9 @@ from typing import Any
 import msgspec
 
 from sdxl_trt.benchmarks.full_size.tensorrt_on_cpu import assemble, child_environment, load
-from sdxl_trt.engines.backends.trt.api import make_logger
-from sdxl_trt.engines.build.network import BuildLog, parse_graph
-from sdxl_trt.engines.build.process import BuildJob, BuiltPlan, build_plan
-from sdxl_trt.engines.bundle.bundle import read_bundle
-from sdxl_trt.engines.bundle.profile import Profile, Shape
+from sdxl_trt.engines.backends.trt import make_logger
+from sdxl_trt.engines.build import BuildJob, BuildLog, BuiltPlan, build_plan, parse_graph
+from sdxl_trt.engines.bundle import Profile, Shape, read_bundle
 
 # (min, opt, max) by axis: sizes that every tiny UNet takes, rows with and without guidance, one prompt chunk or two.
 AXES = {"rows": (1, 2, 4), "pictures": (1, 1, 2), "prompts": (1, 2, 2), "tokens": (77, 77, 154)}

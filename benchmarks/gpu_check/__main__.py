@@ -18,8 +18,8 @@ import msgspec
 
 from sdxl_trt.benchmarks.gpu_check.checks import Check, all_checks
 from sdxl_trt.benchmarks.gpu_check.workplace import Skipped, Workplace
-from sdxl_trt.benchmarks.measure.gpu_facts import gpu_facts, no_driver
-from sdxl_trt.engines.backends.trt.environment import device_available
+from sdxl_trt.benchmarks.measure import gpu_facts, no_driver
+from sdxl_trt.engines.backends.trt import device_available
 
 NO_GPU = 3
 COMMAND = "python -m sdxl_trt.benchmarks.gpu_check"

@@ -10,22 +10,23 @@ from functools import partial
 import numpy as np
 
 from sdxl_trt.benchmarks.gpu_check.workplace import PICTURES, Skipped, Workplace, counted
-from sdxl_trt.benchmarks.measure.gpu_facts import FLAVOURS
-from sdxl_trt.engines.backends.cuda.runtime import Cuda, cuda_runtime
-from sdxl_trt.engines.backends.cuda.streams import Stream
-from sdxl_trt.engines.backends.ort.providers import ORT_PROVIDERS, OrtProvider, choose_provider
-from sdxl_trt.engines.backends.trt.api import library_version, tensorrt_module
-from sdxl_trt.engines.backends.trt.engine import open_device
-from sdxl_trt.engines.backends.trt.environment import current_environment
-from sdxl_trt.engines.backends.trt.rtx import ParkedWeights
-from sdxl_trt.engines.build.bundle_plans import build_plans
-from sdxl_trt.engines.bundle.plan_record import Flavour
-from sdxl_trt.engines.errors import IncompatibleError
-from sdxl_trt.engines.host.memory import format_bytes
-from sdxl_trt.engines.inspection.compare import compare_engines
-from sdxl_trt.engines.plans.files import read_plan
-from sdxl_trt.engines.residency.policy import RESIDENCIES, estimate_memory
-from sdxl_trt.engines.residency.pool import open_pool
+from sdxl_trt.benchmarks.measure import FLAVOURS
+from sdxl_trt.engines import IncompatibleError
+from sdxl_trt.engines.backends.cuda import Cuda, Stream, cuda_runtime
+from sdxl_trt.engines.backends.ort import ORT_PROVIDERS, OrtProvider, choose_provider
+from sdxl_trt.engines.backends.trt import (
+    ParkedWeights,
+    current_environment,
+    library_version,
+    open_device,
+    tensorrt_module,
+)
+from sdxl_trt.engines.build import build_plans
+from sdxl_trt.engines.bundle import Flavour
+from sdxl_trt.engines.host import format_bytes
+from sdxl_trt.engines.inspection import compare_engines
+from sdxl_trt.engines.plans import read_plan
+from sdxl_trt.engines.residency import RESIDENCIES, estimate_memory, open_pool
 
 # fp16 engines beside ONNX Runtime, which computes fp16 graphs in fp32 on a CPU, over all steps of a picture.
 LATENTS_TOLERANCE, LEAST_COSINE = 0.1, 0.999

@@ -15,17 +15,15 @@ from unittest import mock
 import numpy as np
 from numpy.typing import NDArray
 
-from sdxl_trt.engines.backends.cuda.runtime import Cuda
-from sdxl_trt.engines.backends.trt.api import tensorrt_module
-from sdxl_trt.engines.backends.trt.environment import current_environment
-from sdxl_trt.engines.bundle.bundle import Bundle, read_bundle
-from sdxl_trt.engines.bundle.plan_record import BuildFlags, Flavour, PlanRecord
-from sdxl_trt.engines.errors import IncompatibleError
-from sdxl_trt.engines.plans.lookup import find_plan, planned_components
-from sdxl_trt.engines.residency.pool import open_pool
-from sdxl_trt.mini.embedded import bundle_path
+from sdxl_trt.engines import IncompatibleError
+from sdxl_trt.engines.backends.cuda import Cuda
+from sdxl_trt.engines.backends.trt import current_environment, tensorrt_module
+from sdxl_trt.engines.bundle import BuildFlags, Bundle, Flavour, PlanRecord, read_bundle
+from sdxl_trt.engines.plans import find_plan, planned_components
+from sdxl_trt.engines.residency import open_pool
+from sdxl_trt.mini import bundle_path
 from sdxl_trt.runtime import Request
-from sdxl_trt.runtime.pipeline.pipeline import Pipeline
+from sdxl_trt.runtime.pipeline import Pipeline
 
 PROMPT, SEED, STEPS = "a large red star on a blue background", 7, 10
 PICTURES = 3

@@ -21,10 +21,8 @@ import msgspec
 import numpy as np
 
 from sdxl_trt.benchmarks.host_time.cases import CASES, ELSEWHERE, SIDE, HostCase, Lap, Precision, our_run, their_run
-from sdxl_trt.benchmarks.measure.bars import VERDICTS, Bar, missed
-from sdxl_trt.benchmarks.measure.processes import machine
-from sdxl_trt.benchmarks.measure.results import RESULTS_FOLDER
-from sdxl_trt.engines.host.files import atomic_write
+from sdxl_trt.benchmarks.measure import RESULTS_FOLDER, VERDICTS, Bar, machine, missed
+from sdxl_trt.engines.host import atomic_write
 
 COMMAND = "python -m sdxl_trt.benchmarks.host_time"
 RESULTS = RESULTS_FOLDER / "host_time.json"

@@ -18,16 +18,14 @@ from unittest import mock
 import msgspec
 import numpy as np
 
-from sdxl_trt.engines.bundle.bundle import read_bundle
-from sdxl_trt.engines.bundle.manifest import Component
-from sdxl_trt.engines.engine import Array
-from sdxl_trt.engines.residency.pool import EnginePool
-from sdxl_trt.mini.embedded import bundle_path
-from sdxl_trt.runtime.diffusion.samplers.registry import TWO_CALLS
-from sdxl_trt.runtime.pipeline.pipeline import Pipeline
-from sdxl_trt.runtime.pipeline.run import timed
-from sdxl_trt.runtime.request.request import Request
-from sdxl_trt.runtime.text.encoder import PromptEmbeds
+from sdxl_trt.engines import Array
+from sdxl_trt.engines.bundle import Component, read_bundle
+from sdxl_trt.engines.residency import EnginePool
+from sdxl_trt.mini import bundle_path
+from sdxl_trt.runtime.diffusion.samplers import TWO_CALLS
+from sdxl_trt.runtime.pipeline import Pipeline, timed
+from sdxl_trt.runtime.request import Request
+from sdxl_trt.runtime.text import PromptEmbeds
 
 Precision = Literal["float32", "float16"]
 SIDE = 1024

@@ -1,1 +1,16 @@
 """What every measurement uses: processes, energy, subjects, bars and result files."""
+
+from sdxl_trt.benchmarks.measure.bars import NOT_MEASURED, VERDICTS, Bar, at_most, bars_table, missed
+from sdxl_trt.benchmarks.measure.energy import Nvml
+from sdxl_trt.benchmarks.measure.gpu import FLAVOURS, gpu_facts, no_driver
+from sdxl_trt.benchmarks.measure.processes import Measured, machine, measure
+from sdxl_trt.benchmarks.measure.results import (
+    RESULTS_FOLDER, machine_words, package_versions, results_parser, write_json, write_results, write_text,
+)
+from sdxl_trt.benchmarks.measure.subjects import Say, Subject, cache_folder, find_subject
+
+__all__ = [
+    "FLAVOURS", "NOT_MEASURED", "RESULTS_FOLDER", "VERDICTS", "Bar", "Measured", "Nvml", "Say", "Subject", "at_most",
+    "bars_table", "cache_folder", "find_subject", "gpu_facts", "machine", "machine_words", "measure", "missed",
+    "no_driver", "package_versions", "results_parser", "write_json", "write_results", "write_text",
+]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import msgspec
 
-from sdxl_trt.engines.host.files import atomic_write
+from sdxl_trt.engines.host import atomic_write
 
 RESULTS_FOLDER = Path(__file__).parents[1] / "results"
 """Where results are checked in."""

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdxl_trt.benchmarks.measure.processes import measure
-from sdxl_trt.engines.bundle.bundle import Bundle, read_bundle
-from sdxl_trt.engines.errors import CorruptError, IncompatibleError, ResourceError, SdxlTrtError, UsageError
-from sdxl_trt.mini.embedded import bundle_path
+from sdxl_trt.engines import CorruptError, IncompatibleError, ResourceError, SdxlTrtError, UsageError
+from sdxl_trt.engines.bundle import Bundle, read_bundle
+from sdxl_trt.mini import bundle_path
 
 EMBEDDED = "mini"
 _DIGITS = 16
@@ -80,7 +80,7 @@ def _sources(model: str, refiner: str | None, work: Path) -> tuple[str, str]:
     if model != EMBEDDED:
         return model, refiner or ""
     try:
-        from sdxl_trt.mini.pair import materialize  # noqa: PLC0415 - needs safetensors, which the runtime does not
+        from sdxl_trt.mini import materialize  # noqa: PLC0415 - needs safetensors, which the runtime does not
     except ImportError:
         return "", ""
     base, refined = materialize(work / EMBEDDED)

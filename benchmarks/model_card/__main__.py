@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from sdxl_trt.benchmarks.model_card.cases import CardCase, DrawSettings, Generator, evaluation_cases
-from sdxl_trt.mini.pair import materialize
-from sdxl_trt.mini.score.score import Score, score_picture
+from sdxl_trt.mini import materialize
+from sdxl_trt.mini.score import Score, score_picture
 
 BATCH = 25
 HANDOFFS = (0.25, 0.5, 0.6, 0.7, 0.8, None)

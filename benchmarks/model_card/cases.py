@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from sdxl_trt.mini.scenes.captions import draw_caption
-from sdxl_trt.mini.scenes.scenes import EVALUATION_SEEDS, HELD_OUT, sample_scene, training_pairs
+from sdxl_trt.mini.scenes import EVALUATION_SEEDS, HELD_OUT, draw_caption, sample_scene, training_pairs
 
 HELD_OUT_OFFSET = 1_000_000
 """Where in `EVALUATION_SEEDS` the held-out cases start."""

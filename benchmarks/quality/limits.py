@@ -2,7 +2,7 @@
 
 __all__ = ["STAGES", "TILED_LIMIT", "culprit", "limit_of"]
 
-from sdxl_trt.engines.bundle.manifest import Precision
+from sdxl_trt.engines.bundle import Precision
 
 STAGES = ("embeddings", "handoff latents", "final latents", "pixels")
 """In the order of a run: an error in one of them is seen in those that follow it."""

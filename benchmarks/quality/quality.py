@@ -14,22 +14,20 @@ from typing import Literal
 
 import msgspec
 
-from sdxl_trt.benchmarks.measure.subjects import Subject
-from sdxl_trt.benchmarks.model_card.cases import evaluation_cases
+from sdxl_trt.benchmarks.measure import Subject
+from sdxl_trt.benchmarks.model_card import evaluation_cases
 from sdxl_trt.benchmarks.quality.limits import STAGES, culprit
 from sdxl_trt.benchmarks.quality.rows import Scorer, compare, compare_tiled, precisions_of
 from sdxl_trt.benchmarks.quality.traces import Pixels, Trace, TraceCase, make_cases, tiled_pixels, trace_engines
 from sdxl_trt.benchmarks.quality.traces_torch import trace_diffusers
-from sdxl_trt.benchmarks.report.records import BenchSettings, Quality
-from sdxl_trt.engines.bundle.manifest import Manifest
-from sdxl_trt.engines.errors import CorruptError, IncompatibleError, UsageError
-from sdxl_trt.export import Options, export_bundle
-from sdxl_trt.export.components import VaePrecision
-from sdxl_trt.export.exporter import plan_export
-from sdxl_trt.mini.scenes.drawing import SIDE
-from sdxl_trt.mini.score.score import score_picture
+from sdxl_trt.benchmarks.report import BenchSettings, Quality
+from sdxl_trt.engines import CorruptError, IncompatibleError, UsageError
+from sdxl_trt.engines.bundle import Manifest
+from sdxl_trt.export import Options, VaePrecision, export_bundle, plan_export
+from sdxl_trt.mini.scenes import SIDE
+from sdxl_trt.mini.score import score_picture
 from sdxl_trt.runtime import Request, open_bundle
-from sdxl_trt.runtime.request.resolve import resolve_request
+from sdxl_trt.runtime.request import resolve_request
 
 GIVEN = "these engines"
 """What the names of the rows begin with that are about the bundle at hand."""

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from sdxl_trt.benchmarks.quality.likeness import PIXEL_RANGE, psnr, ssim
 from sdxl_trt.benchmarks.quality.limits import STAGES, TILED_LIMIT, limit_of
 from sdxl_trt.benchmarks.quality.traces import Pixels, Trace
-from sdxl_trt.benchmarks.report.records import Quality
-from sdxl_trt.engines.bundle.manifest import Precision
+from sdxl_trt.benchmarks.report import Quality
+from sdxl_trt.engines.bundle import Precision
 from sdxl_trt.runtime import Pipeline
 
 Scorer = Callable[[Sequence[Pixels]], float | None]

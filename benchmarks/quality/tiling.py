@@ -19,10 +19,10 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from sdxl_trt.benchmarks.measure.results import RESULTS_FOLDER
-from sdxl_trt.engines.host.files import atomic_write
-from sdxl_trt.mini.scenes.scenes import EVALUATION_SEEDS, render, sample_scene
-from sdxl_trt.runtime.vae.tiling import decode_tiled, tile_starts
+from sdxl_trt.benchmarks.measure import RESULTS_FOLDER
+from sdxl_trt.engines.host import atomic_write
+from sdxl_trt.mini.scenes import EVALUATION_SEEDS, render, sample_scene
+from sdxl_trt.runtime.vae import decode_tiled, tile_starts
 
 RESULTS = RESULTS_FOLDER / "tiling.md"
 COMMAND = "python -m sdxl_trt.benchmarks.quality.tiling"
@@ -109,7 +109,7 @@ def _errors(autoencoder: Any, latents: Floats, tile: int) -> tuple[float, float]
 def _autoencoder() -> Any:
     from diffusers import AutoencoderKL  # noqa: PLC0415 - takes seconds to import
 
-    from sdxl_trt.mini.pair import materialize  # noqa: PLC0415
+    from sdxl_trt.mini import materialize  # noqa: PLC0415
 
     with tempfile.TemporaryDirectory() as folder:
         base, _ = materialize(folder)

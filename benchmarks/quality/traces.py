@@ -9,13 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from sdxl_trt.benchmarks.report.records import BenchSettings
-from sdxl_trt.engines.bundle.manifest import Vae
+from sdxl_trt.benchmarks.report import BenchSettings
+from sdxl_trt.engines.bundle import Vae
 from sdxl_trt.runtime import Pipeline, Request
-from sdxl_trt.runtime.diffusion.noise.sources import PictureNoise
-from sdxl_trt.runtime.pipeline.run import Job, Step
-from sdxl_trt.runtime.vae.decode import decode_latents, to_uint8
-from sdxl_trt.runtime.vae.tile_sizes import Size, choose_tile, decoder_sizes
+from sdxl_trt.runtime.diffusion.noise import PictureNoise
+from sdxl_trt.runtime.pipeline import Job, Step
+from sdxl_trt.runtime.vae import Size, choose_tile, decode_latents, decoder_sizes, to_uint8
 
 Floats = NDArray[np.float32]
 Pixels = NDArray[np.uint8]

@@ -15,11 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdxl_trt.benchmarks.quality.traces import Trace, TraceCase
-from sdxl_trt.benchmarks.report.records import BenchSettings
-from sdxl_trt.export.exporter import MINI
-from sdxl_trt.export.sources.configs import PUBLISHED
-from sdxl_trt.export.sources.source import PipelineSource, Role, open_source
-from sdxl_trt.export.sources.tokenizers import tokenizer_files
+from sdxl_trt.benchmarks.report import BenchSettings
+from sdxl_trt.export import MINI
+from sdxl_trt.export.sources import PUBLISHED, PipelineSource, Role, open_source, tokenizer_files
 
 Floats = NDArray[np.float32]
 Model = str | Path
@@ -128,7 +126,7 @@ def _opened(model: Model, refiner: Model | None) -> Iterator[dict[Role, Pipeline
     with contextlib.ExitStack() as stack:
         mini: dict[Role, Path] = {}
         if MINI in specs.values():
-            from sdxl_trt.mini.pair import materialize  # noqa: PLC0415 - only when the embedded pair is asked for
+            from sdxl_trt.mini import materialize  # noqa: PLC0415 - only when the embedded pair is asked for
 
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="sdxl-trt-mini-"))
             mini = dict(zip(("base", "refiner"), materialize(folder), strict=True))

@@ -5,7 +5,7 @@ __all__ = ["page", "write_pages", "write_views"]
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from sdxl_trt.benchmarks.measure.results import write_text
+from sdxl_trt.benchmarks.measure import write_text
 from sdxl_trt.benchmarks.report.charts import charts
 from sdxl_trt.benchmarks.report.document import Section, Table
 from sdxl_trt.benchmarks.report.markdown import markdown_report

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from sdxl_trt.benchmarks.measure.results import RESULTS_FOLDER, write_text
+from sdxl_trt.benchmarks.measure import RESULTS_FOLDER, write_text
 from sdxl_trt.benchmarks.report.document import Table, without_empty
 from sdxl_trt.benchmarks.report.markdown import escaped, table_lines
 from sdxl_trt.benchmarks.report.pages import write_views
@@ -18,7 +18,7 @@ from sdxl_trt.benchmarks.report.quantities import memory, significant, time_unit
 from sdxl_trt.benchmarks.report.records import BenchReport, read_report
 from sdxl_trt.benchmarks.report.sections import bars_words, settings_words
 from sdxl_trt.benchmarks.report.timed import PICTURE, labels, our_names
-from sdxl_trt.engines.errors import CorruptError
+from sdxl_trt.engines import CorruptError
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 RESULTS = RESULTS_FOLDER

@@ -20,9 +20,8 @@ from pathlib import Path
 
 import msgspec
 
-from sdxl_trt.benchmarks.measure.bars import Bar
-from sdxl_trt.benchmarks.measure.results import write_json
-from sdxl_trt.engines.errors import CorruptError
+from sdxl_trt.benchmarks.measure import Bar, write_json
+from sdxl_trt.engines import CorruptError
 
 SCHEMA = 1
 """Counted up when a field changes its meaning or goes; a field that is new leaves it."""

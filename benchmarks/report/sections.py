@@ -6,7 +6,7 @@ import math
 import shlex
 from collections.abc import Iterator
 
-from sdxl_trt.benchmarks.measure.bars import NOT_MEASURED, VERDICTS
+from sdxl_trt.benchmarks.measure import NOT_MEASURED, VERDICTS
 from sdxl_trt.benchmarks.report.document import Section, Table, without_empty
 from sdxl_trt.benchmarks.report.quantities import memory, significant, time_unit, times
 from sdxl_trt.benchmarks.report.records import BenchReport, BenchSettings, Contestant, Quality

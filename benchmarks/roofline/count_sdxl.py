@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from sdxl_trt.benchmarks.full_size.architectures import architecture
+from sdxl_trt.benchmarks.full_size import architecture
 from sdxl_trt.benchmarks.roofline.flops import Counts, count_graph
 from sdxl_trt.benchmarks.roofline.sdxl_counts import FACTOR, PATH, TERMS, GraphCounts, SdxlCounts, term_values
-from sdxl_trt.engines.errors import SdxlTrtError
-from sdxl_trt.engines.host.files import atomic_write
+from sdxl_trt.engines import SdxlTrtError
+from sdxl_trt.engines.host import atomic_write
 
 COMMAND = "python -m sdxl_trt.benchmarks.roofline.count_sdxl"
 OPSET = 23
@@ -57,8 +57,7 @@ def published_graphs(size: str = "sdxl", names: Collection[str] = ()) -> Iterato
 
     `size` is one of `architectures.SIZES`. Needs the exporter's libraries.
     """
-    from sdxl_trt.export.graph.models import build_model  # noqa: PLC0415
-    from sdxl_trt.export.graph.signatures import make_graph  # noqa: PLC0415 - seconds to import
+    from sdxl_trt.export.graph import build_model, make_graph  # noqa: PLC0415
 
     for each in (graph for graph in GRAPHS if not names or graph.name in names):
         configs = architecture(size, each.role)
@@ -72,8 +71,7 @@ def write_graph(model: Any, graph: Any, precision: str, path: Path) -> None:
     """Trace a `graph` of `published_graphs`, simplify it as an export does, and write it to `path` without weights."""
     import onnx_ir as ir  # noqa: PLC0415 - the exporter's
 
-    from sdxl_trt.export.graph.passes import simplify  # noqa: PLC0415
-    from sdxl_trt.export.graph.trace import trace_graph  # noqa: PLC0415
+    from sdxl_trt.export.graph import simplify, trace_graph  # noqa: PLC0415
 
     traced = trace_graph(graph, precision, OPSET)
     for name, value in traced.graph.initializers.items():

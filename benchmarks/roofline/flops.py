@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from sdxl_trt.benchmarks.roofline.onnx_shapes import Shape, TypedGraph, infer
-from sdxl_trt.engines.bundle.bundle import Bundle
-from sdxl_trt.engines.bundle.manifest import Component
-from sdxl_trt.engines.errors import CorruptError, IncompatibleError, SizeError, UsageError, explain_os_error
+from sdxl_trt.engines import CorruptError, IncompatibleError, SizeError, UsageError, explain_os_error
+from sdxl_trt.engines.bundle import Bundle, Component
 
 if TYPE_CHECKING:
     import onnx

@@ -19,7 +19,7 @@ from importlib.util import find_spec
 import msgspec
 import numpy as np
 
-from sdxl_trt.engines.errors import EngineError, UsageError
+from sdxl_trt.engines import EngineError, UsageError
 
 COMMAND = "python -m sdxl_trt.benchmarks.roofline.gemm"
 LIBRARIES = ("onnxruntime", "numpy", "torch")

@@ -7,7 +7,7 @@ __all__ = ["GPUS", "Gpu", "find_gpu"]
 
 import msgspec
 
-from sdxl_trt.engines.errors import UsageError
+from sdxl_trt.engines import UsageError
 
 # PCI Express, 16 lanes, one direction: transfers a second × 16 lanes × 128/130 coding / 8 bits.
 _PCIE = {"3.0": 15.75e9, "4.0": 31.5e9, "5.0": 63.0e9}

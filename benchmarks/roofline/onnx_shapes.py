@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sdxl_trt.engines.errors import IncompatibleError, UsageError
+from sdxl_trt.engines import IncompatibleError, UsageError
 
 if TYPE_CHECKING:
     import onnx

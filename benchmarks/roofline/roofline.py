@@ -17,11 +17,10 @@ from sdxl_trt.benchmarks.roofline.flops import Counts, count_component
 from sdxl_trt.benchmarks.roofline.gpus import Gpu, find_gpu
 from sdxl_trt.benchmarks.roofline.published import PUBLISHED, Published, Rate
 from sdxl_trt.benchmarks.roofline.sdxl_counts import read_counts
-from sdxl_trt.engines.bundle.bundle import Bundle, read_bundle
-from sdxl_trt.engines.bundle.manifest import Manifest, Precision, Scheduler, Stage
-from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.runtime.diffusion.schedules.schedule import make_schedule
-from sdxl_trt.runtime.request.handoff import step_at_fraction
+from sdxl_trt.engines import UsageError
+from sdxl_trt.engines.bundle import Bundle, Manifest, Precision, Scheduler, Stage, read_bundle
+from sdxl_trt.runtime.diffusion.schedules import make_schedule
+from sdxl_trt.runtime.request import step_at_fraction
 
 # As SDXL's scheduler_config.json has it; it decides how many of the steps come before the handoff.
 _SCHEDULER = Scheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading",

@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 
 from sdxl_trt.benchmarks.roofline.flops import Counts
-from sdxl_trt.engines.errors import CorruptError, SizeError
+from sdxl_trt.engines import CorruptError, SizeError
 
 PATH = Path(__file__).with_name("counts") / "sdxl.json"
 FACTOR = 8

@@ -8,14 +8,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import cast
 
-from sdxl_trt.engines.bundle.bundle import Bundle
-from sdxl_trt.engines.bundle.phases import run_components
-from sdxl_trt.engines.bundle.plan_record import Flavour, PlanRecord
+from sdxl_trt.engines.bundle import Bundle, Flavour, PlanRecord, run_components
 from sdxl_trt.engines.engine import Engine
 from sdxl_trt.engines.errors import IncompatibleError, SdxlTrtError, UsageError
-from sdxl_trt.engines.host.memory import available_host_memory
-from sdxl_trt.engines.plans.limits import PlanLimits, plan_limits
-from sdxl_trt.engines.plans.lookup import find_plan, has_plans
+from sdxl_trt.engines.host import available_host_memory
+from sdxl_trt.engines.plans import PlanLimits, find_plan, has_plans, plan_limits
 
 log = logging.getLogger(__name__)
 PROVIDERS = ("ort-cpu", "ort-cuda", "ort-tensorrt", "tensorrt", "tensorrt-rtx")
@@ -70,7 +67,7 @@ def _fastest(bundle: Bundle) -> Backend:
 
 def _unavailable(flavour: Flavour) -> IncompatibleError | None:
     """Return why TensorRT cannot run here, its library, the driver or the GPU missing, or None where it can."""
-    from sdxl_trt.engines.backends.trt.device import open_device  # noqa: PLC0415 - one import a provider
+    from sdxl_trt.engines.backends.trt import open_device  # noqa: PLC0415 - one import a provider
 
     try:
         open_device(flavour).close()
@@ -80,8 +77,11 @@ def _unavailable(flavour: Flavour) -> IncompatibleError | None:
 
 
 def _tensorrt(bundle: Bundle, flavour: Flavour) -> Backend:
-    from sdxl_trt.engines.backends.trt.engine import TrtEngine, open_device  # noqa: PLC0415
-    from sdxl_trt.engines.backends.trt.environment import current_environment  # noqa: PLC0415 - one import a provider
+    from sdxl_trt.engines.backends.trt import (  # noqa: PLC0415
+        TrtEngine,
+        current_environment,
+        open_device,
+    )
 
     environment = current_environment(flavour)
     records = {name: find_plan(bundle, name, environment) for name in run_components(bundle.manifest, flavour)}
@@ -101,8 +101,7 @@ def _tensorrt(bundle: Bundle, flavour: Flavour) -> Backend:
 
 
 def _onnxruntime(bundle: Bundle, provider: str) -> Backend:
-    from sdxl_trt.engines.backends.ort.engine import OrtEngine  # noqa: PLC0415 - one import a provider
-    from sdxl_trt.engines.backends.ort.providers import OrtProvider  # noqa: PLC0415
+    from sdxl_trt.engines.backends.ort import OrtEngine, OrtProvider  # noqa: PLC0415
 
     def make(name: str) -> Engine:
         return OrtEngine(bundle, name, cast(OrtProvider, provider))
@@ -112,7 +111,7 @@ def _onnxruntime(bundle: Bundle, provider: str) -> Backend:
 
 def _free_device_memory() -> int | None:
     """Return what is free on the GPU, or None where that cannot be asked: ONNX Runtime needs no CUDA bindings."""
-    from sdxl_trt.engines.backends.cuda.runtime import Cuda  # noqa: PLC0415 - one import a provider
+    from sdxl_trt.engines.backends.cuda import Cuda  # noqa: PLC0415 - one import a provider
 
     try:
         free, _ = Cuda().memory()

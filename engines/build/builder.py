@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from sdxl_trt.engines.build.network import BuildLog
-from sdxl_trt.engines.bundle.plan_record import BuildFlags, Flavour, PlanMemory
-from sdxl_trt.engines.bundle.profile import Profile
+from sdxl_trt.engines.bundle import BuildFlags, Flavour, PlanMemory, Profile
 from sdxl_trt.engines.errors import EngineError, IncompatibleError, UsageError, explain_os_error
-from sdxl_trt.engines.host.files import atomic_write
+from sdxl_trt.engines.host import atomic_write
 
 CHUNK = 16 << 20
 _DEFAULT_LEVEL = 3

@@ -9,25 +9,30 @@ from pathlib import Path
 
 import msgspec
 
-from sdxl_trt.engines.backends.trt.environment import current_environment
+from sdxl_trt.engines.backends.trt import current_environment
 from sdxl_trt.engines.build.jobs import PlanJob, _place, plan_builds
 from sdxl_trt.engines.build.messages import BuildEvent, BuildJob, BuiltPlan
 from sdxl_trt.engines.build.process import build_plan
-from sdxl_trt.engines.bundle.bundle import MANIFEST, Bundle, read_bundle, write_manifest
-from sdxl_trt.engines.bundle.digests import verify_file
-from sdxl_trt.engines.bundle.plan_record import BuildFlags, Flavour, PlanMemory, PlanRecord
-from sdxl_trt.engines.bundle.records import FileRecord
+from sdxl_trt.engines.bundle import (
+    MANIFEST,
+    BuildFlags,
+    Bundle,
+    FileRecord,
+    Flavour,
+    PlanMemory,
+    PlanRecord,
+    read_bundle,
+    verify_file,
+    write_manifest,
+)
 from sdxl_trt.engines.errors import (
     IncompatibleError,
     ResourceError,
     UsageError,
     explain_os_error,
 )
-from sdxl_trt.engines.host.files import exclusive
-from sdxl_trt.engines.host.paths import require_utf8
-from sdxl_trt.engines.plans.files import PLANS, plan_path, remove_write_permission
-from sdxl_trt.engines.plans.lookup import planned_components
-from sdxl_trt.engines.plans.sizes import Sizes
+from sdxl_trt.engines.host import exclusive, require_utf8
+from sdxl_trt.engines.plans import PLANS, Sizes, plan_path, planned_components, remove_write_permission
 
 # A plan holds the weights and the kernels; measured by benchmarks/full_size/build.py.
 _PLAN_BYTES, _PLAN_EXTRA = 1.05, 32 << 20

@@ -6,15 +6,12 @@ __all__ = ["PlanJob", "plan_builds"]
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from sdxl_trt.engines.bundle.bundle import Bundle
-from sdxl_trt.engines.bundle.digests import verify_file
-from sdxl_trt.engines.bundle.plan_record import BuildFlags, Environment, PlanKey, PlanRecord
+from sdxl_trt.engines.bundle import BuildFlags, Bundle, Environment, PlanKey, PlanRecord, verify_file
 from sdxl_trt.engines.errors import (
     SdxlTrtError,
     UsageError,
 )
-from sdxl_trt.engines.plans.lookup import planned_components, why_rebuild
-from sdxl_trt.engines.plans.sizes import Sizes, check_for, profiles_of, stage_sizes
+from sdxl_trt.engines.plans import Sizes, check_for, planned_components, profiles_of, stage_sizes, why_rebuild
 
 
 @dataclass(frozen=True)

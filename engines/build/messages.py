@@ -4,9 +4,7 @@ __all__ = ["BuildEvent", "BuildJob", "BuildPhase", "BuiltPlan", "Made", "Message
 
 from pathlib import Path
 
-from sdxl_trt.engines.bundle.plan_record import BuildFlags, Flavour
-from sdxl_trt.engines.bundle.profile import Profile
-from sdxl_trt.engines.bundle.records import Natural, Positive, Record, Sha256
+from sdxl_trt.engines.bundle import BuildFlags, Flavour, Natural, Positive, Profile, Record, Sha256
 
 
 class BuildJob(Record, frozen=True, kw_only=True):

@@ -22,7 +22,7 @@ import msgspec
 from sdxl_trt.engines import errors
 from sdxl_trt.engines.build.messages import BuildEvent, BuildJob, BuildPhase, BuiltPlan, Made, Message, Refused
 from sdxl_trt.engines.errors import EngineError, ResourceError, SdxlTrtError, explain_os_error
-from sdxl_trt.engines.host.files import atomic_write
+from sdxl_trt.engines.host import atomic_write
 
 WORKER = "sdxl_trt.engines.build.worker"
 SAMPLE, HEARTBEAT = 0.1, 0.5

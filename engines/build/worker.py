@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 import msgspec
 
-from sdxl_trt.engines.backends.trt.api import library_version, make_logger, tensorrt_module
+from sdxl_trt.engines.backends.trt import library_version, make_logger, tensorrt_module
 from sdxl_trt.engines.build.builder import PlanFile, add_profiles, configure, memory_of, save_timing_cache, write_plan
 from sdxl_trt.engines.build.messages import BuildJob, BuildPhase, Made, Message, Refused
 from sdxl_trt.engines.build.network import BuildLog, allow_decomposition, parse_error, parse_graph

@@ -15,8 +15,7 @@ import msgspec
 from sdxl_trt.engines.bundle.manifest import FORMAT_NAME, FORMAT_VERSION, Kind, Manifest, Stage
 from sdxl_trt.engines.bundle.records import FileRecord
 from sdxl_trt.engines.errors import CorruptError, IncompatibleError, SourceError, explain_os_error
-from sdxl_trt.engines.host.files import atomic_write, contained
-from sdxl_trt.engines.host.paths import shell_word
+from sdxl_trt.engines.host import atomic_write, contained, shell_word
 
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 64 << 20

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from sdxl_trt.engines.bundle.records import FileRecord
 from sdxl_trt.engines.errors import CorruptError, SdxlTrtError, explain_os_error
-from sdxl_trt.engines.host.files import atomic_write, sha256_file
+from sdxl_trt.engines.host import atomic_write, sha256_file
 
 REMEMBER_FROM = 64 << 20
 """Smaller files are hashed every time: that is faster than being clever."""

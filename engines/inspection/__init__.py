@@ -1,1 +1,16 @@
 """The reports of trt-inspect."""
+
+from typing import TYPE_CHECKING
+
+from sdxl_trt.engines.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from sdxl_trt.engines.inspection.compare import compare_engines
+    from sdxl_trt.engines.inspection.report import inspect_bundle
+else:
+    __getattr__ = lazy_names(__name__, {
+        "compare": ("compare_engines",),
+        "report": ("inspect_bundle",),
+    })
+
+__all__ = ["compare_engines", "inspect_bundle"]

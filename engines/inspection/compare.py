@@ -16,16 +16,12 @@ from typing import Any, cast
 
 import numpy as np
 
-from sdxl_trt.engines.backends.ort.providers import OrtProvider, shape_limits
-from sdxl_trt.engines.bundle.bundle import Bundle
-from sdxl_trt.engines.bundle.manifest import Component, Manifest
-from sdxl_trt.engines.bundle.plan_record import Flavour
-from sdxl_trt.engines.bundle.profile import Profile
-from sdxl_trt.engines.bundle.records import Record
+from sdxl_trt.engines.backends.ort import OrtProvider, shape_limits
+from sdxl_trt.engines.bundle import Bundle, Component, Flavour, Manifest, Profile, Record
 from sdxl_trt.engines.engine import Array, Engine, numpy_dtype
 from sdxl_trt.engines.errors import EngineError, IncompatibleError
 from sdxl_trt.engines.inspection.example_inputs import example_inputs
-from sdxl_trt.engines.plans.lookup import find_plan
+from sdxl_trt.engines.plans import find_plan
 
 Opened = Callable[[], AbstractContextManager[Engine]]
 """Makes an engine ready for as long as its context is entered."""
@@ -112,12 +108,15 @@ class _Side:
 def _side(bundle: Bundle, provider: str, stack: ExitStack) -> _Side:
     """Return a side whose device is closed with `stack`. Each component by itself: others may lack a plan."""
     if provider.startswith("ort-"):
-        from sdxl_trt.engines.backends.ort.engine import OrtEngine  # noqa: PLC0415 - one import a provider
+        from sdxl_trt.engines.backends.ort import OrtEngine  # noqa: PLC0415 - one import a provider
 
         served = cast(OrtProvider, provider)
         return _Side(lambda name: OrtEngine(bundle, name, served), lambda name: [shape_limits(bundle, name)])
-    from sdxl_trt.engines.backends.trt.engine import TrtEngine, open_device  # noqa: PLC0415
-    from sdxl_trt.engines.backends.trt.environment import current_environment  # noqa: PLC0415 - one import a provider
+    from sdxl_trt.engines.backends.trt import (  # noqa: PLC0415
+        TrtEngine,
+        current_environment,
+        open_device,
+    )
 
     flavour = cast(Flavour, provider)
     environment, device = current_environment(flavour), open_device(flavour)

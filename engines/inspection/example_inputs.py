@@ -6,9 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from sdxl_trt.engines.bundle.bundle import Bundle
-from sdxl_trt.engines.bundle.manifest import Manifest, Stage, TextEncoder
-from sdxl_trt.engines.bundle.profile import Profile
+from sdxl_trt.engines.bundle import Bundle, Manifest, Profile, Stage, TextEncoder
 from sdxl_trt.engines.engine import Array, numpy_dtype
 
 

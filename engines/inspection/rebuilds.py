@@ -5,9 +5,7 @@ __all__ = ["Rebuild", "Rebuilds", "file_problem", "find_rebuilds"]
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sdxl_trt.engines.bundle.bundle import Bundle
-from sdxl_trt.engines.bundle.plan_record import Environment, Flavour, PlanRecord
-from sdxl_trt.engines.bundle.records import FileRecord
+from sdxl_trt.engines.bundle import Bundle, Environment, FileRecord, Flavour, PlanRecord
 from sdxl_trt.engines.errors import SdxlTrtError
 
 Status = Literal["usable", "stale", "missing", "unknown"]
@@ -67,8 +65,8 @@ def find_rebuilds(bundle: Bundle) -> list[Rebuilds]:
 
 def _of_flavour(bundle: Bundle, flavour: Flavour) -> Rebuilds:
     # Both reach for CUDA and the builder.
-    from sdxl_trt.engines.backends.trt.environment import current_environment  # noqa: PLC0415
-    from sdxl_trt.engines.plans.lookup import planned_components  # noqa: PLC0415
+    from sdxl_trt.engines.backends.trt import current_environment  # noqa: PLC0415
+    from sdxl_trt.engines.plans import planned_components  # noqa: PLC0415
 
     environment, problem = None, ""
     try:
@@ -97,7 +95,7 @@ def _of_component(bundle: Bundle, name: str, flavour: Flavour, environment: Envi
 
 def _reasons(bundle: Bundle, record: PlanRecord, environment: Environment | None) -> list[str]:
     """Return what is wrong with a plan; of another machine nothing is, where this one is not known."""
-    from sdxl_trt.engines.plans.lookup import why_rebuild  # noqa: PLC0415
+    from sdxl_trt.engines.plans import why_rebuild  # noqa: PLC0415
 
     component = bundle.manifest.components[record.key.component]
     problem = file_problem(bundle, record.file)

@@ -7,11 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sdxl_trt.engines.bundle.bundle import Bundle, read_bundle
-from sdxl_trt.engines.bundle.manifest import Component, Manifest
-from sdxl_trt.engines.bundle.plan_record import ANY, Environment, PlanRecord
-from sdxl_trt.engines.host.console import one_line
-from sdxl_trt.engines.host.tables import mebibytes, paragraph, span, table
+from sdxl_trt.engines.bundle import ANY, Bundle, Component, Environment, Manifest, PlanRecord, read_bundle
+from sdxl_trt.engines.host import mebibytes, one_line, paragraph, span, table
 from sdxl_trt.engines.inspection.rebuilds import Rebuilds, file_problem, find_rebuilds
 from sdxl_trt.engines.inspection.verification import Verification, verify_plans
 

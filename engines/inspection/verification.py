@@ -7,10 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from sdxl_trt.engines.bundle.bundle import Bundle
-from sdxl_trt.engines.bundle.plan_record import Flavour
+from sdxl_trt.engines.bundle import Bundle, Flavour
 from sdxl_trt.engines.errors import IncompatibleError, UsageError, VerificationError
-from sdxl_trt.engines.host.paths import shell_word
+from sdxl_trt.engines.host import shell_word
 from sdxl_trt.engines.inspection.compare import Agreement, compare_engines, reference_of
 
 REFERENCE = "ort-cpu"
@@ -83,7 +82,7 @@ def verify_plans(bundle: Bundle, progress: Callable[[str], None] | None = None) 
 
 def _flavour(bundle: Bundle) -> Flavour:
     """Return the flavour of the bundle's plans that this machine has a library for, or raise why there is none."""
-    from sdxl_trt.engines.backends.trt.environment import current_environment  # noqa: PLC0415 - reaches for CUDA
+    from sdxl_trt.engines.backends.trt import current_environment  # noqa: PLC0415 - reaches for CUDA
 
     problems = []
     for flavour in dict.fromkeys(record.key.environment.flavour for record in bundle.manifest.plans):

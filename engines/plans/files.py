@@ -11,10 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from sdxl_trt.engines.bundle.bundle import MANIFEST, Bundle
-from sdxl_trt.engines.bundle.plan_record import Flavour, PlanKey, PlanRecord
+from sdxl_trt.engines.bundle import MANIFEST, Bundle, Flavour, PlanKey, PlanRecord
 from sdxl_trt.engines.errors import CorruptError, ResourceError, explain_os_error
-from sdxl_trt.engines.host.paths import shell_word
+from sdxl_trt.engines.host import shell_word
 
 PLANS = "plans"
 _DIGITS = 12

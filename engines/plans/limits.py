@@ -5,11 +5,7 @@ __all__ = ["PlanLimits", "plan_limits"]
 
 from collections.abc import Iterable
 
-from sdxl_trt.engines.bundle.bundle import Bundle
-from sdxl_trt.engines.bundle.manifest import Stage
-from sdxl_trt.engines.bundle.plan_record import Flavour, PlanRecord
-from sdxl_trt.engines.bundle.profile import Range
-from sdxl_trt.engines.bundle.records import Positive, Record
+from sdxl_trt.engines.bundle import Bundle, Flavour, PlanRecord, Positive, Range, Record, Stage
 from sdxl_trt.engines.errors import IncompatibleError, SizeError
 
 

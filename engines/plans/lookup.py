@@ -7,10 +7,17 @@ what this machine and the bundle's graphs come to; nothing is rebuilt in silence
 __all__ = ["find_plan", "has_plans", "planned_components", "why_rebuild"]
 
 
-from sdxl_trt.engines.bundle.bundle import Bundle
-from sdxl_trt.engines.bundle.manifest import Component, Manifest
-from sdxl_trt.engines.bundle.plan_record import ANY, BuildFlags, Environment, Flavour, PlanRecord
-from sdxl_trt.engines.bundle.profile import Profile
+from sdxl_trt.engines.bundle import (
+    ANY,
+    BuildFlags,
+    Bundle,
+    Component,
+    Environment,
+    Flavour,
+    Manifest,
+    PlanRecord,
+    Profile,
+)
 from sdxl_trt.engines.errors import IncompatibleError
 from sdxl_trt.engines.plans.files import rebuild_command
 

@@ -4,8 +4,7 @@ __all__ = ["Shapes", "choose_profile", "outside_profiles"]
 
 from collections.abc import Mapping, Sequence
 
-from sdxl_trt.engines.bundle.manifest import Component
-from sdxl_trt.engines.bundle.profile import Profile
+from sdxl_trt.engines.bundle import Component, Profile
 from sdxl_trt.engines.errors import SizeError
 
 Shapes = Mapping[str, tuple[int, ...]]

@@ -22,9 +22,7 @@ __all__ = [
 import math
 from collections.abc import Collection, Mapping
 
-from sdxl_trt.engines.bundle.manifest import Component, Manifest
-from sdxl_trt.engines.bundle.profile import Axes, Profile, Range, Shape, fixed
-from sdxl_trt.engines.bundle.records import Record
+from sdxl_trt.engines.bundle import Axes, Component, Manifest, Profile, Range, Record, Shape, fixed
 from sdxl_trt.engines.errors import (
     SizeError,
     UsageError,

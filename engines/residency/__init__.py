@@ -1,1 +1,25 @@
 """Which engines are loaded when, and how much memory they take."""
+
+from typing import TYPE_CHECKING
+
+from sdxl_trt.engines.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from sdxl_trt.engines.residency.activations import estimate_activations, estimate_error
+    from sdxl_trt.engines.residency.estimate import MemoryEstimate
+    from sdxl_trt.engines.residency.needs import exact_sizes
+    from sdxl_trt.engines.residency.policy import RESIDENCIES, estimate_memory, settled_residency
+    from sdxl_trt.engines.residency.pool import EnginePool, open_pool
+else:
+    __getattr__ = lazy_names(__name__, {
+        "activations": ("estimate_activations", "estimate_error"),
+        "estimate": ("MemoryEstimate",),
+        "needs": ("exact_sizes",),
+        "policy": ("RESIDENCIES", "estimate_memory", "settled_residency"),
+        "pool": ("EnginePool", "open_pool"),
+    })
+
+__all__ = [
+    "RESIDENCIES", "EnginePool", "MemoryEstimate", "estimate_activations", "estimate_error", "estimate_memory",
+    "exact_sizes", "open_pool", "settled_residency",
+]

@@ -11,8 +11,7 @@ __all__ = ["estimate_activations", "estimate_error", "largest_axes", "score_byte
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from sdxl_trt.engines.bundle.manifest import Component, Precision
-from sdxl_trt.engines.bundle.profile import Profile
+from sdxl_trt.engines.bundle import Component, Precision, Profile
 
 Config = Mapping[str, Any]
 _ITEM: dict[Precision, int] = {"fp32": 4, "fp16": 2, "bf16": 2, "mixed": 4}

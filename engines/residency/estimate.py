@@ -6,9 +6,9 @@ from typing import Literal
 
 import msgspec
 
-from sdxl_trt.engines.bundle.records import Natural, Record
+from sdxl_trt.engines.bundle import Natural, Record
 from sdxl_trt.engines.errors import ResourceError
-from sdxl_trt.engines.host.memory import format_bytes
+from sdxl_trt.engines.host import format_bytes
 from sdxl_trt.engines.residency.needs import Need, on_device
 
 Residency = Literal["resident", "swap", "stream"]

@@ -6,11 +6,19 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 
-from sdxl_trt.engines.bundle.manifest import Component, DType, Manifest, TensorSpec
-from sdxl_trt.engines.bundle.plan_record import PlanRecord
-from sdxl_trt.engines.bundle.profile import Profile, Range, fixed
-from sdxl_trt.engines.bundle.records import Natural, Record
-from sdxl_trt.engines.plans.sizes import TOKENS, Sizes, axes_of, component_profiles
+from sdxl_trt.engines.bundle import (
+    Component,
+    DType,
+    Manifest,
+    Natural,
+    PlanRecord,
+    Profile,
+    Range,
+    Record,
+    TensorSpec,
+    fixed,
+)
+from sdxl_trt.engines.plans import TOKENS, Sizes, axes_of, component_profiles
 from sdxl_trt.engines.residency.activations import estimate_activations, estimate_error, largest_axes, score_bytes
 
 _ITEM: dict[DType, int] = {"float32": 4, "float16": 2, "int64": 8}

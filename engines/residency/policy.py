@@ -14,13 +14,10 @@ from typing import get_args
 
 from msgspec.structs import replace
 
-from sdxl_trt.engines.bundle.bundle import Bundle
-from sdxl_trt.engines.bundle.manifest import Manifest
-from sdxl_trt.engines.bundle.phases import run_components, run_phases
-from sdxl_trt.engines.bundle.plan_record import PlanRecord
+from sdxl_trt.engines.bundle import Bundle, Manifest, PlanRecord, run_components, run_phases
 from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.engines.host.memory import format_bytes
-from sdxl_trt.engines.plans.sizes import Sizes, default_sizes
+from sdxl_trt.engines.host import format_bytes
+from sdxl_trt.engines.plans import Sizes, default_sizes
 from sdxl_trt.engines.residency.estimate import MemoryEstimate, PhaseEstimate, Residency
 from sdxl_trt.engines.residency.needs import Need, need_of, on_device, shares_activations
 

@@ -8,15 +8,11 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Self
 
-from sdxl_trt.engines.backends.open import open_backend
-from sdxl_trt.engines.bundle.bundle import Bundle
-from sdxl_trt.engines.bundle.phases import stand_ins
-from sdxl_trt.engines.bundle.plan_record import PlanRecord
-from sdxl_trt.engines.bundle.profile import Profile
+from sdxl_trt.engines.backends import open_backend
+from sdxl_trt.engines.bundle import Bundle, PlanRecord, Profile, stand_ins
 from sdxl_trt.engines.engine import Engine
 from sdxl_trt.engines.errors import ResourceError
-from sdxl_trt.engines.plans.limits import PlanLimits
-from sdxl_trt.engines.plans.sizes import Sizes
+from sdxl_trt.engines.plans import PlanLimits, Sizes
 from sdxl_trt.engines.residency.estimate import MemoryEstimate, Residency
 from sdxl_trt.engines.residency.loading import LoadAhead, load
 from sdxl_trt.engines.residency.policy import check_residency, estimate_memory, fallbacks, settled_residency
@@ -101,7 +97,7 @@ class EnginePool:
         """Return the profiles that limit what component `name` takes, or () if it takes what its graph takes."""
         name = self.stand_in(name)
         if self.provider == "ort-tensorrt":
-            from sdxl_trt.engines.backends.ort.providers import shape_limits  # noqa: PLC0415 - only this provider's
+            from sdxl_trt.engines.backends.ort import shape_limits  # noqa: PLC0415 - only this provider's
 
             return (shape_limits(self.bundle, name),)
         record = self.records.get(name)

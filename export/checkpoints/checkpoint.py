@@ -19,9 +19,8 @@ from typing import Any, cast
 import torch
 from safetensors import SafetensorError, safe_open
 
-from sdxl_trt.engines.errors import CorruptError, explain_os_error
-from sdxl_trt.engines.host.files import contained
-from sdxl_trt.engines.host.paths import require_utf8
+from sdxl_trt.engines import CorruptError, explain_os_error
+from sdxl_trt.engines.host import contained, require_utf8
 from sdxl_trt.export.checkpoints.first_bytes import check_first_bytes, explain_damage
 from sdxl_trt.export.checkpoints.fp8_scales import FP8, find_scales
 from sdxl_trt.export.checkpoints.leftovers import left_out

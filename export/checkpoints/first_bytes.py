@@ -7,7 +7,7 @@ import os
 import re
 from pathlib import Path
 
-from sdxl_trt.engines.errors import CorruptError, SourceError, explain_os_error
+from sdxl_trt.engines import CorruptError, SourceError, explain_os_error
 
 _READ = 512
 # safetensors' own limit of the length of a header.

@@ -11,7 +11,7 @@ __all__ = ["BLOCK", "FP8", "find_scales"]
 import math
 from collections.abc import Iterable, Mapping
 
-from sdxl_trt.engines.errors import SourceError
+from sdxl_trt.engines import SourceError
 from sdxl_trt.export.checkpoints.tensor_info import Scale, TensorInfo
 
 FP8 = ("F8_E4M3", "F8_E5M2")

@@ -5,7 +5,7 @@ __all__ = ["known_extra", "left_out"]
 import re
 from collections.abc import Iterable
 
-from sdxl_trt.engines.errors import SourceError
+from sdxl_trt.engines import SourceError
 
 # What published checkpoints carry and neither diffusers nor ComfyUI reads, line by line.
 _KNOWN = (

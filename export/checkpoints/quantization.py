@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from sdxl_trt.engines.errors import CorruptError, SourceError
+from sdxl_trt.engines import CorruptError, SourceError
 from sdxl_trt.export.checkpoints.fp8_scales import BLOCK
 
 _REMEDY = "give the model in fp16 or fp32"

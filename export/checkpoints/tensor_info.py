@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from sdxl_trt.engines.errors import CorruptError
+from sdxl_trt.engines import CorruptError
 
 
 @dataclass(frozen=True)

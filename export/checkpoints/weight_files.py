@@ -6,7 +6,7 @@ import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
-from sdxl_trt.engines.errors import SourceError
+from sdxl_trt.engines import SourceError
 
 log = logging.getLogger("sdxl_trt.export")
 PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl")

@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sdxl_trt.engines.errors import SdxlTrtError, UsageError
-from sdxl_trt.engines.host.console import Output, Parser, print_json, run
+from sdxl_trt.engines import SdxlTrtError, UsageError
+from sdxl_trt.engines.host import Output, Parser, print_json, run
 from sdxl_trt.export.cli.options import PlanOptions, add_plan_options, plan_options
 
 EPILOG = """examples:
@@ -112,7 +112,7 @@ def _tensorrt_can_run() -> bool:
     """Return whether plans can be built here without being asked for: TensorRT and a GPU are there."""
     if importlib.util.find_spec("tensorrt") is None:
         return False
-    from sdxl_trt.engines.backends.trt.environment import current_environment  # noqa: PLC0415 - loads CUDA
+    from sdxl_trt.engines.backends.trt import current_environment  # noqa: PLC0415 - loads CUDA
 
     try:
         current_environment("tensorrt")
@@ -123,7 +123,7 @@ def _tensorrt_can_run() -> bool:
 
 def _is_about_plans_alone(arguments: argparse.Namespace) -> bool:
     """Return whether no model is named and there is a bundle whose plans are asked for."""
-    from sdxl_trt.engines.bundle.bundle import MANIFEST  # noqa: PLC0415 - --help must not wait for it
+    from sdxl_trt.engines.bundle import MANIFEST  # noqa: PLC0415 - --help must not wait for it
 
     named = (arguments.base, arguments.refiner, arguments.unet, arguments.vae)
     there = (arguments.out / MANIFEST).is_file()
@@ -132,10 +132,13 @@ def _is_about_plans_alone(arguments: argparse.Namespace) -> bool:
 
 def _build(arguments: argparse.Namespace, plans: PlanOptions, exported: dict[str, Any] | None = None) -> None:
     """Build the plans and tell of them; with `exported` as JSON, of both in one object."""
-    from sdxl_trt.engines.backends.trt.environment import current_environment  # noqa: PLC0415 - loads CUDA
-    from sdxl_trt.engines.build.bundle_plans import build_plans, drop_onnx  # noqa: PLC0415
-    from sdxl_trt.engines.build.jobs import plan_builds  # noqa: PLC0415
-    from sdxl_trt.engines.bundle.bundle import read_bundle  # noqa: PLC0415
+    from sdxl_trt.engines.backends.trt import current_environment  # noqa: PLC0415 - loads CUDA
+    from sdxl_trt.engines.build import (  # noqa: PLC0415
+        build_plans,
+        drop_onnx,
+        plan_builds,
+    )
+    from sdxl_trt.engines.bundle import read_bundle  # noqa: PLC0415
     from sdxl_trt.export.cli import summary  # noqa: PLC0415
 
     bundle = read_bundle(arguments.out, partial=True)
@@ -166,7 +169,7 @@ def _print(arguments: argparse.Namespace, told: Any) -> None:
 
 def _options(arguments: argparse.Namespace, *, twins: bool) -> Any:
     from sdxl_trt.export.components import Options  # noqa: PLC0415 - torch: --help must not wait for it
-    from sdxl_trt.export.lora.option import parse_lora_option  # noqa: PLC0415
+    from sdxl_trt.export.lora import parse_lora_option  # noqa: PLC0415
 
     names = arguments.components
     return Options(

@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from sdxl_trt.engines.errors import UsageError
+from sdxl_trt.engines import UsageError
 
 if TYPE_CHECKING:
-    from sdxl_trt.engines.bundle.manifest import Manifest
-    from sdxl_trt.engines.bundle.plan_record import BuildFlags, Flavour
-    from sdxl_trt.engines.bundle.profile import Range
-    from sdxl_trt.engines.plans.sizes import Sizes
+    from sdxl_trt.engines.bundle import BuildFlags, Flavour, Manifest, Range
+    from sdxl_trt.engines.plans import Sizes
 
 Engine = Literal["none", "tensorrt", "tensorrt-rtx"]
 _MEANINGS = {
@@ -38,7 +36,7 @@ class PlanOptions:
 
     def sizes(self, manifest: "Manifest") -> "Sizes":
         """Return the sizes for the models of `manifest`."""
-        from sdxl_trt.engines.plans.sizes import Sizes, stage_sizes  # noqa: PLC0415 - numpy: --help must not wait
+        from sdxl_trt.engines.plans import Sizes, stage_sizes  # noqa: PLC0415 - numpy: --help must not wait
 
         usual = stage_sizes(manifest)
         chosen = {name: self.ranges.get(name, getattr(usual, name)) for name in _MEANINGS}
@@ -77,7 +75,7 @@ def plan_options(arguments: argparse.Namespace, can_build: Callable[[], bool]) -
         return None
     if arguments.layout == "optimum":
         raise UsageError(f"--engine {engine}: plans belong to a bundle; leave --layout optimum out")
-    from sdxl_trt.engines.bundle.plan_record import BuildFlags  # noqa: PLC0415 - --help must not wait for it
+    from sdxl_trt.engines.bundle import BuildFlags  # noqa: PLC0415 - --help must not wait for it
 
     flags = BuildFlags(
         opt_level=arguments.opt_level,
@@ -91,7 +89,7 @@ def plan_options(arguments: argparse.Namespace, can_build: Callable[[], bool]) -
 
 def _range(option: str) -> "Callable[[str], Range]":
     def parse(text: str) -> "Range":
-        from sdxl_trt.engines.plans.sizes import parse_range  # noqa: PLC0415 - --help must not wait for it
+        from sdxl_trt.engines.plans import parse_range  # noqa: PLC0415 - --help must not wait for it
 
         try:
             return parse_range(text, option)
@@ -102,7 +100,7 @@ def _range(option: str) -> "Callable[[str], Range]":
 
 
 def _size(text: str) -> int:
-    from sdxl_trt.engines.host.memory import parse_bytes  # noqa: PLC0415 - --help must not wait for it
+    from sdxl_trt.engines.host import parse_bytes  # noqa: PLC0415 - --help must not wait for it
 
     try:
         return parse_bytes(text)

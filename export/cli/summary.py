@@ -8,17 +8,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from sdxl_trt.engines.build.jobs import PlanJob
-from sdxl_trt.engines.build.messages import BuildEvent
-from sdxl_trt.engines.bundle.bundle import Bundle
-from sdxl_trt.engines.bundle.manifest import LoraRecord, Scheduler
-from sdxl_trt.engines.bundle.plan_record import Flavour
-from sdxl_trt.engines.host.console import CLEAR_LINE, Output, one_line
-from sdxl_trt.engines.host.paths import shell_word
+from sdxl_trt.engines.build import BuildEvent, PlanJob
+from sdxl_trt.engines.bundle import Bundle, Flavour, LoraRecord, Scheduler
+from sdxl_trt.engines.host import CLEAR_LINE, Output, one_line, shell_word
 from sdxl_trt.export.exporter import ExportPlan
-from sdxl_trt.export.output.budget import Needs
+from sdxl_trt.export.output import Needs
 from sdxl_trt.export.progress import ExportEvent, ExportProgress
-from sdxl_trt.export.verify.report import VERIFY_FILE, read_report
+from sdxl_trt.export.verify import VERIFY_FILE, read_report
 
 
 def of_plan(plan: ExportPlan) -> Output:

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from accelerate import init_empty_weights
 
-from sdxl_trt.engines.errors import SourceError
+from sdxl_trt.engines import SourceError
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from sdxl_trt.engines.errors import SourceError
-from sdxl_trt.engines.plans.sizes import TOKENS
+from sdxl_trt.engines import SourceError
+from sdxl_trt.engines.plans import TOKENS
 from sdxl_trt.export.graph.models import MetaModel
 
 # diffusers' upsampling asks whether there are 64 rows or more, to make a copy that changes nothing: the trace must

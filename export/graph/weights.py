@@ -11,8 +11,8 @@ from typing import BinaryIO
 import onnx_ir as ir
 import torch
 
-from sdxl_trt.engines.errors import CorruptError, explain_os_error
-from sdxl_trt.export.checkpoints.checkpoint import Checkpoint
+from sdxl_trt.engines import CorruptError, explain_os_error
+from sdxl_trt.export.checkpoints import Checkpoint
 
 WEIGHTS_FILE = "weights.data"
 # Small tensors are packed; large ones start on a page, so that engines can map them.

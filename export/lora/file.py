@@ -11,11 +11,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from sdxl_trt.engines.errors import CorruptError, SourceError, UsageError, explain_os_error
-from sdxl_trt.engines.host.files import sha256_file
-from sdxl_trt.engines.host.paths import known_as
-from sdxl_trt.export.checkpoints.checkpoint import Checkpoint, TensorInfo, open_file
-from sdxl_trt.export.checkpoints.weight_files import PICKLED
+from sdxl_trt.engines import CorruptError, SourceError, UsageError, explain_os_error
+from sdxl_trt.engines.host import known_as, sha256_file
+from sdxl_trt.export.checkpoints import PICKLED, Checkpoint, TensorInfo, open_file
 from sdxl_trt.export.lora.kinds import Branch, make_branches
 from sdxl_trt.export.lora.names import (
     COMPONENTS,

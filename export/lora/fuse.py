@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from sdxl_trt.engines.bundle.manifest import LoraRecord
-from sdxl_trt.engines.errors import CorruptError, SourceError
-from sdxl_trt.export.checkpoints.checkpoint import Checkpoint
-from sdxl_trt.export.graph.models import MetaModel
+from sdxl_trt.engines import CorruptError, SourceError
+from sdxl_trt.engines.bundle import LoraRecord
+from sdxl_trt.export.checkpoints import Checkpoint
+from sdxl_trt.export.graph import MetaModel
 from sdxl_trt.export.lora.file import Lora, same_tensors
 from sdxl_trt.export.lora.kinds import Branch
 from sdxl_trt.export.lora.merge import merge

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from sdxl_trt.engines.errors import CorruptError, SourceError
-from sdxl_trt.export.checkpoints.checkpoint import TensorInfo
+from sdxl_trt.engines import CorruptError, SourceError
+from sdxl_trt.export.checkpoints import TensorInfo
 from sdxl_trt.export.lora.names import Place
 
 LoraKind = Literal["LoRA", "LoHa", "LoKr", "difference"]

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from sdxl_trt.engines.errors import UsageError
+from sdxl_trt.engines import UsageError
 
 _EXPECTED = "expected FILE.safetensors, FILE.safetensors:UNET or FILE.safetensors:UNET:TE, such as a.safetensors:0.8"
 # Names may hold colons, so the file is all up to the last ending.

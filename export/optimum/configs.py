@@ -7,10 +7,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from sdxl_trt.engines.bundle.manifest import Component, Manifest, Stage, TextEncoder, Tokenizer
-from sdxl_trt.engines.errors import CorruptError
-from sdxl_trt.export.sources.configs import read_json
-from sdxl_trt.export.sources.source import BASE_CLASS, REFINER_CLASS, PipelineSource
+from sdxl_trt.engines import CorruptError
+from sdxl_trt.engines.bundle import Component, Manifest, Stage, TextEncoder, Tokenizer
+from sdxl_trt.export.sources import BASE_CLASS, REFINER_CLASS, PipelineSource, read_json
 
 _LIBRARIES = {"text_encoder": "transformers", "text_encoder_2": "transformers", "unet": "diffusers"}
 

@@ -11,7 +11,7 @@ import re
 
 import onnx_ir as ir
 
-from sdxl_trt.engines.errors import CorruptError
+from sdxl_trt.engines import CorruptError
 
 _OPERATOR = re.compile(r"\s*([*/])\s*")
 

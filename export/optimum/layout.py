@@ -18,9 +18,8 @@ from typing import Any, BinaryIO
 
 import onnx_ir as ir
 
-from sdxl_trt.engines.bundle.bundle import MANIFEST, Bundle
-from sdxl_trt.engines.bundle.manifest import Manifest
-from sdxl_trt.engines.errors import CorruptError, IncompatibleError, explain_os_error
+from sdxl_trt.engines import CorruptError, IncompatibleError, explain_os_error
+from sdxl_trt.engines.bundle import MANIFEST, Bundle, Manifest
 from sdxl_trt.export.optimum.configs import (
     component_config,
     model_index,
@@ -30,8 +29,8 @@ from sdxl_trt.export.optimum.configs import (
     tokenizer_roles,
 )
 from sdxl_trt.export.optimum.graphs import wrap
-from sdxl_trt.export.output.staging import OPTIMUM_FORMAT, check_target, publish, staged_folder
-from sdxl_trt.export.sources.source import PipelineSource
+from sdxl_trt.export.output import OPTIMUM_FORMAT, check_target, publish, staged_folder
+from sdxl_trt.export.sources import PipelineSource
 
 FORMAT_VERSION = 1
 _COPY_CHUNK = 1 << 30

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdxl_trt.engines.errors import ResourceError
-from sdxl_trt.engines.host.memory import available_host_memory
-from sdxl_trt.export.checkpoints.checkpoint import REMAP_BYTES
+from sdxl_trt.engines import ResourceError
+from sdxl_trt.engines.host import available_host_memory
+from sdxl_trt.export.checkpoints import REMAP_BYTES
 from sdxl_trt.export.components import ComponentPlan
 
 # Graphs, tokenizers, the manifest; and the libraries with a traced graph, measured by benchmarks/full_size/export.py.

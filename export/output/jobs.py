@@ -8,9 +8,8 @@ from pathlib import Path
 
 import msgspec
 
-from sdxl_trt.engines.bundle.bundle import Bundle
-from sdxl_trt.engines.bundle.manifest import Component
-from sdxl_trt.engines.errors import UsageError
+from sdxl_trt.engines import UsageError
+from sdxl_trt.engines.bundle import Bundle, Component
 from sdxl_trt.export.components import ComponentPlan, Options
 from sdxl_trt.export.convert import component_key, component_source, finished, kept_config
 from sdxl_trt.export.output.reuse import is_whole, sound_component

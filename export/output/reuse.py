@@ -9,14 +9,10 @@ import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from sdxl_trt.engines.bundle.bundle import Bundle, read_bundle
-from sdxl_trt.engines.bundle.digests import verify_file
-from sdxl_trt.engines.bundle.manifest import Component
-from sdxl_trt.engines.bundle.plan_record import PlanRecord
-from sdxl_trt.engines.bundle.records import FileRecord
-from sdxl_trt.engines.errors import IncompatibleError, SdxlTrtError, explain_os_error
-from sdxl_trt.engines.host.files import contained
-from sdxl_trt.engines.plans.files import PLANS, remove_write_permission
+from sdxl_trt.engines import IncompatibleError, SdxlTrtError, explain_os_error
+from sdxl_trt.engines.bundle import Bundle, Component, FileRecord, PlanRecord, read_bundle, verify_file
+from sdxl_trt.engines.host import contained
+from sdxl_trt.engines.plans import PLANS, remove_write_permission
 
 # What file systems without hard links answer.
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.EXDEV, errno.EMLINK, errno.ENOSYS)

@@ -5,13 +5,12 @@ __all__ = ["stage_record", "write_tokenizers"]
 from pathlib import Path
 from typing import Any
 
-from sdxl_trt.engines.bundle.manifest import Stage, TextEncoder, Tokenizer, Vae
-from sdxl_trt.engines.errors import explain_os_error
+from sdxl_trt.engines import explain_os_error
+from sdxl_trt.engines.bundle import Stage, TextEncoder, Tokenizer, Vae
 from sdxl_trt.export.components import StagePlan, time_id_names
 from sdxl_trt.export.convert import file_record
-from sdxl_trt.export.graph.models import MetaModel
-from sdxl_trt.export.graph.signatures import vae_factor
-from sdxl_trt.export.sources.tokenizers import LoadedTokenizer
+from sdxl_trt.export.graph import MetaModel, vae_factor
+from sdxl_trt.export.sources import LoadedTokenizer
 
 
 def write_tokenizers(

@@ -10,11 +10,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from sdxl_trt.engines.bundle.bundle import MANIFEST
-from sdxl_trt.engines.bundle.manifest import FORMAT_NAME
-from sdxl_trt.engines.errors import SdxlTrtError, UsageError, explain_os_error
-from sdxl_trt.engines.host.files import exclusive as locked
-from sdxl_trt.engines.host.files import sibling
+from sdxl_trt.engines import SdxlTrtError, UsageError, explain_os_error
+from sdxl_trt.engines.bundle import FORMAT_NAME, MANIFEST
+from sdxl_trt.engines.host import exclusive as locked
+from sdxl_trt.engines.host import sibling
 
 log = logging.getLogger("sdxl_trt.export")
 OPTIMUM_FORMAT = "sdxl-trt-optimum"

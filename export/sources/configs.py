@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sdxl_trt.engines.errors import CorruptError, SourceError, explain_os_error
+from sdxl_trt.engines import CorruptError, SourceError, explain_os_error
 
 PUBLISHED = Path(__file__).with_name("published")
 """SDXL's own configs, `base/` and `refiner/`: what a single-file checkpoint needs and does not hold."""

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdxl_trt.engines.errors import SdxlTrtError, SourceError, UsageError, explain_os_error
-from sdxl_trt.engines.host.files import NO_LOCKS
-from sdxl_trt.export.checkpoints.weight_files import find_weights, shard_names
+from sdxl_trt.engines import SdxlTrtError, SourceError, UsageError, explain_os_error
+from sdxl_trt.engines.host import NO_LOCKS
+from sdxl_trt.export.checkpoints import find_weights, shard_names
 
 log = logging.getLogger("sdxl_trt.export")
 _ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(@(?P<revision>[\w./-]+))?")

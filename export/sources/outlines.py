@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sdxl_trt.engines.errors import SourceError
+from sdxl_trt.engines import SourceError
 
 # Per level, for each layer, the number of its transformer blocks; None where the layer does not attend.
 Levels = tuple[tuple[int | None, ...], ...]

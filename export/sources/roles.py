@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from sdxl_trt.engines.errors import SourceError
+from sdxl_trt.engines import SourceError
 
 Role = Literal["base", "refiner"]
 Configs = Mapping[str, Mapping[str, Any]]

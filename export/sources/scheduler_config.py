@@ -12,8 +12,8 @@ from typing import Any
 
 import msgspec
 
-from sdxl_trt.engines.bundle.manifest import Edm, Scheduler
-from sdxl_trt.engines.errors import CorruptError, SourceError
+from sdxl_trt.engines import CorruptError, SourceError
+from sdxl_trt.engines.bundle import Edm, Scheduler
 from sdxl_trt.export.sources.scheduler_classes import CLASSES, FLOW, SchedulerClass, why_refused
 
 log = logging.getLogger("sdxl_trt.export")

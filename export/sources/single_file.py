@@ -8,13 +8,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from sdxl_trt.engines.errors import CorruptError, SourceError
-from sdxl_trt.export.checkpoints.checkpoint import Checkpoint, TensorInfo, open_file
-from sdxl_trt.export.checkpoints.first_bytes import is_safetensors
-from sdxl_trt.export.checkpoints.ldm import open_clip_prefixes, unet_prefixes, vae_prefixes
-from sdxl_trt.export.checkpoints.leftovers import left_out
-from sdxl_trt.export.checkpoints.quantization import check_header
-from sdxl_trt.export.checkpoints.weight_files import PICKLED
+from sdxl_trt.engines import CorruptError, SourceError
+from sdxl_trt.export.checkpoints import (
+    PICKLED,
+    Checkpoint,
+    TensorInfo,
+    check_header,
+    is_safetensors,
+    left_out,
+    open_clip_prefixes,
+    open_file,
+    unet_prefixes,
+    vae_prefixes,
+)
 from sdxl_trt.export.sources.outlines import Outline, read_outline
 from sdxl_trt.export.sources.predictions import SCHEDULE_WORDS
 

@@ -31,12 +31,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sdxl_trt.engines.bundle.manifest import Scheduler
-from sdxl_trt.engines.errors import SourceError
-from sdxl_trt.engines.host.paths import known_as
-from sdxl_trt.export.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from sdxl_trt.export.checkpoints.quantization import read_quantization, unquantized
-from sdxl_trt.export.checkpoints.weight_files import PICKLED
+from sdxl_trt.engines import SourceError
+from sdxl_trt.engines.bundle import Scheduler
+from sdxl_trt.engines.host import known_as
+from sdxl_trt.export.checkpoints import PICKLED, Checkpoint, open_checkpoint, read_quantization, unquantized
 from sdxl_trt.export.sources.configs import PUBLISHED, read_json
 from sdxl_trt.export.sources.hub import fetch_pipeline, fetch_vae, parse_hub_id
 from sdxl_trt.export.sources.outlines import config_of

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdxl_trt.engines.errors import SourceError, explain_os_error
-from sdxl_trt.engines.host.paths import is_utf8
-from sdxl_trt.engines.plans.sizes import TOKENS
+from sdxl_trt.engines import SourceError, explain_os_error
+from sdxl_trt.engines.host import is_utf8
+from sdxl_trt.engines.plans import TOKENS
 from sdxl_trt.export.sources.configs import PUBLISHED
-from sdxl_trt.mini import clip_vocabulary as vocabulary
+from sdxl_trt.mini import merges, vocabulary
 
 # transformers' stand-in for a tokenizer that states no length is 1e30.
 _STATED = 1 << 20
@@ -48,8 +48,8 @@ def tokenizer_files(folder: Path) -> dict[str, bytes]:
     except OSError as exc:
         raise explain_os_error(exc, f"reading {folder}") from exc
     if _lacks_vocabulary(folder):
-        rules = ["#version: 0.2", *vocabulary.merges(), ""]
-        files["vocab.json"] = json.dumps(vocabulary.vocabulary(), ensure_ascii=False).encode()
+        rules = ["#version: 0.2", *merges(), ""]
+        files["vocab.json"] = json.dumps(vocabulary(), ensure_ascii=False).encode()
         files["merges.txt"] = "\n".join(rules).encode()
     return files
 

@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sdxl_trt.engines.errors import SourceError
-from sdxl_trt.engines.host.paths import known_as
-from sdxl_trt.export.checkpoints.quantization import unquantized
+from sdxl_trt.engines import SourceError
+from sdxl_trt.engines.host import known_as
+from sdxl_trt.export.checkpoints import unquantized
 from sdxl_trt.export.sources.configs import PUBLISHED, read_json
 from sdxl_trt.export.sources.hub import fetch_unet, parse_hub_id
 from sdxl_trt.export.sources.predictions import said_schedule

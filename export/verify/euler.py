@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from sdxl_trt.engines.bundle.manifest import Scheduler
+from sdxl_trt.engines.bundle import Scheduler
 
 Latents = NDArray[np.float32]
 

@@ -13,7 +13,7 @@ from typing import Literal
 import msgspec
 import numpy as np
 
-from sdxl_trt.engines.engine import Array
+from sdxl_trt.engines import Array
 
 Pair = Literal["graph", "precision"]
 EXCESS = 1.5

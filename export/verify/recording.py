@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from sdxl_trt.engines.engine import Array
+from sdxl_trt.engines import Array
 from sdxl_trt.export.components import ComponentPlan, StagePlan, time_id_names
-from sdxl_trt.export.graph.signatures import vae_factor
-from sdxl_trt.export.sources.tokenizers import LoadedTokenizer
+from sdxl_trt.export.graph import vae_factor
+from sdxl_trt.export.sources import LoadedTokenizer
 from sdxl_trt.export.verify.euler import Euler
 
 Run = Callable[[Mapping[str, Array]], dict[str, Array]]

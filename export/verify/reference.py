@@ -10,10 +10,9 @@ import torch
 from accelerate.utils import set_module_tensor_to_device
 from torch.overrides import TorchFunctionMode
 
-from sdxl_trt.engines.engine import Array
+from sdxl_trt.engines import Array
 from sdxl_trt.export.components import ComponentPlan
-from sdxl_trt.export.graph.models import MetaModel, build_model, published_name
-from sdxl_trt.export.graph.signatures import Graph, make_graph
+from sdxl_trt.export.graph import Graph, MetaModel, build_model, make_graph, published_name
 
 Prepare = Callable[[Graph, str], torch.dtype]
 """Turn a graph's module, in place, into a precision; return the dtype of the inputs whose dtype it leaves open."""

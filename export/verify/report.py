@@ -7,8 +7,8 @@ from pathlib import Path
 
 import msgspec
 
-from sdxl_trt.engines.errors import VerificationError
-from sdxl_trt.engines.host.files import atomic_write
+from sdxl_trt.engines import VerificationError
+from sdxl_trt.engines.host import atomic_write
 from sdxl_trt.export.verify.metrics import Figures
 from sdxl_trt.export.verify.overflow import Peak
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from sdxl_trt.engines.engine import Array
+from sdxl_trt.engines import Array
 from sdxl_trt.export.components import ComponentPlan
 from sdxl_trt.export.verify.metrics import EXCESS, Figures, Pair, excess, limits_of, measure
 from sdxl_trt.export.verify.overflow import FP16_MAX, NEAR_MISS, Peak, overflows

@@ -11,11 +11,11 @@ import gc
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 
-from sdxl_trt.engines.backends.ort.engine import OrtEngine
-from sdxl_trt.engines.bundle.bundle import Bundle
-from sdxl_trt.engines.engine import numpy_dtype
+from sdxl_trt.engines import numpy_dtype
+from sdxl_trt.engines.backends.ort import OrtEngine
+from sdxl_trt.engines.bundle import Bundle
 from sdxl_trt.export.components import ComponentPlan, StagePlan
-from sdxl_trt.export.graph.precision import convert_module
+from sdxl_trt.export.graph import convert_module
 from sdxl_trt.export.verify.overflow import watch_dtypes, watch_peaks
 from sdxl_trt.export.verify.recording import Call, Recording, RecordingSettings
 from sdxl_trt.export.verify.reference import Prepare, load_reference, run_reference

@@ -1,1 +1,5 @@
 """Scores of drawn scenes against their captions."""
+
+from sdxl_trt.mini.score.score import Score, score_picture
+
+__all__ = ["Score", "score_picture"]

@@ -6,7 +6,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from sdxl_trt.mini.scenes.drawing import COLOURS, FILL_CONTRAST, SHAPES, SIDE, Picture, Plane, extent, shade, shape_mask
+from sdxl_trt.mini.scenes import COLOURS, FILL_CONTRAST, SHAPES, SIDE, Picture, Plane, extent, shade, shape_mask
 
 Mask = npt.NDArray[np.bool_]
 

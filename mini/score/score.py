@@ -4,8 +4,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sdxl_trt.mini.scenes.captions import Asked, read_caption
-from sdxl_trt.mini.scenes.drawing import COLOURS, FILL_CONTRAST, SIDE, TEXTURE_CONTRAST, Picture, Plane, shade
+from sdxl_trt.mini.scenes import (
+    COLOURS,
+    FILL_CONTRAST,
+    SIDE,
+    TEXTURE_CONTRAST,
+    Asked,
+    Picture,
+    Plane,
+    read_caption,
+    shade,
+)
 from sdxl_trt.mini.score.reading import UNKNOWN, Mask, Reading, distance_to_tones, eroded, read, spread, tones
 
 RIM = 4

@@ -11,8 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from sdxl_trt.mini.scenes.captions import draw_caption
-from sdxl_trt.mini.scenes.scenes import TRAINING_SEEDS, example
+from sdxl_trt.mini.scenes import TRAINING_SEEDS, draw_caption, example
 from sdxl_trt.mini.train.text import Ids, compact, tokenize, with_fillers
 from sdxl_trt.mini.train.vae import load_vae, signals
 

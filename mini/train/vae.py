@@ -8,8 +8,7 @@ from diffusers import AutoencoderKL
 from torch.nn import functional
 
 from sdxl_trt.mini import architecture
-from sdxl_trt.mini.scenes.drawing import SIDE, Picture
-from sdxl_trt.mini.scenes.scenes import TRAINING_SEEDS, VALIDATION_SEEDS, example
+from sdxl_trt.mini.scenes import SIDE, TRAINING_SEEDS, VALIDATION_SEEDS, Picture, example
 from sdxl_trt.mini.train.loop import Budget, Weights, begin, save_whole, train
 
 BATCH = 4

@@ -9,20 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.engines.host.console import one_line, print_json, run
+from sdxl_trt.engines import UsageError
+from sdxl_trt.engines.host import one_line, print_json, run
 from sdxl_trt.runtime.cli.options import NEGATIVE_SCORE, check_alone_with_workflow, make_parser
 
 if TYPE_CHECKING:
     from sdxl_trt.runtime.cli.series import Series
-    from sdxl_trt.runtime.comfyui.workflow import Workflow
-    from sdxl_trt.runtime.images.inputs import InputPicture
-    from sdxl_trt.runtime.images.picture import Picture
-    from sdxl_trt.runtime.pipeline.batch import Batch
-    from sdxl_trt.runtime.pipeline.chain import Chain
-    from sdxl_trt.runtime.pipeline.pipeline import Pipeline
-    from sdxl_trt.runtime.pipeline.run import Run
-    from sdxl_trt.runtime.request.request import Request
+    from sdxl_trt.runtime.comfyui import Workflow
+    from sdxl_trt.runtime.images import InputPicture, Picture
+    from sdxl_trt.runtime.pipeline import Batch, Chain, Pipeline, Run
+    from sdxl_trt.runtime.request import Request
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -58,12 +54,12 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
-    from sdxl_trt.engines.host.text_inputs import check_inputs  # noqa: PLC0415
+    from sdxl_trt.engines.host import check_inputs  # noqa: PLC0415
     from sdxl_trt.runtime.cli.outputs import check_outputs, picture_files, save_latents  # noqa: PLC0415 - not for --help
     from sdxl_trt.runtime.cli.preview import Preview  # noqa: PLC0415
     from sdxl_trt.runtime.cli.progress import ProgressBar  # noqa: PLC0415
-    from sdxl_trt.runtime.images.provenance import warn_of_another_bundle  # noqa: PLC0415
-    from sdxl_trt.runtime.pipeline.pipeline import open_bundle  # noqa: PLC0415
+    from sdxl_trt.runtime.images import warn_of_another_bundle  # noqa: PLC0415
+    from sdxl_trt.runtime.pipeline import open_bundle  # noqa: PLC0415
 
     started = time.perf_counter()
     check_outputs(arguments)
@@ -103,7 +99,7 @@ def _generate(arguments: argparse.Namespace) -> None:
 
 def _request(arguments: argparse.Namespace) -> "Request":
     from sdxl_trt.runtime.cli.outputs import load_latents  # noqa: PLC0415
-    from sdxl_trt.runtime.request.request import Request  # noqa: PLC0415
+    from sdxl_trt.runtime.request import Request  # noqa: PLC0415
 
     negative_score = arguments.negative_aesthetic_score
     return Request(
@@ -147,7 +143,7 @@ def _request(arguments: argparse.Namespace) -> "Request":
 
 
 def _image_given(arguments: argparse.Namespace) -> "InputPicture | None":
-    from sdxl_trt.runtime.images.inputs import read_input  # noqa: PLC0415
+    from sdxl_trt.runtime.images import read_input  # noqa: PLC0415
 
     if arguments.refine is not None:
         return read_input(arguments.refine, "--refine")
@@ -155,21 +151,21 @@ def _image_given(arguments: argparse.Namespace) -> "InputPicture | None":
 
 
 def _workflow(arguments: argparse.Namespace) -> "Workflow":
-    from sdxl_trt.runtime.comfyui.reader import read_workflow  # noqa: PLC0415
+    from sdxl_trt.runtime.comfyui import read_workflow  # noqa: PLC0415
 
     check_alone_with_workflow(arguments)
     return read_workflow(arguments.workflow)
 
 
 def _loads_image(asked: "Request | Workflow") -> bool:
-    from sdxl_trt.runtime.request.request import Request  # noqa: PLC0415
+    from sdxl_trt.runtime.request import Request  # noqa: PLC0415
 
     return asked.image is not None if isinstance(asked, Request) else asked.loads_image
 
 
 def _prefixes(asked: "Request | Workflow") -> list[str]:
     """Return what a workflow's pictures are called."""
-    from sdxl_trt.runtime.request.request import Request  # noqa: PLC0415
+    from sdxl_trt.runtime.request import Request  # noqa: PLC0415
 
     return [] if isinstance(asked, Request) else [output.prefix for output in asked.outputs]
 
@@ -179,10 +175,9 @@ def _work(
 ) -> "tuple[Batch | Chain, Series]":
     """Return what draws the pictures, and what they are a series of."""
     from sdxl_trt.runtime.cli.series import Series  # noqa: PLC0415
-    from sdxl_trt.runtime.comfyui.requests import check_workflow, pair_request, settle_pair  # noqa: PLC0415
-    from sdxl_trt.runtime.pipeline.batch import Batch  # noqa: PLC0415
-    from sdxl_trt.runtime.pipeline.chain import Chain  # noqa: PLC0415
-    from sdxl_trt.runtime.request.request import Request  # noqa: PLC0415
+    from sdxl_trt.runtime.comfyui import check_workflow, pair_request, settle_pair  # noqa: PLC0415
+    from sdxl_trt.runtime.pipeline import Batch, Chain  # noqa: PLC0415
+    from sdxl_trt.runtime.request import Request  # noqa: PLC0415
 
     if isinstance(asked, Request):
         series = Series(asked, arguments)
@@ -206,7 +201,7 @@ def _changed(request: "Request", arguments: argparse.Namespace) -> "Request":
     from dataclasses import replace  # noqa: PLC0415
 
     from sdxl_trt.runtime.cli.outputs import load_latents  # noqa: PLC0415
-    from sdxl_trt.runtime.comfyui.requests import with_seed  # noqa: PLC0415
+    from sdxl_trt.runtime.comfyui import with_seed  # noqa: PLC0415
 
     if arguments.seed is not None:
         request = with_seed(request, arguments.seed)

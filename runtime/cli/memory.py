@@ -6,12 +6,10 @@ from pathlib import Path
 
 import msgspec
 
-from sdxl_trt.engines.backends.open import open_backend
-from sdxl_trt.engines.bundle.bundle import Bundle, read_bundle
-from sdxl_trt.engines.bundle.profile import fixed
-from sdxl_trt.engines.plans.sizes import Sizes, check_for, stage_sizes
-from sdxl_trt.engines.residency.estimate import MemoryEstimate
-from sdxl_trt.engines.residency.policy import estimate_memory, settled_residency
+from sdxl_trt.engines.backends import open_backend
+from sdxl_trt.engines.bundle import Bundle, fixed, read_bundle
+from sdxl_trt.engines.plans import Sizes, check_for, stage_sizes
+from sdxl_trt.engines.residency import MemoryEstimate, estimate_memory, settled_residency
 
 
 def estimate_run(
@@ -31,7 +29,7 @@ def estimate_run(
     Raises SourceError, CorruptError, UsageError, SizeError, and IncompatibleError for a provider that is not here.
     """
     if path is None:
-        from sdxl_trt.mini.embedded import bundle_path  # noqa: PLC0415 - package data, only when nothing else is named
+        from sdxl_trt.mini import bundle_path  # noqa: PLC0415 - package data, only when nothing else is named
 
         path = bundle_path()
     bundle = read_bundle(path)

@@ -5,8 +5,8 @@ __all__ = ["COMFYUI_SCHEDULES", "NEGATIVE_SCORE", "PROVIDERS", "SAMPLERS", "chec
 import argparse
 from pathlib import Path
 
-from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.engines.host.console import Parser
+from sdxl_trt.engines import UsageError
+from sdxl_trt.engines.host import Parser
 
 PROVIDERS = ("auto", "ort-cpu", "ort-cuda", "ort-tensorrt", "tensorrt", "tensorrt-rtx")
 # Told again here, since --help must not wait for numpy; a test holds the two together.
@@ -200,7 +200,7 @@ def _corner(text: str) -> tuple[int, int]:
 
 
 def _bytes(text: str) -> int:
-    from sdxl_trt.engines.host.memory import parse_bytes  # noqa: PLC0415 - --help must not wait for it
+    from sdxl_trt.engines.host import parse_bytes  # noqa: PLC0415 - --help must not wait for it
 
     try:
         return parse_bytes(text)

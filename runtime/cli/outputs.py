@@ -11,15 +11,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdxl_trt.engines.errors import UsageError, explain_os_error
+from sdxl_trt.engines import UsageError, explain_os_error
 from sdxl_trt.runtime.cli.file_names import file_stem
-from sdxl_trt.runtime.images.files import FORMATS, save_image
+from sdxl_trt.runtime.images import FORMATS, save_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from sdxl_trt.runtime.images.picture import Picture
-    from sdxl_trt.runtime.pipeline.run import Run
+    from sdxl_trt.runtime.images import Picture
+    from sdxl_trt.runtime.pipeline import Run
 
 
 def check_outputs(arguments: argparse.Namespace) -> None:
@@ -161,7 +161,7 @@ def save_latents(path: Path | None, run: "Run | None") -> None:
         return
     import numpy as np  # noqa: PLC0415
 
-    from sdxl_trt.engines.host.files import atomic_write  # noqa: PLC0415
+    from sdxl_trt.engines.host import atomic_write  # noqa: PLC0415
 
     arrays = {"initial": run.initial, "final": run.final}
     if run.handoff_latents is not None:

@@ -6,11 +6,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from sdxl_trt.engines.bundle.manifest import Manifest
-from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.runtime.images.files import save_image
-from sdxl_trt.runtime.pipeline.run import Step
-from sdxl_trt.runtime.vae.preview import approximate, colours_of
+from sdxl_trt.engines import UsageError
+from sdxl_trt.engines.bundle import Manifest
+from sdxl_trt.runtime.images import save_image
+from sdxl_trt.runtime.pipeline import Step
+from sdxl_trt.runtime.vae import approximate, colours_of
 
 PER_STAGE = 10
 """How often, about, a preview is written while base or refiner runs."""

@@ -7,7 +7,7 @@ import time
 from types import TracebackType
 from typing import Self, TextIO
 
-from sdxl_trt.engines.host.console import CLEAR_LINE
+from sdxl_trt.engines.host import CLEAR_LINE
 
 WIDTH = 24
 LABELS = {

@@ -4,8 +4,8 @@ __all__ = ["read_prompts"]
 
 from pathlib import Path
 
-from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.engines.host.text_inputs import read_capped
+from sdxl_trt.engines import UsageError
+from sdxl_trt.engines.host import read_capped
 
 MAX_BYTES = 16 << 20
 MOST = 1_000

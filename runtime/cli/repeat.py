@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
-from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.engines.host.files import sha256_file
+from sdxl_trt.engines import UsageError
+from sdxl_trt.engines.host import sha256_file
 from sdxl_trt.runtime.cli.options import NEGATIVE_SCORE, make_parser
-from sdxl_trt.runtime.images.metadata import ImageSettings, read_settings
+from sdxl_trt.runtime.images import ImageSettings, read_settings
 
 ALIKE = (
     "prompt", "negative", "seed", "steps", "guidance", "guidance_rescale", "guidance_interval", "sampler", "schedule",

@@ -8,15 +8,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from sdxl_trt.engines.errors import UsageError
+from sdxl_trt.engines import UsageError
 from sdxl_trt.runtime.cli.outputs import Pictures
 from sdxl_trt.runtime.cli.prompt_files import read_prompts
-from sdxl_trt.runtime.images.metadata import describe
-from sdxl_trt.runtime.images.picture import Picture
-from sdxl_trt.runtime.pipeline.run import Run
-from sdxl_trt.runtime.pipeline.sweep import Sweep, parse_axis
-from sdxl_trt.runtime.request.request import Request
-from sdxl_trt.runtime.request.resolve import DRAWN_SEED_BITS
+from sdxl_trt.runtime.images import Picture, describe
+from sdxl_trt.runtime.pipeline import Run, Sweep, parse_axis
+from sdxl_trt.runtime.request import DRAWN_SEED_BITS, Request
 
 
 class Series:

@@ -10,13 +10,13 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import PurePosixPath
 
-from sdxl_trt.engines.bundle.manifest import LoraRecord, Manifest
-from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.engines.host.paths import shell_word
+from sdxl_trt.engines import UsageError
+from sdxl_trt.engines.bundle import LoraRecord, Manifest
+from sdxl_trt.engines.host import shell_word
 from sdxl_trt.runtime.comfyui.workflow import Conditioning, Loaded, Loras, Sampling, VaeName, Workflow, ancestry
-from sdxl_trt.runtime.diffusion.samplers.registry import sampler_names
-from sdxl_trt.runtime.diffusion.schedules.comfyui import COMFYUI_SCHEDULES
-from sdxl_trt.runtime.request.sides import StageName, most_skipped
+from sdxl_trt.runtime.diffusion.samplers import sampler_names
+from sdxl_trt.runtime.diffusion.schedules import COMFYUI_SCHEDULES
+from sdxl_trt.runtime.request import StageName, most_skipped
 
 log = logging.getLogger("sdxl_trt.runtime")
 Experts = Mapping[str, StageName]

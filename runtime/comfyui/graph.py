@@ -12,13 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.engines.host.text_inputs import STDIN, read_capped
+from sdxl_trt.engines import UsageError
+from sdxl_trt.engines.host import STDIN, read_capped
 from sdxl_trt.runtime.comfyui.editor import from_editor
 from sdxl_trt.runtime.comfyui.node import Link, Node
 from sdxl_trt.runtime.comfyui.nodes import PRIMITIVES
-from sdxl_trt.runtime.images.exif import EDITOR
-from sdxl_trt.runtime.images.files import WORKFLOW, read_texts
+from sdxl_trt.runtime.images import EDITOR, WORKFLOW, read_texts
 
 MAX_BYTES = 16 << 20
 MAX_NODES = 10_000

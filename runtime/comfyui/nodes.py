@@ -9,7 +9,7 @@ __all__ = ["DRAWN", "NODES", "PRIMITIVES", "SHOWN", "linked", "stated", "undecla
 import contextlib
 from typing import Any
 
-from sdxl_trt.engines.errors import UsageError
+from sdxl_trt.engines import UsageError
 from sdxl_trt.runtime.comfyui.node import REQUIRED, Input, Link, Node, NodeKind
 
 MAX_TEXT = 1 << 20

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sdxl_trt.engines.errors import UsageError
+from sdxl_trt.engines import UsageError
 from sdxl_trt.runtime.comfyui.graph import Graph, read_graph
 from sdxl_trt.runtime.comfyui.node import Link, Node
 from sdxl_trt.runtime.comfyui.nodes import DRAWN, NODES, SHOWN, linked, stated, undeclared

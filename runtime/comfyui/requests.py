@@ -24,10 +24,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sdxl_trt.engines.bundle.manifest import Manifest
-from sdxl_trt.engines.errors import CorruptError, SizeError, UsageError
-from sdxl_trt.engines.host.files import contained
-from sdxl_trt.engines.plans.limits import PlanLimits
+from sdxl_trt.engines import CorruptError, SizeError, UsageError
+from sdxl_trt.engines.bundle import Manifest
+from sdxl_trt.engines.host import contained
+from sdxl_trt.engines.plans import PlanLimits
 from sdxl_trt.runtime.comfyui.checks import (
     Experts,
     check_loras,
@@ -50,10 +50,8 @@ from sdxl_trt.runtime.comfyui.workflow import (
     Workflow,
     ancestry,
 )
-from sdxl_trt.runtime.images.inputs import InputPicture, read_input
-from sdxl_trt.runtime.request.request import Request
-from sdxl_trt.runtime.request.resolve import resolve_request
-from sdxl_trt.runtime.request.sides import Side, SideMix, StageName
+from sdxl_trt.runtime.images import InputPicture, read_input
+from sdxl_trt.runtime.request import Request, Side, SideMix, StageName, resolve_request
 
 _OWN_SEEDS = ("seed", "noise_seed")
 _FIELDS = {

@@ -6,15 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sdxl_trt.engines.bundle.manifest import LoraRecord, Manifest
-from sdxl_trt.engines.errors import UsageError
+from sdxl_trt.engines import UsageError
+from sdxl_trt.engines.bundle import LoraRecord, Manifest
 from sdxl_trt.runtime.comfyui.node import Node
 from sdxl_trt.runtime.comfyui.nodes import NODES, stated
 from sdxl_trt.runtime.comfyui.workflow import TO_THE_END
-from sdxl_trt.runtime.request.handoff import StepRange
-from sdxl_trt.runtime.request.request import Request
-from sdxl_trt.runtime.request.resolve import ResolvedRequest
-from sdxl_trt.runtime.request.sides import ResolvedSide, StageName
+from sdxl_trt.runtime.request import Request, ResolvedRequest, ResolvedSide, StageName, StepRange
 
 Link = list[Any]
 _UNSAID = ("guidance_rescale", "guidance_interval", "clip_skip", "prediction_type", "tile")

@@ -1,1 +1,18 @@
 """The mathematics of denoising: model evaluations, guidance and conditioning."""
+
+from typing import TYPE_CHECKING
+
+from sdxl_trt.engines.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from sdxl_trt.runtime.diffusion.conditioning import MicroConditions, make_conditions
+    from sdxl_trt.runtime.diffusion.denoiser import PREDICTIONS, Denoiser
+    from sdxl_trt.runtime.diffusion.guidance import Guidance, guided_span
+else:
+    __getattr__ = lazy_names(__name__, {
+        "conditioning": ("MicroConditions", "make_conditions"),
+        "denoiser": ("PREDICTIONS", "Denoiser"),
+        "guidance": ("Guidance", "guided_span"),
+    })
+
+__all__ = ["PREDICTIONS", "Denoiser", "Guidance", "MicroConditions", "guided_span", "make_conditions"]

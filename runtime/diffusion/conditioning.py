@@ -9,11 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from sdxl_trt.engines.bundle.manifest import Stage
-from sdxl_trt.engines.engine import Array, Engine, numpy_dtype
-from sdxl_trt.engines.errors import CorruptError
+from sdxl_trt.engines import Array, CorruptError, Engine, numpy_dtype
+from sdxl_trt.engines.bundle import Stage
 from sdxl_trt.runtime.diffusion.guidance import guides
-from sdxl_trt.runtime.text.encoder import PromptEmbeds
+from sdxl_trt.runtime.text import PromptEmbeds
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,11 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from sdxl_trt.engines.engine import Array, Engine, numpy_dtype
-from sdxl_trt.engines.errors import CorruptError, UsageError
+from sdxl_trt.engines import Array, CorruptError, Engine, UsageError, numpy_dtype
 from sdxl_trt.runtime.diffusion.conditioning import Conditions
 from sdxl_trt.runtime.diffusion.float16 import to_float32, write_float16
 from sdxl_trt.runtime.diffusion.guidance import Guidance
-from sdxl_trt.runtime.diffusion.schedules.schedule import Schedule
+from sdxl_trt.runtime.diffusion.schedules import Schedule
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 

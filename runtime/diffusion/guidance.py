@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from sdxl_trt.engines.errors import UsageError
+from sdxl_trt.engines import UsageError
 
 
 def guides(scale: float, *, comfyui_rule: bool = False) -> bool:

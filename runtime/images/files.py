@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdxl_trt.engines.errors import UsageError, explain_os_error
-from sdxl_trt.engines.host.files import atomic_write
+from sdxl_trt.engines import UsageError, explain_os_error
+from sdxl_trt.engines.host import atomic_write
 from sdxl_trt.runtime.images.exif import EDITOR, GRAPH, MAKER, UNICODE, exif_texts
 
 if TYPE_CHECKING:

@@ -22,9 +22,9 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from sdxl_trt.engines.bundle.manifest import Manifest
-from sdxl_trt.engines.errors import UsageError, explain_os_error
-from sdxl_trt.engines.host.paths import known_as
+from sdxl_trt.engines import UsageError, explain_os_error
+from sdxl_trt.engines.bundle import Manifest
+from sdxl_trt.engines.host import known_as
 
 if TYPE_CHECKING:
     from PIL.Image import Image

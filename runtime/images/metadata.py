@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from sdxl_trt.engines.errors import UsageError
+from sdxl_trt.engines import UsageError
 from sdxl_trt.runtime.images.files import PARAMETERS, SETTINGS, WORKFLOW, read_texts
 from sdxl_trt.runtime.images.inputs import Fit
 from sdxl_trt.runtime.images.provenance import BundleName

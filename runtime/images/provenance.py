@@ -8,7 +8,7 @@ from typing import Annotated
 
 import msgspec
 
-from sdxl_trt.engines.bundle.manifest import Manifest
+from sdxl_trt.engines.bundle import Manifest
 
 log = logging.getLogger("sdxl_trt.runtime")
 MOST = 100

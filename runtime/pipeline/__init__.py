@@ -1,1 +1,22 @@
 """The stages of a run, from prompts to pictures."""
+
+from typing import TYPE_CHECKING
+
+from sdxl_trt.engines.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from sdxl_trt.runtime.pipeline.batch import Batch
+    from sdxl_trt.runtime.pipeline.chain import Chain
+    from sdxl_trt.runtime.pipeline.pipeline import Pipeline, open_bundle
+    from sdxl_trt.runtime.pipeline.run import Job, Run, Step, timed
+    from sdxl_trt.runtime.pipeline.sweep import Sweep, parse_axis
+else:
+    __getattr__ = lazy_names(__name__, {
+        "batch": ("Batch",),
+        "chain": ("Chain",),
+        "pipeline": ("Pipeline", "open_bundle"),
+        "run": ("Job", "Run", "Step", "timed"),
+        "sweep": ("Sweep", "parse_axis"),
+    })
+
+__all__ = ["Batch", "Chain", "Job", "Pipeline", "Run", "Step", "Sweep", "open_bundle", "parse_axis", "timed"]

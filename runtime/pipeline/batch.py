@@ -6,10 +6,10 @@ from collections.abc import Hashable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import fields, replace
 
-from sdxl_trt.runtime.diffusion.samplers.registry import BROWNIAN
+from sdxl_trt.runtime.diffusion.samplers import BROWNIAN
 from sdxl_trt.runtime.pipeline.pipeline import Job, Pipeline
 from sdxl_trt.runtime.pipeline.run import PhaseName, Run, Step, timed
-from sdxl_trt.runtime.request.request import Request
+from sdxl_trt.runtime.request import Request
 
 CUT = frozenset({"handoff", "handoff_step", "handoff_sigma", "base_end_step", "leftover_noise"})
 SCORES = frozenset({"aesthetic_score", "negative_aesthetic_score"})

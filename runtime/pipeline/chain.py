@@ -14,14 +14,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sdxl_trt.engines.bundle.manifest import Manifest, Vae
-from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.runtime.comfyui.checks import Experts, vae_stage
-from sdxl_trt.runtime.comfyui.requests import blamed, load_image, part_of, sampling_request
-from sdxl_trt.runtime.comfyui.workflow import (
+from sdxl_trt.engines import UsageError
+from sdxl_trt.engines.bundle import Manifest, Vae
+from sdxl_trt.runtime.comfyui import (
     Decoded,
     Empty,
     Encoded,
+    Experts,
     Image,
     LatentSource,
     Loaded,
@@ -32,18 +31,26 @@ from sdxl_trt.runtime.comfyui.workflow import (
     Scaled,
     Workflow,
     ancestry,
+    blamed,
+    load_image,
+    part_of,
+    sampling_request,
+    vae_stage,
 )
-from sdxl_trt.runtime.images.inputs import InputPicture, as_input
-from sdxl_trt.runtime.images.picture import Picture
-from sdxl_trt.runtime.images.scaling import new_size, resize
+from sdxl_trt.runtime.images import InputPicture, Picture, as_input, new_size, resize
 from sdxl_trt.runtime.pipeline.pipeline import Pipeline
 from sdxl_trt.runtime.pipeline.record import finish
 from sdxl_trt.runtime.pipeline.run import Job, Run, Step, timed
-from sdxl_trt.runtime.request.request import Request
-from sdxl_trt.runtime.request.sides import StageName
-from sdxl_trt.runtime.vae.decode import decode_latents, from_unit, to_unit
-from sdxl_trt.runtime.vae.encode import encode_sample, encoder_sizes
-from sdxl_trt.runtime.vae.tile_sizes import choose_tile, decoder_sizes
+from sdxl_trt.runtime.request import Request, StageName
+from sdxl_trt.runtime.vae import (
+    choose_tile,
+    decode_latents,
+    decoder_sizes,
+    encode_sample,
+    encoder_sizes,
+    from_unit,
+    to_unit,
+)
 
 Values = NDArray[np.float32]
 Made = Generator[Step, None, Values]

@@ -14,26 +14,27 @@ from typing import Self
 
 import numpy as np
 
-from sdxl_trt.engines.bundle.bundle import read_bundle
-from sdxl_trt.engines.bundle.manifest import Stage, Vae
-from sdxl_trt.engines.errors import SizeError
-from sdxl_trt.engines.residency.pool import EnginePool, open_pool
+from sdxl_trt.engines import SizeError
+from sdxl_trt.engines.bundle import Stage, Vae, read_bundle
+from sdxl_trt.engines.residency import EnginePool, open_pool
 from sdxl_trt.runtime.arrays import Latents
-from sdxl_trt.runtime.diffusion.conditioning import make_conditions
-from sdxl_trt.runtime.diffusion.denoiser import Denoiser
-from sdxl_trt.runtime.diffusion.noise.sources import NoiseSource
-from sdxl_trt.runtime.diffusion.samplers.registry import FEW_STEPS, bind_sampler, brownian_span
-from sdxl_trt.runtime.images.picture import Picture
+from sdxl_trt.runtime.diffusion import Denoiser, make_conditions
+from sdxl_trt.runtime.diffusion.noise import NoiseSource
+from sdxl_trt.runtime.diffusion.samplers import FEW_STEPS, bind_sampler, brownian_span
+from sdxl_trt.runtime.images import Picture
 from sdxl_trt.runtime.pipeline.record import finish
 from sdxl_trt.runtime.pipeline.run import Handoff, Job, Run, Step, start_job, timed
-from sdxl_trt.runtime.request.handoff import StepRange
-from sdxl_trt.runtime.request.request import Request
-from sdxl_trt.runtime.request.resolve import ResolvedRequest, resolve_request
-from sdxl_trt.runtime.request.sides import ResolvedSide, StageName
-from sdxl_trt.runtime.text.encoder import Prompt, PromptEmbeds, PromptEncoder
-from sdxl_trt.runtime.vae.decode import decode_latents, to_uint8, to_uint8_truncated
-from sdxl_trt.runtime.vae.encode import PictureEncoder, Wanted
-from sdxl_trt.runtime.vae.tile_sizes import choose_tile, decoder_sizes
+from sdxl_trt.runtime.request import Request, ResolvedRequest, ResolvedSide, StageName, StepRange, resolve_request
+from sdxl_trt.runtime.text import Prompt, PromptEmbeds, PromptEncoder
+from sdxl_trt.runtime.vae import (
+    PictureEncoder,
+    Wanted,
+    choose_tile,
+    decode_latents,
+    decoder_sizes,
+    to_uint8,
+    to_uint8_truncated,
+)
 
 
 class Pipeline:
@@ -244,7 +245,7 @@ def open_bundle(
     Raises SourceError, IncompatibleError, CorruptError, UsageError, ResourceError.
     """
     if path is None:
-        from sdxl_trt.mini.embedded import bundle_path  # noqa: PLC0415 - package data, only when nothing else is named
+        from sdxl_trt.mini import bundle_path  # noqa: PLC0415 - package data, only when nothing else is named
 
         path = bundle_path()
     return Pipeline(open_pool(read_bundle(path), provider, residency, available, from_image=from_image, once=once))

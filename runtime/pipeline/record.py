@@ -11,12 +11,10 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from sdxl_trt.runtime.comfyui.writer import write_workflow
-from sdxl_trt.runtime.images.picture import Picture
-from sdxl_trt.runtime.images.provenance import bundle_name
+from sdxl_trt.runtime.comfyui import write_workflow
+from sdxl_trt.runtime.images import Picture, bundle_name
 from sdxl_trt.runtime.pipeline.run import Run
-from sdxl_trt.runtime.request.request import Request
-from sdxl_trt.runtime.request.resolve import ResolvedRequest
+from sdxl_trt.runtime.request import Request, ResolvedRequest
 
 FURTHER = (
     "compat", "original_size", "crop", "target_size", "clip_skip", "base_end_step", "refiner_start_step",

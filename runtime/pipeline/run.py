@@ -9,15 +9,13 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from sdxl_trt.engines.bundle.manifest import Manifest, Vae
+from sdxl_trt.engines.bundle import Manifest, Vae
 from sdxl_trt.runtime.arrays import Latents
-from sdxl_trt.runtime.diffusion.noise.sources import BatchNoise, NoiseSource, PictureNoise
-from sdxl_trt.runtime.images.picture import Picture
-from sdxl_trt.runtime.request.request import Request
-from sdxl_trt.runtime.request.resolve import ResolvedRequest
-from sdxl_trt.runtime.request.sides import StageName
-from sdxl_trt.runtime.text.encoder import PromptEmbeds
-from sdxl_trt.runtime.vae.encode import Moments
+from sdxl_trt.runtime.diffusion.noise import BatchNoise, NoiseSource, PictureNoise
+from sdxl_trt.runtime.images import Picture
+from sdxl_trt.runtime.request import Request, ResolvedRequest, StageName
+from sdxl_trt.runtime.text import PromptEmbeds
+from sdxl_trt.runtime.vae import Moments
 
 if TYPE_CHECKING:
     pass

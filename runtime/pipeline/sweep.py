@@ -8,12 +8,11 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.runtime.comfyui.requests import with_seed
-from sdxl_trt.runtime.images.provenance import bundle_name
-from sdxl_trt.runtime.images.sheet import Sheet, draw_sheet
+from sdxl_trt.engines import UsageError
+from sdxl_trt.runtime.comfyui import with_seed
+from sdxl_trt.runtime.images import Sheet, bundle_name, draw_sheet
 from sdxl_trt.runtime.pipeline.run import Run
-from sdxl_trt.runtime.request.request import Request
+from sdxl_trt.runtime.request import Request
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -15,8 +15,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.runtime.diffusion.schedules.schedule import Schedule
+from sdxl_trt.engines import UsageError
+from sdxl_trt.runtime.diffusion.schedules import Schedule
 
 log = logging.getLogger("sdxl_trt.runtime")
 DEFAULT_HANDOFF = 0.8

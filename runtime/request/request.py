@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from sdxl_trt.runtime.images.inputs import InputPicture
+from sdxl_trt.runtime.images import InputPicture
 from sdxl_trt.runtime.request.handoff import HandoffSettings
 from sdxl_trt.runtime.request.sides import SideSettings
 

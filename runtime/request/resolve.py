@@ -12,20 +12,19 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from sdxl_trt.engines.bundle.manifest import Manifest, Scheduler
-from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.engines.plans.limits import PlanLimits
-from sdxl_trt.runtime.diffusion.denoiser import PREDICTIONS
-from sdxl_trt.runtime.diffusion.guidance import Guidance, guided_span
-from sdxl_trt.runtime.diffusion.samplers.registry import sampler_names
-from sdxl_trt.runtime.diffusion.schedules.schedule import Schedule
-from sdxl_trt.runtime.images.inputs import Fit, InputPicture, as_input, check_input
+from sdxl_trt.engines import UsageError
+from sdxl_trt.engines.bundle import Manifest, Scheduler
+from sdxl_trt.engines.plans import PlanLimits
+from sdxl_trt.runtime.diffusion import PREDICTIONS, Guidance, guided_span
+from sdxl_trt.runtime.diffusion.samplers import sampler_names
+from sdxl_trt.runtime.diffusion.schedules import Schedule
+from sdxl_trt.runtime.images import Fit, InputPicture, as_input, check_input
 from sdxl_trt.runtime.request.handoff import StepRange
 from sdxl_trt.runtime.request.request import PlainSettings, Request
 from sdxl_trt.runtime.request.schedules import make_grids
 from sdxl_trt.runtime.request.sides import ResolvedSide, StageName, resolve_sides
 from sdxl_trt.runtime.request.sizes import picture_size
-from sdxl_trt.runtime.text.encoder import Prompt
+from sdxl_trt.runtime.text import Prompt
 
 log = logging.getLogger("sdxl_trt.runtime")
 DRAWN_SEED_BITS = 32

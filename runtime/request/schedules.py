@@ -8,10 +8,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sdxl_trt.engines.bundle.manifest import Manifest, Scheduler
-from sdxl_trt.runtime.diffusion.schedules.comfyui import DISCARDING
-from sdxl_trt.runtime.diffusion.schedules.schedule import Schedule, make_comfyui_schedule, make_schedule
-from sdxl_trt.runtime.diffusion.schedules.training import Table, comfyui_training_sigmas
+from sdxl_trt.engines.bundle import Manifest, Scheduler
+from sdxl_trt.runtime.diffusion.schedules import (
+    DISCARDING,
+    Schedule,
+    Table,
+    comfyui_training_sigmas,
+    make_comfyui_schedule,
+    make_schedule,
+)
 from sdxl_trt.runtime.request.handoff import StageRanges, split_steps
 from sdxl_trt.runtime.request.strength import first_step, grid_steps, is_whole, settled_strength
 

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from sdxl_trt.engines.bundle.manifest import Manifest, Stage
-from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.runtime.diffusion.conditioning import MicroConditions
-from sdxl_trt.runtime.text.encoder import PENULTIMATE, Prompt
+from sdxl_trt.engines import UsageError
+from sdxl_trt.engines.bundle import Manifest, Stage
+from sdxl_trt.runtime.diffusion import MicroConditions
+from sdxl_trt.runtime.text import PENULTIMATE, Prompt
 
 StageName = Literal["base", "refiner"]
 Pair = tuple[int, int]

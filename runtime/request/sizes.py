@@ -5,9 +5,9 @@ __all__ = ["MAX_SIDE", "picture_size"]
 import logging
 import math
 
-from sdxl_trt.engines.bundle.manifest import Manifest
-from sdxl_trt.engines.errors import SizeError
-from sdxl_trt.engines.plans.limits import PlanLimits
+from sdxl_trt.engines import SizeError
+from sdxl_trt.engines.bundle import Manifest
+from sdxl_trt.engines.plans import PlanLimits
 
 log = logging.getLogger("sdxl_trt.runtime")
 MAX_SIDE = 16384

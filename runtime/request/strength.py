@@ -8,7 +8,7 @@ __all__ = ["DEFAULT_STRENGTH", "first_step", "grid_steps", "is_whole", "settled_
 
 import math
 
-from sdxl_trt.engines.errors import UsageError
+from sdxl_trt.engines import UsageError
 
 DEFAULT_STRENGTH = 0.3
 """diffusers' own for SDXL pictures."""

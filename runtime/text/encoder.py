@@ -9,11 +9,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from sdxl_trt.engines.bundle.manifest import Manifest, Stage, TextEncoder, Tokenizer
-from sdxl_trt.engines.engine import Engine, numpy_dtype
-from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.engines.plans.sizes import MAX_ROWS_OF_PROMPTS
-from sdxl_trt.engines.residency.pool import EnginePool
+from sdxl_trt.engines import Engine, UsageError, numpy_dtype
+from sdxl_trt.engines.bundle import Manifest, Stage, TextEncoder, Tokenizer
+from sdxl_trt.engines.plans import MAX_ROWS_OF_PROMPTS
+from sdxl_trt.engines.residency import EnginePool
 from sdxl_trt.runtime.text.tokenizer import PromptTokenizer
 from sdxl_trt.runtime.text.weighting import Chunk, chunked, parse_weights, weigh, without_embeddings
 

@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sdxl_trt.engines.bundle.bundle import Bundle
-from sdxl_trt.engines.bundle.digests import verify_file
-from sdxl_trt.engines.errors import CorruptError, UsageError
+from sdxl_trt.engines import CorruptError, UsageError
+from sdxl_trt.engines.bundle import Bundle, verify_file
 
 
 class PromptTokenizer:

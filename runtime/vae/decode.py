@@ -6,9 +6,8 @@ __all__ = ["Latents", "decode_latents", "from_unit", "to_uint8", "to_uint8_trunc
 import numpy as np
 from numpy.typing import NDArray
 
-from sdxl_trt.engines.bundle.manifest import Vae
-from sdxl_trt.engines.engine import Array, Engine, numpy_dtype
-from sdxl_trt.engines.errors import CorruptError
+from sdxl_trt.engines import Array, CorruptError, Engine, numpy_dtype
+from sdxl_trt.engines.bundle import Vae
 from sdxl_trt.runtime.vae.tile_sizes import Size
 from sdxl_trt.runtime.vae.tiling import decode_tiled
 

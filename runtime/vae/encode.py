@@ -8,11 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from sdxl_trt.engines.bundle.manifest import Vae
-from sdxl_trt.engines.engine import Array, Engine, numpy_dtype
-from sdxl_trt.engines.errors import CorruptError
-from sdxl_trt.engines.residency.pool import EnginePool
-from sdxl_trt.runtime.images.inputs import Fit, InputPicture, fitted
+from sdxl_trt.engines import Array, CorruptError, Engine, numpy_dtype
+from sdxl_trt.engines.bundle import Vae
+from sdxl_trt.engines.residency import EnginePool
+from sdxl_trt.runtime.images import Fit, InputPicture, fitted
 from sdxl_trt.runtime.vae.decode import Latents
 from sdxl_trt.runtime.vae.tile_sizes import Size, Span, choose_tile, component_sizes
 from sdxl_trt.runtime.vae.tiling import encode_tiled

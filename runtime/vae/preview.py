@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from sdxl_trt.engines.bundle.manifest import Manifest
+from sdxl_trt.engines.bundle import Manifest
 from sdxl_trt.runtime.arrays import Latents
 
 

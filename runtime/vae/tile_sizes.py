@@ -6,8 +6,8 @@ __all__ = ["Size", "Span", "choose_tile", "component_sizes", "decoder_sizes"]
 import math
 from collections.abc import Sequence
 
-from sdxl_trt.engines.plans.sizes import TILE
-from sdxl_trt.engines.residency.pool import EnginePool
+from sdxl_trt.engines.plans import TILE
+from sdxl_trt.engines.residency import EnginePool
 
 Size = tuple[int, int]
 Span = tuple[Size, Size]

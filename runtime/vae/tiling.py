@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from sdxl_trt.engines.engine import Array
+from sdxl_trt.engines import Array
 
 Latents = NDArray[np.float32]
 OVERLAP = 0.25

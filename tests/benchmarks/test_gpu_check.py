@@ -11,8 +11,8 @@ from sdxl_trt.benchmarks.gpu_check import checks as gpu_checks
 from sdxl_trt.benchmarks.gpu_check.__main__ import Result, main, report, run_check, run_checks
 from sdxl_trt.benchmarks.gpu_check.checks import Check, all_checks
 from sdxl_trt.benchmarks.gpu_check.workplace import Skipped, Workplace
-from sdxl_trt.benchmarks.measure import gpu_facts
-from sdxl_trt.benchmarks.measure.gpu_facts import no_driver
+from sdxl_trt.benchmarks.measure import gpu as gpu_facts
+from sdxl_trt.benchmarks.measure.gpu import no_driver
 from sdxl_trt.engines.backends.cuda.streams import Stream
 from sdxl_trt.engines.backends.ort import providers as ort_providers
 

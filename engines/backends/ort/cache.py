@@ -10,8 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from sdxl_trt.engines.bundle.bundle import Bundle
-from sdxl_trt.engines.bundle.profile import Profile
+from sdxl_trt.engines.bundle import Bundle, Profile
 from sdxl_trt.engines.errors import UsageError, explain_os_error
 
 _DIGITS = 16

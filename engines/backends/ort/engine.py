@@ -16,10 +16,7 @@ from sdxl_trt.engines.backends.ort.providers import (
     choose_provider,
     shape_limits,
 )
-from sdxl_trt.engines.bundle.bundle import Bundle
-from sdxl_trt.engines.bundle.digests import verify_file
-from sdxl_trt.engines.bundle.manifest import Component
-from sdxl_trt.engines.bundle.profile import Profile
+from sdxl_trt.engines.bundle import Bundle, Component, Profile, verify_file
 from sdxl_trt.engines.engine import Array, check_inputs
 from sdxl_trt.engines.errors import (
     EngineError,
@@ -29,7 +26,7 @@ from sdxl_trt.engines.errors import (
     UsageError,
     explain_os_error,
 )
-from sdxl_trt.engines.plans.shapes import outside_profiles
+from sdxl_trt.engines.plans import outside_profiles
 
 # Errors reach us as exceptions; printed as well, they would stand beside our one line.
 _FATAL_ONLY = 4

@@ -26,8 +26,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from sdxl_trt.engines.backends.ort.cache import engine_cache
-from sdxl_trt.engines.bundle.bundle import Bundle
-from sdxl_trt.engines.bundle.profile import Profile
+from sdxl_trt.engines.bundle import Bundle, Profile
 from sdxl_trt.engines.errors import CorruptError, IncompatibleError
 
 OrtProvider = Literal["ort-cpu", "ort-cuda", "ort-tensorrt"]
@@ -193,7 +192,7 @@ def _rtx_devices(ort: Any) -> list[Any]:
 
 def shape_limits(bundle: Bundle, name: str) -> Profile:
     """Return the one profile that component `name` is compiled with: what its plans take, else the bundle's sizes."""
-    from sdxl_trt.engines.plans.sizes import profiles_of, stage_sizes  # noqa: PLC0415 - the CPU provider needs no plans
+    from sdxl_trt.engines.plans import profiles_of, stage_sizes  # noqa: PLC0415 - the CPU provider needs no plans
 
     manifest = bundle.manifest
     for record in manifest.plans:

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from sdxl_trt.engines.bundle.plan_record import Flavour
+from sdxl_trt.engines.bundle import Flavour
 from sdxl_trt.engines.errors import IncompatibleError
 
 Sink = Callable[[str, str], None]

@@ -5,8 +5,7 @@ __all__ = ["check_engine"]
 from collections.abc import Iterable
 from typing import Any
 
-from sdxl_trt.engines.bundle.manifest import Component, DType, TensorSpec
-from sdxl_trt.engines.bundle.plan_record import PlanRecord
+from sdxl_trt.engines.bundle import Component, DType, PlanRecord, TensorSpec
 from sdxl_trt.engines.errors import IncompatibleError
 
 _TYPES: dict[DType, str] = {"float32": "FLOAT", "float16": "HALF", "int64": "INT64"}

@@ -9,11 +9,10 @@ __all__ = ["MAX_SHAPES", "ShapedContext", "ShapedContexts"]
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from sdxl_trt.engines.backends.cuda.memory import DeviceBuffer
-from sdxl_trt.engines.backends.cuda.streams import Graph
+from sdxl_trt.engines.backends.cuda import DeviceBuffer, Graph
 from sdxl_trt.engines.backends.trt.device import TrtDevice
 from sdxl_trt.engines.errors import EngineError
-from sdxl_trt.engines.plans.shapes import Shapes
+from sdxl_trt.engines.plans import Shapes
 
 MAX_SHAPES = 4
 """Contexts that an engine keeps: guidance on and off, at two sizes."""

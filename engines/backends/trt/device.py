@@ -9,11 +9,9 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, Self
 
-from sdxl_trt.engines.backends.cuda.memory import DeviceBuffer, PinnedBuffer
-from sdxl_trt.engines.backends.cuda.runtime import REMEDY, Cuda, Usage
-from sdxl_trt.engines.backends.cuda.streams import Stream
+from sdxl_trt.engines.backends.cuda import REMEDY, Cuda, DeviceBuffer, PinnedBuffer, Stream, Usage
 from sdxl_trt.engines.backends.trt.api import Messages, make_logger, tensorrt_module
-from sdxl_trt.engines.bundle.plan_record import Flavour
+from sdxl_trt.engines.bundle import Flavour
 from sdxl_trt.engines.errors import EngineError, IncompatibleError, ResourceError, SdxlTrtError
 
 ALIGNMENT = 256

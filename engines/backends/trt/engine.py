@@ -17,13 +17,10 @@ from sdxl_trt.engines.backends.trt.context import ShapedContext, ShapedContexts
 from sdxl_trt.engines.backends.trt.device import TrtDevice, forget_frames, open_device
 from sdxl_trt.engines.backends.trt.rtx import KernelCache
 from sdxl_trt.engines.backends.trt.tensors import Layout, Tensors, nbytes_of
-from sdxl_trt.engines.bundle.bundle import Bundle
-from sdxl_trt.engines.bundle.manifest import Component
-from sdxl_trt.engines.bundle.plan_record import PlanRecord
+from sdxl_trt.engines.bundle import Bundle, Component, PlanRecord
 from sdxl_trt.engines.engine import Array, check_inputs, numpy_dtype
 from sdxl_trt.engines.errors import EngineError, IncompatibleError, SdxlTrtError, UsageError
-from sdxl_trt.engines.plans.files import read_plan
-from sdxl_trt.engines.plans.shapes import Shapes, choose_profile, outside_profiles
+from sdxl_trt.engines.plans import Shapes, choose_profile, outside_profiles, read_plan
 
 log = logging.getLogger(__name__)
 

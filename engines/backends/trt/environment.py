@@ -7,9 +7,9 @@ import re
 import sys
 from pathlib import Path
 
-from sdxl_trt.engines.backends.cuda.runtime import Cuda
+from sdxl_trt.engines.backends.cuda import Cuda
 from sdxl_trt.engines.backends.trt.api import library_version, tensorrt_module
-from sdxl_trt.engines.bundle.plan_record import ANY, Environment, Flavour
+from sdxl_trt.engines.bundle import ANY, Environment, Flavour
 from sdxl_trt.engines.errors import SdxlTrtError
 
 _DRIVER_FILE = Path("/proc/driver/nvidia/version")

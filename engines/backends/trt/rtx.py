@@ -11,10 +11,10 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from sdxl_trt.engines.backends.cuda.memory import PinnedBuffer
+from sdxl_trt.engines.backends.cuda import PinnedBuffer
 from sdxl_trt.engines.backends.trt.device import TrtDevice
 from sdxl_trt.engines.errors import EngineError, SdxlTrtError
-from sdxl_trt.engines.host.files import atomic_write
+from sdxl_trt.engines.host import atomic_write
 
 _MOST_CACHED = 1 << 30
 

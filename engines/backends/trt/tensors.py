@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from sdxl_trt.engines.backends.cuda.memory import DeviceBuffer
+from sdxl_trt.engines.backends.cuda import DeviceBuffer
 from sdxl_trt.engines.backends.trt.device import TrtDevice, aligned
 from sdxl_trt.engines.engine import Array
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from sdxl_trt.runtime.diffusion.noise.brownian import BrownianPath
 from sdxl_trt.runtime.diffusion.noise.generator import TorchGenerator
-from sdxl_trt.runtime.diffusion.samplers.base import Noise
+from sdxl_trt.runtime.diffusion.samplers import Noise
 
 Span = tuple[float, float]
 """The lowest and the highest sigma of a Brownian path."""

@@ -26,7 +26,7 @@ __all__ = [
 
 from functools import partial
 
-from sdxl_trt.engines.errors import UsageError
+from sdxl_trt.engines import UsageError
 from sdxl_trt.runtime.diffusion.samplers.adams import FEW_STEPS, deis, deis_comfyui, lms, lms_comfyui
 from sdxl_trt.runtime.diffusion.samplers.base import Denoise, Noise, Sampler, Sigmas, StochasticSampler
 from sdxl_trt.runtime.diffusion.samplers.float32 import ancestral32, half_way, half_way_down

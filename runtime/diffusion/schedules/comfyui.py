@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from sdxl_trt.engines.errors import UsageError
+from sdxl_trt.engines import UsageError
 from sdxl_trt.runtime.diffusion.schedules import curves as sigma_spans
 from sdxl_trt.runtime.diffusion.schedules.training import Table
 from sdxl_trt.runtime.float32 import exp32, linspace32, power32, tan32

@@ -10,8 +10,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from sdxl_trt.engines.bundle.manifest import Edm, Scheduler
-from sdxl_trt.engines.errors import UsageError
+from sdxl_trt.engines import UsageError
+from sdxl_trt.engines.bundle import Edm, Scheduler
 from sdxl_trt.runtime.diffusion.schedules.curves import beta, exponential, karras
 from sdxl_trt.runtime.diffusion.schedules.training import Table, fractional_timesteps
 

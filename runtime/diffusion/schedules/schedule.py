@@ -9,8 +9,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from sdxl_trt.engines.bundle.manifest import Edm, Scheduler
-from sdxl_trt.engines.errors import UsageError
+from sdxl_trt.engines import UsageError
+from sdxl_trt.engines.bundle import Edm, Scheduler
 from sdxl_trt.runtime.diffusion.schedules.comfyui import comfyui_sigmas
 from sdxl_trt.runtime.diffusion.schedules.diffusers import (
     FAMILIES,

@@ -12,8 +12,8 @@ __all__ = [
 import numpy as np
 from numpy.typing import NDArray
 
-from sdxl_trt.engines.bundle.manifest import Scheduler
-from sdxl_trt.engines.errors import UsageError
+from sdxl_trt.engines import UsageError
+from sdxl_trt.engines.bundle import Scheduler
 from sdxl_trt.runtime.float32 import log32
 
 Table = NDArray[np.float32]

@@ -10,11 +10,11 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 
 from sdxl_trt.benchmarks.measure.processes import machine
-from sdxl_trt.engines.backends.cuda.runtime import Cuda
-from sdxl_trt.engines.backends.trt.environment import current_environment, device_available
-from sdxl_trt.engines.bundle.plan_record import Flavour
-from sdxl_trt.engines.errors import SdxlTrtError
-from sdxl_trt.engines.host.memory import format_bytes
+from sdxl_trt.engines import SdxlTrtError
+from sdxl_trt.engines.backends.cuda import Cuda
+from sdxl_trt.engines.backends.trt import current_environment, device_available
+from sdxl_trt.engines.bundle import Flavour
+from sdxl_trt.engines.host import format_bytes
 
 PACKAGES = (
     "sdxl-trt", "tensorrt", "tensorrt-cu12", "tensorrt-cu13", "tensorrt-rtx", "cuda-bindings", "onnxruntime",
