@@ -23,26 +23,32 @@ from sdxl_trt.engines.bundle import (
     write_manifest,
 )
 from sdxl_trt.engines.plans import PLANS
-from sdxl_trt.export.components import Options, StagePlan, plan_components
-from sdxl_trt.export.convert import RECORD_FILE, convert
+from sdxl_trt.export.components import (
+    RECORD_FILE,
+    ExportJob,
+    ExportProgress,
+    Needs,
+    Options,
+    ProgressTracker,
+    StagePlan,
+    convert_component,
+    measure,
+    plan_components,
+    plan_jobs,
+    stage_record,
+    write_tokenizers,
+)
 from sdxl_trt.export.lora import REFINER_NOTE, LoraOption, ScaledLora, open_lora
 from sdxl_trt.export.optimum import write_optimum
 from sdxl_trt.export.output import (
-    ExportJob,
-    Needs,
     check_target,
     exclusive,
-    measure,
-    plan_jobs,
     previous_bundle,
     publish,
     resumable,
-    stage_record,
     take_over,
     take_over_plans,
-    write_tokenizers,
 )
-from sdxl_trt.export.progress import ExportProgress, ProgressTracker
 from sdxl_trt.export.sources import PipelineSource, Role, open_source, open_unet, open_vae, with_unet, with_vae
 from sdxl_trt.export.verify import VERIFY_FILE, verify_bundle
 
@@ -196,7 +202,7 @@ def _make(plan: ExportPlan, folder: Path, options: Options, report: ProgressTrac
         elif job.action == "resume" and job.component is not None:
             records[name] = job.component
         else:
-            records[name] = convert(name, job.plan, job.key, folder, options.opset, report)
+            records[name] = convert_component(name, job.plan, job.key, folder, options.opset, report)
     tokenizers, tokenizer_of = write_tokenizers(plan.stages, folder)
     stages = {name: stage_record(stage, tokenizer_of[name]) for name, stage in plan.stages.items()}
     manifest = Manifest(

@@ -285,10 +285,10 @@ def convert_once(tmp_path_factory: pytest.TempPathFactory) -> Convert:
     def convert(name: str, plan: Any, key: str, root: Path, *rest: Any) -> Any:
         import msgspec
 
-        from sdxl_trt.export import convert as conversion
+        from sdxl_trt.export.components import convert as conversion
 
         def make(folder: Path) -> None:
-            conversion.convert(name, plan, key, root, *rest)
+            conversion.convert_component(name, plan, key, root, *rest)
             shutil.copytree(root / name, folder / name)
 
         kept = _shared(tmp_path_factory, f"{name}-{key[:16]}", make)
@@ -305,7 +305,7 @@ def convert_once(tmp_path_factory: pytest.TempPathFactory) -> Convert:
 @pytest.fixture
 def converted_once(convert_once: Convert, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let this test's exports convert nothing that was converted before."""
-    monkeypatch.setattr("sdxl_trt.export.exporter.convert", convert_once)
+    monkeypatch.setattr("sdxl_trt.export.exporter.convert_component", convert_once)
 
 
 @pytest.fixture(scope="session")
@@ -321,7 +321,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory, convert_once: Convert) -> Ca
             from sdxl_trt.export import Options, export_bundle
 
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("sdxl_trt.export.exporter.convert", convert_once)
+                patch.setattr("sdxl_trt.export.exporter.convert_component", convert_once)
                 export_bundle(folder / "base", folder / "refiner", bundle / "bundle", Options(precision="fp32"))
 
         def export() -> Path:

@@ -11,9 +11,8 @@ from typing import Any, TextIO
 from sdxl_trt.engines.build import BuildEvent, PlanJob
 from sdxl_trt.engines.bundle import Bundle, Flavour, LoraRecord, Scheduler
 from sdxl_trt.engines.host import CLEAR_LINE, Output, one_line, shell_word
+from sdxl_trt.export.components import ExportEvent, ExportProgress, Needs
 from sdxl_trt.export.exporter import ExportPlan
-from sdxl_trt.export.output import Needs
-from sdxl_trt.export.progress import ExportEvent, ExportProgress
 from sdxl_trt.export.verify import VERIFY_FILE, read_report
 
 

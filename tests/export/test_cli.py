@@ -12,7 +12,7 @@ import pytest
 from sdxl_trt.engines.bundle.bundle import read_bundle
 from sdxl_trt.export.cli.export import main
 from sdxl_trt.export.cli.summary import progress_bar
-from sdxl_trt.export.progress import ExportEvent
+from sdxl_trt.export.components.progress import ExportEvent
 
 MODULE = "down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("converted_once")]

@@ -14,7 +14,7 @@ from sdxl_trt.engines.bundle.bundle import read_bundle
 from sdxl_trt.engines.errors import SourceError
 from sdxl_trt.export import Options, export_bundle
 from sdxl_trt.export.checkpoints.checkpoint import digest_tensors
-from sdxl_trt.export.components import plan_components
+from sdxl_trt.export.components.components import plan_components
 from sdxl_trt.export.sources.source import BASE_CLASS, REFINER_CLASS, open_pipeline
 from sdxl_trt.runtime import Request, open_bundle
 
@@ -119,7 +119,7 @@ def test_parts_that_do_not_fit_are_named_before_anything_is_traced(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("sdxl_trt.export.exporter.convert", lambda name, *_: pytest.fail(f"{name} is traced"))
+    monkeypatch.setattr("sdxl_trt.export.exporter.convert_component", lambda name, *_: pytest.fail(f"{name} is traced"))
     pair = pairs("outline")
     refiner = Path(shutil.copytree(pair.refiner, tmp_path / "refiner"))
     _edit(refiner / file, **changes)

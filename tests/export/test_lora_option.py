@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from sdxl_trt.engines.bundle.manifest import LoraRecord
 from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.export.components import Options
+from sdxl_trt.export.components.components import Options
 from sdxl_trt.export.lora.file import Lora
 from sdxl_trt.export.lora.fuse import ScaledLora
 from sdxl_trt.export.lora.kinds import Branch

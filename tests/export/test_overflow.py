@@ -12,7 +12,7 @@ import torch
 
 from sdxl_trt.engines.bundle.bundle import Bundle, read_bundle
 from sdxl_trt.engines.errors import VerificationError
-from sdxl_trt.export.components import ComponentPlan, Options, StagePlan, plan_components
+from sdxl_trt.export.components.components import ComponentPlan, Options, StagePlan, plan_components
 from sdxl_trt.export.sources.source import BASE_CLASS, open_pipeline
 from sdxl_trt.export.verify.overflow import FP16_MAX, NEAR_MISS, overflows, watch_dtypes, watch_peaks
 from sdxl_trt.export.verify.recording import RecordingSettings

@@ -26,7 +26,7 @@ def base(pairs: Callable[[str], Any]) -> Path:
 def traced(monkeypatch: pytest.MonkeyPatch, converted_once: None) -> list[str]:
     """The components that were to be traced; a name in the list beforehand, after "!", is interrupted."""
     calls: list[str] = []
-    real = exporter.convert
+    real = exporter.convert_component
 
     def convert(name: str, *rest: Any) -> Any:
         if f"!{name}" in calls:
@@ -34,7 +34,7 @@ def traced(monkeypatch: pytest.MonkeyPatch, converted_once: None) -> list[str]:
         calls.append(name)
         return real(name, *rest)
 
-    monkeypatch.setattr("sdxl_trt.export.exporter.convert", convert)
+    monkeypatch.setattr("sdxl_trt.export.exporter.convert_component", convert)
     return calls
 
 
@@ -124,14 +124,14 @@ def test_what_was_finished_is_not_believed_when_it_is_damaged(base: Path, tmp_pa
 
 
 def test_an_error_leaves_nothing(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = exporter.convert
+    real = exporter.convert_component
 
     def convert(name: str, *rest: Any) -> Any:
         if name == "text_encoder_2":
             raise CorruptError("planted")
         return real(name, *rest)
 
-    monkeypatch.setattr("sdxl_trt.export.exporter.convert", convert)
+    monkeypatch.setattr("sdxl_trt.export.exporter.convert_component", convert)
     with pytest.raises(CorruptError, match="planted"):
         _export(base, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -170,12 +170,12 @@ def test_disk_and_memory_are_checked_first(base: Path, tmp_path: Path, monkeypat
     parts = plan_export(base, None, out, Options("fp32", components=ENCODERS)).needs
     assert 0 < parts.disk < needs.disk
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr("sdxl_trt.export.output.budget._free", lambda out: needs.disk - 1)
+    monkeypatch.setattr("sdxl_trt.export.components.budget._free", lambda out: needs.disk - 1)
     with pytest.raises(ResourceError, match="of disk") as caught:
         export_bundle(base, None, out, Options("fp32"))
     assert caught.value.exit_code == 5
-    monkeypatch.setattr("sdxl_trt.export.output.budget._free", lambda out: None)
-    monkeypatch.setattr("sdxl_trt.export.output.budget.available_host_memory", lambda: 1 << 20)
+    monkeypatch.setattr("sdxl_trt.export.components.budget._free", lambda out: None)
+    monkeypatch.setattr("sdxl_trt.export.components.budget.available_host_memory", lambda: 1 << 20)
     with pytest.raises(ResourceError, match="of memory"):
         export_bundle(base, None, out, Options("fp32"))
     assert list(tmp_path.iterdir()) == []

@@ -12,11 +12,11 @@ import pytest
 from sdxl_trt.engines.bundle.bundle import read_bundle
 from sdxl_trt.engines.bundle.manifest import Scheduler
 from sdxl_trt.engines.errors import SourceError, UsageError
+from sdxl_trt.export.components.text_encoders import find_pooled, open_tokenizers, without_idle_projection
 from sdxl_trt.export.graph.models import MetaModel, build_model
 from sdxl_trt.export.graph.signatures import make_graph
 from sdxl_trt.export.optimum.configs import roles, tokenizer_roles
 from sdxl_trt.export.sources.source import ModelSource, PipelineSource
-from sdxl_trt.export.text_encoders import find_pooled, open_tokenizers, without_idle_projection
 from sdxl_trt.mini.embedded import bundle_path
 from sdxl_trt.runtime.text.encoder import Prompt, PromptEncoder
 

@@ -13,7 +13,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 
 from sdxl_trt.export.checkpoints.ldm import unet_prefixes
-from sdxl_trt.export.components import Options
+from sdxl_trt.export.components.components import Options
 from sdxl_trt.export.exporter import plan_export
 from sdxl_trt.export.graph.models import published_name
 from sdxl_trt.export.lora.names import COMPONENTS

@@ -4,12 +4,12 @@ __all__ = ["DeviceBuffer", "PinnedBuffer"]
 
 import ctypes
 import math
+from typing import Any
 
 import numpy as np
-from numpy.typing import DTypeLike
+from numpy.typing import DTypeLike, NDArray
 
 from sdxl_trt.engines.backends.cuda.runtime import Cuda, Owned
-from sdxl_trt.engines.engine import Array
 from sdxl_trt.engines.errors import EngineError
 
 
@@ -50,13 +50,13 @@ class PinnedBuffer(Owned):
         """Where it starts; EngineError after `free`."""
         return int(self.held())
 
-    def view(self, offset: int, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+    def view(self, offset: int, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
         """Return the bytes from `offset` as an array, not to be touched after `free`."""
         length = math.prod(shape) * np.dtype(dtype).itemsize
         if not 0 <= offset <= offset + length <= self.nbytes:
             raise EngineError(f"bytes {offset} to {offset + length} of a buffer of {self.nbytes}; this is a bug")
         raw = (ctypes.c_char * length).from_address(int(self.held()) + offset)
-        array: Array = np.ndarray(shape, dtype, buffer=memoryview(raw))
+        array: NDArray[Any] = np.ndarray(shape, dtype, buffer=memoryview(raw))
         return array
 
     def free(self) -> bool:

@@ -5,8 +5,9 @@ __all__ = ["Graph", "Stream"]
 from collections.abc import Callable
 from typing import Any
 
+from numpy.typing import NDArray
+
 from sdxl_trt.engines.backends.cuda.runtime import Cuda, Owned
-from sdxl_trt.engines.engine import Array
 from sdxl_trt.engines.errors import SdxlTrtError
 
 
@@ -24,12 +25,12 @@ class Stream(Owned):
         """The stream as TensorRT takes it."""
         return int(self.held())
 
-    def upload(self, address: int, source: Array, doing: str) -> None:
+    def upload(self, address: int, source: NDArray[Any], doing: str) -> None:
         """Copy `source`, contiguous and left alone until `synchronize`, to device memory at `address`."""
         kind = self.cuda.runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
         self._copy(address, source.ctypes.data, source.nbytes, kind, doing)
 
-    def download(self, target: Array, address: int, doing: str) -> None:
+    def download(self, target: NDArray[Any], address: int, doing: str) -> None:
         """Copy device memory at `address` to `target`, contiguous and not to be read before `synchronize`."""
         kind = self.cuda.runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
         self._copy(target.ctypes.data, address, target.nbytes, kind, doing)

@@ -6,7 +6,7 @@ __all__ = [
     "RECORD_FILE",
     "component_key",
     "component_source",
-    "convert",
+    "convert_component",
     "file_record",
     "finished",
     "kept_config",
@@ -26,7 +26,8 @@ import onnx_ir as ir
 from sdxl_trt.engines import SdxlTrtError, UsageError, explain_os_error
 from sdxl_trt.engines.bundle import Component, FileRecord, Source, TensorSpec, verify_file
 from sdxl_trt.engines.host import atomic_write, sha256_file
-from sdxl_trt.export.components import ComponentPlan
+from sdxl_trt.export.components.components import ComponentPlan
+from sdxl_trt.export.components.progress import ProgressTracker
 from sdxl_trt.export.graph import (
     WEIGHTS_FILE,
     for_cpu,
@@ -36,7 +37,6 @@ from sdxl_trt.export.graph import (
     trace_graph,
     write_weights,
 )
-from sdxl_trt.export.progress import ProgressTracker
 
 GRAPH_FILE = "model.onnx"
 CPU_GRAPH_FILE = "cpu.onnx"
@@ -76,7 +76,9 @@ def finished(root: Path, name: str, key: str) -> Component | None:
     return component
 
 
-def convert(name: str, plan: ComponentPlan, key: str, root: Path, opset: int, report: ProgressTracker) -> Component:
+def convert_component(
+    name: str, plan: ComponentPlan, key: str, root: Path, opset: int, report: ProgressTracker
+) -> Component:
     """Export one component to ``root/name``, and record it there once it is whole.
 
     Raises CorruptError for weights that are damaged or do not fit the precision, ResourceError for a full disk.

@@ -7,8 +7,8 @@ from typing import Any
 
 from sdxl_trt.engines import explain_os_error
 from sdxl_trt.engines.bundle import Stage, TextEncoder, Tokenizer, Vae
-from sdxl_trt.export.components import StagePlan, time_id_names
-from sdxl_trt.export.convert import file_record
+from sdxl_trt.export.components.components import StagePlan, time_id_names
+from sdxl_trt.export.components.convert import file_record
 from sdxl_trt.export.graph import MetaModel, vae_factor
 from sdxl_trt.export.sources import LoadedTokenizer
 

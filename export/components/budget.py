@@ -11,7 +11,7 @@ from pathlib import Path
 from sdxl_trt.engines import ResourceError
 from sdxl_trt.engines.host import available_host_memory
 from sdxl_trt.export.checkpoints import REMAP_BYTES
-from sdxl_trt.export.components import ComponentPlan
+from sdxl_trt.export.components.components import ComponentPlan
 
 # Graphs, tokenizers, the manifest; and the libraries with a traced graph, measured by benchmarks/full_size/export.py.
 _DISK_EXTRA, _MEMORY_BASE = 64 << 20, 900 << 20

@@ -13,11 +13,16 @@ from sdxl_trt.engines import SourceError, UsageError
 from sdxl_trt.engines.bundle import Kind, Precision
 from sdxl_trt.engines.plans import TOKENS
 from sdxl_trt.export.checkpoints import Checkpoint, digest_tensors, resolve_names
+from sdxl_trt.export.components.text_encoders import (
+    find_pooled,
+    open_tokenizers,
+    tokenizer_role,
+    without_idle_projection,
+)
 from sdxl_trt.export.graph import MetaModel, build_model, context_width, make_graph
 from sdxl_trt.export.lora import COMPONENTS as LORA_COMPONENTS
 from sdxl_trt.export.lora import LoraComponent, LoraOption, ScaledLora, check_fits, fuse_loras
 from sdxl_trt.export.sources import LoadedTokenizer, ModelSource, PipelineSource
-from sdxl_trt.export.text_encoders import find_pooled, open_tokenizers, tokenizer_role, without_idle_projection
 
 # What the host reads from the manifest, and what says nothing about the function of a graph.
 _HOST_ONLY = {
