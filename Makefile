@@ -34,7 +34,7 @@ lint: $(VENV)/.full
 	$(BIN)/ruff format --check .
 
 types: $(VENV)/.full
-	$(BIN)/mypy -p sdxl_trt.engines -p sdxl_trt.runtime -p sdxl_trt.export -p sdxl_trt.mini -p sdxl_trt.benchmarks
+	$(BIN)/mypy -p sdxl_trt && $(BIN)/mypy examples
 
 pytest: $(VENV)/.full
 	$(BIN)/pytest --numprocesses 2 --dist loadfile --ignore=tests/references

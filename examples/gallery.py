@@ -3,9 +3,8 @@
 import sys
 from pathlib import Path
 
-from sdxl_trt.engines.host import atomic_write
-from sdxl_trt.runtime import Request, open_bundle
-from sdxl_trt.runtime.images import contact_sheet
+from sdxl_trt import Request, open_bundle
+from sdxl_trt.runtime import contact_sheet
 
 PROMPTS = (
     "a large red star on a blue background",
@@ -25,8 +24,7 @@ def draw(path: Path) -> None:
     with open_bundle() as pipeline:
         pictures = [next(iter(pipeline.generate(Request(prompt, seed=SEED)))).image for prompt in PROMPTS]
     sheet = contact_sheet(pictures, PROMPTS, COLUMNS, CELL)
-    with atomic_write(path) as file:
-        sheet.save(file, format="PNG", optimize=True)
+    sheet.save(path, format="PNG", optimize=True)
 
 
 if __name__ == "__main__":

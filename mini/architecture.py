@@ -2,6 +2,21 @@
 transformers' words.
 """
 
+__all__ = [
+    "ADDITION_TIME_DIM",
+    "REFINER_STEPS",
+    "TOKENS",
+    "TRAINING_STEPS",
+    "VOCABULARY_SIZE",
+    "Config",
+    "base_unet",
+    "refiner_unet",
+    "scheduler",
+    "text_encoder",
+    "text_encoder_2",
+    "vae",
+]
+
 from typing import Any
 
 from sdxl_trt.mini.scenes import SIDE

@@ -1,5 +1,7 @@
 """CLIP's BPE vocabulary, kept once as its compressed merge rules, and the tokenizer files made of it."""
 
+__all__ = ["merges", "special_tokens_map", "tokenizer_config", "vocabulary"]
+
 import lzma
 from functools import lru_cache
 from pathlib import Path

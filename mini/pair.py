@@ -5,6 +5,18 @@ Needs numpy and safetensors only. Weights are float16 with the key names that SD
 carry `text_model.`), shared parts are kept once, and the token tables are kept without their repeated rows.
 """
 
+__all__ = [
+    "TOKEN_IDS",
+    "TOKEN_TABLE",
+    "WEIGHTS",
+    "Tensors",
+    "materialize",
+    "scaling_factor",
+    "stored",
+    "with_whole_table",
+    "write_tensors",
+]
+
 import json
 import os
 from pathlib import Path

@@ -1,81 +1,224 @@
-"""The house rules that no linter knows: who may import whom, what is exported, what the runtime does without."""
+"""The house rules that no linter knows: rooms, arrows, faces, exports, and what the runtime does without."""
 
 import ast
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
 import pytest
 
-import sdxl_trt.engines
+import sdxl_trt
 
-ROOT = Path(sdxl_trt.engines.__file__).parent.parent
-PARTS = ("engines", "runtime", "export")
-FORBIDDEN = {"engines": {"runtime", "export", "mini"}, "runtime": {"export"}, "export": {"runtime"}}
+ROOT = Path(sdxl_trt.__file__).parent.parent
+PARTS = ("engines", "export", "runtime", "mini", "benchmarks")
 HEAVY = ("torch", "diffusers", "transformers", "scipy", "pandas", "onnx", "onnx_ir", "onnxscript", "safetensors")
-MODULES = [path for part in PARTS for path in sorted((ROOT / part).glob("*.py"))]
 PREFIX = "sdxl_trt."
+LAZY = "engines.lazy"
+"""What makes a face import its names on first use."""
+MOST_MODULES, MOST_FACE_LINES, MOST_FLOORS = 12, 40, 7
+PATHS = [path for part in (*PARTS, "sdxl_trt") for path in sorted((ROOT / part).rglob("*.py"))]
+FACES = [path for path in PATHS if path.name == "__init__.py"]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+FOLDERS = [*dict.fromkeys(path.parent for path in PATHS), ROOT / "examples"]
 
 
-def _name(path: Path) -> str:
-    return f"{path.parent.name}/{path.name}"
+def _relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
 
 
-def _imports(tree: ast.AST) -> Iterator[str]:
-    """Yield the modules that are imported anywhere in `tree`, and `from` names as if they were modules."""
-    for node in ast.walk(tree):
+def _module(path: Path) -> str:
+    """Return the dotted name of a module below sdxl_trt: "engines.plans.files"; "" for the front door."""
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    return name.removesuffix(".__init__").removeprefix("sdxl_trt")
+
+
+MODULES = {_module(path): path for path in PATHS}
+PACKAGES = {_module(path) for path in FACES}
+
+
+def _room(module: str) -> str:
+    """Return the wing of a module, or the module itself where it stands at the top of its part."""
+    wing = module if module in PACKAGES else module.rpartition(".")[0]
+    return module if wing in PARTS else wing
+
+
+def _imports(source: str) -> Iterator[tuple[str, str]]:
+    """Yield (module, name) of every import below sdxl_trt, wherever it stands; `import` has no name."""
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            module = "." * node.level + (node.module or "")
-            yield from (module, *(f"{module}.{alias.name}" for alias in node.names))
+            for alias in node.names:
+                if alias.name == "sdxl_trt" or alias.name.startswith(PREFIX):
+                    yield alias.name.removeprefix("sdxl_trt").removeprefix("."), ""
+        elif isinstance(node, ast.ImportFrom) and f"{node.module}.".startswith(PREFIX):
+            for alias in node.names:
+                yield str(node.module).removeprefix("sdxl_trt").removeprefix("."), alias.name
 
 
-def _broken_arrows(part: str, source: str) -> list[str]:
-    targets = [name.removeprefix(PREFIX).split(".") for name in _imports(ast.parse(source)) if name.startswith(PREFIX)]
-    return [
-        ".".join(target)
-        for target in targets
-        if target[0] in FORBIDDEN[part] | {"benchmarks", "tests"} or target[1:2] == ["cli"]
-    ]
+def _targets(source: str) -> Iterator[str]:
+    """Yield every module below sdxl_trt that is imported from: "" is the front door."""
+    for module, name in _imports(source):
+        full = f"{module}.{name}".removeprefix(".")
+        yield full if full in MODULES else module
 
 
-@pytest.mark.parametrize("path", MODULES, ids=_name)
-def test_arrows_point_one_way(path: Path) -> None:
-    assert _broken_arrows(path.parent.name, path.read_text(encoding="utf-8")) == []
+@cache
+def _arrows() -> Mapping[str, frozenset[str]]:
+    """Return {room: rooms of its part that it imports} and {part: parts that it imports}, as the code has them."""
+    found: dict[str, set[str]] = {part: set() for part in ("sdxl_trt", "examples", *PARTS)}
+    for module, path in {**MODULES, **{f"examples.{path.stem}": path for path in EXAMPLES}}.items():
+        part, room = _part(module), _room(module)
+        for target in _targets(path.read_text(encoding="utf-8")):
+            if target == LAZY:
+                continue
+            if _part(target) != part:
+                found[part].add(_part(target))
+            elif module not in PARTS and target not in PARTS:
+                found.setdefault(room, set()).add(_room(target))
+    return {room: frozenset(rooms - {room}) for room, rooms in found.items()}
+
+
+def _part(module: str) -> str:
+    return module.split(".", maxsplit=1)[0] or "sdxl_trt"
+
+
+@cache
+def _drawn() -> Mapping[str, frozenset[str]]:
+    """Return what `_arrows` returns as ARCHITECTURE.md draws it: the one table of arrows."""
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    drawn: dict[str, frozenset[str]] = {}
+    for part, table in re.findall(r"```arrows (\w*)\n(.*?)```", text, re.DOTALL):
+        for line in table.splitlines():
+            room, arrow, others = line.partition("->")
+            assert arrow, line
+            prefix = "" if part == "parts" else f"{part}."
+            drawn[prefix + room.strip()] = frozenset(prefix + name for name in others.split())
+    return drawn
+
+
+def test_the_walk_sees_the_whole_house() -> None:
+    count = {part: sum(_part(module) == part for module in MODULES) for part in PARTS}
+    assert count["engines"] >= 55
+    assert count["runtime"] >= 75
+    assert count["export"] >= 60
+    assert count["mini"] >= 20
+    assert count["benchmarks"] >= 80
+    assert len(FACES) >= 35
+
+
+def test_no_folder_holds_more_than_twelve_modules() -> None:
+    counts = {_relative(f): sum(p.name != "__init__.py" for p in f.glob("*.py")) for f in FOLDERS}
+    assert {folder: count for folder, count in counts.items() if count > MOST_MODULES} == {}
+
+
+def test_the_arrows_are_those_that_the_architecture_draws() -> None:
+    there = {room: sorted(rooms) for room, rooms in _arrows().items() if rooms}
+    assert there == {room: sorted(rooms) for room, rooms in _drawn().items()}
+
+
+def test_no_arrow_runs_back() -> None:
+    floors = {room: _chain(room) for room in _drawn() if "." in room}  # RecursionError on a circle
+    longest = {part: max((chain for room, chain in floors.items() if _part(room) == part), key=len) for part in PARTS}
+    for part, chain in longest.items():
+        sys.stdout.write(f"{part}: {len(chain)} floors: {' -> '.join(chain)}\n")
+    assert {part: len(chain) for part, chain in longest.items() if len(chain) > MOST_FLOORS} == {}
+
+
+@cache
+def _chain(room: str) -> tuple[str, ...]:
+    """Return the longest chain of arrows from `room`."""
+    below = [_chain(name) for name in _drawn().get(room, ())]
+    return (room, *max(below, key=len, default=()))
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    graph = {module: {t for t in _targets(path.read_text(encoding="utf-8")) if t != module and t not in PACKAGES}
+             for module, path in MODULES.items() if module not in PACKAGES}  # fmt: skip
+    done: set[str] = set()
+
+    def visit(module: str, above: tuple[str, ...]) -> None:
+        assert module not in above, f"a circle: {' -> '.join((*above, module))}"
+        if module not in done:
+            for target in sorted(graph.get(module, ())):
+                visit(target, (*above, module))
+            done.add(module)
+
+    for module in graph:
+        visit(module, ())
+
+
+FORBIDDEN = {
+    "engines": {"sdxl_trt", "runtime", "export", "mini", "benchmarks"},
+    "runtime": {"sdxl_trt", "export", "benchmarks"},
+    "export": {"sdxl_trt", "runtime", "benchmarks"},
+    "mini": {"sdxl_trt", "engines", "runtime", "export", "benchmarks"},
+    "benchmarks": {"sdxl_trt"},
+}
+
+
+def _breaches(module: str, source: str) -> list[str]:
+    """Return the imports of `module` that break a rule: an arrow between parts, a cli, or past a wing's face."""
+    part, wing = _part(module), module if module in PACKAGES else module.rpartition(".")[0]
+    found = []
+    for name, imported in _imports(source):
+        full = f"{name}.{imported}".removeprefix(".")
+        target = full if full in MODULES else name
+        home = target.rpartition(".")[0]
+        if _part(target) in FORBIDDEN.get(part, set()):
+            found.append(f"{target}: {part} never imports it")
+        elif target.endswith(".cli") and wing != target and (part, target) != ("benchmarks", "export.cli"):
+            found.append(f"{target}: nothing imports a command")
+        elif target not in (*PACKAGES, LAZY) and home not in (wing, part):
+            found.append(f"{target}: import it from {home}")
+    return found
+
+
+@pytest.mark.parametrize("path", PATHS, ids=_relative)
+def test_other_wings_are_imported_from_their_faces(path: Path) -> None:
+    assert _breaches(_module(path), path.read_text(encoding="utf-8")) == []
 
 
 @pytest.mark.parametrize(
-    ("part", "source"),
+    ("module", "source"),
     [
-        ("engines", "from sdxl_trt.runtime.request.request import Request"),
-        ("engines", "def f():\n    import sdxl_trt.mini"),
-        ("engines", "from sdxl_trt import export"),
-        ("runtime", "from sdxl_trt.export import export_bundle"),
-        ("export", "import sdxl_trt.runtime.diffusion.noise.generator as noise"),
-        ("runtime", "from sdxl_trt.runtime.cli.generate import main"),
-        ("export", "from sdxl_trt.export import cli"),
-        ("runtime", "from sdxl_trt.benchmarks import latency"),
+        ("engines.plans.files", "from sdxl_trt.runtime.request import Request"),
+        ("engines.plans.files", "def f():\n    import sdxl_trt.mini"),
+        ("engines.plans.files", "from sdxl_trt import export_bundle"),
+        ("engines.plans.files", "from sdxl_trt.engines.bundle.manifest import Manifest"),
+        ("engines.plans.files", "from sdxl_trt.engines import cli"),
+        ("runtime.vae.decode", "from sdxl_trt.export import export_bundle"),
+        ("runtime.vae.decode", "from sdxl_trt.runtime.cli import main"),
+        ("runtime.vae.decode", "from sdxl_trt.engines.errors import UsageError"),
+        ("runtime.vae.decode", "from sdxl_trt.benchmarks.contest import run_bench"),
+        ("runtime.vae.decode", "from sdxl_trt.runtime.images import files"),
+        ("export.graph.trace", "import sdxl_trt.runtime.diffusion.noise as noise"),
+        ("export.graph.trace", "from sdxl_trt.export import cli"),
+        ("mini.pair", "from sdxl_trt.engines import UsageError"),
+        ("benchmarks.cli", "from sdxl_trt import Pipeline"),
     ],
 )
-def test_a_wrong_arrow_would_be_found(part: str, source: str) -> None:
-    assert _broken_arrows(part, source)
+def test_a_wrong_import_would_be_found(module: str, source: str) -> None:
+    assert _breaches(module, source)
 
 
 def _exported(path: Path) -> list[str] | None:
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == ["__all__"]:
-            return list(ast.literal_eval(node.value))
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            if [ast.unparse(target) for target in targets] == ["__all__"] and node.value is not None:
+                return list(ast.literal_eval(node.value))
     return None
 
 
 def _rank(name: str) -> tuple[int, str]:
     """Return ruff's order: constants, classes, functions."""
-    return (0 if name.isupper() else 1 if name[0].isupper() else 2), name
+    plain = name.strip("_")
+    return (2 if name.startswith("__") else 0 if name.isupper() else 1 if plain[0].isupper() else 2), name
 
 
-@pytest.mark.parametrize("path", MODULES, ids=_name)
+@pytest.mark.parametrize("path", PATHS, ids=_relative)
 def test_all_is_sorted_and_without_doubles(path: Path) -> None:
     names = _exported(path)
     if names is None:
@@ -84,7 +227,7 @@ def test_all_is_sorted_and_without_doubles(path: Path) -> None:
     assert names == sorted(set(names), key=_rank)
 
 
-@pytest.mark.parametrize("path", MODULES, ids=_name)
+@pytest.mark.parametrize("path", PATHS, ids=_relative)
 def test_all_names_what_is_there(path: Path) -> None:
     source = ast.parse(path.read_text(encoding="utf-8"))
     bound = {node.id for node in ast.walk(source) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
@@ -98,6 +241,36 @@ def test_all_names_what_is_there(path: Path) -> None:
     assert set(_exported(path) or ()) <= bound
 
 
+@pytest.mark.parametrize("path", FACES, ids=_relative)
+def test_a_face_is_short_and_hides_no_module(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= MOST_FACE_LINES
+    assert ast.get_docstring(ast.parse(text)), "a wing has one sentence"
+    modules = {name for name in (_module(p).rpartition(".")[2] for p in path.parent.rglob("*.py")) if name}
+    here = {p.stem for p in path.parent.glob("*.py")} | {p.name for p in path.parent.iterdir() if p.is_dir()}
+    assert set(_exported(path) or ()) & here & (modules | here) == set(), "the module could no longer be imported"
+
+
+NAMES = """
+import importlib, sys
+for face in {faces!r}:
+    module = importlib.import_module(face)
+    for name in getattr(module, "__all__", ()):
+        getattr(module, name)
+    try:
+        module.no_such_name
+    except AttributeError as exc:
+        assert "no_such_name" in str(exc)
+print("read", len({faces!r}))
+"""
+
+
+def test_every_name_of_a_face_can_be_imported() -> None:
+    faces = ["sdxl_trt" + (f".{name}" if name else "") for name in sorted(PACKAGES)]
+    done = _python(NAMES.format(faces=[face for face in faces if "contestants" not in face]))
+    assert done.stdout == f"read {len(faces) - 1}\n", done.stderr
+
+
 BLOCK = """
 import importlib, sys
 for name in {heavy!r}:
@@ -109,23 +282,22 @@ print("imported", len({names!r}))
 """
 
 
-def _import_blocked(names: list[str]) -> subprocess.CompletedProcess[str]:
-    code = BLOCK.format(heavy=HEAVY, names=names)
+def _python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
 
 
 def _module_names(part: str) -> list[str]:
-    paths = [path for path in MODULES if path.parent.name == part]
-    return [f"sdxl_trt.{part}" + ("" if path.stem == "__init__" else f".{path.stem}") for path in paths]
+    return [PREFIX + module for module in MODULES if _part(module) == part and "__main__" not in module]
 
 
 def test_engines_and_runtime_import_without_torch() -> None:
     names = _module_names("engines") + _module_names("runtime")
-    done = _import_blocked(names)
+    assert len(names) > 130
+    done = _python(BLOCK.format(heavy=HEAVY, names=names))
     assert done.stdout == f"imported {len(names)}\n", done.stderr
 
 
 def test_a_module_that_needs_torch_would_be_found() -> None:
-    done = _import_blocked(["sdxl_trt.export.checkpoints.checkpoint"])
+    done = _python(BLOCK.format(heavy=HEAVY, names=["sdxl_trt.export.checkpoints.checkpoint"]))
     assert done.returncode == 1
     assert "torch" in done.stderr

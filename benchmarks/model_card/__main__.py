@@ -1,6 +1,6 @@
 """How good the pair is, on captions and seeds that training never saw: `python -m sdxl_trt.benchmarks.model_card`."""
 
-__all__ = []
+__all__ = ["evaluate", "main", "quality"]
 
 import argparse
 import json

@@ -1,5 +1,7 @@
 """Draw with an exported bundle, for `evaluate`: one request a caption, through the product's own runtime."""
 
+__all__ = ["engine_pair"]
+
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path

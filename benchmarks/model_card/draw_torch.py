@@ -2,6 +2,8 @@
 against.
 """
 
+__all__ = ["TorchPair", "pixels"]
+
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any

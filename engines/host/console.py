@@ -38,10 +38,24 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(allow_abbrev=False, **settings)
+        self.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
 
     def error(self, message: str) -> NoReturn:
         """Print one line and exit 2."""
         self.exit(USAGE, f"error: {one_line(message)}; see {self.prog} --help\n")
+
+
+class _Version(argparse.Action):
+    """Like argparse's own "version", but reads the version only when it is asked for."""
+
+    def __init__(self, option_strings: list[str], **settings: Any) -> None:
+        super().__init__(option_strings, **{**settings, "dest": argparse.SUPPRESS})
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        from sdxl_trt.engines.host.version import __version__  # noqa: PLC0415 - reads the installed metadata
+
+        sys.stdout.write(f"{parser.prog} {__version__}\n")
+        parser.exit()
 
 
 def run(parser: Parser, work: Callable[[argparse.Namespace], None], argv: list[str] | None) -> int:

@@ -12,8 +12,7 @@ from sdxl_trt.engines import UsageError
 from sdxl_trt.engines.bundle import Bundle, Component
 from sdxl_trt.export.components.components import ComponentPlan, Options
 from sdxl_trt.export.components.convert import component_key, component_source, finished, kept_config
-from sdxl_trt.export.output.reuse import is_whole, sound_component
-from sdxl_trt.export.output.staging import partial_folder
+from sdxl_trt.export.output import is_whole, partial_folder, sound_component
 
 
 @dataclass(frozen=True)

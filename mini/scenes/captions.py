@@ -1,5 +1,16 @@
 """Captions: many ways to say a scene, and the reading of one back into what it asks for."""
 
+__all__ = [
+    "POSITIONS",
+    "SIZES",
+    "TEMPLATES",
+    "Asked",
+    "caption_for",
+    "draw_caption",
+    "is_for_evaluation",
+    "read_caption",
+]
+
 import re
 import zlib
 from dataclasses import dataclass

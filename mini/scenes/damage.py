@@ -2,6 +2,8 @@
 them.
 """
 
+__all__ = ["Damage", "aesthetic_score", "apply_damage", "sample_damage"]
+
 from dataclasses import dataclass
 
 import numpy as np

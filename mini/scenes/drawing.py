@@ -1,5 +1,24 @@
 """Draw one scene: antialiased shape masks, fills and background textures, as 128x128 RGB."""
 
+__all__ = [
+    "COLOURS",
+    "FILLS",
+    "FILL_CONTRAST",
+    "SHAPES",
+    "SIDE",
+    "TEXTURES",
+    "TEXTURE_CONTRAST",
+    "Picture",
+    "Plane",
+    "compose",
+    "extent",
+    "outline",
+    "pattern",
+    "shade",
+    "shape_mask",
+    "toned",
+]
+
 from functools import lru_cache
 
 import numpy as np

@@ -6,6 +6,19 @@ Seeds: training uses `TRAINING_SEEDS`, checks during training `VALIDATION_SEEDS`
 and the colour and shape pairs of `HELD_OUT` are never drawn for training at all.
 """
 
+__all__ = [
+    "EVALUATION_SEEDS",
+    "HELD_OUT",
+    "TRAINING_SEEDS",
+    "VALIDATION_SEEDS",
+    "Scene",
+    "View",
+    "example",
+    "render",
+    "sample_scene",
+    "training_pairs",
+]
+
 from dataclasses import dataclass
 
 import numpy as np

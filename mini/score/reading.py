@@ -1,5 +1,7 @@
 """What a picture shows, in numpy alone: its colours, where the shape is, and which of the six it is."""
 
+__all__ = ["UNKNOWN", "Mask", "Reading", "distance_to_tones", "eroded", "read", "spread", "tones"]
+
 from dataclasses import dataclass
 from functools import lru_cache
 

@@ -1,5 +1,7 @@
 """Score a picture: does it answer its caption, how sharp is it, how damaged. Deterministic, numpy only."""
 
+__all__ = ["Score", "score_picture"]
+
 from dataclasses import dataclass
 
 import numpy as np

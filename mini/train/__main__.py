@@ -4,6 +4,8 @@ The stages, in order: vae, cache, base, refiner, decoder (finishes the autoencod
 stages resume from what they left in the folder, and stop after `--minutes` or `--steps`.
 """
 
+__all__ = ["main", "run"]
+
 import argparse
 from pathlib import Path
 

@@ -1,5 +1,7 @@
 """The cache of stage 2 and 3: every training picture's latent distribution with captions and conditioning."""
 
+__all__ = ["Batch", "Rows", "build_cache", "draw_batch", "load_cache"]
+
 import json
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass

@@ -1,5 +1,7 @@
 """The training loop that every stage shares: AdamW, warm-up and cosine, averaged weights, resume."""
 
+__all__ = ["Budget", "Loss", "Weights", "begin", "save_whole", "train"]
+
 import time
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -2,6 +2,8 @@
 them.
 """
 
+__all__ = ["publish"]
+
 from pathlib import Path
 
 import numpy as np

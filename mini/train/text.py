@@ -6,6 +6,8 @@ use and ONE row for all the others, which sees random fillers in its place; `exp
 every unused id.
 """
 
+__all__ = ["Encoders", "Ids", "compact", "tokenize", "with_fillers"]
+
 import json
 import tempfile
 from pathlib import Path

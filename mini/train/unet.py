@@ -1,5 +1,7 @@
 """Stages 2 and 3: the base with both text encoders, then the refiner on the last fifth of the noise."""
 
+__all__ = ["PEAK_RATE", "train_base", "train_refiner", "without"]
+
 from pathlib import Path
 
 import numpy as np

@@ -1,5 +1,7 @@
 """Stage 1: the autoencoder."""
 
+__all__ = ["BATCH", "PEAK_RATE", "load_vae", "signals", "train_decoder", "train_vae"]
+
 from pathlib import Path
 
 import numpy as np

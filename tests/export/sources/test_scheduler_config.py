@@ -31,7 +31,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning"),
 ]
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "export.md"
+DOCUMENT = Path(__file__).parents[3] / "docs" / "export.md"
 SHAPE = (1, 2, 4, 4)
 REQUIRED = 1e-4
 """How far what is decoded may be from diffusers', in units of its largest value."""

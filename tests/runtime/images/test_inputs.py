@@ -93,7 +93,7 @@ def test_colours_below_what_is_transparent_are_taken_and_told(colours: np.ndarra
     assert "transparent in places" in caplog.text
 
 
-RECORDED = json.loads((Path(__file__).parents[1] / "comfyui" / "images.json").read_bytes())
+RECORDED = json.loads((Path(__file__).parents[2] / "comfyui" / "images.json").read_bytes())
 FILES = {case["file"]: case for case in RECORDED if "file" in case}
 
 

@@ -65,5 +65,5 @@ def test_comfyui_cuts_off_what_diffusers_rounds(rng: np.random.Generator) -> Non
 
 
 def test_pixels_are_those_that_comfyui_saved() -> None:
-    with np.load(Path(__file__).parents[1] / "comfyui" / "pixels.npz") as recorded:
+    with np.load(Path(__file__).parents[2] / "comfyui" / "pixels.npz") as recorded:
         np.testing.assert_array_equal(to_uint8_truncated(recorded["decoded"][None])[0], recorded["pixels"])

@@ -18,7 +18,7 @@ from sdxl_trt.mini.embedded import bundle_path
 from sdxl_trt.runtime.text.encoder import Prompt, PromptEncoder
 from sdxl_trt.runtime.text.weighting import Segment, parse_weights, without_embeddings
 
-RECORDED = Path(__file__).parents[1] / "comfyui"
+RECORDED = Path(__file__).parents[2] / "comfyui"
 PROMPTS: list[dict[str, Any]] = json.loads((RECORDED / "prompts.json").read_bytes())
 PADS = {"clip_l": 49407, "clip_g": 0}
 

@@ -20,7 +20,7 @@ LINKS = ("MODEL", "CLIP", "VAE", "CONDITIONING", "LATENT", "IMAGE")
 Json = Any
 GRAPH: dict[str, tuple[str, dict[str, Any]]] = {
     key: (node["class_type"], node["inputs"])
-    for key, node in json.loads((Path(__file__).parents[1] / "comfyui" / "every_node.json").read_text()).items()
+    for key, node in json.loads((Path(__file__).parents[2] / "comfyui" / "every_node.json").read_text()).items()
 }
 """Every class of the table: nodes 38 and 57 end two pictures, and from 60 on stands what a link can be moved to."""
 OTHER_LINKS = {"MODEL": ["60", 0], "CLIP": ["60", 1], "VAE": ["61", 0], "CONDITIONING": ["62", 0],

@@ -34,7 +34,7 @@ ENVIRONMENT = Environment(
     flavour="tensorrt", tensorrt="11.4", gpu="G", compute_capability="8.9", driver="1", platform="linux-x86_64"
 )
 SIZES = exact_sizes(128, 128)
-PUBLISHED = Path(__file__).parents[2] / "export" / "sources" / "published"
+PUBLISHED = Path(__file__).parents[3] / "export" / "sources" / "published"
 # Bytes of the published pair's weights at fp16, the autoencoder's at fp32.
 WEIGHTS = {
     "text_encoder": 246_000_000,

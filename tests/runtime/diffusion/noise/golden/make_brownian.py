@@ -1,7 +1,7 @@
 """Write brownian.json: noise of torchsde's BrownianTree, as k-diffusion and ComfyUI ask it for a sampler's steps.
 
 torchsde is not installed for the ordinary tests. Run it in the peers' environment:
-.venv-peers/bin/python tests/runtime/golden/make_brownian.py
+.venv-peers/bin/python tests/runtime/diffusion/noise/golden/make_brownian.py
 """
 
 import json

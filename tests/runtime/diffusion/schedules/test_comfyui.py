@@ -15,7 +15,7 @@ from sdxl_trt.runtime.diffusion.schedules.schedule import make_comfyui_schedule
 from sdxl_trt.runtime.diffusion.schedules.training import comfyui_log_sigmas, comfyui_training_sigmas
 
 SDXL = Scheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)
-RECORDED = Path(__file__).parents[1] / "comfyui"
+RECORDED = Path(__file__).parents[3] / "comfyui"
 REQUIRED = 1.3e-7
 """Relative: a unit in the last place of float32, which is where torch's own functions are off."""
 UNDECIDED = {("eps", "normal", False, 75)}

@@ -24,7 +24,7 @@ from sdxl_trt.runtime.request.request import Request
 from sdxl_trt.runtime.request.resolve import resolve_request
 from sdxl_trt.runtime.text.encoder import PromptEmbeds
 
-RECORDED = Path(__file__).parents[1] / "comfyui"
+RECORDED = Path(__file__).parents[3] / "comfyui"
 REQUIRED = 1e-5
 """Of the spread of the latents."""
 CASES: list[dict[str, Any]] = json.loads((RECORDED / "samplers.json").read_bytes())

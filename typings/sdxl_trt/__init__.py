@@ -1,0 +1,1 @@
+../../sdxl_trt/__init__.py
