@@ -1,7 +1,9 @@
 """The components a pair needs: which graphs, how each is converted, and at what cost."""
 
 from sdxl_trt.export.components.budget import Needs, measure
-from sdxl_trt.export.components.components import ComponentPlan, Options, StagePlan, plan_components, time_id_names
+from sdxl_trt.export.components.components import (
+    ComponentPlan, Options, StagePlan, VaePrecision, plan_components, time_id_names,
+)
 from sdxl_trt.export.components.convert import RECORD_FILE, convert_component
 from sdxl_trt.export.components.jobs import ExportJob, plan_jobs
 from sdxl_trt.export.components.progress import ExportEvent, ExportProgress, ProgressTracker
@@ -9,6 +11,6 @@ from sdxl_trt.export.components.stages import stage_record, write_tokenizers
 
 __all__ = [
     "RECORD_FILE", "ComponentPlan", "ExportEvent", "ExportJob", "ExportProgress", "Needs", "Options", "ProgressTracker",
-    "StagePlan", "convert_component", "measure", "plan_components", "plan_jobs", "stage_record", "time_id_names",
-    "write_tokenizers",
+    "StagePlan", "VaePrecision", "convert_component", "measure", "plan_components", "plan_jobs", "stage_record",
+    "time_id_names", "write_tokenizers",
 ]
