@@ -255,15 +255,15 @@ sys.exit(main(["a fox", "--engines", {str(bundle)!r}, "-o", {str(tmp_path / "x.p
 
 
 def test_every_sampler_is_in_the_help() -> None:
-    from sdxl_trt.runtime.cli import options
     from sdxl_trt.runtime.diffusion.samplers.registry import sampler_names
+    from sdxl_trt.runtime.request import request as options
 
     assert list(options.SAMPLERS) == sampler_names()
 
 
 def test_every_schedule_of_comfyui_is_in_the_help() -> None:
-    from sdxl_trt.runtime.cli import options
     from sdxl_trt.runtime.diffusion.schedules.comfyui import COMFYUI_SCHEDULES
+    from sdxl_trt.runtime.request import request as options
 
     assert tuple(COMFYUI_SCHEDULES) == options.COMFYUI_SCHEDULES
 

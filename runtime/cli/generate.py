@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdxl_trt.engines import UsageError
 from sdxl_trt.engines.host import one_line, print_json, run
-from sdxl_trt.runtime.cli.options import NEGATIVE_SCORE, check_alone_with_workflow, make_parser
+from sdxl_trt.runtime.cli.options import check_alone_with_workflow, make_parser, stated_settings
 
 if TYPE_CHECKING:
     from sdxl_trt.runtime.cli.series import Series
@@ -31,12 +31,26 @@ def _run(arguments: argparse.Namespace, argv: list[str] | None) -> None:
         from sdxl_trt.runtime.cli.repeat import repeated  # noqa: PLC0415 - --help must not wait for it
 
         arguments = repeated(argv)
-    if arguments.plan:
+    if arguments.schema:
+        print_json(_schema())
+    elif arguments.plan:
         _plan(arguments)
     elif all(given is None for given in (arguments.prompt, arguments.prompts, arguments.workflow)):
         raise UsageError("a PROMPT is missing: say what the picture shows")
     else:
         _generate(arguments)
+
+
+def _schema() -> dict[str, Any]:
+    """Return the JSON schema of a request, of the settings that have an option."""
+    import msgspec  # noqa: PLC0415
+
+    from sdxl_trt.runtime.request import Request, record_fields, settings_of  # noqa: PLC0415
+
+    stated = [each for name, each in settings_of(Request).items() if name == "prompt" or each.group]
+    kind = msgspec.defstruct("Request", record_fields(stated), kw_only=True, forbid_unknown_fields=True)
+    (schema,), definitions = msgspec.json.schema_components([kind], ref_template="#/$defs/{name}")
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "$defs": definitions}
 
 
 def _plan(arguments: argparse.Namespace) -> None:
@@ -101,44 +115,11 @@ def _request(arguments: argparse.Namespace) -> "Request":
     from sdxl_trt.runtime.cli.outputs import load_latents  # noqa: PLC0415
     from sdxl_trt.runtime.request import Request  # noqa: PLC0415
 
-    negative_score = arguments.negative_aesthetic_score
     return Request(
-        compat=arguments.compat,
-        prompt=arguments.prompt or "",
-        prompt_2=arguments.prompt_2,
-        negative=arguments.negative,
-        negative_2=arguments.negative_2,
-        steps=arguments.steps,
-        handoff=None if arguments.no_refiner else arguments.handoff,
-        handoff_step=arguments.handoff_step,
-        handoff_sigma=arguments.handoff_sigma,
-        base_end_step=arguments.base_end_step,
-        refiner_start_step=arguments.refiner_start_step,
-        refiner_add_noise=arguments.refiner_add_noise,
-        leftover_noise=arguments.leftover_noise,
-        guidance=arguments.guidance,
-        refiner_guidance=arguments.refiner_guidance,
-        guidance_rescale=arguments.guidance_rescale,
-        guidance_interval=arguments.guidance_interval,
-        sampler=arguments.sampler,
-        refiner_sampler=arguments.refiner_sampler,
-        schedule=arguments.schedule,
-        prediction_type=arguments.prediction_type,
-        aesthetic_score=arguments.aesthetic_score,
-        negative_aesthetic_score=NEGATIVE_SCORE if negative_score is None else negative_score,
-        original_size=arguments.original_size,
-        crop=arguments.crop,
-        target_size=arguments.target_size,
-        clip_skip=arguments.clip_skip,
-        seed=arguments.seed,
-        count=arguments.count,
-        width=arguments.width,
-        height=arguments.height,
+        **stated_settings(arguments),
         latents=load_latents(arguments.latents),
         image=_image_given(arguments),
-        strength=arguments.strength,
         refine=arguments.refine is not None,
-        tile=arguments.tile,
     )
 
 
@@ -202,24 +183,24 @@ def _changed(request: "Request", arguments: argparse.Namespace) -> "Request":
 
     from sdxl_trt.runtime.cli.outputs import load_latents  # noqa: PLC0415
     from sdxl_trt.runtime.comfyui import with_seed  # noqa: PLC0415
+    from sdxl_trt.runtime.request import Request, settings_of  # noqa: PLC0415
 
     if arguments.seed is not None:
         request = with_seed(request, arguments.seed)
-    return replace(
-        request,
-        guidance_rescale=arguments.guidance_rescale,
-        guidance_interval=arguments.guidance_interval,
-        prediction_type=arguments.prediction_type,
-        latents=load_latents(arguments.latents),
-        tile=request.tile or arguments.tile,
-    )
+    beside = {name: value for name, value in stated_settings(arguments).items()
+              if settings_of(Request)[name].workflow == "beside"}  # fmt: skip
+    beside["tile"] |= request.tile
+    return replace(request, **beside, latents=load_latents(arguments.latents))
 
 
 def _check_chain(arguments: argparse.Namespace) -> None:
-    """Raise UsageError for what goes with a single run alone, where a workflow takes several."""
-    alone = {"--sweep": arguments.sweep, "--save-latents": arguments.save_latents, "--latents": arguments.latents,
-             "--guidance-interval": arguments.guidance_interval != (0.0, 1.0)}  # fmt: skip
-    given = [option for option, value in alone.items() if value]
+    """Raise UsageError for an option that needs a single run, beside a workflow that takes several."""
+    from sdxl_trt.runtime.request import Request, settings_of  # noqa: PLC0415
+
+    given = [each.word for name, each in settings_of(Request).items()
+             if not each.several_runs and not each.is_default(getattr(arguments, name))]  # fmt: skip
+    given += [option for option, value in (("--sweep", arguments.sweep), ("--save-latents", arguments.save_latents))
+              if value]  # fmt: skip
     if given:
         raise UsageError(f"{given[0]} goes with a workflow of one sampler, or of a base's and a refiner's on one grid;"
                          " this one takes several runs: leave it out")  # fmt: skip

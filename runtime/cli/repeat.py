@@ -9,22 +9,11 @@ from typing import Any
 
 from sdxl_trt.engines import UsageError
 from sdxl_trt.engines.host import sha256_file
-from sdxl_trt.runtime.cli.options import NEGATIVE_SCORE, make_parser
-from sdxl_trt.runtime.images import ImageSettings, read_settings
+from sdxl_trt.runtime.cli.options import make_parser
+from sdxl_trt.runtime.pipeline import ImageSettings, read_settings
+from sdxl_trt.runtime.request import Request, settings_of
 
-ALIKE = (
-    "prompt", "negative", "seed", "steps", "guidance", "guidance_rescale", "guidance_interval", "sampler", "schedule",
-    "width", "height", "aesthetic_score", "negative_aesthetic_score", "tile",
-    "strength", "compat", "original_size", "crop", "target_size", "clip_skip", "base_end_step", "refiner_start_step",
-    "refiner_add_noise", "leftover_noise", "prediction_type", "count",
-)  # fmt: skip
-"""Settings that have the name of their option."""
-FOLLOWING = {
-    "prompt_2": "prompt", "negative_2": "negative", "refiner_guidance": "guidance", "refiner_sampler": "sampler",
-}  # fmt: skip
-"""Settings that are another one where they are not stated."""
-BESIDE_A_WORKFLOW = ("guidance_rescale", "guidance_interval", "prediction_type", "tile")
-"""Settings that a workflow has no word for."""
+_SETTINGS = settings_of(Request)
 
 
 def repeated(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -41,7 +30,14 @@ def repeated(argv: Sequence[str] | None) -> argparse.Namespace:
     if stated.workflow is not None:
         raise UsageError("--from and --workflow both state a picture to be made; give one of them")
     if settings.workflow:
-        parser.set_defaults(workflow=source, **{name: getattr(settings, name) for name in BESIDE_A_WORKFLOW})
+        parser.set_defaults(
+            workflow=source,
+            **{
+                name: getattr(settings, name)
+                for name, each in _SETTINGS.items()
+                if each.workflow == "beside" and each.is_repeated
+            },
+        )
     else:
         parser.set_defaults(**_defaults(settings))
     arguments = parser.parse_args(argv)
@@ -57,13 +53,14 @@ def repeated(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _defaults(settings: ImageSettings) -> dict[str, Any]:
     """Return the options that make the picture again, without the handoff; what is None is left to the defaults."""
-    found = {name: getattr(settings, name) for name in ALIKE}
-    # What only repeats another setting follows that when it is replaced. A sheet says itself what follows.
-    for name, other in FOLLOWING.items():
-        value = getattr(settings, name)
-        stated = settings.sweep and name.startswith("refiner")
-        found[name] = value if stated or value != getattr(settings, other) else None
-    if settings.negative_aesthetic_score == NEGATIVE_SCORE and not settings.sweep:
+    found = {}
+    for name, each in _SETTINGS.items():
+        if each.is_repeated:
+            value = getattr(settings, name)
+            # A value that only repeats another setting follows that if it is replaced. A sheet states what follows.
+            stated = not each.follows or (settings.sweep and each.stage == "refiner")
+            found[name] = value if stated or value != getattr(settings, each.follows) else None
+    if settings.negative_aesthetic_score == _SETTINGS["negative_aesthetic_score"].default and not settings.sweep:
         # Not stated, as far as one can tell: so it goes with the other score in a sweep of that.
         del found["negative_aesthetic_score"]
     if settings.fit in ("scale", "crop"):

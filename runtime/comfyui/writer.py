@@ -11,11 +11,9 @@ from sdxl_trt.engines.bundle import LoraRecord, Manifest
 from sdxl_trt.runtime.comfyui.node import Node
 from sdxl_trt.runtime.comfyui.nodes import NODES, stated
 from sdxl_trt.runtime.comfyui.workflow import TO_THE_END
-from sdxl_trt.runtime.request import Request, ResolvedRequest, ResolvedSide, StageName, StepRange
+from sdxl_trt.runtime.request import Request, ResolvedRequest, ResolvedSide, StageName, StepRange, settings_of
 
 Link = list[Any]
-_UNSAID = ("guidance_rescale", "guidance_interval", "clip_skip", "prediction_type", "tile")
-"""Settings that no node of these graphs has."""
 
 
 def write_workflow(asked: Request, request: ResolvedRequest, manifest: Manifest) -> dict[str, Any] | None:
@@ -85,9 +83,8 @@ def _stages(request: ResolvedRequest) -> tuple[StageName, ...]:
 
 def _is_usual(asked: Request) -> bool:
     """Return whether a request says nothing more than a graph; what comes from one does not."""
-    usual = Request()
-    said = asked.latents is None and all(getattr(asked, name) == getattr(usual, name) for name in _UNSAID)
-    return said or asked.base_sides is not None
+    unsaid = [each for each in settings_of(Request).values() if each.workflow in ("beside", "reads")]
+    return all(each.is_default(getattr(asked, each.name)) for each in unsaid) or asked.base_sides is not None
 
 
 def _is_said(stage: StageName, asked: Request, request: ResolvedRequest) -> bool:
@@ -154,10 +151,10 @@ def _sampler(
         "positive": [_prompt(graph, stage, model.clip, positive, positive.micro.aesthetic_score), 0],
         "negative": [_prompt(graph, stage, model.clip, negative, negative.micro.negative_aesthetic_score), 0],
         "latent_image": [latents, 0],
-        "steps": request.steps,
+        "steps": request.request.steps,
         "cfg": request.guidance_of(stage).scale,
         "sampler_name": sampler,
-        "scheduler": request.spacing or "normal",
+        "scheduler": request.request.schedule or "normal",
     }
     strength = _strength(stage, asked, request)
     if strength < 1.0:

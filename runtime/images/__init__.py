@@ -6,27 +6,27 @@ from sdxl_trt.engines.lazy import lazy_names
 
 if TYPE_CHECKING:
     from sdxl_trt.runtime.images.exif import EDITOR
-    from sdxl_trt.runtime.images.files import FORMATS, WORKFLOW, read_texts, save_image
+    from sdxl_trt.runtime.images.files import FORMATS, SETTINGS, WORKFLOW, read_texts, save_image
     from sdxl_trt.runtime.images.inputs import Fit, InputPicture, as_input, check_input, fitted, read_input
-    from sdxl_trt.runtime.images.metadata import ImageSettings, describe, read_settings
+    from sdxl_trt.runtime.images.metadata import describe
     from sdxl_trt.runtime.images.picture import Picture
-    from sdxl_trt.runtime.images.provenance import bundle_name, warn_of_another_bundle
+    from sdxl_trt.runtime.images.provenance import BundleName, bundle_name, warn_of_another_bundle
     from sdxl_trt.runtime.images.scaling import new_size, resize
     from sdxl_trt.runtime.images.sheet import Sheet, contact_sheet, draw_sheet
 else:
     __getattr__ = lazy_names(__name__, {
         "exif": ("EDITOR",),
-        "files": ("FORMATS", "WORKFLOW", "read_texts", "save_image"),
+        "files": ("FORMATS", "SETTINGS", "WORKFLOW", "read_texts", "save_image"),
         "inputs": ("Fit", "InputPicture", "as_input", "check_input", "fitted", "read_input"),
-        "metadata": ("ImageSettings", "describe", "read_settings"),
+        "metadata": ("describe",),
         "picture": ("Picture",),
-        "provenance": ("bundle_name", "warn_of_another_bundle"),
+        "provenance": ("BundleName", "bundle_name", "warn_of_another_bundle"),
         "scaling": ("new_size", "resize"),
         "sheet": ("Sheet", "contact_sheet", "draw_sheet"),
     })
 
 __all__ = [
-    "EDITOR", "FORMATS", "WORKFLOW", "Fit", "ImageSettings", "InputPicture", "Picture", "Sheet", "as_input",
+    "EDITOR", "FORMATS", "SETTINGS", "WORKFLOW", "BundleName", "Fit", "InputPicture", "Picture", "Sheet", "as_input",
     "bundle_name", "check_input", "contact_sheet", "describe", "draw_sheet", "fitted", "new_size", "read_input",
-    "read_settings", "read_texts", "resize", "save_image", "warn_of_another_bundle",
+    "read_texts", "resize", "save_image", "warn_of_another_bundle",
 ]

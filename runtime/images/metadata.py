@@ -1,24 +1,15 @@
-"""What a picture file says of its making: A1111's text for people, and the settings that a run is repeated from."""
+"""The texts of a picture file: A1111's parameters for people, settings as JSON, and ComfyUI's graph."""
 
-__all__ = ["ImageSettings", "describe", "parse_settings", "read_settings"]
+__all__ = ["describe"]
 
 import json
 import unicodedata
 from collections.abc import Mapping
 from fractions import Fraction
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-import msgspec
+from sdxl_trt.runtime.images.files import PARAMETERS, SETTINGS, WORKFLOW
 
-from sdxl_trt.engines import UsageError
-from sdxl_trt.runtime.images.files import PARAMETERS, SETTINGS, WORKFLOW, read_texts
-from sdxl_trt.runtime.images.inputs import Fit
-from sdxl_trt.runtime.images.provenance import BundleName
-
-MAX_TEXT = 1 << 20
-MAX_SETTINGS = 8 * MAX_TEXT
-MOST_AXES = 2
 _SAMPLERS = {
     "euler": "Euler",
     "euler_ancestral": "Euler a",
@@ -54,70 +45,6 @@ _PENULTIMATE = 2
 """A1111's number of the encoders' last layer but one, which SDXL takes."""
 _A1111_STRONGEST = 0.999
 
-Text = Annotated[str, msgspec.Meta(max_length=MAX_TEXT)]
-Name = Annotated[str, msgspec.Meta(max_length=100)]
-Count = Annotated[int, msgspec.Meta(ge=1, le=100_000)]
-Whole = Annotated[int, msgspec.Meta(ge=0, le=1 << 20)]
-Pair = tuple[Whole, Whole]
-Share = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
-Number = Annotated[float, msgspec.Meta(ge=-1e6, le=1e6)]
-
-
-class ImageSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The settings of one picture, as its file states them; types, ranges and lengths are checked, no more.
-
-    `handoff_step` None is the base alone; what only a refiner reads is then None too.
-    """
-
-    prompt: Text
-    prompt_2: Text
-    negative: Text | None
-    negative_2: Text | None
-    seed: Annotated[int, msgspec.Meta(ge=0)]
-    steps: Count
-    handoff_step: Whole | None
-    guidance: Number
-    refiner_guidance: Number | None
-    guidance_rescale: Share
-    guidance_interval: tuple[Share, Share]
-    sampler: Name
-    refiner_sampler: Name | None
-    schedule: Name
-    width: Count
-    height: Count
-    aesthetic_score: Number | None
-    negative_aesthetic_score: Number | None
-    injected_latents: bool
-    tile: bool = False
-    compat: Literal["diffusers", "comfyui"] = "diffusers"
-    prediction_type: Literal["auto", "epsilon", "v_prediction", "sample"] = "auto"
-    original_size: Pair | None = None
-    crop: Pair = (0, 0)
-    target_size: Pair | None = None
-    clip_skip: Annotated[int, msgspec.Meta(ge=-1, le=1 << 20)] = 0
-    base_end_step: Whole | None = None
-    refiner_start_step: Whole | None = None
-    refiner_add_noise: bool = False
-    leftover_noise: bool | None = None
-    count: Count | None = None
-    """How many pictures were drawn from one stream of noise; None for a stream of its own."""
-    image: Annotated[str, msgspec.Meta(max_length=255)] | None = None
-    """The name of the file that it started from, "" for none; None where it started from noise."""
-    image_sha256: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")] | None = None
-    fit: Fit | None = None
-    """How it came to the size; "cover" where that was asked for."""
-    strength: Share | None = None
-    refine: bool = False
-    """Whether the refiner alone changed the image."""
-    workflow: bool = False
-    """Whether a workflow asked for what these settings do not hold."""
-    bundle: BundleName | None = None
-    sweep: Annotated[tuple[Text, ...], msgspec.Meta(max_length=MOST_AXES)] = ()
-    """A contact sheet's axes, as `--sweep` takes them. Its other settings are as they were asked for, None where one
-    follows another; so are the handoffs, of which a single picture has only the step that they came to."""
-    handoff: Share | Literal["auto"] | None = "auto"
-    handoff_sigma: Number | None = None
-
 
 def describe(metadata: Mapping[str, Any], graph: Mapping[str, Any] | None = None) -> dict[str, str]:
     """Return the texts of a picture file: A1111's `parameters`, `metadata` as JSON, ComfyUI's `graph` if there is one.
@@ -126,27 +53,6 @@ def describe(metadata: Mapping[str, Any], graph: Mapping[str, Any] | None = None
     """
     texts = {PARAMETERS: _parameters(metadata), SETTINGS: json.dumps(metadata)}
     return texts if graph is None else texts | {WORKFLOW: json.dumps(graph)}
-
-
-def read_settings(path: Path) -> ImageSettings:
-    """Return the settings that a picture file carries. Raises UsageError where it carries none, or broken ones."""
-    text = read_texts(path).get(SETTINGS)
-    if text is None:
-        raise UsageError(f"--from {path}: the picture carries no settings; give one that trt-generate wrote")
-    return parse_settings(text, str(path))
-
-
-def parse_settings(text: str, where: str) -> ImageSettings:
-    """Return the settings in a JSON text that nobody has vouched for. Raises UsageError, which calls it `where`."""
-    if len(text) > MAX_SETTINGS:
-        raise UsageError(f"--from {where}: its settings are longer than {MAX_SETTINGS >> 20} MiB; they are not ours")
-    try:
-        return msgspec.json.decode(text.encode(errors="replace"), type=ImageSettings)
-    except (msgspec.DecodeError, RecursionError) as exc:
-        raise UsageError(
-            f"--from {where}: its settings cannot be read ({str(exc)[:200]}); another version wrote them, or they are"
-            " broken"
-        ) from exc
 
 
 def _parameters(metadata: Mapping[str, Any]) -> str:

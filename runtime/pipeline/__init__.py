@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from sdxl_trt.runtime.pipeline.batch import Batch
     from sdxl_trt.runtime.pipeline.chain import Chain
     from sdxl_trt.runtime.pipeline.pipeline import Pipeline, open_bundle
+    from sdxl_trt.runtime.pipeline.record import ImageSettings, read_settings
     from sdxl_trt.runtime.pipeline.run import Job, Run, Step, timed
     from sdxl_trt.runtime.pipeline.sweep import Sweep, parse_axis
 else:
@@ -15,8 +16,12 @@ else:
         "batch": ("Batch",),
         "chain": ("Chain",),
         "pipeline": ("Pipeline", "open_bundle"),
+        "record": ("ImageSettings", "read_settings"),
         "run": ("Job", "Run", "Step", "timed"),
         "sweep": ("Sweep", "parse_axis"),
     })
 
-__all__ = ["Batch", "Chain", "Job", "Pipeline", "Run", "Step", "Sweep", "open_bundle", "parse_axis", "timed"]
+__all__ = [
+    "Batch", "Chain", "ImageSettings", "Job", "Pipeline", "Run", "Step", "Sweep", "open_bundle", "parse_axis",
+    "read_settings", "timed",
+]

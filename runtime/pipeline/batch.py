@@ -4,19 +4,13 @@ __all__ = ["Batch"]
 
 from collections.abc import Hashable, Iterator, Sequence
 from copy import deepcopy
-from dataclasses import fields, replace
+from dataclasses import replace
 
 from sdxl_trt.runtime.diffusion.samplers import BROWNIAN
 from sdxl_trt.runtime.pipeline.pipeline import Job, Pipeline
 from sdxl_trt.runtime.pipeline.run import PhaseName, Run, Step, timed
-from sdxl_trt.runtime.request import Request
+from sdxl_trt.runtime.request import Request, settings_of
 
-CUT = frozenset({"handoff", "handoff_step", "handoff_sigma", "base_end_step", "leftover_noise"})
-SCORES = frozenset({"aesthetic_score", "negative_aesthetic_score"})
-REFINER = frozenset(
-    {"refiner_sampler", "refiner_guidance", "refiner_sides", "refiner_seed", "refiner_start_step", "refiner_end_step",
-     "refiner_add_noise", "refiner_leftover_noise", "refiner_strength"}
-)  # fmt: skip
 KNOWS_ITS_END_COMFYUI = BROWNIAN | {"uni_pc", "uni_pc_bh2"}
 """Samplers whose step in ComfyUI's way differs from the same step on the way to another end: no cut can share a run."""
 
@@ -90,17 +84,18 @@ class Batch:
         resolved = self.runs[number].request
         if len(resolved.seeds) > 1:
             return number
-        free = set(REFINER)
-        knows_its_end = resolved.comfyui and resolved.sampler in KNOWS_ITS_END_COMFYUI
+        free = {"refiner"}
+        knows_its_end = resolved.comfyui and resolved.request.sampler in KNOWS_ITS_END_COMFYUI
         # A base that leaves no noise goes to sigma 0 wherever it stops.
         on_grid = resolved.base.leftover_noise or resolved.base.stop == resolved.schedule.steps
         if on_grid and not knows_its_end:
-            free |= CUT
+            free.add("handoff")
         if "aesthetic_score" not in self._pipeline.manifest.base.time_ids:
-            free |= SCORES
-        asked = {field.name: getattr(request, field.name) for field in fields(request) if field.name not in free}
-        asked["sampler"] = resolved.sampler
-        asked |= {name: id(getattr(request, name)) for name in ("latents", "image")}
+            free.add("score")
+        declared = settings_of(Request).values()
+        asked = {each.name: getattr(request, each.name) for each in declared if each.stage not in free}
+        asked["sampler"] = resolved.request.sampler
+        asked |= {"latents": id(request.latents), "image": id(request.image)}  # arrays are not hashable
         return (*asked.items(), resolved.base.start, resolved.seeds, resolved.width, resolved.height)
 
     def _cut(self, number: int) -> int:

@@ -249,7 +249,7 @@ class Chain:
         vae, pool = self._vaes[source], self._pipeline.pool
         (engine,) = pool.phase(vae.decoder)
         yield Step("load", 1, 1, slice(0, len(latents)))
-        tiled = source.tiled or any(job.run.request.tile for job in self._jobs.values())
+        tiled = source.tiled or any(job.run.request.request.tile for job in self._jobs.values())
         size = (latents.shape[2], latents.shape[3])
         tile = choose_tile(size, decoder_sizes(pool, vae.decoder), vae.factor, tiled=tiled)
         for index in range(len(latents)):

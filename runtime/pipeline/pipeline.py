@@ -94,7 +94,7 @@ class Pipeline:
         if request.image is None or request.image.pixels is None:
             return None
         vae = next(iter(self._stages(request).values())).vae
-        return Wanted(vae, request.image, (request.height, request.width), request.fit, request.tile)
+        return Wanted(vae, request.image, (request.height, request.width), request.fit, request.request.tile)
 
     def encode(self, jobs: Sequence[Job]) -> Iterator[Step]:
         """Read the prompts of all `jobs`, with every encoder loaded once, into their `embeds`."""
@@ -214,7 +214,7 @@ class Pipeline:
         yield _loaded(run.final)
         count, _, height, width = run.final.shape
         takes = decoder_sizes(self.pool, vae.decoder)
-        tile = choose_tile((height, width), takes, vae.factor, tiled=run.request.tile)
+        tile = choose_tile((height, width), takes, vae.factor, tiled=run.request.request.tile)
         for index in range(count):
             one = slice(index, index + 1)
             sample = decode_latents(engine, vae, run.final[one], tile=tile)

@@ -1,29 +1,71 @@
-"""A finished run's pictures, each with the metadata it can be made again from."""
+"""The record that a picture carries: the settings a run is repeated from, written into its file and read again."""
 
-__all__ = ["finish"]
+__all__ = ["ImageSettings", "finish", "parse_settings", "read_settings"]
 
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from sdxl_trt.engines import UsageError
 from sdxl_trt.runtime.comfyui import write_workflow
-from sdxl_trt.runtime.images import Picture, bundle_name
+from sdxl_trt.runtime.images import SETTINGS, BundleName, Fit, Picture, bundle_name, read_texts
 from sdxl_trt.runtime.pipeline.run import Run
-from sdxl_trt.runtime.request import Request, ResolvedRequest
+from sdxl_trt.runtime.request import Request, ResolvedRequest, record_fields, settings_of
 
-FURTHER = (
-    "compat", "original_size", "crop", "target_size", "clip_skip", "base_end_step", "refiner_start_step",
-    "refiner_add_noise", "leftover_noise", "prediction_type",
-)  # fmt: skip
-OF_WORKFLOWS = (
-    "base_start_step", "base_add_noise", "refiner_end_step", "refiner_leftover_noise", "base_sides", "refiner_sides",
-    "refiner_seed", "refiner_strength",
-)  # fmt: skip
+_SETTINGS = settings_of(Request).values()
+MAX_TEXT = 1 << 20
+MAX_SETTINGS = 8 * MAX_TEXT
+MOST_AXES = 2
+_LIMITS = {str: {"max_length": MAX_TEXT}, int: {"ge": -1, "le": 1 << 20}, float: {"ge": -1e6, "le": 1e6}}
+"""What a record may hold of a setting whose declaration has no range."""
+
+
+class _Facts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a record holds beside the settings of a request."""
+
+    injected_latents: bool
+    image: Annotated[str, msgspec.Meta(max_length=255)] | None = None
+    """The name of the file that it started from, "" without one; None if it started from noise."""
+    image_sha256: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")] | None = None
+    fit: Fit | None = None
+    """How the image was brought to the size; "cover" if a size was requested."""
+    workflow: bool = False
+    """Whether a workflow requested what these settings do not hold."""
+    bundle: BundleName | None = None
+    sweep: Annotated[tuple[Annotated[str, msgspec.Meta(max_length=MAX_TEXT)], ...],
+                     msgspec.Meta(max_length=MOST_AXES)] = ()  # fmt: skip
+    """A contact sheet's axes, as ``--sweep`` takes them. Its other settings are as they were requested, None if one
+    follows another; so are the handoffs, of which a single picture has only the step."""
+
+
+if TYPE_CHECKING:
+
+    class ImageSettings(_Facts, frozen=True):
+        """The settings of one picture, as its file states them: types, ranges and lengths are checked, no more.
+
+        It has every setting that a record keeps. `handoff_step` None is the base alone; settings of the refiner are
+        then None too.
+        """
+
+        def __getattr__(self, name: str) -> Any: ...
+
+else:
+    ImageSettings = msgspec.defstruct(
+        "ImageSettings",
+        [
+            (name, kind | None if each.resolved else kind) if each.record == "always" else (name, kind, default)
+            for each in _SETTINGS
+            if each.record in ("always", "changed", "own")
+            for name, kind, default in record_fields([each], _LIMITS)
+        ],
+        bases=(_Facts,), frozen=True, kw_only=True, forbid_unknown_fields=True,
+    )  # fmt: skip
 
 
 def finish(run: Run, index: int, pixels: NDArray[np.uint8]) -> Picture:
@@ -35,6 +77,27 @@ def finish(run: Run, index: int, pixels: NDArray[np.uint8]) -> Picture:
     return Picture(Image.fromarray(pixels), seed, metadata, run.final[index].copy(), _graph(run))
 
 
+def read_settings(path: Path) -> ImageSettings:
+    """Return the settings that a picture file carries. Raises UsageError if it carries none, or broken ones."""
+    text = read_texts(path).get(SETTINGS)
+    if text is None:
+        raise UsageError(f"--from {path}: the picture carries no settings; give one that trt-generate wrote")
+    return parse_settings(text, str(path))
+
+
+def parse_settings(text: str, where: str) -> ImageSettings:
+    """Return the settings in an untrusted JSON text. Raises UsageError, which calls it `where`."""
+    if len(text) > MAX_SETTINGS:
+        raise UsageError(f"--from {where}: its settings are longer than {MAX_SETTINGS >> 20} MiB; they are not ours")
+    try:
+        return msgspec.json.decode(text.encode(errors="replace"), type=ImageSettings)
+    except (msgspec.DecodeError, RecursionError) as exc:
+        raise UsageError(
+            f"--from {where}: its settings cannot be read ({str(exc)[:200]}); another version wrote them, or they are"
+            " broken"
+        ) from exc
+
+
 def _graph(run: Run) -> Mapping[str, Any] | None:
     """Return the ComfyUI graph of a run: the one that asked for it, or one that is written for it."""
     if run.asked.graph:
@@ -43,36 +106,18 @@ def _graph(run: Run) -> Mapping[str, Any] | None:
     return None if run.manifest is None else write_workflow(run.asked, run.request, run.manifest)
 
 
-def _metadata(request: ResolvedRequest, seed: int) -> dict[str, Any]:
-    """Return what the picture can be made again from; no path and no name of a host."""
-    refined = request.uses_refiner
-    positive, negative = request.sides["refiner" if refined else "base"]
-    return {
-        "prompt": request.prompt.text,
-        "prompt_2": request.prompt.text_2,
-        "negative": request.negative.text if request.negative else None,
-        "negative_2": request.negative.text_2 if request.negative else None,
-        "seed": seed,
-        "steps": request.steps,
-        "handoff_step": request.cut if refined and not request.refiner_only else None,
-        "guidance": request.guidance,
-        "refiner_guidance": request.refiner_guidance if refined else None,
-        "guidance_rescale": request.guidance_rescale,
-        "guidance_interval": request.guidance_interval,
-        "sampler": request.sampler,
-        "refiner_sampler": request.refiner_sampler if refined else None,
-        "schedule": request.spacing,
-        "width": request.width,
-        "height": request.height,
-        "aesthetic_score": positive.micro.aesthetic_score if refined else None,
-        "negative_aesthetic_score": negative.micro.negative_aesthetic_score if refined else None,
-        "tile": request.tile,
-        "injected_latents": request.latents is not None,
-    } | _started_from(request)
+def _metadata(resolved: ResolvedRequest, seed: int) -> dict[str, Any]:
+    """Return what the picture can be made again from; no path and no host name."""
+    always = {
+        each.name: each.resolved(resolved) if each.resolved else getattr(resolved.request, each.name)
+        for each in _SETTINGS
+        if each.record == "always"
+    }
+    return always | {"seed": seed, "injected_latents": resolved.latents is not None} | _started_from(resolved)
 
 
 def _started_from(request: ResolvedRequest) -> dict[str, Any]:
-    """Return what an image has to do with it: its file's name, which names no folder, and what that held."""
+    """Return the image that a run started from: its file's name without a folder, and the digest of its content."""
     if request.image is None:
         return {}
     image = {"image": request.image.name, "image_sha256": request.image.sha256, "strength": request.strength}
@@ -80,14 +125,10 @@ def _started_from(request: ResolvedRequest) -> dict[str, Any]:
 
 
 def _further(run: Run) -> dict[str, Any]:
-    """Return what else was asked for, where it is not the usual; a workflow asks for more than can be told."""
-    usual = Request()
-
-    def changed(names: tuple[str, ...]) -> dict[str, Any]:
-        return {name: getattr(run.asked, name) for name in names if getattr(run.asked, name) != getattr(usual, name)}
-
-    found = changed(FURTHER)
-    if changed(OF_WORKFLOWS):
+    """Return the requested settings that differ from their defaults; a workflow states more than a record can."""
+    changed = [each for each in _SETTINGS if not each.is_default(getattr(run.asked, each.name))]
+    found = {each.name: getattr(run.asked, each.name) for each in changed if each.record == "changed"}
+    if any(each.record == "workflow" for each in changed):
         found["workflow"] = True
     if run.request.comfyui and len(run.request.seeds) > 1:
         # Pictures of one batch share a stream of noise: they are made again together.

@@ -5,7 +5,7 @@ __all__ = ["Handoff", "Job", "PhaseName", "Run", "Step", "start_job", "timed"]
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -17,8 +17,6 @@ from sdxl_trt.runtime.request import Request, ResolvedRequest, StageName
 from sdxl_trt.runtime.text import PromptEmbeds
 from sdxl_trt.runtime.vae import Moments
 
-if TYPE_CHECKING:
-    pass
 PhaseName = Literal["picture", "encode", "load", "base", "refiner", "decode"]
 
 

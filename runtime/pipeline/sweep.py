@@ -3,16 +3,16 @@
 __all__ = ["Axis", "Sweep", "parse_axis"]
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from sdxl_trt.engines import UsageError
 from sdxl_trt.runtime.comfyui import with_seed
 from sdxl_trt.runtime.images import Sheet, bundle_name, draw_sheet
 from sdxl_trt.runtime.pipeline.run import Run
-from sdxl_trt.runtime.request import Request
+from sdxl_trt.runtime.request import Request, Setting, defaults, settings_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -20,19 +20,10 @@ if TYPE_CHECKING:
 MOST_CELLS = 100
 COLUMNS = 4
 ALONE = "base alone"
-AS_ASKED = (
-    "handoff", "handoff_step", "handoff_sigma", "steps", "guidance", "refiner_guidance", "sampler", "refiner_sampler",
-    "aesthetic_score",
-)  # fmt: skip
-"""Settings that a sheet tells as they were asked for: a cell's may be those of its own place."""
-OF_A_PAIR = frozenset({"handoff-step", "aesthetic-score", "refiner-guidance", "refiner-sampler"})
-OF_REFINER = (
-    "base_end_step", "leftover_noise", "refiner_start_step", "refiner_end_step", "refiner_add_noise",
-    "refiner_leftover_noise", "refiner_guidance", "refiner_sampler", "refiner_seed", "refiner_sides",
-    "refiner_strength",
-)  # fmt: skip
-"""What a workflow says of its refiner, and of what the base leaves to that."""
-NO_REFINER = Request()
+_SETTINGS = settings_of(Request)
+_SWEPT = {each.key: each for each in _SETTINGS.values() if each.sweep}
+_OF_REFINER = [each for each in _SETTINGS.values() if each.stage in ("refiner", "handoff")]
+"""What a workflow states of its refiner, and of what the base leaves to it."""
 
 
 @dataclass(frozen=True)
@@ -55,13 +46,12 @@ class Axis:
 def parse_axis(text: str) -> Axis:
     """Return the axis that ``KEY=V1,V2,…`` states. Raises UsageError, which names what there is."""
     key, _, listed = text.partition("=")
-    if key not in _KEYS:
-        raise UsageError(f"--sweep {text!r}: give KEY=V1,V2,… with one of these keys: {', '.join(_KEYS)}")
-    read, wanted = _KEYS[key]
+    if key not in _SWEPT:
+        raise UsageError(f"--sweep {text!r}: give KEY=V1,V2,… with one of these keys: {', '.join(_SWEPT)}")
     try:
-        values = tuple(read(value.strip()) for value in listed.split(","))
+        values = tuple(_read(_SWEPT[key], value.strip()) for value in listed.split(","))
     except ValueError as exc:
-        raise UsageError(f"--sweep {text!r}: {key} takes {wanted}, separated by commas") from exc
+        raise UsageError(f"--sweep {text!r}: {key} takes {_SWEPT[key].sweep}, separated by commas") from exc
     if len(set(values)) < len(values):
         raise UsageError(f"--sweep {text!r}: names a value twice; leave one of them out")
     return Axis(key, values)
@@ -96,7 +86,7 @@ class Sweep:
 
         What follows another setting is None, as in the request.
         """
-        asked = {name: getattr(self._request, name) for name in AS_ASKED}
+        asked = {each.name: getattr(self._request, each.name) for each in _SETTINGS.values() if each.on_sheet}
         if asked["sampler"] == "auto":
             asked["sampler"] = cell.get("sampler", "auto")  # the bundle's, in every cell
         negative = self._request.negative_aesthetic_score if self._keep_negative else None
@@ -127,9 +117,9 @@ class Sweep:
         """Return the settings that every cell shares, but for those that the sheet is about."""
         request = runs[0].request
         told = {
-            "steps": f"{request.steps} steps",
-            "sampler": request.sampler,
-            "guidance": f"guidance {request.guidance:g}",
+            "steps": f"{request.request.steps} steps",
+            "sampler": request.request.sampler,
+            "guidance": f"guidance {request.request.guidance:g}",
             "seed": f"seed {request.seeds[0]}",
         }
         swept = {axis.key for axis in self._axes}
@@ -152,7 +142,7 @@ def _with_in_workflow(request: Request, key: str, value: Any) -> Request:
     """Return a workflow's request with one of its numbers changed; those of base and refiner are apart in it."""
     request = replace(request, graph="")  # it is that of no cell
     if key == "handoff-step" and value is None:
-        return replace(request, handoff=None, **{name: getattr(NO_REFINER, name) for name in OF_REFINER})
+        return replace(request, **defaults(_OF_REFINER) | {"handoff": None})
     if key == "handoff-step":
         return replace(request, base_end_step=value, refiner_start_step=value)
     if key == "aesthetic-score" and request.refiner_sides is not None:
@@ -166,7 +156,7 @@ def _with_in_workflow(request: Request, key: str, value: Any) -> Request:
 def _check_workflow(keys: Sequence[str], request: Request) -> None:
     if "handoff" in keys:
         raise UsageError("--sweep handoff=…: a workflow hands over at a step; sweep handoff-step=…")
-    alone = [key for key in keys if key in OF_A_PAIR]
+    alone = [key for key in keys if _SWEPT[key].stage != "all"]
     if request.refiner_sides is None and alone:
         raise UsageError(f"--sweep {alone[0]}=…: the workflow has no refiner's sampler; add one, or sweep another key")
     if "handoff-step" in keys and (request.refine or request.refiner_strength is not None):
@@ -222,32 +212,17 @@ def _exact(value: Any) -> str:
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
-def _number(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(text)
-    return value
-
-
-def _name(text: str) -> str:
-    if not text:
-        raise ValueError(text)
-    return text
-
-
-def _or_none(read: Callable[[str], Any]) -> Callable[[str], Any]:
-    return lambda text: None if text == "none" else read(text)
-
-
-_KEYS: dict[str, tuple[Callable[[str], Any], str]] = {
-    "handoff": (_or_none(_number), "fractions between 0 and 1, and none for the base alone"),
-    "handoff-step": (_or_none(int), "whole numbers of steps, and none for the base alone"),
-    "aesthetic-score": (_number, "numbers"),
-    "guidance": (_number, "numbers"),
-    "refiner-guidance": (_number, "numbers"),
-    "seed": (int, "whole numbers"),
-    "steps": (int, "whole numbers"),
-    "strength": (_number, "numbers from 0 to 1"),
-    "sampler": (_name, "names of samplers"),
-    "refiner-sampler": (_name, "names of samplers"),
-}
+def _read(declared: Setting, text: str) -> Any:
+    """Return the value that `text` states. Raises ValueError."""
+    if text == "none" and declared.sweeps_none:
+        return None
+    kinds = (declared.type, *get_args(declared.type))
+    if float in kinds:
+        value = float(text)
+        if math.isfinite(value):
+            return value
+    elif int in kinds:
+        return int(text)
+    elif text:
+        return text
+    raise ValueError(text)

@@ -6,18 +6,21 @@ from sdxl_trt.engines.lazy import lazy_names
 
 if TYPE_CHECKING:
     from sdxl_trt.runtime.request.handoff import StepRange, step_at_fraction
-    from sdxl_trt.runtime.request.request import Request
+    from sdxl_trt.runtime.request.request import COMFYUI_SCHEDULES, GROUPS, SAMPLERS, Request
     from sdxl_trt.runtime.request.resolve import DRAWN_SEED_BITS, ResolvedRequest, resolve_request
+    from sdxl_trt.runtime.request.settings import Setting, check_settings, defaults, record_fields, settings_of
     from sdxl_trt.runtime.request.sides import ResolvedSide, Side, SideMix, StageName, most_skipped
 else:
     __getattr__ = lazy_names(__name__, {
         "handoff": ("StepRange", "step_at_fraction"),
-        "request": ("Request",),
+        "request": ("COMFYUI_SCHEDULES", "GROUPS", "SAMPLERS", "Request"),
         "resolve": ("DRAWN_SEED_BITS", "ResolvedRequest", "resolve_request"),
+        "settings": ("Setting", "check_settings", "defaults", "record_fields", "settings_of"),
         "sides": ("ResolvedSide", "Side", "SideMix", "StageName", "most_skipped"),
     })
 
 __all__ = [
-    "DRAWN_SEED_BITS", "Request", "ResolvedRequest", "ResolvedSide", "Side", "SideMix", "StageName", "StepRange",
-    "most_skipped", "resolve_request", "step_at_fraction",
+    "COMFYUI_SCHEDULES", "DRAWN_SEED_BITS", "GROUPS", "SAMPLERS", "Request", "ResolvedRequest", "ResolvedSide",
+    "Setting", "Side", "SideMix", "StageName", "StepRange", "check_settings", "defaults", "most_skipped",
+    "record_fields", "resolve_request", "settings_of", "step_at_fraction",
 ]

@@ -5,54 +5,21 @@ states start, end, added and leftover noise of each sampler apart; what then doe
 same, with a warning. A picture comes in further on, and may leave the base nothing to do.
 """
 
-__all__ = ["HandoffSettings", "StageRanges", "StepRange", "split_steps", "step_at_fraction", "step_at_sigma"]
+__all__ = ["StageRanges", "StepRange", "split_steps", "step_at_fraction", "step_at_sigma"]
 
 import logging
-import math
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sdxl_trt.engines import UsageError
 from sdxl_trt.runtime.diffusion.schedules import Schedule
+from sdxl_trt.runtime.request.request import Request
+from sdxl_trt.runtime.request.settings import check_settings
 
 log = logging.getLogger("sdxl_trt.runtime")
 DEFAULT_HANDOFF = 0.8
-
-
-@dataclass(frozen=True, kw_only=True)
-class HandoffSettings:
-    """What a request says of the two parts; steps are counted from the noisy end, an end beyond the last is the last.
-
-    One of the handoffs, or with ComfyUI's freedom an end of the base and a start of the refiner, each of which is the
-    other's where only one is given.
-    """
-
-    handoff: float | Literal["auto"] | None = "auto"
-    """The fraction of the noise range that the base denoises (diffusers' denoising_end), None for the base alone,
-    "auto" for 0.8 where the bundle has a refiner."""
-    handoff_step: int | None = None
-    handoff_sigma: float | None = None
-    """The handoff is at the first sigma of the grid at or below this one."""
-    base_start_step: int = 0
-    base_end_step: int | None = None
-    base_add_noise: bool = True
-    leftover_noise: bool | None = None
-    """Whether the base leaves the noise of the sigma it stops at; None: where a refiner takes it from there."""
-    refiner_start_step: int | None = None
-    refiner_end_step: int | None = None
-    refiner_add_noise: bool = False
-    refiner_leftover_noise: bool = False
-    strength: float | None = None
-    """How far back an image is taken: the share of the steps that change it. None is 0.3, and 1 where
-    `base_start_step` says where it comes in. In ComfyUI's way it is its denoise: all steps are taken, on a grid that
-    begins further down."""
-    refine: bool = False
-    """Whether the refiner alone changes the image; the base does nothing."""
-    refiner_strength: float | None = None
-    """ComfyUI's denoise of the refiner's own sampler, which then has a grid of its own; None shares the base's."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +69,7 @@ class StageRanges:
 
 
 def split_steps(
-    settings: HandoffSettings,
+    settings: Request,
     schedule: Schedule,
     *,
     refiner: bool,
@@ -145,7 +112,7 @@ def split_steps(
     return StageRanges(base, refining)
 
 
-def _refining(settings: HandoffSettings, begin: int, steps: int) -> StageRanges:
+def _refining(settings: Request, begin: int, steps: int) -> StageRanges:
     """Return the cuts of a picture that the refiner alone changes: it starts the run, and so adds the noise."""
     end = steps if settings.refiner_end_step is None else min(settings.refiner_end_step, steps)
     refiner = StepRange(begin, end, leftover_noise=settings.refiner_leftover_noise)
@@ -154,7 +121,8 @@ def _refining(settings: HandoffSettings, begin: int, steps: int) -> StageRanges:
     return StageRanges(StepRange(begin, begin), refiner, first=replace(refiner, add_noise=settings.base_add_noise))
 
 
-def _check(settings: HandoffSettings, *, refiner: bool) -> None:
+def _check(settings: Request, *, refiner: bool) -> None:
+    check_settings(settings)
     stated = {
         "--handoff": None if settings.handoff == "auto" else settings.handoff,
         "--handoff-step": settings.handoff_step,
@@ -173,13 +141,9 @@ def _check(settings: HandoffSettings, *, refiner: bool) -> None:
         raise UsageError(f"{one} and {other} state the same thing; give one of them")
     if settings.handoff is None and not handoffs and settings.refiner_start_step is not None:
         raise UsageError("--refiner-start-step says where the refiner starts, --no-refiner that it does not; choose")
-    for name in ("base_start_step", "base_end_step", "refiner_start_step", "refiner_end_step"):
-        step = getattr(settings, name)
-        if step is not None and step < 0:
-            raise UsageError(f"--{name.replace('_', '-')} {step}: steps count from 0")
 
 
-def _check_refine(stated: list[str], settings: HandoffSettings, *, refiner: bool) -> None:
+def _check_refine(stated: list[str], settings: Request, *, refiner: bool) -> None:
     if not refiner:
         raise UsageError("--refine takes a refiner, and the bundle has none; use --image, or export the bundle with"
                          " --refiner SRC")  # fmt: skip
@@ -188,12 +152,12 @@ def _check_refine(stated: list[str], settings: HandoffSettings, *, refiner: bool
         raise UsageError(f"--refine has the refiner alone change a picture; leave {option} out, or use --image")
 
 
-def _wants_refiner(settings: HandoffSettings, *, refiner: bool) -> bool:
+def _wants_refiner(settings: Request, *, refiner: bool) -> bool:
     alone = settings.handoff is None and settings.handoff_step is None and settings.handoff_sigma is None
     return refiner and not alone
 
 
-def _ends(settings: HandoffSettings, schedule: Schedule, begin: int | None) -> tuple[int, int]:
+def _ends(settings: Request, schedule: Schedule, begin: int | None) -> tuple[int, int]:
     """Return where the base stops and the refiner starts; `begin` is where a picture comes in."""
     stop, start = settings.base_end_step, settings.refiner_start_step
     if stop is None and start is None:
@@ -206,7 +170,7 @@ def _ends(settings: HandoffSettings, schedule: Schedule, begin: int | None) -> t
     return stop, start
 
 
-def _handoff(settings: HandoffSettings, schedule: Schedule, *, picture: bool) -> int:
+def _handoff(settings: Request, schedule: Schedule, *, picture: bool) -> int:
     """Return the step of the one cut; each expert has a step at least, but for a `picture` the base."""
     steps = schedule.steps
     least = 0 if picture else 1
@@ -216,13 +180,10 @@ def _handoff(settings: HandoffSettings, schedule: Schedule, *, picture: bool) ->
                              " or --no-refiner")  # fmt: skip
         return settings.handoff_step
     if settings.handoff_sigma is not None:
-        if not math.isfinite(settings.handoff_sigma) or settings.handoff_sigma <= 0:
-            raise UsageError(f"--handoff-sigma {settings.handoff_sigma}: give a positive number")
         return _check_not_empty(step_at_sigma(schedule, settings.handoff_sigma), least, steps,
                          f"--handoff-sigma {settings.handoff_sigma:g}")  # fmt: skip
     fraction = DEFAULT_HANDOFF if settings.handoff == "auto" else settings.handoff
-    if fraction is None or not 0.0 < fraction < 1.0:
-        raise UsageError(f"--handoff {fraction}: choose a fraction between 0 and 1 (0.8 is usual), or none")
+    assert fraction is not None  # noqa: S101 - then no refiner is wanted
     cut = step_at_fraction(schedule, fraction)
     # The usual handoff gives way where steps are few: with one, the base alone takes it.
     return (

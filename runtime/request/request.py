@@ -1,66 +1,276 @@
-"""What is asked for, and what that comes to for one bundle: defaults are resolved once, here."""
+"""A request: each of its settings is declared here once, and options, ranges, records and the schema are derived.
 
-__all__ = ["PlainSettings", "Request"]
+Importing this loads no numpy: ``--help`` is made of it.
+"""
+
+__all__ = ["COMFYUI_SCHEDULES", "GROUPS", "SAMPLERS", "Request"]
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
+from sdxl_trt.runtime.request.settings import setting
 
-from sdxl_trt.runtime.images import InputPicture
-from sdxl_trt.runtime.request.handoff import HandoffSettings
-from sdxl_trt.runtime.request.sides import SideSettings
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from sdxl_trt.runtime.images import InputPicture
+    from sdxl_trt.runtime.request.sides import Side
+
+# Stated again here, since --help must not wait for numpy; a test compares them with the samplers and schedules.
+SAMPLERS = (
+    "euler", "heun", "dpm_2", "lms", "dpmpp_2m", "ddim", "uni_pc", "deis", "res_multistep", "euler_ancestral",
+    "dpm_2_ancestral", "dpmpp_2s_ancestral", "dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde", "lcm",
+)  # fmt: skip
+COMFYUI_SCHEDULES = (
+    "simple", "sgm_uniform", "karras", "exponential", "ddim_uniform", "beta", "normal", "linear_quadratic",
+    "kl_optimal",
+)  # fmt: skip
+_OTHER_SCHEDULES = ", ".join(name for name in COMFYUI_SCHEDULES if name != "normal")
+GROUPS = (
+    "prompt and picture", "denoising", "starting from a picture", "series and repeats", "as in ComfyUI", "engines"
+)  # fmt: skip
+"""The groups of options in ``--help``."""
+_PICTURE, _DENOISING, _START, _, _COMFYUI, _ENGINES = GROUPS
+MAX_SEED = 2**64 - 1
+MAX_SIZE = 1 << 20
+"""More than any original size of a picture; float32 holds every whole number up to it."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class PlainSettings:
-    """Settings that need no resolution."""
+def _fraction_or_none(text: str) -> float | str | None:
+    if text in ("auto", "none"):
+        return "auto" if text == "auto" else None
+    try:
+        return float(text)
+    except ValueError as exc:
+        raise ValueError(f"{text!r} is neither a fraction between 0 and 1 nor none") from exc
 
-    compat: Literal["diffusers", "comfyui"] = "diffusers"
-    """Whose ways with noise, prompts, timesteps and pixels are followed."""
-    steps: int = 30
-    guidance: float = 5.0
-    guidance_rescale: float = 0.0
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
-    """The part of the steps that is guided, as fractions; the others run the prompt alone, in half the rows."""
-    sampler: str = "auto"
-    """"auto": what the bundle's scheduler class does; in ComfyUI's way, which knows no such class, euler."""
-    prediction_type: str = "auto"
-    """What the UNets predict, epsilon, v_prediction or sample; "auto": what the bundle says of each."""
-    tile: bool = False
-    """Encode and decode in tiles, also where the autoencoder could take the whole picture."""
 
-    @property
-    def comfyui(self) -> bool:
-        """Return whether ComfyUI is followed."""
-        return self.compat == "comfyui"
+def _interval(text: str) -> tuple[float, float]:
+    first, _, last = text.partition(":")
+    try:
+        return float(first), float(last)
+    except ValueError as exc:
+        raise ValueError(f"{text!r}: give two fractions of the steps, 0.1:0.8 say") from exc
+
+
+def _size(text: str) -> tuple[int, int]:
+    """Return (height, width) of ``WxH``."""
+    width, _, height = text.lower().partition("x")
+    try:
+        return int(height), int(width)
+    except ValueError as exc:
+        raise ValueError(f"{text!r}: give width and height in pixels, 1024x768 say") from exc
+
+
+def _corner(text: str) -> tuple[int, int]:
+    """Return (top, left) of ``X,Y``."""
+    left, _, top = text.partition(",")
+    try:
+        return int(top), int(left)
+    except ValueError as exc:
+        raise ValueError(f"{text!r}: give the left and the top in pixels, 0,128 say") from exc
+
+
+def _side(side: int, number: str) -> Any:
+    """Return how a record finds a micro-condition that only a refiner reads."""
+    return lambda resolved: getattr(resolved.sides["refiner"][side].micro, number) if resolved.uses_refiner else None
 
 
 @dataclass(frozen=True)
-class Request(HandoffSettings, SideSettings, PlainSettings):
-    """What a user asks for. None takes the default that fits the bundle.
+class Request:
+    """What a user requests. None takes the default that fits the bundle; sizes are (height, width), crops (top, left).
 
-    Picture i has seed `seed` + i; in ComfyUI's way all pictures are a batch of one seed. The refiner's own noise, if
-    any, is drawn from `refiner_seed`, None for the base's. `latents` is the initial noise, float32 (count, channels,
-    height/8, width/8) of unit variance. `image` is what to start from in the place of noise alone, pixels uint8
-    (height, width, 3) or latents float32 as `Run.final` has them, `strength` how much of it is changed.
+    Picture i has seed `seed` + i; in ComfyUI's way all pictures are a batch of one seed. Positions on the schedule are
+    steps from the noisy end. Give one of the handoffs, or with ComfyUI's freedom the end of the base and the start of
+    the refiner; if only one of these two is given, it is the other's too.
     """
 
-    prompt: str = ""
-    refiner_sampler: str | None = None
-    schedule: str = ""
-    """``SPACING[+TRANSFORM]``, as diffusers makes it for the sampler's scheduler class; "" is the config's spacing. In
-    ComfyUI's way one of its schedules, "" for normal."""
-    refiner_guidance: float | None = None
-    seed: int | None = None
-    refiner_seed: int | None = None
-    count: int | None = None
-    width: int | None = None
-    height: int | None = None
-    latents: NDArray[np.float32] | None = None
-    image: InputPicture | NDArray[np.uint8] | NDArray[np.float32] | None = None
-    checkpoints: tuple[str, ...] = ()
-    """What a workflow calls the models, base first; for the record."""
-    graph: str = ""
-    """The ComfyUI graph that asks for it, as JSON in API form; for the record, where no other says it."""
+    prompt: str = setting(
+        "",
+        help="what the picture shows",
+        unstated=True,
+        record="always",
+        resolved=lambda resolved: resolved.prompt.text,
+    )
+    prompt_2: str | None = setting(
+        None, help="prompt of the second text encoder (default: the prompt)", group=_PICTURE, metavar="TEXT",
+        record="always", follows="prompt", resolved=lambda resolved: resolved.prompt.text_2,
+    )  # fmt: skip
+    negative: str | None = setting(
+        None, help='negative prompt; leaving it out is not the same as ""', group=_PICTURE, metavar="TEXT",
+        record="always", resolved=lambda resolved: resolved.negative and resolved.negative.text,
+    )  # fmt: skip
+    negative_2: str | None = setting(
+        None, help="negative prompt of the second text encoder", group=_PICTURE, metavar="TEXT", record="always",
+        follows="negative", resolved=lambda resolved: resolved.negative and resolved.negative.text_2,
+    )  # fmt: skip
+    seed: int | None = setting(
+        None, help="0 to 2^64-1 (default: drawn and printed)", low=0, high=MAX_SEED, group=_PICTURE, metavar="N",
+        record="always", workflow="replaces", sweep="whole numbers",
+    )  # fmt: skip
+    steps: int = setting(
+        30, help="steps of base and refiner together (30)", unit="steps", low=1, group=_DENOISING, metavar="N",
+        record="always", sweep="whole numbers", on_sheet=True,
+    )  # fmt: skip
+    handoff: float | Literal["auto"] | None = setting(
+        "auto", help="fraction of the noise range that the base denoises; none: the base alone (default 0.8)",
+        unit="fraction", low=0, high=1, without="both", group=_DENOISING, metavar="F|none",
+        parse=_fraction_or_none,
+        advice="choose a fraction between 0 and 1 (0.8 is usual), or none", exclusive="handoff", stage="handoff",
+        sweep="fractions between 0 and 1, and none for the base alone", sweeps_none=True, on_sheet=True, record="own",
+    )  # fmt: skip
+    """diffusers' denoising_end and denoising_start; "auto" is 0.8 if the bundle has a refiner."""
+    handoff_step: int | None = setting(
+        None, help="hand over after K steps", unit="steps", group=_DENOISING, metavar="K", exclusive="handoff",
+        stage="handoff", sweep="whole numbers of steps, and none for the base alone", sweeps_none=True, on_sheet=True,
+        record="always", repeats=False,
+        resolved=lambda resolved: resolved.cut if resolved.uses_refiner and not resolved.refiner_only else None,
+    )  # fmt: skip
+    handoff_sigma: float | None = setting(
+        None, help="hand over at the first sigma at or below S", unit="sigma", low=0, without="low",
+        group=_DENOISING, metavar="S", advice="give a positive number", exclusive="handoff", stage="handoff",
+        on_sheet=True, record="own",
+    )  # fmt: skip
+    guidance: float = setting(
+        5.0, help="classifier-free guidance scale (5.0)", group=_DENOISING, metavar="G", record="always",
+        sweep="numbers", on_sheet=True,
+    )  # fmt: skip
+    refiner_guidance: float | None = setting(
+        None, help="guidance scale of the refiner (default: the base's)", group=_DENOISING, metavar="G",
+        record="always", stage="refiner", follows="guidance", sweep="numbers", on_sheet=True,
+        resolved=lambda resolved: resolved.refiner_guidance if resolved.uses_refiner else None,
+    )  # fmt: skip
+    guidance_rescale: float = setting(
+        0.0, help="0 to 1: reduce the contrast that guidance adds (0)", low=0, high=1, group=_DENOISING, metavar="R",
+        record="always", workflow="beside",
+    )  # fmt: skip
+    guidance_interval: tuple[float, float] = setting(
+        (0.0, 1.0), help="guide these steps only, as fractions (0:1); the others cost half", unit="fraction", low=0,
+        high=1, group=_DENOISING, metavar="LO:HI", parse=_interval, record="always", workflow="beside",
+        advice="give two fractions of the steps in rising order", several_runs=False,
+    )  # fmt: skip
+    sampler: str = setting(
+        "auto", help="sampler (default: the one of the model's scheduler; with --compat comfyui euler)",
+        more_help=f"; one of {', '.join(SAMPLERS)}", group=_DENOISING, metavar="NAME", record="always",
+        sweep="names of samplers", on_sheet=True,
+    )  # fmt: skip
+    refiner_sampler: str | None = setting(
+        None, help="sampler of the refiner (default: the base's)", group=_DENOISING, metavar="NAME", record="always",
+        stage="refiner", follows="sampler", sweep="names of samplers", on_sheet=True,
+        resolved=lambda resolved: resolved.refiner_sampler if resolved.uses_refiner else None,
+    )  # fmt: skip
+    schedule: str = setting(
+        "", help="leading, trailing or linspace, with +karras, +exponential, +beta or +lu (default: the model's own)",
+        more_help=f"; with --compat comfyui normal (default), {_OTHER_SCHEDULES}", group=_DENOISING,
+        metavar="SPACING[+TRANSFORM]", record="always",
+    )  # fmt: skip
+    width: int | None = setting(
+        None, help="width (default: the model's)", unit="pixels", group=_PICTURE, metavar="W", record="always",
+        resolved=lambda resolved: resolved.width,
+    )  # fmt: skip
+    height: int | None = setting(
+        None, help="height (default: the model's)", unit="pixels", group=_PICTURE, metavar="H", record="always",
+        resolved=lambda resolved: resolved.height,
+    )  # fmt: skip
+    aesthetic_score: float = setting(
+        6.0, help="aesthetic score, an input of the refiner (6.0)", group=_DENOISING, metavar="A", stage="score",
+        record="always", sweep="numbers", on_sheet=True, resolved=_side(0, "aesthetic_score"),
+    )  # fmt: skip
+    negative_aesthetic_score: float = setting(
+        2.5, help="aesthetic score of the negative side (2.5)", group=_DENOISING, metavar="A", stage="score",
+        unstated=True, record="always", resolved=_side(1, "negative_aesthetic_score"),
+    )  # fmt: skip
+    tile: bool = setting(
+        False, help="encode and decode in tiles: less memory for large pictures", group=_ENGINES, const=True,
+        record="always", workflow="beside",
+    )  # fmt: skip
+    image: "InputPicture | NDArray[np.uint8] | NDArray[np.float32] | None" = setting(
+        None, help="change this picture (PNG, JPEG, WebP, GIF, BMP), or latents that --save-latents kept",
+        group=_START, metavar="FILE", exclusive="start", is_file=True, record="own",
+    )  # fmt: skip
+    """Pixels uint8 (height, width, 3), or latents float32 as `Run.final` has them."""
+    refine: bool = setting(
+        False, help="change this picture with the refiner alone", group=_START, metavar="FILE", exclusive="start",
+        is_file=True, record="own",
+    )  # fmt: skip
+    strength: float | None = setting(
+        None, help="how much of the picture is changed, 0 to 1 (0.3)", unit="fraction", low=0, high=1,
+        without="low", advice="choose above 0, for hardly a change, to 1, for all of the steps", group=_START,
+        metavar="S", sweep="numbers from 0 to 1", record="own", repeats=True,
+    )  # fmt: skip
+    """The fraction of the steps that change the picture. None is 0.3, or 1 beside `base_start_step`. In ComfyUI's way
+    it is `denoise`: all steps are taken, on a schedule that begins further down."""
+    compat: Literal["diffusers", "comfyui"] = setting(
+        "diffusers", help="whose conventions to follow for noise, prompt weights, timesteps and pixels (diffusers)",
+        choices=("diffusers", "comfyui"), group=_COMFYUI, workflow="replaces",
+    )  # fmt: skip
+    original_size: tuple[int, int] | None = setting(
+        None, help="original size, an input of the model (default: the picture's)", unit="pixels", low=0,
+        high=MAX_SIZE, group=_DENOISING, metavar="WxH", parse=_size,
+    )  # fmt: skip
+    crop: tuple[int, int] = setting(
+        (0, 0), help="top-left corner of the crop, an input of the model (0,0)", unit="pixels", low=0, high=MAX_SIZE,
+        group=_DENOISING, metavar="X,Y", parse=_corner,
+    )  # fmt: skip
+    target_size: tuple[int, int] | None = setting(
+        None, help="target size, an input of the model (default: the picture's)", unit="pixels", low=0, high=MAX_SIZE,
+        group=_DENOISING, metavar="WxH", parse=_size,
+    )  # fmt: skip
+    clip_skip: int = setting(
+        0, help="text encoder layers to skip beyond SDXL's one (0); with --compat comfyui, -1 skips none",
+        unit="layers", group=_DENOISING, metavar="K", workflow="reads",
+    )  # fmt: skip
+    base_end_step: int | None = setting(
+        None, help="the base's end_at_step", unit="steps", low=0, advice="steps count from 0", group=_COMFYUI,
+        metavar="K", stage="handoff",
+    )  # fmt: skip
+    refiner_start_step: int | None = setting(
+        None, help="the refiner's start_at_step", unit="steps", low=0, advice="steps count from 0", group=_COMFYUI,
+        metavar="K", stage="refiner",
+    )  # fmt: skip
+    refiner_add_noise: bool = setting(
+        False, help="the refiner's add_noise: enable", group=_COMFYUI, const=True, stage="refiner"
+    )
+    leftover_noise: bool | None = setting(
+        None, help="the base's return_with_leftover_noise: disable", group=_COMFYUI, option="--no-leftover-noise",
+        const=False, stage="handoff",
+    )  # fmt: skip
+    """Whether the base leaves the noise of the sigma it stops at; None: if a refiner continues from there."""
+    prediction_type: str = setting(
+        "auto", help="what the UNets predict (auto: as the bundle states)", group=_DENOISING,
+        choices=("auto", "epsilon", "v_prediction", "sample"), workflow="beside",
+    )  # fmt: skip
+    count: int | None = setting(
+        None, help="number of pictures, with seeds N, N+1, … (1)", unit="pictures", low=1, high=10_000,
+        group=_PICTURE, option="-n", metavar="COUNT", record="own", repeats=True,
+    )  # fmt: skip
+    latents: "NDArray[np.float32] | None" = setting(
+        None, help="initial noise, float32 of unit variance", group=_DENOISING, metavar="FILE.npy", is_file=True,
+        record="own", workflow="beside", several_runs=False,
+    )  # fmt: skip
+    """Shape (count, channels, height/8, width/8)."""
+
+    # What only a workflow states.
+    base_start_step: int = setting(0, unit="steps", low=0, advice="steps count from 0", record="workflow")
+    base_add_noise: bool = setting(True, record="workflow")
+    refiner_end_step: int | None = setting(
+        None, unit="steps", low=0, advice="steps count from 0", record="workflow", stage="refiner"
+    )
+    refiner_leftover_noise: bool = setting(False, record="workflow", stage="refiner")
+    base_sides: "tuple[Side, Side] | None" = setting(None, record="workflow")
+    """The base's (positive, negative) conditioning, in place of the prompts above."""
+    refiner_sides: "tuple[Side, Side] | None" = setting(None, record="workflow", stage="refiner")
+    refiner_seed: int | None = setting(None, low=0, high=MAX_SEED, record="workflow", stage="refiner")
+    """The seed of the refiner's own noise; None: the base's noise continues."""
+    refiner_strength: float | None = setting(None, record="workflow", stage="refiner")
+    """The refiner's `denoise`, on a schedule of its own; None shares the base's schedule."""
+    checkpoints: tuple[str, ...] = setting((), record="no")
+    """The workflow's names of the models, base first."""
+    graph: str = setting("", record="no")
+    """The ComfyUI graph that makes the picture, as JSON in API form, if this request comes from one."""
+
+    @property
+    def comfyui(self) -> bool:
+        """Return whether ComfyUI's conventions are followed."""
+        return self.compat == "comfyui"

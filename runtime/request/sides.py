@@ -1,6 +1,6 @@
 """What each side of a stage, positive and negative, is told: prompt, sizes, crop, score; defaults are resolved here."""
 
-__all__ = ["ResolvedSide", "Side", "SideMix", "SideSettings", "StageName", "ToldMix", "most_skipped", "resolve_sides"]
+__all__ = ["ResolvedSide", "Side", "SideMix", "StageName", "ToldMix", "most_skipped", "resolve_sides"]
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ from typing import Literal
 from sdxl_trt.engines import UsageError
 from sdxl_trt.engines.bundle import Manifest, Stage
 from sdxl_trt.runtime.diffusion import MicroConditions
+from sdxl_trt.runtime.request.request import Request
+from sdxl_trt.runtime.request.settings import settings_of
 from sdxl_trt.runtime.text import PENULTIMATE, Prompt
 
 StageName = Literal["base", "refiner"]
 Pair = tuple[int, int]
-MAX_CONDITION = 1 << 20
-"""More than any size that a picture is said to have had; float32 holds every whole number up to it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,28 +46,6 @@ class Side:
     crop: Pair | None = None
     target_size: Pair | None = None
     aesthetic_score: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class SideSettings:
-    """What a request says of all sides, and of those of one stage, (positive, negative).
-
-    `negative` None is an absent negative prompt, which is not the same as "". Sizes are (height, width) in pixels,
-    None those of the picture; a crop is (top, left). `clip_skip` layers more than SDXL's one are left out;
-    -1, ComfyUI's alone, is the last one too.
-    """
-
-    prompt_2: str | None = None
-    negative: str | None = None
-    negative_2: str | None = None
-    aesthetic_score: float = 6.0
-    negative_aesthetic_score: float = 2.5
-    original_size: Pair | None = None
-    crop: Pair = (0, 0)
-    target_size: Pair | None = None
-    clip_skip: int = 0
-    base_sides: tuple[Side, Side] | None = None
-    refiner_sides: tuple[Side, Side] | None = None
 
 
 @dataclass(frozen=True)
@@ -110,14 +88,15 @@ class ResolvedSide:
 
 
 def resolve_sides(
-    prompt: str, settings: SideSettings, manifest: Manifest, size: Pair, *, comfyui: bool
+    settings: Request, manifest: Manifest, size: Pair
 ) -> Mapping[StageName, tuple[ResolvedSide, ResolvedSide]]:
     """Return what the (positive, negative) sides of every stage are told for a picture of `size` (height, width).
 
     As in diffusers an absent negative is zeroed where the stage's config says so, and only the positive skips layers;
-    with `comfyui` it is "", and both skip. Raises UsageError.
+    in ComfyUI's way it is "", and both skip. Raises UsageError.
     """
-    _check(settings, manifest, comfyui=comfyui)
+    comfyui = settings.comfyui
+    _check(settings, manifest)
     stages: dict[StageName, Stage] = {"base": manifest.base}
     if manifest.refiner is not None:
         stages["refiner"] = manifest.refiner
@@ -126,7 +105,7 @@ def resolve_sides(
     for name, stage in stages.items():
         zeroed = settings.negative is None and stage.force_zeros_for_empty_prompt and not comfyui
         usual = (
-            Side(text=prompt, text_2=settings.prompt_2 or prompt),
+            Side(text=settings.prompt, text_2=settings.prompt_2 or settings.prompt),
             # As in diffusers, an empty second prompt means the first one.
             Side(text=settings.negative or "", text_2=settings.negative_2 or settings.negative or "", zeroed=zeroed),
         )
@@ -138,7 +117,7 @@ def resolve_sides(
     return told
 
 
-def _settled(side: Side, settings: SideSettings, size: Pair, clip_skip: int) -> ResolvedSide:
+def _settled(side: Side, settings: Request, size: Pair, clip_skip: int) -> ResolvedSide:
     scores = settings.aesthetic_score, settings.negative_aesthetic_score
     if side.aesthetic_score is not None:
         # Which of the two is read depends on the side, and this is the side's.
@@ -169,20 +148,14 @@ def _all(sides: tuple[Side, ...]) -> Iterator[Side]:
         yield from _all(side.combined)
 
 
-def _check(settings: SideSettings, manifest: Manifest, *, comfyui: bool) -> None:
+def _check(settings: Request, manifest: Manifest) -> None:
     if settings.negative is None and settings.negative_2 is not None:
         raise UsageError('--negative-2 without --negative: give --negative too, "" if it is to be empty')
     sides = [*_all((*(settings.base_sides or ()), *(settings.refiner_sides or ())))]
-    conditions = {
-        "--original-size": [settings.original_size, *(side.original_size for side in sides)],
-        "--crop": [settings.crop, *(side.crop for side in sides)],
-        "--target-size": [settings.target_size, *(side.target_size for side in sides)],
-    }
-    for option, pairs in conditions.items():
-        for value in (value for pair in pairs if pair is not None for value in pair):
-            if not 0 <= value <= MAX_CONDITION:
-                raise UsageError(f"{option}: {value} pixels given; choose 0 to {MAX_CONDITION}")
-    least, most = -1 if comfyui else 0, most_skipped(manifest)
+    for declared in settings_of(Request).values():
+        for side in sides:
+            declared.check(getattr(side, declared.name, None))
+    least, most = -1 if settings.comfyui else 0, most_skipped(manifest)
     for skipped in (settings.clip_skip, *(side.clip_skip for side in sides)):
         if skipped is not None and not least <= skipped <= most:
             more = ", or with --compat comfyui -1 for the last layer" if skipped == -1 else ""

@@ -9,6 +9,8 @@ __all__ = ["DEFAULT_STRENGTH", "first_step", "grid_steps", "is_whole", "settled_
 import math
 
 from sdxl_trt.engines import UsageError
+from sdxl_trt.runtime.request.request import Request
+from sdxl_trt.runtime.request.settings import settings_of
 
 DEFAULT_STRENGTH = 0.3
 """diffusers' own for SDXL pictures."""
@@ -22,8 +24,7 @@ def settled_strength(strength: float | None, start: int, *, picture: bool, comfy
     """
     if strength is None:
         return DEFAULT_STRENGTH if picture and not start else 1.0
-    if not 0.0 < strength <= 1.0:
-        raise UsageError(f"--strength {strength:g}: choose above 0, for hardly a change, to 1, for all of the steps")
+    settings_of(Request)["strength"].check(strength)
     if strength < 1.0 and start:
         raise UsageError(f"a strength of {strength:g} and a start at step {start} say the same thing; give one of them")
     if not picture and not comfyui:

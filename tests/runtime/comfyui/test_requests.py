@@ -84,10 +84,15 @@ WORKFLOW = _workflow(BASE, REFINER)
 
 def test_both_samplings_are_the_request_s(manifest: Manifest, caplog: Any) -> None:
     resolved = resolve_request(workflow_request(WORKFLOW, manifest), manifest)
-    assert (resolved.compat, resolved.steps, resolved.spacing, resolved.sampler) == ("comfyui", 50, "normal", "euler")
+    assert (resolved.request.compat, resolved.request.steps, resolved.request.schedule, resolved.request.sampler) == (
+        "comfyui",
+        50,
+        "normal",
+        "euler",
+    )
     assert (resolved.width, resolved.height) == (1024, 512)
     assert (resolved.seeds, resolved.refiner_seeds) == ((2**63, 2**63), (7, 7))
-    assert (resolved.guidance, resolved.refiner_guidance) == (8.0, 7.0)
+    assert (resolved.request.guidance, resolved.refiner_guidance) == (8.0, 7.0)
     assert (resolved.base.start, resolved.base.stop, resolved.base.leftover_noise) == (0, 40, True)
     assert (resolved.refiner.start, resolved.refiner.stop, resolved.refiner.add_noise) == (40, 50, False)
     positive, negative = resolved.sides["base"]

@@ -17,8 +17,9 @@ from sdxl_trt.engines.errors import UsageError
 from sdxl_trt.runtime.cli.options import check_alone_with_workflow, make_parser
 from sdxl_trt.runtime.cli.repeat import repeated
 from sdxl_trt.runtime.images.files import PARAMETERS, SETTINGS, WORKFLOW, save_image
-from sdxl_trt.runtime.images.metadata import ImageSettings, describe, parse_settings, read_settings
+from sdxl_trt.runtime.images.metadata import describe
 from sdxl_trt.runtime.images.provenance import BundleName
+from sdxl_trt.runtime.pipeline.record import ImageSettings, parse_settings, read_settings
 
 MADE: dict[str, Any] = {
     "prompt": "a red fox", "prompt_2": "a red fox", "negative": "blurry", "negative_2": "blurry", "seed": 2**64 - 1,

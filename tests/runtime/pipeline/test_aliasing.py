@@ -72,9 +72,9 @@ def _by_hand(toy: Pipeline, job: Job, group: slice, *, comfyui: bool) -> Iterato
     micro = request.sides["base"][0].micro
     conditions = make_conditions(engine, stage, EMBEDS, EMBEDS, micro, guidance.scale, len(start), comfyui_rule=comfyui)
     denoise = Denoiser(engine, schedule, conditions, stage.scheduler.prediction_type, guidance)
-    span = brownian_span(request.sampler, schedule.sigmas, schedule.sigmas, comfyui=comfyui)
+    span = brownian_span(request.request.sampler, schedule.sigmas, schedule.sigmas, comfyui=comfyui)
     noise = deepcopy(job.noises["base"]).source(start.shape[1:], group, span)
-    return bind_sampler(request.sampler, noise, comfyui=comfyui)(denoise, start, schedule.sigmas)
+    return bind_sampler(request.request.sampler, noise, comfyui=comfyui)(denoise, start, schedule.sigmas)
 
 
 @pytest.mark.parametrize(("name", "comfyui"), ALL)

@@ -19,8 +19,9 @@ from sdxl_trt.runtime.cli.generate import main as trt_generate
 from sdxl_trt.runtime.cli.repeat import repeated
 from sdxl_trt.runtime.images.files import save_image
 from sdxl_trt.runtime.images.inputs import read_input
-from sdxl_trt.runtime.images.metadata import describe, read_settings
+from sdxl_trt.runtime.images.metadata import describe
 from sdxl_trt.runtime.pipeline import pipeline
+from sdxl_trt.runtime.pipeline.record import read_settings
 
 pytestmark = pytest.mark.slow
 

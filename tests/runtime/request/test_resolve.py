@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from sdxl_trt.engines.bundle.manifest import Manifest, Scheduler, Stage, Vae
 from sdxl_trt.engines.errors import SizeError, UsageError
-from sdxl_trt.runtime.request.request import Request
-from sdxl_trt.runtime.request.resolve import MAX_SEED, resolve_request
+from sdxl_trt.runtime.request.request import MAX_SEED, Request
+from sdxl_trt.runtime.request.resolve import resolve_request
 from sdxl_trt.runtime.request.sizes import MAX_SIDE
 
 FIXTURES = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
@@ -47,8 +47,8 @@ def alone(manifest: Manifest) -> Manifest:
 
 def test_the_defaults_are_the_documented_ones(manifest: Manifest) -> None:
     resolved = resolve_request(Request("a red fox", seed=0), manifest)
-    assert (resolved.width, resolved.height, resolved.steps, resolved.cut) == (1024, 1024, 30, 23)
-    assert (resolved.guidance, resolved.refiner_guidance, resolved.seeds) == (5.0, 5.0, (0,))
+    assert (resolved.width, resolved.height, resolved.request.steps, resolved.cut) == (1024, 1024, 30, 23)
+    assert (resolved.request.guidance, resolved.refiner_guidance, resolved.seeds) == (5.0, 5.0, (0,))
     for told in resolved.sides["base"] + resolved.sides["refiner"]:
         assert (told.micro.aesthetic_score, told.micro.negative_aesthetic_score) == (6.0, 2.5)
         assert (told.micro.original_size, told.micro.crop) == ((1024, 1024), (0, 0))
@@ -124,14 +124,16 @@ def _recording(manifest: Manifest, sampler: str) -> Manifest:
 
 
 def test_the_bundle_says_which_sampler_its_author_chose(manifest: Manifest) -> None:
-    assert resolve_request(Request(), manifest).sampler == "euler", "bundles of before say nothing"
+    assert resolve_request(Request(), manifest).request.sampler == "euler", "bundles of before say nothing"
     bundle = _recording(manifest, "dpmpp_2m")
     resolved = resolve_request(Request(), bundle)
-    assert (resolved.sampler, resolved.refiner_sampler) == ("dpmpp_2m", "dpmpp_2m")
+    assert (resolved.request.sampler, resolved.refiner_sampler) == ("dpmpp_2m", "dpmpp_2m")
     asked = resolve_request(Request(sampler="dpmpp_2m"), manifest)
     np.testing.assert_array_equal(resolved.schedule.sigmas, asked.schedule.sigmas)
-    assert resolve_request(Request(sampler="heun"), bundle).sampler == "heun"
-    assert resolve_request(Request(compat="comfyui"), bundle).sampler == "euler", "ComfyUI knows no folder's scheduler"
+    assert resolve_request(Request(sampler="heun"), bundle).request.sampler == "heun"
+    assert resolve_request(Request(compat="comfyui"), bundle).request.sampler == "euler", (
+        "ComfyUI knows no folder's scheduler"
+    )
     with pytest.raises(UsageError, match="--sampler 'tomorrows' is unknown"):
         resolve_request(Request(), _recording(manifest, "tomorrows"))
 
@@ -233,7 +235,7 @@ def test_comfyui_s_way_is_resolved_once(manifest: Manifest) -> None:
     for positive, negative in resolved.sides.values():
         assert (positive.prompt.text, negative.prompt.text) == ("p", "")
         assert not negative.zeroed
-    assert resolve_request(Request(compat="comfyui", schedule="karras"), manifest).spacing == "karras"
+    assert resolve_request(Request(compat="comfyui", schedule="karras"), manifest).request.schedule == "karras"
 
 
 @pytest.mark.parametrize(

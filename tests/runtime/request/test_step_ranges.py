@@ -9,7 +9,8 @@ import pytest
 from sdxl_trt.engines.bundle.manifest import Scheduler
 from sdxl_trt.engines.errors import UsageError
 from sdxl_trt.runtime.diffusion.schedules.schedule import Schedule, make_comfyui_schedule
-from sdxl_trt.runtime.request.handoff import HandoffSettings, StageRanges, StepRange, split_steps
+from sdxl_trt.runtime.request import Request
+from sdxl_trt.runtime.request.handoff import StageRanges, StepRange, split_steps
 
 SDXL = Scheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 
@@ -20,7 +21,7 @@ def schedule() -> Schedule:
 
 
 def _cuts(schedule: Schedule, *, refiner: bool = True, **settings: Any) -> StageRanges:
-    return split_steps(HandoffSettings(**settings), schedule, refiner=refiner)
+    return split_steps(Request(**settings), schedule, refiner=refiner)
 
 
 def test_a_handoff_is_one_cut(schedule: Schedule, caplog: Any) -> None:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from sdxl_trt.engines.bundle.manifest import Scheduler
 from sdxl_trt.engines.errors import UsageError
 from sdxl_trt.runtime.diffusion.schedules.schedule import make_comfyui_schedule, make_schedule
-from sdxl_trt.runtime.request.handoff import HandoffSettings, StageRanges, StepRange, split_steps
+from sdxl_trt.runtime.request import Request
+from sdxl_trt.runtime.request.handoff import StageRanges, StepRange, split_steps
 from sdxl_trt.runtime.request.strength import first_step, grid_steps, settled_strength
 
 SDXL = Scheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading",
@@ -88,7 +89,7 @@ SCHEDULE = make_schedule(SDXL, 30)
 
 
 def _cuts(begin: int, *, refiner: bool = True, **asked: Any) -> StageRanges:
-    return split_steps(HandoffSettings(**asked), SCHEDULE, refiner=refiner, picture=begin)
+    return split_steps(Request(**asked), SCHEDULE, refiner=refiner, picture=begin)
 
 
 def test_a_picture_comes_in_on_the_way() -> None:
