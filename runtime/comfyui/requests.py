@@ -51,17 +51,10 @@ from sdxl_trt.runtime.comfyui.workflow import (
     ancestry,
 )
 from sdxl_trt.runtime.images import InputPicture, read_input
-from sdxl_trt.runtime.request import Request, Side, SideMix, StageName, resolve_request
+from sdxl_trt.runtime.request import Request, Side, SideMix, StageName, resolve_request, settings_of
 
 _OWN_SEEDS = ("seed", "noise_seed")
-_FIELDS = {
-    "--steps": "steps", "--guidance": "cfg", "--refiner-guidance": "cfg", "--seed": "the seed", "--strength": "denoise",
-    "--width": "the width", "--height": "the height", "-n": "batch_size",
-    "--original-size": "the size", "--crop": "the crop", "--target-size": "the target size",
-    "--base-start-step": "start_at_step", "--base-end-step": "end_at_step", "--refiner-start-step": "start_at_step",
-    "--refiner-end-step": "end_at_step", "--aesthetic-score": "ascore", "--negative-aesthetic-score": "ascore",
-    "--sampler": "sampler_name", "--refiner-sampler": "sampler_name", "--schedule": "scheduler",
-}  # fmt: skip
+_FIELDS = {each.word: each.node for each in settings_of(Request).values() if each.node}
 """What a node calls what an option states."""
 
 

@@ -5,8 +5,12 @@ __all__ = ["ImageSettings", "finish", "parse_settings", "read_settings"]
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import reduce
+from operator import or_
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from types import NoneType
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
 import msgspec
 import numpy as np
@@ -16,7 +20,7 @@ from sdxl_trt.engines import UsageError
 from sdxl_trt.runtime.comfyui import write_workflow
 from sdxl_trt.runtime.images import SETTINGS, BundleName, Fit, Picture, bundle_name, read_texts
 from sdxl_trt.runtime.pipeline.run import Run
-from sdxl_trt.runtime.request import Request, ResolvedRequest, record_fields, settings_of
+from sdxl_trt.runtime.request import Request, ResolvedRequest, Setting, record_fields, settings_of
 
 _SETTINGS = settings_of(Request).values()
 MAX_TEXT = 1 << 20
@@ -44,6 +48,16 @@ class _Facts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     follows another; so are the handoffs, of which a single picture has only the step."""
 
 
+def _recorded(declared: Setting) -> Setting:
+    """Return a setting with the type of its values in a record: one that is always kept is None only if it says so."""
+    if declared.record != "always" or isinstance(declared.type, str):
+        return declared
+    kinds = [kind for kind in (get_args(declared.type) or [declared.type]) if kind is not NoneType]
+    if get_origin(declared.type) is tuple:
+        kinds = [declared.type]
+    return replace(declared, type=reduce(or_, [*kinds, *([NoneType] if declared.record_none else [])]))
+
+
 if TYPE_CHECKING:
 
     class ImageSettings(_Facts, frozen=True):
@@ -59,10 +73,11 @@ else:
     ImageSettings = msgspec.defstruct(
         "ImageSettings",
         [
-            (name, kind | None if each.resolved else kind) if each.record == "always" else (name, kind, default)
+            # A switch may be missing: older records lack some.
+            (name, kind) if each.record == "always" and each.const is ... else (name, kind, default)
             for each in _SETTINGS
             if each.record in ("always", "changed", "own")
-            for name, kind, default in record_fields([each], _LIMITS)
+            for name, kind, default in record_fields([_recorded(each)], _LIMITS)
         ],
         bases=(_Facts,), frozen=True, kw_only=True, forbid_unknown_fields=True,
     )  # fmt: skip

@@ -87,59 +87,56 @@ class Request:
     """
 
     prompt: str = setting(
-        "",
-        help="what the picture shows",
-        unstated=True,
-        record="always",
+        "", help="what the picture shows", unstated=True, record="always",
         resolved=lambda resolved: resolved.prompt.text,
-    )
+    )  # fmt: skip
     prompt_2: str | None = setting(
         None, help="prompt of the second text encoder (default: the prompt)", group=_PICTURE, metavar="TEXT",
         record="always", follows="prompt", resolved=lambda resolved: resolved.prompt.text_2,
     )  # fmt: skip
     negative: str | None = setting(
-        None, help='negative prompt; leaving it out is not the same as ""', group=_PICTURE, metavar="TEXT",
-        record="always", resolved=lambda resolved: resolved.negative and resolved.negative.text,
+        None, record_none=True, help='negative prompt; leaving it out is not the same as ""', group=_PICTURE,
+        metavar="TEXT", record="always", resolved=lambda resolved: resolved.negative and resolved.negative.text,
     )  # fmt: skip
     negative_2: str | None = setting(
-        None, help="negative prompt of the second text encoder", group=_PICTURE, metavar="TEXT", record="always",
-        follows="negative", resolved=lambda resolved: resolved.negative and resolved.negative.text_2,
+        None, record_none=True, help="negative prompt of the second text encoder", group=_PICTURE, metavar="TEXT",
+        record="always", follows="negative", resolved=lambda resolved: resolved.negative and resolved.negative.text_2,
     )  # fmt: skip
     seed: int | None = setting(
-        None, help="0 to 2^64-1 (default: drawn and printed)", low=0, high=MAX_SEED, group=_PICTURE, metavar="N",
-        record="always", workflow="replaces", sweep="whole numbers",
+        None, node="the seed", help="0 to 2^64-1 (default: drawn and printed)", low=0, high=MAX_SEED, group=_PICTURE,
+        metavar="N", record="always", workflow="replaces", sweep="whole numbers",
     )  # fmt: skip
     steps: int = setting(
-        30, help="steps of base and refiner together (30)", unit="steps", low=1, group=_DENOISING, metavar="N",
-        record="always", sweep="whole numbers", on_sheet=True,
+        30, node="steps", model_range=True, help="steps of base and refiner together (30)", unit="steps", low=1,
+        group=_DENOISING, metavar="N", record="always", sweep="whole numbers", on_sheet=True,
     )  # fmt: skip
     handoff: float | Literal["auto"] | None = setting(
         "auto", help="fraction of the noise range that the base denoises; none: the base alone (default 0.8)",
-        unit="fraction", low=0, high=1, without="both", group=_DENOISING, metavar="F|none",
-        parse=_fraction_or_none,
+        unit="fraction", low=0, high=1, without="both", group=_DENOISING, metavar="F|none", parse=_fraction_or_none,
         advice="choose a fraction between 0 and 1 (0.8 is usual), or none", exclusive="handoff", stage="handoff",
         sweep="fractions between 0 and 1, and none for the base alone", sweeps_none=True, on_sheet=True, record="own",
     )  # fmt: skip
     """diffusers' denoising_end and denoising_start; "auto" is 0.8 if the bundle has a refiner."""
     handoff_step: int | None = setting(
-        None, help="hand over after K steps", unit="steps", group=_DENOISING, metavar="K", exclusive="handoff",
-        stage="handoff", sweep="whole numbers of steps, and none for the base alone", sweeps_none=True, on_sheet=True,
-        record="always", repeats=False,
+        None, record_none=True, low=0, model_range=True, help="hand over after K steps", unit="steps",
+        group=_DENOISING, metavar="K", exclusive="handoff", stage="handoff",
+        sweep="whole numbers of steps, and none for the base alone", sweeps_none=True, on_sheet=True, record="always",
+        repeats=False,
         resolved=lambda resolved: resolved.cut if resolved.uses_refiner and not resolved.refiner_only else None,
     )  # fmt: skip
     handoff_sigma: float | None = setting(
-        None, help="hand over at the first sigma at or below S", unit="sigma", low=0, without="low",
-        group=_DENOISING, metavar="S", advice="give a positive number", exclusive="handoff", stage="handoff",
-        on_sheet=True, record="own",
+        None, help="hand over at the first sigma at or below S", unit="sigma", low=0, without="low", group=_DENOISING,
+        metavar="S", advice="give a positive number", exclusive="handoff", stage="handoff", on_sheet=True,
+        record="own",
     )  # fmt: skip
     guidance: float = setting(
-        5.0, help="classifier-free guidance scale (5.0)", group=_DENOISING, metavar="G", record="always",
+        5.0, node="cfg", help="classifier-free guidance scale (5.0)", group=_DENOISING, metavar="G", record="always",
         sweep="numbers", on_sheet=True,
     )  # fmt: skip
     refiner_guidance: float | None = setting(
-        None, help="guidance scale of the refiner (default: the base's)", group=_DENOISING, metavar="G",
-        record="always", stage="refiner", follows="guidance", sweep="numbers", on_sheet=True,
-        resolved=lambda resolved: resolved.refiner_guidance if resolved.uses_refiner else None,
+        None, node="cfg", record_none=True, help="guidance scale of the refiner (default: the base's)",
+        group=_DENOISING, metavar="G", record="always", stage="refiner", follows="guidance", sweep="numbers",
+        on_sheet=True, resolved=lambda resolved: resolved.refiner_guidance if resolved.uses_refiner else None,
     )  # fmt: skip
     guidance_rescale: float = setting(
         0.0, help="0 to 1: reduce the contrast that guidance adds (0)", low=0, high=1, group=_DENOISING, metavar="R",
@@ -151,35 +148,39 @@ class Request:
         advice="give two fractions of the steps in rising order", several_runs=False,
     )  # fmt: skip
     sampler: str = setting(
-        "auto", help="sampler (default: the one of the model's scheduler; with --compat comfyui euler)",
+        "auto", node="sampler_name", longest=100,
+        help="sampler (default: the one of the model's scheduler; with --compat comfyui euler)",
         more_help=f"; one of {', '.join(SAMPLERS)}", group=_DENOISING, metavar="NAME", record="always",
         sweep="names of samplers", on_sheet=True,
     )  # fmt: skip
     refiner_sampler: str | None = setting(
-        None, help="sampler of the refiner (default: the base's)", group=_DENOISING, metavar="NAME", record="always",
-        stage="refiner", follows="sampler", sweep="names of samplers", on_sheet=True,
+        None, node="sampler_name", record_none=True, longest=100, help="sampler of the refiner (default: the base's)",
+        group=_DENOISING, metavar="NAME", record="always", stage="refiner", follows="sampler",
+        sweep="names of samplers", on_sheet=True,
         resolved=lambda resolved: resolved.refiner_sampler if resolved.uses_refiner else None,
     )  # fmt: skip
     schedule: str = setting(
-        "", help="leading, trailing or linspace, with +karras, +exponential, +beta or +lu (default: the model's own)",
+        "", node="scheduler", longest=100,
+        help="leading, trailing or linspace, with +karras, +exponential, +beta or +lu (default: the model's own)",
         more_help=f"; with --compat comfyui normal (default), {_OTHER_SCHEDULES}", group=_DENOISING,
         metavar="SPACING[+TRANSFORM]", record="always",
     )  # fmt: skip
     width: int | None = setting(
-        None, help="width (default: the model's)", unit="pixels", group=_PICTURE, metavar="W", record="always",
-        resolved=lambda resolved: resolved.width,
+        None, node="the width", low=1, model_range=True, help="width (default: the model's)", unit="pixels",
+        group=_PICTURE, metavar="W", record="always", resolved=lambda resolved: resolved.width,
     )  # fmt: skip
     height: int | None = setting(
-        None, help="height (default: the model's)", unit="pixels", group=_PICTURE, metavar="H", record="always",
-        resolved=lambda resolved: resolved.height,
+        None, node="the height", low=1, model_range=True, help="height (default: the model's)", unit="pixels",
+        group=_PICTURE, metavar="H", record="always", resolved=lambda resolved: resolved.height,
     )  # fmt: skip
     aesthetic_score: float = setting(
-        6.0, help="aesthetic score, an input of the refiner (6.0)", group=_DENOISING, metavar="A", stage="score",
-        record="always", sweep="numbers", on_sheet=True, resolved=_side(0, "aesthetic_score"),
+        6.0, node="ascore", record_none=True, help="aesthetic score, an input of the refiner (6.0)", group=_DENOISING,
+        metavar="A", stage="score", record="always", sweep="numbers", on_sheet=True,
+        resolved=_side(0, "aesthetic_score"),
     )  # fmt: skip
     negative_aesthetic_score: float = setting(
-        2.5, help="aesthetic score of the negative side (2.5)", group=_DENOISING, metavar="A", stage="score",
-        unstated=True, record="always", resolved=_side(1, "negative_aesthetic_score"),
+        2.5, node="ascore", record_none=True, help="aesthetic score of the negative side (2.5)", group=_DENOISING,
+        metavar="A", stage="score", unstated=True, record="always", resolved=_side(1, "negative_aesthetic_score"),
     )  # fmt: skip
     tile: bool = setting(
         False, help="encode and decode in tiles: less memory for large pictures", group=_ENGINES, const=True,
@@ -195,7 +196,7 @@ class Request:
         is_file=True, record="own",
     )  # fmt: skip
     strength: float | None = setting(
-        None, help="how much of the picture is changed, 0 to 1 (0.3)", unit="fraction", low=0, high=1,
+        None, node="denoise", help="how much of the picture is changed, 0 to 1 (0.3)", unit="fraction", low=0, high=1,
         without="low", advice="choose above 0, for hardly a change, to 1, for all of the steps", group=_START,
         metavar="S", sweep="numbers from 0 to 1", record="own", repeats=True,
     )  # fmt: skip
@@ -206,32 +207,33 @@ class Request:
         choices=("diffusers", "comfyui"), group=_COMFYUI, workflow="replaces",
     )  # fmt: skip
     original_size: tuple[int, int] | None = setting(
-        None, help="original size, an input of the model (default: the picture's)", unit="pixels", low=0,
-        high=MAX_SIZE, group=_DENOISING, metavar="WxH", parse=_size,
+        None, node="the size", help="original size, an input of the model (default: the picture's)", unit="pixels",
+        low=0, high=MAX_SIZE, group=_DENOISING, metavar="WxH", parse=_size,
     )  # fmt: skip
     crop: tuple[int, int] = setting(
-        (0, 0), help="top-left corner of the crop, an input of the model (0,0)", unit="pixels", low=0, high=MAX_SIZE,
-        group=_DENOISING, metavar="X,Y", parse=_corner,
+        (0, 0), node="the crop", help="top-left corner of the crop, an input of the model (0,0)", unit="pixels", low=0,
+        high=MAX_SIZE, group=_DENOISING, metavar="X,Y", parse=_corner,
     )  # fmt: skip
     target_size: tuple[int, int] | None = setting(
-        None, help="target size, an input of the model (default: the picture's)", unit="pixels", low=0, high=MAX_SIZE,
-        group=_DENOISING, metavar="WxH", parse=_size,
+        None, node="the target size", help="target size, an input of the model (default: the picture's)",
+        unit="pixels", low=0, high=MAX_SIZE, group=_DENOISING, metavar="WxH", parse=_size,
     )  # fmt: skip
     clip_skip: int = setting(
-        0, help="text encoder layers to skip beyond SDXL's one (0); with --compat comfyui, -1 skips none",
-        unit="layers", group=_DENOISING, metavar="K", workflow="reads",
+        0, low=-1, model_range=True,
+        help="text encoder layers to skip beyond SDXL's one (0); with --compat comfyui, -1 skips none", unit="layers",
+        group=_DENOISING, metavar="K", workflow="reads",
     )  # fmt: skip
     base_end_step: int | None = setting(
-        None, help="the base's end_at_step", unit="steps", low=0, advice="steps count from 0", group=_COMFYUI,
-        metavar="K", stage="handoff",
+        None, node="end_at_step", help="the base's end_at_step", unit="steps", low=0, advice="steps count from 0",
+        group=_COMFYUI, metavar="K", stage="handoff",
     )  # fmt: skip
     refiner_start_step: int | None = setting(
-        None, help="the refiner's start_at_step", unit="steps", low=0, advice="steps count from 0", group=_COMFYUI,
-        metavar="K", stage="refiner",
+        None, node="start_at_step", help="the refiner's start_at_step", unit="steps", low=0,
+        advice="steps count from 0", group=_COMFYUI, metavar="K", stage="refiner",
     )  # fmt: skip
     refiner_add_noise: bool = setting(
-        False, help="the refiner's add_noise: enable", group=_COMFYUI, const=True, stage="refiner"
-    )
+        False, help="the refiner's add_noise: enable", group=_COMFYUI, const=True, stage="refiner",
+    )  # fmt: skip
     leftover_noise: bool | None = setting(
         None, help="the base's return_with_leftover_noise: disable", group=_COMFYUI, option="--no-leftover-noise",
         const=False, stage="handoff",
@@ -242,8 +244,8 @@ class Request:
         choices=("auto", "epsilon", "v_prediction", "sample"), workflow="beside",
     )  # fmt: skip
     count: int | None = setting(
-        None, help="number of pictures, with seeds N, N+1, … (1)", unit="pictures", low=1, high=10_000,
-        group=_PICTURE, option="-n", metavar="COUNT", record="own", repeats=True,
+        None, node="batch_size", help="number of pictures, with seeds N, N+1, … (1)", unit="pictures", low=1,
+        high=10_000, group=_PICTURE, option="-n", metavar="COUNT", record="own", repeats=True,
     )  # fmt: skip
     latents: "NDArray[np.float32] | None" = setting(
         None, help="initial noise, float32 of unit variance", group=_DENOISING, metavar="FILE.npy", is_file=True,
@@ -252,16 +254,18 @@ class Request:
     """Shape (count, channels, height/8, width/8)."""
 
     # What only a workflow states.
-    base_start_step: int = setting(0, unit="steps", low=0, advice="steps count from 0", record="workflow")
+    base_start_step: int = setting(
+        0, node="start_at_step", unit="steps", low=0, advice="steps count from 0", record="workflow",
+    )  # fmt: skip
     base_add_noise: bool = setting(True, record="workflow")
     refiner_end_step: int | None = setting(
-        None, unit="steps", low=0, advice="steps count from 0", record="workflow", stage="refiner"
-    )
+        None, node="end_at_step", unit="steps", low=0, advice="steps count from 0", record="workflow", stage="refiner",
+    )  # fmt: skip
     refiner_leftover_noise: bool = setting(False, record="workflow", stage="refiner")
     base_sides: "tuple[Side, Side] | None" = setting(None, record="workflow")
     """The base's (positive, negative) conditioning, in place of the prompts above."""
     refiner_sides: "tuple[Side, Side] | None" = setting(None, record="workflow", stage="refiner")
-    refiner_seed: int | None = setting(None, low=0, high=MAX_SEED, record="workflow", stage="refiner")
+    refiner_seed: int | None = setting(None, option="--seed", low=0, high=MAX_SEED, record="workflow", stage="refiner")
     """The seed of the refiner's own noise; None: the base's noise continues."""
     refiner_strength: float | None = setting(None, record="workflow", stage="refiner")
     """The refiner's `denoise`, on a schedule of its own; None shares the base's schedule."""

@@ -33,6 +33,10 @@ class Setting:
     high: float | None = None
     without: Literal["", "low", "both"] = ""
     """The ends that the range does not include."""
+    model_range: bool = False
+    """Whether the range depends on the model and is checked with it; `low` is then for the schema and records."""
+    longest: int = 0
+    """The most characters of a text, or 0 for any number."""
     choices: tuple[str, ...] = ()
     advice: str = ""
     """What to choose, if the range or the choices do not say it well."""
@@ -76,6 +80,10 @@ class Setting:
     """Its value in a ResolvedRequest, for a record that keeps it always; None: the request's own."""
     repeats: bool | None = None
     """Whether ``--from`` takes it from the record; None: if that keeps it always or changed."""
+    record_none: bool = False
+    """Whether a record that keeps it always may hold None."""
+    node: str = ""
+    """What a ComfyUI node calls it, in errors about a workflow."""
     follows: str = ""
     """The setting whose value it takes if it is None."""
 
@@ -100,19 +108,23 @@ class Setting:
 
     def check(self, value: Any) -> None:
         """Raise UsageError if `value` is outside the declared range or choices; None never is."""
+        if value is None:
+            return
         if self.choices and value not in self.choices:
             raise UsageError(f"{self.word} {value!r} is unknown; choose one of: {', '.join(self.choices)}")
         for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, int | float) and not isinstance(number, bool) and not self._holds(number):
+            if isinstance(number, int | float) and not self._holds(number):
                 raise UsageError(f"{self.word} {number}: {self.advice or self._range(number)}")
 
     def _holds(self, number: float) -> bool:
+        if self.model_range or isinstance(number, bool):
+            return True
         low = self.low is None or (number > self.low if self.without else number >= self.low)
         high = self.high is None or (number < self.high if self.without == "both" else number <= self.high)
-        return math.isfinite(number) and low and high
+        return low and high and not (isinstance(number, float) and not math.isfinite(number))
 
     def _range(self, number: float) -> str:
-        if self.low is None or not math.isfinite(number):
+        if self.low is None or (isinstance(number, float) and not math.isfinite(number)):
             return "give a finite number"
         return f"choose {self.low} or more" if self.high is None else f"choose {self.low} to {self.high}"
 
@@ -163,12 +175,13 @@ def _typed(declared: Setting, limits: Mapping[type, Mapping[str, Any]]) -> Any:
             return tuple[tuple(map(limited, get_args(kind)))]  # type: ignore[misc]
         if kind is str and declared.choices:
             return Literal[declared.choices]
-        stated = (bounds if kind in (int, float) else {}) or limits.get(kind, {})
+        longest = {"max_length": declared.longest} if kind is str and declared.longest else {}
+        stated = longest or (bounds if kind in (int, float) else {}) or limits.get(kind, {})
         return Annotated[kind, msgspec.Meta(**stated)] if stated else kind
 
     is_union = get_origin(declared.type) in (Union, UnionType)
     members = get_args(declared.type) if is_union else (declared.type,)
     whole: Any = reduce(or_, map(limited, members))
-    extra = {"x-unit": declared.unit} if declared.unit else {}
+    extra: dict[str, Any] = {"x-unit": declared.unit} if declared.unit else {}
     extra |= {"maximum": declared.high} if declared.high and declared.high >= 2**63 else {}
     return Annotated[whole, msgspec.Meta(description=declared.help, extra_json_schema=extra or None)]

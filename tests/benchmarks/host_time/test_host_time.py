@@ -81,7 +81,7 @@ def test_the_bar_is_half_of_diffusers(ours: float, met: bool) -> None:
 def test_a_tiny_run_writes_a_report(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sdxl_trt.benchmarks.host_time.find_spec", lambda name: None)
+    monkeypatch.setattr("sdxl_trt.benchmarks.host_time.__main__.find_spec", lambda name: None)
     results = tmp_path / "host_time.json"
     code = main(["--only", "euler", "--only", "lms", "--rounds", "1", "--steps", "2", "--results", str(results)])
     report = msgspec.json.decode(results.read_bytes(), type=Report)

@@ -113,5 +113,5 @@ def test_equations_are_solved_exactly() -> None:
 
 
 def test_missing_counts_say_how_to_make_them(tmp_path: Path) -> None:
-    with pytest.raises(CorruptError, match=r"benchmarks\.count_sdxl"):
+    with pytest.raises(CorruptError, match=r"benchmarks\.roofline\.count_sdxl"):
         read_counts(tmp_path / "none.json")

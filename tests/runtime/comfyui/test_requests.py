@@ -148,7 +148,7 @@ REFUSED: dict[str, tuple[Sampling, Sampling, str]] = {
     "start": (BASE, replace(REFINER, start=-4), "node 11: start_at_step -4"),
     "steps": (replace(BASE, steps=20_000), replace(REFINER, steps=20_000), "node 10: steps 20000: choose 1 to"),
     "cfg": (replace(BASE, cfg=float("nan")), REFINER, "node 10: cfg nan: give a finite number"),
-    "size": (replace(BASE, positive=(replace(BASE.positive[0], crop=(-1, 0)),)), REFINER, "node 10: the crop: -1"),
+    "size": (replace(BASE, positive=(replace(BASE.positive[0], crop=(-1, 0)),)), REFINER, "node 10: the crop -1"),
 }  # fmt: skip
 
 

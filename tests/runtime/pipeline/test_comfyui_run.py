@@ -46,7 +46,7 @@ def test_a_batch_s_noise_does_not_depend_on_which_pictures_share_a_call(opened: 
 def test_pixels_are_cut_off(opened: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """The decoder answers with nine tenths of the way between two pixel values."""
     value = np.float32(2 * 100.9 / 255 - 1)
-    monkeypatch.setattr(pipeline_module, "decode", lambda *_, **__: np.full((1, 3, 2, 2), value))
+    monkeypatch.setattr(pipeline_module, "decode_latents", lambda *_, **__: np.full((1, 3, 2, 2), value))
     pixels = []
     for compat in ("diffusers", "comfyui"):
         (picture,) = opened.generate(

@@ -15,7 +15,7 @@ from sdxl_trt.runtime import Request, open_bundle
 from sdxl_trt.runtime.pipeline import pipeline as pipeline_module
 from sdxl_trt.runtime.pipeline.pipeline import Pipeline
 from sdxl_trt.runtime.text.encoder import Prompt, PromptEncoder
-from sdxl_trt.runtime.vae import decode_latents as decode_module
+from sdxl_trt.runtime.vae import tile_sizes
 
 PROMPT = "a red fox in the snow"
 SMALL = {"steps": 4, "width": 32, "height": 32, "seed": 5}
@@ -140,7 +140,7 @@ def test_plans_of_a_wide_decoder_decode_in_tiles(
 
 
 def test_tiles_can_be_asked_for(opened: Pipeline, watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode_module, "TILE", 32)
+    monkeypatch.setattr(tile_sizes, "TILE", 32)
     _pixels(opened, tile=True)
     assert set(watch.shapes["vae_decoder"]) == {(1, 4, 16, 16)}
 

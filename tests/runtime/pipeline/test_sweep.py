@@ -123,7 +123,7 @@ def test_a_sheet_tells_what_its_cells_do_not() -> None:
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        (["colour=red"], "one of these keys: handoff"), (["handoff"], "handoff takes fractions"),
+        (["colour=red"], "one of these keys: seed, steps, handoff"), (["handoff"], "handoff takes fractions"),
         (["handoff=0.5,"], "takes fractions"), (["handoff=half"], "takes fractions"), (["guidance=nan"], "numbers"),
         (["seed=1.5"], "whole numbers"), (["sampler=,"], "names of samplers"), (["seed=1,1"], "twice"),
         (["seed=1", "seed=2"], "one or two different"), (["seed=1", "steps=4", "guidance=2"], "one or two different"),
@@ -189,9 +189,9 @@ def test_every_cell_of_a_grid_has_its_titles_and_caption() -> None:
     runs = [
         SimpleNamespace(
             request=SimpleNamespace(
-                prompt=SimpleNamespace(text="a red fox"), negative=SimpleNamespace(text="bad"), steps=10,
-                sampler="euler", guidance=5.0, seeds=(5,), width=128, height=128, image=None, base=StepRange(0, cut),
-                refiner=StepRange(cut, 10) if cut < 10 else None,
+                prompt=SimpleNamespace(text="a red fox"), negative=SimpleNamespace(text="bad"), seeds=(5,),
+                request=Request(steps=10, sampler="euler", guidance=5.0), width=128, height=128, image=None,
+                base=StepRange(0, cut), refiner=StepRange(cut, 10) if cut < 10 else None,
             ),
             manifest=None,
         )

@@ -150,7 +150,7 @@ def test_each_picture_has_the_next_seed(manifest: Manifest) -> None:
 
 @pytest.mark.parametrize("count", [0, -1])
 def test_no_picture_is_refused(manifest: Manifest, count: int) -> None:
-    with pytest.raises(UsageError, match="at least one picture"):
+    with pytest.raises(UsageError, match=f"-n {count}: choose 1 to 10000"):
         resolve_request(Request(count=count), manifest)
 
 
@@ -247,8 +247,8 @@ def test_comfyui_s_way_is_resolved_once(manifest: Manifest) -> None:
         ({"refiner_seed": -1}, "--seed -1"),
         ({"clip_skip": 1}, "--clip-skip 1: choose 0 to 0"),
         ({"clip_skip": -1}, "--clip-skip -1"),
-        ({"original_size": (-1, 5)}, "--original-size: -1 pixels"),
-        ({"crop": (0, 10**400)}, "--crop: 10"),
+        ({"original_size": (-1, 5)}, "--original-size -1: choose 0 to"),
+        ({"crop": (0, 10**400)}, "--crop 10"),
         ({"target_size": (2**21, 5)}, "--target-size"),
     ],
 )

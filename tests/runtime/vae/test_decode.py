@@ -1,7 +1,7 @@
 """The scaling that is undone before the decoder, the tile that is chosen, and answers that are no picture."""
 
 from collections.abc import Mapping, Sequence
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from sdxl_trt.engines.bundle.bundle import read_bundle
 from sdxl_trt.engines.bundle.manifest import Vae
 from sdxl_trt.engines.bundle.profile import Profile
 from sdxl_trt.engines.errors import CorruptError
+from sdxl_trt.engines.residency.pool import EnginePool
 from sdxl_trt.mini.embedded import bundle_path
 from sdxl_trt.runtime.vae.decode import decode_latents
 from sdxl_trt.runtime.vae.tile_sizes import choose_tile, decoder_sizes
@@ -131,7 +132,14 @@ def _pool(provider: str, sizes: dict[str, list[tuple[Any, Any]]], **replaced: st
             Profile(shapes={"latent_sample": ((1, 4, *low), (1, 4, *low), (1, 4, *high))}) for low, high in spans]))
         for name, spans in sizes.items()
     }  # fmt: skip
-    return SimpleNamespace(provider=provider, records=records, stand_in=lambda name: replaced.get(name, name))
+    return _with_profiles(provider=provider, records=records, stand_in=lambda name: replaced.get(name, name))
+
+
+def _with_profiles(**pool: Any) -> Any:
+    """Return a stand-in for a pool that answers for its profiles as the pool itself does."""
+    made = SimpleNamespace(**pool)
+    made.profiles = MethodType(EnginePool.profiles, made)
+    return made
 
 
 def test_without_plans_in_use_any_size_goes() -> None:
@@ -154,6 +162,6 @@ def test_onnxruntimes_tensorrt_takes_what_its_engines_are_compiled_for() -> None
     """A wide decoder is compiled for tiles; the embedded pair's own, in fp16, for the whole of its sizes."""
     bundle = read_bundle(bundle_path())
     decoder = bundle.manifest.base.vae.decoder
-    pool = SimpleNamespace(provider="ort-tensorrt", bundle=bundle, records={}, stand_in=lambda name: name)
+    pool = _with_profiles(provider="ort-tensorrt", bundle=bundle, records={}, stand_in=lambda name: name)
     limits = shape_limits(bundle, decoder).shapes["latent_sample"]
     assert decoder_sizes(pool, decoder) == [(limits[0][2:], limits[2][2:])]

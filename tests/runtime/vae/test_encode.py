@@ -84,8 +84,7 @@ def test_each_of_several_draws_is_its_own(rng: np.random.Generator) -> None:
 
 def test_profiles_of_pixels_are_told_in_latents() -> None:
     profile = Profile(shapes={"sample": ((1, 3, 512, 256), (1, 3, 512, 512), (1, 3, 512, 1024))})
-    record = SimpleNamespace(key=SimpleNamespace(profiles=[profile]))
-    pool: Any = SimpleNamespace(records={"e": record}, provider="tensorrt", stand_in=lambda name: name)
+    pool: Any = SimpleNamespace(profiles=lambda name: [profile] if name == "e" else [])
     assert encoder_sizes(pool, "e", 8) == [((64, 32), (64, 128))]
     assert encoder_sizes(pool, "other", 8) is None
 
