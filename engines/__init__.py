@@ -1,4 +1,4 @@
-"""ONNX to something that infers: numpy in, numpy out. No torch."""
+"""Run ONNX graphs and TensorRT plans: numpy in, numpy out. No torch."""
 
 from typing import TYPE_CHECKING
 

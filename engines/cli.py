@@ -10,8 +10,8 @@ from sdxl_trt.engines.host import Parser, print_json, run
 
 EPILOG = """examples:
   trt-inspect my-bundle                      graphs, plans, memory, keys
-  trt-inspect my-bundle --why-rebuild        which plans serve on this machine, and why others do not
-  trt-inspect my-bundle --verify ort         TensorRT against ONNX Runtime; exit 1 where they differ
+  trt-inspect my-bundle --why-rebuild        which plans work on this machine, and why others do not
+  trt-inspect my-bundle --verify ort         TensorRT against ONNX Runtime; exit 1 if they differ
 """
 
 
@@ -23,13 +23,13 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> Parser:
     parser = Parser(
         prog="trt-inspect",
-        description="Tell what a bundle holds, what would be rebuilt here and why, and whether its plans are right.",
+        description="Show what a bundle contains, what would be rebuilt here and why, and whether its plans are right.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="exported folder")
     parser.add_argument(
-        "--why-rebuild", action="store_true", help="say of every component whether its plan serves here"
+        "--why-rebuild", action="store_true", help="state for each component whether its plan works here, or why not"
     )
     parser.add_argument("--verify", choices=("ort",), help="compare plans with ONNX Runtime, component by component")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")

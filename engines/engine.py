@@ -1,4 +1,4 @@
-"""The Engine protocol: what the runtime asks of a loaded graph, whatever runs it. numpy in, numpy out."""
+"""The Engine protocol: the interface of a loaded graph, the same for every backend. numpy in, numpy out."""
 
 __all__ = ["Array", "Engine", "check_inputs", "numpy_dtype"]
 
@@ -17,31 +17,31 @@ _NUMPY: dict[DType, type[np.generic]] = {"float32": np.float32, "float16": np.fl
 
 
 class Engine(Protocol):
-    """A graph that can be prefetched, loaded, fed and unloaded.
+    """A graph that can be prefetched, loaded, run and unloaded.
 
-    Nothing is read before `prefetch`, nothing is put on a device before `load`. Residency policies are built on
-    these five calls; each may be repeated, and `unload` leaves the engine ready for another `load`.
+    Nothing is read before `prefetch`, and nothing is copied to a device before `load`. Residency policies use only
+    these five calls; each may be repeated, and after `unload` the engine can be loaded again.
     """
 
     component: Component
 
     def prefetch(self) -> None:
-        """Read what `load` needs into host memory and check its digests; raise CorruptError where they differ."""
+        """Read what `load` needs into host memory and check its digests; raise CorruptError if one differs."""
 
     def load(self) -> None:
-        """Make the engine ready to infer, prefetching first if need be; raise ResourceError, EngineError."""
+        """Make the engine ready to infer; prefetch first if necessary. Raises ResourceError, EngineError."""
 
     def bind(self, constants: Mapping[str, Array]) -> None:
-        """Set the inputs that stay the same for a phase. They may have more rows than `infer` is then given."""
+        """Set the inputs that stay constant during a phase. They may have more rows than later inputs of `infer`."""
 
     def infer(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
-        """Run on `inputs` and the bound constants, cut to as many rows; return `outputs` (default: all).
+        """Run on `inputs` and the bound constants, sliced to the same number of rows; return `outputs` (default: all).
 
-        The returned arrays belong to the caller. Raises UsageError for inputs that do not fit the graph.
+        The caller owns the returned arrays. Raises UsageError for inputs that do not fit the graph.
         """
 
     def unload(self) -> None:
-        """Free the engine, its bound inputs and what was prefetched."""
+        """Free the engine, its bound inputs and the prefetched data."""
 
 
 def numpy_dtype(spec: TensorSpec) -> type[np.generic]:
@@ -50,7 +50,7 @@ def numpy_dtype(spec: TensorSpec) -> type[np.generic]:
 
 
 def check_inputs(component: Component, inputs: Mapping[str, Array]) -> None:
-    """Raise UsageError unless `inputs` are exactly the graph's, in dtype and shape, with one size an axis name."""
+    """Raise UsageError unless `inputs` match the graph's in name, dtype and shape, with one size per axis name."""
     expected = {spec.name: spec for spec in component.inputs}
     if inputs.keys() != expected.keys():
         raise UsageError(f"inputs {sorted(inputs)} given, but the graph takes {sorted(expected)}")

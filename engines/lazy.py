@@ -1,4 +1,4 @@
-"""Lazy faces: a package that imports a name from its modules when the name is first used (PEP 562)."""
+"""Lazy packages: a name is imported from its module when it is first used (PEP 562)."""
 
 __all__ = ["lazy_names"]
 
@@ -7,10 +7,10 @@ from importlib import import_module
 
 
 def lazy_names(package: str, homes: Mapping[str, tuple[str, ...]]) -> Callable[[str], object]:
-    """Return the `__getattr__` of `package`, whose names are imported on first use.
+    """Return a `__getattr__` for `package` that imports each name on first use.
 
-    `homes` maps a module, relative to `package` or whole, to the names it defines. ``--help`` and ``import sdxl_trt``
-    then load no numpy, and each backend is loaded only where it runs.
+    `homes` maps a module, relative to `package` or absolute, to the names it defines. ``--help`` and ``import
+    sdxl_trt`` then load no numpy, and a backend is loaded only when it runs.
     """
     modules = {name: module for module, names in homes.items() for name in names}
 
