@@ -1,4 +1,4 @@
-"""Plan files: where they lie in a bundle, and how their bytes are checked while they are read."""
+"""Plan files: their paths in a bundle, and reading them with a check of their sha256."""
 
 __all__ = ["PLANS", "plan_path", "read_plan", "rebuild_command", "remove_write_permission"]
 
@@ -21,20 +21,20 @@ _CHUNK = 64 << 20
 
 
 def plan_path(key: PlanKey) -> str:
-    """Return the file of a plan with this key, relative to the bundle."""
+    """Return the path of the plan with this key, relative to the bundle."""
     return f"{PLANS}/{key.component}-{key.environment.flavour}-{key.digest()[:_DIGITS]}.plan"
 
 
 def rebuild_command(bundle: Bundle, flavour: Flavour) -> str:
-    """Return the command that builds what is missing or stale."""
+    """Return the command that builds missing and stale plans."""
     return f"export-engines --engine {flavour} --out {shell_word(bundle.root)}"
 
 
 def read_plan(bundle: Bundle, record: PlanRecord, progress: Callable[[int], None] | None = None) -> memoryview:
-    """Return the bytes of a plan, read once and checked in the buffer that is returned; the caller owns it.
+    """Return the bytes of a plan in a buffer that the caller owns, read once and checked in place.
 
-    `progress` is told the bytes of each chunk. Raises CorruptError where the file is not what the manifest vouches
-    for, or where others than this user could have written it; ResourceError where it does not fit into memory.
+    `progress` receives the number of bytes of each chunk. Raises CorruptError if the size or sha256 differs from the
+    manifest's, or if other users could have written the file; ResourceError if it does not fit into memory.
     """
     path = bundle.path(record.file)
     for place in (bundle.root, bundle.root / MANIFEST, path.parent, path):
@@ -69,7 +69,7 @@ def _damaged(bundle: Bundle, record: PlanRecord, reason: str) -> CorruptError:
 
 
 def remove_write_permission(path: Path) -> None:
-    """Take the permission to write `path` from everybody but its owner: whatever the umask, plans are code."""
+    """Let only the owner write `path`, whatever the umask: plans are code."""
     try:
         path.chmod(stat.S_IMODE(path.stat().st_mode) & ~(stat.S_IWGRP | stat.S_IWOTH))
     except OSError as exc:
@@ -77,14 +77,14 @@ def remove_write_permission(path: Path) -> None:
 
 
 def _check_private(path: Path) -> None:
-    """Raise CorruptError where others could have put code into a plan, or vouched for it."""
+    """Raise CorruptError if other users can write `path`: they could have changed a plan, or its digest."""
     try:
         status = path.stat()
     except OSError as exc:
         raise explain_os_error(exc, f"reading {path}") from exc
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise CorruptError(f"{path}: others may write it, and plans are code that would run here; chmod go-w it, or"
-                           " build plans in a folder of your own")  # fmt: skip
+        raise CorruptError(f"{path}: other users can write it, and plans are code that would run here; chmod go-w it,"
+                           " or build plans in a folder of your own")  # fmt: skip
     if status.st_uid not in (0, os.getuid()):
         raise CorruptError(f"{path}: belongs to another user, and plans are code that would run here; copy the bundle"
                            " to a folder of your own")  # fmt: skip

@@ -10,9 +10,9 @@ from sdxl_trt.engines.errors import IncompatibleError, SizeError
 
 
 class PlanLimits(Record, frozen=True, kw_only=True):
-    """What the plans of a bundle take: picture sides in pixels, pictures at once, prompt tokens.
+    """What the plans of a bundle accept: picture sides in pixels, pictures per call, prompt tokens.
 
-    A call of fewer pictures than `fewest`, more than 1 where a plan was built for one batch size, has to be filled up.
+    A call with fewer than `fewest` pictures must be padded; `fewest` exceeds 1 if a plan was built for one batch size.
     """
 
     height: Range
@@ -34,7 +34,7 @@ class PlanLimits(Record, frozen=True, kw_only=True):
 
 
 def plan_limits(bundle: Bundle, records: Iterable[PlanRecord]) -> PlanLimits | None:
-    """Return what the plans `records` take, as far as they are of UNets; None where none is."""
+    """Return what the UNet plans among `records` accept, or None if there are none."""
     stages = {stage.unet: stage for stage in bundle.manifest.stages().values()}
     each = [_unet_limits(record, stages[record.key.component]) for record in records if record.key.component in stages]
     if not each:

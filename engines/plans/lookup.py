@@ -1,7 +1,7 @@
-"""Plans of a bundle: where they lie, which one fits this machine, and why one does not.
+"""Look up plans in a bundle: which one fits this machine, and why another does not.
 
-A plan is executable code. It is used only where the manifest vouches for its bytes and its key is, part by part,
-what this machine and the bundle's graphs come to; nothing is rebuilt in silence.
+A plan is executable code. It is used only if its bytes match the manifest's digest and every part of its key matches
+this machine and the bundle's graphs; nothing is rebuilt silently.
 """
 
 __all__ = ["find_plan", "has_plans", "planned_components", "why_rebuild"]
@@ -23,14 +23,14 @@ from sdxl_trt.engines.plans.files import rebuild_command
 
 
 def has_plans(bundle: Bundle, flavour: Flavour) -> bool:
-    """Return whether the bundle has any plan of this flavour, whether or not it fits this machine."""
+    """Return whether the bundle has a plan of this flavour, even one that does not fit this machine."""
     return any(record.key.environment.flavour == flavour for record in bundle.manifest.plans)
 
 
 def find_plan(bundle: Bundle, name: str, environment: Environment) -> PlanRecord:
     """Return the plan of component `name` that was built for `environment`.
 
-    Raises IncompatibleError that says what differs, and the command that mends it, where there is none.
+    If there is none, raises IncompatibleError with the differences and the command to type.
     """
     flavour = environment.flavour
     records = [
@@ -59,34 +59,34 @@ def why_rebuild(
     environment: Environment,
     wanted: tuple[tuple[Profile, ...], BuildFlags] | None = None,
 ) -> list[str]:
-    """Return what makes the plan of `record` wrong for `component` on a machine of `environment`, a sentence each.
+    """Return the reasons why the plan `record` cannot run `component` in `environment`, one sentence each.
 
-    With `wanted`, profiles and flags must be those too; without, a plan is taken with what it was built for.
+    With `wanted`, the profiles and flags must match too; without it, those of the plan are accepted.
     """
     key, here = record.key, environment
     built, flags = key.environment, key.flags
     reasons = []
     if key.graph != component.graph.sha256:
-        reasons.append("the graph has been exported anew since the plan was built")
+        reasons.append("the graph was exported again after the plan was built")
     if key.weights != component.weights.sha256:
-        reasons.append("the weights are not those that the plan was built with")
+        reasons.append("the plan was built with other weights")
     if built.flavour != here.flavour:
-        reasons.append(f"it is a {built.flavour} plan, {here.flavour} is asked for")
+        reasons.append(f"it is a {built.flavour} plan, {here.flavour} is requested")
     if not _version_fits(built, here, flags):
         reasons.append(f"TensorRT is {here.tensorrt}, the plan was built with {built.tensorrt}")
     reasons += _device_reasons(built, here, flags)
     if built.platform != here.platform:
         reasons.append(f"the platform is {here.platform}, the plan was built on {built.platform}")
     if wanted is not None and wanted[0] != key.profiles:
-        reasons.append("other sizes are asked for")
+        reasons.append("other sizes are requested")
     if wanted is not None and wanted[1] != flags:
-        reasons.append("other build options are asked for")
+        reasons.append("other build options are requested")
     return reasons
 
 
 def _version_fits(built: Environment, here: Environment, flags: BuildFlags) -> bool:
     if flags.version_compatible:
-        # Version-compatible plans run on their own and on later minor versions of the same major one.
+        # Version-compatible plans run on their own version and on later minor versions of the same major version.
         return built.tensorrt.split(".")[0] == here.tensorrt.split(".")[0] and _release(built) <= _release(here)
     return built.tensorrt == here.tensorrt
 
@@ -96,7 +96,7 @@ def _release(environment: Environment) -> tuple[int, ...]:
 
 
 def _device_reasons(built: Environment, here: Environment, flags: BuildFlags) -> list[str]:
-    """Return what differs in the device; `hardware_compatible` plans run on every GPU from Ampere on."""
+    """Return the differences between devices; `hardware_compatible` plans run on every GPU since Ampere."""
     if flags.hardware_compatible:
         older = here.compute_capability != ANY and float(here.compute_capability) < 8.0
         return [f"the GPU has compute capability {here.compute_capability}, the plan needs 8.0"] if older else []
@@ -110,7 +110,7 @@ def _device_reasons(built: Environment, here: Environment, flags: BuildFlags) ->
 
 
 def planned_components(manifest: Manifest) -> list[str]:
-    """Return the components that TensorRT runs: all but those that a bf16 twin stands in for."""
+    """Return the components that TensorRT runs: all except those replaced by a bf16 twin."""
     replaced: set[str] = set()
     for stage in manifest.stages().values():
         replaced |= {stage.vae.decoder} if stage.vae.decoder_bf16 else set()

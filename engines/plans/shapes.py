@@ -1,4 +1,4 @@
-"""Which profile of a plan takes inputs of given shapes, and what to say where none does."""
+"""Choose the profile of a plan for given input shapes; the error if no profile fits."""
 
 __all__ = ["Shapes", "choose_profile", "outside_profiles"]
 
@@ -12,7 +12,7 @@ _SIDES = ("height", "width")
 
 
 def choose_profile(profiles: Sequence[Profile], shapes: Shapes) -> int | None:
-    """Return the index of the profile that holds `shapes` and is tuned for what is nearest to them; None for none."""
+    """Return the index of the profile that holds `shapes` and is tuned nearest to them, or None if no profile fits."""
     holding = [i for i, profile in enumerate(profiles) if profile.holds(shapes)]
     return min(holding, key=lambda i: _distance(profiles[i], shapes), default=None)
 
@@ -20,11 +20,11 @@ def choose_profile(profiles: Sequence[Profile], shapes: Shapes) -> int | None:
 def outside_profiles(
     name: str, component: Component, profiles: Sequence[Profile], shapes: Shapes, factor: int
 ) -> SizeError:
-    """Return the error for `shapes` that no profile of component `name` takes; a latent is `factor` pixels wide."""
+    """Return the error for `shapes` that no profile of component `name` holds; a latent is `factor` pixels wide."""
     in_latents = component.kind in ("unet", "vae_decoder")
     given = ", ".join(f"{axis} {size}" for axis, size in _axes(component, shapes).items())
     takes = " or ".join(dict.fromkeys(_span(component, profile, factor if in_latents else 1) for profile in profiles))
-    return SizeError(f"{name}: the plan takes {takes}; {given} given: choose a size inside, or build plans for it with"
+    return SizeError(f"{name}: the plan takes {takes}; {given} given: choose a size within, or build plans for it with"
                      " export-engines --engine tensorrt and --height, --width, --batch or --tokens")  # fmt: skip
 
 

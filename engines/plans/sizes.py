@@ -1,6 +1,6 @@
-"""Shapes that a plan is built for: which sizes a user wants, and what they come to for each graph's inputs.
+"""The sizes that a user requests for plans, and the profiles of each graph's inputs that follow from them.
 
-ONNX Runtime takes what the graph takes; profiles bind plans only.
+Profiles limit plans only: ONNX Runtime accepts every size that the graph accepts.
 """
 
 __all__ = [
@@ -28,19 +28,19 @@ from sdxl_trt.engines.errors import (
     UsageError,
 )
 
-# fp32 and mixed decoders take a picture in tiles of this many pixels: a whole one needs gigabytes of activations.
+# fp32 and mixed decoders work in tiles of this many pixels: a whole picture needs gigabytes of activations.
 TILE = 512
 TOKENS = 77
-"""How many tokens SDXL's own encoders read at once; a Long-CLIP encoder reads 248."""
+"""Tokens per chunk of SDXL's own text encoders; a Long-CLIP encoder takes 248."""
 MAX_ROWS_OF_PROMPTS = 8
 """A text encoder's activations are small: several prompts share a call."""
 
 
 class Sizes(Record, frozen=True, kw_only=True):
-    """What plans are built for: picture sides in pixels, pictures at once, prompt tokens.
+    """The sizes that plans are built for: picture sides in pixels, pictures per call, prompt tokens.
 
     `static` builds one plan with two profiles, for guidance off (batch rows) and on (twice as many), instead of
-    one profile over both.
+    one profile for both.
     """
 
     height: Range
@@ -51,23 +51,23 @@ class Sizes(Record, frozen=True, kw_only=True):
 
 
 def parse_range(text: str, option: str) -> Range:
-    """Return the range that ``MIN:OPT:MAX`` or one number states. Raises UsageError."""
+    """Parse ``MIN:OPT:MAX`` or one number. Raises UsageError."""
     parts = text.split(":")
     try:
         values = [int(part) for part in parts]
     except ValueError:
         values = []
     if len(values) not in (1, 3) or any(value < 1 for value in values) or values != sorted(values):
-        raise UsageError(f"{option} {text}: give one number, or MIN:OPT:MAX in rising order (512:1024:1280)")
+        raise UsageError(f"{option} {text}: give one number, or MIN:OPT:MAX in ascending order (512:1024:1280)")
     low, usual, high = values if len(values) == 3 else values * 3
     return Range(min=low, opt=usual, max=high)
 
 
 def default_sizes(sample_size: int, factor: int, multiple: int, lengths: Collection[int] = (TOKENS,)) -> Sizes:
-    """Return the sizes for a model trained on `sample_size` latents of `factor` pixels, in steps of `multiple`.
+    """Return the sizes for a model trained on `sample_size` latents of `factor` pixels, in multiples of `multiple`.
 
-    The usual side is the model's own, the smallest half of it and the largest a quarter more; one picture at once;
-    one to three prompt chunks of the `lengths` that the tokenizers make.
+    The usual side is the model's own, the smallest half of it, the largest a quarter more; one picture per call; one
+    to three prompt chunks of the tokenizers' `lengths`.
     """
     side = sample_size * factor
     usual = max(side // multiple, 1) * multiple
@@ -79,7 +79,7 @@ def default_sizes(sample_size: int, factor: int, multiple: int, lengths: Collect
 
 
 def check_sizes(sizes: Sizes, multiple: int, lengths: Collection[int] = (TOKENS,)) -> None:
-    """Raise SizeError unless sides are multiples of `multiple`, and tokens of one of the tokenizers' `lengths`."""
+    """Raise SizeError unless sides are multiples of `multiple` and token counts multiples of one of `lengths`."""
     for option, sides in (("--height", sizes.height), ("--width", sizes.width)):
         for side in (sides.min, sides.opt, sides.max):
             if side % multiple:
@@ -89,11 +89,11 @@ def check_sizes(sizes: Sizes, multiple: int, lengths: Collection[int] = (TOKENS,
     for count in (sizes.tokens.min, sizes.tokens.opt, sizes.tokens.max):
         if all(count % length for length in lengths):
             chunks = " or ".join(map(str, sorted(lengths)))
-            raise SizeError(f"--tokens {sizes.tokens}: prompts come in chunks of {chunks}; give multiples of it")
+            raise SizeError(f"--tokens {sizes.tokens}: prompts come in chunks of {chunks}; give a multiple")
 
 
 def axes_of(kind: str, precision: str, sizes: Sizes, factor: int) -> list[dict[str, Range]]:
-    """Return, for each profile of a graph of `kind`, the range of every named axis of its inputs."""
+    """Return the range of every named input axis, one dict per profile, for a graph of `kind`."""
     if kind == "unet":
         common = {"height": sizes.height.over(factor), "width": sizes.width.over(factor), "tokens": sizes.tokens}
         if sizes.static:
@@ -107,15 +107,15 @@ def axes_of(kind: str, precision: str, sizes: Sizes, factor: int) -> list[dict[s
     wide = precision in ("fp32", "mixed")
     return [
         {"pictures": fixed(1), "height": fixed(height // unit), "width": fixed(width // unit)}
-        for height, width in _still(sizes, wide=wide)
+        for height, width in _vae_sizes(sizes, wide=wide)
     ]
 
 
-def _still(sizes: Sizes, *, wide: bool) -> list[tuple[int, int]]:
-    """Return the picture sizes that an autoencoder's plan is built for: the usual one, and tiles for all others.
+def _vae_sizes(sizes: Sizes, *, wide: bool) -> list[tuple[int, int]]:
+    """Return the (height, width) profiles of an autoencoder: the usual picture size, and tiles for all others.
 
-    Its activations are the largest of all, and over a range of sizes three times those of one size: pictures go
-    through one at a time, whole at the usual size unless the type is `wide`, and in tiles elsewhere.
+    Its activations are the largest of all, and three times as large for a range of sizes as for one size. It takes
+    one picture at a time: whole at the usual size unless the dtype is `wide`, in tiles at other sizes.
     """
     usual = (sizes.height.opt, sizes.width.opt)
     tile = (min(usual[0], TILE), min(usual[1], TILE))
@@ -127,14 +127,14 @@ def _still(sizes: Sizes, *, wide: bool) -> list[tuple[int, int]]:
 def component_profiles(
     inputs: Mapping[str, tuple[int | str, ...]], axes: list[dict[str, Range]]
 ) -> tuple[Profile, ...]:
-    """Return the profiles of a graph whose `inputs` have these shapes, axes by name. Raises UsageError."""
+    """Return one profile per dict of `axes` for a graph whose `inputs` have these shapes. Raises UsageError."""
     return tuple(Profile(shapes={name: _shapes(shape, each) for name, shape in inputs.items()}) for each in axes)
 
 
 def _shapes(shape: tuple[int | str, ...], axes: Axes) -> tuple[Shape, Shape, Shape]:
     unknown = [axis for axis in shape if isinstance(axis, str) and axis not in axes]
     if unknown:
-        raise UsageError(f"the graph has an axis {unknown[0]!r} that no profile speaks of; export it again")
+        raise UsageError(f"the graph has an axis {unknown[0]!r} that profiles do not cover; export it again")
     ranges = [fixed(axis) if isinstance(axis, int) else axes[axis] for axis in shape]
     return (
         tuple(axis.min for axis in ranges),
@@ -144,22 +144,22 @@ def _shapes(shape: tuple[int | str, ...], axes: Axes) -> tuple[Shape, Shape, Sha
 
 
 def stage_sizes(manifest: Manifest) -> Sizes:
-    """Return the default sizes for a bundle: those that base and refiner both take."""
+    """Return the default sizes for a bundle: sizes that both base and refiner accept."""
     base = manifest.base
     return default_sizes(base.sample_size, base.vae.factor, size_multiple(manifest), manifest.prompt_lengths())
 
 
 def size_multiple(manifest: Manifest) -> int:
-    """Return what the picture sides of a bundle must be multiples of, in pixels, with its deepest UNet in use."""
+    """Return the pixels that picture sides must be a multiple of, for all UNets of a bundle."""
     return math.lcm(*(stage.size_multiple for stage in manifest.stages().values()))
 
 
 def check_for(manifest: Manifest, sizes: Sizes) -> None:
-    """Raise SizeError for sizes that the UNets of a bundle cannot take."""
+    """Raise SizeError for sizes that the UNets of a bundle do not accept."""
     check_sizes(sizes, size_multiple(manifest), manifest.prompt_lengths())
 
 
 def profiles_of(component: Component, sizes: Sizes, factor: int) -> tuple[Profile, ...]:
-    """Return the profiles of a component's graph for `sizes`; `factor` is the pixels of a latent."""
+    """Return the profiles of a component's graph for `sizes`; `factor` is pixels per latent."""
     shapes = {spec.name: spec.shape for spec in component.inputs}
     return component_profiles(shapes, axes_of(component.kind, component.precision, sizes, factor))

@@ -103,7 +103,7 @@ def test_what_fits_is_kept_and_what_does_not_is_built_again(commands: Commands, 
     assert {path: path.stat().st_mtime_ns for path in (copied / "plans").glob("*.plan")} == stamps
     assert (same, code) == (0, 0)
     assert [(job["component"], job["action"], job["reasons"]) for job in told["plans"]] == [
-        ("unet", "build", ["other sizes are asked for"]), ("vae_decoder", "keep", []),
+        ("unet", "build", ["other sizes are requested"]), ("vae_decoder", "keep", []),
     ]  # fmt: skip
     damaged = copied / before["vae_decoder"].file.file
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"\xff\xff")

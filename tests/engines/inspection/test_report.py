@@ -186,7 +186,7 @@ def test_what_would_be_rebuilt_and_why(plan: Any, here: Any) -> None:
     assert _statuses(bundle) == {
         "unet": ("usable", []),
         "text_encoder": ("stale", ["its file is missing"]),
-        "text_encoder_2": ("stale", ["the graph has been exported anew since the plan was built"]),
+        "text_encoder_2": ("stale", ["the graph was exported again after the plan was built"]),
         "vae_decoder": ("stale", ["its file has 2 bytes instead of 4"]),
         "vae_encoder": ("missing", []),
         "refiner_unet": ("missing", []),
@@ -225,7 +225,7 @@ def test_without_tensorrt_the_reason_is_told(plan: Any, monkeypatch: pytest.Monk
     text = _text(bundle.root, why_rebuild=True)
     assert "tensorrt: provider tensorrt needs tensorrt (No module named 'tensorrt')" in text
     assert re.search(r"  unet +its plan is of the bundle's graph and weights; whether it fits cannot be told", text)
-    assert re.search(r"  text_encoder +would be rebuilt: the graph has been exported anew", text)
+    assert re.search(r"  text_encoder +would be rebuilt: the graph was exported again", text)
 
 
 def test_files_that_are_gone_are_an_error_but_for_why_rebuild(bundle: Bundle) -> None:

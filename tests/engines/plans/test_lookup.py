@@ -105,8 +105,8 @@ def test_every_field_of_a_key_is_in_that_list() -> None:
 
 
 STALE: dict[str, tuple[Callable[[PlanKey], PlanKey], str]] = {
-    "graph": (CHANGES["graph"], "graph has been exported anew"),
-    "weights": (CHANGES["weights"], "weights are not those"),
+    "graph": (CHANGES["graph"], "graph was exported again"),
+    "weights": (CHANGES["weights"], "built with other weights"),
     "tensorrt": (CHANGES["tensorrt"], "TensorRT is 11.4.0.106, the plan was built with other"),
     "gpu": (CHANGES["gpu"], "the GPU is NVIDIA H100, the plan was built for other"),
     "compute_capability": (CHANGES["compute_capability"], "compute capability is 9.0"),
@@ -191,7 +191,7 @@ def test_what_others_may_write_is_not_run(planned: tuple[Bundle, PlanRecord], pl
     bundle, record = planned
     path = bundle.path(record.file) if place == "file" else bundle.root / place
     path.chmod(path.stat().st_mode | bit)
-    with pytest.raises(CorruptError, match="others may write it"):
+    with pytest.raises(CorruptError, match="other users can write it"):
         read_plan(bundle, record)
 
 

@@ -59,7 +59,7 @@ def _component(component_of, kind: str) -> Component:
     ("kind", "profiles", "text"),
     [
         ("unet", WIDE, "unet: the plan takes rows 1 to 2, height 8 to 16 (64 to 128 pixels), width 8 to 16"),
-        ("unet", WIDE, "; rows 1, height 8, width 17 given: choose a size inside, or build plans for it with"),
+        ("unet", WIDE, "; rows 1, height 8, width 17 given: choose a size within, or build plans for it with"),
         ("unet", STATIC, "the plan takes rows 1, height 16 (128 pixels), width 16 (128 pixels) or rows 2, height 16"),
         ("vae_decoder", WIDE, "height 8 to 16 (64 to 128 pixels)"),
         ("vae_encoder", WIDE, "height 8 to 16, width 8 to 16;"),
