@@ -1,4 +1,4 @@
-"""A bundle on disk: its manifest, its records and their digests."""
+"""A bundle on disk: its manifest, records and digests."""
 
 from sdxl_trt.engines.bundle.bundle import MANIFEST, Bundle, read_bundle, write_manifest
 from sdxl_trt.engines.bundle.digests import verify_file

@@ -1,8 +1,8 @@
-"""A bundle: its manifest read, validated and written.
+"""Read, validate and write the manifest of a bundle.
 
-A bundle is an exported folder that can be moved to a machine without torch: ``manifest.json``, one folder a graph
-(``model.onnx``, one file of weights, and ``cpu.onnx`` over the same weights where that is faster) and tokenizers.
-Everything the runtime knows of a model, it knows from the manifest; nothing is loaded that it does not vouch for.
+A bundle is an exported folder that can be moved to a machine without torch: ``manifest.json``, tokenizers, and one
+folder per graph (``model.onnx``, one file of weights, and ``cpu.onnx`` over the same weights if that is faster). The
+manifest is the runtime's only source of facts about a model; only files with the manifest's digests are loaded.
 """
 
 __all__ = ["MANIFEST", "Bundle", "read_bundle", "write_manifest"]
@@ -20,7 +20,7 @@ from sdxl_trt.engines.host import atomic_write, contained, shell_word
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 64 << 20
 
-# What a graph of each kind is fed and asked for; outputs may hold more.
+# Inputs and required outputs of each kind of graph; a graph may have more outputs.
 _SIGNATURES: dict[Kind, tuple[set[str], set[str]]] = {
     "text_encoder": ({"input_ids"}, {"hidden_states.0", "hidden_states.1"}),
     "unet": ({"sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids"}, {"out_sample"}),
@@ -30,13 +30,13 @@ _SIGNATURES: dict[Kind, tuple[set[str], set[str]]] = {
 
 
 class Bundle(msgspec.Struct, frozen=True):
-    """An opened bundle: its folder and its validated manifest. Nothing else has been read yet."""
+    """An opened bundle: its folder and its validated manifest. No other file has been read."""
 
     root: Path
     manifest: Manifest
 
     def path(self, record: FileRecord) -> Path:
-        """Return the path of a recorded file, or raise CorruptError where it would lie outside the bundle."""
+        """Return the path of a recorded file; raise CorruptError if it would be outside the bundle."""
         return contained(self.root, record.file)
 
 
@@ -48,10 +48,10 @@ class _Envelope(msgspec.Struct):
 def read_bundle(root: Path | str, *, partial: bool = False, files: bool = True) -> Bundle:
     """Read and validate the manifest of the bundle at `root`; a `partial` one may lack components.
 
-    The sizes of the files are compared unless `files` is false, for who means to mend them.
+    With `files`, checks that every file exists and has its recorded size; False is for callers that repair files.
 
-    Raises SourceError where there is no bundle, IncompatibleError for a newer format, CorruptError for a manifest
-    that is broken, inconsistent, or names files that are missing or have another size.
+    Raises SourceError if there is no bundle, IncompatibleError for a newer format, CorruptError for a manifest that is
+    broken, inconsistent, or names files that are missing or have another size.
     """
     root = Path(root)
     raw = _read_manifest(root)
@@ -79,7 +79,7 @@ def read_bundle(root: Path | str, *, partial: bool = False, files: bool = True) 
 
 
 def write_manifest(root: Path, manifest: Manifest) -> None:
-    """Write ``manifest.json`` into `root`, atomically. It is written last: its presence says the bundle is whole."""
+    """Write ``manifest.json`` into `root` atomically. It is written last: if it is there, the bundle is complete."""
     encoded = msgspec.json.format(msgspec.json.encode(manifest, order="deterministic"), indent=1)
     with atomic_write(root / MANIFEST) as file:
         file.write(encoded + b"\n")
@@ -109,13 +109,13 @@ def _check_graphs(bundle: Bundle) -> None:
         given = {spec.name for spec in component.outputs}
         if {spec.name for spec in component.inputs} != inputs or not outputs <= given:
             raise CorruptError(
-                f"{bundle.root / MANIFEST}: {name} is no {component.kind}: it must take {sorted(inputs)} and give"
+                f"{bundle.root / MANIFEST}: {name} is not a {component.kind}: it must take {sorted(inputs)} and return"
                 f" {sorted(outputs)}; run export-engines again"
             )
 
 
 def _check_plans(bundle: Bundle) -> None:
-    """Raise CorruptError for a plan of nothing, or with profiles that are not its graph's; files are read when used."""
+    """Raise CorruptError for a plan of an unknown component or with profiles for other inputs; files are not read."""
     for record in bundle.manifest.plans:
         name = record.key.component
         component = bundle.manifest.components.get(name)
@@ -153,7 +153,7 @@ def _stage_problem(stage: Stage, manifest: Manifest) -> str:
         if component.input("input_ids").shape[1:] != (tokenizer.max_length,):
             return f"pairs {encoder.component!r} with a tokenizer of {tokenizer.max_length} ids, which do not fit"
         if encoder.pooled and "text_embeds" not in {spec.name for spec in component.outputs}:
-            return f"takes the pooled prompt from {encoder.component!r}, which gives no text_embeds"
+            return f"takes the pooled prompt from {encoder.component!r}, which returns no text_embeds"
     pooled = sum(encoder.pooled for encoder in stage.text_encoders)
     return "" if pooled == 1 else f"has {pooled} pooled text encoders instead of one"
 

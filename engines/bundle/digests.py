@@ -1,6 +1,6 @@
-"""Digests of large files, checked before use and remembered while the file stays the same.
+"""Digests of large files, checked before use and cached until the file changes.
 
-sha256 costs about 0.6 s a gigabyte. A digest that was computed here is remembered in a user-private cache by
+sha256 takes about 0.6 s per gigabyte. Digests computed here are kept in a user-private cache, keyed by
 (device, inode, size, mtime, ctime): a file that was touched in any way is read again.
 """
 
@@ -17,7 +17,7 @@ from sdxl_trt.engines.errors import CorruptError, SdxlTrtError, explain_os_error
 from sdxl_trt.engines.host import atomic_write, sha256_file
 
 REMEMBER_FROM = 64 << 20
-"""Smaller files are hashed every time: that is faster than being clever."""
+"""Smaller files are hashed every time: that is faster than a look into the cache."""
 MAX_ENTRIES = 512
 
 
@@ -55,7 +55,7 @@ def _cache_file() -> Path:
 
 
 def _recall() -> dict[str, str]:
-    """Return what was remembered; nothing where the cache is absent, unreadable, or writable by others."""
+    """Return the cached digests; empty if the cache is missing, unreadable, or writable by other users."""
     try:
         file = _cache_file()
         status = file.stat()
@@ -67,7 +67,7 @@ def _recall() -> dict[str, str]:
 
 
 def _remember(memory: dict[str, str]) -> None:
-    """Store the newest entries; a cache that cannot be written costs time only."""
+    """Store the newest entries; failure to write the cache costs only time."""
     newest = dict(list(memory.items())[-MAX_ENTRIES:])
     with contextlib.suppress(OSError, SdxlTrtError, RuntimeError):
         file = _cache_file()

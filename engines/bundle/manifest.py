@@ -1,4 +1,4 @@
-"""The records of ``manifest.json``: everything that the runtime knows of a model, it knows from them."""
+"""The records of ``manifest.json``: the runtime's only source of facts about a model."""
 
 __all__ = [
     "FORMAT_NAME",
@@ -45,7 +45,7 @@ class TensorSpec(Record, frozen=True, kw_only=True):
 
 
 class Source(Record, frozen=True, kw_only=True):
-    """Where a component came from: a name (never a host path), its class, a digest of the tensors it used."""
+    """The origin of a component: a name (never a host path), its class, a digest of the tensors that were used."""
 
     name: str
     class_name: str
@@ -66,9 +66,9 @@ class Component(Record, frozen=True, kw_only=True):
     config: dict[str, Any]
     parameters: Natural = 0
     key: str = ""
-    """A digest of everything that decides the files: an export that comes to the same one leaves them as they are."""
+    """A digest of everything that determines the files: an export with the same key leaves them unchanged."""
     cpu_graph: FileRecord | None = None
-    """The same graph over the same weights as ONNX Runtime's CPU provider runs it faster, and nothing else can."""
+    """A variant over the same weights that is faster on ONNX Runtime's CPU provider and runs nowhere else."""
 
     @property
     def files(self) -> tuple[FileRecord, ...]:
@@ -85,7 +85,7 @@ class Component(Record, frozen=True, kw_only=True):
 
 
 class Tokenizer(Record, frozen=True, kw_only=True):
-    """A CLIP tokenizer: a ``tokenizer.json`` without padding or truncation, and the ids that frame a prompt."""
+    """A CLIP tokenizer: a ``tokenizer.json`` without padding or truncation, and its special token ids."""
 
     file: FileRecord
     max_length: Positive
@@ -95,7 +95,7 @@ class Tokenizer(Record, frozen=True, kw_only=True):
 
 
 class TextEncoder(Record, frozen=True, kw_only=True):
-    """A text encoder of a stage: the graph, its tokenizer, and whether its text_embeds are the pooled prompt."""
+    """A text encoder of a stage: its graph, its tokenizer, and whether its text_embeds are the pooled prompt."""
 
     component: str
     tokenizer: str
@@ -103,12 +103,12 @@ class TextEncoder(Record, frozen=True, kw_only=True):
 
 
 class Edm(Record, frozen=True, kw_only=True):
-    """The schedule of arXiv 2206.00364, which has no training timesteps: the model is told log(sigma) / 4."""
+    """The schedule of arXiv 2206.00364, which has no training timesteps: the model receives log(sigma) / 4."""
 
     sigma_min: PositiveFloat = 0.002
     sigma_max: PositiveFloat = 80.0
     sigma_data: PositiveFloat = 0.5
-    """The standard deviation of clean latents, which scales what the model is given and what it answers."""
+    """The standard deviation of clean latents, which scales the model's input and output."""
     sigma_schedule: Literal["karras", "exponential"] = "karras"
     rho: PositiveFloat = 7.0
 
@@ -118,17 +118,17 @@ class Scheduler(Record, frozen=True, kw_only=True):
 
     class_name: str = "EulerDiscreteScheduler"
     sampler: str = "euler"
-    """The sampler that does what the class does: a run's, where none is asked for."""
+    """The sampler equivalent to the class: the default of a run."""
     num_train_timesteps: Annotated[int, msgspec.Meta(ge=1, le=100_000)] = 1000
     beta_start: float = 0.0001
     beta_end: float = 0.02
     beta_schedule: str = "linear"
     trained_betas: tuple[float, ...] | None = None
-    """A beta for every training timestep, in the place of a schedule of them."""
+    """One beta per training timestep; replaces `beta_schedule`."""
     prediction_type: str = "epsilon"
     timestep_spacing: str = "linspace"
     timestep_type: Literal["discrete", "continuous"] = "discrete"
-    """"continuous": a model that predicts v is told log(sigma) / 4 in the place of its training timestep."""
+    """"continuous": a v-prediction model receives log(sigma) / 4 instead of the training timestep."""
     steps_offset: int = 0
     rescale_betas_zero_snr: bool = False
     use_karras_sigmas: bool = False
@@ -136,37 +136,37 @@ class Scheduler(Record, frozen=True, kw_only=True):
     use_beta_sigmas: bool = False
     use_lu_lambdas: bool = False
     sigma_min: PositiveFloat | None = None
-    """Where transformed sigmas end, in the place of the spaced ones' end."""
+    """The last sigma of a transformed schedule; None: that of the untransformed one. `sigma_max` is the first."""
     sigma_max: PositiveFloat | None = None
     final_sigmas_type: Literal["zero", "sigma_min"] = "zero"
-    """Where Euler's grid ends: at 0, or at the training's lowest sigma."""
+    """The last sigma of Euler's schedule: 0, or the lowest of training."""
     set_alpha_to_one: bool = False
-    """Whether DDIM's grid ends at 0; else, as SDXL's own config has it, at the training's lowest sigma."""
+    """Whether DDIM's schedule ends at 0; else, as in SDXL's own config, at the lowest sigma of training."""
     original_inference_steps: Positive = 50
-    """The steps of the solver that a latent consistency model is distilled from."""
+    """The number of solver steps that a latent consistency model was distilled from."""
     edm: Edm | None = None
-    """The schedule of a model that was not trained on discrete timesteps; what belongs to those is then unused."""
+    """The schedule of a model trained without discrete timesteps; the fields for those are then unused."""
 
     @property
     def transforms(self) -> tuple[str, ...]:
-        """Return what the config makes of the spaced sigmas, karras, lu, exponential, beta, the first one first."""
+        """Return the sigma transforms that the config selects, in order: karras, lu, exponential, beta."""
         chosen = {"karras": self.use_karras_sigmas, "lu": self.use_lu_lambdas,
                   "exponential": self.use_exponential_sigmas, "beta": self.use_beta_sigmas}  # fmt: skip
         return tuple(name for name, used in chosen.items() if used)
 
     @property
     def transform(self) -> str:
-        """Return the transform that goes before the others, or "" for none."""
+        """Return the transform that takes precedence, or "" if there is none."""
         return next(iter(self.transforms), "")
 
     @property
     def told_log_sigma(self) -> bool:
-        """Return whether the model is told log(sigma) / 4 in the place of a timestep."""
+        """Return whether the model receives log(sigma) / 4 instead of a timestep."""
         return self.edm is not None or (self.timestep_type == "continuous" and self.prediction_type == "v_prediction")
 
 
 class Vae(Record, frozen=True, kw_only=True):
-    """What the host must know of an autoencoder: latents = encoded · scaling_factor, pixels / factor = latents."""
+    """An autoencoder as the host uses it: latents = encoded · scaling_factor, latent side = pixels / factor."""
 
     decoder: str
     encoder: str | None
@@ -176,12 +176,12 @@ class Vae(Record, frozen=True, kw_only=True):
     latents_mean: tuple[float, ...] | None = None
     latents_std: tuple[float, ...] | None = None
     decoder_bf16: str | None = None
-    """The decoder's twin for TensorRT, where the decoder itself is fp32 because it overflows fp16."""
+    """The bf16 twin for TensorRT of a decoder that is fp32 because it overflows fp16."""
     encoder_bf16: str | None = None
 
 
 class Stage(Record, frozen=True, kw_only=True):
-    """One expert of the ensemble: the roles of base or refiner mapped to components."""
+    """One expert of the ensemble, base or refiner: its roles mapped to components."""
 
     unet: str
     text_encoders: tuple[TextEncoder, ...]
@@ -190,19 +190,19 @@ class Stage(Record, frozen=True, kw_only=True):
     time_ids: tuple[str, ...]
     force_zeros_for_empty_prompt: bool
     sample_size: Positive
-    """Latent pixels of the picture size the model was trained for."""
+    """The side of the training picture size, in latents."""
     size_multiple: Positive
     """Picture sides must be multiples of this many pixels."""
 
 
 class LoraRecord(Record, frozen=True, kw_only=True):
-    """A LoRA that was fused into the base: its file name, its digest, its scale on the UNet and on the encoders."""
+    """A LoRA that was fused into the base: file name, digest, scale on the UNet and on the text encoders."""
 
     name: str
     sha256: Sha256
     scale: float
     text_scale: float | None = None
-    """None where the text encoders have the UNet's scale."""
+    """None if it equals the UNet's scale."""
 
     @property
     def encoder_scale(self) -> float:
@@ -211,7 +211,7 @@ class LoraRecord(Record, frozen=True, kw_only=True):
 
     @property
     def told(self) -> str:
-        """Return the scale for a message, and that on the text encoders where it is another."""
+        """Return the scale as text for a message, with that on the text encoders if it differs."""
         both = "" if self.encoder_scale == self.scale else f" ({self.encoder_scale:g} on the text encoders)"
         return f"{self.scale:g}{both}"
 
@@ -230,15 +230,15 @@ class Manifest(Record, frozen=True, kw_only=True):
     loras: tuple[LoraRecord, ...] = ()
     plans: tuple[PlanRecord, ...] = ()
     onnx: bool = True
-    """Whether the graphs and their weights are in the bundle; without them it holds plans alone."""
+    """Whether the bundle contains the graphs and their weights, or only plans."""
     note: str = ""
-    """A sentence that whoever uses the bundle should read, printed by the commands."""
+    """A sentence for users of the bundle, printed by the commands."""
 
     def prompt_lengths(self) -> set[int]:
-        """Return how many tokens the encoders of a stage read at once; base and refiner may differ."""
+        """Return the tokens per chunk of all text encoders; base and refiner may differ."""
         encoders = [encoder for stage in self.stages().values() for encoder in stage.text_encoders]
         return {self.tokenizers[encoder.tokenizer].max_length for encoder in encoders}
 
     def stages(self) -> dict[str, Stage]:
-        """Return the stages that exist, in the order in which they run."""
+        """Return the stages of the bundle in the order in which they run."""
         return {"base": self.base} if self.refiner is None else {"base": self.base, "refiner": self.refiner}

@@ -1,4 +1,4 @@
-"""The components that each phase of a run uses, and the bf16 twins that stand in for them."""
+"""The components that each phase of a run uses, and the bf16 twins that replace them."""
 
 __all__ = ["run_components", "run_phases", "stand_ins"]
 
@@ -7,7 +7,7 @@ from sdxl_trt.engines.bundle.manifest import Manifest
 
 
 def stand_ins(manifest: Manifest, provider: str) -> dict[str, str]:
-    """Return what `provider` runs in the place of a component: TensorRT takes the bf16 twin of an autoencoder."""
+    """Return {component: the one that `provider` runs instead}: TensorRT runs the bf16 twin of an autoencoder."""
     if provider.startswith("ort-"):
         return {}
     vaes = [stage.vae for stage in manifest.stages().values()]
@@ -18,7 +18,7 @@ def stand_ins(manifest: Manifest, provider: str) -> dict[str, str]:
 def run_phases(manifest: Manifest, provider: str, *, from_image: bool = False) -> dict[str, tuple[str, ...]]:
     """Return the components of each phase of a run with all stages: encode, base, refiner, decode.
 
-    A run that starts `from_image` begins with encoding it, with the autoencoder of either stage.
+    A run `from_image` has a phase "picture" first, which encodes the image with the autoencoders of all stages.
     """
     stages = manifest.stages()
     encoders = [encoder.component for stage in stages.values() for encoder in stage.text_encoders]
@@ -32,6 +32,6 @@ def run_phases(manifest: Manifest, provider: str, *, from_image: bool = False) -
 
 
 def run_components(manifest: Manifest, provider: str, *, from_image: bool = False) -> tuple[str, ...]:
-    """Return the components of a run with all stages, each once, in the order in which they are used."""
+    """Return the components of a run with all stages, each once, in order of use."""
     phases = run_phases(manifest, provider, from_image=from_image)
     return tuple(dict.fromkeys(name for used in phases.values() for name in used))

@@ -1,4 +1,4 @@
-"""What a manifest says of a plan, and everything that can make one wrong: its key."""
+"""The record of a plan in the manifest, and its key: everything that the plan depends on."""
 
 __all__ = ["BuildFlags", "Environment", "Flavour", "PlanKey", "PlanMemory", "PlanRecord"]
 
@@ -12,14 +12,14 @@ from sdxl_trt.engines.bundle.records import FileRecord, Natural, Record, Sha256
 
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
 ANY = "any"
-"""Stands in an Environment for what does not bind the plan."""
+"""The value of an Environment field that the plan does not depend on."""
 
 
 class Environment(Record, frozen=True, kw_only=True):
-    """Where a plan was built, or is to run. TensorRT for RTX builds ahead of time: its GPU fields say "any".
+    """The machine that built a plan, or that is to run it. For TensorRT for RTX the GPU fields are "any".
 
-    `tensorrt` is the library's version with its build number, `driver` the NVIDIA driver's, `platform` such as
-    "linux-x86_64".
+    `tensorrt` is the library's version with its build number, `driver` that of the NVIDIA driver, `platform` for
+    example "linux-x86_64".
     """
 
     flavour: Flavour
@@ -31,7 +31,7 @@ class Environment(Record, frozen=True, kw_only=True):
 
 
 class BuildFlags(Record, frozen=True, kw_only=True):
-    """How a plan is built. `workspace` is a limit in bytes, 0 for none."""
+    """How a plan is built. `workspace` is a limit in bytes, 0 for no limit."""
 
     opt_level: Annotated[int, msgspec.Meta(ge=0, le=5)] = 3
     workspace: Natural = 0
@@ -41,7 +41,7 @@ class BuildFlags(Record, frozen=True, kw_only=True):
 
 
 class PlanKey(Record, frozen=True, kw_only=True):
-    """Everything that decides a plan: a plan is used only where all of it is what it was."""
+    """Everything that a plan depends on: a plan is used only if all of it is unchanged."""
 
     component: str
     graph: Sha256
@@ -56,20 +56,20 @@ class PlanKey(Record, frozen=True, kw_only=True):
 
 
 class PlanMemory(Record, frozen=True, kw_only=True):
-    """Bytes on the device: `activations` as the builder states them, for the largest shapes of any profile."""
+    """Bytes on the device; `activations` is the builder's figure for the largest shapes of any profile."""
 
     weights: Natural
     activations: Natural
     streamable: Natural = 0
-    """Of the weights, what weight streaming may leave in host memory."""
+    """The part of the weights that weight streaming may leave in host memory."""
 
 
 class PlanRecord(Record, frozen=True, kw_only=True):
-    """A plan of the bundle: its file under ``plans/``, its key, what it needs, and the build log beside it."""
+    """A plan of the bundle: its file under ``plans/``, its key, its memory, and the build log beside it."""
 
     key: PlanKey
     file: FileRecord
     memory: PlanMemory
     seconds: float
     log: str = ""
-    """The build log's file, relative to the bundle; not vouched for, it is only read by people."""
+    """The path of the build log, relative to the bundle; it has no digest, because only people read it."""

@@ -9,7 +9,7 @@ from sdxl_trt.engines.bundle.records import Positive, Record
 
 
 class Range(Record, frozen=True, kw_only=True):
-    """The smallest, the usual (what a plan is tuned for) and the largest value of one axis."""
+    """The smallest, usual (the plan is tuned for it) and largest value of one axis."""
 
     min: Positive
     opt: Positive
@@ -22,16 +22,16 @@ class Range(Record, frozen=True, kw_only=True):
         return f"{self.opt}" if self.min == self.max else f"{self.min}:{self.opt}:{self.max}"
 
     def times(self, factor: int) -> "Range":
-        """Return the range of `factor` as many."""
+        """Return the range multiplied by `factor`."""
         return Range(min=self.min * factor, opt=self.opt * factor, max=self.max * factor)
 
     def over(self, factor: int) -> "Range":
-        """Return the range in units of `factor`, which divides all three."""
+        """Return the range divided by `factor`, which divides all three values."""
         return Range(min=self.min // factor, opt=self.opt // factor, max=self.max // factor)
 
 
 def fixed(value: int) -> Range:
-    """Return the range that holds `value` alone."""
+    """Return the range that contains only `value`."""
     return Range(min=value, opt=value, max=value)
 
 
@@ -45,7 +45,7 @@ class Profile(Record, frozen=True, kw_only=True):
     shapes: dict[str, tuple[Shape, Shape, Shape]]
 
     def holds(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-        """Return whether inputs of these shapes may be fed; inputs that it does not name are not asked about."""
+        """Return whether the profile accepts inputs of these shapes; inputs without a profile are ignored."""
         return all(self._holds(name, shape) for name, shape in shapes.items() if name in self.shapes)
 
     def _holds(self, name: str, shape: tuple[int, ...]) -> bool:

@@ -1,4 +1,4 @@
-"""What the records of a manifest are made of: frozen, keyword-only structs and the numbers and digests in them."""
+"""Building blocks of the manifest's records: a frozen, keyword-only struct, and types for numbers and digests."""
 
 __all__ = ["FileRecord", "Natural", "Positive", "Record", "Sha256"]
 
@@ -12,7 +12,7 @@ Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Frozen, keyword-only; unknown fields are ignored so that a later minor writer stays readable."""
+    """Frozen, keyword-only; unknown fields are ignored, so manifests of later minor versions stay readable."""
 
 
 class FileRecord(Record, frozen=True, kw_only=True):

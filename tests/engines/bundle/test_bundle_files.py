@@ -162,5 +162,5 @@ def test_a_pooled_encoder_must_pool(valid: Json, read: Callable[[Json], Bundle])
 @pytest.mark.parametrize("side", ["inputs", "outputs"])
 def test_a_graph_of_another_kind_is_corrupt(side: str, valid: Json, read: Callable[[Json], Bundle]) -> None:
     valid["components"]["unet"][side].pop()
-    with pytest.raises(CorruptError, match="unet is no unet"):
+    with pytest.raises(CorruptError, match="unet is not a unet"):
         read(valid)
