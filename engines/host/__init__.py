@@ -1,4 +1,4 @@
-"""The machine outside the GPU: files, locks, memory, the console and text tables."""
+"""The host side: files, locks, memory, the console and text tables."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""What the commands share: one-line errors with their exit codes, warnings on stderr, JSON on stdout."""
+"""Shared code of the commands: one-line errors and exit codes, warnings on stderr, JSON on stdout."""
 
 __all__ = ["CLEAR_LINE", "Output", "Parser", "one_line", "print_json", "run"]
 
@@ -20,21 +20,21 @@ from sdxl_trt.engines.errors import ResourceError, SdxlTrtError, explain_os_erro
 from sdxl_trt.engines.host.paths import OUTPUT_ERRORS
 
 CLEAR_LINE = "\r\033[K"
-"""Written before a progress line, which so replaces the one before."""
+"""Written before a progress line, so that it replaces the previous one."""
 INTERRUPTED = 130
 USAGE = 2
 
 
 @dataclass(frozen=True)
 class Output:
-    """What a command has to say, twice: lines for people, an object for programs."""
+    """The output of a command in two forms: lines for people, an object for programs."""
 
     lines: list[str]
     json: dict[str, Any]
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, without abbreviations that a later flag would break."""
+    """An argument parser with one-line errors, and without abbreviations, which a later flag would break."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(allow_abbrev=False, **settings)
@@ -46,7 +46,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class _Version(argparse.Action):
-    """Like argparse's own "version", but reads the version only when it is asked for."""
+    """Like argparse's own "version", but reads the version only when the option is given."""
 
     def __init__(self, option_strings: list[str], **settings: Any) -> None:
         super().__init__(option_strings, **{**settings, "dest": argparse.SUPPRESS})
@@ -59,7 +59,7 @@ class _Version(argparse.Action):
 
 
 def run(parser: Parser, work: Callable[[argparse.Namespace], None], argv: list[str] | None) -> int:
-    """Parse, work, and return the exit code; `--debug` adds the traceback to the one-line error."""
+    """Parse `argv`, call `work`, return the exit code; `--debug` adds the traceback to the one-line error."""
     _take_any_path(sys.stdout)
     arguments = parser.parse_args(argv)
     try:
@@ -69,10 +69,10 @@ def run(parser: Parser, work: Callable[[argparse.Namespace], None], argv: list[s
     except KeyboardInterrupt:
         return _fail("interrupted; nothing was left half-written", INTERRUPTED)
     except BrokenPipeError:
-        # Whoever read our output has closed it, and wants no message; the interpreter would write one at exit.
+        # The reader of our output has closed it, so there is no message; the interpreter would print one at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except Exception as exc:  # noqa: BLE001 - the boundary: whatever it was, the user gets one line
+    except Exception as exc:  # noqa: BLE001 - the boundary: the user gets one line for any error
         if arguments.debug:
             traceback.print_exc()
         return _fail(*_explain(exc))
@@ -80,14 +80,14 @@ def run(parser: Parser, work: Callable[[argparse.Namespace], None], argv: list[s
 
 
 def _take_any_path(stream: Any) -> None:
-    """Let `stream` write paths of any bytes, as they are: what reads our lines opens the files that they name."""
+    """Let `stream` write paths of any bytes unchanged, so that its readers can open the files."""
     if isinstance(stream, io.TextIOWrapper):
         stream.reconfigure(errors=OUTPUT_ERRORS)
 
 
 @contextlib.contextmanager
 def _unwinding_on_sigterm() -> Iterator[None]:
-    """Let SIGTERM unwind the stack as an interrupt does, so that what is half-written is removed."""
+    """Make SIGTERM unwind the stack like Ctrl-C, so that half-written files are removed."""
 
     def leave(number: int, _frame: object) -> NoReturn:
         raise SystemExit(128 + number)
@@ -111,16 +111,16 @@ def _explain(exc: Exception) -> tuple[str, int]:
     if isinstance(exc, OSError):
         known = explain_os_error(exc, f"using {exc.filename or 'the output'}")
         return str(known), known.exit_code
-    return f"{type(exc).__name__}: {exc}; this is a defect: please report it with what --debug prints", 1
+    return f"{type(exc).__name__}: {exc}; this is a defect: please report it with the output of --debug", 1
 
 
 def print_json(value: Any) -> None:
     """Print one JSON object on stdout.
 
-    A byte of a path that is no UTF-8 is the escape of its lone surrogate (``\\udce9``), in ASCII: Python's json gives
-    back a text that `os.fsencode` turns into the path.
+    A byte of a path that is not UTF-8 becomes the escape of its lone surrogate (``\\udce9``): after `json.loads`,
+    `os.fsencode` restores the path.
     """
-    import msgspec  # noqa: PLC0415 - --help must not wait for it
+    import msgspec  # noqa: PLC0415 - slow to import, and --help does without
 
     try:
         text = msgspec.json.encode(value).decode()
@@ -135,9 +135,9 @@ def _fail(message: str, code: int) -> int:
 
 
 def one_line(message: str) -> str:
-    """Return `message` on one line without control characters: it may quote what nobody has vouched for.
+    """Return `message` on one line without control characters: it may quote untrusted text.
 
-    Bytes of a path that are no UTF-8 are shown as escapes (``\\xe9``).
+    Bytes of a path that are not UTF-8 become escapes (``\\xe9``).
     """
     return " ".join("".join(c if c.isprintable() else _shown(c) for c in message).split())
 
@@ -153,7 +153,7 @@ class _OneLine(logging.Formatter):
 
 @contextlib.contextmanager
 def _logging_to_stderr() -> Iterator[None]:
-    """Show the library's warnings as lines on stderr, and on nothing else, while a command runs."""
+    """Print the library's warnings as lines on stderr, and only there, while a command runs."""
     logger = logging.getLogger("sdxl_trt")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_OneLine())

@@ -1,4 +1,4 @@
-"""Whole files or nothing: atomic writes, contained paths and digests that are read once."""
+"""Atomic writes, paths that stay inside a folder, digests and locks."""
 
 __all__ = ["NO_LOCKS", "atomic_write", "contained", "exclusive", "sha256_file", "sibling"]
 
@@ -19,10 +19,10 @@ CHUNK = 1 << 22
 
 @contextlib.contextmanager
 def atomic_write(path: Path, *, replace: bool = True) -> Iterator[BinaryIO]:
-    """Open a sibling temporary file; on a clean exit fsync it and rename it over `path`.
+    """Open a temporary file next to `path`; if the block succeeds, fsync it and rename it to `path`.
 
-    Any failure leaves `path` as it was and no temporary file behind. Raises one of our errors for an OSError; without
-    `replace` FileExistsError where `path` is there, even if it has come to be there meanwhile.
+    After a failure `path` is unchanged and the temporary file is removed. Raises an SdxlTrtError for an OSError;
+    without `replace`, FileExistsError if `path` exists, even if it was created in the meantime.
     """
     try:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
@@ -38,7 +38,7 @@ def atomic_write(path: Path, *, replace: bool = True) -> Iterator[BinaryIO]:
         if replace:
             temporary.replace(path)
         else:
-            _move_to_free(temporary, path)
+            _move_without_replacing(temporary, path)
     except FileExistsError:
         raise
     except OSError as exc:
@@ -47,13 +47,13 @@ def atomic_write(path: Path, *, replace: bool = True) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
-def _move_to_free(temporary: Path, path: Path) -> None:
-    """Give the file `temporary` the name `path` too, or instead; raise FileExistsError where that is taken."""
+def _move_without_replacing(temporary: Path, path: Path) -> None:
+    """Link or rename `temporary` to `path`; raise FileExistsError if `path` exists."""
     try:
         os.link(temporary, path)
     except FileExistsError:
         raise
-    except OSError:  # a file system without links: the name is taken first, by an empty file for a moment
+    except OSError:  # a file system without hard links: reserve the name with an empty file first
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
         try:
             temporary.replace(path)
@@ -69,14 +69,14 @@ def _umask() -> int:
 
 
 def contained(root: Path, relative: str) -> Path:
-    """Return `root / relative`, refusing every way out of `root`: absolute, ``..``, links.
+    """Return `root / relative`; raise CorruptError if it is absolute or has ``..`` or symbolic links.
 
-    `relative` comes from a manifest or an index file and is not trusted. Raises CorruptError.
+    `relative` comes from a manifest or an index file and is not trusted.
     """
     parts = PurePosixPath(relative)
     unsafe = not relative or "\\" in relative or "\0" in relative or parts.is_absolute() or ".." in parts.parts
     if unsafe:
-        raise CorruptError(f"{root}: {relative!r} is not a plain path inside the folder; get a sound copy of it")
+        raise CorruptError(f"{root}: {relative!r} is not a plain path inside the folder; get an intact copy of it")
     path = root
     for part in parts.parts:
         path = path / part
@@ -84,15 +84,15 @@ def contained(root: Path, relative: str) -> Path:
             linked = path.is_symlink()
         except OSError as exc:
             raise CorruptError(
-                f"{root}: {relative[:80]!r} is no file of the folder ({exc.strerror}); get a sound copy of it"
+                f"{root}: {relative[:80]!r} is not a file in the folder ({exc.strerror}); get an intact copy of it"
             ) from exc
         if linked:
-            raise CorruptError(f"{path}: is a symbolic link, which a bundle may not hold; copy the file itself there")
+            raise CorruptError(f"{path}: is a symbolic link, which a bundle must not hold; copy the file itself there")
     return path
 
 
 def sha256_file(path: Path, progress: Callable[[int], None] | None = None) -> str:
-    """Return the hex digest of a file, in constant memory; `progress` is told the bytes of each chunk."""
+    """Return the hex sha256 of a file, in constant memory; `progress` receives the number of bytes of each chunk."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):
@@ -104,24 +104,24 @@ def sha256_file(path: Path, progress: Callable[[int], None] | None = None) -> st
 
 log = logging.getLogger("sdxl_trt.engines")
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)
-"""What flock answers on file systems that have no locks: NFS without its lock daemon, some FUSE and object stores."""
+"""Errors of flock on file systems without locks: NFS without its lock daemon, some FUSE and object stores."""
 
 
 def sibling(folder: Path, suffix: str) -> Path:
-    """Return the hidden neighbour of `folder` that serves `suffix`: its lock, its partial, its old one."""
+    """Return the hidden path next to `folder` for `suffix`: its lock, its partial export, its old version."""
     return folder.with_name(f".{folder.name}.{suffix}")
 
 
 @contextlib.contextmanager
 def exclusive(folder: Path, *, lock: bool = True) -> Iterator[None]:
-    """Hold the lock of `folder`, which need not exist; without `lock` warn that there is none, and go on.
+    """Hold the lock of `folder`, which need not exist; without `lock`, log a warning and continue unlocked.
 
-    Raises UsageError where another process has it, and where the file system takes no locks. A file that merely
-    exists is never taken for one: it would outlive a killed export, and two could make it at once.
+    Raises UsageError if another process holds it, or if the file system has no locks. A lock file alone is not a
+    lock: it would outlive a killed export, and two processes could create it at once.
     """
     if not lock:
-        log.warning("%s is written without a lock; see that nothing else writes there until the end", folder)
-        with _explained(folder):
+        log.warning("%s is written without a lock; make sure that nothing else writes there until the end", folder)
+        with _explain_os_errors(folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
         yield
         return
@@ -131,34 +131,34 @@ def exclusive(folder: Path, *, lock: bool = True) -> Iterator[None]:
         raise IncompatibleError("writing a bundle needs filelock; pip install 'sdxl-trt[tensorrt]'") from exc
     path = sibling(folder, "lock")
     held = FileLock(path, timeout=0, fallback_to_soft=False)
-    with _explained(folder):
+    with _explain_os_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         try:
             held.acquire()
         except Timeout as exc:
             raise UsageError(
-                f"--out {folder}: another export is writing it; wait for its end, or name another"
+                f"--out {folder}: another export is writing it; wait until it ends, or name another folder"
             ) from exc
         except OSError as exc:
             if exc.errno not in NO_LOCKS:
                 raise
-            path.unlink(missing_ok=True)  # it guards nothing
+            path.unlink(missing_ok=True)  # it protects nothing
             raise UsageError(
-                f"--out {folder}: its file system takes no locks ({exc.strerror}); name a folder on a local disk, or"
-                " see that nothing else writes there and add --no-lock"
+                f"--out {folder}: its file system has no locks ({exc.strerror}); name a folder on a local disk, or"
+                " make sure that nothing else writes there and add --no-lock"
             ) from exc
     try:
         yield
     finally:
-        # What has been written is whole by now; a file that is left behind is no lock.
+        # The folder is complete by now, and a leftover file does not lock anything.
         with contextlib.suppress(OSError):
-            path.unlink(missing_ok=True)  # while it is held: who waits for it sees that it is gone
+            path.unlink(missing_ok=True)  # before the release: a waiting process sees that the file is gone
         with contextlib.suppress(OSError):
             held.release()
 
 
 @contextlib.contextmanager
-def _explained(folder: Path) -> Iterator[None]:
+def _explain_os_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as exc:

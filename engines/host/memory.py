@@ -1,4 +1,4 @@
-"""Bytes: as people write them, and how many of them the host has left."""
+"""Amounts of memory: parsed, formatted, and what the host has left."""
 
 __all__ = ["available_host_memory", "format_bytes", "parse_bytes"]
 
@@ -16,26 +16,26 @@ _MEMINFO, _CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 
 def parse_bytes(text: str, option: str = "size") -> int:
-    """Return the bytes that `text` states: "12GB" is 12e9, "12GiB" 12·2^30, "800M" 8e8, a bare number bytes.
+    """Return `text` in bytes: "12GB" is 12e9, "12GiB" 12·2^30, "800M" 8e8, a bare number bytes.
 
-    `option` names what was asked for in the UsageError that is raised for anything else.
+    Raises UsageError for anything else; its message names `option`.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text, re.ASCII | re.IGNORECASE)
     unit = _UNITS.get(found[2].upper()) if found else None
     if found is None or unit is None:
-        raise UsageError(f"{option} {text!r} is no amount of memory; write it as 12GB, 12GiB or 800MB")
+        raise UsageError(f"{option} {text!r} is not an amount of memory; write it as 12GB, 12GiB or 800MB")
     return int(float(found[1]) * unit)
 
 
 def format_bytes(amount: int) -> str:
-    """Return `amount` bytes as people read them: "12.9 GB", "303 MB"; units are powers of 1000."""
+    """Return `amount` bytes as text, in powers of 1000: "12.90 GB", "303 MB"."""
     if amount < 1_000_000:
         return f"{amount / 1000:.0f} kB"
     return f"{amount / 1e6:.0f} MB" if amount < 1_000_000_000 else f"{amount / 1e9:.2f} GB"
 
 
 def available_host_memory() -> int | None:
-    """Return the bytes that can be allocated without swapping, within the cgroup's limit; None where unknown."""
+    """Return the bytes that can be allocated without swapping, within the cgroup's limit; None if unknown."""
     candidates = [value for value in (_mem_available(), _cgroup_available()) if value is not None]
     return min(candidates, default=None)
 

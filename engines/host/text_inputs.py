@@ -1,4 +1,4 @@
-"""Files that a command reads whole, from a path or from standard input, and no more of them than they may hold."""
+"""Read a file or standard input whole, up to a size limit."""
 
 __all__ = ["STDIN", "check_inputs", "read_capped"]
 
@@ -9,21 +9,21 @@ from pathlib import Path
 from sdxl_trt.engines.errors import SdxlTrtError, UsageError, explain_os_error
 
 STDIN = Path("-")
-"""What stands for standard input where a file is asked for."""
+"""The value of a file option that means standard input."""
 
 
 def check_inputs(arguments: argparse.Namespace) -> None:
-    """Raise UsageError where two options would read standard input, which is there once."""
+    """Raise UsageError if two options would read standard input, which can be read only once."""
     readers = [f"--{name}" for name in ("prompts", "workflow") if getattr(arguments, name) == STDIN]
     if len(readers) > 1:
         raise UsageError(f"{' - and '.join(readers)} - would both read standard input; give one of them as a file")
 
 
 def read_capped(path: Path, limit: int, option: str) -> bytes:
-    """Return the bytes of the file `path`, or of standard input for ``-``: at most `limit`.
+    """Return the bytes of the file `path`, or of standard input for ``-``.
 
-    `option` is what asks for it, for messages. Raises UsageError for more than `limit`, for a file that is missing or
-    may not be read, and where there is no standard input.
+    `option` is named in messages. Raises UsageError for more than `limit` bytes, for a file that is missing or
+    unreadable, and if there is no standard input.
     """
     try:
         if path == STDIN:
@@ -32,7 +32,7 @@ def read_capped(path: Path, limit: int, option: str) -> bytes:
             with path.open("rb") as file:
                 content = file.read(limit + 1)
     except (OSError, ValueError) as exc:  # a ValueError for a NUL in the name
-        raise _told(exc, f"{option} {path}") from exc
+        raise _usage_error(exc, f"{option} {path}") from exc
     if len(content) > limit:
         raise UsageError(f"{option} {path}: is larger than {_size(limit)}; give a smaller one")
     return content
@@ -44,9 +44,9 @@ def _standard_input(most: int, option: str) -> bytes:
     return sys.stdin.buffer.read(most)
 
 
-def _told(exc: OSError | ValueError, doing: str) -> UsageError:
-    told: SdxlTrtError | ValueError = explain_os_error(exc, doing) if isinstance(exc, OSError) else exc
-    return told if isinstance(told, UsageError) else UsageError(f"{doing}: {exc}; check the path")
+def _usage_error(exc: OSError | ValueError, doing: str) -> UsageError:
+    known: SdxlTrtError | ValueError = explain_os_error(exc, doing) if isinstance(exc, OSError) else exc
+    return known if isinstance(known, UsageError) else UsageError(f"{doing}: {exc}; check the path")
 
 
 def _size(limit: int) -> str:

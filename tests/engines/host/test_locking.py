@@ -34,7 +34,7 @@ def test_a_second_writer_is_told_and_nothing_is_left(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", WITHOUT_LOCKS, ids=errno.errorcode.get)
 def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     _fail(monkeypatch, number)
-    said = pytest.raises(UsageError, match=r"takes no locks .*; name a folder on a local disk, .* add --no-lock$")
+    said = pytest.raises(UsageError, match=r"has no locks .*; name a folder on a local disk, .* add --no-lock$")
     with said, exclusive(tmp_path / "out"):
         pytest.fail("written without a lock")
     assert list(tmp_path.iterdir()) == [], "not even a file that could be taken for a lock"
@@ -65,7 +65,7 @@ def test_an_export_goes_on_without_a_lock_where_it_is_told_to(
     monkeypatch.setattr("sdxl_trt.export.exporter.planned", planned)
     for layout in ("bundle", "optimum"):
         arguments = ["--layout", layout, "--engine", "none", "--out", str(tmp_path / "out")]
-        assert f"--out {tmp_path / 'out'}: its file system takes no locks" in fails(export_engines, arguments, 2)
+        assert f"--out {tmp_path / 'out'}: its file system has no locks" in fails(export_engines, arguments, 2)
         assert fails(export_engines, [*arguments, "--no-lock"], 2) == "error: reached"
         export_engines([*arguments, "--no-lock"])
         assert "warning: " in capsys.readouterr().err

@@ -66,5 +66,5 @@ def test_a_record_and_a_message_show_the_bytes(tmp_path: Path) -> None:
     assert one_line(f"{path.name}: \x1b[31m\ud800 x") == "caf\\xe9.png: [31m x"
     assert not is_utf8(path)
     require_utf8(tmp_path, "TensorRT")
-    with pytest.raises(UsageError, match="is not UTF-8, and TensorRT takes no such path; rename it"):
+    with pytest.raises(UsageError, match="is not UTF-8, and TensorRT cannot open such a path; rename it"):
         require_utf8(path, "TensorRT")

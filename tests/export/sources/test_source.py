@@ -351,5 +351,5 @@ def test_any_index_is_read_or_refused(write: Write, name: str, value: Any) -> No
 def test_weights_that_safetensors_cannot_open_are_not_called_broken(tmp_path: Path) -> None:
     path = tmp_path / os.fsdecode(b"caf\xe9.safetensors")
     path.touch()
-    with pytest.raises(UsageError, match="is not UTF-8, and safetensors takes no such path; rename it"):
+    with pytest.raises(UsageError, match="is not UTF-8, and safetensors cannot open such a path; rename it"):
         open_file(path)
