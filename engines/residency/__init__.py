@@ -1,4 +1,4 @@
-"""Which engines are loaded when, and how much memory they take."""
+"""When to load and free engines, and how much memory they need."""
 
 from typing import TYPE_CHECKING
 

@@ -1,9 +1,9 @@
-"""Activations of a plan before it is built: an estimate from a component's config and its profiles.
+"""Estimate a plan's activations before it is built, from a component's config and its profiles.
 
-What is alive at once in a UNet is what its up blocks still wait for, the skip connections, with a resnet's input, that
-input normalized (in fp32), and its output; in a decoder the same of its last resnet at full size. The factors below
-are what the real builder's figures come to in those units: benchmarks/full_size/activations.py compares the two, and
-benchmarks/results/activations.md has the table. The estimate is one, and `estimate_error` says by how much it was off.
+At its peak, a UNet holds the skip connections that its up blocks have yet to consume, a resnet's input, that input
+normalized (in fp32), and its output; a decoder holds the same for its last resnet at full size. The factors below
+scale these to the real builder's figures: benchmarks/full_size/activations.py compares the two, and
+benchmarks/results/activations.md has the table. `estimate_error` returns how far estimates may be off.
 """
 
 __all__ = ["estimate_activations", "estimate_error", "largest_axes", "score_bytes"]
@@ -15,8 +15,8 @@ from sdxl_trt.engines.bundle import Component, Precision, Profile
 
 Config = Mapping[str, Any]
 _ITEM: dict[Precision, int] = {"fp32": 4, "fp16": 2, "bf16": 2, "mixed": 4}
-_WORKSPACE = 8 << 20  # of every plan, whatever its size
-# Kernels for a range of shapes take more room than those for shapes known at build time; so do those for few channels.
+_WORKSPACE = 8 << 20  # in every plan, whatever its size
+# Kernels for a range of shapes need more memory than those for one shape; so do kernels for few channels.
 _UNET_STATIC, _UNET_NARROW, _UNET_DYNAMIC = 1.02, 1.45, 1.79
 _NARROW, _NARROW_DECODER = 128, 64
 _DECODER_STATIC, _DECODER_DYNAMIC = 1.0, {2: 2.3, 4: 1.4}
@@ -27,19 +27,19 @@ _WIDTHS = (320, 640, 1280, 1280)
 
 
 def estimate_activations(component: Component, profiles: Iterable[Profile], precision: Precision | None = None) -> int:
-    """Return about how many bytes of activations a plan needs for the largest shapes of any of its `profiles`.
+    """Return an estimate, in bytes, of a plan's activations at the largest shapes of any of its `profiles`.
 
-    `precision` replaces the component's own, for a provider that computes in another.
+    `precision` overrides the component's own, for a provider that computes in another.
     """
     item = _ITEM[precision or component.precision]
     return max((_estimate(component, profile, item) for profile in profiles), default=0)
 
 
 def estimate_error(component: Component) -> float:
-    """Return the share of itself by which an estimate of this component may be off, either way."""
+    """Return the relative error, in either direction, of an estimate for this component."""
     if component.kind != "unet":
         return 0.1
-    # SDXL's base and refiner at full size come to 6 to 13 % more than estimated: benchmarks/results/build.md.
+    # SDXL's base and refiner at full size need 6 to 13 % more than estimated: benchmarks/results/build.md.
     return 0.15 if _widths(component.config)[0] >= _NARROW else 0.2
 
 
@@ -54,7 +54,7 @@ def largest_axes(component: Component, profile: Profile) -> dict[str, int]:
 
 
 def score_bytes(component: Component, profiles: Iterable[Profile], precision: Precision) -> int:
-    """Return the bytes of the largest attention's scores and of what softmax keeps, where no kernel fuses the two."""
+    """Return the bytes of the largest attention's scores and of softmax's buffers, if no kernel fuses the two."""
     scores = max((_scores(component, largest_axes(component, profile)) for profile in profiles), default=0)
     return int(_SCORES * scores) * _ITEM[precision]
 
@@ -73,14 +73,14 @@ def _estimate(component: Component, profile: Profile, item: int) -> int:
     else:
         fused = static and widths[0] >= _NARROW_DECODER
         factor = _DECODER_STATIC if fused else _DECODER_DYNAMIC[item]
-        # A decoder is fed latents, an encoder pixels; both are neediest at pixels.
+        # A decoder takes latents, an encoder pixels; both peak at pixel resolution.
         scale = 4 ** (len(widths) - 1) if component.kind == "vae_decoder" else 1
         alive = _decoder_channels(widths) * item * places * scale * axes.get("pictures", 1)
     return int(factor * alive) + _WORKSPACE
 
 
 def _unet_bytes(config: Config, item: int) -> float:
-    """Return the bytes a latent pixel that are alive in a UNet, whose values have `item` bytes, where most are."""
+    """Return the peak bytes per latent pixel that a UNet holds, with `item` bytes per value."""
     widths = _widths(config)
     layers = _per_level(config.get("layers_per_block", 2), len(widths))
     skips = list(_skips(widths, layers))
@@ -90,12 +90,12 @@ def _unet_bytes(config: Config, item: int) -> float:
             wide = hidden + skips.pop()
             hidden = widths[level] / 4**level
             most = max(most, (wide + hidden + sum(skips)) * item + wide * 4)
-        hidden *= 4  # upsampled for the level above
+        hidden *= 4  # upsampled for the next level
     return most
 
 
 def _skips(widths: Sequence[int], layers: Sequence[int]) -> Iterator[float]:
-    """Yield what the down blocks leave for the up blocks, in channels at the first level's size."""
+    """Yield the skip connections from down to up blocks, in channels at the first level's resolution."""
     yield widths[0]
     for level, width in enumerate(widths):
         for _ in range(layers[level]):
@@ -105,12 +105,12 @@ def _skips(widths: Sequence[int], layers: Sequence[int]) -> Iterator[float]:
 
 
 def _decoder_channels(widths: Sequence[int]) -> int:
-    """Return the channels at full size that are alive in an autoencoder: the last up block's first resnet."""
+    """Return the channels at full size that an autoencoder holds at its peak: the last up block's first resnet."""
     return 2 * widths[min(1, len(widths) - 1)] + widths[0]
 
 
 def _scores(component: Component, axes: Mapping[str, int]) -> int:
-    """Return how many scores the largest self-attention of a graph has."""
+    """Return the number of scores of the largest self-attention of a graph."""
     config, places = component.config, axes.get("height", 1) * axes.get("width", 1)
     if component.kind == "text_encoder":
         return 0

@@ -1,4 +1,4 @@
-"""The memory plan as a record: what stays loaded, what swaps, what streams, the peak of every phase."""
+"""The memory plan as a record: what stays loaded, what is swapped, what streams, and the peak of every phase."""
 
 __all__ = ["MemoryEstimate", "PhaseEstimate", "Residency"]
 
@@ -15,9 +15,9 @@ Residency = Literal["resident", "swap", "stream"]
 
 
 class PhaseEstimate(Record, frozen=True, kw_only=True):
-    """A phase of a run: the components it uses, those that are loaded at its peak, and the bytes they take then.
+    """A phase of a run: the components it uses, those loaded at its peak, and the bytes of the peak.
 
-    `uncertain` is by how many bytes the peak may be off, 0 where all its figures are the builder's own.
+    `uncertain` is the error of the peak in bytes, 0 if all its figures are the builder's own.
     """
 
     name: str
@@ -28,11 +28,11 @@ class PhaseEstimate(Record, frozen=True, kw_only=True):
 
 
 class MemoryEstimate(Record, frozen=True, kw_only=True):
-    """What a run takes under the residency chosen, all in bytes.
+    """The memory that a run needs under the chosen residency; all figures in bytes.
 
-    `capacity` is the memory there is (None: not known), `usable` what of it is planned with. `keeps` names what stays
-    loaded between phases, `budgets` how much of a UNet's streamable weights lies on the device. `host` is what plans
-    take of host memory beside. `missing` is by how much `peak` is above `usable`, 0 where it fits.
+    `capacity` is the memory of the device or host (None if unknown), `usable` the part that may be used. `keeps` names
+    the components that stay loaded between phases, `budgets` the streamable weights of each UNet on the device. `host`
+    is the host memory for plans. `missing` is the excess of `peak` over `usable`, 0 if it fits.
     """
 
     provider: str
@@ -50,34 +50,34 @@ class MemoryEstimate(Record, frozen=True, kw_only=True):
 
     @property
     def estimated(self) -> bool:
-        """Whether any figure is an estimate, rather than the builder's own."""
+        """Whether any figure is an estimate instead of the builder's own."""
         return any(need.uncertain for need in self.needs)
 
     def check(self) -> None:
-        """Raise ResourceError where the plan does not fit: by how much, and what would take less."""
+        """Raise ResourceError if the plan does not fit; the message states the excess and what needs less."""
         if self.missing:
             worst = max(self.phases, key=lambda phase: phase.peak)
             raise ResourceError(
                 f"{self.provider}, residency {self.residency}: {worst.name} needs {_about(worst)}, "
                 f"{format_bytes(self.missing)} more than the {format_bytes(self.usable or 0)}"
-                f" that are usable; {_remedy(self)}"
+                f" that is usable; {_remedy(self)}"
             )
 
     def lines(self) -> list[str]:
-        """Return the plan as people read it, line by line."""
+        """Return the plan as lines for people."""
         lines = [_headline(self), f"residency {self.residency}: {self.reason}", ""]
         lines += [*_need_lines(self), "", *_phase_lines(self)]
         if self.host:
             lines.append(f"host memory for plans and streamed weights: {format_bytes(self.host)}")
         if self.missing:
-            lines.append(f"does not fit: {format_bytes(self.missing)} are missing; {_remedy(self)}")
+            lines.append(f"does not fit: {format_bytes(self.missing)} too large; {_remedy(self)}")
         return lines
 
 
 def _headline(plan: MemoryEstimate) -> str:
     where = "device" if on_device(plan.provider) else "host"
     if plan.capacity is None or plan.usable is None:
-        return f"{plan.provider}: how much {where} memory there is is not known"
+        return f"{plan.provider}: the amount of {where} memory is unknown"
     have, usable = format_bytes(plan.capacity), format_bytes(plan.usable)
     return f"{plan.provider}: {have} of {where} memory, {usable} of it usable"
 
@@ -88,7 +88,7 @@ def _need_lines(plan: MemoryEstimate) -> list[str]:
         figures = (need.weights, need.activations, need.io)
         weights, activations, io = (format_bytes(figure) for figure in figures)
         origin = f"estimate, ±{format_bytes(need.uncertain)}" if need.uncertain else "as built"
-        staying = "stays" if need.component in plan.keeps else "loaded for its phase"
+        staying = "stays loaded" if need.component in plan.keeps else "loaded for its phase"
         budget = plan.budgets.get(need.component)
         if budget is not None and budget < need.streamable:
             staying += f", {format_bytes(need.streamable - budget)} of its weights in host memory"
@@ -107,7 +107,7 @@ def _about(phase: PhaseEstimate) -> str:
 
 
 def _remedy(plan: MemoryEstimate) -> str:
-    """Return what would take less, for the phase that takes most."""
+    """Return what to type for less memory, for the phase that needs most."""
     worst = max(plan.phases, key=lambda phase: phase.peak)
     streamable = any(need.streamable for need in plan.needs if need.component in worst.loaded)
     if streamable and plan.residency == "swap":

@@ -1,4 +1,4 @@
-"""Engines loaded whole or not at all, and made ready by a thread while the device computes."""
+"""Load engines completely or not at all, and prepare others in a thread while the device computes."""
 
 __all__ = ["LoadAhead", "load"]
 
@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 def load(engine: Engine) -> None:
-    """Load `engine`; where that fails, free what it had taken before the error goes on."""
+    """Load `engine`; if that fails, unload it before the error propagates."""
     with ExitStack() as stack:
         stack.callback(engine.unload)
         engine.load()
@@ -22,9 +22,9 @@ def load(engine: Engine) -> None:
 
 
 class LoadAhead:
-    """A thread that makes the engines of `names` ready: those in `stay` loaded, the others prefetched.
+    """A thread that prepares the engines of `names`: loads those in `stay`, prefetches the others.
 
-    What it has done lies in `loaded` and `prefetched`, and belongs to the caller, once `finish` has returned.
+    The results are in `loaded` and `prefetched`; the caller owns them once `finish` has returned.
     """
 
     def __init__(self, make: Callable[[str], Engine], names: Sequence[str], stay: frozenset[str]) -> None:
@@ -36,18 +36,18 @@ class LoadAhead:
         self._thread.start()
 
     def finish(self) -> BaseException | None:
-        """Wait for the thread to end, and return what stopped it, if anything did."""
+        """Wait for the thread to end; return the exception that stopped it, or None."""
         self._thread.join()
         return self._error
 
     def _run(self) -> None:
         try:
             for name in self._names:
-                self._make_ready(name)
-        except BaseException as exc:  # noqa: BLE001 - for whoever waits to raise
+                self._prepare(name)
+        except BaseException as exc:  # noqa: BLE001 - raised by the caller of `finish`
             self._error = exc
 
-    def _make_ready(self, name: str) -> None:
+    def _prepare(self, name: str) -> None:
         engine = self._make(name)
         if name in self._stay:
             load(engine)
@@ -58,7 +58,7 @@ class LoadAhead:
             try:
                 engine.prefetch()
             except ResourceError as exc:
-                # Reading ahead saves time only; whether there is memory is for the phase itself to find out.
+                # Reading ahead only saves time; the phase itself raises if memory is short.
                 log.warning("%s was not read ahead: %s", name, exc)
                 return
             self.prefetched[name] = engine

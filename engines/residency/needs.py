@@ -1,4 +1,4 @@
-"""What each component of a bundle needs while it is loaded: weights, activations, inputs and outputs, in bytes."""
+"""The memory of each loaded component of a bundle: weights, activations, inputs and outputs, in bytes."""
 
 __all__ = ["Need", "exact_sizes", "host_need", "need_of", "on_device", "shares_activations"]
 
@@ -22,21 +22,21 @@ from sdxl_trt.engines.plans import TOKENS, Sizes, axes_of, component_profiles
 from sdxl_trt.engines.residency.activations import estimate_activations, estimate_error, largest_axes, score_bytes
 
 _ITEM: dict[DType, int] = {"float32": 4, "float16": 2, "int64": 8}
-# ONNX Runtime's CPU provider computes in fp32: fp16 weights are held beside their fp32 casts and packed copies.
+# ONNX Runtime's CPU provider computes in fp32: it keeps fp16 weights, their fp32 casts and packed copies.
 # Estimates from loading a 50 M-parameter UNet: 1.4 times the fp32 weights in fp32, 1.9 times in fp16.
 _FP32_BYTES = 4
 _ORT_WEIGHTS = {"fp32": 1.5, "fp16": 2.0, "bf16": 2.0, "mixed": 2.0}
 _ORT_ERROR = 0.3
-# Of a UNet's weights nearly all belong to convolutions and matrix products, which can be streamed.
+# Nearly all weights of a UNet belong to convolutions and matrix products, which can be streamed.
 _STREAMABLE = 0.9
 _PLAN_ERROR = 0.03
 
 
 class Need(Record, frozen=True, kw_only=True):
-    """Bytes that a loaded component takes for the largest sizes it is to be fed.
+    """Bytes that a loaded component needs for its largest input sizes.
 
-    `io` is its input and output buffers, `streamable` what of `weights` may be left in host memory. `uncertain` is
-    by how much all of it may be off, either way: 0 where the figures are the builder's own.
+    `io` is its input and output buffers, `streamable` the part of `weights` that may stay in host memory. `uncertain`
+    is the error of the sum in either direction: 0 if the figures are the builder's own.
     """
 
     component: str
@@ -48,22 +48,22 @@ class Need(Record, frozen=True, kw_only=True):
 
 
 def on_device(provider: str) -> bool:
-    """Return whether the engines of `provider` lie in device memory, rather than in the host's."""
+    """Return whether the engines of `provider` use device memory instead of host memory."""
     return provider != "ort-cpu"
 
 
 def shares_activations(provider: str) -> bool:
-    """Return whether one block of activations serves all engines: ONNX Runtime's sessions have one each."""
+    """Return whether all engines share one block of activations; ONNX Runtime's sessions have one each."""
     return not provider.startswith("ort-")
 
 
 def exact_sizes(height: int, width: int, pictures: int = 1, tokens: int = TOKENS) -> Sizes:
-    """Return the sizes of one request: sides in pixels, pictures at once, prompt tokens."""
+    """Return the sizes of one request: sides in pixels, pictures per call, prompt tokens."""
     return Sizes(height=fixed(height), width=fixed(width), batch=fixed(pictures), tokens=fixed(tokens), static=True)
 
 
 def need_of(manifest: Manifest, name: str, provider: str, sizes: Sizes, record: PlanRecord | None = None) -> Need:
-    """Return what component `name` takes: as its plan's `record` states it, else as estimated for `sizes`."""
+    """Return the memory of component `name`: as stated in its plan's `record`, else estimated for `sizes`."""
     component = manifest.components[name]
     if record is not None:
         measured = record.memory
@@ -74,7 +74,7 @@ def need_of(manifest: Manifest, name: str, provider: str, sizes: Sizes, record: 
             io=_io_bytes(component, record.key.profiles),
             streamable=measured.streamable,
         )
-    # Tiles are for plans: ONNX Runtime decodes a picture whole.
+    # Only plans use tiles: ONNX Runtime decodes a picture whole.
     precision = component.precision if shares_activations(provider) else "fp16"
     profiles = _profiles(component, axes_of(component.kind, precision, sizes, manifest.base.vae.factor))
     io = _io_bytes(component, profiles)
@@ -103,7 +103,7 @@ def _onnxruntime_need(name: str, component: Component, provider: str, profiles: 
 
 
 def host_need(component: Component) -> int:
-    """Return about how many bytes of host memory a component's weights take on ONNX Runtime's CPU provider."""
+    """Return an estimate, in bytes, of a component's weights in host memory on ONNX Runtime's CPU provider."""
     return int(component.parameters * _FP32_BYTES * _ORT_WEIGHTS[component.precision])
 
 
@@ -125,7 +125,7 @@ def _bytes(spec: TensorSpec, axes: Mapping[str, int]) -> int:
 
 
 def _size(axis: int | str, axes: Mapping[str, int]) -> int:
-    """Return an axis in numbers: it is one, or a name, or "8*height" or "height/8" of one."""
+    """Return the size of an axis that is a number, a name, or a multiple of one: "8*height", "height/8"."""
     if isinstance(axis, int):
         return axis
     found = re.fullmatch(r"(?:(\d+)\*)?(\w+?)(?:/(\d+))?", axis)

@@ -1,8 +1,8 @@
-"""Which residency follows from what a bundle needs and a device has, before anything is built or loaded.
+"""Choose a residency from what a bundle needs and a device has, before anything is built or loaded.
 
 `resident` keeps both UNets loaded; the refiner is loaded while the base runs. `swap` holds one UNet at a time; while
 the base runs, the refiner's plan is read into host memory and checked. `stream` is swap with the UNets' weights above
-a budget left in host memory. Text encoders and the autoencoder give way to UNets where all do not fit together.
+a budget left in host memory. If not everything fits, text encoders and the autoencoder are freed before UNets.
 """
 
 __all__ = ["RESIDENCIES", "check_residency", "estimate_memory", "fallbacks", "settled_residency"]
@@ -22,22 +22,22 @@ from sdxl_trt.engines.residency.estimate import MemoryEstimate, PhaseEstimate, R
 from sdxl_trt.engines.residency.needs import Need, need_of, on_device, shares_activations
 
 RESIDENCIES: tuple[Residency, ...] = get_args(Residency)
-# What is left to others: on a device CUDA itself, kernels and the desktop; on a host the rest of the process.
+# Usable shares. The rest is for CUDA itself, kernels and the desktop on a device, for the process on a host.
 _DEVICE_SHARE, _HOST_SHARE = 0.9, 0.8
-# Weights that stream pass through a block on the device; TensorRT asks for little beside all that stream.
+# Streamed weights pass through a staging block on the device, this share of all streamable weights.
 _STAGED = 0.02
 
 
 def check_residency(residency: str) -> None:
-    """Raise UsageError unless `residency` is "auto" or a policy."""
+    """Raise UsageError unless `residency` is "auto" or one of RESIDENCIES."""
     if residency not in ("auto", *RESIDENCIES):
         raise UsageError(f"unknown residency {residency!r}; choose auto, {', '.join(RESIDENCIES[:-1])} or stream")
 
 
 def settled_residency(residency: str, provider: str, *, once: bool) -> str:
-    """Return what "auto" is for runs that come `once`, as a command's do, which use every engine in one phase only.
+    """Return "swap" for "auto" on a CPU if the process makes a single run (`once`); else `residency` unchanged.
 
-    On a CPU that is "swap": nothing has to cross a bus, and an engine that is kept only takes memory.
+    A single run uses every engine in one phase only, and on a CPU an engine that stays loaded only costs memory.
     """
     return "swap" if once and residency == "auto" and provider == "ort-cpu" else residency
 
@@ -52,13 +52,12 @@ def estimate_memory(
     records: Mapping[str, PlanRecord] | None = None,
     from_image: bool = False,
 ) -> MemoryEstimate:
-    """Return what runs of `bundle` take on `provider` with `capacity` bytes of device or host memory.
+    """Return the memory plan for runs of `bundle` on `provider` with `capacity` bytes of device or host memory.
 
-    Nothing is loaded and no GPU is needed. What `records` (by default the manifest's plans for that provider) state
-    is used, else estimates for `sizes` (by default those that plans would be built for; ONNX Runtime's are the usual
-    ones). `from_image` counts the encoder, which runs that start from pictures need. With `residency` "auto" the first
-    policy that fits is taken, the last one where none does: `missing` then says by how much. Raises UsageError for an
-    unknown residency.
+    Nothing is loaded and no GPU is needed. Figures come from `records` (default: the manifest's plans for that
+    provider), or are estimated for `sizes` (default: those that plans would be built for; for ONNX Runtime the usual
+    ones). `from_image` adds the autoencoder's encoder. With `residency` "auto", returns the first policy that fits, or
+    the one that needs least; `missing` is then its excess. Raises UsageError for an unknown residency.
     """
     check_residency(residency)
     manifest = bundle.manifest
@@ -78,14 +77,14 @@ def estimate_memory(
 
 
 def fallbacks(plan: MemoryEstimate) -> tuple[Residency, ...]:
-    """Return the policies, in order, that take less memory than that of `plan`."""
+    """Return the policies, in order, that need less memory than that of `plan`."""
     streams = any(need.streamable for need in plan.needs)
     smaller = RESIDENCIES[RESIDENCIES.index(plan.residency) + 1 :]
     return tuple(residency for residency in smaller if residency != "stream" or streams)
 
 
 def _default_sizes(manifest: Manifest, provider: str) -> Sizes:
-    """Return the sizes that plans are built for by default; where none are built, the model's own."""
+    """Return the default sizes of plans; for a provider without plans, the model's own size."""
     multiple = math.lcm(*(stage.size_multiple for stage in manifest.stages().values()))
     sizes = default_sizes(manifest.base.sample_size, manifest.base.vae.factor, multiple, manifest.prompt_lengths())
     return sizes if shares_activations(provider) else replace(sizes, static=True)
@@ -98,7 +97,7 @@ def _recorded(manifest: Manifest, provider: str) -> dict[str, PlanRecord]:
 
 @dataclass(frozen=True)
 class _Draft:
-    """What is known before a policy is chosen."""
+    """The inputs of every policy: memory, needs and phases."""
 
     provider: str
     capacity: int | None
@@ -108,9 +107,9 @@ class _Draft:
     unets: tuple[str, ...]
 
     def best(self) -> MemoryEstimate:
-        """Return the first policy that fits, else the last one that there is."""
+        """Return the first policy that fits, else the one with the smallest excess."""
         if self.usable is None:
-            return self._resident(tuple(self.needs), "nothing says that it would not fit")
+            return self._resident(tuple(self.needs), "the memory is unknown, so all components stay loaded")
         plans = [self.under(residency) for residency in self._policies()]
         chosen = min(plans, key=lambda plan: plan.missing)  # the first of those that fit
         refused = plans[: plans.index(chosen)]
@@ -118,7 +117,7 @@ class _Draft:
         return replace(chosen, reason=tried + chosen.reason)
 
     def under(self, residency: str) -> MemoryEstimate:
-        """Return the plan of a policy; under `resident` the small components give way only where they must."""
+        """Return the plan of a policy; `resident` frees the small components only if not everything fits."""
         if residency == "swap":
             return self._plan("swap", "one UNet is loaded at a time")
         if residency == "stream":
@@ -139,19 +138,19 @@ class _Draft:
 
     def _stream(self) -> MemoryEstimate:
         if not self._streams():
-            why = "the plans were built without it" if shares_activations(self.provider) else "it has no such thing"
-            return self._plan("stream", f"as swap: weights do not stream with {self.provider}, {why}")
+            why = "the plans were built without it" if shares_activations(self.provider) else "which cannot do it"
+            return self._plan("stream", f"as swap: no weight streaming with {self.provider}, {why}")
         budgets = {name: self._budget(self.needs[name]) for name in self.unets}
         left = max(self.needs[name].streamable - budget for name, budget in budgets.items())
         if not left:
             return self._plan("stream", "one UNet is loaded at a time, with all of its weights", budgets=budgets)
         reason = f"one UNet is loaded at a time, up to {format_bytes(left)} of its weights stay in host memory"
         if any(self.needs[name].uncertain for name in self.unets):
-            reason += "; its plan is to be built with --weight-streaming"
+            reason += "; build its plan with --weight-streaming"
         return self._plan("stream", reason, budgets=budgets)
 
     def _budget(self, need: Need) -> int:
-        """Return how many streamable bytes may lie on the device: all where they fit, else what is left over."""
+        """Return how many streamable bytes may be on the device: all if they fit, else what is free."""
         if self.usable is None:
             return 0
         free = self.usable - self._bytes((need.component,), {})
@@ -184,7 +183,7 @@ class _Draft:
     def _phase(
         self, name: str, used: tuple[str, ...], keeps: tuple[str, ...], budgets: Mapping[str, int]
     ) -> PhaseEstimate:
-        """Return a phase at its peak: what stays, and the neediest of the components that it loads in turn."""
+        """Return a phase at its peak: what stays loaded, plus the largest of the components that it loads in turn."""
         moments = [keeps if one in keeps else (*keeps, one) for one in used] or [keeps]
         loaded = max(moments, key=lambda moment: self._bytes(moment, budgets))
         return PhaseEstimate(
@@ -196,14 +195,14 @@ class _Draft:
         )
 
     def _bytes(self, loaded: Iterable[str], budgets: Mapping[str, int]) -> int:
-        """Return what is taken with `loaded` on the device: one block of activations serves all, or one each."""
+        """Return the bytes in use with `loaded` on the device, with one block of activations for all, or one each."""
         needs = [self.needs[name] for name in loaded]
         activations = [need.activations for need in needs]
         together = max(activations, default=0) if shares_activations(self.provider) else sum(activations)
         return sum(_weights(need, budgets) + need.io for need in needs) + together
 
     def _host(self, budgets: Mapping[str, int]) -> int:
-        """Return the host memory that plans take: one that is read ahead, beside the streamed weights of another."""
+        """Return the host memory for plans: one that is prefetched, and the streamed weights of another."""
         if not shares_activations(self.provider):
             return 0
         ahead = max(self.needs[name].weights for name in self.unets)
@@ -211,7 +210,7 @@ class _Draft:
 
 
 def _weights(need: Need, budgets: Mapping[str, int]) -> int:
-    """Return the bytes of a component's weights on the device, with the block that those that stream pass through."""
+    """Return the bytes of a component's weights on the device, including the staging block for streamed weights."""
     budget = budgets.get(need.component, need.streamable)
     staged = int(need.streamable * _STAGED) if budget < need.streamable else 0
     return need.weights - need.streamable + budget + staged

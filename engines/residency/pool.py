@@ -1,4 +1,4 @@
-"""Engines of a bundle under a residency policy: loaded when a phase needs them, freed when the policy says so."""
+"""A pool of engines under a residency policy: loads them when a phase needs them, frees them as the policy says."""
 
 __all__ = ["EnginePool", "open_pool"]
 
@@ -23,12 +23,12 @@ log = logging.getLogger(__name__)
 class EnginePool:
     """Loads and frees the engines of a bundle; a context manager that frees them all, and the device.
 
-    `resident` keeps every engine that was loaded, or of those only what `keeps` names. `swap` and `stream` hold the
-    engines of one phase: before a phase loads its own, it frees all others, so that the refiner never shares memory
-    with the base. Where memory runs out while engines are loaded, the pool goes on with the next of `fallbacks`.
+    `resident` keeps every loaded engine, or only those that `keeps` names. `swap` and `stream` hold the engines of one
+    phase: a phase frees all others before it loads its own, so base and refiner never share memory. If memory runs
+    out while engines are loaded, the pool continues with the next of `fallbacks`.
 
-    `make` is called with a component and, where that streams, with the bytes of its weights that may lie on the
-    device, from `budgets`. `replaced` says which component runs in the place of another.
+    `make` is called with a component name and, if its weights stream, with the bytes that may be on the device, from
+    `budgets`. `replaced` maps a component to the one that runs instead.
     """
 
     def __init__(
@@ -52,11 +52,11 @@ class EnginePool:
         self.records = records or {}
         """The plans in use, by component."""
         self.limits = limits
-        """The sizes that the plans in use take; None where whatever the graphs take will do."""
+        """The sizes that the plans in use accept; None if only the graphs limit them."""
         self.loads: list[str] = []
-        """The components in the order in which they were loaded."""
+        """The loaded components, in loading order."""
         self.swaps = 0
-        """How often one UNet took the place of another, which had to be freed for it."""
+        """How often one UNet replaced another that had been freed."""
         self._make = make
         self._keeps = frozenset(bundle.manifest.components if keeps is None else keeps)
         self._fallbacks = fallbacks
@@ -69,11 +69,11 @@ class EnginePool:
         self._last_unet = ""
 
     def phase(self, *names: str, next_engines: tuple[str, ...] = ()) -> tuple[Engine, ...]:
-        """Return the loaded engines of the components `names`, having freed what the policy does not keep.
+        """Free the engines that the policy does not keep; load and return those of the components `names`.
 
-        A thread meanwhile prepares `next_engines`, those of the next phase: it loads what may stay beside `names`, and
-        reads and checks the plans of the rest. The next call raises what goes wrong there. Raises ResourceError where
-        memory runs out under the last policy, and what Engine.load raises.
+        A thread then prepares `next_engines`, those of the next phase: it loads those that the policy keeps, and reads
+        and checks the plans of the others. Its errors are raised by the next call. Raises ResourceError if memory runs
+        out under the last policy, and what Engine.load raises.
         """
         wanted = self._resolve(names)
         while True:
@@ -90,11 +90,11 @@ class EnginePool:
         return engines
 
     def stand_in(self, name: str) -> str:
-        """Return the component that runs in the place of `name` on this provider, mostly itself."""
+        """Return the component that runs for `name` on this provider, usually itself."""
         return self._replaced.get(name, name)
 
     def profiles(self, name: str) -> tuple[Profile, ...]:
-        """Return the profiles that limit what component `name` takes, or () if it takes what its graph takes."""
+        """Return the profiles that limit the inputs of component `name`, or () if only its graph does."""
         name = self.stand_in(name)
         if self.provider == "ort-tensorrt":
             from sdxl_trt.engines.backends.ort import shape_limits  # noqa: PLC0415 - only this provider's
@@ -104,7 +104,7 @@ class EnginePool:
         return record.key.profiles if record else ()
 
     def free(self, keep: tuple[str, ...] = ()) -> None:
-        """Unload every engine but those to `keep`, once the thread that makes others ready has ended."""
+        """Wait for the thread that prepares engines, then unload every engine except those to `keep`."""
         try:
             self._take_over()
         except Exception as exc:  # noqa: BLE001 - there is no next phase to raise it
@@ -112,7 +112,7 @@ class EnginePool:
         self._unload(self._resolve(keep))
 
     def close(self) -> None:
-        """Unload every engine and close the device; the pool is of no use afterwards."""
+        """Unload every engine and close the device; the pool cannot be used afterwards."""
         with ExitStack() as stack:
             stack.callback(self._close)
             self.free()
@@ -124,13 +124,13 @@ class EnginePool:
         return self._keeps if self.residency == "resident" else frozenset()
 
     def _unload(self, keep: Iterable[str]) -> None:
-        with ExitStack() as stack:  # one that fails to unload keeps no other loaded
+        with ExitStack() as stack:  # if one fails to unload, the others are unloaded all the same
             for held in (self._prefetched, self._engines):
                 for name in held.keys() - set(keep):
                     stack.callback(held.pop(name).unload)
 
     def _take_over(self) -> None:
-        """Wait for the thread, take over what it has made ready, and raise what stopped it."""
+        """Wait for the thread, take over the engines that it prepared, and raise the error that stopped it."""
         if self._ahead is None:
             return
         error = self._ahead.finish()
@@ -161,13 +161,13 @@ class EnginePool:
             self._last_unet = name
 
     def _fall_back(self, exc: ResourceError) -> None:
-        """Free everything and take the next policy, or raise `exc` where there is none."""
+        """Free everything and switch to the next policy; raise `exc` if there is none."""
         if not self._fallbacks:
             raise exc
         before = self.residency
         self.residency, *rest = self._fallbacks
         self._fallbacks = tuple(rest)
-        log.warning("residency %s: %s; going on with %s", before, exc, self.residency)
+        log.warning("residency %s: %s; continuing with %s", before, exc, self.residency)
         self.free()
 
     def __enter__(self) -> Self:
@@ -189,15 +189,15 @@ def open_pool(
     from_image: bool = False,
     once: bool = False,
 ) -> EnginePool:
-    """Return a pool for `bundle`; nothing of it is loaded yet.
+    """Return a pool for `bundle`; nothing is loaded yet.
 
     `provider` is "auto" or one of PROVIDERS, `residency` "auto", "resident", "swap" or "stream"; `available` replaces
-    the measured memory in bytes, the device's or the host's; `sizes` are what is to be run, where no plans say it.
-    With `from_image`, memory is planned for runs that start from an image, which also need the autoencoder's encoder;
-    with `once`, for a single run.
-    A stated residency is kept; under "auto" the next one is taken where memory runs out. Raises UsageError for other
-    names, IncompatibleError for a provider that cannot be had or a plan that does not fit this machine, ResourceError
-    for plans that cannot fit.
+    the measured memory of the device or host, in bytes; `sizes` are those of the runs, if there are no plans. With
+    `from_image`, memory is planned for runs that start from an image, which also need the autoencoder's encoder; with
+    `once`, for a single run.
+    A given residency is kept; "auto" falls back to the next one if memory runs out. Raises UsageError for unknown
+    names, IncompatibleError for a provider that is not available or a plan that does not fit this machine,
+    ResourceError for plans that cannot fit.
     """
     check_residency(residency)
     backend = open_backend(bundle, provider)
@@ -213,7 +213,7 @@ def open_pool(
             records=backend.records,
             from_image=from_image,
         )
-        _refuse_the_impossible(plan)
+        _require_fit(plan)
     except BaseException:
         backend.close()
         raise
@@ -232,7 +232,7 @@ def open_pool(
     )
 
 
-def _refuse_the_impossible(plan: MemoryEstimate) -> None:
-    """Raise ResourceError where the builder's own figures are above all the memory there is; estimates may be off."""
+def _require_fit(plan: MemoryEstimate) -> None:
+    """Raise ResourceError if the builder's own figures exceed the whole memory; estimates may be wrong and pass."""
     if not plan.estimated and plan.capacity is not None and plan.peak > plan.capacity:
         plan.check()

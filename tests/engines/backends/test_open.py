@@ -104,7 +104,7 @@ def test_out_of_memory_falls_back_to_what_fits(planned, simulated, caplog: pytes
         assert pool.residency == "resident"
         run(pool)
         assert (pool.residency, pool.swaps) == ("swap", 1)
-    assert "going on with swap" in caplog.text
+    assert "continuing with swap" in caplog.text
     assert simulated.current_bytes == 0
 
 

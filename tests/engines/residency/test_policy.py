@@ -124,7 +124,7 @@ def test_auto_takes_the_first_policy_that_fits(records: dict[str, PlanRecord], c
         plan.check()
     else:
         assert plan.missing == min(each.missing for each in stated)
-        with pytest.raises(ResourceError, match=r"more than the .* that are usable; "):
+        with pytest.raises(ResourceError, match=r"more than the .* that is usable; "):
             plan.check()
 
 
@@ -150,7 +150,7 @@ def test_a_plan_survives_json(records: dict[str, PlanRecord], capacity: int | No
 def test_unknown_memory_is_no_reason_to_swap() -> None:
     plan = estimate_memory(MINI, provider="tensorrt", capacity=None)
     assert (plan.residency, plan.missing) == ("resident", 0)
-    assert "not known" in plan.lines()[0]
+    assert "unknown" in plan.lines()[0]
 
 
 @pytest.mark.parametrize("capacity", [None, 0, 1 << 50])
@@ -234,7 +234,7 @@ def test_what_streams_stays_in_host_memory_and_is_said_to(sdxl: Bundle) -> None:
 def test_too_little_memory_is_named_with_what_is_missing(sdxl: Bundle) -> None:
     plan = estimate_memory(sdxl, provider="tensorrt", capacity=GB, sizes=exact_sizes(1024, 1024))
     assert plan.missing
-    assert f"does not fit: {plan.missing / 1e6:.0f} MB are missing" in plan.lines()[-1]
+    assert f"does not fit: {plan.missing / 1e6:.0f} MB too large" in plan.lines()[-1]
     with pytest.raises(ResourceError, match="try smaller pictures, or a device with more memory"):
         plan.check()
 
@@ -264,7 +264,7 @@ def test_onnxruntime_streams_nothing_and_says_so(sdxl: Bundle) -> None:
         estimate_memory(sdxl, provider="ort-cpu", capacity=16 * GB, residency=residency)
         for residency in ("stream", "swap")
     )
-    assert stream.reason.startswith("as swap: weights do not stream with ort-cpu")
+    assert stream.reason.startswith("as swap: no weight streaming with ort-cpu")
     assert (stream.peak, stream.budgets) == (swap.peak, {})
     assert estimate_memory(sdxl, provider="ort-cpu", capacity=1).residency == "swap"
     assert fallbacks(swap) == ()

@@ -322,7 +322,7 @@ def test_out_of_memory_under_resident_goes_on_with_swap(
         assert (pool.residency, machine.loaded, pool.swaps) == ("swap", ["refiner_unet"], 1)
         run(pool)
         assert machine.most_unets == 1
-    expected = "residency resident: loading refiner_unet: out of memory; going on with swap"
+    expected = "residency resident: loading refiner_unet: out of memory; continuing with swap"
     assert caplog.messages == [expected]
     assert caplog.records[0].levelno == logging.WARNING
 
