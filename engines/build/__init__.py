@@ -1,4 +1,4 @@
-"""ONNX graphs to TensorRT plans, one process per plan."""
+"""Build TensorRT plans from ONNX graphs, one process per plan."""
 
 from typing import TYPE_CHECKING
 

@@ -1,6 +1,6 @@
-"""Networks to plans: TensorRT's builder configured, its plan written as it comes, its memory figures read.
+"""Networks to plans: configure TensorRT's builder, stream its plan to a file, read its memory figures.
 
-Flags are members of the module's enums: their numbers changed between versions.
+Flags are looked up by name in the module's enums: their numbers changed between versions.
 """
 
 __all__ = ["PlanFile", "add_profiles", "configure", "memory_of", "save_timing_cache", "write_plan"]
@@ -20,7 +20,7 @@ _DEFAULT_LEVEL = 3
 
 
 class PlanFile:
-    """A plan on its way into an open file: counted and digested, so that nobody has to read gigabytes again."""
+    """An open file that a plan is written to; counts and digests the bytes, so that they need not be read again."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.size = 0
@@ -29,7 +29,7 @@ class PlanFile:
 
     @property
     def sha256(self) -> str:
-        """The hex digest of what was written so far."""
+        """The hex digest of the bytes written so far."""
         return self._digest.hexdigest()
 
     def write(self, data: Any) -> int:
@@ -44,13 +44,13 @@ class PlanFile:
 
 
 def configure(trt: Any, builder: Any, flavour: Flavour, flags: BuildFlags, timing_cache: Path | None) -> Any:
-    """Return a builder config with `flags` set and the timing cache of an earlier build loaded, if there is one.
+    """Return a builder config with `flags` and, if there is one, the timing cache of an earlier build.
 
-    Raises IncompatibleError for a flag that this TensorRT has not.
+    Raises IncompatibleError for a flag this TensorRT does not support.
     """
     config = builder.create_builder_config()
     if hasattr(trt.BuilderFlag, "TF32"):
-        # On by default, and then fp32 graphs are computed with 10 bits of mantissa: fp32 means fp32 here.
+        # TF32 is on by default and computes fp32 graphs with a 10-bit mantissa; here fp32 means fp32.
         config.clear_flag(trt.BuilderFlag.TF32)
     if flags.opt_level != _DEFAULT_LEVEL:
         config.builder_optimization_level = flags.opt_level
@@ -60,7 +60,7 @@ def configure(trt: Any, builder: Any, flavour: Flavour, flags: BuildFlags, timin
         config.set_flag(_member(trt.BuilderFlag, "WEIGHT_STREAMING", "--weight-streaming"))
     if flags.version_compatible:
         config.set_flag(_member(trt.BuilderFlag, "VERSION_COMPATIBLE", "--version-compatible"))
-    # A plan of TensorRT for RTX runs on Ampere and later as it is.
+    # Plans of TensorRT for RTX run on Ampere and later without a flag.
     if flags.hardware_compatible and flavour == "tensorrt":
         levels = trt.HardwareCompatibilityLevel
         config.hardware_compatibility_level = _member(levels, "AMPERE_PLUS", "--hardware-compatible")
@@ -77,7 +77,7 @@ def _member(enum: Any, name: str, option: str) -> Any:
 
 
 def _load_timing_cache(config: Any, path: Path) -> None:
-    """Give `config` the cache at `path`, or an empty one where there is none that fits this device and version."""
+    """Set the timing cache at `path`, or an empty one if that is missing or of another device or version."""
     try:
         content = path.read_bytes() if path.exists() else b""
     except OSError as exc:
@@ -88,7 +88,7 @@ def _load_timing_cache(config: Any, path: Path) -> None:
 
 
 def save_timing_cache(config: Any, path: Path) -> None:
-    """Write what the builder measured, over the cache that it was given. Raises one of our errors for an OSError."""
+    """Write the builder's timing cache to `path`, replacing the old one. Raises an SdxlTrtError for an OSError."""
     cache = config.get_timing_cache()
     if cache is not None:
         with atomic_write(path) as file:
@@ -96,7 +96,7 @@ def save_timing_cache(config: Any, path: Path) -> None:
 
 
 def add_profiles(builder: Any, config: Any, network: Any, profiles: tuple[Profile, ...]) -> None:
-    """Add one optimization profile each. Raises UsageError for shapes that the graph's inputs cannot have."""
+    """Add an optimization profile for each of `profiles`. Raises UsageError for shapes that do not fit the inputs."""
     inputs = {tensor.name for tensor in (network.get_input(i) for i in range(network.num_inputs))}
     for profile in profiles:
         made = builder.create_optimization_profile()
@@ -107,16 +107,16 @@ def add_profiles(builder: Any, config: Any, network: Any, profiles: tuple[Profil
             try:
                 made.set_shape(name, low, usual, high)
             except ValueError as exc:
-                raise UsageError(f"the profile's {name} of {low}, {usual}, {high} is none: {exc}") from exc
+                raise UsageError(f"the profile's {name} of {low}, {usual}, {high} is invalid: {exc}") from exc
         if not made or config.add_optimization_profile(made) < 0:
-            raise UsageError(f"TensorRT takes no profile of {profile.shapes}; choose other sizes")
+            raise UsageError(f"TensorRT rejects the profile {profile.shapes}; choose other sizes")
 
 
 def write_plan(trt: Any, builder: Any, network: Any, config: Any, plan: PlanFile) -> bool:
-    """Build, and write the plan to `plan`; return whether there is one. Raises OSError where it cannot be written.
+    """Build the plan and write it to `plan`; return whether the build succeeded. Raises OSError if writing fails.
 
-    Through a stream where TensorRT has one: the plan is then never whole in memory. A library older than its binding
-    reports success there having written nothing, and builds the plan in its own memory, from where it is written.
+    Uses TensorRT's stream writer if it has one, so that the plan is never whole in memory. A library older than its
+    binding reports success there without writing anything; the plan is then built in memory and written from there.
     """
     if hasattr(builder, "build_serialized_network_to_stream"):
         writer = _stream_writer(trt, plan)
@@ -138,7 +138,7 @@ def _stream_writer(trt: Any, plan: PlanFile) -> Any:
         def write(self, data: bytes) -> int:
             try:
                 return plan.write(data)
-            except OSError as exc:  # C++ cannot unwind it, and takes a short count for the end
+            except OSError as exc:  # C++ cannot unwind it; a short count ends the build
                 self.failure = exc
                 return 0
 
@@ -146,10 +146,10 @@ def _stream_writer(trt: Any, plan: PlanFile) -> Any:
 
 
 def memory_of(trt: Any, logger: Any, log: BuildLog, file: BinaryIO, flags: BuildFlags) -> PlanMemory:
-    """Return what the plan in `file` needs on the device, as the builder logged it, or else as its engine states it.
+    """Return the device memory of the plan in `file`: the builder's logged figures, or else those of its engine.
 
-    Without an engine all weights of a plan built for weight streaming count as streamable, which is an upper bound.
-    Raises EngineError where neither is to be had.
+    Logged figures count all weights of a plan built for weight streaming as streamable, which is an upper bound.
+    Raises EngineError if neither is available.
     """
     size = file.seek(0, 2)
     if log.activations is not None:
@@ -160,7 +160,7 @@ def memory_of(trt: Any, logger: Any, log: BuildLog, file: BinaryIO, flags: Build
     with mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) as content:
         engine = trt.Runtime(logger).deserialize_cuda_engine(content)
     if engine is None:
-        raise EngineError("TensorRT did not say how much memory the plan's activations take, and without it nothing can"
-                          " be planned; report this with the build log")  # fmt: skip
+        raise EngineError("TensorRT did not state the memory of the plan's activations, which the memory plan needs;"
+                          " report this with the build log")  # fmt: skip
     streamable = engine.streamable_weights_size
     return PlanMemory(weights=size, activations=engine.device_memory_size_v2, streamable=streamable)

@@ -1,4 +1,4 @@
-"""Plans for the graphs of a bundle: which are to be built, and building them into the bundle, one by one."""
+"""Build the plans that a bundle lacks, one by one, and enter them into its manifest."""
 
 __all__ = ["build_plans", "drop_onnx"]
 
@@ -34,7 +34,7 @@ from sdxl_trt.engines.errors import (
 from sdxl_trt.engines.host import exclusive, require_utf8
 from sdxl_trt.engines.plans import PLANS, Sizes, plan_path, planned_components, remove_write_permission
 
-# A plan holds the weights and the kernels; measured by benchmarks/full_size/build.py.
+# A plan contains the weights and the kernels; measured by benchmarks/full_size/build.py.
 _PLAN_BYTES, _PLAN_EXTRA = 1.05, 32 << 20
 
 
@@ -50,11 +50,11 @@ def build_plans(
     lock: bool = True,
     progress: Callable[[BuildEvent], None] | None = None,
 ) -> Bundle:
-    """Build the plans of the bundle at `root` that it has not, for this machine, and return it opened.
+    """Build the plans that the bundle at `root` lacks for this machine, and return the opened bundle.
 
-    Each plan is in the manifest as soon as it is whole: an interrupted run goes on with the next one. `progress` is
-    told every event of every build; without `lock` nothing keeps other writers away. Raises IncompatibleError without
-    TensorRT or its GPU, SizeError, UsageError, ResourceError, and EngineError with the build log's last line.
+    Each plan enters the manifest as soon as it is complete, so a new run continues after an interrupted one. `progress`
+    receives every event of every build; without `lock`, other writers are not kept out. Raises IncompatibleError
+    without TensorRT or its GPU, SizeError, UsageError, ResourceError, and EngineError with the build log's last line.
     """
     environment = current_environment(flavour)
     root = Path(root)
@@ -63,7 +63,7 @@ def build_plans(
     with exclusive(root.absolute(), lock=lock):
         bundle = read_bundle(root, partial=True)
         if not bundle.manifest.onnx:
-            raise IncompatibleError(f"{root}: holds plans alone, and plans are built from graphs; export the bundle"
+            raise IncompatibleError(f"{root}: contains only plans, and plans are built from graphs; export the bundle"
                                     " again without --plans-only")  # fmt: skip
         jobs = plan_builds(bundle, environment, sizes, flags, components=components, force=force)
         to_build = [job for job in jobs if job.record is None]
@@ -118,7 +118,7 @@ def _record(job: PlanJob, file: str, built: BuiltPlan) -> PlanRecord:
 
 
 def _enter(bundle: Bundle, record: PlanRecord) -> Bundle:
-    """Enter `record` into the manifest in the place of an older one, whose file is then removed."""
+    """Enter `record` into the manifest; an older one of its component, flavour and GPU is removed with its files."""
     stale = [old for old in bundle.manifest.plans if _place(old.key) == _place(record.key)]
     kept = [old for old in bundle.manifest.plans if old not in stale]
     manifest = msgspec.structs.replace(bundle.manifest, plans=(*kept, record))
@@ -136,14 +136,14 @@ def _require_disk(bundle: Bundle, jobs: Iterable[PlanJob]) -> None:
     need = sum(int(bundle.manifest.components[job.component].weights.size * _PLAN_BYTES) + _PLAN_EXTRA for job in jobs)
     free = shutil.disk_usage(bundle.root).free
     if need > free:
-        raise ResourceError(f"{bundle.root}: plans need {need / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are free; free"
+        raise ResourceError(f"{bundle.root}: plans need {need / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB is free; free"
                             " some space, or write the bundle to another disk")  # fmt: skip
 
 
 def drop_onnx(bundle: Bundle) -> Bundle:
-    """Take graphs and weights out of a bundle that has a plan of every component, and return what is left.
+    """Remove graphs and weights from a bundle that has a plan of every component; return the new bundle.
 
-    Raises UsageError where a component would be left without a plan.
+    Raises UsageError if a component has no plan.
     """
     planned = {record.key.component for record in bundle.manifest.plans}
     bare = [name for name in planned_components(bundle.manifest) if name not in planned]
@@ -151,7 +151,7 @@ def drop_onnx(bundle: Bundle) -> Bundle:
         raise UsageError(f"--plans-only: {', '.join(bare)} would be left without a plan; build plans of all components")
     manifest = msgspec.structs.replace(bundle.manifest, onnx=False)
     write_manifest(bundle.root, manifest)
-    # Out of sight in one step each, so that an interrupt leaves nothing that looks whole.
+    # Each file is renamed away in one step, so that an interrupt leaves no half-deleted file.
     with tempfile.TemporaryDirectory(prefix=f".{PLANS}-only.", dir=bundle.root) as away:
         for name, component in manifest.components.items():
             for record in component.files:

@@ -1,4 +1,4 @@
-"""The plans a bundle needs for an environment: which to keep and which to build."""
+"""The plans that a bundle needs for an environment: which to keep and which to build."""
 
 __all__ = ["PlanJob", "plan_builds"]
 
@@ -16,13 +16,13 @@ from sdxl_trt.engines.plans import Sizes, check_for, planned_components, profile
 
 @dataclass(frozen=True)
 class PlanJob:
-    """The plan of one component: to be built under `key`, or kept where `record` is what the bundle has."""
+    """The plan of one component: to be built with `key`, or kept if `record` is set."""
 
     component: str
     key: PlanKey
     record: PlanRecord | None
     reasons: tuple[str, ...] = ()
-    """Why a plan that is there is not kept."""
+    """Why the existing plan is not kept."""
 
 
 def plan_builds(
@@ -34,10 +34,10 @@ def plan_builds(
     components: Iterable[str] | None = None,
     force: bool = False,
 ) -> list[PlanJob]:
-    """Return what building plans for `environment` comes to, component by component; nothing is built.
+    """Return the jobs of building plans for `environment`, one per component; nothing is built.
 
-    `components` limits it. A plan that is there is kept where key and bytes are right. Raises UsageError for a
-    component that the bundle has not, SizeError for sizes that its UNets cannot take.
+    `components` selects some. An existing plan is kept if its key and digest match, unless `force`. Raises UsageError
+    for an unknown component, SizeError for sizes that the UNets do not accept.
     """
     sizes, flags = sizes or stage_sizes(bundle.manifest), flags or BuildFlags()
     check_for(bundle.manifest, sizes)
@@ -71,7 +71,7 @@ def _job(
 
 
 def _place(key: PlanKey) -> tuple[str, str, str]:
-    """Return what there is one plan of: a component, a flavour, a GPU."""
+    """Return (component, flavour, GPU): a bundle has one plan for each."""
     return key.component, key.environment.flavour, key.environment.gpu
 
 

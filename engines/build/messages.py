@@ -1,4 +1,4 @@
-"""What a build is asked for, what it says while it runs, and what comes of it."""
+"""The records of a build: its job, its events, its result, and the messages of its process."""
 
 __all__ = ["BuildEvent", "BuildJob", "BuildPhase", "BuiltPlan", "Made", "Message", "Refused"]
 
@@ -8,9 +8,9 @@ from sdxl_trt.engines.bundle import BuildFlags, Flavour, Natural, Positive, Prof
 
 
 class BuildJob(Record, frozen=True, kw_only=True):
-    """One plan to build: `graph` is a ``model.onnx`` with its weights beside it, `plan` and `log` are written.
+    """One plan to build: `graph` is a ``model.onnx`` with its weights beside it, `plan` and `log` are output files.
 
-    A `timing_cache` is read if it is there, and written again after the build.
+    `timing_cache` is read if it exists, and written after the build.
     """
 
     component: str
@@ -24,9 +24,9 @@ class BuildJob(Record, frozen=True, kw_only=True):
 
 
 class BuildEvent(Record, frozen=True, kw_only=True):
-    """A sign of life: what TensorRT says that it is doing, how much of it is done (0 to 1, None where unknown).
+    """Progress of a build: TensorRT's current phase, and the share that is done (0 to 1, None if unknown).
 
-    `seconds` have passed since the build began; its process holds `resident` bytes (0 where that cannot be seen).
+    `seconds` is the time since the build began, `resident` the bytes that its process holds (0 if unknown).
     """
 
     component: str
@@ -37,10 +37,10 @@ class BuildEvent(Record, frozen=True, kw_only=True):
 
 
 class BuiltPlan(Record, frozen=True, kw_only=True):
-    """A plan that was built: sizes and memory in bytes, times in seconds.
+    """A finished plan: sizes and memory in bytes, times in seconds.
 
-    `activations` are the builder's figure for the largest shapes of any profile. `peak_anonymous` and `peak_file`
-    are the building process's, sampled: memory that it must have, and pages of files that the kernel may drop.
+    `activations` is the builder's figure for the largest shapes of any profile. `peak_anonymous` and `peak_file` are
+    sampled peaks of the build process: memory that it needs, and file pages that the kernel may drop.
     """
 
     component: str
@@ -58,14 +58,14 @@ class BuiltPlan(Record, frozen=True, kw_only=True):
 
 
 class BuildPhase(Record, frozen=True, kw_only=True, tag="phase"):
-    """Said by the building process whenever it turns to something else."""
+    """Sent by the build process when its phase changes."""
 
     phase: str
     share: float | None = None
 
 
 class Made(Record, frozen=True, kw_only=True, tag="made"):
-    """Said by the building process at the end: what it wrote, and what the builder said of it."""
+    """Sent by the build process at the end: the size and digest of the plan, and the builder's figures."""
 
     size: Natural
     sha256: Sha256
@@ -77,7 +77,7 @@ class Made(Record, frozen=True, kw_only=True, tag="made"):
 
 
 class Refused(Record, frozen=True, kw_only=True, tag="refused"):
-    """Said by the building process instead: the name of one of our errors, and its message."""
+    """Sent by the build process on failure: the class name of an SdxlTrtError, and its message."""
 
     error: str
     message: str

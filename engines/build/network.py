@@ -1,6 +1,6 @@
-"""ONNX graphs as TensorRT networks: parsed, strongly typed, and what TensorRT said of them.
+"""ONNX graphs to TensorRT networks: strongly typed parsing, and the errors and figures in TensorRT's log.
 
-Every function takes the module, ``tensorrt`` or ``tensorrt_rtx``, from whoever imported it (`tensorrt_api`).
+Every function takes the module as `trt`: ``tensorrt`` or ``tensorrt_rtx``, imported by `tensorrt_module`.
 """
 
 __all__ = ["BuildLog", "Parsed", "allow_decomposition", "new_network", "parse_error", "parse_graph"]
@@ -20,9 +20,9 @@ _SEVERITIES = ("ERROR", "WARNING", "INFO")
 
 
 class BuildLog:
-    """What TensorRT says: errors are kept, memory figures read, and all but the verbose lines written to `file`.
+    """TensorRT's messages: keeps errors, reads memory figures, and writes all but verbose lines to `file`.
 
-    `activations` and `weights` are bytes, None before the builder stated them; of several profiles the largest.
+    `activations` and `weights` are bytes, the largest of all profiles; None until the builder logs them.
     """
 
     def __init__(self, file: TextIO | None = None) -> None:
@@ -32,7 +32,7 @@ class BuildLog:
         self._file = file
 
     def note(self, severity: str, message: str) -> None:
-        """Take one message; `severity` is the name that TensorRT gives it. A sink for `tensorrt_api.make_logger`."""
+        """Take one message; `severity` is TensorRT's name for it. A sink for `make_logger`."""
         if severity.endswith("ERROR"):
             severity = "ERROR"
             self.errors.append(message)
@@ -48,18 +48,18 @@ class BuildLog:
             self.weights = max(figure, self.weights or 0)
 
     def failure(self, doing: str, hint: str) -> SdxlTrtError:
-        """Return the error for something that came to nothing: of memory if any message speaks of it."""
+        """Return the error for a failure while `doing`: ResourceError if any message is about memory."""
         for message in self.errors:
             if _NO_MEMORY.search(message):
                 return ResourceError(f"{doing}: out of memory ({message.strip()}); close what else uses the device and"
                                      " this machine's memory, or build for smaller sizes")  # fmt: skip
-        # The first error is the cause; the last one only says that there was one.
+        # The first error is the cause; the last one only reports that there was one.
         said = self.errors[0].strip() if self.errors else "TensorRT did not say why"
         return EngineError(f"{doing}: {said}; {hint}")
 
 
 class Parsed(NamedTuple):
-    """A network and how long it took to parse. Its weights are the parser's: keep both until the plan is built."""
+    """A network and its parse time. The parser owns the weights: keep both until the plan is built."""
 
     accepted: bool
     network: Any
@@ -68,14 +68,14 @@ class Parsed(NamedTuple):
 
 
 def new_network(trt: Any, builder: Any) -> Any:
-    """Return an empty, strongly typed network: the precision of every tensor is the graph's."""
-    # Numbered anew in TensorRT 11, and absent where there is no other typing.
+    """Return an empty, strongly typed network: every tensor keeps the graph's dtype."""
+    # The flag has another number in TensorRT 11, and is absent where strong typing is the only mode.
     typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     return builder.create_network(0 if typed is None else 1 << int(typed))
 
 
 def parse_graph(trt: Any, builder: Any, logger: Any, graph: Path) -> Parsed:
-    """Parse the ONNX file `graph`, external weights included; the parser's errors are for `parse_error`."""
+    """Parse the ONNX file `graph` with its external weights; `parse_error` returns the parser's errors."""
     network = new_network(trt, builder)
     parser = trt.OnnxParser(network, logger)
     started = time.perf_counter()
@@ -84,7 +84,7 @@ def parse_graph(trt: Any, builder: Any, logger: Any, graph: Path) -> Parsed:
 
 
 def parse_error(trt: Any, parsed: Parsed, log: BuildLog, graph: Path) -> SdxlTrtError | None:
-    """Return what the parser had against `graph`, None if it took it whole; `log` is what it was telling."""
+    """Return the error for a `graph` that the parser rejected, or None if it parsed; `log` has its messages."""
     parser = parsed.parser
     if parsed.accepted and parsed.network.num_outputs:
         return None
@@ -92,26 +92,26 @@ def parse_error(trt: Any, parsed: Parsed, log: BuildLog, graph: Path) -> SdxlTrt
         return CorruptError(f"{graph}: has no outputs; run export-engines again")
     error = parser.get_error(0)
     if error.code() == trt.ErrorCode.MODEL_DESERIALIZE_FAILED:
-        return CorruptError(f"{graph}: is no ONNX graph ({error.desc()}); run export-engines again")
+        return CorruptError(f"{graph}: is not an ONNX graph ({error.desc()}); run export-engines again")
     reason = f"{error.node_operator()} {error.node_name()}: {error.desc()}".lstrip(": ")
-    # Of weights that cannot be read the parser's own error says only which initializer needed them.
+    # For unreadable weights the parser's own error names only the initializer; the log has the cause.
     cause = _POSITION.sub("", log.errors[0]) if log.errors else ""
     if cause.startswith(_WEIGHTS):
         reason = cause
-    return EngineError(f"{graph}: TensorRT's parser refused it: {' '.join(reason.split())}; run export-engines again")
+    return EngineError(f"{graph}: TensorRT's parser rejected it: {' '.join(reason.split())}; run export-engines again")
 
 
 def allow_decomposition(trt: Any, network: Any) -> None:
-    """Let attention fall apart into products and a softmax where no fused kernel takes it.
+    """Allow attention to be decomposed into products and a softmax if no fused kernel supports it.
 
-    The parser makes one layer of ONNX's Attention. TensorRT has kernels for half types and some head widths only,
-    and refuses to build the rest (fp32 graphs, odd heads) unless each layer is told that it may be decomposed.
-    Where there is a kernel it is used all the same.
+    The parser maps ONNX's Attention to one layer. TensorRT has kernels for half precision and some head sizes only,
+    and does not build the rest (fp32 graphs, unusual head sizes) unless the layer is marked as decomposable. Layers
+    with a fused kernel still use it.
     """
     kind = getattr(trt.LayerType, "ATTENTION_INPUT", None)
     for i in range(network.num_layers if kind is not None else 0):
         layer = network.get_layer(i)
         if layer.type == kind:
-            # The network gives every layer as an ILayer; NVIDIA's own samples narrow it so.
+            # The network returns every layer as an ILayer; NVIDIA's own samples cast it this way.
             layer.__class__ = trt.IAttentionInputLayer
             layer.attention.decomposable = True

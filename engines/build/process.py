@@ -1,7 +1,7 @@
-"""ONNX to plan in a child process: watched, interruptible, and with an error for every way in which it can end.
+"""Build a plan in a child process: monitored, interruptible, and with an error for every way it can end.
 
-TensorRT builds for minutes inside one call, holds several times the weights in memory, and ends the process where it
-fails badly. In a process of its own, Ctrl-C acts at once, the memory goes back to the system, and a crash is a message.
+TensorRT builds for minutes inside one call, holds several times the weights in memory, and may crash its process. In
+a child process, Ctrl-C acts at once, the memory returns to the system, and a crash becomes an error message.
 """
 
 __all__ = ["BuildEvent", "BuildJob", "BuiltPlan", "build_plan"]
@@ -26,21 +26,21 @@ from sdxl_trt.engines.host import atomic_write
 
 WORKER = "sdxl_trt.engines.build.worker"
 SAMPLE, HEARTBEAT = 0.1, 0.5
-"""Seconds between two looks at the child's memory, and between two events while TensorRT says nothing."""
+"""Seconds between two samples of the child's memory, and between two events while TensorRT reports nothing."""
 _TAIL = 1 << 16
-# By default glibc raises these two thresholds as it frees blocks, and each thread has an arena of its own: of the many
-# blocks that a builder frees, few go back to the system. Held fixed, the peak is 7 % lower (SDXL's base UNet, static).
+# By default glibc raises these two thresholds as it frees blocks, and gives each thread its own arena, so few of the
+# blocks that a builder frees return to the system. Fixed values lower the peak by 7 % (SDXL's base UNet, static).
 _MALLOC = {"MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
 Progress = Callable[[BuildEvent], None]
 
 
 def build_plan(job: BuildJob, *, progress: Progress | None = None) -> BuiltPlan:
-    """Build the plan of `job` in a child process and return what came of it; `progress` is told twice a second.
+    """Build the plan of `job` in a child process and return its record; `progress` is called twice a second.
 
-    ``job.plan`` appears whole or not at all; ``job.log`` is written in either case. Whatever interrupts this call
-    (KeyboardInterrupt, an exception of `progress`) ends the child at once. Raises ResourceError where memory or disk
-    ran out, CorruptError for a file that is no graph, UsageError for profiles that the graph cannot have,
-    IncompatibleError without TensorRT, and EngineError for the rest: each names the reason or the log.
+    ``job.plan`` is written completely or not at all; ``job.log`` always. An exception in this call (KeyboardInterrupt,
+    or from `progress`) ends the child at once. Raises ResourceError if memory or disk runs out, CorruptError for a
+    file that is not a graph, UsageError for profiles that do not fit the graph, IncompatibleError without TensorRT,
+    and EngineError for anything else; each names the reason or the log.
     """
     started = time.monotonic()
     with _open_log(job.log) as log, atomic_write(job.plan) as plan:
@@ -75,11 +75,11 @@ def _open_log(path: Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def _child(job: BuildJob, plan: int, log: BinaryIO) -> Iterator[subprocess.Popen[bytes]]:
-    """Start the worker with its job, and leave no process behind.
+    """Start the worker with its job; kill it on the way out of an exception.
 
-    Its stdin stays open: where this process is killed, it closes, and the worker ends itself.
+    Its stdin stays open: if this process is killed, stdin closes and the worker ends itself.
     """
-    # -P keeps the working directory, which is anybody's, off the child's module path.
+    # -P keeps the working directory, which is not trusted, off the child's module path.
     command = [sys.executable, "-P", "-X", "faulthandler", "-m", WORKER, str(plan)]
     pipe = subprocess.PIPE
     with subprocess.Popen(  # noqa: S603 - our own module
@@ -87,7 +87,7 @@ def _child(job: BuildJob, plan: int, log: BinaryIO) -> Iterator[subprocess.Popen
     ) as child:
         try:
             assert child.stdin  # noqa: S101 - it is a pipe
-            with contextlib.suppress(BrokenPipeError):  # what ended it at once is in the log
+            with contextlib.suppress(BrokenPipeError):  # it has already ended; the log has the reason
                 child.stdin.write(msgspec.json.encode(job, enc_hook=os.path.abspath) + b"\n")
             yield child
         except BaseException:
@@ -96,7 +96,7 @@ def _child(job: BuildJob, plan: int, log: BinaryIO) -> Iterator[subprocess.Popen
 
 
 class _Watch:
-    """Listens to a child and looks at its memory until it closes its stdout."""
+    """Reads a child's messages and samples its memory until it closes its stdout."""
 
     def __init__(self, job: BuildJob, log: BinaryIO, progress: Progress | None, started: float) -> None:
         self.last: Message | None = None
@@ -109,7 +109,7 @@ class _Watch:
         self._resident = 0
 
     def until_end(self, child: "subprocess.Popen[bytes]") -> None:
-        """Return when the child has ended. Its own process tells the phases, this one's clock keeps them coming."""
+        """Return when the child has ended. Reports progress when its phase changes, and at every HEARTBEAT."""
         assert child.stdout  # noqa: S101 - it is a pipe
         beat = self._started
         rest = b""
@@ -117,35 +117,35 @@ class _Watch:
             selector.register(child.stdout, selectors.EVENT_READ)
             while True:
                 ready = selector.select(SAMPLE)
-                self._look(child.pid)
+                self._sample(child.pid)
                 chunk = os.read(child.stdout.fileno(), _TAIL) if ready else b""
                 if ready and not chunk:
                     break
                 *lines, rest = (rest + chunk).split(b"\n")
-                if self._take(lines) or time.monotonic() >= beat:
-                    self._tell()
+                if self._read(lines) or time.monotonic() >= beat:
+                    self._report()
                     beat = time.monotonic() + HEARTBEAT
         child.wait()
 
-    def _take(self, lines: list[bytes]) -> bool:
-        """Note the child's messages and return whether the phase is another."""
+    def _read(self, lines: list[bytes]) -> bool:
+        """Decode the child's messages and return whether the phase has changed."""
         before = self._phase
         for line in lines:
             try:
                 self.last = msgspec.json.decode(line, type=Message)
             except msgspec.DecodeError:
-                self._log.write(line + b"\n")  # what a start-up hook of the interpreter printed, for instance
+                self._log.write(line + b"\n")  # for instance the output of an interpreter's start-up hook
             if isinstance(self.last, BuildPhase):
                 self._phase = self.last
         return self._phase != before
 
-    def _look(self, pid: int) -> None:
+    def _sample(self, pid: int) -> None:
         figures = _memory(pid)
         self._resident = sum(figures.values())
         for kind in self.peaks:
             self.peaks[kind] = max(self.peaks[kind], figures.get(kind, 0))
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         if self._progress:
             seconds = time.monotonic() - self._started
             phase = self._phase
@@ -160,7 +160,7 @@ class _Watch:
 
 
 def _memory(pid: int) -> dict[str, int]:
-    """Return the bytes of a process's memory by kind; nothing where the system does not show them."""
+    """Return the bytes of a process's memory by kind; empty if the system does not report them."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -170,7 +170,7 @@ def _memory(pid: int) -> dict[str, int]:
 
 
 def _oom_kills() -> int:
-    """Return how many processes Linux has killed for want of memory; 0 where it does not say."""
+    """Return how many processes Linux has killed for lack of memory; 0 if it does not report it."""
     try:
         lines = Path("/proc/vmstat").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -179,10 +179,10 @@ def _oom_kills() -> int:
 
 
 def _outcome(job: BuildJob, last: Message | None, code: int, *, killed: bool) -> Made:
-    """Return what the child made, or raise the error that its end comes to."""
+    """Return the child's result, or raise the error for the way it ended."""
     doing = f"building {job.component}"
     if isinstance(last, Refused):
-        raise _named(last)
+        raise _refused_error(last)
     if code == -signal.SIGKILL and killed:
         raise ResourceError(f"{doing}: this machine ran out of memory, and the system killed the build; a build takes"
                             " about 3.5 times the weights: close other programs, or add swap")  # fmt: skip
@@ -194,14 +194,14 @@ def _outcome(job: BuildJob, last: Message | None, code: int, *, killed: bool) ->
     return last
 
 
-def _named(refused: Refused) -> SdxlTrtError:
+def _refused_error(refused: Refused) -> SdxlTrtError:
     kind = getattr(errors, refused.error, EngineError)
     known = isinstance(kind, type) and issubclass(kind, SdxlTrtError)
     return (kind if known else EngineError)(refused.message)
 
 
 def _last_line(log: Path) -> str:
-    """Return the last line of the log that is an error, else the last one."""
+    """Return the last error line of the log, else its last line."""
     with log.open("rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
         lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]

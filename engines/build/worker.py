@@ -1,8 +1,8 @@
 """The process that builds one plan: ``python -m sdxl_trt.engines.build.worker FD``, started by `engines.build`.
 
-It reads a BuildJob as a line of JSON from stdin and writes the plan to the open file FD. Stdout carries one message
-a line (`build_records.Message`); what anybody else prints goes where stderr goes, into the build log. It ends with
-its parent: when stdin closes, it is gone, whatever TensorRT is doing.
+It reads a BuildJob as one line of JSON from stdin and writes the plan to the open file FD. Stdout carries one message
+per line (`messages.Message`); all other output to stdout goes to stderr, which is the build log. It ends with its
+parent: when stdin closes, the process exits, whatever TensorRT is doing.
 """
 
 __all__ = ["Phases", "main", "make_plan"]
@@ -26,14 +26,14 @@ from sdxl_trt.engines.build.network import BuildLog, allow_decomposition, parse_
 from sdxl_trt.engines.errors import ResourceError, SdxlTrtError, explain_os_error
 
 INTERVAL = 0.1
-"""Seconds between two words about one phase: the builder takes thousands of steps."""
+"""Minimum seconds between two progress messages: the builder takes thousands of steps."""
 Say = Callable[[Message], None]
 
 
 class Phases:
-    """TensorRT's nested phases as one share: of each outer phase, the step that its inner phases are part of.
+    """Combines TensorRT's nested phases into one share: an inner phase subdivides the current step of its outer one.
 
-    Called from the builder's threads, in no promised order: a step of a phase that is over is passed by.
+    Called from the builder's threads in any order: steps of a finished phase are ignored.
     """
 
     def __init__(self, say: Callable[[str, float], None], clock: Callable[[], float] = time.monotonic) -> None:
@@ -48,22 +48,22 @@ class Phases:
         """Enter `phase`, which takes `steps` steps."""
         with self._lock:
             self._open[phase] = (0, max(1, steps))
-            self._tell(phase)
+            self._report(phase)
 
     def step(self, phase: str, step: int) -> None:
-        """Note that step number `step`, counted from 0, of `phase` is done."""
+        """Record that step `step` of `phase`, counted from 0, is done."""
         with self._lock:
             if phase in self._open:
                 steps = self._open[phase][1]
                 self._open[phase] = (min(step + 1, steps), steps)
-                self._tell(phase)
+                self._report(phase)
 
     def finish(self, phase: str) -> None:
         """Leave `phase`."""
         with self._lock:
             self._open.pop(phase, None)
 
-    def _tell(self, phase: str) -> None:
+    def _report(self, phase: str) -> None:
         share, part = 0.0, 1.0
         for done, steps in self._open.values():
             share += part * done / steps
@@ -75,16 +75,16 @@ class Phases:
 
 
 def make_plan(job: BuildJob, file: BinaryIO, say: Say) -> Made:
-    """Build the plan of `job` into `file`, saying what goes on. Raises one of our errors."""
+    """Build the plan of `job` into `file` and return its figures; `say` receives the phases. Raises an SdxlTrtError."""
     say(BuildPhase(phase="loading TensorRT"))
     trt = tensorrt_module(job.flavour)
     log = BuildLog(sys.stderr)
     log.note("INFO", f"{job.component}: {job.flavour} {library_version(trt)}, {job.flags}, profiles {job.profiles}")
-    # The builder outlives neither its logger nor its monitor: all of them stay until this function is left.
+    # Logger and monitor must outlive the builder: all of them stay until this function returns.
     logger = make_logger(trt, log.note)
     builder = _builder(trt, logger, log, job)
     say(BuildPhase(phase="parsing"))
-    # By its bare name, so that the log says nothing of this machine's folders: it stays in the bundle.
+    # Parsed by its bare name: the log stays in the bundle and must not contain this machine's folders.
     os.chdir(job.graph.parent)
     parsed = parse_graph(trt, builder, logger, Path(job.graph.name))
     refusal = parse_error(trt, parsed, log, job.graph)
@@ -98,7 +98,7 @@ def make_plan(job: BuildJob, file: BinaryIO, say: Say) -> Made:
     config.progress_monitor = monitor
     say(BuildPhase(phase="building"))
     plan = PlanFile(file)
-    log.errors.clear()  # a timing cache that did not fit is no error
+    log.errors.clear()  # a timing cache that does not fit is not an error
     if not write_plan(trt, builder, parsed.network, config, plan):
         raise log.failure(_doing(job), f"the log is {job.log}")
     file.flush()
@@ -112,7 +112,7 @@ def make_plan(job: BuildJob, file: BinaryIO, say: Say) -> Made:
 def _builder(trt: Any, logger: Any, log: BuildLog, job: BuildJob) -> Any:
     try:
         return trt.Builder(logger)
-    except TypeError as exc:  # the library gave none, for want of a driver or a GPU, and has logged why
+    except TypeError as exc:  # the library returned none, for lack of a driver or a GPU, and has logged why
         raise log.failure(_doing(job), f"the log is {job.log}") from exc
 
 
@@ -130,7 +130,7 @@ def _monitor(trt: Any, phases: Phases) -> Any:
 
         def step_complete(self, phase_name: str, step: int) -> bool:
             phases.step(phase_name, step)
-            return True  # whoever wants to stop the build ends the process
+            return True  # continue: a build is stopped by killing the process
 
         def phase_finish(self, phase_name: str) -> None:
             phases.finish(phase_name)
@@ -139,8 +139,8 @@ def _monitor(trt: Any, phases: Phases) -> Any:
 
 
 def main() -> int:
-    """Do the job that stdin brings and return the exit code: 0 if the parent was told how it went."""
-    # Ctrl-C in a terminal reaches the parent too, which ends this process and tidies up.
+    """Run the job on stdin and return the exit code: 0 if the parent received a result or a refusal."""
+    # Ctrl-C in a terminal reaches the parent too, which kills this process and cleans up.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     say = _channel()
     job = msgspec.json.decode(sys.stdin.buffer.readline(), type=BuildJob, dec_hook=lambda kind, value: kind(value))
@@ -158,7 +158,7 @@ def main() -> int:
 
 
 def _channel() -> Say:
-    """Keep stdout for messages, and let everybody else's writes to it land in the log."""
+    """Return the function that sends messages on stdout; redirect all other writes to stdout into the log."""
     messages = os.dup(1)
     os.dup2(2, 1)
     lock = threading.Lock()
@@ -190,5 +190,5 @@ def _refusal(exc: Exception, job: BuildJob) -> Refused:
 if __name__ == "__main__":
     code = main()
     sys.stderr.flush()
-    # The kernel takes gigabytes back faster than destructors give them, and nothing else is left to do.
+    # The kernel reclaims gigabytes faster than destructors free them, and nothing else is left to do.
     os._exit(code)

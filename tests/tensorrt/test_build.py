@@ -153,10 +153,10 @@ def _unknown_operator(graph: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "kind", "said"),
     [
-        (_break_graph, CorruptError, "is no ONNX graph"),
-        (_cut_graph, CorruptError, "is no ONNX graph"),
-        (_lose_weights, EngineError, "refused it: Failed to open file: .*weights.data;"),
-        (_cut_weights, EngineError, "refused it: ONNX external weights .* out of range .*weights.data"),
+        (_break_graph, CorruptError, "is not an ONNX graph"),
+        (_cut_graph, CorruptError, "is not an ONNX graph"),
+        (_lose_weights, EngineError, "rejected it: Failed to open file: .*weights.data;"),
+        (_cut_weights, EngineError, "rejected it: ONNX external weights .* out of range .*weights.data"),
         (_unknown_operator, EngineError, "NoSuchOperator"),
     ],
 )

@@ -153,9 +153,9 @@ def test_profiles_are_added_in_order() -> None:
 @pytest.mark.parametrize(
     ("shapes", "sound", "said"),
     [
-        ({"sample": ((3,), (2,), (1,))}, True, "the profile's sample of .* is none: inconsistent"),
+        ({"sample": ((3,), (2,), (1,))}, True, "the profile's sample of .* is invalid: inconsistent"),
         ({"latents": ((1,), (1,), (1,))}, True, "names an input 'latents', the graph has sample"),
-        ({"sample": ((1,), (1,), (1,))}, False, "TensorRT takes no profile"),
+        ({"sample": ((1,), (1,), (1,))}, False, "TensorRT rejects the profile"),
     ],
 )
 def test_a_profile_that_cannot_be_is_named(shapes: dict[str, Any], sound: bool, said: str) -> None:
@@ -243,5 +243,5 @@ def test_memory_is_what_the_engine_states_where_the_log_is_silent(tmp_path: Path
 
 
 def test_memory_that_nobody_states_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match="did not say how much memory"):
+    with pytest.raises(EngineError, match="did not state the memory"):
         _memory(BuildLog(), None, BuildFlags(), tmp_path / "plan")

@@ -92,13 +92,13 @@ TRT = SimpleNamespace(ErrorCode=SimpleNamespace(MODEL_DESERIALIZE_FAILED="garbag
 @pytest.mark.parametrize(
     ("parsed", "logged", "kind", "said"),
     [
-        (_parsed(("garbage", "", "broken")), "", CorruptError, r"is no ONNX graph \(broken\)"),
-        (_parsed(("other", "NoSuchOp", "no\nplugin")), "", EngineError, "refused it: NoSuchOp : no plugin; run"),
+        (_parsed(("garbage", "", "broken")), "", CorruptError, r"is not an ONNX graph \(broken\)"),
+        (_parsed(("other", "NoSuchOp", "no\nplugin")), "", EngineError, "rejected it: NoSuchOp : no plugin; run"),
         (
             _parsed(("other", "", "an initializer")), "Weights.cpp:7: Failed to open file: w", EngineError,
-            "refused it: Failed to open file: w;",
+            "rejected it: Failed to open file: w;",
         ),
-        (_parsed(("other", "", "an initializer")), "Importer.cpp:7: chatter", EngineError, "refused it: an init"),
+        (_parsed(("other", "", "an initializer")), "Importer.cpp:7: chatter", EngineError, "rejected it: an init"),
         (_parsed(accepted=True, outputs=0), "", CorruptError, "has no outputs"),
     ],
 )  # fmt: skip
