@@ -1,7 +1,7 @@
-"""Two engines of one component compared on the same inputs, by Polygraphy's Comparator.
+"""Compare two engines of one component on the same inputs, with Polygraphy's Comparator.
 
-Polygraphy is a verifier here and no part of a run: it gets our own engines to call, never a graph or a plan, because
-its loaders let a plan run code on the host.
+Polygraphy only compares here: it calls our own engines and never loads a graph or a plan, because its loaders let a
+plan run code on the host.
 """
 
 __all__ = ["Agreement", "Opened", "compare_engines", "compare_pair", "reference_of"]
@@ -24,22 +24,22 @@ from sdxl_trt.engines.inspection.example_inputs import example_inputs
 from sdxl_trt.engines.plans import find_plan
 
 Opened = Callable[[], AbstractContextManager[Engine]]
-"""Makes an engine ready for as long as its context is entered."""
+"""Returns a context manager in which an engine is loaded."""
 
-_SILENT = 100  # above everything that Polygraphy says: it prints on stdout, and what it refuses it also raises
+_SILENT = 100  # above every level of Polygraphy's: it logs on stdout, and raises its errors too
 
 
 @dataclass(frozen=True)
 class _Limits:
-    """How far apart outputs may be: the largest error as a part of the reference's range, and the cosine."""
+    """Allowed differences of outputs: the largest error relative to the reference's range, and the lowest cosine."""
 
     relative: float
     cosine: float
 
 
-# One graph on two backends differs by rounding alone. Where both round to fp16, each as it likes, they may be as far
-# apart as either is from fp32, which export/verify limits to the same. A bf16 decoder is held to what bf16 costs:
-# its reference is fp32.
+# One graph on two backends differs only by rounding. If both round to fp16, each in its own way, they may differ as
+# much as either does from fp32; export/verify has the same limits. A bf16 decoder is compared with an fp32 reference,
+# so its limits are those of bf16.
 _LIMITS = {
     "fp32": _Limits(relative=1e-3, cosine=1 - 1e-6),
     "fp16": _Limits(relative=3e-2, cosine=1 - 1e-4),
@@ -49,9 +49,9 @@ _LIMITS = {
 
 
 class Agreement(Record, frozen=True, kw_only=True):
-    """How far one output of `component` is from the same of `reference`, and whether that is near enough.
+    """The difference between one output of `component` and that of `reference`, and whether it passes.
 
-    `max_abs` may be `allowed`, the cosine must be `required`; NaN anywhere is no agreement.
+    It passes if `max_abs` is at most `allowed` and the cosine at least `required`; a NaN anywhere fails.
     """
 
     component: str
@@ -77,8 +77,8 @@ def compare_engines(
 ) -> list[Agreement]:
     """Compare components `names` of `bundle` on two providers, at the sizes that their plans are tuned for.
 
-    One engine is loaded at a time. `progress` is told every component before it is run. What differs is in the list,
-    not raised. Raises IncompatibleError without Polygraphy, for a component that the right provider cannot run, and
+    One engine is loaded at a time. `progress` is called with every component before it runs. Differences are returned,
+    not raised. Raises IncompatibleError without Polygraphy or for a component that the right provider cannot run, and
     what engines raise.
     """
     found: list[Agreement] = []
@@ -106,7 +106,7 @@ class _Side:
 
 
 def _side(bundle: Bundle, provider: str, stack: ExitStack) -> _Side:
-    """Return a side whose device is closed with `stack`. Each component by itself: others may lack a plan."""
+    """Return a side whose device `stack` closes. It looks up plans one by one: other components may lack one."""
     if provider.startswith("ort-"):
         from sdxl_trt.engines.backends.ort import OrtEngine  # noqa: PLC0415 - one import a provider
 
@@ -141,9 +141,9 @@ def _opened(make: Callable[[str], Engine], name: str) -> Opened:
 
 
 def reference_of(manifest: Manifest, name: str, provider: str) -> str | None:
-    """Return the component that `name` is compared with on `provider`: itself, or the fp32 twin of a bf16 one.
+    """Return the component to compare `name` with on `provider`: itself, or the fp32 twin of a bf16 one.
 
-    None where the provider cannot run it and there is no twin.
+    Returns None if the provider cannot run it and there is no twin.
     """
     if manifest.components[name].precision != "bf16" or not provider.startswith("ort-"):
         return name
@@ -157,10 +157,10 @@ def reference_of(manifest: Manifest, name: str, provider: str) -> str | None:
 def compare_pair(
     bundle: Bundle, name: str, left: Opened, right: Opened, feeds: Sequence[Mapping[str, Array]], reference: str = ""
 ) -> list[Agreement]:
-    """Compare two engines of component `name` on `feeds`; return the worst of each output.
+    """Compare two engines of component `name` on `feeds`; return the worst result of each output.
 
     Each engine is opened once, the left one first, and closed before the other is opened. Raises IncompatibleError
-    without Polygraphy, EngineError where it refuses what it was given, and what engines raise.
+    without Polygraphy, EngineError if Polygraphy fails, and what engines raise.
     """
     polygraphy = _polygraphy()
     component = bundle.manifest.components[name]
@@ -191,7 +191,7 @@ def _agreement(
     component: Component, name: str, reference: str, output: str, allowed: float, results: list[tuple[Any, Any]]
 ) -> Agreement:
     each = [(distance[output], cosine[output]) for distance, cosine in results]
-    # A bare False instead of figures says that the shapes differ.
+    # A bare False instead of figures means that the shapes differ.
     measured = [pair for pair in each if not isinstance(pair[0], bool)]
     return Agreement(
         component=name,
@@ -208,7 +208,7 @@ def _agreement(
 
 
 def _allowed(component: Component, references: Sequence[Mapping[str, Array]]) -> dict[str, float]:
-    """Return the largest error that each output may have, by its range in the reference runs."""
+    """Return the largest allowed error of each output, from its range in the reference runs."""
     share = _LIMITS[component.precision].relative
     ranges = {name: max(float(np.ptp(run[name]) or np.abs(run[name]).max()) for run in references)
               for name in references[0]}  # fmt: skip
@@ -217,13 +217,13 @@ def _allowed(component: Component, references: Sequence[Mapping[str, Array]]) ->
 
 @contextlib.contextmanager
 def _quiet(polygraphy: Any) -> Iterator[None]:
-    """Keep Polygraphy from printing, and numpy from warning of the NaN that it is to find."""
+    """Silence Polygraphy's output, and numpy's warnings about NaN, which fails the comparison anyway."""
     with polygraphy.G_LOGGER.verbosity(_SILENT), np.errstate(all="ignore"):
         yield
 
 
 class _Polygraphy:
-    """What is used of Polygraphy, imported when the first comparison needs it."""
+    """The parts of Polygraphy in use, imported for the first comparison."""
 
     def __init__(self) -> None:
         comparator = importlib.import_module("polygraphy.comparator")
@@ -256,7 +256,7 @@ class _Polygraphy:
                 started = time.perf_counter()
                 outputs = self.engine.infer(feed_dict)
                 self.inference_time = time.perf_counter() - started
-                # In double precision, or the sums of a cosine would round off what they are to find.
+                # In double precision: in single, the sums of a cosine lose the small differences.
                 return {name: np.array(array, np.float64, order="C") for name, array in outputs.items()}
 
             def deactivate_impl(self) -> None:

@@ -1,4 +1,4 @@
-"""Inputs for a component that are like those of a run, for whoever must call it without one."""
+"""Example inputs for a component, similar to those of a run."""
 
 __all__ = ["example_inputs"]
 
@@ -11,10 +11,10 @@ from sdxl_trt.engines.engine import Array, numpy_dtype
 
 
 def example_inputs(bundle: Bundle, name: str, profile: Profile, seed: int = 0) -> dict[str, Array]:
-    """Return inputs for component `name` of the shapes that `profile` is tuned for, in its own dtypes.
+    """Return inputs for component `name` with the shapes that `profile` is tuned for and the graph's dtypes.
 
-    They have the scales of a run: noised latents and normalized embeddings of unit variance, timesteps of the
-    component's share of the schedule, picture sizes, prompts between their first and last token.
+    They have the scales of a run: noised latents and normalized embeddings of unit variance, timesteps from the
+    component's share of the schedule, picture sizes, prompts with bos and eos tokens.
     """
     component = bundle.manifest.components[name]
     rng = np.random.default_rng(seed)
@@ -34,7 +34,7 @@ def example_inputs(bundle: Bundle, name: str, profile: Profile, seed: int = 0) -
 
 
 def _stage_of(manifest: Manifest, name: str) -> Stage:
-    """Return the stage that uses component `name`; the base's for what both use."""
+    """Return the stage that uses component `name`; the base if both do."""
     for stage in manifest.stages().values():
         vae = stage.vae
         parts = {stage.unet, vae.decoder, vae.encoder, vae.decoder_bf16, vae.encoder_bf16}
@@ -44,7 +44,7 @@ def _stage_of(manifest: Manifest, name: str) -> Stage:
 
 
 def _timesteps(manifest: Manifest, stage: Stage, rows: int) -> Array:
-    """Return a timestep a row from the stage's share of the schedule: the refiner's is the last fifth."""
+    """Return one timestep per row from the stage's share of the schedule: the refiner's is the last fifth."""
     edm = stage.scheduler.edm
     if edm is not None:
         return 0.25 * np.linspace(np.log(edm.sigma_max), np.log(edm.sigma_min), rows)

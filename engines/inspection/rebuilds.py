@@ -1,4 +1,4 @@
-"""Which plans of a bundle serve on this machine, and what makes the others wrong."""
+"""Which plans of a bundle work on this machine, and why the others do not."""
 
 __all__ = ["Rebuild", "Rebuilds", "file_problem", "find_rebuilds"]
 
@@ -13,7 +13,7 @@ _VERDICTS: dict[Status, str] = {
     "usable": "its plan is used as it is",
     "stale": "would be rebuilt: ",
     "missing": "would be built: it has no plan",
-    "unknown": "its plan is of the bundle's graph and weights; whether it fits cannot be told here",
+    "unknown": "its plan matches the bundle's graph and weights; whether it fits this machine is unknown",
 }
 
 
@@ -27,13 +27,13 @@ class Rebuild:
 
     @property
     def verdict(self) -> str:
-        """What would happen, as the beginning of a sentence that the reasons end."""
+        """What would happen, as the start of a sentence that the reasons complete."""
         return _VERDICTS[self.status]
 
 
 @dataclass(frozen=True)
 class Rebuilds:
-    """The plans of one flavour, held against this machine, or `problem`: why it is not known what machine this is."""
+    """The plans of one flavour compared with this machine; `problem`: why its environment is unknown, or ""."""
 
     flavour: Flavour
     environment: Environment | None
@@ -41,7 +41,7 @@ class Rebuilds:
     components: list[Rebuild]
 
     def json(self) -> dict[str, Any]:
-        """Return all of it for programs."""
+        """Return the record as JSON data."""
         return {
             "flavour": self.flavour,
             "environment": self.environment,
@@ -54,9 +54,9 @@ class Rebuilds:
 
 
 def find_rebuilds(bundle: Bundle) -> list[Rebuilds]:
-    """Return, for every flavour that the bundle has plans of (else TensorRT), what building again would change.
+    """Return what a build would change, for every flavour that the bundle has plans of (else TensorRT).
 
-    Nothing is raised for what is missing here, TensorRT or a GPU: it is in the answer.
+    A missing TensorRT or GPU is not raised but returned as `problem`.
     """
     there = dict.fromkeys(record.key.environment.flavour for record in bundle.manifest.plans)
     flavours: list[Flavour] = list(there) or ["tensorrt"]
@@ -64,7 +64,7 @@ def find_rebuilds(bundle: Bundle) -> list[Rebuilds]:
 
 
 def _of_flavour(bundle: Bundle, flavour: Flavour) -> Rebuilds:
-    # Both reach for CUDA and the builder.
+    # Both import CUDA and the builder.
     from sdxl_trt.engines.backends.trt import current_environment  # noqa: PLC0415
     from sdxl_trt.engines.plans import planned_components  # noqa: PLC0415
 
@@ -94,7 +94,7 @@ def _of_component(bundle: Bundle, name: str, flavour: Flavour, environment: Envi
 
 
 def _reasons(bundle: Bundle, record: PlanRecord, environment: Environment | None) -> list[str]:
-    """Return what is wrong with a plan; of another machine nothing is, where this one is not known."""
+    """Return what is wrong with a plan; without an `environment`, only its file, graph and weights are checked."""
     from sdxl_trt.engines.plans import why_rebuild  # noqa: PLC0415
 
     component = bundle.manifest.components[record.key.component]
@@ -106,7 +106,7 @@ def _reasons(bundle: Bundle, record: PlanRecord, environment: Environment | None
 
 
 def file_problem(bundle: Bundle, record: FileRecord) -> str:
-    """Return what is wrong with a file as far as its size tells ("is missing"), or ""."""
+    """Return what is wrong with a file ("is missing"), judged by its size alone, or ""."""
     try:
         size = bundle.path(record).stat().st_size
     except OSError:

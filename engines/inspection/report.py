@@ -1,4 +1,4 @@
-"""What trt-inspect tells of a bundle: its graphs and plans, what would be rebuilt here, and whether plans are right."""
+"""The report of trt-inspect: a bundle's graphs and plans, what would be rebuilt here, and whether plans are right."""
 
 __all__ = ["InspectionReport", "inspect_bundle"]
 
@@ -19,38 +19,38 @@ _WAYS = {"height": "high", "width": "wide"}
 
 @dataclass(frozen=True)
 class InspectionReport:
-    """The same twice, lines for people and an object for programs; `require` raises what the comparison found."""
+    """The report as lines for people and as an object for programs; `require` raises if the comparison failed."""
 
     lines: list[str]
     json: dict[str, Any]
     verification: Verification = field(default_factory=Verification)
 
     def require(self) -> None:
-        """Raise VerificationError that names every output that differs."""
+        """Raise VerificationError if any output differs; the message names every one."""
         self.verification.require()
 
 
 def inspect_bundle(
     root: Path, *, why_rebuild: bool = False, verify: bool = False, progress: Callable[[str], None] | None = None
 ) -> InspectionReport:
-    """Return what there is to tell of the bundle at `root`, TensorRT or a GPU here or not.
+    """Return the report on the bundle at `root`; works without TensorRT and without a GPU.
 
-    With `why_rebuild`, files that are missing are told instead of raised; with `verify`, plans are compared with
-    ONNX Runtime, and `progress` is told each component. Raises SourceError, CorruptError, IncompatibleError for what
-    is no sound bundle, and what `verify` meets.
+    With `why_rebuild`, missing files are reported instead of raised; with `verify`, plans are compared with ONNX
+    Runtime, and `progress` receives each component. Raises SourceError, CorruptError or IncompatibleError for an
+    invalid bundle, and the errors of the comparison.
     """
     bundle = read_bundle(root, partial=True, files=not why_rebuild)
     lines = [_title(bundle), "", *_graph_lines(bundle), "", *_plan_lines(bundle)]
-    told: dict[str, Any] = _json(bundle)
+    data: dict[str, Any] = _json(bundle)
     if why_rebuild:
         rebuilds = find_rebuilds(bundle)
         lines += [line for each in rebuilds for line in ("", *_rebuild_lines(each))]
-        told["rebuild"] = [each.json() for each in rebuilds]
+        data["rebuild"] = [each.json() for each in rebuilds]
     verification = verify_plans(bundle, progress) if verify else Verification()
     if verify:
         lines += ["", *_verification_lines(verification)]
-        told["verify"] = verification.json()
-    return InspectionReport([*lines, *_ending(bundle.manifest)], told, verification)
+        data["verify"] = verification.json()
+    return InspectionReport([*lines, *_ending(bundle.manifest)], data, verification)
 
 
 def _title(bundle: Bundle) -> str:
@@ -86,7 +86,7 @@ def _graph_lines(bundle: Bundle) -> list[str]:
     head = ["graphs", "kind", "precision", "parameters", "size", "opset", "key"]
     lines = table(head, rows, right={3, 4, 5})
     if not manifest.onnx:
-        return [*lines, "  (not in this bundle, which holds plans alone)"]
+        return [*lines, "  (not in this bundle, which contains only plans)"]
     files = [file for component in manifest.components.values() for file in component.files]
     return lines + [f"  {file.file} {problem}" for file in files if (problem := file_problem(bundle, file))]
 
@@ -128,7 +128,7 @@ def _details(bundle: Bundle, record: PlanRecord) -> Iterator[str]:
 
 
 def _profiles(bundle: Bundle, record: PlanRecord) -> list[str]:
-    """Return what each profile takes, in people's words: pixels instead of latents."""
+    """Return the sizes of each profile as text, in pixels instead of latents."""
     component = bundle.manifest.components.get(record.key.component)
     if component is None:
         return ["its component is not in the bundle"]
@@ -165,11 +165,11 @@ def _machine(environment: Environment) -> str:
 
 def _flags(record: PlanRecord) -> str:
     flags = record.key.flags
-    told = [f"workspace {mebibytes(flags.workspace)}"] if flags.workspace else []
+    words = [f"workspace {mebibytes(flags.workspace)}"] if flags.workspace else []
     if flags.weight_streaming:
-        told.append(f"{mebibytes(record.memory.streamable)} of weights may be streamed")
-    told += [name.replace("_", " ") for name in ("version_compatible", "hardware_compatible") if getattr(flags, name)]
-    return "".join(f"; {each}" for each in told)
+        words.append(f"{mebibytes(record.memory.streamable)} of weights may be streamed")
+    words += [name.replace("_", " ") for name in ("version_compatible", "hardware_compatible") if getattr(flags, name)]
+    return "".join(f"; {each}" for each in words)
 
 
 def _rebuild_lines(rebuilds: Rebuilds) -> list[str]:

@@ -1,4 +1,4 @@
-"""The plans of a bundle held against ONNX Runtime on the graphs that they were built from."""
+"""Compare the plans of a bundle with ONNX Runtime on the graphs that they were built from."""
 
 __all__ = ["Verification", "verify_plans"]
 
@@ -17,7 +17,7 @@ REFERENCE = "ort-cpu"
 
 @dataclass(frozen=True)
 class Verification:
-    """How far every output is from the reference's; `skipped` names the components that have none, and why."""
+    """How far every output is from the reference's; `skipped` maps components without a reference to the reason."""
 
     left: str = ""
     right: str = REFERENCE
@@ -25,26 +25,26 @@ class Verification:
     skipped: dict[str, str] = field(default_factory=dict)
 
     def worst(self) -> list[tuple[Agreement, int]]:
-        """Return, for every component, the output that is farthest off, and how many outputs it has."""
+        """Return, for every component, the output with the largest error, and the number of its outputs."""
         parts: dict[str, list[Agreement]] = {}
         for each in self.agreements:
             parts.setdefault(each.component, []).append(each)
         return [(max(outputs, key=_badness), len(outputs)) for outputs in parts.values()]
 
     def require(self) -> None:
-        """Raise VerificationError that names every output that differs."""
+        """Raise VerificationError if any output differs; the message names every one."""
         wrong = [each for each in self.agreements if not each.passed]
         if wrong:
-            told = "; ".join(
+            differences = "; ".join(
                 f"{each.component} {each.output}: largest error {each.max_abs:.2g} ({each.allowed:.2g} allowed), cosine"
                 f" {each.cosine:.6f} ({each.required:.6f} required)"
                 for each in wrong
             )
-            raise VerificationError(f"{self.left} differs from {self.right}: {told}; build the plans again, and report"
-                                    " it if it stays")  # fmt: skip
+            raise VerificationError(f"{self.left} differs from {self.right}: {differences}; build the plans again, and"
+                                    " report it if it persists")  # fmt: skip
 
     def json(self) -> dict[str, Any]:
-        """Return all of it for programs."""
+        """Return the record as JSON data."""
         return {"left": self.left, "right": self.right, "agreements": self.agreements, "skipped": self.skipped}
 
 
@@ -56,16 +56,16 @@ def _badness(each: Agreement) -> tuple[bool, float]:
 def verify_plans(bundle: Bundle, progress: Callable[[str], None] | None = None) -> Verification:
     """Compare every plan of the flavour that runs here with ONNX Runtime's CPU provider.
 
-    `progress` is told each component before it is run. Raises UsageError for a bundle without plans,
-    IncompatibleError where plans cannot run here or graphs are not in the bundle, and what engines raise.
+    `progress` is called with each component before it runs. Raises UsageError for a bundle without plans,
+    IncompatibleError if plans cannot run here or the bundle has no graphs, and what engines raise.
     """
     manifest = bundle.manifest
     if not manifest.plans:
         raise UsageError(f"{bundle.root}: has no plans to verify; build them with: export-engines --engine tensorrt"
                          f" --out {shell_word(bundle.root)}")  # fmt: skip
     if not manifest.onnx:
-        raise IncompatibleError(f"{bundle.root}: holds plans alone, and there is no graph to compare them with; verify"
-                                " the bundle that they were built from")  # fmt: skip
+        raise IncompatibleError(f"{bundle.root}: contains only plans, and no graph to compare them with; verify the"
+                                " bundle that they were built from")  # fmt: skip
     flavour = _flavour(bundle)
     keys = [record.key for record in manifest.plans if record.key.component in manifest.components]
     planned = dict.fromkeys(key.component for key in keys if key.environment.flavour == flavour)
@@ -81,8 +81,8 @@ def verify_plans(bundle: Bundle, progress: Callable[[str], None] | None = None) 
 
 
 def _flavour(bundle: Bundle) -> Flavour:
-    """Return the flavour of the bundle's plans that this machine has a library for, or raise why there is none."""
-    from sdxl_trt.engines.backends.trt import current_environment  # noqa: PLC0415 - reaches for CUDA
+    """Return the first flavour of the bundle's plans that this machine can run; raise IncompatibleError if none."""
+    from sdxl_trt.engines.backends.trt import current_environment  # noqa: PLC0415 - imports CUDA
 
     problems = []
     for flavour in dict.fromkeys(record.key.environment.flavour for record in bundle.manifest.plans):

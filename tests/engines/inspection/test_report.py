@@ -159,7 +159,7 @@ def test_a_bundle_without_graphs_is_told(plan: Callable[..., Bundle]) -> None:
         shutil.rmtree((bundle.root / component.graph.file).parent)
     write_manifest(bundle.root, msgspec.structs.replace(bundle.manifest, onnx=False))
     text = _text(bundle.root, why_rebuild=True)
-    assert "not in this bundle, which holds plans alone" in text
+    assert "not in this bundle, which contains only plans" in text
     assert "is missing" not in text
 
 
@@ -224,7 +224,7 @@ def test_without_tensorrt_the_reason_is_told(plan: Any, monkeypatch: pytest.Monk
     plan("text_encoder", graph="1" * 64)
     text = _text(bundle.root, why_rebuild=True)
     assert "tensorrt: provider tensorrt needs tensorrt (No module named 'tensorrt')" in text
-    assert re.search(r"  unet +its plan is of the bundle's graph and weights; whether it fits cannot be told", text)
+    assert re.search(r"  unet +its plan matches the bundle's graph and weights; whether it fits this", text)
     assert re.search(r"  text_encoder +would be rebuilt: the graph was exported again", text)
 
 
@@ -242,7 +242,7 @@ def test_verification_needs_plans_and_graphs(bundle: Bundle, plan: Any) -> None:
     with pytest.raises(UsageError, match="no plans to verify; build them with: export-engines"):
         inspect_bundle(bundle.root, verify=True)
     write_manifest(bundle.root, msgspec.structs.replace(plan("unet").manifest, onnx=False))
-    with pytest.raises(IncompatibleError, match="plans alone"):
+    with pytest.raises(IncompatibleError, match="only plans"):
         inspect_bundle(bundle.root, verify=True)
 
 
