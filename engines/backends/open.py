@@ -1,4 +1,4 @@
-"""Which provider runs a bundle on this machine, and how its engines are made."""
+"""Choose the provider that runs a bundle on this machine, and return a factory of its engines."""
 
 __all__ = ["PROVIDERS", "Backend", "open_backend"]
 
@@ -21,11 +21,11 @@ _FLAVOURS: tuple[Flavour, ...] = ("tensorrt", "tensorrt-rtx")
 
 @dataclass(frozen=True)
 class Backend:
-    """A provider made ready: nothing of the bundle is loaded yet.
+    """An opened provider; nothing of the bundle is loaded yet.
 
-    `make` returns an engine for a component; its second argument is the bytes of weights that may lie on the device,
-    None for all. `free` is the memory that engines are loaded into, in bytes, None where it is not known. `records`
-    are the plans in use, `limits` what they take, and `close` frees the device.
+    `make` returns an engine for a component; its second argument is the bytes of weights that may be on the device,
+    None for all. `free` is the free memory for engines in bytes, None if unknown. `records` are the plans in use,
+    `limits` the sizes that they accept, and `close` frees the device.
     """
 
     provider: str
@@ -37,10 +37,10 @@ class Backend:
 
 
 def open_backend(bundle: Bundle, provider: str) -> Backend:
-    """Return the backend for `provider`, or under "auto" the fastest that this machine and the bundle have.
+    """Return the backend for `provider`; for "auto", the fastest that this machine and the bundle support.
 
-    A plan that is there and does not fit this machine is an error under "auto" too; a library or a device that is
-    missing is a warning. Raises UsageError for an unknown provider, IncompatibleError for one that cannot be had.
+    With "auto", a plan that does not fit this machine is still an error; a missing library or device is a warning.
+    Raises UsageError for an unknown provider, IncompatibleError for one that is not available.
     """
     if provider not in ("auto", *PROVIDERS):
         raise UsageError(f"unknown provider {provider!r}; choose one of auto, {', '.join(PROVIDERS)}")
@@ -66,7 +66,7 @@ def _fastest(bundle: Bundle) -> Backend:
 
 
 def _unavailable(flavour: Flavour) -> IncompatibleError | None:
-    """Return why TensorRT cannot run here, its library, the driver or the GPU missing, or None where it can."""
+    """Return why TensorRT cannot run here (library, driver or GPU is missing), or None if it can."""
     from sdxl_trt.engines.backends.trt import open_device  # noqa: PLC0415 - one import a provider
 
     try:
@@ -86,7 +86,7 @@ def _tensorrt(bundle: Bundle, flavour: Flavour) -> Backend:
     environment = current_environment(flavour)
     records = {name: find_plan(bundle, name, environment) for name in run_components(bundle.manifest, flavour)}
     for name in run_components(bundle.manifest, flavour, from_image=True):
-        # What only some runs need may lack a plan until one of them comes.
+        # A component that only runs from images need may lack a plan; `make` raises if it is used.
         if name not in records:
             with suppress(IncompatibleError):
                 records[name] = find_plan(bundle, name, environment)
@@ -110,7 +110,7 @@ def _onnxruntime(bundle: Bundle, provider: str) -> Backend:
 
 
 def _free_device_memory() -> int | None:
-    """Return what is free on the GPU, or None where that cannot be asked: ONNX Runtime needs no CUDA bindings."""
+    """Return the free bytes of the GPU, or None if unknown: ONNX Runtime runs without CUDA bindings."""
     from sdxl_trt.engines.backends.cuda import Cuda  # noqa: PLC0415 - one import a provider
 
     try:
@@ -122,7 +122,7 @@ def _free_device_memory() -> int | None:
 
 def _onnxruntime_has_cuda() -> bool:
     try:
-        import onnxruntime  # noqa: PLC0415 - 0.1 s, and its absence is for OrtEngine to explain
+        import onnxruntime  # noqa: PLC0415 - 0.1 s; if it is missing, OrtEngine raises
     except ImportError:
         return False
     return "CUDAExecutionProvider" in onnxruntime.get_available_providers()

@@ -51,8 +51,8 @@ class BuildLog:
         """Return the error for a failure while `doing`: ResourceError if any message is about memory."""
         for message in self.errors:
             if _NO_MEMORY.search(message):
-                return ResourceError(f"{doing}: out of memory ({message.strip()}); close what else uses the device and"
-                                     " this machine's memory, or build for smaller sizes")  # fmt: skip
+                return ResourceError(f"{doing}: out of memory ({message.strip()}); close other programs that use the"
+                                     " GPU or much memory, or build for smaller sizes")  # fmt: skip
         # The first error is the cause; the last one only reports that there was one.
         said = self.errors[0].strip() if self.errors else "TensorRT did not say why"
         return EngineError(f"{doing}: {said}; {hint}")

@@ -1,4 +1,4 @@
-"""Memory of the device, and pinned memory of the host that it copies from and to."""
+"""Device memory, and pinned host memory for copies."""
 
 __all__ = ["DeviceBuffer", "PinnedBuffer"]
 
@@ -14,7 +14,7 @@ from sdxl_trt.engines.errors import EngineError
 
 
 class DeviceBuffer(Owned):
-    """`nbytes` of device memory, aligned to 256 bytes at least as all that cudaMalloc returns."""
+    """`nbytes` of device memory, aligned to at least 256 bytes as cudaMalloc guarantees."""
 
     destroy = "cudaFree"
 
@@ -36,7 +36,7 @@ class DeviceBuffer(Owned):
 
 
 class PinnedBuffer(Owned):
-    """`nbytes` of host memory that the device copies from and to without a detour."""
+    """`nbytes` of page-locked host memory, which the device copies from and to directly."""
 
     destroy = "cudaFreeHost"
 
@@ -51,7 +51,7 @@ class PinnedBuffer(Owned):
         return int(self.held())
 
     def view(self, offset: int, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
-        """Return the bytes from `offset` as an array, not to be touched after `free`."""
+        """Return the bytes from `offset` as an array, which is invalid after `free`."""
         length = math.prod(shape) * np.dtype(dtype).itemsize
         if not 0 <= offset <= offset + length <= self.nbytes:
             raise EngineError(f"bytes {offset} to {offset + length} of a buffer of {self.nbytes}; this is a bug")

@@ -1,4 +1,4 @@
-"""CUDA's runtime for one device: calls with errors as ours, bytes counted, and what is freed once."""
+"""CUDA's runtime for one device: calls that raise our errors, counts of bytes, and handles that are freed once."""
 
 __all__ = ["REMEDY", "Cuda", "Owned", "Usage", "cuda_runtime"]
 
@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from sdxl_trt.engines.errors import EngineError, IncompatibleError, ResourceError, SdxlTrtError
 
-REMEDY = "try --residency swap or stream, a smaller size, or close what else uses the GPU"
+REMEDY = "try --residency swap or stream, a smaller size, or close other programs that use the GPU"
 """What to do when the device's memory is full."""
 
 _OUT_OF_MEMORY = "cudaErrorMemoryAllocation"
@@ -19,7 +19,7 @@ _NO_DEVICE = {
     "cudaErrorSystemDriverMismatch": "reboot, or install one version of the NVIDIA driver",
     "cudaErrorStubLibrary": "install the NVIDIA driver",
 }
-# After one of these every later call of the process fails, whatever it is: CUDA's documentation of cudaError_t.
+# After one of these every later call of the process fails: CUDA's documentation of cudaError_t.
 _STICKY = {
     "cudaErrorAssert",
     "cudaErrorContained",
@@ -40,7 +40,7 @@ _STICKY = {
 
 
 def cuda_runtime() -> Any:
-    """Import and return ``cuda.bindings.runtime``; IncompatibleError where it is missing."""
+    """Import and return ``cuda.bindings.runtime``; raise IncompatibleError if it is missing."""
     try:
         return importlib.import_module("cuda.bindings.runtime")
     except (ImportError, OSError) as exc:
@@ -50,7 +50,7 @@ def cuda_runtime() -> Any:
 
 @dataclass
 class Usage:
-    """Bytes that are allocated through one Cuda now, and the most that were at once."""
+    """Bytes currently allocated through one Cuda, and their peaks."""
 
     device: int = 0
     device_peak: int = 0
@@ -71,30 +71,30 @@ class Cuda:
     def call(self, name: str, *arguments: Any, doing: str, enter: bool = True) -> Any:
         """Call the function `name`; return its value: None, one, or a tuple of several.
 
-        The calling thread is put on this device first, unless `enter` is false, for what needs none. Raises
-        ResourceError where memory ran out, IncompatibleError without driver or device, else EngineError.
+        Sets the calling thread's device first; `enter` false is for calls that need none. Raises ResourceError if
+        memory runs out, IncompatibleError without driver or device, else EngineError.
         """
         if enter:
             self.enter(doing)
         return self._check(getattr(self.runtime, name)(*arguments), doing)
 
     def enter(self, doing: str) -> None:
-        """Put the calling thread on this device; libraries' calls follow it too. Raises as `call`."""
+        """Set the calling thread's current device, for libraries' calls too. Raises as `call`."""
         if not getattr(self._thread, "entered", False):
             self._check(self.runtime.cudaSetDevice(self.device), doing)
             self._thread.entered = True
 
     def quietly(self, name: str, *arguments: Any) -> None:
-        """Call the function `name` and let its error be: to free what an earlier error has already explained."""
+        """Call the function `name` and ignore its error: for cleanup after an error that has been reported."""
         getattr(self.runtime, name)(*arguments)
 
     def memory(self) -> tuple[int, int]:
-        """Return the bytes of the device that are free, for every process, and all of them."""
+        """Return (free, total) bytes of the device, of all processes."""
         free, total = self.call("cudaMemGetInfo", doing="asking for the free memory")
         return int(free), int(total)
 
     def explain(self, error: Any, doing: str) -> SdxlTrtError:
-        """Return `error`, a cudaError_t met while `doing` something, as one of ours."""
+        """Return the SdxlTrtError for `error`, a cudaError_t; `doing` describes the failed operation."""
         name = str(getattr(error, "name", error))
         if name == _OUT_OF_MEMORY:
             return ResourceError(f"{doing}: out of memory; {REMEDY}")
@@ -104,7 +104,7 @@ class Cuda:
             return IncompatibleError(f"{doing}: {text}; {_NO_DEVICE[name]}")
         if name in _STICKY:
             return EngineError(
-                f"{doing}: {name} ({text}); this process can use the GPU no more: end it, and start again"
+                f"{doing}: {name} ({text}); this process can no longer use the GPU: end it, and start again"
             )
         return EngineError(f"{doing}: CUDA failed: {name} ({text})")
 
@@ -115,7 +115,7 @@ class Cuda:
         return values[0] if len(values) == 1 else tuple(values) or None
 
     def count(self, device: int = 0, pinned: int = 0) -> None:
-        """Add to `usage`; negative bytes were freed."""
+        """Add to `usage`; negative numbers for freed bytes."""
         usage = self.usage
         with self._lock:
             usage.device += device
@@ -125,7 +125,7 @@ class Cuda:
 
 
 class Owned:
-    """Something of CUDA's that is freed once, by whoever comes first."""
+    """A CUDA handle that is freed exactly once, by the first call of `free`."""
 
     destroy: ClassVar[str]
 
@@ -140,7 +140,7 @@ class Owned:
         return self._handle is None
 
     def free(self) -> bool:
-        """Give it back, and return whether this call did; never raises, since it runs on the way out of errors."""
+        """Free the handle; return whether this call did. Never raises, since it runs during error handling."""
         with self._lock:
             handle, self._handle = self._handle, None
         if handle is not None:
@@ -148,7 +148,7 @@ class Owned:
         return handle is not None
 
     def held(self) -> Any:
-        """Return CUDA's handle; EngineError after `free`."""
+        """Return CUDA's handle; raise EngineError after `free`."""
         if self._handle is None:
             raise EngineError(f"{type(self).__name__} was used after it was freed; load the engine again")
         return self._handle

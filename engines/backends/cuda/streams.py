@@ -1,4 +1,4 @@
-"""Streams of CUDA's, copies on them, and graphs that are captured of their work."""
+"""CUDA streams, copies on them, and CUDA graphs captured from them."""
 
 __all__ = ["Graph", "Stream"]
 
@@ -12,7 +12,7 @@ from sdxl_trt.engines.errors import SdxlTrtError
 
 
 class Stream(Owned):
-    """A stream that does not wait for the default one."""
+    """A stream that does not synchronize with the default stream."""
 
     destroy = "cudaStreamDestroy"
 
@@ -22,11 +22,11 @@ class Stream(Owned):
 
     @property
     def handle(self) -> int:
-        """The stream as TensorRT takes it."""
+        """The stream handle that TensorRT expects."""
         return int(self.held())
 
     def upload(self, address: int, source: NDArray[Any], doing: str) -> None:
-        """Copy `source`, contiguous and left alone until `synchronize`, to device memory at `address`."""
+        """Copy `source`, contiguous and not to be modified before `synchronize`, to device memory at `address`."""
         kind = self.cuda.runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
         self._copy(address, source.ctypes.data, source.nbytes, kind, doing)
 
@@ -36,13 +36,13 @@ class Stream(Owned):
         self._copy(target.ctypes.data, address, target.nbytes, kind, doing)
 
     def synchronize(self, doing: str) -> None:
-        """Wait until all that was put on the stream is done; raise what went wrong in it."""
+        """Wait for all work on the stream; raise its error, if any."""
         self.cuda.call("cudaStreamSynchronize", self.held(), doing=doing)
 
     def drain(self, doing: str) -> SdxlTrtError | None:
-        """Wait as `synchronize`, on the way out of an error; return what went wrong on the stream, if anything.
+        """Wait as `synchronize`, but return the error of the stream, or None: for use during error handling.
 
-        The buffers of what still runs must outlive it.
+        The buffers in use on the stream must outlive this call.
         """
         try:
             self.synchronize(doing)
@@ -51,12 +51,12 @@ class Stream(Owned):
         return None
 
     def launch(self, graph: "Graph", doing: str) -> None:
-        """Put a captured graph on the stream."""
+        """Launch a captured graph on the stream."""
         self.cuda.call("cudaGraphLaunch", graph.executable, self.held(), doing=doing)
 
     def capture(self, record: Callable[[], None], doing: str) -> "Graph":
-        """Return what `record` puts on this stream as a graph; nothing of it is run. Raises what `record` raises."""
-        # Other threads go on allocating meanwhile, which the global mode would forbid them.
+        """Capture the work that `record` enqueues, without running it; return the graph, or raise as `record`."""
+        # Other threads may allocate meanwhile, which the global mode would forbid.
         mode = self.cuda.runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self.cuda.call("cudaStreamBeginCapture", self.held(), mode, doing=doing)
         try:
@@ -80,7 +80,7 @@ class Stream(Owned):
 
 
 class Graph(Owned):
-    """A captured sequence of work, ready for Stream.launch; the memory that it names must outlive it."""
+    """An executable CUDA graph for Stream.launch; the memory that it uses must outlive it."""
 
     destroy = "cudaGraphExecDestroy"
 
@@ -89,5 +89,5 @@ class Graph(Owned):
 
     @property
     def executable(self) -> Any:
-        """What cudaGraphLaunch takes."""
+        """The handle that cudaGraphLaunch expects."""
         return self.held()

@@ -1,4 +1,4 @@
-"""ONNX Runtime: engines, execution providers and the cache of compiled engines."""
+"""ONNX Runtime: engines, execution providers and the cache of engines compiled by TensorRT."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""The folder in which ONNX Runtime's TensorRT providers keep the engines that they compile."""
+"""The cache folder for the engines that ONNX Runtime's TensorRT providers compile."""
 
 __all__ = []
 
@@ -17,11 +17,11 @@ _DIGITS = 16
 
 
 def engine_cache(bundle: Bundle, name: str, provider: str, limits: Profile) -> Path:
-    """Return the folder for the engines that `provider` compiles from component `name`, made if need be.
+    """Return the folder for the engines that `provider` compiles from component `name`; create it if necessary.
 
-    ONNX Runtime names an engine by the names in its graph alone: without a folder for each set of weights, a
-    fine-tune would run with the weights of the model that was first. Engines are code that ONNX Runtime runs
-    unchecked, so a folder that others may write raises UsageError.
+    ONNX Runtime names an engine only after the names in its graph: without a folder for each set of weights, a
+    fine-tune would run with the weights of the first model. Engines are code that ONNX Runtime runs unchecked, so a
+    folder that other users can write raises UsageError.
     """
     component = bundle.manifest.components[name]
     parts = [component.graph.sha256, component.weights.sha256, provider, msgspec.json.encode(limits).decode()]
@@ -41,5 +41,5 @@ def engine_cache(bundle: Bundle, name: str, provider: str, limits: Profile) -> P
 def _require_private(folder: Path) -> None:
     status = folder.stat()
     if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise UsageError(f"{folder}: others may write it, and engines in it are code that would run here; chmod go-w"
-                         " it, or set XDG_CACHE_HOME to a folder of your own")  # fmt: skip
+        raise UsageError(f"{folder}: other users can write it, and engines in it are code that would run here; chmod"
+                         " go-w it, or set XDG_CACHE_HOME to a folder of your own")  # fmt: skip

@@ -1,4 +1,4 @@
-"""ONNX Runtime behind the Engine protocol, on a CPU or on a GPU."""
+"""The Engine protocol on ONNX Runtime, on a CPU or a GPU."""
 
 __all__ = ["OrtEngine"]
 
@@ -28,16 +28,16 @@ from sdxl_trt.engines.errors import (
 )
 from sdxl_trt.engines.plans import outside_profiles
 
-# Errors reach us as exceptions; printed as well, they would stand beside our one line.
+# Errors are raised as exceptions; ONNX Runtime would print them beside our one line.
 _FATAL_ONLY = 4
 
 
 class OrtEngine:
     """One component on ONNX Runtime: on the CPU, on CUDA, or compiled by TensorRT.
 
-    The graph is handed over as bytes and the weights as a mapping of the one file that the manifest vouches for:
-    ONNX Runtime opens no file by itself, so a graph cannot name another one. The CPU runs the graph that was rewritten
-    for it, if the bundle has one, unless the one of all backends, the `standard` one, is asked for.
+    ONNX Runtime receives the graph as bytes and the weights as a memory map of the one file with the manifest's
+    digest: it opens no file itself, so a graph cannot refer to another one. On the CPU, the component's `cpu_graph`
+    runs if the bundle has one; `standard` selects the graph of all other backends.
     """
 
     def __init__(self, bundle: Bundle, name: str, provider: OrtProvider = "ort-cpu", *, standard: bool = False) -> None:
@@ -47,16 +47,16 @@ class OrtEngine:
         self.provider = provider
         self.component: Component = bundle.manifest.components[name]
         if not bundle.manifest.onnx:
-            raise IncompatibleError(f"{bundle.root}: holds plans alone, and ONNX Runtime runs graphs; export the bundle"
-                                    " again without --plans-only, or use --provider tensorrt")  # fmt: skip
-        # TensorRT computes in bf16; the kernels of the other two do not cover it.
+            raise IncompatibleError(f"{bundle.root}: contains only plans, and ONNX Runtime runs graphs; export the"
+                                    " bundle again without --plans-only, or use --provider tensorrt")  # fmt: skip
+        # TensorRT computes in bf16; the other two providers lack kernels for it.
         if self.component.precision == "bf16" and provider != "ort-tensorrt":
             raise IncompatibleError(
                 f"{bundle.root}: {name} is bf16, which ONNX Runtime's {provider.removeprefix('ort-').upper()} provider"
                 " cannot run; export it again with --fp16 (or --fp32), or run it with TensorRT"
             )
         self._bundle = bundle
-        # Another provider would leave the CPU's own operators to the CPU.
+        # On another provider, the CPU graph's special operators would fall back to the CPU.
         own = self.component.cpu_graph if provider == "ort-cpu" and not standard else None
         self._graph_record = own or self.component.graph
         self._graph_path = bundle.path(self._graph_record)
@@ -84,7 +84,7 @@ class OrtEngine:
         self._graph = graph
 
     def load(self) -> None:
-        """Create the session; see Engine.load. Raises IncompatibleError where it would not run on the provider."""
+        """Create the session; see Engine.load. Raises IncompatibleError if it would not run on the provider."""
         if self._session is not None:
             return
         self.prefetch()
@@ -115,13 +115,13 @@ class OrtEngine:
         return chosen.open(ort, self._graph or b"", options, self._bundle, self.name, self._limits)
 
     def bind(self, constants: Mapping[str, Array]) -> None:
-        """Keep the inputs of a phase; see Engine.bind. A GPU gets them with the first `infer`."""
+        """Keep the inputs of a phase; see Engine.bind. The first `infer` copies them to a GPU."""
         self._constants = dict(constants)
         if self._device is not None:
             self._device.forget()
 
     def infer(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
-        """Run the session; see Engine.infer. Raises SizeError for shapes that a compiled graph does not take."""
+        """Run the session; see Engine.infer. Raises SizeError for shapes outside a compiled graph's profile."""
         if self._session is None:
             raise EngineError(f"{self.name}: infer before load; call load() first")
         rows = min((array.shape[0] for array in inputs.values() if array.ndim), default=None)
@@ -162,9 +162,9 @@ class OrtEngine:
 
 
 class DeviceTensors:
-    """The tensors of a session on its device: constants go there once, the rest with every run.
+    """The tensors of a session on its device: constants are copied once, other inputs with every run.
 
-    `device` is the device's name as ONNX Runtime's OrtValues have it, "cuda" or "cpu".
+    `device` is the device name of ONNX Runtime's OrtValues, "cuda" or "cpu".
     """
 
     def __init__(self, ort: Any, session: Any, device: str) -> None:
@@ -176,15 +176,15 @@ class DeviceTensors:
         self._uploaded = {}
 
     def run(self, names: Sequence[str], feed: Mapping[str, Array], constants: Mapping[str, Array]) -> dict[str, Array]:
-        """Run the session on `feed` and return the outputs called `names`, which belong to the caller.
+        """Run the session on `feed` and return the outputs `names`; the caller owns the arrays.
 
-        `constants` are inputs that stay on the device until `forget`; `feed` has as many of their rows as are wanted.
+        `constants` are inputs that stay on the device until `forget`; their slices in `feed` give the number of rows.
         """
         self._upload(constants)
         binding = self._session.io_binding()
         for name, array in feed.items():
             if name in constants:
-                # The first rows of a tensor are a tensor: the same address, fewer rows.
+                # The first rows of a tensor are a tensor at the same address.
                 address = self._uploaded[name].data_ptr()
                 binding.bind_input(name, self._device, 0, array.dtype.type, array.shape, address)
             else:
@@ -198,7 +198,7 @@ class DeviceTensors:
 
     def _upload(self, constants: Mapping[str, Array]) -> None:
         for name in constants.keys() - self._uploaded.keys():
-            # A copy: on a CPU the value is the array's own memory, which its owner may write again.
+            # A copy: on a CPU the OrtValue shares the array's memory, which its owner may overwrite.
             array = np.array(constants[name], order="C")
             self._uploaded[name] = self._ort.OrtValue.ortvalue_from_numpy(array, self._device, 0)
 
@@ -215,7 +215,7 @@ def _onnxruntime(provider: str) -> Any:
 
 
 def _explain(exc: Exception, doing: str) -> SdxlTrtError:
-    """Map an ONNX Runtime exception: they share no base class, and memory is told apart by the message alone."""
+    """Map an ONNX Runtime exception: they have no common base class, and only the message identifies memory errors."""
     text = " ".join(str(exc).split())
     if any(sign in text for sign in ("bad_alloc", "Failed to allocate", "bad allocation", "out of memory")):
         return _out_of_memory(doing)
@@ -223,7 +223,7 @@ def _explain(exc: Exception, doing: str) -> SdxlTrtError:
         return IncompatibleError(f"{doing}: an engine that was compiled earlier does not load ({text[:200]}); TensorRT,"
                                  " the driver or the GPU has changed: remove sdxl-trt/onnxruntime from the cache folder"
                                  " (XDG_CACHE_HOME or ~/.cache)")  # fmt: skip
-    return EngineError(f"{doing}: ONNX Runtime failed: {text[:300]}; rerun with --debug for the whole of it")
+    return EngineError(f"{doing}: ONNX Runtime failed: {text[:300]}; rerun with --debug for the full message")
 
 
 def _out_of_memory(doing: str) -> ResourceError:

@@ -1,7 +1,7 @@
-"""ONNX Runtime's execution providers: which one serves a provider of ours, with what options, and that it does.
+"""ONNX Runtime's execution providers: the one for each of our providers, its options, and a check that it is in use.
 
-Where an execution provider cannot start, ONNX Runtime runs the whole session on the CPU and says so in a log at
-most: a picture would take an hour. So what a session really runs on is read back, and a fallback is an error.
+If an execution provider cannot start, ONNX Runtime runs the whole session on the CPU and only logs it: a picture
+would take an hour. So the assignment of a session is read back, and a fallback is an error.
 """
 
 __all__ = [
@@ -37,20 +37,20 @@ TENSORRT = "TensorrtExecutionProvider"
 RTX = "NvTensorRTRTXExecutionProvider"
 RTX_MODULE = "onnxruntime_ep_nv_tensorrt_rtx"
 
-# Two packages install the same `onnxruntime`: the one for CPUs has to go before the one for GPUs comes.
+# Two packages install the same `onnxruntime`: the one for CPUs must be removed before the one for GPUs is installed.
 _GPU_COMMAND = "pip uninstall -y onnxruntime && pip install 'sdxl-trt[gpu]'"
 _RTX_COMMAND = "pip install onnxruntime-ep-nv-tensorrt-rtx-cu12"
 _CUDA_OPTIONS = {
-    # By default the arena doubles with every extension, and keeps it.
+    # By default the arena doubles with every extension, and never shrinks.
     "arena_extend_strategy": "kSameAsRequested",
     # The default tries every algorithm, with the largest workspaces, at every new picture size.
     "cudnn_conv_algo_search": "HEURISTIC",
-    # A graph exported in fp32 is meant to run in it.
+    # A graph exported in fp32 runs in fp32.
     "use_tf32": "0",
 }
 _HEAVY = ("Attention", "Conv", "Gemm", "MatMul")
-"""Parts of the names of the operators that a picture's time goes into."""
-# Operator of models that hold, or name, an engine compiled elsewhere: code that no manifest vouches for.
+"""Parts of the names of the operators that take most of the time."""
+# Operator of models that contain, or refer to, an engine compiled elsewhere: code without a digest in the manifest.
 _COMPILED = b"EPContext"
 
 
@@ -58,7 +58,7 @@ _COMPILED = b"EPContext"
 class ExecutionProvider:
     """An execution provider of this ONNX Runtime: its name there, the device of its tensors, whether it is a plugin.
 
-    `profiled` ones compile the graph for a range of shapes, and keep what they compiled.
+    `profiled` ones compile the graph for a range of shapes and cache the result.
     """
 
     name: str
@@ -67,16 +67,16 @@ class ExecutionProvider:
     profiled: bool = False
 
     def open(self, ort: Any, graph: bytes, options: Any, bundle: Bundle, component: str, limits: Profile | None) -> Any:
-        """Return an InferenceSession for `graph` with `options`, its weights among them; `limits` of profiled ones.
+        """Return an InferenceSession for `graph`; `options` has the weights, `limits` is the profile if profiled.
 
-        Raises CorruptError for a graph that would load compiled code, UsageError for a cache that others may write,
-        IncompatibleError where the session would run elsewhere, and what ONNX Runtime raises.
+        Raises CorruptError for a graph that would load compiled code, UsageError for a cache that other users can
+        write, IncompatibleError if the session would run elsewhere, and what ONNX Runtime raises.
         """
         if self.device == "cpu":
             return ort.InferenceSession(graph, options, providers=[self.name])
         if _COMPILED in graph:
-            raise CorruptError(f"{bundle.root}: the graph of {component} holds an engine compiled elsewhere, which is"
-                               " code; get a sound copy of the bundle")  # fmt: skip
+            raise CorruptError(f"{bundle.root}: the graph of {component} contains an engine compiled elsewhere, which"
+                               " is code; get an intact copy of the bundle")  # fmt: skip
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         settings = self._settings(ort, bundle, component, limits)
         if self.plugin:
@@ -93,9 +93,9 @@ class ExecutionProvider:
             return _CUDA_OPTIONS
         cache_folder = str(engine_cache(bundle, component, f"{self.name} {ort.__version__}", limits))
         prefix = "nv" if self.plugin else "trt"
-        shapes = {f"{prefix}_profile_{which}_shapes": _told(limits, i) for i, which in enumerate(("min", "opt", "max"))}
+        shapes = {f"{prefix}_profile_{which}_shapes": _text(limits, i) for i, which in enumerate(("min", "opt", "max"))}
         if self.plugin:
-            # Without the last one the weights are copied into a protobuf message, which ends at 2 GB.
+            # Without the last one the weights are copied into a protobuf message, which is limited to 2 GB.
             return {**shapes, "nv_runtime_cache_path": cache_folder, "nv_use_external_data_initializer": "1"}
         return {
             **shapes,
@@ -108,9 +108,9 @@ class ExecutionProvider:
 
 
 def choose_provider(ort: Any, provider: OrtProvider) -> ExecutionProvider:
-    """Return what serves `provider` in the module `ort`; ort-tensorrt is the RTX plugin where the classic one is not.
+    """Return the execution provider of module `ort` for `provider`; for ort-tensorrt the RTX plugin is second choice.
 
-    Raises IncompatibleError with the pip command where this ONNX Runtime has nothing that does.
+    Raises IncompatibleError with the pip command if this ONNX Runtime has none.
     """
     if provider == "ort-cpu":
         return ExecutionProvider(CPU, device="cpu")
@@ -129,7 +129,7 @@ def choose_provider(ort: Any, provider: OrtProvider) -> ExecutionProvider:
 def check_session(session: Any, name: str, component: str) -> None:
     """Raise IncompatibleError unless `session` runs its heavy operators on the execution provider called `name`.
 
-    The session must have been made with the recording of its assignment.
+    The session must have been created with recording of its graph assignment.
     """
     if name not in session.get_providers():
         raise IncompatibleError(
@@ -142,7 +142,7 @@ def check_session(session: Any, name: str, component: str) -> None:
     stray = sorted(_heavy(assigned.get(CPU, ())))
     if name != CPU and (stray or not _heavy(assigned.get(name, ()))):
         what = ", ".join(stray) or "everything"
-        raise IncompatibleError(f"{component}: {name} does not take {what}, which ONNX Runtime would run elsewhere;"
+        raise IncompatibleError(f"{component}: {name} does not run {what}, which ONNX Runtime would run elsewhere;"
                                 " export the bundle again with --opset 20, or use another --provider")  # fmt: skip
 
 
@@ -152,8 +152,8 @@ def _heavy(operators: Iterable[str]) -> set[str]:
 
 @cache
 def _preload(ort: Any) -> None:
-    """Load CUDA and cuDNN as pip installs them: they lie where no loader looks."""
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find
+    """Load CUDA and cuDNN from pip's packages, which are outside the loader's search path."""
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints the libraries that it does not find
         ort.preload_dlls()
 
 
@@ -163,12 +163,12 @@ def _has_plugin() -> bool:
 
 @cache
 def _register_rtx(ort: Any) -> None:
-    """Register the RTX plugin with ONNX Runtime, once in a process."""
+    """Register the RTX plugin with ONNX Runtime, once per process."""
     try:
         plugin = importlib.import_module(RTX_MODULE)
         library = Path(plugin.get_library_path())
         for runtime in sorted(library.parent.glob("libcudart.so.*")):
-            # The wheel carries the CUDA runtime, under a name by which its library does not find it.
+            # The wheel contains the CUDA runtime, under a name that its library does not find.
             ctypes.CDLL(str(runtime), mode=ctypes.RTLD_GLOBAL)
         ort.register_execution_provider_library(RTX, str(library))
     except Exception as exc:
@@ -191,7 +191,7 @@ def _rtx_devices(ort: Any) -> list[Any]:
 
 
 def shape_limits(bundle: Bundle, name: str) -> Profile:
-    """Return the one profile that component `name` is compiled with: what its plans take, else the bundle's sizes."""
+    """Return the one profile to compile component `name` with: that of its plans, else of the bundle's sizes."""
     from sdxl_trt.engines.plans import profiles_of, stage_sizes  # noqa: PLC0415 - the CPU provider needs no plans
 
     manifest = bundle.manifest
@@ -202,7 +202,7 @@ def shape_limits(bundle: Bundle, name: str) -> Profile:
 
 
 def _span(profiles: tuple[Profile, ...]) -> Profile:
-    """Return the profile that holds all of `profiles`, tuned for what the largest is."""
+    """Return the profile that covers all of `profiles`, tuned for the usual shapes of the largest."""
     largest = max(profiles, key=lambda profile: sum(math.prod(usual) for _, usual, _ in profile.shapes.values())).shapes
     return Profile(
         shapes={
@@ -216,6 +216,6 @@ def _span(profiles: tuple[Profile, ...]) -> Profile:
     )
 
 
-def _told(limits: Profile, which: int) -> str:
-    """Return the shapes of a profile as the options of both TensorRT providers take them."""
+def _text(limits: Profile, which: int) -> str:
+    """Return the shapes of a profile as an option value of both TensorRT providers."""
     return ",".join(f"{name}:{'x'.join(map(str, shapes[which]))}" for name, shapes in limits.shapes.items())

@@ -1,4 +1,4 @@
-"""TensorRT's module, loaded when it is needed: version floor, logger and version, for either flavour."""
+"""TensorRT's Python module, imported on demand: minimum version, logger and version, for both flavours."""
 
 __all__ = ["Messages", "Sink", "library_version", "make_logger", "tensorrt_module"]
 
@@ -15,10 +15,10 @@ from sdxl_trt.engines.bundle import Flavour
 from sdxl_trt.engines.errors import IncompatibleError
 
 Sink = Callable[[str, str], None]
-"""Takes a message's severity (INTERNAL_ERROR, ERROR, WARNING, INFO or VERBOSE) and its text, from any thread."""
+"""Receives a message's severity (INTERNAL_ERROR, ERROR, WARNING, INFO or VERBOSE) and text, from any thread."""
 
 _MODULES: dict[Flavour, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-# TensorRT 11 is strongly typed only, and mends the holes that older runtimes have in reading plans.
+# TensorRT 11 is strongly typed only, and fixes vulnerabilities of older runtimes in reading plans.
 _FLOORS: dict[Flavour, tuple[int, int]] = {"tensorrt": (11, 0), "tensorrt-rtx": (1, 0)}
 _REMEDIES: dict[Flavour, str] = {
     "tensorrt": "pip install 'sdxl-trt[tensorrt]'",
@@ -31,7 +31,7 @@ _MOST_SHOWN = 300
 
 
 def tensorrt_module(flavour: Flavour) -> Any:
-    """Import and return TensorRT's module; IncompatibleError where it is missing, broken or too old."""
+    """Import and return TensorRT's module; raise IncompatibleError if it is missing, broken or too old."""
     name, floor = _MODULES[flavour], _FLOORS[flavour]
     try:
         module = importlib.import_module(name)
@@ -41,26 +41,26 @@ def tensorrt_module(flavour: Flavour) -> Any:
     version = library_version(module)
     if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < floor:
         needed = ".".join(map(str, floor))
-        raise IncompatibleError(f"{name} {version} is too old, {needed} or later is needed; {_REMEDIES[flavour]}")
+        raise IncompatibleError(f"{name} {version} is too old, {needed} or later is required; {_REMEDIES[flavour]}")
     return module
 
 
 def library_version(trt: Any) -> str:
-    """Return TensorRT's version with its build number, such as "11.4.0.106"; "0" where it does not say."""
-    # The package `tensorrt` re-exports the public names of `tensorrt_bindings`, and a dunder is none.
+    """Return TensorRT's version with its build number, such as "11.4.0.106"; "0" if unknown."""
+    # The package `tensorrt` re-exports the public names of `tensorrt_bindings`, and a dunder is not one.
     home = sys.modules.get(trt.Runtime.__module__.partition(".")[0])
     return str(getattr(trt, "__version__", None) or getattr(home, "__version__", "0"))
 
 
 def make_logger(trt: Any, sink: Sink) -> Any:
-    """Return an ILogger that hands every message to `sink` and prints nothing.
+    """Return an ILogger that passes every message to `sink` and prints nothing.
 
-    It must outlive whatever it was given to. What `sink` raises is lost: behind it stands C++ that cannot unwind.
+    It must outlive every object that uses it. Exceptions of `sink` are dropped: the calling C++ cannot unwind them.
     """
 
     class Logger(trt.ILogger):  # type: ignore[misc] # the base is known at run time only
         def __init__(self) -> None:
-            trt.ILogger.__init__(self)  # the binding asks for this very call, not super()
+            trt.ILogger.__init__(self)  # the binding requires this call instead of super()
 
         def log(self, severity: Any, msg: str) -> None:
             with contextlib.suppress(Exception):
@@ -70,20 +70,20 @@ def make_logger(trt: Any, sink: Sink) -> Any:
 
 
 class Messages:
-    """A sink that keeps the latest errors and warnings of each thread, to explain a call that failed in it."""
+    """A sink that keeps the latest errors and warnings of each thread, to explain a failed call."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._kept: deque[tuple[int, str, str]] = deque(maxlen=_MOST_KEPT)
 
     def __call__(self, severity: str, text: str) -> None:
-        """Keep a message, on one line, where it is worth it; see Sink."""
+        """Keep an error or a warning, on one line; see Sink."""
         if severity in _KEPT:
             with self._lock:
                 self._kept.append((threading.get_ident(), severity, " ".join(text.split())))
 
     def forget(self) -> None:
-        """Drop what the calling thread's earlier calls left."""
+        """Drop the messages of the calling thread."""
         me = threading.get_ident()
         with self._lock:
             self._kept = deque((entry for entry in self._kept if entry[0] != me), maxlen=_MOST_KEPT)
@@ -95,9 +95,9 @@ class Messages:
             return [text for thread, severity, text in self._kept if thread == me and severity in _ERRORS]
 
     def reason(self, otherwise: str = "") -> str:
-        """Return the first error of the calling thread, since what follows it is mostly its echo on the way out.
+        """Return the first error of the calling thread, since later ones mostly repeat it.
 
-        Where there is none, `otherwise`, or that there is none.
+        Without errors, returns `otherwise`, or else "it gave no reason".
         """
-        told = [*self.errors(), " ".join(otherwise.split()), "it gave no reason"]
-        return next(text for text in told if text)[:_MOST_SHOWN]
+        reasons = [*self.errors(), " ".join(otherwise.split()), "it gave no reason"]
+        return next(text for text in reasons if text)[:_MOST_SHOWN]

@@ -1,4 +1,4 @@
-"""A deserialized plan held against what the manifest says of it, before anything is run on it."""
+"""Compare a deserialized plan with its record in the manifest, before it runs."""
 
 __all__ = ["check_engine"]
 
@@ -18,14 +18,14 @@ def check_engine(engine: Any, component: Component, record: PlanRecord) -> None:
     differing = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
     if differing:
         name = differing[0]
-        raise _other(record, f"{name} is {_say(found.get(name))}, the graph has {_say(expected.get(name))}")
+        raise _mismatch(record, f"{name} is {_words(found.get(name))}, the graph has {_words(expected.get(name))}")
     if engine.num_optimization_profiles != len(record.key.profiles):
-        raise _other(record, f"it has {engine.num_optimization_profiles} profiles, not {len(record.key.profiles)}")
+        raise _mismatch(record, f"it has {engine.num_optimization_profiles} profiles, not {len(record.key.profiles)}")
     for index, profile in enumerate(record.key.profiles):
         for name, shapes in profile.shapes.items():
             built = tuple(tuple(int(n) for n in dims) for dims in engine.get_tensor_profile_shape(name, index))
             if built != shapes:
-                raise _other(record, f"profile {index} takes {name} as {built}, not {shapes}")
+                raise _mismatch(record, f"profile {index} takes {name} as {built}, not {shapes}")
 
 
 def _tensors(engine: Any) -> dict[str, tuple[str, str]]:
@@ -37,11 +37,11 @@ def _expected(specs: Iterable[TensorSpec], mode: str) -> dict[str, tuple[str, st
     return {spec.name: (mode, _TYPES[spec.dtype]) for spec in specs}
 
 
-def _say(tensor: tuple[str, str] | None) -> str:
+def _words(tensor: tuple[str, str] | None) -> str:
     return "absent" if tensor is None else " of type ".join(part.lower() for part in tensor)
 
 
-def _other(record: PlanRecord, reason: str) -> IncompatibleError:
+def _mismatch(record: PlanRecord, reason: str) -> IncompatibleError:
     name = record.key.component
-    return IncompatibleError(f"{record.file.file}: not the plan of {name} that the manifest states: {reason}; build it"
+    return IncompatibleError(f"{record.file.file}: not the plan of {name} that the manifest records: {reason}; build it"
                              " again with export-engines")  # fmt: skip

@@ -1,7 +1,7 @@
-"""Execution contexts, one for each set of input shapes, and the CUDA graphs that are captured of them.
+"""Execution contexts, one for each set of input shapes, and the CUDA graphs captured from them.
 
-TensorRT's guide advises one context a captured graph, with activation memory shared: a graph holds the shapes,
-the profile and every address that it was captured with, so nothing of them is ever changed behind its back.
+TensorRT's guide recommends one context per captured graph, with shared activation memory: a graph keeps the shapes,
+the profile and every address of its capture, so none of them may change while it is in use.
 """
 
 __all__ = ["MAX_SHAPES", "ShapedContext", "ShapedContexts"]
@@ -15,11 +15,11 @@ from sdxl_trt.engines.errors import EngineError
 from sdxl_trt.engines.plans import Shapes
 
 MAX_SHAPES = 4
-"""Contexts that an engine keeps: guidance on and off, at two sizes."""
+"""The number of contexts that an engine keeps: guidance on and off, at two sizes."""
 
 
 class ShapedContext:
-    """A context whose profile and input shapes are set once; the caller holds the device's lock in every call."""
+    """A context with fixed profile and input shapes; the caller holds the device's lock during every call."""
 
     def __init__(self, device: TrtDevice, context: Any, name: str, profile: int, shapes: Shapes) -> None:
         self.context = context
@@ -35,20 +35,20 @@ class ShapedContext:
             device.ask(self._doing, context.set_input_shape, tensor, shape)
 
     def output_shape(self, tensor: str) -> tuple[int, ...]:
-        """Return the shape of an output for the shapes of the inputs."""
+        """Return the shape of an output for the fixed input shapes."""
         shape = tuple(int(size) for size in self.context.get_tensor_shape(tensor))
         if any(size < 0 for size in shape):
-            raise EngineError(f"{self._doing}: output {tensor} has no size before it is computed, {list(shape)}; export"
+            raise EngineError(f"{self._doing}: the size of output {tensor} depends on its data, {list(shape)}; export"
                               " the graph again")  # fmt: skip
         return shape
 
     def place(self, addresses: Mapping[str, int], activations: DeviceBuffer) -> None:
-        """Point the context at its inputs, outputs and activations; a graph with other addresses is dropped."""
+        """Set the addresses of inputs, outputs and activations; drops the graph if any has changed."""
         scratch = (activations.address, activations.nbytes)
         if self._places == addresses and self._scratch == scratch:
             return
         self.drop_graph()
-        self._places, self._scratch = {}, (0, 0)  # nothing is known to be set until all of it is
+        self._places, self._scratch = {}, (0, 0)  # unknown until all are set
         for tensor, address in addresses.items():
             self._device.ask(self._doing, self.context.set_tensor_address, tensor, address)
         self.context.set_device_memory(*scratch)
@@ -56,15 +56,15 @@ class ShapedContext:
 
     @property
     def wants_graph(self) -> bool:
-        """Whether a graph is worth capturing: a first run flushed what the shapes had deferred, a second one comes."""
+        """Whether to capture a graph: after a first run, which completes the work that setting shapes deferred."""
         return self._warm and self._graph is None
 
     def capture(self) -> None:
-        """Capture the graph that `run` launches from then on. Raises EngineError, ResourceError."""
+        """Capture the graph that later calls of `run` launch. Raises EngineError, ResourceError."""
         self._graph = self._device.stream.capture(self._enqueue, self._doing)
 
     def run(self) -> None:
-        """Put the computation on the device's stream, as a graph where there is one."""
+        """Enqueue the computation on the device's stream, as a graph if one was captured."""
         if self._graph is not None:
             self._device.stream.launch(self._graph, self._doing)
         else:
@@ -72,7 +72,7 @@ class ShapedContext:
             self._warm = True
 
     def drop_graph(self) -> None:
-        """Free the graph; the next runs capture another."""
+        """Free the graph; later runs capture another."""
         if self._graph is not None:
             self._graph.free()
         self._graph, self._warm = None, False
@@ -82,23 +82,23 @@ class ShapedContext:
 
 
 class ShapedContexts:
-    """The contexts of one engine, made by `create`, for the shapes that were used last."""
+    """The contexts of one engine for the most recently used shapes; `create` makes one."""
 
     def __init__(self, device: TrtDevice, name: str, create: Callable[[], Any]) -> None:
         self._device = device
         self._name = name
         self._create = create
-        self._idle = [create()]  # now, so that what can fail fails while the engine is loaded
+        self._idle = [create()]  # now, so that an error is raised while the engine is loaded
         self._shaped: dict[tuple[tuple[str, tuple[int, ...]], ...], ShapedContext] = {}
 
     def get(self, shapes: Shapes, choose: Callable[[Shapes], int]) -> ShapedContext:
-        """Return the context for `shapes`; for new ones, with the profile that `choose` returns, or what it raises."""
+        """Return the context for `shapes`; new shapes use the profile that `choose` returns. Raises what it raises."""
         key = tuple(sorted(shapes.items()))
         shaped = self._shaped.pop(key, None)
         if shaped is None:
             profile = choose(shapes)
             shaped = ShapedContext(self._device, self._take(), self._name, profile, shapes)
-        self._shaped[key] = shaped  # the last place: the first one's shapes were used longest ago
+        self._shaped[key] = shaped  # last place: the first entry is the least recently used
         return shaped
 
     def free(self) -> None:

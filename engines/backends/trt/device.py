@@ -1,4 +1,4 @@
-"""One GPU as TensorRT engines share it: a stream, one block for activations, one for copies, one runtime."""
+"""One GPU that TensorRT engines share: a stream, a block of activations, staging memory, and a runtime."""
 
 __all__ = ["ALIGNMENT", "Activations", "TrtDevice", "aligned", "forget_frames", "open_device"]
 
@@ -15,18 +15,18 @@ from sdxl_trt.engines.bundle import Flavour
 from sdxl_trt.engines.errors import EngineError, IncompatibleError, ResourceError, SdxlTrtError
 
 ALIGNMENT = 256
-"""Bytes that TensorRT wants device memory aligned to."""
+"""The alignment in bytes that TensorRT requires of device memory."""
 
-# How TensorRT's messages tell memory apart from other failures; it has no code for it that Python could see.
+# What identifies memory errors in TensorRT's messages; Python sees no error code.
 _MEMORY_SIGNS = ("out of memory", "outofmemory", "cudaerrormemoryallocation", "could not be allocated", "bad_alloc")
-# What it says of a plan of another version, platform or device.
+# What identifies messages about a plan of another version, platform or device.
 _FOREIGN_SIGNS = (": serialization (", "incompatible", "not compatible", "expecting library version")
 
 
 class Activations:
-    """One block of device memory that all loaded engines compute in, one at a time; as large as the neediest asks.
+    """One block of device memory that all loaded engines use in turn, as large as the largest needs.
 
-    Whoever calls holds the device's lock: nothing runs in the block while it is replaced.
+    The caller holds the device's lock: nothing runs in the block while it is replaced.
     """
 
     def __init__(self, cuda: Cuda) -> None:
@@ -36,11 +36,11 @@ class Activations:
 
     @property
     def nbytes(self) -> int:
-        """The bytes of the block now."""
+        """The current size of the block in bytes."""
         return self._block.nbytes if self._block is not None else 0
 
     def reserve(self, owner: object, nbytes: int) -> None:
-        """Let the block have `nbytes` at least until `owner` calls `release`; ResourceError where it cannot."""
+        """Keep the block at `nbytes` or more until `owner` calls `release`. Raises ResourceError."""
         self._needs[owner] = aligned(max(nbytes, 1))
         try:
             self.block()
@@ -50,38 +50,38 @@ class Activations:
             raise
 
     def release(self, owner: object) -> None:
-        """Forget what `owner` needed; a block that is larger than the others need is exchanged for a smaller one."""
+        """Drop the reservation of `owner`; shrink the block if the others need less."""
         self._needs.pop(owner, None)
         if self.nbytes > max(self._needs.values(), default=0):
             self.free()
             self._restore()
 
     def block(self) -> DeviceBuffer:
-        """Return the block, allocated anew where it is too small. Its address changes then."""
+        """Return the block; if it is too small, it is reallocated and its address changes."""
         wanted = max(self._needs.values(), default=0)
         if self._block is None or self._block.nbytes < wanted:
-            self.free()  # first, so that old and new never lie side by side
+            self.free()  # first, so that old and new never exist together
             self._block = DeviceBuffer(self._cuda, wanted, "allocating memory for activations")
         return self._block
 
     def _restore(self) -> None:
-        """Let the other engines have their memory while it is still free; if it is not, `block` will tell them."""
+        """Allocate the block for the remaining engines; if that fails, their next call of `block` raises."""
         if self._needs:
             with contextlib.suppress(SdxlTrtError):
                 self.block()
 
     def free(self) -> None:
-        """Give the block back; the next `block` allocates another."""
+        """Free the block; the next call of `block` allocates another."""
         if self._block is not None:
             self._block.free()
             self._block = None
 
 
 class TrtDevice:
-    """What the TensorRT engines of a pipeline share; a context manager that frees it.
+    """The GPU resources that TensorRT engines share; a context manager that frees them.
 
-    `lock` is held while an engine computes: the stream, the activations and the staging memory are one engine's at
-    a time. Loading takes it only to reserve activations, so that one engine loads while another runs.
+    An engine holds `lock` while it computes, since it then owns the stream, the activations and the staging memory.
+    Loading holds it only to reserve activations, so one engine can load while another runs.
     """
 
     def __init__(self, flavour: Flavour) -> None:
@@ -98,15 +98,15 @@ class TrtDevice:
         self._loading = threading.Lock()
 
     def deserialize(self, plan: Any, doing: str) -> Any:
-        """Return the ICudaEngine in the bytes `plan`, which may be dropped then; `doing` is for messages.
+        """Return the ICudaEngine of the bytes `plan`, which may be dropped afterwards; `doing` is for messages.
 
         Raises ResourceError, IncompatibleError for a plan of another version or device, EngineError.
         """
         self.cuda.enter(doing)
-        with self._loading:  # a runtime is for one thread at a time
+        with self._loading:  # a runtime is not thread-safe
             if self._runtime is None:
                 self._runtime = self._new_runtime(doing)
-            # engine_host_code_allowed stays False: a plan has no business bringing host code.
+            # engine_host_code_allowed stays False: a plan must not contain host code.
             try:
                 return self.ask(doing, self._runtime.deserialize_cuda_engine, plan)
             except EngineError as exc:
@@ -117,12 +117,12 @@ class TrtDevice:
     def _new_runtime(self, doing: str) -> Any:
         try:
             return self.ask(doing, self.trt.Runtime, self._logger)
-        except TypeError as exc:  # how the binding says that the library made none
+        except TypeError as exc:  # the binding raises it if the library returns none
             raise self.explain(doing, str(exc)) from exc
 
     @contextlib.contextmanager
     def computing(self, doing: str) -> Iterator[None]:
-        """Hold the device for some work on the stream; nothing of it still runs afterwards, whatever happens."""
+        """Hold the lock for work on the stream; after an exception, wait until none of the work still runs."""
         with self.lock:
             self.cuda.enter(doing)
             try:
@@ -138,7 +138,7 @@ class TrtDevice:
                 raise
 
     def ask(self, doing: str, method: Callable[..., Any], *arguments: Any) -> Any:
-        """Call a method of TensorRT's; where it raises, or returns None or False, raise what TensorRT says of it."""
+        """Call a TensorRT method and return its result; if it raises or returns None or False, raise `explain`."""
         self.messages.forget()
         try:
             result = method(*arguments)
@@ -149,24 +149,24 @@ class TrtDevice:
         return result
 
     def explain(self, doing: str, otherwise: str = "") -> SdxlTrtError:
-        """Return the failure that TensorRT has just told of in this thread as one of ours."""
+        """Return the SdxlTrtError for TensorRT's latest messages in this thread; `otherwise` if there are none."""
         errors = self.messages.errors() or ([otherwise] if otherwise else [])
         if any(sign in " ".join(errors).lower() for sign in _MEMORY_SIGNS):
             return ResourceError(f"{doing}: out of memory; {REMEDY}")
         return EngineError(f"{doing}: TensorRT failed: {self.messages.reason(otherwise)}")
 
     def lost(self, doing: str) -> SdxlTrtError | None:
-        """Wait for the stream; return what went wrong on it, since TensorRT does not say that the device is lost."""
+        """Wait for the stream and return its error, or None: TensorRT itself does not report a lost device."""
         with self.lock:
             return self.stream.drain(doing)
 
     @property
     def usage(self) -> Usage:
-        """The bytes that engines hold besides their weights: activations, tensors, pinned memory."""
+        """The bytes that engines hold in addition to their weights: activations, tensors, pinned memory."""
         return self.cuda.usage
 
     def staging(self, nbytes: int) -> PinnedBuffer:
-        """Return pinned host memory of `nbytes` at least, for the caller while it holds `lock`."""
+        """Return at least `nbytes` of pinned host memory, valid while the caller holds `lock`."""
         if self._staging is None or self._staging.nbytes < nbytes:
             self._free_staging()
             self._staging = PinnedBuffer(
@@ -175,7 +175,7 @@ class TrtDevice:
         return self._staging
 
     def close(self) -> None:
-        """Free everything; engines that are still loaded are to be unloaded first. May be called twice."""
+        """Free everything; all engines must be unloaded before. May be called twice."""
         with self.lock:
             self.activations.free()
             self._free_staging()
@@ -197,7 +197,7 @@ class TrtDevice:
 
 
 def forget_frames(exc: BaseException | None) -> None:
-    """Clear the local variables in the traceback of `exc`: whoever keeps the error would keep engines on the device."""
+    """Clear the local variables in the traceback of `exc`, which would keep engines on the device alive."""
     while exc is not None:
         traceback.clear_frames(exc.__traceback__)
         exc = exc.__cause__
@@ -209,9 +209,9 @@ def aligned(nbytes: int) -> int:
 
 
 def open_device(flavour: Flavour) -> TrtDevice:
-    """Return the first visible GPU for TensorRT engines of `flavour`; close it after use.
+    """Return the first visible GPU for TensorRT engines of `flavour`; the caller closes it.
 
-    Raises IncompatibleError where TensorRT, cuda-bindings, the driver or the GPU is missing, ResourceError,
+    Raises IncompatibleError if TensorRT, cuda-bindings, the driver or the GPU is missing, ResourceError,
     EngineError.
     """
     return TrtDevice(flavour)

@@ -1,7 +1,7 @@
-"""TensorRT and TensorRT for RTX behind the Engine protocol: plans loaded, run on a shared device, and unloaded.
+"""The Engine protocol on TensorRT and TensorRT for RTX: load plans, run them on a shared device, unload them.
 
-A step moves what `infer` is given to the device and the outputs that are asked for back, and nothing else: constant
-inputs lie there from `bind` on, in memory that stays in place, so that the CUDA graph of a step lasts for a run.
+`infer` copies only its inputs to the device and the requested outputs back. Constant inputs stay on the device from
+`bind` on, at fixed addresses, so that the CUDA graph of a step stays valid for a run.
 """
 
 __all__ = ["TrtDevice", "TrtEngine", "open_device"]
@@ -26,11 +26,11 @@ log = logging.getLogger(__name__)
 
 
 class TrtEngine:
-    """One component's plan on `device`, which other engines share.
+    """One component's plan on `device`, which engines share.
 
-    `weight_budget` is how many bytes of the streamable weights may lie on the device, for plans that were built
-    with weight streaming; None for all of them. An engine is one thread's at a time; several engines of a device
-    may be loaded and run from several threads.
+    `weight_budget` is the bytes of streamable weights that may be on the device, for plans built with weight
+    streaming; None for all. Only one thread at a time may use an engine; several engines of a device may be loaded
+    and run from several threads.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class TrtEngine:
     def load(self) -> None:
         """Put the weights on the device and reserve memory for activations; see Engine.load.
 
-        Raises IncompatibleError too, for a plan that this TensorRT refuses or that is not the component's.
+        Also raises IncompatibleError, for a plan that this TensorRT rejects or that is not the component's.
         """
         if self._engine is not None:
             return
@@ -95,7 +95,7 @@ class TrtEngine:
             views = self._tensors.views([(array.shape, array.dtype) for array in constants.values()])
             self._tensors.send(places, constants, views, doing)
             self._device.stream.synchronize(doing)
-        # `infer` asks what the constants look like, not what they hold: an array of one element serves.
+        # `infer` needs the shapes and dtypes of the constants, not their values: one broadcast element is enough.
         self._constants = {
             name: np.broadcast_to(np.zeros((), array.dtype), array.shape) for name, array in constants.items()
         }
@@ -106,7 +106,7 @@ class TrtEngine:
         rows = min((array.shape[0] for array in inputs.values() if array.ndim), default=None)
         feed = {name: constant[:rows] for name, constant in self._constants.items()} | dict(inputs)
         check_inputs(self.component, feed)
-        names = self._asked(outputs)
+        names = self._requested(outputs)
         with self._device.computing(f"running {self.name}"):
             return self._run({name: array.shape for name, array in feed.items()}, inputs, names)
 
@@ -153,8 +153,8 @@ class TrtEngine:
                 shaped.capture()
             except SdxlTrtError as exc:
                 self._captures = False
-                # As text: a kept record would keep the traceback, and the context in it.
-                log.warning("no CUDA graph: %s; going on without, which may be slower", str(exc))
+                # As text: a kept log record would keep the traceback, and with it the context.
+                log.warning("no CUDA graph: %s; continuing without, which may be slower", str(exc))
         shaped.run()
 
     def _choose(self, shapes: Shapes) -> int:
@@ -166,7 +166,7 @@ class TrtEngine:
         return profile
 
     def _new_context(self) -> Any:
-        """Return another context of the engine, with memory of ours."""
+        """Return a new context of the engine that uses our memory."""
         doing = f"making a context of {self.name}"
         if self._kernels is not None:
             return self._device.ask(doing, self._kernels.create_context, self._engine)
@@ -174,18 +174,18 @@ class TrtEngine:
         return self._device.ask(doing, self._engine.create_execution_context, strategy)
 
     def _open_kernels(self) -> None:
-        """Let TensorRT for RTX keep compiled kernels, and capture graphs by itself, where it can."""
+        """Let TensorRT for RTX cache compiled kernels and capture graphs itself, if it supports that."""
         if self._device.flavour == "tensorrt-rtx":
             kernels = KernelCache(self._device.trt, self._engine, self._record.file.sha256)
             self._kernels = kernels if kernels.usable else None
             self._captures = self._kernels is None
 
     def _set_weight_budget(self, doing: str) -> None:
-        """Say how much of the weights may lie on the device, which is fixed once there are contexts."""
+        """Set the bytes of streamable weights on the device; this must precede the first context."""
         if self._weight_budget is None:
             return
         budget = min(self._weight_budget, int(self._engine.streamable_weights_size))
-        refused = f"it did not take a weight streaming budget of {budget} bytes"
+        refused = f"it rejected a weight streaming budget of {budget} bytes"
         try:
             self._engine.weight_streaming_budget_v2 = budget
         except RuntimeError as exc:
@@ -194,7 +194,7 @@ class TrtEngine:
             raise self._device.explain(doing, refused)
 
     def _check_constants(self, constants: Mapping[str, Array]) -> None:
-        """Raise UsageError unless the graph has these inputs; their sizes are checked with the others in `infer`."""
+        """Raise UsageError unless the graph has these inputs; `infer` checks their sizes with those of the others."""
         specs = {spec.name: spec for spec in self.component.inputs}
         for name, array in constants.items():
             spec = specs.get(name)
@@ -204,11 +204,11 @@ class TrtEngine:
                 raise UsageError(f"{self.name}: input {name}: {array.dtype} {list(array.shape)} bound, {spec.dtype}"
                                  f" {list(spec.shape)} expected")  # fmt: skip
 
-    def _asked(self, outputs: Sequence[str] | None) -> list[str]:
+    def _requested(self, outputs: Sequence[str] | None) -> list[str]:
         known = [spec.name for spec in self.component.outputs]
         unknown = sorted(set(outputs or ()) - set(known))
         if unknown:
-            raise UsageError(f"{self.name}: output {unknown[0]} asked for, but the graph gives {known}")
+            raise UsageError(f"{self.name}: output {unknown[0]} requested, but the graph has {known}")
         return known if outputs is None else list(outputs)
 
     def _require_loaded(self, call: str) -> ShapedContexts:

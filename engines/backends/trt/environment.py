@@ -1,4 +1,4 @@
-"""This machine as a plan's key states it: TensorRT, GPU, driver, platform."""
+"""This machine as recorded in a plan's key: TensorRT, GPU, driver, platform."""
 
 __all__ = ["current_environment", "device_available"]
 
@@ -18,10 +18,10 @@ _DRIVER = re.compile(r"\b\d{3,4}\.\d+(?:\.\d+)?\b")
 
 
 def current_environment(flavour: Flavour) -> Environment:
-    """Return what a plan that runs on this machine must have been built for; the GPU is the first visible one.
+    """Return the environment of this machine, which plans must match; the GPU is the first visible one.
 
-    TensorRT for RTX builds ahead of time, for every GPU: no GPU is asked for, and its fields say "any". Raises
-    IncompatibleError where TensorRT, cuda-bindings, the driver or, for `tensorrt`, the GPU is missing.
+    TensorRT for RTX builds ahead of time for every GPU: it needs none here, and the GPU fields are "any". Raises
+    IncompatibleError if TensorRT, cuda-bindings, the driver or, for `tensorrt`, the GPU is missing.
     """
     version = library_version(tensorrt_module(flavour))
     gpu, capability, driver = (ANY, ANY, ANY) if flavour == "tensorrt-rtx" else _device()
@@ -36,7 +36,7 @@ def current_environment(flavour: Flavour) -> Environment:
 
 
 def device_available() -> str | None:
-    """Return why no NVIDIA GPU can be used from here, in one line, or None where one can."""
+    """Return why no NVIDIA GPU can be used, in one line, or None if one can."""
     doing = "looking for an NVIDIA GPU"
     try:
         count = Cuda().call("cudaGetDeviceCount", doing=doing, enter=False)
@@ -48,7 +48,7 @@ def device_available() -> str | None:
 def _device() -> tuple[str, str, str]:
     """Return the GPU's name, its compute capability and the driver's version.
 
-    The process is not put on the device, which would take hundreds of megabytes of it.
+    Creates no CUDA context, which would take hundreds of megabytes of device memory.
     """
     cuda = Cuda()
     properties = cuda.call("cudaGetDeviceProperties", cuda.device, doing="asking what the GPU is", enter=False)
@@ -58,7 +58,7 @@ def _device() -> tuple[str, str, str]:
 
 
 def _driver(cuda: Cuda) -> str:
-    """Return the driver's version; where the kernel does not tell, the CUDA version that it supports."""
+    """Return the driver's version or, if the kernel does not report it, the CUDA version that it supports."""
     try:
         found = _DRIVER.search(_DRIVER_FILE.read_text(encoding="utf-8", errors="replace"))
     except OSError:

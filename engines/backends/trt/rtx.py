@@ -1,7 +1,7 @@
-"""What only TensorRT for RTX has: a cache of compiled kernels, graphs of its own, weights that can be parked.
+"""Features of TensorRT for RTX only: a cache of compiled kernels, its own graph capture, parked weights.
 
-UNPROVEN: written against NVIDIA's documentation of tensorrt_rtx 1.7 and run on no GPU; nothing else calls these
-functions, and every one of them is asked for with hasattr before it is used.
+UNPROVEN: written against NVIDIA's documentation of tensorrt_rtx 1.7 and never run on a GPU; no other module calls these
+functions of the library, and each is checked with hasattr before use.
 """
 
 __all__ = ["KernelCache", "ParkedWeights"]
@@ -20,10 +20,10 @@ _MOST_CACHED = 1 << 30
 
 
 class KernelCache:
-    """Makes the contexts of an engine so that kernels compiled on this GPU are kept for the next process.
+    """Creates the contexts of an engine with a cache that keeps compiled kernels for the next process.
 
-    The file lies in the user's cache folder under the plan's digest. A cache that others could write, or that
-    TensorRT does not take, is left alone: it costs compiling again, no more.
+    The file is in the user's cache folder, named by the plan's digest. A cache that other users can write, or that
+    TensorRT rejects, is not used: the kernels are compiled again.
     """
 
     def __init__(self, trt: Any, engine: Any, digest: str) -> None:
@@ -35,7 +35,7 @@ class KernelCache:
             return
         try:
             self._open(trt)
-        except (RuntimeError, TypeError, AttributeError):  # its API is younger than our knowledge of it
+        except (RuntimeError, TypeError, AttributeError):  # a later API than the one this was written for
             self._cache = None
 
     def _open(self, trt: Any) -> None:
@@ -45,27 +45,27 @@ class KernelCache:
             self._cache.deserialize(content)
         self._config.set_runtime_cache(self._cache)
         if hasattr(trt, "CudaGraphStrategy"):
-            # Kernels are exchanged for better ones while it runs: only TensorRT knows when to capture.
+            # TensorRT replaces kernels by better ones at run time: only it knows when to capture.
             self._config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
 
     @property
     def usable(self) -> bool:
-        """Whether this TensorRT has such a cache; it then captures graphs by itself."""
+        """Whether this TensorRT has such a cache; it then captures graphs itself."""
         return self._cache is not None
 
     def create_context(self, engine: Any) -> Any:
-        """Return a new context of `engine` with memory of the caller's and this cache."""
+        """Return a new context of `engine` that uses this cache and the caller's memory."""
         return engine.create_execution_context(runtime_config=self._config)
 
     def save(self) -> None:
-        """Write what was compiled; a folder that cannot be written costs time only."""
+        """Write the compiled kernels; failure to write them costs only time."""
         if self._cache is None:
             return
         try:
             self._file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             with atomic_write(self._file) as file:
                 file.write(memoryview(self._cache.serialize()))
-            self._file.chmod(0o600)  # whatever the umask: others' kernels would be left alone
+            self._file.chmod(0o600)  # whatever the umask: a file that others can write would not be read
         except (OSError, SdxlTrtError, RuntimeError, TypeError):
             return
 
@@ -73,18 +73,18 @@ class KernelCache:
 class ParkedWeights:
     """Moves the weights of an idle engine to host memory and back, without reading its plan again.
 
-    The engine must not run, nor contexts of it be made, while its weights are parked. `free` ends it.
+    While the weights are parked, the engine must not run and no context may be created.
     """
 
     def __init__(self, device: TrtDevice, engine: Any) -> None:
         if not hasattr(engine, "create_weights_manager"):
-            raise EngineError("this TensorRT cannot park weights (it takes tensorrt_rtx 1.7); use --residency swap")
+            raise EngineError("this TensorRT cannot park weights (tensorrt_rtx 1.7 can); use --residency swap")
         self._device = device
         self._manager = engine.create_weights_manager()
         self._host: PinnedBuffer | None = None
 
     def park(self) -> None:
-        """Copy the weights to the host, once, and give their device memory back. Raises ResourceError, EngineError."""
+        """Copy the weights to the host (only once) and free their device memory. Raises ResourceError, EngineError."""
         doing, stream, host = "parking weights", self._device.stream, self._device.trt.TensorLocation.HOST
         with self._device.lock:
             if self._host is None:
@@ -117,14 +117,14 @@ class ParkedWeights:
             stream.synchronize(doing)
 
     def free(self) -> None:
-        """Give the host memory back; parked weights are lost."""
+        """Free the host memory; parked weights are lost."""
         if self._host is not None:
             self._host.free()
             self._host = None
 
 
 def _read_private(file: Path) -> bytes:
-    """Return the bytes of a file that only this user can have written; b"" where it is absent or others could."""
+    """Return the bytes of a file that only this user can write; b"" if it is missing or others can write it."""
     try:
         status = file.stat()
         private = status.st_uid == os.getuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)

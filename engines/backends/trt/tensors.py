@@ -1,4 +1,4 @@
-"""Where the inputs and outputs of a TensorRT engine lie: device memory in place, pinned memory for copies."""
+"""Memory for the inputs and outputs of a TensorRT engine: fixed device buffers, and pinned memory for copies."""
 
 __all__ = ["Layout", "Tensors", "nbytes_of"]
 
@@ -17,9 +17,9 @@ Layout = tuple[tuple[int, ...], Any]
 
 
 class Tensors:
-    """The device memory of one engine's tensors; the caller holds the device in every call but `free`.
+    """The device memory of one engine's tensors; the caller holds the device's lock in every call except `free`.
 
-    A tensor that is bound for a phase and the same one given to a call lie apart, so that neither overwrites the other.
+    A tensor bound for a phase and the same tensor as an input of one call have separate buffers.
     """
 
     def __init__(self, device: TrtDevice, name: str) -> None:
@@ -28,9 +28,9 @@ class Tensors:
         self._buffers: dict[tuple[str, str], DeviceBuffer] = {}
 
     def place(self, use: str, tensor: str, nbytes: int) -> int:
-        """Return the address of `tensor`, with `nbytes` at least behind it.
+        """Return the address of a buffer of at least `nbytes` for `tensor`.
 
-        Memory only grows: while addresses stay, captured graphs stay valid. Raises ResourceError.
+        Buffers only grow: as long as addresses do not change, captured graphs stay valid. Raises ResourceError.
         """
         buffer = self._buffers.get((use, tensor))
         if buffer is None or buffer.nbytes < nbytes:
@@ -42,27 +42,27 @@ class Tensors:
         return buffer.address
 
     def send(self, places: Mapping[str, int], arrays: Mapping[str, Array], views: Sequence[Array], doing: str) -> None:
-        """Put copies of `arrays` to their places on the stream, each through its view of pinned memory."""
+        """Enqueue copies of `arrays` to their addresses, each through its view of pinned memory."""
         for (tensor, array), view in zip(arrays.items(), views, strict=True):
             np.copyto(view, array)
             self._device.stream.upload(places[tensor], view, doing)
 
     def receive(self, places: Mapping[str, int], targets: Mapping[str, Array], doing: str) -> dict[str, Array]:
-        """Copy tensors from their places through views of pinned memory; wait; return arrays of the caller's."""
+        """Copy tensors from their addresses through views of pinned memory; wait; the caller owns the arrays."""
         for tensor, view in targets.items():
             self._device.stream.download(view, places[tensor], doing)
         self._device.stream.synchronize(doing)
         return {tensor: view.copy() for tensor, view in targets.items()}
 
     def views(self, layouts: Sequence[Layout]) -> list[Array]:
-        """Return arrays of these layouts in the device's pinned memory, side by side, until the device is let go."""
+        """Return arrays of these layouts, side by side in the device's pinned memory, valid while the lock is held."""
         sizes = [aligned(nbytes_of(layout)) for layout in layouts]
         staging = self._device.staging(sum(sizes))
         offsets = [sum(sizes[:i]) for i in range(len(sizes))]
         return [staging.view(offset, *layout) for offset, layout in zip(offsets, layouts, strict=True)]
 
     def free(self) -> None:
-        """Give all of it back."""
+        """Free all buffers."""
         for buffer in self._buffers.values():
             buffer.free()
         self._buffers = {}

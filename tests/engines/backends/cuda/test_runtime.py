@@ -30,8 +30,8 @@ def test_missing_bindings_name_the_extra(monkeypatch) -> None:
         ("cudaErrorMemoryAllocation", ResourceError, "doing: out of memory; try --residency"),
         ("cudaErrorInsufficientDriver", IncompatibleError, "driver version is insufficient.*install the NVIDIA driver"),
         ("cudaErrorNoDevice", IncompatibleError, "no CUDA-capable device.*CUDA_VISIBLE_DEVICES"),
-        ("cudaErrorIllegalAddress", EngineError, "this process can use the GPU no more"),
-        ("cudaErrorLaunchFailure", EngineError, "this process can use the GPU no more"),
+        ("cudaErrorIllegalAddress", EngineError, "this process can no longer use the GPU"),
+        ("cudaErrorLaunchFailure", EngineError, "this process can no longer use the GPU"),
         ("cudaErrorInvalidValue", EngineError, "doing: CUDA failed: cudaErrorInvalidValue"),
     ],
 )

@@ -378,5 +378,5 @@ def test_a_bundle_of_plans_alone_is_refused(tmp_path: Path) -> None:
     from sdxl_trt.mini.embedded import bundle_path
 
     manifest = msgspec.structs.replace(read_bundle(bundle_path()).manifest, onnx=False)
-    with pytest.raises(IncompatibleError, match="holds plans alone"):
+    with pytest.raises(IncompatibleError, match="contains only plans"):
         OrtEngine(Bundle(tmp_path, manifest), "unet")

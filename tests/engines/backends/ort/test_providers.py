@@ -267,7 +267,7 @@ def test_operators_left_to_the_cpu_are_named(recorded: Any) -> None:
         def get_provider_graph_assignment_info(self) -> list[Any]:
             return [*recorded.get_provider_graph_assignment_info(), Part(CUDA, ["Conv"])]
 
-    with pytest.raises(IncompatibleError, match=r"CUDAExecutionProvider does not take Attention, MatMul,.*--opset 20"):
+    with pytest.raises(IncompatibleError, match=r"CUDAExecutionProvider does not run Attention, MatMul,.*--opset 20"):
         check_session(Started(b"", None, [CUDA]), CUDA, "text_encoder")
 
 
@@ -276,7 +276,7 @@ def test_a_session_that_leaves_everything_to_its_second_is_refused() -> None:
         def get_provider_graph_assignment_info(self) -> list[Any]:
             return [Part(CUDA, ["Conv"]), Part(TENSORRT, ["Cast"])]
 
-    with pytest.raises(IncompatibleError, match="TensorrtExecutionProvider does not take everything"):
+    with pytest.raises(IncompatibleError, match="TensorrtExecutionProvider does not run everything"):
         check_session(Idle(b"", None, [TENSORRT, CUDA]), TENSORRT, "unet")
 
 
@@ -319,7 +319,7 @@ def test_a_cache_that_others_may_write_is_refused(bundle: Bundle, tmp_path: Path
     limits = shape_limits(bundle, "unet")
     engine_cache(bundle, "unet", "ep", limits)
     (tmp_path / "cache" / place).chmod(0o777)
-    with pytest.raises(UsageError, match="others may write it"):
+    with pytest.raises(UsageError, match="other users can write it"):
         engine_cache(bundle, "unet", "ep", limits)
 
 

@@ -37,7 +37,7 @@ def test_wrong_inputs_are_usage_errors(planned, device) -> None:
         engine.bind({"text_embeds": inputs["text_embeds"][0]})
     engine.bind({})
     engine.bind(planned.constants(inputs))
-    with pytest.raises(UsageError, match="output no_such asked for, but the graph gives"):
+    with pytest.raises(UsageError, match="output no_such requested, but the graph has"):
         engine.infer(planned.step(inputs), ["no_such"])
     with pytest.raises(UsageError, match="but the graph takes"):
         engine.infer({"sample": inputs["sample"]})
@@ -160,7 +160,7 @@ def test_a_device_may_be_lost_at_every_call(plan, simulated) -> None:
             break
     assert done
     assert len(messages) > 40
-    assert all("this process can use the GPU no more" in message for message in messages)
+    assert all("this process can no longer use the GPU" in message for message in messages)
 
 
 def test_a_plan_that_tensorrt_does_not_load_is_explained(planned, device, simulated) -> None:
@@ -180,7 +180,7 @@ def test_a_device_that_was_lost_before_a_load_is_told_as_lost(planned, device, s
     device.cuda.enter("x")
     simulated.sticky = True
     with pytest.raises(
-        EngineError, match=r"loading unet: cudaErrorIllegalAddress.*this process can use the GPU no more"
+        EngineError, match=r"loading unet: cudaErrorIllegalAddress.*this process can no longer use the GPU"
     ):
         engine.load()
 
