@@ -1,4 +1,4 @@
-"""A small sound bundle as JSON and files, for the tests of the manifest to damage."""
+"""A small valid bundle as JSON and files, which the tests of the manifest damage."""
 
 import hashlib
 import json
@@ -78,7 +78,7 @@ def read(tmp_path: Path) -> Callable[[Json], Bundle]:
 
 @pytest.fixture
 def component_of() -> Callable[..., Component]:
-    """Return a function that makes a component without files, of a kind and a number of parameters."""
+    """Return a function that makes a component without files, from a kind and a number of parameters."""
 
     def make(kind: str, parameters: int, precision: str = "fp32") -> Component:
         record = FileRecord(file="f", size=0, sha256="0" * 64)

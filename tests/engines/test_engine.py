@@ -63,7 +63,7 @@ def test_dtypes_are_numpy_s(component: Component) -> None:
         (lambda good: good.update(timestep=np.zeros((2, 1), np.float32)), "timestep: shape [2, 1] given"),
     ],
 )
-def test_what_does_not_fit_is_named(
+def test_inputs_that_do_not_fit_are_named(
     component: Component, good: Inputs, change: Callable[[Inputs], object], words: str
 ) -> None:
     change(good)

@@ -1,4 +1,4 @@
-"""Every error has the exit code of the commands' contract, and says what to do."""
+"""Every error has the exit code of the commands' contract."""
 
 import errno
 import os
@@ -8,7 +8,7 @@ import pytest
 from sdxl_trt.engines import errors
 from sdxl_trt.engines.errors import ResourceError, SdxlTrtError, UsageError, explain_os_error
 
-# The contract of the commands, from the design: not read from the code.
+# The contract of the commands, stated here and not read from the code.
 EXIT_CODES = {
     "SdxlTrtError": 1,
     "UsageError": 2,
@@ -33,7 +33,7 @@ def test_every_error_has_its_exit_code() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in EXIT_CODES if name != "SdxlTrtError"])
-def test_the_tree_is_the_drawn_one(name: str) -> None:
+def test_the_tree_of_errors_is_as_drawn(name: str) -> None:
     parent = PARENTS.get(name, "SdxlTrtError")
     assert _classes()[name].__bases__ == (_classes()[parent],)
     drawn = next(line for line in str(errors.__doc__).splitlines() if f" {name} " in line)
@@ -63,7 +63,7 @@ def test_an_os_error_is_explained(code: int, kind: type[SdxlTrtError]) -> None:
     assert "\n" not in str(explained)
 
 
-def test_an_os_error_without_a_number_keeps_its_words() -> None:
+def test_an_os_error_without_errno_keeps_its_message() -> None:
     explained = explain_os_error(OSError("cannot mmap an empty file"), "reading weights")
     assert type(explained) is SdxlTrtError
     assert str(explained) == "reading weights: cannot mmap an empty file"

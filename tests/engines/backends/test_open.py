@@ -1,4 +1,4 @@
-"""Providers by name and by what is there; residencies on the simulated device, within the memory that was planned."""
+"""The choice of a provider, and residencies on the simulated device, within the planned memory."""
 
 import importlib
 import logging
@@ -30,7 +30,7 @@ EMBEDDED = read_bundle(bundle_path())
 
 @pytest.fixture
 def planned(simulated, tmp_path: Path) -> Callable[..., Bundle]:
-    """Return a function that gives the embedded bundle with plans for the simulated device."""
+    """Return a function that returns the embedded bundle with plans for the simulated device."""
 
     def make(**options: Any) -> Bundle:
         return read_bundle(simulated.bundle(EMBEDDED.root, tmp_path / "bundle", **(SIZES | options)))
@@ -39,7 +39,7 @@ def planned(simulated, tmp_path: Path) -> Callable[..., Bundle]:
 
 
 def infer(engine: Engine) -> None:
-    """Run an engine at the largest sizes that its plan takes."""
+    """Run an engine at the largest sizes that its plan accepts."""
     rng = np.random.default_rng(0)
     inputs = {}
     for spec in engine.component.inputs:
@@ -60,7 +60,7 @@ def plan_of(bundle: Bundle, residency: str, capacity: int | None = None) -> Memo
 
 
 @pytest.mark.parametrize("residency", RESIDENCIES)
-def test_a_run_takes_no_more_than_was_planned(planned, simulated, residency: str) -> None:
+def test_a_run_needs_no_more_than_planned(planned, simulated, residency: str) -> None:
     bundle = planned(weight_streaming=True)
     planned_peak = plan_of(bundle, residency).peak if residency != "stream" else plan_of(bundle, "swap").peak
     with open_pool(bundle, "tensorrt", residency) as pool:
@@ -74,7 +74,7 @@ def test_a_run_takes_no_more_than_was_planned(planned, simulated, residency: str
     assert simulated.current_bytes == 0
 
 
-def test_under_swap_only_one_unet_is_ever_on_the_device(planned, simulated) -> None:
+def test_under_swap_the_device_never_holds_two_unets(planned, simulated) -> None:
     bundle = planned()
     needs = {need.component: need for need in plan_of(bundle, "swap").needs}
     with open_pool(bundle, "tensorrt", "swap") as pool:
@@ -97,7 +97,7 @@ def test_streamed_weights_stay_off_the_device(planned, simulated) -> None:
     assert simulated.current_bytes == 0
 
 
-def test_out_of_memory_falls_back_to_what_fits(planned, simulated, caplog: pytest.LogCaptureFixture) -> None:
+def test_out_of_memory_falls_back_to_a_policy_that_fits(planned, simulated, caplog: pytest.LogCaptureFixture) -> None:
     bundle = planned()
     simulated.memory_limit = int(1.05 * plan_of(bundle, "swap").peak)
     with open_pool(bundle, "tensorrt", "auto", available=1 << 40) as pool:
@@ -108,7 +108,7 @@ def test_out_of_memory_falls_back_to_what_fits(planned, simulated, caplog: pytes
     assert simulated.current_bytes == 0
 
 
-def test_a_stated_residency_that_does_not_fit_is_an_error(planned, simulated) -> None:
+def test_a_given_residency_that_does_not_fit_is_an_error(planned, simulated) -> None:
     bundle = planned()
     simulated.memory_limit = int(1.05 * plan_of(bundle, "swap").peak)
     with open_pool(bundle, "tensorrt", "resident", available=1 << 40) as pool, pytest.raises(ResourceError):
@@ -118,7 +118,7 @@ def test_a_stated_residency_that_does_not_fit_is_an_error(planned, simulated) ->
     assert simulated.current_bytes == 0
 
 
-def test_auto_plans_with_the_memory_that_is_free(planned, simulated) -> None:
+def test_auto_plans_with_the_free_memory(planned, simulated) -> None:
     bundle = planned()
     simulated.memory_limit = int(1.2 * plan_of(bundle, "swap").peak)
     with open_pool(bundle) as pool:
@@ -136,7 +136,7 @@ def test_plans_that_cannot_fit_are_refused_before_anything_is_loaded(planned, si
 
 
 @pytest.mark.parametrize("provider", ["auto", "tensorrt"])
-def test_a_stale_plan_is_an_error_and_no_reason_to_take_another_provider(planned, simulated, provider: str) -> None:
+def test_a_stale_plan_is_an_error_even_under_auto(planned, simulated, provider: str) -> None:
     bundle = planned()
     simulated.version = "11.9.0"
     simulated.compute_capability = (9, 0)
@@ -156,7 +156,7 @@ def test_plans_without_their_library_are_a_warning_under_auto(
         open_pool(bundle, "tensorrt")
 
 
-def test_a_bundle_of_plans_alone_has_nothing_else_to_run(planned, simulated) -> None:
+def test_a_bundle_of_plans_only_cannot_fall_back(planned, simulated) -> None:
     bundle = planned(onnx=False)
     simulated.remove()
     with pytest.raises(IncompatibleError):
@@ -167,7 +167,7 @@ def test_a_bundle_of_plans_alone_has_nothing_else_to_run(planned, simulated) -> 
     ("available", "provider"),
     [(["CPUExecutionProvider"], "ort-cpu"), (["CUDAExecutionProvider", "CPUExecutionProvider"], "ort-cuda")],
 )
-def test_without_plans_auto_takes_what_onnxruntime_offers(
+def test_without_plans_auto_takes_onnxruntime_s_best_provider(
     monkeypatch: pytest.MonkeyPatch, available: list[str], provider: str
 ) -> None:
     onnxruntime = importlib.import_module("onnxruntime")
@@ -176,7 +176,7 @@ def test_without_plans_auto_takes_what_onnxruntime_offers(
         assert (pool.provider, pool.limits) == (provider, None)
 
 
-def test_names_that_exist_are_listed() -> None:
+def test_errors_list_the_valid_names() -> None:
     with pytest.raises(UsageError, match="unknown provider 'cuda'; choose one of auto, ort-cpu, ort-cuda"):
         open_pool(EMBEDDED, provider="cuda")
     with pytest.raises(UsageError, match="unknown residency 'all'; choose auto, resident, swap or stream"):
@@ -197,7 +197,7 @@ def test_a_given_size_replaces_the_measured_one(monkeypatch: pytest.MonkeyPatch,
     assert open_pool(EMBEDDED, "ort-cpu", available=available).residency == policy
 
 
-def test_the_policies_hold_on_onnxruntime() -> None:
+def test_the_policies_work_on_onnxruntime() -> None:
     assert run_components(EMBEDDED.manifest, "ort-cpu") == RUN
     with open_pool(EMBEDDED, "ort-cpu", "swap") as pool:
         run(pool)

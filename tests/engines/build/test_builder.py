@@ -1,4 +1,4 @@
-"""The builder is configured with the module's own names, and what it gives is written once, whole and counted."""
+"""The builder is configured with the module's own names; its plan is written once, completely, and digested."""
 
 import hashlib
 import io
@@ -27,7 +27,7 @@ def test_a_plan_is_counted_and_digested_as_it_is_written() -> None:
 
 
 class Config:
-    """A builder config: an attribute that nobody set does not exist."""
+    """A builder config: attributes exist only once they are set."""
 
     def __init__(self) -> None:
         self.flags: list[str] = []
@@ -79,7 +79,7 @@ def test_the_defaults_are_left_to_tensorrt() -> None:
     assert vars(config) == vars(Config())
 
 
-def test_every_flag_is_passed_on() -> None:
+def test_every_flag_is_set() -> None:
     config = _configure(ALL)
     assert vars(config) == vars(Config()) | {
         "flags": ["streaming", "versions"],
@@ -89,11 +89,11 @@ def test_every_flag_is_passed_on() -> None:
     }
 
 
-def test_rtx_plans_need_no_leave_for_other_hardware() -> None:
+def test_rtx_plans_need_no_flag_for_other_hardware() -> None:
     assert not hasattr(_configure(ALL, "tensorrt-rtx"), "hardware_compatibility_level")
 
 
-def test_a_flag_that_is_not_there_is_named() -> None:
+def test_an_unsupported_flag_is_named() -> None:
     trt = SimpleNamespace(**vars(TRT) | {"BuilderFlag": SimpleNamespace()})
     with pytest.raises(IncompatibleError, match="--weight-streaming: this version of TensorRT has no WEIGHT_STREAMING"):
         _configure(ALL, trt=trt)
@@ -104,7 +104,7 @@ def test_a_flag_that_is_not_there_is_named() -> None:
     [(None, b""), (b"measured", b"measured"), (b"garbage", b""), (b"another device", b"")],
     ids=["none", "good", "garbage", "mismatch"],
 )
-def test_a_timing_cache_that_does_not_fit_is_begun_anew(content: bytes | None, used: bytes, tmp_path: Path) -> None:
+def test_a_timing_cache_that_does_not_fit_is_replaced(content: bytes | None, used: bytes, tmp_path: Path) -> None:
     path = tmp_path / "cache"
     if content is not None:
         path.write_bytes(content)
@@ -120,7 +120,7 @@ def test_a_timing_cache_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
 
 
 class OneProfile:
-    """An optimization profile; TensorRT's are false where their shapes contradict each other."""
+    """An optimization profile; TensorRT's are false if their shapes contradict each other."""
 
     def __init__(self, *, sound: bool = True) -> None:
         self.shapes: dict[str, Any] = {}
@@ -158,13 +158,13 @@ def test_profiles_are_added_in_order() -> None:
         ({"sample": ((1,), (1,), (1,))}, False, "TensorRT rejects the profile"),
     ],
 )
-def test_a_profile_that_cannot_be_is_named(shapes: dict[str, Any], sound: bool, said: str) -> None:
+def test_an_invalid_profile_is_named(shapes: dict[str, Any], sound: bool, said: str) -> None:
     with pytest.raises(UsageError, match=said):
         _add(shapes, sound=sound)
 
 
 class Builder:
-    """A builder that gives `plan`; `streams` are the pieces that it streams, None where it cannot stream."""
+    """A builder that returns `plan`; `streams` are the pieces that it streams, None if it cannot stream."""
 
     def __init__(self, plan: bytes | None = None, streams: list[bytes] | None = None, *, done: bool = True) -> None:
         self.plan, self.builds = plan, 0
@@ -185,7 +185,7 @@ class Builder:
     [
         (Builder(b"whole"), b"whole", True),
         (Builder(b"whole", [b"in ", b"pieces"]), b"in pieces", True),
-        # A library that does not know the call reports success and has written nothing.
+        # A library without the call reports success and has written nothing.
         (Builder(b"whole", []), b"whole", True),
         (Builder(b"", []), b"", False),
         (Builder(None, []), b"", False),
@@ -195,7 +195,7 @@ class Builder:
     ],
     ids=["memory", "stream", "fallback", "empty", "nothing", "none", "half", "failed"],
 )
-def test_a_plan_is_written_once_or_it_is_none(builder: Builder, written: bytes, success: bool) -> None:
+def test_a_plan_is_written_once_or_not_at_all(builder: Builder, written: bytes, success: bool) -> None:
     file = io.BytesIO()
     assert write_plan(TRT, builder, None, None, PlanFile(file)) is success
     assert file.getvalue() == written
@@ -203,15 +203,15 @@ def test_a_plan_is_written_once_or_it_is_none(builder: Builder, written: bytes, 
 
 
 class Full(io.BytesIO):
-    """A disk without room."""
+    """A file on a full disk."""
 
     def write(self, data: Any) -> int:
         raise OSError(28, "No space left on device")
 
 
 @pytest.mark.parametrize("builder", [Builder(b"whole"), Builder(None, [b"piece"])], ids=["memory", "stream"])
-def test_a_full_disk_is_told_as_it_is(builder: Builder) -> None:
-    """An exception in a callback would be lost in C++."""
+def test_a_full_disk_raises_the_os_error(builder: Builder) -> None:
+    """C++ would drop an exception raised in a callback."""
     with pytest.raises(OSError, match="No space left"):
         write_plan(TRT, builder, None, None, PlanFile(Full()))
 
@@ -236,12 +236,12 @@ def test_memory_is_what_the_builder_logged(streaming: bool, tmp_path: Path) -> N
     assert _memory(log, None, flags, tmp_path / "plan") == expected
 
 
-def test_memory_is_what_the_engine_states_where_the_log_is_silent(tmp_path: Path) -> None:
+def test_memory_is_what_the_engine_states_if_the_log_does_not(tmp_path: Path) -> None:
     engine = SimpleNamespace(device_memory_size_v2=31, streamable_weights_size=7)
     expected = PlanMemory(weights=100, activations=31, streamable=7)
     assert _memory(BuildLog(), engine, BuildFlags(), tmp_path / "plan") == expected
 
 
-def test_memory_that_nobody_states_is_an_error(tmp_path: Path) -> None:
+def test_memory_without_any_figure_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="did not state the memory"):
         _memory(BuildLog(), None, BuildFlags(), tmp_path / "plan")

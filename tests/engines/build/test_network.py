@@ -1,4 +1,4 @@
-"""What TensorRT says is read the same way for every graph: errors, figures, and which error they come to."""
+"""TensorRT's messages: errors, figures, and the error that each failure raises."""
 
 import io
 from pathlib import Path
@@ -22,13 +22,13 @@ def test_figures_are_those_of_the_largest_profile() -> None:
     assert (log.activations, log.weights) == (500, 70)
 
 
-def test_no_activations_at_all_are_a_figure() -> None:
+def test_zero_activations_are_a_figure() -> None:
     log = BuildLog()
     log.note("INFO", ACTIVATIONS.format(0))
     assert log.activations == 0
 
 
-def test_the_file_gets_all_but_the_verbose_lines() -> None:
+def test_the_file_gets_all_lines_except_verbose_ones() -> None:
     file = io.StringIO()
     log = BuildLog(file)
     for severity in ("INTERNAL_ERROR", "ERROR", "WARNING", "INFO", "VERBOSE"):
@@ -47,7 +47,7 @@ def test_the_file_gets_all_but_the_verbose_lines() -> None:
         "Cannot allocate memory",
     ],
 )
-def test_want_of_memory_is_recognized(message: str) -> None:
+def test_out_of_memory_is_recognized(message: str) -> None:
     log = BuildLog()
     log.note("ERROR", "something before")
     log.note("ERROR", message)
@@ -70,7 +70,7 @@ TYPED = SimpleNamespace(create_network=lambda flags: flags)
 
 @pytest.mark.parametrize(("members", "flags"), [({"STRONGLY_TYPED": 0}, 1), ({"STRONGLY_TYPED": 1}, 2), ({}, 0)])
 def test_the_flag_is_the_module_s_own(members: dict[str, int], flags: int) -> None:
-    """It was renumbered between versions, and is gone where there is no other typing."""
+    """It was renumbered between versions, and is absent where strong typing is the only mode."""
     trt = SimpleNamespace(NetworkDefinitionCreationFlag=SimpleNamespace(**members))
     assert new_network(trt, TYPED) == flags
 
@@ -102,7 +102,7 @@ TRT = SimpleNamespace(ErrorCode=SimpleNamespace(MODEL_DESERIALIZE_FAILED="garbag
         (_parsed(accepted=True, outputs=0), "", CorruptError, "has no outputs"),
     ],
 )  # fmt: skip
-def test_what_the_parser_had_against_a_graph(parsed: Parsed, logged: str, kind: type[Exception], said: str) -> None:
+def test_the_parser_s_reason_is_in_the_error(parsed: Parsed, logged: str, kind: type[Exception], said: str) -> None:
     log = BuildLog()
     if logged:
         log.note("ERROR", logged)
@@ -112,7 +112,7 @@ def test_what_the_parser_had_against_a_graph(parsed: Parsed, logged: str, kind: 
         raise error
 
 
-def test_warnings_of_a_parser_that_accepted_are_none() -> None:
+def test_warnings_for_a_parsed_graph_are_no_error() -> None:
     assert parse_error(TRT, _parsed(("other", "", "a warning"), accepted=True), BuildLog(), Path("m")) is None
 
 
@@ -123,10 +123,10 @@ class _Layer:
 
 
 class _Attention(_Layer):
-    """Stands in for IAttentionInputLayer."""
+    """A substitute for IAttentionInputLayer."""
 
 
-def test_every_attention_and_nothing_else_may_fall_apart() -> None:
+def test_attention_and_nothing_else_may_be_decomposed() -> None:
     layers = [_Layer(kind) for kind in ("conv", "attention", "conv", "attention")]
     network = SimpleNamespace(num_layers=4, get_layer=layers.__getitem__)
     trt = SimpleNamespace(LayerType=SimpleNamespace(ATTENTION_INPUT="attention"), IAttentionInputLayer=_Attention)
@@ -135,6 +135,6 @@ def test_every_attention_and_nothing_else_may_fall_apart() -> None:
     assert [type(layer) for layer in layers] == [_Layer, _Attention, _Layer, _Attention]
 
 
-def test_a_library_without_attention_layers_is_left_alone() -> None:
+def test_a_library_without_attention_layers_is_supported() -> None:
     network = SimpleNamespace(num_layers=1, get_layer=None)
     allow_decomposition(SimpleNamespace(LayerType=SimpleNamespace()), network)

@@ -1,6 +1,6 @@
-"""The parent's side of a build: whatever its child does, there is a whole plan or one clear error, and no child left.
+"""The parent's side of a build: whatever its child does, it returns a complete plan or one error, and leaves no child.
 
-The child is a stand-in whose few lines each test writes; it speaks as the real one does.
+The child is a substitute: each test writes its few lines, and it sends the same messages as the real one.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ Job = Callable[..., BuildJob]
 
 @pytest.fixture
 def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
-    """Return a function that makes a job whose child runs the code given."""
+    """Return a function that makes a job whose child runs `code`."""
     modules = tmp_path / "modules"
     modules.mkdir()
     monkeypatch.setenv("PYTHONPATH", str(modules))
@@ -78,7 +78,7 @@ def test_the_child_gets_the_job(job: Job) -> None:
     assert msgspec.json.decode(asked.log.read_bytes(), type=BuildJob, dec_hook=lambda kind, v: kind(v)) == asked
 
 
-def test_phases_are_told_as_they_come(job: Job) -> None:
+def test_phases_are_reported_as_they_change(job: Job) -> None:
     told: list[BuildEvent] = []
     code = "say(type='phase', phase='parsing'); say(type='phase', phase='building', share=0.25); "
     build_plan(job(code + GOOD), progress=told.append)
@@ -87,8 +87,8 @@ def test_phases_are_told_as_they_come(job: Job) -> None:
     assert [event.seconds for event in told] == sorted(event.seconds for event in told)
 
 
-def test_a_silent_child_is_shown_to_be_alive(job: Job) -> None:
-    """The child says one thing and no more until it is killed; the events go on."""
+def test_progress_continues_while_the_child_is_silent(job: Job) -> None:
+    """The child sends one message and nothing more until it is killed; events keep coming."""
     told: list[BuildEvent] = []
 
     def note(event: BuildEvent) -> None:
@@ -111,7 +111,7 @@ def _gone(pid: int) -> bool:
 
 
 def test_an_interrupt_ends_the_child_and_leaves_nothing(job: Job) -> None:
-    """The child takes no signal but the one that cannot be refused."""
+    """The child ignores every signal that can be ignored."""
     told: list[BuildEvent] = []
 
     def interrupt(event: BuildEvent) -> None:
@@ -159,7 +159,7 @@ def test_an_error_of_the_callback_ends_the_child(job: Job) -> None:
         ("os.kill(os.getpid(), signal.SIGKILL)", "was killed by SIGKILL"),
     ],
 )
-def test_a_build_that_went_wrong_is_an_error_and_no_plan(code: str, said: str, job: Job) -> None:
+def test_a_failed_build_raises_and_leaves_no_plan(code: str, said: str, job: Job) -> None:
     asked = job(code)
     with pytest.raises(EngineError, match=said) as caught:
         build_plan(asked)
@@ -176,7 +176,7 @@ def test_a_crash_names_the_last_error_of_the_log(job: Job) -> None:
     assert "[E] the cause" in asked.log.read_text()
 
 
-def test_the_killer_of_a_machine_without_memory_is_named(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kill_for_lack_of_memory_is_recognized(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     kills = iter((4, 5))
     monkeypatch.setattr(build, "_oom_kills", lambda: next(kills))
     with pytest.raises(ResourceError, match="ran out of memory"):
@@ -184,7 +184,7 @@ def test_the_killer_of_a_machine_without_memory_is_named(job: Job, monkeypatch: 
 
 
 @pytest.mark.parametrize("name", errors.__all__)
-def test_a_refusal_is_the_error_that_it_names(name: str, job: Job) -> None:
+def test_a_refusal_raises_the_error_that_it_names(name: str, job: Job) -> None:
     kind = getattr(errors, name)
     expected = kind if isinstance(kind, type) else EngineError
     with pytest.raises(expected, match="because of that") as caught:
@@ -207,15 +207,13 @@ def test_the_working_directory_is_not_searched_for_modules(job: Job, monkeypatch
 
 
 @pytest.mark.parametrize("which", ["plan", "log"])
-def test_a_folder_that_is_not_there_is_named(which: str, job: Job, tmp_path: Path) -> None:
+def test_a_missing_folder_is_named(which: str, job: Job, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no-such-folder"):
         build_plan(job(GOOD, **{which: tmp_path / "no-such-folder/a"}))
 
 
 @pytest.mark.parametrize("own", [None, "7"])
-def test_the_allocator_gives_memory_back_unless_the_user_says_otherwise(
-    own: str | None, job: Job, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_allocator_settings_can_be_overridden(own: str | None, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
     if own:
         monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", own)

@@ -1,4 +1,4 @@
-"""The child's side of a build: its words, its shares, and whom it listens to."""
+"""The child's side of a build: its messages, its progress, and its end with the parent."""
 
 import os
 import subprocess
@@ -24,7 +24,7 @@ class Builder:
     def __init__(self, logger): {builder}
 """
 
-# The binding's words where the library gives it no builder.
+# The binding's error if the library returns no builder.
 NO_DRIVER = """
         logger.log(type("Severity", (), {"name": "ERROR"}), "CUDA initialization failure")
         raise TypeError("pybind11::init(): factory function returned nullptr")
@@ -54,7 +54,7 @@ def test_an_inner_phase_is_a_part_of_a_step_of_the_outer_one() -> None:
 
 
 def test_a_share_never_falls() -> None:
-    """TensorRT begins some phases anew, and ends an outer one before its inner ones."""
+    """TensorRT restarts some phases, and ends an outer one before its inner ones."""
     calls = [
         ("start", "a", 2), ("step", "a", 0), ("finish", "a", 0), ("step", "a", 1), ("start", "b", 0), ("step", "b", 9),
         ("start", "a", 2),
@@ -63,14 +63,14 @@ def test_a_share_never_falls() -> None:
     assert shares == sorted(shares) == [0, 0.5, 0.5, 1, 1]
 
 
-def test_many_steps_are_few_words() -> None:
+def test_many_steps_are_few_messages() -> None:
     calls = [("start", "a", 100), *(("step", "a", i) for i in range(100))]
     clock = [0.0, 0.0, *(0.0015 * i for i in range(200))]
     assert len(_shares(calls, clock)) == 2
 
 
 def _run(tmp_path: Path, builder: str, *, close: bool) -> tuple[int, list[Message], str]:
-    """Run the worker with a stand-in of TensorRT, close its stdin once it says "parsing" if `close`."""
+    """Run the worker with a substitute for TensorRT; with `close`, close its stdin after its first message."""
     modules = tmp_path / "modules/tensorrt"
     modules.mkdir(parents=True)
     (modules / "__init__.py").write_text(FAKE.format(builder=builder))
@@ -98,7 +98,7 @@ def _run(tmp_path: Path, builder: str, *, close: bool) -> tuple[int, list[Messag
 
 
 def test_a_worker_ends_when_its_parent_is_gone(tmp_path: Path) -> None:
-    """Its main thread is far away, in what stands for a build that never ends."""
+    """Its main thread is in a substitute for a build that never ends."""
     code, words, _ = _run(tmp_path, "import threading; threading.Event().wait()", close=True)
     assert code == 1
     assert not any(isinstance(word, Refused) for word in words)
@@ -113,7 +113,7 @@ def test_a_worker_ends_when_its_parent_is_gone(tmp_path: Path) -> None:
         (NO_DRIVER, "EngineError", "building unet: CUDA initialization failure; the log is"),
     ],
 )
-def test_whatever_fails_is_one_of_our_errors(builder: str, error: str, said: str, tmp_path: Path) -> None:
+def test_every_failure_is_one_of_our_errors(builder: str, error: str, said: str, tmp_path: Path) -> None:
     code, words, log = _run(tmp_path, builder, close=False)
     assert code == 0
     last = words[-1]
@@ -129,8 +129,8 @@ def test_noise_on_stdout_is_in_the_log(tmp_path: Path) -> None:
     assert len(words) == 2
 
 
-def test_a_tensorrt_that_is_not_there_is_named(tmp_path: Path) -> None:
-    """`sdxl_trt.engines.backends.trt.api` knows the remedy; here it only has to arrive."""
+def test_a_missing_tensorrt_is_named(tmp_path: Path) -> None:
+    """The remedy is tested with `sdxl_trt.engines.backends.trt.api`; this tests only that the error arrives."""
     (tmp_path / "modules").mkdir()
     _, words, _ = _run(tmp_path / "modules", "pass\nraise ImportError('planted')", close=False)
     last = words[-1]

@@ -1,4 +1,4 @@
-"""A manifest is sound, or it is refused with one of our errors, whatever is wrong with it."""
+"""A manifest is valid, or reading it raises one of three errors, whatever is wrong with it."""
 
 import copy
 import json
@@ -38,7 +38,7 @@ def _changed(manifest: Json, place: tuple[Any, ...], change: Callable[[Json, Any
 
 
 def _refusal(read: Callable[[Json], Bundle], content: Json) -> SdxlTrtError | None:
-    """Return the refusal, None where it is read; anything but our three errors fails the test by itself."""
+    """Return the error of reading `content`, or None; any error other than REFUSALS fails the test."""
     try:
         read(content)
     except REFUSALS as exc:
@@ -46,7 +46,7 @@ def _refusal(read: Callable[[Json], Bundle], content: Json) -> SdxlTrtError | No
     return None
 
 
-def test_what_is_written_is_read_back(valid: Json, read: Callable[[Json], Bundle], tmp_path: Path) -> None:
+def test_a_written_manifest_is_read_back(valid: Json, read: Callable[[Json], Bundle], tmp_path: Path) -> None:
     manifest = read(valid).manifest
     assert list(manifest.stages()) == ["base", "refiner"]
     write_manifest(tmp_path, manifest)
@@ -56,7 +56,7 @@ def test_what_is_written_is_read_back(valid: Json, read: Callable[[Json], Bundle
     assert list(read(valid).manifest.stages()) == ["base"]
 
 
-def test_a_field_of_a_later_minor_writer_is_ignored(valid: Json, read: Callable[[Json], Bundle]) -> None:
+def test_fields_of_a_later_minor_version_are_ignored(valid: Json, read: Callable[[Json], Bundle]) -> None:
     valid["later"] = valid["base"]["later"] = {"a": 1}
     assert read(valid).manifest.base.unet == "unet"
 
@@ -102,7 +102,7 @@ def test_every_missing_field_is_refused_or_has_a_default(valid: Json, read: Call
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None)
 @given(data=st.data())
-def test_any_damage_ends_in_one_of_our_errors(valid: Json, read: Callable[[Json], Bundle], data: st.DataObject) -> None:
+def test_any_damage_raises_one_of_our_errors(valid: Json, read: Callable[[Json], Bundle], data: st.DataObject) -> None:
     raw = bytearray(json.dumps(valid).encode())
     for _ in range(data.draw(st.integers(1, 3))):
         start = data.draw(st.integers(0, len(raw) - 1))
@@ -114,7 +114,7 @@ def test_any_damage_ends_in_one_of_our_errors(valid: Json, read: Callable[[Json]
     "raw", [b"", b"null", b"[]", b"\xff\xfe", b"{}", b"[" * 200_000, b'{"format":"\\ud800xxxxxx","format_version":1}',
             b'{"format":"other","format_version":1}', b'{"format":"sdxl-trt-bundle","format_version":0}'],
 )  # fmt: skip
-def test_what_is_no_manifest_is_corrupt(valid: Json, read: Callable[[Json], Bundle], raw: bytes) -> None:
+def test_a_file_that_is_not_a_manifest_is_corrupt(valid: Json, read: Callable[[Json], Bundle], raw: bytes) -> None:
     with pytest.raises(CorruptError, match="run export-engines again"):
         read(raw)
 
@@ -125,13 +125,13 @@ def test_a_deep_config_is_read_or_refused(valid: Json, read: Callable[[Json], Bu
 
 
 @pytest.mark.parametrize("version", [FORMAT_VERSION + 1, 999, 2**40])
-def test_a_newer_format_is_incompatible_whatever_else_it_holds(read: Callable[[Json], Bundle], version: int) -> None:
+def test_a_newer_format_is_incompatible_whatever_it_contains(read: Callable[[Json], Bundle], version: int) -> None:
     with pytest.raises(IncompatibleError, match=f"{version} is newer.*upgrade sdxl-trt") as caught:
         read({"format": "sdxl-trt-bundle", "format_version": version, "components": "of another shape"})
     assert caught.value.exit_code == 3
 
 
-def test_a_manifest_of_absurd_size_is_not_read(
+def test_an_oversized_manifest_is_not_read(
     valid: Json, read: Callable[[Json], Bundle], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bundle_module, "MAX_MANIFEST_BYTES", 100)
@@ -140,7 +140,7 @@ def test_a_manifest_of_absurd_size_is_not_read(
 
 
 @pytest.mark.parametrize("make", [lambda _: None, Path.touch, Path.mkdir])
-def test_where_no_bundle_is_the_remedy_is_an_export(tmp_path: Path, make: Callable[[Path], None]) -> None:
+def test_without_a_bundle_the_error_names_the_export_command(tmp_path: Path, make: Callable[[Path], None]) -> None:
     make(tmp_path / "b")
     with pytest.raises(SourceError, match="export-engines --base SRC") as caught:
         read_bundle(tmp_path / "b")

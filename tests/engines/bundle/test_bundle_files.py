@@ -1,4 +1,4 @@
-"""What a manifest refers to is there, is of the right kind, and is inside the bundle."""
+"""Everything that a manifest refers to exists, has the right kind, and is inside the bundle."""
 
 import os
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from sdxl_trt.engines.errors import CorruptError
 Json = Any
 
 
-def test_a_sound_bundle_gives_its_paths(valid: Json, read: Callable[[Json], Bundle], tmp_path: Path) -> None:
+def test_a_valid_bundle_returns_its_paths(valid: Json, read: Callable[[Json], Bundle], tmp_path: Path) -> None:
     bundle = read(valid)
     assert bundle.path(bundle.manifest.components["unet"].weights) == tmp_path / "unet" / "weights.data"
 
@@ -64,13 +64,13 @@ def test_a_path_that_leaves_the_bundle_is_corrupt(
 
 
 @pytest.mark.parametrize("name", [".", "unet", "unet/."])
-def test_a_folder_is_no_file(valid: Json, read: Callable[[Json], Bundle], tmp_path: Path, name: str) -> None:
+def test_a_folder_as_a_file_is_corrupt(valid: Json, read: Callable[[Json], Bundle], tmp_path: Path, name: str) -> None:
     valid["components"]["unet"]["graph"].update(file=name, size=(tmp_path / name).stat().st_size)
     with pytest.raises(CorruptError):
         read(valid)
 
 
-def test_a_pipe_is_no_file(valid: Json, read: Callable[[Json], Bundle], tmp_path: Path) -> None:
+def test_a_pipe_as_a_file_is_corrupt(valid: Json, read: Callable[[Json], Bundle], tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")  # its size is 0, and reading it would wait for ever
     valid["components"]["unet"]["graph"].update(file="pipe", size=0)
     with pytest.raises(CorruptError):
@@ -78,7 +78,7 @@ def test_a_pipe_is_no_file(valid: Json, read: Callable[[Json], Bundle], tmp_path
 
 
 @pytest.mark.parametrize("name", ["n" * 300, "d/" * 3000 + "f", "\udc80", "unet/model.onnx/inside"])
-def test_a_name_that_no_file_has_is_corrupt(valid: Json, read: Callable[[Json], Bundle], name: str) -> None:
+def test_a_name_that_no_file_can_have_is_corrupt(valid: Json, read: Callable[[Json], Bundle], name: str) -> None:
     valid["components"]["unet"]["graph"]["file"] = name
     with pytest.raises(CorruptError):
         read(valid)
@@ -135,13 +135,13 @@ def test_two_pooled_encoders_are_corrupt(valid: Json, read: Callable[[Json], Bun
 
 
 @pytest.mark.parametrize("digest", ["0" * 63, "0" * 65, "G" * 64, "A" * 64, ""])
-def test_what_is_no_digest_is_corrupt(valid: Json, read: Callable[[Json], Bundle], digest: str) -> None:
+def test_an_invalid_digest_is_corrupt(valid: Json, read: Callable[[Json], Bundle], digest: str) -> None:
     valid["components"]["unet"]["graph"]["sha256"] = digest
     with pytest.raises(CorruptError):
         read(valid)
 
 
-def test_a_component_without_the_asked_input_is_corrupt(valid: Json, read: Callable[[Json], Bundle]) -> None:
+def test_a_component_without_a_required_input_is_corrupt(valid: Json, read: Callable[[Json], Bundle]) -> None:
     component = read(valid).manifest.components["unet"]
     with pytest.raises(CorruptError, match="absent"):
         component.input("absent")
@@ -153,7 +153,7 @@ def test_an_encoder_and_a_tokenizer_of_other_lengths_are_corrupt(valid: Json, re
         read(valid)
 
 
-def test_a_pooled_encoder_must_pool(valid: Json, read: Callable[[Json], Bundle]) -> None:
+def test_a_pooled_encoder_must_return_text_embeds(valid: Json, read: Callable[[Json], Bundle]) -> None:
     valid["components"]["text_encoder_2"]["outputs"].pop()
     with pytest.raises(CorruptError, match="no text_embeds"):
         read(valid)

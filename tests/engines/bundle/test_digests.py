@@ -1,4 +1,4 @@
-"""A file is what the manifest says, or it is refused; a remembered digest never outlives a change."""
+"""A file matches the manifest's digest, or it is refused; a cached digest is not used after a change."""
 
 import hashlib
 import json
@@ -28,7 +28,7 @@ def file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Remember digests of files of any size, in a cache of the test; return the files that were hashed."""
+    """Cache digests of files of any size in the test's own folder; return the list of hashed files."""
     hashed: list[Path] = []
     real = digests.sha256_file
     monkeypatch.setattr(digests, "sha256_file", lambda path: (hashed.append(path), real(path))[1])
@@ -73,7 +73,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         verify_file(tmp_path / "none.data", _record(CONTENT))
 
 
-def test_a_digest_is_remembered_while_the_file_stays(file: Path, reads: list[Path]) -> None:
+def test_a_digest_is_cached_until_the_file_changes(file: Path, reads: list[Path]) -> None:
     verify_file(file, _record(CONTENT))
     verify_file(file, _record(CONTENT))
     assert reads == [file]
@@ -97,19 +97,19 @@ def test_a_replaced_file_is_read_again(file: Path, reads: list[Path]) -> None:
         verify_file(file, _record(CONTENT))
 
 
-def test_a_remembered_digest_is_still_compared(file: Path, reads: list[Path]) -> None:
+def test_a_cached_digest_is_still_compared(file: Path, reads: list[Path]) -> None:
     verify_file(file, _record(CONTENT))
     with pytest.raises(CorruptError, match="sha256"):
         verify_file(file, FileRecord(file="f.data", size=len(CONTENT), sha256="0" * 64))
 
 
 def _poison(tmp_path: Path) -> None:
-    """Let the cache claim that every file has the right digest."""
+    """Replace every digest in the cache by a wrong one."""
     memory = json.loads(_cache(tmp_path).read_text())
     _cache(tmp_path).write_text(json.dumps(dict.fromkeys(memory, "f" * 64)))
 
 
-def test_the_cache_is_what_is_trusted(file: Path, reads: list[Path], tmp_path: Path) -> None:
+def test_a_digest_in_the_cache_is_used(file: Path, reads: list[Path], tmp_path: Path) -> None:
     verify_file(file, _record(CONTENT))
     _poison(tmp_path)
     with pytest.raises(CorruptError):
@@ -126,7 +126,7 @@ def test_a_cache_that_others_can_write_is_not_trusted(file: Path, reads: list[Pa
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff", b"[" * 100_000, b'{"a": {"b": 1}}'])
-def test_a_broken_cache_costs_time_only(file: Path, reads: list[Path], tmp_path: Path, content: bytes) -> None:
+def test_a_broken_cache_costs_only_time(file: Path, reads: list[Path], tmp_path: Path, content: bytes) -> None:
     _cache(tmp_path).parent.mkdir(parents=True)
     _cache(tmp_path).write_bytes(content)
     verify_file(file, _record(CONTENT))
@@ -134,14 +134,14 @@ def test_a_broken_cache_costs_time_only(file: Path, reads: list[Path], tmp_path:
     assert reads == [file]
 
 
-def test_a_cache_that_cannot_be_written_costs_time_only(file: Path, reads: list[Path], tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_written_costs_only_time(file: Path, reads: list[Path], tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file where the folder should be")
     verify_file(file, _record(CONTENT))
     verify_file(file, _record(CONTENT))
     assert reads == [file, file]
 
 
-def test_the_cache_forgets_the_oldest(
+def test_the_cache_drops_the_oldest_entries(
     file: Path, reads: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(digests, "MAX_ENTRIES", 2)

@@ -91,7 +91,7 @@ def test_debug_adds_the_traceback_and_its_cause(parser: Parser, capsys: pytest.C
     assert err.endswith("error: broken\n")
 
 
-def test_what_a_file_says_cannot_write_to_the_terminal(parser: Parser, capsys: pytest.CaptureFixture[str]) -> None:
+def test_quoted_text_cannot_control_the_terminal(parser: Parser, capsys: pytest.CaptureFixture[str]) -> None:
     run(parser, _raise(CorruptError("bad\x1b[2J name\r\n\x00\x9bK\u202ered")), [])
     err = capsys.readouterr().err
     assert err.removesuffix("\n").isprintable()
@@ -108,7 +108,7 @@ def test_what_a_file_says_cannot_write_to_the_terminal(parser: Parser, capsys: p
         (["stray\nline\x1b[2J"], "unrecognized arguments: stray"),
     ],
 )
-def test_a_wrong_argument_is_one_line_and_two(
+def test_a_wrong_argument_is_one_line_and_exit_code_two(
     parser: Parser, capsys: pytest.CaptureFixture[str], argv: list[str], words: str
 ) -> None:
     with pytest.raises(SystemExit) as caught:

@@ -1,4 +1,4 @@
-"""Whole files or nothing, and no way out of a bundle."""
+"""Atomic writes, and paths that stay inside a bundle."""
 
 import errno
 import hashlib
@@ -29,7 +29,7 @@ def _untouched(target: Path) -> bool:
 def test_a_write_replaces_the_file_and_leaves_nothing_else(target: Path) -> None:
     with atomic_write(target) as file:
         file.write(b"new")
-        assert target.read_bytes() == b"old", "the old file must stand until the new one is whole"
+        assert target.read_bytes() == b"old", "the old file must stay until the new one is complete"
     assert target.read_bytes() == b"new"
     assert list(target.parent.iterdir()) == [target]
 
@@ -39,7 +39,7 @@ def test_a_written_file_has_the_permissions_of_any_new_file(tmp_path: Path) -> N
     try:
         with atomic_write(tmp_path / "out") as file:
             file.write(b"x")
-        assert os.umask(0o027) == 0o027, "the umask must survive"
+        assert os.umask(0o027) == 0o027, "the umask must not change"
     finally:
         os.umask(before)
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o640
@@ -66,7 +66,7 @@ def test_a_full_disk_leaves_the_old_file(target: Path, monkeypatch: pytest.Monke
     assert _untouched(target)
 
 
-def test_the_bytes_are_on_disk_before_the_name_is(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bytes_are_synced_before_the_rename(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
     fsync, replace = os.fsync, Path.replace
     monkeypatch.setattr(os, "fsync", lambda handle: (order.append("fsync"), fsync(handle))[1])
@@ -92,13 +92,13 @@ def test_a_plain_path_is_inside(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     "name", ["", "/etc/passwd", "..", "../x", "a/../../x", "a/..", "a\\b", "..\\x", "a\0b", "//host/x", "./../x"]
 )
-def test_a_way_out_is_refused(tmp_path: Path, name: str) -> None:
+def test_a_path_out_of_the_folder_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(CorruptError):
         contained(tmp_path, name)
 
 
 @pytest.mark.parametrize("place", ["file", "folder/file"])
-def test_a_link_is_refused_wherever_it_leads(tmp_path: Path, place: str) -> None:
+def test_a_link_is_refused_wherever_it_points(tmp_path: Path, place: str) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "real" / "file").write_bytes(b"x")
     first = place.split("/", maxsplit=1)[0]

@@ -1,4 +1,4 @@
-"""One writer at a time, and what is said where the file system has no locks."""
+"""One writer at a time, and the error on file systems without locks."""
 
 import errno
 import fcntl
@@ -22,7 +22,7 @@ def _fail(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     monkeypatch.setattr(fcntl, "flock", flock)
 
 
-def test_a_second_writer_is_told_and_nothing_is_left(tmp_path: Path) -> None:
+def test_a_second_writer_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
     out = tmp_path / "new" / "out"
     with exclusive(out), pytest.raises(UsageError, match="another export is writing it"), exclusive(out):
         pass
@@ -37,16 +37,16 @@ def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytes
     said = pytest.raises(UsageError, match=r"has no locks .*; name a folder on a local disk, .* add --no-lock$")
     with said, exclusive(tmp_path / "out"):
         pytest.fail("written without a lock")
-    assert list(tmp_path.iterdir()) == [], "not even a file that could be taken for a lock"
+    assert list(tmp_path.iterdir()) == [], "not even a lock file"
 
 
-def test_other_failures_of_a_lock_are_told_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_failures_of_a_lock_keep_their_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _fail(monkeypatch, errno.ENOSPC)
     with pytest.raises(Exception, match="No space left on device; free some space"), exclusive(tmp_path / "out"):
         pass
 
 
-def test_without_a_lock_a_warning_is_all_there_is(
+def test_without_a_lock_there_is_only_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     _fail(monkeypatch, errno.ENOLCK)
@@ -55,7 +55,7 @@ def test_without_a_lock_a_warning_is_all_there_is(
     assert "is written without a lock" in caplog.text
 
 
-def test_an_export_goes_on_without_a_lock_where_it_is_told_to(
+def test_no_lock_lets_an_export_continue(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def planned(*_: Any) -> None:

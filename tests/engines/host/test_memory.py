@@ -1,4 +1,4 @@
-"""Amounts of memory are read as people write them; of the host's, the smaller limit counts."""
+"""Amounts of memory are parsed and formatted; of the host's limits, the smaller counts."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ GIB = 1 << 30
 
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return the folder that stands for /proc and /sys."""
+    """Return the folder that replaces /proc and /sys."""
     monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "meminfo")
     monkeypatch.setattr(memory, "_CGROUP", tmp_path)
     return tmp_path
@@ -38,14 +38,14 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("0", 0),
     ],
 )
-def test_an_amount_is_read_as_people_write_it(text: str, expected: int) -> None:
+def test_an_amount_is_parsed(text: str, expected: int) -> None:
     assert parse_bytes(text) == expected
 
 
 @pytest.mark.parametrize(
     "text", ["", "GB", "-1GB", "12 apples", "1e9", "12GBs", "1.GB", ".5GB", "nan", "١٢GB", "12GB 3"]
 )
-def test_what_is_no_amount_is_refused_by_the_options_name(text: str) -> None:
+def test_an_invalid_amount_is_refused_with_the_option_name(text: str) -> None:
     with pytest.raises(UsageError, match=r"--vram .* write it as 12GB, 12GiB or 800MB"):
         parse_bytes(text, "--vram")
 
@@ -56,7 +56,7 @@ def test_a_bare_number_is_bytes(amount: int) -> None:
 
 
 @given(st.integers(10**6, 10**12))
-def test_what_is_printed_can_be_read_back(amount: int) -> None:
+def test_a_formatted_amount_can_be_parsed(amount: int) -> None:
     assert parse_bytes(format_bytes(amount)) == pytest.approx(amount, rel=0.5 if amount < 10**7 else 0.05)
 
 

@@ -1,4 +1,4 @@
-"""Paths of any bytes, in commands that a shell takes, in records, and on outputs of any encoding."""
+"""Paths of any bytes: in shell commands, in records, and on outputs of any encoding."""
 
 import io
 import json
@@ -21,14 +21,14 @@ NAMES = [b"plain", b"two words", b"two  blanks", b"it's", b'"$HOME"', b"~", b"ca
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no shell")
 @pytest.mark.parametrize("name", NAMES)
-def test_a_shell_reads_the_very_bytes(name: bytes) -> None:
+def test_a_shell_reads_exactly_the_bytes(name: bytes) -> None:
     word = shell_word(Path(os.fsdecode(name)))
     line = one_line(f"next: printf %s {word}").removeprefix("next: ")
-    assert line.endswith(word), "a message does not change it"
+    assert line.endswith(word), "a message must not change it"
     assert subprocess.run(["bash", "-c", line], capture_output=True, check=True).stdout == name
 
 
-def test_commands_that_are_suggested_are_quoted(tmp_path: Path) -> None:
+def test_suggested_commands_are_quoted(tmp_path: Path) -> None:
     root = tmp_path / "my bundle"
     with pytest.raises(SourceError, match=f"--out '{root}'$"):
         read_bundle(root)
@@ -40,7 +40,7 @@ def test_commands_that_are_suggested_are_quoted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
-def test_an_output_takes_every_path(encoding: str) -> None:
+def test_an_output_accepts_every_path(encoding: str) -> None:
     file = io.BytesIO()
     stream = io.TextIOWrapper(file, encoding, errors=OUTPUT_ERRORS, newline="\n")
     for name in NAMES:
@@ -52,7 +52,7 @@ def test_an_output_takes_every_path(encoding: str) -> None:
     assert b"caf\xe9 \xff\n" in file.getvalue()
 
 
-def test_json_gives_the_path_back(capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_restores_the_path(capsys: pytest.CaptureFixture[str]) -> None:
     for name in NAMES:
         print_json({"path": os.fsdecode(name)})
         assert os.fsencode(json.loads(capsys.readouterr().out)["path"]) == name

@@ -1,4 +1,4 @@
-"""Polygraphy's verdict on pairs of engines whose difference is known."""
+"""Comparisons by Polygraphy of pairs of engines with a known difference."""
 
 import contextlib
 import hashlib
@@ -47,13 +47,13 @@ def _opened(engine: Any) -> Opened:
 
 
 def _feeds(bundle: Bundle, name: str) -> list[dict[str, Array]]:
-    """Return inputs of the smallest size that a plan takes."""
+    """Return inputs of the smallest size that a plan accepts."""
     smallest = {key: (shapes[0],) * 3 for key, shapes in shape_limits(bundle, name).shapes.items()}
     return [example_inputs(bundle, name, Profile(shapes=smallest), SEED)]
 
 
 class Canned:
-    """An engine that gives what another gave, changed."""
+    """An engine that returns recorded outputs, changed."""
 
     def __init__(self, bundle: Bundle, name: str, outputs: dict[str, Array], change: Change = np.copy) -> None:
         self.component = bundle.manifest.components[name]
@@ -79,7 +79,7 @@ def _results(bundle: Bundle, name: str) -> dict[str, Array]:
 
 @pytest.fixture(scope="module")
 def decoded(bundle: Bundle) -> dict[str, Array]:
-    """Return what the decoder really gives."""
+    """Return the decoder's real outputs."""
     return _results(bundle, DECODER)
 
 
@@ -105,7 +105,7 @@ def test_a_provider_agrees_with_itself(bundle: Bundle, capfd: pytest.CaptureFixt
 
 
 def test_the_figures_are_right(bundle: Bundle, decoded: dict[str, Array]) -> None:
-    """Against numpy, on an error that is allowed."""
+    """Compared with numpy, for an error within the limits."""
     exact = decoded["sample"].astype(np.float64)
     error = np.zeros(exact.shape)
     error[0, 0, 0, 0] = np.ptp(exact) / 100
@@ -131,7 +131,7 @@ def _one(value: float) -> Change:
 @pytest.mark.parametrize(
     "change",
     [
-        lambda array: array * np.float16(1.1),  # which the cosine forgives
+        lambda array: array * np.float16(1.1),  # which does not change the cosine
         lambda array: array + np.float16(0.05) * np.sign(np.sin(np.arange(array.size).reshape(array.shape))),
         lambda array: -array,
         lambda array: array[:, ::-1],
@@ -148,7 +148,7 @@ def test_a_wrong_output_is_found(bundle: Bundle, decoded: dict[str, Array], chan
     assert not _judge(bundle, decoded, change).passed
 
 
-def test_equal_infinities_are_no_agreement(bundle: Bundle, decoded: dict[str, Array]) -> None:
+def test_equal_infinities_fail(bundle: Bundle, decoded: dict[str, Array]) -> None:
     sides = [_opened(Canned(bundle, DECODER, decoded, _one(np.inf))) for _ in range(2)]
     (found,) = compare_pair(bundle, DECODER, *sides, _feeds(bundle, DECODER))
     assert not found.passed
@@ -164,7 +164,7 @@ def test_the_worst_of_several_calls_counts(bundle: Bundle, decoded: dict[str, Ar
 
 
 def _damage(source: Bundle, root: Path, name: str, change: Change) -> Bundle:
-    """Return a copy of `source` with changed weights of component `name`, which its manifest vouches for."""
+    """Return a copy of `source` with changed weights of component `name`, and their digest in its manifest."""
     shutil.copytree(source.root, root)
     component = source.manifest.components[name]
     file = root / component.weights.file
@@ -187,14 +187,14 @@ def _negated(start: float, count: int) -> Change:
 
 @pytest.mark.parametrize(("name", "start"), [("vae_decoder", 0.9), ("text_encoder", 0.97)])
 def test_damaged_weights_are_found(bundle: Bundle, tmp_path: Path, name: str, start: float) -> None:
-    """A thousand weights in a row with the wrong sign, of two million."""
+    """A thousand consecutive weights of two million have the wrong sign."""
     wrong = _damage(bundle, tmp_path / "wrong", name, _negated(start, 1000))
     sides = [_opened(OrtEngine(each, name)) for each in (wrong, bundle)]
     assert not all(each.passed for each in compare_pair(bundle, name, *sides, _feeds(bundle, name)))
 
 
-def test_what_fp16_may_hide_fp32_shows(bundle: Bundle, decoded: dict[str, Array], tmp_path: Path) -> None:
-    """Fifty weights with the wrong sign: less than fp16 may cost, so that only fp32 is held to it."""
+def test_fp32_has_stricter_limits_than_fp16(bundle: Bundle, decoded: dict[str, Array], tmp_path: Path) -> None:
+    """Fifty weights with the wrong sign: an error within the limits of fp16, but not of fp32."""
     wrong = _results(_damage(bundle, tmp_path / "wrong", DECODER, _negated(0.5, 50)), DECODER)
     exact = msgspec.structs.replace(bundle.manifest.components[DECODER], precision="fp32")
     strict = Bundle(bundle.root, msgspec.structs.replace(bundle.manifest, components={DECODER: exact}))
@@ -203,13 +203,13 @@ def test_what_fp16_may_hide_fp32_shows(bundle: Bundle, decoded: dict[str, Array]
     assert verdicts == [True, False]
 
 
-def test_files_that_the_manifest_does_not_vouch_for_are_not_compared(bundle: Bundle, tmp_path: Path) -> None:
+def test_files_with_another_digest_are_not_compared(bundle: Bundle, tmp_path: Path) -> None:
     changed = _damage(bundle, tmp_path / "changed", "vae_decoder", _negated(0.5, 10))
     with pytest.raises(CorruptError, match="sha256"):
         compare_engines(Bundle(changed.root, bundle.manifest), ["vae_decoder"], "ort-cpu", "ort-cpu")
 
 
-def test_an_engine_that_fails_is_unloaded_and_explains_itself(bundle: Bundle, decoded: dict[str, Array]) -> None:
+def test_an_engine_that_fails_is_unloaded_and_its_error_raised(bundle: Bundle, decoded: dict[str, Array]) -> None:
     def fail(_: Array) -> Array:
         raise EngineError("the device is gone")
 
@@ -219,14 +219,14 @@ def test_an_engine_that_fails_is_unloaded_and_explains_itself(bundle: Bundle, de
     assert (left.calls, right.calls) == (["load", "infer", "unload"], [])
 
 
-def test_what_polygraphy_refuses_is_explained(bundle: Bundle, decoded: dict[str, Array]) -> None:
+def test_an_error_of_polygraphy_is_explained(bundle: Bundle, decoded: dict[str, Array]) -> None:
     feed = _feeds(bundle, DECODER)[0]
     sides = [_opened(Canned(bundle, DECODER, decoded)) for _ in range(2)]
     with pytest.raises(EngineError, match="comparing vae_decoder: Polygraphy failed"):
         compare_pair(bundle, DECODER, *sides, [{"latent_sample": feed["latent_sample"][:, :3]}])
 
 
-def test_a_twin_of_another_dtype_is_fed_the_same(bundle: Bundle, decoded: dict[str, Array]) -> None:
+def test_a_twin_of_another_dtype_gets_the_same_inputs(bundle: Bundle, decoded: dict[str, Array]) -> None:
     left, right = Canned(bundle, DECODER, decoded), Canned(bundle, DECODER, decoded)
     (spec,) = right.component.inputs
     right.component = msgspec.structs.replace(right.component, inputs=(msgspec.structs.replace(spec, dtype="float32"),))
@@ -241,8 +241,8 @@ def test_missing_polygraphy_names_the_extra(bundle: Bundle, monkeypatch: pytest.
         compare_engines(bundle, ["vae_decoder"], "ort-cpu", "ort-cpu")
 
 
-def test_polygraphy_s_loaders_stay_out() -> None:
-    """They let plans run code on the host: none is imported, and the module itself needs no Polygraphy."""
+def test_polygraphy_s_loaders_are_not_imported() -> None:
+    """They let plans run code on the host. Importing the module does not import Polygraphy."""
     code = """
 import sys
 import sdxl_trt.engines.inspection.compare as compare
@@ -271,7 +271,7 @@ def test_a_bf16_decoder_is_compared_with_its_twin(bundle: Bundle) -> None:
 
 
 @pytest.mark.parametrize("name", list(read_bundle(bundle_path()).manifest.components))
-def test_example_inputs_are_like_those_of_a_run(bundle: Bundle, name: str) -> None:
+def test_example_inputs_resemble_those_of_a_run(bundle: Bundle, name: str) -> None:
     component = bundle.manifest.components[name]
     limits = shape_limits(bundle, name)
     inputs = example_inputs(bundle, name, limits, SEED)

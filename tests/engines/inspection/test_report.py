@@ -1,4 +1,4 @@
-"""What is told of a bundle: every figure against the manifest, in lines that fit a terminal."""
+"""The report on a bundle: every figure matches the manifest, and lines fit a terminal."""
 
 import json
 import re
@@ -47,7 +47,7 @@ def bundle(tmp_path: Path) -> Bundle:
 
 @pytest.fixture
 def plan(bundle: Bundle) -> Callable[..., Bundle]:
-    """Return a function that gives a component a plan of nonsense, and returns the bundle read again."""
+    """Return a function that adds a plan with dummy content for a component, and returns the bundle read again."""
 
     def make(name: str, sizes: Sizes = SIZES, environment: Environment = RTX_4090, **settings: Any) -> Bundle:
         manifest = read_bundle(bundle.root).manifest
@@ -70,14 +70,14 @@ def plan(bundle: Bundle) -> Callable[..., Bundle]:
 
 
 def _text(root: Path, **options: bool) -> str:
-    """Return what is told, one line an item whatever was wrapped, having checked its width."""
+    """Return the report with wrapped lines joined, after checking their width."""
     lines = inspect_bundle(root, **options).lines
     assert max(len(line) for line in lines if str(root) not in line) <= WIDTH
     assert [line for line in lines if line != line.rstrip() or not line.isprintable()] == []
     return re.sub(r"\n {7,}", " ", "\n".join(lines))
 
 
-def test_every_graph_is_told(bundle: Bundle) -> None:
+def test_every_graph_is_listed(bundle: Bundle) -> None:
     text = _text(bundle.root)
     rows = [line.split() for line in text.splitlines() if re.match(r"  \w+ +(unet|text_encoder|vae)", line)]
     assert [row[0] for row in rows] == list(bundle.manifest.components)
@@ -100,7 +100,7 @@ def test_columns_are_aligned(bundle: Bundle) -> None:
     assert {row.index(" MiB") for row in rows} == {head.index("size")}
 
 
-def test_a_plan_is_told_in_people_s_words(plan: Callable[..., Bundle]) -> None:
+def test_a_plan_is_described_in_pixels_and_words(plan: Callable[..., Bundle]) -> None:
     root = plan("unet").root
     text = _text(root)
     (record,) = read_bundle(root).manifest.plans
@@ -119,18 +119,18 @@ def test_a_plan_is_told_in_people_s_words(plan: Callable[..., Bundle]) -> None:
         ("vae_encoder", {"width": fixed(768), "height": fixed(768)}, "768 pixels a side, 1 picture"),
     ],
 )
-def test_profiles_are_told_in_pixels(plan: Any, name: str, sizes: dict[str, Any], words: str) -> None:
+def test_profiles_are_listed_in_pixels(plan: Any, name: str, sizes: dict[str, Any], words: str) -> None:
     assert words in _text(plan(name, msgspec.structs.replace(SIZES, **sizes)).root)
 
 
-def test_what_a_plan_was_built_with_is_told(plan: Callable[..., Bundle]) -> None:
+def test_the_build_flags_of_a_plan_are_listed(plan: Callable[..., Bundle]) -> None:
     settings = {"weight_streaming": True, "hardware_compatible": True, "workspace": 2048 * MIB}
     text = _text(plan("unet", SIZES, ANYWHERE, **settings).root)
     assert "for TensorRT for RTX 1.7.0.1, any RTX GPU, linux-x86_64; workspace 2048 MiB;" in text
     assert "4200 MiB of weights may be streamed; hardware compatible" in text
 
 
-def test_loras_and_whatever_a_manifest_says_stay_on_their_lines(bundle: Bundle) -> None:
+def test_texts_of_the_manifest_stay_on_one_line(bundle: Bundle) -> None:
     lora = LoraRecord(name="style\n\x1b[31m.safetensors", sha256="0" * 64, scale=0.8, text_scale=0.3)
     manifest = msgspec.structs.replace(bundle.manifest, loras=(lora,), note="a\nb\x07" + " long" * 40)
     write_manifest(bundle.root, manifest)
@@ -139,7 +139,7 @@ def test_loras_and_whatever_a_manifest_says_stay_on_their_lines(bundle: Bundle) 
     assert "note: a b long long" in text
 
 
-def test_json_holds_what_the_lines_tell(plan: Callable[..., Bundle]) -> None:
+def test_json_contains_what_the_lines_state(plan: Callable[..., Bundle]) -> None:
     root = plan("unet").root
     told = json.loads(msgspec.json.encode(inspect_bundle(root, why_rebuild=True).json))
     manifest = read_bundle(root).manifest
@@ -153,7 +153,7 @@ def test_json_holds_what_the_lines_tell(plan: Callable[..., Bundle]) -> None:
     assert {each["component"] for each in told["rebuild"][0]["components"]} == set(manifest.components)
 
 
-def test_a_bundle_without_graphs_is_told(plan: Callable[..., Bundle]) -> None:
+def test_a_bundle_without_graphs_is_reported(plan: Callable[..., Bundle]) -> None:
     bundle = plan("unet")
     for component in bundle.manifest.components.values():
         shutil.rmtree((bundle.root / component.graph.file).parent)
@@ -170,7 +170,7 @@ def _statuses(bundle: Bundle) -> dict[str, tuple[str, list[str]]]:
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> Callable[[Environment], None]:
-    """Return a function that says what this machine is."""
+    """Return a function that sets the environment of this machine."""
     return lambda environment: monkeypatch.setattr(
         "sdxl_trt.engines.backends.trt.environment.current_environment", lambda _flavour: environment
     )
@@ -200,27 +200,27 @@ def test_what_would_be_rebuilt_and_why(plan: Any, here: Any) -> None:
     assert re.search(r"  refiner_unet +would be built: it has no plan\n", text)
 
 
-def test_the_nearest_of_several_plans_counts(plan: Any, here: Any) -> None:
+def test_the_closest_of_several_plans_counts(plan: Any, here: Any) -> None:
     plan("unet", SIZES, msgspec.structs.replace(RTX_4090, gpu="other", compute_capability="9.0"))
     bundle = plan("unet")
     here(RTX_4090)
     assert _statuses(bundle)["unet"] == ("usable", [])
 
 
-def test_each_flavour_is_asked_for_itself(plan: Any, here: Any) -> None:
+def test_each_flavour_is_reported_separately(plan: Any, here: Any) -> None:
     plan("unet")
     bundle = plan("vae_decoder", SIZES, ANYWHERE)
     here(RTX_4090)
     assert [each.flavour for each in find_rebuilds(bundle)] == ["tensorrt", "tensorrt-rtx"]
 
 
-def test_without_tensorrt_the_reason_is_told(plan: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_tensorrt_the_reason_is_reported(plan: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(_flavour: str) -> Environment:
         raise IncompatibleError("provider tensorrt needs tensorrt (No module named 'tensorrt'); pip install it")
 
     monkeypatch.setattr("sdxl_trt.engines.backends.trt.environment.current_environment", fail)
     bundle = plan("unet")
-    assert find_rebuilds(read_bundle(bundle_path()))[0].components[0].status == "missing"  # asked for without plans too
+    assert find_rebuilds(read_bundle(bundle_path()))[0].components[0].status == "missing"  # reported without plans too
     plan("text_encoder", graph="1" * 64)
     text = _text(bundle.root, why_rebuild=True)
     assert "tensorrt: provider tensorrt needs tensorrt (No module named 'tensorrt')" in text
@@ -228,7 +228,7 @@ def test_without_tensorrt_the_reason_is_told(plan: Any, monkeypatch: pytest.Monk
     assert re.search(r"  text_encoder +would be rebuilt: the graph was exported again", text)
 
 
-def test_files_that_are_gone_are_an_error_but_for_why_rebuild(bundle: Bundle) -> None:
+def test_missing_files_are_an_error_except_for_why_rebuild(bundle: Bundle) -> None:
     (bundle.root / "unet/weights.data").unlink()
     (bundle.root / "vae_decoder/model.onnx").write_bytes(b"short")
     with pytest.raises(CorruptError):
@@ -253,8 +253,8 @@ def _agreement(component: str, output: str, max_abs: float, *, passed: bool = Tr
     )  # fmt: skip
 
 
-def test_all_that_differ_are_named() -> None:
-    """And the worst of a component is the one that is shown."""
+def test_all_differing_outputs_are_named() -> None:
+    """The table shows the worst output of each component."""
     agreements = [
         _agreement("text_encoder", "a", 0.5),
         _agreement("text_encoder", "b", 0.1, passed=False),

@@ -1,4 +1,4 @@
-"""Plan keys, the choice of a plan, and reading one: every part counts, and nothing is loaded unvouched for."""
+"""Plan keys, the choice of a plan, and reading one: every part of a key counts, and every plan's digest is checked."""
 
 import hashlib
 from collections.abc import Callable
@@ -48,7 +48,7 @@ def _with(bundle: Bundle, *records: PlanRecord) -> Bundle:
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> Bundle:
-    """The embedded bundle's manifest, alone in a folder of its own."""
+    """Return the embedded bundle's manifest in an empty folder."""
     from sdxl_trt.mini.embedded import bundle_path
 
     return Bundle(tmp_path, read_bundle(bundle_path()).manifest)
@@ -56,7 +56,7 @@ def bundle(tmp_path: Path) -> Bundle:
 
 @pytest.fixture
 def planned(bundle: Bundle) -> tuple[Bundle, PlanRecord]:
-    """A bundle with one plan on disk."""
+    """Return a bundle with one plan on disk."""
     record = _record(_key(bundle))
     planned = _with(bundle, record)
     path = bundle.root / record.file.file
@@ -99,7 +99,7 @@ def test_every_part_of_a_key_changes_it(bundle: Bundle, change: Callable[[PlanKe
     assert _key(bundle).digest() == key.digest()
 
 
-def test_every_field_of_a_key_is_in_that_list() -> None:
+def test_the_changes_cover_every_field_of_a_key() -> None:
     fields = {field for record in (PlanKey, Environment, BuildFlags) for field in record.__struct_fields__}
     assert fields - {"environment", "flags"} == CHANGES.keys() - {"one size"}
 
@@ -116,7 +116,7 @@ STALE: dict[str, tuple[Callable[[PlanKey], PlanKey], str]] = {
 
 
 @pytest.mark.parametrize(("change", "reason"), STALE.values(), ids=STALE)
-def test_a_stale_plan_is_refused_with_what_differs_and_the_command_that_mends_it(
+def test_a_stale_plan_is_refused_with_the_difference_and_the_command(
     bundle: Bundle, change: Callable[[PlanKey], PlanKey], reason: str
 ) -> None:
     stale = _with(bundle, _record(change(_key(bundle))))
@@ -125,7 +125,7 @@ def test_a_stale_plan_is_refused_with_what_differs_and_the_command_that_mends_it
     assert f"export-engines --engine tensorrt --out {bundle.root}" in str(caught.value)
 
 
-def test_the_plan_that_fits_is_found_among_others(bundle: Bundle) -> None:
+def test_the_matching_plan_is_found_among_others(bundle: Bundle) -> None:
     fits = _record(_key(bundle))
     others = [_record(CHANGES[name](fits.key)) for name in ("gpu", "tensorrt", "flavour", "component")]
     assert find_plan(_with(bundle, *others, fits), "unet", HERE) is fits
@@ -133,12 +133,12 @@ def test_the_plan_that_fits_is_found_among_others(bundle: Bundle) -> None:
     assert not has_plans(_with(bundle, fits), "tensorrt-rtx")
 
 
-def test_no_plan_at_all_names_the_command(bundle: Bundle) -> None:
+def test_without_a_plan_the_error_names_the_command(bundle: Bundle) -> None:
     with pytest.raises(IncompatibleError, match="has no tensorrt plan of unet; build it with: export-engines"):
         find_plan(bundle, "unet", HERE)
 
 
-def test_what_is_asked_for_counts_only_where_it_is_asked_for(bundle: Bundle) -> None:
+def test_profiles_and_flags_are_compared_only_on_request(bundle: Bundle) -> None:
     record, component = _record(_key(bundle)), bundle.manifest.components["unet"]
     assert why_rebuild(record, component, HERE) == []
     assert why_rebuild(record, component, HERE, (record.key.profiles, record.key.flags)) == []
@@ -159,19 +159,19 @@ def test_version_compatible_plans_run_on_later_minors(bundle: Bundle, built: str
     assert (reasons == []) is fits
 
 
-def test_hardware_compatible_plans_run_from_ampere_on(bundle: Bundle) -> None:
+def test_hardware_compatible_plans_need_ampere_or_later(bundle: Bundle) -> None:
     record = _record(_key(bundle, flags=BuildFlags(hardware_compatible=True)))
     component = bundle.manifest.components["unet"]
     assert why_rebuild(record, component, _replace(HERE, gpu="NVIDIA A10", compute_capability="8.6")) == []
     assert "needs 8.0" in why_rebuild(record, component, _replace(HERE, compute_capability="7.5"))[0]
 
 
-def test_a_plan_of_rtx_runs_on_every_gpu(bundle: Bundle) -> None:
+def test_an_rtx_plan_runs_on_every_gpu(bundle: Bundle) -> None:
     record = _record(_key(bundle, environment=RTX))
     assert why_rebuild(record, bundle.manifest.components["unet"], RTX) == []
 
 
-def test_a_plan_is_read_once_and_as_it_is(planned: tuple[Bundle, PlanRecord]) -> None:
+def test_a_plan_is_read_once_and_unchanged(planned: tuple[Bundle, PlanRecord]) -> None:
     told: list[int] = []
     assert bytes(read_plan(*planned, told.append)) == PLAN
     assert sum(told) == len(PLAN)
@@ -187,7 +187,7 @@ def test_a_changed_plan_is_refused(planned: tuple[Bundle, PlanRecord], content: 
 
 @pytest.mark.parametrize("bit", [0o020, 0o002])
 @pytest.mark.parametrize("place", ["", "manifest.json", "plans", "file"])
-def test_what_others_may_write_is_not_run(planned: tuple[Bundle, PlanRecord], place: str, bit: int) -> None:
+def test_a_plan_that_others_can_write_is_refused(planned: tuple[Bundle, PlanRecord], place: str, bit: int) -> None:
     bundle, record = planned
     path = bundle.path(record.file) if place == "file" else bundle.root / place
     path.chmod(path.stat().st_mode | bit)
@@ -195,23 +195,23 @@ def test_what_others_may_write_is_not_run(planned: tuple[Bundle, PlanRecord], pl
         read_plan(bundle, record)
 
 
-def test_a_plan_of_another_user_is_not_run(planned: tuple[Bundle, PlanRecord], monkeypatch: Any) -> None:
+def test_a_plan_of_another_user_is_refused(planned: tuple[Bundle, PlanRecord], monkeypatch: Any) -> None:
     monkeypatch.setattr("os.getuid", lambda: 4711)
     owner = planned[0].path(planned[1].file).stat().st_uid
     if owner == 0:
-        assert bytes(read_plan(*planned)) == PLAN  # root could do worse
+        assert bytes(read_plan(*planned)) == PLAN  # root is trusted
     else:
         with pytest.raises(CorruptError, match="belongs to another user"):
             read_plan(*planned)
 
 
-def test_a_missing_plan_is_one_line(planned: tuple[Bundle, PlanRecord]) -> None:
+def test_a_missing_plan_is_an_error(planned: tuple[Bundle, PlanRecord]) -> None:
     planned[0].path(planned[1].file).unlink()
     with pytest.raises(SdxlTrtError, match="reading"):
         read_plan(*planned)
 
 
-def test_a_plan_outside_of_the_bundle_is_refused(bundle: Bundle) -> None:
+def test_a_plan_outside_the_bundle_is_refused(bundle: Bundle) -> None:
     record = _record(_key(bundle))
     record = _replace(record, file=_replace(record.file, file="../evil.plan"))
     with pytest.raises(CorruptError, match="plain path"):
@@ -219,7 +219,7 @@ def test_a_plan_outside_of_the_bundle_is_refused(bundle: Bundle) -> None:
 
 
 @pytest.mark.parametrize("damage", ["component", "profiles", "one size"])
-def test_a_manifest_with_a_plan_of_something_else_is_broken(bundle: Bundle, damage: str) -> None:
+def test_a_manifest_with_a_plan_of_another_graph_is_corrupt(bundle: Bundle, damage: str) -> None:
     key = CHANGES[damage](_key(bundle))
     key = _replace(key, profiles=()) if damage == "one size" else key
     key = _replace(key, component="nothing") if damage == "component" else key
@@ -228,7 +228,7 @@ def test_a_manifest_with_a_plan_of_something_else_is_broken(bundle: Bundle, dama
         read_bundle(bundle.root, files=False)
 
 
-def test_limits_are_what_both_experts_take(bundle: Bundle) -> None:
+def test_limits_are_the_sizes_that_both_stages_accept(bundle: Bundle) -> None:
     def record(name: str, sizes: Sizes) -> PlanRecord:
         component = bundle.manifest.components[name]
         return _record(_key(bundle, name, profiles=profiles_of(component, sizes, 8)))
@@ -252,7 +252,7 @@ def test_limits_are_what_both_experts_take(bundle: Bundle) -> None:
 
 
 @pytest.mark.parametrize("flavour", ["tensorrt", "tensorrt-rtx"])
-def test_limits_name_the_engine_that_was_built(bundle: Bundle, flavour: Any) -> None:
+def test_the_error_of_limits_names_the_flavour(bundle: Bundle, flavour: Any) -> None:
     limits = plan_limits(bundle, [_record(_key(bundle, environment=_replace(HERE, flavour=flavour)))])
     assert limits is not None
     with pytest.raises(SizeError, match=f"export-engines --engine {flavour} --width"):

@@ -1,4 +1,4 @@
-"""Which profile takes what, and the one line that says what would be taken."""
+"""The choice of a profile for input shapes, and the one-line error if no profile fits."""
 
 import pytest
 
@@ -16,7 +16,7 @@ def _range(low: int, usual: int, high: int) -> Range:
 
 
 def _profiles(*axes: tuple[tuple[int, int, int], tuple[int, int, int]]) -> tuple[Profile, ...]:
-    """Return profiles from their rows and their sides."""
+    """Return one profile for each pair of rows and sides."""
     ranges = [{"rows": _range(*rows), "height": _range(*side), "width": _range(*side)} for rows, side in axes]
     return component_profiles(INPUTS, ranges)
 
@@ -44,7 +44,7 @@ OVERLAPPING = _profiles(((1, 2, 8), (8, 16, 32)), ((1, 4, 4), (8, 24, 32)))
         (OVERLAPPING, _shapes(8, 24, 24), 0),
     ],
 )
-def test_the_profile_tuned_for_the_nearest_is_chosen(profiles, shapes, chosen: int | None) -> None:
+def test_the_profile_tuned_nearest_is_chosen(profiles, shapes, chosen: int | None) -> None:
     assert choose_profile(profiles, shapes) == chosen
 
 
@@ -65,7 +65,7 @@ def _component(component_of, kind: str) -> Component:
         ("vae_encoder", WIDE, "height 8 to 16, width 8 to 16;"),
     ],
 )
-def test_the_error_names_what_is_taken(component_of, kind: str, profiles, text: str) -> None:
+def test_the_error_names_the_accepted_sizes(component_of, kind: str, profiles, text: str) -> None:
     error = outside_profiles("unet", _component(component_of, kind), profiles, _shapes(1, 8, 17), 8)
     assert isinstance(error, SizeError)
     assert text in str(error)

@@ -1,4 +1,4 @@
-"""Ranges, sizes and profiles: what is parsed, what it comes to for a graph, what is refused."""
+"""Ranges, sizes and profiles: what is parsed, the profiles of each graph, and what is refused."""
 
 import pytest
 from hypothesis import given
@@ -38,7 +38,7 @@ def test_sdxls_sizes() -> None:
 
 
 @given(st.integers(1, 256), st.sampled_from([4, 8, 16]), st.sampled_from([8, 32, 64, 128]))
-def test_default_sizes_are_sizes_that_the_unets_take(sample: int, factor: int, multiple: int) -> None:
+def test_default_sizes_are_valid_for_the_unets(sample: int, factor: int, multiple: int) -> None:
     sizes = default_sizes(sample, factor, multiple)
     check_sizes(sizes, multiple)
     assert sizes.height.min <= sizes.height.opt <= sizes.height.max
@@ -66,7 +66,7 @@ DECODER = {"latent_sample": ("pictures", 4, "height", "width")}
 
 
 def _decoded(precision: str, sizes: Sizes) -> list[tuple[int, ...]]:
-    """Return the latents that a decoder's plan takes: each of its profiles holds one size, and one picture."""
+    """Return the latent sizes of a decoder's profiles, each of which holds one size and one picture."""
     shapes = [
         p.shapes["latent_sample"] for p in component_profiles(DECODER, axes_of("vae_decoder", precision, sizes, 8))
     ]
@@ -90,13 +90,13 @@ def test_a_tile_fits_into_the_smallest_picture() -> None:
     assert _decoded("fp32", static) == [(64, 64)]
 
 
-def test_an_encoder_of_pictures_takes_pixels() -> None:
+def test_the_profiles_of_a_vae_encoder_are_in_pixels() -> None:
     encoder = {"sample": ("pictures", 3, "height", "width")}
     profiles = component_profiles(encoder, axes_of("vae_encoder", "fp16", default_sizes(128, 8, 64), 8))
     assert [profile.shapes["sample"][1] for profile in profiles] == [(1, 3, 1024, 1024), (1, 3, 512, 512)]
 
 
-def test_sizes_that_a_unet_cannot_take_name_those_that_it_can() -> None:
+def test_the_error_for_invalid_sizes_names_valid_ones() -> None:
     sizes = Sizes(height=fixed(1000), width=fixed(1024), batch=fixed(1), tokens=fixed(77))
     with pytest.raises(SizeError, match="960 or 1024"):
         check_sizes(sizes, 64)
@@ -110,11 +110,11 @@ def test_an_unknown_axis_is_refused() -> None:
         component_profiles({"sample": ("rows", "depth")}, [{"rows": fixed(1)}])
 
 
-def test_what_a_profile_does_not_name_is_not_asked_about() -> None:
+def test_an_input_without_a_profile_is_ignored() -> None:
     assert Profile(shapes={}).holds({"sample": (9, 9)})
 
 
-def test_tokens_come_in_the_chunks_of_the_tokenizers() -> None:
+def test_tokens_are_multiples_of_the_tokenizers_lengths() -> None:
     assert str(default_sizes(128, 8, 64, {248}).tokens) == "248:248:744"
     assert str(default_sizes(128, 8, 64, {77, 248}).tokens) == "77:77:744"
     sizes = Sizes(height=fixed(1024), width=fixed(1024), batch=fixed(1), tokens=fixed(154))

@@ -1,4 +1,4 @@
-"""Estimates of activations, against figures that the real builder stated for plans of these graphs."""
+"""Estimates of activations, compared with the real builder's figures for plans of these graphs."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +22,7 @@ BASE, REFINER = (320, 640, 1280), (384, 768)
 
 
 def component(name: str, widths: tuple[int, ...] = (), precision: str = "fp16", layers: int = 2) -> Component:
-    """Return a component of the embedded pair with the widths of another model."""
+    """Return a component of the embedded pair with another model's widths."""
     changed: dict[str, Any] = {"block_out_channels": list(widths), "layers_per_block": layers} if widths else {}
     return replace(MINI[name], config=MINI[name].config | changed, precision=precision)
 
@@ -69,7 +69,7 @@ def unet_profile(
         ((64, 128, 256, 256), 128, 8, 345_059_328),
     ],
 )
-def test_unets_come_to_what_the_builder_said(widths: tuple[int, ...], sides: Axis, rows: Axis, built: int) -> None:
+def test_estimates_of_unets_match_the_builder(widths: tuple[int, ...], sides: Axis, rows: Axis, built: int) -> None:
     unet = component("unet", widths)
     estimated = estimate_activations(unet, unet_profile(unet, sides, rows))
     assert estimated == pytest.approx(built, rel=estimate_error(unet))
@@ -89,13 +89,13 @@ def test_unets_come_to_what_the_builder_said(widths: tuple[int, ...], sides: Axi
         ("fp32", TILE, 956_105_216),
     ],
 )
-def test_decoders_come_to_what_the_builder_said(precision: str, sides: Axis, built: int) -> None:
+def test_estimates_of_decoders_match_the_builder(precision: str, sides: Axis, built: int) -> None:
     decoder = component("vae_decoder", (128, 256, 512, 512), precision)
     estimated = estimate_activations(decoder, profile(decoder, pictures=1, height=sides, width=sides))
     assert estimated == pytest.approx(built, rel=0.03)
 
 
-def test_a_narrow_decoder_takes_as_much_as_a_dynamic_one() -> None:
+def test_a_narrow_decoder_needs_as_much_as_a_dynamic_one() -> None:
     decoder = MINI["vae_decoder"]
     estimated = estimate_activations(decoder, profile(decoder, pictures=1, height=128, width=128))
     assert estimated == pytest.approx(377_487_872, rel=0.06)
@@ -105,7 +105,7 @@ def test_a_narrow_decoder_takes_as_much_as_a_dynamic_one() -> None:
     ("name", "hidden", "built"),
     [("text_encoder", 48, 8_879_104), ("text_encoder_2", 64, 8_842_240), ("text_encoder_2", 128, 9_394_176)],
 )
-def test_text_encoders_come_to_what_the_builder_said(name: str, hidden: int, built: int) -> None:
+def test_estimates_of_text_encoders_match_the_builder(name: str, hidden: int, built: int) -> None:
     encoder = replace(MINI[name], config=MINI[name].config | {"hidden_size": hidden})
     assert estimate_activations(encoder, profile(encoder, prompts=(1, 2, 8))) == pytest.approx(built, rel=0.05)
 
@@ -131,20 +131,20 @@ def test_the_largest_profile_decides() -> None:
     assert largest_axes(unet, two[0]) == {"rows": 2, "height": 128, "width": 128, "tokens": 77}
 
 
-def test_depth_adds_skips() -> None:
+def test_depth_adds_skip_connections() -> None:
     shallow, deep = (component("unet", BASE, layers=layers) for layers in (1, 3))
     at = unet_profile(shallow, 128, 2)
     assert estimate_activations(shallow, at) < estimate_activations(deep, at)
 
 
-def test_another_precision_than_the_components_may_be_asked_for() -> None:
+def test_a_given_precision_overrides_the_component_s() -> None:
     decoder = component("vae_decoder", (128, 256, 512, 512), "fp16")
     at = profile(decoder, pictures=1, height=64, width=64)
     assert estimate_activations(decoder, at, "fp32") == pytest.approx(2 * estimate_activations(decoder, at), rel=0.05)
 
 
 def test_scores_are_those_of_the_first_level_with_attention() -> None:
-    # Level 1 of the embedded base: 6 heads of 8 x 8 places each at 16 x 16 latents, and half as many for the softmax.
+    # Level 1 of the embedded base: 6 heads with 8 x 8 positions at 16 x 16 latents, plus half as much for the softmax.
     unet = MINI["unet"]
     assert score_bytes(unet, unet_profile(unet, 16, 2), "fp32") == 1.5 * 2 * 6 * 64**2 * 4
     decoder = MINI["vae_decoder"]

@@ -1,4 +1,4 @@
-"""The memory plan: its arithmetic for any figures, and what it says of SDXL on cards that people have."""
+"""The memory plan: its arithmetic for any figures, and its result for SDXL on common cards."""
 
 import json
 from collections.abc import Callable
@@ -35,7 +35,7 @@ ENVIRONMENT = Environment(
 )
 SIZES = exact_sizes(128, 128)
 PUBLISHED = Path(__file__).parents[3] / "export" / "sources" / "published"
-# Bytes of the published pair's weights at fp16, the autoencoder's at fp32.
+# Bytes of the published pair's weights in fp16, the autoencoder's in fp32.
 WEIGHTS = {
     "text_encoder": 246_000_000,
     "text_encoder_2": 1_390_000_000,
@@ -75,7 +75,7 @@ def plan_of(records: dict[str, PlanRecord], residency: str = "auto", capacity: i
 
 
 @given(records)
-def test_swap_holds_the_larger_unet_one_block_of_activations_and_in_and_outputs(records: dict[str, PlanRecord]) -> None:
+def test_swap_holds_the_larger_unet_one_block_of_activations_and_its_io(records: dict[str, PlanRecord]) -> None:
     plan = plan_of(records, "swap")
     needs = {need.component: need for need in plan.needs}
     peaks = {phase.name: phase.peak for phase in plan.phases}
@@ -95,7 +95,7 @@ def test_resident_holds_all_weights_and_one_block_of_activations(records: dict[s
 
 
 @given(records, capacities)
-def test_each_policy_takes_no_more_than_the_one_before(records: dict[str, PlanRecord], capacity: int) -> None:
+def test_each_policy_needs_no_more_than_the_previous(records: dict[str, PlanRecord], capacity: int) -> None:
     resident, swap, stream = (plan_of(records, residency, capacity).peak for residency in RESIDENCIES)
     assert resident >= swap >= stream
 
@@ -129,7 +129,7 @@ def test_auto_takes_the_first_policy_that_fits(records: dict[str, PlanRecord], c
 
 
 @given(records, capacities)
-def test_budgets_lie_within_what_streams(records: dict[str, PlanRecord], capacity: int) -> None:
+def test_budgets_are_at_most_the_streamable_weights(records: dict[str, PlanRecord], capacity: int) -> None:
     plan = plan_of(records, "stream", capacity)
     needs = {need.component: need for need in plan.needs}
     assert all(0 <= budget <= needs[name].streamable for name, budget in plan.budgets.items())
@@ -147,7 +147,7 @@ def test_a_plan_survives_json(records: dict[str, PlanRecord], capacity: int | No
     assert plan.lines()
 
 
-def test_unknown_memory_is_no_reason_to_swap() -> None:
+def test_with_unknown_memory_everything_stays_loaded() -> None:
     plan = estimate_memory(MINI, provider="tensorrt", capacity=None)
     assert (plan.residency, plan.missing) == ("resident", 0)
     assert "unknown" in plan.lines()[0]
@@ -156,16 +156,16 @@ def test_unknown_memory_is_no_reason_to_swap() -> None:
 @pytest.mark.parametrize("capacity", [None, 0, 1 << 50])
 @pytest.mark.parametrize("provider", ["ort-cpu", "tensorrt"])
 @pytest.mark.parametrize("residency", RESIDENCIES)
-def test_a_stated_policy_is_kept(residency: str, provider: str, capacity: int | None) -> None:
+def test_a_given_policy_is_kept(residency: str, provider: str, capacity: int | None) -> None:
     assert estimate_memory(MINI, provider=provider, capacity=capacity, residency=residency).residency == residency
 
 
-def test_policies_that_exist_are_listed() -> None:
+def test_the_error_lists_the_policies() -> None:
     with pytest.raises(UsageError, match="unknown residency 'all'; choose auto, resident, swap or stream"):
         check_residency("all")
 
 
-def test_figures_of_plans_are_taken_as_built_and_others_are_called_estimates() -> None:
+def test_figures_of_plans_are_as_built_and_others_are_estimates() -> None:
     memory = PlanMemory(weights=1000, activations=10)
     records = {name: record_of(name, memory) for name in COMPONENTS}
     built, estimated = plan_of(records), plan_of({})
@@ -186,7 +186,7 @@ def test_the_manifests_plans_of_that_flavour_are_used() -> None:
 
 @pytest.fixture
 def sdxl() -> Bundle:
-    """Return a bundle without files, with the configs and the sizes of the published pair."""
+    """Return a bundle without files, with the published pair's configs and sizes."""
     manifest = MINI.manifest
     folders = {"unet": ("base", "unet"), "refiner_unet": ("refiner", "unet"), "vae_decoder": ("base", "vae")}
     components = dict(manifest.components)
@@ -214,24 +214,22 @@ def sdxl() -> Bundle:
         (4 * GB, "stream", False),
     ],
 )
-def test_sdxl_on_cards_that_people_have(
-    sdxl: Bundle, capacity: float, residency: str, *, everything_stays: bool
-) -> None:
+def test_sdxl_on_common_cards(sdxl: Bundle, capacity: float, residency: str, *, everything_stays: bool) -> None:
     plan = estimate_memory(sdxl, provider="tensorrt", capacity=int(capacity), sizes=exact_sizes(1024, 1024))
     assert (plan.residency, plan.missing) == (residency, 0)
     assert (set(plan.keeps) == set(COMPONENTS)) == everything_stays
     if residency == "resident":
-        assert set(UNETS) <= set(plan.keeps), "text encoders and the autoencoder give way, UNets do not"
+        assert set(UNETS) <= set(plan.keeps), "text encoders and the autoencoder are freed, UNets are not"
 
 
-def test_what_streams_stays_in_host_memory_and_is_said_to(sdxl: Bundle) -> None:
+def test_streamed_weights_count_as_host_memory(sdxl: Bundle) -> None:
     plan = estimate_memory(sdxl, provider="tensorrt", capacity=4 * GB, sizes=exact_sizes(1024, 1024))
     there = 5_135_000_000 * 9 // 10 - plan.budgets["unet"]
     assert plan.host >= there > 1.5 * GB
     assert any("of its weights in host memory" in line for line in plan.lines())
 
 
-def test_too_little_memory_is_named_with_what_is_missing(sdxl: Bundle) -> None:
+def test_too_little_memory_is_an_error_with_the_excess(sdxl: Bundle) -> None:
     plan = estimate_memory(sdxl, provider="tensorrt", capacity=GB, sizes=exact_sizes(1024, 1024))
     assert plan.missing
     assert f"does not fit: {plan.missing / 1e6:.0f} MB too large" in plan.lines()[-1]
@@ -243,7 +241,7 @@ def test_too_little_memory_is_named_with_what_is_missing(sdxl: Bundle) -> None:
     ("residency", "remedy"),
     [("resident", "try --residency swap"), ("swap", "try --residency stream")],
 )
-def test_a_stated_policy_that_does_not_fit_names_the_next(sdxl: Bundle, residency: str, remedy: str) -> None:
+def test_the_error_of_a_given_policy_names_the_next(sdxl: Bundle, residency: str, remedy: str) -> None:
     plan = estimate_memory(
         sdxl, provider="tensorrt", capacity=4 * GB, residency=residency, sizes=exact_sizes(1024, 1024)
     )
@@ -251,7 +249,7 @@ def test_a_stated_policy_that_does_not_fit_names_the_next(sdxl: Bundle, residenc
         plan.check()
 
 
-def test_a_larger_picture_takes_more(sdxl: Bundle) -> None:
+def test_a_larger_picture_needs_more_memory(sdxl: Bundle) -> None:
     peaks = [
         estimate_memory(sdxl, provider="tensorrt", capacity=None, sizes=exact_sizes(side, side)).peak
         for side in (512, 768, 1024, 1536)
@@ -259,7 +257,7 @@ def test_a_larger_picture_takes_more(sdxl: Bundle) -> None:
     assert peaks == sorted(set(peaks))
 
 
-def test_onnxruntime_streams_nothing_and_says_so(sdxl: Bundle) -> None:
+def test_with_onnxruntime_stream_equals_swap(sdxl: Bundle) -> None:
     stream, swap = (
         estimate_memory(sdxl, provider="ort-cpu", capacity=16 * GB, residency=residency)
         for residency in ("stream", "swap")
@@ -270,26 +268,26 @@ def test_onnxruntime_streams_nothing_and_says_so(sdxl: Bundle) -> None:
     assert fallbacks(swap) == ()
 
 
-def test_what_comes_next_where_memory_runs_out(sdxl: Bundle) -> None:
+def test_fallbacks_are_the_smaller_policies(sdxl: Bundle) -> None:
     def next_of(residency: str) -> tuple[str, ...]:
         return fallbacks(estimate_memory(sdxl, provider="tensorrt", capacity=None, residency=residency))
 
     assert [next_of(residency) for residency in RESIDENCIES] == [("swap", "stream"), ("stream",), ()]
 
 
-def test_on_the_host_each_session_has_activations_of_its_own(sdxl: Bundle) -> None:
+def test_on_the_host_each_session_has_its_own_activations(sdxl: Bundle) -> None:
     plan = estimate_memory(sdxl, provider="ort-cpu", capacity=None)
     assert plan.peak == sum(need.weights + need.io + need.activations for need in plan.needs)
-    assert plan.host == 0, "the files are mapped"
+    assert plan.host == 0, "the files are memory-mapped"
 
 
-def test_a_component_needs_its_weights_in_fp32_and_more_on_the_host(component_of: Callable[..., object]) -> None:
+def test_on_the_host_a_component_needs_more_than_its_fp32_weights(component_of: Callable[..., object]) -> None:
     fp32, fp16 = (host_need(component_of("unet", 1_000_000, precision)) for precision in ("fp32", "fp16"))
     assert 1.4 * 4_000_000 <= fp32 <= 2 * 4_000_000
     assert 1.9 * 4_000_000 <= fp16 <= 2.5 * 4_000_000
 
 
-def test_phases_are_those_of_a_run_and_tensorrt_takes_the_bf16_twin() -> None:
+def test_phases_are_those_of_a_run_and_tensorrt_uses_the_bf16_twin() -> None:
     phases = run_phases(MINI.manifest, "tensorrt")
     assert list(phases) == ["encode", "base", "refiner", "decode"]
     assert phases["encode"] == ("text_encoder", "text_encoder_2")
@@ -310,7 +308,7 @@ def test_without_a_refiner_there_is_no_refiner_phase() -> None:
     assert [phase.name for phase in plan.phases] == ["encode", "base", "decode"]
 
 
-def test_a_run_that_comes_once_keeps_no_engine_on_a_cpu() -> None:
+def test_a_single_run_on_a_cpu_swaps() -> None:
     assert settled_residency("auto", "ort-cpu", once=True) == "swap"
     assert settled_residency("auto", "ort-cpu", once=False) == "auto"
     assert settled_residency("resident", "ort-cpu", once=True) == "resident"

@@ -1,4 +1,4 @@
-"""The pool loads what a phase needs, ahead of it where it may; under `swap` the experts never share memory."""
+"""The pool loads what a phase needs, ahead of time if allowed; under `swap` the UNets never share memory."""
 
 import logging
 import threading
@@ -17,13 +17,13 @@ NAMES = ("text_encoder", "unet", "refiner_unet", "vae_decoder")
 UNETS = ("unet", "refiner_unet")
 RUN = tuple(zip(NAMES, (*NAMES[1:], ""), strict=True))
 WAIT = 20
-"""Seconds after which a thread that should have ended is called stuck; none is waited for in a test that passes."""
+"""Seconds after which a thread counts as stuck; a passing test never waits that long."""
 
 
 class Machine:
-    """Counts the engines that are loaded at once; `events` is what happened, in order, in any thread.
+    """Counts the engines that are loaded at once; `events` lists all events in order, of every thread.
 
-    `errors` maps an event to what is raised in its place. `hold` stops an event until the test lets it go on.
+    `errors` maps an event to the error that it raises. `hold` blocks an event until the test releases it.
     """
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class Machine:
 
     def happens(self, event: str) -> None:
         if event in self.hold:
-            assert self.hold[event].wait(WAIT), f"nobody let {event} go on"
+            assert self.hold[event].wait(WAIT), f"the test did not release {event}"
         if event in self.errors:
             raise self.errors[event]
         self.events.append(event)
@@ -50,7 +50,7 @@ class Machine:
 
 
 class FakeEngine:
-    component: Component  # no test asks for it
+    component: Component  # no test uses it
 
     def __init__(self, name: str, machine: Machine) -> None:
         self.name, self.machine = name, machine
@@ -96,7 +96,7 @@ def make_pool(bundle: Bundle, machine: Machine) -> Callable[..., EnginePool]:
 
 
 def run(pool: EnginePool, pictures: int = 1) -> None:
-    """Take a request through all phases, every picture in every one of them."""
+    """Run a request through all phases, with all pictures in each."""
     for name, after in RUN:
         (engine,) = pool.phase(name, next_engines=(after,) if after else ())
         for _ in range(pictures):
@@ -130,7 +130,7 @@ def test_resident_loads_each_engine_once(make_pool, machine: Machine) -> None:
     assert pool.swaps == 0
 
 
-def test_what_gives_way_is_freed_and_the_unets_stay(make_pool, machine: Machine) -> None:
+def test_small_components_are_freed_and_the_unets_stay(make_pool, machine: Machine) -> None:
     with make_pool("resident", keeps=UNETS) as pool:
         run(pool)
         assert sorted(machine.loaded) == ["refiner_unet", "unet", "vae_decoder"]
@@ -140,7 +140,7 @@ def test_what_gives_way_is_freed_and_the_unets_stay(make_pool, machine: Machine)
 
 
 @pytest.mark.parametrize("residency", ["resident", "swap"])
-def test_a_phase_may_hold_several_engines_and_keeps_them(make_pool, machine: Machine, residency: str) -> None:
+def test_a_phase_may_use_several_engines_and_keeps_them(make_pool, machine: Machine, residency: str) -> None:
     with make_pool(residency) as pool:
         assert [engine.name for engine in pool.phase("text_encoder", "unet")] == ["text_encoder", "unet"]
         pool.phase("unet")
@@ -161,7 +161,7 @@ def test_a_request_swaps_unets_once_however_many_pictures(make_pool, residency: 
         run(pool, pictures)
         assert pool.swaps == 1
         run(pool, pictures)
-        assert pool.swaps == 3, "back to the base, and to the refiner again"
+        assert pool.swaps == 3, "to the base and to the refiner again"
 
 
 def test_under_swap_a_thread_reads_the_next_plan_while_this_one_runs(make_pool, machine: Machine) -> None:
@@ -189,21 +189,21 @@ def test_under_resident_a_thread_loads_the_next_engine_while_this_one_runs(make_
     assert machine.threads["load refiner_unet"] != machine.threads["load unet"]
 
 
-def test_what_may_not_stay_is_read_ahead_under_resident_too(make_pool, machine: Machine) -> None:
+def test_a_component_that_is_not_kept_is_prefetched_under_resident(make_pool, machine: Machine) -> None:
     with make_pool("resident", keeps=UNETS) as pool:
         pool.phase("refiner_unet", next_engines=("vae_decoder",))
         pool.phase("vae_decoder")
         assert machine.events == ["load refiner_unet", "prefetch vae_decoder", "load vae_decoder"]
 
 
-def test_what_is_loaded_is_not_made_ready_again(make_pool, machine: Machine) -> None:
+def test_a_loaded_engine_is_not_prepared_again(make_pool, machine: Machine) -> None:
     with make_pool("resident") as pool:
         pool.phase(*UNETS)
         pool.phase("unet", next_engines=("refiner_unet",))
         assert machine.events == ["load unet", "load refiner_unet"]
 
 
-def test_what_was_read_ahead_in_vain_is_freed(make_pool, machine: Machine) -> None:
+def test_an_unused_prefetch_is_freed(make_pool, machine: Machine) -> None:
     with make_pool("swap") as pool:
         pool.phase("unet", next_engines=("refiner_unet",))
         pool.phase("vae_decoder")
@@ -220,7 +220,7 @@ def test_an_error_of_the_thread_is_raised_by_the_next_phase(
         pool.phase("unet", next_engines=("refiner_unet",))
         with pytest.raises(CorruptError, match="the plan is damaged"):
             pool.phase("refiner_unet")
-        assert "unload refiner_unet" in machine.events, "what it had read is freed"
+        assert "unload refiner_unet" in machine.events, "the engine is freed"
         machine.errors.clear()
         pool.phase("refiner_unet")
         assert "refiner_unet" in machine.loaded
@@ -236,7 +236,7 @@ def test_an_error_that_no_phase_can_raise_is_logged(
     assert machine.loaded == []
 
 
-def test_a_plan_that_does_not_fit_into_host_memory_is_read_when_its_turn_comes(
+def test_a_plan_that_cannot_be_prefetched_is_read_in_its_phase(
     make_pool, machine: Machine, caplog: pytest.LogCaptureFixture
 ) -> None:
     machine.errors["prefetch refiner_unet"] = ResourceError("out of host memory")
@@ -249,7 +249,7 @@ def test_a_plan_that_does_not_fit_into_host_memory_is_read_when_its_turn_comes(
 
 
 @pytest.mark.parametrize("residency", ["resident", "swap"])
-def test_a_pool_that_is_left_waits_for_its_thread(make_pool, machine: Machine, residency: str) -> None:
+def test_closing_a_pool_waits_for_its_thread(make_pool, machine: Machine, residency: str) -> None:
     event = "load refiner_unet" if residency == "resident" else "prefetch refiner_unet"
     machine.hold[event] = threading.Event()
     with pytest.raises(RuntimeError, match="stop"), make_pool(residency) as pool:  # noqa: PT012
@@ -260,14 +260,14 @@ def test_a_pool_that_is_left_waits_for_its_thread(make_pool, machine: Machine, r
     assert "unload refiner_unet" in machine.events
 
 
-def test_engines_are_freed_when_the_work_fails(make_pool, machine: Machine) -> None:
+def test_engines_are_freed_after_an_error(make_pool, machine: Machine) -> None:
     with pytest.raises(RuntimeError, match="stop"), make_pool("resident") as pool:  # noqa: PT012
         pool.phase("unet", "refiner_unet")
         raise RuntimeError("stop")
     assert machine.loaded == []
 
 
-def test_an_engine_that_does_not_unload_keeps_no_other_and_no_device(
+def test_a_failing_unload_still_frees_the_others_and_the_device(
     make_pool, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     closed = []
@@ -284,19 +284,19 @@ def test_an_engine_that_does_not_unload_keeps_no_other_and_no_device(
     assert closed == ["device"]
 
 
-def test_an_engine_that_did_not_load_is_tried_again(make_pool, machine: Machine) -> None:
+def test_an_engine_can_be_loaded_after_a_failed_load(make_pool, machine: Machine) -> None:
     machine.errors["load unet"] = EngineError("loading unet")
     with make_pool("resident") as pool:
         with pytest.raises(EngineError):
             pool.phase("unet")
-        assert machine.events == ["unload unet"], "what it had taken is freed"
+        assert machine.events == ["unload unet"], "the engine is freed"
         machine.errors.clear()
         pool.phase("unet")
         assert pool.loads == ["unet"]
 
 
 class Full(Machine):
-    """A device with room for so many engines, and for so much of a UNet's weights."""
+    """A device with room for `room` engines; if `streamed`, a UNet fits only with a weight budget."""
 
     def __init__(self, room: int, streamed: bool = False) -> None:
         super().__init__()
@@ -312,7 +312,7 @@ class Full(Machine):
 
 
 @pytest.mark.parametrize("ahead", [True, False])
-def test_out_of_memory_under_resident_goes_on_with_swap(
+def test_out_of_memory_under_resident_continues_with_swap(
     bundle: Bundle, ahead: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     machine = Full(room=1)
@@ -327,7 +327,7 @@ def test_out_of_memory_under_resident_goes_on_with_swap(
     assert caplog.records[0].levelno == logging.WARNING
 
 
-def test_out_of_memory_under_swap_goes_on_with_stream(bundle: Bundle, caplog: pytest.LogCaptureFixture) -> None:
+def test_out_of_memory_under_swap_continues_with_stream(bundle: Bundle, caplog: pytest.LogCaptureFixture) -> None:
     machine = Full(room=1, streamed=True)
     budgets = {"unet": 700, "refiner_unet": 600}
     with EnginePool(bundle, machine.make, "resident", "fake", fallbacks=("swap", "stream"), budgets=budgets) as pool:
@@ -338,7 +338,7 @@ def test_out_of_memory_under_swap_goes_on_with_stream(bundle: Bundle, caplog: py
     assert machine.loaded == []
 
 
-def test_what_was_loaded_whole_is_loaded_again_with_its_budget(bundle: Bundle) -> None:
+def test_an_engine_loaded_whole_is_loaded_again_with_its_budget(bundle: Bundle) -> None:
     class Tight(Machine):
         def happens(self, event: str) -> None:
             if event == "load refiner_unet" and "refiner_unet" not in self.budgets:
@@ -362,7 +362,7 @@ def test_out_of_memory_under_the_last_policy_is_an_error(bundle: Bundle, fallbac
     assert machine.loaded == []
 
 
-def test_a_stand_in_runs_under_the_name_of_what_it_stands_for(make_pool, machine: Machine) -> None:
+def test_a_replacement_runs_under_the_name_of_the_original(make_pool, machine: Machine) -> None:
     with make_pool("swap", replaced={"text_encoder": "vae_decoder"}) as pool:
         pool.phase("unet", next_engines=("text_encoder",))
         (engine,) = pool.phase("text_encoder")

@@ -1,4 +1,4 @@
-"""CUDA's runtime as the engines use it: errors, lifetimes, copies, capture, on the simulated device."""
+"""CUDA's runtime on the simulated device: errors, lifetimes, copies and graph capture."""
 
 import sys
 import threading
@@ -13,7 +13,7 @@ from sdxl_trt.engines.backends.cuda.streams import Stream
 from sdxl_trt.engines.errors import EngineError, IncompatibleError, ResourceError
 
 
-def test_errors_are_told_apart_by_names_that_cuda_has() -> None:
+def test_the_names_of_errors_exist_in_cuda() -> None:
     names = set(cuda_runtime().cudaError_t.__members__)
     assert {*cuda_module._STICKY, *cuda_module._NO_DEVICE, cuda_module._OUT_OF_MEMORY} <= names
 
@@ -51,7 +51,7 @@ def test_calls_return_what_cuda_returns(simulated) -> None:
     assert cuda.memory() == (simulated.memory_limit, simulated.memory_limit)
 
 
-def test_every_thread_is_put_on_the_device_once(simulated) -> None:
+def test_every_thread_sets_its_device_once(simulated) -> None:
     cuda = Cuda()
     for _ in range(3):
         cuda.memory()
@@ -79,7 +79,7 @@ def test_memory_is_freed_once_and_counted(simulated) -> None:
     second.free()
 
 
-def test_memory_that_is_not_there_is_a_resource_error(simulated) -> None:
+def test_a_failed_allocation_is_a_resource_error(simulated) -> None:
     cuda = Cuda()
     simulated.fail_allocation()
     with pytest.raises(ResourceError, match="allocating the block: out of memory"):
@@ -114,7 +114,7 @@ def test_copies_arrive_after_synchronize(simulated, rng) -> None:
     there[:] = values
     stream.upload(block.address, there, "x")
     stream.download(back, block.address, "x")
-    assert not np.array_equal(back, values)  # the device has not been waited for
+    assert not np.array_equal(back, values)  # not synchronized yet
     stream.synchronize("x")
     np.testing.assert_array_equal(back, values)
     assert simulated.since() == {"HostToDevice": 128, "DeviceToHost": 128}
@@ -122,7 +122,7 @@ def test_copies_arrive_after_synchronize(simulated, rng) -> None:
         each.free()
 
 
-def test_a_lost_device_is_told_and_still_let_go(simulated) -> None:
+def test_a_lost_device_raises_and_can_still_be_freed(simulated) -> None:
     cuda = Cuda()
     stream, block, pinned = Stream(cuda), DeviceBuffer(cuda, 256, "x"), PinnedBuffer(cuda, 256, "x")
     simulated.sticky_after(0)
@@ -138,7 +138,7 @@ def test_a_lost_device_is_told_and_still_let_go(simulated) -> None:
 
 @pytest.fixture
 def captured(simulated):
-    """Return the device, a stream, and a function that queues a copy of 256 bytes to and on the device."""
+    """Return the device, a stream, a function that enqueues a copy of 256 bytes there and back, and both arrays."""
     cuda = Cuda()
     stream, pinned = Stream(cuda), PinnedBuffer(cuda, 512, "x")
     block = DeviceBuffer(cuda, 256, "x")
@@ -171,7 +171,7 @@ def test_a_captured_sequence_runs_when_it_is_launched(captured) -> None:
 
 
 def test_other_threads_may_allocate_during_a_capture(captured) -> None:
-    """A refiner is loaded by a thread while the base's step is captured."""
+    """A thread loads the refiner while the base's step is captured."""
     _, stream, copy, *_ = captured
 
     def record() -> None:
@@ -183,8 +183,8 @@ def test_other_threads_may_allocate_during_a_capture(captured) -> None:
     stream.capture(record, "capturing").free()
 
 
-def test_a_capture_that_breaks_is_ended(captured) -> None:
-    """The recording itself fails, CUDA invalidates it, or it cannot even begin: the stream works on."""
+def test_a_failed_capture_leaves_the_stream_usable(captured) -> None:
+    """The recording raises, CUDA invalidates it, or it cannot begin."""
     device, stream, copy, _, back = captured
 
     def fail() -> None:

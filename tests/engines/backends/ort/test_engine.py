@@ -1,4 +1,4 @@
-"""ONNX Runtime behind the Engine protocol, on a graph small enough to compute by hand."""
+"""The Engine protocol on ONNX Runtime, with a graph small enough to compute by hand."""
 
 import hashlib
 import sys
@@ -30,7 +30,7 @@ Make = Callable[[Path], Bundle]
 
 
 def _graph(weights: np.ndarray) -> bytes:
-    """Return out_sample = sample @ weights + text_embeds and scaled = timestep * 2, with the weights outside."""
+    """Return the graph out_sample = sample @ weights + text_embeds, scaled = timestep * 2, with external weights."""
     from onnx import TensorProto, helper
 
     tensor = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=weights.shape)
@@ -97,7 +97,7 @@ def bundle(tmp_path: Path, weights: np.ndarray) -> Bundle:
 
 
 class OnDevice(OrtEngine):
-    """The way of a GPU, with the CPU as the device: ONNX Runtime's own memory, bindings and copies."""
+    """The code path of a GPU with the CPU as the device: ONNX Runtime's own memory, bindings and copies."""
 
     def load(self) -> None:
         super().load()
@@ -118,7 +118,7 @@ def inputs(rng: np.random.Generator) -> dict[str, np.ndarray]:
 
 @pytest.fixture
 def embeds(rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Return bound constants with more rows than a call has."""
+    """Return constants with more rows than a call has."""
     return {"text_embeds": rng.standard_normal((4, 5)).astype(np.float32)}
 
 
@@ -132,7 +132,7 @@ def test_it_computes_the_graph(engine, inputs, embeds, weights) -> None:
     np.testing.assert_array_equal(result["scaled"], [2, 4])
 
 
-def test_bound_constants_are_cut_to_the_rows_of_a_call(engine, inputs, embeds) -> None:
+def test_constants_are_sliced_to_the_rows_of_a_call(engine, inputs, embeds) -> None:
     engine.load()
     engine.bind(embeds)
     both = engine.infer(inputs)["out_sample"]
@@ -140,7 +140,7 @@ def test_bound_constants_are_cut_to_the_rows_of_a_call(engine, inputs, embeds) -
     np.testing.assert_allclose(one, both[:1], rtol=1e-6)
 
 
-def test_only_the_asked_outputs_come_back(engine, inputs, embeds) -> None:
+def test_only_requested_outputs_are_returned(engine, inputs, embeds) -> None:
     engine.load()
     engine.bind(embeds)
     assert list(engine.infer(inputs, ["scaled"])) == ["scaled"]
@@ -148,7 +148,7 @@ def test_only_the_asked_outputs_come_back(engine, inputs, embeds) -> None:
         engine.infer(inputs, ["no_such_output"])
 
 
-def test_results_belong_to_the_caller(engine, inputs, embeds) -> None:
+def test_the_caller_owns_the_results(engine, inputs, embeds) -> None:
     engine.load()
     engine.bind(embeds)
     first = engine.infer(inputs)["out_sample"]
@@ -158,7 +158,7 @@ def test_results_belong_to_the_caller(engine, inputs, embeds) -> None:
 
 
 def test_large_weights_outlive_their_file(tmp_path: Path, rng: np.random.Generator) -> None:
-    """More than a megabyte, as engines map it; the file may go once the session stands."""
+    """More than a megabyte, which engines map; the file may change once the session is created."""
     weights = rng.standard_normal((512, 1024)).astype(np.float32)
     engine = OrtEngine(_bundle(tmp_path, weights, _graph(weights)), "unet")
     engine.load()
@@ -169,7 +169,7 @@ def test_large_weights_outlive_their_file(tmp_path: Path, rng: np.random.Generat
     np.testing.assert_allclose(result, sample @ weights, rtol=1e-3, atol=1e-3)
 
 
-def test_infer_before_load_says_what_to_call(engine, inputs) -> None:
+def test_the_error_of_infer_before_load_names_the_call(engine, inputs) -> None:
     with pytest.raises(EngineError, match=r"unet: infer before load; call load\(\) first"):
         engine.infer(inputs)
 
@@ -205,7 +205,7 @@ def test_nothing_is_read_before_prefetch(bundle: Bundle) -> None:
 @pytest.mark.parametrize("name", ["model.onnx", "weights.data"])
 @pytest.mark.parametrize("call", ["prefetch", "load"])
 def test_a_changed_byte_is_found_before_the_backend_sees_it(engine, bundle, name, call, monkeypatch) -> None:
-    monkeypatch.setattr(ort_module, "_onnxruntime", lambda _provider: pytest.fail("the damaged file was handed over"))
+    monkeypatch.setattr(ort_module, "_onnxruntime", lambda _provider: pytest.fail("ONNX Runtime got the damaged file"))
     content = bytearray((bundle.root / name).read_bytes())
     content[len(content) // 2] ^= 1
     (bundle.root / name).write_bytes(bytes(content))
@@ -213,7 +213,7 @@ def test_a_changed_byte_is_found_before_the_backend_sees_it(engine, bundle, name
         getattr(engine, call)()
 
 
-def test_unload_frees_and_load_makes_it_ready_again(engine, inputs, embeds) -> None:
+def test_an_engine_can_be_loaded_again_after_unload(engine, inputs, embeds) -> None:
     engine.load()
     engine.load()
     engine.bind(embeds)
@@ -231,7 +231,7 @@ def test_unload_frees_and_load_makes_it_ready_again(engine, inputs, embeds) -> N
     np.testing.assert_array_equal(engine.infer(inputs)["out_sample"], before)
 
 
-def test_unload_frees_what_was_only_prefetched(engine) -> None:
+def test_unload_frees_a_prefetch(engine) -> None:
     engine.prefetch()
     mapped = engine._weights
     engine.unload()
@@ -239,7 +239,7 @@ def test_unload_frees_what_was_only_prefetched(engine) -> None:
     assert engine._graph is None
 
 
-def test_a_graph_that_onnx_runtime_refuses_is_explained(tmp_path: Path, weights: np.ndarray) -> None:
+def test_a_graph_that_onnx_runtime_rejects_is_explained(tmp_path: Path, weights: np.ndarray) -> None:
     engine = OrtEngine(_bundle(tmp_path, weights, b"not a graph"), "unet")
     with pytest.raises(EngineError, match="loading unet: ONNX Runtime failed") as caught:
         engine.load()
@@ -247,7 +247,7 @@ def test_a_graph_that_onnx_runtime_refuses_is_explained(tmp_path: Path, weights:
     assert caught.value.__cause__ is not None
 
 
-def test_a_graph_cannot_name_another_file(tmp_path: Path, weights: np.ndarray) -> None:
+def test_a_graph_cannot_refer_to_another_file(tmp_path: Path, weights: np.ndarray) -> None:
     (tmp_path / "secrets.data").write_bytes(weights.tobytes())
     graph = _graph(weights).replace(b"weights.data", b"secrets.data")
     with pytest.raises(EngineError):
@@ -261,7 +261,7 @@ def test_a_missing_backend_names_the_extra(engine, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("std::bad_alloc"), RuntimeError("Failed to allocate 9")])
-def test_memory_is_told_apart_from_failure(engine, inputs, embeds, error: Exception, monkeypatch) -> None:
+def test_out_of_memory_is_a_resource_error(engine, inputs, embeds, error: Exception, monkeypatch) -> None:
     def fail(*_: object) -> None:
         raise error
 
@@ -275,7 +275,7 @@ def test_memory_is_told_apart_from_failure(engine, inputs, embeds, error: Except
 
 
 class Uploads:
-    """ONNX Runtime's OrtValue, with the arrays that went to the device on record."""
+    """Records the arrays that ONNX Runtime's OrtValue copies to the device."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         import onnxruntime
@@ -290,13 +290,13 @@ class Uploads:
         monkeypatch.setattr(onnxruntime.OrtValue, "ortvalue_from_numpy", recorded)
 
 
-def test_constants_go_to_the_device_once_a_phase(bundle, inputs, embeds, weights, monkeypatch) -> None:
+def test_constants_are_copied_once_per_phase(bundle, inputs, embeds, weights, monkeypatch) -> None:
     engine, uploads = OnDevice(bundle, "unet"), Uploads(monkeypatch)
     engine.bind(embeds)
     engine.load()
     engine.infer(inputs)
     engine.infer({name: array[:1] for name, array in inputs.items()})
-    assert uploads.sizes == [(4, 5)]  # whole, whatever the rows of a call
+    assert uploads.sizes == [(4, 5)]  # all rows, whatever the rows of a call
     engine.bind({"text_embeds": embeds["text_embeds"] + 1})
     result = engine.infer(inputs)["out_sample"]
     assert uploads.sizes == [(4, 5), (4, 5)]
@@ -314,7 +314,7 @@ def test_constants_on_the_device_are_a_copy(bundle, inputs, embeds) -> None:
     np.testing.assert_array_equal(engine.infer(inputs)["out_sample"], before)
 
 
-def test_an_input_wins_over_a_constant_of_its_name(engine, inputs, embeds) -> None:
+def test_an_input_overrides_a_constant_of_its_name(engine, inputs, embeds) -> None:
     engine.load()
     engine.bind(embeds)
     given = {"text_embeds": np.zeros((2, 5), np.float32)}
@@ -322,7 +322,7 @@ def test_an_input_wins_over_a_constant_of_its_name(engine, inputs, embeds) -> No
     np.testing.assert_allclose(changed + embeds["text_embeds"][:2], engine.infer(inputs)["out_sample"], atol=1e-6)
 
 
-def test_arrays_of_any_layout_are_taken(engine, inputs, embeds) -> None:
+def test_arrays_of_any_memory_layout_are_accepted(engine, inputs, embeds) -> None:
     engine.load()
     engine.bind(embeds)
     expected = engine.infer(inputs)["out_sample"]
@@ -331,7 +331,7 @@ def test_arrays_of_any_layout_are_taken(engine, inputs, embeds) -> None:
     np.testing.assert_array_equal(engine.infer(turned)["out_sample"], expected)
 
 
-def test_a_compiled_graph_names_the_shapes_that_it_takes(engine, inputs, embeds) -> None:
+def test_the_error_of_a_compiled_graph_names_its_shapes(engine, inputs, embeds) -> None:
     engine.load()
     engine.bind(embeds)
     one = {"sample": (1, 3), "timestep": (1,), "text_embeds": (1, 5)}
@@ -341,7 +341,7 @@ def test_a_compiled_graph_names_the_shapes_that_it_takes(engine, inputs, embeds)
     engine.infer({name: array[:1] for name, array in inputs.items()})
 
 
-def test_an_engine_of_another_tensorrt_says_what_to_remove(engine, monkeypatch) -> None:
+def test_the_error_for_a_stale_cached_engine_names_the_folder(engine, monkeypatch) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("TensorRT EP could not deserialize engine from cache: /x/TensorrtExecutionProvider_1.engine")
 
@@ -357,13 +357,13 @@ def test_each_provider_names_its_package(bundle, provider, extra, monkeypatch) -
         OrtEngine(bundle, "unet", provider).load()
 
 
-def test_an_unknown_provider_names_the_known(bundle) -> None:
+def test_the_error_for_an_unknown_provider_lists_the_known(bundle) -> None:
     with pytest.raises(UsageError, match="ort-cpu, ort-cuda, ort-tensorrt"):
         OrtEngine(bundle, "unet", "ort-metal")
 
 
 @pytest.mark.parametrize("provider", ["ort-cpu", "ort-cuda"])
-def test_bf16_is_refused_where_no_kernel_has_it(bundle, provider) -> None:
+def test_bf16_is_refused_without_kernels_for_it(bundle, provider) -> None:
     component = msgspec.structs.replace(bundle.manifest.components["unet"], precision="bf16")
     wide = Bundle(bundle.root, msgspec.structs.replace(bundle.manifest, components={"unet": component}))
     with pytest.raises(IncompatibleError, match="bf16"):
@@ -371,7 +371,7 @@ def test_bf16_is_refused_where_no_kernel_has_it(bundle, provider) -> None:
     OrtEngine(wide, "unet", "ort-tensorrt")
 
 
-def test_a_bundle_of_plans_alone_is_refused(tmp_path: Path) -> None:
+def test_a_bundle_of_plans_only_is_refused(tmp_path: Path) -> None:
     import msgspec
 
     from sdxl_trt.engines.bundle.bundle import Bundle, read_bundle

@@ -1,4 +1,4 @@
-"""Which of ONNX Runtime's execution providers serves a provider, with what options, and fallbacks found out."""
+"""The choice of ONNX Runtime's execution provider, its options, and the detection of fallbacks."""
 
 import hashlib
 import re
@@ -38,7 +38,7 @@ GRAPHICS = [TENSORRT, CUDA, CPU]
 
 
 class Session:
-    """What InferenceSession was given, and the assignment that it is to tell."""
+    """An InferenceSession that records its arguments and returns a fixed assignment."""
 
     def __init__(self, graph: bytes, options: Any, providers: Any = None, enable_fallback: int = 1) -> None:
         self.graph, self.options, self.providers, self.fallback = graph, options, providers, enable_fallback
@@ -70,7 +70,7 @@ class Device:
 
 
 class Options:
-    """SessionOptions that remember what is asked of them."""
+    """SessionOptions that record their calls."""
 
     def __init__(self) -> None:
         self.entries: dict[str, str] = {}
@@ -84,7 +84,7 @@ class Options:
 
 
 class Runtime:
-    """An `onnxruntime` for GPUs. Its calls have the real ones' names and arguments, which a test below compares."""
+    """An `onnxruntime` for GPUs. A test below compares the names of its functions with the real ones."""
 
     __version__ = "1.31.1"
     SessionOptions = Options
@@ -124,7 +124,7 @@ def without_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Install a plugin whose library is not there."""
+    """Install a plugin whose library is missing."""
     module = ModuleType("onnxruntime_ep_nv_tensorrt_rtx")
     library = tmp_path / "libplugin.so"
     module.get_library_path = lambda: str(library)
@@ -139,20 +139,20 @@ def test_the_cpu_needs_nothing() -> None:
 
 @pytest.mark.parametrize("provider", ["ort-cuda", "ort-tensorrt"])
 @pytest.mark.usefixtures("without_plugin")
-def test_a_provider_that_is_not_there_names_the_package(provider: str) -> None:
-    """Of the real onnxruntime that is installed for CPUs."""
+def test_a_missing_provider_names_the_package(provider: str) -> None:
+    """With the real onnxruntime for CPUs."""
     if CUDA in onnxruntime.get_available_providers():
         pytest.skip("this onnxruntime has CUDA")
     with pytest.raises(IncompatibleError, match=r"CPUExecutionProvider; pip uninstall -y onnxruntime && pip install"):
         choose_provider(onnxruntime, provider)
 
 
-def test_what_is_there_is_chosen(capsys: pytest.CaptureFixture[str], plugin: Path) -> None:
+def test_an_available_provider_is_chosen(capsys: pytest.CaptureFixture[str], plugin: Path) -> None:
     assert choose_provider(Runtime(*GRAPHICS), "ort-cuda") == ExecutionProvider(CUDA)
     assert choose_provider(Runtime(*GRAPHICS), "ort-tensorrt") == ExecutionProvider(TENSORRT, profiled=True)
     assert choose_provider(Runtime(CPU), "ort-tensorrt") == ExecutionProvider(RTX, plugin=True, profiled=True)
     with pytest.raises(IncompatibleError):
-        choose_provider(Runtime(CPU), "ort-cuda")  # the plugin is no CUDA provider
+        choose_provider(Runtime(CPU), "ort-cuda")  # the plugin is not a CUDA provider
     assert capsys.readouterr().out == ""
 
 
@@ -163,7 +163,7 @@ def _open(chosen: ExecutionProvider, bundle: Bundle, runtime: Any, graph: bytes 
     return session
 
 
-def test_cuda_alone_for_cuda(bundle: Bundle) -> None:
+def test_ort_cuda_uses_only_cuda(bundle: Bundle) -> None:
     session = _open(ExecutionProvider(CUDA), bundle, Runtime(*GRAPHICS))
     ((name, options),) = session.providers
     assert name == CUDA
@@ -176,7 +176,7 @@ def test_tensorrt_gets_shapes_and_a_private_cache(bundle: Bundle, tmp_path: Path
     (name, options), (second, _) = session.providers
     assert (name, second) == (TENSORRT, CUDA)
     assert session.fallback == 0
-    # A model trained on 16 x 16 latents, in steps of 4; guidance takes two rows.
+    # A model trained on 16 x 16 latents, in multiples of 4; guidance needs two rows.
     assert "sample:1x4x8x8," in options["trt_profile_min_shapes"]
     assert "sample:2x4x16x16," in options["trt_profile_opt_shapes"]
     assert "sample:2x4x16x16," in options["trt_profile_max_shapes"]
@@ -196,7 +196,7 @@ def test_the_plugin_gets_the_first_gpu_and_its_options(bundle: Bundle, plugin: P
     assert runtime.registered == [(RTX, str(plugin))]
     assert "sample:2x4x16x16," in options["nv_profile_opt_shapes"]
     _open(ExecutionProvider(RTX, plugin=True, profiled=True), bundle, runtime)
-    assert len(runtime.registered) == 1  # once in a process
+    assert len(runtime.registered) == 1  # once per process
 
 
 def test_the_options_of_the_plugin_are_those_of_its_header(bundle: Bundle) -> None:
@@ -211,19 +211,19 @@ def test_the_options_of_the_plugin_are_those_of_its_header(bundle: Bundle) -> No
 
 
 @pytest.mark.usefixtures("plugin")
-def test_a_plugin_without_a_gpu_says_which_it_takes(bundle: Bundle) -> None:
+def test_a_plugin_without_a_gpu_names_the_supported_ones(bundle: Bundle) -> None:
     with pytest.raises(IncompatibleError, match=r"no GPU that it supports.*8\.9"):
         _open(ExecutionProvider(RTX, plugin=True, profiled=True), bundle, Runtime(CPU, devices=(CPU,)))
 
 
 @pytest.mark.usefixtures("plugin")
 def test_a_plugin_that_does_not_load_is_explained(bundle: Bundle) -> None:
-    """By the real ONNX Runtime."""
+    """With the real ONNX Runtime."""
     with pytest.raises(IncompatibleError, match=r"does not load .*libplugin\.so.*NVIDIA driver"):
         OrtEngine(bundle, "unet", "ort-tensorrt").load()
 
 
-def test_the_stand_in_has_the_real_names() -> None:
+def test_the_substitute_has_the_real_names() -> None:
     real = onnxruntime.SessionOptions()
     for name in ("add_session_config_entry", "add_provider_for_devices"):
         assert hasattr(real, name)
@@ -236,7 +236,7 @@ def test_the_stand_in_has_the_real_names() -> None:
 
 @pytest.fixture
 def recorded(bundle: Bundle) -> Any:
-    """Return a real session of the text encoder that has recorded what it runs where."""
+    """Return a real session of the text encoder that has recorded its graph assignment."""
     component = bundle.manifest.components["text_encoder"]
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
@@ -247,13 +247,13 @@ def recorded(bundle: Bundle) -> Any:
     return onnxruntime.InferenceSession(graph, options, providers=[CPU], enable_fallback=0)
 
 
-def test_a_session_where_it_should_be_passes(recorded: Any) -> None:
+def test_a_session_on_the_right_provider_passes(recorded: Any) -> None:
     check_session(recorded, CPU, "text_encoder")
 
 
 @pytest.mark.filterwarnings("ignore:Specified provider")
 def test_the_real_fallback_to_the_cpu_is_refused(bundle: Bundle) -> None:
-    """ONNX Runtime without CUDA makes a session for it all the same, on the CPU, with a warning at most."""
+    """Without CUDA, ONNX Runtime still creates the session, on the CPU, at most with a warning."""
     if CUDA in onnxruntime.get_available_providers():
         pytest.skip("this onnxruntime has CUDA")
     engine = OrtEngine(bundle, "text_encoder")
@@ -271,7 +271,7 @@ def test_operators_left_to_the_cpu_are_named(recorded: Any) -> None:
         check_session(Started(b"", None, [CUDA]), CUDA, "text_encoder")
 
 
-def test_a_session_that_leaves_everything_to_its_second_is_refused() -> None:
+def test_a_session_that_runs_on_its_second_provider_is_refused() -> None:
     class Idle(Session):
         def get_provider_graph_assignment_info(self) -> list[Any]:
             return [Part(CUDA, ["Conv"]), Part(TENSORRT, ["Cast"])]
@@ -280,7 +280,7 @@ def test_a_session_that_leaves_everything_to_its_second_is_refused() -> None:
         check_session(Idle(b"", None, [TENSORRT, CUDA]), TENSORRT, "unet")
 
 
-def test_a_graph_that_holds_compiled_code_is_refused(bundle: Bundle) -> None:
+def test_a_graph_with_compiled_code_is_refused(bundle: Bundle) -> None:
     from onnx import TensorProto, helper
 
     value = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])
@@ -291,8 +291,8 @@ def test_a_graph_that_holds_compiled_code_is_refused(bundle: Bundle) -> None:
         _open(ExecutionProvider(CUDA), bundle, Runtime(*GRAPHICS), graph)
 
 
-def test_engines_of_other_weights_lie_elsewhere(bundle: Bundle) -> None:
-    """ONNX Runtime tells engines apart by the names in the graph, which fine-tunes share."""
+def test_engines_of_other_weights_have_another_folder(bundle: Bundle) -> None:
+    """ONNX Runtime identifies engines by the names in the graph, which fine-tunes share."""
     unet = bundle.manifest.components["unet"]
     tuned, redrawn = (
         Bundle(bundle.root, msgspec.structs.replace(bundle.manifest, components={"unet": other}))
@@ -315,7 +315,7 @@ def test_engines_of_other_weights_lie_elsewhere(bundle: Bundle) -> None:
 
 
 @pytest.mark.parametrize("place", ["sdxl-trt", "sdxl-trt/onnxruntime"])
-def test_a_cache_that_others_may_write_is_refused(bundle: Bundle, tmp_path: Path, place: str) -> None:
+def test_a_cache_that_others_can_write_is_refused(bundle: Bundle, tmp_path: Path, place: str) -> None:
     limits = shape_limits(bundle, "unet")
     engine_cache(bundle, "unet", "ep", limits)
     (tmp_path / "cache" / place).chmod(0o777)
@@ -323,7 +323,7 @@ def test_a_cache_that_others_may_write_is_refused(bundle: Bundle, tmp_path: Path
         engine_cache(bundle, "unet", "ep", limits)
 
 
-def test_a_cache_that_cannot_be_made_is_a_usage_error(
+def test_a_cache_that_cannot_be_created_is_a_usage_error(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "cache").write_text("a file")
@@ -332,8 +332,8 @@ def test_a_cache_that_cannot_be_made_is_a_usage_error(
         engine_cache(bundle, "unet", "ep", shape_limits(bundle, "unet"))
 
 
-def test_sizes_of_plans_are_kept(bundle: Bundle) -> None:
-    """Two profiles of a static plan come to one that holds both, tuned for guidance."""
+def test_the_sizes_of_plans_are_used(bundle: Bundle) -> None:
+    """Two profiles of a static plan become one that covers both, tuned for guidance."""
     unet = bundle.manifest.components["unet"]
     rows = [Profile(shapes={"timestep": ((n,), (n,), (n,))}) for n in (1, 2)]
     key = PlanKey(
@@ -352,7 +352,7 @@ def test_sizes_of_plans_are_kept(bundle: Bundle) -> None:
     assert shape_limits(planned, "refiner_unet") == shape_limits(bundle, "refiner_unet")
 
 
-def test_the_default_sizes_hold_what_the_runtime_asks_for(bundle: Bundle) -> None:
+def test_the_default_sizes_cover_the_inputs_of_a_run(bundle: Bundle) -> None:
     inputs = {"sample": (2, 4, 16, 16), "timestep": (2,), "encoder_hidden_states": (2, 77, 112), "time_ids": (2, 6)}
     assert shape_limits(bundle, "unet").holds(inputs)
     assert np.prod(shape_limits(bundle, "vae_decoder").shapes["latent_sample"][1]) == 4 * 16 * 16

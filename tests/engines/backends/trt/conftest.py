@@ -1,4 +1,4 @@
-"""The outline pair's bundle with simulated plans, and what a test needs to run them."""
+"""The outline pair's bundle with simulated plans, and fixtures to run them."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -26,7 +26,7 @@ Inputs = dict[str, np.ndarray]
 
 
 class Planned:
-    """A bundle with simulated plans for `simulated`; engines, inputs for them, and what ONNX Runtime makes of those."""
+    """A bundle with simulated plans for `simulated`: makes engines, their inputs, and ONNX Runtime references."""
 
     def __init__(self, simulated: Any, root: Path) -> None:
         self.bundle: Bundle = read_bundle(root)
@@ -49,7 +49,7 @@ class Planned:
         return {name: array for name, array in inputs.items() if name in STEP}
 
     def run(self, engine: Any, inputs: Inputs) -> Inputs:
-        """Run one step of a phase of its own."""
+        """Bind the constants of `inputs` and run one step."""
         engine.bind(self.constants(inputs))
         return dict(engine.infer(self.step(inputs) or inputs))
 
@@ -60,7 +60,7 @@ class Planned:
             np.testing.assert_allclose(found[name], array, atol=TOLERANCE, rtol=0, err_msg=name)
 
     def assert_empty(self) -> None:
-        """Nothing is on the device, and none of TensorRT's objects but the runtime lives."""
+        """Assert that the device is empty, and that no TensorRT engine or context is alive."""
         assert self._simulated.current_bytes == 0
         assert self._simulated.living["ICudaEngine"] == self._simulated.living["IExecutionContext"] == 0
 
@@ -74,7 +74,7 @@ def _reference(root: Path, name: str) -> OrtEngine:
 
 def _random_inputs(component: Component, seed: int, **axes: int) -> Inputs:
     rng = np.random.default_rng(seed)
-    # The sides of a picture are those of its latents, but for an encoder: it takes pixels.
+    # The sides are in latents, except for a VAE encoder: it takes pixels.
     sizes = AXES | ({"height": 16, "width": 16} if component.kind == "vae_encoder" else {}) | axes
     inputs = {}
     for spec in component.inputs:
@@ -86,21 +86,21 @@ def _random_inputs(component: Component, seed: int, **axes: int) -> Inputs:
 
 @pytest.fixture(scope="session")
 def outline(pairs) -> Path:
-    """Export the bundle before the stand-ins are installed: torch looks for a `tensorrt` of its own."""
+    """Export the bundle before the simulated modules are installed: torch imports `tensorrt` if it finds it."""
     return Path(pairs("outline").bundle)
 
 
 @pytest.fixture(scope="session")
 def made() -> dict[str, tuple[Path, dict[str, tuple[Path, Path]]]]:
-    """Remember bundles with plans between tests, and where the simulated device finds their graphs."""
+    """Cache bundles with plans between tests, and the paths of their graphs for the simulated device."""
     return {}
 
 
 @pytest.fixture
 def plan(outline, simulated, tmp_path_factory, made) -> Callable[..., Planned]:
-    """Return a function that gives the bundle with plans of the sizes and options that it is told.
+    """Return a function that returns the bundle with plans of the given sizes and options.
 
-    It is shared with other tests, unless `fresh`: a test that changes it asks for one of its own.
+    Tests share it; a test that changes it needs a `fresh` one.
     """
 
     def get(*, fresh: bool = False, **options: Any) -> Planned:

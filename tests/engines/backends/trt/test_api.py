@@ -1,4 +1,4 @@
-"""TensorRT's module as it is found on a machine: there, absent, broken, too old; and what it logs."""
+"""TensorRT's module: present, missing, broken or too old; and its log messages."""
 
 import sys
 import threading
@@ -12,7 +12,7 @@ from sdxl_trt.engines.errors import IncompatibleError
 
 
 def _module(name: str, version: str | None, bindings: str = "") -> types.ModuleType:
-    """Return a module such as `tensorrt`: its classes may come from another package, its version too."""
+    """Return a module like `tensorrt`; its classes and its version may come from another package."""
     module = types.ModuleType(name)
     runtime = type("Runtime", (), {"__module__": f"{bindings or name}.{bindings or name}"})
     module.Runtime = runtime  # type: ignore[attr-defined]
@@ -29,7 +29,7 @@ def _module(name: str, version: str | None, bindings: str = "") -> types.ModuleT
         ("tensorrt-rtx", "tensorrt_rtx", "1.0.0"),
     ],
 )
-def test_a_module_that_is_new_enough_is_returned(flavour: Any, name: str, version: str, monkeypatch) -> None:
+def test_a_recent_module_is_returned(flavour: Any, name: str, version: str, monkeypatch) -> None:
     module = _module(name, version)
     monkeypatch.setitem(sys.modules, name, module)
     assert tensorrt_module(flavour) is module
@@ -44,7 +44,7 @@ def test_a_module_that_is_new_enough_is_returned(flavour: Any, name: str, versio
         ("tensorrt-rtx", "tensorrt_rtx", "0.9.0"),
     ],
 )
-def test_an_old_module_is_refused_with_the_command_that_mends_it(flavour, name, version, monkeypatch) -> None:
+def test_an_old_module_is_refused_with_the_pip_command(flavour, name, version, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, name, _module(name, version))
     with pytest.raises(IncompatibleError, match=rf"{name} {version} is too old, (11|1)\.0 or later.*pip install"):
         tensorrt_module(flavour)
@@ -59,7 +59,7 @@ def test_a_missing_module_names_the_command(flavour: Any, name: str, monkeypatch
 
 
 def test_the_version_may_be_that_of_the_bindings(monkeypatch) -> None:
-    """`tensorrt` re-exports the names of `tensorrt_bindings`; where it leaves the version out, theirs counts."""
+    """`tensorrt` re-exports the names of `tensorrt_bindings`; if it has no version, theirs counts."""
     monkeypatch.setitem(sys.modules, "tensorrt_bindings", _module("tensorrt_bindings", "11.4.0.106"))
     module = _module("tensorrt", None, bindings="tensorrt_bindings")
     assert library_version(module) == "11.4.0.106"
@@ -67,14 +67,14 @@ def test_the_version_may_be_that_of_the_bindings(monkeypatch) -> None:
     assert tensorrt_module("tensorrt") is module
 
 
-def test_a_module_that_does_not_say_its_version_is_too_old(monkeypatch) -> None:
+def test_a_module_without_a_version_is_too_old(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", _module("tensorrt", None))
     with pytest.raises(IncompatibleError, match="too old"):
         tensorrt_module("tensorrt")
 
 
 class _ILogger:
-    """TensorRT's base: it wants its own constructor called, and its severities are an enumeration's."""
+    """TensorRT's base class: its own constructor must be called, and its severities are enum members."""
 
     Severity = types.SimpleNamespace(
         **{name: types.SimpleNamespace(name=name) for name in ("INTERNAL_ERROR", "ERROR", "WARNING", "INFO", "VERBOSE")}
@@ -91,7 +91,7 @@ def _log(logger: Any, severity: str, message: str) -> None:
     logger.log(getattr(_ILogger.Severity, severity), message)
 
 
-def test_a_logger_hands_everything_to_its_sink_and_prints_nothing(capfd) -> None:
+def test_a_logger_passes_everything_to_its_sink_and_prints_nothing(capfd) -> None:
     heard: list[tuple[str, str]] = []
     logger = make_logger(TRT, lambda severity, text: heard.append((severity, text)))
     assert isinstance(logger, _ILogger)
@@ -125,7 +125,7 @@ def test_the_first_error_is_the_reason_in_one_line() -> None:
     assert messages.errors() == []
 
 
-def test_a_thread_is_told_of_its_own_errors_alone() -> None:
+def test_a_thread_sees_only_its_own_errors() -> None:
     messages = Messages()
     messages("ERROR", "mine")
     heard: list[list[str]] = []
@@ -143,7 +143,7 @@ def test_a_thread_is_told_of_its_own_errors_alone() -> None:
     assert messages.errors() == ["mine"]
 
 
-def test_old_messages_are_let_go() -> None:
+def test_old_messages_are_dropped() -> None:
     messages = Messages()
     for i in range(1000):
         messages("ERROR", str(i))

@@ -1,4 +1,4 @@
-"""The device that TensorRT engines share: opened, closed, and asked."""
+"""The device that TensorRT engines share: opening, closing, and calls of TensorRT."""
 
 import pytest
 
@@ -19,7 +19,7 @@ def test_without_tensorrt_there_is_no_device(simulated) -> None:
         open_device("tensorrt-rtx")
 
 
-def test_an_old_error_explains_no_new_one(device) -> None:
+def test_an_old_error_does_not_explain_a_new_failure(device) -> None:
     device.messages("ERROR", "Requested size was 5 bytes: out of memory")
     with pytest.raises(EngineError, match="asking: TensorRT failed: it gave no reason"):
         device.ask("asking", lambda: None)
@@ -32,7 +32,7 @@ def test_an_old_error_explains_no_new_one(device) -> None:
         (MemoryError("std::bad_alloc"), ResourceError, "asking: out of memory; try --residency"),
     ],
 )
-def test_what_the_binding_raises_is_explained(device, raised: Exception, kind: type, text: str) -> None:
+def test_an_exception_of_the_binding_is_explained(device, raised: Exception, kind: type, text: str) -> None:
     def fail() -> None:
         raise raised
 
@@ -41,7 +41,7 @@ def test_what_the_binding_raises_is_explained(device, raised: Exception, kind: t
     assert caught.value.__cause__ is raised
 
 
-def test_a_runtime_that_is_not_made_is_explained(planned, device, monkeypatch) -> None:
+def test_a_failed_runtime_is_explained(planned, device, monkeypatch) -> None:
     def fail(logger: object) -> None:
         raise TypeError("pybind11::init(): factory function returned nullptr")
 

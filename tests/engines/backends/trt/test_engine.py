@@ -1,4 +1,4 @@
-"""TensorRT engines on the simulated device: what they compute, what they move, and when they capture."""
+"""TensorRT engines on the simulated device: results, copies, and captured graphs."""
 
 import logging
 
@@ -12,10 +12,10 @@ from sdxl_trt.engines.errors import SizeError
 @pytest.mark.parametrize(
     "name", ["unet", "refiner_unet", "text_encoder", "text_encoder_2", "vae_decoder", "vae_encoder"]
 )  # fmt: skip
-def test_every_component_gives_what_onnx_runtime_gives(planned, device, name: str) -> None:
+def test_every_component_equals_onnx_runtime(planned, device, name: str) -> None:
     engine, reference = planned.engine(name, device), planned.reference(name)
     engine.load()
-    for seed in range(3):  # plainly, captured, launched again
+    for seed in range(3):  # without a graph, captured, launched again
         inputs = planned.inputs(name, seed)
         if "timestep" in inputs:
             planned.assert_near(planned.run(engine, inputs), planned.run(reference, inputs))
@@ -24,7 +24,7 @@ def test_every_component_gives_what_onnx_runtime_gives(planned, device, name: st
     engine.unload()
 
 
-def test_a_phase_has_new_constants_in_old_places(planned, device, simulated) -> None:
+def test_new_constants_keep_their_addresses(planned, device, simulated) -> None:
     engine, reference = planned.engine("unet", device), planned.reference("unet")
     engine.load()
     for seed in range(4):
@@ -37,8 +37,8 @@ def test_a_phase_has_new_constants_in_old_places(planned, device, simulated) -> 
     engine.unload()
 
 
-def test_guidance_off_is_a_prefix_of_what_is_bound(planned, device, simulated) -> None:
-    """Rows go from 2 to 1 and back in the middle of a phase; nothing is bound or captured again."""
+def test_guidance_off_uses_the_first_rows_of_the_constants(planned, device, simulated) -> None:
+    """Rows change from 2 to 1 and back during a phase; nothing is bound or captured again."""
     engine, reference, inputs = planned.engine("unet", device), planned.reference("unet"), planned.inputs("unet")
     engine.load()
     engine.bind(planned.constants(inputs))
@@ -76,7 +76,7 @@ def test_many_shapes_share_a_few_contexts(planned, device, simulated) -> None:
     engine.unload()
 
 
-def test_what_is_bound_may_be_given_for_one_call(planned, device) -> None:
+def test_an_input_overrides_a_constant_for_one_call(planned, device) -> None:
     engine, reference = planned.engine("unet", device), planned.reference("unet")
     engine.load()
     inputs, other = planned.inputs("unet"), planned.inputs("unet", 1)
@@ -91,7 +91,7 @@ def test_what_is_bound_may_be_given_for_one_call(planned, device) -> None:
     engine.unload()
 
 
-def test_only_what_is_asked_for_comes_back(planned, device, simulated) -> None:
+def test_only_requested_outputs_are_copied_back(planned, device, simulated) -> None:
     engine, inputs = planned.engine("text_encoder_2", device), planned.inputs("text_encoder_2")
     engine.load()
     whole = engine.infer(inputs)
@@ -106,7 +106,7 @@ def test_only_what_is_asked_for_comes_back(planned, device, simulated) -> None:
     engine.unload()
 
 
-def test_results_belong_to_the_caller(planned, device) -> None:
+def test_the_caller_owns_the_results(planned, device) -> None:
     engine, inputs = planned.engine("vae_decoder", device), planned.inputs("vae_decoder")
     engine.load()
     first = engine.infer(inputs)["sample"]
@@ -117,7 +117,7 @@ def test_results_belong_to_the_caller(planned, device) -> None:
     np.testing.assert_array_equal(first, 0)
 
 
-def test_a_step_moves_the_latents_the_timestep_and_the_prediction(planned, device, simulated) -> None:
+def test_a_step_copies_only_latents_timestep_and_prediction(planned, device, simulated) -> None:
     engine, inputs = planned.engine("unet", device), planned.inputs("unet")
     engine.load()
     simulated.since()
@@ -133,7 +133,7 @@ def test_a_step_moves_the_latents_the_timestep_and_the_prediction(planned, devic
     engine.unload()
 
 
-def test_a_graph_is_captured_once_a_shape_and_launched_after(planned, device, simulated) -> None:
+def test_a_graph_is_captured_once_per_shape_and_then_launched(planned, device, simulated) -> None:
     engine = planned.engine("unet", device)
     engine.load()
     for height in (8, 16):
@@ -156,7 +156,7 @@ def test_a_single_run_captures_nothing(planned, device, simulated) -> None:
 
 
 @pytest.mark.parametrize("failure", ["fail_capture", "fail_next_execute"])
-def test_a_capture_that_fails_is_told_once_and_done_without(planned, device, simulated, caplog, failure: str) -> None:
+def test_a_failed_capture_warns_once_and_the_engine_continues(planned, device, simulated, caplog, failure: str) -> None:
     engine, reference = planned.engine("unet", device), planned.reference("unet")
     engine.load()
     inputs = planned.inputs("unet")

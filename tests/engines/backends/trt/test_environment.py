@@ -1,4 +1,4 @@
-"""What a machine says of itself: with the simulated GPU, without one, with TensorRT for RTX."""
+"""The environment of a machine: with the simulated GPU, without one, and with TensorRT for RTX."""
 
 import importlib
 import platform
@@ -25,13 +25,13 @@ SHORT = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  1000.12  Sat Aug 19 01:
 
 @pytest.fixture
 def driver_file(tmp_path: Path, monkeypatch) -> Path:
-    """Return the file that the kernel's driver would show; it is not there."""
+    """Return the path that replaces the driver's file in /proc; the file does not exist."""
     file = tmp_path / "version"
     monkeypatch.setattr(environment, "_DRIVER_FILE", file)
     return file
 
 
-def test_here_names_all_that_binds_a_plan(simulated, driver_file: Path) -> None:
+def test_the_environment_has_every_field(simulated, driver_file: Path) -> None:
     driver_file.write_text(OPEN)
     found = current_environment("tensorrt")
     assert found.flavour == "tensorrt"
@@ -41,24 +41,24 @@ def test_here_names_all_that_binds_a_plan(simulated, driver_file: Path) -> None:
 
 
 @pytest.mark.parametrize(("text", "driver"), [(CLOSED, "535.104.05"), (SHORT, "1000.12"), ("nothing", "CUDA 13.5")])
-def test_the_driver_is_the_kernels_or_what_it_supports(simulated, driver_file: Path, text: str, driver: str) -> None:
+def test_the_driver_s_version_is_the_kernel_s_or_cuda_s(simulated, driver_file: Path, text: str, driver: str) -> None:
     driver_file.write_text(text)
     assert current_environment("tensorrt").driver == driver
 
 
-def test_without_the_kernels_file_the_driver_is_what_it_supports(simulated, driver_file: Path) -> None:
+def test_without_the_kernel_s_file_it_is_cuda_s(simulated, driver_file: Path) -> None:
     assert current_environment("tensorrt").driver == "CUDA 13.5"
 
 
-def test_plans_for_rtx_are_bound_to_no_gpu(simulated) -> None:
+def test_plans_for_rtx_depend_on_no_gpu(simulated) -> None:
     simulated.install("tensorrt-rtx")
     found = current_environment("tensorrt-rtx")
     assert (found.gpu, found.compute_capability, found.driver) == (ANY, ANY, ANY)
     assert found.tensorrt == sys.modules["tensorrt_rtx"].__version__
-    assert not simulated.calls, "a GPU was asked for"
+    assert not simulated.calls, "CUDA was called"
 
 
-def test_the_other_flavour_is_not_installed(simulated) -> None:
+def test_a_flavour_that_is_not_installed_is_an_error(simulated) -> None:
     with pytest.raises(IncompatibleError, match="provider tensorrt-rtx needs tensorrt_rtx"):
         current_environment("tensorrt-rtx")
 
@@ -68,7 +68,7 @@ def test_a_device_is_found(simulated) -> None:
 
 
 class _WithoutDevice(types.ModuleType):
-    """CUDA's runtime on a machine where asking for the number of devices ends in `error`."""
+    """CUDA's runtime on a machine where cudaGetDeviceCount returns `error` and `count`."""
 
     def __init__(self, error: str, count: int | None) -> None:
         super().__init__("cuda.bindings.runtime")
@@ -86,7 +86,7 @@ class _WithoutDevice(types.ModuleType):
         ("cudaSuccess", 0, "there is none, or CUDA_VISIBLE_DEVICES hides it"),
     ],
 )
-def test_what_is_missing_is_said_in_one_line(error: str, count: int | None, text: str, monkeypatch) -> None:
+def test_a_missing_device_is_explained_in_one_line(error: str, count: int | None, text: str, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", _WithoutDevice(error, count))
     reason = device_available()
     assert reason is not None
@@ -94,6 +94,6 @@ def test_what_is_missing_is_said_in_one_line(error: str, count: int | None, text
     assert "\n" not in reason
 
 
-def test_missing_bindings_are_said_too(monkeypatch) -> None:
+def test_missing_bindings_are_explained_too(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
     assert "pip install 'sdxl-trt[tensorrt]'" in str(device_available())

@@ -1,4 +1,4 @@
-"""TensorRT engines on the simulated device: everything that can go wrong ends in the right error, and leaks nothing."""
+"""TensorRT engines on the simulated device: every failure raises the right error and leaks nothing."""
 
 from typing import Any
 
@@ -49,12 +49,12 @@ def test_wrong_inputs_are_usage_errors(planned, device) -> None:
     engine.unload()
     engine.load()
     with pytest.raises(UsageError, match="but the graph takes"):
-        engine.infer(planned.step(inputs))  # what was bound went with the engine
+        engine.infer(planned.step(inputs))  # unload freed the constants
     engine.unload()
 
 
 def _scenario(planned: Any, device: TrtDevice, engine: TrtEngine) -> None:
-    """Plain, captured and launched; with buffers that grow, and captured again."""
+    """Run without a graph, capture, launch; then with larger buffers, and capture again."""
     engine.load()
     for height in (8, 8, 8, 12, 12):
         planned.run(engine, planned.inputs("unet", height=height))
@@ -86,7 +86,7 @@ def test_memory_may_run_out_at_every_allocation(planned, device, simulated) -> N
     engine.unload()
 
 
-def test_an_engine_that_does_not_fit_leaves_the_others_alone(planned, device, simulated) -> None:
+def test_an_engine_that_does_not_fit_does_not_affect_the_others(planned, device, simulated) -> None:
     needs = {name: record.memory.activations for name, record in planned.records.items()}
     small, large = sorted(("unet", "refiner_unet"), key=lambda name: needs[name])
     engine, other, reference = planned.engine(small, device), planned.engine(large, device), planned.reference(small)
@@ -117,8 +117,8 @@ def test_a_bind_that_fails_leaves_nothing_bound(planned, device, simulated) -> N
     engine.unload()
 
 
-def test_a_kept_error_keeps_no_engine(planned, device, simulated) -> None:
-    """Its traceback would hold gigabytes on the device while the next policy is tried."""
+def test_a_kept_error_keeps_no_engine_alive(planned, device, simulated) -> None:
+    """Its traceback would keep gigabytes on the device while the next policy is tried."""
     engine = planned.engine("unet", device)
     kept: list[Exception] = []
     for failing in range(1, 4):  # weights, context, activations
@@ -163,7 +163,7 @@ def test_a_device_may_be_lost_at_every_call(plan, simulated) -> None:
     assert all("this process can no longer use the GPU" in message for message in messages)
 
 
-def test_a_plan_that_tensorrt_does_not_load_is_explained(planned, device, simulated) -> None:
+def test_a_failed_deserialization_is_explained(planned, device, simulated) -> None:
     engine = planned.engine("unet", device)
     simulated.fail_next_deserialize()
     with pytest.raises(EngineError, match=r"loading unet: TensorRT failed: .*Engine deserialization failed"):
@@ -173,8 +173,8 @@ def test_a_plan_that_tensorrt_does_not_load_is_explained(planned, device, simula
     engine.unload()
 
 
-def test_a_device_that_was_lost_before_a_load_is_told_as_lost(planned, device, simulated) -> None:
-    """TensorRT only says that it could not load: a kernel of another engine took the device with it."""
+def test_a_device_lost_before_a_load_is_reported_as_lost(planned, device, simulated) -> None:
+    """TensorRT only reports that it could not load; a kernel of another engine lost the device."""
     engine = planned.engine("unet", device)
     engine.prefetch()
     device.cuda.enter("x")
@@ -190,7 +190,7 @@ def _changed(planned: Any, name: str, **changes: Any) -> PlanRecord:
     return msgspec.structs.replace(record, **changes)
 
 
-def test_a_plan_of_another_version_is_refused_as_such(plan, simulated, device) -> None:
+def test_a_plan_of_another_version_is_incompatible(plan, simulated, device) -> None:
     planned = plan(environment=msgspec.structs.replace(simulated.environment(), tensorrt="11.0.0.114"))
     with pytest.raises(
         IncompatibleError, match=r"loading unet: TensorRT failed: .*Serialization.*; build the plan again"
@@ -199,7 +199,7 @@ def test_a_plan_of_another_version_is_refused_as_such(plan, simulated, device) -
     planned.assert_empty()
 
 
-def test_a_plan_cut_short_never_reaches_tensorrt(plan, simulated, device) -> None:
+def test_a_truncated_plan_never_reaches_tensorrt(plan, simulated, device) -> None:
     planned = plan(fresh=True)
     path = planned.bundle.path(planned.records["unet"].file)
     path.write_bytes(path.read_bytes()[:-1])
@@ -208,8 +208,8 @@ def test_a_plan_cut_short_never_reaches_tensorrt(plan, simulated, device) -> Non
     assert simulated.deserialized == []
 
 
-def test_a_plan_is_held_against_the_manifest(planned, device, simulated) -> None:
-    """Bytes that the manifest vouches for may still be another component's, or of other profiles."""
+def test_a_plan_is_compared_with_the_manifest(planned, device, simulated) -> None:
+    """A plan with the right digest may still be another component's, or have other profiles."""
     encoder = planned.records["vae_encoder"]
     key = planned.records["unet"].key
     shapes = {name: tuple((size[0] + 1, *size[1:]) for size in sizes) for name, sizes in key.profiles[0].shapes.items()}
@@ -228,7 +228,7 @@ def test_a_plan_is_held_against_the_manifest(planned, device, simulated) -> None
         planned.assert_empty()
 
 
-def test_a_run_that_fails_says_why_and_the_next_one_goes_on(planned, device, simulated) -> None:
+def test_a_failed_run_is_explained_and_the_next_one_works(planned, device, simulated) -> None:
     engine, reference, inputs = planned.engine("unet", device), planned.reference("unet"), planned.inputs("unet")
     engine.load()
     engine.bind(planned.constants(inputs))

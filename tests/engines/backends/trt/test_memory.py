@@ -1,4 +1,4 @@
-"""TensorRT engines on the simulated device: what they hold, give back, and share between threads."""
+"""TensorRT engines on the simulated device: the memory they hold, free, and share between threads."""
 
 import threading
 from typing import Any
@@ -8,7 +8,7 @@ import pytest
 from sdxl_trt.engines.errors import IncompatibleError
 
 
-def test_the_activations_are_one_block_of_the_neediest(planned, device, simulated) -> None:
+def test_the_activations_are_one_block_of_the_largest_need(planned, device, simulated) -> None:
     names = ("unet", "refiner_unet", "vae_decoder")
     needs = {name: planned.records[name].memory.activations for name in names}
     assert len(set(needs.values())) == 3
@@ -26,8 +26,8 @@ def test_the_activations_are_one_block_of_the_neediest(planned, device, simulate
     planned.assert_empty()
 
 
-def test_a_block_that_moves_under_a_graph_is_noticed(planned, device) -> None:
-    """A larger engine comes and goes between the steps of a smaller one, whose graph names the old block."""
+def test_a_graph_is_dropped_if_the_activations_move(planned, device) -> None:
+    """A larger engine is loaded and unloaded between steps of a smaller one, whose graph uses the old block."""
     needs = {name: record.memory.activations for name, record in planned.records.items()}
     small, large = sorted(("unet", "refiner_unet"), key=lambda name: needs[name])
     engine, other, reference = planned.engine(small, device), planned.engine(large, device), planned.reference(small)
@@ -42,7 +42,7 @@ def test_a_block_that_moves_under_a_graph_is_noticed(planned, device) -> None:
     engine.unload()
 
 
-def test_memory_grows_with_what_is_used(planned, device, simulated) -> None:
+def test_memory_grows_with_the_shapes_in_use(planned, device, simulated) -> None:
     engine = planned.engine("unet", device)
     engine.load()
     loaded = simulated.current_bytes
@@ -91,7 +91,7 @@ def test_weights_may_stay_in_host_memory(plan, device, simulated) -> None:
         planned.assert_empty()
 
 
-def test_a_plan_that_cannot_stream_is_refused_a_budget(planned, device) -> None:
+def test_a_weight_budget_needs_a_plan_that_streams(planned, device) -> None:
     with pytest.raises(IncompatibleError, match=r"unet: its plan cannot stream weights.*--weight-streaming"):
         planned.engine("unet", device, weight_budget=1000)
 
@@ -116,7 +116,7 @@ def test_the_plan_is_read_by_prefetch_and_dropped_by_load(planned, device, simul
 
 
 def test_one_engine_loads_while_another_runs(planned, device, simulated) -> None:
-    """As the refiner does during the base phase; the block of activations grows and shrinks meanwhile."""
+    """Like the refiner during the base phase; the block of activations grows and shrinks meanwhile."""
     engine, reference = planned.engine("unet", device), planned.reference("unet")
     engine.load()
     inputs = planned.inputs("unet")
@@ -163,7 +163,7 @@ def _is_free(lock: Any) -> bool:
     return answers[0]
 
 
-def test_the_device_is_held_while_anything_is_on_its_stream(planned, device, monkeypatch) -> None:
+def test_the_lock_is_held_during_all_work_on_the_stream(planned, device, monkeypatch) -> None:
     engine, inputs = planned.engine("unet", device), planned.inputs("unet")
     asked: list[str] = []
 

@@ -1,4 +1,4 @@
-"""What only TensorRT for RTX has, on stand-ins written from its documentation: nothing here was seen on a GPU."""
+"""Features of TensorRT for RTX, on substitutes written from its documentation; nothing was verified on a GPU."""
 
 import types
 from pathlib import Path
@@ -73,10 +73,10 @@ def test_kernels_are_kept_for_the_next_process(folder: Path) -> None:
     assert file.stat().st_mode & 0o777 == 0o600
     assert KernelCache(TRT, _Engine(), DIGEST).create_context(_Engine()).cache.content == b"compiled here"
     other = KernelCache(TRT, _Engine(), DIGEST[::-1]).create_context(_Engine())
-    assert other.cache.content == b"compiled kernels", "the cache of another plan was taken"
+    assert other.cache.content == b"compiled kernels", "the cache of another plan was used"
 
 
-def test_kernels_that_others_could_have_written_are_left_alone(folder: Path) -> None:
+def test_kernels_that_others_can_write_are_not_used(folder: Path) -> None:
     KernelCache(TRT, _Engine(), DIGEST).save()
     (file,) = folder.iterdir()
     file.write_bytes(b"planted")
@@ -84,14 +84,14 @@ def test_kernels_that_others_could_have_written_are_left_alone(folder: Path) -> 
     assert KernelCache(TRT, _Engine(), DIGEST).create_context(_Engine()).cache.content == b"compiled kernels"
 
 
-def test_a_folder_that_cannot_be_written_costs_time_only(folder: Path) -> None:
+def test_a_folder_that_cannot_be_written_costs_only_time(folder: Path) -> None:
     folder.parent.mkdir()
-    folder.write_text("a file in the way")
+    folder.write_text("a file at its path")
     KernelCache(TRT, _Engine(), DIGEST).save()
-    assert folder.read_text() == "a file in the way"
+    assert folder.read_text() == "a file at its path"
 
 
-def test_without_the_calls_nothing_is_kept(folder: Path) -> None:
+def test_without_the_api_nothing_is_cached(folder: Path) -> None:
     cache = KernelCache(TRT, object(), DIGEST)
     assert not cache.usable
     cache.save()
@@ -99,7 +99,7 @@ def test_without_the_calls_nothing_is_kept(folder: Path) -> None:
 
 
 class _Manager:
-    """Holds four bytes of weights that live at the address they are saved to."""
+    """A weights manager that records its calls and lets the call `fail` fail."""
 
     def __init__(self, runtime: Any, fail: str = "") -> None:
         self.runtime = runtime
@@ -147,7 +147,7 @@ def test_weights_that_cannot_be_moved_are_an_error(simulated, failing: str) -> N
         with pytest.raises(EngineError, match="weights: TensorRT failed"):  # noqa: PT012 - whichever comes first
             parked.park()
             parked.restore()
-        assert (parked._host is None) == (failing == "save"), "what was not saved must not pass for it"
+        assert (parked._host is None) == (failing == "save"), "weights that were not saved must not be restored"
         parked.free()
 
 
@@ -161,7 +161,7 @@ def exported(pairs) -> Path:
     return Path(pairs("outline").bundle)
 
 
-def test_the_flavour_runs_without_any_of_it(exported: Path, simulated, tmp_path: Path) -> None:
+def test_the_rtx_flavour_runs_without_these_features(exported: Path, simulated, tmp_path: Path) -> None:
     simulated.install("tensorrt-rtx")
     bundle = read_bundle(simulated.bundle(exported, tmp_path / "bundle", height=16, width=16))
     record = next(record for record in bundle.manifest.plans if record.key.component == "vae_decoder")
