@@ -1,4 +1,4 @@
-"""The checks of `make gpu-check` as tests, on machines that have a GPU."""
+"""The checks of `make gpu-check` as tests, on machines with a GPU."""
 
 import pytest
 
@@ -11,7 +11,7 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
-    """One for all checks: plans are built by the first that builds them, runs are made once."""
+    """Return one workplace for all checks, so that plans are built and runs made only once."""
     reason = device_available()
     if reason:
         pytest.skip(reason)

@@ -1,4 +1,4 @@
-"""A GPU that is not there: stand-ins for TensorRT and CUDA's runtime, held against the real bindings."""
+"""A simulated GPU: stand-ins for TensorRT and CUDA's runtime, checked against the real bindings."""
 
 __all__ = ["SimulatedDevice", "SimulationError"]
 

@@ -36,7 +36,7 @@ class ILogger(Bound, original="ILogger"):
 
 
 class Logger(ILogger, original="Logger"):
-    """Prints what is at least as severe as `min_severity`."""
+    """Prints messages of `min_severity` or worse."""
 
     Severity = Severity
 
@@ -62,7 +62,7 @@ for _each in (ILogger, Logger):
 
 
 class IStreamReaderV2(Bound, original="IStreamReaderV2"):
-    """Base of what reads a plan piece by piece; a subclass overrides read(num_bytes, stream) and seek."""
+    """Base of readers that read a plan in pieces; a subclass overrides read(num_bytes, stream) and seek."""
 
     def __init__(self) -> None:
         pass
@@ -75,11 +75,11 @@ class IStreamReaderV2(Bound, original="IStreamReaderV2"):
 
 
 class Runtime(Bound, original="Runtime"):
-    """Turns plans into engines. It keeps its logger alive, and is kept by its engines."""
+    """Deserializes plans. It keeps its logger alive, and its engines keep it alive."""
 
     def __init__(self, logger: Any) -> None:
         current().living["Runtime"] += 1
-        object.__setattr__(self, "_state", {"logger": logger, "log": _teller(current(), logger), "threads": 1})
+        object.__setattr__(self, "_state", {"logger": logger, "log": _log_function(current(), logger), "threads": 1})
         weakref.finalize(self, current().living.subtract, ["Runtime"]).atexit = False
 
     @property
@@ -101,7 +101,7 @@ class Runtime(Bound, original="Runtime"):
     @engine_host_code_allowed.setter
     def engine_host_code_allowed(self, value: bool) -> None:
         if value:
-            raise SimulationError("engine_host_code_allowed was set: plans would bring code that runs on the host")
+            raise SimulationError("engine_host_code_allowed was set: plans could run code on the host")
 
     def deserialize_cuda_engine(self, serialized_engine: Any = None, stream_reader_v2: Any = None) -> Any:
         device = current()
@@ -118,18 +118,18 @@ class Runtime(Bound, original="Runtime"):
         return engine
 
 
-def _teller(device: Any, logger: Any) -> Any:
-    """Return a function that logs a message; it does not keep the runtime."""
+def _log_function(device: Any, logger: Any) -> Any:
+    """Return a function that logs a message; it does not keep the runtime alive."""
 
-    def tell(message: str, severity: Any = Severity.ERROR) -> None:
+    def log(message: str, severity: Any = Severity.ERROR) -> None:
         device.logged.append((severity.name, message))
         logger.log(severity, message)
 
-    return tell
+    return log
 
 
 def _refusal(device: Any, plan: Plan | None) -> str:
-    """Return what TensorRT says of a plan that it does not take, or ""."""
+    """Return TensorRT's error for a plan that it rejects, or ""."""
     doing = "IRuntime::deserializeCudaEngine: Error Code"
     if plan is None:
         return f"{doing} 1: Serialization (assertion magicTagRead == kMAGIC_TAG failed. Magic tag does not match)"
@@ -140,7 +140,7 @@ def _refusal(device: Any, plan: Plan | None) -> str:
     if device.spoils_capture():
         return f"{doing} 1: Cuda Runtime (operation not permitted when stream is capturing)"
     if plan.graph + plan.weights not in device.sources:
-        raise SimulationError(f"the plan of {plan.component} names a graph that no simulated bundle has")
+        raise SimulationError(f"the plan of {plan.component} refers to a graph that no simulated bundle has")
     return _mismatch(device, plan, doing)
 
 
@@ -157,7 +157,7 @@ def _mismatch(device: Any, plan: Plan, doing: str) -> str:
 
 
 def _read(reader: Any) -> bytes:
-    """Read a plan as TensorRT does: its head, back to the start, then the whole in pieces."""
+    """Read a plan as TensorRT does: its head, then from the start again, whole, in pieces."""
     head = _exactly(reader, HEAD)
     if len(head) < HEAD or head[: len(MAGIC)] != MAGIC:
         return head
@@ -172,7 +172,7 @@ def _exactly(reader: Any, size: int) -> bytes:
         wanted = min(_CHUNK, size - len(content))
         piece = bytes(reader.read(wanted, 0))
         if len(piece) > wanted:
-            raise SimulationError(f"a stream reader gave {len(piece)} bytes where {wanted} were asked for")
+            raise SimulationError(f"a stream reader returned {len(piece)} bytes, {wanted} were requested")
         if not piece:
             break
         content += piece
@@ -184,14 +184,14 @@ _NUMPY = {"FLOAT": np.float32, "HALF": np.float16, "INT8": np.int8, "INT32": np.
 
 
 def nptype(trt_type: Any) -> Any:
-    """Return the numpy type of a DataType; TypeError where numpy has none."""
+    """Return the numpy type of a DataType; raise TypeError if numpy has none."""
     if trt_type.name not in _NUMPY:
         raise TypeError(f"Could not resolve TensorRT datatype to an equivalent numpy datatype: {trt_type}")
     return _NUMPY[trt_type.name]
 
 
 def volume(iterable: Any) -> int:
-    """Return the product of sizes."""
+    """Return the product of the sizes."""
     return int(np.prod(list(iterable)))
 
 

@@ -1,8 +1,8 @@
-"""Stand-ins for pybind11 classes: nothing that the real binding lacks can be defined, and nothing it refuses called.
+"""Stand-ins for pybind11 classes: they define only what the real binding has, and reject the calls that it rejects.
 
-A class that names its original in `original=` is held against the specification that was read from the real binding:
-when it is made, that every method and property it defines exists there, with those arguments; when it is used, that
-arguments fit an overload, that only settable properties are set, and that no other name is asked for.
+A class with an `original=` is checked against the specification read from the real binding. At its definition: every
+method and property that it defines exists there, with the same arguments. In use: arguments fit an overload, only
+settable properties are set, and no other name is accessed.
 """
 
 __all__ = ["LOCK", "Bound", "BoundMeta", "Enumeration", "enumeration", "specification"]
@@ -21,18 +21,18 @@ from simulated.signatures import CLASSES, bind, parse
 FILE = Path(__file__).parent / "tensorrt_11_4.json"
 HOME = "tensorrt_bindings.tensorrt"
 LOCK = threading.RLock()
-"""One call at a time: code under test may come from several threads, and the order of calls decides what is right."""
+"""One call at a time: the code under test may use several threads, and the checks depend on the order of calls."""
 
 
 @functools.cache
 def specification() -> dict[str, Any]:
-    """Return what `read_binding` wrote."""
+    """Return the file that `read_binding` wrote."""
     loaded: dict[str, Any] = json.loads(FILE.read_text(encoding="utf-8"))
     return loaded
 
 
 class BoundMeta(type):
-    """Checks a stand-in against its original when it is made, and gives its methods the original's refusals."""
+    """Checks a stand-in against its original at its definition, and makes its methods reject the same calls."""
 
     original: str | None
 
@@ -73,7 +73,7 @@ def _find(original: str) -> dict[str, Any]:
 
 
 def missing(cls: Any, name: str) -> Exception:
-    """Return what to raise for a name that a stand-in does not define."""
+    """Return the exception for a name that a stand-in does not define."""
     for each in cls.__mro__:
         original = each.__dict__.get("original")
         spec = _find(original) if original else {}
@@ -85,21 +85,21 @@ def missing(cls: Any, name: str) -> Exception:
 def _check(original: str, spec: dict[str, Any], body: dict[str, Any]) -> None:
     for name, value in body.items():
         if name.startswith("_") and name not in spec.get("methods", {}):
-            continue  # Python's own, and what stand-ins keep for themselves
+            continue  # Python's own names, and private ones of stand-ins
         if isinstance(value, property):
             modes = spec.get("properties", {}).get(name)
             if modes is None or (value.fset is not None and "w" not in modes) or "r" not in modes:
-                raise SimulationError(f"{original}.{name} is no such property of the real binding: {modes!r}")
+                raise SimulationError(f"{original}.{name} is not such a property of the real binding: {modes!r}")
         elif inspect.isfunction(value):
             _check_method(original, name, value, spec)
         elif name not in spec.get("nested", {}):
-            raise SimulationError(f"{original}.{name} is no such attribute of the real binding")
+            raise SimulationError(f"{original}.{name} is not an attribute of the real binding")
 
 
 def _check_method(original: str, name: str, method: Callable[..., Any], spec: dict[str, Any]) -> None:
     overloads = spec.get("methods", {}).get(name)
     if overloads is None:
-        raise SimulationError(f"{original}.{name} is no method of the real binding")
+        raise SimulationError(f"{original}.{name} is not a method of the real binding")
     own = list(inspect.signature(method).parameters)[1:]
     if not all(argument.name in own for signature in overloads for argument in parse(signature)) and name != "__exit__":
         raise SimulationError(f"{original}.{name} takes {own}, the real binding {overloads}")
@@ -127,13 +127,13 @@ def _guarded(name: str, method: Callable[..., Any], overloads: tuple[str, ...]) 
 
 
 class Bound(metaclass=BoundMeta):
-    """A stand-in's instances: no name can be read or set that the original would not give or take."""
+    """Base of stand-ins: only names that the original has can be read, and only those it lets set can be set."""
 
     _constructed = False
 
     @classmethod
     def _made(cls, **state: Any) -> Any:
-        """Return an instance of a class that has no constructor of its own."""
+        """Return an instance of a class without a constructor."""
         self = cls.__new__(cls)
         for name, value in (state | {"_constructed": True}).items():
             object.__setattr__(self, name, value)
@@ -151,7 +151,7 @@ class Bound(metaclass=BoundMeta):
             with LOCK:
                 known.fset(self, value)
         elif cls.original is None:
-            object.__setattr__(self, name, value)  # a Python subclass has a dictionary
+            object.__setattr__(self, name, value)  # a Python subclass has a __dict__
         else:
             raise missing(cls, name)
 

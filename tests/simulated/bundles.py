@@ -1,4 +1,4 @@
-"""A copy of an exported bundle with simulated plans, as if export-engines had built them for the simulated device."""
+"""Copies of exported bundles with simulated plans, as if export-engines had built them for the simulated device."""
 
 __all__ = ["make_simulated_bundle"]
 
@@ -38,12 +38,12 @@ def make_simulated_bundle(
     """Copy `bundle` to `target`, add a simulated plan for each component, and return `target`.
 
     `sizes` are fields of Sizes (height, width, batch, tokens: a Range, a number or (min, opt, max); static), by
-    default those of the model. Without any, components that have a plan in the manifest keep its profiles and memory:
-    the real builder's figures. `activations(component, profile)` gives the bytes, by default in proportion to inputs
-    and outputs. With `weight_streaming` nine tenths of the weights can be streamed. Plans are keyed by `environment`,
-    by default that of `device`. With `onnx` false the copy has plans and no graphs; `bundle` must stay in any case.
+    default those of the model. Without any, components with a plan in the manifest keep its profiles and memory, the
+    real builder's figures. `activations(component, profile)` returns the bytes, by default in proportion to inputs and
+    outputs. With `weight_streaming`, nine tenths of the weights can be streamed. The plans' keys have `environment`,
+    by default that of `device`. With `onnx` false the copy has plans and no graphs; `bundle` must not be deleted.
     """
-    # Copies, no links: tests damage bundles, and these come from the repository.
+    # Copies, not links: tests damage bundles, and these come from the repository.
     shutil.copytree(bundle, target, ignore=shutil.ignore_patterns(PLANS))
     manifest = read_bundle(bundle).manifest
     environment = environment or device.environment()
@@ -68,7 +68,7 @@ def make_simulated_bundle(
             (target / component.graph.file).unlink()
             (target / component.weights.file).unlink()
     write_manifest(target, msgspec.structs.replace(manifest, plans=tuple(records), onnx=onnx))
-    # Plans that others could write are refused, and a checkout may be open to a group.
+    # Plans that others can write are refused, and a checkout may be writable by a group.
     target.chmod(0o755)
     (target / MANIFEST).chmod(0o644)
     return target
@@ -107,7 +107,7 @@ def _figures(
     built: PlanRecord | None,
     activations: Activations | None,
 ) -> tuple[int, ...]:
-    """Return the activation bytes of each profile; a record of a real plan knows the largest alone."""
+    """Return the activation bytes of each profile; a record of a real plan has only the largest."""
     if activations is None and built is not None:
         return (built.memory.activations,) * len(profiles)
     return tuple(
@@ -123,7 +123,7 @@ def _range(value: Any) -> Any:
 
 
 def _estimate(component: Component, profile: Profile) -> int:
-    """Return eight times the bytes of the largest inputs and outputs: no truth, but it grows with them."""
+    """Return eight times the bytes of the largest inputs and outputs: not realistic, but it grows with them."""
     largest = {name: shapes[2] for name, shapes in profile.shapes.items()}
     tensors = [(spec, largest[spec.name]) for spec in component.inputs]
     tensors += [(spec, output_shape(component.inputs, spec, largest)) for spec in component.outputs]

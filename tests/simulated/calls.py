@@ -1,4 +1,4 @@
-"""What the simulated functions of CUDA's runtime have in common: how they are marked, handles, and failures."""
+"""Shared code of CUDA's simulated runtime functions: their decorator, handles, and failures."""
 
 __all__ = ["FUNCTIONS", "Calls", "Failure", "address", "returns", "size_of"]
 
@@ -12,11 +12,11 @@ from simulated.errors import SimulationError
 from simulated.streams import Event, Graph, Stream
 
 FUNCTIONS: dict[str, int] = {}
-"""The simulated functions, and how many values each returns besides the error."""
+"""The simulated functions, and how many values each returns in addition to the error."""
 
 
 def returns(values: int, *, unsafe: bool = False) -> Callable[[Callable[..., Any]], Any]:
-    """Mark a simulated function; `unsafe` ones spoil a capture that goes on, as CUDA's documentation says."""
+    """Register a simulated function; `unsafe` ones invalidate a running capture, as CUDA's documentation states."""
 
     def mark(function: Callable[..., Any]) -> Any:
         FUNCTIONS[function.__name__] = values
@@ -31,7 +31,7 @@ class Failure(Exception):  # noqa: N818 - it never leaves this module
 
 
 def address(pointer: Any) -> int:
-    """Return what the real binding takes as a pointer: None, a number, or the start of a buffer."""
+    """Return the address of a pointer that the real binding accepts: None, a number, or a buffer."""
     if pointer is None:
         return 0
     try:
@@ -47,7 +47,7 @@ def address(pointer: Any) -> int:
 
 
 def size_of(value: Any) -> int:
-    """Return what the real binding takes as a size_t."""
+    """Return `value` as a size_t, or raise as the real binding does."""
     size = operator.index(value)
     if size < 0:
         raise OverflowError("can't convert negative value to size_t")
@@ -55,7 +55,7 @@ def size_of(value: Any) -> int:
 
 
 class Calls:
-    """The device, the real module (for its types), and the handles that were given out."""
+    """Base of the simulated functions: the device, the real module (for its types), and all handles."""
 
     def __init__(self, device: Any, real: Any) -> None:
         self._device = device
@@ -69,22 +69,22 @@ class Calls:
             raise Failure(error)
 
     def stream(self, handle: Any) -> Stream:
-        """Return the living stream of a handle: a number, None, or an object of the real binding."""
+        """Return the stream of a handle: a number, None, or an object of the real binding."""
         number = 0 if handle is None else int(handle)
         stream = self._device.streams.all.get(number)
         if stream is None or not stream.alive:
-            raise SimulationError(f"{number:#x} is no stream, or one that was destroyed")
+            raise SimulationError(f"{number:#x} is not a stream, or it was destroyed")
         return stream
 
     def event(self, handle: Any) -> Event:
         event = self.events.get(int(handle))
         if event is None or not event.alive:
-            raise SimulationError(f"{int(handle):#x} is no event, or one that was destroyed")
+            raise SimulationError(f"{int(handle):#x} is not an event, or it was destroyed")
         return event
 
     def graph(self, handle: Any, *, executable: bool) -> Graph:
         graph = self.graphs.get(int(handle))
         if graph is None or not graph.alive or graph.executable != executable:
-            raise SimulationError(f"{int(handle):#x} is no {'executable ' if executable else ''}graph, or one that was"
+            raise SimulationError(f"{int(handle):#x} is not {'an executable' if executable else 'a'} graph, or it was"
                                   " destroyed")  # fmt: skip
         return graph

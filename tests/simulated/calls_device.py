@@ -1,4 +1,4 @@
-"""CUDA's functions that ask about devices and errors, simulated."""
+"""Simulated CUDA functions that query devices and errors."""
 
 __all__ = ["DeviceCalls"]
 
@@ -9,7 +9,7 @@ from simulated.errors import SimulationError
 
 
 class DeviceCalls(Calls):
-    """One device, and the last error."""
+    """Functions of one device and its last error."""
 
     def __init__(self, device: Any, real: Any) -> None:
         super().__init__(device, real)

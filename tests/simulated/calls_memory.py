@@ -1,4 +1,4 @@
-"""CUDA's functions that allocate, free, copy and fill, simulated."""
+"""Simulated CUDA functions that allocate, free, copy and fill memory."""
 
 __all__ = ["MemoryCalls"]
 
@@ -11,7 +11,7 @@ from simulated.streams import Work
 
 
 class MemoryCalls(Calls):
-    """Memory of the device and pinned memory of the host, by pointer."""
+    """Functions of device memory and pinned host memory, addressed by pointer."""
 
     @returns(1, unsafe=True)
     def cudaMalloc(self, size: Any) -> int:  # noqa: N802
@@ -51,7 +51,7 @@ class MemoryCalls(Calls):
             raise SimulationError("memory freed by a graph is not simulated")
         block = self._device.memory.device(pointer, 0, "cudaFreeAsync").block
         if block.address != pointer or block.freeing:
-            raise SimulationError(f"cudaFreeAsync: {pointer:#x} is freed twice, or not where its allocation begins")
+            raise SimulationError(f"cudaFreeAsync: {pointer:#x} is freed twice, or is not the start of an allocation")
         whole = Span(block, 0, block.size, written=True)
         free = Work("cudaFreeAsync", lambda: self._device.memory.free(pointer, "device") and None, (whole,))
         self._device.streams.enqueue(stream, free)
@@ -89,7 +89,7 @@ class MemoryCalls(Calls):
 
     def _free(self, pointer: int, place: Place) -> None:
         if pointer:
-            # Both wait for the device, by documentation and in practice.
+            # Both functions wait for the device, by documentation and in practice.
             self._device.streams.synchronize_all()
             self._device.memory.free(pointer, place)
 

@@ -1,4 +1,4 @@
-"""CUDA's functions of streams, events, captures and graphs, simulated."""
+"""Simulated CUDA functions of streams, events, captures and graphs."""
 
 __all__ = ["StreamCalls"]
 
@@ -11,7 +11,7 @@ from simulated.streams import Event, Graph, Work
 
 
 class StreamCalls(Calls):
-    """What is queued, in what order, and what is recorded to be queued later."""
+    """Functions that enqueue and order work, and that capture it into graphs."""
 
     @returns(1)
     def cudaStreamCreate(self) -> Any:  # noqa: N802
@@ -44,7 +44,7 @@ class StreamCalls(Calls):
     def cudaStreamQuery(self, stream: Any) -> None:  # noqa: N802
         own = self.stream(stream)
         if own.queue:
-            # Who asks again and again gets there: each question lets one piece of work happen.
+            # Polling makes progress: each query runs one piece of work.
             self._device.streams.run_until(own, own.queue[0].index)
             raise Failure("cudaErrorNotReady")
         self._device.streams.synchronize(own)

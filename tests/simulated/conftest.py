@@ -1,4 +1,4 @@
-"""A graph of four nodes with a simulated plan, and what a test needs to run it by hand."""
+"""A graph of four nodes with a simulated plan, and helpers to run it step by step."""
 
 import hashlib
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ ACTIVATIONS = (1024, 4096)
 
 
 def expected(x: NDArray[Any], t: NDArray[Any]) -> NDArray[Any]:
-    """Return what the graph computes."""
+    """Return the output of the graph, computed by numpy."""
     once = x * WEIGHTS + t[:, None, None]
     return np.concatenate([once, once], axis=2)
 
@@ -53,7 +53,7 @@ def _write_graph(folder: Path) -> tuple[Path, Path]:
 
 
 class Tiny:
-    """A plan with two profiles (1 and 2 rows), and a run of it with every step that CUDA and TensorRT ask for."""
+    """A plan with two profiles (1 and 2 rows), and a method for every step of a run on CUDA and TensorRT."""
 
     def __init__(self, device: Any, folder: Path) -> None:
         import tensorrt as trt
@@ -83,19 +83,19 @@ class Tiny:
         self.runtime = trt.Runtime(self.logger)
 
     def engine(self, **changes: Any) -> Any:
-        """Return a new engine of the plan, some fields of which may be changed."""
+        """Return a new engine of the plan, with some fields changed."""
         import msgspec
 
         return self.runtime.deserialize_cuda_engine(self.encode(msgspec.structs.replace(self.plan, **changes)))
 
     def ok(self, result: tuple[Any, ...]) -> Any:
-        """Return the value of a call to CUDA that succeeded."""
+        """Assert that a CUDA call succeeded and return its value."""
         error, *values = result
         assert error == self.cuda.cudaError_t.cudaSuccess, error
         return values[0] if values else None
 
     def pinned(self, array: NDArray[Any]) -> tuple[int, NDArray[Any]]:
-        """Return a pinned buffer that holds `array`, and the view of it."""
+        """Return the address of a pinned buffer with a copy of `array`, and a view of it."""
         import ctypes
 
         pointer = self.ok(self.cuda.cudaMallocHost(array.nbytes))
@@ -105,11 +105,11 @@ class Tiny:
         return pointer, view
 
     def stream(self) -> Any:
-        """Return a new stream that does not wait for the default one."""
+        """Return a new stream that does not synchronize with the default stream."""
         return self.ok(self.cuda.cudaStreamCreateWithFlags(self.cuda.cudaStreamNonBlocking))
 
     def context(self, engine: Any, rows: int = 1, height: int = 8, **sizes: int) -> Any:
-        """Return a context with shapes and addresses set: what it needs lies in `self.buffers`."""
+        """Return a context with shapes and addresses set; `self.buffers` has the sizes, `self.places` the addresses."""
         context = engine.create_execution_context(self.trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         self.buffers = {
             "x": rows * 4 * height * 4, "t": rows * 4, "y": rows * 8 * height * 4, "scratch": ACTIVATIONS[rows - 1],
@@ -128,7 +128,7 @@ class Tiny:
 
 @pytest.fixture
 def tiny(simulated: Any, tmp_path: Path) -> Iterator[Tiny]:
-    """The tiny plan on the simulated device."""
+    """Return the tiny plan on the simulated device."""
     tiny = Tiny(simulated, tmp_path)
     yield tiny
     tiny.runtime = None

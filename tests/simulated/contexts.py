@@ -23,7 +23,7 @@ WHERE = "IExecutionContext::enqueueV3"
 
 @dataclass(eq=False)
 class ContextState:
-    """What of a context queued work refers to; `itself` stands for its inner state, which one stream has at a time."""
+    """The state of a context that queued work uses; `itself` is its internal memory, used by one stream at a time."""
 
     engine: Any
     strategy: Any
@@ -34,19 +34,19 @@ class ContextState:
     addresses: dict[str, int] = field(default_factory=dict)
     memory: tuple[int, int] = (0, 0)
     needed: int | None = None
-    """The activation bytes for the shapes, where they were asked for."""
+    """The activation bytes for the shapes, if they were queried."""
     generation: int = 0
     warm: bool = False
     alive: bool = True
 
     def change(self) -> None:
-        """Note that a graph captured before holds another state than this."""
+        """Record that the state differs from that of earlier captures."""
         self.generation += 1
         self.warm = False
         self.needed = None
 
     def close(self) -> None:
-        """Give back what the context owned; Python calls this in any thread."""
+        """Free the memory that the context owned; Python may call this in any thread."""
         with LOCK:
             self.alive = False
             self.engine.contexts -= 1
@@ -54,11 +54,11 @@ class ContextState:
             self.engine.device.living["IExecutionContext"] -= 1
 
     def unspecified(self) -> list[str]:
-        """Return the inputs whose shapes are not known."""
+        """Return the inputs without a shape."""
         return [spec.name for spec in self.engine.plan.inputs if spec.name not in self.shapes]
 
     def shape(self, spec: TensorSpec) -> tuple[int, ...]:
-        """Return the shape of a tensor, with -1 for what is not known."""
+        """Return the shape of a tensor, with -1 for unknown sizes."""
         if spec in self.engine.plan.inputs:
             return self.shapes.get(spec.name, tuple(dim if isinstance(dim, int) else -1 for dim in spec.shape))
         if self.unspecified():
@@ -66,7 +66,7 @@ class ContextState:
         return output_shape(self.engine.plan.inputs, spec, self.shapes)
 
     def problem(self) -> str:
-        """Return why the context cannot run, as TensorRT would say it, or ""."""
+        """Return why the context cannot run, in TensorRT's words, or ""."""
         if missing := self.unspecified():
             return f"Error Code 3: API Usage Error (input {missing[0]} has no shape; call setInputShape)"
         if missing := [name for name in self.engine.plan.tensors() if not self.addresses.get(name)]:
@@ -108,7 +108,7 @@ class IExecutionContext(Bound, original="IExecutionContext"):
         state.shapes.clear()
         state.change()
         own = Span(state.itself, 0, 1, written=True)
-        device.streams.enqueue(device.cudart.stream(stream_handle), Work("switch of profiles", lambda: None, (own,)))
+        device.streams.enqueue(device.cudart.stream(stream_handle), Work("profile switch", lambda: None, (own,)))
         return True
 
     def set_input_shape(self, name: str, shape: Any) -> bool:
@@ -163,7 +163,7 @@ class IExecutionContext(Bound, original="IExecutionContext"):
     def set_device_memory(self, memory: int, size: int) -> None:
         state = self._state
         if state.strategy != Strategy.USER_MANAGED:
-            raise SimulationError("set_device_memory on a context that has memory of its own: TensorRT logs an error")
+            raise SimulationError("set_device_memory on a context that has its own memory: TensorRT logs an error")
         state.engine.device.memory.device(int(memory), int(size), "set_device_memory", aligned=True)
         state.memory = (int(memory), int(size))
 
@@ -176,7 +176,7 @@ class IExecutionContext(Bound, original="IExecutionContext"):
         elif device.take("execute"):
             problem = "Error Code 1: Cuda Runtime (invalid argument)"
         elif stream.captured is not None and not state.warm:
-            # The first run after a change does deferred work that cannot be captured: NVIDIA's guide asks for it.
+            # The first run after a change does deferred work that cannot be captured: NVIDIA's guide requires it.
             stream.invalid = True
             problem = "Error Code 1: Cuda Runtime (operation not permitted when stream is capturing)"
         if problem:
@@ -189,7 +189,7 @@ class IExecutionContext(Bound, original="IExecutionContext"):
         return True
 
     def _fit(self, profile: int) -> bool:
-        """Return whether there is room for the activations of `profile`, where they are the context's own."""
+        """Return whether the activations of `profile` fit, if the context owns them."""
         state = self._state
         if state.strategy != Strategy.ON_PROFILE_CHANGE:
             return True
@@ -206,13 +206,13 @@ class IExecutionContext(Bound, original="IExecutionContext"):
 
 
 def _work(state: ContextState, *, captured: bool) -> Work:
-    """Return the computation as it stands: shapes, addresses and memory are those of now."""
+    """Return the computation with the current shapes, addresses and memory."""
     plan, generation = state.engine.plan, state.generation
     shapes = {name: state.shape(spec) for name, spec in plan.tensors().items()}
     spans, scratch = _spans(state, shapes), _scratch(state)
     for span in spans.values():
         if span.written and any(other is not span and span.overlaps(other) for other in [*spans.values(), *scratch]):
-            raise SimulationError(f"{plan.component}: an output lies over another tensor or the activations")
+            raise SimulationError(f"{plan.component}: an output overlaps another tensor or the activations")
 
     def check() -> None:
         if not state.alive:
@@ -227,7 +227,7 @@ def _work(state: ContextState, *, captured: bool) -> Work:
 
 
 def _spans(state: ContextState, shapes: dict[str, tuple[int, ...]]) -> dict[str, Span]:
-    """Return the memory of every tensor, as large as its shape asks for."""
+    """Return the memory of every tensor, with the size of its shape."""
     plan, memory, spans = state.engine.plan, state.engine.device.memory, {}
     for name, spec in plan.tensors().items():
         size = int(np.prod(shapes[name])) * np.dtype(numpy_dtype(spec)).itemsize
@@ -237,7 +237,7 @@ def _spans(state: ContextState, shapes: dict[str, tuple[int, ...]]) -> dict[str,
 
 
 def _scratch(state: ContextState) -> list[Span]:
-    """Return what is computed in: the context itself, and the activations where they are the caller's."""
+    """Return the working memory: the context itself, and the activations if the caller owns them."""
     scratch = [Span(state.itself, 0, 1, written=True)]
     if state.strategy == Strategy.USER_MANAGED:
         what = f"{state.engine.plan.component}: activations"
@@ -252,7 +252,7 @@ def _run(state: ContextState, shapes: dict[str, tuple[int, ...]], spans: dict[st
     }
     for name, result in compute(plan, device.sources, inputs).items():
         if result.shape != shapes[name]:
-            raise SimulationError(f"{plan.component}: {name} came out as {result.shape}, not {shapes[name]}")
+            raise SimulationError(f"{plan.component}: {name} has shape {result.shape}, not {shapes[name]}")
         spans[name].bytes[:] = result.reshape(-1).view(np.uint8)
     device.executed.append(plan.component)
     if plan.streamable > state.engine.budget:
@@ -260,7 +260,7 @@ def _run(state: ContextState, shapes: dict[str, tuple[int, ...]], spans: dict[st
 
 
 def create_context(engine: Any, state: Any, strategy: Any) -> Any:
-    """Return a context of `engine`, or None where the device has no room for it."""
+    """Return a context of `engine`, or None if it does not fit on the device."""
     doing, device, plan = "ICudaEngine::createExecutionContext", state.device, state.plan
     if device.sticky or device.spoils_capture():
         state.log(f"{doing}: Error Code 1: Cuda Runtime")

@@ -1,4 +1,4 @@
-"""The stand-in for ``cuda.bindings.runtime``: flat functions that return tuples, with the real module's signatures."""
+"""The stand-in for ``cuda.bindings.runtime``: functions that return tuples, with the real module's signatures."""
 
 __all__ = ["NAME", "Cudart", "make_module"]
 
@@ -21,16 +21,16 @@ _HARMLESS = ("cudaGetErrorName", "cudaGetErrorString", "cudaGetLastError", "cuda
 
 
 class Cudart(DeviceCalls, MemoryCalls, StreamCalls):
-    """All simulated functions, over one device's memory and streams."""
+    """All simulated functions, for one device's memory and streams."""
 
     def call(self, name: str, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        """Call a simulated function as the module does: failures on demand first, errors as codes."""
+        """Call a simulated function; injected failures come first, and errors are returned as codes."""
         values, function = FUNCTIONS[name], getattr(self, name)
         with LOCK:
             self._device.calls[name] += 1
             self._device.tick()
             if self._device.sticky and name not in _HARMLESS:
-                self._forget(name, args, kwargs)
+                self._free_after_error(name, args, kwargs)
                 return self._failed(self._real.cudaError_t.cudaErrorIllegalAddress, values)
             if function.unsafe and self._device.spoils_capture():
                 return self._failed(self._real.cudaError_t.cudaErrorStreamCaptureUnsupported, values)
@@ -47,8 +47,8 @@ class Cudart(DeviceCalls, MemoryCalls, StreamCalls):
         self._last = error
         return (error, *[None] * values)
 
-    def _forget(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Count what a broken context was asked to free as freed: more nobody can do."""
+    def _free_after_error(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Count the object of a call that frees as freed, although the context is broken: callers can do no more."""
         ends = {"cudaFree": "device", "cudaFreeHost": "pinned", "cudaFreeAsync": "device"}
         handle = next(iter([*args, *kwargs.values()]), None)
         if name in ends and address(handle):
@@ -64,17 +64,17 @@ class Cudart(DeviceCalls, MemoryCalls, StreamCalls):
 
 
 class _Module(types.ModuleType):
-    """Types, constants and enumerations are the real module's; functions are simulated or refused."""
+    """Types, constants and enumerations are the real module's; functions are simulated or raise."""
 
     def __getattr__(self, name: str) -> Any:
-        value = getattr(self._real, name)  # AttributeError where the real one has no such name
+        value = getattr(self._real, name)  # AttributeError if the real module has no such name
         if name.startswith("cuda") and inspect.isroutine(value):
             raise SimulationError(f"{NAME}.{name} is not simulated; add it to tests/simulated")
         return value
 
 
 def make_module(device: Any) -> tuple[types.ModuleType, Cudart]:
-    """Return the stand-in module and the functions behind it; SimulationError where a signature is not the real one."""
+    """Return the stand-in module and its functions; raise SimulationError if a signature differs from the real one."""
     real = importlib.import_module(NAME)
     cudart = Cudart(device, real)
     module = _Module(NAME)
@@ -93,7 +93,7 @@ def _flat(name: str, function: Callable[..., Any], cudart: Cudart) -> Callable[.
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        bound = signature.bind(*args, **kwargs)  # TypeError for what the real one refuses
+        bound = signature.bind(*args, **kwargs)  # TypeError for arguments that the real one rejects
         return cudart.call(name, *bound.args)
 
     return call

@@ -1,4 +1,4 @@
-"""The simulated device: what a test sets, breaks and reads."""
+"""The simulated device: its settings, injected failures and counters."""
 
 __all__ = ["SimulatedDevice", "current"]
 
@@ -27,17 +27,17 @@ _installed: list["SimulatedDevice"] = []
 
 
 def current() -> "SimulatedDevice":
-    """Return the device that is installed: TensorRT's classes find theirs here."""
+    """Return the installed device, which TensorRT's classes use."""
     if not _installed:
         raise SimulationError("a stand-in for TensorRT is used outside the test that installed it")
     return _installed[-1]
 
 
 class SimulatedDevice:
-    """A GPU that is not there, behind stand-ins for `tensorrt` and `cuda.bindings.runtime`.
+    """A simulated GPU, used through stand-ins for `tensorrt` and `cuda.bindings.runtime`.
 
-    Between `install` and `remove` the code under test imports the stand-ins. Figures are in bytes; the memory of the
-    device holds what cudaMalloc gave, the weights of engines and the activations of contexts that own theirs.
+    Between `install` and `remove` the code under test imports the stand-ins. Figures are in bytes; the device's memory
+    contains allocations of cudaMalloc, the weights of engines, and the activations of contexts that own theirs.
     """
 
     def __init__(self, memory: int = 24 * GIB) -> None:
@@ -48,24 +48,24 @@ class SimulatedDevice:
         self.streams = Streams()
         self.flavour: Flavour = "tensorrt"
         self.calls: Counter[str] = Counter()
-        """How often each function of CUDA's was called."""
+        """How often each CUDA function was called."""
         self.bytes_moved: Counter[str] = Counter()
-        """By kind: HostToDevice, DeviceToHost, DeviceToDevice, weights (of engines) and streamed (weights)."""
+        """Copied bytes by kind: HostToDevice, DeviceToHost, DeviceToDevice, weights (of engines), streamed."""
         self.transfers: list[tuple[str, int]] = []
         """Every copy that has run, in order: kind and bytes."""
         self.deserialized: list[str] = []
         """The sha256 of every plan that was deserialized, in order."""
         self.executed: list[str] = []
-        """The component of every execution, in the order in which they ran."""
+        """The component of every execution, in order."""
         self.logged: list[tuple[str, str]] = []
-        """What TensorRT logged: severity and message."""
+        """TensorRT's log: severity and message."""
         self.living: Counter[str] = Counter()
-        """TensorRT's objects that exist: Runtime, ICudaEngine, IExecutionContext."""
+        """The number of TensorRT's objects that are alive: Runtime, ICudaEngine, IExecutionContext."""
         self.sticky = False
         self.leaks_matter = True
-        """Whether the fixture checks at its end that nothing was leaked and no violation swallowed."""
+        """Whether the fixture checks at its end for leaks and swallowed violations."""
         self.sources: dict[str, tuple[Path, Path]] = {}
-        """Graph and weights by their digests, as plans name them."""
+        """The files of graph and weights by their digests, as in plans."""
         self._seen: Counter[str] = Counter()
         self._sticky_after: int | None = None
         self._fails: Counter[str] = Counter()
@@ -73,11 +73,11 @@ class SimulatedDevice:
         self._runtime: Any = None
         self.cudart: Any = None
 
-    # What a test reads
+    # Read by tests
 
     @property
     def memory_limit(self) -> int:
-        """The device's memory; may be set."""
+        """The device's memory; tests may set it."""
         return self.memory.size
 
     @memory_limit.setter
@@ -86,26 +86,26 @@ class SimulatedDevice:
 
     @property
     def current_bytes(self) -> int:
-        """What is in use on the device."""
+        """The bytes in use on the device."""
         return self.memory.current
 
     @property
     def peak_bytes(self) -> int:
-        """The most that was in use since `reset_peak`."""
+        """The peak of `current_bytes` since `reset_peak`."""
         return self.memory.peak
 
     def reset_peak(self) -> None:
-        """Forget the peak up to now."""
+        """Reset the peak to `current_bytes`."""
         self.memory.peak = self.memory.current
 
     def since(self) -> dict[str, int]:
-        """Return the bytes moved since the last call, by kind; kinds that moved none are left out."""
+        """Return the bytes copied since the last call, by kind, without kinds of 0 bytes."""
         moved = self.bytes_moved - self._seen
         self._seen = Counter(self.bytes_moved)
         return dict(moved)
 
     def check_no_leaks(self) -> None:
-        """Raise AssertionError where anything was not freed, or where the code under test swallowed a violation."""
+        """Raise AssertionError if anything was not freed, or if the code under test swallowed a violation."""
         left = [str(block) for block in self.memory.living()]
         left += [f"stream {stream.handle:#x}" for stream in self.streams.all.values() if stream.alive and stream.handle]
         left += [f"event {event.handle:#x}" for event in self.cudart.events.values() if event.alive]
@@ -116,26 +116,26 @@ class SimulatedDevice:
         if left:
             raise AssertionError(f"not freed: {'; '.join(left)}")
 
-    # What a test breaks
+    # Failures injected by tests
 
     def fail_allocation(self, n: int = 1) -> None:
-        """Let the `n`-th reservation of device memory from now on fail: allocations, engines, contexts."""
+        """Make the `n`-th next reservation of device memory fail: allocations, engines, contexts."""
         self.memory.failing.add(self.memory.attempts + n)
 
     def sticky_after(self, n: int) -> None:
-        """Let every call to CUDA after the `n`-th from now on return cudaErrorIllegalAddress, for good."""
+        """Make every CUDA call after the next `n` return cudaErrorIllegalAddress."""
         self._sticky_after = self.calls.total() + n
 
     def fail_next_deserialize(self, times: int = 1) -> None:
-        """Let the next deserialize_cuda_engine return None."""
+        """Make the next deserialize_cuda_engine return None."""
         self._fails["deserialize"] += times
 
     def fail_next_execute(self, times: int = 1) -> None:
-        """Let the next execute_async_v3 return False."""
+        """Make the next execute_async_v3 return False."""
         self._fails["execute"] += times
 
     def fail_capture(self, times: int = 1) -> None:
-        """Let the next cudaStreamBeginCapture fail."""
+        """Make the next cudaStreamBeginCapture fail."""
         self._fails["capture"] += times
 
     @contextmanager
@@ -145,31 +145,31 @@ class SimulatedDevice:
             yield
         violations.clear()
 
-    # What the stand-ins ask
+    # Used by the stand-ins
 
     def take(self, what: str) -> bool:
-        """Return whether a test wants this call to fail."""
+        """Return whether this call is to fail, and count it."""
         if not self._fails[what]:
             return False
         self._fails[what] -= 1
         return True
 
     def take_capture_failure(self) -> bool:
-        """Return whether a test wants this capture to fail."""
+        """Return whether this capture is to fail, and count it."""
         return self.take("capture")
 
     def tick(self) -> None:
-        """Note a call to CUDA."""
+        """Count a CUDA call for `sticky_after`."""
         if self._sticky_after is not None and self.calls.total() > self._sticky_after:
             self.sticky = True
 
     def moved(self, kind: str, size: int) -> None:
-        """Count bytes that were copied."""
+        """Record a copy of `size` bytes."""
         self.bytes_moved[kind] += size
         self.transfers.append((kind, size))
 
     def spoils_capture(self) -> bool:
-        """Return whether a call that may not happen while a stream is captured happens so; the capture is lost then."""
+        """Return whether a stream is being captured that forbids this call; that capture becomes invalid."""
         spoiled = [
             stream
             for stream in self.streams.capturing()
@@ -182,7 +182,7 @@ class SimulatedDevice:
     # Installing
 
     def install(self, flavour: Flavour = "tensorrt") -> None:
-        """Put the stand-ins where `import` finds them; the other flavour counts as not installed."""
+        """Put the stand-ins into sys.modules; the other flavour counts as not installed."""
         from simulated.api import make_tensorrt
 
         self.remove()
@@ -199,7 +199,7 @@ class SimulatedDevice:
         _installed.append(self)
 
     def remove(self) -> None:
-        """Put back what `install` replaced."""
+        """Restore the modules that `install` replaced."""
         for name, module in self._replaced.items():
             if module is None:
                 sys.modules.pop(name, None)
@@ -215,7 +215,7 @@ class SimulatedDevice:
         sys.modules[name] = module
 
     def environment(self) -> Environment:
-        """Return what plans for this device are keyed by, as the code under test finds it; no call counts."""
+        """Return the environment of this device as the code under test finds it, without counting its calls."""
         from sdxl_trt.engines.backends.trt.environment import current_environment
 
         calls, sticky = Counter(self.calls), self._sticky_after

@@ -1,4 +1,4 @@
-"""The stand-in for TensorRT's engine: what a plan says, and the weights that it holds on the device."""
+"""The stand-in for TensorRT's engine: the properties of its plan, and its weights on the device."""
 
 __all__ = ["EngineState", "ICudaEngine", "IRuntimeConfig", "open_engine"]
 
@@ -16,7 +16,7 @@ from simulated.shapes import Dims
 
 @dataclass(eq=False)
 class EngineState:
-    """What of an engine outlives calls: no Python object of the code under test is referred to."""
+    """The state of an engine; it refers to no Python object of the code under test."""
 
     plan: Plan
     device: Any
@@ -24,11 +24,11 @@ class EngineState:
     budget: int
     contexts: int = 0
     placed: int = 0
-    """The bytes of the weights that lie on the device: none before the first context where weights can stream."""
+    """The bytes of weights on the device; with streaming, 0 before the first context."""
 
     @property
     def scratch(self) -> int:
-        """What streaming takes besides the activations: room for the weights on their way."""
+        """The bytes that streaming needs in addition to the activations: a buffer for weights in transit."""
         return rounded(min(self.plan.streamable - self.budget, self.plan.streamable // 8))
 
     def activations(self, profile: int) -> int:
@@ -36,7 +36,7 @@ class EngineState:
         return self.plan.activations[profile] + self.scratch
 
     def reserve(self, size: int, doing: str) -> bool:
-        """Take device memory, or log as TensorRT does that there is none."""
+        """Reserve device memory, or log TensorRT's out-of-memory error and return False."""
         if self.device.memory.reserve(size):
             return True
         self.log("[defaultAllocator.cpp::allocate::19] Error Code 1: Cuda Runtime (out of memory)")
@@ -44,7 +44,7 @@ class EngineState:
         return False
 
     def place(self, doing: str) -> bool:
-        """Put the weights, or what the budget allows of them, on the device where they do not lie yet."""
+        """Put the weights, up to the budget, on the device if they are not there yet."""
         wanted = self.plan.weights_bytes - self.plan.streamable + self.budget
         if self.placed == wanted:
             return True
@@ -55,14 +55,14 @@ class EngineState:
         return True
 
     def close(self) -> None:
-        """Give the weights' memory back; Python calls this in any thread."""
+        """Free the weights' memory; Python may call this in any thread."""
         with LOCK:
             self.device.memory.release(self.placed)
             self.device.living["ICudaEngine"] -= 1
 
 
 class IRuntimeConfig(Bound, original="IRuntimeConfig"):
-    """How a context is to be made."""
+    """The settings of a new context."""
 
     def get_execution_context_allocation_strategy(self) -> Any:
         return self._strategy
@@ -72,7 +72,7 @@ class IRuntimeConfig(Bound, original="IRuntimeConfig"):
 
 
 class ICudaEngine(Bound, original="ICudaEngine"):
-    """A loaded plan. Its weights lie on the device until it and its contexts are gone."""
+    """A loaded plan. Its weights stay on the device until it and its contexts are deleted."""
 
     _state: EngineState
 
@@ -124,7 +124,7 @@ class ICudaEngine(Bound, original="ICudaEngine"):
         self._tensor(name)
         shapes = self._state.plan.profiles[profile_index].shapes
         if name not in shapes:
-            raise SimulationError(f"{name} is an output: profiles speak of inputs")
+            raise SimulationError(f"{name} is an output: profiles have only inputs")
         return [Dims(shape) for shape in shapes[name]]
 
     def is_shape_inference_io(self, name: str) -> bool:
@@ -161,11 +161,11 @@ class ICudaEngine(Bound, original="ICudaEngine"):
     def weight_streaming_budget_v2(self, value: int) -> None:
         state = self._state
         if state.contexts:
-            # The real setter fails without an exception: its return value has nowhere to go.
-            raise SimulationError("weight_streaming_budget_v2 was set while contexts exist; it stays what it was")
+            # The real setter fails without an exception: its return value is lost.
+            raise SimulationError("weight_streaming_budget_v2 was set while contexts exist; it does not change")
         if value < 0 or not state.plan.streamable:
             raise SimulationError(f"weight_streaming_budget_v2 = {value} on an engine that can stream"
-                                  f" {state.plan.streamable} bytes; it stays what it was")  # fmt: skip
+                                  f" {state.plan.streamable} bytes; it does not change")  # fmt: skip
         state.budget = min(value, state.plan.streamable)
         state.device.memory.release(state.placed)
         state.placed = 0
@@ -185,9 +185,9 @@ class ICudaEngine(Bound, original="ICudaEngine"):
 
 
 def open_engine(runtime: Any, device: Any, plan: Plan) -> Any:
-    """Return the engine in `plan`, which keeps `runtime` alive; None where the device has no room for its weights."""
+    """Return the engine of `plan`, which keeps `runtime` alive; None if its weights do not fit on the device."""
     state = EngineState(plan, device, runtime._state["log"], plan.streamable)
-    # NVIDIA's guide: with weight streaming, deserialization keeps all weights in a buffer of the host.
+    # NVIDIA's guide: with weight streaming, deserialization keeps all weights in a host buffer.
     if not plan.streamable and not state.place("IRuntime::deserializeCudaEngine"):
         return None
     engine = ICudaEngine._made(_state=state, _runtime=runtime)

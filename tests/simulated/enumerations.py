@@ -32,4 +32,4 @@ _BYTES = {"FLOAT": 4, "HALF": 2, "BF16": 2, "INT8": 1, "INT32": 4, "INT64": 8, "
 for _name, _size in _BYTES.items():
     DataType.__members__[_name].itemsize = _size
 OF_NUMPY = {"float32": DataType.FLOAT, "float16": DataType.HALF, "int64": DataType.INT64}
-"""By the names that manifests use."""
+"""Data types by the names that manifests use."""

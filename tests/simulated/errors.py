@@ -1,15 +1,15 @@
-"""What the simulator raises where a real device would be corrupted, or where a mistake would only show by chance."""
+"""The simulator's error for mistakes that corrupt a real device, or that show there only by chance."""
 
 __all__ = ["SimulationError", "violations"]
 
 violations: list["SimulationError"] = []
-"""Every SimulationError since the list was last cleared: one that the code under test swallowed still counts."""
+"""Every SimulationError since the list was last cleared, including those that the code under test swallowed."""
 
 
 class SimulationError(AssertionError):
-    """The code under test did what a real device forgives, or punishes, without a word.
+    """The code under test made a mistake that a real device does not report.
 
-    It is no error of CUDA's or TensorRT's, so nothing that handles those can take it for one.
+    It is not an error of CUDA or TensorRT, so code that handles those does not catch it.
     """
 
     def __init__(self, message: str) -> None:

@@ -1,4 +1,4 @@
-"""A simulated plan: a small file that names a graph and its weights by digest, and the run of it on a CPU."""
+"""A simulated plan: a small file with the digests of a graph and its weights, and its computation on a CPU."""
 
 __all__ = ["Plan", "compute", "decode", "encode", "output_shape"]
 
@@ -26,7 +26,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 class Plan(Record, frozen=True, kw_only=True):
-    """What a plan says. `activations` are bytes, one figure a profile; `digest` is the file's, set when it is read."""
+    """The contents of a plan. `activations` are bytes per profile; `digest` is the file's, set after reading."""
 
     component: str
     graph: str
@@ -41,29 +41,29 @@ class Plan(Record, frozen=True, kw_only=True):
     digest: str = ""
 
     def tensors(self) -> dict[str, TensorSpec]:
-        """Return inputs and outputs by name, inputs first."""
+        """Return {name: spec} of inputs and outputs, inputs first."""
         return {spec.name: spec for spec in (*self.inputs, *self.outputs)}
 
     def needed(self, profile: int, shapes: Shapes) -> int:
-        """Return the activation bytes for these shapes: the profile's figure in proportion to its largest inputs."""
+        """Return the activation bytes for these shapes: the profile's figure, scaled by the size of the inputs."""
         largest = sum(int(np.prod(self.profiles[profile].shapes[spec.name][2])) for spec in self.inputs)
         own = sum(int(np.prod(shapes[spec.name])) for spec in self.inputs)
         return min(rounded(-(-self.activations[profile] * own // largest)), self.activations[profile])
 
 
 def rounded(size: int) -> int:
-    """Return `size` rounded up to what memory is aligned to."""
+    """Return `size` rounded up to a multiple of ALIGNMENT."""
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def encode(plan: Plan) -> bytes:
-    """Return the bytes of a plan's file: a magic number, the length of what follows, and that."""
+    """Return the bytes of a plan's file: a magic number, the length of the body, and the body."""
     body = msgspec.json.encode(plan, order="deterministic")
     return MAGIC + len(body).to_bytes(8, "little") + body
 
 
 def decode(content: bytes) -> Plan | None:
-    """Return the plan that `encode` wrote, or None for anything else."""
+    """Return the plan of `content`, or None if `encode` did not write it."""
     if content[: len(MAGIC)] != MAGIC or len(content) != HEAD + int.from_bytes(content[len(MAGIC) : HEAD], "little"):
         return None
     try:
@@ -73,7 +73,7 @@ def decode(content: bytes) -> Plan | None:
 
 
 def output_shape(inputs: Iterable[TensorSpec], output: TensorSpec, shapes: Shapes) -> tuple[int, ...]:
-    """Return the shape of an output for `inputs` of these shapes; its axes are such as ``2*height`` or ``height/2``."""
+    """Return the shape of an output for `inputs` of these shapes; axes may be like ``2*height`` or ``height/2``."""
     axes = {
         dim: size
         for spec in inputs
@@ -98,7 +98,7 @@ _MOST_SESSIONS = 12
 
 
 def _session(plan: Plan, graph: Path, weights: Path) -> Any:
-    """Return the session of a plan's graph; tests share them, since what a plan names is named by digest."""
+    """Return the session of a plan's graph; tests share sessions, which are keyed by digest."""
     import onnxruntime
 
     key = (plan.graph, plan.weights)
@@ -116,7 +116,7 @@ def _session(plan: Plan, graph: Path, weights: Path) -> Any:
 def compute(
     plan: Plan, sources: Mapping[str, tuple[Path, Path]], inputs: Mapping[str, NDArray[Any]]
 ) -> dict[str, NDArray[Any]]:
-    """Return every output of the graph that `plan` names, computed by ONNX Runtime on the CPU."""
+    """Return every output of the plan's graph, computed by ONNX Runtime on the CPU."""
     session = _session(plan, *sources[plan.graph + plan.weights])
     names = [spec.name for spec in plan.outputs]
     results = session.run(names, dict(inputs))

@@ -1,7 +1,7 @@
-"""Read TensorRT's real Python binding and print what it offers as JSON: the stand-ins are held against that.
+"""Read TensorRT's real Python binding and print its interface as JSON, the specification of the stand-ins.
 
-It runs in a process of its own, since NVIDIA's libraries stay loaded where they were loaded once:
-``python tests/simulated/read_binding.py > tests/simulated/tensorrt_11_4.json`` renews the file that lies here.
+It runs in its own process, since NVIDIA's libraries cannot be unloaded:
+``python tests/simulated/read_binding.py > tests/simulated/tensorrt_11_4.json`` updates the file in this folder.
 """
 
 import inspect
@@ -17,8 +17,8 @@ CLASSES = (
     "ILogger", "IRuntimeConfig", "IStreamReaderV2", "Logger", "Runtime", "SeekPosition", "TensorFormat", "TensorIOMode",
     "TensorLocation",
 )  # fmt: skip
-"""The classes that are simulated; of all others only the names are kept."""
-# What Python itself gives every class, and what pybind11 keeps for itself.
+"""The simulated classes; the file has only the names of all others."""
+# Members that every Python class has, and pybind11's own.
 _INHERITED = {*dir(object), "__module__", "__annotations__", "__del__"} - {"__init__", "__eq__", "__str__"}
 _SLOTS = ("wrapper_descriptor", "pybind11_static_property")
 _PREFIX = re.compile(r"\btensorrt_bindings\.tensorrt\.")
@@ -26,7 +26,7 @@ _OVERLOAD = re.compile(r"^\d+\. ", re.MULTILINE)
 
 
 def signatures(name: str, callable_: Any) -> list[str]:
-    """Return the signatures of a method, one an overload, as ``(self: Class, name: type) -> type``."""
+    """Return the signatures of a method, one per overload, as ``(self: Class, name: type) -> type``."""
     text = _PREFIX.sub("", callable_.__doc__ or "")
     heads = [part.partition("\n")[0] for part in _OVERLOAD.split(text)[1:]] or [text.strip().partition("\n")[0]]
     found = [head.removeprefix(name) for head in heads if head.startswith(f"{name}(")]
@@ -34,7 +34,7 @@ def signatures(name: str, callable_: Any) -> list[str]:
 
 
 def describe_class(cls: Any) -> dict[str, Any]:
-    """Return the methods, the properties (and whether they can be read and set) and the enum members of a class."""
+    """Return the enum members of a class, or its methods and properties ("r": readable, "w": settable)."""
     members = {name: int(value) for name, value in getattr(cls, "__members__", {}).items()}
     if members:
         return {"members": members}
@@ -53,7 +53,7 @@ def describe_class(cls: Any) -> dict[str, Any]:
 
 
 def describe(trt: Any) -> dict[str, Any]:
-    """Return the version, every public name and its kind, and the simulated classes of the binding."""
+    """Return the binding's version, every public name with its kind, and the simulated classes."""
     names: dict[str, str | list[str]] = {}
     for name, value in sorted(vars(trt).items()):
         if name.startswith("_") or inspect.ismodule(value):

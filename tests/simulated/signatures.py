@@ -1,4 +1,4 @@
-"""What pybind11's docstrings say of arguments, and whether a call fits them."""
+"""Parse the arguments in pybind11's docstrings, and check calls against them."""
 
 __all__ = ["CLASSES", "Argument", "bind", "parse"]
 
@@ -12,7 +12,7 @@ import numpy as np
 from simulated.errors import SimulationError
 
 CLASSES: dict[str, type] = {}
-"""The stand-ins, by the names that docstrings call their originals."""
+"""The stand-ins, by their originals' names in docstrings."""
 
 
 class Argument(NamedTuple):
@@ -23,7 +23,7 @@ class Argument(NamedTuple):
 
 @functools.cache
 def parse(signature: str) -> tuple[Argument, ...]:
-    """Return the arguments of ``(self: Class, name: type = default) -> type`` but for self."""
+    """Return the arguments of ``(self: Class, name: type = default) -> type`` without self."""
     inside = (
         signature[1 : signature.rindex(")")] if signature.endswith(")") else signature[1 : signature.rindex(") ->")]
     )
@@ -63,7 +63,7 @@ _BUILT_IN: dict[str, Callable[[Any], bool]] = {
 
 
 def accepts(kind: str, value: object) -> bool:
-    """Return whether pybind11 takes `value` for an argument that its docstring calls `kind`."""
+    """Return whether pybind11 accepts `value` for an argument of type `kind` in its docstring."""
     if kind in _BUILT_IN:
         return _BUILT_IN[kind](value)
     if kind.startswith("collections.abc.Sequence["):
@@ -76,7 +76,7 @@ def accepts(kind: str, value: object) -> bool:
 
 
 def bind(name: str, overloads: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments by name, as the first overload that takes them; TypeError as pybind11's where none does."""
+    """Return the arguments by name, for the first overload that accepts them; else raise pybind11's TypeError."""
     for signature in overloads:
         bound = _fit(parse(signature), args, kwargs)
         if bound is not None:

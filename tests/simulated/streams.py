@@ -1,8 +1,8 @@
-"""Streams, events and graphs: work waits until somebody waits for it, and must be ordered where it shares memory.
+"""Streams, events and graphs: work is deferred until the host waits for it, and must be ordered if it shares memory.
 
-Work runs as late as CUDA allows it to: when the host synchronizes. So a host that reads a result too early reads
-what is not there yet, and one that overwrites a buffer too early is caught. Whether two pieces of work were ordered
-is decided by vector clocks: one count a stream, joined at events and synchronizations.
+Work runs as late as CUDA allows: when the host synchronizes. So a host that reads a result too early does not find
+it, and one that overwrites a buffer too early is caught. Vector clocks decide whether two pieces of work are ordered:
+one count per stream, joined at events and synchronizations.
 """
 
 __all__ = ["Event", "Graph", "Stream", "Streams", "Work"]
@@ -20,7 +20,7 @@ Clock = dict[int, int]
 
 @dataclass
 class Work:
-    """Something for a stream to do: what it touches, what it waits for, and a check before it runs."""
+    """A piece of work for a stream: the memory it uses, the work it waits for, and a check before it runs."""
 
     label: str
     run: Callable[[], None]
@@ -28,17 +28,17 @@ class Work:
     after: tuple[tuple["Stream", int], ...] = ()
     check: Callable[[], None] | None = None
     index: int = 0
-    # The pinned bytes it will read, as they were when it was queued.
+    # Checksums of the pinned bytes that it will read, taken when it was queued.
     sums: tuple[tuple[Span, int], ...] = ()
 
     def again(self) -> "Work":
-        """Return a copy to queue: a graph is launched many times."""
+        """Return a copy to queue, since a graph is launched many times."""
         return Work(self.label, self.run, self.spans, check=self.check)
 
 
 @dataclass(eq=False)
 class Stream:
-    """A queue of work in order, and what it knows to be done before what it will do next."""
+    """A queue of work in order; `clock` is the work of all streams that precedes its next work."""
 
     handle: int
     blocking: bool
@@ -68,7 +68,7 @@ class Event:
 
 @dataclass(eq=False)
 class Graph:
-    """What a stream was told to do while it was captured; as `executable` it can be launched."""
+    """The work that was enqueued on a stream during its capture; an `executable` graph can be launched."""
 
     handle: int
     work: list[Work]
@@ -91,7 +91,7 @@ def _check_sums(work: Work) -> None:
 
 
 class Streams:
-    """All streams of the device, and what the host knows to be done."""
+    """All streams of the device; `host` is the clock of the work that the host has waited for."""
 
     def __init__(self) -> None:
         self.default = Stream(0, blocking=True)
@@ -105,7 +105,7 @@ class Streams:
         return self.all[handle]
 
     def enqueue(self, stream: Stream, work: Work, *, knows: Clock | None = None) -> None:
-        """Queue `work`, or record it where the stream is captured; SimulationError where it races with other work."""
+        """Queue `work`, or record it if the stream is captured; raise SimulationError if it races with other work."""
         if stream.captured is not None:
             stream.captured.append(work)
             return
@@ -126,7 +126,7 @@ class Streams:
         stream.queue.append(work)
 
     def _implied(self, stream: Stream) -> list[tuple[Stream, int]]:
-        """Return what the legacy default stream makes wait for one another: all streams but the non-blocking ones."""
+        """Return the work to wait for because of the legacy default stream, which orders all blocking streams."""
         if stream is self.default:
             others = [other for other in self.all.values() if other.blocking and other is not stream]
         else:
@@ -148,9 +148,9 @@ class Streams:
         touched[span.start, span.stop, stream.handle, span.written] = work.index
 
     def _note_host_memory(self, work: Work) -> None:
-        """Remember the pinned bytes that are to be read, and spoil those to be written: the host may look at neither.
+        """Store checksums of pinned bytes to be read, and poison those to be written: the host must not touch either.
 
-        Bytes that queued work is still to write (or read) are left out: their content is decided in stream order.
+        Skips bytes that queued work will still write (or read): stream order decides their content.
         """
         pending = [span for stream in self.all.values() for queued in stream.queue for span in queued.spans]
         sums = []
@@ -165,7 +165,7 @@ class Streams:
         work.sums = tuple(sums)
 
     def run_until(self, stream: Stream, index: int) -> None:
-        """Do the work of `stream` up to `index`, and before it what it waits for."""
+        """Run the work of `stream` up to `index`, after the work that it waits for."""
         while stream.queue and stream.queue[0].index <= index:
             for other, needed in stream.queue[0].after:
                 self.run_until(other, needed)
@@ -177,22 +177,22 @@ class Streams:
             self.executed += 1
 
     def synchronize(self, stream: Stream, index: int | None = None, clock: Clock | None = None) -> None:
-        """Let the host wait for a stream, or for one point of it."""
+        """Make the host wait for a stream, or for one point in it."""
         self.run_until(stream, stream.count if index is None else index)
         _join(self.host, stream.clock if clock is None else clock)
 
     def synchronize_all(self) -> None:
-        """Let the host wait for everything."""
+        """Make the host wait for all streams."""
         for stream in list(self.all.values()):
             self.synchronize(stream)
 
     def record(self, stream: Stream, event: Event) -> None:
-        """Set `event` to the present end of `stream`."""
+        """Set `event` to the current end of `stream`."""
 
         index = stream.count + 1
 
         def finish() -> None:
-            if event.index == index:  # else it was recorded anew
+            if event.index == index:  # else it was recorded again
                 event.done = float(self.executed)
 
         self.enqueue(stream, Work("cudaEventRecord", finish))
@@ -201,16 +201,16 @@ class Streams:
             event.stream, event.index, event.clock, event.done = stream, stream.count, dict(stream.clock), None
 
     def wait(self, stream: Stream, event: Event) -> None:
-        """Let `stream` wait for `event`."""
+        """Make `stream` wait for `event`."""
         if event.stream is not None:
             after = ((event.stream, event.index),)
             self.enqueue(stream, Work("cudaStreamWaitEvent", lambda: None, after=after), knows=event.clock)
 
     def launch(self, stream: Stream, graph: Graph) -> None:
-        """Queue what `graph` recorded."""
+        """Queue the work of `graph`."""
         for work in graph.work:
             self.enqueue(stream, work.again())
 
     def capturing(self) -> list[Stream]:
-        """Return the streams that are being captured."""
+        """Return the streams in capture mode."""
         return [stream for stream in self.all.values() if stream.captured is not None]

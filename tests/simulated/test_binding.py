@@ -1,4 +1,4 @@
-"""The stand-ins for TensorRT's classes against what the real binding offers: none may be wider than its original."""
+"""The stand-ins for TensorRT's classes compared with the real binding: none may offer more than its original."""
 
 import json
 import subprocess
@@ -19,13 +19,13 @@ def trt(simulated: Any) -> Any:
 
 
 @pytest.mark.skipif(unavailable() is not None, reason=f"no TensorRT binding: {unavailable()}")
-def test_the_specification_is_what_the_real_binding_says(simulated: Any) -> None:
+def test_the_specification_matches_the_real_binding(simulated: Any) -> None:
     from simulated.binding import FILE
 
     script = Path(__file__).parent / "read_binding.py"
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == json.loads(FILE.read_text(encoding="utf-8")), f"renew it: {script}"
+    assert json.loads(done.stdout) == json.loads(FILE.read_text(encoding="utf-8")), f"update it with {script}"
 
 
 def _class(original: str, **body: Any) -> Any:
@@ -37,19 +37,19 @@ def _class(original: str, **body: Any) -> Any:
 @pytest.mark.parametrize(
     ("original", "body", "message"),
     [
-        ("ICudaEngine", {"get_binding_name": lambda self, index: ""}, "is no method of the real binding"),
-        ("ICudaEngine", {"num_io_tensors": lambda self: 1}, "is no method of the real binding"),
-        ("ICudaEngine", {"num_bindings": property(lambda self: 1)}, "is no such property"),
-        ("ICudaEngine", {"serialize": property(lambda self: 1)}, "is no such property"),
-        ("ICudaEngine", {"name": property(lambda self: "", lambda self, value: None)}, "is no such property"),
+        ("ICudaEngine", {"get_binding_name": lambda self, index: ""}, "is not a method of the real binding"),
+        ("ICudaEngine", {"num_io_tensors": lambda self: 1}, "is not a method of the real binding"),
+        ("ICudaEngine", {"num_bindings": property(lambda self: 1)}, "is not such a property"),
+        ("ICudaEngine", {"serialize": property(lambda self: 1)}, "is not such a property"),
+        ("ICudaEngine", {"name": property(lambda self: "", lambda self, value: None)}, "is not such a property"),
         ("ICudaEngine", {"get_tensor_name": lambda self, position: ""}, "takes"),
         ("IExecutionContext", {"execute_async_v3": lambda self, stream_handle, event: True}, "takes"),
         ("Runtime", {"deserialize_cuda_engine": lambda self, serialized_engine: None}, "takes"),
-        ("IExecutionContext", {"device_memory": property(lambda self: 0)}, "is no such property"),
-        ("Dims", {"MAX_DIM": 8}, "is no such attribute"),
+        ("IExecutionContext", {"device_memory": property(lambda self: 0)}, "is not such a property"),
+        ("Dims", {"MAX_DIM": 8}, "is not an attribute"),
     ],
 )
-def test_a_stand_in_that_offers_more_cannot_be_made(
+def test_a_stand_in_that_offers_more_cannot_be_defined(
     simulated: Any, original: str, body: dict[str, Any], message: str
 ) -> None:
     with simulated.violation(message):
@@ -77,14 +77,14 @@ def test_enumerations_have_the_real_members_and_no_arithmetic(trt: Any) -> None:
         trt.TensorIOMode.INPUT | trt.TensorIOMode.OUTPUT
 
 
-def test_dims_behave_as_the_real_ones(trt: Any) -> None:
+def test_dims_behave_like_the_real_ones(trt: Any) -> None:
     dims = trt.Dims((2, 4))
     assert (tuple(dims), len(dims), dims[1], dims[:1], dims == [2, 4]) == ((2, 4), 2, 4, (2,), True)
     with pytest.raises(TypeError):
         hash(dims)
 
 
-def test_calls_that_the_real_binding_refuses_raise(simulated: Any, tiny: Any) -> None:
+def test_calls_that_the_real_binding_rejects_raise(simulated: Any, tiny: Any) -> None:
     trt, engine = tiny.trt, tiny.engine()
     refused: list[Any] = [
         trt.ICudaEngine,

@@ -1,4 +1,4 @@
-"""The simulated memory, streams and graphs: what real hardware punishes by chance is refused here, every time."""
+"""The simulated memory, streams and graphs: mistakes that show on real hardware only by chance always raise here."""
 
 import ctypes
 import inspect
@@ -17,7 +17,7 @@ def cuda(simulated: Any) -> Any:
 
 @pytest.fixture(autouse=True)
 def _lenient(simulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """These tests break things on purpose and leave what they broke."""
+    """These tests leave broken state on purpose."""
     simulated.leaks_matter = False
 
 
@@ -56,7 +56,7 @@ def memory(cuda: Any) -> Memory:
     return Memory(cuda)
 
 
-def test_bytes_go_there_and_back_and_are_counted(simulated: Any, cuda: Any, memory: Memory) -> None:
+def test_copied_bytes_come_back_and_are_counted(simulated: Any, cuda: Any, memory: Memory) -> None:
     memory.view[:] = np.arange(512) % 251
     memory.up()
     _good(cuda.cudaMemsetAsync(memory.device, 7, 16, memory.stream))
@@ -70,7 +70,7 @@ def test_bytes_go_there_and_back_and_are_counted(simulated: Any, cuda: Any, memo
     assert simulated.transfers == [("HostToDevice", 512), ("DeviceToHost", 512)]
 
 
-def test_a_result_is_not_there_before_the_host_waits(memory: Memory) -> None:
+def test_a_result_appears_only_after_the_host_waits(memory: Memory) -> None:
     memory.view[:] = 1
     memory.up()
     memory.wait()
@@ -130,7 +130,7 @@ def test_pageable_memory_and_wrong_kinds_are_refused(simulated: Any, cuda: Any, 
         cuda.cudaMemcpyAsync(memory.device, memory.host, 512, 1, memory.stream)
 
 
-def test_use_after_free_is_seen_at_the_call_and_in_the_queue(simulated: Any, cuda: Any, memory: Memory) -> None:
+def test_use_after_free_is_detected_at_the_call_and_in_the_queue(simulated: Any, cuda: Any, memory: Memory) -> None:
     _good(cuda.cudaFreeAsync(memory.device, memory.stream))
     with simulated.violation("was freed before"):
         memory.up()
@@ -141,7 +141,7 @@ def test_use_after_free_is_seen_at_the_call_and_in_the_queue(simulated: Any, cud
         cuda.cudaFree(memory.device)
 
 
-def test_frees_of_what_is_no_allocation_are_refused(simulated: Any, cuda: Any, memory: Memory) -> None:
+def test_freeing_a_wrong_pointer_is_refused(simulated: Any, cuda: Any, memory: Memory) -> None:
     for free, pointer in ((cuda.cudaFree, memory.device + 256), (cuda.cudaFree, memory.host)):
         with simulated.violation("no such allocation"):
             free(pointer)
@@ -160,7 +160,7 @@ def test_a_free_waits_for_the_device(cuda: Any, memory: Memory) -> None:
     assert (memory.view == 9).all()
 
 
-def test_the_host_may_not_write_past_pinned_memory_nor_after_its_end(simulated: Any, cuda: Any) -> None:
+def test_the_host_must_not_write_past_pinned_memory_or_after_its_free(simulated: Any, cuda: Any) -> None:
     pointer = _good(cuda.cudaMallocHost(100))
     view = _view(pointer, 101)
     kept = view[100]
@@ -182,7 +182,7 @@ def test_streams_that_share_memory_must_be_ordered(simulated: Any, cuda: Any, me
     event = _good(cuda.cudaEventCreateWithFlags(cuda.cudaEventDisableTiming))
     _good(cuda.cudaEventRecord(event, memory.stream))
     _good(cuda.cudaStreamWaitEvent(other, event, 0))
-    memory.view[:] = memory.view  # the host may read what is only read
+    memory.view[:] = memory.view  # the host may read memory that work only reads
     memory.down(other)
     _good(cuda.cudaStreamSynchronize(other))
     with simulated.violation("races with work"):
@@ -190,7 +190,7 @@ def test_streams_that_share_memory_must_be_ordered(simulated: Any, cuda: Any, me
         memory.up()
 
 
-def test_what_the_host_waited_for_is_ordered(cuda: Any, memory: Memory) -> None:
+def test_work_that_the_host_waited_for_is_ordered(cuda: Any, memory: Memory) -> None:
     other = _good(cuda.cudaStreamCreateWithFlags(cuda.cudaStreamNonBlocking))
     memory.up()
     memory.wait()
@@ -287,11 +287,11 @@ def test_a_graph_records_and_repeats(simulated: Any, cuda: Any, memory: Memory) 
     with simulated.violation("was freed before"):
         cuda.cudaGraphLaunch(executable, memory.stream)
     _good(cuda.cudaGraphExecDestroy(executable))
-    with simulated.violation("no executable graph"):
+    with simulated.violation("not an executable graph"):
         cuda.cudaGraphLaunch(executable, memory.stream)
 
 
-def test_what_may_not_happen_in_a_capture_spoils_it(simulated: Any, cuda: Any, memory: Memory) -> None:
+def test_a_forbidden_call_invalidates_a_capture(simulated: Any, cuda: Any, memory: Memory) -> None:
     for spoil in (lambda: cuda.cudaMalloc(1), lambda: cuda.cudaStreamSynchronize(memory.stream)):
         _good(_capture(cuda, memory))
         assert spoil()[0].name == "cudaErrorStreamCaptureUnsupported"
@@ -340,17 +340,17 @@ def test_leaks_and_swallowed_violations_are_found(simulated: Any, cuda: Any, mem
     violations.clear()
 
 
-def test_handles_that_are_gone_are_refused(simulated: Any, cuda: Any, memory: Memory) -> None:
+def test_destroyed_handles_are_refused(simulated: Any, cuda: Any, memory: Memory) -> None:
     _good(cuda.cudaStreamDestroy(memory.stream))
-    with simulated.violation("no stream"):
+    with simulated.violation("not a stream"):
         memory.up()
     event = _good(cuda.cudaEventCreate())
     _good(cuda.cudaEventDestroy(event))
-    with simulated.violation("no event"):
+    with simulated.violation("not an event"):
         cuda.cudaEventRecord(event, 0)
 
 
-def test_the_module_refuses_what_the_real_one_refuses(simulated: Any, cuda: Any) -> None:
+def test_the_module_rejects_what_the_real_one_rejects(simulated: Any, cuda: Any) -> None:
     with pytest.raises(AttributeError):
         cuda.cudaMallocPinned  # noqa: B018
     with pytest.raises(TypeError):
@@ -365,7 +365,7 @@ def test_the_module_refuses_what_the_real_one_refuses(simulated: Any, cuda: Any)
 
 
 def test_signatures_and_results_are_the_real_ones(simulated: Any, cuda: Any) -> None:
-    """Without a driver the real functions fail: the tuple that they return then is as long as a failure's here."""
+    """Without a driver the real functions fail, with tuples of the same length as failures here."""
     from simulated.calls import FUNCTIONS
 
     real = cuda._real
@@ -379,7 +379,7 @@ def test_signatures_and_results_are_the_real_ones(simulated: Any, cuda: Any) -> 
         assert len(getattr(cuda, name)()) == len(getattr(real, name)()), name
 
 
-def test_a_wrong_signature_would_be_found(simulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_signature_is_found(simulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from simulated.cudart import Cudart
 
     monkeypatch.setattr(Cudart, "cudaMalloc", lambda self, nbytes: None)

@@ -1,4 +1,4 @@
-"""The simulated engine: the graph's own results, in stream order, from and to memory that is there and large enough."""
+"""The simulated engine: the graph's results, in stream order, with valid and large enough memory."""
 
 import hashlib
 from pathlib import Path
@@ -19,7 +19,7 @@ T = np.array([0.5, 2], np.float32)
 
 @pytest.fixture(autouse=True)
 def _lenient(simulated: Any) -> None:
-    """These tests break things on purpose and leave what they broke; leaks have a test of their own."""
+    """These tests leave broken state on purpose; leaks have their own test."""
     simulated.leaks_matter = False
 
 
@@ -29,7 +29,7 @@ def _expected(rows: int) -> Any:
 
 
 class Run:
-    """The tiny plan on a stream, with pinned buffers for what goes in and out."""
+    """The tiny plan on a stream, with pinned buffers for inputs and outputs."""
 
     def __init__(self, tiny: Any, rows: int = 1, **sizes: int) -> None:
         self.tiny, self.stream, self.rows = tiny, tiny.stream(), rows
@@ -64,7 +64,7 @@ def run(tiny: Any) -> Run:
 
 
 @pytest.mark.parametrize("rows", [1, 2])
-def test_an_execution_gives_the_graphs_results(simulated: Any, tiny: Any, rows: int) -> None:
+def test_an_execution_computes_the_graph(simulated: Any, tiny: Any, rows: int) -> None:
     run = Run(tiny, rows)
     run.send()
     assert run.execute()
@@ -77,7 +77,7 @@ def test_an_execution_gives_the_graphs_results(simulated: Any, tiny: Any, rows: 
     assert simulated.since() == {"weights": 1 << 20, "HostToDevice": sent, "DeviceToHost": view.nbytes}
 
 
-def test_what_an_engine_says_is_what_the_plan_says(tiny: Any) -> None:
+def test_an_engine_has_the_properties_of_its_plan(tiny: Any) -> None:
     engine, trt = tiny.engine(), tiny.trt
     names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
     assert names == ["x", "t", "y"]
@@ -139,7 +139,7 @@ def test_buffers_must_hold_their_tensors(simulated: Any, tiny: Any, name: str, s
 def test_addresses_must_be_device_memory_and_aligned(simulated: Any, run: Run) -> None:
     with simulated.violation("not aligned"):
         run.context.set_tensor_address("x", run.places["x"] + 4)
-    with simulated.violation("is no device memory"):
+    with simulated.violation("is not device memory"):
         run.context.set_tensor_address("x", run.hosts["x"][0])
     with simulated.violation("not aligned"):
         run.context.set_device_memory(run.places["scratch"] + 128, 512)
@@ -152,14 +152,14 @@ def test_addresses_must_be_device_memory_and_aligned(simulated: Any, run: Run) -
         run.execute()
 
 
-def test_an_output_may_not_lie_over_anything_else(simulated: Any, tiny: Any) -> None:
+def test_an_output_must_not_overlap_anything_else(simulated: Any, tiny: Any) -> None:
     run = Run(tiny, 1, x=512)
     run.context.set_tensor_address("y", run.places["x"])
-    with simulated.violation("lies over"):
+    with simulated.violation("overlaps"):
         run.execute()
 
 
-def test_memory_freed_while_an_execution_needs_it_is_missed(simulated: Any, run: Run) -> None:
+def test_memory_freed_before_an_execution_is_detected(simulated: Any, run: Run) -> None:
     run.send()
     run.wait()
     run.tiny.ok(run.tiny.cuda.cudaFree(run.places["scratch"]))
@@ -185,7 +185,7 @@ def test_a_context_runs_on_one_stream_at_a_time(simulated: Any, run: Run) -> Non
         run.context.execute_async_v3(int(run.tiny.stream()))
 
 
-def test_a_switch_of_profiles_is_work_too(simulated: Any, run: Run) -> None:
+def test_a_profile_switch_is_work_on_its_stream(simulated: Any, run: Run) -> None:
     run.context.set_optimization_profile_async(0, int(run.tiny.stream()))
     run.context.set_input_shape("x", (1, 4, 8))
     run.context.set_input_shape("t", (1,))
@@ -209,7 +209,7 @@ def _captured(run: Run) -> Any:
     return ok(cuda.cudaGraphInstantiate(graph, 0))
 
 
-def test_a_graph_computes_with_the_inputs_of_its_launch(simulated: Any, run: Run) -> None:
+def test_a_graph_uses_the_inputs_at_its_launch(simulated: Any, run: Run) -> None:
     run.send()
     assert run.execute()
     run.wait()
@@ -222,7 +222,7 @@ def test_a_graph_computes_with_the_inputs_of_its_launch(simulated: Any, run: Run
     np.testing.assert_allclose(view[..., :8], 2 * X[:1] * np.arange(4).reshape(4, 1) + 0.5, rtol=1e-6)
 
 
-def test_a_graph_is_lost_when_its_context_changes(simulated: Any, run: Run) -> None:
+def test_a_graph_is_invalid_after_its_context_changes(simulated: Any, run: Run) -> None:
     run.send()
     assert run.execute()
     run.wait()
@@ -256,7 +256,7 @@ def test_failures_on_demand(simulated: Any, run: Run) -> None:
     assert "illegal memory access" in simulated.logged[-1][1]
 
 
-def test_plans_of_others_are_refused(simulated: Any, tiny: Any) -> None:
+def test_foreign_and_damaged_plans_are_rejected(simulated: Any, tiny: Any) -> None:
     older = msgspec.structs.replace(tiny.plan.environment, tensorrt="11.3.0.1")
     other = msgspec.structs.replace(tiny.plan.environment, compute_capability="8.6")
     assert tiny.engine(environment=older) is None
@@ -267,11 +267,11 @@ def test_plans_of_others_are_refused(simulated: Any, tiny: Any) -> None:
         assert tiny.runtime.deserialize_cuda_engine(broken) is None
     assert tiny.runtime.deserialize_cuda_engine(memoryview(content)) is not None
     assert simulated.deserialized == [hashlib.sha256(content).hexdigest()]
-    with simulated.violation("names a graph that no simulated bundle has"):
+    with simulated.violation("refers to a graph that no simulated bundle has"):
         tiny.engine(graph="0" * 64)
 
 
-def test_a_plan_can_be_read_piece_by_piece(simulated: Any, tiny: Any) -> None:
+def test_a_plan_can_be_read_in_pieces(simulated: Any, tiny: Any) -> None:
     content, trt = tiny.encode(tiny.plan), tiny.trt
 
     class Reader(trt.IStreamReaderV2):  # type: ignore[misc]
@@ -293,7 +293,7 @@ def test_a_plan_can_be_read_piece_by_piece(simulated: Any, tiny: Any) -> None:
     assert simulated.deserialized == [hashlib.sha256(content).hexdigest()]
 
 
-def test_weights_and_activations_are_counted_until_the_last_owner_is_gone(simulated: Any, tiny: Any) -> None:
+def test_weights_and_activations_are_counted_until_their_owners_are_deleted(simulated: Any, tiny: Any) -> None:
     weights = 1 << 20
     engine = tiny.engine()
     assert simulated.current_bytes == weights
@@ -316,7 +316,7 @@ def test_weights_and_activations_are_counted_until_the_last_owner_is_gone(simula
     assert simulated.peak_bytes == 0
 
 
-def test_engines_and_contexts_that_do_not_fit(simulated: Any, tiny: Any) -> None:
+def test_engines_and_contexts_that_do_not_fit_are_none(simulated: Any, tiny: Any) -> None:
     simulated.memory_limit = (1 << 20) + 4095
     engine = tiny.engine()
     assert engine.create_execution_context() is None
@@ -364,7 +364,7 @@ def test_host_code_in_plans_is_refused(simulated: Any, tiny: Any) -> None:
         tiny.runtime.engine_host_code_allowed = True
 
 
-def test_a_bundle_gets_plans_that_this_device_takes(simulated: Any, tmp_path: Path) -> None:
+def test_a_bundle_gets_plans_for_the_simulated_device(simulated: Any, tmp_path: Path) -> None:
     root = simulated.bundle(
         bundle_path(), tmp_path / "bundle", height=64, width=(64, 128, 128), tokens=77, static=False
     )

@@ -1,4 +1,4 @@
-"""Whole runs, base to refiner, on the simulated device: the CPU's picture, few bytes moved, one change of experts."""
+"""Whole runs, base to refiner, on the simulated device: the CPU's picture, few copied bytes, one change of UNets."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -37,7 +37,7 @@ def exported(pairs: Callable[[str], Any]) -> Path:
 
 @pytest.fixture(scope="module")
 def reference(exported: Path) -> list[Any]:
-    """The latents that the CPU provider gives for `_request(2)`."""
+    """Return the CPU provider's latents for `_request(2)`."""
     return _latents(exported, "ort-cpu", _request(2))
 
 
@@ -48,7 +48,7 @@ def planned(simulated: Any, exported: Path, tmp_path: Path) -> Path:
 
 def _assert_same(latents: list[Any], expected: list[Any]) -> None:
     worst = max(float(np.abs(a - b).max()) for a, b in zip(latents, expected, strict=True))
-    assert worst <= TOLERANCE, f"max abs difference {worst:.2e}, at most {TOLERANCE:.0e} is allowed"
+    assert worst <= TOLERANCE, f"max abs difference {worst:.2e}, {TOLERANCE:.0e} is allowed"
 
 
 def _records(bundle: Bundle) -> dict[str, PlanRecord]:
@@ -56,7 +56,7 @@ def _records(bundle: Bundle) -> dict[str, PlanRecord]:
 
 
 @pytest.mark.parametrize("residency", RESIDENCIES)
-def test_the_picture_is_the_cpus(simulated: Any, planned: Path, reference: list[Any], residency: str) -> None:
+def test_the_picture_equals_the_cpu_s(simulated: Any, planned: Path, reference: list[Any], residency: str) -> None:
     request = _request(2)
     _assert_same(_latents(planned, "tensorrt", request, residency), reference)
     experts = [name for name in simulated.executed if name in UNETS]
@@ -64,25 +64,23 @@ def test_the_picture_is_the_cpus(simulated: Any, planned: Path, reference: list[
 
 
 @pytest.mark.parametrize("residency", RESIDENCIES)
-def test_a_step_moves_the_latents_the_timestep_and_the_prediction(
-    simulated: Any, planned: Path, residency: str
-) -> None:
+def test_a_step_copies_only_latents_timestep_and_prediction(simulated: Any, planned: Path, residency: str) -> None:
     request, seen = _request(steps=8), []
     with open_bundle(planned, provider="tensorrt", residency=residency) as pipeline:
         for step in pipeline.steps(request):
             moved = simulated.since()
-            # The first step of an expert comes after its conditions were bound.
+            # Before the first step of a UNet its constants are bound.
             if step.stage in ("base", "refiner") and step.index > 1:
                 assert step.latents is not None
                 rows = 2 * step.latents.nbytes
-                # Under `resident` the refiner's weights come while the base computes.
+                # Under `resident` the refiner's weights are copied while the base computes.
                 assert moved.pop("weights", 0) == 0 or residency == "resident"
                 assert moved == {"HostToDevice": rows + 2 * 4, "DeviceToHost": rows}
                 seen.append(step.stage)
     assert set(seen) == {"base", "refiner"}
 
 
-def test_the_experts_never_share_memory_under_swap(simulated: Any, planned: Path) -> None:
+def test_the_unets_never_share_memory_under_swap(simulated: Any, planned: Path) -> None:
     records = _records(read_bundle(planned))
     weights = max(records[name].memory.weights for name in UNETS)
     activations = max(record.memory.activations for record in records.values())
@@ -98,8 +96,8 @@ def test_the_experts_never_share_memory_under_swap(simulated: Any, planned: Path
     assert simulated.peak_bytes >= swapped + min(records[name].memory.weights for name in UNETS)
 
 
-def test_a_run_from_a_picture_is_the_cpus(simulated: Any, planned: Path, exported: Path) -> None:
-    """The encoder's plan takes pictures of the usual size whole; memory is planned for it."""
+def test_a_run_from_a_picture_equals_the_cpu_s(simulated: Any, planned: Path, exported: Path) -> None:
+    """The encoder's plan encodes a picture of the usual size whole; the memory plan includes it."""
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
     request = replace(_request(2), image=pixels, strength=0.75)
     expected = _latents(exported, "ort-cpu", request)
@@ -109,14 +107,14 @@ def test_a_run_from_a_picture_is_the_cpus(simulated: Any, planned: Path, exporte
 
 
 def simulated_shapes(record: PlanRecord) -> list[tuple[int, ...]]:
-    """Return the largest shapes of a UNet's inputs, and its output's, which is the sample's."""
+    """Return the largest shapes of a UNet's inputs and of its output, which equals the sample's."""
     (profile,) = record.key.profiles
     largest = {name: shapes[2] for name, shapes in profile.shapes.items()}
     return [*largest.values(), largest["sample"]]
 
 
 @pytest.mark.parametrize("count", [1, 8, 100])
-def test_the_experts_change_once_whatever_the_pictures(simulated: Any, planned: Path, count: int) -> None:
+def test_the_unets_change_once_for_any_number_of_pictures(simulated: Any, planned: Path, count: int) -> None:
     request = _request(count, steps=2, guidance=1.0)
     with open_bundle(planned, provider="tensorrt", residency="swap") as pipeline:
         latents = [picture.latents for picture in pipeline.generate(request)]
@@ -137,7 +135,7 @@ def test_both_flavours_run(simulated: Any, exported: Path, tmp_path: Path, refer
 
 @pytest.fixture
 def clean(simulated: Any) -> Iterator[None]:
-    """Check at the end that nothing is left on the device; the fixture `simulated` checks all else."""
+    """Check at the end that the device is empty; the fixture `simulated` checks everything else."""
     yield
     assert simulated.current_bytes == 0
 
@@ -151,7 +149,7 @@ def test_memory_may_run_out_anywhere(simulated: Any, planned: Path, n: int) -> N
 
 
 @pytest.mark.usefixtures("clean")
-def test_a_policy_that_was_chosen_gives_way_to_another(simulated: Any, planned: Path, reference: list[Any]) -> None:
+def test_auto_falls_back_after_out_of_memory(simulated: Any, planned: Path, reference: list[Any]) -> None:
     with open_bundle(planned, provider="tensorrt", residency="auto") as pipeline:
         chosen = pipeline.pool.residency
         simulated.fail_allocation(1)
@@ -171,7 +169,7 @@ def test_the_device_may_be_lost_anywhere(simulated: Any, planned: Path, share: f
 
 @pytest.mark.usefixtures("clean")
 @pytest.mark.parametrize("failure", ["fail_next_deserialize", "fail_next_execute", "fail_capture"])
-def test_what_fails_once_ends_the_run_cleanly_or_not_at_all(
+def test_a_single_failure_raises_cleanly_or_is_survived(
     simulated: Any, planned: Path, reference: list[Any], failure: str
 ) -> None:
     getattr(simulated, failure)()

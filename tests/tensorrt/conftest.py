@@ -1,4 +1,4 @@
-"""The real TensorRT, in processes of its own: what NVIDIA's libraries load there stays out of the tests."""
+"""The real TensorRT in child processes, so that NVIDIA's libraries are not loaded into the tests' own."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ from sdxl_trt.benchmarks.full_size.tensorrt_on_cpu import assemble, child_enviro
 
 @pytest.fixture(scope="session")
 def tensorrt_folder() -> Path:
-    """Return the folder in which child processes find TensorRT."""
+    """Return the folder from which child processes import TensorRT."""
     reason = unavailable()
     if reason:
         pytest.skip(f"no TensorRT parser: {reason}")
@@ -23,13 +23,13 @@ def tensorrt_folder() -> Path:
 
 @pytest.fixture
 def tensorrt(tensorrt_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let child processes of this test find TensorRT, both flavours."""
+    """Let child processes of this test import TensorRT, both flavours."""
     monkeypatch.setenv("PYTHONPATH", child_environment(tensorrt_folder)["PYTHONPATH"])
 
 
 @pytest.fixture(scope="session")
 def run_parser(tensorrt_folder: Path) -> Callable[..., tuple[int, dict[str, Any]]]:
-    """Return a function that parses graphs and returns the exit code and the report."""
+    """Return a function that parses graphs and returns (exit code, report)."""
 
     def run(*arguments: str | Path) -> tuple[int, dict[str, Any]]:
         command = [

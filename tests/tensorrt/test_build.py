@@ -1,4 +1,4 @@
-"""Plans of the embedded pair from the real builder, and what becomes of builds that cannot work."""
+"""Plans of the embedded pair built by the real builder, and the errors of builds that cannot work."""
 
 import hashlib
 import os
@@ -35,9 +35,9 @@ def _component(name: str) -> Component:
 
 
 def _profiles(name: str, *, static: bool = False) -> tuple[Profile, ...]:
-    """Return one profile: of two static ones that with guidance, the larger; a range of sizes otherwise.
+    """Return one profile: with `static` the one with guidance, the larger of two; else a range of sizes.
 
-    What is exported of an autoencoder is static in any case, but another's graph need not be.
+    The exporter's profiles of an autoencoder are always static, but those of other graphs need not be.
     """
     component = _component(name)
     manifest = read_bundle(bundle_path()).manifest
@@ -64,7 +64,7 @@ def _job(folder: Path, name: str = SMALL, graph: Path | None = None, **changes: 
 
 
 def _copy(folder: Path) -> Path:
-    """Copy the small graph and its weights, to be damaged."""
+    """Copy the small graph and its weights, so that a test can damage them."""
     shutil.copytree(bundle_path() / SMALL, folder / "graph")
     return folder / "graph/model.onnx"
 
@@ -72,7 +72,7 @@ def _copy(folder: Path) -> Path:
 def _check(built: BuiltPlan, weights: int) -> None:
     content = built.plan.read_bytes()
     assert (len(content), hashlib.sha256(content).hexdigest()) == (built.size, built.sha256)
-    # A plan holds every weight, and some code beside them.
+    # A plan contains every weight, and some code.
     assert weights <= built.weights < built.size
     assert built.activations > 0
     assert built.layers > 100
@@ -88,7 +88,7 @@ def _check(built: BuiltPlan, weights: int) -> None:
 def test_every_graph_of_the_embedded_pair_is_built(name: str, static: bool, tmp_path: Path) -> None:
     profiles = _profiles(name, static=static)
     spread = [shape for profile in profiles for shape in profile.shapes.values() if shape[0] != shape[2]]
-    assert bool(spread) != (static and "text" not in name), "the profiles are not what this test means to build"
+    assert bool(spread) != (static and "text" not in name), "the profiles are not those that this test needs"
     events: list[BuildEvent] = []
     built = build_plan(_job(tmp_path, name, profiles=profiles), progress=events.append)
     _check(built, _component(name).weights.size)
@@ -105,7 +105,7 @@ def test_every_graph_of_the_embedded_pair_is_built(name: str, static: bool, tmp_
 
 
 def test_two_static_profiles_share_a_plan(tmp_path: Path) -> None:
-    """The weights are in it once, and the activations are those of the larger profile."""
+    """It contains the weights once, and its activations are those of the larger profile."""
     small, large = (Profile(shapes={"latent_sample": ((1, 4, side, side),) * 3}) for side in (8, 16))
     figures = [build_plan(_job(tmp_path, profiles=profiles)) for profiles in [(small,), (large,), (small, large)]]
     assert figures[0].activations < figures[1].activations == figures[2].activations
@@ -160,7 +160,7 @@ def _unknown_operator(graph: Path) -> None:
         (_unknown_operator, EngineError, "NoSuchOperator"),
     ],
 )
-def test_a_graph_that_cannot_be_parsed(
+def test_a_graph_that_cannot_be_parsed_is_an_error(
     damage: Callable[[Path], None], kind: type[SdxlTrtError], said: str, tmp_path: Path
 ) -> None:
     graph = _copy(tmp_path)
@@ -181,15 +181,15 @@ def test_a_graph_that_cannot_be_parsed(
     ],
     ids=["falling", "channels", "name", "none"],
 )
-def test_an_impossible_profile(shapes: dict[str, object], said: str, tmp_path: Path) -> None:
+def test_an_impossible_profile_is_an_error(shapes: dict[str, object], said: str, tmp_path: Path) -> None:
     profile = msgspec.convert({"shapes": shapes}, Profile)
     with pytest.raises((UsageError, EngineError), match=said):
         build_plan(_job(tmp_path, profiles=(profile,)))
     assert not (tmp_path / f"{SMALL}.plan").exists()
 
 
-class _Stop(Exception):  # noqa: N818 - it is no error
-    """Raised by a callback once the real builder is at work."""
+class _Stop(Exception):  # noqa: N818 - it is not an error
+    """Raised by a callback once the real builder is running."""
 
 
 def _pid_of_child() -> int:
@@ -217,7 +217,7 @@ def test_a_killed_child_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_interrupt_ends_the_real_builder_at_work(tmp_path: Path) -> None:
+def test_an_interrupt_ends_the_running_builder(tmp_path: Path) -> None:
     pids: list[int] = []
 
     def stop(event: BuildEvent) -> None:
@@ -234,7 +234,7 @@ def test_an_interrupt_ends_the_real_builder_at_work(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_builder_ends_with_a_parent_that_was_killed(tmp_path: Path) -> None:
-    """Nobody tidies up after SIGKILL: the child sees its stdin close, in the midst of TensorRT's own code."""
+    """A killed parent cannot clean up: the child sees its stdin close while it runs TensorRT's code."""
     plan = tmp_path / "plan"
     with plan.open("w+b") as file:
         command = [sys.executable, "-m", "sdxl_trt.engines.build.worker", str(file.fileno())]
@@ -253,8 +253,8 @@ def test_the_builder_ends_with_a_parent_that_was_killed(tmp_path: Path) -> None:
     assert plan.stat().st_size == 0
 
 
-def test_a_disk_that_is_full(tmp_path: Path) -> None:
-    """The worker writes to the file that it is given: /dev/full has no room."""
+def test_a_full_disk_is_a_resource_error(tmp_path: Path) -> None:
+    """The worker writes to the open file that it receives: /dev/full."""
     with Path("/dev/full").open("r+b", buffering=0) as full:
         command = [sys.executable, "-m", "sdxl_trt.engines.build.worker", str(full.fileno())]
         given = msgspec.json.encode(_job(tmp_path), enc_hook=str) + b"\n"

@@ -1,4 +1,4 @@
-"""export-engines builds plans with the real builder: into the bundle, kept while they fit, built again when not."""
+"""export-engines with the real builder: builds plans into the bundle, keeps those that fit, rebuilds the others."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ RTX = ("--engine", "tensorrt-rtx", "--json")
 FEW = ("--components", "unet,vae_decoder")
 Told = tuple[int, dict[str, Any], str]
 Commands = Callable[..., list[Told]]
-# Several command lines in one process: most of what each takes are its imports.
+# Several command lines in one process: imports take most of the time.
 RUN = """
 import contextlib, io, json, sys
 from sdxl_trt.export.cli import main
@@ -41,9 +41,9 @@ json.dump(told, sys.stdout)
 
 @pytest.fixture(scope="module")
 def commands() -> Commands:
-    """Return a function that runs export-engines where `tensorrt_rtx` can be imported, once for each of its arguments.
+    """Return a function that runs export-engines in a process that can import `tensorrt_rtx`, once per argument.
 
-    It returns each run's exit code, what it wrote as JSON, and what it wrote to stderr.
+    It returns the exit code, the JSON output and the stderr of each run.
     """
     reason = unavailable()
     if reason:
@@ -63,7 +63,7 @@ def commands() -> Commands:
 
 @pytest.fixture(scope="module")
 def planned(commands: Commands, pairs: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small bundle with plans of UNet and decoder: shared, not to be changed."""
+    """Return a small bundle with plans of UNet and decoder; tests share it and must not change it."""
     root = Path(shutil.copytree(pairs("outline").bundle, tmp_path_factory.mktemp("planned") / "bundle"))
     [(code, told, errors)] = commands((*RTX, *FEW, "--out", root))
     assert code == 0, errors
@@ -80,7 +80,7 @@ def _plans(root: Path) -> dict[str, Any]:
     return {record.key.component: record for record in read_bundle(root, partial=True).manifest.plans}
 
 
-def test_plans_are_in_the_manifest_with_all_that_decides_them(planned: Path) -> None:
+def test_plans_are_in_the_manifest_with_their_whole_key(planned: Path) -> None:
     bundle = read_bundle(planned)
     for name, record in _plans(planned).items():
         component = bundle.manifest.components[name]
@@ -95,7 +95,7 @@ def test_plans_are_in_the_manifest_with_all_that_decides_them(planned: Path) -> 
     }
 
 
-def test_what_fits_is_kept_and_what_does_not_is_built_again(commands: Commands, copied: Path) -> None:
+def test_plans_that_fit_are_kept_and_others_rebuilt(commands: Commands, copied: Path) -> None:
     before = _plans(copied)
     stamps = {path: path.stat().st_mtime_ns for path in (copied / "plans").glob("*.plan")}
     line = (*RTX, *FEW, "--out", copied)
@@ -118,7 +118,7 @@ def test_what_fits_is_kept_and_what_does_not_is_built_again(commands: Commands, 
     assert after["unet"].key.profiles[1].shapes["sample"][2][0] == fixed(4).max
 
 
-def test_an_export_of_the_same_keeps_the_plans(copied: Path, pairs: Callable[[str], Any]) -> None:
+def test_an_unchanged_export_keeps_the_plans(copied: Path, pairs: Callable[[str], Any]) -> None:
     from sdxl_trt.export import Options, export_bundle
 
     pair, before = pairs("outline"), _plans(copied)
@@ -126,7 +126,7 @@ def test_an_export_of_the_same_keeps_the_plans(copied: Path, pairs: Callable[[st
     assert _plans(copied) == before
 
 
-def test_a_plan_of_what_was_exported_anew_is_dropped(copied: Path, tmp_path: Path) -> None:
+def test_a_plan_of_a_changed_graph_is_dropped(copied: Path, tmp_path: Path) -> None:
     import msgspec
 
     from sdxl_trt.export.output.reuse import take_over_plans
@@ -139,11 +139,11 @@ def test_a_plan_of_what_was_exported_anew_is_dropped(copied: Path, tmp_path: Pat
     folder.mkdir()
     assert take_over_plans(bundle, components, folder) == (before["unet"],)
     assert [path.name for path in (folder / "plans").glob("*.plan")] == [Path(before["unet"].file.file).name]
-    # Nothing else may write into the folder, however the umask is set.
+    # Other users must not be able to write into the folder, whatever the umask.
     assert (folder / "plans").stat().st_mode & 0o022 == 0
 
 
-def test_a_bundle_of_plans_alone(planned: Path, tmp_path: Path) -> None:
+def test_plans_only_removes_graphs_and_weights(planned: Path, tmp_path: Path) -> None:
     import msgspec
 
     from sdxl_trt.engines.build.bundle_plans import drop_onnx
@@ -152,7 +152,7 @@ def test_a_bundle_of_plans_alone(planned: Path, tmp_path: Path) -> None:
 
     root = Path(shutil.copytree(planned, tmp_path / "bundle"))
     bundle = read_bundle(root)
-    # Which plans they are does not matter here, only that every component has one.
+    # The plans' contents do not matter here, only that every component has one.
     some = bundle.manifest.plans[0]
     records = tuple(
         msgspec.structs.replace(some, key=msgspec.structs.replace(
@@ -178,11 +178,11 @@ REFUSED = [
     (("--width", "64:32:128"), "MIN:OPT:MAX"),
     (("--tokens", "78"), "77"),
     (("--components", "unet,brain"), "brain"),
-    ((*FEW, "--plans-only"), "text_encoder"),  # which has no plan, and would be lost
+    ((*FEW, "--plans-only"), "text_encoder"),  # it has no plan and would be lost
 ]
 
 
-def test_what_cannot_be_built_is_said_before_building(commands: Commands, copied: Path) -> None:
+def test_invalid_options_are_refused_before_building(commands: Commands, copied: Path) -> None:
     before = sorted((path, path.stat().st_mtime_ns) for path in copied.rglob("*"))
     told = commands(*((*RTX, *arguments, "--out", copied) for arguments, _ in REFUSED))
     for (code, _, error), (arguments, said) in zip(told, REFUSED, strict=True):
@@ -196,6 +196,6 @@ def test_without_tensorrt_the_remedy_is_named(copied: Path, capsys: pytest.Captu
     assert "pip install" in capsys.readouterr().err
 
 
-def test_options_of_plans_need_an_engine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_build_options_need_an_engine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--static", "--out", str(tmp_path / "new")]) == 2
     assert "--engine" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Every graph that we write is taken whole by the real TensorRT parser, and a plan can be built from it."""
+"""The real TensorRT parser accepts every graph that we write, and a plan can be built from it."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +18,7 @@ DTYPES = {"float32": "FLOAT", "float16": "HALF", "int64": "INT64"}
 
 
 def _check(report: dict[str, Any], root: Path) -> None:
-    """Hold the networks that were parsed against the manifest of the bundle at `root`."""
+    """Compare the parsed networks with the manifest of the bundle at `root`."""
     components = read_bundle(root).manifest.components
     parsed = {graph["graph"].removeprefix(f"{root}/"): graph for graph in report["parsed"]}
     assert parsed.keys() == components.keys()
@@ -43,7 +43,7 @@ def test_every_graph_of_a_pair_is_accepted(name: str, pairs: Any, run_parser: Ru
 
 @pytest.mark.slow
 def test_bf16_and_mixed_graphs_are_accepted_and_built(pairs: Any, run_parser: Run, tmp_path: Path) -> None:
-    """ONNX Runtime's CPU provider cannot run the former: this is the proof that somebody takes it."""
+    """ONNX Runtime's CPU provider cannot run the former: this test proves that TensorRT accepts it."""
     parts = frozenset({"unet", "vae_decoder"})
     options = Options("bf16", vae_precision="mixed", components=parts)
     bundle = export_bundle(pairs("legacy").base, None, tmp_path / "bf16", options)
@@ -62,18 +62,18 @@ def test_the_embedded_pair_is_accepted(run_parser: Run) -> None:
 
 @pytest.mark.slow
 def test_a_plan_is_built_with_a_dynamic_profile(pairs: Any, run_parser: Run) -> None:
-    """An fp32 attention has no fused kernel: without leave to decompose it, the builder refuses."""
+    """An fp32 attention has no fused kernel: the builder fails unless it may be decomposed."""
     root = pairs("apart").bundle
     code, report = run_parser(root / "vae_decoder/model.onnx", root / "unet/model.onnx", "--build")
     assert code == 0
     for built, folder in zip(report["built"], ("vae_decoder", "unet"), strict=True):
-        # The builder pads and rearranges; a plan far below its weights would hold none.
+        # The builder pads and rearranges weights; a plan far smaller than them would contain none.
         assert built["size"] > (root / folder / "weights.data").stat().st_size / 2
         assert built["activations"] > 0
 
 
 def _save(path: Path, nodes: list[onnx.NodeProto], names: dict[str, int]) -> None:
-    """Save a graph from the inputs `names` (with their types) to `out`, and a weight `w` in a file beside it."""
+    """Save a graph from the inputs `names` (with their types) to `out`, with an external weight `w`."""
     weight = numpy_helper.from_array(np.full((8, 8), 0.5, np.float32), "w")
     inputs = [helper.make_tensor_value_info(name, kind, ["n", 8]) for name, kind in names.items()]
     outputs = [helper.make_tensor_value_info("out", TensorProto.FLOAT, None)]
@@ -83,7 +83,7 @@ def _save(path: Path, nodes: list[onnx.NodeProto], names: dict[str, int]) -> Non
 
 
 def test_external_weights_are_read(run_parser: Run, tmp_path: Path) -> None:
-    """The same graph is refused once its weights are gone: they were not skipped."""
+    """The same graph is rejected without its weights file: the weights were not skipped."""
     path = tmp_path / "model.onnx"
     _save(path, [helper.make_node("MatMul", ["a", "w"], ["out"])], {"a": TensorProto.FLOAT})
     assert run_parser(path)[0] == 0
@@ -104,7 +104,7 @@ def test_external_weights_are_read(run_parser: Run, tmp_path: Path) -> None:
             {"a": TensorProto.FLOAT, "i": TensorProto.INT64},
             ["SequenceAt", "SplitToSequence"],
         ),
-        # What torch's exporter writes for a half beside a float, where diffusers concatenates them.
+        # The graph that torch's exporter writes if diffusers concatenates a half and a float.
         (
             [helper.make_node("Concat", ["a", "b"], ["out"], axis=1)],
             {"a": TensorProto.FLOAT, "b": TensorProto.FLOAT16},
@@ -113,7 +113,7 @@ def test_external_weights_are_read(run_parser: Run, tmp_path: Path) -> None:
     ],
     ids=["unknown", "sequence", "mixed-types"],
 )
-def test_what_tensorrt_does_not_take_is_told(
+def test_what_tensorrt_rejects_is_reported(
     nodes: list[onnx.NodeProto], names: dict[str, int], unknown: list[str], run_parser: Run, tmp_path: Path
 ) -> None:
     _save(tmp_path / "model.onnx", nodes, names)
