@@ -1,4 +1,4 @@
-"""Checkpoints as names, shapes and dtypes first, and tensors one at a time later."""
+"""Checkpoints: names, shapes and dtypes are read on opening, tensors later, one at a time."""
 
 __all__ = [
     "Checkpoint",
@@ -28,16 +28,16 @@ from sdxl_trt.export.checkpoints.quantization import check_header, check_layer
 from sdxl_trt.export.checkpoints.tensor_info import Scale, TensorInfo
 from sdxl_trt.export.checkpoints.weight_files import find_weights
 
-# A mapped file counts as resident once its pages are touched: the mapping is renewed after this many bytes.
+# Every touched page of a mapped file counts as resident, so the file is mapped anew after this many bytes.
 REMAP_BYTES = 256 << 20
 _FLOATS = ("F64", "F32", "F16", "BF16", *FP8)
 
 
 class Checkpoint:
-    """A model's tensors over one or several safetensors files; nothing is read before it is asked for.
+    """A model's tensors in one or several safetensors files, read only on request.
 
-    `metadata` is what the files' headers say beside the tensors. `block` is the size of the blocks that fp8 weights
-    are scaled in, where a config states one.
+    `metadata` is the metadata of the files' headers. `block` is the size of the blocks in which fp8 weights are
+    scaled, if a config states one.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Checkpoint:
             yield name, tensor
 
     def in_file_order(self, names: Iterable[str]) -> list[str]:
-        """Return `names` as their bytes follow each other on the disk, which is how to read them fast."""
+        """Return `names` in the order of their bytes on disk, the fastest order to read them."""
 
         def place(name: str) -> tuple[str, int, int]:
             info = self.tensors[name]
@@ -88,7 +88,7 @@ def _load(handle: Any, info: TensorInfo) -> torch.Tensor:
 
 
 def _numbers(handle: Any, file: Path, scale: Scale) -> torch.Tensor:
-    """Return the stored numbers of a scale, which may lie in another shard than its weight."""
+    """Return the stored values of a scale, which may be in another shard than its weight."""
     if scale.file == file:
         return cast("torch.Tensor", handle.get_tensor(scale.key))
     with safe_open(scale.file, framework="pt") as other:
@@ -98,9 +98,9 @@ def _numbers(handle: Any, file: Path, scale: Scale) -> torch.Tensor:
 def open_checkpoint(folder: Path, stem: str, variant: str = "", block: tuple[int, int] | None = None) -> Checkpoint:
     """Open the safetensors of a component folder: one file ``<stem>.safetensors``, or shards with their index.
 
-    A `variant` ("fp16") is preferred to the plain files where it is there; `block` is what the config says of scaled
-    fp8 weights. Raises SourceError where there are no weights, only pickled ones, or some that are quantized in another
-    way; CorruptError for broken files.
+    If the folder has the `variant` ("fp16"), it is preferred to the plain files; `block` is the block size that the
+    config states for scaled fp8 weights. Raises SourceError if the folder has no weights, only pickled ones, or
+    weights quantized in another way; CorruptError for broken files.
     """
     try:
         names = [path.name for path in folder.iterdir() if path.is_file()]
@@ -113,9 +113,9 @@ def open_checkpoint(folder: Path, stem: str, variant: str = "", block: tuple[int
 
 
 def open_file(path: Path) -> Checkpoint:
-    """Open one safetensors file, whatever it is called.
+    """Open one safetensors file, whatever its name.
 
-    Raises CorruptError where it is broken, SourceError where it is something else, UsageError where it cannot be read.
+    Raises CorruptError if it is broken, SourceError if it is of another format, UsageError if it cannot be read.
     """
     return Checkpoint(*_read_headers([path]))
 
@@ -135,10 +135,10 @@ def _shards(folder: Path, index: Path) -> list[Path]:
 def _inside(folder: Path, name: str) -> Path:
     if "/" in name or not name.endswith(".safetensors"):
         raise CorruptError(f"{folder}: index names {name!r}, which is not a safetensors file beside it")
-    # A hub cache links its files, so a link is followed here, by the name that was checked above.
+    # The files of a hub cache are links, so a link is followed here; its name was checked above.
     path = folder / name if (folder / name).is_symlink() else contained(folder, name)
     if not path.is_file():
-        raise CorruptError(f"{path}: named by the index but missing; download the model again")
+        raise CorruptError(f"{path}: listed in the index but missing; download the model again")
     return path
 
 
@@ -153,7 +153,7 @@ def _read_headers(files: Iterable[Path]) -> tuple[dict[str, TensorInfo], dict[st
                 metadata |= handle.metadata() or {}
                 for position, key in enumerate(handle.offset_keys()):
                     if key in tensors:
-                        raise CorruptError(f"{file}: has {key}, and so has {tensors[key].file.name}; download the model"
+                        raise CorruptError(f"{file}: {key} is also in {tensors[key].file.name}; download the model"
                                            " again")  # fmt: skip
                     part = handle.get_slice(key)
                     shape, dtype = tuple(part.get_shape()), part.get_dtype()
@@ -166,7 +166,7 @@ def _read_headers(files: Iterable[Path]) -> tuple[dict[str, TensorInfo], dict[st
 
 
 def _spellings(name: str) -> Iterator[str]:
-    """Yield the names under which a published `name` has been stored, oldest last."""
+    """Yield the names under which checkpoints store the tensor published as `name`, oldest last."""
     yield name
     if name.startswith("text_model."):
         yield name.removeprefix("text_model.")
@@ -185,39 +185,39 @@ def _spellings(name: str) -> Iterator[str]:
 def resolve_names(
     checkpoint: Checkpoint, wanted: Mapping[str, tuple[int, ...]], where: str, warn: Callable[[str], None]
 ) -> Checkpoint:
-    """Return `checkpoint` under the published names that `wanted` maps to shapes.
+    """Return `checkpoint` under the published names, the keys of `wanted`, which maps them to shapes.
 
     Accepts CLIP keys with and without ``text_model.``, and the attention names of older autoencoders (whose
-    weights may carry two trailing dimensions of 1). Scaled fp8 weights become the products with their scales. Extra
-    tensors are warned of, except what published files are known to carry. Raises CorruptError for missing, misshapen
-    and quantized tensors, SourceError for extra ones that would change those that are used, and for scales whose
-    meaning is not certain.
+    weights may have two trailing dimensions of 1). Scaled fp8 weights are multiplied by their scales. Calls `warn` for
+    extra tensors, except those that published files are known to contain. Raises CorruptError for missing, misshapen
+    and quantized tensors; SourceError for extra tensors that would change the tensors in use, and for scales of
+    uncertain meaning.
     """
     stored: dict[str, str] = {}
     found: dict[str, TensorInfo] = {}
     for name, shape in wanted.items():
         spelled = next((spelling for spelling in _spellings(name) if spelling in checkpoint.tensors), None)
         if spelled is None:
-            raise CorruptError(f"{where}: tensor {name} is missing; the checkpoint is incomplete or of another model")
+            raise CorruptError(f"{where}: tensor {name} is missing; the checkpoint is incomplete or for another model")
         found[name] = _checked(checkpoint.tensors[spelled], name, shape, where)
         stored[name] = spelled
-    scales, heeded = find_scales(checkpoint.tensors, stored.values(), where, checkpoint.block)
-    for mark, tensor in checkpoint.read(name for name in heeded if name.endswith(".comfy_quant")):
+    scales, consumed = find_scales(checkpoint.tensors, stored.values(), where, checkpoint.block)
+    for mark, tensor in checkpoint.read(name for name in consumed if name.endswith(".comfy_quant")):
         check_layer(bytes(tensor.flatten().to(torch.uint8).tolist()), mark, where)
     for name, spelled in stored.items():
         if spelled in scales:
             found[name] = replace(found[name], scale=scales[spelled], dtype="F32")
     used = set(stored.values())
-    extra = left_out(checkpoint.tensors.keys() - used - heeded, used, where)
+    extra = left_out(checkpoint.tensors.keys() - used - consumed, used, where)
     if extra:
-        warn(f"{where}: {len(extra)} tensors that the model does not use were left out, {extra[0]} for one")
+        warn(f"{where}: ignored {len(extra)} tensors that the model does not use, for example {extra[0]}")
     return Checkpoint(found, checkpoint.metadata)
 
 
 def _checked(info: TensorInfo, name: str, shape: tuple[int, ...], where: str) -> TensorInfo:
     if info.shape not in (shape, (*shape, 1, 1)):
-        raise CorruptError(f"{where}: tensor {name} has shape {list(info.shape)}, but the config asks for"
-                           f" {list(shape)}; the config and the weights are of different models")  # fmt: skip
+        raise CorruptError(f"{where}: tensor {name} has shape {list(info.shape)}, but the config expects"
+                           f" {list(shape)}; config and weights belong to different models")  # fmt: skip
     if info.dtype not in _FLOATS:
         raise CorruptError(f"{where}: tensor {name} is stored as {info.dtype}, quantized; give the model in fp16 or"
                            " fp32")  # fmt: skip
@@ -225,7 +225,7 @@ def _checked(info: TensorInfo, name: str, shape: tuple[int, ...], where: str) ->
 
 
 def digest_tensors(checkpoint: Checkpoint, names: Iterable[str]) -> str:
-    """Return a sha256 over (name, dtype, shape, bytes) of the tensors called `names`, in constant memory."""
+    """Return a sha256 over (name, dtype, shape, bytes) of the tensors `names`, computed in constant memory."""
     digest = hashlib.sha256()
     for name, tensor in checkpoint.read(sorted(names)):
         info = checkpoint.tensors[name]

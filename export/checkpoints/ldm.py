@@ -34,11 +34,11 @@ _CLIP_LAYER = {
 def unet_prefixes(config: Mapping[str, Any]) -> dict[str, str]:
     """Return {LDM module: diffusers module} for every module with parameters of a UNet2DConditionModel `config`.
 
-    Complete leaf names on both sides, to which ``.weight`` and ``.bias`` are added: ``input_blocks.4.0.in_layers.0``
-    is ``down_blocks.1.resnets.0.norm1``, ``input_blocks.4.1.transformer_blocks.0.attn1.to_q`` is
-    ``down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q``. `config` holds at least the block types, the
-    channels and the counts; it may be any UNet of SDXL's outline. Source: sgm's ``UNetModel`` numbers its blocks in
-    order of construction, a downsampler taking a number of its own and an upsampler the end of its block's last.
+    Both sides are complete leaf names, without ``.weight`` and ``.bias``: ``input_blocks.4.0.in_layers.0`` is
+    ``down_blocks.1.resnets.0.norm1``, ``input_blocks.4.1.transformer_blocks.0.attn1.to_q`` is
+    ``down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q``. `config` must hold the block types, the channels
+    and the counts; any UNet of SDXL's outline will do. Source: sgm's ``UNetModel`` numbers its blocks in order of
+    construction; a downsampler gets a number of its own, an upsampler is the end of its level's last block.
     """
     return dict(_UNET_ENDS) | dict(_down(config)) | dict(_middle(config)) | dict(_up(config))
 
@@ -46,8 +46,8 @@ def unet_prefixes(config: Mapping[str, Any]) -> dict[str, str]:
 def vae_prefixes(config: Mapping[str, Any]) -> dict[str, str]:
     """Return {LDM module: diffusers module} for every module with parameters of an AutoencoderKL `config`.
 
-    Shortcuts are listed for every residual block, though only those that change the channels have one. Source:
-    CompVis' ``Encoder`` and ``Decoder``; the decoder's levels are numbered from the finest, diffusers' from the
+    A shortcut is listed for every residual block, though only blocks that change the channels have one. Source:
+    CompVis' ``Encoder`` and ``Decoder``, which number the decoder's levels from the finest, diffusers from the
     coarsest.
     """
     levels, layers = len(config["block_out_channels"]), int(config.get("layers_per_block", 1))
@@ -73,8 +73,8 @@ def vae_prefixes(config: Mapping[str, Any]) -> dict[str, str]:
 def open_clip_prefixes(config: Mapping[str, Any]) -> dict[str, str]:
     """Return {OpenCLIP module: transformers module} of a CLIPTextModelWithProjection `config`.
 
-    The attention's own parameters (``attn.in_proj_weight`` and ``_bias``) are the rows of query, key and value; what
-    they become is up to the caller. Source: open_clip's ``TextTransformer``.
+    The attention's own parameters (``attn.in_proj_weight`` and ``_bias``) hold the rows of query, key and value, which
+    the caller must split. Source: open_clip's ``TextTransformer``.
     """
     names = {"token_embedding": "text_model.embeddings.token_embedding", "ln_final": "text_model.final_layer_norm"}
     for layer in range(int(config.get("num_hidden_layers", 12))):
@@ -140,7 +140,7 @@ def _resnet(theirs: str, ours: str, *, shortcut: bool = False) -> Iterator[tuple
 
 
 def _attention(theirs: str, ours: str, depth: int) -> Iterator[tuple[str, str]]:
-    # Transformers are called the same on both sides.
+    # Transformer blocks have the same names on both sides.
     leaves = ["norm", "proj_in", "proj_out"]
     leaves += [f"transformer_blocks.{block}.{leaf}" for block in range(depth) for leaf in _BLOCK]
     for leaf in leaves:
@@ -148,5 +148,5 @@ def _attention(theirs: str, ours: str, depth: int) -> Iterator[tuple[str, str]]:
 
 
 def _per_level(value: Any, count: int) -> Sequence[Any]:
-    """Return a setting of a config that is one number for all, or a list of one each."""
+    """Return a config's setting, a list or one number for all, as `count` values."""
     return [value] * count if isinstance(value, int) else value

@@ -1,4 +1,4 @@
-"""What is known of one stored tensor before it is read: where it lies, its shape, its dtype, what scales it."""
+"""One stored tensor before it is read: its location, its shape, its dtype, its scale."""
 
 __all__ = ["Scale", "TensorInfo"]
 
@@ -12,9 +12,9 @@ from sdxl_trt.engines import CorruptError
 
 @dataclass(frozen=True)
 class Scale:
-    """Where the scale of a weight lies: one number for each block of `block` rows and columns, `grid` blocks in all.
+    """Location of a weight's scale: one number per block of `block` rows and columns, `grid` blocks in all.
 
-    The columns of a convolution are all that belongs to one output channel.
+    A convolution's row is an output channel, its columns are all weights of that channel.
     """
 
     file: Path
@@ -23,7 +23,7 @@ class Scale:
     block: tuple[int, int]
 
     def multiply(self, weight: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-        """Return the stored `weight` × the stored `numbers` of this scale, in fp32, which holds every fp8 number.
+        """Return the stored `weight` × the stored `numbers` of this scale, in fp32, which represents fp8 exactly.
 
         Raises CorruptError for a scale that is NaN or infinite.
         """
@@ -33,18 +33,18 @@ class Scale:
         product = weight.to(torch.float32, copy=True).contiguous()
         matrix, (height, width) = product.view(product.shape[0], -1), self.block
         by_row = scale.repeat_interleave(height, dim=0)[: matrix.shape[0]] if height > 1 else scale
-        for column in range(self.grid[1]):  # in place: a scale spread over the whole weight would be as large again
+        for column in range(self.grid[1]):  # in place: a scale broadcast to the whole weight would double the memory
             matrix[:, column * width : (column + 1) * width] *= by_row[:, column : column + 1]
         return product
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies, its shape, and its safetensors dtype name ("F16", "F32", …).
+    """Location of one tensor, its shape, and its safetensors dtype name ("F16", "F32", …).
 
-    `rows` are those of the stored tensor that make this one, all where None; `transposed` says that the stored
-    matrix is this one's transpose. `shape` is what they leave; `position` orders the tensors of a file. A tensor with
-    a `scale` is the product of what is stored and the scale, in fp32, and its `dtype` is "F32".
+    `rows` is the range of the stored tensor's rows that make this one, None for all; `transposed` means that the stored
+    matrix is this one's transpose. `shape` is the result of both; `position` orders the tensors of a file. A tensor
+    with a `scale` is the product of the stored values and the scale, in fp32, and its `dtype` is "F32".
     """
 
     file: Path
@@ -57,7 +57,7 @@ class TensorInfo:
     scale: Scale | None = None
 
     def part(self, index: int, parts: int) -> "TensorInfo":
-        """Return the `index`-th of `parts` equal ranges of rows; a remainder is left out, for shapes to disagree."""
+        """Return the `index`-th of `parts` equal ranges of rows; a remainder is dropped, so a shape check fails."""
         if not self.shape:
             return self
         size = self.shape[0] // parts

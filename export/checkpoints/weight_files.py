@@ -1,4 +1,4 @@
-"""Which safetensors of a component folder hold its weights: plain or a variant, one file or shards."""
+"""Which safetensors files of a component folder hold its weights: plain or a variant, one file or shards."""
 
 __all__ = ["PICKLED", "find_weights", "shard_names"]
 
@@ -10,7 +10,7 @@ from sdxl_trt.engines import SourceError
 
 log = logging.getLogger("sdxl_trt.export")
 PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
-# One file; shards with an index as diffusers and transformers name it now; and as they did.
+# One file; the index of shards as diffusers and transformers name it now; the index as they used to name it.
 _FORMS = (
     r"{stem}(?:\.(\w+))?\.safetensors",
     r"{stem}(?:\.(\w+))?\.safetensors\.index\.json",
@@ -21,20 +21,20 @@ _FORMS = (
 def find_weights(names: Iterable[str], stem: str, where: str, variant: str = "") -> str:
     """Return the file among `names` that holds the weights called `stem`: a safetensors file, or an index of shards.
 
-    The asked `variant` ("fp16") is taken where it is there, else the plain file, else the only variant there is.
-    Raises SourceError, naming what was found, where nothing can be taken.
+    Prefers the requested `variant` ("fp16"), then the plain file, then the only variant.
+    Raises SourceError, naming what was found, if none of these exists.
     """
     present = sorted(names)
     found = _variants(present, stem)
     for choice in (variant, ""):
         if choice in found:
             others = [name for name in _named(present, stem, choice) if name != found[choice]]
-            if others:  # diffusers takes the shards of a model, transformers the one file
-                log.warning("%s: has %s and %s; the first is taken", where, found[choice], others[0])
+            if others:  # diffusers prefers the shards, transformers the single file
+                log.warning("%s: has both %s and %s; using the first", where, found[choice], others[0])
             return found[choice]
     if len(found) == 1:
         name = next(iter(found.values()))
-        log.info("%s: there is no plain %s.safetensors; %s is taken", where, stem, name)
+        log.info("%s: no plain %s.safetensors; using %s", where, stem, name)
         return name
     if found:
         raise SourceError(f"{where}: no plain {stem}.safetensors, but {', '.join(found.values())}; keep one of them")
@@ -42,7 +42,7 @@ def find_weights(names: Iterable[str], stem: str, where: str, variant: str = "")
 
 
 def shard_names(names: Iterable[str], stem: str, entry: str) -> list[str]:
-    """Return the shards among `names` that belong to `entry`: none for a single file, its variant's for an index."""
+    """Return the shards among `names` that belong to the index `entry`; empty if `entry` is a single file."""
     if not entry.endswith(".json"):
         return []
     variant = next(variant for variant, name in _variants([entry], stem).items() if name == entry)
@@ -53,7 +53,7 @@ def shard_names(names: Iterable[str], stem: str, entry: str) -> list[str]:
 
 
 def _variants(names: Sequence[str], stem: str) -> dict[str, str]:
-    """Return {variant: file}, "" being the plain one; a single file goes before shards."""
+    """Return {variant: file}; "" is the plain one, and a single file is preferred to shards."""
     found: dict[str, str] = {}
     for variant, name in _matches(names, stem):
         found.setdefault(variant, name)
@@ -83,4 +83,4 @@ def _no_weights(present: Sequence[str], stem: str, where: str) -> SourceError:
             f"{where}: only pickled weights ({pickled[0]}), which can run code when loaded; convert them to"
             " safetensors (save_pretrained(..., safe_serialization=True))"
         )
-    return SourceError(f"{where}: has no {stem}.safetensors; download the whole model folder")
+    return SourceError(f"{where}: no {stem}.safetensors; download the whole model folder")

@@ -108,7 +108,7 @@ def test_an_only_variant_is_taken_and_said(folder: Path, caplog: pytest.LogCaptu
     with caplog.at_level("INFO"):
         assert open_checkpoint(folder, STEM).tensors.keys() == TENSORS.keys()
     assert [record.levelname for record in caplog.records] == ["INFO"]
-    assert f"there is no plain model.safetensors; {name} is taken" in caplog.text
+    assert f"no plain model.safetensors; using {name}" in caplog.text
 
 
 def test_the_plain_file_goes_before_variants_unless_one_is_asked_for(folder: Path) -> None:
@@ -121,13 +121,13 @@ def test_the_plain_file_goes_before_variants_unless_one_is_asked_for(folder: Pat
 def test_one_file_beside_shards_is_taken_and_said(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {}}))
     assert open_checkpoint(folder, STEM).tensors.keys() == TENSORS.keys()
-    assert "has model.safetensors and model.safetensors.index.json; the first is taken" in caplog.text
+    assert "has both model.safetensors and model.safetensors.index.json; using the first" in caplog.text
 
 
 def test_a_tensor_in_two_shards_is_corrupt(shards: Callable[[dict[str, str]], Path]) -> None:
     folder = shards({"a.weight": "a.safetensors", "b.bias": "b.safetensors"})
     save_file(TENSORS, folder / "b.safetensors")
-    with pytest.raises(CorruptError, match=r"b\.safetensors: has a\.weight, and so has a\.safetensors"):
+    with pytest.raises(CorruptError, match=r"b\.safetensors: a\.weight is also in a\.safetensors"):
         open_checkpoint(folder, STEM)
 
 
@@ -195,7 +195,7 @@ def test_what_diffusers_writes_in_shards_is_read(tmp_path: Path, variant: str | 
 
 
 def test_an_empty_folder_has_no_weights(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match=r"has no model\.safetensors"):
+    with pytest.raises(SourceError, match=r": no model\.safetensors"):
         open_checkpoint(tmp_path, STEM)
 
 
@@ -264,7 +264,7 @@ def test_a_convolution_of_one_pixel_is_a_matrix(tmp_path: Path) -> None:
 @pytest.mark.parametrize("shape", [(3, 2), (2, 3, 1), (6,), (2, 4), (2, 3, 1, 2), (1, 1, 2, 3)])
 def test_a_misshapen_tensor_names_both_shapes(tmp_path: Path, shape: tuple[int, ...]) -> None:
     checkpoint = _checkpoint(tmp_path, "q.weight", shape=shape)
-    with pytest.raises(CorruptError, match=r"unet: tensor q\.weight has shape \[.*config asks for \[2, 3\]"):
+    with pytest.raises(CorruptError, match=r"unet: tensor q\.weight has shape \[.*config expects \[2, 3\]"):
         resolve_names(checkpoint, {"q.weight": (2, 3)}, "unet", _never)
 
 
@@ -278,7 +278,7 @@ def test_extra_tensors_are_warned_of_and_left_out(tmp_path: Path) -> None:
     checkpoint = _checkpoint(tmp_path, "a", "later", "ema", "embeddings.position_ids")
     resolved = resolve_names(checkpoint, {"a": (2, 3)}, "unet", warned.append)
     assert list(resolved.tensors) == ["a"]
-    assert warned == ["unet: 2 tensors that the model does not use were left out, ema for one"]
+    assert warned == ["unet: ignored 2 tensors that the model does not use, for example ema"]
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def _zip() -> bytes:
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 6938078334\n"
 KINDS: dict[str, tuple[bytes, type[SdxlTrtError], str]] = {
-    "GGUF": (b"GGUF" + struct.pack("<I", 3) + bytes(64), SourceError, "is a GGUF file.*get the .safetensors"),
+    "GGUF": (b"GGUF" + struct.pack("<I", 3) + bytes(64), SourceError, "is a GGUF file.*get the model as .safetensors"),
     "git-lfs": (POINTER, SourceError, "is a git-lfs pointer.*run 'git lfs pull'"),
     "HTML": (b"<!DOCTYPE html><html><head><title>Log in", SourceError, "is a web page.*download the file again"),
     "HTML after a mark": (b"\xef\xbb\xbf \n<HTML>\n<body>", SourceError, "is a web page"),
@@ -84,7 +84,7 @@ def test_a_cut_file_says_how_much_is_there(tmp_path: Path, lost: int) -> None:
     save_file({"a": torch.zeros(2048)}, path)
     whole = path.stat().st_size
     path.write_bytes(path.read_bytes()[:-lost])
-    with pytest.raises(CorruptError, match=rf"cut off: {whole - lost} of {whole} bytes are there.*download it again"):
+    with pytest.raises(CorruptError, match=rf"truncated: it has {whole - lost} of {whole} bytes.*download it again"):
         open_file(path)
 
 

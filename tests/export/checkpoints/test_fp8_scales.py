@@ -64,7 +64,7 @@ def test_blocks_of_another_size_are_those_that_the_config_states(resolve: Resolv
     scale = _numbers(5, 7)
     expected = _dequantize_fp8_weight(_fp8(SHAPE), scale, [64, 32], torch.float32)
     assert torch.equal(_weight(resolve({"to_q.weight_scale_inv": scale}, block=(64, 32))), expected)
-    with pytest.raises(SourceError, match=r"to_q\.weight_scale_inv of shape \[5, 7\] fits .* in no known way"):
+    with pytest.raises(SourceError, match=r"to_q\.weight_scale_inv of shape \[5, 7\] does not fit .* in any known way"):
         resolve({"to_q.weight_scale_inv": scale})
 
 
@@ -137,10 +137,10 @@ REFUSED: list[tuple[str, State, str]] = [
     ("of a half weight", SCALE | {"to_q.weight": torch.ones(SHAPE).half()}, "which is stored as F16; only fp8"),
     ("of int8", SCALE | {"to_q.weight": torch.ones(SHAPE, dtype=torch.int8)}, "stored as I8, quantized"),
     ("of bytes", SCALE | {"to_q.weight": torch.ones(SHAPE, dtype=torch.uint8)}, "stored as U8, quantized"),
-    ("MXFP8", {"to_q.weight_scale": torch.ones(300, 7, dtype=torch.uint8)}, "as block formats of 4 and 8 bits"),
-    ("of columns", {"to_q.weight_scale": _numbers(1, 200)}, "in no known way"),
-    ("of groups", {"to_q.weight_scale": _numbers(300, 2)}, "in no known way"),
-    ("of too few blocks", {"to_q.weight_scale": _numbers(2, 2)}, "in no known way"),
+    ("MXFP8", {"to_q.weight_scale": torch.ones(300, 7, dtype=torch.uint8)}, "4- and 8-bit block formats"),
+    ("of columns", {"to_q.weight_scale": _numbers(1, 200)}, "in any known way"),
+    ("of groups", {"to_q.weight_scale": _numbers(300, 2)}, "in any known way"),
+    ("of too few blocks", {"to_q.weight_scale": _numbers(2, 2)}, "in any known way"),
     ("NVFP4", SCALE | {"to_q.weight_scale_2": HALF}, r"\(NVFP4: it has to_q\.weight_scale_2\)"),
     ("a zero point", SCALE | {"to_q.weight_zero_point": HALF}, "a zero point"),
     ("of the output", SCALE | {"to_q.output_scale": HALF}, "would change the model's weights"),
@@ -152,7 +152,7 @@ REFUSED: list[tuple[str, State, str]] = [
     ("of the weight alone", SCALE | {"to_q.bias": torch.zeros(300).to(torch.float8_e4m3fn)}, "to_q.bias has no scale"),
     ("comfy int8", SCALE | {"to_q.comfy_quant": _mark(format="int8_tensorwise")}, r"quantized \(int8_tensorwise\)"),
     ("rotated", SCALE | {"to_q.comfy_quant": _mark(format="float8_e4m3fn", convrot=True)}, "with convrot"),
-    ("no JSON", SCALE | {"to_q.comfy_quant": torch.zeros(3, dtype=torch.uint8)}, "is no JSON"),
+    ("no JSON", SCALE | {"to_q.comfy_quant": torch.zeros(3, dtype=torch.uint8)}, "is not JSON"),
     ("nf4", {"to_q.weight.absmax": HALF, "to_q.weight.quant_map": HALF}, "bitsandbytes"),
     ("nf4 state", {"to_q.weight.quant_state.bitsandbytes__nf4": HALF}, "bitsandbytes"),
     ("int8 of bitsandbytes", {"to_q.SCB": HALF}, "bitsandbytes"),
@@ -180,8 +180,8 @@ def test_a_damaged_scale_is_corrupt(resolve: Resolve, value: float) -> None:
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [({"layers": {"to_q": {"format": "nvfp4"}}}, "quantized .nvfp4."), ({"layers": []}, "broken"), ([], "broken"),
-     ({"layers": {"to_k": {"format": "float8_e4m3fn"}}}, "its header says that to_k is scaled fp8"),
-     ({"layers": {"to_q": 7}}, "nothing sensible")],
+     ({"layers": {"to_k": {"format": "float8_e4m3fn"}}}, "the header states that to_k is scaled fp8"),
+     ({"layers": {"to_q": 7}}, "not a JSON object")],
 )  # fmt: skip
 def test_a_header_that_says_something_else_is_refused(resolve: Resolve, metadata: Any, message: str) -> None:
     with pytest.raises(SdxlTrtError, match=message):
@@ -216,8 +216,8 @@ def test_a_config_that_says_fp8_needs_its_scales(resolve: Resolve) -> None:
     ("settings", "message"),
     [({"quant_method": "bitsandbytes", "load_in_4bit": True}, "quantized .bitsandbytes."),
      ({"quant_method": "torchao", "quant_type": "int8wo"}, "quantized .torchao, int8wo."),
-     ({"quant_method": "gptq"}, "gptq"), ({}, "without a name"), (7, "no object"),
-     ({"quant_method": "fp8", "weight_block_size": [128]}, "expected two sizes"),
+     ({"quant_method": "gptq"}, "gptq"), ({}, "unnamed"), (7, "not a JSON object"),
+     ({"quant_method": "fp8", "weight_block_size": [128]}, "expected two integers"),
      (COMPRESSED | {"format": "pack-quantized"}, "compressed-tensors, pack-quantized"),
      (COMPRESSED | {"transform_config": {"config_groups": {"u": 1}}}, "compressed-tensors"),
      (COMPRESSED | {"sparsity_config": {"format": "sparse-24-bitmask"}}, "compressed-tensors"),

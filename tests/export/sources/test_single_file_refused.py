@@ -109,7 +109,7 @@ def test_the_published_config_is_the_default(single: Files, caplog: pytest.LogCa
     assert source.models["unet"].where.endswith("base.safetensors/unet")
     assert source.models["unet"].where.endswith("/unet")
     assert source.tokenizers == {name: PUBLISHED / "base" / name for name in ("tokenizer", "tokenizer_2")}
-    with pytest.raises(CorruptError, match=r"base\.safetensors/text_encoder: tensor .* shape .* config asks for"):
+    with pytest.raises(CorruptError, match=r"base\.safetensors/text_encoder: tensor .* shape .* config expects"):
         plan_components(source, None, Options(), _never)
 
 
@@ -201,5 +201,5 @@ def test_a_scale_of_a_weight_that_is_not_fp8_is_refused(made: Any, single: Files
 
 
 def test_a_file_that_says_scaled_and_has_no_scale_is_refused(single: Files) -> None:
-    with pytest.raises(SourceError, match=r"says that its fp8 weights are scaled .*, but has no scales"):
+    with pytest.raises(SourceError, match=r"states that its fp8 weights are scaled .*, but has no scales"):
         open_source(single(scaled_fp8=A), "base")
