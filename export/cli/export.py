@@ -18,7 +18,7 @@ EPILOG = """examples:
   export-engines --fp16                                   the embedded pair, to ./sdxl-bundle
   export-engines --base sd_xl_base_1.0.safetensors --refiner sd_xl_refiner_1.0.safetensors --out sdxl --verify
   export-engines --base stabilityai/stable-diffusion-xl-base-1.0 --no-refiner --lora style.safetensors:0.8:0.5
-  export-engines --engine tensorrt --out sdxl             plans for the bundle that is there, on this GPU
+  export-engines --engine tensorrt --out sdxl             plans for the existing bundle, on this GPU
   export-engines --base my-fine-tune --no-refiner --vae madebyollin/sdxl-vae-fp16-fix --out mine --dry-run
 """
 
@@ -40,19 +40,19 @@ def _parser() -> Parser:
     )
     source.add_argument("--base", metavar="SRC", help="the base (default: mini, the embedded pair)")
     refiner = source.add_mutually_exclusive_group()
-    refiner.add_argument("--refiner", metavar="SRC", help="the refiner (with mini: mini)")
-    refiner.add_argument("--no-refiner", action="store_true", help="export the base alone")
-    source.add_argument("--unet", metavar="SRC", help="take another UNet for the base, SDXL-Lightning's for instance")
-    source.add_argument("--vae", metavar="SRC", help="take another autoencoder, sdxl-vae-fp16-fix for instance")
+    refiner.add_argument("--refiner", metavar="SRC", help="the refiner (default: mini with base mini, else none)")
+    refiner.add_argument("--no-refiner", action="store_true", help="export only the base")
+    source.add_argument("--unet", metavar="SRC", help="use another UNet for the base, for example SDXL-Lightning's")
+    source.add_argument("--vae", metavar="SRC", help="use another autoencoder, for example sdxl-vae-fp16-fix")
     source.add_argument("--lora", action="append", default=[], metavar="FILE[:UNET[:TE]]",
-                        help="fuse a LoRA into the base, with its scale on the UNet (default 1) and the text encoders"
-                        " (default: the UNet's); may be given several times")  # fmt: skip
+                        help="fuse a LoRA into the base, with its scales on the UNet (default 1) and on the text"
+                        " encoders (default: the UNet's); may be repeated")  # fmt: skip
     _add_target(parser.add_argument_group("bundle"))
-    add_plan_options(parser.add_argument_group("plans (without a source, those of the bundle that --out names)"))
+    add_plan_options(parser.add_argument_group("plans (without a source, for the existing bundle at --out)"))
     parser.add_argument("--verify", action="store_true", help="compare every graph with PyTorch; exit 1 if one differs")
-    parser.add_argument("--force", action="store_true", help="export again what has not changed")
-    parser.add_argument("--no-lock", action="store_true", help="write without a lock, where the file system has none")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be done and needed; write nothing")
+    parser.add_argument("--force", action="store_true", help="export unchanged components too")
+    parser.add_argument("--no-lock", action="store_true", help="write without a lock, for file systems without locks")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be done and needed; write nothing")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     parser.add_argument("--debug", action="store_true", help="add the traceback to an error")
     parser.set_defaults(precision="fp16")
@@ -66,20 +66,20 @@ def _add_target(group: Any) -> None:
                           ("fp32", "single precision")):  # fmt: skip
         precision.add_argument(f"--{name}", dest="precision", action="store_const", const=name, help=meaning)
     group.add_argument("--vae-precision", choices=("auto", "fp32", "bf16", "fp16", "mixed"), default="auto",
-                       help="auto: fp32 where the autoencoder's config says force_upcast, else the chosen precision;"
+                       help="auto: fp32 if the autoencoder's config sets force_upcast, else the chosen precision;"
                        " mixed: fp16 with the end of the decoder in fp32")  # fmt: skip
-    group.add_argument("--components", metavar="LIST", help="export only these, separated by commas; the others stay"
-                       " as the bundle has them")  # fmt: skip
+    group.add_argument("--components", metavar="LIST", help="export only these, separated by commas; keep the bundle's"
+                       " other components")  # fmt: skip
     group.add_argument("--layout", choices=("bundle", "optimum"), default="bundle",
-                       help="optimum: two folders, base and refiner, that optimum-onnx loads")  # fmt: skip
+                       help="optimum: two folders, base and refiner, for optimum-onnx")  # fmt: skip
     group.add_argument("--opset", type=int, default=23, metavar="N", help="ONNX operator set, 20 to 23 (default 23)")
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    # The exporter is serial Python; threads that spin between its small tensors only take time from it.
+    # The exporter is serial Python; threads that spin between its small tensors only slow it down.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     plans = plan_options(arguments, _tensorrt_can_run)
-    if plans is not None and _is_about_plans_alone(arguments):
+    if plans is not None and _builds_plans_only(arguments):
         _build(arguments, plans)
         return
     base, refiner = _sources(arguments)
@@ -91,25 +91,25 @@ def _export(arguments: argparse.Namespace) -> None:
         plan = exporter.plan_export(base, refiner, arguments.out, options)
         if arguments.layout == "optimum":
             exporter.check_optimum(plan)
-        told = summary.of_plan(plan)
-        lines = told.lines if plans is None else [*told.lines, f"then a {plans.flavour} plan of every component"]
-        _print(arguments, Output(lines, told.json))
+        output = summary.of_plan(plan)
+        lines = output.lines if plans is None else [*output.lines, f"then a {plans.flavour} plan of every component"]
+        _print(arguments, Output(lines, output.json))
         return
     started = time.perf_counter()
     export = exporter.export_optimum if arguments.layout == "optimum" else exporter.export_bundle
     with summary.progress_bar(sys.stderr) as progress:
         exported = export(base, refiner, arguments.out, options, progress=progress)
-    told = summary.of_export(exported, arguments.out, time.perf_counter() - started)
+    output = summary.of_export(exported, arguments.out, time.perf_counter() - started)
     if plans is None:
-        _print(arguments, told)
+        _print(arguments, output)
         return
     if not arguments.json:
-        _print(arguments, told)
-    _build(arguments, plans, told.json)
+        _print(arguments, output)
+    _build(arguments, plans, output.json)
 
 
 def _tensorrt_can_run() -> bool:
-    """Return whether plans can be built here without being asked for: TensorRT and a GPU are there."""
+    """Return whether plans can be built here by default: TensorRT is installed and there is a GPU."""
     if importlib.util.find_spec("tensorrt") is None:
         return False
     from sdxl_trt.engines.backends.trt import current_environment  # noqa: PLC0415 - loads CUDA
@@ -121,8 +121,8 @@ def _tensorrt_can_run() -> bool:
     return True
 
 
-def _is_about_plans_alone(arguments: argparse.Namespace) -> bool:
-    """Return whether no model is named and there is a bundle whose plans are asked for."""
+def _builds_plans_only(arguments: argparse.Namespace) -> bool:
+    """Return whether to build plans for an existing bundle only: an engine is named, but no model."""
     from sdxl_trt.engines.bundle import MANIFEST  # noqa: PLC0415 - --help must not wait for it
 
     named = (arguments.base, arguments.refiner, arguments.unet, arguments.vae)
@@ -131,7 +131,7 @@ def _is_about_plans_alone(arguments: argparse.Namespace) -> bool:
 
 
 def _build(arguments: argparse.Namespace, plans: PlanOptions, exported: dict[str, Any] | None = None) -> None:
-    """Build the plans and tell of them; with `exported` as JSON, of both in one object."""
+    """Build the plans and print them; `exported`, the export's JSON if any, is printed in the same object."""
     from sdxl_trt.engines.backends.trt import current_environment  # noqa: PLC0415 - loads CUDA
     from sdxl_trt.engines.build import (  # noqa: PLC0415
         build_plans,
@@ -156,15 +156,15 @@ def _build(arguments: argparse.Namespace, plans: PlanOptions, exported: dict[str
                              progress=progress)  # fmt: skip
     if plans.plans_only:
         bundle = drop_onnx(bundle)
-    told = summary.of_plans(bundle, plans.flavour, time.perf_counter() - started)
-    _print(arguments, Output(told.lines, {**(exported or {}), **told.json}))
+    output = summary.of_plans(bundle, plans.flavour, time.perf_counter() - started)
+    _print(arguments, Output(output.lines, {**(exported or {}), **output.json}))
 
 
-def _print(arguments: argparse.Namespace, told: Any) -> None:
+def _print(arguments: argparse.Namespace, output: Any) -> None:
     if arguments.json:
-        print_json(told.json)
+        print_json(output.json)
     else:
-        sys.stdout.write("".join(f"{line}\n" for line in told.lines))
+        sys.stdout.write("".join(f"{line}\n" for line in output.lines))
 
 
 def _options(arguments: argparse.Namespace, *, twins: bool) -> Any:
@@ -188,17 +188,17 @@ def _options(arguments: argparse.Namespace, *, twins: bool) -> Any:
 
 
 def _sources(arguments: argparse.Namespace) -> tuple[str, str | None]:
-    """Return base and refiner; the embedded halves belong together, so neither completes a model of the user's."""
+    """Return base and refiner; the embedded pair is never combined with a model of the user's."""
     base: str | None = arguments.base
     refiner: str | None = arguments.refiner
     if base is None and refiner not in (None, "mini"):
-        raise UsageError(f"--refiner {refiner} without --base: name the base that it refines")
+        raise UsageError(f"--refiner {refiner} without --base: name the base of this refiner")
     if base is None and arguments.unet is not None:
-        raise UsageError(f"--unet {arguments.unet} without --base: name the base that it is for")
+        raise UsageError(f"--unet {arguments.unet} without --base: name the base of this UNet")
     if refiner is None and base in (None, "mini"):
         refiner = "mini"
     if "" in (base, refiner):
-        raise UsageError("--base and --refiner take a folder or mini, not an empty name; is a variable unset?")
+        raise UsageError("--base and --refiner need a source, not an empty name; is a variable unset?")
     return "mini" if base is None else base, None if arguments.no_refiner else refiner
 
 

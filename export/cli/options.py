@@ -1,4 +1,4 @@
-"""The options of export-engines that are about plans: which, for what sizes, built how."""
+"""The plan options of export-engines: which plans to build, for which sizes, and how."""
 
 __all__ = ["Engine", "PlanOptions", "add_plan_options", "plan_options"]
 
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 
 Engine = Literal["none", "tensorrt", "tensorrt-rtx"]
 _MEANINGS = {
-    "height": "picture height in pixels (default: half the model's own to a quarter more)",
-    "width": "picture width, the same",
-    "batch": "pictures at once (default 1)",
+    "height": "picture height in pixels (default: from 0.5 to 1.25 times the model's own)",
+    "width": "picture width, likewise",
+    "batch": "pictures per batch (default 1)",
     "tokens": "prompt tokens (default 77:77:231; with Long-CLIP encoders 248:248:744)",
 }
 
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """Which plans to build after the graphs; an axis without a range takes what fits the model."""
+    """Which plans to build after the graphs; an axis without a range gets the model's default."""
 
     flavour: "Flavour"
     ranges: "dict[str, Range]"
@@ -46,35 +46,35 @@ class PlanOptions:
 def add_plan_options(group: Any) -> None:
     """Add the options to an argument group."""
     group.add_argument("--engine", choices=("none", "tensorrt", "tensorrt-rtx"), help="plans to build after the graphs"
-                       " (default: tensorrt where it can run, else none)")  # fmt: skip
+                       " (default: tensorrt if it can run here, else none)")  # fmt: skip
     for side, meaning in _MEANINGS.items():
         group.add_argument(f"--{side}", type=_range(f"--{side}"), metavar="MIN:OPT:MAX", help=meaning)
-    group.add_argument("--static", action="store_true", help="one size only, the OPT of each: the fastest plans")
+    group.add_argument("--static", action="store_true", help="a single size, the OPT of each range: the fastest plans")
     group.add_argument("--opt-level", type=int, choices=range(6), default=3, metavar="N",
                        help="how long TensorRT searches, 0 to 5 (default 3)")  # fmt: skip
-    group.add_argument("--timing-cache", type=Path, metavar="FILE", help="read and kept: later builds are faster")
-    group.add_argument("--workspace", type=_size, default=0, metavar="SIZE", help="limit of scratch memory, 8GiB say")
+    group.add_argument("--timing-cache", type=Path, metavar="FILE", help="read and updated: makes later builds faster")
+    group.add_argument("--workspace", type=_size, default=0, metavar="SIZE", help="limit for scratch memory, e.g. 8GiB")
     group.add_argument("--weight-streaming", action="store_true", help="let weights stay in host memory at run time")
-    group.add_argument("--version-compatible", action="store_true", help="plans for later minor versions, too")
-    group.add_argument("--hardware-compatible", action="store_true", help="plans for every GPU from Ampere on")
+    group.add_argument("--version-compatible", action="store_true", help="plans that run on later minor versions too")
+    group.add_argument("--hardware-compatible", action="store_true", help="plans that run on any GPU since Ampere")
     group.add_argument("--plans-only", action="store_true", help="leave the graphs and weights out of the bundle")
 
 
 def plan_options(arguments: argparse.Namespace, can_build: Callable[[], bool]) -> PlanOptions | None:
-    """Return what plans are asked for, or None for none; `can_build` decides where no engine is named.
+    """Return which plans to build, or None for none; `can_build` decides if no engine is named.
 
-    Raises UsageError where options of plans are given and none is to be built.
+    Raises UsageError if plan options are given but no plan would be built.
     """
     ranges = {side: getattr(arguments, side) for side in _MEANINGS if getattr(arguments, side) is not None}
     wanted = ranges or arguments.plans_only or arguments.static or arguments.weight_streaming
     engine: Engine = arguments.engine or ("tensorrt" if can_build() else "none")
     if engine == "none":
         if wanted:
-            raise UsageError("sizes, --static, --weight-streaming and --plans-only are about plans, and none would be"
+            raise UsageError("sizes, --static, --weight-streaming and --plans-only apply to plans, but none would be"
                              " built here; add --engine tensorrt-rtx or --engine tensorrt")  # fmt: skip
         return None
     if arguments.layout == "optimum":
-        raise UsageError(f"--engine {engine}: plans belong to a bundle; leave --layout optimum out")
+        raise UsageError(f"--engine {engine}: plans belong to a bundle; remove --layout optimum")
     from sdxl_trt.engines.bundle import BuildFlags  # noqa: PLC0415 - --help must not wait for it
 
     flags = BuildFlags(
