@@ -1,4 +1,4 @@
-"""Base and refiner in, bundle out: plan, convert what has changed, verify, and put the whole in place."""
+"""Base and refiner to a bundle: plan the export, convert what has changed, verify it, and publish the folder."""
 
 __all__ = ["ExportPlan", "check_optimum", "export_bundle", "export_optimum", "plan_export"]
 
@@ -58,7 +58,7 @@ MINI = "mini"
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """Everything that an export will do, before it does anything."""
+    """Everything that an export will do."""
 
     base: PipelineSource
     refiner: PipelineSource | None
@@ -78,13 +78,13 @@ def export_bundle(
     *,
     progress: ExportProgress | None = None,
 ) -> Bundle:
-    """Export a base and, unless None, a refiner to the bundle folder `out`, and return it opened.
+    """Export a base and, unless None, a refiner to the bundle folder `out`; return the bundle, opened.
 
     `base` and `refiner` are diffusers folders, hub ids, single-file checkpoints, or ``"mini"`` for the embedded pair.
-    `out` appears, or is replaced, only when everything has been written; components that it already has, from the
-    same tensors and options, are kept. A failure leaves it as it was; after an interruption what was finished is kept
-    beside it, for the next export to go on from. `progress` is told every Event. Raises SourceError, CorruptError,
-    UsageError, ResourceError, and with `options.verify` VerificationError.
+    `out` is created or replaced only after everything has been written; components that it already holds for the same
+    tensors and options are kept. A failure leaves `out` as it was; after an interruption the finished components stay
+    beside it, and the next export resumes from them. `progress` receives every ExportEvent. Raises SourceError,
+    CorruptError, UsageError, ResourceError, and with `options.verify` VerificationError.
     """
     options, out = options or Options(), Path(out)
     check_target(out)
@@ -95,7 +95,7 @@ def export_bundle(
                 progress, {name: job.bytes for name, job in plan.jobs.items() if job.action != "keep"}
             )
             bundle = _make(plan, folder, options, report)
-            if _is_same(plan, bundle):  # what stands may hold more, plans for instance
+            if _is_same(plan, bundle):  # `out` may hold more than was made, such as plans
                 if options.verify:
                     (folder / VERIFY_FILE).replace(out / VERIFY_FILE)
                 shutil.rmtree(folder)
@@ -116,11 +116,11 @@ def export_optimum(
 ) -> None:
     """Export as export_bundle does, and write the result to ``out/base`` and ``out/refiner`` in optimum-onnx's layout.
 
-    Raises what export_bundle raises, and UsageError for a part of the components.
+    Raises what export_bundle raises, and UsageError if `options.components` is set.
     """
     options, out = options or Options(), Path(out)
     if options.components is not None:
-        raise UsageError("--layout optimum: takes all components; leave --components out")
+        raise UsageError("--layout optimum: needs all components; remove --components")
     check_target(out)
     with exclusive(out, lock=options.lock), planned(base, refiner, out, options) as plan:
         check_optimum(plan)
@@ -129,13 +129,13 @@ def export_optimum(
             report = ProgressTracker(progress, {name: job.bytes for name, job in plan.jobs.items()})
             bundle = _make(plan, folder, options, report)
             for record in folder.glob(f"*/{RECORD_FILE}"):
-                record.unlink()  # weights leave the folder now: it is nothing to go on from
+                record.unlink()  # write_optimum moves the weights away: nobody can resume from this folder
             write_optimum(bundle, plan.base, plan.refiner, out, consume=True, progress=report.stage)
             shutil.rmtree(folder)
 
 
 def check_optimum(plan: ExportPlan) -> None:
-    """Raise IncompatibleError for a plan that optimum-onnx could not load."""
+    """Raise IncompatibleError if optimum-onnx could not load what `plan` makes."""
     narrow = [name for name, job in plan.jobs.items() if job.plan.precision == "bf16"]
     if narrow:
         raise IncompatibleError(f"--layout optimum: {narrow[0]} would be bf16, which ONNX Runtime cannot be fed from"
@@ -143,7 +143,7 @@ def check_optimum(plan: ExportPlan) -> None:
 
 
 def plan_export(base: Path | str, refiner: Path | str | None, out: Path | str, options: Options) -> ExportPlan:
-    """Return what an export with these arguments would do and need; nothing is written."""
+    """Return what an export with these arguments would do and need, without writing anything."""
     check_target(Path(out))
     with planned(base, refiner, Path(out), options) as plan:
         return plan
@@ -151,7 +151,7 @@ def plan_export(base: Path | str, refiner: Path | str | None, out: Path | str, o
 
 @contextlib.contextmanager
 def planned(base: Path | str, refiner: Path | str | None, out: Path, options: Options) -> Iterator[ExportPlan]:
-    """Yield the plan of an export; the sources stay open inside."""
+    """Yield the plan of an export; its sources stay open until the context ends."""
     with contextlib.ExitStack() as stack:
         sources = _open_sources(base, refiner, options, stack)
         loras = tuple(_open_lora(LoraOption(*lora)) for lora in options.loras)
@@ -159,7 +159,7 @@ def planned(base: Path | str, refiner: Path | str | None, out: Path, options: Op
             log.warning("%s", REFINER_NOTE)
         previous = previous_bundle(out)
         if previous is not None and previous.manifest.base.vae.decoder_bf16 is not None:
-            options = replace(options, twins=True)  # what has plans keeps them
+            options = replace(options, twins=True)  # keep the bf16 twins: the bundle may have plans of them
         components, stages = plan_components(*sources, options, log.warning, loras)
         jobs = plan_jobs(components, previous, out, options)
         yield ExportPlan(
@@ -179,7 +179,7 @@ def planned(base: Path | str, refiner: Path | str | None, out: Path, options: Op
 
 
 def _is_same(plan: ExportPlan, bundle: Bundle) -> bool:
-    """Return whether the bundle that stands is, file by file, what was made."""
+    """Return whether `bundle` equals the bundle it would replace, file by file."""
     if plan.previous is None or bundle.manifest != plan.previous.manifest:
         return False
     if any(job.action != "keep" for job in plan.jobs.values()):
@@ -193,7 +193,7 @@ def _is_same(plan: ExportPlan, bundle: Bundle) -> bool:
 
 
 def _make(plan: ExportPlan, folder: Path, options: Options, report: ProgressTracker) -> Bundle:
-    """Fill `folder` with the whole bundle."""
+    """Write the whole bundle to `folder` and return it, opened."""
     records: dict[str, Component] = {}
     for name, job in plan.jobs.items():
         if job.action == "keep" and job.component is not None and plan.previous is not None:
@@ -220,7 +220,7 @@ def _make(plan: ExportPlan, folder: Path, options: Options, report: ProgressTrac
     )
     _drop_strays(folder, {*records, *tokenizers, PLANS})
     write_manifest(folder, manifest)
-    bundle = read_bundle(folder, partial=options.components is not None)  # what cannot be opened replaces nothing
+    bundle = read_bundle(folder, partial=options.components is not None)  # raises before anything is replaced
     if options.verify:
         plans = {name: job.plan for name, job in plan.jobs.items()}
         verified = verify_bundle(bundle, plans, plan.stages, progress=report.stage)
@@ -232,7 +232,7 @@ def _make(plan: ExportPlan, folder: Path, options: Options, report: ProgressTrac
 
 
 def _open_lora(option: LoraOption) -> ScaledLora:
-    """Return the LoRA of an option, and say what of it changes nothing."""
+    """Return the LoRA of an option; warn of its tensors that have no effect."""
     lora = ScaledLora(open_lora(option.file), option.scale, option.text_scale)
     for note in lora.notes():
         log.warning("%s", note)
@@ -240,7 +240,7 @@ def _open_lora(option: LoraOption) -> ScaledLora:
 
 
 def _drop_strays(folder: Path, wanted: set[str]) -> None:
-    """Remove what an interrupted export of something else had finished."""
+    """Remove the components that an interrupted export of other models finished."""
     for part in folder.iterdir():
         if part.is_dir() and part.name not in wanted:
             shutil.rmtree(part)

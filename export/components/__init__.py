@@ -1,4 +1,4 @@
-"""The components a pair needs: which graphs, how each is converted, and at what cost."""
+"""The components that a base and a refiner need: which graphs, how each is converted, and at what cost."""
 
 from sdxl_trt.export.components.budget import Needs, measure
 from sdxl_trt.export.components.components import (

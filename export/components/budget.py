@@ -1,4 +1,4 @@
-"""What an export needs of the disk and of memory, known before it starts."""
+"""Disk space and memory that an export needs, computed before it starts."""
 
 __all__ = ["Needs", "measure"]
 
@@ -13,20 +13,20 @@ from sdxl_trt.engines.host import available_host_memory
 from sdxl_trt.export.checkpoints import REMAP_BYTES
 from sdxl_trt.export.components.components import ComponentPlan
 
-# Graphs, tokenizers, the manifest; and the libraries with a traced graph, measured by benchmarks/full_size/export.py.
+# Disk: graphs, tokenizers, the manifest. Memory: libraries and a traced graph, by benchmarks/full_size/export.py.
 _DISK_EXTRA, _MEMORY_BASE = 64 << 20, 900 << 20
-# A tensor as stored, its cast, its transpose, and an fp32 sum where a LoRA is fused.
+# A tensor as stored, its cast, its transpose, and the fp32 sum if a LoRA is fused.
 _COPIES = 4
 _FP32_BYTES = 4
-# A parameter in ONNX Runtime: in fp32 with packed copies; fp16 weights stay mapped beside their fp32 casts. Measured on
-# SDXL's base UNet in fp16: 20.6 GB.
+# Bytes per parameter in ONNX Runtime: fp32 with packed copies; fp16 weights stay mapped beside their fp32 casts.
+# Measured on SDXL's base UNet in fp16: 20.6 GB.
 _VERIFY_BYTES = {"fp32": 6.0}
 _VERIFY_BYTES_OF_OTHERS = 7.7
 
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes needed and available; None where the system does not say."""
+    """Bytes needed and available; None if the system does not report them."""
 
     disk: int
     disk_free: int | None
@@ -34,19 +34,19 @@ class Needs:
     memory_free: int | None
 
     def require(self, out: Path) -> None:
-        """Raise ResourceError where something is missing."""
+        """Raise ResourceError if disk space or memory is short."""
         if self.disk_free is not None and self.disk > self.disk_free:
-            raise ResourceError(f"--out {out}: needs {_gigabytes(self.disk)} of disk, {_gigabytes(self.disk_free)} are"
+            raise ResourceError(f"--out {out}: needs {_gigabytes(self.disk)} of disk, {_gigabytes(self.disk_free)} is"
                                 " free; free some space, or write to another disk")  # fmt: skip
         if self.memory_free is not None and self.memory > self.memory_free:
             raise ResourceError(f"exporting needs {_gigabytes(self.memory)} of memory, {_gigabytes(self.memory_free)}"
-                                " are free; close other programs")  # fmt: skip
+                                " is free; close other programs")  # fmt: skip
 
 
 def measure(plans: Sequence[ComponentPlan], out: Path, verified: Sequence[ComponentPlan] = ()) -> Needs:
-    """Return what exporting `plans` to `out` needs, and comparing those `verified` with PyTorch, one at a time.
+    """Return what it takes to export `plans` to `out`, and to compare `verified` with PyTorch, one at a time.
 
-    The bundle that `out` replaces is only removed afterwards.
+    Disk space counts in full: the bundle that `out` replaces is removed only afterwards.
     """
     disk = sum(plan.bytes() for plan in plans) + _DISK_EXTRA if plans else 0
     largest = max((math.prod(shape) for plan in plans for shape in plan.model.state.values()), default=0)

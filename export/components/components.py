@@ -1,4 +1,4 @@
-"""Which graphs a base and a refiner need, and which of them the two can share."""
+"""Which graphs a base and a refiner need, and which of them they can share."""
 
 __all__ = ["COMPONENTS", "OPSETS", "ComponentPlan", "Options", "StagePlan", "VaePrecision", "plan_components"]
 
@@ -24,7 +24,7 @@ from sdxl_trt.export.lora import COMPONENTS as LORA_COMPONENTS
 from sdxl_trt.export.lora import LoraComponent, LoraOption, ScaledLora, check_fits, fuse_loras
 from sdxl_trt.export.sources import LoadedTokenizer, ModelSource, PipelineSource
 
-# What the host reads from the manifest, and what says nothing about the function of a graph.
+# Config entries that the host reads from the manifest, or that do not affect a graph.
 _HOST_ONLY = {
     "architectures", "attn_implementation", "dtype", "force_upcast", "latents_mean", "latents_std", "sample_size",
     "scaling_factor", "shift_factor", "torch_dtype", "transformers_version",
@@ -38,7 +38,7 @@ _VAE_HALVES: dict[str, tuple[str, ...]] = {
 OPSETS = (20, 21, 22, 23)
 ROLES = ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder", "vae_decoder_bf16", "vae_encoder_bf16")
 COMPONENTS = (*ROLES, *(f"refiner_{role}" for role in ROLES[1:]))
-"""The names that components can have; a refiner's encoder or autoencoder exists where it differs from the base's."""
+"""All component names; a refiner's encoder or autoencoder exists only if it differs from the base's."""
 VaePrecision = Literal["auto", "fp32", "bf16", "fp16", "mixed"]
 
 
@@ -46,13 +46,13 @@ VaePrecision = Literal["auto", "fp32", "bf16", "fp16", "mixed"]
 class Options:
     """How to export.
 
-    `vae_precision` "auto" is fp32 where the autoencoder's config says `force_upcast`, else the `precision` of all;
-    with `twins` such an autoencoder is exported in bf16 too, for TensorRT, unless all is to be fp32;
-    "mixed" keeps the end of the decoder, and the encoder, in fp32. `unet` takes another UNet for the base, `vae`
-    another autoencoder for both stages. `loras` are (file, scale) or (file, UNet's scale, text encoders' scale), fused
-    into the base; kept as LoraOption. `components` limits what is exported; the others stay as the bundle at the
-    target has them. `verify` compares the result with PyTorch, `force` exports what is unchanged too.
-    Without `lock` nothing keeps two exports to one folder apart: for file systems that take no locks.
+    `vae_precision` "auto" is fp32 if the autoencoder's config sets `force_upcast`, else `precision`; with `twins` such
+    an autoencoder is exported in bf16 as well, for TensorRT, unless `precision` is fp32; "mixed" keeps the end of the
+    decoder, and the whole encoder, in fp32. `unet` is another UNet for the base, `vae` another autoencoder for both
+    stages. `loras` are (file, scale) or (file, UNet's scale, text encoders' scale), fused into the base and stored as
+    LoraOption. `components` limits the export to these; the target bundle's others stay as they are. `verify` compares
+    the result with PyTorch, `force` exports unchanged components too. Without `lock`, for file systems without locks,
+    nothing prevents two exports from writing to one folder.
     """
 
     precision: Literal["fp32", "fp16", "bf16"] = "fp16"
@@ -80,7 +80,7 @@ class Options:
 
 @dataclass(frozen=True)
 class ComponentPlan:
-    """One graph to export: its source, its model without weights, its tensors under published names."""
+    """One graph to export: its source, its model on the meta device, its tensors under published names."""
 
     kind: Kind
     source: ModelSource
@@ -90,27 +90,27 @@ class ComponentPlan:
     time_ids: int = 0
     pooled: int = 0
     tokens: int = TOKENS
-    """How many ids a text encoder reads at once."""
+    """Ids per prompt that a text encoder reads."""
 
     def tensor_names(self) -> list[str]:
-        """Return the published names of the tensors that belong to this half of the model."""
+        """Return the published names of this component's tensors: of an autoencoder, one half's."""
         halves = _VAE_HALVES.get(self.kind)
         return [name for name in self.model.state if halves is None or name.startswith(halves)]
 
     @cached_property
     def digest(self) -> str:
-        """The sha256 of the tensors that belong to this half of the model, with LoRAs fused; read once."""
+        """The sha256 of this component's tensors, with LoRAs fused; they are read once."""
         return digest_tensors(self.checkpoint, self.tensor_names())
 
     def bytes(self) -> int:
-        """Return about how many bytes the weights will take in the bundle."""
+        """Return the approximate size of the weights in the bundle, in bytes."""
         size = 2 if self.precision in ("fp16", "bf16") else 4
         return size * sum(math.prod(self.model.state[name]) for name in self.tensor_names())
 
     def function(self) -> tuple[Any, ...]:
-        """Return what decides the graph apart from the weights: class, precision, resolved config, unusual lengths."""
+        """Return what determines the graph apart from weights: class, precision, resolved config, unusual length."""
         config = {k: v for k, v in self.model.config.items() if k not in _HOST_ONLY and not k.startswith("_")}
-        # The usual length goes unsaid, so that what older versions exported keeps its key.
+        # The usual length is left out, so that components exported by older versions keep their key.
         tokens = () if self.tokens == TOKENS else (self.tokens,)
         return (
             self.kind,
@@ -123,7 +123,7 @@ class ComponentPlan:
 
 @dataclass
 class StagePlan:
-    """A stage's roles (unet, text_encoder, text_encoder_2, vae_decoder, vae_encoder) mapped to component names.
+    """One stage; `roles` maps unet, text_encoder, text_encoder_2, vae_decoder and vae_encoder to component names.
 
     `pooled_role` is the encoder whose text_embeds are the pooled prompt.
     """
@@ -135,7 +135,7 @@ class StagePlan:
     roles: dict[str, str] = field(default_factory=dict)
 
     def tokenizer_of(self, role: str) -> LoadedTokenizer:
-        """Return the tokenizer of the encoder `role`."""
+        """Return the tokenizer of the text encoder `role`."""
         return self.tokenizers[tokenizer_role(role)]
 
 
@@ -146,10 +146,10 @@ def plan_components(
     warn: Callable[[str], None],
     loras: Sequence[ScaledLora] = (),
 ) -> tuple[dict[str, ComponentPlan], dict[str, StagePlan]]:
-    """Return the components to export by name, and the stages that refer to them. LoRAs go into the base only.
+    """Return {name: component} to export and {name: stage} that refer to them. LoRAs are fused into the base only.
 
-    A refiner's encoder or autoencoder half is a component of its own unless its function and every tensor (name,
-    dtype, shape, bytes) agree with the base's.
+    The refiner shares the base's encoder or autoencoder half if its graph and every tensor (name, dtype, shape, bytes)
+    agree with the base's.
     """
     components: dict[str, ComponentPlan] = {}
     stages: dict[str, StagePlan] = {}
@@ -170,33 +170,33 @@ def plan_components(
 
 
 def _check_latents(base: StagePlan, refiner: StagePlan, warn: Callable[[str], None]) -> None:
-    """Raise SourceError unless the refiner can take the base's latents as they are."""
+    """Raise SourceError unless the refiner can continue with the base's latents unchanged."""
     spans = [(len(stage.models["vae"].config["block_out_channels"]), stage.models["vae"].config["latent_channels"])
              for stage in (base, refiner)]  # fmt: skip
     if spans[0] != spans[1]:
         raise SourceError(
-            f"{refiner.pipeline.root}: its autoencoder has {spans[1][0]} levels and {spans[1][1]} latent channels, the"
-            f" base's {spans[0][0]} and {spans[0][1]}; this refiner belongs to another base"
+            f"{refiner.pipeline.root}: the autoencoder has {spans[1][0]} levels and {spans[1][1]} latent channels, the"
+            f" base's has {spans[0][0]} and {spans[0][1]}; this refiner belongs to another base"
         )
     _check_schedulers(base.pipeline, refiner.pipeline, warn)
 
 
 def _check_schedulers(base: PipelineSource, refiner: PipelineSource, warn: Callable[[str], None]) -> None:
-    """Say what of the refiner's scheduler is not followed; raise SourceError where no latents can be handed over."""
+    """Warn of the refiner's scheduler settings that are ignored; raise SourceError if a handoff is impossible."""
     ours, its = base.scheduler, refiner.scheduler
     if ours.told_log_sigma or its.told_log_sigma:
         which = base if ours.told_log_sigma else refiner
-        raise SourceError(f"{which.root}: has EDM's schedule ({which.scheduler.class_name}), and no latents are handed"
-                          " over on that; export the base with --no-refiner")  # fmt: skip
-    # Each UNet keeps its own prediction type; the classes' names are only recorded.
+        raise SourceError(f"{which.root}: has EDM's schedule ({which.scheduler.class_name}), which does not support a"
+                          " handoff; export the base with --no-refiner")  # fmt: skip
+    # Each UNet keeps its own prediction type; class names are recorded but have no effect.
     fields = [name for name in its.__struct_fields__ if name not in ("class_name", "sampler", "prediction_type")]
     differing = [name for name in fields if getattr(its, name) != getattr(ours, name)]
     if differing:
         listed = ", ".join(f"{name} {getattr(its, name)!r}"[:100] for name in differing)
-        warn(f"{refiner.root}: its scheduler has {listed}, unlike the base's, whose grid serves both")
+        warn(f"{refiner.root}: the scheduler has {listed}, unlike the base's; both stages use the base's schedule")
     if its.sampler != ours.sampler:
-        warn(f"{refiner.root}: its {its.class_name} is the sampler {its.sampler}; the base's, {ours.sampler}, serves"
-             f" both without --refiner-sampler {its.sampler}")  # fmt: skip
+        warn(f"{refiner.root}: {its.class_name} means the sampler {its.sampler}; both stages use the base's,"
+             f" {ours.sampler}, unless you add --refiner-sampler {its.sampler}")  # fmt: skip
 
 
 def _plan_stage(
@@ -227,19 +227,19 @@ def _plan_stage(
     plans["unet"] = plan("unet", "unet", options.precision, time_ids=len(time_id_names(pipeline)), pooled=pooled)
     vae_precision = _vae_precision(models["vae"], options)
     plans["vae_decoder"] = plan("vae", "vae_decoder", vae_precision)
-    # What overflows in a decoder is its end; nobody has shown which layers of the encoder may be narrow.
+    # A decoder overflows at its end; which layers of an encoder are safe in fp16 is unknown.
     plans["vae_encoder"] = plan("vae", "vae_encoder", "fp32" if vae_precision == "mixed" else vae_precision)
     if _wants_twins(vae_precision, options):
         plans["vae_decoder_bf16"] = plan("vae", "vae_decoder", "bf16")
         plans["vae_encoder_bf16"] = plan("vae", "vae_encoder", "bf16")
-    for each in plans.values():  # what no graph can be made of is said before anything has been exported
+    for each in plans.values():  # raises for models without a graph before anything is exported
         make_graph(each.kind, each.model, time_ids=each.time_ids, pooled=each.pooled, tokens=each.tokens,
                    where=each.source.where)  # fmt: skip
     return StagePlan(pipeline, models, tokenizers, pooled_role), plans
 
 
 def time_id_names(pipeline: PipelineSource) -> tuple[str, ...]:
-    """Return the layout of the time ids: six sizes, or four and the aesthetic score."""
+    """Return the names of the time ids in order: six sizes, or four and the aesthetic score."""
     sizes = ("original_height", "original_width", "crop_top", "crop_left")
     last = ("aesthetic_score",) if pipeline.requires_aesthetics_score else ("target_height", "target_width")
     return sizes + last
@@ -251,13 +251,13 @@ def _check_widths(models: dict[str, MetaModel], pipeline: PipelineSource) -> Non
     latents = models["vae"].config["latent_channels"]
     if unet["in_channels"] != latents:
         raise SourceError(
-            f"{pipeline.root}/unet: takes {unet['in_channels']} channels, the autoencoder gives {latents}; inpainting"
-            " and edit models are not supported"
+            f"{pipeline.root}/unet: takes {unet['in_channels']} channels, but the autoencoder makes {latents};"
+            " inpainting and edit models are not supported"
         )
     widths = [model.config["hidden_size"] for name, model in models.items() if name.startswith("text_")]
     if context_width(unet) != sum(widths):
         raise SourceError(
-            f"{pipeline.root}/unet: attends to a context of {context_width(unet)}, but the text encoders make"
+            f"{pipeline.root}/unet: takes a context of width {context_width(unet)}, but the text encoders make"
             f" {' + '.join(map(str, widths))}; the folder mixes two models"
         )
 
@@ -265,12 +265,12 @@ def _check_widths(models: dict[str, MetaModel], pipeline: PipelineSource) -> Non
 def _vae_precision(model: MetaModel, options: Options) -> Precision:
     if options.vae_precision != "auto":
         return options.vae_precision
-    # The published autoencoder overflows fp16 and says so; a repaired one says force_upcast false.
+    # The published autoencoder overflows fp16 and sets force_upcast; a repaired one sets it to false.
     return "fp32" if model.config.get("force_upcast", True) else options.precision
 
 
 def _wants_twins(vae_precision: Precision, options: Options) -> bool:
-    """Return whether TensorRT should get a bf16 autoencoder: its range is fp32's, its activations half as large."""
+    """Return whether TensorRT should get a bf16 autoencoder: bf16 has the range of fp32 and half its size."""
     return options.twins and options.vae_precision == "auto" and vae_precision == "fp32" and options.precision != "fp32"
 
 

@@ -1,4 +1,4 @@
-"""One component: traced, simplified, its weights streamed; skipped where that was done before."""
+"""Convert one component: trace it, simplify the graph, stream the weights; or find the component finished."""
 
 __all__ = [
     "CPU_GRAPH_FILE",
@@ -40,18 +40,18 @@ from sdxl_trt.export.graph import (
 
 GRAPH_FILE = "model.onnx"
 CPU_GRAPH_FILE = "cpu.onnx"
-"""Beside the graph, over the same weights: what ONNX Runtime's CPU provider runs, where that is faster."""
+"""The graph for ONNX Runtime's CPU provider, over the same weights, if a rewritten one is faster there."""
 RECORD_FILE = "component.json"
-"""Beside a component that is finished, in a bundle that is not; the manifest says the same once it is."""
+"""Marks a finished component in an unfinished bundle; in the finished one the manifest records the same."""
 REVISION = 2
-"""To be raised where this code makes another graph of the same model."""
-# Whose versions decide what a graph looks like.
+"""Increase it when this code makes another graph of the same model."""
+# The libraries whose versions determine a graph.
 _LIBRARIES = ("sdxl-trt", "torch", "onnxscript", "onnx-ir", "diffusers", "transformers")
 _DTYPES = {ir.DataType.FLOAT: "float32", ir.DataType.FLOAT16: "float16", ir.DataType.INT64: "int64"}
 
 
 def component_key(plan: ComponentPlan, opset: int) -> str:
-    """Return a sha256 of all that decides a component's files: the model, its tensors, the options, the libraries."""
+    """Return a sha256 of all that determines a component's files: model, tensors, options, library versions."""
     settings = [REVISION, opset, plan.time_ids, plan.pooled, plan.digest, _versions(), plan.function()]
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -62,7 +62,7 @@ def _versions() -> tuple[str, ...]:
 
 
 def finished(root: Path, name: str, key: str) -> Component | None:
-    """Return the component that an interrupted export finished in ``root/name``, if it is whole and has this key."""
+    """Return the component that an interrupted export finished in ``root/name``; None if damaged or of another key."""
     try:
         component = msgspec.json.decode((root / name / RECORD_FILE).read_bytes(), type=Component)
         if component.key != key:
@@ -79,9 +79,9 @@ def finished(root: Path, name: str, key: str) -> Component | None:
 def convert_component(
     name: str, plan: ComponentPlan, key: str, root: Path, opset: int, report: ProgressTracker
 ) -> Component:
-    """Export one component to ``root/name``, and record it there once it is whole.
+    """Export one component to ``root/name`` and return it; its RECORD_FILE is written last.
 
-    Raises CorruptError for weights that are damaged or do not fit the precision, ResourceError for a full disk.
+    Raises CorruptError for weights that are damaged or overflow the precision, ResourceError for a full disk.
     """
     folder = root / name
     try:
@@ -123,12 +123,12 @@ def convert_component(
 
 
 def component_source(plan: ComponentPlan) -> Source:
-    """Return where a component comes from, for the manifest."""
+    """Return a component's source for the manifest."""
     return Source(name=plan.source.name, class_name=plan.source.class_name, sha256=plan.digest)
 
 
 def kept_config(plan: ComponentPlan) -> dict[str, Any]:
-    """Return the config of a component's model, for the manifest: without paths of this machine."""
+    """Return the config of a component's model for the manifest, without paths of this machine."""
     return {name: value for name, value in plan.source.config.items() if name != "_name_or_path"}
 
 
@@ -138,7 +138,7 @@ def file_record(root: Path, path: Path) -> FileRecord:
 
 
 def _name_initializers(model: ir.Model, prefix: str, plan: ComponentPlan) -> dict[str, str]:
-    """Give weights their published names, fill the buffers that the model computed; return {name: name} of weights."""
+    """Rename weights to their published names, fill the buffers; return {initializer: published name}, both equal."""
     published: dict[str, str] = {}
     for value in list(model.graph.initializers.values()):
         inner = str(value.name).removeprefix(prefix)
@@ -161,8 +161,8 @@ def _save_graph(model: ir.Model, path: Path) -> None:
 
 
 def _save_cpu_graph(model: ir.Model, precision: str, root: Path, path: Path) -> FileRecord | None:
-    """Write the graph for ONNX Runtime's CPU provider, rewritten in place, where there is anything to rewrite."""
-    # The CPU provider has no bf16.
+    """Rewrite the graph in place for ONNX Runtime's CPU provider and write it; None if nothing was rewritten."""
+    # The CPU provider does not support bf16.
     if precision == "bf16" or not for_cpu(model):
         return None
     _save_graph(model, path)
@@ -175,6 +175,6 @@ def _files(name: str) -> set[str]:
 
 def _spec(value: ir.Value) -> TensorSpec:
     if value.shape is None or value.dtype is None:
-        raise UsageError(f"{value.name}: the traced graph gives no shape")
+        raise UsageError(f"{value.name}: the traced graph states no shape")
     shape = tuple(dim if isinstance(dim, int) else str(dim.value) for dim in value.shape)
     return TensorSpec(name=str(value.name), dtype=_DTYPES[value.dtype], shape=shape)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""What is to be done to each component: exported, kept from the bundle at the target, or taken up where it stopped."""
+"""What to do with each component: export it, keep the target bundle's, or resume an interrupted export's."""
 
 __all__ = ["ExportJob", "plan_jobs"]
 
@@ -17,7 +17,7 @@ from sdxl_trt.export.output import is_whole, partial_folder, sound_component
 
 @dataclass(frozen=True)
 class ExportJob:
-    """One component: `action` is "export", "resume" or "keep"; the latter two have the `component` that exists."""
+    """One component to "export", "resume" or "keep" (`action`); the latter two have the existing `component`."""
 
     plan: ComponentPlan
     key: str
@@ -26,18 +26,18 @@ class ExportJob:
 
     @property
     def bytes(self) -> int:
-        """About how many bytes of weights have to be written."""
+        """Approximate bytes of weights to write."""
         return self.plan.bytes() if self.action == "export" else 0
 
 
 def plan_jobs(
     components: Mapping[str, ComponentPlan], previous: Bundle | None, out: Path, options: Options
 ) -> dict[str, ExportJob]:
-    """Return the job of every component, by name.
+    """Return {name: job} of every component.
 
-    With `options.components` the others are kept as `previous` has them, if they are of the same model. Raises
-    UsageError where they are not, where one is missing that a whole bundle had, and for a name that the model has not;
-    CorruptError for a kept component that is damaged.
+    With `options.components`, all others are kept from `previous`. Raises UsageError if a kept one is of another model,
+    if a complete bundle would lose one, and for a name that the model does not have; CorruptError if a kept component
+    is damaged.
     """
     wanted = frozenset(components) if options.components is None else options.components
     _check_names(wanted, components, previous)
@@ -54,23 +54,23 @@ def _check_names(wanted: frozenset[str], components: Mapping[str, ComponentPlan]
     unknown = sorted(wanted - components.keys())
     if unknown:
         raise UsageError(f"--components {','.join(unknown)}: this model has no such component, or the refiner shares"
-                         f" the base's; it has {', '.join(components)}")  # fmt: skip
+                         f" the base's; choose from {', '.join(components)}")  # fmt: skip
     if previous is None or wanted == components.keys():
         return
     dropped = sorted(previous.manifest.components.keys() - components.keys())
     if dropped:
-        raise UsageError(f"--components: the bundle at {previous.root} has {', '.join(dropped)} too, which these"
-                         " sources have not; name the same sources, or export everything")  # fmt: skip
+        raise UsageError(f"--components: the bundle at {previous.root} also has {', '.join(dropped)}, which these"
+                         " sources lack; name the same sources, or export everything")  # fmt: skip
     missing = sorted(components.keys() - wanted - previous.manifest.components.keys())
     if missing and is_whole(previous):
-        raise UsageError(f"--components: the bundle at {previous.root} would lack {', '.join(missing)}; list that too")
+        raise UsageError(f"--components: the bundle at {previous.root} would lose {', '.join(missing)}; list it too")
 
 
 def _kept(name: str, plan: ComponentPlan, previous: Bundle) -> ExportJob:
     component = previous.manifest.components[name]
     if component.source.sha256 != plan.digest:
-        raise UsageError(f"--components: {name} in {previous.root} is of another model, or has other LoRAs; list it"
-                         " too, or export everything")  # fmt: skip
+        raise UsageError(f"--components: {name} in {previous.root} comes from another model or has other LoRAs; list"
+                         " it too, or export everything")  # fmt: skip
     sound_component(previous, component)
     return ExportJob(replace(plan, precision=component.precision), component.key, "keep", component)
 
@@ -84,7 +84,7 @@ def _job(name: str, plan: ComponentPlan, previous: Bundle | None, out: Path, opt
         ("resume", finished(partial_folder(out), name, key)),
     ):
         if found is not None:
-            # The key knows what is computed; where it came from, and what only the host reads, may have changed.
+            # The key covers the computation; the source, and config entries only the host reads, may have changed.
             return ExportJob(plan, key, action, msgspec.structs.replace(
                 found, source=component_source(plan), config=kept_config(plan)))  # fmt: skip
     return ExportJob(plan, key, "export")

@@ -1,4 +1,4 @@
-"""What an export is doing: component, stage, and how many bytes of weights are written of how many."""
+"""Progress of an export: component, stage, and bytes of weights written so far and in all."""
 
 __all__ = ["ExportEvent", "ExportProgress", "ProgressTracker"]
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ExportEvent:
-    """A moment of an export: the `index`-th of `count` components, and the bytes of weights so far and in all."""
+    """State of an export: at the `index`-th of `count` components; bytes of weights so far and in all."""
 
     component: str
     stage: str
@@ -22,7 +22,7 @@ ExportProgress = Callable[[ExportEvent], None]
 
 
 class ProgressTracker:
-    """Counts what is done and tells `progress` of it."""
+    """Counts the bytes written and calls `progress` with every change."""
 
     def __init__(self, progress: ExportProgress | None, sizes: dict[str, int]) -> None:
         self._progress = progress
@@ -32,16 +32,16 @@ class ProgressTracker:
         self._name, self._stage = "", ""
 
     def stage(self, name: str, stage: str) -> None:
-        """Tell that `stage` of the component `name` begins."""
+        """Report that `stage` of the component `name` begins."""
         self._name, self._stage = name, stage
-        self._tell()
+        self._report()
 
     def written(self, count: int) -> None:
-        """Tell that `count` more bytes of weights have been written."""
+        """Report that `count` more bytes of weights have been written."""
         self._written += count
-        self._tell()
+        self._report()
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         if self._progress is None:
             return
         index = self._names.index(self._name) + 1 if self._name in self._names else len(self._names)

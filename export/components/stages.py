@@ -1,4 +1,4 @@
-"""What the host must know of a pipeline: stages, tokenizers and schedules as the manifest records them."""
+"""What the runtime needs of a pipeline: stages, tokenizers and schedules as the manifest records them."""
 
 __all__ = ["stage_record", "write_tokenizers"]
 
@@ -16,7 +16,7 @@ from sdxl_trt.export.sources import LoadedTokenizer
 def write_tokenizers(
     stages: dict[str, StagePlan], root: Path
 ) -> tuple[dict[str, Tokenizer], dict[str, dict[str, str]]]:
-    """Write each distinct tokenizer once; return the manifest's tokenizers, and their names by stage and role."""
+    """Write each distinct tokenizer once; return {name: record} of them, and {stage: {role: name}}."""
     records: dict[str, Tokenizer] = {}
     seen: dict[LoadedTokenizer, str] = {}
     names: dict[str, dict[str, str]] = {}
@@ -48,7 +48,7 @@ def _write_tokenizer(loaded: LoadedTokenizer, name: str, root: Path) -> Tokenize
 
 
 def stage_record(stage: StagePlan, tokenizers: dict[str, str]) -> Stage:
-    """Return a stage as the manifest has it; `tokenizers` maps its roles to the names of what was written."""
+    """Return the manifest's record of a stage; `tokenizers` maps its roles to the names of the written tokenizers."""
     unet = stage.models["unet"]
     levels = 2 ** int(unet.module.num_upsamplers)
     factor = vae_factor(stage.models["vae"].config)

@@ -1,4 +1,4 @@
-"""The text encoders of a stage together: whose text_embeds are the pooled prompt, and how long their prompts are."""
+"""The text encoders of a stage: which one makes the pooled prompt, and how many tokens they read."""
 
 __all__ = ["find_pooled", "open_tokenizers", "tokenizer_role", "without_idle_projection"]
 
@@ -14,21 +14,21 @@ FIRST, SECOND = "text_encoder", "text_encoder_2"
 
 
 def tokenizer_role(encoder: str) -> str:
-    """Return the role of the tokenizer that goes with the encoder of this role."""
+    """Return the role of the tokenizer for the encoder of this role."""
     return encoder.replace("text_encoder", "tokenizer")
 
 
 def find_pooled(models: Mapping[str, MetaModel], pipeline: PipelineSource) -> str:
     """Return the role of the encoder whose text_embeds are the pooled prompt.
 
-    diffusers takes those of the first encoder that projects, and asks for the width of text_encoder_2's: it stops
-    where both project, to different widths. There the UNet has only text_encoder_2's to take. Raises SourceError where
-    text_encoder_2 does not project.
+    diffusers uses the first encoder with a projection, but expects the width of text_encoder_2's, and fails if the two
+    differ. In that case only text_encoder_2's width fits the UNet, so it is used. Raises SourceError if text_encoder_2
+    has no projection.
     """
     first, second = models.get(FIRST), models[SECOND]
     if not _projects(second):
         reason = "is it swapped with text_encoder?" if first and _projects(first) else "not an SDXL model"
-        raise SourceError(f"{pipeline.root}/text_encoder_2: is no CLIPTextModelWithProjection, so there is no pooled"
+        raise SourceError(f"{pipeline.root}/text_encoder_2: not a CLIPTextModelWithProjection, so there is no pooled"
                           f" prompt; {reason}")  # fmt: skip
     both = first is not None and _projects(first)
     return FIRST if both and _width(models[FIRST]) == _width(second) else SECOND
@@ -37,12 +37,12 @@ def find_pooled(models: Mapping[str, MetaModel], pipeline: PipelineSource) -> st
 def without_idle_projection(
     pipeline: PipelineSource, models: dict[str, MetaModel], pooled: str, warn: Warn
 ) -> PipelineSource:
-    """Return `pipeline` with a first encoder whose projection nobody reads as a CLIPTextModel, also in `models`."""
+    """Return `pipeline` with the first encoder as a CLIPTextModel if its projection is unused; update `models`."""
     if pooled == FIRST or FIRST not in models or not _projects(models[FIRST]):
         return pipeline
     source = pipeline.models[FIRST]
     warn(f"{source.where}: projects to {_width(models[FIRST])}, but the UNet takes text_encoder_2's pooled prompt of"
-         f" {_width(models[SECOND])}; the first is read as the CLIPTextModel of its config")  # fmt: skip
+         f" {_width(models[SECOND])}; using the first encoder as a CLIPTextModel")  # fmt: skip
     plain = replace(source, class_name="CLIPTextModel")
     models[FIRST] = build_model(plain.class_name, plain.config, plain.where)
     return replace(pipeline, models=pipeline.models | {FIRST: plain})
@@ -51,10 +51,10 @@ def without_idle_projection(
 def open_tokenizers(
     models: Mapping[str, MetaModel], pipeline: PipelineSource, warn: Warn
 ) -> dict[str, LoadedTokenizer]:
-    """Return the tokenizers of the encoders in `models` by role; warn of one that is cut early.
+    """Return {role: tokenizer} for the encoders in `models`; warn if a tokenizer uses only part of the positions.
 
-    A UNet attends to what its encoders say side by side, token for token: SourceError is raised where tokenizers make
-    prompts of different lengths, or of more ids than an encoder has positions.
+    A UNet takes the encoders' outputs concatenated token by token: raises SourceError if the tokenizers make prompts of
+    different lengths.
     """
     loaded: dict[str, LoadedTokenizer] = {}
     for encoder in (name for name in (FIRST, SECOND) if name in models):
@@ -63,13 +63,13 @@ def open_tokenizers(
         loaded[role] = load_tokenizer(pipeline.tokenizers[role], positions)
         if loaded[role].max_length < positions:
             warn(f"{where}: has {positions} positions, but its tokenizer cuts a prompt at {loaded[role].max_length}"
-                 " ids, and so will the bundle, as diffusers does; for longer prompts set model_max_length in"
+                 " ids, and so does the bundle, as in diffusers; for longer prompts set model_max_length in"
                  " tokenizer_config.json")  # fmt: skip
     lengths = {role: tokenizer.max_length for role, tokenizer in loaded.items()}
     if len(set(lengths.values())) > 1:
         said = ", ".join(f"{role} {length}" for role, length in lengths.items())
-        raise SourceError(f"{pipeline.root}: its tokenizers make prompts of different lengths ({said} ids), which"
-                          " cannot stand side by side; give both the shorter model_max_length in"
+        raise SourceError(f"{pipeline.root}: the tokenizers make prompts of different lengths ({said} ids), which"
+                          " cannot be concatenated; give both the shorter model_max_length in"
                           " tokenizer_config.json")  # fmt: skip
     return loaded
 

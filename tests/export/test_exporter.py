@@ -60,8 +60,9 @@ def test_what_of_a_refiners_scheduler_is_not_followed_is_said(pairs: Callable[[s
     heard: list[str] = []
     plan_components(open_pipeline(pair.base, BASE_CLASS), open_pipeline(folder, REFINER_CLASS), Options(), heard.append)
     assert [line.removeprefix(f"{folder}: ") for line in heard] == [
-        "its scheduler has timestep_spacing 'trailing', unlike the base's, whose grid serves both",
-        "its HeunDiscreteScheduler is the sampler heun; the base's, euler, serves both without --refiner-sampler heun",
+        "the scheduler has timestep_spacing 'trailing', unlike the base's; both stages use the base's schedule",
+        "HeunDiscreteScheduler means the sampler heun; both stages use the base's, euler, unless you add"
+        " --refiner-sampler heun",
     ]
 
 

@@ -130,7 +130,7 @@ def test_a_projection_that_does_not_fit_is_left_out(base: Path, caplog: pytest.L
     with pytest.raises(RuntimeError, match="cannot be multiplied"):
         _diffusers(base, SHORT, None)
     bundle = _export(base)
-    assert "is read as the CLIPTextModel of its config" in caplog.text
+    assert "using the first encoder as a CLIPTextModel" in caplog.text
     assert [encoder.pooled for encoder in bundle.manifest.base.text_encoders] == [False, True]
     assert not any(spec.name == "text_embeds" for spec in bundle.manifest.components["text_encoder"].outputs)
     plain = transformers.CLIPTextModel.from_pretrained(base / "text_encoder")
