@@ -1,4 +1,4 @@
-"""A PyTorch module to an ONNX graph with external weights."""
+"""From a PyTorch module to an ONNX graph with external weights."""
 
 from sdxl_trt.export.graph.cpu_graph import for_cpu
 from sdxl_trt.export.graph.models import MetaModel, build_model, published_name

@@ -1,9 +1,8 @@
-"""Repeated blocks traced once: SDXL's 70 transformer blocks are two graphs, instantiated with other weights.
+"""Trace repeated blocks once: SDXL's 70 transformer blocks are two graphs, instantiated with different weights.
 
-While a module is traced, each of its repeated blocks (the table `BLOCKS`) is hollow: its forward leaves one node in
-the graph and notes what it was called with. Each distinct block is then traced alone, itself with hollow blocks inside,
-and its graph takes the place of the nodes. The result is the graph that a trace of the whole would give, in a fraction
-of the time.
+While a module is traced, each of its repeated blocks (the table `BLOCKS`) is hollow: its forward emits one node and
+records its arguments. Each distinct block is then traced alone, with its own repeated blocks hollow, and its graph
+replaces the nodes. The result equals the graph of a trace of the whole module, in a fraction of the time.
 """
 
 __all__ = ["BLOCK", "DOMAIN", "Blocks", "Call", "Template", "expand", "hollowed", "translations"]
@@ -25,8 +24,8 @@ from torch import Tensor, nn
 
 DOMAIN, BLOCK = "sdxl_trt", "Block"
 
-# Classes that repeat, with the attribute path that tells the channels of the output (None: as the first input) and
-# whether forward returns a tuple.
+# Classes that repeat, with the attribute path of the output channels (None: as the first input) and whether forward
+# returns a tuple.
 BLOCKS: dict[str, tuple[str | None, bool]] = {
     "diffusers.models.transformers.transformer_2d.Transformer2DModel": (None, True),
     "diffusers.models.attention.BasicTransformerBlock": (None, False),
@@ -48,7 +47,7 @@ def _block_shape(inputs: list[Tensor], path: str, channels: int) -> Tensor:  # n
 
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """Return the table that lets `torch.onnx.export` write a hollow block's node."""
+    """Return the translation table with which `torch.onnx.export` writes the node of a hollow block."""
     schema = onnx.defs.OpSchema
     parameter = functools.partial(schema.FormalParameter, type_str="T")
     operator = values.Op(
@@ -73,7 +72,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
 
 @dataclass(frozen=True)
 class Argument:
-    """A tensor that a hollow block was called with: its dtype, its sizes (a symbol where they vary), example sizes."""
+    """A tensor argument of a hollow block: its dtype, its sizes (a symbol if dynamic), example sizes."""
 
     dtype: torch.dtype
     sizes: tuple[int | str, ...]
@@ -82,7 +81,7 @@ class Argument:
     @classmethod
     def of(cls, tensor: Tensor) -> "Argument":
         """Describe a tensor of a running trace."""
-        # Rows that come by way of another input bear another symbol, though they are the same rows.
+        # The same rows have different symbols in different inputs, so they get one name.
         names = ("rows", *map(str, tensor.shape[1:]))
         sizes = tuple(size if isinstance(size, int) else name for size, name in zip(tensor.shape, names, strict=True))
         example = tuple(size if isinstance(size, int) else int(size.node.hint) for size in tensor.shape)
@@ -91,14 +90,14 @@ class Argument:
 
 @dataclass(frozen=True)
 class Call:
-    """How a block was called: its tensors by position or keyword, and everything else as it was."""
+    """A call of a block: its tensors by position or keyword, and all other arguments unchanged."""
 
     block: nn.Module
     tensors: Mapping[int | str, Argument]
     others: Mapping[int | str, Any]
 
     def key(self) -> Hashable:
-        """Return what two calls have in common exactly when one graph serves both."""
+        """Return a key that two calls share exactly if one graph serves both."""
         symbols: dict[str, int] = {}
         shapes = tuple(
             (name, argument.dtype, *(s if isinstance(s, int) else f"s{symbols.setdefault(s, len(symbols))}"
@@ -108,7 +107,7 @@ class Call:
         return fingerprint(self.block), shapes, repr(sorted(self.others.items(), key=lambda item: str(item[0])))
 
     def run(self, tensors: Iterable[Tensor]) -> Tensor:
-        """Call the block with `tensors` in the place of those that it was called with."""
+        """Call the block again with `tensors` in place of its own."""
         given = {**self.others, **dict(zip(self.tensors, tensors, strict=True))}
         positional = [given[name] for name in sorted(name for name in given if isinstance(name, int))]
         result = self.block(*positional, **{name: value for name, value in given.items() if isinstance(name, str)})
@@ -116,7 +115,7 @@ class Call:
 
 
 class Blocks(nn.Module):
-    """Several blocks side by side, so that one trace serves them all: the tensors of every call in, an output each."""
+    """Several blocks as one module, for a single trace: takes the tensors of all calls, returns one output per call."""
 
     def __init__(self, calls: Sequence[Call]) -> None:
         super().__init__()
@@ -134,7 +133,7 @@ class Blocks(nn.Module):
         return tuple(torch.empty(argument.example, dtype=argument.dtype, device="meta") for argument in every)
 
     def dynamic_shapes(self) -> tuple[tuple[dict[int, Any], ...]]:
-        """Return the varying dimensions of the tensors, equal within a call where the symbols were."""
+        """Return the dynamic dimensions of the tensors; equal symbols within a call give one dimension."""
         dims: dict[tuple[int, str], Any] = {}
         shapes: list[dict[int, Any]] = []
         for index, call in enumerate(self.calls):
@@ -145,7 +144,7 @@ class Blocks(nn.Module):
         return (tuple(shapes),)
 
     def templates(self, model: ir.Model) -> list["Template"]:
-        """Take the graph of all apart into one a call."""
+        """Split the traced graph into one template per call."""
         rest = iter(model.graph.inputs)
         return [
             Template.of(model.graph, tuple(itertools.islice(rest, len(call.tensors))), output, f"blocks.{index}.")
@@ -155,7 +154,7 @@ class Blocks(nn.Module):
 
 @dataclass(frozen=True)
 class Template:
-    """The part of a graph that makes one output: what is copied wherever its block stands."""
+    """The part of a graph that makes one output; it is copied to every place of its block."""
 
     inputs: tuple[ir.Value, ...]
     nodes: tuple[ir.Node, ...]
@@ -164,7 +163,7 @@ class Template:
 
     @classmethod
     def of(cls, graph: ir.Graph, inputs: tuple[ir.Value, ...], output: ir.Value, prefix: str) -> "Template":
-        """Collect what `output` depends on; `prefix` is taken off the names of the weights."""
+        """Collect the nodes and weights that `output` depends on; `prefix` is stripped from the weights' names."""
         needed: set[ir.Value] = {output}
         nodes: list[ir.Node] = []
         for node in reversed(graph):
@@ -177,7 +176,7 @@ class Template:
 
 @contextlib.contextmanager
 def hollowed(module: nn.Module) -> Iterator[dict[str, Call]]:
-    """Hollow the repeated blocks of `module`; yield the calls that a trace makes of them, by the blocks' paths."""
+    """Hollow the repeated blocks of `module`; yield {path: call}, which fills during a trace."""
     calls: dict[str, Call] = {}
     restored: list[tuple[nn.Module, dict[str, Any]]] = []
     try:
@@ -192,7 +191,7 @@ def hollowed(module: nn.Module) -> Iterator[dict[str, Call]]:
 
 
 def _repeated(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return the outermost blocks of which `module` has at least two alike."""
+    """Return (path, block) of the outermost blocks that occur at least twice in `module`."""
     candidates = {path: block for path, block in module.named_modules() if path and _name(block) in BLOCKS}
     alike = Counter(fingerprint(block) for block in candidates.values())
     chosen: list[tuple[str, nn.Module]] = []
@@ -223,7 +222,7 @@ def _hollow(block: nn.Module, path: str, calls: dict[str, Call]) -> None:
 
 
 def expand(model: ir.Model, templates: Mapping[str, Template]) -> None:
-    """Put a copy of each block's template, by path, in the place of its node."""
+    """Replace each block's node by a copy of its template; `templates` are by path."""
     constants: dict[ir.Value, ir.Value] = {}
     for node in [node for node in model.graph if node.domain == DOMAIN]:
         path = node.attributes["path"].as_string()
@@ -263,7 +262,7 @@ def _initializer(graph: ir.Graph, like: ir.Value, name: str) -> ir.Value:
 
 
 def _symbols(inner: Iterable[ir.Value], outer: Iterable[ir.Value | None]) -> dict[str, str]:
-    """Return what the symbolic sizes of a template are called where its copy stands."""
+    """Return {symbolic size in the template: its name in the copy}."""
     found: dict[str, str] = {}
     for value, given in zip(inner, outer, strict=True):
         if value.shape is None or given is None or given.shape is None:
@@ -275,7 +274,7 @@ def _symbols(inner: Iterable[ir.Value], outer: Iterable[ir.Value | None]) -> dic
 
 
 def _twin(value: ir.Value, path: str, symbols: Mapping[str, str]) -> ir.Value:
-    """Return a value like `value` under a name of its own; sizes that have no name there are left open."""
+    """Return a value like `value` under a new name; sizes without a name in `symbols` become unknown."""
     shape = None
     if value.shape is not None:
         shape = ir.Shape([dim if isinstance(dim, int) else symbols.get(str(dim.value)) for dim in value.shape])
@@ -283,7 +282,7 @@ def _twin(value: ir.Value, path: str, symbols: Mapping[str, str]) -> ir.Value:
 
 
 def fingerprint(module: nn.Module) -> Hashable:
-    """Return what decides a module's graph: classes, settings, shapes. What is not understood makes it unlike any."""
+    """Return what determines a module's graph: classes, settings, shapes. An unknown setting makes it unique."""
     return tuple((path, _settings(part)) for path, part in module.named_modules())
 
 

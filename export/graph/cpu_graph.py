@@ -1,8 +1,8 @@
 """The graph as ONNX Runtime's CPU provider runs it fastest: its own attention, its own normalization, no splits.
 
-The rewrites were chosen by measurement (docs/graphs.md): on a CPU, ONNX Runtime makes of GroupNormalization a function
-of a dozen operators, each a pass over its input; Attention wants its heads apart, which is a copy of every query,
-key, value and result; and the two halves of a gated layer are copied apart. None of it changes a weight or the
+The rewrites were chosen by measurement (docs/graphs.md). On a CPU, ONNX Runtime expands GroupNormalization to a dozen
+operators, each a pass over its input; Attention needs its heads on a separate axis, which copies every query, key,
+value and result; and the two halves of a gated layer are copied. The rewrites change no weight and keep the
 signature; TensorRT would refuse the result.
 """
 
@@ -19,9 +19,9 @@ _SWAP_HEADS = [0, 2, 1, 3]
 
 
 def for_cpu(model: ir.Model) -> int:
-    """Rewrite `model` in place for ONNX Runtime's CPU provider; return how many nodes were replaced.
+    """Rewrite `model` in place for ONNX Runtime's CPU provider; return the number of replaced nodes.
 
-    Weights may be without values. What does not look as this exporter writes it stays as it is.
+    Weights need no values. Nodes that do not match this exporter's patterns stay unchanged.
     """
     graph = model.graph
     rewrites = {"Attention": _fuse_heads, "GroupNormalization": _normalize_in_place, "Split": _split_weights}
@@ -33,7 +33,7 @@ def for_cpu(model: ir.Model) -> int:
 
 
 def _fuse_heads(graph: ir.Graph, node: ir.Node) -> bool:
-    """Replace Reshape, Transpose, Attention, Transpose, Reshape by attention that finds the heads by itself."""
+    """Replace Reshape, Transpose, Attention, Transpose, Reshape by MultiHeadAttention, which splits heads itself."""
     causal, softcap = node.attributes.get_int("is_causal", 0), node.attributes.get_float("softcap", 0.0)
     if len(node.inputs) != 3 or causal or softcap:
         return False
@@ -83,7 +83,7 @@ def _normalize_in_place(graph: ir.Graph, node: ir.Node) -> bool:
 
 
 def _split_weights(graph: ir.Graph, node: ir.Node) -> bool:
-    """Replace the split of a linear layer's result by two layers, whose weights are split once, at load."""
+    """Replace the split of a linear layer's result by two layers; their weights are split once, at load."""
     added = _chain(node.inputs[0], "Add", "MatMul")
     if (
         added is None
@@ -110,7 +110,7 @@ def _split_weights(graph: ir.Graph, node: ir.Node) -> bool:
 
 
 def _chain(value: ir.Value | None, *operators: str) -> tuple[ir.Node, ir.Node] | None:
-    """Return the two nodes that made `value`, the last first, if they are `operators` and nobody else sees between."""
+    """Return the two nodes that made `value`, the last first, if they are `operators` and `value` has one user."""
     last = value.producer() if value is not None else None
     if last is None or last.op_type != operators[0] or len(list(last.outputs[0].uses())) != 1 or last.inputs[0] is None:
         return None
@@ -124,7 +124,7 @@ def _only_user(value: ir.Value, operator: str) -> ir.Node | None:
 
 
 def _heads(reshape: ir.Node) -> int | None:
-    """Return the third of the four sizes that a Reshape asks for, if it is known."""
+    """Return the third of the four target sizes of a Reshape, the number of heads; None if unknown."""
     target = reshape.inputs[1]
     sizes = ir.convenience.get_const_tensor(target) if target is not None else None
     if sizes is not None:
@@ -142,7 +142,7 @@ def _is_weight(value: ir.Value | None, rank: int) -> bool:
 
 
 def _constant(graph: ir.Graph, name: str, value: np.ndarray) -> ir.Value:
-    """Return an initializer of the graph with `value`, made once."""
+    """Return the graph's initializer with `value`, creating it on first use."""
     name = f"cpu.{name}.{value.dtype}"
     if name not in graph.initializers:
         graph.register_initializer(ir.Value(name=name, const_value=ir.tensor(value, name=name)))
@@ -150,6 +150,6 @@ def _constant(graph: ir.Graph, name: str, value: np.ndarray) -> ir.Value:
 
 
 def _replace(graph: ir.Graph, node: ir.Node, made: Sequence[ir.Node]) -> None:
-    """Put `made` in the place of `node`, the last of them giving its result under its name."""
+    """Replace `node` by the nodes `made`; the last one's output takes the name of the node's output."""
     graph.insert_before(node, made)
     ir.convenience.replace_nodes_and_values(graph, node, [node], [], list(node.outputs), list(made[-1].outputs))

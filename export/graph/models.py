@@ -1,4 +1,4 @@
-"""Modules without weights: a model of SDXL built from its config on the meta device."""
+"""Models without weights: an SDXL model built from its config on the meta device."""
 
 __all__ = ["MetaModel", "build_model"]
 
@@ -16,10 +16,10 @@ from sdxl_trt.engines import SourceError
 
 @dataclass(frozen=True)
 class MetaModel:
-    """A module whose parameters have shapes and no storage.
+    """A module whose parameters have shapes but no storage.
 
-    `state` maps the published tensor names to shapes: what a checkpoint must hold. `buffers` are the values that
-    the model computes for itself when it is built (position ids), by module name.
+    `state` maps the published tensor names to shapes: what a checkpoint must contain. `buffers` are the values that
+    the model computes when it is built (position ids), by their names in the module.
     """
 
     module: torch.nn.Module
@@ -31,10 +31,10 @@ class MetaModel:
 def build_model(class_name: str, config: Mapping[str, Any], where: str) -> MetaModel:
     """Build the model `class_name` from `config` with empty parameters, in evaluation mode.
 
-    Raises SourceError for a class that SDXL has not, and for a config that the class refuses.
+    Raises SourceError for a class that is not part of SDXL, and for a config that the class refuses.
     """
     if class_name not in _BUILDERS:
-        raise SourceError(f"{where}: class {class_name} is none of {', '.join(_BUILDERS)}; not an SDXL component")
+        raise SourceError(f"{where}: class {class_name} is not an SDXL component; expected {', '.join(_BUILDERS)}")
     try:
         with init_empty_weights(include_buffers=False), _quiet():
             module = _BUILDERS[class_name](dict(config))
@@ -61,7 +61,7 @@ def published_name(name: str, class_name: str) -> str:
 
 def _diffusers(class_name: str) -> Callable[[dict[str, Any]], torch.nn.Module]:
     def build(config: dict[str, Any]) -> torch.nn.Module:
-        import diffusers  # noqa: PLC0415 - seconds to import, and only when a model is built
+        import diffusers  # noqa: PLC0415 - takes seconds to import, needed only to build a model
 
         return cast("torch.nn.Module", getattr(diffusers, class_name).from_config(config))
 
@@ -70,10 +70,10 @@ def _diffusers(class_name: str) -> Callable[[dict[str, Any]], torch.nn.Module]:
 
 def _clip(class_name: str) -> Callable[[dict[str, Any]], torch.nn.Module]:
     def build(config: dict[str, Any]) -> torch.nn.Module:
-        import transformers  # noqa: PLC0415 - seconds to import, and only when a model is built
+        import transformers  # noqa: PLC0415 - takes seconds to import, needed only to build a model
 
         settings = transformers.CLIPTextConfig.from_dict(config)
-        # Eager attention adds the causal mask explicitly; sdpa carries it as a flag that every engine fuses.
+        # Eager attention adds an explicit causal mask; sdpa has it as a flag that every engine fuses.
         settings._attn_implementation = "sdpa"  # noqa: SLF001 - the documented argument needs from_pretrained
         return cast("torch.nn.Module", getattr(transformers, class_name)(settings))
 
@@ -90,7 +90,7 @@ _BUILDERS: dict[str, Callable[[dict[str, Any]], torch.nn.Module]] = {
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the libraries' loggers from explaining configs that we check ourselves."""
+    """Silence the libraries' warnings about configs; this project checks them itself."""
     loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

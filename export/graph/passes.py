@@ -1,4 +1,4 @@
-"""Graph rewrites that touch no weight: what is left is what the model computes."""
+"""Graph simplifications that need no weight values."""
 
 __all__ = ["fold", "simplify"]
 
@@ -6,16 +6,16 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 from onnxscript import optimizer
 
-# Adding zero is left alone: it may broadcast.
+# Adding zero is not removed: it may broadcast.
 _NEUTRAL = {"Mul": 1.0, "Div": 1.0}
 _MAX_ROUNDS = 4
 
 
 def simplify(model: ir.Model) -> dict[str, tuple[int, ...]]:
-    """Fold constants, drop identities, duplicates, dead nodes and metadata; hoist the transposes of weights.
+    """Simplify `model` in place; return {weight: permutation} for weights that must now be stored transposed.
 
-    Returns the permutation of each weight that the graph now expects to be stored transposed. Weights must have no
-    value yet, so that nothing can be folded into memory.
+    Folds constants, drops identities, duplicates, dead nodes and metadata, and removes the transposes of weights.
+    Weights must have no values yet, so that none is folded in memory.
     """
     weights = {name for name, value in model.graph.initializers.items() if value.const_value is None}
     fold(model)
@@ -28,7 +28,7 @@ def simplify(model: ir.Model) -> dict[str, tuple[int, ...]]:
 
 
 def fold(model: ir.Model) -> None:
-    """Fold constants, drop identities, duplicates and dead nodes, until nothing changes."""
+    """Fold constants and drop identities, duplicates and dead nodes until nothing changes, _MAX_ROUNDS at most."""
     for _ in range(_MAX_ROUNDS):
         before = model.graph.num_nodes()
         optimizer.fold_constants(model, onnx_shape_inference=False)
@@ -60,7 +60,7 @@ def _drop_neutral(graph: ir.Graph) -> None:
 
 
 def _share_sizes(graph: ir.Graph) -> None:
-    """Ask for each varying size once: the values of a graph share few of them, and many ask for their own."""
+    """Keep one Shape node per dynamic size: a graph has few such sizes, but many nodes that ask for them."""
     known: dict[str, ir.Value] = {}
     for node in list(graph):
         symbol = _asked_symbol(node)
@@ -73,7 +73,7 @@ def _share_sizes(graph: ir.Graph) -> None:
 
 
 def _asked_symbol(node: ir.Node) -> str | None:
-    """Return the name of the one varying size that a Shape node gives, if that is all that it gives."""
+    """Return the name of the dynamic size that a Shape node returns, if it returns exactly one."""
     source = node.inputs[0] if node.op_type == "Shape" else None
     if source is None or source.shape is None or node.outputs[0].is_graph_output() or "end" not in node.attributes:
         return None
@@ -86,7 +86,7 @@ def _asked_symbol(node: ir.Node) -> str | None:
 
 
 def _hoist_transposes(graph: ir.Graph, weights: set[str]) -> dict[str, tuple[int, ...]]:
-    """Let weights be stored as their consumers want them, so that no engine transposes at run time or at load."""
+    """Remove transposes of weights, which are stored transposed instead; return {weight: permutation}."""
     permutations: dict[str, tuple[int, ...]] = {}
     for node in list(graph):
         source = node.inputs[0] if node.op_type == "Transpose" else None
@@ -94,7 +94,7 @@ def _hoist_transposes(graph: ir.Graph, weights: set[str]) -> dict[str, tuple[int
             continue
         perm = tuple(node.attributes["perm"].as_ints())
         if any(user is not node for user, _ in source.uses()):
-            continue  # used both ways: kept once, as it is
+            continue  # used both ways: stored once, untransposed
         permutations[source.name] = perm
         source.shape = ir.Shape([source.shape[axis] for axis in perm]) if source.shape is not None else None
         ir.convenience.replace_all_uses_with(node.outputs[0], source)
@@ -103,7 +103,7 @@ def _hoist_transposes(graph: ir.Graph, weights: set[str]) -> dict[str, tuple[int
 
 
 def _forget_inner_shapes(graph: ir.Graph) -> None:
-    """Drop torch's symbols (s17, 4*s9) from inner values: engines infer shapes, and bytes stay reproducible."""
+    """Drop torch's symbols (s17, 4*s9) from inner values: engines infer shapes, and files stay reproducible."""
     outputs = {id(value) for value in graph.outputs}
     for node in graph:
         for value in node.outputs:

@@ -1,9 +1,9 @@
-"""What a precision means for a module: which weights and which arithmetic, and which dtypes a graph shows outside.
+"""What a precision means for a module: the dtypes of its weights and arithmetic, and of its graph's inputs and outputs.
 
 Sinusoidal embeddings of timesteps and time ids are computed in fp32 in every precision (their inputs are fp32, see
-graphs.py). In half precision LayerNormalization and GroupNormalization accumulate in fp32 (ONNX's `stash_type`, its
-default). Attention's `softmax_precision` stays unset: TensorRT's parser refuses graphs that set it and leaves the
-choice to its kernels; ONNX Runtime's CPU provider gives the same bits with fp32 asked for and without.
+signatures.py). In half precision LayerNormalization and GroupNormalization accumulate in fp32 (the default of ONNX's
+`stash_type`). Attention's `softmax_precision` stays unset: TensorRT's parser refuses graphs that set it and leaves the
+choice to its kernels; ONNX Runtime's CPU provider returns the same bits with it set to fp32.
 """
 
 __all__ = ["COMPUTE", "Casting", "boundary_dtype", "convert_module"]
@@ -19,14 +19,14 @@ COMPUTE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16,
 
 
 def boundary_dtype(precision: str) -> torch.dtype:
-    """Return the dtype of a graph's inputs and outputs: numpy and ONNX Runtime's CPU provider have no bfloat16."""
+    """Return the dtype of a graph's inputs and outputs, never bf16: numpy and ONNX Runtime's CPU provider lack it."""
     return torch.float16 if precision == "fp16" else torch.float32
 
 
 def convert_module(graph: Graph, precision: str) -> torch.dtype:
-    """Turn the module of `graph`, in place, into `precision`; return the dtype that its first layers take.
+    """Convert the module of `graph` to `precision` in place; return the dtype of its first layers' inputs.
 
-    "mixed" is for autoencoder decoders: fp16, but fp32 from the last but one upsampling on, where the published
+    "mixed" is for autoencoder decoders: fp16, but fp32 from the second last upsampling to the end, where the published
     weights overflow (the layers that Olive's SDXL example keeps in fp32).
     """
     dtype = COMPUTE[precision]
@@ -37,7 +37,7 @@ def convert_module(graph: Graph, precision: str) -> torch.dtype:
 
 
 def _widen_decoder(decoder: Any) -> None:
-    """Keep the end of a decoder in fp32; the first layer of it widens what it is given."""
+    """Keep the end of a decoder in fp32; its first layer casts its inputs."""
     late = [decoder.up_blocks[-1], decoder.conv_norm_out, decoder.conv_out]
     entry = late[0]
     if len(decoder.up_blocks) > 1 and decoder.up_blocks[-2].upsamplers:
@@ -53,7 +53,7 @@ def _widen(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 class Casting(nn.Module):
-    """A module between casts, where what it computes in is not what its graph shows."""
+    """A module between casts, for a precision that differs from the graph's input and output dtype."""
 
     def __init__(self, graph: Graph, inside: torch.dtype, outside: torch.dtype) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class Casting(nn.Module):
         self._inside, self._outside = inside, outside
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Cast the inputs whose dtype is the graph's precision, run, and cast every output."""
+        """Cast the inputs without a fixed dtype, run the module, and cast every output."""
         given = [value.to(self._inside) if cast else value for value, cast in zip(inputs, self._casts, strict=True)]
         outputs = self.inner(*given)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)

@@ -1,4 +1,4 @@
-"""One flat signature per graph: names, dtypes, dynamic axes, and the module that has it.
+"""One flat signature per graph: names, dtypes, dynamic axes, and a module with that signature.
 
 The names are diffusers' own; the first axis of a UNet is *rows* (pictures × 1 or 2 for guidance). ``timestep``,
 ``text_embeds`` and ``time_ids`` are fp32 in every precision: fp16 timesteps are wrong above 512 on fractional
@@ -17,14 +17,14 @@ from sdxl_trt.engines import SourceError
 from sdxl_trt.engines.plans import TOKENS
 from sdxl_trt.export.graph.models import MetaModel
 
-# diffusers' upsampling asks whether there are 64 rows or more, to make a copy that changes nothing: the trace must
-# stay on one side of the question, the graph holds for any number.
+# diffusers' upsampling makes a copy, without effect, for 64 rows or more: the trace must stay on one side of that
+# branch, the graph is valid for any number.
 MAX_TRACED_ROWS = 63
 
 
 @dataclass(frozen=True)
 class Axis:
-    """An axis that may vary, in multiples of `multiple`; `example` is its size while tracing."""
+    """A dynamic axis, a multiple of `multiple`; `example` is its size while tracing."""
 
     name: str
     example: int
@@ -34,7 +34,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Input:
-    """One input of a graph; `dtype` None stands for the precision of the graph."""
+    """One input of a graph; `dtype` None means the precision of the graph."""
 
     name: str
     shape: tuple[int | Axis, ...]
@@ -43,7 +43,7 @@ class Input:
 
 @dataclass(frozen=True)
 class Output:
-    """One output of a graph, in the precision of the graph; varying dimensions are named."""
+    """One output of a graph, in the precision of the graph; dynamic dimensions have names."""
 
     name: str
     shape: tuple[int | str, ...]
@@ -51,7 +51,7 @@ class Output:
 
 @dataclass(frozen=True)
 class Graph:
-    """A traceable module with its signature. `prefix` leads from its parameter names to the model's."""
+    """A traceable module with its signature. Parameter names are the model's with `prefix` before them."""
 
     kind: str
     module: torch.nn.Module
@@ -63,10 +63,10 @@ class Graph:
 def make_graph(
     kind: str, model: MetaModel, *, time_ids: int = 0, pooled: int = 0, tokens: int = TOKENS, where: str = ""
 ) -> Graph:
-    """Wrap `model` for the graph `kind`: text_encoder, unet, vae_decoder or vae_encoder.
+    """Return `model` wrapped for the graph `kind`: text_encoder, unet, vae_decoder or vae_encoder.
 
     A UNet's signature depends on its pipeline: the number of `time_ids` and the width of the `pooled` prompt; a text
-    encoder's on its tokenizer, which cuts and pads a prompt to `tokens` ids. Raises SourceError where these do not fit
+    encoder's on its tokenizer, which cuts and pads a prompt to `tokens` ids. Raises SourceError if these do not fit
     the model's config.
     """
     if kind == "unet":
@@ -95,7 +95,7 @@ class _UNet(torch.nn.Module):
 
 
 class _TextEncoder(torch.nn.Module):
-    """Every hidden state (clip skip needs them) and, where the encoder projects, the pooled text_embeds."""
+    """Returns every hidden state (clip skip needs them) and, if the encoder projects, the pooled text_embeds."""
 
     def __init__(self, model: Any, *, projects: bool) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ class _VaeDecoder(torch.nn.Module):
 
 
 class _VaeEncoder(torch.nn.Module):
-    """The moments of the posterior; the draw from it is on the host."""
+    """Returns the moments of the posterior; the host samples from it."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -145,7 +145,7 @@ def _unet_graph(model: MetaModel, time_ids: int, pooled: int, where: str) -> Gra
 
 
 def context_width(config: Any) -> int:
-    """Return the width of the encoder_hidden_states that a UNet with this config takes."""
+    """Return the width of encoder_hidden_states for a UNet with this config."""
     width = config["encoder_hid_dim"] or config["cross_attention_dim"]
     return int(width if isinstance(width, int) else width[0])
 
@@ -153,16 +153,16 @@ def context_width(config: Any) -> int:
 def _check_text_time(config: Any, time_ids: int, pooled: int, where: str) -> None:
     if config["addition_embed_type"] != "text_time":
         raise SourceError(f"{where}: addition_embed_type is {config['addition_embed_type']!r}, but SDXL's UNets have"
-                          " 'text_time'; not an SDXL model")  # fmt: skip
+                          " 'text_time'; this is not an SDXL model")  # fmt: skip
     expected = config["projection_class_embeddings_input_dim"]
     extras = [name for name in ("time_cond_proj_dim", "class_embed_type", "num_class_embeds") if config.get(name)]
     if extras:
-        raise SourceError(f"{where}: takes inputs that SDXL's pipelines do not give ({', '.join(extras)}), as distilled"
-                          " consistency models do; not supported")  # fmt: skip
+        raise SourceError(f"{where}: needs inputs that SDXL's pipelines lack ({', '.join(extras)}), like distilled"
+                          " consistency models; not supported")  # fmt: skip
     made = time_ids * config["addition_time_embed_dim"] + pooled
     if made != expected:
         raise SourceError(
-            f"{where}: the UNet takes {expected} added conditions, but {time_ids} time ids of"
+            f"{where}: the UNet's added conditions have width {expected}, but {time_ids} time ids of"
             f" {config['addition_time_embed_dim']} and a pooled prompt of {pooled} make {made};"
             " check requires_aesthetics_score in model_index.json and the second text encoder"
         )
@@ -172,7 +172,7 @@ def _text_encoder_graph(model: MetaModel, tokens: int, where: str) -> Graph:
     config = model.config
     if config["max_position_embeddings"] < tokens:
         raise SourceError(
-            f"{where}: has {config['max_position_embeddings']} positions, but its tokenizer makes {tokens} ids of a"
+            f"{where}: has {config['max_position_embeddings']} positions, but its tokenizer makes {tokens} ids per"
             " prompt; give the tokenizer that belongs to this encoder"
         )
     projects = "text_projection.weight" in model.state
@@ -185,7 +185,7 @@ def _text_encoder_graph(model: MetaModel, tokens: int, where: str) -> Graph:
 
 
 def vae_factor(config: Any) -> int:
-    """Return how many pixels a latent pixel spans."""
+    """Return how many image pixels a latent pixel spans along each side."""
     return int(2 ** (len(config["block_out_channels"]) - 1))
 
 

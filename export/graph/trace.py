@@ -1,4 +1,4 @@
-"""A meta-device module to an ONNX graph whose weights are names still to be filled."""
+"""Trace a module on the meta device to an ONNX graph whose weights have names but no values yet."""
 
 __all__ = ["trace_graph"]
 
@@ -22,9 +22,9 @@ _CASTING = "inner."
 
 
 def trace_graph(graph: Graph, precision: str, opset: int) -> ir.Model:
-    """Trace `graph` on the meta device and convert it; initializers have types and shapes, and no values.
+    """Return the ONNX model of `graph`, traced on the meta device; initializers have types and shapes, but no values.
 
-    The module is converted to `precision` in place. Nothing of the size of the weights is allocated.
+    The module is converted to `precision` in place. No memory for weights is allocated.
     """
     inside, outside = convert_module(graph, precision), boundary_dtype(precision)
     arguments = tuple(_example(value, outside) for value in graph.inputs)
@@ -39,14 +39,14 @@ def trace_graph(graph: Graph, precision: str, opset: int) -> ir.Model:
 
 
 def _convert(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...], shapes: Any, opset: int) -> ir.Model:
-    """Convert a module, its repeated blocks once for each kind and call."""
+    """Convert a module; repeated blocks are converted once per kind of block and call."""
     with hollowed(module) as calls:
         program = torch.export.export(module, arguments, dynamic_shapes=shapes)
         converted = torch.onnx.export(
             program, dynamo=True, optimize=False, opset_version=opset, verbose=False,
             custom_translation_table=translations(),
         )  # fmt: skip
-    if converted is None:  # the signature allows it for the other exporter; this one always returns a program
+    if converted is None:  # only the old exporter returns None; the dynamo one always returns a program
         raise RuntimeError("torch.onnx.export returned nothing")
     model = converted.model
     for value in model.graph.initializers.values():
@@ -56,7 +56,7 @@ def _convert(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...], shape
         distinct = dict(zip(keys.values(), calls.values(), strict=True))
         blocks = Blocks(list(distinct.values()))
         inner = _convert(blocks, blocks.arguments(), blocks.dynamic_shapes(), opset)
-        fold(inner)  # once a block instead of once for each of its copies
+        fold(inner)  # once per block instead of once per copy
         templates = dict(zip(distinct, blocks.templates(inner), strict=True))
         expand(model, {path: templates[key] for path, key in keys.items()})
     return model
@@ -78,7 +78,7 @@ def _dynamic_shapes(inputs: tuple[Input, ...]) -> tuple[dict[int, Dim], ...]:
 
 
 def _rename(model: ir.Model, graph: Graph) -> None:
-    """Give inputs, outputs and their axes the signature's names instead of torch's, weights those of the module."""
+    """Rename inputs, outputs and axes from torch's names to the signature's, weights to the module's."""
     for name in [name for name in model.graph.initializers if name.startswith(_CASTING)]:
         value = model.graph.initializers.pop(name)
         value.name = name.removeprefix(_CASTING)

@@ -1,4 +1,4 @@
-"""Stream tensors into one external-data file, casting on the way, in constant memory."""
+"""Stream tensors into one external-data file, cast them on the way, in constant memory."""
 
 __all__ = ["WrittenWeights", "write_weights"]
 
@@ -15,7 +15,7 @@ from sdxl_trt.engines import CorruptError, explain_os_error
 from sdxl_trt.export.checkpoints import Checkpoint
 
 WEIGHTS_FILE = "weights.data"
-# Small tensors are packed; large ones start on a page, so that engines can map them.
+# Small tensors are packed; large ones are aligned to pages, so that engines can map them.
 ALIGNMENT, PAGE, LARGE = 64, 4096, 1 << 20
 CHECKED_AT_ONCE = 1 << 20
 _TORCH = {
@@ -28,7 +28,7 @@ _TORCH = {
 
 @dataclass(frozen=True)
 class WrittenWeights:
-    """What was written: the size and sha256 of the file, and the number of parameters."""
+    """The written file: its size and sha256, and the number of parameters."""
 
     size: int
     sha256: str
@@ -43,10 +43,10 @@ def write_weights(
     folder: Path,
     progress: Callable[[int], None] | None = None,
 ) -> WrittenWeights:
-    """Fill the value-less initializers of `model` from `checkpoint` through ``folder/weights.data``.
+    """Write ``folder/weights.data`` from `checkpoint` and let the initializers of `model` refer to it.
 
     `names` maps initializers to checkpoint names. One tensor is in memory at a time. Raises CorruptError for
-    NaN or infinite weights, and for weights that are finite in the checkpoint and infinite in fp16.
+    NaN or infinite weights, and for weights that are finite in the checkpoint but infinite in fp16.
     """
     by_source: dict[str, ir.Value] = {names[name]: model.graph.initializers[name] for name in names}
     order = checkpoint.in_file_order(by_source)
@@ -70,7 +70,7 @@ class _Writer:
         self.file, self.position, self.parameters, self.digest = file, 0, 0, hashlib.sha256()
 
     def append(self, tensor: torch.Tensor) -> int:
-        """Write `tensor` at the next aligned offset and return the offset."""
+        """Write `tensor` at the next aligned offset; return that offset."""
         alignment = PAGE if tensor.nbytes >= LARGE else ALIGNMENT
         self._write(bytes(-self.position % alignment))
         offset = self.position
@@ -102,8 +102,8 @@ def _prepare(
 
 
 def _finite(tensor: torch.Tensor) -> bool:
-    # By parts: a check of the whole would need memory of the tensor's size, and twice that in half precision.
-    # In fp32, since torch cannot ask an fp8 number.
+    # In parts: checking the whole would need memory of the tensor's size, and twice that in half precision.
+    # In fp32, since torch.isfinite does not support fp8.
     return all(bool(torch.isfinite(part.float()).all()) for part in tensor.reshape(-1).split(CHECKED_AT_ONCE))
 
 
