@@ -195,8 +195,8 @@ def _check_schedulers(base: PipelineSource, refiner: PipelineSource, warn: Calla
         listed = ", ".join(f"{name} {getattr(its, name)!r}"[:100] for name in differing)
         warn(f"{refiner.root}: the scheduler has {listed}, unlike the base's; both stages use the base's schedule")
     if its.sampler != ours.sampler:
-        warn(f"{refiner.root}: {its.class_name} means the sampler {its.sampler}; both stages use the base's,"
-             f" {ours.sampler}, unless you add --refiner-sampler {its.sampler}")  # fmt: skip
+        warn(f"{refiner.root}: {its.class_name} means the sampler {its.sampler}; the base's, {ours.sampler}, is used"
+             f" without --refiner-sampler {its.sampler}")  # fmt: skip
 
 
 def _plan_stage(

@@ -112,8 +112,8 @@ class SingleFile:
         Raises SourceError for one that would change the model.
         """
         prefixes = tuple(self._prefixes().values())
-        heeded = {*SCHEDULE_WORDS, "scaled_fp8"}
-        outside = (name for name in self.tensors if not name.startswith(prefixes) and name not in heeded)
+        markers = {*SCHEDULE_WORDS, "scaled_fp8"}
+        outside = (name for name in self.tensors if not name.startswith(prefixes) and name not in markers)
         return left_out(outside, (), str(self.path))
 
     def _prefixes(self) -> dict[str, str]:

@@ -61,8 +61,7 @@ def test_what_of_a_refiners_scheduler_is_not_followed_is_said(pairs: Callable[[s
     plan_components(open_pipeline(pair.base, BASE_CLASS), open_pipeline(folder, REFINER_CLASS), Options(), heard.append)
     assert [line.removeprefix(f"{folder}: ") for line in heard] == [
         "the scheduler has timestep_spacing 'trailing', unlike the base's; both stages use the base's schedule",
-        "HeunDiscreteScheduler means the sampler heun; both stages use the base's, euler, unless you add"
-        " --refiner-sampler heun",
+        "HeunDiscreteScheduler means the sampler heun; the base's, euler, is used without --refiner-sampler heun",
     ]
 
 
