@@ -1,4 +1,4 @@
-"""LoRA files, and fusing them into a checkpoint's weights."""
+"""Read LoRA files and fuse them into a checkpoint's weights."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""LoRA files: what a .safetensors file does to which modules, before a weight is read."""
+"""LoRA files: which modules a .safetensors file changes, and how, without reading weights."""
 
 __all__ = ["Lora", "open_lora", "same_tensors"]
 
@@ -28,15 +28,15 @@ from sdxl_trt.export.lora.names import (
 from sdxl_trt.export.lora.settings import read_settings
 
 _SHOWN = 5
-# SDXL reads its first encoder before the projection that CLIP has there, and OneTrainer trains it all the same.
+# SDXL does not use the projection of its first encoder, but OneTrainer trains it.
 _FIRST_PROJECTION = ("text_encoder", "text_projection")
 
 
 @dataclass(frozen=True)
 class Lora:
-    """An opened LoRA file: its branches by component, and sentences on what it holds that is left out.
+    """An opened LoRA file: its branches by component, and `notes`, sentences on tensors without effect.
 
-    `sha256` is the file's digest; where a peft folder's adapter_config.json sets the scaling, that of both.
+    `sha256` is the digest of the file; if a peft folder's adapter_config.json sets the scaling, of both files.
     """
 
     path: Path
@@ -46,18 +46,18 @@ class Lora:
 
     @property
     def name(self) -> str:
-        """The file's name without its folder: what a manifest may say."""
+        """The file's name without its folder, for a manifest."""
         return known_as(self.path)
 
 
 def open_lora(path: Path) -> Lora:
-    """Open a LoRA in any naming of kohya's scripts, LyCORIS, OneTrainer, peft, diffusers or ComfyUI.
+    """Open a LoRA with the key names of kohya's scripts, LyCORIS, OneTrainer, peft, diffusers or ComfyUI.
 
-    LoRA and LoCon, DoRA, LoHa, LoKr and full differences, of weights, biases and normalizations; weights are read
-    later. The scaling of a branch is its ``alpha`` tensor / rank; without one, what the adapter's settings say (in
-    the header, or adapter_config.json beside a peft file); without both, 1, as in kohya's scripts and in diffusers.
-    Raises SourceError for a file that is no LoRA of SDXL's parts, or of a kind that is not fused; CorruptError for a
-    broken one; UsageError where there is none.
+    Supports LoRA, LoCon, DoRA, LoHa, LoKr and full differences, of weights, biases and normalizations; weights are read
+    later. The scaling of a branch is its ``alpha`` tensor / rank; without one, the scaling in the adapter's settings
+    (in the header, or adapter_config.json beside a peft file); without both, 1, as in kohya's scripts and in diffusers.
+    Raises SourceError for a file that is not a LoRA for SDXL, or of an unsupported kind; CorruptError for a broken
+    file; UsageError for a missing one.
     """
     _check_path(path)
     checkpoint = open_file(path)
@@ -84,13 +84,13 @@ def open_lora(path: Path) -> Lora:
             idle.append(stated.key)
     notes = tuple(f"{path}: {note}" for note in _notes(checkpoint.tensors, branches, idle, projected=projected))
     if not branches:
-        raise SourceError(f"{path}: changes no tensor of SDXL, whose first text encoder has no projection; use another"
+        raise SourceError(f"{path}: changes only a projection that SDXL's first text encoder does not have; use another"
                           " LoRA")  # fmt: skip
     return Lora(path, _digest(path, settings.side_file), {key: tuple(own) for key, own in branches.items()}, notes)
 
 
 def same_tensors(one: Branch, other: Branch) -> bool:
-    """Return whether two branches are equal: kind, scaling, and every tensor, which are read."""
+    """Return whether two branches are equal: kind, scaling, and every tensor; reads the tensors."""
     if (one.kind, one.scaling, one.bias, one.parts.keys()) != (other.kind, other.scaling, other.bias,
                                                               other.parts.keys()):  # fmt: skip
         return False
@@ -106,9 +106,9 @@ def _same(one: TensorInfo, other: TensorInfo) -> bool:
 
 def _check_path(path: Path) -> None:
     if path.suffix.lower() in PICKLED:
-        raise SourceError(f"{path}: a pickled LoRA, which can run code when loaded; convert it to safetensors")
+        raise SourceError(f"{path}: is a pickled LoRA, which can run code when loaded; convert it to safetensors")
     if path.suffix.lower() != ".safetensors":
-        raise SourceError(f"{path}: a LoRA is one .safetensors file; give its path")
+        raise SourceError(f"{path}: expected a LoRA as one .safetensors file; give its path")
     if not path.is_file():
         raise UsageError(f"{path}: no such file; check the path of the LoRA")
 
@@ -117,12 +117,12 @@ def _header(path: Path) -> dict[str, str]:
     try:
         with safe_open(path, framework="pt") as handle:
             return handle.metadata() or {}
-    except (OSError, SafetensorError) as exc:  # it was sound a moment ago
+    except (OSError, SafetensorError) as exc:  # open_file has just read this header
         raise CorruptError(f"{path}: changed while it was read ({exc}); run again") from exc
 
 
 def _alphas(path: Path, checkpoint: Checkpoint, keys: Iterable[str]) -> dict[str, float]:
-    """Return the values of the alphas by key: a few thousand numbers at most."""
+    """Return {key: value} of the alphas, a few thousand numbers at most."""
     values: dict[str, float] = {}
     for key, tensor in checkpoint.read([key for key in keys if key.endswith(".alpha")]):
         if tensor.numel() != 1 or not math.isfinite(value := float(tensor.item())):
@@ -138,34 +138,34 @@ def _refuse_foreign(path: Path, keys: Iterable[str]) -> None:
         name = foreign_format(key)
         if name is not None:
             raise SourceError(
-                f"{path}: holds {name} ({key!r}), which is not fused here; merge it into the checkpoint with the tool"
-                " that made it, or take a LoRA, LoHa, LoKr or DoRA"
+                f"{path}: holds {name} ({key!r}), which is not supported; merge it into the checkpoint with the tool"
+                " that made it, or use a LoRA, LoHa, LoKr or DoRA"
             )
 
 
 def _sort(path: Path, checkpoint: Checkpoint, keys: Sequence[str]) -> dict[Place, dict[str, TensorInfo]]:
-    """Return the parts by place; every key has one, or an error says which has not."""
+    """Return {place: {part: tensor}}; raise SourceError for a key without a place."""
     known = {key: split for key in keys if (split := split_key(key)) is not None}
     if not known:
-        what = "holds embeddings alone" if checkpoint.tensors and not keys else "is not a LoRA"
-        raise SourceError(f"{path}: {what}: no key ends in .lora_down.weight, .lora_A.weight or the like")
+        what = "holds only embeddings" if checkpoint.tensors and not keys else "is not a LoRA"
+        raise SourceError(f"{path}: {what}: no key ends in .lora_down.weight, .lora_A.weight or similar")
     adapters = sorted({name for key in keys if (name := adapter_name(key)) is not None})
     if len(adapters) > 1:
-        raise SourceError(f"{path}: holds the adapters {' and '.join(map(repr, adapters))}; save one a file")
+        raise SourceError(f"{path}: holds the adapters {' and '.join(map(repr, adapters))}; save one per file")
     places: dict[Place, dict[str, TensorInfo]] = {}
     for key in keys:
         if key not in known:
-            raise SourceError(f"{path}: {key!r} is no tensor of a LoRA, and nothing is left out; remove or convert it")
+            raise SourceError(f"{path}: {key!r} is not a LoRA tensor; remove or convert it")
         spelled, part = known[key]
         place = place_module(spelled)
         if place is None:
             raise SourceError(
-                f"{path}: {key!r} names none of SDXL's parts ({', '.join(COMPONENTS)}); use a LoRA that was trained on"
-                " SDXL base, or rename its keys"
+                f"{path}: {key!r} belongs to no component of SDXL ({', '.join(COMPONENTS)}); use a LoRA that was"
+                " trained on SDXL base, or rename its keys"
             )
         parts, info = places.setdefault(place, {}), checkpoint.tensors[key]
         if part in parts and not _same(info, parts[part]):
-            raise SourceError(f"{path}: {key!r} and {parts[part].key!r} are of the same module and differ; remove one"
+            raise SourceError(f"{path}: {key!r} and {parts[part].key!r} name the same module but differ; remove one"
                               " of them")  # fmt: skip
         parts[part] = info
     return places
@@ -174,25 +174,25 @@ def _sort(path: Path, checkpoint: Checkpoint, keys: Sequence[str]) -> dict[Place
 def _notes(
     keys: Iterable[str], branches: Mapping[LoraComponent, Sequence[Branch]], idle: Sequence[str], *, projected: bool
 ) -> list[str]:
-    """Return a sentence on each kind of tensors that change nothing, and on DoRA that ComfyUI takes otherwise."""
+    """Return one sentence per kind of tensors without effect, and one on DoRA that ComfyUI fuses differently."""
     notes = []
     words = dict.fromkeys(word for key in keys if (word := embedding_name(key)) is not None)
     if words:
-        notes.append(f"the embeddings {_some(words)} that come with the LoRA are left out, and prompts with these"
-                     " words will not be what it was trained on")  # fmt: skip
+        notes.append(f"ignored the LoRA's embeddings {_some(words)}; prompts with these words will not match its"
+                     " training")  # fmt: skip
     if projected:
-        notes.append("SDXL's first text encoder has no projection, so that the LoRA's changes nothing and is left out")
+        notes.append("ignored the LoRA's projection of the first text encoder, which SDXL does not use")
     if idle:
-        notes.append(f"{_some(idle)} is beside no low-rank weight and changes nothing")
+        notes.append(f"ignored {_some(idle)}, which has no low-rank weight to scale")
     lycoris = [each for own in branches.values() for each in own if "dora_scale" in each.parts]
     if any(each.parts["dora_scale"].shape[0] > 1 for each in lycoris):
-        notes.append("its DoRA holds norms of outputs and is fused as it was trained; ComfyUI divides by other norms,"
-                     " and its pictures differ a little")  # fmt: skip
+        notes.append("its DoRA has norms per output and is fused as in training; ComfyUI divides by other norms, so"
+                     " its pictures differ a little")  # fmt: skip
     return notes
 
 
 def _some(names: Iterable[str]) -> str:
-    """Return the names, or the first few of many."""
+    """Return the names, or the first few and the number of the others."""
     known = list(names)
     shown = ", ".join(repr(name) for name in known[:_SHOWN])
     return shown if len(known) <= _SHOWN else f"{shown} and {len(known) - _SHOWN} more"

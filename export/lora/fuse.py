@@ -1,4 +1,4 @@
-"""LoRA fused at export: the base's weights with what a file does to them, one tensor at a time."""
+"""Fuse LoRAs into the base's weights at export, one tensor at a time."""
 
 __all__ = ["REFINER_NOTE", "ScaledLora", "check_fits", "fuse_loras"]
 
@@ -18,17 +18,17 @@ from sdxl_trt.export.lora.merge import merge
 from sdxl_trt.export.lora.names import COMPONENTS, LoraComponent, module_spellings
 
 REFINER_NOTE = (
-    "the refiner was not trained with this LoRA and repaints the last steps as it knows them: it weakens or distorts"
-    " the LoRA's style and subject; hand off later (--handoff 0.9 or more), or generate with --no-refiner"
+    "the refiner was not trained with this LoRA, so its steps weaken or distort the LoRA's style and subject; hand off"
+    " later (--handoff 0.9 or more), or generate with --no-refiner"
 )
 _LARGEST = torch.finfo(torch.float32).max
-# What a UNet's cross attention takes gives its family away, as do the widths of the encoders.
+# The width of a UNet's cross-attention context identifies its family.
 _CONTEXTS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "SDXL's base", 1280: "SDXL's refiner"}
 
 
 @dataclass(frozen=True)
 class ScaledLora:
-    """An opened LoRA with its scale on the UNet, and on the text encoders where that is another (else None)."""
+    """An opened LoRA with its scale on the UNet, and on the text encoders; None there means the UNet's."""
 
     lora: Lora
     scale: float
@@ -39,29 +39,29 @@ class ScaledLora:
         return self.scale if component == "unet" or self.text_scale is None else self.text_scale
 
     def record(self) -> LoraRecord:
-        """Return what a manifest says of it."""
+        """Return the manifest's record of it."""
         text_scale = None if self.text_scale == self.scale else self.text_scale
         return LoraRecord(name=self.lora.name, sha256=self.lora.sha256, scale=self.scale, text_scale=text_scale)
 
     def notes(self) -> Iterator[str]:
-        """Yield what is left out of the file, and scales that have nothing to scale."""
+        """Yield sentences on tensors and scales without effect."""
         yield from self.lora.notes
         if self.text_scale is not None and self.text_scale != self.scale:
             if "unet" not in self.lora.branches:
-                yield f"{self.lora.path}: has nothing for the UNet, so that its scale {self.scale:g} changes nothing"
+                yield f"{self.lora.path}: has nothing for the UNet, so its scale {self.scale:g} has no effect"
             elif self.lora.branches.keys() == {"unet"}:
-                yield (f"{self.lora.path}: has nothing for the text encoders, so that their scale {self.text_scale:g}"
-                       " changes nothing")  # fmt: skip
+                yield (f"{self.lora.path}: has nothing for the text encoders, so their scale {self.text_scale:g} has"
+                       " no effect")  # fmt: skip
 
 
 def check_fits(loras: Iterable[Lora], models: Mapping[str, MetaModel]) -> None:
     """Raise SourceError unless every module of every LoRA is one of the base's `models`, with fitting shapes."""
     for lora in loras:
-        # The UNet's shapes say the most about what a LoRA was trained on.
+        # The UNet first: its shapes reveal best which model a LoRA was trained on.
         for component in sorted(lora.branches, key=COMPONENTS.index):
             if component not in models:
-                raise SourceError(f"{lora.path}: changes a {component}, which this base has not; use a LoRA that was"
-                                  " trained on it")  # fmt: skip
+                raise SourceError(f"{lora.path}: changes a {component}, which this base lacks; use a LoRA that was"
+                                  " trained on this base")  # fmt: skip
             _targets(lora, component, models[component].state, models[component].config)
 
 
@@ -71,12 +71,12 @@ def fuse_loras(
     loras: Sequence[tuple[Lora, float]],
     config: Mapping[str, Any],
 ) -> Checkpoint:
-    """Return `checkpoint`, under published names, with (LoRA, scale) pairs fused, in order, as its tensors are read.
+    """Return `checkpoint`, under published names, whose read() fuses the (LoRA, scale) pairs in order.
 
-    A tensor that a LoRA touches is computed and given in fp32, whatever the checkpoint's dtype, so that it is rounded
-    once, when it is written; its TensorInfo says F32. All others are read as before. One tensor and its branches
-    are in memory at a time. `config` is the component's. Raises SourceError for a LoRA that does not fit, and while
-    reading CorruptError for one with NaN or infinite weights, or whose sum is beyond fp32.
+    A tensor that a LoRA changes is computed and returned in fp32, whatever the checkpoint's dtype, so that it is
+    rounded once, on writing; its TensorInfo says F32. All others are read as before. One tensor and its branches
+    are in memory at a time. `config` is the component's. Raises SourceError for a LoRA that does not fit; reading
+    raises CorruptError for a LoRA with NaN or infinite weights, and for sums beyond fp32.
     """
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
     added = [
@@ -91,14 +91,14 @@ def fuse_loras(
 
 @dataclass(frozen=True)
 class _Addition:
-    """What one LoRA does: its branches by the published name of the tensor that each changes."""
+    """One LoRA: its branches by the published name of the tensor that each changes."""
 
     lora: Lora
     scale: float
     branches: Mapping[str, Branch]
 
     def tensors(self, names: Iterable[str]) -> Iterator[dict[str, torch.Tensor]]:
-        """Yield the parts of the branches, in fp32, for those of `names` that the LoRA touches."""
+        """Yield {part: tensor in fp32} for those of `names` that the LoRA changes."""
         branches = [self.branches[name] for name in names if name in self.branches]
         infos = [info for branch in branches for info in branch.infos]
         read = self._read(Checkpoint({info.key: info for info in infos}), [info.key for info in infos])
@@ -114,7 +114,7 @@ class _Addition:
 
 
 class _FusedCheckpoint(Checkpoint):
-    """A checkpoint whose read() changes the tensors that the LoRAs touch."""
+    """A checkpoint whose read() fuses LoRAs."""
 
     def __init__(self, base: Checkpoint, additions: Sequence[_Addition]) -> None:
         touched = {name for addition in additions for name in addition.branches}
@@ -126,14 +126,14 @@ class _FusedCheckpoint(Checkpoint):
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield (name, tensor) in the given order, holding one tensor and its branches at a time."""
         wanted = list(names)
-        # Each file is read once, in step with the base: opening it anew for every weight would cost its header.
+        # Each file is read once, in step with the base: reopening it for every weight would parse its header anew.
         streams = [(addition, addition.tensors(wanted)) for addition in self._additions]
         for name, tensor in self._base.read(wanted):
             touching = [(addition, stream) for addition, stream in streams if name in addition.branches]
             yield name, self._fused(name, tensor, touching) if touching else tensor
 
     def _fused(self, name: str, tensor: torch.Tensor, touching: Iterable[tuple[_Addition, Any]]) -> torch.Tensor:
-        # A copy even of fp32: the tensor may be the file's own mapped memory.
+        # Copy even fp32: the tensor may be the file's mapped memory.
         fused = tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         fused = fused.reshape(self.tensors[name].shape)
         for addition, stream in touching:
@@ -144,19 +144,19 @@ class _FusedCheckpoint(Checkpoint):
                 finite = _is_finite(fused) or not _is_finite(tensor)
             if not finite:
                 raise CorruptError(f"{addition.lora.path}: makes {name} infinite at scale {addition.scale}; lower the"
-                                   " scale, or get a sound copy of the LoRA")  # fmt: skip
+                                   " scale, or download the LoRA again")  # fmt: skip
         return fused
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
-    # A sum needs no memory, and is finite for all sound weights.
+    # The sum needs no memory, and is finite for all intact weights.
     return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
 def _targets(
     lora: Lora, component: LoraComponent, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]
 ) -> dict[str, Branch]:
-    """Return the branches by the published name of the tensor that each changes."""
+    """Return {published tensor name: the branch that changes it}."""
     spellings = module_spellings(component, shapes, config)
     targets: dict[str, Branch] = {}
     for branch in lora.branches[component]:
@@ -166,26 +166,26 @@ def _targets(
         if name not in targets:
             targets[name] = branch
         elif not same_tensors(branch, targets[name]):
-            raise SourceError(f"{lora.path}: {branch.infos[0].key!r} and {targets[name].infos[0].key!r} are two names"
-                              " of one module and differ; remove one of them")  # fmt: skip
+            raise SourceError(f"{lora.path}: {branch.infos[0].key!r} and {targets[name].infos[0].key!r} name the same"
+                              " module but differ; remove one of them")  # fmt: skip
     return targets
 
 
 def _misfit(lora: Lora, branch: Branch, shapes: Mapping[str, tuple[int, ...]], name: str) -> str:
-    """Return why `branch` cannot change the tensor `name`: what the shapes say of its model, if they do."""
+    """Return why `branch` cannot change the tensor `name`, with the LoRA's model if the shapes reveal it."""
     component = branch.place.component
     contexts = {each.inputs: each for each in lora.branches.get("unet", ()) if _takes_context(each)}
     own = next((shape[1] for key, shape in shapes.items() if key.endswith(".attn2.to_k.weight")), None)
     for context, each in contexts.items():
         if context in _CONTEXTS and own is not None and context != own:
-            return (f"LoRA for another model: with {each.told()} it takes a context of {context}, as"
-                    f" {_CONTEXTS[context]} does, and this base's is {own}; use one that was trained on SDXL"
+            return (f"LoRA for another model: {each.told()} takes a context of width {context}, like"
+                    f" {_CONTEXTS[context]}, but this base's is {own}; use one that was trained on SDXL"
                     " base")  # fmt: skip
     if name in shapes:
         return (f"LoRA for another model: it has {branch.told()}, but {component} has {name} of shape"
                 f" {list(shapes[name])}; use one that was trained on SDXL base")  # fmt: skip
-    what = "bias there" if branch.bias else "module of that name"
-    return (f"has {branch.told()}, and this base's {component} has no {what}; use a LoRA that was trained on SDXL"
+    what = "such bias" if branch.bias else "such module"
+    return (f"has {branch.told()}, but this base's {component} has no {what}; use a LoRA that was trained on SDXL"
             " base, or remove these keys")  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The kinds of changes that LoRA files hold for one weight: which tensors each consists of, and what they fit."""
+"""The kinds of changes to one weight in LoRA files: the tensors of each kind, and which weights they fit."""
 
 __all__ = ["Branch", "LoraKind", "magnitude_axis", "make_branches"]
 
@@ -28,16 +28,16 @@ _POINTS: tuple[tuple[int, ...], ...] = ((), (1, 1))
 
 @dataclass(frozen=True)
 class Branch:
-    """What a file does to one tensor of the module at `place`: to its bias where `bias` is true, else to its weight.
+    """A file's change to one tensor of the module at `place`: to the bias if `bias` is true, else to the weight.
 
     - ``LoRA``: up (out, r) @ down (r, in…); with a mid (r, r, kh, kw) between them in LoCon's convolutions
-    - ``LoHa``: the product, element by element, of two such: w1_a @ w1_b and w2_a @ w2_b
+    - ``LoHa``: the elementwise product of two such: w1_a @ w1_b and w2_a @ w2_b
     - ``LoKr``: the Kronecker product of w1 and w2, each whole or as a @ b
     - ``difference``: a tensor of the weight's own shape
 
     `parts` are its tensors by the last word of their keys ("down", "lokr_w1_a", "diff"), `scaling` is alpha / r. With
-    a ``dora_scale`` (LyCORIS, OneTrainer) or a ``magnitude`` (peft) among the parts it is DoRA: what is changed is
-    then given the norms that this tensor holds.
+    a ``dora_scale`` (LyCORIS, OneTrainer) or a ``magnitude`` (peft) among the parts it is DoRA: the changed weight is
+    rescaled to the norms in that tensor.
     """
 
     place: Place
@@ -53,7 +53,7 @@ class Branch:
 
     @property
     def rank(self) -> int | None:
-        """The r that alpha is divided by; None where nothing is of a lower rank, and alpha says nothing."""
+        """The r by which alpha is divided; None if nothing is low-rank, so that alpha has no meaning."""
         if self.kind == "difference":
             return None
         factors = {"LoRA": ("down",), "LoHa": ("hada_w1_b",), "LoKr": ("lokr_w2_b", "lokr_w1_b")}[self.kind]
@@ -61,7 +61,7 @@ class Branch:
 
     @property
     def inputs(self) -> int:
-        """The second axis of the weight, times its kernel where the parts do not tell them apart; 1 for vectors."""
+        """The second axis of the weight, times its kernel if the parts do not separate them; 1 for vectors."""
         if self.kind == "LoKr":
             return _lokr_half(self.parts, "1")[1] * _lokr_half(self.parts, "2")[1]
         part = {"LoRA": "down", "LoHa": "hada_w1_b", "difference": "diff"}[self.kind]
@@ -72,7 +72,7 @@ class Branch:
         return " and ".join(f"{info.key!r} {list(info.shape)}" for info in self.infos)
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        """Return whether a weight of `shape` (out, in, *kernel) can be changed so."""
+        """Return whether this branch can change a weight of `shape` (out, in, *kernel)."""
         if self.kind == "difference":
             return _without_points(self.parts["diff"].shape) == _without_points(shape)
         if len(shape) not in {2, 4}:
@@ -83,10 +83,10 @@ class Branch:
 
 
 def magnitude_axis(branch: Branch, shape: tuple[int, ...]) -> int | None:
-    """Return the axis of a weight of `shape` along which DoRA's norms lie: 0, 1, or None where they fit neither.
+    """Return the axis of a weight of `shape` along which DoRA's norms lie: 0, 1, or None if they fit neither.
 
-    peft has one for every output, as (out,) or (1, out, 1, 1); the others write (out, 1, …) or (1, in, …), and where
-    both would fit, it is an output's, as in ComfyUI.
+    peft has one norm per output, as (out,) or (1, out, 1, 1); the others write (out, 1, …) or (1, in, …). If both
+    fit, the norms are the outputs', as in ComfyUI.
     """
     if "magnitude" in branch.parts:
         return 0 if branch.parts["magnitude"].shape in {(shape[0],), (1, shape[0], 1, 1)} else None
@@ -97,16 +97,16 @@ def magnitude_axis(branch: Branch, shape: tuple[int, ...]) -> int | None:
 
 
 def make_branches(path: Path, place: Place, parts: Parts, alpha: float | None) -> Iterator[Branch]:
-    """Yield what the `parts` of one module make: a branch of its weight, one of its bias, or both.
+    """Yield the branches that the `parts` of one module make: of its weight, of its bias, or both.
 
-    The scaling is that of `alpha`, and 1 without one. Raises CorruptError for parts that are missing or whose shapes
-    do not belong together, SourceError for kinds that exclude each other.
+    The scaling is alpha / r, or 1 without `alpha`. Raises CorruptError for missing parts and for shapes that do not
+    belong together, SourceError for kinds that exclude each other.
     """
     where = f"{path}: {place.component} module {place.module!r}"
     for info in parts.values():
         if info.dtype not in _FLOATS or len(info.shape) not in {1, 2, 4} or 0 in info.shape:
-            raise CorruptError(f"{path}: {info.key!r} is {info.dtype} {list(info.shape)}, not the floats of a LoRA's"
-                               " matrix or convolution")  # fmt: skip
+            raise CorruptError(f"{path}: {info.key!r} is {info.dtype} {list(info.shape)}, expected the floats of a"
+                               " LoRA's matrix or convolution; the LoRA is damaged")  # fmt: skip
     if "diff_b" in parts:
         yield Branch(place, "difference", {"diff": parts["diff_b"]}, bias=True)
     weight = {part: info for part, info in parts.items() if part != "diff_b"}
@@ -126,7 +126,7 @@ def make_branches(path: Path, place: Place, parts: Parts, alpha: float | None) -
 
 
 def _missing(kind: LoraKind, parts: Parts) -> str:
-    """Return the name of a part that `kind` needs and the file has not; "" for a whole one."""
+    """Return the name of a part that `kind` needs and the file lacks; "" if it is complete."""
     needed = {"LoRA": ["down", "up"], "LoHa": ["hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"], "LoKr": [],
               "difference": []}[kind]  # fmt: skip
     if kind == "LoHa" and not parts.keys().isdisjoint({"hada_t1", "hada_t2"}):
@@ -139,18 +139,17 @@ def _missing(kind: LoraKind, parts: Parts) -> str:
 
 
 def _check_chain(path: Path, branch: Branch, alpha: float | None) -> None:
-    """Raise CorruptError unless the factors can be multiplied, SourceError where they are ambiguous."""
+    """Raise CorruptError unless the factors can be multiplied, SourceError if they are ambiguous."""
     parts = branch.parts
     chains = [("down", 0, "mid", 1), ("mid", 0, "up", 1)] if "mid" in parts else [("down", 0, "up", 1)]
     for whole, core in (("hada_w1", "hada_t1"), ("hada_w2", "hada_t2"), ("lokr_w1", ""), ("lokr_w2", "lokr_t2")):
         a, b = f"{whole}_a", f"{whole}_b"
         chains += [(a, 0, core, 0), (core, 1, b, 0)] if core in parts else [(a, 1, b, 0)]
         if whole in parts and a in parts:
-            raise SourceError(f"{path}: {parts[whole].key!r} and {parts[a].key!r} are both there, and each would do;"
-                              " remove one of them")  # fmt: skip
+            raise SourceError(f"{path}: has both {parts[whole].key!r} and {parts[a].key!r}; remove one of them")
     vectors = [info for part, info in parts.items() if len(info.shape) == 1 and part not in {*_MAGNITUDES, "diff"}]
     if vectors:
-        raise CorruptError(f"{path}: {vectors[0].key!r} is a vector, not a LoRA's matrix or convolution")
+        raise CorruptError(f"{path}: {vectors[0].key!r} is a vector, expected a LoRA's matrix or convolution")
     for first, axis, second, other in chains:
         if first in parts and second in parts and parts[first].shape[axis] != parts[second].shape[other]:
             one, two = parts[first], parts[second]
@@ -159,12 +158,12 @@ def _check_chain(path: Path, branch: Branch, alpha: float | None) -> None:
     ranks = {parts[part].shape[0] for part in ("lokr_w1_b", "lokr_w2_b") if part in parts}
     if alpha is not None and len(ranks) > 1:
         raise SourceError(f"{path}: {parts['lokr_w1_b'].key!r} and {parts['lokr_w2_b'].key!r} have ranks"
-                          f" {min(ranks)} and {max(ranks)}, and one alpha for both; train it again")  # fmt: skip
+                          f" {min(ranks)} and {max(ranks)}, but one alpha for both; train it again")  # fmt: skip
 
 
 def _lora_fits(parts: Parts, shape: tuple[int, ...]) -> bool:
     down, up, kernel = parts["down"].shape, parts["up"].shape, shape[2:]
-    # A 1x1 convolution is a matrix, and trainers store it as either.
+    # A 1x1 convolution is a matrix; trainers store it as either.
     points = _POINTS if kernel in _POINTS else (kernel,)
     ends = (up[0], down[1]) == shape[:2] and up[2:] in _POINTS
     if "mid" not in parts:
@@ -186,7 +185,7 @@ def _loha_fits(parts: Parts, shape: tuple[int, ...]) -> bool:
 
 
 def _lokr_half(parts: Parts, half: str) -> tuple[int, int, tuple[int, ...]]:
-    """Return rows, columns and kernel of w1 or w2, multiplied out."""
+    """Return rows, columns and kernel of w1 or w2 after multiplying its factors."""
     if (whole := parts.get(f"lokr_w{half}")) is not None:
         return whole.shape[0], whole.shape[1], whole.shape[2:]
     a, b, core = parts[f"lokr_w{half}_a"], parts[f"lokr_w{half}_b"], parts.get(f"lokr_t{half}")
@@ -200,7 +199,7 @@ def _lokr_fits(parts: Parts, shape: tuple[int, ...]) -> bool:
     if any(len(factor) != 2 for factor in factors) or first[2] != ():
         return False
     if second[2] == () or second[2] == shape[2:]:
-        # A w2 without a kernel of its own has it in its columns.
+        # A w2 without kernel axes has the kernel in its columns.
         return size == (shape[0], math.prod(shape[1:]) if second[2] == () else shape[1])
     return second[2] == (1, 1) and size == shape
 

@@ -1,4 +1,4 @@
-"""What a LoRA's tensors do to a weight: the formulas of LoRA, LoHa, LoKr, full differences and DoRA."""
+"""The formulas that merge a LoRA's tensors into a weight: LoRA, LoHa, LoKr, full differences and DoRA."""
 
 __all__ = ["merge"]
 
@@ -12,15 +12,15 @@ Tensors = Mapping[str, torch.Tensor]
 
 
 def merge(weight: torch.Tensor, branch: Branch, tensors: Tensors, scale: float) -> None:
-    """Change `weight` (out, in, *kernel), contiguous fp32, in place as `branch` at `scale` does.
+    """Merge `branch` at `scale` into `weight` (out, in, *kernel), contiguous fp32, in place.
 
-    `tensors` are the branch's parts in fp32. Without DoRA it is weight + scale · scaling · difference. With it, V is
-    the weight with the difference, and each program's files are taken as it takes them:
+    `tensors` are the branch's parts in fp32. Without DoRA the result is weight + scale · scaling · difference. With
+    DoRA, V is the weight plus the difference, and each program's files are merged as that program does:
 
-    - LyCORIS and OneTrainer (``dora_scale``): V at full strength, given its norms, and `scale` of the way from the
-      weight to that, as ComfyUI does (`weight_decompose`). Norms of outputs are those of V, as in training and in
-      the DoRA paper; ComfyUI divides them by those of the weight before.
-    - peft (``magnitude``): V has the difference times `scale`, and always has the norms, as diffusers' `fuse_lora`.
+    - LyCORIS and OneTrainer (``dora_scale``): V at full strength is rescaled to the file's norms; the result lies at
+      `scale` between the weight and that, as in ComfyUI (`weight_decompose`). Norms per output are divided by V's, as
+      in training and in the DoRA paper; ComfyUI divides them by the norms of the original weight.
+    - peft (``magnitude``): V has the difference times `scale` and is always rescaled, as in diffusers' `fuse_lora`.
     """
     if "dora_scale" in tensors:
         before = weight.clone() if scale != 1 else None
@@ -42,7 +42,7 @@ def _add(weight: torch.Tensor, branch: Branch, tensors: Tensors, factor: float) 
         down = tensors["down"]
         if "mid" in tensors:
             down = torch.einsum("ijkl,jr->irkl", tensors["mid"], down.flatten(1))
-        # Without a difference of the weight's size in memory.
+        # addmm_ needs no difference of the weight's size in memory.
         weight.view(weight.shape[0], -1).addmm_(tensors["up"].flatten(1), down.flatten(1), alpha=factor)
         return
     difference = {"LoHa": _loha, "LoKr": _lokr}[branch.kind](tensors) if "diff" not in tensors else tensors["diff"]
@@ -60,7 +60,7 @@ def _lokr(tensors: Tensors) -> torch.Tensor:
 
 
 def _product(tensors: Tensors, name: str, core: str) -> torch.Tensor:
-    """Return a tensor that is whole, or a @ b, or both with a core between them (Tucker's decomposition)."""
+    """Return a tensor stored whole, as a @ b, or as a and b with a core between them (Tucker decomposition)."""
     if name in tensors:
         return tensors[name]
     a, b = tensors[f"{name}_a"], tensors[f"{name}_b"]

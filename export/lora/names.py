@@ -1,4 +1,4 @@
-"""What the keys of LoRA files mean: a module of a component, and a part of what is done to its weight."""
+"""What the keys of LoRA files mean: a module of a component, and a part of the change to its weight."""
 
 __all__ = [
     "COMPONENTS",
@@ -27,7 +27,7 @@ COMPONENTS: tuple[LoraComponent, ...] = ("unet", "text_encoder", "text_encoder_2
 _PARTS = {
     # kohya's scripts and LyCORIS
     ".lora_down.weight": "down", ".lora_up.weight": "up", ".lora_mid.weight": "mid",
-    # peft, and files that leave the last word out
+    # peft, and files that omit the last word
     ".lora_A.weight": "down", ".lora_B.weight": "up", ".lora_A": "down", ".lora_B": "up",
     # diffusers before peft, and its attention processors before that ("to_q_lora.down.weight")
     ".lora.down.weight": "down", ".lora.up.weight": "up",
@@ -44,10 +44,10 @@ _PARTS = {
     ".lora_magnitude_vector.weight": "magnitude", ".lora_magnitude_vector": "magnitude",
 }  # fmt: skip
 _ALPHA = ".alpha"
-# The alpha of a module may be written after the name of its branch.
+# The key of an alpha may contain the name of its branch before ".alpha".
 _BRANCHES = (*(end for end, part in _PARTS.items() if part in {"down", "up", "mid"}), ".lora_linear_layer", ".lora",
              "_lora")  # fmt: skip
-# The name that an adapter has in memory stands before the last word of peft's keys: ".lora_A.default.weight".
+# peft's keys may contain the adapter's name in memory before the last word: ".lora_A.default.weight".
 _ADAPTER = re.compile(r"(\.lora_(?:A|B|magnitude_vector))\.([^.]+)\.weight$")
 
 _FOREIGN = {
@@ -61,12 +61,12 @@ _FOREIGN = {
 _FOREIGN_ENDS = {(".set_weight", ".reshape_weight"): "set weights"}
 _EMBEDDING = "bundle_emb."
 
-# The module's dots are underscores after these; "lora_te_" is the one encoder of older models, SDXL's first.
+# After these prefixes a module's dots are underscores; "lora_te_" is the only encoder of older models, SDXL's first.
 _UNDERSCORED: dict[str, LoraComponent] = {
     "lora_unet_": "unet", "lycoris_": "unet", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2",
     "lora_te_": "text_encoder",
 }  # fmt: skip
-# ComfyUI's own names of the encoders, OneTrainer's, diffusers'; the longer before what it begins with.
+# Names of the encoders in ComfyUI, OneTrainer and diffusers; a longer prefix stands before its own beginning.
 _DOTTED: dict[str, LoraComponent] = {
     "unet.": "unet", "diffusion_model.": "unet", "lora_unet.": "unet",
     "text_encoders.clip_l.transformer.": "text_encoder", "text_encoders.clip_g.transformer.": "text_encoder_2",
@@ -75,7 +75,7 @@ _DOTTED: dict[str, LoraComponent] = {
     "text_encoder.": "text_encoder", "text_encoder_2.": "text_encoder_2",
     "lora_te1.": "text_encoder", "lora_te2.": "text_encoder_2",
 }  # fmt: skip
-# Files that hold nothing but a UNet may not say so: diffusers' first ones, and some with LDM's names.
+# Files for a UNet alone may have no prefix: diffusers' first ones, and some with LDM names.
 _UNET_ROOTS = {
     "add_embedding", "conv_in", "conv_norm_out", "conv_out", "down_blocks", "mid_block", "time_embedding", "up_blocks",
     "input_blocks", "label_emb", "middle_block", "out", "output_blocks", "time_embed",
@@ -86,7 +86,7 @@ _OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "ou
 
 @dataclass(frozen=True)
 class Place:
-    """A module of a component, without prefixes; `root` is what the file writes before it.
+    """A module of a component; `module` is its name without prefixes, `root` the file's prefix.
 
     Two roots of one module are two spellings of it.
     """
@@ -97,9 +97,9 @@ class Place:
 
 
 def split_key(key: str) -> tuple[str, str] | None:
-    """Return the module that a key belongs to, spelled as in the file, and the part; None for no key of a LoRA.
+    """Return (module, part) of a key, the module spelled as in the file; None if it is not a LoRA key.
 
-    A part is "alpha" or what `Branch.parts` is keyed by.
+    A part is "alpha" or a key of `Branch.parts`.
     """
     if key.endswith(_ALPHA):
         module = key.removesuffix(_ALPHA)
@@ -109,26 +109,26 @@ def split_key(key: str) -> tuple[str, str] | None:
 
 
 def adapter_name(key: str) -> str | None:
-    """Return the name that the adapter of `key` had in memory ("default_0"), if the key has one."""
+    """Return the adapter's name in memory ("default_0") if `key` contains one."""
     found = _ADAPTER.search(key)
     return None if found is None else found[2]
 
 
 def embedding_name(key: str) -> str | None:
-    """Return the word of an embedding that OneTrainer bundles beside a LoRA; None for any other key."""
+    """Return the word of an embedding that OneTrainer bundles with a LoRA; None for any other key."""
     return key.removeprefix(_EMBEDDING).partition(".")[0] if key.startswith(_EMBEDDING) else None
 
 
 def foreign_format(key: str) -> str | None:
-    """Return the name of the adapter format that `key` shows, if it is one that is not fused."""
+    """Return the name of the adapter format of `key` if it is an unsupported one, else None."""
     found = next((name for mark, name in _FOREIGN.items() if mark in key), None)
     return found or next((name for ends, name in _FOREIGN_ENDS.items() if key.endswith(ends)), None)
 
 
 def place_module(spelled: str) -> Place | None:
-    """Return the place of a module of `split_key`; None where its prefix is none of SDXL's.
+    """Return the place of a module from `split_key`; None if its prefix names no component of SDXL.
 
-    The module's name is one of those that `module_spellings` knows, if the file belongs to the base.
+    If the file belongs to the base, the module's name is a key of `module_spellings`.
     """
     for prefix, component in _UNDERSCORED.items():
         if spelled.startswith(prefix):
@@ -142,7 +142,7 @@ def place_module(spelled: str) -> Place | None:
 
 
 def _renew(module: str, component: LoraComponent) -> str:
-    """Return today's name of a module that is spelled with dots."""
+    """Return the current name of a module spelled with dots."""
     parent, dot, leaf = module.replace(".processor.", ".").rpartition(".")
     renamed = _OLD_UNET if component == "unet" else _OLD_TEXT
     return parent + dot + renamed.get(leaf, leaf)
@@ -153,9 +153,9 @@ def module_spellings(
 ) -> dict[str, str]:
     """Return {spelling of a module: published name} for every module with a weight, normalizations included.
 
-    `shapes` maps the published tensor names to shapes, `config` is the UNet's and serves the LDM names. A module of
-    a UNet is spelled as in diffusers and as in LDM, one of an encoder with and without ``text_model.``, and each
-    with dots and with underscores.
+    `shapes` maps the published tensor names to shapes; `config` is the UNet's, needed for LDM names. A UNet's module
+    has its diffusers and its LDM spelling, an encoder's one with and one without ``text_model.``, each with dots and
+    with underscores.
     """
     modules = [name.removesuffix(".weight") for name in shapes if name.endswith(".weight")]
     dotted = dict(zip(modules, modules, strict=True))

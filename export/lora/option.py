@@ -1,4 +1,4 @@
-"""The option --lora: a file, how strongly it changes the UNet, and how strongly the text encoders."""
+"""The option --lora: a file, its scale on the UNet, and its scale on the text encoders."""
 
 __all__ = ["LoraOption", "parse_lora_option"]
 
@@ -10,12 +10,12 @@ from typing import NamedTuple
 from sdxl_trt.engines import UsageError
 
 _EXPECTED = "expected FILE.safetensors, FILE.safetensors:UNET or FILE.safetensors:UNET:TE, such as a.safetensors:0.8"
-# Names may hold colons, so the file is all up to the last ending.
+# File names may contain colons, so the file extends to the last .safetensors.
 _OPTION = re.compile(r"(.*\.safetensors)((?::[^:]*){0,2})", re.IGNORECASE | re.DOTALL)
 
 
 class LoraOption(NamedTuple):
-    """A LoRA file with its scale on the UNet, and on the text encoders; None there is the UNet's."""
+    """A LoRA file with its scale on the UNet, and on the text encoders; None there means the UNet's."""
 
     file: Path
     scale: float = 1.0
@@ -23,7 +23,7 @@ class LoraOption(NamedTuple):
 
 
 def parse_lora_option(text: str) -> LoraOption:
-    """Return what ``FILE.safetensors[:UNET[:TE]]`` says; scales may be negative, and are 1 by default.
+    """Parse ``FILE.safetensors[:UNET[:TE]]``; scales may be negative, the UNet's is 1 by default.
 
     Raises UsageError.
     """
@@ -40,5 +40,5 @@ def _scale(text: str, part: str) -> float:
     except ValueError:
         scale = math.nan
     if not math.isfinite(scale):
-        raise UsageError(f"--lora {text}: {part!r} is no scale; give a finite number after the colon, such as 0.8")
+        raise UsageError(f"--lora {text}: {part!r} is not a scale; give a finite number after the colon, such as 0.8")
     return scale

@@ -1,4 +1,4 @@
-"""The settings that peft stores with an adapter, as far as they decide what it does to a weight."""
+"""The settings that peft stores with an adapter and that affect the merged weights."""
 
 __all__ = ["AdapterSettings", "read_settings"]
 
@@ -16,7 +16,7 @@ from sdxl_trt.export.lora.names import COMPONENTS, PEFT_ROOT, LoraComponent
 _HEADER_KEY = "lora_adapter_metadata"
 _SIDE_FILE = "adapter_config.json"
 _TYPES = {"LORA": "LoRA", "LOHA": "LoHa", "LOKR": "LoKr"}
-# What makes more of a branch than its tensors say, and what also changes the base.
+# Settings with an effect beyond the branch's tensors, and initializations that also change the base.
 _BEYOND_TENSORS = ("fan_in_fan_out", "layer_replication", "lora_bias", "modules_to_save", "use_qalora", "use_bdlora",
                    "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "velora_config",
                    "target_parameters", "trainable_token_indices")  # fmt: skip
@@ -26,7 +26,7 @@ _REGEX = frozenset("*+?()[]{}|\\$^")
 
 @dataclass(frozen=True)
 class AdapterSettings:
-    """Settings by component, empty where the file has none; `side_file` is what a file beside the LoRA added."""
+    """Settings by component, empty if the file has none; `side_file` is the content of adapter_config.json, if used."""
 
     path: Path
     by_component: Mapping[LoraComponent, Mapping[str, Any]]
@@ -42,28 +42,28 @@ class AdapterSettings:
             return 1.0
         lora = branch.kind == "LoRA"
         alpha = self._number(branch, "lora_alpha" if lora else "alpha", "alpha_pattern")
-        # peft's LoKr and LoHa divide by the rank of their settings even where nothing is of a lower rank.
+        # peft's LoKr and LoHa divide by the rank in their settings even if nothing is low-rank.
         rank = branch.rank if lora else self._number(branch, "r", "rank_pattern")
         if alpha is None or rank is None:
             return 1.0
         return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
     def check(self, branch: Branch) -> None:
-        """Raise SourceError for settings of another kind of adapter than `branch` is."""
+        """Raise SourceError if the settings are for another kind of adapter than `branch`."""
         settings = self.by_component[branch.place.component]
         if branch.kind == "difference" or not settings:
             return
         kind = settings.get("peft_type", "LORA" if "lora_alpha" in settings else None)
         if kind is not None and _TYPES.get(str(kind).upper().rpartition(".")[2]) != branch.kind:
-            raise SourceError(f"{self.path}: {branch.infos[0].key!r} is of a {branch.kind}, and the file's settings are"
-                              f" of a {kind}; save the adapter again")  # fmt: skip
+            raise SourceError(f"{self.path}: {branch.infos[0].key!r} is of a {branch.kind}, but the file's settings are"
+                              f" for a {kind}; save the adapter again")  # fmt: skip
         if bool(settings.get("use_dora")) != ("magnitude" in branch.parts) and branch.kind == "LoRA":
             raise SourceError(f"{self.path}: use_dora is {bool(settings.get('use_dora'))} in the settings, but"
                               f" {branch.infos[0].key!r} has {'a' if 'magnitude' in branch.parts else 'no'} magnitude"
                               " vector; save the adapter again")  # fmt: skip
 
     def _number(self, branch: Branch, name: str, patterns: str) -> float | None:
-        """Return the setting `name`, or what the first of its `patterns` that names the branch's module says."""
+        """Return the value of the first of the `patterns` that names the branch's module, else the setting `name`."""
         settings = self.by_component[branch.place.component]
         value = settings.get(name)
         for pattern, own in (settings.get(patterns) or {}).items():
@@ -73,23 +73,23 @@ class AdapterSettings:
         if value is None:
             return None
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise CorruptError(f"{self.path}: {name} {value!r} is no finite number; the LoRA's settings are damaged")
+            raise CorruptError(f"{self.path}: {name} {value!r} is not a finite number; the LoRA's settings are damaged")
         if name == "r" and value <= 0:
-            raise CorruptError(f"{self.path}: r {value!r} is no rank; the LoRA's settings are damaged")
+            raise CorruptError(f"{self.path}: r {value!r} is not a rank; the LoRA's settings are damaged")
         return value
 
     def _matches(self, pattern: str, module: str, patterns: str) -> bool:
-        # peft takes patterns as regular expressions; those of a stranger are not run, and trainers write plain names.
+        # peft runs patterns as regular expressions; untrusted ones are not run here, and trainers write plain names.
         name = pattern.removeprefix("^").replace("\\.", ".")
         if _REGEX & set(name):
-            raise SourceError(f"{self.path}: {patterns} {pattern!r} is no module's name; save the LoRA with names")
+            raise SourceError(f"{self.path}: {patterns} {pattern!r} is not a module's name; save the LoRA with names")
         return module == name or (module.endswith(f".{name}") and not pattern.startswith("^"))
 
 
 def read_settings(path: Path, keys: Iterable[str], header: Mapping[str, str]) -> AdapterSettings:
-    """Return the settings in the `header` of the LoRA at `path`, or in adapter_config.json beside a file of peft's.
+    """Return the settings in the `header` of the LoRA at `path`, or in adapter_config.json beside a peft file.
 
-    Raises SourceError for settings that are not followed, CorruptError for broken ones.
+    Raises SourceError for unsupported settings, CorruptError for broken ones.
     """
     side = path.with_name(_SIDE_FILE)
     own = _parse(path, header[_HEADER_KEY]) if _HEADER_KEY in header else {}
@@ -115,7 +115,7 @@ def _parse(path: Path, text: str | bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as exc:
         raise CorruptError(f"{path}: the LoRA's settings are not JSON ({exc}); download it again") from exc
     if not isinstance(parsed, dict):
-        raise CorruptError(f"{path}: the LoRA's settings are no JSON object; download it again")
+        raise CorruptError(f"{path}: the LoRA's settings are not a JSON object; download it again")
     return parsed
 
 
@@ -125,8 +125,8 @@ def _checked(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     if beyond is None and isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
         beyond = f"init_lora_weights {start!r}"
     if beyond is not None:
-        raise SourceError(f"{path}: was trained with {beyond}, which is not fused here; merge it with peft")
+        raise SourceError(f"{path}: was trained with {beyond}, which is not supported; merge it with peft")
     for patterns in ("alpha_pattern", "rank_pattern"):
         if not isinstance(settings.get(patterns) or {}, dict):
-            raise CorruptError(f"{path}: {patterns} is no JSON object; the LoRA's settings are damaged")
+            raise CorruptError(f"{path}: {patterns} is not a JSON object; the LoRA's settings are damaged")
     return settings

@@ -84,8 +84,8 @@ def test_loras_that_do_not_fit_leave_the_bundle(pair: Any, lora: Path, tmp_path:
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     sources = ["--base", str(pair.refiner.parent / "base"), "--no-refiner", "--out", str(out)]
     for option, words, code in (
-        (f"{lora}:much", "is no scale", 2),
-        (f"{lora}:1:much", "'much' is no scale", 2),
+        (f"{lora}:much", "is not a scale", 2),
+        (f"{lora}:1:much", "'much' is not a scale", 2),
         (str(tmp_path / "none.safetensors"), "none.safetensors", 2),
         (str(pair.base / "unet" / "diffusion_pytorch_model.safetensors"), "LoRA", 2),
     ):

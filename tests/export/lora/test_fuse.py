@@ -349,16 +349,16 @@ def _pair(module: str, out: int, inner: int, *kernel: int) -> dict[str, torch.Te
         (_pair(_kohya(KINDS[2]), 16, 16, 1, 1), r"shape \[16, 16, 3, 3\]"),
         (_pair(f"lora_te2_{TEXT_FC1.format(0)}", 64, 16), r"text_encoder_2 has .*fc1.*\[32, 16\]"),
         # what the cross attention takes names the family, whichever tensor is met first
-        (_pair(_kohya(ATTN2), 320, 768), "takes a context of 768, as Stable Diffusion 1 does, and this base's is 24"),
+        (_pair(_kohya(ATTN2), 320, 768), "takes a context of width 768, like Stable Diffusion 1, but this base's is 24"),
         (
             _pair(_kohya(ATTN2), 320, 1024) | _pair(f"lora_te_{TEXT_FC1.format(22)}", 4096, 1024),
-            "takes a context of 1024, as Stable Diffusion 2 does, and this base's is 24",
+            "takes a context of width 1024, like Stable Diffusion 2, but this base's is 24",
         ),
         (
             _pair(_kohya("down_blocks.0.attentions.0.proj_in"), 8, 8) | _pair(f"unet.{ATTN2}", 384, 1280),
-            "takes a context of 1280, as SDXL's refiner does, and this base's is 24",
+            "takes a context of width 1280, like SDXL's refiner, but this base's is 24",
         ),
-        ({f"unet.{ATTN2}.diff": torch.ones(320, 2048)}, "takes a context of 2048, as SDXL's base does"),
+        ({f"unet.{ATTN2}.diff": torch.ones(320, 2048)}, "takes a context of width 2048, like SDXL's base"),
     ],
 )  # fmt: skip
 def test_a_lora_for_another_model_is_named_with_its_shapes(
@@ -376,10 +376,10 @@ def test_a_lora_for_another_model_is_named_with_its_shapes(
     ("tensors", "says"),
     [
         (_pair(_kohya("mid_block.attentions.0.transformer_blocks.9.attn1.to_q"), 32, 32), "blocks_9.* unet has no"),
-        (_pair("lora_unet_double_blocks_0_img_attn_proj", 8, 8), "double_blocks_0.* unet has no module of that"),
-        (_pair(f"lora_te1_{TEXT_FC1.format(7)}", 32, 16), "layers_7.* text_encoder has no module of that name"),
-        (_pair("lora_te2_transformer_resblocks_0_mlp_c_fc", 32, 16), "resblocks_0.* has no module of that name"),
-        ({f"{_kohya(KINDS[0])}.diff_b": torch.ones(32)}, r"to_k\.diff_b.* unet has no bias there"),
+        (_pair("lora_unet_double_blocks_0_img_attn_proj", 8, 8), "double_blocks_0.* unet has no such module"),
+        (_pair(f"lora_te1_{TEXT_FC1.format(7)}", 32, 16), "layers_7.* text_encoder has no such module"),
+        (_pair("lora_te2_transformer_resblocks_0_mlp_c_fc", 32, 16), "resblocks_0.* has no such module"),
+        ({f"{_kohya(KINDS[0])}.diff_b": torch.ones(32)}, r"to_k\.diff_b.* unet has no such bias"),
     ],
 )
 def test_a_name_that_no_module_has_says_nothing_of_models(
@@ -399,7 +399,7 @@ def test_a_mid_layer_must_fit_the_kernel(base: Base, write: Callable[..., Lora])
 def test_a_base_without_the_encoder_cannot_take_its_lora(base: Base, write: Callable[..., Lora]) -> None:
     lora = write(_pair("lora_te1_text_model_encoder_layers_0_mlp_fc1", 32, 16))
     check_fits([lora], base.models)
-    with pytest.raises(SourceError, match="changes a text_encoder, which this base has not"):
+    with pytest.raises(SourceError, match="changes a text_encoder, which this base lacks"):
         check_fits([lora], {"unet": base.models["unet"]})
 
 
@@ -419,7 +419,7 @@ def test_two_names_of_one_module_count_once_if_they_agree(
     assert torch.equal(both, base.weight("conv_in", [(write(one, "one"), 1.0)]))
     different = {key: tensor * 1.5 for key, tensor in other.items()}
     for i, tensors in enumerate((one | different, one | other | {f"{names[0]}.alpha": torch.tensor(1.0)})):
-        with pytest.raises(SourceError, match=r"two names of one module and differ") as error:
+        with pytest.raises(SourceError, match=r"name the same module but differ") as error:
             check_fits([write(tensors, f"other-{i}")], base.models)
         assert all(f"'{name}.lora" in str(error.value) for name in names)
 

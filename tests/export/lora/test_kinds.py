@@ -222,16 +222,16 @@ LORA = {"lora_up.weight": UP, "lora_down.weight": DOWN}
         ({"lokr_w2": W2}, CorruptError, "lacks its lokr_w1 weight"),
         ({"lokr_w1": W1, "lokr_w2_a": W2}, CorruptError, "lacks its lokr_w2_b weight"),
         ({"lokr_w1": W1, "lokr_w2_a": W2, "lokr_w2_b": torch.ones(3, 4)}, CorruptError, "do not chain"),
-        ({"lokr_w1": W1, "lokr_w2": W2, "lokr_w2_a": W2, "lokr_w2_b": W2}, SourceError, "each would do"),
+        ({"lokr_w1": W1, "lokr_w2": W2, "lokr_w2_a": W2, "lokr_w2_b": W2}, SourceError, "has both .*remove one"),
         ({"lokr_w1": W1, "lokr_w2": W2, "lokr_t2": torch.ones(2, 2, 3, 3)}, CorruptError, "lacks its lokr_w2_a"),
         ({"lokr_w1": W2, "lokr_w2": W2}, SourceError, r"another model.*shape \[12, 8\]"),
         ({"lokr_w1": torch.ones(6, 2), "lokr_w2": torch.ones(2, 4, 3, 3)}, SourceError, r"shape \[12, 8\]"),
         (
             {"lokr_w1_a": torch.ones(3, 1), "lokr_w1_b": torch.ones(1, 2), "lokr_w2_a": torch.ones(4, 2),
              "lokr_w2_b": torch.ones(2, 4), "alpha": torch.tensor(1.0)},
-            SourceError, "have ranks 1 and 2, and one alpha for both",
+            SourceError, "have ranks 1 and 2, but one alpha for both",
         ),
-        ({"lokr_w1": W1, "lokr_w2": W2, "lokr_t1": W2}, SourceError, "lokr_t1.* is no tensor of a LoRA"),
+        ({"lokr_w1": W1, "lokr_w2": W2, "lokr_t1": W2}, SourceError, "lokr_t1.* is not a LoRA tensor"),
         ({"hada_w1_a": UP, "hada_w1_b": DOWN}, CorruptError, "lacks its hada_w2_a weight"),
         (LOHA | {"hada_t1": torch.ones(2, 2, 3, 3)}, CorruptError, "lacks its hada_t2"),
         (LOHA | {"hada_w2_b": torch.ones(2, 9)}, SourceError, r"another model.*shape \[12, 8\]"),
@@ -278,7 +278,7 @@ def test_embeddings_beside_a_lora_are_left_out_with_a_word(
 ) -> None:
     lora = opened(_named(LINEAR, LORA) | extra)
     [note] = lora.notes
-    assert f"the embeddings {next(iter(extra)).split('.')[1]!r} that come with the LoRA are left out" in note
+    assert f"ignored the LoRA's embeddings {next(iter(extra)).split('.')[1]!r}" in note
     alone = opened(_named(LINEAR, LORA))
     assert all(torch.equal(tensor, _fused(base, alone)[name]) for name, tensor in _fused(base, lora).items())
 
@@ -290,12 +290,12 @@ def test_a_projection_that_sdxl_has_not_is_left_out_with_a_word(
     projection = {f"{prefix}text_projection.{part}": tensor for part, tensor in LORA.items()}
     lora = opened(_named(LINEAR, LORA) | projection)
     [note] = lora.notes
-    assert "first text encoder has no projection" in note
+    assert "ignored the LoRA's projection of the first text encoder" in note
     assert list(lora.branches) == ["unet"]
-    with pytest.raises(SourceError, match="changes no tensor of SDXL"):
+    with pytest.raises(SourceError, match="changes only a projection"):
         opened(projection)
 
 
 def test_an_alpha_beside_a_difference_is_idle_and_said(opened: Callable[[Tensors], Lora]) -> None:
     lora = opened(_named(NORM, {"w_norm": torch.ones(8), "alpha": torch.tensor(4.0)}))
-    assert "norm.alpha' is beside no low-rank weight and changes nothing" in lora.notes[0]
+    assert "norm.alpha', which has no low-rank weight to scale" in lora.notes[0]

@@ -89,8 +89,8 @@ def test_a_record_has_a_second_scale_only_where_it_differs(
 @pytest.mark.parametrize(
     ("components", "scales", "says"),
     [
-        (("unet",), (0.8, 0.5), ["nothing for the text encoders, so that their scale 0.5 changes nothing"]),
-        (("text_encoder_2",), (0.8, 0.5), ["nothing for the UNet, so that its scale 0.8 changes nothing"]),
+        (("unet",), (0.8, 0.5), ["nothing for the text encoders, so their scale 0.5 has no effect"]),
+        (("text_encoder_2",), (0.8, 0.5), ["nothing for the UNet, so its scale 0.8 has no effect"]),
         (("unet", "text_encoder"), (0.8, 0.5), []),
         (("unet",), (0.8, 0.8), []),
         (("unet",), (0.8,), []),
