@@ -1,4 +1,4 @@
-"""What stands beside the graphs of an optimum folder: model_index.json, configs, scheduler and tokenizers."""
+"""The files beside the graphs of an optimum folder: model_index.json, configs, scheduler and tokenizers."""
 
 __all__ = ["component_config", "model_index", "roles", "scheduler_config", "tokenizer_files", "tokenizer_roles"]
 
@@ -27,31 +27,31 @@ def tokenizer_roles(stage: Stage) -> dict[str, str]:
 
 
 def _encoders(stage: Stage) -> list[tuple[str, TextEncoder]]:
-    """Return the encoders with what their folders' names end in; one that stands alone is diffusers' second."""
+    """Return (suffix of the folder's name, encoder); a single encoder is diffusers' second."""
     return list(zip(("", "_2")[-len(stage.text_encoders) :], stage.text_encoders, strict=True))
 
 
 def component_config(role: str, component: Component, stage: Stage) -> dict[str, Any]:
-    """Return the source's config, with what optimum reads from it said outright as graph and bundle have it."""
+    """Return the source's config; extra that optimum reads are set explicitly from the graph and the bundle."""
     if role == "unet":
-        said: dict[str, Any] = {"sample_size": stage.sample_size, "time_cond_proj_dim": None}
+        extra: dict[str, Any] = {"sample_size": stage.sample_size, "time_cond_proj_dim": None}
     elif role.startswith("vae_"):
         vae = stage.vae
-        said = {"scaling_factor": vae.scaling_factor, "latents_mean": vae.latents_mean, "latents_std": vae.latents_std}
-        # A half-precision graph was chosen because it holds; optimum can only fail at raising it to fp32.
-        said |= {"force_upcast": False} if component.precision == "fp16" else {}
+        extra = {"scaling_factor": vae.scaling_factor, "latents_mean": vae.latents_mean, "latents_std": vae.latents_std}
+        # fp16 was chosen because this autoencoder does not overflow; optimum's upcast to fp32 could only fail.
+        extra |= {"force_upcast": False} if component.precision == "fp16" else {}
     else:
         outputs = {spec.name: spec for spec in component.outputs}
-        said = {"num_hidden_layers": sum(name.startswith("hidden_states.") for name in outputs) - 1}
-        said |= {"projection_dim": outputs["text_embeds"].shape[-1]} if "text_embeds" in outputs else {}
-    return component.config | said
+        extra = {"num_hidden_layers": sum(name.startswith("hidden_states.") for name in outputs) - 1}
+        extra |= {"projection_dim": outputs["text_embeds"].shape[-1]} if "text_embeds" in outputs else {}
+    return component.config | extra
 
 
 def model_index(stage_name: str, manifest: Manifest, scheduler: dict[str, Any]) -> dict[str, Any]:
     """Return model_index.json of a stage ("base" or "refiner").
 
-    The classes are the source's, which optimum maps to its own, and every setting is said: optimum's defaults are
-    the base's.
+    The classes are the source's, which optimum maps to its own. Every setting is explicit, since optimum's defaults
+    are the base's.
     """
     stage = manifest.stages()[stage_name]
     parts = roles(stage)
@@ -74,15 +74,15 @@ def model_index(stage_name: str, manifest: Manifest, scheduler: dict[str, Any]) 
 
 
 def scheduler_config(source: PipelineSource) -> dict[str, Any]:
-    """Return the source's scheduler config whole: optimum runs diffusers' own class, which may read more than we."""
+    """Return the source's whole scheduler config: optimum runs diffusers' class, which may read more than we do."""
     return source.scheduler_config | {"_class_name": source.scheduler.class_name}
 
 
 def tokenizer_files(path: Path, record: Tokenizer) -> dict[str, str]:
     """Return {file: text} of the bundle's tokenizer at `path` in the form of published models.
 
-    Vocabulary and merges are read by every version of transformers; a ``tokenizer.json`` alone, which is what
-    transformers 5 writes, is not read by version 4.
+    Every version of transformers reads vocabulary and merges; version 4 does not read a ``tokenizer.json`` alone,
+    which is what version 5 writes.
     """
     content = read_json(path)
     try:

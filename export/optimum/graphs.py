@@ -1,8 +1,8 @@
-"""Our graphs with the signatures that optimum-onnx calls: a few nodes around the same weights.
+"""The bundle's graphs with the signatures that optimum-onnx expects: a few nodes around the same weights.
 
-What optimum's ``modeling_diffusion.py`` asks for: a scalar ``timestep``; from the second encoder ``text_embeds`` as
-the first output, since diffusers takes a two-dimensional output 0 for the pooled prompt; and varying output
-dimensions as terms between spaces (``8 * height``), which it evaluates to allocate its buffers.
+optimum's ``modeling_diffusion.py`` needs a scalar ``timestep``; from the second encoder ``text_embeds`` as the first
+output, since diffusers takes a two-dimensional output 0 as the pooled prompt; and dynamic output dimensions as
+expressions with spaces (``8 * height``), which it evaluates to allocate its buffers.
 """
 
 __all__ = ["wrap"]
@@ -19,8 +19,8 @@ _OPERATOR = re.compile(r"\s*([*/])\s*")
 def wrap(model: ir.Model) -> None:
     """Give `model`, any graph of a bundle, optimum's signature, in place. No weight is read or moved.
 
-    Types stay: optimum casts what it feeds to the types that a session declares, so that ``timestep``,
-    ``text_embeds`` and ``time_ids`` remain fp32 where the rest is fp16.
+    Types stay: optimum casts its feeds to the types that a session declares, so ``timestep``, ``text_embeds`` and
+    ``time_ids`` remain fp32 in fp16 graphs.
     """
     if any(value.name == "timestep" for value in model.graph.inputs):
         _share_timestep(model.graph)
@@ -30,11 +30,11 @@ def wrap(model: ir.Model) -> None:
 
 
 def _share_timestep(graph: ir.Graph) -> None:
-    """Take one timestep for all rows: broadcast a scalar to what was the graph's (rows,) input."""
+    """Replace the (rows,) timestep input by a scalar that is broadcast to all rows."""
     inputs = {str(value.name): value for value in graph.inputs}
     per_row = inputs["timestep"]
     if per_row.shape is None or per_row.shape.rank() != 1:
-        raise CorruptError("the UNet's timestep is not one number a row; run export-engines again")
+        raise CorruptError("the UNet's timestep input is not of shape (rows,); run export-engines again")
     scalar = ir.val("timestep", ir.DataType.FLOAT, ())
     rows = ir.node("Shape", [inputs["sample"]], {"start": 0, "end": 1})
     expanded = ir.node("Expand", [scalar, rows.outputs[0]])

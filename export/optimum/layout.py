@@ -1,7 +1,7 @@
 """A bundle as two folders, base and refiner, that optimum-onnx's SDXL pipelines load.
 
-Each folder is whole: ONNX Runtime refuses weights behind links or ``..``, so what the bundle shares between base and
-refiner is written twice, by a copy inside the file system where it can make one.
+Each folder is self-contained: ONNX Runtime refuses weights behind links or ``..``, so components shared by base and
+refiner are written twice, with the kernel's copy if the file system supports it.
 """
 
 __all__ = ["write_optimum"]
@@ -34,7 +34,7 @@ from sdxl_trt.export.sources import PipelineSource
 
 FORMAT_VERSION = 1
 _COPY_CHUNK = 1 << 30
-# What a kernel, or a file system, answers that cannot copy from file to file by itself.
+# Errors of kernels and file systems that do not support copy_file_range.
 _NO_COPY_RANGE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EXDEV)
 Progress = Callable[[str, str], None]
 
@@ -48,13 +48,13 @@ def write_optimum(
     consume: bool = False,
     progress: Progress | None = None,
 ) -> None:
-    """Write ``out/base`` and, where the bundle has a refiner, ``out/refiner`` in optimum-onnx's layout.
+    """Write ``out/base`` and, if the bundle has a refiner, ``out/refiner`` in optimum-onnx's layout.
 
-    `base` and `refiner` are the sources that `bundle` was exported from; their scheduler configs are taken whole.
-    `out` appears, or is replaced, only when all is written. With `consume` the weights leave the bundle on their
-    last use, and it is no bundle any more, whatever happens: for one that was made for this call. Memory does not
-    grow with the model. Raises UsageError for a target that is not ours, IncompatibleError for bf16, CorruptError
-    for a bundle whose files are damaged, ResourceError for a full disk.
+    `base` and `refiner` are the sources that `bundle` was exported from; their scheduler configs are written whole.
+    `out` is created or replaced only after everything is written. With `consume` each weight file is moved on its last
+    use, which destroys the bundle even if an error follows: for a bundle made only for this call. Memory does not grow
+    with the model. Raises UsageError for a target that is not an export, IncompatibleError for bf16, CorruptError for
+    damaged files, ResourceError for a full disk.
     """
     check_target(out)
     _check_precisions(bundle.manifest)
@@ -89,14 +89,14 @@ def _uses(manifest: Manifest) -> Counter[str]:
 
 
 def _marker(manifest: Manifest) -> dict[str, Any]:
-    """Return what says that the folder is ours to replace, and the note that goes with the weights."""
-    said = {"format": OPTIMUM_FORMAT, "format_version": FORMAT_VERSION, "generator": manifest.generator}
-    return said | ({"note": manifest.note} if manifest.note else {})
+    """Return the content that marks the folder as an export, which may be replaced, with the weights' note."""
+    marker = {"format": OPTIMUM_FORMAT, "format_version": FORMAT_VERSION, "generator": manifest.generator}
+    return marker | ({"note": manifest.note} if manifest.note else {})
 
 
 @dataclass(frozen=True)
 class _Writer:
-    """Writes stages of `bundle`; `left` counts the coming uses of components that may be moved on the last."""
+    """Writes stages of `bundle`; `left` counts the remaining uses of components, which are moved on the last."""
 
     bundle: Bundle
     left: Counter[str]
@@ -133,12 +133,12 @@ def _save_wrapped(graph: Path, weights: str, folder: Path) -> None:
         model = ir.load(graph)
     except OSError:
         raise
-    except Exception as exc:  # protobuf and onnx_ir raise their own, without a common base
+    except Exception as exc:  # protobuf's and onnx_ir's exceptions have no common base
         raise CorruptError(f"{graph}: not an ONNX graph ({exc}); run export-engines again") from exc
     stored = [value.const_value for value in model.graph.initializers.values()]
     strays = {str(tensor.location) for tensor in stored if isinstance(tensor, ir.ExternalTensor)} - {weights}
     if strays:
-        raise CorruptError(f"{graph}: keeps weights in {min(strays)!r} instead of {weights}; run export-engines again")
+        raise CorruptError(f"{graph}: has weights in {min(strays)!r}, expected {weights}; run export-engines again")
     wrap(model)
     ir.save(model, folder / graph.name)
 
@@ -148,7 +148,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _place(source: Path, target: Path, *, move: bool) -> None:
-    """Copy or move a file; across file systems a move is a copy."""
+    """Copy or move a file; a move across file systems is a copy."""
     if move:
         shutil.move(source, target)
         return
@@ -158,7 +158,7 @@ def _place(source: Path, target: Path, *, move: bool) -> None:
 
 
 def _copy_in_kernel(read: BinaryIO, write: BinaryIO) -> bool:
-    """Let the kernel copy, by reference where the file system can; return whether the whole file went that way."""
+    """Let the kernel copy, by reference if the file system can; return whether it copied the whole file."""
     if not hasattr(os, "copy_file_range"):
         return False
     try:
@@ -167,5 +167,5 @@ def _copy_in_kernel(read: BinaryIO, write: BinaryIO) -> bool:
     except OSError as exc:
         if exc.errno not in _NO_COPY_RANGE:
             raise
-    # Both descriptors have advanced by what was copied, so that the caller can go on from there.
+    # Both descriptors have advanced past the copied part, so the caller can continue from there.
     return os.fstat(read.fileno()).st_size == os.fstat(write.fileno()).st_size

@@ -1,4 +1,4 @@
-"""The folder that an export writes."""
+"""The output folder of an export: staging, locking, publishing, reuse of the previous bundle."""
 
 from sdxl_trt.export.output.reuse import is_whole, previous_bundle, sound_component, take_over, take_over_plans
 from sdxl_trt.export.output.staging import (

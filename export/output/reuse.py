@@ -1,4 +1,4 @@
-"""What the bundle at the target already has: found by key, checked by digest, taken over without a copy."""
+"""Reuse of the bundle at the target: parts are found by key, checked by digest, and hard-linked."""
 
 __all__ = ["is_whole", "previous_bundle", "sound_component", "take_over", "take_over_plans"]
 
@@ -14,15 +14,14 @@ from sdxl_trt.engines.bundle import Bundle, Component, FileRecord, PlanRecord, r
 from sdxl_trt.engines.host import contained
 from sdxl_trt.engines.plans import PLANS, remove_write_permission
 
-# What file systems without hard links answer.
+# Errors of file systems without hard links.
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.EXDEV, errno.EMLINK, errno.ENOSYS)
 
 
 def previous_bundle(out: Path) -> Bundle | None:
-    """Return the bundle at `out`, whatever state its files are in, or None where there is none.
+    """Return the bundle at `out`, without checking its files, or None if there is none or its manifest is broken.
 
-    Raises IncompatibleError for a newer format, which is not ours to replace, and for nothing else: a manifest that
-    is broken is replaced.
+    Raises IncompatibleError for a newer format, which this version must not replace.
     """
     try:
         return read_bundle(out, partial=True, files=False)
@@ -33,7 +32,7 @@ def previous_bundle(out: Path) -> Bundle | None:
 
 
 def is_whole(bundle: Bundle) -> bool:
-    """Return whether a bundle can be opened."""
+    """Return whether a bundle can be opened as a complete one."""
     with contextlib.suppress(SdxlTrtError):
         read_bundle(bundle.root)
         return True
@@ -41,7 +40,7 @@ def is_whole(bundle: Bundle) -> bool:
 
 
 def sound_component(bundle: Bundle, component: Component, *, required: bool = True) -> bool:
-    """Return whether a component's files are what the manifest says; raise CorruptError where they are `required`."""
+    """Return whether a component's files match the manifest; if `required`, raise CorruptError instead of False."""
     try:
         for record in component.files:
             verify_file(bundle.path(record), record)
@@ -53,7 +52,7 @@ def sound_component(bundle: Bundle, component: Component, *, required: bool = Tr
 
 
 def take_over(bundle: Bundle, files: Iterable[FileRecord], folder: Path) -> None:
-    """Give `folder` these files of `bundle`; the two share them until one is removed."""
+    """Hard-link these files of `bundle` into `folder`; copy them if the file system has no hard links."""
     for record in files:
         source, target = bundle.path(record), folder / record.file
         try:
@@ -65,13 +64,13 @@ def take_over(bundle: Bundle, files: Iterable[FileRecord], folder: Path) -> None
 
 
 def take_over_plans(bundle: Bundle, components: Mapping[str, Component], folder: Path) -> tuple[PlanRecord, ...]:
-    """Give `folder` the plans of `bundle` that were built from graphs and weights of `components`; return them."""
+    """Link the plans of `bundle` that were built from `components` into `folder`; return their records."""
     kept = tuple(record for record in bundle.manifest.plans if _still_fits(bundle, record, components))
     take_over(bundle, (record.file for record in kept), folder)
     if kept:
         remove_write_permission(folder / PLANS)
     for record in kept:
-        with contextlib.suppress(OSError, SdxlTrtError):  # a log is only for people to read
+        with contextlib.suppress(OSError, SdxlTrtError):  # logs are for people only: a missing one is no error
             _link(contained(bundle.root, record.log), folder / record.log)
     return kept
 

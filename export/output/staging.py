@@ -1,4 +1,4 @@
-"""An output folder that appears, or is replaced, only as a whole."""
+"""An output folder that is created or replaced only as a whole."""
 
 __all__ = ["OPTIMUM_FORMAT", "check_target", "exclusive", "partial_folder", "publish", "resumable", "staged_folder"]
 
@@ -21,17 +21,17 @@ _OURS = (FORMAT_NAME, OPTIMUM_FORMAT)
 
 
 def check_target(out: Path) -> None:
-    """Raise UsageError unless `out` is new, empty, or an export of ours that may be replaced as a whole."""
+    """Raise UsageError unless `out` is new, empty, or an earlier export, which may be replaced as a whole."""
     if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise UsageError(f"--out {out}: is not a folder; name a folder that does not exist yet, or a bundle to replace")
+        raise UsageError(f"--out {out}: is not a folder; name a new folder, or a bundle to replace")
     if out.resolve() == Path.cwd() or out.is_mount():
         raise UsageError(f"--out {out}: cannot be replaced as a whole; name a folder inside it")
     if out.is_dir() and any(out.iterdir()) and not _is_ours(out):
-        raise UsageError(f"--out {out}: holds other files and is no bundle; name an empty or new folder")
+        raise UsageError(f"--out {out}: holds other files and is not a bundle; name an empty or new folder")
 
 
 def _is_ours(folder: Path) -> bool:
-    """Return whether `folder` is ours to replace: a manifest.json alone proves nothing, other programs write them."""
+    """Return whether `folder` is an export; manifest.json must name our format, since other programs write one too."""
     try:
         content = json.loads((folder / MANIFEST).read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -41,7 +41,7 @@ def _is_ours(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def staged_folder(out: Path) -> Iterator[Path]:
-    """Yield a hidden sibling of `out` that is gone at the end, unless it has become `out`."""
+    """Yield a hidden sibling of `out`, removed at the end unless it was published as `out`."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
@@ -56,9 +56,9 @@ def staged_folder(out: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def exclusive(out: Path, *, lock: bool = True) -> Iterator[None]:
-    """Hold the lock of `out` beside it, or none without `lock`, with what a killed export left there cleared away.
+    """Hold the lock file beside `out` (none without `lock`), after cleaning up what a killed export left.
 
-    Raises UsageError where another process has it, and where the file system takes no locks.
+    Raises UsageError if another process holds the lock, or the file system does not support locks.
     """
     with locked(out, lock=lock):
         try:
@@ -69,7 +69,7 @@ def exclusive(out: Path, *, lock: bool = True) -> Iterator[None]:
 
 
 def _recover(out: Path) -> None:
-    """Bring back the folder that a killed export had moved aside, and remove what nobody will go on with."""
+    """Restore the folder that a killed export moved aside, and remove temporary folders that nobody resumes."""
     retired = sibling(out, "old")
     if retired.exists() and not out.exists():
         retired.rename(out)
@@ -80,16 +80,16 @@ def _recover(out: Path) -> None:
 
 
 def partial_folder(out: Path) -> Path:
-    """Return where an export of `out` keeps what it has finished."""
+    """Return the folder where an export of `out` keeps its finished components."""
     return sibling(out, "partial")
 
 
 @contextlib.contextmanager
 def resumable(out: Path, record: str) -> Iterator[Path]:
-    """Yield the hidden sibling of `out` that is to become it; parts in it that hold the file `record` are finished.
+    """Yield the hidden sibling of `out` that will become `out`; its subfolders with a file `record` are finished.
 
-    An interruption leaves the finished parts there for the next export. After an error that we can explain, and
-    where there are none, nothing is left.
+    After an interruption the finished ones stay for the next export. After an SdxlTrtError, and if none is finished,
+    the folder is removed.
     """
     folder = partial_folder(out)
     try:
@@ -108,14 +108,14 @@ def resumable(out: Path, record: str) -> Iterator[Path]:
     except BaseException:
         kept = _drop_unfinished(folder, record) if folder.exists() else 0
         if kept:
-            log.warning("%d finished components are kept in %s; the same command goes on from there", kept, folder)
+            log.warning("kept %d finished components in %s; run the same command to resume", kept, folder)
         else:
             shutil.rmtree(folder, ignore_errors=True)
         raise
 
 
 def _drop_unfinished(folder: Path, record: str) -> int:
-    """Remove what was being written; return how many finished parts are left."""
+    """Remove unfinished subfolders and files; return the number of finished ones."""
     kept = 0
     for part in list(folder.iterdir()):
         if not part.is_symlink() and (part / record).is_file():
@@ -128,14 +128,14 @@ def _drop_unfinished(folder: Path, record: str) -> int:
 
 
 def publish(folder: Path, out: Path) -> None:
-    """Put `folder` in the place of `out`; what stood there is removed only once the new one stands."""
+    """Rename `folder` to `out`; a folder that was at `out` is removed only after that."""
     retired = sibling(out, "old")
     try:
         if out.exists():
             out.rename(retired)
         try:
             folder.rename(out)
-        except BaseException:  # an interrupt as well: the older one must not stay aside
+        except BaseException:  # interrupts too: the old folder must not stay aside
             if retired.exists() and not out.exists():
                 retired.rename(out)
             raise

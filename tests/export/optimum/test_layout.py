@@ -142,7 +142,7 @@ def test_a_graph_with_weights_elsewhere(case: Case, location: str) -> None:
     assert entry.key == "location"
     entry.value = location
     path.write_bytes(model.SerializeToString())
-    _fails(case, CorruptError, f"keeps weights in '{location}' instead of weights.data")
+    _fails(case, CorruptError, f"has weights in '{location}', expected weights.data")
 
 
 def test_bf16_names_the_precision_that_works(case: Case) -> None:
