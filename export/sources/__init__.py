@@ -1,4 +1,4 @@
-"""Where a model comes from: a folder, a Hub repository or a single file, and what its configs say."""
+"""Where a model comes from: a folder, a hub repository or a single file; and its configs."""
 
 from sdxl_trt.export.sources.configs import PUBLISHED, read_json
 from sdxl_trt.export.sources.roles import BASE_CLASS, REFINER_CLASS, Role

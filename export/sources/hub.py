@@ -1,4 +1,4 @@
-"""Models of the Hugging Face hub, from its cache where they are there, and only the files that an export reads."""
+"""Models from the Hugging Face hub or its cache; only the files that an export reads are downloaded."""
 
 __all__ = ["HubId", "Snapshot", "fetch_pipeline", "fetch_unet", "fetch_vae", "parse_hub_id"]
 
@@ -49,7 +49,7 @@ class Snapshot:
 
 
 def parse_hub_id(spec: str) -> HubId | None:
-    """Return `spec` as a hub id, or None for what cannot be one: a path of another depth, a file name, a bare name."""
+    """Return `spec` as a hub id, or None if it cannot be one: a path of another depth, a file name, a bare name."""
     match = _ID.fullmatch(spec)
     if match is None or spec.startswith((".", "/")) or spec.endswith((".safetensors", ".ckpt")):
         return None
@@ -57,21 +57,21 @@ def parse_hub_id(spec: str) -> HubId | None:
 
 
 def fetch_pipeline(hub_id: HubId, *, half: bool) -> Snapshot:
-    """Return the pipeline `hub_id` in the cache, downloading what is missing of it.
+    """Return the pipeline `hub_id` in the cache, after downloading missing files.
 
-    With `half` the fp16 files are taken, where every part has them. Raises SourceError, with the remedy, for a model
-    that cannot be had; HF_HOME, HF_HUB_OFFLINE and the login of huggingface_hub are honoured.
+    With `half` the fp16 files are used if every component has them. Raises SourceError, with the remedy, for a model
+    that is not available; HF_HOME, HF_HUB_OFFLINE and the login of huggingface_hub are respected.
     """
     return _fetch(hub_id, _choose_pipeline, half=half)
 
 
 def fetch_vae(hub_id: HubId, *, half: bool) -> Snapshot:
-    """Return the autoencoder `hub_id` in the cache, its own repository or a pipeline's ``vae/``; as fetch_pipeline."""
+    """Return the autoencoder `hub_id` in the cache: its own repository or a pipeline's ``vae/``; see fetch_pipeline."""
     return _fetch(hub_id, _choose_vae, half=half)
 
 
 def fetch_unet(hub_id: HubId, *, half: bool) -> Snapshot:
-    """Return the UNet `hub_id` in the cache, its own repository or a pipeline's ``unet/``; as fetch_pipeline."""
+    """Return the UNet `hub_id` in the cache: its own repository or a pipeline's ``unet/``; see fetch_pipeline."""
     return _fetch(hub_id, _choose_unet, half=half)
 
 
@@ -97,7 +97,7 @@ def _fetch(hub_id: HubId, choose: Choose, *, half: bool) -> Snapshot:
         return _download(hub_id, choose, half=half)
     except SdxlTrtError:
         raise
-    except Exception as exc:  # the hub's errors are httpx's, the system's and its own, with no common base
+    except Exception as exc:  # errors of httpx, the system and the hub library have no common base
         error = _explain(hub_id, exc)
         folder = _cached(hub_id) if isinstance(error, SourceError) else None
         if folder is None:
@@ -107,29 +107,29 @@ def _fetch(hub_id: HubId, choose: Choose, *, half: bool) -> Snapshot:
             _, variant = _wanted(hub_id, names, choose, half=half)
         except SourceError as incomplete:
             raise SourceError(f"{incomplete} ({error})") from exc
-        log.info("%s; the copy in the cache is taken", error)
+        log.info("%s; using the copy in the cache", error)
     return Snapshot(folder, f"{hub_id.repo}@{folder.name}", variant)
 
 
 def _download(hub_id: HubId, choose: Choose, *, half: bool) -> Snapshot:
-    import huggingface_hub  # noqa: PLC0415 - only where a hub id is given
+    import huggingface_hub  # noqa: PLC0415 - only for a hub id
 
     info = huggingface_hub.HfApi().model_info(hub_id.repo, revision=hub_id.revision)
     names = [sibling.rfilename for sibling in info.siblings or ()]
     files, variant = _wanted(hub_id, names, choose, half=half)
     with _bars_on_terminals_only():
-        # By its name, so that the cache remembers which commit the name stood for when it is offline.
+        # By name, not commit, so that the cache can resolve the name offline later.
         folder = Path(huggingface_hub.snapshot_download(hub_id.repo, revision=hub_id.revision, allow_patterns=files))
     return Snapshot(folder, f"{hub_id.repo}@{folder.name}", variant)
 
 
 def _wanted(hub_id: HubId, names: list[str], choose: Choose, *, half: bool) -> tuple[list[str], str]:
-    """Return the files to have, and the variant of the weights among them."""
+    """Return the files to download, and the variant of the weights among them."""
     configs, entry = choose(names)
     if entry not in names:
         single = sorted(name for name in names if name.endswith(".safetensors") and "/" not in name)
         remedy = f"download its {single[0]} and give the file" if single else "check the name"
-        raise SourceError(f"{hub_id}: has no {entry}, so it is no diffusers model; {remedy}")
+        raise SourceError(f"{hub_id}: has no {entry}, so it is not a diffusers model; {remedy}")
     models = {
         name.rpartition("/")[0]: name for name in configs if name.endswith("/config.json") or name == "config.json"
     }
@@ -160,7 +160,7 @@ def _has_half(names: list[str], stem: str) -> bool:
 
 
 def _cached(hub_id: HubId) -> Path | None:
-    """Return the snapshot of `hub_id` in the cache, where there is one."""
+    """Return the folder of `hub_id` in the cache, or None."""
     from huggingface_hub import errors, try_to_load_from_cache  # noqa: PLC0415
 
     try:
@@ -192,30 +192,30 @@ def _bars_on_terminals_only() -> Iterator[None]:
 
 
 def _explain(hub_id: HubId, exc: Exception) -> SdxlTrtError:
-    """Return one of our errors for one of the hub's, with the remedy."""
+    """Return this project's error for a hub error, with the remedy."""
     from huggingface_hub import constants, errors  # noqa: PLC0415
 
-    # The first that fits: a gated repository is also one that was not found, and every HTTP error is an OSError.
+    # Order matters: GatedRepoError is a subclass of RepositoryNotFoundError, and every HTTP error is an OSError.
     known: dict[type[Exception], str] = {
         errors.OfflineModeIsEnabled: f"is not in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set; unset"
         " it once, or give a local folder",
         errors.GatedRepoError: f"is gated; accept its licence at {constants.ENDPOINT}/{hub_id.repo} and log in with"
         " 'hf auth login'",
-        errors.RepositoryNotFoundError: "is no folder here and no model on the hub that you may read; check the name,"
-        " or log in with 'hf auth login'",
+        errors.RepositoryNotFoundError: "is neither a local folder nor a model on the hub that you can read; check the"
+        " name, or log in with 'hf auth login'",
         errors.RevisionNotFoundError: f"has no revision {hub_id.revision}; check the part after @",
-        errors.HFValidationError: "is no folder here and no name that the hub allows; check the name",
-        errors.EntryNotFoundError: "lost a file while it was downloaded; try again",
+        errors.HFValidationError: "is neither a local folder nor a valid hub name; check the name",
+        errors.EntryNotFoundError: "lost a file during the download; try again",
     }
     for kind, meaning in known.items():
         if isinstance(exc, kind):
             return SourceError(f"{hub_id}: {meaning}")
     if isinstance(exc, OSError):
         if exc.errno in NO_LOCKS:
-            return UsageError(f"downloading {hub_id}: the file system of {constants.HF_HUB_CACHE} takes no locks"
-                              f" ({exc.strerror}); set HF_HOME to a folder on a local disk")  # fmt: skip
+            return UsageError(f"downloading {hub_id}: the file system of {constants.HF_HUB_CACHE} does not support"
+                              f" locks ({exc.strerror}); set HF_HOME to a folder on a local disk")  # fmt: skip
         explained = explain_os_error(exc, f"downloading {hub_id}")
-        if type(explained) is not SdxlTrtError:  # the disk's fault, not the network's
+        if type(explained) is not SdxlTrtError:  # an error of the disk, not of the network
             return explained
     reason = next(iter(str(exc).splitlines()), "") or type(exc).__name__
     return SourceError(f"{hub_id}: the hub cannot be reached ({reason}); check the network, or give a local folder")

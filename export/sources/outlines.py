@@ -1,6 +1,6 @@
-"""The outline of a UNet as its tensors' names tell it: how many transformer blocks there are, and where.
+"""The outline of a UNet, read from its tensors' names: how many transformer blocks it has, and where.
 
-SSD-1B, Segmind-Vega and KOALA are SDXL's UNet with blocks taken out. A file of one says so by what it does not hold.
+SSD-1B, Segmind-Vega and KOALA are SDXL's UNet with blocks removed; a file shows that only by its missing tensors.
 """
 
 __all__ = ["Outline", "config_of", "read_outline"]
@@ -12,15 +12,15 @@ from typing import Any
 
 from sdxl_trt.engines import SourceError
 
-# Per level, for each layer, the number of its transformer blocks; None where the layer does not attend.
+# Per level, for each layer, the number of its transformer blocks; None for a layer without attention.
 Levels = tuple[tuple[int | None, ...], ...]
 
 
 @dataclass(frozen=True)
 class Outline:
-    """Transformer blocks by level and layer, from the finest level down and from the coarsest up.
+    """Transformer blocks by level and layer: `down` starts at the finest level, `up` at the coarsest.
 
-    `middle` is None without a middle block, 0 for one residual layer alone, else its number of transformer blocks.
+    `middle` is None without a middle block, 0 if it has only a residual layer, else its number of transformer blocks.
     """
 
     down: Levels
@@ -34,11 +34,10 @@ _PUBLISHED = {SSD_1B: "SSD-1B", VEGA: "Segmind-Vega"}
 
 
 def read_outline(names: Iterable[str]) -> Outline | None:
-    """Return the outline of the UNet whose tensors are called `names`, in LDM's or in diffusers' names.
+    """Return the outline of the UNet with tensors `names`, either LDM's or diffusers'.
 
-    None where the names are of no UNet, or leave out a layer altogether. Source: sgm's ``UNetModel`` numbers its
-    blocks in order of construction, a downsampler taking a number of its own and an upsampler the end of its block's
-    last.
+    None if the names belong to no UNet, or a layer is missing entirely. Source: sgm's ``UNetModel`` numbers its blocks
+    in order of construction; a downsampler gets a number of its own, an upsampler is the end of its level's last block.
     """
     found = list(names)
     ldm = any(name.startswith("input_blocks.") for name in found)
@@ -94,7 +93,7 @@ def _read_diffusers(names: list[str]) -> Outline | None:
 
 
 def _depths(names: Iterable[str], pattern: str) -> dict[str, int]:
-    """Return the number of transformer blocks by place."""
+    """Return {layer: number of transformer blocks}."""
     depths: dict[str, int] = {}
     for name in names:
         match = re.match(pattern, name)
@@ -109,7 +108,7 @@ def _outline(down: list[list[int | None]], middle: int | None, up: list[list[int
 
 
 def _config_outline(config: Mapping[str, Any]) -> Outline:
-    """Return the outline that a UNet2DConditionModel's config describes."""
+    """Return the outline that a UNet2DConditionModel's config specifies."""
     count = len(config["down_block_types"])
     layers = _each(config.get("layers_per_block", 2), count)
     depths = _each(config.get("transformer_layers_per_block", 1), count)
@@ -132,11 +131,11 @@ def _each(value: Any, count: int) -> list[Any]:
 
 
 def config_of(config: dict[str, Any], outline: Outline | None, where: str) -> tuple[dict[str, Any], str]:
-    """Return `config` with the blocks of `outline`, and what to call the model where they differ from the config's.
+    """Return `config` with the blocks of `outline`, and the model's name if they differ from the config's.
 
-    Widths, heads and all else stay as the config has them. The name is "" where the two agree, or where the outline has
-    another number of levels, which no removal of blocks explains: then the tensors and the config are to be compared.
-    Raises SourceError for an outline that diffusers' UNet cannot have.
+    Widths, heads and all else stay as in the config. The name is "" if the two agree, or if the numbers of levels
+    differ, which removed blocks cannot explain: then a later check compares the tensors with the config. Raises
+    SourceError for an outline that diffusers' UNet cannot have.
     """
     if outline is None or outline == _config_outline(config) or len(outline.down) != len(config["down_block_types"]):
         return config, ""
@@ -145,8 +144,8 @@ def config_of(config: dict[str, Any], outline: Outline | None, where: str) -> tu
     uneven = any(len(after) != len(before) + 1 for before, after in zip(down, up[::-1], strict=True))
     coarsest = next((depth for depth in down[-1] if depth is not None), outline.middle)
     if mixed or uneven or (outline.middle and outline.middle != coarsest):
-        raise SourceError(f"{where}: its UNet has layers {list(down)}, middle {outline.middle}, {list(up)} (transformer"
-                          " blocks of each), which is no outline of SDXL's UNet; is the checkpoint whole?")  # fmt: skip
+        raise SourceError(f"{where}: the UNet has layers {list(down)}, middle {outline.middle}, {list(up)} (transformer"
+                          " blocks each), which SDXL's UNet cannot have; is the checkpoint complete?")  # fmt: skip
     last = len(down) - 1
     middle = {None: None, 0: "UNetMidBlock2D"}.get(outline.middle, "UNetMidBlock2DCrossAttn")
     blocks = {
@@ -154,7 +153,7 @@ def config_of(config: dict[str, Any], outline: Outline | None, where: str) -> tu
         "up_block_types": ["UpBlock2D" if None in level else "CrossAttnUpBlock2D" for level in up],
         "mid_block_type": middle,
         "layers_per_block": [len(level) for level in down],
-        # A level that does not attend has a depth all the same; the coarsest one's is the middle's.
+        # diffusers needs a depth even for a level without attention; the coarsest level's is also the middle block's.
         "transformer_layers_per_block": [
             ((outline.middle if index == last else 0) or 1) if None in level else list(level)
             for index, level in enumerate(down)

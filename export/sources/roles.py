@@ -1,4 +1,4 @@
-"""Which of SDXL's two experts a diffusers pipeline folder holds, whatever class it was saved as."""
+"""Whether a diffusers pipeline folder holds a base or a refiner, whatever class it was saved as."""
 
 __all__ = ["BASE_CLASS", "REFINER_CLASS", "Role", "check_class", "check_role", "needs_score"]
 
@@ -17,7 +17,7 @@ _SCORE = "requires_aesthetics_score"
 
 
 def check_class(found: Any, where: str) -> None:
-    """Raise SourceError for a pipeline that is neither of the two classes that base and refiner are saved as."""
+    """Raise SourceError unless the pipeline's class is one of the two that a base or refiner is saved as."""
     if isinstance(found, str) and found in _USUAL:
         return
     if isinstance(found, str) and found.startswith("StableDiffusionXL"):
@@ -27,10 +27,10 @@ def check_class(found: Any, where: str) -> None:
 
 
 def check_role(asked: Role, index: Mapping[str, Any], configs: Configs, root: Path) -> None:
-    """Raise SourceError where a folder holds the other expert than the one `asked` for.
+    """Raise SourceError if a folder does not hold the `asked` role.
 
-    `index` is its model_index.json, `configs` its models' configs. A UNet of five time ids is a refiner's; a first
-    text encoder is a base's. Where neither tells, the class that the folder was saved as does.
+    `index` is its model_index.json, `configs` its models' configs. A UNet with five time ids is a refiner's; a first
+    text encoder is a base's. If neither decides, the class that the folder was saved as does.
     """
     class_name = str(index["_class_name"])
     held = _held(index, configs)
@@ -54,7 +54,7 @@ def _held(index: Mapping[str, Any], configs: Configs) -> Role:
 def needs_score(role: Role, index: Mapping[str, Any], configs: Configs) -> bool:
     """Return whether the last time id is an aesthetic score, as a refiner's is.
 
-    Its index says so; that of a refiner which was saved as a text-to-image pipeline cannot, and then its UNet does.
+    The index states it, except for a refiner saved as a text-to-image pipeline; then the UNet's config decides.
     """
     if role == "base":
         return False
@@ -62,7 +62,7 @@ def needs_score(role: Role, index: Mapping[str, Any], configs: Configs) -> bool:
 
 
 def _time_ids(configs: Configs) -> int | None:
-    """Return how many time ids the UNet takes beside the pooled prompt, where the configs tell."""
+    """Return how many time ids the UNet takes, or None if the configs do not determine it."""
     unet, encoder = configs.get("unet", {}), configs.get("text_encoder_2", {})
     sizes = (unet.get("projection_class_embeddings_input_dim"), unet.get("addition_time_embed_dim"),
              encoder.get("projection_dim"))  # fmt: skip

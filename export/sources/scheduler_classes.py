@@ -1,8 +1,8 @@
-"""diffusers' scheduler classes: the sampler that does what each does, and which of its settings that follows.
+"""diffusers' scheduler classes: the equivalent sampler of each, and which of its settings that sampler follows.
 
-Every setting of a class is followed, fixed (the sampler does what one value says, and any other is warned of) or
-inert (no value changes the result). One that is in none of the lists, as a later diffusers may bring it, is warned of
-unless it has the class's default. A class that is not listed is refused.
+Every setting of a class is followed, fixed (the sampler implements one value, any other causes a warning) or inert
+(no value changes the result). A setting in none of the lists, from a later diffusers, causes a warning unless it has
+the class's default. A class that is not listed is refused.
 """
 
 __all__ = ["CLASSES", "FLOW", "SchedulerClass", "why_refused"]
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 FLOW = "use_flow_sigmas"
-"""The setting that makes a class another one: latents are then noised as flow matching noises them."""
+"""The setting that switches a class to flow matching's way of adding noise to latents."""
 
 _TRAINING = frozenset(
     {"num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type"}
@@ -31,11 +31,11 @@ _NO_CLIPPING: dict[str, tuple[Any, ...]] = {"clip_sample": (False,)}
 
 @dataclass(frozen=True)
 class SchedulerClass:
-    """What stands for a scheduler class of diffusers.
+    """How to replace a scheduler class of diffusers.
 
-    `fixed` are the values with which `sampler` agrees, the one that it does first; `nearly` are those among its
-    settings that are followed all the same, but not to the letter. `inert` says why a setting has no effect. `instead`
-    says what the class does where no sampler does the same; `forced` are settings that it has no field for.
+    `fixed` maps settings to the values with which `sampler` agrees, its own value first; other values of settings in
+    `nearly` are followed approximately. `inert` maps settings to the reason why they have no effect. `instead` states
+    what the class does if no sampler is equivalent; `forced` are settings for which the class has no field.
     """
 
     sampler: str
@@ -47,12 +47,12 @@ class SchedulerClass:
     forced: Mapping[str, Any] = field(default_factory=dict)
 
     def sampler_for(self, values: Mapping[str, Any]) -> str:
-        """Return the sampler for a class with these settings: DPM-Solver's depends on its algorithm."""
+        """Return the sampler for these settings of the class: DPM-Solver's depends on `algorithm_type`."""
         stochastic = values.get("algorithm_type") == "sde-dpmsolver++"
         return "dpmpp_2m_sde" if self.sampler == "dpmpp_2m" and stochastic else self.sampler
 
 
-_SOLVER_TYPES = ("midpoint", "logrho", "bh1", "bh2")  # DPM-Solver takes those of other classes for its own
+_SOLVER_TYPES = ("midpoint", "logrho", "bh1", "bh2")  # DPM-Solver maps other classes' types to its own
 _DPM = SchedulerClass(
     "dpmpp_2m",
     _TRANSFORMED | {"use_lu_lambdas", "rescale_betas_zero_snr"},
@@ -63,14 +63,14 @@ _DPM = SchedulerClass(
     },
     {
         **_OF_FLOW, **_OF_THRESHOLDING,
-        "lower_order_final": "a step to sigma 0 is of first order anyway, and the step before of second",
-        "euler_at_final": "a step to sigma 0 is of first order anyway",
+        "lower_order_final": "a step to sigma 0 is first order anyway, and the step before it second order",
+        "euler_at_final": "a step to sigma 0 is first order anyway",
     },
 )  # fmt: skip
 _DDIM = SchedulerClass(
     "ddim",
     (_SPACED - {"timestep_spacing"}) | {"rescale_betas_zero_snr", "set_alpha_to_one"},
-    # With the other spacings diffusers' latents belong to a timestep beside the one that the model is told.
+    # With other spacings diffusers' latents belong to a timestep next to the one that the model receives.
     {**_NO_THRESHOLDING, **_NO_CLIPPING, "timestep_spacing": ("leading",)},
     {**_OF_THRESHOLDING, **_OF_CLIPPING},
     frozenset({"timestep_spacing"}),
@@ -96,12 +96,12 @@ _EDM_DPM = SchedulerClass(
         "algorithm_type": ("dpmsolver++", "sde-dpmsolver++", "deis"),
     },
     {**_OF_THRESHOLDING, **{name: _DPM.inert[name] for name in ("lower_order_final", "euler_at_final")},
-     "num_train_timesteps": "the model is told the noise level"},
+     "num_train_timesteps": "the model receives the noise level"},
 )  # fmt: skip
 _DDPM = replace(
     _ANCESTRAL,
     followed=_ANCESTRAL.followed - {"timestep_spacing"},
-    # With the other spacings noise is of another scale at the start, and grids are as DDIM's.
+    # With other spacings the initial noise has another scale, and timesteps are off as DDIM's.
     fixed={**_NO_THRESHOLDING, **_NO_CLIPPING, "variance_type": ("fixed_small",), "timestep_spacing": ("leading",)},
     inert={**_OF_THRESHOLDING, **_OF_CLIPPING},
     nearly=frozenset({"timestep_spacing"}),
@@ -151,10 +151,10 @@ CLASSES: dict[str, SchedulerClass] = {
     "DDPMParallelScheduler": _DDPM,
     "PNDMScheduler": SchedulerClass(
         "lms", _SPACED | {"set_alpha_to_one"}, {"skip_prk_steps": (True,)},
-        instead="its steps are pseudo-numerical, of up to fourth order",
+        instead="its steps are pseudo-numerical, up to fourth order",
     ),
     "TCDScheduler": replace(
-        _LCM, sampler="ddim", inert={**_LCM.inert, "timestep_scaling": "the class has it and does not read it"},
+        _LCM, sampler="ddim", inert={**_LCM.inert, "timestep_scaling": "the class has it but does not read it"},
         fixed={**_NO_THRESHOLDING, **_NO_CLIPPING}, instead="its steps go over the timesteps of a distillation",
         forced={"timestep_spacing": "trailing", "set_alpha_to_one": False},
     ),
@@ -163,7 +163,7 @@ CLASSES: dict[str, SchedulerClass] = {
         _TRANSFORMED,
         _DPM.fixed,
         _DPM.inert,
-        instead="its steps are those of the single-step solver, which forgets the estimate of every second one",
+        instead="its steps are those of the single-step solver, which discards every second step's estimate",
         forced={"timestep_spacing": "linspace"},
     ),
     "SASolverScheduler": SchedulerClass(
@@ -175,12 +175,12 @@ CLASSES: dict[str, SchedulerClass] = {
     ),
 }  # fmt: skip
 
-_FLOW_MATCHING = "noises latents as flow matching does, and SDXL was not trained on that"
-_INVERSE = "puts noise into a picture in the place of taking it out"
+_FLOW_MATCHING = "adds noise as flow matching does, and SDXL was not trained on that"
+_INVERSE = "adds noise to a picture instead of removing it"
 _REASONS = {
     "DDIMInverseScheduler": _INVERSE,
     "DPMSolverMultistepInverseScheduler": _INVERSE,
-    "CosineDPMSolverMultistepScheduler": "is for audio models, whose noise levels SDXL does not know",
+    "CosineDPMSolverMultistepScheduler": "is for audio models, and SDXL was not trained on their noise levels",
 }
 
 
@@ -188,4 +188,4 @@ def why_refused(class_name: str) -> str:
     """Return why a scheduler class that is not listed is refused."""
     if "FlowMatch" in class_name:
         return _FLOW_MATCHING
-    return _REASONS.get(class_name, "is for another kind of model, or one that is not known here")
+    return _REASONS.get(class_name, "is unknown, or for another kind of model")

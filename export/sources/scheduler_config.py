@@ -1,6 +1,6 @@
-"""The scheduler of a model source: its config held against diffusers' class, and the schedule that comes of it.
+"""The scheduler of a model source: its config, checked against diffusers' class, and the resulting schedule.
 
-What a config leaves out has the default of the class, as its signature in the installed diffusers states it.
+A missing setting has the default in the class's signature in the installed diffusers.
 """
 
 __all__ = ["read_scheduler"]
@@ -24,17 +24,17 @@ _WORDS = {
     "timestep_spacing": ("leading", "trailing", "linspace"),
 }
 _EXCLUSIVE = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
-# What a class that does not have them ignores, and no other sampler is to find.
+# Settings that count only for classes that have them; never recorded for another sampler.
 _OWN = frozenset({"rescale_betas_zero_snr", "timestep_type"})
 SPARSE_SOLVER = 5
-"""The distance of a solver's timesteps from which LCM's share of noisy latents, (0.05 / t)^2, is below 2e-4."""
+"""The solver's timestep distance above which LCM's share of noisy latents, (0.05 / t)^2, is below 2e-4."""
 _REMEDY = "name the scheduler that the model was trained for in model_index.json and scheduler_config.json"
 
 
 def read_scheduler(config: Mapping[str, Any], where: str, class_name: str = "") -> Scheduler:
-    """Return the schedule of a scheduler `config`, and warn of every setting whose value is not followed.
+    """Return the schedule of a scheduler `config`; log a warning for every setting whose value is not followed.
 
-    `class_name` is the class that ``model_index.json`` names: diffusers takes it, whatever the config says. Raises
+    `class_name` is the class that ``model_index.json`` names, which overrides the config's, as in diffusers. Raises
     CorruptError for values of a wrong type, SourceError for a class or a schedule that the runtime lacks.
     """
     stated = str(config.get("_class_name") or "")
@@ -42,7 +42,7 @@ def read_scheduler(config: Mapping[str, Any], where: str, class_name: str = "") 
     known = _class(name, where)
     if stated and stated != name:
         _class(stated, where)
-        log.warning("%s: says %s, but model_index.json says %s, which is taken, as diffusers does; make the two agree",
+        log.warning("%s: names %s, but model_index.json names %s, which is used, as in diffusers; make the two agree",
                     where, stated, name)  # fmt: skip
     defaults = _defaults(name)
     config = _without_defaults(config)
@@ -55,27 +55,27 @@ def read_scheduler(config: Mapping[str, Any], where: str, class_name: str = "") 
 
 def _class(name: str, where: str) -> SchedulerClass:
     if name not in CLASSES:
-        raise SourceError(f"{where}: {name} {why_refused(name)}; {_REMEDY}, EulerDiscreteScheduler for one")
+        raise SourceError(f"{where}: {name} {why_refused(name)}; {_REMEDY}, for example EulerDiscreteScheduler")
     return CLASSES[name]
 
 
 def _defaults(class_name: str) -> dict[str, Any]:
-    """Return the settings of a scheduler class with their defaults."""
-    import diffusers  # noqa: PLC0415 - torch: whoever only names a source must not wait for it
+    """Return {setting: default} of a scheduler class."""
+    import diffusers  # noqa: PLC0415 - imports torch, which opening a source must not wait for
 
     signature = inspect.signature(getattr(diffusers, class_name).__init__)
     return {name: each.default for name, each in signature.parameters.items() if name != "self"}
 
 
 def _without_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config without the settings that it calls defaults, which diffusers then reads as absent."""
+    """Return a config without the settings in its `_use_default_values`, which diffusers treats as absent."""
     listed = config.get("_use_default_values")
     used = set(map(str, listed)) if isinstance(listed, list) else set()
     return {name: value for name, value in config.items() if name not in used}
 
 
 def _value(config: Mapping[str, Any], field: str, default: Any) -> Any:
-    """Return a setting: null is false for a flag, and the default for what cannot be null."""
+    """Return a setting: null means false for a flag, and the default for any other setting without a null default."""
     value = config.get(field, default)
     if value is None and default is not None:
         return False if isinstance(default, bool) else default
@@ -85,9 +85,9 @@ def _value(config: Mapping[str, Any], field: str, default: Any) -> Any:
 def _known_fields(
     name: str, known: SchedulerClass, values: Mapping[str, Any], config: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return what the record holds: the class's settings, and those of other classes that the config states too.
+    """Return the fields of the record: the class's settings, and other classes' settings that the config states.
 
-    The latter have no effect on the class; another one that is made of the same config finds them.
+    The latter do not affect this class; another class made from the same config reads them.
     """
     record = {"class_name": name, "sampler": known.sampler_for(values)}
     if "sigma_data" in values:
@@ -108,22 +108,22 @@ def _convert(record: Mapping[str, Any], where: str) -> Scheduler:
 
 
 def _check(scheduler: Scheduler, values: Mapping[str, Any], where: str) -> None:
-    """Raise SourceError for what diffusers refuses too, and for schedules that the runtime does not have."""
+    """Raise SourceError for settings that diffusers refuses too, and for schedules that the runtime lacks."""
     for name, words in _WORDS.items():
         if getattr(scheduler, name) not in words:
-            raise SourceError(f"{where}: {name} {getattr(scheduler, name)!r} is not supported; {', '.join(words)} are")
+            raise SourceError(f"{where}: {name} {getattr(scheduler, name)!r} is not supported, only {', '.join(words)}")
     if values.get(FLOW):
         raise SourceError(f"{where}: {FLOW} {why_refused('FlowMatch')}; {_REMEDY}")
     if scheduler.edm is not None and scheduler.prediction_type == "sample":
         raise SourceError(
-            f"{where}: prediction_type 'sample' does not go with EDM's schedule; epsilon and v_prediction do"
+            f"{where}: prediction_type 'sample' is not supported on EDM's schedule, only epsilon and v_prediction"
         )
     chosen = [name for name in _EXCLUSIVE if values.get(name)]
     if len(chosen) > 1:
-        raise SourceError(f"{where}: {' and '.join(chosen)} exclude each other, in diffusers too; leave one of them")
+        raise SourceError(f"{where}: {' and '.join(chosen)} exclude each other, in diffusers too; keep only one")
     if scheduler.original_inference_steps > scheduler.num_train_timesteps and "original_inference_steps" in values:
-        raise SourceError(f"{where}: original_inference_steps {scheduler.original_inference_steps} are more than the"
-                          f" {scheduler.num_train_timesteps} training timesteps, in diffusers too")  # fmt: skip
+        raise SourceError(f"{where}: original_inference_steps {scheduler.original_inference_steps} exceeds the"
+                          f" {scheduler.num_train_timesteps} training timesteps; diffusers refuses it too")  # fmt: skip
     betas = scheduler.trained_betas
     if betas is not None and len(betas) != scheduler.num_train_timesteps:
         raise SourceError(f"{where}: {len(betas)} trained_betas for {scheduler.num_train_timesteps} training timesteps;"
@@ -140,12 +140,12 @@ def _warn(
 ) -> None:
     sampler = known.sampler_for(values)
     if known.instead:
-        log.warning("%s: no sampler does what %s does (%s); %s is the nearest, and its pictures differ",
+        log.warning("%s: no sampler is equivalent to %s (%s); %s is the nearest, and its pictures differ",
                     where, name, known.instead, sampler)  # fmt: skip
     solver, total = (values.get(field) or 0 for field in ("original_inference_steps", "num_train_timesteps"))
     if sampler == "lcm" and solver * SPARSE_SOLVER > total:
-        log.warning("%s: %s's original_inference_steps %s of %s training timesteps leave noise in the latents,"
-                    " and the sampler does not: pictures differ a little", where, name, solver, total)  # fmt: skip
+        log.warning("%s: %s with original_inference_steps %s of %s training timesteps leaves noise in the latents,"
+                    " the sampler does not: pictures differ a little", where, name, solver, total)  # fmt: skip
     for field, value, done in _not_followed(known, values, defaults):
         said = "" if field in config else ", its default,"
         log.warning("%s: %s's %s %r%s is %s", where, name, field, value, said, done)
@@ -154,11 +154,11 @@ def _warn(
 def _not_followed(
     known: SchedulerClass, values: Mapping[str, Any], defaults: Mapping[str, Any]
 ) -> Iterator[tuple[str, Any, str]]:
-    """Yield the settings that are not followed to the letter: name, value, and what is done in its place."""
+    """Yield (setting, value, what is done instead) for the settings that are not followed exactly."""
     for field, value in values.items():
         if field in known.followed or field in known.inert:
             continue
         accepted = known.fixed.get(field, (defaults[field],))
         if value not in accepted:
-            unlike = f"not followed: pictures are made as with {accepted[0]!r}, and differ"
-            yield field, value, "followed but nearly, and pictures differ a little" if field in known.nearly else unlike
+            unlike = f"not followed: pictures are made with {accepted[0]!r}, and differ"
+            yield field, value, "followed only nearly: pictures differ a little" if field in known.nearly else unlike

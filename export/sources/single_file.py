@@ -1,4 +1,4 @@
-"""One safetensors file with LDM names: what it is, and its parts as checkpoints under published names."""
+"""One safetensors file with LDM names: its kind, and its components as checkpoints under published names."""
 
 __all__ = ["SingleFile", "open_single_file"]
 
@@ -43,7 +43,7 @@ _WANTED = {
     "base": "an SDXL base checkpoint", "refiner": "an SDXL refiner checkpoint", "unet": "a UNet of SDXL's base",
     "vae": "an SDXL autoencoder",
 }  # fmt: skip
-# Kinds of files by a key that gives them away, the most telling first, and what they are called.
+# Kinds of files: a pattern of a key that identifies each, the most specific first, and its description.
 _SIGNS: tuple[tuple[str, str, str], ...] = (
     ("lora", r".*(lora_(up|down|mid|A|B|a|b)|lora_(unet|te\d?)_|[._]lora\.|hada_w\d|lokr_w\d).*", "a LoRA"),
     ("controlnet", r"(control_model|controlnet_\w+|input_hint_block)\..*", "a ControlNet"),
@@ -65,7 +65,7 @@ _OPTIONS = {"base": "--base", "refiner": "--refiner", "unet": "--unet", "vae": "
 class SingleFile:
     """An opened checkpoint file: its path, its kind ("base", "refiner", "unet" or "vae"), its tensors by stored name.
 
-    `metadata` is what its header says beside them.
+    `metadata` is the header's.
     """
 
     path: Path
@@ -76,8 +76,8 @@ class SingleFile:
     def checkpoint(self, component: str, config: Mapping[str, Any]) -> Checkpoint:
         """Return the tensors of a `component` (unet, vae, text_encoder, text_encoder_2) under published names.
 
-        Raises SourceError where the file holds none of them, as checkpoints do whose autoencoder was taken out, and
-        CorruptError where two of them are the same by different names.
+        Raises SourceError if the file has none of them, like checkpoints without their autoencoder, and CorruptError
+        if it has one tensor under two names.
         """
         inner = self._inner(component)
         if not inner:
@@ -87,13 +87,13 @@ class SingleFile:
         published: dict[str, TensorInfo] = {}
         for name, info in _PUBLISHED_NAMES[component](inner, config):
             if name in published:
-                raise CorruptError(f"{self.path}: {info.key} and {published[name].key} are two names of one tensor;"
-                                   " get the original checkpoint")  # fmt: skip
+                raise CorruptError(f"{self.path}: {info.key} and {published[name].key} are the same tensor; get the"
+                                   " original checkpoint")  # fmt: skip
             published[name] = info
         return Checkpoint(published, self.metadata)
 
     def outline(self) -> Outline | None:
-        """Return which transformer blocks its UNet has, where its names tell."""
+        """Return the outline of its UNet, or None if the names do not determine it."""
         return read_outline(self._inner("unet"))
 
     def shape(self, component: str, *endings: str) -> tuple[int, ...] | None:
@@ -107,7 +107,7 @@ class SingleFile:
         return {name: info for name, info in parts.items() if name not in SCHEDULE_WORDS}
 
     def unused(self) -> list[str]:
-        """Return the tensors that belong to no part and are not known to come with such files, sorted.
+        """Return the tensors that belong to no component and are not known leftovers, sorted.
 
         Raises SourceError for one that would change the model.
         """
@@ -117,7 +117,7 @@ class SingleFile:
         return left_out(outside, (), str(self.path))
 
     def _prefixes(self) -> dict[str, str]:
-        """Return the prefix of each part's stored names."""
+        """Return {component: prefix of its stored names}."""
         if self.kind == "vae":
             return {"vae": self._prefix_of(_VAE_PREFIXES, ("decoder.conv_in.weight",))}
         if self.kind == "unet":
@@ -133,13 +133,13 @@ class SingleFile:
 def open_single_file(path: Path, role: FileRole) -> SingleFile:
     """Open the safetensors file at `path` as a base, a refiner, a UNet or an autoencoder; only its header is read.
 
-    A whole SDXL checkpoint serves as an autoencoder and, a base, as a UNet too. Its bytes count, whatever it is called:
+    A whole SDXL checkpoint is accepted as an autoencoder too, and a base as a UNet. The content decides, not the name:
     a file named .ckpt that holds safetensors is read. Raises SourceError for a missing or pickled file and for one
-    of another kind, saying what it is and which option takes it; CorruptError for a broken one.
+    of another kind, naming that kind and the option for it; CorruptError for a broken one.
     """
     option = _OPTIONS[role]
     if path.suffix in PICKLED and not (path.is_file() and is_safetensors(path)):
-        raise SourceError(f"{option} {path}: is pickled, which can run code when loaded; get the .safetensors of it")
+        raise SourceError(f"{option} {path}: is pickled, which can run code when loaded; get the model as .safetensors")
     if not path.is_file():
         raise SourceError(f"{option} {path}: no such file; give a .safetensors checkpoint or a diffusers folder")
     opened = open_file(path)
@@ -155,17 +155,17 @@ def open_single_file(path: Path, role: FileRole) -> SingleFile:
 
 
 def _identify(tensors: Tensors) -> tuple[str, str]:
-    """Return the kind of a file and what to call it, from its keys."""
+    """Return the kind of a file and its description, from its keys."""
     for kind, sign, what in _SIGNS:
         pattern = re.compile(sign)
         if any(pattern.fullmatch(name) for name in tensors):
             whole = kind not in ("base", "refiner") or any(name.startswith(_UNET) for name in tensors)
             return (kind, what) if whole else ("text", "a pair of text encoders without a UNet")
-    return "", "no SDXL checkpoint (none of its names is known)"
+    return "", "not an SDXL checkpoint (it has no known tensor name)"
 
 
 def _check_inputs(file: SingleFile, where: str) -> None:
-    """Raise SourceError for an inpainting or edit model, whose UNet takes more than latents."""
+    """Raise SourceError for an inpainting or edit model, whose UNet takes more channels than the latents have."""
     shape = file.shape("unet", *_FIRST_LAYERS) or ()
     channels = shape[1] if len(shape) == 4 else 4
     if channels > 4:
@@ -175,7 +175,7 @@ def _check_inputs(file: SingleFile, where: str) -> None:
 
 
 def _renamed(tensors: Tensors, prefixes: Mapping[str, str]) -> Iterator[tuple[str, TensorInfo]]:
-    """Yield tensors under the names of their modules in `prefixes`; unknown ones keep theirs, to be warned of."""
+    """Yield (name, tensor) with modules renamed by `prefixes`; unknown names stay, for a later warning."""
     for name, info in tensors.items():
         module, _, parameter = name.rpartition(".")
         yield (f"{prefixes[module]}.{parameter}" if module in prefixes else name), info
@@ -194,7 +194,7 @@ def _clip(tensors: Tensors, _: Mapping[str, Any]) -> Iterator[tuple[str, TensorI
 
 
 def _open_clip(tensors: Tensors, config: Mapping[str, Any]) -> Iterator[tuple[str, TensorInfo]]:
-    """Yield OpenCLIP's tensors under transformers' names: fused projections in three, the last one transposed."""
+    """Yield OpenCLIP's tensors under transformers' names: fused q, k, v split, the text projection transposed."""
     for name, info in _renamed(tensors, open_clip_prefixes(config)):
         module, _, parameter = name.rpartition(".")
         if name == "positional_embedding":

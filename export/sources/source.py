@@ -1,7 +1,7 @@
 """Where an SDXL model comes from: a diffusers folder, the hub, or a single file; its components and their configs.
 
-Only what is listed here is read: class names come from ``model_index.json`` but never choose code outside this
-project's own table, pickled weights are refused, and no file of the source is executed.
+Sources are not trusted: class names come from ``model_index.json`` but select only code in this project's own table,
+pickled weights are refused, and no file of the source is executed.
 """
 
 __all__ = [
@@ -58,9 +58,9 @@ KINDS = "give a diffusers folder, a .safetensors checkpoint or a hub id (owner/n
 
 @dataclass(frozen=True)
 class ModelSource:
-    """One model of a source: class and config; the weights are opened when asked for.
+    """One model of a source: class and config; `checkpoint` opens the weights.
 
-    `where` is its place for messages, like a path; `name` is what a manifest records, without paths of this machine
+    `where` is its location for messages, like a path; `name` is its name in a manifest, without paths of this machine
     ("sdxl-base/unet", "owner/name@commit/vae").
     """
 
@@ -71,13 +71,13 @@ class ModelSource:
     open: Open
 
     def checkpoint(self) -> Checkpoint:
-        """Open the model's safetensors. Raises SourceError where there are none, CorruptError for broken ones."""
+        """Open the model's safetensors. Raises SourceError if there are none, CorruptError for broken ones."""
         return self.open()
 
 
 @dataclass(frozen=True)
 class PipelineSource:
-    """A base or refiner whose configs have been read; `index` and `scheduler_config` are the raw ones."""
+    """A base or refiner with its configs; `index` and `scheduler_config` are the raw JSON."""
 
     root: Path
     name: str
@@ -93,9 +93,9 @@ class PipelineSource:
 def open_source(spec: str | Path, role: Role, *, precision: str = "fp32", vae: bool = True) -> PipelineSource:
     """Open a base or refiner: a diffusers folder, a single-file checkpoint, or a hub id ``owner/name[@revision]``.
 
-    A local file or folder goes before a hub id of the same name. Where `precision` is a half one, the hub's fp16
-    files are downloaded instead of the full ones. Without `vae` the source's autoencoder, if any, is left: `with_vae`
-    gives it one. Raises SourceError and CorruptError.
+    A local file or folder is preferred to a hub id of the same name. For a half `precision` the hub's fp16 files are
+    downloaded instead of the fp32 ones. Without `vae` the source's autoencoder, if any, is ignored: `with_vae` adds
+    one. Raises SourceError and CorruptError.
     """
     path, class_name = Path(spec), _CLASSES[role]
     if path.is_dir():
@@ -114,9 +114,9 @@ def open_pipeline(
 ) -> PipelineSource:
     """Read the diffusers folder at `root`, which must hold a base (`expected_class` BASE_CLASS) or a refiner.
 
-    Either may have been saved as a pipeline of the other's class: the UNet and the encoders tell them apart. It is
-    recorded under its folder's name unless one is given; weights of `variant` ("fp16") are preferred. Without `vae` its
-    autoencoder, if any, is left. Raises SourceError for a folder that is missing, incomplete, or of another class;
+    Either may have been saved as a pipeline of the other's class: the UNet and the encoders decide. The manifest
+    records it under `name`, by default the folder's; weights of `variant` ("fp16") are preferred. Without `vae` its
+    autoencoder, if any, is ignored. Raises SourceError for a folder that is missing, incomplete, or of another class;
     CorruptError for broken JSON.
     """
 
@@ -128,14 +128,14 @@ def open_pipeline(
 
 
 def open_folder(folder: Path, stem: str, variant: str, config: dict[str, Any]) -> Checkpoint:
-    """Open the weights of a model's folder as its `config` says that they are stored; as open_checkpoint."""
+    """Open the weights of a model's folder, with the quantization that its `config` states; see open_checkpoint."""
     return open_checkpoint(folder, stem, variant, read_quantization(config, str(folder)))
 
 
 def open_checkpoint_file(path: Path, role: Role, *, configs: Path | None = None) -> PipelineSource:
-    """Read the single-file checkpoint at `path`, whose configs and tokenizers are SDXL's published ones.
+    """Read the single-file checkpoint at `path`, with SDXL's published configs and tokenizers.
 
-    `configs` is a diffusers folder to take them from instead. Raises SourceError for a file of another kind, and
+    If given, the diffusers folder `configs` provides them instead. Raises SourceError for a file of another kind,
     CorruptError for a broken one.
     """
     file = open_single_file(path, role)
@@ -152,26 +152,26 @@ def open_checkpoint_file(path: Path, role: Role, *, configs: Path | None = None)
 
 
 def warn_of_unused(file: SingleFile) -> None:
-    """Warn of the tensors of a file that are of no part of the model; raise SourceError for one that changes it."""
+    """Warn of a file's tensors that belong to no component; raise SourceError for one that would change the model."""
     unused = file.unused()
     if unused:
-        log.warning("%s: %d tensors of no part of the model were left out, %s for one", file.path, len(unused),
+        log.warning("%s: ignored %d tensors that belong to no component, for example %s", file.path, len(unused),
                     unused[0])  # fmt: skip
 
 
 def outlined(file: SingleFile, config: dict[str, Any]) -> dict[str, Any]:
-    """Return a UNet's `config` with the blocks that the file has, and warn where no published model has those."""
+    """Return a UNet's `config` with the file's blocks; warn if they are those of no published model."""
     found, name = config_of(config, file.outline(), str(file.path))
     if name.startswith("a "):
-        log.warning("%s: has %s, which is taken from its tensors; is the checkpoint whole?", file.path, name)
+        log.warning("%s: has %s, read from its tensors; is the checkpoint complete?", file.path, name)
     return found
 
 
 def open_vae(spec: str | Path, *, precision: str = "fp32", configs: Path | None = None) -> ModelSource:
-    """Open an autoencoder that replaces a pipeline's: its folder, a pipeline's, a hub id, or a single file.
+    """Open an autoencoder to replace a pipeline's, from its own folder, a pipeline's, a hub id, or a single file.
 
-    A single file has LDM names, with or without ``first_stage_model.``, or diffusers' names, and the published
-    config unless a folder `configs` has another (``config.json``). Raises SourceError and CorruptError.
+    A single file has LDM names, with or without ``first_stage_model.``, or diffusers' names. Its config is the
+    published one, or the folder `configs`' ``config.json``. Raises SourceError and CorruptError.
     """
     path = Path(spec)
     if path.is_dir():
@@ -190,7 +190,7 @@ def open_vae(spec: str | Path, *, precision: str = "fp32", configs: Path | None 
 
 
 def with_vae(pipeline: PipelineSource, vae: ModelSource) -> PipelineSource:
-    """Return `pipeline` with another autoencoder; whether the two fit is checked with the components."""
+    """Return `pipeline` with another autoencoder; `plan_components` checks that it fits."""
     return replace(pipeline, models=pipeline.models | {"vae": vae})
 
 
@@ -198,7 +198,7 @@ def _vae_folder(root: Path, name: str, variant: str) -> ModelSource:
     inner = (root / "vae" / "config.json").is_file()
     folder, name = (root / "vae", f"{name}/vae") if inner else (root, name)
     if not (folder / "config.json").is_file():
-        raise SourceError(f"--vae {root}: has no config.json, so it is no diffusers model; {KINDS}")
+        raise SourceError(f"--vae {root}: has no config.json, so it is not a diffusers model; {KINDS}")
     config = read_json(folder / "config.json")
     class_name = config.get("_class_name", _VAE_CLASS)
     if class_name != _VAE_CLASS:
@@ -208,7 +208,7 @@ def _vae_folder(root: Path, name: str, variant: str) -> ModelSource:
 
 
 def is_file(path: Path) -> bool:
-    """Return whether a source is meant as a file: it is one, or is called like one."""
+    """Return whether a source means a file: it exists as one, or has a weight file's suffix."""
     return path.is_file() or path.suffix in (".safetensors", *PICKLED)
 
 
@@ -222,7 +222,7 @@ def _read(
     *,
     vae: bool = True,
 ) -> PipelineSource:
-    """Read the configs of a pipeline; `model` makes of (component, stem, config) its place, config and opener."""
+    """Read the configs of a pipeline; `model` maps (component, stem, config) to its (location, config, opener)."""
     index = _read_index(configs, expected_class)
     parts = {part: value for part, value in index.items() if isinstance(value, list) and value and value[0]}
     if not vae:
@@ -264,14 +264,14 @@ def _read_index(root: Path, expected_class: str) -> dict[str, Any]:
         raise SourceError(f"{option} {root}: no such folder; give the folder of a diffusers model, or 'mini'")
     if not (root / "model_index.json").is_file():
         raise SourceError(f"{option} {root}: has no model_index.json, so it is not a diffusers pipeline folder;"
-                          " give the folder that save_pretrained wrote")  # fmt: skip
+                          " give a folder that save_pretrained wrote")  # fmt: skip
     index = read_json(root / "model_index.json")
     check_class(index.get("_class_name"), f"{option} {root}")
     return index
 
 
 def _class(entry: list[Any], where: Path, libraries: Collection[str] = tuple(_STEMS)) -> tuple[str, str]:
-    """Return library and class of an entry of the index."""
+    """Return (library, class) of an entry of the index."""
     library, class_name = [str(part) for part in entry[:2]] if len(entry) >= 2 else ("", "")
     if library not in libraries:
         raise SourceError(f"{where}: model_index.json names {library}.{class_name}; custom code is never loaded")

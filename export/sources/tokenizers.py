@@ -1,4 +1,4 @@
-"""CLIP tokenizers of a source folder, as one ``tokenizer.json`` each for the torch-free runtime."""
+"""CLIP tokenizers of a source folder, each as one ``tokenizer.json`` for the torch-free runtime."""
 
 __all__ = ["LoadedTokenizer", "load_tokenizer", "tokenizer_files"]
 
@@ -15,9 +15,9 @@ from sdxl_trt.engines.plans import TOKENS
 from sdxl_trt.export.sources.configs import PUBLISHED
 from sdxl_trt.mini import merges, vocabulary
 
-# transformers' stand-in for a tokenizer that states no length is 1e30.
+# transformers sets 1e30 for a tokenizer that states no length.
 _STATED = 1 << 20
-# What transformers reads of a tokenizer.
+# The files of a tokenizer that transformers reads.
 _FILES = (
     "added_tokens.json", "merges.txt", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json",
     "vocab.json",
@@ -26,9 +26,9 @@ _FILES = (
 
 @dataclass(frozen=True)
 class LoadedTokenizer:
-    """A tokenizer's JSON (without padding and truncation, which the runtime does) and its framing ids.
+    """A tokenizer's JSON (without padding and truncation, which the runtime does), and its start, end and padding ids.
 
-    `max_length` is how many ids it makes of a prompt.
+    `max_length` is the number of ids that it makes per prompt.
     """
 
     json: bytes
@@ -39,9 +39,9 @@ class LoadedTokenizer:
 
 
 def tokenizer_files(folder: Path) -> dict[str, bytes]:
-    """Return the files of the tokenizer in `folder` by name, as they would be written to another folder.
+    """Return {name: content} of the files of the tokenizer in `folder`.
 
-    The published tokenizers are kept without CLIP's vocabulary, which the package holds once: it is added here.
+    The package holds CLIP's vocabulary once, not in each published tokenizer: it is added here.
     """
     try:
         files = {name: (folder / name).read_bytes() for name in _FILES if (folder / name).is_file()}
@@ -57,11 +57,11 @@ def tokenizer_files(folder: Path) -> dict[str, bytes]:
 def load_tokenizer(folder: Path, positions: int = TOKENS) -> LoadedTokenizer:
     """Load a CLIP tokenizer as transformers does, from ``tokenizer.json`` or from vocabulary and merges.
 
-    diffusers cuts and pads a prompt to the tokenizer's own ``model_max_length``; one that states none goes by the
-    `positions` of its encoder. Raises SourceError for a folder without a CLIP tokenizer, and for one whose prompts are
+    diffusers cuts and pads a prompt to the tokenizer's ``model_max_length``; without one, the `positions` of its
+    encoder count. Raises SourceError for a folder without a CLIP tokenizer, and for a tokenizer whose prompts are
     shorter than SDXL's.
     """
-    import transformers  # noqa: PLC0415 - seconds to import, and only when a tokenizer is read
+    import transformers  # noqa: PLC0415 - takes seconds to import, needed only to read a tokenizer
 
     with _complete(folder) as complete:
         if not any((complete / name).is_file() for name in ("tokenizer.json", "vocab.json")):
@@ -76,7 +76,7 @@ def load_tokenizer(folder: Path, positions: int = TOKENS) -> LoadedTokenizer:
     length = int(loaded.model_max_length) if loaded.model_max_length < _STATED else positions
     if length < TOKENS or None in framing:
         raise SourceError(
-            f"{folder}: SDXL's prompts are {TOKENS} ids or more, with start, end and padding; this tokenizer has"
+            f"{folder}: SDXL's prompts have {TOKENS} ids or more, with start, end and padding; this tokenizer has"
             f" model_max_length {length} and the ids {framing}"
         )
     compact = json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
@@ -89,7 +89,7 @@ def _lacks_vocabulary(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def _complete(folder: Path) -> Iterator[Path]:
-    """Yield `folder`, or a temporary copy: of a published one, with its vocabulary, and where its path is no UTF-8."""
+    """Yield `folder`, or a temporary copy of it: to add the vocabulary, or if its path is not UTF-8."""
     if not _lacks_vocabulary(folder) and is_utf8(folder):
         yield folder
         return

@@ -1,4 +1,4 @@
-"""A UNet by itself, as distilled models are published, that takes the place of a base's own."""
+"""A UNet that replaces the base's own, as published for distilled models."""
 
 __all__ = ["UNetSource", "open_unet", "with_unet"]
 
@@ -32,24 +32,24 @@ log = logging.getLogger("sdxl_trt.export")
 _CLASS, _STEM = "UNet2DConditionModel", "diffusion_pytorch_model"
 _REFINER_WIDTH = 1280
 _WIDTHS = {768: "a UNet of Stable Diffusion 1", 1024: "a UNet of Stable Diffusion 2"}
-# What belongs to a UNet rather than to the way it is sampled, and the defaults of diffusers' schedulers.
+# Scheduler settings that belong to the UNet, not to its sampling, with the defaults of diffusers' schedulers.
 _PREDICTED: dict[str, Any] = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}
 
 
 @dataclass(frozen=True)
 class UNetSource:
-    """A UNet and what its source says of the scheduler's config: nothing in most files."""
+    """A UNet, and the scheduler settings that its source states: none in most files."""
 
     model: ModelSource
     schedule: Mapping[str, Any]
 
 
 def open_unet(spec: str | Path, *, precision: str = "fp32", configs: Path | None = None) -> UNetSource:
-    """Open a UNet that replaces a base's: its diffusers folder, a pipeline's, a hub id, or a single file.
+    """Open a UNet to replace a base's, from its own diffusers folder, a pipeline's, a hub id, or a single file.
 
-    A single file has LDM names, with or without ``model.diffusion_model.``, or diffusers' names; a whole checkpoint
-    lends its UNet too. The config is the published one, with the blocks that the file has, unless a folder `configs`
-    has another (``config.json``). Raises SourceError for UNets of other models, by name, and CorruptError.
+    A single file has LDM names, with or without ``model.diffusion_model.``, or diffusers' names; it may be a whole
+    checkpoint. Its config is the published one, or the folder `configs`' ``config.json``, with the file's blocks.
+    Raises SourceError, naming the model, for UNets of other models, and CorruptError.
     """
     path = Path(spec)
     if path.is_dir():
@@ -64,18 +64,18 @@ def open_unet(spec: str | Path, *, precision: str = "fp32", configs: Path | None
 
 
 def with_unet(pipeline: PipelineSource, unet: UNetSource) -> PipelineSource:
-    """Return a base with another UNet; whether it fits the encoders is checked with the components.
+    """Return a base with another UNet; `plan_components` checks that it fits the encoders.
 
-    What the UNet predicts comes with it where its source says so, and is told; all else of the schedule is the base's.
+    The prediction type is the UNet's if its source states it, with a warning; the rest of the schedule is the base's.
     """
     where, config = unet.model.where, pipeline.scheduler_config
     changed = {name: value for name, value in unet.schedule.items() if config.get(name, _PREDICTED.get(name)) != value}
     if changed:
         said = ", ".join(f"{name} {value}" for name, value in changed.items())
-        log.warning("%s: %s comes with this UNet; the base's scheduler says otherwise", where, said)
+        log.warning("%s: this UNet has %s, unlike the base's scheduler; using the UNet's", where, said)
         config = config | changed
-    log.warning("%s: replaces the base's UNet, and the base's schedule stays; a distilled UNet (Lightning, DMD2, Hyper,"
-                " Turbo) needs the steps, the spacing and the guidance that its page names", where)  # fmt: skip
+    log.warning("%s: replaces the base's UNet, but the base's schedule stays; a distilled UNet (Lightning, DMD2, Hyper,"
+                " Turbo) needs the steps, the spacing and the guidance from its model card", where)  # fmt: skip
     return replace(
         pipeline,
         models=pipeline.models | {"unet": unet.model},
@@ -97,7 +97,7 @@ def _file(path: Path, configs: Path) -> UNetSource:
 
 
 def _check_names(file: SingleFile) -> None:
-    """Raise SourceError for the UNet of another model, which its tensors' names and shapes tell."""
+    """Raise SourceError for the UNet of another model, recognized by its tensors' names and shapes."""
     context = file.shape("unet", ".attn2.to_k.weight")
     width = context[-1] if context else None
     added = file.shape("unet", "label_emb.0.0.weight", "add_embedding.linear_1.weight")
@@ -108,10 +108,10 @@ def _check_names(file: SingleFile) -> None:
 def _refuse_other(where: str, width: int | None, *, added: bool, distilled: bool) -> None:
     what = ""
     if distilled:
-        what = "a latent consistency model (LCM), whose UNet is told the guidance, which is not supported; fuse an LCM"
-        what += " LoRA with --lora instead"
+        what = "a latent consistency model (LCM), whose UNet takes the guidance scale, which is not supported; fuse an"
+        what += " LCM LoRA with --lora instead"
     elif width == _REFINER_WIDTH and added:
-        what = "the refiner's UNet; --unet takes the place of the base's, and a refiner goes to --refiner"
+        what = "the refiner's UNet; --unet replaces the base's, a refiner goes to --refiner"
     elif not added or width in _WIDTHS:
         what = f"{_WIDTHS.get(width or 0, 'a UNet of another model than SDXL')}; --unet takes a UNet of SDXL's base"
     if what:
@@ -123,7 +123,7 @@ def _folder(root: Path, name: str, variant: str) -> UNetSource:
     folder, name = (root / "unet", f"{name}/unet") if inner else (root, name)
     where = f"--unet {root}"
     if not (folder / "config.json").is_file():
-        raise SourceError(f"{where}: has no config.json, so it is no diffusers model; {KINDS}")
+        raise SourceError(f"{where}: has no config.json, so it is not a diffusers model; {KINDS}")
     config = read_json(folder / "config.json")
     class_name = config.get("_class_name", _CLASS)
     if class_name != _CLASS:
@@ -146,14 +146,14 @@ def _check_config(config: Mapping[str, Any], where: str) -> None:
 
 
 def _pipelines_schedule(root: Path) -> dict[str, Any]:
-    """Return what the scheduler beside a pipeline's UNet says that the UNet predicts.
+    """Return the prediction settings in the scheduler config of a pipeline's UNet.
 
-    Raises SourceError where it was trained on another kind of schedule than the base's, EDM's or a flow's.
+    Raises SourceError if the UNet was trained on another kind of schedule than the base's, EDM's or a flow's.
     """
     path = root / "scheduler" / "scheduler_config.json"
     config = read_json(path) if path.is_file() else {}
     class_name = str(config.get("_class_name", ""))
     if class_name.startswith(("EDM", "Flow")):
-        raise SourceError(f"--unet {root}: its scheduler is a {class_name}, so its UNet was not trained on the schedule"
+        raise SourceError(f"--unet {root}: its scheduler is a {class_name}, so the UNet was not trained on the schedule"
                           " of SDXL's base; give the whole pipeline with --base")  # fmt: skip
     return {name: config.get(name) or usual for name, usual in _PREDICTED.items()} if config else {}

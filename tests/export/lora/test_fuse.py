@@ -349,7 +349,7 @@ def _pair(module: str, out: int, inner: int, *kernel: int) -> dict[str, torch.Te
         (_pair(_kohya(KINDS[2]), 16, 16, 1, 1), r"shape \[16, 16, 3, 3\]"),
         (_pair(f"lora_te2_{TEXT_FC1.format(0)}", 64, 16), r"text_encoder_2 has .*fc1.*\[32, 16\]"),
         # what the cross attention takes names the family, whichever tensor is met first
-        (_pair(_kohya(ATTN2), 320, 768), "takes a context of width 768, like Stable Diffusion 1, but this base's is 24"),
+        (_pair(_kohya(ATTN2), 320, 768), "takes a context of width 768, like Stable Diffusion 1, but this base's"),
         (
             _pair(_kohya(ATTN2), 320, 1024) | _pair(f"lora_te_{TEXT_FC1.format(22)}", 4096, 1024),
             "takes a context of width 1024, like Stable Diffusion 2, but this base's is 24",

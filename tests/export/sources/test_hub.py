@@ -194,7 +194,7 @@ def test_a_full_disk_is_said_though_the_cache_has_a_copy(
 
 def test_a_repository_of_one_file_says_what_to_do(cache: Callable[..., Path]) -> None:
     cache({"config.json": b"{}", "sd_xl.safetensors": b""})
-    with pytest.raises(SourceError, match=r"no diffusers model; download its sd_xl\.safetensors and give the file"):
+    with pytest.raises(SourceError, match=r"not a diffusers model; download its sd_xl\.safetensors and give the file"):
         open_source(REPO, "base")
 
 
@@ -220,11 +220,11 @@ def _response(status: int) -> Any:
 
 @pytest.mark.parametrize(
     ("make", "kind", "message"),
-    [(lambda: _http(errors.RepositoryNotFoundError, 404), SourceError, "no folder here and no model on the hub"),
+    [(lambda: _http(errors.RepositoryNotFoundError, 404), SourceError, "neither a local folder nor a model on the hub"),
      (lambda: _http(errors.GatedRepoError, 403), SourceError, f"is gated; accept its licence at .*/{REPO}"),
      (lambda: _http(errors.RevisionNotFoundError, 404), SourceError, "has no revision v1; check the part after @"),
      (lambda: _http(errors.HfHubHTTPError, 503), SourceError, r"the hub cannot be reached \(long\); check the network"),
-     (lambda: errors.HFValidationError("bad"), SourceError, "no name that the hub allows"),
+     (lambda: errors.HFValidationError("bad"), SourceError, "nor a valid hub name"),
      (lambda: errors.OfflineModeIsEnabled("x"), SourceError, "HF_HUB_OFFLINE is set"),
      (lambda: errors.LocalEntryNotFoundError("x"), SourceError, "lost a file"),
      (lambda: OSError(28, "No space left on device"), ResourceError, "free some space"),
@@ -356,6 +356,6 @@ def test_a_hub_that_is_gone_leaves_the_cache(
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     with caplog.at_level("INFO", "sdxl_trt.export"):
         assert fetch_pipeline(HubId(REPO), half=False).folder == snapshot
-    assert "the copy in the cache is taken" in caplog.text
+    assert "using the copy in the cache" in caplog.text
     with pytest.raises(SourceError, match=r"someone/else: the hub cannot be reached \(.*\); check the network"):
         fetch_pipeline(HubId("someone/else"), half=False)

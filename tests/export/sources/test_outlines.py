@@ -87,7 +87,7 @@ def test_any_unet_that_diffusers_builds_is_read_from_its_names(config: dict[str,
     ids=["half a level", "another middle", "a layer short"],
 )  # fmt: skip
 def test_what_diffusers_cannot_build_is_refused(outline: Outline) -> None:
-    with pytest.raises(SourceError, match="no outline of SDXL's UNet; is the checkpoint whole"):
+    with pytest.raises(SourceError, match="SDXL's UNet cannot have; is the checkpoint complete"):
         config_of(SDXL, outline, "x")
 
 

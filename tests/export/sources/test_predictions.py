@@ -26,25 +26,25 @@ def _comfyui(names: set[str]) -> dict[str, Any]:
 def test_tensors_are_followed_as_in_comfyui(names: set[str]) -> None:
     told: list[str] = []
     assert said_schedule(names, {}, "x", told.append) == _comfyui(names)
-    assert [line for line in told if "not followed" in line] == told
+    assert [line for line in told if "ignored ztsnr" in line] == told
     assert bool(told) == (names == {"ztsnr"}), "a word that is not followed is told"
 
 
 CASES: list[tuple[set[str], dict[str, str], dict[str, Any], str]] = [
     (set(), {"modelspec.prediction_type": "epsilon"}, {}, ""),
     (set(), {"ss_v_parameterization": "False"}, {}, ""),
-    (set(), {"modelspec.prediction_type": "v"}, V, "its header says that it predicts v .modelspec.prediction_type v."),
-    (set(), {"modelspec.prediction_type": "v_prediction"}, V, "no tensor v_pred says so"),
+    (set(), {"modelspec.prediction_type": "v"}, V, "as the header states .modelspec.prediction_type v."),
+    (set(), {"modelspec.prediction_type": "v_prediction"}, V, "there is no tensor v_pred"),
     (set(), {"ss_v_parameterization": "True"}, V, "ss_v_parameterization True"),
     ({"v_pred"}, {"modelspec.prediction_type": "v"}, V, ""),
-    ({"v_pred"}, {"modelspec.prediction_type": "epsilon"}, V, "its header the contrary.*the tensor is followed"),
-    (set(), {"modelspec.prediction_type": "epsilon", "ss_v_parameterization": "True"}, V, "another entry says the"),
-    (set(), {"modelspec.prediction_type": "flow"}, {}, "'flow', which is not known and not followed"),
+    ({"v_pred"}, {"modelspec.prediction_type": "epsilon"}, V, "the header states otherwise.*using v-prediction"),
+    (set(), {"modelspec.prediction_type": "epsilon", "ss_v_parameterization": "True"}, V, "another entry states"),
+    (set(), {"modelspec.prediction_type": "flow"}, {}, "ignored modelspec.prediction_type 'flow'"),
     ({"v_pred"}, {"ss_zero_terminal_snr": "True"}, V | ZERO, ""),
-    ({"ztsnr"}, {"modelspec.prediction_type": "v"}, V | ZERO, "no tensor v_pred says so"),
-    (set(), {"ss_zero_terminal_snr": "True"}, {}, "ss_zero_terminal_snr, a schedule .* is not followed"),
+    ({"ztsnr"}, {"modelspec.prediction_type": "v"}, V | ZERO, "there is no tensor v_pred"),
+    (set(), {"ss_zero_terminal_snr": "True"}, {}, "ignored ss_zero_terminal_snr .*, which needs v-prediction"),
     (set(), {"ss_zero_terminal_snr": "False", "modelspec.prediction_type": "None"}, {}, ""),
-    (set(), {"modelspec.timestep_range": "0,200"}, {}, "a part of the timesteps only .*0,200"),
+    (set(), {"modelspec.timestep_range": "0,200"}, {}, "only part of the timesteps .*0,200"),
     (set(), {"modelspec.timestep_range": "0,1000"}, {}, ""),
 ]
 
@@ -80,4 +80,4 @@ def test_a_file_is_read_so(made: Any, tmp_path: Any, caplog: pytest.LogCaptureFi
     source = open_checkpoint_file(tmp_path / "x.safetensors", "base", configs=root)
     assert source.scheduler.prediction_type == "v_prediction"
     assert source.scheduler.rescale_betas_zero_snr
-    assert "its header says that it predicts v" in caplog.text
+    assert "using v-prediction, as the header states" in caplog.text

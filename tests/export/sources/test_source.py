@@ -247,13 +247,13 @@ def test_fine_tunes_with_schedulers_of_their_own_open(
 def test_the_schedulers_class_is_that_of_the_index(write: Write, caplog: pytest.LogCaptureFixture) -> None:
     found = open_source(write(scheduler=["diffusers", "LCMScheduler"]), "base").scheduler
     assert (found.class_name, found.sampler, found.beta_end) == ("LCMScheduler", "lcm", 0.012)
-    assert "says EulerDiscreteScheduler, but model_index.json says LCMScheduler, which is taken" in caplog.text
+    assert "names EulerDiscreteScheduler, but model_index.json names LCMScheduler, which is used" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        (["diffusers", "FlowMatchEulerDiscreteScheduler"], "FlowMatchEulerDiscreteScheduler noises latents as flow"),
+        (["diffusers", "FlowMatchEulerDiscreteScheduler"], "FlowMatchEulerDiscreteScheduler adds noise as flow"),
         (["diffusers", "CosineDPMSolverMultistepScheduler"], "CosineDPMSolverMultistepScheduler is for audio models"),
         (["my_scheduler", "EulerDiscreteScheduler"], "custom code is never loaded"),
     ],

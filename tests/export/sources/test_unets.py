@@ -78,7 +78,7 @@ def test_a_unet_comes_in_every_layout(
         name: model for name, model in base.models.items() if name != "unet"
     }
     assert source.scheduler == base.scheduler
-    assert re.fullmatch(r".*replaces the base's UNet, and the base's schedule stays; a distilled UNet .*", caplog.text,
+    assert re.fullmatch(r".*replaces the base's UNet, but the base's schedule stays; a distilled UNet .*", caplog.text,
                         re.DOTALL)  # fmt: skip
     assert len(caplog.records) == 1
 
@@ -90,7 +90,7 @@ def test_what_it_predicts_comes_with_it(
     save_file(drawn | {"v_pred": torch.empty(0), "ztsnr": torch.empty(0)}, tmp_path / "v.safetensors")
     source = with_unet(open_pipeline(root, BASE_CLASS), open_unet(tmp_path / "v.safetensors", configs=root / "unet"))
     assert (source.scheduler.prediction_type, source.scheduler.rescale_betas_zero_snr) == ("v_prediction", True)
-    assert "prediction_type v_prediction, rescale_betas_zero_snr True comes with this UNet" in caplog.text
+    assert "this UNet has prediction_type v_prediction, rescale_betas_zero_snr True" in caplog.text
     digest(source)  # and the words are no tensors that are left out
 
 
