@@ -1,4 +1,4 @@
-"""Checks of exported graphs against PyTorch."""
+"""Verify exported graphs against PyTorch."""
 
 from sdxl_trt.export.verify.report import VERIFY_FILE, read_report
 from sdxl_trt.export.verify.verify import verify_bundle

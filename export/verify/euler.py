@@ -1,4 +1,4 @@
-"""Euler's method over a few training timesteps, whole or fractional: enough to lead UNets to real activations."""
+"""Euler's method over a few training timesteps, whole or fractional: enough to produce real UNet activations."""
 
 __all__ = ["Euler"]
 
@@ -15,8 +15,8 @@ Latents = NDArray[np.float32]
 class Euler:
     """diffusers' ``EulerDiscreteScheduler``, or its ``EDMEulerScheduler``, on a grid from high noise to low.
 
-    `timesteps` are those of the training; with EDM's schedule, which has none, places between its ends. `timesteps` of
-    the object are what the UNet is told. Source: Karras et al., arXiv 2206.00364, algorithm 1 without churn.
+    The argument `timesteps` is in training timesteps; EDM's schedule has none, so it gives positions between its ends.
+    The attribute `timesteps` is the UNet's input. Source: Karras et al., arXiv 2206.00364, algorithm 1 without churn.
     """
 
     def __init__(self, scheduler: Scheduler, timesteps: Sequence[float]) -> None:
@@ -33,15 +33,15 @@ class Euler:
         self.sigmas = np.append(sigmas, 0.0)
 
     def start(self, noise: Latents) -> Latents:
-        """Return what noise of unit variance begins as."""
+        """Return the initial latents for `noise` of unit variance."""
         return (noise * np.sqrt(self.sigmas[0] ** 2 + 1)).astype(np.float32)
 
     def scaled(self, x: Latents, i: int) -> Latents:
-        """Return what the UNet is shown of the latents before step `i`."""
+        """Return the latents before step `i`, scaled as the UNet's input."""
         return (x / np.sqrt(self.sigmas[i] ** 2 + (self._data or 1.0) ** 2)).astype(np.float32)
 
     def step(self, x: Latents, prediction: Latents, i: int, prediction_type: str) -> Latents:
-        """Return the latents after step `i`, along the UNet's `prediction`."""
+        """Return the latents after step `i` with the UNet's `prediction`."""
         sigma, following = self.sigmas[i], self.sigmas[i + 1]
         if self._data is not None:
             variance = sigma**2 + self._data**2

@@ -1,9 +1,9 @@
-"""How far two results are apart, and how far they may be.
+"""How far two results differ, and how far they may differ.
 
-Every difference is judged against the range of the reference: an error of 0.01 is nothing in a hidden state that
-spans 200 and much in latents that span 6. Cosine alone forgives a wrong scale, the largest error alone forgives a
-small error everywhere, so all three must hold. What fp16 may cost is known from PyTorch's own fp16: a graph whose
-distance to fp32 is larger than PyTorch's by more than EXCESS has another error than rounding.
+Every difference is relative to the range of the reference: an error of 0.01 is negligible in a hidden state that
+spans 200, but large in latents that span 6. Cosine alone misses a wrong scale, the largest error alone misses a
+small error everywhere, so all three limits must hold. PyTorch's own fp16 shows the cost of fp16: a graph more than
+EXCESS times as far from fp32 as PyTorch's fp16 has an error other than rounding.
 """
 
 __all__ = ["EXCESS", "Figures", "Tolerance", "excess", "limits_of", "measure"]
@@ -17,12 +17,12 @@ from sdxl_trt.engines import Array
 
 Pair = Literal["graph", "precision"]
 EXCESS = 1.5
-# Where PyTorch happens to round nothing, half a unit in the last place of fp16 is still nobody's fault.
+# If PyTorch happens to round nothing, half a unit in the last place of fp16 is still allowed.
 _ROUNDING = 2.0**-12
 
 
 class Figures(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One output against its reference: `peak` is the reference's range, `psnr` (dB) None where nothing differs."""
+    """One output against its reference: `peak` is the reference's range, `psnr` (dB) is None if both are equal."""
 
     output: str
     peak: float
@@ -33,26 +33,26 @@ class Figures(msgspec.Struct, frozen=True, omit_defaults=True):
 
     @property
     def relative(self) -> float:
-        """Return the largest error as a part of the reference's range."""
+        """Return the largest error divided by the reference's range."""
         return self.max_abs / self.peak
 
     @property
     def rank(self) -> float:
-        """Return a number that is smaller the farther off the output is."""
+        """Return a number that is smaller the larger the error is."""
         if not self.finite:
             return -np.inf
         return np.inf if self.psnr is None else self.psnr
 
 
 class Tolerance(msgspec.Struct, frozen=True):
-    """What still passes: `relative` is the largest error over the reference's range."""
+    """Limits for a pass: `relative` is the largest error divided by the reference's range."""
 
     relative: float
     cosine: float
     psnr: float
 
     def problem(self, figures: Figures) -> str:
-        """Return which figure is beyond its limit, with both numbers, or ""."""
+        """Return the figure beyond its limit, with both numbers; "" if there is none."""
         if not figures.finite:
             return "NaN or infinity"
         if not figures.relative <= self.relative:
@@ -66,9 +66,9 @@ class Tolerance(msgspec.Struct, frozen=True):
 
 # Measured on trained and untrained miniatures, the worst call of each: fp32 137 dB, 5e-7 of the range, cosine 1 to
 # nine digits; fp16 graph 74 dB and 1.6e-3, its cost 78 dB and 7e-4, cosines from 1 - 3e-7; bf16 54 dB, 1 - 3e-5.
-# Models of SDXL's depth round many times more often, hence the room. In it, EXCESS (at most 0.93 measured) tells
-# rounding from other errors: a transposed weight of an attention in the trained miniature leaves 58 dB, but is 14
-# times too far.
+# Models of SDXL's depth round many times more often, hence the margin. Within it, EXCESS (at most 0.93 measured)
+# separates rounding from other errors: a transposed attention weight in the trained miniature still gives 58 dB, but
+# is 14 times too far.
 _LIMITS: dict[tuple[str, Pair], Tolerance] = {
     ("fp32", "graph"): Tolerance(relative=1e-4, cosine=1 - 1e-8, psnr=100.0),
     ("fp16", "graph"): Tolerance(relative=2e-2, cosine=1 - 1e-5, psnr=55.0),
@@ -78,7 +78,7 @@ _LIMITS: dict[tuple[str, Pair], Tolerance] = {
 
 
 def limits_of(precision: str, pair: Pair) -> Tolerance:
-    """Return the limits of a precision; a component that mixes two is held to those of fp16."""
+    """Return the limits of a precision; "mixed" has those of fp16."""
     known = precision if (precision, pair) in _LIMITS else "fp16"
     return _LIMITS[known, pair]
 
@@ -95,13 +95,13 @@ def measure(output: str, found: Array, reference: Array) -> Figures:
 
 
 def excess(found: Array, rounded: Array, reference: Array) -> float:
-    """Return how many times farther `found` is from `reference` than `rounded`, PyTorch's own rounding, is."""
+    """Return the RMS distance of `found` to `reference` over that of `rounded`, PyTorch's own rounding."""
     a, b, c = (np.asarray(array, dtype=np.float64) for array in (found, rounded, reference))
     return float(_rms(a - c) / max(_rms(b - c), _ROUNDING * _rms(c), np.finfo(np.float64).tiny))
 
 
 def _peak(reference: Array) -> float:
-    """Return the range; of a constant its size, and 1 where that is 0."""
+    """Return the range; for a constant its absolute value, or 1 if that is 0."""
     return float(np.ptp(reference) or np.abs(reference).max() or 1.0)
 
 

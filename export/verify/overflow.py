@@ -1,8 +1,8 @@
-"""Which activations of a module do not fit fp16, found while it runs in fp32.
+"""Which activations of a module overflow fp16, found while it runs in fp32.
 
-Random inputs never overflow and rounding to fp16 hides where it began, so the fp32 run of real activations is
+Random inputs never overflow, and an fp16 run hides where an overflow begins, so the fp32 run on real inputs is
 watched: every module's outputs, and the inputs of the innermost modules, which show the sums and products between
-modules. What stays inside a single operator (the scores of an attention) is not seen.
+modules. Values inside a single operator (attention scores) are not seen.
 """
 
 __all__ = ["FP16_MAX", "NEAR_MISS", "Peak", "overflows", "watch_dtypes", "watch_peaks"]
@@ -22,7 +22,7 @@ Visit = Callable[[str, torch.Tensor], None]
 
 
 class Peak(msgspec.Struct, frozen=True):
-    """The largest absolute activation that a module gave; a name that ends in "(input)" is what it was given."""
+    """The largest absolute output of a module, or its largest input if the name ends in "(input)"."""
 
     module: str
     value: float
@@ -30,13 +30,13 @@ class Peak(msgspec.Struct, frozen=True):
 
 @contextlib.contextmanager
 def watch_peaks(module: torch.nn.Module) -> Iterator[dict[str, float]]:
-    """Yield a mapping that fills, in the order of execution, with the largest absolute activation of each module."""
+    """Yield {module: largest absolute activation}, which fills in the order of execution."""
     peaks: dict[str, float] = {}
 
     def note(name: str, tensor: torch.Tensor) -> None:
         low, high = tensor.detach().aminmax()
         largest = max(-float(low), float(high))
-        # NaN compares as smaller than everything: it is made as visible as the infinity that it came from.
+        # NaN fails every comparison, so it is recorded as the infinity that it came from.
         peaks[name] = max(peaks.get(name, 0.0), largest if largest == largest else float("inf"))  # noqa: PLR0124
 
     with _hooks(module, note):
@@ -45,7 +45,7 @@ def watch_peaks(module: torch.nn.Module) -> Iterator[dict[str, float]]:
 
 @contextlib.contextmanager
 def watch_dtypes(module: torch.nn.Module) -> Iterator[dict[str, torch.dtype]]:
-    """Yield a mapping that fills with the dtype in which each module gives, or the innermost are given, activations."""
+    """Yield {module: dtype of its activations}, which fills as the module runs; fp16 wins over other dtypes."""
     dtypes: dict[str, torch.dtype] = {}
 
     def note(name: str, tensor: torch.Tensor) -> None:
@@ -57,9 +57,9 @@ def watch_dtypes(module: torch.nn.Module) -> Iterator[dict[str, torch.dtype]]:
 
 
 def overflows(peaks: Mapping[str, float], dtypes: Mapping[str, torch.dtype], limit: float = FP16_MAX) -> list[Peak]:
-    """Return, in the order of execution, what passes `limit` in fp32 and is asked for in fp16.
+    """Return, in the order of execution, the peaks above `limit` of modules that run in fp16.
 
-    `dtypes` are those of the run in the precision of the export: what it keeps in fp32 or bf16 cannot overflow.
+    `dtypes` come from the run at the export's precision: activations that stay in fp32 or bf16 cannot overflow.
     """
     return [
         Peak(name, value)
@@ -101,7 +101,7 @@ def _before(name: str, visit: Visit) -> Callable[[Any, Any, Any], None]:
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    """Yield the floating-point tensors in what a module takes or gives: tuples, mappings and output classes."""
+    """Yield the floating-point tensors in a module's inputs or outputs: tuples, mappings and output classes."""
     if isinstance(value, torch.Tensor):
         if value.is_floating_point() and value.numel():
             yield value

@@ -1,10 +1,10 @@
-"""Real activations for every component: one request, run in PyTorch and overheard at every component's door.
+"""Real inputs for every component: one request, run in PyTorch and recorded at each component's boundary.
 
-Two pictures of different size are made. The first is guided (two rows, 77 tokens, whole timesteps), the second is not
-(one row, two prompts side by side as 154 tokens, fractional timesteps). Prompts go through the pipelines'
-own tokenizers, latents through Euler steps, from the base to the refiner and on to the autoencoder,
-whose picture goes back into its encoder. Between components only these small arrays are kept. What a component that
-is left out would have given is drawn at random.
+It makes two pictures of different size. The first is guided (two rows, 77 tokens, whole timesteps), the second is not
+(one row, two prompts concatenated to 154 tokens, fractional timesteps). Prompts go through the pipelines' own
+tokenizers; latents go through Euler steps from the base to the refiner, then to the VAE decoder, and the pictures to
+the VAE encoder. Only these small arrays are kept between components. Random arrays replace the outputs of components
+that are not part of the run.
 """
 
 __all__ = ["Call", "Recording", "RecordingSettings", "Run"]
@@ -30,13 +30,13 @@ PROMPTS = (
     "Ein Fjord im Nebel, oil on canvas; " * 12,
 )
 GUIDANCE_SCALE, AESTHETIC_SCORES = 5.0, (6.0, 2.5)
-# Where on the training timesteps the UNets are asked; the refiner takes over where SDXL's does, below a fifth.
+# Fractions of the training timesteps at which the UNets run; as in SDXL, the refiner takes over below a fifth.
 BASE_GRID, REFINER_GRID = (0.999, 0.7513, 0.5007, 0.2502), (0.1498, 0.0503)
 
 
 @dataclass(frozen=True)
 class RecordingSettings:
-    """`sizes` are latent pixels (height, width) of the two pictures, rounded up to what the UNets can take."""
+    """`sizes` are latent pixels (height, width) of the two pictures, rounded up to the UNets' multiple."""
 
     sizes: tuple[tuple[int, int], tuple[int, int]] = ((16, 16), (24, 16))
     seed: int = 0
@@ -58,7 +58,7 @@ class Call:
 
 @dataclass
 class _Tape:
-    """Runs a component and keeps what goes in and what comes out."""
+    """Runs a component and records its inputs and outputs."""
 
     run: Run
     calls: list[Call] = field(default_factory=list)
@@ -70,7 +70,7 @@ class _Tape:
 
 
 class Recording:
-    """The request's state between components, which must be overheard in the order of a run."""
+    """The request's state between components, which must be recorded in the order of a run."""
 
     def __init__(self, stages: Mapping[str, StagePlan], settings: RecordingSettings) -> None:
         self._stages, self._seed = stages, settings.seed
@@ -84,7 +84,7 @@ class Recording:
         return max(2 ** int(stage.models["unet"].module.num_upsamplers) for stage in self._stages.values())
 
     def calls(self, name: str, plan: ComponentPlan, run: Run) -> list[Call]:
-        """Take the component called `name` through its part of the request with `run`; return its calls."""
+        """Run the component `name` on its part of the request with `run`; return its calls."""
         tape = _Tape(run)
         for stage_name, stage in self._stages.items():
             for role in (role for role, component in stage.roles.items() if component == name):
@@ -95,7 +95,7 @@ class Recording:
                 elif not tape.calls and plan.kind == "vae_decoder":
                     self._decode(tape, stage)
                 elif not tape.calls:
-                    self._read_back(tape, stage)
+                    self._encode_pictures(tape, stage)
         return tape.calls
 
     def _noise(self, seed: int, height: int, width: int) -> Array:
@@ -132,7 +132,7 @@ class Recording:
             self._latents[i] = x
 
     def _euler(self, *, whole: bool) -> Euler:
-        """Return the grid of base and refiner, which is the base's schedule."""
+        """Return the grid of base and refiner, which is on the base's schedule."""
         scheduler = self._stages["base"].pipeline.scheduler
         times = np.array(BASE_GRID + REFINER_GRID) * scheduler.num_train_timesteps
         return Euler(scheduler, list(np.floor(times) if whole else times))
@@ -168,17 +168,17 @@ class Recording:
         pictures = []
         for latents in self._latents:
             clean = _unscaled(latents, config)
-            # The mirror image fills a second row.
+            # The second row is the mirror image.
             for rows, value in ((1, clean), (2, np.concatenate([clean, clean[..., ::-1]]))):
                 picture = tape(f"{_size(latents)} latents, {rows} rows", latent_sample=value)["sample"]
                 pictures.append(np.clip(picture, -1, 1))
         self._pictures[stage.roles["vae_decoder"]] = pictures
 
-    def _read_back(self, tape: _Tape, stage: StagePlan) -> None:
-        for picture in self._pictures.get(stage.roles["vae_decoder"]) or self._scribbles(stage):
+    def _encode_pictures(self, tape: _Tape, stage: StagePlan) -> None:
+        for picture in self._pictures.get(stage.roles["vae_decoder"]) or self._random_pictures(stage):
             tape(f"{_size(picture)} pixels, {len(picture)} rows", sample=picture)
 
-    def _scribbles(self, stage: StagePlan) -> list[Array]:
+    def _random_pictures(self, stage: StagePlan) -> list[Array]:
         config, rng = stage.models["vae"].config, np.random.default_rng(self._seed)
         sides = [tuple(side * vae_factor(config) for side in size) for size in self._sizes]
         rows = [(rows, config["in_channels"], *size) for rows, size in enumerate(sides, start=1)]
@@ -186,7 +186,7 @@ class Recording:
 
 
 def _steps(stage_name: str, *, alone: bool) -> range:
-    """Return the steps of the grid that a stage takes."""
+    """Return the steps of the grid that a stage runs."""
     cut, end = len(BASE_GRID), len(BASE_GRID + REFINER_GRID)
     if alone:
         return range(end)
@@ -203,7 +203,7 @@ def _ids(tokenizer: LoadedTokenizer, prompt: str) -> Array:
 
 
 def _time_ids(stage: StagePlan) -> Array:
-    """Return (2, 5 or 6): the sizes of a picture as the model was trained on, uncropped; positive, then negative."""
+    """Return time ids (2, 5 or 6) for an uncropped picture of the model's training size; positive, then negative."""
     unet, names = stage.models["unet"].config, time_id_names(stage.pipeline)
     side = unet["sample_size"] if isinstance(unet["sample_size"], int) else 128
     pixels = float(side * vae_factor(stage.models["vae"].config))
@@ -219,7 +219,7 @@ def _guided(out: Array) -> Array:
 
 
 def _unscaled(latents: Array, config: Mapping[str, Any]) -> Array:
-    """Return what the decoder takes: the latents at the autoencoder's own scale."""
+    """Return the latents at the autoencoder's own scale, the decoder's input."""
     mean, std = config.get("latents_mean"), config.get("latents_std")
     spread = np.float32(config["scaling_factor"])
     if mean is None or std is None:

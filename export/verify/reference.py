@@ -1,4 +1,4 @@
-"""A component in PyTorch, filled from its checkpoint: what its graph is compared with."""
+"""A component in PyTorch, filled from its checkpoint: the reference for its graph."""
 
 __all__ = ["Prepare", "load_reference", "run_reference"]
 
@@ -15,13 +15,13 @@ from sdxl_trt.export.components import ComponentPlan
 from sdxl_trt.export.graph import Graph, MetaModel, build_model, make_graph, published_name
 
 Prepare = Callable[[Graph, str], torch.dtype]
-"""Turn a graph's module, in place, into a precision; return the dtype of the inputs whose dtype it leaves open."""
+"""Converts a graph's module to a precision in place; returns the dtype of inputs without a fixed one."""
 
 
 def load_reference(plan: ComponentPlan) -> Graph:
     """Return the graph of `plan` over a new module that holds the checkpoint's tensors in fp32.
 
-    Only this half of an autoencoder is filled; the other stays on the meta device. Tensors are read one at a time,
+    Of an autoencoder only this half is filled; the other stays on the meta device. Tensors are read one at a time;
     those stored in fp32 stay mapped from the file.
     """
     where = plan.source.where
@@ -31,7 +31,7 @@ def load_reference(plan: ComponentPlan) -> Graph:
 
 
 def run_reference(graph: Graph, inputs: Mapping[str, Array], dtype: torch.dtype) -> dict[str, Array]:
-    """Run the module on float32 and int64 arrays, cast to the graph's input dtypes; outputs are float32 arrays."""
+    """Return {output: float32 array} of the module; `inputs`, float32 and int64, are cast to the graph's dtypes."""
     arguments = [_tensor(inputs[spec.name], spec.dtype or dtype) for spec in graph.inputs]
     products: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     if dtype is not torch.float32:
@@ -54,15 +54,15 @@ def _fill(model: MetaModel, plan: ComponentPlan) -> None:
 
 
 def _tensor(array: Array, dtype: torch.dtype) -> torch.Tensor:
-    # A recorded array may be a view of a larger one, and torch warns of arrays that it may not write to.
+    # A recorded array may be a read-only view, and torch warns of those.
     return torch.from_numpy(array.copy()).to(dtype)
 
 
 class _WideProducts(TorchFunctionMode):
-    """Convolutions and linear layers of half precision that accumulate in fp32 and round once.
+    """Makes half-precision convolutions and linear layers accumulate in fp32 and round once.
 
-    So do tensor cores and ONNX Runtime. A CPU without fp16 arithmetic would take a hundred times as long for the
-    convolution, with more roundings.
+    Tensor cores and ONNX Runtime do the same. On a CPU without fp16 arithmetic, PyTorch's convolution would take a
+    hundred times as long and round more often.
     """
 
     _WIDE = (torch.conv2d, torch.nn.functional.linear)

@@ -1,4 +1,4 @@
-"""What a verification found: written beside the manifest as ``verify.json``, and told in a few lines."""
+"""The report of a verification: ``verify.json`` beside the manifest, and a few lines for a terminal."""
 
 __all__ = ["VERIFY_FILE", "Comparison", "ComponentReport", "VerifyCase", "VerifyReport", "read_report", "write_report"]
 
@@ -16,11 +16,11 @@ VERIFY_FILE = "verify.json"
 
 
 class _Record(msgspec.Struct, frozen=True, kw_only=True):
-    """Frozen and keyword-only; everything is written, so that a reader needs no defaults."""
+    """Frozen and keyword-only; every field is written, so that readers need no defaults."""
 
 
 class Comparison(_Record, frozen=True, kw_only=True):
-    """`found` against `reference`, each "PyTorch fp32", "ONNX Runtime" and so on: the output that is farthest off."""
+    """The worst output of `found` against `reference`, each "PyTorch fp32", "ONNX Runtime" and so on."""
 
     found: str
     reference: str
@@ -37,7 +37,7 @@ class VerifyCase(_Record, frozen=True, kw_only=True):
 
 
 class ComponentReport(_Record, frozen=True, kw_only=True):
-    """A component's cases, its largest activations in fp32, and what is wrong with it."""
+    """A component's cases, its largest activations in fp32, its warnings and failures."""
 
     kind: str
     precision: str
@@ -54,7 +54,7 @@ class ComponentReport(_Record, frozen=True, kw_only=True):
         return not self.failures
 
     def worst(self) -> Iterator[Comparison]:
-        """Yield, of every pair that was compared, the comparison of the case that is farthest off."""
+        """Yield the worst case's comparison for every compared pair."""
         pairs: dict[tuple[str, str], list[Comparison]] = {}
         for comparison in (each for case in self.cases for each in case.comparisons):
             pairs.setdefault((comparison.found, comparison.reference), []).append(comparison)
@@ -72,12 +72,12 @@ class VerifyReport(_Record, frozen=True, kw_only=True):
     components: dict[str, ComponentReport]
 
     def lines(self) -> list[str]:
-        """Return the report for a terminal: a line a comparison, then every warning and failure."""
+        """Return the report for a terminal: one line per comparison, then every warning and failure."""
         lines = []
         for name, part in self.components.items():
             for comparison in part.worst():
                 pair = f"{comparison.found} - {comparison.reference}"
-                lines.append(f"{name:<24} {pair:<28} {_told(comparison.figures)}")
+                lines.append(f"{name:<24} {pair:<28} {_line(comparison.figures)}")
             lines += [f"{name:<24} {part.not_run}"] if part.not_run else []
         for name, part in self.components.items():
             lines += [f"warning: {name}: {text}" for text in part.warnings]
@@ -101,11 +101,11 @@ def write_report(root: Path, report: VerifyReport) -> None:
 
 
 def read_report(root: Path) -> VerifyReport:
-    """Read the ``verify.json`` that this program wrote."""
+    """Read ``verify.json`` from the bundle folder `root`."""
     return msgspec.json.decode((root / VERIFY_FILE).read_bytes(), type=VerifyReport)
 
 
-def _told(figures: Figures) -> str:
+def _line(figures: Figures) -> str:
     if not figures.finite:
         return f"NaN or infinity in {figures.output}"
     psnr = "identical" if figures.psnr is None else f"PSNR {figures.psnr:5.1f} dB"

@@ -1,4 +1,4 @@
-"""From what the runs of a component gave to what is said of it: cases, warnings, failures and what to do."""
+"""Judge the runs of a component: cases, warnings, failures and remedies."""
 
 __all__ = ["NOT_RUN", "Outputs", "Results", "judge"]
 
@@ -17,7 +17,7 @@ from sdxl_trt.export.verify.report import Comparison, ComponentReport, VerifyCas
 Outputs = Mapping[str, Array]
 NOT_RUN = {"bf16": "not run on ONNX Runtime, whose CPU provider has no bf16; compared in PyTorch"}
 _SHOWN_PEAKS = 5
-_BROKEN = "the graph is not the model: export again, and report it if it stays"
+_BROKEN = "the graph does not match the model: export again, and report it if it fails again"
 _REMEDIES = {
     "text_encoder": "export with --fp32 or --bf16",
     "unet": "export with --fp32 or --bf16",
@@ -28,10 +28,10 @@ _REMEDIES = {
 
 @dataclass
 class Results:
-    """The runs of a component, call by call; one that did not take place left nothing.
+    """The runs of a component, call by call; a run that did not take place is empty.
 
-    `calls` hold PyTorch's outputs in fp32 and `peaks` its largest activations, `rounded` and `dtypes` are of PyTorch
-    at the precision of the export, `onnx` of ONNX Runtime.
+    `calls` has PyTorch's fp32 outputs and `peaks` its largest activations; `rounded` and `dtypes` are PyTorch's at the
+    export's precision, `onnx` has ONNX Runtime's outputs.
     """
 
     calls: list[Call]
@@ -43,7 +43,7 @@ class Results:
 
 @dataclass(frozen=True)
 class _Pair:
-    """Which two runs are compared, for what, and what to do where they differ."""
+    """Two runs to compare, which limits apply, and the remedy if they differ."""
 
     pair: Pair
     found: str
@@ -56,7 +56,7 @@ class _Pair:
 
 
 def judge(plan: ComponentPlan, results: Results) -> ComponentReport:
-    """Return the report of one component from its runs."""
+    """Return the report of one component."""
     pairs = _pairs(plan)
     compared = [[_compare(*_runs(pair, results, i)) for pair in pairs] for i in range(len(results.calls))]
     excesses = [_excess(results, i) for i in range(len(results.calls))]
@@ -86,7 +86,7 @@ def _pairs(plan: ComponentPlan) -> list[_Pair]:
 
 
 def _runs(pair: _Pair, results: Results, i: int) -> tuple[Outputs, Outputs]:
-    """Return what was found in call `i` and its reference."""
+    """Return the outputs of call `i` and their reference."""
     exact = results.calls[i].outputs
     found = results.onnx[i] if results.onnx else results.rounded[i]
     return found, results.rounded[i] if pair.pair == "graph" and results.rounded else exact
@@ -97,7 +97,7 @@ def _compare(found: Outputs, reference: Outputs) -> list[Figures]:
 
 
 def _excess(results: Results, i: int) -> float | None:
-    """Return how many times farther than PyTorch at its precision ONNX Runtime is from fp32, by its worst output."""
+    """Return ONNX Runtime's distance from fp32 over that of PyTorch at the same precision, for the worst output."""
     if not (results.onnx and results.rounded):
         return None
     exact, rounded, onnx = results.calls[i].outputs, results.rounded[i], results.onnx[i]
@@ -130,7 +130,7 @@ def _warnings(results: Results) -> Iterator[str]:
 
 
 def _overflow_failures(plan: ComponentPlan, results: Results) -> Iterator[str]:
-    """Yield one failure that names where an overflow begins: the first module in the order of execution."""
+    """Yield one failure that names the first overflowing module in the order of execution."""
     found = overflows(results.peaks, results.dtypes) if results.rounded else []
     if found:
         more = f" (and {len(found) - 1} more after it)" if len(found) > 1 else ""
@@ -141,7 +141,7 @@ def _overflow_failures(plan: ComponentPlan, results: Results) -> Iterator[str]:
 
 
 def _failures(plan: ComponentPlan, pair: _Pair, results: Results, column: tuple[list[Figures], ...]) -> Iterator[str]:
-    """Yield one failure for a pair of runs: the first output beyond its limits, and how many calls have one."""
+    """Yield one failure if a pair of runs differs: the first output beyond its limits, and the number of such calls."""
     limits = limits_of(plan.precision, pair.pair)
     problems = []
     for call, figures in zip(results.calls, column, strict=True):

@@ -1,8 +1,8 @@
 """The exported graphs against PyTorch, component by component, on real activations.
 
-Every component is run in PyTorch fp32 (which records the inputs of the next, and how large its activations grow), in
-PyTorch at the precision of its export, and on ONNX Runtime's CPU provider, the graph that is rewritten for a CPU after
-the one of all backends. One of them is in memory at a time.
+Every component runs in PyTorch fp32 (which records the inputs of the next one, and its largest activations), in
+PyTorch at the export's precision, and on ONNX Runtime's CPU provider, first the graph for all backends, then the one
+for CPUs. One of them is in memory at a time.
 """
 
 __all__ = ["verify_bundle"]
@@ -23,7 +23,7 @@ from sdxl_trt.export.verify.report import ComponentReport, VerifyReport, write_r
 from sdxl_trt.export.verify.verdict import NOT_RUN, Outputs, Results, judge
 
 Progress = Callable[[str, str], None]
-# In the order of a request: what a component is given, those before it have made.
+# In the order of a request: each component's inputs come from those before it.
 _ORDER = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
 _LIBRARIES = ("torch", "onnxruntime", "diffusers", "transformers")
 
@@ -37,11 +37,11 @@ def verify_bundle(
     settings: RecordingSettings | None = None,
     prepare: Prepare = convert_module,
 ) -> VerifyReport:
-    """Compare every component of `bundle` with the PyTorch models that it was planned from; write ``verify.json``.
+    """Compare every component of `bundle` with its PyTorch model; write ``verify.json`` and return the report.
 
-    `progress` is told each component and the run that begins. `prepare` must turn a module into a precision as the
-    export did. What fails is in the report, for `Report.require` to raise. Raises CorruptError for files that are
-    not the manifest's, ResourceError and EngineError where a backend cannot run.
+    `progress` is called with each component and the run that begins. `prepare` must convert a module to a precision as
+    the export did. Failures are in the report; `VerifyReport.require` raises them. Raises CorruptError for files that
+    do not match the manifest, ResourceError and EngineError if a backend cannot run.
     """
     settings, progress = settings or RecordingSettings(), progress or _silent
     recording = Recording(stages, settings)
@@ -49,7 +49,7 @@ def verify_bundle(
     for name in sorted(components, key=lambda name: _ORDER.index(components[name].kind)):
         plan = components[name]
         results = _run_torch(name, plan, recording, prepare, progress)
-        gc.collect()  # modules hold cycles: the next model must not wait for their turn
+        gc.collect()  # modules are reference cycles: free this one before the next is loaded
         if plan.precision not in NOT_RUN:
             progress(name, "verifying: ONNX Runtime")
             results.onnx = _run_onnx(bundle, name, results.calls, standard=True)
@@ -91,7 +91,7 @@ def _run_torch(name: str, plan: ComponentPlan, recording: Recording, prepare: Pr
 def _ordered(
     parts: Mapping[str, ComponentReport], components: Mapping[str, ComponentPlan]
 ) -> dict[str, ComponentReport]:
-    """Return the reports in the order of the components, that of a graph for a CPU after its component's."""
+    """Return the reports in the order of the components; the CPU graph's follows its component's."""
     places = list(components)
     return {part: parts[part] for part in sorted(parts, key=lambda part: (places.index(part.partition("/")[0]), part))}
 
