@@ -1,6 +1,4 @@
-"""The embedded pair: a miniature SDXL base and refiner, trained from scratch on drawn scenes, with its data
-and its scorer.
-"""
+"""The embedded pair: a miniature SDXL base and refiner trained from scratch on drawn scenes; their data and scorer."""
 
 from typing import TYPE_CHECKING
 
@@ -15,7 +13,7 @@ _HOMES = {"merges": "clip_vocabulary", "vocabulary": "clip_vocabulary", "materia
 
 
 def __getattr__(name: str) -> object:
-    """Import a name when it is first used: the runtime asks for the bundle's path only."""
+    """Import a name on first use: the runtime needs only the bundle's path."""
     from importlib import import_module  # noqa: PLC0415
 
     if name not in __all__:

@@ -1,6 +1,4 @@
-"""The shapes of the pair: the config.json of every part, as plain dictionaries in diffusers' and
-transformers' words.
-"""
+"""The architecture of the pair: the config.json of every part, as diffusers and transformers read it."""
 
 __all__ = [
     "ADDITION_TIME_DIM",
@@ -27,18 +25,14 @@ VOCABULARY_SIZE = 49408
 TOKENS = 77
 TRAINING_STEPS = 1000
 REFINER_STEPS = 200
-"""The refiner is trained on timesteps 0..199 only: the first fifth of the noise scales, as SDXL's paper
-says.
-"""
+"""The refiner is trained on timesteps 0..199 only: the lowest fifth of the noise levels, as in SDXL's paper."""
 
 LATENT_CHANNELS = 4
 LATENT_SIDE = SIDE // 8
 
 
 def vae(scaling_factor: float) -> Config:
-    """AutoencoderKL: 128x128 RGB to 4x16x16 latents. `scaling_factor` is one over the latents' standard
-    deviation.
-    """
+    """AutoencoderKL: 128x128 RGB to 4x16x16 latents. `scaling_factor` is 1 / standard deviation of the latents."""
     return {
         "_class_name": "AutoencoderKL",
         "_diffusers_version": "0.39.0",
@@ -49,7 +43,7 @@ def vae(scaling_factor: float) -> Config:
         "in_channels": 3,
         "latent_channels": LATENT_CHANNELS,
         "layers_per_block": 1,
-        # Groups of many channels: normalising a few over a flat picture would wipe out which colour it is.
+        # Groups of many channels: normalising few channels of a flat picture would erase its colour.
         "norm_num_groups": 2,
         "out_channels": 3,
         "sample_size": SIDE,
@@ -64,7 +58,7 @@ def text_encoder(vocabulary_size: int = VOCABULARY_SIZE) -> Config:
 
 
 def text_encoder_2(vocabulary_size: int = VOCABULARY_SIZE) -> Config:
-    """The second text encoder, CLIPTextModelWithProjection with GELU: the only one that the refiner reads."""
+    """The second text encoder, CLIPTextModelWithProjection with GELU: the only one that the refiner uses."""
     return _clip("CLIPTextModelWithProjection", 64, 4, "gelu", vocabulary_size)
 
 
@@ -73,7 +67,7 @@ def _clip(kind: str, width: int, layers: int, activation: str, vocabulary_size: 
         "architectures": [kind],
         "attention_dropout": 0.0,
         "bos_token_id": 0,
-        # SDXL publishes 2, which transformers reads as: the pooled token is the one with the largest id.
+        # SDXL publishes 2, which makes transformers pool at the token with the largest id.
         "eos_token_id": 2,
         "hidden_act": activation,
         "hidden_size": width,
@@ -87,14 +81,14 @@ def _clip(kind: str, width: int, layers: int, activation: str, vocabulary_size: 
         "num_hidden_layers": layers,
         "pad_token_id": 1,
         "projection_dim": width,
-        # transformers 5 loads in the dtype named here unless told otherwise; UNets default to float32.
+        # transformers 5 loads in this dtype by default; UNets default to float32.
         "torch_dtype": "float32",
         "vocab_size": vocabulary_size,
     }
 
 
 def base_unet() -> Config:
-    """The base: three levels, both encoders' states side by side (48 + 64), six time ids."""
+    """The base: three levels, both encoders' states concatenated (48 + 64), six time ids."""
     return _unet(
         attention_head_dim=[3, 6, 9],
         block_out_channels=[48, 96, 144],
@@ -108,7 +102,7 @@ def base_unet() -> Config:
 
 
 def refiner_unet() -> Config:
-    """The refiner: four levels, wider at the top, the second encoder only, five time ids."""
+    """The refiner: four levels, wider at the top, only the second encoder, five time ids."""
     return _unet(
         attention_head_dim=[4, 6, 6, 6],
         block_out_channels=[64, 96, 96, 96],
@@ -122,7 +116,7 @@ def refiner_unet() -> Config:
 
 
 ADDITION_TIME_DIM = 32
-"""Sinusoid width of one time id (SDXL: 256)."""
+"""Width of one time id's sinusoidal embedding (SDXL: 256)."""
 
 
 def _unet(**parts: Any) -> Config:
@@ -149,7 +143,7 @@ def _unet(**parts: Any) -> Config:
 
 
 def scheduler() -> Config:
-    """SDXL's own noise schedule and Euler sampler, unchanged."""
+    """SDXL's noise schedule and Euler sampler, unchanged."""
     return {
         "_class_name": "EulerDiscreteScheduler",
         "_diffusers_version": "0.39.0",

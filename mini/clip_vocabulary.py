@@ -1,4 +1,4 @@
-"""CLIP's BPE vocabulary, kept once as its compressed merge rules, and the tokenizer files made of it."""
+"""CLIP's BPE vocabulary, stored once as compressed merge rules, and the tokenizer files derived from it."""
 
 __all__ = ["merges", "special_tokens_map", "tokenizer_config", "vocabulary"]
 
@@ -14,7 +14,7 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def byte_symbols() -> list[str]:
-    """One printable character for each byte value, in the order of CLIP's vocabulary (as GPT-2's)."""
+    """One printable character per byte value, in the order of CLIP's vocabulary (same as GPT-2's)."""
     printable = [
         *range(ord("!"), ord("~") + 1),
         *range(ord("¡"), ord("¬") + 1),
@@ -26,12 +26,12 @@ def byte_symbols() -> list[str]:
 
 @lru_cache
 def merges() -> tuple[str, ...]:
-    """The 48,894 merge rules, each two symbols with a space between, most frequent first."""
+    """The 48,894 merge rules, each two symbols separated by a space, most frequent first."""
     return tuple(lzma.decompress(MERGES_FILE.read_bytes()).decode().splitlines())
 
 
 def vocabulary() -> dict[str, int]:
-    """Symbol to id: 256 bytes, the same ending a word, the merges in order, then the two special tokens."""
+    """Symbol to id: 256 bytes, the same bytes at a word's end, the merges in order, then the two special tokens."""
     symbols = byte_symbols()
     symbols += [symbol + "</w>" for symbol in symbols]
     symbols += [rule.replace(" ", "") for rule in merges()]
@@ -39,9 +39,7 @@ def vocabulary() -> dict[str, int]:
 
 
 def tokenizer_config(pad: str) -> dict[str, Any]:
-    """tokenizer_config.json as SDXL publishes it: `pad` is the end token for the first tokenizer, "!" for
-    the second.
-    """
+    """tokenizer_config.json as SDXL publishes it: `pad` is the first tokenizer's end token, the second's "!"."""
     return {
         "add_prefix_space": False,
         "bos_token": _special(START),

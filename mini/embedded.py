@@ -1,4 +1,4 @@
-"""Where the exported bundle of the embedded pair lies, and what its user should know."""
+"""The location of the embedded pair's exported bundle, and a note for its users."""
 
 __all__ = ["NOTE", "bundle_path"]
 
@@ -11,5 +11,5 @@ NOTE = (
 
 
 def bundle_path() -> Path:
-    """Return the folder of the embedded bundle: package data, the default of ``trt-generate``."""
+    """Return the folder of the embedded bundle, which is package data and the default of ``trt-generate``."""
     return Path(__file__).with_name("bundle")

@@ -1,8 +1,7 @@
-"""Write the embedded pair as two ordinary diffusers folders, `base/` and `refiner/`, from the weights kept
-here.
+"""Write the embedded pair as two ordinary diffusers folders, `base/` and `refiner/`, from the package's weights.
 
-Needs numpy and safetensors only. Weights are float16 with the key names that SDXL publishes (CLIP's keys
-carry `text_model.`), shared parts are kept once, and the token tables are kept without their repeated rows.
+Needs only numpy and safetensors. Weights are float16 with the key names that SDXL publishes (CLIP's keys start with
+`text_model.`); shared parts are stored once, and the token tables are stored without their repeated rows.
 """
 
 __all__ = [
@@ -33,9 +32,7 @@ from sdxl_trt.mini import clip_vocabulary as vocabulary
 WEIGHTS = Path(__file__).with_name("weights")
 TOKEN_TABLE = "text_model.embeddings.token_embedding.weight"  # noqa: S105 (a tensor's name)
 TOKEN_IDS = "token_ids"  # noqa: S105
-"""In a stored encoder: the ids of the table's rows from the second on; its first row is every other
-token's.
-"""
+"""Key in a stored encoder: the ids of the token table's rows after the first; the first row is for all other tokens."""
 
 Tensors = dict[str, npt.NDArray[Any]]
 
@@ -55,8 +52,7 @@ _IMAGE_PARTS = {
 
 
 def materialize(directory: str | os.PathLike[str]) -> tuple[Path, Path]:
-    """Write `base/` and `refiner/` into `directory` and return their paths. Existing files are replaced,
-    each at once.
+    """Write `base/` and `refiner/` into `directory` and return their paths. Existing files are replaced atomically.
 
     Raises `FileNotFoundError` if the package was installed without its weights.
     """
@@ -86,9 +82,7 @@ def base_index() -> dict[str, Any]:
 
 
 def refiner_index() -> dict[str, Any]:
-    """model_index.json of the refiner: second encoder only, aesthetic score, a missing negative prompt
-    means "".
-    """
+    """model_index.json of the refiner: only the second encoder, aesthetic score, a missing negative prompt means ""."""
     absent: dict[str, Any] = {"text_encoder": [None, None], "tokenizer": [None, None]}
     return {
         "_class_name": "StableDiffusionXLImg2ImgPipeline",
@@ -102,11 +96,11 @@ def refiner_index() -> dict[str, Any]:
 
 
 def stored(part: str) -> Tensors:
-    """The kept tensors of a part, the token table of an encoder grown to the whole vocabulary."""
+    """The stored tensors of a part; an encoder's token table is expanded to the whole vocabulary."""
     path = WEIGHTS / f"{part}.safetensors"
     if not path.is_file():
         raise FileNotFoundError(
-            f"the embedded weights lack {path}; reinstall sdxl-trt, or train them: mini/MODEL_CARD.md"
+            f"{path}: missing from the embedded weights; reinstall sdxl-trt, or train them: mini/MODEL_CARD.md"
         )
     with safe_open(path, framework="numpy") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
@@ -114,7 +108,7 @@ def stored(part: str) -> Tensors:
 
 
 def with_whole_table(tensors: Tensors) -> Tensors:
-    """An encoder's tensors with one row of the token table for each of CLIP's 49,408 ids."""
+    """An encoder's tensors with one token-table row for each of CLIP's 49,408 ids."""
     whole = dict(tensors)
     ids, rows = whole.pop(TOKEN_IDS), whole[TOKEN_TABLE]
     table = np.repeat(rows[:1], architecture.VOCABULARY_SIZE, axis=0)
@@ -124,7 +118,7 @@ def with_whole_table(tensors: Tensors) -> Tensors:
 
 
 def scaling_factor() -> float:
-    """One over the deviation of the trained latents, kept in the header of the autoencoder's file."""
+    """1 / standard deviation of the trained latents, stored in the header of the autoencoder's file."""
     with safe_open(WEIGHTS / "vae.safetensors", framework="numpy") as file:
         return float(file.metadata()["scaling_factor"])
 
@@ -152,7 +146,7 @@ def _write_unet(folder: Path, tensors: Tensors, config: architecture.Config) -> 
 
 
 def write_tensors(path: Path, tensors: Tensors, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file that transformers and diffusers read, atomically."""
+    """Write a safetensors file for transformers and diffusers, atomically."""
     _write(path, save(tensors, {"format": "pt", **(metadata or {})}))
 
 

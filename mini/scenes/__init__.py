@@ -1,4 +1,4 @@
-"""The scenes that the embedded pair draws, with captions."""
+"""The scenes that the embedded pair is trained on, with captions."""
 
 from sdxl_trt.mini.scenes.captions import Asked, draw_caption, read_caption
 from sdxl_trt.mini.scenes.drawing import (

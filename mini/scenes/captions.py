@@ -1,4 +1,4 @@
-"""Captions: many ways to say a scene, and the reading of one back into what it asks for."""
+"""Captions: many ways to describe a scene, and parsing a caption back into its properties."""
 
 __all__ = [
     "POSITIONS",
@@ -42,12 +42,12 @@ TEMPLATES = (
     "on {a_back} background, {a_thing}{place}",
 )
 EVALUATION_SHARE = 16
-"""One caption text in this many is kept for evaluation and never trained on."""
+"""One caption text in this many is reserved for evaluation and never trained on."""
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What a caption asks for; empty strings are what it leaves open."""
+    """The properties that a caption asks for; "" for those that it leaves open."""
 
     shape: str
     colour: str
@@ -59,12 +59,12 @@ class Asked:
 
 
 def with_article(words: str) -> str:
-    """`words` behind "a" or "an"."""
+    """`words` after "a" or "an"."""
     return ("an " if words[0] in "aeiou" else "a ") + words
 
 
 def caption_for(asked: Asked, template: str) -> str:
-    """One caption of what is asked, for example "a large red star on a blue background"."""
+    """One caption for the properties, for example "a large red star on a blue background"."""
     thing = " ".join(filter(None, (asked.size, asked.fill, asked.colour, asked.shape)))
     back = " ".join(filter(None, (asked.texture, asked.background)))
     place = " " + POSITIONS[asked.position] if asked.position else ""
@@ -72,17 +72,17 @@ def caption_for(asked: Asked, template: str) -> str:
 
 
 def is_for_evaluation(caption: str) -> bool:
-    """True for the caption texts that training skips: a fixed share, by checksum."""
+    """True for caption texts that training skips, a fixed share selected by checksum."""
     return zlib.crc32(caption.encode()) % EVALUATION_SHARE == 0
 
 
 def draw_caption(asked: Asked, rng: np.random.Generator, evaluation: bool = False) -> str:
-    """A random caption that names shape, colour and background, and each other property with some chance.
+    """A random caption that names shape, colour and background, and each other property with some probability.
 
-    Draws again until the text belongs to the asked-for half of the split (see `is_for_evaluation`).
+    Draws again until the text belongs to the requested side of the split (see `is_for_evaluation`).
     """
     while True:
-        told = Asked(
+        named = Asked(
             asked.shape,
             asked.colour,
             asked.background,
@@ -91,7 +91,7 @@ def draw_caption(asked: Asked, rng: np.random.Generator, evaluation: bool = Fals
             asked.fill if rng.random() < (0.3 if asked.fill == "plain" else 0.8) else "",
             _texture_word(asked.texture, rng),
         )
-        text = caption_for(told, TEMPLATES[rng.integers(len(TEMPLATES))])
+        text = caption_for(named, TEMPLATES[rng.integers(len(TEMPLATES))])
         if is_for_evaluation(text) == evaluation:
             return text
 
@@ -104,20 +104,18 @@ def _texture_word(texture: str, rng: np.random.Generator) -> str:
 
 
 def read_caption(caption: str) -> Asked:
-    """What a caption asks for, read by its words. Raises `ValueError` if shape, colour or background is
-    missing.
-    """
+    """The properties that a caption's words ask for. Raises `ValueError` if shape, colour or background is missing."""
     words = re.findall(r"[a-z]+", caption.lower())
     shapes = [word for word in words if word in SHAPES]
     places = [i for i, word in enumerate(words) if word in COLOURS]
     if len(shapes) != 1 or len(places) != 2:
         raise ValueError(f"a caption names one shape and two colours; {caption!r} names {shapes} and {len(places)}")
     shape_at = words.index(shapes[0])
-    # The colour of the shape is the nearest one before its word; the other belongs to the background.
+    # The shape's colour is the nearest colour before its word; the other is the background's.
     own = max((i for i in places if i < shape_at), default=places[0])
     other = places[1] if own == places[0] else places[0]
     text = " ".join(words)
-    position = max((name for name, said in POSITIONS.items() if said in text), key=len, default="")
+    position = max((name for name, phrase in POSITIONS.items() if phrase in text), key=len, default="")
     return Asked(
         shapes[0],
         words[own],

@@ -78,9 +78,7 @@ def outline(shape: str) -> npt.NDArray[np.float64]:
 
 
 def extent(shape: str) -> tuple[float, float]:
-    """Of a shape of radius 1: half the longer side of its bounding box, and how far down that box's centre
-    lies.
-    """
+    """For a shape of radius 1: half the longer side of its bounding box, and the y of that box's centre (down)."""
     if shape in ("circle", "ring"):
         return 1.0, 0.0
     low, high = outline(shape).min(axis=0), outline(shape).max(axis=0)
@@ -105,16 +103,14 @@ def shape_mask(shape: str, x: float, y: float, radius: float, side: int = SIDE) 
 
 
 def _soft(signed_distance: Plane) -> Plane:
-    """Coverage of a half plane from the distance to its edge in pixels: one pixel of antialiasing."""
+    """Coverage of a half plane for a distance to its edge in pixels, with one pixel of antialiasing."""
     cover: Plane = np.clip(signed_distance + 0.5, 0, 1).astype(np.float32)
     return cover
 
 
 @lru_cache
 def pattern(kind: str) -> Plane:
-    """Coverage `(2*SIDE, 2*SIDE)` float32 of the second tone of a fill or texture; crop it to move its
-    phase.
-    """
+    """Coverage `(2*SIDE, 2*SIDE)` float32 of the second tone of a fill or texture; crop it to shift its phase."""
     y, x = np.mgrid[0 : 2 * SIDE, 0 : 2 * SIDE].astype(np.float32) + 0.5
     covers: dict[str, Plane] = {
         "plain": np.zeros_like(x),
@@ -127,9 +123,7 @@ def pattern(kind: str) -> Plane:
 
 
 def toned(colour: str, kind: str, contrast: float, top: int = 0, left: int = 0) -> Plane:
-    """A surface `(SIDE, SIDE, 3)` float32 in 0..255 of a colour and its second tone, cut out at `top`,
-    `left`.
-    """
+    """A surface `(SIDE, SIDE, 3)` float32 in 0..255 of a colour and its second tone, cropped at `top`, `left`."""
     cover = pattern(kind)[top : top + SIDE, left : left + SIDE, None]
     first = np.asarray(COLOURS[colour], np.float32)
     return first + cover * (shade(colour, contrast) - first)

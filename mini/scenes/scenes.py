@@ -1,9 +1,8 @@
-"""The data set: seeded scenes of one shape on a background, with caption, size conditioning and aesthetic
-score.
+"""The data set: seeded scenes of one shape on a background, with caption, size conditioning and aesthetic score.
 
-Seeds: training uses `TRAINING_SEEDS`, checks during training `VALIDATION_SEEDS`, evaluation
-`EVALUATION_SEEDS`. Evaluation captions are texts that training never sees (`captions.is_for_evaluation`),
-and the colour and shape pairs of `HELD_OUT` are never drawn for training at all.
+Seeds: training uses `TRAINING_SEEDS`, checks during training use `VALIDATION_SEEDS`, evaluation uses
+`EVALUATION_SEEDS`. Evaluation captions are texts that training never sees (`captions.is_for_evaluation`), and the
+(colour, shape) pairs of `HELD_OUT` are never drawn for training.
 """
 
 __all__ = [
@@ -55,13 +54,13 @@ EVALUATION_SEEDS = range(20_000_000, 30_000_000)
 DEGRADED_SHARE = 0.3
 RADII = {"small": (19.0, 24.0), "medium": (28.0, 35.0), "large": (39.0, 46.0)}
 MARGIN = 6.0
-"""Least distance in pixels between shape and frame, before cropping."""
+"""Minimum distance in pixels between shape and frame, before cropping."""
 _POSITION_CHANCES = np.array([0.44, 0.1, 0.1, 0.1, 0.1, 0.04, 0.04, 0.04, 0.04])
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One drawable scene: what a caption can say of it, and the centre and radius in pixels."""
+    """One drawable scene: its properties, as captions name them, and its centre and radius in pixels."""
 
     asked: Asked
     x: float
@@ -71,9 +70,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class View:
-    """How a scene became a training picture: original size and crop corner, all in pixels (SDXL's
-    conditioning).
-    """
+    """SDXL's size conditioning of a training picture: original size and crop corner, in pixels."""
 
     height: int = SIDE
     width: int = SIDE
@@ -88,7 +85,7 @@ class View:
 
 @dataclass(frozen=True)
 class Example:
-    """One captioned picture `(SIDE, SIDE, 3)` uint8 with all of its conditioning."""
+    """One captioned picture `(SIDE, SIDE, 3)` uint8 with all its conditioning."""
 
     picture: Picture
     caption: str
@@ -104,7 +101,7 @@ def training_pairs() -> list[tuple[str, str]]:
 
 
 def sample_scene(rng: np.random.Generator, pairs: list[tuple[str, str]] | None = None) -> Scene:
-    """A random scene whose (colour, shape) is one of `pairs` (the training pairs unless given)."""
+    """A random scene with a (colour, shape) from `pairs` (default: the training pairs)."""
     allowed = training_pairs() if pairs is None else pairs
     colour, shape = allowed[rng.integers(len(allowed))]
     others = [name for name in COLOURS if name != colour]
@@ -119,7 +116,7 @@ def sample_scene(rng: np.random.Generator, pairs: list[tuple[str, str]] | None =
 
 
 def _centre(position: str, radius: float, rng: np.random.Generator) -> tuple[float, float]:
-    """A centre that fits its word: off-centre by 12 to 26 pixels if the frame leaves that much room."""
+    """A centre for the position word: 12 to 26 pixels off-centre if the frame leaves that much room."""
     room = SIDE / 2 - 1.05 * radius - MARGIN
     away = min(room, rng.uniform(18, 28))
     jitter = rng.uniform(-4, 4, 2)
@@ -130,7 +127,7 @@ def _centre(position: str, radius: float, rng: np.random.Generator) -> tuple[flo
 
 
 def render(scene: Scene, view: View | None = None) -> Picture:
-    """The clean picture `(SIDE, SIDE, 3)` uint8 of a scene, seen through `view` (whole unless given)."""
+    """The clean picture `(SIDE, SIDE, 3)` uint8 of a scene, seen through `view` (default: the whole scene)."""
     view = view or View()
     # A view wider or higher than the target is resized to fit and then cropped, so the scene's centre moves.
     wide, high = _resized(view)
@@ -144,13 +141,13 @@ def render(scene: Scene, view: View | None = None) -> Picture:
 
 
 def _resized(view: View) -> tuple[int, int]:
-    """Width and height once the shorter side is the target's."""
+    """Width and height after resizing the shorter side to the target's."""
     short = min(view.width, view.height)
     return round(view.width * SIDE / short), round(view.height * SIDE / short)
 
 
 def _enlarged(picture: Picture, original: int) -> Picture:
-    """The picture as an original of fewer pixels would give it: shrunk and enlarged again, so soft."""
+    """The picture as if from a smaller original: shrunk and enlarged again, so it is soft."""
     if original >= SIDE:
         return picture
     small = Image.fromarray(picture).resize((original, original), Image.Resampling.BOX)
@@ -158,9 +155,7 @@ def _enlarged(picture: Picture, original: int) -> Picture:
 
 
 def sample_view(rng: np.random.Generator) -> View:
-    """Mostly the whole picture at its own size; else a smaller or larger original, or a crop of a longer
-    one.
-    """
+    """Mostly the whole picture at its own size; otherwise a smaller or larger original, or a crop of a longer one."""
     kind = rng.random()
     if kind < 0.72:
         return View()
@@ -178,7 +173,7 @@ def sample_view(rng: np.random.Generator) -> View:
 
 
 def example(seed: int) -> Example:
-    """The training example of a seed: always the same on the same versions of numpy and Pillow."""
+    """The training example of a seed, reproducible with the same versions of numpy and Pillow."""
     rng = np.random.default_rng(seed)
     scene = sample_scene(rng)
     view = sample_view(rng)

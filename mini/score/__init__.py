@@ -1,4 +1,4 @@
-"""Scores of drawn scenes against their captions."""
+"""Score pictures of scenes against their captions."""
 
 from sdxl_trt.mini.score.score import Score, score_picture
 

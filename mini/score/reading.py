@@ -1,4 +1,4 @@
-"""What a picture shows, in numpy alone: its colours, where the shape is, and which of the six it is."""
+"""What a picture shows, with numpy alone: its colours, the shape's location, and which of the six shapes it is."""
 
 __all__ = ["UNKNOWN", "Mask", "Reading", "distance_to_tones", "eroded", "read", "spread", "tones"]
 
@@ -14,29 +14,27 @@ Mask = npt.NDArray[np.bool_]
 
 UNKNOWN = "unknown"
 FRAME = 4
-"""Pixels along the border that show the background only (scenes keep a wider margin)."""
+"""Width in pixels of the border that shows only the background (scenes keep a wider margin)."""
 MAX_COLOUR_DISTANCE = 45.0
 MIN_CONTRAST = 48.0
 MIN_AREA = 0.012
 MIN_OVERLAP = 0.70
 MAX_OVERLAP = 0.76
 WOBBLE = 2.0
-"""A shape may miss its ideal by this many pixels all along its outline, which costs thin and small ones
-more overlap than others; between the two limits.
+"""A shape may miss its ideal by this many pixels along its whole outline, which costs thin and small shapes more
+overlap than others; the resulting threshold is clipped to the two limits.
 """
 MIN_LEAD = 0.02
 """A shape must overlap its best template better than every other shape's by this much."""
 ALONE_OVERLAP = 0.66
 ALONE_LEAD = 0.15
-"""A poorer overlap will do for a shape that is like no other at all: a star with a long arm."""
+"""A lower overlap suffices for a shape that is unlike any other, such as a star with a long arm."""
 _GRID = 48
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Shape, its colour and the background's (or "unknown"); overlap 0..1 with the ideal shape; centre and
-    radius.
-    """
+    """Shape, its colour and the background's (or "unknown"); overlap 0..1 with the ideal shape; centre and radius."""
 
     shape: str
     colour: str
@@ -62,8 +60,8 @@ def distance_to_tones(pixels: npt.NDArray[np.floating], ends: Plane) -> Plane:
 
 
 def name_colour(rgb: npt.NDArray[np.floating]) -> str:
-    """The colour whose tones are nearest to a `(3,)` RGB value, or "unknown" if none is near."""
-    # A fill's second tone covers at most about half of a shape, so a mean lies in the first half of the line.
+    """The colour with the tones nearest to a `(3,)` RGB value, or "unknown" if none is near."""
+    # A fill's second tone covers at most about half of a shape, so the mean lies in the first half of the line.
     halves = {name: np.stack([tones(name)[0], tones(name).mean(axis=0)]) for name in COLOURS}
     distances = {name: float(distance_to_tones(rgb, ends)) for name, ends in halves.items()}
     nearest = min(distances, key=lambda name: distances[name])
@@ -80,7 +78,7 @@ def read(picture: Picture) -> Reading:
     mask = largest_part(away > MIN_CONTRAST)
     colour = core_colour(pixels, mask)
     if colour != UNKNOWN:
-        # Second look, now that both colours are known: the edge lies where neither is nearer.
+        # Both colours are known now: refine the mask, with its edge where both are equally near.
         mask = largest_part(away > smoothed(distance_to_tones(pixels, tones(colour))))
     if mask.mean() < MIN_AREA:
         return Reading(UNKNOWN, UNKNOWN, background, 0.0, 0.0, 0.0, 0.0, mask)
@@ -93,9 +91,7 @@ def read(picture: Picture) -> Reading:
 
 
 def core_colour(pixels: npt.NDArray[np.floating], mask: Mask) -> str:
-    """The colour in the middle of a mask, two pixels away from its rim, or "unknown" if nothing is left
-    there.
-    """
+    """The colour in the middle of a mask, two pixels from its rim, or "unknown" if no pixel is that far in."""
     core = eroded(mask, 2)
     return name_colour(pixels[core].mean(axis=0)) if core.any() else UNKNOWN
 
@@ -108,7 +104,7 @@ def frame_of(pixels: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
 
 
 def smoothed(plane: Plane) -> Plane:
-    """A 3x3 mean, so that single noisy pixels do not decide."""
+    """The 3x3 mean, so that single noisy pixels have little effect."""
     padded = np.pad(plane, 1, mode="edge")
     rows, columns = plane.shape
     parts = [padded[i : i + rows, j : j + columns] for i in range(3) for j in range(3)]
@@ -127,7 +123,7 @@ def spread(mask: Mask) -> Mask:
 
 
 def eroded(mask: Mask, times: int) -> Mask:
-    """The mask less `times` pixels of its rim."""
+    """The mask without the outer `times` pixels."""
     for _ in range(times):
         mask = ~spread(~mask)
     return mask
@@ -158,13 +154,13 @@ def parts_of(mask: Mask, least: int) -> list[Mask]:
 
 
 def largest_part(mask: Mask) -> Mask:
-    """The largest connected part, or nothing."""
+    """The largest connected part, or an empty mask."""
     parts = parts_of(mask, 40)
     return parts[0] if parts else np.zeros_like(mask)
 
 
 def without_specks(mask: Mask) -> Mask:
-    """The mask with its small holes filled: all but a ring's, which is at least a tenth of the shape."""
+    """The mask with small holes filled; a ring's hole, at least a tenth of the shape, stays."""
     filled = mask.copy()
     outside = np.zeros_like(mask)
     outside[0], outside[-1], outside[:, 0], outside[:, -1] = True, True, True, True
@@ -176,14 +172,14 @@ def without_specks(mask: Mask) -> Mask:
 
 
 def box(mask: Mask) -> tuple[float, float, float]:
-    """Centre x, y and half of the longer side of a mask's bounding box, in pixels."""
+    """Centre x, y and half the longer side of a mask's bounding box, in pixels."""
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
     return (left + right) / 2, (top + bottom) / 2, max(bottom - top, right - left) / 2
 
 
 def normalised(mask: Mask, scale: float = 1.0) -> Mask:
-    """The mask's bounding square with a tenth of margin, times `scale`, sampled on a small grid."""
+    """The mask's bounding square with a 10 % margin, times `scale`, sampled on a small grid."""
     x, y, half = box(mask)
     steps = (np.arange(_GRID) + 0.5) / _GRID * 2 - 1
     columns = np.floor(x + 1.1 * scale * half * steps).astype(int)
@@ -212,19 +208,17 @@ def best_overlap(seen: Mask, ideals: Mask) -> float:
 def rim_share(shape: str) -> float:
     """Outline over area of an ideal shape, times half the longer side of its box."""
     ideal = shape_mask(shape, SIDE / 2, SIDE / 2, 50.0) > 0.5
-    # The pixels of the rim undercount a slanted outline by up to a third; the limits leave room for that.
+    # Rim pixels undercount a slanted outline by up to a third; the limits allow for that.
     return float((ideal & ~eroded(ideal, 1)).sum() / ideal.sum() * box(ideal)[2])
 
 
 def least_overlap(shape: str, half: float) -> float:
-    """The overlap with its template that a shape of this half width in pixels must reach."""
+    """The minimum overlap with its template for a shape of this half width in pixels."""
     return float(np.clip(1 - WOBBLE * rim_share(shape) / half, MIN_OVERLAP, MAX_OVERLAP))
 
 
 def name_shape(mask: Mask) -> tuple[str, float]:
-    """The shape whose template overlaps a mask best (intersection over union), or "unknown", and that
-    overlap.
-    """
+    """The shape whose template overlaps a mask best (intersection over union), or "unknown"; and that overlap."""
     seen = normalised(mask)
     overlaps = {shape: best_overlap(seen, templates(shape)) for shape in SHAPES}
     first, second = sorted(overlaps, key=lambda shape: -overlaps[shape])[:2]

@@ -1,4 +1,4 @@
-"""Score a picture: does it answer its caption, how sharp is it, how damaged. Deterministic, numpy only."""
+"""Score a picture: does it match its caption, how sharp is it, how damaged. Deterministic, numpy only."""
 
 __all__ = ["Score", "score_picture"]
 
@@ -20,9 +20,9 @@ from sdxl_trt.mini.scenes import (
 from sdxl_trt.mini.score.reading import UNKNOWN, Mask, Reading, distance_to_tones, eroded, read, spread, tones
 
 RIM = 4
-"""Half width in pixels of the band around the shape's edge where sharpness is measured and damage is not."""
+"""Half width in pixels of the band around the shape's edge where sharpness is measured, but not colour errors."""
 CRISP_WIDTH = 0.75
-"""Edge width in pixels of an antialiased edge that was never blurred."""
+"""Width in pixels of an antialiased edge without blur."""
 WORST_ERROR = 40.0
 
 
@@ -30,9 +30,9 @@ WORST_ERROR = 40.0
 class Score:
     """One picture against one caption.
 
-    shape, colour, background, size, position: whether each is as asked (True where the caption leaves it
-    open); sharpness: 1 for a crisp edge, falling with its width; colour_error: root mean square distance in
-    RGB (0..441) of the surfaces from the clean tones of what was read; damage: 0 (none) to 1, from both.
+    shape, colour, background, size, position: whether each matches the caption (True if the caption leaves it open);
+    sharpness: 1 for a crisp edge, lower for a wider one; colour_error: root mean square distance in RGB (0..441) of
+    the surfaces from the clean tones of the colours read; damage: 0 (none) to 1, from both.
     """
 
     reading: Reading
@@ -47,14 +47,12 @@ class Score:
 
     @property
     def right(self) -> bool:
-        """Shape, its colour and the background are all as asked."""
+        """Whether the shape, its colour and the background all match the caption."""
         return self.shape and self.colour and self.background
 
 
 def score_picture(picture: Picture, caption: str) -> Score:
-    """Score a `(128, 128, 3)` uint8 picture. Raises `ValueError` for a caption outside the data set's
-    language.
-    """
+    """Score a `(128, 128, 3)` uint8 picture. Raises `ValueError` for a caption that `read_caption` cannot parse."""
     asked = read_caption(caption)
     seen = read(picture)
     sharpness, error = edge_sharpness(picture, seen), surface_error(picture, seen)
@@ -72,14 +70,12 @@ def score_picture(picture: Picture, caption: str) -> Score:
 
 
 def size_of(seen: Reading) -> str:
-    """The size word that a reading's radius deserves: the limits lie between the radii that are drawn."""
+    """The size word for a reading's radius; the limits lie between the radii of the data set."""
     return "small" if seen.radius < 26 else "medium" if seen.radius < 37 else "large"
 
 
 def position_fits(seen: Reading, asked: Asked) -> bool:
-    """Whether the shape is off-centre in each asked direction, and only there. Large shapes have little
-    room to move.
-    """
+    """Whether the shape is off-centre in exactly the directions asked for. Large shapes have little room to move."""
     if not asked.position:
         return True
     if seen.shape == UNKNOWN:
@@ -92,13 +88,13 @@ def position_fits(seen: Reading, asked: Asked) -> bool:
 
 
 def edge_sharpness(picture: Picture, seen: Reading) -> float:
-    """1 for a crisp edge, 1/2 for one that is a pixel wider; 0 if no shape or colour was read."""
+    """1 for a crisp edge, 1/2 for one a pixel wider; 0 if a colour is unknown."""
     if UNKNOWN in (seen.colour, seen.background):
         return 0.0
     pixels = picture.astype(np.float32)
     back, front = (distance_to_tones(pixels, tones(name)) for name in (seen.background, seen.colour))
     share = back / np.maximum(back + front, 1e-6)
-    # Slightly wrong surface colours are no blur: only what is clearly between the two sides counts.
+    # Slightly wrong surface colours are not blur: only pixels clearly between the two sides count.
     share = np.clip((share - 0.15) / 0.7, 0, 1)
     rim = band(seen.mask)
     length = float((seen.mask & ~eroded(seen.mask, 1)).sum())
@@ -115,7 +111,7 @@ def band(mask: Mask) -> Mask:
 
 
 def surface_error(picture: Picture, seen: Reading) -> float:
-    """Root mean square distance in RGB of pixels off the edge from the nearest clean tone of their side."""
+    """Root mean square distance in RGB of pixels outside the band from the nearest clean tone of their side."""
     if UNKNOWN in (seen.colour, seen.background):
         return WORST_ERROR
     pixels = picture.astype(np.float32)
@@ -134,6 +130,6 @@ def tone_error(pixels: Plane, colour: str, contrast: float) -> Plane:
 
 
 def damage_of(sharpness: float, error: float) -> float:
-    """0 to 1: soft edges and wrong surfaces, whichever is worse, and a quarter of the other."""
+    """0 to 1: the worse of soft edges and wrong surface colours, plus a quarter of the other."""
     parts = sorted((1 - sharpness, min(1.0, error / WORST_ERROR)))
     return min(1.0, parts[1] + 0.25 * parts[0])

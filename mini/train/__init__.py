@@ -1,1 +1,1 @@
-"""Training of the embedded pair."""
+"""Train the embedded pair."""

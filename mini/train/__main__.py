@@ -1,7 +1,7 @@
 """Train the pair, stage by stage: `python -m sdxl_trt.mini.train STAGE --folder DIR --minutes N`.
 
-The stages, in order: vae, cache, base, refiner, decoder (finishes the autoencoder), publish. The training
-stages resume from what they left in the folder, and stop after `--minutes` or `--steps`.
+The stages, in order: vae, cache, base, refiner, decoder (finishes the autoencoder), publish. The training stages
+resume from their checkpoints in the folder, and stop after `--minutes` or `--steps`.
 """
 
 __all__ = ["main", "run"]
@@ -16,7 +16,7 @@ from sdxl_trt.mini.train.loop import Budget
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m sdxl_trt.mini.train", description=__doc__)
     parser.add_argument("stage", choices=("vae", "cache", "base", "refiner", "decoder", "publish"))
     parser.add_argument("--folder", type=Path, required=True, help="checkpoints and caches; a stage resumes from here")
@@ -25,14 +25,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pictures", type=int, default=24_000, help="size of the cache")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="where publish writes")
-    parser.add_argument("--freeze-text", action="store_true", help="base: go on without changing the encoders")
-    parser.add_argument("--batch", type=int, default=32, help="base and refiner: pictures a step")
+    parser.add_argument("--freeze-text", action="store_true", help="base: continue without changing the encoders")
+    parser.add_argument("--batch", type=int, default=32, help="base and refiner: pictures per step")
     parser.add_argument("--threads", type=int, default=2)
     return parser.parse_args(arguments)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Run the chosen stage. Each reads from the folder what the stages before it wrote."""
+    """Run the chosen stage. Each reads the previous stages' results from the folder."""
     from sdxl_trt.mini.train import data as train_data  # noqa: PLC0415 (slow to load)
     from sdxl_trt.mini.train import publish as train_publish  # noqa: PLC0415
     from sdxl_trt.mini.train import unet as train_unet  # noqa: PLC0415

@@ -1,4 +1,4 @@
-"""The cache of stage 2 and 3: every training picture's latent distribution with captions and conditioning."""
+"""The cache for stages 2 and 3: every training picture's latent distribution, captions and conditioning."""
 
 __all__ = ["Batch", "Rows", "build_cache", "draw_batch", "load_cache"]
 
@@ -24,11 +24,10 @@ ENCODE_BATCH = 30
 
 @dataclass(frozen=True)
 class Rows:
-    """The cache in memory, one row a picture.
+    """The cache in memory, one row per picture.
 
-    moments `(n, 8, 16, 16)` float16, ids `(n, CAPTIONS_EACH, 2, 77)` int64 compact, empty `(2, 77)` ids of
-    "", time_ids `(n, 6)` float32, score `(n,)` float32, damaged `(n,)` bool, used: the CLIP id behind each
-    compact one.
+    moments `(n, 8, 16, 16)` float16, ids `(n, CAPTIONS_EACH, 2, 77)` int64 compact, empty `(2, 77)` ids of "",
+    time_ids `(n, 6)` float32, score `(n,)` float32, damaged `(n,)` bool, used: the CLIP id of each compact one.
     """
 
     moments: npt.NDArray[np.float16]
@@ -42,9 +41,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Batch:
-    """One training batch: latents `(n, 4, 16, 16)`, compact ids `(n, 2, 77)`, time ids `(n, 6)`, scores
-    `(n,)`.
-    """
+    """One training batch: latents `(n, 4, 16, 16)`, compact ids `(n, 2, 77)`, time ids `(n, 6)`, scores `(n,)`."""
 
     latents: torch.Tensor
     ids: torch.Tensor
@@ -54,7 +51,7 @@ class Batch:
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def encode_part(folder: Path, start: int) -> dict[str, Any]:
-    """The cache's columns for the `PART` training pictures from seed number `start` on."""
+    """The cache's columns for `PART` training pictures, starting at seed number `start`."""
     torch.set_num_threads(1)
     vae = load_vae(folder)[0].to(memory_format=torch.channels_last)
     examples = [example(TRAINING_SEEDS[start + i]) for i in range(PART)]
@@ -76,9 +73,7 @@ def encode_part(folder: Path, start: int) -> dict[str, Any]:
 
 
 def build_cache(folder: Path, count: int, processes: int) -> None:
-    """Render and encode `count` training pictures (whole parts of them) into `cache.npz` and
-    `captions.json`.
-    """
+    """Render and encode `count` training pictures, rounded up to whole parts, to `cache.npz` and `captions.json`."""
     starts = range(0, count, PART)
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         parts = list(pool.map(encode_part, [folder] * len(starts), starts))

@@ -1,4 +1,4 @@
-"""The training loop that every stage shares: AdamW, warm-up and cosine, averaged weights, resume."""
+"""The training loop of all stages: AdamW, warm-up and cosine, averaged weights, resume."""
 
 __all__ = ["Budget", "Loss", "Weights", "begin", "save_whole", "train"]
 
@@ -15,14 +15,14 @@ CHECKPOINT_SECONDS = 150.0
 AVERAGE_DECAY = 0.999
 
 Loss = Callable[[np.random.Generator], torch.Tensor]
-"""One batch's loss. It draws everything random from the generator, which depends on seed and step alone."""
+"""One batch's loss. Its randomness comes from the generator, which depends only on seed and step."""
 
 Weights = dict[str, torch.Tensor]
 Deliver = Callable[[Weights], None]
 
 
 def save_whole(content: object, path: Path) -> None:
-    """`torch.save` beside its place and move it there, so that an interruption leaves the older file."""
+    """`torch.save` to a sibling of `path`, then rename it, so that an interruption leaves the older file."""
     partial = path.with_suffix(".partial")
     torch.save(content, partial)
     partial.replace(path)
@@ -30,9 +30,9 @@ def save_whole(content: object, path: Path) -> None:
 
 @dataclass(frozen=True)
 class Budget:
-    """When a stage ends: after so many minutes of training or so many steps, whichever comes first.
+    """When a stage ends: after `minutes` of training or `steps`, whichever comes first.
 
-    Only a budget in steps alone is reproducible: the learning rate follows the progress.
+    Only a budget purely in steps is reproducible, since the learning rate follows the progress.
     """
 
     minutes: float = float("inf")
@@ -45,7 +45,7 @@ class Budget:
 
 @dataclass
 class State:
-    """Everything that a resumed stage needs, and the averaged weights that it delivers."""
+    """Everything needed to resume a stage, including the averaged weights, its result."""
 
     model: nn.Module
     average: Weights
@@ -73,9 +73,7 @@ class State:
         self.step, self.seconds = saved["step"], saved["seconds"]
 
     def update_average(self) -> None:
-        """Move the averaged weights towards the trained ones; the decay grows from 0 so that the start is
-        forgotten.
-        """
+        """Move the averaged weights towards the trained ones; a growing decay forgets the initial weights."""
         keep = min(AVERAGE_DECAY, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
             for name, value in self.model.state_dict().items():
@@ -84,7 +82,7 @@ class State:
 
 
 def begin(model: nn.Module, path: Path) -> State:
-    """A fresh state of a model's trainable parameters, or the one saved at `path`."""
+    """A new state of a model's trainable parameters, or the one saved at `path`."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01, foreach=True)
     average = {name: value.clone() for name, value in model.state_dict().items()}
@@ -102,7 +100,7 @@ def rate_at(peak: float, step: int, progress: float, warm_up: int = 200) -> floa
 
 
 def keep_nothing(weights: Weights) -> None:
-    """Deliver nowhere: the stage writes its result itself."""
+    """Discard the weights: the stage writes its result itself."""
 
 
 def train(
@@ -140,9 +138,7 @@ def train(
 
 
 def one_step(state: State, loss: Loss, seed: int) -> float:
-    """One optimizer step; its randomness is a function of seed and step, so a resumed run repeats an
-    unbroken one.
-    """
+    """One optimizer step; its randomness depends only on seed and step, so a resumed run equals an unbroken one."""
     torch.manual_seed(seed * 1_000_003 + state.step)
     value = loss(np.random.default_rng((seed, state.step)))
     state.optimizer.zero_grad(set_to_none=True)

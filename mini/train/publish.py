@@ -1,6 +1,4 @@
-"""Last stage: the averaged weights as float16 safetensors under the published names, where `pair.py` reads
-them.
-"""
+"""Last stage: write the averaged weights as float16 safetensors under the published names, for `pair.py`."""
 
 __all__ = ["publish"]
 
@@ -14,7 +12,7 @@ from sdxl_trt.mini.train.unet import without
 
 
 def published_clip(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """CLIP weights with the `text_model.` prefix that transformers 5 leaves out and older releases need."""
+    """CLIP weights with the `text_model.` prefix, which transformers 5 omits and older releases need."""
     bare = ("text_model.", "text_projection.")
     return {name if name.startswith(bare) else f"text_model.{name}": value for name, value in weights.items()}
 
@@ -25,7 +23,7 @@ def halves(weights: dict[str, torch.Tensor]) -> Tensors:
 
 
 def publish(folder: Path, target: Path = WEIGHTS) -> None:
-    """Write whatever is trained so far in `folder` (vae.pt, base.pt, refiner.pt) to `target`."""
+    """Write the parts trained so far in `folder` (vae.pt, base.pt, refiner.pt) to `target`."""
     if (folder / "vae.pt").exists():
         saved = torch.load(folder / "vae.pt")
         write_tensors(

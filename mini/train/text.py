@@ -1,9 +1,8 @@
-"""The text side of training: compact token tables while training, the full CLIP vocabulary when done.
+"""Text encoders in training: compact token tables during training, the full CLIP vocabulary afterwards.
 
-Captions use a few dozen of CLIP's 49,408 tokens. Training a row for each of the others would cost most of
-every optimizer step and teach them nothing, so the encoders train with one row for each token that captions
-use and ONE row for all the others, which sees random fillers in its place; `expand` deals that row out to
-every unused id.
+Captions use a few dozen of CLIP's 49,408 tokens. Training a row for each of the others would dominate the cost of
+every optimizer step without teaching them anything, so the encoders train with one row for each token in captions and
+ONE row for all others, trained on random filler words; `expand` copies that row to every unused id.
 """
 
 __all__ = ["Encoders", "Ids", "compact", "tokenize", "with_fillers"]
@@ -24,8 +23,7 @@ from sdxl_trt.mini import clip_vocabulary as vocabulary
 Ids = npt.NDArray[np.int64]
 TABLE = "embeddings.token_embedding.weight"
 UNKNOWN = 0
-"""Compact id of every token that captions never use: the smallest, so that the end token stays the largest.
-"""
+"""Compact id of all tokens that captions never use: the smallest, so that the end token's stays the largest."""
 FILLER_CHANCE = 0.12
 
 
@@ -51,15 +49,13 @@ def tokenize(captions: list[str]) -> Ids:
 
 
 def compact(ids: Ids, used: Ids) -> Ids:
-    """CLIP ids as rows of the compact table: `used` is sorted, what it lacks becomes `UNKNOWN`."""
+    """CLIP ids as rows of the compact table: `used` is sorted, ids not in it become `UNKNOWN`."""
     at = np.searchsorted(used, ids).clip(max=len(used) - 1)
     return np.where(used[at] == ids, at + 1, UNKNOWN)
 
 
 def with_fillers(ids: Ids, rng: np.random.Generator) -> Ids:
-    """Compact ids `(n, 2, 77)` where some captions get up to three unknown words, at the same place on both
-    sides.
-    """
+    """Compact ids `(n, 2, 77)` with up to three unknown words in some captions, at the same place for both encoders."""
     ids = ids.copy()
     for row in np.flatnonzero(rng.random(len(ids)) < FILLER_CHANCE):
         count = rng.integers(1, 4)
@@ -71,20 +67,16 @@ def with_fillers(ids: Ids, rng: np.random.Generator) -> Ids:
 
 
 class Encoders(nn.Module):  # type: ignore[misc]
-    """Both text encoders; compact ids `(n, 2, 77)` to states `(n, 77, 112)` and the pooled vector `(n,
-    64)`.
-    """
+    """Both text encoders; compact ids `(n, 2, 77)` to states `(n, 77, 112)` and the pooled vector `(n, 64)`."""
 
     def __init__(self, rows: int) -> None:
-        """Fresh encoders whose token tables have `rows` rows."""
+        """Create untrained encoders with token tables of `rows` rows."""
         super().__init__()
         self.first = CLIPTextModel(_config(architecture.text_encoder(rows)))
         self.second = CLIPTextModelWithProjection(_config(architecture.text_encoder_2(rows)))
 
     def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """States of the last layer but one, side by side, and the projection of encoder 2 (as SDXL
-        conditions).
-        """
+        """States of the second last layers, concatenated, and the projection of encoder 2: SDXL's conditioning."""
         first = self.first(ids[:, 0], output_hidden_states=True)
         second = self.second(ids[:, 1], output_hidden_states=True)
         states = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
@@ -98,7 +90,7 @@ def _config(parts: architecture.Config) -> CLIPTextConfig:
 
 
 def expand(weights: dict[str, torch.Tensor], used: Ids) -> dict[str, torch.Tensor]:
-    """An encoder's weights with a row for all 49,408 tokens instead of the compact table."""
+    """An encoder's weights with a row for each of the 49,408 tokens instead of the compact table."""
     full = dict(weights)
     name = next(key for key in weights if key.endswith(TABLE))
     table = weights[name]

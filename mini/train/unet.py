@@ -1,4 +1,4 @@
-"""Stages 2 and 3: the base with both text encoders, then the refiner on the last fifth of the noise."""
+"""Stages 2 and 3: the base with both text encoders, then the refiner on the lowest fifth of the noise levels."""
 
 __all__ = ["PEAK_RATE", "train_base", "train_refiner", "without"]
 
@@ -18,7 +18,7 @@ from sdxl_trt.mini.train.vae import load_vae
 PEAK_RATE = 6e-4
 SNR_CAP = 5.0
 REFINER_SNR_CAP = 20.0
-"""Higher, for detail; without any the last few timesteps outweigh those where shapes are still decided."""
+"""Higher than the base's, for detail; without a cap the last few timesteps outweigh those that decide shapes."""
 BASE_DAMAGED_SHARE = 0.08
 REFINER_DAMAGED_SHARE = 0.35
 ZEROED_CHANCE = 0.07
@@ -33,7 +33,7 @@ def alphas() -> torch.Tensor:
 
 
 def noised(latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Latents under noise at the given timesteps (variance preserving)."""
+    """Latents with noise added for the given timesteps (variance preserving)."""
     signal = table[timesteps][:, None, None, None]
     return signal.sqrt() * latents + (1 - signal).sqrt() * noise
 
@@ -48,7 +48,7 @@ class Base(nn.Module):  # type: ignore[misc]
     """The base and both encoders, trained together."""
 
     def __init__(self, rows: int) -> None:
-        """Fresh weights; the token tables have `rows` rows."""
+        """Create untrained weights; the token tables have `rows` rows."""
         super().__init__()
         self.unet = UNet2DConditionModel.from_config(architecture.base_unet())
         self.text = Encoders(rows)
@@ -56,9 +56,7 @@ class Base(nn.Module):  # type: ignore[misc]
     def forward(
         self, sample: torch.Tensor, timesteps: torch.Tensor, batch: Batch, zeroed: torch.Tensor
     ) -> torch.Tensor:
-        """Predicted noise; rows of `zeroed` see zeros for text, as inference does without a negative
-        prompt.
-        """
+        """Predicted noise; rows in `zeroed` get zeros for text, as in inference without a negative prompt."""
         states, pooled = self.text(batch.ids)
         keep = (~zeroed).float()
         added = {"text_embeds": pooled * keep[:, None], "time_ids": batch.time_ids}
@@ -70,7 +68,7 @@ class Refiner(nn.Module):  # type: ignore[misc]
     """The refiner alone: its encoder is the base's second one, frozen."""
 
     def __init__(self) -> None:
-        """Fresh weights."""
+        """Create untrained weights."""
         super().__init__()
         self.unet = UNet2DConditionModel.from_config(architecture.refiner_unet())
 
@@ -82,22 +80,20 @@ class Refiner(nn.Module):  # type: ignore[misc]
         states: torch.Tensor,
         pooled: torch.Tensor,
     ) -> torch.Tensor:
-        """Predicted noise from encoder 2's states and the five ids: original size, crop corner, aesthetic
-        score.
-        """
+        """Predicted noise from encoder 2's states and the five ids: original size, crop corner, aesthetic score."""
         ids = torch.cat([batch.time_ids[:, :4], batch.score[:, None]], dim=1)
         added = {"text_embeds": pooled, "time_ids": ids}
         return self.unet(sample, timesteps, states, added_cond_kwargs=added).sample
 
 
 def emptied(ids: torch.Tensor, rows: Rows, chance: float, rng: np.random.Generator) -> torch.Tensor:
-    """Ids `(n, 2, 77)` where some captions became ""."""
+    """Ids `(n, 2, 77)` with some captions replaced by ""."""
     chosen = torch.from_numpy(rng.random(len(ids)) < chance)
     return torch.where(chosen[:, None, None], torch.from_numpy(rows.empty)[None], ids)
 
 
 def base_loss(model: Base, rows: Rows, scaling_factor: float, size: int) -> Loss:
-    """The base's loss: all timesteps, a few damaged pictures, conditioning dropped as inference drops it."""
+    """The base's loss: all timesteps, a few damaged pictures, conditioning dropped as in inference."""
     table = alphas()
 
     def loss(rng: np.random.Generator) -> torch.Tensor:
@@ -115,9 +111,7 @@ def base_loss(model: Base, rows: Rows, scaling_factor: float, size: int) -> Loss
 
 
 def refiner_loss(model: Refiner, encoders: Encoders, rows: Rows, scaling_factor: float, size: int) -> Loss:
-    """The refiner's loss: timesteps 0..199, many damaged pictures with their scores, captions sometimes
-    emptied.
-    """
+    """The refiner's loss: timesteps 0..199, many damaged pictures with their scores, some captions empty."""
     table = alphas()
 
     def loss(rng: np.random.Generator) -> torch.Tensor:
@@ -136,15 +130,14 @@ def refiner_loss(model: Refiner, encoders: Encoders, rows: Rows, scaling_factor:
 
 
 def without(weights: Weights, prefix: str) -> Weights:
-    """The weights under a prefix, named without it."""
+    """The weights with a prefix, which is removed from their names."""
     return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
 
 
 def train_base(folder: Path, budget: Budget, seed: int, batch: int, freeze_text: bool = False) -> None:
     """Train base and encoders; keeps `base.pt` (averaged weights of both, and the used token ids) up to date.
 
-    With `freeze_text` a resumed run goes on with the encoders as delivered, so that a refiner trained on
-    them fits.
+    With `freeze_text` a resumed run keeps the encoders of `base.pt` unchanged, so that they still fit the refiner.
     """
     torch.manual_seed(seed)
     rows = load_cache(folder)
@@ -180,7 +173,7 @@ def load_encoders(folder: Path) -> Encoders:
 
 
 def train_refiner(folder: Path, budget: Budget, seed: int, batch: int) -> None:
-    """Train the refiner beside the frozen encoders; keeps `refiner.pt` (averaged weights) up to date."""
+    """Train the refiner with frozen encoders; keeps `refiner.pt` (averaged weights) up to date."""
     torch.manual_seed(seed)
     rows = load_cache(folder)
     model = Refiner()

@@ -17,9 +17,7 @@ BATCH = 4
 WINDOW = 64
 WINDOW_BATCH = 6
 WINDOW_CHANCE = 0.75
-"""Most steps see windows of the pictures: half the cost of whole ones, and the flat parts teach nothing
-twice.
-"""
+"""Most steps use windows of the pictures: they cost half as much as whole ones, which repeat flat areas."""
 PEAK_RATE = 2e-3
 KL_WEIGHT = 2e-6
 SDXL_SCALING_FACTOR = 0.13025
@@ -28,20 +26,17 @@ EDGE_WEIGHT = 1.0
 SQUARE_WEIGHT = 1.0
 COLOUR_WEIGHT = 0.3
 COLOUR_SPREAD = 2.5
-"""The first three latent channels are drawn towards the mean colour of their 8x8 pixels, times this spread:
-the autoencoder then starts from a small picture instead of inventing a code, and the UNets learn from
-one."""
+"""The first three latent channels are pulled towards the mean colour of their 8x8 pixels, times this spread: the
+autoencoder then starts from a small picture instead of an arbitrary code, and the UNets learn from one."""
 
 
 def signals(pictures: list[Picture]) -> torch.Tensor:
-    """uint8 pictures as a `(n, 3, 128, 128)` float32 batch in -1..1."""
+    """uint8 pictures as an `(n, 3, 128, 128)` float32 batch in -1..1."""
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
 def reconstruction_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Mean absolute error of pixels and of their differences to right and lower neighbours (edges,
-    texture).
-    """
+    """Error of pixels, absolute and squared, and of their differences to right and lower neighbours (edges)."""
     edges = sum(functional.l1_loss(output.diff(dim=axis), target.diff(dim=axis)) for axis in (-1, -2))
     return (
         functional.l1_loss(output, target) + SQUARE_WEIGHT * functional.mse_loss(output, target) + EDGE_WEIGHT * edges
@@ -49,7 +44,7 @@ def reconstruction_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Ten
 
 
 def training_batch(rng: np.random.Generator, tries: int = 1) -> torch.Tensor:
-    """A few whole pictures, or more often some windows: of each picture the busiest of `tries` random ones."""
+    """A few whole pictures, or more often windows: from each picture the busiest of `tries` random ones."""
     windowed = rng.random() < WINDOW_CHANCE
     count = WINDOW_BATCH if windowed else BATCH
     seeds = rng.integers(TRAINING_SEEDS.start, TRAINING_SEEDS.stop, count)
@@ -58,7 +53,7 @@ def training_batch(rng: np.random.Generator, tries: int = 1) -> torch.Tensor:
 
 
 def busiest_window(picture: Picture, tries: int, rng: np.random.Generator) -> Picture:
-    """The window of the picture with the most contrast, of a few whose corners lie on the latents' grid."""
+    """The window with the most contrast of `tries` random ones, aligned to the latents' grid."""
     corners = 8 * rng.integers(0, (SIDE - WINDOW) // 8 + 1, (tries, 2))
     windows = [picture[y : y + WINDOW, x : x + WINDOW] for y, x in corners]
     return max(windows, key=lambda window: float(window.std(axis=(0, 1)).sum()))
@@ -100,11 +95,9 @@ def load_vae(folder: Path) -> tuple[AutoencoderKL, float]:
 
 
 def train_decoder(folder: Path, budget: Budget, seed: int) -> None:
-    """Go on with the decoder alone: the latents that the UNets learnt stay as they are. Keeps `vae.pt` up
-    to date.
+    """Continue with the decoder alone, so that the latents stay those the UNets learnt. Keeps `vae.pt` up to date.
 
-    A little noise on the latents teaches it to draw cleanly from the slightly wrong ones that sampling ends
-    with.
+    A little noise on the latents teaches it to decode the slightly wrong latents of sampling cleanly.
     """
     torch.manual_seed(seed)
     vae, scaling_factor = load_vae(folder)
@@ -138,8 +131,8 @@ def validation_latents(vae: AutoencoderKL, count: int = 256) -> torch.Tensor:
 def standardise(vae: AutoencoderKL) -> None:
     """Give every latent channel mean 0 and the deviation of SDXL's, and the decoder the inverse.
 
-    What it draws is unchanged; a caller that forgets the scaling factor sees it at once. The two 1x1
-    convolutions around the latents absorb it, so the configuration needs one scaling factor only.
+    Decoded pictures do not change; a caller that forgets the scaling factor notices at once. The two 1x1 convolutions
+    around the latents absorb the change, so the config needs only one scaling factor.
     """
     latents = validation_latents(vae)
     mean, deviation = latents.mean(dim=(0, 2, 3)), SDXL_SCALING_FACTOR * latents.std(dim=(0, 2, 3))
@@ -153,7 +146,7 @@ def standardise(vae: AutoencoderKL) -> None:
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def validation_error(vae: AutoencoderKL, count: int = 64) -> float:
-    """Mean absolute reconstruction error on validation pictures, in steps of 0..255."""
+    """Mean absolute reconstruction error on validation pictures, on the scale 0..255."""
     batch = signals([example(VALIDATION_SEEDS[i]).picture for i in range(count)])
     output = vae.decode(vae.encode(batch).latent_dist.mean).sample
     return float((output.clamp(-1, 1) - batch).abs().mean() * 127.5)
