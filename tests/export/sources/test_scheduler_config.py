@@ -346,7 +346,7 @@ def _row(name: str) -> str:
     fields = _fields(name)
     others = [field for field in known.fixed if field in fields and field != FLOW]
     said = "always: " + known.instead if known.instead else ", ".join(f"`{field}`" for field in sorted(others)) or "–"
-    sampler = "`dpmpp_2m`, of the sde algorithm `dpmpp_2m_sde`" if "algorithm_type" in others else f"`{known.sampler}`"
+    sampler = "`dpmpp_2m`; sde algorithm: `dpmpp_2m_sde`" if "algorithm_type" in others else f"`{known.sampler}`"
     sampler = f"`{known.sampler}`" if known.sampler != "dpmpp_2m" or known.instead else sampler
     return f"| {name.removesuffix('Scheduler')} | {sampler} | {said} |"
 
