@@ -127,5 +127,5 @@ def _check_format(settings: Any, layer: str, where: str) -> None:
     stated = settings.get("format")
     unknown = sorted(settings.keys() - _HARMLESS)
     if stated not in _FP8_FORMATS or unknown:
-        said = f"{stated} with {', '.join(unknown)}" if unknown else str(stated)
-        raise SourceError(f"{where}: {layer} is quantized ({said}), which is not supported; {_REMEDY}")
+        label = f"{stated} with {', '.join(unknown)}" if unknown else str(stated)
+        raise SourceError(f"{where}: {layer} is quantized ({label}), which is not supported; {_REMEDY}")

@@ -67,8 +67,8 @@ def open_tokenizers(
                  " tokenizer_config.json")  # fmt: skip
     lengths = {role: tokenizer.max_length for role, tokenizer in loaded.items()}
     if len(set(lengths.values())) > 1:
-        said = ", ".join(f"{role} {length}" for role, length in lengths.items())
-        raise SourceError(f"{pipeline.root}: the tokenizers make prompts of different lengths ({said} ids), which"
+        listed = ", ".join(f"{role} {length}" for role, length in lengths.items())
+        raise SourceError(f"{pipeline.root}: the tokenizers make prompts of different lengths ({listed} ids), which"
                           " cannot be concatenated; give both the shorter model_max_length in"
                           " tokenizer_config.json")  # fmt: skip
     return loaded

@@ -40,9 +40,9 @@ def said_schedule(
                  f" ({', '.join(against)}); using v-prediction")  # fmt: skip
     elif any(stated.values()):
         changes["prediction_type"] = "v_prediction"
-        said = ", ".join(word for word, says_v in stated.items() if says_v)
+        words = ", ".join(word for word, says_v in stated.items() if says_v)
         but = "" if all(stated.values()) else ", though another entry states otherwise"
-        warn(f"{where}: using v-prediction, as the header states ({said}){but}; there is no tensor v_pred: if pictures"
+        warn(f"{where}: using v-prediction, as the header states ({words}){but}; there is no tensor v_pred: if pictures"
              " come out wrong, generate with --prediction-type epsilon")  # fmt: skip
     zero = ["ztsnr"] if "ztsnr" in names else []
     zero += [_ZERO_SNR] if _FLAGS.get(metadata.get(_ZERO_SNR, "").lower(), False) else []

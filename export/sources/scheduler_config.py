@@ -147,8 +147,8 @@ def _warn(
         log.warning("%s: %s with original_inference_steps %s of %s training timesteps leaves noise in the latents,"
                     " the sampler does not: pictures differ a little", where, name, solver, total)  # fmt: skip
     for field, value, done in _not_followed(known, values, defaults):
-        said = "" if field in config else ", its default,"
-        log.warning("%s: %s's %s %r%s is %s", where, name, field, value, said, done)
+        origin = "" if field in config else ", its default,"
+        log.warning("%s: %s's %s %r%s is %s", where, name, field, value, origin, done)
 
 
 def _not_followed(

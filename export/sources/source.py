@@ -147,8 +147,8 @@ def open_checkpoint_file(path: Path, role: Role, *, configs: Path | None = None)
         return path / component, config, partial(file.checkpoint, component, config)
 
     root = PUBLISHED / role if configs is None else configs
-    said = said_schedule(file.tensors, file.metadata, str(path), log.warning)
-    return _read(root, _CLASSES[role], path, known_as(path), model, said)
+    schedule = said_schedule(file.tensors, file.metadata, str(path), log.warning)
+    return _read(root, _CLASSES[role], path, known_as(path), model, schedule)
 
 
 def warn_of_unused(file: SingleFile) -> None:

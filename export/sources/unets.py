@@ -71,8 +71,8 @@ def with_unet(pipeline: PipelineSource, unet: UNetSource) -> PipelineSource:
     where, config = unet.model.where, pipeline.scheduler_config
     changed = {name: value for name, value in unet.schedule.items() if config.get(name, _PREDICTED.get(name)) != value}
     if changed:
-        said = ", ".join(f"{name} {value}" for name, value in changed.items())
-        log.warning("%s: this UNet has %s, unlike the base's scheduler; using the UNet's", where, said)
+        settings = ", ".join(f"{name} {value}" for name, value in changed.items())
+        log.warning("%s: this UNet has %s, unlike the base's scheduler; using the UNet's", where, settings)
         config = config | changed
     log.warning("%s: replaces the base's UNet, but the base's schedule stays; a distilled UNet (Lightning, DMD2, Hyper,"
                 " Turbo) needs the steps, the spacing and the guidance from its model card", where)  # fmt: skip

@@ -1,4 +1,4 @@
-"""Changes to an exported bundle that its manifest vouches for, and pipelines as single-file checkpoints."""
+"""Change exported bundles together with their manifest; write pipelines as single-file checkpoints."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ Change = Callable[[NDArray[Any]], NDArray[Any]]
 
 
 def _vouch(bundle: Path, component: str, part: str) -> None:
-    """Give the manifest the size and digest of a file that was changed."""
+    """Update the manifest with the size and digest of a changed file."""
     path = bundle / "manifest.json"
     manifest = json.loads(path.read_bytes())
     record = manifest["components"][component][part]
@@ -52,7 +52,7 @@ def edit_weight() -> Callable[[Path, str, str, Change], None]:
 
 @pytest.fixture
 def edit_graph() -> Callable[..., None]:
-    """Return a function that lets another change the ``onnx.GraphProto`` of a component, or its `part` "cpu_graph"."""
+    """Return a function that edits the ``onnx.GraphProto`` of a component by a callback; `part` may be "cpu_graph"."""
 
     def edit(bundle: Path, component: str, change: Callable[[Any], None], part: str = "graph") -> None:
         path = bundle / component / {"graph": "model.onnx", "cpu_graph": "cpu.onnx"}[part]
@@ -66,8 +66,8 @@ def edit_graph() -> Callable[..., None]:
     return edit
 
 
-# A pipeline as one LDM checkpoint. The way back, as the authors of SDXL numbered their modules: written for the tests,
-# apart from export/checkpoints/ldm.py.
+# A pipeline as one LDM checkpoint: the reverse conversion, with the module numbers of SDXL's authors. Written for the
+# tests, independently of export/checkpoints/ldm.py.
 def _unet_name(name: str, state: Mapping[str, Any], layers: int) -> str:
     def block(match: re.Match[str]) -> str:
         half, level, part, number = match[1], int(match[2]), match[3], int(match[4])
@@ -149,7 +149,7 @@ def _states(root: Path) -> dict[str, State]:
 
 
 def _to_ldm(states: dict[str, State], role: str, layers: int, levels: int) -> State:
-    """Return one checkpoint with LDM names of a pipeline's states."""
+    """Return a pipeline's states as one checkpoint with LDM names."""
     unet = {f"model.diffusion_model.{_unet_name(k, states['unet'], layers)}": v for k, v in states["unet"].items()}
     vae = {f"first_stage_model.{_vae_name(k, levels)}": v for k, v in states["vae"].items()}
     for name, tensor in vae.items():
@@ -164,7 +164,7 @@ def _to_ldm(states: dict[str, State], role: str, layers: int, levels: int) -> St
 
 @pytest.fixture(scope="session")
 def made(pairs: Callable[[str], Any]) -> Callable[[str, str], tuple[Path, dict[str, State], State]]:
-    """Return a function from a pair's name and a role to its folder, its states and its LDM checkpoint."""
+    """Return a function that maps a pair's name and a role to its folder, its states and its LDM checkpoint."""
     known: dict[tuple[str, str], tuple[Path, dict[str, State], State]] = {}
 
     def get(name: str, role: str) -> tuple[Path, dict[str, State], State]:

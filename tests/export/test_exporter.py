@@ -1,4 +1,4 @@
-"""Folders as other tools write them, pairs that do not fit, precision, and what the bundle then says."""
+"""Folders written by other tools, pairs that do not fit, precision, and the resulting manifest."""
 
 import json
 import shutil
@@ -20,10 +20,10 @@ from sdxl_trt.runtime import Request, open_bundle
 
 
 def _plan(base: Path, refiner: Path | None = None) -> dict[str, Any]:
-    heard: list[str] = []
+    lines: list[str] = []
     opened = open_pipeline(refiner, REFINER_CLASS) if refiner else None
-    components, _ = plan_components(open_pipeline(base, BASE_CLASS), opened, Options(), heard.append)
-    assert heard == []
+    components, _ = plan_components(open_pipeline(base, BASE_CLASS), opened, Options(), lines.append)
+    assert lines == []
     return components
 
 
@@ -36,7 +36,7 @@ def _edit(path: Path, **changes: Any) -> None:
 
 
 @pytest.mark.slow
-def test_a_folder_saved_in_shards_by_the_current_libraries_is_the_same(
+def test_a_folder_saved_in_shards_by_the_current_libraries_has_the_same_digests(
     pairs: Callable[[str], Any], tmp_path: Path
 ) -> None:
     from diffusers import StableDiffusionXLPipeline
@@ -50,16 +50,16 @@ def test_a_folder_saved_in_shards_by_the_current_libraries_is_the_same(
     assert _digests(_plan(tmp_path)) == _digests(_plan(pair.base))
 
 
-def test_what_of_a_refiners_scheduler_is_not_followed_is_said(pairs: Callable[[str], Any], tmp_path: Path) -> None:
-    """The grid is the base's; the prediction type of each is followed."""
+def test_ignored_settings_of_a_refiners_scheduler_cause_a_warning(pairs: Callable[[str], Any], tmp_path: Path) -> None:
+    """The schedule is the base's; each UNet keeps its own prediction type."""
     pair = pairs("outline")
     folder = Path(shutil.copytree(pair.refiner, tmp_path / "refiner"))
     own = {"timestep_spacing": "trailing", "prediction_type": "v_prediction", "_class_name": "HeunDiscreteScheduler"}
     _edit(folder / "scheduler" / "scheduler_config.json", **own)
     _edit(folder / "model_index.json", scheduler=["diffusers", "HeunDiscreteScheduler"])
-    heard: list[str] = []
-    plan_components(open_pipeline(pair.base, BASE_CLASS), open_pipeline(folder, REFINER_CLASS), Options(), heard.append)
-    assert [line.removeprefix(f"{folder}: ") for line in heard] == [
+    lines: list[str] = []
+    plan_components(open_pipeline(pair.base, BASE_CLASS), open_pipeline(folder, REFINER_CLASS), Options(), lines.append)
+    assert [line.removeprefix(f"{folder}: ") for line in lines] == [
         "the scheduler has timestep_spacing 'trailing', unlike the base's; both stages use the base's schedule",
         "HeunDiscreteScheduler means the sampler heun; the base's, euler, is used without --refiner-sampler heun",
     ]
@@ -85,7 +85,7 @@ def test_old_autoencoder_names_are_the_same_tensors(pairs: Callable[[str], Any],
 
 
 @pytest.mark.slow
-def test_one_changed_weight_makes_a_component_of_its_own(pairs: Callable[[str], Any], tmp_path: Path) -> None:
+def test_one_changed_weight_makes_a_separate_component(pairs: Callable[[str], Any], tmp_path: Path) -> None:
     from safetensors.numpy import load_file, save_file
 
     pair = pairs("outline")
@@ -111,7 +111,7 @@ def test_one_changed_weight_makes_a_component_of_its_own(pairs: Callable[[str], 
         ("model_index.json", {"unet": ["diffusers", "UNet3DConditionModel"]}, "not an SDXL component"),
     ],
 )
-def test_parts_that_do_not_fit_are_named_before_anything_is_traced(
+def test_parts_that_do_not_fit_are_refused_before_tracing(
     file: str,
     changes: dict[str, Any],
     words: str,
@@ -137,7 +137,7 @@ def test_a_refiner_of_another_latent_space_is_refused(pairs: Callable[[str], Any
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("converted_once")
-def test_half_precision_keeps_conditions_and_autoencoder_in_single(pairs: Callable[[str], Any], tmp_path: Path) -> None:
+def test_half_precision_keeps_conditions_and_autoencoder_in_fp32(pairs: Callable[[str], Any], tmp_path: Path) -> None:
     pair = pairs("outline")
     bundle = export_bundle(pair.base, None, tmp_path / "half", Options(precision="fp16"))
     unet, decoder = (bundle.manifest.components[name] for name in ("unet", "vae_decoder"))
@@ -145,7 +145,7 @@ def test_half_precision_keeps_conditions_and_autoencoder_in_single(pairs: Callab
         "sample": "float16", "timestep": "float32", "encoder_hidden_states": "float16",
         "text_embeds": "float32", "time_ids": "float32",
     }  # fmt: skip
-    assert decoder.precision == "fp32"  # its config says force_upcast
+    assert decoder.precision == "fp32"  # its config sets force_upcast
     assert unet.weights.size < read_bundle(pair.bundle).manifest.components["unet"].weights.size * 0.6
     request = Request("a red fox", handoff=None, steps=6, seed=1, width=32, height=32)
     finals = []
@@ -154,11 +154,11 @@ def test_half_precision_keeps_conditions_and_autoencoder_in_single(pairs: Callab
             list(pipeline.generate(request))
             finals.append(pipeline.run.final)
     error = np.abs(finals[0] - finals[1]).max()
-    assert 0 < error < 0.1  # half precision, and not single under its name
+    assert 0 < error < 0.1  # really half precision, not fp32 under that name
 
 
 @pytest.mark.slow
-def test_the_manifest_says_what_was_exported(pairs: Callable[[str], Any]) -> None:
+def test_the_manifest_records_what_was_exported(pairs: Callable[[str], Any]) -> None:
     manifest = read_bundle(pairs("outline").bundle).manifest
     unet = manifest.components["unet"]
     assert [list(spec.shape) for spec in unet.inputs] == [

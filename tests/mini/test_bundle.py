@@ -1,4 +1,4 @@
-"""The embedded bundle draws what the prompt says."""
+"""The embedded bundle draws what the prompt asks for."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from sdxl_trt.runtime import Request, open_bundle
 
 
 @pytest.mark.slow
-def test_the_defaults_answer_the_prompt() -> None:
+def test_pictures_with_the_defaults_match_the_prompt() -> None:
     prompts = ["a large red circle on a blue background", "a yellow square on a green background"]
     with open_bundle() as pipeline:
         for prompt in prompts:

@@ -1,6 +1,4 @@
-"""The two diffusers folders: complete, under the published names, with CLIP's real vocabulary, written
-atomically.
-"""
+"""The two diffusers folders: complete, with the published names and CLIP's real vocabulary, written atomically."""
 
 import json
 from pathlib import Path
@@ -29,7 +27,7 @@ def names_of(path: Path) -> set[str]:
         return set(file.keys())
 
 
-def test_the_package_exports_it() -> None:
+def test_the_package_exports_materialize() -> None:
     assert exported is pair.materialize
 
 
@@ -58,7 +56,7 @@ def test_base_and_refiner_differ_as_sdxl_does(folders: tuple[Path, Path]) -> Non
 
 
 @pytest.mark.parametrize("part", ["text_encoder", "text_encoder_2"])
-def test_clip_keys_carry_the_published_prefix(folders: tuple[Path, Path], part: str) -> None:
+def test_clip_keys_have_the_published_prefix(folders: tuple[Path, Path], part: str) -> None:
     names = names_of(folders[0] / part / "model.safetensors")
     assert {name for name in names if not name.startswith("text_model.")} == (
         {"text_projection.weight"} if part == "text_encoder_2" else set()
@@ -67,7 +65,7 @@ def test_clip_keys_carry_the_published_prefix(folders: tuple[Path, Path], part: 
     assert "text_model.final_layer_norm.weight" in names
 
 
-def test_the_token_table_is_whole_and_its_rows_are_where_they_belong(folders: tuple[Path, Path]) -> None:
+def test_the_token_table_is_complete_and_its_rows_are_in_place(folders: tuple[Path, Path]) -> None:
     with safe_open(folders[0] / "text_encoder/model.safetensors", framework="numpy") as file:
         table = file.get_tensor(pair.TOKEN_TABLE)
         assert file.metadata() == {"format": "pt"}
@@ -80,7 +78,7 @@ def test_the_token_table_is_whole_and_its_rows_are_where_they_belong(folders: tu
     assert len(np.unique(table, axis=0)) > 30
 
 
-def test_with_whole_table_deals_out_the_shared_row() -> None:
+def test_with_whole_table_repeats_the_shared_row() -> None:
     rows = np.arange(6, dtype=np.float16).reshape(3, 2)
     whole = pair.with_whole_table({pair.TOKEN_TABLE: rows, pair.TOKEN_IDS: np.array([5, 49407])})
     table = whole[pair.TOKEN_TABLE]
@@ -97,7 +95,7 @@ def test_weights_are_small_and_finite() -> None:
         assert all(np.isfinite(tensor).all() for tensor in pair.stored(part).values())
 
 
-def test_the_vocabulary_is_clips() -> None:
+def test_the_vocabulary_equals_clips() -> None:
     words = vocabulary.vocabulary()
     assert len(words) == 49408
     assert len(vocabulary.merges()) == 48894
@@ -143,7 +141,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: p
     assert path.read_bytes() == before
 
 
-def test_missing_weights_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_missing_weights_names_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pair, "WEIGHTS", tmp_path)
     with pytest.raises(FileNotFoundError, match="reinstall"):
         pair.stored("vae")

@@ -1,6 +1,4 @@
-"""The data set: deterministic, captioned truthfully, conditioned as SDXL's paper says, and split as
-documented.
-"""
+"""The data set: deterministic, with true captions, conditioned as in SDXL's paper, and split as documented."""
 
 from itertools import pairwise
 
@@ -26,7 +24,7 @@ from sdxl_trt.mini.scenes.scenes import (
 RED_STAR = Scene(Asked("star", "red", "blue", fill="plain", texture="plain"), 64.0, 64.0, 40.0)
 
 
-def test_an_example_is_a_function_of_its_seed() -> None:
+def test_an_example_depends_only_on_its_seed() -> None:
     first, again, other = example(7), example(7), example(8)
     assert (first.picture == again.picture).all()
     assert first.caption == again.caption
@@ -35,7 +33,7 @@ def test_an_example_is_a_function_of_its_seed() -> None:
     assert (first.picture != other.picture).any()
 
 
-def test_seed_ranges_do_not_meet() -> None:
+def test_seed_ranges_do_not_overlap() -> None:
     ranges = (TRAINING_SEEDS, VALIDATION_SEEDS, EVALUATION_SEEDS)
     assert all(left.stop <= right.start for left, right in pairwise(ranges))
 
@@ -48,7 +46,7 @@ def test_held_out_pairs_never_appear_in_training() -> None:
     assert {shape for _, shape in HELD_OUT} == set(SHAPES)
 
 
-def test_training_captions_leave_the_evaluation_share_alone() -> None:
+def test_training_never_uses_evaluation_captions() -> None:
     rng = np.random.default_rng(0)
     asked = sample_scene(rng).asked
     assert not any(is_for_evaluation(example(seed).caption) for seed in range(200))
@@ -56,7 +54,7 @@ def test_training_captions_leave_the_evaluation_share_alone() -> None:
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_every_caption_reads_back_as_what_it_says(template: str) -> None:
+def test_every_caption_is_parsed_correctly(template: str) -> None:
     full = Asked("ring", "orange", "black", "small", "bottom left", "dotted", "lined")
     bare = Asked("cross", "white", "orange")
     assert read_caption(caption_for(full, template)) == full
@@ -68,7 +66,7 @@ def test_articles_follow_the_next_word() -> None:
 
 
 @pytest.mark.parametrize("caption", ["a red background", "a red star", "a red star and a ring on blue"])
-def test_a_caption_without_a_full_scene_is_refused(caption: str) -> None:
+def test_an_incomplete_caption_is_refused(caption: str) -> None:
     with pytest.raises(ValueError, match="one shape and two colours"):
         read_caption(caption)
 
@@ -92,7 +90,7 @@ def test_patterns_have_both_tones(kind: str) -> None:
     assert 0.15 < pattern(kind).mean() < 0.6
 
 
-def test_a_crop_moves_the_scene_by_its_corner() -> None:
+def test_a_crop_shifts_the_scene_by_its_corner() -> None:
     left = render(RED_STAR, View(128, 160, 0, 0)).astype(int)
     right = render(RED_STAR, View(128, 160, 0, 8)).astype(int)
     assert View(128, 160, 0, 8).time_ids == (128, 160, 0, 8, 128, 128)

@@ -1,4 +1,4 @@
-"""The scorer: right on clean renders, firm on wrong pictures, and its quality measures follow the damage."""
+"""The scorer: right on clean renders, strict on wrong pictures, and its quality measures follow the damage."""
 
 import itertools
 from collections.abc import Callable
@@ -33,7 +33,7 @@ def test_clean_renders_are_right() -> None:
     assert np.mean([one.damage for one in found]) < 0.1
 
 
-def test_damaged_renders_are_still_read() -> None:
+def test_damaged_renders_are_still_recognized() -> None:
     spoilt = [Damage(blur=1.3), Damage(grain=15.0), Damage(watermark=True)]
     rng = np.random.default_rng(0)
     cases = [clean_render(seed) for seed in range(60)]
@@ -51,7 +51,7 @@ def test_damaged_renders_are_still_read() -> None:
         ("a red star on a blue background on the left", "position"),
     ],
 )
-def test_exactly_the_wrong_part_is_named(caption: str, wrong: str) -> None:
+def test_only_the_wrong_part_fails(caption: str, wrong: str) -> None:
     found = score_picture(render(STAR), caption)
     parts = {part: getattr(found, part) for part in ("shape", "colour", "background", "size", "position")}
     assert parts == {part: part != wrong for part in parts}
@@ -91,14 +91,14 @@ def nothing() -> Picture:
 
 
 def muddy() -> Picture:
-    """Red became a dull brown that is none of the colours."""
+    """Red replaced by a dull brown that is none of the colours."""
     picture = render(STAR).copy()
     picture[(picture == (220, 30, 30)).all(axis=-1)] = (120, 90, 70)
     return picture
 
 
 @pytest.mark.parametrize("draw", [hexagon, blob, noise, nothing, muddy])
-def test_what_is_no_answer_answers_nothing(draw: Callable[[], Picture]) -> None:
+def test_pictures_without_a_shape_match_nothing(draw: Callable[[], Picture]) -> None:
     seen = read(draw())
     assert UNKNOWN in (seen.shape, seen.colour, seen.background)
 

@@ -1,4 +1,4 @@
-"""Checkpoints from safetensors: broken, incomplete, hostile and old ones."""
+"""Checkpoints from safetensors: valid, broken, incomplete, hostile and old ones."""
 
 import json
 import struct
@@ -42,7 +42,7 @@ def _never(message: str) -> None:
     pytest.fail(f"warned: {message}")
 
 
-def test_tensors_come_back_by_name_in_the_asked_order(folder: Path) -> None:
+def test_tensors_are_read_by_name_in_the_requested_order(folder: Path) -> None:
     checkpoint = open_checkpoint(folder, STEM)
     assert {name: (info.shape, info.dtype) for name, info in checkpoint.tensors.items()} == {
         "a.weight": ((2, 3), "F32"),
@@ -75,7 +75,7 @@ def test_a_truncated_file_is_corrupt(folder: Path, keep: int) -> None:
     [b"not safetensors at all", struct.pack("<Q", 2**40), struct.pack("<Q", 2) + b"{}" + b"junk",
      struct.pack("<Q", 9) + b"[" * 9, b"\x80\x07}q\x00."],
 )  # fmt: skip
-def test_what_is_no_safetensors_is_corrupt(folder: Path, raw: bytes) -> None:
+def test_a_file_that_is_not_safetensors_is_corrupt(folder: Path, raw: bytes) -> None:
     (folder / "model.safetensors").write_bytes(raw)
     with pytest.raises(CorruptError):
         open_checkpoint(folder, STEM)
@@ -97,13 +97,13 @@ def test_pickled_weights_are_refused_with_the_remedy(tmp_path: Path, name: str) 
     assert caught.value.exit_code == 2
 
 
-def test_a_safetensors_file_beside_a_pickled_one_is_taken(folder: Path) -> None:
+def test_a_safetensors_file_beside_a_pickled_one_is_used(folder: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x02")
     assert open_checkpoint(folder, STEM).tensors.keys() == TENSORS.keys()
 
 
 @pytest.mark.parametrize("name", ["model.fp16.safetensors", "model.non_ema.safetensors"])
-def test_an_only_variant_is_taken_and_said(folder: Path, caplog: pytest.LogCaptureFixture, name: str) -> None:
+def test_the_only_variant_is_used_with_a_log_line(folder: Path, caplog: pytest.LogCaptureFixture, name: str) -> None:
     (folder / "model.safetensors").rename(folder / name)
     with caplog.at_level("INFO"):
         assert open_checkpoint(folder, STEM).tensors.keys() == TENSORS.keys()
@@ -111,14 +111,14 @@ def test_an_only_variant_is_taken_and_said(folder: Path, caplog: pytest.LogCaptu
     assert f"no plain model.safetensors; using {name}" in caplog.text
 
 
-def test_the_plain_file_goes_before_variants_unless_one_is_asked_for(folder: Path) -> None:
+def test_the_plain_file_is_preferred_unless_a_variant_is_requested(folder: Path) -> None:
     save_file({"half": torch.ones(1, dtype=torch.float16)}, folder / "model.fp16.safetensors")
     assert "a.weight" in open_checkpoint(folder, STEM).tensors
     assert list(open_checkpoint(folder, STEM, "fp16").tensors) == ["half"]
     assert "a.weight" in open_checkpoint(folder, STEM, "bf16").tensors
 
 
-def test_one_file_beside_shards_is_taken_and_said(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_single_file_beside_shards_is_used_with_a_warning(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {}}))
     assert open_checkpoint(folder, STEM).tensors.keys() == TENSORS.keys()
     assert "has both model.safetensors and model.safetensors.index.json; using the first" in caplog.text
@@ -131,14 +131,14 @@ def test_a_tensor_in_two_shards_is_corrupt(shards: Callable[[dict[str, str]], Pa
         open_checkpoint(folder, STEM)
 
 
-def test_several_variants_and_no_plain_file_are_named(folder: Path) -> None:
+def test_several_variants_without_a_plain_file_are_listed(folder: Path) -> None:
     save_file(TENSORS, folder / "model.bf16.safetensors")
     (folder / "model.safetensors").rename(folder / "model.fp16.safetensors")
     with pytest.raises(SourceError, match=r"no plain.*model\.bf16\.safetensors, model\.fp16\.safetensors; keep one"):
         open_checkpoint(folder, STEM)
 
 
-def test_weights_of_another_name_are_named(tmp_path: Path) -> None:
+def test_weights_of_another_name_are_listed(tmp_path: Path) -> None:
     save_file(TENSORS, tmp_path / "pytorch_model.safetensors")
     with pytest.raises(SourceError, match=r"found pytorch_model\.safetensors; rename it"):
         open_checkpoint(tmp_path, STEM)
@@ -147,18 +147,14 @@ def test_weights_of_another_name_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "index", ["model.safetensors.index.json", "model.fp16.safetensors.index.json", "model.safetensors.index.fp16.json"]
 )
-def test_shards_are_found_by_every_name_that_their_index_has_had(
-    shards: Callable[[dict[str, str]], Path], index: str
-) -> None:
+def test_shards_are_found_by_every_name_of_their_index(shards: Callable[[dict[str, str]], Path], index: str) -> None:
     folder = shards({"a.weight": "a.safetensors", "b.bias": "b.safetensors"})
     (folder / "model.safetensors.index.json").rename(folder / index)
     assert open_checkpoint(folder, STEM).tensors.keys() == TENSORS.keys()
 
 
 @pytest.mark.parametrize("index", ["model.fp16.safetensors.index.json", "model.safetensors.index.fp16.json"])
-def test_a_variant_index_cannot_name_what_is_not_beside_it(
-    shards: Callable[[dict[str, str]], Path], index: str
-) -> None:
+def test_a_variant_index_cannot_name_files_elsewhere(shards: Callable[[dict[str, str]], Path], index: str) -> None:
     folder = shards({"a.weight": "../outside.safetensors"})
     (folder / "model.safetensors.index.json").rename(folder / index)
     with pytest.raises(CorruptError):
@@ -166,7 +162,7 @@ def test_a_variant_index_cannot_name_what_is_not_beside_it(
 
 
 @pytest.mark.parametrize("variant", [None, "fp16"])
-def test_what_transformers_writes_in_shards_is_read(tmp_path: Path, variant: str | None) -> None:
+def test_shards_written_by_transformers_are_read(tmp_path: Path, variant: str | None) -> None:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     config = CLIPTextConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
@@ -182,7 +178,7 @@ def test_what_transformers_writes_in_shards_is_read(tmp_path: Path, variant: str
 
 
 @pytest.mark.parametrize("variant", [None, "fp16"])
-def test_what_diffusers_writes_in_shards_is_read(tmp_path: Path, variant: str | None) -> None:
+def test_shards_written_by_diffusers_are_read(tmp_path: Path, variant: str | None) -> None:
     from diffusers import AutoencoderKL
 
     model = AutoencoderKL(block_out_channels=(16,), norm_num_groups=4)
@@ -204,7 +200,7 @@ def test_an_empty_folder_has_no_weights(tmp_path: Path) -> None:
     ["../outside.safetensors", "/etc/passwd", "a/b.safetensors", "..\\outside.safetensors", "a.bin", "",
      "a\0.safetensors", "gone.safetensors", "n" * 300 + ".safetensors", "..", 7, None],
 )  # fmt: skip
-def test_an_index_cannot_name_what_is_not_beside_it(shards: Callable[[dict[str, str]], Path], name: str) -> None:
+def test_an_index_cannot_name_files_elsewhere(shards: Callable[[dict[str, str]], Path], name: str) -> None:
     folder = shards({"a.weight": name})
     with pytest.raises(CorruptError):
         open_checkpoint(folder, STEM)
@@ -256,7 +252,7 @@ def test_the_published_name_wins(tmp_path: Path) -> None:
     assert len(warned) == 1
 
 
-def test_a_convolution_of_one_pixel_is_a_matrix(tmp_path: Path) -> None:
+def test_a_1x1_convolution_is_a_matrix(tmp_path: Path) -> None:
     checkpoint = _checkpoint(tmp_path, "q.weight", shape=(2, 3, 1, 1))
     assert resolve_names(checkpoint, {"q.weight": (2, 3)}, "vae", _never).tensors["q.weight"].shape == (2, 3)
 
@@ -273,7 +269,7 @@ def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
         resolve_names(_checkpoint(tmp_path, "a"), {"a": (2, 3), "missing": (1,)}, "unet", _never)
 
 
-def test_extra_tensors_are_warned_of_and_left_out(tmp_path: Path) -> None:
+def test_extra_tensors_are_ignored_with_a_warning(tmp_path: Path) -> None:
     warned: list[str] = []
     checkpoint = _checkpoint(tmp_path, "a", "later", "ema", "embeddings.position_ids")
     resolved = resolve_names(checkpoint, {"a": (2, 3)}, "unet", warned.append)
@@ -288,14 +284,14 @@ def test_extra_tensors_are_warned_of_and_left_out(tmp_path: Path) -> None:
      "first_stage_model.loss.logvar", "denoiser.sigmas", "alphas_cumprod", "betas", "sqrt_alphas_cumprod",
      "conditioner.embedders.1.model.logit_scale", "log_one_minus_alphas_cumprod"],
 )  # fmt: skip
-def test_extras_of_published_files_are_silent(tmp_path: Path, name: str) -> None:
+def test_known_extras_of_published_files_cause_no_warning(tmp_path: Path, name: str) -> None:
     assert list(resolve_names(_checkpoint(tmp_path, "a", name), {"a": (2, 3)}, "unet", _never).tensors) == ["a"]
 
 
 @pytest.mark.parametrize(
     "name", ["logit_scaler", "position_ids.weight", "model_emaa.x", "alphas.weight", "loss", "v_pred", "ztsnr"]
 )
-def test_only_what_is_known_is_silent(tmp_path: Path, name: str) -> None:
+def test_unknown_extras_cause_a_warning(tmp_path: Path, name: str) -> None:
     warned: list[str] = []
     resolve_names(_checkpoint(tmp_path, "a", name), {"a": (2, 3)}, "unet", warned.append)
     assert len(warned) == 1
@@ -329,7 +325,7 @@ def test_parts_of_rows_and_transposes_are_read_from_the_stored_tensor(tmp_path: 
     assert torch.equal(read["late"], stored["fused"][4:].T)
 
 
-def test_rows_that_cannot_be_parted_disagree_with_the_config(tmp_path: Path) -> None:
+def test_rows_that_do_not_divide_evenly_disagree_with_the_config(tmp_path: Path) -> None:
     save_file({"fused": torch.ones(7, 2), "scalar": torch.tensor(1.0)}, tmp_path / "model.safetensors")
     infos = open_checkpoint(tmp_path, STEM).tensors
     for name in ("fused", "scalar"):
@@ -343,8 +339,8 @@ def test_a_resolved_part_is_still_a_part(tmp_path: Path) -> None:
     assert next(resolved.read(["q"]))[1].shape == (2, 2)
 
 
-def test_the_order_of_the_file_is_told(tmp_path: Path) -> None:
-    # safetensors lays tensors out by dtype and name: here the last name comes first.
+def test_names_are_sorted_in_file_order(tmp_path: Path) -> None:
+    # safetensors sorts tensors by dtype and name: here the last name comes first.
     save_file({"a": torch.ones(2, dtype=torch.float16), "b": torch.ones(6), "c": torch.ones(2, dtype=torch.float64)},
               tmp_path / "model.safetensors")  # fmt: skip
     checkpoint = open_checkpoint(tmp_path, STEM)
@@ -356,7 +352,7 @@ def test_the_order_of_the_file_is_told(tmp_path: Path) -> None:
     assert parts.in_file_order(parts.tensors) == ["0", "1", "2"]
 
 
-def test_a_digest_is_of_name_dtype_shape_and_bytes(tmp_path: Path) -> None:
+def test_a_digest_covers_name_dtype_shape_and_bytes(tmp_path: Path) -> None:
     variants = {
         "first": {"a": torch.zeros(2, 3), "b": torch.ones(1)},
         "byte": {"a": torch.zeros(2, 3).index_put((torch.tensor(1),), torch.tensor(1e-45)), "b": torch.ones(1)},
@@ -373,7 +369,7 @@ def test_a_digest_is_of_name_dtype_shape_and_bytes(tmp_path: Path) -> None:
     assert digest_tensors(open_checkpoint(tmp_path / "first", STEM), ["a"]) != digests["first"]
 
 
-def test_a_digest_takes_any_dtype_and_a_scalar(tmp_path: Path) -> None:
+def test_a_digest_supports_any_dtype_and_scalars(tmp_path: Path) -> None:
     save_file(
         {"bf16": torch.ones(3, dtype=torch.bfloat16), "scalar": torch.tensor(1.0)}, tmp_path / "model.safetensors"
     )

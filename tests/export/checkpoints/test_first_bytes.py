@@ -1,4 +1,4 @@
-"""Files that are called safetensors and are something else: each is called by its name, with what to do about it."""
+"""Files named .safetensors of another format: the error names the format and the remedy."""
 
 import io
 import shutil
@@ -49,7 +49,7 @@ KINDS: dict[str, tuple[bytes, type[SdxlTrtError], str]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_is_called_by_its_name(tmp_path: Path, kind: str) -> None:
+def test_each_format_is_named_in_the_error(tmp_path: Path, kind: str) -> None:
     content, error, message = KINDS[kind]
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
@@ -63,7 +63,7 @@ def test_each_is_called_by_its_name(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["git-lfs", "HTML", "empty"])
 @pytest.mark.parametrize("file", ["unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"])
-def test_a_folder_names_the_file_in_it(pairs: Callable[[str], Any], tmp_path: Path, kind: str, file: str) -> None:
+def test_errors_for_a_folder_name_the_file(pairs: Callable[[str], Any], tmp_path: Path, kind: str, file: str) -> None:
     content, error, _ = KINDS[kind]
     shutil.copytree(pairs("outline").base, tmp_path / "base")
     (tmp_path / "base" / file).write_bytes(content)
@@ -72,14 +72,14 @@ def test_a_folder_names_the_file_in_it(pairs: Callable[[str], Any], tmp_path: Pa
         source.models[file.partition("/")[0]].checkpoint()
 
 
-def test_an_index_that_was_not_downloaded_is_a_pointer_too(tmp_path: Path) -> None:
+def test_an_index_may_be_a_git_lfs_pointer(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_bytes(POINTER)
     with pytest.raises(SourceError, match=r"index\.json: is a git-lfs pointer"):
         open_checkpoint(tmp_path, "model")
 
 
 @pytest.mark.parametrize("lost", [1, 7, 400, 4096])
-def test_a_cut_file_says_how_much_is_there(tmp_path: Path, lost: int) -> None:
+def test_the_error_for_a_truncated_file_states_its_size(tmp_path: Path, lost: int) -> None:
     path = tmp_path / "model.safetensors"
     save_file({"a": torch.zeros(2048)}, path)
     whole = path.stat().st_size
@@ -88,7 +88,7 @@ def test_a_cut_file_says_how_much_is_there(tmp_path: Path, lost: int) -> None:
         open_file(path)
 
 
-def test_safetensors_are_read_whatever_the_file_is_called(made: Any, single: Any) -> None:
+def test_safetensors_are_read_whatever_the_name_of_the_file(made: Any, single: Any) -> None:
     root, _, _ = made("outline", "base")
     path = single().rename(single().with_suffix(".ckpt"))
     source = open_checkpoint_file(path, "base", configs=root)
@@ -98,7 +98,7 @@ def test_safetensors_are_read_whatever_the_file_is_called(made: Any, single: Any
 
 @pytest.mark.parametrize("length", [0x7B, 0x5B, 0x8B1F, 0x0280, 0x0380, 0x3C20])
 def test_a_header_may_be_of_any_length(tmp_path: Path, length: int) -> None:
-    """The first bytes are a number, which may look like the beginning of something else."""
+    """The first bytes are a number, which may look like another format's magic number."""
     entry = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
     header = entry + b" " * (length - len(entry) - 1) + b"}"
     (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", length) + header + bytes(4))

@@ -1,4 +1,4 @@
-"""Scaled fp8 weights, against transformers' own arithmetic and ComfyUI's rule; and what is refused of them."""
+"""Scaled fp8 weights, against transformers' own arithmetic and ComfyUI's rule; and refused variants."""
 
 import json
 from collections.abc import Callable
@@ -30,7 +30,7 @@ def _numbers(*shape: int) -> torch.Tensor:
 
 @pytest.fixture
 def resolve(tmp_path: Path) -> Resolve:
-    """Return a function that stores a linear layer with changes, and resolves its two tensors without a warning."""
+    """Return a function that stores a linear layer with changes and resolves its two tensors; no warning is allowed."""
 
     def run(changes: State, metadata: dict[str, str] | None = None, block: tuple[int, int] | None = None) -> Checkpoint:
         tensors = {"to_q.weight": _fp8(SHAPE), "to_q.bias": torch.zeros(300)} | changes
@@ -60,7 +60,7 @@ def test_a_weight_is_multiplied_by_its_scale(
     assert not torch.equal(expected, stored.float()), "an unscaled weight would pass this test"
 
 
-def test_blocks_of_another_size_are_those_that_the_config_states(resolve: Resolve) -> None:
+def test_the_config_sets_the_block_size(resolve: Resolve) -> None:
     scale = _numbers(5, 7)
     expected = _dequantize_fp8_weight(_fp8(SHAPE), scale, [64, 32], torch.float32)
     assert torch.equal(_weight(resolve({"to_q.weight_scale_inv": scale}, block=(64, 32))), expected)
@@ -69,7 +69,7 @@ def test_blocks_of_another_size_are_those_that_the_config_states(resolve: Resolv
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_scale_may_be_stored_in_half(resolve: Resolve, dtype: torch.dtype) -> None:
+def test_a_scale_may_be_stored_in_half_precision(resolve: Resolve, dtype: torch.dtype) -> None:
     scale = torch.tensor(0.0123, dtype=dtype)
     assert torch.equal(_weight(resolve({"to_q.weight_scale": scale})), _fp8(SHAPE).float() * scale.float())
 
@@ -83,14 +83,14 @@ def test_a_convolution_has_one_scale_or_one_for_each_channel(tmp_path: Path) -> 
         assert torch.equal(next(checkpoint.read(["conv.weight"]))[1], weight.float() * by_channel)
 
 
-def test_what_is_not_scaled_stays_as_it_is(resolve: Resolve) -> None:
+def test_weights_without_a_scale_are_unchanged(resolve: Resolve) -> None:
     checkpoint = resolve({})
     assert checkpoint.tensors["to_q.weight"].dtype == "F8_E4M3"
     assert torch.equal(_weight(checkpoint).view(torch.uint8), _fp8(SHAPE).view(torch.uint8))
 
 
-def test_a_digest_is_of_the_product(resolve: Resolve) -> None:
-    """A bundle is kept where the digest is the same: another scale is another model."""
+def test_a_digest_covers_the_scaled_weight(resolve: Resolve) -> None:
+    """An unchanged digest keeps the bundle's component, so another scale must change it."""
     digests = {
         digest_tensors(resolve(changes), WANTED)
         for changes in ({}, {"to_q.weight_scale": torch.tensor(0.5)}, {"to_q.weight_scale": torch.tensor(0.25)})
@@ -100,7 +100,7 @@ def test_a_digest_is_of_the_product(resolve: Resolve) -> None:
     assert digest_tensors(resolve(plain), WANTED) in digests
 
 
-def test_a_scale_may_lie_in_another_shard(tmp_path: Path) -> None:
+def test_a_scale_may_be_in_another_shard(tmp_path: Path) -> None:
     save_file({"to_q.weight": _fp8(SHAPE), "to_q.bias": torch.zeros(300)}, tmp_path / "a.safetensors")
     save_file({"to_q.weight_scale": torch.tensor(0.5)}, tmp_path / "b.safetensors")
     index = {"weight_map": {"to_q.weight": "a.safetensors", "to_q.weight_scale": "b.safetensors"}}
@@ -109,8 +109,8 @@ def test_a_scale_may_lie_in_another_shard(tmp_path: Path) -> None:
     assert torch.equal(_weight(checkpoint), _fp8(SHAPE).float() * 0.5)
 
 
-def test_what_rounds_an_input_changes_no_weight(resolve: Resolve) -> None:
-    """ComfyUI's scale_input is where its fp8 matrix product rounds activations."""
+def test_input_scales_do_not_change_weights(resolve: Resolve) -> None:
+    """ComfyUI's scale_input is for rounding activations in its fp8 matrix product."""
     scale = {"to_q.scale_weight": torch.tensor(0.5), "scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}
     one = resolve(scale | {"to_q.scale_input": torch.tensor(3.0)})
     assert torch.equal(_weight(one), _weight(resolve(scale)))
@@ -121,7 +121,7 @@ def _mark(**settings: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("form", ["float8_e4m3fn", "float8_e5m2"])
-def test_a_layer_that_comfyui_marks_as_fp8_is_scaled(resolve: Resolve, form: str) -> None:
+def test_layers_with_comfyuis_fp8_mark_are_scaled(resolve: Resolve, form: str) -> None:
     scale = {"to_q.weight_scale": torch.tensor(0.5)}
     mark = _mark(format=form, full_precision_matrix_mult=True)
     metadata = {"_quantization_metadata": json.dumps({"layers": {"to_q": {"format": form}}})}
@@ -165,7 +165,7 @@ REFUSED: list[tuple[str, State, str]] = [
 
 
 @pytest.mark.parametrize(("changes", "message"), [case[1:] for case in REFUSED], ids=[case[0] for case in REFUSED])
-def test_what_is_not_certain_is_refused(resolve: Resolve, changes: State, message: str) -> None:
+def test_uncertain_scales_are_refused(resolve: Resolve, changes: State, message: str) -> None:
     with pytest.raises(SdxlTrtError, match=message):
         resolve(changes)
 
@@ -183,12 +183,12 @@ def test_a_damaged_scale_is_corrupt(resolve: Resolve, value: float) -> None:
      ({"layers": {"to_k": {"format": "float8_e4m3fn"}}}, "the header states that to_k is scaled fp8"),
      ({"layers": {"to_q": 7}}, "not a JSON object")],
 )  # fmt: skip
-def test_a_header_that_says_something_else_is_refused(resolve: Resolve, metadata: Any, message: str) -> None:
+def test_a_header_that_states_another_quantization_is_refused(resolve: Resolve, metadata: Any, message: str) -> None:
     with pytest.raises(SdxlTrtError, match=message):
         resolve(SCALE, {"_quantization_metadata": json.dumps(metadata)})
 
 
-# What config.json says.
+# Quantization settings in config.json.
 COMPRESSED = {
     "quant_method": "compressed-tensors", "format": "float-quantized", "quantization_status": "compressed",
     "config_groups": {"group_0": {"targets": ["Linear"], "weights": {
@@ -201,13 +201,13 @@ COMPRESSED = {
     [({"quant_method": "fp8", "weight_block_size": [64, 32]}, (64, 32)), ({"quant_method": "fp8"}, (128, 128)),
      (COMPRESSED, (128, 128)), (None, None)],
 )  # fmt: skip
-def test_fp8_with_scales_is_read_as_the_config_says(settings: Any, block: Any) -> None:
+def test_the_config_decides_how_scaled_fp8_is_read(settings: Any, block: Any) -> None:
     config = {"hidden_size": 8} | ({} if settings is None else {"quantization_config": settings})
     assert read_quantization(config, "unet") == block
     assert unquantized(config) == {"hidden_size": 8}, "the exported model is not quantized"
 
 
-def test_a_config_that_says_fp8_needs_its_scales(resolve: Resolve) -> None:
+def test_a_config_that_states_fp8_requires_scales(resolve: Resolve) -> None:
     with pytest.raises(SourceError, match=r"to_q\.weight has no scale"):
         resolve({}, block=(128, 128))
 

@@ -30,13 +30,13 @@ def _leaves(class_name: str, config: dict[str, Any]) -> set[str]:
 
 
 def _numbered(prefixes: dict[str, str], stem: str) -> dict[str, torch.Tensor]:
-    """Return a checkpoint of LDM names in which every tensor holds its own number."""
+    """Return a checkpoint with LDM names in which every tensor holds a unique number."""
     names = [f"{stem}{module}.{parameter}" for module in prefixes for parameter in ("weight", "bias")]
     return {name: torch.full((1, 1), float(number)) for number, name in enumerate(names)}
 
 
 def _numbers(prefixes: dict[str, str]) -> dict[str, int]:
-    """Return what the checkpoint of `_numbered` must be converted to."""
+    """Return the expected conversion of the checkpoint of `_numbered`."""
     names = [f"{module}.{parameter}" for module in prefixes.values() for parameter in ("weight", "bias")]
     return {name: number for number, name in enumerate(names)}
 
@@ -58,7 +58,7 @@ def test_every_module_of_the_published_unets_is_named(role: str, tensors: int, m
     assert set(prefixes.values()) == _leaves("UNet2DConditionModel", config)
 
 
-def test_names_that_anybody_can_look_up() -> None:
+def test_well_known_names() -> None:
     prefixes = unet_prefixes(_published("base/unet"))
     assert prefixes["input_blocks.4.0.in_layers.0"] == "down_blocks.1.resnets.0.norm1"
     assert prefixes["input_blocks.4.0.skip_connection"] == "down_blocks.1.resnets.0.conv_shortcut"
@@ -91,8 +91,8 @@ def test_every_module_of_any_unet_is_named_once(config: dict[str, Any]) -> None:
     assert set(prefixes.values()) == _leaves("UNet2DConditionModel", config)
 
 
-def test_depths_of_single_layers_are_followed() -> None:
-    """Distilled models lack transformers here and there: their depths are listed layer by layer, and mirrored."""
+def test_depths_may_be_listed_layer_by_layer() -> None:
+    """Distilled models lack some transformer blocks: their depths are listed layer by layer, and mirrored."""
     config = TINY | {
         "block_out_channels": [4, 8], "layers_per_block": 2,
         "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],

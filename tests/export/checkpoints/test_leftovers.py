@@ -1,4 +1,4 @@
-"""No tensor of a checkpoint is ignored in silence: whatever is added, renamed or removed is seen, told or refused."""
+"""No tensor of a checkpoint is ignored silently: each has an effect, a warning or an error."""
 
 import json
 from collections.abc import Callable
@@ -26,7 +26,7 @@ Tensors = dict[str, TensorInfo]
 
 @pytest.fixture(scope="module")
 def whole(made: Callable[..., Any]) -> tuple[Tensors, dict[str, dict[str, Any]], dict[str, Any]]:
-    """Return the tensors of a base's single file without their numbers, its configs, and what its models hold."""
+    """Return the tensors of a base's single file without values, its configs, and the tensor names of its models."""
     root, _, ldm = made("outline", "base")
     infos = {name: TensorInfo(Path("x"), name, tuple(tensor.shape), "F32") for name, tensor in ldm.items()}
     configs = {name: json.loads((root / name / "config.json").read_bytes()) for name in COMPONENTS}
@@ -35,27 +35,27 @@ def whole(made: Callable[..., Any]) -> tuple[Tensors, dict[str, dict[str, Any]],
 
 
 def _outcome(tensors: Tensors, configs: dict[str, Any], states: dict[str, Any]) -> tuple[Any, list[str]]:
-    """Return where every tensor of every model is read from, and what was told; raise what is raised."""
-    told: list[str] = []
+    """Return the source of every tensor of every model, and the warnings; errors propagate."""
+    lines: list[str] = []
     file = SingleFile(Path("x"), "base", tensors)
-    told += file.unused()
+    lines += file.unused()
     found = {
-        component: resolve_names(file.checkpoint(component, configs[component]), state, component, told.append).tensors
+        component: resolve_names(file.checkpoint(component, configs[component]), state, component, lines.append).tensors
         for component, state in states.items()
     }
-    return found, told
+    return found, lines
 
 
-def test_the_whole_file_is_read_without_a_word(whole: Any) -> None:
-    _, told = _outcome(*whole)
-    assert told == []
+def test_an_unchanged_file_causes_no_warning(whole: Any) -> None:
+    _, lines = _outcome(*whole)
+    assert lines == []
 
 
 @settings(
     deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 @given(data=st.data())
-def test_nothing_is_ignored_in_silence(whole: Any, data: st.DataObject) -> None:
+def test_no_tensor_is_ignored_silently(whole: Any, data: st.DataObject) -> None:
     tensors, configs, states = whole
     name = data.draw(st.sampled_from(sorted(tensors)))
     change = data.draw(st.sampled_from(["add", "add beside", "remove", "rename", "dtype"]))
@@ -72,14 +72,14 @@ def test_nothing_is_ignored_in_silence(whole: Any, data: st.DataObject) -> None:
         if new in tensors or known_extra(new):
             return
     try:
-        found, told = _outcome(changed, configs, states)
+        found, lines = _outcome(changed, configs, states)
     except SdxlTrtError:
         return
-    assert told or found != _outcome(*whole)[0], f"{change} {name} was not noticed"
+    assert lines or found != _outcome(*whole)[0], f"{change} {name} was not noticed"
 
 
 @pytest.mark.parametrize("role", ["unet", "vae", "text_encoder", "text_encoder_2"])
-def test_a_folder_is_as_strict(whole: Any, role: str) -> None:
+def test_a_folder_is_checked_as_strictly(whole: Any, role: str) -> None:
     _, _, states = whole
     state = states[role]
     plain = {name: TensorInfo(Path("x"), name, tuple(shape), "F32") for name, shape in state.items()}
@@ -88,12 +88,12 @@ def test_a_folder_is_as_strict(whole: Any, role: str) -> None:
             added = f"{name.rpartition('.')[0]}.{ending}"
             if added in plain or known_extra(added):
                 continue
-            told: list[str] = []
+            lines: list[str] = []
             try:
-                resolve_names(Checkpoint(plain | {added: replace(plain[name], key=added)}), state, role, told.append)
+                resolve_names(Checkpoint(plain | {added: replace(plain[name], key=added)}), state, role, lines.append)
             except SdxlTrtError:
                 continue
-            assert told, added
+            assert lines, added
 
 
 @pytest.mark.parametrize(
@@ -101,11 +101,11 @@ def test_a_folder_is_as_strict(whole: Any, role: str) -> None:
     ["down.attn.to_q.weight_scale", "down.attn.to_q.bias", "down.attn.to_q.weight.diff", "down.attn.to_q.lora_A.weight",
      "down.attn.processor.to_k_ip.lora.up.weight", "lora.up", "other.scale", "x.cond_proj.weight", "a.to_q.smooth"],
 )  # fmt: skip
-def test_what_changes_a_weight_is_refused(name: str) -> None:
+def test_extras_that_would_change_a_weight_are_refused(name: str) -> None:
     with pytest.raises(SourceError, match=rf"unet: the tensor {name} would change the model's weights"):
         left_out([name], ["down.attn.to_q.weight"], "unet")
 
 
 @pytest.mark.parametrize("name", ["ema", "down.other.weight", "surprise.weight", "visual.proj", "upscaler"])
-def test_what_does_not_is_told(name: str) -> None:
+def test_other_extras_are_returned_for_a_warning(name: str) -> None:
     assert left_out([name, "logit_scale"], ["down.attn.to_q.weight"], "unet") == [name]

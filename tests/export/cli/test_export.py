@@ -1,4 +1,4 @@
-"""export-engines as a user meets it: dry runs, LoRAs, another autoencoder, verification, optimum's layout."""
+"""export-engines from a user's view: dry runs, LoRAs, another autoencoder, verification, optimum's layout."""
 
 import json
 import shutil
@@ -40,46 +40,46 @@ def lora(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_dry_run_says_what_it_would_do(pair: Any, tmp_path: Path, capsys: Any) -> None:
+def test_a_dry_run_prints_what_would_be_done(pair: Any, tmp_path: Path, capsys: Any) -> None:
     sources = ["--base", str(pair.base), "--refiner", str(pair.refiner), "--fp32"]
     assert main([*sources, "--out", str(tmp_path / "new"), "--dry-run"]) == 0
-    told = capsys.readouterr().out
-    assert "refiner_unet" in told
-    assert "nothing written; needs" in told
+    output = capsys.readouterr().out
+    assert "refiner_unet" in output
+    assert "nothing written; needs" in output
     assert list(tmp_path.iterdir()) == []
     out = Path(shutil.copytree(pair.bundle, tmp_path / "out"))
     assert main([*sources, "--out", str(out), "--dry-run", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert {part["action"] for part in told["components"].values()} == {"keep"}
-    assert told["needs"]["disk"] == 0
+    output = json.loads(capsys.readouterr().out)
+    assert {part["action"] for part in output["components"].values()} == {"keep"}
+    assert output["needs"]["disk"] == 0
     assert main([*sources, "--vae-precision", "fp16", "--out", str(out), "--dry-run", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    actions = {name: part["action"] for name, part in told["components"].items() if part["action"] == "export"}
+    output = json.loads(capsys.readouterr().out)
+    actions = {name: part["action"] for name, part in output["components"].items() if part["action"] == "export"}
     assert actions == {"vae_decoder": "export", "vae_encoder": "export"}
 
 
-def test_a_lora_is_in_the_base_and_in_the_manifest(pair: Any, lora: Path, tmp_path: Path, capsys: Any) -> None:
+def test_a_lora_is_fused_and_recorded_in_the_manifest(pair: Any, lora: Path, tmp_path: Path, capsys: Any) -> None:
     out = Path(shutil.copytree(pair.bundle, tmp_path / "out"))
     sources = ["--base", str(pair.base), "--refiner", str(pair.refiner), "--fp32", "--out", str(out)]
     assert main([*sources, "--lora", f"{lora}:0.5", "--json"]) == 0
     captured = capsys.readouterr()
     assert "refiner was not trained with this LoRA" in captured.err
-    (told,) = json.loads(captured.out)["loras"]
-    assert (told["name"], told["scale"], told["text_scale"]) == ("style.safetensors", 0.5, 0.5)
+    (output,) = json.loads(captured.out)["loras"]
+    assert (output["name"], output["scale"], output["text_scale"]) == ("style.safetensors", 0.5, 0.5)
     before, after = (read_bundle(root).manifest for root in (pair.bundle, out))
     changed = {n for n, c in after.components.items() if c.key != before.components[n].key}
     assert changed == {"unet", "text_encoder"}
     assert '"text_scale"' not in (out / "manifest.json").read_text()
     assert main([*sources, "--lora", f"{lora}:0.5:0.25", "--dry-run", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert {name for name, part in told["components"].items() if part["action"] == "export"} == {"text_encoder"}
-    assert (told["loras"][0]["scale"], told["loras"][0]["text_scale"]) == (0.5, 0.25)
+    output = json.loads(capsys.readouterr().out)
+    assert {name for name, part in output["components"].items() if part["action"] == "export"} == {"text_encoder"}
+    assert (output["loras"][0]["scale"], output["loras"][0]["text_scale"]) == (0.5, 0.25)
     assert [record.name for record in after.loras] == ["style.safetensors"]
-    assert main([*sources, "--json"]) == 0  # and taken off again
+    assert main([*sources, "--json"]) == 0  # and removed again
     assert read_bundle(out).manifest == before
 
 
-def test_loras_that_do_not_fit_leave_the_bundle(pair: Any, lora: Path, tmp_path: Path, capsys: Any) -> None:
+def test_loras_that_do_not_fit_leave_the_bundle_unchanged(pair: Any, lora: Path, tmp_path: Path, capsys: Any) -> None:
     out = Path(shutil.copytree(pair.bundle, tmp_path / "out"))
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     sources = ["--base", str(pair.refiner.parent / "base"), "--no-refiner", "--out", str(out)]
@@ -94,7 +94,7 @@ def test_loras_that_do_not_fit_leave_the_bundle(pair: Any, lora: Path, tmp_path:
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
-def test_another_autoencoder_serves_both_stages(pair: Any, tmp_path: Path, capsys: Any) -> None:
+def test_another_autoencoder_is_used_for_both_stages(pair: Any, tmp_path: Path, capsys: Any) -> None:
     vae = Path(shutil.copytree(pair.base / "vae", tmp_path / "fixed"))
     config = json.loads((vae / "config.json").read_text())
     (vae / "config.json").write_text(json.dumps(config | {"force_upcast": False, "scaling_factor": 0.5}))
@@ -137,7 +137,7 @@ def test_verify_reports_and_a_failure_keeps_the_older_bundle(pair: Any, tmp_path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]
 
 
-def test_optimums_layout_is_two_folders(pair: Any, tmp_path: Path, capsys: Any) -> None:
+def test_the_optimum_layout_has_two_folders(pair: Any, tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "out"
     sources = ["--base", str(pair.base), "--refiner", str(pair.refiner), "--fp32", "--out", str(out)]
     assert main([*sources, "--layout", "optimum"]) == 0

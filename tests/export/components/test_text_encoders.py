@@ -1,4 +1,4 @@
-"""Encoders together: whose text_embeds are the pooled prompt, and prompts of one length."""
+"""Text encoders of a stage: which one makes the pooled prompt, and prompts of equal length."""
 
 import json
 import shutil
@@ -47,14 +47,14 @@ def _pipeline(models: dict[str, MetaModel], folder: Path = Path("root")) -> Pipe
     [(None, "text_encoder_2"), ((PLAIN, 8), "text_encoder_2"), ((PROJECTS, 8), "text_encoder"),
      ((PROJECTS, 4), "text_encoder_2")],
 )  # fmt: skip
-def test_the_pooled_prompt_is_that_of_the_first_that_projects_to_its_width(first: Any, expected: str) -> None:
+def test_the_first_encoder_with_the_right_projection_makes_the_pooled_prompt(first: Any, expected: str) -> None:
     models = {} if first is None else {"text_encoder": _model(*first)}
     models["text_encoder_2"] = _model(PROJECTS)
     assert find_pooled(models, _pipeline(models)) == expected
 
 
 @pytest.mark.parametrize(("first", "reason"), [(PLAIN, "not an SDXL model"), (PROJECTS, "is it swapped")])
-def test_a_second_encoder_has_to_project(first: str, reason: str) -> None:
+def test_the_second_encoder_needs_a_projection(first: str, reason: str) -> None:
     models = {"text_encoder": _model(first), "text_encoder_2": _model(PLAIN)}
     with pytest.raises(SourceError, match=reason):
         find_pooled(models, _pipeline(models))
@@ -62,7 +62,7 @@ def test_a_second_encoder_has_to_project(first: str, reason: str) -> None:
 
 @pytest.fixture
 def written(pairs: Any, tmp_path: Path) -> Path:
-    """Two tokenizers, the first of 77 ids, the second of as many as its encoder has positions: it does not say."""
+    """Two tokenizers: the first states 77 ids, the second states no length, so its encoder's positions count."""
     for role in ("tokenizer", "tokenizer_2"):
         shutil.copytree(pairs("outline").base / role, tmp_path / role)
     file = tmp_path / "tokenizer_2" / "tokenizer_config.json"
@@ -72,35 +72,35 @@ def written(pairs: Any, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_prompts_are_as_long_as_tokenizers_say_and_of_one_length(written: Path) -> None:
-    said: list[str] = []
+def test_tokenizers_set_the_prompt_length_which_must_be_equal(written: Path) -> None:
+    warned: list[str] = []
     models = {"text_encoder": _model(PLAIN, positions=248), "text_encoder_2": _model(PROJECTS)}
-    loaded = open_tokenizers(models, _pipeline(models, written), said.append)
+    loaded = open_tokenizers(models, _pipeline(models, written), warned.append)
     assert {role: tokenizer.max_length for role, tokenizer in loaded.items()} == {"tokenizer": 77, "tokenizer_2": 77}
-    assert [text.split(":")[0] for text in said] == ["root/text_encoder"]
-    assert "has 248 positions, but its tokenizer cuts a prompt at 77 ids" in said[0]
+    assert [text.split(":")[0] for text in warned] == ["root/text_encoder"]
+    assert "has 248 positions, but its tokenizer cuts a prompt at 77 ids" in warned[0]
     models["text_encoder_2"] = _model(PROJECTS, positions=248)
     with pytest.raises(SourceError, match=r"different lengths \(tokenizer 77, tokenizer_2 248 ids\)"):
-        open_tokenizers(models, _pipeline(models, written), said.append)
+        open_tokenizers(models, _pipeline(models, written), warned.append)
 
 
-def test_a_graph_reads_as_many_ids_and_no_more_than_it_has_positions() -> None:
+def test_a_graph_reads_the_tokenizers_ids_up_to_its_positions() -> None:
     graph = make_graph("text_encoder", _model(PLAIN, positions=248), tokens=248, where="test")
     assert (graph.inputs[0].shape[1], graph.outputs[0].shape[1]) == (248, 248)
     with pytest.raises(SourceError, match="has 77 positions, but its tokenizer makes 248 ids"):
         make_graph("text_encoder", _model(PLAIN), tokens=248, where="test")
 
 
-def test_a_projection_that_nobody_reads_is_left_out() -> None:
-    said: list[str] = []
+def test_an_unused_projection_is_removed() -> None:
+    warned: list[str] = []
     models = {"text_encoder": _model(PROJECTS, 4), "text_encoder_2": _model(PROJECTS)}
-    replaced = without_idle_projection(_pipeline(models), models, "text_encoder_2", said.append)
+    replaced = without_idle_projection(_pipeline(models), models, "text_encoder_2", warned.append)
     assert replaced.models["text_encoder"].class_name == PLAIN
     assert "text_projection.weight" not in models["text_encoder"].state
-    assert len(said) == 1
+    assert len(warned) == 1
 
 
-def test_what_comfyui_reads_in_another_way_is_refused() -> None:
+def test_bundles_that_comfyui_reads_differently_are_refused() -> None:
     manifest = read_bundle(bundle_path()).manifest
     first = manifest.components["text_encoder"]
     longer = msgspec.structs.replace(first, config=first.config | {"max_position_embeddings": 248})
@@ -118,7 +118,7 @@ def test_what_comfyui_reads_in_another_way_is_refused() -> None:
             encoder.encode([(changed.base, Prompt("a", "a"))], "unet", weighted=True)
 
 
-def test_folders_of_another_layout_go_by_the_order_of_the_encoders() -> None:
+def test_other_layouts_order_folders_like_the_encoders() -> None:
     stages = read_bundle(bundle_path()).manifest.stages()
     for name, suffixes in (("base", ["", "_2"]), ("refiner", ["_2"])):
         encoders = stages[name].text_encoders

@@ -1,4 +1,4 @@
-"""Blocks that are traced once: which are alike, and that the module is whole again afterwards."""
+"""Blocks that are traced once: which count as equal, and that the module is restored afterwards."""
 
 import contextlib
 import operator
@@ -41,12 +41,12 @@ def _attention(**changes: Any) -> nn.Module:
         {"upcast_attention": True},
     ],
 )
-def test_another_setting_makes_another_block(changes: dict[str, Any]) -> None:
+def test_a_different_setting_makes_a_different_block(changes: dict[str, Any]) -> None:
     assert fingerprint(_attention()) == fingerprint(_attention())
     assert fingerprint(_attention()) != fingerprint(_attention(**changes))
 
 
-def test_dtype_hooks_and_what_is_not_understood_set_blocks_apart() -> None:
+def test_dtypes_hooks_and_unknown_settings_make_blocks_different() -> None:
     def resnet() -> Any:
         return ResnetBlock2D(in_channels=8, out_channels=16, temb_channels=4, groups=4)
 
@@ -61,7 +61,7 @@ def test_dtype_hooks_and_what_is_not_understood_set_blocks_apart() -> None:
     assert fingerprint(strange) != fingerprint(resnet())
 
 
-def test_hollow_modules_are_whole_again() -> None:
+def test_hollowed_modules_are_restored() -> None:
     model = build_model("UNet2DConditionModel", UNET, "test")
     before = {name: id(value) for name, value in model.module.named_parameters()}
     failing = contextlib.ExitStack()

@@ -1,4 +1,4 @@
-"""The graph for ONNX Runtime's CPU provider computes what the graph of all backends computes, with fewer passes."""
+"""The graph for ONNX Runtime's CPU provider gives the outputs of the graph for all backends, with fewer passes."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -31,7 +31,7 @@ def _run(model: ir.Model, feed: Arrays) -> np.ndarray:
 
 
 def _model(nodes: list[onnx.NodeProto], inputs: dict[str, list[int | str]], weights: Arrays) -> ir.Model:
-    """Return a model of opset 23 that gives `out`."""
+    """Return a model of opset 23 with the output `out`."""
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in inputs.items()]
     output = helper.make_tensor_value_info("out", TensorProto.FLOAT, None)
     initializers = [numpy_helper.from_array(value, name) for name, value in weights.items()]
@@ -61,7 +61,7 @@ def _operators(model: ir.Model) -> Counter[str]:
 
 
 @pytest.mark.parametrize("attributes", [{}, {"scale": 0.3}], ids=["usual scale", "its own scale"])
-def test_attention_finds_its_heads_by_itself(rng: np.random.Generator, attributes: dict[str, float]) -> None:
+def test_attention_becomes_multi_head_attention(rng: np.random.Generator, attributes: dict[str, float]) -> None:
     model = _attention(**attributes)
     feed = {
         name: rng.standard_normal((3, length, WIDTH), dtype=np.float32)
@@ -78,11 +78,11 @@ def test_attention_finds_its_heads_by_itself(rng: np.random.Generator, attribute
     [
         pytest.param(lambda: _attention(is_causal=1), id="causal"),
         pytest.param(lambda: _attention(softcap=2.0), id="softcap"),
-        pytest.param(lambda: _attention(perm=(0, 1, 2, 3)), id="heads left apart"),
+        pytest.param(lambda: _attention(perm=(0, 1, 2, 3)), id="heads not merged"),
         pytest.param(lambda: _attention(heads=(4, HEADS, HEADS)), id="heads differ"),
     ],
 )
-def test_another_attention_stays(model: Callable[[], ir.Model]) -> None:
+def test_other_attention_patterns_stay(model: Callable[[], ir.Model]) -> None:
     left = model()
     before = _operators(left)
     assert for_cpu(left) == 0
@@ -116,7 +116,7 @@ def _gated(*, bias: np.ndarray, halves: int = 2) -> ir.Model:
     return _model(nodes, {"x": ["rows", "pixels", WIDTH]}, weights)
 
 
-def test_the_halves_of_a_gated_layer_are_two_layers(rng: np.random.Generator) -> None:
+def test_a_gated_layer_becomes_two_layers(rng: np.random.Generator) -> None:
     model = _gated(bias=np.arange(12, dtype=np.float32))
     feed = {"x": rng.standard_normal((2, 5, WIDTH), dtype=np.float32)}
     before = _run(model, feed)
@@ -131,7 +131,7 @@ def test_other_splits_stay() -> None:
 
 
 @pytest.mark.parametrize("name", ["unet", "refiner_unet", "vae_decoder", "vae_encoder"])
-def test_a_bundle_gives_the_same_on_both_graphs(
+def test_both_graphs_of_a_bundle_give_the_same_outputs(
     pairs: Callable[[str], Any], rng: np.random.Generator, name: str
 ) -> None:
     bundle = read_bundle(pairs("outline").bundle)
@@ -158,7 +158,7 @@ def _outputs(bundle: Bundle, name: str, feed: Arrays, *, standard: bool) -> np.n
     return result.astype(np.float32)
 
 
-def test_only_the_graph_for_a_cpu_has_operators_of_onnx_runtime(pairs: Callable[[str], Any]) -> None:
+def test_only_the_cpu_graph_has_contrib_operators(pairs: Callable[[str], Any]) -> None:
     bundle = read_bundle(pairs("outline").bundle)
     unet = bundle.manifest.components["unet"]
     assert unet.cpu_graph is not None

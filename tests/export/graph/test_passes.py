@@ -1,4 +1,4 @@
-"""Rewrites leave what the model computes: every graph gives the same numbers before and after."""
+"""Rewrites do not change the outputs: every graph gives the same numbers before and after."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +18,7 @@ Nodes = list[tuple[str, list[str], list[str], dict[str, object]]]
 def _model(
     nodes: Nodes, shapes: dict[str, list[int | str]], out: list[int | str], constants: Arrays, weights: Arrays
 ) -> ir.Model:
-    """Return a model with constants as nodes and weights as value-less initializers, as the tracer leaves it."""
+    """Return a model like the tracer's: constants as nodes, weights as initializers without values."""
     made = [helper.make_node(op, ins, outs, **attributes) for op, ins, outs, attributes in nodes]
     made = [
         helper.make_node("Constant", [], [name], value=numpy_helper.from_array(value))
@@ -49,7 +49,7 @@ def _run(model: ir.Model, feed: Arrays, weights: Arrays, permutations: dict[str,
 
 @pytest.fixture
 def check(rng: np.random.Generator) -> Callable[..., tuple[ir.Model, dict[str, tuple[int, ...]]]]:
-    """Return a function that simplifies a graph and compares what it computes before and after."""
+    """Return a function that simplifies a graph and compares its outputs before and after."""
 
     def run(
         nodes: Nodes, shapes: dict[str, list[int | str]], out: list[int | str], constants: Arrays | None = None,
@@ -77,7 +77,7 @@ def _ops(model: ir.Model) -> list[str]:
 
 @pytest.mark.parametrize("op", ["Mul", "Div"])
 @pytest.mark.parametrize("one", [np.float32(1), np.ones(1, np.float32)])
-def test_neutral_factors_go(check, op: str, one: np.ndarray) -> None:
+def test_neutral_factors_are_removed(check, op: str, one: np.ndarray) -> None:
     nodes: Nodes = [(op, ["x", "one"], ["y"], {}), ("Neg", ["y"], ["out"], {})]
     model, _ = check(nodes, {"x": ["n", 3]}, ["n", 3], {"one": np.asarray(one)})
     assert _ops(model) == ["Neg"]
@@ -89,7 +89,7 @@ def test_neutral_factors_go(check, op: str, one: np.ndarray) -> None:
      ("Mul", np.ones((2, 1, 1), np.float32)), ("Mul", np.ones((1, 1, 1), np.float32)),
      ("Mul", np.array([1, 2, 1], np.float32))],
 )  # fmt: skip
-def test_what_changes_values_or_shapes_stays(check, op: str, other: np.ndarray) -> None:
+def test_operators_that_change_values_or_shapes_stay(check, op: str, other: np.ndarray) -> None:
     rank = max(2, np.ndim(other))
     nodes: Nodes = [(op, ["x", "other"], ["y"], {}), ("Neg", ["y"], ["out"], {})]
     model, _ = check(nodes, {"x": [2, 3]}, [2] * (rank - 2) + [2, 3], {"other": np.asarray(other)})
@@ -112,7 +112,7 @@ def test_a_neutral_factor_at_the_output_keeps_the_output(check) -> None:
     assert [value.name for value in model.graph.outputs] == ["out"]
 
 
-def test_identities_duplicates_and_dead_nodes_go(check) -> None:
+def test_identities_duplicates_and_dead_nodes_are_removed(check) -> None:
     nodes: Nodes = [
         ("Identity", ["x"], ["i"], {}), ("Neg", ["i"], ["a"], {}), ("Neg", ["x"], ["b"], {}),
         ("Exp", ["x"], ["dead"], {}), ("Add", ["a", "b"], ["out"], {}),
@@ -130,7 +130,7 @@ def test_a_transposed_weight_is_stored_transposed(check, rng: np.random.Generato
     assert list(model.graph.initializers["w"].shape) == [3, 5]
 
 
-def test_a_permutation_that_is_no_inverse_of_itself(check, rng: np.random.Generator) -> None:
+def test_a_permutation_that_is_not_its_own_inverse(check, rng: np.random.Generator) -> None:
     weights = {"w": rng.standard_normal((2, 3, 4)).astype(np.float32)}
     nodes: Nodes = [("Transpose", ["w"], ["t"], {"perm": [2, 0, 1]}), ("Add", ["x", "t"], ["out"], {})]
     model, permutations = check(nodes, {"x": [4, 2, 3]}, [4, 2, 3], weights=weights)
@@ -138,7 +138,7 @@ def test_a_permutation_that_is_no_inverse_of_itself(check, rng: np.random.Genera
     assert list(model.graph.initializers["w"].shape) == [4, 2, 3]
 
 
-def test_a_weight_used_both_ways_is_kept_as_it_is(check, rng: np.random.Generator) -> None:
+def test_a_weight_used_both_ways_is_not_transposed(check, rng: np.random.Generator) -> None:
     weights = {"w": rng.standard_normal((3, 3)).astype(np.float32)}
     nodes: Nodes = [
         ("Transpose", ["w"], ["t"], {"perm": [1, 0]}), ("MatMul", ["x", "t"], ["a"], {}),

@@ -1,4 +1,4 @@
-"""bf16, mixed and the older operator sets, against PyTorch and on ONNX Runtime."""
+"""bf16, mixed precision and the older opsets, against PyTorch and on ONNX Runtime."""
 
 import shutil
 from collections.abc import Callable
@@ -26,7 +26,7 @@ def _types(path: Path) -> dict[ir.DataType, int]:
     return counts
 
 
-def test_bf16_is_inside_only_and_onnx_runtime_says_no(pairs: Callable[[str], Any], tmp_path: Path) -> None:
+def test_bf16_is_internal_only_and_onnx_runtime_refuses_it(pairs: Callable[[str], Any], tmp_path: Path) -> None:
     pair = pairs("outline")
     root = Path(shutil.copytree(pair.bundle, tmp_path / "out"))
     bundle = export_bundle(pair.base, pair.refiner, root, Options("bf16", components=frozenset({"unet"})))
@@ -49,7 +49,7 @@ def test_bf16_is_inside_only_and_onnx_runtime_says_no(pairs: Callable[[str], Any
 
 
 def _overflowing_vae(folder: Path) -> AutoencoderKL:
-    """Scale the end of a decoder beyond fp16, and a GroupNorm's input only: the function stays the same."""
+    """Scale the input of a GroupNorm at the end of a decoder beyond fp16, which does not change the output."""
     vae = AutoencoderKL.from_pretrained(folder)
     with torch.no_grad():
         last = vae.decoder.up_blocks[-1].resnets[-1]
@@ -59,7 +59,7 @@ def _overflowing_vae(folder: Path) -> AutoencoderKL:
     return vae
 
 
-def test_mixed_decodes_what_fp16_cannot(pairs: Callable[[str], Any], tmp_path: Path) -> None:
+def test_mixed_decodes_latents_that_overflow_fp16(pairs: Callable[[str], Any], tmp_path: Path) -> None:
     base = Path(shutil.copytree(pairs("outline").base, tmp_path / "base"))
     vae = _overflowing_vae(base / "vae")
     latents = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -72,7 +72,7 @@ def test_mixed_decodes_what_fp16_cannot(pairs: Callable[[str], Any], tmp_path: P
         decoder = bundle.manifest.components["vae_decoder"]
         assert decoder.precision == precision
         assert bundle.manifest.components["vae_encoder"].precision == ("fp16" if precision == "fp16" else "fp32")
-        # onnx's own evaluator rounds after every node; ONNX Runtime's CPU provider stays in fp32 between some.
+        # onnx's own evaluator rounds after every node; ONNX Runtime's CPU provider keeps fp32 between some.
         session = ReferenceEvaluator(str(bundle.path(decoder.graph)))
         dtype = np.float16 if precision == "fp16" else np.float32
         assert {spec.dtype for spec in (*decoder.inputs, *decoder.outputs)} == {np.dtype(dtype).name}
@@ -87,7 +87,7 @@ def test_mixed_decodes_what_fp16_cannot(pairs: Callable[[str], Any], tmp_path: P
     assert errors["fp32"] < 1e-4 < errors["mixed"] < 0.05
 
 
-def test_the_older_operator_set_is_plain_and_the_same(pairs: Callable[[str], Any], tmp_path: Path) -> None:
+def test_the_older_opset_has_basic_operators_and_the_same_outputs(pairs: Callable[[str], Any], tmp_path: Path) -> None:
     pair = pairs("outline")
     bundle = export_bundle(pair.base, None, tmp_path / "out", Options("fp32", vae_precision="fp16", opset=20))
     for component in bundle.manifest.components.values():
@@ -103,7 +103,7 @@ def test_the_older_operator_set_is_plain_and_the_same(pairs: Callable[[str], Any
     assert 0 <= np.abs(finals[0] - finals[1]).max() < 1e-4
 
 
-def test_unknown_settings_are_named() -> None:
+def test_unknown_settings_are_refused_by_name() -> None:
     with pytest.raises(UsageError, match="--opset 19: choose from 20 to 23"):
         Options(opset=19)
     with pytest.raises(UsageError, match="--vae-precision int8"):

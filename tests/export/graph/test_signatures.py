@@ -55,7 +55,7 @@ def _real_module(class_name: str, config: dict[str, Any]) -> torch.nn.Module:
 
 
 def _export(kind: str, class_name: str, config: dict[str, Any], module: Any, folder: Path, **signature: int) -> Path:
-    """Export `module` the way the exporter does, with its own state dict as the checkpoint."""
+    """Export `module` as the exporter does, with its own state dict as the checkpoint."""
     from safetensors.torch import save_file
 
     file = folder / "weights.safetensors"
@@ -139,7 +139,7 @@ def linear(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_no_weight_is_transposed_at_run_time_and_no_trace_is_left(linear: Path) -> None:
+def test_no_weight_is_transposed_at_run_time_and_no_metadata_remains(linear: Path) -> None:
     graph = ir.load(linear).graph
     weights = set(graph.initializers)
     assert [node.name for node in graph if node.op_type == "Transpose" and node.inputs[0].name in weights] == []
@@ -157,7 +157,7 @@ def test_the_same_input_gives_the_same_bytes(linear: Path, tmp_path: Path) -> No
     assert again.with_name("weights.data").read_bytes() == linear.with_name("weights.data").read_bytes()
 
 
-def test_conditions_that_do_not_add_up_are_named() -> None:
+def test_conditions_of_the_wrong_width_are_refused() -> None:
     model = build_model("UNet2DConditionModel", COMMON, "test")
     with pytest.raises(SourceError, match="requires_aesthetics_score"):
         make_graph("unet", model, time_ids=5, pooled=POOLED, where="test")

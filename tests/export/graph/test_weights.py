@@ -1,4 +1,4 @@
-"""Weights are streamed, cast, permuted and checked; damage is found before a bundle holds it."""
+"""Weights are streamed, cast, permuted and checked; damaged ones never get into a bundle."""
 
 import errno
 import hashlib
@@ -20,7 +20,7 @@ TYPES = {torch.float32: ir.DataType.FLOAT, torch.float16: ir.DataType.FLOAT16}
 
 
 def _model(checkpoint: Checkpoint, dtype: torch.dtype, permutations: dict[str, tuple[int, ...]]) -> ir.Model:
-    """Return a model whose initializers have types and shapes, and no values."""
+    """Return a model whose initializers have types and shapes, but no values."""
     values = []
     for name, info in checkpoint.tensors.items():
         shape = [info.shape[axis] for axis in permutations[name]] if name in permutations else info.shape
@@ -51,7 +51,7 @@ def _read(model: ir.Model, name: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
-def test_values_come_back_cast(write, tmp_path: Path, stored: torch.dtype, dtype: torch.dtype) -> None:
+def test_values_are_cast(write, tmp_path: Path, stored: torch.dtype, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     tensors = {
         "b": torch.randn(3, 5, dtype=stored),
@@ -82,7 +82,7 @@ def test_a_permutation_is_stored(write) -> None:
     assert torch.equal(_read(model, "w"), tensor.permute(2, 0, 1))
 
 
-def test_a_convolution_of_one_pixel_is_stored_as_a_matrix(tmp_path: Path) -> None:
+def test_a_1x1_convolution_is_stored_as_a_matrix(tmp_path: Path) -> None:
     tensor = torch.arange(6.0).reshape(2, 3, 1, 1)
     save_file({"v.query.weight": tensor}, tmp_path / "model.safetensors")
     wanted = {"v.to_q.weight": (2, 3)}
@@ -95,7 +95,7 @@ def test_a_convolution_of_one_pixel_is_stored_as_a_matrix(tmp_path: Path) -> Non
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_nan_is_found(write, value: float, stored: torch.dtype, dtype: torch.dtype) -> None:
+def test_nan_is_refused(write, value: float, stored: torch.dtype, dtype: torch.dtype) -> None:
     tensor = torch.ones(100, dtype=stored)
     tensor[57] = value
     with pytest.raises(CorruptError, match="bad holds NaN or infinite weights; the checkpoint is damaged") as caught:
@@ -104,7 +104,7 @@ def test_nan_is_found(write, value: float, stored: torch.dtype, dtype: torch.dty
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
-def test_what_fp16_cannot_hold_names_the_remedy(write, stored: torch.dtype) -> None:
+def test_the_error_for_fp16_overflow_names_the_remedy(write, stored: torch.dtype) -> None:
     tensors = {"big": torch.tensor([1.0, 7e4]).to(stored)}
     with pytest.raises(CorruptError, match="big has weights beyond fp16's range; export with --fp32"):
         write(tensors, torch.float16)
@@ -112,22 +112,22 @@ def test_what_fp16_cannot_hold_names_the_remedy(write, stored: torch.dtype) -> N
     assert torch.equal(_read(model, "big"), tensors["big"].float())
 
 
-def test_the_largest_fp16_is_no_overflow(write) -> None:
+def test_the_largest_fp16_number_does_not_overflow(write) -> None:
     model, _ = write({"w": torch.tensor([65504.0, -65504.0])}, torch.float16)
     assert _read(model, "w").tolist() == [65504, -65504]
 
 
-def test_one_tensor_is_told_at_a_time(tmp_path: Path) -> None:
+def test_progress_is_reported_per_tensor(tmp_path: Path) -> None:
     save_file({"a": torch.ones(4), "b": torch.ones(2, dtype=torch.float16)}, tmp_path / "model.safetensors")
     checkpoint = open_checkpoint(tmp_path, "model")
-    told: list[int] = []
+    sizes: list[int] = []
     model = _model(checkpoint, torch.float32, {})
-    write_weights(model, checkpoint, {"a": "a", "b": "b"}, {}, tmp_path, told.append)
-    assert told == [16, 8]  # as written, which is what takes the time and the disk
+    write_weights(model, checkpoint, {"a": "a", "b": "b"}, {}, tmp_path, sizes.append)
+    assert sizes == [16, 8]  # bytes as written, which take the time and the disk
 
 
 def test_the_same_weights_make_the_same_bytes_from_shards(tmp_path: Path, write) -> None:
-    """The order of the file is that of shards and names, not of the graph."""
+    """The file is in the order of shards and names, not of the graph."""
     tensors = {name: torch.full((3,), float(i)) for i, name in enumerate("dacb")}
     _, once = write(tensors)
     _, again = write(dict(reversed(tensors.items())))
@@ -143,7 +143,7 @@ def test_a_full_disk_is_a_resource_error(write, monkeypatch: pytest.MonkeyPatch)
         write({"a": torch.ones(2)})
 
 
-def test_a_tensor_that_is_gone_is_corrupt(tmp_path: Path) -> None:
+def test_a_missing_tensor_is_corrupt(tmp_path: Path) -> None:
     save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
     checkpoint = Checkpoint({"b": TensorInfo(tmp_path / "model.safetensors", "b", (2,), "F32")})
     model = _model(checkpoint, torch.float32, {})

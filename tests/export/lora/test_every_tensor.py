@@ -41,7 +41,7 @@ TENSORS = {
 Place = tuple[LoraComponent, str]
 Parts = dict[str, torch.Tensor]
 File = dict[Place, Parts]
-"""What a LoRA file says, whatever it calls its tensors: its parts by component and module."""
+"""The content of a LoRA file independent of its key names: its parts by component and module."""
 
 LDM = {module: ldm for ldm, module in unet_prefixes(CONFIG).items()}
 UNDERSCORED = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
@@ -78,7 +78,7 @@ ENDS = {
 
 
 def _contents() -> dict[str, File]:
-    """Return files of each kind, all of which change every module that their kind can."""
+    """Return files of each kind; each file changes every module that its kind can."""
     generator = torch.Generator().manual_seed(3)
 
     def random(*shape: int) -> torch.Tensor:
@@ -123,7 +123,7 @@ CONTENTS = _contents()
 
 
 def _rendered(file: File, style: str, ends: str) -> dict[str, tuple[Place, str]]:
-    """Return the keys of a file in a naming, with the place and the part that each is."""
+    """Return {key: its place and part} of a file in one naming."""
     names = ENDS[ends]
     return {
         f"{STYLES[style](*place)}.{names.get(part, 'lora_magnitude_vector' if part == 'magnitude' else part)}": (
@@ -134,7 +134,7 @@ def _rendered(file: File, style: str, ends: str) -> dict[str, tuple[Place, str]]
 
 
 def _reference(file: File, plain: dict[Place, Parts]) -> dict[Place, Parts]:
-    """Return the weights and biases with a file at scale 1, by the formulas of LyCORIS, peft and ComfyUI, in fp64."""
+    """Return weights and biases with a file fused at scale 1, by the formulas of LyCORIS, peft and ComfyUI, in fp64."""
     result: dict[Place, Parts] = {}
     for place, stored in plain.items():
         weight, bias = stored["weight"].double(), stored["bias"].double()
@@ -220,7 +220,7 @@ def test_every_naming_of_a_lora_means_the_same(
 
 
 KEPT = {"alpha", "dora_scale", "magnitude", "diff", "diff_b"}
-"""Parts without which a file is still whole: a difference has another of the bias, or of the weight, beside it."""
+"""Parts that a file can lack: a difference may be of the weight alone, or of the bias alone."""
 CHANGES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "grown": lambda tensor: tensor * 1.5, "zero": torch.zeros_like, "one value": lambda tensor: _with_one(tensor, 2.0),
 }  # fmt: skip
@@ -236,7 +236,7 @@ def _with_one(tensor: torch.Tensor, value: float) -> torch.Tensor:
     max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 @given(data=st.data())
-def test_every_tensor_counts(
+def test_every_tensor_has_an_effect(
     data: st.DataObject, base: dict[LoraComponent, Checkpoint], plain: dict[Place, Parts], tmp_path: Path
 ) -> None:
     kind, style = data.draw(st.sampled_from(list(CONTENTS))), data.draw(st.sampled_from(list(STYLES)))

@@ -1,4 +1,4 @@
-"""LoRA files as strangers write them: formats that are no LoRA, incomplete and damaged ones, settings of peft."""
+"""Untrusted LoRA files: other formats, incomplete and damaged files, peft settings."""
 
 import hashlib
 import json
@@ -60,7 +60,7 @@ def test_a_file_is_opened_without_its_weights(write: Write) -> None:
     assert lora.name == "style.safetensors"
 
 
-def test_all_three_components_are_told_apart(write: Write) -> None:
+def test_all_three_components_are_distinguished(write: Write) -> None:
     keys = [KOHYA, f"text_encoder.{ENCODER}", "lora_te2_" + ENCODER.replace(".", "_")]
     tensors = {name: tensor for key in keys for name, tensor in _pair(key).items()}
     lora = open_lora(write(tensors))
@@ -91,14 +91,14 @@ def test_all_three_components_are_told_apart(write: Write) -> None:
     ],
 )
 @pytest.mark.parametrize("alone", [True, False])
-def test_other_kinds_of_adapters_are_refused_by_name(key: str, name: str, alone: bool, write: Write) -> None:
+def test_unsupported_kinds_of_adapters_are_refused_by_name(key: str, name: str, alone: bool, write: Write) -> None:
     path = write({key: torch.ones(4, 4)} | ({} if alone else _pair(KOHYA)))
     with pytest.raises(SourceError, match=rf"style\.safetensors: holds {name} \("):
         open_lora(path)
 
 
 @pytest.mark.parametrize(
-    ("tensors", "error", "says"),
+    ("tensors", "error", "match"),
     [
         ({"model.diffusion_model.out.2.weight": torch.ones(4, 4)}, SourceError, "is not a LoRA"),
         (
@@ -133,22 +133,22 @@ def test_other_kinds_of_adapters_are_refused_by_name(key: str, name: str, alone:
     ],
 )
 def test_a_file_that_cannot_be_fused_is_refused(
-    tensors: dict[str, torch.Tensor], error: type[SdxlTrtError], says: str, write: Write
+    tensors: dict[str, torch.Tensor], error: type[SdxlTrtError], match: str, write: Write
 ) -> None:
     path = write(tensors)
-    with pytest.raises(error, match=rf"style\.safetensors: .*{says}") as raised:
+    with pytest.raises(error, match=rf"style\.safetensors: .*{match}") as raised:
         open_lora(path)
     assert "\n" not in str(raised.value)
 
 
-def test_a_key_cannot_break_the_line(write: Write) -> None:
+def test_a_key_cannot_break_the_error_line(write: Write) -> None:
     with pytest.raises(SourceError) as raised:
         open_lora(write(_pair(KOHYA) | {"a\nb\x1b[31m": torch.ones(1)}))
     assert str(raised.value).isprintable()
 
 
 @pytest.mark.parametrize(
-    ("name", "error", "says"),
+    ("name", "error", "match"),
     [
         ("style.pt", SourceError, "pickled"),
         ("style.ckpt", SourceError, "pickled"),
@@ -158,11 +158,11 @@ def test_a_key_cannot_break_the_line(write: Write) -> None:
         ("broken.safetensors", SourceError, "is pickled"),
     ],
 )
-def test_paths_that_are_no_lora(name: str, error: type[SdxlTrtError], says: str, tmp_path: Path) -> None:
+def test_paths_that_are_not_loras(name: str, error: type[SdxlTrtError], match: str, tmp_path: Path) -> None:
     (tmp_path / "folder.safetensors").mkdir()
     for file in ("style.pt", "style.ckpt", "style", "broken.safetensors"):
         (tmp_path / file).write_bytes(b"\x80\x04not a tensor")
-    with pytest.raises(error, match=says):
+    with pytest.raises(error, match=match):
         open_lora(tmp_path / name)
 
 
@@ -192,19 +192,19 @@ def test_settings_in_the_header_decide_the_scaling(header: dict[str, Any], scali
     assert _only(open_lora(write(_peft(), **{HEADER: header}))).scaling == scaling
 
 
-def test_settings_of_another_kind_are_refused_beside_an_alpha_too(write: Write) -> None:
+def test_settings_of_another_kind_are_refused_even_with_an_alpha(write: Write) -> None:
     path = write(_peft() | {f"unet.{MODULE}.alpha": torch.tensor(1.0)}, **{HEADER: {"unet.use_dora": True}})
     with pytest.raises(SourceError, match="use_dora is True"):
         open_lora(path)
 
 
-def test_an_alpha_of_the_module_is_nearer_than_the_header(write: Write) -> None:
+def test_a_modules_alpha_overrides_the_header(write: Write) -> None:
     path = write(_peft() | {f"unet.{MODULE}.alpha": torch.tensor(1.0)}, **{HEADER: {"unet.lora_alpha": 8}})
     assert _only(open_lora(path)).scaling == 0.25
 
 
 @pytest.mark.parametrize(
-    ("header", "error", "says"),
+    ("header", "error", "match"),
     [
         ({"unet.use_dora": True}, SourceError, "use_dora is True .* has no magnitude vector"),
         ({"unet.peft_type": "LOKR", "unet.alpha": 1}, SourceError, "is of a LoRA, .* settings are for a LOKR"),
@@ -220,21 +220,21 @@ def test_an_alpha_of_the_module_is_nearer_than_the_header(write: Write) -> None:
         ([], CorruptError, "not a JSON object"),
     ],
 )
-def test_settings_that_are_not_a_loras_are_refused(
-    header: Any, error: type[SdxlTrtError], says: str, write: Write
+def test_settings_that_do_not_fit_a_lora_are_refused(
+    header: Any, error: type[SdxlTrtError], match: str, write: Write
 ) -> None:
-    with pytest.raises(error, match=says):
+    with pytest.raises(error, match=match):
         open_lora(write(_peft(), **{HEADER: header}))
 
 
 @pytest.mark.parametrize("text", ["{", "[" * 100_000, "\ud800".encode("utf-8", "surrogatepass").decode("latin-1")])
-def test_settings_that_are_no_json_are_corrupt(text: str, tmp_path: Path) -> None:
+def test_settings_that_are_not_json_are_corrupt(text: str, tmp_path: Path) -> None:
     save_file(_peft(), tmp_path / "a.safetensors", {HEADER: text})
     with pytest.raises(CorruptError, match="not JSON"):
         open_lora(tmp_path / "a.safetensors")
 
 
-def test_a_peft_folder_has_its_settings_beside_the_file(write: Write) -> None:
+def test_the_settings_of_a_peft_folder_are_read(write: Write) -> None:
     path = write(_peft(f"base_model.model.{MODULE}"))
     bare = open_lora(path)
     side = path.with_name("adapter_config.json")
@@ -247,7 +247,7 @@ def test_a_peft_folder_has_its_settings_beside_the_file(write: Write) -> None:
     assert len({bare.sha256, lora.sha256, changed.sha256}) == 3
 
 
-def test_a_stray_settings_file_means_nothing_to_other_files(write: Write) -> None:
+def test_a_settings_file_beside_other_files_is_ignored(write: Write) -> None:
     path = write(_pair(KOHYA))
     path.with_name("adapter_config.json").write_text("{")
     assert _only(open_lora(path)).scaling == 1.0
@@ -266,7 +266,7 @@ FRAGMENTS = [
     keys=st.lists(st.lists(st.sampled_from(FRAGMENTS), min_size=1, max_size=4).map("".join), max_size=4, unique=True),
     shape=st.sampled_from([(), (1,), (2, 2), (1, 1, 1, 1)]),
 )
-def test_any_keys_open_or_give_one_of_our_errors(keys: list[str], shape: tuple[int, ...], write: Write) -> None:
+def test_any_keys_open_or_raise_an_sdxl_trt_error(keys: list[str], shape: tuple[int, ...], write: Write) -> None:
     path = write({key: torch.ones(shape) for key in keys})
     try:
         lora = open_lora(path)
@@ -275,5 +275,5 @@ def test_any_keys_open_or_give_one_of_our_errors(keys: list[str], shape: tuple[i
     held = sum(len(branch.infos) for branches in lora.branches.values() for branch in branches)
     # All tensors are equal here, so that two spellings of a part count once.
     parts = {(place_module(module), part) for module, part in filter(None, map(split_key, keys)) if part != "alpha"}
-    assert held == len(parts), "every tensor has its place"
+    assert held == len(parts), "every tensor has a place"
     assert all(split_key(key) is not None for key in keys)

@@ -1,4 +1,4 @@
-"""LoRA fused into weights, against the branches run as torch modules beside the layers."""
+"""LoRAs fused into weights, against the branches as torch modules beside the layers."""
 
 import copy
 import math
@@ -52,7 +52,7 @@ TEXT_FC1 = "text_model_encoder_layers_{}_mlp_fc1"
 
 @dataclass(frozen=True)
 class Base:
-    """A small base: the models without weights, and their checkpoints."""
+    """A small base: models on the meta device, and their checkpoints."""
 
     models: dict[LoraComponent, MetaModel]
     checkpoints: dict[LoraComponent, Checkpoint]
@@ -95,7 +95,7 @@ def half(tmp_path_factory: pytest.TempPathFactory) -> Base:
 
 
 def _branch(shape: tuple[int, ...], rank: int, *, tucker: bool = False) -> nn.Sequential:
-    """Return the branch as the trainers build it beside a layer whose weight has `shape`."""
+    """Return the branch as trainers build it beside a layer with a weight of `shape`."""
     out, inner, *kernel = shape
     if not kernel:
         return nn.Sequential(nn.Linear(inner, rank, bias=False), nn.Linear(rank, out, bias=False))
@@ -135,7 +135,7 @@ def _apply(shape: tuple[int, ...], weight: torch.Tensor, inputs: torch.Tensor) -
 
 @pytest.mark.parametrize("alpha", [None, 1.0, 6.0])
 @pytest.mark.parametrize(("module", "tucker"), [*((module, False) for module in KINDS), (KINDS[2], True)])
-def test_a_fused_layer_computes_the_layer_and_its_branch(
+def test_a_fused_layer_equals_the_layer_plus_its_branch(
     module: str, tucker: bool, alpha: float | None, base: Base, write: Callable[..., Lora]
 ) -> None:
     torch.manual_seed(0)
@@ -144,7 +144,7 @@ def test_a_fused_layer_computes_the_layer_and_its_branch(
     lora = write(_stored(_kohya(module), branch, alpha))
     inputs = torch.randn(3, shape[1], *([9, 9] if len(shape) == 4 else []))
     [(_, weight)] = base.checkpoints["unet"].read([f"{module}.weight"])
-    # With a mid layer the rank that alpha is divided by is that of the down layer.
+    # With a mid layer, alpha is divided by the rank of the down layer.
     divisor = rank + tucker
     expected = _apply(shape, weight, inputs) + branch(inputs) * scale * ((alpha or divisor) / divisor)
     actual = _apply(shape, base.weight(module, [(lora, scale)]), inputs)
@@ -159,12 +159,12 @@ def _hooked(module: nn.Module, branch: nn.Sequential, factor: float) -> None:
 
 
 @pytest.mark.parametrize("component", COMPONENTS)
-def test_a_whole_model_computes_what_it_computes_with_branches(
+def test_a_fused_model_equals_the_model_with_branches(
     component: LoraComponent, base: Base, write: Callable[..., Lora]
 ) -> None:
     torch.manual_seed(1)
     model = copy.deepcopy(base.models[component].module).to_empty(device="cpu")
-    # Buffers that the model computes for itself were not on the meta device when it was built.
+    # Buffers that the model computes itself were not on the meta device when it was built.
     for name, value in base.models[component].buffers.items():
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, value)
@@ -221,7 +221,7 @@ def test_several_loras_add_up(base: Base, write: Callable[..., Lora]) -> None:
     torch.testing.assert_close(base.weight(KINDS[2], [(one, 1.0), (one, -1.0)]), plain, rtol=0, atol=1e-6)
 
 
-def test_the_sum_is_fp32_whatever_the_checkpoint(half: Base, write: Callable[..., Lora]) -> None:
+def test_the_sum_is_fp32_for_any_checkpoint_dtype(half: Base, write: Callable[..., Lora]) -> None:
     lora = _lora(half, write, KINDS)
     checkpoint = half.fused([(lora, 0.1)])
     tensors = dict(checkpoint.read(checkpoint.tensors))
@@ -245,7 +245,7 @@ def test_the_sum_is_fp32_whatever_the_checkpoint(half: Base, write: Callable[...
 def test_any_reading_order_gives_the_same_weights(data: st.DataObject, base: Base, write: Callable[..., Lora]) -> None:
     loras = [(_lora(base, write, KINDS, "one"), 1.0), (_lora(base, write, KINDS[1:3], "two"), 0.5)]
     checkpoint = base.fused(loras)
-    # Twice the same name too: the base's file is mapped, and must not be what is added to.
+    # Also the same name twice: the base's file is mapped, and fusing must not change it.
     some = [f"{module}.weight" for module in KINDS] + ["conv_in.weight", "conv_in.bias"]
     names = data.draw(st.lists(st.sampled_from(some), max_size=8))
     expected = {name: tensor for name in set(names) for _, tensor in checkpoint.read([name])}
@@ -254,14 +254,14 @@ def test_any_reading_order_gives_the_same_weights(data: st.DataObject, base: Bas
     assert all(torch.equal(tensor, expected[name]) for name, tensor in read)
 
 
-def test_what_no_lora_touches_is_the_checkpoint_itself(base: Base, write: Callable[..., Lora]) -> None:
+def test_a_checkpoint_without_a_lora_is_returned_itself(base: Base, write: Callable[..., Lora]) -> None:
     lora = _lora(base, write, KINDS)
     assert base.fused([]) is base.checkpoints["unet"]
     assert base.fused([(lora, 0.0)]) is base.checkpoints["unet"]
     assert base.fused([(lora, 1.0)], "text_encoder") is base.checkpoints["text_encoder"]
 
 
-def test_a_lora_of_encoders_leaves_the_unet(base: Base, write: Callable[..., Lora]) -> None:
+def test_a_lora_for_encoders_leaves_the_unet_unchanged(base: Base, write: Callable[..., Lora]) -> None:
     tensors = _pair(f"lora_te1_{TEXT_FC1.format(0)}", 32, 16) | _pair(f"clip_g.{Q_PROJ}", 16, 16)
     lora = write(tensors)
     check_fits([lora], base.models)
@@ -290,14 +290,14 @@ def test_any_rank_and_alpha(rank: int, alpha: float, base: Base, write: Callable
     )
 
 
-def test_a_digest_of_fused_weights_tells_loras_and_scales_apart(base: Base, write: Callable[..., Lora]) -> None:
+def test_the_digest_of_fused_weights_depends_on_loras_and_scales(base: Base, write: Callable[..., Lora]) -> None:
     one, other = _lora(base, write, KINDS, "one"), _lora(base, write, KINDS, "other")
     fusions = [[], [(one, 1.0)], [(one, 0.5)], [(other, 1.0)], [(one, 1.0), (other, 1.0)]]
     names = [f"{module}.weight" for module in KINDS]
     assert len({digest_tensors(base.fused(loras), names) for loras in fusions}) == len(fusions)
 
 
-def test_only_what_is_read_is_loaded(base: Base, write: Callable[..., Lora]) -> None:
+def test_only_the_tensors_that_are_read_are_loaded(base: Base, write: Callable[..., Lora]) -> None:
     tensors = _stored(_kohya(KINDS[0]), _branch(base.shape(KINDS[0]), 2), None)
     broken = _stored(_kohya(KINDS[1]), _branch(base.shape(KINDS[1]), 2), None)
     broken[f"{_kohya(KINDS[1])}.lora_up.weight"][0] = math.nan
@@ -308,7 +308,7 @@ def test_only_what_is_read_is_loaded(base: Base, write: Callable[..., Lora]) -> 
 
 
 @pytest.mark.parametrize("scale", [-1e39, 3e38])
-def test_a_sum_beyond_fp32_is_the_loras_fault(scale: float, base: Base, write: Callable[..., Lora]) -> None:
+def test_the_error_for_a_sum_beyond_fp32_names_the_lora(scale: float, base: Base, write: Callable[..., Lora]) -> None:
     tensors = {key: 9 * tensor for key, tensor in _pair(_kohya(KINDS[0]), *base.shape(KINDS[0])).items()}
     with pytest.raises(
         CorruptError, match=r"style\.safetensors: makes .*to_k\.weight infinite at scale -?[13]e\+3[89]"
@@ -316,14 +316,14 @@ def test_a_sum_beyond_fp32_is_the_loras_fault(scale: float, base: Base, write: C
         base.weight(KINDS[0], [(write(tensors), scale)])
 
 
-def test_nan_in_the_base_is_not_the_loras_fault(base: Base, write: Callable[..., Lora], tmp_path: Path) -> None:
+def test_nan_in_the_base_does_not_blame_the_lora(base: Base, write: Callable[..., Lora], tmp_path: Path) -> None:
     name = f"{KINDS[0]}.weight"
     save_file({name: torch.full(base.shape(KINDS[0]), math.nan)}, tmp_path / "nan.safetensors")
     fused = fuse_loras(open_file(tmp_path / "nan.safetensors"), "unet", [(_lora(base, write, KINDS[:1]), 1.0)], UNET)
     assert torch.isnan(dict(fused.read([name]))[name]).all()
 
 
-def test_matrices_and_pointwise_convolutions_stand_for_each_other(base: Base, write: Callable[..., Lora]) -> None:
+def test_matrices_and_1x1_convolutions_are_interchangeable(base: Base, write: Callable[..., Lora]) -> None:
     linear, pointwise = KINDS[0], KINDS[1]
     for module, dims in ((linear, (1, 1)), (pointwise, ())):
         out, inner = base.shape(module)[:2]
@@ -342,13 +342,13 @@ def _pair(module: str, out: int, inner: int, *kernel: int) -> dict[str, torch.Te
 
 
 @pytest.mark.parametrize(
-    ("tensors", "says"),
+    ("tensors", "match"),
     [
-        # a width of its own, a wrong kernel, another encoder's width
+        # an unknown width, a wrong kernel, another encoder's width
         (_pair(_kohya(KINDS[0]), 320, 320), r"it has .*to_k\.lora_down.*\[2, 320\].*shape \[32, 24\]"),
         (_pair(_kohya(KINDS[2]), 16, 16, 1, 1), r"shape \[16, 16, 3, 3\]"),
         (_pair(f"lora_te2_{TEXT_FC1.format(0)}", 64, 16), r"text_encoder_2 has .*fc1.*\[32, 16\]"),
-        # what the cross attention takes names the family, whichever tensor is met first
+        # the context of the cross attention identifies the family, whichever tensor is checked first
         (_pair(_kohya(ATTN2), 320, 768), "takes a context of width 768, like Stable Diffusion 1, but this base's"),
         (
             _pair(_kohya(ATTN2), 320, 1024) | _pair(f"lora_te_{TEXT_FC1.format(22)}", 4096, 1024),
@@ -361,11 +361,11 @@ def _pair(module: str, out: int, inner: int, *kernel: int) -> dict[str, torch.Te
         ({f"unet.{ATTN2}.diff": torch.ones(320, 2048)}, "takes a context of width 2048, like SDXL's base"),
     ],
 )  # fmt: skip
-def test_a_lora_for_another_model_is_named_with_its_shapes(
-    tensors: dict[str, torch.Tensor], says: str, base: Base, write: Callable[..., Lora]
+def test_the_error_for_another_models_lora_names_its_shapes(
+    tensors: dict[str, torch.Tensor], match: str, base: Base, write: Callable[..., Lora]
 ) -> None:
     lora = write(tensors)
-    with pytest.raises(SourceError, match=rf"style\.safetensors: LoRA for another model: .*{says}") as error:
+    with pytest.raises(SourceError, match=rf"style\.safetensors: LoRA for another model: .*{match}") as error:
         check_fits([lora], base.models)
     assert "\n" not in str(error.value)
     with pytest.raises(SourceError, match="another model"):
@@ -373,7 +373,7 @@ def test_a_lora_for_another_model_is_named_with_its_shapes(
 
 
 @pytest.mark.parametrize(
-    ("tensors", "says"),
+    ("tensors", "match"),
     [
         (_pair(_kohya("mid_block.attentions.0.transformer_blocks.9.attn1.to_q"), 32, 32), "blocks_9.* unet has no"),
         (_pair("lora_unet_double_blocks_0_img_attn_proj", 8, 8), "double_blocks_0.* unet has no such module"),
@@ -382,10 +382,10 @@ def test_a_lora_for_another_model_is_named_with_its_shapes(
         ({f"{_kohya(KINDS[0])}.diff_b": torch.ones(32)}, r"to_k\.diff_b.* unet has no such bias"),
     ],
 )
-def test_a_name_that_no_module_has_says_nothing_of_models(
-    tensors: dict[str, torch.Tensor], says: str, base: Base, write: Callable[..., Lora]
+def test_the_error_for_an_unknown_module_does_not_name_another_model(
+    tensors: dict[str, torch.Tensor], match: str, base: Base, write: Callable[..., Lora]
 ) -> None:
-    with pytest.raises(SourceError, match=rf"style\.safetensors: has .*{says}") as error:
+    with pytest.raises(SourceError, match=rf"style\.safetensors: has .*{match}") as error:
         check_fits([write(tensors)], base.models)
     assert "another model" not in str(error.value)
 
@@ -396,7 +396,7 @@ def test_a_mid_layer_must_fit_the_kernel(base: Base, write: Callable[..., Lora])
         check_fits([write(tensors)], base.models)
 
 
-def test_a_base_without_the_encoder_cannot_take_its_lora(base: Base, write: Callable[..., Lora]) -> None:
+def test_a_base_without_the_encoder_refuses_its_lora(base: Base, write: Callable[..., Lora]) -> None:
     lora = write(_pair("lora_te1_text_model_encoder_layers_0_mlp_fc1", 32, 16))
     check_fits([lora], base.models)
     with pytest.raises(SourceError, match="changes a text_encoder, which this base lacks"):
@@ -424,7 +424,7 @@ def test_two_names_of_one_module_count_once_if_they_agree(
         assert all(f"'{name}.lora" in str(error.value) for name in names)
 
 
-def test_tensor_infos_keep_their_place(half: Base, write: Callable[..., Lora]) -> None:
+def test_tensor_infos_keep_their_location(half: Base, write: Callable[..., Lora]) -> None:
     lora = _lora(half, write, KINDS)
     before, after = half.checkpoints["unet"], half.fused([(lora, 1.0)])
     assert {name: replace(info, dtype="F16") for name, info in after.tensors.items()} == before.tensors

@@ -20,7 +20,7 @@ SHAPES = {
     f"{LINEAR}.weight": (12, 8), f"{LINEAR}.bias": (12,), f"{CONV}.weight": (12, 8, 3, 3), f"{CONV}.bias": (12,),
     f"{POINT}.weight": (12, 8, 1, 1), f"{NORM}.weight": (8,), f"{NORM}.bias": (8,),
 }  # fmt: skip
-# No module of it is there: the LDM names are not what is tested here.
+# It lists no module: LDM names are not tested here.
 CONFIG = {"block_out_channels": [4], "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
 Tensors = dict[str, torch.Tensor]
 
@@ -79,7 +79,7 @@ Case = tuple[str, dict[str, torch.Tensor], torch.Tensor]
 
 
 def _cases() -> Iterator[tuple[str, Case]]:
-    """Yield (name, (module, parts, difference)): each kind's formula written out."""
+    """Yield (name, (module, parts, difference)), each kind's formula written out."""
     a, b, c, d = _random((12, 2), (2, 8), (12, 3), (3, 8))
     loha = {"hada_w1_a": a, "hada_w1_b": b, "hada_w2_a": c, "hada_w2_b": d}
     yield "LoHa", (LINEAR, loha, (a @ b) * (c @ d))
@@ -93,7 +93,7 @@ def _cases() -> Iterator[tuple[str, Case]]:
     yield "LoHa, Tucker", (CONV, tucker | {"alpha": torch.tensor(2.0)}, _tucker(s, a, b) * _tucker(t, c, d) * 2 / 3)
 
     small, large, a, b = _random((3, 2), (4, 4), (4, 2), (2, 4))
-    # Whole matrices have no rank: alpha, which LyCORIS writes all the same, says nothing (as in ComfyUI).
+    # Whole matrices have no rank: alpha, which LyCORIS writes anyway, has no meaning (as in ComfyUI).
     whole = {"lokr_w1": small, "lokr_w2": large, "alpha": torch.tensor(100.0)}
     yield "LoKr", (LINEAR, whole, _kron(small, large))
     factored = {"lokr_w1": small, "lokr_w2_a": a, "lokr_w2_b": b, "alpha": torch.tensor(3.0)}
@@ -107,7 +107,7 @@ def _cases() -> Iterator[tuple[str, Case]]:
     (kernel,) = _random((4, 4, 3, 3))
     yield "LoKr, 3x3", (CONV, {"lokr_w1": small, "lokr_w2": kernel}, _kron(small, kernel))
     a, b = _random((4, 2), (2, 36))
-    # The kernel lies in the columns of w2, innermost.
+    # The kernel is in the columns of w2, innermost.
     flat = {"lokr_w1": small, "lokr_w2_a": a, "lokr_w2_b": b}
     yield "LoKr, 3x3 flat", (CONV, flat, _kron(small, (a @ b).reshape(4, 4, 3, 3)))
     a, b, t = _random((2, 4), (3, 4), (2, 3, 3, 3))
@@ -136,7 +136,7 @@ def test_each_kind_adds_its_difference(
 
 
 @pytest.mark.parametrize(("module", "part"), [(LINEAR, "diff_b"), (NORM, "b_norm"), (CONV, "diff_b")])
-def test_biases_change_beside_whatever_the_weight_has(
+def test_biases_change_with_any_kind_of_weight_change(
     module: str, part: str, base: Checkpoint, opened: Callable[[Tensors], Lora]
 ) -> None:
     (bias,) = _random(SHAPES[f"{module}.bias"])
@@ -164,15 +164,15 @@ def _norms(weight: torch.Tensor, axis: int) -> torch.Tensor:
 @pytest.mark.parametrize("module", [LINEAR, CONV, POINT])
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("scale", [1.0, 0.3, -1.0])
-def test_dora_of_lycoris_is_what_comfyui_makes_of_it(
+def test_dora_of_lycoris_equals_comfyuis(
     module: str, axis: int, scale: float, base: Checkpoint, opened: Callable[[Tensors], Lora]
 ) -> None:
     weight = dict(base.read(SHAPES))[f"{module}.weight"]
     parts, difference = _low_rank(module)
     magnitude = _norms(weight, axis) * (1 + 0.1 * torch.rand_like(_norms(weight, axis)))
     lora = opened(_named(module, parts | {"dora_scale": magnitude}))
-    # ComfyUI's weight_decompose; for norms of outputs (axis 0) it takes those of the weight as it was, where LyCORIS,
-    # OneTrainer and the DoRA paper take those of the changed one: the training's are followed, and a line says so.
+    # ComfyUI's weight_decompose; for norms per output (axis 0) it uses those of the original weight, but LyCORIS,
+    # OneTrainer and the DoRA paper use those of the changed one: the export follows these, with a note.
     changed = weight + difference
     decomposed = changed * (magnitude / (_norms(changed, axis) + torch.finfo(torch.float32).eps))
     expected = weight + scale * (decomposed - weight)
@@ -182,7 +182,7 @@ def test_dora_of_lycoris_is_what_comfyui_makes_of_it(
     assert (theirs - decomposed).abs().max() > 0.05
 
 
-def test_dora_goes_with_the_other_kinds_too(base: Checkpoint, opened: Callable[[Tensors], Lora]) -> None:
+def test_dora_works_with_the_other_kinds(base: Checkpoint, opened: Callable[[Tensors], Lora]) -> None:
     weight = dict(base.read(SHAPES))[f"{LINEAR}.weight"]
     cases = dict(_cases())
     for name in ("LoHa, alpha", "LoKr, w2 factored"):
@@ -195,7 +195,7 @@ def test_dora_goes_with_the_other_kinds_too(base: Checkpoint, opened: Callable[[
 
 @pytest.mark.parametrize("scale", [1.0, 0.3])
 @pytest.mark.parametrize("module", [LINEAR, CONV])
-def test_dora_of_peft_scales_before_it_normalizes(
+def test_dora_of_peft_scales_before_normalizing(
     module: str, scale: float, base: Checkpoint, opened: Callable[[Tensors], Lora]
 ) -> None:
     weight = dict(base.read(SHAPES))[f"{module}.weight"]
@@ -216,7 +216,7 @@ LORA = {"lora_up.weight": UP, "lora_down.weight": DOWN}
 
 
 @pytest.mark.parametrize(
-    ("parts", "error", "says"),
+    ("parts", "error", "match"),
     [
         ({"lokr_w1": W1}, CorruptError, "lacks its lokr_w2 weight"),
         ({"lokr_w2": W2}, CorruptError, "lacks its lokr_w1 weight"),
@@ -252,15 +252,15 @@ LORA = {"lora_up.weight": UP, "lora_down.weight": DOWN}
         ({"diff": torch.ones(12, 8).int()}, CorruptError, "is I32"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_fused_is_refused(
-    parts: Tensors, error: type[SdxlTrtError], says: str, base: Checkpoint, opened: Callable[[Tensors], Lora]
+def test_parts_that_cannot_be_fused_are_refused(
+    parts: Tensors, error: type[SdxlTrtError], match: str, base: Checkpoint, opened: Callable[[Tensors], Lora]
 ) -> None:
-    with pytest.raises(error, match=says) as raised:
+    with pytest.raises(error, match=match) as raised:
         _fused(base, opened(_named(LINEAR, parts)))
     assert "\n" not in str(raised.value)
 
 
-def test_a_weight_of_no_length_cannot_be_given_one(tmp_path: Path, opened: Callable[[Tensors], Lora]) -> None:
+def test_a_weight_of_norm_zero_cannot_be_rescaled(tmp_path: Path, opened: Callable[[Tensors], Lora]) -> None:
     save_file({f"{LINEAR}.weight": torch.zeros(12, 8)}, tmp_path / "zeros.safetensors")
     zero = {key: torch.zeros_like(tensor) for key, tensor in LORA.items()}
     lora = opened(_named(LINEAR, zero | {"lora_magnitude_vector": torch.ones(12)}))
@@ -273,7 +273,7 @@ def test_a_weight_of_no_length_cannot_be_given_one(tmp_path: Path, opened: Calla
 
 
 @pytest.mark.parametrize("extra", [{"bundle_emb.me.clip_l": UP}, {"bundle_emb.a:b.string_to_param.*": UP}])
-def test_embeddings_beside_a_lora_are_left_out_with_a_word(
+def test_embeddings_in_a_lora_are_ignored_with_a_note(
     extra: Any, base: Checkpoint, opened: Callable[[Tensors], Lora]
 ) -> None:
     lora = opened(_named(LINEAR, LORA) | extra)
@@ -284,7 +284,7 @@ def test_embeddings_beside_a_lora_are_left_out_with_a_word(
 
 
 @pytest.mark.parametrize("prefix", ["lora_te1_", "text_encoder.", "clip_l.", "text_encoders.clip_l.transformer."])
-def test_a_projection_that_sdxl_has_not_is_left_out_with_a_word(
+def test_the_first_encoders_projection_is_ignored_with_a_note(
     prefix: str, base: Checkpoint, opened: Callable[[Tensors], Lora]
 ) -> None:
     projection = {f"{prefix}text_projection.{part}": tensor for part, tensor in LORA.items()}
@@ -296,6 +296,6 @@ def test_a_projection_that_sdxl_has_not_is_left_out_with_a_word(
         opened(projection)
 
 
-def test_an_alpha_beside_a_difference_is_idle_and_said(opened: Callable[[Tensors], Lora]) -> None:
+def test_an_alpha_beside_a_difference_is_ignored_with_a_note(opened: Callable[[Tensors], Lora]) -> None:
     lora = opened(_named(NORM, {"w_norm": torch.ones(8), "alpha": torch.tensor(4.0)}))
     assert "norm.alpha', which has no low-rank weight to scale" in lora.notes[0]

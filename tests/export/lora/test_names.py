@@ -17,7 +17,7 @@ from sdxl_trt.export.checkpoints.ldm import unet_prefixes
 from sdxl_trt.export.graph.models import MetaModel, build_model
 from sdxl_trt.export.lora.names import LoraComponent, foreign_format, module_spellings, place_module, split_key
 
-# The published outline of SDXL base; diffusers' converter knows no other.
+# The published outline of SDXL base, the only one that diffusers' converter supports.
 UNET = {
     "addition_embed_type": "text_time", "addition_time_embed_dim": 256, "attention_head_dim": [5, 10, 20],
     "block_out_channels": [320, 640, 1280], "cross_attention_dim": 2048, "layers_per_block": 2,
@@ -45,7 +45,7 @@ def _modules(model: MetaModel) -> list[str]:
 
 
 def _ours(keys: Iterable[str], model: MetaModel) -> dict[str, str]:
-    """Return {key: "component.module"}, all the way through."""
+    """Return {key: "component.module"}, from the key to the published name."""
     kind: LoraComponent = "unet" if "in_channels" in model.config else "text_encoder"
     spellings = module_spellings(kind, model.state, model.config)
     found = {}
@@ -64,7 +64,7 @@ def _tagged(keys: list[str]) -> dict[str, torch.Tensor]:
 
 def _diffusers(keys: list[str]) -> dict[str, str]:
     """Return {key: "component.module"} as diffusers converts kohya's keys."""
-    # It demands both halves of a branch; only the down ones are asked for below.
+    # It requires both halves of a branch; only the down halves are compared below.
     given = _tagged(keys)
     twins = {key.replace("lora_down", "lora_up"): torch.zeros(1, 1) for key in keys}
     state, _ = StableDiffusionXLLoraLoaderMixin.lora_state_dict(
@@ -85,7 +85,7 @@ def _agree(keys: list[str], model: MetaModel) -> None:
     assert _ours(keys, model) == theirs
 
 
-def test_kohya_names_of_ldm_modules_mean_what_diffusers_says(unet: MetaModel) -> None:
+def test_kohya_names_of_ldm_modules_match_diffusers(unet: MetaModel) -> None:
     inverse = {module: ldm for ldm, module in unet_prefixes(unet.config).items()}
     keys = [f"lora_unet_{inverse[module].replace('.', '_')}.lora_down.weight" for module in _modules(unet)]
     assert "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_k.lora_down.weight" in keys
@@ -93,8 +93,8 @@ def test_kohya_names_of_ldm_modules_mean_what_diffusers_says(unet: MetaModel) ->
     _agree(keys, unet)
 
 
-def test_kohya_names_of_diffusers_modules_mean_what_diffusers_says(unet: MetaModel) -> None:
-    # diffusers mistakes these two for LDM's and loses them; they are as regular as the others.
+def test_kohya_names_of_diffusers_modules_match_diffusers(unet: MetaModel) -> None:
+    # diffusers mistakes these two for LDM names and drops them; they are as valid as the others.
     lost = [module for module in _modules(unet) if module.startswith("add_embedding.")]
     keys = [f"lora_unet_{m.replace('.', '_')}.lora_down.weight" for m in _modules(unet) if m not in lost]
     _agree(keys, unet)
@@ -102,7 +102,7 @@ def test_kohya_names_of_diffusers_modules_mean_what_diffusers_says(unet: MetaMod
     assert list(ours.values()) == [f"unet.{m}" for m in lost]
 
 
-def test_kohya_names_of_encoders_mean_what_diffusers_says(text: MetaModel) -> None:
+def test_kohya_names_of_encoders_match_diffusers(text: MetaModel) -> None:
     modules = [module for module in _modules(text) if ".layers." in module]
     names = [module.replace(".", "_") for module in modules]
     keys = [f"lora_{prefix}_{name}.lora_down.weight" for prefix in ("te1", "te2") for name in names]
@@ -115,7 +115,7 @@ def _processor_key(module: str) -> str:
     return f"unet.{parent}.processor.{leaf}_lora.down.weight"
 
 
-def test_attention_processors_of_old_files_mean_what_diffusers_says(unet: MetaModel) -> None:
+def test_attention_processors_of_old_files_match_diffusers(unet: MetaModel) -> None:
     modules = [module for module in _modules(unet) if module.endswith(ATTENTION)]
     given = _tagged([_processor_key(module) for module in modules])
     theirs = {float(tensor): name for name, tensor in convert_unet_state_dict_to_peft(given).items()}
@@ -125,9 +125,9 @@ def test_attention_processors_of_old_files_mean_what_diffusers_says(unet: MetaMo
 
 @pytest.mark.parametrize("branch", ["to_{}_lora.down", "{}_proj.lora_linear_layer.down"])
 @pytest.mark.parametrize("leaf", ["q", "k", "v", "out"])
-def test_encoder_names_of_diffusers_mean_what_diffusers_says(branch: str, leaf: str, text: MetaModel) -> None:
+def test_encoder_names_of_diffusers_match_diffusers(branch: str, leaf: str, text: MetaModel) -> None:
     key = f"text_encoder_2.text_model.encoder.layers.1.self_attn.{branch.format(leaf)}.weight"
-    # diffusers tells the convention of a file by an output projection in it.
+    # diffusers recognizes the convention of a file by an output projection.
     other = f"text_encoder_2.text_model.encoder.layers.0.self_attn.{branch.format('out')}.weight"
     theirs = next(iter(convert_state_dict_to_peft({key: torch.zeros(1, 1), other: torch.zeros(1, 1)})))
     assert theirs == f"{_ours([key], text)[key]}.lora_A.weight"
@@ -145,7 +145,7 @@ def test_encoder_names_of_diffusers_mean_what_diffusers_says(branch: str, leaf: 
         ("unet.{}.lora.down.weight.alpha", "conv_out"),
     ],
 )
-def test_every_dress_of_a_unet_module_is_known(key: str, module: str, unet: MetaModel) -> None:
+def test_every_spelling_of_a_unet_module_is_known(key: str, module: str, unet: MetaModel) -> None:
     assert _ours([key.format(module)], unet) == {key.format(module): f"unet.{module}"}
 
 
@@ -182,7 +182,7 @@ def test_modules_of_other_models_have_no_place(key: str) -> None:
     assert place_module(split[0]) is None
 
 
-def test_tensors_of_checkpoints_are_no_keys_of_a_lora() -> None:
+def test_checkpoint_tensors_are_not_lora_keys() -> None:
     names = ["unet.conv_in.weight", "model.diffusion_model.out.2.bias", "alphas_cumprod", "lora_unet_conv_in"]
     assert [split_key(name) for name in names] == [None] * 4
     assert [foreign_format(name) for name in names] == [None] * 4

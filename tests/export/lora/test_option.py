@@ -1,4 +1,4 @@
-"""The option --lora, and what of it the records and messages say."""
+"""The option --lora, and its scales in records and messages."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from sdxl_trt.export.lora.option import LoraOption, parse_lora_option
         ("a.safetensors:0.5.safetensors", "a.safetensors:0.5.safetensors", (1.0, None)),
     ],
 )
-def test_lora_options(text: str, path: str, scales: tuple[float, float | None]) -> None:
+def test_lora_options_are_parsed(text: str, path: str, scales: tuple[float, float | None]) -> None:
     assert parse_lora_option(text) == LoraOption(Path(path), *scales)
 
 
@@ -39,7 +39,7 @@ FINITE = st.floats(allow_nan=False, allow_infinity=False)
 
 @given(st.text("ab:./ 1", max_size=12), FINITE, FINITE)
 @example(":", -0.0, 1.0)
-def test_lora_options_come_back(stem: str, scale: float, text_scale: float) -> None:
+def test_lora_options_survive_a_round_trip(stem: str, scale: float, text_scale: float) -> None:
     path = f"{stem}.safetensors"
     assert parse_lora_option(f"{path}:{scale!r}:{text_scale!r}") == LoraOption(Path(path), scale, text_scale)
     assert parse_lora_option(f"{path}:{scale!r}") == LoraOption(Path(path), scale)
@@ -51,12 +51,12 @@ def test_lora_options_come_back(stem: str, scale: float, text_scale: float) -> N
              "a.safetensors:inf", "a.safetensors:0.5:", "a.safetensors::0.5", "a.safetensors:1:inf",
              "a.safetensors:1:2:3", "a.safetensors 0.5"]
 )  # fmt: skip
-def test_other_lora_options_are_refused(text: str) -> None:
+def test_malformed_lora_options_are_refused(text: str) -> None:
     with pytest.raises(UsageError, match="--lora"):
         parse_lora_option(text)
 
 
-def test_options_take_pairs_and_triples() -> None:
+def test_options_accept_pairs_and_triples() -> None:
     path = Path("a.safetensors")
     options = Options(loras=((path, 0.8), (path, 0.8, 0.5), LoraOption(path)))
     assert options.loras == (LoraOption(path, 0.8), LoraOption(path, 0.8, 0.5), LoraOption(path, 1.0))
@@ -78,7 +78,7 @@ def test_each_component_has_its_scale() -> None:
     (None, None, "0.8"), (0.8, None, "0.8"), (0.5, 0.5, "0.8 (0.5 on the text encoders)"),
     (0.0, 0.0, "0.8 (0 on the text encoders)"),
 ])  # fmt: skip
-def test_a_record_has_a_second_scale_only_where_it_differs(
+def test_a_record_has_a_second_scale_only_if_it_differs(
     text_scale: float | None, kept: float | None, told: str
 ) -> None:
     record = ScaledLora(_lora("unet"), 0.8, text_scale).record()
@@ -87,7 +87,7 @@ def test_a_record_has_a_second_scale_only_where_it_differs(
 
 
 @pytest.mark.parametrize(
-    ("components", "scales", "says"),
+    ("components", "scales", "expected"),
     [
         (("unet",), (0.8, 0.5), ["nothing for the text encoders, so their scale 0.5 has no effect"]),
         (("text_encoder_2",), (0.8, 0.5), ["nothing for the UNet, so its scale 0.8 has no effect"]),
@@ -96,9 +96,9 @@ def test_a_record_has_a_second_scale_only_where_it_differs(
         (("unet",), (0.8,), []),
     ],
 )
-def test_a_scale_with_nothing_to_scale_is_said(
-    components: tuple[LoraComponent, ...], scales: tuple[float, ...], says: list[str]
+def test_a_scale_without_effect_is_noted(
+    components: tuple[LoraComponent, ...], scales: tuple[float, ...], expected: list[str]
 ) -> None:
     left_out, *rest = ScaledLora(_lora(*components), *scales).notes()
     assert left_out == "a.safetensors: left out"
-    assert [line.split("has ")[1] for line in rest] == says
+    assert [line.split("has ")[1] for line in rest] == expected

@@ -1,4 +1,4 @@
-"""The files beside the graphs, against transformers' tokenizers and what diffusers' folders say."""
+"""The files beside the graphs, against transformers' tokenizers and the source's diffusers folders."""
 
 import json
 from collections.abc import Callable
@@ -27,7 +27,7 @@ def _record(loaded: LoadedTokenizer) -> Tokenizer:
 
 
 def _written(source: Path, folder: Path) -> Path:
-    """Write the tokenizer of `source` as an export and then an optimum folder have it."""
+    """Write the tokenizer of `source` as an export and then the optimum layout write it."""
     loaded = load_tokenizer(source)
     kept = folder.with_name(f"{folder.name}.json")
     kept.write_bytes(loaded.json)
@@ -45,7 +45,7 @@ def _ids(folder: Path) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("role", ["tokenizer", "tokenizer_2"])
-def test_tokenizers_give_the_ids_of_the_source(pairs: Callable[[str], Any], role: str, tmp_path: Path) -> None:
+def test_tokenizers_make_the_same_ids_as_the_source(pairs: Callable[[str], Any], role: str, tmp_path: Path) -> None:
     source = pairs("outline").base / role
     written = _written(source, tmp_path / role)
     assert {path.name for path in written.iterdir()} == {path.name for path in source.iterdir()}
@@ -65,7 +65,7 @@ def test_a_tokenizer_saved_by_current_transformers_with_a_token_of_its_own(
     assert _ids(written) == _ids(tmp_path / "saved")
 
 
-def test_a_tokenizer_that_is_none(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_tokenizer(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_text('{"model": {"type": "WordLevel"}, "added_tokens": []}')
     record = _record(LoadedTokenizer(b"", 77, 0, 1, 1))
@@ -73,7 +73,7 @@ def test_a_tokenizer_that_is_none(tmp_path: Path) -> None:
         tokenizer_files(path, record)
 
 
-def test_the_scheduler_is_taken_whole(pairs: Callable[[str], Any]) -> None:
+def test_the_whole_scheduler_config_is_written(pairs: Callable[[str], Any]) -> None:
     source = open_pipeline(pairs("legacy").base, BASE_CLASS)
     published = {"clip_sample": False, "timestep_spacing": "trailing"}
     assert scheduler_config(replace(source, scheduler_config=published)) == {
@@ -88,7 +88,7 @@ def _manifest(pairs: Callable[[str], Any], name: str) -> Manifest:
     return read_bundle(pairs(name).bundle).manifest
 
 
-def test_every_setting_whose_default_is_the_bases_is_said(pairs: Callable[[str], Any]) -> None:
+def test_settings_with_the_bases_default_are_explicit(pairs: Callable[[str], Any]) -> None:
     scheduler = {"_class_name": "EulerDiscreteScheduler"}
     for name in ("outline", "apart", "legacy"):
         manifest, source = _manifest(pairs, name), pairs(name)
@@ -100,14 +100,14 @@ def test_every_setting_whose_default_is_the_bases_is_said(pairs: Callable[[str],
             }
 
 
-def test_configs_say_what_optimum_reads(pairs: Callable[[str], Any]) -> None:
+def test_configs_have_the_entries_that_optimum_reads(pairs: Callable[[str], Any]) -> None:
     manifest = _manifest(pairs, "apart")
     stage, components = manifest.stages()["refiner"], manifest.components
     unet = msgspec.structs.replace(components["refiner_unet"], config={"in_channels": 4})
     assert component_config("unet", unet, stage) == {"in_channels": 4, "sample_size": 16, "time_cond_proj_dim": None}
     encoder = msgspec.structs.replace(components["refiner_text_encoder_2"], config={})
-    said = {"num_hidden_layers": 3, "projection_dim": 64}
-    assert component_config("text_encoder_2", encoder, stage) == said
+    expected = {"num_hidden_layers": 3, "projection_dim": 64}
+    assert component_config("text_encoder_2", encoder, stage) == expected
     single = msgspec.structs.replace(components["refiner_vae_decoder"], config={"force_upcast": True})
     decoder = component_config("vae_decoder", single, stage)
     assert (decoder["force_upcast"], decoder["scaling_factor"]) == (True, 0.2)

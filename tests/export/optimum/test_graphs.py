@@ -1,4 +1,4 @@
-"""The wrapped graphs: the signature that optimum-onnx calls, and the numbers of the graph inside."""
+"""The wrapped graphs: optimum-onnx's signature, and the outputs of the original graph."""
 
 import shutil
 from collections.abc import Callable
@@ -59,12 +59,12 @@ def _check_unet(bundle: Bundle, name: str, rng: np.random.Generator) -> None:
 
 @pytest.fixture
 def bundle(pairs: Callable[[str], Any], tmp_path: Path) -> Bundle:
-    """Return a copy of the outline pair's bundle, to write into."""
+    """Return a writable copy of the outline pair's bundle."""
     return read_bundle(shutil.copytree(pairs("outline").bundle, tmp_path / "bundle"))
 
 
 @pytest.mark.parametrize("name", ["unet", "refiner_unet"])
-def test_one_timestep_serves_every_row(bundle: Bundle, name: str, rng: np.random.Generator) -> None:
+def test_one_timestep_is_broadcast_to_all_rows(bundle: Bundle, name: str, rng: np.random.Generator) -> None:
     _check_unet(bundle, name, rng)
 
 
@@ -77,23 +77,23 @@ def _check_all(bundle: Bundle, rng: np.random.Generator) -> None:
             np.testing.assert_array_equal(wrapped.run([output.name], feeds)[0], plain.run([output.name], feeds)[0])
 
 
-def test_the_embedded_bundle_in_half_precision(tmp_path: Path, rng: np.random.Generator) -> None:
+def test_the_embedded_bundle_in_fp16(tmp_path: Path, rng: np.random.Generator) -> None:
     _check_all(read_bundle(shutil.copytree(bundle_path(), tmp_path / "bundle")), rng)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("converted_once")
-def test_the_older_opset_with_an_autoencoder_in_half_precision(
+def test_the_older_opset_with_an_fp16_autoencoder(
     pairs: Callable[[str], Any], tmp_path: Path, rng: np.random.Generator
 ) -> None:
-    options = Options(precision="fp32", vae_precision="fp16", opset=20)  # as test_precision's
+    options = Options(precision="fp32", vae_precision="fp16", opset=20)  # as in test_precision
     _check_all(export_bundle(pairs("outline").base, None, tmp_path / "bundle", options), rng)
 
 
-def test_the_signature_is_that_of_optimums_own_exports(bundle: Bundle) -> None:
+def test_the_signature_equals_that_of_optimums_exports(bundle: Bundle) -> None:
     _, unet = _wrapped(bundle, "unet")
     shapes = {value.name: len(value.shape) for value in unet.get_inputs()}
-    # Read off a folder that optimum-onnx 0.1.0 exported.
+    # Copied from a folder that optimum-onnx 0.1.0 exported.
     assert shapes == {"sample": 4, "timestep": 0, "encoder_hidden_states": 3, "text_embeds": 2, "time_ids": 2}
     _, encoder = _wrapped(bundle, "text_encoder_2")
     names = [value.name for value in encoder.get_outputs()]
@@ -101,15 +101,15 @@ def test_the_signature_is_that_of_optimums_own_exports(bundle: Bundle) -> None:
 
 
 @pytest.mark.parametrize("name", ["vae_decoder", "vae_encoder"])
-def test_output_sizes_are_terms_that_optimum_evaluates(bundle: Bundle, name: str, rng: np.random.Generator) -> None:
+def test_output_sizes_are_expressions_for_optimum(bundle: Bundle, name: str, rng: np.random.Generator) -> None:
     _, wrapped = _wrapped(bundle, name)
     result = wrapped.run(None, _feeds(wrapped, rng))[0]
-    # As its _dynamic_axis_inference: split at spaces, put sizes for names, evaluate.
+    # As in its _dynamic_axis_inference: split at spaces, replace names by sizes, evaluate.
     terms = [str(dim).split(" ") for dim in wrapped.get_outputs()[0].shape]
     assert [int(eval(" ".join(str(AXES.get(word, word)) for word in words))) for words in terms] == list(result.shape)
 
 
-def test_no_weight_is_touched(bundle: Bundle) -> None:
+def test_weights_are_unchanged(bundle: Bundle) -> None:
     def places(path: Path) -> dict[str, list[tuple[str, str]]]:
         graph = onnx.load(path, load_external_data=False).graph
         stored = (tensor for tensor in graph.initializer if tensor.external_data)

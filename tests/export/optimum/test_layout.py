@@ -1,4 +1,4 @@
-"""Two whole folders or nothing: what is copied, what is moved, and what a failure leaves."""
+"""Two complete folders or nothing: what is copied, what is moved, and what a failure leaves."""
 
 import errno
 import os
@@ -23,7 +23,7 @@ COPY = os.copy_file_range
 
 @dataclass(frozen=True)
 class Case:
-    """A bundle of its own, to be damaged or consumed, and the sources that it was made from."""
+    """A private bundle, to be damaged or consumed, and its sources."""
 
     bundle: Bundle
     base: PipelineSource
@@ -48,7 +48,7 @@ def case(pairs: Callable[[str], Any], tmp_path: Path) -> Case:
     return Case(bundle, base, refiner, tmp_path / "out")
 
 
-def test_each_folder_is_whole(case: Case) -> None:
+def test_each_folder_is_complete(case: Case) -> None:
     files = case.write()
     parts = {name: {path.split("/")[1] for path in files if path.startswith(name)} for name in ("base", "refiner")}
     assert parts["base"] == MODELS | {"text_encoder", "tokenizer", "tokenizer_2", "scheduler", "model_index.json"}
@@ -66,18 +66,18 @@ def test_a_bundle_without_a_refiner_gives_one_folder(case: Case) -> None:
     assert sorted(path.name for path in case.out.iterdir()) == ["base", "manifest.json"]
 
 
-def test_what_is_consumed_is_moved_and_the_same(case: Case, tmp_path: Path) -> None:
+def test_consumed_weights_are_moved_with_the_same_result(case: Case, tmp_path: Path) -> None:
     copied = case.write()
     unet = case.bundle.path(case.bundle.manifest.components["unet"].weights)
     inode = unet.stat().st_ino
-    said: list[tuple[str, str]] = []
-    assert case.write(consume=True, progress=lambda *what: said.append(what)) == copied
+    calls: list[tuple[str, str]] = []
+    assert case.write(consume=True, progress=lambda *what: calls.append(what)) == copied
     assert (case.out / "base" / "unet" / "weights.data").stat().st_ino == inode
     assert list(case.bundle.root.rglob("weights.data")) == []
-    assert ("text_encoder_2", "writing refiner/text_encoder_2") in said
+    assert ("text_encoder_2", "writing refiner/text_encoder_2") in calls
 
 
-def test_the_bundle_stays_without_consume(case: Case) -> None:
+def test_the_bundle_is_unchanged_without_consume(case: Case) -> None:
     before = _files(case.bundle.root)
     case.write()
     assert _files(case.bundle.root) == before
@@ -88,7 +88,7 @@ def _refuse(*arguments: Any) -> int:
 
 
 class _Interrupted:
-    """Copies ten bytes of each file, then says what `after` says."""
+    """Copies ten bytes of each file, then does what `after` does."""
 
     def __init__(self, after: int) -> None:
         self.after, self.begun = after, set[int]()
@@ -102,20 +102,20 @@ class _Interrupted:
 
 
 @pytest.mark.parametrize("copy", [_refuse, _Interrupted(errno.EINVAL), _Interrupted(0)])
-def test_a_kernel_that_does_not_copy_is_stood_in_for(case: Case, copy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_copied_if_the_kernel_cannot(case: Case, copy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = case.write()
     monkeypatch.setattr(os, "copy_file_range", copy)
     assert case.write() == expected
 
 
-def test_without_copy_file_range_at_all(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_copied_without_copy_file_range(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = case.write()
     monkeypatch.delattr(os, "copy_file_range")
     assert case.write() == expected
 
 
 def _fails(case: Case, error: type[SdxlTrtError], match: str, **options: Any) -> None:
-    """Check that writing fails and leaves what stood there, and nothing beside it."""
+    """Check that writing fails and leaves the old folder, and nothing beside it."""
     before = _files(case.out) if case.out.exists() else None
     with pytest.raises(error, match=match):
         case.write(**options)
@@ -123,7 +123,7 @@ def _fails(case: Case, error: type[SdxlTrtError], match: str, **options: Any) ->
     assert {path.name for path in case.out.parent.iterdir()} <= {"bundle", "out"}
 
 
-def test_a_full_disk_leaves_what_was_there(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_old_folder(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     case.write()
     monkeypatch.setattr(os, "copy_file_range", _Interrupted(errno.ENOSPC))
     _fails(case, ResourceError, "No space left on device; free some space")
@@ -145,7 +145,7 @@ def test_a_graph_with_weights_elsewhere(case: Case, location: str) -> None:
     _fails(case, CorruptError, f"has weights in '{location}', expected weights.data")
 
 
-def test_bf16_names_the_precision_that_works(case: Case) -> None:
+def test_the_error_for_bf16_names_a_precision_that_works(case: Case) -> None:
     manifest = case.bundle.manifest
     half = msgspec.structs.replace(manifest.components["unet"], precision="bf16")
     changed = msgspec.structs.replace(manifest, components=manifest.components | {"unet": half})
@@ -154,7 +154,7 @@ def test_bf16_names_the_precision_that_works(case: Case) -> None:
     assert not case.out.exists()
 
 
-def test_folders_of_others_stay(case: Case) -> None:
+def test_other_folders_are_not_replaced(case: Case) -> None:
     case.out.mkdir()
     (case.out / "model_index.json").write_text("{}")
     _fails(case, UsageError, "holds other files")

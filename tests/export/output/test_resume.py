@@ -1,4 +1,4 @@
-"""What is done is not done again: unchanged components, interrupted exports, locks, and what a kill leaves."""
+"""Finished work is not repeated: unchanged components, interrupted exports, locks, and killed exports."""
 
 import shutil
 from collections.abc import Callable
@@ -24,7 +24,7 @@ def base(pairs: Callable[[str], Any]) -> Path:
 
 @pytest.fixture
 def traced(monkeypatch: pytest.MonkeyPatch, converted_once: None) -> list[str]:
-    """The components that were to be traced; a name in the list beforehand, after "!", is interrupted."""
+    """The names of the traced components; put "!name" in the list to interrupt that one."""
     calls: list[str] = []
     real = exporter.convert_component
 
@@ -47,12 +47,12 @@ def _content(root: Path) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
 
 
-def test_what_is_unchanged_is_kept(base: Path, tmp_path: Path, traced: list[str]) -> None:
+def test_unchanged_components_are_kept(base: Path, tmp_path: Path, traced: list[str]) -> None:
     out = tmp_path / "out"
     _export(base, out)
     assert sorted(traced) == sorted(ENCODERS)
     before = _content(out)
-    (out / "plans").mkdir()  # what others have added to an unchanged bundle stays
+    (out / "plans").mkdir()  # files that others added to an unchanged bundle stay
     traced.clear()
     _export(base, out)
     assert traced == []
@@ -92,10 +92,10 @@ def test_changed_tensors_and_options_are_exported_again(base: Path, tmp_path: Pa
     _export(changed, out, opset=20, components=frozenset({"text_encoder"}))
     assert traced == ["text_encoder"]
     opsets = {name: component.opset for name, component in read_bundle(out, partial=True).manifest.components.items()}
-    assert opsets == {"text_encoder": 20, "text_encoder_2": 23}  # what was not asked for stayed
+    assert opsets == {"text_encoder": 20, "text_encoder_2": 23}  # components that were not requested are unchanged
 
 
-def test_an_interrupted_export_goes_on(base: Path, tmp_path: Path, traced: list[str]) -> None:
+def test_an_interrupted_export_resumes(base: Path, tmp_path: Path, traced: list[str]) -> None:
     whole, out = tmp_path / "whole", tmp_path / "out"
     _export(base, whole)
     traced[:] = ["!text_encoder_2"]
@@ -111,7 +111,7 @@ def test_an_interrupted_export_goes_on(base: Path, tmp_path: Path, traced: list[
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
 
 
-def test_what_was_finished_is_not_believed_when_it_is_damaged(base: Path, tmp_path: Path, traced: list[str]) -> None:
+def test_a_damaged_finished_component_is_not_resumed(base: Path, tmp_path: Path, traced: list[str]) -> None:
     out = tmp_path / "out"
     traced.append("!text_encoder_2")
     with pytest.raises(KeyboardInterrupt):
@@ -137,7 +137,7 @@ def test_an_error_leaves_nothing(base: Path, tmp_path: Path, monkeypatch: pytest
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_kill_left_is_put_right(base: Path, tmp_path: Path, traced: list[str]) -> None:
+def test_the_remains_of_a_killed_export_are_repaired(base: Path, tmp_path: Path, traced: list[str]) -> None:
     out, precious = tmp_path / "out", tmp_path / "precious"
     _export(base, out)
     before = _content(out)
@@ -157,7 +157,7 @@ def test_what_a_kill_left_is_put_right(base: Path, tmp_path: Path, traced: list[
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "precious"]
 
 
-def test_a_second_export_does_not_begin(base: Path, tmp_path: Path) -> None:
+def test_a_second_export_at_the_same_time_is_refused(base: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with exclusive(out), pytest.raises(UsageError, match="another export is writing it"):
         _export(base, out)
@@ -181,7 +181,7 @@ def test_disk_and_memory_are_checked_first(base: Path, tmp_path: Path, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_part_of_a_bundle_is_no_bundle(base: Path, tmp_path: Path) -> None:
+def test_part_of_a_bundle_is_not_a_bundle(base: Path, tmp_path: Path) -> None:
     root = _export(base, tmp_path / "out", components=frozenset({"text_encoder"})).root
     with pytest.raises(SdxlTrtError, match="which the manifest does not list"):
         read_bundle(root)
@@ -189,7 +189,7 @@ def test_a_part_of_a_bundle_is_no_bundle(base: Path, tmp_path: Path) -> None:
         Options(components=frozenset({"tokenizer"}))
 
 
-def test_a_damaged_component_is_mended_and_the_others_stay(base: Path, tmp_path: Path, traced: list[str]) -> None:
+def test_a_damaged_component_is_replaced_and_the_others_stay(base: Path, tmp_path: Path, traced: list[str]) -> None:
     out = tmp_path / "out"
     _export(base, out)
     before = _content(out)
@@ -233,7 +233,7 @@ def test_two_models_are_not_mixed(pairs: Callable[[str], Any], base: Path, tmp_p
     assert (traced, _content(out)) == ([], before)
 
 
-def test_what_another_export_finished_is_not_published(base: Path, tmp_path: Path, traced: list[str]) -> None:
+def test_components_of_another_export_are_not_published(base: Path, tmp_path: Path, traced: list[str]) -> None:
     out = tmp_path / "out"
     traced.append("!text_encoder_2")
     with pytest.raises(KeyboardInterrupt):
@@ -245,7 +245,7 @@ def test_what_another_export_finished_is_not_published(base: Path, tmp_path: Pat
     assert {path.name for path in out.iterdir() if path.is_dir()} == {*ENCODERS, "tokenizer", "tokenizer_2"}
 
 
-def test_an_interrupt_while_it_is_put_in_place(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_while_publishing(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     _export(base, out)
     before = _content(out)
@@ -262,4 +262,4 @@ def test_an_interrupt_while_it_is_put_in_place(base: Path, tmp_path: Path, monke
     assert _content(out) == before
     monkeypatch.undo()
     plan = plan_export(base, None, out, Options("fp32", components=ENCODERS, opset=20))
-    assert {job.action for job in plan.jobs.values()} == {"resume"}  # all of it was finished
+    assert {job.action for job in plan.jobs.values()} == {"resume"}  # every component was finished

@@ -1,4 +1,4 @@
-"""What may be replaced, and that it is replaced as a whole or not at all."""
+"""Which folders may be replaced, and that they are replaced as a whole or not at all."""
 
 import json
 from pathlib import Path
@@ -16,17 +16,17 @@ def _ours(out: Path, content: object) -> Path:
 
 
 @pytest.mark.parametrize("content", [{"format": OPTIMUM_FORMAT}, {"format": "sdxl-trt-bundle"}])
-def test_our_own_exports_may_be_replaced(tmp_path: Path, content: object) -> None:
+def test_earlier_exports_may_be_replaced(tmp_path: Path, content: object) -> None:
     check_target(_ours(tmp_path / "out", content))
 
 
 @pytest.mark.parametrize("content", [{"format": "webextension"}, {"format": ["sdxl-trt-bundle"]}, {}, [], "x", 1])
-def test_a_manifest_of_others_is_left_alone(tmp_path: Path, content: object) -> None:
+def test_a_folder_with_another_programs_manifest_is_not_replaced(tmp_path: Path, content: object) -> None:
     with pytest.raises(UsageError, match="holds other files"):
         check_target(_ours(tmp_path / "out", content))
 
 
-def test_new_and_empty_folders_are_taken(tmp_path: Path) -> None:
+def test_new_and_empty_folders_are_accepted(tmp_path: Path) -> None:
     check_target(tmp_path / "new" / "deep")
     (tmp_path / "empty").mkdir()
     check_target(tmp_path / "empty")
@@ -43,7 +43,7 @@ def test_links_files_and_the_working_folder_are_refused(tmp_path: Path, monkeypa
         check_target(Path())
 
 
-def test_the_new_takes_the_place_of_the_old(tmp_path: Path) -> None:
+def test_the_new_folder_replaces_the_old(tmp_path: Path) -> None:
     out = _ours(tmp_path / "out", {})
     with staged_folder(out) as folder:
         (folder / "new").write_text("new")
@@ -52,7 +52,7 @@ def test_the_new_takes_the_place_of_the_old(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [out]
 
 
-def test_a_failure_inside_leaves_the_old(tmp_path: Path) -> None:
+def test_a_failure_leaves_the_old_folder(tmp_path: Path) -> None:
     out = _ours(tmp_path / "out", {})
 
     def fail() -> None:
@@ -66,7 +66,7 @@ def test_a_failure_inside_leaves_the_old(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [out]
 
 
-def test_a_rename_that_fails_brings_the_old_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_rename_restores_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = _ours(tmp_path / "out", {})
     rename = Path.rename
 

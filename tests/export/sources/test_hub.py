@@ -1,4 +1,4 @@
-"""Hub ids, from a cache on the disk without any network, and from a hub of our own on the loopback device."""
+"""Hub ids, from a cache on disk without a network, and from a local hub on the loopback device."""
 
 import hashlib
 import http.server
@@ -37,9 +37,9 @@ Files = dict[str, bytes]
 
 
 def _files(*variants: str) -> Files:
-    """Return a pipeline repository with weights of each of `variants`, and much that an export does not read.
+    """Return a pipeline repository with weights of each of `variants`, and many files that an export does not read.
 
-    No two files are equal: the cache would keep, and download, equal ones once.
+    No two files are equal, since the cache stores and downloads equal files once.
     """
     files = {"model_index.json": json.dumps({"_class_name": BASE_CLASS, **CLASSES}).encode()}
     for number, (name, stem) in enumerate(MODELS.items()):
@@ -59,7 +59,7 @@ def _files(*variants: str) -> Files:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """Return a function that lays a repository out in an empty cache, as the hub's client does; it is offline."""
+    """Return a function that writes a repository to an empty cache as the hub's client does; the client is offline."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
 
@@ -90,7 +90,7 @@ def _variants(source: Any) -> list[str]:
      ("a/b/c", None), ("./a", None), ("../a", None), ("/a/b", None), ("a/b@", None), ("", None), ("a b/c", None),
      ("a/b.safetensors", None), ("a/b.ckpt", None), ("mini", None), ("https://host/a", None)],
 )  # fmt: skip
-def test_ids_are_told_from_paths(spec: str, expected: HubId | None) -> None:
+def test_ids_are_distinguished_from_paths(spec: str, expected: HubId | None) -> None:
     assert parse_hub_id(spec) == expected
 
 
@@ -122,14 +122,14 @@ def test_the_precision_chooses_the_variant(
     assert _variants(open_source(REPO, "base", precision=precision)) == [taken] * 4
 
 
-def test_a_variant_that_one_part_lacks_is_not_taken(cache: Callable[..., Path]) -> None:
+def test_a_variant_that_one_component_lacks_is_not_used(cache: Callable[..., Path]) -> None:
     files = _files("", "fp16")
     del files["vae/diffusion_pytorch_model.fp16.safetensors"]
     cache(files)
     assert _variants(open_source(REPO, "base", precision="fp16")) == ["plain"] * 4
 
 
-def test_a_folder_of_that_name_wins(
+def test_a_local_folder_is_preferred_to_a_hub_id(
     cache: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache(_files(""))
@@ -164,14 +164,14 @@ def test_a_unet_has_its_own_repository_or_a_pipelines(cache: Callable[..., Path]
     assert of_pipeline.schedule["prediction_type"] == "v_prediction"
 
 
-def test_what_is_not_cached_names_the_cache_and_the_setting(cache: Callable[..., Path]) -> None:
+def test_the_error_for_an_uncached_model_names_the_cache_and_the_setting(cache: Callable[..., Path]) -> None:
     cache(_files(""))
     for spec in ("someone/else", f"{REPO}@v9"):
         with pytest.raises(SourceError, match=r"^\S+: is not in the cache \S+, and HF_HUB_OFFLINE is set; unset it"):
             open_source(spec, "base")
 
 
-def test_a_snapshot_that_was_cut_off_is_incomplete(cache: Callable[..., Path]) -> None:
+def test_a_partial_snapshot_is_incomplete(cache: Callable[..., Path]) -> None:
     files = _files("")
     del files["unet/diffusion_pytorch_model.bin"]
     snapshot = cache(files)
@@ -180,7 +180,7 @@ def test_a_snapshot_that_was_cut_off_is_incomplete(cache: Callable[..., Path]) -
         open_source(REPO, "base")
 
 
-def test_a_full_disk_is_said_though_the_cache_has_a_copy(
+def test_a_full_disk_is_an_error_even_if_the_cache_has_a_copy(
     cache: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:
@@ -192,13 +192,13 @@ def test_a_full_disk_is_said_though_the_cache_has_a_copy(
         open_source(REPO, "base")
 
 
-def test_a_repository_of_one_file_says_what_to_do(cache: Callable[..., Path]) -> None:
+def test_the_error_for_a_single_file_repository_names_the_remedy(cache: Callable[..., Path]) -> None:
     cache({"config.json": b"{}", "sd_xl.safetensors": b""})
     with pytest.raises(SourceError, match=r"not a diffusers model; download its sd_xl\.safetensors and give the file"):
         open_source(REPO, "base")
 
 
-def test_the_environment_is_honoured(cache: Callable[..., Path], tmp_path: Path) -> None:
+def test_environment_variables_are_respected(cache: Callable[..., Path], tmp_path: Path) -> None:
     cache(_files(""))
     code = (
         f"from sdxl_trt.export.sources.hub import HubId, fetch_vae; print(fetch_vae(HubId({REPO!r}), half=False).name)"
@@ -249,7 +249,7 @@ def test_every_failure_is_one_line_with_a_remedy(
     assert REPO in str(caught.value)
 
 
-# A hub that answers what the client asks: which commit, which files, their bytes.
+# A hub that answers the client's requests: the commit, the files, their bytes.
 class _Hub(http.server.BaseHTTPRequestHandler):
     files: Files
     sent: list[str]
@@ -290,12 +290,12 @@ class _Hub(http.server.BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def log_message(self, *_: Any) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 @pytest.fixture
 def online(cache: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Files], list[str]]]:
-    """Return a function that puts a repository on a local hub, and gives the list of files that it sends."""
+    """Return a function that puts a repository on a local hub and returns the list of the files it sends."""
     handler = type("Handler", (_Hub,), {"files": {}, "sent": []})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
@@ -315,7 +315,7 @@ def online(cache: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Itera
     thread.join()
 
 
-def test_only_what_an_export_reads_is_downloaded(
+def test_only_files_that_an_export_reads_are_downloaded(
     online: Callable[[Files], list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sent = online(_files("", "fp16"))
@@ -326,7 +326,7 @@ def test_only_what_an_export_reads_is_downloaded(
     configs = [name for name in _files() if name.endswith((".json", ".txt")) and not name.startswith("vae_1_0")]
     assert sorted(sent) == sorted(weights + configs)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert open_source(REPO, "base", precision="fp16").root == source.root, "the cache knows what main was"
+    assert open_source(REPO, "base", precision="fp16").root == source.root, "the cache knows the commit of main"
 
 
 def test_shards_of_the_chosen_variant_are_downloaded(online: Callable[[Files], list[str]]) -> None:
@@ -348,7 +348,7 @@ def test_an_autoencoder_alone_is_downloaded(online: Callable[[Files], list[str]]
     assert sorted(sent) == ["model_index.json", "vae/config.json", "vae/diffusion_pytorch_model.safetensors"]
 
 
-def test_a_hub_that_is_gone_leaves_the_cache(
+def test_the_cache_is_used_if_the_hub_is_unreachable(
     cache: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     snapshot = cache(_files(""))

@@ -1,4 +1,4 @@
-"""UNets with fewer blocks than SDXL's, told by the names of their tensors."""
+"""UNets with fewer blocks than SDXL's, recognized by the names of their tensors."""
 
 import json
 from typing import Any
@@ -25,7 +25,7 @@ TINY = {
 
 
 def _names(config: dict[str, Any], *, ldm: bool) -> list[str]:
-    """Return the names of a UNet's tensors, LDM's or diffusers': test_ldm compares them with the modules."""
+    """Return the names of a UNet's tensors, LDM's or diffusers'; test_ldm compares them with the modules."""
     names = unet_prefixes(config)
     return [f"{name}.weight" for name in (names if ldm else names.values())]
 
@@ -34,14 +34,14 @@ def _names(config: dict[str, Any], *, ldm: bool) -> list[str]:
     ("outline", "name"), [(SSD_1B, "SSD-1B"), (VEGA, "Segmind-Vega"), (KOALA, "a UNet of its own outline")]
 )
 @pytest.mark.parametrize("ldm", [False, True])
-def test_each_is_called_by_its_name(outline: Outline, name: str, ldm: bool) -> None:
+def test_each_published_outline_is_recognized(outline: Outline, name: str, ldm: bool) -> None:
     config, called = config_of(SDXL, outline, "x")
     assert called == name
     assert read_outline(_names(config, ldm=ldm)) == outline
 
 
 @pytest.mark.parametrize("config", [SDXL, REFINER], ids=["base", "refiner"])
-def test_what_is_whole_keeps_the_published_config(config: dict[str, Any]) -> None:
+def test_a_complete_unet_keeps_the_published_config(config: dict[str, Any]) -> None:
     back = unet_prefixes(config)
     outline = read_outline(f"{name}.weight" for name in back)
     assert config_of(config, outline, "x") == (config, "")
@@ -68,7 +68,7 @@ def _configs(draw: st.DrawFn) -> dict[str, Any]:
 @settings(deadline=None, max_examples=40)
 @given(config=_configs(), ldm=st.booleans())
 def test_any_unet_that_diffusers_builds_is_read_from_its_names(config: dict[str, Any], ldm: bool) -> None:
-    """The template has the levels and the widths; all else comes back from the names."""
+    """The template has the levels and the widths; the rest is read from the names."""
     names = _names(config, ldm=ldm)
     levels = len(config["block_out_channels"])
     template = config | {
@@ -86,13 +86,13 @@ def test_any_unet_that_diffusers_builds_is_read_from_its_names(config: dict[str,
      Outline(SSD_1B.down, 0, ((4, 4), (2, 1, 1), (None,) * 3))],
     ids=["half a level", "another middle", "a layer short"],
 )  # fmt: skip
-def test_what_diffusers_cannot_build_is_refused(outline: Outline) -> None:
+def test_outlines_that_diffusers_cannot_build_are_refused(outline: Outline) -> None:
     with pytest.raises(SourceError, match="SDXL's UNet cannot have; is the checkpoint complete"):
         config_of(SDXL, outline, "x")
 
 
-def test_gaps_are_no_outline() -> None:
-    """A block that is missing altogether is damage: then the published config says which tensor is missing."""
+def test_missing_layers_give_no_outline() -> None:
+    """An entirely missing block is damage: the check against the published config then names the missing tensor."""
     names = [f"{name}.weight" for name in unet_prefixes(SDXL)]
     for gone in ("input_blocks.3.", "output_blocks.0.", "input_blocks.1."):
         assert config_of(SDXL, read_outline(name for name in names if not name.startswith(gone)), "x")[0] == SDXL

@@ -1,4 +1,4 @@
-"""What single files say of their schedule, beside ComfyUI's rule for it (supported_models.SDXL.model_type)."""
+"""The schedules that single files state, against ComfyUI's rule (supported_models.SDXL.model_type)."""
 
 import itertools
 import re
@@ -16,7 +16,7 @@ ZERO = {"rescale_betas_zero_snr": True}
 
 
 def _comfyui(names: set[str]) -> dict[str, Any]:
-    """Return what ComfyUI makes of the tensors: v_pred decides, ztsnr counts beside it only."""
+    """Return ComfyUI's settings for the tensors: v_pred decides, ztsnr counts only with v_pred."""
     return V | (ZERO if "ztsnr" in names else {}) if "v_pred" in names else {}
 
 
@@ -24,10 +24,10 @@ def _comfyui(names: set[str]) -> dict[str, Any]:
     "names", [set(), {"v_pred"}, {"ztsnr"}, {"v_pred", "ztsnr"}], ids=lambda names: "+".join(sorted(names)) or "none"
 )
 def test_tensors_are_followed_as_in_comfyui(names: set[str]) -> None:
-    told: list[str] = []
-    assert said_schedule(names, {}, "x", told.append) == _comfyui(names)
-    assert [line for line in told if "ignored ztsnr" in line] == told
-    assert bool(told) == (names == {"ztsnr"}), "a word that is not followed is told"
+    warned: list[str] = []
+    assert said_schedule(names, {}, "x", warned.append) == _comfyui(names)
+    assert [line for line in warned if "ignored ztsnr" in line] == warned
+    assert bool(warned) == (names == {"ztsnr"}), "an ignored tensor causes a warning"
 
 
 CASES: list[tuple[set[str], dict[str, str], dict[str, Any], str]] = [
@@ -50,31 +50,31 @@ CASES: list[tuple[set[str], dict[str, str], dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("names", "metadata", "changes", "line"), CASES)
-def test_what_a_header_says_is_followed_or_told(
+def test_header_entries_are_followed_or_cause_a_warning(
     names: set[str], metadata: dict[str, str], changes: dict[str, Any], line: str
 ) -> None:
-    told: list[str] = []
-    assert said_schedule(names, metadata, "file", told.append) == changes
-    assert [bool(re.search(line, text)) for text in told] == ([True] if line else [])
+    warned: list[str] = []
+    assert said_schedule(names, metadata, "file", warned.append) == changes
+    assert [bool(re.search(line, text)) for text in warned] == ([True] if line else [])
 
 
-def test_no_word_is_without_consequence() -> None:
-    """Whatever combination of words: v-prediction follows, or a line says why not."""
+def test_every_entry_has_an_effect_or_causes_a_warning() -> None:
+    """Any combination of entries gives v-prediction, or a warning why not."""
     headers = [{"modelspec.prediction_type": word} for word in ("v", "epsilon")]
     headers += [{"ss_v_parameterization": "True"}, {"ss_zero_terminal_snr": "True"}]
     for names, one, other in itertools.product([set(), {"v_pred"}, {"ztsnr"}], headers, headers):
-        told: list[str] = []
-        changes = said_schedule(names, one | other, "x", told.append)
+        warned: list[str] = []
+        changes = said_schedule(names, one | other, "x", warned.append)
         words = {*names, *(one | other), *(one | other).values()}
         says_v = bool(words & {"v_pred", "v", "ss_v_parameterization"})
         assert (changes.get("prediction_type") == "v_prediction") == says_v
         if words & {"ztsnr", "ss_zero_terminal_snr"}:
-            assert changes.get("rescale_betas_zero_snr") or told
+            assert changes.get("rescale_betas_zero_snr") or warned
         if says_v and "epsilon" in words:
-            assert told
+            assert warned
 
 
-def test_a_file_is_read_so(made: Any, tmp_path: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_files_schedule_is_read(made: Any, tmp_path: Any, caplog: pytest.LogCaptureFixture) -> None:
     root, _, ldm = made("outline", "base")
     save_file(ldm | {"ztsnr": torch.empty(0)}, tmp_path / "x.safetensors", {"modelspec.prediction_type": "v"})
     source = open_checkpoint_file(tmp_path / "x.safetensors", "base", configs=root)

@@ -1,4 +1,4 @@
-"""Base and refiner are told apart by what a folder holds, whatever class it was saved as."""
+"""Base and refiner are distinguished by a folder's content, whatever class it was saved as."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ Copy = Callable[..., Path]
 
 @pytest.fixture
 def copy(pairs: Callable[[str], Any], tmp_path: Path) -> Copy:
-    """Return a function that copies an expert of a pair, with changes to its index."""
+    """Return a function that copies a base or refiner, with changes to its index."""
 
     def run(role: str, pair: str = "outline", **changes: Any) -> Path:
         root = tmp_path / role
@@ -29,7 +29,7 @@ def copy(pairs: Callable[[str], Any], tmp_path: Path) -> Copy:
     return run
 
 
-def test_a_base_that_an_image_to_image_pipeline_saved_is_a_base(copy: Copy) -> None:
+def test_a_base_saved_by_an_image_to_image_pipeline_is_a_base(copy: Copy) -> None:
     root = copy("base", _class_name=REFINER_CLASS, requires_aesthetics_score=False)
     source = open_source(root, "base")
     assert time_id_names(source)[-2:] == ("target_height", "target_width")
@@ -38,10 +38,10 @@ def test_a_base_that_an_image_to_image_pipeline_saved_is_a_base(copy: Copy) -> N
         open_source(root, "refiner")
 
 
-def test_a_refiner_that_a_text_to_image_pipeline_saved_is_a_refiner_with_its_score(copy: Copy) -> None:
+def test_a_refiner_saved_by_a_text_to_image_pipeline_is_a_refiner_with_a_score(copy: Copy) -> None:
     root = copy("refiner", _class_name=BASE_CLASS)
     index = json.loads((root / "model_index.json").read_bytes())
-    del index["requires_aesthetics_score"]  # that pipeline has none
+    del index["requires_aesthetics_score"]  # that pipeline has no score
     (root / "model_index.json").write_text(json.dumps(index))
     source = open_source(root, "refiner")
     assert source.requires_aesthetics_score
@@ -50,7 +50,7 @@ def test_a_refiner_that_a_text_to_image_pipeline_saved_is_a_refiner_with_its_sco
         open_source(root, "base")
 
 
-def test_a_refiner_without_a_score_is_one_by_its_class(copy: Copy) -> None:
+def test_the_class_identifies_a_refiner_without_a_score(copy: Copy) -> None:
     source = open_source(copy("refiner", "legacy"), "refiner")
     assert not source.requires_aesthetics_score
 

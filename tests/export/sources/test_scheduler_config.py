@@ -1,4 +1,4 @@
-"""Every scheduler class of diffusers and every field of its config: followed as diffusers does, said, or refused."""
+"""Every scheduler class of diffusers and every field of its config: followed as in diffusers, warned of, or refused."""
 
 import inspect
 import logging
@@ -23,7 +23,7 @@ from sdxl_trt.runtime.diffusion.denoiser import Denoiser
 from sdxl_trt.runtime.diffusion.samplers.registry import bind_sampler, sampler_names
 from sdxl_trt.runtime.diffusion.schedules.schedule import make_schedule
 
-# diffusers' own: torch tensors given to np.array, the logarithm of sigma 0, names that it will drop.
+# diffusers' own warnings: torch tensors in np.array, the logarithm of sigma 0, deprecated names.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning"),
@@ -34,9 +34,9 @@ pytestmark = [
 DOCUMENT = Path(__file__).parents[3] / "docs" / "export.md"
 SHAPE = (1, 2, 4, 4)
 REQUIRED = 1e-4
-"""How far what is decoded may be from diffusers', in units of its largest value."""
+"""Largest difference of the final latents from diffusers', in units of their largest value."""
 ALL = sorted(name for name in dir(schedulers) if name.endswith("Scheduler"))
-# A short training, since some classes go through the whole of it when they are made; sigmas from 0.1 to 15.
+# Few training timesteps, since some classes compute all of them on creation; sigmas from 0.1 to 15.
 PLAIN = {
     "num_train_timesteps": 100, "beta_start": 0.0085, "beta_end": 0.12, "beta_schedule": "scaled_linear",
     "timestep_spacing": "leading", "steps_offset": 1, "clip_sample": False, "set_alpha_to_one": False,
@@ -45,7 +45,7 @@ PLAIN = {
 OF_EDM = {"sigma_min": 0.02}
 KARRAS, EXPONENTIAL, BETA = ({f"use_{name}_sigmas": True} for name in ("karras", "exponential", "beta"))
 CLIPPED, THRESHOLDED = {"clip_sample": True}, {"thresholding": True, "sample_max_value": 2.0}
-# Other values of every field, each with what else the config then says.
+# Other values of every field, each with the other settings that it needs.
 CHANGES: dict[str, list[tuple[Any, dict[str, Any]]]] = {
     "num_train_timesteps": [(90, {})],
     "beta_start": [(0.002, {})],
@@ -100,14 +100,14 @@ CHANGES: dict[str, list[tuple[Any, dict[str, Any]]]] = {
 }  # fmt: skip
 
 
-ZERO_SNR = 1e-3  # DDIM's last alpha_bar is 0, and 2^-24 here and in the other classes
+ZERO_SNR = 1e-3  # DDIM's last alpha_bar is 0; it is 2^-24 here and in the other classes
 LOOSER = {(name, "rescale_betas_zero_snr"): ZERO_SNR for name in CLASSES}
-# With karras diffusers keeps the fraction of the middles' timesteps and rounds those of the grid.
+# With karras diffusers keeps fractional timesteps for midpoints but rounds those of the grid.
 LOOSER["KDPM2AncestralDiscreteScheduler", "use_karras_sigmas"] = 1e-2
 
 
 class Model:
-    """A smooth answer that depends on everything, as an engine and as a function of torch's."""
+    """A smooth function of all inputs, as an engine and as a torch function."""
 
     component = SimpleNamespace(input=lambda name: TensorSpec(name=name, dtype="float32", shape=("rows",)))
 
@@ -135,7 +135,7 @@ def _start() -> np.ndarray:
 
 
 def _ours(scheduler: Scheduler, steps: int) -> np.ndarray:
-    """Return what is decoded, of the sampler that the bundle would record."""
+    """Return the final latents of the sampler that the bundle would record."""
     schedule, noises = make_schedule(scheduler, steps, scheduler.sampler), _noises()
     denoise = Denoiser(Model(), schedule, Conditions({}, 1.0), scheduler.prediction_type)
     x = _start() * np.float32(schedule.initial_scale)
@@ -154,7 +154,7 @@ def _theirs(name: str, config: dict[str, Any], steps: int, monkeypatch: pytest.M
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)
     x = torch.from_numpy(_start()) * scheduler.init_noise_sigma
-    # As the pipelines do: TCD's own default is another.
+    # As the pipelines do; TCD's own default differs.
     eta = {"eta": 0.0} if "eta" in inspect.signature(scheduler.step).parameters else {}
     for t in scheduler.timesteps:
         x = scheduler.step(model(scheduler.scale_model_input(x, t), t), t, x, **eta, return_dict=False)[0]
@@ -173,7 +173,7 @@ def _plain(name: str) -> dict[str, Any]:
 
 
 def _read(name: str, config: dict[str, Any], caplog: pytest.LogCaptureFixture) -> tuple[Scheduler, str]:
-    """Return the schedule of a config, and what was said of it."""
+    """Return the schedule of a config, and the warnings."""
     caplog.clear()
     return read_scheduler(config, "a folder", name), caplog.text
 
@@ -183,7 +183,7 @@ def _distance(left: np.ndarray, right: np.ndarray) -> float:
 
 
 def _changes(name: str) -> Iterator[tuple[str, dict[str, Any], str]]:
-    """Yield every change of a class's config: the field, the config, and what to call it."""
+    """Yield (field, config, description) for every change of a class's config."""
     fields = _fields(name)
     for field in fields:
         for value, beside in CHANGES[field]:
@@ -192,15 +192,15 @@ def _changes(name: str) -> Iterator[tuple[str, dict[str, Any], str]]:
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_every_field_is_followed_or_said_or_refused(
+def test_every_field_is_followed_or_warned_of_or_refused(
     name: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain, known = _plain(name), CLASSES[name]
-    scheduler, said = _read(name, plain, caplog)
-    assert ("no sampler is equivalent" in said) == bool(known.instead)
+    scheduler, logged = _read(name, plain, caplog)
+    assert ("no sampler is equivalent" in logged) == bool(known.instead)
     if known.instead:
-        return  # whatever its fields are, it has been said that the pictures differ
-    assert said == ""
+        return  # a warning has already said that the pictures differ
+    assert logged == ""
     steps = (5, 20) if "lower_order_final" in _fields(name) else (5,)
     usual = {count: _theirs(name, plain, count, monkeypatch) for count in steps}
     for count, reference in usual.items():
@@ -217,23 +217,23 @@ def test_every_field_is_followed_or_said_or_refused(
             except (NotImplementedError, ValueError):  # diffusers refuses it
                 continue
             distance = _distance(_ours(found, count), reference)
-            assert distance < LOOSER.get((name, field), REQUIRED), f"{where}: {distance:.1e} apart, and nothing said"
+            assert distance < LOOSER.get((name, field), REQUIRED), f"{where}: {distance:.1e} apart, without a warning"
             moved |= {field} if _distance(reference, usual[count]) > 1e-3 else set()
-    assert known.followed - moved == set(), "changed without any effect: does this test see them?"
-    assert moved <= known.followed | set(known.fixed), "has an effect, and is not known to"
+    assert known.followed - moved == set(), "changes without any effect: does this test detect them?"
+    assert moved <= known.followed | set(known.fixed), "has an effect, but is not listed as followed"
 
 
 def _outcome(name: str, config: dict[str, Any], caplog: pytest.LogCaptureFixture) -> Scheduler | str:
-    """Return the schedule of a config, or the lines that say what is not followed or why it is refused."""
+    """Return the schedule of a config, or its warnings, or its error."""
     try:
-        scheduler, said = _read(name, config, caplog)
+        scheduler, logged = _read(name, config, caplog)
     except (SourceError, CorruptError) as exc:
         return str(exc)
-    return said or scheduler
+    return logged or scheduler
 
 
 def _beside(field: str) -> list[str]:
-    """Return the settings that change with a field, and which a line may name in its place."""
+    """Return the settings that change with a field, which a warning may name instead."""
     return [name for _, beside in CHANGES[field] for name in beside]
 
 
@@ -246,7 +246,7 @@ def test_every_other_class_is_refused_by_name(name: str) -> None:
 
 
 def test_every_field_is_in_one_list() -> None:
-    """What a later diffusers adds is warned of unless it has the class's default; here it is asked for by name."""
+    """Settings of a later diffusers cause a warning unless they have the default; here they must be in a list."""
     for name, known in CLASSES.items():
         lists = [known.followed & _fields(name).keys(), known.fixed.keys() & _fields(name).keys(), known.inert.keys()]
         fields = [field for each in lists for field in each]
@@ -255,12 +255,12 @@ def test_every_field_is_in_one_list() -> None:
             assert _fields(name).keys() <= set(fields), name
 
 
-def test_every_class_means_a_sampler_that_there_is() -> None:
+def test_every_class_maps_to_an_existing_sampler() -> None:
     known = {values.sampler for values in CLASSES.values()} | {"dpmpp_2m_sde"}
     assert known <= set(sampler_names())
 
 
-def test_classes_that_diffusers_does_not_know_are_refused() -> None:
+def test_classes_that_diffusers_lacks_are_refused() -> None:
     assert not hasattr(diffusers, "DreamScheduler")
     with pytest.raises(SourceError, match="DreamScheduler is unknown, or for another kind of model"):
         read_scheduler({}, "a folder", "DreamScheduler")
@@ -278,11 +278,11 @@ def test_classes_that_diffusers_does_not_know_are_refused() -> None:
         ({}, "euler"),
     ],
 )
-def test_a_class_means_a_sampler(config: dict[str, Any], sampler: str) -> None:
+def test_each_class_maps_to_a_sampler(config: dict[str, Any], sampler: str) -> None:
     assert read_scheduler(config, "a folder").sampler == sampler
 
 
-def test_what_a_config_leaves_out_has_the_default_of_its_class(caplog: pytest.LogCaptureFixture) -> None:
+def test_missing_settings_have_the_default_of_the_class(caplog: pytest.LogCaptureFixture) -> None:
     heun, euler = (read_scheduler({}, "a folder", f"{name}DiscreteScheduler") for name in ("Heun", "Euler"))
     assert (heun.beta_start, heun.beta_end, euler.beta_start, euler.beta_end) == (0.00085, 0.012, 0.0001, 0.02)
     assert (euler.timestep_spacing, read_scheduler({}, "a folder", "DDIMScheduler").timestep_spacing) == (
@@ -295,15 +295,15 @@ def test_what_a_config_leaves_out_has_the_default_of_its_class(caplog: pytest.Lo
     assert read_scheduler({"clip_sample": None, "steps_offset": None}, "a folder", "DDIMScheduler").steps_offset == 0
 
 
-def test_the_index_decides_where_the_two_files_differ(caplog: pytest.LogCaptureFixture) -> None:
-    """As in diffusers, which makes the class that model_index.json names out of any config."""
+def test_the_index_decides_if_the_two_files_differ(caplog: pytest.LogCaptureFixture) -> None:
+    """As in diffusers, which creates the class that model_index.json names from any config."""
     found = read_scheduler({"_class_name": "DDIMScheduler", "clip_sample": False}, "a folder", "LCMScheduler")
     assert (found.class_name, found.sampler) == ("LCMScheduler", "lcm")
     assert "names DDIMScheduler, but model_index.json names LCMScheduler, which is used" in caplog.text
 
 
-def test_settings_of_other_classes_are_kept_for_those(caplog: pytest.LogCaptureFixture) -> None:
-    """diffusers' from_config hands on what a class does not know; what the class itself ignores has no effect."""
+def test_settings_of_other_classes_are_kept_for_them(caplog: pytest.LogCaptureFixture) -> None:
+    """diffusers' from_config passes unknown settings on; settings that the class ignores have no effect."""
     config = {"use_karras_sigmas": True, "sigma_max": 9.0, "set_alpha_to_one": False, "rescale_betas_zero_snr": True}
     found = read_scheduler(PLAIN | config, "a folder", "EulerAncestralDiscreteScheduler")
     plain = read_scheduler(PLAIN | {"rescale_betas_zero_snr": True}, "a folder", "EulerAncestralDiscreteScheduler")
@@ -318,8 +318,8 @@ def test_settings_of_other_classes_are_kept_for_those(caplog: pytest.LogCaptureF
     assert not read_scheduler(PLAIN | config, "a folder", "HeunDiscreteScheduler").rescale_betas_zero_snr
 
 
-def test_sigma_ends_go_where_diffusers_reads_them() -> None:
-    """In every class, also where they are no field of it: all but two read them from whatever the config holds."""
+def test_sigma_min_and_max_are_read_as_in_diffusers() -> None:
+    """In every class, even without such a field: all but two read them from the whole config."""
     for name in ("Heun", "KDPM2", "LMS"):
         for flag in (KARRAS, EXPONENTIAL, BETA):
             config = PLAIN | flag | {"sigma_min": 0.3, "sigma_max": 9.0}
@@ -330,7 +330,7 @@ def test_sigma_ends_go_where_diffusers_reads_them() -> None:
             np.testing.assert_allclose(make_schedule(found, 5, found.sampler).sigmas, theirs, rtol=2e-5)
 
 
-def test_a_line_names_field_value_and_what_is_done(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_warning_names_field_value_and_what_is_done_instead(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         read_scheduler({"solver_order": 3}, "a folder", "DPMSolverMultistepScheduler")
         read_scheduler({"original_inference_steps": 250}, "another", "LCMScheduler")
@@ -341,16 +341,16 @@ def test_a_line_names_field_value_and_what_is_done(caplog: pytest.LogCaptureFixt
 
 
 def _row(name: str) -> str:
-    """Return the line of docs/export.md on a class: its sampler, and what is warned of."""
+    """Return the row of docs/export.md for a class: its sampler, and the settings that cause a warning."""
     known = CLASSES[name]
     fields = _fields(name)
     others = [field for field in known.fixed if field in fields and field != FLOW]
-    said = "always: " + known.instead if known.instead else ", ".join(f"`{field}`" for field in sorted(others)) or "–"
+    warned = "always: " + known.instead if known.instead else ", ".join(f"`{field}`" for field in sorted(others)) or "–"
     sampler = "`dpmpp_2m`; sde algorithm: `dpmpp_2m_sde`" if "algorithm_type" in others else f"`{known.sampler}`"
     sampler = f"`{known.sampler}`" if known.sampler != "dpmpp_2m" or known.instead else sampler
-    return f"| {name.removesuffix('Scheduler')} | {sampler} | {said} |"
+    return f"| {name.removesuffix('Scheduler')} | {sampler} | {warned} |"
 
 
-def test_the_documents_table_is_the_codes() -> None:
+def test_the_table_in_the_docs_matches_the_code() -> None:
     lines = DOCUMENT.read_text(encoding="utf-8").splitlines()
     assert [line for line in lines if line in {_row(name) for name in CLASSES}] == [_row(name) for name in CLASSES]

@@ -1,4 +1,4 @@
-"""Single-file checkpoints against the folders they were made of, and against diffusers' own reading of them."""
+"""Single-file checkpoints against the folders they were made from, and against diffusers' own reader."""
 
 import json
 from collections.abc import Callable
@@ -58,7 +58,7 @@ def _assert_same(one: dict[str, State], other: dict[str, State]) -> None:
 
 @pytest.mark.parametrize("role", ["base", "refiner"])
 @pytest.mark.parametrize("name", ["outline", "legacy"])
-def test_every_tensor_is_that_of_the_folder(
+def test_every_tensor_equals_the_folders(
     made: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, role: str
 ) -> None:
     root, states, ldm = made(name, role)
@@ -74,7 +74,7 @@ def test_every_tensor_is_that_of_the_folder(
 
 @pytest.mark.parametrize("role", ["base", "refiner"])
 def test_diffusers_converts_the_file_to_the_same_tensors(made: Any, single: Files, role: str) -> None:
-    """The file of these tests is one that others read, and they read the same from it."""
+    """diffusers reads the file of these tests too, with the same tensors."""
     from diffusers.loaders import single_file_utils as theirs
 
     root, _, _ = made("outline", role)
@@ -111,12 +111,12 @@ def test_diffusers_loads_the_whole_file_to_the_same_tensors(
 
 
 def _resblock_9(role: str) -> State:
-    """Return the key by which diffusers knows SDXL: of a layer that the small encoders have not."""
+    """Return the key by which diffusers recognizes SDXL, of a layer that the small encoders lack."""
     return {f"{CLIP_G[role]}transformer.resblocks.9.mlp.c_proj.bias": torch.zeros(1)}
 
 
 @pytest.mark.parametrize("role", ["base", "refiner"])
-def test_its_graphs_take_the_same_weights_as_the_folders(made: Any, single: Files, role: str) -> None:
+def test_its_graphs_have_the_same_weights_as_the_folders(made: Any, single: Files, role: str) -> None:
     root, _, _ = made("outline", role)
     folder, _ = plan_components(open_pipeline(root, CLASSES[role]), None, Options(), _never)
     opened = open_checkpoint_file(single(role), role, configs=root)  # type: ignore[arg-type]
@@ -190,17 +190,17 @@ def test_the_published_tokenizers_are_clips(name: str, pad: int) -> None:
     loaded = load_tokenizer(PUBLISHED / name)
     assert (loaded.bos_id, loaded.eos_id, loaded.pad_id) == (49406, 49407, pad)
     assert loaded.json == (bundle_path() / Path(name).name / "tokenizer.json").read_bytes(), (
-        "the embedded pair has CLIP's too"
+        "the embedded pair also has CLIP's"
     )
 
 
-def test_a_published_tokenizer_written_elsewhere_is_whole(tmp_path: Path) -> None:
+def test_a_published_tokenizer_written_elsewhere_is_complete(tmp_path: Path) -> None:
     import transformers
 
     for name, content in tokenizer_files(PUBLISHED / "base" / "tokenizer").items():
         (tmp_path / name).write_bytes(content)
     ids = transformers.CLIPTokenizer.from_pretrained(tmp_path)("a photo of a cat").input_ids
-    assert ids == [49406, 320, 1125, 539, 320, 2368, 49407], "the ids that OpenAI's tokenizer gives"
+    assert ids == [49406, 320, 1125, 539, 320, 2368, 49407], "the ids of OpenAI's tokenizer"
 
 
 def test_a_folder_without_vocabulary_is_not_completed(tmp_path: Path) -> None:
@@ -217,14 +217,14 @@ EXTRAS = ("conditioner.embedders.0.transformer.text_model.embeddings.position_id
           "first_stage_model.model_ema.num_updates")  # fmt: skip
 
 
-def test_known_extras_are_silent(made: Any, single: Files, caplog: pytest.LogCaptureFixture) -> None:
+def test_known_extras_cause_no_warning(made: Any, single: Files, caplog: pytest.LogCaptureFixture) -> None:
     root, states, _ = made("outline", "base")
     source = open_checkpoint_file(single(**dict.fromkeys(EXTRAS, torch.zeros(1))), "base", configs=root)
     _assert_same(_read(source), states)
     assert [record for record in caplog.records if record.name.startswith("sdxl_trt")] == []
 
 
-def test_a_checkpoint_without_its_autoencoder_says_so_unless_it_gets_another(made: Any, single: Files) -> None:
+def test_a_checkpoint_without_its_autoencoder_needs_another(made: Any, single: Files) -> None:
     root, states, _ = made("outline", "base")
     source = open_checkpoint_file(single(without="first_stage_model"), "base", configs=root)
     with pytest.raises(SourceError, match=r"holds no vae .*; give one with --vae"):
@@ -234,7 +234,7 @@ def test_a_checkpoint_without_its_autoencoder_says_so_unless_it_gets_another(mad
 
 # Autoencoders alone.
 @pytest.mark.parametrize("layout", ["ldm", "ldm with prefix", "diffusers", "checkpoint", "refiner"])
-def test_an_autoencoder_comes_in_every_layout(made: Any, tmp_path: Path, layout: str) -> None:
+def test_an_autoencoder_is_read_in_every_layout(made: Any, tmp_path: Path, layout: str) -> None:
     role = "refiner" if layout == "refiner" else "base"
     root, states, ldm = made("outline", role)
     inner = {name: tensor for name, tensor in ldm.items() if name.startswith("first_stage_model.")}

@@ -1,4 +1,4 @@
-"""Single-file checkpoints that are something else, damaged, or more than they should be: what each is told."""
+"""Single-file checkpoints of another kind, damaged, or with extra tensors: the error or warning for each."""
 
 import re
 from collections.abc import Callable
@@ -29,7 +29,7 @@ def _never(message: str) -> None:
     pytest.fail(f"warned: {message}")
 
 
-# What a file is.
+# Kinds of files.
 A, B = torch.zeros(1), torch.zeros(4, 4, 3, 3)
 KINDS: list[tuple[str, State, str]] = [
     ("sd1", {"model.diffusion_model.input_blocks.0.0.weight": B,
@@ -60,14 +60,14 @@ KINDS: list[tuple[str, State, str]] = [
 
 @pytest.mark.parametrize(("tensors", "what"), [kind[1:] for kind in KINDS], ids=[kind[0] for kind in KINDS])
 @pytest.mark.parametrize("role", ["base", "refiner"])
-def test_another_kind_of_file_is_called_by_its_name(tmp_path: Path, role: str, tensors: State, what: str) -> None:
+def test_another_kind_of_file_is_named_in_the_error(tmp_path: Path, role: str, tensors: State, what: str) -> None:
     _save(tensors, tmp_path / "x.safetensors")
     with pytest.raises(SourceError, match=rf"^--{role} .*x\.safetensors: is {what}.*; --{role} takes an SDXL {role}"):
         open_single_file(tmp_path / "x.safetensors", role)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("given_role", "asked"), [("base", "refiner"), ("refiner", "base")])
-def test_swapped_files_say_where_each_goes(single: Files, given_role: str, asked: str) -> None:
+def test_the_errors_for_swapped_files_name_the_right_options(single: Files, given_role: str, asked: str) -> None:
     with pytest.raises(SourceError, match=f"--{asked} .* is an SDXL {given_role} .*which goes to --{given_role}; "):
         open_source(single(given_role), asked)  # type: ignore[arg-type]
 
@@ -78,7 +78,7 @@ def test_a_schedule_of_another_kind_is_refused(single: Files) -> None:
 
 
 @pytest.mark.parametrize(("channels", "what"), [(9, "an inpainting model"), (8, "an edit model")])
-def test_a_unet_that_takes_more_than_latents_is_refused(single: Files, channels: int, what: str) -> None:
+def test_a_unet_with_more_input_channels_than_latents_is_refused(single: Files, channels: int, what: str) -> None:
     path = single(**{"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(16, channels, 3, 3)})
     with pytest.raises(SourceError, match=rf"is {what} \(its UNet takes {channels} channels\), .*text-to-image"):
         open_source(path, "base")
@@ -101,7 +101,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
             call()
 
 
-# What it says of itself.
+# Stated schedules, and extra tensors.
 def test_the_published_config_is_the_default(single: Files, caplog: pytest.LogCaptureFixture) -> None:
     source = open_source(str(single()), "base")
     assert "a UNet of its own outline, read from its tensors" in caplog.text
@@ -128,7 +128,7 @@ def test_a_zero_terminal_snr_is_read_from_the_file(made: Any, single: Files, cap
 
 
 @pytest.mark.parametrize("key", ["surprise", "conditioner.embedders.2.model.x", "first_stage_modelx.y"])
-def test_unknown_extras_beside_the_parts_are_warned_of(
+def test_unknown_extras_outside_the_components_cause_a_warning(
     single: Files, caplog: pytest.LogCaptureFixture, key: str
 ) -> None:
     open_source(single(**{key: A, "zz.last": A}), "base")
@@ -140,12 +140,12 @@ def test_unknown_extras_beside_the_parts_are_warned_of(
     [("unet", "model.diffusion_model.input_blocks.77.0.op.weight"), ("vae", "first_stage_model.decoder.extra.weight"),
      ("text_encoder_2", "conditioner.embedders.1.model.visual.proj")],
 )  # fmt: skip
-def test_unknown_extras_in_a_part_are_warned_of_with_it(made: Any, single: Files, component: str, key: str) -> None:
-    heard: list[str] = []
+def test_unknown_extras_in_a_component_cause_a_warning(made: Any, single: Files, component: str, key: str) -> None:
+    warned: list[str] = []
     source = open_checkpoint_file(single(**{key: A}), "base", configs=made("outline", "base")[0])
-    plan_components(source, None, Options(), heard.append)
-    assert len(heard) == 1
-    assert f"base.safetensors/{component}: 1 tensors that the model does not use" in heard[0]
+    plan_components(source, None, Options(), warned.append)
+    assert len(warned) == 1
+    assert f"base.safetensors/{component}: 1 tensors that the model does not use" in warned[0]
 
 
 # Damage.
@@ -178,14 +178,14 @@ def test_a_truncated_file_is_corrupt(single: Files, keep: int) -> None:
         open_source(path, "base")
 
 
-def test_what_is_no_autoencoder_is_called_by_its_name(tmp_path: Path) -> None:
+def test_a_file_that_is_not_an_autoencoder_is_named_in_the_error(tmp_path: Path) -> None:
     _save({"cond_stage_model.x": A, "first_stage_model.decoder.conv_in.weight": A}, tmp_path / "x.safetensors")
     with pytest.raises(SourceError, match=r"--vae .*is a Stable Diffusion 1 checkpoint.*--vae takes an SDXL auto"):
         open_vae(tmp_path / "x.safetensors")
 
 
 def test_two_names_of_one_tensor_are_corrupt(made: Any, single: Files) -> None:
-    """An LDM name and diffusers' name for it: which of the two is meant cannot be known."""
+    """An LDM name and diffusers' name for the same tensor: which one counts is unknown."""
     extra = {"model.diffusion_model.conv_in.weight": torch.ones(16, 4, 3, 3)}
     source = open_checkpoint_file(single(**extra), "base", configs=made("outline", "base")[0])
     with pytest.raises(CorruptError, match=r"(conv_in|input_blocks\.0\.0)\.weight are the same tensor"):
@@ -200,6 +200,6 @@ def test_a_scale_of_a_weight_that_is_not_fp8_is_refused(made: Any, single: Files
         plan_components(source, None, Options(), _never)
 
 
-def test_a_file_that_says_scaled_and_has_no_scale_is_refused(single: Files) -> None:
+def test_a_file_marked_as_scaled_without_scales_is_refused(single: Files) -> None:
     with pytest.raises(SourceError, match=r"states that its fp8 weights are scaled .*, but has no scales"):
         open_source(single(scaled_fp8=A), "base")

@@ -1,4 +1,4 @@
-"""A diffusers folder is read, and never believed: class names, configs, weights, JSON."""
+"""A diffusers folder is untrusted input: class names, configs, weights, JSON."""
 
 import json
 import os
@@ -67,7 +67,7 @@ def test_a_refiner_has_one_encoder_and_its_score(write: Write) -> None:
     assert list(source.models) == ["text_encoder_2", "unet", "vae"]
     assert list(source.tokenizers) == ["tokenizer_2"]
     assert source.requires_aesthetics_score
-    assert source.force_zeros_for_empty_prompt, "diffusers' default where the index is silent"
+    assert source.force_zeros_for_empty_prompt, "diffusers' default if the index does not state it"
 
 
 def test_a_base_has_no_score_whatever_its_index_says(write: Write) -> None:
@@ -81,7 +81,7 @@ ABSENT = {"text_encoder": [None, None], "tokenizer": [None, None]}
     ("given_class", "changes", "asked"),
     [(REFINER_CLASS, ABSENT | {"requires_aesthetics_score": True}, BASE_CLASS), (BASE_CLASS, {}, REFINER_CLASS)],
 )
-def test_swapped_folders_say_where_each_goes(
+def test_the_errors_for_swapped_folders_name_the_right_options(
     write: Write, given_class: str, changes: dict[str, Any], asked: str
 ) -> None:
     option = {BASE_CLASS: "--base", REFINER_CLASS: "--refiner"}
@@ -97,7 +97,7 @@ def test_another_pipeline_is_not_sdxl(write: Write, class_name: Any) -> None:
         open_pipeline(write(class_name), BASE_CLASS)
 
 
-def test_no_folder_and_no_pipeline_are_told_apart(tmp_path: Path) -> None:
+def test_a_missing_folder_and_a_folder_without_a_pipeline_have_different_errors(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="no such folder"):
         open_pipeline(tmp_path / "none", BASE_CLASS)
     with pytest.raises(SourceError, match=r"has no model_index\.json"):
@@ -119,7 +119,7 @@ def test_a_missing_part_is_named(write: Write, name: str) -> None:
 
 
 @pytest.mark.parametrize("entry", [["diffusers", "AutoencoderKL"], [None, None], None])
-def test_an_autoencoder_may_be_missing_where_another_takes_its_place(write: Write, entry: Any, pairs: Any) -> None:
+def test_an_autoencoder_may_be_missing_if_another_replaces_it(write: Write, entry: Any, pairs: Any) -> None:
     root = write(**({} if entry is None else {"vae": entry}))
     if entry is None:
         index = json.loads((root / "model_index.json").read_text())
@@ -143,7 +143,7 @@ def test_the_first_encoder_comes_with_its_tokenizer(write: Write, name: str) -> 
         open_pipeline(write(**{name: [None, None]}), BASE_CLASS)
 
 
-def test_a_base_may_do_without_its_first_encoder(write: Write) -> None:
+def test_a_base_may_lack_its_first_encoder(write: Write) -> None:
     absent = {name: [None, None] for name in ("text_encoder", "tokenizer")}
     assert set(open_pipeline(write(**absent), BASE_CLASS).models) == {"text_encoder_2", "unet", "vae"}
 
@@ -198,21 +198,21 @@ def test_a_folder_in_place_of_a_config_is_a_usage_error(write: Write) -> None:
     [{"num_train_timesteps": "1000"}, {"num_train_timesteps": 0}, {"num_train_timesteps": 1.5}, {"beta_start": "x"},
      {"beta_schedule": 7}, {"timestep_spacing": []}, {"steps_offset": 0.5}, {"prediction_type": {}}],
 )  # fmt: skip
-def test_a_scheduler_of_wrong_types_is_corrupt(write: Write, change: dict[str, Any]) -> None:
-    """What is not refused here is written into a manifest that nobody can read."""
+def test_a_scheduler_config_with_wrong_types_is_corrupt(write: Write, change: dict[str, Any]) -> None:
+    """A value that is accepted here would make a manifest that nobody can read."""
     root = write()
     (root / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER | change))
     with pytest.raises(CorruptError, match="scheduler_config"):
         open_pipeline(root, BASE_CLASS)
 
 
-def test_null_in_a_scheduler_is_its_default(write: Write) -> None:
+def test_null_in_a_scheduler_config_is_the_default(write: Write) -> None:
     root = write()
     (root / "scheduler" / "scheduler_config.json").write_text(json.dumps({"steps_offset": None, "trained_betas": None}))
     assert open_pipeline(root, BASE_CLASS).scheduler.steps_offset == 0
 
 
-# Schedulers as fine-tunes publish them.
+# Schedulers of published fine-tunes.
 FINE_TUNES = {
     "turbo": {"_class_name": "EulerAncestralDiscreteScheduler", "timestep_spacing": "trailing", "beta_start": 0.00085,
               "beta_end": 0.012, "beta_schedule": "scaled_linear", "prediction_type": "epsilon", "steps_offset": 1,
@@ -230,9 +230,7 @@ FINE_TUNES = {
 
 
 @pytest.mark.parametrize("name", FINE_TUNES)
-def test_fine_tunes_with_schedulers_of_their_own_open(
-    write: Write, caplog: pytest.LogCaptureFixture, name: str
-) -> None:
+def test_fine_tunes_with_other_schedulers_open(write: Write, caplog: pytest.LogCaptureFixture, name: str) -> None:
     config = FINE_TUNES[name]
     root = write(scheduler=["diffusers", config["_class_name"]])
     (root / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
@@ -258,14 +256,14 @@ def test_the_schedulers_class_is_that_of_the_index(write: Write, caplog: pytest.
         (["my_scheduler", "EulerDiscreteScheduler"], "custom code is never loaded"),
     ],
 )
-def test_a_scheduler_that_is_none_of_ours_is_refused(write: Write, entry: list[str], message: str) -> None:
+def test_an_unsupported_scheduler_is_refused(write: Write, entry: list[str], message: str) -> None:
     with pytest.raises(SourceError, match=message) as refused:
         open_source(write(scheduler=entry), "base")
     assert refused.value.exit_code == 2
 
 
 @pytest.mark.parametrize("spec", ["no/such/folder", "./nothing", "typo", "/absent/folder"])
-def test_what_is_nothing_says_what_can_be_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str) -> None:
+def test_an_unknown_source_lists_the_valid_kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SourceError, match=r"--refiner .*no such folder.*\.safetensors checkpoint or a hub id"):
         open_source(spec, "refiner")
@@ -279,7 +277,7 @@ def test_a_role_is_checked_as_a_class_is(write: Write) -> None:
 
 
 def test_an_autoencoder_folder_replaces_a_pipelines(pairs: Callable[[str], Any], tmp_path: Path) -> None:
-    """As sdxl-vae-fp16-fix does, whose config says that fp16 is enough."""
+    """As for sdxl-vae-fp16-fix, whose config allows fp16."""
     pair = pairs("outline")
     shutil.copytree(pair.base / "vae", tmp_path / "vae-fix")
     config = json.loads((tmp_path / "vae-fix" / "config.json").read_text()) | {"force_upcast": False}
@@ -292,13 +290,13 @@ def test_an_autoencoder_folder_replaces_a_pipelines(pairs: Callable[[str], Any],
     ]
     assert precisions[0] != precisions[1] == "fp16"
     assert fixed.models["vae"].name == "vae-fix"
-    assert base.models["vae"].name == "base/vae", "the pipeline that was given stays as it is"
+    assert base.models["vae"].name == "base/vae", "the given pipeline is unchanged"
     assert {name: model for name, model in fixed.models.items() if name != "vae"} == {
         name: model for name, model in base.models.items() if name != "vae"
     }
 
 
-def test_a_pipeline_lends_its_autoencoder(pairs: Callable[[str], Any]) -> None:
+def test_a_pipelines_autoencoder_can_be_used(pairs: Callable[[str], Any]) -> None:
     vae = open_vae(pairs("outline").refiner)
     assert (vae.name, vae.where) == ("refiner/vae", str(pairs("outline").refiner / "vae"))
 
@@ -310,7 +308,9 @@ def test_a_pipeline_lends_its_autoencoder(pairs: Callable[[str], Any]) -> None:
         (None, "no config.json"),
     ],
 )
-def test_what_is_no_autoencoder_is_refused(tmp_path: Path, config: dict[str, str] | None, message: str) -> None:
+def test_other_sources_than_autoencoders_are_refused(
+    tmp_path: Path, config: dict[str, str] | None, message: str
+) -> None:
     if config is not None:
         (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(SourceError, match=message):
@@ -347,7 +347,7 @@ def test_any_index_is_read_or_refused(write: Write, name: str, value: Any) -> No
     assert code in (2, 4)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not allow such names")
 def test_weights_that_safetensors_cannot_open_are_not_called_broken(tmp_path: Path) -> None:
     path = tmp_path / os.fsdecode(b"caf\xe9.safetensors")
     path.touch()

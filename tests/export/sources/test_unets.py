@@ -1,4 +1,4 @@
-"""A UNet by itself in place of a base's: every layout, and what is refused by name."""
+"""A UNet that replaces a base's: every layout, and errors that name other models."""
 
 import json
 import re
@@ -38,7 +38,7 @@ def digest(made: Any) -> Callable[[PipelineSource], str]:
 
 @pytest.fixture
 def other(made: Any) -> tuple[Path, State, State]:
-    """A base's folder, and another UNet for it under diffusers' and under LDM's names."""
+    """A base's folder, and another UNet for it with diffusers' and with LDM's names."""
     root, states, ldm = made("outline", "base")
     generator = torch.Generator().manual_seed(7)
     drawn = {name: torch.randn(tensor.shape, generator=generator) for name, tensor in states["unet"].items()}
@@ -51,7 +51,7 @@ def other(made: Any) -> tuple[Path, State, State]:
 @pytest.mark.parametrize(
     "layout", ["diffusers", "ldm", "ldm with prefix", "diffusers with prefix", "checkpoint", "folder", "pipeline"]
 )
-def test_a_unet_comes_in_every_layout(
+def test_a_unet_is_read_in_every_layout(
     made: Any, digest: Any, other: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, layout: str
 ) -> None:
     root, drawn, ldm = other
@@ -83,7 +83,7 @@ def test_a_unet_comes_in_every_layout(
     assert len(caplog.records) == 1
 
 
-def test_what_it_predicts_comes_with_it(
+def test_the_unets_prediction_type_is_used(
     digest: Any, other: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     root, drawn, _ = other
@@ -91,10 +91,10 @@ def test_what_it_predicts_comes_with_it(
     source = with_unet(open_pipeline(root, BASE_CLASS), open_unet(tmp_path / "v.safetensors", configs=root / "unet"))
     assert (source.scheduler.prediction_type, source.scheduler.rescale_betas_zero_snr) == ("v_prediction", True)
     assert "this UNet has prediction_type v_prediction, rescale_betas_zero_snr True" in caplog.text
-    digest(source)  # and the words are no tensors that are left out
+    digest(source)  # and the marker tensors cause no warning
 
 
-def test_what_its_pipelines_scheduler_says_comes_with_it(pairs: Callable[[str], Any]) -> None:
+def test_the_prediction_type_of_the_unets_pipeline_is_used(pairs: Callable[[str], Any]) -> None:
     base = open_pipeline(pairs("outline").base, BASE_CLASS)
     unet = open_unet(pairs("legacy").base)
     assert with_unet(base, unet).scheduler.prediction_type == "v_prediction"
@@ -131,7 +131,7 @@ FOREIGN: list[tuple[str, State, str]] = [
 
 
 @pytest.mark.parametrize(("tensors", "message"), [case[1:] for case in FOREIGN], ids=[case[0] for case in FOREIGN])
-def test_another_models_unet_is_called_by_its_name(tmp_path: Path, tensors: State, message: str) -> None:
+def test_another_models_unet_is_named_in_the_error(tmp_path: Path, tensors: State, message: str) -> None:
     save_file(tensors, tmp_path / "x.safetensors")
     with pytest.raises(SourceError, match=rf"--unet .*x\.safetensors: {message}"):
         open_unet(tmp_path / "x.safetensors")
@@ -149,7 +149,7 @@ SDXL = {"addition_embed_type": "text_time", "cross_attention_dim": 2048}
      (SDXL | {"time_cond_proj_dim": 256}, "is a latent consistency model"),
      ({"addition_embed_type": "image"}, "a UNet of another model than SDXL"), (None, "has no config.json")],
 )  # fmt: skip
-def test_a_folder_of_another_model_is_called_by_its_name(
+def test_another_models_folder_is_named_in_the_error(
     tmp_path: Path, config: dict[str, Any] | None, message: str
 ) -> None:
     if config is not None:
@@ -158,7 +158,7 @@ def test_a_folder_of_another_model_is_called_by_its_name(
         open_unet(tmp_path)
 
 
-def test_a_lone_unet_goes_to_the_option_that_takes_it(tmp_path: Path) -> None:
+def test_the_error_for_a_lone_unet_names_its_option(tmp_path: Path) -> None:
     save_file({"down_blocks.0.resnets.0.conv1.weight": B}, tmp_path / "x.safetensors")
     for opened in (
         lambda: open_source(tmp_path / "x.safetensors", "base"),
@@ -168,7 +168,7 @@ def test_a_lone_unet_goes_to_the_option_that_takes_it(tmp_path: Path) -> None:
             opened()
 
 
-def test_the_command_takes_it(
+def test_the_command_accepts_a_unet(
     other: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root, drawn, _ = other
@@ -182,5 +182,5 @@ def test_the_command_takes_it(
     assert "unet" in json.loads(captured.out)["components"]
 
 
-def test_the_command_asks_for_the_base(fails: Callable[..., str]) -> None:
+def test_the_command_requires_a_base(fails: Callable[..., str]) -> None:
     assert "--unet x without --base: name the base" in fails(main, ["--unet", "x"], 2)

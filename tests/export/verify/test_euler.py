@@ -14,15 +14,15 @@ TIMES = [999.0, 751.3, 500.0, 250.25, 149.0, 50.3]
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("beta_schedule", ["scaled_linear", "linear"])
-def test_steps_are_those_of_diffusers(prediction_type: str, beta_schedule: str) -> None:
+def test_steps_equal_diffusers(prediction_type: str, beta_schedule: str) -> None:
     from diffusers import EulerDiscreteScheduler
 
     config = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": beta_schedule}
     config["prediction_type"] = prediction_type
-    # Any spacing but diffusers' default starts from noise that has the data's unit variance in it.
+    # With any spacing but diffusers' default, the initial noise includes the data's unit variance.
     reference = EulerDiscreteScheduler(num_train_timesteps=1000, timestep_spacing="leading", **config)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # numpy's, of the library's way to make arrays of tensors
+        warnings.simplefilter("ignore")  # numpy's warning about how the library makes arrays from tensors
         reference.set_timesteps(timesteps=TIMES)
     reference.set_begin_index(0)
     euler = Euler(Scheduler(num_train_timesteps=1000, **config), TIMES)
@@ -40,7 +40,7 @@ def test_steps_are_those_of_diffusers(prediction_type: str, beta_schedule: str) 
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_edms_steps_are_those_of_diffusers(prediction_type: str) -> None:
+def test_edm_steps_equal_diffusers(prediction_type: str) -> None:
     from diffusers import EDMEulerScheduler
 
     reference = EDMEulerScheduler(sigma_schedule="exponential", prediction_type=prediction_type)

@@ -1,4 +1,4 @@
-"""The figures against numpy by hand, and what the limits let through."""
+"""The figures against plain numpy, and which errors the limits catch."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ def test_equal_arrays_have_no_psnr_and_pass() -> None:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_fails_and_ranks_lowest(value: float) -> None:
+def test_non_finite_values_fail_and_rank_lowest(value: float) -> None:
     broken = measure("x", np.array([1.0, value]), np.array([1.0, 2.0]))
     assert limits_of("bf16", "precision").problem(broken) == "NaN or infinity"
     assert broken.rank < measure("x", np.array([9.0, -9.0]), np.array([1.0, 2.0])).rank
@@ -37,7 +37,7 @@ def test_what_is_not_finite_fails_and_ranks_lowest(value: float) -> None:
     ("wrong", "word"),
     [("one element", "largest error"), ("scale", "largest error"), ("everywhere a little", "PSNR")],
 )
-def test_each_limit_catches_what_the_others_forgive(wrong: str, word: str, rng: np.random.Generator) -> None:
+def test_each_limit_catches_what_the_others_miss(wrong: str, word: str, rng: np.random.Generator) -> None:
     reference = rng.standard_normal(100_000)
     found = reference.copy()
     if wrong == "one element":
@@ -49,7 +49,7 @@ def test_each_limit_catches_what_the_others_forgive(wrong: str, word: str, rng: 
     assert word in limits_of("fp32", "graph").problem(measure("x", found, reference))
 
 
-def test_excess_tells_rounding_from_another_error(rng: np.random.Generator) -> None:
+def test_excess_distinguishes_rounding_from_other_errors(rng: np.random.Generator) -> None:
     exact = rng.standard_normal(10_000)
     rounded, other = (exact.astype(np.float32) * (1 + 2**-11 * rng.uniform(-1, 1, exact.shape)) for _ in range(2))
     assert excess(other, rounded, exact) < 1.1
@@ -57,5 +57,5 @@ def test_excess_tells_rounding_from_another_error(rng: np.random.Generator) -> N
     assert excess(exact, exact, exact) == 0
 
 
-def test_mixed_is_held_to_half_precision() -> None:
+def test_mixed_has_the_limits_of_fp16() -> None:
     assert limits_of("mixed", "graph") == limits_of("fp16", "graph")

@@ -1,4 +1,4 @@
-"""Activations beyond fp16, planted where the function of the model stays the same."""
+"""Activations beyond fp16, planted without changing the model's output."""
 
 import shutil
 from collections.abc import Callable
@@ -48,11 +48,11 @@ def test_peaks_are_the_largest_of_all_calls_in_the_order_of_execution() -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def test_what_is_not_a_number_is_an_overflow() -> None:
+def test_nan_is_an_overflow() -> None:
     assert _watch(_Model(), float("nan"))["first"] == float("inf")
 
 
-def test_only_what_is_asked_for_in_half_precision_overflows() -> None:
+def test_only_fp16_activations_overflow() -> None:
     model = _Model()
     peaks = _watch(model, 400.0)
     with watch_dtypes(model.half()) as dtypes:
@@ -66,7 +66,7 @@ def test_only_what_is_asked_for_in_half_precision_overflows() -> None:
 
 @pytest.fixture(scope="module")
 def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded pair, whose autoencoder is exported at fp16: `base/` and its `bundle/`."""
+    """The embedded pair, with its autoencoder exported in fp16: `base/` and its `bundle/`."""
     from sdxl_trt.mini.embedded import bundle_path
     from sdxl_trt.mini.pair import materialize
 
@@ -89,7 +89,7 @@ def _copy(base: Path, bundle: Path, target: Path) -> tuple[Path, Path]:
 
 
 def _plant(base: Path, bundle: Path, edit: Callable[..., None]) -> float:
-    """Scale a convolution that feeds a group normalization alone, in checkpoint and bundle; return the factor."""
+    """Scale a convolution that feeds only a group normalization, in checkpoint and bundle; return the factor."""
     from safetensors.numpy import load_file, save_file
 
     file = base / "vae" / "diffusion_pytorch_model.safetensors"
@@ -99,7 +99,7 @@ def _plant(base: Path, bundle: Path, edit: Callable[..., None]) -> float:
     factor = 2.0 ** np.floor(np.log2(FP16_MAX / largest))
 
     def scaled(array: Any) -> Any:
-        return (array.astype(np.float64) * factor).astype(array.dtype)  # the factor itself may not fit fp16
+        return (array.astype(np.float64) * factor).astype(array.dtype)  # the factor itself may overflow fp16
 
     for name in names:
         tensors[name] = scaled(tensors[name])
@@ -110,7 +110,7 @@ def _plant(base: Path, bundle: Path, edit: Callable[..., None]) -> float:
 
 
 @pytest.mark.slow
-def test_half_precision_fails_on_an_overflow_and_names_the_module(
+def test_fp16_fails_on_an_overflow_and_names_the_module(
     half: Path, tmp_path: Path, edit_weight: Callable[..., None]
 ) -> None:
     sound = verify_bundle(read_bundle(half / "bundle"), *_decoder(half / "base", "fp16"), settings=SMALL)
@@ -138,7 +138,7 @@ def test_half_precision_fails_on_an_overflow_and_names_the_module(
 
 
 @pytest.mark.slow
-def test_single_precision_keeps_the_planted_model_what_it_was(
+def test_the_planted_overflow_does_not_change_the_fp32_model(
     pairs: Callable[[str], Any], tmp_path: Path, edit_weight: Callable[..., None]
 ) -> None:
     pair = pairs("outline")

@@ -1,4 +1,4 @@
-"""Sound bundles pass, and every wrong weight or graph is found and named."""
+"""Intact bundles pass, and every wrong weight or graph is found and named."""
 
 import json
 import shutil
@@ -31,19 +31,19 @@ def _plans(base: Path, refiner: Path | None, only: tuple[str, ...] = ()) -> Plan
 
 
 @pytest.mark.slow
-def test_a_sound_pair_passes_and_its_report_says_how(pairs: Callable[[str], Any], tmp_path: Path) -> None:
+def test_an_intact_pair_passes_with_a_report(pairs: Callable[[str], Any], tmp_path: Path) -> None:
     pair = pairs("legacy")
     root = Path(shutil.copytree(pair.bundle, tmp_path / "bundle"))
-    told: list[tuple[str, str]] = []
+    events: list[tuple[str, str]] = []
     components, stages = _plans(pair.base, pair.refiner)
-    report = verify_bundle(read_bundle(root), components, stages, progress=lambda *each: told.append(each))
+    report = verify_bundle(read_bundle(root), components, stages, progress=lambda *each: events.append(each))
     report.require()
     manifest = read_bundle(root).manifest
     for_cpu = {part.cpu_graph.file for part in manifest.components.values() if part.cpu_graph}
     assert for_cpu == {f"{name}/cpu.onnx" for name, part in components.items() if part.kind != "text_encoder"}
     assert set(components) == set(manifest.components)
     assert set(report.components) == set(components) | for_cpu
-    assert list(dict.fromkeys(name for name, _ in told)) == sorted(
+    assert list(dict.fromkeys(name for name, _ in events)) == sorted(
         components, key=lambda name: ("text_encoder", "unet", "vae_decoder", "vae_encoder").index(components[name].kind)
     )
     written = json.loads((root / "verify.json").read_bytes())
@@ -54,7 +54,7 @@ def test_a_sound_pair_passes_and_its_report_says_how(pairs: Callable[[str], Any]
 
 
 def _check_cases(report: VerifyReport) -> None:
-    """Every component was asked for one row and for several, and the UNets for what SDXL's runs ask of them."""
+    """Every component ran with one row and with several, and the UNets with the inputs of SDXL's runs."""
     for name, part in report.components.items():
         first = [next(iter(case.shapes.values())) for case in part.cases]
         assert len({shape[0] for shape in first}) > 1, name
@@ -74,7 +74,7 @@ def _perturb(array: Any) -> Any:
 
 
 def _swap_states(graph: Any) -> None:
-    """Give two hidden states each other's names."""
+    """Swap the names of two hidden states."""
     names = {"hidden_states.1": "hidden_states.2", "hidden_states.2": "hidden_states.1"}
     for node in graph.node:
         node.input[:] = [names.get(name, name) for name in node.input]
@@ -84,7 +84,7 @@ def _swap_states(graph: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("component", TEXT)
 @pytest.mark.parametrize("wrong", ["perturbed", "transposed", "swapped"])
-def test_a_wrong_encoder_is_named(
+def test_a_wrong_encoder_fails_by_name(
     wrong: str, component: str, pairs: Callable[[str], Any], tmp_path: Path, edit_weight: Any, edit_graph: Any
 ) -> None:
     pair = pairs("legacy")
@@ -101,7 +101,7 @@ def test_a_wrong_encoder_is_named(
 
 
 def _swap_waves(graph: Any) -> None:
-    """Put the sines of the first sinusoidal embedding before its cosines, or the other way round."""
+    """Swap the sines and cosines of the first sinusoidal embedding."""
     waves = {node.output[0] for node in graph.node if node.op_type in ("Sin", "Cos")}
     joined = next(node for node in graph.node if node.op_type == "Concat" and waves >= set(node.input))
     joined.input[:] = list(reversed(joined.input))
@@ -116,7 +116,7 @@ def _swap_waves(graph: Any) -> None:
         ("weights", ["unet", "unet/cpu.onnx"]),
     ],
 )
-def test_a_wrong_unet_is_named(
+def test_a_wrong_unet_fails_by_name(
     wrong: str, failed: list[str], pairs: Callable[[str], Any], tmp_path: Path, edit_weight: Any, edit_graph: Any
 ) -> None:
     pair = pairs("legacy")
@@ -131,7 +131,7 @@ def test_a_wrong_unet_is_named(
 
 
 @pytest.mark.slow
-def test_components_can_be_compared_alone(pairs: Callable[[str], Any], tmp_path: Path) -> None:
+def test_components_can_be_verified_separately(pairs: Callable[[str], Any], tmp_path: Path) -> None:
     pair = pairs("legacy")
     root = Path(shutil.copytree(pair.bundle, tmp_path / "bundle"))
     report = verify_bundle(read_bundle(root), *_plans(pair.base, pair.refiner, ("refiner_unet", "vae_encoder")))
@@ -141,7 +141,7 @@ def test_components_can_be_compared_alone(pairs: Callable[[str], Any], tmp_path:
 
 
 @pytest.mark.slow
-def test_half_precision_hides_no_small_error(tmp_path: Path, edit_weight: Any) -> None:
+def test_fp16_does_not_hide_small_errors(tmp_path: Path, edit_weight: Any) -> None:
     from sdxl_trt.mini.embedded import bundle_path
     from sdxl_trt.mini.pair import materialize
 
@@ -161,7 +161,7 @@ def test_half_precision_hides_no_small_error(tmp_path: Path, edit_weight: Any) -
 
 
 @pytest.mark.slow
-def test_a_file_that_the_manifest_does_not_vouch_for_is_no_verdict(pairs: Callable[[str], Any], tmp_path: Path) -> None:
+def test_a_file_that_does_not_match_the_manifest_is_an_error(pairs: Callable[[str], Any], tmp_path: Path) -> None:
     pair = pairs("legacy")
     root = Path(shutil.copytree(pair.bundle, tmp_path / "bundle"))
     weights = root / "text_encoder" / "weights.data"
