@@ -66,7 +66,7 @@ _UNDERSCORED: dict[str, LoraComponent] = {
     "lora_unet_": "unet", "lycoris_": "unet", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2",
     "lora_te_": "text_encoder",
 }  # fmt: skip
-# Names of the encoders in ComfyUI, OneTrainer and diffusers; a longer prefix stands before its own beginning.
+# Prefixes of encoders in ComfyUI, OneTrainer and diffusers; a prefix that extends another one comes first.
 _DOTTED: dict[str, LoraComponent] = {
     "unet.": "unet", "diffusion_model.": "unet", "lora_unet.": "unet",
     "text_encoders.clip_l.transformer.": "text_encoder", "text_encoders.clip_g.transformer.": "text_encoder_2",
