@@ -101,4 +101,4 @@ def test_a_scale_without_effect_is_noted(
 ) -> None:
     left_out, *rest = ScaledLora(_lora(*components), *scales).notes()
     assert left_out == "a.safetensors: left out"
-    assert [line.split("has ")[1] for line in rest] == expected
+    assert [line.partition("has ")[2] for line in rest] == expected

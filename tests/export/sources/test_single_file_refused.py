@@ -145,7 +145,7 @@ def test_unknown_extras_in_a_component_cause_a_warning(made: Any, single: Files,
     source = open_checkpoint_file(single(**{key: A}), "base", configs=made("outline", "base")[0])
     plan_components(source, None, Options(), warned.append)
     assert len(warned) == 1
-    assert f"base.safetensors/{component}: 1 tensors that the model does not use" in warned[0]
+    assert f"base.safetensors/{component}: ignored 1 tensors that the model does not use" in warned[0]
 
 
 # Damage.
