@@ -1,6 +1,6 @@
-"""What of a workflow a bundle can do: which expert draws each checkpoint, whether its LoRAs and autoencoders are there.
+"""Check a workflow against a bundle: which expert replaces each checkpoint, and whether LoRAs and autoencoders match.
 
-Checkpoints are not looked for: the bundle takes their place, in a line where it has another name.
+Checkpoint files are not read: the bundle's models replace them, with a warning if the names differ.
 """
 
 __all__ = ["check_loras", "check_sampling", "check_sides", "experts", "vae_stage", "warn_of_names"]
@@ -23,15 +23,15 @@ Experts = Mapping[str, StageName]
 
 
 def experts(workflow: Workflow, manifest: Manifest) -> Experts:
-    """Return which expert of a bundle draws each checkpoint that a workflow samples with.
+    """Return the bundle's expert that replaces each checkpoint a workflow samples with, by checkpoint name.
 
-    A name, an encoder or a start from a picture can say it; of two that say nothing the one that samples later is the
-    refiner, and one alone is the base. Raises UsageError for more checkpoints than experts, and for two of one kind.
+    The name, the text encode node or a start from a picture decides. If none does, the later of two checkpoints is the
+    refiner, and a single one is the base. Raises UsageError for more checkpoints than experts, and for two of one kind.
     """
     found: dict[str, StageName | None] = {}
     for sampling in workflow.samplings:
         own = [each for each in workflow.samplings if each.model.checkpoint == sampling.model.checkpoint]
-        found.setdefault(sampling.model.checkpoint, _said(sampling.model.checkpoint, own, workflow, manifest))
+        found.setdefault(sampling.model.checkpoint, _deduced(sampling.model.checkpoint, own, workflow, manifest))
     named = [name[:60] for name in found]
     if len(found) > 2:
         raise UsageError(f"the workflow samples with {len(found)} checkpoints, {', '.join(map(repr, named[:4]))}; a"
@@ -48,26 +48,26 @@ def experts(workflow: Workflow, manifest: Manifest) -> Experts:
     return {first: "base", second: "refiner"}
 
 
-def _said(name: str, samplings: list[Sampling], workflow: Workflow, manifest: Manifest) -> StageName | None:
-    """Return the expert that a checkpoint says it is, None for one that says nothing."""
+def _deduced(name: str, samplings: list[Sampling], workflow: Workflow, manifest: Manifest) -> StageName | None:
+    """Return the expert that a checkpoint's name and use point to, or None if they do not decide."""
     stem = _stem(name)
     known = {_stem(model): stage for stage, model in _models(manifest).items()}
     if stem in known and len(known) == len(_models(manifest)):
         return known[stem]
     if "refiner" in stem:
         return "refiner"
-    told = [each for sampling in samplings for each in _leaves((*sampling.positive, *sampling.negative))]
-    if "base" in stem or any(each.encoder == "CLIPTextEncodeSDXL" for each in told):
+    prompts = [each for sampling in samplings for each in _leaves((*sampling.positive, *sampling.negative))]
+    if "base" in stem or any(each.encoder == "CLIPTextEncodeSDXL" for each in prompts):
         return "base"
     alone = len({sampling.model.checkpoint for sampling in workflow.samplings}) == 1
     starts = [each for output in workflow.outputs for each in ancestry(output.image)[-1:]]
-    if alone and any(each.score is not None for each in told) and all(isinstance(each, Loaded) for each in starts):
+    if alone and any(each.score is not None for each in prompts) and all(isinstance(each, Loaded) for each in starts):
         return "refiner"
     return None
 
 
 def _models(manifest: Manifest) -> dict[StageName, str]:
-    """Return what the bundle's models are called, by stage."""
+    """Return the source names of the bundle's models by stage."""
     stages: dict[StageName, str] = {}
     for name, stage in (("base", manifest.base), ("refiner", manifest.refiner)):
         component = None if stage is None else manifest.components.get(stage.unet)
@@ -77,96 +77,94 @@ def _models(manifest: Manifest) -> dict[StageName, str]:
 
 
 def _stem(name: str) -> str:
-    """Return a file's name as it is compared: without its folder, its ending, and case."""
-    # ComfyUI names a file below its folder of models, with the separators of its system.
+    """Return a file name for comparison: without its folder and extension, in lower case."""
+    # ComfyUI gives paths relative to its models folder, with the separators of its operating system.
     return PurePosixPath(name.replace("\\", "/")).name.lower().removesuffix(".safetensors").removesuffix(".ckpt")
 
 
 def warn_of_names(workflow: Workflow, found: Experts, manifest: Manifest) -> None:
-    """Say which model of the bundle takes the place of a checkpoint that has another name."""
+    """Warn of each checkpoint that is replaced by a model of another name."""
     models = _models(manifest)
-    said: dict[str, None] = {}
+    lines: dict[str, None] = {}
     for sampling in workflow.samplings:
         name = sampling.model.checkpoint
         model = models.get(found[name])
         if model is not None and _stem(model) != _stem(name):
-            said[f"node {sampling.model.node[:20]} (CheckpointLoaderSimple): {name[:80]!r} is not read: the bundle"
-                 f" draws with its {found[name]}, {model!r}"] = None  # fmt: skip
-    for line in said:
+            lines[f"node {sampling.model.node[:20]} (CheckpointLoaderSimple): {name[:80]!r} is not read; the bundle's"
+                  f" {found[name]}, {model!r}, is used instead"] = None  # fmt: skip
+    for line in lines:
         log.warning("%s", line)
 
 
 def check_sampling(sampling: Sampling, stage: StageName, manifest: Manifest) -> None:
-    """Raise UsageError for a sampler that is unknown here, or that the bundle has no model for."""
+    """Raise UsageError for settings of a sampler node that are not supported, or if the bundle lacks its model."""
     where = f"node {sampling.node}"
     known = sampler_names(comfyui=True)
     if sampling.sampler not in known:
-        raise UsageError(f"{where}: sampler_name {sampling.sampler!r} is unknown here; choose one of:"
+        raise UsageError(f"{where}: sampler_name {sampling.sampler!r} is not supported; choose one of:"
                          f" {', '.join(known)}")  # fmt: skip
     if sampling.schedule not in COMFYUI_SCHEDULES:
-        raise UsageError(f"{where}: scheduler {sampling.schedule!r} is unknown here; choose one of:"
+        raise UsageError(f"{where}: scheduler {sampling.schedule!r} is not supported; choose one of:"
                          f" {', '.join(COMFYUI_SCHEDULES)}")  # fmt: skip
     if not 0.0 < sampling.denoise <= 1.0:
-        raise UsageError(f"{where}: denoise {sampling.denoise:g} is outside 0 to 1; choose above 0, which would change"
-                         " nothing")  # fmt: skip
+        raise UsageError(f"{where}: denoise {sampling.denoise:g} is outside 0 to 1; choose a value above 0, since 0"
+                         " changes nothing")  # fmt: skip
     if stage == "refiner" and manifest.refiner is None:
-        raise UsageError(f"{where}: takes a refiner, but the bundle has none; export it with --refiner SRC")
+        raise UsageError(f"{where}: needs a refiner, but the bundle has none; export it with --refiner SRC")
 
 
 def check_sides(sampling: Sampling, found: Experts, manifest: Manifest) -> None:
-    """Raise UsageError for a prompt that other encoders read than the model's own, or that stops below their layers."""
+    """Raise UsageError for a prompt encoded with another checkpoint's CLIP, or in a way its expert does not support."""
     own, most = sampling.model.checkpoint, most_skipped(manifest)
     for each in _leaves((*sampling.positive, *sampling.negative)):
         if each.clip.checkpoint not in ("", own):
             other = each.clip.checkpoint[:60]
-            raise UsageError(f"node {each.node}: its CLIP is that of {other!r}, and node {sampling.node} samples with"
-                             f" {own[:60]!r}: link that one's, which the bundle has")  # fmt: skip
+            raise UsageError(f"node {each.node}: its CLIP comes from {other!r}, but node {sampling.node} samples with"
+                             f" {own[:60]!r}; link that checkpoint's CLIP")  # fmt: skip
         if each.clip.last_layer < -2 - most:
-            raise UsageError(f"node {each.node}: its CLIP stops at layer {each.clip.last_layer}, and the bundle's text"
-                             f" encoders go down to {-2 - most}: choose -1 to {-2 - most}")  # fmt: skip
+            raise UsageError(f"node {each.node}: its CLIP stops at layer {each.clip.last_layer}, but the bundle's text"
+                             f" encoders reach only {-2 - most}; choose -1 to {-2 - most}")  # fmt: skip
         if found[own] == "refiner" and each.encoder == "CLIPTextEncodeSDXL":
-            raise UsageError(f"node {each.node} (CLIPTextEncodeSDXL): has texts for the base's two encoders, and node"
-                             f" {sampling.node} samples with the refiner: use CLIPTextEncodeSDXLRefiner")  # fmt: skip
+            raise UsageError(f"node {each.node} (CLIPTextEncodeSDXL): is for the base's two encoders, but node"
+                             f" {sampling.node} samples with the refiner; use CLIPTextEncodeSDXLRefiner")  # fmt: skip
         if found[own] == "refiner" and each.clip.loras:
-            raise UsageError(f"node {each.node}: has a LoRA on the refiner's CLIP, which is not supported; take it off")
+            raise UsageError(f"node {each.node}: has a LoRA on the refiner's CLIP, which is not supported; remove it")
 
 
 def check_loras(samplings: Iterable[Sampling], found: Experts, manifest: Manifest) -> None:
-    """Raise UsageError for LoRAs that the bundle has not, or at other strengths; warn of one that only it has."""
+    """Raise UsageError for LoRAs the bundle lacks or has at another strength; warn of LoRAs only the bundle has."""
     fused = _fused(manifest.loras)
     unnamed = set(fused)
     for sampling in samplings:
         if found[sampling.model.checkpoint] == "refiner":
             if sampling.model.loras:
-                raise UsageError(
-                    f"node {sampling.node}: has a LoRA on the refiner, which is not supported; take it off"
-                )
+                raise UsageError(f"node {sampling.node}: has a LoRA on the refiner, which is not supported; remove it")
             continue
         unet = _strengths(sampling.model.loras)
-        for told in _leaves((*sampling.positive, *sampling.negative)):
-            # A prompt that was made by hand says nothing of its encoders.
-            text = _strengths(told.clip.loras) if told.clip.checkpoint else dict(unet)
+        for prompt in _leaves((*sampling.positive, *sampling.negative)):
+            # A Conditioning built in code may name no checkpoint for its encoders.
+            text = _strengths(prompt.clip.loras) if prompt.clip.checkpoint else dict(unet)
             for file in dict.fromkeys([*unet, *text]):
                 asked, has = (unet.get(file, 0.0), text.get(file, 0.0)), fused.get(file, (0.0, 0.0))
                 if not all(math.isclose(one, other, abs_tol=1e-9) for one, other in zip(asked, has, strict=True)):
-                    raise _missing_lora(sampling, told, file, asked, has)
+                    raise _missing_lora(sampling, prompt, file, asked, has)
             unnamed -= set(unet) | set(text)
     for file in sorted(unnamed):
         log.warning("the bundle has LoRA %s at strength %s, which the workflow does not name", file,
-                    _told(*fused[file]))  # fmt: skip
+                    _text_of(*fused[file]))  # fmt: skip
 
 
 def _missing_lora(
-    sampling: Sampling, told: Conditioning, file: str, asked: tuple[float, float], has: tuple[float, float]
+    sampling: Sampling, prompt: Conditioning, file: str, asked: tuple[float, float], has: tuple[float, float]
 ) -> UsageError:
-    instead = f" (it has it at {_told(*has)})" if any(has) else ""
+    instead = f" (the bundle has it at {_text_of(*has)})" if any(has) else ""
     option = f"{file}:{asked[0]:g}" + ("" if asked[0] == asked[1] else f":{asked[1]:g}")
-    return UsageError(f"node {sampling.node} with the prompt of node {told.node}: LoRA {file} at strength"
-                      f" {_told(*asked)} is not in the bundle{instead}; export one with it: export-engines --lora"
+    return UsageError(f"node {sampling.node} with the prompt of node {prompt.node}: LoRA {file} at strength"
+                      f" {_text_of(*asked)} is not in the bundle{instead}; export one with it: export-engines --lora"
                       f" {shell_word(option)}")  # fmt: skip
 
 
-def _told(unet: float, text: float) -> str:
+def _text_of(unet: float, text: float) -> str:
     return f"{unet:g}" if unet == text else f"{unet:g}, {text:g} on the text encoders,"
 
 
@@ -179,7 +177,7 @@ def _fused(records: Iterable[LoraRecord]) -> dict[str, tuple[float, float]]:
 
 
 def _strengths(loras: Loras) -> dict[str, float]:
-    """Return the strength of each file; the same one twice counts as often."""
+    """Return the strength of each file; the strengths of a repeated file add up."""
     found: dict[str, float] = {}
     for name, strength in loras:
         file = PurePosixPath(name.replace("\\", "/")).name
@@ -188,9 +186,9 @@ def _strengths(loras: Loras) -> dict[str, float]:
 
 
 def vae_stage(vae: VaeName, found: Experts, otherwise: StageName, manifest: Manifest) -> StageName:
-    """Return the stage whose autoencoder stands for `vae`, `otherwise` for one that no sampler's checkpoint has.
+    """Return the stage whose autoencoder replaces `vae`: that of its checkpoint, or `otherwise` if no sampler uses it.
 
-    A file of its own is not read, which a line says unless the bundle was made with it.
+    A separate VAE file is not read; a warning states this unless the bundle was exported from it.
     """
     if not vae.own_file and vae.name in found:
         return found[vae.name]
@@ -200,13 +198,13 @@ def vae_stage(vae: VaeName, found: Experts, otherwise: StageName, manifest: Mani
         source = component.source.name
         ours = {_stem(source), _stem(source.removesuffix("/vae"))}
         if _stem(vae.name) not in ours:
-            log.warning("node %s: the autoencoder %r is not read: the bundle's own, %s, takes its place", vae.node[:20],
+            log.warning("node %s: the autoencoder %r is not read; the bundle's own, %s, is used instead", vae.node[:20],
                         vae.name[:80], source)  # fmt: skip
     return otherwise
 
 
 def _leaves(side: Iterable[Conditioning]) -> Iterator[Conditioning]:
-    """Yield the prompts of a side, those that are mixed into others too."""
+    """Yield the prompts of a side, including those mixed into others."""
     for each in side:
         yield each
         yield from _leaves(mix.other for mix in each.mixes if mix.other is not None)

@@ -1,7 +1,7 @@
-"""The form in which ComfyUI's editor saves a graph: links by number, widget values by position, subgraphs by reference.
+"""The JSON that ComfyUI's editor saves: links by number, widget values by position, subgraphs by reference.
 
-What it comes to is what the editor would send: reroutes, primitives and bypassed nodes resolved away, subgraphs in the
-places of their instances (``graphToPrompt`` and ``ExecutableNodeDTO`` of ComfyUI's frontend).
+It is converted to the nodes that the editor would send to the server: reroutes, primitives and bypassed nodes are
+resolved, and subgraphs are expanded (``graphToPrompt`` and ``ExecutableNodeDTO`` of ComfyUI's frontend).
 """
 
 __all__ = ["from_editor"]
@@ -27,13 +27,13 @@ Stored = dict[str, Any]
 class _Scope:
     """The nodes and links of the graph itself, or of one instance of a subgraph within its `parent`.
 
-    `prefix` is that of its nodes' ids, ``50:`` in instance 50; `name` is the subgraph's, "" for the graph itself.
+    `prefix` starts the ids of its nodes, ``50:`` in instance 50; `name` is the subgraph's, "" for the graph itself.
     """
 
     nodes: Mapping[str, Stored]
     links: Mapping[int, Link]
     ends: Mapping[int, Link]
-    """What feeds each output of a subgraph."""
+    """The links that feed the outputs of a subgraph, by output slot."""
     entry: str = ""
     """The id of the node that stands for a subgraph's inputs."""
     prefix: str = ""
@@ -41,13 +41,13 @@ class _Scope:
     parent: "_Scope | None" = None
     instance: Stored = field(default_factory=dict)
     inner: dict[str, "_Scope"] = field(default_factory=dict)
-    """The scopes of the instances of subgraphs in it."""
+    """The scopes of the subgraph instances in it, by node id."""
 
 
 def from_editor(stored: Stored, where: str) -> dict[str, Node]:
-    """Return the nodes of the editor's form by id, those of subgraphs as ``instance:node``.
+    """Return the nodes of the editor's JSON by id, those of subgraphs as ``instance:node``.
 
-    Raises UsageError, which calls the file `where`, for reroutes in a circle, or subgraphs without end.
+    Raises UsageError that names the file `where` for circular reroutes and for subgraphs that contain themselves.
     """
     raw = stored.get("definitions")
     definitions = {
@@ -66,7 +66,7 @@ def from_editor(stored: Stored, where: str) -> dict[str, Node]:
 
 
 def _scopes(scope: _Scope, definitions: Mapping[str, Stored], where: str, depth: int) -> Iterator[_Scope]:
-    """Yield a scope and those of the subgraphs that run in it."""
+    """Yield a scope and the scopes of all active subgraphs in it."""
     if depth > _DEEPEST:
         raise UsageError(f"--workflow {where}: its subgraphs are nested deeper than {_DEEPEST}")
     total = len(scope.nodes)
@@ -80,7 +80,7 @@ def _scopes(scope: _Scope, definitions: Mapping[str, Stored], where: str, depth:
         for each in _scopes(inner, definitions, where, depth + 1):
             total += len(each.nodes)
             if total > _MOST_NODES:
-                raise UsageError(f"--workflow {where}: more than {_MOST_NODES} nodes with those of its subgraphs")
+                raise UsageError(f"--workflow {where}: more than {_MOST_NODES} nodes, including those of its subgraphs")
             yield each
 
 
@@ -102,7 +102,7 @@ def _scope(stored: Stored, parent: _Scope | None = None, key: str = "", instance
 
 
 def _links(stored: Any) -> Iterator[tuple[int, Link, str, int]]:
-    """Yield (number, where it comes from, target node, target slot) of links, which are lists, or objects."""
+    """Yield (number, origin, target node, target slot) of links, which are stored as lists or as objects."""
     for link in stored if isinstance(stored, list) else ():
         if isinstance(link, dict):
             link = [link.get(name) for name in ("id", "origin_id", "origin_slot", "target_id", "target_slot")]  # noqa: PLW2901
@@ -115,7 +115,7 @@ class _Resolver:
     where: str
 
     def inputs(self, scope: _Scope, node: Stored) -> Stored:
-        """Return the values and links of a node: its widgets', and over them what is linked to it."""
+        """Return a node's inputs by name: its widgets' values, each overridden by what is linked to the input."""
         found = _widgets(node)
         for slot in _dicts(node.get("inputs")):
             if isinstance(slot.get("name"), str):
@@ -125,9 +125,9 @@ class _Resolver:
         return found
 
     def _input(self, scope: _Scope, slot: Stored, kind: str, hops: int) -> Any:
-        """Return what feeds an input: a Link, a value, or _UNSET for nothing."""
+        """Return what feeds an input: a Link, a value, or _UNSET if nothing does."""
         if hops > _MOST_HOPS:
-            raise UsageError(f"--workflow {self.where}: reroutes go in a circle")
+            raise UsageError(f"--workflow {self.where}: its reroutes form a circle")
         number = slot.get("link")
         link = scope.links.get(number) if isinstance(number, int) else None
         if link is None:
@@ -137,7 +137,7 @@ class _Resolver:
         return self._output(scope, link, kind, hops + 1)
 
     def _entry(self, scope: _Scope, parent: _Scope, number: int, kind: str, hops: int) -> Any:
-        """Return what feeds input `number` of a subgraph from without: a link, or a widget of its instance."""
+        """Return what feeds input `number` of a subgraph from outside: a link, or a widget of its instance."""
         slots = _dicts(scope.instance.get("inputs"))
         if not 0 <= number < len(slots):
             return _UNSET
@@ -150,18 +150,18 @@ class _Resolver:
         if isinstance(values, list) and len(values) == len(widgets):
             return values[widgets.index(slot)]
         if isinstance(values, list) and not values:
-            return _UNSET  # the inner widget's own value is the one that is shown
+            return _UNSET  # the instance shows the inner widget's own value
         raise UsageError(f"node {scope.prefix[:-1]} (subgraph {scope.name[:60]!r}): its widget"
-                         f" {str(slot.get('name'))[:40]!r} cannot be told from its others; link it, or unpack the"
+                         f" {str(slot.get('name'))[:40]!r} cannot be matched to a value; link it, or unpack the"
                          " subgraph")  # fmt: skip
 
     def _output(self, scope: _Scope, link: Link, kind: str, hops: int) -> Any:
-        """Return what output `link` of a scope's node comes to for an input of type `kind`; _UNSET for nothing."""
+        """Return what output `link` of a scope's node gives an input of type `kind`; _UNSET if nothing."""
         if hops > _MOST_HOPS:
-            raise UsageError(f"--workflow {self.where}: reroutes go in a circle")
+            raise UsageError(f"--workflow {self.where}: its reroutes form a circle")
         node = scope.nodes.get(link.node)
         own = Link(scope.prefix + link.node, link.slot)
-        # A muted node stays a link to what is not there: ComfyUI misses the input then.
+        # A link to a muted node is kept: ComfyUI then reports that the input is missing.
         if node is None or node.get("mode") == _MUTED:
             return own
         slots = _dicts(node.get("inputs"))
@@ -178,7 +178,7 @@ class _Resolver:
         return own
 
     def _end(self, scope: _Scope, inner: _Scope, slot: int, kind: str, hops: int) -> Any:
-        """Return what output `slot` of a subgraph comes to."""
+        """Return what output `slot` of a subgraph gives an input of type `kind`; _UNSET if nothing."""
         end = inner.ends.get(slot)
         if end is None:
             return _UNSET
@@ -188,9 +188,9 @@ class _Resolver:
 
 
 def _bypass(inputs: list[Stored], outputs: list[Stored], slot: int, kind: str) -> int | None:
-    """Return the input that a bypassed node hands to output `slot`, for an input of type `kind`; None for none.
+    """Return the input that a bypassed node passes to output `slot`, for an input of type `kind`; None if none fits.
 
-    It is the input of the same number where the types agree, then the first of the type.
+    It is the input of the same number if the types match, else the first input of that type.
     """
     given = _type(outputs[slot]) if 0 <= slot < len(outputs) else ""
     wanted = kind or given
@@ -206,7 +206,7 @@ def _bypass(inputs: list[Stored], outputs: list[Stored], slot: int, kind: str) -
 
 
 def _agree(one: str, other: str) -> bool:
-    """Return whether two types can be linked: "*" and "" are any, a list in commas is any of its own."""
+    """Return whether two types can be linked: "*" and "" match any type, a comma-separated list each type in it."""
     any_type = {"", "*"}
     if one in any_type or other in any_type:
         return True
@@ -214,19 +214,19 @@ def _agree(one: str, other: str) -> bool:
 
 
 def _widgets(node: Stored) -> Stored:
-    """Return the values of a node's widgets by name; those of a class that is not known have none."""
+    """Return the values of a node's widgets by name; those of an unknown class have no names."""
     values = node.get("widgets_values")
     if isinstance(values, dict):
         return dict(values)
     kind = NODES.get(node["type"])
     names = kind.widgets if kind else ()
-    # A node that was saved without the seed's choice is shorter by it.
+    # A node saved without the seed's control_after_generate has one value fewer.
     listed = values if isinstance(values, list) else []
     if len(listed) < len(names):
         names = tuple(name for name in names if name != "*")
     found = dict(zip(names, listed, strict=False))
     found.pop("*", None)
-    # What a later version of the node has beyond these is named by whoever checks its inputs.
+    # Values that a later version of the node adds are reported where its inputs are checked.
     beyond = listed[len(names) :] if kind else []
     return found | {f"widget {number}": value for number, value in enumerate(beyond, start=len(names) + 1)}
 

@@ -1,7 +1,7 @@
-"""A ComfyUI graph as it is stored: API JSON, a request's body, the editor's JSON, or a picture that carries either.
+"""Read a stored ComfyUI graph: API JSON, a request's body, the editor's JSON, or a picture that carries one of these.
 
-Nothing of it is trusted: sizes are capped before reading, every value is checked for its type when it is asked for, and
-no path in it is opened here.
+The file is not trusted: its size is capped before it is read, the type of every value is checked when the value is
+used, and no path in it is opened here.
 """
 
 __all__ = ["MAX_BYTES", "Graph", "parse_graph", "read_graph"]
@@ -23,26 +23,26 @@ MAX_BYTES = 16 << 20
 MAX_NODES = 10_000
 _PICTURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF")
 _BODIES = ("prompt", "input", "output", "workflow")
-"""Where the body of a request keeps a graph: ComfyUI's own, RunPod's and its like, what the editor saves for an API."""
+"""Keys of a request's body that hold a graph: of ComfyUI, of RunPod and the like, and of the editor's API export."""
 _DEEPEST_BODY = 3
 _MOST_PRIMITIVES = 10
 
 
 @dataclass(frozen=True)
 class Graph:
-    """The nodes of a workflow by id; values that primitive nodes hold stand where they are used."""
+    """The nodes of a workflow by id; the values of primitive nodes are copied into the inputs that they feed."""
 
     nodes: Mapping[str, Node]
 
     def node(self, link: Link) -> Node:
-        """Return the node that a link comes from; UsageError where it is missing."""
+        """Return the node that a link comes from. Raises UsageError if it is missing."""
         found = self.nodes.get(link.node)
         if found is None:
-            raise UsageError(f"the workflow links to node {link.node[:20]}, which is not in it, or muted")
+            raise UsageError(f"the workflow links to node {link.node[:20]}, which is missing or muted")
         return found
 
     def api(self, ends: Iterable[str]) -> dict[str, Any]:
-        """Return the API form of the nodes called `ends` and of all that feeds them, as ComfyUI would run it."""
+        """Return the nodes with ids `ends` and all nodes that feed them, in the API form that ComfyUI runs."""
         kept: dict[str, Any] = {}
         waiting = list(ends)
         while waiting:
@@ -57,7 +57,7 @@ class Graph:
 
 
 def read_graph(path: Path) -> Graph:
-    """Return the graph of a JSON file or of a picture's texts, ``-`` for standard input; UsageError without one."""
+    """Return the graph in a JSON file or in a picture's metadata; ``-`` is standard input. Raises UsageError."""
     if _is_picture(path):
         return _from_picture(path, str(path))
     content = read_capped(path, MAX_BYTES, "--workflow")
@@ -71,11 +71,11 @@ def _is_picture(path: Path) -> bool:
         with path.open("rb") as file:
             return file.read(len(_PICTURES[0])).startswith(_PICTURES)
     except (OSError, ValueError):
-        return False  # reading it says why
+        return False  # the read that follows reports the error
 
 
 def _from_picture(picture: Path | bytes, where: str) -> Graph:
-    """Return the graph of ComfyUI's texts: `prompt`, what was run, or else `workflow`, what the editor showed."""
+    """Return the graph in a picture's texts: `prompt`, which ComfyUI ran, or else `workflow`, from its editor."""
     texts = read_texts(picture)
     for name in (WORKFLOW, EDITOR):
         text = texts.get(name, "").strip()
@@ -85,7 +85,7 @@ def _from_picture(picture: Path | bytes, where: str) -> Graph:
 
 
 def parse_graph(content: str | bytes, where: str) -> Graph:
-    """Return the graph of a JSON text in either form. Raises UsageError, which calls it `where`."""
+    """Return the graph in a JSON text, in API or editor form. Raises UsageError that names the source `where`."""
     try:
         stored = json.loads(content)
     except (ValueError, RecursionError) as exc:
@@ -99,12 +99,12 @@ def parse_graph(content: str | bytes, where: str) -> Graph:
         raise UsageError(f"--workflow {where}: {count} nodes, more than {MAX_NODES}")
     nodes = from_editor(found, where) if editor else {key: _from_api(key, value) for key, value in found.items()}
     if len(nodes) > MAX_NODES:
-        raise UsageError(f"--workflow {where}: {len(nodes)} nodes with those of its subgraphs, more than {MAX_NODES}")
+        raise UsageError(f"--workflow {where}: {len(nodes)} nodes including its subgraphs', more than {MAX_NODES}")
     return Graph({key: _with_primitives(node, nodes) for key, node in nodes.items()})
 
 
 def _graphs(stored: Any, depth: int) -> Iterator[dict[str, Any]]:
-    """Yield the graphs in a JSON value: itself, or else what the body of a request holds."""
+    """Yield the graphs in a JSON value: the value itself, or else those in the body of a request."""
     if not isinstance(stored, dict) or not stored:
         return
     if isinstance(stored.get("nodes"), list) or all(_is_node(value) for value in stored.values()):
@@ -133,7 +133,7 @@ def _linked(value: Any) -> Any:
 
 
 def _with_primitives(node: Node, nodes: Mapping[str, Node]) -> Node:
-    """Return `node` with the values of the primitive nodes that feed it; what feeds those in a circle stays a link."""
+    """Return `node` with the values of the primitive nodes that feed it; a circle of primitives stays a link."""
     values: dict[str, Any] = {}
     held: dict[str, str] = {}
     for name, value in node.inputs.items():

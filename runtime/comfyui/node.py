@@ -1,4 +1,4 @@
-"""What a node of a ComfyUI graph is, and what a class of nodes takes."""
+"""A node of a ComfyUI graph, and the inputs and outputs of a node class."""
 
 __all__ = ["REQUIRED", "Input", "Link", "Node", "NodeKind"]
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 REQUIRED = object()
-"""The default of an input that has to be stated."""
+"""The default of an input that must be given."""
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,9 @@ class Link:
 
 @dataclass(frozen=True)
 class Node:
-    """A node: its id, its class, and its inputs, each a value or a Link; `subgraph` is the name of the one it is in.
+    """A node: its id, its class, and its inputs, each a value or a Link; `subgraph` names the subgraph it is in.
 
-    `held` says of values that primitive nodes hold in which of them they stand.
+    `held` names the primitive node that holds an input's value, by input name.
     """
 
     id: str
@@ -36,15 +36,15 @@ class Node:
         return f"node {self.id[:20]} ({self.kind[:60]}){within}"
 
     def place(self, name: str) -> str:
-        """Return where the value of an input stands: here, or in the primitive node that feeds it."""
+        """Return the place of an input's value, for messages: this node, or the primitive node that feeds the input."""
         return f"{self.held[name]}, which feeds {name} of {self}: its value" if name in self.held else f"{self}: {name}"
 
 
 @dataclass(frozen=True)
 class Input:
-    """An input: a link of a type in capitals, or a value: INT, FLOAT, STRING, or CHOICE of `choices`.
+    """An input: a value (INT, FLOAT, STRING, or CHOICE of `choices`), or a link (all other types).
 
-    `followed` says what is done with it, for the docs; `unread` what is said where it is stated and is not followed.
+    `followed` describes for the docs how the input is used; `unread` is the warning for an input that is ignored.
     """
 
     name: str
@@ -58,25 +58,25 @@ class Input:
 
     @property
     def is_link(self) -> bool:
-        """Return whether it takes a link alone."""
+        """Return whether it takes only a link."""
         return self.type not in ("INT", "FLOAT", "STRING", "CHOICE")
 
 
 @dataclass(frozen=True)
 class NodeKind:
-    """A class of nodes: its inputs in ComfyUI's order, the types of its outputs, and its widgets in the editor's.
+    """A class of nodes: its inputs in ComfyUI's order, the types of its outputs, and its widgets in the editor's order.
 
-    Among the widgets "*" is one that is no input: what a seed does after a run, an upload's button.
+    A widget called "*" is not an input: the seed's control_after_generate, or an upload button.
     """
 
     inputs: tuple[Input, ...]
     outputs: tuple[str, ...]
     button: str = ""
-    """The input after whose widget the editor keeps one more."""
+    """The input whose widget is followed by a "*" widget in the editor."""
 
     @property
     def widgets(self) -> tuple[str, ...]:
-        """Return the names of the widgets in the order in which the editor keeps their values."""
+        """Return the names of the widgets in the order in which the editor stores their values."""
         names: list[str] = []
         for each in self.inputs:
             if not each.is_link:

@@ -1,7 +1,7 @@
-"""The nodes of ComfyUI that can be run: their inputs, what each may hold, and what becomes of it.
+"""The supported nodes of ComfyUI: their inputs, the values each input accepts, and how it is used.
 
-This one table is what the reader takes values by, what the editor's widgets are named from, and what docs/comfyui.md
-shows. Ranges, defaults and orders are those of ComfyUI's ``nodes.py`` and ``comfy_extras``.
+The reader checks values against this table, the editor's widgets are named from it, and docs/comfyui.md shows it.
+Ranges, defaults and orders are those of ComfyUI's ``nodes.py`` and ``comfy_extras``.
 """
 
 __all__ = ["DRAWN", "NODES", "PRIMITIVES", "SHOWN", "linked", "stated", "undeclared"]
@@ -17,18 +17,17 @@ MOST_NAMED = 3
 
 
 def stated(node: Node, name: str) -> Any:
-    """Return the value of an input as its type: int, float or str; the default where nothing is stated.
+    """Return the value of an input as its type (int, float or str), or its default if it is not given.
 
-    As in ComfyUI a number may be written as text, and a text as a number. Raises UsageError that names the node for a
-    value that is missing, of another type, or outside of what ComfyUI takes, and the other node for a link to what
-    cannot be run.
+    As in ComfyUI, a number may be written as text, and a text as a number. Raises UsageError that names the node, for a
+    value that is missing, of another type or outside ComfyUI's range, and for a link to a node that is not supported.
     """
     known = NODES[node.kind].input(name)
     value = node.inputs.get(name, known.default)
     if value is REQUIRED or value is None:
-        raise UsageError(f"{node.place(name)} is missing; state it")
+        raise UsageError(f"{node.place(name)} is missing; set it")
     if isinstance(value, Link):
-        raise UsageError(f"{node}: {name} comes from node {value.node[:20]}, which cannot be run here; write the value"
+        raise UsageError(f"{node}: {name} comes from node {value.node[:20]}, which is not supported; write the value"
                          f" into {name}")  # fmt: skip
     if known.type in ("INT", "FLOAT"):
         return _number(node, known, value)
@@ -37,11 +36,11 @@ def stated(node: Node, name: str) -> Any:
         or isinstance(value, bool)
         or len(str(value)[: MAX_TEXT + 1]) > MAX_TEXT
     ):
-        raise UsageError(f"{node.place(name)} is no text, or one of more than {MAX_TEXT >> 20} MiB")
+        raise UsageError(f"{node.place(name)} is not text, or longer than {MAX_TEXT >> 20} MiB")
     text = str(value)
     if known.choices and text not in known.choices:
         choices = ", ".join(known.choices)
-        raise UsageError(f"{node.place(name)} {text[:60]!r} is unknown here; choose one of: {choices}")
+        raise UsageError(f"{node.place(name)} {text[:60]!r} is not supported; choose one of: {choices}")
     return text
 
 
@@ -52,14 +51,14 @@ def _number(node: Node, known: Input, value: Any) -> int | float:
         number = None if isinstance(value, bool) else kind(value)
     if number is None or (isinstance(value, float) and number != value):
         what = "whole number" if kind is int else "number"
-        raise UsageError(f"{node.place(known.name)} {str(value)[:40]!r} is no {what}; state one")
+        raise UsageError(f"{node.place(known.name)} {str(value)[:40]!r} is not a {what}; set one")
     if not known.low <= number <= known.high:
         raise UsageError(f"{node.place(known.name)} {str(number)[:40]} is outside {known.low} to {known.high}")
     return number
 
 
 def linked(node: Node, name: str) -> Link:
-    """Return the link that an input is fed by; UsageError where nothing is linked, as in ComfyUI."""
+    """Return the link that feeds an input. Raises UsageError if nothing is linked, as ComfyUI does."""
     value = node.inputs.get(name)
     if not isinstance(value, Link):
         raise UsageError(f"{node}: nothing is linked to {name}; link it")
@@ -67,60 +66,60 @@ def linked(node: Node, name: str) -> Link:
 
 
 def undeclared(node: Node) -> list[str]:
-    """Return what is said of the inputs of a node that are not followed: those it does not have, those of no effect."""
+    """Return the warnings for the inputs of a node that are ignored: unknown ones, and those without effect."""
     kind = NODES[node.kind]
     names = {each.name for each in kind.inputs}
     strange = [name[:40] for name in node.inputs if name not in names]
-    said: dict[str, list[str]] = {}
+    why: dict[str, list[str]] = {}
     if strange:
         more = ["and more"] if len(strange) > MOST_NAMED else []
-        said["no input that is known here, and not read"] = strange[:MOST_NAMED] + more
+        why["unknown input, ignored"] = strange[:MOST_NAMED] + more
     for each in kind.inputs:
         if each.unread:
-            said.setdefault(each.unread, []).append(f"{each.name} {str(node.inputs.get(each.name, each.default))[:40]}")
-    return [f"{node}: {', '.join(names)}: {reason}" for reason, names in said.items()]
+            why.setdefault(each.unread, []).append(f"{each.name} {str(node.inputs.get(each.name, each.default))[:40]}")
+    return [f"{node}: {', '.join(names)}: {reason}" for reason, names in why.items()]
 
 
 _MOST_PIXELS = 16384
 _MOST_SEED = 2**64 - 1
 _METHODS = ("nearest-exact", "bilinear", "area", "bicubic")
 _CROP = Input("crop", "CHOICE", "disabled", choices=("disabled", "center"))
-_TILES = "not followed: tiles here have a size and an overlap of their own, and differ from ComfyUI's at their seams"
+_TILES = "ignored: tiles here have a size and an overlap of their own, and differ from ComfyUI's at their seams"
 _TILING = (
-    Input("tile_size", "INT", 512, 64, 4096, followed="tiles of this project's own size, with a line", unread=_TILES),
-    Input("overlap", "INT", 64, 0, 4096, followed="an overlap of this project's own, with a line", unread=_TILES),
-    Input("temporal_size", "INT", 64, 8, 4096, followed="nothing, with a line: it is of videos", unread=_TILES),
-    Input("temporal_overlap", "INT", 8, 4, 4096, followed="nothing, with a line: it is of videos", unread=_TILES),
+    Input("tile_size", "INT", 512, 64, 4096, followed="ignored with a warning: tiles here differ", unread=_TILES),
+    Input("overlap", "INT", 64, 0, 4096, followed="ignored with a warning: tiles here differ", unread=_TILES),
+    Input("temporal_size", "INT", 64, 8, 4096, followed="for videos: ignored with a warning", unread=_TILES),
+    Input("temporal_overlap", "INT", 8, 4, 4096, followed="for videos: ignored with a warning", unread=_TILES),
 )
-_SAMPLER_NAMES = Input("sampler_name", "STRING", followed="those that are known here; another one is refused")
-_SCHEDULER = Input("scheduler", "STRING", followed="all nine of ComfyUI's; another one is refused")
+_SAMPLER_NAMES = Input("sampler_name", "STRING", followed="the supported samplers; others are refused")
+_SCHEDULER = Input("scheduler", "STRING", followed="all nine of ComfyUI's; others are refused")
 _MODEL_AND_SIDES = (Input("model", "MODEL"), Input("positive", "CONDITIONING"), Input("negative", "CONDITIONING"))
 
 NODES: dict[str, NodeKind] = {
     "CheckpointLoaderSimple": NodeKind(
-        (Input("ckpt_name", "STRING", followed="the bundle's base or refiner takes its place, with a line where it has"
-                                               " another name"),),
+        (Input("ckpt_name", "STRING", followed="replaced by the bundle's base or refiner, with a warning if the names"
+                                               " differ"),),
         ("MODEL", "CLIP", "VAE"),
     ),
     "VAELoader": NodeKind(
-        (Input("vae_name", "STRING", followed="the bundle's autoencoder takes its place, with a line where it has"
-                                              " another name"),),
+        (Input("vae_name", "STRING", followed="replaced by the bundle's autoencoder, with a warning if the names"
+                                              " differ"),),
         ("VAE",),
     ),
     "LoraLoader": NodeKind(
         (
             Input("model", "MODEL"), Input("clip", "CLIP"),
-            Input("lora_name", "STRING", followed="must be in the bundle, by its file name"),
-            Input("strength_model", "FLOAT", 1.0, -100, 100, followed="must be the bundle's"),
-            Input("strength_clip", "FLOAT", 1.0, -100, 100, followed="must be the bundle's on the encoders"),
+            Input("lora_name", "STRING", followed="must be in the bundle, under its file name"),
+            Input("strength_model", "FLOAT", 1.0, -100, 100, followed="must equal the bundle's"),
+            Input("strength_clip", "FLOAT", 1.0, -100, 100, followed="must equal the bundle's on the encoders"),
         ),
         ("MODEL", "CLIP"),
     ),
     "LoraLoaderModelOnly": NodeKind(
         (
             Input("model", "MODEL"),
-            Input("lora_name", "STRING", followed="must be in the bundle, with 0 on the encoders"),
-            Input("strength_model", "FLOAT", 1.0, -100, 100, followed="must be the bundle's"),
+            Input("lora_name", "STRING", followed="must be in the bundle, with strength 0 on the encoders"),
+            Input("strength_model", "FLOAT", 1.0, -100, 100, followed="must equal the bundle's"),
         ),
         ("MODEL",),
     ),
@@ -226,7 +225,7 @@ NODES: dict[str, NodeKind] = {
     "SaveImage": NodeKind(
         (
             Input("images", "IMAGE"),
-            Input("filename_prefix", "STRING", "ComfyUI", followed="the file's name, where -o is not given"),
+            Input("filename_prefix", "STRING", "ComfyUI", followed="the file's name, if -o is not given"),
         ),
         (),
     ),
@@ -235,8 +234,8 @@ NODES: dict[str, NodeKind] = {
     **{name: NodeKind((Input("value", kind),), (kind,)) for name, kind in (
         ("PrimitiveFloat", "FLOAT"), ("PrimitiveString", "STRING"), ("PrimitiveStringMultiline", "STRING"))},
 }  # fmt: skip
-"""The classes that are followed. An input without a default has to be stated."""
+"""The supported node classes. An input without a default must be given."""
 
 PRIMITIVES = ("PrimitiveInt", "PrimitiveFloat", "PrimitiveString", "PrimitiveStringMultiline")
 DRAWN, SHOWN = "SaveImage", "PreviewImage"
-"""The node whose pictures are written, and the one whose pictures are looked at."""
+"""The node whose pictures are saved, and the node whose pictures are previewed."""

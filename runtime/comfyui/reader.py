@@ -1,4 +1,4 @@
-"""From a graph's nodes to what they ask for: every link is followed, and every input taken by the table of nodes."""
+"""Read a graph into a Workflow: follow every link, and check every input against the table of nodes."""
 
 __all__ = ["read_workflow"]
 
@@ -42,23 +42,23 @@ Found = TypeVar("Found")
 _MOST_OUTPUTS = 64
 _MOST_NAMED = 20
 _DEEPEST = 100
-"""Links in a row: Python's own stack holds a few hundred calls."""
+"""The most links in a row: Python's stack holds a few hundred calls."""
 _MOST_PROMPTS = 16
-"""Prompts that one side of a sampler is mixed of, or combined from."""
-_DRAWN_AT_RANDOM = re.compile(r"(?<!\\)\{[^{}]*\|[^{}]*\}")
+"""The most prompts that one side of a sampler may be mixed or combined from."""
+_RANDOM_CHOICE = re.compile(r"(?<!\\)\{[^{}]*\|[^{}]*\}")
 
 
 def read_workflow(path: Path) -> Workflow:
-    """Return what the workflow in a JSON or picture file asks for.
+    """Return the workflow in a JSON or picture file.
 
-    Raises UsageError that names every node that cannot be run, or what is missing.
+    Raises UsageError that names every node that is not supported and every input that is missing.
     """
     graph = read_graph(path)
     outputs = [node for node in graph.nodes.values() if node.kind in (DRAWN, SHOWN)]
     if not outputs:
         raise UsageError(f"--workflow {path}: has no SaveImage or PreviewImage; add one")
     if len(outputs) > _MOST_OUTPUTS:
-        raise UsageError(f"--workflow {path}: saves and shows {len(outputs)} pictures; leave one SaveImage in it")
+        raise UsageError(f"--workflow {path}: saves and previews {len(outputs)} pictures; keep one SaveImage")
     reader = _Reader(graph)
     problems: dict[str, dict[str, None]] = {}
     drawn: list[Output] = []
@@ -68,22 +68,22 @@ def read_workflow(path: Path) -> Workflow:
         if found is not None and not problems[node.id]:
             drawn.append(found)
     if not drawn:
-        said = [*dict.fromkeys(problem for each in problems.values() for problem in each)]
-        more = ["and more"] if len(said) > _MOST_NAMED else []
-        raise UsageError(f"--workflow {path}: " + "; ".join(said[:_MOST_NAMED] + more))
+        every = [*dict.fromkeys(problem for each in problems.values() for problem in each)]
+        more = ["and more"] if len(every) > _MOST_NAMED else []
+        raise UsageError(f"--workflow {path}: " + "; ".join(every[:_MOST_NAMED] + more))
     kept = _kept(drawn, {node.id: node for node in outputs})
     for node in outputs:
         if problems[node.id]:
             log.warning("%s: is not drawn: %s", node, "; ".join([*problems[node.id]][:_MOST_NAMED]))
         elif all(output.node != node.id for output in kept):
             log.warning("%s: is not drawn: %s", node, "another one saves the same picture" if node.kind == DRAWN else
-                        "it is a preview beside what is saved; put a SaveImage in its place")  # fmt: skip
+                        "it is a preview, and other pictures are saved; replace it with a SaveImage")  # fmt: skip
     reader.warn(kept)
     return Workflow(tuple(kept), json.dumps(graph.api(output.node for output in kept)))
 
 
 def _kept(drawn: list[Output], nodes: dict[str, Node]) -> list[Output]:
-    """Return the pictures that are written: those that are saved, or else those that are shown, each once."""
+    """Return the pictures to write, each once: those that are saved, or if there are none, the previews."""
     saved = [output for output in drawn if nodes[output.node].kind == DRAWN] or drawn
     return [output for i, output in enumerate(saved) if all(output.image != other.image for other in saved[:i])]
 
@@ -99,63 +99,63 @@ class _Reader:
         self._known: dict[tuple[str, str], Any] = {}
         self._under_way: list[tuple[str, str]] = []
         self._used: dict[str, dict[str, None]] = {}
-        """The nodes that each picture has been read from."""
+        """The nodes that each picture needs."""
         self._reading: dict[str, None] = {}
 
     @contextmanager
     def noting(self, problems: dict[str, None]) -> Iterator[None]:
-        """Collect in `problems` what is found while reading."""
+        """Collect the problems found while reading in `problems`."""
         before, self._problems = self._problems, problems
         yield
         self._problems = before
 
     def tried(self, read: Callable[[], Found]) -> Found | None:
-        """Return what `read` finds; note the problem and return None where it cannot."""
+        """Return what `read` returns; if it raises UsageError, note the problem and return None."""
         try:
             return read()
         except _IncompleteError:
-            return None  # what it lacks has been noted
+            return None  # the cause has been noted
         except UsageError as exc:
             self._problems[str(exc)] = None
             return None
 
     def warn(self, outputs: list[Output]) -> None:
-        """Say what is not followed of the nodes that `outputs` need."""
+        """Warn of the ignored inputs of all nodes that `outputs` need."""
         for key in dict.fromkeys(key for output in outputs for key in self._used[output.node]):
             node = self._graph.nodes[key]
             for line in undeclared(node):
                 log.warning("%s", line)
             for name, value in node.inputs.items():
-                if name.startswith("text") and isinstance(value, str) and (found := _DRAWN_AT_RANDOM.search(value)):
-                    log.warning("%s: %s holds %s, of which ComfyUI's editor draws one at random; here it is read as it"
-                                " stands: write the choice", node, name, found[0][:60])  # fmt: skip
+                if name.startswith("text") and isinstance(value, str) and (found := _RANDOM_CHOICE.search(value)):
+                    log.warning("%s: %s holds %s, from which ComfyUI's editor picks one at random; here it is literal"
+                                " text: write one choice", node, name, found[0][:60])  # fmt: skip
 
     def output(self, node: Node) -> Output:
         """Return the picture of a SaveImage or PreviewImage."""
         self._reading = {node.id: None}
         self._used[node.id] = self._reading
-        self._known.clear()  # so that every picture notes the nodes and the problems of its own
+        self._known.clear()  # so that every picture notes its own nodes and problems
         self._check_values(node)
         prefix = str(stated(node, "filename_prefix")) if node.kind == DRAWN else ""
         image = self._image(linked(node, "images"))
         if not any(isinstance(each, Sampled) for each in ancestry(image)):
-            raise UsageError(f"{node}: shows a picture that no sampler made; there is nothing to be drawn")
+            raise UsageError(f"{node}: shows a picture that no sampler made; link one that is sampled")
         return Output(image, prefix, node.id)
 
     def _read(self, link: Link, kind: str, readers: dict[str, Callable[[Node, int], Found]]) -> Found:
-        """Return what the node that `link` comes from gives as `kind`; each is read once, none within itself."""
+        """Return what the node that `link` comes from gives as `kind`. Each is read once; a circle is an error."""
         node = self._graph.node(link)
         key = (node.id, kind)
         if key in self._known:
             return self._known[key]  # type: ignore[no-any-return]
         if key in self._under_way or len(self._under_way) >= _DEEPEST:
-            raise UsageError(f"{node}: the links go in a circle, or over more than {_DEEPEST} nodes")
+            raise UsageError(f"{node}: the links form a circle, or a chain of more than {_DEEPEST} nodes")
         known = NODES.get(node.kind)
         if known is None:
-            raise UsageError(f"{node}: cannot be run here, where {kind} is expected; replace it, or leave it out")
+            raise UsageError(f"{node}: is not supported, where {kind} is expected; replace or remove it")
         if node.kind not in readers or not 0 <= link.slot < len(known.outputs) or known.outputs[link.slot] != kind:
             gives = " and ".join(known.outputs) or "nothing"
-            raise UsageError(f"{node}: gives {gives}, and output {link.slot} is taken for {kind}; link it otherwise")
+            raise UsageError(f"{node}: gives {gives}, but output {link.slot} is linked as {kind}; link another output")
         self._under_way.append(key)
         try:
             self._reading[node.id] = None
@@ -167,13 +167,13 @@ class _Reader:
         return found
 
     def _check_values(self, node: Node) -> None:
-        """Raise UsageError that names the node which would have to give a value, and cannot."""
+        """Raise UsageError for a value that is linked to a node that is not supported."""
         for each in NODES[node.kind].inputs:
             value = node.inputs.get(each.name)
             if isinstance(value, Link) and not each.is_link:
                 giving = self._graph.node(value)
-                raise UsageError(f"{giving}: cannot be run here, where a value for {each.name} of {node} is expected;"
-                                 f" write it into {each.name}")  # fmt: skip
+                raise UsageError(f"{giving}: is not supported, where a value for {each.name} of {node} is expected;"
+                                 f" write the value into {each.name}")  # fmt: skip
 
     def _image(self, link: Link) -> Image:
         def scaled(node: Node, _: int) -> Image:
@@ -270,7 +270,7 @@ class _Reader:
         })  # fmt: skip
 
     def _conditioning(self, link: Link) -> tuple[Conditioning, ...]:
-        """Return the conditionings that a link carries: several where they were combined."""
+        """Return the conditionings that a link carries: several if they were combined."""
 
         def prompt(node: Node, _: int) -> tuple[Conditioning, ...]:
             clip = self.tried(lambda: self._clip(linked(node, "clip")))
@@ -288,8 +288,8 @@ class _Reader:
             to = self._conditioning(linked(node, "conditioning_to"))
             first, *others = self._conditioning(linked(node, "conditioning_from"))
             if others:
-                raise UsageError(f"{node}: conditioning_from carries several prompts, of which ComfyUI takes the first"
-                                 " alone; link that one")  # fmt: skip
+                raise UsageError(f"{node}: conditioning_from carries several prompts, and ComfyUI uses only the first;"
+                                 " link that one")  # fmt: skip
             averages = node.kind == "ConditioningAverage"
             strength = stated(node, "conditioning_to_strength") if averages else 1.0
             mix = Mix("average" if averages else "concat", first, strength)
@@ -304,12 +304,12 @@ class _Reader:
     @staticmethod
     def _limited(node: Node, side: tuple[Conditioning, ...]) -> tuple[Conditioning, ...]:
         if sum(map(_prompts, side)) > _MOST_PROMPTS:
-            raise UsageError(f"{node}: mixes more than {_MOST_PROMPTS} prompts; leave some out")
+            raise UsageError(f"{node}: mixes more than {_MOST_PROMPTS} prompts; remove some")
         return side
 
 
 def _whole(found: Found | None, node: Node) -> Found:
-    """Return what was found; where it was not, the nodes that are to blame have been named."""
+    """Return `found`; raise if it is None, for which the problems have been noted."""
     if found is None:
         raise _incomplete(node)
     return found
@@ -324,7 +324,7 @@ def _mixed(side: tuple[Conditioning, ...], mix: Mix) -> tuple[Conditioning, ...]
 
 
 def _prompts(conditioning: Conditioning) -> int:
-    """Return how many prompts a conditioning is mixed of."""
+    """Return how many prompts a conditioning is mixed from."""
     return 1 + sum(_prompts(mix.other) for mix in conditioning.mixes if mix.other is not None)
 
 
@@ -338,12 +338,12 @@ def _part(node: Node) -> dict[str, Any]:
 
 
 def _size_of(node: Node) -> dict[str, Any]:
-    """Return what the nodes that scale latents and images state alike."""
-    said = {"method": stated(node, "upscale_method"), "node": node.id}
+    """Return the fields that nodes scaling latents and nodes scaling images share."""
+    common = {"method": stated(node, "upscale_method"), "node": node.id}
     if node.kind.endswith("By"):
-        return {**said, "by": stated(node, "scale_by")}
+        return {**common, "by": stated(node, "scale_by")}
     size = (stated(node, "width"), stated(node, "height"))
-    return {**said, "size": size, "centred": stated(node, "crop") == "center"}
+    return {**common, "size": size, "centred": stated(node, "crop") == "center"}
 
 
 def _prompt(node: Node) -> Conditioning:
@@ -361,7 +361,7 @@ def _prompt(node: Node) -> Conditioning:
     text = stated(node, "text")
     if node.kind == "CLIPTextEncodeSDXLRefiner":
         size = (stated(node, "height"), stated(node, "width"))
-        # A base that is told a refiner's sizes takes them for its target too.
+        # A base that is prompted through this node uses the size as its target size too.
         return Conditioning(
             node.id, text, text, original_size=size, crop=(0, 0), target_size=size, score=stated(node, "ascore"),
             encoder=node.kind,

@@ -1,7 +1,7 @@
 """A ComfyUI workflow as requests: one for a base and a refiner that share a grid, else one for each of its samplers.
 
-Checkpoints are not looked for: the bundle takes their place, and what the workflow asks of it that it does not have, or
-what cannot be run here, is named with its node.
+The bundle's models replace the checkpoints. Errors name the node that asks for what the bundle lacks or for what is not
+supported.
 """
 
 __all__ = [
@@ -55,11 +55,11 @@ from sdxl_trt.runtime.request import Request, Side, SideMix, StageName, resolve_
 
 _OWN_SEEDS = ("seed", "noise_seed")
 _FIELDS = {each.word: each.node for each in settings_of(Request).values() if each.node}
-"""What a node calls what an option states."""
+"""The names of the options' settings in ComfyUI's nodes."""
 
 
 def check_workflow(workflow: Workflow, manifest: Manifest) -> Experts:
-    """Return which expert draws each checkpoint, with all that a bundle has to have for `workflow` checked."""
+    """Check that a bundle has all that `workflow` needs, and return the expert that replaces each checkpoint."""
     found = experts(workflow, manifest)
     for sampling in workflow.samplings:
         check_sampling(sampling, found[sampling.model.checkpoint], manifest)
@@ -70,18 +70,18 @@ def check_workflow(workflow: Workflow, manifest: Manifest) -> Experts:
 
 
 def workflow_request(workflow: Workflow, manifest: Manifest, folder: Path | None = None) -> Request:
-    """Return the one request of a workflow that takes no more; UsageError for one that takes a Chain, and as above."""
+    """Return the single request of a workflow. Raises UsageError if it needs a Chain, and as `check_workflow` does."""
     request = pair_request(workflow, manifest, check_workflow(workflow, manifest), folder)
     if request is None:
-        raise UsageError("the workflow takes several runs, and is drawn as a chain of them")
+        raise UsageError("the workflow needs several runs; draw it as a chain of them")
     return request
 
 
 def pair_request(workflow: Workflow, manifest: Manifest, found: Experts, folder: Path | None = None) -> Request | None:
-    """Return the one request that a workflow comes to, None where it takes several.
+    """Return the single request that a workflow stands for, or None if it needs several.
 
-    One sampler, or a base's and a refiner's in this order on one grid, from empty latents or a picture as it is, to one
-    picture. Pictures that it loads lie in `folder`, by default here. Raises UsageError.
+    A single request is one sampler, or a base's and then a refiner's on one grid, from empty latents or an unscaled
+    picture to one picture. Pictures are loaded from `folder`, by default the working directory. Raises UsageError.
     """
     if len(workflow.outputs) > 1 or not isinstance(workflow.outputs[0].image, Decoded):
         return None
@@ -116,7 +116,7 @@ def pair_request(workflow: Workflow, manifest: Manifest, found: Experts, folder:
 
 
 def _samplings(decoded: Decoded) -> tuple[list[Sampling], LatentSource]:
-    """Return the samplers in a row that end in `decoded`, in their order, and what the first of them starts from."""
+    """Return the chain of samplers that ends in `decoded`, in order, and the latents that the first starts from."""
     samplings: list[Sampling] = []
     latents = decoded.latents
     while isinstance(latents, Sampled):
@@ -126,12 +126,12 @@ def _samplings(decoded: Decoded) -> tuple[list[Sampling], LatentSource]:
 
 
 def _fits(samplings: Sequence[Sampling]) -> bool:
-    """Return whether samplers take the same steps of the same schedule."""
+    """Return whether all samplers have the same number of steps and the same schedule."""
     return len({(each.steps, each.schedule) for each in samplings}) == 1
 
 
 def _start(start: LatentSource) -> tuple[int, LatentSource]:
-    """Return how many pictures there are, and what they start from: empty latents, or an encoded picture as it is."""
+    """Return the number of pictures, and the latents that are repeated for them."""
     batch, source = 1, start
     while isinstance(source, Repeated):
         batch, source = batch * source.amount, source.latents
@@ -148,7 +148,7 @@ def sampling_request(
     size: tuple[int, int] | None,
     count: int,
 ) -> Request:
-    """Return the request of one sampler that starts from `image`, or from noise alone in `size` (height, width)."""
+    """Return the request of one sampler that starts from `image`, or from pure noise of `size` (height, width)."""
     sides = _side(sampling.positive), _side(sampling.negative)
     alone = Request(
         sampling.positive[0].text_l,
@@ -203,7 +203,7 @@ def _refined(alone: Request, base: Sampling, refiner: Sampling) -> Request:
 
 
 def with_seed(request: Request, seed: int) -> Request:
-    """Return a workflow's `request` with another seed, which is its refiner's too where that has one."""
+    """Return a workflow's `request` with another seed, also for the refiner if it has a seed of its own."""
     graph = seeded(request.graph, seed)
     return replace(request, seed=seed, refiner_seed=None if request.refiner_seed is None else seed, graph=graph)
 
@@ -220,7 +220,7 @@ def seeded(graph: str, seed: int) -> str:
 
 
 def part_of(graph: Mapping[str, Any], end: str) -> dict[str, Any]:
-    """Return the nodes of a graph in API form that node `end` needs, and itself, in their order."""
+    """Return node `end` of a graph in API form and all nodes that it needs, in the graph's order."""
     kept: set[str] = set()
     waiting = [end]
     while waiting:
@@ -235,7 +235,7 @@ def part_of(graph: Mapping[str, Any], end: str) -> dict[str, Any]:
 def settle_pair(
     request: Request, workflow: Workflow, manifest: Manifest, limits: PlanLimits | None, *, seed_given: bool
 ) -> None:
-    """Raise UsageError, said of the nodes of `workflow`, for what its one `request` cannot be settled to."""
+    """Raise UsageError that names a node of `workflow` if its single `request` cannot be resolved."""
     try:
         resolve_request(request, manifest, limits)
     except UsageError as exc:
@@ -245,9 +245,9 @@ def settle_pair(
 
 
 def blamed(exc: UsageError, sampling: Sampling, start: str, *, seed_given: bool) -> UsageError:
-    """Return what is wrong with a request, said of the node that states it and not of an option that nobody gave.
+    """Return the error `exc` of a request, naming the node that states the setting instead of an option not given.
 
-    `start` is the node that states the size.
+    `start` is the node that states the size and the number of pictures.
     """
     message = str(exc)
     match = re.match(r"(--[a-z-]+|-n)\b", message)
@@ -259,19 +259,19 @@ def blamed(exc: UsageError, sampling: Sampling, start: str, *, seed_given: bool)
 
 
 def load_image(loaded: Loaded, folder: Path) -> InputPicture:
-    """Return the picture of a LoadImage node, which lies in the workflow's folder, or below it."""
+    """Return the picture of a LoadImage node, a file in the workflow's folder or below it."""
     where = f"node {loaded.node} (LoadImage)"
-    # ComfyUI says which of its folders a file is in; separators are those of its system.
+    # ComfyUI marks which of its folders a file is in, and uses the separators of its operating system.
     name = re.sub(r" \[(input|output|temp)\]$", "", loaded.file).replace("\\", "/")
     try:
         path = contained(folder, name)
     except CorruptError as exc:
-        raise UsageError(f"{where}: {name[:80]!r} is no plain name of a file in the workflow's folder") from exc
+        raise UsageError(f"{where}: {name[:80]!r} is not a plain file name in the workflow's folder") from exc
     if not path.is_file():
         raise UsageError(f"{where}: {name[:80]!r} is not in the workflow's folder; put it into {folder}")
     picture = read_input(path, where)
     if picture.pixels is None:
-        raise UsageError(f"{where}: {name[:80]!r} is no picture; give a PNG, JPEG, WebP, GIF or BMP")
+        raise UsageError(f"{where}: {name[:80]!r} is not a picture; give a PNG, JPEG, WebP, GIF or BMP")
     return picture
 
 
@@ -280,20 +280,20 @@ def _side(conditionings: Sequence[Conditioning]) -> Side:
     return replace(first, combined=tuple(others))
 
 
-def _one_side(told: Conditioning) -> Side:
-    zeroed = [mix.kind for mix in told.mixes] == ["zero"]
+def _one_side(prompt: Conditioning) -> Side:
+    zeroed = [mix.kind for mix in prompt.mixes] == ["zero"]
     mixes = tuple(
         SideMix(kind=mix.kind, other=None if mix.other is None else _one_side(mix.other), strength=mix.strength)
-        for mix in told.mixes
+        for mix in prompt.mixes
     )
     return Side(
-        text=told.text_l,
-        text_2=told.text_g,
+        text=prompt.text_l,
+        text_2=prompt.text_g,
         zeroed=zeroed,
-        clip_skip=-2 - told.clip.last_layer,
+        clip_skip=-2 - prompt.clip.last_layer,
         mixes=() if zeroed else mixes,
-        original_size=told.original_size,
-        crop=told.crop,
-        target_size=told.target_size,
-        aesthetic_score=told.score,
+        original_size=prompt.original_size,
+        crop=prompt.crop,
+        target_size=prompt.target_size,
+        aesthetic_score=prompt.score,
     )

@@ -1,7 +1,7 @@
-"""What a ComfyUI workflow asks for: which pictures it draws, and of what: samplers, prompts, models, latents, images.
+"""A ComfyUI workflow as data: the pictures it draws, and the samplers, prompts, models and latents that make them.
 
-Every link from a picture back to the checkpoints is followed. What cannot be run is named, node by node, in one error;
-where some pictures can be drawn and others not, those are drawn and the others named in warnings, as ComfyUI does.
+Every link from a picture back to the checkpoints is followed. One error names all nodes that are not supported; if only
+some pictures can be drawn, those are drawn and warnings name the others, as in ComfyUI.
 """
 
 __all__ = [
@@ -29,16 +29,16 @@ __all__ = [
 from dataclasses import dataclass, field
 from typing import Literal
 
-# KSamplerAdvanced's own default for "to the end".
+# KSamplerAdvanced's default end step, which means "to the end".
 TO_THE_END = 10_000
 Loras = tuple[tuple[str, float], ...]
 
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint's UNet, by the name that the workflow gives it, and the LoRAs (name, strength) put on it in order.
+    """A checkpoint's UNet, by its name in the workflow, and the LoRAs (name, strength) applied to it in order.
 
-    `node` is the loader's.
+    `node` is the id of the loader.
     """
 
     checkpoint: str
@@ -48,7 +48,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Clip:
-    """A checkpoint's text encoders, with LoRAs at their strengths here; `last_layer` -2 is SDXL's own."""
+    """A checkpoint's text encoders, and the LoRAs with their strengths on these; `last_layer` -2 is SDXL's own."""
 
     checkpoint: str = ""
     loras: Loras = ()
@@ -57,7 +57,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class VaeName:
-    """An autoencoder: a checkpoint's, or with `own_file` one that a VAELoader names."""
+    """An autoencoder: a checkpoint's, or with `own_file` a separate file that a VAELoader names."""
 
     name: str
     own_file: bool = False
@@ -66,9 +66,9 @@ class VaeName:
 
 @dataclass(frozen=True)
 class Mix:
-    """What is made of a prompt's conditioning: zeros, or another one beside it or averaged with it.
+    """An operation on a prompt's conditioning: zero it, concatenate another one to it, or average both.
 
-    "average" counts the prompt itself with `strength`, and `other` with the rest.
+    "average" weights the prompt itself by `strength`, and `other` by the rest.
     """
 
     kind: Literal["zero", "concat", "average"]
@@ -78,10 +78,10 @@ class Mix:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """A prompt as one of ComfyUI's encoders takes it. Sizes are (height, width), None where the latents give them.
+    """The inputs of one of ComfyUI's text encode nodes. Sizes are (height, width), or None for the size of the latents.
 
-    `score` is the refiner's aesthetic score, None for the base's encoders; `mixes` are done in their order. `node` is
-    the encoder's, and `encoder` its class.
+    `score` is the refiner's aesthetic score, None for the base's encoders; `mixes` are applied in order. `node` is the
+    id of the text encode node, and `encoder` its class.
     """
 
     node: str
@@ -100,8 +100,8 @@ class Conditioning:
 class Sampling:
     """One KSampler or KSamplerAdvanced: a part of a schedule of `steps`, from `start` to `end`.
 
-    `denoise` below 1 (KSampler's) takes the last part of a longer schedule. Of several conditionings of a side the
-    model's answers are averaged.
+    `denoise` below 1 (KSampler's) takes the last part of a longer schedule. If a side has several conditionings, the
+    model's predictions for them are averaged.
     """
 
     node: str
@@ -132,7 +132,7 @@ class Empty:
 
 @dataclass(frozen=True)
 class Encoded:
-    """What an autoencoder makes of an image; `tiled` in tiles."""
+    """Latents that an autoencoder encodes from an image, in tiles if `tiled`."""
 
     image: "Image"
     vae: VaeName
@@ -142,7 +142,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Repeated:
-    """Every one of some latents, several times: the batch as a whole, again and again."""
+    """A batch of latents that is repeated as a whole, `amount` times."""
 
     latents: "LatentSource"
     amount: int
@@ -151,20 +151,20 @@ class Repeated:
 
 @dataclass(frozen=True)
 class Resized:
-    """Latents of another size: (width, height) in pixels, 0 for what keeps the shape, or scaled `by` a factor."""
+    """Latents resized to (width, height) in pixels, where 0 keeps the aspect ratio, or scaled `by` a factor."""
 
     latents: "LatentSource"
     method: str
     size: tuple[int, int] | None = None
     by: float = 1.0
     centred: bool = False
-    """Whether what is too long is cut off on both sides first."""
+    """Whether the centre is cropped to the new aspect ratio first."""
     node: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """What a sampler makes of latents."""
+    """Latents that a sampler makes from other latents."""
 
     latents: "LatentSource"
     sampling: Sampling
@@ -172,7 +172,7 @@ class Sampled:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A picture file by the name that the workflow gives it."""
+    """A picture file, by its name in the workflow."""
 
     file: str
     node: str = field(default="", compare=False)
@@ -180,7 +180,7 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Scaled:
-    """An image of another size, as `Resized`."""
+    """A resized image, with the fields of `Resized`."""
 
     image: "Image"
     method: str
@@ -192,7 +192,7 @@ class Scaled:
 
 @dataclass(frozen=True)
 class Decoded:
-    """What an autoencoder makes of latents; `tiled` in tiles."""
+    """An image that an autoencoder decodes from latents, in tiles if `tiled`."""
 
     latents: "LatentSource"
     vae: VaeName
@@ -206,7 +206,7 @@ Image = Loaded | Scaled | Decoded
 
 @dataclass(frozen=True)
 class Output:
-    """An image that is written, under a name that starts with `prefix`."""
+    """An image to write, under a name that starts with `prefix`."""
 
     image: Image
     prefix: str
@@ -215,14 +215,14 @@ class Output:
 
 @dataclass(frozen=True)
 class Workflow:
-    """The pictures that a workflow draws, in the order of its nodes; `graph` draws them, JSON in API form."""
+    """The pictures that a workflow draws, in the order of its nodes; `graph` is the API JSON that draws them."""
 
     outputs: tuple[Output, ...]
     graph: str = field(default="", compare=False)
 
     @property
     def samplings(self) -> tuple[Sampling, ...]:
-        """Return every sampler that the pictures need, each once, first those that others go on from."""
+        """Return every sampler that the pictures need, each once; a sampler follows the one it continues from."""
         found: dict[str, Sampling] = {}
         for output in self.outputs:
             for each in reversed([*ancestry(output.image)]):
@@ -232,12 +232,12 @@ class Workflow:
 
     @property
     def loads_image(self) -> bool:
-        """Return whether a picture is encoded on the way."""
+        """Return whether any image is encoded to latents."""
         return any(isinstance(each, Encoded) for output in self.outputs for each in ancestry(output.image))
 
 
 def ancestry(source: LatentSource | Image) -> "list[LatentSource | Image]":
-    """Return `source` and what it is made of, back to where it starts: each is made of one other at most."""
+    """Return `source` and the sources it is made from, back to the first; each has at most one source."""
     found: list[LatentSource | Image] = [source]
     while not isinstance(found[-1], Empty | Loaded):
         last = found[-1]

@@ -1,4 +1,4 @@
-"""A request in ComfyUI's way as the graph that ComfyUI would run for it: what `--workflow` and ComfyUI itself read."""
+"""Write a request in ComfyUI mode as the graph that ComfyUI would run for it; `--workflow` and ComfyUI read it."""
 
 __all__ = ["write_workflow"]
 
@@ -17,15 +17,15 @@ Link = list[Any]
 
 
 def write_workflow(asked: Request, request: ResolvedRequest, manifest: Manifest) -> dict[str, Any] | None:
-    """Return the graph in API form of `asked`, settled as `request`; None where ComfyUI's nodes do not say all of it.
+    """Return the graph in API form of `asked`, resolved as `request`, or None if ComfyUI's nodes cannot express it.
 
-    Beside what a workflow asked for, guidance rescale and interval, tiles and injected noise may stand, which no node
-    says. Checkpoints have the names that the workflow gave them, or those that the bundle knows.
+    A request from a workflow may add guidance rescale and interval, tiles and injected noise, which no node expresses.
+    Checkpoints keep their names in the workflow, or else are named after the bundle's models.
     """
     stages = _stages(request)
-    if not request.comfyui or not all(_is_said(stage, asked, request) for stage in stages):
+    if not request.comfyui or not all(_fits_sampler_node(stage, asked, request) for stage in stages):
         return None
-    if not _is_usual(asked) or not _image_is_said(request):
+    if not _fits_nodes(asked) or not _image_fits_nodes(request):
         return None
     graph = _Graph()
     names = asked.checkpoints or _checkpoints(manifest)
@@ -37,11 +37,11 @@ def write_workflow(asked: Request, request: ResolvedRequest, manifest: Manifest)
         latents = _sampler(graph, stage, model, latents, asked, request)
     decoded = graph.add("VAEDecode", samples=[latents, 0], vae=[checkpoint, 2])
     graph.add("SaveImage", images=[decoded, 0], filename_prefix="sdxl")
-    return graph.nodes if all(_is_taken(node) for node in graph.nodes.values()) else None
+    return graph.nodes if all(_is_accepted(node) for node in graph.nodes.values()) else None
 
 
-def _is_taken(stored: Mapping[str, Any]) -> bool:
-    """Return whether every value of a node is within what ComfyUI takes."""
+def _is_accepted(stored: Mapping[str, Any]) -> bool:
+    """Return whether ComfyUI accepts every value of a node."""
     node = Node("", stored["class_type"], stored["inputs"])
     try:
         for each in NODES[node.kind].inputs:
@@ -64,7 +64,7 @@ class _Graph:
 
 
 class _Model:
-    """The links to a checkpoint's UNet and text encoders, with LoRAs on them."""
+    """The links to a checkpoint's UNet and text encoders, after its LoRA loaders."""
 
     def __init__(self, graph: _Graph, checkpoint: str, loras: tuple[LoraRecord, ...]) -> None:
         self.unet: Link = [checkpoint, 0]
@@ -81,14 +81,14 @@ def _stages(request: ResolvedRequest) -> tuple[StageName, ...]:
     return ("base", "refiner") if request.uses_refiner else ("base",)
 
 
-def _is_usual(asked: Request) -> bool:
-    """Return whether a request says nothing more than a graph; what comes from one does not."""
-    unsaid = [each for each in settings_of(Request).values() if each.workflow in ("beside", "reads")]
-    return all(each.is_default(getattr(asked, each.name)) for each in unsaid) or asked.base_sides is not None
+def _fits_nodes(asked: Request) -> bool:
+    """Return whether a request has only settings that nodes have; one that comes from a graph always passes."""
+    without = [each for each in settings_of(Request).values() if each.workflow in ("beside", "reads")]
+    return all(each.is_default(getattr(asked, each.name)) for each in without) or asked.base_sides is not None
 
 
-def _is_said(stage: StageName, asked: Request, request: ResolvedRequest) -> bool:
-    """Return whether a stage's sampler can be written with all that it does."""
+def _fits_sampler_node(stage: StageName, asked: Request, request: ResolvedRequest) -> bool:
+    """Return whether ComfyUI's nodes can express all that a stage's sampler does."""
     part = request.denoising_of(stage)[1]
     strength = _strength(stage, asked, request)
     whole = part.start == 0 and part.stop == request.schedule_of(stage).steps
@@ -98,13 +98,13 @@ def _is_said(stage: StageName, asked: Request, request: ResolvedRequest) -> bool
         return False
     if stage == "base":
         return True
-    # A grid that begins further down is one sampler's alone, and a graph's refiner has no crop.
+    # In a graph, two samplers cannot share the grid that a strength below 1 makes, and the refiner has no crop.
     shares = not request.refiner_only and asked.refiner_strength is None and request.strength < 1.0
     return not shares and all(side.micro.crop == (0, 0) for side in request.sides[stage])
 
 
-def _image_is_said(request: ResolvedRequest) -> bool:
-    """Return whether what a run starts from is a picture file that ComfyUI takes as it is, or noise alone."""
+def _image_fits_nodes(request: ResolvedRequest) -> bool:
+    """Return whether a run starts from pure noise, or from a picture file that ComfyUI would use unscaled."""
     image = request.image
     return image is None or (image.pixels is not None and image.name != "" and request.fit == "crop")
 
@@ -119,18 +119,18 @@ def _adds_noise(stage: StageName, request: ResolvedRequest) -> bool:
 
 
 def _checkpoints(manifest: Manifest) -> tuple[str, ...]:
-    """Return file names for the bundle's models, from what they are called."""
+    """Return checkpoint file names for the bundle's models, made from the names of their sources."""
     components = manifest.components
     names = [components[stage.unet].source.name.removesuffix("/unet") for stage in manifest.stages().values()]
     stems = [name.rsplit("/", 1)[-1].removesuffix(".safetensors") for name in names]
     if stems[0] == stems[-1]:
-        # One checkpoint twice would be no base and refiner.
+        # Two equal names would read as one checkpoint, not as base and refiner.
         stems[1:] = [f"{stem}-refiner" for stem in stems[1:]]
     return tuple(f"{stem}.safetensors" for stem in stems)
 
 
 def _start(graph: _Graph, checkpoint: str, request: ResolvedRequest) -> str:
-    """Add what the first sampler starts from, and return its node."""
+    """Add the nodes that the first sampler starts from, and return the last one's id."""
     count = len(request.seeds)
     if request.image is None:
         return graph.add("EmptyLatentImage", width=request.width, height=request.height, batch_size=count)
@@ -142,7 +142,7 @@ def _start(graph: _Graph, checkpoint: str, request: ResolvedRequest) -> str:
 def _sampler(
     graph: _Graph, stage: StageName, model: _Model, latents: str, asked: Request, request: ResolvedRequest
 ) -> str:
-    """Add the nodes of a stage, and return its sampler."""
+    """Add the nodes of a stage, and return its sampler's id."""
     positive, negative = request.sides[stage]
     sampler, part = request.denoising_of(stage)
     seed = ((request.refiner_seeds if stage == "refiner" else None) or request.seeds)[0]
@@ -176,15 +176,15 @@ def _switch(*, on: bool) -> str:
     return "enable" if on else "disable"
 
 
-def _prompt(graph: _Graph, stage: StageName, clip: Link, told: ResolvedSide, score: float) -> str:
-    """Add the encoder of one side of a stage, and return the node that its conditioning comes from."""
-    height, width = told.micro.original_size
+def _prompt(graph: _Graph, stage: StageName, clip: Link, side: ResolvedSide, score: float) -> str:
+    """Add the text encode node of one side of a stage, and return the id of the node that gives its conditioning."""
+    height, width = side.micro.original_size
     size = {"width": width, "height": height}
     if stage == "refiner":
-        node = graph.add("CLIPTextEncodeSDXLRefiner", ascore=score, **size, text=told.prompt.text, clip=clip)
+        node = graph.add("CLIPTextEncodeSDXLRefiner", ascore=score, **size, text=side.prompt.text, clip=clip)
     else:
-        (top, left), (target_height, target_width) = told.micro.crop, told.micro.target_size
+        (top, left), (target_height, target_width) = side.micro.crop, side.micro.target_size
         target = {"crop_w": left, "crop_h": top, "target_width": target_width, "target_height": target_height}
-        texts = {"text_g": told.prompt.text_2, "text_l": told.prompt.text}
+        texts = {"text_g": side.prompt.text_2, "text_l": side.prompt.text}
         node = graph.add("CLIPTextEncodeSDXL", **size, **target, **texts, clip=clip)
-    return graph.add("ConditioningZeroOut", conditioning=[node, 0]) if told.zeroed else node
+    return graph.add("ConditioningZeroOut", conditioning=[node, 0]) if side.zeroed else node

@@ -94,7 +94,7 @@ def test_subgraphs_stand_in_the_place_of_their_instances(shown: list[str], text:
 
 def test_a_widget_that_cannot_be_told_from_others_is_not_guessed() -> None:
     instance = _node(5, "outer", [("clip", "CLIP", 1), ("text", "STRING", None)], widgets_values=["one", "another"])
-    with pytest.raises(UsageError, match=r"node 5 \(subgraph 'called outer'\): its widget 'text' cannot be told"):
+    with pytest.raises(UsageError, match=r"node 5 \(subgraph 'called outer'\): its widget 'text' cannot be matched"):
         from_editor(_nested(instance), "x")
 
 

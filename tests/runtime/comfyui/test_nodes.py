@@ -103,4 +103,4 @@ def test_what_no_node_has_is_named(said: Any, kind: str) -> None:
     if kind.startswith("Primitive"):
         return  # their values stand in the nodes that they feed
     graph[key][1]["brand_new"] = 1
-    assert f"node {key} ({kind}): brand_new: no input that is known here" in "\n".join(said(graph)[1])
+    assert f"node {key} ({kind}): brand_new: unknown input" in "\n".join(said(graph)[1])

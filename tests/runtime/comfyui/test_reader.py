@@ -189,7 +189,7 @@ def test_what_can_be_drawn_is_drawn_and_the_rest_named(api: Json, read: Any, cap
     api["30"] = {"class_type": "FancyUpscaler", "inputs": {"image": ["17", 0]}}
     api["31"] = {"class_type": "SaveImage", "inputs": {"images": ["30", 0], "filename_prefix": "y"}}
     assert read(api) == whole
-    assert "node 31 (SaveImage): is not drawn: node 30 (FancyUpscaler): cannot be run here" in caplog.text
+    assert "node 31 (SaveImage): is not drawn: node 30 (FancyUpscaler): is not supported" in caplog.text
 
 
 WIDGETS = {
@@ -252,7 +252,7 @@ def test_a_muted_node_is_missed_and_not_its_old_value_taken(api: Json, read: Any
     editor = _editor(api)
     primitive = next(node for node in editor["nodes"] if node["type"] == "PrimitiveNode")
     primitive["mode"] = 2
-    with pytest.raises(UsageError, match="node 100, which is not in it, or muted"):
+    with pytest.raises(UsageError, match="node 100, which is missing or muted"):
         read(editor)
 
 
@@ -298,18 +298,18 @@ DAMAGE: dict[str, tuple[Callable[[Json], Any], str]] = {
     "missing node": (lambda api: api.pop("10"), "links to node 10"),
     "circle": (lambda api: api["10"]["inputs"].update(latent_image=["11", 0]), "circle"),
     "self": (lambda api: api["10"]["inputs"].update(latent_image=["10", 0]), "circle"),
-    "word for number": (lambda api: api["10"]["inputs"].update(steps="fifty"), "steps 'fifty' is no whole number"),
-    "half a step": (lambda api: api["10"]["inputs"].update(steps=1.5), "steps '1.5' is no whole number"),
-    "half a step in words": (lambda api: api["10"]["inputs"].update(steps="8.0"), "steps '8.0' is no whole number"),
+    "word for number": (lambda api: api["10"]["inputs"].update(steps="fifty"), "steps 'fifty' is not a whole number"),
+    "half a step": (lambda api: api["10"]["inputs"].update(steps=1.5), "steps '1.5' is not a whole number"),
+    "half a step in words": (lambda api: api["10"]["inputs"].update(steps="8.0"), "steps '8.0' is not a whole number"),
     "no step": (lambda api: api["10"]["inputs"].update(steps=0), "steps 0 is outside 1 to 10000"),
-    "nan": (lambda api: api["10"]["inputs"].update(cfg=float("nan")), "cfg 'nan' is no number"),
+    "nan": (lambda api: api["10"]["inputs"].update(cfg=float("nan")), "cfg 'nan' is not a number"),
     "infinity": (lambda api: api["10"]["inputs"].update(cfg="inf"), "cfg inf is outside 0 to 100"),
-    "true": (lambda api: api["10"]["inputs"].update(cfg=True), "cfg 'True' is no number"),
+    "true": (lambda api: api["10"]["inputs"].update(cfg=True), "cfg 'True' is not a number"),
     "neither": (
         lambda api: api["10"]["inputs"].update(add_noise="maybe"),
-        "'maybe' is unknown here; .*enable, disable",
+        "'maybe' is not supported; .*enable, disable",
     ),
-    "list for text": (lambda api: api["6"]["inputs"].update(text_g=[1]), "text_g is no text"),
+    "list for text": (lambda api: api["6"]["inputs"].update(text_g=[1]), "text_g is not text"),
     "a missing value": (
         lambda api: api["10"]["inputs"].pop("cfg") and api["10"]["inputs"].pop("noise_seed"),
         "noise_seed is missing",
@@ -317,20 +317,20 @@ DAMAGE: dict[str, tuple[Callable[[Json], Any], str]] = {
     "no clip": (lambda api: api["6"]["inputs"].pop("clip"), "node 6 .*nothing is linked to clip"),
     "the wrong output": (
         lambda api: api["10"]["inputs"].update(model=["4", 1]),
-        "node 4 .*: gives MODEL and CLIP and VAE, and output 1 is taken for MODEL",
+        "node 4 .*: gives MODEL and CLIP and VAE, but output 1 is linked as MODEL",
     ),
     "a bad primitive": (
         lambda api: (
             api.update({"40": {"class_type": "PrimitiveInt", "inputs": {"value": "x"}}})
             or api["10"]["inputs"].update(steps=["40", 0])
         ),
-        r"node 40 \(PrimitiveInt\), which feeds steps of node 10 .*: its value 'x' is no whole",
+        r"node 40 \(PrimitiveInt\), which feeds steps of node 10 .*: its value 'x' is not a whole",
     ),
     "a styler": (
         lambda api: (
             api.update({"40": {"class_type": "Styler", "inputs": {}}}) or api["6"]["inputs"].update(text_g=["40", 0])
         ),
-        r"workflow.json: node 40 \(Styler\): cannot be run here, where a value for text_g of node 6",
+        r"workflow.json: node 40 \(Styler\): is not supported, where a value for text_g of node 6",
     ),
     "nothing linked": (lambda api: api["17"]["inputs"].update(samples=None), "nothing is linked to samples"),
     "other class": (lambda api: api["17"].update(class_type="VAEDecodeAudio"), "VAEDecodeAudio"),

@@ -130,19 +130,19 @@ BASE_TOLD = replace(
 )
 REFUSED: dict[str, tuple[Sampling, Sampling, str]] = {
     "sampler": (replace(BASE, sampler="dpm_adaptive"), REFINER,
-                "node 10: sampler_name 'dpm_adaptive' is unknown here; .*euler"),
-    "schedule": (BASE, replace(REFINER, schedule="AYS"), "node 11: scheduler 'AYS' is unknown here; .*normal"),
+                "node 10: sampler_name 'dpm_adaptive' is not supported; .*euler"),
+    "schedule": (BASE, replace(REFINER, schedule="AYS"), "node 11: scheduler 'AYS' is not supported; .*normal"),
     "denoise": (BASE, replace(REFINER, denoise=0.0), "node 11: denoise 0 is outside 0 to 1"),
     "a denoise and a start": (replace(BASE, denoise=0.3, start=4), REFINER, "give one of them"),
     "refiner's LoRA": (BASE, replace(REFINER, model=Model("refiner", INK)), "node 11: has a LoRA on the refiner"),
     "refiner's CLIP": (BASE, replace(REFINER, negative=(replace(REFINER.negative[0], clip=Clip("refiner", INK)),)),
                        "node 16: has a LoRA on the refiner's CLIP"),
-    "base's encoder on the refiner": (BASE, BASE_TOLD, "node 15 .*: has texts for the base's two encoders"),
+    "base's encoder on the refiner": (BASE, BASE_TOLD, "node 15 .*: is for the base's two encoders"),
     "strength": (replace(BASE, model=Model("base", (("ink.safetensors", 1.0),))), REFINER,
-                 "LoRA ink.safetensors at strength 1, 0.8 on .*it has it at 0.8.*--lora ink.safetensors:1:0.8"),
+                 "LoRA ink.safetensors at strength 1, 0.8 on .*the bundle has it at 0.8.*--lora ink.safetensors:1:0.8"),
     "twice": (TWICE, REFINER, "LoRA ink.safetensors at strength 1.6, 0.8 on the text encoders, is not in the bundle"),
     "the model's alone": (NO_LORA, REFINER, "node 10 with the prompt of node 6: .*--lora ink.safetensors:0.8:0"),
-    "another CLIP": (OTHER_CLIP, REFINER, "node 6: its CLIP is that of 'other', and node 10 samples with 'base'"),
+    "another CLIP": (OTHER_CLIP, REFINER, "node 6: its CLIP comes from 'other', but node 10 samples with 'base'"),
     "third checkpoint": (replace(BASE, model=Model("third")), replace(REFINER, model=Model("fourth")), "3 checkpoints"),
     "seed": (replace(BASE, seed=-1), REFINER, "node 10: the seed -1: choose 0"),
     "start": (BASE, replace(REFINER, start=-4), "node 11: start_at_step -4"),
@@ -197,7 +197,7 @@ def test_decoders_of_another_stage_take_several_runs(manifest: Manifest) -> None
 
 
 def test_a_bundle_without_a_refiner_says_so(manifest: Manifest) -> None:
-    with pytest.raises(UsageError, match="node 11: takes a refiner, but the bundle has none"):
+    with pytest.raises(UsageError, match="node 11: needs a refiner, but the bundle has none"):
         workflow_request(WORKFLOW, msgspec.structs.replace(manifest, refiner=None))
 
 
@@ -261,7 +261,9 @@ def test_layers_and_mixes_are_those_of_each_side(manifest: Manifest) -> None:
         replace(request, base_sides=(replace(side, clip_skip=0), request.base_sides[1])), manifest
     )
     assert [prompt.text for prompt in resolved.sides["base"][0].prompts()] == ["red", "bad", "red"]
-    with pytest.raises(UsageError, match="node 6: its CLIP stops at layer -5, and the bundle's text encoders go down"):
+    with pytest.raises(
+        UsageError, match="node 6: its CLIP stops at layer -5, but the bundle's text encoders reach only"
+    ):
         workflow_request(
             _workflow(replace(BASE, positive=(replace(told, clip=replace(CLIP, last_layer=-5)),))), manifest
         )
@@ -304,9 +306,9 @@ def test_a_picture_is_loaded_from_the_workflow_s_folder(manifest: Manifest, pict
     ("name", "words"),
     [
         ("other.png", "'other.png' is not in the workflow's folder; put it into"),
-        ("../OUT", "no plain name"), ("/etc/passwd", "no plain name"), ("link.png", "no plain name"), ("", "no plain"),
-        ("..\\OUT", "no plain name"), ("pictures", "is not in the workflow's folder"), ("a\0b", "no plain name"),
-        ("x" * 5000, "no plain name"), ("latents.npy", "is no picture"),
+        ("../OUT", "not a plain file name"), ("/etc/passwd", "not a plain file name"), ("link.png", "not a plain file name"), ("", "not a plain"),
+        ("..\\OUT", "not a plain file name"), ("pictures", "is not in the workflow's folder"), ("a\0b", "not a plain file name"),
+        ("x" * 5000, "not a plain file name"), ("latents.npy", "is not a picture"),
     ],
 )  # fmt: skip
 def test_no_picture_leads_out_of_the_folder(
@@ -341,7 +343,7 @@ def test_one_sampler_with_a_score_is_the_refiner_s(manifest: Manifest, picture: 
     assert (resolved.first.add_noise, resolved.refiner.add_noise) == (True, False)
     assert resolved.sides["refiner"][0].micro.aesthetic_score == 6.0
     no_refiner = msgspec.structs.replace(manifest, refiner=None)
-    with pytest.raises(UsageError, match="node 11: takes a refiner"):
+    with pytest.raises(UsageError, match="node 11: needs a refiner"):
         workflow_request(workflow, no_refiner, tmp_path)
     other = msgspec.structs.replace(_stage(), vae=msgspec.structs.replace(_stage().vae, decoder="own"))
     apart = msgspec.structs.replace(manifest, refiner=other)
