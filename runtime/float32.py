@@ -1,6 +1,6 @@
-"""Functions of float32 values as torch rounds them: where a last bit decides between two timesteps, or moves a path.
+"""Functions of float32 values rounded as in torch, where a last bit decides between two timesteps or changes noise.
 
-torch's own are within a unit in the last place, and nearly always the float32 that is nearest: so are these.
+torch's functions are within a unit in the last place, and nearly always return the nearest float32, as these do.
 """
 
 __all__ = ["exp32", "linspace32", "log32", "power32", "tan32"]
@@ -38,7 +38,7 @@ def power32(values: Given, exponent: float) -> Values:
 def linspace32(start: float, end: float, count: int) -> Values:
     """Return `count` evenly spaced values as ``torch.linspace`` gives them: in float32, counted from the nearer end.
 
-    A product and the sum that it is added to are rounded as one, as by a processor with fused multiply-add.
+    A product and the sum it is added to are rounded once, as by a fused multiply-add.
     """
     first, last = np.float32(start), np.float32(end)
     if count == 1:

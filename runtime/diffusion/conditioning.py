@@ -1,4 +1,4 @@
-"""What a stage is told beside the latents: prompts, sizes, crop, aesthetic score."""
+"""A stage's conditioning inputs: prompts, sizes, crop and aesthetic score."""
 
 __all__ = ["Conditions", "MicroConditions", "make_conditions"]
 
@@ -48,20 +48,20 @@ Micro = MicroConditions | Sequence[MicroConditions]
 
 @dataclass(frozen=True)
 class Conditions:
-    """The constant inputs of a UNet for a phase, with rows [positive…, negative…]; no negative rows unguided.
+    """The constant inputs of a UNet for a phase: rows [positive…, negative…], or only positive ones without guidance.
 
-    A side of several conditionings has the rows of each, one block after the other.
+    A side with several conditionings has one block of rows for each, one after the other.
     """
 
     inputs: dict[str, Array]
     guidance_scale: float
     pictures: int = 0
-    """How many pictures the rows are for; 0 for as many as are asked about."""
+    """The number of pictures that the rows are for; 0 for the batch size of the latents."""
     comfyui_rule: bool = False
-    """Whether every guidance scale but 1 guides, as in ComfyUI."""
+    """Whether every guidance scale except 1 guides, as in ComfyUI."""
     positives: int = 1
     negatives: int = 1
-    """How many conditionings a side has, of whose predictions the mean is taken; a block of rows for each."""
+    """The number of conditionings of each side, a block of rows each; their predictions are averaged."""
 
     @property
     def guided(self) -> bool:
@@ -80,11 +80,11 @@ def make_conditions(
     *,
     comfyui_rule: bool = False,
 ) -> Conditions:
-    """Return the conditions of `pictures` pictures of one prompt, in the dtypes that `engine` takes.
+    """Return the conditions of `pictures` pictures of one prompt, in the dtypes of `engine`'s inputs.
 
-    A side is one conditioning, or several whose predictions are averaged. `micro` are those of both sides, or of each.
-    Prompts of different lengths are repeated to the least common one, as in ComfyUI: attention takes no notice of a
-    repetition.
+    A side is one conditioning, or several whose predictions are averaged. `micro` holds for both sides, or for each.
+    Prompts of different lengths are repeated to their least common multiple, as in ComfyUI: cross-attention gives the
+    same result for repeated tokens.
     """
     both = (micro, micro) if isinstance(micro, MicroConditions) else micro
     positives, negatives = _side(positive, both[0]), _side(negative, both[1])
@@ -104,7 +104,7 @@ def make_conditions(
 
 
 def _side(embeds: Embeds, micro: Micro) -> list[tuple[PromptEmbeds, MicroConditions]]:
-    """Return the conditionings of a side, each with its sizes."""
+    """Return the conditionings of a side, each with its micro-conditions."""
     several = [embeds] if isinstance(embeds, PromptEmbeds) else [*embeds]
     sizes = [micro] * len(several) if isinstance(micro, MicroConditions) else [*micro]
     return [*zip(several, sizes, strict=True)]

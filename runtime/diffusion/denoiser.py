@@ -23,11 +23,11 @@ PREDICTIONS = ("epsilon", "v_prediction", "sample")
 class Denoiser:
     """Binds a UNet engine to the conditions of a phase; float32 latents (n, c, h, w) in and out.
 
-    The estimate takes the place of the engine's answer, and the engine's inputs that of the ones before: at a few
-    hundred kilobytes fresh memory costs more than the arithmetic.
+    The estimate overwrites the engine's output, and each call's inputs overwrite those of the call before: at a few
+    hundred kilobytes, allocating memory costs more than the arithmetic.
 
     `schedule` gives the timestep of each sigma; without `guidance` every step has the scale of the `conditions`.
-    Raises UsageError for an unknown prediction type, CorruptError where the UNet answers with NaN or infinity.
+    Raises UsageError for an unknown prediction type, CorruptError if the UNet outputs NaN or infinity.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Denoiser:
         guidance: Guidance | None = None,
     ) -> None:
         if prediction_type not in PREDICTIONS:
-            raise UsageError(f"prediction type {prediction_type!r} is unknown; {', '.join(PREDICTIONS)} are known")
+            raise UsageError(f"prediction type {prediction_type!r} is unknown; choose one of: {', '.join(PREDICTIONS)}")
         self._engine = engine
         self._schedule = schedule
         self._conditions = conditions
@@ -52,7 +52,7 @@ class Denoiser:
         self._sample: Array = np.empty(0, self._dtype)
         self._timestep = np.empty(0, np.float32)
         self.latest: NDArray[np.float32] | None = None
-        """The latest estimate, for previews: read-only, since a sampler goes on from the memory that it shows."""
+        """The latest estimate, for previews: read-only, since the sampler continues from the same memory."""
         engine.bind(conditions.inputs)
 
     def __call__(self, x: NDArray[np.float32], sigma: float) -> NDArray[np.float32]:
@@ -62,7 +62,7 @@ class Denoiser:
         answer = self._engine.infer({"sample": sample, "timestep": timestep})["out_sample"]
         prediction: NDArray[np.float32] = to_float32(answer) if answer.dtype == np.float16 else answer
         factor, share = self._weights(sigma)
-        with np.errstate(invalid="ignore", over="ignore"):  # that is told of below
+        with np.errstate(invalid="ignore", over="ignore"):  # reported below
             pictures = self._pictures(x)
             positives = self._conditions.positives * pictures
             positive, negatives = _mean(prediction[:positives], pictures), prediction[positives:]
@@ -73,8 +73,8 @@ class Denoiser:
                 prediction *= factor
         if not np.isfinite(prediction).all():
             raise CorruptError(
-                f"the UNet answered with NaN or infinity at timestep {timestep[0]:g}; if the bundle is fp16, export it"
-                " with --fp32, else its weights are damaged"
+                f"the UNet output NaN or infinity at timestep {timestep[0]:g}; if the bundle is fp16, export it with"
+                " --fp32, otherwise its weights are damaged"
             )
         denoised = prediction[: len(x)]
         if share:
@@ -84,10 +84,10 @@ class Denoiser:
         return denoised
 
     def _rows(self, x: NDArray[np.float32], sigma: float, *, guided: bool) -> tuple[Array, NDArray[np.float32]]:
-        """Return the scaled latents and the timestep for the UNet: a row a picture for each of its conditionings.
+        """Return the scaled latents and the timesteps for the UNet: one row per picture and conditioning.
 
-        The last picture is repeated where the conditions are for more: a plan of one batch size takes no fewer. The
-        arrays are written anew by the next call.
+        The last picture is repeated if the conditions are for more: a plan of a fixed batch size takes no fewer. The
+        next call overwrites the arrays.
         """
         pictures = self._pictures(x)
         blocks = self._conditions.positives + (self._conditions.negatives if guided else 0)
@@ -108,11 +108,11 @@ class Denoiser:
         return sample, self._timestep
 
     def _pictures(self, x: NDArray[np.float32]) -> int:
-        """Return how many pictures the rows are for: those of `x`, and more where the conditions are."""
+        """Return the number of pictures that the rows are for: that of `x`, or that of the conditions if larger."""
         return max(len(x), self._conditions.pictures)
 
     def _weights(self, sigma: float) -> tuple[float, float]:
-        """Return what the prediction and the noisy latents count in the clean ones."""
+        """Return the weights of the prediction and of the noisy latents in the clean latents."""
         data = self._schedule.sigma_data
         if data is not None:  # c_out and c_skip of arXiv 2206.00364, as diffusers' EDM classes have them
             variance = sigma**2 + data**2

@@ -1,4 +1,4 @@
-"""Classifier-free guidance: how far from the negative prompt, at which steps, and how much of it is taken back."""
+"""Classifier-free guidance: its scale, the steps that it applies to, and the rescaling of its result."""
 
 __all__ = ["Guidance", "guided_span", "guides"]
 
@@ -12,14 +12,14 @@ from sdxl_trt.engines import UsageError
 
 
 def guides(scale: float, *, comfyui_rule: bool = False) -> bool:
-    """Return whether `scale` is guidance: above 1 (diffusers' rule), or with `comfyui_rule` all but 1 (ComfyUI's)."""
+    """Return whether `scale` guides: above 1 (diffusers' rule), or with `comfyui_rule` any but 1 (ComfyUI's)."""
     return not math.isclose(scale, 1.0) if comfyui_rule else scale > 1.0
 
 
 @dataclass(frozen=True)
 class Guidance:
-    """How strongly a stage is guided. Sigmas in (`above`, `up_to`] are; the others run the positive prompt alone, in
-    half the rows. `rescale` mixes in a prediction with the positive's own spread; `comfyui_rule` is that of `guides`.
+    """The guidance of a stage. Sigmas in (`above`, `up_to`] are guided; the others run the positive prompt alone, in
+    half the rows. `rescale` is the share of a result rescaled to the positive's spread; `comfyui_rule`: see `guides`.
     """
 
     scale: float
@@ -42,12 +42,12 @@ class Guidance:
     ) -> NDArray[np.float32]:
         """Return `factor` times the guided prediction (n, c, h, w): away from the negative, through the positive.
 
-        It takes the place of the positive, and the negative is lost (arXiv 2207.12598). With `rescale`, as section 3.4
-        of arXiv 2305.08891 and diffusers' ``rescale_noise_cfg``.
+        It overwrites `positive` and also `negative` (arXiv 2207.12598). `rescale` is as in section 3.4 of arXiv
+        2305.08891 and diffusers' ``rescale_noise_cfg``.
         """
         axes = tuple(range(1, positive.ndim))
         spread = positive.std(axis=axes, keepdims=True) if self.rescale else None
-        # negative + scale · (positive - negative), in as few passes as numpy can have
+        # negative + scale · (positive - negative), in as few passes as numpy allows
         positive *= np.float32(self.scale * factor)
         negative *= np.float32((1.0 - self.scale) * factor)
         positive += negative
@@ -58,14 +58,14 @@ class Guidance:
 
 
 def guided_span(sigmas: NDArray[np.float32], first: float, last: float) -> tuple[float, float]:
-    """Return (above, up_to) for guidance from the fraction `first` of the steps up to `last`, of (steps + 1,) sigmas.
+    """Return (above, up_to) for guidance from fraction `first` to fraction `last` of the steps of (steps + 1,) sigmas.
 
-    Step i of n is guided where first <= i / n < last. Raises UsageError unless 0 <= first <= last <= 1.
+    Step i of n is guided if first <= i / n < last. Raises UsageError unless 0 <= first <= last <= 1.
     """
     if not 0.0 <= first <= last <= 1.0:
         raise UsageError(f"--guidance-interval {first:g}:{last:g}: give two fractions of the steps in rising order")
     steps = len(sigmas) - 1
-    # A fraction that was meant to fall on a step must not miss it by a rounding.
+    # A fraction that is meant to fall on a step must not miss it because of rounding.
     begin, end = (math.ceil(round(share * steps, 9)) for share in (first, last))
     if begin >= end:
         return 0.0, 0.0

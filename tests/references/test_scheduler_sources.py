@@ -181,7 +181,7 @@ def test_what_has_edms_schedule_hands_nothing_over(pairs: Callable[[str], Any], 
         with pytest.raises(SourceError, match=r"has EDM's schedule .* export the base with --no-refiner"):
             export_bundle(*stages, tmp_path / "bundle", Options(precision="fp32"))
     export_bundle(base, None, tmp_path / "bundle", Options(precision="fp32"))
-    with pytest.raises(UsageError, match="EDM's schedule, which is not done in ComfyUI's way"):
+    with pytest.raises(UsageError, match="EDM's schedule, which is not supported in ComfyUI's mode"):
         _ours(tmp_path / "bundle", compat="comfyui")
     for settings in ({"schedule": "karras"}, {"prediction_type": "sample"}):
         with pytest.raises(UsageError, match="EDM's"):

@@ -1,9 +1,9 @@
-"""Brownian noise, which agrees over a way between two sigmas and over all its parts: torchsde's tree without torch.
+"""Brownian noise, whose increment over an interval is the sum of its parts' increments: torchsde's tree without torch.
 
 k-diffusion, ComfyUI and diffusers draw the noise of DPM-Solver++'s SDE samplers from torchsde's ``BrownianTree``. The
-path is made of halves: each interval has a seed of its own, from numpy's SeedSequence, and the noise of that seed says
-how what it gains is shared between its halves (Lévy's bridge). So the path depends on its seed and ends alone, and is
-here the same one as there, but for the last places in which our normal values differ from torch's.
+path is built by bisection: each interval has a seed of its own, from numpy's SeedSequence, and noise of that seed
+splits its increment between its halves (Brownian bridge). So the path depends only on its seed and ends, and equals
+torchsde's except for the last digits in which our normal values differ from torch's.
 """
 
 __all__ = ["BrownianPath"]
@@ -22,15 +22,15 @@ from sdxl_trt.runtime.diffusion.noise.generator import TorchGenerator
 Values = NDArray[np.float32]
 
 DECIMALS = 6
-"""Times are rounded to a millionth (torchsde's ``tol``), where the halving ends."""
+"""Times are rounded to a millionth (torchsde's ``tol``), at which the bisection stops."""
 POOL_SIZE = 24
 KEPT = 48
-"""Shares that are kept: two ways from the root, of about 24 halvings each."""
+"""The number of cached increments: two descents from the root, of about 24 bisections each."""
 
 
 @dataclass(frozen=True)
 class _Interval:
-    """`key` numbers the intervals of one `depth` from the left; `gain` is what the path changes by within it."""
+    """`key` numbers the intervals of one `depth` from the left; `gain` is the path's increment over the interval."""
 
     start: float
     end: float
@@ -51,8 +51,8 @@ class BrownianPath:
         self._whole = _Interval(round(low, DECIMALS), round(high, DECIMALS), 0, 0, gain)
 
     def __call__(self, sigma: float, after: float) -> Values:
-        """Return the noise of the way down from `sigma` to `after`, scaled to unit variance; zeros for no way."""
-        # In float32, as the sigmas of those that this follows.
+        """Return the increment from `sigma` down to `after`, scaled to unit variance; zeros if both are equal."""
+        # In float32, as in torchsde's callers.
         time, before = np.float32(sigma), np.float32(after)
         low, high = round(float(before), DECIMALS), round(float(time), DECIMALS)
         if low >= high:
@@ -62,7 +62,7 @@ class BrownianPath:
         return unit
 
     def _within(self, interval: _Interval, low: float, high: float) -> Iterator[Values]:
-        """Yield what the path gains in the largest intervals that `low` to `high` is made of, from the left."""
+        """Yield the increments of the largest intervals that together cover `low` to `high`, from the left."""
         if low <= interval.start and interval.end <= high:
             yield interval.gain
         elif low < interval.end and interval.start < high:
@@ -76,7 +76,7 @@ class BrownianPath:
         return _Interval(start, middle, key, depth, left), _Interval(middle, end, key + 1, depth, interval.gain - left)
 
     def _share(self, interval: _Interval, middle: float) -> Values:
-        """Return what the path gains left of the middle: its part of the whole, and noise that is taken back right."""
+        """Return the increment left of the middle: a share of the whole, plus noise that the right half subtracts."""
         place = (interval.key, interval.depth)
         if place not in self._kept:
             left, right = middle - interval.start, interval.end - middle
@@ -91,6 +91,6 @@ class BrownianPath:
         return self._kept[place]
 
     def _normal(self, place: tuple[int, ...]) -> Values:
-        """Return unit noise with the seed of the interval at `place`; of the root, (), that of its whole gain."""
+        """Return unit noise with the seed of the interval at `place`; () is the root, for the whole increment."""
         sequence = np.random.SeedSequence(self._seed, spawn_key=place, pool_size=POOL_SIZE)
         return TorchGenerator(int(sequence.generate_state(1)[0])).randn(self._shape)

@@ -1,6 +1,6 @@
 """The noise of ``torch.randn`` on the CPU, without torch.
 
-The same seed gives the same picture as in diffusers, so the generator is torch's: a 32-bit Mersenne Twister,
+A seed must give the same picture as in diffusers, so the generator is torch's: a 32-bit Mersenne Twister,
 24-bit uniforms, and a Box-Muller transform over blocks of 16 (ATen's ``DistributionTemplates.h``,
 ``TransformationHelper.h``). Values agree with torch 2.13 to 3 units in the last place: torch evaluates
 logarithm and cosine with vectorized polynomials of its own.
@@ -19,11 +19,11 @@ _MANTISSA = np.uint32((1 << 24) - 1)
 class TorchGenerator:
     """A ``torch.Generator`` on the CPU; successive draws continue one stream.
 
-    `seed` is any integer from 0 to 2^64 - 1; like torch, the Mersenne Twister takes its low 32 bits.
+    `seed` is any integer from 0 to 2^64 - 1; as in torch, the Mersenne Twister uses its low 32 bits.
     """
 
     def __init__(self, seed: int) -> None:
-        # RandomState is the public way to the seeding that torch uses (init_genrand).
+        # RandomState is the public API for the seeding that torch uses (init_genrand).
         self._state = np.random.RandomState(seed & 0xFFFFFFFF)
         self._cached: float | None = None
 
@@ -47,7 +47,7 @@ class TorchGenerator:
         values = self._uniform(size)
         _box_muller(values[: size - size % BLOCK])
         if size % BLOCK:
-            # torch draws the last 16 anew rather than transform an incomplete block.
+            # torch redraws the last 16 values instead of transforming an incomplete block.
             values[-BLOCK:] = self._uniform(BLOCK)
             _box_muller(values[-BLOCK:])
         return values
@@ -56,7 +56,7 @@ class TorchGenerator:
         return np.array([self._next_double() for _ in range(size)], dtype=np.float32)
 
     def _next_double(self) -> float:
-        """Return the next normal in double precision; torch keeps the sine's half of a pair for the next call."""
+        """Return the next normal value in double precision; like torch, cache a pair's sine value for the next call."""
         if self._cached is not None:
             value, self._cached = self._cached, None
             return value
@@ -66,7 +66,7 @@ class TorchGenerator:
         return float(radius * np.cos(theta))
 
     def _uniform_double(self) -> float:
-        # Two words make 64 bits, the first one the upper half.
+        # Two words make 64 bits; the first is the upper half.
         high, low = map(int, self._words(2))
         return (high << 32 | low) % (1 << 53) * 2.0**-53
 

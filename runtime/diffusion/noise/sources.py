@@ -1,6 +1,6 @@
-"""Where the noise of a request's pictures comes from: a generator for each, or one for the whole batch.
+"""The noise of a request's pictures: one generator per picture, or one for the whole batch.
 
-Samplers whose noise is Brownian draw it from a path over the sigmas that they go down; the others draw afresh.
+Samplers with Brownian noise draw from a path over their sigmas; the others draw independent noise.
 """
 
 __all__ = ["BatchNoise", "NoiseSource", "PictureNoise", "Span"]
@@ -20,22 +20,22 @@ Span = tuple[float, float]
 
 
 class NoiseSource(Protocol):
-    """Where the noise of all pictures of a request comes from."""
+    """The source of the noise of all pictures of a request."""
 
     def draw(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
         """Return (pictures, *shape) of unit variance to start from."""
         ...
 
     def source(self, shape: tuple[int, ...], pictures: slice, span: Span | None = None) -> Noise:
-        """Return what a stochastic sampler of these pictures draws from: independent noise, or over `span` Brownian."""
+        """Return the noise function of a stochastic sampler of `pictures`: Brownian over `span`, or independent."""
         ...
 
 
 class PictureNoise:
     """Noise for several pictures, each from a generator of its own, as diffusers draws from a list of generators.
 
-    What a sampler draws continues the stream that the picture's initial noise began; a Brownian path is that of the
-    picture's seed (diffusers' ``noise_sampler_seed``).
+    A sampler's draws continue the stream of the picture's initial noise; a Brownian path has the picture's seed
+    (diffusers' ``noise_sampler_seed``).
     """
 
     def __init__(self, seeds: Sequence[int]) -> None:
@@ -47,7 +47,7 @@ class PictureNoise:
         return np.stack([generator.randn(shape) for generator in self._generators[pictures]])
 
     def source(self, shape: tuple[int, ...], pictures: slice, span: Span | None = None) -> Noise:
-        """Return what a stochastic sampler of these pictures draws from: independent noise, or over `span` Brownian."""
+        """Return the noise function of a stochastic sampler of `pictures`: Brownian over `span`, or independent."""
         if span is None:
             return lambda _sigma, _after: self.draw(shape, pictures)
         paths = [BrownianPath(shape, *span, seed) for seed in self._seeds[pictures]]
@@ -55,10 +55,10 @@ class PictureNoise:
 
 
 class BatchNoise:
-    """Noise of a batch from one generator, as ComfyUI draws it: whoever asks begins the seed's stream anew.
+    """Noise of a batch from one generator, as ComfyUI draws it: every call of `draw` restarts the seed's stream.
 
-    A stochastic sampler draws from the seed after it, as ComfyUI does where the latents are on the CPU; a Brownian path
-    has the seed itself. Either is drawn for the whole batch, whichever pictures share a call.
+    A stochastic sampler draws from seed + 1, as ComfyUI does if the latents are on the CPU; a Brownian path has the
+    seed itself. Both are drawn for the whole batch, whichever pictures share a call of the UNet.
     """
 
     def __init__(self, seed: int, count: int) -> None:
@@ -70,7 +70,7 @@ class BatchNoise:
         return TorchGenerator(self._seed).randn((self._count, *shape))
 
     def source(self, shape: tuple[int, ...], pictures: slice, span: Span | None = None) -> Noise:
-        """Return what a stochastic sampler of these pictures draws from: their part of the whole batch's noise."""
+        """Return the noise function of a stochastic sampler of `pictures`: their part of the whole batch's noise."""
         whole = (self._count, *shape)
         if span is not None:
             path = BrownianPath(whole, *span, self._seed)

@@ -1,7 +1,7 @@
-"""Adams-Bashforth samplers: the slope's last values as a polynomial, integrated over the step.
+"""Adams-Bashforth samplers: integrate the polynomial through the last slopes over the step.
 
-dx = slope · dsigma, and the polynomial may be one in sigma itself (LMS), in log sigma (DEIS) or in another clock.
-A fresh call knows no slope, so a grid that is cut restarts at the cut by construction.
+dx = slope · dsigma, with a polynomial in sigma itself (LMS), in log sigma (DEIS) or in another time variable.
+A new call has no earlier slopes, so a run that starts at a handoff begins at first order.
 """
 
 __all__ = ["FEW_STEPS", "deis", "deis_comfyui", "lms", "lms_comfyui"]
@@ -20,14 +20,14 @@ from sdxl_trt.runtime.diffusion.samplers.base import Denoise, Latents, Sigmas, i
 _ABSCISSAE, _WEIGHTS = np.polynomial.legendre.leggauss(16)
 POINTS = 10_000
 FEW_STEPS = 15
-"""Below it diffusers' DEIS ends with a first-order step."""
+"""With fewer steps, diffusers' DEIS ends with a first-order step."""
 
 
 @dataclass(frozen=True)
 class _Clock:
-    """A measure of time on the grid: `time(sigma)`, and `pace(time)`, the derivative of sigma by it.
+    """A time variable: `time(sigma)`, and `pace(time)`, the derivative of sigma with respect to it.
 
-    An integral is exact, but for one that is a sum over evenly spaced `points`, both ends among them.
+    Integrals are exact; with `points` they are sums over that many evenly spaced points, including both ends.
     """
 
     time: Callable[[float], float]
@@ -45,15 +45,15 @@ def lms(denoise: Denoise, x: Latents, sigmas: Sigmas) -> Iterator[Latents]:
 
 
 def lms_comfyui(denoise: Denoise, x: Latents, sigmas: Sigmas) -> Iterator[Latents]:
-    """Linear multistep as in ComfyUI: a step to sigma 0 ends at the model's estimate."""
+    """Linear multistep as in ComfyUI: a step to sigma 0 returns the model's estimate."""
     return _adams(denoise, x, sigmas, _SIGMA, _orders(sigmas, 4))
 
 
 def deis(denoise: Denoise, x: Latents, sigmas: Sigmas, *, short_end: bool | None = None) -> Iterator[Latents]:
     """DEIS of order 2 (the rho-AB of arXiv 2204.13902 in log rho) as in diffusers' DEISMultistepScheduler.
 
-    As there, a grid of fewer than 15 steps ends with a step of first order. Where `sigmas` are a part of a grid,
-    `short_end` says whether they end such a grid; None takes them for the whole.
+    As in diffusers, a grid of fewer than 15 steps ends with a first-order step. If `sigmas` are a part of a grid,
+    `short_end` states whether they end such a grid; None means that they are the whole grid.
     """
     orders = _orders(sigmas, 2)
     if orders and (len(orders) < FEW_STEPS if short_end is None else short_end):
@@ -64,7 +64,7 @@ def deis(denoise: Denoise, x: Latents, sigmas: Sigmas, *, short_end: bool | None
 def deis_comfyui(denoise: Denoise, x: Latents, sigmas: Sigmas) -> Iterator[Latents]:
     """DEIS of order 3 as in ComfyUI: the t-AB of arXiv 2204.13902 in the time of a VP process from 0.002 to 80.
 
-    The integrals are ComfyUI's sums over 10000 points, each of which counts as much as every other.
+    The integrals are ComfyUI's sums over 10000 equally weighted points.
     """
     return _adams(denoise, x, sigmas, _vp_clock(0.002, 80.0, 1e-3), _orders(sigmas, 3))
 
@@ -74,7 +74,7 @@ def _orders(sigmas: Sigmas, order: int) -> list[int]:
 
 
 def _adams(denoise: Denoise, x: Latents, sigmas: Sigmas, clock: _Clock, orders: Sequence[int]) -> Iterator[Latents]:
-    """Step along the polynomials through up to `orders[i]` slopes."""
+    """Yield the latents after each step i, along the polynomial through up to `orders[i]` slopes."""
     slopes: deque[Latents] = deque(maxlen=max(orders, default=1))
     nodes: deque[float] = deque(maxlen=slopes.maxlen)
     for order, (sigma, after) in zip(orders, intervals(sigmas), strict=True):
@@ -93,7 +93,7 @@ def _adams(denoise: Denoise, x: Latents, sigmas: Sigmas, clock: _Clock, orders: 
 
 
 def _weights(nodes: Sequence[float], after: float, clock: _Clock) -> list[float]:
-    """Return what each slope counts in the integral from `nodes[0]` to `after` of the polynomial through them.
+    """Return the weight of each slope in the integral from `nodes[0]` to `after` of the polynomial through them.
 
     By Gauss-Legendre quadrature over 16 points, which is exact for polynomials up to degree 31.
     """
@@ -102,7 +102,7 @@ def _weights(nodes: Sequence[float], after: float, clock: _Clock) -> list[float]
     points = times[0] + half * (1.0 + _ABSCISSAE)
     integral = half * _WEIGHTS * clock.pace(points) @ _polynomials(points, times)
     if clock.points:
-        # A sum over both ends is the trapezoids' integral and half of the ends' values more.
+        # A sum that includes both ends is the trapezoidal integral plus half of the values at the ends.
         ends = np.array([times[0], end])
         integral += (half * clock.pace(ends) @ _polynomials(ends, times) - integral) / clock.points
     weights: list[float] = integral.tolist()
@@ -110,11 +110,11 @@ def _weights(nodes: Sequence[float], after: float, clock: _Clock) -> list[float]
 
 
 def _polynomials(points: NDArray[np.float64], times: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return (points, nodes): each node's polynomial, which is 1 at the node itself and 0 at the others."""
+    """Return (points, nodes): the Lagrange polynomial of each node, 1 at the node itself and 0 at the others."""
     gaps = np.subtract.outer(times, times)
     np.fill_diagonal(gaps, np.inf)
     factors = np.subtract.outer(points, times)[:, np.newaxis] / gaps
-    # It has no factor of its own.
+    # A node has no factor for itself.
     own = np.arange(len(times))
     factors[:, own, own] = 1.0
     product: NDArray[np.float64] = factors.prod(axis=2)

@@ -1,6 +1,6 @@
-"""Where a step of ComfyUI's samplers leads, computed in float32 as it does: the last bits decide.
+"""The targets of a step of ComfyUI's samplers, computed in float32 as ComfyUI does, because the last bits matter.
 
-The model is told the training timestep nearest to a middle sigma, and a Brownian path is drawn over the way there.
+They decide which training timestep is nearest to a middle sigma, and which interval of a Brownian path is drawn.
 """
 
 __all__ = ["ancestral32", "half_way", "half_way_down"]
@@ -11,9 +11,9 @@ from sdxl_trt.runtime.float32 import exp32, log32
 
 
 def ancestral32(sigma: float, after: float) -> tuple[float, float]:
-    """Return (down, up): denoise to `down`, then add noise of deviation `up`, and `after` is reached.
+    """Return (down, up): denoising to `down`, then adding noise of deviation `up`, reaches `after`.
 
-    A `down` that is far below `after` is what float32 leaves of a difference, down to 0.
+    A `down` far below `after` suffers from cancellation in float32, and may become 0.
     """
     before, reached = np.float32(sigma), np.float32(after)
     squares = before * before, reached * reached
@@ -22,12 +22,12 @@ def ancestral32(sigma: float, after: float) -> tuple[float, float]:
 
 
 def half_way(sigma: float, after: float) -> float:
-    """Return the middle of two sigmas on a line of logarithms, as DPM-Solver-2 of ComfyUI finds it; 0 before 0."""
+    """Return the midpoint of two sigmas in log sigma, as ComfyUI's DPM-Solver-2 computes it; 0 if `after` is 0."""
     high, low = log32(sigma), log32(after)
     return float(exp32(low - np.float32(0.5) * (low - high))) if after else 0.0
 
 
 def half_way_down(sigma: float, after: float) -> float:
-    """Return the same as its DPM-Solver++ finds it: half of the step further on in t = -log sigma."""
+    """Return the same as ComfyUI's DPM-Solver++ computes it: half a step from `sigma` in t = -log sigma."""
     begin, end = -log32(sigma), -log32(after)
     return float(exp32(-(begin + np.float32(0.5) * (end - begin)))) if after else 0.0

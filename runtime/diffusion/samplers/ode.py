@@ -1,7 +1,7 @@
-"""Samplers of the probability flow ODE that look at one step at a time.
+"""Deterministic samplers of the probability flow ODE.
 
-Heun and DPM-Solver-2 ask the model twice within a step, at its end or in its middle. They take and yield whole
-steps, so that a grid is always cut between them; diffusers lists both calls as steps and can cut a step in two.
+Heun and DPM-Solver-2 call the model a second time within a step, at its end or in its middle. They yield whole steps,
+so a grid is always cut between steps; diffusers lists both calls as steps and can cut a step in two.
 """
 
 __all__ = ["ddim", "dpm_2", "dpmpp_2m", "euler", "heun", "res_multistep"]
@@ -25,9 +25,9 @@ def euler(denoise: Denoise, x: Latents, sigmas: Sigmas) -> Iterator[Latents]:
 def ddim(denoise: Denoise, x: Latents, sigmas: Sigmas) -> Iterator[Latents]:
     """DDIM with eta 0 (arXiv 2010.02502), which in sigmas is Euler's step: only diffusers' grid for it differs.
 
-    diffusers steps to T // steps below a timestep, which is the next one of its grid with `leading`, and with
-    `trailing` where the steps divide T; elsewhere its latents belong to a timestep beside the one it asks the
-    model for, and here they do not.
+    diffusers steps to the timestep T // steps lower. That is the next timestep of its grid with `leading`, and with
+    `trailing` if the steps divide T; otherwise the noise level of its latents differs from the timestep that it passes
+    to the model. Here both always agree.
     """
     return euler(denoise, x, sigmas)
 
@@ -66,7 +66,7 @@ def dpm_2(denoise: Denoise, x: Latents, sigmas: Sigmas, *, middle: Middle = geom
 def dpmpp_2m(denoise: Denoise, x: Latents, sigmas: Sigmas) -> Iterator[Latents]:
     """DPM-Solver++(2M) (algorithm 2 of arXiv 2211.01095), the midpoint form of k-diffusion and diffusers.
 
-    In t = -log sigma the last two estimates are drawn on by half a step; a step to sigma 0 is of first order.
+    In t = -log sigma the last two estimates are extrapolated by half a step; a step to sigma 0 is of first order.
     """
     return _extrapolated(denoise, x, sigmas, _midpoint)
 
@@ -84,12 +84,12 @@ def _midpoint(ahead: float) -> float:
 
 
 def _mean(ahead: float) -> float:
-    """Return the mean of t over a step of length `ahead`, weighted as the step weighs the model: with exp(t)."""
+    """Return the mean of t over a step of length `ahead`, weighted by exp(t), as the step weights the estimate."""
     return -ahead / math.expm1(-ahead) - 1.0
 
 
 def _extrapolated(denoise: Denoise, x: Latents, sigmas: Sigmas, reach: Callable[[float], float]) -> Iterator[Latents]:
-    """Step toward what the line through the last two estimates is at `reach(step)` from here in t = -log sigma."""
+    """Step toward the last two estimates, extrapolated to `reach(step)` from here in t = -log sigma."""
     previous, behind = x, math.inf
     for sigma, after in intervals(sigmas):
         denoised = target = denoise(x, sigma)

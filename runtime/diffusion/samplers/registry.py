@@ -1,9 +1,9 @@
-"""Samplers: each one a function of (denoise, x, sigmas), in the manner of k-diffusion; this is their registry.
+"""The registry of samplers: each is a function of (denoise, x, sigmas), as in k-diffusion.
 
-A sampler yields the latents after every step; progress, previews, timing and cancellation belong to the caller. What a
-sampler is given is its own: where it starts, what the model answers and the noise that it draws must not be written
-to by anybody else while it runs, nor must what it yields, which it goes on from. A caller that keeps or changes latents
-takes a copy. Latents keep their shape and dtype, float32.
+A sampler yields the latents after every step; progress, previews, timing and cancellation belong to the caller. While
+it runs, nobody else may write to the arrays it uses: the initial latents, the model's estimates, the noise it draws and
+the latents it yields, which it continues from. A caller that keeps or changes latents takes a copy. Latents keep their
+shape and dtype, float32.
 """
 
 __all__ = [
@@ -69,7 +69,7 @@ COMFYUI: dict[str, Sampler] = {
     "uni_pc_bh2": uni_pc_bh2_comfyui,
     "deis": deis_comfyui,
 }
-"""What ComfyUI means by a name where it differs from diffusers, if only in what is rounded; as does the next."""
+"""ComfyUI's versions of samplers that differ from diffusers', even if only in rounding; so are the next ones."""
 COMFYUI_STOCHASTIC: dict[str, StochasticSampler] = STOCHASTIC | {
     "euler_ancestral": partial(euler_ancestral, split=ancestral32),
     "dpm_2_ancestral": partial(dpm_2_ancestral, split=ancestral32, middle=half_way),
@@ -78,21 +78,21 @@ COMFYUI_STOCHASTIC: dict[str, StochasticSampler] = STOCHASTIC | {
 }
 
 TWO_CALLS = frozenset({"heun", "dpm_2", "dpm_2_ancestral", "dpmpp_2s_ancestral", "dpmpp_sde"})
-"""Samplers that ask the model twice in every step but one to sigma 0."""
+"""Samplers that call the model twice in every step except one to sigma 0."""
 
 BROWNIAN = frozenset({"dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde"})
-"""Samplers whose noise is that of one Brownian path; in diffusers only the first of them."""
+"""Samplers that draw their noise from one Brownian path; in diffusers only the first one does."""
 
 
 def sampler_names(*, comfyui: bool = False) -> list[str]:
-    """Return the names that `bind_sampler` knows."""
+    """Return the names that `bind_sampler` accepts."""
     return list(dict.fromkeys([*SAMPLERS, *STOCHASTIC, *(COMFYUI if comfyui else ())]))
 
 
 def brownian_span(name: str, sigmas: Sigmas, grid: Sigmas, *, comfyui: bool) -> tuple[float, float] | None:
-    """Return the lowest and the highest sigma of the path that `name` draws from on its part `sigmas` of `grid`.
+    """Return the lowest and highest sigma of the Brownian path of sampler `name` for its part `sigmas` of `grid`.
 
-    None for independent noise. The path of ComfyUI's samplers goes over their part, that of diffusers' over the grid.
+    None for independent noise. In ComfyUI the path covers the sampler's part, in diffusers the whole grid.
     """
     if name not in (BROWNIAN if comfyui else {"dpmpp_sde"}):
         return None
@@ -104,7 +104,7 @@ def brownian_span(name: str, sigmas: Sigmas, grid: Sigmas, *, comfyui: bool) -> 
 def bind_sampler(name: str, noise: Noise, *, comfyui: bool = False, short_end: bool | None = None) -> Sampler:
     """Return the sampler `name` as a function of (denoise, x, sigmas); a stochastic one draws from `noise`.
 
-    With `comfyui`, what ComfyUI means by the name. `short_end` is that of `deis`, for sigmas that are a part of a grid.
+    With `comfyui`, ComfyUI's version of it. `short_end` is the option of `deis`, for sigmas that are a part of a grid.
     Raises UsageError for an unknown name.
     """
     if comfyui and name in COMFYUI:

@@ -1,8 +1,8 @@
-"""Samplers that add noise on their way, from a source that the caller gives.
+"""Samplers that add noise, from a source that the caller passes.
 
-`noise(sigma, sigma_next)` is asked once a step, and twice by `dpmpp_sde`, in the order of the steps; a step to sigma
-0 asks for none. The two-call ones take and yield whole steps, the multistep ones restart at a cut by construction.
-`split` and `middle` say where a step leads and where its middle is: in double, or as ComfyUI rounds them.
+`noise(sigma, sigma_next)` is called once a step, by `dpmpp_sde` twice, in the order of the steps, and not for a step to
+sigma 0. Two-call samplers yield whole steps; multistep samplers restart at first order at a handoff. `split` and
+`middle` compute the target and the midpoint of a step: in double, or rounded as in ComfyUI.
 """
 
 __all__ = [
@@ -101,7 +101,7 @@ def dpmpp_sde(
 ) -> Iterator[Latents]:
     """DPM-Solver++ (stochastic) as in k-diffusion and diffusers' DPMSolverSDEScheduler, with eta 1 and r 1/2.
 
-    `noise` is asked for the way to the middle of a step and for the whole step; a Brownian source makes them agree.
+    `noise` is drawn for the first half of a step and for the whole step; a Brownian source makes the two consistent.
     """
     for sigma, after in intervals(sigmas):
         denoised = denoise(x, sigma)
@@ -121,7 +121,7 @@ def dpmpp_sde(
 def dpmpp_2m_sde(denoise: Denoise, x: Latents, sigmas: Sigmas, *, noise: Noise) -> Iterator[Latents]:
     """DPM-Solver++(2M) SDE, the midpoint form of k-diffusion and diffusers (sde-dpmsolver++), with eta 1.
 
-    In t = -log sigma the last two estimates are drawn on by half a step; a step to sigma 0 is of first order.
+    In t = -log sigma the last two estimates are extrapolated by half a step; a step to sigma 0 is of first order.
     """
     previous, behind = x, math.inf
     for sigma, after in intervals(sigmas):
@@ -140,8 +140,8 @@ def dpmpp_2m_sde(denoise: Denoise, x: Latents, sigmas: Sigmas, *, noise: Noise) 
 def dpmpp_3m_sde(denoise: Denoise, x: Latents, sigmas: Sigmas, *, noise: Noise) -> Iterator[Latents]:
     """DPM-Solver++(3M) SDE of k-diffusion, with eta 1.
 
-    diffusers' DPMSolverMultistepScheduler with solver order 3 is none: the sign of a constant in its third-order
-    term differs from the expansion's.
+    diffusers' DPMSolverMultistepScheduler with solver order 3 is not the same: a constant in its third-order term has
+    the opposite sign to the expansion's.
     """
     known: list[tuple[float, Latents]] = []
     for sigma, after in intervals(sigmas):
@@ -158,7 +158,7 @@ def dpmpp_3m_sde(denoise: Denoise, x: Latents, sigmas: Sigmas, *, noise: Noise) 
 
 
 def _third_order(denoised: Latents, known: list[tuple[float, Latents]], ahead: float) -> Latents:
-    """Return what the estimate changes over a step of `ahead` in t, weighted as the step's exponential weighs it.
+    """Return the change of the estimate over a step of `ahead` in t, weighted by the step's exponential.
 
     `known` holds up to two earlier estimates, the newest first, each with the length of the step after it.
     """
@@ -177,9 +177,9 @@ def _third_order(denoised: Latents, known: list[tuple[float, Latents]], ahead: f
 
 
 def lcm(denoise: Denoise, x: Latents, sigmas: Sigmas, *, noise: Noise) -> Iterator[Latents]:
-    """Multistep consistency sampling (algorithm 3 of arXiv 2310.04378): the model's estimate, noised anew.
+    """Multistep consistency sampling (algorithm 3 of arXiv 2310.04378): the model's estimate with new noise.
 
-    diffusers' LCMScheduler also mixes in (0.5 / 10 t)² of the noisy latents, at most 7e-6 on its grid: left out.
+    diffusers' LCMScheduler also mixes in (0.5 / 10 t)² of the noisy latents; at most 7e-6 on its grid, it is left out.
     """
     for sigma, after in intervals(sigmas):
         x = denoise(x, sigma)

@@ -1,7 +1,7 @@
-"""UniPC (arXiv 2302.04867): a multistep predictor, and a corrector that costs no further call of the model.
+"""UniPC (arXiv 2302.04867): a multistep predictor, and a corrector that needs no extra call of the model.
 
-The estimate that the next step needs anyway also corrects the step before it. Latents are yielded as predicted, as
-diffusers' scheduler returns them; a grid that is cut restarts at the cut by construction.
+The model's estimate for the next step also corrects the step before it. Like diffusers' scheduler, it yields the
+predicted latents; a run that starts at a handoff begins at first order.
 """
 
 __all__ = ["uni_pc", "uni_pc_bh1_comfyui", "uni_pc_bh2_comfyui"]
@@ -19,10 +19,10 @@ from sdxl_trt.runtime.float32 import exp32, log32
 
 Variant = Literal["bh1", "bh2"]
 Estimate = tuple[float, Latents]
-"""log sigma and the clean latents that were estimated there."""
+"""log sigma and the clean latents estimated there."""
 
 COMFYUI_END = 0.001
-"""ComfyUI's stand-in for sigma 0."""
+"""ComfyUI's replacement for sigma 0."""
 
 
 def uni_pc(denoise: Denoise, x: Latents, sigmas: Sigmas) -> Iterator[Latents]:
@@ -34,7 +34,7 @@ def uni_pc(denoise: Denoise, x: Latents, sigmas: Sigmas) -> Iterator[Latents]:
 def uni_pc_bh1_comfyui(denoise: Denoise, x: Latents, sigmas: Sigmas) -> Iterator[Latents]:
     """UniPC of order 3 with B(h) = h as ComfyUI's ``uni_pc``: it stops at sigma 0.001.
 
-    A single step leaves the latents as they are, as there.
+    As in ComfyUI, a single step leaves the latents as they are.
     """
     return _comfyui(denoise, x, sigmas, "bh1")
 
@@ -42,7 +42,7 @@ def uni_pc_bh1_comfyui(denoise: Denoise, x: Latents, sigmas: Sigmas) -> Iterator
 def uni_pc_bh2_comfyui(denoise: Denoise, x: Latents, sigmas: Sigmas) -> Iterator[Latents]:
     """UniPC of order 3 with B(h) = exp(h) - 1 as ComfyUI's ``uni_pc_bh2``: it stops at sigma 0.001.
 
-    A single step leaves the latents as they are, as there.
+    As in ComfyUI, a single step leaves the latents as they are.
     """
     return _comfyui(denoise, x, sigmas, "bh2")
 
@@ -56,14 +56,14 @@ def _comfyui(denoise: Denoise, x: Latents, sigmas: Sigmas, variant: Variant) -> 
 
 
 def _unmoved(denoise: Denoise, x: Latents, sigmas: Sigmas) -> Iterator[Latents]:
-    """Yield what ComfyUI makes of a single step: the latents as they are, but in the scale of its end."""
+    """Yield ComfyUI's result of a single step: unchanged latents in the scale of the step's end."""
     for sigma, after in intervals(sigmas):
         denoise(x, sigma)
         yield x * np.float32(math.sqrt((1.0 + after**2) / (1.0 + sigma**2)))
 
 
 def _log_sigma_comfyui(sigma: float) -> float:
-    """Return log sigma from float32's alpha and 1 - alpha², which leaves it a place or two where sigma is small."""
+    """Return log sigma from alpha and 1 - alpha² in float32, which keeps only a digit or two if sigma is small."""
     half = np.float32(0.5)
     log_alpha = half * log32(np.float32(1.0) / (np.float32(sigma) ** 2 + np.float32(1.0)))
     variance = np.float32(1.0) - exp32(np.float32(2.0) * log_alpha)
@@ -80,8 +80,8 @@ def _uni_pc(
     ends: bool,
     log: Callable[[float], float] = math.log,
 ) -> Iterator[Latents]:
-    """Predict, and correct as soon as the model is asked again; where a run `ends`, so do the higher orders."""
-    # A step is corrected from where it began, and the caller writes into its own latents between two steps.
+    """Predict each step, and correct it after the next call of the model; with `ends`, the last orders fall."""
+    # A step is corrected from its start, and the caller may write to its own latents between two steps.
     start = x = x.copy()
     steps, used = len(sigmas) - 1, 0
     known: deque[Estimate] = deque(maxlen=order)
@@ -100,7 +100,7 @@ def _uni_pc(
 def _step(
     x: Latents, known: Sequence[Estimate], after: float, variant: Variant, reached: Latents | None = None
 ) -> Latents:
-    """Go from `known[0]`'s log sigma to `after`; `reached` is the estimate there, which makes it the corrector's."""
+    """Return `x` moved from `known[0]`'s log sigma to `after`; with `reached`, the estimate there, corrected by it."""
     (log_sigma, denoised), *older = known
     step = after - log_sigma
     places = [(log - log_sigma) / step for log, _ in older]

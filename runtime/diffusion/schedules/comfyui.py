@@ -1,8 +1,8 @@
-"""ComfyUI's grids: nine ways to walk down the sigmas that the model was trained on.
+"""ComfyUI's nine schedules over the model's training sigmas.
 
-All go over the full range of sigmas and end at 0. `ddim_uniform` and `beta` may take other than the asked number of
-steps. What torch computes in float32 is computed in float32: the last bit of a sigma decides between two timesteps
-that are equally near, and a Brownian path is drawn over the bits that it is given.
+All cover the full range of sigmas and end at 0. `ddim_uniform` and `beta` may differ from the requested number of
+steps. What torch computes in float32 is computed in float32: the last bit of a sigma decides between two equally near
+timesteps, and changes a Brownian path.
 """
 
 __all__ = ["COMFYUI_SCHEDULES", "DISCARDING", "comfyui_sigmas"]
@@ -22,19 +22,19 @@ from sdxl_trt.runtime.float32 import exp32, linspace32, power32, tan32
 Sigmas = NDArray[np.float32]
 
 DISCARDING = frozenset({"dpm_2", "dpm_2_ancestral", "uni_pc", "uni_pc_bh2"})
-"""Samplers for which ComfyUI spaces one step more and leaves out the last sigma before 0."""
+"""Samplers for which ComfyUI makes one step more and drops the last sigma before 0."""
 
 
 def comfyui_sigmas(schedule: str, sampler: str, steps: int, training: Table, logs: Table) -> NDArray[np.float32]:
     """Return the falling sigmas, the last of them 0, of ComfyUI's scheduler `schedule` for `sampler`.
 
-    `training` is ComfyUI's table, `logs` the logarithms that it keeps beside it. Raises UsageError for an unknown
-    schedule or a number of steps that it cannot have.
+    `training` is ComfyUI's table of sigmas, `logs` its table of their logarithms. Raises UsageError for an unknown
+    schedule, and for a number of steps that the schedule does not support.
     """
     if schedule not in COMFYUI_SCHEDULES:
         raise UsageError(f"--schedule {schedule!r} is unknown; choose one of: {', '.join(COMFYUI_SCHEDULES)}")
     discard = sampler in DISCARDING
-    # ComfyUI divides by the steps less one.
+    # ComfyUI divides by steps - 1.
     least, most = 2 - discard if schedule == "kl_optimal" else 1, len(training) - discard
     if not least <= steps <= most:
         raise UsageError(f"--steps {steps}: choose {least} to {most} with --schedule {schedule}")
@@ -54,7 +54,7 @@ class _Table:
         return float(self.sigmas[-1]), float(self.sigmas[0])
 
     def at(self, timesteps: Sigmas) -> Sigmas:
-        """Return the sigmas at fractional timesteps, on a log-sigma line."""
+        """Return the sigmas at fractional timesteps, interpolated in log sigma."""
         low, high = np.floor(timesteps).astype(int), np.ceil(timesteps).astype(int)
         weight = timesteps - np.floor(timesteps)
         return exp32((np.float32(1.0) - weight) * self.logs[low] + weight * self.logs[high])
@@ -94,7 +94,7 @@ def _normal(training: _Table, steps: int) -> Sigmas:
 
 
 def _linear_quadratic(training: _Table, steps: int) -> Sigmas:
-    """Half of the steps remove 2.5 % of the noise on a line, a parabola that goes on from it the rest (Mochi)."""
+    """Half of the steps remove 2.5 % of the noise linearly, the other half the rest along a parabola (Mochi)."""
     knee, threshold = steps // 2, 0.025
     step, rest = np.arange(steps), steps - knee
     slope = threshold / knee if knee else 0.0

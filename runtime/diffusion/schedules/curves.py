@@ -1,4 +1,4 @@
-"""Sigmas spread between two ends: the curves of Karras, the exponential and the beta schedule."""
+"""Sigmas spaced between two ends: the Karras, exponential and beta schedules."""
 
 __all__ = ["beta", "beta_quantile", "exponential", "karras"]
 
@@ -36,8 +36,8 @@ def beta(highest: float, lowest: float, steps: int) -> Values:
 def beta_quantile(probabilities: Values) -> Values:
     """Return the quantiles of Beta(0.6, 0.6), as ``scipy.stats.beta.ppf`` does, to 1e-14.
 
-    The distribution is symmetric, so only its lower half is inverted: by Newton's method in u = x^0.6, on which the
-    distribution function is nearly a line.
+    The distribution is symmetric, so only its lower half is inverted: by Newton's method in u = x^0.6, in which the
+    distribution function is nearly linear.
     """
     lower = np.minimum(probabilities, 1.0 - probabilities)
     whole = math.gamma(SHAPE) ** 2 / math.gamma(2.0 * SHAPE)
@@ -47,7 +47,7 @@ def beta_quantile(probabilities: Values) -> Values:
         slope = (1.0 - x) ** (SHAPE - 1.0) / SHAPE
         u -= (_incomplete(x, u) - lower * whole) / slope
     x = np.clip(u, 0.0, None) ** (1.0 / SHAPE)
-    # The median is exact: it is a tie between two timesteps.
+    # The median must be exact: it is a tie between two timesteps.
     return np.select([probabilities == 0.5, probabilities > 0.5], [0.5, 1.0 - x], x)
 
 

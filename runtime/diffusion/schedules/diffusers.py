@@ -22,22 +22,22 @@ TRANSFORMS: dict[str, Callable[[float, float, int], Values]] = {
     "karras": karras,
     "exponential": exponential,
     "beta": beta,
-    # diffusers' lambdas are log sigmas, so that its grid "uniform in lambda" is the exponential one.
+    # diffusers' lambdas are log sigmas, so its grid "uniform in lambda" is the exponential one.
     "lu": exponential,
 }
 CURVES = frozenset({"karras", "exponential", "beta"})
-"""The transforms that most scheduler classes have."""
+"""The transforms that most scheduler classes support."""
 
 
 @dataclass(frozen=True)
 class Family:
     """How a group of diffusers' scheduler classes makes its grid.
 
-    `spare` timesteps are spaced in addition and left out at the low end. `whole` timesteps are integers: those of
-    `rounded` transforms are rounded, others cut. A transform goes over the spaced ends, or the `full_range`; of a
-    config the class reads the flags of its `flags`, and the ends of the sigmas for those of its `bounded` transforms.
-    The last sigma is 0, or the training's lowest where the grid `ends` low: always, or as the setting says. The latents
-    of a `variance_preserving` class start with unit variance, and where it ends low they are left in its scale.
+    `spare` extra timesteps are spaced and dropped at the low end. `whole` timesteps are integers: those of `rounded`
+    transforms are rounded, others truncated. A transform covers the range of the spacing, or the `full_range` of the
+    training. The class reads the config's flags for the transforms in `flags`, and its sigma_min and sigma_max for
+    those in `bounded`. The last sigma is 0, or the training's lowest, as `ends` or the setting it names states. Latents
+    of a `variance_preserving` class start with unit variance, and keep its scale if the grid ends above 0.
     """
 
     spare: int = 0
@@ -51,7 +51,7 @@ class Family:
     distilled: bool = False
 
     def transform(self, scheduler: Scheduler) -> str:
-        """Return the transform that the class makes of a config's flags, "" for none."""
+        """Return the transform that the class reads from a config's flags, or ""."""
         return next((name for name in scheduler.transforms if name in self.flags), "")
 
     def ends_low(self, scheduler: Scheduler) -> bool:
@@ -89,12 +89,12 @@ FAMILIES: dict[str, Family] = {
     "deis": DEIS,
     "ddim": DDIM,
     "lcm": LCM,
-    # Not in diffusers: they take Euler's.
+    # Not in diffusers: they use Euler's grid.
     "dpmpp_2s_ancestral": EULER,
     "res_multistep": EULER,
 }
-"""The grid of each sampler. Transforms that a class does not have (EulerAncestral, DDIM: any; all but
-DPMSolverMultistep: lu) are made as Euler's are where they are asked for; a config's flags for them are left alone."""
+"""The grid of each sampler. A transform that a class does not support (EulerAncestral, DDIM: any; all but
+DPMSolverMultistep: lu) is made as for Euler if it is requested; a config's flag for it is ignored."""
 
 
 def parse_schedule(text: str) -> tuple[str, str]:
@@ -116,7 +116,7 @@ def diffusers_grid(
 ) -> tuple[Values, Values]:
     """Return `steps` timesteps and steps + 1 sigmas, both falling; `transform` "" leaves the spacing as it is.
 
-    `training` is the table of sigmas. Raises UsageError for a number of steps, a spacing or a transform that cannot be.
+    `training` is the table of sigmas. Raises UsageError for an unsupported number of steps, spacing or transform.
     """
     if transform and family.distilled:
         raise UsageError(f"--schedule +{transform}: lcm runs on the timesteps of its distillation; leave it out")
@@ -134,7 +134,7 @@ def diffusers_grid(
 
 
 def edm_grid(edm: Edm, steps: int, *, ends_low: bool) -> Values:
-    """Return the steps + 1 falling sigmas of diffusers' EDM classes. Raises UsageError for a number of steps."""
+    """Return the steps + 1 falling sigmas of diffusers' EDM classes. Raises UsageError for `steps` below 1."""
     if steps < 1:
         raise UsageError(f"--steps {steps}: choose 1 or more")
     high, low = edm.sigma_max, edm.sigma_min
@@ -151,7 +151,7 @@ def log_timesteps(sigmas: NDArray[np.floating]) -> Values:
 def _spaced(family: Family, spacing: str, steps: int, scheduler: Scheduler) -> Values:
     """Return the visited timesteps (table 2 of arXiv 2305.08891), from high noise to low."""
     if spacing not in SPACINGS:
-        raise UsageError(f"timestep_spacing {spacing!r} is unknown; leading, trailing and linspace are known")
+        raise UsageError(f"timestep_spacing {spacing!r} is unknown; choose leading, trailing or linspace")
     total, solver = scheduler.num_train_timesteps, scheduler.original_inference_steps
     most = min(solver, total) if family.distilled else total if spacing == "trailing" else total - family.spare
     if not 1 <= steps <= most:
@@ -168,7 +168,7 @@ def _spaced(family: Family, spacing: str, steps: int, scheduler: Scheduler) -> V
 
 
 def _distilled(steps: int, total: int, solver: int) -> Values:
-    """Return every so many-th of a solver's timesteps, from the highest on, as diffusers' LCMScheduler does."""
+    """Return `steps` evenly chosen timesteps of the distillation's solver, falling, as diffusers' LCMScheduler does."""
     known = np.arange(solver, 0, -1) * (total // solver) - 1.0
     chosen = np.floor(np.linspace(0, solver, steps, endpoint=False)).astype(int)
     timesteps: Values = known[chosen]

@@ -1,4 +1,4 @@
-"""The noise schedule: which sigmas a run visits, and which timestep the model knows each of them by."""
+"""The noise schedule: the sigmas of a run, and the timestep that the model receives for each of them."""
 
 __all__ = ["Schedule", "make_comfyui_schedule", "make_schedule"]
 
@@ -33,30 +33,30 @@ from sdxl_trt.runtime.diffusion.schedules.training import (
 class Schedule:
     """A run's grid: `timesteps` (steps,) and `sigmas` (steps + 1,), float32, falling.
 
-    The last sigma is 0, but for grids that end at the training's lowest: diffusers' DEIS, and others whose config
-    says so.
+    The last sigma is 0, except for grids that end at the training's lowest sigma: diffusers' DEIS, and others if the
+    config says so.
     """
 
     timesteps: NDArray[np.float32]
     sigmas: NDArray[np.float32]
     num_train_timesteps: int
     initial_scale: float
-    """What unit-variance noise is multiplied by to start the run."""
+    """The factor on unit-variance noise that starts the run."""
     training: Table
     """The sigma of every training timestep, from low noise to high."""
     final_scale: float = 1.0
-    """What the last latents are multiplied by before they are decoded: 1, but for grids that end above sigma 0 in the
+    """The factor on the last latents before they are decoded: 1, except for grids that end above sigma 0 in the
     variance-preserving scale."""
     logs: Table | None = None
-    """The log of every training sigma as ComfyUI has it; None for diffusers' grids."""
+    """The log of every training sigma as ComfyUI computes it; None for diffusers' grids."""
     told_log_sigma: bool = False
-    """Whether the model is told log(sigma) / 4 in the place of a timestep."""
+    """Whether the model receives log(sigma) / 4 instead of a timestep."""
     sigma_data: float | None = None
-    """The standard deviation of clean latents that scales an EDM model's input and answer; None for another model."""
+    """The standard deviation of clean latents that scales an EDM model's input and output; None for other models."""
 
     @property
     def whole_timesteps(self) -> bool:
-        """Return whether the model is only told timesteps that it was trained on, as in ComfyUI."""
+        """Return whether the model receives only timesteps that it was trained on, as in ComfyUI."""
         return self.logs is not None
 
     @property
@@ -65,17 +65,16 @@ class Schedule:
         return len(self.timesteps)
 
     def last(self, steps: int) -> "Schedule":
-        """Return the grid of the last `steps` of this one, to start on with noise of its first sigma."""
+        """Return the grid of the last `steps` of this one, which starts from noise at its first sigma."""
         if steps >= self.steps:
             return self
         sigmas = self.sigmas[-(steps + 1) :]
         return replace(self, timesteps=self.timesteps[-steps:], sigmas=sigmas, initial_scale=float(sigmas[0]))
 
     def timestep(self, sigma: float) -> np.float32:
-        """Return the timestep at which the grid has `sigma`; off the grid, that of the training's sigmas.
+        """Return the timestep of `sigma` on the grid, or off the grid the one among the training sigmas.
 
-        Between two training timesteps it is a fraction, on a log-sigma line, or the nearer one with
-        `whole_timesteps`.
+        Between two training timesteps it is interpolated in log sigma, or with `whole_timesteps` the nearer one.
         """
         known = self._timesteps.get(sigma)
         if known is not None:
@@ -91,7 +90,7 @@ class Schedule:
 
     @cached_property
     def _timesteps(self) -> dict[float, np.float32]:
-        """The timestep of every sigma of the grid, the first one of equal sigmas."""
+        """The timestep of every sigma of the grid; of equal sigmas, that of the first."""
         return dict(zip(self.sigmas[-2::-1].tolist(), self.timesteps[::-1], strict=True))
 
 
@@ -106,8 +105,7 @@ def make_schedule(
     """Return the grid of diffusers' scheduler class for `sampler`, with this config and `steps`.
 
     `schedule` is ``SPACING[+TRANSFORM]``, or "" for the config's; `zero_terminal_snr` None is the config's. Raises
-    UsageError for a number of steps, beta schedule, spacing or transform that it cannot have, KeyError for an unknown
-    sampler.
+    UsageError for an unsupported number of steps, beta schedule, spacing or transform, KeyError for an unknown sampler.
     """
     family = FAMILIES[sampler]
     if scheduler.edm is not None:
@@ -120,7 +118,7 @@ def make_schedule(
     timesteps, sigmas = diffusers_grid(family, spacing, transform, steps, training, scheduler)
     timesteps = log_timesteps(sigmas[:-1]) if scheduler.told_log_sigma else timesteps
     highest, lowest = float(sigmas[0]), float(sigmas[-1])
-    # `leading` starts below the highest sigma, so that the noised latents still hold the data's unit variance.
+    # `leading` starts below the highest sigma, so the noised latents still contain the data's unit variance.
     unit = family.variance_preserving or spacing == "leading"
     return Schedule(
         timesteps.astype(np.float32),
@@ -134,7 +132,7 @@ def make_schedule(
 
 
 def _edm_schedule(scheduler: Scheduler, edm: Edm, steps: int, schedule: str, *, ends_low: bool) -> Schedule:
-    """Return the grid of diffusers' EDM classes, which is one for all samplers."""
+    """Return the grid of diffusers' EDM classes, the same for all samplers."""
     if schedule:
         raise UsageError(f"--schedule {schedule}: the bundle's model has EDM's own schedule; leave it out")
     sigmas = edm_grid(edm, steps, ends_low=ends_low)
@@ -159,17 +157,17 @@ def make_comfyui_schedule(
 ) -> Schedule:
     """Return the grid of ComfyUI's scheduler `schedule` for `sampler`; `ddim_uniform` and `beta` may change `steps`.
 
-    Raises UsageError for a number of steps, beta schedule or name that it cannot have, and for a model that is told
-    of the noise itself.
+    Raises UsageError for an unsupported number of steps, beta schedule or name, and for a model that receives log
+    sigmas.
     """
     if scheduler.told_log_sigma:
-        raise UsageError("--compat comfyui: the bundle's model has EDM's schedule, which is not done in ComfyUI's way;"
-                         " leave the option out")  # fmt: skip
+        raise UsageError("--compat comfyui: the bundle's model has EDM's schedule, which is not supported in ComfyUI's"
+                         " mode; leave the option out")  # fmt: skip
     training = comfyui_training_sigmas(scheduler, zero_terminal_snr=zero_terminal_snr)
     logs = comfyui_log_sigmas(scheduler, zero_terminal_snr=zero_terminal_snr)
     sigmas = comfyui_sigmas(schedule, sampler, steps, training, logs)
     highest, most = float(sigmas[0]), float(training[-1])
-    # As much as the model was ever trained on, or by a rounding more, leaves nothing of the latents but unit variance.
+    # At the highest training sigma, up to rounding, ComfyUI scales the noise to include the latents' unit variance.
     unit = highest > most or math.isclose(highest, most, rel_tol=1e-5)
     return Schedule(
         nearest_timesteps(sigmas[:-1], logs).astype(np.float32),

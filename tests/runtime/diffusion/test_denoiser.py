@@ -124,7 +124,7 @@ def test_nan_is_an_error_and_not_a_black_picture(schedule: Schedule, x: np.ndarr
 
 
 def test_an_unknown_prediction_type_names_the_known_ones(schedule: Schedule) -> None:
-    with pytest.raises(UsageError, match="'flow' is unknown; epsilon, v_prediction, sample are known"):
+    with pytest.raises(UsageError, match="'flow' is unknown; choose one of: epsilon, v_prediction, sample"):
         Denoiser(RecordingEngine(), schedule, Conditions({}, 1.0), "flow")
 
 

@@ -131,7 +131,7 @@ def test_a_number_of_steps_that_cannot_be_names_the_range(steps: int) -> None:
     ("settings", "words"),
     [
         ({"beta_schedule": "squaredcos_cap_v2"}, "'squaredcos_cap_v2' is not supported; scaled_linear and linear are"),
-        ({"timestep_spacing": "cosine"}, "'cosine' is unknown; leading, trailing and linspace are known"),
+        ({"timestep_spacing": "cosine"}, "'cosine' is unknown; choose leading, trailing or linspace"),
     ],
 )
 def test_an_unknown_schedule_names_the_known_ones(settings: dict[str, str], words: str) -> None:
