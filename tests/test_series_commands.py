@@ -134,8 +134,8 @@ def test_a_series_that_makes_no_sense_is_refused(tmp_path: Path, fails: Any) -> 
         (["fox", "--sweep", "seed=1,2", "--save-latents", str(tmp_path / "x.npz")], "leave --sweep"),
         (["fox", "--sweep", "handoff=0.5,2"], "--handoff 2"),
         (["fox", "-o", str(tmp_path / "x.png"), "--format", "webp"], "ends in .webp"),
-        (["--from", str(prompts)], "no PNG, JPEG or WebP"),
-        (["--from", str(prompts), "--workflow", str(prompts)], "no PNG, JPEG or WebP"),
+        (["--from", str(prompts)], "not a PNG, JPEG or WebP"),
+        (["--from", str(prompts), "--workflow", str(prompts)], "not a PNG, JPEG or WebP"),
     ):
         assert message in fails(trt_generate, arguments, 2)
     assert list(tmp_path.iterdir()) == [prompts]

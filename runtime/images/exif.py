@@ -1,4 +1,4 @@
-"""The texts in a picture's EXIF data: ours, A1111's parameters, and the workflows that ComfyUI's savers put there."""
+"""Texts in a picture's EXIF data: our settings, A1111's parameters, and the workflows that ComfyUI's nodes write."""
 
 __all__ = ["EDITOR", "GRAPH", "MAKER", "MAX_TEXT", "UNICODE", "exif_texts"]
 
@@ -8,26 +8,26 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 MAX_TEXT = 16 << 20
-"""Longer texts are not looked into; a workflow has kilobytes."""
+"""Longer texts are ignored; a workflow has kilobytes."""
 GRAPH, EDITOR = "prompt", "workflow"
-"""ComfyUI's names of a graph in its API form, and of what its editor shows."""
+"""ComfyUI's names for a graph in API form, and for one in its editor's form."""
 PARAMETERS, SETTINGS = "parameters", "sdxl-trt"
 # The encoding of a comment is named in its first eight bytes (EXIF 2.3, section 4.6.5).
 UNICODE, ASCII, MAKER = b"UNICODE\0", b"ASCII\0\0\0", b"sdxl-trt\0"
 _UNDEFINED = bytes(8)
 _USER_COMMENT, _MAKER_NOTE = 0x9286, 0x927C
 _WINDOWS = range(0x9C9B, 0x9CA0)
-"""XPTitle, XPComment and their like, in UTF-16."""
+"""XPTitle, XPComment and the like, in UTF-16."""
 _NAMED = re.compile(rf"\s*({GRAPH}|{EDITOR})\s*:\s*(?=\{{)", re.IGNORECASE)
 
 
 def exif_texts(main: Mapping[int, object], notes: Mapping[int, object]) -> dict[str, str]:
-    """Return what the tags of the `main` directory and of the `notes` (the EXIF directory) hold, by its names in a PNG.
+    """Return the texts in the tags of the `main` and `notes` (EXIF) directories, by the names they have in a PNG.
 
     ComfyUI writes ``prompt:{…}`` as the camera's model and ``workflow:{…}`` as its maker (SaveAnimatedWEBP); custom
-    nodes write ``Workflow:{…}`` and ``Prompt:{…}`` into descriptions and comments, or a comment that is an object of
-    both. All tags are looked through, as ComfyUI's page does, and the first that holds a JSON object counts: a
-    photograph described as "Prompt: a cat" is no graph. Nothing is trusted, and nothing is raised.
+    nodes write ``Workflow:{…}`` and ``Prompt:{…}`` into descriptions and comments, or one comment with both in a JSON
+    object. All tags are searched, as ComfyUI's page does, and the first with a JSON object counts: a photograph
+    described as "Prompt: a cat" is not a graph. The data is not trusted, and nothing is raised.
     """
     found: dict[str, str] = {}
     settings, comment = notes.get(_MAKER_NOTE), notes.get(_USER_COMMENT)
@@ -47,7 +47,7 @@ def exif_texts(main: Mapping[int, object], notes: Mapping[int, object]) -> dict[
 
 
 def _graphs(text: str) -> Iterator[tuple[str, str]]:
-    """Yield the graphs in the text of a tag: one after its name and a colon, or the members of an object."""
+    """Yield (name, graph) for the graphs in a tag's text: one after its name and a colon, or members of an object."""
     if named := _NAMED.match(text):
         graph = text[named.end() :].rstrip("\0 \r\n")
         if _object(graph):
@@ -61,7 +61,7 @@ def _graphs(text: str) -> Iterator[tuple[str, str]]:
 
 
 def _object(text: str) -> dict[str, Any]:
-    """Return the JSON object that `text` is; an empty one for anything else."""
+    """Return `text` parsed as a JSON object, or an empty one if it is not one."""
     if not text.lstrip().startswith("{"):
         return {}
     try:
@@ -72,7 +72,7 @@ def _object(text: str) -> dict[str, Any]:
 
 
 def _text(tag: int, value: object) -> str:
-    """Return the text of a tag's value; "" for one that is none."""
+    """Return the text of a tag's value, or "" if it is not text."""
     if (
         isinstance(value, tuple)
         and tag in _WINDOWS
@@ -80,7 +80,7 @@ def _text(tag: int, value: object) -> str:
     ):
         value = bytes(value)
     if isinstance(value, str):
-        try:  # Pillow reads bytes as Latin-1, and programs write UTF-8
+        try:  # Pillow decodes bytes as Latin-1, but programs write UTF-8
             return value.encode("latin-1").decode("utf-8")
         except UnicodeError:
             return value
@@ -95,7 +95,7 @@ def _text(tag: int, value: object) -> str:
 
 
 def _utf16(content: bytes) -> str:
-    """Return a comment in UTF-16: as its mark says, else in the byte order whose text has more of ASCII."""
+    """Return a comment decoded from UTF-16, in the byte order of its BOM, or else the one that gives more ASCII."""
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         return content.decode("utf-16", "replace")
     little = content[1::2].count(0) > content[::2].count(0)

@@ -1,4 +1,4 @@
-"""Picture files: PNG, JPEG and WebP, written whole with texts in them, and the texts of files from anywhere."""
+"""Picture files: write PNG, JPEG and WebP with texts in them, and read the texts of untrusted files."""
 
 __all__ = ["FORMATS", "PARAMETERS", "SETTINGS", "WORKFLOW", "format_of", "read_texts", "save_image"]
 
@@ -20,22 +20,22 @@ if TYPE_CHECKING:
 log = logging.getLogger("sdxl_trt.runtime")
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
-"""Endings of file names, and Pillow's names of what is in them."""
+"""File name extensions, and Pillow's names of their formats."""
 PARAMETERS, SETTINGS = "parameters", "sdxl-trt"
-"""The text for people and other programs, in the form of A1111's web UI, and the JSON that a run is repeated from."""
+"""The text for people and other programs, in A1111's format, and the JSON from which a run can be repeated."""
 WORKFLOW = GRAPH
-"""ComfyUI's name of the graph that made a picture, in its API form."""
+"""ComfyUI's name for the graph that made a picture, in API form."""
 
 MAX_EXIF = 65_000
 """An EXIF segment of a JPEG holds 65 533 bytes."""
 _EXIF, _USER_COMMENT, _MAKER_NOTE = 0x8769, 0x9286, 0x927C
 _MODEL = 0x0110
-"""The camera's model, where ComfyUI keeps the graph of what is no PNG, after the text's name and a colon."""
+"""The camera's model, where ComfyUI stores the graph of other formats than PNG, after the text's name and a colon."""
 _OPTIONS: dict[str, dict[str, Any]] = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}
 
 
 def format_of(path: Path) -> str:
-    """Return Pillow's name of the format that a file's ending says. Raises UsageError for another one."""
+    """Return Pillow's name of the format of a file's extension. Raises UsageError for an unsupported one."""
     try:
         return FORMATS[path.suffix.lower()]
     except KeyError:
@@ -43,12 +43,12 @@ def format_of(path: Path) -> str:
 
 
 def save_image(image: "Image", path: Path, texts: Mapping[str, str], *, replace: bool = True) -> None:
-    """Write `image`, atomically, in the format of the file's ending: JPEG in high quality, WebP without loss.
+    """Write `image` atomically, in the format of the file's extension: JPEG in high quality, WebP lossless.
 
-    `texts` are none, or PARAMETERS and SETTINGS, and WORKFLOW where there is one. A PNG has each as a text chunk. EXIF
-    data has PARAMETERS as the user's comment and WORKFLOW as the camera's model, where others look for them, and
-    SETTINGS as the maker's note; what it cannot hold is left out with a warning. Without `replace` a file that is there
-    stays, and FileExistsError is raised.
+    `texts` is empty, or has PARAMETERS, SETTINGS and optionally WORKFLOW. A PNG stores each as a text chunk. EXIF data
+    stores PARAMETERS as the user comment and WORKFLOW as the camera's model, where other programs look for them, and
+    SETTINGS as the maker note; texts too long for EXIF are left out with a warning. Without `replace` an existing file
+    is kept, and FileExistsError is raised.
     """
     kind = format_of(path)
     options = dict(_OPTIONS.get(kind, {}))
@@ -59,23 +59,23 @@ def save_image(image: "Image", path: Path, texts: Mapping[str, str], *, replace:
         if len(exif.tobytes()) <= MAX_EXIF:
             options["exif"] = exif
         else:
-            log.warning("%s: the settings are longer than EXIF holds, and left out; a .png keeps them", path)
+            log.warning("%s: the settings are too long for EXIF and are left out; a .png keeps them", path)
     with atomic_write(path, replace=replace) as file:
         image.save(file, format=kind, **options)
 
 
 def read_texts(picture: Path | bytes) -> dict[str, str]:
-    """Return the texts that a picture carries, a file or the bytes of one, by their names in a PNG.
+    """Return the texts in a picture, given as a file or as its bytes, by their names in a PNG.
 
-    Of what a JPEG or WebP carries these are PARAMETERS, SETTINGS, WORKFLOW and EDITOR, as `exif_texts` finds them. The
-    pixels are not decoded, and nothing is trusted. Raises UsageError where it is no picture.
+    For a JPEG or WebP these are PARAMETERS, SETTINGS, WORKFLOW and EDITOR, as `exif_texts` finds them. The pixels are
+    not decoded, and the data is not trusted. Raises UsageError if it is not a picture.
     """
     from PIL import Image  # noqa: PLC0415 - Pillow only where there is a picture
 
     name = "standard input" if isinstance(picture, bytes) else str(picture)
     source = io.BytesIO(picture) if isinstance(picture, bytes) else picture
     try:
-        # Pillow warns of sizes that would be heavy to decode.
+        # Pillow warns of sizes that would be expensive to decode.
         with (
             warnings.catch_warnings(action="ignore"),
             Image.open(source, formats=[*dict.fromkeys(FORMATS.values())]) as image,
@@ -89,9 +89,9 @@ def read_texts(picture: Path | bytes) -> dict[str, str]:
     except OSError as exc:
         if exc.errno is not None:
             raise explain_os_error(exc, f"reading {name}") from exc
-        raise UsageError(f"{name}: is no PNG, JPEG or WebP picture; give one that trt-generate made") from exc
-    except Exception as exc:  # whatever a decoder says of a file that nobody has vouched for
-        raise UsageError(f"{name}: is a broken picture ({str(exc)[:100]}); give a sound copy of it") from exc
+        raise UsageError(f"{name}: is not a PNG, JPEG or WebP picture; give one that trt-generate made") from exc
+    except Exception as exc:  # a decoder may raise anything for an untrusted file
+        raise UsageError(f"{name}: is a broken picture ({str(exc)[:100]}); give an intact copy of it") from exc
 
 
 def _chunks(texts: Mapping[str, str]) -> "PngInfo":

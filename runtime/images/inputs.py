@@ -1,8 +1,7 @@
-"""Pictures to start from: read from files that nobody has vouched for, and cut or scaled to the size of a run.
+"""Pictures to start from: read from untrusted files, and cropped or scaled to the size of a run.
 
-A file is read once, whole, up to MAX_BYTES; what is decoded is what was hashed. Only the formats of FORMATS are tried,
-from files of this machine GIF and BMP too, one frame of at most MAX_PIXELS; arrays of latents are read without numpy's
-pickles.
+A file is read once, whole, up to MAX_BYTES, and the bytes that were hashed are decoded. Only FORMATS are tried, for
+local files also GIF and BMP, and one frame of at most MAX_PIXELS; arrays of latents are read without numpy's pickles.
 """
 
 __all__ = ["Fit", "InputPicture", "as_input", "check_input", "fitted", "read_input"]
@@ -33,26 +32,26 @@ log = logging.getLogger("sdxl_trt.runtime")
 
 MAX_BYTES = 256 << 20
 MAX_PIXELS = 89_478_485
-"""Pillow's own limit, of which it only warns."""
+"""Pillow's own limit, beyond which it only warns."""
 FORMATS = ("PNG", "JPEG", "WEBP")
 FILE_FORMATS = (*FORMATS, "GIF", "BMP")
-"""What a file that the command line or a workflow names may be."""
-_TOLD = {FORMATS: "PNG, JPEG or WebP", FILE_FORMATS: "PNG, JPEG, WebP, GIF or BMP"}
+"""The formats of a file that the command line or a workflow names."""
+_TEXT = {FORMATS: "PNG, JPEG or WebP", FILE_FORMATS: "PNG, JPEG, WebP, GIF or BMP"}
 WHITE = 255
 _NPY, _ZIP = npy.MAGIC_PREFIX, b"PK\x03\x04"
 _KEPT = "final.npy"
 Size = tuple[int, int]
 Fit = Literal["scale", "crop", "cover"]
-"""How a picture comes to a size: "scale" changes the sides apart, as diffusers does to come to a multiple; "crop" keeps
-the middle, as ComfyUI does; "cover" scales until both sides are covered and keeps the middle."""
+"""How a picture is fitted to a size: "scale" scales each side by itself, as diffusers does to reach a multiple; "crop"
+keeps the centre, as ComfyUI does; "cover" scales the picture to cover the size and keeps the centre."""
 
 
 @dataclass(frozen=True, eq=False)
 class InputPicture:
-    """A picture to start from, and what tells it from others: the name of its file, "" for none, and a digest.
+    """A picture to start from, with its file name ("" without a file) and the digest of its content.
 
-    `array` is uint8 (height, width, 3), or latents float32 (count, channels, height/8, width/8) as `Run.final` has
-    them. It is not written to.
+    `array` is uint8 (height, width, 3), or latents float32 (count, channels, height/8, width/8) like `Run.final`. It
+    is not written to.
     """
 
     array: NDArray[Any]
@@ -61,12 +60,12 @@ class InputPicture:
 
     @property
     def pixels(self) -> NDArray[np.uint8] | None:
-        """Return the pixels (height, width, 3), None where it is latents."""
+        """Return the pixels (height, width, 3), or None for latents."""
         return self.array if self.array.dtype == np.uint8 else None
 
     @property
     def latents(self) -> NDArray[np.float32] | None:
-        """Return the latents (count, channels, h, w), which no autoencoder has to encode, None where it is pixels."""
+        """Return the latents (count, channels, h, w), which need no encoding, or None for pixels."""
         return self.array if self.array.dtype == np.float32 else None
 
     @property
@@ -76,7 +75,7 @@ class InputPicture:
 
 
 def as_input(picture: InputPicture | NDArray[Any]) -> InputPicture:
-    """Return `picture` as one with a digest; an array is that of its values. Raises UsageError for another array."""
+    """Return `picture` with a digest, for an array that of its values. Raises UsageError for an unsuitable array."""
     if isinstance(picture, InputPicture):
         return picture
     array = np.asarray(picture)
@@ -85,11 +84,11 @@ def as_input(picture: InputPicture | NDArray[Any]) -> InputPicture:
 
 
 def read_input(path: Path, option: str = "--image") -> InputPicture:
-    """Return the picture in a file of FILE_FORMATS, or latents, the array `final` of an .npz or that of an .npy.
+    """Return the picture in a file of FILE_FORMATS, or latents: the array `final` of an .npz, or the array of an .npy.
 
-    The picture is turned as its EXIF data says. With a warning, the colours of a transparent one are taken and 16 bits
-    of grey are cut off at 255, as diffusers and ComfyUI do, and of an animated GIF the first frame. Raises UsageError,
-    which calls the file by `option`, for one that is missing, too large, animated otherwise, broken, or something else.
+    The picture is rotated as its EXIF data states. With a warning, transparency is dropped and 16-bit grey is clipped
+    at 255, as in diffusers and ComfyUI, and the first frame of an animated GIF is used. Raises UsageError that names
+    `option` and the file, if it is missing, too large, otherwise animated, broken, or in another format.
     """
     where = f"{option} {path}"
     content = _content(path, where)
@@ -99,13 +98,14 @@ def read_input(path: Path, option: str = "--image") -> InputPicture:
 
 
 def check_input(picture: InputPicture, manifest: Manifest, count: int, size: Size, *, refine: bool) -> InputPicture:
-    """Return `picture`, from which `count` pictures of `size` (height, width) start, with `refine` in the refiner.
+    """Return `picture` after checking that `count` pictures of `size` (height, width) can start from it.
 
-    Raises UsageError for pixels where the bundle has no encoder, and for latents that are not of this size.
+    With `refine` they start in the refiner. Raises UsageError for pixels if the bundle has no encoder, and for latents
+    of another size.
     """
     vae = manifest.refiner.vae if manifest.refiner is not None and refine else manifest.base.vae
     if picture.pixels is not None and vae.encoder is None:
-        raise UsageError("a picture is to be encoded, and the bundle has no VAE encoder; export the bundle with it:"
+        raise UsageError("a picture must be encoded, but the bundle has no VAE encoder; export the bundle with it:"
                          " export-engines without --components")  # fmt: skip
     if picture.latents is not None:
         given, fitting = picture.latents.shape, (vae.latent_channels, size[0] // vae.factor, size[1] // vae.factor)
@@ -116,7 +116,7 @@ def check_input(picture: InputPicture, manifest: Manifest, count: int, size: Siz
 
 
 def fitted(pixels: NDArray[np.uint8], size: Size, way: Fit) -> NDArray[np.uint8]:
-    """Return `pixels` (h, w, 3) in `size` (height, width); scaling is Lanczos."""
+    """Return `pixels` (h, w, 3) fitted to `size` (height, width); scaling is Lanczos."""
     height, width = size
     if pixels.shape[:2] == size:
         return pixels
@@ -133,7 +133,7 @@ def fitted(pixels: NDArray[np.uint8], size: Size, way: Fit) -> NDArray[np.uint8]
 
 def _content(path: Path, where: str) -> bytes:
     try:
-        # A pipe would never end, and a device is no picture.
+        # A pipe might never end, and a device is not a picture.
         if not stat.S_ISREG(path.stat().st_mode):
             raise UsageError(f"{where}: is not a file; give a picture")
         with path.open("rb") as file:
@@ -151,43 +151,43 @@ def _pixels(content: bytes, where: str, formats: tuple[str, ...] = FORMATS) -> N
     from PIL import Image, ImageOps, UnidentifiedImageError  # noqa: PLC0415 - Pillow only where there is a picture
 
     try:
-        # Pillow warns of what is refused below, and of palettes that it converts all the same.
+        # Pillow warns of what is refused below, and of palettes that it converts anyway.
         with warnings.catch_warnings(action="ignore"), Image.open(BytesIO(content), formats=formats) as picture:
             _check_picture(picture, where)
             return _rgb(ImageOps.exif_transpose(picture), where)
     except (UsageError, MemoryError):
         raise
     except (UnidentifiedImageError, Image.DecompressionBombError) as exc:
-        what = f"no {_TOLD[formats]} picture" if isinstance(exc, UnidentifiedImageError) else "a picture of too many"
+        what = f"not a {_TEXT[formats]} picture" if isinstance(exc, UnidentifiedImageError) else "a picture of too many"
         more = "" if isinstance(exc, UnidentifiedImageError) else f" pixels, more than {MAX_PIXELS}"
         raise UsageError(f"{where}: is {what}{more}; give another one") from exc
-    except Exception as exc:  # whatever a decoder says of a file that nobody has vouched for
-        raise UsageError(f"{where}: is a broken picture ({_reason(exc)}); give a sound copy of it") from exc
+    except Exception as exc:  # a decoder may raise anything for an untrusted file
+        raise UsageError(f"{where}: is a broken picture ({_reason(exc)}); give an intact copy of it") from exc
 
 
 def _check_picture(picture: "Image", where: str) -> None:
-    """Raise UsageError before the pixels are decoded."""
+    """Raise UsageError for a picture that is too large or animated, before its pixels are decoded."""
     if picture.width * picture.height > MAX_PIXELS:
         raise UsageError(f"{where}: is a picture of {picture.width}x{picture.height}, more than {MAX_PIXELS} pixels;"
                          " give a smaller one")  # fmt: skip
     if picture.format == "GIF":
         if getattr(picture, "is_animated", False):
-            log.warning("%s: is animated; its first frame is taken (ComfyUI's LoadImage takes them all)", where)
-    # A camera's MPO is a JPEG whose further frames are previews and depths of its first.
+            log.warning("%s: is animated; its first frame is used (ComfyUI's LoadImage uses all of them)", where)
+    # A camera's MPO is a JPEG whose other frames are previews and depth maps of the first.
     elif getattr(picture, "n_frames", 1) > 1 and picture.format != "MPO":
         raise UsageError(f"{where}: is animated; give a single frame of it")
 
 
 def _rgb(picture: "Image", where: str) -> NDArray[np.uint8]:
     if picture.mode.startswith("I"):
-        # 16 bits of grey; those of colours Pillow brings down itself.
+        # 16-bit grey; Pillow itself reduces 16-bit colours to 8 bits.
         deep = np.asarray(picture)
         if deep.max() > WHITE:
-            log.warning("%s: is grey of 16 bits, of which all above 255 is white, as in diffusers and ComfyUI; save it"
-                        " with 8 bits", where)  # fmt: skip
+            log.warning("%s: is 16-bit grey, in which all values above 255 become white, as in diffusers and ComfyUI;"
+                        " save it with 8 bits", where)  # fmt: skip
         return np.repeat(np.clip(deep, 0, WHITE).astype(np.uint8)[:, :, None], 3, axis=2)
     if picture.has_transparency_data and np.asarray(picture.convert("RGBA"))[:, :, 3].min() < 255:
-        log.warning("%s: is transparent in places; the colours below are taken", where)
+        log.warning("%s: is transparent in places; the transparency is dropped, and the colours are used", where)
     return np.array(picture.convert("RGB"))
 
 
@@ -196,12 +196,12 @@ def _latents(content: bytes, where: str) -> NDArray[Any]:
         stored = _unpacked(content, where) if content.startswith(_ZIP) else content
         return _array(stored)
     except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as exc:
-        raise UsageError(f"{where}: holds no latents ({_reason(exc)}); give a .npy of them, or what --save-latents"
-                         " wrote") from exc  # fmt: skip
+        raise UsageError(f"{where}: holds no latents ({_reason(exc)}); give a .npy of them, or a file that"
+                         " --save-latents wrote") from exc  # fmt: skip
 
 
 def _unpacked(content: bytes, where: str) -> bytes:
-    """Return the file of the last latents in an .npz, however much it claims to be no more than MAX_BYTES."""
+    """Return the file of the last latents in an .npz; at most MAX_BYTES are unpacked, whatever its header claims."""
     with zipfile.ZipFile(BytesIO(content)) as archive, archive.open(_KEPT) as file:
         stored = file.read(MAX_BYTES + 1)
     if len(stored) > MAX_BYTES:
@@ -210,7 +210,7 @@ def _unpacked(content: bytes, where: str) -> bytes:
 
 
 def _array(stored: bytes) -> NDArray[Any]:
-    """Return the array of an .npy, whose header is believed only as far as its bytes go."""
+    """Return the array of an .npy. Raises ValueError if its header does not match its bytes."""
     file = BytesIO(stored)
     version = npy.read_magic(file)
     read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
@@ -232,5 +232,5 @@ def _check(array: NDArray[Any], where: str) -> None:
         return
     if array.dtype == np.float32 and array.ndim == 4 and array.size and np.isfinite(array).all():
         return
-    raise UsageError(f"{where}: an array of {array.dtype} {list(array.shape)} is no picture; give uint8 (height, width,"
-                     " 3), or finite float32 latents (count, channels, height, width)")  # fmt: skip
+    raise UsageError(f"{where}: an array of {array.dtype} {list(array.shape)} is not a picture; give uint8 (height,"
+                     " width, 3), or finite float32 latents (count, channels, height, width)")  # fmt: skip

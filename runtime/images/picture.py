@@ -30,10 +30,10 @@ class Picture:
     graph: Mapping[str, Any] | None = None
 
     def save(self, path: Path | str, *, metadata: bool = True, replace: bool = True) -> None:
-        """Write a picture file, atomically, in the format that the name's ending says: PNG, JPEG or WebP.
+        """Write a picture file atomically, in the format of its extension: PNG, JPEG or WebP.
 
-        With `metadata` it holds what the run can be repeated from. Raises UsageError for another ending, and without
-        `replace` FileExistsError where the file is there.
+        With `metadata` it holds the settings from which the run can be repeated. Raises UsageError for another
+        extension, and without `replace` FileExistsError if the file exists.
         """
         texts = describe(self.metadata, self.graph) if metadata else {}
         save_image(self.image, Path(path), texts, replace=replace)

@@ -1,4 +1,4 @@
-"""Which bundle a picture was made with: a short digest of its weights, and its models by the names they came with."""
+"""The bundle that made a picture: a short digest of its weights, and the names of its models."""
 
 __all__ = ["BundleName", "bundle_name", "warn_of_another_bundle"]
 
@@ -12,16 +12,16 @@ from sdxl_trt.engines.bundle import Manifest
 
 log = logging.getLogger("sdxl_trt.runtime")
 MOST = 100
-"""Characters of a model's name."""
+"""The most characters of a model's name."""
 _DIGITS = 12
 
 _Name = Annotated[str, msgspec.Meta(max_length=MOST)]
 
 
 class BundleName(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The models that made a picture: their weights by `digest`, `base` and `refiner` by name, None where it was idle.
+    """The models that made a picture: the `digest` of their weights, and the names of `base` and `refiner`.
 
-    Names are those of the manifest, which has no path of a machine.
+    `refiner` is None if it did not run. Names come from the manifest, which contains no local paths.
     """
 
     digest: _Name
@@ -30,32 +30,32 @@ class BundleName(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def bundle_name(manifest: Manifest, *, refined: bool) -> BundleName:
-    """Return the name of what a bundle runs, with its refiner or the base alone.
+    """Return the name of the models that a bundle runs, with its refiner or the base alone.
 
-    The digest is that of the weights, so that another precision or another LoRA is another bundle, and a bundle that
-    was moved, given plans, or exported again from the same weights is not.
+    The digest covers the weights: another precision or another LoRA gives another digest; moving a bundle, adding plans
+    to it, or exporting it again from the same weights does not.
     """
     stages = [*manifest.stages().values()][: 1 + refined]
     used = {stages[-1].vae.decoder}
     for stage in stages:
         used |= {stage.unet, *(encoder.component for encoder in stage.text_encoders)}
     weights = "".join(f"{name} {manifest.components[name].weights.sha256}\n" for name in sorted(used))
-    # A component is called after its model and its folder there.
+    # A component's source is named after its model and its folder in it.
     models = [manifest.components[stage.unet].source.name.removesuffix("/unet")[:MOST] for stage in stages]
     return BundleName(hashlib.sha256(weights.encode()).hexdigest()[:_DIGITS], *models)
 
 
 def warn_of_another_bundle(made_with: BundleName | None, manifest: Manifest) -> None:
-    """Warn where a picture was made with other weights than those of `manifest`; None is one that does not say."""
+    """Warn if a picture was made with other weights than those of `manifest`; None if the picture does not say."""
     if made_with is None:
         return
     refined = made_with.refiner is not None and manifest.refiner is not None
     here = bundle_name(manifest, refined=refined)
     if here.digest != made_with.digest:
         log.warning("the picture was made with another bundle, %s, and this one is %s: it will differ",
-                    _told(made_with), _told(here))  # fmt: skip
+                    _text_of(made_with), _text_of(here))  # fmt: skip
 
 
-def _told(bundle: BundleName) -> str:
+def _text_of(bundle: BundleName) -> str:
     models = bundle.base if bundle.refiner is None else f"{bundle.base} + {bundle.refiner}"
     return f"{models} ({bundle.digest})"

@@ -1,6 +1,6 @@
-"""Latents and pixels in another size, as ComfyUI scales them: torch's interpolations, Lanczos, and slerp along a line.
+"""Resize latents and pixels as ComfyUI does: with torch's interpolations, Lanczos, and bislerp.
 
-Every method but "bislerp" weighs rows and columns apart: a matrix for each axis. Source: ``torch.nn.functional
+Every method except "bislerp" is separable: a matrix of weights for each axis. Source: ``torch.nn.functional
 .interpolate`` without aligned corners and without antialiasing; ComfyUI's ``comfy/utils.py`` for the rest.
 """
 
@@ -17,15 +17,15 @@ Size = tuple[int, int]
 _CUBIC = -0.75
 """torch's constant of the cubic convolution (Keys' a)."""
 _PARALLEL = 1e-5
-"""How near to parallel two vectors are taken for the same."""
+"""Two vectors are treated as parallel or opposite if their cosine is within this of 1 or -1."""
 
 
 def new_size(size: Size, asked: Size | None, by: float, unit: int, least: int) -> Size:
-    """Return the (height, width) that something of `size` is scaled to.
+    """Return the (height, width) that `size` is scaled to, in units of `unit` pixels (latents: 8, pixels: 1).
 
-    `asked` is (width, height) in pixels, of which `unit` make one of these; where one is 0 it follows from the other in
-    the same shape, and with both nothing is scaled. None scales by the factor `by`. `least` pixels is the smallest side
-    that follows, and is taken of the one that is stated where the other is 0.
+    `asked` is (width, height) in pixels. If one is 0, it follows from the other and the aspect ratio; if both are 0,
+    nothing is scaled. None scales by the factor `by`. `least` pixels is the smallest side that is returned, also for
+    the stated side if the other is 0.
     """
     height, width = size
     if asked is None:
@@ -47,8 +47,8 @@ def new_size(size: Size, asked: Size | None, by: float, unit: int, least: int) -
 def resize(values: Values, size: Size, method: str, *, centred: bool = False) -> Values:
     """Return new `values` (n, c, h, w) in `size` (height, width) by one of METHODS.
 
-    With `centred` the longer side is cut on both ends first, to the new shape. "lanczos" takes pixels from 0 to 1, in
-    256 steps. Raises KeyError for an unknown method.
+    With `centred` the longer side is first cropped on both ends to the new aspect ratio. "lanczos" is for pixels from 0
+    to 1, and works in 256 steps. Raises KeyError for an unknown method.
     """
     cut = _cut(values, size) if centred else values
     if method == "bislerp":
@@ -57,13 +57,13 @@ def resize(values: Values, size: Size, method: str, *, centred: bool = False) ->
         return _lanczos(cut, size)
     weigh = METHODS[method]
     rows, columns = (weigh(old, new) for old, new in zip(cut.shape[2:], size, strict=True))
-    # Rows first: fewer of them are left for the columns where a picture grows in width.
+    # Rows first: fewer of them are left for the columns if a picture grows in width.
     scaled: Values = np.matmul(np.matmul(rows, cut.astype(np.float64)), columns.T).astype(np.float32)
     return scaled
 
 
 def _cut(values: Values, size: Size) -> Values:
-    """Return the middle of `values` in the shape of `size`."""
+    """Return the centre of `values`, cropped to the aspect ratio of `size`."""
     height, width = values.shape[2:]
     shape, wanted = width / height, size[1] / size[0]
     left = round((width - width * (wanted / shape)) / 2) if shape > wanted else 0
@@ -72,8 +72,8 @@ def _cut(values: Values, size: Size) -> Values:
 
 
 def _nearest_exact(old: int, new: int) -> NDArray[np.float64]:
-    """Return weights (new, old) that take the value at the centre of each new one."""
-    # In float32, as torch: a centre that falls between two is decided by its rounding.
+    """Return weights (new, old) that select the old value at the centre of each new one."""
+    # In float32, as in torch: its rounding decides for a centre that falls between two values.
     at = (np.arange(new, dtype=np.float32) + np.float32(0.5)) * _ratio(old, new)
     weights: NDArray[np.float64] = np.eye(old)[np.minimum(np.floor(at).astype(int), old - 1)]
     return weights
@@ -84,13 +84,13 @@ def _ratio(old: int, new: int) -> np.float32:
 
 
 def _centres(old: int, new: int) -> Axis:
-    """Return where the centres of the `new` values lie among the `old` ones, with one rounding, as torch has them."""
+    """Return the positions of the centres of the `new` values among the `old` ones, rounded once, as in torch."""
     exact = np.float64(_ratio(old, new)) * (np.arange(new) + 0.5) - 0.5
     return exact.astype(np.float32)
 
 
 def _neighbours(old: int, new: int) -> tuple[NDArray[np.int64], NDArray[np.int64], Axis]:
-    """Return the two old values that each new one lies between, and the share of the second."""
+    """Return the indices of the two old values around each new one, and the share of the second."""
     at = np.maximum(_centres(old, new), np.float32(0.0))
     low = np.minimum(at.astype(np.int64), old - 1)
     return low, np.minimum(low + 1, old - 1), np.clip(at - low.astype(np.float32), 0.0, 1.0).astype(np.float32)
@@ -122,7 +122,7 @@ def _cubic(distance: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _area(old: int, new: int) -> NDArray[np.float64]:
-    """Return weights that take the mean of the whole old values that each new one touches."""
+    """Return weights that average the whole old values that each new one overlaps."""
     weights = np.zeros((new, old))
     for number in range(new):
         first, last = number * old // new, -((number + 1) * -old // new)
@@ -142,10 +142,10 @@ def _lanczos(values: Values, size: Size) -> Values:
 
 
 def _bislerp(values: Values, new: int) -> Values:
-    """Return `values` (n, c, h, w) with `new` columns: between two, the vectors of channels turn and grow evenly."""
+    """Return `values` (n, c, h, w) with `new` columns: slerp between the channel vectors of two old columns."""
     old = values.shape[3]
     low, high, between = _neighbours(old, new)
-    # ComfyUI interpolates the numbers of the columns themselves, and cuts them off: in float32, or others are found.
+    # ComfyUI interpolates the column numbers and truncates them; only float32 finds the same columns.
     numbers = np.arange(old, dtype=np.float32)
     at, after = (
         each[low] * (np.float32(1.0) - between) + each[high] * between
@@ -174,4 +174,4 @@ METHODS: dict[str, Callable[[int, int], NDArray[np.float64]]] = {
     "area": _area,
     "bicubic": _bicubic,
 }
-"""How a new axis is weighed of an old one; "lanczos" and "bislerp" besides."""
+"""The weights of a new axis over an old one; "lanczos" and "bislerp" exist besides."""

@@ -1,4 +1,4 @@
-"""Contact sheets: pictures on a calm ground, each with its caption, under what they have in common."""
+"""Contact sheets: captioned pictures on a plain background, under a heading with what they have in common."""
 
 __all__ = ["Sheet", "contact_sheet", "draw_sheet"]
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 GROUND, INK, PALE, RULE = (250, 250, 248), (48, 48, 52), (122, 122, 126), (224, 224, 220)
 MARGIN, GAP, ROW_GAP, BELOW_PICTURE = 32, 16, 26, 7
 TEXT, LINE = 13, 18
-"""Size of captions and of a line of them, in pixels."""
+"""The font size and line height of captions, in pixels."""
 LARGE, LARGE_LINE = 18, 25
 MEDIUM, MEDIUM_LINE = 15, 21
-"""A heading is large where it fits into two lines, else medium."""
+"""A heading is large if it fits into two lines, else medium."""
 MOST_HEADING, MOST_ASIDE, MOST_CAPTION, MOST_TITLE = 8, 3, 2, 4
-"""Lines of each, the last of which ends in an ellipsis where there are more."""
+"""The most lines of each; a longer text ends in an ellipsis."""
 SMALL_CELL, LARGE_CELL = 256, 384
-"""Cells of a sheet in pixels: small pictures are enlarged by whole pixels, large ones reduced."""
+"""Cell sizes of a sheet in pixels: small pictures are enlarged by an integer factor, large ones reduced."""
 NARROWEST, WIDEST_TITLE = 512, 150
 NARROWEST_LETTER = 2
 MOST_CHARACTERS = 4_000
@@ -31,9 +31,9 @@ FURTHER_CHARACTERS = "©«°±·»‘’“”…‹›™"
 
 
 def contact_sheet(pictures: "Sequence[Image]", captions: Sequence[str], columns: int, cell: int = 192) -> "Image":
-    """Return one image with `pictures` in rows of `columns`, each drawn `cell` pixels wide over its caption.
+    """Return one image with `pictures` in rows of `columns`, each drawn `cell` pixels wide above its caption.
 
-    Captions wrap to two lines and end in an ellipsis where they are longer. Pictures may differ in size.
+    Captions wrap to two lines; longer ones end in an ellipsis. Pictures may differ in size.
     """
     from PIL import Image, ImageDraw, ImageFont  # noqa: PLC0415 - Pillow is loaded with the first picture
 
@@ -54,10 +54,10 @@ def contact_sheet(pictures: "Sequence[Image]", captions: Sequence[str], columns:
 
 @dataclass(frozen=True)
 class Sheet:
-    """Pictures row by row, to be compared: what all have in common on top, what differs beside each.
+    """Pictures row by row for comparison: the heading states what they have in common, captions what differs.
 
-    A caption is a dark and a pale line; titles of `rows` and `across` of the columns make it a grid. `aside` is said in
-    a pale voice after the heading, and `notes` after that. Pictures may differ in size: all are scaled alike.
+    A caption has a dark and a pale line. Titles of `rows`, and `across` of columns, make the sheet a grid. `aside` and
+    then `notes` are printed pale below the heading. Pictures may differ in size: all are scaled by the same factor.
     """
 
     pictures: "Sequence[Image]"
@@ -99,7 +99,7 @@ class _Line:
 
 
 def _head(sheet: Sheet, width: int) -> list[_Line]:
-    """Return the lines on top of a sheet that is `width` pixels wide."""
+    """Return the heading's lines for a sheet that is `width` pixels wide."""
     from PIL import ImageFont  # noqa: PLC0415 - Pillow is loaded with the first picture
 
     font, height = ImageFont.load_default(LARGE), LARGE_LINE
@@ -110,12 +110,12 @@ def _head(sheet: Sheet, width: int) -> list[_Line]:
     small = ImageFont.load_default(TEXT)
     pale = [*_wrapped(sheet.aside, width, small, MOST_ASIDE), *_wrapped(sheet.notes, width, small, MOST_ASIDE)]
     lines = [_Line(text, font, INK, height) for text in heading]
-    # A little air between the two voices.
+    # A small gap between the dark and the pale text.
     return [*lines, _Line("", small, PALE, GAP // 4), *(_Line(text, small, PALE, LINE) for text in pale)]
 
 
 class _Grid:
-    """The pictures of a sheet with their captions and titles; `width` and `height` are those of all of it."""
+    """The pictures of a sheet with their captions and titles; `width` and `height` are the total size."""
 
     def __init__(self, sheet: Sheet, font: "FreeTypeFont | ImageFont") -> None:
         self._sheet = sheet
@@ -137,12 +137,12 @@ class _Grid:
         self.height = self._top + count * self._pitch[1] - ROW_GAP
 
     def draw(self, page: "Image", draw: "ImageDraw", corner: tuple[int, int]) -> None:
-        """Draw it on `page`, below and right of `corner`."""
+        """Draw the grid on `page`, below and right of `corner`."""
         left, top = corner[0] + self._left, corner[1] + self._top
         for column, title in enumerate(self._sheet.across):
             draw.text((left + column * self._pitch[0], corner[1]), title, font=self._font, fill=INK)
         for row, lines in enumerate(self._rows):
-            # Beside the middle of its pictures.
+            # Vertically centred on the pictures.
             start = top + row * self._pitch[1] + (self._cell[1] - len(lines) * LINE) // 2
             for number, line in enumerate(lines):
                 draw.text((corner[0], start + number * LINE), line, font=self._font, fill=INK)
@@ -150,7 +150,7 @@ class _Grid:
         for index, (picture, caption) in enumerate(zip(self._sheet.pictures, self._sheet.captions, strict=True)):
             cell = left + index % columns * self._pitch[0], top + index // columns * self._pitch[1]
             size = self._sizes[index]
-            # Pictures of a row stand on one line.
+            # Pictures of a row are aligned at the bottom.
             page.paste(_scaled(picture, size), (cell[0], cell[1] + self._cell[1] - size[1]))
             self._caption(draw, caption, (cell[0], cell[1] + self._cell[1] + BELOW_PICTURE))
 
@@ -163,20 +163,20 @@ class _Grid:
 
 
 def _scale(longest: int) -> float:
-    """Return how much pictures are enlarged or reduced of which the longest side is this."""
+    """Return the scale factor for pictures whose longest side is `longest`."""
     return SMALL_CELL // longest if longest <= SMALL_CELL else min(LARGE_CELL / longest, 1.0)
 
 
 def _scaled(picture: "Image", size: tuple[int, int]) -> "Image":
     from PIL.Image import Resampling  # noqa: PLC0415 - Pillow is loaded with the first picture
 
-    # Enlarged by whole pixels where it fits, so that a small picture is seen as it is.
+    # Integer factors repeat pixels, so that a small picture keeps its exact look.
     whole = size[0] % picture.width == 0 and size[1] % picture.height == 0
     return picture.convert("RGB").resize(size, Resampling.NEAREST if whole else Resampling.LANCZOS)
 
 
 def _wrapped(text: str, width: int, font: Any, most: int) -> list[str]:
-    """Return `text` in lines of at most `width` pixels, and at most so many; what is left out is an ellipsis."""
+    """Return `text` in at most `most` lines of at most `width` pixels, with an ellipsis if it is longer."""
     lines: list[str] = []
     words = _legible(text[:MOST_CHARACTERS]).split()
     for piece, whole in (piece for word in words for piece in _pieces(word, width, font)):
@@ -197,18 +197,18 @@ def _wrapped(text: str, width: int, font: Any, most: int) -> list[str]:
 
 
 def _legible(text: str) -> str:
-    """Return `text` in the characters of Pillow's own font, which are few: letters lose their accents."""
+    """Return `text` in the few characters that Pillow's own font has: letters lose their accents."""
     plain = (c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
     return "".join(c if c.isascii() or c in FURTHER_CHARACTERS else "?" for c in plain)
 
 
 def _pieces(word: str, width: int, font: Any) -> Iterator[tuple[str, bool]]:
-    """Yield a word, or parts of it where it is wider than a line, and whether it is whole."""
+    """Yield (piece, whether it is the whole word) for a word, cut into pieces if it is wider than a line."""
     start = 0
     while start < len(word):
         end = min(len(word), start + width // NARROWEST_LETTER)
         while end > start + 1 and font.getlength(word[start:end]) > width:
-            # Near enough to measure but a few times; a character at the end.
+            # An estimate, so that few measurements are needed; at the end one character at a time.
             end -= max(1, int((end - start) * (1 - width / font.getlength(word[start:end]))))
         yield word[start:end], end - start == len(word)
         start = end

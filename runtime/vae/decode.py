@@ -1,4 +1,4 @@
-"""Latents to pictures in [-1, 1]: the autoencoder's scaling undone, and in tiles where a whole one is too large."""
+"""Decode latents to pictures in [-1, 1]: undo the scaling of the latents, and use tiles if the whole is too large."""
 
 __all__ = ["Latents", "decode_latents", "from_unit", "to_uint8", "to_uint8_truncated", "to_unit"]
 
@@ -15,10 +15,10 @@ Latents = NDArray[np.float32]
 
 
 def decode_latents(engine: Engine, vae: Vae, latents: Latents, *, tile: Size | None = None) -> Array:
-    """Return the sample (n, 3, h·f, w·f) of latents (n, c, h, w) as a sampler leaves them, about -1 to 1.
+    """Return the sample (n, 3, h·f, w·f), about -1 to 1, of a sampler's latents (n, c, h, w).
 
-    A `tile` (height, width) of latents is decoded at a time, and the sample is then float32, blended of them.
-    Raises CorruptError where the decoder answers with NaN or infinity.
+    With `tile` (height, width in latents), tiles are decoded one at a time and blended to a float32 sample.
+    Raises CorruptError if the decoder outputs NaN or infinity.
     """
     unscaled = _unscaled(latents, vae)
     dtype = numpy_dtype(engine.component.input("latent_sample"))
@@ -27,8 +27,8 @@ def decode_latents(engine: Engine, vae: Vae, latents: Latents, *, tile: Size | N
         sample = engine.infer({"latent_sample": part.astype(dtype)})["sample"]
         if not np.isfinite(sample).all():
             raise CorruptError(
-                "the autoencoder answered with NaN or infinity, which would be a black picture; export the bundle"
-                " with --vae-precision fp32"
+                "the autoencoder output NaN or infinity, which would be a black picture; export the bundle with"
+                " --vae-precision fp32"
             )
         return sample
 
@@ -45,25 +45,25 @@ def _unscaled(latents: Latents, vae: Vae) -> Latents:
 
 
 def to_uint8(sample: Array) -> NDArray[np.uint8]:
-    """Return pixels (n, h, w, 3) of a decoded sample (n, 3, h, w) in [-1, 1], rounded as diffusers rounds."""
+    """Return pixels (n, h, w, 3) of a decoded sample (n, 3, h, w) in [-1, 1], rounded as in diffusers."""
     scaled = np.clip(sample.astype(np.float32) / 2.0 + 0.5, 0.0, 1.0) * 255.0
     pixels: NDArray[np.uint8] = np.rint(scaled).astype(np.uint8)
     return pixels.transpose(0, 2, 3, 1)
 
 
 def to_uint8_truncated(sample: Array) -> NDArray[np.uint8]:
-    """Return pixels (n, h, w, 3) of a decoded sample (n, 3, h, w) in [-1, 1], cut off as ComfyUI's SaveImage does."""
+    """Return pixels (n, h, w, 3) of a decoded sample (n, 3, h, w) in [-1, 1], truncated as in ComfyUI's SaveImage."""
     return from_unit(to_unit(sample))
 
 
 def to_unit(sample: Array) -> NDArray[np.float32]:
-    """Return a decoded sample (n, 3, h, w) in [-1, 1] as pixels from 0 to 1, as ComfyUI's VAEDecode gives them."""
-    # The operations and their order are ComfyUI's: a rounding before the cut decides between two pixel values.
+    """Return a decoded sample (n, 3, h, w) in [-1, 1] as pixels from 0 to 1, as ComfyUI's VAEDecode returns them."""
+    # The operations and their order are ComfyUI's: rounding before the truncation decides between two pixel values.
     unit: NDArray[np.float32] = np.clip((sample.astype(np.float32) + 1.0) / 2.0, 0.0, 1.0)
     return unit
 
 
 def from_unit(unit: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Return pixels (n, h, w, 3) of values (n, 3, h, w) from 0 to 1, cut off as ComfyUI's SaveImage does."""
+    """Return pixels (n, h, w, 3) of values (n, 3, h, w) from 0 to 1, truncated as in ComfyUI's SaveImage."""
     pixels: NDArray[np.uint8] = np.clip(unit * np.float32(255.0), 0, 255).astype(np.uint8)
     return pixels.transpose(0, 2, 3, 1)

@@ -1,4 +1,4 @@
-"""Pictures to latents: the autoencoder's encoder, whole or in tiles, and the draw from what it answers."""
+"""Encode pictures to latents, whole or in tiles, and draw from the autoencoder's posterior."""
 
 __all__ = ["Moments", "PictureEncoder", "Wanted", "encode", "encode_sample", "encoder_sizes"]
 
@@ -21,15 +21,15 @@ _LEAST_LOGVAR, _MOST_LOGVAR = -30.0, 20.0
 
 @dataclass(frozen=True)
 class Moments:
-    """What an encoder answers: the `mean` of a picture's latents and their `deviation`, float32 (n, c, h, w) each."""
+    """An encoder's output: the `mean` and standard `deviation` of a picture's latents, float32 (n, c, h, w) each."""
 
     mean: Latents
     deviation: Latents
 
     def drawn(self, noise: Latents | None, vae: Vae) -> Latents:
-        """Return latents (count, c, h, w) as a sampler takes them, scaled to unit variance: a draw for each of `noise`.
+        """Return latents (count, c, h, w) for a sampler, scaled to unit variance: one draw for each of `noise`.
 
-        `noise` has unit variance, (count, c, h, w); diffusers draws. Without it they are the mean, as in ComfyUI.
+        `noise` (count, c, h, w) has unit variance, as in diffusers; None returns the mean, as in ComfyUI.
         """
         latents = self.mean if noise is None else self.mean + self.deviation * noise
         scale = np.float32(vae.scaling_factor)
@@ -41,9 +41,9 @@ class Moments:
 
 
 def encoder_sizes(pool: EnginePool, encoder: str, factor: int) -> list[Span] | None:
-    """Return (smallest, largest) latents of every profile of component `encoder`; None where any size goes.
+    """Return (smallest, largest) latents of every profile of component `encoder`; None if it takes any size.
 
-    Its profiles are of pixels, `factor` for a latent.
+    Its profiles are in pixels, `factor` per latent.
     """
     spans = component_sizes(pool, encoder, "sample")
     if spans is None:
@@ -52,23 +52,23 @@ def encoder_sizes(pool: EnginePool, encoder: str, factor: int) -> list[Span] | N
 
 
 def encode(engine: Engine, vae: Vae, pixels: NDArray[np.uint8], *, tile: Size | None = None) -> Moments:
-    """Return the moments (1, c, h/f, w/f) of `pixels` (h, w, 3), sides multiples of the factor f.
+    """Return the moments (1, c, h/f, w/f) of `pixels` (h, w, 3), whose sides are multiples of the factor f.
 
-    A `tile` (height, width) of latents is encoded at a time, and the moments are blended of them. Raises CorruptError
-    where the encoder answers with NaN or infinity.
+    With `tile` (height, width in latents), tiles are encoded one at a time and their moments blended. Raises
+    CorruptError if the encoder outputs NaN or infinity.
     """
     sample = np.float32(2.0) * (pixels.astype(np.float32) / np.float32(255.0)) - np.float32(1.0)
     return encode_sample(engine, vae, np.ascontiguousarray(sample.transpose(2, 0, 1)[None]), tile=tile)
 
 
 def encode_sample(engine: Engine, vae: Vae, sample: NDArray[np.float32], *, tile: Size | None = None) -> Moments:
-    """Return the moments of a sample (1, 3, h, w) from -1 to 1, as `encode` does of pixels."""
+    """Return the moments of a sample (1, 3, h, w) from -1 to 1, as `encode` does for pixels."""
     dtype = numpy_dtype(engine.component.input("sample"))
 
     def infer(part: NDArray[np.float32]) -> Array:
         parameters = engine.infer({"sample": part.astype(dtype)})["latent_parameters"]
         if not np.isfinite(parameters).all():
-            raise CorruptError("the autoencoder answered a picture with NaN or infinity; export the bundle with"
+            raise CorruptError("the autoencoder output NaN or infinity for a picture; export the bundle with"
                                " --vae-precision fp32")  # fmt: skip
         return parameters
 
@@ -79,7 +79,7 @@ def encode_sample(engine: Engine, vae: Vae, sample: NDArray[np.float32], *, tile
 
 @dataclass(frozen=True)
 class Wanted:
-    """A picture to encode with the autoencoder `vae`, in `size` (height, width) pixels; `tiled` asks for tiles."""
+    """A picture to encode with the autoencoder `vae` at `size` (height, width) in pixels; `tiled` requests tiles."""
 
     vae: Vae
     picture: InputPicture
@@ -89,15 +89,15 @@ class Wanted:
 
 
 class PictureEncoder:
-    """Encodes pictures one at a time; every encoder is loaded once, and every picture of a size encoded once."""
+    """Encodes pictures one at a time; every encoder is loaded once, and every picture is encoded once per size."""
 
     def __init__(self, pool: EnginePool) -> None:
         self._pool = pool
 
     def encode(self, wanted: Sequence[Wanted], next_engine: str) -> Iterator[tuple[int, Moments]]:
-        """Yield the number of every one of `wanted` and its moments; engine `next_engine` is needed next.
+        """Yield the index of each of `wanted` with its moments; `next_engine` is the engine needed afterwards.
 
-        Raises CorruptError for an encoder that answers with NaN.
+        Raises CorruptError if an encoder outputs NaN or infinity.
         """
         encoders = list(dict.fromkeys(_encoder(each.vae) for each in wanted))
         for encoder, after in zip(encoders, [*encoders[1:], next_engine], strict=True):
@@ -113,7 +113,7 @@ class PictureEncoder:
 
     def _encoded(self, engine: Engine, wanted: Wanted) -> Moments:
         pixels, factor = wanted.picture.pixels, wanted.vae.factor
-        assert pixels is not None  # noqa: S101 - latents are not to be encoded
+        assert pixels is not None  # noqa: S101 - latents need no encoding
         takes = encoder_sizes(self._pool, _encoder(wanted.vae), factor)
         latents = wanted.size[0] // factor, wanted.size[1] // factor
         tile = choose_tile(latents, takes, factor, tiled=wanted.tiled)

@@ -1,4 +1,4 @@
-"""The tile size that a decoder or encoder is run with."""
+"""Choose the tile size for a decoder or encoder."""
 
 __all__ = ["Size", "Span", "choose_tile", "component_sizes", "decoder_sizes"]
 
@@ -14,22 +14,22 @@ Span = tuple[Size, Size]
 
 
 def decoder_sizes(pool: EnginePool, decoder: str) -> list[Span] | None:
-    """Return (smallest, largest) latents of every profile of component `decoder`; None where any size goes."""
+    """Return (smallest, largest) latents of every profile of component `decoder`; None if it takes any size."""
     return component_sizes(pool, decoder, "latent_sample")
 
 
 def component_sizes(pool: EnginePool, name: str, sample: str) -> list[Span] | None:
-    """Return (smallest, largest) height and width of the input `sample` of every profile; None where any size goes."""
+    """Return (smallest, largest) height and width of the input `sample` of every profile; None if any size fits."""
     shapes = [profile.shapes[sample] for profile in pool.profiles(name)]
     return [((low[2], low[3]), (high[2], high[3])) for low, _, high in shapes] or None
 
 
 def choose_tile(latents: Size, takes: Sequence[Span] | None, factor: int, *, tiled: bool) -> Size | None:
-    """Return the tile (height, width) to decode `latents` of this size in, or None for the whole at once.
+    """Return the tile (height, width) for decoding `latents` of this size, or None to decode all at once.
 
-    `takes` are the (smallest, largest) sizes that the decoder has profiles for, None where it takes any; `tiled` asks
-    for tiles of TILE pixels where a larger picture would do. All sizes are latents, of `factor` pixels each. Where no
-    profile fits into the latents the smallest is tried, for its engine to say what it takes.
+    `takes` are the (smallest, largest) sizes of the decoder's profiles, None if it takes any size; `tiled` requests
+    tiles of TILE pixels even if more would fit. All sizes are in latents, of `factor` pixels each. If no profile fits
+    into the latents, the smallest is returned, and its engine raises an error that states what it takes.
     """
     spans = takes or [((1, 1), latents)]
     wanted = (TILE // factor, TILE // factor) if tiled else latents

@@ -1,8 +1,8 @@
-"""A large picture decoded, or encoded, in overlapping tiles that are blended where they meet.
+"""Decode or encode a large picture in overlapping tiles, which are blended where they overlap.
 
-An autoencoder's group norms and attention see a whole tile, so two tiles do not quite agree on what both show, and
-next to its edges a tile lacks context that the whole picture has. Tiles therefore share at least a quarter of their
-side, and a tile counts for less the nearer a pixel is to an edge that it shares: nothing at the edge itself.
+An autoencoder's group norms and attention see a whole tile, so two tiles differ slightly where they overlap, and near
+its edges a tile lacks context that the whole picture has. Tiles therefore overlap by at least a quarter of their side,
+and the weight of a tile's pixel falls toward a shared edge, to nothing at the edge itself.
 """
 
 __all__ = ["decode_tiled", "encode_tiled", "tile_starts", "tile_weights"]
@@ -17,14 +17,14 @@ from sdxl_trt.engines import Array
 
 Latents = NDArray[np.float32]
 OVERLAP = 0.25
-"""The least share of a tile's side that its neighbour shows as well."""
+"""The least share of a tile's side that overlaps its neighbour."""
 
 
 def decode_tiled(decode: Callable[[Latents], Array], latents: Latents, tile: tuple[int, int]) -> NDArray[np.float32]:
     """Return the sample (n, channels, h·f, w·f), float32, of latents (n, c, h, w) in tiles of `tile` (height, width).
 
-    `decode` answers a tile of the latents with its sample, f times as high and wide; it gets one tile at a time, and
-    every tile has the size `tile`, no larger than the latents. Beside the result, memory holds one decoded tile.
+    `decode` returns the sample of one tile of latents, f times as high and wide. Every tile has the size `tile`, which
+    must not exceed the latents. Besides the result, memory holds one decoded tile.
     """
     tops, lefts = (tile_starts(*pair) for pair in zip(latents.shape[2:], tile, strict=True))
     result: NDArray[np.float32] | None = None
@@ -47,10 +47,10 @@ def decode_tiled(decode: Callable[[Latents], Array], latents: Latents, tile: tup
 def encode_tiled(
     encode: Callable[[NDArray[np.float32]], Array], sample: NDArray[np.float32], tile: tuple[int, int], factor: int
 ) -> NDArray[np.float32]:
-    """Return what `encode` answers for a sample (n, channels, h·f, w·f), (n, c, h, w) float32, blended of tiles.
+    """Return the output (n, c, h, w) float32 of `encode` for a sample (n, channels, h·f, w·f), blended from tiles.
 
-    `tile` (height, width) counts latents, of `factor` = f pixels each; `encode` gets one tile at a time, of that size.
-    Of moments, means and logarithms of variances are blended.
+    `tile` (height, width) is in latents, of `factor` = f pixels each; `encode` receives one tile at a time, of that
+    size. For moments, the means and the log variances are blended.
     """
     high, wide = (side // factor for side in sample.shape[2:])
     tops, lefts = tile_starts(high, tile[0]), tile_starts(wide, tile[1])
@@ -66,7 +66,7 @@ def encode_tiled(
 def _added(
     parts: Sequence[Array], starts: list[int], weights: list[NDArray[np.float32]], size: int, axis: int
 ) -> NDArray[np.float32]:
-    """Return `size` along `axis`, the weighed sum of `parts` that begin at `starts`."""
+    """Return an array of `size` along `axis`: the weighted sum of `parts` that begin at `starts`."""
     shape = list(parts[0].shape)
     shape[axis] = size
     result = np.zeros(shape, np.float32)
@@ -77,7 +77,7 @@ def _added(
 
 
 def tile_starts(size: int, tile: int) -> list[int]:
-    """Return where tiles of `tile` start along `size`: as few as overlap by OVERLAP, evenly spread, the last flush.
+    """Return the starts of tiles of length `tile` along `size`: as few as OVERLAP allows, evenly spread.
 
     Raises ValueError where a tile is too small to overlap.
     """
@@ -93,8 +93,8 @@ def tile_starts(size: int, tile: int) -> list[int]:
 def tile_weights(starts: list[int], tile: int, factor: int) -> list[NDArray[np.float32]]:
     """Return each tile's weights (tile · factor,) along one axis; at every pixel they add up to 1 over the tiles.
 
-    A weight rises and falls evenly over what the neighbours share. A smoother ramp is 0.2 dB farther from the whole
-    picture (measured on the embedded pair): it spends less of the overlap on the mean of both tiles.
+    A weight rises and falls linearly over an overlap. A smoother ramp is 0.2 dB farther from the whole picture
+    (measured on the embedded pair): it averages both tiles over less of the overlap.
     """
     ramps = [_ramp(starts, index, tile, factor) for index in range(len(starts))]
     total = np.zeros((starts[-1] + tile) * factor)
@@ -107,7 +107,7 @@ def tile_weights(starts: list[int], tile: int, factor: int) -> list[NDArray[np.f
 
 
 def _ramp(starts: list[int], index: int, tile: int, factor: int) -> NDArray[np.float64]:
-    # Taken at the middle of a pixel, a weight is never 0: no pixel is left without any.
+    # Taken at the centre of a pixel, a weight is never 0, so every pixel has a positive total.
     pixels = np.arange(tile * factor) + 0.5
     ramp = np.ones(tile * factor)
     if index > 0:

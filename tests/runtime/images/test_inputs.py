@@ -123,7 +123,7 @@ def test_grey_of_16_bits_is_cut_off_as_by_both_references(colours: np.ndarray, r
     content = _saved(Image.fromarray(grey * 256 + 77), "PNG")
     peers = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
     np.testing.assert_array_equal(read(content).pixels, peers)
-    assert "grey of 16 bits, of which all above 255 is white" in caplog.text
+    assert "16-bit grey, in which all values above 255 become white" in caplog.text
 
 
 @pytest.mark.parametrize(("kind", "mode"), [("GIF", "P"), ("GIF", "L"), ("BMP", "RGB"), ("BMP", "P"), ("BMP", "1")])
@@ -135,13 +135,13 @@ def test_files_of_gif_and_bmp_are_read_as_pillow_does(colours: np.ndarray, read:
 def test_of_an_animated_gif_the_first_frame_is_taken_and_told(read: Any, caplog: Any) -> None:
     found = read(_animated("GIF")).pixels
     assert (found == (255, 0, 0)).all()
-    assert "is animated; its first frame is taken" in caplog.text
+    assert "is animated; its first frame is used" in caplog.text
 
 
 def test_gif_and_bmp_are_for_files_alone() -> None:
     """What has no file of its own is held to the formats that a browser sends."""
     for kind in ("GIF", "BMP"):
-        with pytest.raises(UsageError, match="is no PNG, JPEG or WebP picture"):
+        with pytest.raises(UsageError, match="is not a PNG, JPEG or WebP picture"):
             input_pictures._pixels(_saved(Image.new("RGB", (4, 4)), kind), "x")
 
 
@@ -166,15 +166,15 @@ def _animated(kind: str) -> bytes:
 
 SOUND = _saved(Image.fromarray(np.arange(4 * 4 * 3, dtype=np.uint8).reshape(4, 4, 3)), "PNG")
 REFUSED: dict[str, tuple[bytes, str]] = {
-    "empty": (b"", "is no PNG, JPEG, WebP, GIF or BMP picture"),
-    "text": (b"not a picture", "is no PNG, JPEG, WebP, GIF or BMP picture"),
-    "another format": (_saved(Image.new("RGB", (4, 4)), "TIFF"), "is no PNG, JPEG, WebP, GIF or BMP picture"),
+    "empty": (b"", "is not a PNG, JPEG, WebP, GIF or BMP picture"),
+    "text": (b"not a picture", "is not a PNG, JPEG, WebP, GIF or BMP picture"),
+    "another format": (_saved(Image.new("RGB", (4, 4)), "TIFF"), "is not a PNG, JPEG, WebP, GIF or BMP picture"),
     "a GIF bomb": (b"GIF89a" + struct.pack("<HH", 10_000, 10_000) + _saved(Image.new("L", (4, 4)), "GIF")[10:],
                    "10000x10000, more than 89478485 pixels"),
     "a BMP bomb": (_bmp(10_000, 10_000), "10000x10000, more than 89478485 pixels"),
     "a truncated GIF": (_saved(Image.new("L", (64, 64)), "GIF")[:40], "picture"),
     "a truncated BMP": (_bmp(64, 64), "is a broken picture"),
-    "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n", "is no PNG"),
+    "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n", "is not a PNG"),
     "truncated": (SOUND[:-30], "is a broken picture"),
     "a flipped bit": (SOUND[:50] + bytes([SOUND[50] ^ 1]) + SOUND[51:], "is a broken picture"),
     "a bomb": (_png(20_000, 20_000), "too many pixels|more than 89478485"),
@@ -248,8 +248,8 @@ def test_latents_that_are_none_are_refused(latents: np.ndarray, tmp_path: Path, 
         path.write_bytes(content)
         with pytest.raises(UsageError, match=words):
             read_input(path)
-    for array, words in ((latents.astype(np.float64), "float64, not float32"), (latents[0], "is no picture"),
-                         (latents * np.float32(np.nan), "is no picture"), (latents[:0], "is no picture")):  # fmt: skip
+    for array, words in ((latents.astype(np.float64), "float64, not float32"), (latents[0], "not a picture"),
+                         (latents * np.float32(np.nan), "not a picture"), (latents[:0], "not a picture")):  # fmt: skip
         np.savez(path, final=array)
         with pytest.raises(UsageError, match=words):
             read_input(path)
