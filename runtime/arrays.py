@@ -1,4 +1,4 @@
-"""Types of the arrays that pass between the wings of the runtime."""
+"""Array types shared by the packages of the runtime."""
 
 __all__ = ["Latents"]
 

@@ -1,7 +1,7 @@
-"""A workflow of samplers that share no grid, one after the other: pictures scaled, decoded and encoded on the way.
+"""Run a workflow's samplers one after the other, with scaling, decoding and encoding between them.
 
-Each sampler is a request of its own, on the base or on the refiner, which goes on from the latents before it. All
-prompts are read first; what several pictures need is made once.
+Each sampler is a request of its own, on the base or on the refiner, and continues from the latents before it. All
+prompts are encoded first; results that several pictures need are computed once.
 """
 
 __all__ = ["Chain"]
@@ -56,21 +56,21 @@ Values = NDArray[np.float32]
 Made = Generator[Step, None, Values]
 Size = tuple[int, int]
 MOST_PIXELS = 1 << 28
-"""More than any picture that a UNet here takes; what is scaled beyond it was a slip."""
+"""Larger than any picture that the UNets take; scaling beyond it is a mistake."""
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """How many pictures, and their size (height, width), in latents or in pixels."""
+    """The number of pictures, and their size (height, width) in latents or in pixels."""
 
     count: int
     size: Size
 
 
 class Chain:
-    """The samplers of a workflow in a row for a pipeline; `change` is made of every request that they come to.
+    """The samplers of a workflow, to run on `pipeline`; `change` is applied to each sampler's request.
 
-    Pictures that it loads lie in `folder`. Raises UsageError for what cannot be run, before anything is loaded.
+    Pictures are loaded from `folder`. Raises UsageError for what is not supported, before any engine is loaded.
     """
 
     def __init__(
@@ -102,14 +102,14 @@ class Chain:
         return [self._jobs[_last_sampled(output).sampling.node].run for output in self._workflow.outputs]
 
     def steps(self) -> Iterator[tuple[int, Step]]:
-        """Return an iterator of the units of work as they are done, each with the number of its output, from 0."""
+        """Return an iterator of the finished units of work, each with the number of its output, from 0."""
         runs = self.runs
         yield from ((0, step) for step in timed(runs[0], self._pipeline.encode([*self._jobs.values()])))
         for number, output in enumerate(self._workflow.outputs):
             yield from ((number, step) for step in timed(runs[number], self._drawn(output, runs[number])))
 
     def _plan(self, source: LatentSource | Image) -> _Batch:
-        """Return how large what `source` makes is, having made a request of every sampler on the way."""
+        """Return the size of the result of `source`, after making a job for every sampler that it needs."""
         if isinstance(source, Empty):
             factor = self._manifest.base.vae.factor
             return _Batch(source.batch, (source.height // factor, source.width // factor))
@@ -132,13 +132,13 @@ class Chain:
         chosen = self._stage_vae(vae_stage(source.vae, self._experts, stage, self._manifest))
         own = self._stage_vae(stage)
         if (chosen.scaling_factor, chosen.factor) != (own.scaling_factor, own.factor):
-            raise UsageError(f"node {source.node}: codes with another checkpoint's VAE than that of the sampler beside"
-                             " it, and the bundle's have other scales: link the sampler's own")  # fmt: skip
+            raise UsageError(f"node {source.node}: uses another checkpoint's VAE than the sampler next to it, and the"
+                             " bundle's VAEs have different scales; link the sampler's own")  # fmt: skip
         self._vaes[source] = chosen
         if isinstance(source, Decoded):
             return _Batch(before.count, (before.size[0] * chosen.factor, before.size[1] * chosen.factor))
         if chosen.encoder is None:
-            raise UsageError("a picture is to be encoded, and the bundle has no VAE encoder; export the bundle with it:"
+            raise UsageError("a picture must be encoded, but the bundle has no VAE encoder; export the bundle with it:"
                              " export-engines without --components")  # fmt: skip
         return _Batch(before.count, (before.size[0] // chosen.factor, before.size[1] // chosen.factor))
 
@@ -149,7 +149,7 @@ class Chain:
         stage = self._experts[sampling.model.checkpoint]
         vae = self._stage_vae(stage)
         fresh = stage == "base" and isinstance(source.latents, Empty)
-        # What it starts from is put in its place when it is there: only its size counts here.
+        # A placeholder of the right size: the latents it starts from replace it later.
         shape = (before.count, vae.latent_channels, *before.size)
         image = None if fresh else as_input(np.zeros(shape, np.float32))
         size = (before.size[0] * vae.factor, before.size[1] * vae.factor)
@@ -171,17 +171,17 @@ class Chain:
 
     def _new_size(self, source: Resized | Scaled, size: Size) -> Size:
         latents = isinstance(source, Resized)
-        # ComfyUI's latents are at least 64 pixels, and an eighth of a size that is stated.
+        # ComfyUI's latents are an eighth of the stated size, and stand for at least 64 pixels.
         unit, least = (self._manifest.base.vae.factor, 64) if latents else (1, 1)
         return new_size(size, source.size, source.by, unit, least)
 
     def _drawn(self, output: Output, run: Run) -> Iterator[Step]:
-        """Yield the work that `output` takes, and its pictures."""
+        """Yield the units of work of `output`, and its pictures."""
         last = output.image.latents if isinstance(output.image, Decoded) else _last_sampled(output)
-        finishes = yield from self._made(last)
-        run.final = finishes
+        final = yield from self._made(last)
+        run.final = final
         if isinstance(output.image, Decoded):
-            yield from self._decoded(output.image, finishes, lambda index, unit: _finished(run, index, unit, output))
+            yield from self._decoded(output.image, final, lambda index, unit: _finished(run, index, unit, output))
             return
         pixels = yield from self._made(output.image)
         for index in range(len(pixels)):
@@ -189,7 +189,7 @@ class Chain:
             yield Step("decode", index + 1, len(pixels), slice(index, index + 1), picture=picture)
 
     def _made(self, source: LatentSource | Image) -> Made:
-        """Make `source`, once: latents in the samplers' scale, or pixels (n, 3, h, w) from 0 to 1."""
+        """Compute `source` once: latents in the samplers' scale, or pixels (n, 3, h, w) from 0 to 1."""
         if source not in self._done:
             self._done[source] = yield from self._make(source)
         return self._done[source]
@@ -210,7 +210,7 @@ class Chain:
         return (yield from self._worked(source, before))
 
     def _worked(self, source: Sampled | Encoded | Decoded, before: Values) -> Made:
-        """Make what an engine is needed for."""
+        """Compute a source that needs an engine."""
         if isinstance(source, Sampled):
             return (yield from self._sampled(source, before))
         if isinstance(source, Encoded):
@@ -232,7 +232,7 @@ class Chain:
         assert vae.encoder is not None  # noqa: S101 - a workflow without it was refused
         (engine,) = pool.phase(vae.encoder)
         yield Step("load", 1, 1, slice(0, len(pixels)))
-        # What a whole number of latents does not cover is cut off on both sides.
+        # Pixels beyond a whole number of latents are cropped on both sides.
         size = tuple(side // vae.factor * vae.factor for side in pixels.shape[2:])
         top, left = ((side - kept) // 2 for side, kept in zip(pixels.shape[2:], size, strict=True))
         takes = encoder_sizes(pool, vae.encoder, vae.factor)
@@ -245,7 +245,7 @@ class Chain:
         return np.concatenate(made)
 
     def _decoded(self, source: Decoded, latents: Values, keep: Callable[[int, Values], Any]) -> Iterator[Step]:
-        """Decode latents one at a time; `keep` takes the number and the pixels (1, 3, h, w) of each."""
+        """Decode latents one at a time; `keep` receives the index and the pixels (1, 3, h, w) of each."""
         vae, pool = self._vaes[source], self._pipeline.pool
         (engine,) = pool.phase(vae.decoder)
         yield Step("load", 1, 1, slice(0, len(latents)))
@@ -270,21 +270,21 @@ def _last_sampled(output: Output) -> Sampled:
 
 
 def _sampler_of(source: Encoded | Decoded, workflow: Workflow) -> Sampled:
-    """Return the sampler whose latents are decoded, or the one that goes on from what is encoded."""
+    """Return the sampler whose latents are decoded, or the one that continues from the encoded latents."""
     rows = [ancestry(output.image) for output in workflow.outputs]
     row = next(row for row in rows if source in row)
     place = row.index(source)
     around = row[place:] if isinstance(source, Decoded) else row[:place][::-1]
     found = next((each for each in around if isinstance(each, Sampled)), None)
     if found is None:
-        raise UsageError(f"node {source.node}: codes a picture or latents that no sampler made or takes; leave it out")
+        raise UsageError(f"node {source.node}: no sampler makes its latents or continues from them; remove it")
     return found
 
 
 def _finished(run: Run, index: int, unit: Values, output: Output) -> Picture:
-    """Return picture `index` of `run` from its pixels (1, 3, h, w), which may be of another size than its latents.
+    """Return picture `index` of `run` from its pixels (1, 3, h, w), whose size may differ from that of its latents.
 
-    Of a workflow of several pictures it carries the part that draws it.
+    If a workflow draws several pictures, each carries only the part of the graph that draws it.
     """
     pixels = from_unit(unit)[0]
     picture = finish(run, index, pixels)

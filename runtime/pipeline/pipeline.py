@@ -1,7 +1,7 @@
-"""Prompt to pictures, read as the list of stages: encode, base, handoff, refiner, decode.
+"""From prompt to pictures, stage by stage: encode, base, handoff, refiner, decode.
 
-A request runs phase-major: all images and prompts are encoded, all pictures take their base steps, the experts change
-once, all pictures take their refiner steps, all are decoded. Each phase tells the pool what the next one needs.
+A request runs phase by phase: encode all images and prompts, take the base steps of all pictures, switch the experts
+once, take the refiner steps of all pictures, decode all. Each phase tells the pool which engine the next one needs.
 """
 
 __all__ = ["Handoff", "Job", "Picture", "Pipeline", "Run", "Step", "open_bundle"]
@@ -40,7 +40,7 @@ from sdxl_trt.runtime.vae import (
 class Pipeline:
     """A bundle ready to generate; a context manager that frees the engines.
 
-    `pictures_at_once` share a call of a UNet where no plan says how many it takes.
+    `pictures_at_once` is the number of pictures that share a call of a UNet, unless plans state the number.
     """
 
     def __init__(self, pool: EnginePool, *, pictures_at_once: int = 4) -> None:
@@ -51,23 +51,23 @@ class Pipeline:
         self._encoder = PromptEncoder(pool)
         self._pictures = PictureEncoder(pool)
         self.run: Run | None = None
-        """What the latest request left behind."""
+        """The run of the latest request."""
 
     def generate(self, request: Request) -> Iterator[Picture]:
         """Return an iterator of the pictures of `request`. Raises UsageError before anything is loaded."""
         return (step.picture for step in self.steps(request) if step.picture is not None)
 
     def steps(self, request: Request) -> Iterator[Step]:
-        """Return an iterator of the units of work of `request` as they are done; stop iterating to cancel.
+        """Return an iterator of the finished units of work of `request`; stop iterating to cancel.
 
-        `run` then belongs to this request. Raises UsageError before anything is loaded.
+        It sets `run` to this request's run. Raises UsageError before anything is loaded.
         """
         job = self.start(request)
         self.run = job.run
         return timed(job.run, self._work(job))
 
     def start(self, request: Request) -> Job:
-        """Return `request` settled, with its noise drawn, ready for the stages. Raises UsageError."""
+        """Return `request` resolved, with its noise drawn, ready for the stages. Raises UsageError."""
         return start_job(resolve_request(request, self.manifest, self.pool.limits), request, self.manifest)
 
     def _work(self, job: Job) -> Iterator[Step]:
@@ -78,7 +78,7 @@ class Pipeline:
         yield from self.decode(job)
 
     def pictures(self, jobs: Sequence[Job]) -> Iterator[Step]:
-        """Encode the images that `jobs` start from, one at a time, into their latents; nothing without any."""
+        """Encode the images that `jobs` start from, one at a time, into their latents; do nothing if there are none."""
         starting = [(job, wanted) for job in jobs if (wanted := self._wanted(job.run.request)) is not None]
         if not starting:
             return
@@ -90,14 +90,14 @@ class Pipeline:
             yield Step("picture", done, len(starting), slice(0, len(job.latents)))
 
     def _wanted(self, request: ResolvedRequest) -> Wanted | None:
-        """Return what is to be encoded of a request; None for one that starts from latents, or from noise."""
+        """Return the picture that a request needs encoded; None if it starts from latents or from noise."""
         if request.image is None or request.image.pixels is None:
             return None
         vae = next(iter(self._stages(request).values())).vae
         return Wanted(vae, request.image, (request.height, request.width), request.fit, request.request.tile)
 
     def encode(self, jobs: Sequence[Job]) -> Iterator[Step]:
-        """Read the prompts of all `jobs`, with every encoder loaded once, into their `embeds`."""
+        """Encode the prompts of all `jobs` into their `embeds`; every encoder is loaded once."""
         for weighted in (False, True):
             alike = [job for job in jobs if job.run.request.comfyui == weighted]
             wanted = [pair for job in alike for pair in _texts(job.run.request, self._stages(job.run.request))]
@@ -110,16 +110,16 @@ class Pipeline:
         yield Step("encode", 1, 1, slice(0, sum(len(job.latents) for job in jobs)))
 
     def base(self, job: Job, next_engine: str = "") -> Iterator[Step]:
-        """Run the base's steps of `job`; then engine `next_engine` runs, by default the one that `job` needs next."""
+        """Run the base steps of `job`. `next_engine` is needed afterwards, by default the one that `job` needs next."""
         request, stage = job.run.request, self.manifest.base
         usual = self.manifest.refiner.unet if self.manifest.refiner and request.uses_refiner else stage.vae.decoder
         if request.base.steps:
             yield from self._denoise("base", stage, job, next_engine or usual)
 
     def refine(self, job: Job, next_engine: str = "") -> Iterator[Step]:
-        """Take the latents of `job`, as the base left them, over the refiner's part; nothing for the base alone.
+        """Run the refiner steps of `job` on the latents that the base left; do nothing for the base alone.
 
-        With the refiner alone nothing is handed over, and the run keeps no handoff.
+        With the refiner alone there is no handoff, and the run records none.
         """
         request, stage = job.run.request, self.manifest.refiner
         if stage is None or request.refiner is None:
@@ -130,12 +130,12 @@ class Pipeline:
         yield from self._denoise("refiner", stage, job, next_engine or stage.vae.decoder)
 
     def decode(self, job: Job) -> Iterator[Step]:
-        """Decode the pictures of `job`, whose latents are as the last expert left them."""
+        """Decode the pictures of `job` from the latents that the last expert left."""
         job.run.final = job.latents * np.float32(job.run.request.final_scale)
         yield from self._decode(self.vae(job.run.request), job.run)
 
     def vae(self, request: ResolvedRequest) -> Vae:
-        """Return the autoencoder that decodes `request`: the refiner's where it runs."""
+        """Return the autoencoder that decodes `request`: the refiner's if it runs, else the base's."""
         return list(self._stages(request).values())[-1].vae
 
     def _stages(self, request: ResolvedRequest) -> dict[StageName, Stage]:
@@ -150,17 +150,17 @@ class Pipeline:
         return refiner.unet if refiner is not None and alone else self.manifest.base.unet
 
     def _check_rows(self, sides: Sequence[Sequence[PromptEmbeds]]) -> None:
-        """Raise SizeError for conditionings that are longer, once equally long, or more than the plans take."""
+        """Raise SizeError for conditionings that, repeated to one length, are longer or more than the plans take."""
         limits, rows = self.pool.limits, [embeds for side in sides for embeds in side]
         if limits is None:
             return
         tokens = math.lcm(*(len(row.hidden) for row in rows))
         if tokens not in limits.tokens:
-            raise SizeError(f"the prompts take {tokens} tokens, the plans {limits.tokens.min} to"
+            raise SizeError(f"the prompts take {tokens} tokens, but the plans {limits.tokens.min} to"
                             f" {limits.tokens.max}; shorten them, or build plans: export-engines --tokens"
                             f" {limits.tokens.min}:{limits.tokens.opt}:{tokens}")  # fmt: skip
         if len(rows) > len(sides) * limits.pictures:
-            raise SizeError(f"the prompts are combined of {len(rows)} conditionings, a row each, and the plans take"
+            raise SizeError(f"the prompts are combined from {len(rows)} conditionings, a row each, but the plans take"
                             f" {len(sides) * limits.pictures}; build plans: export-engines --batch"
                             f" 1:1:{math.ceil(len(rows) / 2)}")  # fmt: skip
 
@@ -171,16 +171,16 @@ class Pipeline:
         job: Job,
         next_engine: str,
     ) -> Iterator[Step]:
-        """Take all pictures over one expert's part; then comes engine `next_engine`.
+        """Take one expert's steps for all pictures; engine `next_engine` is needed afterwards.
 
-        A sampler goes on from memory of its own: it starts from a copy, callers get copies of what it yields, and the
-        latents of the job are written once a group has taken its steps.
+        A sampler owns the memory it works in: it starts from a copy, callers get copies of what it yields, and the
+        job's latents are written when a group has taken all its steps.
         """
         request, latents, embeds, noise = job.run.request, job.latents, job.embeds[name], job.noises[name]
         (engine,) = self.pool.phase(stage.unet, next_engines=(next_engine,))
         yield _loaded(latents)
         guidance = request.guidance_of(name)
-        positive, negative = ([told.micro for told in side.all] for side in request.sides[name])
+        positive, negative = ([each.micro for each in side.all] for side in request.sides[name])
         sampler, part = request.denoising_of(name)
         schedule = request.schedule_of(name)
         sigmas = part.sigmas(schedule.sigmas)
@@ -209,7 +209,7 @@ class Pipeline:
             latents[group] = x
 
     def _decode(self, vae: Vae, run: Run) -> Iterator[Step]:
-        """Decode one picture at a time: the decoder's activations are the largest of all."""
+        """Decode one picture at a time: the decoder has the largest activations of all models."""
         (engine,) = self.pool.phase(vae.decoder)
         yield _loaded(run.final)
         count, _, height, width = run.final.shape
@@ -239,20 +239,20 @@ def open_bundle(
     from_image: bool = False,
     once: bool = False,
 ) -> Pipeline:
-    """Open the bundle at `path` (None: the embedded pair). Only the manifest is read; use it in a ``with``.
+    """Open the bundle at `path` (None: the embedded pair) for a ``with`` statement. Only the manifest is read.
 
-    `provider`, `residency`, `available`, the bytes to make do with, `from_image` and `once` are those of `open_pool`.
+    `provider`, `residency`, `available` (the memory limit in bytes), `from_image` and `once` are those of `open_pool`.
     Raises SourceError, IncompatibleError, CorruptError, UsageError, ResourceError.
     """
     if path is None:
-        from sdxl_trt.mini import bundle_path  # noqa: PLC0415 - package data, only when nothing else is named
+        from sdxl_trt.mini import bundle_path  # noqa: PLC0415 - package data, only if no other bundle is named
 
         path = bundle_path()
     return Pipeline(open_pool(read_bundle(path), provider, residency, available, from_image=from_image, once=once))
 
 
 def _texts(request: ResolvedRequest, stages: Mapping[StageName, Stage]) -> Iterator[tuple[Stage, Prompt]]:
-    """Yield what the stages have to read: the prompts of each, then the negatives where no zeros stand for them."""
+    """Yield the prompts to encode: those of every stage, then the negative ones unless they are zeros."""
     for number in (0, 1):
         for name, stage in stages.items():
             side = request.sides[name][number]
@@ -261,14 +261,14 @@ def _texts(request: ResolvedRequest, stages: Mapping[StageName, Stage]) -> Itera
 
 
 def _is_zeros(side: ResolvedSide) -> bool:
-    """Return whether nothing of a negative side has to be read."""
+    """Return whether a negative side needs no encoding."""
     return side.zeroed and side.is_plain
 
 
 def _embeds(
     request: ResolvedRequest, stages: Mapping[StageName, Stage], encoded: Iterator[PromptEmbeds]
 ) -> dict[StageName, tuple[tuple[PromptEmbeds, ...], tuple[PromptEmbeds, ...]]]:
-    """Return the positive and negative embeds of every stage, from those that were read in the order of `_texts`."""
+    """Return the positive and negative embeds of every stage, from those `encoded` in the order of `_texts`."""
     positives = {name: _side_embeds(request.sides[name][0], encoded) for name in stages}
     embeds = {}
     for name, positive in positives.items():
@@ -279,7 +279,7 @@ def _embeds(
 
 
 def _side_embeds(side: ResolvedSide, encoded: Iterator[PromptEmbeds]) -> tuple[PromptEmbeds, ...]:
-    """Return the embeds of a side, one for each that is combined, from what was read in the order of its prompts."""
+    """Return the embeds of a side and of each combined with it, from those `encoded` in the order of its prompts."""
     read = next(encoded)
     embeds = read.zeroed() if side.zeroed else read
     for mix in side.mixes:
@@ -288,7 +288,7 @@ def _side_embeds(side: ResolvedSide, encoded: Iterator[PromptEmbeds]) -> tuple[P
             continue
         (other,) = _side_embeds(mix.other, encoded)
         embeds = embeds.followed_by(other) if mix.kind == "concat" else embeds.averaged(other, mix.strength)
-    return (embeds, *(each for told in side.combined for each in _side_embeds(told, encoded)))
+    return (embeds, *(each for other in side.combined for each in _side_embeds(other, encoded)))
 
 
 def _loaded(latents: Latents) -> Step:
@@ -300,7 +300,7 @@ def _groups(count: int, size: int) -> list[slice]:
 
 
 def _noised_again(latents: Latents, part: StepRange, request: ResolvedRequest, noise: NoiseSource) -> Latents:
-    """Return the handed-over latents as the refiner starts from them: a copy, with noise where it adds its own."""
+    """Return a copy of the handed-over latents for the refiner's start, with noise if it adds its own."""
     drawn = noise.draw(latents.shape[1:]) if part.add_noise else np.zeros_like(latents)
     return part.noised(latents, drawn, request.refiner_schedule)
 

@@ -1,4 +1,4 @@
-"""Prompts to the embeddings that condition a UNet."""
+"""Encode prompts to the embeddings that condition a UNet."""
 
 __all__ = ["Prompt", "PromptEmbeds", "PromptEncoder"]
 
@@ -17,18 +17,18 @@ from sdxl_trt.runtime.text.tokenizer import PromptTokenizer
 from sdxl_trt.runtime.text.weighting import Chunk, chunked, parse_weights, weigh, without_embeddings
 
 log = logging.getLogger("sdxl_trt.runtime")
-# The last layer but one, before the final normalization: what SDXL's UNets were trained on.
+# The penultimate layer, before the final normalization: SDXL's UNets were trained on it.
 PENULTIMATE = -2
 CUT_SHOWN = 200
 MAX_WEIGHT = 10_000.0
-"""ComfyUI knows no limit, but far below this one a prompt leaves what fp16 holds."""
+"""ComfyUI has no limit, but a prompt exceeds the range of fp16 far below this one."""
 MAX_CHUNKS = 16
-"""ComfyUI knows no limit, but attention to a prompt of book length takes all memory."""
+"""ComfyUI has no limit, but attention over a prompt of book length takes all memory."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, what the second encoder reads, and how many layers more than SDXL's one are left out at the end."""
+    """A prompt, the second encoder's prompt, and how many final layers are skipped in addition to SDXL's one."""
 
     text: str
     text_2: str
@@ -43,17 +43,17 @@ class PromptEmbeds:
     pooled: NDArray[np.float32]
 
     def zeroed(self) -> "PromptEmbeds":
-        """Return zeros of the same shape: SDXL's absent negative prompt."""
+        """Return zeros of the same shape: SDXL's embeddings for no negative prompt."""
         return PromptEmbeds(np.zeros_like(self.hidden), np.zeros_like(self.pooled))
 
     def followed_by(self, other: "PromptEmbeds") -> "PromptEmbeds":
-        """Return these tokens and behind them those of `other`, pooled as this one: ComfyUI's ConditioningConcat."""
+        """Return these tokens followed by those of `other`, with this pooled vector: ComfyUI's ConditioningConcat."""
         return PromptEmbeds(np.concatenate([self.hidden, other.hidden]), self.pooled)
 
     def averaged(self, other: "PromptEmbeds", strength: float) -> "PromptEmbeds":
-        """Return `strength` of this and the rest of `other`, token by token and pooled: ComfyUI's ConditioningAverage.
+        """Return strength · this + (1 - strength) · `other`, tokens and pooled vector: ComfyUI's ConditioningAverage.
 
-        It is as long as this one; `other` is cut, or filled up with zeros.
+        The result is as long as this one; `other` is cut, or padded with zeros.
         """
         rest = np.zeros_like(self.hidden)
         shared = min(len(rest), len(other.hidden))
@@ -64,7 +64,7 @@ class PromptEmbeds:
 
 @dataclass(frozen=True)
 class _Row:
-    """What an encoder reads at once; equal rows are run once, whichever prompts they belong to."""
+    """One input row of an encoder; equal rows run once, whichever prompts they belong to."""
 
     component: str
     ids: tuple[int, ...]
@@ -73,7 +73,7 @@ class _Row:
 
 @dataclass(frozen=True)
 class _Text:
-    """One text as one encoder reads it: `chunks` of it, and the `empty` prompt that weights are measured from."""
+    """One text for one encoder: its `chunks`, and the `empty` prompt that weights are relative to."""
 
     component: str
     clip_skip: int
@@ -81,27 +81,27 @@ class _Text:
     empty: Chunk
 
     def padded(self, count: int) -> "_Text":
-        """Return the text with empty chunks added up to `count`."""
+        """Return the text with empty chunks appended up to `count` chunks."""
         return replace(self, chunks=self.chunks + (self.empty,) * (count - len(self.chunks)))
 
     @property
     def rows(self) -> Iterator[_Row]:
-        """Yield the rows that it takes to encode the text."""
+        """Yield the rows needed to encode the text."""
         yield from (self._row(chunk) for chunk in self.chunks)
         if any((chunk.weights != 1.0).any() for chunk in self.chunks):
             yield self._row(self.empty)
 
     def joined(self, done: Mapping[_Row, PromptEmbeds]) -> PromptEmbeds:
-        """Return the weighed chunks one after the other, and the first one's pooled vector."""
+        """Return the weighted chunks joined in order, with the first one's pooled vector."""
         read = [done[self._row(chunk)] for chunk in self.chunks]
-        # Without a weight the empty prompt is not run, and not looked at.
+        # Without weights the empty prompt is not run, and its value is not used.
         empty = done.get(self._row(self.empty), read[0]).hidden
         parts = [weigh(each.hidden, empty, chunk.weights) for each, chunk in zip(read, self.chunks, strict=True)]
         return PromptEmbeds(np.concatenate(parts), read[0].pooled)
 
     @property
     def heaviest(self) -> float:
-        """Return the weight that is furthest from 0."""
+        """Return the weight with the largest absolute value."""
         return max((float(weight) for chunk in self.chunks for weight in chunk.weights), key=abs)
 
     def _row(self, chunk: Chunk) -> _Row:
@@ -109,7 +109,7 @@ class _Text:
 
 
 class PromptEncoder:
-    """Encodes prompts for the stages of a bundle; every encoder is loaded once for all that it has to read."""
+    """Encodes prompts for the stages of a bundle; every encoder is loaded once for all its prompts."""
 
     def __init__(self, pool: EnginePool) -> None:
         self._pool = pool
@@ -118,13 +118,13 @@ class PromptEncoder:
     def encode(
         self, wanted: Sequence[tuple[Stage, Prompt]], next_engine: str, *, weighted: bool = False
     ) -> list[PromptEmbeds]:
-        """Return the embeds of each (stage, prompt): hidden states side by side, pooled from the pooled encoder.
+        """Return the embeds of each (stage, prompt): concatenated hidden states, and the pooled encoder's vector.
 
         A stage with a single encoder reads a prompt's `text`, as diffusers' refiner does. A prompt is cut at 77
-        tokens; `weighted` is ComfyUI's way: weights in parentheses, and as many chunks of 77 as it takes, all read with
-        the vocabulary of the base's first encoder. Long-CLIP encoders have 248 for 77, either way. `next_engine` is the
-        engine that is needed next, for the pool to make ready. Raises UsageError for more than MAX_CHUNKS, a weight
-        beyond MAX_WEIGHT, one that a UNet cannot hold, or encoders that ComfyUI reads in another way.
+        tokens. `weighted` follows ComfyUI: weights in parentheses, and as many chunks of 77 tokens as needed, all
+        tokenized for the base's first encoder. Long-CLIP encoders have 248 instead of 77. `next_engine` is the engine
+        needed next, which the pool may prefetch. Raises UsageError for more than MAX_CHUNKS, a weight beyond
+        MAX_WEIGHT or the range of the UNet's dtype, and encoders that ComfyUI uses differently.
         """
         for stage in {id(stage): stage for stage, _ in wanted if weighted}.values():
             _check_as_comfyui(stage, self._pool.bundle.manifest)
@@ -144,7 +144,7 @@ class PromptEncoder:
     def _texts(
         self, stage: Stage, prompt: Prompt, known: dict[tuple[TextEncoder, str, int], _Text], *, weighted: bool
     ) -> list[_Text]:
-        """Return what the encoders of a stage read of a prompt, in as many chunks each; `known` is read once."""
+        """Return a prompt's texts for the encoders of a stage, padded to equally many chunks; `known` caches texts."""
         texts = []
         for encoder, text in zip(stage.text_encoders, (prompt.text, prompt.text_2), strict=False):
             key = (encoder, text, prompt.clip_skip)
@@ -157,7 +157,7 @@ class PromptEncoder:
         tokenizer = self._tokenizer(encoder.tokenizer)
         (empty,) = chunked([], tokenizer.spec, tokenizer.pieces)
         if weighted:
-            # To the second encoder's own, "!" is padding wherever it stands.
+            # The second encoder's own tokenizer treats every "!" as padding.
             words = self._tokenizer(self._pool.bundle.manifest.base.text_encoders[0].tokenizer)
             chunks = _weighted_chunks(text, tokenizer.spec, words)
         else:
@@ -171,11 +171,11 @@ class PromptEncoder:
         return self._tokenizers[name]
 
     def _check_range(self, stage: Stage, texts: Sequence[_Text], embeds: PromptEmbeds) -> None:
-        """Raise UsageError for weights that take a prompt beyond what the stage's UNet is given it in."""
+        """Raise UsageError for weights that take a prompt beyond the range of the stage's UNet input."""
         heaviest = max((text.heaviest for text in texts), key=abs)
         dtype = np.dtype(numpy_dtype(self._pool.bundle.manifest.components[stage.unet].input("encoder_hidden_states")))
         if heaviest != 1.0 and not np.abs(embeds.hidden).max() <= np.finfo(dtype).max:
-            raise UsageError(f"a weight of {heaviest:g} in the prompt takes it beyond what the {dtype.name} UNet holds;"
+            raise UsageError(f"a weight of {heaviest:g} takes the prompt beyond the range of the {dtype.name} UNet;"
                              " choose one nearer to 1")  # fmt: skip
 
     def _run_all(self, rows: Iterable[_Row], next_engine: str) -> dict[_Row, PromptEmbeds]:
@@ -192,27 +192,27 @@ class PromptEncoder:
 
 
 def _check_as_comfyui(stage: Stage, manifest: Manifest) -> None:
-    """Raise UsageError for encoders of which ComfyUI makes something else.
+    """Raise UsageError for encoders that ComfyUI uses differently.
 
-    Its chunks are as long as an encoder has positions (comfy/text_encoders/long_clipl.py), whatever the tokenizer says;
-    its pooled prompt is the second encoder's.
+    Its chunks are as long as an encoder has positions (comfy/text_encoders/long_clipl.py), whatever the tokenizer
+    states, and its pooled prompt comes from the second encoder.
     """
     for encoder in stage.text_encoders:
         length = manifest.tokenizers[encoder.tokenizer].max_length
         positions = manifest.components[encoder.component].config.get("max_position_embeddings", length)
         if positions != length:
-            raise UsageError(f"--compat comfyui: {encoder.component} reads {length} tokens here, and {positions} in"
+            raise UsageError(f"--compat comfyui: {encoder.component} reads {length} tokens here, but {positions} in"
                              " ComfyUI; use --compat diffusers, or export it with a tokenizer whose model_max_length is"
                              f" {positions}")  # fmt: skip
     if not stage.text_encoders[-1].pooled:
         raise UsageError("--compat comfyui: this bundle takes the pooled prompt from its first encoder, as diffusers"
-                         " does, and ComfyUI from its second; use --compat diffusers")  # fmt: skip
+                         " does, but ComfyUI takes it from the second; use --compat diffusers")  # fmt: skip
 
 
 def _weighted_chunks(text: str, frame: Tokenizer, words: PromptTokenizer) -> list[Chunk]:
     segments, _ = without_embeddings(parse_weights(text))
     for weight in (segment.weight for segment in segments):
-        if not abs(weight) <= MAX_WEIGHT:  # nor is nan
+        if not abs(weight) <= MAX_WEIGHT:  # also refuses nan
             raise UsageError(f"a weight of {weight:g} in the prompt; choose {-MAX_WEIGHT:g} to {MAX_WEIGHT:g}")
     chunks = chunked(segments, frame, words.pieces)
     if len(chunks) > MAX_CHUNKS:
@@ -222,20 +222,20 @@ def _weighted_chunks(text: str, frame: Tokenizer, words: PromptTokenizer) -> lis
 
 
 def _warn_of_embeddings(wanted: Sequence[tuple[Stage, Prompt]]) -> None:
-    """Warn of each embedding that the prompts name, once."""
+    """Warn once of each embedding that the prompts name."""
     read = dict.fromkeys(
         text
         for stage, prompt in wanted
         for _, text in zip(stage.text_encoders, (prompt.text, prompt.text_2), strict=False)
     )
     for name in dict.fromkeys(name for text in read for name in without_embeddings(parse_weights(text))[1]):
-        log.warning("embedding:%s is left out: embeddings are not read; write what it stands for", name[:CUT_SHOWN])
+        log.warning("embedding:%s is left out: embeddings are not supported; describe it in words", name[:CUT_SHOWN])
 
 
 def _warn_of_cut(component: str, text: str, tokenizer: PromptTokenizer) -> None:
     if cut := tokenizer.cut_off(text):
         length = tokenizer.spec.max_length
-        log.warning("%s: a prompt is longer than %d tokens; this is not read: %s", component, length, cut[:CUT_SHOWN])
+        log.warning("%s: a prompt is longer than %d tokens; this is cut off: %s", component, length, cut[:CUT_SHOWN])
 
 
 def _run(engine: Engine, rows: Sequence[_Row]) -> dict[_Row, PromptEmbeds]:

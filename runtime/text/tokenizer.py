@@ -1,4 +1,4 @@
-"""Prompts to the token ids that a CLIP text encoder takes."""
+"""Tokenize prompts for a CLIP text encoder."""
 
 __all__ = ["PromptTokenizer"]
 
@@ -13,9 +13,9 @@ from sdxl_trt.engines.bundle import Bundle, verify_file
 
 
 class PromptTokenizer:
-    """A CLIP tokenizer of a bundle: 77 ids a prompt (Long-CLIP: 248), framed, cut and padded as transformers does.
+    """A CLIP tokenizer of a bundle: 77 ids a prompt (Long-CLIP: 248), framed, truncated and padded as in transformers.
 
-    Raises CorruptError where the file is not the one of the manifest, or not a tokenizer.
+    Raises CorruptError if the file does not match the manifest, or is not a tokenizer.
     """
 
     def __init__(self, bundle: Bundle, name: str) -> None:
@@ -37,11 +37,11 @@ class PromptTokenizer:
         return np.array(framed + [self.spec.pad_id] * (room - len(body)), dtype=np.int64)
 
     def pieces(self, text: str) -> list[int]:
-        """Return the ids of the whole of `text`, without a frame."""
+        """Return the ids of the whole `text`, without start, end and padding."""
         return list(self._encode(text).ids)
 
     def cut_off(self, text: str) -> str:
-        """Return the part of `text` that `ids` leaves out; "" where all of it fits."""
+        """Return the part of `text` that `ids` cuts off; "" if all of it fits."""
         encoding = self._encode(text)
         room = self.spec.max_length - 2
         if len(encoding.ids) <= room:
@@ -51,5 +51,5 @@ class PromptTokenizer:
     def _encode(self, text: str) -> Any:
         try:
             return self._tokenizer.encode(text, add_special_tokens=False)
-        except TypeError as exc:  # lone surrogates: what a shell passes on for bytes that are no UTF-8
+        except TypeError as exc:  # lone surrogates, which stand for a shell's bytes that are not UTF-8
             raise UsageError("the prompt is not valid Unicode text; give it as UTF-8") from exc

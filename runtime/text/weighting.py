@@ -1,8 +1,8 @@
-"""Prompts as ComfyUI reads them: weighted by parentheses, in as many chunks of 77 tokens as they take.
+"""Prompts in ComfyUI's syntax: weighted by parentheses, in as many chunks of 77 tokens as needed.
 
-``(x)`` raises the weight by a tenth and nests by multiplying, ``(x:1.3)`` states it, an inner statement wins, ``\\(``
-is a parenthesis of the text. What is not balanced is text, as far as ComfyUI (comfy/sd1_clip.py) takes it for that.
-``embedding:name`` stands for a trained embedding; there are none here, and as in ComfyUI a missing one is left out.
+``(x)`` multiplies the weight by 1.1, also when nested; ``(x:1.3)`` sets it, and the innermost number wins; ``\\(`` is a
+literal parenthesis. Unbalanced parentheses are text in the cases in which ComfyUI (comfy/sd1_clip.py) reads them so.
+``embedding:name`` names a trained embedding; none are supported here, and it is left out like one ComfyUI lacks.
 """
 
 __all__ = ["Chunk", "Segment", "chunked", "parse_weights", "weigh", "without_embeddings"]
@@ -18,12 +18,12 @@ from sdxl_trt.engines import UsageError
 from sdxl_trt.engines.bundle import Tokenizer
 
 STEP = 1.1
-"""What a pair of parentheses without a number does to a weight."""
+"""The factor on the weight of a pair of parentheses without a number."""
 MAX_DEPTH = 64
 LONG = 8
-"""A segment of as many tokens may be split between two chunks; a shorter one moves to the next as a whole."""
+"""A segment of at least this many tokens may be split between two chunks; a shorter one moves to the next whole."""
 _EMBEDDING = "embedding:"
-# Stand for escaped parentheses while the others are read; no prompt holds them: the shell passes no NUL.
+# Replace escaped parentheses during parsing; no prompt contains them, since a shell passes no NUL.
 _OPEN, _CLOSE = "\0\1", "\0\2"
 
 
@@ -37,14 +37,14 @@ class Segment:
 
 @dataclass(frozen=True)
 class Chunk:
-    """What an encoder reads at once: `ids` (max_length,) int64, framed and padded, and each token's weight."""
+    """One input row of an encoder: `ids` (max_length,) int64, framed and padded, and each token's weight."""
 
     ids: NDArray[np.int64]
     weights: NDArray[np.float32]
 
 
 def parse_weights(prompt: str) -> list[Segment]:
-    """Return the parts of `prompt` in their order. Raises UsageError for parentheses nested deeper than MAX_DEPTH."""
+    """Return the parts of `prompt` in order. Raises UsageError for parentheses nested deeper than MAX_DEPTH."""
     hidden = prompt.replace("\0", " ").replace("\\)", _CLOSE).replace("\\(", _OPEN)
     return [
         Segment(text.replace(_CLOSE, ")").replace(_OPEN, "("), weight) for text, weight in _weighted(hidden, 1.0, 0)
@@ -67,7 +67,7 @@ def _weighted(text: str, weight: float, depth: int) -> list[tuple[str, float]]:
 
 
 def _split(text: str) -> list[str]:
-    """Cut `text` before and after each outermost group; the cuts of unbalanced text are ComfyUI's."""
+    """Split `text` before and after each outermost group; unbalanced text is split as in ComfyUI."""
     items: list[str] = []
     start = depth = 0
     for i, char in enumerate(text):
@@ -85,7 +85,7 @@ def _split(text: str) -> list[str]:
 
 
 def _stated(inner: str) -> tuple[str, float | None]:
-    """Return what stands before a last colon and the number after it; the whole and None where there is none."""
+    """Return the text before the last colon and the number after it; all of it and None if there is no number."""
     text, colon, number = inner.rpartition(":")
     if not colon or not text:
         return inner, None
@@ -97,7 +97,7 @@ def _stated(inner: str) -> tuple[str, float | None]:
 
 
 def without_embeddings(segments: Sequence[Segment]) -> tuple[list[Segment], list[str]]:
-    """Return the parts of `segments` around embeddings, each of which ComfyUI tokenizes by itself, and their names.
+    """Return the parts of `segments` around embeddings, which ComfyUI tokenizes separately, and the embeddings' names.
 
     Raises UsageError for an embedding without a name.
     """
@@ -114,16 +114,16 @@ def without_embeddings(segments: Sequence[Segment]) -> tuple[list[Segment], list
 
 
 def _embedding(text: str) -> tuple[str, str]:
-    """Return the name that `text` begins with, and what follows it: a comma is not the name's, blanks become one."""
+    """Return the name that `text` begins with, without commas, and the rest, with runs of blanks reduced to one."""
     first, *others = text.split() or [""]
     name, rest = first.strip(","), " ".join(others)
     if not first:
-        raise UsageError(f"the prompt has an {_EMBEDDING} without a name; take it out")
+        raise UsageError(f"the prompt has an {_EMBEDDING} without a name; remove it")
     return name, rest if name == first else f"{first[len(name) :]} {rest}"
 
 
 def chunked(segments: Sequence[Segment], tokenizer: Tokenizer, encode: Callable[[str], list[int]]) -> list[Chunk]:
-    """Return the chunks of a prompt's segments, one at least; `encode` gives the ids of a text without a frame."""
+    """Return the chunks of a prompt's segments, at least one; `encode` returns the ids of a text without a frame."""
     room = tokenizer.max_length - 2
     chunks: list[list[tuple[int, float]]] = [[]]
     for segment in segments:
@@ -148,11 +148,11 @@ def _framed(tokens: list[tuple[int, float]], tokenizer: Tokenizer) -> Chunk:
 
 
 def weigh(hidden: NDArray[np.float32], empty: NDArray[np.float32], weights: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return `hidden` (tokens, width) moved away from `empty`, the empty prompt's, by `weights` (tokens,).
+    """Return `hidden` (tokens, width) scaled by `weights` (tokens,) relative to `empty`, the empty prompt's.
 
-    A weight of 1 leaves a position as it is, to the bit; the pooled prompt is never weighed.
+    A weight of 1 leaves a position bit-identical; the pooled prompt is never weighted.
     """
     column = weights[:, None]
-    with np.errstate(over="ignore", invalid="ignore"):  # whoever takes them looks whether it can hold them
+    with np.errstate(over="ignore", invalid="ignore"):  # PromptEncoder checks the range
         weighed: NDArray[np.float32] = np.where(column == 1.0, hidden, (hidden - empty) * column + empty)
     return weighed

@@ -94,7 +94,7 @@ def test_long_clip_encoders_with_usual_tokenizers(base: Path, caplog: pytest.Log
     bundle = _export(base)
     assert caplog.text.count("its tokenizer cuts a prompt at 77 ids") == 2
     _assert_same(_ours(bundle, LONG, ""), _diffusers(base, LONG, ""), "248 positions, 77 ids")
-    with pytest.raises(UsageError, match="reads 77 tokens here, and 248 in ComfyUI"):
+    with pytest.raises(UsageError, match="reads 77 tokens here, but 248 in ComfyUI"):
         _ours(bundle, SHORT, "", compat="comfyui")
 
 

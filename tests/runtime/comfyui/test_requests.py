@@ -306,9 +306,9 @@ def test_a_picture_is_loaded_from_the_workflow_s_folder(manifest: Manifest, pict
     ("name", "words"),
     [
         ("other.png", "'other.png' is not in the workflow's folder; put it into"),
-        ("../OUT", "not a plain file name"), ("/etc/passwd", "not a plain file name"), ("link.png", "not a plain file name"), ("", "not a plain"),
-        ("..\\OUT", "not a plain file name"), ("pictures", "is not in the workflow's folder"), ("a\0b", "not a plain file name"),
-        ("x" * 5000, "not a plain file name"), ("latents.npy", "is not a picture"),
+        ("../OUT", "not a plain"), ("/etc/passwd", "not a plain file name"), ("link.png", "not a plain file name"),
+        ("", "not a plain"), ("..\\OUT", "not a plain"), ("pictures", "is not in the workflow's folder"),
+        ("a\0b", "not a plain file name"), ("x" * 5000, "not a plain"), ("latents.npy", "is not a picture"),
     ],
 )  # fmt: skip
 def test_no_picture_leads_out_of_the_folder(

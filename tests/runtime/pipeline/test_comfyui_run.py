@@ -69,7 +69,7 @@ def test_prompts_that_no_plan_takes_are_refused(opened: Pipeline, monkeypatch: p
         opened.pool, "limits", PlanLimits(height=fixed(SIDE), width=fixed(SIDE), pictures=1, tokens=tokens)
     )
     request = Request("a fox " * 100, compat="comfyui", handoff=None)
-    with pytest.raises(SizeError, match=r"take 231 tokens, the plans 77 to 154; .*--tokens 77:77:231"):
+    with pytest.raises(SizeError, match=r"take 231 tokens, but the plans 77 to 154; .*--tokens 77:77:231"):
         list(opened.generate(request))
 
 

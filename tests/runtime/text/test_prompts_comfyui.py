@@ -136,5 +136,5 @@ def test_a_weight_that_the_unet_cannot_hold_is_refused(encode: Encoding, monkeyp
     for each in (encode, half):
         assert each("a (fox:3000)", "").max() == 60_000
     assert encode("a (fox:5000)", "").max() == 100_000
-    with pytest.raises(UsageError, match="a weight of 5000 in the prompt takes it beyond what the float16 UNet holds"):
+    with pytest.raises(UsageError, match="a weight of 5000 takes the prompt beyond the range of the float16 UNet"):
         half("a (fox:5000)", "")
