@@ -1,4 +1,4 @@
-"""The editor's form of a graph: bypassed nodes, subgraphs within subgraphs, widgets that an instance shows."""
+"""The editor's form of a graph: bypassed nodes, nested subgraphs, widgets shown on an instance."""
 
 from typing import Any
 
@@ -37,14 +37,14 @@ def _definition(key: str, nodes: list[Json], links: list[Json]) -> Json:
     [
         ([("a", "X", 1), ("b", "X", 2)], 0, Link("1", 0)),
         ([("a", "X", 1), ("b", "X", 2)], 1, Link("2", 0)),  # the input of the same number, not the first of the type
-        ([("a", "Y", 1), ("b", "X", 2)], 0, Link("2", 0)),  # another type there: the first that fits
+        ([("a", "Y", 1), ("b", "X", 2)], 0, Link("2", 0)),  # another type there: the first of the right type
         ([("a", "X,Y", 1), ("b", "X", 2)], 0, Link("1", 0)),
         ([("a", "*", 1)], 0, Link("1", 0)),
         ([("a", "Y", 1)], 0, None),
         ([], 0, None),
     ],
 )
-def test_a_bypassed_node_hands_over_what_fits(inputs: Json, slot: int, expected: Link | None) -> None:
+def test_a_bypassed_node_passes_on_an_input_of_the_right_type(inputs: Json, slot: int, expected: Link | None) -> None:
     graph = _graph(
         [
             _node(1, "A", outputs=["X"]), _node(2, "B", outputs=["X"]),
@@ -55,7 +55,7 @@ def test_a_bypassed_node_hands_over_what_fits(inputs: Json, slot: int, expected:
     assert from_editor(graph, "x")["4"].inputs.get("in") == expected
 
 
-def test_a_value_keeps_its_widget_where_nothing_comes_through() -> None:
+def test_an_input_keeps_its_widget_value_if_its_link_gives_nothing() -> None:
     prompt = _node(4, "CLIPTextEncode", [("clip", "CLIP", None), ("text", "STRING", 3)], widgets_values=["its own"])
     nodes = [_node(3, "Bypassed", [("a", "INT", None)], ["STRING"], mode=4), prompt]
     assert from_editor(_graph(nodes, [[3, 3, 0, 4, 1, "STRING"]]), "x")["4"].inputs["text"] == "its own"
@@ -81,7 +81,7 @@ def _nested(instance: Json) -> Json:
 
 
 @pytest.mark.parametrize(("shown", "text"), [(["shown"], "shown"), ([], "inner's")])
-def test_subgraphs_stand_in_the_place_of_their_instances(shown: list[str], text: str) -> None:
+def test_subgraphs_are_expanded(shown: list[str], text: str) -> None:
     instance = _node(
         5, "outer", [("clip", "CLIP", 1), ("text", "STRING", None)], ["CONDITIONING"], widgets_values=shown
     )
@@ -92,19 +92,19 @@ def test_subgraphs_stand_in_the_place_of_their_instances(shown: list[str], text:
     assert str(found["5:8:7"]) == "node 5:8:7 (CLIPTextEncode) of subgraph 'called inner'"
 
 
-def test_a_widget_that_cannot_be_told_from_others_is_not_guessed() -> None:
+def test_an_ambiguous_widget_is_refused() -> None:
     instance = _node(5, "outer", [("clip", "CLIP", 1), ("text", "STRING", None)], widgets_values=["one", "another"])
     with pytest.raises(UsageError, match=r"node 5 \(subgraph 'called outer'\): its widget 'text' cannot be matched"):
         from_editor(_nested(instance), "x")
 
 
 @pytest.mark.parametrize("mode", [2, 4])
-def test_a_muted_or_bypassed_subgraph_draws_nothing(mode: int) -> None:
+def test_a_muted_or_bypassed_subgraph_has_no_nodes(mode: int) -> None:
     instance = _node(5, "outer", [("clip", "CLIP", 1)], ["CONDITIONING"], mode=mode)
     assert set(from_editor(_nested(instance), "x")) == {"1", "9"}
 
 
-def test_subgraphs_without_end_are_refused() -> None:
+def test_endlessly_nested_subgraphs_are_refused() -> None:
     endless = _definition("a", [_node(1, "a")], [])
     with pytest.raises(UsageError, match="nested deeper"):
         from_editor(_graph([_node(1, "a")], [], endless), "x")

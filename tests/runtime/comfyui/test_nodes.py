@@ -1,4 +1,4 @@
-"""The table of nodes: what the docs show of it is what the reader uses, and every input of it is taken or named."""
+"""The table of nodes: the docs show the table of the code, and every input is used or named in a warning."""
 
 import copy
 import json
@@ -22,14 +22,14 @@ GRAPH: dict[str, tuple[str, dict[str, Any]]] = {
     key: (node["class_type"], node["inputs"])
     for key, node in json.loads((Path(__file__).parents[2] / "comfyui" / "every_node.json").read_text()).items()
 }
-"""Every class of the table: nodes 38 and 57 end two pictures, and from 60 on stands what a link can be moved to."""
+"""Every class of the table: nodes 38 and 57 end two pictures, and nodes from 60 on are alternatives for links."""
 OTHER_LINKS = {"MODEL": ["60", 0], "CLIP": ["60", 1], "VAE": ["61", 0], "CONDITIONING": ["62", 0],
                "LATENT": ["63", 0], "IMAGE": ["64", 0]}  # fmt: skip
 INPUTS = [(kind, each.name) for kind, node in NODES.items() for each in node.inputs]
 
 
 def _other(known: Input, value: Any) -> Any:
-    """Return another value that ComfyUI takes too."""
+    """Return another value that ComfyUI accepts."""
     if known.is_link:
         return OTHER_LINKS[known.type]
     if known.type == "CHOICE":
@@ -43,15 +43,15 @@ def _other(known: Input, value: Any) -> Any:
 
 def _row(name: str) -> str:
     node = NODES[name]
-    told = [
+    inputs = [
         f"`{each.name}`" + ("" if each.followed == "as in ComfyUI" else f" ({each.followed})") for each in node.inputs
     ]
-    return f"| {name} | {', '.join(told)} |"
+    return f"| {name} | {', '.join(inputs)} |"
 
 
 def test_the_docs_have_the_table_of_the_code() -> None:
     table = "\n".join(["| node | inputs |", "|---|---|", *map(_row, NODES)])
-    assert table in DOCS.read_text(encoding="utf-8"), f"docs/comfyui.md is to have this table:\n{table}"
+    assert table in DOCS.read_text(encoding="utf-8"), f"docs/comfyui.md must contain this table:\n{table}"
 
 
 def test_every_class_of_the_table_is_in_the_graph() -> None:
@@ -59,48 +59,48 @@ def test_every_class_of_the_table_is_in_the_graph() -> None:
 
 
 @pytest.fixture
-def said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Callable[[Json], tuple[Any, tuple[str, ...]]]:
-    """Return a function that reads a graph: what is drawn, and the lines that are printed; or the error."""
+def read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Callable[[Json], tuple[Any, tuple[str, ...]]]:
+    """Return a function that reads a graph and returns its pictures and the printed lines, or the error."""
 
-    def read(graph: Json) -> tuple[Any, tuple[str, ...]]:
+    def load(graph: Json) -> tuple[Any, tuple[str, ...]]:
         caplog.clear()
         path = tmp_path / "graph.json"
         stored = {key: {"class_type": kind, "inputs": inputs} for key, (kind, inputs) in graph.items()}
         path.write_text(json.dumps(stored))
         with caplog.at_level(logging.WARNING):
             try:
-                # A preview is read where nothing is saved.
+                # A preview is read if nothing is saved.
                 return read_workflow(path).outputs, tuple(record.getMessage() for record in caplog.records)
             except UsageError as exc:
                 return str(exc), ()
 
-    return read
+    return load
 
 
 @pytest.mark.parametrize(("kind", "name"), INPUTS, ids=[f"{kind}.{name}" for kind, name in INPUTS])
-def test_no_input_is_ignored_in_silence(said: Any, kind: str, name: str) -> None:
+def test_no_input_is_ignored_silently(read: Any, kind: str, name: str) -> None:
     key = next(key for key, (each, _) in GRAPH.items() if each == kind)
     graph = copy.deepcopy(GRAPH)
-    if int(key) >= 50 or kind == "VAELoader":  # the second picture's: it is a preview, which is read where it is alone
+    if int(key) >= 50 or kind == "VAELoader":  # of the second picture: a preview, which is read only if it is alone
         del graph["38"]
-    before = said(graph)
+    before = read(graph)
     assert not isinstance(before[0], str), before[0]
     known = NODES[kind].input(name)
     graph[key][1][name] = _other(known, graph[key][1].get(name, known.default))
-    changed = said(graph)
+    changed = read(graph)
     assert changed != before
     if known.default is REQUIRED or known.is_link:
         del graph[key][1][name]
-        assert f"node {key} ({kind})" in str(said(graph)) or "PrimitiveInt" in str(said(graph)) or "Primitive" in kind
+        assert f"node {key} ({kind})" in str(read(graph)) or "PrimitiveInt" in str(read(graph)) or "Primitive" in kind
 
 
 @pytest.mark.parametrize("kind", NODES)
-def test_what_no_node_has_is_named(said: Any, kind: str) -> None:
+def test_an_unknown_input_is_named(read: Any, kind: str) -> None:
     key = next(key for key, (each, _) in GRAPH.items() if each == kind)
     graph = copy.deepcopy(GRAPH)
     if int(key) >= 50 or kind == "VAELoader":
         del graph["38"]
     if kind.startswith("Primitive"):
-        return  # their values stand in the nodes that they feed
+        return  # their values are copied into the nodes that they feed
     graph[key][1]["brand_new"] = 1
-    assert f"node {key} ({kind}): brand_new: unknown input" in "\n".join(said(graph)[1])
+    assert f"node {key} ({kind}): brand_new: unknown input" in "\n".join(read(graph)[1])

@@ -1,4 +1,4 @@
-"""ComfyUI workflows: both forms and PNGs say the same, what cannot be run is named, nothing crashes or hangs."""
+"""ComfyUI workflows: API, editor and PNG forms agree, unsupported nodes are named, nothing crashes or hangs."""
 
 import contextlib
 import copy
@@ -99,12 +99,12 @@ def test_base_and_refiner_are_read_with_all_their_settings(api: Json, read: Any)
     assert (base.seed, base.steps, base.cfg, base.sampler, base.schedule) == (2**63, 50, 8.0, "euler", "normal")
     assert base.positive == (Conditioning("6", "a fox", "red", clips[0], (2048, 4096), (2, 1), (512, 1024)),)
     assert base.negative == (Conditioning("7", "bad", "bad", clips[0], mixes=(Mix("zero"),)),)
-    told = Conditioning("15", "a fox", "a fox", clips[1], (512, 1024), (0, 0), (512, 1024), score=6.0)
-    assert refiner.positive == (told,)
+    prompt = Conditioning("15", "a fox", "a fox", clips[1], (512, 1024), (0, 0), (512, 1024), score=6.0)
+    assert refiner.positive == (prompt,)
     assert json.loads(workflow.graph) == api
 
 
-def test_a_ksampler_loras_and_a_picture(api: Json, read: Any) -> None:
+def test_a_ksampler_with_loras_and_a_picture_is_read(api: Json, read: Any) -> None:
     lora = {"lora_name": "a", "strength_model": 0.5, "strength_clip": 0.25, "model": ["4", 0], "clip": ["4", 1]}
     api["20"] = {"class_type": "LoraLoader", "inputs": lora}
     api["21"] = {
@@ -129,7 +129,7 @@ def test_a_ksampler_loras_and_a_picture(api: Json, read: Any) -> None:
     assert workflow.loads_image
 
 
-def test_latents_and_images_are_scaled_on_the_way(api: Json, read: Any) -> None:
+def test_scaled_latents_and_images_are_read(api: Json, read: Any) -> None:
     size = {"width": 256, "height": 0, "crop": "center"}
     api["20"] = {"class_type": "LatentUpscaleBy",
                  "inputs": {"samples": ["10", 0], "upscale_method": "bislerp", "scale_by": 2}}  # fmt: skip
@@ -149,7 +149,7 @@ def test_latents_and_images_are_scaled_on_the_way(api: Json, read: Any) -> None:
     assert output.image == Decoded(Sampled(Repeated(encoded, 3), last), VaeName("refiner.safetensors"))
 
 
-def test_prompts_are_combined_joined_and_averaged(api: Json, read: Any) -> None:
+def test_combined_joined_and_averaged_prompts_are_read(api: Json, read: Any) -> None:
     def node(key: str, kind: str, **inputs: Any) -> None:
         api[key] = {"class_type": kind, "inputs": inputs}
 
@@ -164,7 +164,7 @@ def test_prompts_are_combined_joined_and_averaged(api: Json, read: Any) -> None:
     assert joined.mixes[0].other.text_g == "bad"
     assert [(mix.kind, mix.strength) for mix in averaged.mixes] == [("average", 0.25), ("zero", 1.0)]
     assert averaged.mixes[0].other.mixes[0].other.text_g == "bad"
-    for _ in range(5):  # every one doubles it
+    for _ in range(5):  # each doubles the number of prompts
         number = len(api) + 100
         node(str(number), "ConditioningCombine", conditioning_1=api["10"]["inputs"]["positive"],
              conditioning_2=api["10"]["inputs"]["positive"])  # fmt: skip
@@ -173,7 +173,7 @@ def test_prompts_are_combined_joined_and_averaged(api: Json, read: Any) -> None:
         read(api)
 
 
-def test_of_several_pictures_each_is_drawn_and_previews_are_named(api: Json, read: Any, caplog: Any) -> None:
+def test_every_saved_picture_is_drawn_and_previews_are_named(api: Json, read: Any, caplog: Any) -> None:
     api["30"] = {"class_type": "VAEDecode", "inputs": {"samples": ["10", 0], "vae": ["4", 2]}}
     api["31"] = {"class_type": "PreviewImage", "inputs": {"images": ["30", 0]}}
     (whole,) = read(api).outputs
@@ -184,7 +184,7 @@ def test_of_several_pictures_each_is_drawn_and_previews_are_named(api: Json, rea
     assert [sampling.node for sampling in read(api).samplings] == ["10", "11"]
 
 
-def test_what_can_be_drawn_is_drawn_and_the_rest_named(api: Json, read: Any, caplog: Any) -> None:
+def test_pictures_that_can_be_drawn_are_drawn_and_the_others_named(api: Json, read: Any, caplog: Any) -> None:
     whole = read(api)
     api["30"] = {"class_type": "FancyUpscaler", "inputs": {"image": ["17", 0]}}
     api["31"] = {"class_type": "SaveImage", "inputs": {"images": ["30", 0], "filename_prefix": "y"}}
@@ -227,7 +227,7 @@ def _editor(api: Json) -> Json:
     return {"nodes": nodes, "links": links, "version": 0.4}
 
 
-def test_the_editors_form_says_the_same(api: Json, read: Any) -> None:
+def test_the_editors_form_reads_the_same(api: Json, read: Any) -> None:
     assert read(_editor(api)) == read(api)
 
 
@@ -236,11 +236,11 @@ def test_the_editors_form_says_the_same(api: Json, read: Any) -> None:
     [lambda api: {"prompt": api, "client_id": "x"}, lambda api: {"input": {"workflow": api}},
      lambda api: {"input": {"prompt": _editor(api)}}, lambda api: {"output": api, "workflow": {"nodes": []}}],
 )  # fmt: skip
-def test_a_request_s_body_holds_it(api: Json, read: Any, body: Callable[[Json], Any]) -> None:
+def test_a_graph_in_the_body_of_a_request_is_read(api: Json, read: Any, body: Callable[[Json], Any]) -> None:
     assert read(body(api)).outputs == read(api).outputs
 
 
-def test_numbers_as_text_and_primitives_are_what_they_say(api: Json, read: Any) -> None:
+def test_numbers_as_text_and_from_primitives_are_read(api: Json, read: Any) -> None:
     plain = read(api)
     api["10"]["inputs"] |= {"steps": "50", "cfg": "8.0", "noise_seed": ["40", 0]}
     api["40"] = {"class_type": "PrimitiveInt", "inputs": {"value": ["41", 0]}}
@@ -248,7 +248,7 @@ def test_numbers_as_text_and_primitives_are_what_they_say(api: Json, read: Any) 
     assert read(api) == plain
 
 
-def test_a_muted_node_is_missed_and_not_its_old_value_taken(api: Json, read: Any) -> None:
+def test_a_muted_primitive_is_missing_and_the_stale_widget_value_is_not_used(api: Json, read: Any) -> None:
     editor = _editor(api)
     primitive = next(node for node in editor["nodes"] if node["type"] == "PrimitiveNode")
     primitive["mode"] = 2
@@ -256,7 +256,7 @@ def test_a_muted_node_is_missed_and_not_its_old_value_taken(api: Json, read: Any
         read(editor)
 
 
-def test_a_muted_picture_is_not_made(api: Json, read: Any) -> None:
+def test_a_muted_picture_is_not_drawn(api: Json, read: Any) -> None:
     editor = _editor(api)
     next(node for node in editor["nodes"] if node["type"] == "SaveImage")["mode"] = 2
     with pytest.raises(UsageError, match="no SaveImage"):
@@ -264,7 +264,7 @@ def test_a_muted_picture_is_not_made(api: Json, read: Any) -> None:
 
 
 @pytest.mark.parametrize("form", ["prompt", "workflow", "an empty prompt"])
-def test_a_png_carries_it(api: Json, read: Any, tmp_path: Path, form: str) -> None:
+def test_a_png_carries_a_workflow(api: Json, read: Any, tmp_path: Path, form: str) -> None:
     info = PngInfo()
     if form == "an empty prompt":
         info.add_text("prompt", "{}")
@@ -273,7 +273,7 @@ def test_a_png_carries_it(api: Json, read: Any, tmp_path: Path, form: str) -> No
     assert read_workflow(tmp_path / "made.png") == read(api)
 
 
-def test_a_png_without_one_says_so(tmp_path: Path) -> None:
+def test_a_png_without_a_workflow_is_refused(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "bare.png")
     with pytest.raises(UsageError, match="carries no ComfyUI workflow"):
         read_workflow(tmp_path / "bare.png")
@@ -282,7 +282,7 @@ def test_a_png_without_one_says_so(tmp_path: Path) -> None:
         read_workflow(tmp_path / "cut.png")
 
 
-def test_all_that_cannot_be_run_is_named_at_once(api: Json, read: Any) -> None:
+def test_all_unsupported_nodes_are_named_at_once(api: Json, read: Any) -> None:
     api["6"]["class_type"] = "CLIPTextEncodeFlux"
     api["12"]["class_type"] = "UNETLoader"
     with pytest.raises(UsageError) as caught:
@@ -338,7 +338,7 @@ DAMAGE: dict[str, tuple[Callable[[Json], Any], str]] = {
 
 
 @pytest.mark.parametrize(("damage", "message"), DAMAGE.values(), ids=DAMAGE)
-def test_what_is_wrong_is_said(api: Json, read: Any, damage: Callable[[Json], Any], message: str) -> None:
+def test_damage_is_named(api: Json, read: Any, damage: Callable[[Json], Any], message: str) -> None:
     damage(api)
     with pytest.raises(UsageError, match=message):
         read(api)
@@ -376,7 +376,7 @@ VALUES = st.recursive(
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=150)
 @given(data=st.data())
-def test_a_workflow_with_anything_in_it_is_read_or_refused(api: Json, read: Any, data: st.DataObject) -> None:
+def test_a_workflow_with_any_content_is_read_or_refused(api: Json, read: Any, data: st.DataObject) -> None:
     graph = _editor(api) if data.draw(st.booleans()) else copy.deepcopy(api)
     for _ in range(data.draw(st.integers(1, 3))):
         place: Any = graph

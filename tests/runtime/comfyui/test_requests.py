@@ -1,4 +1,4 @@
-"""Workflows as requests: what a bundle can do is mapped, what it cannot is refused by the name of its node."""
+"""Workflows as requests: what a bundle supports is mapped, and what it does not is refused by node."""
 
 import contextlib
 import json
@@ -82,7 +82,7 @@ def _workflow(*samplings: Sampling, start: Any = EMPTY, vae: str = "refiner") ->
 WORKFLOW = _workflow(BASE, REFINER)
 
 
-def test_both_samplings_are_the_request_s(manifest: Manifest, caplog: Any) -> None:
+def test_one_request_has_the_settings_of_both_samplers(manifest: Manifest, caplog: Any) -> None:
     resolved = resolve_request(workflow_request(WORKFLOW, manifest), manifest)
     assert (resolved.request.compat, resolved.request.steps, resolved.request.schedule, resolved.request.sampler) == (
         "comfyui",
@@ -105,14 +105,14 @@ def test_both_samplings_are_the_request_s(manifest: Manifest, caplog: Any) -> No
     assert caplog.records == []
 
 
-def test_the_base_alone(manifest: Manifest, caplog: Any) -> None:
+def test_the_base_alone_is_one_request(manifest: Manifest, caplog: Any) -> None:
     alone = _workflow(replace(BASE, end=TO_THE_END, leftover_noise=False), vae="base")
     resolved = resolve_request(workflow_request(alone, manifest), manifest)
     assert (resolved.refiner, resolved.base.stop) == (None, 50)
     assert caplog.records == []
 
 
-def test_the_editor_s_default_graph_stays_the_no_op_that_it_is(manifest: Manifest, caplog: Any) -> None:
+def test_the_idle_refiner_of_the_editors_default_graph_stays_idle(manifest: Manifest, caplog: Any) -> None:
     base, refiner = replace(BASE, steps=20, end=32), replace(REFINER, steps=20, start=32)
     resolved = resolve_request(workflow_request(_workflow(base, refiner), manifest), manifest)
     assert (resolved.base.stop, resolved.uses_refiner) == (20, False)
@@ -122,7 +122,7 @@ def test_the_editor_s_default_graph_stays_the_no_op_that_it_is(manifest: Manifes
 TWICE = replace(BASE, model=Model("base", INK + INK))
 OTHER_CLIP = replace(BASE, positive=(replace(BASE.positive[0], clip=Clip("other", INK)),))
 NO_LORA = replace(BASE, positive=(replace(BASE.positive[0], clip=Clip("base")),))
-BASE_TOLD = replace(
+BASE_ENCODER = replace(
     REFINER,
     model=Model("a refiner"),
     positive=(replace(REFINER.positive[0], clip=Clip("a refiner"), encoder="CLIPTextEncodeSDXL"),),
@@ -137,7 +137,7 @@ REFUSED: dict[str, tuple[Sampling, Sampling, str]] = {
     "refiner's LoRA": (BASE, replace(REFINER, model=Model("refiner", INK)), "node 11: has a LoRA on the refiner"),
     "refiner's CLIP": (BASE, replace(REFINER, negative=(replace(REFINER.negative[0], clip=Clip("refiner", INK)),)),
                        "node 16: has a LoRA on the refiner's CLIP"),
-    "base's encoder on the refiner": (BASE, BASE_TOLD, "node 15 .*: is for the base's two encoders"),
+    "base's encoder on the refiner": (BASE, BASE_ENCODER, "node 15 .*: is for the base's two encoders"),
     "strength": (replace(BASE, model=Model("base", (("ink.safetensors", 1.0),))), REFINER,
                  "LoRA ink.safetensors at strength 1, 0.8 on .*the bundle has it at 0.8.*--lora ink.safetensors:1:0.8"),
     "twice": (TWICE, REFINER, "LoRA ink.safetensors at strength 1.6, 0.8 on the text encoders, is not in the bundle"),
@@ -153,7 +153,7 @@ REFUSED: dict[str, tuple[Sampling, Sampling, str]] = {
 
 
 @pytest.mark.parametrize(("base", "refiner", "words"), REFUSED.values(), ids=REFUSED)
-def test_what_cannot_be_run_is_named(manifest: Manifest, base: Sampling, refiner: Sampling, words: str) -> None:
+def test_what_is_unsupported_is_named(manifest: Manifest, base: Sampling, refiner: Sampling, words: str) -> None:
     last = replace(REFINER, node="12")
     samplings = (base, refiner, last) if base.model.checkpoint == "third" else (base, refiner)
     workflow = _workflow(*samplings)
@@ -161,7 +161,7 @@ def test_what_cannot_be_run_is_named(manifest: Manifest, base: Sampling, refiner
         settle_pair(workflow_request(workflow, manifest), workflow, manifest, None, seed_given=False)
 
 
-def test_the_size_is_that_of_its_node_and_the_seed_of_whoever_gave_it(manifest: Manifest) -> None:
+def test_errors_name_the_node_of_the_size_and_the_given_seed(manifest: Manifest) -> None:
     workflow = _workflow(BASE, start=Empty(1000, 512, node="5"))
     with pytest.raises(UsageError, match="node 5: the width 1000: the UNets in use take multiples of 64; try 960 or"):
         settle_pair(workflow_request(workflow, manifest), workflow, manifest, None, seed_given=False)
@@ -183,12 +183,12 @@ SEVERAL: dict[str, Workflow] = {
 
 
 @pytest.mark.parametrize("name", SEVERAL)
-def test_what_shares_no_grid_takes_several_runs(manifest: Manifest, name: str) -> None:
+def test_samplers_without_a_common_grid_need_several_runs(manifest: Manifest, name: str) -> None:
     workflow = SEVERAL[name]
     assert pair_request(workflow, manifest, experts(workflow, manifest)) is None
 
 
-def test_decoders_of_another_stage_take_several_runs(manifest: Manifest) -> None:
+def test_a_decoder_of_another_stage_needs_several_runs(manifest: Manifest) -> None:
     other = msgspec.structs.replace(_stage(), vae=msgspec.structs.replace(_stage().vae, decoder="own"))
     apart = msgspec.structs.replace(manifest, refiner=other)
     workflow = _workflow(BASE, REFINER, vae="base")
@@ -196,7 +196,7 @@ def test_decoders_of_another_stage_take_several_runs(manifest: Manifest) -> None
     assert pair_request(workflow, manifest, check_workflow(workflow, manifest)) is not None
 
 
-def test_a_bundle_without_a_refiner_says_so(manifest: Manifest) -> None:
+def test_a_bundle_without_a_refiner_is_named(manifest: Manifest) -> None:
     with pytest.raises(UsageError, match="node 11: needs a refiner, but the bundle has none"):
         workflow_request(WORKFLOW, msgspec.structs.replace(manifest, refiner=None))
 
@@ -234,7 +234,7 @@ PICTURE = Encoded(Loaded("in.png"), VaeName("base"))
         (_named("a", start=PICTURE), ["base"]),
     ],
 )
-def test_which_expert_a_checkpoint_is(manifest: Manifest, workflow: Workflow, stages: list[str]) -> None:
+def test_the_expert_of_a_checkpoint_is_deduced(manifest: Manifest, workflow: Workflow, stages: list[str]) -> None:
     assert list(experts(workflow, manifest).values()) == stages
 
 
@@ -248,11 +248,11 @@ def test_two_checkpoints_of_one_kind_are_refused(manifest: Manifest) -> None:
             experts(workflow, manifest)
 
 
-def test_layers_and_mixes_are_those_of_each_side(manifest: Manifest) -> None:
+def test_each_side_has_its_own_layers_and_mixes(manifest: Manifest) -> None:
     zeros = Mix("zero")
-    told = replace(BASE.positive[0], clip=replace(CLIP, last_layer=-1),
+    prompt = replace(BASE.positive[0], clip=replace(CLIP, last_layer=-1),
                    mixes=(Mix("average", BASE.negative[0], 0.25), zeros))  # fmt: skip
-    request = workflow_request(_workflow(replace(BASE, positive=(told, *BASE.positive))), manifest)
+    request = workflow_request(_workflow(replace(BASE, positive=(prompt, *BASE.positive))), manifest)
     side = request.base_sides[0]
     assert (side.clip_skip, side.zeroed, side.combined[0].text) == (-1, False, "red")
     assert [(mix.kind, mix.strength) for mix in side.mixes] == [("average", 0.25), ("zero", 1.0)]
@@ -265,11 +265,11 @@ def test_layers_and_mixes_are_those_of_each_side(manifest: Manifest) -> None:
         UsageError, match="node 6: its CLIP stops at layer -5, but the bundle's text encoders reach only"
     ):
         workflow_request(
-            _workflow(replace(BASE, positive=(replace(told, clip=replace(CLIP, last_layer=-5)),))), manifest
+            _workflow(replace(BASE, positive=(replace(prompt, clip=replace(CLIP, last_layer=-5)),))), manifest
         )
 
 
-def test_another_seed_is_the_graph_s_too(manifest: Manifest) -> None:
+def test_another_seed_changes_the_graph_too(manifest: Manifest) -> None:
     graph = (
         '{"3": {"class_type": "KSampler", "inputs": {"seed": 1, "steps": 2}}, "4": {"class_type": "X", "inputs": {}}}'
     )
@@ -280,7 +280,7 @@ def test_another_seed_is_the_graph_s_too(manifest: Manifest) -> None:
 
 @pytest.fixture
 def picture(tmp_path: Path) -> Workflow:
-    """A workflow that loads a picture, which lies in `tmp_path`; a link to it beside."""
+    """A workflow that loads a picture in `tmp_path`, which also has a symbolic link to it."""
     (tmp_path / "pictures").mkdir()
     Image.new("RGB", (128, 64)).save(tmp_path / "pictures" / "in.png")
     Image.new("RGB", (128, 64)).save(tmp_path.parent / f"{tmp_path.name}-out.png")
@@ -293,7 +293,7 @@ def _from(name: str, vae: str = "base") -> Repeated:
     return Repeated(Encoded(Loaded(name, node="5"), VaeName(vae)), 2)
 
 
-def test_a_picture_is_loaded_from_the_workflow_s_folder(manifest: Manifest, picture: Workflow, tmp_path: Path) -> None:
+def test_a_picture_is_loaded_from_the_workflows_folder(manifest: Manifest, picture: Workflow, tmp_path: Path) -> None:
     for name in ("pictures/in.png", "pictures\\in.png", "pictures/in.png [input]"):
         named = _workflow(BASE, REFINER, start=_from(name))
         request = workflow_request(named, manifest, tmp_path)
@@ -311,7 +311,7 @@ def test_a_picture_is_loaded_from_the_workflow_s_folder(manifest: Manifest, pict
         ("a\0b", "not a plain file name"), ("x" * 5000, "not a plain"), ("latents.npy", "is not a picture"),
     ],
 )  # fmt: skip
-def test_no_picture_leads_out_of_the_folder(
+def test_no_picture_is_read_from_outside_the_folder(
     manifest: Manifest, picture: Workflow, tmp_path: Path, name: str, words: str
 ) -> None:
     named = _workflow(BASE, REFINER, start=_from(name.replace("OUT", f"{tmp_path.name}-out.png")))
@@ -319,7 +319,7 @@ def test_no_picture_leads_out_of_the_folder(
         workflow_request(named, manifest, tmp_path)
 
 
-def test_a_sampler_s_denoise_is_its_own(manifest: Manifest, picture: Workflow, tmp_path: Path) -> None:
+def test_each_sampler_has_its_own_denoise(manifest: Manifest, picture: Workflow, tmp_path: Path) -> None:
     base = replace(BASE, start=0, end=TO_THE_END, leftover_noise=False, denoise=0.5)
     refiner = replace(REFINER, start=0, end=TO_THE_END, add_noise=True, denoise=0.25)
     request = workflow_request(_workflow(base, refiner, start=_from("pictures/in.png")), manifest, tmp_path)
@@ -329,12 +329,12 @@ def test_a_sampler_s_denoise_is_its_own(manifest: Manifest, picture: Workflow, t
     assert resolved.refiner_schedule.sigmas[0] < resolved.schedule.sigmas[0] < 14
     assert (resolved.base.start, resolved.base.stop, resolved.refiner_only) == (0, 50, False)
     assert (resolved.refiner.start, resolved.refiner.stop, resolved.refiner.add_noise) == (0, 50, True)
-    # Empty latents that are not noised all through are ComfyUI's too.
+    # ComfyUI also samples empty latents that get less than full noise.
     empty = resolve_request(workflow_request(_workflow(base, vae="base"), manifest), manifest)
     np.testing.assert_array_equal(empty.schedule.sigmas, resolved.schedule.sigmas)
 
 
-def test_one_sampler_with_a_score_is_the_refiner_s(manifest: Manifest, picture: Workflow, tmp_path: Path) -> None:
+def test_a_single_sampler_with_a_score_is_the_refiner(manifest: Manifest, picture: Workflow, tmp_path: Path) -> None:
     alone = replace(REFINER, start=30, end=45, add_noise=True, leftover_noise=True)
     workflow = _workflow(alone, start=_from("pictures/in.png", "refiner"))
     resolved = resolve_request(workflow_request(workflow, manifest, tmp_path), _encoding(manifest))
@@ -353,7 +353,7 @@ def test_one_sampler_with_a_score_is_the_refiner_s(manifest: Manifest, picture: 
 
 
 def _encoding(manifest: Manifest) -> Manifest:
-    """Return the manifest of a bundle that has an encoder."""
+    """Return the manifest with VAE encoders."""
     stages = {
         name: msgspec.structs.replace(stage, vae=msgspec.structs.replace(stage.vae, encoder="e"))
         for name, stage in manifest.stages().items()
@@ -361,7 +361,7 @@ def _encoding(manifest: Manifest) -> Manifest:
     return msgspec.structs.replace(manifest, **stages)
 
 
-def test_a_lora_that_only_the_bundle_has_is_told(manifest: Manifest, caplog: Any) -> None:
+def test_a_lora_that_only_the_bundle_has_is_warned_of(manifest: Manifest, caplog: Any) -> None:
     sides = [(replace(side[0], clip=Clip("base")),) for side in (BASE.positive, BASE.negative)]
     plain = _workflow(replace(BASE, model=Model("base"), positive=sides[0], negative=sides[1]), REFINER)
     assert isinstance(workflow_request(plain, manifest), Request)
@@ -374,11 +374,11 @@ PAIRS_OF_NUMBERS = st.tuples(NUMBERS, NUMBERS)
 
 
 def _samplings(sampling: Sampling) -> st.SearchStrategy[Sampling]:
-    told = st.builds(Conditioning, st.just("6"), st.text(), st.text(), st.just(sampling.positive[0].clip),
+    prompt = st.builds(Conditioning, st.just("6"), st.text(), st.text(), st.just(sampling.positive[0].clip),
                      PAIRS_OF_NUMBERS, st.none() | PAIRS_OF_NUMBERS, st.none() | PAIRS_OF_NUMBERS, st.none() | REALS,
                      st.just(()) | st.just((Mix("zero"),)))  # fmt: skip
     return st.builds(
-        replace, st.just(sampling), positive=st.just(sampling.positive) | st.tuples(told), seed=NUMBERS, cfg=REALS,
+        replace, st.just(sampling), positive=st.just(sampling.positive) | st.tuples(prompt), seed=NUMBERS, cfg=REALS,
         steps=st.just(50) | NUMBERS, start=NUMBERS, end=NUMBERS, add_noise=st.booleans(), leftover_noise=st.booleans(),
         denoise=st.just(1.0) | REALS, sampler=st.sampled_from(["euler", "dpm_2", ""]),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Requests as ComfyUI graphs: what is written is read as the same run, and nothing is written that says less."""
+"""Requests as ComfyUI graphs: a written graph is read as the same run, and an incomplete graph is not written."""
 
 import json
 from collections.abc import Callable
@@ -43,24 +43,24 @@ def _read(graph: Any, manifest: Manifest, folder: Path) -> Request:
 
 
 def _run_of(request: ResolvedRequest) -> dict[str, Any]:
-    """Return all of a request that decides its latents."""
+    """Return everything in a request that determines its latents."""
     grid = request.schedule.sigmas
-    told: dict[str, Any] = {
+    run: dict[str, Any] = {
         "grid": grid.tolist(), "size": (request.width, request.height), "seeds": request.seeds,
         "final": request.final_scale, "refined": request.uses_refiner,
     }  # fmt: skip
     for stage in ("base", "refiner") if request.uses_refiner else ("base",):
         sampler, part = request.denoising_of(stage)  # type: ignore[arg-type]
         adds = part.add_noise and part.steps > 0
-        told[stage] = (sampler, request.guidance_of(stage), part.sigmas(grid).tolist(), adds)  # type: ignore[arg-type]
+        run[stage] = (sampler, request.guidance_of(stage), part.sigmas(grid).tolist(), adds)  # type: ignore[arg-type]
         for sign, side in enumerate(request.sides[stage]):  # type: ignore[index]
             micro = side.micro
             sizes: tuple[Any, ...] = (micro.original_size, micro.crop, micro.target_size, side.prompt.text_2)
             if stage == "refiner":
-                # It reads one text, and knows no target.
+                # It has one text and no target size.
                 sizes = (micro.original_size, micro.crop, (micro.aesthetic_score, micro.negative_aesthetic_score)[sign])
-            told[f"{stage} {sign}"] = (side.prompt.text, side.zeroed, *sizes)
-    return told
+            run[f"{stage} {sign}"] = (side.prompt.text, side.zeroed, *sizes)
+    return run
 
 
 SIDES = st.builds(
@@ -76,7 +76,7 @@ STEPS = st.none() | st.integers(0, 12)
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], derandomize=True, max_examples=80
 )
 @given(data=st.data())
-def test_what_is_written_is_read_as_the_same_run(manifest: Manifest, tmp_path: Path, data: st.DataObject) -> None:
+def test_a_written_graph_is_read_as_the_same_run(manifest: Manifest, tmp_path: Path, data: st.DataObject) -> None:
     draw = data.draw
     request = replace(
         FOX,
@@ -111,11 +111,11 @@ def test_what_is_written_is_read_as_the_same_run(manifest: Manifest, tmp_path: P
         again = resolve_request(_read(graph, manifest, tmp_path), manifest)
         assert _run_of(again) == _run_of(resolved)
         if resolved.uses_refiner:
-            # A refiner without a seed draws from the base's, each from its beginning.
+            # A refiner without a seed has the base's, and restarts its stream.
             assert again.refiner_seeds == (resolved.refiner_seeds or resolved.seeds)
 
 
-def test_a_graph_names_what_it_takes(manifest: Manifest) -> None:
+def test_a_graph_names_checkpoints_and_loras(manifest: Manifest) -> None:
     graph = _written(FOX, manifest)
     kinds = [node["class_type"] for node in graph.values()]
     assert kinds.count("KSamplerAdvanced") == kinds.count("CheckpointLoaderSimple") == 2
@@ -129,15 +129,15 @@ def test_a_graph_names_what_it_takes(manifest: Manifest) -> None:
     assert "fine.safetensors" in json.dumps(own)
 
 
-def test_a_lora_has_the_strength_on_the_encoders_that_it_was_fused_with(manifest: Manifest) -> None:
+def test_a_lora_has_the_strength_on_the_encoders_with_which_it_was_fused(manifest: Manifest) -> None:
     lora = msgspec.structs.replace(manifest.loras[0], text_scale=0.0)
     graph = _written(FOX, msgspec.structs.replace(manifest, loras=(lora,)))
     [loader] = [node["inputs"] for node in graph.values() if node["class_type"] == "LoraLoader"]
     assert (loader["strength_model"], loader["strength_clip"]) == (0.8, 0.0)
 
 
-def test_every_link_leads_to_a_node_before(manifest: Manifest) -> None:
-    """ComfyUI's loader takes any order, a reader from top to bottom only this one."""
+def test_every_link_points_to_an_earlier_node(manifest: Manifest) -> None:
+    """ComfyUI's loader accepts any order, but other programs may read from top to bottom."""
     graph = _written(FOX, manifest)
     for number, node in graph.items():
         for value in node["inputs"].values():
@@ -155,14 +155,14 @@ def test_every_link_leads_to_a_node_before(manifest: Manifest) -> None:
     ],
     ids=lambda change: next(iter(change)),
 )  # fmt: skip
-def test_what_no_node_says_is_not_written(manifest: Manifest, change: dict[str, Any]) -> None:
+def test_settings_that_no_node_has_are_not_written(manifest: Manifest, change: dict[str, Any]) -> None:
     assert _written(FOX, manifest) is not None
     assert _written(replace(FOX, **change), manifest) is None
 
 
 @pytest.fixture
 def image(tmp_path: Path) -> InputPicture:
-    """Return a picture file that lies where the graph is read."""
+    """Return a picture file in the folder in which the graph is read."""
     Image.new("RGB", (64, 32), (200, 30, 30)).save(tmp_path / "in.png")
     return read_input(tmp_path / "in.png")
 
@@ -203,7 +203,7 @@ def test_a_run_from_a_picture_is_written_with_it(
      {"strength": 0.5, "handoff": "auto"}],
     ids=["scaled", "no file", "latents", "one grid for both"],
 )  # fmt: skip
-def test_what_comfyui_would_start_from_otherwise_is_not_written(
+def test_a_start_that_differs_in_comfyui_is_not_written(
     manifest: Manifest, image: InputPicture, change: dict[str, Any]
 ) -> None:
     usual = {"image": image, "width": None, "height": None, "strength": 0.5, "handoff": None}
@@ -211,7 +211,7 @@ def test_what_comfyui_would_start_from_otherwise_is_not_written(
     assert _written(replace(FOX, **(usual | change)), manifest) is None  # type: ignore[arg-type]
 
 
-def test_models_of_one_name_are_told_apart(manifest: Manifest, tmp_path: Path) -> None:
+def test_models_with_the_same_name_get_different_names(manifest: Manifest, tmp_path: Path) -> None:
     components = dict(manifest.components)
     source = msgspec.structs.replace(components["refiner_unet"].source, name="base/unet")
     components["refiner_unet"] = msgspec.structs.replace(components["refiner_unet"], source=source)
@@ -219,7 +219,7 @@ def test_models_of_one_name_are_told_apart(manifest: Manifest, tmp_path: Path) -
     assert _read(_written(FOX, alike), alike, tmp_path).refiner_sides is not None
 
 
-def test_a_graph_that_was_changed_by_hand_is_checked_as_any(manifest: Manifest, tmp_path: Path) -> None:
+def test_a_graph_that_was_changed_by_hand_is_checked(manifest: Manifest, tmp_path: Path) -> None:
     graph = _written(FOX, manifest)
     sampler = next(node for node in graph.values() if node["class_type"] == "KSamplerAdvanced")
     sampler["inputs"]["steps"] = 0
@@ -228,5 +228,5 @@ def test_a_graph_that_was_changed_by_hand_is_checked_as_any(manifest: Manifest, 
 
 
 @pytest.mark.parametrize("change", [{"aesthetic_score": -1.0}, {"guidance": 101.0}, {"guidance": -1.0}])
-def test_what_comfyui_refuses_is_not_written(manifest: Manifest, change: dict[str, Any]) -> None:
+def test_values_that_comfyui_refuses_are_not_written(manifest: Manifest, change: dict[str, Any]) -> None:
     assert _written(replace(FOX, **change), manifest) is None

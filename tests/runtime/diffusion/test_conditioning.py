@@ -1,4 +1,4 @@
-"""Micro-conditions against diffusers' own, and the rows of a phase in their order."""
+"""Micro-conditions against diffusers' own, and the order of a phase's rows."""
 
 from types import SimpleNamespace
 
@@ -50,7 +50,7 @@ def test_time_ids_are_diffusers(
         assert ours == _diffusers(micro, aesthetics=aesthetics)
 
 
-def test_the_order_is_height_before_width_and_the_layout_s() -> None:
+def test_the_order_is_that_of_the_layout_with_height_before_width() -> None:
     assert MICRO.time_ids(BASE).tolist() == [768, 1024, 3, 5, 512, 640]
     assert MICRO.time_ids(REFINER).tolist() == [768, 1024, 3, 5, 6]
     assert MICRO.time_ids(REFINER, negative=True).tolist() == [768, 1024, 3, 5, 2.5]
@@ -73,7 +73,7 @@ def stage() -> Stage:
 
 
 def _engine(hidden: str) -> SimpleNamespace:
-    """Return what make_conditions asks of an engine: hidden states in `hidden`, the rest float32."""
+    """Return an engine's input dtypes for make_conditions: `hidden` for hidden states, else float32."""
 
     def spec(name: str) -> TensorSpec:
         return TensorSpec(name=name, dtype=hidden if name == "encoder_hidden_states" else "float32", shape=())
@@ -103,13 +103,13 @@ def test_without_guidance_there_are_no_negative_rows(stage: Stage, guidance: flo
     assert made.inputs["time_ids"][:, -1].tolist() == [6, 6]
 
 
-def test_each_input_has_the_engine_s_dtype(stage: Stage) -> None:
+def test_each_input_has_the_engines_dtype(stage: Stage) -> None:
     made = make_conditions(_engine("float16"), stage, _embeds(1), _embeds(2), MICRO, 5.0, 1)
     dtypes = {name: str(array.dtype) for name, array in made.inputs.items()}
     assert dtypes == {"encoder_hidden_states": "float16", "text_embeds": "float32", "time_ids": "float32"}
 
 
-def test_prompts_of_different_lengths_are_repeated_to_the_least_common_one(stage: Stage) -> None:
+def test_prompts_of_different_lengths_are_repeated_to_the_least_common_multiple(stage: Stage) -> None:
     long = PromptEmbeds(np.repeat(np.arange(3, dtype=np.float32), 77)[:, None], np.zeros(6, np.float32))
     short = PromptEmbeds(np.repeat(np.arange(2, dtype=np.float32), 77)[:, None], np.zeros(6, np.float32))
     hidden = make_conditions(_engine("float32"), stage, long, short, MICRO, 5.0, 1).inputs["encoder_hidden_states"]

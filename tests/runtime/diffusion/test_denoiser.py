@@ -16,7 +16,7 @@ from sdxl_trt.runtime.diffusion.schedules.schedule import Schedule, make_schedul
 
 
 class RecordingEngine:
-    """Keeps what it was given; answers positive rows with 3 and negative rows with 1, or with `answer`."""
+    """Records its inputs; returns 3 for positive rows and 1 for negative rows, or `answer` for all."""
 
     def __init__(self, dtype: str = "float32", answer: float | None = None) -> None:
         self.component = SimpleNamespace(input=lambda name: TensorSpec(name=name, dtype=dtype, shape=("rows",)))
@@ -55,7 +55,7 @@ def test_conditions_are_bound_once(schedule: Schedule, x: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.0, 5.0, 7.5, 1.001])
-def test_guidance_leads_away_from_the_negative(schedule: Schedule, x: np.ndarray, scale: float) -> None:
+def test_guidance_moves_away_from_the_negative_prediction(schedule: Schedule, x: np.ndarray, scale: float) -> None:
     engine = RecordingEngine()
     denoised = Denoiser(engine, schedule, Conditions({}, scale), "sample")(x, float(schedule.sigmas[0]))
     guided = scale > 1
@@ -64,7 +64,7 @@ def test_guidance_leads_away_from_the_negative(schedule: Schedule, x: np.ndarray
     assert denoised.shape == x.shape
 
 
-def test_steps_outside_the_interval_run_one_row_a_picture(schedule: Schedule, x: np.ndarray) -> None:
+def test_steps_outside_the_interval_run_one_row_per_picture(schedule: Schedule, x: np.ndarray) -> None:
     engine, sigmas = RecordingEngine(), schedule.sigmas
     guidance = Guidance(5.0, 0.0, *guided_span(sigmas, 0.2, 0.4))
     denoise = Denoiser(engine, schedule, Conditions({}, 5.0), "sample", guidance)
@@ -74,7 +74,7 @@ def test_steps_outside_the_interval_run_one_row_a_picture(schedule: Schedule, x:
 
 
 @pytest.mark.parametrize("scale", [1.0, 5.0])
-def test_a_call_of_too_few_pictures_is_filled_up(schedule: Schedule, x: np.ndarray, scale: float) -> None:
+def test_a_call_with_too_few_pictures_is_padded(schedule: Schedule, x: np.ndarray, scale: float) -> None:
     engine, full = RecordingEngine(answer=2.0), RecordingEngine(answer=2.0)
     sigma = float(schedule.sigmas[0])
     denoised = Denoiser(engine, schedule, Conditions({}, scale, 5), "epsilon")(x, sigma)
@@ -84,7 +84,7 @@ def test_a_call_of_too_few_pictures_is_filled_up(schedule: Schedule, x: np.ndarr
     np.testing.assert_array_equal(denoised, Denoiser(full, schedule, Conditions({}, scale, 2), "epsilon")(x, sigma))
 
 
-def test_positive_and_negative_rows_see_the_same_scaled_latents(schedule: Schedule, x: np.ndarray) -> None:
+def test_positive_and_negative_rows_have_the_same_scaled_latents(schedule: Schedule, x: np.ndarray) -> None:
     engine, sigma = RecordingEngine(), float(schedule.sigmas[4])
     Denoiser(engine, schedule, Conditions({}, 5.0), "epsilon")(x, sigma)
     given = engine.given[0]
@@ -104,8 +104,8 @@ def test_the_engine_gets_its_dtype_and_the_sampler_float32(schedule: Schedule, x
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
-def test_a_right_answer_gives_the_clean_latents(schedule: Schedule, rng: np.random.Generator, prediction: str) -> None:
-    """x = clean + sigma * noise; the model answers with what each parametrization defines (arXiv 2202.00512)."""
+def test_a_right_prediction_gives_clean_latents(schedule: Schedule, rng: np.random.Generator, prediction: str) -> None:
+    """x = clean + sigma * noise; the model predicts what each parametrization defines (arXiv 2202.00512)."""
     clean, noise = (rng.standard_normal((1, 4, 8, 8)).astype(np.float32) for _ in range(2))
     for sigma in schedule.sigmas[:-1]:
         alpha, spread = 1 / np.sqrt(sigma**2 + 1), sigma / np.sqrt(sigma**2 + 1)
@@ -128,7 +128,7 @@ def test_an_unknown_prediction_type_names_the_known_ones(schedule: Schedule) -> 
         Denoiser(RecordingEngine(), schedule, Conditions({}, 1.0), "flow")
 
 
-def test_the_latents_are_left_alone(schedule: Schedule, x: np.ndarray) -> None:
+def test_the_latents_are_not_changed(schedule: Schedule, x: np.ndarray) -> None:
     before = x.copy()
     Denoiser(RecordingEngine(), schedule, Conditions({}, 5.0), "epsilon")(x, float(schedule.sigmas[0]))
     np.testing.assert_array_equal(x, before)

@@ -1,4 +1,4 @@
-"""Conversions of halves against numpy's own, which are right and slow."""
+"""float16 conversions against numpy's own, which are correct but slow."""
 
 import numpy as np
 import pytest
@@ -22,18 +22,18 @@ def _written(values: np.ndarray) -> np.ndarray:
     return out
 
 
-def test_every_half_has_its_value() -> None:
+def test_every_float16_converts_to_the_right_float32() -> None:
     np.testing.assert_array_equal(_bits(to_float32(FINITE)), _bits(FINITE.astype(np.float32)))
     np.testing.assert_array_equal(to_float32(EVERY), EVERY.astype(np.float32))
 
 
-def test_every_half_comes_back() -> None:
+def test_every_float16_survives_a_round_trip() -> None:
     np.testing.assert_array_equal(_bits(_written(FINITE.astype(np.float32))), _bits(FINITE))
 
 
 @pytest.mark.parametrize("places", [-2, -1, 0, 1, 2])
-def test_what_lies_between_two_halves_goes_where_numpy_takes_it(places: int) -> None:
-    """The middles themselves, and their neighbours among the float32."""
+def test_values_between_two_float16_are_rounded_as_in_numpy(places: int) -> None:
+    """The midpoints themselves, and their float32 neighbours."""
     rising = np.sort(FINITE.astype(np.float64))
     middles = ((rising[1:] + rising[:-1]) / 2).astype(np.float32)
     values = (middles.view(np.int32) + places).view(np.float32)
@@ -41,19 +41,19 @@ def test_what_lies_between_two_halves_goes_where_numpy_takes_it(places: int) -> 
 
 
 @given(arrays.arrays(np.float32, st.integers(0, 40), elements=st.floats(width=32, allow_nan=False)))
-def test_any_float32(values: np.ndarray) -> None:
+def test_any_float32_is_rounded_as_in_numpy(values: np.ndarray) -> None:
     with np.errstate(over="ignore"):
         np.testing.assert_array_equal(_bits(_written(values)), _bits(values.astype(np.float16)))
 
 
-def test_not_a_number_stays_so() -> None:
+def test_nan_and_infinity_are_kept() -> None:
     for value in (np.nan, np.inf, -np.inf):
         values = np.array([1.0, value, -0.0], np.float32)
         np.testing.assert_array_equal(_written(values), values.astype(np.float16))
         np.testing.assert_array_equal(to_float32(values.astype(np.float16)), values)
 
 
-def test_shapes_and_parts_of_arrays_are_kept() -> None:
+def test_shapes_and_views_are_kept() -> None:
     halves = np.arange(48, dtype=np.float16).reshape(2, 2, 3, 4)
     for part in (halves, halves[:, :1], halves[..., ::2]):
         found = to_float32(part)

@@ -1,4 +1,4 @@
-"""Guidance against diffusers' arithmetic, and at which steps it applies."""
+"""Guidance against diffusers' arithmetic, and the steps that it applies to."""
 
 import math
 from itertools import pairwise
@@ -41,7 +41,7 @@ def test_a_factor_multiplies_the_guided_prediction(rng: np.random.Generator, fac
     np.testing.assert_allclose(found, factor * plain, rtol=2e-5, atol=2e-5 * abs(factor))
 
 
-def test_a_whole_rescale_has_the_spread_of_the_positive(rng: np.random.Generator) -> None:
+def test_a_full_rescale_has_the_spread_of_the_positive_prediction(rng: np.random.Generator) -> None:
     positive, negative = rng.normal(size=(2, 3, 4, 8, 8)).astype(np.float32)
     spread = Guidance(9.0, 1.0).combine(positive.copy(), negative).std(axis=(1, 2, 3))
     np.testing.assert_allclose(spread, positive.std(axis=(1, 2, 3)), rtol=1e-5)
@@ -57,7 +57,7 @@ def test_the_guided_steps_are_those_of_the_interval(one: float, other: float) ->
 
 
 @pytest.mark.parametrize(("first", "last", "steps"), [(0.1, 0.3, [1, 2]), (0.3, 0.7, [3, 4, 5, 6]), (0, 0.6, range(6))])
-def test_fractions_that_fall_on_a_step_do_not_miss_it(first: float, last: float, steps: list[int]) -> None:
+def test_fractions_that_fall_on_a_step_include_it(first: float, last: float, steps: list[int]) -> None:
     guidance = Guidance(5.0, 0.0, *guided_span(SIGMAS, first, last))
     assert [i for i, sigma in enumerate(SIGMAS[:-1]) if guidance.applies(float(sigma))] == list(steps)
 
@@ -80,7 +80,7 @@ def test_a_scale_of_one_is_no_guidance(scale: float) -> None:
     assert not Guidance(scale).applies(1.0)
 
 
-def test_in_comfyui_every_scale_but_one_guides() -> None:
+def test_in_comfyui_every_scale_except_one_guides() -> None:
     scales = (-1.0, 0.0, 0.5, 1.0, 1.0 + 1e-12, 1.001, 8.0)
     assert [guides(scale, comfyui_rule=True) for scale in scales] == [True, True, True, False, False, True, True]
     assert [guides(scale) for scale in scales] == [False, False, False, False, True, True, True]

@@ -1,4 +1,4 @@
-"""Brownian noise against golden vectors of torchsde (golden/make_brownian.py), what makes it Brownian, who draws it."""
+"""Brownian noise against golden vectors of torchsde (golden/make_brownian.py), its statistics, and its users."""
 
 import json
 import math
@@ -20,7 +20,7 @@ from sdxl_trt.runtime.diffusion.schedules.schedule import make_schedule
 
 GOLDEN = json.loads(Path(__file__).with_name("golden").joinpath("brownian.json").read_text(encoding="utf-8"))
 REQUIRED = 2e-6
-"""torch evaluates logarithm and cosine with polynomials of its own: 3 units in the last place of a normal value."""
+"""torch evaluates logarithm and cosine with its own polynomials: 3 units in the last place of a normal value."""
 SHAPE = (1, 4, 4, 4)
 LOW, HIGH = 0.029168, 14.614641
 
@@ -34,7 +34,7 @@ def _gain(path: BrownianPath, high: float, low: float) -> np.ndarray:
 
 
 @pytest.mark.parametrize("seed", GOLDEN["noises"])
-def test_it_is_the_tree_of_torchsde(seed: str) -> None:
+def test_noise_is_that_of_torchsdes_tree(seed: str) -> None:
     path = BrownianPath(tuple(GOLDEN["shape"]), *GOLDEN["ends"], int(seed))
     for way, expected in zip(GOLDEN["ways"], GOLDEN["noises"][seed], strict=True):
         found = path(*way)
@@ -44,38 +44,38 @@ def test_it_is_the_tree_of_torchsde(seed: str) -> None:
 
 @settings(deadline=None, max_examples=15)
 @given(st.lists(st.floats(LOW, HIGH), min_size=3, max_size=6, unique_by=lambda value: round(value, 3)))
-def test_a_way_is_the_sum_of_its_parts(sigmas: list[float]) -> None:
+def test_the_increment_of_an_interval_is_the_sum_of_its_parts(sigmas: list[float]) -> None:
     falling = sorted(sigmas, reverse=True)
     path = _path()
     parts = [_gain(path, high, low) for high, low in pairwise(falling)]
     np.testing.assert_allclose(sum(parts), _gain(path, falling[0], falling[-1]), rtol=0, atol=2e-5)
 
 
-def test_it_does_not_depend_on_what_was_asked_before() -> None:
-    """Nor on what is still kept of it."""
+def test_noise_does_not_depend_on_the_order_of_calls() -> None:
+    """Nor on what is cached."""
     ways = list(pairwise(np.geomspace(14, 0.04, 13).tolist()))
     halvings = math.ceil(math.log2(HIGH / 10.0**-DECIMALS))
-    assert len(ways) * halvings / 2 > KEPT, "some shares are made again"
+    assert len(ways) * halvings / 2 > KEPT, "some increments are computed again"
     path, expected = _path(), [_path()(*way) for way in ways[::4]]
     backwards = {way: path(*way) for way in reversed(ways)}
     for way, noise in zip(ways[::4], expected, strict=True):
         np.testing.assert_allclose(backwards[way], noise, rtol=0, atol=REQUIRED)
 
 
-def test_ways_beside_each_other_are_independent_and_of_unit_variance() -> None:
+def test_adjacent_intervals_are_independent_and_have_unit_variance() -> None:
     path = _path(shape=(1, 4, 64, 64))
     noises = [path(high, low).ravel() for high, low in [(14.0, 9.0), (9.0, 8.9), (8.9, 1.0), (1.0, 0.03)]]
     measured = np.cov(noises)
     assert np.abs(measured - np.eye(4)).max() < 0.05
 
 
-def test_seeds_differ_and_no_way_has_no_noise() -> None:
+def test_seeds_differ_and_an_empty_interval_has_no_noise() -> None:
     assert np.abs(_path(1)(9.0, 2.0) - _path(2)(9.0, 2.0)).max() > 0.1
     assert not _path()(2.0, 2.0).any()
     assert not BrownianPath(SHAPE, 2.0, 2.0, 3)(2.0, 2.0).any()
 
 
-def test_what_it_gave_can_be_changed() -> None:
+def test_the_caller_may_change_the_noise() -> None:
     path = _path()
     first = path(9.0, 2.0)
     kept = first.copy()
@@ -87,7 +87,7 @@ def test_what_it_gave_can_be_changed() -> None:
 
 
 @pytest.mark.parametrize("noise", [PictureNoise([5, 6, 7]), BatchNoise(5, 3)])
-def test_pictures_draw_the_same_whichever_share_a_call(noise: NoiseSource) -> None:
+def test_a_pictures_noise_does_not_depend_on_which_pictures_share_a_call(noise: NoiseSource) -> None:
     shape, span = (4, 4, 4), (LOW, HIGH)
     everyone = noise.source(shape, slice(0, 3), span)(9.0, 2.0)
     for part in (slice(0, 1), slice(1, 3)):
@@ -95,7 +95,7 @@ def test_pictures_draw_the_same_whichever_share_a_call(noise: NoiseSource) -> No
     assert np.abs(everyone[0] - everyone[1]).max() > 0.1
 
 
-def test_a_picture_has_the_path_of_its_seed_and_a_batch_one_of_the_seed() -> None:
+def test_a_picture_has_the_path_of_its_seed_and_a_batch_one_path() -> None:
     shape, way = (4, 4, 4), (9.0, 2.0)
     found = PictureNoise([5, 6]).source(shape, slice(1, 2), (LOW, HIGH))(*way)
     np.testing.assert_array_equal(found[0], BrownianPath(shape, LOW, HIGH, 6)(*way))
@@ -103,7 +103,7 @@ def test_a_picture_has_the_path_of_its_seed_and_a_batch_one_of_the_seed() -> Non
     np.testing.assert_array_equal(found, BrownianPath((2, *shape), LOW, HIGH, 5)(*way))
 
 
-def test_comfyuis_paths_go_over_a_part_and_that_of_diffusers_over_the_grid() -> None:
+def test_comfyuis_paths_cover_a_part_and_diffusers_path_the_whole_grid() -> None:
     grid = make_schedule(Scheduler(), 10).sigmas
     part = np.append(grid[2:6], np.float32(0.0))
     for name in sampler_names(comfyui=True):
@@ -112,7 +112,7 @@ def test_comfyuis_paths_go_over_a_part_and_that_of_diffusers_over_the_grid() -> 
         assert diffusers == ((float(grid[9]), float(grid[0])) if name == "dpmpp_sde" else None), name
 
 
-def test_a_run_gives_each_stage_the_path_of_its_part(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_stage_of_a_run_has_the_path_of_its_part(monkeypatch: pytest.MonkeyPatch) -> None:
     spans: list[Span | None] = []
     source = BatchNoise.source
 

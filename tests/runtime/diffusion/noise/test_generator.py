@@ -1,4 +1,4 @@
-"""Noise against torch.randn itself: the same seed is the same picture."""
+"""Noise against torch.randn itself: the same seed gives the same picture."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sdxl_trt.runtime.diffusion.noise.generator import TorchGenerator
 from sdxl_trt.runtime.diffusion.noise.sources import BatchNoise
 
-TOLERANCE = 1e-6  # torch evaluates logarithm and cosine with polynomials of its own: 3 units in the last place
+TOLERANCE = 1e-6  # torch evaluates logarithm and cosine with its own polynomials: 3 units in the last place
 SEEDS = [0, 1, 7, 42, 2**31, 2**32 - 1, 2**32, 2**32 + 7, 2**63 + 5, 2**64 - 1]
 
 
@@ -28,12 +28,12 @@ def _check(seed: int, *shapes: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_latents_of_a_picture(seed: int) -> None:
+def test_latents_of_a_picture_are_torchs(seed: int) -> None:
     _check(seed, (1, 4, 16, 24))
 
 
 @pytest.mark.parametrize("shape", [(16,), (17,), (31,), (32,), (33,), (3, 7), (1, 4, 5, 5), (4099,), (1, 4, 128, 128)])
-def test_blocks_of_16_and_what_is_left_over(shape: tuple[int, ...]) -> None:
+def test_blocks_of_16_and_an_incomplete_last_block(shape: tuple[int, ...]) -> None:
     _check(42, shape)
 
 
@@ -52,7 +52,7 @@ def test_a_scalar_has_no_axis() -> None:
     [
         [(16,), (16,)],
         [(17,), (17,), (5,), (64,)],
-        [(3,), (2,)],  # the sine's half of a pair is kept
+        [(3,), (2,)],  # a pair's sine value is cached
         [(3,), (20,), (2,), (1,)],  # and survives a large draw
         [(1, 4, 8, 8)] * 3,
     ],
@@ -67,12 +67,12 @@ def test_any_seed_and_any_sequence(seed: int, sizes: list[int]) -> None:
     _check(seed, *[(size,) for size in sizes])
 
 
-def test_the_first_picture_of_a_batch_is_the_picture_alone() -> None:
+def test_the_first_picture_of_a_batch_has_the_noise_of_a_single_picture() -> None:
     batch, one = TorchGenerator(5).randn((3, 4, 8, 8)), TorchGenerator(5).randn((1, 4, 8, 8))
     np.testing.assert_array_equal(batch[:1], one)
 
 
-def test_the_high_half_of_a_seed_is_ignored_as_torch_ignores_it() -> None:
+def test_the_high_half_of_a_seed_is_ignored_as_in_torch() -> None:
     np.testing.assert_array_equal(TorchGenerator(7).randn((64,)), TorchGenerator(2**32 + 7).randn((64,)))
     assert np.abs(TorchGenerator(7).randn((64,)) - TorchGenerator(8).randn((64,))).max() > 1
 
@@ -92,8 +92,8 @@ def test_a_large_draw_is_standard_normal_and_finite() -> None:
     assert abs(values.std() - 1) < 0.01
 
 
-def test_a_batch_is_one_stream_that_begins_anew_each_time() -> None:
-    """As ComfyUI's prepare_noise, and its ancestral noise of the next seed."""
+def test_a_batch_has_one_stream_that_every_draw_restarts() -> None:
+    """As in ComfyUI's prepare_noise, and its ancestral noise from seed + 1."""
     noise, shape = BatchNoise(11, 3), (4, 8, 8)
     for _ in range(2):
         np.testing.assert_allclose(noise.draw(shape), _torch(11, (3, *shape))[0], rtol=0, atol=1e-6)

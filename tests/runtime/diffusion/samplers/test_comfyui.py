@@ -1,4 +1,4 @@
-"""ComfyUI's samplers, its noise and its KSamplers' fields, against runs of ComfyUI itself (tests/comfyui)."""
+"""ComfyUI's samplers, noise and KSampler fields, against recorded runs of ComfyUI itself (tests/comfyui)."""
 
 import json
 import logging
@@ -63,7 +63,7 @@ def _embeds(value: float) -> PromptEmbeds:
 
 
 def _steps(case: dict[str, Any]) -> tuple[Any, Iterator[Step]]:
-    """Return the job of a recorded case, and its steps to take, through the pipeline itself."""
+    """Return the job of a recorded case, and an iterator of its steps in the pipeline itself."""
     manifest = _manifest(case["model"])
     bundle = SimpleNamespace(manifest=manifest)
     pool: Any = SimpleNamespace(bundle=bundle, limits=None, phase=lambda *_, **__: [Analytic()])
@@ -82,19 +82,19 @@ def _steps(case: dict[str, Any]) -> tuple[Any, Iterator[Step]]:
 
 
 def _off(found: np.ndarray, expected: np.ndarray) -> float:
-    """Return how far `found` is off, in units of the spread, or of the size where all is the same."""
+    """Return the largest error of `found`, relative to the spread, or to the size if all values are the same."""
     spread, size = float(expected.std()), float(np.abs(expected).max())
     return float(np.abs(found - expected).max()) / (spread if spread > 1e-3 * size else size)
 
 
 def _required(case: dict[str, Any]) -> float:
     if case["model"] == "vzsnr":
-        # ComfyUI's Euler step takes numbers of the size of sigma, 4518 here, from each other in float32.
+        # ComfyUI's Euler step subtracts numbers of the size of sigma, 4518 here, in float32.
         return 2e-3
     if case["sampler"] == "dpmpp_2s_ancestral":
-        # A middle half-way between two timesteps; torch's square root is not the nearest float32.
+        # A middle sigma half-way between two timesteps; torch's square root is not the nearest float32.
         return 5e-5
-    # What float32 leaves of both sides' difference is multiplied by the guidance scale.
+    # The guidance scale multiplies the float32 rounding error of the difference of both sides.
     return REQUIRED if case["cfg"] < 10 else 1e-4
 
 
@@ -111,7 +111,7 @@ GROUPS = _recorded()
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_latents_are_comfyui_s(group: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_latents_are_comfyuis(group: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.ERROR)
     measured = []
     for case, expected in GROUPS[group]:
@@ -123,7 +123,7 @@ def test_latents_are_comfyui_s(group: str, caplog: pytest.LogCaptureFixture) -> 
         list(steps)
         measured.append((_off(job.latents, expected), case))
     brownian = [off for off, case in measured if case["sampler"] in BROWNIAN]
-    # A path moves by the root of what one bit of a sigma moves: where ours is another bit than torch's.
+    # A path changes by the square root of the change of a sigma, if ours differs from torch's in the last bit.
     assert max(brownian, default=0.0) < 1e-3
     assert sum(off > REQUIRED for off in brownian) <= 0.1 * len(brownian)
     far = [(off, case) for off, case in measured if case["sampler"] not in BROWNIAN and not off <= _required(case)]
@@ -135,7 +135,7 @@ NAMES = sorted({name.rsplit("_", 1)[0] for name in STEPS if name != "noise"})
 
 @pytest.mark.parametrize("name", NAMES)
 def test_step_by_step(name: str) -> None:
-    """8 steps of `karras`: the latents before each, what they are estimated to come to, and the last ones."""
+    """8 steps of `karras`: the latents before each step, the model's estimates, and the last latents."""
     case = GROUPS["seed"][0][0] | {"seed": 5, "steps": 8, "sampler": name, "scheduler": "karras"}
     job, steps = _steps(case)
     trail: list[np.ndarray] = [job.latents.copy()]
@@ -145,15 +145,15 @@ def test_step_by_step(name: str) -> None:
             trail.append(step.latents.copy())
             estimates.append(step.denoised.copy())
     assert _off(trail[-1], STEPS[f"{name}_final"]) < REQUIRED
-    # ComfyUI shows DEIS's first latents throughout, and UniPC's in another scale.
+    # ComfyUI's callback gets DEIS's first latents in every step, and UniPC's in another scale.
     if name != "deis" and not name.startswith("uni_pc"):
         assert [_off(*pair) < REQUIRED for pair in zip(trail, STEPS[f"{name}_x"], strict=False)] == [True] * 8
-    # Of two estimates in a step it shows the first, here the last one is kept.
+    # With two estimates in a step, its callback gets the first, and ours the last.
     if not name.startswith(("dpm_2", "dpmpp_2s")):
         assert [_off(*pair) < REQUIRED for pair in zip(estimates, STEPS[f"{name}_denoised"], strict=True)] == [True] * 8
 
 
-def test_noise_is_comfyui_s() -> None:
+def test_noise_is_comfyuis() -> None:
     values = np.load(RECORDED / "noise.npz")["values"]
     for case in json.loads((RECORDED / "noise.json").read_bytes()):
         expected = values[case["offset"] :][: int(np.prod(case["shape"]))].reshape(case["shape"])
@@ -165,7 +165,7 @@ def test_every_sampler_has_recorded_runs() -> None:
     assert {*SAMPLERS, *COMFYUI, *COMFYUI_STOCHASTIC} <= {case["sampler"] for case in CASES}
 
 
-def test_a_single_step_of_uni_pc_is_done_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_single_step_of_uni_pc_runs_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     single = next(case for case, _ in GROUPS["few"] if case["sampler"] == "uni_pc" and case["steps"] == 1)
     _steps(single)
     assert "uni_pc with a single step leaves the noise as it is" in caplog.text
@@ -174,8 +174,8 @@ def test_a_single_step_of_uni_pc_is_done_with_a_warning(caplog: pytest.LogCaptur
     assert caplog.records == []
 
 
-def test_each_expert_keeps_its_own_grid() -> None:
-    """A base of zero terminal SNR hands over to a refiner that was trained on the usual sigmas."""
+def test_each_expert_has_its_own_grid() -> None:
+    """A base with zero terminal SNR hands over to a refiner that was trained on the usual sigmas."""
     zero, usual = _manifest("vzsnr"), _manifest("eps")
     pair = msgspec.structs.replace(zero, refiner=usual.base)
     request = Request(compat="comfyui", steps=10, width=32, height=32, schedule="karras")
@@ -186,12 +186,12 @@ def test_each_expert_keeps_its_own_grid() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in COMFYUI if name in SAMPLERS])
-def test_they_are_others_than_diffusers(name: str) -> None:
+def test_comfyuis_samplers_differ_from_diffusers(name: str) -> None:
     def denoise(x: np.ndarray, sigma: float) -> np.ndarray:
         return np.tanh(x / np.float32(1 + sigma**2)) + np.float32(0.1) * np.sin(x)
 
     def no_noise(_sigma: float, _after: float) -> np.ndarray:
-        raise AssertionError("a deterministic sampler asked for noise")
+        raise AssertionError("a deterministic sampler draws noise")
 
     sigmas, start = np.array([14.6, 5.0, 2.0, 0.9, 0.4, 0.1, 0.0], np.float32), STEPS["noise"] * np.float32(14.6)
     ends = [list(bind_sampler(name, no_noise, comfyui=flag)(denoise, start, sigmas))[-1] for flag in (False, True)]
@@ -199,7 +199,7 @@ def test_they_are_others_than_diffusers(name: str) -> None:
 
 
 @pytest.mark.parametrize(("sampler", "refiner"), [("euler", "dpm_2"), ("uni_pc", "euler"), ("dpm_2", "dpm_2")])
-def test_a_refiner_s_sampler_of_another_kind_has_its_own_grid(sampler: str, refiner: str) -> None:
+def test_a_refiners_sampler_of_another_kind_has_its_own_grid(sampler: str, refiner: str) -> None:
     usual = _manifest("eps")
     pair = msgspec.structs.replace(usual, refiner=usual.base)
     request = Request(compat="comfyui", steps=10, width=32, height=32, schedule="beta", sampler=sampler)

@@ -1,6 +1,6 @@
-"""Samplers against closed solutions, with the order at which they come closer to them.
+"""Samplers against exact solutions, and the order at which they converge to them.
 
-For data that are normally distributed with deviation S the best denoiser is x · S² / (S² + sigma²), and the probability
+For normally distributed data with deviation S, the best denoiser is x · S² / (S² + sigma²), and the probability
 flow ODE has the solution x ∝ sqrt(S² + sigma²). The stochastic samplers must bring their latents' variance to
 S² + sigma²: they are linear in the start and in the noises, so the variance is a sum of squares and nothing is drawn.
 """
@@ -16,7 +16,7 @@ from sdxl_trt.runtime.diffusion.samplers.unipc import _uni_pc
 
 DEVIATION, HIGHEST, LOWEST = 0.5, 10.0, 0.1
 STEPS = (40, 80)
-# The first step of a multistep sampler is of first order, which costs the higher orders a part of theirs.
+# The first step of a multistep sampler is of first order, which lowers the measured order of the higher ones.
 ORDERS = {
     "euler": 1.0, "ddim": 1.0, "heun": 2.0, "dpm_2": 2.0, "dpmpp_2m": 2.0, "res_multistep": 2.0, "deis": 2.0,
     "uni_pc": 3.0, "lms": 3.4,
@@ -38,7 +38,7 @@ def _denoise(x: np.ndarray, sigma: float) -> np.ndarray:
 
 
 def _grid(steps: int) -> np.ndarray:
-    """Return sigmas as Karras spaces them, in double precision."""
+    """Return sigmas of the Karras schedule, in double precision."""
     return np.linspace(HIGHEST ** (1 / 7), LOWEST ** (1 / 7), steps + 1) ** 7
 
 
@@ -49,7 +49,7 @@ def _ode_error(sampler: Callable[..., object], steps: int) -> float:
 
 
 def _variance_error(name: str, steps: int) -> float:
-    """Return the error of the variance; latents are the weights of the start and of every noise that was asked for."""
+    """Return the error of the variance; latents are the weights of the start and of every noise that was drawn."""
     units = iter(np.eye(2 * steps + 1))
     start = next(units) * math.sqrt(DEVIATION**2 + HIGHEST**2)
     *_, last = STOCHASTIC[name](_denoise, start, _grid(steps), noise=lambda sigma, after: next(units))
@@ -62,15 +62,15 @@ def _check(name: str, errors: list[float], required: float) -> None:
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_the_ode_is_solved_at_the_order_of_the_method(name: str) -> None:
+def test_the_ode_is_solved_at_the_methods_order(name: str) -> None:
     errors = [_ode_error(SAMPLERS[name], steps) for steps in STEPS]
     _check(name, errors, ORDERS[name])
     assert errors[1] <= ERRORS[name], f"{name}: measured {errors[1]:.1e}, required {ERRORS[name]:.0e}"
 
 
 @pytest.mark.parametrize("name", COMFYUI)
-def test_the_variants_of_comfyui_too(name: str) -> None:
-    """Its UniPC gives up a part of its order to the last steps, which are of lower order."""
+def test_comfyuis_variants_solve_the_ode_at_their_order(name: str) -> None:
+    """The lower order of the last steps reduces the order of its UniPC."""
     _check(name, [_ode_error(COMFYUI[name], steps) for steps in STEPS], COMFYUI_ORDERS[name])
 
 
@@ -84,14 +84,14 @@ def test_the_corrector_of_uni_pc_gains_an_order(variant: str, order: int, requir
 
 
 @pytest.mark.parametrize("name", VARIANCE_ORDERS)
-def test_noise_has_the_variance_that_the_grid_says(name: str) -> None:
+def test_latents_have_the_variance_of_the_grid(name: str) -> None:
     errors = [_variance_error(name, steps) for steps in STEPS]
     _check(name, errors, VARIANCE_ORDERS[name])
     assert errors[1] < 0.1
 
 
-def test_lcm_noises_anew_what_the_model_estimates() -> None:
-    """Not a solver, so without an order: after a step the variance is that of the estimate, and sigma² more."""
+def test_lcm_adds_new_noise_to_the_models_estimate() -> None:
+    """It is not a solver and has no order: after a step the variance is that of the estimate plus sigma²."""
     units = iter(np.eye(3))
     sigmas = np.array([10.0, 2.0, 0.5])
     first, second = STOCHASTIC["lcm"](_denoise, next(units) * 10.0, sigmas, noise=lambda sigma, after: next(units))

@@ -1,6 +1,6 @@
 """Every sampler step by step against diffusers' scheduler, on that scheduler's own grid and in its own scale.
 
-LMS, DPMSolverSDE and the beta schedules of diffusers need scipy or torchsde: tests/peers/test_k_diffusion.py has them.
+diffusers' LMS, DPMSolverSDE and beta schedules need scipy or torchsde: tests/peers/test_k_diffusion.py covers them.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ from sdxl_trt.runtime.diffusion.samplers.registry import TWO_CALLS, bind_sampler
 from sdxl_trt.runtime.diffusion.schedules.diffusers import FAMILIES
 from sdxl_trt.runtime.diffusion.schedules.schedule import Schedule, make_schedule
 
-# diffusers' own: it gives torch tensors to np.array; KDPM2 takes the logarithm of sigma 0.
+# diffusers' own warnings: it passes torch tensors to np.array; KDPM2 takes the logarithm of sigma 0.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning"),
@@ -33,7 +33,7 @@ SEED = 20231
 
 @dataclass(frozen=True)
 class Case:
-    """A sampler, its scheduler class with what else that is given, and how far apart they may be.
+    """A sampler, its scheduler class with options, and the largest difference allowed.
 
     `required` is in units of the largest latent of the step, in the scheduler's scale.
     """
@@ -46,7 +46,7 @@ class Case:
     spacings: tuple[str, ...] = ("leading", "trailing", "linspace")
     transforms: tuple[str, ...] = ("karras", "exponential")
     karras: float = 0.0
-    """What is required with karras, where that differs."""
+    """The requirement with karras, if it differs."""
 
 
 DDIM_END = {"set_alpha_to_one": False, "clip_sample": False}
@@ -57,22 +57,22 @@ CASES = [
     Case("euler_ancestral", "EulerAncestralDiscreteScheduler", 5e-6, transforms=()),
     Case("heun", "HeunDiscreteScheduler", 2e-5, predictions=ALL),
     Case("dpm_2", "KDPM2DiscreteScheduler", 1e-5),
-    # The middle of its step is the next sigma. diffusers has it from a difference of squares in float32, and with
-    # karras keeps the fraction of its timestep, while those of the grid are rounded.
+    # The middle of its step is the next sigma. diffusers computes it as a difference of squares in float32, and with
+    # karras does not round its timestep, while those of the grid are rounded.
     Case("dpm_2_ancestral", "KDPM2AncestralDiscreteScheduler", 5e-5, karras=3e-4),
     Case("dpmpp_2m", "DPMSolverMultistepScheduler", 1e-5, predictions=ALL, transforms=("karras", "exponential", "lu")),
     Case("dpmpp_2m_sde", "DPMSolverMultistepScheduler", 1e-5, SDE, ALL),
     Case("uni_pc", "UniPCMultistepScheduler", 3e-5, predictions=ALL),
     Case("deis", "DEISMultistepScheduler", 3e-5, predictions=ALL),
-    # Elsewhere diffusers' DDIM asks the model at other timesteps than it steps to.
+    # With other spacings diffusers' DDIM calls the model at other timesteps than it steps to.
     Case("ddim", "DDIMScheduler", 5e-6, DDIM_END, ALL, ("leading",), ()),
-    # The rest of the noisy latents that diffusers mixes in, (0.5 / 190)² of them at most.
+    # diffusers mixes in at most (0.5 / 190)² of the noisy latents.
     Case("lcm", "LCMScheduler", 3e-5, predictions=ALL, spacings=("leading",), transforms=()),
 ]
 
 
 def _model(sample: Any, timestep: float) -> Any:
-    """Answer with something smooth that depends on everything, in numpy as in torch."""
+    """Return a smooth function of all inputs, in numpy and in torch."""
     numpy = isinstance(sample, np.ndarray)
     turned = sample[..., ::-1] if numpy else sample.flip(-1)
     bent = np.tanh(sample) if numpy else torch.tanh(sample)
@@ -110,7 +110,7 @@ def _ours(case: Case, schedule: Schedule, prediction: str, start: np.ndarray) ->
 
 
 def _theirs(case: Case, scheduler: Any, start: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
-    """Return the same of diffusers; of the schedulers that take two calls a step, whole steps only."""
+    """Return the same from diffusers; for schedulers with two calls a step, only whole steps."""
     noises, module = _noises(SHAPE), __import__(type(scheduler).__module__, fromlist=["randn_tensor"])
     if hasattr(module, "randn_tensor"):
         monkeypatch.setattr(module, "randn_tensor", lambda *args, **kwargs: torch.from_numpy(next(noises)))
@@ -125,7 +125,7 @@ def _theirs(case: Case, scheduler: Any, start: np.ndarray, monkeypatch: pytest.M
     return [trail[0], *trail[2::2], trail[-1]] if case.sampler in TWO_CALLS else trail
 
 
-@cache  # KDPM2 takes a tenth of a second to make; set_timesteps forgets what was before
+@cache  # KDPM2 takes a tenth of a second to construct; set_timesteps resets it
 def _scheduler(name: str, config: tuple[tuple[str, Any], ...]) -> Any:
     return getattr(diffusers, name)(**dict(config))
 
@@ -164,20 +164,20 @@ def test_every_transform_step_by_step(case: Case, steps: int, monkeypatch: pytes
             _check(case, steps, "epsilon", f"{spacing}+{transform}", monkeypatch)
 
 
-def test_ddim_walks_diffusers_grid_where_the_steps_divide_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ddim_is_diffusers_if_the_steps_divide_the_training_timesteps(monkeypatch: pytest.MonkeyPatch) -> None:
     (case,) = (case for case in CASES if case.sampler == "ddim")
     for steps in (1, 2, 5, 10, 20, 50):
         _check(case, steps, "epsilon", "trailing", monkeypatch)
 
 
 def test_no_sampler_of_diffusers_is_left_out() -> None:
-    """What has no class in diffusers, or one that needs scipy or torchsde, is named here."""
+    """Samplers without a class in diffusers, or with one that needs scipy or torchsde, are named here."""
     elsewhere = {"lms", "dpmpp_sde", "dpmpp_2s_ancestral", "dpmpp_3m_sde", "res_multistep"}
     assert {case.sampler for case in CASES} | elsewhere == set(FAMILIES)
 
 
-def test_third_order_sde_of_diffusers_is_not_that_of_k_diffusion() -> None:
-    """Why `dpmpp_3m_sde` has no case above: in a step this small the oldest estimate must hardly count, and does."""
+def test_diffusers_third_order_sde_is_not_k_diffusions() -> None:
+    """Why `dpmpp_3m_sde` has no case above: in so small a step the oldest estimate must weigh little, but does not."""
     solver = schedulers.DPMSolverMultistepScheduler(**SDXL, **SDE, solver_order=3)
     solver.set_timesteps(999)
     solver._step_index = 500

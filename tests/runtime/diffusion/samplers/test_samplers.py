@@ -1,4 +1,4 @@
-"""What holds for every sampler: its restart at a cut, its end, its manners, and Euler through the real Denoiser."""
+"""Properties of every sampler: restart at a cut, end, memory ownership; and Euler through the real Denoiser."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -30,33 +30,33 @@ from sdxl_trt.runtime.diffusion.samplers.registry import (
 from sdxl_trt.runtime.diffusion.schedules.diffusers import FAMILIES
 from sdxl_trt.runtime.diffusion.schedules.schedule import make_schedule
 
-# diffusers' own: it gives torch tensors to np.array.
+# diffusers' own warning: it passes torch tensors to np.array.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 SDXL = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 SHAPE = (2, 4, 8, 8)
 OTHERS = [*COMFYUI, *(name for name, ours in STOCHASTIC.items() if COMFYUI_STOCHASTIC[name] is not ours)]
 ALL = [(name, False) for name in sampler_names()] + [(name, True) for name in OTHERS]
-REMEMBERING = {"lms", "dpmpp_2m", "res_multistep", "deis", "uni_pc", "dpmpp_2m_sde", "dpmpp_3m_sde", "uni_pc_bh2"}
+MULTISTEP = {"lms", "dpmpp_2m", "res_multistep", "deis", "uni_pc", "dpmpp_2m_sde", "dpmpp_3m_sde", "uni_pc_bh2"}
 # ComfyUI's UniPC ends at sigma 0.001.
 ENDS_NEAR = {("uni_pc", True): 2e-3, ("uni_pc_bh2", True): 2e-3}
 
 
 def _noise(shape: tuple[int, ...] = SHAPE, seed: int = 5) -> Callable[[float, float], np.ndarray]:
-    """Return noise that depends on where it is asked for, so that a part of a grid draws what the whole drew."""
+    """Return noise that depends only on its sigmas, so that a part of a grid draws the same as the whole."""
     return lambda sigma, after: np.random.default_rng([seed, int(sigma * 1e6), int(after * 1e6)]).standard_normal(
         shape, dtype=np.float32
     )
 
 
 def _model(sample: Any, timestep: float) -> Any:
-    """Answer with something that depends on everything, in numpy as in torch."""
+    """Return a function of all inputs, in numpy and in torch."""
     turned = sample[..., ::-1] if isinstance(sample, np.ndarray) else sample.flip(-1)
     return 0.6 * sample + 0.2 * turned + 0.1 * float(np.sin(timestep / 77))
 
 
 def _denoise(x: np.ndarray, sigma: float) -> np.ndarray:
-    """Denoise as if the latents were normally distributed, and bend the answer."""
+    """Denoise as for normally distributed latents, with a nonlinearity."""
     return np.tanh(x / np.float32(1 + sigma**2)) + np.float32(0.1) * np.sin(x[..., ::-1])
 
 
@@ -75,7 +75,7 @@ class ModelEngine:
 
 
 def _diffusers(config: dict[str, Any], steps: int, noise: np.ndarray) -> list[np.ndarray]:
-    """Return the latents before the first step and after each one, as diffusers takes them."""
+    """Return the latents before the first step and after each one in diffusers."""
     scheduler = EulerDiscreteScheduler(**config)
     scheduler.set_timesteps(steps)
     x = torch.from_numpy(noise) * scheduler.init_noise_sigma
@@ -106,7 +106,7 @@ def test_euler_is_diffusers_step_by_step(prediction: str, spacing: str, steps: i
 
 @pytest.mark.parametrize(("name", "comfyui"), ALL)
 @pytest.mark.parametrize("cut", [1, 5, 9])
-def test_a_cut_restarts_what_remembers_and_nothing_else(
+def test_a_cut_restarts_multistep_samplers_and_changes_no_other(
     name: str, comfyui: bool, cut: int, rng: np.random.Generator
 ) -> None:
     sigmas = make_schedule(Scheduler(**SDXL, timestep_spacing="leading"), 10).sigmas
@@ -117,18 +117,18 @@ def test_a_cut_restarts_what_remembers_and_nothing_else(
     first = list(run(_denoise, start, before))
     both = first + list(run(_denoise, first[-1], after))
     assert (len(first), len(both)) == (cut, 10)
-    if name not in REMEMBERING:
+    if name not in MULTISTEP:
         np.testing.assert_array_equal(both, whole)
         return
     one_step = next(iter(run(_denoise, first[-1], after)))
     np.testing.assert_array_equal(both[cut], one_step)
     if cut < 9:
-        assert np.abs(both[-1] - whole[-1]).max() > 1e-6, "a sampler that remembers must forget at the cut"
+        assert np.abs(both[-1] - whole[-1]).max() > 1e-6, "a multistep sampler must restart at the cut"
 
 
 @pytest.mark.parametrize(("name", "comfyui"), ALL)
 def test_a_perfect_denoiser_gives_the_clean_latents(name: str, comfyui: bool, rng: np.random.Generator) -> None:
-    """The last sigma is 0, so whoever knows the answer must end at it."""
+    """The last sigma is 0, so the last latents must be the estimate."""
     clean = rng.standard_normal(SHAPE).astype(np.float32)
     sigmas = make_schedule(Scheduler(**SDXL, timestep_spacing="leading"), 12).sigmas
     start = clean + rng.standard_normal(SHAPE).astype(np.float32) * sigmas[0]
@@ -137,7 +137,7 @@ def test_a_perfect_denoiser_gives_the_clean_latents(name: str, comfyui: bool, rn
 
 
 @pytest.mark.parametrize(("name", "comfyui"), ALL)
-def test_a_sampler_leaves_its_input_alone_and_can_be_stopped(name: str, comfyui: bool) -> None:
+def test_a_sampler_does_not_change_its_input_and_can_be_stopped(name: str, comfyui: bool) -> None:
     calls: list[float] = []
 
     def denoise(x: np.ndarray, sigma: float) -> np.ndarray:
@@ -146,7 +146,7 @@ def test_a_sampler_leaves_its_input_alone_and_can_be_stopped(name: str, comfyui:
 
     start = np.ones(SHAPE, np.float32)
     sampled = bind_sampler(name, _noise(), comfyui=comfyui)(denoise, start, np.array([4, 2, 1, 0], np.float32))
-    assert calls == [], "nothing runs before the first step is asked for"
+    assert calls == [], "nothing runs before the first step is requested"
     next(sampled)
     assert calls[0] == 4.0
     assert len(calls) == (2 if name in TWO_CALLS else 1)
@@ -154,18 +154,18 @@ def test_a_sampler_leaves_its_input_alone_and_can_be_stopped(name: str, comfyui:
 
 
 @pytest.mark.parametrize(("name", "comfyui"), ALL)
-def test_what_was_yielded_and_what_the_model_said_stays_as_it_was(name: str, comfyui: bool) -> None:
-    said: list[tuple[np.ndarray, np.ndarray]] = []
+def test_yielded_latents_and_the_models_outputs_are_not_changed(name: str, comfyui: bool) -> None:
+    outputs: list[tuple[np.ndarray, np.ndarray]] = []
 
     def denoise(x: np.ndarray, sigma: float) -> np.ndarray:
         answer = _denoise(x, sigma)
-        said.append((answer, answer.copy()))
+        outputs.append((answer, answer.copy()))
         return answer
 
     sigmas = np.array([9, 4, 2, 1, 0.5, 0], np.float32)
     run = bind_sampler(name, _noise(), comfyui=comfyui)
     kept = [(x, x.copy()) for x in run(denoise, np.full(SHAPE, 3, np.float32), sigmas)]
-    for now, then in kept + said:
+    for now, then in kept + outputs:
         np.testing.assert_array_equal(now, then)
 
 
@@ -182,7 +182,7 @@ def _grids(draw: st.DrawFn) -> np.ndarray:
 
 @settings(deadline=None, max_examples=40)
 @given(sigmas=_grids(), data=st.data())
-def test_any_grid_gives_as_many_finite_latents_of_the_same_kind(sigmas: np.ndarray, data: st.DataObject) -> None:
+def test_any_grid_gives_finite_latents_of_the_same_shape_and_dtype(sigmas: np.ndarray, data: st.DataObject) -> None:
     shape = data.draw(st.sampled_from([(1, 4, 2, 2), (2, 4, 1, 3), (3, 1, 1, 1)]))
     start = np.random.default_rng(len(sigmas)).standard_normal(shape).astype(np.float32) * sigmas[0]
     for name, comfyui in ALL:
@@ -195,22 +195,22 @@ def test_any_grid_gives_as_many_finite_latents_of_the_same_kind(sigmas: np.ndarr
 
 @settings(deadline=None, max_examples=25)
 @given(sigma=st.floats(0.03, 4096), seed=st.integers(0, 99))
-def test_one_step_to_sigma_0_is_what_the_model_says(sigma: float, seed: int) -> None:
+def test_one_step_to_sigma_0_returns_the_models_estimate(sigma: float, seed: int) -> None:
     start = np.random.default_rng(seed).standard_normal(SHAPE).astype(np.float32) * np.float32(sigma)
     sigmas = np.array([sigma, 0], np.float32)
     for name, comfyui in ALL:
         (x,) = bind_sampler(name, _noise(), comfyui=comfyui)(_denoise, start, sigmas)
         expected = _denoise(start, float(sigmas[0]))
         if comfyui and name.startswith("uni_pc"):
-            # ComfyUI's takes no step before it knows two estimates.
+            # ComfyUI's takes no step before it has two estimates.
             expected = start / np.float32(math.hypot(1.0, float(sigmas[0])))
         tolerance = 0.001 / sigma * np.abs(start - expected).max() * 1.01 if (name, comfyui) in ENDS_NEAR else 0.0
         np.testing.assert_allclose(x, expected, rtol=0, atol=tolerance + 1e-6, err_msg=name)
 
 
 @pytest.mark.parametrize(("name", "comfyui"), ALL)
-def test_a_step_of_no_length_at_the_end_changes_nothing(name: str, comfyui: bool) -> None:
-    """As diffusers' DEIS has it where a transform made the grid; `uni_pc` still corrects the step before it."""
+def test_a_last_step_of_zero_length_changes_nothing(name: str, comfyui: bool) -> None:
+    """diffusers' DEIS has one if a transform made the grid; `uni_pc` still corrects the step before it."""
     sigmas = np.array([9, 4, 2, 0.5, 0.5], np.float32)
     run = bind_sampler(name, _noise(), comfyui=comfyui)
     *_, before, last = run(_denoise, np.full(SHAPE, 3, np.float32), sigmas)
@@ -226,8 +226,8 @@ def test_an_empty_grid_has_no_step(name: str, comfyui: bool) -> None:
 
 
 @pytest.mark.parametrize("name", STOCHASTIC)
-def test_noise_is_asked_for_the_way_that_it_is_added_on(name: str) -> None:
-    """Falling sigmas, once a step and twice by dpmpp_sde, and none for a step to sigma 0."""
+def test_noise_is_drawn_for_the_interval_of_the_step(name: str) -> None:
+    """With falling sigmas, once a step, by dpmpp_sde twice, and not for a step to sigma 0."""
     asked: list[tuple[float, float]] = []
 
     def noise(sigma: float, after: float) -> np.ndarray:
@@ -255,8 +255,8 @@ def test_an_unknown_sampler_names_the_known_ones() -> None:
 
 
 @pytest.mark.parametrize(("name", "comfyui"), ALL)
-def test_a_caller_may_go_on_writing_into_the_latents_that_it_gave(name: str, comfyui: bool) -> None:
-    """As the pipeline does: the latents of all pictures are one array, and a group of them a view of it."""
+def test_a_caller_may_keep_writing_to_the_latents_that_it_passed(name: str, comfyui: bool) -> None:
+    """The pipeline does so: the latents of all pictures are one array, and a group is a view of it."""
     sigmas = np.array([9, 4, 2, 0.5, 0], np.float32)
     start = np.random.default_rng(1).standard_normal(SHAPE).astype(np.float32) * 9
     *_, expected = bind_sampler(name, _noise(), comfyui=comfyui)(_denoise, start.copy(), sigmas)

@@ -1,4 +1,4 @@
-"""ComfyUI's table and its nine schedules, against what ComfyUI itself gave (tests/comfyui)."""
+"""ComfyUI's tables and its nine schedules, against recorded results of ComfyUI itself (tests/comfyui)."""
 
 import json
 from collections import defaultdict
@@ -17,9 +17,9 @@ from sdxl_trt.runtime.diffusion.schedules.training import comfyui_log_sigmas, co
 SDXL = Scheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)
 RECORDED = Path(__file__).parents[3] / "comfyui"
 REQUIRED = 1.3e-7
-"""Relative: a unit in the last place of float32, which is where torch's own functions are off."""
+"""Relative: a unit in the last place of float32, the error of torch's own functions."""
 UNDECIDED = {("eps", "normal", False, 75)}
-"""The grids in which a timestep half-way between two is the other one."""
+"""The grids in which one sigma half-way between two timesteps gets the other one."""
 
 
 def _recorded() -> dict[str, list[tuple[dict[str, Any], np.ndarray]]]:
@@ -34,7 +34,7 @@ GRIDS = _recorded()
 
 
 @pytest.mark.parametrize("table", ["eps", "zsnr"])
-def test_tables_are_comfyui_s_to_the_bit(table: str) -> None:
+def test_tables_are_comfyuis_bit_for_bit(table: str) -> None:
     with np.load(RECORDED / "tables.npz") as recorded:
         zero = table == "zsnr"
         sigmas, logs = (make(SDXL, zero_terminal_snr=zero) for make in (comfyui_training_sigmas, comfyui_log_sigmas))
@@ -43,7 +43,7 @@ def test_tables_are_comfyui_s_to_the_bit(table: str) -> None:
 
 
 @pytest.mark.parametrize("schedule", COMFYUI_SCHEDULES)
-def test_sigmas_and_timesteps_are_comfyui_s(schedule: str) -> None:
+def test_sigmas_and_timesteps_are_comfyuis(schedule: str) -> None:
     for case, expected in GRIDS[schedule]:
         sampler, zero = "dpm_2" if case["leaves_out_last"] else "euler", case["table"] == "zsnr"
         if np.isnan(expected).any():
@@ -67,7 +67,7 @@ def test_published_sigmas() -> None:
     assert found["simple"] == pytest.approx(0.5693, abs=5e-5)
 
 
-def test_all_nine_are_there_in_comfyuis_order() -> None:
+def test_all_nine_schedules_exist_in_comfyuis_order() -> None:
     assert list(COMFYUI_SCHEDULES) == [
         "simple", "sgm_uniform", "karras", "exponential", "ddim_uniform", "beta", "normal", "linear_quadratic",
         "kl_optimal",
@@ -76,7 +76,7 @@ def test_all_nine_are_there_in_comfyuis_order() -> None:
 
 
 @pytest.mark.parametrize("schedule", COMFYUI_SCHEDULES)
-def test_some_samplers_take_a_step_more_and_leave_out_the_last_sigma(schedule: str) -> None:
+def test_some_samplers_make_one_step_more_and_drop_the_last_sigma(schedule: str) -> None:
     for sampler in DISCARDING:
         more = make_comfyui_schedule(SDXL, 21, schedule=schedule).sigmas
         found = make_comfyui_schedule(SDXL, 20, sampler, schedule).sigmas
@@ -96,12 +96,12 @@ def test_any_number_of_steps_falls_to_0(schedule: str, steps: int) -> None:
         assert found.steps == steps
 
 
-def test_ddim_uniform_and_beta_may_take_other_than_the_asked_steps() -> None:
+def test_ddim_uniform_and_beta_may_differ_from_the_requested_steps() -> None:
     assert make_comfyui_schedule(SDXL, 30, schedule="ddim_uniform").steps == 31
     assert make_comfyui_schedule(SDXL, 1000, schedule="beta").steps < 1000
 
 
-def test_what_cannot_be_names_what_can() -> None:
+def test_errors_name_the_possible_schedules_and_steps() -> None:
     with pytest.raises(UsageError, match="--schedule 'leading' is unknown; choose one of: simple, sgm_uniform"):
         make_comfyui_schedule(SDXL, 20, schedule="leading")
     with pytest.raises(UsageError, match="--steps 1000: choose 1 to 999"):

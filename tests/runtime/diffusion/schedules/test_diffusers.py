@@ -1,6 +1,6 @@
 """The grids of diffusers' scheduler classes: timesteps, sigmas, scale of the noise; zero terminal SNR; quantiles.
 
-diffusers needs scipy for its beta schedules: tests/peers/test_k_diffusion.py compares those, and the quantiles.
+diffusers needs scipy for its beta schedules: tests/peers/test_k_diffusion.py compares them and the quantiles.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ from sdxl_trt.runtime.diffusion.schedules.diffusers import FAMILIES, SPACINGS, T
 from sdxl_trt.runtime.diffusion.schedules.schedule import make_schedule
 from sdxl_trt.runtime.diffusion.schedules.training import training_sigmas
 
-# diffusers' own: it gives torch tensors to np.array; the logarithm of its last sigma, 0.
+# diffusers' own warnings: it passes torch tensors to np.array, and takes the logarithm of its last sigma, 0.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning"),
@@ -38,13 +38,13 @@ CLASSES = {
 }
 OPTIONS = {"ddim": {"set_alpha_to_one": False}}
 SIGMAS = 3e-6
-"""Relative: the table is float32, a little of it the difference of two numbers near 1."""
+"""Relative: the table is float32, and partly a difference of two numbers near 1."""
 BETA_QUANTILES = {
     0.0: 0.0, 1e-6: 1.8558824624053061333e-10, 0.01: 0.00086123882154290682938, 0.25: 0.17568037865269502035, 0.5: 0.5,
     0.75: 0.82431962134730497965, 0.99: 0.99913876117845709317, 1.0: 1.0,
 }  # fmt: skip
 TIMESTEPS = 2e-3
-"""Where they are fractions: float32 logarithms a few thousandths apart."""
+"""For fractional timesteps: differences of float32 logarithms that are a few thousandths apart."""
 
 
 def _reference(sampler: str, steps: int, **config: Any) -> tuple[Any, np.ndarray, np.ndarray]:
@@ -68,7 +68,7 @@ def _compare(sampler: str, spacing: str, transform: str, steps: int, zero_snr: b
     name = f"{spacing}+{transform}" if transform else spacing
     ours = make_schedule(Scheduler(**SDXL), steps, sampler, name, zero_terminal_snr=zero_snr)
     where = f"{sampler}, {name}, {steps} steps"
-    # For some numbers of steps diffusers' trailing grid has one step more than asked: not taken over.
+    # For some numbers of steps diffusers' trailing grid has one step more than requested, which ours omits.
     np.testing.assert_allclose(ours.timesteps, timesteps[:steps], rtol=0, atol=TIMESTEPS, err_msg=where)
     np.testing.assert_allclose(ours.sigmas[:-1], sigmas[:steps], rtol=2e-4 if zero_snr else SIGMAS, err_msg=where)
     assert ours.sigmas[-1] == pytest.approx(sigmas[-1], rel=SIGMAS), where
@@ -80,17 +80,17 @@ def _compare(sampler: str, spacing: str, transform: str, steps: int, zero_snr: b
 
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("sampler", CLASSES)
-def test_the_spacing_is_that_of_the_class(sampler: str, spacing: str) -> None:
+def test_the_spacing_is_the_classes(sampler: str, spacing: str) -> None:
     for steps in STEPS:
         _compare(sampler, spacing, "", steps)
 
 
 @pytest.mark.parametrize("transform", ["karras", "exponential", "lu"])
 @pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m", "uni_pc", "deis"])
-def test_the_transform_is_that_of_the_class(sampler: str, transform: str) -> None:
+def test_the_transform_is_the_classes(sampler: str, transform: str) -> None:
     if transform == "lu" and sampler != "dpmpp_2m":
-        pytest.skip("only DPMSolverMultistepScheduler has it")
-    # A single step of diffusers' transformed DEIS goes nowhere: it repeats the only sigma.
+        pytest.skip("only DPMSolverMultistepScheduler supports it")
+    # A single step of diffusers' transformed DEIS has zero length: it repeats the only sigma.
     for steps in (1, 2, 5, 14, 25, 30, 50)[sampler == "deis" :]:
         for spacing in SPACINGS:
             _compare(sampler, spacing, transform, steps)
@@ -98,8 +98,8 @@ def test_the_transform_is_that_of_the_class(sampler: str, transform: str) -> Non
 
 @pytest.mark.parametrize("sampler", ["dpm_2", "dpm_2_ancestral"])
 @pytest.mark.parametrize("schedule", ["leading", "trailing", "linspace", "leading+karras", "linspace+exponential"])
-def test_kdpm2(sampler: str, schedule: str) -> None:
-    """Its class takes a tenth of a second to make, so it is compared at one number of steps."""
+def test_the_grids_of_kdpm2_are_diffusers(sampler: str, schedule: str) -> None:
+    """The class takes a tenth of a second to construct, so it is compared for one number of steps."""
     spacing, _, transform = schedule.partition("+")
     flags = {f"use_{transform}_sigmas": True} if transform else {}
     kind = diffusers.KDPM2DiscreteScheduler if sampler == "dpm_2" else diffusers.KDPM2AncestralDiscreteScheduler
@@ -108,14 +108,14 @@ def test_kdpm2(sampler: str, schedule: str) -> None:
     ours = make_schedule(Scheduler(**SDXL), 22, sampler, schedule)
     np.testing.assert_allclose(ours.timesteps, reference.timesteps[::2], rtol=0, atol=TIMESTEPS)
     np.testing.assert_allclose(ours.sigmas[:-1], reference.sigmas[:-2:2], rtol=SIGMAS)
-    if transform != "karras":  # whose rounded timesteps are also those of the ancestral middles, the next sigmas
+    if transform != "karras":  # which rounds also the timesteps of the ancestral middles, the next sigmas
         high, low = ours.sigmas[:-2], ours.sigmas[1:-1]
         middles = np.sqrt(high * low) if sampler == "dpm_2" else low
         found = [float(ours.timestep(float(sigma))) for sigma in middles]
         np.testing.assert_allclose(found, reference.timesteps[1::2], rtol=0, atol=TIMESTEPS)
 
 
-def test_lcm_takes_its_timesteps_from_the_solver_that_it_was_distilled_from() -> None:
+def test_lcm_takes_its_timesteps_from_the_solver_of_its_distillation() -> None:
     for steps in range(1, 51):
         reference = diffusers.LCMScheduler(**SDXL)
         reference.set_timesteps(steps)
@@ -127,12 +127,12 @@ def test_lcm_takes_its_timesteps_from_the_solver_that_it_was_distilled_from() ->
 
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("sampler", ["euler", "euler_ancestral", "dpmpp_2m", "uni_pc"])
-def test_zero_terminal_snr(sampler: str, spacing: str) -> None:
+def test_sigmas_with_zero_terminal_snr_are_diffusers(sampler: str, spacing: str) -> None:
     for steps in (1, 2, 8, 30):
         _compare(sampler, spacing, "", steps, zero_snr=True)
 
 
-def test_zero_terminal_snr_starts_from_noise_alone() -> None:
+def test_a_run_with_zero_terminal_snr_starts_from_pure_noise() -> None:
     table = training_sigmas(Scheduler(**SDXL), zero_terminal_snr=True)
     assert table[-1] == pytest.approx(4096, rel=1e-6)
     assert table[0] == pytest.approx(float(training_sigmas(Scheduler(**SDXL))[0]), rel=1e-5)
@@ -168,14 +168,14 @@ def test_any_sampler_on_any_schedule_falls_to_its_end(sampler: str, schedule: st
         assert [found.timestep(float(sigma)) for sigma in found.sigmas[:-1]] == found.timesteps.tolist()
 
 
-def test_parsing() -> None:
+def test_schedules_are_parsed() -> None:
     assert parse_schedule("trailing") == ("trailing", "")
     assert parse_schedule("trailing+beta") == ("trailing", "beta")
     assert parse_schedule("karras") == ("leading", "karras")
 
 
 @pytest.mark.parametrize("text", ["", "cosine", "leading+", "+karras", "karras+leading", "karras+beta", "leading+x+y"])
-def test_what_cannot_be_parsed_names_what_can(text: str) -> None:
+def test_an_unknown_schedule_names_the_known_ones(text: str) -> None:
     with pytest.raises(UsageError, match=r"choose one of: leading, trailing, linspace, each also with \+karras"):
         parse_schedule(text)
 
@@ -184,20 +184,20 @@ def test_what_cannot_be_parsed_names_what_can(text: str) -> None:
     ("sampler", "schedule", "steps", "most"),
     [("dpmpp_2m", "leading", 1000, 999), ("dpmpp_2m", "trailing", 1001, 1000), ("lcm", "leading", 51, 50)],
 )
-def test_more_steps_than_a_class_has_name_the_range(sampler: str, schedule: str, steps: int, most: int) -> None:
+def test_too_many_steps_for_a_class_name_the_range(sampler: str, schedule: str, steps: int, most: int) -> None:
     assert make_schedule(Scheduler(**SDXL), most, sampler, schedule).steps == most
     with pytest.raises(UsageError, match=f"--steps {steps}: choose 1 to {most}"):
         make_schedule(Scheduler(**SDXL), steps, sampler, schedule)
 
 
-def test_quantiles_of_the_beta_distribution() -> None:
+def test_quantiles_are_those_of_the_beta_distribution() -> None:
     """Against mpmath, solved to 40 digits."""
     found = beta_quantile(np.array([*BETA_QUANTILES]))
     np.testing.assert_allclose(found, [*BETA_QUANTILES.values()], rtol=1e-13, atol=0)
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=20))
-def test_quantiles_rise_and_mirror(values: list[float]) -> None:
+def test_quantiles_are_increasing_and_symmetric(values: list[float]) -> None:
     probabilities = np.array(sorted(values))
     found = beta_quantile(probabilities)
     assert ((found >= 0) & (found <= 1)).all()

@@ -13,7 +13,7 @@ from sdxl_trt.engines.bundle.manifest import Scheduler
 from sdxl_trt.engines.errors import UsageError
 from sdxl_trt.runtime.diffusion.schedules.schedule import make_comfyui_schedule, make_schedule
 
-# diffusers' own: it gives torch tensors to np.array.
+# diffusers' own warning: it passes torch tensors to np.array.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 SDXL = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
@@ -25,7 +25,7 @@ def _compare(settings: dict[str, Any], steps: int, tolerance: float = 3e-6) -> N
     reference = EulerDiscreteScheduler(**settings)
     reference.set_timesteps(steps)
     ours = make_schedule(Scheduler(**settings), steps)
-    # For 62 step counts diffusers' trailing grid has one step more than asked, at timestep -1: not taken over.
+    # For 62 step counts diffusers' trailing grid has one step more than requested, at timestep -1; ours omits it.
     timesteps, sigmas = reference.timesteps.numpy(), reference.sigmas.numpy()
     assert timesteps[steps:].tolist() in ([], [-1.0])
     np.testing.assert_allclose(ours.timesteps, timesteps[:steps], rtol=1e-7)
@@ -47,11 +47,11 @@ def test_the_grid_is_diffusers(spacing: str, betas: str) -> None:
     spacing=st.sampled_from(SPACINGS), total=st.integers(10, 2000), offset=st.integers(0, 1),
     start=st.floats(5e-4, 1e-3), end=st.floats(2e-3, 0.03), data=st.data(),
 )  # fmt: skip
-def test_any_config_is_diffusers(
+def test_the_grid_of_any_config_is_diffusers(
     spacing: str, total: int, offset: int, start: float, end: float, data: st.DataObject
 ) -> None:
     config = SDXL | {"timestep_spacing": spacing, "num_train_timesteps": total, "steps_offset": offset}
-    # sigma comes from 1 - alpha_bar in float32: one unit in the last place weighs more where little noise is.
+    # sigma comes from 1 - alpha_bar in float32: a unit in the last place matters more at low noise.
     _compare(config | {"beta_start": start, "beta_end": end}, data.draw(st.integers(1, total)), tolerance=2e-4)
 
 
@@ -70,21 +70,21 @@ def test_published_numbers(steps: int, first: int, sigma: float) -> None:
     assert schedule.sigmas[0] == pytest.approx(sigma, abs=5e-3)
 
 
-def test_the_whole_range_has_the_published_ends() -> None:
+def test_the_full_range_has_the_published_ends() -> None:
     sigmas = make_schedule(Scheduler(**SDXL, timestep_spacing="linspace"), 1000).sigmas
     assert (float(sigmas[0]), float(sigmas[-2])) == pytest.approx((14.6146, 0.029167), rel=1e-4)
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("steps", [1, 2, 30, 999])
-def test_each_sigma_knows_its_timestep(spacing: str, steps: int) -> None:
+def test_each_sigma_has_its_timestep(spacing: str, steps: int) -> None:
     schedule = make_schedule(Scheduler(**SDXL, timestep_spacing=spacing), steps)
     found = [schedule.timestep(float(sigma)) for sigma in schedule.sigmas[:-1]]
     np.testing.assert_array_equal(found, schedule.timesteps)
 
 
-def test_a_sigma_off_the_grid_has_the_timestep_of_the_training() -> None:
-    """On a log-sigma line between two training timesteps, whatever the grid visits around it."""
+def test_a_sigma_off_the_grid_has_its_training_timestep() -> None:
+    """Interpolated in log sigma between two training timesteps, whatever the grid's neighbouring sigmas are."""
     schedule = make_schedule(Scheduler(**SDXL, timestep_spacing="leading"), 30)
     high, low = (float(sigma) for sigma in schedule.training[[501, 500]])
     assert schedule.timestep(high) == pytest.approx(501, abs=1e-3)
@@ -92,10 +92,10 @@ def test_a_sigma_off_the_grid_has_the_timestep_of_the_training() -> None:
     assert schedule.timestep(1000.0) == 999
     assert schedule.timestep(1e-6) == 0
     beside = schedule.timestep(float(schedule.sigmas[10]) * 1.001)
-    assert 0.05 < beside - schedule.timesteps[10] < 1.0, "near the grid is not on it"
+    assert 0.05 < beside - schedule.timesteps[10] < 1.0, "near a sigma of the grid is not on the grid"
 
 
-def test_comfyui_tells_the_model_whole_timesteps() -> None:
+def test_comfyuis_timesteps_are_whole() -> None:
     schedule = make_comfyui_schedule(Scheduler(**SDXL), 30, schedule="karras")
     assert (schedule.timesteps == schedule.timesteps.round()).all()
     between = float(schedule.training[500]) ** 0.7 * float(schedule.training[501]) ** 0.3
@@ -103,8 +103,8 @@ def test_comfyui_tells_the_model_whole_timesteps() -> None:
     assert schedule.timestep(1000.0) == 999
 
 
-def test_the_ends_are_in_the_scale_of_the_scheduler() -> None:
-    """Variance-preserving classes start with unit variance, and are left in their scale where they end above 0."""
+def test_start_and_end_are_in_the_scheduler_classes_scale() -> None:
+    """Variance-preserving classes start with unit variance, and keep their scale if they end above 0."""
     config = Scheduler(**SDXL, timestep_spacing="trailing")
     euler, multistep, ddim = (make_schedule(config, 20, sampler) for sampler in ("euler", "dpmpp_2m", "ddim"))
     assert euler.initial_scale == euler.sigmas[0]
@@ -113,7 +113,7 @@ def test_the_ends_are_in_the_scale_of_the_scheduler() -> None:
     assert ddim.final_scale == pytest.approx(float(DDIMScheduler(**SDXL).alphas_cumprod[0]) ** 0.5, rel=1e-6)
 
 
-def test_comfyui_scales_the_noise_by_where_it_starts() -> None:
+def test_comfyui_scales_the_noise_by_the_first_sigma() -> None:
     whole = make_comfyui_schedule(Scheduler(**SDXL), 20, schedule="normal")
     assert whole.initial_scale == pytest.approx(float(np.hypot(whole.sigmas[0], 1)))
     below = make_comfyui_schedule(Scheduler(**SDXL), 30, schedule="ddim_uniform")
@@ -122,7 +122,7 @@ def test_comfyui_scales_the_noise_by_where_it_starts() -> None:
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1001])
-def test_a_number_of_steps_that_cannot_be_names_the_range(steps: int) -> None:
+def test_an_impossible_number_of_steps_names_the_range(steps: int) -> None:
     with pytest.raises(UsageError, match=f"--steps {steps}: choose 1 to 1000"):
         make_schedule(Scheduler(), steps)
 
@@ -146,12 +146,12 @@ def test_a_config_that_transforms_its_sigmas_is_followed(transform: str) -> None
     asked = make_schedule(plain, 12, schedule=f"trailing+{transform}")
     np.testing.assert_array_equal(make_schedule(config, 12).sigmas, asked.sigmas)
     np.testing.assert_array_equal(make_schedule(config, 12).timesteps, asked.timesteps)
-    # What is asked for wins, and a distilled model has no such choice.
+    # A requested schedule overrides the config, and a distilled model has no such choice.
     for arguments in ((12, "euler", "trailing"), (4, "lcm")):
         np.testing.assert_array_equal(make_schedule(config, *arguments).sigmas, make_schedule(plain, *arguments).sigmas)
 
 
-def test_a_config_with_a_zero_terminal_snr_is_followed() -> None:
+def test_a_config_with_zero_terminal_snr_is_followed() -> None:
     config = Scheduler(beta_schedule="scaled_linear", timestep_spacing="trailing", rescale_betas_zero_snr=True)
     assert make_schedule(config, 12).sigmas[0] > 1000
     np.testing.assert_array_equal(

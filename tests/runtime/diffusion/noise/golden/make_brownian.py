@@ -1,4 +1,4 @@
-"""Write brownian.json: noise of torchsde's BrownianTree, as k-diffusion and ComfyUI ask it for a sampler's steps.
+"""Write brownian.json: noise of torchsde's BrownianTree, as k-diffusion and ComfyUI draw it for a sampler's steps.
 
 torchsde is not installed for the ordinary tests. Run it in the peers' environment:
 .venv-peers/bin/python tests/runtime/diffusion/noise/golden/make_brownian.py
@@ -15,7 +15,7 @@ import torchsde
 SHAPE = (2, 1, 3, 4)
 SEEDS = [0, 7, 2**32 + 3, 2**64 - 1]
 GRID = [14.614641, 9.1274, 5.0, 2.5, 1.0, 0.41, 0.1, 0.029168]
-"""Sigmas of steps; with their middles and the whole way they are asked for in this order."""
+"""Sigmas of steps. Noise is drawn for the first half of each step, the step, and at the end the whole range."""
 
 
 def ways() -> list[tuple[float, float]]:
@@ -35,7 +35,7 @@ def noises(seed: int) -> list[list[float]]:
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")  # the ends are rounded to a millionth, and what lies beyond them is cut off
+    warnings.simplefilter("ignore")  # the ends are rounded to a millionth, and values beyond them are clipped
     golden = {
         "shape": SHAPE,
         "ends": [GRID[-1], GRID[0]],
