@@ -1,4 +1,4 @@
-"""Workflows in EXIF data, where ComfyUI and its custom nodes put them, and photographs that have none."""
+"""Workflows in EXIF data, where ComfyUI and its custom nodes write them, and photographs without any."""
 
 import json
 from io import BytesIO
@@ -39,7 +39,7 @@ SAVERS: dict[str, tuple[dict[int, Any], dict[int, Any]]] = {
     "a comment in ASCII": ({DESCRIPTION: f"WORKFLOW:{PAGE}"}, {COMMENT: b"ASCII\0\0\0prompt:" + ASCII_API.encode()}),
     "a comment in UTF-16": ({MAKE: f"workflow: {PAGE}"}, {COMMENT: _comment(f"Prompt:{API}")}),
     "the other byte order": ({MAKE: f"workflow: {PAGE}"}, {COMMENT: _comment(f"Prompt:{API}", "utf-16-le")}),
-    "with a mark": ({MAKE: f"workflow: {PAGE}"}, {COMMENT: _comment(f"Prompt:{API}", "utf-16")}),
+    "with a BOM": ({MAKE: f"workflow: {PAGE}"}, {COMMENT: _comment(f"Prompt:{API}", "utf-16")}),
     "Windows' comment": ({XP_COMMENT: f"prompt:{API}\0".encode("utf-16-le"), ARTIST: f"workflow:{PAGE}"}, {}),
     "an object of both": ({}, {COMMENT: _comment(json.dumps({"prompt": json.loads(API), "workflow": PAGE}))}),
     "the main directory": ({COMMENT: b"ASCII\0\0\0" + json.dumps({"Prompt": API, "Workflow": PAGE}).encode()}, {}),
@@ -58,7 +58,7 @@ def test_workflows_are_found_in_any_tag(saver: str, kind: str, tmp_path: Path) -
     assert read_texts(tmp_path / "x") == texts
 
 
-def test_utf_8_in_a_tag_is_read_as_that() -> None:
+def test_utf_8_in_a_tag_is_decoded() -> None:
     assert exif_texts({MODEL: f"prompt:{API}".encode().decode("latin-1")}, {})[GRAPH] == API
 
 
@@ -67,16 +67,16 @@ def test_utf_8_in_a_tag_is_read_as_that() -> None:
     ["Prompt: a cat", "workflow: {red|blue} fox", "prompt:[1]", "prompt:", "{}", '{"prompt": 7}', '{"prompt": "a cat"}',
      "prompt:" + "[" * 9999, 'prompt:{"a":' + "[" * 99_999],
 )  # fmt: skip
-def test_what_is_no_graph_is_none(text: str) -> None:
+def test_text_that_is_not_a_graph_is_ignored(text: str) -> None:
     assert exif_texts({DESCRIPTION: text, MAKE: 7, MODEL: ("x", 2)}, {COMMENT: _comment(text)}).keys() <= {PARAMETERS}
 
 
-def test_the_first_graph_counts_and_a_long_one_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_graph_counts_and_a_long_one_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     assert exif_texts({MAKE: 'prompt:{"1": 1}', MODEL: 'prompt:{"2": 2}'}, {})[GRAPH] == '{"1": 1}'
     monkeypatch.setattr("sdxl_trt.runtime.images.exif.MAX_TEXT", 20)
     assert exif_texts({MAKE: f"workflow:{PAGE}", MODEL: 'prompt:{"2": 2}'}, {}) == {GRAPH: '{"2": 2}'}
 
 
-def test_a_png_has_texts_of_its_own_or_those_of_its_exif_data(tmp_path: Path) -> None:
+def test_a_png_has_its_own_texts_or_those_of_its_exif_data(tmp_path: Path) -> None:
     assert read_texts(_picture("PNG", {MODEL: f"prompt:{ASCII_API}"})) == {GRAPH: ASCII_API}
     assert EDITOR not in read_texts(_picture("PNG", {}))

@@ -1,4 +1,4 @@
-"""Picture files: whole or not at all, the texts in them found again, and nothing in them trusted."""
+"""Picture files: written whole or not at all, their texts read back, and nothing in them trusted."""
 
 import contextlib
 import errno
@@ -32,7 +32,7 @@ def test_a_png_holds_its_pixels_and_texts(tmp_path: Path, image: Image.Image, te
 
 
 @pytest.mark.parametrize(("ending", "magic"), [("jpg", b"\xff\xd8\xff"), ("JPEG", b"\xff\xd8\xff"), ("webp", b"RIFF")])
-def test_exif_holds_the_texts_where_others_look_for_them(
+def test_exif_holds_the_texts_where_other_programs_look(
     tmp_path: Path, image: Image.Image, ending: str, magic: bytes
 ) -> None:
     path = tmp_path / f"out.{ending}"
@@ -51,7 +51,7 @@ def test_exif_holds_the_texts_where_others_look_for_them(
     assert b"sdxl-trt" not in path.read_bytes()
 
 
-def test_what_exif_cannot_hold_is_left_out_with_a_warning(
+def test_texts_too_long_for_exif_are_left_out_with_a_warning(
     tmp_path: Path, image: Image.Image, caplog: pytest.LogCaptureFixture
 ) -> None:
     save_image(image, tmp_path / "out.jpg", {PARAMETERS: "x" * 40_000, SETTINGS: "{}"})
@@ -59,7 +59,7 @@ def test_what_exif_cannot_hold_is_left_out_with_a_warning(
     assert read_texts(tmp_path / "out.jpg") == {}
 
 
-def test_another_ending_is_refused(tmp_path: Path, image: Image.Image) -> None:
+def test_another_extension_is_refused(tmp_path: Path, image: Image.Image) -> None:
     with pytest.raises(UsageError, match=r"ends in \.png, \.jpg, \.jpeg, \.webp"):
         save_image(image, tmp_path / "out.gif", {})
     assert list(tmp_path.iterdir()) == []
@@ -84,7 +84,7 @@ def _png(info: PngImagePlugin.PngInfo | None = None) -> bytes:
         (_bomb(), "broken picture"), (_png()[:40], "picture"), (b"\xff\xd8\xff\xe1\xff\xff" + bytes(9), "picture"),
     ],
 )  # fmt: skip
-def test_what_is_no_sound_picture_is_a_usage_error(tmp_path: Path, content: bytes, message: str) -> None:
+def test_a_file_that_is_not_an_intact_picture_is_a_usage_error(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "x.png").write_bytes(content)
     with pytest.raises(UsageError, match=message):
         read_texts(tmp_path / "x.png")
@@ -97,8 +97,8 @@ def test_a_damaged_picture_is_read_or_refused(tmp_path: Path, image: Image.Image
     path = tmp_path / f"x.{ending}"
     if not path.exists():
         save_image(image, path, {PARAMETERS: "p", SETTINGS: "{}"})
-        (tmp_path / "sound").write_bytes(path.read_bytes())
-    content = bytearray((tmp_path / "sound").read_bytes())
+        (tmp_path / "intact").write_bytes(path.read_bytes())
+    content = bytearray((tmp_path / "intact").read_bytes())
     for place in data.draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=8)):
         content[place] = data.draw(st.integers(0, 255))
     path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
@@ -118,6 +118,6 @@ def test_a_full_disk_keeps_the_old_picture(tmp_path: Path, image: Image.Image, m
     assert (tmp_path / "out.png").read_bytes() == b"old"
 
 
-def test_a_folder_that_is_not_there_is_a_usage_error(tmp_path: Path, image: Image.Image) -> None:
+def test_a_missing_folder_is_a_usage_error(tmp_path: Path, image: Image.Image) -> None:
     with pytest.raises(UsageError, match="check the path"):
         save_image(image, tmp_path / "no" / "out.png", {})

@@ -1,4 +1,4 @@
-"""Pictures to start from: turned, brought down to RGB, fitted; and files that are none, in one line each."""
+"""Pictures to start from: rotated, converted to RGB, fitted; other files are refused in one line each."""
 
 import base64
 import contextlib
@@ -57,18 +57,18 @@ def test_pixels_come_with_the_name_and_the_digest_of_their_file(colours: np.ndar
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_it_is_turned_as_its_exif_says(colours: np.ndarray, read: Any, orientation: int) -> None:
+def test_a_picture_is_rotated_as_its_exif_data_states(colours: np.ndarray, read: Any, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     found = read(_saved(Image.fromarray(colours), "PNG", exif=exif)).pixels
-    # EXIF 2.3: what the first row and the first column of what is stored are of what is meant.
+    # EXIF 2.3: which sides of the picture the stored first row and first column are.
     stored = colours if orientation < 5 else colours.transpose(1, 0, 2)
     flips = {1: "", 2: "h", 3: "hv", 4: "v", 5: "", 6: "h", 7: "hv", 8: "v"}[orientation]
     meant = stored[:, ::-1] if "h" in flips else stored
     np.testing.assert_array_equal(found, meant[::-1] if "v" in flips else meant)
 
 
-def test_every_kind_of_pixel_comes_down_to_rgb(colours: np.ndarray, read: Any, caplog: Any) -> None:
+def test_every_kind_of_pixel_is_converted_to_rgb(colours: np.ndarray, read: Any, caplog: Any) -> None:
     grey = colours[:, :, 0]
     threefold = np.repeat(grey[:, :, None], 3, axis=2)
     np.testing.assert_array_equal(read(_saved(Image.fromarray(grey), "PNG")).pixels, threefold)
@@ -76,14 +76,14 @@ def test_every_kind_of_pixel_comes_down_to_rgb(colours: np.ndarray, read: Any, c
     np.testing.assert_array_equal(read(_saved(palette, "PNG")).pixels, colours // 128 * 255)
     bits = Image.fromarray(grey).convert("1")
     assert set(np.unique(read(_saved(bits, "PNG")).pixels)) <= {0, 255}
-    # Naively, as Pillow and so both peers do: no ink is white, all of it black.
+    # Naively, as Pillow and therefore both peers do: no ink is white, full ink is black.
     for ink, value in ((0, 255), (255, 0)):
         cmyk = Image.new("CMYK", (8, 8), (ink, ink, ink, ink))
         assert (read(_saved(cmyk, "JPEG")).pixels == value).all()
     assert caplog.records == []
 
 
-def test_colours_below_what_is_transparent_are_taken_and_told(colours: np.ndarray, read: Any, caplog: Any) -> None:
+def test_colours_of_transparent_pixels_are_used_with_a_warning(colours: np.ndarray, read: Any, caplog: Any) -> None:
     image = Image.fromarray(colours)
     image.putalpha(255)
     read(_saved(image, "PNG"))
@@ -115,7 +115,7 @@ def test_crops_are_those_that_comfyui_encodes() -> None:
         assert kept[0, 0, :2].tolist() == [left, top], case
 
 
-def test_grey_of_16_bits_is_cut_off_as_by_both_references(colours: np.ndarray, read: Any, caplog: Any) -> None:
+def test_16_bit_grey_is_clipped_as_in_both_references(colours: np.ndarray, read: Any, caplog: Any) -> None:
     grey = colours[:, :, 0].astype(np.uint16)
     content = _saved(Image.fromarray(grey), "PNG")
     np.testing.assert_array_equal(read(content).pixels[:, :, 1], grey)
@@ -127,19 +127,19 @@ def test_grey_of_16_bits_is_cut_off_as_by_both_references(colours: np.ndarray, r
 
 
 @pytest.mark.parametrize(("kind", "mode"), [("GIF", "P"), ("GIF", "L"), ("BMP", "RGB"), ("BMP", "P"), ("BMP", "1")])
-def test_files_of_gif_and_bmp_are_read_as_pillow_does(colours: np.ndarray, read: Any, kind: str, mode: str) -> None:
+def test_gif_and_bmp_files_are_read_as_in_pillow(colours: np.ndarray, read: Any, kind: str, mode: str) -> None:
     content = _saved(Image.fromarray(colours).convert(mode), kind)
     np.testing.assert_array_equal(read(content).pixels, np.asarray(Image.open(io.BytesIO(content)).convert("RGB")))
 
 
-def test_of_an_animated_gif_the_first_frame_is_taken_and_told(read: Any, caplog: Any) -> None:
+def test_the_first_frame_of_an_animated_gif_is_used_with_a_warning(read: Any, caplog: Any) -> None:
     found = read(_animated("GIF")).pixels
     assert (found == (255, 0, 0)).all()
     assert "is animated; its first frame is used" in caplog.text
 
 
-def test_gif_and_bmp_are_for_files_alone() -> None:
-    """What has no file of its own is held to the formats that a browser sends."""
+def test_gif_and_bmp_are_only_for_files() -> None:
+    """Pictures without a file are limited to the formats that a browser sends."""
     for kind in ("GIF", "BMP"):
         with pytest.raises(UsageError, match="is not a PNG, JPEG or WebP picture"):
             input_pictures._pixels(_saved(Image.new("RGB", (4, 4)), kind), "x")
@@ -186,7 +186,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize(("content", "words"), REFUSED.values(), ids=REFUSED)
-def test_what_is_no_picture_is_refused_in_one_line(content: bytes, words: str, read: Any) -> None:
+def test_content_that_is_not_a_picture_is_refused_in_one_line(content: bytes, words: str, read: Any) -> None:
     with pytest.raises(UsageError, match=words) as caught:
         read(content)
     assert "\n" not in str(caught.value)
@@ -205,7 +205,7 @@ def test_files_that_cannot_be_read_are_refused(tmp_path: Path, monkeypatch: pyte
         read_input(tmp_path / "large", "--refine")
 
 
-def test_a_camera_s_jpeg_of_several_pictures_is_its_first(read: Any) -> None:
+def test_the_first_picture_of_a_cameras_jpeg_is_used(read: Any) -> None:
     first, second = (Image.new("RGB", (16, 16), colour) for colour in ((200, 10, 10), (10, 10, 200)))
     found = read(_saved(first, "MPO", save_all=True, append_images=[second])).pixels
     assert found[8, 8, 0] > 180
@@ -216,7 +216,7 @@ def latents(rng: np.random.Generator) -> np.ndarray:
     return rng.standard_normal((2, 4, 3, 5), dtype=np.float32)
 
 
-def test_latents_are_read_from_either_file_of_numpy_s(latents: np.ndarray, tmp_path: Path) -> None:
+def test_latents_are_read_from_npy_and_npz(latents: np.ndarray, tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", latents)
     np.save(tmp_path / "f.npy", np.asfortranarray(latents))
     np.savez(tmp_path / "a.npz", initial=latents * 0, final=latents)
@@ -227,7 +227,7 @@ def test_latents_are_read_from_either_file_of_numpy_s(latents: np.ndarray, tmp_p
         assert (picture.pixels, picture.size) == (None, None)
 
 
-def test_latents_that_are_none_are_refused(latents: np.ndarray, tmp_path: Path, monkeypatch: Any) -> None:
+def test_other_arrays_than_latents_are_refused(latents: np.ndarray, tmp_path: Path, monkeypatch: Any) -> None:
     path = tmp_path / "in.npz"
     whole = io.BytesIO()
     np.save(whole, latents)
@@ -258,7 +258,7 @@ def test_latents_that_are_none_are_refused(latents: np.ndarray, tmp_path: Path, 
         read_input(path)
 
 
-def test_an_array_is_a_picture_too(colours: np.ndarray, latents: np.ndarray) -> None:
+def test_an_array_may_be_a_picture(colours: np.ndarray, latents: np.ndarray) -> None:
     picture = as_input(colours)
     assert (picture.name, len(picture.sha256)) == ("", 64)
     assert as_input(picture) is picture
@@ -269,7 +269,7 @@ def test_an_array_is_a_picture_too(colours: np.ndarray, latents: np.ndarray) -> 
             as_input(wrong)
 
 
-def test_a_picture_comes_to_its_size(rng: np.random.Generator) -> None:
+def test_a_picture_is_fitted_to_a_size(rng: np.random.Generator) -> None:
     pixels = rng.integers(0, 256, (37, 53, 3), np.uint8)
     np.testing.assert_array_equal(fitted(pixels, (32, 48), "crop"), pixels[2:34, 2:50])
     assert fitted(pixels, (37, 53), "scale") is pixels
@@ -288,7 +288,7 @@ def test_any_size_is_reached(sides: tuple[int, int, int, int], way: Any) -> None
     found = fitted(grey, (high, wide), way)
     assert found.shape == (high, wide, 3)
     assert found.dtype == np.uint8
-    assert (found == 120).all(), "no border comes in"
+    assert (found == 120).all(), "there is no border"
 
 
 @settings(deadline=None, max_examples=150)

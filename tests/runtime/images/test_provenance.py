@@ -1,4 +1,4 @@
-"""Which bundle made a picture: a digest that moves with the weights and with nothing else, and one line of warning."""
+"""The bundle that made a picture: a digest that changes only with the weights, and a warning of one line."""
 
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +27,7 @@ def _with_weights(manifest: Manifest, component: str) -> Manifest:
     return _changed(manifest, component, weights=weights)
 
 
-def test_a_bundle_is_named_by_its_models_and_what_they_weigh(manifest: Manifest) -> None:
+def test_a_bundle_is_named_by_its_models_and_the_digest_of_its_weights(manifest: Manifest) -> None:
     name = bundle_name(manifest, refined=True)
     assert (name.base, name.refiner, len(name.digest)) == ("base", "refiner", 12)
     assert bundle_name(manifest, refined=False).refiner is None
@@ -38,7 +38,7 @@ def test_a_bundle_is_named_by_its_models_and_what_they_weigh(manifest: Manifest)
     [("unet", False, False), ("text_encoder", False, False), ("vae_decoder", False, False),
      ("refiner_unet", True, False), ("vae_encoder", True, True)],
 )  # fmt: skip
-def test_the_digest_is_that_of_the_weights_in_use(
+def test_the_digest_covers_the_weights_in_use(
     manifest: Manifest, component: str, *, base_alone: bool, both: bool
 ) -> None:
     other = _with_weights(manifest, component)
@@ -52,12 +52,12 @@ def test_other_graphs_and_plans_of_the_same_weights_are_the_same_bundle(manifest
     assert bundle_name(other, refined=True) == bundle_name(manifest, refined=True)
 
 
-def test_a_name_of_any_length_stays_readable(manifest: Manifest) -> None:
+def test_a_long_name_is_cut(manifest: Manifest) -> None:
     source = msgspec.structs.replace(manifest.components["unet"].source, name="x" * 1000 + "/unet")
     assert bundle_name(_changed(manifest, "unet", source=source), refined=True).base == "x" * MOST
 
 
-def test_another_bundle_is_warned_of_in_one_line(manifest: Manifest, caplog: pytest.LogCaptureFixture) -> None:
+def test_another_bundle_gives_a_warning_of_one_line(manifest: Manifest, caplog: pytest.LogCaptureFixture) -> None:
     made = bundle_name(manifest, refined=True)
     warn_of_another_bundle(None, manifest)
     warn_of_another_bundle(made, manifest)

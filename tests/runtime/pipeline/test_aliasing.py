@@ -1,4 +1,4 @@
-"""Who owns which memory on the way through the pipeline: each test plants a use of somebody else's."""
+"""Memory ownership in the pipeline: each test writes to memory that the writer must own alone."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
@@ -30,7 +30,7 @@ SIDE, STEPS = 64, 4
 
 
 class ToyEngine:
-    """Answers with something smooth that depends on its inputs, in memory that is the caller's."""
+    """Returns a smooth function of its inputs, in memory that the caller owns."""
 
     component = SimpleNamespace(input=lambda name: TensorSpec(name=name, dtype="float32", shape=("rows",)))
 
@@ -49,7 +49,7 @@ class ToyEngine:
 
 @pytest.fixture(scope="module")
 def toy() -> Pipeline:
-    """A pipeline of the embedded bundle whose UNet is a toy, for two pictures at once."""
+    """A pipeline of the embedded bundle with a toy UNet, for two pictures at once."""
     return Pipeline(EnginePool(read_bundle(bundle_path()), lambda _: ToyEngine(), "resident", "none"),
                     pictures_at_once=2)  # fmt: skip
 
@@ -66,7 +66,7 @@ def _steps(toy: Pipeline, job: Job) -> Iterator[Step]:
 
 
 def _by_hand(toy: Pipeline, job: Job, group: slice, *, comfyui: bool) -> Iterator[np.ndarray]:
-    """Yield what the sampler of `job` does with a group of its pictures when nobody else is there."""
+    """Yield the latents of the sampler of `job`, called directly on a group of its pictures."""
     request, stage, engine = job.run.request, toy.manifest.base, ToyEngine()
     guidance, schedule, start = request.guidance_of("base"), request.schedule, job.latents[group].copy()
     micro = request.sides["base"][0].micro
@@ -90,21 +90,21 @@ def test_a_run_is_the_sampler_called_by_hand(name: str, comfyui: bool, toy: Pipe
 
 
 @pytest.mark.parametrize("name", sampler_names())
-def test_what_a_caller_does_to_a_step_changes_nothing(name: str, toy: Pipeline) -> None:
+def test_a_caller_that_changes_a_steps_latents_does_not_change_the_run(name: str, toy: Pipeline) -> None:
     calm = _start(toy, name)
     kept = [(step.latents, step.denoised) for step in _steps(toy, calm)]
     job = _start(toy, name)
     for step, (latents, denoised) in zip(_steps(toy, job), kept, strict=True):
         np.testing.assert_array_equal(step.latents, latents)
-        np.testing.assert_array_equal(step.denoised, denoised, "what is kept of a step stays as it was")
+        np.testing.assert_array_equal(step.denoised, denoised, "a step's arrays stay unchanged")
         step.latents.fill(np.nan)
         with pytest.raises(ValueError, match="read-only"):
             step.denoised.fill(np.nan)
     np.testing.assert_array_equal(job.latents, calm.latents)
 
 
-def test_a_sampler_may_do_as_it_likes_with_what_it_is_given(toy: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It keeps where it started, writes there, goes on from what it yielded, and spoils estimates and noise."""
+def test_a_sampler_may_change_every_array_that_it_gets(toy: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It keeps and overwrites its start, continues from what it yielded, and overwrites estimates and noise."""
 
     starts = []
 
@@ -138,7 +138,7 @@ def test_a_sampler_may_do_as_it_likes_with_what_it_is_given(toy: Pipeline, monke
     np.testing.assert_array_equal(job.run.initial, before)
 
 
-def test_latents_of_a_request_stay_the_callers(toy: Pipeline) -> None:
+def test_a_requests_latents_still_belong_to_the_caller(toy: Pipeline) -> None:
     given = np.random.default_rng(1).standard_normal((3, 4, SIDE // 8, SIDE // 8), dtype=np.float32)
     before = given.copy()
     job = _start(toy, latents=given)
@@ -149,7 +149,7 @@ def test_latents_of_a_request_stay_the_callers(toy: Pipeline) -> None:
     np.testing.assert_array_equal(job.run.initial, before)
 
 
-def test_a_finished_pictures_latents_are_its_own(toy: Pipeline) -> None:
+def test_a_finished_picture_owns_its_latents(toy: Pipeline) -> None:
     run = _start(toy).run
     picture = finish(run, 1, np.zeros((SIDE, SIDE, 3), np.uint8))
     picture.latents.fill(np.nan)
@@ -158,7 +158,7 @@ def test_a_finished_pictures_latents_are_its_own(toy: Pipeline) -> None:
 
 @pytest.mark.parametrize("span", [None, (0.03, 14.0)])
 @pytest.mark.parametrize("make", [lambda: PictureNoise([3, 4]), lambda: BatchNoise(3, 2)])
-def test_noise_may_be_changed_by_who_draws_it(make: Callable[[], NoiseSource], span: Any) -> None:
+def test_the_caller_may_change_drawn_noise(make: Callable[[], NoiseSource], span: Any) -> None:
     sources = [make().source((4, 4, 4), slice(0, 2), span) for _ in range(2)]
     ways = [(9.0, 4.0), (14.0, 0.03), (2.0, 2.0)]
     for way in ways:

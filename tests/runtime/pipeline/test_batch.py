@@ -1,4 +1,4 @@
-"""Requests run together: the pictures of separate runs, in fewer calls."""
+"""Requests that run together: the same pictures as in separate runs, with fewer calls."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -30,7 +30,7 @@ def pipeline(pairs: Callable[[str], Any]) -> Iterator[Pipeline]:
 
 @pytest.fixture
 def calls(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Count the calls of every engine from here on."""
+    """Return a counter of the calls of every engine from now on."""
     counted: Counter[str] = Counter()
     phase = pipeline.pool.phase
     watched: set[str] = set()
@@ -68,7 +68,7 @@ def _together(pipeline: Pipeline, requests: list[Request]) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("sampler", sampler_names())
-def test_cuts_of_one_base_run_equal_separate_runs(pipeline: Pipeline, calls: Counter[str], sampler: str) -> None:
+def test_handoffs_of_one_base_run_equal_separate_runs(pipeline: Pipeline, calls: Counter[str], sampler: str) -> None:
     cuts = [replace(SMALL, sampler=sampler, handoff_step=cut) for cut in (1, 3)]
     requests = [cuts[0], replace(SMALL, sampler=sampler, handoff=None), cuts[1]]
     found = _together(pipeline, requests)
@@ -85,14 +85,14 @@ def test_cuts_of_one_base_run_equal_separate_runs(pipeline: Pipeline, calls: Cou
      ("lms", None), ("dpmpp_2m", None), ("uni_pc", None), ("uni_pc_bh2", None), ("deis", None),
      ("res_multistep", False)],
 )  # fmt: skip
-def test_cuts_in_comfyui_s_way_equal_separate_runs(pipeline: Pipeline, sampler: str, leftover: bool | None) -> None:
+def test_handoffs_in_comfyui_mode_equal_separate_runs(pipeline: Pipeline, sampler: str, leftover: bool | None) -> None:
     way = replace(SMALL, compat="comfyui", sampler=sampler, leftover_noise=leftover)
     requests = [replace(way, handoff_step=2), replace(way, handoff_step=3)]
     for request, latents in zip(requests, _together(pipeline, requests), strict=True):
         np.testing.assert_array_equal(latents, _separately(pipeline, request))
 
 
-def test_a_sampler_that_knows_its_end_could_not_share(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sharing_a_sampler_that_depends_on_its_end_fails(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "uni_pc" in KNOWS_ITS_END_COMFYUI
     monkeypatch.setattr("sdxl_trt.runtime.pipeline.batch.KNOWS_ITS_END_COMFYUI", frozenset())
     way = replace(SMALL, compat="comfyui", sampler="uni_pc", steps=6)
@@ -101,7 +101,7 @@ def test_a_sampler_that_knows_its_end_could_not_share(pipeline: Pipeline, monkey
     assert not np.array_equal(found[0], _separately(pipeline, requests[0]))
 
 
-def test_the_bundles_own_sampler_counts_as_an_asked_one(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bundles_own_sampler_is_treated_as_requested(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     base = pipeline.manifest.base
     recorded = msgspec.structs.replace(base, scheduler=msgspec.structs.replace(base.scheduler, sampler="deis"))
     monkeypatch.setattr(pipeline, "manifest", msgspec.structs.replace(pipeline.manifest, base=recorded))
@@ -110,7 +110,7 @@ def test_the_bundles_own_sampler_counts_as_an_asked_one(pipeline: Pipeline, monk
         np.testing.assert_array_equal(latents, _separately(pipeline, request))
 
 
-def test_six_handoffs_cost_one_base_run_and_the_refiner_parts(pipeline: Pipeline, calls: Counter[str]) -> None:
+def test_six_handoffs_cost_one_base_run_and_their_refiner_steps(pipeline: Pipeline, calls: Counter[str]) -> None:
     handoffs = (0.25, 0.5, 0.6, 0.7, 0.8, None)
     requests = [replace(SMALL, steps=10, handoff=handoff) for handoff in handoffs]
     batch = Batch(pipeline, requests)
@@ -121,7 +121,7 @@ def test_six_handoffs_cost_one_base_run_and_the_refiner_parts(pipeline: Pipeline
     assert calls["unet"] + calls["refiner_unet"] <= 1.1 * (10 + parts)
 
 
-def test_a_caller_that_changes_a_step_changes_none_of_those_that_share_it(pipeline: Pipeline) -> None:
+def test_a_caller_that_changes_a_step_does_not_change_requests_that_share_it(pipeline: Pipeline) -> None:
     requests = [replace(SMALL, sampler="dpmpp_2m", handoff_step=cut) for cut in (1, 2, 3)]
     batch = Batch(pipeline, requests)
     for _, step in batch.steps():
@@ -150,7 +150,7 @@ def test_variants_of_a_workflow_share_its_base_run(pipeline: Pipeline, calls: Co
     assert not np.array_equal(found[3], found[4])
 
 
-def test_a_base_that_leaves_no_noise_on_its_way_is_not_shared(pipeline: Pipeline, calls: Counter[str]) -> None:
+def test_a_base_that_leaves_no_noise_is_not_shared(pipeline: Pipeline, calls: Counter[str]) -> None:
     alone = replace(SMALL, handoff=None)
     requests = [replace(alone, base_end_step=2), alone]
     found = _together(pipeline, requests)
@@ -180,18 +180,18 @@ def test_another_base_run_is_not_shared(pipeline: Pipeline, change: dict[str, An
 def test_a_batch_is_phase_major_with_one_change_of_experts(pairs: Callable[[str], Any]) -> None:
     with open_bundle(pairs("outline").bundle, residency="swap") as pipeline:
         requests = [replace(SMALL, prompt=prompt, count=2) for prompt in ("a red fox", "a blue star", "the snow")]
-        told = list(Batch(pipeline, requests).steps())
+        done = list(Batch(pipeline, requests).steps())
         assert (pipeline.pool.swaps, pipeline.pool.loads.count("text_encoder")) == (1, 1)
-    stages = [step.stage for _, step in told if step.stage != "load"]
+    stages = [step.stage for _, step in done if step.stage != "load"]
     assert list(dict.fromkeys(stages)) == ["encode", "base", "refiner", "decode"]
     for stage in ("base", "refiner", "decode"):
-        counted = [(step.index, step.total) for _, step in told if step.stage == stage]
+        counted = [(step.index, step.total) for _, step in done if step.stage == stage]
         assert [index for index, _ in counted] == list(range(1, len(counted) + 1))
         assert {total for _, total in counted} == {len(counted)}
-    assert [number for number, step in told if step.picture] == [0, 0, 1, 1, 2, 2]
+    assert [number for number, step in done if step.picture] == [0, 0, 1, 1, 2, 2]
 
 
-def test_one_bad_request_stops_a_batch_before_anything_is_loaded(pairs: Callable[[str], Any]) -> None:
+def test_an_invalid_request_stops_a_batch_before_anything_is_loaded(pairs: Callable[[str], Any]) -> None:
     with open_bundle(pairs("outline").bundle) as pipeline:
         with pytest.raises(UsageError, match="handoff-step"):
             Batch(pipeline, [SMALL, replace(SMALL, handoff_step=99)])

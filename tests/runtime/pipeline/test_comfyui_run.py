@@ -1,4 +1,4 @@
-"""ComfyUI's mode as a pipeline runs it: batches, pixels, and prompts that are too much."""
+"""ComfyUI mode in a pipeline: batches, pixels, and prompts that exceed the limits."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -27,7 +27,7 @@ def opened(pairs: Callable[[str], Any]) -> Iterator[Pipeline]:
         yield pipeline
 
 
-def test_a_batch_s_noise_does_not_depend_on_which_pictures_share_a_call(opened: Pipeline) -> None:
+def test_the_noise_of_a_batch_does_not_depend_on_which_pictures_share_a_call(opened: Pipeline) -> None:
     request = Request("a red fox", compat="comfyui", steps=3, seed=5, count=3, width=SIDE, height=SIDE,
                       sampler="euler_ancestral", handoff=None)  # fmt: skip
     finals = []
@@ -43,8 +43,8 @@ def test_a_batch_s_noise_does_not_depend_on_which_pictures_share_a_call(opened: 
     assert np.abs(finals[0][0] - finals[0][1]).max() > 0.1
 
 
-def test_pixels_are_cut_off(opened: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The decoder answers with nine tenths of the way between two pixel values."""
+def test_pixels_are_truncated(opened: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The decoder returns a value nine tenths of the way between two pixel values."""
     value = np.float32(2 * 100.9 / 255 - 1)
     monkeypatch.setattr(pipeline_module, "decode_latents", lambda *_, **__: np.full((1, 3, 2, 2), value))
     pixels = []
@@ -63,7 +63,7 @@ def test_a_prompt_of_book_length_is_refused_before_anything_is_loaded(opened: Pi
     assert opened.pool.loads == loads
 
 
-def test_prompts_that_no_plan_takes_are_refused(opened: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_longer_than_the_plans_take_are_refused(opened: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = Range(min=77, opt=77, max=154)
     monkeypatch.setattr(
         opened.pool, "limits", PlanLimits(height=fixed(SIDE), width=fixed(SIDE), pictures=1, tokens=tokens)
@@ -80,7 +80,7 @@ def test_a_weight_that_overflows_is_refused_before_anything_is_loaded(opened: Pi
     assert opened.pool.loads == loads
 
 
-def test_a_prompt_without_guidance_needs_no_room_for_the_negative(
+def test_without_guidance_the_length_of_the_negative_prompt_does_not_matter(
     opened: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokens = Range(min=77, opt=77, max=154)
@@ -91,8 +91,8 @@ def test_a_prompt_without_guidance_needs_no_room_for_the_negative(
     assert len(list(opened.generate(request))) == 1
 
 
-def test_a_refiner_draws_what_its_graph_draws(opened: Pipeline, tmp_path: Path) -> None:
-    """Without a seed of its own it begins the base's stream anew, as a KSampler with that seed does."""
+def test_a_refiner_draws_the_same_as_its_graph(opened: Pipeline, tmp_path: Path) -> None:
+    """Without a seed of its own it restarts the base's stream, as a KSampler with that seed does."""
     request = Request("a red fox", compat="comfyui", steps=4, seed=5, count=2, width=SIDE, height=SIDE, handoff_step=2,
                       refiner_sampler="euler_ancestral", refiner_add_noise=True)  # fmt: skip
     graph = next(opened.generate(request)).graph

@@ -14,7 +14,7 @@ from sdxl_trt.runtime.pipeline.batch import Batch
 from sdxl_trt.runtime.pipeline.pipeline import Pipeline
 from sdxl_trt.runtime.vae import encode as encode_module
 
-# diffusers' own: it gives torch tensors to np.array.
+# diffusers' own warning: it passes torch tensors to np.array.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")]
 
 PROMPT, SEED = "a red fox in the snow", 2**33 + 11
@@ -32,7 +32,7 @@ SCHEDULERS = {
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One run: strength, how many of which steps, the handoff (None for the base alone, "refine" for the refiner)."""
+    """One run: strength, handoff (None for the base alone, "refine" for the refiner alone), steps, and so on."""
 
     strength: float
     handoff: float | str | None = 0.8
@@ -62,14 +62,14 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def experts(pairs: Callable[[str], Any]) -> dict[str, Any]:
-    """diffusers' pipelines that start from a picture, of base and refiner."""
+    """diffusers' img2img pipelines of base and refiner."""
     from diffusers import StableDiffusionXLImg2ImgPipeline
 
     pair, loaded = pairs("outline"), {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name, folder in (("base", pair.base), ("refiner", pair.refiner)):
-            # The pair's base says nothing of aesthetic scores, and the refiner's class expects them.
+            # The base's config does not mention aesthetic scores, and the img2img class expects them by default.
             extra = {"requires_aesthetics_score": False} if name == "base" else {}
             loaded[name] = StableDiffusionXLImg2ImgPipeline.from_pretrained(folder, **extra)
             loaded[name].set_progress_bar_config(disable=True)
@@ -83,7 +83,7 @@ def opened(pairs: Callable[[str], Any]) -> Iterator[Pipeline]:
 
 
 def _picture() -> np.ndarray:
-    """A picture with edges and colours, as pictures have them."""
+    """Return a picture with edges and colours, like real ones."""
     width, height = SIDES
     y, x = np.mgrid[:height, :width]
     disc = np.hypot(y - height / 2, x - width / 3) < height / 3
@@ -98,7 +98,7 @@ def _start(case: Case) -> np.ndarray:
 
 
 def _reference(experts: dict[str, Any], case: Case) -> tuple[np.ndarray | None, np.ndarray]:
-    """Return the latents that the base hands over, if it does, and the last ones."""
+    """Return the latents at the handoff, or None without one, and the last latents."""
     import diffusers
     import torch
     from PIL import Image
@@ -110,7 +110,7 @@ def _reference(experts: dict[str, Any], case: Case) -> tuple[np.ndarray | None, 
     results = []
     for name in chain:
         pipeline = experts[name]
-        # As SDXL's config is read for DDIM: no clipping, which is for models of pixels, and an end above sigma 0.
+        # DDIM for SDXL: no clipping, which is for pixel models, and an end above sigma 0.
         settings = {"clip_sample": False, "set_alpha_to_one": False} if case.sampler == "ddim" else {}
         kind = getattr(diffusers, SCHEDULERS[case.sampler])
         pipeline.scheduler = kind.from_config(pipeline.scheduler.config, **settings)
@@ -148,8 +148,8 @@ def test_the_run_is_diffusers_run(case: Case, opened: Pipeline, experts: dict[st
     np.testing.assert_allclose(opened.run.final, final, rtol=0, atol=TOLERANCE)
 
 
-def test_the_tolerance_would_notice_the_draw_the_strength_and_the_noise(opened: Pipeline) -> None:
-    """What the comparison allows is far less than each of them does."""
+def test_the_tolerance_detects_another_draw_strength_or_noise(opened: Pipeline) -> None:
+    """The tolerance is far smaller than the effect of each."""
     case, finals = dataclasses.replace(CASES[0], steps=6, count=1), []
     for changes in ({}, {"seed": SEED + 5}, {"strength": 0.67}, {"image": _picture()[::-1]}, {"refine": True,
                     "handoff": "auto"}):  # fmt: skip
@@ -159,7 +159,7 @@ def test_the_tolerance_would_notice_the_draw_the_strength_and_the_noise(opened: 
         assert np.abs(final - finals[0]).max() > 30 * TOLERANCE
 
 
-def test_the_image_is_encoded_before_all_else_and_once(opened: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_image_is_encoded_first_and_only_once(opened: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     phases: list[tuple[tuple[str, ...], tuple[str, ...]]] = []
     phase = opened.pool.phase
     monkeypatch.setattr(
@@ -173,7 +173,7 @@ def test_the_image_is_encoded_before_all_else_and_once(opened: Pipeline, monkeyp
     assert next(opened.steps(_request(CASES[8]))).stage == "encode", "latents need no encoding"
 
 
-def test_the_base_s_engines_are_not_asked_for_where_the_refiner_is_alone(opened: Pipeline, monkeypatch: Any) -> None:
+def test_the_refiner_alone_does_not_load_the_bases_engines(opened: Pipeline, monkeypatch: Any) -> None:
     names: list[str] = []
     phase = opened.pool.phase
     monkeypatch.setattr(
@@ -181,10 +181,10 @@ def test_the_base_s_engines_are_not_asked_for_where_the_refiner_is_alone(opened:
     )
     list(opened.generate(_request(CASES[7], count=1, steps=4)))
     assert set(names) == {"vae_encoder", "text_encoder_2", "refiner_unet", "vae_decoder"}
-    assert (opened.run.handoff_latents, opened.run.handoff) == (None, None), "nothing is handed over"
+    assert (opened.run.handoff_latents, opened.run.handoff) == (None, None), "there is no handoff"
 
 
-def test_an_encoder_that_cannot_take_the_whole_gets_tiles(opened: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_encoder_with_small_profiles_gets_tiles(opened: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     (encoder,) = opened.pool.phase("vae_encoder")
     shapes, infer, finals = [], encoder.infer, []
     monkeypatch.setattr(encoder, "infer", lambda inputs: shapes.append(inputs["sample"].shape) or infer(inputs))
@@ -195,7 +195,7 @@ def test_an_encoder_that_cannot_take_the_whole_gets_tiles(opened: Pipeline, monk
         finals.append(job.latents)
     width, height = SIDES
     assert shapes == [(1, 3, height, width)] + [(1, 3, 32, 32)] * 3
-    # Its weights are random, and its group norms see a tile each.
+    # Its weights are random, and its group norms see one tile each.
     assert 0.9 < np.corrcoef(finals[0].ravel(), finals[1].ravel())[0, 1] < 1
 
 
@@ -211,7 +211,7 @@ def test_a_sweep_shares_the_encoding_and_the_base(opened: Pipeline, monkeypatch:
     batch = Batch(opened, requests)
     stages = [step.stage for _, step in batch.steps()]
     assert len(calls) == 1
-    # 12 steps at 0.5 come in at 6 and go to the end for the base alone; 0.4 is before that, the refiner's alone.
+    # 12 steps at strength 0.5 start at step 6, and the base alone runs to the end; handoff 0.4 is before the start.
     assert stages.count("base") == 6
     for request, run in zip(requests, batch.runs, strict=True):
         list(opened.generate(request))
@@ -220,7 +220,7 @@ def test_a_sweep_shares_the_encoding_and_the_base(opened: Pipeline, monkeypatch:
     assert not batch.runs[0].request.refiner_only
 
 
-def test_sizes_come_from_the_picture_or_are_asked_for(opened: Pipeline) -> None:
+def test_sizes_come_from_the_picture_or_from_the_request(opened: Pipeline) -> None:
     image = np.zeros((70, 100, 3), np.uint8)
 
     def size(**settings: Any) -> tuple[int, int, str]:
@@ -236,7 +236,7 @@ def test_sizes_come_from_the_picture_or_are_asked_for(opened: Pipeline) -> None:
         opened.start(_request(CASES[0], image=image[:5]))
 
 
-def test_what_does_not_fit_is_refused_before_anything_is_loaded(opened: Pipeline) -> None:
+def test_unsuitable_images_are_refused_before_anything_is_loaded(opened: Pipeline) -> None:
     latents = _start(CASES[9])
     for changes, words in (
         ({"image": None}, "give it with --image or --refine"),

@@ -1,4 +1,4 @@
-"""The stages as a pool sees them: what each phase names as the next, groups, tiles, and one change of UNets."""
+"""The stages from the pool's side: each phase's next engine, groups, tiles, and a single switch of UNets."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,13 +23,13 @@ SMALL = {"steps": 4, "width": 32, "height": 32, "seed": 5}
 
 @pytest.fixture(scope="module")
 def opened(pairs: Callable[[str], Any]) -> Iterator[Pipeline]:
-    """One pipeline for all tests: what it has loaded stays loaded."""
+    """One pipeline for all tests: engines stay loaded."""
     with open_bundle(pairs("outline").bundle, residency="resident") as pipeline:
         yield pipeline
 
 
 class Watch:
-    """Writes down a pool's phases, and the shapes that its engines are given."""
+    """Records a pool's phases, and the input shapes of its engines."""
 
     def __init__(self, pool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         self.phases: list[tuple[tuple[str, ...], tuple[str, ...]]] = []
@@ -64,7 +64,7 @@ def watch(opened: Pipeline, monkeypatch: pytest.MonkeyPatch) -> Watch:
 ENCODERS = [(("text_encoder",), ("text_encoder_2",)), (("text_encoder_2",), ("unet",))]
 
 
-def test_each_phase_says_what_the_next_one_needs(opened: Pipeline, watch: Watch) -> None:
+def test_each_phase_names_the_engine_that_the_next_one_needs(opened: Pipeline, watch: Watch) -> None:
     list(opened.generate(Request(PROMPT, handoff=0.5, **SMALL)))
     assert watch.phases == [
         *ENCODERS,
@@ -74,13 +74,13 @@ def test_each_phase_says_what_the_next_one_needs(opened: Pipeline, watch: Watch)
     ]
 
 
-def test_the_base_alone_goes_on_to_the_decoder(opened: Pipeline, watch: Watch) -> None:
+def test_the_base_alone_is_followed_by_the_decoder(opened: Pipeline, watch: Watch) -> None:
     list(opened.generate(Request(PROMPT, handoff=None, **SMALL)))
     assert watch.phases == [*ENCODERS, (("unet",), ("vae_decoder",)), (("vae_decoder",), ())]
 
 
 @pytest.mark.parametrize(("guidance", "rows"), [(5.0, [4, 4, 2]), (1.0, [2, 2, 1])])
-def test_groups_are_no_larger_than_the_plans_batch(
+def test_groups_do_not_exceed_the_plans_batch(
     opened: Pipeline, monkeypatch: pytest.MonkeyPatch, guidance: float, rows: list[int]
 ) -> None:
     limits = PlanLimits(height=fixed(32), width=fixed(32), pictures=2, tokens=fixed(77))
@@ -94,7 +94,7 @@ def test_groups_are_no_larger_than_the_plans_batch(
         assert [shape[0] for shape in watch.shapes[unet]] == [count for count in rows for _ in range(2)]
 
 
-def test_a_size_that_no_plan_takes_is_refused_before_anything_is_loaded(
+def test_a_size_outside_the_plans_is_refused_before_anything_is_loaded(
     opened: Pipeline, watch: Watch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sides = Range(min=64, opt=64, max=128)
@@ -109,7 +109,7 @@ def _pixels(pipeline: Pipeline, **settings: Any) -> np.ndarray:
     return np.stack([np.asarray(picture.image) for picture in pipeline.generate(request)]).astype(np.float64)
 
 
-def test_a_decoder_that_cannot_take_the_whole_gets_tiles(
+def test_a_decoder_with_small_profiles_gets_tiles(
     opened: Pipeline, watch: Watch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = _pixels(opened, count=2)
@@ -123,7 +123,7 @@ def test_a_decoder_that_cannot_take_the_whole_gets_tiles(
 def test_plans_of_a_wide_decoder_decode_in_tiles(
     opened: Pipeline, simulated: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """As fp32 plans are built: the decoder's for tiles, whatever the UNets' take."""
+    """fp32 plans are built so: the decoder's for tiles, whatever sizes the UNets' take."""
     from simulated.bundles import make_simulated_bundle
 
     monkeypatch.setattr(profiles, "TILE", 48)
@@ -139,7 +139,7 @@ def test_plans_of_a_wide_decoder_decode_in_tiles(
     assert 0 < np.mean((tiled - whole) ** 2) < 255**2 / 10 ** (30 / 10), "30 dB"
 
 
-def test_tiles_can_be_asked_for(opened: Pipeline, watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiles_can_be_requested(opened: Pipeline, watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tile_sizes, "TILE", 32)
     _pixels(opened, tile=True)
     assert set(watch.shapes["vae_decoder"]) == {(1, 4, 16, 16)}
@@ -159,8 +159,8 @@ def test_no_more_prompts_share_a_call_than_an_encoder_takes(opened: Pipeline, wa
         np.testing.assert_allclose(embeds.pooled, alone.pooled, rtol=0, atol=1e-5)
 
 
-def test_a_run_that_is_left_leaves_nothing_loaded(pairs: Callable[[str], Any]) -> None:
-    """Whoever stops in the middle of the base's steps, while the refiner is made ready, still ends with everything."""
+def test_an_abandoned_run_leaves_nothing_loaded(pairs: Callable[[str], Any]) -> None:
+    """The caller stops during the base's steps, while the refiner is prefetched: both are unloaded."""
     with open_bundle(pairs("outline").bundle, residency="swap") as pipeline:
         steps = pipeline.steps(Request(PROMPT, handoff=0.5, **SMALL))
         assert next(step for step in steps if step.stage == "base").index == 1

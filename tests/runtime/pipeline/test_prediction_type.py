@@ -1,4 +1,4 @@
-"""--prediction-type: against diffusers' scheduler through the pipeline, over what the bundle says, and on record."""
+"""--prediction-type: against diffusers' scheduler in the pipeline, overriding the bundle, and in the metadata."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +22,7 @@ from sdxl_trt.runtime.diffusion.denoiser import PREDICTIONS
 from sdxl_trt.runtime.pipeline.pipeline import Pipeline
 from sdxl_trt.runtime.text.encoder import PromptEmbeds
 
-# diffusers' own: it gives torch tensors to np.array.
+# diffusers' own warning: it passes torch tensors to np.array.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 STEPS, GUIDANCE = 6, 4.0
@@ -31,7 +31,7 @@ EMBEDS = PromptEmbeds(np.zeros((77, 112), np.float32), np.zeros(64, np.float32))
 
 
 class RowsEngine:
-    """Answers every row with what depends on it, on its place and on the timestep; takes float32."""
+    """Returns a function of each row, its index and the timestep; takes float32."""
 
     def __init__(self, component: Component) -> None:
         inputs = tuple(msgspec.structs.replace(spec, dtype="float32") for spec in component.inputs)
@@ -54,7 +54,7 @@ def predict(sample: Array, timestep: float) -> Array:
 
 
 def _trail(asked: str, stated: str) -> list[Array]:
-    """Return the latents before the first step and after each, of a bundle that has `stated` in its manifest."""
+    """Return the latents before the first step and after each, of a bundle with `stated` in its manifest."""
     manifest = BUNDLE.manifest
     scheduler = msgspec.structs.replace(manifest.base.scheduler, prediction_type=stated)
     base = msgspec.structs.replace(manifest.base, scheduler=scheduler)
@@ -86,21 +86,21 @@ def _diffusers(prediction_type: str, noise: Array) -> Iterator[Array]:
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTIONS)
-def test_each_is_diffusers_step_by_step_whatever_the_bundle_says(prediction_type: str) -> None:
+def test_every_step_is_diffusers_whatever_the_bundle_states(prediction_type: str) -> None:
     for stated in PREDICTIONS:
         trail = _trail(prediction_type, stated)
         for step, (x, expected) in enumerate(zip(trail, _diffusers(prediction_type, trail[0]), strict=True)):
             np.testing.assert_allclose(x, expected, rtol=1e-4, atol=1e-4, err_msg=f"{stated}, after step {step}")
 
 
-def test_auto_is_what_the_bundle_says() -> None:
+def test_auto_is_the_bundles_prediction_type() -> None:
     trails = {stated: _trail("auto", stated)[-1] for stated in PREDICTIONS}
     for stated, last in trails.items():
         np.testing.assert_array_equal(last, _trail(stated, "epsilon")[-1])
     assert np.abs(trails["epsilon"] - trails["v_prediction"]).max() > 0.1
 
 
-def test_an_unknown_one_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_prediction_type_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UsageError, match="--prediction-type 'flow' is unknown; choose one of: auto, epsilon"):
         _trail("flow", "epsilon")
     with pytest.raises(SystemExit) as caught:
@@ -109,7 +109,7 @@ def test_an_unknown_one_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--prediction-type" in capsys.readouterr().err
 
 
-def test_a_picture_says_what_it_was_asked_for(tmp_path: Path) -> None:
+def test_a_picture_records_the_requested_prediction_type(tmp_path: Path) -> None:
     with open_bundle() as pipeline:
         pictures = [
             picture

@@ -1,4 +1,4 @@
-"""Sweeps: which variants there are, what is refused, and a sheet that tells them apart."""
+"""Sweeps: their variants, what is refused, and the sheet that labels them."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,7 +25,7 @@ def _sweep(*texts: str, request: Request = FOX, **options: bool) -> Sweep:
     return Sweep(request, [parse_axis(text) for text in texts], **options)
 
 
-def test_handoffs_and_the_base_alone() -> None:
+def test_a_sweep_of_handoffs_may_include_the_base_alone() -> None:
     requests = _sweep("handoff=0.25, 0.8,none", request=replace(FOX, handoff_step=3)).requests
     assert [(each.handoff, each.handoff_step) for each in requests] == [(0.25, None), (0.8, None), (None, None)]
     requests = _sweep("handoff-step=2,none", request=replace(FOX, handoff=0.5)).requests
@@ -40,13 +40,13 @@ def test_handoffs_and_the_base_alone() -> None:
         ("sampler=euler,dpmpp_2m", "sampler", ["euler", "dpmpp_2m"]),
     ],
 )  # fmt: skip
-def test_other_keys_vary_their_setting_alone(text: str, field: str, values: list[Any]) -> None:
+def test_other_keys_vary_only_their_setting(text: str, field: str, values: list[Any]) -> None:
     requests = _sweep(text).requests
     assert [getattr(each, field) for each in requests] == values
     assert all(replace(each, **{field: getattr(FOX, field)}) == FOX for each in requests)
 
 
-def test_the_negative_score_follows_unless_it_is_given() -> None:
+def test_the_negative_score_follows_unless_it_is_kept() -> None:
     both = [(each.aesthetic_score, each.negative_aesthetic_score) for each in _sweep("aesthetic-score=4,8").requests]
     assert both == [(4.0, 4.0), (8.0, 8.0)]
     kept = _sweep("aesthetic-score=4,8", keep_negative=True).requests
@@ -69,7 +69,7 @@ WORKFLOW = Request(
 )  # fmt: skip
 
 
-def test_a_workflow_s_numbers_are_varied_where_they_stand() -> None:
+def test_the_numbers_of_a_workflows_nodes_are_varied() -> None:
     cuts = _sweep("handoff-step=12,none", request=WORKFLOW).requests
     assert [(each.base_end_step, each.refiner_start_step, each.handoff) for each in cuts] == [
         (12, 12, "auto"), (None, None, None),
@@ -96,25 +96,25 @@ def test_a_workflow_s_numbers_are_varied_where_they_stand() -> None:
         ("handoff-step=4,none", {"refine": True}, "whose refiner has a denoise"),
     ],
 )  # fmt: skip
-def test_what_a_workflow_does_not_have_is_not_varied(text: str, change: dict[str, Any], message: str) -> None:
+def test_settings_that_a_workflow_lacks_cannot_be_varied(text: str, change: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         _sweep(text, request=replace(WORKFLOW, **change))
 
 
 @given(st.lists(st.one_of(st.none(), st.floats(0.01, 0.99)), min_size=1, max_size=5, unique=True),
        st.lists(st.floats(-100, 100), min_size=1, max_size=4, unique=True))  # fmt: skip
-def test_an_axis_is_told_as_it_is_read(cuts: list[float | None], scores: list[float]) -> None:
+def test_the_text_of_an_axis_is_parsed_as_the_same_axis(cuts: list[float | None], scores: list[float]) -> None:
     for axis in (Axis("handoff", tuple(cuts)), Axis("aesthetic-score", tuple(scores))):
         assert parse_axis(axis.text) == axis
 
 
-def test_a_sheet_tells_what_its_cells_do_not() -> None:
+def test_a_sheet_records_the_common_settings_and_the_sweep() -> None:
     request = replace(FOX, handoff=0.6, refiner_guidance=3.0, negative_aesthetic_score=2.5)
     cell = {"prompt": "a red fox", "handoff_step": 5, "refiner_guidance": 7.0, "negative_aesthetic_score": 4.0}
-    told = _sweep("aesthetic-score=4,8", "guidance=3,7", request=request).sheet_metadata(cell)
-    assert told["sweep"] == ["aesthetic-score=4,8", "guidance=3,7"]
-    assert (told["prompt"], told["handoff"], told["handoff_step"], told["guidance"]) == ("a red fox", 0.6, None, 5.0)
-    assert (told["refiner_guidance"], told["refiner_sampler"], told["negative_aesthetic_score"]) == (3.0, None, None)
+    meta = _sweep("aesthetic-score=4,8", "guidance=3,7", request=request).sheet_metadata(cell)
+    assert meta["sweep"] == ["aesthetic-score=4,8", "guidance=3,7"]
+    assert (meta["prompt"], meta["handoff"], meta["handoff_step"], meta["guidance"]) == ("a red fox", 0.6, None, 5.0)
+    assert (meta["refiner_guidance"], meta["refiner_sampler"], meta["negative_aesthetic_score"]) == (3.0, None, None)
     assert _sweep("guidance=3,7").sheet_metadata(cell | {"sampler": "lcm"})["sampler"] == "lcm", "the bundle's own"
     kept = _sweep("aesthetic-score=4,8", request=request, keep_negative=True).sheet_metadata(cell)
     assert kept["negative_aesthetic_score"] == 2.5
@@ -131,12 +131,12 @@ def test_a_sheet_tells_what_its_cells_do_not() -> None:
         (["seed=" + ",".join(map(str, range(101)))], "at most 100"),
     ],
 )  # fmt: skip
-def test_what_makes_no_sheet_is_refused(texts: Sequence[str], message: str) -> None:
+def test_invalid_axes_are_refused(texts: Sequence[str], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         _sweep(*texts)
 
 
-def test_several_pictures_a_cell_are_refused() -> None:
+def test_several_pictures_per_cell_are_refused() -> None:
     with pytest.raises(UsageError, match="leave -n out"):
         _sweep("seed=1,2", request=replace(FOX, count=2))
     with pytest.raises(UsageError, match="--latents"):
@@ -161,7 +161,7 @@ def _squares(count: int, size: tuple[int, int]) -> list[Image.Image]:
 
 
 def _boxes(page: Image.Image, count: int) -> list[tuple[int, int, int, int]]:
-    """Return where each colour lies: left, top, right, bottom."""
+    """Return the box of each colour: left, top, right, bottom."""
     pixels = np.asarray(page)
     boxes = []
     for colour in COLOURS[:count]:
@@ -174,7 +174,7 @@ def _boxes(page: Image.Image, count: int) -> list[tuple[int, int, int, int]]:
     ("size", "shown"),
     [((128, 128), (256, 256)), ((100, 60), (200, 120)), ((300, 200), (300, 200)), ((1024, 512), (384, 192))],
 )
-def test_pictures_are_shown_whole_in_rows(size: tuple[int, int], shown: tuple[int, int]) -> None:
+def test_pictures_are_shown_in_full_in_rows(size: tuple[int, int], shown: tuple[int, int]) -> None:
     captions = [(f"cell {k}", "more") for k in range(5)]
     page = draw_sheet(Sheet(_squares(5, size), captions, 3, "a prompt", "aside", "notes"))
     boxes = _boxes(page, 5)
@@ -224,10 +224,10 @@ def test_a_prompt_of_any_length_fits_on_the_sheet(prompt: str) -> None:
     assert page.height < 800
     ink = np.asarray(page.convert("L")) < 200
     assert not ink[:, :32].any()
-    assert not ink[:, -32:].any(), "a line goes over the margin"
+    assert not ink[:, -32:].any(), "a line crosses the margin"
 
 
-def test_every_word_of_a_prompt_is_on_the_sheet_where_there_is_room() -> None:
+def test_every_word_of_a_prompt_is_on_the_sheet_if_there_is_room() -> None:
     font = ImageFont.load_default(15)
     words = [f"word{k}," for k in range(60)]
     lines = _wrapped(" ".join(words), 500, font, 8)
@@ -240,11 +240,11 @@ def test_every_word_of_a_prompt_is_on_the_sheet_where_there_is_room() -> None:
     assert font.getlength(cut[1]) <= 500
 
 
-def test_what_the_font_does_not_have_is_told_plainly() -> None:
+def test_characters_that_the_font_lacks_are_replaced() -> None:
     assert _wrapped("Füchse, 红狐 “fox” ½", 500, ImageFont.load_default(15), 1) == ["Fuchse, ?? “fox” 1?2"]
 
 
-def test_pictures_of_several_sizes_keep_their_shapes_and_stand_on_one_line() -> None:
+def test_pictures_of_several_sizes_keep_their_aspect_ratio_and_are_aligned() -> None:
     squares = [Image.new("RGB", size, colour) for size, colour in zip(((512, 256), (256, 512)), COLOURS, strict=False)]
     first, second = _boxes(draw_sheet(Sheet(squares, [("a", ""), ("b", "")], 2)), 2)
     assert (first[2] - first[0], first[3] - first[1]) == (384, 192)

@@ -1,4 +1,4 @@
-"""Prompts that nobody would write, run to a picture or refused in one line, in both ways with prompts."""
+"""Extreme prompts give a picture or a UsageError, in both prompt syntaxes."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -36,12 +36,12 @@ def _drawn_or_refused(pipeline: Pipeline, prompt: str, compat: str) -> None:
 
 @pytest.mark.parametrize("compat", ["diffusers", "comfyui"])
 @pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS)
-def test_a_prompt_that_nobody_would_write(pipeline: Pipeline, prompt: str, compat: str) -> None:
+def test_an_extreme_prompt_is_drawn_or_refused(pipeline: Pipeline, prompt: str, compat: str) -> None:
     _drawn_or_refused(pipeline, prompt, compat)
 
 
 @settings(suppress_health_check=[HealthCheck.too_slow], derandomize=True, deadline=None, max_examples=8)
 @given(prompt=st.text(max_size=60) | st.text("()[]:\\.0123456789 ab", max_size=60))
-def test_any_prompt(pipeline: Pipeline, prompt: str) -> None:
+def test_any_prompt_is_drawn_or_refused(pipeline: Pipeline, prompt: str) -> None:
     for compat in ("diffusers", "comfyui"):
         _drawn_or_refused(pipeline, prompt, compat)

@@ -1,4 +1,4 @@
-"""What the text encoders are given for a prompt in ComfyUI's way, against ComfyUI's own tokens and weights."""
+"""The text encoders' input for a prompt in ComfyUI mode, against ComfyUI's own tokens and weights."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -24,9 +24,9 @@ PADS = {"clip_l": 49407, "clip_g": 0}
 
 
 class Reader:
-    """A text encoder whose hidden states say which row was not the empty prompt: weighed, that is the weight."""
+    """A text encoder that returns `value` for a prompt and 0 for the empty one: weighted, 1 becomes the weight."""
 
-    told = 1.0
+    value = 1.0
 
     def __init__(self, pad: int) -> None:
         names = ("hidden_states.0", "hidden_states.1", "text_embeds")
@@ -37,7 +37,7 @@ class Reader:
     def infer(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
         rows = inputs["input_ids"].tolist()
         self.given += rows
-        hidden = np.array([np.full((77, 1), self.told * (row != self.empty), np.float32) for row in rows])
+        hidden = np.array([np.full((77, 1), self.value * (row != self.empty), np.float32) for row in rows])
         return {name: np.zeros((len(rows), 1), np.float32) if name == "text_embeds" else hidden for name in outputs}
 
 
@@ -60,7 +60,7 @@ class Encoding:
         self.encoder = PromptEncoder(pool)
 
     def __call__(self, text: str, text_2: str) -> np.ndarray:
-        """Return hidden states (tokens, 2); `readers` then know what they were given."""
+        """Return hidden states (tokens, 2); `readers` then hold the ids that they were given."""
         self.readers = {name: Reader(pad) for name, pad in PADS.items()}
         (embeds,) = self.encoder.encode([(self.stage, Prompt(text, text_2))], "u", weighted=True)
         return embeds.hidden
@@ -71,7 +71,7 @@ def encode() -> Encoding:
     return Encoding("float32")
 
 
-def test_tokens_and_weights_are_comfyui_s(encode: Encoding) -> None:
+def test_tokens_and_weights_are_comfyuis(encode: Encoding) -> None:
     for case in PROMPTS:
         if "clip_l" not in case:
             continue
@@ -86,16 +86,16 @@ def test_tokens_and_weights_are_comfyui_s(encode: Encoding) -> None:
             for number, chunk in enumerate(case[name]):
                 for place, weight in chunk["weights"].items():
                     weights[number, int(place)] = weight
-            # Equal rows are read once, and the empty prompt where weights are measured from it.
+            # Equal rows are encoded once, and the empty prompt only if there are weights.
             empty = encode.readers[name].empty
-            weighed = [empty] if (weights != 1.0).any() else []
-            assert encode.readers[name].given == [*map(list, dict.fromkeys(map(tuple, rows + weighed)))], case["name"]
+            weighted = [empty] if (weights != 1.0).any() else []
+            assert encode.readers[name].given == [*map(list, dict.fromkeys(map(tuple, rows + weighted)))], case["name"]
             written = [number for number, row in enumerate(rows) if row != empty]
             found = hidden[:, column].reshape(-1, 77)[written]
             np.testing.assert_allclose(found, weights[written], rtol=1e-6, err_msg=case["name"])
 
 
-def test_parentheses_are_read_as_comfyui_reads_them() -> None:
+def test_parentheses_are_parsed_as_in_comfyui() -> None:
     for text, expected in json.loads((RECORDED / "parser.json").read_bytes()):
         found = [(segment.text, segment.weight) for segment in parse_weights(text)]
         assert found == [(part, pytest.approx(weight, rel=1e-12, nan_ok=True)) for part, weight in expected], text
@@ -116,7 +116,7 @@ def test_embeddings_are_left_out(text: str, parts: list[str], names: list[str]) 
     assert without_embeddings([Segment(text, 1.2)]) == ([Segment(part, 1.2) for part in parts], names)
 
 
-def test_an_embedding_that_is_left_out_is_told_once(encode: Encoding, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_embedding_that_is_left_out_is_warned_of_once(encode: Encoding, caplog: pytest.LogCaptureFixture) -> None:
     encode("a (embedding:ink:1.2) fox, embedding:ink", "a embedding:ink fox")
     assert [record.getMessage().split(" is ")[0] for record in caplog.records] == ["embedding:ink"]
     with pytest.raises(UsageError, match="an embedding: without a name"):
@@ -124,14 +124,14 @@ def test_an_embedding_that_is_left_out_is_told_once(encode: Encoding, caplog: py
 
 
 @pytest.mark.parametrize("weight", ["inf", "-inf", "nan", "10001", "-1e30", "1e999"])
-def test_a_weight_of_another_world_is_refused(encode: Encoding, weight: str) -> None:
+def test_an_extreme_weight_is_refused(encode: Encoding, weight: str) -> None:
     with pytest.raises(UsageError, match=r"a weight of .* in the prompt; choose -10000 to 10000"):
         encode(f"a (red:{weight}) fox", "")
     assert [reader.given for reader in encode.readers.values()] == [[], []]
 
 
-def test_a_weight_that_the_unet_cannot_hold_is_refused(encode: Encoding, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Reader, "told", 20.0)
+def test_a_weight_beyond_the_range_of_the_unet_is_refused(encode: Encoding, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Reader, "value", 20.0)
     half = Encoding("float16")
     for each in (encode, half):
         assert each("a (fox:3000)", "").max() == 60_000

@@ -1,4 +1,4 @@
-"""Prompts to ids against transformers' CLIPTokenizer, for anything that can be typed."""
+"""Token ids against transformers' CLIPTokenizer, for any text that can be typed."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ NO_SPECIALS = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 
 
 def _write_source(folder: Path, pad: str) -> None:
-    """Write a CLIP tokenizer of all bytes and a few words as published folders have it."""
+    """Write a CLIP tokenizer of all bytes and a few words, in the layout of published folders."""
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     symbols = [chr(byte) for byte in visible] + [chr(256 + i) for i in range(256 - len(visible))]
     merges: list[tuple[str, str]] = []
@@ -87,7 +87,7 @@ def ours(bundle: Bundle) -> dict[str, PromptTokenizer]:
 
 @pytest.fixture(scope="module")
 def reference(sources: Path) -> Callable[[str, str], list[int]]:
-    """Return transformers' ids of a text as diffusers asks for them."""
+    """Return a function that gives transformers' ids of a text, with diffusers' options."""
     from transformers import CLIPTokenizer
 
     loaded: dict[str, Any] = {name: CLIPTokenizer.from_pretrained(sources / name) for name in PADS}
@@ -122,25 +122,25 @@ def test_any_prompt_has_transformers_ids(ours: Any, reference: Any, text: str) -
         assert ours[name].ids(text).tolist() == reference(name, text)
 
 
-def test_the_two_tokenizers_pad_each_in_its_own_way(ours: Any) -> None:
+def test_each_of_the_two_tokenizers_has_its_own_padding(ours: Any) -> None:
     first, second = (ours[name].ids("fox") for name in PADS)
     assert first[:3].tolist() == second[:3].tolist()
     assert set(first[3:].tolist()) == {ours["tokenizer"].spec.eos_id}
-    assert set(second[3:].tolist()) == {0}, "'!' is the first of the vocabulary"
+    assert set(second[3:].tolist()) == {0}, "'!' is the first token of the vocabulary"
 
 
-def test_what_fits_is_not_cut_off(ours: Any) -> None:
+def test_a_prompt_that_fits_is_not_cut(ours: Any) -> None:
     assert ours["tokenizer"].cut_off("") == ""
     assert ours["tokenizer"].cut_off("red " * 75) == ""
 
 
-def test_what_does_not_fit_is_told_in_the_user_s_own_words(ours: Any) -> None:
+def test_the_cut_part_is_given_in_the_users_own_words(ours: Any) -> None:
     assert ours["tokenizer"].cut_off("red " * 75 + "Blue  STAR") == "Blue  STAR"
 
 
 @settings(deadline=None, suppress_health_check=NO_SPECIALS)
 @given(count=st.integers(70, 90), words=st.lists(st.sampled_from(["red", "Fox", "the"]), min_size=90, max_size=90))
-def test_nothing_is_lost_without_being_told(ours: Any, count: int, words: list[str]) -> None:
+def test_everything_that_is_cut_is_given(ours: Any, count: int, words: list[str]) -> None:
     text = " ".join(words[:count])
     cut = ours["tokenizer"].cut_off(text)
     assert cut == " ".join(words[75:count])
@@ -158,7 +158,7 @@ def _damaged(tmp_path: Path, bundle: Bundle, content: bytes, *, recorded: bool) 
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"not json", b"\xff", b'{"model": {"type": "BPE"}}', b"[" * 10_000])
-def test_what_is_no_tokenizer_is_corrupt(tmp_path: Path, bundle: Bundle, content: bytes) -> None:
+def test_a_file_that_is_not_a_tokenizer_is_corrupt(tmp_path: Path, bundle: Bundle, content: bytes) -> None:
     with pytest.raises(CorruptError, match=r"not a tokenizer.*export-engines again"):
         PromptTokenizer(_damaged(tmp_path, bundle, content, recorded=True), "tokenizer")
 
@@ -169,8 +169,8 @@ def test_a_tokenizer_that_was_changed_is_corrupt(tmp_path: Path, bundle: Bundle)
         PromptTokenizer(_damaged(tmp_path, bundle, content, recorded=False), "tokenizer")
 
 
-def test_a_prompt_that_is_no_text_is_a_usage_error(ours: Any) -> None:
-    """What a shell passes on for bytes that are not UTF-8: lone surrogates."""
+def test_a_prompt_that_is_not_unicode_is_a_usage_error(ours: Any) -> None:
+    """A shell's bytes that are not UTF-8 become lone surrogates."""
     for call in (ours["tokenizer"].cut_off, ours["tokenizer"].ids):
         with pytest.raises(UsageError):
             call("fox \udcff")

@@ -1,4 +1,4 @@
-"""ComfyUI's prompt syntax: weights, escapes, what is not balanced, and chunks of 77."""
+"""ComfyUI's prompt syntax: weights, escapes, unbalanced parentheses, and chunks of 77."""
 
 import math
 
@@ -19,7 +19,7 @@ TOKENIZER = Tokenizer(
 
 
 def _encode(text: str) -> list[int]:
-    """A token a word; the word is the token."""
+    """Return one token per word: the word's number."""
     return [int(word) for word in text.split()]
 
 
@@ -27,15 +27,15 @@ def _words(count: int, first: int = 0) -> str:
     return " ".join(str(first + i) for i in range(count))
 
 
-# What ComfyUI makes of each, worked out by hand from its rules.
+# ComfyUI's results, derived by hand from its rules.
 CASES = {
     "plain": ("a red fox", [("a red fox", 1.0)]),
     "one pair": ("a (red) fox", [("a ", 1.0), ("red", 1.1), (" fox", 1.0)]),
     "nested pairs multiply": ("((red))", [("red", 1.1 * 1.1)]),
-    "a number states": ("(red:1.3)", [("red", 1.3)]),
-    "a number replaces, it does not multiply": ("((red:1.3))", [("red", 1.3)]),
-    "inner pairs multiply what is stated outside": ("(a (b):1.5)", [("a ", 1.5), ("b", 1.5 * 1.1)]),
-    "the inner statement wins": ("(a (b:0.5):1.5)", [("a ", 1.5), ("b", 0.5)]),
+    "a number sets the weight": ("(red:1.3)", [("red", 1.3)]),
+    "a number is not multiplied": ("((red:1.3))", [("red", 1.3)]),
+    "inner pairs multiply an outer number": ("(a (b):1.5)", [("a ", 1.5), ("b", 1.5 * 1.1)]),
+    "the innermost number wins": ("(a (b:0.5):1.5)", [("a ", 1.5), ("b", 0.5)]),
     "the last colon counts": ("(a:b:1.2)", [("a:b", 1.2)]),
     "no number after the colon": ("(a:b)", [("a:b", 1.1)]),
     "nothing before the colon": ("(:1.3)", [(":1.3", 1.1)]),
@@ -61,22 +61,22 @@ def test_weights_are_comfyuis(prompt: str, expected: list[tuple[str, float]]) ->
 
 
 @given(st.text(alphabet="ab() :1.\\\0é😀", max_size=60))
-def test_any_text_is_a_prompt(prompt: str) -> None:
+def test_any_text_can_be_parsed(prompt: str) -> None:
     assert all(np.isfinite(part.weight) for part in parse_weights(prompt))
 
 
 @given(st.text(alphabet="ab :.,é😀", max_size=60))
-def test_text_without_parentheses_is_itself(prompt: str) -> None:
+def test_text_without_parentheses_is_one_segment(prompt: str) -> None:
     assert parse_weights(prompt) == ([Segment(prompt, 1.0)] if prompt else [])
 
 
 @pytest.mark.parametrize("prompt", ["(" * 50_000 + ")" * 50_000, "(" * (MAX_DEPTH + 2) + "a" + ")" * (MAX_DEPTH + 2)])
-def test_an_abyss_is_refused_at_once(prompt: str) -> None:
+def test_deep_nesting_is_refused_at_once(prompt: str) -> None:
     with pytest.raises(UsageError, match="nests"):
         parse_weights(prompt)
 
 
-def test_unbalanced_masses_are_text() -> None:
+def test_many_unbalanced_parentheses_are_text() -> None:
     assert parse_weights("(" * 50_000) == [Segment("(" * 50_000, 1.0)]
     assert parse_weights(")" * 50_000) == [Segment(")" * 50_000, 1.0)]
 
@@ -88,12 +88,12 @@ def test_a_short_prompt_is_one_padded_chunk() -> None:
     assert (chunk.ids.dtype, chunk.weights.dtype) == (np.int64, np.float32)
 
 
-def test_no_prompt_is_an_empty_chunk() -> None:
+def test_an_empty_prompt_is_one_empty_chunk() -> None:
     (chunk,) = chunked([], TOKENIZER, _encode)
     assert chunk.ids.tolist() == [BOS, EOS] + [PAD] * 75
 
 
-def test_seventy_five_tokens_fill_a_chunk_and_one_more_begins_another() -> None:
+def test_75_tokens_fill_a_chunk_and_one_more_starts_another() -> None:
     assert len(chunked([Segment(_words(75), 1.0)], TOKENIZER, _encode)) == 1
     first, second = chunked([Segment(_words(76), 1.0)], TOKENIZER, _encode)
     assert first.ids.tolist() == [BOS, *range(75), EOS]
@@ -112,7 +112,7 @@ def test_a_short_segment_moves_whole_and_a_long_one_is_split() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 200), st.floats(-2, 2)), max_size=8))
-def test_no_token_is_lost_or_turned_round(lengths: list[tuple[int, float]]) -> None:
+def test_no_token_is_lost_or_reordered(lengths: list[tuple[int, float]]) -> None:
     segments, first = [], 2000
     for length, weight in lengths:
         segments.append(Segment(_words(length, first), weight))
@@ -125,12 +125,12 @@ def test_no_token_is_lost_or_turned_round(lengths: list[tuple[int, float]]) -> N
     assert all(chunk.ids[0] == BOS and (chunk.ids == EOS).sum() == 1 for chunk in chunks)
 
 
-def test_weights_move_positions_away_from_the_empty_prompt(rng: np.random.Generator) -> None:
+def test_weights_scale_positions_relative_to_the_empty_prompt(rng: np.random.Generator) -> None:
     hidden, empty = rng.normal(size=(2, 5, 3)).astype(np.float32)
     weights = np.array([1, 0, 2, -1, 1], np.float32)
-    weighed = weigh(hidden, empty, weights)
-    assert np.array_equal(weighed[[0, 4]], hidden[[0, 4]])
-    assert np.array_equal(weighed[1], empty[1])
-    np.testing.assert_allclose(weighed[2], 2 * hidden[2] - empty[2], rtol=1e-6)
-    np.testing.assert_allclose(weighed[3], 2 * empty[3] - hidden[3], rtol=1e-6)
-    assert weighed.dtype == np.float32
+    weighted = weigh(hidden, empty, weights)
+    assert np.array_equal(weighted[[0, 4]], hidden[[0, 4]])
+    assert np.array_equal(weighted[1], empty[1])
+    np.testing.assert_allclose(weighted[2], 2 * hidden[2] - empty[2], rtol=1e-6)
+    np.testing.assert_allclose(weighted[3], 2 * empty[3] - hidden[3], rtol=1e-6)
+    assert weighted.dtype == np.float32

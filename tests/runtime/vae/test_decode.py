@@ -1,4 +1,4 @@
-"""The scaling that is undone before the decoder, the tile that is chosen, and answers that are no picture."""
+"""The scaling undone before the decoder, the choice of tiles, and outputs that are not a picture."""
 
 from collections.abc import Mapping, Sequence
 from types import MethodType, SimpleNamespace
@@ -26,7 +26,7 @@ class Spec:
 
 
 class Enlarger:
-    """A decoder of factor 2 that shows the latents themselves, and remembers what it was given."""
+    """A decoder of factor 2 that returns enlarged latents, and records its inputs."""
 
     def __init__(self, dtype: str = "float32", spoilt: int | None = None) -> None:
         self.dtype, self.spoilt, self.given = dtype, spoilt, []
@@ -59,7 +59,7 @@ def test_scaling_is_undone_once_whole_or_in_tiles(rng: np.random.Generator) -> N
     np.testing.assert_allclose(decode_latents(Enlarger(), vae(), latents, tile=(8, 8)), whole, rtol=0, atol=1e-5)
 
 
-def test_mean_and_deviation_are_undone_as_diffusers_does(rng: np.random.Generator) -> None:
+def test_mean_and_deviation_are_undone_as_in_diffusers(rng: np.random.Generator) -> None:
     latents = rng.standard_normal((2, 4, 4, 4), dtype=np.float32)
     mean, deviation = (0.1, -0.2, 0.3, 0.0), (1.0, 2.0, 0.5, 1.5)
     whole = decode_latents(Enlarger(), vae(latents_mean=mean, latents_std=deviation), latents)
@@ -76,7 +76,7 @@ def test_the_decoder_gets_its_own_dtype(tile: tuple[int, int] | None) -> None:
 
 
 @pytest.mark.parametrize(("tile", "spoilt"), [(None, 1), ((8, 8), 1), ((8, 8), 4)])
-def test_a_picture_that_is_none_is_refused_whichever_tile_has_it(tile: tuple[int, int] | None, spoilt: int) -> None:
+def test_nan_in_any_tile_is_refused(tile: tuple[int, int] | None, spoilt: int) -> None:
     with pytest.raises(CorruptError, match=r"NaN or infinity.*--vae-precision fp32"):
         decode_latents(Enlarger(spoilt=spoilt), vae(), np.ones((1, 4, 12, 12), np.float32), tile=tile)
 
@@ -96,16 +96,16 @@ def test_a_picture_that_is_none_is_refused_whichever_tile_has_it(tile: tuple[int
         ((128, 32), None, True, (64, 32)),
         ((128, 128), ((48, 48), (160, 160)), True, (64, 64)),
         ((128, 128), ((16, 48), (32, 160)), True, (32, 64)),
-        # A plan of one size has no smaller tile to offer.
+        # A plan of one size has no smaller tile.
         ((128, 128), ((128, 128), (128, 128)), True, None),
         ((256, 128), ((96, 96), (192, 192)), True, (96, 96)),
     ],
 )
-def test_tiles_are_what_decoder_and_user_allow(latents: Any, takes: Any, tiled: bool, expected: Any) -> None:
+def test_the_tile_fits_the_decoder_and_the_request(latents: Any, takes: Any, tiled: bool, expected: Any) -> None:
     assert choose_tile(latents, takes and [takes], 8, tiled=tiled) == expected
 
 
-STILL = [((128, 128), (128, 128)), ((64, 64), (64, 64)), ((32, 48), (32, 48))]
+FIXED_SIZES = [((128, 128), (128, 128)), ((64, 64), (64, 64)), ((32, 48), (32, 48))]
 
 
 @pytest.mark.parametrize(
@@ -117,16 +117,16 @@ STILL = [((128, 128), (128, 128)), ((64, 64), (64, 64)), ((32, 48), (32, 48))]
         ((160, 96), False, (64, 64)),
         ((64, 64), False, None),
         ((48, 128), False, (32, 48)),
-        # Smaller than all of them: the engine will say what it takes.
+        # Smaller than all sizes: the engine will report what it takes.
         ((16, 16), False, (32, 48)),
     ],
 )
-def test_of_several_sizes_the_largest_that_fits_is_taken(latents: Any, tiled: bool, expected: Any) -> None:
-    assert choose_tile(latents, STILL, 8, tiled=tiled) == expected
+def test_the_largest_of_several_sizes_that_fits_is_chosen(latents: Any, tiled: bool, expected: Any) -> None:
+    assert choose_tile(latents, FIXED_SIZES, 8, tiled=tiled) == expected
 
 
 def _pool(provider: str, sizes: dict[str, list[tuple[Any, Any]]], **replaced: str) -> Any:
-    """Return a stand-in for a pool with plans: component to smallest and largest latents of its profiles."""
+    """Return a fake pool with plans; `sizes` are the (smallest, largest) latents of the profiles by component."""
     records = {
         name: SimpleNamespace(key=SimpleNamespace(profiles=[
             Profile(shapes={"latent_sample": ((1, 4, *low), (1, 4, *low), (1, 4, *high))}) for low, high in spans]))
@@ -142,24 +142,24 @@ def _with_profiles(**pool: Any) -> Any:
     return made
 
 
-def test_without_plans_in_use_any_size_goes() -> None:
+def test_without_plans_any_size_is_taken() -> None:
     assert decoder_sizes(_pool("ort-cpu", {}), "d") is None
     assert decoder_sizes(_pool("tensorrt", {"unet": [((1, 1), (2, 2))]}), "d") is None
 
 
-def test_a_plan_takes_what_each_of_its_profiles_takes() -> None:
+def test_a_plan_takes_the_sizes_of_all_its_profiles() -> None:
     spans = [((8, 24), (64, 96)), ((16, 16), (16, 16))]
     assert decoder_sizes(_pool("tensorrt", {"d": spans}), "d") == spans
 
 
-def test_the_twin_that_runs_is_the_one_that_is_asked() -> None:
+def test_the_component_that_actually_runs_gives_the_sizes() -> None:
     plans = {"d": [((8, 8), (64, 64))], "d_bf16": [((8, 8), (160, 160))]}
     assert decoder_sizes(_pool("tensorrt", plans, d="d_bf16"), "d") == plans["d_bf16"]
     assert decoder_sizes(_pool("tensorrt", plans), "d") == plans["d"]
 
 
-def test_onnxruntimes_tensorrt_takes_what_its_engines_are_compiled_for() -> None:
-    """A wide decoder is compiled for tiles; the embedded pair's own, in fp16, for the whole of its sizes."""
+def test_onnxruntimes_tensorrt_takes_the_sizes_of_its_engines() -> None:
+    """A wide decoder is compiled for tiles; the embedded pair's own, in fp16, for all its sizes."""
     bundle = read_bundle(bundle_path())
     decoder = bundle.manifest.base.vae.decoder
     pool = _with_profiles(provider="ort-tensorrt", bundle=bundle, records={}, stand_in=lambda name: name)

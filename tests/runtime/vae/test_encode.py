@@ -1,4 +1,4 @@
-"""Pictures to latents: what is drawn from the moments, the scaling, tiles, and answers that are none."""
+"""Pictures to latents: draws from the posterior, the scaling, tiles, and outputs that are not finite."""
 
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ def vae(**settings: Any) -> Vae:
 
 
 class Shrinker:
-    """An encoder of factor 2 whose mean is every other pixel, and whose log variance is the red one; remembers all."""
+    """An encoder of factor 2: mean and log variance are every other pixel; it records its inputs."""
 
     def __init__(self, dtype: str = "float32", spoilt: int | None = None) -> None:
         self.dtype, self.spoilt, self.given = dtype, spoilt, []
@@ -47,7 +47,7 @@ def pixels(rng: np.random.Generator) -> np.ndarray:
 
 
 @pytest.mark.parametrize("tile", [None, (8, 8)])
-def test_moments_are_the_encoder_s_whole_or_in_tiles(pixels: np.ndarray, tile: Any) -> None:
+def test_moments_are_the_encoders_whole_or_in_tiles(pixels: np.ndarray, tile: Any) -> None:
     engine = Shrinker("float16")
     moments = encode(engine, vae(), pixels, tile=tile)
     expected = pixels[None, ::2, ::2].transpose(0, 3, 1, 2) / 127.5 - 1.0
@@ -58,12 +58,12 @@ def test_moments_are_the_encoder_s_whole_or_in_tiles(pixels: np.ndarray, tile: A
 
 
 @pytest.mark.parametrize(("tile", "spoilt"), [(None, 1), ((8, 8), 4)])
-def test_latents_that_are_none_are_refused_whichever_tile_has_them(pixels: np.ndarray, tile: Any, spoilt: int) -> None:
+def test_infinity_in_any_tile_is_refused(pixels: np.ndarray, tile: Any, spoilt: int) -> None:
     with pytest.raises(CorruptError, match=r"NaN or infinity.*--vae-precision fp32"):
         encode(Shrinker(spoilt=spoilt), vae(), pixels, tile=tile)
 
 
-def test_a_draw_or_the_mean_is_scaled_as_diffusers_scales(rng: np.random.Generator) -> None:
+def test_a_draw_and_the_mean_are_scaled_as_in_diffusers(rng: np.random.Generator) -> None:
     mean, noise = (rng.standard_normal((1, 2, 3, 4), dtype=np.float32) for _ in range(2))
     moments = Moments(mean, np.full_like(mean, 0.25))
     np.testing.assert_allclose(moments.drawn(noise, vae()), (mean + 0.25 * noise) * 0.5, rtol=1e-6)
@@ -76,13 +76,13 @@ def test_a_draw_or_the_mean_is_scaled_as_diffusers_scales(rng: np.random.Generat
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_each_of_several_draws_is_its_own(rng: np.random.Generator) -> None:
+def test_each_draw_has_its_own_noise(rng: np.random.Generator) -> None:
     noise = rng.standard_normal((3, 2, 3, 4), dtype=np.float32)
     moments = Moments(np.zeros((1, 2, 3, 4), np.float32), np.ones((1, 2, 3, 4), np.float32))
     np.testing.assert_array_equal(moments.drawn(noise, vae()), noise * np.float32(0.5))
 
 
-def test_profiles_of_pixels_are_told_in_latents() -> None:
+def test_profiles_in_pixels_are_returned_in_latents() -> None:
     profile = Profile(shapes={"sample": ((1, 3, 512, 256), (1, 3, 512, 512), (1, 3, 512, 1024))})
     pool: Any = SimpleNamespace(profiles=lambda name: [profile] if name == "e" else [])
     assert encoder_sizes(pool, "e", 8) == [((64, 32), (64, 128))]
@@ -96,8 +96,8 @@ def autoencoder(pairs: Callable[[str], Any]) -> Any:
     return AutoencoderKL.from_pretrained(pairs("outline").base, subfolder="vae").eval()
 
 
-def test_tiles_are_nearer_to_the_whole_than_diffusers(autoencoder: Any, rng: np.random.Generator) -> None:
-    """The same tile size and overlap on both sides; a picture that changes across, as pictures do."""
+def test_tiles_are_closer_to_the_whole_than_diffusers(autoencoder: Any, rng: np.random.Generator) -> None:
+    """Both have the same tile size and overlap; the picture has a gradient, like real ones."""
     import torch
 
     height, width, factor = 96, 112, 2

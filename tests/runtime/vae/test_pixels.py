@@ -1,4 +1,4 @@
-"""Tensors to pixels as diffusers rounds them."""
+"""Tensors to pixels, rounded as in diffusers and truncated as in ComfyUI."""
 
 from pathlib import Path
 
@@ -24,8 +24,8 @@ def test_pixels_are_diffusers(rng: np.random.Generator) -> None:
     np.testing.assert_array_equal(ours, _diffusers(sample))
 
 
-def test_every_half_step_is_rounded_as_diffusers_rounds_it() -> None:
-    """The 511 values in the middle of two pixel values and on them, with their neighbours in float32."""
+def test_every_half_step_is_rounded_as_in_diffusers() -> None:
+    """The 511 pixel values and midpoints between two, each with its float32 neighbours."""
     exact = (np.arange(511, dtype=np.float32) / 510) * 2 - 1
     values = np.stack([np.nextafter(exact, np.float32(-2)), exact, np.nextafter(exact, np.float32(2))])
     sample = np.broadcast_to(values.reshape(1, 1, 3, 511), (1, 3, 3, 511)).copy()
@@ -45,7 +45,7 @@ def test_channels_and_half_precision_are_kept() -> None:
     assert to_uint8(sample)[0, 0].tolist() == [[0, 128, 255]] * 2
 
 
-def test_comfyui_cuts_off_what_diffusers_rounds(rng: np.random.Generator) -> None:
+def test_comfyui_truncates_and_diffusers_rounds(rng: np.random.Generator) -> None:
     """Against the operations of ComfyUI's VAE and SaveImage, in torch."""
     import torch
 

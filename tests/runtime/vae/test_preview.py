@@ -1,4 +1,4 @@
-"""Previews: about what the decoder makes of latents, early in a run, and gone when it is over."""
+"""Previews: close to the decoder's picture, early in a run, and removed at its end."""
 
 from pathlib import Path
 
@@ -37,11 +37,11 @@ def test_latents_are_mixed_to_colours_side_by_side(rng: np.random.Generator) -> 
 
 
 def _likeness(pixels: np.ndarray, picture: np.ndarray) -> float:
-    """Return the correlation of a preview with a picture of the same size, over all of its pixels and colours."""
+    """Return the correlation of a preview with a picture of the same size, over all pixels and colours."""
     return float(np.corrcoef(pixels.ravel(), picture.ravel())[0, 1])
 
 
-def test_the_embedded_pair_s_previews_are_its_pictures_in_small(manifest: Manifest) -> None:
+def test_the_embedded_pairs_previews_resemble_its_pictures(manifest: Manifest) -> None:
     request = Request("a large red star on a blue background", seed=7, steps=4, handoff=0.5)
     with open_bundle() as pipeline:
         steps = list(pipeline.steps(request))
@@ -53,12 +53,12 @@ def test_the_embedded_pair_s_previews_are_its_pictures_in_small(manifest: Manife
     assert np.abs(approximate(final, colours) - small).mean() < 25
     shown = [approximate(step.denoised, colours) for step in steps if step.denoised is not None]
     assert len(shown) == 4
-    assert _likeness(shown[0], small) > 0.85, "the picture is there long before the end"
-    assert _likeness(approximate(final, SDXL), small) < 0.5, "another model's colours would do as well"
+    assert _likeness(shown[0], small) > 0.85, "the picture is recognizable long before the end"
+    assert _likeness(approximate(final, SDXL), small) < 0.5, "another model's colours would fit as well"
 
 
 def test_colours_are_those_of_the_decoder_in_use(manifest: Manifest) -> None:
-    assert colours_of(manifest) == EMBEDDED, "the pair was trained anew: fit its colours again"
+    assert colours_of(manifest) == EMBEDDED, "the pair was retrained: fit its colours again"
     source = msgspec.structs.replace(manifest.components["vae_decoder"].source, sha256="0" * 64)
     decoder = msgspec.structs.replace(manifest.components["vae_decoder"], source=source)
     other = msgspec.structs.replace(manifest, components=manifest.components | {"vae_decoder": decoder})
@@ -83,7 +83,7 @@ def test_a_preview_is_replaced_every_few_steps_and_removed(tmp_path: Path, manif
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_preview_goes_with_a_failed_run_too(tmp_path: Path, manifest: Manifest) -> None:
+def test_a_failed_run_removes_its_preview_too(tmp_path: Path, manifest: Manifest) -> None:
     def fail() -> None:
         with Preview(tmp_path / "x.png", manifest) as preview:
             preview.show(_step(2))
@@ -94,14 +94,14 @@ def test_a_preview_goes_with_a_failed_run_too(tmp_path: Path, manifest: Manifest
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_of_that_name_is_left_alone(tmp_path: Path, manifest: Manifest) -> None:
+def test_an_existing_file_is_not_overwritten(tmp_path: Path, manifest: Manifest) -> None:
     (tmp_path / "x.png").write_bytes(b"mine")
     with pytest.raises(UsageError, match="there already"):
         Preview(tmp_path / "x.png", manifest)
     assert (tmp_path / "x.png").read_bytes() == b"mine"
 
 
-def test_no_preview_is_asked_for(tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_path_nothing_is_written(tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with Preview(None, manifest) as preview:
         preview.show(_step(2))

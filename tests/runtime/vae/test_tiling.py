@@ -1,4 +1,4 @@
-"""Tiles cover everything, add up to one picture, and come closer to the whole decode than diffusers' own tiles."""
+"""Tiles cover the picture, blend to a whole, and are closer to the untiled decode than diffusers' tiles."""
 
 import tracemalloc
 from collections.abc import Callable
@@ -16,7 +16,7 @@ sides = st.integers(2, 200)
 
 
 def enlarge(latents: np.ndarray, factor: int = 2) -> np.ndarray:
-    """A decoder that sees one latent at a time: tiles of it must be the whole, exactly."""
+    """Decode each latent by itself, so that tiles must give exactly the whole."""
     return latents[:, :3].repeat(factor, axis=2).repeat(factor, axis=3)
 
 
@@ -33,13 +33,13 @@ def test_starts_cover_the_side_and_overlap_by_a_quarter(size: int, tile: int) ->
     assert (strides >= 1).all()
     assert (tile - strides >= tile * 0.25).all()
     assert strides.max() - strides.min() <= 1, "evenly spread"
-    # One tile fewer could not do it.
+    # One tile fewer would not be enough.
     assert (len(starts) - 2) * (tile - np.ceil(tile * 0.25)) + tile < size
 
 
 @settings(deadline=None)
 @given(sides, sides, st.sampled_from([1, 2, 8]))
-def test_weights_add_up_to_one_and_never_jump(size: int, tile: int, factor: int) -> None:
+def test_weights_are_not_negative_and_add_up_to_one(size: int, tile: int, factor: int) -> None:
     tile = min(tile, size)
     starts = tile_starts(size, tile)
     weights = tile_weights(starts, tile, factor)
@@ -51,11 +51,11 @@ def test_weights_add_up_to_one_and_never_jump(size: int, tile: int, factor: int)
     np.testing.assert_allclose(total, 1.0, atol=1e-6)
 
 
-def test_a_tile_counts_for_nothing_at_the_edge_that_it_shares() -> None:
+def test_a_tile_has_almost_no_weight_at_a_shared_edge() -> None:
     starts = tile_starts(128, 64)
     first, middle, last = tile_weights(starts, 64, 8)
     assert starts == [0, 32, 64]
-    assert first[0] == last[-1] == 1.0, "the picture's own edge is nobody else's"
+    assert first[0] == last[-1] == 1.0, "the picture's own edge is not shared"
     assert max(first[-1], middle[0], middle[-1], last[0]) == pytest.approx(0.5 / 256)
     assert max(np.abs(np.diff(each)).max() for each in (first, middle, last)) == pytest.approx(1 / 256)
 
@@ -67,7 +67,7 @@ def test_tiles_too_small_to_overlap_are_refused() -> None:
 
 @settings(deadline=None, max_examples=30)
 @given(st.integers(2, 40), st.integers(2, 40), st.integers(2, 16), st.integers(2, 16), st.integers(1, 2))
-def test_what_is_local_comes_out_whole(height: int, width: int, high: int, wide: int, count: int) -> None:
+def test_a_local_decoder_gives_the_same_in_tiles(height: int, width: int, high: int, wide: int, count: int) -> None:
     latents = np.random.default_rng(height * 41 + width).standard_normal((count, 4, height, width), dtype=np.float32)
     tile = min(high, height), min(wide, width)
     seen = []
@@ -82,8 +82,8 @@ def test_what_is_local_comes_out_whole(height: int, width: int, high: int, wide:
     assert set(seen) == {(count, 4, *tile)}, "a plan takes one shape"
 
 
-def test_a_faint_difference_between_tiles_leaves_no_step() -> None:
-    """Each tile a little brighter than the last, as group norms make them: the picture rises smoothly."""
+def test_a_small_difference_between_tiles_leaves_no_step() -> None:
+    """Each tile is a little brighter than the last, as group norms cause; the picture must change smoothly."""
     level = iter(np.linspace(0.0, 1.0, 9, dtype=np.float32))
     result = decode_tiled(
         lambda part: np.full_like(enlarge(part, 8), next(level)), np.zeros((1, 4, 128, 128)), (64, 64)
@@ -93,7 +93,7 @@ def test_a_faint_difference_between_tiles_leaves_no_step() -> None:
     assert (result[0, 0, 0, 0], result[0, 0, -1, -1]) == (0.0, pytest.approx(1.0, abs=1e-6))
 
 
-def test_memory_holds_the_result_and_a_tile() -> None:
+def test_memory_holds_only_the_result_and_a_few_tiles() -> None:
     latents = np.zeros((1, 4, 256, 256), np.float32)
     result = 3 * 2048 * 2048 * 4
     tile = 3 * 256 * 256 * 4
@@ -114,15 +114,15 @@ def autoencoder(pairs: Callable[[str], Any]) -> Any:
 
 
 def _psnr(left: np.ndarray, right: np.ndarray) -> float:
-    """Of samples in [-1, 1]."""
+    """Return the PSNR of samples in [-1, 1], in dB."""
     return float(10 * np.log10(4.0 / np.mean((left.astype(np.float64) - right.astype(np.float64)) ** 2)))
 
 
 @pytest.mark.parametrize(("height", "width"), [(48, 48), (40, 56), (33, 64)])
-def test_nearer_to_the_whole_than_diffusers_tiles(
+def test_tiles_are_closer_to_the_whole_than_diffusers(
     autoencoder: Any, height: int, width: int, rng: np.random.Generator
 ) -> None:
-    """The same tile size and least overlap on both sides; latents that change across the picture, as pictures do."""
+    """Both have the same tile size and least overlap; the latents have a gradient, like real ones."""
     import torch
 
     tile, factor = 16, 2
@@ -144,7 +144,7 @@ def test_nearer_to_the_whole_than_diffusers_tiles(
 def test_without_the_ramps_the_comparison_would_fail(
     autoencoder: Any, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Hard edges between tiles are what the blend is there for, and the measure notices them."""
+    """Blending removes hard edges between tiles, and the PSNR detects them."""
     import torch
 
     latents = rng.standard_normal((1, 4, 48, 48), dtype=np.float32)
