@@ -1,4 +1,4 @@
-"""Whole runs of unusual checkpoints, from file to latents, against diffusers on the weights that they stand for."""
+"""Whole runs of unusual checkpoints, from file to latents, against diffusers with the weights they represent."""
 
 import importlib.util
 import json
@@ -20,7 +20,7 @@ from sdxl_trt.runtime import Request, open_bundle
 
 pytestmark = [
     pytest.mark.slow,
-    # diffusers' own: it gives torch tensors to np.array.
+    # diffusers' own warning: it passes torch tensors to np.array.
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
     pytest.mark.usefixtures("converted_once"),
 ]
@@ -30,7 +30,7 @@ TOLERANCE = 1e-3
 
 
 def _tests_of_export() -> Any:
-    """Import tests/export/conftest.py, which writes pipelines as LDM checkpoints, apart from checkpoints/ldm.py."""
+    """Import tests/export/conftest.py, which writes LDM checkpoints independently of checkpoints/ldm.py."""
     path = Path(__file__).parents[1] / "export" / "conftest.py"
     spec = importlib.util.spec_from_file_location("ldm_checkpoints", path)
     assert spec is not None
@@ -42,7 +42,7 @@ def _tests_of_export() -> Any:
 
 @pytest.fixture
 def base(pairs: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the outline pair's base, whose configs stand for the published ones."""
+    """A copy of the outline pair's base; its configs replace the published ones."""
     root = tmp_path / "published" / "base"
     shutil.copytree(pairs("outline").base, root)
     monkeypatch.setattr("sdxl_trt.export.sources.source.PUBLISHED", tmp_path / "published")
@@ -58,7 +58,7 @@ def _quiet(call: Callable[[], Any]) -> Any:
 
 
 def _ours(out: Path, base: Path, refiner: Path | None = None, **options: Any) -> np.ndarray:
-    """Return the final latents of what is exported from `base`, on ONNX Runtime."""
+    """Return the final latents on ONNX Runtime of a bundle exported from `base`."""
     export_bundle(base, refiner, out, Options(precision="fp32", **options))
     handoff = None if refiner is None else HANDOFF
     with open_bundle(out) as pipeline:
@@ -94,7 +94,7 @@ def _difference(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def _quantize(state: State, scales: Callable[[torch.Tensor], torch.Tensor]) -> tuple[State, State]:
-    """Return a state whose matrices are scaled fp8, and the state that it stands for."""
+    """Return a state whose matrices are scaled fp8, and the state that it represents."""
     stored, meant = dict(state), dict(state)
     for name, weight in state.items():
         if name.endswith(".weight") and weight.ndim == 2 and "embedding" not in name:
@@ -106,7 +106,7 @@ def _quantize(state: State, scales: Callable[[torch.Tensor], torch.Tensor]) -> t
 
 
 def _quantize_in_blocks(state: State, side: int) -> tuple[State, State]:
-    """Return as _quantize does a state whose matrices are scaled in blocks of `side` rows and columns."""
+    """Return the same as _quantize, with scales for blocks of `side` rows and columns."""
     stored, meant = dict(state), dict(state)
     for name, weight in state.items():
         if name.endswith(".weight") and weight.ndim == 2:
@@ -121,7 +121,7 @@ def _quantize_in_blocks(state: State, side: int) -> tuple[State, State]:
 
 
 def _change(path: Path, **changes: Any) -> None:
-    """Change settings of a JSON file; those that are None are removed."""
+    """Change settings of a JSON file; None removes one."""
     settings = json.loads(path.read_bytes()) | changes
     path.write_text(json.dumps({name: value for name, value in settings.items() if value is not None}))
 
@@ -134,11 +134,11 @@ def _largest_of_rows(weight: torch.Tensor) -> torch.Tensor:
     return weight.abs().amax(dim=1, keepdim=True) / 448
 
 
-def test_a_scaled_fp8_file_of_fewer_blocks_draws_what_its_weights_stand_for(base: Path, tmp_path: Path) -> None:
-    """As SSD-1B is built, as ComfyUI scales it, and with a header that says v.
+def test_a_scaled_fp8_file_with_fewer_blocks_runs_with_its_real_weights(base: Path, tmp_path: Path) -> None:
+    """A UNet like SSD-1B's, scaled as ComfyUI does, with a header that states v-prediction.
 
-    Depths of its own on the way up and one residual layer in the middle; a marker, and scale_weight and scale_input
-    beside every matrix of UNet and first encoder.
+    The up blocks have depths of their own, the middle block one residual layer; there is a marker, and scale_weight and
+    scale_input for every matrix of UNet and first encoder.
     """
     import diffusers
 
@@ -168,13 +168,13 @@ def test_a_scaled_fp8_file_of_fewer_blocks_draws_what_its_weights_stand_for(base
     save_file(tensors, tmp_path / "ssd.safetensors", {"modelspec.prediction_type": "v"})
     expected = _theirs(pipeline)
     assert _difference(_ours(tmp_path / "out", tmp_path / "ssd.safetensors"), expected) <= TOLERANCE
-    assert np.abs(expected - exact).max() > 10 * TOLERANCE, "what fp8 itself changes would be seen"
+    assert np.abs(expected - exact).max() > 10 * TOLERANCE, "the effect of fp8 itself would be detected"
 
 
-def test_a_unet_alone_between_two_experts_that_the_others_pipelines_saved(
+def test_a_separate_unet_and_experts_saved_by_each_others_pipelines(
     base: Path, pairs: Callable[[str], Any], tmp_path: Path
 ) -> None:
-    """A base saved by image-to-image, a refiner by text-to-image, a UNet scaled in blocks as transformers does it."""
+    """A base saved by image-to-image, a refiner by text-to-image, a UNet scaled in blocks as in transformers."""
     import diffusers
 
     pipeline = _pipeline(base)
@@ -194,7 +194,7 @@ def test_a_unet_alone_between_two_experts_that_the_others_pipelines_saved(
     assert _difference(ours, _theirs(pipeline, refiner)) <= TOLERANCE
 
 
-def test_what_diffusers_saves_of_a_base_by_image_to_image_is_a_base(base: Path, tmp_path: Path) -> None:
+def test_a_base_that_diffusers_saved_by_image_to_image_is_a_base(base: Path, tmp_path: Path) -> None:
     import diffusers
 
     diffusers.StableDiffusionXLImg2ImgPipeline(**_pipeline(base).components).save_pretrained(tmp_path / "saved")
@@ -211,8 +211,8 @@ def test_what_diffusers_saves_of_a_base_by_image_to_image_is_a_base(base: Path, 
     [("SSD-1B", {"": 1331}),
      ("Segmind-Vega", {"": 745, "down_blocks": 247, "mid_block": 31, "up_blocks": 460})],
 )  # fmt: skip
-def test_the_published_outlines_are_as_large_as_is_published(name: str, parts: dict[str, int]) -> None:
-    """Segmind says 1.3 billion for SSD-1B, and for Vega 247 million down, 31 in the middle, 460 up.
+def test_the_published_outlines_have_the_published_sizes(name: str, parts: dict[str, int]) -> None:
+    """Segmind states 1.3 billion for SSD-1B, and for Vega 247 million down, 31 in the middle, 460 up.
 
     Source: blog.segmind.com/segmind-vega-2; the depths are those of ComfyUI's ``unet_config_from_diffusers_unet``.
     """

@@ -1,4 +1,4 @@
-"""Small workflows in the shapes of public ones, each with what ComfyUI makes of it: tests/comfyui/README.md."""
+"""Small workflows shaped like public ones, with ComfyUI's results: tests/comfyui/README.md."""
 
 import json
 from collections.abc import Callable
@@ -22,7 +22,7 @@ def _graph(name: str) -> Json:
 
 @pytest.fixture
 def run(tmp_path: Path, capsys: Any) -> Run:
-    """Return a function that draws a graph, by name or as it is: exit code, pixels, and the lines on stderr."""
+    """Return a function that draws a graph, given by name or content: exit code, pixels, and stderr."""
     y, x = np.mgrid[:128, :128].astype(np.uint8)
     Image.fromarray(np.stack([x, y, x ^ y], axis=-1)).save(tmp_path / "in.png")
 
@@ -52,13 +52,13 @@ SAME: dict[str, tuple[str, Callable[[], Json]]] = {
     "wrapped": ("wrapped", lambda: _graph("plain")),
     "bypassed": ("bypassed-two-outputs", lambda: _graph("bypassed-two-outputs-wired")),
     "subgraph": ("subgraph", lambda: _graph("bypassed-two-outputs-wired")),
-    # What is left of the text where the words are: ComfyUI keeps the comma of the one that it does not find.
+    # The text that is left: ComfyUI keeps the comma after an embedding that it does not find.
     "embedding": ("embedding", lambda: _changed("plain", "6", text="a red star, ,")),
 }
 
 
 @pytest.mark.parametrize("name", SAME)
-def test_two_graphs_that_say_the_same_are_one_picture(run: Run, name: str) -> None:
+def test_two_equivalent_graphs_give_the_same_picture(run: Run, name: str) -> None:
     graph, other = SAME[name]
     code, pixels, said = run(graph)
     assert code == 0, said
@@ -69,7 +69,7 @@ def test_two_graphs_that_say_the_same_are_one_picture(run: Run, name: str) -> No
         assert "node 41 (PreviewImage)" in said
 
 
-def test_the_last_layer_is_what_the_graph_sets(run: Run, tmp_path: Path) -> None:
+def test_the_graph_sets_the_last_layer(run: Run, tmp_path: Path) -> None:
     plain = run(_changed("plain", "3", steps=6))[1]
     found = {layer: run(f"clip-set-last-layer-minus-{layer}") for layer in (1, 3)}
     assert all(code == 0 and not np.array_equal(pixels, plain) for code, pixels, _ in found.values())
@@ -86,7 +86,7 @@ def test_the_last_layer_is_what_the_graph_sets(run: Run, tmp_path: Path) -> None
 
 @pytest.mark.parametrize(("name", "node"), [("dualclip", "DualCLIPLoader"), ("noclip", "node 6 (CLIPTextEncode)"),
                                             ("styler", "error: --workflow")])  # fmt: skip
-def test_what_comfyui_reads_otherwise_is_refused_by_node(run: Run, name: str, node: str) -> None:
+def test_what_comfyui_reads_differently_is_refused_by_node(run: Run, name: str, node: str) -> None:
     code, pixels, said = run(name)
     assert (code, pixels) == (2, None)
     assert node in said
@@ -94,15 +94,15 @@ def test_what_comfyui_reads_otherwise_is_refused_by_node(run: Run, name: str, no
         assert said.index("node 20 (SDXLPromptStyler)") < said.index("node 6 (CLIPTextEncode)")
 
 
-def test_one_sampler_on_the_refiner_s_checkpoint_is_the_refiner_s(run: Run) -> None:
+def test_a_single_sampler_on_the_refiners_checkpoint_is_the_refiner(run: Run) -> None:
     code, pixels, said = run("one-sampler-on-the-refiner")
     assert code == 0, said
     assert "refiner alone" in said
-    told = _graph("one-sampler-on-the-refiner")
+    graph = _graph("one-sampler-on-the-refiner")
     for node, score in (("6", 6.0), ("7", 2.5)):
-        told[node]["class_type"] = "CLIPTextEncodeSDXLRefiner"
-        told[node]["inputs"] |= {"ascore": score, "width": 128, "height": 128}
-    np.testing.assert_array_equal(pixels, run(told)[1])
+        graph[node]["class_type"] = "CLIPTextEncodeSDXLRefiner"
+        graph[node]["inputs"] |= {"ascore": score, "width": 128, "height": 128}
+    np.testing.assert_array_equal(pixels, run(graph)[1])
 
 
 def _export(pairs: Any, folder: Path, *scales: float) -> Path:
@@ -128,7 +128,7 @@ def _export(pairs: Any, folder: Path, *scales: float) -> Path:
 
 
 @pytest.mark.usefixtures("converted_once")
-def test_loras_are_those_of_the_bundle_with_both_strengths(pairs: Any, run: Run, tmp_path: Path) -> None:
+def test_loras_must_match_the_bundle_in_both_strengths(pairs: Any, run: Run, tmp_path: Path) -> None:
     for name in ("both", "unet"):
         (tmp_path / name).mkdir()
     both = str(_export(pairs, tmp_path / "both", 0.8))

@@ -1,7 +1,7 @@
-"""ComfyUI's mode against a reference KSamplerAdvanced in torch, on the weights that diffusers and transformers load.
+"""ComfyUI mode against a reference KSamplerAdvanced in torch, with the weights that diffusers and transformers load.
 
-The reference is written from how ComfyUI's nodes work, in arithmetic of its own: prompts are given in weighed segments,
-both sides of guidance run apart, so that nothing has to be of one length, and grids are made here.
+The reference is an independent implementation of ComfyUI's nodes: prompts are given as weighted segments, both sides
+of guidance run separately, so that their lengths may differ, and grids are made here.
 """
 
 import json
@@ -23,7 +23,7 @@ from sdxl_trt.runtime.pipeline.pipeline import Pipeline
 from sdxl_trt.runtime.request.resolve import resolve_request
 from sdxl_trt.runtime.text.encoder import Prompt, PromptEncoder
 
-# diffusers' own: it gives torch tensors to np.array.
+# diffusers' own warning: it passes torch tensors to np.array.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")]
 
 TOLERANCE = 1e-3
@@ -40,7 +40,7 @@ REST = ", tooth, open mouth, dull, blurry, watermark, low quality, black and whi
 
 @dataclass(frozen=True)
 class Cond:
-    """What one side of a UNet is told, as torch tensors of one row."""
+    """The conditioning of one side of a UNet, as torch tensors of one row."""
 
     hidden: Any
     pooled: Any
@@ -49,7 +49,7 @@ class Cond:
 
 @dataclass(frozen=True)
 class Grid:
-    """sigmas (steps + 1,), the timestep that the model is told for each, and how much noise a full start takes."""
+    """sigmas (steps + 1,), the model's timestep for each, and the scale of the noise at a start from step 0."""
 
     sigmas: Any
     timesteps: Any
@@ -71,7 +71,7 @@ def _chunks(tokenizer: Any, segments: Segments) -> tuple[list[list[int]], list[l
 
 
 def _read(encoder: Any, tokenizer: Any, segments: Segments, count: int) -> tuple[Any, Any]:
-    """Return hidden states (1, tokens, width) of `count` chunks and the first one's pooled vector."""
+    """Return hidden states (1, tokens, width) of `count` chunks, and the first one's pooled vector."""
     import torch
 
     ids, weights = _chunks(tokenizer, segments)
@@ -80,13 +80,13 @@ def _read(encoder: Any, tokenizer: Any, segments: Segments, count: int) -> tuple
     weights += [[1.0] * 77] * (count - len(weights))
     out = encoder(torch.tensor(ids + empty), output_hidden_states=True)
     hidden, scale = out.hidden_states[-2], torch.tensor(weights)[:, :, None]
-    weighed = (hidden[:-1] - hidden[-1]) * scale + hidden[-1]
+    weighted = (hidden[:-1] - hidden[-1]) * scale + hidden[-1]
     pooled = out.text_embeds[:1] if hasattr(out, "text_embeds") else None
-    return weighed.reshape(1, -1, hidden.shape[-1]), pooled
+    return weighted.reshape(1, -1, hidden.shape[-1]), pooled
 
 
 class Reference:
-    """diffusers' modules of a pair, and ComfyUI's nodes over them."""
+    """diffusers' modules of a pair, with ComfyUI's nodes on top."""
 
     def __init__(self, pair: Any) -> None:
         from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
@@ -97,7 +97,7 @@ class Reference:
             self.refiner = StableDiffusionXLImg2ImgPipeline.from_pretrained(pair.refiner)
 
     def base_cond(self, text_g: Segments, text_l: Segments, ids: list[float]) -> Cond:
-        """CLIPTextEncodeSDXL: the shorter of both texts is filled up with empty chunks."""
+        """CLIPTextEncodeSDXL: the shorter of both texts is padded with empty chunks."""
         import torch
 
         pipe = self.base
@@ -115,7 +115,7 @@ class Reference:
 
 
 def _normal(steps: int) -> Grid:
-    """ComfyUI's `normal`: evenly spaced timesteps over the whole range, log sigmas between them; whole timesteps."""
+    """ComfyUI's `normal`: evenly spaced timesteps, sigmas interpolated in log sigma, whole timesteps for the model."""
     import torch
 
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
@@ -132,7 +132,7 @@ def _ksampler(
     unet: Any, grid: Grid, positive: Cond | list[Cond], negative: Cond, cfg: float, latent: Any, noise: Any, *,
     start: int = 0, end: int = 10_000, add_noise: bool = True, leftover: bool = False,
 ) -> Any:  # fmt: skip
-    """KSamplerAdvanced with euler: what is cut first is the end, then the start."""
+    """KSamplerAdvanced with euler: it cuts the end first, then the start."""
     import torch
 
     sigmas = grid.sigmas.clone()
@@ -191,7 +191,7 @@ FIELDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "both noises": ({"end": 4, "leftover": True}, {"start": 4}),
     "refined after": ({}, {"start": 3}),
     "an idle refiner": ({"end": 10_000}, {"start": 32, "add_noise": False}),
-    "a refiner that starts anew": ({"end": 4}, {"start": 0}),
+    "a refiner from the first step": ({"end": 4}, {"start": 0}),
     "the refiner stops early": ({"end": 3, "leftover": True}, {"start": 3, "end": 5, "add_noise": False}),
     "and leaves noise": ({"end": 3, "leftover": True}, {"start": 3, "end": 5, "add_noise": False, "leftover": True}),
     "the refiner's end before its start": ({"end": 4}, {"start": 4, "end": 3, "add_noise": False}),
@@ -202,7 +202,7 @@ FIELDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 def _settings(base: dict[str, Any], refiner: dict[str, Any]) -> dict[str, Any]:
-    """Return the request's settings for both samplers' fields."""
+    """Return the request's settings for the fields of both samplers."""
     whole = {"start": 0, "end": 10_000, "add_noise": True, "leftover": False}
     base, refiner = whole | base, whole | refiner
     return {
@@ -212,13 +212,13 @@ def _settings(base: dict[str, Any], refiner: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-# What differs in diffusers' way is the grid and where the refiner's noise comes from.
-IN_DIFFUSERS = ("no leftover noise, and added", "a refiner that starts anew", "the refiner stops early")
+# In diffusers mode only the grid and the source of the refiner's noise differ.
+IN_DIFFUSERS = ("no leftover noise, and added", "a refiner from the first step", "the refiner stops early")
 CASES = [("comfyui", name) for name in FIELDS] + [("diffusers", name) for name in IN_DIFFUSERS]
 
 
 @pytest.mark.parametrize(("compat", "name"), CASES)
-def test_every_field_is_ksampler_advanced_s(compat: str, name: str, opened: Pipeline, reference: Any) -> None:
+def test_every_field_is_ksampler_advanceds(compat: str, name: str, opened: Pipeline, reference: Any) -> None:
     import torch
 
     comfyui, fields = compat == "comfyui", FIELDS[name]
@@ -278,10 +278,10 @@ def _workflow(prompt: str, negative: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_the_tutorial_s_workflow_gives_the_reference_s_latents(
+def test_the_tutorials_workflow_gives_the_references_latents(
     pairs: Callable[[str], Any], reference: Any, tmp_path: Path, capsys: Any
 ) -> None:
-    """50 steps, 40 of them the base's; weights, several chunks of different number, one score for both sides."""
+    """50 steps, 40 of them the base's; weights, different numbers of chunks, one score for both sides."""
     import torch
 
     workflow, latents = tmp_path / "workflow.json", tmp_path / "latents.npz"
@@ -301,7 +301,7 @@ def test_the_tutorial_s_workflow_gives_the_reference_s_latents(
         np.testing.assert_allclose(found["final"], final.numpy(), rtol=0, atol=TOLERANCE)
 
 
-def test_a_shorter_text_is_filled_up_with_empty_chunks(opened: Pipeline, reference: Any) -> None:
+def test_a_shorter_text_is_padded_with_empty_chunks(opened: Pipeline, reference: Any) -> None:
     encoder, stage = PromptEncoder(opened.pool), opened.manifest.base
     for prompt_l, prompt_g in (("a red fox", PROMPT), (PROMPT, "a red fox"), ("", "")):
         (ours,) = encoder.encode([(stage, Prompt(prompt_l, prompt_g))], stage.unet, weighted=True)
@@ -311,8 +311,8 @@ def test_a_shorter_text_is_filled_up_with_empty_chunks(opened: Pipeline, referen
 
 
 @pytest.mark.parametrize("clip_skip", [0, 1])
-def test_clip_skip_leaves_out_layers(clip_skip: int, opened: Pipeline, reference: Any) -> None:
-    """As diffusers' encode_prompt, whose negative skips none."""
+def test_clip_skip_skips_layers(clip_skip: int, opened: Pipeline, reference: Any) -> None:
+    """As in diffusers' encode_prompt, which skips none for the negative prompt."""
     expected = reference.base.encode_prompt("a red fox", clip_skip=clip_skip, negative_prompt="blurry")
     ours = []
     for compat in ("diffusers", "comfyui"):
@@ -323,18 +323,18 @@ def test_clip_skip_leaves_out_layers(clip_skip: int, opened: Pipeline, reference
     for found, tensor in zip(ours[0], expected[:2], strict=True):
         np.testing.assert_allclose(found.hidden, tensor[0].numpy(), rtol=0, atol=1e-4)
     np.testing.assert_array_equal(ours[0][0].hidden, ours[1][0].hidden)
-    assert (np.abs(ours[0][1].hidden - ours[1][1].hidden).max() > 0.01) == (clip_skip > 0), "ComfyUI's skips too"
+    assert (np.abs(ours[0][1].hidden - ours[1][1].hidden).max() > 0.01) == (clip_skip > 0), "ComfyUI skips both"
 
 
 def _denoised(steps: int, denoise: float) -> Grid:
-    """KSampler's own grid: the end of a longer one, which the noise is added to as it is."""
+    """KSampler's own grid: the end of a longer one; the noise is scaled by its first sigma."""
     longer = _normal(int(steps / denoise))
     sigmas = longer.sigmas[-(steps + 1) :]
     return Grid(sigmas, longer.timesteps[-steps:], float(sigmas[0]))
 
 
 def _encoded(reference: Any, pixels: np.ndarray) -> Any:
-    """VAEEncode: the mean, and the sampler's scale."""
+    """VAEEncode: the posterior's mean, in the sampler's scale."""
     import torch
 
     sample = torch.from_numpy(pixels.astype(np.float32) / 255.0).permute(2, 0, 1)[None] * 2.0 - 1.0
@@ -343,12 +343,12 @@ def _encoded(reference: Any, pixels: np.ndarray) -> Any:
 
 @pytest.fixture(scope="module")
 def photo() -> np.ndarray:
-    """One that is no multiple in size: 3 rows and 5 columns over."""
+    """A picture whose size is not a multiple: 3 rows and 5 columns too many."""
     y, x = np.mgrid[: SIDE + 3, : SIDE + 5]
     return np.stack([x * 6, y * 7, np.where((x // 4 + y // 4) % 2, 200, 20)], axis=-1).astype(np.uint8)
 
 
-# What a request says, and of each sampler that runs its grid and fields.
+# The request's settings, and (stage, grid, fields) of each sampler.
 FROM_A_PICTURE: dict[str, tuple[dict[str, Any], list[tuple[str, Grid, dict[str, Any]]]]] = {
     "a KSampler": ({"strength": 0.5, "handoff": None}, [("base", _denoised(4, 0.5), {})]),
     "all of the steps": ({"strength": 1.0, "handoff": None}, [("base", _normal(4), {})]),
@@ -371,9 +371,7 @@ FROM_A_PICTURE: dict[str, tuple[dict[str, Any], list[tuple[str, Grid, dict[str, 
 
 
 @pytest.mark.parametrize("name", FROM_A_PICTURE)
-def test_a_picture_is_sampled_as_comfyui_samples_it(
-    name: str, opened: Pipeline, reference: Any, photo: np.ndarray
-) -> None:
+def test_a_picture_is_sampled_as_in_comfyui(name: str, opened: Pipeline, reference: Any, photo: np.ndarray) -> None:
     changes, samplers = FROM_A_PICTURE[name]
     settings: dict[str, Any] = {"compat": "comfyui", "steps": 4, "guidance": 4.0, "seed": 3, "count": 2, **changes}
     list(opened.generate(Request("a red fox", negative="blurry", image=photo, **settings)))
@@ -388,10 +386,10 @@ def test_a_picture_is_sampled_as_comfyui_samples_it(
     np.testing.assert_allclose(opened.run.final, x.numpy(), rtol=0, atol=TOLERANCE)
 
 
-def test_a_workflow_that_loads_a_picture_and_refines_it_after(
+def test_a_workflow_that_loads_a_picture_and_refines_the_result(
     pairs: Callable[[str], Any], reference: Any, photo: np.ndarray, tmp_path: Path
 ) -> None:
-    """LoadImage, VAEEncode, a KSampler for each model: each has the end of a grid of its own, and noise of its seed."""
+    """LoadImage, VAEEncode, a KSampler for each model: each with its own grid and its own seed."""
     from PIL import Image
 
     graph = _workflow("a red fox", "blurry")
@@ -419,7 +417,7 @@ def test_a_workflow_that_loads_a_picture_and_refines_it_after(
 
 
 def _chain() -> dict[str, Any]:
-    """Return a graph of three samplers: latents scaled after the first, pixels after the second; prompts mixed."""
+    """Return a graph of three samplers: latents scaled after the first, pixels after the second, mixed prompts."""
 
     def node(kind: str, **inputs: Any) -> dict[str, Any]:
         return {"class_type": kind, "inputs": inputs}
@@ -458,7 +456,7 @@ def _chain() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_samplers_in_a_row_go_on_from_what_is_scaled_between_them(
+def test_samplers_in_a_row_continue_from_scaled_latents_and_pixels(
     opened: Pipeline, reference: Any, tmp_path: Path
 ) -> None:
     """Three grids, two experts, latents and pixels scaled, prompts joined, averaged and combined."""
@@ -490,8 +488,8 @@ def test_samplers_in_a_row_go_on_from_what_is_scaled_between_them(
     shown = (pixels[0].permute(1, 2, 0) * 255.0).to(torch.uint8).numpy()
     assert np.abs(np.asarray(pictures[1].image).astype(int) - shown).max() <= 1
     x = reference.base.vae.encode(pixels * 2.0 - 1.0).latent_dist.mean * 0.13025
-    told = [reference.refiner_cond([(text, 1.0)], [SIDE, SIDE, 0, 0, 6.0]) for text in ("a red fox", "blurry")]
-    x = _ksampler(reference.refiner.unet, _denoised(5, 0.4), *told, 4.0, x, _randn(7))
+    sides = [reference.refiner_cond([(text, 1.0)], [SIDE, SIDE, 0, 0, 6.0]) for text in ("a red fox", "blurry")]
+    x = _ksampler(reference.refiner.unet, _denoised(5, 0.4), *sides, 4.0, x, _randn(7))
     np.testing.assert_allclose(chain.runs[0].final, x.numpy(), rtol=0, atol=TOLERANCE)
     assert [picture.image.size for picture in pictures] == [(SIDE, SIDE), (SIDE, SIDE)]
     whole = _chain()

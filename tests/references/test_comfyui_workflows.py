@@ -1,4 +1,4 @@
-"""The small pair that ComfyUI was run with: its checkpoints, its conditioning and whole workflows (tests/comfyui)."""
+"""The small pair that ComfyUI ran: its checkpoints, its conditioning and whole workflows (tests/comfyui)."""
 
 import hashlib
 import json
@@ -25,13 +25,13 @@ SHA256 = {
     "refiner": "9d28bc23580980bf40253ebdfab52abeca81e27032ab833e571bc06159abfc5c",
 }
 REQUIRED = 1.5e-5
-"""Of the spread: ONNX Runtime and torch add in other orders."""
+"""Relative to the spread: ONNX Runtime and torch sum in different orders."""
 PROMPTS: list[dict[str, Any]] = json.loads((RECORDED / "prompts.json").read_bytes())
 WORKFLOWS = sorted(path.stem for path in (RECORDED / "workflows").glob("*.json"))
 
 
 def _write_configs(root: Path, role: Role) -> None:
-    """Write what a single file of this size does not hold: a diffusers folder without weights."""
+    """Write a diffusers folder without weights: the configs that a single file of this size lacks."""
     from sdxl_trt.export.sources.tokenizers import tokenizer_files
 
     shape = architecture("h6", role)
@@ -78,7 +78,7 @@ def test_the_checkpoints_are_those_of_the_recipe(pipeline: Pipeline, digests: di
     assert digests == SHA256
 
 
-def test_conditioning_is_comfyui_s(pipeline: Pipeline) -> None:
+def test_conditioning_is_comfyuis(pipeline: Pipeline) -> None:
     measured = []
     with np.load(RECORDED / "conditioning.npz") as recorded:
         for case in PROMPTS:
@@ -99,8 +99,8 @@ def test_conditioning_is_comfyui_s(pipeline: Pipeline) -> None:
 
 
 @pytest.mark.parametrize("name", WORKFLOWS)
-def test_a_workflow_s_latents_are_comfyui_s(pipeline: Pipeline, name: str) -> None:
-    """After every sampler node."""
+def test_a_workflows_latents_are_comfyuis(pipeline: Pipeline, name: str) -> None:
+    """Compared after every sampler node."""
     workflow = read_workflow(RECORDED / "workflows" / f"{name}.json")
     job = pipeline.start(workflow_request(workflow, pipeline.manifest))
     list(pipeline.encode([job]))

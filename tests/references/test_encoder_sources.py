@@ -1,4 +1,4 @@
-"""Text encoders that are not SDXL's own, exported and run, against diffusers on the same folders."""
+"""Text encoders that differ from SDXL's, exported and run, against diffusers on the same folders."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ Copy = Callable[[str], Path]
 
 @pytest.fixture
 def base(pairs: Any, tmp_path: Path) -> Path:
-    """A copy of a pair's base, to be changed."""
+    """A copy of a pair's base, for tests to change."""
     return Path(shutil.copytree(pairs("outline").base, tmp_path / "base"))
 
 
@@ -77,15 +77,15 @@ def _assert_same(ours: np.ndarray, reference: np.ndarray, what: str) -> None:
     assert error <= LATENTS_TOLERANCE, f"{what}: {error:.2e}, at most {LATENTS_TOLERANCE:g}"
 
 
-def test_long_clip_encoders(base: Path) -> None:
+def test_long_clip_encoders_run_as_in_diffusers(base: Path) -> None:
     for suffix, class_name in (("", "CLIPTextModel"), ("_2", "CLIPTextModelWithProjection")):
         _save_encoder(base / f"text_encoder{suffix}", class_name, max_position_embeddings=248)
         _say(base / f"tokenizer{suffix}" / "tokenizer_config.json", model_max_length=248)
     bundle = _export(base)
     assert bundle.manifest.components["text_encoder"].input("input_ids").shape == ("prompts", 248)
     for prompt, negative in ((SHORT, None), (SHORT, "blurry"), (LONG, "")):
-        told = f"{len(prompt)} characters, negative {negative!r}"
-        _assert_same(_ours(bundle, prompt, negative), _diffusers(base, prompt, negative), told)
+        name = f"{len(prompt)} characters, negative {negative!r}"
+        _assert_same(_ours(bundle, prompt, negative), _diffusers(base, prompt, negative), name)
 
 
 def test_long_clip_encoders_with_usual_tokenizers(base: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -138,7 +138,7 @@ def test_a_projection_that_does_not_fit_is_left_out(base: Path, caplog: pytest.L
     _assert_same(_ours(bundle, SHORT, "blurry"), reference, "its first encoder as a CLIPTextModel")
 
 
-def test_a_folder_without_autoencoder_takes_another(base: Path, pairs: Any) -> None:
+def test_a_folder_without_an_autoencoder_takes_another(base: Path, pairs: Any) -> None:
     other = pairs("outline").base / "vae"
     shutil.rmtree(base / "vae")
     _say(base / "model_index.json", vae=[None, None])

@@ -1,4 +1,4 @@
-"""Every input of every node that can be run, changed one at a time in whole runs: another picture, or another line."""
+"""Every input of every supported node, changed one at a time in whole runs: it changes the picture or the output."""
 
 import copy
 import json
@@ -26,7 +26,7 @@ Outcome = tuple[int, list[bytes], str]
 
 @pytest.fixture(scope="module")
 def run(pairs: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory) -> Callable[[Any, Any], Outcome]:
-    """Return a function that draws a graph: the exit code, the pictures' pixels, what was said."""
+    """Return a function that draws a graph: the exit code, the pictures' pixels, the printed lines."""
     folder = tmp_path_factory.mktemp("inputs")
     shutil.copytree(pairs("outline").bundle, folder / "bundle")
     manifest = json.loads((folder / "bundle" / "manifest.json").read_text())
@@ -57,7 +57,7 @@ def _other(known: Input, value: Any) -> Any:
     if known.type == "STRING":
         return f"{value} too"
     number = value if isinstance(value, int | float) else 1
-    # Of a size less than a latent's ComfyUI takes no notice.
+    # ComfyUI ignores changes of a size by less than one latent.
     step = (64 if known.name in ("width", "height") else 1) if known.type == "INT" else 0.125
     return number + step if number + step <= known.high else number - step
 
@@ -66,9 +66,9 @@ BEFORE: dict[bool, Outcome] = {}
 
 
 @pytest.mark.parametrize(("kind", "name"), INPUTS, ids=[f"{kind}.{name}" for kind, name in INPUTS])
-def test_no_input_is_ignored_in_silence(run: Any, capsys: Any, kind: str, name: str) -> None:
+def test_no_input_is_ignored_silently(run: Any, capsys: Any, kind: str, name: str) -> None:
     key = next(key for key, node in GRAPH.items() if node["class_type"] == kind)
-    second = int(key) >= 50 or kind == "VAELoader"  # a preview, which is drawn where nothing is saved
+    second = int(key) >= 50 or kind == "VAELoader"  # a preview, which is drawn only if nothing is saved
     graph = copy.deepcopy(GRAPH)
     if second:
         del graph["38"]
@@ -78,6 +78,6 @@ def test_no_input_is_ignored_in_silence(run: Any, capsys: Any, kind: str, name: 
     inputs = graph[key]["inputs"]
     inputs[name] = _other(NODES[kind].input(name), inputs.get(name, NODES[kind].input(name).default))
     changed = run(graph, capsys)
-    prefix = name == "filename_prefix"  # -o states the name here
-    assert changed[1:] != BEFORE[second][1:] or prefix, "the same picture, and not a word"
+    prefix = name == "filename_prefix"  # -o sets the name here
+    assert changed[1:] != BEFORE[second][1:] or prefix, "the same picture, and no warning"
     assert changed[0] in (0, 2)

@@ -1,4 +1,4 @@
-"""LoRAs of every naming fused into a small base, tensor by tensor against diffusers' and peft's own fused models."""
+"""LoRAs in every naming scheme, fused into a small base, tensor by tensor against diffusers and peft."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -20,7 +20,7 @@ from sdxl_trt.export.lora.names import COMPONENTS
 
 State = dict[str, torch.Tensor]
 HEADER = "lora_adapter_metadata"
-TOLERANCE = 1e-6  # of weights of about 1, in fp32: up @ down is summed in another order
+TOLERANCE = 1e-6  # for weights of about 1, in fp32: up @ down is summed in another order
 TEXT = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")
 
 
@@ -77,7 +77,7 @@ def _theirs(base: Path, *loras: tuple[Path, float, float]) -> dict[str, State]:
 
 
 def _compare(ours: dict[str, State], theirs: dict[str, State], plain: dict[str, State]) -> tuple[float, float, int]:
-    """Assert that all weights agree; return the largest difference, the largest change, and how many were changed."""
+    """Assert that all weights agree; return the largest difference, the largest change, and the number changed."""
     worst, change, changed = 0.0, 0.0, 0
     for component, expected in theirs.items():
         assert ours[component].keys() == expected.keys() == plain[component].keys()
@@ -94,7 +94,7 @@ def _compare(ours: dict[str, State], theirs: dict[str, State], plain: dict[str, 
 
 
 def _modules(plain: dict[str, State], component: str, ends: Iterable[str] = ()) -> dict[str, tuple[int, ...]]:
-    """Return {module: shape of its weight} of the linear layers and convolutions whose names end so, or of all."""
+    """Return {module: weight shape} of linear layers and convolutions, with `ends` only of names that end so."""
     return {
         name.removesuffix(".weight"): tuple(tensor.shape)
         for name, tensor in plain[component].items()
@@ -111,12 +111,12 @@ def _factors(shape: tuple[int, ...], rank: int) -> tuple[torch.Tensor, torch.Ten
 
 
 def _kohya(plain: dict[str, State], config: Mapping[str, Any], *, ldm: bool) -> State:
-    """Return a LoRA of kohya's scripts over everything that diffusers can read in these names."""
+    """Return a LoRA in kohya's format for every module that diffusers can read in these names."""
     torch.manual_seed(ldm)
     inverse = {module: name for name, module in unet_prefixes(config).items()}
     names: dict[str, tuple[int, ...]] = {}
     for module, shape in _modules(plain, "unet").items():
-        # diffusers loses these in its own names.
+        # diffusers drops these when they have diffusers names.
         if ldm or not module.startswith("add_embedding."):
             names[f"lora_unet_{(inverse[module] if ldm else module).replace('.', '_')}"] = shape
     for i, component in enumerate(("text_encoder", "text_encoder_2")):
@@ -126,7 +126,7 @@ def _kohya(plain: dict[str, State], config: Mapping[str, Any], *, ldm: bool) -> 
     for i, (name, shape) in enumerate(names.items()):
         down, up = _factors(shape, 2 + i % 3)
         tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
-        # diffusers takes one alpha a component: of several it loses those of the UNet's attention, and warns of it.
+        # diffusers takes one alpha per component; if they differ, it warns and drops those of the UNet's attention.
         tensors[f"{name}.alpha"] = torch.tensor(1.5 if name.startswith("lora_unet_") else 2.0)
     return tensors
 
@@ -145,7 +145,7 @@ def test_kohya(ldm: bool, scales: tuple[float, float], base: Path, plain: dict[s
 
 
 def _old_diffusers(plain: dict[str, State]) -> State:
-    """Return a LoRA in diffusers' names before peft: attention processors, and layers that hold their branch."""
+    """Return a LoRA in diffusers' names before peft: attention processors, and layers with LoRA submodules."""
     torch.manual_seed(3)
     names: dict[str, tuple[int, ...]] = {}
     for module, shape in _modules(plain, "unet").items():
@@ -159,13 +159,13 @@ def _old_diffusers(plain: dict[str, State]) -> State:
     return {f"{name}.{part}.weight": pair[part == "up"] for name, pair in factors.items() for part in ("down", "up")}
 
 
-def test_diffusers_before_peft(base: Path, plain: dict[str, State], tmp_path: Path) -> None:
+def test_diffusers_names_before_peft(base: Path, plain: dict[str, State], tmp_path: Path) -> None:
     path = _written(tmp_path / "a.safetensors", _old_diffusers(plain))
     _, _, changed = _compare(_ours(base, tmp_path, (path, 0.7)), _theirs(base, (path, 0.7, 0.7)), plain)
     assert changed == len(_old_diffusers(plain)) // 2
 
 
-def test_several_files_one_after_the_other(base: Path, plain: dict[str, State], tmp_path: Path) -> None:
+def test_several_files_are_fused_in_order(base: Path, plain: dict[str, State], tmp_path: Path) -> None:
     config = json.loads((base / "unet" / "config.json").read_text())
     torch.manual_seed(4)
     dora: State = {}
@@ -180,8 +180,8 @@ def test_several_files_one_after_the_other(base: Path, plain: dict[str, State], 
         _compare(_ours(base, tmp_path, *order), _theirs(base, *order), plain)
 
 
-def _unsettle(model: torch.nn.Module) -> None:
-    """Give the adapters of a peft model random weights; those of DoRA's norms stay near what they are."""
+def _randomize(model: torch.nn.Module) -> None:
+    """Give the adapters of a peft model random weights; DoRA's magnitudes stay near their values."""
     generator = torch.Generator().manual_seed(7)
     for name, parameter in model.named_parameters():
         if not any(mark in name for mark in ("lora_", "lokr_", "hada_")):
@@ -218,7 +218,7 @@ def test_files_that_diffusers_writes(
         config = LoraConfig(target_modules=UNET_TARGETS if component == "unet" else TEXT_TARGETS, **settings)
         model = getattr(pipeline, component)
         model.add_adapter(config)
-        _unsettle(model)
+        _randomize(model)
         layers[f"{component}_lora_layers"] = get_peft_model_state_dict(model, adapter_name="default")
         layers[f"{component}_lora_adapter_metadata"] = config.to_dict()
     StableDiffusionXLPipeline.save_lora_weights(tmp_path, weight_name="a.safetensors", **layers)
@@ -226,8 +226,8 @@ def test_files_that_diffusers_writes(
     theirs = _state(pipeline)
     _, _, changed = _compare(_ours(base, tmp_path, (tmp_path / "a.safetensors", scale)), theirs, plain)
     assert changed > 60
-    again = _theirs(base, (tmp_path / "a.safetensors", scale, scale))  # and as diffusers reads its own file
-    if name == "DoRA":  # of which it loses the encoders' magnitudes, and warns
+    again = _theirs(base, (tmp_path / "a.safetensors", scale, scale))  # also the way diffusers reads its own file
+    if name == "DoRA":  # diffusers drops the encoders' magnitudes, with a warning
         again, theirs, plain = ({"unet": states["unet"]} for states in (again, theirs, plain))
     _compare(again, theirs, plain)
 
@@ -247,7 +247,7 @@ ADAPTERS = {
 def test_folders_that_peft_writes(kind: str, base: Path, plain: dict[str, State], tmp_path: Path) -> None:
     unet = UNet2DConditionModel.from_pretrained(base / "unet")
     model = get_peft_model(unet, ADAPTERS[kind])
-    _unsettle(model)
+    _randomize(model)
     model.save_pretrained(tmp_path)
     merged = {name: tensor.detach() for name, tensor in model.merge_and_unload().state_dict().items()}
     ours = _ours(base, tmp_path, (tmp_path / "adapter_model.safetensors", 1.0))

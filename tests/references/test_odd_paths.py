@@ -1,4 +1,4 @@
-"""A model is exported to a folder whose name is not UTF-8, and the command that comes next is run."""
+"""An export to a folder whose name is not UTF-8, and a run of the command that it suggests."""
 
 import os
 import subprocess
@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="other systems do not allow such names")
 
 
-def test_an_export_and_the_command_that_it_suggests(pairs: Any, tmp_path: Path) -> None:
+def test_the_command_that_an_export_suggests_runs(pairs: Any, tmp_path: Path) -> None:
     folder = tmp_path / os.fsdecode(b"caf\xe9  two")
     out = folder / os.fsdecode(b"o\xffut")
     export = [sys.executable, "-m", "sdxl_trt.export.cli", "--base", pairs("outline").base, "--no-refiner", "--fp32",

@@ -1,6 +1,6 @@
 """Every sampler through `Pipeline` against diffusers' pipelines; `-s` prints the table of docs/samplers.md.
 
-A difference is the largest one over all latents, in standard deviations of the reference's. Where diffusers has no such
+A difference is the largest one over all latents, in standard deviations of the reference's. If diffusers lacks a
 sampler, the reference is the sampler called by hand with diffusers' UNets.
 """
 
@@ -23,7 +23,7 @@ from sdxl_trt.runtime.pipeline.batch import Batch
 from sdxl_trt.runtime.pipeline.pipeline import Pipeline
 from sdxl_trt.runtime.pipeline.run import Run
 
-# diffusers' own: it gives torch tensors to np.array, and KDPM2 takes the logarithm of sigma 0.
+# diffusers' own warnings: it passes torch tensors to np.array, and KDPM2 takes the logarithm of sigma 0.
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
@@ -37,7 +37,7 @@ PROMPT, NEGATIVE, GUIDANCE, SEED, SIDE = "a red fox in the snow", "blurry", 5.0,
 
 @dataclass(frozen=True)
 class Grid:
-    """A schedule, its steps, and where base and refiner meet."""
+    """A schedule, its number of steps, and the handoff."""
 
     schedule: str
     steps: int
@@ -59,8 +59,8 @@ SPACINGS = (LEADING, TRAILING, LINSPACE)
 class Case:
     """A sampler and diffusers' scheduler class for it.
 
-    `repaired` makes of that class one without what docs/samplers.md says against it. diffusers' own results differ from
-    ours by at most the second of `alone` and `handoff`, and with karras by at least the first.
+    `repaired` returns that class without the faults described in docs/samplers.md. diffusers' own results differ from
+    ours by at most the second value of `alone` and `handoff`, and with karras by at least the first.
     """
 
     sampler: str
@@ -73,9 +73,9 @@ class Case:
 
 
 def _whole_steps(scheduler: type[Any], *, rounded: bool = False) -> type[Any]:
-    """Return a class whose `part`, in calls of the model, is all that its pipeline sees of the grid.
+    """Return a class whose pipeline sees only `part` of the grid, counted in calls of the model.
 
-    With `rounded` a call within a step is told a whole timestep, as those at its ends are.
+    With `rounded` a call within a step gets a whole timestep, like those at its ends.
     """
 
     class Cut(scheduler):  # type: ignore[misc]
@@ -92,8 +92,8 @@ def _whole_steps(scheduler: type[Any], *, rounded: bool = False) -> type[Any]:
     return Cut
 
 
-def _as_many_slopes_as_known(scheduler: type[Any]) -> type[Any]:
-    """Return a linear multistep class whose order is no higher than the slopes that it has."""
+def _limited_order(scheduler: type[Any]) -> type[Any]:
+    """Return a linear multistep class whose order does not exceed the number of its slopes."""
 
     class Restarting(scheduler):  # type: ignore[misc]
         def step(self, *arguments: Any, order: int = 4, **settings: Any) -> Any:
@@ -115,11 +115,11 @@ CASES = [
     Case("dpm_2_ancestral", "KDPM2AncestralDiscreteScheduler", repaired=_whole_steps_and_timesteps,
          alone=(1e-3, 2e-2), handoff=CUT_WITHIN_A_STEP),
     Case("dpmpp_sde", "DPMSolverSDEScheduler", repaired=_whole_steps, alone=(0.0, 1e-2), handoff=CUT_WITHIN_A_STEP),
-    Case("lms", "LMSDiscreteScheduler", repaired=_as_many_slopes_as_known, handoff=(5e-3, 0.5)),
+    Case("lms", "LMSDiscreteScheduler", repaired=_limited_order, handoff=(5e-3, 0.5)),
     Case("dpmpp_2m", "DPMSolverMultistepScheduler"),
     Case("dpmpp_2m_sde", "DPMSolverMultistepScheduler", options={"algorithm_type": "sde-dpmsolver++"}),
     Case("uni_pc", "UniPCMultistepScheduler"),
-    Case("deis", "DEISMultistepScheduler", (*ALL, LONG)),  # which ends otherwise from 15 steps on
+    Case("deis", "DEISMultistepScheduler", (*ALL, LONG)),  # which has another last step from 15 steps on
     Case("ddim", "DDIMScheduler", (LEADING, TRAILING), {"set_alpha_to_one": False, "clip_sample": False}),
     Case("lcm", "LCMScheduler", SPACINGS),
 ]  # fmt: skip
@@ -127,7 +127,7 @@ BY_HAND = ("dpmpp_2s_ancestral", "dpmpp_3m_sde", "res_multistep")
 
 
 class Experts:
-    """diffusers' pipelines of a pair, and what they were told of the prompts."""
+    """diffusers' pipelines of a pair, and the conditioning that they pass to their UNets."""
 
     def __init__(self, base: Path, refiner: Path) -> None:
         from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
@@ -153,7 +153,7 @@ class Experts:
         self._schedule(self.refiner, case, grid, count, repaired=repaired)
         end = {"denoising_end": grid.handoff}
         if repaired and hasattr(self.base.scheduler, "part"):
-            # Two calls of the model a step, and whole steps on either side.
+            # Two calls of the model per step, and whole steps on both sides.
             self.base.scheduler.set_timesteps(grid.steps)
             firsts = self.base.scheduler.timesteps[::2]
             calls = 2 * int((firsts >= round(1000 - 1000 * grid.handoff)).sum())
@@ -172,8 +172,8 @@ class Experts:
         return self._call(self.from_image, **self._settings(grid, 1), image=torch.from_numpy(start), strength=strength)
 
     @cached_property
-    def told(self) -> dict[str, dict[str, Any]]:
-        """Return what the UNets of base and refiner are told beside latents and timestep, rows [negative, positive]."""
+    def inputs(self) -> dict[str, dict[str, Any]]:
+        """Return the conditioning inputs of the UNets of base and refiner, rows [negative, positive]."""
         found: dict[str, dict[str, Any]] = {}
         hooks = [
             pipeline.unet.register_forward_pre_hook(
@@ -188,7 +188,7 @@ class Experts:
         return {stage: {name: given[name] for name in names} for stage, given in found.items()}
 
     def denoiser(self, stage: str, run: Run) -> Callable[[np.ndarray, float], np.ndarray]:
-        """Return a function from noisy to clean latents, by diffusers' UNet of `stage`."""
+        """Return a function from noisy to clean latents that uses diffusers' UNet of `stage`."""
         import torch
 
         unet = (self.base if stage == "base" else self.refiner).unet
@@ -196,7 +196,7 @@ class Experts:
         def denoise(x: np.ndarray, sigma: float) -> np.ndarray:
             sample = torch.from_numpy(np.concatenate([x, x]) / np.float32(np.sqrt(sigma**2 + 1)))
             with torch.no_grad():
-                answer = unet(sample, torch.tensor(run.request.schedule.timestep(sigma)), **self.told[stage]).sample
+                answer = unet(sample, torch.tensor(run.request.schedule.timestep(sigma)), **self.inputs[stage]).sample
             negative, positive = answer.numpy()[:1], answer.numpy()[1:]
             return x - np.float32(sigma) * (negative + np.float32(GUIDANCE) * (positive - negative))
 
@@ -219,7 +219,7 @@ class Experts:
     def _settings(self, grid: Grid, count: int) -> dict[str, Any]:
         import torch
 
-        # One generator a picture for both pipelines: what the refiner draws goes on from what the base drew.
+        # One generator per picture for both pipelines: the refiner continues the stream that the base drew from.
         generators = [torch.Generator().manual_seed(SEED + i) for i in range(count)]
         return {
             "prompt": [PROMPT] * count, "negative_prompt": [NEGATIVE] * count, "num_inference_steps": grid.steps,
@@ -248,7 +248,7 @@ def opened(pairs: Callable[[str], Any]) -> Iterator[Pipeline]:
 
 @pytest.fixture(scope="module")
 def measured() -> Iterator[Callable[[str, str, float], None]]:
-    """Return a function that notes a difference of a sampler under a heading; the table is printed at the end."""
+    """Return a function that records a sampler's difference under a heading; the table is printed at the end."""
     found: dict[str, dict[str, float]] = defaultdict(dict)
 
     def note(sampler: str, heading: str, difference: float) -> None:
@@ -282,9 +282,9 @@ def _difference(found: np.ndarray, reference: np.ndarray) -> float:
 
 @pytest.fixture
 def as_diffusers_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let our Brownian paths be asked for the very ways that diffusers' were asked for just before.
+    """Make our Brownian paths draw for exactly the sigmas that diffusers' paths just drew for.
 
-    They are ours but for the last digits of a float32; docs/samplers.md says what those do.
+    They differ from ours only in the last digits of a float32; docs/samplers.md describes the effect.
     """
     from diffusers.schedulers import scheduling_dpmsolver_sde as module
 
@@ -327,7 +327,7 @@ def test_the_run_is_diffusers_run(case: Case, grid: Grid, opened: Pipeline, expe
         difference = _difference(found, experts.run(case, grid, handoff=handoff is not None))
         measured(case.sampler, heading, difference)
         assert difference <= most, f"{heading}: measured {difference:.1e}, required {most:.0e}"
-        # With karras every exception shows; where one is gone, what the page says of diffusers is no longer true.
+        # With karras every fault is visible; if one disappears, docs/samplers.md is no longer true.
         assert grid != KARRAS or difference >= least
 
 
@@ -335,7 +335,7 @@ def test_the_run_is_diffusers_run(case: Case, grid: Grid, opened: Pipeline, expe
 @pytest.mark.parametrize(
     ("case", "grid"), [each for each in EVERY_GRID if each.values[0].repaired and each.values[1] in {LEADING, KARRAS}]
 )
-def test_where_it_is_not_the_cause_is_the_one_that_the_page_gives(
+def test_a_difference_has_the_cause_that_the_page_states(
     case: Case, grid: Grid, opened: Pipeline, experts: Experts, measured: Note
 ) -> None:
     for heading, handoff in (("alone, repaired", None), ("handoff, repaired", grid.handoff)):
@@ -345,10 +345,10 @@ def test_where_it_is_not_the_cause_is_the_one_that_the_page_gives(
         assert difference <= REQUIRED, f"{heading}: measured {difference:.1e}"
 
 
-def test_diffusers_own_brownian_noise_hangs_on_the_last_digit(
+def test_diffusers_own_brownian_noise_depends_on_the_last_digit(
     experts: Experts, measured: Note, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the path's upper end one unit in the last place lower, diffusers differs from itself as it does from us."""
+    """With the path's upper end one unit in the last place lower, diffusers differs from itself as much as from us."""
     from diffusers.schedulers import scheduling_dpmsolver_sde as module
 
     class Lower(module.BrownianTreeNoiseSampler):
@@ -402,7 +402,7 @@ def test_pictures_in_one_call_and_in_groups(case: Case, opened: Pipeline, expert
 
 @pytest.mark.parametrize("sampler", BY_HAND)
 def test_a_picture_is_the_same_in_any_group(sampler: str, opened: Pipeline) -> None:
-    """Five pictures in groups of two, and each by itself."""
+    """Five pictures in groups of two, and three of them separately."""
     request = _request(sampler, LEADING, count=5)
     together = _final(Pipeline(opened.pool, pictures_at_once=2), request)
     for number in (0, 3, 4):
@@ -411,11 +411,11 @@ def test_a_picture_is_the_same_in_any_group(sampler: str, opened: Pipeline) -> N
 
 
 @pytest.mark.parametrize("sampler", sampler_names())
-def test_requests_that_share_a_base_run_are_the_single_runs(sampler: str, opened: Pipeline) -> None:
+def test_requests_that_share_a_base_run_equal_single_runs(sampler: str, opened: Pipeline) -> None:
     requests = [_request(sampler, LEADING, handoff=handoff) for handoff in (0.5, None, 0.8)]
     batch = Batch(opened, requests)
     taken = sum(step.stage == "base" for _, step in batch.steps())
-    assert taken == LEADING.steps, "they share it"
+    assert taken == LEADING.steps, "the base run is shared"
     for request, run in zip(requests, batch.runs, strict=True):
         np.testing.assert_array_equal(run.final, _final(opened, request))
 

@@ -1,4 +1,4 @@
-"""Folders with schedulers of all kinds, exported and run without options, against diffusers' pipelines of them."""
+"""Folders with all kinds of schedulers, exported and run without options, against diffusers' pipelines of them."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ from sdxl_trt.engines.errors import SourceError, UsageError
 from sdxl_trt.export import Options, export_bundle
 from sdxl_trt.runtime import Request, open_bundle
 
-# diffusers' own: torch tensors given to np.array, the logarithm of sigma 0.
+# diffusers' own warnings: torch tensors passed to np.array, the logarithm of sigma 0.
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.usefixtures("converted_once"),
@@ -36,7 +36,7 @@ PLAYGROUND = {"latents_mean": [-1.6574, 1.886, -1.383, 2.5155], "latents_std": [
 
 @dataclass(frozen=True)
 class Case:
-    """A scheduler class with its config, whether the refiner runs too, and how far apart the last latents may be."""
+    """A scheduler class with its config, whether the refiner runs too, and the allowed difference of the latents."""
 
     scheduler: str
     config: dict[str, Any] = field(default_factory=dict)
@@ -85,7 +85,7 @@ CASES = [
 
 
 def _folder(source: Path, target: Path, case: Case) -> Path:
-    """Return a copy of a pipeline's folder with the scheduler, and changes to the autoencoder's config, of a case."""
+    """Return a copy of a pipeline's folder with a case's scheduler and its changes to the autoencoder's config."""
     shutil.copytree(source, target)
     getattr(diffusers, case.scheduler)(**case.config).save_pretrained(target / "scheduler")
     index = json.loads((target / "model_index.json").read_text())
@@ -97,7 +97,7 @@ def _folder(source: Path, target: Path, case: Case) -> Path:
 
 
 def _theirs(base: Path, refiner: Path | None) -> tuple[np.ndarray, np.ndarray]:
-    """Return the last latents and the pixels of diffusers' pipelines, as their folders say."""
+    """Return the last latents and the pixels of diffusers' pipelines with the folders' configs."""
     settings = {"prompt": PROMPT, "num_inference_steps": STEPS, "guidance_scale": 5.0,
                 "generator": torch.Generator().manual_seed(SEED), "output_type": "latent"}  # fmt: skip
     with torch.no_grad(), warnings.catch_warnings():
@@ -152,10 +152,10 @@ def test_a_folder_runs_as_in_diffusers(
     assert np.abs(picture - pixels).max() <= 1
 
 
-def test_what_is_said_not_to_be_followed_does_differ(
+def test_a_setting_that_is_reported_as_ignored_changes_the_result(
     pairs: Callable[[str], Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """DDIM's own default clips latents, as for models of pixels: said at the export, and a picture without it."""
+    """DDIM clips latents by default, as for pixel models: the export warns of it, and the run does not clip."""
     case = Case("DDIMScheduler", SDXL)
     base = _folder(pairs("outline").base, tmp_path / "base", case)
     latents, _ = _theirs(base, None)
@@ -164,17 +164,17 @@ def test_what_is_said_not_to_be_followed_does_differ(
     assert _distance(_ours(tmp_path / "bundle")[0], latents) > 0.01
 
 
-def test_an_asked_sampler_goes_before_the_folders(pairs: Callable[[str], Any], tmp_path: Path) -> None:
+def test_a_requested_sampler_overrides_the_folders(pairs: Callable[[str], Any], tmp_path: Path) -> None:
     base = _folder(pairs("outline").base, tmp_path / "base", Case("LCMScheduler"))
     export_bundle(base, None, tmp_path / "bundle", Options(precision="fp32"))
     finals = [_ours(tmp_path / "bundle", **settings) for settings in ({}, {"sampler": "lcm"}, {"sampler": "euler"})]
     assert [metadata["sampler"] for _, _, metadata in finals] == ["lcm", "lcm", "euler"]
     np.testing.assert_array_equal(finals[0][0], finals[1][0])
-    assert _distance(finals[2][0], finals[0][0]) > 0.1, "what a run without the folder's sampler would be off"
-    assert _ours(tmp_path / "bundle", compat="comfyui")[2]["sampler"] == "euler", "ComfyUI knows no folder's scheduler"
+    assert _distance(finals[2][0], finals[0][0]) > 0.1, "the difference of a run without the folder's sampler"
+    assert _ours(tmp_path / "bundle", compat="comfyui")[2]["sampler"] == "euler", "ComfyUI ignores the folder's"
 
 
-def test_what_has_edms_schedule_hands_nothing_over(pairs: Callable[[str], Any], tmp_path: Path) -> None:
+def test_a_model_with_edms_schedule_has_no_handoff(pairs: Callable[[str], Any], tmp_path: Path) -> None:
     pair = pairs("outline")
     base = _folder(pair.base, tmp_path / "base", Case("EDMEulerScheduler"))
     for stages in ((base, pair.refiner), (pair.base, _folder(pair.refiner, tmp_path / "r", Case("EDMEulerScheduler")))):
@@ -188,7 +188,7 @@ def test_what_has_edms_schedule_hands_nothing_over(pairs: Callable[[str], Any], 
             _ours(tmp_path / "bundle", **settings)
 
 
-def test_an_edm_model_changes_a_picture_as_in_diffusers(pairs: Callable[[str], Any], tmp_path: Path) -> None:
+def test_img2img_of_an_edm_model_is_diffusers(pairs: Callable[[str], Any], tmp_path: Path) -> None:
     base = _folder(pairs("outline").base, tmp_path / "base", Case("EDMEulerScheduler"))
     export_bundle(base, None, tmp_path / "bundle", Options(precision="fp32"))
     start = np.random.default_rng(4).standard_normal((1, 4, 16, 16), dtype=np.float32)
