@@ -35,7 +35,7 @@ class _Scope:
     ends: Mapping[int, Link]
     """The links that feed the outputs of a subgraph, by output slot."""
     entry: str = ""
-    """The id of the node that stands for a subgraph's inputs."""
+    """The id of the node that represents a subgraph's inputs."""
     prefix: str = ""
     name: str = ""
     parent: "_Scope | None" = None

@@ -309,7 +309,7 @@ class _Reader:
 
 
 def _whole(found: Found | None, node: Node) -> Found:
-    """Return `found`; raise if it is None, for which the problems have been noted."""
+    """Return `found`; raise if it is None, whose cause has been noted."""
     if found is None:
         raise _incomplete(node)
     return found

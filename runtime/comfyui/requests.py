@@ -78,7 +78,7 @@ def workflow_request(workflow: Workflow, manifest: Manifest, folder: Path | None
 
 
 def pair_request(workflow: Workflow, manifest: Manifest, found: Experts, folder: Path | None = None) -> Request | None:
-    """Return the single request that a workflow stands for, or None if it needs several.
+    """Return the single request that draws a workflow, or None if it needs several.
 
     A single request is one sampler, or a base's and then a refiner's on one grid, from empty latents or an unscaled
     picture to one picture. Pictures are loaded from `folder`, by default the working directory. Raises UsageError.

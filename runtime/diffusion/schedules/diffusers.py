@@ -143,9 +143,9 @@ def edm_grid(edm: Edm, steps: int, *, ends_low: bool) -> Values:
 
 
 def log_timesteps(sigmas: NDArray[np.floating]) -> Values:
-    """Return what a model that is told of the noise itself is told: log(sigma) / 4 (arXiv 2206.00364)."""
-    told: Values = 0.25 * np.log(sigmas.astype(np.float64))
-    return told
+    """Return the timesteps of a model that receives log sigmas: log(sigma) / 4 (arXiv 2206.00364)."""
+    timesteps: Values = 0.25 * np.log(sigmas.astype(np.float64))
+    return timesteps
 
 
 def _spaced(family: Family, spacing: str, steps: int, scheduler: Scheduler) -> Values:

@@ -52,7 +52,7 @@ def test_the_increment_of_an_interval_is_the_sum_of_its_parts(sigmas: list[float
 
 
 def test_noise_does_not_depend_on_the_order_of_calls() -> None:
-    """Nor on what is cached."""
+    """It does not depend on what is cached either."""
     ways = list(pairwise(np.geomspace(14, 0.04, 13).tolist()))
     halvings = math.ceil(math.log2(HIGH / 10.0**-DECIMALS))
     assert len(ways) * halvings / 2 > KEPT, "some increments are computed again"
