@@ -1,4 +1,4 @@
-"""The bars that trt-bench holds its figures against: this project's time over a peer's, and a cold start's cost."""
+"""trt-bench's bars: this project's time divided by a peer's, and the cost of a cold start."""
 
 __all__ = ["bench_bars"]
 
@@ -13,7 +13,7 @@ from sdxl_trt.benchmarks.measure import NOT_MEASURED, Bar
 from sdxl_trt.benchmarks.report import BenchReport, ColdStart, Measurement
 
 STEP, PICTURE = "base UNet step", "picture"
-# Task, peer, the highest ratio, and the one to be reached for where there is one.
+# Task, peer, the highest ratio allowed, and the goal or None.
 LIMITS = (
     (STEP, "eager", 0.55, 0.50),
     (STEP, "compile", 0.47, 0.45),
@@ -24,7 +24,7 @@ COLD_LIMIT = 0.35
 
 
 def bench_bars(report: BenchReport) -> tuple[Bar, ...]:
-    """Return the bars of a run on a CPU with what was measured; what was not is in the contestants' words."""
+    """Return the bars of a CPU run with the measured figures; the contestants record why a figure is missing."""
     named = {one.name: one for one in report.contestants}
     found = [
         _against(report, task, peer, limit, goal)

@@ -1,4 +1,4 @@
-"""A run of trt-bench: contestants made ready one by one, tasks in turns, and what came of it as a report."""
+"""A run of trt-bench: prepare the contestants one by one, run the tasks in turns, and return a report."""
 
 __all__ = ["BenchOptions", "run_bench", "settled_spec"]
 
@@ -32,13 +32,13 @@ PACKAGES = ("sdxl-trt", "numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt", "
 COLD_RUNS = 5
 SWEEP_RUNS = 3
 BUSY = 0.5
-"""Load of the machine from which on a report says that it was not alone."""
+"""Load average above which the report notes that the machine was not idle."""
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """What is asked of a run. None takes the model's own: its picture size, and the handoff that is usual."""
+    """Options of a run. A width or height of None is the model's own; a handoff of None is the base alone."""
 
     against: str | None = None
     steps: int = 30
@@ -47,7 +47,7 @@ class BenchOptions:
     batch: int = 1
     runs: int = 7
     step_runs: int | None = None
-    """Rounds of a UNet's step, which is short; by default as many as of everything else."""
+    """Rounds of a UNet step, which is short; None is `runs`."""
     warmups: int = 1
     components: bool = False
     sweeps: bool = False
@@ -61,10 +61,10 @@ class BenchOptions:
 
 
 def run_bench(subject: Subject, options: BenchOptions, say: Say = lambda _: None) -> BenchReport:
-    """Measure `subject` and return the report, without its command, bars and quality, which are others' affair.
+    """Measure `subject` and return the report without command, bars and quality, which the caller adds.
 
-    Raises UsageError for what cannot be asked for, and EngineError where our own contestant does not run; any other
-    that does not is told of in the report.
+    Raises UsageError for invalid options, and EngineError if sdxl-trt itself does not run; the report states why
+    another contestant did not run.
     """
     entries, load, gpu = choose(options.against), os.getloadavg()[0], no_driver() is None
     with tempfile.TemporaryDirectory(prefix="sdxl-trt-bench-") as name, ExitStack() as stack:
@@ -76,7 +76,7 @@ def run_bench(subject: Subject, options: BenchOptions, say: Say = lambda _: None
         for entrant in entrants:
             stack.callback(entrant.end)
         for entrant in entrants:
-            say(f"{entrant.name}: {entrant.missing or 'making it ready'}")
+            say(f"{entrant.name}: {entrant.missing or 'preparing'}")
             prepare(entrant, nvml)
         if entrants[0].missing:
             raise EngineError(f"sdxl-trt itself does not run: {entrants[0].missing}")
@@ -100,7 +100,7 @@ def run_bench(subject: Subject, options: BenchOptions, say: Say = lambda _: None
 
 
 def settled_spec(subject: Subject, options: BenchOptions, *, inputs: Path = Path(), device: str = "cpu") -> Spec:
-    """Return what every contestant is told, the model's own sizes and handoff settled. Raises UsageError."""
+    """Return the spec of every contestant, with the model's sizes and handoff filled in. Raises UsageError."""
     for option, value in (("--steps", options.steps), ("--batch", options.batch), ("--runs", options.runs)):
         if value < 1:
             raise UsageError(f"{option} {value}: give at least 1")
@@ -130,7 +130,7 @@ def settled_spec(subject: Subject, options: BenchOptions, *, inputs: Path = Path
 
 
 def _write(subject: Subject, spec: Spec, path: Path) -> None:
-    """Write what every contestant reads: the inputs, and the spec that leads to them."""
+    """Write the files that every contestant reads: the inputs, and the spec that names them."""
     arrays = draw_inputs(subject.bundle, width=spec.width, height=spec.height, batch=spec.batch,
                          guidance=spec.guidance, seed=spec.seed, prompt=spec.prompt)  # fmt: skip
     write_inputs(Path(spec.inputs), arrays)
@@ -138,7 +138,7 @@ def _write(subject: Subject, spec: Spec, path: Path) -> None:
 
 
 def _enter(entry: Entry, spec: Spec, path: Path, *, gpu: bool, quick: bool) -> Entrant:
-    """Return an entrant with its process started, or the reason why it has none."""
+    """Return an entrant with its process started, or with the reason why it cannot run."""
     reason = unable(entry, checkpoint=bool(spec.base), gpu=gpu, quick=quick)
     line = command(entry, path)
     entrant = Entrant(entry, missing=reason, command=shown(line))
@@ -153,7 +153,7 @@ def _enter(entry: Entry, spec: Spec, path: Path, *, gpu: bool, quick: bool) -> E
 def _measure(
     entrants: Sequence[Entrant], spec: Spec, options: BenchOptions, folder: Path, nvml: Nvml, say: Say, multiple: int
 ) -> Iterator[Measurement]:
-    """Yield what every contestant took for every task, then how ours changes with size, batch and handoff."""
+    """Yield every contestant's measurement of every task, then ours by size, batch and handoff."""
     found: list[Measurement] = []
     for task in TASKS if options.components else TASKS[:1]:
         runs = (task.endswith("UNet step") and options.step_runs) or options.runs
@@ -171,7 +171,7 @@ def _measure(
 def _sweep(
     entrant: Entrant, spec: Spec, usual: Measurement, nvml: Nvml, say: Say, multiple: int
 ) -> Iterator[Measurement]:
-    """Yield how the time of ours for a picture changes; the points at the run's own settings are the `usual` one."""
+    """Yield our picture time by size, batch and handoff; points at the run's own settings reuse the `usual` one."""
     for sweep, ask in sweep_asks(spec, multiple):
         if is_usual(ask, spec):
             yield msgspec.structs.replace(usual, sweep=sweep)
@@ -184,7 +184,7 @@ def _sweep(
 
 
 def _reference(outputs: dict[str, Path]) -> str:
-    """Return whose output the others are held against: PyTorch's where it took part, else the first one's."""
+    """Return the contestant whose output is the reference: PyTorch if it took part, else the first one."""
     return next((name for name in ("eager", "diffusers") if name in outputs), next(iter(outputs), ""))
 
 

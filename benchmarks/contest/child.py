@@ -1,4 +1,4 @@
-"""A contestant's process as trt-bench sees it: questions, and answers that have a time limit."""
+"""trt-bench's side of a contestant's process: send questions, and wait for answers with a time limit."""
 
 __all__ = ["Child", "ContestantError"]
 
@@ -22,12 +22,12 @@ _LONGEST = 1 << 20
 _TAIL = 2000
 _FAREWELL = 10.0
 _LINGERING = 1.0
-"""Seconds that a process may take to end once it has said goodbye."""
+"""Seconds that a process may take to exit after its last answer."""
 T = TypeVar("T", bound=msgspec.Struct)
 
 
 class ContestantError(Exception):
-    """A contestant failed at what it was asked; `gone` where its process is lost and it can be asked nothing more."""
+    """A contestant failed a question; `gone` if its process is lost and can answer no more."""
 
     def __init__(self, reason: str, *, gone: bool = False) -> None:
         super().__init__(one_line(reason))
@@ -35,10 +35,10 @@ class ContestantError(Exception):
 
 
 class Child:
-    """The process of `command`, started at once; a context manager that ends it, and whatever it started, with it."""
+    """The process of `command`, started on construction; a context manager that ends it and its children."""
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the process
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the process
         self._buffer = b""
         try:
             self._process = subprocess.Popen(  # noqa: S603 - our own commands
@@ -47,17 +47,17 @@ class Child:
                 stdout=subprocess.PIPE,
                 stderr=self._errors,
                 env=os.environ | dict(environment or {}),
-                start_new_session=True,  # a group of its own, to be ended as a whole
+                start_new_session=True,  # its own process group, killed as a whole
             )
         except OSError as exc:
             self._errors.close()
             raise ContestantError(f"{command[0]} does not start: {exc.strerror or exc}", gone=True) from exc
 
     def ask(self, ask: Ask, wanted: type[T], limit: float) -> T:
-        """Return the answer to a question, which must be a `wanted` one and come within `limit` seconds.
+        """Return the answer to a question, which must be a `wanted` and arrive within `limit` seconds.
 
-        Raises ContestantError where the contestant says that it failed, and, having ended it, where it died, was
-        silent, or answered what is no answer.
+        Raises ContestantError if the contestant reports a failure. Kills it and raises ContestantError if it died,
+        timed out, or sent an invalid answer.
         """
         answer = self._answer(ask, limit)
         if isinstance(answer, Failed):
@@ -75,17 +75,17 @@ class Child:
         except TimeoutError:
             raise self._lost(f"{_said(ask)}: no answer within {limit:g} s") from None
         except OverflowError:
-            raise self._lost(f"{_said(ask)}: answered a line that does not end") from None
+            raise self._lost(f"{_said(ask)}: answered with a line that does not end") from None
         except (OSError, EOFError):
             raise self._lost(f"{_said(ask)}: {self._ended()}") from None
         try:
             answer: Answer = msgspec.json.decode(line, type=Answer)
         except (msgspec.MsgspecError, UnicodeDecodeError):
-            raise self._lost(f"{_said(ask)}: answered {line[:60]!r}, which is no answer") from None
+            raise self._lost(f"{_said(ask)}: answered {line[:60]!r}, which is not a valid answer") from None
         return answer
 
     def _line(self, deadline: float) -> bytes:
-        """Return the next line. Raises TimeoutError, EOFError, OSError, and OverflowError for one that does not end."""
+        """Return the next line. Raises TimeoutError, EOFError, OSError, or OverflowError if the line does not end."""
         assert self._process.stdout is not None  # noqa: S101 - a pipe, as opened
         handle = self._process.stdout.fileno()
         while b"\n" not in self._buffer:
@@ -102,7 +102,7 @@ class Child:
         return line
 
     def _ended(self) -> str:
-        """Return how the process ended, with the last line that it wrote."""
+        """Return how the process ended, with the last line of its stderr."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_FAREWELL)
         code = self._process.poll()
@@ -118,13 +118,13 @@ class Child:
         return ContestantError(reason, gone=True)
 
     def kill(self) -> None:
-        """End the process and its group."""
+        """Kill the process and its group."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
     def close(self) -> None:
-        """Ask the process to end, end it, and free what it held here; it may be gone already."""
+        """Ask the process to quit, kill it, and close its pipes; it may already have ended."""
         try:
             if self._process.poll() is None:
                 self.ask(Ask(do="quit"), Bye, _FAREWELL)
@@ -135,7 +135,7 @@ class Child:
         finally:
             self.kill()
             for pipe in (self._process.stdin, self._process.stdout, self._errors):
-                with contextlib.suppress(OSError):  # a pipe that nobody reads any more
+                with contextlib.suppress(OSError):  # a pipe whose reader is gone
                     pipe.close()  # type: ignore[union-attr]
 
     def __enter__(self) -> Self:

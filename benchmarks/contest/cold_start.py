@@ -1,6 +1,6 @@
-"""From the command to the picture: trt-generate beside a diffusers script that draws the same.
+"""Cold start, from command to picture: trt-generate against a diffusers script that draws the same picture.
 
-Both are whole processes with the same weights, prompt, seed, size, steps and handoff, run in turns.
+Both run as whole processes with the same weights, prompt, seed, size, steps and handoff, in turns.
 """
 
 __all__ = ["OURS", "THEIRS", "cold_starts", "commands", "likeness"]
@@ -18,13 +18,13 @@ from sdxl_trt.benchmarks.report import ColdStart
 
 OURS, THEIRS = "trt-generate", "diffusers script"
 LEAST_LIKENESS = 30.0
-"""PSNR in dB below which two pictures are not the same: the bundle may be fp16, the script is fp32."""
+"""PSNR in dB below which two pictures count as different: the bundle may be fp16, the script is fp32."""
 Measure = Callable[[list[str]], Measured]
 Say = Callable[[str], None]
 
 
 def commands(subject: Subject, spec: Spec, out: Path) -> dict[str, list[str]]:
-    """Return both commands, each writing its picture into `out`; ours alone where there is no checkpoint."""
+    """Return both commands, each writing its picture into `out`; only ours if there is no checkpoint."""
     common = [spec.prompt, "--steps", str(spec.steps), "--seed", str(spec.seed), "--guidance", str(spec.guidance)]
     common += ["--width", str(spec.width), "--height", str(spec.height)]
     handoff = ["--handoff", "none" if spec.handoff is None else str(spec.handoff)]
@@ -55,10 +55,9 @@ def commands(subject: Subject, spec: Spec, out: Path) -> dict[str, list[str]]:
 def cold_starts(
     subject: Subject, spec: Spec, runs: int, *, run: Measure = measure, say: Say = lambda _: None
 ) -> tuple[tuple[ColdStart, ...], str]:
-    """Run both commands `runs` times in turns, and return what they took and a sentence on what they drew.
+    """Run both commands `runs` times in turns; return their times and memory, and a sentence comparing the pictures.
 
-    A command that fails has no seconds, and its reason. A first round, which reads the files from the disk, is not
-    counted.
+    A command that fails has no times, but a reason. A first round, which reads the files from disk, is not counted.
     """
     with tempfile.TemporaryDirectory(prefix="sdxl-trt-bench-") as folder:
         chosen = commands(subject, spec, Path(folder))
@@ -79,15 +78,15 @@ def cold_starts(
 
 
 def likeness(ours: Path, theirs: Path) -> str:
-    """Return how alike two picture files are, in words."""
-    from PIL import Image  # noqa: PLC0415 - with the pictures
+    """Return a sentence on how similar two picture files are."""
+    from PIL import Image  # noqa: PLC0415 - only here
 
     one, other = (np.asarray(Image.open(path)).astype(np.float64) for path in (ours, theirs))
     if one.shape != other.shape:
-        return "cold start: the two pictures are of different sizes, and their times no comparison"
+        return "cold start: the two pictures have different sizes: their times cannot be compared"
     error = float(np.mean((one - other) ** 2))
     psnr = float("inf") if error == 0 else 10 * float(np.log10(255.0**2 / error))
-    same = "the same picture" if psnr >= LEAST_LIKENESS else "DIFFERENT pictures: their times are no comparison"
+    same = "the same picture" if psnr >= LEAST_LIKENESS else "DIFFERENT pictures: their times cannot be compared"
     return f"cold start: both drew {same} (PSNR {psnr:.1f} dB)"
 
 

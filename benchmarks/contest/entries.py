@@ -1,4 +1,4 @@
-"""What a contest leaves behind, as the records of a report."""
+"""Convert a contest's results to the records of a report."""
 
 __all__ = ["contestant", "measurement"]
 
@@ -11,7 +11,7 @@ PICTURE = "picture"
 
 
 def contestant(entrant: Entrant, device: str) -> Contestant:
-    """Return the record of a contestant, of one that could not run too."""
+    """Return the record of a contestant, also for one that could not run."""
     ready, memory = entrant.ready, entrant.memory
     return Contestant(
         name=entrant.name,
@@ -34,7 +34,7 @@ def measurement(
     entrant: Entrant, task: str, turns: Turns, spec: Spec, *, reference: str = "", ask: Ask | None = None,
     sweep: str = "",
 ) -> Measurement:  # fmt: skip
-    """Return the record of one contestant's turns; `ask` says what a `sweep` replaced in the spec."""
+    """Return the record of one contestant's turns; `ask` holds the settings that a `sweep` replaced in the spec."""
     answers = turns.answers[entrant.name]
     asked = ask or Ask(do="run", task=task)
     batch = asked.batch or spec.batch
@@ -58,5 +58,5 @@ def measurement(
 
 
 def _middle(answers: list[Ran]) -> Ran:
-    """Return the run of median length, of two the shorter one."""
+    """Return the run of median length; of two middle runs the shorter."""
     return sorted(answers, key=lambda one: one.seconds)[(len(answers) - 1) // 2]

@@ -1,4 +1,4 @@
-"""The least time that this CPU could take for a task: its multiply-adds at the peak rate of matrix products."""
+"""A lower bound on this CPU's time for a task: its FLOPs at the measured peak GEMM rate."""
 
 __all__ = ["cpu_floors"]
 
@@ -10,10 +10,10 @@ from sdxl_trt.engines.bundle import Bundle
 
 
 def cpu_floors(bundle: Bundle, spec: Spec, rate: float | None = None) -> tuple[dict[str, float], str]:
-    """Return the floor of every task that is one graph, in seconds, and a sentence on where it comes from.
+    """Return the floor in seconds of every task that is a single graph, and a sentence on how it was computed.
 
-    `rate` is in FLOP/s, None to measure it. Where operations cannot be counted, there are none, and the sentence says
-    why.
+    `rate` is in FLOP/s, or None to measure it. If FLOPs cannot be counted, there are no floors and the sentence
+    states why.
     """
     manifest, rows = bundle.manifest, unet_rows(spec.batch, spec.guidance)
     graphs = {f"{name} UNet step": (stage.unet, rows) for name, stage in manifest.stages().items()}

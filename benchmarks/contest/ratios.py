@@ -1,8 +1,8 @@
-"""How many times as long as another a contestant took, in a form that a noisy machine cannot talk out of.
+"""Ratios of two contestants' times, robust against noise of the machine.
 
-Each round's ratio is of two runs that were neighbours in time: what slows the machine for a minute slows both. The
-median of the rounds is the figure, which a few disturbed rounds do not move, and its spread is the span of the middle
-eight of ten rounds. Medians of as many rounds vary by less than half of that, so another run's is to lie in it.
+A round's ratio compares two runs made one after the other: whatever slows the machine for a minute slows both. The
+figure is the median over rounds, which a few disturbed rounds do not change; its spread is the span of the middle
+eight of ten rounds. Medians of as many rounds vary by less than half of that, so a rerun's median should lie in it.
 (Quartiles would be too narrow: one rerun in ten would leave them by chance.)
 """
 
@@ -15,7 +15,7 @@ from sdxl_trt.benchmarks.report import BenchReport, Measurement, Ratio
 
 
 def ratio(ours: Measurement, theirs: Measurement) -> Ratio:
-    """Return the ratio of two measurements of one task whose runs were taken in the same rounds."""
+    """Return the ratio of two measurements of one task taken in the same rounds. Raises ValueError if they differ."""
     if len(ours.seconds) != len(theirs.seconds):
         raise ValueError(f"{len(ours.seconds)} rounds by {ours.contestant}, {len(theirs.seconds)} by"
                          f" {theirs.contestant}: they were not taken together")  # fmt: skip
@@ -33,7 +33,7 @@ def ratio(ours: Measurement, theirs: Measurement) -> Ratio:
 
 
 def ratios(measurements: Iterable[Measurement], ours: str) -> Iterator[Ratio]:
-    """Yield the ratio of `ours` to every other contestant in every task that both did, sweeps left out."""
+    """Yield the ratio of `ours` to every other contestant for every task that both ran; sweeps are skipped."""
     compared = [one for one in measurements if not one.sweep]
     mine = {one.what: one for one in compared if one.contestant == ours}
     for other in compared:
@@ -42,7 +42,7 @@ def ratios(measurements: Iterable[Measurement], ours: str) -> Iterator[Ratio]:
 
 
 def agree(first: BenchReport, second: BenchReport) -> Sequence[str]:
-    """Return in which ratios two reports of one machine do not agree: neither median within the other's spread."""
+    """Return the ratios in which two reports of one machine disagree: neither median lies in the other's spread."""
     earlier = {(one.what, one.contestant, one.against): one for one in first.ratios}
     found = []
     for one in second.ratios:

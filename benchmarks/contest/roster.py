@@ -1,4 +1,4 @@
-"""Who takes part in trt-bench: each contestant's title and environment, and why it cannot run here."""
+"""The contestants of trt-bench: their titles, commands and environments, and why one cannot run here."""
 
 __all__ = ["OURS", "ROSTER", "Entry", "choose", "command", "cores", "environment", "shown", "unable"]
 
@@ -20,9 +20,9 @@ _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 @dataclass(frozen=True)
 class Entry:
-    """A contestant: its name in --against, what a reader is told that it is, and what it cannot do without.
+    """A contestant: its name in --against, its title in reports, and its requirements.
 
-    `modules` are looked for in this environment; those that need "peers" run in theirs (``make peers``).
+    `modules` must be installed in this environment; entries that need "peers" run in theirs (``make peers``).
     """
 
     name: str
@@ -30,7 +30,7 @@ class Entry:
     needs: tuple[Need, ...] = ()
     modules: tuple[str, ...] = ()
     slow: bool = False
-    """Whether it takes minutes to make ready."""
+    """Whether it takes minutes to prepare."""
 
 
 _TORCH = ("torch", "diffusers", "transformers")
@@ -55,9 +55,9 @@ OURS = "sdxl-trt"
 
 
 def choose(against: str | None) -> list[Entry]:
-    """Return the contestants of ``--against NAME,NAME``, by default all, ours first; "none" is ours alone.
+    """Return the contestants of ``--against NAME,NAME`` (default: all), ours first; "none" is only ours.
 
-    Raises UsageError for a name that nobody has.
+    Raises UsageError for an unknown name.
     """
     names = list(ROSTER) if against is None else _names(against)
     return [ROSTER[name] for name in dict.fromkeys([OURS, *names])]
@@ -71,48 +71,48 @@ def _names(against: str) -> list[str]:
     if unknown or not names:
         known = ", ".join(name for name in ROSTER if name != OURS)
         raise UsageError(
-            f"--against {against}: {unknown[0] if unknown else 'nobody'} is unknown; choose of: {known}, or none"
+            f"--against {against}: {unknown[0] if unknown else 'nobody'} is unknown; choose from: {known}, or none"
         )
     return names
 
 
 def unable(entry: Entry, *, checkpoint: bool, gpu: bool, quick: bool = False) -> str:
-    """Return why a contestant cannot run here, "" where nothing is known against it; `quick` leaves out slow ones."""
+    """Return why a contestant cannot run here, or "" if it can; `quick` skips slow ones."""
     if quick and entry.slow:
-        return "it takes minutes to make ready, and --quick leaves it out; name it with --against"
+        return "it takes minutes to prepare, so --quick skips it; name it with --against"
     if "checkpoint" in entry.needs and not checkpoint:
-        return "there is no checkpoint to load; name the one that the bundle comes from: --model SRC --refiner SRC"
+        return "there is no checkpoint to load; give the one the bundle was exported from: --model SRC --refiner SRC"
     if "gpu" in entry.needs and not gpu:
         return "there is no NVIDIA GPU"
     if "cpu" in entry.needs and gpu:
-        return "it is measured on CPUs alone"
+        return "it is measured only on CPUs"
     if "peers" in entry.needs and peers() is None:
-        return f"there is no {PEERS.parent.parent}; make it with: make peers"
+        return f"there is no {PEERS.parent.parent}; create it with: make peers"
     absent = [module for module in entry.modules if find_spec(module) is None]
     return f"{absent[0]} is not installed; pip install 'sdxl-trt[cpu,export]'" if absent else ""
 
 
 def peers() -> Path | None:
-    """Return the interpreter of the peers' environment, of this folder or of the checkout, None without one."""
+    """Return the Python of the peers' environment, in this folder or in the checkout, or None."""
     return next((path for path in (PEERS.absolute(), _HERE / PEERS) if path.exists()), None)
 
 
 def command(entry: Entry, spec: Path) -> list[str]:
-    """Return the command of a contestant's process."""
+    """Return the command line of a contestant's process."""
     python = str(peers() or PEERS) if "peers" in entry.needs else sys.executable
     return [python, "-m", "sdxl_trt.benchmarks.contestants", str(spec), entry.name]
 
 
 def environment(threads: int) -> dict[str, str]:
-    """Return what every contestant's environment has beside ours: as many threads for all."""
+    """Return the environment variables added for every contestant: the same thread count for all."""
     return dict.fromkeys(_THREADS, str(threads)) | {"TOKENIZERS_PARALLELISM": "false"}
 
 
 def cores() -> int:
-    """Return the processors that this process may use: the threads of every contestant."""
+    """Return how many processors this process may use: every contestant's thread count."""
     return len(os.sched_getaffinity(0))
 
 
 def shown(command_line: Sequence[str]) -> tuple[str, ...]:
-    """Return a command without where this machine keeps its interpreters and files."""
+    """Return a command for the report, without local paths."""
     return ("python", *(Path(part).name if "/" in part else part for part in command_line[1:]))

@@ -1,4 +1,4 @@
-"""The series of pictures that show what size, batch and handoff cost; one point of each is the run's own settings."""
+"""The sweeps over size, batch and handoff; one point of each sweep is the run's own settings."""
 
 __all__ = ["is_usual", "sweep_asks"]
 
@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from sdxl_trt.benchmarks.contestants import Ask, Spec
 
 SIZES = (0.5, 0.75, 1.0)
-"""Sides as shares of the run's own, rounded down to what the UNets take."""
+"""Sides as fractions of the run's own, rounded down to a multiple that the UNets take."""
 BATCHES = (1, 2, 4)
 HANDOFFS = (0.25, 0.5, 0.75, 0.9)
 
 
 def sweep_asks(spec: Spec, multiple: int) -> Iterator[tuple[str, Ask]]:
-    """Yield each series' name with its questions, in their order; there is no handoff without a refiner.
+    """Yield the name of a sweep and a question for each of its points; without a refiner there is no handoff sweep.
 
     Sides are multiples of `multiple` pixels.
     """
@@ -29,6 +29,6 @@ def sweep_asks(spec: Spec, multiple: int) -> Iterator[tuple[str, Ask]]:
 
 
 def is_usual(ask: Ask, spec: Spec) -> bool:
-    """Return whether a question asks for nothing but what `spec` says."""
+    """Return whether a question has the same settings as `spec`."""
     sizes = ((ask.width, spec.width), (ask.height, spec.height), (ask.batch, spec.batch))
     return ask.handoff in ("spec", spec.handoff) and all(asked in (None, usual) for asked, usual in sizes)

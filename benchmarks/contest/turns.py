@@ -1,4 +1,4 @@
-"""Contestants taking turns, run by run, so that what a machine does over the minutes meets them all alike."""
+"""Contestants take turns, run by run, so that drift of the machine affects all of them alike."""
 
 __all__ = ["Entrant", "Plan", "Player", "Turns", "close", "prepare", "rotated", "take_turns"]
 
@@ -18,7 +18,7 @@ from sdxl_trt.benchmarks.measure import Nvml
 PREPARE_LIMIT = 3600.0
 RUN_LIMIT = 3600.0
 LONG = 2.0
-"""Seconds of a run from which on caches and sleeping threads at its beginning do not matter."""
+"""Runs of at least this many seconds need no warm-up: cold caches and idle threads at the start do not matter."""
 T = TypeVar("T", bound=msgspec.Struct)
 Say = Callable[[str], None]
 
@@ -27,15 +27,15 @@ class Player(Protocol):
     """A contestant's process."""
 
     def ask(self, ask: Ask, wanted: type[T], limit: float) -> T:
-        """Return the answer; raise ContestantError."""
+        """Return the answer. Raises ContestantError."""
 
     def close(self) -> None:
-        """End it."""
+        """End the process."""
 
 
 @dataclass
 class Entrant:
-    """A contestant as the contest goes: its process while it has one, what it said, why it is out or did not run."""
+    """A contestant's state during the contest: its process, its answers, and why it or a task of it did not run."""
 
     entry: Entry
     player: Player | None = None
@@ -49,28 +49,28 @@ class Entrant:
 
     @property
     def name(self) -> str:
-        """Return its name."""
+        """Return the contestant's name."""
         return self.entry.name
 
     def leave(self, reason: str) -> None:
-        """End it for good, and say why."""
+        """End the process and record why the contestant is out."""
         self.end()
         self.missing = reason
 
     def end(self) -> None:
-        """End its process, if it has one."""
+        """End the process, if there is one."""
         if self.player is not None:
             self.player.close()
         self.player = None
 
     def plays(self, task: str) -> bool:
-        """Whether it can be asked for `task`."""
+        """Whether it can run `task`."""
         return self.player is not None and self.ready is not None and task in self.ready.tasks
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A task, how often it is warmed up and timed, and where to put what comes out of it, if anywhere."""
+    """A task, the numbers of warm-ups and timed runs, and the folder for its outputs or None."""
 
     ask: Ask
     runs: int
@@ -80,9 +80,9 @@ class Plan:
 
 @dataclass
 class Turns:
-    """What came of a task: by contestant the answers in the order of the rounds, the GPU's joules a run, the outputs.
+    """A task's results by contestant: answers in the order of the rounds, the GPU's joules per run, output files.
 
-    Contestants have equally many answers: one that failed on the way has none.
+    All contestants have the same number of answers; one that failed in any round has none.
     """
 
     answers: dict[str, list[Ran]] = field(default_factory=dict)
@@ -90,7 +90,7 @@ class Turns:
     outputs: dict[str, Path] = field(default_factory=dict)
 
     def difference(self, name: str, reference: str) -> float | None:
-        """Return the largest difference of two outputs as a share of the reference's largest value, None for one."""
+        """Return the largest difference from `reference` as a share of its largest value; None without two outputs."""
         if name == reference or not {name, reference} <= self.outputs.keys():
             return None
         one, other = (np.load(self.outputs[each]).astype(np.float64) for each in (name, reference))
@@ -100,7 +100,7 @@ class Turns:
 
 
 def prepare(entrant: Entrant, nvml: Nvml, limit: float = PREPARE_LIMIT) -> None:
-    """Make a contestant ready, alone; one that fails is out, with its reason."""
+    """Prepare one contestant while no other runs; if that fails, it leaves with the reason."""
     if entrant.player is None:
         return
     entrant.gpu_before = nvml.used() or 0
@@ -116,10 +116,10 @@ def prepare(entrant: Entrant, nvml: Nvml, limit: float = PREPARE_LIMIT) -> None:
 def take_turns(
     entrants: Sequence[Entrant], plan: Plan, nvml: Nvml, say: Say = lambda _: None, limit: float = RUN_LIMIT
 ) -> Turns:
-    """Run a task round by round by everybody who has it, one at a time, each round beginning with the next one.
+    """Run a task round by round on all contestants that have it, one at a time; each round starts with the next one.
 
-    Before a run that takes less than LONG comes one that is not timed where others had the caches before it. Whoever
-    fails is told of in its `not_run`, and is out where its process is lost.
+    A run shorter than LONG is preceded by an untimed one if others have used the caches in between. A failure is
+    recorded in the contestant's `not_run`; a contestant whose process is lost leaves.
     """
     task, turns = plan.ask.task, Turns()
     able = [entrant for entrant in entrants if entrant.plays(task)]
@@ -158,7 +158,7 @@ def _turn(entrant: Entrant, ask: Ask, turns: Turns, nvml: Nvml, limit: float) ->
 
 
 def _run(entrant: Entrant, ask: Ask, limit: float) -> Ran | None:
-    """Return what a run took, None where it failed."""
+    """Return the answer to a run, or None if it failed."""
     if entrant.player is None:
         return None
     try:
@@ -177,7 +177,7 @@ def _watch_memory(entrant: Entrant, nvml: Nvml) -> None:
 
 
 def close(entrant: Entrant, limit: float = 60.0) -> None:
-    """Ask a contestant for its memory and end it; what it measured stands."""
+    """Ask a contestant for its memory use and end it; its measurements are kept."""
     if entrant.player is None:
         return
     try:
@@ -188,6 +188,6 @@ def close(entrant: Entrant, limit: float = 60.0) -> None:
 
 
 def rotated(entrants: Sequence[Entrant], number: int) -> list[Entrant]:
-    """Return `entrants` beginning with the one whose turn it is to be first in round `number`."""
+    """Return `entrants` rotated so that round `number` starts with the next one."""
     first = number % len(entrants) if entrants else 0
     return [*entrants[first:], *entrants[:first]]

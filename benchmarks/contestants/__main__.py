@@ -13,7 +13,7 @@ from sdxl_trt.benchmarks.contestants.protocol import Contestant, Spec, serve
 
 
 def make(spec: Spec) -> Contestant:
-    """Return the contestant that `spec` names; its libraries are imported when it makes itself ready."""
+    """Return the contestant that `spec` names; it imports its libraries in `ready`."""
     if spec.name in ("sdxl-trt", "ort-cuda", "ort-tensorrt", "tensorrt"):
         from sdxl_trt.benchmarks.contestants.ours import Ours  # noqa: PLC0415 - each in its own environment
 
@@ -36,7 +36,7 @@ def make(spec: Spec) -> Contestant:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serve until stdin ends or says quit. What libraries print on stdout goes to stderr: stdout is the protocol's."""
+    """Serve until stdin ends or asks to quit. Libraries' prints to stdout go to stderr: stdout is the protocol's."""
     path, name = sys.argv[1:] if argv is None else argv
     spec = msgspec.json.decode(Path(path).read_bytes(), type=Spec)
     spec = msgspec.structs.replace(spec, name=name)

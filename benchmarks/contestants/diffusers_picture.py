@@ -1,6 +1,6 @@
-"""One picture by diffusers, as a script of its own: ``python -m sdxl_trt.benchmarks.contestants.diffusers_picture``.
+"""Draw one picture with diffusers: ``python -m sdxl_trt.benchmarks.contestants.diffusers_picture``.
 
-What a user of diffusers would write for the ensemble of experts, and nothing else: trt-bench measures it as a whole.
+The script that a user of diffusers writes for base and refiner, and nothing else: trt-bench measures all of it.
 """
 
 __all__ = ["main"]
@@ -17,7 +17,7 @@ def main() -> int:
     )
     parser.add_argument("prompt")
     parser.add_argument("--base", type=Path, required=True, help="folder of the base")
-    parser.add_argument("--refiner", type=Path, help="folder of the refiner; without it the base draws alone")
+    parser.add_argument("--refiner", type=Path, help="folder of the refiner (default: base alone)")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--handoff", type=float, default=0.8)
     parser.add_argument("--guidance", type=float, default=5.0)
@@ -27,7 +27,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
 
-    import torch  # noqa: PLC0415 - --help need not wait for it
+    import torch  # noqa: PLC0415 - keeps --help fast
     from diffusers import (  # type: ignore[attr-defined,unused-ignore] # noqa: PLC0415
         StableDiffusionXLImg2ImgPipeline,
         StableDiffusionXLPipeline,
@@ -44,7 +44,7 @@ def main() -> int:
     if arguments.refiner is None:
         base(**common, **size).images[0].save(arguments.out)
         return 0
-    # As diffusers' documentation has it: what the experts share is loaded once.
+    # As in diffusers' documentation: components that both experts share are loaded once.
     refiner = StableDiffusionXLImg2ImgPipeline.from_pretrained(
         arguments.refiner, text_encoder_2=base.text_encoder_2, vae=base.vae
     )

@@ -1,4 +1,4 @@
-"""What contestants that are diffusers pipelines, or stand in for them, share: loading a source, drawing a picture."""
+"""Shared by the contestants with diffusers' pipeline interface: load a source, draw a picture."""
 
 __all__ = ["draw", "load_source", "watch"]
 
@@ -15,7 +15,7 @@ from sdxl_trt.benchmarks.contestants.protocol import Array, Done, Spec
 
 
 def load_source(pipeline_class: Any, source: str, **settings: Any) -> Any:
-    """Return the pipeline in a folder, in a single file, or under a hub id, without its progress bars."""
+    """Return the pipeline of a folder, single file or hub id, with progress bars disabled."""
     load = pipeline_class.from_single_file if Path(source).is_file() else pipeline_class.from_pretrained
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -25,11 +25,11 @@ def load_source(pipeline_class: Any, source: str, **settings: Any) -> Any:
 
 
 def watch(base: Any, refiner: Any) -> dict[str, float]:
-    """Return seconds by stage, added to whenever one of the pipelines encodes a prompt or decodes latents."""
+    """Wrap the pipelines' prompt encoding and decoding; return seconds by stage, to which each call adds its time."""
     seconds = dict.fromkeys(("encode", "base", "refiner", "decode"), 0.0)
 
     def timed(stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        # The pipelines look at the signatures of what they call.
+        # The pipelines inspect the signatures of what they call.
         @functools.wraps(function)
         def call(*arguments: Any, **named: Any) -> Any:
             started = time.perf_counter()
@@ -47,11 +47,11 @@ def watch(base: Any, refiner: Any) -> dict[str, float]:
 
 
 def draw(base: Any, refiner: Any, spec: Spec, latents: Array, seconds: dict[str, float]) -> Done:
-    """Draw the pictures of `spec` from noise (batch, 4, h, w): by both experts with its handoff, else by the base.
+    """Draw the pictures of `spec` from noise (batch, 4, h, w), with base and refiner, or the base if that is None.
 
-    `seconds` are those that `watch` counts for these two.
+    `seconds` is what `watch` returned for these two.
     """
-    import torch  # noqa: PLC0415 - each contestant in its own environment
+    import torch  # noqa: PLC0415 - not in every contestant's environment
 
     seconds.update(dict.fromkeys(seconds, 0.0))
     noise = torch.from_numpy(latents.astype(np.float32)).to(device=base.device, dtype=base.unet.dtype)

@@ -15,7 +15,7 @@ _INPUTS = ("sample", "timestep", "encoder_hidden_states", "text_embeds", "time_i
 
 
 class OpenVino:
-    """The UNets alone; converting and compiling them is its compiling."""
+    """Runs only the UNets; `compile_seconds` is converting and compiling them."""
 
     def __init__(self, spec: Spec) -> None:
         self._spec = spec
@@ -44,13 +44,13 @@ class OpenVino:
             compile_seconds=time.perf_counter() - imported - loading,
             versions=versions(("openvino", "torch", "diffusers")),
             tasks=tuple(self._requests),
-            not_run={"picture": "its UNets alone are measured; optimum-intel's pipelines are not part of this"},
+            not_run={"picture": "only its UNets are measured, not optimum-intel's pipelines"},
         )
 
     def task(self, ask: Ask) -> Task:
-        """Return a UNet's step."""
+        """Return a UNet step."""
         if ask.varied:
-            raise ValueError("a UNet step at another size than the run's is not measured")
+            raise ValueError("a UNet step is measured only at the run's size")
         request, feed = self._requests[ask.task], self._feed(ask.task.split()[0])
         return lambda: Done(next(iter(request.infer(feed).values())))
 
@@ -69,7 +69,7 @@ class OpenVino:
         import torch  # noqa: PLC0415
 
         class Flat(torch.nn.Module):  # type: ignore[misc,unused-ignore]
-            """The UNet with the inputs of a graph."""
+            """The UNet with positional inputs, as a graph has."""
 
             def forward(self, sample: Any, timestep: Any, states: Any, text_embeds: Any, time_ids: Any) -> Any:
                 added = {"text_embeds": text_embeds, "time_ids": time_ids}

@@ -19,7 +19,7 @@ _TASKS = {"base": "text-to-image", "refiner": "image-to-image"}
 
 
 class Optimum:
-    """Exported once, in fp32 as on a CPU it must be, into the run's cache; what that took is its compiling."""
+    """Exported once in fp32, as a CPU requires, into the run's cache; `compile_seconds` is the export's time."""
 
     def __init__(self, spec: Spec) -> None:
         self._spec = spec
@@ -28,7 +28,7 @@ class Optimum:
         self._seconds: dict[str, float] = {}
 
     def ready(self) -> Ready:
-        """Import, export where that was not done yet, and make the sessions."""
+        """Import, export unless the cache has the export, and create the sessions."""
         started = time.perf_counter()
         import onnxruntime  # noqa: PLC0415 - its time is measured
         from optimum import onnxruntime as optimum  # type: ignore[attr-defined,import-not-found,import-untyped,unused-ignore] # noqa: PLC0415
@@ -56,7 +56,7 @@ class Optimum:
     def task(self, ask: Ask) -> Task:
         """Return a task at the run's own size."""
         if ask.varied:
-            raise ValueError("another size than the run's is not measured")
+            raise ValueError("only the run's own size is measured")
         if ask.task == "picture":
             return lambda: draw(self._experts["base"], self._experts.get("refiner"), self._spec,
                                 self._inputs["latents"], self._seconds)  # fmt: skip
@@ -71,7 +71,7 @@ class Optimum:
         return bool(self._spec.refiner) and self._spec.handoff is not None
 
     def _export(self, stage: str, source: str) -> Path:
-        """Return the folder of optimum's own export, made now if it is not there; it appears when it is whole."""
+        """Return the folder of optimum's own export; a missing one is exported and then renamed into place."""
         from optimum.exporters.onnx import main_export  # type: ignore[import-not-found,import-untyped,unused-ignore] # noqa: PLC0415
 
         target = Path(self._spec.cache) / "optimum" / stage
@@ -84,7 +84,7 @@ class Optimum:
         return target
 
     def _step(self, stage: str) -> Task:
-        """Return a UNet's step as its pipeline calls it, on torch's tensors."""
+        """Return a UNet step as its pipeline calls it, on torch tensors."""
         import torch  # noqa: PLC0415
 
         unet = self._experts[stage].unet

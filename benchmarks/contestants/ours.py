@@ -1,4 +1,4 @@
-"""trt-bench's contestant that is this project: the runtime on a provider, as a program that imports it would use it."""
+"""trt-bench's contestant for this project: the runtime on one provider, used as a Python library."""
 
 __all__ = ["Ours"]
 
@@ -16,7 +16,7 @@ _STAGES = {"base UNet step": "base", "refiner UNet step": "refiner"}
 
 
 class Ours:
-    """The bundle on the best provider of this machine, or on the one that the contestant's name is."""
+    """The bundle on this machine's best provider, or on the provider that the contestant is named after."""
 
     def __init__(self, spec: Spec) -> None:
         self._spec = spec
@@ -25,7 +25,7 @@ class Ours:
         self._pipeline: Any = None
 
     def ready(self) -> Ready:
-        """Import the runtime, and load every engine that a picture needs."""
+        """Import the runtime and load every engine that a picture needs."""
         started = time.perf_counter()
         from sdxl_trt.runtime import open_bundle  # noqa: PLC0415 - its time is measured
 
@@ -51,11 +51,11 @@ class Ours:
         )
 
     def task(self, ask: Ask) -> Task:
-        """Return a task; only pictures may be varied."""
+        """Return a task; only "picture" may vary size, batch or handoff."""
         if ask.task == "picture":
             return self._picture(ask)
         if ask.varied:
-            raise ValueError(f"{ask.task} at another size than the run's is not measured")
+            raise ValueError(f"{ask.task} is measured only at the run's size")
         tasks: dict[str, Task] = {
             "text encoders": self._encode,
             "VAE decode": self._decode,
@@ -65,7 +65,7 @@ class Ours:
         return self._step(_STAGES[ask.task]) if ask.task in _STAGES else tasks[ask.task]
 
     def peak_gpu(self) -> int | None:
-        """Return None: the engines' memory is the device's affair, which trt-bench asks for itself."""
+        """Return None: trt-bench reads the device's memory use from NVML."""
         return None
 
     def _components(self) -> list[str]:
@@ -111,14 +111,14 @@ class Ours:
         outputs = []
         for number, encoder in enumerate(self._pipeline.manifest.base.text_encoders):
             engine = self._engine(encoder.component)
-            # What a run asks for: the last state but one, and the pooled vector where it is used.
+            # The outputs that a run uses: the penultimate hidden state, and the pooled vector if needed.
             states = [spec.name for spec in engine.component.outputs if spec.name.startswith("hidden_states.")]
             wanted = [states[-2], *(["text_embeds"] if encoder.pooled else [])]
             outputs.append(engine.infer({"input_ids": self._inputs[f"ids/{number}"]}, wanted)[states[-2]])
         return Done(np.concatenate(outputs, axis=-1).astype(np.float32))
 
     def _step(self, stage: str) -> Task:
-        """Return a step as the sampler asks for it: what is constant in a run is bound before."""
+        """Return a step as a run performs it: inputs that stay constant during a run are bound beforehand."""
         engine = self._engine(getattr(self._pipeline.manifest, stage).unet)
         given = self._given(engine, stage)
         engine.bind({name: given.pop(name) for name in ("encoder_hidden_states", "text_embeds", "time_ids")})
@@ -138,7 +138,7 @@ class Ours:
         return Done(engine.infer(given)["sample"].astype(np.float32))
 
     def _handoff(self, residency: Any) -> Done:
-        """Time the change of experts after a base step, during which the pool has made the refiner ready."""
+        """Time the switch to the refiner after a base step, during which the pool prefetches the refiner."""
         pool, manifest = self._pipeline.pool, self._pipeline.manifest
         usual, pool.residency = pool.residency, residency
         try:
@@ -155,7 +155,7 @@ class Ours:
 
 
 def versions(packages: tuple[str, ...]) -> dict[str, str]:
-    """Return the versions of those of `packages` that are installed."""
+    """Return the versions of the `packages` that are installed."""
     found = {}
     for name in packages:
         try:

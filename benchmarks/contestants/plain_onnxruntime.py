@@ -1,4 +1,4 @@
-"""trt-bench's contestant ONNX Runtime as it is: the bundle's graphs in sessions with every option at its default."""
+"""trt-bench's contestant plain ONNX Runtime: the bundle's graphs in sessions with default options."""
 
 __all__ = ["PlainOnnxRuntime"]
 
@@ -12,7 +12,7 @@ from sdxl_trt.benchmarks.contestants.protocol import Ask, Done, Ready, Spec, Tas
 
 
 class PlainOnnxRuntime:
-    """The UNets alone, on the CPU: what this project's own options and graph changes are measured against."""
+    """Runs only the UNets, on the CPU: the baseline for this project's session options and graph changes."""
 
     def __init__(self, spec: Spec) -> None:
         self._spec = spec
@@ -20,7 +20,7 @@ class PlainOnnxRuntime:
         self._sessions: dict[str, Any] = {}
 
     def ready(self) -> Ready:
-        """Make a session for every UNet."""
+        """Create a session for every UNet."""
         started = time.perf_counter()
         import onnxruntime  # noqa: PLC0415 - its time is measured
 
@@ -39,13 +39,13 @@ class PlainOnnxRuntime:
             load_seconds=time.perf_counter() - imported,
             versions=versions(("onnxruntime", "onnxruntime-gpu")),
             tasks=tuple(self._sessions),
-            not_run={"picture": "it runs graphs, and knows no pipeline"},
+            not_run={"picture": "it runs single graphs and has no pipeline"},
         )
 
     def task(self, ask: Ask) -> Task:
-        """Return a UNet's step."""
+        """Return a UNet step."""
         if ask.varied:
-            raise ValueError("a UNet step at another size than the run's is not measured")
+            raise ValueError("a UNet step is measured only at the run's size")
         session, stage = self._sessions[ask.task], ask.task.split()[0]
         types = {"tensor(float16)": np.float16, "tensor(float)": np.float32}
         feed = {one.name: self._inputs[f"{stage}/{one.name}"].astype(types[one.type]) for one in session.get_inputs()}

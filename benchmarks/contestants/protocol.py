@@ -1,7 +1,7 @@
-"""What trt-bench and a contestant say to each other: one JSON object a line, a question and its answer.
+"""The protocol between trt-bench and a contestant: questions and answers, one JSON object per line.
 
-A contestant is a process that stays, so that several can take turns, each with its own memory and its own libraries.
-Whatever goes wrong in it is an answer too. This module is read in every contestant's environment: msgspec and numpy.
+A contestant is a long-running process, so that several can take turns, each with its own memory and libraries. An
+error in it is an answer too. Every contestant's environment imports this module: it needs only msgspec and numpy.
 """
 
 __all__ = ["TASKS", "Answer", "Ask", "Bye", "Failed", "Memory", "Ran", "Ready", "Spec", "Task", "serve"]
@@ -21,10 +21,10 @@ Array = npt.NDArray[np.generic]
 
 
 class Spec(msgspec.Struct, frozen=True, kw_only=True):
-    """What every contestant is given; they differ in `name` alone. Sizes are pixels, `inputs` an .npz file.
+    """The settings of every contestant; only `name` differs. Sizes are in pixels, `inputs` is an .npz file.
 
-    `bundle` is the exported folder; `base` and `refiner` are the checkpoints that it comes from, "" where they are
-    not known or not there. `device` is "cpu" or "cuda". `cache` keeps what a contestant makes once, an export.
+    `bundle` is the exported folder; `base` and `refiner` are the checkpoints it was exported from, or "" if unknown
+    or absent. `device` is "cpu" or "cuda". `cache` is a folder for files to reuse in later runs, such as exports.
     """
 
     name: str
@@ -48,9 +48,9 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Ask(msgspec.Struct, frozen=True, kw_only=True):
-    """A question. "run" takes a task, and may replace what the spec says of size, batch and handoff.
+    """A question. "run" takes a task, and may replace the spec's size, batch and handoff.
 
-    `keep` is where what comes out is to be written, an .npy file, "" for nowhere.
+    `keep` is the .npy file to write the output to, or "".
     """
 
     do: Literal["prepare", "run", "memory", "quit"]
@@ -63,12 +63,12 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def varied(self) -> bool:
-        """Whether it replaces something of the spec."""
+        """Whether it replaces any setting of the spec."""
         return self.handoff != "spec" or any(value is not None for value in (self.width, self.height, self.batch))
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
-    """A contestant is ready: what that took in seconds, the tasks that it has, and why it has not the others."""
+    """A contestant is ready: the seconds to prepare it, its tasks, and why it does not run the others."""
 
     precision: str
     import_seconds: float
@@ -80,21 +80,21 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
 
 
 class Ran(msgspec.Struct, frozen=True, kw_only=True, tag="ran"):
-    """A task was done in `seconds`, those of its parts in `stages`."""
+    """A task ran in `seconds`; `stages` are the seconds of its parts."""
 
     seconds: float
     stages: dict[str, float] = {}
 
 
 class Memory(msgspec.Struct, frozen=True, kw_only=True, tag="memory"):
-    """The process's peaks in bytes: resident memory, and the GPU's where that is known."""
+    """The process's peaks in bytes: resident memory, and GPU memory if known."""
 
     peak_rss: int
     peak_gpu: int | None = None
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
-    """What was asked for went wrong, in one line; the contestant goes on."""
+    """A question failed, with the error in one line; the contestant keeps serving."""
 
     error: str
 
@@ -107,7 +107,7 @@ Answer = Ready | Ran | Memory | Failed | Bye
 
 
 class Done(msgspec.Struct, frozen=True):
-    """What a task returns: the array that came out, the seconds of its stages, and its own clock if it has one."""
+    """The result of a task: its output, the seconds of its stages, and its total seconds if it times itself."""
 
     output: Array
     stages: dict[str, float] = {}
@@ -121,17 +121,17 @@ class Contestant(Protocol):
     """The work of a contestant. `ready` is called once, before any task."""
 
     def ready(self) -> Ready:
-        """Import, load and compile; say what it took."""
+        """Import, load and compile; return the seconds each took."""
 
     def task(self, ask: Ask) -> Task:
-        """Return what is to be timed for a question. Raises whatever it may: that is answered."""
+        """Return the function to time for a question. Any exception is sent as the answer."""
 
     def peak_gpu(self) -> int | None:
-        """Return the peak of the GPU's memory in bytes, None where it is not known."""
+        """Return the peak GPU memory in bytes, or None if unknown."""
 
 
 def serve(make: Callable[[], Contestant], questions: BinaryIO, answers: BinaryIO) -> None:
-    """Answer every line of `questions` until it ends or says quit; `make` is called with the first "prepare"."""
+    """Answer every line of `questions` until it ends or asks to quit; the first "prepare" calls `make`."""
     contestant: Contestant | None = None
     for line in questions:
         answer: Answer
@@ -140,7 +140,7 @@ def serve(make: Callable[[], Contestant], questions: BinaryIO, answers: BinaryIO
             if contestant is None and ask.do == "prepare":
                 contestant = make()
             answer = _answer(contestant, ask)
-        except Exception as exc:  # noqa: BLE001 - whatever went wrong is the answer
+        except Exception as exc:  # noqa: BLE001 - any error is the answer
             traceback.print_exc()
             answer = Failed(one_line(exc))
         answers.write(msgspec.json.encode(answer) + b"\n")
@@ -178,7 +178,7 @@ def one_line(exc: BaseException) -> str:
 
 
 def peak_rss() -> int:
-    """Return the most memory that this process ever had resident, in bytes; its parent's is no part of it."""
+    """Return this process's peak resident memory in bytes, without its parent's."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     found: Mapping[str, str] = dict(line.split(":", 1) for line in lines if ":" in line)
     return int(found["VmHWM"].split()[0]) << 10

@@ -17,7 +17,7 @@ from sdxl_trt.benchmarks.contestants.protocol import Ask, Done, Ready, Spec, Tas
 
 _STAGES = {"base UNet step": "base", "refiner UNet step": "refiner"}
 _PARTS = ("text encoders", *_STAGES, "VAE decode")
-# Tasks by contestant; the rest is what another one does in the very same way.
+# Tasks by contestant; the others are left out because another contestant runs them identically.
 _TASKS = {
     "eager": _PARTS,
     "eager-bf16": ("picture", *_STAGES),
@@ -26,18 +26,18 @@ _TASKS = {
     "diffusers": ("picture",),
 }
 _ELSEWHERE = {
-    "eager": {"picture": "the contestant diffusers is this"},
-    "diffusers": dict.fromkeys(_PARTS, "the contestant eager is this"),
+    "eager": {"picture": "the contestant diffusers measures this"},
+    "diffusers": dict.fromkeys(_PARTS, "the contestant eager measures this"),
 }
 _HALVES = {"eager-bf16": "bfloat16", "eager-fp16": "float16"}
 _PRECISIONS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
 class Torch:
-    """diffusers' models, as the checkpoint's folders have them.
+    """diffusers' models, loaded from the checkpoint.
 
-    On a GPU diffusers and torch.compile run in fp16, as anybody would, and torch.compile takes max-autotune and the
-    autoencoder too; on a CPU they run in fp32, and what is compiled are the UNets.
+    On a GPU, diffusers and torch.compile run in fp16, the usual choice, and torch.compile uses max-autotune and also
+    compiles the autoencoder; on a CPU they run in fp32, and only the UNets are compiled.
     """
 
     def __init__(self, spec: Spec) -> None:
@@ -49,8 +49,8 @@ class Torch:
         self._seconds: dict[str, float] = {}
 
     def ready(self) -> Ready:
-        """Import, load both pipelines, and compile what is to be compiled with a first call of it."""
-        # What was compiled once serves the next run; without a folder of its own it would lie in /tmp.
+        """Import, load both pipelines, and for "compile" compile the models by calling them once."""
+        # Keeps compiled kernels for the next run; the default folder is in /tmp.
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(self._spec.cache).absolute() / "inductor")
         started = time.perf_counter()
         import torch  # noqa: PLC0415 - its time is measured
@@ -86,7 +86,7 @@ class Torch:
     def task(self, ask: Ask) -> Task:
         """Return a task at the run's own size."""
         if ask.varied:
-            raise ValueError("another size than the run's is not measured")
+            raise ValueError("only the run's own size is measured")
         if ask.task == "picture":
             return lambda: draw(self._experts["base"], self._experts.get("refiner"), self._spec,
                                 self._inputs["latents"], self._seconds)  # fmt: skip
@@ -95,7 +95,7 @@ class Torch:
         return {"text encoders": self._encode, "VAE decode": self._decode}[ask.task]
 
     def peak_gpu(self) -> int | None:
-        """Return the most bytes that PyTorch took of the GPU's memory."""
+        """Return the peak bytes of GPU memory that PyTorch reserved."""
         if self._spec.device != "cuda":
             return None
         import torch  # noqa: PLC0415
@@ -113,13 +113,13 @@ class Torch:
             torch.cuda.synchronize()
 
     def _compile(self) -> float:
-        """Compile and return the seconds of the first calls, in which it happens; of earlier ones if they were longer.
+        """Compile and return the seconds of the first calls, which compile; the longest over all runs so far.
 
-        A later run finds compiled kernels in the cache, and would seem to take next to nothing.
+        A later run finds compiled kernels in the cache, so its own time would be far too short.
         """
         import torch  # noqa: PLC0415
 
-        # Both UNets are one class: without this the second would be compiled for any size, and be slower.
+        # Both UNets are one class: without this the second would be compiled with dynamic shapes, and be slower.
         settings: dict[str, Any] = {"dynamic": False} | (
             {"mode": "max-autotune"} if self._spec.device == "cuda" else {}
         )
@@ -145,7 +145,7 @@ class Torch:
         return torch.from_numpy(self._inputs[name]).to(self._spec.device, getattr(torch, self._dtype))
 
     def _step(self, stage: str) -> Task:
-        """Return a UNet's step, called just as diffusers' pipelines call it: what they compiled serves here too."""
+        """Return a UNet step, called exactly as diffusers' pipelines call it, so that compiled code is shared."""
         import torch  # noqa: PLC0415
 
         unet = self._experts[stage].unet

@@ -1,4 +1,4 @@
-"""What every measurement uses: processes, energy, subjects, bars and result files."""
+"""Shared by all measurements: processes, energy, subjects, bars and result files."""
 
 from sdxl_trt.benchmarks.measure.bars import NOT_MEASURED, VERDICTS, Bar, at_most, bars_table, missed
 from sdxl_trt.benchmarks.measure.energy import Nvml

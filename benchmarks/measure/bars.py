@@ -1,4 +1,4 @@
-"""A figure held against its bar, and the table of them that stands first in every report."""
+"""Figures compared with their bars, and the table of bars at the top of every report."""
 
 __all__ = ["NOT_MEASURED", "VERDICTS", "Bar", "at_most", "bars_table", "missed"]
 
@@ -11,7 +11,7 @@ VERDICTS = {True: "yes", False: "no", None: "-"}
 
 
 class Bar(msgspec.Struct, frozen=True):
-    """A figure held against its bar; `met` is None where it could not be measured."""
+    """A figure and the bar it must meet; `met` is None if the figure could not be measured."""
 
     what: str
     bar: str
@@ -20,19 +20,19 @@ class Bar(msgspec.Struct, frozen=True):
 
 
 def at_most(what: str, value: float | None, limit: float, bar: str, show: Callable[[float], str]) -> Bar:
-    """Hold `value` against `limit`, which `bar` says in words; None is a figure that could not be measured."""
+    """Return the bar `value` <= `limit`; `bar` is the limit in words, a `value` of None was not measured."""
     if value is None:
         return Bar(what, f"<= {bar}", NOT_MEASURED, None)
     return Bar(what, f"<= {bar}", show(value), value <= limit)
 
 
 def missed(bars: Iterable[Bar]) -> bool:
-    """Return whether a bar was missed; one that could not be measured was not."""
+    """Return whether any bar was missed; a bar that was not measured does not count as missed."""
     return any(bar.met is False for bar in bars)
 
 
 def bars_table(bars: Iterable[Bar]) -> list[str]:
-    """Return the bars as the lines of a Markdown table; a missed one stands out."""
+    """Return the bars as the lines of a Markdown table; missed ones are bold."""
     lines = ["| | bar | measured | met |", "|---|---|---|---|"]
     for bar in bars:
         verdict = f"**{VERDICTS[bar.met]}**" if bar.met is False else VERDICTS[bar.met]

@@ -1,4 +1,4 @@
-"""What NVML knows of the first GPU: energy spent and memory in use. Without the library or a GPU it knows nothing."""
+"""Energy and memory use of the first GPU from NVML; None without the library or a GPU."""
 
 __all__ = ["Nvml"]
 
@@ -14,7 +14,7 @@ class _Usage(ctypes.Structure):
 
 
 class Nvml:
-    """The driver's own library through ctypes, which needs no package; every answer is None where it is not there."""
+    """The driver's NVML library through ctypes, without a Python package; all results are None if it is missing."""
 
     def __init__(self, library: Any = None) -> None:
         self._device: ctypes.c_void_p | None = None
@@ -27,14 +27,14 @@ class Nvml:
                 self._device = device
 
     def joules(self) -> float | None:
-        """Return what the GPU has spent since the driver was loaded; GPUs before Volta do not count it."""
+        """Return the energy used since the driver was loaded, or None; GPUs before Volta do not report it."""
         spent = ctypes.c_ulonglong()
         if self._device is None or self._library.nvmlDeviceGetTotalEnergyConsumption(self._device, ctypes.byref(spent)):
             return None
         return spent.value / 1000.0
 
     def used(self) -> int | None:
-        """Return the bytes of the GPU's memory that are in use, by whomever."""
+        """Return the bytes of GPU memory in use by all processes, or None."""
         usage = _Usage()
         if self._device is None or self._library.nvmlDeviceGetMemoryInfo(self._device, ctypes.byref(usage)):
             return None

@@ -1,4 +1,4 @@
-"""What a reader of a GPU report must know of the machine, asked without TensorRT: any of it may be missing."""
+"""Facts about the machine for a GPU report. Nothing here requires TensorRT or a driver: missing parts are reported."""
 
 __all__ = ["gpu_facts", "no_driver"]
 
@@ -25,11 +25,11 @@ _DRIVER = "libcuda.so.1"
 
 
 def no_driver() -> str | None:
-    """Return why the NVIDIA driver has no GPU for us, or None where it has one. Needs no package."""
+    """Return why the NVIDIA driver offers no GPU, or None if it offers one. Needs no package."""
     try:
         driver = ctypes.CDLL(_DRIVER)
     except OSError:
-        return f"no NVIDIA driver on this machine ({_DRIVER} is not there)"
+        return f"no NVIDIA driver on this machine ({_DRIVER} is missing)"
     count = ctypes.c_int(0)
     error = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
     if error:
@@ -38,7 +38,7 @@ def no_driver() -> str | None:
 
 
 def gpu_facts() -> dict[str, str]:
-    """Return facts by name: system, GPU, versions. What cannot be found out says why."""
+    """Return facts by name: system, GPU, versions; a fact that cannot be found is the reason why."""
     host = machine()
     facts = {
         "system": f"{host['system']}, {platform.machine()}, Python {sys.version.split()[0]}",

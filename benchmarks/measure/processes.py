@@ -1,4 +1,4 @@
-"""Run a command as a child process and measure it: wall time, peak memory, and how much of it was mapped files."""
+"""Run a command as a child process and measure its wall time and peak memory, mapped files apart."""
 
 __all__ = ["Measured", "machine", "measure"]
 
@@ -19,9 +19,9 @@ _TAIL = 600
 class Measured(msgspec.Struct, frozen=True):
     """One run of a command. Memory is in bytes.
 
-    `peak_rss` is the kernel's own figure (``ru_maxrss``). `peak_anonymous` and `peak_file` are the largest values
-    seen in samples of ``/proc``, each at its own time: anonymous memory is what a machine must have, mapped files
-    are pages that it may drop.
+    `peak_rss` is the kernel's figure (``ru_maxrss``). `peak_anonymous` and `peak_file` are the largest values sampled
+    from ``/proc``, possibly at different times: anonymous memory must fit the machine, pages of mapped files can be
+    dropped.
     """
 
     command: tuple[str, ...]
@@ -39,9 +39,9 @@ class Measured(msgspec.Struct, frozen=True):
 
 
 def measure(command: list[str], environment: dict[str, str] | None = None) -> Measured:
-    """Run `command` to its end and return what it took; a failure is in `exit_code` and the tail of `output`.
+    """Run `command` to its end and return the measurement; a failure is in `exit_code` and the tail of `output`.
 
-    The caller should be small: the kernel counts the pages that a child shares with it before it becomes itself.
+    The caller should be small: the kernel counts pages that the child shares with it between fork and exec.
     """
     peaks = {"RssAnon": 0, "RssFile": 0}
     settings = os.environ | (environment or {})
@@ -72,7 +72,7 @@ def measure(command: list[str], environment: dict[str, str] | None = None) -> Me
 
 
 def machine() -> dict[str, str | int]:
-    """Return what a reader of figures must know of the machine."""
+    """Return the machine's facts for a report, by name."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
     return {
@@ -97,7 +97,7 @@ def _sample(pid: int, peaks: dict[str, int]) -> None:
     try:
         lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return  # it has just ended
+        return  # the process has just ended
     for line in lines:
         name, _, value = line.partition(":")
         if name in peaks:

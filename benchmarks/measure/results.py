@@ -1,4 +1,4 @@
-"""The results that are kept: a JSON file with a Markdown table beside it, the packages' versions, and the options."""
+"""Result files (JSON with a Markdown table beside it), package versions, and the options of every measurement."""
 
 __all__ = [
     "RESULTS_FOLDER",
@@ -24,18 +24,18 @@ RESULTS_FOLDER = Path(__file__).parents[1] / "results"
 
 
 def results_parser(prog: str, about: str | None, *, work: Path, results: Path, case: str) -> argparse.ArgumentParser:
-    """Return the options that every measurement has; one of its parts is called a `case`."""
+    """Return a parser with the options of every measurement; `case` is what --only selects."""
     parser = argparse.ArgumentParser(prog=f"python -m {prog}", description=about)
-    parser.add_argument("--work", type=Path, default=work, help="folder for what is measured; kept for the next run")
-    parser.add_argument("--results", type=Path, default=results, help="JSON file to write, the table beside it")
-    parser.add_argument("--quick", action="store_true", help="tiny models: proves the benchmark in minutes")
+    parser.add_argument("--work", type=Path, default=work, help="folder for intermediate files; kept for the next run")
+    parser.add_argument("--results", type=Path, default=results, help="JSON file to write; the table goes beside it")
+    parser.add_argument("--quick", action="store_true", help="tiny models: tests the benchmark in minutes")
     only = f"measure this {case.lower()} only; repeatable"
     parser.add_argument("--only", action="append", default=[], metavar=case.upper(), help=only)
     return parser
 
 
 def package_versions(names: Iterable[str]) -> dict[str, str]:
-    """Return the version of each distribution here, or that it is not installed."""
+    """Return the version of each distribution, or "not installed"."""
     found = {}
     for name in names:
         try:
@@ -57,12 +57,12 @@ def write_results(report: msgspec.Struct, table: str, path: Path) -> None:
 
 
 def write_json(report: msgspec.Struct, path: Path) -> None:
-    """Write `report` to `path` as JSON that a person can read; it appears when it is whole."""
+    """Write `report` to `path` as indented JSON, atomically."""
     _write(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n", path)
 
 
 def write_text(text: str, path: Path) -> None:
-    """Write `text` to `path` in UTF-8; it appears when it is whole."""
+    """Write `text` to `path` in UTF-8, atomically."""
     _write(text.encode(), path)
 
 

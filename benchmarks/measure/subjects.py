@@ -1,4 +1,4 @@
-"""What trt-bench measures: a bundle and its checkpoints, exported first where there is no bundle."""
+"""What trt-bench measures: a bundle and its checkpoints, exported first if there is no bundle."""
 
 __all__ = ["EMBEDDED", "Subject", "cache_folder", "find_subject"]
 
@@ -24,9 +24,9 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Subject:
-    """A bundle, the sources that PyTorch loads ("" where there are none), and a folder for what is made of them once.
+    """A bundle, the checkpoints that PyTorch loads ("" if unknown), and a cache folder for files derived from them.
 
-    `name` and `model` are for the report: no paths of this machine.
+    `name` and `model` are for the report and contain no local paths.
     """
 
     bundle: Bundle
@@ -38,23 +38,23 @@ class Subject:
 
     @property
     def embedded(self) -> bool:
-        """Whether it is the embedded pair, whose prompts can be scored."""
+        """Whether this is the embedded pair, whose pictures can be scored."""
         return self.model == EMBEDDED
 
 
 def cache_folder() -> Path:
-    """Return the folder of trt-bench in the user's cache."""
+    """Return trt-bench's folder in the user's cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdxl-trt" / "bench"
 
 
 def find_subject(engines: Path | None, model: str | None, refiner: str | None, work: Path, say: Say) -> Subject:
-    """Return what ``--engines``, ``--model`` and ``--refiner`` name, by default the embedded pair and its bundle.
+    """Return the subject that ``--engines``, ``--model`` and ``--refiner`` name, by default the embedded pair.
 
-    A model without a bundle is exported in fp32, by export-engines in a process of its own, into `work`, where it
-    stays. A bundle alone has no checkpoint to be compared with. Raises UsageError, and what reading and exporting do.
+    A model without a bundle is exported in fp32 by export-engines, as a separate process, into `work`, and kept. A
+    bundle alone has no checkpoint to compare with. Raises UsageError, and whatever reading and exporting raise.
     """
     if refiner is not None and model is None:
-        raise UsageError("--refiner names the refiner of a --model; give both")
+        raise UsageError("--refiner needs --model; give both")
     if engines is None and model is None:
         model, engines = EMBEDDED, bundle_path()
     if model is None:
@@ -67,7 +67,7 @@ def find_subject(engines: Path | None, model: str | None, refiner: str | None, w
 
 
 def _subject(bundle: Bundle, base: str, refiner: str, work: Path, model: str) -> Subject:
-    # The digests of the checkpoint's tensors: what is made of one model never serves another.
+    # Keyed by the digests of the checkpoint's tensors: a cache folder is never shared by two models.
     parts = bundle.manifest.components
     key = _digest(sorted(f"{name} {parts[name].source.sha256}" for name in parts))
     name = "the embedded pair's" if bundle.root == bundle_path() else bundle.root.name
@@ -76,7 +76,7 @@ def _subject(bundle: Bundle, base: str, refiner: str, work: Path, model: str) ->
 
 
 def _sources(model: str, refiner: str | None, work: Path) -> tuple[str, str]:
-    """Return what PyTorch is to load: the embedded pair is written as two folders first."""
+    """Return the sources for PyTorch; the embedded pair is first written as two folders."""
     if model != EMBEDDED:
         return model, refiner or ""
     try:
@@ -88,7 +88,7 @@ def _sources(model: str, refiner: str | None, work: Path) -> tuple[str, str]:
 
 
 def _exported(model: str, refiner: str | None, work: Path, say: Say) -> Path:
-    """Return the bundle of a model in `work`; export-engines leaves one alone that is there and unchanged."""
+    """Return the bundle of a model in `work`; export-engines does not rewrite an unchanged one."""
     target = work / "bundles" / _digest([model, refiner or ""])
     target.parent.mkdir(parents=True, exist_ok=True)
     with_refiner = ["--refiner", refiner] if refiner else [] if model == EMBEDDED else ["--no-refiner"]

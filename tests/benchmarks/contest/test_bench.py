@@ -73,7 +73,7 @@ def test_everybody_is_in_the_report(subject: Subject, fakes: dict[str, str]) -> 
     reasons = {one.name: one.missing for one in report.contestants}
     assert reasons["ort-cuda"] == reasons["tensorrt"] == "no GPU"
     assert reasons["eager"] == "prepare: it ended with exit code 1 (no torch)"
-    assert "which is no answer" in reasons["compile"]
+    assert "which is not a valid answer" in reasons["compile"]
     running = {name for name, reason in reasons.items() if not reason}
     assert running == {"sdxl-trt", "onnxruntime", "eager-bf16", "diffusers", "optimum", "openvino"}
     compared = [(one.what, one.contestant) for one in report.measurements if not one.sweep]
@@ -86,7 +86,7 @@ def test_everybody_is_in_the_report(subject: Subject, fakes: dict[str, str]) -> 
     assert report.notes[0] == "floors: as told"
     assert report.of("sdxl-trt", "base UNet step").rows == 2  # type: ignore[union-attr]
     assert next(one for one in report.contestants if one.name == "openvino").peak_rss == 5
-    assert "eager: making it ready" in said
+    assert "eager: preparing" in said
 
 
 def test_without_ours_there_is_no_benchmark(subject: Subject, fakes: dict[str, str]) -> None:

@@ -74,7 +74,7 @@ def test_a_machine_without_the_driver_has_no_gpu(monkeypatch: pytest.MonkeyPatch
         raise OSError(name)
 
     monkeypatch.setattr(gpu_facts.ctypes, "CDLL", absent)
-    assert no_driver() == "no NVIDIA driver on this machine (libcuda.so.1 is not there)"
+    assert no_driver() == "no NVIDIA driver on this machine (libcuda.so.1 is missing)"
 
 
 def test_looking_finds_a_gpu_and_says_nothing(
@@ -119,7 +119,7 @@ def test_tensorrt_for_rtx_is_checked_where_it_is(simulated: Any, make_workplace:
 
 
 def test_plans_that_stream_are_tried_so(make_workplace: Callable[..., Workplace]) -> None:
-    result = run_check(check("tensorrt: residencies give one picture"), make_workplace(weight_streaming=True))
+    result = run_check(check("tensorrt: residencies give the same picture"), make_workplace(weight_streaming=True))
     assert result.outcome == "ok", result.seen
     assert "swap differs from resident by" in result.seen
     assert "stream differs from resident by" in result.seen
@@ -161,7 +161,7 @@ def test_a_failure_is_the_exit_code(
 
 def test_a_plan_of_another_machine_skips_what_needs_it(workplace: Workplace, simulated: Any) -> None:
     simulated.compute_capability = (9, 0)
-    result = run_check(check("tensorrt: a whole picture is ort-cpu's"), workplace)
+    result = run_check(check("tensorrt: a whole picture matches ort-cpu"), workplace)
     assert result.outcome == "skipped"
     assert "compute capability is 9.0" in result.seen
 
@@ -172,7 +172,7 @@ def test_plans_are_built_only_where_there_are_none_that_fit(
     builds: list[tuple[Any, ...]] = []
     monkeypatch.setattr(gpu_checks, "build_plans", lambda *arguments, **named: builds.append((*arguments, named)))
     build = check("tensorrt: plans are built")
-    assert run_check(build, workplace).seen.startswith("6 plans there already")
+    assert run_check(build, workplace).seen.startswith("6 plans already built")
     assert builds == []
     simulated.compute_capability = (9, 0)
     result = run_check(build, workplace)
@@ -185,7 +185,7 @@ def test_a_damaged_plan_fails_what_loads_it(workplace: Workplace) -> None:
     content = bytearray(plan.read_bytes())
     content[-1] ^= 1
     plan.write_bytes(content)
-    result = run_check(check("tensorrt: plans load and go"), workplace)
+    result = run_check(check("tensorrt: plans load and unload"), workplace)
     assert result.outcome == "FAILED"
     assert "CorruptError" in result.seen
 
@@ -193,10 +193,10 @@ def test_a_damaged_plan_fails_what_loads_it(workplace: Workplace) -> None:
 @pytest.mark.parametrize(
     ("name", "setting", "said"),
     [
-        ("plans load and go", ("LEFT_BEHIND", -1), "were not given back"),
-        ("a whole picture is ort-cpu's", ("LATENTS_TOLERANCE", -1.0), "latents differ"),
-        ("residencies give one picture", ("SAME_TOLERANCE", -1.0), "swap differs from resident"),
-        ("memory is what was planned", ("OVERHEAD", -(1 << 40)), "planned, which is too far off"),
+        ("plans load and unload", ("LEFT_BEHIND", -1), "were not freed"),
+        ("a whole picture matches ort-cpu", ("LATENTS_TOLERANCE", -1.0), "latents differ"),
+        ("residencies give the same picture", ("SAME_TOLERANCE", -1.0), "swap differs from resident"),
+        ("memory is what was planned", ("OVERHEAD", -(1 << 40)), "planned, which is too much"),
     ],
 )
 def test_what_is_too_far_off_fails(
@@ -238,7 +238,7 @@ def test_a_component_that_answers_something_else_is_named(
     records = workplace.records("tensorrt")
     few = {name: records[name] for name in ("refiner_unet", "text_encoder")}
     monkeypatch.setattr(workplace, "records", lambda flavour: few)
-    result = run_check(check("tensorrt: every component is ONNX Runtime's"), workplace)
+    result = run_check(check("tensorrt: every component matches ONNX Runtime"), workplace)
     assert result.outcome == "FAILED"
     assert "refiner_unet" in result.seen
     assert "text_encoder" not in result.seen, "which is right"

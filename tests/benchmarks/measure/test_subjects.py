@@ -116,7 +116,7 @@ def test_who_takes_part() -> None:
     assert [entry.name for entry in choose("none")] == ["sdxl-trt"]
     assert [entry.name for entry in choose(None)] == list(ROSTER)
     for wrong in ("eagre", "eager,tensorflow", ","):
-        with pytest.raises(UsageError, match="choose of: ort-cuda"):
+        with pytest.raises(UsageError, match="choose from: ort-cuda"):
             choose(wrong)
 
 
@@ -132,7 +132,7 @@ def test_why_one_cannot_take_part(monkeypatch: pytest.MonkeyPatch) -> None:
         name for name, entry in ROSTER.items() if "--quick" in unable(entry, checkpoint=True, gpu=False, quick=True)
     }
     assert left_out == {"compile", "optimum", "openvino"}
-    assert "CPUs alone" in unable(ROSTER["openvino"], checkpoint=True, gpu=True)
+    assert "only on CPUs" in unable(ROSTER["openvino"], checkpoint=True, gpu=True)
 
 
 def test_a_command_is_shown_without_where_things_lie(tmp_path: Path) -> None:
