@@ -1,4 +1,4 @@
-"""How like two arrays are: PSNR of anything, SSIM of pictures."""
+"""Similarity of two arrays: PSNR of any arrays, SSIM of pictures."""
 
 __all__ = ["psnr", "ssim"]
 
@@ -12,15 +12,14 @@ Array = NDArray[Any]
 PIXEL_RANGE = 255.0
 _SIGMA, _RADIUS = 1.5, 5
 _SMALL = ((0.01 * PIXEL_RANGE) ** 2, (0.03 * PIXEL_RANGE) ** 2)
-"""K1, K2 of the paper: what keeps the quotient finite where a window is black, or of one tone."""
+"""C1 and C2 of the paper (K1 = 0.01, K2 = 0.03): they keep the quotient finite in black or uniform windows."""
 
 
 def psnr(found: Array, reference: Array, peak: float | None = None) -> float | None:
-    """Return the peak signal-to-noise ratio in dB of `found` against a `reference` of its shape; None where equal.
+    """Return the peak signal-to-noise ratio in dB of `found` against `reference`, or None if they are equal.
 
-    `peak` is the range that a value can have, by default the range of those in the reference (of a constant its
-    size, and 1 for zeros). Where `found` holds NaN or infinity there is no likeness: 0 dB. Raises ValueError where the
-    shapes differ.
+    `peak` is the range of possible values, by default the range of the reference (for a constant its absolute value,
+    for zeros 1). The result is 0 dB if `found` holds NaN or infinity. Raises ValueError if the shapes differ.
     """
     if found.shape != reference.shape:
         raise ValueError(f"shape {found.shape} against {reference.shape}")
@@ -35,16 +34,16 @@ def psnr(found: Array, reference: Array, peak: float | None = None) -> float | N
 
 
 def ssim(found: NDArray[np.uint8], reference: NDArray[np.uint8]) -> float:
-    """Return the structural similarity of two pictures (h, w, 3), at most 1; sides of 11 pixels at least.
+    """Return the structural similarity of two pictures (h, w, 3), at most 1.
 
     Wang, Bovik, Sheikh and Simoncelli, "Image quality assessment: from error visibility to structural similarity",
-    2004: a Gaussian window of 11 pixels and sigma 1.5, the mean over all windows that lie within the picture, and
-    over red, green and blue. So does scikit-image with `gaussian_weights` and without `use_sample_covariance`.
-    Raises ValueError where the shapes differ, or a side is shorter than the window.
+    2004: a Gaussian window of 11 pixels and sigma 1.5, averaged over all windows inside the picture and over red,
+    green and blue. Equals scikit-image with `gaussian_weights` and without `use_sample_covariance`.
+    Raises ValueError if the shapes differ or a side is shorter than 11 pixels.
     """
     if found.shape != reference.shape or min(found.shape[:2]) <= 2 * _RADIUS:
         raise ValueError(
-            f"pictures of {found.shape} and {reference.shape}; SSIM takes equal ones, of 11 pixels or more"
+            f"pictures of {found.shape} and {reference.shape}; SSIM needs equal shapes, each side 11 pixels or more"
         )
     x, y = found.astype(np.float64), reference.astype(np.float64)
     mean_x, mean_y = _smoothed(x), _smoothed(y)
@@ -56,7 +55,7 @@ def ssim(found: NDArray[np.uint8], reference: NDArray[np.uint8]) -> float:
 
 
 def _smoothed(plane: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the Gaussian means of all windows that lie within (h, w, c)."""
+    """Return the Gaussian mean of every window that lies inside `plane` (h, w, c)."""
     offsets = np.arange(-_RADIUS, _RADIUS + 1)
     weights = np.exp(-0.5 * (offsets / _SIGMA) ** 2)
     weights /= weights.sum()

@@ -1,7 +1,7 @@
-"""How far engines are from PyTorch fp32 at the same noise, stage by stage, in every precision beside each other.
+"""Distance of the engines from PyTorch fp32 at the same noise, by stage and precision.
 
-The reference is diffusers' own base and refiner on the checkpoint that the bundle was exported from. Beside the bundle
-at hand, which alone decides whether the quality is what it must be, others are exported from the same checkpoint.
+The reference is diffusers' own base and refiner on the checkpoint that the bundle was exported from. Other precisions
+are exported from the same checkpoint for comparison; only the given bundle decides whether the quality check passes.
 """
 
 __all__ = ["GIVEN", "VARIANTS", "measure_quality", "verdict"]
@@ -30,7 +30,7 @@ from sdxl_trt.runtime import Request, open_bundle
 from sdxl_trt.runtime.request import resolve_request
 
 GIVEN = "these engines"
-"""What the names of the rows begin with that are about the bundle at hand."""
+"""Variant names of the given bundle's rows begin with this."""
 REFERENCE = "PyTorch fp32"
 VARIANTS: dict[str, tuple[Literal["fp32", "fp16", "bf16"], VaePrecision]] = {
     "fp32": ("fp32", "fp32"),
@@ -39,9 +39,9 @@ VARIANTS: dict[str, tuple[Literal["fp32", "fp16", "bf16"], VaePrecision]] = {
     "fp16, VAE fp16": ("fp16", "fp16"),
     "bf16": ("bf16", "bf16"),
 }
-"""What can be exported beside the bundle at hand: precisions of everything, and of the autoencoder."""
+"""Variants to export for comparison: name to the overall precision and the autoencoder's."""
 SCORED = 4
-_NO_BF16 = "bf16 graphs run in TensorRT plans alone: numpy and ONNX Runtime's CPU provider have no bf16"
+_NO_BF16 = "bf16 graphs run only in TensorRT plans: numpy and ONNX Runtime's CPU provider have no bf16"
 Say = Callable[[str], None]
 
 
@@ -55,10 +55,10 @@ def measure_quality(
 ) -> tuple[Quality, ...]:
     """Return the rows of the bundle of `subject`, then those of the `variants`, against PyTorch fp32.
 
-    Of the embedded pair SCORED evaluation captions are drawn, of another model `settings.batch` pictures of the
-    prompt. Size, steps, guidance and handoff are those of `settings`. One model is in memory at a time; variants are
-    exported into `subject.cache`, where a rerun finds them. Raises UsageError without a checkpoint to compare with,
-    or where the bundle was made of another, and what exporting and running the bundle at hand raise.
+    The embedded pair draws SCORED evaluation captions; any other model draws `settings.batch` pictures of the prompt.
+    Size, steps, guidance and handoff come from `settings`. One model is in memory at a time. Variants are exported to
+    `subject.cache` and reused by reruns. Raises UsageError if there is no checkpoint to compare with or the bundle was
+    exported from another one, and whatever exporting and running the bundle raise.
     """
     check_same_model(subject)
     settings = _settled(subject, settings)
@@ -77,7 +77,7 @@ def measure_quality(
 
 
 def verdict(rows: Sequence[Quality]) -> str:
-    """Return which part of the bundle at hand is off, in one line, by its first stage below its limit; "" for none."""
+    """Return one line naming the given bundle's first stage below its limit and the component at fault, or ""."""
     given = [row for row in rows if row.variant.startswith(GIVEN)]
     failed = next((row for row in given if not row.passed), None)
     if failed is None:
@@ -88,33 +88,33 @@ def verdict(rows: Sequence[Quality]) -> str:
     before = STAGES[: STAGES.index(failed.stage)]
     agree = [f"{row.stage} agree" for row in plain if row.stage in before]
     return (
-        f"quality: {failed.stage} are {failed.psnr:.1f} dB from PyTorch fp32, {failed.limit:g} dB required: {off} is"
-        f" not the model's{' (' + ', '.join(agree) + ')' if agree else ''}; export again"
+        f"quality: {failed.stage} are {failed.psnr:.1f} dB from PyTorch fp32, {failed.limit:g} dB required: {off} does"
+        f" not match the model{' (' + ', '.join(agree) + ')' if agree else ''}; export again"
     )
 
 
 def check_same_model(subject: Subject) -> None:
     """Raise UsageError unless the bundle was exported from the tensors of the checkpoint, component by component."""
     if not subject.base:
-        raise UsageError("--quality compares with PyTorch, which needs the checkpoint: name it with --model"
+        raise UsageError("--quality compares with PyTorch, which needs the checkpoint: give it with --model"
                          " (and --refiner)")  # fmt: skip
     manifest = subject.bundle.manifest
     if manifest.loras:
-        raise UsageError(f"--quality: {subject.bundle.root} has the LoRA {manifest.loras[0].name} fused in, which"
-                         " --model has not; export the bundle without it")  # fmt: skip
+        raise UsageError(f"--quality: {subject.bundle.root} has the LoRA {manifest.loras[0].name} fused in, but"
+                         " --model does not; export the bundle without it")  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         plan = plan_export(subject.base, subject.refiner or None, Path(folder) / "none", Options(precision="fp32"))
     for name, job in plan.jobs.items():
         found = manifest.components.get(name)
         if found is None or found.source.sha256 != job.plan.digest:
-            problem = f"has no {name}" if found is None else f"its {name} was made of other tensors"
+            problem = f"has no {name}" if found is None else f"its {name} was made from other tensors"
             raise UsageError(f"--quality: {subject.bundle.root} was not exported from {subject.model or '--model'}"
-                             f" ({problem}); name the checkpoints that it comes from")  # fmt: skip
+                             f" ({problem}); give the checkpoints it was exported from")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class _Measured:
-    """The cases, and what PyTorch makes of them."""
+    """The cases and PyTorch's traces of them."""
 
     cases: Sequence[TraceCase]
     settings: BenchSettings
@@ -122,7 +122,7 @@ class _Measured:
     score: Scorer
 
     def of_reference(self) -> list[Quality]:
-        """Return the row of PyTorch's own pictures, where they can be scored."""
+        """Return the row of PyTorch's own pictures, or no row if they cannot be scored."""
         right = self.score([trace.pixels for trace in self.reference])
         if right is None:
             return []
@@ -130,7 +130,7 @@ class _Measured:
         return [row]
 
     def rows(self, bundle: Path, variant: str, provider: str, *, tiled: bool = False) -> Iterator[Quality]:
-        """Yield the rows of the bundle at `bundle`, with `tiled` also of its pictures decoded in tiles."""
+        """Yield the rows of the bundle at `bundle`; with `tiled` also the row of its pictures decoded in tiles."""
         with open_bundle(bundle, provider=provider) as pipeline:
             traces = trace_engines(pipeline, self.cases, self.settings)
             precisions = precisions_of(pipeline, refined=self.settings.handoff is not None)
@@ -143,23 +143,23 @@ class _Measured:
 
 
 def _variant(name: str, subject: Subject, measured: _Measured) -> list[Quality]:
-    """Export a variant and return its rows, or the one that says why it cannot be measured."""
+    """Export a variant and return its rows, or one row with the reason why it cannot be measured."""
     precision, vae = VARIANTS[name]
     if precision == "bf16":
         return [Quality(variant=name, stage="", psnr=None, missing=_NO_BF16)]
-    # Those that differ in the autoencoder alone share a folder, so that nothing else is exported again.
+    # Variants that differ only in the autoencoder share a folder, so nothing else is exported again.
     target = subject.cache / "quality" / precision
     target.parent.mkdir(parents=True, exist_ok=True)
     options = Options(precision=precision, vae_precision=vae)
     try:
         export_bundle(subject.base, subject.refiner or None, target, options)
         return list(measured.rows(target, name, "ort-cpu"))
-    except (CorruptError, IncompatibleError) as exc:  # an autoencoder that overflows fp16, for one
+    except (CorruptError, IncompatibleError) as exc:  # for example an autoencoder that overflows fp16
         return [Quality(variant=name, stage="", psnr=None, passed=False, missing=str(exc))]
 
 
 def _settled(subject: Subject, settings: BenchSettings) -> BenchSettings:
-    """Return the settings, without a handoff where the refiner takes no part: PyTorch has none to compare with."""
+    """Return the settings, with handoff None if the refiner is not used."""
     request = Request(settings.prompt, steps=settings.steps, handoff=settings.handoff, seed=settings.seed,
                       width=settings.width, height=settings.height)  # fmt: skip
     refined = bool(subject.refiner) and resolve_request(request, subject.bundle.manifest).uses_refiner
@@ -167,7 +167,7 @@ def _settled(subject: Subject, settings: BenchSettings) -> BenchSettings:
 
 
 def _cases(subject: Subject, settings: BenchSettings) -> tuple[list[TraceCase], Scorer]:
-    """Return what is drawn, and who can say whether a picture answers its prompt."""
+    """Return the cases to draw, and the scorer of whether a picture matches its prompt."""
     vae = subject.bundle.manifest.base.vae
     if not subject.embedded or (settings.width, settings.height) != (SIDE, SIDE):
         seeds = [settings.seed + i for i in range(settings.batch)]

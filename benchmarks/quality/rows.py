@@ -1,4 +1,4 @@
-"""Traces of a variant against those of PyTorch, as rows of the report."""
+"""Compare a variant's traces with PyTorch's; the results are rows of the report."""
 
 __all__ = ["Scorer", "compare", "compare_tiled", "precisions_of"]
 
@@ -16,7 +16,7 @@ from sdxl_trt.engines.bundle import Precision
 from sdxl_trt.runtime import Pipeline
 
 Scorer = Callable[[Sequence[Pixels]], float | None]
-"""Pictures in the order of the cases to the share that answers its prompt; None where nobody can tell."""
+"""Maps pictures, in the order of the cases, to the share that matches its prompt; None if that cannot be scored."""
 
 
 def compare(
@@ -26,7 +26,7 @@ def compare(
     precisions: Mapping[str, set[Precision]],
     score: Scorer,
 ) -> Iterator[Quality]:
-    """Yield a row for every stage that the run has; `precisions` are those that a stage has gone through."""
+    """Yield a row for every stage of the run; `precisions` maps a stage to those of all components up to it."""
     pictures = [trace.pixels for trace in found]
     for stage in STAGES:
         if stage == "handoff latents" and reference[0].handoff is None:
@@ -47,7 +47,7 @@ def compare(
 
 
 def compare_tiled(variant: str, pictures: Sequence[Pixels], reference: Sequence[Trace], score: Scorer) -> Quality:
-    """Return the row of pictures that were decoded in tiles."""
+    """Return the row for pictures that were decoded in tiles."""
     values = [psnr(one, other.pixels, PIXEL_RANGE) for one, other in zip(pictures, reference, strict=True)]
     lowest = min((value for value in values if value is not None), default=None)
     return Quality(
@@ -63,7 +63,7 @@ def compare_tiled(variant: str, pictures: Sequence[Pixels], reference: Sequence[
 
 
 def precisions_of(pipeline: Pipeline, *, refined: bool) -> dict[str, set[Precision]]:
-    """Return, by stage, the precisions of all components that have worked on it when it is done."""
+    """Return, by stage, the precisions of all components that have run by its end."""
     manifest = pipeline.manifest
     stages = [manifest.base, *([manifest.refiner] if refined and manifest.refiner else [])]
     encoders = {encoder.component for stage in stages for encoder in stage.text_encoders}
@@ -78,7 +78,7 @@ def precisions_of(pipeline: Pipeline, *, refined: bool) -> dict[str, set[Precisi
 
 
 def _likeness(stage: str, found: Trace, reference: Trace) -> list[float | None]:
-    """Return the PSNR of every array of a stage. Raises ValueError where the two have not the same arrays."""
+    """Return the PSNR of every array of a stage. Raises ValueError if the two traces hold different embeddings."""
     if stage == "embeddings":
         if found.embeddings.keys() != reference.embeddings.keys():
             raise ValueError(f"embeddings {sorted(found.embeddings)} against {sorted(reference.embeddings)}")

@@ -1,8 +1,8 @@
-"""Measure what decoding in tiles costs in likeness: tiled against whole, ours beside diffusers' own tiles.
+"""Measure how far tiled decoding is from decoding the whole picture, for our tiles and for diffusers'.
 
-``python -m sdxl_trt.benchmarks.quality.tiling`` writes ``benchmarks/results/tiling.md``. Both tile the embedded pair's
-autoencoder in fp32, with tiles of the same size and the same least overlap; the pictures are drawn scenes, which
-its encoder turns into latents. One picture says little: where its edges meet those of the tiles is chance.
+``python -m sdxl_trt.benchmarks.quality.tiling`` writes ``benchmarks/results/tiling.md``. Both decode with the embedded
+pair's autoencoder in fp32, with the same tile size and minimum overlap, from encoded drawn scenes. Several pictures are
+averaged, since the error depends on where edges in a picture meet tile borders.
 """
 
 __all__ = ["Row", "main", "measure", "table"]
@@ -26,7 +26,7 @@ from sdxl_trt.runtime.vae import decode_tiled, tile_starts
 
 RESULTS = RESULTS_FOLDER / "tiling.md"
 COMMAND = "python -m sdxl_trt.benchmarks.quality.tiling"
-# Sides of picture and tile in pixels: 512 is what plans of fp32 and mixed decoders take.
+# Sides of picture and tile in pixels: plans of fp32 and mixed decoders take 512.
 SIZES = ((512, 256), (1024, 512))
 FACTOR = 8
 PICTURES = 4
@@ -38,7 +38,7 @@ Decode = Callable[[Floats], Floats]
 
 
 class Row(msgspec.Struct, frozen=True):
-    """Pictures of one kind at one size: likeness of tiled to whole in dB over all of them."""
+    """Pictures of one kind at one size: PSNR in dB of tiled against whole, over all of them."""
 
     kind: str
     pictures: int
@@ -50,7 +50,7 @@ class Row(msgspec.Struct, frozen=True):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure, write the table and print it; return 1 where diffusers' tiles are nearer to the whole than ours."""
+    """Measure, write the table and print it; return 1 if diffusers' tiles are nearer to the whole than ours."""
     parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS, help="Markdown file to write")
     arguments = parser.parse_args(argv)
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measure(autoencoder: Any, kind: str, pictures: Sequence[NDArray[np.uint8]], tile: int) -> Row:
-    """Compare the two ways of tiling `pictures` (side, side, 3) with the decodes of the whole."""
+    """Compare both ways of tiling with whole decodes of `pictures` (side, side, 3)."""
     errors = np.mean([_errors(autoencoder, _encode(autoencoder, picture), tile) for picture in pictures], axis=0)
     ours, theirs = (float(10 * np.log10(PEAK**2 / error)) for error in errors)
     side = len(pictures[0])
@@ -77,7 +77,7 @@ def measure(autoencoder: Any, kind: str, pictures: Sequence[NDArray[np.uint8]], 
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Return the figures as Markdown, with the command that makes them."""
+    """Return the figures as Markdown, with the command that produces them."""
     lines = [
         f"Pictures decoded in tiles beside the same decoded whole, PSNR (`{COMMAND}`): the embedded pair's autoencoder",
         f"in fp32, drawn scenes. diffusers {version('diffusers')} has tiles of the same size and least overlap,",
@@ -95,7 +95,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _errors(autoencoder: Any, latents: Floats, tile: int) -> tuple[float, float]:
-    """Return the mean squared difference from the whole of our tiles, and of diffusers'."""
+    """Return the mean squared error against the whole decode of our tiles and of diffusers'."""
     import torch  # noqa: PLC0415 - only where it is used
 
     autoencoder.tile_sample_min_size, autoencoder.tile_latent_min_size = tile, tile // FACTOR
@@ -117,7 +117,7 @@ def _autoencoder() -> Any:
 
 
 def _encode(autoencoder: Any, picture: NDArray[np.uint8]) -> Floats:
-    """Return the latents (1, 4, h, w) that the encoder takes for the likeliest."""
+    """Return the mode of the encoder's latent distribution, (1, 4, h, w)."""
     import torch  # noqa: PLC0415
 
     sample = picture.transpose(2, 0, 1)[None].astype(np.float32) / 127.5 - 1.0
@@ -135,7 +135,7 @@ def _decode(autoencoder: Any, latents: Floats) -> Floats:
 
 
 def _many(side: int, seed: int) -> NDArray[np.uint8]:
-    """Return scenes side by side, cut so that their edges lie anywhere: all tiles see much the same mixture."""
+    """Return scenes side by side at a random offset: all tiles see a similar mixture."""
     rng = np.random.default_rng(seed)
     top, left = rng.integers(0, SCENE, 2)
     each = range(side // SCENE + 2)
@@ -144,7 +144,7 @@ def _many(side: int, seed: int) -> NDArray[np.uint8]:
 
 
 def _one(side: int, seed: int) -> NDArray[np.uint8]:
-    """Return one scene as large as the picture: some tiles see nothing but background."""
+    """Return one scene as large as the picture: some tiles see only background."""
     return _scene(np.random.default_rng(seed), side)
 
 

@@ -1,4 +1,4 @@
-"""What a run of base and refiner leaves behind at every stage, so that two ways of running them can be compared."""
+"""The intermediate results of a base and refiner run at every stage, for comparing two implementations."""
 
 __all__ = ["Trace", "TraceCase", "make_cases", "tiled_pixels", "trace_engines"]
 
@@ -22,7 +22,7 @@ Pixels = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class TraceCase:
-    """A prompt, and the noise (1, c, h/8, w/8) of unit variance that everybody starts from."""
+    """A prompt, and the unit-variance noise (1, c, h/8, w/8) that every implementation starts from."""
 
     prompt: str
     noise: Floats
@@ -30,11 +30,11 @@ class TraceCase:
 
 @dataclass(frozen=True)
 class Trace:
-    """A picture and what came before it.
+    """A picture and the tensors it was made from.
 
-    `embeddings` are what each stage is told of the prompt, by name: "base hidden" (tokens, width), "base pooled"
-    (width), and those of the negative side and of the refiner; without guidance there is no negative side. Latents
-    (c, h, w) are in the scale that diffusers keeps them in; `handoff` is None for the base alone. `pixels` (h, w, 3).
+    `embeddings` are each stage's prompt embeddings by name: "base hidden" (tokens, width), "base pooled" (width), the
+    same for the negative prompt (only with guidance) and for the refiner. Latents (c, h, w) are in diffusers' scale;
+    `handoff` is None for the base alone. `pixels` are (h, w, 3).
     """
 
     embeddings: dict[str, Floats]
@@ -50,7 +50,7 @@ def make_cases(prompts: Sequence[str], seeds: Sequence[int], settings: BenchSett
 
 
 def trace_engines(pipeline: Pipeline, cases: Sequence[TraceCase], settings: BenchSettings) -> list[Trace]:
-    """Return what `pipeline` makes of every case, in the order of a run: one change of UNets for all."""
+    """Return the traces of `pipeline` for all cases, run phase by phase: the UNet changes once for all."""
     jobs = [pipeline.start(_request(case, settings)) for case in cases]
     manifest = pipeline.manifest
     _drain(pipeline.encode(jobs))
@@ -64,7 +64,7 @@ def trace_engines(pipeline: Pipeline, cases: Sequence[TraceCase], settings: Benc
 def tiled_pixels(pipeline: Pipeline, traces: Sequence[Trace]) -> tuple[Size, list[Pixels]] | None:
     """Decode the latents of `traces` in tiles; return the tile (height, width) in pixels, and the pictures (h, w, 3).
 
-    The tile is that of ``--tile``, or a quarter of a picture that fits into one. None where plans take no smaller one.
+    The tile is that of ``--tile``, or a quarter of a picture that fits one tile. None if plans take no smaller tile.
     """
     vae = (
         pipeline.manifest.base if traces[0].handoff is None else pipeline.manifest.refiner or pipeline.manifest.base
@@ -100,7 +100,7 @@ def _trace(job: Job, decoded: list[Step], *, guided: bool) -> Trace:
         for side, (embeds,) in zip(("", " negative"), sides[: 1 + guided], strict=False):
             embeddings |= {f"{stage}{side} hidden": embeds.hidden, f"{stage}{side} pooled": embeds.pooled}
     picture = decoded[-1].picture
-    assert picture is not None  # noqa: S101 - what decoding ends with
+    assert picture is not None  # noqa: S101 - decoding ends with a picture
     handoff = None if job.run.handoff_latents is None else job.run.handoff_latents[0]
     return Trace(embeddings, handoff, job.run.final[0], np.asarray(picture.image))
 

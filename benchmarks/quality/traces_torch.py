@@ -1,4 +1,4 @@
-"""diffusers' own base and refiner, overheard: what every other way of running the pair is measured against."""
+"""Traces of diffusers' own base and refiner: the reference that every other implementation is compared with."""
 
 __all__ = ["trace_diffusers"]
 
@@ -27,28 +27,28 @@ CLASSES: dict[Role, str] = {"base": "StableDiffusionXLPipeline", "refiner": "Sta
 def trace_diffusers(
     model: Model, refiner: Model | None, cases: Sequence[TraceCase], settings: BenchSettings
 ) -> list[Trace]:
-    """Return what diffusers makes of every case in fp32 on the CPU, with Euler steps on the model's own schedule.
+    """Return diffusers' traces of all cases in fp32 on the CPU, with Euler steps on the model's own schedule.
 
-    `model` and `refiner` are diffusers folders, hub ids, single files or "mini"; the refiner takes part where
-    `settings.handoff` says when. One of the two is in memory at a time. Raises SourceError for a source that is none.
+    `model` and `refiner` are diffusers folders, hub ids, single files or "mini"; the refiner is used if
+    `settings.handoff` is set. One of the two is in memory at a time. Raises SourceError for an invalid source.
     """
     fraction = settings.handoff if refiner is not None else None
     with _opened(model, refiner) as sources, _quiet():
         traces = _base(sources["base"], cases, settings, fraction)
-        gc.collect()  # modules hold cycles: the refiner must not wait for their turn
+        gc.collect()  # modules form reference cycles: free the base before the refiner is loaded
         return traces if fraction is None else _refined(sources["refiner"], cases, settings, traces)
 
 
 def _base(
     source: PipelineSource, cases: Sequence[TraceCase], settings: BenchSettings, fraction: float | None
 ) -> list[Trace]:
-    """Run the base on its share; without a handoff the traces are whole."""
+    """Run the base steps and return their traces, which are complete if there is no handoff."""
     pipeline, traces = _load(source, "base"), []
     for case in cases:
-        told = {"latents": _tensor(case.noise), "width": settings.width, "height": settings.height}
+        call = {"latents": _tensor(case.noise), "width": settings.width, "height": settings.height}
         if fraction is not None:
-            told |= {"denoising_end": fraction, "output_type": "latent"}
-        latents, pixels = _run(pipeline, case.prompt, settings, told)
+            call |= {"denoising_end": fraction, "output_type": "latent"}
+        latents, pixels = _run(pipeline, case.prompt, settings, call)
         handoff = None if fraction is None else latents
         traces.append(Trace(_embeddings(pipeline, "base", case.prompt, settings), handoff, latents, pixels))
     return traces
@@ -57,25 +57,25 @@ def _base(
 def _refined(
     source: PipelineSource, cases: Sequence[TraceCase], settings: BenchSettings, traces: Sequence[Trace]
 ) -> list[Trace]:
-    """Let the refiner finish what the base handed over."""
+    """Run the refiner steps from the base's handoff latents and return the finished traces."""
     pipeline, refined = _load(source, "refiner"), []
     for case, trace in zip(cases, traces, strict=True):
-        told = {"image": _tensor(trace.final[None]), "denoising_start": settings.handoff}
-        latents, pixels = _run(pipeline, case.prompt, settings, told)
+        call = {"image": _tensor(trace.final[None]), "denoising_start": settings.handoff}
+        latents, pixels = _run(pipeline, case.prompt, settings, call)
         embeddings = trace.embeddings | _embeddings(pipeline, "refiner", case.prompt, settings)
         refined.append(Trace(embeddings, trace.handoff, latents, pixels))
     return refined
 
 
-def _run(pipeline: Any, prompt: str, settings: BenchSettings, told: dict[str, Any]) -> tuple[Floats, NDArray[np.uint8]]:
-    """Return the latents (c, h, w) after the last step, and the pixels (h, w, 3); none where latents were asked for."""
+def _run(pipeline: Any, prompt: str, settings: BenchSettings, call: dict[str, Any]) -> tuple[Floats, NDArray[np.uint8]]:
+    """Return the latents (c, h, w) after the last step, and the pixels (h, w, 3), empty if `call` asks for latents."""
     last: dict[str, Any] = {}
 
     def watch(_pipeline: Any, _index: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         last.update(tensors)
         return tensors
 
-    settled = {"output_type": "np"} | told
+    settled = {"output_type": "np"} | call
     images = pipeline(
         prompt,
         num_inference_steps=settings.steps,
@@ -90,7 +90,7 @@ def _run(pipeline: Any, prompt: str, settings: BenchSettings, told: dict[str, An
 
 
 def _embeddings(pipeline: Any, stage: str, prompt: str, settings: BenchSettings) -> dict[str, Floats]:
-    """Return what a pipeline tells its UNet of a prompt; see Trace."""
+    """Return a pipeline's embeddings of a prompt, named as in Trace."""
     guided = settings.guidance > 1
     hidden, negative, pooled, negative_pooled = pipeline.encode_prompt(prompt, do_classifier_free_guidance=guided)
     named = {f"{stage} hidden": hidden, f"{stage} pooled": pooled}
@@ -100,7 +100,7 @@ def _embeddings(pipeline: Any, stage: str, prompt: str, settings: BenchSettings)
 
 
 def _load(source: PipelineSource, role: Role) -> Any:
-    """Load one pipeline in fp32, with Euler's scheduler whatever the model's is: the engines take its steps."""
+    """Load one pipeline in fp32 and replace its scheduler by Euler's, which the engines use too."""
     import diffusers  # noqa: PLC0415 - takes seconds to import
     import torch  # noqa: PLC0415
 
@@ -111,7 +111,7 @@ def _load(source: PipelineSource, role: Role) -> Any:
     else:
         with _published(role) as configs:
             pipeline = cls.from_single_file(str(source.root), config=configs, local_files_only=True, **settings)
-    # The config as it was read: a single file may say that it was trained for v-prediction.
+    # The config as the exporter reads it: a single file may state that it was trained for v-prediction.
     pipeline.scheduler = diffusers.EulerDiscreteScheduler.from_config(source.scheduler_config)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -119,7 +119,7 @@ def _load(source: PipelineSource, role: Role) -> Any:
 
 @contextlib.contextmanager
 def _opened(model: Model, refiner: Model | None) -> Iterator[dict[Role, PipelineSource]]:
-    """Yield the two on this machine; the embedded pair is there as long as the context is entered."""
+    """Yield the sources by role; the embedded pair's files are deleted when the context ends."""
     specs: dict[Role, Model] = {"base": model}
     if refiner is not None:
         specs["refiner"] = refiner
@@ -135,7 +135,7 @@ def _opened(model: Model, refiner: Model | None) -> Iterator[dict[Role, Pipeline
 
 @contextlib.contextmanager
 def _published(role: Role) -> Iterator[str]:
-    """Yield a folder with the published configs and the whole tokenizers, which a single file has not."""
+    """Yield a folder with the published configs and complete tokenizers, which a single file lacks."""
     with tempfile.TemporaryDirectory(prefix="sdxl-trt-configs-") as folder:
         configs = Path(shutil.copytree(PUBLISHED / role, Path(folder) / role))
         for tokenizer in configs.glob("tokenizer*"):
@@ -146,7 +146,7 @@ def _published(role: Role) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the libraries' bars and advice from the terminal: what we measure is ours to tell."""
+    """Silence the libraries' progress bars and warnings while the context is open."""
     from diffusers.utils import logging as of_diffusers  # noqa: PLC0415
     from transformers.utils import logging as of_transformers  # noqa: PLC0415
 

@@ -1,8 +1,8 @@
 """Count SDXL's graphs and write the polynomials: ``python -m sdxl_trt.benchmarks.roofline.count_sdxl``, two minutes.
 
-The graphs are those that export-engines makes of the published configs, traced on torch's meta device and written
-without weights; those of a picture, which needs no VAE encoder. Each is counted at enough sizes to solve for its
-coefficients, and at two more that must agree.
+The graphs are those that export-engines makes from the published configs, without the VAE encoder; they are traced on
+torch's meta device and written without weights. Each is counted at enough sizes to solve for its coefficients, and at
+two more sizes as a check.
 """
 
 __all__ = ["fit_graph", "main", "published_graphs", "write_graph"]
@@ -26,13 +26,13 @@ from sdxl_trt.engines.host import atomic_write
 
 COMMAND = "python -m sdxl_trt.benchmarks.roofline.count_sdxl"
 OPSET = 23
-# Sides in units of the graph's multiple, and tokens: five that the terms tell apart, then two to check.
+# (height, width, tokens), sides in units of the graph's multiple: five to solve for the terms, then two to check.
 _SAMPLES = ((1, 1, 77), (2, 1, 77), (2, 2, 77), (1, 1, 154), (2, 1, 154), (3, 5, 231), (16, 12, 77))
 _LIBRARIES = ("torch", "diffusers", "transformers", "onnxscript", "onnx-ir", "onnx")
 
 
 class Published(NamedTuple):
-    """One of SDXL's graphs: its component's name, and what `export.graphs.make_graph` needs to make it."""
+    """One of SDXL's graphs: its component's name, and the arguments of `export.graph.make_graph`."""
 
     name: str
     role: Any
@@ -53,7 +53,7 @@ GRAPHS = (
 
 
 def published_graphs(size: str = "sdxl", names: Collection[str] = ()) -> Iterator[tuple[Published, Any, Any]]:
-    """Yield the GRAPHS called `names`, or all, each with its model on the meta device and its traceable module.
+    """Yield the GRAPHS in `names`, or all, each with its model on the meta device and its traceable module.
 
     `size` is one of `architectures.SIZES`. Needs the exporter's libraries.
     """
@@ -69,7 +69,7 @@ def published_graphs(size: str = "sdxl", names: Collection[str] = ()) -> Iterato
 
 def write_graph(model: Any, graph: Any, precision: str, path: Path) -> None:
     """Trace a `graph` of `published_graphs`, simplify it as an export does, and write it to `path` without weights."""
-    import onnx_ir as ir  # noqa: PLC0415 - the exporter's
+    import onnx_ir as ir  # noqa: PLC0415 - an exporter library
 
     from sdxl_trt.export.graph import simplify, trace_graph  # noqa: PLC0415
 
@@ -80,7 +80,7 @@ def write_graph(model: Any, graph: Any, precision: str, path: Path) -> None:
             value.const_value = ir.tensor(buffer.numpy(), name=name)
     simplify(traced)
     for name, value in traced.graph.initializers.items():
-        # A name and a shape are all that is counted; those of weights are known.
+        # Counting needs only the names, types and shapes of the weights.
         if value.const_value is None and value.dtype is not None and value.shape is not None:
             value.const_value = ir.ExternalTensor("absent", 0, 0, value.dtype, shape=value.shape, name=name)
     ir.save(traced, path)
@@ -89,7 +89,7 @@ def write_graph(model: Any, graph: Any, precision: str, path: Path) -> None:
 def fit_graph(precision: str, multiple: int, count: Callable[[int, int, int, int], Counts]) -> GraphCounts:
     """Return the polynomials of a graph from `count(rows, height, width, tokens)`, sides in pixels.
 
-    Raises ValueError where the counts are not such polynomials with whole coefficients.
+    Raises ValueError if the counts are not polynomials in the TERMS with integer coefficients.
     """
     sizes = [(multiple * FACTOR * high, multiple * FACTOR * wide, tokens) for high, wide, tokens in _SAMPLES]
     one = [count(1, *size) for size in sizes[: len(TERMS)]]
@@ -111,12 +111,12 @@ def fit_graph(precision: str, multiple: int, count: Callable[[int, int, int, int
     for rows, (height, width, tokens) in ((3, sizes[-2]), (2, sizes[-1])):
         counted = count(rows, height, width, tokens)
         if graph.at(rows=rows, height=height, width=width, tokens=tokens) != counted:
-            raise ValueError(f"the counts are no such polynomial at {rows} rows of {width}x{height}: {counted}")
+            raise ValueError(f"the polynomial does not match the counts at {rows} rows of {width}x{height}: {counted}")
     return graph
 
 
 def solve(matrix: Sequence[Sequence[int]], values: Sequence[int]) -> list[int]:
-    """Return the whole numbers x with `matrix` · x = `values`, by elimination in fractions. Raises ValueError."""
+    """Return the integers x with `matrix` · x = `values`, by elimination in fractions. Raises ValueError if none."""
     size = len(values)
     rows = [[Fraction(entry) for entry in (*row, value)] for row, value in zip(matrix, values, strict=True)]
     for i in range(size):
@@ -128,7 +128,7 @@ def solve(matrix: Sequence[Sequence[int]], values: Sequence[int]) -> list[int]:
                 rows[k] = [entry - rows[k][i] * known for entry, known in zip(rows[k], rows[i], strict=True)]
     found = [row[-1] for row in rows]
     if any(value.denominator != 1 for value in found):
-        raise ValueError(f"no whole coefficients: {found}")
+        raise ValueError(f"not integer coefficients: {found}")
     return [int(value) for value in found]
 
 

@@ -1,4 +1,4 @@
-"""What an estimate of a GPU holds: the work, the floor of every part of it, the handoff, and what others published."""
+"""The data of a GPU estimate: the work, the floor of each part, the handoff, and published times."""
 
 __all__ = ["Comparison", "Estimate", "HandoffEstimate", "PartEstimate", "Work"]
 
@@ -10,9 +10,9 @@ from sdxl_trt.benchmarks.roofline.published import Published, Rate
 
 
 class Work(msgspec.Struct, frozen=True, kw_only=True):
-    """What is to be made: pictures of `height` × `width` pixels, `batch` at once, in steps of the base and refiner.
+    """A batch of `batch` pictures of `height` × `width` pixels, in steps of the base and the refiner.
 
-    `rows` are a UNet's rows a picture: 2 with guidance, 1 without. `tokens` are the prompts', in chunks of 77.
+    `rows` are a UNet's rows per picture: 2 with guidance, 1 without. `tokens` are the prompt's, in chunks of 77.
     """
 
     base_steps: int
@@ -25,10 +25,10 @@ class Work(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PartEstimate(msgspec.Struct, frozen=True, kw_only=True):
-    """A graph's share of a picture: what a call costs, and the seconds a call takes at least.
+    """A graph's part of a picture: the cost of a call, and the least seconds per call.
 
-    `compute` is its multiply-adds at the peak rate, `memory` its least bytes at the peak bandwidth, `floor` the longer
-    of the two. `traffic` is no floor: the seconds where weights and the operands of every product go through memory.
+    `compute` is its FLOPs at the peak rate, `memory` its least bytes at the peak bandwidth, `floor` the longer of the
+    two. `traffic` is not a floor: the seconds if weights and the operands of every product go through memory.
     """
 
     name: str
@@ -42,11 +42,11 @@ class PartEstimate(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class HandoffEstimate(msgspec.Struct, frozen=True, kw_only=True):
-    """What the refiner saves or costs against the base alone, in seconds and bytes; None where there is no refiner.
+    """What the refiner saves or costs compared with the base alone, in seconds and bytes.
 
-    `saved` is over all refiner steps. `load` is the refiner's UNet over PCI Express from host memory at its peak rate,
-    and `swap` that and the base's way back for the next batch; `steps_to_pay` is how many refiner steps save a swap.
-    `resident` are the bytes of all weights together, and `fits` whether the GPU has them.
+    `saved` is over all refiner steps. `load` is the time to copy the refiner's UNet from host memory at PCI Express's
+    peak rate; `swap` adds reloading the base for the next batch. `steps_to_pay` is the number of refiner steps that
+    save one swap, or None if no step saves time. `resident` is the bytes of all weights; `fits` if the GPU holds them.
     """
 
     base_step: float
@@ -60,19 +60,19 @@ class HandoffEstimate(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Comparison(msgspec.Struct, frozen=True, kw_only=True):
-    """A published time beside the floor of the same work on the same GPU."""
+    """A published time, and the floor of the same work on the same GPU."""
 
     published: Published
     floor: float
 
     @property
     def share(self) -> float:
-        """The part of the published time that the floor explains."""
+        """The floor as a fraction of the published time."""
         return self.floor / self.published.seconds
 
 
 class Estimate(msgspec.Struct, frozen=True, kw_only=True):
-    """The floor of one batch of pictures on a GPU, by graph, with `seconds` in all; an estimate by its nature."""
+    """The floor of one batch of pictures on a GPU, by graph and in total `seconds`: always an estimate."""
 
     kind: str = "estimate, not a measurement"
     gpu: Gpu

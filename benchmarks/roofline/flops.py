@@ -1,8 +1,8 @@
-"""Count what a graph costs from its ONNX file alone: multiply-adds, and the bytes that must move.
+"""Count a graph's FLOPs and least bytes moved from its ONNX file alone.
 
-FLOPs are two a multiply-add, of convolutions, matrix products and attention. What the rest takes (normalization,
-activations, softmax, resizing) is bound by memory on every machine, and as in torch's own FlopCounterMode not counted.
-The weights are not read: `model.onnx` is enough, of a graph of any size.
+A multiply-add is two FLOPs; convolutions, matrix products and attention are counted. The other operators
+(normalization, activations, softmax, resizing) are memory-bound and not counted, as in torch's FlopCounterMode.
+The weights are not read: `model.onnx` is enough for a graph of any size.
 """
 
 __all__ = ["Counts", "component_shapes", "count_component", "count_graph", "count_model"]
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 
 class Counts(msgspec.Struct, frozen=True, kw_only=True):
-    """What one call of a graph costs.
+    """The cost of one call of a graph.
 
-    `weight_bytes` are what is loaded. `least_bytes` are what no call can avoid to move, were everything between kept
-    on the chip: the graph's inputs and outputs and the weights, of tables only the rows looked up. `activation_bytes`
-    are the operands and results of the counted operators without weights, each once: what moves besides where every
-    one is a kernel of its own and nothing stays in a cache.
+    `weight_bytes` are loaded. `least_bytes` must move even if all intermediate values stay on the chip: the graph's
+    inputs and outputs and the weights, and of embedding tables only the rows looked up. `activation_bytes` are the
+    operands and results of the counted operators without weights, each counted once: the extra traffic if every
+    operator is a separate kernel and nothing stays in a cache.
     """
 
     flops: int
@@ -40,10 +40,10 @@ class Counts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def count_graph(path: Path, shapes: Mapping[str, Shape]) -> Counts:
-    """Return what one call of the ONNX file `path` costs where its inputs have these shapes, by name.
+    """Return the cost of one call of the ONNX file `path` with inputs of these `shapes`, by name.
 
-    Raises CorruptError for what is no ONNX, UsageError for inputs that the graph does not take, IncompatibleError for
-    a graph with operators whose cost is not known.
+    Raises CorruptError if the file is not ONNX, UsageError for inputs that the graph does not take, IncompatibleError
+    for operators of unknown cost.
     """
     import onnx  # noqa: PLC0415 - takes a while to import
 
@@ -51,13 +51,13 @@ def count_graph(path: Path, shapes: Mapping[str, Shape]) -> Counts:
         model = onnx.load(path, load_external_data=False)
     except OSError as exc:
         raise explain_os_error(exc, f"reading {path}") from exc
-    except Exception as exc:  # protobuf's own, which has no types to import
+    except Exception as exc:  # protobuf's own exceptions, which have no importable type
         raise CorruptError(f"{path}: not an ONNX file ({exc}); run export-engines again") from exc
     return count_model(model, shapes)
 
 
 def count_model(model: "onnx.ModelProto", shapes: Mapping[str, Shape]) -> Counts:
-    """Return what one call of `model` costs; see `count_graph`."""
+    """Return the cost of one call of `model`; see `count_graph`."""
     graph = infer(model, shapes)
     flops: Counter[str] = Counter()
     moved = 0
@@ -78,10 +78,10 @@ def count_model(model: "onnx.ModelProto", shapes: Mapping[str, Shape]) -> Counts
 
 
 def count_component(bundle: Bundle, component: str, *, rows: int, height: int, width: int, tokens: int = 77) -> Counts:
-    """Return what one call of a bundle's component costs for pictures of `height` × `width` pixels.
+    """Return the cost of one call of a bundle's component for pictures of `height` × `width` pixels.
 
-    `rows` are a UNet's rows (pictures × 2 with guidance), an autoencoder's pictures, an encoder's prompts. Raises
-    UsageError for a component that the bundle has not, and as `count_graph`.
+    `rows` are a UNet's rows (pictures × 2 with guidance), an autoencoder's pictures, or an encoder's prompts. Raises
+    UsageError for a component that the bundle lacks, and as `count_graph`.
     """
     found = bundle.manifest.components.get(component)
     if found is None:
@@ -94,7 +94,7 @@ def count_component(bundle: Bundle, component: str, *, rows: int, height: int, w
 def component_shapes(
     component: Component, factor: int, *, rows: int, height: int, width: int, tokens: int = 77
 ) -> dict[str, Shape]:
-    """Return the shape of every input of a component for pictures in pixels, `factor` of them a latent pixel."""
+    """Return the shape of every input of a component; `height`, `width` in pixels, `factor` per latent pixel."""
     if height % factor or width % factor:
         raise SizeError(f"{width}x{height}: a latent pixel spans {factor} pixels; give multiples of {factor}")
     unit = 1 if component.kind == "vae_encoder" else factor
@@ -107,7 +107,7 @@ def _size(axis: int | str, axes: Mapping[str, int]) -> int:
     if isinstance(axis, int):
         return axis
     if axis not in axes:
-        raise UsageError(f"the graph has an axis {axis!r} that no size speaks of; export it again")
+        raise UsageError(f"the graph has an unknown axis {axis!r}; export it again")
     return axes[axis]
 
 
@@ -117,7 +117,7 @@ def _attributes(node: "onnx.NodeProto") -> dict[str, Any]:
     return {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
 
 
-# Each returns the multiply-adds of a node from the shapes of its inputs, and of its first output at the end.
+# Each returns the multiply-adds of a node from the shapes of its inputs followed by that of its first output.
 def _conv(_: "onnx.NodeProto", shapes: list[Shape]) -> int:
     return math.prod(shapes[-1]) * math.prod(shapes[1][1:])
 
@@ -136,14 +136,14 @@ def _gemm(node: "onnx.NodeProto", shapes: list[Shape]) -> int:
 
 def _attention(node: "onnx.NodeProto", shapes: list[Shape]) -> int:
     if any(node.input[4:]) or len(node.output) > 1:
-        raise IncompatibleError(f"Attention {node.name}: with a cache; its cost is not counted")
+        raise IncompatibleError(f"Attention {node.name}: has a key/value cache, whose cost is not counted")
     query, keys, values = shapes[0], shapes[1], shapes[2]
     if len(query) == 4:
         batch, heads, length, wide = query
         return batch * heads * length * keys[2] * (wide + values[3])
     groups = _attributes(node)
     batch, length, wide = query
-    # Every head of the queries gathers values as wide as those of its group.
+    # Grouped-query attention: every query head gathers values as wide as its group's.
     gathered = values[2] * groups["q_num_heads"] // groups["kv_num_heads"]
     return int(batch * length * keys[1] * (wide + gathered))
 
@@ -155,7 +155,7 @@ _COSTS: dict[str, Callable[["onnx.NodeProto", list[Shape]], int]] = {
     "Gemm": _gemm,
     "MatMul": _matmul,
 }
-# They multiply too, in ways that are not counted here: silence would make a graph cheaper than it is.
+# Operators with multiply-adds that are not counted here: ignoring them would undercount the graph.
 _UNKNOWN = {"ConvInteger", "DFT", "DeformConv", "Einsum", "GRU", "If", "LSTM", "Loop", "MatMulInteger", "QLinearConv",
             "QLinearMatMul", "RNN", "STFT", "Scan", "TensorScatter"}  # fmt: skip
 
@@ -168,7 +168,7 @@ def _cost_of(node: "onnx.NodeProto") -> Callable[["onnx.NodeProto", list[Shape]]
 
 
 def _constant(node: "onnx.NodeProto", graph: TypedGraph) -> bool:
-    """Whether a node is worked out once, when the graph is loaded."""
+    """Whether a node is constant-folded when the graph is loaded."""
     return node.output[0] in graph.constants
 
 
@@ -182,7 +182,7 @@ def _shapes_of(node: "onnx.NodeProto", graph: TypedGraph) -> list[Shape]:
 
 
 def _looked_up(graph: TypedGraph, weights: Mapping[str, int]) -> dict[str, int]:
-    """Return the bytes that a call reads of the weights that are tables: used by one Gather alone."""
+    """Return the bytes that a call reads of each embedding table: a weight used only by one Gather."""
     uses = Counter(name for node in graph.nodes for name in node.input)
     gathers = [node for node in graph.nodes if node.op_type == "Gather" and uses[node.input[0]] == 1]
     tables = [node for node in gathers if node.input[0] in weights and node.output[0] in graph.shapes]

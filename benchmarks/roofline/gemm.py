@@ -1,8 +1,8 @@
-"""This CPU's peak fp32 rate of matrix products, measured: ``python -m sdxl_trt.benchmarks.roofline.gemm --threads N``.
+"""Measure this CPU's peak fp32 GEMM rate: ``python -m sdxl_trt.benchmarks.roofline.gemm --threads N``.
 
-A step cannot take less than its multiply-adds at that rate: `floor_seconds` of a graph's FLOPs (`flops.count_graph`)
-is what a measured step is held against. The rate is the best of several sizes and libraries, each in a process of its
-own, since most fix their threads when they are loaded.
+No step is faster than its FLOPs at that rate: a measured step is compared with `floor_seconds` of its graph's FLOPs
+(`flops.count_graph`). The rate is the best of several sizes and libraries, each in its own process because most
+libraries fix their thread count at load time.
 """
 
 __all__ = ["GemmRate", "floor_seconds", "main", "measure_gemm", "peak_gemm_rate"]
@@ -24,7 +24,7 @@ from sdxl_trt.engines import EngineError, UsageError
 COMMAND = "python -m sdxl_trt.benchmarks.roofline.gemm"
 LIBRARIES = ("onnxruntime", "numpy", "torch")
 SIZES = (512, 1024, 2048)
-"""Sides of the square factors: from what fits in a core's cache to what fills the last one."""
+"""Sides of the square factors: from what fits one core's cache to what fills the last-level cache."""
 _SECONDS = 0.5
 _LIMIT = 120.0
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -33,7 +33,7 @@ Product = Callable[[], object]
 
 
 class GemmRate(msgspec.Struct, frozen=True, kw_only=True):
-    """The best rate of one library for one size: FLOP/s, two a multiply-add."""
+    """The best rate of one library for one size, in FLOP/s; a multiply-add is two."""
 
     library: str
     size: int
@@ -42,22 +42,22 @@ class GemmRate(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def floor_seconds(flops: float, rate: float) -> float:
-    """Return the seconds that `flops` operations take at least at `rate` operations a second."""
+    """Return the least seconds that `flops` operations take at `rate` operations per second."""
     return flops / rate
 
 
 def peak_gemm_rate(threads: int | None = None) -> float:
-    """Return the highest fp32 FLOP/s that any library here reaches with `threads` (by default one a core).
+    """Return the highest fp32 FLOP/s that any installed library reaches with `threads` (default: one per core).
 
-    Takes a few seconds on an idle machine. Raises EngineError where no library could be measured.
+    Takes a few seconds on an idle machine. Raises EngineError if no library could be measured.
     """
     return max(measured.rate for measured in measure_gemm(threads))
 
 
 def measure_gemm(threads: int | None = None, sizes: Sequence[int] = SIZES) -> list[GemmRate]:
-    """Return the rate of every library that is installed, for products of square fp32 matrices of each of `sizes`.
+    """Return the rate of every installed library for products of square fp32 matrices of each of `sizes`.
 
-    Raises UsageError for a number of threads below one, EngineError where no library could be measured.
+    Raises UsageError for fewer than one thread, EngineError if no library could be measured.
     """
     threads = (os.cpu_count() or 1) if threads is None else threads
     if threads < 1:
@@ -77,21 +77,21 @@ def measure_gemm(threads: int | None = None, sizes: Sequence[int] = SIZES) -> li
         command += ["--sizes", *map(str, sizes)]
         environment = os.environ | dict.fromkeys(_THREADS, str(threads))
         try:
-            done = subprocess.run(command, capture_output=True, env=environment, timeout=_LIMIT, check=True)  # noqa: S603 - ourselves
+            done = subprocess.run(command, capture_output=True, env=environment, timeout=_LIMIT, check=True)  # noqa: S603 - this module
             found += msgspec.json.decode(done.stdout, type=list[GemmRate])
         except (subprocess.SubprocessError, msgspec.DecodeError) as exc:
             failures.append(f"{library}: {exc}")
     if not found:
-        raise EngineError(f"no library measured ({'; '.join(failures) or 'none installed'}); install numpy")
+        raise EngineError(f"no library could be measured ({'; '.join(failures) or 'none installed'}); install numpy")
     return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the rates of all libraries, or as JSON of the one that is named; return the exit code."""
+    """Print the rates of all libraries, or with --library those of one as JSON; return the exit code."""
     parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__)
-    parser.add_argument("--threads", type=int, metavar="N", help="threads, by default one a core")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads (default: one per core)")
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, metavar="N", help="sides of the square factors")
-    parser.add_argument("--library", choices=LIBRARIES, help="measure one in this process, and print JSON")
+    parser.add_argument("--library", choices=LIBRARIES, help="measure only this one, in this process; print JSON")
     arguments = parser.parse_args(argv)
     if arguments.library:
         rates = _measure(arguments.library, arguments.threads or os.cpu_count() or 1, arguments.sizes)
@@ -117,7 +117,7 @@ def _measure(library: str, threads: int, sizes: Sequence[int]) -> list[GemmRate]
 
 
 def _fastest(product: Product) -> float:
-    """Return the seconds of the fastest call within half a second of calls, and of three at least."""
+    """Return the seconds of the fastest call out of half a second of calls, at least three."""
     product()
     fastest, spent, calls = math.inf, 0.0, 0
     while calls < 3 or spent < _SECONDS:
@@ -149,7 +149,7 @@ def _torch(size: int, threads: int) -> Product:
 
 
 def _onnxruntime(size: int, threads: int) -> Product:
-    """Return ONNX Runtime's product with a constant second factor, which it packs once as it does weights."""
+    """Return ONNX Runtime's product with a constant second factor, which it prepacks like weights."""
     import onnx  # noqa: PLC0415
     import onnxruntime as ort  # noqa: PLC0415
 

@@ -1,6 +1,6 @@
 """Published figures of GPUs: peak rates of dense tensor products, memory, and the link to the host.
 
-The makers' tables lead with rates for 2:4 sparse weights, twice what dense ones can reach; these are the dense ones.
+Vendors quote rates for 2:4 sparse weights first, which are twice the dense ones; these are the dense rates.
 """
 
 __all__ = ["GPUS", "Gpu", "find_gpu"]
@@ -9,18 +9,18 @@ import msgspec
 
 from sdxl_trt.engines import UsageError
 
-# PCI Express, 16 lanes, one direction: transfers a second × 16 lanes × 128/130 coding / 8 bits.
+# PCI Express, 16 lanes, one direction: transfers per second × 16 lanes × 128/130 encoding / 8 bits.
 _PCIE = {"3.0": 15.75e9, "4.0": 31.5e9, "5.0": 63.0e9}
 _AMPERE = "https://images.nvidia.com/aem-dam/en-zz/Solutions/geforce/ampere/pdf/NVIDIA-ampere-GA102-GPU-Architecture-Whitepaper-V1.pdf"
 _ADA = "https://images.nvidia.com/aem-dam/Solutions/geforce/ada/nvidia-ada-gpu-architecture.pdf"
 
 
 class Gpu(msgspec.Struct, frozen=True, kw_only=True):
-    """A GPU as its maker states it: operations and bytes a second, bytes.
+    """A GPU as specified by its vendor: operations and bytes per second, bytes.
 
-    `fp16` is the fastest rate of fp16 products, whatever they are summed in; `fp32_sums` that of fp16 and bf16
-    products summed in fp32, which is half as fast on GeForce; `tf32` that of fp32 tensors on tensor cores, as TensorRT
-    computes unless told otherwise; `eight_bit` the faster of int8 and fp8.
+    `fp16` is the fastest rate of fp16 products with any accumulator; `fp32_sums` that of fp16 and bf16 products
+    accumulated in fp32, half as fast on GeForce; `tf32` that of fp32 tensors on tensor cores, TensorRT's default;
+    `eight_bit` the faster of int8 and fp8.
     """
 
     name: str
@@ -35,14 +35,14 @@ class Gpu(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def link(self) -> float:
-        """The bytes a second that PCI Express carries to the GPU, at best."""
+        """The peak bytes per second from the host to the GPU over PCI Express."""
         return _PCIE[self.pcie]
 
 
 def _gpu(
     name: str, tera: tuple[float, float, float, float], bandwidth: float, memory: int, pcie: str, source: str
 ) -> Gpu:
-    """Return a GPU from (fp16, fp32 sums, tf32, eight bits) in 10^12 a second, GB/s and GB."""
+    """Return a GPU from (fp16, fp32 sums, tf32, eight bits) in 10^12 operations/s, GB/s and GB."""
     fp16, fp32_sums, tf32, eight_bit = (rate * 1e12 for rate in tera)
     return Gpu(
         name=name,
@@ -76,7 +76,7 @@ GPUS: dict[str, Gpu] = {
 
 
 def find_gpu(name: str) -> Gpu:
-    """Return the GPU called `name`, in any case and with or without "rtx". Raises UsageError."""
+    """Return the GPU called `name`, in any case and with or without "rtx". Raises UsageError if it is not in GPUS."""
     key = name.lower().replace(" ", "").replace("-", "").replace("nvidia", "").replace("geforce", "").replace("rtx", "")
     if key not in GPUS:
         raise UsageError(f"--estimate {name}: choose from {', '.join(GPUS)}")

@@ -1,7 +1,7 @@
-"""Shapes of every value of an ONNX graph for given inputs, the weights unread.
+"""Infer the shape of every value of an ONNX graph for given input shapes, without reading the weights.
 
-onnx's own inference loses the shapes behind a Reshape whose target the graph computes from another shape. Here each
-node is inferred by itself, with the small tensors that feed it worked out on the way, as an engine would.
+onnx's own inference loses the shapes after a Reshape whose target the graph computes from another shape. Here nodes
+are inferred one at a time, and small tensors such as shapes and indices are evaluated, as an engine does.
 """
 
 __all__ = ["TypedGraph", "infer"]
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
     import onnx
 
 Shape = tuple[int, ...]
-# Sizes and indices: nothing that decides a shape is larger.
+# Elements: tensors that determine a shape (sizes, indices) are not larger.
 _SMALL = 64
-# Operators of which onnx infers the type alone: their output is shaped like their first input.
+# Operators for which onnx infers only the type: their output has the shape of their first input.
 _ALIKE = {"GroupNormalization"}
 
 
 class TypedGraph(NamedTuple):
-    """A graph's nodes in order, with what is known of its values by name.
+    """A graph's nodes in order, and what is known about its values, by name.
 
-    `shapes` has no entry for a value whose shape depends on more than sizes; `constants` are initializers and what
-    follows from them alone; `items` are bytes an element.
+    `shapes` has no entry for a value with a data-dependent shape; `constants` are initializers and values computed
+    only from them; `items` are bytes per element.
     """
 
     nodes: "list[onnx.NodeProto]"
@@ -36,15 +36,15 @@ class TypedGraph(NamedTuple):
 
 
 def infer(model: "onnx.ModelProto", inputs: Mapping[str, Shape]) -> TypedGraph:
-    """Return the shapes of all values of `model` where its inputs have the shapes `inputs`.
+    """Return the shapes of all values of `model` for inputs of the shapes `inputs`.
 
-    Raises UsageError for inputs that the graph does not take so, IncompatibleError for a graph that cannot be typed.
+    Raises UsageError for inputs that the graph does not take, IncompatibleError for a node that cannot be inferred.
     """
     return _Inference(model, inputs).run()
 
 
 class _Inference:
-    """The state of one pass over a graph: types by name, and the values of those that are small and known."""
+    """The state of one pass over a graph: types by name, and the values of small known tensors."""
 
     def __init__(self, model: "onnx.ModelProto", inputs: Mapping[str, Shape]) -> None:
         self.model = model
@@ -116,7 +116,7 @@ class _Inference:
             self.types[node.output[0]] = self.types[node.input[0]]
 
     def _evaluate(self, node: "onnx.NodeProto") -> None:
-        """Work out the outputs of a node that follow from small known tensors or from shapes."""
+        """Evaluate the outputs of a node if they follow from small known tensors or from shapes."""
         if node.op_type == "Shape":
             self._note_shape(node)
             return
@@ -151,7 +151,7 @@ class _Inference:
 
 
 def _item(elem_type: int) -> int:
-    """Return the bytes of an element of an ONNX type; 0 where it has no fixed size."""
+    """Return the bytes per element of an ONNX type, or 0 if it has no fixed size."""
     import onnx  # noqa: PLC0415
 
     if elem_type in (onnx.TensorProto.UNDEFINED, onnx.TensorProto.STRING):

@@ -1,6 +1,6 @@
-"""What others published for SDXL on a GPU, each with the work it says it did and where it says so.
+"""Times that others published for SDXL on a GPU, each with the stated work and its source.
 
-The times are theirs, as stated; nothing here was measured by this project.
+The times are quoted as published; none was measured by this project.
 """
 
 __all__ = ["PUBLISHED", "Published"]
@@ -23,8 +23,8 @@ Rate = Literal["fp16", "fp32_sums", "tf32", "eight_bit"]
 class Published(msgspec.Struct, frozen=True, kw_only=True):
     """A published time on one GPU for one batch of pictures of 1024² pixels, or for a part of it.
 
-    `rows` are a UNet's rows a picture, 2 with guidance; `unet` and `vae` the rates that its type could reach. Of a
-    `part` only that one was timed: "unet" all steps, "vae" the decoder.
+    `rows` are a UNet's rows per picture, 2 with guidance; `unet` and `vae` name the peak rate of each one's type.
+    `part` is what was timed: "unet" all UNet steps, "vae" the decoder.
     """
 
     gpu: str

@@ -1,8 +1,8 @@
-"""The least time that a GPU could take for SDXL: an estimate from published peak rates, not a measurement.
+"""A lower bound on SDXL's time on a GPU: an estimate from published peak rates, not a measurement.
 
-The floor of a graph is the longer of its multiply-adds at the peak rate of its type and its least bytes at the peak
-bandwidth of the memory (`flops.Counts`). No program reaches peak rates: the floor says what is impossible, and beside
-published times how much of it others reached.
+The floor of a graph is the longer of two times: its FLOPs at the peak rate of its type, and its least bytes at the
+peak memory bandwidth (`flops.Counts`). No program reaches peak rates. Published times are compared with the floor of
+the same work.
 """
 
 __all__ = ["estimate", "run_estimate"]
@@ -22,15 +22,15 @@ from sdxl_trt.engines.bundle import Bundle, Manifest, Precision, Scheduler, Stag
 from sdxl_trt.runtime.diffusion.schedules import make_schedule
 from sdxl_trt.runtime.request import step_at_fraction
 
-# As SDXL's scheduler_config.json has it; it decides how many of the steps come before the handoff.
+# From SDXL's scheduler_config.json; it determines how many steps come before the handoff.
 _SCHEDULER = Scheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading",
                        steps_offset=1)  # fmt: skip
-# What a type's products run at; of "mixed" the faster of its two, for a floor.
+# The rate of each precision's products; "mixed" takes the faster of its two, since this is a floor.
 _RATES: dict[str, Rate] = {"fp16": "fp16", "mixed": "fp16", "bf16": "fp32_sums", "fp32": "tf32"}
 
 
 class _Graph(msgspec.Struct, frozen=True, kw_only=True):
-    """A component that a picture needs: its role and precision, and how it is counted."""
+    """A component used for a picture: its role and precision, and the function that counts its cost."""
 
     role: str
     precision: Precision
@@ -51,8 +51,8 @@ def run_estimate(
 ) -> Estimate:
     """Return the floor for the GPU called `gpu` (see `gpus.GPUS`), counted from the bundle at `engines` if given.
 
-    `handoff` is the fraction that the base denoises, None for the base alone. Raises UsageError for a GPU, handoff or
-    size that cannot be, and as `read_bundle` and `flops.count_component`.
+    `handoff` is the fraction that the base denoises, or None for the base alone. Raises UsageError for an unknown GPU
+    or an invalid handoff, steps or batch, and as `read_bundle` and `flops.count_component`.
     """
     bundle = None if engines is None else read_bundle(engines)
     scheduler = bundle.manifest.base.scheduler if bundle else _SCHEDULER
@@ -69,7 +69,7 @@ def run_estimate(
 def estimate(gpu: str, work: Work, bundle: Bundle | None = None) -> Estimate:
     """Return the floor of `work` on the GPU called `gpu`, for the graphs of `bundle` or SDXL's published ones.
 
-    Published times are compared with the floor of their own work, and only SDXL's: none for a bundle. Raises UsageError
+    Published times are compared with the floor of the work they state; a `bundle` is not compared. Raises UsageError
     for an unknown GPU, SizeError for a size that the graphs do not take.
     """
     card = find_gpu(gpu)
@@ -79,7 +79,7 @@ def estimate(gpu: str, work: Work, bundle: Bundle | None = None) -> Estimate:
     return Estimate(
         gpu=card,
         work=work,
-        counts_from="SDXL's published configs (benchmarks/counts/sdxl.json)" if bundle is None else str(bundle.root),
+        counts_from="SDXL's configs (benchmarks/roofline/counts/sdxl.json)" if bundle is None else str(bundle.root),
         parts=tuple(parts),
         seconds=sum(part.calls * part.floor for part in parts),
         handoff=_handoff(card, work, graphs, parts),
@@ -94,7 +94,7 @@ def _base_steps(scheduler: Scheduler, steps: int, handoff: float) -> int:
 
 
 def _published_graphs() -> dict[str, _Graph]:
-    """Return SDXL's graphs by role, as export-engines makes them for TensorRT at fp16: the decoder in bf16."""
+    """Return SDXL's graphs by role, as export-engines makes them for TensorRT at fp16, with a bf16 decoder."""
     counted = read_counts().graphs
 
     def graph(role: str, name: str, precision: Precision) -> _Graph:
@@ -115,7 +115,7 @@ def _published_graphs() -> dict[str, _Graph]:
 
 
 def _bundle_graphs(bundle: Bundle) -> dict[str, _Graph]:
-    """Return a bundle's graphs by role, the decoder in its twin for TensorRT where there is one."""
+    """Return a bundle's graphs by role; the decoder is the bf16 one for TensorRT if the bundle has it."""
     manifest, last = bundle.manifest, bundle.manifest.refiner or bundle.manifest.base
 
     def graph(role: str, name: str) -> _Graph:
@@ -136,7 +136,7 @@ def _bundle_graphs(bundle: Bundle) -> dict[str, _Graph]:
 
 
 def _encoders(manifest: Manifest) -> dict[str, None]:
-    """Return the encoders of all stages, in order, each once."""
+    """Return the encoders of all stages, in order, without duplicates."""
 
     def names(stage: Stage) -> list[str]:
         return [encoder.component for encoder in stage.text_encoders]
@@ -145,7 +145,7 @@ def _encoders(manifest: Manifest) -> dict[str, None]:
 
 
 def _parts(gpu: Gpu, work: Work, graphs: dict[str, _Graph]) -> list[PartEstimate]:
-    """Return the parts of `work`, in the order in which they run."""
+    """Return the parts of `work` in the order they run."""
     calls = {"base": work.base_steps, "refiner": work.refiner_steps}
     chunks = max(work.tokens // 77, 1)
     rows = dict.fromkeys(("base", "refiner"), work.rows * work.batch) | {"decoder": work.batch}
@@ -168,7 +168,7 @@ def _part(gpu: Gpu, name: str, calls: int, counts: Counts, rate: Rate) -> PartEs
 
 
 def _handoff(gpu: Gpu, work: Work, graphs: dict[str, _Graph], parts: list[PartEstimate]) -> HandoffEstimate | None:
-    """Return what the refiner of `work` saves and costs, or None where it has no step."""
+    """Return what the refiner saves and costs in `work`, or None without refiner steps."""
     if not work.refiner_steps:
         return None
     rows = work.rows * work.batch
@@ -193,7 +193,7 @@ def _handoff(gpu: Gpu, work: Work, graphs: dict[str, _Graph], parts: list[PartEs
 
 
 def _published_floor(gpu: Gpu, published: Published, graphs: dict[str, _Graph]) -> float:
-    """Return the floor of what was published, at the rates of its own types."""
+    """Return the floor of the published work, at the rates of its types."""
     work = Work(base_steps=published.base_steps, refiner_steps=published.refiner_steps, rows=published.rows)
     rates: dict[str, Rate] = {"base UNet step": published.unet, "refiner UNet step": published.unet}
     rates["VAE decoder"] = published.vae

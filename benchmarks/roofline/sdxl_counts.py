@@ -1,8 +1,8 @@
-"""What SDXL's published graphs cost at any size, without a bundle, weights, onnx or torch.
+"""The cost of SDXL's published graphs at any size, without a bundle, weights, onnx or torch.
 
-Every count is a polynomial in the size of the work, exact and not a fit: convolutions and projections go with the
-latent pixels, self-attention with their square, cross-attention with pixels times tokens, the rest with rows alone.
-``counts/sdxl.json`` holds the coefficients; `benchmarks.count_sdxl` counts them from traced graphs.
+Every count is an exact polynomial in the size of the work: convolutions and projections grow with the latent pixels,
+self-attention with their square, cross-attention with pixels times tokens, the rest only with rows.
+``counts/sdxl.json`` holds the coefficients; `roofline.count_sdxl` derives them from traced graphs.
 """
 
 __all__ = ["TERMS", "GraphCounts", "SdxlCounts", "read_counts", "term_values"]
@@ -17,7 +17,7 @@ from sdxl_trt.engines import CorruptError, SizeError
 PATH = Path(__file__).with_name("counts") / "sdxl.json"
 FACTOR = 8
 TERMS = ("1", "tokens", "pixels", "pixels*tokens", "pixels^2")
-"""What a row's cost is a sum of; pixels are those of the latents."""
+"""The terms of a row's cost; pixels are latent pixels."""
 
 Polynomial = dict[str, int]
 
@@ -28,9 +28,9 @@ def term_values(pixels: int, tokens: int) -> dict[str, int]:
 
 
 class GraphCounts(msgspec.Struct, frozen=True, kw_only=True):
-    """The costs of one graph: coefficients by term, times rows; weights are read once for all rows.
+    """The cost of one graph: coefficients by term, multiplied by rows; weights are read once for all rows.
 
-    `precision` is that of the graph whose bytes these are; `multiple` is what sides in latent pixels must divide by.
+    `precision` is that of the counted graph; sides in latent pixels must be multiples of `multiple`.
     """
 
     precision: str
@@ -38,12 +38,12 @@ class GraphCounts(msgspec.Struct, frozen=True, kw_only=True):
     flops: dict[str, Polynomial]
     weight_bytes: int
     fixed_bytes: int
-    """The part of the least bytes that does not go with the rows: weights without tables."""
+    """The part of the least bytes that does not grow with the rows: weights without embedding tables."""
     row_bytes: Polynomial
     activation_bytes: Polynomial
 
     def at(self, *, rows: int, height: int, width: int, tokens: int = 77) -> Counts:
-        """Return what a call costs for pictures of `height` × `width` pixels; see `flops.count_component` for rows.
+        """Return the cost of a call for pictures of `height` × `width` pixels; see `flops.count_component` for rows.
 
         Raises SizeError for sides that the graph does not take.
         """
@@ -62,7 +62,7 @@ class GraphCounts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SdxlCounts(msgspec.Struct, frozen=True, kw_only=True):
-    """The content of ``counts/sdxl.json``: the command that counted, its versions, and every graph by component."""
+    """The content of ``counts/sdxl.json``: the command that wrote it, library versions, and graphs by component."""
 
     command: str
     versions: dict[str, str]
@@ -70,12 +70,12 @@ class SdxlCounts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read_counts(path: Path = PATH) -> SdxlCounts:
-    """Return the checked-in counts. Raises CorruptError where the file is missing or broken."""
+    """Return the checked-in counts. Raises CorruptError if the file is missing or broken."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=SdxlCounts)
     except (OSError, msgspec.DecodeError) as exc:
         raise CorruptError(
-            f"{path}: no counts ({exc}); run: python -m sdxl_trt.benchmarks.roofline.count_sdxl"
+            f"{path}: cannot read the counts ({exc}); run: python -m sdxl_trt.benchmarks.roofline.count_sdxl"
         ) from exc
 
 

@@ -1,4 +1,4 @@
-"""The estimate as Markdown, labelled as one in every part of it."""
+"""The estimate as Markdown; every part is labelled as an estimate."""
 
 __all__ = ["estimate_table"]
 
@@ -11,7 +11,7 @@ _TYPES = {"fp16": "fp16", "fp32_sums": "fp16 or bf16 summed in fp32", "tf32": "t
 
 
 def estimate_table(estimate: Estimate) -> str:
-    """Return `estimate` as Markdown: the GPU and the work, the floor by graph, the handoff, what others took."""
+    """Return `estimate` as Markdown: the GPU and the work, the floor by graph, the handoff, published times."""
     blocks = [_head(estimate), _parts(estimate), _handoff(estimate), _published(estimate)]
     return "\n\n".join(block for block in blocks if block) + "\n"
 
@@ -28,9 +28,9 @@ def _head(estimate: Estimate) -> str:
     )
     memory = f"memory {gpu.memory / 1e9:.0f} GB at {gpu.bandwidth / 1e9:.0f} GB/s"
     link = f"PCI Express {gpu.pcie} x16, {gpu.link / 1e9:.1f} GB/s"
-    made = f"{work.width}x{work.height}, {steps}, {work.batch} at once, {guidance}, {work.tokens} tokens"
+    made = f"{work.width}x{work.height}, {steps}, batch {work.batch}, {guidance}, {work.tokens} tokens"
     return (
-        f"**Estimate, not a measurement**: the least time that an {gpu.name} could take, by its published peak rates.\n"
+        f"**Estimate, not a measurement**: the least time that an {gpu.name} can take at its published peak rates.\n"
         "No program reaches them; nothing was run.\n\n"
         f"- {rates}; {memory}; {link} ({gpu.source})\n"
         f"- {made}; counted from {estimate.counts_from}"
@@ -70,18 +70,18 @@ def _handoff(estimate: Estimate) -> str:
     fits = "fits" if found.fits else "does not fit"
     return (
         f"Handoff (estimate): a refiner step takes {share:.2f} of a base step ({refiner} of {base}), so {steps} of them"
-        f" {saves} {_milliseconds(abs(found.saved))} against the base alone.\n"
-        f"Loading the refiner's UNet from host memory takes {_milliseconds(found.load)} at least, a swap of both for"
+        f" {saves} {_milliseconds(abs(found.saved))} compared with the base alone.\n"
+        f"Loading the refiner's UNet from host memory takes at least {_milliseconds(found.load)}, a swap of both for"
         f" the next batch {_milliseconds(found.swap)}: {_pays(found)}\n"
         f"All weights resident are {found.resident / 1e9:.1f} GB, which {fits} in"
-        f" {estimate.gpu.memory / 1e9:.0f} GB, activations apart."
+        f" {estimate.gpu.memory / 1e9:.0f} GB, not counting activations."
     )
 
 
 def _pays(found: HandoffEstimate) -> str:
     if found.steps_to_pay is None:
-        return "no step is cheaper for it, so a swap never pays in time."
-    return f"what {found.steps_to_pay:.0f} refiner steps save."
+        return "refiner steps are not cheaper, so a swap never saves time."
+    return f"as much as {found.steps_to_pay:.0f} refiner steps save."
 
 
 def _published(estimate: Estimate) -> str:
@@ -102,7 +102,7 @@ def _published(estimate: Estimate) -> str:
 
 
 def _judged(published: Published) -> Rate:
-    """Return the rate that decides the floor of what was published."""
+    """Return the rate that determines the floor of the published work."""
     return published.vae if published.part == "vae" else published.unet
 
 

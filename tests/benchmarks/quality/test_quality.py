@@ -165,7 +165,7 @@ def test_a_wrong_engine_fails_at_the_stage_that_it_spoils(fault: str, measure: A
     assert [row.passed for row in rows[: STAGES.index(stage)]] == [True] * STAGES.index(stage)
     said = verdict(rows)
     assert said.startswith(f"quality: {stage} are ")
-    assert f": {culprit} is not the model's" in said
+    assert f": {culprit} does not match the model" in said
     assert said.count(" agree") == STAGES.index(stage)
 
 
@@ -177,7 +177,7 @@ def test_a_base_alone_without_guidance_has_no_handoff(measure: Any) -> None:
     assert {row.pictures for row in rows} == {2}
     assert verdict(rows) == ""
     low = msgspec.structs.replace(rows[1], psnr=20.0, passed=False)
-    assert "the base's UNet is not the model's (embeddings agree)" in verdict((rows[0], low, rows[2]))
+    assert "the base's UNet does not match the model (embeddings agree)" in verdict((rows[0], low, rows[2]))
 
 
 @pytest.mark.slow
@@ -190,14 +190,14 @@ def test_a_checkpoint_of_another_model_is_told_of(pairs: Any, tmp_path: Path) ->
     tensors = load_file(file)
     tensors["conv_out.bias"] = tensors["conv_out.bias"] + 1
     save_file(tensors, file, {"format": "pt"})
-    with pytest.raises(UsageError, match=r"not exported from outline \(its unet was made of other tensors\)"):
+    with pytest.raises(UsageError, match=r"not exported from outline \(its unet was made from other tensors\)"):
         measure_quality(_subject(pair, pair.bundle, tmp_path, base=str(base)), SETTINGS, ())
 
 
 def test_without_a_checkpoint_or_with_a_lora_there_is_nothing_to_compare_with(pairs: Any, tmp_path: Path) -> None:
     pair = pairs("outline")
     subject = _subject(pair, pair.bundle, tmp_path, base="")
-    with pytest.raises(UsageError, match="name it with --model"):
+    with pytest.raises(UsageError, match="give it with --model"):
         measure_quality(subject, SETTINGS, ())
     lora = LoraRecord(name="style.safetensors", sha256="0" * 64, scale=1.0)
     manifest = msgspec.structs.replace(subject.bundle.manifest, loras=(lora,))
