@@ -1,4 +1,4 @@
-"""A report of trt-bench as Markdown, whatever the names in it hold."""
+"""A trt-bench report as Markdown; all names and texts in it are escaped."""
 
 __all__ = ["code_block", "escaped", "markdown_report", "table_lines"]
 
@@ -11,12 +11,12 @@ from sdxl_trt.benchmarks.report.records import BenchReport
 from sdxl_trt.benchmarks.report.sections import sections
 
 _SPECIAL = re.compile(r"([\\`*_\[\]|~$]|<(?=[A-Za-z/!?]))")
-# What would begin a heading, a list, a rule or a quotation at the start of a line.
+# Characters that start a heading, a list, a rule or a quotation at the beginning of a line.
 _OPENING = re.compile(r"^(?=[#\-+=>])|^(\d+)(?=[.)])")
 
 
 def markdown_report(report: BenchReport) -> str:
-    """Return `report` as Markdown: the bars first, then what was measured, then how."""
+    """Return `report` as Markdown: bars first, then measurements, then how they were made."""
     blocks = ["# trt-bench"]
     for section in sections(report):
         blocks += _section(section)
@@ -38,7 +38,7 @@ def _section(section: Section) -> Iterator[str]:
 
 
 def table_lines(table: Table) -> list[str]:
-    """Return the lines of a table; the rows of this project and a "no" stand out."""
+    """Return the lines of a table; this project's rows and the verdict "no" are bold."""
     rule = ["---"] * table.words + ["---:"] * (len(table.head) - table.words)
     lines = [[escaped(cell) for cell in table.head], rule]
     for number, row in enumerate(table.rows):
@@ -52,7 +52,7 @@ def table_lines(table: Table) -> list[str]:
 
 
 def escaped(text: str) -> str:
-    """Return any text as Markdown that shows it inside a line, and means nothing more."""
+    """Return `text` escaped, so that Markdown shows it literally inside a line."""
     return _SPECIAL.sub(r"\\\1", plain(text)).replace("&", "&amp;")
 
 
@@ -61,7 +61,7 @@ def _line(text: str) -> str:
 
 
 def code_block(text: str) -> str:
-    """Return `text` as a block of code that nothing in it can end."""
+    """Return `text` as a fenced code block; the fence is longer than any backtick run in it."""
     line = plain(text)
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", line)), default=0))
     return f"{fence}\n{line}\n{fence}"

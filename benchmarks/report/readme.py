@@ -1,7 +1,7 @@
-"""The README's benchmark, made of the checked-in results: ``make readme``.
+"""Generate the README's benchmark from the checked-in results: ``make readme``.
 
-Every ``benchmarks/results/bench*.json`` gets its Markdown and HTML beside it, and the README a table of each between
-two markers; a test holds all of them against what this module makes, so no figure in them is typed by hand.
+Writes Markdown and HTML beside every ``benchmarks/results/bench*.json``, and a table of each between two markers in
+the README. A test compares all of them with this module's output, so no figure in them is typed by hand.
 """
 
 __all__ = ["BEGIN", "END", "block", "main", "read_results", "rewritten"]
@@ -24,25 +24,25 @@ BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 RESULTS = RESULTS_FOLDER
 README = Path(__file__).parents[2] / "README.md"
 STEP = "base UNet step"
-NOTHING = "*Not measured yet.* `make bench` measures it, and `make readme` puts the figures here."
+NOTHING = "*Not measured yet.* `make bench` measures, and `make readme` puts the figures here."
 
 
 def read_results(folder: Path = RESULTS) -> dict[str, BenchReport]:
-    """Return the reports of trt-bench in `folder` by their names. Raises CorruptError for a file that is none."""
+    """Return trt-bench's reports in `folder`, by file stem. Raises CorruptError for a file that is not one."""
     return {path.stem: read_report(path) for path in sorted(folder.glob("bench*.json"))}
 
 
 def block(reports: Mapping[str, BenchReport]) -> str:
-    """Return what stands between the README's markers: a table of each report, or that nothing was measured."""
+    """Return the text between the README's markers: a table of each report, or NOTHING without reports."""
     return "\n\n".join(_summary(name, report) for name, report in reports.items()) or NOTHING
 
 
 def rewritten(readme: str, text: str) -> str:
-    """Return `readme` with `text` between its markers. Raises CorruptError unless there is one pair of them."""
+    """Return `readme` with `text` between its markers. Raises CorruptError unless there is exactly one pair."""
     before, begin, rest = readme.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end) or BEGIN in rest or END in before + after:
-        raise CorruptError(f"README.md: there must be one {BEGIN} with one {END} after it; put them back")
+        raise CorruptError(f"README.md: expected one {BEGIN} followed by one {END}; put them back")
     return f"{before}{BEGIN}\n{text}\n{END}{after}"
 
 
@@ -55,7 +55,7 @@ def _summary(name: str, report: BenchReport) -> str:
     if missing:
         lines += ["", f"Could not run: {escaped('; '.join(missing))}."]
     met = f" {bars_words(report)}." if report.bars else ""
-    lines += ["", f"[All of it](benchmarks/results/{name}.md), with spreads, versions and the command.{met}"]
+    lines += ["", f"[Full report](benchmarks/results/{name}.md), with spreads, versions and the command.{met}"]
     return "\n".join(lines)
 
 
@@ -90,7 +90,7 @@ def _ratio(report: BenchReport, contestant: str, what: str) -> str:
 
 
 def main() -> int:
-    """Rewrite the README's block and the pages of the results."""
+    """Rewrite the results' pages and the README's block; return the exit code."""
     reports = read_results()
     for name, report in reports.items():
         write_views(report, RESULTS, name)

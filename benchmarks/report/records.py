@@ -1,4 +1,4 @@
-"""What trt-bench writes: the records of a run, their statistics, and the JSON file that keeps them."""
+"""The records of a trt-bench run, their statistics, and the JSON file that stores them."""
 
 __all__ = [
     "SCHEMA",
@@ -24,11 +24,11 @@ from sdxl_trt.benchmarks.measure import Bar, write_json
 from sdxl_trt.engines import CorruptError
 
 SCHEMA = 1
-"""Counted up when a field changes its meaning or goes; a field that is new leaves it."""
+"""Incremented when a field is removed or changes its meaning, not when one is added."""
 
 
 class BenchSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """What every contestant was asked for. Sizes are pixels, `tokens` those of the prompts."""
+    """The settings of every contestant. Sizes are in pixels, `tokens` is the length of the prompts."""
 
     bundle: str
     model: str
@@ -47,9 +47,9 @@ class BenchSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Contestant(msgspec.Struct, frozen=True, kw_only=True):
-    """One way to run the model: what it is, what making it ready cost, and what it took, or why it could not run.
+    """One way to run the model: its title and versions, its preparation and memory, or why it could not run.
 
-    Seconds of importing, loading and compiling stand apart from every run. `peak_rss` and `peak_gpu` are bytes.
+    Seconds of importing, loading and compiling are not part of any run. `peak_rss` and `peak_gpu` are in bytes.
     """
 
     name: str
@@ -65,11 +65,11 @@ class Contestant(msgspec.Struct, frozen=True, kw_only=True):
     peak_rss: int | None = None
     peak_gpu: int | None = None
     not_run: dict[str, str] = {}
-    """Why it did not run a task, by task, where others did."""
+    """Reasons by task, for tasks that it did not run."""
 
 
 class Timed(msgspec.Struct, frozen=True, kw_only=True):
-    """The seconds of every timed run, in the order in which they were taken, and their statistics."""
+    """The seconds of every timed run, in order, and their statistics."""
 
     seconds: tuple[float, ...]
 
@@ -80,13 +80,13 @@ class Timed(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def p95(self) -> float:
-        """Return the 95th percentile in seconds, the largest value of fewer than twenty."""
+        """Return the 95th percentile in seconds; of fewer than twenty runs the largest."""
         ordered = sorted(self.seconds)
         return ordered[min(len(ordered) - 1, -(-95 * len(ordered) // 100) - 1)]
 
     @property
     def spread(self) -> float:
-        """Return half the distance of the quartiles, as a share of the median."""
+        """Return half the interquartile range, as a fraction of the median."""
         if len(self.seconds) < 2:
             return 0.0
         low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
@@ -97,7 +97,7 @@ class Measurement(Timed, frozen=True, kw_only=True):
     """Every timed run of one task by one contestant.
 
     `what` is a task of the benchmark ("picture", "base UNet step", "refiner UNet step", "text encoders", "handoff",
-    "VAE decode", "host per step", ...) and `rows` the first axis of a UNet's call. `joules` is None without NVML.
+    "VAE decode", "host per step", ...) and `rows` the first axis of a UNet call. `joules` is None without NVML.
     """
 
     contestant: str
@@ -109,17 +109,17 @@ class Measurement(Timed, frozen=True, kw_only=True):
     pictures: int | None = None
     joules: float | None = None
     stages: dict[str, float] = {}
-    """Seconds of each stage of the median run, of an end-to-end task."""
+    """For an end-to-end task: seconds of each stage of the median run."""
     handoff: float | None = None
-    """Of a picture: the fraction that the base denoised, None for the base alone."""
+    """For a picture: the fraction that the base denoised, or None for the base alone."""
     sweep: str = ""
-    """"size", "batch" or "handoff" for one of a series that varies it; "" for what contestants are compared in."""
+    """"size", "batch" or "handoff" for a point of a sweep; "" for the comparison of contestants."""
     difference: float | None = None
-    """Largest difference of what came out from PyTorch's (without it: ours), as a share of its largest value."""
+    """Largest difference of the output from PyTorch's (without it: ours), as a fraction of its largest value."""
 
 
 class ColdStart(Timed, frozen=True, kw_only=True):
-    """A process from its command to its first picture: seconds, and the peak of its resident memory in bytes."""
+    """A process from command to first picture: seconds, and its peak resident memory in bytes."""
 
     name: str
     command: tuple[str, ...]
@@ -130,10 +130,10 @@ class ColdStart(Timed, frozen=True, kw_only=True):
 class Quality(msgspec.Struct, frozen=True, kw_only=True):
     """One stage of one variant against PyTorch fp32 at the same noise.
 
-    `stage` is "embeddings", "handoff latents", "final latents" or "pixels". `psnr` is in dB, infinite (None) for equal
-    arrays; `ssim` is that of pixels alone. `score` is the prompt score of the embedded pair. `limit` is the PSNR asked.
-    Of several `pictures` PSNR and SSIM are the lowest, and the score is the share that is right. A variant that could
-    not be measured has one row without a stage, which says in `missing` why.
+    `stage` is "embeddings", "handoff latents", "final latents" or "pixels". `psnr` is in dB, None for equal arrays;
+    `ssim` is given for pixels only. `score` is the prompt score of the embedded pair. `limit` is the required PSNR.
+    PSNR and SSIM are the lowest over all `pictures`; the score is the share of pictures that match their prompt. A
+    variant that could not be measured has one row without a stage, with the reason in `missing`.
     """
 
     variant: str
@@ -148,11 +148,10 @@ class Quality(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Ratio(msgspec.Struct, frozen=True, kw_only=True):
-    """A task by one contestant over the same task by another, taken round by round.
+    """One contestant's time for a task divided by another's, round by round.
 
-    Both ran in every round, one right after the other, so that what the machine did meanwhile met both. `median` is
-    that of the rounds' ratios, `low` and `high` the span of the middle eight of ten: the spread that the median of
-    another run is to lie in.
+    Both ran in every round, one right after the other, so that disturbances of the machine affect both. `median` is
+    over the rounds' ratios; `low` and `high` span the middle eight of ten: a rerun's median should lie between them.
     """
 
     what: str
@@ -165,7 +164,7 @@ class Ratio(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BenchReport(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything that one run of trt-bench measured, and what a reader needs to run it again."""
+    """Everything that one run of trt-bench measured, and what is needed to repeat it."""
 
     schema: int = SCHEMA
     command: tuple[str, ...] = ()
@@ -179,28 +178,28 @@ class BenchReport(msgspec.Struct, frozen=True, kw_only=True):
     bars: tuple[Bar, ...] = ()
     notes: tuple[str, ...] = ()
     floors: dict[str, float] = {}
-    """The floor of a task in seconds: its FLOPs at the peak GEMM rate that was measured."""
+    """The floor of a task in seconds: its FLOPs at the measured peak GEMM rate."""
     ratios: tuple[Ratio, ...] = ()
 
     def of(self, contestant: str, what: str) -> Measurement | None:
-        """Return the measurement of a task by a contestant that others are compared with, or None."""
+        """Return the measurement of a task by a contestant, not of a sweep, or None."""
         found = (one for one in self.measurements if (one.contestant, one.what, one.sweep) == (contestant, what, ""))
         return next(found, None)
 
 
 def write_report(report: BenchReport, path: Path) -> None:
-    """Write `report` to `path` as JSON; it appears when it is whole."""
+    """Write `report` to `path` as JSON, atomically."""
     write_json(report, path)
 
 
 def read_report(path: Path) -> BenchReport:
-    """Return the report in `path`. Raises CorruptError for a file that is none, or is of another schema."""
+    """Return the report in `path`. Raises CorruptError if it is not a report, or has another schema."""
     try:
         report = msgspec.json.decode(path.read_bytes(), type=BenchReport)
     except (OSError, msgspec.MsgspecError) as exc:
-        raise CorruptError(f"{path}: no report of trt-bench ({exc}); write one with: trt-bench --out DIR") from exc
+        raise CorruptError(f"{path}: not a trt-bench report ({exc}); write one with: trt-bench --out DIR") from exc
     if report.schema != SCHEMA:
         raise CorruptError(
-            f"{path}: a report of schema {report.schema}, and this trt-bench reads {SCHEMA}; run it again"
+            f"{path}: report schema {report.schema}, but this trt-bench reads schema {SCHEMA}; run it again"
         )
     return report

@@ -1,4 +1,4 @@
-"""What a reader of trt-bench's report needs, in its order: the bars, what was timed, what else it cost, and how."""
+"""The sections of trt-bench's report in order: bars, timings, preparation, cold start, quality, failures, setup."""
 
 __all__ = ["bars_words", "sections", "settings_words"]
 
@@ -14,7 +14,7 @@ from sdxl_trt.benchmarks.report.timed import PICTURE, labels, our_names, spread_
 
 
 def sections(report: BenchReport) -> list[Section]:
-    """Return the sections of `report` that have something in them, in the order in which they are read."""
+    """Return the non-empty sections of `report`, in reading order."""
     found = [
         _bars(report), _pictures(report), _parts(report), _ready(report), _cold(report), _quality(report),
         _missing(report), _notes(report), _how(report),
@@ -29,7 +29,7 @@ def _bars(report: BenchReport) -> Section:
 
 
 def bars_words(report: BenchReport) -> str:
-    """Return in words how many bars were met, missed and not measured."""
+    """Return a phrase with the numbers of bars met, missed and not measured."""
     verdicts = [bar.met for bar in report.bars]
     others = [("missed", verdicts.count(False)), (NOT_MEASURED, verdicts.count(None))]
     met = f"{verdicts.count(True)} of {len(verdicts)} bars met"
@@ -39,25 +39,25 @@ def bars_words(report: BenchReport) -> str:
 def _pictures(report: BenchReport) -> Section:
     about = (
         f"{settings_words(report.settings)}. Prompt to pixels, after {_count(report.settings.warmups, 'warm-up')}; "
-        "importing, loading and compiling are no part of it: they stand under “Before the first run”."
+        "importing, loading and compiling are not included: see “Before the first run”."
     )
     tables = [*task_tables(report, PICTURE), stage_table(report)]
     return Section("pictures", "End to end", (about, _reading(report)), tuple(table for table in tables if table))
 
 
 def _reading(report: BenchReport) -> str:
-    """Return what the columns mean, those that there are."""
-    words = ["The spread is half the distance of the quartiles."]
+    """Return an explanation of the columns that `report` has."""
+    words = ["The spread is half the interquartile range."]
     if report.ratios:
         words.append(
-            "Contestants took turns in every round: a ratio is the median of the rounds' ratios, with the span of the "
-            "middle eight of ten, "
-            "and below 1 the one that the column names is faster than the row."
+            "Contestants took turns in every round: a ratio is the median over the rounds' ratios, with the span of "
+            "the middle eight of ten in parentheses; below 1, the contestant named in the column is faster than the "
+            "row's."
         )
     if any(one.difference is not None for one in report.measurements):
         words.append(
-            "The largest difference is that of what came out from PyTorch's (where it did not run: from ours), as a "
-            "share of its largest value."
+            "The largest difference is that of the output from PyTorch's (if it did not run: from ours), as a fraction "
+            "of its largest value."
         )
     return " ".join(words)
 
@@ -66,8 +66,8 @@ def _parts(report: BenchReport) -> Section:
     tables = [table for what in tasks(report) if what != PICTURE for table in task_tables(report, what)]
     reading = _reading(report)
     floors = (
-        "A floor is what the task's multiply-adds take at the peak rate of matrix products, measured in the same run: "
-        "a step that does nothing else, and all of it at that rate, is at 1×."
+        "A floor is the time of the task's multiply-adds at the peak GEMM rate measured in the same run: "
+        "a step that does nothing else and reaches that rate is at 1×."
     )
     return Section("parts", "Part by part", (reading, floors) if report.floors else (reading,), tuple(tables))
 
@@ -85,7 +85,7 @@ def _ready(report: BenchReport) -> Section:
     ]
     head, filled = without_empty(["", "importing", "loading", "compiling", "peak RSS", "peak GPU"], rows)
     table = Table(head, filled, ours=frozenset(number for number, one in enumerate(there) if one.name in ours))
-    says = "What each contestant took once, in a process of its own. The peaks are those of its process to the end."
+    says = "One-time cost of each contestant, in its own process. The peaks are over the whole life of that process."
     return Section("ready", "Before the first run", (says,), (table,) if len(head) > 1 else ())
 
 
@@ -108,7 +108,7 @@ def _cold(report: BenchReport) -> Section:
         for one in there
     )  # fmt: skip
     head = ("", "median", "spread", "runs", f"{first.name} / this", "peak RSS", f"memory, {first.name} / this")
-    says = "From the command to its first picture: starting, importing, loading, compiling where it must, and drawing."
+    says = "From command to first picture: starting, importing, loading, compiling if needed, and drawing."
     commands = tuple((one.name, shlex.join(one.command)) for one in there if one.command)
     return Section("cold", "Cold start", (says,), (Table(head, rows, ours=frozenset({0})),), commands=commands)
 
@@ -126,13 +126,13 @@ def _quality(report: BenchReport) -> Section:
         ]
         for one in report.quality
     ]
-    head, filled = without_empty(["variant", "stage", "PSNR", "SSIM", "prompt score", "asked", "passed"], rows)
-    says = "Against PyTorch fp32 at the same noise, stage by stage; equal is bit for bit. Prompt score: mini/score/."
+    head, filled = without_empty(["variant", "stage", "PSNR", "SSIM", "prompt score", "limit", "passed"], rows)
+    says = "Against PyTorch fp32 at the same noise, by stage; “equal” means bit for bit. Prompt score: see mini/score/."
     return Section("quality", "Quality", (says,), (Table(head, filled, words=2, verdict=True),) if rows else ())
 
 
 def _psnr(one: Quality) -> str:
-    """Return a PSNR in words; JSON has no infinity, so that what is None and failed was not finite, not equal."""
+    """Return a PSNR as text. JSON has no infinity: None means equal if the row passed, else not finite."""
     if one.missing:
         return ""
     if one.psnr is None:
@@ -164,7 +164,7 @@ def _how(report: BenchReport) -> Section:
     points = [
         f"Machine: {', '.join(_facts(report.machine))}.",
         f"Versions: {', '.join(f'{name} {version}' for name, version in report.versions.items())}.",
-        f"Asked of every contestant: {asked}.",
+        f"Settings of every contestant: {asked}.",
         f"Prompt: {settings.prompt}",
     ]
     points += [f"{labels(report)[name]}: {words}." for name, words in _own_versions(report)]
@@ -174,7 +174,7 @@ def _how(report: BenchReport) -> Section:
 
 
 def _own_versions(report: BenchReport) -> Iterator[tuple[str, str]]:
-    """Yield the versions that a contestant has for itself alone, in an environment of its own."""
+    """Yield each contestant's versions that differ from the report's, by its name."""
     for one in report.contestants:
         own = {name: version for name, version in one.versions.items() if report.versions.get(name) != version}
         if own:
@@ -190,7 +190,7 @@ def _facts(machine: dict[str, str | int]) -> Iterator[str]:
 
 
 def settings_words(settings: BenchSettings) -> str:
-    """Return what was drawn: model, size, batch, steps, handoff and guidance."""
+    """Return the settings as text: model, size, batch, steps, handoff and guidance."""
     handoff = "the base alone" if settings.handoff is None else f"handoff at {settings.handoff:g}"
     size = f"{settings.width}×{settings.height}"
     return (

@@ -1,4 +1,4 @@
-"""The tables of what was timed: one a task and one a series, every contestant's figures beside the ratios."""
+"""The tables of timings: one per task and one per sweep, with every contestant's figures and ratios."""
 
 __all__ = [
     "PICTURE",
@@ -23,7 +23,7 @@ Column = tuple[str, Callable[[Measurement], str]]
 
 
 def labels(report: BenchReport) -> dict[str, str]:
-    """Return what to call each contestant: its title and precision, and its name too where two were called alike."""
+    """Return each contestant's label: its title and precision, plus its name if two would have the same label."""
     said = {one.name: _title(one) for one in report.contestants}
     said = {
         name: f"{label} ({name})" if list(said.values()).count(label) > 1 else label for name, label in said.items()
@@ -39,33 +39,33 @@ def _title(contestant: Contestant) -> str:
 
 
 def our_names(report: BenchReport) -> list[str]:
-    """Return the contestants that are held against others, this project's; without ratios the first, which is ours."""
+    """Return this project's contestants: those in the numerators of ratios, or without ratios the first contestant."""
     held = dict.fromkeys(ratio.contestant for ratio in report.ratios)
     return list(held) or [one.name for one in report.contestants[:1]]
 
 
 def tasks(report: BenchReport) -> list[str]:
-    """Return the tasks that were timed, the picture first."""
+    """Return the tasks that were timed, "picture" first."""
     found = dict.fromkeys(one.what for one in report.measurements if one.seconds)
     return sorted(found, key=lambda what: what != PICTURE)
 
 
 def series(report: BenchReport, what: str, sweep: str = "") -> list[Measurement]:
-    """Return the measurements of a task in one of its sweeps, those with runs, in the order of the contestants."""
+    """Return the measurements of a task and sweep that have runs, in the order of the contestants."""
     order = list(labels(report))
     found = [one for one in report.measurements if (one.what, one.sweep) == (what, sweep) and one.seconds]
     return sorted(found, key=lambda one: order.index(one.contestant))
 
 
 def shape_words(one: Measurement) -> str:
-    """Return what was asked for, but what a sweep varies: pixels, batch, and the rows of a UNet's call."""
+    """Return pixels, batch and the rows of a UNet call as text, without the setting that a sweep varies."""
     words = {"size": f"{one.width}×{one.height}", "batch": f"batch {one.batch}"}
     words |= {"rows": f"{one.rows} rows"} if one.rows and one.sweep != "batch" else {}
     return ", ".join(text for what, text in words.items() if what != one.sweep)
 
 
 def task_tables(report: BenchReport, what: str) -> list[Table]:
-    """Return the tables of a task: what contestants are compared in, then each of its sweeps."""
+    """Return the tables of a task: the comparison of contestants, then one for each sweep."""
     found = []
     compared = series(report, what)
     if compared:
@@ -83,7 +83,7 @@ def _table(report: BenchReport, title: str, measurements: Sequence[Measurement],
     named, ours = labels(report), our_names(report)
     shapes = {shape_words(one) for one in measurements}
     caption = f"{title}: {shapes.pop()}" if len(shapes) == 1 else title
-    shown = [*columns, ("asked for", shape_words)] if shapes else list(columns)
+    shown = [*columns, ("settings", shape_words)] if shapes else list(columns)
     rows = [[named[one.contestant], *(show(one) for _, show in shown)] for one in measurements]
     head, filled = without_empty(["", *(name for name, _ in shown)], rows)
     marked = frozenset(number for number, one in enumerate(measurements) if one.contestant in ours)
@@ -91,7 +91,7 @@ def _table(report: BenchReport, title: str, measurements: Sequence[Measurement],
 
 
 def spread_words(one: Timed) -> str:
-    """Return the spread of several runs in percent of their median."""
+    """Return the spread in percent of the median, or "" for a single run."""
     return f"±{one.spread:.1%}".replace("%", " %") if len(one.seconds) > 1 else ""
 
 
@@ -106,7 +106,7 @@ def _times(measurements: Iterable[Measurement]) -> list[Column]:
 
 
 def _ratios(report: BenchReport, what: str) -> list[Column]:
-    """Return a column for each of ours: its time over that of the row, in pairs, with the spread."""
+    """Return a column for each of our contestants: its time divided by the row's, with the spread."""
     found: dict[str, dict[str, str]] = {}
     for ratio in report.ratios:
         if ratio.what == what:
@@ -134,7 +134,7 @@ def _rest(report: BenchReport, what: str) -> list[Column]:
         return "" if found is None or one.sweep else memory(found)
 
     found: list[Column] = [
-        ("energy a run", lambda one: "" if one.joules is None else Unit("J").show(one.joules)),
+        ("energy per run", lambda one: "" if one.joules is None else Unit("J").show(one.joules)),
         ("largest difference", lambda one: "" if one.difference is None else significant(one.difference, 2)),
     ]
     if what != PICTURE:
@@ -160,7 +160,7 @@ def _varied(sweep: str) -> Callable[[Measurement], str]:
 
 
 def stage_table(report: BenchReport) -> Table | None:
-    """Return the seconds of each stage of the median picture by every contestant, or None where none was recorded."""
+    """Return the seconds of each stage of every contestant's median picture, or None if no stages were recorded."""
     staged = [one for one in series(report, PICTURE) if one.stages]
     if not staged:
         return None
@@ -176,6 +176,6 @@ def stage_table(report: BenchReport) -> Table | None:
         ]
         for one in staged
     ]
-    head, filled = without_empty(["", *stages, "together"], rows)
+    head, filled = without_empty(["", *stages, "total"], rows)
     marked = frozenset(number for number, one in enumerate(staged) if one.contestant in ours)
     return Table(head, filled, "stages of the median picture", ours=marked)
