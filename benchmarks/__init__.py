@@ -1,1 +1,1 @@
-"""Measurements of the toolkit at real sizes, each a program of its own; nothing else imports them."""
+"""Measurements of the toolkit at real sizes, each a separate program; no other package imports them."""

@@ -18,7 +18,7 @@ EPILOG = """examples:
   trt-bench --engines sdxl --model sd_xl_base_1.0.safetensors --refiner sd_xl_refiner_1.0.safetensors --components
   trt-bench --against eager,compile --size 1024x1024 --runs 15 --out results
   trt-bench --quality                                        how far every precision is from PyTorch, on this machine
-  trt-bench --estimate h100                                  the floor on a GPU that is not here; measures nothing
+  trt-bench --estimate h100                                  a lower bound for a GPU you do not have; runs nothing
 """
 _QUICK_STEPS, _STEPS = 5, 30
 _QUICK_RUNS, _RUNS = 3, 7
@@ -36,26 +36,26 @@ def _parser() -> Parser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    what = parser.add_argument_group("what is measured (default: the embedded pair)")
-    what.add_argument("--engines", type=Path, metavar="BUNDLE", help="exported folder; without it --model is exported")
-    what.add_argument("--model", metavar="SRC", help="the base that PyTorch loads: folder, .safetensors, hub id, mini")
-    what.add_argument("--refiner", metavar="SRC", help="the refiner that PyTorch loads")
+    what = parser.add_argument_group("what to measure (default: the embedded pair)")
+    what.add_argument("--engines", type=Path, metavar="BUNDLE", help="exported bundle (default: export --model first)")
+    what.add_argument("--model", metavar="SRC", help="base checkpoint for PyTorch: folder, .safetensors, hub id, mini")
+    what.add_argument("--refiner", metavar="SRC", help="refiner checkpoint for PyTorch")
     what.add_argument("--against", metavar="LIST", help="contestants, separated by commas, or none (default: all):"
                       " onnxruntime, eager, eager-bf16, eager-fp16, compile, diffusers, optimum, openvino, ort-cuda,"
                       " ort-tensorrt, tensorrt")  # fmt: skip
     how = parser.add_argument_group("how")
-    how.add_argument("--steps", type=int, metavar="N", help=f"steps of a picture (default {_STEPS})")
+    how.add_argument("--steps", type=int, metavar="N", help=f"steps per picture (default {_STEPS})")
     how.add_argument("--size", type=_size, metavar="WxH", help="pixels (default: the model's own)")
-    how.add_argument("--batch", type=int, default=1, metavar="N", help="pictures at once (default 1)")
+    how.add_argument("--batch", type=int, default=1, metavar="N", help="pictures per batch (default 1)")
     how.add_argument("--runs", type=int, metavar="R", help=f"timed rounds (default {_RUNS})")
-    how.add_argument("--components", action="store_true", help="time a picture's parts too, its time by size, batch"
-                     " and handoff, and the start of a process")  # fmt: skip
+    how.add_argument("--components", action="store_true", help="also time each component, sweep size, batch and"
+                     " handoff, and time cold starts")  # fmt: skip
     how.add_argument("--quality", action="store_true", help="compare with PyTorch in fp32 at the same noise; exit 1"
-                     " where a limit is missed")  # fmt: skip
-    how.add_argument("--quick", action="store_true", help="few steps and rounds, and no contestant that takes minutes"
-                     " to make ready")  # fmt: skip
-    how.add_argument("--estimate", metavar="GPU", help="estimate the floor on h100, a100, l40s, a10g or 4090 instead")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write report.json, report.md and report.html there")
+                     " if a limit is missed")  # fmt: skip
+    how.add_argument("--quick", action="store_true", help="few steps and rounds; skip contestants that take minutes"
+                     " to prepare")  # fmt: skip
+    how.add_argument("--estimate", metavar="GPU", help="only estimate a lower bound: h100, a100, l40s, a10g or 4090")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write report.json, report.md and report.html to DIR")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     parser.add_argument("--debug", action="store_true", help="add the traceback to an error")
     return parser
@@ -66,7 +66,7 @@ def _size(text: str) -> tuple[int, int]:
     try:
         return int(width), int(height)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; give WIDTHxHEIGHT, 1024x1024 for instance") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; give WIDTHxHEIGHT, for example 1024x1024") from None
 
 
 def _run(arguments: argparse.Namespace, argv: list[str]) -> None:
@@ -81,7 +81,7 @@ def _run(arguments: argparse.Namespace, argv: list[str]) -> None:
 
 
 def _bench(arguments: argparse.Namespace, argv: list[str], say: "Say") -> None:
-    from sdxl_trt.benchmarks.contest import BenchOptions, run_bench  # noqa: PLC0415 - numpy and more: --help must not wait
+    from sdxl_trt.benchmarks.contest import BenchOptions, run_bench  # noqa: PLC0415 - keeps --help fast
     from sdxl_trt.benchmarks.measure import cache_folder, find_subject  # noqa: PLC0415
     from sdxl_trt.benchmarks.report import markdown_report, write_pages  # noqa: PLC0415
 
@@ -113,13 +113,13 @@ def _bench(arguments: argparse.Namespace, argv: list[str], say: "Say") -> None:
 def _finished(
     report: "BenchReport", subject: "Subject", arguments: argparse.Namespace, argv: list[str], say: "Say"
 ) -> "BenchReport":
-    """Return the report with the command that made it, and the quality if that was asked for."""
+    """Return the report with the command line added, and with the quality rows if --quality was given."""
     import msgspec  # noqa: PLC0415
 
     if arguments.quality:
         from sdxl_trt.benchmarks.quality import VARIANTS, measure_quality  # noqa: PLC0415 - torch comes with it
 
-        # To export the others takes minutes the first time.
+        # Exporting the other variants takes minutes the first time.
         variants = () if arguments.quick else tuple(VARIANTS)
         rows = measure_quality(subject, report.settings, variants, say)
         report = msgspec.structs.replace(report, quality=rows)
@@ -127,7 +127,7 @@ def _finished(
 
 
 def _require_quality(report: "BenchReport") -> None:
-    """Raise VerificationError where what the engines draw is not what PyTorch draws."""
+    """Raise VerificationError if the engines' pictures differ too much from PyTorch's."""
     if report.quality:
         from sdxl_trt.benchmarks.quality import verdict  # noqa: PLC0415
         from sdxl_trt.engines import VerificationError  # noqa: PLC0415
@@ -152,7 +152,7 @@ def _estimate(arguments: argparse.Namespace) -> None:
 
 
 def _say(text: str) -> None:
-    """Tell the stages, not the rounds: nobody watches."""
+    """Print stages but not single rounds: stderr is not a terminal."""
     if ": round " not in text:
         sys.stderr.write(f"{one_line(text)}\n")
 

@@ -1,8 +1,8 @@
-"""The benchmark that a checkout can run in ten minutes on two cores: ``make bench``.
+"""The benchmark that a checkout runs in ten minutes on two cores: ``make bench``.
 
-A cousin of SDXL with 50 million parameters at 512² stands for the model: its UNet step and a short run end to end,
-against everybody. The embedded pair shows the cold start and the quality, whose pictures mean something. Writes
-``benchmarks/results/bench.json``, ``.md`` and ``.html``, and says where a rerun does not agree with what was there.
+A 50-million-parameter cousin of SDXL at 512² stands in for the model: its UNet step and a short end-to-end run are
+timed for all contestants. Cold start and quality use the embedded pair, which is trained and draws real pictures.
+Writes ``benchmarks/results/bench.json``, ``.md`` and ``.html``, and warns if ratios disagree with the previous ones.
 """
 
 __all__ = ["main"]
@@ -35,12 +35,12 @@ COLD_RUNS = 5
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure, write the results and return the exit code: 1 where a bar was missed."""
+    """Measure, write the results and return the exit code: 1 if a bar was missed."""
     parser = Parser(prog="python -m sdxl_trt.benchmarks.ten_minutes", description=__doc__)
-    parser.add_argument("--work", type=Path, default=Path("out/bench"), help="folder for what is made once, and kept")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="JSON file to write, the pages beside it")
-    parser.add_argument("--quick", action="store_true", help="a tiny model: proves the benchmark, measures nothing")
-    parser.add_argument("--no-quality", action="store_true", help="leave the quality out")
+    parser.add_argument("--work", type=Path, default=Path("out/bench"), help="folder for checkpoints, kept for reruns")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="JSON file to write; the pages go beside it")
+    parser.add_argument("--quick", action="store_true", help="a tiny model: tests the benchmark; timings mean nothing")
+    parser.add_argument("--no-quality", action="store_true", help="skip the quality measurement")
     parser.add_argument("--debug", action="store_true", help="add the traceback to an error")
     return run(parser, _bench, argv)
 
@@ -51,7 +51,7 @@ def _bench(arguments: argparse.Namespace) -> None:
     write_pages(report, arguments.results.parent, arguments.results.stem)
     sys.stdout.write("\n".join(bars_table(report.bars)) + "\n")
     for line in disagreeing:
-        sys.stderr.write(f"warning: not within the spread of the results before: {line}\n")
+        sys.stderr.write(f"warning: outside the spread of the previous results: {line}\n")
     if missed(report.bars) and not arguments.quick:
         raise VerificationError(f"a bar was missed; {arguments.results} has the figures")
 
@@ -74,7 +74,7 @@ def _run(work: Path, *, quick: bool, quality: bool) -> BenchReport:
     report = msgspec.structs.replace(report, bars=bench_bars(report))
     if not quality:
         return report
-    # Last, since PyTorch makes this process large.
+    # Quality comes last: loading PyTorch makes this process large.
     settings = msgspec.structs.replace(report.settings, model=embedded.model, bundle=embedded.name, width=spec.width,
                                        height=spec.height, steps=spec.steps)  # fmt: skip
     return msgspec.structs.replace(report, quality=_quality(embedded, settings, quick=quick))
@@ -87,7 +87,7 @@ def _quality(embedded: Subject, settings: BenchSettings, *, quick: bool) -> tupl
 
 
 def _checkpoints(folder: Path, size: str) -> list[Path]:
-    """Return the folders of base and refiner, written first where they are not there, by a process of its own."""
+    """Return the folders of base and refiner; a missing one is first written by a separate process."""
     for role in ROLES:
         if not (folder / role).is_dir():
             _say(f"writing {folder / role}")
@@ -107,7 +107,7 @@ def _checkpoints(folder: Path, size: str) -> list[Path]:
 
 
 def _disagreeing(path: Path, report: BenchReport) -> Sequence[str]:
-    """Return in which ratios `report` is not what was measured before on the same processor, if anything was."""
+    """Return the ratios in which `report` disagrees with `path`, if that has the same settings and processor."""
     if not path.exists():
         return []
     before = read_report(path)

@@ -1,9 +1,9 @@
-"""Compare the activations that the memory plan estimates with those that the real builder states.
+"""Compare the activation memory that the memory plan estimates with what the real builder reports.
 
 ``python -m sdxl_trt.benchmarks.full_size.activations [BUNDLE ...]`` builds plans of every UNet and decoder of the
 bundles (by default the embedded one), for exact and for wide profiles, on a CPU (`tensorrt_on_cpu`), and writes
-``benchmarks/results/activations.md``. Bundles may be partial; plans are thrown away. Weights are random: no figure
-depends on them. SDXL's widths with one transformer block a level build in 6 GB of memory.
+``benchmarks/results/activations.md``. Bundles may be partial; plans are deleted. No figure depends on the weights,
+which may be random. SDXL's widths with one transformer block per level build in 6 GB of memory.
 """
 
 __all__ = ["Row", "compare", "main", "table"]
@@ -42,7 +42,7 @@ _FACTOR = 8
 
 
 class Row(msgspec.Struct, frozen=True):
-    """One plan: bytes of activations as estimated and as built, and the share by which the estimate may be off."""
+    """One plan: bytes of activations as estimated and as built, and the estimate's allowed relative error."""
 
     graph: str
     sizes: str
@@ -52,7 +52,7 @@ class Row(msgspec.Struct, frozen=True):
 
     @property
     def off(self) -> float:
-        """The estimate's error as a share of what was built."""
+        """The estimate's error relative to the built plan."""
         return self.estimated / self.built - 1
 
 
@@ -69,7 +69,7 @@ def compare(name: str, component: Component, graph: Path, sizes: str) -> Row:
 
 
 def table(rows: Sequence[Row], command: str = COMMAND) -> str:
-    """Return the rows as a Markdown table below a sentence that says what they are."""
+    """Return the rows as a Markdown table below a paragraph that explains them."""
     worst = max(rows, key=lambda row: abs(row.off))
     near, fair = (sum(abs(row.off) <= share for row in rows) for share in (0.05, 0.1))
     lines = [
@@ -88,9 +88,9 @@ def table(rows: Sequence[Row], command: str = COMMAND) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Compare the bundles named on the command line; return 1 where an estimate is off by more than it promises."""
+    """Compare the bundles named on the command line; return 1 if an estimate exceeds its allowed error."""
     parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__)
-    parser.add_argument("bundles", nargs="*", type=Path, metavar="BUNDLE", help="exported folders, by default our own")
+    parser.add_argument("bundles", nargs="*", type=Path, metavar="BUNDLE", help="exported folders (default: embedded)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the Markdown file to write")
     arguments = parser.parse_args(argv)
     os.environ.update(child_environment(assemble()))
@@ -112,7 +112,7 @@ def _rows(bundle: Bundle) -> Iterator[Row]:
         seen: set[str] = set()
         for sizes in SIZES:
             profiles = _profiles(component, sizes)
-            if repr(profiles) not in seen:  # a decoder takes one picture at a time, and tiles where it is wide
+            if repr(profiles) not in seen:  # a decoder takes one picture at a time, wide ones in tiles
                 seen.add(repr(profiles))
                 yield compare(_label(name, component), component, bundle.path(component.graph), sizes)
 

@@ -1,4 +1,4 @@
-"""The shapes that checkpoints of random weights are written in: SDXL's published configs, and smaller cousins."""
+"""The configs for checkpoints of random weights: SDXL's published ones, and those of smaller cousins."""
 
 __all__ = ["ROLES", "SIZES", "Architecture", "Role", "architecture"]
 
@@ -15,7 +15,7 @@ _MODELS = ("text_encoder", "text_encoder_2", "unet", "vae")
 
 @dataclass(frozen=True)
 class Architecture:
-    """The configs of one pipeline folder by model, its index and scheduler, and where its tokenizers' files lie."""
+    """The configs of one pipeline folder by model, its index and scheduler, and the folders of its tokenizers."""
 
     role: Role
     index: Config
@@ -30,7 +30,7 @@ class Architecture:
 
 @dataclass(frozen=True)
 class _Narrow:
-    """A cousin of SDXL: as many levels, other widths and depths. Heads stay 64 wide, as SDXL's are."""
+    """A cousin of SDXL: the same number of levels, other widths and depths. Heads are by default SDXL's, 64 wide."""
 
     channels: tuple[int, int, int]
     depths: tuple[int, int, int]
@@ -44,14 +44,14 @@ class _Narrow:
     layers: int = 2
 
 
-# The UNets' parameters are in the names. Cousins of one depth differ in width alone, so that their graphs are alike.
+# The UNets' parameter counts are in the names. Cousins of equal depth differ only in width: same graph structure.
 SIZES: dict[str, _Narrow | None] = {
     "sdxl": None,
     "cousin-390m": _Narrow((128, 256, 512), (1, 2, 10), 4, (192, 320)),
     "cousin-1b": _Narrow((320, 640, 1280), (1, 2, 3), 2, (192, 320)),
     "cousin-160m": _Narrow((128, 256, 512), (1, 2, 3), 2, (192, 320)),
     "cousin-50m": _Narrow((64, 128, 256), (1, 2, 4), 2, (128, 128), head=32, time_dim=64),
-    # The pair that ComfyUI was run with (tests/comfyui).
+    # The pair used for ComfyUI's recorded runs (tests/comfyui).
     "h6": _Narrow((64, 128, 128), (1, 1, 2), 4, (64, 128), vae=(128, 256, 512, 512)),
     "tiny": _Narrow((16, 32, 32), (1, 1, 1), 1, (16, 32), 2, (8, 16), head=8, groups=8, time_dim=8, layers=1),
 }
@@ -60,7 +60,7 @@ SIZES: dict[str, _Narrow | None] = {
 def architecture(size: str, role: Role) -> Architecture:
     """Return the configs of `size` for a base or a refiner.
 
-    The published ones come with the package (``export/published``); a cousin changes widths and depths in them.
+    The published ones are part of the package (``export/published``); a cousin changes their widths and depths.
     """
     from sdxl_trt.export.sources import PUBLISHED  # noqa: PLC0415 - brings the exporter's libraries
 
@@ -91,7 +91,7 @@ def _changes(narrow: _Narrow, model: str, role: Role) -> Config:
 
 def _unet(narrow: _Narrow, role: Role) -> Config:
     refiner = role == "refiner"
-    # The refiner has a fourth level as wide as the third, and reads the second encoder only.
+    # The refiner has a fourth level as wide as the third, and takes only the second encoder's states.
     channels = (*narrow.channels, narrow.channels[-1]) if refiner else narrow.channels
     pooled, time_ids = narrow.text[1], 5 if refiner else 6
     return {

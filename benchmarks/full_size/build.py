@@ -1,9 +1,9 @@
-"""Measure plan builds at SDXL's real size, on a CPU, each in a process of its own: ``make bench-build``.
+"""Measure plan builds at SDXL's real size, on a CPU, each in its own process: ``make bench-build``.
 
-The real builder of TensorRT for RTX makes the plans (`tensorrt_on_cpu`): memory and sizes are the builder's own
-figures, build times are this machine's, and nothing here says how fast a plan runs. Random weights: none of the
-figures depends on them. Writes JSON and a Markdown table beside it; graphs and checkpoints stay in ``--work`` and
-``--checkpoints`` for the next run, plans are removed.
+TensorRT for RTX's real builder makes the plans (`tensorrt_on_cpu`): memory and sizes are the builder's figures, build
+times are this machine's, and nothing measures how fast a plan runs. Weights are random: no figure depends on them.
+Writes JSON and a Markdown table beside it; graphs and checkpoints stay in ``--work`` and ``--checkpoints`` for the
+next run, plans are deleted.
 """
 
 __all__ = ["Build", "Report", "bars", "main", "measure_build", "table"]
@@ -42,7 +42,7 @@ _MODELS = {False: ("sdxl", "fp16"), True: ("tiny", "fp32")}
 
 
 class Build(msgspec.Struct, frozen=True):
-    """What one build took and made: bytes, seconds; the weights are those of the ONNX graph."""
+    """The cost and result of one build, in bytes and seconds; `weights` are those of the ONNX graph."""
 
     component: str
     profiles: str
@@ -57,7 +57,7 @@ class Build(msgspec.Struct, frozen=True):
 
 
 class Report(msgspec.Struct, frozen=True):
-    """Everything that was measured in one run."""
+    """Everything that one run measured."""
 
     machine: dict[str, str | int]
     versions: dict[str, str]
@@ -68,7 +68,7 @@ class Report(msgspec.Struct, frozen=True):
 
 
 def measure_build(case: BuildCase, bundle: Bundle, folder: Path) -> Build:
-    """Build the plan of `case` in a process of its own, remove it, and return the figures. Raises as `build_plan`."""
+    """Build the plan of `case` in its own process, delete it, and return the figures. Raises as `build_plan`."""
     component = bundle.manifest.components[case.component]
     inputs = {spec.name: spec.shape for spec in component.inputs}
     plan = folder / "plan"
@@ -115,7 +115,7 @@ def _show(event: BuildEvent | None) -> None:
 
 
 def bars(builds: Mapping[str, Build]) -> list[Bar]:
-    """Hold what was measured against the bars; a build that failed or did not run has no figure."""
+    """Return the bars with the measured figures; builds that failed or did not run count as not measured."""
     found = []
     for model, limit in (("base", 310 * MB), ("refiner", 340 * MB)):
         build = builds.get(f"{model} UNet, static")
@@ -147,7 +147,7 @@ def _times(what: str, build: Build | None, figure: str, limit: float) -> Bar:
 
 def table(report: Report) -> str:
     """Return the report as Markdown: the bars, then the builds."""
-    size = "tiny models: these figures prove the benchmark, not the build" if report.quick else "SDXL's real size"
+    size = "tiny models: these figures test the benchmark, not the build" if report.quick else "SDXL's real size"
     lines = [f"Plan builds on a CPU, {size}. {machine_words(report.machine)}.", "", *bars_table(report.bars)]
     lines += [
         "",
@@ -171,7 +171,7 @@ def _row(name: str, build: Build) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Build, write the results and return 1 where a build failed or a bar was missed, 0 otherwise."""
+    """Build, write the results and return 1 if a build failed or a bar was missed, else 0."""
     prog = f"{_MODULE}build"
     parser = results_parser(prog, __doc__, work=Path("out/bench-build"), results=RESULTS, case="plan")
     checkpoints = Path("out/bench-export/checkpoints")
@@ -200,14 +200,14 @@ def _run(chosen: Sequence[BuildCase], checkpoints: Path, work: Path, *, quick: b
         try:
             builds[case.name] = measure_build(case, bundles[case.export], folder)
         except SdxlTrtError as exc:
-            # Where the checkout lies is this machine's own affair.
+            # Leave this machine's paths out of the report.
             failed[case.name] = str(exc).replace(f"{Path.cwd()}/", "")
     versions = package_versions(("sdxl-trt", BINDING, LIBRARIES))
     return Report(machine(), versions, quick, builds, failed, bars(builds))
 
 
 def _export(export: Export, source: Path, folder: Path) -> Bundle:
-    """Export what is not there yet, from checkpoints that are made where they are missing; processes do both."""
+    """Return the bundle, exported by a subprocess; missing checkpoints are first written by others."""
     roles = ("base",) if "--no-refiner" in export.options else ("base", "refiner")
     for role in roles:
         if not (source / role).is_dir():

@@ -1,4 +1,4 @@
-"""The plans that `benchmarks.build` builds: of which graphs, for which shapes."""
+"""The plans that `full_size.build` builds: their graphs and profiles."""
 
 __all__ = ["BuildCase", "Export", "cases", "profile_words"]
 
@@ -10,14 +10,14 @@ import msgspec
 from sdxl_trt.engines.bundle import Range, fixed
 from sdxl_trt.engines.plans import Sizes, axes_of, default_sizes
 
-# SDXL's: latents of 1024² pictures, 8 pixels each; sides that base and refiner both take.
+# SDXL: latent side of 1024² pictures, pixels per latent pixel, and the multiple of sides that base and refiner take.
 _SIDE, _FACTOR, _MULTIPLE = 128, 8, 64
 _TILE = 512 // _FACTOR
 
 
 @dataclass(frozen=True)
 class Export:
-    """A bundle of ours to build from: its folder under ``--work``, and what export-engines is told."""
+    """A bundle to build from: its folder under ``--work``, and export-engines' options."""
 
     name: str
     options: tuple[str, ...]
@@ -35,7 +35,7 @@ VAES = {
 
 @dataclass(frozen=True)
 class BuildCase:
-    """One plan to build: a component of an export, and the range of every axis for each of its profiles."""
+    """One plan to build: a component of an export, and the ranges of all axes for each profile."""
 
     name: str
     export: Export
@@ -64,7 +64,7 @@ def cases() -> list[BuildCase]:
     ]
     tile = {"pictures": fixed(1)} | _square(_TILE)
     found.append(BuildCase("VAE decoder fp32, 512² tile", VAES["fp32"], "vae_decoder", (tile,)))
-    # What a range of sizes would cost, and what is built instead: one size, and tiles for all others.
+    # The cost of a range of sizes, and of what is built instead: one size, and tiles for all others.
     sides = {"height": default.height.over(_FACTOR), "width": default.width.over(_FACTOR)}
     found.append(
         BuildCase("VAE decoder bf16, dynamic", VAES["bf16"], "vae_decoder", ({"pictures": fixed(1), **sides},))
@@ -80,11 +80,11 @@ def _square(side: int) -> dict[str, Range]:
 
 
 def _axes(kind: str, precision: str, sizes: Sizes) -> tuple[dict[str, Range], ...]:
-    """Return what export-engines builds `kind` for."""
+    """Return the axes of the profiles that export-engines builds for `kind`."""
     return tuple(axes_of(kind, precision, sizes, _FACTOR))
 
 
 def profile_words(axes: Mapping[str, Range]) -> str:
-    """Return a profile's axes as a user says them: sides in pixels."""
+    """Return a profile's axes as text, sides in pixels."""
     sides = {name: axes[name].times(_FACTOR) for name in ("height", "width")}
     return ", ".join(f"{name} {axis}" for name, axis in (dict(axes) | sides).items())

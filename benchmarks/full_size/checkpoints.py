@@ -1,8 +1,7 @@
 """Write SDXL checkpoints of random weights in the published architecture, for measurements at the real size.
 
 ``python -m sdxl_trt.benchmarks.full_size.checkpoints --out DIR`` writes `base/` and `refiner/` as diffusers
-folders, 13 GB at fp16, in constant memory. Names, shapes and configs are the published ones; what the models draw
-is noise.
+folders, 13 GB at fp16, in constant memory. Names, shapes and configs are the published ones; the models draw noise.
 """
 
 __all__ = ["Format", "main", "write_checkpoint"]
@@ -50,8 +49,8 @@ def write_checkpoint(
 ) -> Path:
     """Write the `role` of `size` as `out`/role (a folder) or `out`/role.safetensors, and return its path.
 
-    It appears when it is whole. The same arguments give the same bytes. As in the published pair, the second encoder
-    and the autoencoder of base and refiner hold the same weights. Raises UsageError where the target exists.
+    The write is atomic, and the same arguments give the same bytes. As in the published pair, base and refiner have
+    equal weights in the second encoder and the autoencoder. Raises UsageError if the target exists.
     """
     shape = architecture(size, role)
     target = out / (f"{role}.safetensors" if kind == "single-file" else role)
@@ -72,15 +71,15 @@ def write_checkpoint(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write what the command line asks for and return the exit code."""
+    """Write the requested checkpoints and return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m sdxl_trt.benchmarks.full_size.checkpoints", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for base and refiner")
-    parser.add_argument("--size", choices=SIZES, default="sdxl", help="the published size (default), or a cousin's")
+    parser.add_argument("--size", choices=SIZES, default="sdxl", help="the published size (default) or a cousin")
     parser.add_argument("--format", choices=FORMATS, default="diffusers", dest="kind")
     parser.add_argument("--dtype", choices=("fp16", "fp32"), default="fp16")
     which = parser.add_mutually_exclusive_group()
     for role in ROLES:
-        which.add_argument(f"--{role}", dest="roles", action="store_const", const=(role,), help=f"the {role} alone")
+        which.add_argument(f"--{role}", dest="roles", action="store_const", const=(role,), help=f"only the {role}")
     arguments = parser.parse_args(argv)
     try:
         for role in arguments.roles or ROLES:
@@ -93,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _tensors(shape: Architecture, model: str, dtype: DType) -> Tensors:
-    """Return the tensors of one model under published names."""
+    """Return the tensors of one model under their published names."""
     from sdxl_trt.export.graph import build_model  # noqa: PLC0415 - torch, diffusers, transformers
 
     built = build_model(shape.class_name(model), shape.models[model], model)
@@ -136,7 +135,7 @@ def _write_shards(folder: Path, stem: str, tensors: Tensors, dtype: DType, limit
 
 def _ldm_tensors(shape: Architecture, dtype: DType) -> Tensors:
     """Return all tensors of a pipeline under the names of a single file, as sgm writes them."""
-    from sdxl_trt.export.checkpoints import unet_prefixes, vae_prefixes  # noqa: PLC0415 - a checkpoint of folders needs none
+    from sdxl_trt.export.checkpoints import unet_prefixes, vae_prefixes  # noqa: PLC0415 - only for single files
 
     models = {model: _tensors(shape, model, dtype) for model in shape.models}
     stored = _renamed(models["unet"], unet_prefixes(shape.models["unet"]), "model.diffusion_model.")
@@ -154,7 +153,7 @@ def _renamed(tensors: Tensors, modules: dict[str, str], prefix: str) -> Tensors:
     renamed = {}
     for name, tensor in tensors.items():
         module, _, parameter = name.rpartition(".")
-        # A single file keeps the autoencoder's attention as convolutions of one pixel.
+        # A single file stores the autoencoder's attention projections as 1×1 convolutions.
         pixel = prefix == "first_stage_model." and ".attentions." in name and len(tensor.shape) == 2
         shape = (*tensor.shape, 1, 1) if pixel else tensor.shape
         renamed[f"{prefix}{theirs[module]}.{parameter}"] = RandomTensor(shape, tensor.draw)
@@ -163,7 +162,7 @@ def _renamed(tensors: Tensors, modules: dict[str, str], prefix: str) -> Tensors:
 
 def _open_clip(tensors: Tensors, config: dict[str, Any], prefix: str) -> Tensors:
     """Return an encoder's tensors as OpenCLIP stores them: one projection for query, key and value, one transposed."""
-    from sdxl_trt.export.checkpoints import open_clip_prefixes  # noqa: PLC0415 - a checkpoint of folders needs none
+    from sdxl_trt.export.checkpoints import open_clip_prefixes  # noqa: PLC0415 - only for single files
 
     stored = {
         "model.positional_embedding": tensors["text_model.embeddings.position_embedding.weight"],

@@ -1,7 +1,7 @@
-"""Measure the export at SDXL's real size, each exporter in a process of its own: ``make bench-export``.
+"""Measure the export at SDXL's real size, each exporter in its own process: ``make bench-export``.
 
-Writes JSON (machine, versions, commands, figures) and a Markdown table beside it. Checkpoints are made where they
-are missing, 13 GB and 4 GB of random weights, in ``--work``; the exported folders need as much again.
+Writes JSON (machine, versions, commands, figures) and a Markdown table beside it. Missing checkpoints, 13 GB and 4 GB
+of random weights, are written to ``--work``; the exported folders need as much again.
 """
 
 __all__ = ["Bar", "ExportCase", "Report", "bars", "cases", "main", "run", "table"]
@@ -38,7 +38,7 @@ PACKAGES = (
 PEERS = Path(".venv-peers/bin/python")
 RESULTS = RESULTS_FOLDER / "export.json"
 _MODULE = "sdxl_trt.benchmarks.full_size."
-# The checkpoints by their part in the comparison, as (size, dtype); the second set proves the benchmark quickly.
+# The checkpoints by role in the comparison, as (size, dtype); the second set is for --quick.
 SCALES = {
     False: {"full": ("sdxl", "fp16"), "narrow": ("cousin-390m", "fp16"), "peer": ("cousin-1b", "fp32")},
     True: {"full": ("tiny", "fp32"), "narrow": ("tiny", "fp32"), "peer": ("tiny", "fp32")},
@@ -47,7 +47,7 @@ SCALES = {
 
 @dataclass(frozen=True)
 class ExportCase:
-    """One process to measure: its name, its command, the folder that it writes, and why it cannot run, if so."""
+    """One process to measure: its name, command and output folder; `missing` is why it cannot run, or ""."""
 
     name: str
     command: tuple[str, ...]
@@ -56,7 +56,7 @@ class ExportCase:
 
 
 class Report(msgspec.Struct, frozen=True):
-    """Everything that was measured in one run."""
+    """Everything that one run measured."""
 
     machine: dict[str, str | int]
     versions: dict[str, str]
@@ -67,9 +67,9 @@ class Report(msgspec.Struct, frozen=True):
 
 
 def cases(work: Path, *, quick: bool) -> list[ExportCase]:
-    """Return the processes to measure, in order; `quick` takes tiny models: it proves the benchmark, not the export."""
+    """Return the processes to measure, in order; `quick` takes tiny models, to test the benchmark itself."""
     sources = {scale: _folder(work, *model) for scale, model in SCALES[quick].items()}
-    peers = "" if PEERS.exists() else f"there is no {PEERS.parent.parent}; make it with: make peers"
+    peers = "" if PEERS.exists() else f"there is no {PEERS.parent.parent}; create it with: make peers"
     python, base = (sys.executable, "-m"), sources["peer"] / "base"
 
     def ours(name: str, scale: str, *arguments: str, precision: str = "--fp16") -> ExportCase:
@@ -103,7 +103,7 @@ def cases(work: Path, *, quick: bool) -> list[ExportCase]:
 
 
 def run(chosen: Sequence[ExportCase], work: Path, *, quick: bool) -> Report:
-    """Measure the `chosen` cases one after the other, removing what a case wrote once nobody needs it."""
+    """Measure the `chosen` cases one after the other; a case's output is deleted once no later case needs it."""
     runs: dict[str, Measured] = {}
     not_run: dict[str, str] = {}
     for case in chosen:
@@ -114,10 +114,10 @@ def run(chosen: Sequence[ExportCase], work: Path, *, quick: bool) -> Report:
             shutil.rmtree(case.out, ignore_errors=True)
         sys.stderr.write(f"{case.name}\n")
         measured = measure(list(case.command))
-        # Where an interpreter and the checkout lie is this machine's own affair.
+        # Leave this machine's paths out of the report.
         output = measured.output.rpartition("\n")[2] if measured.ok else measured.output.replace(f"{Path.cwd()}/", "")
         runs[case.name] = msgspec.structs.replace(measured, command=("python", *case.command[1:]), output=output)
-        # The parser reads the pair; the rest would only fill the disk.
+        # Only the pair is kept: the parser reads it.
         if case.out and case.name != "pair":
             shutil.rmtree(case.out, ignore_errors=True)
     shutil.rmtree(work / "exported", ignore_errors=True)
@@ -125,7 +125,7 @@ def run(chosen: Sequence[ExportCase], work: Path, *, quick: bool) -> Report:
 
 
 def bars(runs: Mapping[str, Measured]) -> list[Bar]:
-    """Hold what was measured against the bars; a case that failed or did not run has no figure."""
+    """Return the bars with the measured figures; cases that failed or did not run count as not measured."""
     done = {name: measured for name, measured in runs.items() if measured.ok}
     return [
         _limit("base UNet, checkpoint to checked ONNX: peak RSS", done.get("base UNet"), "peak_rss", 1.2 * GB),
@@ -153,7 +153,7 @@ def _ratio(what: str, done: Mapping[str, Measured], names: tuple[str, str], limi
 
 
 def _against(peer: str, done: Mapping[str, Measured], names: tuple[str, str], imports: str) -> list[Bar]:
-    """Compare memory above each exporter's own imports, and time as a whole."""
+    """Return the bars for memory above each exporter's own imports, and for total time."""
     memory, pace = f"1 B fp32, RSS above the imports', against {peer}", f"1 B fp32, time, against {peer}"
     if any(name not in done for name in (*names, "imports of ours", f"imports of {imports}")):
         return [Bar(memory, "<= 0.25 times", NOT_MEASURED, None), Bar(pace, "<= 1 times", NOT_MEASURED, None)]
@@ -175,8 +175,8 @@ def _accepted(measured: Measured | None) -> tuple[str, bool | None]:
 
 
 def table(report: Report) -> str:
-    """Return the report as Markdown: the bars, then the runs with the commands that made them."""
-    size = "tiny models: these figures prove the benchmark, not the export" if report.quick else "fp16 unless named"
+    """Return the report as Markdown: the bars, then the runs with their commands."""
+    size = "tiny models: these figures test the benchmark, not the export" if report.quick else "fp16 unless named"
     lines = [f"Export, {size}. {machine_words(report.machine)}.", "", *bars_table(report.bars)]
     lines += ["", "| run | seconds | peak RSS | anonymous | mapped files | command |", "|---|---|---|---|---|---|"]
     for name, one in report.runs.items():
@@ -189,7 +189,7 @@ def table(report: Report) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, write the results and return 1 where a run failed or a bar was missed, 0 otherwise."""
+    """Measure, write the results and return 1 if a run failed or a bar was missed, else 0."""
     prog = f"{_MODULE}export"
     parser = results_parser(prog, __doc__, work=Path("out/bench-export"), results=RESULTS, case="run")
     arguments = parser.parse_args(argv)
@@ -210,7 +210,7 @@ def _folder(work: Path, size: str, dtype: str) -> Path:
 
 
 def _make_checkpoints(work: Path, *, quick: bool) -> None:
-    """Write the checkpoints that are not there yet, in processes of their own: this one stays small."""
+    """Write missing checkpoints in subprocesses, so that this process stays small."""
     for scale, (size, dtype) in SCALES[quick].items():
         out = _folder(work, size, dtype)
         for role in ("base", "refiner") if scale == "full" else ("base",):

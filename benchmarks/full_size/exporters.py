@@ -1,7 +1,7 @@
-"""The programs that `benchmarks.export` measures, each run as a process of its own.
+"""The programs that `full_size.export` measures, each run in its own process.
 
-``python -m sdxl_trt.benchmarks.full_size.exporters WHAT …``: ours, torch.onnx.export on a loaded model, optimum's
-exporter (in its own environment), the check of what was written, and the imports that each of them cannot do without.
+``python -m sdxl_trt.benchmarks.full_size.exporters WHAT …``: our exporter followed by a check of its graphs,
+torch.onnx.export of a loaded model, optimum's exporter (in its own environment), and each exporter's imports alone.
 """
 
 __all__ = ["main"]
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# What each exporter has loaded when it is done, apart from the modules of a few kilobytes.
+# The modules that each exporter has loaded by its end, without those of a few kilobytes.
 IMPORTS = {
     "ours": (
         "sdxl_trt.export.exporter", "diffusers.models.unets.unet_2d_condition",
@@ -29,19 +29,19 @@ IMPORTS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one exporter, check or import and return the exit code."""
+    """Run one exporter, or its imports, and return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m sdxl_trt.benchmarks.full_size.exporters", description=__doc__)
     commands = parser.add_subparsers(dest="what", required=True)
-    imports = commands.add_parser("imports", help="import what an exporter needs, and nothing else")
+    imports = commands.add_parser("imports", help="only import an exporter's modules")
     imports.add_argument("exporter", choices=IMPORTS)
-    commands.add_parser("ours", help="export-engines with the arguments that follow, then onnx.checker on every graph")
+    commands.add_parser("ours", help="export-engines with the following arguments, then onnx.checker on every graph")
     torch = commands.add_parser("torch", help="torch.onnx.export(dynamo=True) of a loaded UNet")
     optimum = commands.add_parser("optimum", help="optimum's main_export of a pipeline folder")
     for peer in (torch, optimum):
         peer.add_argument("source", type=Path)
         peer.add_argument("out", type=Path)
     given = list(sys.argv[1:] if argv is None else argv)
-    # What follows "ours" is the command's own: argparse would take its options for unknown ones of ours.
+    # Arguments after "ours" belong to export-engines: argparse would reject its options as unknown.
     own = 1 if given[:1] == ["ours"] else len(given)
     arguments = parser.parse_args(given[:own])
     if arguments.what == "imports":
@@ -58,8 +58,8 @@ def _imports(exporter: str) -> int:
 
 
 def _ours(arguments: list[str]) -> int:
-    """Export and check in one process, so that its peak is that of both."""
-    from sdxl_trt.export.cli import main as export_engines  # noqa: PLC0415 - measured: nothing early
+    """Export and check in one process, so that its peak memory covers both."""
+    from sdxl_trt.export.cli import main as export_engines  # noqa: PLC0415 - measured: no early imports
 
     code = export_engines(arguments)
     if code == 0:
@@ -71,15 +71,15 @@ def _ours(arguments: list[str]) -> int:
 
 
 def _check(graph: Path) -> None:
-    """Check a graph where it lies, types and shapes of every node included; the weights' files must exist."""
-    import onnx  # noqa: PLC0415 - measured: nothing early
+    """Check a graph in place, with type and shape inference of every node; its weight files must exist."""
+    import onnx  # noqa: PLC0415 - measured: no early imports
 
     onnx.checker.check_model(str(graph), full_check=True)
 
 
 def _torch(source: Path, out: Path) -> int:
-    """Export as torch's documentation shows: the model loaded, the program traced with dynamic shapes, saved."""
-    import torch  # noqa: PLC0415 - measured: nothing early
+    """Export as in torch's documentation: load the model, trace it with dynamic shapes, save."""
+    import torch  # noqa: PLC0415 - measured: no early imports
     from diffusers import UNet2DConditionModel  # noqa: PLC0415
 
     model = UNet2DConditionModel.from_pretrained(source / "unet").eval()
@@ -107,10 +107,10 @@ def _torch(source: Path, out: Path) -> int:
 
 
 def _example(config: Any) -> tuple[Any, Any, Any, dict[str, Any]]:
-    import torch  # noqa: PLC0415 - measured: nothing early
+    import torch  # noqa: PLC0415 - measured: no early imports
 
     size = 4 * 2 ** (len(config.block_out_channels) - 1)
-    # The refiner's five time ids or the base's six: whichever leaves a width that its encoder can have.
+    # The refiner has five time ids, the base six; the pooled width is what is left of the projection's input.
     index = json.loads((Path(config["_name_or_path"]).parent / "model_index.json").read_text())
     ids = 5 if index.get("requires_aesthetics_score") else 6
     pooled = config.projection_class_embeddings_input_dim - ids * config.addition_time_embed_dim

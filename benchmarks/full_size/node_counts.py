@@ -16,7 +16,7 @@ from sdxl_trt.engines.bundle import read_bundle
 def count_operators(path: Path) -> dict[str, int]:
     """Return how often each operator occurs in the ONNX file at `path` and its subgraphs, most frequent first.
 
-    Operators of another domain than ONNX's own carry its name. The weights are not read.
+    Operators outside ONNX's own domain are prefixed with their domain. The weights are not read.
     """
     import onnx  # noqa: PLC0415 - takes a while to import
 
@@ -26,7 +26,7 @@ def count_operators(path: Path) -> dict[str, int]:
 
 
 def table(counts: Mapping[str, Mapping[str, int]]) -> str:
-    """Return {graph: {operator: count}} as a Markdown table: a row an operator, a column a graph, the sums last."""
+    """Return {graph: {operator: count}} as a Markdown table: a row per operator, a column per graph, totals last."""
     total: Counter[str] = Counter()
     for graph in counts.values():
         total.update(graph)

@@ -1,7 +1,7 @@
-"""Give every graph of a bundle to the real TensorRT parser, and print what it made of them.
+"""Parse every graph of a bundle with the real TensorRT parser and print the results.
 
 ``python -m sdxl_trt.benchmarks.full_size.parse BUNDLE…`` also takes bare ``.onnx`` files. It exits with 1 unless all
-graphs were accepted whole: strongly typed, external weights read, every operator known.
+graphs are accepted completely: strongly typed, external weights read, every operator supported.
 """
 
 __all__ = ["Parsed", "TensorRT", "axes_profile", "build", "main", "table"]
@@ -21,13 +21,13 @@ from sdxl_trt.engines.backends.trt import make_logger
 from sdxl_trt.engines.build import BuildJob, BuildLog, BuiltPlan, build_plan, parse_graph
 from sdxl_trt.engines.bundle import Profile, Shape, read_bundle
 
-# (min, opt, max) by axis: sizes that every tiny UNet takes, rows with and without guidance, one prompt chunk or two.
+# (min, opt, max) by axis: sizes that every tiny UNet takes, rows with and without guidance, one or two prompt chunks.
 AXES = {"rows": (1, 2, 4), "pictures": (1, 1, 2), "prompts": (1, 2, 2), "tokens": (77, 77, 154)}
 LATENTS, PIXELS = (16, 16, 32), (64, 64, 128)
 
 
 class Parsed(msgspec.Struct, frozen=True):
-    """What the parser said of one graph."""
+    """The parser's result for one graph."""
 
     graph: str
     accepted: bool
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     """Parse, and with ``--build`` build, the graphs named on the command line; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m sdxl_trt.benchmarks.full_size.parse", description=__doc__)
     parser.add_argument("sources", nargs="+", type=Path, metavar="BUNDLE", help="bundle folders or .onnx files")
-    parser.add_argument("--build", action="store_true", help="build a plan with a dynamic profile, too")
+    parser.add_argument("--build", action="store_true", help="also build a plan with a dynamic profile")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     arguments = parser.parse_args(argv)
     tensorrt = TensorRT()
@@ -69,9 +69,9 @@ def table(parsed: list[Parsed]) -> str:
 
 
 def build(name: str, path: Path) -> BuiltPlan:
-    """Build a plan of the graph at `path` with one dynamic profile, and throw it away. Raises as `build_plan`.
+    """Build a plan of the graph at `path` with one dynamic profile, and delete it. Raises as `build_plan`.
 
-    TensorRT for RTX must be there for child processes: `tensorrt_on_cpu.child_environment`.
+    Child processes must find TensorRT for RTX: see `tensorrt_on_cpu.child_environment`.
     """
     profile = axes_profile(_named_inputs(path))
     with tempfile.TemporaryDirectory() as folder:
@@ -82,7 +82,7 @@ def build(name: str, path: Path) -> BuiltPlan:
 
 
 def axes_profile(inputs: Mapping[str, tuple[int | str, ...]]) -> Profile:
-    """Return a dynamic profile for inputs whose varying axes are strings, as in a manifest."""
+    """Return a dynamic profile for inputs whose dynamic axes are strings, as in a manifest."""
     return Profile(shapes={name: _range(name, shape) for name, shape in inputs.items()})
 
 
@@ -96,7 +96,7 @@ def _size(axis: int | str, name: str, i: int, shape: tuple[int | str, ...]) -> i
         return axis
     if axis in AXES:
         return AXES[axis][i]
-    # A VAE encoder takes pixels: three channels where latents have four.
+    # A VAE encoder takes pixels, with three channels; latents have four.
     return (PIXELS if name == "sample" and shape[1] == 3 else LATENTS)[i]
 
 
@@ -110,7 +110,7 @@ def _graphs(source: Path) -> list[tuple[str, Path]]:
 
 
 class TensorRT:
-    """The assembled TensorRT: one builder, one network a graph."""
+    """The assembled TensorRT, with one builder and a network per graph."""
 
     def __init__(self) -> None:
         self._trt = load(assemble())

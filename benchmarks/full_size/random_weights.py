@@ -1,4 +1,4 @@
-"""Safetensors files of random weights, drawn and written in a stream: never more than one chunk is in memory."""
+"""Safetensors files of random weights, drawn and written as a stream: only one chunk is in memory at a time."""
 
 __all__ = ["Chunks", "DType", "RandomTensor", "bytes_of", "header", "random_tensors", "split", "write_file"]
 
@@ -29,7 +29,7 @@ _SAFETENSORS: dict[DType, str] = {"fp16": "F16", "fp32": "F32"}
 
 @dataclass(frozen=True)
 class RandomTensor:
-    """A tensor that exists when it is drawn: `draw` yields its elements in chunks, row by row."""
+    """A tensor generated on demand: `draw` yields its elements in chunks, in row-major order."""
 
     shape: Shape
     draw: Callable[[], Chunks]
@@ -38,8 +38,8 @@ class RandomTensor:
 def random_tensors(shapes: Mapping[str, Shape], dtype: DType, seed: str) -> dict[str, RandomTensor]:
     """Return a tensor for each of the model's `shapes`; the same `seed`, name and shape give the same values.
 
-    Matrices and kernels are normal with a variance of one over the inputs of an output, so that activations keep
-    their scale; biases are small; normalisations, the modules whose weight has one dimension, have weight 1, bias 0.
+    Matrices and kernels are normal with variance 1 / fan-in, so that activations keep their scale; biases are small;
+    normalisations (modules with a one-dimensional weight) have weight 1 and bias 0.
     """
     norms = {name.removesuffix(".weight") for name, shape in shapes.items() if len(shape) == 1}
     tensors = {}
@@ -51,14 +51,14 @@ def random_tensors(shapes: Mapping[str, Shape], dtype: DType, seed: str) -> dict
 
 
 def bytes_of(shape: Shape, dtype: DType) -> int:
-    """Return the size of a tensor of `shape`."""
+    """Return the bytes of a tensor of `shape`."""
     return math.prod(shape) * np.dtype(_NUMPY[dtype]).itemsize
 
 
 def header(shapes: Mapping[str, Shape], dtype: DType) -> bytes:
-    """Return the head of a safetensors file: the length of the JSON (8 bytes, little-endian) and the JSON.
+    """Return the header of a safetensors file: the length of the JSON (8 bytes, little-endian) and the JSON.
 
-    Format: https://github.com/huggingface/safetensors#format. Tensors lie in the order of their names.
+    Format: https://github.com/huggingface/safetensors#format. Tensors are stored in the order of their names.
     """
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -81,7 +81,7 @@ def write_file(path: Path, tensors: Mapping[str, RandomTensor], dtype: DType) ->
 
 
 def split(tensors: Mapping[str, RandomTensor], dtype: DType, limit: int) -> list[dict[str, RandomTensor]]:
-    """Divide `tensors`, in the order of their names, into shards of at most `limit` bytes, or of one tensor."""
+    """Split `tensors`, in the order of their names, into shards of at most `limit` bytes or a single tensor."""
     shards: list[dict[str, RandomTensor]] = [{}]
     size = 0
     for name in sorted(tensors):
@@ -100,7 +100,7 @@ def _constant(value: float, shape: Shape, dtype: type[np.floating[Any]]) -> Chun
 
 def _normal(seed: str, name: str, shape: Shape, dtype: type[np.floating[Any]]) -> Chunks:
     deviation = BIAS_DEVIATION if len(shape) == 1 else 1 / math.sqrt(math.prod(shape[1:]))
-    # Sixteen random bits choose one of 65536 quantiles: faster than exact normals, and cut at 4.2 deviations.
+    # Sixteen random bits select one of 65536 quantiles: faster than exact normals, truncated at 4.2 deviations.
     values = (_quantiles() * deviation).astype(dtype)
     digest = hashlib.sha256(f"{seed}\0{name}".encode()).digest()
     generator = np.random.Generator(np.random.SFC64(int.from_bytes(digest, "little")))

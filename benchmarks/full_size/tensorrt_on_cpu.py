@@ -1,12 +1,12 @@
 """A real TensorRT parser and builder on a machine without a GPU, assembled from two public wheels.
 
-NVIDIA's Python binding of TensorRT (``tensorrt-cu12-bindings``) is loaded over the libraries of TensorRT for RTX
-(from ``onnxruntime-ep-nv-tensorrt-rtx-cu12``), whose parser and builder need no driver. NVIDIA does not support the
-mixture: it serves tests and measurements, nothing of it is shipped, and what it says is not what TensorRT on a GPU
-says: plans cannot be loaded, refitted or timed here. The wheels are development dependencies.
+NVIDIA's Python binding of TensorRT (``tensorrt-cu12-bindings``) is loaded with the libraries of TensorRT for RTX
+(from ``onnxruntime-ep-nv-tensorrt-rtx-cu12``), whose parser and builder need no driver. NVIDIA does not support this
+combination. It serves tests and measurements only and is not shipped; its results are not those of TensorRT on a GPU,
+and plans cannot be loaded, refitted or timed here. The wheels are development dependencies.
 
-A child process with the environment of `child_environment` finds the mixture under the names ``tensorrt`` and
-``tensorrt_rtx``, where the engines look for it.
+A child process with the environment of `child_environment` finds it under the names ``tensorrt`` and
+``tensorrt_rtx``, which the engines import.
 """
 
 __all__ = ["CACHE_VARIABLE", "assemble", "child_environment", "load", "unavailable"]
@@ -29,10 +29,10 @@ BINDING = "tensorrt-cu12-bindings"
 LIBRARIES = "onnxruntime-ep-nv-tensorrt-rtx-cu12"
 CACHE_VARIABLE = "XDG_CACHE_HOME"
 PACKAGE = "tensorrt_bindings"
-# The binding asks the plugin library for this one function, and the RTX wheel has no such library.
+# The binding calls only this function of the plugin library, which the RTX wheel does not include.
 PLUGIN = "libnvinfer_plugin.so.11"
 PLUGIN_SOURCE = "int initLibNvInferPlugins(void *logger, const char *name) { (void)logger; (void)name; return 1; }\n"
-# Two packages of that one module. The library does not know the binding's call for streams: it lands in another
+# Two packages that re-export that module. The library lacks the binding's call for streams: it reaches another
 # function, reports success and writes nothing.
 SHIM = """\
 from tensorrt_bindings import *
@@ -49,20 +49,20 @@ LINKS = {
 
 
 def unavailable() -> str | None:
-    """Return why the parser cannot be had on this machine, or None where it can."""
+    """Return why the parser is unavailable on this machine, or None if it is available."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
-        return f"the wheels are for Linux on x86_64, this is {sys.platform} on {platform.machine()}"
+        return f"the wheels are for Linux on x86_64, but this is {sys.platform} on {platform.machine()}"
     missing = [name for name in (BINDING, LIBRARIES) if _installed(name) is None]
     if missing:
         return f"{' and '.join(missing)} not installed; pip install -e '.[dev]'"
-    return None if _compiler() else "there is no C compiler (cc) to build the plugin library's stand-in with"
+    return None if _compiler() else "there is no C compiler (cc) to build the stand-in for the plugin library"
 
 
 def assemble(cache: Path | None = None) -> Path:
-    """Return a folder for ``sys.path`` that holds a working ``tensorrt_bindings``, made once for all processes.
+    """Return a folder for ``sys.path`` with a working ``tensorrt_bindings``, assembled once for all processes.
 
-    It lies in `cache`, by default ``$XDG_CACHE_HOME/sdxl-trt`` or ``~/.cache/sdxl-trt``. Raises RuntimeError
-    with the reason where `unavailable`.
+    It is in `cache`, by default ``$XDG_CACHE_HOME/sdxl-trt`` or ``~/.cache/sdxl-trt``. Raises RuntimeError with the
+    reason if it is `unavailable`.
     """
     reason = unavailable()
     if reason:
@@ -73,7 +73,7 @@ def assemble(cache: Path | None = None) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(cache / f"{folder.name}.lock"):
         if not folder.is_dir():
-            # Half a folder must not pass for a whole one: it gets its name when everything lies in it.
+            # Renamed into place when complete, so that a partial folder is never used.
             with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=cache) as partial:
                 _fill(Path(partial) / "whole", binding, libraries)
                 (Path(partial) / "whole").rename(folder)
@@ -81,13 +81,13 @@ def assemble(cache: Path | None = None) -> Path:
 
 
 def child_environment(folder: Path) -> dict[str, str]:
-    """Return this process's environment, changed so that a child finds both flavours in an assembled `folder`."""
+    """Return a copy of this process's environment with which a child finds both flavours in an assembled `folder`."""
     paths = [str(folder), os.environ.get("PYTHONPATH", "")]
     return os.environ | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
 
 
 def load(folder: Path) -> Any:
-    """Import ``tensorrt_bindings`` from an assembled `folder`; better in a process of its own, it stays loaded."""
+    """Import ``tensorrt_bindings`` from an assembled `folder`; it stays loaded, so prefer a separate process."""
     sys.path.insert(0, str(folder))
     return importlib.import_module(PACKAGE)
 
@@ -104,7 +104,7 @@ def _compiler() -> str | None:
 
 
 def _key(binding: Distribution, libraries: Distribution) -> str:
-    """Name the folder by what is in it: versions, interpreter, shims, and the environment that it links to."""
+    """Return the folder's name from its contents: versions, interpreter, shims, and the environment it links to."""
     home = hashlib.sha256(f"{libraries.locate_file('')} {SHIM}".encode()).hexdigest()[:12]
     python = f"cp{sys.version_info.major}{sys.version_info.minor}"
     return f"tensorrt-on-cpu-{binding.version}-{libraries.version}-{python}-{home}"
@@ -131,7 +131,7 @@ def _library_version(home: Path) -> str:
 
 
 def _only(folder: Path, stem: str) -> Path:
-    """Return the one library in `folder` whose name is `stem` and the rest of a version."""
+    """Return the only library in `folder` whose name starts with `stem`. Raises RuntimeError unless there is one."""
     found = sorted(folder.glob(f"{stem}*"))
     if len(found) != 1:
         raise RuntimeError(f"{folder}: expected one {stem}.*, found {[path.name for path in found]}")

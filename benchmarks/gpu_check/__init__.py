@@ -1,1 +1,1 @@
-"""Checks that only a machine with a GPU can run."""
+"""Checks that need a machine with a GPU."""

@@ -1,6 +1,6 @@
-"""Prove on an NVIDIA GPU what cannot be proven without one: ``make gpu-check`` prints a report for an issue.
+"""Check on an NVIDIA GPU what cannot be tested without one: ``make gpu-check`` prints a report to paste in an issue.
 
-The checks run one by one and go on after a failure. Exit code 0 where none failed, 1 where one did, 3 without a GPU.
+The checks run one by one and continue after a failure. Exit code 0 if none failed, 1 if one did, 3 without a GPU.
 """
 
 __all__ = ["Result", "main", "report", "run_check", "run_checks"]
@@ -27,7 +27,7 @@ Outcome = Literal["ok", "FAILED", "skipped"]
 
 
 class Result(msgspec.Struct, frozen=True):
-    """What came of a check: `seen` is what it found, or why it failed or was skipped, on one line."""
+    """The result of a check: `seen` is what it found, or why it failed or was skipped, on one line."""
 
     name: str
     outcome: Outcome
@@ -36,12 +36,12 @@ class Result(msgspec.Struct, frozen=True):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Check, print the report on stdout and the progress on stderr, and return the exit code."""
+    """Run the checks, print the report to stdout and progress to stderr, and return the exit code."""
     parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__)
-    bundle_help = "check this bundle, and build what plans it lacks into it (default: a copy of the embedded pair)"
+    bundle_help = "check this bundle; missing plans are built into it (default: a copy of the embedded pair)"
     parser.add_argument("--bundle", type=Path, metavar="DIR", help=bundle_help)
-    parser.add_argument("--look", action="store_true", help="only look whether the driver has a GPU; check nothing")
-    parser.add_argument("--debug", action="store_true", help="print the traceback of every failure on stderr")
+    parser.add_argument("--look", action="store_true", help="only test whether the driver has a GPU; run no checks")
+    parser.add_argument("--debug", action="store_true", help="print the traceback of every failure to stderr")
     arguments = parser.parse_args(argv)
     reason = no_driver()
     if arguments.look and reason is None:
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         return NO_GPU
     with tempfile.TemporaryDirectory(prefix="sdxl-trt-gpu-") as folder:
         workplace = Workplace(Path(folder), arguments.bundle)
-        results = run_checks(all_checks(), workplace, _tell, debug=arguments.debug)
+        results = run_checks(all_checks(), workplace, _print_result, debug=arguments.debug)
         timings = workplace.timings()
     sys.stdout.write(report(facts, results, timings))
     return 1 if any(result.outcome == "FAILED" for result in results) else 0
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
 def run_checks(
     checks: Sequence[Check], workplace: Workplace, tell: Callable[[Result], None], *, debug: bool = False
 ) -> list[Result]:
-    """Run `checks` in order, telling of each as it ends; one that fails stops none."""
+    """Run `checks` in order and call `tell` with each result; a failure does not stop the others."""
     results = []
     for check in checks:
         results.append(run_check(check, workplace, debug=debug))
@@ -71,14 +71,14 @@ def run_checks(
 
 
 def run_check(check: Check, workplace: Workplace, *, debug: bool = False) -> Result:
-    """Run one check and return its result, whatever it raises."""
+    """Run one check and return its result; an exception becomes a failure."""
     started = time.perf_counter()
     outcome: Outcome = "ok"
     try:
         seen = check.run(workplace)
     except Skipped as exc:
         outcome, seen = "skipped", str(exc)
-    except Exception as exc:  # noqa: BLE001 - whatever goes wrong is the report's content
+    except Exception as exc:  # noqa: BLE001 - any error is reported
         outcome, seen = "FAILED", f"{type(exc).__name__}: {exc}"
         if debug:
             traceback.print_exc()
@@ -102,12 +102,12 @@ def report(
     ]
     lines += ["", ", ".join(counts) + ".", ""]
     if timings:
-        lines += ["Timings: one run each, without warming up, of whatever was checked: they show that it runs, and are",
-                  "no benchmark.", "", *timings, ""]  # fmt: skip
+        lines += ["Timings of the checks' runs, one each, without warm-up: proof that it runs, no benchmark.", "",
+                  *timings, ""]  # fmt: skip
     return "\n".join(lines)
 
 
-def _tell(result: Result) -> None:
+def _print_result(result: Result) -> None:
     sys.stderr.write(f"{result.outcome:8} {result.seconds:7.1f} s  {result.name}: {result.seen}\n")
 
 

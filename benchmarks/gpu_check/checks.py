@@ -1,4 +1,4 @@
-"""The checks of ``make gpu-check``, each a function that returns what it saw, raises, or is skipped."""
+"""The checks of ``make gpu-check``: functions that return their finding, raise, or are skipped."""
 
 __all__ = ["Check", "all_checks"]
 
@@ -28,29 +28,29 @@ from sdxl_trt.engines.inspection import compare_engines
 from sdxl_trt.engines.plans import read_plan
 from sdxl_trt.engines.residency import RESIDENCIES, estimate_memory, open_pool
 
-# fp16 engines beside ONNX Runtime, which computes fp16 graphs in fp32 on a CPU, over all steps of a picture.
+# fp16 engines against ONNX Runtime, which computes fp16 graphs in fp32 on a CPU, over all steps of a picture.
 LATENTS_TOLERANCE, LEAST_COSINE = 0.1, 0.999
-# The same plans under another residency run the same kernels.
+# The same plans run the same kernels under any residency.
 SAME_TOLERANCE = 1e-2
-# What CUDA itself takes beside what we allocate: code of kernels, libraries' workspaces.
+# CUDA's own memory on top of our allocations: kernel code, libraries' workspaces.
 OVERHEAD, SLACK = 768 << 20, 1.1
 LEFT_BEHIND = 64 << 20
 
 
 @dataclass(frozen=True)
 class Check:
-    """A named check. `run` raises Skipped where the machine or the bundle has not what it asks for."""
+    """A named check. `run` raises Skipped if the machine or the bundle lacks what it needs."""
 
     name: str
     run: Callable[[Workplace], str]
 
 
 def all_checks() -> list[Check]:
-    """Return the checks in the order in which they build on each other."""
+    """Return the checks in order; later ones use what earlier ones built."""
     checks = [Check(f"{flavour}: {name}", partial(run, flavour)) for flavour in FLAVOURS for name, run in _EACH.items()]
     checks += [Check(f"tensorrt-rtx: {name}", run) for name, run in _RTX.items()]
     return checks + [
-        Check(f"{provider}: a whole picture is ort-cpu's", partial(_onnxruntime, provider))
+        Check(f"{provider}: a whole picture matches ort-cpu", partial(_onnxruntime, provider))
         for provider in ORT_PROVIDERS
         if provider != "ort-cpu"
     ]
@@ -74,10 +74,10 @@ def _environment(flavour: Flavour, workplace: Workplace) -> str:
 
 
 def _build(flavour: Flavour, workplace: Workplace) -> str:
-    """Build plans where there are none that fit; those of the bundle that was brought stay as they are."""
+    """Build plans if none fit; existing plans that fit are kept."""
     workplace.require_installed(flavour)
     try:
-        records, how = workplace.records(flavour), "there already"
+        records, how = workplace.records(flavour), "already built"
     except IncompatibleError:
         build_plans(workplace.root, flavour, flags=workplace.flags)
         records, how = workplace.records(flavour), "built"
@@ -87,7 +87,7 @@ def _build(flavour: Flavour, workplace: Workplace) -> str:
 
 
 def _load(flavour: Flavour, workplace: Workplace) -> str:
-    """Load and unload every plan twice; after the second time as much must be free as after the first."""
+    """Load and unload every plan twice; the second time must leave as much memory free as the first."""
     bundle, cuda = workplace.planned(flavour), Cuda()
     records, free = workplace.records(flavour), []
     with open_pool(bundle, flavour, "swap") as pool:
@@ -98,8 +98,8 @@ def _load(flavour: Flavour, workplace: Workplace) -> str:
             free.append(cuda.memory()[0])
     left = max(free[0] - free[1], 0)
     if left > LEFT_BEHIND:
-        raise AssertionError(f"{format_bytes(left)} were not given back by loading and unloading")
-    return f"{len(records)} plans; a second time leaves {format_bytes(left)} behind"
+        raise AssertionError(f"{format_bytes(left)} were not freed by unloading")
+    return f"{len(records)} plans; a second load and unload leaves {format_bytes(left)} allocated"
 
 
 def _components(flavour: Flavour, workplace: Workplace) -> str:
@@ -127,7 +127,7 @@ def _residencies(flavour: Flavour, workplace: Workplace) -> str:
     reference, seen = workplace.run(flavour, RESIDENCIES[0]), []
     for residency in RESIDENCIES[1:]:
         if residency == "stream" and not workplace.streams(flavour):
-            seen.append("stream not tried, the plans cannot: build them with --weight-streaming")
+            seen.append("stream not tried: the plans were not built with --weight-streaming")
             continue
         difference = float(np.abs(workplace.run(flavour, residency).latents - reference.latents).max())
         seen.append(f"{residency} differs from {RESIDENCIES[0]} by {difference:.1e}")
@@ -152,22 +152,22 @@ def _memory(flavour: Flavour, workplace: Workplace) -> str:
     for residency in ("resident", "swap"):
         plan = estimate_memory(bundle, provider=flavour, capacity=total, residency=residency)
         peak = workplace.run(flavour, residency).peak
-        seen.append(f"{residency}: {format_bytes(peak)} taken, {format_bytes(plan.peak)} planned")
+        seen.append(f"{residency}: {format_bytes(peak)} used, {format_bytes(plan.peak)} planned")
         if peak > plan.peak * SLACK + OVERHEAD:
-            raise AssertionError(f"{seen[-1]}, which is too far off")
+            raise AssertionError(f"{seen[-1]}, which is too much")
     return "; ".join(seen)
 
 
 def _graphs(flavour: Flavour, workplace: Workplace) -> str:
-    """Count the launches of captured graphs; TensorRT for RTX captures by itself, unseen."""
+    """Count the launches of captured graphs; TensorRT for RTX captures internally and cannot be counted."""
     workplace.planned(flavour)
-    with counted(Stream, "launch") as launches, _warnings() as told:
+    with counted(Stream, "launch") as launches, _warnings() as warned:
         workplace.run(flavour, "resident", again=True)
-    refused = [text for text in told if "graph" in text]
+    refused = [text for text in warned if "graph" in text]
     if refused:
         raise AssertionError(f"a CUDA graph could not be captured: {refused[0]}")
     if not launches and flavour == "tensorrt":
-        raise AssertionError("no CUDA graph was launched in a whole picture")
+        raise AssertionError("no CUDA graph was launched during a whole picture")
     return f"{len(launches)} launches of CUDA graphs" if launches else "captured by TensorRT itself, if at all"
 
 
@@ -177,7 +177,7 @@ def _kernel_cache(workplace: Workplace) -> str:
     digests = [record.file.sha256[:16] for record in workplace.records("tensorrt-rtx").values()]
     files = [file for file in workplace.cache.glob("sdxl-trt/rtx/*.kernels") if file.stem in digests]
     if not files:
-        raise AssertionError("no compiled kernels were kept for the next process")
+        raise AssertionError("no compiled kernels were cached for the next process")
     return f"{len(files)} files of compiled kernels, {format_bytes(sum(file.stat().st_size for file in files))}"
 
 
@@ -196,12 +196,12 @@ def _weights_manager(workplace: Workplace) -> str:
         finally:
             parked.free()
     if freed < record.memory.weights // 2:
-        raise AssertionError(f"parking gave back {format_bytes(freed)} of {format_bytes(record.memory.weights)}")
-    return f"parking gave back {format_bytes(freed)}, restoring took {format_bytes(taken)}"
+        raise AssertionError(f"parking freed {format_bytes(freed)} of {format_bytes(record.memory.weights)}")
+    return f"parking freed {format_bytes(freed)}, restoring took {format_bytes(taken)}"
 
 
 def _onnxruntime(provider: OrtProvider, workplace: Workplace) -> str:
-    import onnxruntime  # noqa: PLC0415 - as every engine's library, where it is used
+    import onnxruntime  # noqa: PLC0415 - only where it is used, like every engine's library
 
     try:
         served = choose_provider(onnxruntime, provider)
@@ -214,26 +214,26 @@ def _same_picture(workplace: Workplace, provider: str) -> str:
     reference, run = workplace.run("ort-cpu").latents, workplace.run(provider).latents
     difference = float(np.abs(run - reference).max())
     cosine = float(np.vdot(run, reference) / (np.linalg.norm(run) * np.linalg.norm(reference)))
-    seen = f"latents differ from ort-cpu's by {difference:.1e} at most, cosine {cosine:.6f}"
+    seen = f"latents differ from ort-cpu's by at most {difference:.1e}, cosine {cosine:.6f}"
     if not (difference <= LATENTS_TOLERANCE and cosine >= LEAST_COSINE):
-        raise AssertionError(f"{seen}; {LATENTS_TOLERANCE} and {LEAST_COSINE} are allowed")
+        raise AssertionError(f"{seen}; at most {LATENTS_TOLERANCE} and at least {LEAST_COSINE} are required")
     return seen
 
 
 class _warnings(logging.Handler):  # noqa: N801 - a context manager, read as a function
-    """Collects the warnings of the engines while it is entered."""
+    """Collects the engines' log warnings while the context is open."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
-        self.told: list[str] = []
+        self.messages: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keep the message."""
-        self.told.append(record.getMessage())
+        """Store the message."""
+        self.messages.append(record.getMessage())
 
     def __enter__(self) -> list[str]:
         logging.getLogger("sdxl_trt.engines").addHandler(self)
-        return self.told
+        return self.messages
 
     def __exit__(self, *_: object) -> None:
         logging.getLogger("sdxl_trt.engines").removeHandler(self)
@@ -243,10 +243,10 @@ _EACH: dict[str, Callable[[Flavour, Workplace], str]] = {
     "the bindings import": _bindings,
     "the environment is known": _environment,
     "plans are built": _build,
-    "plans load and go": _load,
-    "every component is ONNX Runtime's": _components,
-    "a whole picture is ort-cpu's": _picture,
-    "residencies give one picture": _residencies,
+    "plans load and unload": _load,
+    "every component matches ONNX Runtime": _components,
+    "a whole picture matches ort-cpu": _picture,
+    "residencies give the same picture": _residencies,
     "one change of UNets": _one_swap,
     "memory is what was planned": _memory,
     "CUDA graphs are used": _graphs,

@@ -1,4 +1,4 @@
-"""Where ``make gpu-check`` works: a bundle of its own, and pictures made once for all checks that look at them."""
+"""The shared state of ``make gpu-check``: a bundle, and runs that are made once for all checks that need them."""
 
 __all__ = ["PICTURES", "Measured", "Skipped", "Workplace", "counted"]
 
@@ -30,15 +30,15 @@ PICTURES = 3
 _PRIVATE = 0o700
 
 
-class Skipped(Exception):  # noqa: N818 - no error: what the check asks for is not there
-    """Raised by a check that the machine or the bundle cannot answer; the message says what is missing."""
+class Skipped(Exception):  # noqa: N818 - not an error: the check does not apply here
+    """Raised by a check that the machine or the bundle cannot run; the message says what is missing."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A run: its final latents, what it loaded, and the most device memory that was taken since before it, in bytes.
+    """A run: its final latents, the engines it loaded, and its peak device memory in bytes beyond that used before.
 
-    `seconds` has every unit of work by stage, `total` all of them and the opening of the bundle.
+    `seconds` are those of every unit of work, by stage; `total` is their sum plus opening the bundle.
     """
 
     latents: NDArray[np.float32]
@@ -50,25 +50,25 @@ class Measured:
 
 
 class Workplace:
-    """A copy of the embedded bundle in `folder`, or `bundle` itself, and the runs that were made with it."""
+    """A copy of the embedded bundle in `folder`, or `bundle` itself, and the runs made with it."""
 
     def __init__(self, folder: Path, bundle: Path | None = None) -> None:
         self.root = bundle or _copy(bundle_path(), folder / "bundle")
         self.flags = BuildFlags(weight_streaming=bundle is None)
-        """How missing plans are built: in our own copy so that all residencies can be tried."""
+        """Flags for missing plans: our own copy is built with weight streaming, so that all residencies can run."""
         self.cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         self._folder = folder
         self._runs: dict[tuple[str, str, int], Measured] = {}
 
     def require_installed(self, flavour: Flavour) -> None:
-        """Raise Skipped where TensorRT of this flavour is not installed."""
+        """Raise Skipped if TensorRT of this flavour is not installed."""
         try:
             tensorrt_module(flavour)
         except IncompatibleError as exc:
             raise Skipped(f"{flavour} is not installed") from exc
 
     def planned(self, flavour: Flavour) -> Bundle:
-        """Return the bundle, opened; raise Skipped where it has not all plans of this flavour for this machine."""
+        """Return the bundle. Raises Skipped if it lacks plans of this flavour for this machine."""
         self.require_installed(flavour)
         try:
             self.records(flavour)
@@ -77,7 +77,7 @@ class Workplace:
         return read_bundle(self.root)
 
     def records(self, flavour: Flavour) -> dict[str, PlanRecord]:
-        """Return the plans of this flavour by component. Raises IncompatibleError where one is missing."""
+        """Return the plans of this flavour by component. Raises IncompatibleError if one is missing."""
         bundle, environment = read_bundle(self.root), current_environment(flavour)
         return {name: find_plan(bundle, name, environment) for name in planned_components(bundle.manifest)}
 
@@ -86,7 +86,7 @@ class Workplace:
         return all(record.key.flags.weight_streaming for record in self.records(flavour).values())
 
     def run(self, provider: str, residency: str = "auto", *, pictures: int = 1, again: bool = False) -> Measured:
-        """Return what a whole run gives; the same run is made once, unless it is wanted `again`."""
+        """Return the figures of a whole run; repeated calls return the first run's unless `again` is set."""
         key = (provider, residency, pictures)
         if again or key not in self._runs:
             self._runs[key] = self._make(provider, residency, pictures)
@@ -106,7 +106,7 @@ class Workplace:
             return Measured(np.stack(finals), tuple(pool.loads), pool.swaps, before - least, seconds, total)
 
     def timings(self) -> list[str]:
-        """Return the seconds of the runs that were made, as the lines of a Markdown table."""
+        """Return the seconds of all runs, as the lines of a Markdown table."""
         lines = ["| provider | residency | pictures | load | base step | refiner step | decode | all |",
                  "|---|---|---|---|---|---|---|---|"]  # fmt: skip
         for (provider, residency, pictures), run in self._runs.items():
@@ -118,7 +118,7 @@ class Workplace:
         return [*lines, "", f"Seconds; steps and decodes are medians. {STEPS} steps."] if self._runs else []
 
     def without_paths(self, text: str) -> str:
-        """Return `text` without the folders of this machine."""
+        """Return `text` with this machine's folders replaced by placeholders."""
         for path, name in ((self.root, "BUNDLE"), (self._folder, "FOLDER"), (Path.home(), "~")):
             text = text.replace(str(path), name)
         return text
@@ -129,7 +129,7 @@ _TIMED = ("base", "refiner", "decode")
 
 @contextmanager
 def counted(owner: type[Any], name: str) -> Iterator[list[None]]:
-    """Count the calls of a method while entered: the list that is yielded grows by one for each."""
+    """Count the calls of a method while the context is open: the yielded list grows by one per call."""
     calls: list[None] = []
     original = getattr(owner, name)
 
@@ -142,7 +142,7 @@ def counted(owner: type[Any], name: str) -> Iterator[list[None]]:
 
 
 def _copy(source: Path, target: Path) -> Path:
-    """Copy a bundle so that only this user can write it: plans are code."""
+    """Copy a bundle readable and writable only by this user: plans are code."""
     shutil.copytree(source, target)
     for path in (target, *target.rglob("*")):
         path.chmod(_PRIVATE if path.is_dir() else _PRIVATE & 0o600)

@@ -1,1 +1,1 @@
-"""The host's time per step beside diffusers' schedulers."""
+"""The host's time per step, compared with diffusers' schedulers."""

@@ -1,9 +1,9 @@
-"""Measure what the host does around the UNet in a step, beside diffusers in the same run: ``make bench-host``.
+"""Measure the host's time around the UNet per step, ours and diffusers' in the same run: ``make bench-host``.
 
-Guidance, sampler and bookkeeping of one picture of 1024², on an engine that answers at once. Ours and diffusers' runs
-take turns, so that a change of the machine's pace meets both; diffusers runs with one thread of torch and with torch's
-default, numpy has one. Both find the heap as it is once a model was read: a large block was freed, so that the latents'
-memory is not given back to the system and asked for again in every step. Writes JSON and a Markdown table beside it.
+Guidance, sampler and bookkeeping for one picture of 1024², with an engine that returns at once. Our runs and diffusers'
+take turns, so that changes of the machine's speed affect both; diffusers runs with one torch thread and with torch's
+default, numpy with one. A large block is freed first, as after loading a model: from then on the allocator does not
+return the latents' memory to the system in every step. Writes JSON and a Markdown table beside it.
 """
 
 __all__ = ["BAR", "Report", "Row", "Spread", "bars", "main", "measure", "table"]
@@ -33,7 +33,7 @@ PRECISIONS: tuple[Precision, ...] = ("float32", "float16")
 
 
 class Spread(msgspec.Struct, frozen=True):
-    """Microseconds of a step over all rounds: the median, and the tenths from below and above."""
+    """Microseconds per step over all rounds: the median, and the 10th and 90th percentiles."""
 
     median: float
     low: float
@@ -41,7 +41,7 @@ class Spread(msgspec.Struct, frozen=True):
 
 
 class Row(msgspec.Struct, frozen=True):
-    """One sampler at one precision of the UNet's inputs and outputs; its times are without those of its noise."""
+    """One sampler at one precision of the UNet's inputs and outputs; `ours` etc. do not include drawing noise."""
 
     sampler: str
     scheduler: str
@@ -55,12 +55,12 @@ class Row(msgspec.Struct, frozen=True):
 
     @property
     def ratio(self) -> float:
-        """Return our time over that of diffusers with as many threads, one."""
+        """Return our time divided by diffusers' with one thread."""
         return self.ours.median / self.one_thread.median
 
 
 class Report(msgspec.Struct, frozen=True):
-    """Everything that was measured in one run; `missing` says of a sampler why it was not."""
+    """Everything that one run measured; `missing` is the reason by sampler for those not measured."""
 
     machine: dict[str, str | int]
     versions: dict[str, str]
@@ -73,7 +73,7 @@ class Report(msgspec.Struct, frozen=True):
 
 
 def measure(case: HostCase, precision: Precision, steps: int, rounds: int) -> Row:
-    """Let our run and both of diffusers' take turns for `rounds`."""
+    """Measure our run and both of diffusers' in turns for `rounds` rounds."""
     import torch  # noqa: PLC0415 - takes seconds
 
     _settle_heap()
@@ -92,7 +92,7 @@ def measure(case: HostCase, precision: Precision, steps: int, rounds: int) -> Ro
 
 
 def _settle_heap() -> None:
-    """Free a large block: the allocator (glibc) then keeps what is freed up to twice its size."""
+    """Free a large block: glibc's allocator then keeps up to twice its size of freed memory."""
     np.ones(HEAP, np.uint8)
 
 
@@ -102,7 +102,7 @@ def _spread(seconds: list[float]) -> Spread:
 
 
 def bars(rows: Sequence[Row]) -> list[Bar]:
-    """Hold every row against the bar, which is for float32: with a float16 UNet diffusers computes in halves itself."""
+    """Return a bar for every row; only float32 has a limit: with a float16 UNet diffusers computes in fp16."""
     return [
         Bar(f"{row.sampler}, {row.precision}", f"<= {BAR}" if _barred(row) else "none", f"{row.ratio:.2f}", _met(row))
         for row in rows
@@ -122,11 +122,11 @@ def table(report: Report) -> str:
     about = ", ".join(f"{name} {value}" for name, value in (report.machine | report.versions).items())
     lines = [
         f"Host time per step in microseconds, one picture of {SIDE}², guidance on (`{COMMAND}`): median over the steps",
-        f"of {report.rounds} runs of {report.steps} steps that took turns, with the tenths from below and above. The",
-        "time in the UNet is left out, and so is that of drawing noise, which has columns of its own: both sides draw",
-        "the same numbers one after the other. diffusers with one thread of torch, and with its default,",
-        f"{report.threads}. The bar, {BAR}, is for one thread, as numpy has, and for float32: with a float16 UNet",
-        f"diffusers computes in halves, we in float32. {about}.",
+        f"of {report.rounds} runs of {report.steps} steps that took turns, with the 10th and 90th percentiles. Time in",
+        "the UNet is not included, nor is drawing noise, which has its own columns: both sides draw the same numbers",
+        "sequentially. diffusers runs with one torch thread and with torch's default,",
+        f"{report.threads}. The bar, {BAR}, is for one thread, like numpy's, and for float32: with a float16 UNet",
+        f"diffusers computes in fp16, we in float32. {about}.",
         "",
         "| sampler | UNet | ours | diffusers, 1 thread | ratio | met | default | ratio | our noise | its | scheduler |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
@@ -152,14 +152,14 @@ def _cell(spread: Spread) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, write the results and return 1 where a bar was missed, 0 otherwise."""
+    """Measure, write the results and return 1 if a bar was missed, else 0."""
     parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="JSON file to write, the table beside it")
-    parser.add_argument("--steps", type=int, default=STEPS, help="steps of a run")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="JSON file to write; the table goes beside it")
+    parser.add_argument("--steps", type=int, default=STEPS, help="steps per run")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="runs of each side")
-    parser.add_argument("--only", action="append", default=[], metavar="SAMPLER", help="measure it alone; repeatable")
+    parser.add_argument("--only", action="append", default=[], metavar="SAMPLER", help="measure only it; repeatable")
     parser.add_argument(
-        "--peers", type=Path, metavar="PYTHON", help="the interpreter to ask for schedulers that cannot run here"
+        "--peers", type=Path, metavar="PYTHON", help="Python of the peers' environment, for schedulers missing here"
     )
     arguments = parser.parse_args(argv)
     arguments.results.parent.mkdir(parents=True, exist_ok=True)
@@ -198,7 +198,7 @@ def _run(arguments: argparse.Namespace) -> Report:
 
 
 def _ask_peers(case: HostCase, arguments: argparse.Namespace) -> list[Row]:
-    """Return the rows of `case` as measured by this module in the peers' environment, none without one."""
+    """Return the rows of `case` measured by this module in the peers' environment, or none without --peers."""
     if arguments.peers is None:
         return []
     with tempfile.TemporaryDirectory() as folder:

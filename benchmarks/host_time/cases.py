@@ -1,8 +1,7 @@
-"""The two sides of the host-time benchmark: our pipeline over an engine that answers at once, and diffusers' loop.
+"""The two sides of the host-time benchmark: our pipeline with an engine that returns at once, and diffusers' loop.
 
-Both run the base's denoising of one picture of 1024² (latents 1x4x128x128) with guidance 5, on the same answers. What
-the stand-in for the UNet takes itself is not counted, nor what either side takes to draw noise, which is told apart:
-the seconds are those of the host around them.
+Both denoise one picture of 1024² with the base (latents 1x4x128x128) and guidance 5, with the same UNet outputs. The
+UNet stand-in's time is not counted, and drawing noise is timed separately: the seconds are the host's around them.
 """
 
 __all__ = ["CASES", "ELSEWHERE", "SIDE", "HostCase", "Lap", "Precision", "Run", "our_run", "their_run"]
@@ -39,7 +38,7 @@ SDXL = {
 
 @dataclass(frozen=True)
 class HostCase:
-    """A sampler of ours and the scheduler of diffusers that does the same; `needs` is what that one imports."""
+    """A sampler of ours and the equivalent diffusers scheduler; `needs` is a module that the scheduler imports."""
 
     sampler: str
     scheduler: str
@@ -68,28 +67,28 @@ ELSEWHERE = {
     "dpmpp_2s_ancestral": "diffusers has no such scheduler",
     "res_multistep": "diffusers has no such scheduler",
 }
-"""Samplers without a counterpart."""
+"""Samplers without a counterpart, and why."""
 
 
 class Lap(NamedTuple):
-    """A step's seconds: of the host, and of the noise that it draws, which are no part of them."""
+    """A step's seconds: of the host without drawing noise, and of drawing noise."""
 
     host: float
     noise: float
 
 
 Run = Callable[[], list[Lap]]
-"""Denoises once. Samplers that call the UNet twice in a step leave out the last one, which has a single call."""
+"""Denoises once. Samplers with two UNet calls per step leave out the last step, which has one call."""
 
 
 class _Watch:
-    """Takes the time of steps, and out of it that of the UNet and of the noise."""
+    """Times steps, without the time of the UNet and of drawing noise."""
 
     def __init__(self) -> None:
         self._aside = {"unet": 0.0, "noise": 0.0}
 
     def aside(self, kind: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        """Return `call` with its time put aside."""
+        """Return `call` wrapped so that its time is recorded under `kind` and not counted as the host's."""
 
         def timed_call(*args: Any, **options: Any) -> Any:
             started = time.perf_counter()
@@ -113,7 +112,7 @@ class _Watch:
 
 
 def our_run(sampler: str, precision: Precision, steps: int) -> Run:
-    """Return a run of the real pipeline, with its sampler, denoiser and bookkeeping, over an engine that is ready."""
+    """Return a run of the real pipeline (sampler, denoiser, bookkeeping) with an engine that returns at once."""
     watch = _Watch()
     bundle = read_bundle(bundle_path())
     unet = bundle.manifest.base.unet
@@ -139,7 +138,7 @@ def our_run(sampler: str, precision: Precision, steps: int) -> Run:
 
 
 class _ReadyEngine:
-    """A UNet that always answers the same: a fresh copy, since an engine's answers belong to the caller."""
+    """A UNet with a constant output: a new copy each time, since the caller owns an engine's outputs."""
 
     def __init__(self, component: Component, precision: Precision) -> None:
         inputs = tuple(
@@ -160,13 +159,13 @@ class _ReadyEngine:
     def infer(
         self,
         inputs: Mapping[str, Array],
-        outputs: Sequence[str] | None = None,  # noqa: ARG002 - the protocol's
+        outputs: Sequence[str] | None = None,  # noqa: ARG002 - part of the protocol
     ) -> dict[str, Array]:
         return {"out_sample": self._answer[: len(inputs["sample"])].copy()}
 
 
 def _answer(precision: Precision) -> Array:
-    """Return what the UNet says: rows [positive, negative] of unit variance."""
+    """Return the UNet's constant output: rows [positive, negative] of unit variance."""
     drawn = np.random.default_rng(SEED).standard_normal((2, 4, SIDE // 8, SIDE // 8), dtype=np.float32)
     return drawn.astype(precision)
 
@@ -210,7 +209,7 @@ def their_run(case: HostCase, precision: Precision, steps: int) -> Run:
 
 @contextmanager
 def _noise_aside(watch: _Watch, module: Any) -> Iterator[None]:
-    """Put aside what a scheduler's module draws."""
+    """Time the noise that a scheduler's module draws separately while the context is open."""
     with ExitStack() as stack:
         for owner, name in ((module, "randn_tensor"), (getattr(module, "BrownianTreeNoiseSampler", None), "__call__")):
             if hasattr(owner, name):

@@ -1,4 +1,4 @@
-"""How good the pair is, on captions and seeds that training never saw: `python -m sdxl_trt.benchmarks.model_card`."""
+"""Evaluate the embedded pair on captions and seeds unseen in training: `python -m sdxl_trt.benchmarks.model_card`."""
 
 __all__ = ["evaluate", "main", "quality"]
 
@@ -25,7 +25,7 @@ Row = dict[str, Any]
 
 
 def scores(generator: Generator, wanted: list[CardCase], settings: DrawSettings) -> list[Score]:
-    """Draw and score all cases, some at a time."""
+    """Draw and score all cases, in batches."""
     scored: list[Score] = []
     for start in range(0, len(wanted), BATCH):
         part = wanted[start : start + BATCH]
@@ -35,7 +35,7 @@ def scores(generator: Generator, wanted: list[CardCase], settings: DrawSettings)
 
 
 def share_right(scored: Iterable[Score]) -> Row:
-    """Shares right, in percent, with the 95 % Wilson interval of the whole."""
+    """Return the percentage right, overall with its 95 % Wilson interval and for each part of a caption."""
     all_scored = list(scored)
     count, right = len(all_scored), sum(one.right for one in all_scored)
     low, high = wilson(right, count)
@@ -45,14 +45,14 @@ def share_right(scored: Iterable[Score]) -> Row:
 
 
 def quality(scored: Iterable[Score]) -> Row:
-    """Means of the three quality measures over the pictures."""
+    """Return the means of the three quality measures over the pictures."""
     all_scored = list(scored)
     names = ("sharpness", "colour_error", "damage")
     return {name: float(np.mean([getattr(one, name) for one in all_scored])) for name in names}
 
 
 def wilson(hits: int, count: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927)."""
+    """Return the 95 % interval of a proportion (Wilson 1927)."""
     share = hits / count
     centre = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * np.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
@@ -60,9 +60,7 @@ def wilson(hits: int, count: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def paired_effect(before: list[Score], after: list[Score], name: str) -> Row:
-    """Mean difference of a measure, after less before, on the same seeds: 95 % bootstrap interval and
-    Cohen's d.
-    """
+    """Return a measure's mean change from before to after, on the same seeds: 95 % bootstrap interval, Cohen's d."""
     difference = np.array([getattr(b, name) - getattr(a, name) for a, b in zip(before, after, strict=True)])
     rng = np.random.default_rng(0)
     means = rng.choice(difference, (4000, len(difference))).mean(axis=1)
@@ -73,7 +71,7 @@ def paired_effect(before: list[Score], after: list[Score], name: str) -> Row:
 
 
 def evaluate(generator: Generator, count: int, sweep_count: int, settings: DrawSettings) -> Row:
-    """The whole table. Each setting draws the same captions from the same noise; sweeps use the first few."""
+    """Return all figures. Every setting draws the same captions from the same noise; sweeps use the first few."""
     usual = evaluation_cases(count)
     default = scores(generator, usual, settings)
     alone = scores(generator, usual, replace(settings, handoff=None))
@@ -102,7 +100,7 @@ def evaluate(generator: Generator, count: int, sweep_count: int, settings: DrawS
 
 
 def markdown(result: Row) -> str:
-    """The result as Markdown tables."""
+    """Return the result as Markdown tables."""
     lines = [
         "| captions | n | right % (95 % interval) | shape | colour | background | size | position |",
         "|---" * 8 + "|",
@@ -128,7 +126,7 @@ def _quality_cells(row: Row) -> str:
 
 @contextmanager
 def _generator(bundle: Path | None) -> Iterator[Generator]:
-    """Yield what draws: an exported bundle, or diffusers on the materialized pair (the measuring needs neither)."""
+    """Yield a generator of pictures: an exported bundle, or by default diffusers on the materialized pair."""
     if bundle is not None:
         from sdxl_trt.benchmarks.model_card.draw_engines import engine_pair  # noqa: PLC0415 (it imports this module)
 
@@ -146,7 +144,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m sdxl_trt.benchmarks.model_card", description=__doc__)
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--sweep", type=int, default=60, help="captions for each setting of the sweeps")
-    parser.add_argument("--output", type=Path, help="write the figures here as JSON")
+    parser.add_argument("--output", type=Path, help="JSON file to write the figures to")
     parser.add_argument("--bundle", type=Path, help="draw with this exported bundle instead of diffusers in fp32")
     options = parser.parse_args(arguments)
     with _generator(options.bundle) as generator:

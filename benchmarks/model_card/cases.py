@@ -1,4 +1,4 @@
-"""The captions and seeds that the embedded pair is evaluated with."""
+"""The captions and seeds for evaluating the embedded pair."""
 
 __all__ = ["HELD_OUT_OFFSET", "CardCase", "DrawSettings", "Generator", "evaluation_cases"]
 
@@ -12,12 +12,12 @@ import numpy.typing as npt
 from sdxl_trt.mini.scenes import EVALUATION_SEEDS, HELD_OUT, draw_caption, sample_scene, training_pairs
 
 HELD_OUT_OFFSET = 1_000_000
-"""Where in `EVALUATION_SEEDS` the held-out cases start."""
+"""Index in `EVALUATION_SEEDS` at which the held-out cases start."""
 
 
 @dataclass(frozen=True)
 class DrawSettings:
-    """What a generator is asked for; `handoff` None means the base alone for all steps."""
+    """Settings of a generator; `handoff` None means the base alone for all steps."""
 
     steps: int = 30
     handoff: float | None = 0.8
@@ -35,11 +35,11 @@ class CardCase:
 
 
 Generator = Callable[[list[str], list[int], DrawSettings], npt.NDArray[np.uint8]]
-"""Prompts, seeds and settings to pictures `(n, 128, 128, 3)` uint8."""
+"""Maps prompts, seeds and settings to pictures `(n, 128, 128, 3)` uint8."""
 
 
 def evaluation_cases(count: int, held_out: bool = False) -> list[CardCase]:
-    """Evaluation captions of the training pairs or of the held-out ones, always the same."""
+    """Return evaluation captions of the training pairs or of the held-out ones; deterministic."""
     pairs = list(HELD_OUT) if held_out else training_pairs()
     made = []
     for i in range(count):

@@ -1,4 +1,4 @@
-"""Draw with an exported bundle, for `evaluate`: one request a caption, through the product's own runtime."""
+"""Draw with an exported bundle, for `evaluate`: one request per caption, through the project's own runtime."""
 
 __all__ = ["engine_pair"]
 

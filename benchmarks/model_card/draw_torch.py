@@ -1,6 +1,4 @@
-"""Pictures from the pair through diffusers: the reference that every other way of running it is measured
-against.
-"""
+"""Draw with diffusers: the reference that every other implementation is compared with."""
 
 __all__ = ["TorchPair", "pixels"]
 
@@ -17,7 +15,7 @@ from sdxl_trt.benchmarks.model_card.cases import DrawSettings
 
 
 class TorchPair:
-    """Draws with the folders that `materialize` wrote: float32, on the CPU."""
+    """Draws with the pair that `materialize` wrote: float32, on the CPU."""
 
     def __init__(self, base: Path, refiner: Path) -> None:
         """Load both pipelines."""
@@ -28,7 +26,7 @@ class TorchPair:
             pipeline.set_progress_bar_config(disable=True)
 
     def __call__(self, prompts: list[str], seeds: list[int], settings: DrawSettings) -> npt.NDArray[np.uint8]:
-        """Pictures `(n, 128, 128, 3)` uint8; each seed feeds its own generator."""
+        """Return pictures `(n, 128, 128, 3)` uint8; each seed has its own generator."""
         common: dict[str, Any] = {
             "prompt": prompts,
             "num_inference_steps": settings.steps,
@@ -48,7 +46,7 @@ class TorchPair:
         return pixels(refined.images)
 
     def base_latents(self, common: dict[str, Any], seeds: tuple[int, ...], handoff: float) -> torch.Tensor:
-        """The base's share, kept (4 KB a picture) since sweeps of the refiner's settings ask for it again."""
+        """Return the base's handoff latents, cached (4 KB a picture) for sweeps of the refiner's settings."""
         key = (repr(common), seeds, handoff)
         if key not in self._kept:
             drawn = self.base(**common, generator=generators_of(seeds), denoising_end=handoff, output_type="latent")
@@ -57,12 +55,12 @@ class TorchPair:
 
 
 def generators_of(seeds: Iterable[int]) -> list[torch.Generator]:
-    """One generator a seed."""
+    """Return one generator per seed."""
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def pixels(images: torch.Tensor) -> npt.NDArray[np.uint8]:
-    """Images `(n, 3, h, w)` in 0..1 as `(n, h, w, 3)` uint8, rounded."""
+    """Return images `(n, 3, h, w)` in 0..1 as `(n, h, w, 3)` uint8, rounded."""
     found: npt.NDArray[np.uint8]
     found = images.permute(0, 2, 3, 1).mul(255).round().clamp(0, 255).to(torch.uint8).numpy()
     return found
