@@ -1,4 +1,4 @@
-"""A report of trt-bench with everything in it, of figures that nobody measured."""
+"""A trt-bench report with every kind of record and made-up figures."""
 
 import pytest
 
@@ -23,7 +23,7 @@ def _runs(seconds: float) -> tuple[float, ...]:
 
 
 def _timed(contestant: str, pace: float) -> list[Measurement]:
-    """Return a picture, a step and three sweeps by a contestant that takes `pace` seconds a picture."""
+    """Return a picture, a step and three sweeps of a contestant that takes `pace` seconds per picture."""
 
     def picture(
         share: float = 1.0, side: int = 64, batch: int = 1, handoff: float | None = 0.8, sweep: str = ""

@@ -1,4 +1,4 @@
-"""make bench: what it writes, when it fails, and what it says of a rerun that does not agree."""
+"""make bench: what it writes, when it fails, and its warnings about a rerun that disagrees."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ def _measure(monkeypatch: pytest.MonkeyPatch, folder: Path, report: BenchReport,
     return main(["--results", str(folder / "bench.json"), *more])
 
 
-def test_results_are_written_and_a_rerun_that_agrees_says_nothing(
+def test_results_are_written_and_a_rerun_that_agrees_prints_no_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert _measure(monkeypatch, tmp_path, _report(0.5)) == 0
@@ -40,13 +40,13 @@ def test_results_are_written_and_a_rerun_that_agrees_says_nothing(
     assert printed.err == ""
 
 
-def test_a_rerun_that_does_not_agree_is_told_of(
+def test_a_rerun_that_disagrees_is_warned_about(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _measure(monkeypatch, tmp_path, _report(0.5))
     _measure(monkeypatch, tmp_path, _report(0.8))
     assert "picture, a over b: 0.500 and 0.800" in capsys.readouterr().err
-    # Another machine, or another task, is no rerun.
+    # A run on another machine or with other settings is not compared.
     _measure(monkeypatch, tmp_path, _report(0.4, cores=64))
     _measure(monkeypatch, tmp_path, msgspec.structs.replace(_report(0.1), settings=SETTINGS))
     _measure(

@@ -1,4 +1,4 @@
-"""trt-bench as a command, with contestants that are scripts, and once for real on the embedded pair."""
+"""trt-bench as a command, with scripts as contestants, and once for real on the embedded pair."""
 
 import json
 import subprocess
@@ -18,7 +18,7 @@ from sdxl_trt.benchmarks.measure.subjects import Subject, find_subject
 from sdxl_trt.benchmarks.report.records import BenchReport, read_report
 from sdxl_trt.engines.errors import EngineError, SizeError, UsageError
 
-# A contestant that says that it can do everything in a quarter of a second; what else it does is in its arguments.
+# A contestant that answers every question with fixed figures; code to run first is in its arguments.
 FAKE = """
 import json, sys
 name, first = sys.argv[1:]
@@ -53,7 +53,7 @@ def _in_the_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def fakes(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """Put scripts in the place of all contestants; return by name what they do first."""
+    """Replace all contestants by scripts; return a dict of the code each one runs first, by name."""
     first: dict[str, str] = {}
 
     def command(entry: Any, _: Path) -> list[str]:
@@ -65,7 +65,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     return first
 
 
-def test_everybody_is_in_the_report(subject: Subject, fakes: dict[str, str]) -> None:
+def test_every_contestant_is_in_the_report(subject: Subject, fakes: dict[str, str]) -> None:
     fakes["eager"] = "sys.exit('no torch')"
     fakes["compile"] = "print('compiling')"
     said: list[str] = []
@@ -100,7 +100,7 @@ def test_without_ours_there_is_no_benchmark(subject: Subject, fakes: dict[str, s
     [(BenchOptions(steps=0), UsageError), (BenchOptions(batch=0), UsageError), (BenchOptions(runs=-1), UsageError),
      (BenchOptions(width=100), SizeError), (BenchOptions(against="nobody"), UsageError)],
 )  # fmt: skip
-def test_what_cannot_be_is_said_before_anything_starts(
+def test_invalid_options_are_refused_before_anything_starts(
     subject: Subject, options: BenchOptions, error: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bench, "Child", None)
@@ -108,7 +108,7 @@ def test_what_cannot_be_is_said_before_anything_starts(
         run_bench(subject, options)
 
 
-def test_sweeps_hold_sizes_that_the_unets_take(subject: Subject) -> None:
+def test_sweeps_contain_sizes_that_the_unets_take(subject: Subject) -> None:
     spec = settled_spec(subject, BenchOptions())
     asks = list(sweep_asks(spec, 8))
     sizes = [(ask.width, ask.height) for name, ask in asks if name == "size"]
@@ -166,13 +166,13 @@ def test_errors_are_one_line(argv: list[str], code: int, says: str, capsys: pyte
     assert says in printed.err
 
 
-def test_an_estimate_measures_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_estimate_runs_no_contestant(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(bench, "Child", None)
     assert main(["--estimate", "h100", "--json"]) == 0
     assert "H100" in json.loads(capsys.readouterr().out)["gpu"]["name"]
 
 
-def test_quality_that_is_not_reached_is_an_error(
+def test_quality_below_its_limit_is_an_error(
     fakes: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     quality = SimpleNamespace(
@@ -199,7 +199,7 @@ def test_help_needs_nothing_heavy() -> None:
 
 @pytest.mark.slow
 def test_the_embedded_pair_for_real(subject: Subject) -> None:
-    """Ours beside plain ONNX Runtime on the same graphs: the same output, from processes of their own."""
+    """Ours and plain ONNX Runtime on the same graphs, in separate processes, have the same output."""
     options = BenchOptions(against="onnxruntime", steps=2, runs=1, components=True, floors=False)
     report = run_bench(subject, options)
     assert [one.missing for one in report.contestants] == ["", ""]

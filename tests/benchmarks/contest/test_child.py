@@ -1,4 +1,4 @@
-"""A contestant's process under every fault that a process can have: an error for each, and never a wait."""
+"""A contestant's process with every kind of fault: each is an error, and none makes the caller wait forever."""
 
 import os
 import select
@@ -13,7 +13,7 @@ from sdxl_trt.benchmarks.contestants.protocol import Ask, Memory, Ran, Ready
 
 LIMIT = 20.0
 RUN = Ask(do="run", task="picture")
-# A contestant in a few lines, without a library: what it answers to which question is in its arguments.
+# A contestant in a few lines, without libraries: the code that answers a question is in its arguments.
 FAKE = """
 import json, os, sys
 for line in sys.stdin:
@@ -32,7 +32,7 @@ def _child(answer: str) -> Child:
 
 @pytest.fixture
 def gone() -> Iterator[list[Child]]:
-    """Return a list of processes of which none may live on."""
+    """Return a list for processes that must all have ended after the test."""
     children: list[Child] = []
     yield children
     for child in children:
@@ -47,7 +47,7 @@ def test_questions_are_answered_one_after_the_other() -> None:
     assert child._process.returncode == 0
 
 
-def test_a_failure_is_an_answer_and_the_contestant_goes_on() -> None:
+def test_a_failure_is_an_answer_and_the_contestant_keeps_serving() -> None:
     failing = 'print(json.dumps({"type": "failed", "error": "no\\nmemory"}), flush=True)'
     with _child(f"({failing}) if ask['task'] else ({RAN})") as child:
         with pytest.raises(ContestantError, match=r"^no memory$") as caught:
@@ -70,7 +70,7 @@ def test_a_failure_is_an_answer_and_the_contestant_goes_on() -> None:
         ("os.write(1, b'x' * (1 << 21))", "a line that does not end"),
     ],
 )
-def test_whoever_cannot_be_asked_any_more_is_ended(answer: str, reason: str, gone: list[Child]) -> None:
+def test_a_contestant_that_breaks_the_protocol_is_ended(answer: str, reason: str, gone: list[Child]) -> None:
     child = _child(answer)
     gone.append(child)
     with pytest.raises(ContestantError, match=reason) as caught:
@@ -81,8 +81,8 @@ def test_whoever_cannot_be_asked_any_more_is_ended(answer: str, reason: str, gon
         child.ask(RUN, Ran, LIMIT)
 
 
-def test_one_that_hangs_is_killed_with_what_it_started(tmp_path: Path, gone: list[Child]) -> None:
-    """Its own child holds a pipe open, which ends with the last of them."""
+def test_a_hanging_contestant_is_killed_with_its_children(tmp_path: Path, gone: list[Child]) -> None:
+    """Its child holds a pipe open, which reaches its end only when the child is killed too."""
     os.mkfifo(tmp_path / "held")
     reader = os.open(tmp_path / "held", os.O_RDONLY | os.O_NONBLOCK)
     held = f"os.open({str(tmp_path / 'held')!r}, os.O_WRONLY)"
@@ -100,13 +100,13 @@ def test_one_that_hangs_is_killed_with_what_it_started(tmp_path: Path, gone: lis
         os.close(reader)
 
 
-def test_a_command_that_is_not_there() -> None:
+def test_a_missing_command_is_an_error() -> None:
     with pytest.raises(ContestantError, match="/nowhere/python does not start: No such file") as caught:
         Child(["/nowhere/python"])
     assert caught.value.gone
 
 
-def test_the_environment_is_the_contestants_own() -> None:
+def test_environment_variables_are_set_only_for_the_contestant() -> None:
     answer = """print(json.dumps({"type": "ran", "seconds": float(os.environ["OMP_NUM_THREADS"])}), flush=True)"""
     with Child([sys.executable, "-S", "-c", FAKE, answer], {"OMP_NUM_THREADS": "7"}) as child:
         assert child.ask(RUN, Ran, LIMIT).seconds == 7
@@ -120,7 +120,7 @@ def test_an_interrupt_leaves_no_process() -> None:
     assert child._process.poll() is not None
 
 
-def test_the_wrong_kind_of_answer_is_none() -> None:
+def test_an_answer_of_the_wrong_kind_is_an_error() -> None:
     with _child("""print(json.dumps({"type": "memory", "peak_rss": 5}), flush=True)""") as child:
         assert child.ask(Ask(do="memory"), Memory, LIMIT).peak_rss == 5
         with pytest.raises(ContestantError, match="answered prepare with Memory"):

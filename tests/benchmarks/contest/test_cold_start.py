@@ -1,4 +1,4 @@
-"""Whole processes in turns: who ran when, what a failure leaves, whether the pictures are the same, and the bars."""
+"""Cold starts: the order of turns, failures, the comparison of the pictures, and the bars."""
 
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ def subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
 
 
 class Runner:
-    """Stands for processes: ours takes 1 s, theirs 4 s and ten times the memory; both write a picture."""
+    """Stands in for processes: ours takes 1 s, theirs 4 s and ten times the memory; both write a picture."""
 
     def __init__(self, shade: int = 0, fails: str = "") -> None:
         self.order: list[str] = []
@@ -55,12 +55,12 @@ def test_both_take_turns_and_the_first_round_is_not_counted(subject: Subject) ->
     ]  # fmt: skip
 
 
-def test_other_pictures_are_told_of(subject: Subject) -> None:
+def test_different_pictures_are_reported(subject: Subject) -> None:
     _, said = cold_starts(subject, settled_spec(subject, BenchOptions()), 1, run=Runner(shade=60))
     assert "DIFFERENT" in said
 
 
-def test_one_that_fails_is_listed_and_not_asked_again(subject: Subject) -> None:
+def test_a_failing_command_is_listed_and_not_run_again(subject: Subject) -> None:
     runner = Runner(fails=THEIRS)
     (ours, theirs), said = cold_starts(subject, settled_spec(subject, BenchOptions()), 2, run=runner)
     assert "".join(runner.order) == "tooo"
@@ -70,7 +70,7 @@ def test_one_that_fails_is_listed_and_not_asked_again(subject: Subject) -> None:
     assert {bar.met for bar in bench_bars(_report(cold_starts=(ours, theirs)))} == {None}
 
 
-def test_both_commands_are_told_the_same(subject: Subject, tmp_path: Path) -> None:
+def test_both_commands_have_the_same_settings(subject: Subject, tmp_path: Path) -> None:
     spec = settled_spec(subject, BenchOptions(steps=9, handoff=0.5, seed=3, guidance=2.0, width=64))
     found = commands(subject, spec, tmp_path)
     for option, value in (("--steps", "9"), ("--handoff", "0.5"), ("--seed", "3"), ("--guidance", "2.0"),
@@ -80,7 +80,7 @@ def test_both_commands_are_told_the_same(subject: Subject, tmp_path: Path) -> No
     assert list(commands(without, spec, tmp_path)) == [OURS]
 
 
-def test_sizes_that_differ_are_no_comparison(tmp_path: Path) -> None:
+def test_pictures_of_different_sizes_are_not_compared(tmp_path: Path) -> None:
     for name, side in (("a", 8), ("b", 16)):
         Image.new("RGB", (side, side)).save(tmp_path / f"{name}.png")
     assert "different sizes" in likeness(tmp_path / "a.png", tmp_path / "b.png")
@@ -94,7 +94,7 @@ def _taken(contestant: str, what: str, *seconds: float) -> Measurement:
     return Measurement(contestant=contestant, what=what, width=8, height=8, batch=1, seconds=seconds)
 
 
-def test_the_bars_are_of_paired_rounds() -> None:
+def test_the_bars_use_ratios_of_paired_rounds() -> None:
     names = ("sdxl-trt", "eager", "compile", "optimum")
     contestants = tuple(Contestant(name=name, title=name, precision="fp32") for name in names)
     taken = (_taken("sdxl-trt", "base UNet step", 1, 2, 3), _taken("eager", "base UNet step", 2, 4, 6.1),

@@ -1,4 +1,4 @@
-"""Ratios by round: what slows the machine does not move them, and a rerun is held against the spread."""
+"""Ratios by round: a slower machine does not change them, and a rerun is compared with the spread."""
 
 import numpy as np
 import pytest
@@ -14,19 +14,19 @@ def _of(contestant: str, *seconds: float, what: str = "picture", sweep: str = ""
     return Measurement(contestant=contestant, what=what, width=8, height=8, batch=1, seconds=seconds, sweep=sweep)
 
 
-def test_a_machine_that_becomes_slower_changes_nothing() -> None:
+def test_a_slowing_machine_does_not_change_the_ratio() -> None:
     drift = np.linspace(1, 9, 11)
     found = ratio(_of("a", *drift), _of("b", *2 * drift))
     assert (found.median, found.low, found.high) == (0.5, 0.5, 0.5)
     assert found.rounds == 11
 
 
-def test_a_round_that_was_disturbed_is_not_the_figure() -> None:
+def test_a_disturbed_round_does_not_change_the_ratio() -> None:
     found = ratio(_of("a", 1, 50, *[1] * 10), _of("b", *[2] * 12))
     assert (found.median, found.low, found.high) == (0.5, 0.5, 0.5)
 
 
-def test_the_spread_is_numpys_deciles() -> None:
+def test_the_spread_equals_numpys_deciles() -> None:
     seconds = np.random.default_rng(0).uniform(1, 2, (2, 14))
     found = ratio(_of("a", *seconds[0]), _of("b", *seconds[1]))
     expected = np.quantile(seconds[0] / seconds[1], [0.1, 0.5, 0.9])
@@ -38,12 +38,12 @@ def test_one_round_has_no_spread() -> None:
     assert (found.low, found.median, found.high) == (1.5, 1.5, 1.5)
 
 
-def test_rounds_that_were_not_taken_together_are_refused() -> None:
+def test_different_numbers_of_rounds_are_refused() -> None:
     with pytest.raises(ValueError, match="2 rounds by a, 1 by b"):
         ratio(_of("a", 1, 2), _of("b", 1))
 
 
-def test_every_task_that_both_did_but_no_sweep() -> None:
+def test_ratios_cover_all_common_tasks_but_no_sweeps() -> None:
     taken = [_of("a", 1), _of("b", 2), _of("c", 4), _of("a", 9, sweep="size"), _of("b", 1, what="handoff")]
     found = {(one.what, one.against): one.median for one in ratios(taken, "a")}
     assert found == {("picture", "b"): 0.5, ("picture", "c"): 0.25}
@@ -67,8 +67,8 @@ def test_a_rerun_agrees_within_the_spread(first: tuple[float, ...], second: tupl
     assert len(agree(_report(*first), _report(*second))) == found
 
 
-def test_noise_of_a_virtual_machine_is_within_the_spread_it_prints() -> None:
-    """Two runs of twelve rounds, the machine drifting by half, every run noisy by a tenth: they agree."""
+def test_reruns_on_a_noisy_virtual_machine_agree() -> None:
+    """Two runs of twelve rounds agree although the machine drifts by half and every run has 10 % noise."""
     random = np.random.default_rng(1)
     disagreed = 0
     for _ in range(200):

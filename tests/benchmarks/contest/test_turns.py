@@ -1,4 +1,4 @@
-"""Turns are taken in order and alone, whoever fails is told of and never stops the others."""
+"""Turns are taken in order, one at a time; a failing contestant is recorded and does not stop the others."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +23,7 @@ SPEC = Spec(name="", bundle="", base="", refiner="", inputs="", cache="", device
 
 
 class Script:
-    """A player that answers from a function of the question's number, and writes down who was asked what."""
+    """A player whose seconds are a function of the run's number; it logs who was asked what."""
 
     def __init__(self, name: str, log: list[tuple[str, str]], seconds: Callable[[int], float] = float) -> None:
         self.name, self._log, self._seconds = name, log, seconds
@@ -71,17 +71,17 @@ def _entrants(log: list[tuple[str, str]], **seconds: Callable[[int], float]) -> 
     return entrants
 
 
-def test_every_round_begins_with_the_next_and_has_all() -> None:
+def test_every_round_has_all_contestants_and_starts_with_the_next_one() -> None:
     log: list[tuple[str, str]] = []
     entrants = _entrants(log, a=lambda _: 5.0, b=lambda _: 5.0, c=lambda _: 5.0)
     turns = take_turns(entrants, Plan(Ask(do="run", task=STEP), runs=4, warmups=2), Nvml())
     order = "".join(name for name, _ in log)
-    # Warm-ups one contestant after the other; the first timed run has one before it, later ones are long enough.
+    # Two warm-ups per contestant; the first timed run has an untimed one before it, later runs are long enough.
     assert order == "aabbcc" + "aabbcc" + "bca" + "cab" + "abc"
     assert {name: len(answers) for name, answers in turns.answers.items()} == {"a": 4, "b": 4, "c": 4}
 
 
-def test_a_short_run_comes_after_one_that_is_not_timed() -> None:
+def test_a_short_run_is_preceded_by_an_untimed_one() -> None:
     log: list[tuple[str, str]] = []
     entrants = _entrants(log, a=lambda number: number / 100, b=lambda number: number / 100)
     turns = take_turns(entrants, Plan(Ask(do="run", task=STEP), runs=2), Nvml())
@@ -89,7 +89,7 @@ def test_a_short_run_comes_after_one_that_is_not_timed() -> None:
     assert [one.seconds for one in turns.answers["a"]] == [0.03, 0.05]
 
 
-def test_rounds_are_told_and_the_seconds_are_in_their_order() -> None:
+def test_rounds_are_reported_and_the_seconds_are_in_their_order() -> None:
     said: list[str] = []
     entrants = _entrants([], a=lambda number: 10.0 + number)
     turns = take_turns(entrants, Plan(Ask(do="run", task="picture"), runs=3), Nvml(), said.append)
@@ -102,7 +102,7 @@ def test_rounds_are_told_and_the_seconds_are_in_their_order() -> None:
 
 
 @pytest.mark.parametrize("when", [1, 2, 3, 4, 6])
-def test_one_that_dies_is_out_with_its_reason_and_the_others_go_on(when: int) -> None:
+def test_a_contestant_that_dies_is_out_and_the_others_continue(when: int) -> None:
     log: list[tuple[str, str]] = []
     entrants = _entrants(log, good=lambda _: 1.0, bad=_dies(when))
     turns = take_turns(entrants, Plan(Ask(do="run", task=STEP), runs=3), Nvml())
@@ -116,7 +116,7 @@ def test_one_that_dies_is_out_with_its_reason_and_the_others_go_on(when: int) ->
     assert listed.load_seconds == 2
 
 
-def test_one_that_fails_at_a_task_is_asked_for_the_next() -> None:
+def test_a_contestant_that_fails_a_task_still_gets_the_next() -> None:
     entrants = _entrants([], good=lambda _: 1.0, bad=_fails(2))
     plan = Plan(Ask(do="run", task=STEP), runs=3)
     assert list(take_turns(entrants, plan, Nvml()).answers) == ["good"]
@@ -126,14 +126,14 @@ def test_one_that_fails_at_a_task_is_asked_for_the_next() -> None:
     assert set(take_turns(entrants, Plan(picture, 1), Nvml()).answers) == {"good", "bad"}
 
 
-def test_a_task_that_somebody_has_not_is_not_asked_of_him() -> None:
+def test_a_contestant_is_asked_only_for_its_tasks() -> None:
     log: list[tuple[str, str]] = []
     entrants = _entrants(log, a=float)
     assert take_turns(entrants, Plan(Ask(do="run", task="handoff"), 3), Nvml()).answers == {}
     assert log == []
 
 
-def test_one_that_does_not_get_ready_is_listed_with_the_reason() -> None:
+def test_a_contestant_that_cannot_be_prepared_is_listed_with_the_reason() -> None:
     class Hanging(Script):
         def ask(self, ask: Ask, wanted: type[Any], limit: float) -> Any:
             raise ContestantError(f"prepare: no answer within {limit:g} s", gone=True)
@@ -158,7 +158,7 @@ def test_memory_is_asked_for_at_the_end() -> None:
     assert (listed.import_seconds, listed.load_seconds, listed.compile_seconds) == (1, 2, 3)
 
 
-def test_what_came_out_is_compared(tmp_path: Path) -> None:
+def test_outputs_are_compared(tmp_path: Path) -> None:
     entrants = _entrants([], one=float, three=float)
     plan = Plan(Ask(do="run", task=STEP), runs=1, outputs=tmp_path)
     turns = take_turns(entrants, plan, Nvml())
@@ -170,7 +170,7 @@ def test_what_came_out_is_compared(tmp_path: Path) -> None:
 
 
 class Counting:
-    """NVML as far as it is asked, whose GPU spends 2 J between two looks."""
+    """A fake NVML whose GPU spends 2 J between two readings."""
 
     def __init__(self) -> None:
         self.spent = 0
@@ -191,7 +191,7 @@ class Counting:
         return 0
 
 
-def test_energy_is_that_of_the_timed_runs_and_memory_what_came_on_top() -> None:
+def test_energy_is_of_the_timed_runs_and_memory_is_the_increase() -> None:
     entrants = [Entrant(Entry("a", "A"), Script("a", [], lambda _: 5.0))]
     nvml = Nvml(Counting())
     prepare(entrants[0], nvml)
@@ -200,7 +200,7 @@ def test_energy_is_that_of_the_timed_runs_and_memory_what_came_on_top() -> None:
     assert contestant(entrants[0], "cuda").peak_gpu == 12000
 
 
-def test_without_a_gpu_nothing_is_known() -> None:
+def test_without_a_gpu_nvml_returns_none() -> None:
     class Failing(Counting):
         def nvmlInit_v2(self) -> int:  # noqa: N802
             return 9
@@ -210,6 +210,6 @@ def test_without_a_gpu_nothing_is_known() -> None:
     assert nvml.used() is None
 
 
-def test_nobody_takes_turns() -> None:
+def test_no_contestants_give_no_turns() -> None:
     assert rotated([], 3) == []
     assert take_turns([], Plan(Ask(do="run", task=STEP), runs=2), Nvml()) == Turns()

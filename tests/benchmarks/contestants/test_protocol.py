@@ -1,4 +1,4 @@
-"""The contestant's half of the protocol: every question has one answer, whatever happens."""
+"""The contestant's side of the protocol: every question has one answer, whatever happens."""
 
 import io
 import json
@@ -16,7 +16,7 @@ from sdxl_trt.benchmarks.contestants.protocol import Answer, Ask, Done, Ran, Rea
 
 
 class Fake:
-    """A contestant whose tasks are its own methods."""
+    """A contestant with two constant tasks."""
 
     def ready(self) -> Ready:
         return Ready(precision="fp32", import_seconds=1, load_seconds=2, tasks=("picture",))
@@ -58,7 +58,7 @@ def test_a_whole_conversation(tmp_path: Path) -> None:
     assert type(bye).__name__ == "Bye"
 
 
-def test_a_task_may_have_a_clock_of_its_own() -> None:
+def test_a_task_may_time_itself() -> None:
     assert _ask(Ask(do="prepare"), Ask(do="run", task="handoff"))[1] == Ran(seconds=42.0)
 
 
@@ -75,13 +75,13 @@ def test_failures_are_answers_and_the_next_question_is_answered(capsys: pytest.C
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_a_contestant_that_cannot_be_made_ready_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_contestant_that_cannot_be_prepared_answers_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
     (failed,) = _ask(Ask(do="prepare"), make=Broken)
     assert failed.error == "MemoryError: of 40 GB"
 
 
-def test_a_process_answers_on_stdout_alone_whatever_libraries_print(tmp_path: Path) -> None:
-    """The real entry, with a spec that no contestant can do anything with."""
+def test_only_answers_are_written_to_stdout(tmp_path: Path) -> None:
+    """The real entry point, with a spec that no contestant can run."""
     spec = dict.fromkeys(("name", "bundle", "base", "refiner", "inputs", "cache", "device", "prompt"), "")
     spec |= dict.fromkeys(("threads", "width", "height", "batch", "steps", "seed"), 1) | {"guidance": 1.0}
     path = tmp_path / "spec.json"

@@ -26,7 +26,7 @@ def test_the_table_names_how_many_are_near_and_the_worst() -> None:
 
 @pytest.fixture
 def builder(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """Return a function that puts a builder in place whose plans take so many times what is estimated."""
+    """Return a function that installs a builder whose plans take `factor` times the estimate."""
 
     def install(factor: float) -> None:
         def compare(name: str, component: Component, graph: Path, sizes: str) -> Row:
@@ -41,7 +41,7 @@ def builder(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 
 
 @pytest.mark.parametrize(("factor", "code"), [(1.05, 0), (1.5, 1), (0.5, 1)])
-def test_an_estimate_that_is_off_by_more_than_promised_fails(
+def test_an_estimate_beyond_its_allowed_error_fails(
     builder: Callable[[float], None], tmp_path: Path, factor: float, code: int
 ) -> None:
     builder(factor)

@@ -1,4 +1,4 @@
-"""The benchmark's arithmetic, and one build of it with a model so small that its figures mean nothing."""
+"""The benchmark's arithmetic, and one build with a model so small that its figures mean nothing."""
 
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ def _all_good() -> dict[str, Build]:
     return {case.name: _build() for case in cases()}
 
 
-def test_everything_within_its_bar_is_met() -> None:
+def test_figures_within_their_bars_are_met() -> None:
     assert [bar.met for bar in bars(_all_good())] == [True] * 11
 
 
@@ -56,12 +56,12 @@ def test_everything_within_its_bar_is_met() -> None:
         ("base UNet, dynamic", _build(9999, 9, 9), []),
     ],
 )
-def test_what_is_over_its_bar_is_missed(name: str, worse: Build, missed: list[int]) -> None:
+def test_a_figure_over_its_bar_is_missed(name: str, worse: Build, missed: list[int]) -> None:
     found = bars(_all_good() | {name: worse})
     assert [i for i, bar in enumerate(found) if bar.met is False] == missed
 
 
-def test_what_did_not_run_has_no_figure() -> None:
+def test_a_build_that_did_not_run_is_not_measured() -> None:
     found = bars({"refiner UNet, static": _build()})
     assert [bar.met for bar in found] == [None] * 3 + [True] * 3 + [None] * 5
 
@@ -87,7 +87,7 @@ def test_a_failure_is_in_the_table() -> None:
 def test_a_run_measures_and_reports(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The embedded pair stands in for what the benchmark exports, which costs a quarter of a minute."""
+    """The embedded pair replaces the benchmark's exports, which take 15 seconds."""
     monkeypatch.setenv("PYTHONPATH", "")  # the benchmark sets it for its children
     monkeypatch.setattr(build, "_export", lambda *_: read_bundle(bundle_path()))
     results = tmp_path / "results.json"

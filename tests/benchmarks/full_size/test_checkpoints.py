@@ -1,4 +1,4 @@
-"""Checkpoints of random weights load as the published ones do: as folders, as shards and as a single file."""
+"""Checkpoints of random weights load like the published ones: as folders, as shards and as a single file."""
 
 import json
 from collections.abc import Callable
@@ -21,7 +21,7 @@ Write = Callable[..., Path]
 
 @pytest.fixture(scope="module")
 def write(tmp_path_factory: pytest.TempPathFactory) -> Write:
-    """Return write_checkpoint for the tiny size, each checkpoint made once."""
+    """Return write_checkpoint for the tiny size, with each checkpoint written once."""
     made: dict[Any, Path] = {}
 
     def get(role: Any = "base", kind: Any = "diffusers", dtype: Any = "fp32", **settings: Any) -> Path:
@@ -65,8 +65,8 @@ def test_sharded_weights_are_the_same_weights(write: Write) -> None:
 
 
 @pytest.mark.parametrize("role", ["base", "refiner"])
-def test_a_single_file_holds_the_folder(write: Write, role: str) -> None:
-    """diffusers' own converters, which know nothing of ours, make the folder's weights of the file's."""
+def test_a_single_file_holds_the_folders_weights(write: Write, role: str) -> None:
+    """diffusers' own converters, independent of ours, give the folder's weights from the file's."""
     from diffusers.loaders import single_file_utils as theirs
 
     stored, folder = load_file(write(role, "single-file")), write(role)
@@ -98,7 +98,7 @@ def test_base_and_refiner_share_what_the_published_pair_shares(write: Write) -> 
     assert not torch.equal(load_file(write("base") / file)[name], load_file(write("refiner") / file)[name])
 
 
-def test_the_sizes_are_what_their_names_say() -> None:
+def test_sdxls_size_is_the_published_one() -> None:
     from sdxl_trt.export.graph.models import build_model
 
     published = {"base": 2_567_463_684, "refiner": 2_259_526_660}
@@ -108,7 +108,7 @@ def test_the_sizes_are_what_their_names_say() -> None:
         assert sum(torch.Size(shape).numel() for shape in state.values()) == parameters
 
 
-def test_every_size_has_configs_that_fit_together() -> None:
+def test_every_size_has_consistent_configs() -> None:
     for size in SIZES:
         base, refiner = (architecture(size, role) for role in ("base", "refiner"))  # type: ignore[arg-type]
         widths = [base.models[name]["hidden_size"] for name in ("text_encoder", "text_encoder_2")]
@@ -127,7 +127,7 @@ def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_stands_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_existing_checkpoint_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "base").mkdir()
     with pytest.raises(UsageError, match="exists"):
         write_checkpoint("tiny", "base", tmp_path)

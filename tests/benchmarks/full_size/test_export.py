@@ -1,4 +1,4 @@
-"""The benchmark's arithmetic, and one run of it with models so small that its figures mean nothing."""
+"""The benchmark's arithmetic, and one run with models so small that its figures mean nothing."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +28,7 @@ def _all_good() -> dict[str, Measured]:
     }  # fmt: skip
 
 
-def test_everything_within_its_bar_is_met() -> None:
+def test_figures_within_their_bars_are_met() -> None:
     assert [bar.met for bar in bars(_all_good())] == [True] * 10
 
 
@@ -46,12 +46,12 @@ def test_everything_within_its_bar_is_met() -> None:
         ("TensorRT parser", _measured(code=1), [9]),
     ],
 )
-def test_what_is_over_its_bar_is_missed(name: str, worse: Measured, missed: list[int]) -> None:
+def test_a_figure_over_its_bar_is_missed(name: str, worse: Measured, missed: list[int]) -> None:
     found = bars(_all_good() | {name: worse})
     assert [i for i, bar in enumerate(found) if bar.met is False] == missed
 
 
-def test_what_did_not_run_or_failed_has_no_figure() -> None:
+def test_cases_that_failed_or_did_not_run_are_not_measured() -> None:
     runs = _all_good()
     del runs["1B base by optimum"]
     found = bars(runs | {"base UNet": _measured(1, 0.1, code=5)})
@@ -59,7 +59,7 @@ def test_what_did_not_run_or_failed_has_no_figure() -> None:
     assert {bar.value for bar in found if bar.met is None} == {"not measured"}
 
 
-def test_a_peer_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_peers_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export, "PEERS", tmp_path / "peers/bin/python")
     missing = {case.name: case.missing for case in cases(tmp_path, quick=True) if case.missing}
     assert missing.keys() == {"imports of optimum", "1B base by optimum"}
@@ -69,7 +69,7 @@ def test_a_peer_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.M
     assert "| imports of optimum | not run | | | | there is no " in table(report)
 
 
-def test_what_a_case_wrote_is_removed(tmp_path: Path) -> None:
+def test_a_cases_output_is_deleted(tmp_path: Path) -> None:
     import sys
 
     out = tmp_path / "exported/a"
@@ -79,7 +79,7 @@ def test_what_a_case_wrote_is_removed(tmp_path: Path) -> None:
     assert not out.exists()
 
 
-def test_names_in_the_bars_are_names_of_cases(tmp_path: Path) -> None:
+def test_the_bars_use_the_cases_names(tmp_path: Path) -> None:
     assert {case.name for case in cases(tmp_path, quick=False)} == _all_good().keys()
 
 
@@ -93,7 +93,7 @@ def _with_an_encoder(work: Path, *, quick: bool) -> list[ExportCase]:
 def test_a_quick_run_measures_and_reports(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A text encoder stands in for the UNet, whose trace takes longer than everything else here."""
+    """A text encoder replaces the UNet, whose trace takes longer than everything else here."""
     monkeypatch.setattr(export, "cases", _with_an_encoder)
     results = tmp_path / "results.json"
     only = ["--only", "imports of ours", "--only", "base UNet"]

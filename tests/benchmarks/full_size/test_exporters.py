@@ -1,4 +1,4 @@
-"""The measured programs pass on what they are given, and the check refuses a graph that is not sound."""
+"""The measured programs pass on their arguments, and the check refuses an invalid graph."""
 
 from pathlib import Path
 
@@ -18,9 +18,9 @@ def _save(folder: Path, operator: str) -> None:
     )
 
 
-@pytest.mark.parametrize(("operator", "sound"), [("Abs", True), ("NoSuchOperator", False)])
-def test_what_was_exported_is_checked(
-    operator: str, sound: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("operator", "valid"), [("Abs", True), ("NoSuchOperator", False)])
+def test_exported_graphs_are_checked(
+    operator: str, valid: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given: list[str] = []
 
@@ -31,7 +31,7 @@ def test_what_was_exported_is_checked(
 
     monkeypatch.setattr("sdxl_trt.export.cli.export.main", export)
     arguments = ["--base", "a folder", "--components", "unet", "--out", str(tmp_path / "out")]
-    if sound:
+    if valid:
         assert main(["ours", *arguments]) == 0
         assert capsys.readouterr().out == "checked 1 graphs\n"
     else:

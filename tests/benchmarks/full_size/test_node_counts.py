@@ -1,4 +1,4 @@
-"""Node counts are those that onnx itself counts, subgraphs included."""
+"""Node counts equal onnx's own, subgraphs included."""
 
 from collections import Counter
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Random weights are what a safetensors reader expects, drawn the same every time and never all at once."""
+"""Random weights are valid safetensors files, reproducible, and never in memory all at once."""
 
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ def test_the_library_reads_names_shapes_and_types(tmp_path: Path, dtype: Any, ex
     assert {name: tensor.shape for name, tensor in loaded.items()} == SHAPES
     assert {tensor.dtype for tensor in loaded.values()} == {np.dtype(expected)}
     with safetensors.safe_open(tmp_path / "a.safetensors", "numpy") as file:
-        assert file.metadata() == {"format": "pt"}, "transformers refuses a file that does not say so"
+        assert file.metadata() == {"format": "pt"}, "transformers refuses a file without it"
 
 
 def test_activations_keep_their_scale(tmp_path: Path) -> None:
@@ -41,7 +41,7 @@ def test_activations_keep_their_scale(tmp_path: Path) -> None:
     assert (loaded["norm.bias"] == 0).all()
 
 
-def test_values_depend_on_seed_and_name_alone(tmp_path: Path) -> None:
+def test_values_depend_only_on_seed_and_name(tmp_path: Path) -> None:
     first = _write(tmp_path / "a.safetensors")
     _write(tmp_path / "b.safetensors")
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()

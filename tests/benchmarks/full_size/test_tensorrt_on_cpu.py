@@ -1,4 +1,4 @@
-"""The assembled TensorRT is made once, whole or not at all, and says why where it cannot be."""
+"""TensorRT is assembled once, completely or not at all, and states why it is unavailable."""
 
 import json
 import subprocess
@@ -22,7 +22,7 @@ needs_wheels = pytest.mark.skipif(bool(unavailable()), reason=f"no TensorRT pars
 
 
 @needs_wheels
-def test_a_folder_is_made_once(tmp_path: Path) -> None:
+def test_a_folder_is_assembled_once(tmp_path: Path) -> None:
     folder = assemble(tmp_path)
     for link in LINKS:
         assert (folder / PACKAGE / link).resolve().stat().st_size > 1 << 20
@@ -34,13 +34,13 @@ def test_a_folder_is_made_once(tmp_path: Path) -> None:
 
 
 @needs_wheels
-def test_the_cache_is_where_the_user_keeps_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_cache_is_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     assert assemble().parent == tmp_path / "sdxl-trt"
 
 
 @needs_wheels
-def test_half_a_folder_is_not_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_leaves_no_partial_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", "false")
     with pytest.raises(RuntimeError, match="the C compiler failed"):
         assemble(tmp_path)
@@ -83,13 +83,13 @@ def test_a_child_finds_both_flavours(monkeypatch: pytest.MonkeyPatch) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.stdout, done.stderr
     enterprise, rtx = json.loads(done.stdout)
-    assert enterprise == ["11.4.0.106", True, True, False], "the call that lies is not offered"
+    assert enterprise == ["11.4.0.106", True, True, False], "the broken call is removed"
     assert rtx[1:] == enterprise[1:]
     assert rtx[0].count(".") == 2
 
 
 @needs_wheels
-def test_the_binding_itself_is_as_it_came() -> None:
+def test_the_binding_itself_is_unchanged() -> None:
     code = "import tensorrt_bindings as t; print(hasattr(t.Builder, 'build_serialized_network_to_stream'))"
     environment = child_environment(assemble())
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)

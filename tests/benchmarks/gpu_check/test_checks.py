@@ -1,4 +1,4 @@
-"""`make gpu-check` on the simulated device: every check can pass, every check can fail, and no GPU is said plainly."""
+"""`make gpu-check` on the simulated device: every check can pass and can fail, and a missing GPU is reported."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def make_workplace(simulated: Any, pairs: Callable[[str], Any], tmp_path: Path) -> Callable[..., Workplace]:
-    """Return a function that makes a workplace whose plans, with the settings given, are for the simulated device."""
+    """Return a function that makes a workplace with plans for the simulated device, built with the given settings."""
     from simulated.bundles import make_simulated_bundle
 
     def make(**settings: Any) -> Workplace:
@@ -55,7 +55,9 @@ def test_without_a_gpu_the_report_says_so(monkeypatch: pytest.MonkeyPatch, capsy
     ("error", "count", "said"),
     [(0, 1, None), (0, 0, "the NVIDIA driver finds no GPU"), (100, 0, "does not start (CUDA error 100)")],
 )
-def test_the_driver_itself_is_asked(error: int, count: int, said: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_driver_itself_finds_the_gpu(
+    error: int, count: int, said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Driver:
         def cuInit(self, flags: int) -> int:  # noqa: N802 - CUDA's name
             return error
@@ -77,7 +79,7 @@ def test_a_machine_without_the_driver_has_no_gpu(monkeypatch: pytest.MonkeyPatch
     assert no_driver() == "no NVIDIA driver on this machine (libcuda.so.1 is missing)"
 
 
-def test_looking_finds_a_gpu_and_says_nothing(
+def test_look_prints_nothing_if_there_is_a_gpu(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(gpu_check, "no_driver", lambda: None)
@@ -88,7 +90,7 @@ def test_looking_finds_a_gpu_and_says_nothing(
 def test_everything_is_checked_on_the_simulated_device(
     workplace: Workplace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """TensorRT for RTX and ONNX Runtime for GPUs are not there; the rest passes, over plans that are kept."""
+    """TensorRT for RTX and ONNX Runtime for GPUs are not installed; everything else passes, with existing plans."""
     monkeypatch.setattr(gpu_check, "no_driver", lambda: None)
     monkeypatch.setattr(ort_providers, "_has_plugin", lambda: False)
     code = main(["--bundle", str(workplace.root)])
@@ -105,12 +107,12 @@ def test_everything_is_checked_on_the_simulated_device(
     assert str(workplace.root) not in out + progress
 
 
-def test_tensorrt_for_rtx_is_checked_where_it_is(simulated: Any, make_workplace: Callable[..., Workplace]) -> None:
-    """What only it has, no binding here can speak for: those checks end, one way or another, and say how."""
+def test_tensorrt_for_rtx_is_checked_if_installed(simulated: Any, make_workplace: Callable[..., Workplace]) -> None:
+    """Features that only RTX has are not simulated: their checks may fail, but must end and report something."""
     simulated.install("tensorrt-rtx")
     workplace = make_workplace()
-    # Without those that ask ONNX Runtime for a second opinion: they are the same for both.
-    checks = [each for each in all_checks() if each.name.startswith("tensorrt-rtx: ") and "'s" not in each.name]
+    # Without the comparisons with ONNX Runtime: they are the same for both flavours.
+    checks = [each for each in all_checks() if each.name.startswith("tensorrt-rtx: ") and "matches" not in each.name]
     assert len(checks) == 10
     results = {result.name: result for result in run_checks(checks, workplace, lambda _: None)}
     own = {name for name in results if "kernels" in name or "parked" in name}
@@ -118,14 +120,14 @@ def test_tensorrt_for_rtx_is_checked_where_it_is(simulated: Any, make_workplace:
     assert all(result.seen for result in results.values())
 
 
-def test_plans_that_stream_are_tried_so(make_workplace: Callable[..., Workplace]) -> None:
+def test_plans_with_weight_streaming_are_run_streamed(make_workplace: Callable[..., Workplace]) -> None:
     result = run_check(check("tensorrt: residencies give the same picture"), make_workplace(weight_streaming=True))
     assert result.outcome == "ok", result.seen
     assert "swap differs from resident by" in result.seen
     assert "stream differs from resident by" in result.seen
 
 
-def test_a_check_that_fails_stops_none(workplace: Workplace) -> None:
+def test_a_failing_check_does_not_stop_the_others(workplace: Workplace) -> None:
     def fail(_: Workplace) -> str:
         raise ValueError(f"{workplace.root}/plans is\nbad | worse")
 
@@ -147,7 +149,7 @@ def test_a_check_that_fails_stops_none(workplace: Workplace) -> None:
     assert "1 ok, 1 FAILED, 1 skipped." in text
 
 
-def test_a_failure_is_the_exit_code(
+def test_a_failure_makes_the_exit_code_1(
     workplace: Workplace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(_: Workplace) -> str:
@@ -159,14 +161,14 @@ def test_a_failure_is_the_exit_code(
     assert "| one | **FAILED** |" in capsys.readouterr().out
 
 
-def test_a_plan_of_another_machine_skips_what_needs_it(workplace: Workplace, simulated: Any) -> None:
+def test_checks_are_skipped_if_the_plans_are_for_another_machine(workplace: Workplace, simulated: Any) -> None:
     simulated.compute_capability = (9, 0)
     result = run_check(check("tensorrt: a whole picture matches ort-cpu"), workplace)
     assert result.outcome == "skipped"
     assert "compute capability is 9.0" in result.seen
 
 
-def test_plans_are_built_only_where_there_are_none_that_fit(
+def test_plans_are_built_only_if_none_fit(
     workplace: Workplace, simulated: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     builds: list[tuple[Any, ...]] = []
@@ -177,10 +179,10 @@ def test_plans_are_built_only_where_there_are_none_that_fit(
     simulated.compute_capability = (9, 0)
     result = run_check(build, workplace)
     assert builds == [(workplace.root, "tensorrt", {"flags": workplace.flags})]
-    assert result.outcome == "FAILED", "building them has changed nothing"
+    assert result.outcome == "FAILED", "the stubbed build leaves no plan that fits"
 
 
-def test_a_damaged_plan_fails_what_loads_it(workplace: Workplace) -> None:
+def test_a_damaged_plan_fails_the_check_that_loads_it(workplace: Workplace) -> None:
     (plan, *_) = sorted((workplace.root / "plans").glob("unet-*.plan"))
     content = bytearray(plan.read_bytes())
     content[-1] ^= 1
@@ -199,7 +201,7 @@ def test_a_damaged_plan_fails_what_loads_it(workplace: Workplace) -> None:
         ("memory is what was planned", ("OVERHEAD", -(1 << 40)), "planned, which is too much"),
     ],
 )
-def test_what_is_too_far_off_fails(
+def test_values_beyond_their_tolerance_fail(
     workplace: Workplace, monkeypatch: pytest.MonkeyPatch, name: str, setting: tuple[str, float], said: str
 ) -> None:
     monkeypatch.setattr(gpu_checks, *setting)
@@ -223,9 +225,7 @@ def test_no_graph_at_all_is_a_failure(workplace: Workplace, monkeypatch: pytest.
     assert (result.outcome, "no CUDA graph was launched" in result.seen) == ("FAILED", True)
 
 
-def test_a_component_that_answers_something_else_is_named(
-    workplace: Workplace, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_component_with_wrong_outputs_is_named(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
     download = Stream.download
 
     def negated(self: Stream, target: Any, address: int, doing: str) -> None:
@@ -241,4 +241,4 @@ def test_a_component_that_answers_something_else_is_named(
     result = run_check(check("tensorrt: every component matches ONNX Runtime"), workplace)
     assert result.outcome == "FAILED"
     assert "refiner_unet" in result.seen
-    assert "text_encoder" not in result.seen, "which is right"
+    assert "text_encoder" not in result.seen, "its outputs are right"

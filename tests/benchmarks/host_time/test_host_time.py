@@ -1,4 +1,4 @@
-"""The host-time benchmark: whom it compares, that it leaves out the UNet and the noise, and what its report says."""
+"""The host-time benchmark: its cases, its clock without the UNet and the noise, and its report."""
 
 import time
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from sdxl_trt.benchmarks.host_time.__main__ import Report, Row, Spread, bars, ma
 from sdxl_trt.benchmarks.host_time.cases import CASES, ELSEWHERE, Lap, our_run, their_run
 from sdxl_trt.runtime.diffusion.samplers.registry import TWO_CALLS, sampler_names
 
-# diffusers' own: it gives torch tensors to np.array; KDPM2 takes the logarithm of sigma 0.
+# diffusers' own warnings: it passes torch tensors to np.array; KDPM2 takes the logarithm of sigma 0.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning"),
@@ -35,13 +35,13 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host_time, "HEAP", 1)
 
 
-def test_every_sampler_is_compared_or_says_why_not() -> None:
+def test_every_sampler_is_compared_or_has_a_reason() -> None:
     assert {case.sampler for case in CASES} | set(ELSEWHERE) == set(sampler_names())
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if not case.needs], ids=lambda case: case.sampler)
 def test_both_sides_take_the_same_steps(case: host_cases.HostCase) -> None:
-    """One with two calls of the UNet leaves out the last step, which has one."""
+    """Samplers with two UNet calls per step leave out the last step, which has one call."""
     expected = STEPS - (case.sampler in TWO_CALLS)
     for run in (our_run(case.sampler, "float32", STEPS), their_run(case, "float16", STEPS)):
         laps = run()
@@ -51,8 +51,8 @@ def test_both_sides_take_the_same_steps(case: host_cases.HostCase) -> None:
         assert (laps[0].noise > 0) is stochastic
 
 
-def test_what_the_unet_and_the_noise_take_is_put_aside(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a clock that only they move."""
+def test_time_of_the_unet_and_the_noise_is_not_the_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a fake clock that only the calls advance."""
     clock = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     watch = host_cases._Watch()

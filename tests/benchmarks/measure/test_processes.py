@@ -1,4 +1,4 @@
-"""A child's memory is its own: what it allocates is seen, by kind, and what its parent holds is not."""
+"""A child's memory is measured by kind, without its parent's."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ import msgspec
 from sdxl_trt.benchmarks.measure.processes import Measured, machine, measure
 
 MB = 1 << 20
-# A child that says when it holds its memory, and stays until it has been seen.
+# A child that signals when it holds its memory, and waits until it has been sampled.
 HOLD = """
 import mmap, os
 {allocate}
@@ -17,7 +17,7 @@ open({ready!r}, "w").close()
 while not os.path.exists({seen!r}):
     pass
 """
-# The parent is small: a child's peak counts the pages of the process that it was forked from.
+# The parent is small: a child's peak includes the pages of the process that forked it.
 MEASURE = """
 import os, sys
 import msgspec
@@ -43,7 +43,7 @@ def _measured(allocate: str, folder: Path) -> Measured:
     return msgspec.json.decode(done.stdout, type=Measured)
 
 
-def test_anonymous_memory_is_told_from_mapped_files(tmp_path: Path) -> None:
+def test_anonymous_memory_and_mapped_files_are_distinguished(tmp_path: Path) -> None:
     file = tmp_path / "weights"
     file.write_bytes(bytes(200 * MB))
     anonymous = _measured(f"block = bytearray(b'1') * {200 * MB}", tmp_path / "anonymous")
@@ -58,7 +58,7 @@ def test_anonymous_memory_is_told_from_mapped_files(tmp_path: Path) -> None:
     assert min(anonymous.peak_rss, mapped.peak_rss) > 200 * MB
 
 
-def test_a_failure_is_told_with_its_output() -> None:
+def test_a_failure_is_returned_with_its_output() -> None:
     measured = measure([sys.executable, "-c", "import sys; print('before'); sys.exit('planted')"])
     assert (measured.ok, measured.exit_code) == (False, 1)
     assert "planted" in measured.output
@@ -71,7 +71,7 @@ def test_a_killed_child_is_a_failure() -> None:
     assert measured.exit_code == -9
 
 
-def test_the_environment_is_added_to() -> None:
+def test_the_environment_is_extended() -> None:
     measured = measure([sys.executable, "-c", "import os; print(os.environ['PLANTED'], 'PATH' in os.environ)"], {"PLANTED": "1"})  # fmt: skip # noqa: E501
     assert measured.output == "1 True"
 

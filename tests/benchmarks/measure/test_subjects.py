@@ -1,4 +1,4 @@
-"""What is measured: found, exported once, and named without a path of this machine."""
+"""Subjects are found, exported once, and named without local paths."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +21,7 @@ def _silent(_: str) -> None: ...
 
 
 def _exports(result: Callable[[list[str]], Measured]) -> list[list[str]]:
-    """Return the commands that an export would be, answered by `result`."""
+    """Replace export processes by `result`; return the list of their commands."""
     asked: list[list[str]] = []
 
     def run(command: list[str]) -> Measured:
@@ -37,7 +37,7 @@ def _measure_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subjects, "measure", subjects.measure)
 
 
-def test_by_default_it_is_the_embedded_pair(tmp_path: Path) -> None:
+def test_the_default_is_the_embedded_pair(tmp_path: Path) -> None:
     found = find_subject(None, None, None, tmp_path, _silent)
     assert found.embedded
     assert found.bundle.root == bundle_path()
@@ -88,7 +88,7 @@ def test_an_export_that_fails_keeps_its_exit_code(tmp_path: Path, code: int, err
     assert caught.value.exit_code == (code if code > 0 else 1)
 
 
-def test_inputs_are_what_the_graphs_take_and_the_same_every_time(tmp_path: Path) -> None:
+def test_inputs_fit_the_graphs_and_are_reproducible(tmp_path: Path) -> None:
     bundle = read_bundle(bundle_path())
     asked: dict[str, Any] = {"width": 128, "height": 64, "batch": 2, "guidance": 5.0, "seed": 3, "prompt": "a red star"}
     drawn = draw_inputs(bundle, **asked)
@@ -111,7 +111,7 @@ def test_inputs_are_what_the_graphs_take_and_the_same_every_time(tmp_path: Path)
     assert (unet_rows(2, 1.0), unet_rows(2, 1.5)) == (2, 4)
 
 
-def test_who_takes_part() -> None:
+def test_against_selects_the_contestants() -> None:
     assert [entry.name for entry in choose("compile, eager,eager")] == ["sdxl-trt", "compile", "eager"]
     assert [entry.name for entry in choose("none")] == ["sdxl-trt"]
     assert [entry.name for entry in choose(None)] == list(ROSTER)
@@ -120,7 +120,7 @@ def test_who_takes_part() -> None:
             choose(wrong)
 
 
-def test_why_one_cannot_take_part(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reason_why_a_contestant_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sdxl_trt.benchmarks.contest.roster.find_spec", lambda name: None)
     monkeypatch.setattr("sdxl_trt.benchmarks.contest.roster.peers", lambda: None)
     reasons = {name: unable(entry, checkpoint=True, gpu=False) for name, entry in ROSTER.items()}
@@ -135,6 +135,6 @@ def test_why_one_cannot_take_part(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "only on CPUs" in unable(ROSTER["openvino"], checkpoint=True, gpu=True)
 
 
-def test_a_command_is_shown_without_where_things_lie(tmp_path: Path) -> None:
+def test_a_command_is_shown_without_local_paths(tmp_path: Path) -> None:
     line = shown(command(ROSTER["eager"], tmp_path / "spec.json"))
     assert line == ("python", "-m", "sdxl_trt.benchmarks.contestants", "spec.json", "eager")

@@ -1,4 +1,4 @@
-"""PSNR by its closed forms, SSIM beside scikit-image's."""
+"""PSNR against closed forms, SSIM against scikit-image."""
 
 import numpy as np
 import pytest
@@ -23,13 +23,13 @@ def _pictures(high: int, wide: int, grain: int) -> tuple[np.ndarray, np.ndarray]
         ((48, 33), 90, 0.22793610703601605, 14.155144159330334),
     ],
 )
-def test_both_are_those_of_scikit_image(shape: tuple[int, int], grain: int, similarity: float, ratio: float) -> None:
+def test_both_equal_scikit_images(shape: tuple[int, int], grain: int, similarity: float, ratio: float) -> None:
     clean, noisy = _pictures(*shape, grain)
     assert ssim(noisy, clean) == pytest.approx(similarity, abs=1e-12)
     assert psnr(noisy, clean, 255) == pytest.approx(ratio, abs=1e-12)
 
 
-def test_ssim_of_flat_pictures_is_that_of_their_tones() -> None:
+def test_ssim_of_flat_pictures_compares_their_tones() -> None:
     black, grey, white = (np.full((12, 12, 3), tone, np.uint8) for tone in (0, 100, 255))
     c1 = (0.01 * 255) ** 2
     assert ssim(grey, grey) == pytest.approx(1.0, abs=1e-12)
@@ -37,12 +37,12 @@ def test_ssim_of_flat_pictures_is_that_of_their_tones() -> None:
     assert ssim(black, white) == pytest.approx(c1 / (255**2 + c1), abs=1e-9)
 
 
-def test_a_negative_is_unlike_its_picture() -> None:
+def test_ssim_of_a_negative_is_negative() -> None:
     clean, _ = _pictures(32, 32, 1)
     assert ssim(255 - clean, clean) < -0.4
 
 
-def test_psnr_is_measured_from_the_range_of_the_reference() -> None:
+def test_psnr_uses_the_range_of_the_reference() -> None:
     reference = np.array([-3.0, 1.0, 5.0], np.float32)
     assert psnr(reference + np.float32(0.5), reference) == pytest.approx(20 * np.log10(8 / 0.5))
     assert psnr(reference + np.float32(0.5), reference, 2.0) == pytest.approx(20 * np.log10(2 / 0.5))
@@ -50,14 +50,14 @@ def test_psnr_is_measured_from_the_range_of_the_reference() -> None:
     assert psnr(np.full(4, 0.1), np.zeros(4)) == pytest.approx(20.0)
 
 
-def test_what_is_equal_has_no_ratio_and_what_is_no_number_no_likeness() -> None:
+def test_psnr_is_none_for_equal_arrays_and_zero_for_nonfinite_ones() -> None:
     zeros = np.zeros(4, np.float16)
     assert psnr(zeros, zeros) is None
     assert psnr(np.array([0.0, np.nan]), np.array([0.0, 1.0])) == 0.0
     assert psnr(np.array([0.0, np.inf]), np.array([0.0, 1.0])) == 0.0
 
 
-def test_what_cannot_be_compared_is_refused() -> None:
+def test_shapes_that_cannot_be_compared_are_refused() -> None:
     with pytest.raises(ValueError, match="shape"):
         psnr(np.zeros(3), np.zeros((3, 1)))
     with pytest.raises(ValueError, match="11 pixels"):

@@ -1,4 +1,4 @@
-"""Sound engines pass against diffusers; wrong ones fail, by the stage that is off first."""
+"""Correct engines pass against diffusers; faulty ones fail at the first stage that the fault affects."""
 
 import json
 import shutil
@@ -38,7 +38,7 @@ def _subject(pair: Any, bundle: Path, cache: Path, **changes: Any) -> Subject:
 
 @pytest.fixture(scope="module")
 def traced() -> Callable[..., list[Trace]]:
-    """Return PyTorch's run, made once for all tests that ask for the same."""
+    """Return PyTorch's run, cached for all tests with the same arguments."""
     known: dict[tuple[Any, ...], list[Trace]] = {}
     run = quality.trace_diffusers
 
@@ -55,14 +55,14 @@ def traced() -> Callable[..., list[Trace]]:
 def measure(
     pairs: Any, traced: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., tuple[Quality, ...]]:
-    """Return a function that measures a bundle, or a copy of it that `change` altered, and vouches for."""
+    """Return a function that measures the bundle, or a copy altered by `change`."""
     monkeypatch.setattr(quality, "trace_diffusers", traced)
     pair = pairs("outline")
 
     def run(change: Callable[[Path], None] | None = None, settings: BenchSettings = SETTINGS) -> tuple[Quality, ...]:
         bundle = pair.bundle
         if change is not None:
-            monkeypatch.setattr(quality, "check_same_model", lambda _: None)  # costs seconds, and has its own tests
+            monkeypatch.setattr(quality, "check_same_model", lambda _: None)  # takes seconds, and has its own tests
             bundle = Path(shutil.copytree(bundle, tmp_path / "wrong"))
             change(bundle)
         return measure_quality(_subject(pair, bundle, tmp_path / "cache"), settings, ())
@@ -83,7 +83,7 @@ def _tensors(bundle: Path, component: str) -> Tensors:
 
 
 def _plant(component: str, change: Callable[[Tensors], None]) -> Callable[[Path], None]:
-    """Return a fault: weights changed in their file, and the manifest made to vouch for them."""
+    """Return a fault: change weights in their file and update their digest in the manifest."""
 
     def plant(bundle: Path) -> None:
         tensors = _tensors(bundle, component)
@@ -119,7 +119,7 @@ def _shifted_bias(tensors: Tensors) -> None:
 
 
 def _of_the_base(bundle: Path) -> None:
-    """Give the refiner the base's weights, wherever a tensor of its own has the same name and shape."""
+    """Overwrite the refiner's weights with the base's, if name and shape are the same."""
 
     def change(tensors: Tensors) -> None:
         for name, array in _tensors(bundle, "unet").items():
@@ -130,7 +130,7 @@ def _of_the_base(bundle: Path) -> None:
 
 
 @pytest.mark.slow
-def test_sound_engines_pass_at_every_stage(measure: Any) -> None:
+def test_correct_engines_pass_at_every_stage(measure: Any) -> None:
     rows = measure()
     assert [row.stage for row in rows] == [*STAGES, "pixels"]
     assert {row.variant for row in rows[:4]} == {f"{GIVEN} (fp32)"}
@@ -158,7 +158,7 @@ FAULTS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_wrong_engine_fails_at_the_stage_that_it_spoils(fault: str, measure: Any) -> None:
+def test_a_faulty_engine_fails_at_the_stage_it_affects(fault: str, measure: Any) -> None:
     plant, stage, culprit = FAULTS[fault]
     rows = measure(plant)
     assert next(row.stage for row in rows if not row.passed) == stage
@@ -181,7 +181,7 @@ def test_a_base_alone_without_guidance_has_no_handoff(measure: Any) -> None:
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_another_model_is_told_of(pairs: Any, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_model_is_refused(pairs: Any, tmp_path: Path) -> None:
     from safetensors.numpy import load_file, save_file
 
     pair = pairs("outline")
@@ -208,7 +208,7 @@ def test_without_a_checkpoint_or_with_a_lora_there_is_nothing_to_compare_with(pa
 
 
 @pytest.mark.slow
-def test_variants_stand_beside_the_bundle_and_do_not_decide(
+def test_variants_are_reported_but_do_not_affect_the_verdict(
     pairs: Any, traced: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pair, exported = pairs("outline"), []
@@ -236,7 +236,7 @@ def test_variants_stand_beside_the_bundle_and_do_not_decide(
     assert verdict(rows) == ""
 
 
-def test_what_is_drawn_depends_on_the_model(pairs: Any, tmp_path: Path) -> None:
+def test_the_cases_depend_on_the_model(pairs: Any, tmp_path: Path) -> None:
     pair = pairs("outline")
     subject = _subject(pair, pair.bundle, tmp_path, model="mini")
     settings = msgspec.structs.replace(SETTINGS, width=128, height=128)

@@ -1,4 +1,4 @@
-"""A report as Markdown: every figure is in it, the order is the reader's, and no name can be more than text."""
+"""A report as Markdown: it has every figure, in reading order, and all names are escaped."""
 
 import math
 import re
@@ -25,7 +25,7 @@ def _rendered(text: str) -> ET.Element:
 
 @settings(max_examples=60, deadline=None)
 @given(HOSTILE)
-def test_a_cell_is_text_and_nothing_else_to_another_reader(text: str) -> None:
+def test_a_cell_is_plain_text_to_a_markdown_parser(text: str) -> None:
     cell = _rendered("\n".join(table_lines(Table(("a", "b"), ((text, "c"),))))).find(".//td")
     assert cell is not None
     assert len(cell) == 0
@@ -34,21 +34,21 @@ def test_a_cell_is_text_and_nothing_else_to_another_reader(text: str) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(HOSTILE)
-def test_a_command_is_a_block_of_code_that_nothing_ends(text: str) -> None:
+def test_no_command_can_end_its_code_block(text: str) -> None:
     everything = _rendered(code_block(text))
     assert [each.tag for each in everything.iter()] == ["all", "pre", "code"]
     assert (everything[0][0].text or "").strip() == plain(text)
 
 
 @pytest.mark.parametrize("note", ["# big", "- a", "1. a", "> a", "=== a", "+ a", "<b>a</b>", "[a](b)", "![a](b)", "``"])
-def test_a_note_is_a_note(note: str, empty: BenchReport) -> None:
+def test_a_note_stays_a_list_item(note: str, empty: BenchReport) -> None:
     everything = _rendered(markdown_report(msgspec.structs.replace(empty, notes=(note,))))
     found = [item for item in everything.iter("li") if item.text and item.text.strip() == note]
     assert len(found) == 1
     assert len(found[0]) == 0
 
 
-def test_every_figure_is_in_it(report: BenchReport) -> None:
+def test_every_figure_is_in_the_report(report: BenchReport) -> None:
     text = markdown_report(report)
     for one in report.measurements:
         unit = time_unit(
@@ -66,7 +66,7 @@ def test_every_figure_is_in_it(report: BenchReport) -> None:
         assert shown in text, shown
 
 
-def test_what_a_figure_is_of_is_said(report: BenchReport) -> None:
+def test_figures_are_labelled(report: BenchReport) -> None:
     text = markdown_report(report)
     assert "| | bar |" in re.sub(" +", " ", text)
     assert "**base UNet step: 64×64, batch 1, 2 rows**" in text
@@ -83,20 +83,20 @@ def test_the_bars_come_first_and_the_commands_last(report: BenchReport) -> None:
                      "What could not run", "Notes", "How it was measured"]  # fmt: skip
 
 
-def test_who_could_not_run_is_named_with_the_reason(report: BenchReport) -> None:
+def test_contestants_that_could_not_run_are_named_with_the_reason(report: BenchReport) -> None:
     text = markdown_report(report)
     assert "| OpenVINO | everything | there is no environment of peers |" in text
     assert "| PyTorch eager, fp32 | VAE decode | it has none |" in text
     assert "| another | cold start | it failed |" in text
 
 
-def test_what_is_not_finite_is_not_called_equal(report: BenchReport) -> None:
+def test_nonfinite_arrays_are_not_called_equal(report: BenchReport) -> None:
     text = markdown_report(report)
     assert "| fp32 | embeddings | equal |" in text
     assert "| broken | pixels | not finite |" in text
 
 
-def test_a_report_of_nothing_says_how_and_no_more(empty: BenchReport) -> None:
+def test_an_empty_report_has_only_the_setup(empty: BenchReport) -> None:
     assert re.findall(r"^## (.*)$", markdown_report(empty), re.MULTILINE) == ["How it was measured"]
 
 
@@ -108,14 +108,14 @@ def test_one_contestant_has_no_ratio(report: BenchReport) -> None:
     assert "/ this" not in markdown_report(msgspec.structs.replace(alone, cold_starts=()))
 
 
-def test_two_that_are_called_alike_are_told_apart(report: BenchReport) -> None:
+def test_equal_labels_are_told_apart_by_name(report: BenchReport) -> None:
     twins = tuple(Contestant(name=name, title="X", precision="fp32") for name in ("sdxl-trt", "eager"))
     text = markdown_report(msgspec.structs.replace(report, contestants=twins))
     assert "| **X, fp32 (sdxl-trt)** |" in text
     assert "| X, fp32 (eager) |" in text
 
 
-def test_a_measurement_without_runs_or_of_nobody_is_no_error(report: BenchReport) -> None:
+def test_a_measurement_without_runs_or_contestant_is_no_error(report: BenchReport) -> None:
     def one(contestant: str, seconds: tuple[float, ...]) -> Measurement:
         return Measurement(contestant=contestant, what="odd", width=8, height=8, batch=1, seconds=seconds)
 
@@ -133,17 +133,17 @@ def test_seconds_have_three_digits_and_a_unit(seconds: float, said: str) -> None
 
 
 @given(st.floats(-1e308, 1e308) | st.sampled_from([math.inf, -math.inf, math.nan]))
-def test_any_number_can_be_said(value: float) -> None:
+def test_any_number_can_be_formatted(value: float) -> None:
     said = significant(value)
     if abs(value) in {0, float("inf")} or math.isnan(value):
         return
     assert float(said) == pytest.approx(value, rel=0.006)
 
 
-def test_columns_that_nobody_has_a_figure_for_are_left_out() -> None:
+def test_empty_columns_are_left_out() -> None:
     head, rows = without_empty(["", "a", "b"], [("x", "", "1"), ("y", "", "")])
     assert (head, rows) == (("", "b"), (("x", "1"), ("y", "–")))
 
 
-def test_escaping_leaves_what_readers_read() -> None:
+def test_escaping_leaves_plain_text_unchanged() -> None:
     assert escaped("<= 0.5 times, 2 < 3, a–b") == "<= 0.5 times, 2 < 3, a–b"

@@ -1,4 +1,4 @@
-"""The README's benchmark and the pages of the results are what the checked-in results make."""
+"""The README's benchmark and the results' pages are generated from the checked-in results."""
 
 import msgspec
 import pytest
@@ -10,12 +10,12 @@ from sdxl_trt.benchmarks.report.records import BenchReport
 from sdxl_trt.engines.errors import CorruptError
 
 
-def test_the_readme_says_what_the_results_say() -> None:
+def test_the_readme_matches_the_results() -> None:
     readme = README.read_text(encoding="utf-8")
     assert rewritten(readme, block(read_results())) == readme, "run: make readme"
 
 
-def test_the_pages_of_the_results_are_those_of_their_reports() -> None:
+def test_the_pages_match_the_results() -> None:
     for name, report in read_results().items():
         assert (RESULTS / f"{name}.md").read_text(encoding="utf-8") == markdown_report(report), "run: make readme"
         assert (RESULTS / f"{name}.html").read_text(encoding="utf-8") == page(report), "run: make readme"
@@ -26,7 +26,7 @@ def test_without_results_it_says_so() -> None:
     assert "Not measured yet" in NOTHING
 
 
-def test_figures_and_ratios_and_who_could_not_run_are_in_it(report: BenchReport) -> None:
+def test_figures_ratios_and_missing_contestants_are_in_the_block(report: BenchReport) -> None:
     text = block({"bench": report, "bench-other": report})
     assert text.count("| **sdxl-trt, fp32** | 51.3 ms | – | 0.513 s | – | 1.95 | 612 MB |") == 2
     assert "| PyTorch eager, fp32 | 103 ms | 0.500× | 1.03 s | 0.500× | 0.974 | 1.72 GB |" in text
@@ -35,13 +35,13 @@ def test_figures_and_ratios_and_who_could_not_run_are_in_it(report: BenchReport)
     assert "(benchmarks/results/bench-other.md)" in text
 
 
-def test_a_figure_that_changes_changes_it(report: BenchReport) -> None:
+def test_a_changed_figure_changes_the_block(report: BenchReport) -> None:
     first, *others = report.measurements
     slower = msgspec.structs.replace(first, seconds=(0.7, 0.7, 0.7))
     assert block({"bench": msgspec.structs.replace(report, measurements=(slower, *others))}) != block({"bench": report})
 
 
-def test_only_what_is_between_the_markers_is_rewritten() -> None:
+def test_only_the_text_between_the_markers_is_rewritten() -> None:
     assert rewritten(f"a\n{BEGIN}\nold\n{END}\nb", "new") == f"a\n{BEGIN}\nnew\n{END}\nb"
 
 

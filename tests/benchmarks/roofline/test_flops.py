@@ -1,4 +1,4 @@
-"""Counts of graphs are those of torch's own counter for the modules they were made from."""
+"""Counts of graphs equal torch's own counter on the modules they were exported from."""
 
 import shutil
 from collections.abc import Callable
@@ -92,7 +92,7 @@ def bundle(pairs: Any) -> Bundle:
 
 
 def module_flops(bundle: Bundle, name: str, shapes: dict[str, tuple[int, ...]]) -> int:
-    """Return torch's count of the PyTorch module that a component was made from, run on the meta device."""
+    """Return torch's count of the PyTorch module that a component was exported from, run on the meta device."""
     component = bundle.manifest.components[name]
     model = build_model(component.source.class_name, component.config, name)
     specs = {spec.name: spec.shape for spec in component.inputs}
@@ -123,8 +123,8 @@ def test_the_weights_are_not_needed(bundle: Bundle, tmp_path: Path) -> None:
     assert count_graph(tmp_path / "model.onnx", shapes) == count_component(bundle, "unet", **SIZE)
 
 
-def test_weights_are_those_of_the_file(bundle: Bundle) -> None:
-    """The weights' file has them all, and room between them; small constants are in the graph."""
+def test_weight_bytes_match_the_weights_file(bundle: Bundle) -> None:
+    """The weights file holds all weights, with padding between them; small constants are in the graph."""
     for name, component in bundle.manifest.components.items():
         model = onnx.load(bundle.path(component.graph), load_external_data=False)
         inline = sum(len(t.raw_data) for t in model.graph.initializer if t.data_location != TensorProto.EXTERNAL)
@@ -132,7 +132,7 @@ def test_weights_are_those_of_the_file(bundle: Bundle) -> None:
         assert 0.9 * component.weights.size < stored <= component.weights.size
 
 
-def test_bytes_are_counted_once_and_tables_by_the_row() -> None:
+def test_bytes_are_counted_once_and_embedding_tables_by_the_rows_read() -> None:
     conv = count_model(one_node("Conv", {"x": (2, 8, 6, 6)}, {"w": (4, 8, 1, 1)}), {"x": (2, 8, 6, 6)})
     assert conv == Counts(
         flops=2 * 2 * 4 * 36 * 8,
@@ -177,7 +177,7 @@ def test_what_cannot_be_counted_is_refused(
     assert "\n" not in str(raised.value)
 
 
-def test_a_shape_that_depends_on_values_is_refused_where_it_matters() -> None:
+def test_a_data_dependent_shape_is_refused_if_an_operator_needs_it() -> None:
     nodes = [helper.make_node("NonZero", ["x"], ["i"]), helper.make_node("Cast", ["i"], ["f"], to=TensorProto.FLOAT16)]
     nodes.append(helper.make_node("MatMul", ["w", "f"], ["y"]))
     weight = numpy_helper.from_array(np.zeros((3, 2), np.float16), "w")
@@ -188,7 +188,7 @@ def test_a_shape_that_depends_on_values_is_refused_where_it_matters() -> None:
         count_model(model, {"x": (4, 4)})
 
 
-def test_files_and_sizes_that_are_not_right_are_refused(bundle: Bundle, tmp_path: Path) -> None:
+def test_invalid_files_and_sizes_are_refused(bundle: Bundle, tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"no graph")
     with pytest.raises(CorruptError, match="not an ONNX file"):
         count_graph(tmp_path / "model.onnx", {})

@@ -1,4 +1,4 @@
-"""The peak rate is the best that was measured, in processes with the threads that were asked for."""
+"""The peak rate is the best rate measured, in processes with the requested threads."""
 
 import os
 import time
@@ -26,7 +26,7 @@ def test_a_rate_is_the_products_flops_over_the_shortest_time(monkeypatch: pytest
 
 
 @pytest.mark.parametrize("make", [gemm._numpy, gemm._onnxruntime])
-def test_what_is_timed_is_a_whole_product(make: Callable[[int, int], gemm.Product]) -> None:
+def test_the_timed_function_computes_the_product(make: Callable[[int, int], gemm.Product]) -> None:
     left, right = gemm._factors(16)
     made = make(16, 1)()
     assert made is None or np.allclose(made, left @ right, atol=1e-4)
@@ -45,14 +45,14 @@ def test_the_peak_is_the_best_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
     assert floor_seconds(14e9, 7e9) == 2.0
 
 
-def test_threads_are_settled_before_a_library_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_are_set_before_a_library_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gemm, "LIBRARIES", ("numpy", "absent_library"))
     monkeypatch.setitem(os.environ, "OPENBLAS_NUM_THREADS", "64")
     found = measure_gemm(1, [32])
     assert [(each.library, each.threads) for each in found] == [("numpy", 1)]
 
 
-def test_what_cannot_be_measured_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_failures_to_measure_are_reported(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UsageError, match="--threads 0"):
         measure_gemm(0)
     monkeypatch.setattr(gemm, "LIBRARIES", ())

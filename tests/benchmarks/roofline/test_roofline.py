@@ -1,4 +1,4 @@
-"""Estimates are the longer of compute and memory, hold for what others published, and say what they are."""
+"""Estimates are the longer of compute and memory, lie below all published times, and are labelled as estimates."""
 
 import subprocess
 import sys
@@ -23,14 +23,14 @@ def test_a_part_is_the_longer_of_compute_and_memory() -> None:
         assert part.floor == max(part.compute, part.memory)
     assert found.seconds == pytest.approx(sum(part.calls * part.floor for part in found.parts))
     by_name = {part.name: part for part in found.parts}
-    # Convolutions of a megapixel are bound by compute, the weights of two prompts' encoders by memory.
+    # The UNet at a megapixel is compute-bound, the text encoder on two prompts memory-bound.
     assert by_name["base UNet step"].floor == by_name["base UNet step"].compute
     assert by_name["text encoder 2"].floor == by_name["text encoder 2"].memory
     assert by_name["VAE decoder"].rate == "fp32_sums"
 
 
-def test_the_steps_are_cut_as_the_pipeline_cuts_them() -> None:
-    # 30 steps at 0.8 hand over after 23, in diffusers as here.
+def test_the_steps_are_split_as_the_pipeline_splits_them() -> None:
+    # 30 steps with a handoff at 0.8 give the base 23, in diffusers and here.
     work = run_estimate("a100").work
     assert (work.base_steps, work.refiner_steps, work.rows) == (23, 7, 2)
     alone = run_estimate("a100", handoff=None)
@@ -65,23 +65,23 @@ def test_no_published_time_is_below_its_floor(gpu: str) -> None:
         assert 0.0 < each.share < 1.0, each.published.what
 
 
-def test_every_published_time_is_of_a_gpu_that_is_known() -> None:
+def test_every_published_time_is_of_a_known_gpu() -> None:
     assert {each.gpu for each in PUBLISHED} <= set(GPUS)
     compared = [each for gpu in GPUS for each in estimate(gpu, Work(base_steps=1, refiner_steps=0)).published]
     assert [each.published for each in compared] == sorted(PUBLISHED, key=lambda p: list(GPUS).index(p.gpu))
 
 
-def test_rates_are_dense_and_in_their_order() -> None:
+def test_rates_are_dense_and_ordered_by_precision() -> None:
     for gpu in GPUS.values():
         assert gpu.tf32 < gpu.fp32_sums <= gpu.fp16 < gpu.eight_bit
         assert gpu.source.startswith("https://")
-    # 132 SMs, 4 tensor cores of 512 multiply-adds a clock at 1.83 GHz: NVIDIA's table leads with twice that.
+    # 132 SMs, 4 tensor cores of 512 multiply-adds per clock at 1.83 GHz; NVIDIA's table quotes twice that first.
     assert GPUS["h100"].fp16 == pytest.approx(2 * 132 * 4 * 512 * 1.83e9, rel=0.01)
     assert GPUS["a100"].fp16 == pytest.approx(2 * 108 * 4 * 256 * 1.41e9, rel=0.01)
     assert GPUS["4090"].fp16 == pytest.approx(2 * 128 * 4 * 128 * 2.52e9, rel=0.01)
 
 
-def test_the_table_says_what_it_is() -> None:
+def test_the_table_is_labelled_as_an_estimate() -> None:
     text = estimate_table(run_estimate("h100"))
     blocks = text.split("\n\n")
     assert blocks[0].startswith("**Estimate, not a measurement**")
@@ -97,7 +97,7 @@ def test_the_table_says_what_it_is() -> None:
     assert "published by others" not in bare
 
 
-def test_a_bundle_is_counted_in_place_of_sdxl() -> None:
+def test_a_bundle_is_counted_instead_of_sdxl() -> None:
     found = run_estimate("h100", engines=bundle_path(), height=128, width=128, batch=3)
     assert found.counts_from == str(bundle_path())
     assert not found.published
@@ -120,7 +120,7 @@ def test_what_cannot_be_estimated_is_refused(arguments: dict[str, Any], error: t
         run_estimate(**({"gpu": "h100"} | arguments))
 
 
-def test_names_are_found_as_people_write_them() -> None:
+def test_gpu_names_are_found_in_any_spelling() -> None:
     assert find_gpu("RTX 4090") is find_gpu("NVIDIA GeForce RTX-4090") is GPUS["4090"]
     assert find_gpu("H100") is GPUS["h100"]
 
