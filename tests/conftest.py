@@ -16,16 +16,16 @@ import pytest
 from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
-# What is measured in seconds says how busy the machine is, and no more.
+# No deadlines: durations depend on how busy the machine is.
 settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("suite")
 
-# Two test processes on two cores: threads of torch's that spin for each other would starve both.
+# Two test processes on two cores: torch's spinning threads would starve both.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_collection_finish() -> None:
-    """Let the collector pass over what the imports left: hundreds of thousands of objects that stay to the end."""
+    """Exclude the imports' hundreds of thousands of permanent objects from garbage collection."""
     gc.collect()
     gc.freeze()
 
@@ -35,7 +35,7 @@ WORDS = ["a", "red", "fox", "in", "the", "snow", "blue", "star", "blurry"]
 
 @dataclass(frozen=True)
 class Shape:
-    """What varies between the pairs of the tests."""
+    """The differences between the pairs of the tests."""
 
     base: dict[str, Any]
     refiner: dict[str, Any]
@@ -51,7 +51,7 @@ class Shape:
 
 
 SHAPES = {
-    # SDXL's own outline: three levels and four, heads per block, encoders without the prefix of transformers < 5.
+    # SDXL's structure: three and four levels, heads per block, encoders stored with transformers < 5's prefix.
     "outline": Shape(
         base={
             "block_out_channels": (16, 32, 32), "attention_head_dim": (1, 2, 4),
@@ -66,7 +66,7 @@ SHAPES = {
             "transformer_layers_per_block": 1, "layers_per_block": 1,
         },
     ),
-    # Two levels, one head width, convolutional projections; everything of the refiner is its own.
+    # Two levels, one head width, convolutional projections; the refiner shares nothing with the base.
     "apart": Shape(
         base={
             "block_out_channels": (16, 32), "attention_head_dim": 2,
@@ -243,7 +243,7 @@ def make_pair(folder: Path, shape: Shape) -> None:
 
 @dataclass(frozen=True)
 class Pair:
-    """A pair's diffusers folders, and the fp32 bundle exported from them when it is first asked for."""
+    """A pair's diffusers folders, and the fp32 bundle exported from them on first use."""
 
     name: str
     shape: Shape
@@ -253,7 +253,7 @@ class Pair:
 
     @property
     def bundle(self) -> Path:
-        """The exported bundle: shared, not to be changed."""
+        """The exported bundle, shared by all tests: do not change it."""
         return self.export()
 
 
@@ -277,9 +277,9 @@ Convert = Callable[..., Any]
 
 @pytest.fixture(scope="session")
 def convert_once(tmp_path_factory: pytest.TempPathFactory) -> Convert:
-    """Return the exporter's `convert`, which copies what any test process has converted before.
+    """Return a replacement for the exporter's `convert` that copies what any test process has converted before.
 
-    A component's key stands for all that decides its files, so a second trace of one would prove nothing new.
+    A component's key covers everything that determines its files, so converting it again would test nothing new.
     """
 
     def convert(name: str, plan: Any, key: str, root: Path, *rest: Any) -> Any:
@@ -297,20 +297,20 @@ def convert_once(tmp_path_factory: pytest.TempPathFactory) -> Convert:
         found = conversion.finished(root, name, key)
         assert found is not None
         source, config = conversion.component_source(plan), conversion.kept_config(plan)
-        return msgspec.structs.replace(found, source=source, config=config)  # as the exporter's own, when it resumes
+        return msgspec.structs.replace(found, source=source, config=config)  # as the exporter does when it resumes
 
     return convert
 
 
 @pytest.fixture
 def converted_once(convert_once: Convert, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let this test's exports convert nothing that was converted before."""
+    """Let this test's exports reuse components converted before."""
     monkeypatch.setattr("sdxl_trt.export.exporter.convert_component", convert_once)
 
 
 @pytest.fixture(scope="session")
 def pairs(tmp_path_factory: pytest.TempPathFactory, convert_once: Convert) -> Callable[[str], Pair]:
-    """Return a function from a name of SHAPES to its Pair, made once."""
+    """Return a function from a name in SHAPES to its Pair, made once."""
 
     def get(name: str) -> Pair:
         shape = SHAPES[name]
@@ -334,7 +334,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory, convert_once: Convert) -> Ca
 
 @pytest.fixture
 def fails(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Return a function that runs a command, checks its code and its one line, and returns the line."""
+    """Return a function that runs a command, checks its exit code and one-line error, and returns the line."""
 
     def run(command: Callable[[list[str]], int], arguments: list[str], code: int) -> str:
         capsys.readouterr()
@@ -359,7 +359,7 @@ def rng() -> np.random.Generator:
 
 
 def _simulated_package() -> Any:
-    """Import tests/simulated, which lies on no path: next to it are folders called `tensorrt` and `runtime`."""
+    """Import tests/simulated, which is not on sys.path: beside it are folders called `tensorrt` and `runtime`."""
     name, file = "simulated", Path(__file__).parent / "simulated" / "__init__.py"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, file, submodule_search_locations=[str(file.parent)])
@@ -372,7 +372,7 @@ def _simulated_package() -> Any:
 
 @pytest.fixture
 def simulated() -> Iterator[Any]:
-    """A SimulatedDevice whose stand-ins for `tensorrt` and `cuda.bindings.runtime` are installed."""
+    """A SimulatedDevice with its replacements for `tensorrt` and `cuda.bindings.runtime` installed."""
     device = _simulated_package().SimulatedDevice()
     device.install()
     yield device

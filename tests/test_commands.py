@@ -1,4 +1,4 @@
-"""The commands as a user meets them: results, one-line errors, exit codes, nothing half-written."""
+"""The commands from the user's side: results, one-line errors, exit codes, no partial files."""
 
 import json
 import shutil
@@ -54,7 +54,7 @@ def test_generate_writes_pictures_latents_and_json(bundle: Path, tmp_path: Path,
 
 
 @pytest.mark.slow
-def test_injected_latents_are_what_a_seed_draws(bundle: Path, tmp_path: Path) -> None:
+def test_injected_latents_give_the_same_result_as_their_seed(bundle: Path, tmp_path: Path) -> None:
     first, second, noise = tmp_path / "a.npz", tmp_path / "b.npz", tmp_path / "noise.npy"
     common = ["a red fox", "--engines", str(bundle), *FAST]
     assert trt_generate([*common, "--seed", "3", "-o", str(tmp_path / "a.png"), "--save-latents", str(first)]) == 0
@@ -65,7 +65,7 @@ def test_injected_latents_are_what_a_seed_draws(bundle: Path, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_no_refiner_leaves_no_handoff(bundle: Path, tmp_path: Path, capsys: Any) -> None:
+def test_without_refiner_there_is_no_handoff(bundle: Path, tmp_path: Path, capsys: Any) -> None:
     arguments = [
         "a fox",
         "--engines",
@@ -217,7 +217,7 @@ def test_export_leaves_foreign_folders_alone(models: Path, tmp_path: Path, fails
 
 
 @pytest.mark.slow
-def test_a_failed_export_leaves_the_previous_bundle(bundle: Path, models: Path, fails: Any) -> None:
+def test_a_failed_export_keeps_the_previous_bundle(bundle: Path, models: Path, fails: Any) -> None:
     before = {path: path.stat().st_mtime_ns for path in bundle.rglob("*")}
     unet = models / "base" / "unet" / "config.json"
     config = json.loads(unet.read_text())
@@ -269,7 +269,7 @@ def test_every_schedule_of_comfyui_is_in_the_help() -> None:
 
 
 @pytest.mark.slow
-def test_comfyui_s_options_reach_the_run(pairs: Any, tmp_path: Path, capsys: Any) -> None:
+def test_comfyui_options_affect_the_run(pairs: Any, tmp_path: Path, capsys: Any) -> None:
     from sdxl_trt.runtime import Request, open_bundle
 
     bundle, latents = pairs("outline").bundle, tmp_path / "x.npz"
@@ -296,7 +296,7 @@ def test_comfyui_s_options_reach_the_run(pairs: Any, tmp_path: Path, capsys: Any
 
 
 @pytest.mark.slow
-def test_samplers_schedule_and_guidance_reach_the_run(bundle: Path, tmp_path: Path, capsys: Any) -> None:
+def test_sampler_schedule_and_guidance_options_affect_the_run(bundle: Path, tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "x.png"
     arguments = ["a fox", "--engines", str(bundle), "--seed", "7", "--json", "-o", str(out), *FAST]
     pixels, metadata = [], []
@@ -326,12 +326,12 @@ def test_a_memory_plan_needs_neither_prompt_nor_gpu(pairs: Any, capsys: Any) -> 
     assert {need["component"] for need in plan["needs"]} >= {"unet", "refiner_unet", "vae_decoder"}
 
 
-def test_what_cannot_fit_is_said_with_the_plan(pairs: Any, capsys: Any) -> None:
+def test_a_plan_that_does_not_fit_is_an_error(pairs: Any, capsys: Any) -> None:
     assert trt_generate(["--plan", "--vram", "1MB", "--engines", str(pairs("outline").bundle)]) == 5
     captured = capsys.readouterr()
     assert "does not fit" in captured.out
     assert captured.err.startswith("error: tensorrt, residency stream")
 
 
-def test_a_prompt_is_asked_for(fails: Any) -> None:
+def test_a_missing_prompt_is_an_error(fails: Any) -> None:
     assert "PROMPT is missing" in fails(trt_generate, [], 2)

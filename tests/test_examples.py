@@ -1,4 +1,4 @@
-"""The examples do what they say, and are short enough to read at one glance."""
+"""The examples work, and are short."""
 
 import runpy
 from collections.abc import Callable
@@ -15,7 +15,7 @@ PROMPT = "a white triangle on a purple background"
 
 
 def _example(name: str, **settings: Any) -> Callable[..., None]:
-    """Return a function of an example by "file.function", with some of the file's constants replaced."""
+    """Return an example's function by "file.function", with some of the file's constants replaced."""
     file, function = name.split(".")
     found: Callable[..., None] = runpy.run_path(str(EXAMPLES / f"{file}.py"))[function]
     found.__globals__.update(settings)

@@ -1,4 +1,4 @@
-"""Files and texts that nobody has vouched for, given to trt-generate: one line and an exit code, or a run."""
+"""Untrusted files and texts given to trt-generate: either a run, or a one-line error and an exit code."""
 
 import io
 import json
@@ -30,14 +30,14 @@ FUZZ = settings(
     max_examples=60,
 )  # fmt: skip
 PATIENCE = 20.0
-"""Seconds, of processor time: hangs are found, slow machines are not."""
+"""Seconds of processor time: finds hangs, independent of a busy machine."""
 
 
 @pytest.fixture
 def outcome(
     pairs: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Iterator[Callable[..., tuple[int, str]]]:
-    """Return a function that runs the command up to its first engine, and returns its code and what it said."""
+    """Return a function that runs the command without running engines, and returns its exit code and stderr."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(batches.Batch, "steps", lambda self: iter(()))
     monkeypatch.setattr(series.Series, "finish", lambda *_, **__: {})
@@ -65,7 +65,7 @@ def outcome(
 
 @pytest.fixture(scope="module")
 def graph(pairs: Callable[[str], Any]) -> Any:
-    """Return a workflow that can be run."""
+    """Return a valid workflow."""
     request = Request("a red fox", compat="comfyui", steps=4, seed=3, width=32, height=32, handoff_step=2)
     with open_bundle(pairs("outline").bundle) as pipeline:
         return write_workflow(request, resolve_request(request, pipeline.manifest), pipeline.manifest)
@@ -73,7 +73,7 @@ def graph(pairs: Callable[[str], Any]) -> Any:
 
 @pytest.fixture(scope="module")
 def made(graph: Any) -> dict[str, str]:
-    """Return the texts of a picture that a workflow made."""
+    """Return the metadata texts of a picture made by a workflow."""
     metadata = {
         "prompt": "a red fox", "prompt_2": "a red fox", "negative": "", "negative_2": "", "seed": 3, "steps": 4,
         "handoff_step": 2, "guidance": 5.0, "refiner_guidance": 5.0, "guidance_rescale": 0.0,
@@ -99,10 +99,10 @@ def _text(key: str, text: str) -> bytes:
     return _chunk(b"tEXt", key.encode("latin-1", "replace") + b"\0" + text.encode("latin-1", "replace"))
 
 
-def test_a_sound_picture_is_repeated_and_its_workflow_run(
+def test_an_intact_picture_is_repeated_and_its_workflow_run(
     outcome: Any, made: dict[str, str], graph: Any, tmp_path: Path
 ) -> None:
-    """What the damage below is done to is no error to begin with."""
+    """The files that the other tests damage are valid to begin with."""
     (tmp_path / "x.png").write_bytes(_png(*(_text(key, text) for key, text in made.items())))
     (tmp_path / "x.json").write_text(json.dumps(graph))
     for arguments in (("--from", "x.png"), ("--workflow", "x.png"), ("--workflow", "x.json")):
@@ -180,7 +180,7 @@ def _many(count: int) -> str:
 
 
 def _chains(outputs: int, samplers: int) -> str:
-    """Return a workflow of many pictures, each at the end of the same chain of samplers."""
+    """Return a workflow with many outputs at the end of one chain of samplers."""
     nodes: dict[str, Any] = {
         f"s{k}": {"class_type": "KSampler", "inputs": {"latent_image": [f"s{k - 1}", 0]}} for k in range(samplers)
     }
@@ -257,7 +257,7 @@ ARRAYS = {
 
 
 @pytest.mark.parametrize("make", ARRAYS.values(), ids=ARRAYS)
-def test_an_array_that_is_no_noise(outcome: Any, tmp_path: Path, make: Callable[[], bytes]) -> None:
+def test_an_invalid_latents_array_is_refused(outcome: Any, tmp_path: Path, make: Callable[[], bytes]) -> None:
     (tmp_path / "x.npy").write_bytes(make())
     assert outcome("a fox", "--width", "32", "--height", "32", "--latents", "x.npy")[0] == 2
 
@@ -274,7 +274,7 @@ def test_a_damaged_array(outcome: Any, tmp_path: Path, data: st.DataObject) -> N
 
 @FUZZ
 @given(content=st.binary(max_size=200) | st.text(max_size=200).map(lambda text: text.encode(errors="replace")))
-def test_any_file_in_the_place_of_each(outcome: Any, tmp_path: Path, content: bytes) -> None:
+def test_any_content_for_every_file_option(outcome: Any, tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x").write_bytes(content)
     for option in ("--from", "--workflow"):
         assert outcome(option, "x")[0] == 2
@@ -282,7 +282,7 @@ def test_any_file_in_the_place_of_each(outcome: Any, tmp_path: Path, content: by
 
 
 @pytest.mark.parametrize("option", ["--from", "--workflow", "--prompts", "--latents"])
-def test_what_is_no_file(outcome: Any, tmp_path: Path, option: str) -> None:
+def test_paths_that_are_not_files_are_refused(outcome: Any, tmp_path: Path, option: str) -> None:
     (tmp_path / "folder").mkdir()
     prompt = ["a fox"] if option == "--latents" else []
     for name in ("folder", "missing", "missing/x", "x" * 300, ""):

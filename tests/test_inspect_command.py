@@ -1,4 +1,4 @@
-"""trt-inspect as a user meets it: lines, JSON, exit codes, with and without a GPU."""
+"""trt-inspect from the user's side: lines, JSON, exit codes, with and without a GPU."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ from sdxl_trt.mini.embedded import bundle_path
 
 @pytest.fixture
 def planned(simulated: Any, tmp_path: Path) -> Bundle:
-    """Return the embedded pair with plans for the simulated GPU, of the decoder and one text encoder."""
+    """Return the embedded pair with plans of the decoder and one text encoder for the simulated GPU."""
     bundle = read_bundle(simulated.bundle(bundle_path(), tmp_path / "planned", height=64, width=64))
     kept = tuple(record for record in bundle.manifest.plans if record.key.component in ("text_encoder", "vae_decoder"))
     write_manifest(bundle.root, msgspec.structs.replace(bundle.manifest, plans=kept))
@@ -82,7 +82,7 @@ def test_usage_errors(arguments: list[str], capsys: pytest.CaptureFixture[str]) 
     assert "see trt-inspect --help" in capsys.readouterr().err
 
 
-def test_plans_that_serve_here(planned: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+def test_usable_plans_are_reported(planned: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = _run(capsys, str(planned.root), "--why-rebuild", "--json")
     assert code == 0
     (rebuild,) = json.loads(out)["rebuild"]
@@ -101,7 +101,7 @@ def test_tensorrt_agrees_with_onnx_runtime(planned: Bundle, capsys: pytest.Captu
 
 
 def _plan_of_other_weights(simulated: Any, source: Bundle, name: str, folder: Path) -> PlanRecord:
-    """Return the record of a plan in `folder`, built from weights of which a thousand have the wrong sign."""
+    """Return the record of a plan in `folder`, built from weights with a thousand signs flipped."""
     root = Path(shutil.copytree(bundle_path(), folder / "other"))
     component = source.manifest.components[name]
     file = root / component.weights.file
@@ -119,7 +119,7 @@ def _plan_of_other_weights(simulated: Any, source: Bundle, name: str, folder: Pa
 def test_a_plan_that_differs_exits_1(
     simulated: Any, planned: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The manifest vouches for the plan, and its key says that it is of the bundle's weights; it is not."""
+    """The plan's digest is right and its key names the bundle's weights, but it was built from others."""
     wrong = _plan_of_other_weights(simulated, planned, "vae_decoder", tmp_path)
     shutil.copy(tmp_path / "built" / wrong.file.file, planned.root / wrong.file.file)
     weights = planned.manifest.components["vae_decoder"].weights.sha256
@@ -134,7 +134,7 @@ def test_a_plan_that_differs_exits_1(
     assert err.count("\n") == 1
 
 
-def test_the_device_is_given_back(simulated: Any, planned: Bundle) -> None:
+def test_device_memory_is_freed(simulated: Any, planned: Bundle) -> None:
     compare_engines(planned, ["vae_decoder"], "tensorrt", "ort-cpu")
     assert simulated.current_bytes == 0
 
@@ -160,8 +160,8 @@ sys.exit(f"imported {heavy}" if heavy else 0)
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
-def test_telling_imports_no_backend(tmp_path: Path) -> None:
-    """Neither ONNX Runtime nor Polygraphy nor TensorRT has to be there to read what a bundle says of itself."""
+def test_inspecting_imports_no_backend(tmp_path: Path) -> None:
+    """Reading a bundle's records needs neither ONNX Runtime nor Polygraphy nor TensorRT."""
     shutil.copytree(bundle_path(), tmp_path / "bundle")
     code = f"""
 import sys

@@ -1,4 +1,4 @@
-"""Commands among paths that are not UTF-8, which no output may choke on."""
+"""Commands with paths that are not UTF-8, which must not break their output."""
 
 import os
 import shutil
@@ -21,13 +21,13 @@ def _command(module: str, *arguments: Path | str, encoding: str = "utf-8") -> su
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder whose name has a byte that is no UTF-8, and blanks."""
+    """A folder whose name has a byte that is not UTF-8, and spaces."""
     folder = tmp_path / os.fsdecode(b"caf\xe9  two")
     folder.mkdir()
     return folder
 
 
-def test_pictures_are_made_there(folder: Path) -> None:
+def test_pictures_are_written_to_odd_paths(folder: Path) -> None:
     bundle, prompts = folder / "bundle", folder / os.fsdecode(b"p\xff.txt")
     shutil.copytree(bundle_path(), bundle)
     prompts.write_text("a red star\n")
@@ -43,9 +43,7 @@ def test_pictures_are_made_there(folder: Path) -> None:
     ("encoding", "options", "message"),
     [("utf-8", ("--prompts",), b"check the path"), ("ascii", ("a fox", "--engines"), b"no such folder")],
 )
-def test_what_is_missing_there_is_one_line(
-    folder: Path, encoding: str, options: tuple[str, ...], message: bytes
-) -> None:
+def test_a_missing_odd_path_is_one_line(folder: Path, encoding: str, options: tuple[str, ...], message: bytes) -> None:
     run = _command("runtime.cli", *options, folder / "none", encoding=encoding)
     assert (run.returncode, run.stdout) == (2, b""), run.stderr
     assert run.stderr.startswith(b"error: ")

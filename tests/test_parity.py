@@ -1,4 +1,4 @@
-"""Base, handoff and refiner against diffusers' own ensemble of experts, on the same weights in fp32."""
+"""Base, handoff and refiner against diffusers' own base and refiner pipelines, on the same weights in fp32."""
 
 import dataclasses
 import warnings
@@ -10,7 +10,7 @@ import pytest
 
 from sdxl_trt.runtime import Request, open_bundle
 
-# diffusers' own: it gives torch tensors to np.array.
+# diffusers' own warning: it passes torch tensors to np.array.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 PROMPT = "a red fox in the snow"
@@ -20,7 +20,7 @@ PSNR_FLOOR = 50.0
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One run: latent size, pictures, steps, handoff, negative prompt; injected noise or the seed alone."""
+    """One run: picture size, count, steps, handoff, negative prompt, and injected noise or only the seed."""
 
     pair: str
     width: int
@@ -96,7 +96,7 @@ def _reference(experts: tuple[Any, Any], case: Case, seed: int, noise: np.ndarra
     for pipeline in experts:
         pipeline.scheduler = getattr(diffusers, SCHEDULERS[case.sampler]).from_config(pipeline.scheduler.config)
 
-    # One generator a picture for both pipelines: what the refiner draws goes on from what the base drew.
+    # One generator per picture for both pipelines: the refiner continues the base's random sequence.
     generators = [torch.Generator().manual_seed(seed + i) for i in range(case.count)]
 
     def settings() -> dict[str, Any]:
@@ -139,7 +139,7 @@ def _psnr(left: np.ndarray, right: np.ndarray) -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_run_is_diffusers_run(
+def test_the_run_matches_diffusers(
     case: Case, pairs: Callable[[str], Any], experts: Callable[[str], Any], rng: np.random.Generator
 ) -> None:
     pair, pipelines = pairs(case.pair), experts(case.pair)
@@ -155,7 +155,7 @@ def test_the_run_is_diffusers_run(
         pictures = list(pipeline.generate(request))
         run = pipeline.run
 
-    # DPM-Solver keeps its latents in unit variance, ours are what ComfyUI and k-diffusion hand over.
+    # diffusers' DPM-Solver keeps latents at unit variance; ours are scaled as in ComfyUI and k-diffusion.
     scale = np.float32(np.hypot(1, run.handoff.sigma) if case.sampler == "dpmpp_2m" else 1)
     np.testing.assert_allclose(run.handoff_latents / scale, expected.handoff_latents, rtol=0, atol=LATENTS_TOLERANCE)
     np.testing.assert_allclose(run.final, expected.final, rtol=0, atol=LATENTS_TOLERANCE)
@@ -167,7 +167,7 @@ def test_the_run_is_diffusers_run(
 
 @pytest.mark.slow
 def test_the_tolerance_would_notice_a_missing_refiner(pairs: Callable[[str], Any]) -> None:
-    """What the comparison above allows is far less than what the refiner does."""
+    """The tolerance of the comparison above is far smaller than the refiner's effect."""
     with open_bundle(pairs("outline").bundle) as pipeline:
         settings = {"steps": 12, "seed": 1, "width": 32, "height": 32}
         list(pipeline.generate(Request(PROMPT, handoff=0.8, **settings)))
@@ -179,7 +179,7 @@ def test_the_tolerance_would_notice_a_missing_refiner(pairs: Callable[[str], Any
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["outline", "apart"])
-def test_an_absent_negative_is_what_each_config_says(name: str, pairs: Callable[[str], Any]) -> None:
+def test_an_absent_negative_follows_each_config(name: str, pairs: Callable[[str], Any]) -> None:
     """outline zeroes an absent negative in the base and encodes it in the refiner; apart the other way round."""
     pair = pairs(name)
     settings = {"steps": 12, "handoff": 0.5, "seed": 3, "width": 64, "height": 64}
@@ -191,14 +191,14 @@ def test_an_absent_negative_is_what_each_config_says(name: str, pairs: Callable[
     base_zeroes, refiner_zeroes = pair.shape.force_zeros
     moved = np.abs(runs[0].handoff_latents - runs[1].handoff_latents).max()
     assert (moved > 0) == base_zeroes
-    if not base_zeroes:  # the refiner received the same latents: what moves now is its own doing
+    if not base_zeroes:  # the refiner received equal latents: any difference is its own
         assert (np.abs(runs[0].final - runs[1].final).max() > 0) == refiner_zeroes
     assert pipeline.manifest.base.force_zeros_for_empty_prompt == base_zeroes
     assert pipeline.manifest.refiner.force_zeros_for_empty_prompt == refiner_zeroes
 
 
 @pytest.mark.slow
-def test_what_agrees_is_stored_once_and_what_differs_apart(pairs: Callable[[str], Any]) -> None:
+def test_shared_components_are_stored_once(pairs: Callable[[str], Any]) -> None:
     with open_bundle(pairs("outline").bundle) as pipeline:
         assert set(pipeline.manifest.components) == {
             "text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder", "refiner_unet",
@@ -213,7 +213,7 @@ def test_what_agrees_is_stored_once_and_what_differs_apart(pairs: Callable[[str]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("residency", ["resident", "swap"])
-def test_one_swap_however_many_pictures(residency: str, pairs: Callable[[str], Any]) -> None:
+def test_one_swap_for_any_number_of_pictures(residency: str, pairs: Callable[[str], Any]) -> None:
     with open_bundle(pairs("outline").bundle, residency=residency) as pipeline:
         request = Request(PROMPT, steps=4, handoff=0.5, seed=0, count=9, width=32, height=32)
         assert len(list(pipeline.generate(request))) == 9

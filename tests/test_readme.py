@@ -1,4 +1,4 @@
-"""The Python of the README, as it stands, in an empty folder."""
+"""The README's Python blocks run unchanged in an empty folder."""
 
 import re
 import subprocess
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder in which every block of the README has run."""
+    """Return the folder in which all blocks of the README have run."""
     place = tmp_path_factory.mktemp("readme")
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len(blocks) >= 2
@@ -25,13 +25,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_it_draws(folder: Path) -> None:
+def test_the_readme_draws_a_picture(folder: Path) -> None:
     assert (folder / "circle.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow
 def test_its_export_of_the_embedded_pair_is_the_embedded_bundle(folder: Path) -> None:
-    """The bundle in the package is what export makes of the weights in the package, to the byte."""
+    """The package's bundle is byte for byte the export of the package's weights."""
     made, kept = read_bundle(folder / "my-bundle").manifest, read_bundle(bundle_path()).manifest
     assert set(made.components) == set(kept.components)
     for name, component in made.components.items():

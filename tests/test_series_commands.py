@@ -1,4 +1,4 @@
-"""Series and repeats through the command: sweeps, sheets, prompts of a file, pictures made again."""
+"""Series and repeats through the command: sweeps, contact sheets, prompt files, repeated pictures."""
 
 import hashlib
 import json
@@ -41,7 +41,7 @@ def test_a_picture_is_repeated_from_its_file(bundle: Path, tmp_path: Path, capsy
 
 
 @pytest.mark.slow
-def test_a_picture_in_comfyui_s_way_is_repeated(bundle: Path, tmp_path: Path) -> None:
+def test_a_picture_with_compat_comfyui_is_repeated(bundle: Path, tmp_path: Path) -> None:
     way = ["--compat", "comfyui", "--sampler", "euler_ancestral", "--schedule", "karras", "--base-end-step", "3",
            "--refiner-start-step", "2", "--refiner-add-noise", "--crop", "4,8", "--clip-skip", "-1",
            "-n", "2"]  # fmt: skip
@@ -78,7 +78,7 @@ def test_a_sheet_is_repeated_from_its_file(bundle: Path, tmp_path: Path, capsys:
 
 
 @pytest.mark.slow
-def test_what_a_workflow_made_is_repeated_and_told_from_another_bundle(
+def test_a_workflow_picture_is_repeated_and_another_bundle_is_warned_about(
     bundle: Path, tmp_path: Path, capsys: Any
 ) -> None:
     way = ["--compat", "comfyui", "--steps", "2", "--width", "32", "--height", "32", "--no-refiner", "--engines"]
@@ -115,7 +115,7 @@ def test_prompts_of_a_file_are_one_run(bundle: Path, tmp_path: Path, capsys: Any
 
 
 @pytest.mark.slow
-def test_no_metadata_holds_for_every_format(bundle: Path, tmp_path: Path, fails: Any) -> None:
+def test_no_metadata_works_for_every_format(bundle: Path, tmp_path: Path, fails: Any) -> None:
     for kind, ending in (("png", "png"), ("jpeg", "jpg"), ("webp", "webp")):
         path = tmp_path / f"x.{ending}"
         arguments = ["fox", "--engines", str(bundle), "-o", str(path), "--format", kind, "--no-metadata", *FAST]
@@ -124,7 +124,7 @@ def test_no_metadata_holds_for_every_format(bundle: Path, tmp_path: Path, fails:
         assert "carries no settings" in fails(trt_generate, ["--from", str(path)], 2)
 
 
-def test_a_series_that_makes_no_sense_is_refused(tmp_path: Path, fails: Any) -> None:
+def test_contradictory_series_options_are_refused(tmp_path: Path, fails: Any) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red fox")
     for arguments, message in (

@@ -1,4 +1,4 @@
-"""The checks themselves: a checker that sees no file would find no error."""
+"""The checkers themselves: one that sees no files would find no errors."""
 
 import subprocess
 import sys

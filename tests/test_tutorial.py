@@ -1,4 +1,4 @@
-"""The tutorial's commands, as they stand, on a small pair: what they cost, what they warn of, what their files say."""
+"""The tutorial's commands, unchanged, on a small pair: their steps, their warnings and their files' metadata."""
 
 import json
 import re
@@ -22,7 +22,7 @@ Report = dict[str, Any]
 
 
 def _commands() -> dict[str, list[str]]:
-    """Return the arguments of every command of the document, by the file that it writes."""
+    """Return the arguments of every command in the document, by the file it writes."""
     found, variables = {}, {}
     for block in re.findall(r"```sh\n(.*?)```", DOCUMENT.read_text(), re.DOTALL):
         for line in block.splitlines():
@@ -38,7 +38,7 @@ def _commands() -> dict[str, list[str]]:
 
 @pytest.fixture(scope="module")
 def run(pairs: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., int]:
-    """Return a function that runs one of the commands with the small pair, once the tutorial's picture is there."""
+    """Return a function that runs one of the commands with the small pair, after drawing the tutorial's picture."""
     folder = tmp_path_factory.mktemp("tutorial")
     commands = _commands()
 
@@ -58,7 +58,7 @@ def run(pairs: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture
 def told(run: Any, capsys: pytest.CaptureFixture[str]) -> Callable[[str], tuple[Report, str]]:
-    """Return a function that runs a command and returns its report and what it said."""
+    """Return a function that runs a command and returns its report and stderr."""
 
     def report(name: str) -> tuple[Report, str]:
         capsys.readouterr()
@@ -80,7 +80,7 @@ def _pixels(folder: Path, name: str) -> Any:
 
 
 @pytest.mark.slow
-def test_the_picture_carries_the_tutorial_s_graph(run: Any) -> None:
+def test_the_picture_contains_the_tutorial_s_graph(run: Any) -> None:
     base, refiner = read_workflow(run.folder / "tutorial.png").samplings
     assert (base.steps, base.cfg, base.sampler, base.schedule, base.seed) == (50, 8.0, "euler", "normal", 0)
     assert (base.add_noise, base.start, base.end, base.leftover_noise) == (True, 0, 40, True)
@@ -93,9 +93,7 @@ def test_the_picture_carries_the_tutorial_s_graph(run: Any) -> None:
 
 
 @pytest.mark.slow
-def test_cuts_of_a_workflow_cost_one_base_run_and_the_refiner_s_parts(
-    told: Any, run: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_handoff_sweep_of_a_workflow_runs_the_base_once(told: Any, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     report, said = told("cuts.png")
     assert _steps(report) == (50, 38 + 25 + 20 + 17 + 15 + 10)
     assert "warning" not in said
@@ -114,7 +112,7 @@ def test_cuts_of_a_workflow_cost_one_base_run_and_the_refiner_s_parts(
 
 
 @pytest.mark.slow
-def test_scores_of_a_workflow_share_its_base_run(told: Any, run: Any) -> None:
+def test_an_aesthetic_score_sweep_of_a_workflow_runs_the_base_once(told: Any, run: Any) -> None:
     report, _ = told("scores.png")
     assert _steps(report) == (40, 30)
     assert np.array_equal(_pixels(run.folder, "scores-1.png"), _pixels(run.folder, "tutorial.png"))
@@ -122,13 +120,13 @@ def test_scores_of_a_workflow_share_its_base_run(told: Any, run: Any) -> None:
 
 
 @pytest.mark.slow
-def test_what_does_not_fit_together_is_said_as_the_document_says(told: Any) -> None:
+def test_the_misfit_warnings_are_those_in_the_document(told: Any) -> None:
     _, said = told("misfit.png")
     (expected,) = re.findall(r"```\n(warning: .*?)```", DOCUMENT.read_text(), re.DOTALL)
     assert [line for line in said.splitlines() if line.startswith("warning:")] == expected.splitlines()
 
 
-def test_the_other_commands_ask_for_the_same_cuts_and_scores() -> None:
+def test_the_other_commands_have_the_same_handoffs_and_scores() -> None:
     commands = _commands()
     assert set(commands) == {
         "tutorial.png", "cuts.png", "cuts-too.png", "scores.png", "grid.png", "other-seed.png", "misfit.png",

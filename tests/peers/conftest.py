@@ -1,4 +1,4 @@
-"""What the peers' tests read: folders that the project's own environment exported; run by ``make test-peers``."""
+"""Fixtures of the peers' tests: folders exported by the project's own environment; run with ``make test-peers``."""
 
 import importlib.metadata
 import importlib.util
@@ -23,18 +23,18 @@ def _is_installed(distribution: str) -> bool:
     return True
 
 
-# The ordinary suite has neither optimum-onnx nor the old libraries, and does not look in here.
+# The ordinary suite has neither optimum-onnx nor the old libraries, and collects nothing here.
 collect_ignore_glob = [] if _is_installed("optimum-onnx") else ["*"]
 _MEASURED = pytest.StashKey[list[str]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--exports", metavar="DIR", help="use what an earlier run exported there, or export there")
+    parser.addoption("--exports", metavar="DIR", help="folder to export to; reuses an earlier run's exports")
 
 
 @pytest.fixture(scope="session")
 def exports(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with a sub-folder a pair: base, refiner, bundle and optimum."""
+    """Return a folder with a sub-folder per pair, which has base, refiner, bundle and optimum."""
     asked = request.config.getoption("--exports")
     folder = Path(asked).resolve() if asked else tmp_path_factory.mktemp("exports")
     if not (folder / ".done").exists():
@@ -45,7 +45,7 @@ def exports(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture(scope="session")
 def sampling() -> Iterator[ModuleType]:
-    """Return k-diffusion's sampling module; its package's own __init__ would import far more than is there."""
+    """Return k-diffusion's sampling module, loaded without its package's __init__, which needs missing libraries."""
     spec = importlib.util.find_spec("k_diffusion")
     assert spec is not None
     assert spec.origin is not None

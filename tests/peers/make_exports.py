@@ -25,7 +25,7 @@ def _write(folder: Path, bundle: Path) -> None:
 
 
 def main(folder: Path) -> None:
-    """Write outline, apart, legacy (fp32), half (fp16 throughout, opset 20) and mini (the embedded bundle)."""
+    """Write outline, apart, legacy (fp32), half (all fp16, opset 20) and mini (the embedded bundle)."""
     warnings.simplefilter("ignore")
     for name in ("outline", "apart", "legacy"):
         pair = folder / name

@@ -1,4 +1,4 @@
-"""Brownian noise against torchsde itself, and through the samplers of those that draw from it."""
+"""Brownian noise against torchsde itself, and through k-diffusion's and diffusers' samplers that use it."""
 
 import warnings
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ REQUIRED = 2e-6
 
 @pytest.fixture(autouse=True)
 def _ends_are_rounded() -> Iterator[None]:
-    """torchsde warns of sigmas that lie beyond the ends of its tree once they are rounded, by less than a millionth."""
+    """Ignore torchsde's warning about sigmas that rounding puts beyond the ends of its tree by less than 1e-6."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Should have t", category=UserWarning)
         yield
@@ -37,7 +37,7 @@ def _denoise(x: Any, sigma: Any) -> Any:
 
 
 @pytest.mark.parametrize("seed", [0, 1, 42, 2**31 + 5, 2**32, 2**53 + 1, 2**64 - 1])
-def test_any_way_of_any_seed(seed: int) -> None:
+def test_any_interval_of_any_seed_matches_torchsde(seed: int) -> None:
     rng = np.random.default_rng(seed)
     sigmas = np.sort(rng.uniform(0.03, 15, 9).astype(np.float32))[::-1]
     low, high = float(sigmas[-1]), float(sigmas[0])
@@ -51,7 +51,7 @@ def test_any_way_of_any_seed(seed: int) -> None:
 @pytest.mark.parametrize("name", sorted(BROWNIAN))
 @pytest.mark.parametrize("part", [slice(None), slice(4, None), slice(0, 6)])
 def test_samplers_draw_what_k_diffusion_draws(name: str, part: slice, sampling: Any) -> None:
-    """In ComfyUI's way: a path of the seed over the part's sigmas, for the whole batch."""
+    """As in ComfyUI: one path per seed over the part's sigmas, for the whole batch."""
     grid = make_comfyui_schedule(Scheduler(**SDXL), 9, name, "karras").sigmas
     sigmas = grid[part]
     start = np.random.default_rng(0).standard_normal(SHAPE).astype(np.float32) * sigmas[0]
@@ -63,14 +63,14 @@ def test_samplers_draw_what_k_diffusion_draws(name: str, part: slice, sampling: 
     expected = getattr(sampling, f"sample_{name}")(
         _denoise, torch.from_numpy(start), theirs, disable=True, noise_sampler=noise
     )
-    # The middle of a step is rounded differently there, by up to two millionths of time.
+    # k-diffusion rounds the middle of a step differently, by up to 2e-6 in time.
     required = 1e-3 if name == "dpmpp_sde" else 3e-5
     assert float(np.abs(found - expected.numpy()).max()) <= required * max(1.0, float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
 def test_dpmpp_sde_draws_what_diffusers_draws(spacing: str) -> None:
-    """A path of each picture's seed over the whole grid, which `noise_sampler_seed` asks for there."""
+    """One path per picture's seed over the whole grid, as diffusers' `noise_sampler_seed` does."""
     seeds = [3, 4]
     scheduler = diffusers.DPMSolverSDEScheduler(**SDXL, timestep_spacing=spacing, noise_sampler_seed=seeds)
     scheduler.set_timesteps(9)

@@ -1,4 +1,4 @@
-"""trt-bench's contestants from the peers' environment compute what ours computes, on the same inputs."""
+"""trt-bench's contestants in the peers' environment have the same outputs as ours, on the same inputs."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +15,7 @@ from sdxl_trt.benchmarks.measure.subjects import find_subject
 
 TOLERANCE = 1e-4
 LEVELS = 2
-"""Of 255, by which two pictures may differ: fp32 rounded at the end."""
+"""Allowed difference of two pictures, of 255: fp32 results are rounded at the end."""
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
-"""Samplers and schedules against what is not installed for the ordinary tests: k-diffusion, scipy, torchsde.
+"""Samplers and schedules against libraries that the ordinary tests do not have: k-diffusion, scipy, torchsde.
 
-k-diffusion comes without its dependencies: only its sampling module is loaded, with torchvision stubbed. diffusers'
-LMS and DPMSolverSDE schedulers and its beta schedules are here too, because they need scipy or torchsde.
+k-diffusion is installed without its dependencies: only its sampling module is loaded, with torchvision stubbed.
+diffusers' LMS and DPMSolverSDE schedulers and its beta schedules are tested here because they need scipy or torchsde.
 """
 
 from collections.abc import Callable, Iterator
@@ -32,12 +32,12 @@ NAMES = [
     "dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde",
 ]  # fmt: skip
 REQUIRED = 1e-5
-"""Largest difference in units of the step's largest latent, in k-diffusion's scale (which is ours): k-diffusion is run
-in double, so that what is measured is the float32 of our latents."""
+"""Largest difference relative to the step's largest latent, in k-diffusion's scale, which is ours. k-diffusion runs in
+double, so that the difference is the float32 rounding of our latents."""
 
 
 def _denoise(x: Any, sigma: Any) -> Any:
-    """Return an estimate that depends on everything, in numpy as in torch."""
+    """Return a denoised estimate that depends on all of `x` and on `sigma`, for numpy and torch."""
     if isinstance(x, np.ndarray):
         return np.tanh(x / np.float32(1 + sigma**2)) + np.float32(0.1) * np.sin(x[..., ::-1])
     return torch.tanh(x / (1 + sigma.reshape(-1, 1, 1, 1) ** 2)) + 0.1 * torch.sin(x.flip(-1))
@@ -60,7 +60,7 @@ def _difference(found: np.ndarray, expected: Any) -> float:
 
 
 def _their_trail(sampling: ModuleType, name: str, start: np.ndarray, sigmas: np.ndarray, noise: Any) -> list[Any]:
-    """Return the latents before every step, which is what the callback is told, and the last ones."""
+    """Return the latents before every step, as the callback receives them, and the final ones."""
     trail: list[Any] = []
     extra = {"noise_sampler": noise} if name in STOCHASTIC else {}
     last = getattr(sampling, f"sample_{name}")(
@@ -72,7 +72,9 @@ def _their_trail(sampling: ModuleType, name: str, start: np.ndarray, sigmas: np.
 
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("name", NAMES)
-def test_step_by_step(name: str, steps: int, sampling: ModuleType, measured: Callable[[str], None]) -> None:
+def test_every_step_matches_k_diffusion(
+    name: str, steps: int, sampling: ModuleType, measured: Callable[[str], None]
+) -> None:
     grids = {spacing: make_schedule(Scheduler(**SDXL), steps, "euler", spacing).sigmas for spacing in SPACINGS}
     grids["karras"] = sampling.get_sigmas_karras(steps, 0.0292, 14.6146).numpy()
     grids["to a cut"] = grids["leading"][:-1] if steps > 1 else np.array([9.0, 2.0], np.float32)
@@ -97,8 +99,8 @@ def test_step_by_step(name: str, steps: int, sampling: ModuleType, measured: Cal
 
 
 @pytest.mark.parametrize("name", ["dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde"])
-def test_brownian_noise_can_be_given(name: str, sampling: ModuleType) -> None:
-    """The source that k-diffusion and ComfyUI use for these, whose noises for overlapping ways agree."""
+def test_brownian_noise_can_be_the_noise_source(name: str, sampling: ModuleType) -> None:
+    """k-diffusion's and ComfyUI's source for these samplers, with consistent noise for overlapping intervals."""
     sigmas = make_schedule(Scheduler(**SDXL), 9, "euler", "leading").sigmas
     start = np.random.default_rng(0).standard_normal(SHAPE).astype(np.float32) * sigmas[0]
     ends = float(sigmas[-2]), float(sigmas[0])
@@ -107,7 +109,7 @@ def test_brownian_noise_can_be_given(name: str, sampling: ModuleType) -> None:
     for x, reference in zip(
         [start, *run(_denoise, start, sigmas)], _their_trail(sampling, name, start, sigmas, tree), strict=True
     ):
-        # The tree answers for times up to 1e-6 away, and the middle of a step is rounded differently.
+        # The tree rounds times by up to 1e-6, and the middle of a step is rounded differently.
         assert _difference(x, reference) <= 2e-4
 
 
@@ -150,7 +152,7 @@ def test_diffusers_schedulers_that_need_scipy(
         x = start * np.float32(grid.initial_scale)
         for step, (found, wanted) in enumerate(zip([x, *run(denoise, x, grid.sigmas)], expected, strict=True)):
             error = _difference(found, wanted)
-            # Two steps take the last one from sigma 14.6 to 0.03: a deviation from a difference of squares in float32.
+            # With two steps, one goes from sigma 14.6 to 0.03: its deviation is a difference of squares in float32.
             required = 3e-4 if steps == 2 else 5e-5
             assert error <= required, f"{name}, {schedule}, step {step} of {steps}: {error:.1e} > {required:.0e}"
 
@@ -174,7 +176,7 @@ def test_diffusers_beta_schedules(name: str, scheduler: str, spacing: str) -> No
         np.testing.assert_allclose(ours.timesteps, reference.timesteps[every], rtol=0, atol=2e-3)
 
 
-def test_quantiles_are_those_of_scipy() -> None:
+def test_quantiles_equal_scipys() -> None:
     probabilities = np.concatenate([np.linspace(0, 1, 2001), np.logspace(-15, -1, 200)])
     expected = stats.beta.ppf(probabilities, 0.6, 0.6)
     np.testing.assert_allclose(beta_quantile(probabilities), expected, rtol=1e-12, atol=1e-15)
@@ -188,7 +190,7 @@ def test_comfyuis_beta_schedule_with_scipys_quantiles(steps: int) -> None:
     np.testing.assert_array_equal(comfyui_sigmas("beta", "euler", steps, table), [*expected, 0.0])
 
 
-def test_karras_and_exponential_are_those_of_k_diffusion(sampling: ModuleType) -> None:
+def test_karras_and_exponential_equal_k_diffusions(sampling: ModuleType) -> None:
     table = comfyui_training_sigmas(Scheduler(**SDXL))
     ends = float(table[0]), float(table[-1])
     for steps in (1, 2, 20, 50):
@@ -197,7 +199,7 @@ def test_karras_and_exponential_are_those_of_k_diffusion(sampling: ModuleType) -
             np.testing.assert_allclose(comfyui_sigmas(name, "euler", steps, table), expected, rtol=3e-6)
 
 
-def test_weights_of_lms_are_those_of_adaptive_quadrature() -> None:
+def test_weights_of_lms_equal_adaptive_quadrature() -> None:
     rng = np.random.default_rng(1)
     for _ in range(20):
         nodes = np.sort(rng.uniform(0.02, 15.0, 5))

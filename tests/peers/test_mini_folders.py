@@ -1,4 +1,4 @@
-"""The embedded pair's folders in the oldest libraries that must load them, which have other key names than today's."""
+"""The embedded pair's folders load in the oldest supported libraries, whose key names differ from today's."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -34,14 +34,14 @@ def _load(folder: Path, stage: str) -> Any:
     return pipeline
 
 
-def test_these_are_the_old_libraries() -> None:
+def test_the_old_libraries_are_installed() -> None:
     assert transformers.__version__.startswith("4.57.")
     assert diffusers.__version__.startswith("0.39.")
 
 
 @pytest.mark.parametrize("stage", list(CLASSES))
-def test_every_weight_arrives(folder: Path, stage: str) -> None:
-    """transformers 4 fills keys that it does not find with random numbers, and only warns."""
+def test_every_weight_is_loaded(folder: Path, stage: str) -> None:
+    """transformers 4 fills missing keys with random numbers and only warns."""
     pipeline = _load(folder, stage)
     parts = [name for name in ("text_encoder", "text_encoder_2", "unet", "vae") if getattr(pipeline, name, None)]
     assert len(parts) == (4 if stage == "base" else 3)

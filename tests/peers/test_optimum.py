@@ -1,4 +1,4 @@
-"""optimum-onnx draws from our folders what diffusers draws from the source and what we draw from the bundle."""
+"""optimum-onnx draws the same from our folders as diffusers from the source and our runtime from the bundle."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from sdxl_trt.runtime import Request, open_bundle
 PROMPT = "a large red star on a blue background"
 SIZE, STEPS, HANDOFF, PICTURES = 16, 10, 0.8, 2
 LATENTS_TOLERANCE, PSNR_FLOOR = 1e-3, 50.0
-# fp16 against fp32: half a decimal digit a step is the type's own.
+# fp16 against fp32: losing half a decimal digit per step is the type's own rounding.
 HALF_PSNR_FLOOR = 30.0
 
 
@@ -38,7 +38,7 @@ def _noise() -> np.ndarray:
 
 
 def _draw(base: Any, refiner: Any, **settings: Any) -> Drawn:
-    """Run the ensemble of experts; `settings` may replace guidance_scale."""
+    """Run base and refiner; `settings` may set guidance_scale."""
     for pipeline in (base, refiner):
         pipeline.set_progress_bar_config(disable=True)
     pixels = SIZE * base.vae_scale_factor
@@ -76,7 +76,7 @@ def _ours(folder: Path) -> Drawn:
 
 
 def _psnr(one: np.ndarray, other: np.ndarray) -> float:
-    # As 8-bit pictures: ours come as such.
+    # As 8-bit pictures, which is what our runtime returns.
     error = float(np.mean((np.rint(one * 255.0) - np.rint(other * 255.0)) ** 2))
     return float("inf") if error == 0 else 10 * float(np.log10(255.0**2 / error))
 
@@ -94,9 +94,9 @@ def _check(one: Drawn, other: Drawn, what: str, measured: Callable[[str], None])
     assert psnr >= PSNR_FLOOR, what
 
 
-# apart is stored without `text_model.`, which transformers 4 does not read: diffusers would draw with random weights.
+# apart is stored without the prefix `text_model.`: transformers 4 cannot read it, and would use random weights.
 @pytest.mark.parametrize(("pair", "readable"), [("outline", True), ("legacy", True), ("apart", False)])
-def test_the_picture_is_that_of_diffusers_and_ours(
+def test_the_picture_equals_diffusers_and_ours(
     exports: Path, pair: str, readable: bool, measured: Callable[[str], None]
 ) -> None:
     found = _draw(*_optimum(exports / pair))
@@ -112,8 +112,8 @@ def test_with_buffers_bound_as_on_a_gpu(exports: Path, measured: Callable[[str],
 
 @pytest.mark.xfail(strict=True, reason="optimum-onnx writes the noise into the buffer of its input")
 def test_bound_buffers_without_guidance_and_scaling(exports: Path) -> None:
-    """Its own defect, and why nothing above binds buffers with guidance off: without guidance the UNet's input is
-    the scheduler's latents wherever scale_model_input changes nothing, and they are lost to the output."""
+    """A defect of optimum-onnx, and why no other test binds buffers without guidance: if scale_model_input changes
+    nothing, the UNet's input is the scheduler's latents, and the output overwrites them."""
     drawn = []
     for binding in (False, True):
         base, refiner = _optimum(exports / "outline", use_io_binding=binding)
@@ -135,7 +135,7 @@ def test_half_precision(exports: Path, pair: str, measured: Callable[[str], None
 
 
 def test_the_refiner_changes_the_picture(exports: Path) -> None:
-    """What the comparisons allow is far less than what the second expert does."""
+    """The tolerance of the comparisons is far smaller than the refiner's effect."""
     base, _ = _optimum(exports / "outline")
     drawn = _draw(*_optimum(exports / "outline"))
     alone = base(
@@ -146,7 +146,7 @@ def test_the_refiner_changes_the_picture(exports: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", ["base", "refiner"])
-def test_the_folder_names_its_own_class_and_is_saved_again(exports: Path, stage: str, tmp_path: Path) -> None:
+def test_the_folder_names_its_pipeline_class_and_can_be_saved_again(exports: Path, stage: str, tmp_path: Path) -> None:
     folder = exports / "outline" / "optimum" / stage
     pipeline = ORTDiffusionPipeline.from_pretrained(folder)
     wanted = ORTStableDiffusionXLPipeline if stage == "base" else ORTStableDiffusionXLImg2ImgPipeline
