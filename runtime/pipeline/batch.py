@@ -1,4 +1,4 @@
-"""Several requests in one phase-major run, which takes the steps that they have in common once."""
+"""Several requests in one phase-major run, which computes the steps they share once."""
 
 __all__ = ["Batch"]
 
@@ -12,14 +12,14 @@ from sdxl_trt.runtime.pipeline.run import PhaseName, Run, Step, timed
 from sdxl_trt.runtime.request import Request, settings_of
 
 KNOWS_ITS_END_COMFYUI = BROWNIAN | {"uni_pc", "uni_pc_bh2"}
-"""Samplers whose step in ComfyUI's way differs from the same step on the way to another end: no cut can share a run."""
+"""Samplers whose steps in ComfyUI's way depend on where the run ends: requests with other handoffs share no run."""
 
 
 class Batch:
-    """Requests resolved for a pipeline, to be run together: all prompts, all base steps, one change of UNets, and on.
+    """Requests that run together: all prompts, all base steps, one change of UNets, all refiner steps, all decodes.
 
-    Single pictures that ask the same of the base share its run, and each leaves it at its own cut. Raises UsageError
-    for any of the requests, before anything is loaded.
+    Single pictures with the same base settings share its run, and each leaves it at its own handoff. Raises UsageError
+    for any of the requests before anything is loaded.
     """
 
     def __init__(self, pipeline: Pipeline, requests: Sequence[Request]) -> None:
@@ -31,24 +31,24 @@ class Batch:
 
     @property
     def runs(self) -> list[Run]:
-        """Return what each request leaves behind, in their order."""
+        """Return the run of each request, in their order."""
         return [job.run for job in self._jobs]
 
     def steps(self) -> Iterator[tuple[int, Step]]:
-        """Return an iterator of the units of work as they are done, each with the number of its request, from 0.
+        """Return an iterator of the units of work, each with the index of its request.
 
-        Steps are counted over the batch; those that are shared are told of the request that goes furthest.
+        Steps are counted over the batch; shared steps carry the index of the request that runs furthest.
         """
         everyone = range(len(self._jobs))
         for first in (self._pipeline.pictures, self._pipeline.encode):
             yield from ((0, step) for step in timed(self._jobs[0].run, first(self._jobs)))
         yield from self._phase("base", sorted(group[0] for group in self._groups.values()))
         yield from self._phase("refiner", [number for number in everyone if self.runs[number].request.uses_refiner])
-        # Where base and refiner have decoders of their own, each is loaded once.
+        # If base and refiner have decoders of their own, each is loaded once.
         yield from self._phase("decode", sorted(everyone, key=self._decoder))
 
     def _phase(self, stage: PhaseName, numbers: Sequence[int]) -> Iterator[tuple[int, Step]]:
-        """Take the jobs `numbers` through a stage, counting over all of them."""
+        """Run a stage of the jobs `numbers`, counting over all of them."""
         units = [self._units(stage, number) for number in numbers]
         for place, number in enumerate(numbers):
             last = number == numbers[-1]
@@ -70,7 +70,7 @@ class Batch:
         return self._pipeline.decode(job)
 
     def _base(self, leader: int, next_engine: str) -> Iterator[Step]:
-        """Take the base steps of a job, and hand their latents to those that share them at their cuts."""
+        """Run the base steps of a job, and give its latents to the jobs that share them at their handoffs."""
         (group,) = (group for group in self._groups.values() if group[0] == leader)
         for step in self._pipeline.base(self._jobs[leader], next_engine):
             if step.stage == "base":
@@ -80,13 +80,13 @@ class Batch:
             yield step
 
     def _base_of(self, number: int, request: Request) -> Hashable:
-        """Return what a request asks of the base: equal for those that can share its run."""
+        """Return a key of the base run that a request needs: requests with equal keys share it."""
         resolved = self.runs[number].request
         if len(resolved.seeds) > 1:
             return number
         free = {"refiner"}
         knows_its_end = resolved.comfyui and resolved.request.sampler in KNOWS_ITS_END_COMFYUI
-        # A base that leaves no noise goes to sigma 0 wherever it stops.
+        # A base that leaves no noise ends at sigma 0 wherever it stops.
         on_grid = resolved.base.leftover_noise or resolved.base.stop == resolved.schedule.steps
         if on_grid and not knows_its_end:
             free.add("handoff")
@@ -112,9 +112,9 @@ class Batch:
 
 
 def _hand_over(step: Step, leader: Job, other: Job) -> None:
-    """Leave `other` as its own base run would after `step` of `leader`: with its latents, its noise drawn as far."""
+    """Leave `other` as its own base run would after `step` of `leader`: the same latents and state of the noise."""
     assert step.latents is not None  # noqa: S101 - it is a sampler's
     other.latents = step.latents.copy()
     base, own = deepcopy(leader.noises["base"]), other.noises["refiner"]
-    # A refiner without a seed of its own goes on with the base's noise.
+    # A refiner without a seed of its own continues the base's noise.
     other.noises = {"base": base, "refiner": base if own is other.noises["base"] else own}

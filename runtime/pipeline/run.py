@@ -1,4 +1,4 @@
-"""What a request does and leaves behind: its steps, its latents and timings, its pictures and their metadata."""
+"""A request while it runs: its steps, latents, noise and timings."""
 
 __all__ = ["Handoff", "Job", "PhaseName", "Run", "Step", "start_job", "timed"]
 
@@ -22,12 +22,12 @@ PhaseName = Literal["picture", "encode", "load", "base", "refiner", "decode"]
 
 @dataclass(frozen=True)
 class Step:
-    """One unit of work done: prompts or an image encoded, an engine loaded, a step of a group, a picture decoded.
+    """One unit of work: prompts or an image encoded, an engine loaded, a sampler step of a group, a picture decoded.
 
-    `index` counts from 1 to `total` within `stage` over all pictures; `seconds` is what this unit took. After a
-    sampler step `latents` are those of the pictures `pictures` (a copy: yours to keep and to change), and `denoised` is
-    what they are estimated to come to (yours to keep, but read-only: the sampler may go on from it); after a decode
-    `picture` is the finished one. Elsewhere all are None.
+    `index` counts from 1 to `total` within `stage` over all pictures; `seconds` is the duration of this unit. After a
+    sampler step, `latents` are those of the pictures `pictures` (a copy that the caller may change), and `denoised` is
+    the current estimate of the final latents (read-only: the sampler may use it again). After a decode, `picture` is
+    the finished one. Otherwise all three are None.
     """
 
     stage: PhaseName
@@ -42,7 +42,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Handoff:
-    """Where the latents changed hands: after `step` steps, the refiner starting at `timestep` and `sigma`."""
+    """Where the refiner took over: after `step` steps, at `timestep` and `sigma`."""
 
     step: int
     timestep: float
@@ -51,7 +51,7 @@ class Handoff:
 
 @dataclass
 class Run:
-    """What a request left behind: latents (count, c, h, w) float32 and the seconds of every stage and step.
+    """The results of a request: latents (count, c, h, w) float32, and the seconds of every stage and step.
 
     `initial` has unit variance; `handoff_latents` are what the refiner received (None without a refiner); `final` are
     what the autoencoder received, before its scaling is undone.
@@ -66,11 +66,11 @@ class Run:
     asked: Request = field(default_factory=Request)
     """The request before its defaults were settled."""
     manifest: Manifest | None = None
-    """That of the bundle, which the pictures name; None where nobody asks."""
+    """The bundle's manifest, which the pictures' records name."""
 
 
 def timed(run: Run, work: Iterator[Step]) -> Iterator[Step]:
-    """Yield the steps of `work` with their seconds, which the time a caller spends between them is not part of."""
+    """Yield the steps of `work` with their durations, which exclude the time the caller spends between them."""
     started = time.perf_counter()
     for step in work:
         seconds = time.perf_counter() - started
@@ -84,11 +84,10 @@ Conditionings = tuple[PromptEmbeds, ...]
 
 @dataclass
 class Job:
-    """A request on its way through the stages: its run, where each stage's noise comes from, its latents as they stand.
+    """A request between stages: its run, each stage's source of noise, and its current latents in the sampler's scale.
 
-    `embeds` are the positive and negative ones of each stage, once they are read, one for each conditioning that is
-    combined. Latents are in the sampler's scale. `posterior` is the noise that an image's latents are drawn with, None
-    where they are the mean of what they may be.
+    `embeds` holds the positive and the negative embeddings of each stage once they are encoded, one for each combined
+    conditioning. `posterior` is the noise that an image's latents are sampled with, or None to take their mean.
     """
 
     run: Run
@@ -104,14 +103,14 @@ class Job:
         self.latents = request.first.noised(clean, self.run.initial, request.schedule)
 
     def begin_from(self, moments: Moments, vae: Vae) -> None:
-        """Start from what the encoder of `vae` made of the image."""
+        """Start from the moments that the encoder of `vae` returned for the image."""
         self.begin(moments.drawn(self.posterior, vae))
 
 
 def start_job(resolved: ResolvedRequest, asked: Request, manifest: Manifest) -> Job:
     """Return the job of a request with its noise drawn, an image's first as diffusers does.
 
-    It is ready for the stages, but for an image that is still to be encoded.
+    It is ready for the stages, except for an image that is not encoded yet.
     """
     noises = _noises(resolved)
     noise, vae = noises["refiner" if resolved.refiner_only else "base"], manifest.base.vae
@@ -128,7 +127,7 @@ def start_job(resolved: ResolvedRequest, asked: Request, manifest: Manifest) -> 
 
 
 def _noises(request: ResolvedRequest) -> dict[StageName, NoiseSource]:
-    """Return what each stage draws its noise from; the refiner, without a seed of its own, from the base's."""
+    """Return each stage's source of noise; without a seed of its own, the refiner continues the base's."""
     base = _noise(request, request.seeds)
     return {"base": base, "refiner": _noise(request, request.refiner_seeds) if request.refiner_seeds else base}
 
