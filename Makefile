@@ -61,7 +61,7 @@ gallery: $(VENV)/.runtime  ## Draw the README's contact sheet with the embedded 
 checkpoints: $(VENV)/.full  ## Write SDXL's base and refiner with random weights, 13 GB, to out/checkpoints
 	$(BIN)/python -m sdxl_trt.benchmarks.full_size.checkpoints --out out/checkpoints
 
-readme: $(VENV)/.runtime  ## Make the README's benchmark, and the pages beside the results, of benchmarks/results
+readme: $(VENV)/.full  ## Make the README's benchmark, and the pages beside the results, of benchmarks/results
 	@$(BIN)/python -m sdxl_trt.benchmarks.report.readme
 
 bench: $(VENV)/.full $(PEERS)/.done  ## Measure against PyTorch, diffusers, optimum-onnx and OpenVINO, in about ten minutes
