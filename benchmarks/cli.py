@@ -83,8 +83,10 @@ def _run(arguments: argparse.Namespace, argv: list[str]) -> None:
 def _bench(arguments: argparse.Namespace, argv: list[str], say: "Say") -> None:
     from sdxl_trt.benchmarks.contest import BenchOptions, run_bench  # noqa: PLC0415 - keeps --help fast
     from sdxl_trt.benchmarks.measure import cache_folder, find_subject  # noqa: PLC0415
-    from sdxl_trt.benchmarks.report import markdown_report, write_pages  # noqa: PLC0415
+    from sdxl_trt.benchmarks.report import markdown_report, require_matplotlib, write_pages  # noqa: PLC0415
 
+    if arguments.out is not None:
+        require_matplotlib()
     width, height = arguments.size or (None, None)
     quick = arguments.quick
     options = BenchOptions(

@@ -18,7 +18,7 @@ import msgspec
 from sdxl_trt.benchmarks.contest import BenchOptions, agree, bench_bars, cold_starts, run_bench, settled_spec
 from sdxl_trt.benchmarks.full_size import ROLES
 from sdxl_trt.benchmarks.measure import RESULTS_FOLDER, Subject, bars_table, find_subject, measure, missed
-from sdxl_trt.benchmarks.report import BenchReport, BenchSettings, Quality, read_report, write_pages
+from sdxl_trt.benchmarks.report import BenchReport, BenchSettings, Quality, read_report, require_matplotlib, write_pages
 from sdxl_trt.engines import EngineError, VerificationError
 from sdxl_trt.engines.host import Parser, run
 
@@ -46,6 +46,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _bench(arguments: argparse.Namespace) -> None:
+    require_matplotlib()
     report = _run(arguments.work, quick=arguments.quick, quality=not arguments.no_quality)
     disagreeing = _disagreeing(arguments.results, report)
     write_pages(report, arguments.results.parent, arguments.results.stem)

@@ -1,7 +1,8 @@
 """A report of trt-bench as one HTML page that needs nothing else, and the files of a report."""
 
-__all__ = ["page", "write_pages", "write_views"]
+__all__ = ["element", "page", "write_pages", "write_views"]
 
+import html
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -9,10 +10,10 @@ from sdxl_trt.benchmarks.measure import write_text
 from sdxl_trt.benchmarks.report.charts import charts
 from sdxl_trt.benchmarks.report.document import Section, Table
 from sdxl_trt.benchmarks.report.markdown import markdown_report
+from sdxl_trt.benchmarks.report.quantities import plain
 from sdxl_trt.benchmarks.report.records import BenchReport, write_report
 from sdxl_trt.benchmarks.report.sections import sections
 from sdxl_trt.benchmarks.report.style import STYLE
-from sdxl_trt.benchmarks.report.svg import element, markup
 
 # No script runs in the page and nothing is fetched for it, whatever a name in it should hold.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -89,3 +90,14 @@ def _cells(table: Table, row: Sequence[str]) -> Iterator[str]:
         verdict = table.verdict and column == len(row) - 1 and text in {"yes", "no"}
         kind = text if verdict else "n" if column >= table.words else "w"
         yield element("td", markup(text) or " ", class_=kind)
+
+
+def element(tag: str, /, *content: str, **attributes: str) -> str:
+    """Return an element around `content`, which is markup; ``class_``, ``http_equiv`` become class, http-equiv."""
+    given = "".join(f' {key.rstrip("_").replace("_", "-")}="{markup(value)}"' for key, value in attributes.items())
+    return f"<{tag}{given}>{''.join(content)}</{tag}>" if content else f"<{tag}{given}/>"
+
+
+def markup(text: str) -> str:
+    """Return any text as markup that shows it."""
+    return html.escape(plain(text))

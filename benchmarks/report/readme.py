@@ -6,6 +6,7 @@ the README. A test compares all of them with this module's output, so no figure 
 
 __all__ = ["BEGIN", "END", "block", "main", "read_results", "rewritten"]
 
+import argparse
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from sdxl_trt.benchmarks.report.records import BenchReport, read_report
 from sdxl_trt.benchmarks.report.sections import bars_words, settings_words
 from sdxl_trt.benchmarks.report.timed import PICTURE, labels, our_names
 from sdxl_trt.engines import CorruptError
+from sdxl_trt.engines.host import Parser, run
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 RESULTS = RESULTS_FOLDER
@@ -89,13 +91,18 @@ def _ratio(report: BenchReport, contestant: str, what: str) -> str:
     return times(ratio.median) if ratio else ""
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Rewrite the results' pages and the README's block; return the exit code."""
+    parser = Parser(prog="python -m sdxl_trt.benchmarks.report.readme", description=__doc__)
+    parser.add_argument("--debug", action="store_true", help="add the traceback to an error")
+    return run(parser, _rewrite, argv)
+
+
+def _rewrite(_: argparse.Namespace) -> None:
     reports = read_results()
     for name, report in reports.items():
         write_views(report, RESULTS, name)
     write_text(rewritten(README.read_text(encoding="utf-8"), block(reports)), README)
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,20 +1,25 @@
 """The style of a report's page: light and dark, a phone's width and paper, and the colours of its charts."""
 
-__all__ = ["STYLE"]
+__all__ = ["LIGHT", "STYLE"]
 
-# Charts take their colours from here; the eight of each mode are told apart by those who do not see all colours.
-_LIGHT = """
-color-scheme: light; --page: #f7f7f5; --card: #ffffff; --text: #1c1c1a; --soft: #63635d; --rule: #e4e3dd;
---strong: #b9b8b0; --own: #1d5fc4; --rest: #a9b1bd; --wash: #eef4fd; --good: #12714a; --bad: #b3261e;
---c0: #2a78d6; --c1: #12a594; --c2: #e59700; --c3: #7a5af0; --c4: #d6404f; --c5: #5c8f00; --c6: #d6609b;
---c7: #8a6d52; --c8: #8d8d86;
-"""
-_DARK = """
-color-scheme: dark; --page: #131312; --card: #1c1c1a; --text: #ececE8; --soft: #a3a39b; --rule: #33332f;
---strong: #5c5c55; --own: #6ea8ff; --rest: #66707e; --wash: #1a2638; --good: #5fd39a; --bad: #ff8a80;
---c0: #5b9df0; --c1: #2fc0ae; --c2: #e0a030; --c3: #a48cff; --c4: #f0707c; --c5: #8fc23a; --c6: #ee8fbd;
---c7: #b8977a; --c8: #96968f;
-"""
+# The colours of page and charts by scheme; c0 to c7 are told apart by those who do not see all colours.
+LIGHT = {
+    "page": "#f7f7f5", "card": "#ffffff", "text": "#1c1c1a", "soft": "#63635d", "rule": "#e4e3dd", "strong": "#b9b8b0",
+    "own": "#1d5fc4", "rest": "#a9b1bd", "wash": "#eef4fd", "good": "#12714a", "bad": "#b3261e",
+    "c0": "#2a78d6", "c1": "#12a594", "c2": "#e59700", "c3": "#7a5af0", "c4": "#d6404f", "c5": "#5c8f00",
+    "c6": "#d6609b", "c7": "#8a6d52", "c8": "#8d8d86",
+}  # fmt: skip
+_DARK = {
+    "page": "#131312", "card": "#1c1c1a", "text": "#ecece8", "soft": "#a3a39b", "rule": "#33332f", "strong": "#5c5c55",
+    "own": "#6ea8ff", "rest": "#66707e", "wash": "#1a2638", "good": "#5fd39a", "bad": "#ff8a80",
+    "c0": "#5b9df0", "c1": "#2fc0ae", "c2": "#e0a030", "c3": "#a48cff", "c4": "#f0707c", "c5": "#8fc23a",
+    "c6": "#ee8fbd", "c7": "#b8977a", "c8": "#96968f",
+}  # fmt: skip
+
+
+def _scheme(name: str, colours: dict[str, str]) -> str:
+    return f":root {{ color-scheme: {name}; {' '.join(f'--{key}: {value};' for key, value in colours.items())} }}"
+
 
 _PAGE = """
 * { box-sizing: border-box; }
@@ -54,27 +59,15 @@ pre { margin: .15rem 0 .9rem; padding: .55rem .75rem; background: var(--page); b
 """
 
 _CHARTS = """
-.chart { display: block; width: 100%; max-width: 36rem; height: auto; font-family: inherit; }
-.chart text { fill: var(--text); paint-order: stroke; stroke: var(--card); stroke-width: 3px; }
-.chart .title { font-weight: 600; }
-.chart .axis { fill: var(--soft); }
-.chart .own-label { font-weight: 600; }
-.chart .figure { font-variant-numeric: tabular-nums; }
-.grid { stroke: var(--rule); stroke-width: 1; }
-.mark { stroke: var(--text); stroke-width: 2; }
-.whisker { stroke: var(--text); stroke-width: 1.25; fill: none; }
-.bar { fill: var(--c); stroke: var(--card); stroke-width: 1; }
-.chip { fill: var(--c); }
-.chip.mark { fill: var(--text); stroke: none; }
-.dot { fill: var(--c); stroke: var(--card); stroke-width: 1.5; }
-.line { stroke: var(--c); stroke-width: 2; fill: none; }
-circle { fill: var(--c); stroke: var(--card); stroke-width: 1.5; }
-.asked { stroke: var(--c); stroke-width: 2; }
-.asked.mark { stroke: var(--text); }
-.own { --c: var(--own); }
-.rest { --c: var(--rest); }
+figure { margin: 0; max-width: 32rem; }
+figcaption { font-size: .8125rem; line-height: 1.4; margin-bottom: .5rem; overflow-wrap: anywhere; }
+figcaption strong { display: block; font-size: 1rem; font-weight: 600; }
+.chip { display: inline-block; margin: .2rem .9rem 0 0; }
+.chip::before { content: ""; display: inline-block; width: .7rem; height: .7rem; margin-right: .35rem;
+  border-radius: 2px; background: var(--chip); }
+svg { display: block; width: 100%; height: auto; overflow: visible; stroke-linejoin: round; }
+svg text { font-variant-numeric: tabular-nums; paint-order: stroke; stroke: var(--card); stroke-width: 3px; }
 """
-_COLOURS = "\n".join(f".s{number} {{ --c: var(--c{number}); }}" for number in range(9))
 _NARROW = """
 header, main, footer { padding-left: .75rem; padding-right: .75rem; }
 header { padding-top: 1.5rem; }
@@ -95,9 +88,9 @@ table { font-size: 7.5pt; }
 """
 
 STYLE = "\n".join((
-    f":root {{{_LIGHT}}}",
-    f"@media (prefers-color-scheme: dark) {{ :root {{{_DARK}}} }}",
-    _PAGE, _CHARTS, _COLOURS,
+    _scheme("light", LIGHT),
+    f"@media (prefers-color-scheme: dark) {{ {_scheme('dark', _DARK)} }}",
+    _PAGE, _CHARTS,
     f"@media (max-width: 40rem) {{{_NARROW}}}",
-    f"@media print {{ :root {{{_LIGHT}}} {_PRINT} }}",
+    f"@media print {{ {_scheme('light', LIGHT)} {_PRINT} }}",
 ))  # fmt: skip
