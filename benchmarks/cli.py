@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sdxl_trt.engines.host import CLEAR_LINE, Parser, one_line, print_json, run
+from sdxl_trt.engines.host import Parser, ProgressLine, one_line, print_json, run
 
 if TYPE_CHECKING:
     from sdxl_trt.benchmarks.measure import Say, Subject
@@ -73,11 +73,8 @@ def _run(arguments: argparse.Namespace, argv: list[str]) -> None:
     if arguments.estimate is not None:
         _estimate(arguments)
         return
-    watched = sys.stderr.isatty()
-    try:
-        _bench(arguments, argv, _say_here if watched else _say)
-    finally:
-        sys.stderr.write(CLEAR_LINE if watched else "")
+    with ProgressLine() as line:
+        _bench(arguments, argv, (lambda text: line.draw("bench", one_line(text))) if line.live else _say)
 
 
 def _bench(arguments: argparse.Namespace, argv: list[str], say: "Say") -> None:
@@ -157,11 +154,6 @@ def _say(text: str) -> None:
     """Print stages but not single rounds: stderr is not a terminal."""
     if ": round " not in text:
         sys.stderr.write(f"{one_line(text)}\n")
-
-
-def _say_here(text: str) -> None:
-    sys.stderr.write(f"{CLEAR_LINE}{one_line(text)}")
-    sys.stderr.flush()
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from sdxl_trt.engines.host import Parser, print_json, run
+from sdxl_trt.engines.host import Parser, ProgressLine, print_json, run
 
 EPILOG = """examples:
   trt-inspect my-bundle                      graphs, plans, memory, keys
@@ -40,19 +40,16 @@ def _parser() -> Parser:
 def _inspect(arguments: argparse.Namespace) -> None:
     from sdxl_trt.engines.inspection import inspect_bundle  # noqa: PLC0415 - numpy and more: --help must not wait
 
-    report = inspect_bundle(
-        arguments.bundle, why_rebuild=arguments.why_rebuild, verify=arguments.verify is not None, progress=_show
-    )
+    with ProgressLine() as line:
+        report = inspect_bundle(
+            arguments.bundle, why_rebuild=arguments.why_rebuild, verify=arguments.verify is not None,
+            progress=lambda component: line.draw("verify", f"comparing {component}"),
+        )  # fmt: skip
     if arguments.json:
         print_json(report.json)
     else:
         sys.stdout.write("".join(f"{line}\n" for line in report.lines))
     report.require()
-
-
-def _show(component: str) -> None:
-    if sys.stderr.isatty():
-        sys.stderr.write(f"comparing {component}\n")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import gc
 import importlib.util
+import io
 import json
 import os
 import shutil
@@ -351,6 +352,27 @@ def fails(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         return lines[0]
 
     return run
+
+
+class Terminal(io.StringIO):
+    """A terminal that keeps the lines drawn on it, at the time that `clock` says."""
+
+    clock = 0.0
+
+    def isatty(self) -> bool:
+        return True
+
+    @property
+    def lines(self) -> list[str]:
+        return [line.rstrip() for line in self.getvalue().split("\r") if line.strip()]
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    terminal = Terminal()
+    for clock in ("sdxl_trt.engines.host.progress.time.time", "tqdm.std.time"):
+        monkeypatch.setattr(clock, lambda: terminal.clock)
+    return terminal
 
 
 @pytest.fixture

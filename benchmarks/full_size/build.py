@@ -31,8 +31,9 @@ from sdxl_trt.benchmarks.measure import (
     write_results,
 )
 from sdxl_trt.engines import SdxlTrtError
-from sdxl_trt.engines.build import BuildEvent, BuildJob, BuiltPlan, build_plan
+from sdxl_trt.engines.build import BuildJob, BuiltPlan, build_plan, build_progress
 from sdxl_trt.engines.bundle import Bundle, read_bundle
+from sdxl_trt.engines.host import ProgressLine
 from sdxl_trt.engines.plans import component_profiles
 
 MB, GB = 10**6, 10**9
@@ -81,10 +82,10 @@ def measure_build(case: BuildCase, bundle: Bundle, folder: Path) -> Build:
         log=folder / f"{case.name.replace(' ', '-').replace(':', '-').replace(',', '')}.log",
     )
     try:
-        built = build_plan(job, progress=_show)
+        with ProgressLine() as line:
+            built = build_plan(job, progress=build_progress(line))
     finally:
         plan.unlink(missing_ok=True)
-        _show(None)
     return _figures(case, built, component.weights.size)
 
 
@@ -101,17 +102,6 @@ def _figures(case: BuildCase, built: BuiltPlan, weights: int) -> Build:
         peak_anonymous=built.peak_anonymous,
         peak_file=built.peak_file,
     )
-
-
-def _show(event: BuildEvent | None) -> None:
-    if not sys.stderr.isatty():
-        return
-    if event is None:
-        sys.stderr.write("\n")
-        return
-    share = "" if event.share is None else f" {event.share:.0%}"
-    sys.stderr.write(f"\r  {event.seconds:.0f} s, {event.resident / GB:.1f} GB, {event.phase}{share}\x1b[K")
-    sys.stderr.flush()
 
 
 def bars(builds: Mapping[str, Build]) -> list[Bar]:

@@ -4,7 +4,7 @@ TensorRT builds for minutes inside one call, holds several times the weights in 
 a child process, Ctrl-C acts at once, the memory returns to the system, and a crash becomes an error message.
 """
 
-__all__ = ["BuildEvent", "BuildJob", "BuiltPlan", "build_plan"]
+__all__ = ["BuildEvent", "BuildJob", "BuiltPlan", "build_plan", "build_progress"]
 
 import contextlib
 import os
@@ -22,7 +22,7 @@ import msgspec
 from sdxl_trt.engines import errors
 from sdxl_trt.engines.build.messages import BuildEvent, BuildJob, BuildPhase, BuiltPlan, Made, Message, Refused
 from sdxl_trt.engines.errors import EngineError, ResourceError, SdxlTrtError, explain_os_error
-from sdxl_trt.engines.host import atomic_write
+from sdxl_trt.engines.host import ProgressLine, atomic_write
 
 WORKER = "sdxl_trt.engines.build.worker"
 SAMPLE, HEARTBEAT = 0.1, 0.5
@@ -61,6 +61,16 @@ def build_plan(job: BuildJob, *, progress: Progress | None = None) -> BuiltPlan:
         peak_file=watch.peaks["RssFile"],
         **msgspec.structs.asdict(made),
     )
+
+
+def build_progress(line: ProgressLine) -> Progress:
+    """Return a function that shows builds on `line`: the phase, the share of a plan, and its process's memory."""
+
+    def show(event: BuildEvent) -> None:
+        note = f"{event.resident / 1e9:.1f} GB" if event.resident else ""
+        line.draw(event.component, f"{event.component}: {event.phase}", event.share or 0.0, 1, note=note)
+
+    return show
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """Shared code of the commands: one-line errors and exit codes, warnings on stderr, JSON on stdout."""
 
-__all__ = ["CLEAR_LINE", "Output", "Parser", "one_line", "print_json", "run"]
+__all__ = ["Output", "Parser", "one_line", "print_json", "run"]
 
 import argparse
 import contextlib
@@ -14,13 +14,11 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from sdxl_trt.engines.errors import ResourceError, SdxlTrtError, explain_os_error
 from sdxl_trt.engines.host.paths import OUTPUT_ERRORS
 
-CLEAR_LINE = "\r\033[K"
-"""Written before a progress line, so that it replaces the previous one."""
 INTERRUPTED = 130
 USAGE = 2
 
@@ -146,6 +144,15 @@ def _shown(c: str) -> str:
     return f"\\x{ord(c) - 0xDC00:02x}" if "\udc80" <= c <= "\udcff" else " "
 
 
+class _Handler(logging.StreamHandler[TextIO]):
+    """Writes above a progress line, if tqdm draws one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        bars = sys.modules.get("tqdm")
+        with bars.tqdm.external_write_mode(self.stream) if bars else contextlib.nullcontext():
+            super().emit(record)
+
+
 class _OneLine(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         return f"{record.levelname.lower()}: {one_line(record.getMessage())}"
@@ -155,7 +162,7 @@ class _OneLine(logging.Formatter):
 def _logging_to_stderr() -> Iterator[None]:
     """Print the library's warnings as lines on stderr, and only there, while a command runs."""
     logger = logging.getLogger("sdxl_trt")
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _Handler(sys.stderr)
     handler.setFormatter(_OneLine())
     propagate = logger.propagate
     logger.addHandler(handler)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sdxl_trt.engines import SdxlTrtError, UsageError
-from sdxl_trt.engines.host import Output, Parser, print_json, run
+from sdxl_trt.engines.host import Output, Parser, ProgressLine, print_json, run
 from sdxl_trt.export.cli.options import PlanOptions, add_plan_options, plan_options
 
 EPILOG = """examples:
@@ -97,8 +97,8 @@ def _export(arguments: argparse.Namespace) -> None:
         return
     started = time.perf_counter()
     export = exporter.export_optimum if arguments.layout == "optimum" else exporter.export_bundle
-    with summary.progress_bar(sys.stderr) as progress:
-        exported = export(base, refiner, arguments.out, options, progress=progress)
+    with ProgressLine() as line:
+        exported = export(base, refiner, arguments.out, options, progress=summary.export_progress(line))
     output = summary.of_export(exported, arguments.out, time.perf_counter() - started)
     if plans is None:
         _print(arguments, output)
@@ -135,6 +135,7 @@ def _build(arguments: argparse.Namespace, plans: PlanOptions, exported: dict[str
     from sdxl_trt.engines.backends.trt import current_environment  # noqa: PLC0415 - loads CUDA
     from sdxl_trt.engines.build import (  # noqa: PLC0415
         build_plans,
+        build_progress,
         drop_onnx,
         plan_builds,
     )
@@ -150,10 +151,10 @@ def _build(arguments: argparse.Namespace, plans: PlanOptions, exported: dict[str
         )
         _print(arguments, summary.of_jobs(jobs))
         return
-    with summary.build_bar(sys.stderr) as progress:
+    with ProgressLine() as line:
         bundle = build_plans(arguments.out, plans.flavour, sizes, plans.flags, components=names,
                              timing_cache=plans.timing_cache, force=arguments.force, lock=not arguments.no_lock,
-                             progress=progress)  # fmt: skip
+                             progress=build_progress(line))  # fmt: skip
     if plans.plans_only:
         bundle = drop_onnx(bundle)
     output = summary.of_plans(bundle, plans.flavour, time.perf_counter() - started)

@@ -1,16 +1,14 @@
-"""What export-engines tells: a progress bar, the plan of a dry run, and what was written."""
+"""What export-engines tells: progress, the plan of a dry run, and what was written."""
 
-__all__ = ["build_bar", "of_export", "of_jobs", "of_plan", "of_plans", "progress_bar"]
+__all__ = ["export_progress", "of_export", "of_jobs", "of_plan", "of_plans"]
 
-import contextlib
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from sdxl_trt.engines.build import BuildEvent, PlanJob
+from sdxl_trt.engines.build import PlanJob
 from sdxl_trt.engines.bundle import Bundle, Flavour, LoraRecord, Scheduler
-from sdxl_trt.engines.host import CLEAR_LINE, Output, one_line, shell_word
+from sdxl_trt.engines.host import Output, ProgressLine, one_line, shell_word
 from sdxl_trt.export.components import ExportEvent, ExportProgress, Needs
 from sdxl_trt.export.exporter import ExportPlan
 from sdxl_trt.export.verify import VERIFY_FILE, read_report
@@ -102,59 +100,16 @@ def _lines(bundle: Bundle, told: dict[str, Any]) -> list[str]:
     return lines
 
 
-@contextlib.contextmanager
-def progress_bar(stream: TextIO) -> Iterator[ExportProgress]:
-    """Yield a Progress that keeps one line on a terminal up to date; on anything else it is silent."""
-    if not stream.isatty():
-        yield _silent
-        return
-    bar = _Bar(stream)
-    try:
-        yield bar
-    finally:
-        stream.write(CLEAR_LINE)
-        stream.flush()
+def export_progress(line: ProgressLine) -> ExportProgress:
+    """Return a function that shows an export on `line`: bytes of weights, over all components."""
+
+    def show(event: ExportEvent) -> None:
+        text = f"[{event.index}/{event.count}] {event.component}: {event.stage}"
+        line.draw("export", text, event.written, event.total, unit="B")
+
+    return show
 
 
-def _silent(event: ExportEvent) -> None:
-    """Report nothing."""
-
-
-class _Bar:
-    _INTERVAL, _WIDTH = 0.1, 20
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        self._started = self._shown = time.monotonic()
-        self._last = ("", "")
-        self._stage_started, self._stage_from = self._started, 0
-
-    def __call__(self, event: ExportEvent) -> None:
-        now = time.monotonic()
-        stage = (event.component, event.stage)
-        if stage != self._last:
-            self._last, self._stage_started, self._stage_from = stage, now, event.written
-        elif now - self._shown < self._INTERVAL:
-            return
-        self._shown = now
-        self._stream.write(f"{CLEAR_LINE}{self._line(event, now)}")
-        self._stream.flush()
-
-    def _line(self, event: ExportEvent, now: float) -> str:
-        share = event.written / event.total if event.total else 0.0
-        full = int(share * self._WIDTH)
-        bar = "█" * full + "░" * (self._WIDTH - full)
-        moved, elapsed = event.written - self._stage_from, now - self._stage_started
-        rate = f" {moved / elapsed / 1e6:.0f} MB/s" if moved and elapsed > self._INTERVAL else ""
-        left = f", {self._left(share, now)} left" if share > 0 else ""
-        return f"{bar} {share:4.0%}  [{event.index}/{event.count}] {event.component}: {event.stage}{rate}{left}"
-
-    def _left(self, share: float, now: float) -> str:
-        seconds = int((now - self._started) * (1 - share) / share)
-        return f"{seconds // 60} min {seconds % 60} s" if seconds >= 60 else f"{seconds} s"
-
-
-_INTERVAL, _WIDTH = 0.1, 20
 _MIB = 2**20
 
 
@@ -199,32 +154,3 @@ def of_plans(bundle: Bundle, flavour: Flavour, seconds: float) -> Output:
     return Output(
         lines, {"bundle": str(bundle.root), "plans": parts, "plan_seconds": seconds, "onnx": bundle.manifest.onnx}
     )
-
-
-@contextlib.contextmanager
-def build_bar(stream: TextIO) -> Iterator[Callable[[BuildEvent], None] | None]:
-    """Yield what keeps one line on a terminal up to date while plans are built; None on anything else."""
-    if not stream.isatty():
-        yield None
-        return
-    shown = 0.0
-
-    def show(event: BuildEvent) -> None:
-        nonlocal shown
-        if time.monotonic() - shown >= _INTERVAL:
-            shown = time.monotonic()
-            stream.write(CLEAR_LINE + _line(event))
-            stream.flush()
-
-    try:
-        yield show
-    finally:
-        stream.write(CLEAR_LINE)
-        stream.flush()
-
-
-def _line(event: BuildEvent) -> str:
-    full = int((event.share or 0.0) * _WIDTH)
-    bar = "█" * full + "░" * (_WIDTH - full)
-    memory = f", {event.resident / 1e9:.1f} GB" if event.resident else ""
-    return f"{bar} {event.component}: {event.phase} ({event.seconds:.0f} s{memory})"

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from sdxl_trt.engines.bundle.bundle import read_bundle
+from sdxl_trt.engines.host.progress import ProgressLine
 from sdxl_trt.export.cli.export import main
-from sdxl_trt.export.cli.summary import progress_bar
+from sdxl_trt.export.cli.summary import export_progress
 from sdxl_trt.export.components.progress import ExportEvent
 
 MODULE = "down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"
@@ -150,33 +151,18 @@ def test_the_optimum_layout_has_two_folders(pair: Any, tmp_path: Path, capsys: A
     assert main([*sources, "--layout", "optimum", "--components", "unet"]) == 2
 
 
-class _Terminal:
-    def __init__(self) -> None:
-        self.text = ""
-
-    def isatty(self) -> bool:
-        return True
-
-    def write(self, text: str) -> int:
-        self.text += text
-        return len(text)
-
-    def flush(self) -> None:
-        pass
-
-
-def test_the_bar_names_component_share_and_rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([0.0, 1.0, 3.0, 3.05, 9.0])
-    monkeypatch.setattr("time.monotonic", lambda: next(clock))
-    terminal = _Terminal()
-    with progress_bar(terminal) as show:  # type: ignore[arg-type]
-        show(ExportEvent("unet", "writing weights", 1, 2, 0, 4_000_000))
-        show(ExportEvent("unet", "writing weights", 1, 2, 1_000_000, 4_000_000))
-        show(ExportEvent("unet", "writing weights", 1, 2, 1_500_000, 4_000_000))  # too soon to be shown
-        show(ExportEvent("vae_decoder", "tracing", 2, 2, 4_000_000, 4_000_000))
-    shown = [line for line in terminal.text.split("\r\033[K") if line]
-    assert len(shown) == 3
-    assert "0%  [1/2] unet: writing weights" in shown[0]
-    assert "25%  [1/2] unet: writing weights 0 MB/s, 9 s left" in shown[1]  # 1 MB in 2 s; 3 s for a quarter
-    assert "100%  [2/2] vae_decoder: tracing" in shown[2]
-    assert terminal.text.endswith("\r\033[K")
+def test_the_progress_line_names_component_stage_bytes_and_rate(terminal: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with ProgressLine(terminal) as line:
+        show = export_progress(line)
+        for seconds, component, stage, written in [
+            (1, "unet", "writing weights", 0), (2, "unet", "writing weights", 1_000_000),
+            (2.05, "unet", "writing weights", 1_500_000), (9, "vae_decoder", "tracing", 4_000_000),
+        ]:  # fmt: skip
+            terminal.clock = seconds
+            show(ExportEvent(component, stage, 1 + (component != "unet"), 2, written, 4_000_000))
+    *_, first, second, third = terminal.lines
+    assert first.startswith("[1/2] unet: writing weights:   0%|")
+    assert second.startswith("[1/2] unet: writing weights:  25%|")
+    assert second.endswith("| 1.00M/4.00M [00:02<00:06, 500kB/s]")
+    assert third.startswith("[2/2] vae_decoder: tracing: 100%|")  # what came 0.05 s after another is not drawn
+    assert third.endswith("| 4.00M/4.00M [00:09<00:00, 444kB/s]")
