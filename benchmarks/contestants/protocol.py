@@ -8,13 +8,14 @@ __all__ = ["TASKS", "Answer", "Ask", "Bye", "Failed", "Memory", "Ran", "Ready", 
 
 import time
 import traceback
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 from typing import BinaryIO, Literal, Protocol
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
+
+from sdxl_trt.engines.host import process_memory
 
 TASKS = ("picture", "text encoders", "base UNet step", "refiner UNet step", "VAE decode", "handoff", "handoff resident")
 Array = npt.NDArray[np.generic]
@@ -179,6 +180,4 @@ def one_line(exc: BaseException) -> str:
 
 def peak_rss() -> int:
     """Return this process's peak resident memory in bytes, without its parent's."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    found: Mapping[str, str] = dict(line.split(":", 1) for line in lines if ":" in line)
-    return int(found["VmHWM"].split()[0]) << 10
+    return process_memory()["VmHWM"]

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import msgspec
 
+from sdxl_trt.engines.host import process_memory
+
 INTERVAL = 0.05
 _TAIL = 600
 
@@ -94,11 +96,6 @@ def _wait(pid: int, peaks: dict[str, int]) -> "tuple[int, os._rusage]":  # type:
 
 
 def _sample(pid: int, peaks: dict[str, int]) -> None:
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return  # the process has just ended
-    for line in lines:
-        name, _, value = line.partition(":")
-        if name in peaks:
-            peaks[name] = max(peaks[name], int(value.split()[0]) << 10)
+    figures = process_memory(pid)  # empty if it has just ended
+    for kind, peak in peaks.items():
+        peaks[kind] = max(peak, figures.get(kind, 0))

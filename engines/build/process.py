@@ -22,7 +22,7 @@ import msgspec
 from sdxl_trt.engines import errors
 from sdxl_trt.engines.build.messages import BuildEvent, BuildJob, BuildPhase, BuiltPlan, Made, Message, Refused
 from sdxl_trt.engines.errors import EngineError, ResourceError, SdxlTrtError, explain_os_error
-from sdxl_trt.engines.host import ProgressLine, atomic_write
+from sdxl_trt.engines.host import ProgressLine, atomic_write, process_memory
 
 WORKER = "sdxl_trt.engines.build.worker"
 SAMPLE, HEARTBEAT = 0.1, 0.5
@@ -150,8 +150,8 @@ class _Watch:
         return self._phase != before
 
     def _sample(self, pid: int) -> None:
-        figures = _memory(pid)
-        self._resident = sum(figures.values())
+        figures = process_memory(pid)
+        self._resident = figures.get("VmRSS", 0)
         for kind in self.peaks:
             self.peaks[kind] = max(self.peaks[kind], figures.get(kind, 0))
 
@@ -167,16 +167,6 @@ class _Watch:
                 resident=self._resident,
             )
             self._progress(event)
-
-
-def _memory(pid: int) -> dict[str, int]:
-    """Return the bytes of a process's memory by kind; empty if the system does not report them."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return {}
-    pairs = (line.split(":", 1) for line in lines if line.startswith("Rss"))
-    return {name: int(value.split()[0]) << 10 for name, value in pairs}
 
 
 def _oom_kills() -> int:

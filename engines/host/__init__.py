@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING
 from sdxl_trt.engines.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from sdxl_trt.engines.host.console import Output, Parser, one_line, print_json, run
+    from sdxl_trt.engines.host.console import Output, Parser, one_line, option_type, print_json, run
     from sdxl_trt.engines.host.files import NO_LOCKS, atomic_write, contained, exclusive, sha256_file, sibling
-    from sdxl_trt.engines.host.memory import available_host_memory, format_bytes, parse_bytes
+    from sdxl_trt.engines.host.memory import available_host_memory, format_bytes, parse_bytes, process_memory
     from sdxl_trt.engines.host.paths import is_utf8, known_as, require_utf8, shell_word
     from sdxl_trt.engines.host.progress import ProgressLine
     from sdxl_trt.engines.host.tables import mebibytes, paragraph, span, table
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from sdxl_trt.engines.host.version import __version__
 else:
     __getattr__ = lazy_names(__name__, {
-        "console": ("Output", "Parser", "one_line", "print_json", "run"),
+        "console": ("Output", "Parser", "one_line", "option_type", "print_json", "run"),
         "files": ("NO_LOCKS", "atomic_write", "contained", "exclusive", "sha256_file", "sibling"),
-        "memory": ("available_host_memory", "format_bytes", "parse_bytes"),
+        "memory": ("available_host_memory", "format_bytes", "parse_bytes", "process_memory"),
         "paths": ("is_utf8", "known_as", "require_utf8", "shell_word"),
         "progress": ("ProgressLine",),
         "tables": ("mebibytes", "paragraph", "span", "table"),
@@ -28,6 +28,6 @@ else:
 __all__ = [
     "NO_LOCKS", "STDIN", "Output", "Parser", "ProgressLine", "__version__", "atomic_write", "available_host_memory",
     "check_inputs", "contained", "exclusive", "format_bytes", "is_utf8", "known_as", "mebibytes", "one_line",
-    "paragraph", "parse_bytes", "print_json", "read_capped", "require_utf8", "run", "sha256_file", "shell_word",
-    "sibling", "span", "table",
+    "option_type", "paragraph", "parse_bytes", "print_json", "process_memory", "read_capped", "require_utf8", "run",
+    "sha256_file", "shell_word", "sibling", "span", "table",
 ]

@@ -1,6 +1,6 @@
 """Shared code of the commands: one-line errors and exit codes, warnings on stderr, JSON on stdout."""
 
-__all__ = ["Output", "Parser", "one_line", "print_json", "run"]
+__all__ = ["Output", "Parser", "one_line", "option_type", "print_json", "run"]
 
 import argparse
 import contextlib
@@ -14,11 +14,12 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn, TextIO, TypeVar
 
-from sdxl_trt.engines.errors import ResourceError, SdxlTrtError, explain_os_error
+from sdxl_trt.engines.errors import ResourceError, SdxlTrtError, UsageError, explain_os_error
 from sdxl_trt.engines.host.paths import OUTPUT_ERRORS
 
+Parsed = TypeVar("Parsed")
 INTERRUPTED = 130
 USAGE = 2
 
@@ -41,6 +42,18 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print one line and exit 2."""
         self.exit(USAGE, f"error: {one_line(message)}; see {self.prog} --help\n")
+
+
+def option_type(parse: Callable[[str], Parsed]) -> Callable[[str], Parsed]:
+    """Return `parse` as the `type` of an option: argparse names the option before the text of its UsageError."""
+
+    def convert(text: str) -> Parsed:
+        try:
+            return parse(text)
+        except UsageError as exc:
+            raise argparse.ArgumentTypeError(str(exc)) from exc
+
+    return convert
 
 
 class _Version(argparse.Action):

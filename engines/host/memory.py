@@ -1,6 +1,6 @@
 """Amounts of memory: parsed, formatted, and what the host has left."""
 
-__all__ = ["available_host_memory", "format_bytes", "parse_bytes"]
+__all__ = ["available_host_memory", "format_bytes", "parse_bytes", "process_memory"]
 
 import re
 from pathlib import Path
@@ -15,15 +15,15 @@ _UNITS = {"": 1, "B": 1} | {
 _MEMINFO, _CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 
-def parse_bytes(text: str, option: str = "size") -> int:
+def parse_bytes(text: str) -> int:
     """Return `text` in bytes: "12GB" is 12e9, "12GiB" 12·2^30, "800M" 8e8, a bare number bytes.
 
-    Raises UsageError for anything else; its message names `option`.
+    Raises UsageError for anything else.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text, re.ASCII | re.IGNORECASE)
     unit = _UNITS.get(found[2].upper()) if found else None
     if found is None or unit is None:
-        raise UsageError(f"{option} {text!r} is not an amount of memory; write it as 12GB, 12GiB or 800MB")
+        raise UsageError(f"size {text!r} is not an amount of memory; write it as 12GB, 12GiB or 800MB")
     return int(float(found[1]) * unit)
 
 
@@ -36,17 +36,24 @@ def format_bytes(amount: int) -> str:
 
 def available_host_memory() -> int | None:
     """Return the bytes that can be allocated without swapping, within the cgroup's limit; None if unknown."""
-    candidates = [value for value in (_mem_available(), _cgroup_available()) if value is not None]
+    candidates = [value for value in (_figures(_MEMINFO).get("MemAvailable"), _cgroup_available()) if value is not None]
     return min(candidates, default=None)
 
 
-def _mem_available() -> int | None:
+def process_memory(pid: int | None = None) -> dict[str, int]:
+    """Return a process's memory in bytes by kind ("VmHWM", "RssAnon", …); empty if the system does not show it.
+
+    Without `pid` it is this process's.
+    """
+    return _figures(Path(f"/proc/{pid or 'self'}/status"))
+
+
+def _figures(file: Path) -> dict[str, int]:
     try:
-        lines = _MEMINFO.read_text(encoding="ascii").splitlines()
+        text = file.read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return None
-    fields = dict(line.split(":", 1) for line in lines if ":" in line)
-    return int(fields["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in fields else None
+        return {}
+    return {name: int(value) << 10 for name, value in re.findall(r"^(\w+):\s+(\d+) kB$", text, re.MULTILINE)}
 
 
 def _cgroup_available() -> int | None:

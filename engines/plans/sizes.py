@@ -50,7 +50,7 @@ class Sizes(Record, frozen=True, kw_only=True):
     static: bool = False
 
 
-def parse_range(text: str, option: str) -> Range:
+def parse_range(text: str) -> Range:
     """Parse ``MIN:OPT:MAX`` or one number. Raises UsageError."""
     parts = text.split(":")
     try:
@@ -58,7 +58,7 @@ def parse_range(text: str, option: str) -> Range:
     except ValueError:
         values = []
     if len(values) not in (1, 3) or any(value < 1 for value in values) or values != sorted(values):
-        raise UsageError(f"{option} {text}: give one number, or MIN:OPT:MAX in ascending order (512:1024:1280)")
+        raise UsageError(f"{text}: give one number, or MIN:OPT:MAX in ascending order (512:1024:1280)")
     low, usual, high = values if len(values) == 3 else values * 3
     return Range(min=low, opt=usual, max=high)
 

@@ -68,11 +68,15 @@ def _add_target(group: Any) -> None:
     group.add_argument("--vae-precision", choices=("auto", "fp32", "bf16", "fp16", "mixed"), default="auto",
                        help="auto: fp32 if the autoencoder's config sets force_upcast, else the chosen precision;"
                        " mixed: fp16 with the end of the decoder in fp32")  # fmt: skip
-    group.add_argument("--components", metavar="LIST", help="export only these, separated by commas; keep the bundle's"
-                       " other components")  # fmt: skip
+    group.add_argument("--components", type=_names, metavar="LIST", help="export only these, separated by commas; keep"
+                       " the bundle's other components")  # fmt: skip
     group.add_argument("--layout", choices=("bundle", "optimum"), default="bundle",
                        help="optimum: two folders, base and refiner, for optimum-onnx")  # fmt: skip
     group.add_argument("--opset", type=int, default=23, metavar="N", help="ONNX operator set, 20 to 23 (default 23)")
+
+
+def _names(text: str) -> list[str]:
+    return list(filter(None, text.split(",")))
 
 
 def _export(arguments: argparse.Namespace) -> None:
@@ -144,15 +148,13 @@ def _build(arguments: argparse.Namespace, plans: PlanOptions, exported: dict[str
 
     bundle = read_bundle(arguments.out, partial=True)
     sizes, started = plans.sizes(bundle.manifest), time.perf_counter()
-    names = None if arguments.components is None else list(filter(None, arguments.components.split(",")))
     if arguments.dry_run:
-        jobs = plan_builds(
-            bundle, current_environment(plans.flavour), sizes, plans.flags, components=names, force=arguments.force
-        )
+        jobs = plan_builds(bundle, current_environment(plans.flavour), sizes, plans.flags,
+                           components=arguments.components, force=arguments.force)  # fmt: skip
         _print(arguments, summary.of_jobs(jobs))
         return
     with ProgressLine() as line:
-        bundle = build_plans(arguments.out, plans.flavour, sizes, plans.flags, components=names,
+        bundle = build_plans(arguments.out, plans.flavour, sizes, plans.flags, components=arguments.components,
                              timing_cache=plans.timing_cache, force=arguments.force, lock=not arguments.no_lock,
                              progress=build_progress(line))  # fmt: skip
     if plans.plans_only:
@@ -172,7 +174,6 @@ def _options(arguments: argparse.Namespace, *, twins: bool) -> Any:
     from sdxl_trt.export.components import Options  # noqa: PLC0415 - torch: --help must not wait for it
     from sdxl_trt.export.lora import parse_lora_option  # noqa: PLC0415
 
-    names = arguments.components
     return Options(
         precision=arguments.precision,
         vae_precision=arguments.vae_precision,
@@ -181,7 +182,7 @@ def _options(arguments: argparse.Namespace, *, twins: bool) -> Any:
         unet=arguments.unet,
         vae=arguments.vae,
         loras=tuple(parse_lora_option(text) for text in arguments.lora),
-        components=None if names is None else frozenset(filter(None, names.split(","))),
+        components=None if arguments.components is None else frozenset(arguments.components),
         verify=arguments.verify,
         force=arguments.force,
         lock=not arguments.no_lock,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sdxl_trt.engines import UsageError
+from sdxl_trt.engines.host import option_type, parse_bytes
 
 if TYPE_CHECKING:
     from sdxl_trt.engines.bundle import BuildFlags, Flavour, Manifest, Range
@@ -48,12 +49,13 @@ def add_plan_options(group: Any) -> None:
     group.add_argument("--engine", choices=("none", "tensorrt", "tensorrt-rtx"), help="plans to build after the graphs"
                        " (default: tensorrt if it can run here, else none)")  # fmt: skip
     for side, meaning in _MEANINGS.items():
-        group.add_argument(f"--{side}", type=_range(f"--{side}"), metavar="MIN:OPT:MAX", help=meaning)
+        group.add_argument(f"--{side}", type=option_type(_range), metavar="MIN:OPT:MAX", help=meaning)
     group.add_argument("--static", action="store_true", help="a single size, the OPT of each range: the fastest plans")
     group.add_argument("--opt-level", type=int, choices=range(6), default=3, metavar="N",
                        help="how long TensorRT searches, 0 to 5 (default 3)")  # fmt: skip
     group.add_argument("--timing-cache", type=Path, metavar="FILE", help="read and updated: makes later builds faster")
-    group.add_argument("--workspace", type=_size, default=0, metavar="SIZE", help="limit for scratch memory, e.g. 8GiB")
+    group.add_argument("--workspace", type=option_type(parse_bytes), default=0, metavar="SIZE",
+                       help="limit for scratch memory, e.g. 8GiB")  # fmt: skip
     group.add_argument("--weight-streaming", action="store_true", help="let weights stay in host memory at run time")
     group.add_argument("--version-compatible", action="store_true", help="plans that run on later minor versions too")
     group.add_argument("--hardware-compatible", action="store_true", help="plans that run on any GPU since Ampere")
@@ -87,22 +89,7 @@ def plan_options(arguments: argparse.Namespace, can_build: Callable[[], bool]) -
     return PlanOptions(engine, ranges, arguments.static, flags, arguments.timing_cache, arguments.plans_only)
 
 
-def _range(option: str) -> "Callable[[str], Range]":
-    def parse(text: str) -> "Range":
-        from sdxl_trt.engines.plans import parse_range  # noqa: PLC0415 - --help must not wait for it
+def _range(text: str) -> "Range":
+    from sdxl_trt.engines.plans import parse_range  # noqa: PLC0415 - --help must not wait for it
 
-        try:
-            return parse_range(text, option)
-        except UsageError as exc:
-            raise argparse.ArgumentTypeError(str(exc).removeprefix(f"{option} ")) from exc
-
-    return parse
-
-
-def _size(text: str) -> int:
-    from sdxl_trt.engines.host import parse_bytes  # noqa: PLC0415 - --help must not wait for it
-
-    try:
-        return parse_bytes(text)
-    except UsageError as exc:
-        raise argparse.ArgumentTypeError(str(exc)) from exc
+    return parse_range(text)

@@ -21,7 +21,7 @@ while not os.path.exists({seen!r}):
 MEASURE = """
 import os, sys
 import msgspec
-from sdxl_trt.benchmarks import processes
+from sdxl_trt.benchmarks.measure import processes
 code, ready, seen = sys.argv[1:]
 sample = processes._sample
 def spy(pid, peaks):

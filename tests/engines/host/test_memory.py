@@ -1,5 +1,6 @@
 """Amounts of memory are parsed and formatted; of the host's limits, the smaller counts."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 
 from sdxl_trt.engines.errors import UsageError
 from sdxl_trt.engines.host import memory
-from sdxl_trt.engines.host.memory import available_host_memory, format_bytes, parse_bytes
+from sdxl_trt.engines.host.memory import available_host_memory, format_bytes, parse_bytes, process_memory
 
 GIB = 1 << 30
 
@@ -45,9 +46,9 @@ def test_an_amount_is_parsed(text: str, expected: int) -> None:
 @pytest.mark.parametrize(
     "text", ["", "GB", "-1GB", "12 apples", "1e9", "12GBs", "1.GB", ".5GB", "nan", "١٢GB", "12GB 3"]
 )
-def test_an_invalid_amount_is_refused_with_the_option_name(text: str) -> None:
-    with pytest.raises(UsageError, match=r"--vram .* write it as 12GB, 12GiB or 800MB"):
-        parse_bytes(text, "--vram")
+def test_an_invalid_amount_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match=r"size .* write it as 12GB, 12GiB or 800MB"):
+        parse_bytes(text)
 
 
 @given(st.integers(0, 10**15))
@@ -93,3 +94,8 @@ def test_the_smaller_limit_counts(machine: Path, files: dict[str, str], expected
 def test_this_machine_has_some_memory() -> None:
     available = available_host_memory()
     assert available is None or available > 0
+
+
+def test_a_process_has_memory_and_one_that_has_ended_none() -> None:
+    assert process_memory()["VmHWM"] >= process_memory(os.getpid())["RssAnon"] > 1 << 20
+    assert process_memory(1 << 30) == {}

@@ -20,14 +20,14 @@ UNET = {
 @given(st.tuples(*[st.integers(1, 10**6)] * 3).map(sorted))
 def test_a_range_is_read_as_it_is_written(values: list[int]) -> None:
     low, usual, high = values
-    assert parse_range(f"{low}:{usual}:{high}", "--height") == Range(min=low, opt=usual, max=high)
-    assert parse_range(str(low), "--height") == fixed(low)
+    assert parse_range(f"{low}:{usual}:{high}") == Range(min=low, opt=usual, max=high)
+    assert parse_range(str(low)) == fixed(low)
 
 
 @pytest.mark.parametrize("text", ["", "a", "1:2", "3:2:1", "0:1:2", "-1", "1:2:3:4", "1.5", "512-1024", "1::2", "²"])
 def test_other_ranges_are_refused(text: str) -> None:
     with pytest.raises(UsageError, match="MIN:OPT:MAX"):
-        parse_range(text, "--height")
+        parse_range(text)
 
 
 def test_sdxls_sizes() -> None:
