@@ -10,7 +10,6 @@ __all__ = [
     "WEIGHTS",
     "Tensors",
     "materialize",
-    "scaling_factor",
     "stored",
     "with_whole_table",
     "write_tensors",

@@ -9,11 +9,10 @@ from sdxl_trt.engines import SdxlTrtError
 from sdxl_trt.engines.bundle import Bundle
 
 
-def cpu_floors(bundle: Bundle, spec: Spec, rate: float | None = None) -> tuple[dict[str, float], str]:
+def cpu_floors(bundle: Bundle, spec: Spec) -> tuple[dict[str, float], str]:
     """Return the floor in seconds of every task that is a single graph, and a sentence on how it was computed.
 
-    `rate` is in FLOP/s, or None to measure it. If FLOPs cannot be counted, there are no floors and the sentence
-    states why.
+    If FLOPs cannot be counted, there are no floors and the sentence states why.
     """
     manifest, rows = bundle.manifest, unet_rows(spec.batch, spec.guidance)
     graphs = {f"{name} UNet step": (stage.unet, rows) for name, stage in manifest.stages().items()}
@@ -23,7 +22,7 @@ def cpu_floors(bundle: Bundle, spec: Spec, rate: float | None = None) -> tuple[d
             task: count_component(bundle, name, rows=count, height=spec.height, width=spec.width).flops
             for task, (name, count) in graphs.items()
         }
-        rate = peak_gemm_rate(spec.threads) if rate is None else rate
+        rate = peak_gemm_rate(spec.threads)
     except ImportError as exc:
         return {}, f"floors: the graphs' operations were not counted ({exc}); pip install 'sdxl-trt[export]'"
     except SdxlTrtError as exc:

@@ -17,6 +17,7 @@ from sdxl_trt.benchmarks.measure import Nvml
 
 PREPARE_LIMIT = 3600.0
 RUN_LIMIT = 3600.0
+CLOSE_LIMIT = 60.0
 LONG = 2.0
 """Runs of at least this many seconds need no warm-up: cold caches and idle threads at the start do not matter."""
 T = TypeVar("T", bound=msgspec.Struct)
@@ -99,13 +100,13 @@ class Turns:
         return float(np.abs(one - other).max() / max(np.abs(other).max(), np.finfo(np.float64).tiny))
 
 
-def prepare(entrant: Entrant, nvml: Nvml, limit: float = PREPARE_LIMIT) -> None:
+def prepare(entrant: Entrant, nvml: Nvml) -> None:
     """Prepare one contestant while no other runs; if that fails, it leaves with the reason."""
     if entrant.player is None:
         return
     entrant.gpu_before = nvml.used() or 0
     try:
-        entrant.ready = entrant.player.ask(Ask(do="prepare"), Ready, limit)
+        entrant.ready = entrant.player.ask(Ask(do="prepare"), Ready, PREPARE_LIMIT)
     except ContestantError as exc:
         entrant.leave(str(exc))
         return
@@ -113,9 +114,7 @@ def prepare(entrant: Entrant, nvml: Nvml, limit: float = PREPARE_LIMIT) -> None:
     _watch_memory(entrant, nvml)
 
 
-def take_turns(
-    entrants: Sequence[Entrant], plan: Plan, nvml: Nvml, say: Say = lambda _: None, limit: float = RUN_LIMIT
-) -> Turns:
+def take_turns(entrants: Sequence[Entrant], plan: Plan, nvml: Nvml, say: Say = lambda _: None) -> Turns:
     """Run a task round by round on all contestants that have it, one at a time; each round starts with the next one.
 
     A run shorter than LONG is preceded by an untimed one if others have used the caches in between. A failure is
@@ -126,27 +125,27 @@ def take_turns(
     for entrant in list(able):
         keep = "" if plan.outputs is None else str(plan.outputs / f"{entrant.name} {task}.npy")
         first = msgspec.structs.replace(plan.ask, keep=keep)
-        if all(_run(entrant, ask, limit) for ask in [first, *[plan.ask] * plan.warmups][: plan.warmups]):
+        if all(_run(entrant, ask) for ask in [first, *[plan.ask] * plan.warmups][: plan.warmups]):
             turns.answers[entrant.name] = []
             if Path(keep).is_file():
                 turns.outputs[entrant.name] = Path(keep)
     for number in range(plan.runs):
         say(f"{task}: round {number + 1} of {plan.runs}")
         for entrant in rotated([one for one in able if one.name in turns.answers], number):
-            _turn(entrant, plan.ask, turns, nvml, limit)
+            _turn(entrant, plan.ask, turns, nvml)
     turns.joules = {name: spent / plan.runs for name, spent in turns.joules.items()}
     return turns
 
 
-def _turn(entrant: Entrant, ask: Ask, turns: Turns, nvml: Nvml, limit: float) -> None:
+def _turn(entrant: Entrant, ask: Ask, turns: Turns, nvml: Nvml) -> None:
     answers = turns.answers[entrant.name]
     last = answers[-1].seconds if answers else 0.0
     disturbed = len(turns.answers) > 1 and last < LONG
-    if disturbed and _run(entrant, ask, limit) is None:
+    if disturbed and _run(entrant, ask) is None:
         del turns.answers[entrant.name]
         return
     before = nvml.joules()
-    ran = _run(entrant, ask, limit)
+    ran = _run(entrant, ask)
     after = nvml.joules()
     if ran is None:
         del turns.answers[entrant.name]
@@ -157,12 +156,12 @@ def _turn(entrant: Entrant, ask: Ask, turns: Turns, nvml: Nvml, limit: float) ->
     _watch_memory(entrant, nvml)
 
 
-def _run(entrant: Entrant, ask: Ask, limit: float) -> Ran | None:
+def _run(entrant: Entrant, ask: Ask) -> Ran | None:
     """Return the answer to a run, or None if it failed."""
     if entrant.player is None:
         return None
     try:
-        return entrant.player.ask(ask, Ran, limit)
+        return entrant.player.ask(ask, Ran, RUN_LIMIT)
     except ContestantError as exc:
         entrant.not_run[f"{ask.task} at other settings" if ask.varied else ask.task] = str(exc)
         if exc.gone:
@@ -176,12 +175,12 @@ def _watch_memory(entrant: Entrant, nvml: Nvml) -> None:
         entrant.gpu_peak = max(entrant.gpu_peak or 0, used - entrant.gpu_before)
 
 
-def close(entrant: Entrant, limit: float = 60.0) -> None:
+def close(entrant: Entrant) -> None:
     """Ask a contestant for its memory use and end it; its measurements are kept."""
     if entrant.player is None:
         return
     try:
-        entrant.memory = entrant.player.ask(Ask(do="memory"), Memory, limit)
+        entrant.memory = entrant.player.ask(Ask(do="memory"), Memory, CLOSE_LIMIT)
     except ContestantError as exc:
         entrant.not_run["memory"] = str(exc)
     entrant.end()

@@ -6,7 +6,7 @@ bundles (by default the embedded one), for exact and for wide profiles, on a CPU
 which may be random. SDXL's widths with one transformer block per level build in 6 GB of memory.
 """
 
-__all__ = ["Row", "compare", "main", "table"]
+__all__ = ["Row", "main", "table"]
 
 import argparse
 import os

@@ -6,7 +6,7 @@ Writes JSON and a Markdown table beside it; graphs and checkpoints stay in ``--w
 next run, plans are deleted.
 """
 
-__all__ = ["Build", "Report", "bars", "main", "measure_build", "table"]
+__all__ = ["Build", "Report", "bars", "main", "table"]
 
 import os
 import sys

@@ -4,7 +4,7 @@
 graphs are accepted completely: strongly typed, external weights read, every operator supported.
 """
 
-__all__ = ["Parsed", "TensorRT", "axes_profile", "build", "main", "table"]
+__all__ = ["Parsed", "main"]
 
 import argparse
 import os

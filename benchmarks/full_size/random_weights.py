@@ -1,6 +1,6 @@
 """Safetensors files of random weights, drawn and written as a stream: only one chunk is in memory at a time."""
 
-__all__ = ["Chunks", "DType", "RandomTensor", "bytes_of", "header", "random_tensors", "split", "write_file"]
+__all__ = ["Chunks", "DType", "RandomTensor", "bytes_of", "random_tensors", "split", "write_file"]
 
 import hashlib
 import json

@@ -6,7 +6,7 @@ default, numpy with one. A large block is freed first, as after loading a model:
 return the latents' memory to the system in every step. Writes JSON and a Markdown table beside it.
 """
 
-__all__ = ["BAR", "Report", "Row", "Spread", "bars", "main", "measure", "table"]
+__all__ = ["Report", "Row", "Spread", "bars", "main", "table"]
 
 import argparse
 import subprocess

@@ -1,6 +1,6 @@
 """What trt-bench measures: a bundle and its checkpoints, exported first if there is no bundle."""
 
-__all__ = ["EMBEDDED", "Subject", "cache_folder", "find_subject"]
+__all__ = ["Subject", "cache_folder", "find_subject"]
 
 import hashlib
 import os

@@ -1,6 +1,6 @@
 """Evaluate the embedded pair on captions and seeds unseen in training: `python -m sdxl_trt.benchmarks.model_card`."""
 
-__all__ = ["evaluate", "main", "quality"]
+__all__ = ["main"]
 
 import argparse
 import json
@@ -51,8 +51,9 @@ def quality(scored: Iterable[Score]) -> Row:
     return {name: float(np.mean([getattr(one, name) for one in all_scored])) for name in names}
 
 
-def wilson(hits: int, count: int, z: float = 1.96) -> tuple[float, float]:
+def wilson(hits: int, count: int) -> tuple[float, float]:
     """Return the 95 % interval of a proportion (Wilson 1927)."""
+    z = 1.96
     share = hits / count
     centre = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * np.sqrt(share * (1 - share) / count + z * z / (4 * count * count))

@@ -1,6 +1,6 @@
 """The captions and seeds for evaluating the embedded pair."""
 
-__all__ = ["HELD_OUT_OFFSET", "CardCase", "DrawSettings", "Generator", "evaluation_cases"]
+__all__ = ["CardCase", "DrawSettings", "Generator", "evaluation_cases"]
 
 
 from collections.abc import Callable

@@ -1,6 +1,6 @@
 """Draw with diffusers: the reference that every other implementation is compared with."""
 
-__all__ = ["TorchPair", "pixels"]
+__all__ = ["TorchPair"]
 
 from collections.abc import Iterable
 from pathlib import Path

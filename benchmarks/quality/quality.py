@@ -50,8 +50,6 @@ def measure_quality(
     settings: BenchSettings,
     variants: Sequence[str] = tuple(VARIANTS),
     say: Say = lambda _: None,
-    *,
-    provider: str = "auto",
 ) -> tuple[Quality, ...]:
     """Return the rows of the bundle of `subject`, then those of the `variants`, against PyTorch fp32.
 
@@ -69,7 +67,7 @@ def measure_quality(
     )
     rows = measured.of_reference()
     say(f"quality: {GIVEN}")
-    rows += measured.rows(subject.bundle.root, f"{GIVEN} ({_precision(subject.bundle.manifest)})", provider, tiled=True)
+    rows += measured.rows(subject.bundle.root, f"{GIVEN} ({_precision(subject.bundle.manifest)})", "auto", tiled=True)
     for name in variants:
         say(f"quality: {name}")
         rows += _variant(name, subject, measured)

@@ -5,12 +5,12 @@ pair's autoencoder in fp32, with the same tile size and minimum overlap, from en
 averaged, since the error depends on where edges in a picture meet tile borders.
 """
 
-__all__ = ["Row", "main", "measure", "table"]
+__all__ = ["Row", "main", "table"]
 
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,6 @@ SCENE = 192
 PEAK = 2.0  # samples are -1 to 1
 
 Floats = NDArray[np.float32]
-Decode = Callable[[Floats], Floats]
 
 
 class Row(msgspec.Struct, frozen=True):

@@ -1,6 +1,6 @@
 """Figures as a reader takes them in: three digits, a unit, and one unit for all that stand together."""
 
-__all__ = ["Unit", "memory", "memory_unit", "plain", "significant", "time_unit", "times"]
+__all__ = ["Unit", "memory", "plain", "significant", "time_unit", "times"]
 
 import math
 import re

@@ -29,9 +29,9 @@ STEP = "base UNet step"
 NOTHING = "*Not measured yet.* `make bench` measures, and `make readme` puts the figures here."
 
 
-def read_results(folder: Path = RESULTS) -> dict[str, BenchReport]:
-    """Return trt-bench's reports in `folder`, by file stem. Raises CorruptError for a file that is not one."""
-    return {path.stem: read_report(path) for path in sorted(folder.glob("bench*.json"))}
+def read_results() -> dict[str, BenchReport]:
+    """Return trt-bench's reports in RESULTS, by file stem. Raises CorruptError for a file that is not one."""
+    return {path.stem: read_report(path) for path in sorted(RESULTS.glob("bench*.json"))}
 
 
 def block(reports: Mapping[str, BenchReport]) -> str:

@@ -1,7 +1,6 @@
 """The records of a trt-bench run, their statistics, and the JSON file that stores them."""
 
 __all__ = [
-    "SCHEMA",
     "Bar",
     "BenchReport",
     "BenchSettings",

@@ -46,8 +46,6 @@ def run_estimate(
     height: int = 1024,
     width: int = 1024,
     batch: int = 1,
-    guidance: bool = True,
-    tokens: int = 77,
 ) -> Estimate:
     """Return the floor for the GPU called `gpu` (see `gpus.GPUS`), counted from the bundle at `engines` if given.
 
@@ -61,8 +59,7 @@ def run_estimate(
     if bundle is not None and bundle.manifest.refiner is None:
         handoff = None
     base_steps = steps if handoff is None else _base_steps(scheduler, steps, handoff)
-    work = Work(base_steps=base_steps, refiner_steps=steps - base_steps, height=height, width=width, batch=batch,
-                rows=2 if guidance else 1, tokens=tokens)  # fmt: skip
+    work = Work(base_steps=base_steps, refiner_steps=steps - base_steps, height=height, width=width, batch=batch)
     return estimate(gpu, work, bundle)
 
 

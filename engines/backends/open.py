@@ -1,6 +1,6 @@
 """Choose the provider that runs a bundle on this machine, and return a factory of its engines."""
 
-__all__ = ["PROVIDERS", "Backend", "open_backend"]
+__all__ = ["Backend", "open_backend"]
 
 import logging
 from collections.abc import Callable, Mapping

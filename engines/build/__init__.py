@@ -7,19 +7,19 @@ from sdxl_trt.engines.lazy import lazy_names
 if TYPE_CHECKING:
     from sdxl_trt.engines.build.bundle_plans import build_plans, drop_onnx
     from sdxl_trt.engines.build.jobs import PlanJob, plan_builds
-    from sdxl_trt.engines.build.messages import BuildEvent, BuildJob, BuiltPlan
+    from sdxl_trt.engines.build.messages import BuildJob, BuiltPlan
     from sdxl_trt.engines.build.network import BuildLog, parse_graph
     from sdxl_trt.engines.build.process import build_plan, build_progress
 else:
     __getattr__ = lazy_names(__name__, {
         "bundle_plans": ("build_plans", "drop_onnx"),
         "jobs": ("PlanJob", "plan_builds"),
-        "messages": ("BuildEvent", "BuildJob", "BuiltPlan"),
+        "messages": ("BuildJob", "BuiltPlan"),
         "network": ("BuildLog", "parse_graph"),
         "process": ("build_plan", "build_progress"),
     })
 
 __all__ = [
-    "BuildEvent", "BuildJob", "BuildLog", "BuiltPlan", "PlanJob", "build_plan", "build_plans",
+    "BuildJob", "BuildLog", "BuiltPlan", "PlanJob", "build_plan", "build_plans",
     "build_progress", "drop_onnx", "parse_graph", "plan_builds",
 ]

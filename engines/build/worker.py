@@ -5,7 +5,7 @@ per line (`messages.Message`); all other output to stdout goes to stderr, which 
 parent: when stdin closes, the process exits, whatever TensorRT is doing.
 """
 
-__all__ = ["Phases", "main", "make_plan"]
+__all__ = ["Phases", "main"]
 
 import os
 import signal

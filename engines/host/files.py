@@ -8,13 +8,11 @@ import hashlib
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from sdxl_trt.engines.errors import CorruptError, IncompatibleError, UsageError, explain_os_error
-
-CHUNK = 1 << 22
 
 
 @contextlib.contextmanager
@@ -91,15 +89,10 @@ def contained(root: Path, relative: str) -> Path:
     return path
 
 
-def sha256_file(path: Path, progress: Callable[[int], None] | None = None) -> str:
-    """Return the hex sha256 of a file, in constant memory; `progress` receives the number of bytes of each chunk."""
-    digest = hashlib.sha256()
+def sha256_file(path: Path) -> str:
+    """Return the hex sha256 of a file, in constant memory."""
     with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-            if progress:
-                progress(len(chunk))
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 log = logging.getLogger("sdxl_trt.engines")

@@ -72,7 +72,6 @@ def compare_engines(
     left_provider: str,
     right_provider: str,
     *,
-    seed: int = 0,
     progress: Callable[[str], None] | None = None,
 ) -> list[Agreement]:
     """Compare components `names` of `bundle` on two providers, at the sizes that their plans are tuned for.
@@ -91,7 +90,7 @@ def compare_engines(
                                         " twin of it to compare with")  # fmt: skip
             if progress:
                 progress(name)
-            feeds = [example_inputs(bundle, name, each, seed) for each in left.profiles(name)]
+            feeds = [example_inputs(bundle, name, each) for each in left.profiles(name)]
             sides = _opened(left.make, name), _opened(right.make, reference)
             found += compare_pair(bundle, name, *sides, feeds, reference)
     return found

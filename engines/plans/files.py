@@ -6,7 +6,6 @@ __all__ = ["PLANS", "plan_path", "read_plan", "rebuild_command", "remove_write_p
 import hashlib
 import os
 import stat
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -30,11 +29,11 @@ def rebuild_command(bundle: Bundle, flavour: Flavour) -> str:
     return f"export-engines --engine {flavour} --out {shell_word(bundle.root)}"
 
 
-def read_plan(bundle: Bundle, record: PlanRecord, progress: Callable[[int], None] | None = None) -> memoryview:
+def read_plan(bundle: Bundle, record: PlanRecord) -> memoryview:
     """Return the bytes of a plan in a buffer that the caller owns, read once and checked in place.
 
-    `progress` receives the number of bytes of each chunk. Raises CorruptError if the size or sha256 differs from the
-    manifest's, or if other users could have written the file; ResourceError if it does not fit into memory.
+    Raises CorruptError if the size or sha256 differs from the manifest's, or if other users could have written the
+    file; ResourceError if it does not fit into memory.
     """
     path = bundle.path(record.file)
     for place in (bundle.root, bundle.root / MANIFEST, path.parent, path):
@@ -51,8 +50,6 @@ def read_plan(bundle: Bundle, record: PlanRecord, progress: Callable[[int], None
                 if file.readinto(part) != len(part):
                     raise _damaged(bundle, record, "it became shorter while it was read")
                 digest.update(part)
-                if progress:
-                    progress(len(part))
     except MemoryError as exc:
         raise ResourceError(f"reading {path}: out of host memory ({record.file.size / 1e9:.1f} GB);"
                             " close other programs") from exc  # fmt: skip

@@ -15,7 +15,6 @@ __all__ = [
     "default_sizes",
     "parse_range",
     "profiles_of",
-    "size_multiple",
     "stage_sizes",
 ]
 

@@ -57,9 +57,9 @@ def shares_activations(provider: str) -> bool:
     return not provider.startswith("ort-")
 
 
-def exact_sizes(height: int, width: int, pictures: int = 1, tokens: int = TOKENS) -> Sizes:
-    """Return the sizes of one request: sides in pixels, pictures per call, prompt tokens."""
-    return Sizes(height=fixed(height), width=fixed(width), batch=fixed(pictures), tokens=fixed(tokens), static=True)
+def exact_sizes(height: int, width: int) -> Sizes:
+    """Return the sizes of a request for one picture of `height` × `width` pixels, with a prompt of TOKENS."""
+    return Sizes(height=fixed(height), width=fixed(width), batch=fixed(1), tokens=fixed(TOKENS), static=True)
 
 
 def need_of(manifest: Manifest, name: str, provider: str, sizes: Sizes, record: PlanRecord | None = None) -> Need:

@@ -12,7 +12,7 @@ from sdxl_trt.engines.backends import open_backend
 from sdxl_trt.engines.bundle import Bundle, PlanRecord, Profile, stand_ins
 from sdxl_trt.engines.engine import Engine
 from sdxl_trt.engines.errors import ResourceError
-from sdxl_trt.engines.plans import PlanLimits, Sizes
+from sdxl_trt.engines.plans import PlanLimits
 from sdxl_trt.engines.residency.estimate import MemoryEstimate, Residency
 from sdxl_trt.engines.residency.loading import LoadAhead, load
 from sdxl_trt.engines.residency.policy import check_residency, estimate_memory, fallbacks, settled_residency
@@ -184,7 +184,6 @@ def open_pool(
     provider: str = "auto",
     residency: str = "auto",
     available: int | None = None,
-    sizes: Sizes | None = None,
     *,
     from_image: bool = False,
     once: bool = False,
@@ -192,9 +191,8 @@ def open_pool(
     """Return a pool for `bundle`; nothing is loaded yet.
 
     `provider` is "auto" or one of PROVIDERS, `residency` "auto", "resident", "swap" or "stream"; `available` replaces
-    the measured memory of the device or host, in bytes; `sizes` are those of the runs, if there are no plans. With
-    `from_image`, memory is planned for runs that start from an image, which also need the autoencoder's encoder; with
-    `once`, for a single run.
+    the measured memory of the device or host, in bytes. With `from_image`, memory is planned for runs that start from an image, which also need the autoencoder's encoder;
+    with `once`, for a single run.
     A given residency is kept; "auto" falls back to the next one if memory runs out. Raises UsageError for unknown
     names, IncompatibleError for a provider that is not available or a plan that does not fit this machine,
     ResourceError for plans that cannot fit.
@@ -209,7 +207,6 @@ def open_pool(
             provider=backend.provider,
             capacity=capacity,
             residency=residency,
-            sizes=sizes,
             records=backend.records,
             from_image=from_image,
         )

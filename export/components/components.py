@@ -1,6 +1,6 @@
 """Which graphs a base and a refiner need, and which of them they can share."""
 
-__all__ = ["COMPONENTS", "OPSETS", "ComponentPlan", "Options", "StagePlan", "VaePrecision", "plan_components"]
+__all__ = ["ComponentPlan", "Options", "StagePlan", "VaePrecision", "plan_components"]
 
 import math
 from collections.abc import Callable, Sequence

@@ -1,8 +1,6 @@
 """Convert one component: trace it, simplify the graph, stream the weights; or find the component finished."""
 
 __all__ = [
-    "CPU_GRAPH_FILE",
-    "GRAPH_FILE",
     "RECORD_FILE",
     "component_key",
     "component_source",

@@ -5,7 +5,7 @@ records its arguments. Each distinct block is then traced alone, with its own re
 replaces the nodes. The result equals the graph of a trace of the whole module, in a fraction of the time.
 """
 
-__all__ = ["BLOCK", "DOMAIN", "Blocks", "Call", "Template", "expand", "hollowed", "translations"]
+__all__ = ["DOMAIN", "Blocks", "Call", "Template", "expand", "hollowed", "translations"]
 
 import contextlib
 import functools

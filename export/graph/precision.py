@@ -6,7 +6,7 @@ signatures.py). In half precision LayerNormalization and GroupNormalization accu
 choice to its kernels; ONNX Runtime's CPU provider returns the same bits with it set to fp32.
 """
 
-__all__ = ["COMPUTE", "Casting", "boundary_dtype", "convert_module"]
+__all__ = ["Casting", "boundary_dtype", "convert_module"]
 
 from typing import Any
 

@@ -1,6 +1,6 @@
 """A component in PyTorch, filled from its checkpoint: the reference for its graph."""
 
-__all__ = ["Prepare", "load_reference", "run_reference"]
+__all__ = ["load_reference", "run_reference"]
 
 import contextlib
 from collections.abc import Callable, Mapping
@@ -13,9 +13,6 @@ from torch.overrides import TorchFunctionMode
 from sdxl_trt.engines import Array
 from sdxl_trt.export.components import ComponentPlan
 from sdxl_trt.export.graph import Graph, MetaModel, build_model, make_graph, published_name
-
-Prepare = Callable[[Graph, str], torch.dtype]
-"""Converts a graph's module to a precision in place; returns the dtype of inputs without a fixed one."""
 
 
 def load_reference(plan: ComponentPlan) -> Graph:

@@ -18,7 +18,7 @@ from sdxl_trt.export.components import ComponentPlan, StagePlan
 from sdxl_trt.export.graph import convert_module
 from sdxl_trt.export.verify.overflow import watch_dtypes, watch_peaks
 from sdxl_trt.export.verify.recording import Call, Recording, RecordingSettings
-from sdxl_trt.export.verify.reference import Prepare, load_reference, run_reference
+from sdxl_trt.export.verify.reference import load_reference, run_reference
 from sdxl_trt.export.verify.report import ComponentReport, VerifyReport, write_report
 from sdxl_trt.export.verify.verdict import NOT_RUN, Outputs, Results, judge
 
@@ -35,20 +35,19 @@ def verify_bundle(
     *,
     progress: Progress | None = None,
     settings: RecordingSettings | None = None,
-    prepare: Prepare = convert_module,
 ) -> VerifyReport:
     """Compare every component of `bundle` with its PyTorch model; write ``verify.json`` and return the report.
 
-    `progress` is called with each component and the run that begins. `prepare` must convert a module to a precision as
-    the export did. Failures are in the report; `VerifyReport.require` raises them. Raises CorruptError for files that
-    do not match the manifest, ResourceError and EngineError if a backend cannot run.
+    `progress` is called with each component and the run that begins. Failures are in the report; `VerifyReport.require`
+    raises them. Raises CorruptError for files that do not match the manifest, ResourceError and EngineError if a
+    backend cannot run.
     """
     settings, progress = settings or RecordingSettings(), progress or _silent
     recording = Recording(stages, settings)
     parts: dict[str, ComponentReport] = {}
     for name in sorted(components, key=lambda name: _ORDER.index(components[name].kind)):
         plan = components[name]
-        results = _run_torch(name, plan, recording, prepare, progress)
+        results = _run_torch(name, plan, recording, progress)
         gc.collect()  # modules are reference cycles: free this one before the next is loaded
         if plan.precision not in NOT_RUN:
             progress(name, "verifying: ONNX Runtime")
@@ -73,7 +72,7 @@ def _silent(component: str, stage: str) -> None:
     """Report nothing."""
 
 
-def _run_torch(name: str, plan: ComponentPlan, recording: Recording, prepare: Prepare, progress: Progress) -> Results:
+def _run_torch(name: str, plan: ComponentPlan, recording: Recording, progress: Progress) -> Results:
     progress(name, "verifying: PyTorch fp32")
     graph = load_reference(plan)
     dtype = convert_module(graph, "fp32")
@@ -82,7 +81,7 @@ def _run_torch(name: str, plan: ComponentPlan, recording: Recording, prepare: Pr
     if plan.precision == "fp32":
         return Results(calls, peaks)
     progress(name, f"verifying: PyTorch {plan.precision}")
-    dtype = prepare(graph, plan.precision)
+    dtype = convert_module(graph, plan.precision)
     with watch_dtypes(graph.module.model) as dtypes:
         rounded = [run_reference(graph, call.inputs, dtype) for call in calls]
     return Results(calls, peaks, rounded, dtypes)

@@ -12,7 +12,6 @@ __all__ = [
     "Plane",
     "compose",
     "extent",
-    "outline",
     "pattern",
     "shade",
     "shape_mask",
@@ -85,10 +84,10 @@ def extent(shape: str) -> tuple[float, float]:
     return float((high - low).max() / 2), float((low + high)[1] / 2)
 
 
-def shape_mask(shape: str, x: float, y: float, radius: float, side: int = SIDE) -> Plane:
-    """Coverage `(side, side)` float32 in 0..1 of a shape whose centre and radius are in pixels."""
+def shape_mask(shape: str, x: float, y: float, radius: float) -> Plane:
+    """Coverage `(SIDE, SIDE)` float32 in 0..1 of a shape whose centre and radius are in pixels."""
     k = _OVERSAMPLING
-    canvas = Image.new("L", (side * k, side * k))
+    canvas = Image.new("L", (SIDE * k, SIDE * k))
     pen = ImageDraw.Draw(canvas)
     cx, cy, r = x * k, y * k, radius * k
     if shape in ("circle", "ring"):

@@ -4,7 +4,7 @@ The stages, in order: vae, cache, base, refiner, decoder (finishes the autoencod
 resume from their checkpoints in the folder, and stop after `--minutes` or `--steps`.
 """
 
-__all__ = ["main", "run"]
+__all__ = ["main"]
 
 import argparse
 from pathlib import Path

@@ -13,6 +13,7 @@ from torch import nn
 
 CHECKPOINT_SECONDS = 150.0
 AVERAGE_DECAY = 0.999
+WARM_UP = 200
 
 Loss = Callable[[np.random.Generator], torch.Tensor]
 """One batch's loss. Its randomness comes from the generator, which depends only on seed and step."""
@@ -93,10 +94,10 @@ def begin(model: nn.Module, path: Path) -> State:
     return state
 
 
-def rate_at(peak: float, step: int, progress: float, warm_up: int = 200) -> float:
+def rate_at(peak: float, step: int, progress: float) -> float:
     """Linear warm-up, then a cosine down to 2 % of the peak."""
     cosine = 0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * progress))
-    return float(peak * min(1.0, (step + 1) / warm_up) * cosine)
+    return float(peak * min(1.0, (step + 1) / WARM_UP) * cosine)
 
 
 def keep_nothing(weights: Weights) -> None:

@@ -2,7 +2,7 @@
 
 Captions use a few dozen of CLIP's 49,408 tokens. Training a row for each of the others would dominate the cost of
 every optimizer step without teaching them anything, so the encoders train with one row for each token in captions and
-ONE row for all others, trained on random filler words; `expand` copies that row to every unused id.
+ONE row for all others, trained on random filler words.
 """
 
 __all__ = ["Encoders", "Ids", "compact", "tokenize", "with_fillers"]
@@ -87,13 +87,3 @@ def _config(parts: architecture.Config) -> CLIPTextConfig:
     return CLIPTextConfig(
         **{name: value for name, value in parts.items() if name not in ("architectures", "torch_dtype")}
     )
-
-
-def expand(weights: dict[str, torch.Tensor], used: Ids) -> dict[str, torch.Tensor]:
-    """An encoder's weights with a row for each of the 49,408 tokens instead of the compact table."""
-    full = dict(weights)
-    name = next(key for key in weights if key.endswith(TABLE))
-    table = weights[name]
-    full[name] = table[UNKNOWN].repeat(architecture.VOCABULARY_SIZE, 1)
-    full[name][torch.from_numpy(used)] = table[1:]
-    return full

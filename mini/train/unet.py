@@ -1,6 +1,6 @@
 """Stages 2 and 3: the base with both text encoders, then the refiner on the lowest fifth of the noise levels."""
 
-__all__ = ["PEAK_RATE", "train_base", "train_refiner", "without"]
+__all__ = ["train_base", "train_refiner", "without"]
 
 from pathlib import Path
 

@@ -1,6 +1,6 @@
 """Stage 1: the autoencoder."""
 
-__all__ = ["BATCH", "PEAK_RATE", "load_vae", "signals", "train_decoder", "train_vae"]
+__all__ = ["load_vae", "signals", "train_decoder", "train_vae"]
 
 from pathlib import Path
 
@@ -121,9 +121,9 @@ def train_decoder(folder: Path, budget: Budget, seed: int) -> None:
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
-def validation_latents(vae: AutoencoderKL, count: int = 256) -> torch.Tensor:
-    """Mean latents `(count, 4, 16, 16)` of validation pictures."""
-    batch = signals([example(VALIDATION_SEEDS[i]).picture for i in range(count)])
+def validation_latents(vae: AutoencoderKL) -> torch.Tensor:
+    """Mean latents `(256, 4, 16, 16)` of validation pictures."""
+    batch = signals([example(VALIDATION_SEEDS[i]).picture for i in range(256)])
     return torch.cat([vae.encode(part).latent_dist.mean for part in batch.split(32)])
 
 
@@ -145,8 +145,8 @@ def standardise(vae: AutoencoderKL) -> None:
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
-def validation_error(vae: AutoencoderKL, count: int = 64) -> float:
+def validation_error(vae: AutoencoderKL) -> float:
     """Mean absolute reconstruction error on validation pictures, on the scale 0..255."""
-    batch = signals([example(VALIDATION_SEEDS[i]).picture for i in range(count)])
+    batch = signals([example(VALIDATION_SEEDS[i]).picture for i in range(64)])
     output = vae.decode(vae.encode(batch).latent_dist.mean).sample
     return float((output.clamp(-1, 1) - batch).abs().mean() * 127.5)

@@ -4,7 +4,7 @@ The file is not trusted: its size is capped before it is read, the type of every
 used, and no path in it is opened here.
 """
 
-__all__ = ["MAX_BYTES", "Graph", "parse_graph", "read_graph"]
+__all__ = ["MAX_BYTES", "Graph", "read_graph"]
 
 import json
 from collections.abc import Iterable, Iterator, Mapping

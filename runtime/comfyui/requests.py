@@ -11,10 +11,8 @@ __all__ = [
     "pair_request",
     "part_of",
     "sampling_request",
-    "seeded",
     "settle_pair",
     "with_seed",
-    "workflow_request",
 ]
 
 import json
@@ -67,14 +65,6 @@ def check_workflow(workflow: Workflow, manifest: Manifest) -> Experts:
     check_loras(workflow.samplings, found, manifest)
     warn_of_names(workflow, found, manifest)
     return found
-
-
-def workflow_request(workflow: Workflow, manifest: Manifest, folder: Path | None = None) -> Request:
-    """Return the single request of a workflow. Raises UsageError if it needs a Chain, and as `check_workflow` does."""
-    request = pair_request(workflow, manifest, check_workflow(workflow, manifest), folder)
-    if request is None:
-        raise UsageError("the workflow needs several runs; draw it as a chain of them")
-    return request
 
 
 def pair_request(workflow: Workflow, manifest: Manifest, found: Experts, folder: Path | None = None) -> Request | None:

@@ -1,6 +1,6 @@
 """Picture files: write PNG, JPEG and WebP with texts in them, and read the texts of untrusted files."""
 
-__all__ = ["FORMATS", "PARAMETERS", "SETTINGS", "WORKFLOW", "format_of", "read_texts", "save_image"]
+__all__ = ["FORMATS", "PARAMETERS", "SETTINGS", "WORKFLOW", "read_texts", "save_image"]
 
 import io
 import logging

@@ -4,7 +4,7 @@ Every method except "bislerp" is separable: a matrix of weights for each axis. S
 .interpolate`` without aligned corners and without antialiasing; ComfyUI's ``comfy/utils.py`` for the rest.
 """
 
-__all__ = ["METHODS", "new_size", "resize"]
+__all__ = ["new_size", "resize"]
 
 from collections.abc import Callable
 

@@ -15,7 +15,7 @@ from sdxl_trt.engines.errors import UsageError
 from sdxl_trt.export import Options, export_bundle
 from sdxl_trt.runtime import open_bundle
 from sdxl_trt.runtime.comfyui.reader import read_workflow
-from sdxl_trt.runtime.comfyui.requests import workflow_request
+from sdxl_trt.runtime.comfyui.requests import check_workflow, pair_request
 from sdxl_trt.runtime.pipeline.pipeline import Pipeline
 from sdxl_trt.runtime.text.encoder import Prompt
 
@@ -102,7 +102,9 @@ def test_conditioning_is_comfyuis(pipeline: Pipeline) -> None:
 def test_a_workflows_latents_are_comfyuis(pipeline: Pipeline, name: str) -> None:
     """Compared after every sampler node."""
     workflow = read_workflow(RECORDED / "workflows" / f"{name}.json")
-    job = pipeline.start(workflow_request(workflow, pipeline.manifest))
+    request = pair_request(workflow, pipeline.manifest, check_workflow(workflow, pipeline.manifest))
+    assert request is not None
+    job = pipeline.start(request)
     list(pipeline.encode([job]))
     list(pipeline.base(job))
     found = [job.latents.copy()]

@@ -61,9 +61,9 @@ class Usage:
 class Cuda:
     """CUDA's runtime on one device; may be called from any thread."""
 
-    def __init__(self, device: int = 0) -> None:
+    def __init__(self) -> None:
         self.runtime = cuda_runtime()
-        self.device = device
+        self.device = 0
         self.usage = Usage()
         self._lock = threading.Lock()
         self._thread = threading.local()
@@ -133,11 +133,6 @@ class Owned:
         self.cuda = cuda
         self._lock = threading.Lock()
         self._handle = handle
-
-    @property
-    def freed(self) -> bool:
-        """Whether `free` was called."""
-        return self._handle is None
 
     def free(self) -> bool:
         """Free the handle; return whether this call did. Never raises, since it runs during error handling."""

@@ -1,6 +1,6 @@
 """One GPU that TensorRT engines share: a stream, a block of activations, staging memory, and a runtime."""
 
-__all__ = ["ALIGNMENT", "Activations", "TrtDevice", "aligned", "forget_frames", "open_device"]
+__all__ = ["TrtDevice", "aligned", "forget_frames", "open_device"]
 
 import contextlib
 import threading

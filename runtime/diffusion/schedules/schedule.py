@@ -55,11 +55,6 @@ class Schedule:
     """The standard deviation of clean latents that scales an EDM model's input and output; None for other models."""
 
     @property
-    def whole_timesteps(self) -> bool:
-        """Return whether the model receives only timesteps that it was trained on, as in ComfyUI."""
-        return self.logs is not None
-
-    @property
     def steps(self) -> int:
         """Return the number of steps."""
         return len(self.timesteps)
@@ -74,7 +69,7 @@ class Schedule:
     def timestep(self, sigma: float) -> np.float32:
         """Return the timestep of `sigma` on the grid, or off the grid the one among the training sigmas.
 
-        Between two training timesteps it is interpolated in log sigma, or with `whole_timesteps` the nearer one.
+        Between two training timesteps it is interpolated in log sigma, or the nearer one on a schedule of ComfyUI's.
         """
         known = self._timesteps.get(sigma)
         if known is not None:
@@ -94,27 +89,18 @@ class Schedule:
         return dict(zip(self.sigmas[-2::-1].tolist(), self.timesteps[::-1], strict=True))
 
 
-def make_schedule(
-    scheduler: Scheduler,
-    steps: int,
-    sampler: str = "euler",
-    schedule: str = "",
-    *,
-    zero_terminal_snr: bool | None = None,
-) -> Schedule:
+def make_schedule(scheduler: Scheduler, steps: int, sampler: str = "euler", schedule: str = "") -> Schedule:
     """Return the grid of diffusers' scheduler class for `sampler`, with this config and `steps`.
 
-    `schedule` is ``SPACING[+TRANSFORM]``, or "" for the config's; `zero_terminal_snr` None is the config's. Raises
-    UsageError for an unsupported number of steps, beta schedule, spacing or transform, KeyError for an unknown sampler.
+    `schedule` is ``SPACING[+TRANSFORM]``, or "" for the config's. Raises UsageError for an unsupported number of
+    steps, beta schedule, spacing or transform, KeyError for an unknown sampler.
     """
     family = FAMILIES[sampler]
     if scheduler.edm is not None:
         return _edm_schedule(scheduler, scheduler.edm, steps, schedule, ends_low=family.ends_low(scheduler))
     usual = (scheduler.timestep_spacing, family.transform(scheduler))
     spacing, transform = parse_schedule(schedule) if schedule else usual
-    if zero_terminal_snr is None:
-        zero_terminal_snr = scheduler.rescale_betas_zero_snr
-    training = training_sigmas(scheduler, zero_terminal_snr=zero_terminal_snr)
+    training = training_sigmas(scheduler, zero_terminal_snr=scheduler.rescale_betas_zero_snr)
     timesteps, sigmas = diffusers_grid(family, spacing, transform, steps, training, scheduler)
     timesteps = log_timesteps(sigmas[:-1]) if scheduler.told_log_sigma else timesteps
     highest, lowest = float(sigmas[0]), float(sigmas[-1])

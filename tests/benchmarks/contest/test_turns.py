@@ -11,7 +11,7 @@ import pytest
 from sdxl_trt.benchmarks.contest.child import ContestantError
 from sdxl_trt.benchmarks.contest.entries import contestant, measurement
 from sdxl_trt.benchmarks.contest.roster import Entry
-from sdxl_trt.benchmarks.contest.turns import Entrant, Plan, Turns, close, prepare, rotated, take_turns
+from sdxl_trt.benchmarks.contest.turns import PREPARE_LIMIT, Entrant, Plan, Turns, close, prepare, rotated, take_turns
 from sdxl_trt.benchmarks.contestants.protocol import Ask, Memory, Ran, Ready, Spec
 from sdxl_trt.benchmarks.measure.energy import Nvml
 
@@ -140,10 +140,10 @@ def test_a_contestant_that_cannot_be_prepared_is_listed_with_the_reason() -> Non
 
     player = Hanging("slow", [])
     entrant = Entrant(Entry("slow", "Slow"), player)
-    prepare(entrant, Nvml(), limit=2)
+    prepare(entrant, Nvml())
     assert player.closed
     listed = contestant(entrant, "cpu")
-    assert listed.missing == "prepare: no answer within 2 s"
+    assert listed.missing == f"prepare: no answer within {PREPARE_LIMIT:g} s"
     assert listed.load_seconds is None
 
 

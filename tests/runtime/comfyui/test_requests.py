@@ -16,7 +16,7 @@ from PIL import Image
 from sdxl_trt.engines.bundle.manifest import LoraRecord, Manifest, Scheduler, Stage, Vae
 from sdxl_trt.engines.errors import UsageError
 from sdxl_trt.runtime.comfyui.checks import experts
-from sdxl_trt.runtime.comfyui.requests import check_workflow, pair_request, settle_pair, with_seed, workflow_request
+from sdxl_trt.runtime.comfyui.requests import check_workflow, pair_request, settle_pair, with_seed
 from sdxl_trt.runtime.comfyui.workflow import (
     TO_THE_END,
     Clip,
@@ -39,6 +39,13 @@ from sdxl_trt.runtime.request.request import Request
 from sdxl_trt.runtime.request.resolve import resolve_request
 
 SCHEDULER = Scheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+
+
+def workflow_request(workflow: Workflow, manifest: Manifest, folder: Path | None = None) -> Request:
+    request = pair_request(workflow, manifest, check_workflow(workflow, manifest), folder)
+    if request is None:
+        raise UsageError("it takes a chain of runs")
+    return request
 
 
 def _stage() -> Stage:

@@ -17,7 +17,7 @@ from sdxl_trt.engines.bundle.bundle import read_bundle
 from sdxl_trt.engines.bundle.manifest import LoraRecord, Manifest
 from sdxl_trt.engines.errors import UsageError
 from sdxl_trt.runtime.comfyui.reader import read_workflow
-from sdxl_trt.runtime.comfyui.requests import workflow_request
+from sdxl_trt.runtime.comfyui.requests import check_workflow, pair_request
 from sdxl_trt.runtime.comfyui.writer import write_workflow
 from sdxl_trt.runtime.images.inputs import InputPicture, read_input
 from sdxl_trt.runtime.request.request import Request
@@ -39,7 +39,10 @@ def _written(request: Request, manifest: Manifest) -> Any:
 
 def _read(graph: Any, manifest: Manifest, folder: Path) -> Request:
     (folder / "graph.json").write_text(json.dumps(graph))
-    return workflow_request(read_workflow(folder / "graph.json"), manifest, folder)
+    workflow = read_workflow(folder / "graph.json")
+    request = pair_request(workflow, manifest, check_workflow(workflow, manifest), folder)
+    assert request is not None
+    return request
 
 
 def _run_of(request: ResolvedRequest) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from sdxl_trt.engines.errors import SizeError, UsageError
 from sdxl_trt.engines.plans.limits import PlanLimits
 from sdxl_trt.runtime import Request, open_bundle
 from sdxl_trt.runtime.comfyui.reader import read_workflow
-from sdxl_trt.runtime.comfyui.requests import workflow_request
+from sdxl_trt.runtime.comfyui.requests import check_workflow, pair_request
 from sdxl_trt.runtime.diffusion.noise.sources import BatchNoise
 from sdxl_trt.runtime.pipeline import pipeline as pipeline_module
 from sdxl_trt.runtime.pipeline.pipeline import Pipeline
@@ -99,7 +99,9 @@ def test_a_refiner_draws_the_same_as_its_graph(opened: Pipeline, tmp_path: Path)
     assert graph is not None
     finals = [opened.run.final]
     (tmp_path / "graph.json").write_text(json.dumps(graph))
-    again = workflow_request(read_workflow(tmp_path / "graph.json"), opened.manifest)
+    workflow = read_workflow(tmp_path / "graph.json")
+    again = pair_request(workflow, opened.manifest, check_workflow(workflow, opened.manifest))
+    assert again is not None
     assert again.refiner_seed == 5
     list(opened.generate(again))
     finals.append(opened.run.final)

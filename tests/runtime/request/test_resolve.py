@@ -229,7 +229,7 @@ def test_comfyui_s_way_is_resolved_once(manifest: Manifest) -> None:
         Request("p", compat="comfyui", seed=7, count=2, sampler="uni_pc_bh2", guidance=0.5), manifest
     )
     assert (resolved.seeds, resolved.refiner_seeds) == ((7, 7), None)
-    assert resolved.schedule.whole_timesteps
+    assert resolved.schedule.logs is not None
     assert resolved.schedule.timesteps[0] == 999, "the full range, as `normal` has it"
     assert resolved.guidance_of("base").wanted
     for positive, negative in resolved.sides.values():

@@ -132,8 +132,8 @@ def test_a_lost_device_raises_and_can_still_be_freed(simulated) -> None:
         DeviceBuffer(cuda, 256, "allocating")
     assert isinstance(stream.drain("x"), EngineError)
     for each in (block, pinned, stream):
-        each.free()
-        assert each.freed
+        assert each.free()
+        assert not each.free()
 
 
 @pytest.fixture

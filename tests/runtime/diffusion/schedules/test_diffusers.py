@@ -66,7 +66,7 @@ def _compare(sampler: str, spacing: str, transform: str, steps: int, zero_snr: b
     flags |= {"rescale_betas_zero_snr": True} if zero_snr else {}
     reference, timesteps, sigmas = _reference(sampler, steps, timestep_spacing=spacing, **flags)
     name = f"{spacing}+{transform}" if transform else spacing
-    ours = make_schedule(Scheduler(**SDXL), steps, sampler, name, zero_terminal_snr=zero_snr)
+    ours = make_schedule(Scheduler(**SDXL, rescale_betas_zero_snr=zero_snr), steps, sampler, name)
     where = f"{sampler}, {name}, {steps} steps"
     # For some numbers of steps diffusers' trailing grid has one step more than requested, which ours omits.
     np.testing.assert_allclose(ours.timesteps, timesteps[:steps], rtol=0, atol=TIMESTEPS, err_msg=where)
