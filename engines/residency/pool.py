@@ -191,8 +191,8 @@ def open_pool(
     """Return a pool for `bundle`; nothing is loaded yet.
 
     `provider` is "auto" or one of PROVIDERS, `residency` "auto", "resident", "swap" or "stream"; `available` replaces
-    the measured memory of the device or host, in bytes. With `from_image`, memory is planned for runs that start from an image, which also need the autoencoder's encoder;
-    with `once`, for a single run.
+    the measured memory of the device or host, in bytes. With `from_image`, memory is planned for runs that start
+    from an image, which also need the autoencoder's encoder; with `once`, for a single run.
     A given residency is kept; "auto" falls back to the next one if memory runs out. Raises UsageError for unknown
     names, IncompatibleError for a provider that is not available or a plan that does not fit this machine,
     ResourceError for plans that cannot fit.
