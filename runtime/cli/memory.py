@@ -1,4 +1,4 @@
-"""The memory plan of a run, without running it: for this machine, or for a device of another size."""
+"""The memory estimate of a run that is not run: for this machine, or for a device of another size."""
 
 __all__ = ["estimate_run"]
 
@@ -22,11 +22,11 @@ def estimate_run(
     *,
     from_image: bool = False,
 ) -> MemoryEstimate:
-    """Return what a run of the bundle at `path` (None: the embedded pair) takes, and how it would be made to fit.
+    """Return the memory that a run of the bundle at `path` (None: the embedded pair) takes, and a residency that fits.
 
-    With `vram` bytes no GPU is asked for, and "auto" means tensorrt. `width` and `height` in pixels plan for one size,
-    `from_image` for runs that start from pictures.
-    Raises SourceError, CorruptError, UsageError, SizeError, and IncompatibleError for a provider that is not here.
+    With `vram` bytes no GPU is needed, and "auto" means tensorrt. `width` and `height` are pixels of a single size;
+    `from_image` is for runs that start from pictures.
+    Raises SourceError, CorruptError, UsageError, SizeError, and IncompatibleError for a missing provider.
     """
     if path is None:
         from sdxl_trt.mini import bundle_path  # noqa: PLC0415 - package data, only when nothing else is named

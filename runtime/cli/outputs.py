@@ -1,4 +1,4 @@
-"""The files of trt-generate: which they are, whether they can be written, noise in and latents out."""
+"""The files of trt-generate: their names, whether they can be written, noise in and latents out."""
 
 __all__ = ["Pictures", "check_outputs", "load_latents", "picture_files", "save_latents"]
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def check_outputs(arguments: argparse.Namespace) -> None:
-    """Find out before the work whether its results can be kept."""
+    """Raise UsageError before the work if its results could not be written."""
     endings = {"-o": (arguments.out, _endings(arguments.format)), "--save-latents": (arguments.save_latents, (".npz",))}
     for option, (path, allowed) in endings.items():
         if path is None:
@@ -37,7 +37,7 @@ def check_outputs(arguments: argparse.Namespace) -> None:
 
 
 def _endings(kind: str | None) -> tuple[str, ...]:
-    """Return how the names of pictures may end, all of them where no format was asked for."""
+    """Return the allowed endings of picture names: all of them if no format was requested."""
     return tuple(ending for ending, name in FORMATS.items() if kind in (None, name.lower()))
 
 
@@ -45,11 +45,11 @@ _ZIP = b"PK\x03\x04"
 
 
 class Pictures:
-    """Where the pictures of a batch go: to `out` itself where there is one, else numbered beside it.
+    """The files of a batch's pictures: `out` itself for a single one, else numbered beside it.
 
-    With a `sheet`, `out` is the sheet's, and all pictures are numbered. A file that `out` names is the user's own, and
-    is replaced. No `out` is `prefix` (what a workflow's SaveImage node says, read by `file_stem`) or ``sdxl-<seed>``,
-    here: then nothing is replaced, and the first of NAME, NAME-1, NAME-2 … is taken of which no file is there.
+    With a `sheet`, `out` is the sheet's, and all pictures are numbered. A file that `out` names is replaced.
+    Without `out`, the name is `prefix` (a workflow's SaveImage prefix, read by `file_stem`) or ``sdxl-<seed>``, in the
+    current folder: then nothing is replaced, and the first free one of NAME, NAME-1, NAME-2 … is used.
     """
 
     def __init__(
@@ -94,14 +94,14 @@ class Pictures:
         return self._put(self.out, lambda path: save_image(sheet, path, texts, replace=self._replace))
 
     def _names(self, out: Path) -> Iterator[Path]:
-        """Yield all files that there are to be with this `out`."""
+        """Yield all files that a run with this `out` writes."""
         if self._alone or self._sheet:
             yield out
         yield _preview(out)
         yield from (_beside(out, number) for number in range(0 if self._alone else self._count))
 
     def _put(self, path: Path, write: Callable[[Path], None]) -> Path:
-        """Write to `path`, or where another run has taken that meanwhile, to the next name that is free."""
+        """Write to `path`, or to the next free name if another run has taken it."""
         for free in _numbered(path):
             with contextlib.suppress(FileExistsError):
                 write(free)
@@ -112,9 +112,9 @@ class Pictures:
 def picture_files(
     out: Path | None, kind: str | None, runs: "Sequence[Run]", prefixes: Sequence[str], *, sheet: bool = False
 ) -> list[tuple[Pictures, int]]:
-    """Return for each of `runs` the files that it writes to, and its number among theirs.
+    """Return for each of `runs` the files that it writes, and its index among their runs.
 
-    `prefixes` are those of a workflow's pictures, if any: where no `out` is given each of several has its own names.
+    `prefixes` are those of a workflow's pictures, if any: without `out`, each of several has its own names.
     """
     if out is None and len(prefixes) > 1:
         return [(Pictures(None, kind, [run], prefix=name), 0) for run, name in zip(runs, prefixes, strict=True)]
@@ -145,12 +145,12 @@ def load_latents(path: Path | None) -> Any:
         with path.open("rb") as file:
             archive = file.read(len(_ZIP)) == _ZIP
         if not archive:
-            # Mapped first: a header that claims more than the file holds is found out before that is allocated.
+            # Mapped first: a header that claims more than the file holds fails before anything is allocated.
             with warnings.catch_warnings(action="ignore"):
                 return np.array(np.load(path, mmap_mode="r", allow_pickle=False))
     except OSError as exc:
         raise explain_os_error(exc, f"--latents {path}") from exc
-    except Exception as exc:  # whatever numpy says of a file that nobody has vouched for
+    except Exception as exc:  # numpy raises many kinds for an untrusted file
         raise UsageError(f"--latents {path}: not a .npy file of numbers ({str(exc)[:100]})") from exc
     raise UsageError(f"--latents {path}: is an .npz; save one of its arrays (initial) with numpy.save")
 

@@ -1,4 +1,4 @@
-"""`--preview`: what the latents of a running step come to, roughly, in a file that is replaced as the run goes on."""
+"""`--preview`: a rough picture of the running step's latents, in a file that is replaced during the run."""
 
 __all__ = ["Preview"]
 
@@ -13,7 +13,7 @@ from sdxl_trt.runtime.pipeline import Step
 from sdxl_trt.runtime.vae import approximate, colours_of
 
 PER_STAGE = 10
-"""How often, about, a preview is written while base or refiner runs."""
+"""About how many previews are written while base or refiner runs."""
 
 
 class Preview:

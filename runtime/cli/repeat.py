@@ -1,4 +1,4 @@
-"""`--from`: the settings of an earlier picture in the place of the options that the command line leaves out."""
+"""`--from`: the settings of an earlier picture, for the options that the command line leaves out."""
 
 __all__ = ["repeated"]
 
@@ -17,10 +17,10 @@ _SETTINGS = settings_of(Request)
 
 
 def repeated(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Return the options in `argv`, and those of the picture that it names with `--from` for all that it leaves out.
+    """Return the options in `argv`, completed by those of the picture that `--from` names.
 
-    What a workflow made is made by the graph that the picture carries, a contact sheet by its sweep. A handoff keeps
-    its share of the steps where another number of them is asked for. `made_with` is the bundle that the picture names.
+    A workflow's picture is repeated by the graph it carries, a contact sheet by its sweep. A handoff keeps its fraction
+    of the steps if another number of steps is given. `made_with` is the bundle that the picture names.
     Raises UsageError for a picture that cannot be repeated.
     """
     parser = make_parser()
@@ -52,7 +52,7 @@ def repeated(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _defaults(settings: ImageSettings) -> dict[str, Any]:
-    """Return the options that make the picture again, without the handoff; what is None is left to the defaults."""
+    """Return the options that make the picture again, without the handoff; None leaves the default."""
     found = {}
     for name, each in _SETTINGS.items():
         if each.is_repeated:
@@ -61,7 +61,7 @@ def _defaults(settings: ImageSettings) -> dict[str, Any]:
             stated = not each.follows or (settings.sweep and each.stage == "refiner")
             found[name] = value if stated or value != getattr(settings, each.follows) else None
     if settings.negative_aesthetic_score == _SETTINGS["negative_aesthetic_score"].default and not settings.sweep:
-        # Not stated, as far as one can tell: so it goes with the other score in a sweep of that.
+        # Probably not given: so it changes with the other score in a sweep of that.
         del found["negative_aesthetic_score"]
     if settings.fit in ("scale", "crop"):
         # The image gives the size.
@@ -70,7 +70,7 @@ def _defaults(settings: ImageSettings) -> dict[str, Any]:
 
 
 def _take_image(arguments: argparse.Namespace, settings: ImageSettings, source: Path) -> None:
-    """Take the image that a run started from where it lies beside the picture, or here, as it was."""
+    """Find the image that a run started from, unchanged, beside the picture or in the current folder."""
     if settings.image is None or arguments.image is not None or arguments.refine is not None:
         return
     name = PurePath(settings.image).name

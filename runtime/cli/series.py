@@ -17,9 +17,9 @@ from sdxl_trt.runtime.request import DRAWN_SEED_BITS, Request
 
 
 class Series:
-    """What `request` comes to under ``--sweep`` and ``--prompts``; keeps what the sheet needs. Raises UsageError.
+    """The requests of `request` with ``--sweep`` and ``--prompts``, and the sheet's pictures. Raises UsageError.
 
-    All requests have one seed, drawn here where none was given.
+    All requests have one seed, drawn here if none was given.
     """
 
     def __init__(self, request: Request, arguments: argparse.Namespace) -> None:
@@ -43,25 +43,25 @@ class Series:
             self.requests = [replace(request, prompt=prompt) for prompt in read_prompts(arguments.prompts)]
 
     def told(self, number: int) -> dict[str, Any]:
-        """Return what a report says of the pictures of a request, to tell them from the others'."""
+        """Return what distinguishes a request's pictures from the others' in a report."""
         if self.sweep is not None:
             return {"sweep": self.sweep.settings(number)}
         return {"prompt": self.requests[number].prompt} if self._several else {}
 
     def keep(self, number: int, picture: Picture) -> None:
-        """Keep a picture for the sheet, if there is to be one."""
+        """Keep a picture for the sheet, if there is one."""
         if self.sweep is not None:
             self._pictures[number] = picture
 
     def finish(self, files: Pictures, runs: Sequence[Run], *, metadata: bool = True) -> dict[str, str]:
-        """Write the sheet of a sweep and return what a report says of it; nothing for other series.
+        """Write the sheet of a sweep and return its entry in the report; {} for other series.
 
-        With `metadata` it holds what the sweep can be repeated from.
+        With `metadata`, the sweep can be repeated from the file.
         """
         if self.sweep is None:
             return {}
         pictures = [self._pictures[number] for number in range(len(self.requests))]
-        # The one that says most stands for all: the base alone has no settings of a refiner.
+        # A picture of the refiner represents all: the base alone records no settings of a refiner.
         spokesman = pictures[next((number for number, run in enumerate(runs) if run.request.uses_refiner), 0)]
         texts = describe(self.sweep.sheet_metadata(spokesman.metadata), spokesman.graph) if metadata else {}
         return {"sheet": str(files.save_sheet(self.sweep.sheet([each.image for each in pictures], runs), texts))}

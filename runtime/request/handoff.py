@@ -1,8 +1,8 @@
-"""Where base and refiner start and stop on their common grid: by one handoff, or each by itself as in ComfyUI.
+"""The steps of the schedule that base and refiner take: split by one handoff, or set for each as in ComfyUI.
 
-A handoff is one cut: the base stops where the refiner starts, and hands over its noise. ComfyUI's KSamplerAdvanced
-states start, end, added and leftover noise of each sampler apart; what then does not fit together is done all the
-same, with a warning. A picture comes in further on, and may leave the base nothing to do.
+At a handoff the base stops where the refiner starts, and passes on its noisy latents. ComfyUI's KSamplerAdvanced sets
+start, end, added and leftover noise of each sampler separately; ranges that do not fit together run, with a warning. A
+run that starts from a picture starts at a later step, which may leave the base no step.
 """
 
 __all__ = ["StageRanges", "StepRange", "split_steps", "step_at_fraction", "step_at_sigma"]
@@ -24,7 +24,7 @@ DEFAULT_HANDOFF = 0.8
 
 @dataclass(frozen=True)
 class StepRange:
-    """The steps `start` to `stop` of a grid, as one KSamplerAdvanced takes them: none where `stop` is not later."""
+    """The steps `start` to `stop` of a schedule, as one KSamplerAdvanced runs them; none if `stop` is not later."""
 
     start: int
     stop: int
@@ -37,7 +37,7 @@ class StepRange:
         return max(self.stop - self.start, 0)
 
     def sigmas(self, grid: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return the part's of (steps + 1,) sigmas; without leftover noise an early end is a last step to sigma 0."""
+        """Return this range of (steps + 1,) sigmas; without leftover noise an early end is a last step to sigma 0."""
         part = grid[self.start : self.stop + 1]
         if self.leftover_noise or self.stop == len(grid) - 1:
             return part
@@ -46,9 +46,9 @@ class StepRange:
     def noised(
         self, latents: NDArray[np.float32], noise: NDArray[np.float32], schedule: Schedule
     ) -> NDArray[np.float32]:
-        """Return new `latents` with unit-variance `noise` of the sigma that the part starts at, if it adds any.
+        """Return new `latents` with unit-variance `noise` scaled to the first sigma, if this range adds noise.
 
-        A part without a step leaves them as they are.
+        A range without a step returns a copy.
         """
         if not self.add_noise or not self.steps:
             return latents.copy()
@@ -58,9 +58,9 @@ class StepRange:
 
 @dataclass(frozen=True)
 class StageRanges:
-    """The base's part of a grid, and the refiner's; None where it does nothing.
+    """The base's range of the schedule, and the refiner's, or None if it does nothing.
 
-    `first` is the refiner's part where that starts the run, and so adds the noise; None where the base does.
+    `first` is the refiner's range if it starts the run, and so adds the noise; None if the base does.
     """
 
     base: StepRange
@@ -76,11 +76,11 @@ def split_steps(
     picture: int | None = None,
     refiner_schedule: Schedule | None = None,
 ) -> StageRanges:
-    """Return the parts of `schedule` that `settings` come to for a bundle with or without `refiner`.
+    """Return the ranges of `schedule` that base and refiner run for `settings`, in a bundle with or without `refiner`.
 
-    The refiner's is one of `refiner_schedule`, where it has a grid of its own. `picture` is the step at which a picture
-    comes in, None where the run starts from noise alone. Where that is at or behind the handoff, the refiner takes it
-    from there. Raises UsageError for what contradicts itself or the bundle; warns of parts that do not fit together.
+    The refiner's is a range of `refiner_schedule`, if it has one of its own. `picture` is the step at which a picture
+    is the start, or None for pure noise; if it is at or after the handoff, the refiner alone runs. Raises UsageError
+    for settings that contradict each other or the bundle; warns of ranges that do not fit together.
     """
     _check(settings, refiner=refiner)
     steps, begin = schedule.steps, settings.base_start_step if picture is None else picture
@@ -103,7 +103,7 @@ def split_steps(
     refining = StepRange(start, last, settings.refiner_add_noise, settings.refiner_leftover_noise)
     _warn_of_idle(base)
     if not refining.steps:
-        # With a single step the usual handoff leaves the refiner none, which needs no warning.
+        # With a single step the default handoff leaves the refiner none, which needs no warning.
         if settings.refiner_start_step is not None or settings.base_end_step is not None:
             log.warning("the refiner would start at step %d of %d: it does nothing; start it earlier", start, last)
         return StageRanges(base, None)
@@ -113,7 +113,7 @@ def split_steps(
 
 
 def _refining(settings: Request, begin: int, steps: int) -> StageRanges:
-    """Return the cuts of a picture that the refiner alone changes: it starts the run, and so adds the noise."""
+    """Return the ranges for a picture that only the refiner changes: it starts the run, and so adds the noise."""
     end = steps if settings.refiner_end_step is None else min(settings.refiner_end_step, steps)
     refiner = StepRange(begin, end, leftover_noise=settings.refiner_leftover_noise)
     if not refiner.steps:
@@ -158,11 +158,11 @@ def _wants_refiner(settings: Request, *, refiner: bool) -> bool:
 
 
 def _ends(settings: Request, schedule: Schedule, begin: int | None) -> tuple[int, int]:
-    """Return where the base stops and the refiner starts; `begin` is where a picture comes in."""
+    """Return the step where the base stops and the one where the refiner starts; `begin` is a picture's first step."""
     stop, start = settings.base_end_step, settings.refiner_start_step
     if stop is None and start is None:
         stop = start = _handoff(settings, schedule, picture=begin is not None)
-    # Where one is stated, the other one is the same.
+    # If only one is given, the other is the same.
     stop = start if stop is None else stop
     start = stop if start is None else start
     assert stop is not None  # noqa: S101 - for the type checker
@@ -171,7 +171,7 @@ def _ends(settings: Request, schedule: Schedule, begin: int | None) -> tuple[int
 
 
 def _handoff(settings: Request, schedule: Schedule, *, picture: bool) -> int:
-    """Return the step of the one cut; each expert has a step at least, but for a `picture` the base."""
+    """Return the step of the handoff; each expert has at least one step, except the base of a `picture`."""
     steps = schedule.steps
     least = 0 if picture else 1
     if settings.handoff_step is not None:
@@ -185,7 +185,7 @@ def _handoff(settings: Request, schedule: Schedule, *, picture: bool) -> int:
     fraction = DEFAULT_HANDOFF if settings.handoff == "auto" else settings.handoff
     assert fraction is not None  # noqa: S101 - then no refiner is wanted
     cut = step_at_fraction(schedule, fraction)
-    # The usual handoff gives way where steps are few: with one, the base alone takes it.
+    # The default handoff yields if there are few steps: a single step is the base's.
     return (
         max(cut, least) if settings.handoff == "auto" else _check_not_empty(cut, least, steps, f"--handoff {fraction}")
     )
@@ -225,6 +225,6 @@ def step_at_fraction(schedule: Schedule, fraction: float) -> int:
 
 
 def step_at_sigma(schedule: Schedule, sigma: float) -> int:
-    """Return how many steps the base takes to the first sigma of the grid at or below `sigma`; all for none of them."""
-    # A sigma that was read off the grid, in decimal digits, is that of the grid.
+    """Return how many steps the base takes to the first sigma at or below `sigma`; all steps if there is none."""
+    # A sigma copied from the schedule in decimal digits counts as the schedule's own.
     return int(np.count_nonzero(schedule.sigmas[:-1] > sigma * (1.0 + 1e-5)))

@@ -1,4 +1,4 @@
-"""The grids that a request runs over, and the parts of them that base and refiner take."""
+"""The schedules of a request, and the ranges of them that base and refiner run."""
 
 __all__ = ["Grids", "make_grids"]
 
@@ -30,25 +30,25 @@ _IDLE_FOR_ONE = frozenset({"uni_pc", "uni_pc_bh2"})
 
 @dataclass(frozen=True)
 class _Expert:
-    """What decides an expert's grid in ComfyUI's way: what its model was trained on, and its sampler."""
+    """What determines an expert's schedule in ComfyUI's way: its training sigmas and its sampler."""
 
     scheduler: Scheduler
     sampler: str
 
     def shares(self, other: "_Expert") -> bool:
-        """Return whether the grid of `other` is the same."""
+        """Return whether `other` has the same schedule."""
         alike = (self.sampler in DISCARDING) == (other.sampler in DISCARDING)
         return alike and np.array_equal(self.table, other.table)
 
     @property
     def table(self) -> Table:
-        """Return the sigmas that the model was trained on."""
+        """Return the model's training sigmas."""
         return comfyui_training_sigmas(self.scheduler, zero_terminal_snr=self.scheduler.rescale_betas_zero_snr)
 
 
 @dataclass(frozen=True)
 class Grids:
-    """The grid, the refiner's (the same, unless it has its own), their parts, and how much of an image is changed."""
+    """The schedule, the refiner's (the same, unless it has its own), their ranges, and the strength."""
 
     schedule: Schedule
     refiner: Schedule
@@ -57,13 +57,13 @@ class Grids:
 
 
 def make_grids(request: "Request", manifest: Manifest, *, image: bool) -> Grids:
-    """Return what `request` runs over, from an `image` or from noise alone. Raises UsageError."""
+    """Return the schedules of `request`, which starts from an `image` or from noise. Raises UsageError."""
     strength = settled_strength(request.strength, request.base_start_step, picture=image, comfyui=request.comfyui)
     experts = _experts(request, manifest)
     schedule = _schedule(request, experts[0], strength, image=image)
     own = _own(request, experts, strength) if request.comfyui else None
     begin = _begin(request, schedule, strength) if image else None
-    # Of two grids with as many steps, a step of one is a step of the other.
+    # If two schedules have equally many steps, a step of one is a step of the other.
     apart = own if request.refiner_strength is not None or (own and own.steps != schedule.steps) else None
     refiner = manifest.refiner is not None
     cuts = split_steps(request, schedule, refiner=refiner, picture=begin, refiner_schedule=apart)
@@ -75,7 +75,7 @@ def make_grids(request: "Request", manifest: Manifest, *, image: bool) -> Grids:
 
 
 def _experts(request: "Request", manifest: Manifest) -> tuple[_Expert, ...]:
-    """Return whose grid a run is on, and the refiner's if it has one; diffusers' grids are always the base's."""
+    """Return the experts whose schedules a run uses, base first; diffusers always uses the base's."""
     base = _Expert(manifest.base.scheduler, request.sampler)
     if manifest.refiner is None or not request.comfyui:
         return (base,)
@@ -84,7 +84,7 @@ def _experts(request: "Request", manifest: Manifest) -> tuple[_Expert, ...]:
 
 
 def _own(request: "Request", experts: tuple[_Expert, ...], strength: float) -> Schedule | None:
-    """Return the refiner's own grid, as each of ComfyUI's samplers has one; None where it is the base's."""
+    """Return the refiner's own schedule, as each of ComfyUI's samplers has one, or None if it equals the base's."""
     if request.refiner_strength is not None:
         denoise = settled_strength(request.refiner_strength, 0, picture=True, comfyui=True)
         return _schedule(request, experts[-1], denoise, image=False)
@@ -95,7 +95,7 @@ def _schedule(request: "Request", expert: _Expert, strength: float, *, image: bo
     scheduler = expert.scheduler
     if not request.comfyui:
         schedule = make_schedule(scheduler, request.steps, request.sampler, request.schedule)
-        # Noise is added to an image; without one it is made to be all there is.
+        # Noise is added to an image; without one, the start is pure noise.
         return replace(schedule, initial_scale=float(schedule.sigmas[0])) if image else schedule
     most = scheduler.num_train_timesteps - (expert.sampler in DISCARDING)
     schedule = make_comfyui_schedule(
@@ -109,7 +109,7 @@ def _schedule(request: "Request", expert: _Expert, strength: float, *, image: bo
 
 
 def _begin(request: "Request", schedule: Schedule, strength: float) -> int:
-    """Return the step at which the image comes in; in ComfyUI's way the grid itself begins there."""
+    """Return the step at which the image is the start; in ComfyUI's way the schedule itself begins there."""
     return request.base_start_step or (0 if request.comfyui else first_step(schedule.steps, strength))
 
 

@@ -1,4 +1,4 @@
-"""What each side of a stage, positive and negative, is told: prompt, sizes, crop, score; defaults are resolved here."""
+"""The conditioning of each side of a stage, positive and negative, with its defaults settled: prompt, sizes, score."""
 
 __all__ = ["ResolvedSide", "Side", "SideMix", "StageName", "ToldMix", "most_skipped", "resolve_sides"]
 
@@ -19,8 +19,8 @@ Pair = tuple[int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class SideMix:
-    """What is made of a side's conditioning, as ComfyUI's nodes do: zeros (ConditioningZeroOut), or `other` behind it
-    ("concat") or averaged with it ("average"), where the side itself counts with `strength`.
+    """A change of a side's conditioning, as ComfyUI's nodes do it: zeros (ConditioningZeroOut), `other` concatenated
+    ("concat") or averaged ("average"), with weight `strength` for the side itself.
     """
 
     kind: Literal["zero", "concat", "average"]
@@ -30,10 +30,10 @@ class SideMix:
 
 @dataclass(frozen=True, kw_only=True)
 class Side:
-    """What one side of a stage is told in place of the request's own; None leaves a setting to the request.
+    """The conditioning of one side of a stage, instead of the request's own; None takes the request's setting.
 
-    `zeroed` is ComfyUI's ConditioningZeroOut of the prompt alone; `mixes` are done in their order. Sizes are (height,
-    width), a crop is (top, left), in pixels. `combined` are further ones: the model's answers to all are averaged.
+    `zeroed` is ComfyUI's ConditioningZeroOut of the prompt alone; `mixes` are applied in order. Sizes are (height,
+    width), a crop is (top, left), in pixels. `combined` are more sides: the model's predictions for all are averaged.
     """
 
     text: str
@@ -50,7 +50,7 @@ class Side:
 
 @dataclass(frozen=True)
 class ToldMix:
-    """A SideMix, settled."""
+    """A SideMix with its defaults settled."""
 
     kind: Literal["zero", "concat", "average"]
     other: "ResolvedSide | None"
@@ -59,7 +59,7 @@ class ToldMix:
 
 @dataclass(frozen=True)
 class ResolvedSide:
-    """What one side of a stage is told, settled."""
+    """The conditioning of one side of a stage, with its defaults settled."""
 
     prompt: Prompt
     micro: MicroConditions
@@ -69,16 +69,16 @@ class ResolvedSide:
 
     @property
     def all(self) -> tuple["ResolvedSide", ...]:
-        """Return this one and those that are combined with it."""
+        """Return this side and those combined with it."""
         return (self, *self.combined)
 
     @property
     def is_plain(self) -> bool:
-        """Return whether it is one prompt, as it is or zeroed."""
+        """Return whether it is a single prompt, possibly zeroed."""
         return not self.mixes and not self.combined
 
     def prompts(self) -> Iterator[Prompt]:
-        """Yield the prompts that are read for it: its own, those of its mixes, those of the combined ones."""
+        """Yield the prompts to encode for it: its own, those of its mixes and those of the combined sides."""
         yield self.prompt
         for mix in self.mixes:
             if mix.other is not None:
@@ -90,9 +90,9 @@ class ResolvedSide:
 def resolve_sides(
     settings: Request, manifest: Manifest, size: Pair
 ) -> Mapping[StageName, tuple[ResolvedSide, ResolvedSide]]:
-    """Return what the (positive, negative) sides of every stage are told for a picture of `size` (height, width).
+    """Return the (positive, negative) conditioning of every stage for a picture of `size` (height, width).
 
-    As in diffusers an absent negative is zeroed where the stage's config says so, and only the positive skips layers;
+    As in diffusers, a missing negative is zeroed if the stage's config says so, and only the positive skips layers;
     in ComfyUI's way it is "", and both skip. Raises UsageError.
     """
     comfyui = settings.comfyui
@@ -163,7 +163,7 @@ def _check(settings: Request, manifest: Manifest) -> None:
 
 
 def most_skipped(manifest: Manifest) -> int:
-    """Return how many layers more than SDXL's one every text encoder can leave out."""
+    """Return how many layers beyond SDXL's one every text encoder can skip."""
     names = {encoder.component for stage in manifest.stages().values() for encoder in stage.text_encoders}
     outputs = [manifest.components[name].outputs for name in names]
     states = (sum(spec.name.startswith("hidden_states.") for spec in each) for each in outputs)

@@ -1,4 +1,4 @@
-"""The size of the pictures: what is asked for, or usual, within what the UNets and the plans take."""
+"""The size of the pictures: as requested, or the default, within what the UNets and the plans accept."""
 
 __all__ = ["MAX_SIDE", "picture_size"]
 
@@ -12,9 +12,9 @@ from sdxl_trt.engines.plans import PlanLimits
 log = logging.getLogger("sdxl_trt.runtime")
 MAX_SIDE = 16384
 SMALLEST = 8
-"""What others bring a picture's sides to a multiple of: diffusers and ComfyUI."""
+"""diffusers and ComfyUI round a picture's sides to multiples of this."""
 LARGE = 4
-"""From how many times the usual area on a picture's own size is worth a word."""
+"""A picture of more than this many times the default area is warned of."""
 
 
 def picture_size(
@@ -26,10 +26,10 @@ def picture_size(
     refined: bool,
     picture: tuple[int, int] | None = None,
 ) -> tuple[int, int]:
-    """Return (height, width) in pixels: as `asked`, else those of `latents` of this shape, else the usual ones.
+    """Return (height, width) in pixels: as `asked`, else those of `latents` of this shape, else the default.
 
-    For a `picture` of this size they are its own, down to the multiple that the UNets take; where one side is asked
-    for, the other keeps its shape. Raises SizeError, which names the nearest sizes that would do.
+    A `picture` of this size keeps its own, rounded down to the multiple that the UNets accept; if one side is
+    requested, the other keeps the aspect ratio. Raises SizeError, which names the nearest valid sizes.
     """
     base = manifest.base
     multiple = base.size_multiple
@@ -62,7 +62,7 @@ def _check_side(option: str, side: int, multiple: int) -> None:
 
 
 def _of_picture(size: tuple[int, int], asked: tuple[int | None, int | None], multiple: int) -> tuple[int, int]:
-    """Return the sides of a picture of `size`, in multiples; in its shape where one of them is `asked` for."""
+    """Return the sides for a picture of `size`, in multiples; with its aspect ratio if one side is `asked`."""
     height, width = size
     if asked == (None, None):
         down = height // multiple * multiple, width // multiple * multiple

@@ -1,7 +1,7 @@
-"""How far back a picture is taken: `strength`, as diffusers and ComfyUI each mean it.
+"""The strength of a picture's change, as diffusers and ComfyUI define it.
 
-diffusers takes the last steps of the grid, as many as the strength is of it. ComfyUI calls it denoise, takes all steps,
-and makes a grid so long that they are its last part.
+diffusers runs the last `strength` of the schedule's steps. ComfyUI calls it denoise, runs all steps, and makes a longer
+schedule of which they are the last part.
 """
 
 __all__ = ["DEFAULT_STRENGTH", "first_step", "grid_steps", "is_whole", "settled_strength"]
@@ -18,9 +18,9 @@ _WHOLE = 0.9999
 
 
 def settled_strength(strength: float | None, start: int, *, picture: bool, comfyui: bool) -> float:
-    """Return the strength of a run, 1 where it goes over the whole grid; `start` is the step that is asked for.
+    """Return the strength of a run, 1 if it covers the whole schedule; `start` is the requested first step.
 
-    Raises UsageError outside 0 to 1, beside a start, and for diffusers' way without a picture.
+    Raises UsageError outside 0 to 1, together with a start, and in diffusers' way without a picture.
     """
     if strength is None:
         return DEFAULT_STRENGTH if picture and not start else 1.0
@@ -33,7 +33,7 @@ def settled_strength(strength: float | None, start: int, *, picture: bool, comfy
 
 
 def first_step(steps: int, strength: float) -> int:
-    """Return the step of a grid that diffusers starts a picture at. Raises UsageError where none would be left."""
+    """Return the step at which diffusers starts a picture. Raises UsageError if no step would be left."""
     taken = min(int(steps * strength), steps)
     if taken < 1:
         raise UsageError(f"--strength {strength:g} of {steps} steps is less than one of them; choose at least"
@@ -42,15 +42,15 @@ def first_step(steps: int, strength: float) -> int:
 
 
 def is_whole(strength: float) -> bool:
-    """Return whether ComfyUI takes `strength` for all of the grid, however many steps that has."""
+    """Return whether ComfyUI takes `strength` as the whole schedule."""
     return strength > _WHOLE
 
 
 def grid_steps(steps: int, strength: float, most: int) -> int:
-    """Return of how many steps ComfyUI makes the grid whose last `steps` are taken. Raises UsageError above `most`."""
+    """Return the length of ComfyUI's schedule whose last `steps` are run. Raises UsageError above `most`."""
     if is_whole(strength) or steps > most:
         return steps
-    # A quotient that no int holds is far above any grid.
+    # A huge quotient is capped before it becomes an int.
     longer = int(min(steps / strength, 1e9))
     if longer > most:
         raise UsageError(f"--strength {strength:g} with {steps} steps takes a grid of {longer}; choose a strength of at"
