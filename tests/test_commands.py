@@ -226,21 +226,6 @@ def test_a_failed_export_keeps_the_previous_bundle(bundle: Path, models: Path, f
     assert {path: path.stat().st_mtime_ns for path in bundle.rglob("*")} == before
 
 
-@pytest.mark.parametrize("module", ["runtime", "export"])
-def test_help_imports_nothing_heavy(module: str) -> None:
-    code = f"""
-import sys
-from sdxl_trt.{module}.cli import main
-try:
-    main(["--help"])
-except SystemExit:
-    pass
-heavy = {{"numpy", "torch", "onnxruntime", "msgspec", "tokenizers", "PIL", "onnx_ir"}} & set(sys.modules)
-sys.exit(f"imported {{heavy}}" if heavy else 0)
-"""
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-
-
 @pytest.mark.slow
 def test_a_run_never_imports_torch(bundle: Path, tmp_path: Path) -> None:
     code = f"""

@@ -146,20 +146,6 @@ def test_verifying_needs_tensorrt(planned: Bundle, simulated: Any, capsys: pytes
     assert "pip install" in err
 
 
-def test_help_imports_nothing_heavy() -> None:
-    code = """
-import sys
-from sdxl_trt.engines.cli import main
-try:
-    main(["--help"])
-except SystemExit:
-    pass
-heavy = {"numpy", "torch", "onnxruntime", "msgspec", "tensorrt", "cuda", "polygraphy", "onnx"} & set(sys.modules)
-sys.exit(f"imported {heavy}" if heavy else 0)
-"""
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-
-
 def test_inspecting_imports_no_backend(tmp_path: Path) -> None:
     """Reading a bundle's records needs neither ONNX Runtime nor Polygraphy nor TensorRT."""
     shutil.copytree(bundle_path(), tmp_path / "bundle")

@@ -5,20 +5,20 @@ from typing import TYPE_CHECKING
 from sdxl_trt.engines.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from sdxl_trt.engines.host.console import Output, Parser, one_line, option_type, print_json, run
+    from sdxl_trt.engines.host.console import Output, Parser, option_type, print_json, run
     from sdxl_trt.engines.host.files import NO_LOCKS, atomic_write, contained, exclusive, sha256_file, sibling
     from sdxl_trt.engines.host.memory import available_host_memory, format_bytes, parse_bytes, process_memory
-    from sdxl_trt.engines.host.paths import is_utf8, known_as, require_utf8, shell_word
+    from sdxl_trt.engines.host.paths import is_utf8, known_as, one_line, require_utf8, shell_word
     from sdxl_trt.engines.host.progress import ProgressLine
     from sdxl_trt.engines.host.tables import mebibytes, paragraph, span, table
     from sdxl_trt.engines.host.text_inputs import STDIN, check_inputs, read_capped
     from sdxl_trt.engines.host.version import __version__
 else:
     __getattr__ = lazy_names(__name__, {
-        "console": ("Output", "Parser", "one_line", "option_type", "print_json", "run"),
+        "console": ("Output", "Parser", "option_type", "print_json", "run"),
         "files": ("NO_LOCKS", "atomic_write", "contained", "exclusive", "sha256_file", "sibling"),
         "memory": ("available_host_memory", "format_bytes", "parse_bytes", "process_memory"),
-        "paths": ("is_utf8", "known_as", "require_utf8", "shell_word"),
+        "paths": ("is_utf8", "known_as", "one_line", "require_utf8", "shell_word"),
         "progress": ("ProgressLine",),
         "tables": ("mebibytes", "paragraph", "span", "table"),
         "text_inputs": ("STDIN", "check_inputs", "read_capped"),

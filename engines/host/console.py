@@ -1,31 +1,24 @@
 """Shared code of the commands: one-line errors and exit codes, warnings on stderr, JSON on stdout."""
 
-__all__ = ["Output", "Parser", "one_line", "option_type", "print_json", "run"]
+__all__ = ["Output", "Parser", "option_type", "print_json", "run"]
 
 import argparse
-import contextlib
+import functools
 import io
-import json
-import logging
 import os
-import signal
 import sys
-import threading
-import traceback
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, NoReturn, TextIO, TypeVar
+from collections.abc import Callable
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from sdxl_trt.engines.errors import ResourceError, SdxlTrtError, UsageError, explain_os_error
-from sdxl_trt.engines.host.paths import OUTPUT_ERRORS
+from sdxl_trt.engines.host.paths import OUTPUT_ERRORS, one_line
 
 Parsed = TypeVar("Parsed")
 INTERRUPTED = 130
 USAGE = 2
 
 
-@dataclass(frozen=True)
-class Output:
+class Output(NamedTuple):
     """The output of a command in two forms: lines for people, an object for programs."""
 
     lines: list[str]
@@ -36,12 +29,21 @@ class Parser(argparse.ArgumentParser):
     """An argument parser with one-line errors, and without abbreviations, which a later flag would break."""
 
     def __init__(self, **settings: Any) -> None:
-        super().__init__(allow_abbrev=False, **settings)
+        form = functools.partial(settings.pop("formatter_class", argparse.HelpFormatter), width=_columns() - 2)
+        super().__init__(allow_abbrev=False, formatter_class=form, **settings)
         self.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
 
     def error(self, message: str) -> NoReturn:
         """Print one line and exit 2."""
         self.exit(USAGE, f"error: {one_line(message)}; see {self.prog} --help\n")
+
+
+def _columns() -> int:
+    """Return the width of the terminal as shutil does, whose import would take longer than the rest of ``--help``."""
+    try:
+        return int(os.environ.get("COLUMNS", "0")) or os.get_terminal_size(1).columns or 80
+    except (OSError, ValueError):
+        return 80
 
 
 def option_type(parse: Callable[[str], Parsed]) -> Callable[[str], Parsed]:
@@ -74,7 +76,9 @@ def run(parser: Parser, work: Callable[[argparse.Namespace], None], argv: list[s
     _take_any_path(sys.stdout)
     arguments = parser.parse_args(argv)
     try:
-        with _logging_to_stderr(), _unwinding_on_sigterm():
+        from sdxl_trt.engines.host.running import logging_to_stderr, unwinding_on_sigterm  # noqa: PLC0415 - not for --help
+
+        with logging_to_stderr(), unwinding_on_sigterm():
             work(arguments)
         sys.stdout.flush()
     except KeyboardInterrupt:
@@ -85,6 +89,8 @@ def run(parser: Parser, work: Callable[[argparse.Namespace], None], argv: list[s
         return 1
     except Exception as exc:  # noqa: BLE001 - the boundary: the user gets one line for any error
         if arguments.debug:
+            import traceback  # noqa: PLC0415
+
             traceback.print_exc()
         return _fail(*_explain(exc))
     return 0
@@ -94,23 +100,6 @@ def _take_any_path(stream: Any) -> None:
     """Let `stream` write paths of any bytes unchanged, so that its readers can open the files."""
     if isinstance(stream, io.TextIOWrapper):
         stream.reconfigure(errors=OUTPUT_ERRORS)
-
-
-@contextlib.contextmanager
-def _unwinding_on_sigterm() -> Iterator[None]:
-    """Make SIGTERM unwind the stack like Ctrl-C, so that half-written files are removed."""
-
-    def leave(number: int, _frame: object) -> NoReturn:
-        raise SystemExit(128 + number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may handle signals
-        return
-    previous = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 def _explain(exc: Exception) -> tuple[str, int]:
@@ -136,6 +125,8 @@ def print_json(value: Any) -> None:
     try:
         text = msgspec.json.encode(value).decode()
     except UnicodeEncodeError:
+        import json  # noqa: PLC0415
+
         text = json.dumps(msgspec.to_builtins(value))
     sys.stdout.write(text + "\n")
 
@@ -143,45 +134,3 @@ def print_json(value: Any) -> None:
 def _fail(message: str, code: int) -> int:
     sys.stderr.write(f"error: {one_line(message)}\n")
     return code
-
-
-def one_line(message: str) -> str:
-    """Return `message` on one line without control characters: it may quote untrusted text.
-
-    Bytes of a path that are not UTF-8 become escapes (``\\xe9``).
-    """
-    return " ".join("".join(c if c.isprintable() else _shown(c) for c in message).split())
-
-
-def _shown(c: str) -> str:
-    return f"\\x{ord(c) - 0xDC00:02x}" if "\udc80" <= c <= "\udcff" else " "
-
-
-class _Handler(logging.StreamHandler[TextIO]):
-    """Writes above a progress line, if tqdm draws one."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        bars = sys.modules.get("tqdm")
-        with bars.tqdm.external_write_mode(self.stream) if bars else contextlib.nullcontext():
-            super().emit(record)
-
-
-class _OneLine(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        return f"{record.levelname.lower()}: {one_line(record.getMessage())}"
-
-
-@contextlib.contextmanager
-def _logging_to_stderr() -> Iterator[None]:
-    """Print the library's warnings as lines on stderr, and only there, while a command runs."""
-    logger = logging.getLogger("sdxl_trt")
-    handler = _Handler(sys.stderr)
-    handler.setFormatter(_OneLine())
-    propagate = logger.propagate
-    logger.addHandler(handler)
-    logger.propagate = False
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.propagate = propagate

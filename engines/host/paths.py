@@ -1,12 +1,11 @@
-"""Paths of any bytes as text: in commands to type, in records, and on outputs.
+"""Paths and messages of any bytes as text: in commands to type, in records, and on outputs.
 
 In a Python str, a byte of a path that is not UTF-8 is a lone surrogate, U+DC80 to U+DCFF, which no codec encodes.
 """
 
-__all__ = ["OUTPUT_ERRORS", "is_utf8", "known_as", "require_utf8", "shell_word"]
+__all__ = ["OUTPUT_ERRORS", "is_utf8", "known_as", "one_line", "require_utf8", "shell_word"]
 
 import codecs
-import shlex
 from pathlib import Path
 
 from sdxl_trt.engines.errors import UsageError
@@ -24,9 +23,23 @@ def shell_word(value: Path | str) -> str:
     text = str(value)
     # Messages collapse runs of spaces.
     if text.isprintable() and "  " not in text:
+        import shlex  # noqa: PLC0415 - --help quotes nothing
+
         return shlex.quote(text)
     content = text.encode("utf-8", "surrogateescape" if _can_be_path(text) else "replace")
     return "$'" + "".join(chr(byte) if byte in _PLAIN else f"\\x{byte:02x}" for byte in content) + "'"
+
+
+def one_line(message: str) -> str:
+    """Return `message` on one line without control characters: it may quote what nobody has vouched for.
+
+    Bytes of a path that are no UTF-8 are shown as escapes (``\\xe9``).
+    """
+    return " ".join("".join(c if c.isprintable() else _shown(c) for c in message).split())
+
+
+def _shown(c: str) -> str:
+    return f"\\x{ord(c) - 0xDC00:02x}" if "\udc80" <= c <= "\udcff" else " "
 
 
 def known_as(path: Path) -> str:

@@ -11,8 +11,8 @@ import pytest
 
 from sdxl_trt.engines.bundle.bundle import read_bundle
 from sdxl_trt.engines.errors import SourceError, UsageError
-from sdxl_trt.engines.host.console import one_line, print_json
-from sdxl_trt.engines.host.paths import OUTPUT_ERRORS, is_utf8, known_as, require_utf8, shell_word
+from sdxl_trt.engines.host.console import print_json
+from sdxl_trt.engines.host.paths import OUTPUT_ERRORS, is_utf8, known_as, one_line, require_utf8, shell_word
 from sdxl_trt.engines.plans.files import rebuild_command
 
 NAMES = [b"plain", b"two words", b"two  blanks", b"it's", b'"$HOME"', b"~", b"caf\xc3\xa9", b"caf\xe9 \xff",
