@@ -1,4 +1,4 @@
-"""What does not wait: --help and an import of the package load nothing that they do not need."""
+"""Startup: --help and an import of the package load nothing that they do not need."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ SCRIPTS = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_t
 HEAVY = {"PIL", "cuda", "msgspec", "numpy", "onnx", "onnx_ir", "onnxruntime", "polygraphy", "tensorrt", "tokenizers",
          "torch", "tqdm"}  # fmt: skip
 SLOW = {"dataclasses", "inspect", "json", "logging", "shutil", "tempfile", "traceback"}
-"""Of the standard library: together they take longer than all of --help."""
+"""Slow modules of the standard library that neither needs."""
 
 
 def _loaded(code: str) -> set[str]:

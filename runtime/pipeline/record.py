@@ -5,7 +5,6 @@ __all__ = ["ImageSettings", "finish", "parse_settings", "read_settings"]
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import reduce
 from operator import or_
 from pathlib import Path
@@ -55,7 +54,7 @@ def _recorded(declared: Setting) -> Setting:
     kinds = [kind for kind in (get_args(declared.type) or [declared.type]) if kind is not NoneType]
     if get_origin(declared.type) is tuple:
         kinds = [declared.type]
-    return replace(declared, type=reduce(or_, [*kinds, *([NoneType] if declared.record_none else [])]))
+    return declared.but(type=reduce(or_, [*kinds, *([NoneType] if declared.record_none else [])]))
 
 
 if TYPE_CHECKING:

@@ -9,14 +9,16 @@ if TYPE_CHECKING:
     from sdxl_trt.runtime.request.request import COMFYUI_SCHEDULES, GROUPS, SAMPLERS, Request
     from sdxl_trt.runtime.request.resolve import DRAWN_SEED_BITS, ResolvedRequest, resolve_request
     from sdxl_trt.runtime.request.settings import Setting, check_settings, defaults, record_fields, settings_of
-    from sdxl_trt.runtime.request.sides import ResolvedSide, Side, SideMix, StageName, most_skipped
+    from sdxl_trt.runtime.request.side import Side, SideMix
+    from sdxl_trt.runtime.request.sides import ResolvedSide, StageName, most_skipped
 else:
     __getattr__ = lazy_names(__name__, {
         "handoff": ("StepRange", "step_at_fraction"),
         "request": ("COMFYUI_SCHEDULES", "GROUPS", "SAMPLERS", "Request"),
         "resolve": ("DRAWN_SEED_BITS", "ResolvedRequest", "resolve_request"),
         "settings": ("Setting", "check_settings", "defaults", "record_fields", "settings_of"),
-        "sides": ("ResolvedSide", "Side", "SideMix", "StageName", "most_skipped"),
+        "side": ("Side", "SideMix"),
+        "sides": ("ResolvedSide", "StageName", "most_skipped"),
     })
 
 __all__ = [

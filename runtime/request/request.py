@@ -5,17 +5,23 @@ Importing this loads no numpy: ``--help`` is made of it.
 
 __all__ = ["COMFYUI_SCHEDULES", "GROUPS", "SAMPLERS", "Request"]
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from sdxl_trt.runtime.request.settings import setting
+from sdxl_trt.runtime.request.settings import dataclass_of_settings, setting
 
 if TYPE_CHECKING:
+    from dataclasses import dataclass
+
     import numpy as np
     from numpy.typing import NDArray
 
     from sdxl_trt.runtime.images import InputPicture
-    from sdxl_trt.runtime.request.sides import Side
+    from sdxl_trt.runtime.request.side import Side
+else:
+
+    def dataclass(*, frozen: bool) -> Any:  # noqa: ARG001 - it always is
+        return dataclass_of_settings
+
 
 # Stated again here, since --help must not wait for numpy; a test compares them with the samplers and schedules.
 SAMPLERS = (

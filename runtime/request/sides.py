@@ -1,6 +1,6 @@
 """The conditioning of each side of a stage, positive and negative, with its defaults settled: prompt, sizes, score."""
 
-__all__ = ["ResolvedSide", "Side", "SideMix", "StageName", "ToldMix", "most_skipped", "resolve_sides"]
+__all__ = ["ResolvedSide", "StageName", "ToldMix", "most_skipped", "resolve_sides"]
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -11,41 +11,10 @@ from sdxl_trt.engines.bundle import Manifest, Stage
 from sdxl_trt.runtime.diffusion import MicroConditions
 from sdxl_trt.runtime.request.request import Request
 from sdxl_trt.runtime.request.settings import settings_of
+from sdxl_trt.runtime.request.side import Pair, Side
 from sdxl_trt.runtime.text import PENULTIMATE, Prompt
 
 StageName = Literal["base", "refiner"]
-Pair = tuple[int, int]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SideMix:
-    """A change of a side's conditioning, as ComfyUI's nodes do it: zeros (ConditioningZeroOut), `other` concatenated
-    ("concat") or averaged ("average"), with weight `strength` for the side itself.
-    """
-
-    kind: Literal["zero", "concat", "average"]
-    other: "Side | None" = None
-    strength: float = 1.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Side:
-    """The conditioning of one side of a stage, instead of the request's own; None takes the request's setting.
-
-    `zeroed` is ComfyUI's ConditioningZeroOut of the prompt alone; `mixes` are applied in order. Sizes are (height,
-    width), a crop is (top, left), in pixels. `combined` are more sides: the model's predictions for all are averaged.
-    """
-
-    text: str
-    text_2: str
-    zeroed: bool = False
-    clip_skip: int | None = None
-    mixes: tuple[SideMix, ...] = ()
-    combined: tuple["Side", ...] = ()
-    original_size: Pair | None = None
-    crop: Pair | None = None
-    target_size: Pair | None = None
-    aesthetic_score: float | None = None
 
 
 @dataclass(frozen=True)

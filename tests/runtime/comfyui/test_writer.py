@@ -22,7 +22,7 @@ from sdxl_trt.runtime.comfyui.writer import write_workflow
 from sdxl_trt.runtime.images.inputs import InputPicture, read_input
 from sdxl_trt.runtime.request.request import Request
 from sdxl_trt.runtime.request.resolve import ResolvedRequest, resolve_request
-from sdxl_trt.runtime.request.sides import Side
+from sdxl_trt.runtime.request.side import Side
 
 FOX = Request("a (red:1.3) fox", compat="comfyui", steps=10, seed=5, width=64, height=32)
 

@@ -15,7 +15,7 @@ from sdxl_trt.runtime.diffusion.samplers.registry import TWO_CALLS, sampler_name
 from sdxl_trt.runtime.pipeline.batch import KNOWS_ITS_END_COMFYUI, Batch
 from sdxl_trt.runtime.pipeline.pipeline import Pipeline
 from sdxl_trt.runtime.pipeline.sweep import Sweep, parse_axis
-from sdxl_trt.runtime.request.sides import Side
+from sdxl_trt.runtime.request.side import Side
 
 pytestmark = pytest.mark.slow
 

@@ -16,7 +16,7 @@ from sdxl_trt.runtime.images.sheet import Sheet, _wrapped, draw_sheet
 from sdxl_trt.runtime.pipeline.sweep import Axis, Sweep, parse_axis
 from sdxl_trt.runtime.request.handoff import StepRange
 from sdxl_trt.runtime.request.request import Request
-from sdxl_trt.runtime.request.sides import Side
+from sdxl_trt.runtime.request.side import Side
 
 FOX = Request("a red fox", steps=10, seed=5)
 

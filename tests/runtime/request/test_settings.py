@@ -48,7 +48,7 @@ def test_a_command_line_without_options_is_a_request_without_settings() -> None:
         ("crop", (0, 1 << 21), "--crop 2097152: choose 0 to 1048576"),
         ("compat", "a1111", "--compat 'a1111' is unknown; choose one of: diffusers, comfyui"),
         ("base_end_step", -1, "--base-end-step -1: steps count from 0"),
-        ("refiner_seed", -1, "--refiner-seed -1: choose 0 to"),
+        ("refiner_seed", -1, "--seed -1: choose 0 to"),
     ],
 )
 def test_what_is_outside_a_declared_range_is_one_line(name: str, value: Any, says: str) -> None:
@@ -109,7 +109,7 @@ def test_a_new_setting_is_an_option_with_a_range_and_in_the_schema(dummy: Dummy)
 
 @pytest.mark.slow
 def test_a_new_setting_is_in_the_record_and_repeated_from_it(dummy: Dummy, tmp_path: Path) -> None:
-    small = ("--steps", "2", "--width", "32", "--height", "32", "--seed", "1")
+    small = ("--steps", "2", "--width", "64", "--height", "64", "--seed", "1")
     assert dummy("a star", *small, "--dummy", "5", "-o", "first.png", folder=tmp_path).returncode == 0
     assert dummy("--from", "first.png", "-o", "again.png", folder=tmp_path).returncode == 0
     assert dummy("a star", *small, "--sweep", "dummy=1,7", "-o", "sheet.png", folder=tmp_path).returncode == 0

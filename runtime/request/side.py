@@ -1,0 +1,39 @@
+"""The conditioning of one side of a stage, as a workflow states it."""
+
+__all__ = ["Pair", "Side", "SideMix"]
+
+from dataclasses import dataclass
+from typing import Literal
+
+Pair = tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SideMix:
+    """A change of a side's conditioning, as ComfyUI's nodes do it: zeros (ConditioningZeroOut), `other` concatenated
+    ("concat") or averaged ("average"), with weight `strength` for the side itself.
+    """
+
+    kind: Literal["zero", "concat", "average"]
+    other: "Side | None" = None
+    strength: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """The conditioning of one side of a stage, instead of the request's own; None takes the request's setting.
+
+    `zeroed` is ComfyUI's ConditioningZeroOut of the prompt alone; `mixes` are applied in order. Sizes are (height,
+    width), a crop is (top, left), in pixels. `combined` are more sides: the model's predictions for all are averaged.
+    """
+
+    text: str
+    text_2: str
+    zeroed: bool = False
+    clip_skip: int | None = None
+    mixes: tuple[SideMix, ...] = ()
+    combined: tuple["Side", ...] = ()
+    original_size: Pair | None = None
+    crop: Pair | None = None
+    target_size: Pair | None = None
+    aesthetic_score: float | None = None
