@@ -113,7 +113,7 @@ def test_a_new_setting_is_in_the_record_and_repeated_from_it(dummy: Dummy, tmp_p
     assert dummy("a star", *small, "--dummy", "5", "-o", "first.png", folder=tmp_path).returncode == 0
     assert dummy("--from", "first.png", "-o", "again.png", folder=tmp_path).returncode == 0
     assert dummy("a star", *small, "--sweep", "dummy=1,7", "-o", "sheet.png", folder=tmp_path).returncode == 0
-    for name, kept in (("first", 5), ("again", 5), ("sheet-1", 1), ("sheet-2", None)):
+    for name, kept in (("first", 5), ("again", 5), ("sheet-0", 1), ("sheet-1", None)):
         with Image.open(tmp_path / f"{name}.png") as picture:
             assert json.loads(picture.info["sdxl-trt"]).get("dummy") == kept, name
 
