@@ -66,11 +66,11 @@ def _run(work: Path, *, quick: bool, quality: bool) -> BenchReport:
     embedded = find_subject(None, None, None, work, _say)
     spec = settled_spec(embedded, replace(EMBEDDED, steps=3) if quick else EMBEDDED)
     starts, drawn = cold_starts(embedded, spec, 1 if quick else COLD_RUNS, say=_say)
-    told = (
+    context = (
         f"the model is {size}, random weights in SDXL's architecture: its pictures are noise, its time is not",
         f"cold start and quality are the embedded pair's, {spec.width}×{spec.height} and {spec.steps} steps",
     )
-    notes = tuple(note for note in (*told, drawn, *report.notes) if note)
+    notes = tuple(note for note in (*context, drawn, *report.notes) if note)
     report = msgspec.structs.replace(report, cold_starts=starts, command=COMMAND, notes=notes)
     report = msgspec.structs.replace(report, bars=bench_bars(report))
     if not quality:

@@ -266,9 +266,9 @@ def test_comfyui_options_affect_the_run(pairs: Any, tmp_path: Path, capsys: Any)
         "--clip-skip", "1",
     ]  # fmt: skip
     assert trt_generate(arguments) == 0
-    told = capsys.readouterr().err
-    assert "warning: the base stops at step 3, the refiner starts at 2" in told
-    assert "warning: the refiner adds noise" in told
+    err = capsys.readouterr().err
+    assert "warning: the base stops at step 3, the refiner starts at 2" in err
+    assert "warning: the refiner adds noise" in err
     request = Request(
         "a (red:1.4) fox", width=32, height=32, steps=4, seed=3, compat="comfyui", schedule="karras",
         sampler="dpmpp_2m", base_end_step=3, refiner_start_step=2, refiner_add_noise=True, leftover_noise=False,
@@ -302,9 +302,9 @@ def test_sampler_schedule_and_guidance_options_affect_the_run(bundle: Path, tmp_
 def test_a_memory_plan_needs_neither_prompt_nor_gpu(pairs: Any, capsys: Any) -> None:
     arguments = ["--plan", "--engines", str(pairs("outline").bundle)]
     assert trt_generate([*arguments, "--vram", "12GB"]) == 0
-    told = capsys.readouterr().out
-    assert "tensorrt: 12.00 GB of device memory" in told
-    assert "estimate" in told
+    out = capsys.readouterr().out
+    assert "tensorrt: 12.00 GB of device memory" in out
+    assert "estimate" in out
     assert trt_generate([*arguments, "--vram", "12GB", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert (plan["residency"], plan["capacity"]) == ("resident", 12_000_000_000)

@@ -57,7 +57,7 @@ def run(pairs: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture
-def told(run: Any, capsys: pytest.CaptureFixture[str]) -> Callable[[str], tuple[Report, str]]:
+def reported(run: Any, capsys: pytest.CaptureFixture[str]) -> Callable[[str], tuple[Report, str]]:
     """Return a function that runs a command and returns its report and stderr."""
 
     def report(name: str) -> tuple[Report, str]:
@@ -93,8 +93,10 @@ def test_the_picture_contains_the_tutorial_s_graph(run: Any) -> None:
 
 
 @pytest.mark.slow
-def test_a_handoff_sweep_of_a_workflow_runs_the_base_once(told: Any, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    report, said = told("cuts.png")
+def test_a_handoff_sweep_of_a_workflow_runs_the_base_once(
+    reported: Any, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report, said = reported("cuts.png")
     assert _steps(report) == (50, 38 + 25 + 20 + 17 + 15 + 10)
     assert "warning" not in said
     assert [image["sweep"]["handoff-step"] for image in report["images"]] == [12, 25, 30, 33, 35, 40, None]
@@ -112,16 +114,16 @@ def test_a_handoff_sweep_of_a_workflow_runs_the_base_once(told: Any, run: Any, m
 
 
 @pytest.mark.slow
-def test_an_aesthetic_score_sweep_of_a_workflow_runs_the_base_once(told: Any, run: Any) -> None:
-    report, _ = told("scores.png")
+def test_an_aesthetic_score_sweep_of_a_workflow_runs_the_base_once(reported: Any, run: Any) -> None:
+    report, _ = reported("scores.png")
     assert _steps(report) == (40, 30)
     assert np.array_equal(_pixels(run.folder, "scores-1.png"), _pixels(run.folder, "tutorial.png"))
     assert not np.array_equal(_pixels(run.folder, "scores-0.png"), _pixels(run.folder, "scores-2.png"))
 
 
 @pytest.mark.slow
-def test_the_misfit_warnings_are_those_in_the_document(told: Any) -> None:
-    _, said = told("misfit.png")
+def test_the_misfit_warnings_are_those_in_the_document(reported: Any) -> None:
+    _, said = reported("misfit.png")
     (expected,) = re.findall(r"```\n(warning: .*?)```", DOCUMENT.read_text(), re.DOTALL)
     assert [line for line in said.splitlines() if line.startswith("warning:")] == expected.splitlines()
 

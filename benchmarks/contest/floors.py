@@ -27,6 +27,6 @@ def cpu_floors(bundle: Bundle, spec: Spec) -> tuple[dict[str, float], str]:
         return {}, f"floors: the graphs' operations were not counted ({exc}); pip install 'sdxl-trt[export]'"
     except SdxlTrtError as exc:
         return {}, f"floors: {exc}"
-    told = ", ".join(f"{task} {each / 1e9:.1f} GFLOP" for task, each in flops.items())
-    note = f"floors: {told}, at {rate / 1e9:.0f} GFLOP/s, the highest rate of fp32 matrix products that was measured"
+    counted = ", ".join(f"{task} {each / 1e9:.1f} GFLOP" for task, each in flops.items())
+    note = f"floors: {counted}, at {rate / 1e9:.0f} GFLOP/s, the highest rate of fp32 matrix products that was measured"
     return {task: floor_seconds(each, rate) for task, each in flops.items()}, f"{note} with {spec.threads} threads"

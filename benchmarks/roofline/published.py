@@ -47,7 +47,7 @@ def _card(gpu: str, seconds: float) -> Published:
         seconds=seconds,
         base_steps=30,
         source=_CARD,
-        note="of the card's two models the time fits the base alone",
+        note="the card lists two models; the time fits only the base",
     )
 
 

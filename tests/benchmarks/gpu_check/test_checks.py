@@ -135,9 +135,9 @@ def test_a_failing_check_does_not_stop_the_others(workplace: Workplace) -> None:
         raise Skipped("nothing to check")
 
     checks = [Check("first", fail), Check("second", skip), Check("third", lambda _: "seen")]
-    told: list[Result] = []
-    results = run_checks(checks, workplace, told.append)
-    assert told == results
+    reported: list[Result] = []
+    results = run_checks(checks, workplace, reported.append)
+    assert reported == results
     assert [(result.name, result.outcome, result.seen) for result in results] == [
         ("first", "FAILED", "ValueError: BUNDLE/plans is bad | worse"),
         ("second", "skipped", "nothing to check"),

@@ -254,7 +254,7 @@ def test_the_cases_depend_on_the_model(pairs: Any, tmp_path: Path) -> None:
 
 def test_the_report_says_why_a_variant_was_not_measured(report: BenchReport) -> None:
     missing = Quality(variant="bf16", stage="", psnr=None, missing="no kernels")
-    told = markdown_report(msgspec.structs.replace(report, quality=(*report.quality, missing)))
-    assert "bf16 | quality | no kernels" in told
-    (row,) = (line for line in told.splitlines() if line.startswith("| bf16 | ") and "no kernels" not in line)
+    text = markdown_report(msgspec.structs.replace(report, quality=(*report.quality, missing)))
+    assert "bf16 | quality | no kernels" in text
+    (row,) = (line for line in text.splitlines() if line.startswith("| bf16 | ") and "no kernels" not in line)
     assert not {"equal", "yes", "no"} & {cell.strip() for cell in row.split("|")}
