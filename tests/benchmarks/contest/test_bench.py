@@ -178,8 +178,8 @@ def test_quality_below_its_limit_is_an_error(
     quality = SimpleNamespace(
         VARIANTS=("fp32",), measure_quality=lambda *_: ("a row",), verdict=lambda rows: f"quality: {rows[0]} is off"
     )
-    monkeypatch.setitem(sys.modules, "sdxl_trt.benchmarks.quality.quality", quality)
-    monkeypatch.setattr("sdxl_trt.benchmarks.report.markdown.markdown_report", lambda report: "# all of it\n")
+    monkeypatch.setitem(sys.modules, "sdxl_trt.benchmarks.quality", quality)
+    monkeypatch.setattr("sdxl_trt.benchmarks.report.markdown_report", lambda report: "# all of it\n")
     assert main(["--against", "none", "--quick", "--quality"]) == 1
     printed = capsys.readouterr()
     assert printed.out == "# all of it\n", printed.err

@@ -223,7 +223,7 @@ def test_two_models_are_not_mixed(pairs: Callable[[str], Any], base: Path, tmp_p
     before = _content(out)
     traced.clear()
     chosen = Options("fp32", components=frozenset({"text_encoder"}))
-    with pytest.raises(UsageError, match="has refiner_unet too"):
+    with pytest.raises(UsageError, match="also has refiner_unet"):
         export_bundle(base, None, out, chosen)
     other = pairs("apart")
     with pytest.raises(UsageError, match=r"comes from another model|would lose"):
