@@ -5,7 +5,7 @@ __all__ = ["BenchOptions", "run_bench", "settled_spec"]
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from sdxl_trt.benchmarks.contest.roster import OURS, Entry, choose, command, cor
 from sdxl_trt.benchmarks.contest.sweeps import is_usual, sweep_asks
 from sdxl_trt.benchmarks.contest.turns import Entrant, Plan, close, prepare, take_turns
 from sdxl_trt.benchmarks.contestants import TASKS, Ask, Spec
-from sdxl_trt.benchmarks.measure import Nvml, Subject, machine, no_driver, package_versions
+from sdxl_trt.benchmarks.measure import Nvml, Say, Subject, machine, no_driver, package_versions
 from sdxl_trt.benchmarks.report import BenchReport, BenchSettings, Measurement
 from sdxl_trt.engines import EngineError, UsageError
 from sdxl_trt.runtime.request import Request, resolve_request
@@ -33,7 +33,6 @@ COLD_RUNS = 5
 SWEEP_RUNS = 3
 BUSY = 0.5
 """Load average above which the report notes that the machine was not idle."""
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)

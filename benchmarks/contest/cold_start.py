@@ -13,14 +13,13 @@ from pathlib import Path
 import numpy as np
 
 from sdxl_trt.benchmarks.contestants import Spec
-from sdxl_trt.benchmarks.measure import Measured, Subject, measure
+from sdxl_trt.benchmarks.measure import Measured, Say, Subject, measure
 from sdxl_trt.benchmarks.report import ColdStart
 
 OURS, THEIRS = "trt-generate", "diffusers script"
 LEAST_LIKENESS = 30.0
 """PSNR in dB below which two pictures count as different: the bundle may be fp16, the script is fp32."""
 Measure = Callable[[list[str]], Measured]
-Say = Callable[[str], None]
 
 
 def commands(subject: Subject, spec: Spec, out: Path) -> dict[str, list[str]]:

@@ -2,7 +2,7 @@
 
 __all__ = ["Entrant", "Plan", "Player", "Turns", "close", "prepare", "rotated", "take_turns"]
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -13,7 +13,7 @@ import numpy as np
 from sdxl_trt.benchmarks.contest.child import ContestantError
 from sdxl_trt.benchmarks.contest.roster import Entry
 from sdxl_trt.benchmarks.contestants import Ask, Memory, Ran, Ready
-from sdxl_trt.benchmarks.measure import Nvml
+from sdxl_trt.benchmarks.measure import Nvml, Say
 
 PREPARE_LIMIT = 3600.0
 RUN_LIMIT = 3600.0
@@ -21,7 +21,6 @@ CLOSE_LIMIT = 60.0
 LONG = 2.0
 """Runs of at least this many seconds need no warm-up: cold caches and idle threads at the start do not matter."""
 T = TypeVar("T", bound=msgspec.Struct)
-Say = Callable[[str], None]
 
 
 class Player(Protocol):

@@ -7,14 +7,14 @@ are exported from the same checkpoint for comparison; only the given bundle deci
 __all__ = ["GIVEN", "VARIANTS", "measure_quality", "verdict"]
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 
-from sdxl_trt.benchmarks.measure import Subject
+from sdxl_trt.benchmarks.measure import Say, Subject
 from sdxl_trt.benchmarks.model_card import evaluation_cases
 from sdxl_trt.benchmarks.quality.limits import STAGES, culprit
 from sdxl_trt.benchmarks.quality.rows import Scorer, compare, compare_tiled, precisions_of
@@ -42,7 +42,6 @@ VARIANTS: dict[str, tuple[Literal["fp32", "fp16", "bf16"], VaePrecision]] = {
 """Variants to export for comparison: name to the overall precision and the autoencoder's."""
 SCORED = 4
 _NO_BF16 = "bf16 graphs run only in TensorRT plans: numpy and ONNX Runtime's CPU provider have no bf16"
-Say = Callable[[str], None]
 
 
 def measure_quality(

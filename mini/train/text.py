@@ -21,7 +21,6 @@ from sdxl_trt.mini import architecture
 from sdxl_trt.mini import clip_vocabulary as vocabulary
 
 Ids = npt.NDArray[np.int64]
-TABLE = "embeddings.token_embedding.weight"
 UNKNOWN = 0
 """Compact id of all tokens that captions never use: the smallest, so that the end token's stays the largest."""
 FILLER_CHANCE = 0.12
