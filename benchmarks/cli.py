@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sdxl_trt.engines.host import Parser, ProgressLine, one_line, print_json, run
+from sdxl_trt.engines.host import Parser, ProgressLine, one_line, option_type, print_json, run
+from sdxl_trt.runtime.request import parse_size
 
 if TYPE_CHECKING:
     from sdxl_trt.benchmarks.measure import Say, Subject
@@ -45,7 +46,7 @@ def _parser() -> Parser:
                       " ort-tensorrt, tensorrt")  # fmt: skip
     how = parser.add_argument_group("how")
     how.add_argument("--steps", type=int, metavar="N", help=f"steps per picture (default {_STEPS})")
-    how.add_argument("--size", type=_size, metavar="WxH", help="pixels (default: the model's own)")
+    how.add_argument("--size", type=option_type(parse_size), metavar="WxH", help="pixels (default: the model's own)")
     how.add_argument("--batch", type=int, default=1, metavar="N", help="pictures per batch (default 1)")
     how.add_argument("--runs", type=int, metavar="R", help=f"timed rounds (default {_RUNS})")
     how.add_argument("--components", action="store_true", help="also time each component, sweep size, batch and"
@@ -59,14 +60,6 @@ def _parser() -> Parser:
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     parser.add_argument("--debug", action="store_true", help="add the traceback to an error")
     return parser
-
-
-def _size(text: str) -> tuple[int, int]:
-    width, _, height = text.lower().partition("x")
-    try:
-        return int(width), int(height)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size; give WIDTHxHEIGHT, for example 1024x1024") from None
 
 
 def _run(arguments: argparse.Namespace, argv: list[str]) -> None:
@@ -84,7 +77,7 @@ def _bench(arguments: argparse.Namespace, argv: list[str], say: "Say") -> None:
 
     if arguments.out is not None:
         require_matplotlib()
-    width, height = arguments.size or (None, None)
+    height, width = arguments.size or (None, None)
     quick = arguments.quick
     options = BenchOptions(
         against=arguments.against,
@@ -139,7 +132,7 @@ def _require_quality(report: "BenchReport") -> None:
 def _estimate(arguments: argparse.Namespace) -> None:
     from sdxl_trt.benchmarks.roofline import estimate_table, run_estimate  # noqa: PLC0415
 
-    width, height = arguments.size or (1024, 1024)
+    height, width = arguments.size or (1024, 1024)
     steps = _STEPS if arguments.steps is None else arguments.steps
     found = run_estimate(
         arguments.estimate, engines=arguments.engines, steps=steps, width=width, height=height, batch=arguments.batch

@@ -2,7 +2,6 @@
 
 __all__ = ["Latents"]
 
-
 import numpy as np
 from numpy.typing import NDArray
 

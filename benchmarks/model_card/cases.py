@@ -2,7 +2,6 @@
 
 __all__ = ["CardCase", "DrawSettings", "Generator", "evaluation_cases"]
 
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

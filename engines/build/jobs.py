@@ -2,7 +2,6 @@
 
 __all__ = ["PlanJob", "plan_builds"]
 
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 

@@ -2,7 +2,6 @@
 
 __all__ = ["run_components", "run_phases", "stand_ins"]
 
-
 from sdxl_trt.engines.bundle.manifest import Manifest
 
 

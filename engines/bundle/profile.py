@@ -2,7 +2,6 @@
 
 __all__ = ["Axes", "Profile", "Range", "fixed"]
 
-
 from collections.abc import Mapping
 
 from sdxl_trt.engines.bundle.records import Positive, Record

@@ -2,7 +2,6 @@
 
 __all__ = ["PLANS", "plan_path", "read_plan", "rebuild_command", "remove_write_permission"]
 
-
 import hashlib
 import os
 import stat

@@ -2,7 +2,6 @@
 
 __all__ = ["PlanLimits", "plan_limits"]
 
-
 from collections.abc import Iterable
 
 from sdxl_trt.engines.bundle import Bundle, Flavour, PlanRecord, Positive, Range, Record, Stage

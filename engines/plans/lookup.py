@@ -6,7 +6,6 @@ this machine and the bundle's graphs; nothing is rebuilt silently.
 
 __all__ = ["find_plan", "has_plans", "planned_components", "why_rebuild"]
 
-
 from sdxl_trt.engines.bundle import (
     ANY,
     BuildFlags,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from sdxl_trt.engines import UsageError
-from sdxl_trt.engines.host import Parser
+from sdxl_trt.engines.host import Parser, option_type, parse_bytes
 from sdxl_trt.runtime.request import GROUPS, Request, Setting, settings_of
 
 PROVIDERS = ("auto", "ort-cpu", "ort-cuda", "ort-tensorrt", "tensorrt", "tensorrt-rtx")
@@ -67,19 +67,11 @@ def _add_setting(group: Any, declared: Setting) -> None:
 
 
 def _reader(declared: Setting) -> Callable[[str], Any]:
-    """Return what reads an option's text; argparse shows the message of a declared parser's ValueError."""
+    """Return the function that reads an option's text."""
+    if declared.parse is not None:
+        return option_type(declared.parse)
     kinds = (declared.type, *get_args(declared.type))
-    if declared.parse is None:
-        return Path if declared.is_file else next(kind for kind in (int, float, str) if kind in kinds)
-    parse = declared.parse
-
-    def read(text: str) -> Any:
-        try:
-            return parse(text)
-        except ValueError as exc:
-            raise argparse.ArgumentTypeError(str(exc)) from exc
-
-    return read
+    return Path if declared.is_file else next(kind for kind in (int, float, str) if kind in kinds)
 
 
 def stated_settings(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -129,15 +121,8 @@ def _add_engine_options(group: Any) -> None:
                        help="resident: both experts in memory; swap: one at a time; stream: part of one; auto: the"
                        " first that fits, swap on a CPU")  # fmt: skip
     group.add_argument("--plan", action="store_true", help="print what would be loaded when, and generate nothing")
-    group.add_argument("--vram", type=_bytes, metavar="SIZE", help="limit memory to, or --plan for, 12GB, 16GiB, …")
+    group.add_argument(
+        "--vram", type=option_type(parse_bytes), metavar="SIZE", help="limit memory to, or --plan for, 12GB, 16GiB, …"
+    )
     group.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     group.add_argument("--debug", action="store_true", help="add the traceback to an error")
-
-
-def _bytes(text: str) -> int:
-    from sdxl_trt.engines.host import parse_bytes  # noqa: PLC0415 - --help must not wait for it
-
-    try:
-        return parse_bytes(text)
-    except UsageError as exc:
-        raise argparse.ArgumentTypeError(str(exc)) from exc

@@ -2,7 +2,6 @@
 
 __all__ = ["Picture"]
 
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path

@@ -2,7 +2,6 @@
 
 __all__ = ["ImageSettings", "finish", "parse_settings", "read_settings"]
 
-
 import json
 from collections.abc import Mapping
 from functools import reduce

@@ -3,10 +3,11 @@
 Importing this loads no numpy: ``--help`` is made of it.
 """
 
-__all__ = ["COMFYUI_SCHEDULES", "GROUPS", "SAMPLERS", "Request"]
+__all__ = ["COMFYUI_SCHEDULES", "GROUPS", "SAMPLERS", "Request", "parse_size"]
 
 from typing import TYPE_CHECKING, Any, Literal
 
+from sdxl_trt.engines import UsageError
 from sdxl_trt.runtime.request.settings import dataclass_of_settings, setting
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def _fraction_or_none(text: str) -> float | str | None:
     try:
         return float(text)
     except ValueError as exc:
-        raise ValueError(f"{text!r} is neither a fraction between 0 and 1 nor none") from exc
+        raise UsageError(f"{text!r} is neither a fraction between 0 and 1 nor none") from exc
 
 
 def _interval(text: str) -> tuple[float, float]:
@@ -57,16 +58,16 @@ def _interval(text: str) -> tuple[float, float]:
     try:
         return float(first), float(last)
     except ValueError as exc:
-        raise ValueError(f"{text!r}: give two fractions of the steps, 0.1:0.8 say") from exc
+        raise UsageError(f"{text!r}: give two fractions of the steps, 0.1:0.8 say") from exc
 
 
-def _size(text: str) -> tuple[int, int]:
-    """Return (height, width) of ``WxH``."""
+def parse_size(text: str) -> tuple[int, int]:
+    """Return (height, width) of ``WxH``. Raises UsageError."""
     width, _, height = text.lower().partition("x")
     try:
         return int(height), int(width)
     except ValueError as exc:
-        raise ValueError(f"{text!r}: give width and height in pixels, 1024x768 say") from exc
+        raise UsageError(f"{text!r}: give width and height in pixels, 1024x768 say") from exc
 
 
 def _corner(text: str) -> tuple[int, int]:
@@ -75,7 +76,7 @@ def _corner(text: str) -> tuple[int, int]:
     try:
         return int(top), int(left)
     except ValueError as exc:
-        raise ValueError(f"{text!r}: give the left and the top in pixels, 0,128 say") from exc
+        raise UsageError(f"{text!r}: give the left and the top in pixels, 0,128 say") from exc
 
 
 def _side(side: int, number: str) -> Any:
@@ -214,7 +215,7 @@ class Request:
     )  # fmt: skip
     original_size: tuple[int, int] | None = setting(
         None, node="the size", help="original size, an input of the model (default: the picture's)", unit="pixels",
-        low=0, high=MAX_SIZE, group=_DENOISING, metavar="WxH", parse=_size,
+        low=0, high=MAX_SIZE, group=_DENOISING, metavar="WxH", parse=parse_size,
     )  # fmt: skip
     crop: tuple[int, int] = setting(
         (0, 0), node="the crop", help="top-left corner of the crop, an input of the model (0,0)", unit="pixels", low=0,
@@ -222,7 +223,7 @@ class Request:
     )  # fmt: skip
     target_size: tuple[int, int] | None = setting(
         None, node="the target size", help="target size, an input of the model (default: the picture's)",
-        unit="pixels", low=0, high=MAX_SIZE, group=_DENOISING, metavar="WxH", parse=_size,
+        unit="pixels", low=0, high=MAX_SIZE, group=_DENOISING, metavar="WxH", parse=parse_size,
     )  # fmt: skip
     clip_skip: int = setting(
         0, low=-1, model_range=True,

@@ -2,7 +2,6 @@
 
 __all__ = ["ResolvedRequest", "resolve_request"]
 
-
 import logging
 import secrets
 from collections.abc import Mapping

@@ -61,7 +61,7 @@ class Setting:
     more_help: str = ""
     """What only the command's help adds."""
     parse: Callable[[str], Any] | None = None
-    """Reads the option's text, and raises ValueError with a message; None reads the setting's type."""
+    """Reads the option's text, or raises UsageError; None reads the setting's type."""
     const: Any = ...
     """The value of an option that takes no text; ``...`` for one that takes text."""
     exclusive: str = ""

@@ -2,7 +2,6 @@
 
 __all__ = ["Latents", "decode_latents", "from_unit", "to_uint8", "to_uint8_truncated", "to_unit"]
 
-
 import numpy as np
 from numpy.typing import NDArray
 

@@ -2,7 +2,6 @@
 
 __all__ = ["Colours", "approximate", "colours_of"]
 
-
 from dataclasses import dataclass
 
 import numpy as np

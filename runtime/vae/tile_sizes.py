@@ -2,7 +2,6 @@
 
 __all__ = ["Size", "Span", "choose_tile", "component_sizes", "decoder_sizes"]
 
-
 import math
 from collections.abc import Sequence
 

@@ -2,7 +2,6 @@
 
 __all__ = []
 
-
 import hashlib
 import os
 import stat

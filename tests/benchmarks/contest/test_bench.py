@@ -144,7 +144,7 @@ def test_the_command_writes_pages_and_prints_one_object(
     ("argv", "code", "says"),
     [
         (["--against", "nobody"], 2, "--against nobody"),
-        (["--size", "big"], 2, "WIDTHxHEIGHT"),
+        (["--size", "big"], 2, "give width and height in pixels"),
         (["--size", "100x128"], 2, "--width 100"),
         (["--runs", "0"], 2, "--runs 0"),
         (["--refiner", "x"], 2, "--refiner"),
