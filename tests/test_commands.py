@@ -208,9 +208,9 @@ def test_export_leaves_foreign_folders_alone(models: Path, tmp_path: Path, fails
     out = tmp_path / "holiday"
     out.mkdir()
     (out / "photo.txt").write_text("sea")
-    assert "no bundle" in fails(export_engines, ["--base", str(models / "base"), "--out", str(out)], 2)
+    assert "is not a bundle" in fails(export_engines, ["--base", str(models / "base"), "--out", str(out)], 2)
     (out / "manifest.json").write_text('{"name": "a browser extension"}')
-    assert "no bundle" in fails(export_engines, ["--base", str(models / "base"), "--out", str(out)], 2)
+    assert "is not a bundle" in fails(export_engines, ["--base", str(models / "base"), "--out", str(out)], 2)
     assert {path.name for path in out.iterdir()} == {"photo.txt", "manifest.json"}
     assert "cannot be replaced" in fails(export_engines, ["--base", str(models / "base"), "--out", "."], 2)
     assert "unset" in fails(export_engines, ["--base", ""], 2)
