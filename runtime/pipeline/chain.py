@@ -157,8 +157,8 @@ class Chain:
         try:
             job = self._pipeline.start(self._change(replace(request, graph=self._workflow.graph)))
         except UsageError as exc:
-            start = ancestry(source.latents)[0]
-            raise blamed(exc, sampling, getattr(start, "node", ""), seed_given=self._seed_given) from exc
+            nodes = [getattr(each, "node", "") for each in ancestry(source.latents)]
+            raise blamed(exc, sampling, next(filter(None, nodes), ""), seed_given=self._seed_given) from exc
         self._jobs[sampling.node] = job
         return before
 
