@@ -151,7 +151,7 @@ class Setting:
 
 
 def setting(default: Any, **declared: Any) -> Any:
-    """Return the declaration of a field, in the place of its default."""
+    """Return the declaration of a field, which stands as its default in the class body."""
     return Setting(default=default, **declared)
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 import sdxl_trt
 from sdxl_trt.engines import UsageError
 from sdxl_trt.runtime.cli.options import make_parser, stated_settings
+from sdxl_trt.runtime.diffusion import PREDICTIONS
 from sdxl_trt.runtime.request import Request, check_settings, settings_of
 
 ROOT = Path(sdxl_trt.__file__).parent.parent
@@ -55,6 +56,11 @@ def test_what_is_outside_a_declared_range_is_one_line(name: str, value: Any, say
     with pytest.raises(UsageError) as caught:
         check_settings(Request(**{name: value}))
     assert str(caught.value).startswith(says)
+
+
+def test_choices_that_are_stated_twice_agree() -> None:
+    """--help must not wait for numpy, which the denoiser imports."""
+    assert SETTINGS["prediction_type"].choices == ("auto", *PREDICTIONS)
 
 
 def _lists(source: str) -> Iterator[list[str]]:
