@@ -72,7 +72,7 @@ def _run(arguments: argparse.Namespace, argv: list[str]) -> None:
 
 def _bench(arguments: argparse.Namespace, argv: list[str], say: "Say") -> None:
     from sdxl_trt.benchmarks.contest import BenchOptions, run_bench  # noqa: PLC0415 - keeps --help fast
-    from sdxl_trt.benchmarks.measure import cache_folder, find_subject  # noqa: PLC0415
+    from sdxl_trt.benchmarks.measure import bench_cache, find_subject  # noqa: PLC0415
     from sdxl_trt.benchmarks.report import markdown_report, require_matplotlib, write_pages  # noqa: PLC0415
 
     if arguments.out is not None:
@@ -91,7 +91,7 @@ def _bench(arguments: argparse.Namespace, argv: list[str], say: "Say") -> None:
         cold=arguments.components and not quick,
         quick=quick,
     )
-    subject = find_subject(arguments.engines, arguments.model, arguments.refiner, cache_folder(), say)
+    subject = find_subject(arguments.engines, arguments.model, arguments.refiner, bench_cache(), say)
     report = _finished(run_bench(subject, options, say), subject, arguments, argv, say)
     if arguments.out is not None:
         write_pages(report, arguments.out)

@@ -175,7 +175,7 @@ def _kernel_cache(workplace: Workplace) -> str:
     workplace.planned("tensorrt-rtx")
     workplace.run("tensorrt-rtx", "resident")
     digests = [record.file.sha256[:16] for record in workplace.records("tensorrt-rtx").values()]
-    files = [file for file in workplace.cache.glob("sdxl-trt/rtx/*.kernels") if file.stem in digests]
+    files = [file for file in workplace.cache.glob("rtx/*.kernels") if file.stem in digests]
     if not files:
         raise AssertionError("no compiled kernels were cached for the next process")
     return f"{len(files)} files of compiled kernels, {format_bytes(sum(file.stat().st_size for file in files))}"

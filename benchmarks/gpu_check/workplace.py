@@ -2,7 +2,6 @@
 
 __all__ = ["PICTURES", "Measured", "Skipped", "Workplace", "counted"]
 
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from sdxl_trt.engines import IncompatibleError
 from sdxl_trt.engines.backends.cuda import Cuda
 from sdxl_trt.engines.backends.trt import current_environment, tensorrt_module
 from sdxl_trt.engines.bundle import BuildFlags, Bundle, Flavour, PlanRecord, read_bundle
+from sdxl_trt.engines.host import cache_folder
 from sdxl_trt.engines.plans import find_plan, planned_components
 from sdxl_trt.engines.residency import open_pool
 from sdxl_trt.mini import bundle_path
@@ -56,7 +56,7 @@ class Workplace:
         self.root = bundle or _copy(bundle_path(), folder / "bundle")
         self.flags = BuildFlags(weight_streaming=bundle is None)
         """Flags for missing plans: our own copy is built with weight streaming, so that all residencies can run."""
-        self.cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        self.cache = cache_folder()
         self._folder = folder
         self._runs: dict[tuple[str, str, int], Measured] = {}
 

@@ -7,10 +7,10 @@ from sdxl_trt.benchmarks.measure.processes import Measured, machine, measure
 from sdxl_trt.benchmarks.measure.results import (
     RESULTS_FOLDER, machine_words, package_versions, results_parser, write_json, write_results, write_text,
 )
-from sdxl_trt.benchmarks.measure.subjects import Say, Subject, cache_folder, find_subject
+from sdxl_trt.benchmarks.measure.subjects import Say, Subject, bench_cache, find_subject
 
 __all__ = [
     "FLAVOURS", "NOT_MEASURED", "RESULTS_FOLDER", "VERDICTS", "Bar", "Measured", "Nvml", "Say", "Subject", "at_most",
-    "bars_table", "cache_folder", "find_subject", "gpu_facts", "machine", "machine_words", "measure", "missed",
+    "bars_table", "bench_cache", "find_subject", "gpu_facts", "machine", "machine_words", "measure", "missed",
     "no_driver", "package_versions", "results_parser", "write_json", "write_results", "write_text",
 ]

@@ -1,9 +1,8 @@
 """What trt-bench measures: a bundle and its checkpoints, exported first if there is no bundle."""
 
-__all__ = ["Subject", "cache_folder", "find_subject"]
+__all__ = ["Subject", "bench_cache", "find_subject"]
 
 import hashlib
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 from sdxl_trt.benchmarks.measure.processes import measure
 from sdxl_trt.engines import CorruptError, IncompatibleError, ResourceError, SdxlTrtError, UsageError
 from sdxl_trt.engines.bundle import Bundle, read_bundle
+from sdxl_trt.engines.host import cache_folder
 from sdxl_trt.mini import bundle_path
 
 EMBEDDED = "mini"
@@ -42,9 +42,9 @@ class Subject:
         return self.model == EMBEDDED
 
 
-def cache_folder() -> Path:
+def bench_cache() -> Path:
     """Return trt-bench's folder in the user's cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdxl-trt" / "bench"
+    return cache_folder() / "bench"
 
 
 def find_subject(engines: Path | None, model: str | None, refiner: str | None, work: Path, say: Say) -> Subject:

@@ -9,16 +9,16 @@ __all__ = ["verify_file"]
 import contextlib
 import json
 import os
-import stat
 from pathlib import Path
 
 from sdxl_trt.engines.bundle.records import FileRecord
 from sdxl_trt.engines.errors import CorruptError, SdxlTrtError, explain_os_error
-from sdxl_trt.engines.host import atomic_write, sha256_file
+from sdxl_trt.engines.host import atomic_write, cache_folder, read_private, sha256_file
 
 REMEMBER_FROM = 64 << 20
 """Smaller files are hashed every time: that is faster than a look into the cache."""
 MAX_ENTRIES = 512
+_MOST_BYTES = 1 << 20
 
 
 def verify_file(path: Path, record: FileRecord) -> None:
@@ -50,18 +50,14 @@ def _digest(path: Path, status: os.stat_result) -> str:
 
 
 def _cache_file() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "sdxl-trt" / "digests.json"
+    return cache_folder() / "digests.json"
 
 
 def _recall() -> dict[str, str]:
     """Return the cached digests; empty if the cache is missing, unreadable, or writable by other users."""
     try:
-        file = _cache_file()
-        status = file.stat()
-        private = status.st_uid == os.getuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-        memory = json.loads(file.read_bytes()) if private else {}
-    except (OSError, ValueError, RuntimeError):
+        memory = json.loads(read_private(_cache_file(), _MOST_BYTES) or b"{}")
+    except (ValueError, RuntimeError):
         return {}
     return {str(k): str(v) for k, v in memory.items()} if isinstance(memory, dict) else {}
 

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from sdxl_trt.engines.host.files import NO_LOCKS, atomic_write, contained, exclusive, sha256_file, sibling
     from sdxl_trt.engines.host.memory import available_host_memory, format_bytes, parse_bytes, process_memory
     from sdxl_trt.engines.host.paths import is_utf8, known_as, one_line, require_utf8, shell_word
+    from sdxl_trt.engines.host.private import cache_folder, owned_by_another, read_private, writable_by_others
     from sdxl_trt.engines.host.progress import ProgressLine
     from sdxl_trt.engines.host.tables import mebibytes, paragraph, span, table
     from sdxl_trt.engines.host.text_inputs import STDIN, check_inputs, read_capped
@@ -19,6 +20,7 @@ else:
         "files": ("NO_LOCKS", "atomic_write", "contained", "exclusive", "sha256_file", "sibling"),
         "memory": ("available_host_memory", "format_bytes", "parse_bytes", "process_memory"),
         "paths": ("is_utf8", "known_as", "one_line", "require_utf8", "shell_word"),
+        "private": ("cache_folder", "owned_by_another", "read_private", "writable_by_others"),
         "progress": ("ProgressLine",),
         "tables": ("mebibytes", "paragraph", "span", "table"),
         "text_inputs": ("STDIN", "check_inputs", "read_capped"),
@@ -27,7 +29,8 @@ else:
 
 __all__ = [
     "NO_LOCKS", "STDIN", "Output", "Parser", "ProgressLine", "__version__", "atomic_write", "available_host_memory",
-    "check_inputs", "contained", "exclusive", "format_bytes", "is_utf8", "known_as", "mebibytes", "one_line",
-    "option_type", "paragraph", "parse_bytes", "print_json", "process_memory", "read_capped", "require_utf8", "run",
-    "sha256_file", "shell_word", "sibling", "span", "table",
+    "cache_folder", "check_inputs", "contained", "exclusive", "format_bytes", "is_utf8", "known_as", "mebibytes",
+    "one_line", "option_type", "owned_by_another", "paragraph", "parse_bytes", "print_json", "process_memory",
+    "read_capped", "read_private", "require_utf8", "run", "sha256_file", "shell_word", "sibling", "span", "table",
+    "writable_by_others",
 ]

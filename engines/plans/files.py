@@ -11,7 +11,7 @@ import numpy as np
 
 from sdxl_trt.engines.bundle import MANIFEST, Bundle, Flavour, PlanKey, PlanRecord
 from sdxl_trt.engines.errors import CorruptError, ResourceError, explain_os_error
-from sdxl_trt.engines.host import shell_word
+from sdxl_trt.engines.host import owned_by_another, shell_word, writable_by_others
 
 PLANS = "plans"
 _DIGITS = 12
@@ -78,9 +78,9 @@ def _check_private(path: Path) -> None:
         status = path.stat()
     except OSError as exc:
         raise explain_os_error(exc, f"reading {path}") from exc
-    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    if writable_by_others(status):
         raise CorruptError(f"{path}: other users can write it, and plans are code that would run here; chmod go-w it,"
                            " or build plans in a folder of your own")  # fmt: skip
-    if status.st_uid not in (0, os.getuid()):
+    if owned_by_another(status):
         raise CorruptError(f"{path}: belongs to another user, and plans are code that would run here; copy the bundle"
                            " to a folder of your own")  # fmt: skip

@@ -3,14 +3,13 @@
 __all__ = []
 
 import hashlib
-import os
-import stat
 from pathlib import Path
 
 import msgspec
 
 from sdxl_trt.engines.bundle import Bundle, Profile
 from sdxl_trt.engines.errors import UsageError, explain_os_error
+from sdxl_trt.engines.host import cache_folder, owned_by_another, writable_by_others
 
 _DIGITS = 16
 
@@ -25,10 +24,10 @@ def engine_cache(bundle: Bundle, name: str, provider: str, limits: Profile) -> P
     component = bundle.manifest.components[name]
     parts = [component.graph.sha256, component.weights.sha256, provider, msgspec.json.encode(limits).decode()]
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:_DIGITS]
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folders = [caches / "sdxl-trt", caches / "sdxl-trt" / "onnxruntime", caches / "sdxl-trt" / "onnxruntime" / key]
+    own = cache_folder()
+    folders = [own, own / "onnxruntime", own / "onnxruntime" / key]
     try:
-        caches.mkdir(parents=True, exist_ok=True)
+        own.parent.mkdir(parents=True, exist_ok=True)
         for folder in folders:
             folder.mkdir(mode=0o700, exist_ok=True)
             _require_private(folder)
@@ -39,6 +38,6 @@ def engine_cache(bundle: Bundle, name: str, provider: str, limits: Profile) -> P
 
 def _require_private(folder: Path) -> None:
     status = folder.stat()
-    if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    if owned_by_another(status) or writable_by_others(status):
         raise UsageError(f"{folder}: other users can write it, and engines in it are code that would run here; chmod"
                          " go-w it, or set XDG_CACHE_HOME to a folder of your own")  # fmt: skip

@@ -6,15 +6,12 @@ functions of the library, and each is checked with hasattr before use.
 
 __all__ = ["KernelCache", "ParkedWeights"]
 
-import os
-import stat
-from pathlib import Path
 from typing import Any
 
 from sdxl_trt.engines.backends.cuda import PinnedBuffer
 from sdxl_trt.engines.backends.trt.device import TrtDevice
 from sdxl_trt.engines.errors import EngineError, SdxlTrtError
-from sdxl_trt.engines.host import atomic_write
+from sdxl_trt.engines.host import atomic_write, cache_folder, read_private
 
 _MOST_CACHED = 1 << 30
 
@@ -29,8 +26,7 @@ class KernelCache:
     def __init__(self, trt: Any, engine: Any, digest: str) -> None:
         self._config: Any = engine.create_runtime_config() if hasattr(engine, "create_runtime_config") else None
         self._cache: Any = None
-        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        self._file = Path(root) / "sdxl-trt" / "rtx" / f"{digest[:16]}.kernels"
+        self._file = cache_folder() / "rtx" / f"{digest[:16]}.kernels"
         if self._config is None or not hasattr(self._config, "create_runtime_cache"):
             return
         try:
@@ -41,7 +37,7 @@ class KernelCache:
     def _open(self, trt: Any) -> None:
         self._config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         self._cache = self._config.create_runtime_cache()
-        if content := _read_private(self._file):
+        if content := read_private(self._file, _MOST_CACHED):
             self._cache.deserialize(content)
         self._config.set_runtime_cache(self._cache)
         if hasattr(trt, "CudaGraphStrategy"):
@@ -121,13 +117,3 @@ class ParkedWeights:
         if self._host is not None:
             self._host.free()
             self._host = None
-
-
-def _read_private(file: Path) -> bytes:
-    """Return the bytes of a file that only this user can write; b"" if it is missing or others can write it."""
-    try:
-        status = file.stat()
-        private = status.st_uid == os.getuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-        return file.read_bytes() if private and status.st_size <= _MOST_CACHED else b""
-    except OSError:
-        return b""
