@@ -15,17 +15,14 @@ from sdxl_trt.engines import IncompatibleError
 from sdxl_trt.engines.backends.cuda import Cuda, Stream, cuda_runtime
 from sdxl_trt.engines.backends.ort import ORT_PROVIDERS, OrtProvider, choose_provider
 from sdxl_trt.engines.backends.trt import (
-    ParkedWeights,
     current_environment,
     library_version,
-    open_device,
     tensorrt_module,
 )
 from sdxl_trt.engines.build import build_plans
 from sdxl_trt.engines.bundle import Flavour
 from sdxl_trt.engines.host import format_bytes
 from sdxl_trt.engines.inspection import compare_engines
-from sdxl_trt.engines.plans import read_plan
 from sdxl_trt.engines.residency import RESIDENCIES, estimate_memory, open_pool
 
 # fp16 engines against ONNX Runtime, which computes fp16 graphs in fp32 on a CPU, over all steps of a picture.
@@ -181,25 +178,6 @@ def _kernel_cache(workplace: Workplace) -> str:
     return f"{len(files)} files of compiled kernels, {format_bytes(sum(file.stat().st_size for file in files))}"
 
 
-def _weights_manager(workplace: Workplace) -> str:
-    bundle = workplace.planned("tensorrt-rtx")
-    record = workplace.records("tensorrt-rtx")[bundle.manifest.base.unet]
-    with open_device("tensorrt-rtx") as device:
-        engine = device.deserialize(read_plan(bundle, record), "loading the UNet")
-        parked = ParkedWeights(device, engine)
-        try:
-            loaded = device.cuda.memory()[0]
-            parked.park()
-            freed = device.cuda.memory()[0] - loaded
-            parked.restore()
-            taken = loaded + freed - device.cuda.memory()[0]
-        finally:
-            parked.free()
-    if freed < record.memory.weights // 2:
-        raise AssertionError(f"parking freed {format_bytes(freed)} of {format_bytes(record.memory.weights)}")
-    return f"parking freed {format_bytes(freed)}, restoring took {format_bytes(taken)}"
-
-
 def _onnxruntime(provider: OrtProvider, workplace: Workplace) -> str:
     import onnxruntime  # noqa: PLC0415 - only where it is used, like every engine's library
 
@@ -253,5 +231,4 @@ _EACH: dict[str, Callable[[Flavour, Workplace], str]] = {
 }
 _RTX: dict[str, Callable[[Workplace], str]] = {
     "compiled kernels are kept": _kernel_cache,
-    "weights are parked and restored": _weights_manager,
 }

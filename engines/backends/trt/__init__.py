@@ -9,17 +9,15 @@ if TYPE_CHECKING:
     from sdxl_trt.engines.backends.trt.device import open_device
     from sdxl_trt.engines.backends.trt.engine import TrtEngine
     from sdxl_trt.engines.backends.trt.environment import current_environment, device_available
-    from sdxl_trt.engines.backends.trt.rtx import ParkedWeights
 else:
     __getattr__ = lazy_names(__name__, {
         "api": ("library_version", "make_logger", "tensorrt_module"),
         "device": ("open_device",),
         "engine": ("TrtEngine",),
         "environment": ("current_environment", "device_available"),
-        "rtx": ("ParkedWeights",),
     })
 
 __all__ = [
-    "ParkedWeights", "TrtEngine", "current_environment", "device_available", "library_version", "make_logger",
-    "open_device", "tensorrt_module",
+    "TrtEngine", "current_environment", "device_available", "library_version", "make_logger", "open_device",
+    "tensorrt_module",
 ]

@@ -40,12 +40,20 @@ class Activations:
         return self._block.nbytes if self._block is not None else 0
 
     def reserve(self, owner: object, nbytes: int) -> None:
-        """Keep the block at `nbytes` or more until `owner` calls `release`. Raises ResourceError."""
-        self._needs[owner] = aligned(max(nbytes, 1))
+        """Keep the block at `nbytes` or more until `owner` calls `release`; a reservation grows and never shrinks.
+
+        Raises ResourceError if the block cannot grow; `owner` then has the reservation that it had before.
+        """
+        before, wanted = self._needs.get(owner, 0), aligned(max(nbytes, 1))
+        if wanted <= before:
+            return
+        self._needs[owner] = wanted
         try:
             self.block()
         except BaseException:
-            del self._needs[owner]
+            self._needs[owner] = before
+            if not before:
+                del self._needs[owner]
             self._restore()
             raise
 
@@ -82,6 +90,11 @@ class TrtDevice:
 
     An engine holds `lock` while it computes, since it then owns the stream, the activations and the staging memory.
     Loading holds it only to reserve activations, so one engine can load while another runs.
+
+    A second lock belongs to `loading` and `capturing`: calls that may synchronize the device break a capture in any
+    other thread, whatever the mode of the capture. Calls under `lock` are safe, since a capture holds it; loading
+    makes such calls without it, and therefore holds the second lock. The order of the two: a thread that holds `lock`
+    never waits for the second one, it only tries it; a thread that holds the second one never waits for `lock`.
     """
 
     def __init__(self, flavour: Flavour) -> None:
@@ -102,8 +115,7 @@ class TrtDevice:
 
         Raises ResourceError, IncompatibleError for a plan of another version or device, EngineError.
         """
-        self.cuda.enter(doing)
-        with self._loading:  # a runtime is not thread-safe
+        with self.loading(doing):  # also because a runtime is not thread-safe
             if self._runtime is None:
                 self._runtime = self._new_runtime(doing)
             # engine_host_code_allowed stays False: a plan must not contain host code.
@@ -119,6 +131,29 @@ class TrtDevice:
             return self.ask(doing, self.trt.Runtime, self._logger)
         except TypeError as exc:  # the binding raises it if the library returns none
             raise self.explain(doing, str(exc)) from exc
+
+    @contextlib.contextmanager
+    def loading(self, doing: str) -> Iterator[None]:
+        """Keep other threads from capturing, for calls outside `lock` that may synchronize the device.
+
+        Waits for a capture or another load to end. The caller must not hold `lock`, nor take it inside.
+        """
+        self.cuda.enter(doing)
+        with self._loading:
+            yield
+
+    @contextlib.contextmanager
+    def capturing(self) -> Iterator[bool]:
+        """Yield whether the caller, which holds `lock`, may capture now: not while another thread loads.
+
+        Never waits: a load takes seconds, and a step runs without a graph.
+        """
+        free = self._loading.acquire(blocking=False)
+        try:
+            yield free
+        finally:
+            if free:
+                self._loading.release()
 
     @contextlib.contextmanager
     def computing(self, doing: str) -> Iterator[None]:

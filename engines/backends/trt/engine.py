@@ -51,6 +51,7 @@ class TrtEngine:
         self._contexts: ShapedContexts | None = None
         self._tensors = Tensors(device, self.name)
         self._constants: dict[str, Array] = {}
+        self._activations: tuple[int, ...] = ()
         self._captures = True
 
     def prefetch(self) -> None:
@@ -59,9 +60,10 @@ class TrtEngine:
             self._plan = read_plan(self._bundle, self._record)
 
     def load(self) -> None:
-        """Put the weights on the device and reserve memory for activations; see Engine.load.
+        """Put the weights on the device and reserve memory for the activations of the smallest profile.
 
-        Also raises IncompatibleError, for a plan that this TensorRT rejects or that is not the component's.
+        The reservation grows when `infer` first uses a larger profile; see Engine.load. Also raises IncompatibleError,
+        for a plan that this TensorRT rejects or that is not the component's.
         """
         if self._engine is not None:
             return
@@ -71,14 +73,18 @@ class TrtEngine:
             self._engine = self._device.deserialize(self._plan, doing)
             self._plan = None  # gigabytes, which the engine has copied
             check_engine(self._engine, self.component, self._record)
-            self._set_weight_budget(doing)
-            with self._device.lock:
+            # Without the device's lock: the first context takes long enough to stall an engine that computes.
+            with self._device.loading(doing):
+                self._set_weight_budget(doing)
                 self._open_kernels()
                 self._contexts = ShapedContexts(self._device, self.name, self._new_context)
-                self._device.activations.reserve(self, int(self._engine.device_memory_size_v2))
+            self._activations = _activations(self._engine)
+            with self._device.lock:
+                self._device.activations.reserve(self, min(self._activations))
         except BaseException as exc:
-            self.unload()
+            # First the references in the traceback, so that the engine is freed under the device's lock by `unload`.
             forget_frames(exc)
+            self.unload()
             lost = self._device.lost(doing) if isinstance(exc, EngineError) else None
             if lost is not None:
                 raise lost from exc
@@ -101,7 +107,10 @@ class TrtEngine:
         }
 
     def infer(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
-        """Run the plan; see Engine.infer. Raises SizeError outside its profiles, ResourceError, EngineError."""
+        """Run the plan; see Engine.infer. Raises SizeError outside its profiles, ResourceError, EngineError.
+
+        The first use of a profile that needs more activations may raise ResourceError; smaller sizes still run.
+        """
         self._require_loaded("infer")
         rows = min((array.shape[0] for array in inputs.values() if array.ndim), default=None)
         feed = {name: constant[:rows] for name, constant in self._constants.items()} | dict(inputs)
@@ -112,15 +121,16 @@ class TrtEngine:
 
     def unload(self) -> None:
         """Free the plan, the engine, its memory and its share of the activations; see Engine.unload."""
+        if self._kernels is not None:
+            self._kernels.save()  # writes a file: without the device's lock
         with self._device.lock:
             self._plan = None
             self._constants = {}
             if self._contexts is not None:
                 self._contexts.free()
-            if self._kernels is not None:
-                self._kernels.save()
             self._contexts = self._kernels = None
             self._engine = None  # after its contexts
+            self._activations = ()
             self._captures = True
             self._tensors.free()
             self._device.activations.release(self)
@@ -149,20 +159,27 @@ class TrtEngine:
 
     def _compute(self, shaped: ShapedContext) -> None:
         if self._captures and shaped.wants_graph:
-            try:
-                shaped.capture()
-            except SdxlTrtError as exc:
-                self._captures = False
-                # As text: a kept log record would keep the traceback, and with it the context.
-                log.warning("no CUDA graph: %s; continuing without, which may be slower", str(exc))
+            with self._device.capturing() as allowed:
+                if allowed:  # else at the next step
+                    self._capture(shaped)
         shaped.run()
 
+    def _capture(self, shaped: ShapedContext) -> None:
+        try:
+            shaped.capture()
+        except SdxlTrtError as exc:
+            self._captures = False
+            # As text: a kept log record would keep the traceback, and with it the context.
+            log.warning("no CUDA graph: %s; continuing without, which may be slower", str(exc))
+
     def _choose(self, shapes: Shapes) -> int:
+        """Return the profile for `shapes`, with memory reserved for its activations."""
         profiles = self._record.key.profiles
         profile = choose_profile(profiles, shapes)
         if profile is None:
             factor = self._bundle.manifest.base.vae.factor
             raise outside_profiles(self.name, self.component, profiles, shapes, factor)
+        self._device.activations.reserve(self, self._activations[profile])
         return profile
 
     def _new_context(self) -> Any:
@@ -174,11 +191,12 @@ class TrtEngine:
         return self._device.ask(doing, self._engine.create_execution_context, strategy)
 
     def _open_kernels(self) -> None:
-        """Let TensorRT for RTX cache compiled kernels and capture graphs itself, if it supports that."""
+        """Let TensorRT for RTX cache compiled kernels and capture graphs itself; decide whether we capture them."""
         if self._device.flavour == "tensorrt-rtx":
             kernels = KernelCache(self._device.trt, self._engine, self._record.file.sha256)
             self._kernels = kernels if kernels.usable else None
-            self._captures = self._kernels is None
+        # TensorRT documents that an engine which streams weights is synchronous and cannot be captured.
+        self._captures = self._kernels is None and not _streams(self._engine)
 
     def _set_weight_budget(self, doing: str) -> None:
         """Set the bytes of streamable weights on the device; this must precede the first context."""
@@ -215,3 +233,18 @@ class TrtEngine:
         if self._contexts is None:
             raise EngineError(f"{self.name}: {call} before load; call load() first")
         return self._contexts
+
+
+def _activations(engine: Any) -> tuple[int, ...]:
+    """Return the bytes that a context needs in each profile, including scratch memory for streamed weights.
+
+    TensorRT documents the V2 figures as depending on the budget for weights, which must be set before.
+    """
+    size = engine.get_device_memory_size_for_profile_v2
+    return tuple(int(size(profile)) for profile in range(engine.num_optimization_profiles))
+
+
+def _streams(engine: Any) -> bool:
+    """Return whether some weights of the engine stay in host memory."""
+    streamable = int(engine.streamable_weights_size)
+    return streamable > 0 and int(engine.weight_streaming_budget_v2) < streamable

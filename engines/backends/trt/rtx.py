@@ -1,16 +1,14 @@
-"""Features of TensorRT for RTX only: a cache of compiled kernels, its own graph capture, parked weights.
+"""Features of TensorRT for RTX only: a cache of compiled kernels, and its own graph capture.
 
 UNPROVEN: written against NVIDIA's documentation of tensorrt_rtx 1.7 and never run on a GPU; no other module calls these
 functions of the library, and each is checked with hasattr before use.
 """
 
-__all__ = ["KernelCache", "ParkedWeights"]
+__all__ = ["KernelCache"]
 
 from typing import Any
 
-from sdxl_trt.engines.backends.cuda import PinnedBuffer
-from sdxl_trt.engines.backends.trt.device import TrtDevice
-from sdxl_trt.engines.errors import EngineError, SdxlTrtError
+from sdxl_trt.engines.errors import SdxlTrtError
 from sdxl_trt.engines.host import atomic_write, cache_folder, read_private
 
 _MOST_CACHED = 1 << 30
@@ -64,56 +62,3 @@ class KernelCache:
             self._file.chmod(0o600)  # whatever the umask: a file that others can write would not be read
         except (OSError, SdxlTrtError, RuntimeError, TypeError):
             return
-
-
-class ParkedWeights:
-    """Moves the weights of an idle engine to host memory and back, without reading its plan again.
-
-    While the weights are parked, the engine must not run and no context may be created.
-    """
-
-    def __init__(self, device: TrtDevice, engine: Any) -> None:
-        if not hasattr(engine, "create_weights_manager"):
-            raise EngineError("this TensorRT cannot park weights (tensorrt_rtx 1.7 can); use --residency swap")
-        self._device = device
-        self._manager = engine.create_weights_manager()
-        self._host: PinnedBuffer | None = None
-
-    def park(self) -> None:
-        """Copy the weights to the host (only once) and free their device memory. Raises ResourceError, EngineError."""
-        doing, stream, host = "parking weights", self._device.stream, self._device.trt.TensorLocation.HOST
-        with self._device.lock:
-            if self._host is None:
-                self._host = self._saved(host, doing)
-            self._device.ask(doing, self._manager.unload, stream.handle)
-            stream.synchronize(doing)
-
-    def _saved(self, location: Any, doing: str) -> PinnedBuffer:
-        buffer = PinnedBuffer(self._device.cuda, int(self._manager.get_size()), doing)
-        stream = self._device.stream
-        try:
-            self._device.ask(
-                doing, self._manager.save_to_buffer, buffer.address, buffer.nbytes, location, stream.handle
-            )
-            stream.synchronize(doing)
-        except BaseException:
-            stream.drain(doing)
-            buffer.free()
-            raise
-        return buffer
-
-    def restore(self) -> None:
-        """Copy the weights back to the device. Raises ResourceError, EngineError."""
-        if self._host is None:
-            return
-        doing, stream, host = "restoring weights", self._device.stream, self._device.trt.TensorLocation.HOST
-        address, size = self._host.address, self._host.nbytes
-        with self._device.lock:
-            self._device.ask(doing, self._manager.restore_from_buffer, address, size, host, stream.handle)
-            stream.synchronize(doing)
-
-    def free(self) -> None:
-        """Free the host memory; parked weights are lost."""
-        if self._host is not None:
-            self._host.free()
-            self._host = None

@@ -9,9 +9,8 @@ import pytest
 
 from sdxl_trt.engines.backends.ort.engine import OrtEngine
 from sdxl_trt.engines.backends.trt.engine import TrtEngine, open_device
-from sdxl_trt.engines.backends.trt.rtx import KernelCache, ParkedWeights
+from sdxl_trt.engines.backends.trt.rtx import KernelCache
 from sdxl_trt.engines.bundle.bundle import read_bundle
-from sdxl_trt.engines.errors import EngineError
 
 DIGEST = "0123456789abcdef" * 4
 TRT = types.SimpleNamespace(
@@ -96,64 +95,6 @@ def test_without_the_api_nothing_is_cached(folder: Path) -> None:
     assert not cache.usable
     cache.save()
     assert not folder.exists()
-
-
-class _Manager:
-    """A weights manager that records its calls and lets the call `fail` fail."""
-
-    def __init__(self, runtime: Any, fail: str = "") -> None:
-        self.runtime = runtime
-        self.fail = fail
-        self.done: list[str] = []
-
-    def get_size(self) -> int:
-        return 1024
-
-    def save_to_buffer(self, destination: int, size: int, location: Any, stream_handle: int) -> bool:
-        return self._note("save", destination, size, location)
-
-    def unload(self, stream_handle: int) -> bool:
-        self.done.append("unload")
-        return self.fail != "unload"
-
-    def restore_from_buffer(self, source: int, size: int, location: Any, stream_handle: int) -> bool:
-        return self._note("restore", source, size, location)
-
-    def _note(self, what: str, address: int, size: int, location: Any) -> bool:
-        assert address
-        assert (size, location.name) == (1024, "HOST")
-        self.done.append(what)
-        return self.fail != what
-
-
-def test_weights_are_parked_and_restored(simulated) -> None:
-    with open_device("tensorrt") as device:
-        manager = _Manager(device)
-        parked = ParkedWeights(device, types.SimpleNamespace(create_weights_manager=lambda: manager))
-        parked.restore()
-        for _ in range(2):
-            parked.park()
-            parked.restore()
-        assert manager.done == ["save", "unload", "restore", "unload", "restore"]
-        parked.free()
-        parked.free()
-
-
-@pytest.mark.parametrize("failing", ["save", "unload", "restore"])
-def test_weights_that_cannot_be_moved_are_an_error(simulated, failing: str) -> None:
-    with open_device("tensorrt") as device:
-        engine = types.SimpleNamespace(create_weights_manager=lambda: _Manager(device, failing))
-        parked = ParkedWeights(device, engine)
-        with pytest.raises(EngineError, match="weights: TensorRT failed"):  # noqa: PT012 - whichever comes first
-            parked.park()
-            parked.restore()
-        assert (parked._host is None) == (failing == "save"), "weights that were not saved must not be restored"
-        parked.free()
-
-
-def test_an_older_library_cannot_park(simulated) -> None:
-    with open_device("tensorrt") as device, pytest.raises(EngineError, match=r"tensorrt_rtx 1\.7"):
-        ParkedWeights(device, object())
 
 
 @pytest.fixture(scope="session")
