@@ -79,7 +79,8 @@ class Runtime(Bound, original="Runtime"):
 
     def __init__(self, logger: Any) -> None:
         current().living["Runtime"] += 1
-        object.__setattr__(self, "_state", {"logger": logger, "log": _log_function(current(), logger), "threads": 1})
+        object.__setattr__(self, "_state", {"logger": logger, "log": _log_function(current(), logger), "threads": 1,
+                                            "busy": False})  # fmt: skip
         weakref.finalize(self, current().living.subtract, ["Runtime"]).atexit = False
 
     @property
@@ -108,7 +109,14 @@ class Runtime(Bound, original="Runtime"):
         content = bytes(serialized_engine) if stream_reader_v2 is None else _read(stream_reader_v2)
         digest = hashlib.sha256(content).hexdigest()
         plan = decode(content)
-        reason = _refusal(device, plan)
+        if self._state["busy"]:
+            raise SimulationError("two threads deserialize with one runtime at the same time; it is not thread-safe")
+        self._state["busy"] = True
+        try:
+            with device.loading("deserialize") as load:
+                reason = _refusal(device, plan, load)
+        finally:
+            self._state["busy"] = False
         if reason or plan is None:
             self._state["log"](reason)
             return None
@@ -128,7 +136,7 @@ def _log_function(device: Any, logger: Any) -> Any:
     return log
 
 
-def _refusal(device: Any, plan: Plan | None) -> str:
+def _refusal(device: Any, plan: Plan | None, load: Any) -> str:
     """Return TensorRT's error for a plan that it rejects, or ""."""
     doing = "IRuntime::deserializeCudaEngine: Error Code"
     if plan is None:
@@ -137,7 +145,7 @@ def _refusal(device: Any, plan: Plan | None) -> str:
         return f"{doing} 1: Cuda Runtime (an illegal memory access was encountered)"
     if device.take("deserialize"):
         return f"{doing} 4: Internal Error (Engine deserialization failed.)"
-    if device.spoils_capture():
+    if load.spoiled:
         return f"{doing} 1: Cuda Runtime (operation not permitted when stream is capturing)"
     if plan.graph + plan.weights not in device.sources:
         raise SimulationError(f"the plan of {plan.component} refers to a graph that no simulated bundle has")
@@ -148,6 +156,8 @@ def _mismatch(device: Any, plan: Plan, doing: str) -> str:
     built, here = plan.environment, f"{device.compute_capability[0]}.{device.compute_capability[1]}"
     if built.tensorrt != device.version:
         return f"{doing} 1: Serialization (assertion stdVersionRead == kSERIALIZATION_VERSION failed.)"
+    if built.compute_capability == "any" and device.compute_capability < (8, 0):
+        return f"{doing} 1: Serialization (the engine targets compute capability 8.0 and later, this device has {here})"
     if built.compute_capability not in ("any", here):
         return (
             f"The engine plan file is generated on an incompatible device, expecting compute {here} got compute"

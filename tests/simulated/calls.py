@@ -15,12 +15,17 @@ FUNCTIONS: dict[str, int] = {}
 """The simulated functions, and how many values each returns in addition to the error."""
 
 
-def returns(values: int, *, unsafe: bool = False) -> Callable[[Callable[..., Any]], Any]:
-    """Register a simulated function; `unsafe` ones invalidate a running capture, as CUDA's documentation states."""
+def returns(values: int, *, unsafe: bool = False, synchronizes: bool = False) -> Callable[[Callable[..., Any]], Any]:
+    """Register a simulated function; `unsafe` ones invalidate a running capture, as CUDA's documentation states.
+
+    One that `synchronizes` the device invalidates the captures of all threads, whatever their mode, and fails: so
+    https://github.com/NVIDIA/TensorRT/issues/2888 reports.
+    """
 
     def mark(function: Callable[..., Any]) -> Any:
         FUNCTIONS[function.__name__] = values
-        function.unsafe = unsafe  # type: ignore[attr-defined]
+        function.unsafe = unsafe or synchronizes  # type: ignore[attr-defined]
+        function.synchronizes = synchronizes  # type: ignore[attr-defined]
         return function
 
     return mark

@@ -79,6 +79,6 @@ class DeviceCalls(Calls):
     def cudaPeekAtLastError(self) -> Any:  # noqa: N802
         return self._last
 
-    @returns(0, unsafe=True)
+    @returns(0, synchronizes=True)
     def cudaDeviceSynchronize(self) -> None:  # noqa: N802
         self._device.streams.synchronize_all()

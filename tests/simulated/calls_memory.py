@@ -36,11 +36,11 @@ class MemoryCalls(Calls):
     def cudaHostAlloc(self, size: Any, flags: int) -> int:  # noqa: N802
         return self._allocate(size_of(size), "pinned")
 
-    @returns(0, unsafe=True)
+    @returns(0, synchronizes=True)
     def cudaFree(self, devPtr: Any) -> None:  # noqa: N802, N803
         self._free(address(devPtr), "device")
 
-    @returns(0, unsafe=True)
+    @returns(0, synchronizes=True)
     def cudaFreeHost(self, ptr: Any) -> None:  # noqa: N802
         self._free(address(ptr), "pinned")
 

@@ -103,7 +103,7 @@ class StreamCalls(Calls):
         self.require(own is not self._device.streams.default, "cudaErrorStreamCaptureUnsupported")
         self.require(own.captured is None, "cudaErrorIllegalState")
         self.require(not self._device.take_capture_failure(), "cudaErrorStreamCaptureUnsupported")
-        own.captured, own.invalid = [], False
+        own.captured, own.invalid = [], self._device.spoils_loads()
         own.mode, own.thread = mode.value, threading.get_ident()
 
     @returns(1)

@@ -49,9 +49,15 @@ class ContextState:
         """Free the memory that the context owned; Python may call this in any thread."""
         with LOCK:
             self.alive = False
+            self.engine.device.spoils_capture(every=True)
             self.engine.contexts -= 1
             self.engine.device.memory.release(self.owned)
             self.engine.device.living["IExecutionContext"] -= 1
+
+    def refuse_during_capture(self, call: str) -> None:
+        """Raise SimulationError if this thread is capturing: the graph would mix two states of the context."""
+        if self.engine.device.capturing_here():
+            raise SimulationError(f"{call} was called during a capture; set everything before it")
 
     def unspecified(self) -> list[str]:
         """Return the inputs without a shape."""
@@ -101,6 +107,7 @@ class IExecutionContext(Bound, original="IExecutionContext"):
 
     def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
         state, device = self._state, self._state.engine.device
+        state.refuse_during_capture("set_optimization_profile_async")
         if not 0 <= profile_index < len(state.engine.plan.profiles) or device.sticky or not self._fit(profile_index):
             state.engine.log("IExecutionContext::setOptimizationProfileAsync: Error Code 3: API Usage Error")
             raise RuntimeError("Error in set optimization profile async.")
@@ -113,6 +120,7 @@ class IExecutionContext(Bound, original="IExecutionContext"):
 
     def set_input_shape(self, name: str, shape: Any) -> bool:
         state = self._state
+        state.refuse_during_capture("set_input_shape")
         spec, given = self._tensor(name), tuple(int(size) for size in shape)
         profile = state.engine.plan.profiles[state.profile]
         if spec not in state.engine.plan.inputs or not profile.holds({name: given}):
@@ -132,6 +140,7 @@ class IExecutionContext(Bound, original="IExecutionContext"):
 
     def set_tensor_address(self, name: str, memory: int) -> bool:
         state = self._state
+        state.refuse_during_capture("set_tensor_address")
         self._tensor(name)
         if memory:
             state.engine.device.memory.device(int(memory), 0, f"set_tensor_address({name!r})", aligned=True)
@@ -162,6 +171,7 @@ class IExecutionContext(Bound, original="IExecutionContext"):
 
     def set_device_memory(self, memory: int, size: int) -> None:
         state = self._state
+        state.refuse_during_capture("set_device_memory")
         if state.strategy != Strategy.USER_MANAGED:
             raise SimulationError("set_device_memory on a context that has its own memory: TensorRT logs an error")
         state.engine.device.memory.device(int(memory), int(size), "set_device_memory", aligned=True)
@@ -175,10 +185,13 @@ class IExecutionContext(Bound, original="IExecutionContext"):
             problem = "Error Code 1: Cuda Runtime (an illegal memory access was encountered)"
         elif device.take("execute"):
             problem = "Error Code 1: Cuda Runtime (invalid argument)"
-        elif stream.captured is not None and not state.warm:
-            # The first run after a change does deferred work that cannot be captured: NVIDIA's guide requires it.
+        elif stream.captured is not None and (not state.warm or state.engine.streams):
+            # The first run after a change does deferred work that cannot be captured: NVIDIA's guide requires it. An
+            # engine that streams weights waits for the device.
             stream.invalid = True
             problem = "Error Code 1: Cuda Runtime (operation not permitted when stream is capturing)"
+        elif stream.captured is not None and stream.invalid:
+            problem = "Error Code 1: Cuda Runtime (operation failed due to a previous error during capture)"
         if problem:
             state.engine.log(f"{WHERE}: {problem}")
             return False
@@ -255,14 +268,16 @@ def _run(state: ContextState, shapes: dict[str, tuple[int, ...]], spans: dict[st
             raise SimulationError(f"{plan.component}: {name} has shape {result.shape}, not {shapes[name]}")
         spans[name].bytes[:] = result.reshape(-1).view(np.uint8)
     device.executed.append(plan.component)
-    if plan.streamable > state.engine.budget:
+    if state.engine.streams:
         device.moved("streamed", plan.streamable - state.engine.budget)
 
 
 def create_context(engine: Any, state: Any, strategy: Any) -> Any:
     """Return a context of `engine`, or None if it does not fit on the device."""
     doing, device, plan = "ICudaEngine::createExecutionContext", state.device, state.plan
-    if device.sticky or device.spoils_capture():
+    with device.loading("create context") as load:
+        refused = device.sticky
+    if refused or load.spoiled:
         state.log(f"{doing}: Error Code 1: Cuda Runtime")
         return None
     owned = {

@@ -32,7 +32,7 @@ class Cudart(DeviceCalls, MemoryCalls, StreamCalls):
             if self._device.sticky and name not in _HARMLESS:
                 self._free_after_error(name, args, kwargs)
                 return self._failed(self._real.cudaError_t.cudaErrorIllegalAddress, values)
-            if function.unsafe and self._device.spoils_capture():
+            if function.unsafe and self._device.spoils_capture(every=function.synchronizes):
                 return self._failed(self._real.cudaError_t.cudaErrorStreamCaptureUnsupported, values)
             try:
                 result = function(*args, **kwargs)

@@ -6,15 +6,16 @@ import importlib
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sdxl_trt.engines.bundle.plan_record import Environment, Flavour
-from simulated.binding import specification
+from simulated.binding import LOCK, specification
 from simulated.cudart import NAME, make_module
 from simulated.errors import SimulationError, violations
 from simulated.memory import Memory
@@ -31,6 +32,13 @@ def current() -> "SimulatedDevice":
     if not _installed:
         raise SimulationError("a stand-in for TensorRT is used outside the test that installed it")
     return _installed[-1]
+
+
+@dataclass(eq=False)
+class Load:
+    """A call of TensorRT that synchronizes the device at any moment; `spoiled`: a capture ran at the same time."""
+
+    spoiled: bool
 
 
 class SimulatedDevice:
@@ -64,11 +72,14 @@ class SimulatedDevice:
         self.sticky = False
         self.leaks_matter = True
         """Whether the fixture checks at its end for leaks and swallowed violations."""
+        self.during_load: Callable[[str], None] | None = None
+        """Called in the middle of "deserialize" and "create context", while other threads can use the device."""
         self.sources: dict[str, tuple[Path, Path]] = {}
         """The files of graph and weights by their digests, as in plans."""
         self._seen: Counter[str] = Counter()
         self._sticky_after: int | None = None
         self._fails: Counter[str] = Counter()
+        self._loads: list[Load] = []
         self._replaced: dict[str, Any] = {}
         self._runtime: Any = None
         self.cudart: Any = None
@@ -168,16 +179,45 @@ class SimulatedDevice:
         self.bytes_moved[kind] += size
         self.transfers.append((kind, size))
 
-    def spoils_capture(self) -> bool:
-        """Return whether a stream is being captured that forbids this call; that capture becomes invalid."""
+    def spoils_capture(self, *, every: bool = False) -> bool:
+        """Return whether a stream is being captured that forbids this call; that capture becomes invalid.
+
+        `every`: the call synchronizes the device, which no capture survives, in whatever thread and mode.
+        """
         spoiled = [
             stream
             for stream in self.streams.capturing()
-            if stream.mode == 0 or (stream.mode == 1 and stream.thread == threading.get_ident())
+            if every or stream.mode == 0 or (stream.mode == 1 and stream.thread == threading.get_ident())
         ]
         for stream in spoiled:
             stream.invalid = True
         return bool(spoiled)
+
+    def spoils_loads(self) -> bool:
+        """Return whether other threads are loading, which a capture that begins now lets fail."""
+        for load in self._loads:
+            load.spoiled = True
+        return bool(self._loads)
+
+    def capturing_here(self) -> bool:
+        """Return whether the calling thread is capturing a stream."""
+        return any(stream.thread == threading.get_ident() for stream in self.streams.capturing())
+
+    @contextmanager
+    def loading(self, what: str) -> Iterator[Load]:
+        """Mark a call that synchronizes the device; it fails if its record is `spoiled` at the end of the context."""
+        load = Load(self.spoils_capture(every=True))
+        self._loads.append(load)
+        try:
+            if self.during_load is not None:
+                LOCK.release()  # held once, by the call from outside
+                try:
+                    self.during_load(what)
+                finally:
+                    LOCK.acquire()
+            yield load
+        finally:
+            self._loads.remove(load)
 
     # Installing
 

@@ -31,6 +31,11 @@ class EngineState:
         """The bytes that streaming needs in addition to the activations: a buffer for weights in transit."""
         return rounded(min(self.plan.streamable - self.budget, self.plan.streamable // 8))
 
+    @property
+    def streams(self) -> bool:
+        """Whether some weights stay in host memory: such an engine is synchronous, and cannot be captured."""
+        return self.plan.streamable > self.budget
+
     def activations(self, profile: int) -> int:
         """Return the bytes that a context needs in `profile`."""
         return self.plan.activations[profile] + self.scratch
@@ -57,6 +62,7 @@ class EngineState:
     def close(self) -> None:
         """Free the weights' memory; Python may call this in any thread."""
         with LOCK:
+            self.device.spoils_capture(every=True)
             self.device.memory.release(self.placed)
             self.device.living["ICudaEngine"] -= 1
 
@@ -166,6 +172,8 @@ class ICudaEngine(Bound, original="ICudaEngine"):
         if value < 0 or not state.plan.streamable:
             raise SimulationError(f"weight_streaming_budget_v2 = {value} on an engine that can stream"
                                   f" {state.plan.streamable} bytes; it does not change")  # fmt: skip
+        if state.device.spoils_capture(every=True):
+            raise SimulationError("weight_streaming_budget_v2 was set during a capture: it moves weights")
         state.budget = min(value, state.plan.streamable)
         state.device.memory.release(state.placed)
         state.placed = 0
