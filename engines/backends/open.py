@@ -3,16 +3,16 @@
 __all__ = ["Backend", "open_backend"]
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import cast
 
-from sdxl_trt.engines.bundle import Bundle, Flavour, PlanRecord, run_components
+from sdxl_trt.engines.bundle import ANY, Bundle, Environment, Flavour, PlanRecord, run_components
 from sdxl_trt.engines.engine import Engine
 from sdxl_trt.engines.errors import IncompatibleError, SdxlTrtError, UsageError
 from sdxl_trt.engines.host import available_host_memory
-from sdxl_trt.engines.plans import PlanLimits, find_plan, has_plans, plan_limits
+from sdxl_trt.engines.plans import PlanLimits, find_plan, has_plans, plan_limits, plan_notes
 
 log = logging.getLogger(__name__)
 PROVIDERS = ("ort-cpu", "ort-cuda", "ort-tensorrt", "tensorrt", "tensorrt-rtx")
@@ -25,7 +25,8 @@ class Backend:
 
     `make` returns an engine for a component; its second argument is the bytes of weights that may be on the device,
     None for all. `free` is the free memory for engines in bytes, None if unknown. `records` are the plans in use,
-    `limits` the sizes that they accept, and `close` frees the device.
+    `limits` the sizes that they accept, `capability` the compute capability of TensorRT's GPU, None if plans are for
+    any, and `close` frees the device.
     """
 
     provider: str
@@ -33,6 +34,7 @@ class Backend:
     free: int | None
     records: Mapping[str, PlanRecord] = field(default_factory=dict)
     limits: PlanLimits | None = None
+    capability: str | None = None
     close: Callable[[], None] = lambda: None
 
 
@@ -84,12 +86,15 @@ def _tensorrt(bundle: Bundle, flavour: Flavour) -> Backend:
     )
 
     environment = current_environment(flavour)
-    records = {name: find_plan(bundle, name, environment) for name in run_components(bundle.manifest, flavour)}
-    for name in run_components(bundle.manifest, flavour, from_image=True):
+    capability = environment.compute_capability
+    names = run_components(bundle.manifest, flavour, capability=capability)
+    records = {name: find_plan(bundle, name, environment) for name in names}
+    for name in run_components(bundle.manifest, flavour, from_image=True, capability=capability):
         # A component that only runs from images need may lack a plan; `make` raises if it is used.
         if name not in records:
             with suppress(IncompatibleError):
                 records[name] = find_plan(bundle, name, environment)
+    _tell_notes(records.values(), environment)
     device = open_device(flavour)
     free, _ = device.cuda.memory()
 
@@ -97,7 +102,21 @@ def _tensorrt(bundle: Bundle, flavour: Flavour) -> Backend:
         record = records.get(name) or find_plan(bundle, name, environment)
         return TrtEngine(bundle, record, device, weight_budget=weight_budget)
 
-    return Backend(flavour, make, free, records, plan_limits(bundle, records.values()), device.close)
+    return Backend(
+        flavour,
+        make,
+        free,
+        records,
+        plan_limits(bundle, records.values()),
+        None if capability == ANY else capability,
+        device.close,
+    )
+
+
+def _tell_notes(records: Iterable[PlanRecord], environment: Environment) -> None:
+    """Log each note about the plans once: most hold for all of them."""
+    for note in dict.fromkeys(note for record in records for note in plan_notes(record, environment)):
+        log.warning("plans are used that were %s; if they fail, build them again with export-engines --force", note)
 
 
 def _onnxruntime(bundle: Bundle, provider: str) -> Backend:

@@ -60,13 +60,17 @@ def configure(trt: Any, builder: Any, flavour: Flavour, flags: BuildFlags, timin
         config.set_flag(_member(trt.BuilderFlag, "WEIGHT_STREAMING", "--weight-streaming"))
     if flags.version_compatible:
         config.set_flag(_member(trt.BuilderFlag, "VERSION_COMPATIBLE", "--version-compatible"))
-    # Plans of TensorRT for RTX run on Ampere and later without a flag.
-    if flags.hardware_compatible and flavour == "tensorrt":
-        levels = trt.HardwareCompatibilityLevel
-        config.hardware_compatibility_level = _member(levels, "AMPERE_PLUS", "--hardware-compatible")
+    _set_hardware_compatibility(trt, config, flavour, flags)
     if timing_cache is not None:
         _load_timing_cache(config, timing_cache)
     return config
+
+
+def _set_hardware_compatibility(trt: Any, config: Any, flavour: Flavour, flags: BuildFlags) -> None:
+    level = "AMPERE_PLUS" if flags.hardware_compatible else "SAME_COMPUTE_CAPABILITY"
+    # Plans of TensorRT for RTX run on Ampere and later without a flag.
+    if flavour == "tensorrt" and (flags.hardware_compatible or flags.same_compute_capability):
+        config.hardware_compatibility_level = _member(trt.HardwareCompatibilityLevel, level, "--hardware-compatible")
 
 
 def _member(enum: Any, name: str, option: str) -> Any:

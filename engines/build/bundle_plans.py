@@ -2,6 +2,7 @@
 
 __all__ = ["build_plans", "drop_onnx"]
 
+import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable
@@ -14,6 +15,7 @@ from sdxl_trt.engines.build.jobs import PlanJob, _place, plan_builds
 from sdxl_trt.engines.build.messages import BuildEvent, BuildJob, BuiltPlan
 from sdxl_trt.engines.build.process import build_plan
 from sdxl_trt.engines.bundle import (
+    ANY,
     MANIFEST,
     BuildFlags,
     Bundle,
@@ -34,6 +36,7 @@ from sdxl_trt.engines.errors import (
 from sdxl_trt.engines.host import exclusive, require_utf8
 from sdxl_trt.engines.plans import PLANS, Sizes, plan_path, planned_components, remove_write_permission
 
+log = logging.getLogger(__name__)
 # A plan contains the weights and the kernels; measured by benchmarks/full_size/build.py.
 _PLAN_BYTES, _PLAN_EXTRA = 1.05, 32 << 20
 
@@ -53,10 +56,15 @@ def build_plans(
     """Build the plans that the bundle at `root` lacks for this machine, and return the opened bundle.
 
     Each plan enters the manifest as soon as it is complete, so a new run continues after an interrupted one. `progress`
-    receives every event of every build; without `lock`, other writers are not kept out. Raises IncompatibleError
-    without TensorRT or its GPU, SizeError, UsageError, ResourceError, and EngineError with the build log's last line.
+    receives every event of every build; without `lock`, other writers are not kept out. Options that have no effect, or
+    that NVIDIA's issues advise against, are told in a warning. Raises IncompatibleError without TensorRT or its GPU, or
+    for bf16 graphs on a GPU without bf16, SizeError, UsageError, ResourceError, and EngineError with the build log's
+    last line.
     """
     environment = current_environment(flavour)
+    if flavour == "tensorrt-rtx" and timing_cache is not None:
+        log.warning("--timing-cache %s: ignored, since TensorRT for RTX times no kernels while it builds", timing_cache)
+        timing_cache = None
     root = Path(root)
     for path in (root.absolute(), *(() if timing_cache is None else (timing_cache,))):
         require_utf8(path, "TensorRT")
@@ -67,14 +75,30 @@ def build_plans(
                                     " again without --plans-only")  # fmt: skip
         jobs = plan_builds(bundle, environment, sizes, flags, components=components, force=force)
         to_build = [job for job in jobs if job.record is None]
+        if to_build:
+            _warn_of(flavour, flags or BuildFlags())
         _require_disk(bundle, to_build)
         for job in to_build:
-            bundle = _build_one(bundle, job, timing_cache, progress)
+            bundle = _build_one(bundle, job, environment.driver, timing_cache, progress)
         return bundle
 
 
+def _warn_of(flavour: Flavour, flags: BuildFlags) -> None:
+    """Warn of options for hardware compatibility that have no effect, or that may fail on some GPUs."""
+    if flavour == "tensorrt-rtx" and (flags.hardware_compatible or flags.same_compute_capability):
+        log.warning("--hardware-compatible: no effect, since plans of TensorRT for RTX run on every RTX GPU since"
+                    " Ampere")  # fmt: skip
+    elif flags.hardware_compatible:
+        log.warning("--hardware-compatible ampere: such plans are slower, and have failed on GPUs newer than Ampere;"
+                    " if all GPUs have one compute capability, use --hardware-compatible same")  # fmt: skip
+
+
 def _build_one(
-    bundle: Bundle, job: PlanJob, timing_cache: Path | None, progress: Callable[[BuildEvent], None] | None
+    bundle: Bundle,
+    job: PlanJob,
+    driver: str,
+    timing_cache: Path | None,
+    progress: Callable[[BuildEvent], None] | None,
 ) -> Bundle:
     component = bundle.manifest.components[job.component]
     for record in (component.graph, component.weights):
@@ -95,7 +119,7 @@ def _build_one(
         ),
         progress=progress,
     )
-    return _enter(bundle, _record(job, file, built))
+    return _enter(bundle, _record(job, file, built, driver))
 
 
 def _make_folder(folder: Path) -> None:
@@ -107,13 +131,14 @@ def _make_folder(folder: Path) -> None:
         remove_write_permission(place)
 
 
-def _record(job: PlanJob, file: str, built: BuiltPlan) -> PlanRecord:
+def _record(job: PlanJob, file: str, built: BuiltPlan, driver: str) -> PlanRecord:
     return PlanRecord(
         key=job.key,
         file=FileRecord(file=file, size=built.size, sha256=built.sha256),
         memory=PlanMemory(weights=built.weights, activations=built.activations, streamable=built.streamable),
         seconds=built.seconds,
         log=str(Path(file).with_suffix(".log").as_posix()),
+        driver="" if driver == ANY else driver,
     )
 
 
@@ -146,7 +171,10 @@ def drop_onnx(bundle: Bundle) -> Bundle:
     Raises UsageError if a component has no plan.
     """
     planned = {record.key.component for record in bundle.manifest.plans}
-    bare = [name for name in planned_components(bundle.manifest) if name not in planned]
+    # Which components run depends on the GPU: the plans of one of those that plans were built for must be complete.
+    capabilities = {record.key.environment.compute_capability for record in bundle.manifest.plans} or {ANY}
+    needs = [planned_components(bundle.manifest, capability) for capability in sorted(capabilities)]
+    bare = min(([name for name in names if name not in planned] for names in needs), key=len)
     if bare:
         raise UsageError(f"--plans-only: {', '.join(bare)} would be left without a plan; build plans of all components")
     manifest = msgspec.structs.replace(bundle.manifest, onnx=False)

@@ -6,7 +6,7 @@ from sdxl_trt.engines.bundle.manifest import (
     FORMAT_NAME, FORMAT_VERSION, Component, DType, Edm, Kind, LoraRecord, Manifest, Precision, Scheduler, Source,
     Stage, TensorSpec, TextEncoder, Tokenizer, Vae,
 )
-from sdxl_trt.engines.bundle.phases import run_components, run_phases, stand_ins
+from sdxl_trt.engines.bundle.phases import computes_bf16, run_components, run_phases, stand_ins
 from sdxl_trt.engines.bundle.plan_record import ANY, BuildFlags, Environment, Flavour, PlanKey, PlanMemory, PlanRecord
 from sdxl_trt.engines.bundle.profile import Axes, Profile, Range, Shape, fixed
 from sdxl_trt.engines.bundle.records import FileRecord, Natural, Positive, Record, Sha256
@@ -15,6 +15,6 @@ __all__ = [
     "ANY", "FORMAT_NAME", "FORMAT_VERSION", "MANIFEST", "Axes", "BuildFlags", "Bundle", "Component", "DType", "Edm",
     "Environment", "FileRecord", "Flavour", "Kind", "LoraRecord", "Manifest", "Natural", "PlanKey", "PlanMemory",
     "PlanRecord", "Positive", "Precision", "Profile", "Range", "Record", "Scheduler", "Sha256", "Shape", "Source",
-    "Stage", "TensorSpec", "TextEncoder", "Tokenizer", "Vae", "fixed", "read_bundle", "run_components", "run_phases",
-    "stand_ins", "verify_file", "write_manifest",
+    "Stage", "TensorSpec", "TextEncoder", "Tokenizer", "Vae", "computes_bf16", "fixed", "read_bundle",
+    "run_components", "run_phases", "stand_ins", "verify_file", "write_manifest",
 ]

@@ -1,28 +1,49 @@
 """The components that each phase of a run uses, and the bf16 twins that replace them."""
 
-__all__ = ["run_components", "run_phases", "stand_ins"]
+__all__ = ["computes_bf16", "run_components", "run_phases", "stand_ins"]
+
+import re
 
 from sdxl_trt.engines.bundle.manifest import Manifest
+from sdxl_trt.engines.bundle.plan_record import ANY
+
+_BF16_SINCE = (8, 0)
 
 
-def stand_ins(manifest: Manifest, provider: str) -> dict[str, str]:
-    """Return {component: the one that `provider` runs instead}: TensorRT runs the bf16 twin of an autoencoder."""
-    if provider.startswith("ort-"):
+def computes_bf16(capability: str | None) -> bool:
+    """Return whether TensorRT has bf16 kernels for a GPU of compute capability `capability`, such as "8.9".
+
+    Turing (7.5) has none. True for "any" and None, an unknown GPU.
+    """
+    if capability is None or capability == ANY:
+        return True
+    return tuple(int(part) for part in re.findall(r"\d+", capability)) >= _BF16_SINCE
+
+
+def stand_ins(manifest: Manifest, provider: str, capability: str | None = None) -> dict[str, str]:
+    """Return {component: the one that `provider` runs instead}: TensorRT runs the bf16 twin of an autoencoder.
+
+    On a GPU whose compute `capability` has no bf16, it runs the original, in tiles.
+    """
+    if provider.startswith("ort-") or not computes_bf16(capability):
         return {}
     vaes = [stage.vae for stage in manifest.stages().values()]
     twins = {vae.decoder: vae.decoder_bf16 for vae in vaes if vae.decoder_bf16}
     return twins | {vae.encoder: vae.encoder_bf16 for vae in vaes if vae.encoder and vae.encoder_bf16}
 
 
-def run_phases(manifest: Manifest, provider: str, *, from_image: bool = False) -> dict[str, tuple[str, ...]]:
+def run_phases(
+    manifest: Manifest, provider: str, *, from_image: bool = False, capability: str | None = None
+) -> dict[str, tuple[str, ...]]:
     """Return the components of each phase of a run with all stages: encode, base, refiner, decode.
 
     A run `from_image` has a phase "picture" first, which encodes the image with the autoencoders of all stages.
+    `capability` is the GPU's, see `stand_ins`.
     """
     stages = manifest.stages()
     encoders = [encoder.component for stage in stages.values() for encoder in stage.text_encoders]
     decoder = list(stages.values())[-1].vae.decoder
-    replaced = stand_ins(manifest, provider)
+    replaced = stand_ins(manifest, provider, capability)
     pictures = [stage.vae.encoder for stage in stages.values() if from_image and stage.vae.encoder is not None]
     phases = {"picture": tuple(dict.fromkeys(replaced.get(name, name) for name in pictures))} if pictures else {}
     phases["encode"] = tuple(dict.fromkeys(encoders))
@@ -30,7 +51,9 @@ def run_phases(manifest: Manifest, provider: str, *, from_image: bool = False) -
     return phases | {"decode": (replaced.get(decoder, decoder),)}
 
 
-def run_components(manifest: Manifest, provider: str, *, from_image: bool = False) -> tuple[str, ...]:
-    """Return the components of a run with all stages, each once, in order of use."""
-    phases = run_phases(manifest, provider, from_image=from_image)
+def run_components(
+    manifest: Manifest, provider: str, *, from_image: bool = False, capability: str | None = None
+) -> tuple[str, ...]:
+    """Return the components of a run with all stages, each once, in order of use; see `run_phases`."""
+    phases = run_phases(manifest, provider, from_image=from_image, capability=capability)
     return tuple(dict.fromkeys(name for used in phases.values() for name in used))

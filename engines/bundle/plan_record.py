@@ -19,7 +19,8 @@ class Environment(Record, frozen=True, kw_only=True):
     """The machine that built a plan, or that is to run it. For TensorRT for RTX the GPU fields are "any".
 
     `tensorrt` is the library's version with its build number, `driver` that of the NVIDIA driver, `platform` for
-    example "linux-x86_64".
+    example "linux-x86_64". No plan depends on the driver: it is "any" in the keys of new plans, and older keys that
+    name one are compared without it.
     """
 
     flavour: Flavour
@@ -31,13 +32,18 @@ class Environment(Record, frozen=True, kw_only=True):
 
 
 class BuildFlags(Record, frozen=True, kw_only=True):
-    """How a plan is built. `workspace` is a limit in bytes, 0 for no limit."""
+    """How a plan is built. `workspace` is a limit in bytes, 0 for no limit.
+
+    `same_compute_capability` plans run on every GPU of the capability that they were built on, `hardware_compatible`
+    ones on every GPU since Ampere; with both, the plan is `hardware_compatible`.
+    """
 
     opt_level: Annotated[int, msgspec.Meta(ge=0, le=5)] = 3
     workspace: Natural = 0
     weight_streaming: bool = False
     version_compatible: bool = False
     hardware_compatible: bool = False
+    same_compute_capability: bool = False
 
 
 class PlanKey(Record, frozen=True, kw_only=True):
@@ -65,7 +71,11 @@ class PlanMemory(Record, frozen=True, kw_only=True):
 
 
 class PlanRecord(Record, frozen=True, kw_only=True):
-    """A plan of the bundle: its file under ``plans/``, its key, its memory, and the build log beside it."""
+    """A plan of the bundle: its file under ``plans/``, its key, its memory, and the build log beside it.
+
+    `driver` is the version of the NVIDIA driver of the build, "" if unknown or without a GPU; `built_with` reads older
+    records too.
+    """
 
     key: PlanKey
     file: FileRecord
@@ -73,3 +83,10 @@ class PlanRecord(Record, frozen=True, kw_only=True):
     seconds: float
     log: str = ""
     """The path of the build log, relative to the bundle; it has no digest, because only people read it."""
+    driver: str = ""
+
+    @property
+    def built_with(self) -> str:
+        """The version of the NVIDIA driver of the build, or "" if unknown."""
+        driver = self.driver or self.key.environment.driver
+        return "" if driver == ANY else driver

@@ -2,7 +2,7 @@
 
 __all__ = ["Rebuild", "Rebuilds", "file_problem", "find_rebuilds"]
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from sdxl_trt.engines.bundle import Bundle, Environment, FileRecord, Flavour, PlanRecord
@@ -24,6 +24,8 @@ class Rebuild:
     component: str
     status: Status
     reasons: list[str]
+    notes: list[str] = field(default_factory=list)
+    """Differences from the build that do not stop the plan, such as another driver."""
 
     @property
     def verdict(self) -> str:
@@ -47,7 +49,7 @@ class Rebuilds:
             "environment": self.environment,
             "problem": self.problem,
             "components": [
-                {"component": each.component, "status": each.status, "reasons": each.reasons}
+                {"component": each.component, "status": each.status, "reasons": each.reasons, "notes": each.notes}
                 for each in self.components
             ],
         }
@@ -73,7 +75,7 @@ def _of_flavour(bundle: Bundle, flavour: Flavour) -> Rebuilds:
         environment = current_environment(flavour)
     except SdxlTrtError as exc:
         problem = str(exc)
-    names = planned_components(bundle.manifest)
+    names = planned_components(bundle.manifest, environment.compute_capability if environment else None)
     return Rebuilds(
         flavour, environment, problem, [_of_component(bundle, name, flavour, environment) for name in names]
     )
@@ -87,10 +89,15 @@ def _of_component(bundle: Bundle, name: str, flavour: Flavour, environment: Envi
     ]
     if not records:
         return Rebuild(name, "missing", [])
-    reasons = min((_reasons(bundle, record, environment) for record in records), key=len)
+    from sdxl_trt.engines.plans import plan_notes  # noqa: PLC0415
+
+    found = [(_reasons(bundle, record, environment), record) for record in records]
+    reasons, record = min(found, key=lambda each: len(each[0]))
     if reasons:
         return Rebuild(name, "stale", reasons)
-    return Rebuild(name, "usable" if environment else "unknown", [])
+    if environment is None:
+        return Rebuild(name, "unknown", [])
+    return Rebuild(name, "usable", [], plan_notes(record, environment))
 
 
 def _reasons(bundle: Bundle, record: PlanRecord, environment: Environment | None) -> list[str]:

@@ -168,7 +168,8 @@ def _flags(record: PlanRecord) -> str:
     words = [f"workspace {mebibytes(flags.workspace)}"] if flags.workspace else []
     if flags.weight_streaming:
         words.append(f"{mebibytes(record.memory.streamable)} of weights may be streamed")
-    words += [name.replace("_", " ") for name in ("version_compatible", "hardware_compatible") if getattr(flags, name)]
+    options = ("version_compatible", "hardware_compatible", "same_compute_capability")
+    words += [name.replace("_", " ") for name in options if getattr(flags, name)]
     return "".join(f"; {each}" for each in words)
 
 
@@ -178,7 +179,8 @@ def _rebuild_lines(rebuilds: Rebuilds) -> list[str]:
     lines = paragraph(f"{rebuilds.flavour}: ", where)
     width = max((len(each.component) for each in rebuilds.components), default=0)
     for each in rebuilds.components:
-        lines += paragraph(f"  {each.component:<{width}}  ", f"{each.verdict}{'; '.join(each.reasons)}")
+        note = f" (note: {'; '.join(each.notes)})" if each.notes else ""
+        lines += paragraph(f"  {each.component:<{width}}  ", f"{each.verdict}{'; '.join(each.reasons)}{note}")
     return lines
 
 

@@ -4,7 +4,7 @@ A plan is executable code. It is used only if its bytes match the manifest's dig
 this machine and the bundle's graphs; nothing is rebuilt silently.
 """
 
-__all__ = ["find_plan", "has_plans", "planned_components", "why_rebuild"]
+__all__ = ["find_plan", "has_plans", "plan_notes", "planned_components", "why_rebuild"]
 
 from sdxl_trt.engines.bundle import (
     ANY,
@@ -16,6 +16,7 @@ from sdxl_trt.engines.bundle import (
     Manifest,
     PlanRecord,
     Profile,
+    computes_bf16,
 )
 from sdxl_trt.engines.errors import IncompatibleError
 from sdxl_trt.engines.plans.files import rebuild_command
@@ -95,23 +96,35 @@ def _release(environment: Environment) -> tuple[int, ...]:
 
 
 def _device_reasons(built: Environment, here: Environment, flags: BuildFlags) -> list[str]:
-    """Return the differences between devices; `hardware_compatible` plans run on every GPU since Ampere."""
+    """Return the differences between GPUs that the plan does not allow; see BuildFlags. The driver is none of them."""
     if flags.hardware_compatible:
-        older = here.compute_capability != ANY and float(here.compute_capability) < 8.0
+        older = not computes_bf16(here.compute_capability)  # both came with Ampere
         return [f"the GPU has compute capability {here.compute_capability}, the plan needs 8.0"] if older else []
-    pairs = (
-        ("GPU", built.gpu, here.gpu),
-        ("compute capability", built.compute_capability, here.compute_capability),
-        ("driver", built.driver, here.driver),
-    )
+    pairs = [("compute capability", built.compute_capability, here.compute_capability)]
+    if not flags.same_compute_capability:
+        pairs.insert(0, ("GPU", built.gpu, here.gpu))
     return [f"the {what} is {now}, the plan was built for {then}" for what, then, now in pairs
             if ANY not in (then, now) and then != now]  # fmt: skip
 
 
-def planned_components(manifest: Manifest) -> list[str]:
-    """Return the components that TensorRT runs: all except those replaced by a bf16 twin."""
-    replaced: set[str] = set()
-    for stage in manifest.stages().values():
-        replaced |= {stage.vae.decoder} if stage.vae.decoder_bf16 else set()
-        replaced |= {stage.vae.encoder} if stage.vae.encoder_bf16 and stage.vae.encoder else set()
-    return [name for name in manifest.components if name not in replaced]
+def plan_notes(record: PlanRecord, here: Environment) -> list[str]:
+    """Return the differences between the plan's build and `here` that do not stop the plan, one sentence each."""
+    built, notes = record.key.environment, []
+    if record.built_with and here.driver not in (ANY, record.built_with):
+        notes.append(f"built with NVIDIA driver {record.built_with}, here is {here.driver}")
+    pair = (built.compute_capability, here.compute_capability)
+    if record.key.flags.hardware_compatible and ANY not in pair and pair[0] != pair[1]:
+        notes.append(f"built for every GPU since Ampere on compute capability {pair[0]}, here is {pair[1]}")
+    return notes
+
+
+def planned_components(manifest: Manifest, capability: str | None = None) -> list[str]:
+    """Return the components that TensorRT runs: of an autoencoder and its bf16 twin only one.
+
+    That is the twin, except on a GPU whose compute `capability` has no bf16. None: an unknown GPU.
+    """
+    vaes = [stage.vae for stage in manifest.stages().values()]
+    pairs = [(vae.decoder, vae.decoder_bf16) for vae in vaes] + [(vae.encoder, vae.encoder_bf16) for vae in vaes]
+    twins = {original: twin for original, twin in pairs if original and twin}
+    unused = set(twins) if computes_bf16(capability) else set(twins.values())
+    return [name for name in manifest.components if name not in unused]

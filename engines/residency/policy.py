@@ -51,26 +51,28 @@ def estimate_memory(
     sizes: Sizes | None = None,
     records: Mapping[str, PlanRecord] | None = None,
     from_image: bool = False,
+    capability: str | None = None,
 ) -> MemoryEstimate:
     """Return the memory plan for runs of `bundle` on `provider` with `capacity` bytes of device or host memory.
 
     Nothing is loaded and no GPU is needed. Figures come from `records` (default: the manifest's plans for that
     provider), or are estimated for `sizes` (default: those that plans would be built for; for ONNX Runtime the usual
-    ones). `from_image` adds the autoencoder's encoder. With `residency` "auto", returns the first policy that fits, or
-    the one that needs least; `missing` is then its excess. Raises UsageError for an unknown residency.
+    ones). `from_image` adds the autoencoder's encoder; `capability` is the GPU's compute capability, None if unknown.
+    With `residency` "auto", returns the first policy that fits, or the one that needs least; `missing` is then its
+    excess. Raises UsageError for an unknown residency.
     """
     check_residency(residency)
     manifest = bundle.manifest
     sizes = sizes or _default_sizes(manifest, provider)
     plans = _recorded(manifest, provider) if records is None else records
-    names = run_components(manifest, provider, from_image=from_image)
+    names = run_components(manifest, provider, from_image=from_image, capability=capability)
     share = _DEVICE_SHARE if on_device(provider) else _HOST_SHARE
     draft = _Draft(
         provider=provider,
         capacity=capacity,
         usable=None if capacity is None else int(capacity * share),
         needs={name: need_of(manifest, name, provider, sizes, plans.get(name)) for name in names},
-        phases=run_phases(manifest, provider, from_image=from_image),
+        phases=run_phases(manifest, provider, from_image=from_image, capability=capability),
         unets=tuple(dict.fromkeys(stage.unet for stage in manifest.stages().values())),
     )
     return draft.best() if residency == "auto" else draft.under(residency)

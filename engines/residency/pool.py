@@ -209,6 +209,7 @@ def open_pool(
             residency=residency,
             records=backend.records,
             from_image=from_image,
+            capability=backend.capability,
         )
         _require_fit(plan)
     except BaseException:
@@ -222,7 +223,7 @@ def open_pool(
         keeps=plan.keeps,
         fallbacks=fallbacks(plan) if residency == "auto" else (),
         budgets=plan.budgets or {need.component: need.streamable // 2 for need in plan.needs if need.streamable},
-        replaced=stand_ins(bundle.manifest, backend.provider),
+        replaced=stand_ins(bundle.manifest, backend.provider, backend.capability),
         records=backend.records,
         limits=backend.limits,
         close=backend.close,

@@ -58,7 +58,9 @@ def add_plan_options(group: Any) -> None:
                        help="limit for scratch memory, e.g. 8GiB")  # fmt: skip
     group.add_argument("--weight-streaming", action="store_true", help="let weights stay in host memory at run time")
     group.add_argument("--version-compatible", action="store_true", help="plans that run on later minor versions too")
-    group.add_argument("--hardware-compatible", action="store_true", help="plans that run on any GPU since Ampere")
+    group.add_argument("--hardware-compatible", nargs="?", choices=("same", "ampere"), const="ampere",
+                       help="slower plans for several GPUs: same, of one compute capability; ampere (without a value):"
+                       " since Ampere, may fail on some")  # fmt: skip
     group.add_argument("--plans-only", action="store_true", help="leave the graphs and weights out of the bundle")
 
 
@@ -84,7 +86,8 @@ def plan_options(arguments: argparse.Namespace, can_build: Callable[[], bool]) -
         workspace=arguments.workspace,
         weight_streaming=arguments.weight_streaming,
         version_compatible=arguments.version_compatible,
-        hardware_compatible=arguments.hardware_compatible,
+        hardware_compatible=arguments.hardware_compatible == "ampere",
+        same_compute_capability=arguments.hardware_compatible == "same",
     )
     return PlanOptions(engine, ranges, arguments.static, flags, arguments.timing_cache, arguments.plans_only)
 

@@ -42,7 +42,7 @@ def estimate_run(
     backend.close()
     residency = settled_residency(residency, backend.provider, once=True)
     return estimate_memory(bundle, provider=backend.provider, capacity=backend.free, residency=residency, sizes=sizes,
-                       records=backend.records, from_image=from_image)  # fmt: skip
+                       records=backend.records, from_image=from_image, capability=backend.capability)  # fmt: skip
 
 
 def _sizes(bundle: Bundle, width: int | None, height: int | None) -> Sizes | None:

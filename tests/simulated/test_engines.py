@@ -1,6 +1,7 @@
 """The simulated engine: the graph's results, in stream order, with valid and large enough memory."""
 
 import hashlib
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -241,6 +242,104 @@ def test_the_first_run_for_a_shape_cannot_be_captured(run: Run) -> None:
     ok(cuda.cudaStreamBeginCapture(run.stream, cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal))
     assert run.execute() is False
     assert cuda.cudaStreamEndCapture(run.stream)[0].name == "cudaErrorStreamCaptureInvalidated"
+
+
+def test_an_engine_that_streams_weights_cannot_be_captured(simulated: Any, tiny: Any) -> None:
+    engine = tiny.engine(streamable=1 << 19)
+    engine.weight_streaming_budget_v2 = 1 << 18
+    context = tiny.context(engine, scratch=1024 + engine.weight_streaming_scratch_memory_size)
+    stream = tiny.stream()
+    assert context.execute_async_v3(int(stream))
+    tiny.ok(tiny.cuda.cudaStreamSynchronize(stream))
+    tiny.ok(tiny.cuda.cudaStreamBeginCapture(stream, tiny.cuda.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed))
+    assert context.execute_async_v3(int(stream)) is False
+    assert tiny.cuda.cudaStreamEndCapture(stream)[0].name == "cudaErrorStreamCaptureInvalidated"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda run: run.context.set_optimization_profile_async(1, int(run.stream)),
+        lambda run: run.context.set_input_shape("x", (1, 4, 7)),
+        lambda run: run.context.set_tensor_address("x", run.places["x"]),
+        lambda run: run.context.set_device_memory(run.places["scratch"], 1024),
+    ],
+    ids=["profile", "shape", "address", "memory"],
+)
+def test_a_context_is_not_changed_during_its_capture(simulated: Any, run: Run, change: Any) -> None:
+    cuda = run.tiny.cuda
+    run.tiny.ok(cuda.cudaStreamBeginCapture(run.stream, cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal))
+    with simulated.violation("was called during a capture"):
+        change(run)
+
+
+def _elsewhere(call: Any) -> Any:
+    """Return the result of `call` in another thread."""
+    results: list[Any] = []
+    thread = threading.Thread(target=lambda: results.append(call()))
+    thread.start()
+    thread.join()
+    return results[0]
+
+
+def _begin(run: Run) -> Any:
+    cuda = run.tiny.cuda
+    return cuda.cudaStreamBeginCapture(run.stream, cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        lambda run: run.tiny.engine(),
+        lambda run: run.context.engine.create_execution_context(),
+        lambda run: run.tiny.cuda.cudaFree(run.places["x"])[0].name == "cudaSuccess" or None,
+        lambda run: run.tiny.cuda.cudaDeviceSynchronize()[0].name == "cudaSuccess" or None,
+    ],
+    ids=["deserialize", "create context", "free", "synchronize"],
+)
+def test_no_thread_synchronizes_the_device_during_a_capture(simulated: Any, run: Run, load: Any) -> None:
+    run.tiny.ok(_begin(run))
+    assert _elsewhere(lambda: load(run)) is None
+    assert run.tiny.cuda.cudaStreamEndCapture(run.stream)[0].name == "cudaErrorStreamCaptureInvalidated"
+
+
+def test_an_engine_freed_by_another_thread_spoils_a_capture(simulated: Any, run: Run) -> None:
+    engines = [run.tiny.engine()]
+    run.tiny.ok(_begin(run))
+    _elsewhere(engines.clear)
+    assert run.tiny.cuda.cudaStreamEndCapture(run.stream)[0].name == "cudaErrorStreamCaptureInvalidated"
+
+
+@pytest.mark.parametrize("what", ["deserialize", "create context"])
+def test_a_capture_that_begins_during_a_load_fails_and_lets_it_fail(simulated: Any, run: Run, what: str) -> None:
+    engine = run.context.engine
+    ended: list[str] = []
+
+    def during(name: str) -> None:
+        run.tiny.ok(_begin(run))
+        ended.append(run.tiny.cuda.cudaStreamEndCapture(run.stream)[0].name)
+
+    simulated.during_load = lambda name: _elsewhere(lambda: during(name))
+    assert (run.tiny.engine() if what == "deserialize" else engine.create_execution_context()) is None
+    assert ended == ["cudaErrorStreamCaptureInvalidated"]
+
+
+def test_a_runtime_is_used_by_one_thread_at_a_time(simulated: Any, tiny: Any) -> None:
+    def again(_: str) -> None:
+        simulated.during_load = None
+        with simulated.violation("not thread-safe"):
+            tiny.engine()
+
+    simulated.during_load = lambda name: _elsewhere(lambda: again(name))
+    assert tiny.engine() is not None
+
+
+def test_a_plan_for_any_gpu_does_not_run_on_turing(simulated: Any, tiny: Any) -> None:
+    anywhere = msgspec.structs.replace(tiny.plan.environment, gpu="any", compute_capability="any")
+    assert tiny.engine(environment=anywhere) is not None
+    simulated.compute_capability = (7, 5)
+    assert tiny.engine(environment=anywhere) is None
+    assert "targets compute capability 8.0" in simulated.logged[-1][1]
 
 
 def test_failures_on_demand(simulated: Any, run: Run) -> None:

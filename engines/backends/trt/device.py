@@ -11,7 +11,8 @@ from typing import Any, Self
 
 from sdxl_trt.engines.backends.cuda import REMEDY, Cuda, DeviceBuffer, PinnedBuffer, Stream, Usage
 from sdxl_trt.engines.backends.trt.api import Messages, make_logger, tensorrt_module
-from sdxl_trt.engines.bundle import Flavour
+from sdxl_trt.engines.backends.trt.environment import gpu_of
+from sdxl_trt.engines.bundle import Flavour, computes_bf16
 from sdxl_trt.engines.errors import EngineError, IncompatibleError, ResourceError, SdxlTrtError
 
 ALIGNMENT = 256
@@ -101,6 +102,8 @@ class TrtDevice:
         self.flavour = flavour
         self.trt: Any = tensorrt_module(flavour)
         self.cuda = Cuda()
+        if flavour == "tensorrt-rtx":
+            _require_ampere(self.cuda)
         self.lock = threading.RLock()
         self.messages = Messages()
         self.stream = Stream(self.cuda)
@@ -238,6 +241,17 @@ def forget_frames(exc: BaseException | None) -> None:
         exc = exc.__cause__
 
 
+def _require_ampere(cuda: Cuda) -> None:
+    """Raise IncompatibleError for a GPU that plans of TensorRT for RTX, built for every GPU, leave out.
+
+    NVIDIA documents them for compute capability 8.0 and later; Turing would need plans of its own.
+    """
+    name, capability = gpu_of(cuda)
+    if not computes_bf16(capability):  # both came with Ampere
+        raise IncompatibleError(f"{name} has compute capability {capability}, and plans of TensorRT for RTX need 8.0 or"
+                                " later; use plans of --engine tensorrt, or --provider ort-cuda")  # fmt: skip
+
+
 def aligned(nbytes: int) -> int:
     """Return `nbytes` rounded up to a multiple of ALIGNMENT."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
@@ -246,7 +260,7 @@ def aligned(nbytes: int) -> int:
 def open_device(flavour: Flavour) -> TrtDevice:
     """Return the first visible GPU for TensorRT engines of `flavour`; the caller closes it.
 
-    Raises IncompatibleError if TensorRT, cuda-bindings, the driver or the GPU is missing, ResourceError,
-    EngineError.
+    Raises IncompatibleError if TensorRT, cuda-bindings, the driver or the GPU is missing, or if the GPU is too old for
+    plans of `flavour`; ResourceError, EngineError.
     """
     return TrtDevice(flavour)

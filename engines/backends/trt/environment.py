@@ -1,6 +1,6 @@
 """This machine as recorded in a plan's key: TensorRT, GPU, driver, platform."""
 
-__all__ = ["current_environment", "device_available"]
+__all__ = ["current_environment", "device_available", "gpu_of"]
 
 import platform
 import re
@@ -24,7 +24,10 @@ def current_environment(flavour: Flavour) -> Environment:
     IncompatibleError if TensorRT, cuda-bindings, the driver or, for `tensorrt`, the GPU is missing.
     """
     version = library_version(tensorrt_module(flavour))
-    gpu, capability, driver = (ANY, ANY, ANY) if flavour == "tensorrt-rtx" else _device()
+    gpu, capability, driver = ANY, ANY, ANY
+    if flavour == "tensorrt":
+        cuda = Cuda()
+        (gpu, capability), driver = gpu_of(cuda), _driver(cuda)
     return Environment(
         flavour=flavour,
         tensorrt=version,
@@ -45,16 +48,15 @@ def device_available() -> str | None:
     return None if count else f"{doing}: there is none, or CUDA_VISIBLE_DEVICES hides it"
 
 
-def _device() -> tuple[str, str, str]:
-    """Return the GPU's name, its compute capability and the driver's version.
+def gpu_of(cuda: Cuda) -> tuple[str, str]:
+    """Return the GPU's name and its compute capability, such as "8.9". Raises what Cuda.call raises.
 
     Creates no CUDA context, which would take hundreds of megabytes of device memory.
     """
-    cuda = Cuda()
     properties = cuda.call("cudaGetDeviceProperties", cuda.device, doing="asking what the GPU is", enter=False)
     name = properties.name
     name = name.decode(errors="replace") if isinstance(name, bytes) else str(name)
-    return name.rstrip("\0"), f"{properties.major}.{properties.minor}", _driver(cuda)
+    return name.rstrip("\0"), f"{properties.major}.{properties.minor}"
 
 
 def _driver(cuda: Cuda) -> str:

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
-from sdxl_trt.engines.errors import IncompatibleError
+from sdxl_trt.engines.errors import IncompatibleError, ResourceError
 
 
 def test_the_activations_are_one_block_of_the_largest_need(planned, device, simulated) -> None:
-    names = ("unet", "refiner_unet", "vae_decoder")
+    names = ("unet", "refiner_unet", "text_encoder_2")  # each has one profile
     needs = {name: planned.records[name].memory.activations for name in names}
     assert len(set(needs.values())) == 3
     engines = {name: planned.engine(name, device) for name in names}
@@ -53,6 +53,42 @@ def test_memory_grows_with_the_shapes_in_use(planned, device, simulated) -> None
     assert loaded < small < large
     planned.run(engine, planned.inputs("unet"))
     assert simulated.current_bytes == large
+    engine.unload()
+
+
+def test_the_block_grows_with_the_profiles_in_use(planned, device, simulated) -> None:
+    """A larger profile costs nothing until it is used; then the block keeps its size until the engine is unloaded."""
+    engine, reference = planned.engine("vae_decoder", device), planned.reference("vae_decoder")
+    whole, tile = planned.inputs("vae_decoder", height=16, width=16), planned.inputs("vae_decoder")
+    engine.load()
+    sizes = [device.activations.nbytes]
+    for inputs in (tile, whole, tile):
+        for _ in range(3):
+            planned.assert_near(engine.infer(inputs), reference.infer(inputs))
+        sizes.append(device.activations.nbytes)
+    largest = planned.records["vae_decoder"].memory.activations
+    assert sizes == [sizes[0], sizes[0], largest, largest]
+    assert sizes[0] < largest / 2
+    engine.unload()
+    assert device.activations.nbytes == 0
+    engine.load()
+    assert device.activations.nbytes == sizes[0]
+    engine.unload()
+
+
+def test_a_profile_that_does_not_fit_leaves_the_engine_usable(planned, device, simulated) -> None:
+    engine, reference = planned.engine("vae_decoder", device), planned.reference("vae_decoder")
+    whole, tile = planned.inputs("vae_decoder", height=16, width=16), planned.inputs("vae_decoder")
+    engine.load()
+    before = device.activations.nbytes
+    for _ in range(3):
+        engine.infer(tile)
+    simulated.fail_allocation()
+    with pytest.raises(ResourceError, match="allocating memory for activations: out of memory; try --residency"):
+        engine.infer(whole)
+    assert device.activations.nbytes == before
+    for inputs in (tile, tile, whole, tile):
+        planned.assert_near(engine.infer(inputs), reference.infer(inputs))
     engine.unload()
 
 
