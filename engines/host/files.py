@@ -19,6 +19,8 @@ from sdxl_trt.engines.errors import CorruptError, IncompatibleError, UsageError,
 def atomic_write(path: Path, *, replace: bool = True) -> Iterator[BinaryIO]:
     """Open a temporary file next to `path`; if the block succeeds, fsync it and rename it to `path`.
 
+    The file's ``name`` is the absolute path of the temporary file.
+
     After a failure `path` is unchanged and the temporary file is removed. Raises an SdxlTrtError for an OSError;
     without `replace`, FileExistsError if `path` exists, even if it was created in the meantime.
     """
@@ -28,7 +30,8 @@ def atomic_write(path: Path, *, replace: bool = True) -> Iterator[BinaryIO]:
         raise explain_os_error(exc, f"writing {path}") from exc
     temporary = Path(name)
     try:
-        with os.fdopen(handle, "wb") as file:
+        # Opened under its name, which tells another process where the file is.
+        with open(temporary, "wb", opener=lambda *_: handle) as file:  # noqa: PTH123 - Path.open takes no opener
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -27,7 +27,8 @@ def made(**changes):
     return {"type": "made", "size": 9, "sha256": hashlib.sha256(b"plan plan").hexdigest(), "activations": 3,
             "weights": 4, "streamable": 0, "parse_seconds": 0.5, "layers": 7} | changes
 def write(data=b"plan plan"):
-    os.write(int(sys.argv[1]), data)
+    with open(sys.argv[1], "r+b") as file:
+        file.write(data)
 def wait():
     sys.stdin.read()
 """

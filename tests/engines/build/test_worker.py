@@ -79,12 +79,11 @@ def _run(tmp_path: Path, builder: str, *, close: bool) -> tuple[int, list[Messag
         log=tmp_path / "log",
     )  # fmt: skip
     environment = os.environ | {"PYTHONPATH": str(modules.parent)}
-    with (tmp_path / "plan").open("w+b") as plan, (tmp_path / "log").open("wb") as log:
-        command = [sys.executable, "-m", "sdxl_trt.engines.build.worker", str(plan.fileno())]
+    (tmp_path / "plan").touch()
+    with (tmp_path / "log").open("wb") as log:
+        command = [sys.executable, "-m", "sdxl_trt.engines.build.worker", str(tmp_path / "plan")]
         pipe = subprocess.PIPE
-        with subprocess.Popen(
-            command, stdin=pipe, stdout=pipe, stderr=log, env=environment, pass_fds=(plan.fileno(),)
-        ) as child:
+        with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log, env=environment) as child:
             assert child.stdin
             assert child.stdout
             child.stdin.write(msgspec.json.encode(job, enc_hook=str) + b"\n")
