@@ -10,7 +10,6 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -98,12 +97,12 @@ def _open_log(path: Path) -> Iterator[BinaryIO]:
 def _child(job: BuildJob, plan: str, log: BinaryIO) -> Iterator[Family]:
     """Start the worker with its job, to write to the file `plan`; kill it on the way out of an exception.
 
-    The worker opens the file by its path, since descriptors cannot be handed over on Windows. If this process is killed,
-    the worker ends too: on POSIX it ends itself when its stdin closes, on Windows the system ends it.
+    The worker opens the file by its path, since descriptors cannot be handed over on Windows. If this process is
+    killed, the worker ends too: on POSIX it ends itself when its stdin closes, on Windows the system ends it.
     """
     python, variables = interpreter()
     # -P keeps the working directory, which is not trusted, off the child's module path.
-    command = [python, "-P", "-X", "faulthandler", "-m", WORKER, os.path.abspath(plan)]
+    command = [python, "-P", "-X", "faulthandler", "-m", WORKER, str(Path(plan).absolute())]
     settings = _MALLOC | _ENCODING | os.environ | variables
     pipe = subprocess.PIPE
     with subprocess.Popen(  # noqa: S603 - our own module

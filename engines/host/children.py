@@ -1,4 +1,4 @@
-"""Child processes, on POSIX and on Windows: started with pipes, read with a time limit, and ended with their children."""
+"""Child processes on POSIX and on Windows: started with pipes, read with a time limit, ended with their children."""
 
 __all__ = ["NEW_GROUP", "Family", "interpreter"]
 
@@ -14,8 +14,11 @@ from typing import IO
 from sdxl_trt.engines.host import windows
 from sdxl_trt.engines.host.memory import process_memory
 
-NEW_GROUP = subprocess.CREATE_NEW_PROCESS_GROUP if sys.platform == "win32" else 0
-"""Creation flags of a child that a Ctrl-C in the console should not reach on Windows; 0, as Popen requires, on POSIX."""
+if sys.platform == "win32":
+    NEW_GROUP = subprocess.CREATE_NEW_PROCESS_GROUP
+else:
+    NEW_GROUP = 0
+"""Creation flags of a child that a Ctrl-C in a console of Windows should not reach; 0, as Popen requires, on POSIX."""
 _CHUNK, _AHEAD = 1 << 16, 16
 _PATIENCE = 0.05
 """Seconds between two looks whether the reading thread has ended."""
@@ -37,9 +40,9 @@ def interpreter() -> tuple[str, dict[str, str]]:
 class Family:
     """A process that was started with a pipe as its stdout, and the processes that it starts.
 
-    On Windows all of them end when this process ends. On POSIX they end together if the process was started in a session
-    of its own. `process` belongs to the caller, who waits for it and closes its pipes after `close`, which must be
-    called in any case.
+    On Windows all of them end when this process ends. On POSIX they end together if the process was started in a
+    session of its own. `process` belongs to the caller, who waits for it and closes its pipes after `close`, which
+    must be called in any case.
     """
 
     def __init__(self, process: "subprocess.Popen[bytes]") -> None:

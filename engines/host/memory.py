@@ -40,19 +40,21 @@ def format_bytes(amount: int) -> str:
 def available_host_memory() -> int | None:
     """Return the bytes that can be allocated without swapping, within the cgroup's limit; None if unknown."""
     if sys.platform == "win32":
-        return windows.available_memory()
-    candidates = [value for value in (_figures(_MEMINFO).get("MemAvailable"), _cgroup_available()) if value is not None]
-    return min(candidates, default=None)
+        amounts = [windows.available_memory()]
+    else:
+        amounts = [_figures(_MEMINFO).get("MemAvailable"), _cgroup_available()]
+    return min((amount for amount in amounts if amount is not None), default=None)
 
 
 def process_memory(pid: int | None = None) -> dict[str, int]:
     """Return a process's memory in bytes by kind ("VmHWM", "RssAnon", …); empty if the system does not show it.
 
-    Without `pid` it is this process's. The kinds are those of Linux; `windows.memory_of` says what Windows shows of them.
+    Without `pid` it is this process's. The kinds are Linux's; `windows.memory_of` says what Windows shows of them.
     """
     if sys.platform == "win32":
         return windows.memory_of(pid or os.getpid())
-    return _figures(Path(f"/proc/{pid or 'self'}/status"))
+    else:  # noqa: RET505 - the type checker reads the branches of a platform
+        return _figures(Path(f"/proc/{pid or 'self'}/status"))
 
 
 def _figures(file: Path) -> dict[str, int]:

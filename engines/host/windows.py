@@ -13,7 +13,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-_DWORD, _BOOL, _HANDLE, _SIZE, _LARGE = ctypes.c_uint32, ctypes.c_int32, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int64
+_DWORD, _BOOL, _HANDLE, _SIZE, _LARGE = (
+    ctypes.c_uint32,
+    ctypes.c_int32,
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int64,
+)
 _QUERY_LIMITED_INFORMATION, _SET_QUOTA, _TERMINATE = 0x1000, 0x0100, 0x0001
 _EXTENDED_LIMITS, _KILL_ON_JOB_CLOSE = 9, 0x2000
 
@@ -72,7 +78,9 @@ class _Counters(ctypes.Structure):
     """IO_COUNTERS."""
 
     _fields_ = tuple(
-        (f"{kind}{unit}Count", ctypes.c_uint64) for unit in ("Operation", "Transfer") for kind in ("Read", "Write", "Other")
+        (f"{kind}{unit}Count", ctypes.c_uint64)
+        for unit in ("Operation", "Transfer")
+        for kind in ("Read", "Write", "Other")
     )
 
 
@@ -103,9 +111,10 @@ _CALLS: dict[str, tuple[Any, tuple[Any, ...]]] = {
 
 
 def _kernel32() -> Any:
-    if sys.platform != "win32":
+    if sys.platform == "win32":
+        return ctypes.WinDLL("kernel32", use_last_error=True)
+    else:  # noqa: RET505 - the type checker reads the branches of a platform
         raise OSError("kernel32 is a library of Windows")
-    return ctypes.WinDLL("kernel32", use_last_error=True)
 
 
 def _call(name: str, *arguments: Any) -> Any:
@@ -119,7 +128,10 @@ def _call(name: str, *arguments: Any) -> Any:
 
 
 def _last_error(name: str) -> OSError:
-    return ctypes.WinError(ctypes.get_last_error()) if sys.platform == "win32" else OSError(f"{name} failed")
+    if sys.platform == "win32":
+        return ctypes.WinError(ctypes.get_last_error())
+    else:  # noqa: RET505
+        return OSError(f"{name} failed")
 
 
 def _memory_status() -> _MemoryStatus:
@@ -206,12 +218,11 @@ def add_dll_folders() -> None:
     An extension module's own imports are sought in folders that were added, but libraries that TensorRT opens by name
     are sought on PATH.
     """
-    if sys.platform != "win32":
-        return
-    for folder in _dll_folders():
-        if folder not in _ADDED:
-            _ADDED[folder] = os.add_dll_directory(str(folder))
-            os.environ["PATH"] = os.pathsep.join([str(folder), os.environ.get("PATH", "")])
+    if sys.platform == "win32":
+        for folder in _dll_folders():
+            if folder not in _ADDED:
+                _ADDED[folder] = os.add_dll_directory(str(folder))
+                os.environ["PATH"] = os.pathsep.join([str(folder), os.environ.get("PATH", "")])
 
 
 def _dll_folders() -> list[Path]:
