@@ -40,8 +40,8 @@ def file_stem(prefix: str, width: int, height: int, now: datetime | None = None)
         return None
     name = re.split(r"[/\\]", filled)[-1]
     name = _REFUSED.sub("_", "".join(c for c in name if c.isprintable())).lstrip(".- ").rstrip(". ")
-    name = name.encode(errors="ignore")[:MAX_STEM_BYTES].decode(errors="ignore").strip()
-    return f"_{name}" if refused_by_windows(name) else name or None
+    name = f"_{name}" if refused_by_windows(f"{name}.png") else name
+    return name.encode(errors="ignore")[:MAX_STEM_BYTES].decode(errors="ignore").strip() or None
 
 
 def _digits(letters: str, now: datetime) -> str:
