@@ -93,7 +93,9 @@ def explain_os_error(exc: OSError, doing: str) -> SdxlTrtError:
     if exc.errno in (errno.ENOSPC, errno.EDQUOT):
         return ResourceError(f"{doing}: {reason}; free some space, or write to another disk")
     if exc.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return UsageError(f"{doing}: {reason}; choose a place that you can read and write")
+        # What Windows also says where a program has a file open in a folder that is to be moved.
+        held = "" if windows is None else ", or close the program that has files there open"
+        return UsageError(f"{doing}: {reason}; choose a place that you can read and write{held}")
     if exc.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG):
         return UsageError(f"{doing}: {reason}; check the path")
     return SdxlTrtError(f"{doing}: {reason}")

@@ -76,7 +76,7 @@ def test_an_os_error_without_errno_keeps_its_message() -> None:
         (errno.EACCES, 33, "close the program that has the file open"),
         (errno.EINVAL, 1224, "close the program that has the file open"),
         (errno.EINVAL, 123, "check the path"),
-        (errno.EACCES, 5, "choose a place that you can read and write"),
+        (errno.EACCES, 5, "choose a place that you can read and write, or close the program that has files there open"),
         (errno.ENOSPC, 112, "free some space"),
     ],
 )
