@@ -15,7 +15,7 @@ LIMIT = 20.0
 # It starts a process that holds the pipe open, says so, and waits, as that does.
 PARENT = """
 import subprocess, sys
-child = subprocess.Popen([sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE)
+child = subprocess.Popen([sys.executable, "-S", "-c", "import signal; signal.pause()"])
 print(child.pid, flush=True)
 child.wait()
 """
