@@ -35,6 +35,7 @@ lint: $(VENV)/.full
 
 types: $(VENV)/.full
 	$(BIN)/mypy -p sdxl_trt && $(BIN)/mypy examples
+	$(BIN)/mypy --platform win32 --cache-dir .mypy_cache/win32 -p sdxl_trt
 
 pytest: $(VENV)/.full
 	$(BIN)/pytest --numprocesses 2 --dist loadfile --ignore=tests/references

@@ -77,13 +77,25 @@ class VerificationError(SdxlTrtError):
     """An exported graph that does not compute what its model computes, or whose activations overflow its precision."""
 
 
+# Windows neither replaces nor removes a file that is open or mapped: ERROR_SHARING_VIOLATION, ERROR_LOCK_VIOLATION,
+# ERROR_USER_MAPPED_FILE. ERROR_INVALID_NAME has the errno of an invalid argument.
+_HELD, _INVALID_NAME = (32, 33, 1224), 123
+
+
 def explain_os_error(exc: OSError, doing: str) -> SdxlTrtError:
     """Return the SdxlTrtError for `exc`; `doing` describes the operation that failed ("writing out.png")."""
     reason = exc.strerror or str(exc)
+    windows = getattr(exc, "winerror", None)
+    if windows in _HELD:
+        return UsageError(f"{doing}: {reason}; close the program that has the file open, and repeat the command")
+    if windows == _INVALID_NAME:
+        return UsageError(f"{doing}: {reason}; check the path")
     if exc.errno in (errno.ENOSPC, errno.EDQUOT):
         return ResourceError(f"{doing}: {reason}; free some space, or write to another disk")
     if exc.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return UsageError(f"{doing}: {reason}; choose a place that you can read and write")
+        # What Windows also says where a program has a file open in a folder that is to be moved.
+        held = "" if windows is None else ", or close the program that has files there open"
+        return UsageError(f"{doing}: {reason}; choose a place that you can read and write{held}")
     if exc.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG):
         return UsageError(f"{doing}: {reason}; check the path")
     return SdxlTrtError(f"{doing}: {reason}")

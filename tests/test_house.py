@@ -301,3 +301,61 @@ def test_a_module_that_needs_torch_would_be_found() -> None:
     done = _python(BLOCK.format(heavy=HEAVY, names=["sdxl_trt.export.checkpoints.checkpoint"]))
     assert done.returncode == 1
     assert "torch" in done.stderr
+
+
+POSIX_MODULES = {"fcntl", "grp", "posix", "pty", "pwd", "resource", "select", "selectors", "termios", "tty"}
+"""Modules that Windows lacks; select and selectors are there, and take only sockets."""
+POSIX_NAMES = {
+    "os": {
+        "O_CLOEXEC", "O_DIRECT", "O_DIRECTORY", "O_NOFOLLOW", "O_TMPFILE", "WNOHANG", "chown", "copy_file_range",
+        "fchmod", "fchown", "fork", "getegid", "geteuid", "getgid", "getloadavg", "getpgid", "getpgrp", "getuid",
+        "killpg", "lchown", "memfd_create", "mkfifo", "nice", "posix_fadvise", "posix_fallocate", "pread", "preadv",
+        "pwrite", "pwritev", "sched_getaffinity", "sched_setaffinity", "sendfile", "setpgid", "setsid", "statvfs",
+        "sysconf", "uname", "wait", "wait3", "wait4",
+    },
+    "signal": {"SIGALRM", "SIGCHLD", "SIGHUP", "SIGKILL", "SIGPIPE", "SIGQUIT", "SIGSTOP", "SIGUSR1", "SIGUSR2",
+               "alarm", "pause", "pthread_sigmask", "setitimer", "sigwait"},
+    "Path": {"is_mount"},
+}  # fmt: skip
+POSIX_ARGUMENTS = {"pass_fds", "preexec_fn", "process_group"}
+
+
+def _posix_only(source: str) -> list[str]:
+    """Return what `source` uses that Windows lacks, except in a function that asks for the platform or the name."""
+    tree, lines = ast.parse(source), source.splitlines()
+    guarded = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef)
+        and re.search(r"sys\.platform|hasattr\(os,", "\n".join(lines[node.lineno : node.end_lineno]))
+        for inner in ast.walk(node)
+    }
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [str(node.module)]
+            found += [name for name in names if name in POSIX_MODULES]
+        elif isinstance(node, ast.keyword) and node.arg in POSIX_ARGUMENTS:
+            found.append(node.arg)
+        elif isinstance(node, ast.Attribute) and id(node) not in guarded:
+            of = node.value.id if isinstance(node.value, ast.Name) else ""
+            module = of if of in ("os", "signal") else "Path"
+            found += [f"{of}.{node.attr}"] if node.attr in POSIX_NAMES[module] else []
+    return found
+
+
+def test_what_windows_lacks_is_asked_for_first() -> None:
+    found = {_relative(path): _posix_only(path.read_text(encoding="utf-8")) for path in PATHS}
+    assert {name: uses for name, uses in found.items() if uses} == {}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import fcntl", "from selectors import DefaultSelector", "subprocess.Popen(command, pass_fds=(3,))",
+        "def f():\n    os.killpg(1, 9)", "child.send_signal(signal.SIGKILL)", "out.is_mount()",
+        "def f():\n    return os.getuid() if posix else 0",
+    ],
+)  # fmt: skip
+def test_a_use_of_what_windows_lacks_would_be_found(source: str) -> None:
+    assert _posix_only(source)

@@ -31,3 +31,10 @@ def test_no_file_is_too_long_to_read() -> None:
     files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
     assert len(files) > 330
     assert {path.name for path in files if len(path.read_text().splitlines()) > 450} == set()
+
+
+def test_git_converts_no_line_ending() -> None:
+    """Git for Windows does by default, and files with other digests than the manifest's would be refused."""
+    command = ["git", "check-attr", "text", "mini/bundle/tokenizer/tokenizer.json", "tests/comfyui/graphs"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert [line.rpartition(": ")[2] for line in result.stdout.splitlines()] == ["unset", "unset"]

@@ -3,7 +3,6 @@
 __all__ = ["BenchOptions", "run_bench", "settled_spec"]
 
 import math
-import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -22,7 +21,7 @@ from sdxl_trt.benchmarks.contest.roster import OURS, Entry, choose, command, cor
 from sdxl_trt.benchmarks.contest.sweeps import is_usual, sweep_asks
 from sdxl_trt.benchmarks.contest.turns import Entrant, Plan, close, prepare, take_turns
 from sdxl_trt.benchmarks.contestants import TASKS, Ask, Spec
-from sdxl_trt.benchmarks.measure import Nvml, Say, Subject, machine, no_driver, package_versions
+from sdxl_trt.benchmarks.measure import Nvml, Say, Subject, load_average, machine, no_driver, package_versions
 from sdxl_trt.benchmarks.report import BenchReport, BenchSettings, Measurement
 from sdxl_trt.engines import EngineError, UsageError
 from sdxl_trt.runtime.request import Request, resolve_request
@@ -65,7 +64,7 @@ def run_bench(subject: Subject, options: BenchOptions, say: Say = lambda _: None
     Raises UsageError for invalid options, and EngineError if sdxl-trt itself does not run; the report states why
     another contestant did not run.
     """
-    entries, load, gpu = choose(options.against), os.getloadavg()[0], no_driver() is None
+    entries, load, gpu = choose(options.against), load_average(), no_driver() is None
     with tempfile.TemporaryDirectory(prefix="sdxl-trt-bench-") as name, ExitStack() as stack:
         folder, nvml = Path(name), Nvml()
         spec = settled_spec(subject, options, inputs=folder / "inputs.npz", device="cuda" if gpu else "cpu")

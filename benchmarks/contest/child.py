@@ -4,8 +4,6 @@ __all__ = ["Child", "ContestantError"]
 
 import contextlib
 import os
-import select
-import signal
 import subprocess
 import tempfile
 import time
@@ -16,7 +14,7 @@ from typing import Self, TypeVar
 import msgspec
 
 from sdxl_trt.benchmarks.contestants import Answer, Ask, Bye, Failed
-from sdxl_trt.engines.host import one_line
+from sdxl_trt.engines.host import NEW_GROUP, Family, one_line
 
 _LONGEST = 1 << 20
 _TAIL = 2000
@@ -48,10 +46,12 @@ class Child:
                 stderr=self._errors,
                 env=os.environ | dict(environment or {}),
                 start_new_session=True,  # its own process group, killed as a whole
+                creationflags=NEW_GROUP,
             )
         except OSError as exc:
             self._errors.close()
             raise ContestantError(f"{command[0]} does not start: {exc.strerror or exc}", gone=True) from exc
+        self._family = Family(self._process)
 
     def ask(self, ask: Ask, wanted: type[T], limit: float) -> T:
         """Return the answer to a question, which must be a `wanted` and arrive within `limit` seconds.
@@ -85,16 +85,13 @@ class Child:
         return answer
 
     def _line(self, deadline: float) -> bytes:
-        """Return the next line. Raises TimeoutError, EOFError, OSError, or OverflowError if the line does not end."""
-        assert self._process.stdout is not None  # noqa: S101 - a pipe, as opened
-        handle = self._process.stdout.fileno()
+        """Return the next line. Raises TimeoutError, EOFError, or OverflowError if the line does not end."""
         while b"\n" not in self._buffer:
             if len(self._buffer) > _LONGEST:
                 raise OverflowError
-            readable, _, _ = select.select([handle], [], [], max(0.0, deadline - time.monotonic()))
-            if not readable:
+            read = self._family.read(deadline - time.monotonic())
+            if read is None:
                 raise TimeoutError
-            read = os.read(handle, 1 << 16)
             if not read:
                 raise EOFError
             self._buffer += read
@@ -119,8 +116,7 @@ class Child:
 
     def kill(self) -> None:
         """Kill the process and its group."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+        self._family.kill()
         self._process.wait()
 
     def close(self) -> None:
@@ -134,6 +130,7 @@ class Child:
             pass
         finally:
             self.kill()
+            self._family.close()
             for pipe in (self._process.stdin, self._process.stdout, self._errors):
                 with contextlib.suppress(OSError):  # a pipe whose reader is gone
                     pipe.close()  # type: ignore[union-attr]

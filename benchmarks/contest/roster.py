@@ -110,9 +110,12 @@ def environment(threads: int) -> dict[str, str]:
 
 def cores() -> int:
     """Return how many processors this process may use: every contestant's thread count."""
-    return len(os.sched_getaffinity(0))
+    if sys.platform == "win32":
+        return os.cpu_count() or 1
+    else:  # noqa: RET505 - the type checker reads the branches of a platform
+        return len(os.sched_getaffinity(0))
 
 
 def shown(command_line: Sequence[str]) -> tuple[str, ...]:
     """Return a command for the report, without local paths."""
-    return ("python", *(Path(part).name if "/" in part else part for part in command_line[1:]))
+    return ("python", *(Path(part).name if "/" in part or os.sep in part else part for part in command_line[1:]))

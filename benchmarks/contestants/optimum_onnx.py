@@ -79,7 +79,7 @@ class Optimum:
             partial = target.with_name(f".{stage}.partial")
             started = time.perf_counter()
             main_export(source, str(partial), task=_TASKS[stage], dtype="fp32", do_validation=False)
-            (partial / "seconds.json").write_text(json.dumps(time.perf_counter() - started))
+            (partial / "seconds.json").write_text(json.dumps(time.perf_counter() - started), encoding="utf-8")
             partial.rename(target)
         return target
 
@@ -101,4 +101,4 @@ class Optimum:
 
 
 def _seconds_of(folder: Path) -> float:
-    return float(json.loads((folder / "seconds.json").read_text()))
+    return float(json.loads((folder / "seconds.json").read_text(encoding="utf-8")))

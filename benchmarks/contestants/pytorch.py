@@ -134,9 +134,10 @@ class Torch:
             draw(self._experts["base"], self._experts.get("refiner"), self._spec, self._inputs["latents"],
                  self._seconds)  # fmt: skip
         kept = Path(self._spec.cache) / "inductor" / "seconds.json"
-        seconds = max(time.perf_counter() - started, json.loads(kept.read_text()) if kept.exists() else 0.0)
+        known = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else 0.0
+        seconds = max(time.perf_counter() - started, known)
         kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps(seconds))
+        kept.write_text(json.dumps(seconds), encoding="utf-8")
         return seconds
 
     def _tensor(self, name: str) -> Any:

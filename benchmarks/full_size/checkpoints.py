@@ -193,7 +193,7 @@ def _transposed(tensor: RandomTensor) -> RandomTensor:
 
 
 def _write_json(path: Path, content: object) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8", newline="\n")
 
 
 if __name__ == "__main__":

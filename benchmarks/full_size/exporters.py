@@ -111,7 +111,7 @@ def _example(config: Any) -> tuple[Any, Any, Any, dict[str, Any]]:
 
     size = 4 * 2 ** (len(config.block_out_channels) - 1)
     # The refiner has five time ids, the base six; the pooled width is what is left of the projection's input.
-    index = json.loads((Path(config["_name_or_path"]).parent / "model_index.json").read_text())
+    index = json.loads((Path(config["_name_or_path"]).parent / "model_index.json").read_text(encoding="utf-8"))
     ids = 5 if index.get("requires_aesthetics_score") else 6
     pooled = config.projection_class_embeddings_input_dim - ids * config.addition_time_embed_dim
     sample = torch.zeros(2, config.in_channels, size, size + size // 2)

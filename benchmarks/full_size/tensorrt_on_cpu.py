@@ -50,8 +50,9 @@ LINKS = {
 
 def unavailable() -> str | None:
     """Return why the parser is unavailable on this machine, or None if it is available."""
-    if sys.platform != "linux" or platform.machine() != "x86_64":
-        return f"the wheels are for Linux on x86_64, but this is {sys.platform} on {platform.machine()}"
+    here = f"{platform.system()} on {platform.machine()}"
+    if here != "Linux on x86_64":
+        return f"the wheels are for Linux on x86_64, but this is {here}"
     missing = [name for name in (BINDING, LIBRARIES) if _installed(name) is None]
     if missing:
         return f"{' and '.join(missing)} not installed; pip install -e '.[dev]'"

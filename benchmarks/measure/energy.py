@@ -4,9 +4,10 @@ __all__ = ["Nvml"]
 
 import contextlib
 import ctypes
+import sys
 from typing import Any
 
-_LIBRARY = "libnvidia-ml.so.1"
+_LIBRARY = "nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1"
 
 
 class _Usage(ctypes.Structure):

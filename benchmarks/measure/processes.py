@@ -1,7 +1,8 @@
 """Run a command as a child process and measure its wall time and peak memory, mapped files apart."""
 
-__all__ = ["Measured", "machine", "measure"]
+__all__ = ["Measured", "load_average", "machine", "measure"]
 
+import math
 import os
 import platform
 import subprocess
@@ -12,7 +13,8 @@ from pathlib import Path
 
 import msgspec
 
-from sdxl_trt.engines.host import process_memory
+from sdxl_trt.engines import IncompatibleError
+from sdxl_trt.engines.host import process_memory, total_memory
 
 INTERVAL = 0.05
 _TAIL = 600
@@ -43,7 +45,8 @@ class Measured(msgspec.Struct, frozen=True):
 def measure(command: list[str], environment: dict[str, str] | None = None) -> Measured:
     """Run `command` to its end and return the measurement; a failure is in `exit_code` and the tail of `output`.
 
-    The caller should be small: the kernel counts pages that the child shares with it between fork and exec.
+    The caller should be small: the kernel counts pages that the child shares with it between fork and exec. Raises
+    IncompatibleError on Windows, which does not report the same figures.
     """
     peaks = {"RssAnon": 0, "RssFile": 0}
     settings = os.environ | (environment or {})
@@ -75,24 +78,48 @@ def measure(command: list[str], environment: dict[str, str] | None = None) -> Me
 
 def machine() -> dict[str, str | int]:
     """Return the machine's facts for a report, by name."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
     return {
-        "processor": model,
+        "processor": _processor(),
         "cores": os.cpu_count() or 0,
-        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        "memory_bytes": _memory(),
         "system": f"{platform.system()} {platform.release()}",
         "python": sys.version.split()[0],
     }
 
 
+def load_average() -> float:
+    """Return the machine's load over the last minute; NaN on Windows, which has none."""
+    if sys.platform == "win32":
+        return math.nan
+    else:  # noqa: RET505 - the type checker reads the branches of a platform
+        return os.getloadavg()[0]
+
+
+def _processor() -> str:
+    if sys.platform == "win32":
+        return platform.processor()
+    else:  # noqa: RET505
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def _memory() -> int:
+    if sys.platform == "win32":
+        return total_memory()
+    else:  # noqa: RET505
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def _wait(pid: int, peaks: dict[str, int]) -> "tuple[int, os._rusage]":  # type: ignore[name-defined]
-    while True:
-        done, status, usage = os.wait4(pid, os.WNOHANG)
-        if done:
-            return status, usage
-        _sample(pid, peaks)
-        time.sleep(INTERVAL)
+    if sys.platform == "win32":
+        raise IncompatibleError("peak memory is measured on Linux; run the measurement there, or in WSL2")
+    else:  # noqa: RET506
+        while True:
+            done, status, usage = os.wait4(pid, os.WNOHANG)
+            if done:
+                return status, usage
+            _sample(pid, peaks)
+            time.sleep(INTERVAL)
 
 
 def _sample(pid: int, peaks: dict[str, int]) -> None:

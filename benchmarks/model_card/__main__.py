@@ -152,7 +152,7 @@ def main(arguments: list[str] | None = None) -> None:
         result = evaluate(generator, options.count, options.sweep, DrawSettings())
     print(markdown(result))
     if options.output:
-        options.output.write_text(json.dumps(result, indent=1) + "\n")
+        options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8", newline="\n")
 
 
 if __name__ == "__main__":

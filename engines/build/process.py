@@ -8,10 +8,8 @@ __all__ = ["BuildEvent", "BuildJob", "BuiltPlan", "build_plan", "build_progress"
 
 import contextlib
 import os
-import selectors
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +20,7 @@ import msgspec
 from sdxl_trt.engines import errors
 from sdxl_trt.engines.build.messages import BuildEvent, BuildJob, BuildPhase, BuiltPlan, Made, Message, Refused
 from sdxl_trt.engines.errors import EngineError, ResourceError, SdxlTrtError, explain_os_error
-from sdxl_trt.engines.host import ProgressLine, atomic_write, process_memory
+from sdxl_trt.engines.host import NEW_GROUP, Family, ProgressLine, atomic_write, interpreter
 
 WORKER = "sdxl_trt.engines.build.worker"
 SAMPLE, HEARTBEAT = 0.1, 0.5
@@ -31,6 +29,18 @@ _TAIL = 1 << 16
 # By default glibc raises these two thresholds as it frees blocks, and gives each thread its own arena, so few of the
 # blocks that a builder frees return to the system. Fixed values lower the peak by 7 % (SDXL's base UNet, static).
 _MALLOC = {"MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
+# The log is read as UTF-8, and on Windows Python writes to files and pipes in the code page of the system.
+_ENCODING = {"PYTHONIOENCODING": "utf-8"}
+# How Windows ends processes: its exit codes are the system's status codes. The first two are for lack of memory.
+_NO_MEMORY = (0xC0000017, 0xC000012D)
+_STATUSES = {
+    0xC0000005: "an access violation",
+    0xC000001D: "an illegal instruction",
+    0xC00000FD: "a stack overflow",
+    0xC0000135: "a missing DLL",
+    0xC0000374: "a damaged heap",
+    0xC0000409: "a failed check of its memory",
+}
 Progress = Callable[[BuildEvent], None]
 
 
@@ -46,9 +56,9 @@ def build_plan(job: BuildJob, *, progress: Progress | None = None) -> BuiltPlan:
     with _open_log(job.log) as log, atomic_write(job.plan) as plan:
         watch = _Watch(job, log, progress, started)
         kills = _oom_kills()
-        with _child(job, plan.fileno(), log) as child:
+        with _child(job, plan.name, log) as child:
             watch.until_end(child)
-        made = _outcome(job, watch.last, child.returncode, killed=_oom_kills() > kills)
+        made = _outcome(job, watch.last, child.process.returncode, killed=_oom_kills() > kills)
         written = os.fstat(plan.fileno()).st_size
         if not written or written != made.size:
             raise EngineError(f"building {job.component}: TensorRT reported success and wrote {written} of {made.size}"
@@ -84,25 +94,31 @@ def _open_log(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextlib.contextmanager
-def _child(job: BuildJob, plan: int, log: BinaryIO) -> Iterator[subprocess.Popen[bytes]]:
-    """Start the worker with its job; kill it on the way out of an exception.
+def _child(job: BuildJob, plan: str, log: BinaryIO) -> Iterator[Family]:
+    """Start the worker with its job, to write to the file `plan`; kill it on the way out of an exception.
 
-    Its stdin stays open: if this process is killed, stdin closes and the worker ends itself.
+    The worker opens the file by its path, since descriptors cannot be handed over on Windows. If this process is
+    killed, the worker ends too: on POSIX it ends itself when its stdin closes, on Windows the system ends it.
     """
+    python, variables = interpreter()
     # -P keeps the working directory, which is not trusted, off the child's module path.
-    command = [sys.executable, "-P", "-X", "faulthandler", "-m", WORKER, str(plan)]
+    command = [python, "-P", "-X", "faulthandler", "-m", WORKER, str(Path(plan).absolute())]
+    settings = _MALLOC | _ENCODING | os.environ | variables
     pipe = subprocess.PIPE
     with subprocess.Popen(  # noqa: S603 - our own module
-        command, bufsize=0, stdin=pipe, stdout=pipe, stderr=log, pass_fds=(plan,), env=_MALLOC | os.environ
-    ) as child:
+        command, bufsize=0, stdin=pipe, stdout=pipe, stderr=log, env=settings, creationflags=NEW_GROUP
+    ) as process:
+        child = Family(process)
         try:
-            assert child.stdin  # noqa: S101 - it is a pipe
-            with contextlib.suppress(BrokenPipeError):  # it has already ended; the log has the reason
-                child.stdin.write(msgspec.json.encode(job, enc_hook=os.path.abspath) + b"\n")
+            assert process.stdin  # noqa: S101 - it is a pipe
+            with contextlib.suppress(OSError):  # it has already ended; the log has the reason
+                process.stdin.write(msgspec.json.encode(job, enc_hook=os.path.abspath) + b"\n")
             yield child
         except BaseException:
             child.kill()
             raise
+        finally:
+            child.close()
 
 
 class _Watch:
@@ -118,24 +134,20 @@ class _Watch:
         self._phase = BuildPhase(phase="starting")
         self._resident = 0
 
-    def until_end(self, child: "subprocess.Popen[bytes]") -> None:
+    def until_end(self, child: Family) -> None:
         """Return when the child has ended. Reports progress when its phase changes, and at every HEARTBEAT."""
-        assert child.stdout  # noqa: S101 - it is a pipe
         beat = self._started
         rest = b""
-        with selectors.DefaultSelector() as selector:
-            selector.register(child.stdout, selectors.EVENT_READ)
-            while True:
-                ready = selector.select(SAMPLE)
-                self._sample(child.pid)
-                chunk = os.read(child.stdout.fileno(), _TAIL) if ready else b""
-                if ready and not chunk:
-                    break
-                *lines, rest = (rest + chunk).split(b"\n")
-                if self._read(lines) or time.monotonic() >= beat:
-                    self._report()
-                    beat = time.monotonic() + HEARTBEAT
-        child.wait()
+        while True:
+            chunk = child.read(SAMPLE)
+            self._sample(child)
+            if chunk == b"":
+                break
+            *lines, rest = (rest + (chunk or b"")).split(b"\n")
+            if self._read(lines) or time.monotonic() >= beat:
+                self._report()
+                beat = time.monotonic() + HEARTBEAT
+        child.process.wait()
 
     def _read(self, lines: list[bytes]) -> bool:
         """Decode the child's messages and return whether the phase has changed."""
@@ -149,8 +161,8 @@ class _Watch:
                 self._phase = self.last
         return self._phase != before
 
-    def _sample(self, pid: int) -> None:
-        figures = process_memory(pid)
+    def _sample(self, child: Family) -> None:
+        figures = child.memory()
         self._resident = figures.get("VmRSS", 0)
         for kind in self.peaks:
             self.peaks[kind] = max(self.peaks[kind], figures.get(kind, 0))
@@ -183,15 +195,24 @@ def _outcome(job: BuildJob, last: Message | None, code: int, *, killed: bool) ->
     doing = f"building {job.component}"
     if isinstance(last, Refused):
         raise _refused_error(last)
-    if code == -signal.SIGKILL and killed:
-        raise ResourceError(f"{doing}: this machine ran out of memory, and the system killed the build; a build takes"
+    ended = _ending(code)
+    if code in _NO_MEMORY or (killed and ended == "was killed by SIGKILL"):
+        raise ResourceError(f"{doing}: this machine ran out of memory, and the system ended the build; a build takes"
                             " about 3.5 times the weights: close other programs, or add swap")  # fmt: skip
     if code:
-        ended = f"ended with exit code {code}" if code > 0 else f"was killed by {signal.Signals(-code).name}"
         raise EngineError(f"{doing}: its process {ended} ({_last_line(job.log)}); the log is {job.log}")
     if not isinstance(last, Made):
         raise EngineError(f"{doing}: its process ended without a result ({_last_line(job.log)}); the log is {job.log}")
     return last
+
+
+def _ending(code: int) -> str:
+    """Return how a process with this exit code ended: negative for a signal, a status of Windows from 0x80000000 on."""
+    if code < 0:
+        return f"was killed by {signal.Signals(-code).name}"
+    if code >= 0x80000000:
+        return f"was ended by {_STATUSES.get(code, 'Windows')} (0x{code:08X})"
+    return f"ended with exit code {code}"
 
 
 def _refused_error(refused: Refused) -> SdxlTrtError:

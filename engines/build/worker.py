@@ -1,8 +1,8 @@
-"""The process that builds one plan: ``python -m sdxl_trt.engines.build.worker FD``, started by `engines.build`.
+"""The process that builds one plan: ``python -m sdxl_trt.engines.build.worker FILE``, started by `engines.build`.
 
-It reads a BuildJob as one line of JSON from stdin and writes the plan to the open file FD. Stdout carries one message
+It reads a BuildJob as one line of JSON from stdin and writes the plan to FILE, which exists. Stdout carries one message
 per line (`messages.Message`); all other output to stdout goes to stderr, which is the build log. It ends with its
-parent: when stdin closes, the process exits, whatever TensorRT is doing.
+parent: when stdin closes, the process exits, whatever TensorRT is doing. On Windows the parent's job object ends it.
 """
 
 __all__ = ["Phases", "main"]
@@ -144,9 +144,10 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     say = _channel()
     job = msgspec.json.decode(sys.stdin.buffer.readline(), type=BuildJob, dec_hook=lambda kind, value: kind(value))
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    if sys.platform != "win32":  # there, a thread that waits on stdin blocks the loading of DLLs that look at it
+        threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        with open(int(sys.argv[1]), "r+b", closefd=False) as file:
+        with Path(sys.argv[1]).open("r+b") as file:
             say(make_plan(job, file, say))
     except Exception as exc:  # noqa: BLE001 - the boundary: the parent gets one line, the log the rest
         if not isinstance(exc, SdxlTrtError):

@@ -1,7 +1,8 @@
 """Digests of large files, checked before use and cached until the file changes.
 
 sha256 takes about 0.6 s per gigabyte. Digests computed here are kept in a user-private cache, keyed by
-(device, inode, size, mtime, ctime): a file that was touched in any way is read again.
+(device, inode, size, mtime, ctime): a file that was touched in any way is read again. On Windows ctime is the time of
+creation, so a change that keeps the size and sets the old mtime goes unnoticed there.
 """
 
 __all__ = ["verify_file"]

@@ -3,6 +3,7 @@
 __all__ = ["Output", "Parser", "option_type", "print_json", "run"]
 
 import argparse
+import errno
 import functools
 import io
 import os
@@ -83,17 +84,23 @@ def run(parser: Parser, work: Callable[[argparse.Namespace], None], argv: list[s
         sys.stdout.flush()
     except KeyboardInterrupt:
         return _fail("interrupted; nothing was left half-written", INTERRUPTED)
-    except BrokenPipeError:
-        # The reader of our output has closed it, so there is no message; the interpreter would print one at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except Exception as exc:  # noqa: BLE001 - the boundary: the user gets one line for any error
+        if _reader_is_gone(exc):
+            # There is nobody to read a message; the interpreter would print one at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
         if arguments.debug:
             import traceback  # noqa: PLC0415
 
             traceback.print_exc()
         return _fail(*_explain(exc))
     return 0
+
+
+def _reader_is_gone(exc: Exception) -> bool:
+    """Return whether the reader of our output has closed it, which Windows reports as an invalid argument."""
+    invalid = isinstance(exc, OSError) and exc.errno == errno.EINVAL and exc.filename is None
+    return isinstance(exc, BrokenPipeError) or (invalid and sys.platform == "win32")
 
 
 def _take_any_path(stream: Any) -> None:

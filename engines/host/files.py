@@ -7,17 +7,21 @@ import errno
 import hashlib
 import logging
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from sdxl_trt.engines.errors import CorruptError, IncompatibleError, UsageError, explain_os_error
+from sdxl_trt.engines.host.paths import refused_by_windows
 
 
 @contextlib.contextmanager
 def atomic_write(path: Path, *, replace: bool = True) -> Iterator[BinaryIO]:
     """Open a temporary file next to `path`; if the block succeeds, fsync it and rename it to `path`.
+
+    The file's ``name`` is the absolute path of the temporary file.
 
     After a failure `path` is unchanged and the temporary file is removed. Raises an SdxlTrtError for an OSError;
     without `replace`, FileExistsError if `path` exists, even if it was created in the meantime.
@@ -28,7 +32,8 @@ def atomic_write(path: Path, *, replace: bool = True) -> Iterator[BinaryIO]:
         raise explain_os_error(exc, f"writing {path}") from exc
     temporary = Path(name)
     try:
-        with os.fdopen(handle, "wb") as file:
+        # Opened under its name, which tells another process where the file is.
+        with open(temporary, "wb", opener=lambda *_: handle) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -73,6 +78,8 @@ def contained(root: Path, relative: str) -> Path:
     """
     parts = PurePosixPath(relative)
     unsafe = not relative or "\\" in relative or "\0" in relative or parts.is_absolute() or ".." in parts.parts
+    # There "C:x" is a path on another drive, and NUL a device.
+    unsafe = unsafe or (sys.platform == "win32" and any(map(refused_by_windows, parts.parts)))
     if unsafe:
         raise CorruptError(f"{root}: {relative!r} is not a plain path inside the folder; get an intact copy of it")
     path = root
@@ -145,7 +152,9 @@ def exclusive(folder: Path, *, lock: bool = True) -> Iterator[None]:
     finally:
         # The folder is complete by now, and a leftover file does not lock anything.
         with contextlib.suppress(OSError):
-            path.unlink(missing_ok=True)  # before the release: a waiting process sees that the file is gone
+            # Before the release: a waiting process sees that the file is gone. On Windows, where an open file cannot be
+            # removed, filelock removes it after the release.
+            path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             held.release()
 

@@ -2,10 +2,13 @@
 
 __all__ = ["available_host_memory", "format_bytes", "parse_bytes", "process_memory"]
 
+import os
 import re
+import sys
 from pathlib import Path
 
 from sdxl_trt.engines.errors import UsageError
+from sdxl_trt.engines.host import windows
 
 _UNITS = {"": 1, "B": 1} | {
     f"{prefix}{suffix}": base**power
@@ -36,16 +39,22 @@ def format_bytes(amount: int) -> str:
 
 def available_host_memory() -> int | None:
     """Return the bytes that can be allocated without swapping, within the cgroup's limit; None if unknown."""
-    candidates = [value for value in (_figures(_MEMINFO).get("MemAvailable"), _cgroup_available()) if value is not None]
-    return min(candidates, default=None)
+    if sys.platform == "win32":
+        amounts = [windows.available_memory()]
+    else:
+        amounts = [_figures(_MEMINFO).get("MemAvailable"), _cgroup_available()]
+    return min((amount for amount in amounts if amount is not None), default=None)
 
 
 def process_memory(pid: int | None = None) -> dict[str, int]:
     """Return a process's memory in bytes by kind ("VmHWM", "RssAnon", …); empty if the system does not show it.
 
-    Without `pid` it is this process's.
+    Without `pid` it is this process's. The kinds are Linux's; `windows.memory_of` says what Windows shows of them.
     """
-    return _figures(Path(f"/proc/{pid or 'self'}/status"))
+    if sys.platform == "win32":
+        return windows.memory_of(pid or os.getpid())
+    else:  # noqa: RET505 - the type checker reads the branches of a platform
+        return _figures(Path(f"/proc/{pid or 'self'}/status"))
 
 
 def _figures(file: Path) -> dict[str, int]:

@@ -3,7 +3,7 @@
 In a Python str, a byte of a path that is not UTF-8 is a lone surrogate, U+DC80 to U+DCFF, which no codec encodes.
 """
 
-__all__ = ["OUTPUT_ERRORS", "is_utf8", "known_as", "one_line", "require_utf8", "shell_word"]
+__all__ = ["OUTPUT_ERRORS", "is_utf8", "known_as", "one_line", "refused_by_windows", "require_utf8", "shell_word"]
 
 import codecs
 from pathlib import Path
@@ -12,6 +12,9 @@ from sdxl_trt.engines.errors import UsageError
 
 OUTPUT_ERRORS = "sdxl-trt-output"
 """Error handler for text outputs: writes such a byte unchanged, and an escape for what the encoding lacks."""
+_DEVICES = {"CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$"} | {
+    f"{port}{number}" for port in ("COM", "LPT") for number in "123456789¹²³"
+}
 _PLAIN = set(range(0x21, 0x7F)) - set(b"'\\")
 
 
@@ -62,6 +65,16 @@ def is_utf8(path: Path) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def refused_by_windows(name: str) -> bool:
+    """Return whether `name`, one part of a path, cannot be the name of a file or folder on Windows.
+
+    Windows refuses some characters, cuts dots and spaces at the end, and takes the names of devices, with any ending,
+    for the device; a colon would write into a hidden stream of another file.
+    """
+    device = name.partition(".")[0].rstrip(" ").upper() in _DEVICES
+    return device or name.endswith((" ", ".")) or any(c in '<>:"/\\|?*' or c < " " for c in name)
 
 
 def _can_be_path(text: str) -> bool:

@@ -24,12 +24,12 @@ def cache_folder() -> Path:
 
 def writable_by_others(status: os.stat_result) -> bool:
     """Return whether users other than the owner can write a file of this status."""
-    return os.name == "posix" and bool(status.st_mode & (stat.S_IWGRP | stat.S_IWOTH))
+    return sys.platform != "win32" and bool(status.st_mode & (stat.S_IWGRP | stat.S_IWOTH))
 
 
 def owned_by_another(status: os.stat_result) -> bool:
     """Return whether a file of this status belongs to a user who is neither this one nor root."""
-    return os.name == "posix" and status.st_uid not in (0, os.getuid())
+    return sys.platform != "win32" and status.st_uid not in (0, os.getuid())
 
 
 def read_private(path: Path, most: int) -> bytes:

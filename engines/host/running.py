@@ -1,5 +1,7 @@
 """What holds while a command works: warnings are lines on stderr, and SIGTERM unwinds the stack as an interrupt does.
 
+On Windows, where no other process can send SIGTERM, SIGBREAK does: of Ctrl-Break, and of a console that is closed.
+
 The console imports this when the work begins: ``--help`` needs neither logging nor signals.
 """
 
@@ -48,7 +50,7 @@ def logging_to_stderr() -> Iterator[None]:
 
 @contextlib.contextmanager
 def unwinding_on_sigterm() -> Iterator[None]:
-    """Let SIGTERM unwind the stack as an interrupt does, so that what is half-written is removed."""
+    """Let SIGTERM, and SIGBREAK on Windows, unwind the stack as an interrupt does: what is half-written is removed."""
 
     def leave(number: int, _frame: object) -> NoReturn:
         raise SystemExit(128 + number)
@@ -56,8 +58,10 @@ def unwinding_on_sigterm() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may handle signals
         return
-    previous = signal.signal(signal.SIGTERM, leave)
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGBREAK") if hasattr(signal, name)]
+    previous = {number: signal.signal(number, leave) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -75,13 +75,20 @@ def why_rebuild(
     if not _version_fits(built, here, flags):
         reasons.append(f"TensorRT is {here.tensorrt}, the plan was built with {built.tensorrt}")
     reasons += _device_reasons(built, here, flags)
-    if built.platform != here.platform:
+    if _platform(built) != _platform(here):
         reasons.append(f"the platform is {here.platform}, the plan was built on {built.platform}")
     if wanted is not None and wanted[0] != key.profiles:
         reasons.append("other sizes are requested")
     if wanted is not None and wanted[1] != flags:
         reasons.append("other build options are requested")
     return reasons
+
+
+def _platform(environment: Environment) -> str:
+    """Return what must be equal: of TensorRT for RTX only the processor, since its plans run on Linux and Windows."""
+    if environment.flavour != "tensorrt-rtx":
+        return environment.platform
+    return environment.platform.rpartition("-")[2].replace("AMD64", "x86_64")
 
 
 def _version_fits(built: Environment, here: Environment, flags: BuildFlags) -> bool:

@@ -14,8 +14,8 @@ from sdxl_trt.engines.bundle import Bundle, Component, FileRecord, PlanRecord, r
 from sdxl_trt.engines.host import contained
 from sdxl_trt.engines.plans import PLANS, remove_write_permission
 
-# Errors of file systems without hard links.
-_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.EXDEV, errno.EMLINK, errno.ENOSYS)
+# Errors of file systems without hard links, or without more of them; Windows reports both as invalid arguments.
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.EXDEV, errno.EMLINK, errno.ENOSYS, errno.EINVAL)
 
 
 def previous_bundle(out: Path) -> Bundle | None:

@@ -5,6 +5,7 @@ __all__ = ["OPTIMUM_FORMAT", "check_target", "exclusive", "partial_folder", "pub
 import contextlib
 import json
 import logging
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ def check_target(out: Path) -> None:
     """Raise UsageError unless `out` is new, empty, or an earlier export, which may be replaced as a whole."""
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise UsageError(f"--out {out}: is not a folder; name a new folder, or a bundle to replace")
-    if out.resolve() == Path.cwd() or out.is_mount():
+    if out.resolve() == Path.cwd() or os.path.ismount(out):
         raise UsageError(f"--out {out}: cannot be replaced as a whole; name a folder inside it")
     if out.is_dir() and any(out.iterdir()) and not _is_ours(out):
         raise UsageError(f"--out {out}: holds other files and is not a bundle; name an empty or new folder")

@@ -6,6 +6,8 @@ import logging
 import re
 from datetime import datetime
 
+from sdxl_trt.engines.host import refused_by_windows
+
 log = logging.getLogger("sdxl_trt.runtime")
 MAX_STEM_BYTES = 120
 """File systems take 255 bytes; numbers, an ending and the name of a temporary file come on top."""
@@ -25,7 +27,7 @@ def file_stem(prefix: str, width: int, height: int, now: datetime | None = None)
     ComfyUI's variables are filled in: ``%width%``, ``%height%``, ``%year%`` to ``%second%``, ``%date:FORMAT%``.
     One that only its page knows (``%Node.widget%``) is warned of, and the prefix is not used. Folders are left out: the
     pictures of a command are in one place. So are control characters, and dots and dashes at the front, which hide a
-    file or make an option of its name.
+    file or make an option of its name. A device's name on Windows (``NUL``, ``com1.x``) gets an underline before it.
     """
     now = now or datetime.now().astimezone()
     filled = prefix.replace("%width%", str(width)).replace("%height%", str(height))
@@ -38,6 +40,7 @@ def file_stem(prefix: str, width: int, height: int, now: datetime | None = None)
         return None
     name = re.split(r"[/\\]", filled)[-1]
     name = _REFUSED.sub("_", "".join(c for c in name if c.isprintable())).lstrip(".- ").rstrip(". ")
+    name = f"_{name}" if refused_by_windows(f"{name}.png") else name
     return name.encode(errors="ignore")[:MAX_STEM_BYTES].decode(errors="ignore").strip() or None
 
 

@@ -6,12 +6,14 @@ import argparse
 import contextlib
 import itertools
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdxl_trt.engines import UsageError, explain_os_error
+from sdxl_trt.engines.host import refused_by_windows
 from sdxl_trt.runtime.cli.file_names import file_stem
 from sdxl_trt.runtime.images import FORMATS, save_image
 
@@ -30,6 +32,9 @@ def check_outputs(arguments: argparse.Namespace) -> None:
             continue
         if path.suffix.lower() not in allowed:
             raise UsageError(f"{option} {path}: give a name that ends in {' or '.join(allowed)}")
+        if sys.platform == "win32" and refused_by_windows(path.name):
+            raise UsageError(f"{option} {path}: Windows does not allow this name; give one without < > : \" | ? *,"
+                             " and not that of a device such as NUL or COM1")  # fmt: skip
         if path.is_dir() or not path.parent.is_dir():
             raise UsageError(f"{option} {path}: is not a file in an existing folder; make the folder first")
     if arguments.save_latents and (arguments.sweep or arguments.prompts):

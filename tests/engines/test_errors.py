@@ -67,3 +67,22 @@ def test_an_os_error_without_errno_keeps_its_message() -> None:
     explained = explain_os_error(OSError("cannot mmap an empty file"), "reading weights")
     assert type(explained) is SdxlTrtError
     assert str(explained) == "reading weights: cannot mmap an empty file"
+
+
+@pytest.mark.parametrize(
+    ("number", "winerror", "remedy"),
+    [
+        (errno.EACCES, 32, "close the program that has the file open"),
+        (errno.EACCES, 33, "close the program that has the file open"),
+        (errno.EINVAL, 1224, "close the program that has the file open"),
+        (errno.EINVAL, 123, "check the path"),
+        (errno.EACCES, 5, "choose a place that you can read and write, or close the program that has files there open"),
+        (errno.ENOSPC, 112, "free some space"),
+    ],
+)
+def test_errors_of_windows_say_what_to_do(number: int, winerror: int, remedy: str) -> None:
+    exc = OSError(number, "planted", "out.png")
+    exc.winerror = winerror  # type: ignore[attr-defined]
+    known = explain_os_error(exc, "writing out.png")
+    assert isinstance(known, ResourceError if number == errno.ENOSPC else UsageError)
+    assert str(known).startswith(f"writing out.png: planted; {remedy}")

@@ -236,35 +236,34 @@ def test_an_interrupt_ends_the_running_builder(tmp_path: Path) -> None:
 def test_the_builder_ends_with_a_parent_that_was_killed(tmp_path: Path) -> None:
     """A killed parent cannot clean up: the child sees its stdin close while it runs TensorRT's code."""
     plan = tmp_path / "plan"
-    with plan.open("w+b") as file:
-        command = [sys.executable, "-m", "sdxl_trt.engines.build.worker", str(file.fileno())]
-        pipe = subprocess.PIPE
-        with subprocess.Popen(command, stdin=pipe, stdout=pipe, pass_fds=(file.fileno(),)) as child:
-            assert child.stdin
-            assert child.stdout
-            child.stdin.write(msgspec.json.encode(_job(tmp_path, "unet"), enc_hook=str) + b"\n")
-            child.stdin.flush()
-            for line in child.stdout:
-                if msgspec.json.decode(line).get("share") is not None:
-                    break
-            child.stdin.close()
-            assert child.wait(60) == 1
-            assert b'"made"' not in child.stdout.read()
+    plan.touch()
+    command = [sys.executable, "-m", "sdxl_trt.engines.build.worker", str(plan)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe) as child:
+        assert child.stdin
+        assert child.stdout
+        child.stdin.write(msgspec.json.encode(_job(tmp_path, "unet"), enc_hook=str) + b"\n")
+        child.stdin.flush()
+        for line in child.stdout:
+            if msgspec.json.decode(line).get("share") is not None:
+                break
+        child.stdin.close()
+        assert child.wait(60) == 1
+        assert b'"made"' not in child.stdout.read()
     assert plan.stat().st_size == 0
 
 
 def test_a_full_disk_is_a_resource_error(tmp_path: Path) -> None:
-    """The worker writes to the open file that it receives: /dev/full."""
-    with Path("/dev/full").open("r+b", buffering=0) as full:
-        command = [sys.executable, "-m", "sdxl_trt.engines.build.worker", str(full.fileno())]
-        given = msgspec.json.encode(_job(tmp_path), enc_hook=str) + b"\n"
-        pipe = subprocess.PIPE
-        with subprocess.Popen(command, stdin=pipe, stdout=pipe, pass_fds=(full.fileno(),)) as child:
-            assert child.stdin
-            assert child.stdout
-            child.stdin.write(given)
-            child.stdin.flush()
-            last = msgspec.json.decode(child.stdout.read().splitlines()[-1])
+    """The worker writes to the file that it is told of: /dev/full."""
+    command = [sys.executable, "-m", "sdxl_trt.engines.build.worker", "/dev/full"]
+    given = msgspec.json.encode(_job(tmp_path), enc_hook=str) + b"\n"
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe) as child:
+        assert child.stdin
+        assert child.stdout
+        child.stdin.write(given)
+        child.stdin.flush()
+        last = msgspec.json.decode(child.stdout.read().splitlines()[-1])
     assert last["type"] == "refused"
     assert last["error"] == "ResourceError"
     assert "No space left on device" in last["message"]

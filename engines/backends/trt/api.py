@@ -13,6 +13,7 @@ from typing import Any
 
 from sdxl_trt.engines.bundle import Flavour
 from sdxl_trt.engines.errors import IncompatibleError
+from sdxl_trt.engines.host import add_dll_folders
 
 Sink = Callable[[str, str], None]
 """Receives a message's severity (INTERNAL_ERROR, ERROR, WARNING, INFO or VERBOSE) and text, from any thread."""
@@ -33,6 +34,7 @@ _MOST_SHOWN = 300
 def tensorrt_module(flavour: Flavour) -> Any:
     """Import and return TensorRT's module; raise IncompatibleError if it is missing, broken or too old."""
     name, floor = _MODULES[flavour], _FLOORS[flavour]
+    add_dll_folders()
     try:
         module = importlib.import_module(name)
     except (ImportError, OSError) as exc:

@@ -27,7 +27,8 @@ def made(**changes):
     return {"type": "made", "size": 9, "sha256": hashlib.sha256(b"plan plan").hexdigest(), "activations": 3,
             "weights": 4, "streamable": 0, "parse_seconds": 0.5, "layers": 7} | changes
 def write(data=b"plan plan"):
-    os.write(int(sys.argv[1]), data)
+    with open(sys.argv[1], "r+b") as file:
+        file.write(data)
 def wait():
     sys.stdin.read()
 """
@@ -181,6 +182,24 @@ def test_a_kill_for_lack_of_memory_is_recognized(job: Job, monkeypatch: pytest.M
     monkeypatch.setattr(build, "_oom_kills", lambda: next(kills))
     with pytest.raises(ResourceError, match="ran out of memory"):
         build_plan(job("os.kill(os.getpid(), signal.SIGKILL)"))
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "said"),
+    [
+        (0xC0000005, EngineError, r"its process was ended by an access violation \(0xC0000005\) \(the log is empty\)"),
+        (0xC0000135, EngineError, r"a missing DLL \(0xC0000135\)"),
+        (0xC0000420, EngineError, r"was ended by Windows \(0xC0000420\)"),
+        (0xC0000017, ResourceError, "this machine ran out of memory"),
+        (0xC000012D, ResourceError, "this machine ran out of memory"),
+    ],
+)
+def test_an_end_by_windows_is_named(code: int, kind: type[Exception], said: str, job: Job) -> None:
+    """Windows returns the status with which it ends a process as its exit code."""
+    asked = job("")
+    asked.log.touch()
+    with pytest.raises(kind, match=said):
+        build._outcome(asked, None, code, killed=False)
 
 
 @pytest.mark.parametrize("name", errors.__all__)

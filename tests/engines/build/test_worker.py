@@ -1,13 +1,17 @@
 """The child's side of a build: its messages, its progress, and its end with the parent."""
 
+import io
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import pytest
 
+from sdxl_trt.engines.build import worker
 from sdxl_trt.engines.build.messages import BuildJob, Message, Refused
 from sdxl_trt.engines.build.worker import Phases
 
@@ -79,12 +83,11 @@ def _run(tmp_path: Path, builder: str, *, close: bool) -> tuple[int, list[Messag
         log=tmp_path / "log",
     )  # fmt: skip
     environment = os.environ | {"PYTHONPATH": str(modules.parent)}
-    with (tmp_path / "plan").open("w+b") as plan, (tmp_path / "log").open("wb") as log:
-        command = [sys.executable, "-m", "sdxl_trt.engines.build.worker", str(plan.fileno())]
+    (tmp_path / "plan").touch()
+    with (tmp_path / "log").open("wb") as log:
+        command = [sys.executable, "-m", "sdxl_trt.engines.build.worker", str(tmp_path / "plan")]
         pipe = subprocess.PIPE
-        with subprocess.Popen(
-            command, stdin=pipe, stdout=pipe, stderr=log, env=environment, pass_fds=(plan.fileno(),)
-        ) as child:
+        with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log, env=environment) as child:
             assert child.stdin
             assert child.stdout
             child.stdin.write(msgspec.json.encode(job, enc_hook=str) + b"\n")
@@ -136,3 +139,34 @@ def test_a_missing_tensorrt_is_named(tmp_path: Path) -> None:
     last = words[-1]
     assert isinstance(last, Refused)
     assert (last.error, "planted" in last.message) == ("IncompatibleError", True)
+
+
+@pytest.mark.parametrize(("platform", "threads"), [("linux", ["_end_with_parent"]), ("win32", [])])
+def test_no_thread_waits_on_stdin_on_windows(
+    platform: str, threads: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There it would block the loading of libraries that look at stdin; the parent's job object ends the worker."""
+    job = BuildJob(component="unet", graph=tmp_path, profiles=(), flavour="tensorrt", plan=tmp_path, log=tmp_path)
+    started: list[str] = []
+
+    class Thread:
+        def __init__(self, target: Callable[[], None], *, daemon: bool) -> None:
+            started.append(target.__name__)
+
+        def start(self) -> None:
+            pass
+
+    (tmp_path / "plan").touch()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(msgspec.json.encode(job, enc_hook=str) + b"\n")))
+    monkeypatch.setattr(sys, "argv", ["worker", str(tmp_path / "plan")])
+    monkeypatch.setattr(worker, "_channel", lambda: lambda _: None)
+    monkeypatch.setattr(worker, "make_plan", lambda job, file, say: file.write(b"plan"))
+    monkeypatch.setattr(worker.threading, "Thread", Thread)
+    monkeypatch.setattr(sys, "platform", platform)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        assert worker.main() == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert started == threads
+    assert (tmp_path / "plan").read_bytes() == b"plan"

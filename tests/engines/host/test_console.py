@@ -1,8 +1,11 @@
 """The commands' contract: one line on stderr, the exit code of the error, JSON alone on stdout."""
 
 import argparse
+import errno
 import json
 import logging
+import signal
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -136,3 +139,42 @@ def test_warnings_go_to_stderr_once(parser: Parser, capsys: pytest.CaptureFixtur
     assert run(parser, work, []) == 0
     out, err = capsys.readouterr()
     assert (out, err) == ("", "warning: the prompt is long\n")
+
+
+def test_a_reader_that_is_gone_on_windows_gets_no_message(
+    parser: Parser, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows reports a closed pipe as an invalid argument; a file with a name that is invalid is another matter."""
+    closed = _raise(OSError(errno.EINVAL, "Invalid argument"))
+    assert run(parser, closed, []) == 1
+    assert "error: using the output: Invalid argument" in capfd.readouterr().err
+    pointed: list[int] = []
+    monkeypatch.setattr("os.dup2", lambda _, target: pointed.append(target))
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert run(parser, closed, []) == 1
+    assert capfd.readouterr().err == ""
+    assert pointed == [sys.stdout.fileno()]
+    assert run(parser, _raise(OSError(errno.EINVAL, "Invalid argument", "a?b")), []) == 1
+    assert "using a?b: Invalid argument" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGBREAK"])
+def test_a_signal_to_end_unwinds_and_the_handler_before_comes_back(
+    parser: Parser, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGBREAK exists on Windows alone: SIGUSR1 stands in for it."""
+    monkeypatch.setattr(signal, "SIGBREAK", signal.SIGUSR1, raising=False)
+    number = getattr(signal, name)
+    before, cleaned = signal.getsignal(number), []
+
+    def work(_: argparse.Namespace) -> None:
+        try:
+            signal.raise_signal(number)
+        finally:
+            cleaned.append(True)
+
+    with pytest.raises(SystemExit) as caught:
+        run(parser, work, [])
+    assert caught.value.code == 128 + number
+    assert cleaned == [True]
+    assert signal.getsignal(number) == before

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,25 @@ def test_a_plain_path_is_inside(tmp_path: Path, name: str) -> None:
 def test_a_path_out_of_the_folder_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(CorruptError):
         contained(tmp_path, name)
+
+
+@pytest.mark.parametrize("name", ["C:model.onnx", "unet/C:x", "NUL", "unet/con.data", "model.onnx.", "a "])
+def test_a_name_that_means_another_place_on_windows_is_refused_there(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert contained(tmp_path, name) == tmp_path / name
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(CorruptError, match="is not a plain path inside the folder"):
+        contained(tmp_path, name)
+
+
+def test_the_temporary_file_can_be_opened_under_its_name(target: Path) -> None:
+    with atomic_write(target) as file:
+        with Path(file.name).open("r+b") as another:
+            another.write(b"of another process")
+        assert Path(file.name).is_absolute()
+        assert Path(file.name).parent == target.parent
+    assert target.read_bytes() == b"of another process"
 
 
 @pytest.mark.parametrize("place", ["file", "folder/file"])

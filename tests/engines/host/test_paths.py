@@ -1,18 +1,28 @@
 """Paths of any bytes: in shell commands, in records, and on outputs of any encoding."""
 
 import io
+import itertools
 import json
+import ntpath
 import os
 import subprocess
 import sys
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import pytest
 
 from sdxl_trt.engines.bundle.bundle import read_bundle
 from sdxl_trt.engines.errors import SourceError, UsageError
 from sdxl_trt.engines.host.console import print_json
-from sdxl_trt.engines.host.paths import OUTPUT_ERRORS, is_utf8, known_as, one_line, require_utf8, shell_word
+from sdxl_trt.engines.host.paths import (
+    OUTPUT_ERRORS,
+    is_utf8,
+    known_as,
+    one_line,
+    refused_by_windows,
+    require_utf8,
+    shell_word,
+)
 from sdxl_trt.engines.plans.files import rebuild_command
 
 NAMES = [b"plain", b"two words", b"two  blanks", b"it's", b'"$HOME"', b"~", b"caf\xc3\xa9", b"caf\xe9 \xff",
@@ -68,3 +78,41 @@ def test_a_record_and_a_message_show_the_bytes(tmp_path: Path) -> None:
     require_utf8(tmp_path, "TensorRT")
     with pytest.raises(UsageError, match="is not UTF-8, and TensorRT cannot open such a path; rename it"):
         require_utf8(path, "TensorRT")
+
+
+DEVICES = [
+    "CON",
+    "prn",
+    "Aux",
+    "NUL",
+    "COM1",
+    "com9",
+    "LPT5",
+    "lpt²",
+    "CONIN$",
+    "conout$",
+    "COM10",
+    "NULL",
+    "xCON",
+    "CO",
+]
+
+
+@pytest.mark.parametrize(
+    "name", ["".join(parts) for parts in itertools.product(DEVICES, ["", ".png", " .x", ".tar.gz", "x", "-1.png"])]
+)
+def test_devices_are_those_that_python_knows(name: str) -> None:
+    known = getattr(ntpath, "isreserved", None) or (lambda text: PureWindowsPath(text).is_reserved())
+    assert refused_by_windows(name) == known(name)
+
+
+@pytest.mark.parametrize("character", '<>:"/\\|?*\0\x1f')
+def test_a_character_that_windows_refuses_is_found(character: str) -> None:
+    assert refused_by_windows(f"a{character}b")
+
+
+@pytest.mark.parametrize(
+    ("name", "refused"), [("a.", True), ("a ", True), (".a", False), ("a b.c", False), ("é×", False)]
+)
+def test_dots_and_spaces_count_at_the_end_alone(name: str, *, refused: bool) -> None:
+    assert refused_by_windows(name) is refused

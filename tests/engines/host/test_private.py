@@ -52,6 +52,6 @@ def test_windows_has_neither_mode_bits_nor_owners(monkeypatch: pytest.MonkeyPatc
     status = os.stat_result((0o100666, 1, 1, 1, 4711, 0, 7, 0, 0, 0))
     assert writable_by_others(status)
     assert owned_by_another(status)
-    monkeypatch.setattr(os, "name", "nt")
+    monkeypatch.setattr(sys, "platform", "win32")
     assert not writable_by_others(status)
     assert not owned_by_another(status)

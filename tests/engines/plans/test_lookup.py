@@ -262,3 +262,23 @@ def test_static_limits_hold_both_row_counts(bundle: Bundle) -> None:
     component = bundle.manifest.components["unet"]
     limits = plan_limits(bundle, [_record(_key(bundle, profiles=profiles_of(component, sizes, 8)))])
     assert limits == PlanLimits(height=fixed(128), width=fixed(128), pictures=3, tokens=fixed(77), fewest=3)
+
+
+@pytest.mark.parametrize(
+    ("flavour", "platform", "fits"),
+    [
+        ("tensorrt-rtx", "linux-x86_64", True), ("tensorrt-rtx", "win32-AMD64", True),
+        ("tensorrt-rtx", "linux-aarch64", False), ("tensorrt-rtx", "win32-ARM64", False),
+        ("tensorrt", "linux-x86_64", True), ("tensorrt", "win32-AMD64", False),
+    ],
+)  # fmt: skip
+def test_plans_of_tensorrt_for_rtx_alone_run_on_the_other_system(
+    bundle: Bundle, flavour: str, platform: str, *, fits: bool
+) -> None:
+    built = RTX if flavour == "tensorrt-rtx" else HERE
+    reasons = why_rebuild(
+        _record(_key(bundle, environment=built)),
+        bundle.manifest.components["unet"],
+        _replace(built, platform=platform),
+    )
+    assert reasons == ([] if fits else [f"the platform is {platform}, the plan was built on linux-x86_64"])

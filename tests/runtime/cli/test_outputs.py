@@ -1,6 +1,8 @@
 """Names of pictures: the user's own are replaced, all others never, whoever takes them meanwhile."""
 
+import argparse
 import os
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from sdxl_trt.engines.errors import UsageError
 from sdxl_trt.engines.host.files import atomic_write
 from sdxl_trt.runtime.cli.file_names import MAX_STEM_BYTES, file_stem
-from sdxl_trt.runtime.cli.outputs import Pictures
+from sdxl_trt.runtime.cli.outputs import Pictures, check_outputs
 from sdxl_trt.runtime.images.picture import Picture
 
 NOW = datetime(2026, 3, 9, 5, 7, 8, tzinfo=UTC)
@@ -127,6 +130,7 @@ def test_a_workflow_s_prefix_is_the_name() -> None:
         ("100%", "100_"), ("/etc/passwd", "passwd"), ("../../x", "x"), ("..", None), ("", None), ("out/", None),
         ("-rf", "rf"), (".hidden", "hidden"), ("a\0b\x1b[31m\n", "ab[31m"), ('a:b*c?"<>|', "a_b_c_____"),
         ("x" * 500, "x" * MAX_STEM_BYTES), ("ü" * 500, "ü" * (MAX_STEM_BYTES // 2)), ("\ud800x", "x"), ("%a.b%", None),
+        ("NUL", "_NUL"), ("com1.final", "_com1.final"), ("NULL", "NULL"), ("con." + "x" * 200, "_con." + "x" * 115),
     ],
 )  # fmt: skip
 def test_a_prefix_is_filled_in_and_cleaned(prefix: str, expected: str | None) -> None:
@@ -146,3 +150,16 @@ def test_any_prefix_is_a_plain_file_name_or_none(prefix: str) -> None:
         assert len(os.fsencode(stem)) <= MAX_STEM_BYTES
         assert stem.isprintable()
         assert stem[0] not in ".-"
+
+
+@pytest.mark.parametrize("name", ["NUL.png", "aux.png", "a:b.png", "what?.png", "com7.x.png"])
+def test_a_name_that_windows_refuses_is_refused_there_before_the_work(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = argparse.Namespace(out=Path(name), format=None, save_latents=None, sweep=None, prompts=None)
+    check_outputs(arguments)
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(UsageError, match="Windows does not allow this name; give one without"):
+        check_outputs(arguments)
+    arguments.out = Path("null-a_b.png")
+    check_outputs(arguments)

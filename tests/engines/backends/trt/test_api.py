@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from sdxl_trt.engines.backends.trt import api
 from sdxl_trt.engines.backends.trt.api import Messages, library_version, make_logger, tensorrt_module
 from sdxl_trt.engines.errors import IncompatibleError
 
@@ -149,3 +150,11 @@ def test_old_messages_are_dropped() -> None:
         messages("ERROR", str(i))
     assert len(messages.errors()) < 100
     assert messages.errors()[-1] == "999"
+
+
+def test_folders_of_dlls_are_added_before_the_module_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[str] = []
+    monkeypatch.setattr(api, "add_dll_folders", lambda: steps.append("folders"))
+    monkeypatch.setattr(api.importlib, "import_module", lambda name: steps.append(name) or _module(name, "11.0"))
+    tensorrt_module("tensorrt")
+    assert steps == ["folders", "tensorrt"]
