@@ -114,6 +114,7 @@ def _record(job: PlanJob, file: str, built: BuiltPlan) -> PlanRecord:
         memory=PlanMemory(weights=built.weights, activations=built.activations, streamable=built.streamable),
         seconds=built.seconds,
         log=str(Path(file).with_suffix(".log").as_posix()),
+        chunks=built.chunks,
     )
 
 
