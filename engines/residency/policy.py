@@ -100,7 +100,7 @@ def _recorded(manifest: Manifest, provider: str) -> dict[str, PlanRecord]:
 
 @dataclass(frozen=True)
 class _Draft:
-    """The inputs of every policy: memory, needs and phases; `ahead` is the host memory for plans that are read ahead."""
+    """The inputs of every policy: memory, needs and phases; `ahead` is the host memory for plans."""
 
     provider: str
     capacity: int | None
