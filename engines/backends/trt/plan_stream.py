@@ -74,7 +74,7 @@ def make_reader(trt: Any, plan: PlanReader) -> Any:
             try:
                 piece = plan.at(self._at)[: min(num_bytes, PIECE)]
             except SdxlTrtError as exc:
-                self.failure = exc
+                self.failure = exc.with_traceback(None)  # its frames would keep the runtime and the engine alive
                 return memoryview(b"")
             self._at += len(piece)
             return piece
