@@ -52,7 +52,7 @@ def make_file(path: Path, size: int) -> None:
     if facts.exists() and path.stat().st_size == size:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    block = np.random.default_rng(0).bytes(_RANDOM)
+    block = np.random.default_rng(0).bytes(min(_RANDOM, size))
     with path.open("wb") as file:
         plan = PlanFile(file)
         while plan.size < size:
