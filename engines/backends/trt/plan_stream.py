@@ -5,7 +5,7 @@ What NVIDIA's Python binding makes of a reader (python/src/infer/pyCore.cpp, and
   buffer itself, synchronously, to host or device memory: the reader never sees the destination.
 - It holds Python's lock while it copies. So pieces are small: a step of another engine in another thread waits for one
   piece, not for gigabytes.
-- An exception in `read` or `seek` is printed and becomes a failed read: the reader keeps it, and it is raised later.
+- An exception in `read`, even an interrupt, is printed and becomes a failed read: the reader keeps it for later.
 - Its constructor opens the CUDA driver.
 
 NVIDIA expects no gain for Python over deserializing from memory. That holds for a plan that is in memory already: it is
@@ -64,18 +64,21 @@ def make_reader(trt: Any, plan: PlanReader) -> Any:
     class Reader(trt.IStreamReaderV2):  # type: ignore[misc] # the base is known at run time only
         def __init__(self) -> None:
             trt.IStreamReaderV2.__init__(self)  # the binding requires this call instead of super()
-            self.failure: SdxlTrtError | None = None
+            self.failure: BaseException | None = None
             self._at = 0
 
         def read(self, num_bytes: int, stream: int) -> memoryview:  # noqa: ARG002 - the binding copies synchronously
+            try:
+                return self._piece(num_bytes)
+            except BaseException as exc:  # noqa: BLE001 - raised by `deserialize`
+                self.failure = exc.with_traceback(None)  # its frames would keep the runtime and the engine alive
+                return memoryview(b"")
+
+        def _piece(self, most: int) -> memoryview:
             plan.drop(self._at)  # the binding has copied what it was given before
             if self._at >= plan.size:
                 return memoryview(b"")
-            try:
-                piece = plan.at(self._at)[: min(num_bytes, PIECE)]
-            except SdxlTrtError as exc:
-                self.failure = exc.with_traceback(None)  # its frames would keep the runtime and the engine alive
-                return memoryview(b"")
+            piece = plan.at(self._at)[: min(most, PIECE)]
             self._at += len(piece)
             return piece
 

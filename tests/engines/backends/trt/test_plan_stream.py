@@ -139,6 +139,18 @@ def test_a_damaged_chunk_ends_the_stream_before_it_is_handed_out(reader: Any, pl
 
 
 @pytest.mark.usefixtures("arriving")
+def test_an_interrupt_while_a_piece_is_read_is_not_lost(reader: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PlanReader, "at", interrupted)
+    runtime = Runtime(whole)
+    with pytest.raises(KeyboardInterrupt):
+        deserialize(TRT, runtime, reader(), ask)
+    assert runtime.given == ["stream"]
+
+
+@pytest.mark.usefixtures("arriving")
 def test_a_refused_stream_is_tried_again_from_memory(reader: Any, caplog: pytest.LogCaptureFixture) -> None:
     runtime = Runtime(lambda stream: bytes(stream.read(10, 0)))
     with caplog.at_level(logging.WARNING):
