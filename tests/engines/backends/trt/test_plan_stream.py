@@ -140,8 +140,13 @@ def test_a_damaged_chunk_ends_the_stream_before_it_is_handed_out(reader: Any, pl
 
 @pytest.mark.usefixtures("arriving")
 def test_an_interrupt_while_a_piece_is_read_is_not_lost(reader: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*_: Any) -> None:
-        raise KeyboardInterrupt
+    at, calls = PlanReader.at, []
+
+    def interrupted(plan: PlanReader, offset: int) -> memoryview:
+        calls.append(offset)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return at(plan, offset)
 
     monkeypatch.setattr(PlanReader, "at", interrupted)
     runtime = Runtime(whole)
