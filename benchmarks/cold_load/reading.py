@@ -18,15 +18,15 @@ from typing import Literal, get_args
 import msgspec
 import numpy as np
 
+from sdxl_trt.engines import CorruptError
 from sdxl_trt.engines.build import PlanFile
 from sdxl_trt.engines.bundle import Chunks
-from sdxl_trt.engines.errors import CorruptError
-from sdxl_trt.engines.host import process_memory
+from sdxl_trt.engines.host import process_memory, sha256_file
 from sdxl_trt.engines.plans import PlanReader
 
-Way = Literal["sha256", "before", "whole", "stream"]
+Way = Literal["sha256", "file", "before", "whole", "stream"]
 WAYS: tuple[Way, ...] = get_args(Way)
-_BEFORE, _PIECE = 64 << 20, 4 << 20
+_BEFORE = 64 << 20
 _RANDOM = 64 << 20
 
 
@@ -81,6 +81,12 @@ def _only_hash(path: Path, facts: _File, _threads: int) -> Callable[[], None]:
     return run
 
 
+def _file_digest(path: Path, facts: _File, _threads: int) -> None:
+    """Hash the file in one thread: it is copied from the page cache to a small buffer."""
+    if sha256_file(path) != facts.sha256:
+        raise CorruptError(f"{path}: its sha256 is another")
+
+
 def _before(path: Path, facts: _File, _threads: int) -> None:
     """Read and hash in turn, in one thread: how plans were read before they had digests of chunks."""
     buffer = np.empty(facts.size, np.uint8).data
@@ -106,14 +112,11 @@ def _whole(path: Path, facts: _File, threads: int) -> None:
 
 
 def _stream(path: Path, facts: _File, threads: int) -> None:
-    """Read, check, and copy piece by piece, as TensorRT's binding copies to the device; drop what was copied."""
-    reader, target = _reader(path, facts, threads), np.empty(_PIECE, np.uint8)
-    at = 0
+    """Read and check the plan chunk by chunk, and drop every chunk after use, as TensorRT's stream reader does."""
+    reader, at = _reader(path, facts, threads), 0
     while at < facts.size:
         reader.drop(at)
-        piece = reader.at(at)[:_PIECE]
-        target[: len(piece)] = piece
-        at += len(piece)
+        at += len(reader.at(at))
     reader.close()
 
 
@@ -122,7 +125,9 @@ def _prepared(way: str, path: Path, threads: int) -> Callable[[], None]:
     facts = msgspec.json.decode(path.with_suffix(".json").read_bytes(), type=_File)
     if way == "sha256":
         return _only_hash(path, facts, threads)
-    return partial({"before": _before, "whole": _whole, "stream": _stream}[way], path, facts, threads)
+    return partial(
+        {"file": _file_digest, "before": _before, "whole": _whole, "stream": _stream}[way], path, facts, threads
+    )
 
 
 def main(way: str, path: Path, threads: int) -> None:

@@ -14,7 +14,7 @@ from typing import Any, Literal, cast
 
 import msgspec
 
-from sdxl_trt.engines.engine import Array
+from sdxl_trt.engines import Array
 from sdxl_trt.engines.residency import EnginePool
 
 GB = 1e9
