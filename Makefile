@@ -11,7 +11,7 @@ PROMPT ?= a large red star on a blue background
 # A half-made environment must not pass for a whole one.
 .DELETE_ON_ERROR:
 
-.PHONY: help demo demo-export install test lint types pytest peers test-peers test-references format mini-bundle gallery checkpoints readme bench bench-export bench-build bench-host gpu-check clean
+.PHONY: help demo demo-export install test lint types pytest peers test-peers test-references format mini-bundle gallery checkpoints readme bench bench-export bench-build bench-host bench-load gpu-check clean
 
 help:  ## Say what there is to make
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -77,6 +77,9 @@ bench-build: $(VENV)/.full  ## Measure plan builds at SDXL's real size, without 
 # The schedulers that need scipy or torchsde run in the peers' environment, if there is one.
 bench-host: $(VENV)/.full  ## Measure the host's time per step beside diffusers' schedulers, in minutes
 	$(BIN)/python -m sdxl_trt.benchmarks.host_time $(if $(wildcard $(PEERS)/.done),--peers $(PEERS)/bin/python)
+
+bench-load: $(VENV)/.full  ## Measure reading and checking a plan, and simulate a cold run; needs 11 GB of memory, 6 GB of disk
+	$(BIN)/python -m sdxl_trt.benchmarks.cold_load $(if $(QUICK),--quick --results out/bench-load/quick.json)
 
 # Two packages install one `onnxruntime`, so the one for GPUs has an environment of its own; without a GPU it is not made.
 gpu-check: $(VENV)/.runtime  ## On a machine with an NVIDIA GPU: prove what no CPU can, and print a report for an issue

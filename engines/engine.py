@@ -26,7 +26,11 @@ class Engine(Protocol):
     component: Component
 
     def prefetch(self) -> None:
-        """Read what `load` needs into host memory and check its digests; raise CorruptError if one differs."""
+        """Read what `load` needs into host memory and check its digests; raise CorruptError if one differs.
+
+        For an engine with a plan, `load` and `unload` may be called meanwhile in another thread: `load` takes what has
+        arrived, and `unload` ends the reading.
+        """
 
     def load(self) -> None:
         """Make the engine ready to infer; prefetch first if necessary. Raises ResourceError, EngineError."""

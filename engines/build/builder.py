@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from sdxl_trt.engines.build.network import BuildLog
-from sdxl_trt.engines.bundle import BuildFlags, Flavour, PlanMemory, Profile
+from sdxl_trt.engines.bundle import BuildFlags, Chunks, Flavour, PlanMemory, Profile
 from sdxl_trt.engines.errors import EngineError, IncompatibleError, UsageError, explain_os_error
 from sdxl_trt.engines.host import atomic_write
 
@@ -20,27 +20,48 @@ _DEFAULT_LEVEL = 3
 
 
 class PlanFile:
-    """An open file that a plan is written to; counts and digests the bytes, so that they need not be read again."""
+    """An open file that a plan is written to; counts and digests the bytes, so that they need not be read again.
+
+    The whole file has a digest, and so does every chunk of CHUNK bytes, however the writes are divided.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
         self.size = 0
         self._file = file
         self._digest = hashlib.sha256()
+        self._chunk = hashlib.sha256()
+        self._complete: list[str] = []
 
     @property
     def sha256(self) -> str:
         """The hex digest of the bytes written so far."""
         return self._digest.hexdigest()
 
+    @property
+    def chunks(self) -> Chunks:
+        """The hex digests of the chunks written so far, the last of which may be incomplete."""
+        rest = (self._chunk.hexdigest(),) if self.size % CHUNK else ()
+        return Chunks(size=CHUNK, sha256=(*self._complete, *rest))
+
     def write(self, data: Any) -> int:
         """Write a buffer without copying it, and return its size in bytes."""
         view = memoryview(data).cast("B")
-        for start in range(0, len(view), CHUNK):
-            chunk = view[start : start + CHUNK]
-            self._digest.update(chunk)
-            self._file.write(chunk)
-        self.size += len(view)
+        start = 0
+        while start < len(view):
+            part = view[start : start + CHUNK - self.size % CHUNK]
+            self._write_part(part)
+            start += len(part)
         return len(view)
+
+    def _write_part(self, part: memoryview) -> None:
+        """Write bytes that do not cross the end of a chunk."""
+        self._digest.update(part)
+        self._chunk.update(part)
+        self._file.write(part)
+        self.size += len(part)
+        if self.size % CHUNK == 0:
+            self._complete.append(self._chunk.hexdigest())
+            self._chunk = hashlib.sha256()
 
 
 def configure(trt: Any, builder: Any, flavour: Flavour, flags: BuildFlags, timing_cache: Path | None) -> Any:

@@ -138,6 +138,7 @@ def _record(job: PlanJob, file: str, built: BuiltPlan, driver: str) -> PlanRecor
         memory=PlanMemory(weights=built.weights, activations=built.activations, streamable=built.streamable),
         seconds=built.seconds,
         log=str(Path(file).with_suffix(".log").as_posix()),
+        chunks=built.chunks,
         driver="" if driver == ANY else driver,
     )
 

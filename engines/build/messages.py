@@ -4,7 +4,7 @@ __all__ = ["BuildEvent", "BuildJob", "BuildPhase", "BuiltPlan", "Made", "Message
 
 from pathlib import Path
 
-from sdxl_trt.engines.bundle import BuildFlags, Flavour, Natural, Positive, Profile, Record, Sha256
+from sdxl_trt.engines.bundle import BuildFlags, Chunks, Flavour, Natural, Positive, Profile, Record, Sha256
 
 
 class BuildJob(Record, frozen=True, kw_only=True):
@@ -47,6 +47,7 @@ class BuiltPlan(Record, frozen=True, kw_only=True):
     plan: Path
     size: Positive
     sha256: Sha256
+    chunks: Chunks
     activations: Natural
     weights: Natural
     streamable: Natural
@@ -65,10 +66,11 @@ class BuildPhase(Record, frozen=True, kw_only=True, tag="phase"):
 
 
 class Made(Record, frozen=True, kw_only=True, tag="made"):
-    """Sent by the build process at the end: the size and digest of the plan, and the builder's figures."""
+    """Sent by the build process at the end: the size and digests of the plan, and the builder's figures."""
 
     size: Natural
     sha256: Sha256
+    chunks: Chunks
     activations: Natural
     weights: Natural
     streamable: Natural

@@ -106,7 +106,14 @@ def make_plan(job: BuildJob, file: BinaryIO, say: Say) -> Made:
         save_timing_cache(config, job.timing_cache)
     memory = memory_of(trt, logger, log, file, job.flags)
     figures = msgspec.structs.asdict(memory)
-    return Made(size=plan.size, sha256=plan.sha256, parse_seconds=parsed.seconds, layers=layers, **figures)
+    return Made(
+        size=plan.size,
+        sha256=plan.sha256,
+        chunks=plan.chunks,
+        parse_seconds=parsed.seconds,
+        layers=layers,
+        **figures,
+    )
 
 
 def _builder(trt: Any, logger: Any, log: BuildLog, job: BuildJob) -> Any:

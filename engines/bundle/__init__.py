@@ -7,13 +7,15 @@ from sdxl_trt.engines.bundle.manifest import (
     Stage, TensorSpec, TextEncoder, Tokenizer, Vae,
 )
 from sdxl_trt.engines.bundle.phases import computes_bf16, run_components, run_phases, stand_ins
-from sdxl_trt.engines.bundle.plan_record import ANY, BuildFlags, Environment, Flavour, PlanKey, PlanMemory, PlanRecord
+from sdxl_trt.engines.bundle.plan_record import (
+    ANY, BuildFlags, Chunks, Environment, Flavour, PlanKey, PlanMemory, PlanRecord,
+)
 from sdxl_trt.engines.bundle.profile import Axes, Profile, Range, Shape, fixed
 from sdxl_trt.engines.bundle.records import FileRecord, Natural, Positive, Record, Sha256
 
 __all__ = [
-    "ANY", "FORMAT_NAME", "FORMAT_VERSION", "MANIFEST", "Axes", "BuildFlags", "Bundle", "Component", "DType", "Edm",
-    "Environment", "FileRecord", "Flavour", "Kind", "LoraRecord", "Manifest", "Natural", "PlanKey", "PlanMemory",
+    "ANY", "FORMAT_NAME", "FORMAT_VERSION", "MANIFEST", "Axes", "BuildFlags", "Bundle", "Chunks", "Component", "DType",
+    "Edm", "Environment", "FileRecord", "Flavour", "Kind", "LoraRecord", "Manifest", "Natural", "PlanKey", "PlanMemory",
     "PlanRecord", "Positive", "Precision", "Profile", "Range", "Record", "Scheduler", "Sha256", "Shape", "Source",
     "Stage", "TensorSpec", "TextEncoder", "Tokenizer", "Vae", "computes_bf16", "fixed", "read_bundle",
     "run_components", "run_phases", "stand_ins", "verify_file", "write_manifest",

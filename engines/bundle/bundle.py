@@ -115,7 +115,10 @@ def _check_graphs(bundle: Bundle) -> None:
 
 
 def _check_plans(bundle: Bundle) -> None:
-    """Raise CorruptError for a plan of an unknown component or with profiles for other inputs; files are not read."""
+    """Raise CorruptError for a plan of an unknown component, with profiles for other inputs, or with too few digests.
+
+    Files are not read.
+    """
     for record in bundle.manifest.plans:
         name = record.key.component
         component = bundle.manifest.components.get(name)
@@ -124,6 +127,10 @@ def _check_plans(bundle: Bundle) -> None:
         if not ranks or not profiles or any(each != ranks for each in profiles):
             raise CorruptError(f"{bundle.root / MANIFEST}: a plan of {name!r} does not fit that component; run"
                                " export-engines again")  # fmt: skip
+        if record.chunks is not None and not record.chunks.fit(record.file.size):
+            raise CorruptError(f"{bundle.root / MANIFEST}: {record.file.file} has {len(record.chunks.sha256)} digests,"
+                               f" but {record.file.size} bytes in chunks of {record.chunks.size} need another number;"
+                               " run export-engines again")  # fmt: skip
         bundle.path(record.file)
 
 

@@ -1,6 +1,6 @@
 """The record of a plan in the manifest, and its key: everything that the plan depends on."""
 
-__all__ = ["BuildFlags", "Environment", "Flavour", "PlanKey", "PlanMemory", "PlanRecord"]
+__all__ = ["BuildFlags", "Chunks", "Environment", "Flavour", "PlanKey", "PlanMemory", "PlanRecord"]
 
 import hashlib
 from typing import Annotated, Literal
@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from sdxl_trt.engines.bundle.profile import Profile
-from sdxl_trt.engines.bundle.records import FileRecord, Natural, Record, Sha256
+from sdxl_trt.engines.bundle.records import FileRecord, Natural, Positive, Record, Sha256
 
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
 ANY = "any"
@@ -70,6 +70,17 @@ class PlanMemory(Record, frozen=True, kw_only=True):
     """The part of the weights that weight streaming may leave in host memory."""
 
 
+class Chunks(Record, frozen=True, kw_only=True):
+    """The digests of a file by chunk: every chunk has `size` bytes, except the last, which may be shorter."""
+
+    size: Positive
+    sha256: tuple[Sha256, ...]
+
+    def fit(self, nbytes: int) -> bool:
+        """Return whether there is one digest for every chunk of a file of `nbytes` bytes."""
+        return len(self.sha256) == -(-nbytes // self.size)
+
+
 class PlanRecord(Record, frozen=True, kw_only=True):
     """A plan of the bundle: its file under ``plans/``, its key, its memory, and the build log beside it.
 
@@ -84,6 +95,8 @@ class PlanRecord(Record, frozen=True, kw_only=True):
     log: str = ""
     """The path of the build log, relative to the bundle; it has no digest, because only people read it."""
     driver: str = ""
+    chunks: Chunks | None = None
+    """The digests that several threads check while they read; without them the whole file is one chunk."""
 
     @property
     def built_with(self) -> str:

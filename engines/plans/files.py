@@ -1,21 +1,17 @@
-"""Plan files: their paths in a bundle, and reading them with a check of their sha256."""
+"""Plan files: their paths in a bundle, and reading them with a check of their digests."""
 
-__all__ = ["PLANS", "plan_path", "read_plan", "rebuild_command", "remove_write_permission"]
+__all__ = ["PLANS", "plan_path", "read_plan", "rebuild_command", "remove_write_permission", "start_reading"]
 
-import hashlib
-import os
 import stat
 from pathlib import Path
 
-import numpy as np
-
-from sdxl_trt.engines.bundle import MANIFEST, Bundle, Flavour, PlanKey, PlanRecord
-from sdxl_trt.engines.errors import CorruptError, ResourceError, explain_os_error
+from sdxl_trt.engines.bundle import MANIFEST, Bundle, Chunks, Flavour, PlanKey, PlanRecord
+from sdxl_trt.engines.errors import CorruptError, explain_os_error
 from sdxl_trt.engines.host import owned_by_another, shell_word, writable_by_others
+from sdxl_trt.engines.plans.reading import PlanReader
 
 PLANS = "plans"
 _DIGITS = 12
-_CHUNK = 64 << 20
 
 
 def plan_path(key: PlanKey) -> str:
@@ -29,34 +25,32 @@ def rebuild_command(bundle: Bundle, flavour: Flavour) -> str:
 
 
 def read_plan(bundle: Bundle, record: PlanRecord) -> memoryview:
-    """Return the bytes of a plan in a buffer that the caller owns, read once and checked in place.
+    """Return the bytes of a plan, read-only and checked, in memory that lives as long as the view.
 
-    Raises CorruptError if the size or sha256 differs from the manifest's, or if other users could have written the
-    file; ResourceError if it does not fit into memory.
+    Raises what `start_reading` raises, CorruptError if a digest differs from the manifest's, and ResourceError.
+    """
+    reader = start_reading(bundle, record)
+    try:
+        return reader.whole()
+    finally:
+        reader.close()
+
+
+def start_reading(bundle: Bundle, record: PlanRecord, threads: int | None = None) -> PlanReader:
+    """Return a reader of a plan, whose threads have begun; the caller closes it. `threads` as in PlanReader.
+
+    A record without digests of chunks is of an older version: its file is read as one chunk. Raises CorruptError for
+    a file of another size, or if other users could have written it; ResourceError if it does not fit into memory.
     """
     path = bundle.path(record.file)
     for place in (bundle.root, bundle.root / MANIFEST, path.parent, path):
         _check_private(place)
-    try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size != record.file.size:
-                raise _damaged(bundle, record, f"{size} bytes, but the manifest says {record.file.size}")
-            buffer = np.empty(size, np.uint8).data
-            digest = hashlib.sha256()
-            for start in range(0, size, _CHUNK):
-                part = buffer[start : start + _CHUNK]
-                if file.readinto(part) != len(part):
-                    raise _damaged(bundle, record, "it became shorter while it was read")
-                digest.update(part)
-    except MemoryError as exc:
-        raise ResourceError(f"reading {path}: out of host memory ({record.file.size / 1e9:.1f} GB);"
-                            " close other programs") from exc  # fmt: skip
-    except OSError as exc:
-        raise explain_os_error(exc, f"reading {path}") from exc
-    if digest.hexdigest() != record.file.sha256:
-        raise _damaged(bundle, record, "its sha256 is not the manifest's")
-    return buffer
+    size, chunks = record.file.size, record.chunks
+    if chunks is None:
+        chunks = Chunks(size=max(size, 1), sha256=(record.file.sha256,))
+    elif not chunks.fit(size):
+        raise _damaged(bundle, record, f"{len(chunks.sha256)} digests do not cover {size} bytes")
+    return PlanReader(path, size, chunks.size, chunks.sha256, lambda why: _damaged(bundle, record, why), threads)
 
 
 def _damaged(bundle: Bundle, record: PlanRecord, reason: str) -> CorruptError:

@@ -24,13 +24,20 @@ def load(engine: Engine) -> None:
 class LoadAhead:
     """A thread that prepares the engines of `names`: loads those in `stay`, prefetches the others.
 
-    The results are in `loaded` and `prefetched`; the caller owns them once `finish` has returned.
+    `ready` returns a loaded engine, `make` one to prefetch. The results are in `loaded` and `prefetched`; the caller
+    owns them once `finish` has returned.
     """
 
-    def __init__(self, make: Callable[[str], Engine], names: Sequence[str], stay: frozenset[str]) -> None:
+    def __init__(
+        self,
+        make: Callable[[str], Engine],
+        ready: Callable[[str], Engine],
+        names: Sequence[str],
+        stay: frozenset[str],
+    ) -> None:
         self.loaded: dict[str, Engine] = {}
         self.prefetched: dict[str, Engine] = {}
-        self._make, self._names, self._stay = make, names, stay
+        self._make, self._ready, self._names, self._stay = make, ready, names, stay
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name=f"make ready {' '.join(names)}", daemon=True)
         self._thread.start()
@@ -48,11 +55,10 @@ class LoadAhead:
             self._error = exc
 
     def _prepare(self, name: str) -> None:
-        engine = self._make(name)
         if name in self._stay:
-            load(engine)
-            self.loaded[name] = engine
+            self.loaded[name] = self._ready(name)
             return
+        engine = self._make(name)
         with ExitStack() as stack:
             stack.callback(engine.unload)
             try:

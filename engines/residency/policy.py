@@ -16,10 +16,11 @@ from msgspec.structs import replace
 
 from sdxl_trt.engines.bundle import Bundle, Manifest, PlanRecord, run_components, run_phases
 from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.engines.host import format_bytes
+from sdxl_trt.engines.host import available_host_memory, format_bytes
 from sdxl_trt.engines.plans import Sizes, default_sizes
 from sdxl_trt.engines.residency.estimate import MemoryEstimate, PhaseEstimate, Residency
 from sdxl_trt.engines.residency.needs import Need, need_of, on_device, shares_activations
+from sdxl_trt.engines.residency.read_ahead import bytes_ahead
 
 RESIDENCIES: tuple[Residency, ...] = get_args(Residency)
 # Usable shares. The rest is for CUDA itself, kernels and the desktop on a device, for the process on a host.
@@ -67,13 +68,15 @@ def estimate_memory(
     plans = _recorded(manifest, provider) if records is None else records
     names = run_components(manifest, provider, from_image=from_image, capability=capability)
     share = _DEVICE_SHARE if on_device(provider) else _HOST_SHARE
+    needs = {name: need_of(manifest, name, provider, sizes, plans.get(name)) for name in names}
     draft = _Draft(
         provider=provider,
         capacity=capacity,
         usable=None if capacity is None else int(capacity * share),
-        needs={name: need_of(manifest, name, provider, sizes, plans.get(name)) for name in names},
+        needs=needs,
         phases=run_phases(manifest, provider, from_image=from_image, capability=capability),
         unets=tuple(dict.fromkeys(stage.unet for stage in manifest.stages().values())),
+        ahead=bytes_ahead((need.weights for need in needs.values()), available_host_memory()),
     )
     return draft.best() if residency == "auto" else draft.under(residency)
 
@@ -99,7 +102,7 @@ def _recorded(manifest: Manifest, provider: str) -> dict[str, PlanRecord]:
 
 @dataclass(frozen=True)
 class _Draft:
-    """The inputs of every policy: memory, needs and phases."""
+    """The inputs of every policy: memory, needs and phases; `ahead` is the host memory for plans."""
 
     provider: str
     capacity: int | None
@@ -107,6 +110,7 @@ class _Draft:
     needs: Mapping[str, Need]
     phases: Mapping[str, tuple[str, ...]]
     unets: tuple[str, ...]
+    ahead: int
 
     def best(self) -> MemoryEstimate:
         """Return the first policy that fits, else the one with the smallest excess."""
@@ -204,11 +208,10 @@ class _Draft:
         return sum(_weights(need, budgets) + need.io for need in needs) + together
 
     def _host(self, budgets: Mapping[str, int]) -> int:
-        """Return the host memory for plans: one that is prefetched, and the streamed weights of another."""
+        """Return the host memory for plans: those that are read ahead, and the streamed weights of another."""
         if not shares_activations(self.provider):
             return 0
-        ahead = max(self.needs[name].weights for name in self.unets)
-        return ahead + max((self.needs[name].streamable - left for name, left in budgets.items()), default=0)
+        return self.ahead + max((self.needs[name].streamable - left for name, left in budgets.items()), default=0)
 
 
 def _weights(need: Need, budgets: Mapping[str, int]) -> int:

@@ -9,13 +9,15 @@ from types import TracebackType
 from typing import Self
 
 from sdxl_trt.engines.backends import open_backend
-from sdxl_trt.engines.bundle import Bundle, PlanRecord, Profile, stand_ins
+from sdxl_trt.engines.bundle import Bundle, PlanRecord, Profile, run_components, stand_ins
 from sdxl_trt.engines.engine import Engine
 from sdxl_trt.engines.errors import ResourceError
+from sdxl_trt.engines.host import available_host_memory
 from sdxl_trt.engines.plans import PlanLimits
 from sdxl_trt.engines.residency.estimate import MemoryEstimate, Residency
 from sdxl_trt.engines.residency.loading import LoadAhead, load
 from sdxl_trt.engines.residency.policy import check_residency, estimate_memory, fallbacks, settled_residency
+from sdxl_trt.engines.residency.read_ahead import ReadAhead, bytes_ahead
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +30,9 @@ class EnginePool:
     out while engines are loaded, the pool continues with the next of `fallbacks`.
 
     `make` is called with a component name and, if its weights stream, with the bytes that may be on the device, from
-    `budgets`. `replaced` maps a component to the one that runs instead.
+    `budgets`. `replaced` maps a component to the one that runs instead. With `records`, a thread reads the plans of the
+    components that `expect` names, before their phases and in their order, at most `ahead` bytes (by default half of
+    the available memory).
     """
 
     def __init__(
@@ -44,6 +48,7 @@ class EnginePool:
         replaced: Mapping[str, str] | None = None,
         records: Mapping[str, PlanRecord] | None = None,
         limits: PlanLimits | None = None,
+        ahead: int | None = None,
         close: Callable[[], None] = lambda: None,
     ) -> None:
         self.bundle = bundle
@@ -67,13 +72,34 @@ class EnginePool:
         self._prefetched: dict[str, Engine] = {}
         self._ahead: LoadAhead | None = None
         self._last_unet = ""
+        self._reads: ReadAhead | None = None
+        if self.records:
+            sizes = {name: record.file.size for name, record in self.records.items()}
+            limit = bytes_ahead(sizes.values(), available_host_memory()) if ahead is None else ahead
+            self._reads = ReadAhead(self._new, sizes, limit)
+
+    def expect(self, names: Iterable[str]) -> None:
+        """State the components that the coming run uses, in order; a component used twice may be named twice.
+
+        Their plans are read ahead from now on, instead of those expected so far, except for engines that are loaded and
+        stay loaded. Without plans it does nothing.
+        """
+        if self._reads is None:
+            return
+        staying = self._staying()
+        wanted, seen = [], {name for name in self._engines if name in staying}
+        for name in self._resolve(names):
+            if name not in seen:
+                wanted.append(name)
+            seen |= {name} & staying
+        self._reads.expect(wanted)
 
     def phase(self, *names: str, next_engines: tuple[str, ...] = ()) -> tuple[Engine, ...]:
         """Free the engines that the policy does not keep; load and return those of the components `names`.
 
         A thread then prepares `next_engines`, those of the next phase: it loads those that the policy keeps, and reads
-        and checks the plans of the others. Its errors are raised by the next call. Raises ResourceError if memory runs
-        out under the last policy, and what Engine.load raises.
+        and checks the plans of the others. Its errors are raised by the next call, those of a plan by the phase that
+        uses it. Raises ResourceError if memory runs out under the last policy, and what Engine.load raises.
         """
         wanted = self._resolve(names)
         while True:
@@ -84,9 +110,7 @@ class EnginePool:
                 break
             except ResourceError as exc:
                 self._fall_back(exc)
-        ahead = [name for name in self._resolve(next_engines) if name not in self._engines]
-        if ahead:
-            self._ahead = LoadAhead(self._new, ahead, self._staying())
+        self._prepare([name for name in self._resolve(next_engines) if name not in self._engines])
         return engines
 
     def stand_in(self, name: str) -> str:
@@ -104,18 +128,25 @@ class EnginePool:
         return record.key.profiles if record else ()
 
     def free(self, keep: tuple[str, ...] = ()) -> None:
-        """Wait for the thread that prepares engines, then unload every engine except those to `keep`."""
+        """Wait for the thread that prepares engines, then unload every engine except those to `keep`.
+
+        Plans are no longer read ahead, until the next call of `expect` or of `phase` with `next_engines`.
+        """
         try:
             self._take_over()
         except Exception as exc:  # noqa: BLE001 - there is no next phase to raise it
             log.warning("%s", exc)
+        if self._reads is not None:
+            self._reads.expect(())
         self._unload(self._resolve(keep))
 
     def close(self) -> None:
         """Unload every engine and close the device; the pool cannot be used afterwards."""
         with ExitStack() as stack:
             stack.callback(self._close)
-            self.free()
+            stack.callback(self.free)
+            if self._reads is not None:
+                self._reads.close()
 
     def _resolve(self, names: Iterable[str]) -> tuple[str, ...]:
         return tuple(self.stand_in(name) for name in names)
@@ -141,12 +172,34 @@ class EnginePool:
         if error is not None:
             raise error
 
+    def _prepare(self, names: list[str]) -> None:
+        """Let a thread load those of `names` that stay; the others are read ahead."""
+        staying = self._staying()
+        if self._reads is not None:
+            order = self._reads.order
+            if missing := [name for name in names if name not in order]:
+                self._reads.expect((*missing, *order))
+            names = [name for name in names if name in staying]
+        if names:
+            self._ahead = LoadAhead(self._new, self._ready, names, staying)
+
     def _load(self, name: str) -> Engine:
         if name not in self._engines:
+            self._enter(name, self._ready(name))
+        return self._engines[name]
+
+    def _ready(self, name: str) -> Engine:
+        """Return a loaded engine of component `name`, from what was read ahead."""
+        if self._reads is None:
             engine = self._prefetched.pop(name, None) or self._new(name)
             load(engine)
-            self._enter(name, engine)
-        return self._engines[name]
+            return engine
+        try:
+            engine = self._reads.take(name)
+            load(engine)
+        finally:
+            self._reads.loaded(name)
+        return engine
 
     def _new(self, name: str) -> Engine:
         if self.residency == "stream" and name in self._budgets:
@@ -168,7 +221,9 @@ class EnginePool:
         self.residency, *rest = self._fallbacks
         self._fallbacks = tuple(rest)
         log.warning("residency %s: %s; continuing with %s", before, exc, self.residency)
+        expected = self._reads.order if self._reads is not None else ()
         self.free()
+        self.expect(expected)
 
     def __enter__(self) -> Self:
         return self
@@ -188,7 +243,7 @@ def open_pool(
     from_image: bool = False,
     once: bool = False,
 ) -> EnginePool:
-    """Return a pool for `bundle`; nothing is loaded yet.
+    """Return a pool for `bundle`; nothing is loaded yet, but a thread begins to read the plans of a run.
 
     `provider` is "auto" or one of PROVIDERS, `residency` "auto", "resident", "swap" or "stream"; `available` replaces
     the measured memory of the device or host, in bytes. With `from_image`, memory is planned for runs that start
@@ -215,7 +270,7 @@ def open_pool(
     except BaseException:
         backend.close()
         raise
-    return EnginePool(
+    pool = EnginePool(
         bundle,
         backend.make,
         plan.residency,
@@ -228,6 +283,9 @@ def open_pool(
         limits=backend.limits,
         close=backend.close,
     )
+    order = run_components(bundle.manifest, backend.provider, from_image=from_image, capability=backend.capability)
+    pool.expect(order)
+    return pool
 
 
 def _require_fit(plan: MemoryEstimate) -> None:

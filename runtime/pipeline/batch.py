@@ -40,6 +40,7 @@ class Batch:
         Steps are counted over the batch; shared steps carry the index of the request that runs furthest.
         """
         everyone = range(len(self._jobs))
+        self._pipeline.expect(self._jobs)
         for first in (self._pipeline.pictures, self._pipeline.encode):
             yield from ((0, step) for step in timed(self._jobs[0].run, first(self._jobs)))
         yield from self._phase("base", sorted(group[0] for group in self._groups.values()))

@@ -104,6 +104,7 @@ class Chain:
     def steps(self) -> Iterator[tuple[int, Step]]:
         """Return an iterator of the finished units of work, each with the number of its output, from 0."""
         runs = self.runs
+        self._pipeline.expect([*self._jobs.values()])
         yield from ((0, step) for step in timed(runs[0], self._pipeline.encode([*self._jobs.values()])))
         for number, output in enumerate(self._workflow.outputs):
             yield from ((number, step) for step in timed(runs[number], self._drawn(output, runs[number])))

@@ -70,7 +70,20 @@ class Pipeline:
         """Return `request` resolved, with its noise drawn, ready for the stages. Raises UsageError."""
         return start_job(resolve_request(request, self.manifest, self.pool.limits), request, self.manifest)
 
+    def expect(self, jobs: Sequence[Job]) -> None:
+        """Tell the pool which components the stages of `jobs` use, in order, so that their plans are read ahead."""
+        requests = [job.run.request for job in jobs]
+        stages = [stage for request in requests for stage in self._stages(request).values()]
+        pictures = [wanted.vae.encoder for request in requests if (wanted := self._wanted(request)) is not None]
+        names = [*pictures, *(encoder.component for stage in stages for encoder in stage.text_encoders)]
+        refiner = self.manifest.refiner
+        names += [self.manifest.base.unet for request in requests if request.base.steps]
+        names += [refiner.unet for request in requests if refiner is not None and request.uses_refiner]
+        names += [self.vae(request).decoder for request in requests]
+        self.pool.expect(dict.fromkeys(name for name in names if name is not None))
+
     def _work(self, job: Job) -> Iterator[Step]:
+        self.expect([job])
         yield from self.pictures([job])
         yield from self.encode([job])
         yield from self.base(job)

@@ -1,6 +1,6 @@
 """Copies of exported bundles with simulated plans, as if export-engines had built them for the simulated device."""
 
-__all__ = ["make_simulated_bundle"]
+__all__ = ["chunks_of", "make_simulated_bundle"]
 
 import hashlib
 import shutil
@@ -13,7 +13,7 @@ import numpy as np
 
 from sdxl_trt.engines.bundle.bundle import MANIFEST, read_bundle, write_manifest
 from sdxl_trt.engines.bundle.manifest import Component, Manifest
-from sdxl_trt.engines.bundle.plan_record import BuildFlags, Environment, PlanKey, PlanMemory, PlanRecord
+from sdxl_trt.engines.bundle.plan_record import BuildFlags, Chunks, Environment, PlanKey, PlanMemory, PlanRecord
 from sdxl_trt.engines.bundle.profile import Profile, Range
 from sdxl_trt.engines.bundle.records import FileRecord
 from sdxl_trt.engines.engine import numpy_dtype
@@ -33,6 +33,7 @@ def make_simulated_bundle(
     weight_streaming: bool = False,
     environment: Environment | None = None,
     onnx: bool = True,
+    chunk: int = 16 << 20,
     **sizes: Any,
 ) -> Path:
     """Copy `bundle` to `target`, add a simulated plan for each component, and return `target`.
@@ -41,7 +42,8 @@ def make_simulated_bundle(
     default those of the model. Without any, components with a plan in the manifest keep its profiles and memory, the
     real builder's figures. `activations(component, profile)` returns the bytes, by default in proportion to inputs and
     outputs. With `weight_streaming`, nine tenths of the weights can be streamed. The plans' keys have `environment`,
-    by default that of `device`. With `onnx` false the copy has plans and no graphs; `bundle` must not be deleted.
+    by default that of `device`. Digests are of chunks of `chunk` bytes. With `onnx` false the copy has plans and no
+    graphs; `bundle` must not be deleted.
     """
     # Copies, not links: tests damage bundles, and these come from the repository.
     shutil.copytree(bundle, target, ignore=shutil.ignore_patterns(PLANS))
@@ -62,8 +64,9 @@ def make_simulated_bundle(
             component=name, graph=component.graph.sha256, weights=component.weights.sha256, environment=environment,
             profiles=profiles, flags=BuildFlags(weight_streaming=memory.streamable > 0),
         )  # fmt: skip
-        file = _write(target, key, encode(_plan(key, component, figures, memory)))
-        records.append(PlanRecord(key=key, file=file, memory=memory, seconds=1.0))
+        content = encode(_plan(key, component, figures, memory))
+        file, chunks = _write(target, key, content), chunks_of(content, chunk)
+        records.append(PlanRecord(key=key, file=file, memory=memory, seconds=1.0, chunks=chunks))
         if not onnx:
             (target / component.graph.file).unlink()
             (target / component.weights.file).unlink()
@@ -72,6 +75,12 @@ def make_simulated_bundle(
     target.chmod(0o755)
     (target / MANIFEST).chmod(0o644)
     return target
+
+
+def chunks_of(content: bytes, size: int) -> Chunks:
+    """Return the digests of the chunks of `content` of `size` bytes."""
+    parts = [content[start : start + size] for start in range(0, len(content), size)]
+    return Chunks(size=size, sha256=tuple(hashlib.sha256(part).hexdigest() for part in parts))
 
 
 def _plan(key: PlanKey, component: Component, figures: tuple[int, ...], memory: PlanMemory) -> Plan:

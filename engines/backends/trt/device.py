@@ -3,6 +3,7 @@
 __all__ = ["TrtDevice", "aligned", "forget_frames", "open_device"]
 
 import contextlib
+import functools
 import threading
 import traceback
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from typing import Any, Self
 from sdxl_trt.engines.backends.cuda import REMEDY, Cuda, DeviceBuffer, PinnedBuffer, Stream, Usage
 from sdxl_trt.engines.backends.trt.api import Messages, make_logger, tensorrt_module
 from sdxl_trt.engines.backends.trt.environment import gpu_of
+from sdxl_trt.engines.backends.trt.plan_stream import deserialize
 from sdxl_trt.engines.bundle import Flavour, computes_bf16
 from sdxl_trt.engines.errors import EngineError, IncompatibleError, ResourceError, SdxlTrtError
 
@@ -114,16 +116,17 @@ class TrtDevice:
         self._loading = threading.Lock()
 
     def deserialize(self, plan: Any, doing: str) -> Any:
-        """Return the ICudaEngine of the bytes `plan`, which may be dropped afterwards; `doing` is for messages.
+        """Return the ICudaEngine of `plan`, a buffer or a PlanReader, which may be dropped afterwards.
 
-        Raises ResourceError, IncompatibleError for a plan of another version or device, EngineError.
+        `doing` is for messages. Raises ResourceError, IncompatibleError for a plan of another version or device,
+        CorruptError for a damaged one, EngineError.
         """
         with self.loading(doing):  # also because a runtime is not thread-safe
             if self._runtime is None:
                 self._runtime = self._new_runtime(doing)
             # engine_host_code_allowed stays False: a plan must not contain host code.
             try:
-                return self.ask(doing, self._runtime.deserialize_cuda_engine, plan)
+                return deserialize(self.trt, self._runtime, plan, functools.partial(self.ask, doing))
             except EngineError as exc:
                 if any(sign in str(exc).lower() for sign in _FOREIGN_SIGNS):
                     raise IncompatibleError(f"{exc}; build the plan again with export-engines") from exc

@@ -7,6 +7,7 @@
 __all__ = ["TrtDevice", "TrtEngine", "open_device"]
 
 import logging
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from sdxl_trt.engines.backends.trt.tensors import Layout, Tensors, nbytes_of
 from sdxl_trt.engines.bundle import Bundle, Component, PlanRecord
 from sdxl_trt.engines.engine import Array, check_inputs, numpy_dtype
 from sdxl_trt.engines.errors import EngineError, IncompatibleError, SdxlTrtError, UsageError
-from sdxl_trt.engines.plans import Shapes, choose_profile, outside_profiles, read_plan
+from sdxl_trt.engines.plans import PlanReader, Shapes, choose_profile, outside_profiles, start_reading
 
 log = logging.getLogger(__name__)
 
@@ -29,8 +30,8 @@ class TrtEngine:
     """One component's plan on `device`, which engines share.
 
     `weight_budget` is the bytes of streamable weights that may be on the device, for plans built with weight
-    streaming; None for all. Only one thread at a time may use an engine; several engines of a device may be loaded
-    and run from several threads.
+    streaming; None for all. Only one thread at a time may use an engine, except that `load` and `unload` may be called
+    while another is in `prefetch`; several engines of a device may be loaded and run from several threads.
     """
 
     def __init__(
@@ -45,7 +46,8 @@ class TrtEngine:
         self._record = record
         self._device = device
         self._weight_budget = weight_budget
-        self._plan: memoryview | None = None
+        self._plan: PlanReader | None = None
+        self._reading = threading.Lock()
         self._engine: Any = None
         self._kernels: KernelCache | None = None
         self._contexts: ShapedContexts | None = None
@@ -55,9 +57,15 @@ class TrtEngine:
         self._captures = True
 
     def prefetch(self) -> None:
-        """Read the plan and check its digest; see Engine.prefetch."""
-        if self._plan is None and self._engine is None:
-            self._plan = read_plan(self._bundle, self._record)
+        """Read the plan and check its digests; see Engine.prefetch. Returns early after `unload` in another thread."""
+        plan = self._started()
+        if plan is None:
+            return
+        try:
+            plan.wait()
+        except BaseException:
+            self._drop_plan()
+            raise
 
     def load(self) -> None:
         """Put the weights on the device and reserve memory for the activations of the smallest profile.
@@ -67,11 +75,11 @@ class TrtEngine:
         """
         if self._engine is not None:
             return
-        self.prefetch()
+        plan = self._started()
         doing = f"loading {self.name}"
         try:
-            self._engine = self._device.deserialize(self._plan, doing)
-            self._plan = None  # gigabytes, which the engine has copied
+            self._engine = self._device.deserialize(plan, doing)
+            self._drop_plan()  # gigabytes, which the engine has copied
             check_engine(self._engine, self.component, self._record)
             # Without the device's lock: the first context takes long enough to stall an engine that computes.
             with self._device.loading(doing):
@@ -121,10 +129,10 @@ class TrtEngine:
 
     def unload(self) -> None:
         """Free the plan, the engine, its memory and its share of the activations; see Engine.unload."""
+        self._drop_plan()
         if self._kernels is not None:
             self._kernels.save()  # writes a file: without the device's lock
         with self._device.lock:
-            self._plan = None
             self._constants = {}
             if self._contexts is not None:
                 self._contexts.free()
@@ -134,6 +142,20 @@ class TrtEngine:
             self._captures = True
             self._tensors.free()
             self._device.activations.release(self)
+
+    def _started(self) -> PlanReader | None:
+        """Return the reader of the plan, which reads from the first call on; None if the engine is loaded."""
+        with self._reading:
+            if self._plan is None and self._engine is None:
+                self._plan = start_reading(self._bundle, self._record)
+            return self._plan
+
+    def _drop_plan(self) -> None:
+        """Stop reading the plan, and give up its memory."""
+        with self._reading:
+            plan, self._plan = self._plan, None
+        if plan is not None:
+            plan.close()
 
     def _run(self, shapes: Shapes, inputs: Mapping[str, Array], names: list[str]) -> dict[str, Array]:
         doing = f"running {self.name}"

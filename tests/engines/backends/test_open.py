@@ -13,11 +13,14 @@ from sdxl_trt.engines.backends import open as providers
 from sdxl_trt.engines.bundle.bundle import Bundle, read_bundle
 from sdxl_trt.engines.bundle.phases import run_components
 from sdxl_trt.engines.engine import Engine, numpy_dtype
-from sdxl_trt.engines.errors import IncompatibleError, ResourceError, UsageError
+from sdxl_trt.engines.errors import CorruptError, IncompatibleError, ResourceError, UsageError
+from sdxl_trt.engines.plans.files import start_reading
+from sdxl_trt.engines.plans.reading import PlanReader
 from sdxl_trt.engines.residency.estimate import MemoryEstimate
 from sdxl_trt.engines.residency.policy import RESIDENCIES, estimate_memory
 from sdxl_trt.engines.residency.pool import EnginePool, open_pool
 from sdxl_trt.mini.embedded import bundle_path
+from sdxl_trt.runtime import Pipeline, Request, open_bundle
 
 pytestmark = pytest.mark.slow
 
@@ -206,3 +209,80 @@ def test_the_policies_work_on_onnxruntime() -> None:
         pool.phase("unet", next_engines=("refiner_unet",))
         infer(*pool.phase("refiner_unet"))
         assert (pool.swaps, pool.loads) == (0, list(UNETS))
+
+
+@pytest.fixture
+def chunked(planned) -> Bundle:
+    bundle: Bundle = planned(chunk=200)
+    return bundle
+
+
+def draw(pipeline: Pipeline, **changes: Any) -> list[Any]:
+    request = {"seed": 7, "steps": 2, "handoff": 0.5, "guidance": 1.0, "width": 64, "height": 64}
+    return [picture.latents for picture in pipeline.generate(Request("a star", **(request | changes)))]
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return the components whose plans were read, in order."""
+    read: list[str] = []
+
+    def start(bundle: Bundle, record: Any) -> Any:
+        read.append(record.key.component)
+        return start_reading(bundle, record)
+
+    monkeypatch.setattr("sdxl_trt.engines.backends.trt.engine.start_reading", start)
+    return read
+
+
+@pytest.mark.parametrize("residency", ["resident", "swap"])
+def test_every_plan_is_read_once_in_the_order_of_use(chunked, simulated, reads: list[str], residency: str) -> None:
+    digests = {record.file.sha256: record.key.component for record in chunked.manifest.plans}
+    with open_bundle(chunked.root, provider="tensorrt", residency=residency) as pipeline:
+        first = draw(pipeline)
+        assert reads == list(RUN)
+        assert [digests[digest] for digest in simulated.deserialized] == list(RUN)
+        np.testing.assert_array_equal(draw(pipeline), first)
+        again = list(RUN) if residency == "swap" else []
+        assert reads == [*RUN, *again], "a second run reads ahead again, if nothing stays loaded"
+        reads.clear()
+        draw(pipeline, handoff=None)
+        assert "refiner_unet" not in reads, "the run does not use it"
+    assert simulated.current_bytes == 0
+
+
+def test_a_damaged_plan_harms_only_the_run_that_uses_it(chunked, simulated, caplog: pytest.LogCaptureFixture) -> None:
+    (record,) = [record for record in chunked.manifest.plans if record.key.component == "refiner_unet"]
+    path = chunked.path(record.file)
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    with open_bundle(chunked.root, provider="tensorrt", residency="swap") as pipeline:
+        assert len(draw(pipeline, handoff=None)) == 1
+        with pytest.raises(CorruptError, match=r"refiner_unet.*\.plan: the sha256 of its bytes"):
+            draw(pipeline)
+        assert pipeline.pool.loads[-1] == "unet"
+        assert len(draw(pipeline, handoff=None)) == 1
+    assert simulated.current_bytes == 0
+
+
+def test_streamed_and_whole_plans_draw_the_same(chunked, monkeypatch: pytest.MonkeyPatch, simulated) -> None:
+    drawn = []
+    for complete in (True, False):
+        monkeypatch.setattr(PlanReader, "complete", complete)
+        with open_bundle(chunked.root, provider="tensorrt", residency="swap") as pipeline:
+            drawn.append(draw(pipeline))
+            assert pipeline.pool._reads is not None
+            assert pipeline.pool._reads.peak <= pipeline.pool._reads.limit
+    np.testing.assert_array_equal(*drawn)
+    assert simulated.current_bytes == 0
+
+
+def test_with_little_host_memory_one_plan_is_read_at_a_time(
+    chunked, monkeypatch: pytest.MonkeyPatch, reads: list[str]
+) -> None:
+    monkeypatch.setattr("sdxl_trt.engines.residency.pool.available_host_memory", lambda: 0)
+    with open_bundle(chunked.root, provider="tensorrt", residency="swap") as pipeline:
+        draw(pipeline)
+        plans = pipeline.pool._reads
+        assert plans is not None
+        assert plans.peak <= plans.limit == max(record.file.size for record in chunked.manifest.plans)
+    assert reads == list(RUN)

@@ -7,10 +7,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from sdxl_trt.engines.build import builder
 from sdxl_trt.engines.build.builder import PlanFile, add_profiles, configure, memory_of, save_timing_cache, write_plan
 from sdxl_trt.engines.build.network import BuildLog
-from sdxl_trt.engines.bundle.plan_record import BuildFlags, PlanMemory
+from sdxl_trt.engines.bundle.plan_record import BuildFlags, Chunks, PlanMemory
 from sdxl_trt.engines.bundle.profile import Profile
 from sdxl_trt.engines.errors import EngineError, IncompatibleError, UsageError
 
@@ -24,6 +27,23 @@ def test_a_plan_is_counted_and_digested_as_it_is_written() -> None:
     assert plan.write(memoryview(b"tail")) == 4
     assert file.getvalue() == PLAN + b"tail"
     assert (plan.size, plan.sha256) == (len(PLAN) + 4, hashlib.sha256(PLAN + b"tail").hexdigest())
+
+
+@given(st.lists(st.binary(max_size=50), max_size=12))
+@settings(max_examples=40, deadline=None)
+def test_chunks_are_digested_however_the_writes_are_divided(pieces: list[bytes]) -> None:
+    content, size = b"".join(pieces), 16
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(builder, "CHUNK", size)
+        plan = PlanFile(io.BytesIO())
+        for piece in pieces:
+            plan.write(piece)
+        chunks = plan.chunks
+    parts = [content[start : start + size] for start in range(0, len(content), size)]
+    assert chunks == Chunks(size=size, sha256=tuple(hashlib.sha256(part).hexdigest() for part in parts))
+    assert chunks.fit(len(content))
+    assert not chunks.fit(len(content) + size)
+    assert plan.sha256 == hashlib.sha256(content).hexdigest()
 
 
 class Config:

@@ -24,7 +24,8 @@ def say(**message):
     sys.stdout.write(json.dumps(message) + "\\n")
     sys.stdout.flush()
 def made(**changes):
-    return {"type": "made", "size": 9, "sha256": hashlib.sha256(b"plan plan").hexdigest(), "activations": 3,
+    digest = hashlib.sha256(b"plan plan").hexdigest()
+    return {"type": "made", "size": 9, "sha256": digest, "chunks": {"size": 16, "sha256": [digest]}, "activations": 3,
             "weights": 4, "streamable": 0, "parse_seconds": 0.5, "layers": 7} | changes
 def write(data=b"plan plan"):
     with open(sys.argv[1], "r+b") as file:

@@ -159,3 +159,27 @@ def test_a_manifest_that_cannot_be_written_leaves_the_old_one(
     with pytest.raises(ResourceError):
         write_manifest(tmp_path, manifest)
     assert read_bundle(tmp_path).manifest == manifest
+
+
+@pytest.mark.parametrize(("count", "fits"), [(3, True), (2, False), (4, False), (0, False)])
+def test_a_plan_has_a_digest_for_every_chunk(
+    valid: Json, read: Callable[[Json], Bundle], count: int, fits: bool
+) -> None:
+    environment = dict.fromkeys(("tensorrt", "gpu", "compute_capability", "driver", "platform"), "any")
+    key = {
+        "component": "text_encoder_2", "graph": "0" * 64, "weights": "0" * 64, "flags": {},
+        "environment": {"flavour": "tensorrt", **environment},
+        "profiles": [{"shapes": {"input_ids": [[1, 77]] * 3}}],
+    }  # fmt: skip
+    plan = {
+        "key": key, "file": {"file": "plans/a.plan", "size": 21, "sha256": "0" * 64}, "seconds": 1.0,
+        "memory": {"weights": 1, "activations": 1}, "chunks": {"size": 10, "sha256": ["0" * 64] * count},
+    }  # fmt: skip
+    if fits:
+        (record,) = read(valid | {"plans": [plan]}).manifest.plans
+        assert record.chunks is not None
+        return
+    with pytest.raises(CorruptError, match=rf"plans/a\.plan has {count} digests, but 21 bytes in chunks of 10"):
+        read(valid | {"plans": [plan]})
+    del plan["chunks"]
+    assert read(valid | {"plans": [plan]}).manifest.plans[0].chunks is None, "an older record"

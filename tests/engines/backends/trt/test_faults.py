@@ -217,7 +217,7 @@ def test_a_plan_is_compared_with_the_manifest(planned, device, simulated) -> Non
     twice = msgspec.structs.replace(key, profiles=key.profiles * 2)
     for record, text in (
         (
-            _changed(planned, "unet", file=encoder.file),
+            _changed(planned, "unet", file=encoder.file, chunks=encoder.chunks),
             "encoder_hidden_states is absent, the graph has input of type float",
         ),
         (_changed(planned, "unet", key=twice), "it has 1 profiles, not 2"),
