@@ -1,0 +1,127 @@
+"""Whether an execution provider of ONNX Runtime can start: asked before a session is made, with the remedy.
+
+ONNX Runtime lists every provider that it was built with, whether or not the libraries that it needs are there.
+"""
+
+__all__ = [
+    "CUDA",
+    "GPU_CAPABILITIES",
+    "RTX",
+    "TENSORRT",
+    "plugin_command",
+    "provider_problem",
+]
+
+import contextlib
+import importlib
+import io
+import sys
+from collections.abc import Iterable
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from sdxl_trt.engines.backends.cuda import Driver, Problem, find_driver, pip_install
+from sdxl_trt.engines.backends.ort.libraries import load_problem, needed_libraries
+
+CUDA = "CUDAExecutionProvider"
+TENSORRT = "TensorrtExecutionProvider"
+RTX = "NvTensorRTRTXExecutionProvider"
+GPU_CAPABILITIES = "8.6, 8.9, or 12.0 and later"
+"""The compute capabilities that the RTX plugin supports."""
+
+_LIBRARIES = {CUDA: "onnxruntime_providers_cuda", TENSORRT: "onnxruntime_providers_tensorrt"}
+# ONNX Runtime opens it at the first convolution, so it is not among the needed ones, and every bundle has convolutions.
+_OPENED_LATER = {CUDA: ("libcudnn.so.9",), TENSORRT: ()}
+# The TensorRT provider is built for TensorRT 10, which cannot be installed beside TensorRT 11.
+_CLASSIC = "make a new environment and run there: pip install 'sdxl-trt[ort-tensorrt]'"
+
+
+def provider_problem(ort: Any, name: str) -> Problem | None:
+    """Return why the execution provider `name`, CUDA or TENSORRT, of module `ort` cannot start, or None if it can.
+
+    Loads the libraries that it needs, also from pip's packages; creates no session.
+    """
+    driver = find_driver()
+    available = ort.get_available_providers()
+    if name not in available:
+        return Problem(f"this ONNX Runtime has {', '.join(available)}, not {name}", _replace(name))
+    if driver.problem is not None:
+        return driver.problem
+    library = _library(ort, name)
+    if not library.is_file():
+        return Problem(f"{library.name} is missing from the package onnxruntime-gpu", _reinstall())
+    major = str(getattr(ort, "cuda_version", "")).partition(".")[0]
+    if major.isdigit() and driver.too_old_for(int(major)):
+        cuda = ".".join(map(str, driver.cuda or ()))
+        return Problem(
+            f"this ONNX Runtime is built for CUDA {major}, and the NVIDIA driver supports only CUDA {cuda}",
+            _reinstall(),
+        )
+    _preload(ort)
+    if name == TENSORRT:
+        # Its __init__ loads TensorRT's libraries, which are outside the loader's search path.
+        with contextlib.suppress(ImportError, OSError):
+            importlib.import_module("tensorrt_libs")
+    reason = _unloadable(library, _OPENED_LATER[name])
+    return Problem(reason, _remedy(reason)) if reason else None
+
+
+def _library(ort: Any, name: str) -> Path:
+    windows = sys.platform == "win32"
+    return Path(ort.__file__).parent / "capi" / (f"{_LIBRARIES[name]}.dll" if windows else f"lib{_LIBRARIES[name]}.so")
+
+
+def _unloadable(library: Path, later: Iterable[str]) -> str | None:
+    """Return why `library` would not load, or None: on Linux without loading itself, which needs its host's symbols."""
+    if sys.platform == "win32":
+        return load_problem(str(library))
+    try:
+        needed = needed_libraries(library)
+    except (OSError, ValueError) as exc:
+        return f"{library.name} cannot be read ({' '.join(str(exc).split())})"
+    return next(filter(None, map(load_problem, [*needed, *later])), None)
+
+
+def _remedy(reason: str) -> str:
+    if reason.startswith(("libnvinfer", "libnvonnxparser", "nvinfer", "nvonnxparser")):
+        return _CLASSIC
+    return pip_install("gpu")
+
+
+def _replace(name: str) -> str:
+    """Return the command for an environment whose ONNX Runtime is not the one for GPUs, or is damaged by another."""
+    if name == TENSORRT and _plugin_supports_gpu(find_driver()):
+        return plugin_command()
+    return _reinstall()
+
+
+def _reinstall() -> str:
+    # The packages share one folder: removing one of them damages the other.
+    installed = [each for each in ("onnxruntime", "onnxruntime-gpu") if _installed(each)]
+    remove = f"pip uninstall -y {' '.join(installed)} && " if installed else ""
+    return remove + pip_install("gpu")
+
+
+def _installed(package: str) -> bool:
+    try:
+        return bool(version(package))
+    except PackageNotFoundError:
+        return False
+
+
+def _plugin_supports_gpu(driver: Driver) -> bool:
+    return bool(driver.gpus) and (driver.gpus[0].capability in {(8, 6), (8, 9)} or driver.gpus[0].capability >= (12, 0))
+
+
+def plugin_command() -> str:
+    """Return the command that installs the RTX plugin for the CUDA that the driver supports."""
+    return f"pip install onnxruntime-ep-nv-tensorrt-rtx-{find_driver().variant}"
+
+
+@cache
+def _preload(ort: Any) -> None:
+    """Load CUDA and cuDNN from pip's packages, which are outside the loader's search path."""
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints the libraries that it does not find
+        ort.preload_dlls()
