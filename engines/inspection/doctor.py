@@ -1,6 +1,6 @@
 """The doctor of trt-inspect: which providers can start on this machine, and the one line that mends each other one."""
 
-__all__ = ["DoctorReport", "examine_machine"]
+__all__ = ["DoctorReport", "examine_machine", "relevant_packages"]
 
 import json
 import platform
@@ -10,17 +10,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sdxl_trt.engines.backends.cuda import Driver, Problem, find_driver
+from sdxl_trt.engines.backends.cuda import Driver, Gpu, Problem, find_driver
 from sdxl_trt.engines.errors import IncompatibleError
-from sdxl_trt.engines.host import format_bytes, table
+from sdxl_trt.engines.host import format_bytes, paragraph
 from sdxl_trt.engines.inspection.provider_checks import PROVIDERS, installed_version
 
 PACKAGES = (
     "sdxl-trt", "numpy", "onnxruntime", "onnxruntime-gpu", "onnxruntime-ep-nv-tensorrt-rtx-cu12",
     "onnxruntime-ep-nv-tensorrt-rtx-cu13", "tensorrt-cu12", "tensorrt-cu12-libs", "tensorrt-cu13", "tensorrt-cu13-libs",
     "tensorrt-rtx-cu12", "tensorrt-rtx-cu13", "cuda-bindings", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13",
+    "polygraphy",
 )  # fmt: skip
-"""The packages whose versions decide what can start."""
 _CHECKS = "sdxl_trt.engines.inspection.provider_checks"
 _PATIENCE = 120
 """Seconds that one check may take; it imports packages, perhaps from a cold disk."""
@@ -37,23 +37,23 @@ class DoctorReport:
     @property
     def lines(self) -> list[str]:
         """The report for people."""
+        packages = ", ".join(f"{name} {version}" for name, version in self.packages.items())
         facts = [
             ("driver", _driver_words(self.driver)),
-            *((f"GPU {index}", _gpu_words(self.driver, index)) for index in range(len(self.driver.gpus))),
+            *((f"GPU {index}", _gpu_words(gpu)) for index, gpu in enumerate(self.driver.gpus)),
             ("Python", f"{platform.python_version()}, {sys.platform}-{platform.machine()}"),
-            *((f"{name}", version) for name, version in self.packages.items()),
+            ("packages", packages),
         ]
-        width = max(len(name) for name, _ in facts)
-        rows = [
-            [name, "yes" if problem is None else "no", problem.reason if problem else ""]
-            for name, problem in self.problems.items()
-        ]
-        lines = [f"{name.ljust(width)}  {words}" for name, words in facts]
-        lines += ["", *table(("provider", "starts", "why not"), rows, right=())]
+        lines = [line for name, words in facts for line in paragraph(f"{name:10}", words)]
+        lines += ["", f"{'provider':14}  starts  why not"]
+        for name, problem in self.problems.items():
+            start = f"  {name:12}  {'yes' if problem is None else 'no':6}  "
+            lines += paragraph(start, problem.reason if problem else "")
         remedies = self._remedies()
         width = max((len(names) for names in remedies.values()), default=0)
         if remedies:
             lines += ["", "to mend:"]
+        # Not wrapped: a command is copied.
         return [*lines, *(f"  {names.ljust(width)}  {remedy}" for remedy, names in remedies.items())]
 
     def _remedies(self) -> dict[str, str]:
@@ -104,9 +104,10 @@ def examine_machine() -> DoctorReport:
     A process that imported one package finds libraries that the command itself would not find, and a broken library
     can end it. Never raises for a broken package.
     """
-    found = {name: version for name in PACKAGES if (version := installed_version(name)) is not None}
     running = {name: _start(name) for name in PROVIDERS}
-    return DoctorReport(find_driver(), found, {name: _result(name, process) for name, process in running.items()})
+    return DoctorReport(
+        find_driver(), relevant_packages(), {name: _result(name, process) for name, process in running.items()}
+    )
 
 
 def _start(provider: str) -> subprocess.Popen[str]:
@@ -136,12 +137,16 @@ def _result(provider: str, process: subprocess.Popen[str]) -> Problem | None:
         return Problem(f"importing its packages ended the process with {how} {last}".rstrip(), remedy)
 
 
+def relevant_packages() -> dict[str, str]:
+    """Return {name: version} of the installed packages whose versions decide what can start."""
+    return {name: version for name in PACKAGES if (version := installed_version(name)) is not None}
+
+
 def _driver_words(driver: Driver) -> str:
     version = f"supports CUDA {driver.cuda[0]}.{driver.cuda[1]}" if driver.cuda else ""
     return ", but ".join(filter(None, (version, driver.problem.reason if driver.problem else "")))
 
 
-def _gpu_words(driver: Driver, index: int) -> str:
-    gpu = driver.gpus[index]
+def _gpu_words(gpu: Gpu) -> str:
     major, minor = gpu.capability
     return f"{gpu.name}, compute capability {major}.{minor}, {format_bytes(gpu.memory)}"

@@ -7,6 +7,7 @@ __all__ = ["PROVIDERS", "check_provider", "installed_version"]
 
 import importlib
 import json
+import re
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -30,7 +31,7 @@ def check_provider(provider: str) -> Problem | None:
         else:
             return _check_tensorrt(provider)
     except SdxlTrtError as exc:
-        return _split(str(exc))
+        return _split(re.sub(f"^provider {provider}(:| cannot start:|) ", "", str(exc)))
     except Exception as exc:  # noqa: BLE001 - a broken package raises anything
         reason = " ".join(f"{type(exc).__name__}: {exc}".split())
         return Problem(reason[:200], _install(provider).replace("install", "install --force-reinstall", 1))
@@ -70,7 +71,7 @@ def _check_onnxruntime(provider: str) -> Problem | None:
     try:
         chosen = choose_provider(ort, "ort-cuda" if provider == "ort-cuda" else "ort-tensorrt")
     except IncompatibleError:
-        return provider_problem(ort, CUDA if provider == "ort-cuda" else TENSORRT)
+        return find_driver().problem or provider_problem(ort, CUDA if provider == "ort-cuda" else TENSORRT)
     if chosen.plugin and find_driver().problem is None:
         plugin_devices(ort)
     return find_driver().problem
@@ -94,14 +95,14 @@ def _wrong_cuda(flavour: str, driver: Driver) -> Problem | None:
     """Return the problem of packages for a newer CUDA than the driver's."""
     suspects = {f"{flavour}-cu13{part}": "13" for part in ("", "-libs", "-bindings")}
     suspects["cuda-bindings"] = (installed_version("cuda-bindings") or "0").partition(".")[0]
-    newer = [name for name, major in suspects.items() if installed_version(name) and driver.too_old_for(int(major))]
-    if not newer or driver.cuda is None:
+    newer = {
+        name: mismatch
+        for name, major in suspects.items()
+        if installed_version(name) and (mismatch := driver.mismatch(name, int(major)))
+    }
+    if not newer:
         return None
-    major, minor = driver.cuda
-    return Problem(
-        f"{newer[0]} is built for CUDA 13, and the NVIDIA driver supports only CUDA {major}.{minor}",
-        f"pip uninstall -y {' '.join(newer)} && {pip_install(flavour)}",
-    )
+    return Problem(next(iter(newer.values())), f"pip uninstall -y {' '.join(newer)} && {pip_install(flavour)}")
 
 
 def _unsupported(driver: Driver) -> Problem | None:

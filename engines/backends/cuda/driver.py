@@ -82,9 +82,11 @@ class Driver:
         """The newest CUDA whose packages this driver runs; "cu13" without a driver, since a new one is installed."""
         return "cu12" if self.cuda is not None and OLDEST <= self.cuda < NEWEST else "cu13"
 
-    def too_old_for(self, major: int) -> bool:
-        """Return whether packages for CUDA `major` cannot run; False if the driver's version is unknown."""
-        return self.cuda is not None and self.cuda < (major, 0)
+    def mismatch(self, package: str, major: int) -> str | None:
+        """Return why `package`, built for CUDA `major`, cannot run here; None if it can, or without a driver."""
+        if self.cuda is None or self.cuda >= (major, 0):
+            return None
+        return f"{package} is built for CUDA {major}, and the NVIDIA driver supports only CUDA {_words(self.cuda)}"
 
 
 @cache
@@ -100,8 +102,9 @@ def ask_driver(load: Callable[[str], Any] = ctypes.CDLL) -> Driver:
     except OSError:
         return Driver(problem=Problem(f"no NVIDIA driver on this machine ({LIBRARY} is missing)", _UPDATE))
     number = ctypes.c_int(0)
-    # The only call that works before cuInit, and if cuInit fails.
-    cuda = None if library.cuDriverGetVersion(ctypes.byref(number)) else _version(number.value)
+    # The only call that works before cuInit, and if cuInit fails; a stub answers 0.
+    failed = library.cuDriverGetVersion(ctypes.byref(number))
+    cuda = _version(number.value) if number.value and not failed else None
     error = library.cuInit(0) or library.cuDeviceGetCount(ctypes.byref(number))
     if error not in (0, _NO_DEVICE):
         unknown = Problem(f"the NVIDIA driver does not start (CUDA error {error})", "check it with nvidia-smi")
@@ -114,6 +117,10 @@ def _version(number: int) -> tuple[int, int]:
     return number // 1000, number % 1000 // 10
 
 
+def _words(cuda: tuple[int, int]) -> str:
+    return f"{cuda[0]}.{cuda[1]}"
+
+
 def _problem(cuda: tuple[int, int] | None, gpus: tuple[Gpu, ...]) -> Problem | None:
     if not gpus and "CUDA_VISIBLE_DEVICES" in os.environ:
         return Problem("CUDA_VISIBLE_DEVICES hides every GPU", "unset it, or set it to 0")
@@ -122,7 +129,7 @@ def _problem(cuda: tuple[int, int] | None, gpus: tuple[Gpu, ...]) -> Problem | N
             "the NVIDIA driver finds no GPU", "check it with nvidia-smi; in a container, run it with --gpus all"
         )
     if cuda is not None and cuda < OLDEST:
-        return Problem(f"the NVIDIA driver supports only CUDA {cuda[0]}.{cuda[1]}", _UPDATE)
+        return Problem(f"the NVIDIA driver supports only CUDA {_words(cuda)}", _UPDATE)
     return None
 
 

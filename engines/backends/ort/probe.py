@@ -9,6 +9,7 @@ __all__ = [
     "RTX",
     "TENSORRT",
     "plugin_command",
+    "plugin_problem",
     "provider_problem",
 ]
 
@@ -31,6 +32,7 @@ RTX = "NvTensorRTRTXExecutionProvider"
 GPU_CAPABILITIES = "8.6, 8.9, or 12.0 and later"
 """The compute capabilities that the RTX plugin supports."""
 
+_PLUGIN = "onnxruntime-ep-nv-tensorrt-rtx"
 _LIBRARIES = {CUDA: "onnxruntime_providers_cuda", TENSORRT: "onnxruntime_providers_tensorrt"}
 # ONNX Runtime opens it at the first convolution, so it is not among the needed ones, and every bundle has convolutions.
 _OPENED_LATER = {CUDA: ("libcudnn.so.9",), TENSORRT: ()}
@@ -46,26 +48,23 @@ def provider_problem(ort: Any, name: str) -> Problem | None:
     driver = find_driver()
     available = ort.get_available_providers()
     if name not in available:
-        return Problem(f"this ONNX Runtime has {', '.join(available)}, not {name}", _replace(name))
+        return Problem(f"this ONNX Runtime has {', '.join(available)}, not {name}", _remedy(name, _reinstall()))
     if driver.problem is not None:
         return driver.problem
     library = _library(ort, name)
     if not library.is_file():
         return Problem(f"{library.name} is missing from the package onnxruntime-gpu", _reinstall())
     major = str(getattr(ort, "cuda_version", "")).partition(".")[0]
-    if major.isdigit() and driver.too_old_for(int(major)):
-        cuda = ".".join(map(str, driver.cuda or ()))
-        return Problem(
-            f"this ONNX Runtime is built for CUDA {major}, and the NVIDIA driver supports only CUDA {cuda}",
-            _reinstall(),
-        )
+    mismatch = driver.mismatch("this ONNX Runtime", int(major)) if major.isdigit() else None
+    if mismatch:
+        return Problem(mismatch, _remedy(name, _reinstall()))
     _preload(ort)
     if name == TENSORRT:
         # Its __init__ loads TensorRT's libraries, which are outside the loader's search path.
         with contextlib.suppress(ImportError, OSError):
             importlib.import_module("tensorrt_libs")
     reason = _unloadable(library, _OPENED_LATER[name])
-    return Problem(reason, _remedy(reason)) if reason else None
+    return Problem(reason, _remedy(name, pip_install("gpu"))) if reason else None
 
 
 def _library(ort: Any, name: str) -> Path:
@@ -84,20 +83,18 @@ def _unloadable(library: Path, later: Iterable[str]) -> str | None:
     return next(filter(None, map(load_problem, [*needed, *later])), None)
 
 
-def _remedy(reason: str) -> str:
-    if reason.startswith(("libnvinfer", "libnvonnxparser", "nvinfer", "nvonnxparser")):
-        return _CLASSIC
-    return pip_install("gpu")
-
-
-def _replace(name: str) -> str:
-    """Return the command for an environment whose ONNX Runtime is not the one for GPUs, or is damaged by another."""
-    if name == TENSORRT and _plugin_supports_gpu(find_driver()):
+def _remedy(name: str, for_cuda: str) -> str:
+    """Return what makes the provider `name` start: for CUDA `for_cuda`, for TensorRT the least that the GPU needs."""
+    driver = find_driver()
+    if name == CUDA:
+        return for_cuda
+    if _plugin_supports_gpu(driver):
         return plugin_command()
-    return _reinstall()
+    return _CLASSIC if driver.variant == "cu13" else f"use --provider tensorrt instead: {pip_install('tensorrt')}"
 
 
 def _reinstall() -> str:
+    """Return the command for an environment whose ONNX Runtime is not the one that it needs."""
     # The packages share one folder: removing one of them damages the other.
     installed = [each for each in ("onnxruntime", "onnxruntime-gpu") if _installed(each)]
     remove = f"pip uninstall -y {' '.join(installed)} && " if installed else ""
@@ -115,9 +112,17 @@ def _plugin_supports_gpu(driver: Driver) -> bool:
     return bool(driver.gpus) and (driver.gpus[0].capability in {(8, 6), (8, 9)} or driver.gpus[0].capability >= (12, 0))
 
 
+def plugin_problem() -> Problem | None:
+    """Return why the driver cannot run the RTX plugin that is installed, or None if it can."""
+    mismatch = find_driver().mismatch(f"{_PLUGIN}-cu13", 13)
+    if mismatch is None or not _installed(f"{_PLUGIN}-cu13"):
+        return None
+    return Problem(mismatch, f"pip uninstall -y {_PLUGIN}-cu13 && {plugin_command()}")
+
+
 def plugin_command() -> str:
     """Return the command that installs the RTX plugin for the CUDA that the driver supports."""
-    return f"pip install onnxruntime-ep-nv-tensorrt-rtx-{find_driver().variant}"
+    return f"pip install {_PLUGIN}-{find_driver().variant}"
 
 
 @cache

@@ -31,6 +31,7 @@ from sdxl_trt.engines.backends.ort.probe import (
     RTX,
     TENSORRT,
     plugin_command,
+    plugin_problem,
     provider_problem,
 )
 from sdxl_trt.engines.bundle import Bundle, Profile
@@ -175,10 +176,11 @@ def _register_rtx(ort: Any) -> None:
             ctypes.CDLL(str(runtime), mode=ctypes.RTLD_GLOBAL)
         ort.register_execution_provider_library(RTX, str(library))
     except Exception as exc:
-        reason = " ".join(str(exc).split())
+        # ONNX Runtime puts the loader's words, which name what is missing, behind its own.
+        reason = " ".join(str(exc).split()).rpartition("with error: ")[2]
         raise IncompatibleError(
-            f"provider ort-tensorrt: the RTX plugin of ONNX Runtime does not load ({reason[:300]}); it needs an NVIDIA"
-            f" driver (see nvidia-smi), and is installed with: {plugin_command()}"
+            f"provider ort-tensorrt: the RTX plugin of ONNX Runtime does not load ({reason[:300]}); install all of the"
+            f" NVIDIA driver (libnvidia-ml too), or the plugin again: {plugin_command()}"
         ) from exc
 
 
@@ -187,6 +189,9 @@ def plugin_devices(ort: Any) -> list[Any]:
 
     Raises IncompatibleError if the plugin does not load or supports no GPU of this machine.
     """
+    problem = plugin_problem()
+    if problem is not None:
+        raise IncompatibleError(f"provider ort-tensorrt cannot start: {problem}")
     _register_rtx(ort)
     devices = [device for device in ort.get_ep_devices() if device.ep_name == RTX]
     if not devices:
