@@ -6,6 +6,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 PEERS := .venv-peers
 PEERS_PIP := $(PEERS)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints-peers.txt
 GPU := .venv-gpu
+GPU_EXTRAS ?= gpu,tensorrt,verify
+GPU_CONSTRAINTS = constraints$(if $(findstring cu12,$(GPU_EXTRAS)),-cu12).txt
 PROMPT ?= a large red star on a blue background
 
 # A half-made environment must not pass for a whole one.
@@ -82,9 +84,11 @@ bench-load: $(VENV)/.full  ## Measure reading and checking a plan, and simulate 
 	$(BIN)/python -m sdxl_trt.benchmarks.cold_load $(if $(QUICK),--quick --results out/bench-load/quick.json)
 
 # Two packages install one `onnxruntime`, so the one for GPUs has an environment of its own; without a GPU it is not made.
+# The driver says first which extras it can run, those for CUDA 12 or 13; --look prints them, or why there is no GPU.
 gpu-check: $(VENV)/.runtime  ## On a machine with an NVIDIA GPU: prove what no CPU can, and print a report for an issue
-	@$(BIN)/python -m sdxl_trt.benchmarks.gpu_check --look
-	@$(MAKE) --no-print-directory $(GPU)/.done
+	@said=$$($(BIN)/python -m sdxl_trt.benchmarks.gpu_check --look); code=$$?; \
+	if [ $$code -ne 0 ]; then printf '%s\n' "$$said"; exit $$code; fi; \
+	$(MAKE) --no-print-directory GPU_EXTRAS="$$said" "$(GPU)/.done-$$said"
 	@$(GPU)/bin/python -m sdxl_trt.benchmarks.gpu_check $(if $(BUNDLE),--bundle $(BUNDLE))
 
 clean:  ## Remove what make made
@@ -111,8 +115,10 @@ $(PEERS)/.done: pyproject.toml constraints-peers.txt
 	@$(PEERS_PIP) --no-deps --editable .
 	@touch $@
 
-$(GPU)/.done: pyproject.toml constraints.txt
+# Made anew for other extras: what they install for CUDA 12 and for CUDA 13 must not mix.
+$(GPU)/.done-$(GPU_EXTRAS): pyproject.toml $(GPU_CONSTRAINTS)
+	rm -rf $(GPU)
 	$(PYTHON) -m venv $(GPU)
-	$(GPU)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt \
-		--editable '.[gpu,tensorrt,verify]'
+	$(GPU)/bin/python -m pip --disable-pip-version-check install --quiet --constraint $(GPU_CONSTRAINTS) \
+		--editable '.[$(GPU_EXTRAS)]'
 	@touch $@

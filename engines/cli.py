@@ -11,6 +11,7 @@ from sdxl_trt.engines.host import Parser, ProgressLine, print_json, run
 EPILOG = """examples:
   trt-inspect my-bundle                      graphs, plans, memory, keys
   trt-inspect my-bundle --why-rebuild        which plans work on this machine, and why others do not
+  trt-inspect --doctor                       which providers can start on this machine; exit 3 if none uses a GPU
   trt-inspect my-bundle --verify ort         TensorRT against ONNX Runtime; exit 1 if they differ
 """
 
@@ -23,11 +24,16 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> Parser:
     parser = Parser(
         prog="trt-inspect",
-        description="Show what a bundle contains, what would be rebuilt here and why, and whether its plans are right.",
+        description="Show what a bundle contains, what would be rebuilt here and why, and whether its plans are right;"
+        " or what can start on this machine.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="exported folder")
+    subject = parser.add_mutually_exclusive_group(required=True)
+    subject.add_argument("bundle", type=Path, nargs="?", metavar="BUNDLE", help="exported folder")
+    subject.add_argument(
+        "--doctor", action="store_true", help="say what can start on this machine, and the one line that mends the rest"
+    )
     parser.add_argument(
         "--why-rebuild", action="store_true", help="state for each component whether its plan works here, or why not"
     )
@@ -38,6 +44,9 @@ def _parser() -> Parser:
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
+    if arguments.doctor:
+        _examine(arguments)
+        return
     from sdxl_trt.engines.inspection import inspect_bundle  # noqa: PLC0415 - numpy and more: --help must not wait
 
     with ProgressLine() as line:
@@ -45,6 +54,20 @@ def _inspect(arguments: argparse.Namespace) -> None:
             arguments.bundle, why_rebuild=arguments.why_rebuild, verify=arguments.verify is not None,
             progress=lambda component: line.draw("verify", f"comparing {component}"),
         )  # fmt: skip
+    if arguments.json:
+        print_json(report.json)
+    else:
+        sys.stdout.write("".join(f"{line}\n" for line in report.lines))
+    report.require()
+
+
+def _examine(arguments: argparse.Namespace) -> None:
+    from sdxl_trt.engines.errors import UsageError  # noqa: PLC0415
+    from sdxl_trt.engines.inspection import examine_machine  # noqa: PLC0415
+
+    if arguments.why_rebuild or arguments.verify:
+        raise UsageError("--doctor examines the machine, and --why-rebuild and --verify a bundle; give them without it")
+    report = examine_machine()
     if arguments.json:
         print_json(report.json)
     else:

@@ -13,10 +13,13 @@ import msgspec
 import numpy as np
 import pytest
 
+from sdxl_trt.engines.backends.cuda.driver import Driver, Problem
 from sdxl_trt.engines.bundle.bundle import Bundle, read_bundle, write_manifest
 from sdxl_trt.engines.bundle.plan_record import PlanRecord
 from sdxl_trt.engines.cli import main as trt_inspect
+from sdxl_trt.engines.inspection import doctor
 from sdxl_trt.engines.inspection.compare import compare_engines
+from sdxl_trt.engines.inspection.doctor import DoctorReport
 from sdxl_trt.mini.embedded import bundle_path
 
 
@@ -74,12 +77,38 @@ def test_errors_are_one_line(
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", [[], ["a", "--verify", "torch"], ["a", "--why"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["a", "--verify", "torch"], ["a", "--why"], ["a", "--doctor"], ["--doctor", "--json", "a"]]
+)
 def test_usage_errors(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         trt_inspect(arguments)
     assert caught.value.code == 2
     assert "see trt-inspect --help" in capsys.readouterr().err
+
+
+def test_the_doctor_does_not_examine_bundles(capsys: pytest.CaptureFixture[str]) -> None:
+    for option in (["--why-rebuild"], ["--verify", "ort"]):
+        code, out, err = _run(capsys, "--doctor", *option)
+        assert (code, out) == (2, "")
+        assert "--doctor examines the machine" in err
+
+
+@pytest.mark.parametrize("starts", [True, False])
+def test_the_doctor_exits_3_if_no_provider_uses_a_gpu(
+    starts: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    problem = None if starts else Problem("libcublas.so.13 is missing", "pip install it")
+    report = DoctorReport(Driver((13, 0)), {}, {"ort-cpu": None, "ort-cuda": problem})
+    monkeypatch.setattr(doctor, "examine_machine", lambda: report)
+    code, out, err = _run(capsys, "--doctor")
+    assert code == (0 if starts else 3)
+    assert out.splitlines() == report.lines
+    said = "error: no provider can use a GPU here: libcublas.so.13 is missing; pip install it\n"
+    assert err == ("" if starts else said)
+    code, out, _ = _run(capsys, "--doctor", "--json")
+    assert code == (0 if starts else 3)
+    assert json.loads(out)["providers"]["ort-cuda"]["starts"] == starts
 
 
 def test_usable_plans_are_reported(planned: Bundle, capsys: pytest.CaptureFixture[str]) -> None:

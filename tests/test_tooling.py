@@ -1,5 +1,7 @@
 """The checkers themselves: one that sees no files would find no errors."""
 
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -38,3 +40,32 @@ def test_git_converts_no_line_ending() -> None:
     command = ["git", "check-attr", "text", "mini/bundle/tokenizer/tokenizer.json", "tests/comfyui/graphs"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert [line.rpartition(": ")[2] for line in result.stdout.splitlines()] == ["unset", "unset"]
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+def test_gpu_check_installs_what_the_driver_runs(tmp_path: Path) -> None:
+    """With a stand-in for Python that records its calls: nothing is installed before the driver has answered."""
+    runtime, record = tmp_path / "runtime", tmp_path / "calls"
+    (runtime / "bin").mkdir(parents=True)
+    python = runtime / "bin" / "python"
+    python.write_text(f"""#!/bin/sh
+case "$*" in *--look) echo "$SAID"; exit $CODE;; *) echo "$*" >> {record};; esac
+case "$2" in venv) mkdir -p "$3/bin"; cp {python} "$3/bin/python";; esac
+""")
+    python.chmod(0o755)
+    (runtime / ".runtime").touch()
+    command = ["make", "gpu-check", f"VENV={runtime}", f"GPU={tmp_path / 'gpu'}", f"PYTHON={python}"]
+
+    def make(said: str, code: int = 0) -> tuple[int, str, list[str]]:
+        record.write_text("")
+        environment = os.environ | {"SAID": said, "CODE": str(code)}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout, [line for line in record.read_text().splitlines() if " install " in line]
+
+    code, out, installs = make("**no GPU**: none", 3)
+    assert (code != 0, out, installs) == (True, "**no GPU**: none\n", [])
+    for extras, file in (("gpu-cu12,tensorrt-cu12,verify", "-cu12"), ("gpu,tensorrt,verify", "")):
+        code, _, (install,) = make(extras)
+        assert code == 0
+        assert install.endswith(f"--constraint constraints{file}.txt --editable .[{extras}]")
+        assert make(extras)[2] == []

@@ -18,7 +18,7 @@ import msgspec
 
 from sdxl_trt.benchmarks.gpu_check.checks import Check, all_checks
 from sdxl_trt.benchmarks.gpu_check.workplace import Skipped, Workplace
-from sdxl_trt.benchmarks.measure import gpu_facts, no_driver
+from sdxl_trt.benchmarks.measure import gpu_extras, gpu_facts, no_driver
 from sdxl_trt.engines.backends.trt import device_available
 
 NO_GPU = 3
@@ -40,11 +40,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__)
     bundle_help = "check this bundle; missing plans are built into it (default: a copy of the embedded pair)"
     parser.add_argument("--bundle", type=Path, metavar="DIR", help=bundle_help)
-    parser.add_argument("--look", action="store_true", help="only test whether the driver has a GPU; run no checks")
+    parser.add_argument("--look", action="store_true", help="only print the extras that the driver runs; check nothing")
     parser.add_argument("--debug", action="store_true", help="print the traceback of every failure to stderr")
     arguments = parser.parse_args(argv)
     reason = no_driver()
     if arguments.look and reason is None:
+        sys.stdout.write(f"{gpu_extras()}\n")
         return 0
     reason = reason or device_available()
     facts = gpu_facts()

@@ -1,40 +1,32 @@
 """Facts about the machine for a GPU report. Nothing here requires TensorRT or a driver: missing parts are reported."""
 
-__all__ = ["gpu_facts", "no_driver"]
+__all__ = ["gpu_extras", "gpu_facts", "no_driver"]
 
-import ctypes
 import platform
 import sys
 from collections.abc import Callable
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 
 from sdxl_trt.benchmarks.measure.processes import machine
 from sdxl_trt.engines import SdxlTrtError
-from sdxl_trt.engines.backends.cuda import Cuda
+from sdxl_trt.engines.backends.cuda import Cuda, find_driver, fitting_extras
 from sdxl_trt.engines.backends.trt import current_environment, device_available
 from sdxl_trt.engines.bundle import Flavour
 from sdxl_trt.engines.host import format_bytes
+from sdxl_trt.engines.inspection import relevant_packages
 
-PACKAGES = (
-    "sdxl-trt", "tensorrt", "tensorrt-cu12", "tensorrt-cu13", "tensorrt-rtx", "cuda-bindings", "onnxruntime",
-    "onnxruntime-gpu", "onnxruntime-ep-nv-tensorrt-rtx-cu12", "polygraphy", "numpy",
-)  # fmt: skip
 FLAVOURS: tuple[Flavour, ...] = ("tensorrt", "tensorrt-rtx")
-_DRIVER = "libcuda.so.1"
 
 
 def no_driver() -> str | None:
-    """Return why the NVIDIA driver offers no GPU, or None if it offers one. Needs no package."""
-    try:
-        driver = ctypes.CDLL(_DRIVER)
-    except OSError:
-        return f"no NVIDIA driver on this machine ({_DRIVER} is missing)"
-    count = ctypes.c_int(0)
-    error = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
-    if error:
-        return f"the NVIDIA driver does not start (CUDA error {error})"
-    return None if count.value else "the NVIDIA driver finds no GPU, or CUDA_VISIBLE_DEVICES hides it"
+    """Return why the NVIDIA driver offers no usable GPU and what to do, or None if it offers one. Needs no package."""
+    problem = find_driver().problem
+    return None if problem is None else str(problem)
+
+
+def gpu_extras() -> str:
+    """Return the extras of this project that the driver can run, joined by commas, with what the GPU check needs."""
+    return f"{fitting_extras('gpu', 'tensorrt')},verify"
 
 
 def gpu_facts() -> dict[str, str]:
@@ -46,7 +38,7 @@ def gpu_facts() -> dict[str, str]:
         "GPU": _tried(_gpu),
     }
     facts |= {flavour: _tried(partial(_flavour, flavour)) for flavour in FLAVOURS}
-    return facts | {"packages": ", ".join(f"{name} {found}" for name in PACKAGES if (found := _version(name)))}
+    return facts | {"packages": ", ".join(f"{name} {version}" for name, version in relevant_packages().items())}
 
 
 def _tried(ask: Callable[[], str]) -> str:
@@ -74,10 +66,3 @@ def _gpu() -> str:
 def _flavour(flavour: Flavour) -> str:
     environment = current_environment(flavour)
     return f"{environment.tensorrt}; driver {environment.driver}"
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None

@@ -64,7 +64,7 @@ def _fastest(bundle: Bundle) -> Backend:
         if not bundle.manifest.onnx:
             raise reason
         log.warning("the bundle's %s plans are not used: %s", flavour, reason)
-    return _onnxruntime(bundle, "ort-cuda" if _onnxruntime_has_cuda() else "ort-cpu")
+    return _onnxruntime(bundle, _fastest_onnxruntime())
 
 
 def _unavailable(flavour: Flavour) -> IncompatibleError | None:
@@ -139,9 +139,19 @@ def _free_device_memory() -> int | None:
     return free
 
 
-def _onnxruntime_has_cuda() -> bool:
+def _fastest_onnxruntime() -> str:
+    """Return "ort-cuda" if it can start; an ONNX Runtime for GPUs on which it cannot is a warning."""
+    from sdxl_trt.engines.backends.ort import CUDA, choose_provider  # noqa: PLC0415 - one import a provider
+
     try:
         import onnxruntime  # noqa: PLC0415 - 0.1 s; if it is missing, OrtEngine raises
     except ImportError:
-        return False
-    return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+        return "ort-cpu"
+    if CUDA not in onnxruntime.get_available_providers():
+        return "ort-cpu"
+    try:
+        choose_provider(onnxruntime, "ort-cuda")
+    except IncompatibleError as exc:
+        log.warning("continuing on the CPU: %s", exc)
+        return "ort-cpu"
+    return "ort-cuda"

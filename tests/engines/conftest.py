@@ -2,12 +2,13 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from sdxl_trt.engines.backends.cuda import driver as driver_module
 from sdxl_trt.engines.bundle.bundle import Bundle, read_bundle
 from sdxl_trt.engines.bundle.manifest import FORMAT_VERSION, Component, Manifest, Scheduler, Source, Stage, Vae
 from sdxl_trt.engines.bundle.records import FileRecord
@@ -107,3 +108,15 @@ def bundle_of() -> Callable[[dict[str, Component]], Bundle]:
         return Bundle(Path("nowhere"), manifest)
 
     return make
+
+
+@pytest.fixture
+def use_driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[driver_module.Driver], None]]:
+    """Return a function that gives this machine another NVIDIA driver."""
+
+    def use(driver: driver_module.Driver) -> None:
+        monkeypatch.setattr(driver_module, "ask_driver", lambda: driver)
+        driver_module.find_driver.cache_clear()
+
+    yield use
+    driver_module.find_driver.cache_clear()

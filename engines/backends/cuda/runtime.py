@@ -7,6 +7,7 @@ import threading
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from sdxl_trt.engines.backends.cuda.driver import pip_install
 from sdxl_trt.engines.errors import EngineError, IncompatibleError, ResourceError, SdxlTrtError
 
 REMEDY = "try --residency swap or stream, a smaller size, or close other programs that use the GPU"
@@ -45,7 +46,7 @@ def cuda_runtime() -> Any:
         return importlib.import_module("cuda.bindings.runtime")
     except (ImportError, OSError) as exc:
         reason = " ".join(str(exc).split())
-        raise IncompatibleError(f"TensorRT needs cuda-bindings ({reason}); pip install 'sdxl-trt[tensorrt]'") from exc
+        raise IncompatibleError(f"TensorRT needs cuda-bindings ({reason}); {pip_install('tensorrt')}") from exc
 
 
 @dataclass

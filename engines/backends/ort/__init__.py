@@ -6,11 +6,20 @@ from sdxl_trt.engines.lazy import lazy_names
 
 if TYPE_CHECKING:
     from sdxl_trt.engines.backends.ort.engine import OrtEngine
-    from sdxl_trt.engines.backends.ort.providers import ORT_PROVIDERS, OrtProvider, choose_provider, shape_limits
+    from sdxl_trt.engines.backends.ort.probe import CUDA, TENSORRT, provider_problem
+    from sdxl_trt.engines.backends.ort.providers import (
+        ORT_PROVIDERS, OrtProvider, choose_provider, plugin_devices, shape_limits,
+    )
 else:
     __getattr__ = lazy_names(__name__, {
         "engine": ("OrtEngine",),
-        "providers": ("ORT_PROVIDERS", "OrtProvider", "choose_provider", "shape_limits"),
+        "probe": ("CUDA", "TENSORRT", "provider_problem"),
+        "providers": (
+            "ORT_PROVIDERS", "OrtProvider", "choose_provider", "plugin_devices", "shape_limits",
+        ),
     })
 
-__all__ = ["ORT_PROVIDERS", "OrtEngine", "OrtProvider", "choose_provider", "shape_limits"]
+__all__ = [
+    "CUDA", "ORT_PROVIDERS", "TENSORRT", "OrtEngine", "OrtProvider", "choose_provider", "plugin_devices",
+    "provider_problem", "shape_limits",
+]

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from sdxl_trt.engines.backends.cuda import pip_install
 from sdxl_trt.engines.backends.ort.providers import (
     ORT_PROVIDERS,
     ExecutionProvider,
@@ -26,6 +27,7 @@ from sdxl_trt.engines.errors import (
     UsageError,
     explain_os_error,
 )
+from sdxl_trt.engines.host import one_line
 from sdxl_trt.engines.plans import outside_profiles
 
 # Errors are raised as exceptions; ONNX Runtime would print them beside our one line.
@@ -207,10 +209,8 @@ def _onnxruntime(provider: str) -> Any:
     try:
         import onnxruntime  # noqa: PLC0415 - 0.1 s, and only when an engine is loaded
     except ImportError as exc:
-        extra = "cpu" if provider == "ort-cpu" else "gpu"
-        raise IncompatibleError(
-            f"provider {provider} needs onnxruntime ({exc}); pip install 'sdxl-trt[{extra}]'"
-        ) from exc
+        command = "pip install 'sdxl-trt[cpu]'" if provider == "ort-cpu" else pip_install("gpu")
+        raise IncompatibleError(f"provider {provider} needs onnxruntime ({one_line(str(exc))}); {command}") from exc
     return onnxruntime
 
 
@@ -223,6 +223,9 @@ def _explain(exc: Exception, doing: str) -> SdxlTrtError:
         return IncompatibleError(f"{doing}: an engine that was compiled earlier does not load ({text[:200]}); TensorRT,"
                                  " the driver or the GPU has changed: remove sdxl-trt/onnxruntime from the cache folder"
                                  " (XDG_CACHE_HOME or ~/.cache)")  # fmt: skip
+    if "cannot open shared object file" in text:
+        return IncompatibleError(f"{doing}: ONNX Runtime misses a library ({text[-200:]}); trt-inspect --doctor says"
+                                 " which, and what to install")  # fmt: skip
     return EngineError(f"{doing}: ONNX Runtime failed: {text[:300]}; rerun with --debug for the full message")
 
 

@@ -11,13 +11,12 @@ __all__ = [
     "OrtProvider",
     "check_session",
     "choose_provider",
+    "plugin_devices",
     "shape_limits",
 ]
 
-import contextlib
 import ctypes
 import importlib.util
-import io
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -26,20 +25,23 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from sdxl_trt.engines.backends.ort.cache import engine_cache
+from sdxl_trt.engines.backends.ort.probe import (
+    CUDA,
+    GPU_CAPABILITIES,
+    RTX,
+    TENSORRT,
+    plugin_command,
+    plugin_problem,
+    provider_problem,
+)
 from sdxl_trt.engines.bundle import Bundle, Profile
 from sdxl_trt.engines.errors import CorruptError, IncompatibleError
 
 OrtProvider = Literal["ort-cpu", "ort-cuda", "ort-tensorrt"]
 ORT_PROVIDERS: tuple[OrtProvider, ...] = get_args(OrtProvider)
 CPU = "CPUExecutionProvider"
-CUDA = "CUDAExecutionProvider"
-TENSORRT = "TensorrtExecutionProvider"
-RTX = "NvTensorRTRTXExecutionProvider"
 RTX_MODULE = "onnxruntime_ep_nv_tensorrt_rtx"
 
-# Two packages install the same `onnxruntime`: the one for CPUs must be removed before the one for GPUs is installed.
-_GPU_COMMAND = "pip uninstall -y onnxruntime && pip install 'sdxl-trt[gpu]'"
-_RTX_COMMAND = "pip install onnxruntime-ep-nv-tensorrt-rtx-cu12"
 _CUDA_OPTIONS = {
     # By default the arena doubles with every extension, and never shrinks.
     "arena_extend_strategy": "kSameAsRequested",
@@ -50,6 +52,10 @@ _CUDA_OPTIONS = {
 }
 _HEAVY = ("Attention", "Conv", "Gemm", "MatMul")
 """Parts of the names of the operators that take most of the time."""
+# Before this version an optimizer treats a transpose that changes nothing as one that does: text_encoder_2 fails, and a
+# square weight would give wrong numbers (onnxruntime issue 32228).
+_TRANSPOSES_RIGHT = (1, 30)
+_WRONG_OPTIMIZER = "GemmTransposeFusion"
 # Operator of models that contain, or refer to, an engine compiled elsewhere: code without a digest in the manifest.
 _COMPILED = b"EPContext"
 
@@ -72,19 +78,20 @@ class ExecutionProvider:
         Raises CorruptError for a graph that would load compiled code, UsageError for a cache that other users can
         write, IncompatibleError if the session would run elsewhere, and what ONNX Runtime raises.
         """
+        mended = _without_wrong_optimizer(ort.__version__)
         if self.device == "cpu":
-            return ort.InferenceSession(graph, options, providers=[self.name])
+            return ort.InferenceSession(graph, options, providers=[self.name], **mended)
         if _COMPILED in graph:
             raise CorruptError(f"{bundle.root}: the graph of {component} contains an engine compiled elsewhere, which"
                                " is code; get an intact copy of the bundle")  # fmt: skip
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         settings = self._settings(ort, bundle, component, limits)
         if self.plugin:
-            options.add_provider_for_devices(_rtx_devices(ort), settings)
-            session = ort.InferenceSession(graph, options, enable_fallback=0)
+            options.add_provider_for_devices(plugin_devices(ort), settings)
+            session = ort.InferenceSession(graph, options, enable_fallback=0, **mended)
         else:
             providers = [(self.name, settings), (CUDA, _CUDA_OPTIONS)] if self.profiled else [(self.name, settings)]
-            session = ort.InferenceSession(graph, options, providers=providers, enable_fallback=0)
+            session = ort.InferenceSession(graph, options, providers=providers, enable_fallback=0, **mended)
         check_session(session, self.name, component)
         return session
 
@@ -110,20 +117,24 @@ class ExecutionProvider:
 def choose_provider(ort: Any, provider: OrtProvider) -> ExecutionProvider:
     """Return the execution provider of module `ort` for `provider`; for ort-tensorrt the RTX plugin is second choice.
 
-    Raises IncompatibleError with the pip command if this ONNX Runtime has none.
+    Loads the libraries of the provider first, also from pip's packages. Raises IncompatibleError with the remedy if
+    none can start here.
     """
     if provider == "ort-cpu":
         return ExecutionProvider(CPU, device="cpu")
-    available = ort.get_available_providers()
     wanted = CUDA if provider == "ort-cuda" else TENSORRT
-    if wanted in available:
-        _preload(ort)
+    problem = provider_problem(ort, wanted)
+    if problem is None:
         return ExecutionProvider(wanted, profiled=provider == "ort-tensorrt")
     if provider == "ort-tensorrt" and _has_plugin():
         return ExecutionProvider(RTX, plugin=True, profiled=True)
-    other = f"; for GeForce and RTX cards also: {_RTX_COMMAND}" if provider == "ort-tensorrt" else ""
-    raise IncompatibleError(f"provider {provider} needs ONNX Runtime with {wanted}, this one has"
-                            f" {', '.join(available)}; {_GPU_COMMAND}{other}")  # fmt: skip
+    raise IncompatibleError(f"provider {provider} cannot start: {problem}")
+
+
+def _without_wrong_optimizer(version: str) -> dict[str, list[str]]:
+    """Return the arguments of InferenceSession that a defect of this version of ONNX Runtime requires."""
+    major, minor = (int(part) for part in version.split(".")[:2])
+    return {} if (major, minor) >= _TRANSPOSES_RIGHT else {"disabled_optimizers": [_WRONG_OPTIMIZER]}
 
 
 def check_session(session: Any, name: str, component: str) -> None:
@@ -150,13 +161,6 @@ def _heavy(operators: Iterable[str]) -> set[str]:
     return {operator for operator in operators if any(part in operator for part in _HEAVY)}
 
 
-@cache
-def _preload(ort: Any) -> None:
-    """Load CUDA and cuDNN from pip's packages, which are outside the loader's search path."""
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints the libraries that it does not find
-        ort.preload_dlls()
-
-
 def _has_plugin() -> bool:
     return importlib.util.find_spec(RTX_MODULE) is not None
 
@@ -172,20 +176,28 @@ def _register_rtx(ort: Any) -> None:
             ctypes.CDLL(str(runtime), mode=ctypes.RTLD_GLOBAL)
         ort.register_execution_provider_library(RTX, str(library))
     except Exception as exc:
-        reason = " ".join(str(exc).split())
+        # ONNX Runtime puts the loader's words, which name what is missing, behind its own.
+        reason = " ".join(str(exc).split()).rpartition("with error: ")[2]
         raise IncompatibleError(
-            f"provider ort-tensorrt: the RTX plugin of ONNX Runtime does not load ({reason[:300]}); it needs an NVIDIA"
-            f" driver (see nvidia-smi), and is installed with: {_RTX_COMMAND}"
+            f"provider ort-tensorrt: the RTX plugin of ONNX Runtime does not load ({reason[:300]}); install all of the"
+            f" NVIDIA driver (libnvidia-ml too), or the plugin again: {plugin_command()}"
         ) from exc
 
 
-def _rtx_devices(ort: Any) -> list[Any]:
+def plugin_devices(ort: Any) -> list[Any]:
+    """Register the RTX plugin with module `ort` and return its first device, an OrtEpDevice, in a list.
+
+    Raises IncompatibleError if the plugin does not load or supports no GPU of this machine.
+    """
+    problem = plugin_problem()
+    if problem is not None:
+        raise IncompatibleError(f"provider ort-tensorrt cannot start: {problem}")
     _register_rtx(ort)
     devices = [device for device in ort.get_ep_devices() if device.ep_name == RTX]
     if not devices:
         raise IncompatibleError(
             "provider ort-tensorrt: the RTX plugin of ONNX Runtime finds no GPU that it supports (compute capability"
-            " 8.6, 8.9, or 12.0 and later); use --provider tensorrt, ort-cuda or ort-cpu"
+            f" {GPU_CAPABILITIES}); use --provider tensorrt, ort-cuda or ort-cpu"
         )
     return devices[:1]
 

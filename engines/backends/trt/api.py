@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from sdxl_trt.engines.backends.cuda import pip_install
 from sdxl_trt.engines.bundle import Flavour
 from sdxl_trt.engines.errors import IncompatibleError
 from sdxl_trt.engines.host import add_dll_folders
@@ -21,10 +22,6 @@ Sink = Callable[[str, str], None]
 _MODULES: dict[Flavour, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 # TensorRT 11 is strongly typed only, and fixes vulnerabilities of older runtimes in reading plans.
 _FLOORS: dict[Flavour, tuple[int, int]] = {"tensorrt": (11, 0), "tensorrt-rtx": (1, 0)}
-_REMEDIES: dict[Flavour, str] = {
-    "tensorrt": "pip install 'sdxl-trt[tensorrt]'",
-    "tensorrt-rtx": "pip install tensorrt-rtx 'cuda-bindings>=12.9'",
-}
 _ERRORS = ("INTERNAL_ERROR", "ERROR")
 _KEPT = (*_ERRORS, "WARNING")
 _MOST_KEPT = 64
@@ -39,11 +36,11 @@ def tensorrt_module(flavour: Flavour) -> Any:
         module = importlib.import_module(name)
     except (ImportError, OSError) as exc:
         reason = " ".join(str(exc).split())
-        raise IncompatibleError(f"provider {flavour} needs {name} ({reason}); {_REMEDIES[flavour]}") from exc
+        raise IncompatibleError(f"provider {flavour} needs {name} ({reason}); {pip_install(flavour)}") from exc
     version = library_version(module)
     if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < floor:
         needed = ".".join(map(str, floor))
-        raise IncompatibleError(f"{name} {version} is too old, {needed} or later is required; {_REMEDIES[flavour]}")
+        raise IncompatibleError(f"{name} {version} is too old, {needed} or later is required; {pip_install(flavour)}")
     return module
 
 

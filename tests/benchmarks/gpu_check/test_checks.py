@@ -11,8 +11,10 @@ from sdxl_trt.benchmarks.gpu_check import checks as gpu_checks
 from sdxl_trt.benchmarks.gpu_check.__main__ import Result, main, report, run_check, run_checks
 from sdxl_trt.benchmarks.gpu_check.checks import Check, all_checks
 from sdxl_trt.benchmarks.gpu_check.workplace import Skipped, Workplace
-from sdxl_trt.benchmarks.measure import gpu as gpu_facts
+from sdxl_trt.benchmarks.measure import gpu as measured_gpu
 from sdxl_trt.benchmarks.measure.gpu import no_driver
+from sdxl_trt.engines.backends.cuda import driver
+from sdxl_trt.engines.backends.cuda.driver import Driver, Gpu, Problem
 from sdxl_trt.engines.backends.cuda.streams import Stream
 from sdxl_trt.engines.backends.ort import providers as ort_providers
 
@@ -52,39 +54,23 @@ def test_without_a_gpu_the_report_says_so(monkeypatch: pytest.MonkeyPatch, capsy
 
 
 @pytest.mark.parametrize(
-    ("error", "count", "said"),
-    [(0, 1, None), (0, 0, "the NVIDIA driver finds no GPU"), (100, 0, "does not start (CUDA error 100)")],
+    ("cuda", "extras"), [((13, 0), "gpu,tensorrt,verify"), ((12, 4), "gpu-cu12,tensorrt-cu12,verify")]
 )
-def test_the_driver_itself_finds_the_gpu(
-    error: int, count: int, said: str | None, monkeypatch: pytest.MonkeyPatch
+def test_look_prints_the_extras_that_the_driver_runs(
+    cuda: tuple[int, int], extras: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    class Driver:
-        def cuInit(self, flags: int) -> int:  # noqa: N802 - CUDA's name
-            return error
-
-        def cuDeviceGetCount(self, target: Any) -> int:  # noqa: N802 - CUDA's name
-            target._obj.value = count
-            return 0
-
-    monkeypatch.setattr(gpu_facts.ctypes, "CDLL", lambda name: Driver())
-    reason = no_driver()
-    assert reason is None if said is None else said in reason
-
-
-def test_a_machine_without_the_driver_has_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    def absent(name: str) -> None:
-        raise OSError(name)
-
-    monkeypatch.setattr(gpu_facts.ctypes, "CDLL", absent)
-    assert no_driver() == "no NVIDIA driver on this machine (libcuda.so.1 is missing)"
-
-
-def test_look_prints_nothing_if_there_is_a_gpu(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+    monkeypatch.setattr(driver, "find_driver", lambda: Driver(cuda, (Gpu("a GPU", (8, 9), 1),)))
     monkeypatch.setattr(gpu_check, "no_driver", lambda: None)
     assert main(["--look"]) == 0
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().out == f"{extras}\n"
+
+
+def test_the_driver_says_why_it_has_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Problem("the NVIDIA driver finds no GPU", "look for it")
+    monkeypatch.setattr(measured_gpu, "find_driver", lambda: Driver((13, 0), problem=problem))
+    assert no_driver() == "the NVIDIA driver finds no GPU; look for it"
+    monkeypatch.setattr(measured_gpu, "find_driver", lambda: Driver((13, 0), (Gpu("a GPU", (8, 9), 1),)))
+    assert no_driver() is None
 
 
 def test_everything_is_checked_on_the_simulated_device(

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from sdxl_trt.engines.backends import open as providers
+from sdxl_trt.engines.backends.cuda.driver import Problem
+from sdxl_trt.engines.backends.ort import providers as ort_providers
 from sdxl_trt.engines.bundle.bundle import Bundle, read_bundle
 from sdxl_trt.engines.bundle.phases import run_components
 from sdxl_trt.engines.engine import Engine, numpy_dtype
@@ -175,8 +177,24 @@ def test_without_plans_auto_takes_onnxruntime_s_best_provider(
 ) -> None:
     onnxruntime = importlib.import_module("onnxruntime")
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: available)
+    monkeypatch.setattr(ort_providers, "provider_problem", lambda ort, name: None)
     with open_pool(EMBEDDED) as pool:
         assert (pool.provider, pool.limits) == (provider, None)
+
+
+def test_a_cuda_provider_that_cannot_start_is_a_warning_under_auto(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    onnxruntime = importlib.import_module("onnxruntime")
+    available = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: available)
+    problem = Problem("libcublas.so.13 is missing", "pip install it")
+    monkeypatch.setattr(ort_providers, "provider_problem", lambda ort, name: problem)
+    with caplog.at_level(logging.WARNING), open_pool(EMBEDDED) as pool:
+        assert pool.provider == "ort-cpu"
+    assert caplog.messages == [
+        "continuing on the CPU: provider ort-cuda cannot start: libcublas.so.13 is missing; pip install it"
+    ]
 
 
 def test_errors_list_the_valid_names() -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
+from sdxl_trt.engines.backends.cuda.driver import Problem
 from sdxl_trt.engines.backends.ort import providers as ort_providers
 from sdxl_trt.engines.backends.ort.cache import engine_cache
 from sdxl_trt.engines.backends.ort.engine import OrtEngine
@@ -40,8 +41,11 @@ GRAPHICS = [TENSORRT, CUDA, CPU]
 class Session:
     """An InferenceSession that records its arguments and returns a fixed assignment."""
 
-    def __init__(self, graph: bytes, options: Any, providers: Any = None, enable_fallback: int = 1) -> None:
+    def __init__(
+        self, graph: bytes, options: Any, providers: Any = None, enable_fallback: int = 1, **others: Any
+    ) -> None:
         self.graph, self.options, self.providers, self.fallback = graph, options, providers, enable_fallback
+        self.others = others
 
     def get_providers(self) -> list[str]:
         named = [each if isinstance(each, str) else each[0] for each in self.providers or [RTX]]
@@ -97,9 +101,6 @@ class Runtime:
     def get_available_providers(self) -> list[str]:
         return self.available
 
-    def preload_dlls(self) -> None:
-        print("Failed to load libcublasLt.so.12")
-
     def register_execution_provider_library(self, name: str, path: str) -> None:
         self.registered.append((name, path))
 
@@ -137,23 +138,34 @@ def test_the_cpu_needs_nothing() -> None:
     assert choose_provider(onnxruntime, "ort-cpu") == ExecutionProvider(CPU, device="cpu")
 
 
-@pytest.mark.parametrize("provider", ["ort-cuda", "ort-tensorrt"])
+@pytest.mark.parametrize(
+    ("provider", "command"),
+    [
+        ("ort-cuda", "pip uninstall -y onnxruntime && pip install 'sdxl-trt[gpu]'"),
+        ("ort-tensorrt", "make a new environment and run there: pip install 'sdxl-trt[ort-tensorrt]'"),
+    ],
+)
 @pytest.mark.usefixtures("without_plugin")
-def test_a_missing_provider_names_the_package(provider: str) -> None:
+def test_a_missing_provider_names_the_package(provider: str, command: str) -> None:
     """With the real onnxruntime for CPUs."""
     if CUDA in onnxruntime.get_available_providers():
         pytest.skip("this onnxruntime has CUDA")
-    with pytest.raises(IncompatibleError, match=r"CPUExecutionProvider; pip uninstall -y onnxruntime && pip install"):
+    with pytest.raises(IncompatibleError, match=rf"not \w+; {re.escape(command)}$"):
         choose_provider(onnxruntime, provider)
 
 
-def test_an_available_provider_is_chosen(capsys: pytest.CaptureFixture[str], plugin: Path) -> None:
+def test_an_available_provider_is_chosen(plugin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    startable = {"CUDAExecutionProvider", "TensorrtExecutionProvider"}
+    monkeypatch.setattr(
+        ort_providers,
+        "provider_problem",
+        lambda ort, name: None if name in startable & set(ort.available) else Problem("absent", "install it"),
+    )
     assert choose_provider(Runtime(*GRAPHICS), "ort-cuda") == ExecutionProvider(CUDA)
     assert choose_provider(Runtime(*GRAPHICS), "ort-tensorrt") == ExecutionProvider(TENSORRT, profiled=True)
     assert choose_provider(Runtime(CPU), "ort-tensorrt") == ExecutionProvider(RTX, plugin=True, profiled=True)
     with pytest.raises(IncompatibleError):
         choose_provider(Runtime(CPU), "ort-cuda")  # the plugin is not a CUDA provider
-    assert capsys.readouterr().out == ""
 
 
 def _open(chosen: ExecutionProvider, bundle: Bundle, runtime: Any, graph: bytes = b"") -> Session:
@@ -185,6 +197,26 @@ def test_tensorrt_gets_shapes_and_a_private_cache(bundle: Bundle, tmp_path: Path
     assert folder.is_relative_to(tmp_path / "cache")
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert not [key for key in options if "fp16" in key or "host" in key]
+
+
+@pytest.mark.parametrize(
+    ("version", "disabled"),
+    [("1.26.0", ["GemmTransposeFusion"]), ("1.29.0", ["GemmTransposeFusion"]), ("1.30.0", None), ("2.0.0", None)],
+)
+def test_the_optimizer_with_a_defect_is_off(bundle: Bundle, version: str, disabled: list[str] | None) -> None:
+    runtime = Runtime(*GRAPHICS)
+    runtime.__version__ = version
+    for chosen in (ExecutionProvider(CUDA), ExecutionProvider(CPU, device="cpu")):
+        assert _open(chosen, bundle, runtime).others.get("disabled_optimizers") == disabled
+
+
+def test_the_real_session_takes_the_name_of_the_optimizer(bundle: Bundle) -> None:
+    """A session that refused the argument would start on no old version."""
+    engine = OrtEngine(bundle, "text_encoder")
+    engine.prefetch()
+    old = ModuleType("onnxruntime")
+    old.__dict__.update(vars(onnxruntime), __version__="1.26.0")
+    assert engine._open(old, ExecutionProvider(CPU, device="cpu")).get_providers() == [CPU]
 
 
 def test_the_plugin_gets_the_first_gpu_and_its_options(bundle: Bundle, plugin: Path) -> None:
