@@ -13,6 +13,7 @@ from sdxl_trt.engines.backends.trt import current_environment
 from sdxl_trt.engines.build.jobs import PlanJob, _place, plan_builds
 from sdxl_trt.engines.build.messages import BuildEvent, BuildJob, BuiltPlan
 from sdxl_trt.engines.build.process import build_plan
+from sdxl_trt.engines.build.timing import cache_file
 from sdxl_trt.engines.bundle import (
     MANIFEST,
     BuildFlags,
@@ -45,7 +46,7 @@ def build_plans(
     flags: BuildFlags | None = None,
     *,
     components: Iterable[str] | None = None,
-    timing_cache: Path | None = None,
+    timing_cache: Path | bool = True,
     force: bool = False,
     lock: bool = True,
     progress: Callable[[BuildEvent], None] | None = None,
@@ -53,13 +54,17 @@ def build_plans(
     """Build the plans that the bundle at `root` lacks for this machine, and return the opened bundle.
 
     Each plan enters the manifest as soon as it is complete, so a new run continues after an interrupted one. `progress`
-    receives every event of every build; without `lock`, other writers are not kept out. Raises IncompatibleError
-    without TensorRT or its GPU, SizeError, UsageError, ResourceError, and EngineError with the build log's last line.
+    receives every event of every build; without `lock`, other writers are not kept out. `timing_cache` is a file, read
+    and updated, that makes later builds faster: True is that of this GPU and TensorRT in the cache folder, False none.
+    Raises IncompatibleError without TensorRT or its GPU, SizeError, UsageError, ResourceError, and EngineError with the
+    build log's last line.
     """
     environment = current_environment(flavour)
     root = Path(root)
-    for path in (root.absolute(), *(() if timing_cache is None else (timing_cache,))):
+    named = timing_cache if isinstance(timing_cache, Path) else None
+    for path in (root.absolute(), *(() if named is None else (named,))):
         require_utf8(path, "TensorRT")
+    kept = cache_file(environment) if timing_cache is True else named
     with exclusive(root.absolute(), lock=lock):
         bundle = read_bundle(root, partial=True)
         if not bundle.manifest.onnx:
@@ -69,12 +74,17 @@ def build_plans(
         to_build = [job for job in jobs if job.record is None]
         _require_disk(bundle, to_build)
         for job in to_build:
-            bundle = _build_one(bundle, job, timing_cache, progress)
+            bundle = _build_one(bundle, job, kept, progress, shared_cache=named is None)
         return bundle
 
 
 def _build_one(
-    bundle: Bundle, job: PlanJob, timing_cache: Path | None, progress: Callable[[BuildEvent], None] | None
+    bundle: Bundle,
+    job: PlanJob,
+    timing_cache: Path | None,
+    progress: Callable[[BuildEvent], None] | None,
+    *,
+    shared_cache: bool,
 ) -> Bundle:
     component = bundle.manifest.components[job.component]
     for record in (component.graph, component.weights):
@@ -90,6 +100,7 @@ def _build_one(
             flavour=job.key.environment.flavour,
             flags=job.key.flags,
             timing_cache=timing_cache,
+            shared_cache=shared_cache,
             plan=target,
             log=target.with_suffix(".log"),
         ),
@@ -111,7 +122,12 @@ def _record(job: PlanJob, file: str, built: BuiltPlan) -> PlanRecord:
     return PlanRecord(
         key=job.key,
         file=FileRecord(file=file, size=built.size, sha256=built.sha256),
-        memory=PlanMemory(weights=built.weights, activations=built.activations, streamable=built.streamable),
+        memory=PlanMemory(
+            weights=built.weights,
+            activations=built.activations,
+            streamable=built.streamable,
+            profile_activations=built.profile_activations,
+        ),
         seconds=built.seconds,
         log=str(Path(file).with_suffix(".log").as_posix()),
     )
