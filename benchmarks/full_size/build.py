@@ -9,6 +9,7 @@ next run, plans are deleted.
 __all__ = ["Build", "Report", "bars", "main", "table"]
 
 import os
+import resource
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -46,8 +47,9 @@ _MODELS = {False: ("sdxl", "fp16"), True: ("tiny", "fp32")}
 class Build(msgspec.Struct, frozen=True):
     """The cost and result of one build, in bytes and seconds; `weights` are those of the ONNX graph.
 
-    `profile_activations` are those of each profile, in order. `measured` is the day, and `load` the machine's load
-    average as the build began; "" and None in results from before they were recorded.
+    `profile_activations` are those of each profile, in order. `measured` is the day, `cpu_seconds` the processor's
+    time, `load` the machine's load average as the build began or ended, whichever is larger: 1 is this build alone.
+    They are "" and None in results from before they were recorded.
     """
 
     component: str
@@ -62,6 +64,7 @@ class Build(msgspec.Struct, frozen=True):
     peak_file: int
     profile_activations: tuple[int, ...] = ()
     measured: str = ""
+    cpu_seconds: float | None = None
     load: float | None = None
 
 
@@ -89,16 +92,25 @@ def measure_build(case: BuildCase, bundle: Bundle, folder: Path) -> Build:
         plan=plan,
         log=folder / f"{case.name.replace(' ', '-').replace(':', '-').replace(',', '')}.log",
     )
-    load = os.getloadavg()[0]
+    load, used = os.getloadavg()[0], _children_seconds()
     try:
         with ProgressLine() as line:
             built = build_plan(job, progress=build_progress(line))
     finally:
         plan.unlink(missing_ok=True)
-    return _figures(case, built, component.weights.size, load)
+    figures = _figures(case, built, component.weights.size)
+    return msgspec.structs.replace(
+        figures, cpu_seconds=round(_children_seconds() - used, 1), load=round(max(load, os.getloadavg()[0]), 1)
+    )
 
 
-def _figures(case: BuildCase, built: BuiltPlan, weights: int, load: float) -> Build:
+def _children_seconds() -> float:
+    """Return the processor's time that ended children of this process have used."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def _figures(case: BuildCase, built: BuiltPlan, weights: int) -> Build:
     return Build(
         component=case.component,
         profiles="; ".join(profile_words(axes) for axes in case.axes),
@@ -112,7 +124,6 @@ def _figures(case: BuildCase, built: BuiltPlan, weights: int, load: float) -> Bu
         peak_file=built.peak_file,
         profile_activations=built.profile_activations,
         measured=datetime.now(UTC).date().isoformat(),
-        load=round(load, 1),
     )
 
 
@@ -184,9 +195,10 @@ def _row(name: str, build: Build) -> str:
     anonymous = f"{build.peak_anonymous / GB:.2f} GB ({build.peak_anonymous / build.weights:.2f}×)"
     activations = ", ".join(f"{size / MB:.0f}" for size in build.profile_activations or (build.activations,))
     load = "" if build.load is None else f"{build.load:.1f} on {build.measured}"
+    seconds = f"{build.seconds:.0f} s" + ("" if build.cpu_seconds is None else f" ({build.cpu_seconds:.0f} s of CPU)")
     cells = [
         name, build.profiles, f"{activations} MB", f"{build.weights / GB:.3f} GB", plan,
-        str(build.layers), f"{build.parse_seconds:.2f} s", f"{build.seconds:.0f} s", anonymous,
+        str(build.layers), f"{build.parse_seconds:.2f} s", seconds, anonymous,
         f"{build.peak_file / GB:.2f} GB", load,
     ]  # fmt: skip
     return "| " + " | ".join(cells) + " |"

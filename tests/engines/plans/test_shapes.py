@@ -149,7 +149,9 @@ def test_a_run_uses_the_profile_of_its_sizes(component_of) -> None:
         assert profile_for_run("unet", unet, profiles, run, 8) == expected
     with pytest.raises(SizeError, match=r"refiner_unet: .* height 192, .* given") as raised:
         profile_for_run("refiner_unet", unet, profiles, RunSizes(height=1536, width=1024, rows=2, tokens=77), 8)
-    assert str(raised.value).startswith("refiner_unet: the plan takes rows 1 to 2, height 64 to 160 (512 to 1280 pixels)")
+    assert str(raised.value).startswith(
+        "refiner_unet: the plan takes rows 1 to 2, height 64 to 160 (512 to 1280 pixels)"
+    )
     assert " or rows" not in str(raised.value), "the range holds the other profiles"
 
 
