@@ -9,8 +9,10 @@ next run, plans are deleted.
 __all__ = ["Build", "Report", "bars", "main", "table"]
 
 import os
+import resource
 import sys
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 import msgspec
@@ -30,7 +32,7 @@ from sdxl_trt.benchmarks.measure import (
     results_parser,
     write_results,
 )
-from sdxl_trt.engines import SdxlTrtError
+from sdxl_trt.engines import SdxlTrtError, UsageError
 from sdxl_trt.engines.build import BuildJob, BuiltPlan, build_plan, build_progress
 from sdxl_trt.engines.bundle import Bundle, read_bundle
 from sdxl_trt.engines.host import ProgressLine
@@ -43,7 +45,12 @@ _MODELS = {False: ("sdxl", "fp16"), True: ("tiny", "fp32")}
 
 
 class Build(msgspec.Struct, frozen=True):
-    """The cost and result of one build, in bytes and seconds; `weights` are those of the ONNX graph."""
+    """The cost and result of one build, in bytes and seconds; `weights` are those of the ONNX graph.
+
+    `profile_activations` are those of each profile, in order. `measured` is the day, `cpu_seconds` the processor's
+    time, `load` the machine's load average as the build began or ended, whichever is larger: 1 is this build alone.
+    They are "" and None in results from before they were recorded.
+    """
 
     component: str
     profiles: str
@@ -55,6 +62,10 @@ class Build(msgspec.Struct, frozen=True):
     seconds: float
     peak_anonymous: int
     peak_file: int
+    profile_activations: tuple[int, ...] = ()
+    measured: str = ""
+    cpu_seconds: float | None = None
+    load: float | None = None
 
 
 class Report(msgspec.Struct, frozen=True):
@@ -81,12 +92,22 @@ def measure_build(case: BuildCase, bundle: Bundle, folder: Path) -> Build:
         plan=plan,
         log=folder / f"{case.name.replace(' ', '-').replace(':', '-').replace(',', '')}.log",
     )
+    load, used = os.getloadavg()[0], _children_seconds()
     try:
         with ProgressLine() as line:
             built = build_plan(job, progress=build_progress(line))
     finally:
         plan.unlink(missing_ok=True)
-    return _figures(case, built, component.weights.size)
+    figures = _figures(case, built, component.weights.size)
+    return msgspec.structs.replace(
+        figures, cpu_seconds=round(_children_seconds() - used, 1), load=round(max(load, os.getloadavg()[0]), 1)
+    )
+
+
+def _children_seconds() -> float:
+    """Return the processor's time that ended children of this process have used."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def _figures(case: BuildCase, built: BuiltPlan, weights: int) -> Build:
@@ -101,7 +122,27 @@ def _figures(case: BuildCase, built: BuiltPlan, weights: int) -> Build:
         seconds=built.seconds,
         peak_anonymous=built.peak_anonymous,
         peak_file=built.peak_file,
+        profile_activations=built.profile_activations,
+        measured=datetime.now(UTC).date().isoformat(),
     )
+
+
+def merged(report: Report, path: Path) -> Report:
+    """Return `report` with the builds in the results at `path` that it lacks; `report` unchanged if there are none.
+
+    Only results of one kind of machine and of the same versions may stand side by side: raises UsageError for others.
+    """
+    if not path.exists():
+        return report
+    before = msgspec.json.decode(path.read_bytes(), type=Report)
+    kinds = [(each.machine.get("processor"), each.machine.get("cores"), each.versions, each.quick)
+             for each in (before, report)]  # fmt: skip
+    if kinds[0] != kinds[1]:
+        raise UsageError(f"--merge: {path} has results of another machine, version or size; run all cases again")
+    builds = before.builds | report.builds
+    ordered = {case.name: builds[case.name] for case in cases() if case.name in builds}
+    failed = {name: reason for name, reason in (before.failed | report.failed).items() if name not in ordered}
+    return msgspec.structs.replace(report, builds=ordered, failed=failed, bars=bars(ordered))
 
 
 def bars(builds: Mapping[str, Build]) -> list[Bar]:
@@ -141,21 +182,24 @@ def table(report: Report) -> str:
     lines = [f"Plan builds on a CPU, {size}. {machine_words(report.machine)}.", "", *bars_table(report.bars)]
     lines += [
         "",
-        "| plan | profiles | activations | weights | plan | layers | parsed in | built in | anonymous | mapped files |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| plan | profiles | activations | weights | plan | layers | parsed in | built in | anonymous | files | load |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [_row(name, build) for name, build in report.builds.items()]
-    lines += [f"| {name} | failed: {reason} | | | | | | | | |" for name, reason in report.failed.items()]
+    lines += [f"| {name} | failed: {reason} | | | | | | | | | |" for name, reason in report.failed.items()]
     return "\n".join(lines) + "\n"
 
 
 def _row(name: str, build: Build) -> str:
     plan = f"{build.plan / GB:.3f} GB ({build.plan / build.weights:.3f}×)"
     anonymous = f"{build.peak_anonymous / GB:.2f} GB ({build.peak_anonymous / build.weights:.2f}×)"
+    activations = ", ".join(f"{size / MB:.0f}" for size in build.profile_activations or (build.activations,))
+    load = "" if build.load is None else f"{build.load:.1f} on {build.measured}"
+    seconds = f"{build.seconds:.0f} s" + ("" if build.cpu_seconds is None else f" ({build.cpu_seconds:.0f} s of CPU)")
     cells = [
-        name, build.profiles, f"{build.activations / MB:.0f} MB", f"{build.weights / GB:.3f} GB", plan,
-        str(build.layers), f"{build.parse_seconds:.2f} s", f"{build.seconds:.0f} s", anonymous,
-        f"{build.peak_file / GB:.2f} GB",
+        name, build.profiles, f"{activations} MB", f"{build.weights / GB:.3f} GB", plan,
+        str(build.layers), f"{build.parse_seconds:.2f} s", seconds, anonymous,
+        f"{build.peak_file / GB:.2f} GB", load,
     ]  # fmt: skip
     return "| " + " | ".join(cells) + " |"
 
@@ -166,10 +210,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = results_parser(prog, __doc__, work=Path("out/bench-build"), results=RESULTS, case="plan")
     checkpoints = Path("out/bench-export/checkpoints")
     parser.add_argument("--checkpoints", type=Path, default=checkpoints, help="folder for random weights")
+    parser.add_argument("--merge", action="store_true", help="keep the results of the cases that --only leaves out")
     arguments = parser.parse_args(argv)
     chosen = [case for case in cases() if not arguments.only or case.name in arguments.only]
     os.environ.update(child_environment(assemble()))
     report = _run(chosen, arguments.checkpoints, arguments.work, quick=arguments.quick)
+    if arguments.merge:
+        report = merged(report, arguments.results)
     write_results(report, table(report), arguments.results)
     sys.stdout.write(table(report))
     for name, reason in report.failed.items():

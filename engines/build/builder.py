@@ -3,17 +3,15 @@
 Flags are looked up by name in the module's enums: their numbers changed between versions.
 """
 
-__all__ = ["PlanFile", "add_profiles", "configure", "memory_of", "save_timing_cache", "write_plan"]
+__all__ = ["PlanFile", "add_profiles", "configure", "memory_of", "write_plan"]
 
 import hashlib
 import mmap
-from pathlib import Path
 from typing import Any, BinaryIO
 
 from sdxl_trt.engines.build.network import BuildLog
 from sdxl_trt.engines.bundle import BuildFlags, Chunks, Flavour, PlanMemory, Profile
-from sdxl_trt.engines.errors import EngineError, IncompatibleError, UsageError, explain_os_error
-from sdxl_trt.engines.host import atomic_write
+from sdxl_trt.engines.errors import EngineError, IncompatibleError, UsageError
 
 CHUNK = 16 << 20
 _DEFAULT_LEVEL = 3
@@ -64,11 +62,8 @@ class PlanFile:
             self._chunk = hashlib.sha256()
 
 
-def configure(trt: Any, builder: Any, flavour: Flavour, flags: BuildFlags, timing_cache: Path | None) -> Any:
-    """Return a builder config with `flags` and, if there is one, the timing cache of an earlier build.
-
-    Raises IncompatibleError for a flag this TensorRT does not support.
-    """
+def configure(trt: Any, builder: Any, flavour: Flavour, flags: BuildFlags) -> Any:
+    """Return a builder config with `flags`. Raises IncompatibleError for a flag this TensorRT does not support."""
     config = builder.create_builder_config()
     if hasattr(trt.BuilderFlag, "TF32"):
         # TF32 is on by default and computes fp32 graphs with a 10-bit mantissa; here fp32 means fp32.
@@ -82,8 +77,6 @@ def configure(trt: Any, builder: Any, flavour: Flavour, flags: BuildFlags, timin
     if flags.version_compatible:
         config.set_flag(_member(trt.BuilderFlag, "VERSION_COMPATIBLE", "--version-compatible"))
     _set_hardware_compatibility(trt, config, flavour, flags)
-    if timing_cache is not None:
-        _load_timing_cache(config, timing_cache)
     return config
 
 
@@ -99,25 +92,6 @@ def _member(enum: Any, name: str, option: str) -> Any:
     if member is None:
         raise IncompatibleError(f"{option}: this version of TensorRT has no {name}; build without it, or upgrade it")
     return member
-
-
-def _load_timing_cache(config: Any, path: Path) -> None:
-    """Set the timing cache at `path`, or an empty one if that is missing or of another device or version."""
-    try:
-        content = path.read_bytes() if path.exists() else b""
-    except OSError as exc:
-        raise explain_os_error(exc, f"reading {path}") from exc
-    cache = config.create_timing_cache(content)
-    if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
-        config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
-
-
-def save_timing_cache(config: Any, path: Path) -> None:
-    """Write the builder's timing cache to `path`, replacing the old one. Raises an SdxlTrtError for an OSError."""
-    cache = config.get_timing_cache()
-    if cache is not None:
-        with atomic_write(path) as file:
-            file.write(memoryview(cache.serialize()).cast("B"))
 
 
 def add_profiles(builder: Any, config: Any, network: Any, profiles: tuple[Profile, ...]) -> None:
@@ -170,22 +144,35 @@ def _stream_writer(trt: Any, plan: PlanFile) -> Any:
     return Writer()
 
 
-def memory_of(trt: Any, logger: Any, log: BuildLog, file: BinaryIO, flags: BuildFlags) -> PlanMemory:
+def memory_of(
+    trt: Any, logger: Any, log: BuildLog, file: BinaryIO, flags: BuildFlags, *, profiles: int = 1
+) -> PlanMemory:
     """Return the device memory of the plan in `file`: the builder's logged figures, or else those of its engine.
 
-    Logged figures count all weights of a plan built for weight streaming as streamable, which is an upper bound.
-    Raises EngineError if neither is available.
+    The engine is asked unless the log has a figure for each of the `profiles`; where it cannot be loaded, the largest
+    logged figure counts for all. Logged figures count all weights of a plan built for weight streaming as streamable,
+    which is an upper bound. Raises EngineError if neither is available.
     """
     size = file.seek(0, 2)
-    if log.activations is not None:
-        weights = size if log.weights is None else log.weights
-        return PlanMemory(
-            weights=weights, activations=log.activations, streamable=weights if flags.weight_streaming else 0
-        )
-    with mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) as content:
-        engine = trt.Runtime(logger).deserialize_cuda_engine(content)
-    if engine is None:
-        raise EngineError("TensorRT did not state the memory of the plan's activations, which the memory plan needs;"
-                          " report this with the build log")  # fmt: skip
-    streamable = engine.streamable_weights_size
-    return PlanMemory(weights=size, activations=engine.device_memory_size_v2, streamable=streamable)
+    weights = size if log.weights is None else log.weights
+    each = tuple(log.activations)
+    streamable = weights if flags.weight_streaming else 0
+    if len(each) != profiles:
+        with mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) as content:
+            engine = trt.Runtime(logger).deserialize_cuda_engine(content)
+        if engine is not None:
+            return _engine_memory(engine, weights, profiles)
+        if not each:
+            raise EngineError("TensorRT did not state the memory of the plan's activations, which the memory plan"
+                              " needs; report this with the build log")  # fmt: skip
+    stated = each if len(each) == profiles else ()
+    return PlanMemory(weights=weights, activations=max(each), streamable=streamable, profile_activations=stated)
+
+
+def _engine_memory(engine: Any, weights: int, profiles: int) -> PlanMemory:
+    return PlanMemory(
+        weights=weights,
+        activations=int(engine.device_memory_size_v2),
+        streamable=int(engine.streamable_weights_size),
+        profile_activations=tuple(int(engine.get_device_memory_size_for_profile_v2(i)) for i in range(profiles)),
+    )

@@ -14,6 +14,7 @@ from sdxl_trt.engines.backends.trt import current_environment
 from sdxl_trt.engines.build.jobs import PlanJob, _place, plan_builds
 from sdxl_trt.engines.build.messages import BuildEvent, BuildJob, BuiltPlan
 from sdxl_trt.engines.build.process import build_plan
+from sdxl_trt.engines.build.timing import cache_file
 from sdxl_trt.engines.bundle import (
     ANY,
     MANIFEST,
@@ -37,8 +38,8 @@ from sdxl_trt.engines.host import exclusive, require_utf8
 from sdxl_trt.engines.plans import PLANS, Sizes, plan_path, planned_components, remove_write_permission
 
 log = logging.getLogger(__name__)
-# A plan contains the weights and the kernels; measured by benchmarks/full_size/build.py.
-_PLAN_BYTES, _PLAN_EXTRA = 1.05, 32 << 20
+# A plan contains the weights once and the kernels of each profile; measured by benchmarks/full_size/build.py.
+_PLAN_BYTES, _PLAN_EXTRA = 1.03, 96 << 20
 
 
 def build_plans(
@@ -48,7 +49,7 @@ def build_plans(
     flags: BuildFlags | None = None,
     *,
     components: Iterable[str] | None = None,
-    timing_cache: Path | None = None,
+    timing_cache: Path | bool = True,
     force: bool = False,
     lock: bool = True,
     progress: Callable[[BuildEvent], None] | None = None,
@@ -56,18 +57,21 @@ def build_plans(
     """Build the plans that the bundle at `root` lacks for this machine, and return the opened bundle.
 
     Each plan enters the manifest as soon as it is complete, so a new run continues after an interrupted one. `progress`
-    receives every event of every build; without `lock`, other writers are not kept out. Options that have no effect, or
-    that NVIDIA's issues advise against, are told in a warning. Raises IncompatibleError without TensorRT or its GPU, or
-    for bf16 graphs on a GPU without bf16, SizeError, UsageError, ResourceError, and EngineError with the build log's
-    last line.
+    receives every event of every build; without `lock`, other writers are not kept out. `timing_cache` is a file, read
+    and updated, that makes later builds faster: True is that of this GPU and TensorRT in the cache folder, False none.
+    Options that have no effect, or that NVIDIA's issues advise against, are told in a warning. Raises
+    IncompatibleError without TensorRT or its GPU, or for bf16 graphs on a GPU without bf16, SizeError, UsageError,
+    ResourceError, and EngineError with the build log's last line.
     """
     environment = current_environment(flavour)
-    if flavour == "tensorrt-rtx" and timing_cache is not None:
+    if flavour == "tensorrt-rtx" and isinstance(timing_cache, Path):
         log.warning("--timing-cache %s: ignored, since TensorRT for RTX times no kernels while it builds", timing_cache)
-        timing_cache = None
+        timing_cache = False
     root = Path(root)
-    for path in (root.absolute(), *(() if timing_cache is None else (timing_cache,))):
+    named = timing_cache if isinstance(timing_cache, Path) else None
+    for path in (root.absolute(), *(() if named is None else (named,))):
         require_utf8(path, "TensorRT")
+    kept = cache_file(environment) if timing_cache is True else named
     with exclusive(root.absolute(), lock=lock):
         bundle = read_bundle(root, partial=True)
         if not bundle.manifest.onnx:
@@ -79,7 +83,7 @@ def build_plans(
             _warn_of(flavour, flags or BuildFlags())
         _require_disk(bundle, to_build)
         for job in to_build:
-            bundle = _build_one(bundle, job, environment.driver, timing_cache, progress)
+            bundle = _build_one(bundle, job, environment.driver, kept, progress, shared_cache=named is None)
         return bundle
 
 
@@ -99,6 +103,8 @@ def _build_one(
     driver: str,
     timing_cache: Path | None,
     progress: Callable[[BuildEvent], None] | None,
+    *,
+    shared_cache: bool,
 ) -> Bundle:
     component = bundle.manifest.components[job.component]
     for record in (component.graph, component.weights):
@@ -114,6 +120,7 @@ def _build_one(
             flavour=job.key.environment.flavour,
             flags=job.key.flags,
             timing_cache=timing_cache,
+            shared_cache=shared_cache,
             plan=target,
             log=target.with_suffix(".log"),
         ),
@@ -135,7 +142,12 @@ def _record(job: PlanJob, file: str, built: BuiltPlan, driver: str) -> PlanRecor
     return PlanRecord(
         key=job.key,
         file=FileRecord(file=file, size=built.size, sha256=built.sha256),
-        memory=PlanMemory(weights=built.weights, activations=built.activations, streamable=built.streamable),
+        memory=PlanMemory(
+            weights=built.weights,
+            activations=built.activations,
+            streamable=built.streamable,
+            profile_activations=built.profile_activations,
+        ),
         seconds=built.seconds,
         log=str(Path(file).with_suffix(".log").as_posix()),
         chunks=built.chunks,

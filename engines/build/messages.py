@@ -10,7 +10,8 @@ from sdxl_trt.engines.bundle import BuildFlags, Chunks, Flavour, Natural, Positi
 class BuildJob(Record, frozen=True, kw_only=True):
     """One plan to build: `graph` is a ``model.onnx`` with its weights beside it, `plan` and `log` are output files.
 
-    `timing_cache` is read if it exists, and written after the build.
+    `timing_cache` is read if it exists, and written after the build. A `shared_cache` is the one in the cache folder,
+    not a file that the user named: if it cannot be used or written, the log says so and the build goes on.
     """
 
     component: str
@@ -21,6 +22,7 @@ class BuildJob(Record, frozen=True, kw_only=True):
     log: Path
     flags: BuildFlags = BuildFlags()
     timing_cache: Path | None = None
+    shared_cache: bool = False
 
 
 class BuildEvent(Record, frozen=True, kw_only=True):
@@ -39,8 +41,9 @@ class BuildEvent(Record, frozen=True, kw_only=True):
 class BuiltPlan(Record, frozen=True, kw_only=True):
     """A finished plan: sizes and memory in bytes, times in seconds.
 
-    `activations` is the builder's figure for the largest shapes of any profile. `peak_anonymous` and `peak_file` are
-    sampled peaks of the build process: memory that it needs, and file pages that the kernel may drop.
+    `activations` is the builder's figure for the largest shapes of any profile, `profile_activations` those of each
+    profile in order (empty if unknown). `peak_anonymous` and `peak_file` are sampled peaks of the build process: memory
+    that it needs, and file pages that the kernel may drop.
     """
 
     component: str
@@ -49,6 +52,7 @@ class BuiltPlan(Record, frozen=True, kw_only=True):
     sha256: Sha256
     chunks: Chunks
     activations: Natural
+    profile_activations: tuple[Natural, ...] = ()
     weights: Natural
     streamable: Natural
     seconds: float
@@ -72,6 +76,7 @@ class Made(Record, frozen=True, kw_only=True, tag="made"):
     sha256: Sha256
     chunks: Chunks
     activations: Natural
+    profile_activations: tuple[Natural, ...] = ()
     weights: Natural
     streamable: Natural
     parse_seconds: float

@@ -22,12 +22,13 @@ _SEVERITIES = ("ERROR", "WARNING", "INFO")
 class BuildLog:
     """TensorRT's messages: keeps errors, reads memory figures, and writes all but verbose lines to `file`.
 
-    `activations` and `weights` are bytes, the largest of all profiles; None until the builder logs them.
+    `activations` has the bytes of each profile, in order, as far as the builder has logged them. `weights` are bytes,
+    None until the builder logs them.
     """
 
     def __init__(self, file: TextIO | None = None) -> None:
         self.errors: list[str] = []
-        self.activations: int | None = None
+        self.activations: list[int] = []
         self.weights: int | None = None
         self._file = file
 
@@ -43,7 +44,7 @@ class BuildLog:
 
     def _figure(self, kind: str, figure: int) -> None:
         if kind == "Activation":
-            self.activations = max(figure, self.activations or 0)
+            self.activations.append(figure)
         else:
             self.weights = max(figure, self.weights or 0)
 

@@ -20,9 +20,10 @@ from typing import Any, BinaryIO
 import msgspec
 
 from sdxl_trt.engines.backends.trt import library_version, make_logger, tensorrt_module
-from sdxl_trt.engines.build.builder import PlanFile, add_profiles, configure, memory_of, save_timing_cache, write_plan
+from sdxl_trt.engines.build.builder import PlanFile, add_profiles, configure, memory_of, write_plan
 from sdxl_trt.engines.build.messages import BuildJob, BuildPhase, Made, Message, Refused
 from sdxl_trt.engines.build.network import BuildLog, allow_decomposition, parse_error, parse_graph
+from sdxl_trt.engines.build.timing import TimingCache
 from sdxl_trt.engines.errors import ResourceError, SdxlTrtError, explain_os_error
 
 INTERVAL = 0.1
@@ -92,7 +93,9 @@ def make_plan(job: BuildJob, file: BinaryIO, say: Say) -> Made:
         raise refusal
     layers = parsed.network.num_layers
     allow_decomposition(trt, parsed.network)
-    config = configure(trt, builder, job.flavour, job.flags, job.timing_cache)
+    config = configure(trt, builder, job.flavour, job.flags)
+    # It too must outlive the build.
+    timing = TimingCache(config, job.timing_cache, log, shared=job.shared_cache) if job.timing_cache else None
     add_profiles(builder, config, parsed.network, job.profiles)
     monitor = _monitor(trt, Phases(lambda phase, share: say(BuildPhase(phase=phase, share=share))))
     config.progress_monitor = monitor
@@ -102,9 +105,9 @@ def make_plan(job: BuildJob, file: BinaryIO, say: Say) -> Made:
     if not write_plan(trt, builder, parsed.network, config, plan):
         raise log.failure(_doing(job), f"the log is {job.log}")
     file.flush()
-    if job.timing_cache is not None:
-        save_timing_cache(config, job.timing_cache)
-    memory = memory_of(trt, logger, log, file, job.flags)
+    if timing is not None:
+        timing.save()
+    memory = memory_of(trt, logger, log, file, job.flags, profiles=len(job.profiles))
     figures = msgspec.structs.asdict(memory)
     return Made(
         size=plan.size,

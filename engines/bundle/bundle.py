@@ -115,7 +115,7 @@ def _check_graphs(bundle: Bundle) -> None:
 
 
 def _check_plans(bundle: Bundle) -> None:
-    """Raise CorruptError for a plan of an unknown component, with profiles for other inputs, or with too few digests.
+    """Raise CorruptError for a plan of an unknown component, with profiles for other inputs, or with too few figures.
 
     Files are not read.
     """
@@ -124,7 +124,8 @@ def _check_plans(bundle: Bundle) -> None:
         component = bundle.manifest.components.get(name)
         ranks = {spec.name: len(spec.shape) for spec in component.inputs} if component else {}
         profiles = [{i: len(low) for i, (low, _, _) in p.shapes.items()} for p in record.key.profiles]
-        if not ranks or not profiles or any(each != ranks for each in profiles):
+        stated = len(record.memory.profile_activations)
+        if not ranks or not profiles or any(each != ranks for each in profiles) or stated not in (0, len(profiles)):
             raise CorruptError(f"{bundle.root / MANIFEST}: a plan of {name!r} does not fit that component; run"
                                " export-engines again")  # fmt: skip
         if record.chunks is not None and not record.chunks.fit(record.file.size):

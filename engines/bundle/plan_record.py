@@ -68,6 +68,12 @@ class PlanMemory(Record, frozen=True, kw_only=True):
     activations: Natural
     streamable: Natural = 0
     """The part of the weights that weight streaming may leave in host memory."""
+    profile_activations: tuple[Natural, ...] = ()
+    """The figure for each profile, in the key's order; empty if the builder stated only the largest."""
+
+    def activations_of(self, profile: int) -> int:
+        """Return the bytes of activations of the profile with this index: the largest figure if it has none."""
+        return self.profile_activations[profile] if self.profile_activations else self.activations
 
 
 class Chunks(Record, frozen=True, kw_only=True):

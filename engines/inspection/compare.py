@@ -21,7 +21,7 @@ from sdxl_trt.engines.bundle import Bundle, Component, Flavour, Manifest, Profil
 from sdxl_trt.engines.engine import Array, Engine, numpy_dtype
 from sdxl_trt.engines.errors import EngineError, IncompatibleError
 from sdxl_trt.engines.inspection.example_inputs import example_inputs
-from sdxl_trt.engines.plans import find_plan
+from sdxl_trt.engines.plans import find_plan, reachable
 
 Opened = Callable[[], AbstractContextManager[Engine]]
 """Returns a context manager in which an engine is loaded."""
@@ -74,7 +74,7 @@ def compare_engines(
     *,
     progress: Callable[[str], None] | None = None,
 ) -> list[Agreement]:
-    """Compare components `names` of `bundle` on two providers, at the sizes that their plans are tuned for.
+    """Compare components `names` of `bundle` on two providers, once at sizes for which each profile is used.
 
     One engine is loaded at a time. `progress` is called with every component before it runs. Differences are returned,
     not raised. Raises IncompatibleError without Polygraphy or for a component that the right provider cannot run, and
@@ -90,7 +90,7 @@ def compare_engines(
                                         " twin of it to compare with")  # fmt: skip
             if progress:
                 progress(name)
-            feeds = [example_inputs(bundle, name, each) for each in left.profiles(name)]
+            feeds = [example_inputs(bundle, name, each) for each in reachable(left.profiles(name))]
             sides = _opened(left.make, name), _opened(right.make, reference)
             found += compare_pair(bundle, name, *sides, feeds, reference)
     return found

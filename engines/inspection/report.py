@@ -128,11 +128,15 @@ def _details(bundle: Bundle, record: PlanRecord) -> Iterator[str]:
 
 
 def _profiles(bundle: Bundle, record: PlanRecord) -> list[str]:
-    """Return the sizes of each profile as text, in pixels instead of latents."""
+    """Return the sizes of each profile as text, in pixels instead of latents, and its activations if they are known."""
     component = bundle.manifest.components.get(record.key.component)
     if component is None:
         return ["its component is not in the bundle"]
-    return [_words(component, shapes.shapes, bundle.manifest.base.vae.factor) for shapes in record.key.profiles]
+    factor, each = bundle.manifest.base.vae.factor, record.memory.profile_activations
+    words = [_words(component, profile.shapes, factor) for profile in record.key.profiles]
+    if len(words) == 1 or not each:
+        return words
+    return [f"{said}: {mebibytes(size)}" for said, size in zip(words, each, strict=True)]
 
 
 def _words(component: Component, shapes: Mapping[str, tuple[Shape, Shape, Shape]], factor: int) -> str:

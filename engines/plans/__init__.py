@@ -4,15 +4,18 @@ from sdxl_trt.engines.plans.files import PLANS, plan_path, read_plan, remove_wri
 from sdxl_trt.engines.plans.limits import PlanLimits, plan_limits
 from sdxl_trt.engines.plans.lookup import find_plan, has_plans, plan_notes, planned_components, why_rebuild
 from sdxl_trt.engines.plans.reading import PlanReader
-from sdxl_trt.engines.plans.shapes import Shapes, choose_profile, outside_profiles
+from sdxl_trt.engines.plans.shapes import (
+    RunSizes, Shapes, choose_profile, outside_profiles, profile_for_run, reachable, usual_profile,
+)
 from sdxl_trt.engines.plans.sizes import (
     MAX_ROWS_OF_PROMPTS, TILE, TOKENS, Sizes, axes_of, check_for, component_profiles, default_sizes, parse_range,
     profiles_of, stage_sizes,
 )
 
 __all__ = [
-    "MAX_ROWS_OF_PROMPTS", "PLANS", "TILE", "TOKENS", "PlanLimits", "PlanReader", "Shapes", "Sizes", "axes_of",
-    "check_for", "choose_profile", "component_profiles", "default_sizes", "find_plan", "has_plans", "outside_profiles",
-    "parse_range", "plan_limits", "plan_notes", "plan_path", "planned_components", "profiles_of", "read_plan",
-    "remove_write_permission", "stage_sizes", "start_reading", "why_rebuild",
+    "MAX_ROWS_OF_PROMPTS", "PLANS", "TILE", "TOKENS", "PlanLimits", "PlanReader", "RunSizes", "Shapes", "Sizes",
+    "axes_of", "check_for", "choose_profile", "component_profiles", "default_sizes", "find_plan", "has_plans",
+    "outside_profiles", "parse_range", "plan_limits", "plan_notes", "plan_path", "planned_components",
+    "profile_for_run", "profiles_of", "reachable", "read_plan", "remove_write_permission", "stage_sizes",
+    "start_reading", "usual_profile", "why_rebuild",
 ]

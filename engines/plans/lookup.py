@@ -78,7 +78,8 @@ def why_rebuild(
     if _platform(built) != _platform(here):
         reasons.append(f"the platform is {here.platform}, the plan was built on {built.platform}")
     if wanted is not None and wanted[0] != key.profiles:
-        reasons.append("other sizes are requested")
+        fewer = set(map(repr, key.profiles)) < set(map(repr, wanted[0]))  # for instance a plan of an older version
+        reasons.append("it lacks profiles for some of the requested sizes" if fewer else "other sizes are requested")
     if wanted is not None and wanted[1] != flags:
         reasons.append("other build options are requested")
     return reasons

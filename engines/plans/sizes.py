@@ -38,8 +38,8 @@ MAX_ROWS_OF_PROMPTS = 8
 class Sizes(Record, frozen=True, kw_only=True):
     """The sizes that plans are built for: picture sides in pixels, pictures per call, prompt tokens.
 
-    `static` builds one plan with two profiles, for guidance off (batch rows) and on (twice as many), instead of
-    one profile for both.
+    A UNet's plan has a profile of the usual size for guidance off (batch rows) and one for guidance on (twice as many),
+    and then one for the whole range; `static` leaves the last one out.
     """
 
     height: Range
@@ -92,14 +92,13 @@ def check_sizes(sizes: Sizes, multiple: int, lengths: Collection[int] = (TOKENS,
 
 
 def axes_of(kind: str, precision: str, sizes: Sizes, factor: int) -> list[dict[str, Range]]:
-    """Return the range of every named input axis, one dict per profile, for a graph of `kind`."""
+    """Return the range of every named input axis, one dict per profile, for a graph of `kind`.
+
+    Profiles for one size come first: their kernels are faster and their activations smaller than those for a range, and
+    `choose_profile` takes the first of profiles that suit equally.
+    """
     if kind == "unet":
-        common = {"height": sizes.height.over(factor), "width": sizes.width.over(factor), "tokens": sizes.tokens}
-        if sizes.static:
-            static = {name: fixed(axis.opt) for name, axis in common.items()}
-            return [{**static, "rows": fixed(sizes.batch.opt)}, {**static, "rows": fixed(2 * sizes.batch.opt)}]
-        rows = Range(min=sizes.batch.min, opt=2 * sizes.batch.opt, max=2 * sizes.batch.max)
-        return [{**common, "rows": rows}]
+        return _unet_axes(sizes, factor)
     if kind == "text_encoder":
         return [{"prompts": Range(min=1, opt=2, max=MAX_ROWS_OF_PROMPTS)}]
     unit = factor if kind == "vae_decoder" else 1
@@ -108,6 +107,17 @@ def axes_of(kind: str, precision: str, sizes: Sizes, factor: int) -> list[dict[s
         {"pictures": fixed(1), "height": fixed(height // unit), "width": fixed(width // unit)}
         for height, width in _vae_sizes(sizes, wide=wide)
     ]
+
+
+def _unet_axes(sizes: Sizes, factor: int) -> list[dict[str, Range]]:
+    common = {"height": sizes.height.over(factor), "width": sizes.width.over(factor), "tokens": sizes.tokens}
+    usual = {name: fixed(axis.opt) for name, axis in common.items()}
+    few, many = sizes.batch.opt, 2 * sizes.batch.opt
+    static = [{**usual, "rows": fixed(few)}, {**usual, "rows": fixed(many)}]
+    rows = Range(min=sizes.batch.min, opt=many, max=2 * sizes.batch.max)
+    # A range of one size, and of these two numbers of rows only, adds nothing but build time.
+    covered = common == usual and {few, many}.issuperset(range(rows.min, rows.max + 1))
+    return static if sizes.static or covered else [*static, {**common, "rows": rows}]
 
 
 def _vae_sizes(sizes: Sizes, *, wide: bool) -> list[tuple[int, int]]:

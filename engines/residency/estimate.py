@@ -32,7 +32,8 @@ class MemoryEstimate(Record, frozen=True, kw_only=True):
 
     `capacity` is the memory of the device or host (None if unknown), `usable` the part that may be used. `keeps` names
     the components that stay loaded between phases, `budgets` the streamable weights of each UNet on the device. `host`
-    is the host memory for plans. `missing` is the excess of `peak` over `usable`, 0 if it fits.
+    is the host memory for plans. `missing` is the excess of `peak` over `usable`, 0 if it fits. `least_peak` and
+    `largest_peak` are the peaks under the same residency of runs that use the smallest and the largest profiles.
     """
 
     provider: str
@@ -47,6 +48,8 @@ class MemoryEstimate(Record, frozen=True, kw_only=True):
     budgets: dict[str, Natural] = msgspec.field(default_factory=dict)
     host: Natural = 0
     missing: Natural = 0
+    least_peak: Natural = 0
+    largest_peak: Natural = 0
 
     @property
     def estimated(self) -> bool:
@@ -56,17 +59,26 @@ class MemoryEstimate(Record, frozen=True, kw_only=True):
     def check(self) -> None:
         """Raise ResourceError if the plan does not fit; the message states the excess and what needs less."""
         if self.missing:
-            worst = max(self.phases, key=lambda phase: phase.peak)
-            raise ResourceError(
-                f"{self.provider}, residency {self.residency}: {worst.name} needs {_about(worst)}, "
-                f"{format_bytes(self.missing)} more than the {format_bytes(self.usable or 0)}"
-                f" that is usable; {_remedy(self)}"
-            )
+            raise self.refusal()
+
+    def refusal(self) -> ResourceError:
+        """Return the error for a plan that does not fit: what is missing, and what needs less."""
+        return ResourceError(f"{self.shortage}; {_remedy(self)}")
+
+    @property
+    def shortage(self) -> str:
+        """What is missing, as the beginning of an error's line."""
+        worst = max(self.phases, key=lambda phase: phase.peak)
+        excess, usable = format_bytes(self.missing), format_bytes(self.usable or 0)
+        return (f"{self.provider}, residency {self.residency}: {worst.name} needs {_about(worst)}, {excess} more than"
+                f" the {usable} that is usable")  # fmt: skip
 
     def lines(self) -> list[str]:
         """Return the plan as lines for people."""
         lines = [_headline(self), f"residency {self.residency}: {self.reason}", ""]
         lines += [*_need_lines(self), "", *_phase_lines(self)]
+        if self.largest_peak > self.peak:
+            lines.append(f"at the largest sizes that the plans take, the peak is {format_bytes(self.largest_peak)}")
         if self.host:
             lines.append(f"host memory for plans and streamed weights: {format_bytes(self.host)}")
         if self.missing:
@@ -83,16 +95,16 @@ def _headline(plan: MemoryEstimate) -> str:
 
 
 def _need_lines(plan: MemoryEstimate) -> list[str]:
-    lines = [f"{'component':24}{'weights':>10}{'activations':>13}{'in and out':>12}"]
+    lines = [f"{'component':24}{'weights':>10}{'activations':>13}{'at most':>10}{'in and out':>12}"]
     for need in plan.needs:
-        figures = (need.weights, need.activations, need.io)
-        weights, activations, io = (format_bytes(figure) for figure in figures)
+        figures = (need.weights, need.activations, need.largest, need.io)
+        weights, activations, largest, io = (format_bytes(figure) for figure in figures)
         origin = f"estimate, ±{format_bytes(need.uncertain)}" if need.uncertain else "as built"
         staying = "stays loaded" if need.component in plan.keeps else "loaded for its phase"
         budget = plan.budgets.get(need.component)
         if budget is not None and budget < need.streamable:
             staying += f", {format_bytes(need.streamable - budget)} of its weights in host memory"
-        lines.append(f"{need.component:24}{weights:>10}{activations:>13}{io:>12}  {origin}; {staying}")
+        lines.append(f"{need.component:24}{weights:>10}{activations:>13}{largest:>10}{io:>12}  {origin}; {staying}")
     return lines
 
 

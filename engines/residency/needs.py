@@ -1,10 +1,13 @@
 """The memory of each loaded component of a bundle: weights, activations, inputs and outputs, in bytes."""
 
-__all__ = ["Need", "exact_sizes", "host_need", "need_of", "on_device", "shares_activations"]
+__all__ = ["Extent", "Need", "exact_sizes", "host_need", "need_of", "on_device", "shares_activations"]
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from msgspec.structs import replace
 
 from sdxl_trt.engines.bundle import (
     Component,
@@ -18,7 +21,15 @@ from sdxl_trt.engines.bundle import (
     TensorSpec,
     fixed,
 )
-from sdxl_trt.engines.plans import TOKENS, Sizes, axes_of, component_profiles
+from sdxl_trt.engines.plans import (
+    TOKENS,
+    RunSizes,
+    Sizes,
+    axes_of,
+    component_profiles,
+    profile_for_run,
+    usual_profile,
+)
 from sdxl_trt.engines.residency.activations import estimate_activations, estimate_error, largest_axes, score_bytes
 
 _ITEM: dict[DType, int] = {"float32": 4, "float16": 2, "int64": 8}
@@ -30,18 +41,22 @@ _ORT_ERROR = 0.3
 # Nearly all weights of a UNet belong to convolutions and matrix products, which can be streamed.
 _STREAMABLE = 0.9
 _PLAN_ERROR = 0.03
+Extent = Literal["usual", "least", "largest"]
+"""Which profile of a plan counts: that of ordinary runs, or the one with the least or the most activations."""
 
 
 class Need(Record, frozen=True, kw_only=True):
-    """Bytes that a loaded component needs for its largest input sizes.
+    """Bytes that a loaded component needs in a run, which uses one of its profiles.
 
-    `io` is its input and output buffers, `streamable` the part of `weights` that may stay in host memory. `uncertain`
-    is the error of the sum in either direction: 0 if the figures are the builder's own.
+    `io` is its input and output buffers, `streamable` the part of `weights` that may stay in host memory, and `largest`
+    the activations of the profile that needs most. `uncertain` is the error of the sum of the others in either
+    direction: 0 if the figures are the builder's own.
     """
 
     component: str
     weights: Natural
     activations: Natural
+    largest: Natural
     io: Natural
     streamable: Natural = 0
     uncertain: Natural = 0
@@ -62,36 +77,69 @@ def exact_sizes(height: int, width: int) -> Sizes:
     return Sizes(height=fixed(height), width=fixed(width), batch=fixed(1), tokens=fixed(TOKENS), static=True)
 
 
-def need_of(manifest: Manifest, name: str, provider: str, sizes: Sizes, record: PlanRecord | None = None) -> Need:
-    """Return the memory of component `name`: as stated in its plan's `record`, else estimated for `sizes`."""
-    component = manifest.components[name]
+def need_of(
+    manifest: Manifest,
+    name: str,
+    provider: str,
+    sizes: Sizes,
+    record: PlanRecord | None = None,
+    at: RunSizes | Extent = "usual",
+) -> Need:
+    """Return the memory of component `name` in a run that uses the profile `at`.
+
+    Its plan's `record` states the figures; without one they are estimated for a plan built for `sizes`. Raises
+    SizeError if no profile takes the sizes of the run.
+    """
+    component, factor = manifest.components[name], manifest.base.vae.factor
     if record is not None:
-        measured = record.memory
+        measured, profiles = record.memory, record.key.profiles
+        stated = [measured.activations_of(index) for index in range(len(profiles))]
+        chosen = _chosen(name, component, profiles, stated, at, factor)
         return Need(
             component=name,
             weights=measured.weights,
-            activations=measured.activations,
-            io=_io_bytes(component, record.key.profiles),
+            activations=stated[chosen],
+            largest=max(stated),
+            io=_io_bytes(component, profiles[chosen]),
             streamable=measured.streamable,
         )
-    # Only plans use tiles: ONNX Runtime decodes a picture whole.
-    precision = component.precision if shares_activations(provider) else "fp16"
-    profiles = _profiles(component, axes_of(component.kind, precision, sizes, manifest.base.vae.factor))
-    io = _io_bytes(component, profiles)
     if not shares_activations(provider):
-        return _onnxruntime_need(name, component, provider, profiles, io)
-    weights, activations = component.weights.size, estimate_activations(component, profiles)
+        return _onnxruntime_need(manifest, name, provider, sizes)
+    profiles = _profiles(component, axes_of(component.kind, component.precision, sizes, factor))
+    estimates = [estimate_activations(component, [profile]) for profile in profiles]
+    chosen = _chosen(name, component, profiles, estimates, at, factor)
+    weights, activations = component.weights.size, estimates[chosen]
     return Need(
         component=name,
         weights=weights,
         activations=activations,
-        io=io,
+        largest=max(estimates),
+        io=_io_bytes(component, profiles[chosen]),
         streamable=int(weights * _STREAMABLE) if component.kind == "unet" else 0,
         uncertain=int(activations * estimate_error(component) + weights * _PLAN_ERROR),
     )
 
 
-def _onnxruntime_need(name: str, component: Component, provider: str, profiles: tuple[Profile, ...], io: int) -> Need:
+def _chosen(
+    name: str,
+    component: Component,
+    profiles: Sequence[Profile],
+    activations: Sequence[int],
+    at: RunSizes | Extent,
+    factor: int,
+) -> int:
+    if isinstance(at, RunSizes):
+        return profile_for_run(name, component, profiles, at, factor)
+    if at == "usual":
+        return usual_profile(profiles)
+    return (min if at == "least" else max)(range(len(profiles)), key=activations.__getitem__)
+
+
+def _onnxruntime_need(manifest: Manifest, name: str, provider: str, sizes: Sizes) -> Need:
+    """Return an estimate for a session of ONNX Runtime at the usual of `sizes`; it decodes pictures whole."""
+    component = manifest.components[name]
+    axes = axes_of(component.kind, "fp16", replace(sizes, static=True), manifest.base.vae.factor)
+    profiles = _profiles(component, axes)
     device = on_device(provider)
     precision = component.precision if device else "fp32"
     weights = component.weights.size if device else host_need(component)
@@ -99,7 +147,9 @@ def _onnxruntime_need(name: str, component: Component, provider: str, profiles: 
     if provider != "ort-tensorrt":
         activations += score_bytes(component, profiles, precision)
     uncertain = int((weights + activations) * _ORT_ERROR)
-    return Need(component=name, weights=weights, activations=activations, io=io, uncertain=uncertain)
+    io = _io_bytes(component, profiles[usual_profile(profiles)])
+    return Need(component=name, weights=weights, activations=activations, largest=activations, io=io,
+                uncertain=uncertain)  # fmt: skip
 
 
 def host_need(component: Component) -> int:
@@ -111,12 +161,9 @@ def _profiles(component: Component, axes: list[dict[str, Range]]) -> tuple[Profi
     return component_profiles({spec.name: spec.shape for spec in component.inputs}, axes)
 
 
-def _io_bytes(component: Component, profiles: Iterable[Profile]) -> int:
-    """Return the bytes of a component's inputs and outputs at the largest shapes of any profile."""
-    return max((_io_at(component, largest_axes(component, profile)) for profile in profiles), default=0)
-
-
-def _io_at(component: Component, axes: Mapping[str, int]) -> int:
+def _io_bytes(component: Component, profile: Profile) -> int:
+    """Return the bytes of a component's inputs and outputs at the largest shapes of a profile."""
+    axes = largest_axes(component, profile)
     return sum(_bytes(spec, axes) for spec in (*component.inputs, *component.outputs))
 
 

@@ -17,9 +17,9 @@ from msgspec.structs import replace
 from sdxl_trt.engines.bundle import Bundle, Manifest, PlanRecord, run_components, run_phases
 from sdxl_trt.engines.errors import UsageError
 from sdxl_trt.engines.host import available_host_memory, format_bytes
-from sdxl_trt.engines.plans import Sizes, default_sizes
+from sdxl_trt.engines.plans import RunSizes, Sizes, default_sizes
 from sdxl_trt.engines.residency.estimate import MemoryEstimate, PhaseEstimate, Residency
-from sdxl_trt.engines.residency.needs import Need, need_of, on_device, shares_activations
+from sdxl_trt.engines.residency.needs import Extent, Need, need_of, on_device, shares_activations
 from sdxl_trt.engines.residency.read_ahead import bytes_ahead
 
 RESIDENCIES: tuple[Residency, ...] = get_args(Residency)
@@ -53,14 +53,16 @@ def estimate_memory(
     records: Mapping[str, PlanRecord] | None = None,
     from_image: bool = False,
     capability: str | None = None,
+    run: RunSizes | None = None,
 ) -> MemoryEstimate:
     """Return the memory plan for runs of `bundle` on `provider` with `capacity` bytes of device or host memory.
 
     Nothing is loaded and no GPU is needed. Figures come from `records` (default: the manifest's plans for that
     provider), or are estimated for `sizes` (default: those that plans would be built for; for ONNX Runtime the usual
-    ones). `from_image` adds the autoencoder's encoder; `capability` is the GPU's compute capability, None if unknown.
-    With `residency` "auto", returns the first policy that fits, or the one that needs least; `missing` is then its
-    excess. Raises UsageError for an unknown residency.
+    ones). They are those of the profiles that `run` uses, by default the usual size with guidance. `from_image` adds
+    the autoencoder's encoder; `capability` is the GPU's compute capability, None if unknown. With `residency` "auto",
+    returns the first policy that fits, or the one that needs least; `missing` is then its excess. Raises UsageError for
+    an unknown residency, SizeError if a plan does not take the sizes of `run`.
     """
     check_residency(residency)
     manifest = bundle.manifest
@@ -68,17 +70,23 @@ def estimate_memory(
     plans = _recorded(manifest, provider) if records is None else records
     names = run_components(manifest, provider, from_image=from_image, capability=capability)
     share = _DEVICE_SHARE if on_device(provider) else _HOST_SHARE
-    needs = {name: need_of(manifest, name, provider, sizes, plans.get(name)) for name in names}
-    draft = _Draft(
-        provider=provider,
-        capacity=capacity,
-        usable=None if capacity is None else int(capacity * share),
-        needs=needs,
-        phases=run_phases(manifest, provider, from_image=from_image, capability=capability),
-        unets=tuple(dict.fromkeys(stage.unet for stage in manifest.stages().values())),
-        ahead=bytes_ahead((need.weights for need in needs.values()), available_host_memory()),
-    )
-    return draft.best() if residency == "auto" else draft.under(residency)
+
+    def draft(at: RunSizes | Extent) -> _Draft:
+        needs = {name: need_of(manifest, name, provider, sizes, plans.get(name), at) for name in names}
+        return _Draft(
+            provider=provider,
+            capacity=capacity,
+            usable=None if capacity is None else int(capacity * share),
+            needs=needs,
+            phases=run_phases(manifest, provider, from_image=from_image, capability=capability),
+            unets=tuple(dict.fromkeys(stage.unet for stage in manifest.stages().values())),
+            ahead=bytes_ahead((need.weights for need in needs.values()), available_host_memory()),
+        )
+
+    asked = draft(run or "usual")
+    plan = asked.best() if residency == "auto" else asked.under(residency)
+    least, largest = (draft(at).under(plan.residency).peak for at in ("least", "largest"))
+    return replace(plan, least_peak=least, largest_peak=largest)
 
 
 def fallbacks(plan: MemoryEstimate) -> tuple[Residency, ...]:

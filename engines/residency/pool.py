@@ -5,6 +5,7 @@ __all__ = ["EnginePool", "open_pool"]
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -12,8 +13,8 @@ from sdxl_trt.engines.backends import open_backend
 from sdxl_trt.engines.bundle import Bundle, PlanRecord, Profile, run_components, stand_ins
 from sdxl_trt.engines.engine import Engine
 from sdxl_trt.engines.errors import ResourceError
-from sdxl_trt.engines.host import available_host_memory
-from sdxl_trt.engines.plans import PlanLimits
+from sdxl_trt.engines.host import available_host_memory, format_bytes
+from sdxl_trt.engines.plans import PlanLimits, RunSizes
 from sdxl_trt.engines.residency.estimate import MemoryEstimate, Residency
 from sdxl_trt.engines.residency.loading import LoadAhead, load
 from sdxl_trt.engines.residency.policy import check_residency, estimate_memory, fallbacks, settled_residency
@@ -32,7 +33,8 @@ class EnginePool:
     `make` is called with a component name and, if its weights stream, with the bytes that may be on the device, from
     `budgets`. `replaced` maps a component to the one that runs instead. With `records`, a thread reads the plans of the
     components that `expect` names, before their phases and in their order, at most `ahead` bytes (by default half of
-    the available memory).
+    the available memory). `estimate` is `estimate_memory` for this pool's bundle and device, which `make_room` asks;
+    without it, nothing is refused before it is loaded.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class EnginePool:
         records: Mapping[str, PlanRecord] | None = None,
         limits: PlanLimits | None = None,
         ahead: int | None = None,
+        estimate: Callable[..., MemoryEstimate] | None = None,
         close: Callable[[], None] = lambda: None,
     ) -> None:
         self.bundle = bundle
@@ -67,6 +70,7 @@ class EnginePool:
         self._fallbacks = fallbacks
         self._budgets = budgets or {}
         self._replaced = replaced or {}
+        self._estimate = estimate
         self._close = close
         self._engines: dict[str, Engine] = {}
         self._prefetched: dict[str, Engine] = {}
@@ -112,6 +116,46 @@ class EnginePool:
                 self._fall_back(exc)
         self._prepare([name for name in self._resolve(next_engines) if name not in self._engines])
         return engines
+
+    def make_room(self, run: RunSizes) -> None:
+        """Make sure that a run of these sizes fits into memory, before it loads anything; call it once per request.
+
+        Nothing is done without plans. The profiles of a run may need more than those of the usual size: if the pool was
+        free to choose its residency, it continues with the first that fits. Raises SizeError for sizes that the plans
+        do not take, ResourceError if the builder's own figures exceed the whole memory.
+        """
+        if self._estimate is None or not self.records:
+            return
+        plans = [self._estimate(residency=each, run=run) for each in (self.residency, *self._fallbacks)]
+        chosen = min(plans, key=lambda plan: plan.missing)  # the first of those that fit
+        if not _can_run(chosen, chosen.peak):
+            raise self._too_large(chosen, self._estimate(residency=chosen.residency), run)
+        if chosen.residency != self.residency:
+            log.warning("residency %s: %sx%s needs more memory than there is; continuing with %s", self.residency,
+                        run.width, run.height, chosen.residency)  # fmt: skip
+            self._fallbacks = self._fallbacks[self._fallbacks.index(chosen.residency) + 1 :]
+            self.residency = chosen.residency
+            self._start_over()
+        self._tighten(chosen)
+
+    def _tighten(self, plan: MemoryEstimate) -> None:
+        """Keep no more than `plan` does: another request of this pool may still run with its larger needs."""
+        if plan.residency == "resident":
+            self._keeps &= frozenset(plan.keeps)
+        smaller = {name: budget for name, budget in plan.budgets.items() if budget < self._budgets.get(name, budget)}
+        if smaller:
+            self._budgets = {**self._budgets, **smaller}
+            self._start_over()  # an engine's budget is set before it is loaded
+
+    def _too_large(self, plan: MemoryEstimate, usual: MemoryEstimate, run: RunSizes) -> ResourceError:
+        limits = self.limits
+        if limits is None or not _can_run(usual, usual.peak):
+            return plan.refusal()
+        return ResourceError(
+            f"{run.width}x{run.height} with {run.tokens} tokens: {plan.shortage}; the plans' usual size,"
+            f" {limits.width.opt}x{limits.height.opt} with {limits.tokens.opt} tokens, needs"
+            f" {format_bytes(plan.peak - usual.peak)} less"
+        )
 
     def stand_in(self, name: str) -> str:
         """Return the component that runs for `name` on this provider, usually itself."""
@@ -221,6 +265,10 @@ class EnginePool:
         self.residency, *rest = self._fallbacks
         self._fallbacks = tuple(rest)
         log.warning("residency %s: %s; continuing with %s", before, exc, self.residency)
+        self._start_over()
+
+    def _start_over(self) -> None:
+        """Unload every engine, and read ahead what was expected."""
         expected = self._reads.order if self._reads is not None else ()
         self.free()
         self.expect(expected)
@@ -256,17 +304,18 @@ def open_pool(
     backend = open_backend(bundle, provider)
     capacity = backend.free if available is None else available
     residency = settled_residency(residency, backend.provider, once=once)
+    estimate = partial(
+        estimate_memory,
+        bundle,
+        provider=backend.provider,
+        capacity=capacity,
+        records=backend.records,
+        from_image=from_image,
+        capability=backend.capability,
+    )
     try:
-        plan = estimate_memory(
-            bundle,
-            provider=backend.provider,
-            capacity=capacity,
-            residency=residency,
-            records=backend.records,
-            from_image=from_image,
-            capability=backend.capability,
-        )
-        _require_fit(plan)
+        plan = estimate(residency=residency)
+        _require_room(plan)
     except BaseException:
         backend.close()
         raise
@@ -281,6 +330,7 @@ def open_pool(
         replaced=stand_ins(bundle.manifest, backend.provider, backend.capability),
         records=backend.records,
         limits=backend.limits,
+        estimate=estimate,
         close=backend.close,
     )
     order = run_components(bundle.manifest, backend.provider, from_image=from_image, capability=backend.capability)
@@ -288,7 +338,12 @@ def open_pool(
     return pool
 
 
-def _require_fit(plan: MemoryEstimate) -> None:
-    """Raise ResourceError if the builder's own figures exceed the whole memory; estimates may be wrong and pass."""
-    if not plan.estimated and plan.capacity is not None and plan.peak > plan.capacity:
-        plan.check()
+def _require_room(plan: MemoryEstimate) -> None:
+    """Raise ResourceError if not even the smallest profiles of the plans fit."""
+    if not _can_run(plan, plan.least_peak):
+        raise plan.refusal()
+
+
+def _can_run(plan: MemoryEstimate, peak: int) -> bool:
+    """Return whether a run with this `peak` may fit: only the builder's own figures, not estimates, rule it out."""
+    return plan.estimated or plan.capacity is None or peak <= plan.capacity

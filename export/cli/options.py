@@ -32,7 +32,7 @@ class PlanOptions:
     ranges: "dict[str, Range]"
     static: bool
     flags: "BuildFlags"
-    timing_cache: Path | None
+    timing_cache: Path | bool
     plans_only: bool
 
     def sizes(self, manifest: "Manifest") -> "Sizes":
@@ -50,10 +50,14 @@ def add_plan_options(group: Any) -> None:
                        " (default: tensorrt if it can run here, else none)")  # fmt: skip
     for side, meaning in _MEANINGS.items():
         group.add_argument(f"--{side}", type=option_type(_range), metavar="MIN:OPT:MAX", help=meaning)
-    group.add_argument("--static", action="store_true", help="a single size, the OPT of each range: the fastest plans")
+    group.add_argument("--static", action="store_true", help="only a single size, the OPT of each range")
     group.add_argument("--opt-level", type=int, choices=range(6), default=3, metavar="N",
                        help="how long TensorRT searches, 0 to 5 (default 3)")  # fmt: skip
-    group.add_argument("--timing-cache", type=Path, metavar="FILE", help="read and updated: makes later builds faster")
+    caches = group.add_mutually_exclusive_group()
+    caches.add_argument("--timing-cache", type=Path, default=True, metavar="FILE", help="read and updated: makes later"
+                        " builds faster (default: one per GPU and TensorRT version in the cache folder)")  # fmt: skip
+    caches.add_argument("--no-timing-cache", dest="timing_cache", action="store_false", default=True,
+                        help="time every kernel anew")  # fmt: skip
     group.add_argument("--workspace", type=option_type(parse_bytes), default=0, metavar="SIZE",
                        help="limit for scratch memory, e.g. 8GiB")  # fmt: skip
     group.add_argument("--weight-streaming", action="store_true", help="let weights stay in host memory at run time")

@@ -8,7 +8,7 @@ import msgspec
 
 from sdxl_trt.engines.backends import open_backend
 from sdxl_trt.engines.bundle import Bundle, fixed, read_bundle
-from sdxl_trt.engines.plans import Sizes, check_for, stage_sizes
+from sdxl_trt.engines.plans import RunSizes, Sizes, check_for, stage_sizes
 from sdxl_trt.engines.residency import MemoryEstimate, estimate_memory, settled_residency
 
 
@@ -24,8 +24,9 @@ def estimate_run(
 ) -> MemoryEstimate:
     """Return the memory that a run of the bundle at `path` (None: the embedded pair) takes, and a residency that fits.
 
-    With `vram` bytes no GPU is needed, and "auto" means tensorrt. `width` and `height` are pixels of a single size;
-    `from_image` is for runs that start from pictures.
+    With `vram` bytes no GPU is needed, and "auto" means tensorrt. `width` and `height` are pixels of a single size: it
+    selects the profiles of built plans, and plans that are not built are estimated for it. `from_image` is for runs
+    that start from pictures.
     Raises SourceError, CorruptError, UsageError, SizeError, and IncompatibleError for a missing provider.
     """
     if path is None:
@@ -34,15 +35,25 @@ def estimate_run(
         path = bundle_path()
     bundle = read_bundle(path)
     sizes = _sizes(bundle, width, height)
+    run = None if sizes is None else _run_of(sizes)
     if vram is not None:
         chosen = "tensorrt" if provider == "auto" else provider
         return estimate_memory(bundle, provider=chosen, capacity=vram, residency=residency, sizes=sizes,
-                           from_image=from_image)  # fmt: skip
+                           from_image=from_image, run=run)  # fmt: skip
     backend = open_backend(bundle, provider)
     backend.close()
     residency = settled_residency(residency, backend.provider, once=True)
-    return estimate_memory(bundle, provider=backend.provider, capacity=backend.free, residency=residency, sizes=sizes,
-                       records=backend.records, from_image=from_image, capability=backend.capability)  # fmt: skip
+    return estimate_memory(
+        bundle,
+        provider=backend.provider,
+        capacity=backend.free,
+        residency=residency,
+        sizes=sizes,
+        records=backend.records,
+        from_image=from_image,
+        capability=backend.capability,
+        run=run,
+    )
 
 
 def _sizes(bundle: Bundle, width: int | None, height: int | None) -> Sizes | None:
@@ -53,3 +64,8 @@ def _sizes(bundle: Bundle, width: int | None, height: int | None) -> Sizes | Non
     sizes = msgspec.structs.replace(usual, **sides)
     check_for(bundle.manifest, sizes)
     return sizes
+
+
+def _run_of(sizes: Sizes) -> RunSizes:
+    """Return the sizes of a run with guidance at the usual of `sizes`."""
+    return RunSizes(height=sizes.height.opt, width=sizes.width.opt, rows=2 * sizes.batch.opt, tokens=sizes.tokens.opt)

@@ -16,6 +16,7 @@ import numpy as np
 
 from sdxl_trt.engines import SizeError
 from sdxl_trt.engines.bundle import Stage, Vae, read_bundle
+from sdxl_trt.engines.plans import RunSizes
 from sdxl_trt.engines.residency import EnginePool, open_pool
 from sdxl_trt.runtime.arrays import Latents
 from sdxl_trt.runtime.diffusion import Denoiser, make_conditions
@@ -67,8 +68,28 @@ class Pipeline:
         return timed(job.run, self._work(job))
 
     def start(self, request: Request) -> Job:
-        """Return `request` resolved, with its noise drawn, ready for the stages. Raises UsageError."""
-        return start_job(resolve_request(request, self.manifest, self.pool.limits), request, self.manifest)
+        """Return `request` resolved, with its noise drawn, ready for the stages.
+
+        Raises UsageError, and ResourceError if the plans' own figures say that it does not fit into memory.
+        """
+        resolved = resolve_request(request, self.manifest, self.pool.limits)
+        guided = any(resolved.guidance_of(name).wanted for name in self._stages(resolved))
+        self._make_room(resolved, 2 if guided else 1)
+        return start_job(resolved, request, self.manifest)
+
+    def _make_room(self, request: ResolvedRequest, conditionings: int, tokens: int | None = None) -> None:
+        """Let the pool make room for `request`; before its prompts are read, they count as short."""
+        limits = self.pool.limits
+        if limits is not None:
+            pictures = max(min(len(request.seeds), self._pictures_at_once), self._fewest_at_once)
+            self.pool.make_room(
+                RunSizes(
+                    height=request.height,
+                    width=request.width,
+                    rows=conditionings * pictures,
+                    tokens=tokens or limits.tokens.min,
+                )
+            )
 
     def expect(self, jobs: Sequence[Job]) -> None:
         """Tell the pool which components the stages of `jobs` use, in order, so that their plans are read ahead."""
@@ -119,7 +140,8 @@ class Pipeline:
             for job in alike:
                 job.embeds = _embeds(job.run.request, self._stages(job.run.request), encoded)
                 for name, sides in job.embeds.items():
-                    self._check_rows(sides if job.run.request.guidance_of(name).wanted else sides[:1])
+                    used = sides if job.run.request.guidance_of(name).wanted else sides[:1]
+                    self._check_rows(job.run.request, used)
         yield Step("encode", 1, 1, slice(0, sum(len(job.latents) for job in jobs)))
 
     def base(self, job: Job, next_engine: str = "") -> Iterator[Step]:
@@ -162,8 +184,11 @@ class Pipeline:
         alone = refiner is not None and all(job.run.request.refiner_only for job in jobs)
         return refiner.unet if refiner is not None and alone else self.manifest.base.unet
 
-    def _check_rows(self, sides: Sequence[Sequence[PromptEmbeds]]) -> None:
-        """Raise SizeError for conditionings that, repeated to one length, are longer or more than the plans take."""
+    def _check_rows(self, request: ResolvedRequest, sides: Sequence[Sequence[PromptEmbeds]]) -> None:
+        """Raise SizeError for conditionings that, repeated to one length, are longer or more than the plans take.
+
+        Raises ResourceError if prompts of this length need more memory than there is.
+        """
         limits, rows = self.pool.limits, [embeds for side in sides for embeds in side]
         if limits is None:
             return
@@ -176,6 +201,7 @@ class Pipeline:
             raise SizeError(f"the prompts are combined from {len(rows)} conditionings, a row each, but the plans take"
                             f" {len(sides) * limits.pictures}; build plans: export-engines --batch"
                             f" 1:1:{math.ceil(len(rows) / 2)}")  # fmt: skip
+        self._make_room(request, len(rows), tokens)
 
     def _denoise(
         self,

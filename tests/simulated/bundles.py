@@ -57,7 +57,7 @@ def make_simulated_bundle(
         profiles = built.key.profiles if built else _profiles(manifest, component, sizes)
         figures = _figures(name, component, profiles, built, activations)
         memory = built.memory if built else PlanMemory(weights=component.weights.size, activations=0)
-        memory = msgspec.structs.replace(memory, activations=max(figures))
+        memory = msgspec.structs.replace(memory, activations=max(figures), profile_activations=figures)
         if weight_streaming and not memory.streamable:
             memory = msgspec.structs.replace(memory, streamable=memory.weights * 9 // 10)
         key = PlanKey(
@@ -116,9 +116,9 @@ def _figures(
     built: PlanRecord | None,
     activations: Activations | None,
 ) -> tuple[int, ...]:
-    """Return the activation bytes of each profile; a record of a real plan has only the largest."""
+    """Return the activation bytes of each profile."""
     if activations is None and built is not None:
-        return (built.memory.activations,) * len(profiles)
+        return tuple(built.memory.activations_of(index) for index in range(len(profiles)))
     return tuple(
         rounded(activations(name, profile) if activations else _estimate(component, profile)) for profile in profiles
     )

@@ -11,6 +11,7 @@ import pytest
 from sdxl_trt.engines.bundle.bundle import Bundle, read_bundle
 from sdxl_trt.engines.bundle.plan_record import PlanRecord
 from sdxl_trt.engines.errors import EngineError, ResourceError, SdxlTrtError
+from sdxl_trt.engines.residency.policy import estimate_memory
 from sdxl_trt.runtime import Request, open_bundle
 
 pytestmark = pytest.mark.slow
@@ -108,7 +109,7 @@ def test_a_run_from_a_picture_equals_the_cpu_s(simulated: Any, planned: Path, ex
 
 def simulated_shapes(record: PlanRecord) -> list[tuple[int, ...]]:
     """Return the largest shapes of a UNet's inputs and of its output, which equals the sample's."""
-    (profile,) = record.key.profiles
+    profile = record.key.profiles[-1]
     largest = {name: shapes[2] for name, shapes in profile.shapes.items()}
     return [*largest.values(), largest["sample"]]
 
@@ -125,6 +126,70 @@ def test_the_unets_change_once_for_any_number_of_pictures(simulated: Any, planne
         assert simulated.deserialized.count(records[name].file.sha256) == 1
     experts = [name for name in simulated.executed if name in UNETS]
     assert experts == sorted(experts, key="unet".__ne__)  # phase by phase
+
+
+MB = 10**6
+
+
+@pytest.fixture
+def ranged(simulated: Any, exported: Path, tmp_path: Path) -> Bundle:
+    """Return plans whose range needs 40 MB of activations, and each single size 1 MB; the weights are small."""
+
+    def activations(name: str, profile: Any) -> int:
+        return 40 * MB if name in UNETS and any(low != high for low, _, high in profile.shapes.values()) else MB
+
+    return read_bundle(simulated.bundle(exported, tmp_path / "ranged", activations=activations))
+
+
+def _usual_peak(bundle: Bundle, residency: str) -> int:
+    return estimate_memory(bundle, provider="tensorrt", capacity=None, residency=residency).peak
+
+
+def test_a_size_that_does_not_fit_is_refused_before_anything_is_loaded(simulated: Any, ranged: Bundle) -> None:
+    limit = _usual_peak(ranged, "resident") + 20 * MB
+    with open_bundle(ranged.root, provider="tensorrt", available=limit) as pipeline:
+        limits = pipeline.pool.limits
+        assert limits is not None
+        other = replace(_request(), width=limits.width.min, height=limits.height.min)
+        assert other.width != limits.width.opt
+        with pytest.raises(ResourceError) as raised:
+            pipeline.steps(other)
+        assert simulated.deserialized == []
+        assert len(list(pipeline.generate(_request()))) == 1
+    words = str(raised.value)
+    assert words.startswith(f"{other.width}x{other.height} with 77 tokens: tensorrt, residency ")
+    assert f"the plans' usual size, {limits.width.opt}x{limits.height.opt} with 77 tokens, needs 39" in words
+    assert "\n" not in words
+
+
+def test_a_longer_prompt_that_does_not_fit_is_refused_before_a_unet_runs(simulated: Any, ranged: Bundle) -> None:
+    request = replace(_request(), compat="comfyui", prompt="a red fox " * 50)
+    limit = _usual_peak(ranged, "resident") + 20 * MB
+    with (
+        open_bundle(ranged.root, provider="tensorrt", available=limit) as pipeline,
+        pytest.raises(ResourceError, match=r"with (154|231) tokens: tensorrt, residency"),
+    ):
+        list(pipeline.generate(request))
+    assert not UNETS & set(simulated.executed)
+
+
+def test_a_size_that_needs_more_memory_continues_with_a_smaller_residency(
+    simulated: Any, ranged: Bundle, caplog: pytest.LogCaptureFixture
+) -> None:
+    resident, swap = (
+        estimate_memory(ranged, provider="tensorrt", capacity=None, residency=residency).largest_peak
+        for residency in ("resident", "swap")
+    )
+    with open_bundle(ranged.root, provider="tensorrt", available=int((resident + swap) / 2 / 0.9)) as pipeline:
+        assert pipeline.pool.residency == "resident"
+        assert len(list(pipeline.generate(_request()))) == 1
+        assert pipeline.pool.residency == "resident"
+        limits = pipeline.pool.limits
+        assert limits is not None
+        other = replace(_request(), width=limits.width.min, height=limits.height.min)
+        assert len(list(pipeline.generate(other))) == 1
+        assert pipeline.pool.residency == "swap"
+    assert f"{other.width}x{other.height} needs more memory than there is; continuing with swap" in caplog.text
 
 
 def test_both_flavours_run(simulated: Any, exported: Path, tmp_path: Path, reference: list[Any]) -> None:

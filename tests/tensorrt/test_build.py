@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -110,6 +111,10 @@ def test_two_static_profiles_share_a_plan(tmp_path: Path) -> None:
     figures = [build_plan(_job(tmp_path, profiles=profiles)) for profiles in [(small,), (large,), (small, large)]]
     assert figures[0].activations < figures[1].activations == figures[2].activations
     assert figures[2].weights < 1.1 * figures[1].weights
+    each = figures[2].profile_activations
+    assert each == (figures[0].activations, figures[1].activations)
+    logged = re.findall(r"Total Activation Memory: (\d+) bytes", (tmp_path / f"{SMALL}.log").read_text())
+    assert tuple(map(int, logged)) == each, "the builder states one figure per profile, in their order"
 
 
 def test_flags_and_timing_cache(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def plan_of(bundle: Bundle, residency: str, capacity: int | None = None) -> Memo
 @pytest.mark.parametrize("residency", RESIDENCIES)
 def test_a_run_needs_no_more_than_planned(planned, simulated, residency: str) -> None:
     bundle = planned(weight_streaming=True)
-    planned_peak = plan_of(bundle, residency).peak if residency != "stream" else plan_of(bundle, "swap").peak
+    planned_peak = plan_of(bundle, "swap" if residency == "stream" else residency).largest_peak
     with open_pool(bundle, "tensorrt", residency) as pool:
         run(pool)
         assert pool.residency == residency
@@ -87,7 +87,7 @@ def test_under_swap_the_device_never_holds_two_unets(planned, simulated) -> None
         simulated.reset_peak()
         pool.phase("unet", next_engines=("refiner_unet",))
         pool.phase("refiner_unet")
-        bound = max(needs[name].weights for name in UNETS) + max(needs[name].activations for name in UNETS)
+        bound = max(needs[name].weights for name in UNETS) + max(needs[name].largest for name in UNETS)
         assert simulated.peak_bytes <= bound + max(needs[name].io for name in UNETS) + 256 * 64
         assert simulated.peak_bytes < sum(needs[name].weights for name in UNETS)
 
@@ -98,13 +98,13 @@ def test_streamed_weights_stay_off_the_device(planned, simulated) -> None:
     with open_pool(bundle, "tensorrt", "stream", available=swap.peak) as pool:
         pool.phase("unet")
         needs = {need.component: need for need in swap.needs}
-        assert simulated.peak_bytes < needs["unet"].weights + needs["unet"].activations
+        assert simulated.peak_bytes < needs["unet"].weights + needs["unet"].largest
     assert simulated.current_bytes == 0
 
 
 def test_out_of_memory_falls_back_to_a_policy_that_fits(planned, simulated, caplog: pytest.LogCaptureFixture) -> None:
     bundle = planned()
-    simulated.memory_limit = int(1.05 * plan_of(bundle, "swap").peak)
+    simulated.memory_limit = int(1.05 * plan_of(bundle, "swap").largest_peak)
     with open_pool(bundle, "tensorrt", "auto", available=1 << 40) as pool:
         assert pool.residency == "resident"
         run(pool)
@@ -115,7 +115,7 @@ def test_out_of_memory_falls_back_to_a_policy_that_fits(planned, simulated, capl
 
 def test_a_given_residency_that_does_not_fit_is_an_error(planned, simulated) -> None:
     bundle = planned()
-    simulated.memory_limit = int(1.05 * plan_of(bundle, "swap").peak)
+    simulated.memory_limit = int(1.05 * plan_of(bundle, "swap").largest_peak)
     with open_pool(bundle, "tensorrt", "resident", available=1 << 40) as pool, pytest.raises(ResourceError):
         run(pool)
     with pytest.raises(ResourceError, match="try --residency swap"):

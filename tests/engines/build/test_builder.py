@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdxl_trt.engines.build import builder
-from sdxl_trt.engines.build.builder import PlanFile, add_profiles, configure, memory_of, save_timing_cache, write_plan
+from sdxl_trt.engines.build.builder import PlanFile, add_profiles, configure, memory_of, write_plan
 from sdxl_trt.engines.build.network import BuildLog
 from sdxl_trt.engines.bundle.plan_record import BuildFlags, Chunks, PlanMemory
 from sdxl_trt.engines.bundle.profile import Profile
@@ -52,7 +52,6 @@ class Config:
     def __init__(self) -> None:
         self.flags: list[str] = []
         self.pools: list[tuple[str, int]] = []
-        self.cache: bytes | None = None
         self.profiles: list[Any] = []
 
     def set_flag(self, flag: str) -> None:
@@ -60,18 +59,6 @@ class Config:
 
     def set_memory_pool_limit(self, pool: str, size: int) -> None:
         self.pools.append((pool, size))
-
-    def create_timing_cache(self, content: bytes) -> bytes | None:
-        return None if content == b"garbage" else content
-
-    def set_timing_cache(self, cache: bytes, ignore_mismatch: bool) -> bool:
-        if cache == b"another device" and not ignore_mismatch:
-            return False
-        self.cache = cache
-        return True
-
-    def get_timing_cache(self) -> Any:
-        return SimpleNamespace(serialize=lambda: b"measured")
 
     def add_optimization_profile(self, profile: Any) -> int:
         self.profiles.append(profile)
@@ -89,8 +76,8 @@ ALL = BuildFlags(
 )
 
 
-def _configure(flags: BuildFlags, flavour: Any = "tensorrt", cache: Path | None = None, trt: Any = TRT) -> Config:
-    config: Config = configure(trt, SimpleNamespace(create_builder_config=Config), flavour, flags, cache)
+def _configure(flags: BuildFlags, flavour: Any = "tensorrt", trt: Any = TRT) -> Config:
+    config: Config = configure(trt, SimpleNamespace(create_builder_config=Config), flavour, flags)
     return config
 
 
@@ -117,26 +104,6 @@ def test_an_unsupported_flag_is_named() -> None:
     trt = SimpleNamespace(**vars(TRT) | {"BuilderFlag": SimpleNamespace()})
     with pytest.raises(IncompatibleError, match="--weight-streaming: this version of TensorRT has no WEIGHT_STREAMING"):
         _configure(ALL, trt=trt)
-
-
-@pytest.mark.parametrize(
-    ("content", "used"),
-    [(None, b""), (b"measured", b"measured"), (b"garbage", b""), (b"another device", b"")],
-    ids=["none", "good", "garbage", "mismatch"],
-)
-def test_a_timing_cache_that_does_not_fit_is_replaced(content: bytes | None, used: bytes, tmp_path: Path) -> None:
-    path = tmp_path / "cache"
-    if content is not None:
-        path.write_bytes(content)
-    config = _configure(BuildFlags(), cache=path)
-    assert config.cache == used
-    save_timing_cache(config, path)
-    assert path.read_bytes() == b"measured"
-
-
-def test_a_timing_cache_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="reading"):
-        _configure(BuildFlags(), cache=tmp_path)
 
 
 class OneProfile:
@@ -236,30 +203,54 @@ def test_a_full_disk_raises_the_os_error(builder: Builder) -> None:
         write_plan(TRT, builder, None, None, PlanFile(Full()))
 
 
-def _memory(log: BuildLog, engine: Any, flags: BuildFlags, path: Path) -> PlanMemory:
+def _memory(log: BuildLog, engine: Any, flags: BuildFlags, path: Path, profiles: int = 1) -> PlanMemory:
     path.write_bytes(b"p" * 100)
     runtime = SimpleNamespace(deserialize_cuda_engine=lambda content: engine if len(content) == 100 else None)
     with path.open("r+b") as file:
-        return memory_of(SimpleNamespace(Runtime=lambda _: runtime), None, log, file, flags)
+        return memory_of(SimpleNamespace(Runtime=lambda _: runtime), None, log, file, flags, profiles=profiles)
+
+
+def _log(*activations: int, weights: int | None = None) -> BuildLog:
+    log = BuildLog()
+    for figure in activations:
+        log.note("INFO", f"Total Activation Memory: {figure} bytes")
+    if weights is not None:
+        log.note("INFO", f"Total Weights Memory: {weights} bytes")
+    return log
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_memory_is_what_the_builder_logged(streaming: bool, tmp_path: Path) -> None:
-    log = BuildLog()
-    log.note("INFO", "Total Activation Memory: 30 bytes")
     flags = BuildFlags(weight_streaming=streaming)
-    weights = 100  # the plan's size: an upper bound
-    expected = PlanMemory(weights=weights, activations=30, streamable=weights if streaming else 0)
-    assert _memory(log, None, flags, tmp_path / "plan") == expected
-    log.note("INFO", "Total Weights Memory: 80 bytes")
-    expected = PlanMemory(weights=80, activations=30, streamable=80 if streaming else 0)
-    assert _memory(log, None, flags, tmp_path / "plan") == expected
+    # Without a figure for weights, the plan's size is an upper bound.
+    for log, weights in ((_log(30), 100), (_log(30, weights=80), 80)):
+        streamable = weights if streaming else 0
+        expected = PlanMemory(weights=weights, activations=30, streamable=streamable, profile_activations=(30,))
+        assert _memory(log, None, flags, tmp_path / "plan") == expected
 
 
-def test_memory_is_what_the_engine_states_if_the_log_does_not(tmp_path: Path) -> None:
-    engine = SimpleNamespace(device_memory_size_v2=31, streamable_weights_size=7)
-    expected = PlanMemory(weights=100, activations=31, streamable=7)
-    assert _memory(BuildLog(), engine, BuildFlags(), tmp_path / "plan") == expected
+def test_each_profile_has_the_figure_that_the_builder_logged_for_it(tmp_path: Path) -> None:
+    memory = _memory(_log(10, 30, 20, weights=80), None, BuildFlags(), tmp_path / "plan", profiles=3)
+    assert memory == PlanMemory(weights=80, activations=30, profile_activations=(10, 30, 20))
+
+
+ENGINE = SimpleNamespace(
+    device_memory_size_v2=31, streamable_weights_size=7, get_device_memory_size_for_profile_v2=lambda i: (11, 31)[i]
+)
+
+
+@pytest.mark.parametrize("logged", [(), (30,), (10, 20, 30)], ids=["none", "fewer", "more"])
+def test_the_engine_is_asked_unless_the_log_has_a_figure_for_each_profile(
+    logged: tuple[int, ...], tmp_path: Path
+) -> None:
+    memory = _memory(_log(*logged), ENGINE, BuildFlags(), tmp_path / "plan", profiles=2)
+    assert memory == PlanMemory(weights=100, activations=31, streamable=7, profile_activations=(11, 31))
+
+
+def test_the_largest_logged_figure_counts_for_all_profiles_of_an_engine_that_cannot_be_loaded(tmp_path: Path) -> None:
+    memory = _memory(_log(20, 30, 10), None, BuildFlags(), tmp_path / "plan", profiles=2)
+    assert memory == PlanMemory(weights=100, activations=30)
+    assert [memory.activations_of(index) for index in (0, 1)] == [30, 30]
 
 
 def test_memory_without_any_figure_is_an_error(tmp_path: Path) -> None:

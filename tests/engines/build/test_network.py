@@ -13,19 +13,19 @@ from sdxl_trt.engines.errors import CorruptError, EngineError, ResourceError
 ACTIVATIONS = "Total Activation Memory: {} bytes"
 
 
-def test_figures_are_those_of_the_largest_profile() -> None:
+def test_every_profile_has_its_figure() -> None:
     log = BuildLog()
-    assert (log.activations, log.weights) == (None, None)
+    assert (log.activations, log.weights) == ([], None)
     for line in (ACTIVATIONS.format(300), ACTIVATIONS.format(500), ACTIVATIONS.format(400)):
         log.note("INFO", line)
     log.note("VERBOSE", "Total Weights Memory: 70 bytes")
-    assert (log.activations, log.weights) == (500, 70)
+    assert (log.activations, log.weights) == ([300, 500, 400], 70)
 
 
 def test_zero_activations_are_a_figure() -> None:
     log = BuildLog()
     log.note("INFO", ACTIVATIONS.format(0))
-    assert log.activations == 0
+    assert log.activations == [0]
 
 
 def test_the_file_gets_all_lines_except_verbose_ones() -> None:

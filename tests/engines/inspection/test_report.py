@@ -123,6 +123,24 @@ def test_profiles_are_listed_in_pixels(plan: Any, name: str, sizes: dict[str, An
     assert words in _text(plan(name, msgspec.structs.replace(SIZES, **sizes)).root)
 
 
+def test_each_profile_states_its_activations(plan: Callable[..., Bundle]) -> None:
+    bundle = plan("unet")
+    (record,) = bundle.manifest.plans
+    memory = msgspec.structs.replace(record.memory, profile_activations=(177 * MIB, 303 * MIB, 758 * MIB))
+    manifest = msgspec.structs.replace(bundle.manifest, plans=(msgspec.structs.replace(record, memory=memory),))
+    write_manifest(bundle.root, manifest)
+    text = _text(bundle.root)
+    assert (
+        "1024 pixels a side, 1 row, 77 tokens: 177 MiB; or 1024 pixels a side, 2 rows, 77 tokens: 303 MiB; or" in text
+    )
+    assert "512 to 1280 pixels a side (tuned for 1024), 1 to 2 rows, 77 to 231 tokens (tuned for 77): 758 MiB\n" in text
+    memory = msgspec.structs.replace(memory, profile_activations=(1, 2))
+    manifest = msgspec.structs.replace(manifest, plans=(msgspec.structs.replace(record, memory=memory),))
+    write_manifest(bundle.root, manifest)
+    with pytest.raises(CorruptError, match="a plan of 'unet' does not fit that component"):
+        read_bundle(bundle.root)
+
+
 def test_the_build_flags_of_a_plan_are_listed(plan: Callable[..., Bundle]) -> None:
     settings = {"weight_streaming": True, "hardware_compatible": True, "workspace": 2048 * MIB}
     text = _text(plan("unet", SIZES, ANYWHERE, **settings).root)
@@ -148,7 +166,7 @@ def test_json_contains_what_the_lines_state(plan: Callable[..., Bundle]) -> None
     (unet,) = told["plans"]
     assert unet["memory"] == {"weights": 4890 * MIB, "activations": 303 * MIB, "streamable": 4200 * MIB}
     assert unet["key"] == manifest.plans[0].key.digest()
-    assert unet["profiles"][0]["shapes"]["sample"] == [[1, 4, 64, 64], [2, 4, 128, 128], [2, 4, 160, 160]]
+    assert unet["profiles"][2]["shapes"]["sample"] == [[1, 4, 64, 64], [2, 4, 128, 128], [2, 4, 160, 160]]
     assert unet["problem"] == ""
     assert {each["component"] for each in told["rebuild"][0]["components"]} == set(manifest.components)
 

@@ -148,6 +148,17 @@ def test_profiles_and_flags_are_compared_only_on_request(bundle: Bundle) -> None
     )
 
 
+def test_a_plan_of_the_range_alone_still_runs_and_a_build_says_what_it_lacks(bundle: Bundle) -> None:
+    key = _key(bundle)
+    old, component = _record(_replace(key, profiles=key.profiles[-1:])), bundle.manifest.components["unet"]
+    assert len(key.profiles) == 3
+    assert find_plan(_with(bundle, old), "unet", HERE) is old
+    assert why_rebuild(old, component, HERE, (key.profiles, key.flags)) == [
+        "it lacks profiles for some of the requested sizes"
+    ]
+    assert plan_limits(bundle, [old]) == plan_limits(bundle, [_record(key)])
+
+
 @pytest.mark.parametrize(
     ("built", "here", "fits"),
     [("11.2.0.1", "11.4.0.106", True), ("11.5.0.1", "11.4.0.106", False), ("12.0.0.1", "11.4.0.106", False),

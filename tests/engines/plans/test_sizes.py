@@ -1,5 +1,6 @@
 """Ranges, sizes and profiles: what is parsed, the profiles of each graph, and what is refused."""
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -44,16 +45,33 @@ def test_default_sizes_are_valid_for_the_unets(sample: int, factor: int, multipl
     assert sizes.height.min <= sizes.height.opt <= sizes.height.max
 
 
-def test_one_plan_serves_guidance_on_and_off() -> None:
-    (profile,) = component_profiles(UNET, axes_of("unet", "fp16", default_sizes(128, 8, 64), 8))
-    assert profile.shapes["sample"] == ((1, 4, 64, 64), (2, 4, 128, 128), (2, 4, 160, 160))
-    assert profile.shapes["timestep"] == ((1,), (2,), (2,))
-    assert profile.shapes["encoder_hidden_states"] == ((1, 77, 2048), (2, 77, 2048), (2, 231, 2048))
+def _unet(sizes: Sizes) -> tuple[Profile, ...]:
+    return component_profiles(UNET, axes_of("unet", "fp16", sizes, 8))
+
+
+def test_one_plan_serves_guidance_on_and_off_at_the_usual_size_and_then_a_range() -> None:
+    off, on, span = _unet(default_sizes(128, 8, 64))
+    assert off.shapes["sample"] == ((1, 4, 128, 128),) * 3
+    assert on.shapes["sample"] == ((2, 4, 128, 128),) * 3
+    assert on.shapes["encoder_hidden_states"] == ((2, 77, 2048),) * 3
+    assert span.shapes["sample"] == ((1, 4, 64, 64), (2, 4, 128, 128), (2, 4, 160, 160))
+    assert span.shapes["timestep"] == ((1,), (2,), (2,))
+    assert span.shapes["encoder_hidden_states"] == ((1, 77, 2048), (2, 77, 2048), (2, 231, 2048))
     for rows in (1, 2):
-        assert profile.holds({"sample": (rows, 4, 128, 96), "timestep": (rows,)})
-    assert not profile.holds({"sample": (3, 4, 128, 128)})
-    assert not profile.holds({"sample": (2, 4, 168, 128)})
-    assert not profile.holds({"sample": (2, 4, 128)})
+        assert span.holds({"sample": (rows, 4, 128, 96), "timestep": (rows,)})
+    assert not span.holds({"sample": (3, 4, 128, 128)})
+    assert not span.holds({"sample": (2, 4, 168, 128)})
+    assert not span.holds({"sample": (2, 4, 128)})
+
+
+def test_a_range_that_adds_no_size_is_left_out() -> None:
+    one = Sizes(height=fixed(1024), width=fixed(768), batch=fixed(1), tokens=fixed(77))
+    assert [profile.shapes["timestep"][2][0] for profile in _unet(one)] == [1, 2]
+    # Two pictures without guidance are 2 rows, with it 4; 3 rows are prompts that are combined.
+    two = msgspec.structs.replace(one, batch=fixed(2))
+    assert [profile.shapes["timestep"][0][0] for profile in _unet(two)] == [2, 4, 2]
+    long = msgspec.structs.replace(one, tokens=Range(min=77, opt=77, max=154))
+    assert len(_unet(long)) == 3
 
 
 def test_a_static_plan_has_a_profile_for_each_number_of_rows() -> None:

@@ -14,8 +14,10 @@ from sdxl_trt.engines.bundle.bundle import Bundle, read_bundle
 from sdxl_trt.engines.bundle.phases import run_components, run_phases, stand_ins
 from sdxl_trt.engines.bundle.plan_record import BuildFlags, Environment, PlanKey, PlanMemory, PlanRecord
 from sdxl_trt.engines.bundle.records import FileRecord
-from sdxl_trt.engines.errors import ResourceError, UsageError
-from sdxl_trt.engines.plans.sizes import axes_of, component_profiles
+from sdxl_trt.engines.errors import ResourceError, SizeError, UsageError
+from sdxl_trt.engines.host.memory import format_bytes
+from sdxl_trt.engines.plans.shapes import RunSizes
+from sdxl_trt.engines.plans.sizes import Sizes, axes_of, component_profiles, stage_sizes
 from sdxl_trt.engines.residency.estimate import MemoryEstimate
 from sdxl_trt.engines.residency.needs import exact_sizes, host_need
 from sdxl_trt.engines.residency.policy import (
@@ -43,13 +45,13 @@ WEIGHTS = {
     "refiner_unet": 4_520_000_000,
     "vae_decoder": 198_000_000,
 }
-GB = 10**9
+MB, GB = 10**6, 10**9
 
 
-def record_of(name: str, memory: PlanMemory) -> PlanRecord:
+def record_of(name: str, memory: PlanMemory, sizes: Sizes = SIZES) -> PlanRecord:
     """Return a plan's record for a component of the embedded pair."""
     component = MINI.manifest.components[name]
-    axes = axes_of(component.kind, component.precision, SIZES, 8)
+    axes = axes_of(component.kind, component.precision, sizes, 8)
     profiles = component_profiles({spec.name: spec.shape for spec in component.inputs}, axes)
     key = PlanKey(
         component=name, graph="0" * 64, weights="0" * 64, environment=ENVIRONMENT, profiles=profiles, flags=BuildFlags()
@@ -182,6 +184,66 @@ def test_the_manifests_plans_of_that_flavour_are_used() -> None:
     bundle = Bundle(MINI.root, replace(MINI.manifest, plans=records))
     assert not estimate_memory(bundle, provider="tensorrt", capacity=None).estimated
     assert estimate_memory(bundle, provider="tensorrt-rtx", capacity=None).estimated
+
+
+def _three() -> dict[str, PlanRecord]:
+    """Return records of the default plans: each UNet's profiles need 10, 20 and 70 MB, all other plans less."""
+    plain = PlanMemory(weights=1000, activations=1)
+    unets = PlanMemory(weights=1000, activations=70 * MB, profile_activations=(10 * MB, 20 * MB, 70 * MB))
+    return {name: record_of(name, unets if name in UNETS else plain, stage_sizes(MINI.manifest)) for name in COMPONENTS}
+
+
+def _of_unet(plan: MemoryEstimate) -> tuple[int, int]:
+    (need,) = [need for need in plan.needs if need.component == "unet"]
+    return need.activations, need.largest
+
+
+def test_the_usual_profile_decides_and_the_largest_is_stated() -> None:
+    plan = plan_of(_three(), "swap")
+    assert _of_unet(plan) == (20 * MB, 70 * MB)
+    assert plan.largest_peak - plan.peak == pytest.approx(50 * MB, abs=MB)
+    assert plan.peak - plan.least_peak == pytest.approx(10 * MB, abs=MB)
+    text = "\n".join(plan.lines())
+    assert "at most" in text
+    assert f"at the largest sizes that the plans take, the peak is {format_bytes(plan.largest_peak)}" in text
+
+
+@pytest.mark.parametrize(
+    ("side", "rows", "tokens", "activations"),
+    [(128, 1, 77, 10), (128, 2, 77, 20), (96, 2, 77, 70), (128, 2, 154, 70), (64, 1, 77, 70)],
+)
+def test_a_run_counts_the_profile_that_it_uses(side: int, rows: int, tokens: int, activations: int) -> None:
+    run = RunSizes(height=side, width=side, rows=rows, tokens=tokens)
+    built = estimate_memory(MINI, provider="tensorrt", capacity=None, records=_three(), run=run)
+    assert _of_unet(built) == (activations * MB, 70 * MB)
+    # Estimates choose among the profiles that would be built.
+    usual, asked = (
+        estimate_memory(MINI, provider="tensorrt", capacity=None, records={}, run=one) for one in (None, run)
+    )
+    assert _of_unet(asked)[1] == _of_unet(usual)[1]
+    assert (_of_unet(asked)[0] > _of_unet(usual)[0]) == (activations == 70)
+
+
+def test_a_run_that_no_plan_takes_is_refused() -> None:
+    run = RunSizes(height=256, width=256, rows=2, tokens=77)
+    with pytest.raises(SizeError, match="unet: the plan takes"):
+        estimate_memory(MINI, provider="tensorrt", capacity=None, records=_three(), run=run)
+
+
+def test_a_record_without_figures_for_each_profile_counts_its_largest() -> None:
+    records = {name: record_of(name, PlanMemory(weights=1000, activations=9)) for name in COMPONENTS}
+    plan = plan_of(records, "swap")
+    assert plan.least_peak == plan.peak == plan.largest_peak
+    assert _of_unet(plan) == (9, 9)
+    assert not any("at the largest sizes" in line for line in plan.lines())
+
+
+@pytest.mark.parametrize("provider", ["ort-cpu", "ort-cuda"])
+def test_onnxruntime_has_no_profiles(provider: str) -> None:
+    run = RunSizes(height=999, width=999, rows=2, tokens=77)
+    plan = estimate_memory(MINI, provider=provider, capacity=None, run=run)
+    assert all(need.activations == need.largest for need in plan.needs)
+    assert plan.peak == plan.largest_peak
 
 
 @pytest.fixture
