@@ -120,12 +120,18 @@ def bars(rows: Sequence[Row], size: int) -> list[Bar]:
 
 
 def simulate_all(rates: Rates, speed: float) -> list[Timeline]:
-    """Return the timelines before and after, under swap and resident."""
+    """Return the timelines before and after, under swap and resident, and after with memory for the largest plan."""
     policies: tuple[Policy, ...] = ("swap", "resident")
+    largest = max(rates.plans.values())
+    ways = (
+        ("one thread, one phase ahead", False, None),
+        ("several threads, in order of use", True, None),
+        ("the same with host memory for one UNet", True, largest),
+    )
     return [
-        simulate(f"{policy}, {word}", policy, rates, ahead=ahead, speed=speed)
+        simulate(f"{policy}, {word}", policy, rates, ahead=ahead, speed=speed, limit=limit)
         for policy in policies
-        for word, ahead in (("one thread, one phase ahead", False), ("several threads, in order of use", True))
+        for word, ahead, limit in ways
     ]
 
 
