@@ -35,12 +35,13 @@ BARS = {2: 1.8, 4: 3.0}
 EXTRA = 64 << 20
 PLAN = 5_130_000_000
 """The bytes of the weights of SDXL's base UNet in fp16."""
-_CHECKED: tuple[Way, ...] = ("whole", "stream")
+_CHECKED: tuple[Way, ...] = ("whole", "touched", "stream")
 WORDS: dict[str, str] = {
     "sha256": "sha256 alone, bytes in memory",
     "file": "sha256 of the file",
     "before": "read and checked in turn (before)",
-    "whole": "read and checked into memory",
+    "whole": "read and checked into new memory",
+    "touched": "the same into memory used before",
     "stream": "read and checked chunk by chunk, dropped after use",
 }
 
