@@ -35,12 +35,13 @@ BARS = {2: 1.8, 4: 3.0}
 EXTRA = 64 << 20
 PLAN = 5_130_000_000
 """The bytes of the weights of SDXL's base UNet in fp16."""
-_CHECKED: tuple[Way, ...] = ("whole", "stream")
+_CHECKED: tuple[Way, ...] = ("whole", "touched", "stream")
 WORDS: dict[str, str] = {
     "sha256": "sha256 alone, bytes in memory",
     "file": "sha256 of the file",
     "before": "read and checked in turn (before)",
-    "whole": "read and checked into memory",
+    "whole": "read and checked into new memory",
+    "touched": "the same into memory used before",
     "stream": "read and checked chunk by chunk, dropped after use",
 }
 
@@ -120,12 +121,18 @@ def bars(rows: Sequence[Row], size: int) -> list[Bar]:
 
 
 def simulate_all(rates: Rates, speed: float) -> list[Timeline]:
-    """Return the timelines before and after, under swap and resident."""
+    """Return the timelines before and after, under swap and resident, and after with memory for the largest plan."""
     policies: tuple[Policy, ...] = ("swap", "resident")
+    largest = max(rates.plans.values())
+    ways = (
+        ("one thread, one phase ahead", False, None),
+        ("several threads, in order of use", True, None),
+        ("the same with host memory for one UNet", True, largest),
+    )
     return [
-        simulate(f"{policy}, {word}", policy, rates, ahead=ahead, speed=speed)
+        simulate(f"{policy}, {word}", policy, rates, ahead=ahead, speed=speed, limit=limit)
         for policy in policies
-        for word, ahead in (("one thread, one phase ahead", False), ("several threads, in order of use", True))
+        for word, ahead, limit in ways
     ]
 
 

@@ -6,6 +6,7 @@ Each process starts with no memory of the plan, as a cold start does, and states
 __all__ = ["WAYS", "Lap", "Way", "make_file", "measure_way"]
 
 import hashlib
+import mmap
 import os
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from sdxl_trt.engines.bundle import Chunks
 from sdxl_trt.engines.host import process_memory, sha256_file
 from sdxl_trt.engines.plans import PlanReader
 
-Way = Literal["sha256", "file", "before", "whole", "stream"]
+Way = Literal["sha256", "file", "before", "whole", "touched", "stream"]
 WAYS: tuple[Way, ...] = get_args(Way)
 _BEFORE = 64 << 20
 _RANDOM = 64 << 20
@@ -100,15 +101,23 @@ def _before(path: Path, facts: _File, _threads: int) -> None:
         raise CorruptError(f"{path}: its sha256 is another")
 
 
-def _reader(path: Path, facts: _File, threads: int) -> PlanReader:
-    return PlanReader(path, facts.size, facts.chunks.size, facts.chunks.sha256, CorruptError, threads)
+def _reader(path: Path, facts: _File, threads: int, memory: mmap.mmap | None = None) -> PlanReader:
+    return PlanReader(path, facts.size, facts.chunks.size, facts.chunks.sha256, CorruptError, threads, memory)
 
 
-def _whole(path: Path, facts: _File, threads: int) -> None:
-    """Read and check the plan into memory."""
-    reader = _reader(path, facts, threads)
+def _whole(path: Path, facts: _File, threads: int, memory: mmap.mmap | None = None) -> None:
+    """Read and check the plan into new memory, or into `memory`."""
+    reader = _reader(path, facts, threads, memory)
     reader.whole()
     reader.close()
+
+
+def _touched(path: Path, facts: _File, threads: int) -> Callable[[], None]:
+    """Read and check the plan into memory that was written before: the system has to find and clear no page."""
+    memory = mmap.mmap(-1, facts.size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    np.frombuffer(memory, np.uint8)[:: mmap.PAGESIZE] = 1
+    return partial(_whole, path, facts, threads, memory)
 
 
 def _stream(path: Path, facts: _File, threads: int) -> None:
@@ -125,9 +134,12 @@ def _prepared(way: str, path: Path, threads: int) -> Callable[[], None]:
     facts = msgspec.json.decode(path.with_suffix(".json").read_bytes(), type=_File)
     if way == "sha256":
         return _only_hash(path, facts, threads)
-    return partial(
-        {"file": _file_digest, "before": _before, "whole": _whole, "stream": _stream}[way], path, facts, threads
-    )
+    if way == "touched":
+        return _touched(path, facts, threads)
+    ways: dict[str, Callable[[Path, _File, int], None]] = {
+        "file": _file_digest, "before": _before, "whole": _whole, "stream": _stream,
+    }  # fmt: skip
+    return partial(ways[way], path, facts, threads)
 
 
 def main(way: str, path: Path, threads: int) -> None:

@@ -128,11 +128,13 @@ class _Engine:
         self._freed.set()
 
 
-def simulate(name: str, policy: Policy, rates: Rates, *, ahead: bool, speed: float) -> Timeline:
+def simulate(
+    name: str, policy: Policy, rates: Rates, *, ahead: bool, speed: float, limit: float | None = None
+) -> Timeline:
     """Return the timeline of one picture with base and refiner, from the opening of the pool on.
 
-    With `ahead`, plans have digests of chunks and are read ahead by the pool; without, they are read by one thread,
-    one phase ahead. `speed` is how much faster than the given rates it runs.
+    With `ahead`, plans have digests of chunks and are read ahead by the pool, at most `limit` GB (default: all);
+    without, they are read by one thread, one phase ahead. `speed` is how much faster than the given rates it runs.
     """
     clock = _Clock(speed)
     kinds = {each: "unet" if each.endswith("unet") else "other" for each in rates.plans}
@@ -143,8 +145,8 @@ def simulate(name: str, policy: Policy, rates: Rates, *, ahead: bool, speed: flo
     def make(component: str) -> _Engine:
         return _Engine(component, rates, clock, chunked=ahead)
 
-    limit = sum(record.file.size for record in sizes.values())
-    options: dict[str, Any] = {"records": sizes, "ahead": limit} if ahead else {}
+    most = int((sum(rates.plans.values()) if limit is None else limit) * GB)
+    options: dict[str, Any] = {"records": sizes, "ahead": most} if ahead else {}
     with EnginePool(bundle, cast(Callable[..., Any], make), policy, "tensorrt", **options) as pool:
         pool.expect(rates.plans)
         _run(pool, rates, clock)

@@ -32,8 +32,9 @@ class PlanReader:
     """The bytes of the file at `path`, which threads read and check from construction on, the first chunk first.
 
     `digests` are the hex sha256 of its chunks of `chunk` bytes; `damaged` makes the error for a reason in words. The
-    reader holds as much memory as the file has bytes, less the chunks that were dropped. Its methods may be called
-    from any thread. Raises what `damaged` makes for a file of another size, and ResourceError.
+    reader holds as much memory as the file has bytes, less the chunks that were dropped. It allocates it, unless it is
+    given `memory` of at least that size, which nothing else uses meanwhile. Its methods may be called from any thread.
+    Raises what `damaged` makes for a file of another size, and ResourceError.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class PlanReader:
         digests: tuple[str, ...],
         damaged: Callable[[str], SdxlTrtError],
         threads: int | None = None,
+        memory: mmap.mmap | None = None,
     ) -> None:
         self.size = size
         self._path, self._chunk, self._digests, self._damaged = path, chunk, digests, damaged
@@ -57,7 +59,7 @@ class PlanReader:
             found = path.stat().st_size
             if found != size:
                 raise damaged(f"{found} bytes, but the manifest says {size}")
-            self._map: mmap.mmap | None = _allocate(size)
+            self._map: mmap.mmap | None = _allocate(size) if memory is None else memory
         except (OSError, MemoryError) as exc:
             raise self._explain(exc) from exc
         self._memory: memoryview | None = memoryview(self._map)[:size]

@@ -52,7 +52,9 @@ def deserialize(trt: Any, runtime: Any, plan: Any, ask: Ask) -> Any:
         if reader.failure is None:
             log.warning("the plan is read whole: TensorRT did not take it in pieces (%s)", exc)
     except SdxlTrtError as exc:
-        raise (reader.failure or exc) from exc
+        if reader.failure is None:
+            raise
+        raise reader.failure from exc
     if reader.failure is not None:
         raise reader.failure
     return ask(runtime.deserialize_cuda_engine, plan.whole())

@@ -55,12 +55,12 @@ def test_ratios_are_of_the_same_round() -> None:
 
 
 def _rows(ratio: float, memory: int) -> list[Row]:
-    return [Row(way, 2, 2.0, 0.7, ratio, 1.5, 2.5, memory, []) for way in ("whole", "stream")]
+    return [Row(way, 2, 2.0, 0.7, ratio, 1.5, 2.5, memory, []) for way in ("whole", "touched", "stream")]
 
 
 def test_the_bars_decide() -> None:
-    assert [bar.met for bar in bars(_rows(1.8, GB + (64 << 20)), GB)] == [True, None, True, None, True]
-    assert [bar.met for bar in bars(_rows(1.7, GB + (65 << 20)), GB)] == [False, None, False, None, False]
+    assert [bar.met for bar in bars(_rows(1.8, GB + (64 << 20)), GB)] == [True, None] * 3 + [True]
+    assert [bar.met for bar in bars(_rows(1.7, GB + (65 << 20)), GB)] == [False, None] * 3 + [False]
 
 
 def test_a_timeline_states_the_stall_and_is_drawn_to_scale() -> None:
@@ -79,4 +79,4 @@ def test_the_report_says_that_rates_are_given() -> None:
     text = table(Report({"cores": 2}, GB, 3, (0.1, 0.2), rows, RATES_4090, 5.0, [timeline], bars(rows, GB)))
     assert "Rates are given for an RTX 4090, not measured" in text
     assert "| swap | 1.00 s | 0.50 s | 2.00 s |" in text
-    assert "| read and checked into memory | 2 | 2.00 | 0.70 | 1.90 | 1.50 | 2.50 | 1000 MB |" in text
+    assert "| read and checked into new memory | 2 | 2.00 | 0.70 | 1.90 | 1.50 | 2.50 | 1000 MB |" in text

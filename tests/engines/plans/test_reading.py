@@ -145,6 +145,15 @@ def test_a_dropped_chunk_is_read_and_checked_again(path: Path) -> None:
     reader.close()
 
 
+def test_memory_may_be_used_again(path: Path) -> None:
+    memory = mmap.mmap(-1, len(CONTENT) + 1)
+    for content in (CONTENT, CONTENT[::-1]):
+        path.write_bytes(content)
+        reader = PlanReader(path, len(content), PAGE, digests(content, PAGE), CorruptError, 2, memory)
+        assert reader.whole() == content == memory[: len(content)]
+        reader.close()
+
+
 def test_chunks_are_handed_out_before_the_last_one_is_read() -> None:
     last, go = len(CONTENT) // PAGE, threading.Event()
 

@@ -183,8 +183,9 @@ def test_out_of_device_memory_is_not_tried_again(reader: Any) -> None:
     def full(*_: Any) -> None:
         raise ResourceError("out of memory")
 
-    with pytest.raises(ResourceError):
+    with pytest.raises(ResourceError) as caught:
         deserialize(TRT, Runtime(whole), reader(), full)
+    assert caught.value.__cause__ is None, "a chain of causes ends"
 
 
 def test_a_piece_is_small_and_what_was_copied_is_dropped(reader: Any, monkeypatch: pytest.MonkeyPatch) -> None:
