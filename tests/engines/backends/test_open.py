@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -159,6 +160,51 @@ def test_plans_without_their_library_are_a_warning_under_auto(
     assert "the bundle's tensorrt plans are not used: " in caplog.text
     with pytest.raises(IncompatibleError):
         open_pool(bundle, "tensorrt")
+
+
+def test_plans_of_another_driver_are_used_with_one_warning(
+    planned, simulated, caplog: pytest.LogCaptureFixture
+) -> None:
+    bundle = planned(environment=msgspec.structs.replace(simulated.environment(), driver="1.2"))
+    with caplog.at_level(logging.WARNING), open_pool(bundle, "tensorrt") as pool:
+        assert pool.provider == "tensorrt"
+    (warning,) = caplog.messages
+    assert warning.startswith("plans are used that were built with NVIDIA driver 1.2, here is ")
+
+
+def _with_twin(bundle: Bundle) -> Bundle:
+    """Return the bundle with a bf16 twin of its decoder in the manifest, which has no plan."""
+    manifest, replace = bundle.manifest, msgspec.structs.replace
+    vae = replace(manifest.base.vae, decoder_bf16="vae_decoder_bf16")
+    stages: dict[str, Any] = {name: replace(stage, vae=vae) for name, stage in manifest.stages().items()}
+    parts = manifest.components | {"vae_decoder_bf16": replace(manifest.components["vae_decoder"], precision="bf16")}
+    return Bundle(bundle.root, replace(manifest, components=parts, **stages))
+
+
+def test_turing_decodes_without_the_bf16_twin(planned, simulated) -> None:
+    simulated.compute_capability = (7, 5)
+    with open_pool(_with_twin(planned()), "tensorrt", "swap") as pool:
+        assert pool.stand_in("vae_decoder") == "vae_decoder"
+        infer(*pool.phase("vae_decoder"))
+    assert simulated.executed == ["vae_decoder"]
+
+
+def test_a_later_gpu_decodes_with_the_bf16_twin(planned, simulated) -> None:
+    with pytest.raises(IncompatibleError, match="has no tensorrt plan of vae_decoder_bf16"):
+        open_pool(_with_twin(planned()), "tensorrt")
+
+
+def test_plans_for_every_rtx_gpu_are_refused_on_turing(planned, simulated, caplog: pytest.LogCaptureFixture) -> None:
+    simulated.install("tensorrt-rtx")
+    bundle = planned()
+    simulated.compute_capability = (7, 5)
+    with pytest.raises(
+        IncompatibleError, match=r"Simulated GPU has compute capability 7\.5, and plans of TensorRT for"
+    ):
+        open_pool(bundle, "tensorrt-rtx")
+    with caplog.at_level(logging.WARNING), open_pool(bundle) as pool:
+        assert pool.provider == "ort-cpu"
+    assert "the bundle's tensorrt-rtx plans are not used: " in caplog.text
 
 
 def test_a_bundle_of_plans_only_cannot_fall_back(planned, simulated) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -67,7 +68,7 @@ class Config:
 
 TRT = SimpleNamespace(
     BuilderFlag=SimpleNamespace(WEIGHT_STREAMING="streaming", VERSION_COMPATIBLE="versions"),
-    HardwareCompatibilityLevel=SimpleNamespace(AMPERE_PLUS="ampere+"),
+    HardwareCompatibilityLevel=SimpleNamespace(AMPERE_PLUS="ampere+", SAME_COMPUTE_CAPABILITY="same"),
     MemoryPoolType=SimpleNamespace(WORKSPACE="workspace"),
     IStreamWriter=type("IStreamWriter", (), {}),
 )
@@ -97,7 +98,15 @@ def test_every_flag_is_set() -> None:
 
 
 def test_rtx_plans_need_no_flag_for_other_hardware() -> None:
-    assert not hasattr(_configure(ALL, "tensorrt-rtx"), "hardware_compatibility_level")
+    for flags in (ALL, BuildFlags(same_compute_capability=True)):
+        assert not hasattr(_configure(flags, "tensorrt-rtx"), "hardware_compatibility_level")
+
+
+def test_plans_for_one_compute_capability_have_their_own_level() -> None:
+    flags = BuildFlags(same_compute_capability=True)
+    assert vars(_configure(flags)) == vars(Config()) | {"hardware_compatibility_level": "same"}
+    both = msgspec.structs.replace(flags, hardware_compatible=True)
+    assert _configure(both).hardware_compatibility_level == "ampere+"  # type: ignore[attr-defined]
 
 
 def test_an_unsupported_flag_is_named() -> None:

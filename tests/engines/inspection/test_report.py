@@ -146,6 +146,7 @@ def test_the_build_flags_of_a_plan_are_listed(plan: Callable[..., Bundle]) -> No
     text = _text(plan("unet", SIZES, ANYWHERE, **settings).root)
     assert "for TensorRT for RTX 1.7.0.1, any RTX GPU, linux-x86_64; workspace 2048 MiB;" in text
     assert "4200 MiB of weights may be streamed; hardware compatible" in text
+    assert "; same compute capability\n" in _text(plan("vae_decoder", same_compute_capability=True).root)
 
 
 def test_texts_of_the_manifest_stay_on_one_line(bundle: Bundle) -> None:
@@ -213,9 +214,22 @@ def test_what_would_be_rebuilt_and_why(plan: Any, here: Any) -> None:
     text = _text(bundle.root, why_rebuild=True)
     assert "tensorrt: here is TensorRT 11.4.0.106, NVIDIA GeForce RTX 4090 (8.9), driver 590.1.2, linux-x86_64" in text
     assert re.search(
-        r"  unet +would be rebuilt: TensorRT is 11\.4\.0\.106, the plan was built with 11\.3\.0\.12; the driver is"
-        r" 590\.1\.2, the plan was built for 580\.65\.06\n", text)  # fmt: skip
+        r"  unet +would be rebuilt: TensorRT is 11\.4\.0\.106, the plan was built with 11\.3\.0\.12\n",
+        text)  # fmt: skip
     assert re.search(r"  refiner_unet +would be built: it has no plan\n", text)
+
+
+def test_another_driver_is_a_note(plan: Any, here: Any) -> None:
+    bundle = plan("unet")
+    here(msgspec.structs.replace(RTX_4090, driver="590.1.2"))
+    assert _statuses(bundle)["unet"] == ("usable", [])
+    text = _text(bundle.root, why_rebuild=True)
+    note = "built with NVIDIA driver 580.65.06, here is 590.1.2"
+    assert f"its plan is used as it is (note: {note})\n" in text
+    told = json.loads(msgspec.json.encode(inspect_bundle(bundle.root, why_rebuild=True).json))
+    parts = {each["component"]: each["notes"] for each in told["rebuild"][0]["components"]}
+    assert parts["unet"] == [note]
+    assert parts["vae_decoder"] == []
 
 
 def test_the_closest_of_several_plans_counts(plan: Any, here: Any) -> None:

@@ -15,7 +15,7 @@ from sdxl_trt.engines.bundle.records import FileRecord
 from sdxl_trt.engines.errors import CorruptError, IncompatibleError, SdxlTrtError, SizeError
 from sdxl_trt.engines.plans.files import plan_path, read_plan
 from sdxl_trt.engines.plans.limits import PlanLimits, plan_limits
-from sdxl_trt.engines.plans.lookup import find_plan, has_plans, why_rebuild
+from sdxl_trt.engines.plans.lookup import find_plan, has_plans, plan_notes, planned_components, why_rebuild
 from sdxl_trt.engines.plans.sizes import Sizes, profiles_of, stage_sizes
 
 HERE = Environment(flavour="tensorrt", tensorrt="11.4.0.106", gpu="NVIDIA H100", compute_capability="9.0",
@@ -71,7 +71,7 @@ def _longer(profile: Profile) -> Profile:
 
 
 FLAGS = {"opt_level": 5, "workspace": 1, "weight_streaming": True, "version_compatible": True,
-         "hardware_compatible": True}  # fmt: skip
+         "hardware_compatible": True, "same_compute_capability": True}  # fmt: skip
 CHANGES: dict[str, Callable[[PlanKey], PlanKey]] = {
     "component": lambda key: _replace(key, component="refiner_unet"),
     "graph": lambda key: _replace(key, graph="0" * 64),
@@ -110,7 +110,6 @@ STALE: dict[str, tuple[Callable[[PlanKey], PlanKey], str]] = {
     "tensorrt": (CHANGES["tensorrt"], "TensorRT is 11.4.0.106, the plan was built with other"),
     "gpu": (CHANGES["gpu"], "the GPU is NVIDIA H100, the plan was built for other"),
     "compute_capability": (CHANGES["compute_capability"], "compute capability is 9.0"),
-    "driver": (CHANGES["driver"], "driver is 580.1"),
     "platform": (CHANGES["platform"], "platform is linux-x86_64"),
 }
 
@@ -175,6 +174,66 @@ def test_hardware_compatible_plans_need_ampere_or_later(bundle: Bundle) -> None:
     component = bundle.manifest.components["unet"]
     assert why_rebuild(record, component, _replace(HERE, gpu="NVIDIA A10", compute_capability="8.6")) == []
     assert "needs 8.0" in why_rebuild(record, component, _replace(HERE, compute_capability="7.5"))[0]
+
+
+@pytest.mark.parametrize(
+    ("gpu", "capability", "reasons"),
+    [
+        ("NVIDIA H100", "9.0", []),
+        ("NVIDIA H200", "9.0", []),
+        ("NVIDIA A100", "8.0", ["the compute capability is 8.0, the plan was built for 9.0"]),
+        ("NVIDIA B200", "10.0", ["the compute capability is 10.0, the plan was built for 9.0"]),
+    ],
+)
+def test_plans_for_one_compute_capability_run_on_its_gpus(
+    bundle: Bundle, gpu: str, capability: str, reasons: list[str]
+) -> None:
+    record = _record(_key(bundle, flags=BuildFlags(same_compute_capability=True)))
+    here = _replace(HERE, gpu=gpu, compute_capability=capability)
+    assert why_rebuild(record, bundle.manifest.components["unet"], here) == reasons
+    assert plan_notes(record, here) == []
+
+
+@pytest.mark.parametrize("capability", ["8.0", "8.6", "10.0", "12.0"])
+def test_a_plan_for_ampere_is_noted_on_another_compute_capability(bundle: Bundle, capability: str) -> None:
+    record = _record(_key(bundle, flags=BuildFlags(hardware_compatible=True)))
+    here = _replace(HERE, gpu="other", compute_capability=capability)
+    assert find_plan(_with(bundle, record), "unet", here) is record
+    (note,) = plan_notes(record, here)
+    assert note == f"built for every GPU since Ampere on compute capability 9.0, here is {capability}"
+    assert plan_notes(record, HERE) == []
+
+
+@pytest.mark.parametrize("old", [True, False], ids=["in the key, as older versions wrote it", "in the record"])
+def test_another_driver_is_noted_and_no_reason_to_rebuild(bundle: Bundle, old: bool) -> None:
+    key = _key(bundle)
+    record = _record(key if old else _replace(key, environment=_replace(HERE, driver=ANY)))
+    record = record if old else _replace(record, driver="580.1")
+    newer = _replace(HERE, driver="590.2")
+    assert find_plan(_with(bundle, record), "unet", newer) is record
+    assert plan_notes(record, newer) == ["built with NVIDIA driver 580.1, here is 590.2"]
+    assert plan_notes(record, HERE) == plan_notes(record, RTX) == []
+    assert plan_notes(_record(_key(bundle, environment=RTX)), newer) == []
+
+
+def _with_twins(bundle: Bundle) -> Bundle:
+    """Return the bundle with bf16 twins of its autoencoder, in the manifest only."""
+    manifest, parts = bundle.manifest, dict(bundle.manifest.components)
+    for name in ("vae_decoder", "vae_encoder"):
+        parts[f"{name}_bf16"] = _replace(parts[name], precision="bf16")
+        parts[name] = _replace(parts[name], precision="fp32")
+    vae = _replace(manifest.base.vae, decoder_bf16="vae_decoder_bf16", encoder_bf16="vae_encoder_bf16")
+    stages = {name: _replace(stage, vae=vae) for name, stage in manifest.stages().items()}
+    return Bundle(bundle.root, _replace(manifest, components=parts, **stages))
+
+
+@pytest.mark.parametrize(("capability", "twin"), [(None, True), (ANY, True), ("8.0", True), ("12.0", True),
+                                                  ("7.5", False), ("7.0", False)])  # fmt: skip
+def test_a_gpu_without_bf16_gets_no_plan_of_a_twin(bundle: Bundle, capability: str | None, twin: bool) -> None:
+    names = planned_components(_with_twins(bundle).manifest, capability)
+    assert set(names) >= {"unet", "refiner_unet", "text_encoder"}
+    for name in ("vae_decoder", "vae_encoder"):
+        assert [each for each in names if each.startswith(name)] == [f"{name}_bf16" if twin else name]
 
 
 def test_an_rtx_plan_runs_on_every_gpu(bundle: Bundle) -> None:

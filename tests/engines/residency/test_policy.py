@@ -362,6 +362,9 @@ def test_phases_are_those_of_a_run_and_tensorrt_uses_the_bf16_twin() -> None:
     assert run_phases(manifest, "ort-cuda")["decode"] == ("vae_decoder",)
     assert stand_ins(manifest, "tensorrt-rtx") == {"vae_decoder": "vae_decoder_bf16"}
     assert stand_ins(manifest, "ort-cpu") == {}
+    assert stand_ins(manifest, "tensorrt", "7.5") == {}
+    assert run_phases(manifest, "tensorrt", capability="7.5")["decode"] == ("vae_decoder",)
+    assert run_phases(manifest, "tensorrt", capability="8.0")["decode"] == ("vae_decoder_bf16",)
 
 
 def test_without_a_refiner_there_is_no_refiner_phase() -> None:

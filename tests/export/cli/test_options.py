@@ -1,4 +1,4 @@
-"""The plan options of export-engines: the timing cache."""
+"""The plan options of export-engines."""
 
 import argparse
 from pathlib import Path
@@ -6,14 +6,43 @@ from typing import Any
 
 import pytest
 
+from sdxl_trt.engines.host import Parser
 from sdxl_trt.export.cli.options import add_plan_options, plan_options
 
 
+def _parsed(*options: str) -> argparse.Namespace:
+    parser = Parser(prog="export-engines")
+    add_plan_options(parser)
+    parser.set_defaults(layout="bundle")
+    return parser.parse_args(["--engine", "tensorrt", *options])
+
+
+@pytest.mark.parametrize(
+    ("options", "ampere", "same"),
+    [
+        ([], False, False),
+        (["--hardware-compatible"], True, False),
+        (["--hardware-compatible", "--static"], True, False),
+        (["--hardware-compatible", "ampere"], True, False),
+        (["--hardware-compatible", "same"], False, True),
+        (["--hardware-compatible=same"], False, True),
+    ],
+)
+def test_hardware_compatibility_has_two_levels(options: list[str], ampere: bool, same: bool) -> None:
+    """Without a value it keeps the meaning that it had before it took one."""
+    plans = plan_options(_parsed(*options), lambda: True)
+    assert plans is not None
+    assert (plans.flags.hardware_compatible, plans.flags.same_compute_capability) == (ampere, same)
+
+
+def test_another_level_is_an_error_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        _parsed("--hardware-compatible", "turing")
+    assert "--hardware-compatible: invalid choice: 'turing'" in capsys.readouterr().err
+
+
 def _timing_cache(*arguments: str) -> Any:
-    parser = argparse.ArgumentParser()
-    add_plan_options(parser.add_argument_group("plans"))
-    parsed = parser.parse_args(["--engine", "tensorrt", *arguments])
-    options = plan_options(argparse.Namespace(**vars(parsed), layout="bundle"), lambda: True)
+    options = plan_options(_parsed(*arguments), lambda: True)
     assert options is not None
     return options.timing_cache
 

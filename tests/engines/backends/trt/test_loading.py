@@ -202,7 +202,7 @@ def test_an_engine_that_failed_to_load_is_freed_under_the_lock(planned, device, 
     closed = EngineState.close
     monkeypatch.setattr(EngineState, "close", close)
     engine = planned.engine("unet", device)
-    simulated.fail_allocation(3)  # activations
+    simulated.fail_allocation(2)  # the context: the traceback refers to the engine
     with pytest.raises(ResourceError):
         engine.load()
     assert held == [True]
