@@ -12,15 +12,14 @@ from unittest import mock
 
 import numpy as np
 
-from sdxl_trt.benchmarks.gpu_check.checks.check import Skipped
+from sdxl_trt.benchmarks.gpu_check.checks.findings import Skipped
 from sdxl_trt.benchmarks.gpu_check.checks.likeness import Array
 from sdxl_trt.benchmarks.gpu_check.checks.workplace import Workplace
-from sdxl_trt.engines import EngineError
+from sdxl_trt.engines import Engine, EngineError, numpy_dtype
 from sdxl_trt.engines.backends.cuda import Stream
 from sdxl_trt.engines.backends.ort import OrtEngine, OrtProvider
 from sdxl_trt.engines.backends.trt import TrtEngine, current_environment, open_device
 from sdxl_trt.engines.bundle import Bundle, Component, Flavour, Stage, read_bundle
-from sdxl_trt.engines.engine import Engine, numpy_dtype
 from sdxl_trt.engines.plans import TOKENS, find_plan, stage_sizes
 
 _CHOOSE = "sdxl_trt.engines.backends.trt.engine.choose_profile"

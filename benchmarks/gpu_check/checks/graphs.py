@@ -17,7 +17,7 @@ from sdxl_trt.benchmarks.gpu_check.checks.calls import (
     usual_shape,
     without_graphs,
 )
-from sdxl_trt.benchmarks.gpu_check.checks.check import Finding, Skipped, finding, require
+from sdxl_trt.benchmarks.gpu_check.checks.findings import Finding, Skipped, finding, require
 from sdxl_trt.benchmarks.gpu_check.checks.likeness import Array, same
 from sdxl_trt.benchmarks.gpu_check.checks.workplace import Workplace
 from sdxl_trt.benchmarks.measure import Figure

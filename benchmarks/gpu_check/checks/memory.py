@@ -3,7 +3,7 @@
 __all__ = ["planned_memory", "streaming_half"]
 
 from sdxl_trt.benchmarks.gpu_check.checks.calls import call, loaded, stage_of, unet_feed, usual_shape
-from sdxl_trt.benchmarks.gpu_check.checks.check import Finding, Skipped, finding, require
+from sdxl_trt.benchmarks.gpu_check.checks.findings import Finding, Skipped, finding, require
 from sdxl_trt.benchmarks.gpu_check.checks.likeness import Array, same
 from sdxl_trt.benchmarks.gpu_check.checks.sampler import MemorySampler
 from sdxl_trt.benchmarks.gpu_check.checks.workplace import Workplace

@@ -1,12 +1,13 @@
 """All checks, the most important first: time may run out."""
 
-__all__ = ["all_checks"]
+__all__ = ["Check", "all_checks"]
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 from sdxl_trt.benchmarks.gpu_check.checks import graphs, memory, pictures, plans, sizes, timing
-from sdxl_trt.benchmarks.gpu_check.checks.check import Check, Finding
+from sdxl_trt.benchmarks.gpu_check.checks.findings import Finding
 from sdxl_trt.benchmarks.gpu_check.checks.workplace import Workplace
 from sdxl_trt.benchmarks.measure import FLAVOURS
 from sdxl_trt.engines.backends.ort import ORT_PROVIDERS
@@ -16,6 +17,20 @@ MINUTE = 60.0
 _BUILD = 60 * MINUTE
 """A build may take what is left of the time."""
 _STAGES = ("base", "refiner")
+
+
+@dataclass(frozen=True)
+class Check:
+    """A named check. `run` returns what it found, or raises Skipped, Failed, or any other error.
+
+    `needs` is an estimate of its seconds at SDXL's size: it is not started with less time left. It is killed after
+    `most` seconds.
+    """
+
+    name: str
+    run: Callable[[Workplace], Finding]
+    needs: float = 15.0
+    most: float = 5 * MINUTE
 
 
 def all_checks() -> list[Check]:

@@ -2,7 +2,7 @@
 
 __all__ = ["determinism", "kernel_cache", "one_swap", "onnxruntime", "picture", "residencies"]
 
-from sdxl_trt.benchmarks.gpu_check.checks.check import Finding, Skipped, finding, require
+from sdxl_trt.benchmarks.gpu_check.checks.findings import Finding, Skipped, finding, require
 from sdxl_trt.benchmarks.gpu_check.checks.likeness import EQUAL, cosine, decibels, same
 from sdxl_trt.benchmarks.gpu_check.checks.workplace import Workplace
 from sdxl_trt.benchmarks.measure import Figure

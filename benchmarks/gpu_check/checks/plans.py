@@ -5,7 +5,7 @@ __all__ = ["GROUPS", "bindings", "build", "components", "environment", "fused_at
 import numpy as np
 
 from sdxl_trt.benchmarks.gpu_check.checks.calls import call, loaded, stage_of, unet_feed, usual_shape
-from sdxl_trt.benchmarks.gpu_check.checks.check import Finding, Skipped, finding, require
+from sdxl_trt.benchmarks.gpu_check.checks.findings import Finding, Skipped, finding, require
 from sdxl_trt.benchmarks.gpu_check.checks.sampler import MemorySampler, used_memory
 from sdxl_trt.benchmarks.gpu_check.checks.workplace import Workplace
 from sdxl_trt.benchmarks.measure import Figure

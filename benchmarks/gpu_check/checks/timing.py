@@ -15,15 +15,14 @@ from pathlib import Path
 import numpy as np
 
 from sdxl_trt.benchmarks.gpu_check.checks.calls import call, loaded, stage_of, unet_feed, usual_shape
-from sdxl_trt.benchmarks.gpu_check.checks.check import Finding, Skipped, finding, require
+from sdxl_trt.benchmarks.gpu_check.checks.findings import Finding, Skipped, finding, require
 from sdxl_trt.benchmarks.gpu_check.checks.likeness import CALL_COSINE, Array, cosine, same
 from sdxl_trt.benchmarks.gpu_check.checks.workplace import Measured, Workplace, draw
 from sdxl_trt.benchmarks.measure import Figure
-from sdxl_trt.engines import IncompatibleError
+from sdxl_trt.engines import IncompatibleError, numpy_dtype
 from sdxl_trt.engines.backends.trt import TrtEngine, current_environment
 from sdxl_trt.engines.build import build_plans
 from sdxl_trt.engines.bundle import Bundle, Flavour, Stage, read_bundle
-from sdxl_trt.engines.engine import numpy_dtype
 from sdxl_trt.engines.plans import find_plan
 
 _BOUND = ("encoder_hidden_states", "text_embeds", "time_ids")

@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from sdxl_trt.benchmarks.gpu_check.checks.check import Skipped
+from sdxl_trt.benchmarks.gpu_check.checks.findings import Skipped
 from sdxl_trt.benchmarks.gpu_check.checks.likeness import Array, Limits, limits_of
 from sdxl_trt.benchmarks.gpu_check.checks.sampler import MemorySampler
 from sdxl_trt.engines import IncompatibleError, SdxlTrtError

@@ -1,17 +1,10 @@
-"""A check, what it finds, and how it fails or does not apply."""
+"""What a check finds, and how it fails or does not apply."""
 
-__all__ = ["Check", "Failed", "Finding", "Skipped", "finding", "require"]
+__all__ = ["Failed", "Finding", "Skipped", "finding", "require"]
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from sdxl_trt.benchmarks.measure import Figure
-
-if TYPE_CHECKING:
-    from sdxl_trt.benchmarks.gpu_check.checks.workplace import Workplace
-
-_MINUTE = 60.0
 
 
 @dataclass(frozen=True)
@@ -32,20 +25,6 @@ class Failed(AssertionError):  # noqa: N818 - read as an outcome
     def __init__(self, found: Finding) -> None:
         super().__init__(found.seen)
         self.found = found
-
-
-@dataclass(frozen=True)
-class Check:
-    """A named check. `run` returns what it found, or raises Skipped, Failed, or any other error.
-
-    `needs` is an estimate of its seconds at SDXL's size: it is not started with less time left. It is killed after
-    `most` seconds.
-    """
-
-    name: str
-    run: "Callable[[Workplace], Finding]"
-    needs: float = 15.0
-    most: float = 5 * _MINUTE
 
 
 def finding(seen: str, *figures: Figure) -> Finding:
