@@ -2,7 +2,10 @@
 
 __all__ = ["markdown", "without_gpu"]
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
+
+import msgspec
 
 from sdxl_trt.benchmarks.measure import CheckResult, Figure, GpuReport, Outcome
 from sdxl_trt.engines.host import format_bytes, one_line
@@ -16,7 +19,7 @@ def markdown(report: GpuReport) -> str:
     facts = {"date": report.date, "checked": report.model, **report.facts}
     counts = [f"{sum(each.outcome == outcome for each in report.checks)} {outcome}" for outcome in _OUTCOMES]
     lines = [TITLE, "", *_facts(facts), "", f"**{', '.join(counts)}.**", ""]
-    lines += ["| check | outcome | seconds | seen |", "|---|---|---|---|", *map(_row, report.checks), ""]
+    lines += ["| check | outcome | seconds | seen |", "|---|---|---|---|", *map(_row, _folded(report.checks)), ""]
     figures = [(check.name, figure) for check in report.checks for figure in check.figures]
     if figures:
         lines += ["Figures of one run each: they show that it runs and where time and memory go; no benchmark.", ""]
@@ -32,6 +35,25 @@ def without_gpu(facts: Mapping[str, str], reason: str) -> str:
 
 def _facts(facts: Mapping[str, str]) -> Sequence[str]:
     return [f"- {name}: {one_line(value)}" for name, value in facts.items()]
+
+
+def _folded(checks: Sequence[CheckResult]) -> list[CheckResult]:
+    """Return the checks; those of one provider that were skipped for the same reason are one, in the first's place."""
+    alike = Counter(map(_fold, checks))
+    kept: dict[tuple[str, str] | str, CheckResult] = {}
+    for check in checks:
+        count = alike[_fold(check)]
+        name = check.name if count == 1 else f"{_provider(check)}: {count} checks"
+        kept.setdefault(_fold(check), msgspec.structs.replace(check, name=name))
+    return list(kept.values())
+
+
+def _fold(check: CheckResult) -> tuple[str, str] | str:
+    return (_provider(check), check.seen) if check.outcome == "skipped" else check.name
+
+
+def _provider(check: CheckResult) -> str:
+    return check.name.partition(":")[0]
 
 
 def _row(check: CheckResult) -> str:

@@ -44,14 +44,21 @@ def run_checks(
     """Run `checks` in order for at most `seconds` in all; `tell` receives lines about the progress.
 
     A check that needs more time than is left is not run, and one that is still running when the time is up is killed
-    and counts as not run, too; shorter checks after it may still fit.
+    and counts as not run, too; shorter checks after it may still fit. If an essential check did not pass, the others of
+    its provider are skipped.
     """
     end, results = clock() + seconds, []
+    missing: dict[str, str] = {}
     for number, check in enumerate(checks, 1):
         left = end - clock()
+        if check.provider in missing:
+            results.append(CheckResult(check.name, "skipped", 0.0, missing[check.provider]))
+            continue
         tell(f"check {number} of {len(checks)}, {_minutes(left)} left: {check.name}")
         results.append(_run(check, runner, left))
         tell(f"  {results[-1].outcome} after {results[-1].seconds:.1f} s: {results[-1].seen}")
+        if check.essential and results[-1].outcome != "ok":
+            missing[check.provider] = f"see “{check.name}”"
     return results
 
 

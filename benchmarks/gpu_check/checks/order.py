@@ -24,13 +24,19 @@ class Check:
     """A named check. `run` returns what it found, or raises Skipped, Failed, or any other error.
 
     `needs` is an estimate of its seconds at SDXL's size: it is not started with less time left. It is killed after
-    `most` seconds.
+    `most` seconds. Without an `essential` check, no other of its provider can run.
     """
 
     name: str
     run: Callable[[Workplace], Finding]
     needs: float = 15.0
     most: float = 5 * MINUTE
+    essential: bool = False
+
+    @property
+    def provider(self) -> str:
+        """Return the provider that it checks: the beginning of its name."""
+        return self.name.partition(":")[0]
 
 
 def all_checks() -> list[Check]:
@@ -64,7 +70,7 @@ def _first(flavour: Flavour) -> list[Check]:
         for group in plans.GROUPS
     ]
     return [
-        _check(flavour, "the bindings import", plans.bindings, 5),
+        Check(f"{flavour}: the bindings import", partial(plans.bindings, flavour), needs=5, essential=True),
         _check(flavour, "the environment is known", plans.environment, 5),
         *builds,
         _check(flavour, "plans load and unload", plans.load, 30),

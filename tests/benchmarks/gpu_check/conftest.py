@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sdxl_trt.benchmarks.gpu_check.checks import Check, Workplace, all_checks, make_workplace
+from sdxl_trt.benchmarks.gpu_check.checks import Check, Workplace, all_checks, make_workplace, pictures, timing
 from sdxl_trt.benchmarks.gpu_check.checks import workplace as workplaces
 from sdxl_trt.benchmarks.gpu_check.child import run_check
 from sdxl_trt.benchmarks.measure.gpu_record import CheckResult
@@ -60,6 +60,16 @@ def embedded(make_bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch) -> MakeBu
         return bundle
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw and time less: the simulated device computes on a CPU."""
+    monkeypatch.setitem(workplaces.STEPS, True, 4)
+    monkeypatch.setattr(timing, "_STEPS", 5)
+    monkeypatch.setattr(timing, "_WARM", 1)
+    monkeypatch.setattr(timing, "_TIMED", 1)
+    monkeypatch.setattr(pictures, "PICTURES", 2)
 
 
 @pytest.fixture

@@ -99,6 +99,14 @@ def test_the_report_can_be_pasted() -> None:
         assert f"| second | {row} |" in text
 
 
+def test_checks_that_were_skipped_for_one_reason_are_one_row() -> None:
+    checks = (CheckResult("a: one", "skipped", 0, "why"), CheckResult("b: one", "ok", 0, "why"),
+              CheckResult("a: two", "skipped", 0, "why"), CheckResult("a: three", "skipped", 0, "other"))  # fmt: skip
+    rows = [line for line in markdown(GpuReport(date="", gpu="", model="", checks=checks)).splitlines() if ": " in line]
+    assert rows[2:] == ["| a: 2 checks | skipped | 0.0 | why |", "| b: one | ok | 0.0 | why |",
+                        "| a: three | skipped | 0.0 | other |"]  # fmt: skip
+
+
 def test_memory_is_sampled_by_a_thread(simulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is taken and freed between two steps is in the peak: the test waits for a sample instead of some time."""
     from sdxl_trt.engines.backends.cuda import Cuda, DeviceBuffer

@@ -16,7 +16,7 @@ import pytest
 from sdxl_trt.benchmarks.gpu_check import child, runner
 from sdxl_trt.benchmarks.gpu_check.checks import Check, Finding
 from sdxl_trt.benchmarks.gpu_check.runner import ProcessRunner, run_checks
-from sdxl_trt.benchmarks.measure.gpu_record import CheckResult, Figure
+from sdxl_trt.benchmarks.measure.gpu_record import CheckResult, Figure, Outcome
 
 LONG = 60.0
 
@@ -58,6 +58,21 @@ def test_checks_that_do_not_fit_are_not_run_and_shorter_ones_still_are() -> None
     assert told[0] == "check 1 of 3, 1:00 min left: first"
     assert told[1] == "  ok after 50.0 s: seen"
     assert clock.allowed == [60, 10]
+
+
+@pytest.mark.parametrize("outcome", ["skipped", "FAILED"])
+def test_without_an_essential_check_the_others_of_its_provider_are_skipped(outcome: Outcome) -> None:
+    ran: list[str] = []
+
+    def run(check: Check, seconds: float, /) -> CheckResult:
+        ran.append(check.name)
+        return CheckResult(check.name, outcome, 0.0, "not installed")
+
+    names = ("a: one", "b: one", "a: two", "a: three")
+    checks = [Check(name, lambda _: Finding("seen"), essential=name == "a: one") for name in names]
+    results = run_checks(checks, run, LONG, lambda _: None)
+    assert ran == ["a: one", "b: one"]
+    assert [(each.outcome, each.seen) for each in results[2:]] == [("skipped", "see “a: one”")] * 2
 
 
 def test_a_check_that_runs_when_the_time_is_up_was_not_run() -> None:
