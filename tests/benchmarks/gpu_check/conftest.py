@@ -72,6 +72,25 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pictures, "PICTURES", 2)
 
 
+@pytest.fixture(scope="session")
+def sessions() -> dict[tuple[bytes, str], Any]:
+    """Return ONNX Runtime's sessions by graph and weights: making one takes longer than most checks."""
+    return {}
+
+
+@pytest.fixture(autouse=True)
+def shared_sessions(sessions: dict[tuple[bytes, str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = ort_providers.ExecutionProvider.open
+
+    def shared(self: Any, ort: Any, graph: bytes, options: Any, bundle: Any, component: str, limits: Any) -> Any:
+        key = (graph, bundle.manifest.components[component].weights.sha256)
+        if key not in sessions or self.device != "cpu":
+            sessions[key] = usual(self, ort, graph, options, bundle, component, limits)
+        return sessions[key]
+
+    monkeypatch.setattr(ort_providers.ExecutionProvider, "open", shared)
+
+
 @pytest.fixture
 def workplace(embedded: MakeBundle, references: Path, tmp_path: Path) -> Iterator[Workplace]:
     embedded()
