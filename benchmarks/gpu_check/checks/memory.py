@@ -28,6 +28,7 @@ def planned_memory(flavour: Flavour, workplace: Workplace) -> Finding:
         seen.append(f"{residency}: {format_bytes(peak)} used, {format_bytes(plan.peak)} planned")
         figures += [Figure(f"peak, {residency}", float(peak), "B"), Figure(f"planned, {residency}", plan.peak, "B")]
         allowed = plan.peak * SLACK + OVERHEAD
+        require(peak > 0, finding("no memory was seen in use", *figures), "the GPU's memory cannot be read")
         require(peak <= allowed, finding(seen[-1], *figures), f"at most {format_bytes(int(allowed))} is expected")
     return finding("; ".join(seen), *figures)
 

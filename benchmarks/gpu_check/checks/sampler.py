@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Self
 
 from sdxl_trt.benchmarks.measure import Nvml
+from sdxl_trt.engines import SdxlTrtError
 from sdxl_trt.engines.backends.cuda import Cuda
 
 INTERVAL = 0.005
@@ -17,7 +18,7 @@ class _Reader:
     """Reads the bytes in use on the first GPU, by all processes.
 
     The driver's NVML library is asked if there is one: it makes no CUDA context, which costs hundreds of megabytes, and
-    no CUDA call that could disturb a capture in another thread. CUDA is asked otherwise.
+    no CUDA call that could disturb a capture in another thread. CUDA is asked otherwise; without both the result is 0.
     """
 
     def __init__(self) -> None:
@@ -28,8 +29,11 @@ class _Reader:
         used = self._nvml.used()
         if used is not None:
             return used
-        self._cuda = self._cuda or Cuda()
-        free, total = self._cuda.memory()
+        try:
+            self._cuda = self._cuda or Cuda()
+            free, total = self._cuda.memory()
+        except SdxlTrtError:
+            return 0
         return total - free
 
 

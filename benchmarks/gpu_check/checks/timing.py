@@ -51,9 +51,10 @@ def handoff(flavour: Flavour, workplace: Workplace) -> Finding:
     runs: dict[str, Measured] = {}
     latents = []
     for residency in ("resident", "swap"):
+        opened = time.perf_counter()
         with workplace.opened(flavour, residency) as pool:
-            for state in ("cold", "warm"):
-                drawn = draw(pool, usual)
+            for state, since in (("cold", opened), ("warm", None)):
+                drawn = draw(pool, usual, since)
                 latents.append(drawn.latents)
                 runs[f"{residency}, {state}"] = drawn.figures
     cold, warm = runs["resident, cold"], runs["resident, warm"]

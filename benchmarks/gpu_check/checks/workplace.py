@@ -20,9 +20,9 @@ from sdxl_trt.benchmarks.gpu_check.checks.sampler import MemorySampler
 from sdxl_trt.engines import IncompatibleError, SdxlTrtError
 from sdxl_trt.engines.backends.trt import current_environment, tensorrt_module
 from sdxl_trt.engines.bundle import BuildFlags, Bundle, Flavour, PlanRecord, read_bundle
-from sdxl_trt.engines.host import atomic_write, cache_folder
+from sdxl_trt.engines.host import atomic_write, available_host_memory, cache_folder, format_bytes
 from sdxl_trt.engines.plans import find_plan, planned_components, stage_sizes
-from sdxl_trt.engines.residency import EnginePool, open_pool
+from sdxl_trt.engines.residency import EnginePool, estimate_memory, open_pool
 from sdxl_trt.mini import bundle_path
 from sdxl_trt.runtime import Request
 from sdxl_trt.runtime.pipeline import Pipeline
@@ -45,7 +45,7 @@ class _Settings(msgspec.Struct, frozen=True):
 class Measured(msgspec.Struct, frozen=True):
     """A run: engines loaded, changes of UNets, seconds of every unit of work by stage, and memory in bytes.
 
-    `peak` is what the GPU's memory in use grew by, sampled by a thread; `total` is the seconds from opening the bundle;
+    `peak` is what the GPU's memory in use grew by, sampled by a thread; `total` is the seconds of the whole run, and
     `first_step` those until the first step of a UNet was done.
     """
 
@@ -126,6 +126,8 @@ class Workplace:
             return self._make(provider, residency, pictures)
         file = self.folder / f"run-{provider}-{residency}-{pictures}.npz"
         if not file.exists():
+            if provider == "ort-cpu":
+                self.require_host_memory()
             made = self._make(provider, residency, pictures)
             figures = np.frombuffer(msgspec.json.encode(made.figures), np.uint8)
             _save(file, {"latents": made.latents, "pixels": made.pixels, "figures": figures})
@@ -143,14 +145,28 @@ class Workplace:
         with open_pool(read_bundle(self.root), provider, residency) as pool:
             yield pool
 
+    def require_host_memory(self) -> None:
+        """Raise Skipped if ONNX Runtime's CPU provider needs more host memory for this bundle than is free."""
+        free, bundle = available_host_memory(), read_bundle(self.root)
+        plan = estimate_memory(bundle, provider="ort-cpu", capacity=free, residency="swap")
+        if not self.quick and plan.missing:
+            raise Skipped(f"the reference on the CPU needs about {format_bytes(plan.peak)} of host memory,"
+                          f" {format_bytes(free or 0)} is free")  # fmt: skip
+
     def reference(self) -> str:
-        """Return the provider for references of single calls: "ort-cpu", or "ort-cuda" for a large model if it runs."""
+        """Return the provider for references of single calls: "ort-cpu", or "ort-cuda" for a large model if it runs.
+
+        Raises Skipped for "ort-cpu" with too little host memory.
+        """
         if self.quick:
             return "ort-cpu"
         file = self.folder / "reference.txt"
         if not file.exists():
             _write(file, _large_reference(read_bundle(self.root)).encode())
-        return file.read_text(encoding="utf-8")
+        provider = file.read_text(encoding="utf-8")
+        if provider == "ort-cpu":
+            self.require_host_memory()
+        return provider
 
     def stored(self, name: str, feed: Mapping[str, Array], make: Callable[[], Array]) -> Array:
         """Return the array `name` for the inputs `feed`: from an earlier process, or else what `make` returns."""
@@ -180,11 +196,14 @@ def make_workplace(folder: Path, bundle: Path | None = None, *, ours: bool, othe
     _write(folder / _SETTINGS, msgspec.json.encode(settings))
 
 
-def draw(pool: EnginePool, request: Request) -> Pictures:
-    """Draw the pictures of `request` with the engines of `pool` and return them with their figures."""
+def draw(pool: EnginePool, request: Request, since: float | None = None) -> Pictures:
+    """Draw the pictures of `request` with the engines of `pool` and return them with their figures.
+
+    The total and the time of the first step are counted from `since`, a time of perf_counter, by default from now.
+    """
     latents, pixels = [], []
     seconds: dict[str, list[float]] = {}
-    started, first_step = time.perf_counter(), 0.0
+    started, first_step = time.perf_counter() if since is None else since, 0.0
     pipeline = Pipeline(pool)  # the caller closes the pool
     with MemorySampler() as memory:
         for step in pipeline.steps(request):

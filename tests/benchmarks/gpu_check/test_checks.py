@@ -276,6 +276,20 @@ def test_plans_are_built_only_if_none_fit(
     assert workplace.flags.weight_streaming
 
 
+def test_a_reference_that_does_not_fit_into_host_memory_skips_the_check(
+    result_of: ResultOf, workplace: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = workplace.folder / "workplace.json"
+    settings.write_text(settings.read_text().replace('"quick":true', '"quick":false'))
+    monkeypatch.setattr(workplaces, "available_host_memory", lambda: 1000)
+    for file in workplace.folder.glob("*.npz"):
+        file.unlink()
+    for name in ("a whole picture matches ort-cpu", "sizes off the optimum: base UNet"):
+        result = result_of(f"tensorrt: {name}")
+        assert result.outcome == "skipped", result
+        assert "the reference on the CPU needs about" in result.seen
+
+
 def test_results_are_shared_by_the_checks_processes(workplace: Workplace, simulated: Any) -> None:
     first = workplace.run("tensorrt", "resident")
     executed = len(simulated.executed)
