@@ -35,7 +35,7 @@ def graphs_are_used(flavour: Flavour, workplace: Workplace) -> Finding:
     if flavour == "tensorrt-rtx":
         raise Skipped(_BY_ITSELF)
     with counted(Stream, "launch") as launches, counted(Stream, "capture") as captures, _warnings() as warned:
-        workplace.run(flavour, "resident", again=True)
+        workplace.run(flavour, again=True)
     refused = [text for text in warned if "graph" in text]
     figures = Figure("captures", float(len(captures))), Figure("launches", float(len(launches)))
     found = finding(f"{len(captures)} captures, {len(launches)} launches of CUDA graphs", *figures)
@@ -49,9 +49,9 @@ def captured_against_uncaptured(flavour: Flavour, workplace: Workplace) -> Findi
     if flavour == "tensorrt-rtx":
         raise Skipped(_BY_ITSELF)
     with counted(Stream, "launch") as launches:
-        captured = workplace.run(flavour, "resident", again=True)
+        captured = workplace.run(flavour, again=True)
     with without_graphs(), _warnings():
-        bare = workplace.run(flavour, "resident", again=True)
+        bare = workplace.run(flavour, again=True)
     agree, difference = same(captured.latents, bare.latents)
     found = finding(f"{len(launches)} launches against none: {difference}")
     return require(agree, found, "a graph must compute what its plan computes")
@@ -61,6 +61,7 @@ def loading_during_captures(flavour: Flavour, workplace: Workplace) -> Finding:
     """The base computes and captures graphs while another thread loads the refiner, as under `resident`."""
     bundle = workplace.planned(flavour)
     base, refiner = stage_of(bundle, "base").unet, stage_of(bundle, "refiner").unet
+    workplace.require_fit(flavour, "resident")
     component, factor = bundle.manifest.components[base], bundle.manifest.base.vae.factor
     feeds = [unet_feed(component, shape, factor) for shape in _shapes(bundle)]
     with loaded(workplace, flavour, base) as engine:

@@ -22,8 +22,11 @@ def planned_memory(flavour: Flavour, workplace: Workplace) -> Finding:
     """The peak of a whole picture, sampled every few milliseconds, is what the memory plan says."""
     bundle = workplace.planned(flavour)
     total, seen, figures = Cuda().memory()[1], [], []
-    for residency in ("resident", "swap"):
+    for residency in ("swap", "resident"):
         plan = estimate_memory(bundle, provider=flavour, capacity=total, residency=residency)
+        if plan.missing:
+            seen.append(f"{residency} does not fit: {format_bytes(plan.peak)} planned")
+            continue
         peak = workplace.run(flavour, residency).figures.peak
         seen.append(f"{residency}: {format_bytes(peak)} used, {format_bytes(plan.peak)} planned")
         figures += [Figure(f"peak, {residency}", float(peak), "B"), Figure(f"planned, {residency}", plan.peak, "B")]
@@ -42,7 +45,7 @@ def streaming_half(stage: str, flavour: Flavour, workplace: Workplace) -> Findin
         raise Skipped("the plan was not built with --weight-streaming")
     Cuda().memory()  # now, so that the memory of CUDA's context counts in neither figure
     outputs, used = zip(
-        *(_measured(workplace, flavour, bundle, name, budget) for budget in (None, streamable // 2)), strict=True
+        *(_measured(workplace, flavour, bundle, name, budget) for budget in (streamable, streamable // 2)), strict=True
     )
     agree, difference = same(outputs[1], outputs[0])
     seen = f"{format_bytes(used[1])} with half of the weights, {format_bytes(used[0])} with all; {difference}"
@@ -53,9 +56,7 @@ def streaming_half(stage: str, flavour: Flavour, workplace: Workplace) -> Findin
     return require(used[0] - used[1] >= least, found, f"at least {format_bytes(least)} less is expected")
 
 
-def _measured(
-    workplace: Workplace, flavour: Flavour, bundle: Bundle, name: str, budget: int | None
-) -> tuple[Array, int]:
+def _measured(workplace: Workplace, flavour: Flavour, bundle: Bundle, name: str, budget: int) -> tuple[Array, int]:
     """Return the last output of some calls, and the memory that they took, in bytes."""
     feed = unet_feed(bundle.manifest.components[name], usual_shape(bundle), bundle.manifest.base.vae.factor)
     with MemorySampler() as memory, loaded(workplace, flavour, name, weight_budget=budget) as engine:

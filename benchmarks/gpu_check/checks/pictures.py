@@ -4,7 +4,7 @@ __all__ = ["determinism", "kernel_cache", "one_swap", "onnxruntime", "picture", 
 
 from sdxl_trt.benchmarks.gpu_check.checks.findings import Finding, Skipped, finding, require
 from sdxl_trt.benchmarks.gpu_check.checks.likeness import EQUAL, cosine, decibels, same
-from sdxl_trt.benchmarks.gpu_check.checks.workplace import Workplace
+from sdxl_trt.benchmarks.gpu_check.checks.workplace import USUAL, Workplace
 from sdxl_trt.benchmarks.measure import Figure
 from sdxl_trt.engines import IncompatibleError
 from sdxl_trt.engines.backends.ort import OrtProvider, choose_provider
@@ -18,32 +18,40 @@ PICTURES = 3
 def picture(flavour: Flavour, workplace: Workplace) -> Finding:
     """A whole picture matches that of ONNX Runtime on the CPU: latents, and decoded pixels."""
     workplace.planned(flavour)
-    return _same_picture(workplace, flavour, RESIDENCIES[0])
+    return _same_picture(workplace, flavour)
 
 
 def residencies(flavour: Flavour, workplace: Workplace) -> Finding:
     """All residencies draw the same picture: they load the same plans at other times."""
     workplace.planned(flavour)
-    reference, seen = workplace.run(flavour, RESIDENCIES[0]), []
-    for residency in RESIDENCIES[1:]:
-        if residency == "stream" and not _streams(workplace, flavour):
-            seen.append("stream not tried: the plans were not built with --weight-streaming")
+    reference, seen = workplace.run(flavour), []
+    for residency in RESIDENCIES:
+        if residency == USUAL:
+            continue
+        try:
+            _require(residency, workplace, flavour)
+        except Skipped as exc:
+            seen.append(f"{residency} not tried: {exc}")
             continue
         agree, difference = same(workplace.run(flavour, residency).latents, reference.latents)
-        seen.append(f"{residency} against {RESIDENCIES[0]}: {difference}")
+        seen.append(f"{residency} against {USUAL}: {difference}")
         require(agree, finding(seen[-1]), "the same plans must compute the same")
     return finding("; ".join(seen))
 
 
-def _streams(workplace: Workplace, flavour: Flavour) -> bool:
-    return all(record.key.flags.weight_streaming for record in workplace.records(flavour).values())
+def _require(residency: str, workplace: Workplace, flavour: Flavour) -> None:
+    """Raise Skipped if the plans or the device's memory do not allow `residency`."""
+    if residency == "resident":
+        workplace.require_fit(flavour, residency)
+    elif not all(record.key.flags.weight_streaming for record in workplace.records(flavour).values()):
+        raise Skipped("the plans were not built with --weight-streaming")
 
 
 def determinism(flavour: Flavour, workplace: Workplace) -> Finding:
     """The same plans draw the same latents again, in this process and in another, bit for bit."""
     workplace.planned(flavour)
-    first = workplace.run(flavour, RESIDENCIES[0]).latents
-    runs = [workplace.run(flavour, RESIDENCIES[0], again=True).latents for _ in range(2)]
+    first = workplace.run(flavour).latents
+    runs = [workplace.run(flavour, again=True).latents for _ in range(2)]
     for where, latents in zip(("another process", "the run before"), (first, runs[1]), strict=True):
         _, difference = same(runs[0], latents)
         require(difference.startswith("equal"), finding(f"against {where}: {difference}"), "equal bits are expected")
@@ -55,7 +63,7 @@ def one_swap(flavour: Flavour, workplace: Workplace) -> Finding:
     bundle = workplace.planned(flavour)
     if bundle.manifest.refiner is None:
         raise Skipped("the bundle has no refiner")
-    run = workplace.run(flavour, "swap", pictures=PICTURES).figures
+    run = workplace.run(flavour, pictures=PICTURES).figures
     seen = f"{run.swaps} change of UNets for {PICTURES} pictures"
     return require(run.swaps == 1, finding(seen), f"1 is expected; loads {', '.join(run.loads)}")
 
@@ -63,7 +71,7 @@ def one_swap(flavour: Flavour, workplace: Workplace) -> Finding:
 def kernel_cache(workplace: Workplace) -> Finding:
     """TensorRT for RTX leaves its compiled kernels in the cache for the next process."""
     workplace.planned("tensorrt-rtx")
-    workplace.run("tensorrt-rtx", RESIDENCIES[0])
+    workplace.run("tensorrt-rtx")
     digests = [record.file.sha256[:16] for record in workplace.records("tensorrt-rtx").values()]
     files = [file for file in workplace.cache.glob("rtx/*.kernels") if file.stem in digests]
     size = sum(file.stat().st_size for file in files)
@@ -81,12 +89,12 @@ def onnxruntime(provider: OrtProvider, workplace: Workplace) -> Finding:
         served = choose_provider(ort, provider)
     except IncompatibleError as exc:
         raise Skipped(str(exc)) from exc
-    found = _same_picture(workplace, provider, "swap")
+    found = _same_picture(workplace, provider)
     return Finding(f"{served.name}: {found.seen}", found.figures)
 
 
-def _same_picture(workplace: Workplace, provider: str, residency: str) -> Finding:
-    reference, run = workplace.run("ort-cpu", "swap"), workplace.run(provider, residency)
+def _same_picture(workplace: Workplace, provider: str) -> Finding:
+    reference, run = workplace.run("ort-cpu"), workplace.run(provider)
     limits = workplace.limits(provider)
     near = cosine(run.latents, reference.latents)
     latents, pixels = decibels(run.latents, reference.latents), decibels(run.pixels, reference.pixels)

@@ -13,10 +13,9 @@ from sdxl_trt.engines import IncompatibleError
 from sdxl_trt.engines.backends.cuda import cuda_runtime
 from sdxl_trt.engines.backends.trt import current_environment, library_version, tensorrt_module
 from sdxl_trt.engines.build import build_plans
-from sdxl_trt.engines.bundle import Bundle, Component, Flavour, PlanRecord, read_bundle
+from sdxl_trt.engines.bundle import Component, Flavour, PlanRecord, read_bundle
 from sdxl_trt.engines.host import format_bytes
 from sdxl_trt.engines.inspection import compare_engines
-from sdxl_trt.engines.plans import planned_components
 from sdxl_trt.engines.residency import open_pool, score_bytes
 
 GROUPS = ("text encoders and autoencoder", "base UNet", "refiner UNet")
@@ -26,11 +25,12 @@ HEAD = 64
 _OTHERS = GROUPS[0]
 
 
-def group_of(bundle: Bundle, group: str) -> list[str]:
+def group_of(workplace: Workplace, group: str) -> list[str]:
     """Return the components of one of GROUPS that TensorRT runs. Raises Skipped if the bundle has no refiner."""
+    bundle = read_bundle(workplace.root)
     unets = {f"{name} UNet": stage.unet for name, stage in bundle.manifest.stages().items()}
     if group == _OTHERS:
-        return [name for name in planned_components(bundle.manifest) if name not in unets.values()]
+        return [name for name in workplace.components() if name not in unets.values()]
     if group not in unets:
         raise Skipped("the bundle has no refiner")
     return [unets[group]]
@@ -58,7 +58,7 @@ def environment(flavour: Flavour, workplace: Workplace) -> Finding:
 def build(group: str, flavour: Flavour, workplace: Workplace) -> Finding:
     """Build plans if none fit; existing plans that fit are kept. Each is kept as soon as it is complete."""
     workplace.require_installed(flavour)
-    names, how = group_of(read_bundle(workplace.root), group), "already built"
+    names, how = group_of(workplace, group), "already built"
     figures: list[Figure] = []
     try:
         records = workplace.records(flavour, *names)
@@ -139,9 +139,9 @@ def attention_finding(component: Component, record: PlanRecord) -> Finding:
 
 def components(group: str, flavour: Flavour, workplace: Workplace) -> Finding:
     """Every output of these components' plans matches ONNX Runtime's, in every profile."""
-    names = group_of(workplace.planned(flavour), group)
-    reference = workplace.reference()
-    found = compare_engines(read_bundle(workplace.root), names, flavour, reference)
+    names = group_of(workplace, group)
+    bundle, reference = workplace.planned(flavour, *names), workplace.reference()
+    found = compare_engines(bundle, names, flavour, reference)
     wrong = [each for each in found if not each.passed]
     worst = min(found, key=lambda each: each.cosine)
     said = f"{len(found)} outputs against {reference}; worst {worst.component} {worst.output}: {worst.max_abs:.1e},"

@@ -50,6 +50,7 @@ def handoff(flavour: Flavour, workplace: Workplace) -> Finding:
     usual = dataclasses.replace(workplace.request(), steps=_STEPS, handoff=0.8, width=None, height=None)
     runs: dict[str, Measured] = {}
     latents = []
+    workplace.require_fit(flavour, "resident")
     for residency in ("resident", "swap"):
         opened = time.perf_counter()
         with workplace.opened(flavour, residency) as pool:

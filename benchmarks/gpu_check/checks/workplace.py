@@ -1,6 +1,6 @@
 """The shared state of the checks, on disk: the bundle, its plans, and what earlier checks' processes left."""
 
-__all__ = ["STEPS", "Measured", "Pictures", "Workplace", "draw", "make_workplace"]
+__all__ = ["STEPS", "USUAL", "Measured", "Pictures", "Workplace", "draw", "make_workplace"]
 
 import hashlib
 import shutil
@@ -18,6 +18,7 @@ from sdxl_trt.benchmarks.gpu_check.checks.findings import Skipped
 from sdxl_trt.benchmarks.gpu_check.checks.likeness import Array, Limits, limits_of
 from sdxl_trt.benchmarks.gpu_check.checks.sampler import MemorySampler
 from sdxl_trt.engines import IncompatibleError, SdxlTrtError
+from sdxl_trt.engines.backends.cuda import Cuda
 from sdxl_trt.engines.backends.trt import current_environment, tensorrt_module
 from sdxl_trt.engines.bundle import BuildFlags, Bundle, Flavour, PlanRecord, read_bundle
 from sdxl_trt.engines.host import atomic_write, available_host_memory, cache_folder, format_bytes
@@ -30,6 +31,8 @@ from sdxl_trt.runtime.pipeline import Pipeline
 PROMPT, SEED = "a large red star on a blue background", 7
 STEPS = {False: 4, True: 10}
 """Steps of a picture, by whether the embedded pair is checked: at SDXL's size the CPU draws the reference, too."""
+USUAL = "swap"
+"""The residency of whole pictures: it fits where one UNet does."""
 _HANDOFF = 0.5
 _PRIVATE = 0o700
 _SETTINGS = "workplace.json"
@@ -103,13 +106,25 @@ class Workplace:
     def records(self, flavour: Flavour, *components: str) -> dict[str, PlanRecord]:
         """Return the plans of `components` (default: all) by component. Raises IncompatibleError if one is missing."""
         bundle, environment = read_bundle(self.root), current_environment(flavour)
-        names = components or planned_components(bundle.manifest)
-        return {name: find_plan(bundle, name, environment) for name in names}
+        return {name: find_plan(bundle, name, environment) for name in components or self.components()}
+
+    def components(self) -> list[str]:
+        """Return the components that TensorRT runs."""
+        return planned_components(read_bundle(self.root).manifest)
+
+    def require_fit(self, flavour: Flavour, residency: str) -> None:
+        """Raise Skipped if the device has not the memory for a whole picture under `residency`."""
+        plan = estimate_memory(
+            read_bundle(self.root), provider=flavour, capacity=Cuda().memory()[1], residency=residency
+        )
+        if plan.missing:
+            raise Skipped(f"residency {residency} needs {format_bytes(plan.peak)} of GPU memory, of which"
+                          f" {format_bytes(plan.usable or 0)} is usable")  # fmt: skip
 
     def limits(self, flavour: str) -> Limits:
         """Return the limits of whole pictures by this provider against ONNX Runtime on the CPU."""
         manifest = read_bundle(self.root).manifest
-        names = planned_components(manifest) if flavour.startswith("tensorrt") else list(manifest.components)
+        names = self.components() if flavour.startswith("tensorrt") else list(manifest.components)
         return limits_of({manifest.components[name].precision for name in names}, deep=not self.quick)
 
     def request(self, pictures: int = 1) -> Request:
@@ -120,7 +135,7 @@ class Workplace:
         return Request(PROMPT, seed=SEED, steps=STEPS[self.quick], handoff=handoff, count=pictures,
                        width=side, height=side)  # fmt: skip
 
-    def run(self, provider: str, residency: str = "auto", *, pictures: int = 1, again: bool = False) -> Pictures:
+    def run(self, provider: str, residency: str = USUAL, *, pictures: int = 1, again: bool = False) -> Pictures:
         """Return a whole run, made once; with `again` it is made in this process and not stored."""
         if again:
             return self._make(provider, residency, pictures)
@@ -140,7 +155,7 @@ class Workplace:
             return draw(pool, self.request(pictures))
 
     @contextmanager
-    def opened(self, provider: str, residency: str = "auto") -> Iterator[EnginePool]:
+    def opened(self, provider: str, residency: str = USUAL) -> Iterator[EnginePool]:
         """Open the bundle on `provider`, and free it at the end."""
         with open_pool(read_bundle(self.root), provider, residency) as pool:
             yield pool

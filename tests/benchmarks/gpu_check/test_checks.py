@@ -140,7 +140,7 @@ FAULTS: dict[str, tuple[Plant, str]] = {
     "CUDA graphs are used": (lambda device, *_: device.fail_capture(), "could not be captured"),
     "with and without CUDA graphs, the same latents": (_spoil(_component("unet", captured=True)), "what its plan"),
     "an engine loads while another captures": (lambda device, *_: device.fail_capture(), "a capture failed"),
-    "residencies give the same picture": (_after("resident", _spoil(_component("refiner_unet"))), "swap against"),
+    "residencies give the same picture": (_after("swap", _spoil(_component("refiner_unet"))), "resident against"),
     "one change of UNets": (_another_swap, "1 is expected; loads"),
     "memory is what was planned": (_small_estimate, "is expected"),
     "plans over 2 GiB load": (_large_limit, "refiner_unet computes NaN"),
@@ -150,7 +150,7 @@ FAULTS: dict[str, tuple[Plant, str]] = {
     "guidance on and off: refiner UNet": (_spoil(_component("refiner_unet"), math.nan, 1), "a fresh engine"),
     "profiles of one plan agree: base UNet": (_spoil(_component("unet", profile=1)), "lowest cosine -1"),
     "profiles of one plan agree: refiner UNet": (_spoil(_component("refiner_unet", profile=1)), "lowest cosine -1"),
-    "the same plan gives the same latents": (_after("resident", _spoil(_is_base, None, 1)), "equal bits"),
+    "the same plan gives the same latents": (_after("swap", _spoil(_is_base, None, 1)), "equal bits"),
     "half of the weights streamed: base UNet": (_all_weights, "less is expected"),
     "half of the weights streamed: refiner UNet": (
         _spoil(_component("refiner_unet", streaming=True)), "compute the same"),
