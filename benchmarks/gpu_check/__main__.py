@@ -14,7 +14,9 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from sdxl_trt.benchmarks.gpu_check.checks import Check, all_checks, make_workplace
+import msgspec
+
+from sdxl_trt.benchmarks.gpu_check.checks import Check, Workplace, all_checks, make_workplace
 from sdxl_trt.benchmarks.gpu_check.pair import OUT, PAIR, SECOND, make_command
 from sdxl_trt.benchmarks.gpu_check.report import markdown, without_gpu
 from sdxl_trt.benchmarks.gpu_check.runner import ProcessRunner, Runner, run_checks
@@ -100,6 +102,8 @@ def _checked(
         facts = processes.facts() if runner is None else gpu_facts()
         run = processes if runner is None else runner(folder)
         results = run_checks(checks, run, arguments.minutes * 60, _say)
+        place = Workplace(folder)  # how a process ended may name a path, too
+        results = [msgspec.structs.replace(each, seen=place.without_paths(each.seen)) for each in results]
     return GpuReport(
         date=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         gpu=facts.get("GPU", "").partition(", compute capability")[0],

@@ -14,13 +14,13 @@ import numpy as np
 
 from sdxl_trt.benchmarks.gpu_check.checks.findings import Skipped
 from sdxl_trt.benchmarks.gpu_check.checks.likeness import Array
-from sdxl_trt.benchmarks.gpu_check.checks.workplace import Workplace
+from sdxl_trt.benchmarks.gpu_check.checks.workplace import Workplace, sizes_of
 from sdxl_trt.engines import Engine, EngineError, numpy_dtype
 from sdxl_trt.engines.backends.cuda import Stream
 from sdxl_trt.engines.backends.ort import OrtEngine, OrtProvider
 from sdxl_trt.engines.backends.trt import TrtEngine, current_environment, open_device
 from sdxl_trt.engines.bundle import Bundle, Component, Flavour, Stage, read_bundle
-from sdxl_trt.engines.plans import TOKENS, find_plan, stage_sizes
+from sdxl_trt.engines.plans import TOKENS, find_plan
 
 _CHOOSE = "sdxl_trt.engines.backends.trt.engine.choose_profile"
 _TIMESTEP = 500.0
@@ -50,8 +50,8 @@ def stage_of(bundle: Bundle, name: str) -> Stage:
 
 
 def usual_shape(bundle: Bundle, rows: int = 2) -> Shape:
-    """Return the shape that the plans of `bundle` are tuned for: the model's own size."""
-    sizes = stage_sizes(bundle.manifest)
+    """Return the shape that the plans of `bundle` are tuned for."""
+    sizes = sizes_of(bundle)
     return Shape(rows, sizes.height.opt, sizes.width.opt, sizes.tokens.opt)
 
 

@@ -47,7 +47,8 @@ def handoff(flavour: Flavour, workplace: Workplace) -> Finding:
     """Time the first step from cold, base steps with and without a load beside them, and the change to the refiner."""
     bundle = workplace.planned(flavour)
     stage_of(bundle, "refiner")
-    usual = dataclasses.replace(workplace.request(), steps=_STEPS, handoff=0.8, width=None, height=None)
+    shape = usual_shape(bundle)
+    usual = dataclasses.replace(workplace.request(), steps=_STEPS, handoff=0.8, width=shape.width, height=shape.height)
     runs: dict[str, Measured] = {}
     latents = []
     workplace.require_fit(flavour, "resident")

@@ -1,6 +1,6 @@
 """The shared state of the checks, on disk: the bundle, its plans, and what earlier checks' processes left."""
 
-__all__ = ["STEPS", "USUAL", "Measured", "Pictures", "Workplace", "draw", "make_workplace"]
+__all__ = ["STEPS", "USUAL", "Measured", "Pictures", "Workplace", "draw", "make_workplace", "sizes_of"]
 
 import hashlib
 import shutil
@@ -22,7 +22,7 @@ from sdxl_trt.engines.backends.cuda import Cuda
 from sdxl_trt.engines.backends.trt import current_environment, tensorrt_module
 from sdxl_trt.engines.bundle import BuildFlags, Bundle, Flavour, PlanRecord, read_bundle
 from sdxl_trt.engines.host import atomic_write, available_host_memory, cache_folder, format_bytes
-from sdxl_trt.engines.plans import find_plan, planned_components, stage_sizes
+from sdxl_trt.engines.plans import PlanLimits, Sizes, find_plan, plan_limits, planned_components, stage_sizes
 from sdxl_trt.engines.residency import EnginePool, estimate_memory, open_pool
 from sdxl_trt.mini import bundle_path
 from sdxl_trt.runtime import Request
@@ -129,11 +129,12 @@ class Workplace:
 
     def request(self, pictures: int = 1) -> Request:
         """Return the request of every whole picture: the usual size, or the smallest one for a large model."""
-        manifest = read_bundle(self.root).manifest
-        side = None if self.quick else stage_sizes(manifest).height.min
-        handoff = None if manifest.refiner is None else _HANDOFF
+        bundle = read_bundle(self.root)
+        handoff = None if bundle.manifest.refiner is None else _HANDOFF
+        sizes = sizes_of(bundle)
+        height, width = (None, None) if self.quick else (sizes.height.min, sizes.width.min)
         return Request(PROMPT, seed=SEED, steps=STEPS[self.quick], handoff=handoff, count=pictures,
-                       width=side, height=side)  # fmt: skip
+                       width=width, height=height)  # fmt: skip
 
     def run(self, provider: str, residency: str = USUAL, *, pictures: int = 1, again: bool = False) -> Pictures:
         """Return a whole run, made once; with `again` it is made in this process and not stored."""
@@ -196,7 +197,7 @@ class Workplace:
     def without_paths(self, text: str) -> str:
         """Return `text` with this machine's folders replaced by placeholders."""
         for path, name in ((self.root, "BUNDLE"), (self.folder, "FOLDER"), (Path.home(), "~")):
-            text = text.replace(str(path), name)
+            text = text.replace(str(path), name) if path.name else text  # a home may be the root
         return text
 
 
@@ -209,6 +210,11 @@ def make_workplace(folder: Path, bundle: Path | None = None, *, ours: bool, othe
     other = "" if other_opset is None else str(other_opset.absolute())
     settings = _Settings(str(root.absolute()), bundle is None, ours, other)
     _write(folder / _SETTINGS, msgspec.json.encode(settings))
+
+
+def sizes_of(bundle: Bundle) -> Sizes | PlanLimits:
+    """Return the sizes that the bundle's plans take or, without any, those that they would be built for."""
+    return plan_limits(bundle, bundle.manifest.plans) or stage_sizes(bundle.manifest)
 
 
 def draw(pool: EnginePool, request: Request, since: float | None = None) -> Pictures:

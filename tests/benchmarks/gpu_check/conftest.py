@@ -66,7 +66,7 @@ def embedded(make_bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch) -> MakeBu
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw and time less: the simulated device computes on a CPU."""
     monkeypatch.setitem(workplaces.STEPS, True, 4)
-    monkeypatch.setattr(timing, "_STEPS", 5)
+    monkeypatch.setattr(timing, "_STEPS", 3)
     monkeypatch.setattr(timing, "_WARM", 1)
     monkeypatch.setattr(timing, "_TIMED", 1)
     monkeypatch.setattr(pictures, "PICTURES", 2)

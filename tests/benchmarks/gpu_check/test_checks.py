@@ -290,6 +290,16 @@ def test_a_reference_that_does_not_fit_into_host_memory_skips_the_check(
         assert "the reference on the CPU needs about" in result.seen
 
 
+def test_on_a_small_gpu_resident_is_not_tried(result_of: ResultOf, simulated: Any) -> None:
+    simulated.memory_limit = 8 << 20
+    found = {name: result_of(f"tensorrt: {name}") for name in (
+        "a whole picture matches ort-cpu", "residencies give the same picture", "memory is what was planned",
+        "the handoff", "an engine loads while another captures")}  # fmt: skip
+    assert [each.outcome for each in found.values()] == ["ok", "ok", "ok", "skipped", "skipped"], found
+    assert "resident not tried: residency resident needs" in found["residencies give the same picture"].seen
+    assert "resident does not fit" in found["memory is what was planned"].seen
+
+
 def test_results_are_shared_by_the_checks_processes(workplace: Workplace, simulated: Any) -> None:
     first = workplace.run("tensorrt", "resident")
     executed = len(simulated.executed)
