@@ -1,9 +1,9 @@
 """Make the pair that gpu-check checks: SDXL's base and refiner at full size, with random weights, as a bundle.
 
 ``python -m sdxl_trt.benchmarks.gpu_check.pair`` needs the environment that exports (make install), and no GPU. It takes
-27 GB of disk, of which 18 GB stay, and about ten minutes of one core; memory stays below 2 GB. The pair is kept until
-another version of the exporter would make another one. Beside it lies a second export of the base's UNet and of the
-decoder for operator set 20, in which group normalization is not one node.
+27 GB of disk, of which 18 GB stay, some ten minutes and 1.1 GB of memory: benchmarks/results/export.md has the figures
+of the same exports. The pair is kept until the exporter would make another one. Beside it lies a second export of the
+base's UNet and of the decoder for operator set 20, in which group normalization is not one node.
 """
 
 __all__ = ["OUT", "PAIR", "SECOND", "main", "make_command", "make_pair"]

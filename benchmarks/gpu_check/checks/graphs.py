@@ -54,6 +54,7 @@ def captured_against_uncaptured(flavour: Flavour, workplace: Workplace) -> Findi
         bare = workplace.run(flavour, again=True)
     agree, difference = same(captured.latents, bare.latents)
     found = finding(f"{len(launches)} launches against none: {difference}")
+    require(launches, found, "no CUDA graph was launched: there is nothing to compare")
     return require(agree, found, "a graph must compute what its plan computes")
 
 

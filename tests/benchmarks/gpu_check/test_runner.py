@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from sdxl_trt.benchmarks.gpu_check import child, runner
-from sdxl_trt.benchmarks.gpu_check.checks import Check, Finding
+from sdxl_trt.benchmarks.gpu_check.checks import Check, Finding, all_checks, make_workplace
 from sdxl_trt.benchmarks.gpu_check.runner import ProcessRunner, run_checks
 from sdxl_trt.benchmarks.measure.gpu_record import CheckResult, Figure, Outcome
 
@@ -142,6 +142,15 @@ def test_a_child_ends_when_its_stdin_closes(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(child.sys, "stdin", SimpleNamespace(buffer=io.BytesIO()))
     child._end_with_parent()
     assert codes == [1]
+
+
+def test_a_real_check_runs_in_a_real_process(tmp_path: Path) -> None:
+    make_workplace(tmp_path, ours=True)
+    (check,) = [each for each in all_checks() if each.name == "tensorrt-rtx: the bindings import"]
+    result = ProcessRunner(tmp_path)(check, LONG)
+    assert result.name == check.name
+    assert result.outcome in ("ok", "skipped")
+    assert "TensorRT" in result.seen or "pip install tensorrt-rtx" in result.seen
 
 
 def test_facts_are_asked_in_a_process_of_its_own() -> None:
