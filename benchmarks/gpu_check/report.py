@@ -11,6 +11,7 @@ from sdxl_trt.benchmarks.measure import CheckResult, Figure, GpuReport, Outcome
 from sdxl_trt.engines.host import format_bytes, one_line
 
 TITLE = "# GPU check of sdxl-trt"
+_MANY = 3
 _OUTCOMES: tuple[Outcome, ...] = ("ok", "FAILED", "skipped", "not run")
 
 
@@ -38,18 +39,16 @@ def _facts(facts: Mapping[str, str]) -> Sequence[str]:
 
 
 def _folded(checks: Sequence[CheckResult]) -> list[CheckResult]:
-    """Return the checks; those of one provider that were skipped for the same reason are one, in the first's place."""
-    alike = Counter(map(_fold, checks))
-    kept: dict[tuple[str, str] | str, CheckResult] = {}
+    """Return the checks; many of one provider that were skipped for the same reason are one, in the first's place."""
+    alike = Counter((_provider(check), check.seen) for check in checks if check.outcome == "skipped")
+    kept: dict[tuple[str, str], CheckResult] = {}
     for check in checks:
-        count = alike[_fold(check)]
-        name = check.name if count == 1 else f"{_provider(check)}: {count} checks"
-        kept.setdefault(_fold(check), msgspec.structs.replace(check, name=name))
+        key = (_provider(check), check.seen)
+        if check.outcome == "skipped" and alike[key] >= _MANY:
+            kept.setdefault(key, msgspec.structs.replace(check, name=f"{key[0]}: {alike[key]} checks"))
+        else:
+            kept[check.name, ""] = check
     return list(kept.values())
-
-
-def _fold(check: CheckResult) -> tuple[str, str] | str:
-    return (_provider(check), check.seen) if check.outcome == "skipped" else check.name
 
 
 def _provider(check: CheckResult) -> str:

@@ -99,12 +99,13 @@ def test_the_report_can_be_pasted() -> None:
         assert f"| second | {row} |" in text
 
 
-def test_checks_that_were_skipped_for_one_reason_are_one_row() -> None:
+def test_many_checks_that_were_skipped_for_one_reason_are_one_row() -> None:
     checks = (CheckResult("a: one", "skipped", 0, "why"), CheckResult("b: one", "ok", 0, "why"),
-              CheckResult("a: two", "skipped", 0, "why"), CheckResult("a: three", "skipped", 0, "other"))  # fmt: skip
+              CheckResult("a: two", "skipped", 0, "why"), CheckResult("a: three", "skipped", 0, "why"),
+              CheckResult("c: one", "skipped", 0, "few"), CheckResult("c: two", "skipped", 0, "few"))  # fmt: skip
     rows = [line for line in markdown(GpuReport(date="", gpu="", model="", checks=checks)).splitlines() if ": " in line]
-    assert rows[2:] == ["| a: 2 checks | skipped | 0.0 | why |", "| b: one | ok | 0.0 | why |",
-                        "| a: three | skipped | 0.0 | other |"]  # fmt: skip
+    assert rows[2:] == ["| a: 3 checks | skipped | 0.0 | why |", "| b: one | ok | 0.0 | why |",
+                        "| c: one | skipped | 0.0 | few |", "| c: two | skipped | 0.0 | few |"]  # fmt: skip
 
 
 def test_memory_is_sampled_by_a_thread(simulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
