@@ -85,11 +85,14 @@ bench-load: $(VENV)/.full  ## Measure reading and checking a plan, and simulate 
 
 # Two packages install one `onnxruntime`, so the one for GPUs has an environment of its own; without a GPU it is not made.
 # The driver says first which extras it can run, those for CUDA 12 or 13; --look prints them, or why there is no GPU.
+# Without BUNDLE=DIR or QUICK=1, a pair of SDXL's size is made first, in the environment that exports.
 gpu-check: $(VENV)/.runtime  ## On a machine with an NVIDIA GPU: prove what no CPU can, and print a report for an issue
 	@said=$$($(BIN)/python -m sdxl_trt.benchmarks.gpu_check --look); code=$$?; \
 	if [ $$code -ne 0 ]; then printf '%s\n' "$$said"; exit $$code; fi; \
 	$(MAKE) --no-print-directory GPU_EXTRAS="$$said" "$(GPU)/.done-$$said"
-	@$(GPU)/bin/python -m sdxl_trt.benchmarks.gpu_check $(if $(BUNDLE),--bundle $(BUNDLE))
+	@$(if $(BUNDLE)$(QUICK),,$(MAKE) --no-print-directory $(VENV)/.full && $(BIN)/python -m sdxl_trt.benchmarks.gpu_check.pair >&2)
+	@$(GPU)/bin/python -m sdxl_trt.benchmarks.gpu_check $(if $(BUNDLE),--bundle $(BUNDLE),$(if $(QUICK),--quick)) \
+		$(if $(MINUTES),--minutes $(MINUTES))
 
 clean:  ## Remove what make made
 	rm -rf $(VENV) $(PEERS) $(GPU) out build dist *.egg-info

@@ -55,6 +55,8 @@ def _parser() -> Parser:
                      " if a limit is missed")  # fmt: skip
     how.add_argument("--quick", action="store_true", help="few steps and rounds; skip contestants that take minutes"
                      " to prepare")  # fmt: skip
+    how.add_argument("--gpu-check", type=Path, metavar="FILE", help="show the figures of a report.json that gpu-check"
+                     " wrote, on any machine, beside this run's")  # fmt: skip
     how.add_argument("--estimate", metavar="GPU", help="only estimate a lower bound: h100, a100, l40s, a10g or 4090")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write report.json, report.md and report.html to DIR")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
@@ -71,12 +73,15 @@ def _run(arguments: argparse.Namespace, argv: list[str]) -> None:
 
 
 def _bench(arguments: argparse.Namespace, argv: list[str], say: "Say") -> None:
+    import msgspec  # noqa: PLC0415 - keeps --help fast
+
     from sdxl_trt.benchmarks.contest import BenchOptions, run_bench  # noqa: PLC0415 - keeps --help fast
-    from sdxl_trt.benchmarks.measure import bench_cache, find_subject  # noqa: PLC0415
+    from sdxl_trt.benchmarks.measure import bench_cache, find_subject, read_gpu_report  # noqa: PLC0415
     from sdxl_trt.benchmarks.report import markdown_report, require_matplotlib, write_pages  # noqa: PLC0415
 
     if arguments.out is not None:
         require_matplotlib()
+    gpu = None if arguments.gpu_check is None else read_gpu_report(arguments.gpu_check)
     height, width = arguments.size or (None, None)
     quick = arguments.quick
     options = BenchOptions(
@@ -93,6 +98,7 @@ def _bench(arguments: argparse.Namespace, argv: list[str], say: "Say") -> None:
     )
     subject = find_subject(arguments.engines, arguments.model, arguments.refiner, bench_cache(), say)
     report = _finished(run_bench(subject, options, say), subject, arguments, argv, say)
+    report = msgspec.structs.replace(report, gpu=gpu)
     if arguments.out is not None:
         write_pages(report, arguments.out)
     if arguments.json:

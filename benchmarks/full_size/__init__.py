@@ -1,5 +1,17 @@
 """Exports and builds of models at SDXL's real size."""
 
-from sdxl_trt.benchmarks.full_size.architectures import ROLES, architecture
+from typing import TYPE_CHECKING
 
-__all__ = ["ROLES", "architecture"]
+from sdxl_trt.engines.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from sdxl_trt.benchmarks.full_size.architectures import ROLES, architecture
+    from sdxl_trt.benchmarks.full_size.checkpoints import write_checkpoint
+else:
+    # Lazy, since some modules are commands: Python warns of a module that was imported before it runs as one.
+    __getattr__ = lazy_names(__name__, {
+        "architectures": ("ROLES", "architecture"),
+        "checkpoints": ("write_checkpoint",),
+    })
+
+__all__ = ["ROLES", "architecture", "write_checkpoint"]

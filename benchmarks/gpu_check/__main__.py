@@ -1,127 +1,139 @@
 """Check on an NVIDIA GPU what cannot be tested without one: ``make gpu-check`` prints a report to paste in an issue.
 
-The checks run one by one and continue after a failure. Exit code 0 if none failed, 1 if one did, 3 without a GPU.
+By default a pair of SDXL's size with random weights is checked, which gpu_check.pair makes. Every check runs in a
+process of its own, the most important ones first, and a failure does not stop the others. Exit code 0 if none failed, 1
+if one did, 3 without a GPU.
 """
 
-__all__ = ["Result", "main", "report", "run_check", "run_checks"]
+__all__ = ["main"]
 
 import argparse
+import datetime as dt
 import sys
 import tempfile
-import time
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
 
 import msgspec
 
-from sdxl_trt.benchmarks.gpu_check.checks import Check, all_checks
-from sdxl_trt.benchmarks.gpu_check.workplace import Skipped, Workplace
-from sdxl_trt.benchmarks.measure import gpu_extras, gpu_facts, no_driver
+from sdxl_trt.benchmarks.gpu_check.checks import Check, Workplace, all_checks, make_workplace
+from sdxl_trt.benchmarks.gpu_check.pair import OUT, PAIR, SECOND, make_command
+from sdxl_trt.benchmarks.gpu_check.report import markdown, without_gpu
+from sdxl_trt.benchmarks.gpu_check.runner import ProcessRunner, Runner, run_checks
+from sdxl_trt.benchmarks.measure import GpuReport, gpu_extras, gpu_facts, no_driver, write_results
+from sdxl_trt.engines import IncompatibleError, SdxlTrtError, UsageError
 from sdxl_trt.engines.backends.trt import device_available
+from sdxl_trt.engines.bundle import read_bundle
 
-NO_GPU = 3
 COMMAND = "python -m sdxl_trt.benchmarks.gpu_check"
-Outcome = Literal["ok", "FAILED", "skipped"]
+MINUTES = 15.0
+REPORT = "report.json"
+_INTERRUPTED = 130
 
 
-class Result(msgspec.Struct, frozen=True):
-    """The result of a check: `seen` is what it found, or why it failed or was skipped, on one line."""
+def main(
+    argv: Sequence[str] | None = None, runner: Callable[[Path], Runner] | None = None, checks: Sequence[Check] = ()
+) -> int:
+    """Run the checks, print the report to stdout and progress to stderr, and return the exit code.
 
-    name: str
-    outcome: Outcome
-    seconds: float
-    seen: str
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the checks, print the report to stdout and progress to stderr, and return the exit code."""
-    parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__)
-    bundle_help = "check this bundle; missing plans are built into it (default: a copy of the embedded pair)"
-    parser.add_argument("--bundle", type=Path, metavar="DIR", help=bundle_help)
-    parser.add_argument("--look", action="store_true", help="only print the extras that the driver runs; check nothing")
-    parser.add_argument("--debug", action="store_true", help="print the traceback of every failure to stderr")
-    arguments = parser.parse_args(argv)
+    `runner` returns what runs each check in a workplace (default: processes), `checks` are by default all.
+    """
+    arguments = _parser().parse_args(argv)
     reason = no_driver()
     if arguments.look and reason is None:
         sys.stdout.write(f"{gpu_extras()}\n")
         return 0
     reason = reason or device_available()
-    facts = gpu_facts()
     if reason:
-        sys.stdout.write(report(facts, [], no_gpu=reason))
-        return NO_GPU
-    with tempfile.TemporaryDirectory(prefix="sdxl-trt-gpu-") as folder:
-        workplace = Workplace(Path(folder), arguments.bundle)
-        results = run_checks(all_checks(), workplace, _print_result, debug=arguments.debug)
-        timings = workplace.timings()
-    sys.stdout.write(report(facts, results, timings))
-    return 1 if any(result.outcome == "FAILED" for result in results) else 0
-
-
-def run_checks(
-    checks: Sequence[Check], workplace: Workplace, tell: Callable[[Result], None], *, debug: bool = False
-) -> list[Result]:
-    """Run `checks` in order and call `tell` with each result; a failure does not stop the others."""
-    results = []
-    for check in checks:
-        results.append(run_check(check, workplace, debug=debug))
-        tell(results[-1])
-    return results
-
-
-def run_check(check: Check, workplace: Workplace, *, debug: bool = False) -> Result:
-    """Run one check and return its result; an exception becomes a failure."""
-    started = time.perf_counter()
-    outcome: Outcome = "ok"
+        sys.stdout.write(without_gpu(gpu_facts(), reason))
+        return IncompatibleError.exit_code
     try:
-        seen = check.run(workplace)
-    except Skipped as exc:
-        outcome, seen = "skipped", str(exc)
-    except Exception as exc:  # noqa: BLE001 - any error is reported
-        outcome, seen = "FAILED", f"{type(exc).__name__}: {exc}"
-        if debug:
-            traceback.print_exc()
-    return Result(check.name, outcome, time.perf_counter() - started, workplace.without_paths(_one_line(seen)))
+        chosen = _chosen(checks or all_checks(), arguments.only)
+        report = _checked(arguments, chosen, runner)
+        write_results(report, markdown(report), arguments.out / REPORT)
+    except SdxlTrtError as exc:
+        sys.stderr.write(f"error: {exc}\n")
+        return exc.exit_code
+    except KeyboardInterrupt:
+        sys.stderr.write("error: interrupted; the plans built so far are kept\n")
+        return _INTERRUPTED
+    sys.stdout.write(markdown(report))
+    return 1 if any(check.outcome == "FAILED" for check in report.checks) else 0
 
 
-def report(
-    facts: dict[str, str], results: Sequence[Result], timings: Sequence[str] = (), *, no_gpu: str | None = None
-) -> str:
-    """Return the whole report as Markdown."""
-    lines = ["# GPU check of sdxl-trt", "", *(f"- {name}: {_one_line(value)}" for name, value in facts.items()), ""]
-    if no_gpu is not None:
-        return "\n".join([*lines, f"**no GPU**: {_one_line(no_gpu)}. Nothing was checked.", ""])
-    lines += ["| check | outcome | seconds | seen |", "|---|---|---|---|"]
-    lines += [
-        f"| {result.name} | {_emphasized(result.outcome)} | {result.seconds:.1f} | {_cell(result.seen)} |"
-        for result in results
-    ]
-    counts = [
-        f"{sum(result.outcome == outcome for result in results)} {outcome}" for outcome in ("ok", "FAILED", "skipped")
-    ]
-    lines += ["", ", ".join(counts) + ".", ""]
-    if timings:
-        lines += ["Timings of the checks' runs, one each, without warm-up: proof that it runs, no benchmark.", "",
-                  *timings, ""]  # fmt: skip
-    return "\n".join(lines)
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__)
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--quick", action="store_true", help="check the embedded pair: some minutes less, and no check"
+                      " that needs SDXL's size")  # fmt: skip
+    what.add_argument("--bundle", type=Path, metavar="DIR", help="check this bundle; missing plans are built into it")
+    parser.add_argument("--minutes", type=_minutes, default=MINUTES, metavar="N", help="stop after this time (default"
+                        f" {MINUTES:.0f}); plans are kept for the next run")  # fmt: skip
+    parser.add_argument("--only", action="append", default=[], metavar="TEXT", help="run only the checks whose name"
+                        " contains this; may be repeated")  # fmt: skip
+    parser.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="folder of the pair, of report.json and of"
+                        f" report.md (default {OUT})")  # fmt: skip
+    parser.add_argument("--look", action="store_true", help="only print the extras that the driver runs; run no checks")
+    parser.add_argument("--debug", action="store_true", help="print every process's stderr: tracebacks, messages")
+    return parser
 
 
-def _print_result(result: Result) -> None:
-    sys.stderr.write(f"{result.outcome:8} {result.seconds:7.1f} s  {result.name}: {result.seen}\n")
+def _minutes(text: str) -> float:
+    minutes = float(text)
+    if not 0 < minutes < 24 * 60:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a number of minutes above 0, at most a day")
+    return minutes
 
 
-def _emphasized(outcome: Outcome) -> str:
-    return f"**{outcome}**" if outcome == "FAILED" else outcome
+def _chosen(checks: Sequence[Check], only: Sequence[str]) -> list[Check]:
+    for text in only:
+        if not any(text in check.name for check in checks):
+            raise UsageError(f"--only {text!r}: no check's name contains it; for example: {checks[0].name}")
+    return [check for check in checks if not only or any(text in check.name for text in only)]
 
 
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
+def _checked(
+    arguments: argparse.Namespace, checks: Sequence[Check], runner: Callable[[Path], Runner] | None
+) -> GpuReport:
+    """Run `checks` in a new workplace and return the report."""
+    with tempfile.TemporaryDirectory(prefix="sdxl-trt-gpu-") as name:
+        folder = Path(name)
+        model = _prepare(folder, arguments)
+        processes = ProcessRunner(folder, debug=arguments.debug)
+        facts = processes.facts() if runner is None else gpu_facts()
+        run = processes if runner is None else runner(folder)
+        results = run_checks(checks, run, arguments.minutes * 60, _say)
+        place = Workplace(folder)  # how a process ended may name a path, too
+        results = [msgspec.structs.replace(each, seen=place.without_paths(each.seen)) for each in results]
+    return GpuReport(
+        date=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+        gpu=facts.get("GPU", "").partition(", compute capability")[0],
+        model=model,
+        facts=facts,
+        checks=tuple(results),
+    )
 
 
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
+def _prepare(folder: Path, arguments: argparse.Namespace) -> str:
+    """Make the workplace in `folder`, and return what is checked. Raises UsageError without the pair."""
+    if arguments.bundle is not None:
+        read_bundle(arguments.bundle)
+        make_workplace(folder, arguments.bundle, ours=False)
+        return "a given bundle"
+    if arguments.quick:
+        make_workplace(folder, ours=True)
+        return "the embedded pair"
+    pair, second = arguments.out / PAIR, arguments.out / SECOND
+    if not pair.is_dir():
+        raise UsageError(f"{pair}: there is no pair to check; make it with: {make_command(arguments.out)}, or give"
+                         " --quick for the embedded one")  # fmt: skip
+    make_workplace(folder, pair, ours=True, other_opset=second)
+    return "a pair of SDXL's size with random weights"
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import msgspec
 
-from sdxl_trt.benchmarks.measure import Bar, write_json
+from sdxl_trt.benchmarks.measure import Bar, GpuReport, write_json
 from sdxl_trt.engines import CorruptError
 
 SCHEMA = 1
@@ -179,6 +179,8 @@ class BenchReport(msgspec.Struct, frozen=True, kw_only=True):
     floors: dict[str, float] = {}
     """The floor of a task in seconds: its FLOPs at the measured peak GEMM rate."""
     ratios: tuple[Ratio, ...] = ()
+    gpu: GpuReport | None = None
+    """What gpu-check found on another machine, shown beside this run; None without a file of it."""
 
     def of(self, contestant: str, what: str) -> Measurement | None:
         """Return the measurement of a task by a contestant, not of a sweep, or None."""

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from sdxl_trt.benchmarks.measure import NOT_MEASURED, VERDICTS
 from sdxl_trt.benchmarks.report.document import Section, Table, without_empty
+from sdxl_trt.benchmarks.report.gpu import gpu_section
 from sdxl_trt.benchmarks.report.quantities import memory, significant, time_unit, times
 from sdxl_trt.benchmarks.report.records import BenchReport, BenchSettings, Contestant, Quality
 from sdxl_trt.benchmarks.report.timed import PICTURE, labels, our_names, spread_words, stage_table, task_tables, tasks
@@ -16,8 +17,8 @@ from sdxl_trt.benchmarks.report.timed import PICTURE, labels, our_names, spread_
 def sections(report: BenchReport) -> list[Section]:
     """Return the non-empty sections of `report`, in reading order."""
     found = [
-        _bars(report), _pictures(report), _parts(report), _ready(report), _cold(report), _quality(report),
-        _missing(report), _notes(report), _how(report),
+        _bars(report), _pictures(report), _parts(report), gpu_section(report), _ready(report), _cold(report),
+        _quality(report), _missing(report), _notes(report), _how(report),
     ]  # fmt: skip
     return [section for section in found if not section.empty]
 

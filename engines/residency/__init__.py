@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING
 from sdxl_trt.engines.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from sdxl_trt.engines.residency.activations import estimate_activations, estimate_error
+    from sdxl_trt.engines.residency.activations import estimate_activations, estimate_error, score_bytes
     from sdxl_trt.engines.residency.estimate import MemoryEstimate
     from sdxl_trt.engines.residency.needs import exact_sizes
     from sdxl_trt.engines.residency.policy import RESIDENCIES, estimate_memory, settled_residency
     from sdxl_trt.engines.residency.pool import EnginePool, open_pool
 else:
     __getattr__ = lazy_names(__name__, {
-        "activations": ("estimate_activations", "estimate_error"),
+        "activations": ("estimate_activations", "estimate_error", "score_bytes"),
         "estimate": ("MemoryEstimate",),
         "needs": ("exact_sizes",),
         "policy": ("RESIDENCIES", "estimate_memory", "settled_residency"),
@@ -21,5 +21,5 @@ else:
 
 __all__ = [
     "RESIDENCIES", "EnginePool", "MemoryEstimate", "estimate_activations", "estimate_error", "estimate_memory",
-    "exact_sizes", "open_pool", "settled_residency",
+    "exact_sizes", "open_pool", "score_bytes", "settled_residency",
 ]

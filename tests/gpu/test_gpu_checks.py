@@ -1,9 +1,8 @@
-"""The checks of `make gpu-check` as tests, on machines with a GPU."""
+"""The checks of gpu-check as tests, on machines with a GPU, with the embedded pair."""
 
 import pytest
 
-from sdxl_trt.benchmarks.gpu_check.checks import Check, all_checks
-from sdxl_trt.benchmarks.gpu_check.workplace import Skipped, Workplace
+from sdxl_trt.benchmarks.gpu_check.checks import Check, Skipped, Workplace, all_checks, make_workplace
 from sdxl_trt.engines.backends.trt.environment import device_available
 
 pytestmark = pytest.mark.gpu
@@ -15,7 +14,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     reason = device_available()
     if reason:
         pytest.skip(reason)
-    return Workplace(tmp_path_factory.mktemp("gpu"))
+    folder = tmp_path_factory.mktemp("gpu")
+    make_workplace(folder, ours=True)
+    return Workplace(folder)
 
 
 @pytest.mark.parametrize("check", all_checks(), ids=lambda check: check.name)

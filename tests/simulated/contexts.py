@@ -14,7 +14,7 @@ from simulated.binding import LOCK, Bound
 from simulated.enumerations import Severity, Strategy
 from simulated.errors import SimulationError
 from simulated.memory import Block, Span
-from simulated.plans import compute, output_shape
+from simulated.plans import Execution, compute, output_shape
 from simulated.shapes import Dims
 from simulated.streams import Work
 
@@ -236,7 +236,10 @@ def _work(state: ContextState, *, captured: bool) -> Work:
                 " (shapes, profile or addresses)"
             )
 
-    return Work(plan.component, lambda: _run(state, shapes, spans), (*spans.values(), *scratch), check=check)
+    def run() -> None:
+        _run(state, shapes, spans, captured=captured)
+
+    return Work(plan.component, run, (*spans.values(), *scratch), check=check)
 
 
 def _spans(state: ContextState, shapes: dict[str, tuple[int, ...]]) -> dict[str, Span]:
@@ -258,12 +261,15 @@ def _scratch(state: ContextState) -> list[Span]:
     return scratch
 
 
-def _run(state: ContextState, shapes: dict[str, tuple[int, ...]], spans: dict[str, Span]) -> None:
+def _run(
+    state: ContextState, shapes: dict[str, tuple[int, ...]], spans: dict[str, Span], *, captured: bool = False
+) -> None:
     plan, device = state.engine.plan, state.engine.device
+    execution = Execution(plan, state.profile, shapes, captured, state.engine.budget < plan.streamable)
     inputs = {
         spec.name: spans[spec.name].bytes.view(numpy_dtype(spec)).reshape(shapes[spec.name]) for spec in plan.inputs
     }
-    for name, result in compute(plan, device.sources, inputs).items():
+    for name, result in device.spoiled(execution, compute(plan, device.sources, inputs)).items():
         if result.shape != shapes[name]:
             raise SimulationError(f"{plan.component}: {name} has shape {result.shape}, not {shapes[name]}")
         spans[name].bytes[:] = result.reshape(-1).view(np.uint8)

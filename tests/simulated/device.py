@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from sdxl_trt.engines.bundle.plan_record import Environment, Flavour
@@ -19,6 +20,7 @@ from simulated.binding import LOCK, specification
 from simulated.cudart import NAME, make_module
 from simulated.errors import SimulationError, violations
 from simulated.memory import Memory
+from simulated.plans import Execution
 from simulated.streams import Streams
 
 GIB = 1 << 30
@@ -76,6 +78,10 @@ class SimulatedDevice:
         """Called in the middle of "deserialize" and "create context", while other threads can use the device."""
         self.sources: dict[str, tuple[Path, Path]] = {}
         """The files of graph and weights by their digests, as in plans."""
+        self.left_behind = 0
+        self.ignores_budgets = False
+        """Whether engines put all weights on the device, whatever their weight streaming budget."""
+        self._spoils: list[list[Any]] = []
         self._seen: Counter[str] = Counter()
         self._sticky_after: int | None = None
         self._fails: Counter[str] = Counter()
@@ -149,6 +155,14 @@ class SimulatedDevice:
         """Make the next cudaStreamBeginCapture fail."""
         self._fails["capture"] += times
 
+    def spoil(self, match: Callable[[Execution], bool], value: float | None = None, times: int = -1) -> None:
+        """Make executions that match compute wrong outputs, all or the next `times`: negated, or all of `value`."""
+        self._spoils.append([match, value, times])
+
+    def keep_after_unloading(self, size: int) -> None:
+        """Make every engine that is unloaded leave `size` bytes in use."""
+        self.left_behind = size
+
     @contextmanager
     def violation(self, match: str) -> Iterator[None]:
         """Expect a SimulationError whose message matches."""
@@ -164,6 +178,16 @@ class SimulatedDevice:
             return False
         self._fails[what] -= 1
         return True
+
+    def spoiled(self, execution: Execution, outputs: dict[str, Any]) -> dict[str, Any]:
+        """Return the outputs of an execution as `spoil` left them."""
+        for spoil in self._spoils:
+            match, value, times = spoil
+            if times and match(execution):
+                spoil[2] -= 1
+                outputs = {name: -array if value is None else np.full_like(array, value)
+                           for name, array in outputs.items()}  # fmt: skip
+        return outputs
 
     def take_capture_failure(self) -> bool:
         """Return whether this capture is to fail, and count it."""

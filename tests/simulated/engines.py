@@ -50,7 +50,8 @@ class EngineState:
 
     def place(self, doing: str) -> bool:
         """Put the weights, up to the budget, on the device if they are not there yet."""
-        wanted = self.plan.weights_bytes - self.plan.streamable + self.budget
+        budget = self.plan.streamable if self.device.ignores_budgets else self.budget
+        wanted = self.plan.weights_bytes - self.plan.streamable + budget
         if self.placed == wanted:
             return True
         if not self.reserve(wanted, doing):
@@ -63,7 +64,7 @@ class EngineState:
         """Free the weights' memory; Python may call this in any thread."""
         with LOCK:
             self.device.spoils_capture(every=True)
-            self.device.memory.release(self.placed)
+            self.device.memory.release(self.placed - self.device.left_behind)
             self.device.living["ICudaEngine"] -= 1
 
 

@@ -1,11 +1,11 @@
 """A simulated plan: a small file with the digests of a graph and its weights, and its computation on a CPU."""
 
-__all__ = ["Plan", "compute", "decode", "encode", "output_shape"]
+__all__ = ["Execution", "Plan", "compute", "decode", "encode", "output_shape"]
 
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -49,6 +49,16 @@ class Plan(Record, frozen=True, kw_only=True):
         largest = sum(int(np.prod(self.profiles[profile].shapes[spec.name][2])) for spec in self.inputs)
         own = sum(int(np.prod(shapes[spec.name])) for spec in self.inputs)
         return min(rounded(-(-self.activations[profile] * own // largest)), self.activations[profile])
+
+
+class Execution(NamedTuple):
+    """One execution of a plan: its profile, the shapes of all tensors, and whether a graph ran or weights streamed."""
+
+    plan: Plan
+    profile: int
+    shapes: Shapes
+    captured: bool
+    streaming: bool
 
 
 def rounded(size: int) -> int:

@@ -1,230 +1,327 @@
-"""`make gpu-check` on the simulated device: every check can pass and can fail, and a missing GPU is reported."""
+"""gpu-check on the simulated device: the whole list goes through, and every check fails for a planted fault."""
 
+import json
+import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
 from sdxl_trt.benchmarks.gpu_check import __main__ as gpu_check
-from sdxl_trt.benchmarks.gpu_check import checks as gpu_checks
-from sdxl_trt.benchmarks.gpu_check.__main__ import Result, main, report, run_check, run_checks
-from sdxl_trt.benchmarks.gpu_check.checks import Check, all_checks
-from sdxl_trt.benchmarks.gpu_check.workplace import Skipped, Workplace
-from sdxl_trt.benchmarks.measure import gpu as measured_gpu
-from sdxl_trt.benchmarks.measure.gpu import no_driver
-from sdxl_trt.engines.backends.cuda import driver
-from sdxl_trt.engines.backends.cuda.driver import Driver, Gpu, Problem
-from sdxl_trt.engines.backends.cuda.streams import Stream
-from sdxl_trt.engines.backends.ort import providers as ort_providers
+from sdxl_trt.benchmarks.gpu_check.checks import Check, Workplace, all_checks, order, pictures, plans, timing
+from sdxl_trt.benchmarks.gpu_check.checks import workplace as workplaces
+from sdxl_trt.benchmarks.gpu_check.checks.findings import Failed
+from sdxl_trt.benchmarks.gpu_check.child import run_check
+from sdxl_trt.benchmarks.measure.gpu_record import CheckResult, read_gpu_report
+from sdxl_trt.engines.bundle.bundle import read_bundle, write_manifest
+from sdxl_trt.engines.residency.pool import EnginePool
 
 pytestmark = pytest.mark.slow
 
-
-@pytest.fixture
-def make_workplace(simulated: Any, pairs: Callable[[str], Any], tmp_path: Path) -> Callable[..., Workplace]:
-    """Return a function that makes a workplace with plans for the simulated device, built with the given settings."""
-    from simulated.bundles import make_simulated_bundle
-
-    def make(**settings: Any) -> Workplace:
-        bundle = make_simulated_bundle(simulated, pairs("outline").bundle, tmp_path / "bundle", **settings)
-        return Workplace(tmp_path, bundle)
-
-    return make
-
-
-@pytest.fixture
-def workplace(make_workplace: Callable[..., Workplace]) -> Workplace:
-    return make_workplace()
-
-
-def check(name: str) -> Check:
-    (found,) = [each for each in all_checks() if each.name == name]
-    return found
-
-
-def test_without_a_gpu_the_report_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(gpu_check, "no_driver", lambda: "no NVIDIA driver on this machine")
-    for arguments in ([], ["--look"]):
-        assert main(arguments) == 3
-        out = capsys.readouterr().out
-        assert "**no GPU**: no NVIDIA driver on this machine. Nothing was checked." in out
-        assert "- system: " in out
-        assert "| check |" not in out
-
-
-@pytest.mark.parametrize(
-    ("cuda", "extras"), [((13, 0), "gpu,tensorrt,verify"), ((12, 4), "gpu-cu12,tensorrt-cu12,verify")]
-)
-def test_look_prints_the_extras_that_the_driver_runs(
-    cuda: tuple[int, int], extras: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(driver, "find_driver", lambda: Driver(cuda, (Gpu("a GPU", (8, 9), 1),)))
-    monkeypatch.setattr(gpu_check, "no_driver", lambda: None)
-    assert main(["--look"]) == 0
-    assert capsys.readouterr().out == f"{extras}\n"
-
-
-def test_the_driver_says_why_it_has_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = Problem("the NVIDIA driver finds no GPU", "look for it")
-    monkeypatch.setattr(measured_gpu, "find_driver", lambda: Driver((13, 0), problem=problem))
-    assert no_driver() == "the NVIDIA driver finds no GPU; look for it"
-    monkeypatch.setattr(measured_gpu, "find_driver", lambda: Driver((13, 0), (Gpu("a GPU", (8, 9), 1),)))
-    assert no_driver() is None
+ResultOf = Callable[[str], CheckResult]
+NOT_HERE = {"fused attention: base UNet", "fused attention: refiner UNet", "plans over 2 GiB load", "two operator sets"}
+"""Checks that need models of SDXL's size, or a second export."""
 
 
 def test_everything_is_checked_on_the_simulated_device(
-    workplace: Workplace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    workplace: Workplace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """TensorRT for RTX and ONNX Runtime for GPUs are not installed; everything else passes, with existing plans."""
+    """TensorRT for RTX and ONNX Runtime for GPUs are not installed; the rest passes, with existing plans."""
     monkeypatch.setattr(gpu_check, "no_driver", lambda: None)
-    monkeypatch.setattr(ort_providers, "_has_plugin", lambda: False)
-    code = main(["--bundle", str(workplace.root)])
+    code = gpu_check.main(
+        ["--quick", "--out", str(tmp_path / "report")], lambda _: lambda check, seconds: run_check(check, workplace)
+    )
     out, progress = capsys.readouterr()
-    rows = [line.split(" | ") for line in out.splitlines() if line.startswith("| ")]
-    outcomes = {row[0].removeprefix("| "): row[1] for row in rows if row[1] in ("ok", "skipped", "**FAILED**")}
-    assert outcomes.keys() == {each.name for each in all_checks()}
-    expected = {name: "ok" if name.startswith("tensorrt: ") else "skipped" for name in outcomes}
-    assert outcomes == expected, out
-    assert code == 0
-    assert "Simulated GPU, compute capability 8.9" in out
-    assert "no benchmark" in out
-    assert "| tensorrt | swap | 3 |" in out
-    assert str(workplace.root) not in out + progress
+    report = read_gpu_report(tmp_path / "report" / "report.json")
+    assert [check.name for check in report.checks] == [check.name for check in all_checks()]
+    here = {check.name: check.outcome for check in report.checks if check.name.startswith("tensorrt: ")}
+    expected = {name: "skipped" if name.removeprefix("tensorrt: ") in NOT_HERE else "ok" for name in here}
+    assert here == expected, out
+    assert {check.outcome for check in report.checks if check.name not in here} == {"skipped"}
+    assert (code, report.gpu, report.model) == (0, "Simulated GPU", "the embedded pair")
+    assert (tmp_path / "report" / "report.md").read_text() == out
+    assert "| tensorrt: the handoff | base step while the refiner loads |" in out
+    assert f"check 1 of {len(all_checks())}, " in progress
+    for text in (out, (tmp_path / "report" / "report.json").read_text()):
+        assert str(tmp_path) not in text
+        assert str(Path.home()) not in text
 
 
-def test_tensorrt_for_rtx_is_checked_if_installed(simulated: Any, make_workplace: Callable[..., Workplace]) -> None:
-    """Features that only RTX has are not simulated: their checks may fail, but must end and report something."""
-    simulated.install("tensorrt-rtx")
-    workplace = make_workplace()
-    # Without the comparisons with ONNX Runtime: they are the same for both flavours.
-    checks = [each for each in all_checks() if each.name.startswith("tensorrt-rtx: ") and "matches" not in each.name]
-    assert len(checks) == 9
-    results = {result.name: result for result in run_checks(checks, workplace, lambda _: None)}
-    own = {name for name in results if "kernels" in name}
-    assert {name for name, result in results.items() if result.outcome != "ok"} <= own, results
-    assert all(result.seen for result in results.values())
+Plant = Callable[[Any, pytest.MonkeyPatch, Workplace], None]
 
 
-def test_plans_with_weight_streaming_are_run_streamed(make_workplace: Callable[..., Workplace]) -> None:
-    result = run_check(check("tensorrt: residencies give the same picture"), make_workplace(weight_streaming=True))
-    assert result.outcome == "ok", result.seen
-    assert "swap differs from resident by" in result.seen
-    assert "stream differs from resident by" in result.seen
+def _component(*names: str, **facts: Any) -> Callable[[Any], bool]:
+    """Return whether an execution is one of these components', with these facts."""
+
+    def match(execution: Any) -> bool:
+        return execution.plan.component in names and all(getattr(execution, key) == facts[key] for key in facts)
+
+    return match
 
 
-def test_a_failing_check_does_not_stop_the_others(workplace: Workplace) -> None:
-    def fail(_: Workplace) -> str:
-        raise ValueError(f"{workplace.root}/plans is\nbad | worse")
-
-    def skip(_: Workplace) -> str:
-        raise Skipped("nothing to check")
-
-    checks = [Check("first", fail), Check("second", skip), Check("third", lambda _: "seen")]
-    reported: list[Result] = []
-    results = run_checks(checks, workplace, reported.append)
-    assert reported == results
-    assert [(result.name, result.outcome, result.seen) for result in results] == [
-        ("first", "FAILED", "ValueError: BUNDLE/plans is bad | worse"),
-        ("second", "skipped", "nothing to check"),
-        ("third", "ok", "seen"),
-    ]
-    text = report({"GPU": "one"}, results)
-    assert "| first | **FAILED** |" in text
-    assert "bad \\| worse" in text
-    assert "1 ok, 1 FAILED, 1 skipped." in text
+def _rows(rows: int) -> Callable[[Any], bool]:
+    return lambda execution: execution.shapes.get("sample", (0,))[0] == rows and _is_base(execution)
 
 
-def test_a_failure_makes_the_exit_code_1(
-    workplace: Workplace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def _is_base(execution: Any) -> bool:
+    return bool(execution.plan.component == "unet")
+
+
+def _small(execution: Any) -> bool:
+    return "unet" in execution.plan.component and execution.shapes["sample"][2] < 16
+
+
+def _long(execution: Any) -> bool:
+    return "unet" in execution.plan.component and execution.shapes["encoder_hidden_states"][1] == 231
+
+
+def _after(residency: str, plant: Plant) -> Plant:
+    """Plant a fault after the run under `residency`, which stays right."""
+
+    def late(device: Any, patch: pytest.MonkeyPatch, workplace: Workplace) -> None:
+        workplace.run("tensorrt", residency)
+        plant(device, patch, workplace)
+
+    return late
+
+
+def _spoil(match: Callable[[Any], bool], *more: Any) -> Plant:
+    return lambda device, patch, workplace: device.spoil(match, *more)
+
+
+def _no_binding(device: Any, patch: pytest.MonkeyPatch, workplace: Workplace) -> None:
+    patch.setitem(sys.modules, "tensorrt", None)
+
+
+def _no_build(device: Any, patch: pytest.MonkeyPatch, workplace: Workplace) -> None:
+    device.compute_capability = (9, 0)
+    patch.setattr(plans, "build_plans", lambda *_, **__: None)
+
+
+def _small_estimate(device: Any, patch: pytest.MonkeyPatch, workplace: Workplace) -> None:
+    """Let the records say less than the plans take; the difference exceeds what CUDA may take for itself."""
+    from simulated import plans as simulated_plans
+
+    patch.setattr(simulated_plans.Plan, "needed", lambda plan, profile, shapes: plan.activations[profile])
+    patch.setattr("simulated.engines.EngineState.activations", lambda state, profile: 2 << 30)
+
+
+def _another_swap(device: Any, patch: pytest.MonkeyPatch, workplace: Workplace) -> None:
+    enter = EnginePool._enter
+
+    def twice(pool: EnginePool, name: str, engine: Any) -> None:
+        enter(pool, name, engine)
+        pool.swaps += name == "refiner_unet"
+
+    patch.setattr(EnginePool, "_enter", twice)
+
+
+def _large_limit(device: Any, patch: pytest.MonkeyPatch, workplace: Workplace) -> None:
+    patch.setattr(plans, "LARGE", 0)
+    device.spoil(_component("refiner_unet"), math.nan)
+
+
+def _all_weights(device: Any, patch: pytest.MonkeyPatch, workplace: Workplace) -> None:
+    device.ignores_budgets = True
+
+
+FAULTS: dict[str, tuple[Plant, str]] = {
+    "the bindings import": (_no_binding, "needs tensorrt"),
+    "the environment is known": (lambda device, *_: device.sticky_after(0), "cudaErrorIllegalAddress"),
+    "plans are built: text encoders and autoencoder": (_no_build, "compute capability is 9.0"),
+    "plans are built: base UNet": (_no_build, "compute capability is 9.0"),
+    "plans are built: refiner UNet": (_no_build, "compute capability is 9.0"),
+    "plans load and unload": (lambda device, *_: device.keep_after_unloading(32 << 20), "allocated; at most"),
+    "a whole picture matches ort-cpu": (_spoil(_component("vae_decoder")), "45 dB are required"),
+    "CUDA graphs are used": (lambda device, *_: device.fail_capture(), "could not be captured"),
+    "with and without CUDA graphs, the same latents": (_spoil(_component("unet", captured=True)), "what its plan"),
+    "an engine loads while another captures": (lambda device, *_: device.fail_capture(), "a capture failed"),
+    "residencies give the same picture": (_after("swap", _spoil(_component("refiner_unet"))), "resident against"),
+    "one change of UNets": (_another_swap, "1 is expected; loads"),
+    "memory is what was planned": (_small_estimate, "is expected"),
+    "plans over 2 GiB load": (_large_limit, "refiner_unet computes NaN"),
+    "time per step": (_spoil(_component("vae_decoder"), math.nan), "NaN or infinity"),
+    "the handoff": (_spoil(_component("refiner_unet"), None, 1), "the runs differ"),
+    "guidance on and off: base UNet": (_spoil(_rows(1), None, 2), "a fresh engine"),
+    "guidance on and off: refiner UNet": (_spoil(_component("refiner_unet"), math.nan, 1), "a fresh engine"),
+    "profiles of one plan agree: base UNet": (_spoil(_component("unet", profile=1)), "lowest cosine -1"),
+    "profiles of one plan agree: refiner UNet": (_spoil(_component("refiner_unet", profile=1)), "lowest cosine -1"),
+    "the same plan gives the same latents": (_after("swap", _spoil(_is_base, None, 1)), "equal bits"),
+    "half of the weights streamed: base UNet": (_all_weights, "less is expected"),
+    "half of the weights streamed: refiner UNet": (
+        _spoil(_component("refiner_unet", streaming=True)), "compute the same"),
+    "every component matches ONNX Runtime: text encoders and autoencoder": (
+        _spoil(_component("text_encoder")), "text_encoder hidden_states"),
+    "every component matches ONNX Runtime: base UNet": (_spoil(_is_base), "unet out_sample differs"),
+    "every component matches ONNX Runtime: refiner UNet": (
+        _spoil(_component("refiner_unet")), "refiner_unet out_sample differs"),
+    "sizes off the optimum: base UNet": (_spoil(_small, math.nan), "NaN or infinity at"),
+    "sizes off the optimum: refiner UNet": (_spoil(_small), "lowest cosine -1"),
+    "154 and 231 tokens: base UNet": (_spoil(_long), "231 tokens"),
+    "154 and 231 tokens: refiner UNet": (_spoil(_long, math.nan), "231 tokens"),
+}  # fmt: skip
+APART = {"fused attention: base UNet", "fused attention: refiner UNet", "two operator sets"}
+"""Checks whose faults have tests of their own, below."""
+
+
+def test_every_check_has_a_fault() -> None:
+    names = {check.name.removeprefix("tensorrt: ") for check in all_checks() if check.name.startswith("tensorrt: ")}
+    assert names == FAULTS.keys() | APART
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_found(
+    name: str, result_of: ResultOf, workplace: Workplace, simulated: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(_: Workplace) -> str:
-        raise AssertionError("wrong")
+    plant, said = FAULTS[name]
+    simulated.leaks_matter = False
+    plant(simulated, monkeypatch, workplace)
+    result = result_of(f"tensorrt: {name}")
+    assert result.outcome == "FAILED", result.seen
+    assert said in result.seen
 
-    monkeypatch.setattr(gpu_check, "no_driver", lambda: None)
-    monkeypatch.setattr(gpu_check, "all_checks", lambda: [Check("one", fail)])
-    assert main(["--bundle", str(workplace.root)]) == 1
-    assert "| one | **FAILED** |" in capsys.readouterr().out
+
+def _attention(workplace: Workplace, activations: int) -> Any:
+    """Return the finding for a base of SDXL's widths whose plan has these activations."""
+    component = read_bundle(workplace.root).manifest.components["unet"]
+    config = component.config | {"block_out_channels": [320, 640, 1280], "attention_head_dim": [5, 10, 20]}
+    component = msgspec.structs.replace(component, config=config, precision="fp16")
+    record = workplace.records("tensorrt", "unet")["unet"]
+    shapes = {"sample": ((2, 4, 128, 128),) * 3, "encoder_hidden_states": ((2, 77, 80),) * 3}
+    profile = msgspec.structs.replace(record.key.profiles[0], shapes=record.key.profiles[0].shapes | shapes)
+    record = msgspec.structs.replace(
+        record,
+        key=msgspec.structs.replace(record.key, profiles=(profile,)),
+        memory=msgspec.structs.replace(record.memory, activations=activations),
+    )
+    return plans.attention_finding(component, record)
 
 
-def test_checks_are_skipped_if_the_plans_are_for_another_machine(workplace: Workplace, simulated: Any) -> None:
+def test_attention_is_fused_if_its_scores_do_not_fit_into_the_activations(workplace: Workplace) -> None:
+    """At 1024² the scores of SDXL's second level are 2 rows × 10 heads × 4096² × 2 bytes; TensorRT builds 303 MB."""
+    found = _attention(workplace, 303_000_000)
+    assert found.figures[1].value == 2 * 10 * 4096**2 * 2
+    with pytest.raises(Failed, match="attention is not fused"):
+        _attention(workplace, 2 * 10 * 4096**2 * 2)
+
+
+def test_operator_sets_are_compared(
+    workplace: Workplace, simulated: Any, make_bundle: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = make_bundle("other")
+    manifest = read_bundle(other).manifest
+    older = {name: msgspec.structs.replace(each, opset=20) for name, each in manifest.components.items()}
+    write_manifest(other, msgspec.structs.replace(manifest, components=older))
+    workplace.other_opset = other
+    result = run_check(Check("both", lambda place: timing.operator_sets("tensorrt", place)), workplace)
+    assert result.outcome == "ok", result.seen
+    names = [figure.name for figure in result.figures]
+    assert names == ["unet, opset 23", "unet, opset 20", "vae_decoder, opset 23", "vae_decoder, opset 20",
+                     "lowest cosine"]  # fmt: skip
+    simulated.spoil(_component("vae_decoder"), None, 2)
+    result = run_check(Check("both", lambda place: timing.operator_sets("tensorrt", place)), workplace)
+    assert (result.outcome, "must compute the same" in result.seen) == ("FAILED", True)
+    assert [figure.name for figure in result.figures] == names, "a failure keeps its figures"
+
+
+@pytest.mark.parametrize(("name", "outcome"), [
+    ("tensorrt-rtx: the bindings import", "ok"),
+    ("tensorrt-rtx: a whole picture matches ort-cpu", "ok"),
+    ("tensorrt-rtx: CUDA graphs are used", "skipped"),
+    ("tensorrt-rtx: compiled kernels are kept", "FAILED"),
+])  # fmt: skip
+def test_tensorrt_for_rtx_is_checked_if_installed(
+    name: str, outcome: str, simulated: Any, embedded: Callable[..., Path], tmp_path: Path, references: Path
+) -> None:
+    """The simulated TensorRT for RTX has no cache of kernels."""
+    simulated.install("tensorrt-rtx")
+    embedded()
+    workplaces.make_workplace(tmp_path, ours=True)
+    (check,) = [check for check in all_checks() if check.name == name]
+    for file in references.glob("run-ort-cpu-*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    result = run_check(check, Workplace(tmp_path))
+    assert result.outcome == outcome, result.seen
+
+
+def test_a_provider_of_onnxruntime_that_does_not_start_is_a_failure(
+    result_of: ResultOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pictures, "choose_provider", lambda *_: SimpleNamespace(name="CUDAExecutionProvider"))
+    result = result_of("ort-cuda: a whole picture matches ort-cpu")
+    assert (result.outcome, result.seen.partition(":")[0]) == ("FAILED", "IncompatibleError")
+
+
+def test_checks_are_skipped_if_the_plans_are_for_another_machine(result_of: ResultOf, simulated: Any) -> None:
     simulated.compute_capability = (9, 0)
-    result = run_check(check("tensorrt: a whole picture matches ort-cpu"), workplace)
+    result = result_of("tensorrt: a whole picture matches ort-cpu")
     assert result.outcome == "skipped"
     assert "compute capability is 9.0" in result.seen
 
 
 def test_plans_are_built_only_if_none_fit(
-    workplace: Workplace, simulated: Any, monkeypatch: pytest.MonkeyPatch
+    result_of: ResultOf, workplace: Workplace, simulated: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     builds: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(gpu_checks, "build_plans", lambda *arguments, **named: builds.append((*arguments, named)))
-    build = check("tensorrt: plans are built")
-    assert run_check(build, workplace).seen.startswith("6 plans already built")
+    monkeypatch.setattr(plans, "build_plans", lambda *arguments, **named: builds.append((*arguments, named)))
+    assert result_of("tensorrt: plans are built: base UNet").seen.startswith("1 plans already built")
     assert builds == []
     simulated.compute_capability = (9, 0)
-    result = run_check(build, workplace)
-    assert builds == [(workplace.root, "tensorrt", {"flags": workplace.flags})]
-    assert result.outcome == "FAILED", "the stubbed build leaves no plan that fits"
+    result_of("tensorrt: plans are built: base UNet")
+    assert builds == [(workplace.root, "tensorrt", {"flags": workplace.flags, "components": ["unet"]})]
+    assert workplace.flags.weight_streaming
 
 
-def test_a_damaged_plan_fails_the_check_that_loads_it(workplace: Workplace) -> None:
-    (plan, *_) = sorted((workplace.root / "plans").glob("unet-*.plan"))
-    content = bytearray(plan.read_bytes())
-    content[-1] ^= 1
-    plan.write_bytes(content)
-    result = run_check(check("tensorrt: plans load and unload"), workplace)
-    assert result.outcome == "FAILED"
-    assert "CorruptError" in result.seen
-
-
-@pytest.mark.parametrize(
-    ("name", "setting", "said"),
-    [
-        ("plans load and unload", ("LEFT_BEHIND", -1), "were not freed"),
-        ("a whole picture matches ort-cpu", ("LATENTS_TOLERANCE", -1.0), "latents differ"),
-        ("residencies give the same picture", ("SAME_TOLERANCE", -1.0), "swap differs from resident"),
-        ("memory is what was planned", ("OVERHEAD", -(1 << 40)), "planned, which is too much"),
-    ],
-)
-def test_values_beyond_their_tolerance_fail(
-    workplace: Workplace, monkeypatch: pytest.MonkeyPatch, name: str, setting: tuple[str, float], said: str
+def test_a_reference_that_does_not_fit_into_host_memory_skips_the_check(
+    result_of: ResultOf, workplace: Workplace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu_checks, *setting)
-    result = run_check(check(f"tensorrt: {name}"), workplace)
-    assert result.outcome == "FAILED"
-    assert said in result.seen
+    settings = workplace.folder / "workplace.json"
+    settings.write_text(settings.read_text().replace('"quick":true', '"quick":false'))
+    monkeypatch.setattr(workplaces, "available_host_memory", lambda: 1000)
+    for file in workplace.folder.glob("*.npz"):
+        file.unlink()
+    for name in ("a whole picture matches ort-cpu", "sizes off the optimum: base UNet"):
+        result = result_of(f"tensorrt: {name}")
+        assert result.outcome == "skipped", result
+        assert "the reference on the CPU needs about" in result.seen
 
 
-def test_a_graph_that_cannot_be_captured_is_a_failure(workplace: Workplace, simulated: Any) -> None:
-    simulated.fail_capture()
-    result = run_check(check("tensorrt: CUDA graphs are used"), workplace)
-    assert result.outcome == "FAILED"
-    assert "could not be captured" in result.seen
+def test_on_a_small_gpu_resident_is_not_tried(result_of: ResultOf, simulated: Any) -> None:
+    simulated.memory_limit = 8 << 20
+    found = {name: result_of(f"tensorrt: {name}") for name in (
+        "a whole picture matches ort-cpu", "residencies give the same picture", "memory is what was planned",
+        "the handoff", "an engine loads while another captures")}  # fmt: skip
+    assert [each.outcome for each in found.values()] == ["ok", "ok", "ok", "skipped", "skipped"], found
+    assert "resident not tried: residency resident needs" in found["residencies give the same picture"].seen
+    assert "resident does not fit" in found["memory is what was planned"].seen
 
 
-def test_no_graph_at_all_is_a_failure(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sdxl_trt.engines.backends.trt.context import ShapedContext
+def test_results_are_shared_by_the_checks_processes(workplace: Workplace, simulated: Any) -> None:
+    first = workplace.run("tensorrt", "resident")
+    executed = len(simulated.executed)
+    again = Workplace(workplace.folder).run("tensorrt", "resident")
+    assert len(simulated.executed) == executed
+    assert (again.latents == first.latents).all()
+    assert again.figures == first.figures
 
-    monkeypatch.setattr(ShapedContext, "wants_graph", property(lambda self: False))
-    result = run_check(check("tensorrt: CUDA graphs are used"), workplace)
-    assert (result.outcome, "no CUDA graph was launched" in result.seen) == ("FAILED", True)
+
+def test_paths_do_not_reach_the_report(workplace: Workplace) -> None:
+    def fail(_: Workplace) -> Any:
+        raise ValueError(f"{workplace.root}/plans is\nbad | worse")
+
+    result = run_check(Check("first", fail), workplace)
+    assert (result.outcome, result.seen) == ("FAILED", "ValueError: BUNDLE/plans is bad | worse")
 
 
-def test_a_component_with_wrong_outputs_is_named(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
-    download = Stream.download
-
-    def negated(self: Stream, target: Any, address: int, doing: str) -> None:
-        download(self, target, address, doing)
-        self.synchronize(doing)
-        if "refiner_unet" in doing:
-            target[...] = -target
-
-    monkeypatch.setattr(Stream, "download", negated)
-    records = workplace.records("tensorrt")
-    few = {name: records[name] for name in ("refiner_unet", "text_encoder")}
-    monkeypatch.setattr(workplace, "records", lambda flavour: few)
-    result = run_check(check("tensorrt: every component matches ONNX Runtime"), workplace)
-    assert result.outcome == "FAILED"
-    assert "refiner_unet" in result.seen
-    assert "text_encoder" not in result.seen, "its outputs are right"
+def test_the_checks_names_differ_and_the_important_ones_come_first() -> None:
+    checks = all_checks()
+    assert len({check.name for check in checks}) == len(checks)
+    assert checks[0].name == "tensorrt: the bindings import"
+    assert checks[-1].name == "tensorrt-rtx: two operator sets"
+    assert all(check.needs <= check.most for check in checks)
+    assert json.dumps([check.name for check in checks]).isascii()
+    assert order.MINUTE == 60

@@ -1,0 +1,78 @@
+"""The peak of the GPU's memory in use, sampled by a thread."""
+
+__all__ = ["MemorySampler", "used_memory"]
+
+import threading
+from types import TracebackType
+from typing import Self
+
+from sdxl_trt.benchmarks.measure import Nvml
+from sdxl_trt.engines import SdxlTrtError
+from sdxl_trt.engines.backends.cuda import Cuda
+
+INTERVAL = 0.005
+"""Seconds between two samples."""
+
+
+class _Reader:
+    """Reads the bytes in use on the first GPU, by all processes.
+
+    The driver's NVML library is asked if there is one: it makes no CUDA context, which costs hundreds of megabytes, and
+    no CUDA call that could disturb a capture in another thread. CUDA is asked otherwise; without both the result is 0.
+    """
+
+    def __init__(self) -> None:
+        self._nvml = Nvml()
+        self._cuda: Cuda | None = None
+
+    def __call__(self) -> int:
+        used = self._nvml.used()
+        if used is not None:
+            return used
+        try:
+            self._cuda = self._cuda or Cuda()
+            free, total = self._cuda.memory()
+        except SdxlTrtError:
+            return 0
+        return total - free
+
+
+def used_memory() -> int:
+    """Return the bytes in use on the first GPU, by all processes."""
+    return _Reader()()
+
+
+class MemorySampler:
+    """Samples the memory in use every 5 ms while its context is open.
+
+    `peak` is the largest sample and `before` the first, in bytes; another program's memory counts, too.
+    """
+
+    def __init__(self) -> None:
+        self._read = _Reader()
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="memory sampler", daemon=True)
+        self.before = self.peak = self._read()
+
+    @property
+    def grown(self) -> int:
+        """Return the bytes by which the peak exceeds the first sample."""
+        return self.peak - self.before
+
+    def sample(self) -> None:
+        """Take a sample now."""
+        self.peak = max(self.peak, self._read())
+
+    def _run(self) -> None:
+        while not self._end.wait(INTERVAL):
+            self.sample()
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._end.set()
+        self._thread.join()

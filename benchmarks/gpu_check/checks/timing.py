@@ -1,0 +1,140 @@
+"""Checks that measure time: one step, the handoff and what overlaps with it, operator sets. None has a limit.
+
+They fail if an engine fails or computes something else; their figures are of one run, so they prove that it runs and
+show where time goes, and are no benchmark.
+"""
+
+__all__ = ["handoff", "operator_sets", "step_times"]
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from sdxl_trt.benchmarks.gpu_check.checks.calls import call, loaded, stage_of, unet_feed, usual_shape
+from sdxl_trt.benchmarks.gpu_check.checks.findings import Finding, Skipped, finding, require
+from sdxl_trt.benchmarks.gpu_check.checks.likeness import CALL_COSINE, Array, cosine, same
+from sdxl_trt.benchmarks.gpu_check.checks.workplace import Measured, Workplace, draw
+from sdxl_trt.benchmarks.measure import Figure
+from sdxl_trt.engines import IncompatibleError, numpy_dtype
+from sdxl_trt.engines.backends.trt import TrtEngine, current_environment
+from sdxl_trt.engines.build import build_plans
+from sdxl_trt.engines.bundle import Bundle, Flavour, Stage, read_bundle
+from sdxl_trt.engines.plans import find_plan
+
+_BOUND = ("encoder_hidden_states", "text_embeds", "time_ids")
+_WARM, _TIMED = 3, 10
+_STEPS = 20
+
+
+def step_times(flavour: Flavour, workplace: Workplace) -> Finding:
+    """Time a step of every UNet and a decode at the usual size, with the constant inputs bound, as in a run."""
+    bundle = workplace.planned(flavour)
+    figures = []
+    for name, stage in bundle.manifest.stages().items():
+        with loaded(workplace, flavour, stage.unet) as engine:
+            figures.append(Figure(f"{name} UNet step", _step(engine, bundle)[0], "s"))
+    with loaded(workplace, flavour, _decoder(bundle.manifest.base)) as engine:
+        figures.append(Figure("VAE decode", _decode(engine, bundle)[0], "s"))
+    shape = usual_shape(bundle)
+    return finding(f"medians of {_TIMED} at {shape}: {_words(figures)}", *figures)
+
+
+def handoff(flavour: Flavour, workplace: Workplace) -> Finding:
+    """Time the first step from cold, base steps with and without a load beside them, and the change to the refiner."""
+    bundle = workplace.planned(flavour)
+    stage_of(bundle, "refiner")
+    shape = usual_shape(bundle)
+    usual = dataclasses.replace(workplace.request(), steps=_STEPS, handoff=0.8, width=shape.width, height=shape.height)
+    runs: dict[str, Measured] = {}
+    latents = []
+    workplace.require_fit(flavour, "resident")
+    for residency in ("resident", "swap"):
+        opened = time.perf_counter()
+        with workplace.opened(flavour, residency) as pool:
+            for state, since in (("cold", opened), ("warm", None)):
+                drawn = draw(pool, usual, since)
+                latents.append(drawn.latents)
+                runs[f"{residency}, {state}"] = drawn.figures
+    cold, warm = runs["resident, cold"], runs["resident, warm"]
+    figures = [
+        Figure("first step from cold", cold.first_step, "s"),
+        Figure("base step alone", _median(warm.seconds["base"]), "s"),
+        Figure("base step while the refiner loads", _median(cold.seconds["base"]), "s"),
+        *(Figure(f"stall at the handoff, {name}", run.seconds["load"][1], "s") for name, run in runs.items()),
+        Figure("picture", warm.total, "s"),
+    ]
+    found = finding(f"{_STEPS} steps: {_words(figures)}", *figures)
+    differing = [difference for each in latents[1:] for agree, difference in [same(each, latents[0])] if not agree]
+    return require(not differing, found, f"the runs differ: {', '.join(differing)}")
+
+
+def operator_sets(flavour: Flavour, workplace: Workplace) -> Finding:
+    """Time the base's UNet and the decoder as exported for two operator sets: normalization is one node in only one."""
+    other = workplace.other_opset
+    if other is None or not other.exists():
+        raise Skipped("there is no second export of the same graphs; the full-size pair has one")
+    bundle = workplace.planned(flavour)
+    figures, cosines = [], []
+    for name, run in ((bundle.manifest.base.unet, _step), (_decoder(bundle.manifest.base), _decode)):
+        _require_plan(other, flavour, name, workplace)
+        outputs = []
+        for root in (None, other):
+            with loaded(workplace, flavour, name, root=root) as engine:
+                seconds, output = run(engine, bundle)
+                figures.append(Figure(f"{name}, opset {engine.component.opset}", seconds, "s"))
+                outputs.append(output)
+        cosines.append(cosine(outputs[1], outputs[0]))
+    lowest = min(cosines)
+    found = finding(f"{_words(figures)}; lowest cosine {lowest:.6f}", *figures, Figure("lowest cosine", lowest))
+    # Both exports round to half precision, each in its own way.
+    return require(lowest >= 1 - 20 * (1 - CALL_COSINE), found, "the exports must compute the same")
+
+
+def _require_plan(root: Path, flavour: Flavour, name: str, workplace: Workplace) -> None:
+    """Build the plan of component `name` of the other export if it has none."""
+    try:
+        find_plan(read_bundle(root, partial=True), name, current_environment(flavour))
+    except IncompatibleError:
+        build_plans(root, flavour, flags=workplace.flags, components=[name])
+
+
+def _decoder(stage: Stage) -> str:
+    return stage.vae.decoder_bf16 or stage.vae.decoder
+
+
+def _step(engine: TrtEngine, bundle: Bundle) -> tuple[float, Array]:
+    """Return the median seconds of a step at the usual size, and its output."""
+    feed = unet_feed(engine.component, usual_shape(bundle), bundle.manifest.base.vae.factor)
+    engine.bind({name: feed.pop(name) for name in _BOUND})
+    return _timed(lambda: call(engine, feed))
+
+
+def _decode(engine: TrtEngine, bundle: Bundle) -> tuple[float, Array]:
+    """Return the median seconds of a decode at the size that a plan's first profile is tuned for, and its output."""
+    profile = next(record.key.profiles[0] for record in bundle.manifest.plans if record.key.component == engine.name)
+    (spec,) = engine.component.inputs
+    latents = np.random.default_rng(0).standard_normal(profile.shapes[spec.name][1]).astype(numpy_dtype(spec))
+    return _timed(lambda: call(engine, {spec.name: latents}))
+
+
+def _timed(run: Callable[[], Array]) -> tuple[float, Array]:
+    seconds = []
+    for _ in range(_WARM + _TIMED):
+        started = time.perf_counter()
+        output = run()
+        seconds.append(time.perf_counter() - started)
+    require(np.isfinite(output).all(), finding("NaN or infinity was computed"), "finite values are required")
+    return statistics.median(seconds[_WARM:]), output
+
+
+def _median(seconds: list[float]) -> float:
+    """Return the median without the first step, which sets shapes and captures."""
+    return statistics.median(seconds[1:] or seconds)
+
+
+def _words(figures: list[Figure]) -> str:
+    return ", ".join(f"{figure.name} {figure.value * 1e3:.1f} ms" for figure in figures if figure.unit == "s")
