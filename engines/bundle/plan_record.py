@@ -109,3 +109,8 @@ class PlanRecord(Record, frozen=True, kw_only=True):
         """The version of the NVIDIA driver of the build, or "" if unknown."""
         driver = self.driver or self.key.environment.driver
         return "" if driver == ANY else driver
+
+    @property
+    def environment(self) -> Environment:
+        """The machine of the build, with its driver if known."""
+        return msgspec.structs.replace(self.key.environment, driver=self.built_with or ANY)

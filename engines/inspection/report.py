@@ -121,7 +121,7 @@ def _plan_lines(bundle: Bundle) -> list[str]:
 
 def _details(bundle: Bundle, record: PlanRecord) -> Iterator[str]:
     yield from paragraph("      ", "; or ".join(_profiles(bundle, record)))
-    yield from paragraph("      ", f"for {_machine(record.key.environment)}{_flags(record)}")
+    yield from paragraph("      ", f"for {_machine(record.environment)}{_flags(record)}")
     problem = file_problem(bundle, record.file)
     if problem:
         yield from paragraph("      ", f"its file {problem}")
@@ -248,7 +248,7 @@ def _plan_json(bundle: Bundle, record: PlanRecord) -> dict[str, Any]:
         "bytes": record.file.size,
         "memory": record.memory,
         "profiles": record.key.profiles,
-        "environment": record.key.environment,
+        "environment": record.environment,
         "flags": record.key.flags,
         "seconds": record.seconds,
         "log": record.log,

@@ -63,8 +63,8 @@ def add_plan_options(group: Any) -> None:
     group.add_argument("--weight-streaming", action="store_true", help="let weights stay in host memory at run time")
     group.add_argument("--version-compatible", action="store_true", help="plans that run on later minor versions too")
     group.add_argument("--hardware-compatible", nargs="?", choices=("same", "ampere"), const="ampere",
-                       help="slower plans for several GPUs: same, of one compute capability; ampere (without a value):"
-                       " since Ampere, may fail on some")  # fmt: skip
+                       help="slower plans that run on several GPUs: same, for one compute capability; ampere (also"
+                       " without a value), for all since Ampere")  # fmt: skip
     group.add_argument("--plans-only", action="store_true", help="leave the graphs and weights out of the bundle")
 
 

@@ -54,8 +54,9 @@ class Activations:
         try:
             self.block()
         except BaseException:
-            self._needs[owner] = before
-            if not before:
+            if before:
+                self._needs[owner] = before
+            else:
                 del self._needs[owner]
             self._restore()
             raise

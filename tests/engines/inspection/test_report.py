@@ -232,6 +232,16 @@ def test_another_driver_is_a_note(plan: Any, here: Any) -> None:
     assert parts["vae_decoder"] == []
 
 
+def test_the_driver_of_a_build_is_shown_from_its_record(plan: Any) -> None:
+    bundle = plan("unet", SIZES, msgspec.structs.replace(RTX_4090, driver="any"))
+    (record,) = bundle.manifest.plans
+    record = msgspec.structs.replace(record, driver="590.1.2")
+    write_manifest(bundle.root, msgspec.structs.replace(bundle.manifest, plans=(record,)))
+    assert "NVIDIA GeForce RTX 4090 (8.9), driver 590.1.2, linux-x86_64\n" in _text(bundle.root)
+    told = json.loads(msgspec.json.encode(inspect_bundle(bundle.root).json))
+    assert told["plans"][0]["environment"]["driver"] == "590.1.2"
+
+
 def test_the_closest_of_several_plans_counts(plan: Any, here: Any) -> None:
     plan("unet", SIZES, msgspec.structs.replace(RTX_4090, gpu="other", compute_capability="9.0"))
     bundle = plan("unet")
