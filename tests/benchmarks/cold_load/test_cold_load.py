@@ -55,7 +55,7 @@ def test_ratios_are_of_the_same_round() -> None:
 
 
 def _rows(ratio: float, memory: int) -> list[Row]:
-    return [Row(way, 2, 2.0, 0.7, ratio, 1.5, 2.5, memory, []) for way in ("whole", "touched", "stream")]
+    return [Row(way, 2, 2.0, 0.7, 1.95, ratio, 2.5, memory, []) for way in ("whole", "touched", "stream")]
 
 
 def test_the_bars_decide() -> None:
@@ -79,4 +79,4 @@ def test_the_report_says_that_rates_are_given() -> None:
     text = table(Report({"cores": 2}, GB, 3, (0.1, 0.2), rows, RATES_4090, 5.0, [timeline], bars(rows, GB)))
     assert "Rates are given for an RTX 4090, not measured" in text
     assert "| swap | 1.00 s | 0.50 s | 2.00 s |" in text
-    assert "| read and checked into new memory | 2 | 2.00 | 0.70 | 1.90 | 1.50 | 2.50 | 1000 MB |" in text
+    assert "| read and checked into new memory | 2 | 2.00 | 0.70 | 1.95 | 1.90 | 2.50 | 1000 MB |" in text
