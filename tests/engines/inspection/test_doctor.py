@@ -39,10 +39,14 @@ def test_the_installed_onnxruntime_starts_on_a_cpu() -> None:
 
 def test_without_a_driver_nothing_else_is_asked(use_driver: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     use_driver(Driver(problem=NONE))
+    monkeypatch.setattr(provider_checks, "_onnxruntime", lambda name: pytest.fail("imported"))
     assert {check_provider(name) for name in PROVIDERS if name != "ort-cpu"} == {NONE}
-    # Only what starts on a CPU is imported.
+
+
+def test_a_missing_onnxruntime_is_the_one_for_the_provider(use_driver: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_driver(Driver((12, 4), (ADA,)))
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    for name, extra in (("ort-cpu", "cpu"), ("ort-cuda", "gpu")):
+    for name, extra in (("ort-cpu", "cpu"), ("ort-cuda", "gpu-cu12"), ("ort-tensorrt", "gpu-cu12")):
         problem = check_provider(name)
         assert problem is not None
         assert problem.reason.startswith("onnxruntime does not import (")
