@@ -133,8 +133,9 @@ def _result(provider: str, process: subprocess.Popen[str]) -> Problem | None:
     except (ValueError, IndexError, TypeError):
         code = process.returncode
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
-        last = (err.split("\n") or [""])[-1]
-        return Problem(f"importing its packages ended the process with {how} {last}".rstrip(), remedy)
+        words = err.splitlines()
+        said = f": {words[-1]}" if words else ""
+        return Problem(f"importing its packages ended the process with {how}{said}", remedy)
 
 
 def relevant_packages() -> dict[str, str]:

@@ -67,14 +67,16 @@ def _check_onnxruntime(provider: str) -> Problem | None:
         provider_problem,
     )
 
+    if find_driver().problem is not None:
+        return find_driver().problem
     ort = _onnxruntime(provider)
     try:
         chosen = choose_provider(ort, "ort-cuda" if provider == "ort-cuda" else "ort-tensorrt")
     except IncompatibleError:
-        return find_driver().problem or provider_problem(ort, CUDA if provider == "ort-cuda" else TENSORRT)
-    if chosen.plugin and find_driver().problem is None:
+        return provider_problem(ort, CUDA if provider == "ort-cuda" else TENSORRT)
+    if chosen.plugin:
         plugin_devices(ort)
-    return find_driver().problem
+    return None
 
 
 def _check_tensorrt(flavour: str) -> Problem | None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -38,10 +39,14 @@ def test_the_installed_onnxruntime_starts_on_a_cpu() -> None:
 
 def test_without_a_driver_nothing_else_is_asked(use_driver: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     use_driver(Driver(problem=NONE))
+    monkeypatch.setattr(provider_checks, "_onnxruntime", lambda name: pytest.fail("imported"))
     assert {check_provider(name) for name in PROVIDERS if name != "ort-cpu"} == {NONE}
-    # Only what starts on a CPU is imported.
+
+
+def test_a_missing_onnxruntime_is_the_one_for_the_provider(use_driver: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_driver(Driver((12, 4), (ADA,)))
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    for name, extra in (("ort-cpu", "cpu"), ("ort-cuda", "gpu")):
+    for name, extra in (("ort-cpu", "cpu"), ("ort-cuda", "gpu-cu12"), ("ort-tensorrt", "gpu-cu12")):
         problem = check_provider(name)
         assert problem is not None
         assert problem.reason.startswith("onnxruntime does not import (")
@@ -105,9 +110,9 @@ def test_a_package_that_raises_is_reinstalled(use_driver: Any, monkeypatch: pyte
 
 
 def test_packages_that_end_the_process_are_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In real processes; a package prints to stdout before it does."""
+    """In real processes."""
     package = tmp_path / "onnxruntime.py"
-    package.write_text("import os\nprint('welcome', flush=True)\nos.kill(os.getpid(), 11)\n")
+    package.write_text("import os\nos.kill(os.getpid(), 11)\n")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.setattr(doctor, "PROVIDERS", ("ort-cpu", "tensorrt"))
     report = examine_machine()
@@ -116,6 +121,20 @@ def test_packages_that_end_the_process_are_a_problem(tmp_path: Path, monkeypatch
     assert problem.reason == "importing its packages ended the process with signal 11"
     assert "sdxl-trt" in report.packages
     assert report.problems["tensorrt"] == report.driver.problem
+
+
+def test_what_packages_print_is_no_answer() -> None:
+    def ended(code: str) -> Problem | None:
+        process = subprocess.Popen(
+            [sys.executable, "-S", "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        return doctor._result("tensorrt", process)
+
+    assert ended("print('welcome'); print('null')") is None
+    assert ended("""print('["it is missing", "install it"]')""") == Problem("it is missing", "install it")
+    problem = ended("import sys; print('welcome'); sys.stderr.write('first\\nno memory\\n'); sys.exit(9)")
+    assert problem is not None
+    assert problem.reason == "importing its packages ended the process with exit code 9: no memory"
 
 
 def _report(**problems: Problem | None) -> DoctorReport:

@@ -9,6 +9,7 @@ import pytest
 
 from sdxl_trt.engines.backends.cuda.driver import Driver, Gpu, Problem
 from sdxl_trt.engines.backends.ort import probe
+from sdxl_trt.engines.backends.ort.engine import _explain
 from sdxl_trt.engines.backends.ort.probe import CUDA, TENSORRT, plugin_problem, provider_problem
 from sdxl_trt.engines.backends.ort.providers import RTX, ExecutionProvider, choose_provider, plugin_devices
 from sdxl_trt.engines.errors import IncompatibleError
@@ -75,6 +76,15 @@ def test_a_missing_library_is_named_with_the_command(install: Any) -> None:
     assert provider_problem(runtime, CUDA) == Problem("libcublasLt.so.99 is missing", "pip install 'sdxl-trt[gpu]'")
     with pytest.raises(IncompatibleError, match=r"^provider ort-cuda cannot start: libcublasLt\.so\.99 is missing"):
         choose_provider(runtime, "ort-cuda")
+
+
+def test_a_library_that_onnx_runtime_misses_is_no_defect() -> None:
+    """What the probe overlooks still has the exit code of a machine that cannot run it."""
+    said = "[ONNXRuntimeError] : 1 : FAIL : with error: libnvinfer.so.10: cannot open shared object file: No such file"
+    error = _explain(RuntimeError(said), "loading unet")
+    assert isinstance(error, IncompatibleError)
+    assert "libnvinfer.so.10" in str(error)
+    assert "trt-inspect --doctor" in str(error)
 
 
 def test_a_library_that_is_opened_later_is_checked_too(install: Any, monkeypatch: pytest.MonkeyPatch) -> None:
