@@ -6,7 +6,7 @@ scale these to the real builder's figures: benchmarks/full_size/activations.py c
 benchmarks/results/activations.md has the table. `estimate_error` returns how far estimates may be off.
 """
 
-__all__ = ["estimate_activations", "estimate_error", "largest_axes", "score_bytes"]
+__all__ = ["estimate_activations", "estimate_each", "estimate_error", "largest_axes", "score_bytes"]
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -18,6 +18,8 @@ _ITEM: dict[Precision, int] = {"fp32": 4, "fp16": 2, "bf16": 2, "mixed": 4}
 _WORKSPACE = 8 << 20  # in every plan, whatever its size
 # Kernels for a range of shapes need more memory than those for one shape; so do kernels for few channels.
 _UNET_STATIC, _UNET_NARROW, _UNET_DYNAMIC = 1.02, 1.45, 1.79
+# A profile for one size needs more in a plan that also has a range: SDXL's UNets, 1 and 2 rows (results/build.md).
+_UNET_BESIDE_RANGE = 1.31
 _NARROW, _NARROW_DECODER = 128, 64
 _DECODER_STATIC, _DECODER_DYNAMIC = 1.0, {2: 2.3, 4: 1.4}
 _TEXT_HIDDENS = 6.5
@@ -31,8 +33,14 @@ def estimate_activations(component: Component, profiles: Iterable[Profile], prec
 
     `precision` overrides the component's own, for a provider that computes in another.
     """
-    item = _ITEM[precision or component.precision]
-    return max((_estimate(component, profile, item) for profile in profiles), default=0)
+    return max(estimate_each(component, profiles, precision), default=0)
+
+
+def estimate_each(component: Component, profiles: Iterable[Profile], precision: Precision | None = None) -> list[int]:
+    """Return an estimate, in bytes, of the activations of each of the `profiles` of one plan, in their order."""
+    item, together = _ITEM[precision or component.precision], list(profiles)
+    ranged = not all(map(_is_static, together))
+    return [_estimate(component, profile, item, ranged=ranged) for profile in together]
 
 
 def estimate_error(component: Component) -> float:
@@ -59,12 +67,25 @@ def score_bytes(component: Component, profiles: Iterable[Profile], precision: Pr
     return int(_SCORES * scores) * _ITEM[precision]
 
 
-def _estimate(component: Component, profile: Profile, item: int) -> int:
+def _is_static(profile: Profile) -> bool:
+    return all(low == high for low, _, high in profile.shapes.values())
+
+
+def _unet_factor(width: int, *, static: bool, ranged: bool) -> float:
+    if not static:
+        return _UNET_DYNAMIC
+    if width < _NARROW:
+        return _UNET_NARROW
+    return _UNET_BESIDE_RANGE if ranged else _UNET_STATIC
+
+
+def _estimate(component: Component, profile: Profile, item: int, *, ranged: bool) -> int:
+    """Return the estimate for a profile of a plan; `ranged` states whether any of its profiles is for a range."""
     axes, widths = largest_axes(component, profile), _widths(component.config)
-    static = all(low == high for low, _, high in profile.shapes.values())
+    static = _is_static(profile)
     places = axes.get("height", 1) * axes.get("width", 1)
     if component.kind == "unet":
-        factor = _UNET_DYNAMIC if not static else _UNET_NARROW if widths[0] < _NARROW else _UNET_STATIC
+        factor = _unet_factor(widths[0], static=static, ranged=ranged)
         alive = _unet_bytes(component.config, item) * places * axes.get("rows", 1)
     elif component.kind == "text_encoder":
         config, prompts = component.config, axes.get("prompts", 1)

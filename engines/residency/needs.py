@@ -30,7 +30,13 @@ from sdxl_trt.engines.plans import (
     profile_for_run,
     usual_profile,
 )
-from sdxl_trt.engines.residency.activations import estimate_activations, estimate_error, largest_axes, score_bytes
+from sdxl_trt.engines.residency.activations import (
+    estimate_activations,
+    estimate_each,
+    estimate_error,
+    largest_axes,
+    score_bytes,
+)
 
 _ITEM: dict[DType, int] = {"float32": 4, "float16": 2, "int64": 8}
 # ONNX Runtime's CPU provider computes in fp32: it keeps fp16 weights, their fp32 casts and packed copies.
@@ -106,7 +112,7 @@ def need_of(
     if not shares_activations(provider):
         return _onnxruntime_need(manifest, name, provider, sizes)
     profiles = _profiles(component, axes_of(component.kind, component.precision, sizes, factor))
-    estimates = [estimate_activations(component, [profile]) for profile in profiles]
+    estimates = estimate_each(component, profiles)
     chosen = _chosen(name, component, profiles, estimates, at, factor)
     weights, activations = component.weights.size, estimates[chosen]
     return Need(

@@ -13,6 +13,7 @@ from msgspec.structs import replace
 from sdxl_trt.engines.bundle.bundle import Bundle, read_bundle
 from sdxl_trt.engines.bundle.phases import run_components, run_phases, stand_ins
 from sdxl_trt.engines.bundle.plan_record import BuildFlags, Environment, PlanKey, PlanMemory, PlanRecord
+from sdxl_trt.engines.bundle.profile import Range, fixed
 from sdxl_trt.engines.bundle.records import FileRecord
 from sdxl_trt.engines.errors import ResourceError, SizeError, UsageError
 from sdxl_trt.engines.host.memory import format_bytes
@@ -282,6 +283,19 @@ def test_sdxl_on_common_cards(sdxl: Bundle, capacity: float, residency: str, *, 
     assert (set(plan.keeps) == set(COMPONENTS)) == everything_stays
     if residency == "resident":
         assert set(UNETS) <= set(plan.keeps), "text encoders and the autoencoder are freed, UNets are not"
+
+
+@pytest.mark.parametrize(("rows", "base", "refiner"), [(1, 177.3, 202.1), (2, 343.5, 394.0)])
+def test_estimates_of_the_usual_size_are_near_the_real_builder_s(
+    sdxl: Bundle, rows: int, base: float, refiner: float
+) -> None:
+    """SDXL's UNets in fp16 at full size, built on a CPU with the default profiles: benchmarks/results/build.md."""
+    run = RunSizes(height=1024, width=1024, rows=rows, tokens=77)
+    default = Sizes(**{name: Range(min=512, opt=1024, max=1280) for name in ("height", "width")},
+                    batch=fixed(1), tokens=Range(min=77, opt=77, max=231))  # fmt: skip
+    plan = estimate_memory(sdxl, provider="tensorrt", capacity=None, sizes=default, run=run)
+    found = {need.component: need.activations / MB for need in plan.needs}
+    assert (found["unet"], found["refiner_unet"]) == (pytest.approx(base, rel=0.04), pytest.approx(refiner, rel=0.04))
 
 
 def test_streamed_weights_count_as_host_memory(sdxl: Bundle) -> None:
