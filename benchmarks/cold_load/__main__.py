@@ -7,7 +7,6 @@ and a Markdown table beside it.
 
 __all__ = ["Report", "Row", "bars", "main", "table"]
 
-import os
 import statistics
 import sys
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from sdxl_trt.benchmarks.measure import (
     RESULTS_FOLDER,
     Bar,
     bars_table,
+    load_average,
     machine,
     machine_words,
     missed,
@@ -81,7 +81,7 @@ class Report(msgspec.Struct, frozen=True):
 
 def measure(path: Path, size: int, rounds: int, only: Sequence[str] = ()) -> list[Row]:
     """Measure the ways `only`, or all, in turns, beside those that they are compared with; the file must be cached."""
-    cores = len(os.sched_getaffinity(0))
+    cores = int(machine()["cores"])
     threads = sorted({1, 2, min(4, cores)})
     ways: list[tuple[Way, int]] = [("sha256", 1), ("file", 1), ("before", 1)]
     ways += [(way, count) for way in _CHECKED if way in (only or WORDS) for count in threads if count <= cores]
@@ -204,10 +204,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     path = arguments.work / "plan.bin"
     make_file(path, size)
     _cache(path)
-    load = os.getloadavg()[0]
+    load = load_average()
     rows = measure(path, size, rounds, arguments.only)
     timelines = simulate_all(RATES_4090, arguments.speed)
-    loads = (load, os.getloadavg()[0])
+    loads = (load, load_average())
     found = bars(rows, size)
     report = Report(machine(), size, rounds, loads, rows, RATES_4090, arguments.speed, timelines, found)
     write_results(report, table(report), arguments.results)

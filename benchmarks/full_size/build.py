@@ -9,7 +9,6 @@ next run, plans are deleted.
 __all__ = ["Build", "Report", "bars", "main", "table"]
 
 import os
-import resource
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -24,6 +23,7 @@ from sdxl_trt.benchmarks.measure import (
     Bar,
     at_most,
     bars_table,
+    load_average,
     machine,
     machine_words,
     measure,
@@ -92,7 +92,7 @@ def measure_build(case: BuildCase, bundle: Bundle, folder: Path) -> Build:
         plan=plan,
         log=folder / f"{case.name.replace(' ', '-').replace(':', '-').replace(',', '')}.log",
     )
-    load, used = os.getloadavg()[0], _children_seconds()
+    load, used = load_average(), _children_seconds()
     try:
         with ProgressLine() as line:
             built = build_plan(job, progress=build_progress(line))
@@ -100,14 +100,14 @@ def measure_build(case: BuildCase, bundle: Bundle, folder: Path) -> Build:
         plan.unlink(missing_ok=True)
     figures = _figures(case, built, component.weights.size)
     return msgspec.structs.replace(
-        figures, cpu_seconds=round(_children_seconds() - used, 1), load=round(max(load, os.getloadavg()[0]), 1)
+        figures, cpu_seconds=round(_children_seconds() - used, 1), load=round(max(load, load_average()), 1)
     )
 
 
 def _children_seconds() -> float:
     """Return the processor's time that ended children of this process have used."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 def _figures(case: BuildCase, built: BuiltPlan, weights: int) -> Build:
