@@ -137,7 +137,11 @@ def _require_quality(report: "BenchReport") -> None:
 
 def _estimate(arguments: argparse.Namespace) -> None:
     from sdxl_trt.benchmarks.roofline import estimate_table, run_estimate  # noqa: PLC0415
+    from sdxl_trt.engines import UsageError  # noqa: PLC0415
 
+    if arguments.gpu_check is not None:
+        raise UsageError("--gpu-check and --estimate: an estimate runs nothing that figures could be shown beside; give"
+                         " one of them")  # fmt: skip
     height, width = arguments.size or (1024, 1024)
     steps = _STEPS if arguments.steps is None else arguments.steps
     found = run_estimate(

@@ -50,6 +50,7 @@ class MemorySampler:
 
     def __init__(self) -> None:
         self._read = _Reader()
+        self._lock = threading.Lock()
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, name="memory sampler", daemon=True)
         self.before = self.peak = self._read()
@@ -60,8 +61,9 @@ class MemorySampler:
         return self.peak - self.before
 
     def sample(self) -> None:
-        """Take a sample now."""
-        self.peak = max(self.peak, self._read())
+        """Take a sample now, in any thread."""
+        with self._lock:  # else a late, low sample of one thread would overwrite the peak of another
+            self.peak = max(self.peak, self._read())
 
     def _run(self) -> None:
         while not self._end.wait(INTERVAL):

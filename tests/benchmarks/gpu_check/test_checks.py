@@ -18,6 +18,8 @@ from sdxl_trt.benchmarks.gpu_check.checks.findings import Failed
 from sdxl_trt.benchmarks.gpu_check.child import run_check
 from sdxl_trt.benchmarks.measure.gpu_record import CheckResult, read_gpu_report
 from sdxl_trt.engines.bundle.bundle import read_bundle, write_manifest
+from sdxl_trt.engines.bundle.profile import fixed
+from sdxl_trt.engines.plans.sizes import component_profiles
 from sdxl_trt.engines.residency.pool import EnginePool
 
 pytestmark = pytest.mark.slow
@@ -191,11 +193,11 @@ def _attention(workplace: Workplace, activations: int) -> Any:
     config = component.config | {"block_out_channels": [320, 640, 1280], "attention_head_dim": [5, 10, 20]}
     component = msgspec.structs.replace(component, config=config, precision="fp16")
     record = workplace.records("tensorrt", "unet")["unet"]
-    shapes = {"sample": ((2, 4, 128, 128),) * 3, "encoder_hidden_states": ((2, 77, 80),) * 3}
-    profile = msgspec.structs.replace(record.key.profiles[0], shapes=record.key.profiles[0].shapes | shapes)
+    axes = {"rows": fixed(2), "height": fixed(128), "width": fixed(128), "tokens": fixed(77)}
+    profiles = component_profiles({spec.name: spec.shape for spec in component.inputs}, [axes])
     record = msgspec.structs.replace(
         record,
-        key=msgspec.structs.replace(record.key, profiles=(profile,)),
+        key=msgspec.structs.replace(record.key, profiles=profiles),
         memory=msgspec.structs.replace(record.memory, activations=activations),
     )
     return plans.attention_finding(component, record)

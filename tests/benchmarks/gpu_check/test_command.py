@@ -1,5 +1,6 @@
 """The command: its options, its report and its exit codes."""
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,31 @@ def test_many_checks_that_were_skipped_for_one_reason_are_one_row() -> None:
     rows = [line for line in markdown(GpuReport(date="", gpu="", model="", checks=checks)).splitlines() if ": " in line]
     assert rows[2:] == ["| a: 3 checks | skipped | 0.0 | why |", "| b: one | ok | 0.0 | why |",
                         "| c: one | skipped | 0.0 | few |", "| c: two | skipped | 0.0 | few |"]  # fmt: skip
+
+
+def test_a_late_low_sample_does_not_overwrite_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first reading is in progress when another thread takes a sample that is higher."""
+    memory = MemorySampler()
+    reading, go_on, values = threading.Event(), threading.Event(), iter([0, 7])
+
+    def read() -> int:
+        value = next(values)
+        if value == 0:
+            reading.set()
+            go_on.wait(60)
+        return value
+
+    monkeypatch.setattr(memory, "_read", read)
+    low = threading.Thread(target=memory.sample)
+    low.start()
+    reading.wait(60)
+    high = threading.Thread(target=memory.sample)
+    high.start()
+    high.join(0.01)  # it ends only if nothing keeps the two apart
+    go_on.set()
+    low.join()
+    high.join()
+    assert memory.peak == 7
 
 
 def test_memory_is_sampled_by_a_thread(simulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,6 +43,11 @@ def test_hostile_names_stay_text(report: BenchReport) -> None:
     assert "<script>" not in page(hostile)
 
 
+def test_an_estimate_has_no_place_for_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--estimate", "h100", "--gpu-check", "report.json"]) == 2
+    assert "give one of them" in capsys.readouterr().err
+
+
 def test_a_file_that_is_no_report_ends_the_command_before_anything_is_measured(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
