@@ -23,7 +23,7 @@ from sdxl_trt.engines import CorruptError
 from sdxl_trt.engines.build import PlanFile
 from sdxl_trt.engines.bundle import Chunks
 from sdxl_trt.engines.host import process_memory, sha256_file
-from sdxl_trt.engines.plans import PlanReader
+from sdxl_trt.engines.plans import PlanReader, plan_memory
 
 Way = Literal["sha256", "file", "before", "whole", "touched", "stream"]
 WAYS: tuple[Way, ...] = get_args(Way)
@@ -114,8 +114,7 @@ def _whole(path: Path, facts: _File, threads: int, memory: mmap.mmap | None = No
 
 def _touched(path: Path, facts: _File, threads: int) -> Callable[[], None]:
     """Read and check the plan into memory that was written before: the system has to find and clear no page."""
-    memory = mmap.mmap(-1, facts.size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
+    memory = plan_memory(facts.size)
     np.frombuffer(memory, np.uint8)[:: mmap.PAGESIZE] = 1
     return partial(_whole, path, facts, threads, memory)
 

@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import IO, Protocol
 
 import msgspec
 
@@ -144,14 +144,17 @@ def _kill(child: "subprocess.Popen[bytes]") -> None:
     """
     if child.returncode is None:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL) if hasattr(os, "killpg") else child.kill()
+            if sys.platform == "win32":
+                child.kill()
+            else:
+                os.killpg(child.pid, signal.SIGKILL)
     for stream in (child.stdin, child.stdout):
         if stream is not None:
             stream.close()
     child.wait()
 
 
-def _ended(code: int, said: BinaryIO) -> str:
+def _ended(code: int, said: IO[bytes]) -> str:
     """Return how a child ended badly, with the last line it said, or "" if it ended well."""
     if not code:
         return ""

@@ -4,13 +4,14 @@ What is handed out was checked in the very memory that is handed out: no byte is
 check. A chunk that was dropped and is needed again is read and checked again.
 """
 
-__all__ = ["PlanReader", "reading_threads"]
+__all__ = ["PlanReader", "plan_memory", "reading_threads"]
 
 import contextlib
 import errno
 import hashlib
 import mmap
 import os
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -59,7 +60,7 @@ class PlanReader:
             found = path.stat().st_size
             if found != size:
                 raise damaged(f"{found} bytes, but the manifest says {size}")
-            self._map: mmap.mmap | None = _allocate(size) if memory is None else memory
+            self._map: mmap.mmap | None = plan_memory(size) if memory is None else memory
         except (OSError, MemoryError) as exc:
             raise self._explain(exc) from exc
         self._memory: memoryview | None = memoryview(self._map)[:size]
@@ -126,12 +127,12 @@ class PlanReader:
         The caller must not use views of them any longer.
         """
         with self._changed:
-            if self._map is None or not hasattr(mmap, "MADV_DONTNEED"):
+            if self._map is None:
                 return
             for index in [index for index in self._ready if self._span(index)[1] <= below]:
                 start, stop = self._span(index)
-                if start % mmap.PAGESIZE == 0 and (stop % mmap.PAGESIZE == 0 or stop == self.size):
-                    self._map.madvise(mmap.MADV_DONTNEED, start, stop - start)
+                whole = start % mmap.PAGESIZE == 0 and (stop % mmap.PAGESIZE == 0 or stop == self.size)
+                if whole and _give_back(self._map, start, stop - start):
                     self._ready.discard(index)
                     self._dropped.add(index)
 
@@ -208,15 +209,25 @@ class PlanReader:
             raise type(self._failure)(str(self._failure))
 
 
-def _allocate(size: int) -> mmap.mmap:
+def plan_memory(size: int) -> mmap.mmap:
     """Return anonymous memory of at least `size` bytes, in huge pages where the system has them.
 
     A page costs a fault when it is first written: small ones would cost about as much time as the hashing.
     """
-    if not hasattr(mmap, "MAP_ANONYMOUS"):
+    if sys.platform == "win32":
         return mmap.mmap(-1, max(size, 1))
-    memory = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return memory
+    else:  # noqa: RET505 - the type checker reads the branches of a platform
+        memory = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with contextlib.suppress(OSError):
+                memory.madvise(mmap.MADV_HUGEPAGE)
+        return memory
+
+
+def _give_back(memory: mmap.mmap, start: int, length: int) -> bool:
+    """Return whether the system took back these pages, which are zero from then on; Windows keeps them."""
+    if sys.platform == "win32" or not hasattr(mmap, "MADV_DONTNEED"):
+        return False
+    else:  # noqa: RET505 - the type checker reads the branches of a platform
+        memory.madvise(mmap.MADV_DONTNEED, start, length)
+        return True

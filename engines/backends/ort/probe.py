@@ -76,11 +76,12 @@ def _unloadable(library: Path, later: Iterable[str]) -> str | None:
     """Return why `library` would not load, or None: on Linux without loading itself, which needs its host's symbols."""
     if sys.platform == "win32":
         return load_problem(str(library))
-    try:
-        needed = needed_libraries(library)
-    except (OSError, ValueError) as exc:
-        return f"{library.name} cannot be read ({' '.join(str(exc).split())})"
-    return next(filter(None, map(load_problem, [*needed, *later])), None)
+    else:  # noqa: RET505 - the type checker reads the branches of a platform
+        try:
+            needed = needed_libraries(library)
+        except (OSError, ValueError) as exc:
+            return f"{library.name} cannot be read ({' '.join(str(exc).split())})"
+        return next(filter(None, map(load_problem, [*needed, *later])), None)
 
 
 def _remedy(name: str, for_cuda: str) -> str:
