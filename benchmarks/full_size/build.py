@@ -41,10 +41,14 @@ from sdxl_trt.engines.plans import component_profiles
 MB, GB = 10**6, 10**9
 RESULTS = RESULTS_FOLDER / "build.json"
 _MODULE = "sdxl_trt.benchmarks.full_size."
+_LOAD = (
+    "Load is the machine's load average during a build, with the day; 1 is the build alone. Compare times of rows with"
+    " like loads only. Rows without one are of a run before it was recorded."
+)
 _MODELS = {False: ("sdxl", "fp16"), True: ("tiny", "fp32")}
 
 
-class Build(msgspec.Struct, frozen=True):
+class Build(msgspec.Struct, frozen=True, omit_defaults=True):
     """The cost and result of one build, in bytes and seconds; `weights` are those of the ONNX graph.
 
     `profile_activations` are those of each profile, in order. `measured` is the day, `cpu_seconds` the processor's
@@ -187,6 +191,8 @@ def table(report: Report) -> str:
     ]
     lines += [_row(name, build) for name, build in report.builds.items()]
     lines += [f"| {name} | failed: {reason} | | | | | | | | | |" for name, reason in report.failed.items()]
+    if any(build.load is not None for build in report.builds.values()):
+        lines += ["", _LOAD]
     return "\n".join(lines) + "\n"
 
 

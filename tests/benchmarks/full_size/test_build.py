@@ -7,10 +7,11 @@ import msgspec
 import pytest
 
 from sdxl_trt.benchmarks.full_size import build
-from sdxl_trt.benchmarks.full_size.build import Build, Report, bars, main, table
+from sdxl_trt.benchmarks.full_size.build import Build, Report, bars, main, merged, table
 from sdxl_trt.benchmarks.full_size.build_cases import cases
 from sdxl_trt.benchmarks.full_size.tensorrt_on_cpu import unavailable
 from sdxl_trt.engines.bundle.bundle import read_bundle
+from sdxl_trt.engines.errors import UsageError
 from sdxl_trt.mini.embedded import bundle_path
 
 MB, GB = 10**6, 10**9
@@ -81,6 +82,31 @@ def test_a_failure_is_in_the_table() -> None:
     text = table(report)
     assert "| a plan | rows 2 | 300 MB | 5.000 GB | 5.100 GB (1.020×) | 9 | 0.50 s | 80 s | 11.00 GB (2.20×)" in text
     assert "| another | failed: it failed |" in text
+
+
+def _report(**builds: Build) -> Report:
+    return Report({"processor": "P", "cores": 2}, {"sdxl-trt": "1"}, False, builds, {}, bars(builds))
+
+
+def test_merged_results_keep_the_cases_that_did_not_run_again(tmp_path: Path) -> None:
+    path = tmp_path / "build.json"
+    static, ranged, exported = "base UNet, static", "base UNet, dynamic", "base UNet, as exported"
+    assert merged(_report(**{ranged: _build()}), path) == _report(**{ranged: _build()}), "there is nothing to keep"
+    path.write_bytes(msgspec.json.encode(_report(**{ranged: _build(1), static: _build(2)})))
+    new = msgspec.structs.replace(
+        _build(4), profile_activations=(1 * MB, 4 * MB), measured="2030-01-02", load=3.0, cpu_seconds=50.0
+    )
+    found = merged(_report(**{exported: new, ranged: _build(3)}), path)
+    assert found.builds == {static: _build(2), ranged: _build(3), exported: new}
+    assert list(found.builds) == [static, ranged, exported], "in the order of the cases"
+    assert found.bars == bars(found.builds)
+    text = table(found)
+    assert f"| {exported} | rows 2 | 1, 4 MB |" in text
+    assert "| 80 s (50 s of CPU) |" in text
+    assert "| 3.0 on 2030-01-02 |" in text
+    other = msgspec.structs.replace(found, versions={"sdxl-trt": "2"})
+    with pytest.raises(UsageError, match="another machine, version or size"):
+        merged(other, path)
 
 
 @pytest.mark.skipif(bool(unavailable()), reason=f"no TensorRT parser: {unavailable()}")

@@ -9,13 +9,18 @@ import pytest
 
 from sdxl_trt.engines.bundle.bundle import Bundle
 from sdxl_trt.engines.bundle.manifest import Component
+from sdxl_trt.engines.bundle.profile import Range
 from sdxl_trt.engines.engine import Array, Engine
 from sdxl_trt.engines.errors import CorruptError, EngineError, ResourceError
+from sdxl_trt.engines.plans.limits import PlanLimits
+from sdxl_trt.engines.plans.shapes import RunSizes
+from sdxl_trt.engines.residency.estimate import MemoryEstimate, PhaseEstimate
 from sdxl_trt.engines.residency.pool import EnginePool
 
 NAMES = ("text_encoder", "unet", "refiner_unet", "vae_decoder")
 UNETS = ("unet", "refiner_unet")
 RUN = tuple(zip(NAMES, (*NAMES[1:], ""), strict=True))
+GB = 10**9
 WAIT = 20
 """Seconds after which a thread counts as stuck; a passing test never waits that long."""
 
@@ -370,3 +375,60 @@ def test_a_replacement_runs_under_the_name_of_the_original(make_pool, machine: M
         pool.free(keep=("text_encoder",))
         assert machine.loaded == ["vae_decoder"]
     assert pool.loads == ["unet", "vae_decoder"]
+
+
+def _estimates(fits: dict[str, int], usual: int = 5) -> Callable[..., MemoryEstimate]:
+    """Return a stand-in for `estimate_memory`, exact figures on a device of 10 GB: the peak of each residency."""
+
+    def estimate(*, residency: str, run: RunSizes | None = None) -> MemoryEstimate:
+        peak = GB * (usual if run is None else fits[residency])
+        phase = PhaseEstimate(name="base", components=("unet",), loaded=("unet",), peak=peak)
+        return MemoryEstimate(
+            provider="tensorrt", capacity=10 * GB, usable=9 * GB, residency=residency, reason="", needs=(),
+            phases=(phase,), peak=peak, keeps=UNETS if residency == "resident" else (), missing=max(peak - 9 * GB, 0),
+        )  # fmt: skip
+
+    return estimate
+
+
+RUN_SIZES = RunSizes(height=512, width=768, rows=2, tokens=154)
+SIDES = Range(min=512, opt=1024, max=1280)
+LIMITS = PlanLimits(height=SIDES, width=SIDES, pictures=1, tokens=Range(min=77, opt=77, max=231))
+
+
+@pytest.mark.parametrize(
+    ("peaks", "residency", "left"),
+    [((9, 8, 7), "resident", ("swap", "stream")), ((10, 9, 7), "swap", ("stream",)), ((30, 20, 9), "stream", ())],
+)
+def test_a_run_gets_the_first_residency_that_it_fits(
+    make_pool, machine: Machine, peaks: tuple[int, ...], residency: str, left: tuple[str, ...]
+) -> None:
+    estimate = _estimates(dict(zip(("resident", "swap", "stream"), peaks, strict=True)))
+    options = {"fallbacks": ("swap", "stream"), "estimate": estimate, "records": {"unet": None}, "limits": LIMITS}
+    with make_pool("resident", **options) as pool:
+        pool.phase("vae_decoder")
+        pool.make_room(RUN_SIZES)
+        assert (pool.residency, pool._fallbacks) == (residency, left)
+        assert machine.loaded == (["vae_decoder"] if residency == "resident" else [])
+        pool.phase("unet")
+        # The run fits only if the small components are freed.
+        assert machine.loaded == ["unet"]
+
+
+def test_a_run_that_fits_nowhere_is_refused_with_the_size_that_fits(make_pool, machine: Machine) -> None:
+    options = {"estimate": _estimates({"swap": 12}), "records": {"unet": None}, "limits": LIMITS}
+    with make_pool("swap", **options) as pool, pytest.raises(ResourceError) as raised:
+        pool.make_room(RUN_SIZES)
+    assert str(raised.value) == (
+        "768x512 with 154 tokens: tensorrt, residency swap: base needs 12.00 GB, 3.00 GB more than the 9.00 GB"
+        " that is usable; the plans' usual size, 1024x1024 with 77 tokens, needs 7.00 GB less"
+    )
+    options["estimate"] = _estimates({"swap": 12}, usual=11)
+    with make_pool("swap", **options) as pool, pytest.raises(ResourceError, match="usable; build the plans with"):
+        pool.make_room(RUN_SIZES)
+    assert machine.events == []
+
+
+def test_without_plans_nothing_is_refused(make_pool) -> None:
+    with make_pool("swap", estimate=_estimates({"swap": 12})) as pool:
+        pool.make_room(RUN_SIZES)
