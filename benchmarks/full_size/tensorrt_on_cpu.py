@@ -132,8 +132,11 @@ def _library_version(home: Path) -> str:
 
 
 def _only(folder: Path, stem: str) -> Path:
-    """Return the only library in `folder` whose name starts with `stem`. Raises RuntimeError unless there is one."""
-    found = sorted(folder.glob(f"{stem}*"))
+    """Return the only library in `folder` whose name starts with `stem`. Raises RuntimeError unless there is one.
+
+    Links do not count: the plugin's package makes some beside its libraries when it is imported.
+    """
+    found = sorted(path for path in folder.glob(f"{stem}*") if not path.is_symlink())
     if len(found) != 1:
         raise RuntimeError(f"{folder}: expected one {stem}.*, found {[path.name for path in found]}")
     return found[0].resolve()

@@ -10,7 +10,7 @@ import pytest
 from sdxl_trt.engines.build import bundle_plans
 from sdxl_trt.engines.build.bundle_plans import build_plans
 from sdxl_trt.engines.build.messages import BuildJob, BuiltPlan
-from sdxl_trt.engines.bundle.plan_record import ANY, Environment, PlanMemory
+from sdxl_trt.engines.bundle.plan_record import ANY, Chunks, Environment, PlanMemory
 from sdxl_trt.mini.embedded import bundle_path
 
 HERE = Environment(
@@ -30,6 +30,7 @@ def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         return BuiltPlan(
             component=job.component, plan=job.plan, size=4, sha256="0" * 64, activations=30, weights=9, streamable=0,
             seconds=1.0, parse_seconds=0.5, layers=1, peak_anonymous=0, peak_file=0, profile_activations=(10, 20, 30),
+            chunks=Chunks(size=4, sha256=("0" * 64,)),
         )  # fmt: skip
 
     def run(environment: Environment = HERE, **options: Any) -> tuple[BuildJob, Any]:

@@ -12,7 +12,7 @@ from sdxl_trt.engines.build import bundle_plans
 from sdxl_trt.engines.build.bundle_plans import build_plans, drop_onnx
 from sdxl_trt.engines.build.jobs import plan_builds
 from sdxl_trt.engines.build.messages import BuildJob, BuiltPlan
-from sdxl_trt.engines.bundle import Bundle, FileRecord, PlanMemory, PlanRecord, read_bundle
+from sdxl_trt.engines.bundle import Bundle, Chunks, FileRecord, PlanMemory, PlanRecord, read_bundle
 from sdxl_trt.engines.bundle.plan_record import ANY, BuildFlags, Environment
 from sdxl_trt.engines.errors import IncompatibleError, UsageError
 from sdxl_trt.engines.plans.lookup import planned_components
@@ -145,7 +145,7 @@ def builds(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> list[BuildJob]:
         digest = hashlib.sha256(PLAN).hexdigest()
         return BuiltPlan(component=job.component, plan=job.plan, seconds=1.0, peak_anonymous=0, peak_file=0,
                          size=len(PLAN), sha256=digest, weights=1, activations=1, streamable=0, parse_seconds=0.1,
-                         layers=1)  # fmt: skip
+                         layers=1, chunks=Chunks(size=len(PLAN), sha256=(digest,)))  # fmt: skip
 
     monkeypatch.setattr(bundle_plans, "build_plan", build)
     monkeypatch.setattr(bundle_plans, "verify_file", lambda *_: None)

@@ -173,14 +173,16 @@ def test_a_captured_sequence_runs_when_it_is_launched(captured) -> None:
 def test_other_threads_may_allocate_during_a_capture(captured) -> None:
     """A thread loads the refiner while the base's step is captured."""
     _, stream, copy, *_ = captured
+    allocated: list[DeviceBuffer] = []
 
     def record() -> None:
         copy()
-        thread = threading.Thread(target=lambda: DeviceBuffer(Cuda(), 256, "x").free())
+        thread = threading.Thread(target=lambda: allocated.append(DeviceBuffer(Cuda(), 256, "x")))
         thread.start()
         thread.join()
 
     stream.capture(record, "capturing").free()
+    allocated.pop().free()
 
 
 def test_a_failed_capture_leaves_the_stream_usable(captured) -> None:
