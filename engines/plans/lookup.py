@@ -78,7 +78,7 @@ def why_rebuild(
     if _platform(built) != _platform(here):
         reasons.append(f"the platform is {here.platform}, the plan was built on {built.platform}")
     if wanted is not None and wanted[0] != key.profiles:
-        fewer = set(map(repr, key.profiles)) < set(map(repr, wanted[0]))  # for instance a plan of an older version
+        fewer = all(profile in wanted[0] for profile in key.profiles)  # for instance a plan of an older version
         reasons.append("it lacks profiles for some of the requested sizes" if fewer else "other sizes are requested")
     if wanted is not None and wanted[1] != flags:
         reasons.append("other build options are requested")

@@ -150,7 +150,7 @@ def test_a_real_check_runs_in_a_real_process(tmp_path: Path) -> None:
     result = ProcessRunner(tmp_path)(check, LONG)
     assert result.name == check.name
     assert result.outcome in ("ok", "skipped")
-    assert "TensorRT" in result.seen or "pip install tensorrt-rtx" in result.seen
+    assert "TensorRT" in result.seen or "pip install 'sdxl-trt[tensorrt-rtx]'" in result.seen
 
 
 def test_facts_are_asked_in_a_process_of_its_own() -> None:

@@ -3,6 +3,7 @@
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -391,6 +392,7 @@ def _estimates(fits: dict[str, int], usual: int = 5) -> Callable[..., MemoryEsti
     return estimate
 
 
+RECORDS = {"unet": SimpleNamespace(file=SimpleNamespace(size=1))}
 RUN_SIZES = RunSizes(height=512, width=768, rows=2, tokens=154)
 SIDES = Range(min=512, opt=1024, max=1280)
 LIMITS = PlanLimits(height=SIDES, width=SIDES, pictures=1, tokens=Range(min=77, opt=77, max=231))
@@ -404,7 +406,7 @@ def test_a_run_gets_the_first_residency_that_it_fits(
     make_pool, machine: Machine, peaks: tuple[int, ...], residency: str, left: tuple[str, ...]
 ) -> None:
     estimate = _estimates(dict(zip(("resident", "swap", "stream"), peaks, strict=True)))
-    options = {"fallbacks": ("swap", "stream"), "estimate": estimate, "records": {"unet": None}, "limits": LIMITS}
+    options = {"fallbacks": ("swap", "stream"), "estimate": estimate, "records": RECORDS, "limits": LIMITS}
     with make_pool("resident", **options) as pool:
         pool.phase("vae_decoder")
         pool.make_room(RUN_SIZES)
@@ -416,7 +418,7 @@ def test_a_run_gets_the_first_residency_that_it_fits(
 
 
 def test_a_run_that_fits_nowhere_is_refused_with_the_size_that_fits(make_pool, machine: Machine) -> None:
-    options = {"estimate": _estimates({"swap": 12}), "records": {"unet": None}, "limits": LIMITS}
+    options = {"estimate": _estimates({"swap": 12}), "records": RECORDS, "limits": LIMITS}
     with make_pool("swap", **options) as pool, pytest.raises(ResourceError) as raised:
         pool.make_room(RUN_SIZES)
     assert str(raised.value) == (
