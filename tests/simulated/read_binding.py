@@ -1,16 +1,17 @@
 """Read TensorRT's real Python binding and print its interface as JSON, the specification of the stand-ins.
 
-It runs in its own process, since NVIDIA's libraries cannot be unloaded:
-``python tests/simulated/read_binding.py > tests/simulated/tensorrt_11_4.json`` updates the file in this folder.
+It runs in its own process, since NVIDIA's libraries cannot be unloaded. In this folder,
+``python read_binding.py > tensorrt_11_4.json`` updates the specification. The binding of TensorRT for RTX can be read
+without a GPU too: after ``pip install tensorrt-rtx-cu12``,
+``python read_binding.py tensorrt_rtx_bindings > tensorrt_rtx_1_7.json`` updates its file.
 """
 
+import importlib
 import inspect
 import json
 import re
 import sys
 from typing import Any
-
-from sdxl_trt.benchmarks.full_size.tensorrt_on_cpu import assemble, load
 
 CLASSES = (
     "DataType", "Dims", "EngineStat", "ExecutionContextAllocationStrategy", "ICudaEngine", "IExecutionContext",
@@ -18,10 +19,12 @@ CLASSES = (
     "TensorLocation",
 )  # fmt: skip
 """The simulated classes; the file has only the names of all others."""
+RTX_CLASSES = ("CudaGraphStrategy", "IRuntimeCache")
+"""The classes that only TensorRT for RTX has, and that the engines use."""
 # Members that every Python class has, and pybind11's own.
 _INHERITED = {*dir(object), "__module__", "__annotations__", "__del__"} - {"__init__", "__eq__", "__str__"}
 _SLOTS = ("wrapper_descriptor", "pybind11_static_property")
-_PREFIX = re.compile(r"\btensorrt_bindings\.tensorrt\.")
+_PREFIX = re.compile(r"\btensorrt_(?:rtx_)?bindings\.tensorrt(?:_rtx)?\.|\bnvinfer1::")
 _OVERLOAD = re.compile(r"^\d+\. ", re.MULTILINE)
 
 
@@ -64,10 +67,19 @@ def describe(trt: Any) -> dict[str, Any]:
             names[name] = signatures(name, value)
         else:
             names[name] = str(value)
-    classes = {name: describe_class(getattr(trt, name)) for name in CLASSES}
+    wanted = CLASSES + RTX_CLASSES if hasattr(trt, "CudaGraphStrategy") else CLASSES
+    classes = {name: describe_class(getattr(trt, name)) for name in wanted}
     return {"version": trt.__version__, "classes": classes, "names": names}
 
 
+def _binding(names: list[str]) -> Any:
+    if names:
+        return importlib.import_module(names[0])
+    from sdxl_trt.benchmarks.full_size.tensorrt_on_cpu import assemble, load
+
+    return load(assemble())
+
+
 if __name__ == "__main__":
-    json.dump(describe(load(assemble())), sys.stdout, indent=1)
+    json.dump(describe(_binding(sys.argv[1:])), sys.stdout, indent=1)
     sys.stdout.write("\n")

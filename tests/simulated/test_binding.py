@@ -10,6 +10,8 @@ import pytest
 
 from sdxl_trt.benchmarks.full_size.tensorrt_on_cpu import unavailable
 
+RTX = Path(__file__).parent / "tensorrt_rtx_1_7.json"
+
 
 @pytest.fixture
 def trt(simulated: Any) -> Any:
@@ -26,6 +28,20 @@ def test_the_specification_matches_the_real_binding(simulated: Any) -> None:
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == json.loads(FILE.read_text(encoding="utf-8")), f"update it with {script}"
+
+
+@pytest.mark.parametrize("name", sorted(json.loads(RTX.read_text(encoding="utf-8"))["classes"]))
+def test_the_binding_of_tensorrt_for_rtx_takes_the_same_calls(simulated: Any, name: str) -> None:
+    """So the stand-ins, which know one binding, hold for both; tensorrt_rtx_1_7.json was read from the published one."""
+    from simulated.binding import specification
+
+    ours, theirs = (
+        specification()["classes"].get(name, {}),
+        json.loads(RTX.read_text(encoding="utf-8"))["classes"][name],
+    )
+    for kind in ("methods", "properties", "members"):
+        known = ours.get(kind, {})
+        assert {member: theirs.get(kind, {}).get(member) for member in known} == known
 
 
 def _class(original: str, **body: Any) -> Any:

@@ -1,7 +1,7 @@
 """Features of TensorRT for RTX only: a cache of compiled kernels, and its own graph capture.
 
-UNPROVEN: written against NVIDIA's documentation of tensorrt_rtx 1.7 and never run on a GPU; no other module calls these
-functions of the library, and each is checked with hasattr before use.
+UNPROVEN: the calls are compared with the published binding of tensorrt_rtx 1.7, and were never run on a GPU. No other
+module calls these functions of the library, and each is checked with hasattr before use.
 """
 
 __all__ = ["KernelCache"]

@@ -1,5 +1,7 @@
 """Features of TensorRT for RTX, on substitutes written from its documentation; nothing was verified on a GPU."""
 
+import inspect
+import json
 import types
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from sdxl_trt.engines.backends.trt.engine import TrtEngine, open_device
 from sdxl_trt.engines.backends.trt.rtx import KernelCache
 from sdxl_trt.engines.bundle.bundle import read_bundle
 
+SIMULATED = Path(__file__).parents[3] / "simulated"
 DIGEST = "0123456789abcdef" * 4
 TRT = types.SimpleNamespace(
     ExecutionContextAllocationStrategy=types.SimpleNamespace(USER_MANAGED="user managed"),
@@ -52,6 +55,24 @@ class _Engine:
 
     def create_execution_context(self, runtime_config: Any) -> Any:
         return runtime_config
+
+
+BINDING = json.loads((SIMULATED / "tensorrt_rtx_1_7.json").read_text(encoding="utf-8"))["classes"]
+
+
+@pytest.mark.parametrize(
+    ("substitute", "original"), [(_Cache, "IRuntimeCache"), (_Config, "IRuntimeConfig"), (_Engine, "ICudaEngine")]
+)
+def test_the_substitutes_offer_no_more_than_the_published_binding(substitute: type, original: str) -> None:
+    """Methods with the names of their arguments, and properties that can be set."""
+    methods, properties = BINDING[original]["methods"], BINDING[original]["properties"]
+    for name, method in vars(substitute).items():
+        if inspect.isfunction(method) and not name.startswith("_"):
+            arguments = [each for each in inspect.signature(method).parameters if each != "self"]
+            assert any(all(f"{each}: " in signature for each in arguments) for signature in methods[name]), name
+    assert properties.get("cuda_graph_strategy", "rw") == "rw"
+    assert {"USER_MANAGED"} <= BINDING["ExecutionContextAllocationStrategy"]["members"].keys()
+    assert {"WHOLE_GRAPH_CAPTURE"} <= BINDING["CudaGraphStrategy"]["members"].keys()
 
 
 @pytest.fixture
