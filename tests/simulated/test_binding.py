@@ -32,7 +32,7 @@ def test_the_specification_matches_the_real_binding(simulated: Any) -> None:
 
 @pytest.mark.parametrize("name", sorted(json.loads(RTX.read_text(encoding="utf-8"))["classes"]))
 def test_the_binding_of_tensorrt_for_rtx_takes_the_same_calls(simulated: Any, name: str) -> None:
-    """So the stand-ins, which know one binding, hold for both; tensorrt_rtx_1_7.json was read from the published one."""
+    """So the stand-ins, which know one binding, hold for both; the file was read from the published binding."""
     from simulated.binding import specification
 
     ours, theirs = (

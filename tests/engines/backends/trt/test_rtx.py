@@ -65,7 +65,7 @@ BINDING = json.loads((SIMULATED / "tensorrt_rtx_1_7.json").read_text(encoding="u
 )
 def test_the_substitutes_offer_no_more_than_the_published_binding(substitute: type, original: str) -> None:
     """Methods with the names of their arguments, and properties that can be set."""
-    methods, properties = BINDING[original]["methods"], BINDING[original]["properties"]
+    methods, properties = BINDING[original]["methods"], BINDING[original].get("properties", {})
     for name, method in vars(substitute).items():
         if inspect.isfunction(method) and not name.startswith("_"):
             arguments = [each for each in inspect.signature(method).parameters if each != "self"]
