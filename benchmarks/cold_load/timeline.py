@@ -46,7 +46,10 @@ class Rates(msgspec.Struct, frozen=True):
 
 
 RATES_4090 = Rates("given for an RTX 4090", 5.0, 1.55, 4, 12.0, 83.0, 75.0)
-"""Base steps from NVIDIA's and Stability's figures, sizes and hashing as measured on a CPU; the rest is assumed."""
+"""Base steps from NVIDIA's and Stability's figures; sha256 alone and sizes as measured on a CPU; the rest is assumed.
+
+The time of new memory pages is left out: it depends on the machine more than anything else here.
+"""
 
 
 class Span(msgspec.Struct, frozen=True):

@@ -43,7 +43,7 @@ RESULTS = RESULTS_FOLDER / "build.json"
 _MODULE = "sdxl_trt.benchmarks.full_size."
 _LOAD = (
     "Load is the machine's load average during a build, with the day; 1 is the build alone. Compare times of rows with"
-    " like loads only. Rows without one are of a run before it was recorded."
+    " similar load only. Rows without one are of a run before it was recorded."
 )
 _MODELS = {False: ("sdxl", "fp16"), True: ("tiny", "fp32")}
 
