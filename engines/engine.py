@@ -20,7 +20,7 @@ class Engine(Protocol):
     """A graph that can be prefetched, loaded, run and unloaded.
 
     Nothing is read before `prefetch`, and nothing is copied to a device before `load`. Residency policies use only
-    these five calls; each may be repeated, and after `unload` the engine can be loaded again.
+    these six calls; each may be repeated, and after `unload` the engine can be loaded again.
     """
 
     component: Component
@@ -34,6 +34,12 @@ class Engine(Protocol):
 
     def load(self) -> None:
         """Make the engine ready to infer; prefetch first if necessary. Raises ResourceError, EngineError."""
+
+    def reserve(self, nbytes: int) -> None:
+        """Make `nbytes` of memory for activations available to a loaded engine, as far as it can use them.
+
+        Then its first call cannot run out of them, when it is too late for another policy. Raises ResourceError.
+        """
 
     def bind(self, constants: Mapping[str, Array]) -> None:
         """Set the inputs that stay constant during a phase. They may have more rows than later inputs of `infer`."""

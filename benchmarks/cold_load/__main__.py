@@ -173,8 +173,8 @@ def _timeline_lines(report: Report) -> list[str]:
     about = (
         f"The real pool with engines that sleep, {speed:g} times as fast. Rates are {rates.name}, not measured: disk"
         f" {rates.disk:g} GB/s, sha256 {rates.hash:g} GB/s in each of {rates.threads} threads (page faults are not"
-        f" simulated), copies to the device {rates.pcie:g} GB/s, {rates.base_steps} base steps of {rates.base_step:g} ms,"
-        f" {rates.refiner_steps} refiner steps of {rates.refiner_step:g} ms."
+        f" simulated), copies to the device {rates.pcie:g} GB/s, {rates.base_steps} base steps of"
+        f" {rates.base_step:g} ms, {rates.refiner_steps} refiner steps of {rates.refiner_step:g} ms."
     )
     letters = "1 and 2 are the text encoders, B is the base, R the refiner, D the decoder"
     lines = [

@@ -73,7 +73,7 @@ class TimingCache:
         try:
             with self._alone():
                 size = self._write(cache)
-        except (OSError, SdxlTrtError):
+        except (OSError, SdxlTrtError, RuntimeError, TypeError):  # the last two: the binding could not serialize it
             if not self._shared:
                 raise
             self._log.note("WARNING", f"timing cache: {self._path.name} cannot be written; the plan is not affected")

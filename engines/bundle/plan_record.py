@@ -47,7 +47,10 @@ class BuildFlags(Record, frozen=True, kw_only=True):
 
 
 class PlanKey(Record, frozen=True, kw_only=True):
-    """Everything that a plan depends on: a plan is used only if all of it is unchanged."""
+    """Everything that a plan depends on; in records of older versions also the driver, which does not count.
+
+    A plan is used only if the rest is unchanged; hardware-compatible ones also run on other GPUs.
+    """
 
     component: str
     graph: Sha256

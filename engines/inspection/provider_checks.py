@@ -18,7 +18,7 @@ from sdxl_trt.engines.errors import IncompatibleError, SdxlTrtError
 PROVIDERS = ("ort-cpu", "ort-cuda", "ort-tensorrt", "tensorrt", "tensorrt-rtx")
 _TENSORRT_FLOOR = (12, 2)
 """The lowest driver that runs TensorRT for CUDA 12: r535."""
-_CAPABILITY_FLOOR = (7, 5)
+_CAPABILITY_FLOORS = {"tensorrt": (7, 5), "tensorrt-rtx": (8, 0)}
 
 
 def check_provider(provider: str) -> Problem | None:
@@ -40,8 +40,8 @@ def check_provider(provider: str) -> Problem | None:
 
 def _split(message: str) -> Problem:
     """Return the two parts of an error's message, whose last clause is the remedy."""
-    reason, _, remedy = message.rpartition("; ")
-    return Problem(reason, remedy)
+    reason, separator, remedy = message.rpartition("; ")
+    return Problem(reason, remedy) if separator else Problem(message, "check it with nvidia-smi")
 
 
 def _install(provider: str) -> str:
@@ -84,7 +84,7 @@ def _check_tensorrt(flavour: str) -> Problem | None:
     from sdxl_trt.engines.backends.trt import device_available, tensorrt_module  # noqa: PLC0415
 
     driver = find_driver()
-    problem = driver.problem or _wrong_cuda(flavour, driver) or _unsupported(driver)
+    problem = driver.problem or _wrong_cuda(flavour, driver) or _unsupported(flavour, driver)
     if problem is not None:
         return problem
     tensorrt_module("tensorrt" if flavour == "tensorrt" else "tensorrt-rtx")
@@ -107,18 +107,19 @@ def _wrong_cuda(flavour: str, driver: Driver) -> Problem | None:
     return Problem(next(iter(newer.values())), f"pip uninstall -y {' '.join(newer)} && {pip_install(flavour)}")
 
 
-def _unsupported(driver: Driver) -> Problem | None:
+def _unsupported(flavour: str, driver: Driver) -> Problem | None:
     if driver.cuda is not None and driver.cuda < _TENSORRT_FLOOR:
         major, minor = driver.cuda
         return Problem(
             f"TensorRT needs NVIDIA driver r535, and this one supports only CUDA {major}.{minor}",
             "install the NVIDIA driver r580 or newer",
         )
-    if driver.gpus and driver.gpus[0].capability < _CAPABILITY_FLOOR:
-        major, minor = driver.gpus[0].capability
+    floor = _CAPABILITY_FLOORS[flavour]
+    if driver.gpus and driver.gpus[0].capability < floor:
+        (major, minor), (least, part) = driver.gpus[0].capability, floor
         return Problem(
-            f"the GPU has compute capability {major}.{minor}, and TensorRT needs 7.5 or higher",
-            "use --provider ort-cpu",
+            f"the GPU has compute capability {major}.{minor}, and {flavour} needs {least}.{part} or higher",
+            "use --provider tensorrt" if (major, minor) >= _CAPABILITY_FLOORS["tensorrt"] else "use --provider ort-cpu",
         )
     return None
 

@@ -89,14 +89,15 @@ def _of_component(bundle: Bundle, name: str, flavour: Flavour, environment: Envi
     ]
     if not records:
         return Rebuild(name, "missing", [])
-    from sdxl_trt.engines.plans import plan_notes  # noqa: PLC0415
+    from sdxl_trt.engines.plans import plan_notes, preferred_plan  # noqa: PLC0415
 
     found = [(_reasons(bundle, record, environment), record) for record in records]
-    reasons, record = min(found, key=lambda each: len(each[0]))
+    reasons, _ = min(found, key=lambda each: len(each[0]))
     if reasons:
         return Rebuild(name, "stale", reasons)
     if environment is None:
         return Rebuild(name, "unknown", [])
+    record = preferred_plan([record for reasons, record in found if not reasons], environment)
     return Rebuild(name, "usable", [], plan_notes(record, environment))
 
 

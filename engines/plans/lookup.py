@@ -1,10 +1,12 @@
 """Look up plans in a bundle: which one fits this machine, and why another does not.
 
-A plan is executable code. It is used only if its bytes match the manifest's digest and every part of its key matches
-this machine and the bundle's graphs; nothing is rebuilt silently.
+A plan is executable code. It is used only if its bytes match the manifest's digests and its key fits this machine
+and the bundle's graphs; nothing is rebuilt silently.
 """
 
-__all__ = ["find_plan", "has_plans", "plan_notes", "planned_components", "why_rebuild"]
+__all__ = ["find_plan", "has_plans", "plan_notes", "planned_components", "preferred_plan", "why_rebuild"]
+
+from collections.abc import Sequence
 
 from sdxl_trt.engines.bundle import (
     ANY,
@@ -43,14 +45,22 @@ def find_plan(bundle: Bundle, name: str, environment: Environment) -> PlanRecord
         raise IncompatibleError(f"{bundle.root}: has no {flavour} plan of {name}; build it with: {command}")
     component = bundle.manifest.components[name]
     reasons = [why_rebuild(record, component, environment) for record in records]
-    for record, differences in zip(records, reasons, strict=True):
-        if not differences:
-            return record
+    fitting = [record for record, differences in zip(records, reasons, strict=True) if not differences]
+    if fitting:
+        return preferred_plan(fitting, environment)
     nearest = min(reasons, key=len)
     raise IncompatibleError(
         f"{bundle.root}: the {flavour} plan of {name} does not fit: {'; '.join(nearest)}; build it again with:"
         f" {command}"
     )
+
+
+def preferred_plan(records: Sequence[PlanRecord], environment: Environment) -> PlanRecord:
+    """Return the record to use of those that fit: one built on this GPU before one built on another, then the newest.
+
+    A bundle has one plan per component, flavour and GPU; only hardware-compatible ones fit besides that of this GPU.
+    """
+    return min(reversed(records), key=lambda record: record.key.environment.gpu != environment.gpu)
 
 
 def why_rebuild(

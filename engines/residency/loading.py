@@ -13,11 +13,13 @@ from sdxl_trt.engines.errors import ResourceError
 log = logging.getLogger(__name__)
 
 
-def load(engine: Engine) -> None:
-    """Load `engine`; if that fails, unload it before the error propagates."""
+def load(engine: Engine, activations: int = 0) -> None:
+    """Load `engine` and reserve bytes for its activations; if that fails, unload it before the error propagates."""
     with ExitStack() as stack:
         stack.callback(engine.unload)
         engine.load()
+        if activations:
+            engine.reserve(activations)
         stack.pop_all()
 
 
@@ -37,7 +39,8 @@ class LoadAhead:
     ) -> None:
         self.loaded: dict[str, Engine] = {}
         self.prefetched: dict[str, Engine] = {}
-        self._make, self._ready, self._names, self._stay = make, ready, names, stay
+        self.names = tuple(names)
+        self._make, self._ready, self._stay = make, ready, stay
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name=f"make ready {' '.join(names)}", daemon=True)
         self._thread.start()
@@ -49,7 +52,7 @@ class LoadAhead:
 
     def _run(self) -> None:
         try:
-            for name in self._names:
+            for name in self.names:
                 self._prepare(name)
         except BaseException as exc:  # noqa: BLE001 - raised by the caller of `finish`
             self._error = exc

@@ -33,8 +33,9 @@ class EnginePool:
     `make` is called with a component name and, if its weights stream, with the bytes that may be on the device, from
     `budgets`. `replaced` maps a component to the one that runs instead. With `records`, a thread reads the plans of the
     components that `expect` names, before their phases and in their order, at most `ahead` bytes (by default half of
-    the available memory). `estimate` is `estimate_memory` for this pool's bundle and device, which `make_room` asks;
-    without it, nothing is refused before it is loaded.
+    the available memory). `activations` are the bytes to reserve for components when they are loaded. `estimate` is
+    `estimate_memory` for this pool's bundle and device, which `make_room` asks; without it, nothing is refused before
+    it is loaded.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class EnginePool:
         records: Mapping[str, PlanRecord] | None = None,
         limits: PlanLimits | None = None,
         ahead: int | None = None,
+        activations: Mapping[str, int] | None = None,
         estimate: Callable[..., MemoryEstimate] | None = None,
         close: Callable[[], None] = lambda: None,
     ) -> None:
@@ -70,7 +72,9 @@ class EnginePool:
         self._fallbacks = fallbacks
         self._budgets = budgets or {}
         self._replaced = replaced or {}
+        self._activations = activations or {}
         self._estimate = estimate
+        self._stale = False
         self._close = close
         self._engines: dict[str, Engine] = {}
         self._prefetched: dict[str, Engine] = {}
@@ -91,7 +95,8 @@ class EnginePool:
         if self._reads is None:
             return
         staying = self._staying()
-        wanted, seen = [], {name for name in self._engines if name in staying}
+        loading = () if self._ahead is None else self._ahead.names
+        wanted, seen = [], {name for name in (*self._engines, *loading) if name in staying}
         for name in self._resolve(names):
             if name not in seen:
                 wanted.append(name)
@@ -109,7 +114,8 @@ class EnginePool:
         while True:
             try:
                 self._take_over()
-                self._unload((*wanted, *self._staying()))
+                self._unload(() if self._stale else (*wanted, *self._staying()))
+                self._stale = False
                 engines = tuple(self._load(name) for name in wanted)
                 break
             except ResourceError as exc:
@@ -118,9 +124,10 @@ class EnginePool:
         return engines
 
     def make_room(self, run: RunSizes) -> None:
-        """Make sure that a run of these sizes fits into memory, before it loads anything; call it once per request.
+        """Make sure that a run of these sizes fits into memory, before its next phase.
 
-        Nothing is done without plans. The profiles of a run may need more than those of the usual size: if the pool was
+        What it changes takes effect with the next phase: engines of another run may be in use. Nothing is done without
+        plans. The profiles of a run may need more than those of the usual size: if the pool was
         free to choose its residency, it continues with the first that fits. Raises SizeError for sizes that the plans
         do not take, ResourceError if the builder's own figures exceed the whole memory.
         """
@@ -135,7 +142,8 @@ class EnginePool:
                         run.width, run.height, chosen.residency)  # fmt: skip
             self._fallbacks = self._fallbacks[self._fallbacks.index(chosen.residency) + 1 :]
             self.residency = chosen.residency
-            self._start_over()
+            self._start_over_later()
+        self._activations = {need.component: need.activations for need in chosen.needs}
         self._tighten(chosen)
 
     def _tighten(self, plan: MemoryEstimate) -> None:
@@ -145,7 +153,7 @@ class EnginePool:
         smaller = {name: budget for name, budget in plan.budgets.items() if budget < self._budgets.get(name, budget)}
         if smaller:
             self._budgets = {**self._budgets, **smaller}
-            self._start_over()  # an engine's budget is set before it is loaded
+            self._start_over_later()  # an engine's budget is set before it is loaded
 
     def _too_large(self, plan: MemoryEstimate, usual: MemoryEstimate, run: RunSizes) -> ResourceError:
         limits = self.limits
@@ -240,7 +248,7 @@ class EnginePool:
             return engine
         try:
             engine = self._reads.take(name)
-            load(engine)
+            load(engine, self._activations.get(name, 0))
         finally:
             self._reads.loaded(name)
         return engine
@@ -266,6 +274,14 @@ class EnginePool:
         self._fallbacks = tuple(rest)
         log.warning("residency %s: %s; continuing with %s", before, exc, self.residency)
         self._start_over()
+
+    def _start_over_later(self) -> None:
+        """Let the next phase unload every engine; what is expected is read ahead again, for engines made anew."""
+        self._stale = True
+        if self._reads is not None:
+            expected = self._reads.order
+            self._reads.expect(())
+            self._reads.expect(expected)
 
     def _start_over(self) -> None:
         """Unload every engine, and read ahead what was expected."""
@@ -330,6 +346,7 @@ def open_pool(
         replaced=stand_ins(bundle.manifest, backend.provider, backend.capability),
         records=backend.records,
         limits=backend.limits,
+        activations={need.component: need.activations for need in plan.needs} if backend.records else None,
         estimate=estimate,
         close=backend.close,
     )

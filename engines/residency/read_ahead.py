@@ -103,13 +103,15 @@ class ReadAhead:
     def close(self) -> None:
         """Stop reading, give up all plans, and wait for the thread to end."""
         with self._changed:
+            taken = self._current if self._current not in self._read.values() and not self._abandoned else None
             self._closed, self._order = True, []
             dropped = self._drop(set())
             self._changed.notify_all()
         _unload(dropped)
         while self._thread is not None and self._thread.is_alive():
             current = self._current
-            if current is not None:  # it may have begun after the others were given up
+            # One that was taken belongs to who loads it now; another may have begun after the others were given up.
+            if current is not None and current is not taken:
                 current.unload()
             self._thread.join(_PATIENCE)
 

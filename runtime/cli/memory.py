@@ -8,7 +8,7 @@ import msgspec
 
 from sdxl_trt.engines.backends import open_backend
 from sdxl_trt.engines.bundle import Bundle, fixed, read_bundle
-from sdxl_trt.engines.plans import RunSizes, Sizes, check_for, stage_sizes
+from sdxl_trt.engines.plans import PlanLimits, RunSizes, Sizes, check_for, plan_limits, stage_sizes
 from sdxl_trt.engines.residency import MemoryEstimate, estimate_memory, settled_residency
 
 
@@ -35,11 +35,11 @@ def estimate_run(
         path = bundle_path()
     bundle = read_bundle(path)
     sizes = _sizes(bundle, width, height)
-    run = None if sizes is None else _run_of(sizes)
     if vram is not None:
         chosen = "tensorrt" if provider == "auto" else provider
+        records = [record for record in bundle.manifest.plans if record.key.environment.flavour == chosen]
         return estimate_memory(bundle, provider=chosen, capacity=vram, residency=residency, sizes=sizes,
-                           from_image=from_image, run=run)  # fmt: skip
+                               from_image=from_image, run=_run_of(sizes, plan_limits(bundle, records)))  # fmt: skip
     backend = open_backend(bundle, provider)
     backend.close()
     residency = settled_residency(residency, backend.provider, once=True)
@@ -52,7 +52,7 @@ def estimate_run(
         records=backend.records,
         from_image=from_image,
         capability=backend.capability,
-        run=run,
+        run=_run_of(sizes, backend.limits),
     )
 
 
@@ -66,6 +66,9 @@ def _sizes(bundle: Bundle, width: int | None, height: int | None) -> Sizes | Non
     return sizes
 
 
-def _run_of(sizes: Sizes) -> RunSizes:
-    """Return the sizes of a run with guidance at the usual of `sizes`."""
-    return RunSizes(height=sizes.height.opt, width=sizes.width.opt, rows=2 * sizes.batch.opt, tokens=sizes.tokens.opt)
+def _run_of(sizes: Sizes | None, limits: PlanLimits | None) -> RunSizes | None:
+    """Return the sizes of a run for one picture with guidance, as plans with `limits` run it; None without `sizes`."""
+    if sizes is None:
+        return None
+    pictures, tokens = (sizes.batch.opt, sizes.tokens.opt) if limits is None else (limits.fewest, limits.tokens.min)
+    return RunSizes(height=sizes.height.opt, width=sizes.width.opt, rows=2 * pictures, tokens=tokens)

@@ -122,7 +122,7 @@ def _words(cuda: tuple[int, int]) -> str:
 
 
 def _problem(cuda: tuple[int, int] | None, gpus: tuple[Gpu, ...]) -> Problem | None:
-    if not gpus and "CUDA_VISIBLE_DEVICES" in os.environ:
+    if not gpus and os.environ.get("CUDA_VISIBLE_DEVICES", "0") != "0":
         return Problem("CUDA_VISIBLE_DEVICES hides every GPU", "unset it, or set it to 0")
     if not gpus:
         return Problem(

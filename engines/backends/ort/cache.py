@@ -24,7 +24,10 @@ def engine_cache(bundle: Bundle, name: str, provider: str, limits: Profile) -> P
     component = bundle.manifest.components[name]
     parts = [component.graph.sha256, component.weights.sha256, provider, msgspec.json.encode(limits).decode()]
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:_DIGITS]
-    own = cache_folder()
+    try:
+        own = cache_folder()
+    except RuntimeError as exc:
+        raise UsageError("compiled engines need a cache folder, and this user has no home: set XDG_CACHE_HOME") from exc
     folders = [own, own / "onnxruntime", own / "onnxruntime" / key]
     try:
         own.parent.mkdir(parents=True, exist_ok=True)

@@ -116,6 +116,9 @@ class OrtEngine:
             )  # fmt: skip
         return chosen.open(ort, self._graph or b"", options, self._bundle, self.name, self._limits)
 
+    def reserve(self, nbytes: int) -> None:
+        """Do nothing: ONNX Runtime allocates when it runs; see Engine.reserve."""
+
     def bind(self, constants: Mapping[str, Array]) -> None:
         """Keep the inputs of a phase; see Engine.bind. The first `infer` copies them to a GPU."""
         self._constants = dict(constants)

@@ -126,12 +126,16 @@ class TrtDevice:
             if self._runtime is None:
                 self._runtime = self._new_runtime(doing)
             # engine_host_code_allowed stays False: a plan must not contain host code.
-            try:
-                return deserialize(self.trt, self._runtime, plan, functools.partial(self.ask, doing))
-            except EngineError as exc:
-                if any(sign in str(exc).lower() for sign in _FOREIGN_SIGNS):
-                    raise IncompatibleError(f"{exc}; build the plan again with export-engines") from exc
-                raise
+            return deserialize(self.trt, self._runtime, plan, functools.partial(self._ask_for_engine, doing))
+
+    def _ask_for_engine(self, doing: str, method: Callable[..., Any], plan: Any) -> Any:
+        """Return what `ask` does; raise IncompatibleError for a plan of another version or device."""
+        try:
+            return self.ask(doing, method, plan)
+        except EngineError as exc:
+            if any(sign in str(exc).lower() for sign in _FOREIGN_SIGNS):
+                raise IncompatibleError(f"{exc}; build the plan again with export-engines") from exc
+            raise
 
     def _new_runtime(self, doing: str) -> Any:
         try:

@@ -98,6 +98,12 @@ class TrtEngine:
                 raise lost from exc
             raise
 
+    def reserve(self, nbytes: int) -> None:
+        """Let the shared block of activations have `nbytes`, at most what the largest profile needs."""
+        self._require_loaded("reserve")
+        with self._device.lock:
+            self._device.activations.reserve(self, min(nbytes, max(self._activations)))
+
     def bind(self, constants: Mapping[str, Array]) -> None:
         """Copy the inputs of a phase to the device; see Engine.bind. Raises UsageError, ResourceError, EngineError."""
         self._require_loaded("bind")

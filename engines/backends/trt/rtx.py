@@ -1,11 +1,13 @@
 """Features of TensorRT for RTX only: a cache of compiled kernels, and its own graph capture.
 
 UNPROVEN: the calls are compared with the published binding of tensorrt_rtx 1.7, and were never run on a GPU. No other
-module calls these functions of the library, and each is checked with hasattr before use.
+module calls these functions of the library, and each is checked with hasattr before use. Captures that TensorRT makes
+itself are not synchronized with loads of other engines.
 """
 
 __all__ = ["KernelCache"]
 
+from pathlib import Path
 from typing import Any
 
 from sdxl_trt.engines.errors import SdxlTrtError
@@ -24,7 +26,7 @@ class KernelCache:
     def __init__(self, trt: Any, engine: Any, digest: str) -> None:
         self._config: Any = engine.create_runtime_config() if hasattr(engine, "create_runtime_config") else None
         self._cache: Any = None
-        self._file = cache_folder() / "rtx" / f"{digest[:16]}.kernels"
+        self._file = _cache_file(digest)
         if self._config is None or not hasattr(self._config, "create_runtime_cache"):
             return
         try:
@@ -35,7 +37,7 @@ class KernelCache:
     def _open(self, trt: Any) -> None:
         self._config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         self._cache = self._config.create_runtime_cache()
-        if content := read_private(self._file, _MOST_CACHED):
+        if self._file is not None and (content := read_private(self._file, _MOST_CACHED)):
             self._cache.deserialize(content)
         self._config.set_runtime_cache(self._cache)
         if hasattr(trt, "CudaGraphStrategy"):
@@ -53,7 +55,7 @@ class KernelCache:
 
     def save(self) -> None:
         """Write the compiled kernels; failure to write them costs only time."""
-        if self._cache is None:
+        if self._cache is None or self._file is None:
             return
         try:
             self._file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -62,3 +64,11 @@ class KernelCache:
             self._file.chmod(0o600)  # whatever the umask: a file that others can write would not be read
         except (OSError, SdxlTrtError, RuntimeError, TypeError):
             return
+
+
+def _cache_file(digest: str) -> Path | None:
+    """Return the file for the compiled kernels of a plan; None for a user without a home, who has no cache folder."""
+    try:
+        return cache_folder() / "rtx" / f"{digest[:16]}.kernels"
+    except RuntimeError:
+        return None

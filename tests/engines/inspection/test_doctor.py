@@ -85,7 +85,7 @@ def test_tensorrt_starts_with_its_packages_and_a_gpu(simulated: Any, use_driver:
         (Driver((12, 1), (ADA,)), "TensorRT needs NVIDIA driver r535, and this one supports only CUDA 12.1"),
         (
             Driver((12, 8), (Gpu("Tesla V100", (7, 0), 16 << 30),)),
-            "the GPU has compute capability 7.0, and TensorRT needs 7.5 or higher",
+            "the GPU has compute capability 7.0, and tensorrt needs 7.5 or higher",
         ),
     ],
 )
@@ -95,6 +95,16 @@ def test_what_tensorrt_does_not_support_is_said(use_driver: Any, packages: Any, 
     problem = check_provider("tensorrt")
     assert problem is not None
     assert problem.reason == reason
+
+
+def test_turing_runs_plans_of_tensorrt_and_none_for_rtx(use_driver: Any, packages: Any) -> None:
+    use_driver(Driver((13, 0), (Gpu("Tesla T4", (7, 5), 16 << 30),)))
+    packages()
+    problem = check_provider("tensorrt")
+    assert problem is None or problem.reason.startswith("needs tensorrt")
+    assert check_provider("tensorrt-rtx") == Problem(
+        "the GPU has compute capability 7.5, and tensorrt-rtx needs 8.0 or higher", "use --provider tensorrt"
+    )
 
 
 def test_a_package_that_raises_is_reinstalled(use_driver: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -169,6 +169,17 @@ def test_version_compatible_plans_run_on_later_minors(bundle: Bundle, built: str
     assert (reasons == []) is fits
 
 
+@pytest.mark.parametrize("flags", [{"hardware_compatible": True}, {"same_compute_capability": True}])
+def test_a_plan_of_this_gpu_is_used_before_one_of_another(bundle: Bundle, flags: dict[str, bool]) -> None:
+    """Else a plan that was built here, because the other one failed or is slow, would never run."""
+    elsewhere = [_replace(HERE, gpu=gpu) for gpu in ("NVIDIA H200", "NVIDIA GH200")]
+    others = [_record(_key(bundle, environment=each, flags=BuildFlags(**flags))) for each in elsewhere]
+    ours = _record(_key(bundle))
+    for records in ((*others, ours), (ours, *others)):
+        assert find_plan(_with(bundle, *records), "unet", HERE) is ours
+    assert find_plan(_with(bundle, *others), "unet", HERE) is others[-1]
+
+
 def test_hardware_compatible_plans_need_ampere_or_later(bundle: Bundle) -> None:
     record = _record(_key(bundle, flags=BuildFlags(hardware_compatible=True)))
     component = bundle.manifest.components["unet"]

@@ -4,7 +4,9 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
+from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -16,6 +18,7 @@ from sdxl_trt.engines.errors import CorruptError, EngineError, ResourceError
 from sdxl_trt.engines.plans.limits import PlanLimits
 from sdxl_trt.engines.plans.shapes import RunSizes
 from sdxl_trt.engines.residency.estimate import MemoryEstimate, PhaseEstimate
+from sdxl_trt.engines.residency.needs import Need
 from sdxl_trt.engines.residency.pool import EnginePool
 
 NAMES = ("text_encoder", "unet", "refiner_unet", "vae_decoder")
@@ -70,6 +73,9 @@ class FakeEngine:
         self.machine.loaded.append(self.name)
         unets = sum(name in UNETS for name in self.machine.loaded)
         self.machine.most_unets = max(self.machine.most_unets, unets)
+
+    def reserve(self, nbytes: int) -> None:
+        self.machine.happens(f"reserve {nbytes} for {self.name}")
 
     def bind(self, constants: Mapping[str, Array]) -> None:
         raise AssertionError("a pool binds nothing")
@@ -411,10 +417,31 @@ def test_a_run_gets_the_first_residency_that_it_fits(
         pool.phase("vae_decoder")
         pool.make_room(RUN_SIZES)
         assert (pool.residency, pool._fallbacks) == (residency, left)
-        assert machine.loaded == (["vae_decoder"] if residency == "resident" else [])
+        assert machine.loaded == ["vae_decoder"]  # another run may be using it
         pool.phase("unet")
         # The run fits only if the small components are freed.
         assert machine.loaded == ["unet"]
+
+
+def test_what_a_run_needs_is_reserved_when_its_engines_load(make_pool, machine: Machine) -> None:
+    """So memory that other programs hold is missed while the pool can still fall back."""
+    need = Need(component="unet", weights=0, activations=700, largest=700, io=0)
+    estimate = _estimates({"resident": 5, "swap": 5})
+
+    def with_need(**options: Any) -> MemoryEstimate:
+        return msgspec.structs.replace(estimate(**options), needs=(need,))
+
+    options = {"fallbacks": ("swap",), "estimate": with_need, "records": RECORDS, "limits": LIMITS}
+    with make_pool("resident", activations={"unet": 300}, **options) as pool:
+        pool.phase("unet")
+        assert machine.events[-2:] == ["load unet", "reserve 300 for unet"]
+        pool.make_room(RUN_SIZES)
+        pool.free()
+        machine.errors["reserve 700 for unet"] = ResourceError("out of memory")
+        with pytest.raises(ResourceError):
+            pool.phase("unet")
+        assert pool.residency == "swap"
+        assert machine.loaded == []
 
 
 def test_a_run_that_fits_nowhere_is_refused_with_the_size_that_fits(make_pool, machine: Machine) -> None:

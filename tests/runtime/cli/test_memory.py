@@ -11,6 +11,7 @@ import pytest
 from sdxl_trt.engines.bundle.bundle import read_bundle, write_manifest
 from sdxl_trt.engines.bundle.phases import run_components
 from sdxl_trt.engines.bundle.plan_record import BuildFlags, Environment, PlanKey, PlanMemory, PlanRecord
+from sdxl_trt.engines.bundle.profile import fixed
 from sdxl_trt.engines.bundle.records import FileRecord
 from sdxl_trt.engines.plans.sizes import profiles_of, stage_sizes
 from sdxl_trt.mini.embedded import bundle_path
@@ -25,13 +26,18 @@ MB = 10**6
 @pytest.fixture
 def planned(tmp_path: Path) -> Path:
     """Return a bundle with plans whose range needs 700 MB, and whose usual size needs 100 MB or 300 with guidance."""
+    return _bundle(tmp_path)
+
+
+def _bundle(tmp_path: Path, **changes: Any) -> Path:
     root = Path(shutil.copytree(bundle_path(), tmp_path / "bundle"))
     manifest = read_bundle(root).manifest
+    sizes = msgspec.structs.replace(stage_sizes(manifest), **changes)
     records = []
     for name in run_components(manifest, "tensorrt"):
         component = manifest.components[name]
-        profiles = profiles_of(component, stage_sizes(manifest), manifest.base.vae.factor)
-        each = (100 * MB, 300 * MB, 700 * MB) if component.kind == "unet" else ()
+        profiles = profiles_of(component, sizes, manifest.base.vae.factor)
+        each = (100 * MB, 300 * MB, 700 * MB)[: len(profiles)] if component.kind == "unet" else ()
         memory = PlanMemory(weights=5000 * MB, activations=max(each, default=1), profile_activations=each)
         key = PlanKey(
             component=name, graph=component.graph.sha256, weights=component.weights.sha256, environment=ELSEWHERE,
@@ -70,6 +76,14 @@ def test_a_size_selects_its_profile(capsys: Any, planned: Path) -> None:
     assert needs["unet"]["activations"] == 300 * MB
     # 5.7 GB do not fit into nine tenths of 6 GB; 5.3 do.
     assert [_plan(capsys, planned, *more, vram="6GB")[0] for more in ((), ("--width", "64"))] == [0, 5]
+
+
+def test_plans_for_several_pictures_at_once_are_planned_as_they_run(capsys: Any, tmp_path: Path) -> None:
+    """A run of one picture is padded to the fewest that they take."""
+    planned = _bundle(tmp_path, batch=fixed(4), static=True)
+    code, needs, error = _plan(capsys, planned, "--width", "128", "--height", "128")
+    assert (code, error) == (0, "")
+    assert needs["unet"]["activations"] == 300 * MB
 
 
 def test_a_size_that_the_plans_do_not_take_is_refused(capsys: Any, planned: Path) -> None:
