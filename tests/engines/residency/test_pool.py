@@ -444,6 +444,22 @@ def test_what_a_run_needs_is_reserved_when_its_engines_load(make_pool, machine: 
         assert machine.loaded == []
 
 
+def test_a_smaller_budget_takes_effect_with_the_next_phase(make_pool, machine: Machine) -> None:
+    """A loaded engine cannot change its budget, and until then another run may use it."""
+    estimate = _estimates({"stream": 5})
+
+    def with_budget(**options: Any) -> MemoryEstimate:
+        return msgspec.structs.replace(estimate(**options), budgets={"unet": 20})
+
+    options = {"budgets": {"unet": 50}, "estimate": with_budget, "records": RECORDS, "limits": LIMITS}
+    with make_pool("stream", **options) as pool:
+        pool.phase("unet")
+        pool.make_room(RUN_SIZES)
+        assert (machine.loaded, machine.budgets) == (["unet"], {"unet": 50})
+        pool.phase("unet")
+        assert (machine.loaded, machine.budgets) == (["unet"], {"unet": 20})
+
+
 def test_a_run_that_fits_nowhere_is_refused_with_the_size_that_fits(make_pool, machine: Machine) -> None:
     options = {"estimate": _estimates({"swap": 12}), "records": RECORDS, "limits": LIMITS}
     with make_pool("swap", **options) as pool, pytest.raises(ResourceError) as raised:
