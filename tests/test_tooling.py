@@ -54,7 +54,15 @@ case "$2" in venv) mkdir -p "$3/bin"; cp {python} "$3/bin/python";; esac
 """)
     python.chmod(0o755)
     (runtime / ".runtime").touch()
-    command = ["make", "gpu-check", "QUICK=1", f"VENV={runtime}", f"GPU={tmp_path / 'gpu'}", f"PYTHON={python}"]
+    command = [
+        "make",
+        "--no-print-directory",
+        "gpu-check",
+        "QUICK=1",
+        f"VENV={runtime}",
+        f"GPU={tmp_path / 'gpu'}",
+        f"PYTHON={python}",
+    ]
 
     def make(said: str, code: int = 0) -> tuple[int, str, list[str]]:
         record.write_text("")
