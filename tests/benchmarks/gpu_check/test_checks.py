@@ -148,7 +148,7 @@ def _all_weights(device: Any, patch: pytest.MonkeyPatch, workplace: Workplace) -
 
 
 def _no_reader(device: Any, patch: pytest.MonkeyPatch, workplace: Workplace) -> None:
-    """Let the first load warn as it does if TensorRT takes no reader; plans of one piece do not ask."""
+    """Let loads warn as they do if TensorRT takes no reader; plans as small as these are never read in pieces."""
     load = TrtEngine.load
 
     def warned(engine: TrtEngine) -> None:
@@ -260,6 +260,13 @@ def test_the_planned_memory_is_that_of_the_picture_that_is_drawn(workplace: Work
     assert (run.height, run.width, run.rows) == (usual.height.min, usual.width.min, 2)
     drawn = memory.planned_figures("tensorrt", workplace, "resident")
     assert drawn.peak == workplace.estimate("tensorrt", "resident", run).peak
+    assert drawn.peak < workplace.estimate("tensorrt", "resident").peak
+
+
+def test_half_of_few_weights_shows_no_saving(result_of: ResultOf, simulated: Any) -> None:
+    simulated.ignores_budgets = True
+    result = result_of("tensorrt: half of the weights streamed: base UNet")
+    assert (result.outcome, result.seen.endswith("is too little to see the saving")) == ("ok", True), result.seen
 
 
 def test_plans_that_do_not_fit_on_the_disk_are_not_built(
