@@ -373,6 +373,10 @@ def test_operator_sets_are_compared(
     result = run_check(Check("both", lambda place: timing.operator_sets("tensorrt", place)), workplace)
     assert (result.outcome, "must compute the same" in result.seen) == ("FAILED", True)
     assert [figure.name for figure in result.figures] == names, "a failure keeps its figures"
+    decoder = timing._decoder(read_bundle(workplace.root), "tensorrt")
+    monkeypatch.setattr(timing, "_decoder", lambda *_: f"another {decoder}")
+    result = run_check(Check("both", lambda place: timing.operator_sets("tensorrt", place)), workplace)
+    assert (result.outcome, result.seen.endswith("; another vae_decoder has no second export")) == ("ok", True)
 
 
 @pytest.mark.parametrize(("name", "outcome"), [
