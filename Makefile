@@ -85,13 +85,15 @@ bench-load: $(VENV)/.full  ## Measure reading and checking a plan, and simulate 
 
 # Two packages install one `onnxruntime`, so the one for GPUs has an environment of its own; without a GPU it is not made.
 # The driver says first which extras it can run, those for CUDA 12 or 13; --look prints them, or why there is no GPU.
+# make -n runs a line that calls make, so nothing else is in it. Only the report goes to stdout.
 # Without BUNDLE=DIR or QUICK=1, a pair of SDXL's size is made first, in the environment that exports.
 gpu-check: $(VENV)/.runtime  ## On a machine with an NVIDIA GPU: prove what no CPU can, and print a report for an issue
-	@said=$$($(BIN)/python -m sdxl_trt.benchmarks.gpu_check --look); code=$$?; \
-	if [ $$code -ne 0 ]; then printf '%s\n' "$$said"; exit $$code; fi; \
-	$(MAKE) --no-print-directory GPU_EXTRAS="$$said" "$(GPU)/.done-$$said"
-	@$(if $(BUNDLE)$(QUICK),,$(MAKE) --no-print-directory $(VENV)/.full && $(BIN)/python -m sdxl_trt.benchmarks.gpu_check.pair >&2)
-	@$(GPU)/bin/python -m sdxl_trt.benchmarks.gpu_check $(if $(BUNDLE),--bundle $(BUNDLE),$(if $(QUICK),--quick)) \
+	@$(BIN)/python -m sdxl_trt.benchmarks.gpu_check --look >$(VENV)/.gpu-extras || \
+		{ code=$$?; cat $(VENV)/.gpu-extras; exit $$code; }
+	@said=$$(cat $(VENV)/.gpu-extras); $(MAKE) -s --no-print-directory GPU_EXTRAS="$$said" "$(GPU)/.done-$$said" >&2
+	@$(if $(BUNDLE)$(QUICK),,$(MAKE) -s --no-print-directory $(VENV)/.full >&2)
+	@$(if $(BUNDLE)$(QUICK),,$(BIN)/python -m sdxl_trt.benchmarks.gpu_check.pair >&2)
+	@$(GPU)/bin/python -m sdxl_trt.benchmarks.gpu_check $(if $(BUNDLE),--bundle "$(BUNDLE)",$(if $(QUICK),--quick)) \
 		$(if $(MINUTES),--minutes $(MINUTES))
 
 clean:  ## Remove what make made

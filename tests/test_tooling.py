@@ -73,7 +73,21 @@ case "$2" in venv) mkdir -p "$3/bin"; cp {python} "$3/bin/python";; esac
     code, out, installs = make("**no GPU**: none", 3)
     assert (code != 0, out, installs) == (True, "**no GPU**: none\n", [])
     for extras, file in (("gpu-cu12,tensorrt-cu12,verify", "-cu12"), ("gpu,tensorrt,verify", "")):
-        code, _, (install,) = make(extras)
-        assert code == 0
+        code, out, (install,) = make(extras)
+        assert (code, out) == (0, ""), "only the report goes to stdout"
         assert install.endswith(f"--constraint constraints{file}.txt --editable .[{extras}]")
         assert make(extras)[2] == []
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+def test_gpu_check_runs_nothing_when_make_only_prints(tmp_path: Path) -> None:
+    runtime, record = tmp_path / "runtime", tmp_path / "calls"
+    (runtime / "bin").mkdir(parents=True)
+    python = runtime / "bin" / "python"
+    python.write_text(f"#!/bin/sh\necho called >> {record}\n")
+    python.chmod(0o755)
+    (runtime / ".runtime").touch()
+    command = ["make", "-n", "gpu-check", "BUNDLE=a b", f"VENV={runtime}", f"GPU={tmp_path / 'gpu'}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert '--bundle "a b"' in done.stdout
+    assert not record.exists()

@@ -11,7 +11,7 @@ import argparse
 import datetime as dt
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -20,7 +20,7 @@ from sdxl_trt.benchmarks.gpu_check.checks import Check, Workplace, all_checks, m
 from sdxl_trt.benchmarks.gpu_check.pair import OUT, PAIR, SECOND, make_command
 from sdxl_trt.benchmarks.gpu_check.report import markdown, without_gpu
 from sdxl_trt.benchmarks.gpu_check.runner import ProcessRunner, Runner, run_checks
-from sdxl_trt.benchmarks.measure import GpuReport, gpu_extras, gpu_facts, no_driver, write_results
+from sdxl_trt.benchmarks.measure import CheckResult, GpuReport, gpu_extras, gpu_facts, no_driver, write_results
 from sdxl_trt.engines import IncompatibleError, SdxlTrtError, UsageError
 from sdxl_trt.engines.backends.trt import device_available
 from sdxl_trt.engines.bundle import read_bundle
@@ -48,16 +48,19 @@ def main(
         sys.stdout.write(without_gpu(gpu_facts(), reason))
         return IncompatibleError.exit_code
     try:
-        chosen = _chosen(checks or all_checks(), arguments.only)
-        report = _checked(arguments, chosen, runner)
+        chosen = _chosen(checks or all_checks(compared=_has_plans(arguments.out / SECOND)), arguments.only)
+        report, interrupted = _checked(arguments, chosen, runner)
+        sys.stdout.write(markdown(report))  # first: the files may not be writable
+        sys.stdout.flush()
         write_results(report, markdown(report), arguments.out / REPORT)
     except SdxlTrtError as exc:
         sys.stderr.write(f"error: {exc}\n")
         return exc.exit_code
     except KeyboardInterrupt:
+        interrupted = True
+    if interrupted:
         sys.stderr.write("error: interrupted; the plans built so far are kept\n")
         return _INTERRUPTED
-    sys.stdout.write(markdown(report))
     return 1 if any(check.outcome == "FAILED" for check in report.checks) else 0
 
 
@@ -92,26 +95,46 @@ def _chosen(checks: Sequence[Check], only: Sequence[str]) -> list[Check]:
     return [check for check in checks if not only or any(text in check.name for text in only)]
 
 
+def _has_plans(bundle: Path) -> bool:
+    try:
+        return bool(read_bundle(bundle, partial=True).manifest.plans)
+    except SdxlTrtError:
+        return False
+
+
 def _checked(
     arguments: argparse.Namespace, checks: Sequence[Check], runner: Callable[[Path], Runner] | None
-) -> GpuReport:
-    """Run `checks` in a new workplace and return the report."""
+) -> tuple[GpuReport, bool]:
+    """Run `checks` in a new workplace, and return the report and whether an interrupt ended the run before the end."""
     with tempfile.TemporaryDirectory(prefix="sdxl-trt-gpu-") as name:
         folder = Path(name)
         model = _prepare(folder, arguments)
         processes = ProcessRunner(folder, debug=arguments.debug)
         facts = processes.facts() if runner is None else gpu_facts()
         run = processes if runner is None else runner(folder)
-        results = run_checks(checks, run, arguments.minutes * 60, _say)
+        results, interrupted = _until_interrupted(checks, run_checks(checks, run, arguments.minutes * 60, _say))
         place = Workplace(folder)  # how a process ended may name a path, too
         results = [msgspec.structs.replace(each, seen=place.without_paths(each.seen)) for each in results]
-    return GpuReport(
+    report = GpuReport(
         date=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         gpu=facts.get("GPU", "").partition(", compute capability")[0],
         model=model,
         facts=facts,
         checks=tuple(results),
     )
+    return report, interrupted
+
+
+def _until_interrupted(checks: Sequence[Check], results: Iterable[CheckResult]) -> tuple[list[CheckResult], bool]:
+    """Return the results of `checks`, and whether an interrupt came: those that had not finished were then not run."""
+    found: list[CheckResult] = []
+    try:
+        for result in results:
+            found.append(result)  # noqa: PERF402 - what was found before an interrupt is kept
+    except KeyboardInterrupt:
+        rest = [CheckResult(check.name, "not run", 0.0, "the run was interrupted") for check in checks[len(found) :]]
+        return found + rest, True
+    return found, False
 
 
 def _prepare(folder: Path, arguments: argparse.Namespace) -> str:

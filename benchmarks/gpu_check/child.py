@@ -6,6 +6,7 @@ the machine's facts. It ends with its parent: when stdin closes, the process exi
 
 __all__ = ["FACTS", "main", "run_check"]
 
+import math
 import os
 import sys
 import threading
@@ -37,8 +38,10 @@ def run_check(check: Check, workplace: Workplace) -> CheckResult:
     except Exception as exc:  # noqa: BLE001 - any error is reported
         outcome, found = "FAILED", Finding(f"{type(exc).__name__}: {exc}")
         traceback.print_exc()
+    # JSON has no NaN and no infinity: they would become null, which no reader takes for a number.
+    figures = tuple(figure for figure in found.figures if math.isfinite(figure.value))
     seen = one_line(workplace.without_paths(found.seen))[:MOST_SEEN]
-    return CheckResult(check.name, outcome, time.perf_counter() - started, seen, found.figures)
+    return CheckResult(check.name, outcome, time.perf_counter() - started, seen, figures)
 
 
 def main(argv: Sequence[str]) -> int:

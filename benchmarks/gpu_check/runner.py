@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Protocol
 
@@ -24,6 +24,7 @@ from sdxl_trt.engines.host import one_line
 
 CHILD = "sdxl_trt.benchmarks.gpu_check.child"
 FACTS_SECONDS = 60.0
+KILL_SECONDS = 10.0
 _TAIL = 1 << 14
 
 
@@ -40,26 +41,26 @@ def run_checks(
     seconds: float,
     tell: Callable[[str], None],
     clock: Callable[[], float] = time.monotonic,
-) -> list[CheckResult]:
-    """Run `checks` in order for at most `seconds` in all; `tell` receives lines about the progress.
+) -> Iterator[CheckResult]:
+    """Run `checks` in order for at most `seconds` in all and yield the results; `tell` receives lines on the progress.
 
     A check that needs more time than is left is not run, and one that is still running when the time is up is killed
     and counts as not run, too; shorter checks after it may still fit. If an essential check did not pass, the others of
     its provider are skipped.
     """
-    end, results = clock() + seconds, []
+    end = clock() + seconds
     missing: dict[str, str] = {}
     for number, check in enumerate(checks, 1):
         left = end - clock()
         if check.provider in missing:
-            results.append(CheckResult(check.name, "skipped", 0.0, missing[check.provider]))
+            yield CheckResult(check.name, "skipped", 0.0, missing[check.provider])
             continue
         tell(f"check {number} of {len(checks)}, {_minutes(left)} left: {check.name}")
-        results.append(_run(check, runner, left))
-        tell(f"  {results[-1].outcome} after {results[-1].seconds:.1f} s: {results[-1].seen}")
-        if check.essential and results[-1].outcome != "ok":
+        result = _run(check, runner, left)
+        tell(f"  {result.outcome} after {result.seconds:.1f} s: {result.seen}")
+        if check.essential and result.outcome != "ok":
             missing[check.provider] = f"see “{check.name}”"
-    return results
+        yield result
 
 
 def _run(check: Check, runner: Runner, left: float) -> CheckResult:
@@ -117,13 +118,16 @@ class ProcessRunner:
                 [*self._command, str(self._folder), name], stdin=pipe, stdout=pipe,
                 stderr=None if self._debug else said, start_new_session=True,
             )  # fmt: skip
+            output, late = b"", ""
             try:
                 # Its stdin stays open: if this process is killed, stdin closes and the child ends itself.
                 output = _read(child, seconds)
             except subprocess.TimeoutExpired:
-                return b"", f"it was killed after {seconds:.0f} s"
+                late = f"it was killed after {seconds:.0f} s"
             finally:
-                _kill(child)
+                gone = _kill(child)
+            if late:
+                return b"", late if gone else f"{late} and did not end"
             return output, _ended(child.returncode, said)
 
 
@@ -137,10 +141,11 @@ def _read(child: "subprocess.Popen[bytes]", seconds: float) -> bytes:
         child.stdin = stdin
 
 
-def _kill(child: "subprocess.Popen[bytes]") -> None:
-    """Kill a child that still runs, with its process group, and wait for it.
+def _kill(child: "subprocess.Popen[bytes]") -> bool:
+    """Kill a child that still runs, with its process group, and return whether it has ended.
 
-    A child that has ended leaves none: what it started ends when its stdin closes.
+    A child that has ended leaves none: what it started ends when its stdin closes. A process that waits in a driver
+    may survive SIGKILL: it is waited for only some seconds, and the other checks run without it.
     """
     if child.returncode is None:
         with contextlib.suppress(ProcessLookupError):
@@ -151,7 +156,9 @@ def _kill(child: "subprocess.Popen[bytes]") -> None:
     for stream in (child.stdin, child.stdout):
         if stream is not None:
             stream.close()
-    child.wait()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        child.wait(timeout=KILL_SECONDS)
+    return child.returncode is not None
 
 
 def _ended(code: int, said: IO[bytes]) -> str:

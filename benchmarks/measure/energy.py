@@ -27,6 +27,13 @@ class Nvml:
             ):
                 self._device = device
 
+    def devices(self) -> int | None:
+        """Return the number of GPUs in the machine, whatever CUDA_VISIBLE_DEVICES says, or None."""
+        count = ctypes.c_uint()
+        if self._device is None or self._library.nvmlDeviceGetCount_v2(ctypes.byref(count)):
+            return None
+        return count.value
+
     def joules(self) -> float | None:
         """Return the energy used since the driver was loaded, or None; GPUs before Volta do not report it."""
         spent = ctypes.c_ulonglong()

@@ -16,8 +16,8 @@ _MOST_BYTES = 4 << 20
 _OPTION = "--gpu-check"
 
 Outcome = Literal["ok", "FAILED", "skipped", "not run"]
-Unit = Literal["s", "B", "dB", "times", ""]
-"""Seconds, bytes, decibels, a ratio, or a count."""
+Unit = Literal["s", "B", "dB", ""]
+"""Seconds, bytes, decibels; a cosine or a count has none."""
 Text = Annotated[str, msgspec.Meta(max_length=4000)]
 
 

@@ -4,7 +4,7 @@ __all__ = ["gpu_section"]
 
 from sdxl_trt.benchmarks.measure import Figure, GpuReport
 from sdxl_trt.benchmarks.report.document import Section, Table
-from sdxl_trt.benchmarks.report.quantities import memory, significant, time_unit
+from sdxl_trt.benchmarks.report.quantities import memory, time_unit
 from sdxl_trt.benchmarks.report.records import BenchReport
 from sdxl_trt.benchmarks.report.timed import labels, our_names
 
@@ -50,6 +50,5 @@ def _here(report: BenchReport, ours: str, figure: Figure) -> str:
 
 
 def _shown(figure: Figure) -> str:
-    if figure.unit == "B":
-        return memory(figure.value)
-    return time_unit([figure.value]).show(figure.value) if figure.unit == "s" else significant(figure.value)
+    """Return the value of a figure in bytes or seconds with its unit."""
+    return memory(figure.value) if figure.unit == "B" else time_unit([figure.value]).show(figure.value)

@@ -45,6 +45,11 @@ class LoadAhead:
         self._thread = threading.Thread(target=self._run, name=f"make ready {' '.join(names)}", daemon=True)
         self._thread.start()
 
+    @property
+    def running(self) -> bool:
+        """Whether the thread still prepares engines."""
+        return self._thread.is_alive()
+
     def finish(self) -> BaseException | None:
         """Wait for the thread to end; return the exception that stopped it, or None."""
         self._thread.join()

@@ -86,6 +86,11 @@ class EnginePool:
             limit = bytes_ahead(sizes.values(), available_host_memory()) if ahead is None else ahead
             self._reads = ReadAhead(self._new, sizes, limit)
 
+    @property
+    def preparing(self) -> bool:
+        """Whether a thread still loads engines of the next phase."""
+        return self._ahead is not None and self._ahead.running
+
     def expect(self, names: Iterable[str]) -> None:
         """State the components that the coming run uses, in order; a component used twice may be named twice.
 

@@ -1,7 +1,10 @@
 """What a check finds, and how it fails or does not apply."""
 
-__all__ = ["Failed", "Finding", "Skipped", "finding", "require"]
+__all__ = ["Failed", "Finding", "Skipped", "engine_warnings", "finding", "require"]
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from sdxl_trt.benchmarks.measure import Figure
@@ -37,3 +40,24 @@ def require(holds: object, found: Finding, otherwise: str) -> Finding:
     if not holds:
         raise Failed(Finding(f"{found.seen}; {otherwise}", found.figures))
     return found
+
+
+@contextmanager
+def engine_warnings() -> Iterator[list[str]]:
+    """Collect the engines' log warnings while the context is open: the yielded list grows."""
+    messages: list[str] = []
+    handler, log = _Collector(messages), logging.getLogger("sdxl_trt.engines")
+    log.addHandler(handler)
+    try:
+        yield messages
+    finally:
+        log.removeHandler(handler)
+
+
+class _Collector(logging.Handler):
+    def __init__(self, messages: list[str]) -> None:
+        super().__init__(logging.WARNING)
+        self._messages = messages
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._messages.append(record.getMessage())

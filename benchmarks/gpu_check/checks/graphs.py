@@ -2,9 +2,9 @@
 
 __all__ = ["captured_against_uncaptured", "graphs_are_used", "loading_during_captures"]
 
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
@@ -17,16 +17,20 @@ from sdxl_trt.benchmarks.gpu_check.checks.calls import (
     usual_shape,
     without_graphs,
 )
-from sdxl_trt.benchmarks.gpu_check.checks.findings import Finding, Skipped, finding, require
+from sdxl_trt.benchmarks.gpu_check.checks.findings import Finding, Skipped, engine_warnings, finding, require
 from sdxl_trt.benchmarks.gpu_check.checks.likeness import Array, same
 from sdxl_trt.benchmarks.gpu_check.checks.workplace import Workplace
 from sdxl_trt.benchmarks.measure import Figure
+from sdxl_trt.engines import Engine
 from sdxl_trt.engines.backends.cuda import Stream
 from sdxl_trt.engines.bundle import Bundle, Flavour
 from sdxl_trt.engines.residency import EnginePool
 
 _BY_ITSELF = "TensorRT for RTX captures graphs itself, where it can: there is nothing to count"
-_LOADS, _ROUNDS = 2, 3
+_LOADS, _MOST_LOADS = 2, 6
+"""Loads beside the base's calls; more, up to the second number, if none of them was long enough for a call."""
+_AFTER = 2
+"""Turns after a load: a capture waits until no thread loads."""
 
 
 def graphs_are_used(flavour: Flavour, workplace: Workplace) -> Finding:
@@ -34,7 +38,7 @@ def graphs_are_used(flavour: Flavour, workplace: Workplace) -> Finding:
     workplace.planned(flavour)
     if flavour == "tensorrt-rtx":
         raise Skipped(_BY_ITSELF)
-    with counted(Stream, "launch") as launches, counted(Stream, "capture") as captures, _warnings() as warned:
+    with counted(Stream, "launch") as launches, counted(Stream, "capture") as captures, engine_warnings() as warned:
         workplace.run(flavour, again=True)
     refused = [text for text in warned if "graph" in text]
     figures = Figure("captures", float(len(captures))), Figure("launches", float(len(launches)))
@@ -50,7 +54,7 @@ def captured_against_uncaptured(flavour: Flavour, workplace: Workplace) -> Findi
         raise Skipped(_BY_ITSELF)
     with counted(Stream, "launch") as launches:
         captured = workplace.run(flavour, again=True)
-    with without_graphs(), _warnings():
+    with without_graphs(), engine_warnings():
         bare = workplace.run(flavour, again=True)
     agree, difference = same(captured.latents, bare.latents)
     found = finding(f"{len(launches)} launches against none: {difference}")
@@ -67,34 +71,63 @@ def loading_during_captures(flavour: Flavour, workplace: Workplace) -> Finding:
     feeds = [unet_feed(component, shape, factor) for shape in _shapes(bundle)]
     with loaded(workplace, flavour, base) as engine:
         alone = [call(engine, feed) for feed in feeds]
-    with workplace.opened(flavour, "resident") as pool, _warnings() as warned:
-        calls, differing = _computed_while_loading(pool, (base, refiner), feeds, alone)
+    with workplace.opened(flavour, "resident") as pool, engine_warnings() as warned:
+        beside = _computed_while_loading(pool, (base, refiner), feeds, alone)
     refused = [text for text in warned if "graph" in text]
-    found = finding(f"{calls} calls of the base while the refiner was loaded {_LOADS} times")
-    require(not differing, found, f"outputs changed: {', '.join(differing)}")
-    return require(not refused, found, f"a capture failed: {next(iter(refused), '')}")
+    found = finding(
+        f"{beside.during} of {beside.calls} calls of the base during {beside.loads} loads of the refiner,"
+        f" {beside.captures} captures",
+        Figure("calls during loads", float(beside.during)),
+        Figure("captures", float(beside.captures)),
+    )
+    require(not beside.differing, found, f"outputs changed: {', '.join(beside.differing)}")
+    require(not refused, found, f"a capture failed: {next(iter(refused), '')}")
+    require(beside.during, found, "no call began during a load: nothing was shown")
+    return require(beside.captures or flavour == "tensorrt-rtx", found, "no CUDA graph was captured")
 
 
 def _shapes(bundle: Bundle) -> list[Shape]:
     return [usual_shape(bundle, rows) for rows in (2, 1)]
 
 
+@dataclass
+class _Beside:
+    """Calls of the base, how many began during loads of the refiner, and the captures and differences among them."""
+
+    loads: int = 0
+    calls: int = 0
+    during: int = 0
+    captures: int = 0
+    differing: list[str] = field(default_factory=list)
+
+
 def _computed_while_loading(
     pool: EnginePool, names: tuple[str, str], feeds: list[dict[str, Array]], alone: list[Array]
-) -> tuple[int, list[str]]:
-    """Load the second engine in a thread, some times, while the first computes; return calls and differences."""
+) -> _Beside:
+    """Load the second engine in a thread, some times, while the first computes until the load has ended, and longer."""
     base, refiner = names
-    calls, differing = 0, []
-    for _ in range(_LOADS):
-        pool.free()
-        (engine,) = pool.phase(base, next_engines=(refiner,))
-        for turn in range(_ROUNDS * len(feeds)):
-            index = turn % len(feeds)
-            agree, difference = same(call(engine, feeds[index]), alone[index])
-            differing += [] if agree else [difference]
-            calls += 1
-        pool.phase(refiner)  # raises what stopped the thread
-    return calls, differing
+    beside = _Beside()
+    with counted(Stream, "capture") as captures:
+        while beside.loads < _LOADS or (not beside.during and beside.loads < _MOST_LOADS):
+            pool.free()
+            (engine,) = pool.phase(base, next_engines=(refiner,))
+            beside.loads += 1
+            after = 0
+            while after < _AFTER:
+                after += not pool.preparing
+                _turn(engine, pool, feeds, alone, beside)
+            pool.phase(refiner)  # raises what stopped the thread
+    beside.captures = len(captures)
+    return beside
+
+
+def _turn(engine: Engine, pool: EnginePool, feeds: list[dict[str, Array]], alone: list[Array], beside: _Beside) -> None:
+    """Call `engine` once with each of `feeds`, and compare with its outputs `alone`."""
+    for feed, expected in zip(feeds, alone, strict=True):
+        beside.during += pool.preparing
+        beside.calls += 1
+        agree, difference = same(call(engine, feed), expected)
+        beside.differing += [] if agree else [difference]
 
 
 @contextmanager
@@ -109,22 +142,3 @@ def counted(owner: type[Any], name: str) -> Iterator[list[None]]:
 
     with mock.patch.object(owner, name, counting):
         yield calls
-
-
-class _warnings(logging.Handler):  # noqa: N801 - a context manager, read as a function
-    """Collects the engines' log warnings while the context is open."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.messages: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Store the message."""
-        self.messages.append(record.getMessage())
-
-    def __enter__(self) -> list[str]:
-        logging.getLogger("sdxl_trt.engines").addHandler(self)
-        return self.messages
-
-    def __exit__(self, *_: object) -> None:
-        logging.getLogger("sdxl_trt.engines").removeHandler(self)

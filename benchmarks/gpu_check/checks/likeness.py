@@ -55,9 +55,9 @@ def limits_of(precisions: AbstractSet[Precision], *, deep: bool) -> Limits:
 
 
 def cosine(found: Array, reference: Array) -> float:
-    """Return the cosine of two arrays of one shape, in double precision; 0 if `found` holds NaN or infinity."""
+    """Return the cosine of two arrays of one shape, in double precision; 0 if one holds NaN or infinity."""
     a, b = found.astype(np.float64).ravel(), reference.astype(np.float64).ravel()
-    if not np.isfinite(a).all():
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
         return 0.0
     norms = float(np.linalg.norm(a) * np.linalg.norm(b))
     return float(a @ b) / norms if norms else float(bool((a == b).all()))

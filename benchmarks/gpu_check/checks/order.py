@@ -16,6 +16,8 @@ from sdxl_trt.engines.bundle import Flavour
 MINUTE = 60.0
 _BUILD = 60 * MINUTE
 """A build may take what is left of the time."""
+_REFERENCE = 15 * MINUTE
+"""The most for a check that computes its reference on the CPU."""
 _STAGES = ("base", "refiner")
 
 
@@ -39,8 +41,10 @@ class Check:
         return self.name.partition(":")[0]
 
 
-def all_checks() -> list[Check]:
+def all_checks(*, compared: bool = False) -> list[Check]:
     """Return the checks in order; later ones use what earlier ones built.
+
+    `compared`: an earlier run has built plans of the second export, so that comparing operator sets takes a minute.
 
     Each flavour of TensorRT has its own, then come ONNX Runtime's providers for GPUs, then what takes most time.
     """
@@ -48,11 +52,14 @@ def all_checks() -> list[Check]:
     rest = [check for flavour in FLAVOURS for check in _rest(flavour)]
     kernels = Check("tensorrt-rtx: compiled kernels are kept", pictures.kernel_cache)
     providers = [
-        Check(f"{provider}: a whole picture matches ort-cpu", partial(pictures.onnxruntime, provider), needs=MINUTE)
+        Check(
+            f"{provider}: a whole picture matches ort-cpu", partial(pictures.onnxruntime, provider), MINUTE, _REFERENCE
+        )
         for provider in ORT_PROVIDERS
         if provider != "ort-cpu"
     ]
-    last = [_check(flavour, "two operator sets", timing.operator_sets, 8 * MINUTE, _BUILD) for flavour in FLAVOURS]
+    needs = MINUTE if compared else 8 * MINUTE
+    last = [_check(flavour, "two operator sets", timing.operator_sets, needs, _BUILD) for flavour in FLAVOURS]
     return [*first, *providers, *rest, kernels, *last]
 
 
@@ -74,13 +81,19 @@ def _first(flavour: Flavour) -> list[Check]:
         _check(flavour, "the environment is known", plans.environment, 5),
         *builds,
         _check(flavour, "plans load and unload", plans.load, 30),
-        _check(flavour, "a whole picture matches ort-cpu", pictures.picture, 90),
+        _check(flavour, "a whole picture matches ort-cpu", pictures.picture, 90, _REFERENCE),
     ]
 
 
 def _rest(flavour: Flavour) -> list[Check]:
     matches = [
-        _check(flavour, f"every component matches ONNX Runtime: {group}", partial(plans.components, group), MINUTE)
+        _check(
+            flavour,
+            f"every component matches ONNX Runtime: {group}",
+            partial(plans.components, group),
+            MINUTE,
+            _REFERENCE,
+        )
         for group in plans.GROUPS
     ]
     return [
@@ -99,12 +112,16 @@ def _rest(flavour: Flavour) -> list[Check]:
         _check(flavour, "the same plan gives the same latents", pictures.determinism),
         *_of_stages(flavour, "half of the weights streamed", memory.streaming_half, 20),
         *matches,
-        *_of_stages(flavour, "sizes off the optimum", sizes.sizes_off_the_optimum, 90),
-        *_of_stages(flavour, "154 and 231 tokens", sizes.prompt_lengths, 45),
+        *_of_stages(flavour, "sizes off the optimum", sizes.sizes_off_the_optimum, 90, _REFERENCE),
+        *_of_stages(flavour, "154 and 231 tokens", sizes.prompt_lengths, 45, _REFERENCE),
     ]
 
 
 def _of_stages(
-    flavour: Flavour, name: str, run: Callable[[str, Flavour, Workplace], Finding], needs: float
+    flavour: Flavour,
+    name: str,
+    run: Callable[[str, Flavour, Workplace], Finding],
+    needs: float,
+    most: float = 5 * MINUTE,
 ) -> list[Check]:
-    return [_check(flavour, f"{name}: {stage} UNet", partial(run, stage), needs) for stage in _STAGES]
+    return [_check(flavour, f"{name}: {stage} UNet", partial(run, stage), needs, most) for stage in _STAGES]

@@ -2,12 +2,14 @@
 
 __all__ = ["GROUPS", "bindings", "build", "components", "environment", "fused_attention", "large_plans", "load"]
 
+import math
+
 import numpy as np
 
 from sdxl_trt.benchmarks.gpu_check.checks.calls import call, loaded, stage_of, unet_feed, usual_shape
-from sdxl_trt.benchmarks.gpu_check.checks.findings import Finding, Skipped, finding, require
+from sdxl_trt.benchmarks.gpu_check.checks.findings import Finding, Skipped, engine_warnings, finding, require
 from sdxl_trt.benchmarks.gpu_check.checks.sampler import MemorySampler, used_memory
-from sdxl_trt.benchmarks.gpu_check.checks.workplace import Workplace
+from sdxl_trt.benchmarks.gpu_check.checks.workplace import Workplace, require_disk
 from sdxl_trt.benchmarks.measure import Figure
 from sdxl_trt.engines import IncompatibleError
 from sdxl_trt.engines.backends.cuda import cuda_runtime
@@ -22,15 +24,17 @@ GROUPS = ("text encoders and autoencoder", "base UNet", "refiner UNet")
 LARGE = 2 << 30
 LEFT_BEHIND = 64 << 20
 HEAD = 64
+WHOLE = "the plan is read whole"
+"""How the engines' warning begins if TensorRT does not take a plan from a stream reader."""
 _OTHERS = GROUPS[0]
 
 
-def group_of(workplace: Workplace, group: str) -> list[str]:
+def group_of(workplace: Workplace, group: str, flavour: Flavour) -> list[str]:
     """Return the components of one of GROUPS that TensorRT runs. Raises Skipped if the bundle has no refiner."""
     bundle = read_bundle(workplace.root)
     unets = {f"{name} UNet": stage.unet for name, stage in bundle.manifest.stages().items()}
     if group == _OTHERS:
-        return [name for name in workplace.components() if name not in unets.values()]
+        return [name for name in workplace.components(flavour) if name not in unets.values()]
     if group not in unets:
         raise Skipped("the bundle has no refiner")
     return [unets[group]]
@@ -58,15 +62,16 @@ def environment(flavour: Flavour, workplace: Workplace) -> Finding:
 def build(group: str, flavour: Flavour, workplace: Workplace) -> Finding:
     """Build plans if none fit; existing plans that fit are kept. Each is kept as soon as it is complete."""
     workplace.require_installed(flavour)
-    names, how = group_of(workplace, group), "already built"
+    names, how = group_of(workplace, group, flavour), "already built"
     figures: list[Figure] = []
-    try:
-        records = workplace.records(flavour, *names)
-    except IncompatibleError:
+    missing = workplace.missing(flavour, *names)
+    if missing:
+        require_disk(workplace.root, missing)
         with MemorySampler() as memory:
             build_plans(workplace.root, flavour, flags=workplace.flags, components=names)
-        records, how = workplace.records(flavour, *names), "built"
+        how = "built"
         figures = [Figure("GPU memory while building", float(memory.grown), "B")]
+    records = workplace.records(flavour, *names)
     seconds = sum(record.seconds for record in records.values())
     size = sum(record.file.size for record in records.values())
     figures += [Figure("building", seconds, "s"), Figure("plans", float(size), "B")]
@@ -75,18 +80,22 @@ def build(group: str, flavour: Flavour, workplace: Workplace) -> Finding:
 
 
 def load(flavour: Flavour, workplace: Workplace) -> Finding:
-    """Load and unload every plan twice; the second time must leave as much memory free as the first."""
+    """Load and unload every plan twice: in pieces, and the second time must leave as much memory free as the first."""
     bundle = workplace.planned(flavour)
-    records, used = workplace.records(flavour), []
-    with open_pool(bundle, flavour, "swap") as pool:
+    records, used, highest = workplace.records(flavour), [], 0
+    with engine_warnings() as warned, open_pool(bundle, flavour, "swap") as pool:
         for _ in range(2):
             for name in records:
                 pool.phase(name)
+                highest = max(highest, used_memory())
             pool.free()
             used.append(used_memory())
     left = max(used[1] - used[0], 0)
     seen = f"{len(records)} plans; a second load and unload leaves {format_bytes(left)} allocated"
     found = finding(seen, Figure("left allocated", float(left), "B"))
+    require(highest > 0, found, "the GPU's memory cannot be read")
+    whole = [text for text in warned if WHOLE in text]
+    require(not whole, found, f"plans must be loaded in pieces: {next(iter(whole), '')}")
     return require(left <= LEFT_BEHIND, found, f"at most {format_bytes(LEFT_BEHIND)} is expected")
 
 
@@ -139,11 +148,11 @@ def attention_finding(component: Component, record: PlanRecord) -> Finding:
 
 def components(group: str, flavour: Flavour, workplace: Workplace) -> Finding:
     """Every output of these components' plans matches ONNX Runtime's, in every profile."""
-    names = group_of(workplace, group)
+    names = group_of(workplace, group, flavour)
     bundle, reference = workplace.planned(flavour, *names), workplace.reference()
     found = compare_engines(bundle, names, flavour, reference)
     wrong = [each for each in found if not each.passed]
-    worst = min(found, key=lambda each: each.cosine)
+    worst = min(found, key=lambda each: each.cosine if math.isfinite(each.cosine) else -math.inf)
     said = f"{len(found)} outputs against {reference}; worst {worst.component} {worst.output}: {worst.max_abs:.1e},"
     figure = Figure("lowest cosine", worst.cosine)
     faults = "; ".join(

@@ -2,6 +2,7 @@
 
 __all__ = ["MemorySampler", "used_memory"]
 
+import os
 import threading
 from types import TracebackType
 from typing import Self
@@ -19,14 +20,16 @@ class _Reader:
 
     The driver's NVML library is asked if there is one: it makes no CUDA context, which costs hundreds of megabytes, and
     no CUDA call that could disturb a capture in another thread. CUDA is asked otherwise; without both the result is 0.
+    With several GPUs, or CUDA_VISIBLE_DEVICES, only CUDA is asked: NVML's first GPU may be another one than CUDA's.
     """
 
-    def __init__(self) -> None:
-        self._nvml = Nvml()
+    def __init__(self, nvml: Nvml | None = None) -> None:
+        nvml = nvml or Nvml()
+        self._nvml = nvml if nvml.devices() == 1 and "CUDA_VISIBLE_DEVICES" not in os.environ else None
         self._cuda: Cuda | None = None
 
     def __call__(self) -> int:
-        used = self._nvml.used()
+        used = None if self._nvml is None else self._nvml.used()
         if used is not None:
             return used
         try:

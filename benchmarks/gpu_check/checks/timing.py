@@ -17,12 +17,12 @@ import numpy as np
 from sdxl_trt.benchmarks.gpu_check.checks.calls import call, loaded, stage_of, unet_feed, usual_shape
 from sdxl_trt.benchmarks.gpu_check.checks.findings import Finding, Skipped, finding, require
 from sdxl_trt.benchmarks.gpu_check.checks.likeness import CALL_COSINE, Array, cosine, same
-from sdxl_trt.benchmarks.gpu_check.checks.workplace import Measured, Workplace, draw
+from sdxl_trt.benchmarks.gpu_check.checks.workplace import Measured, Workplace, draw, require_disk
 from sdxl_trt.benchmarks.measure import Figure
 from sdxl_trt.engines import IncompatibleError, numpy_dtype
 from sdxl_trt.engines.backends.trt import TrtEngine, current_environment
 from sdxl_trt.engines.build import build_plans
-from sdxl_trt.engines.bundle import Bundle, Flavour, Stage, read_bundle
+from sdxl_trt.engines.bundle import Bundle, Flavour, read_bundle, stand_ins
 from sdxl_trt.engines.plans import find_plan
 
 _BOUND = ("encoder_hidden_states", "text_embeds", "time_ids")
@@ -37,39 +37,61 @@ def step_times(flavour: Flavour, workplace: Workplace) -> Finding:
     for name, stage in bundle.manifest.stages().items():
         with loaded(workplace, flavour, stage.unet) as engine:
             figures.append(Figure(f"{name} UNet step", _step(engine, bundle)[0], "s"))
-    with loaded(workplace, flavour, _decoder(bundle.manifest.base)) as engine:
+    with loaded(workplace, flavour, _decoder(bundle, flavour)) as engine:
         figures.append(Figure("VAE decode", _decode(engine, bundle)[0], "s"))
     shape = usual_shape(bundle)
     return finding(f"medians of {_TIMED} at {shape}: {_words(figures)}", *figures)
 
 
 def handoff(flavour: Flavour, workplace: Workplace) -> Finding:
-    """Time the first step from cold, base steps with and without a load beside them, and the change to the refiner."""
+    """Time the first step from cold, base steps, and the change to the refiner, under the residencies that fit.
+
+    Only under `resident` the refiner loads beside base steps.
+    """
     bundle = workplace.planned(flavour)
     stage_of(bundle, "refiner")
     shape = usual_shape(bundle)
     usual = dataclasses.replace(workplace.request(), steps=_STEPS, handoff=0.8, width=shape.width, height=shape.height)
     runs: dict[str, Measured] = {}
     latents = []
-    workplace.require_fit(flavour, "resident")
-    for residency in ("resident", "swap"):
+    residencies = _fitting(flavour, workplace)
+    for residency in residencies:
         opened = time.perf_counter()
         with workplace.opened(flavour, residency) as pool:
             for state, since in (("cold", opened), ("warm", None)):
                 drawn = draw(pool, usual, since)
                 latents.append(drawn.latents)
                 runs[f"{residency}, {state}"] = drawn.figures
-    cold, warm = runs["resident, cold"], runs["resident, warm"]
+    cold, warm = runs[f"{residencies[0]}, cold"], runs[f"{residencies[0]}, warm"]
     figures = [
         Figure("first step from cold", cold.first_step, "s"),
         Figure("base step alone", _median(warm.seconds["base"]), "s"),
-        Figure("base step while the refiner loads", _median(cold.seconds["base"]), "s"),
+        *(_beside_the_load(cold.seconds["base"]) if residencies[0] == "resident" else ()),
         *(Figure(f"stall at the handoff, {name}", run.seconds["load"][1], "s") for name, run in runs.items()),
         Figure("picture", warm.total, "s"),
     ]
-    found = finding(f"{_STEPS} steps: {_words(figures)}", *figures)
+    found = finding(f"{_STEPS} steps, {' and '.join(residencies)}: {_words(figures)}", *figures)
     differing = [difference for each in latents[1:] for agree, difference in [same(each, latents[0])] if not agree]
     return require(not differing, found, f"the runs differ: {', '.join(differing)}")
+
+
+def _fitting(flavour: Flavour, workplace: Workplace) -> tuple[str, ...]:
+    """Return the residencies to time that fit into memory, the largest first. Raises Skipped if none does."""
+    try:
+        workplace.require_fit(flavour, "resident")
+    except Skipped:
+        workplace.require_fit(flavour, "swap")
+        return ("swap",)
+    return "resident", "swap"
+
+
+def _beside_the_load(seconds: list[float]) -> tuple[Figure, Figure]:
+    """Return the figures of base steps during which the refiner loads: one slow step is lost in the median."""
+    slowest = max(seconds[1:] or seconds)
+    return (
+        Figure("base step while the refiner loads", _median(seconds), "s"),
+        Figure("slowest base step while the refiner loads", slowest, "s"),
+    )
 
 
 def operator_sets(flavour: Flavour, workplace: Workplace) -> Finding:
@@ -78,8 +100,12 @@ def operator_sets(flavour: Flavour, workplace: Workplace) -> Finding:
     if other is None or not other.exists():
         raise Skipped("there is no second export of the same graphs; the full-size pair has one")
     bundle = workplace.planned(flavour)
-    figures, cosines = [], []
-    for name, run in ((bundle.manifest.base.unet, _step), (_decoder(bundle.manifest.base), _decode)):
+    figures, cosines, exported = [], [], read_bundle(other, partial=True).manifest.components
+    pairs = ((bundle.manifest.base.unet, _step), (_decoder(bundle, flavour), _decode))
+    apart = [name for name, _ in pairs if name not in exported]  # it has the decoder of GPUs with bf16 only
+    for name, run in pairs:
+        if name in apart:
+            continue
         _require_plan(other, flavour, name, workplace)
         outputs = []
         for root in (None, other):
@@ -89,7 +115,10 @@ def operator_sets(flavour: Flavour, workplace: Workplace) -> Finding:
                 outputs.append(output)
         cosines.append(cosine(outputs[1], outputs[0]))
     lowest = min(cosines)
-    found = finding(f"{_words(figures)}; lowest cosine {lowest:.6f}", *figures, Figure("lowest cosine", lowest))
+    seen = f"{_words(figures)}; lowest cosine {lowest:.6f}" + "".join(
+        f"; {name} has no second export" for name in apart
+    )
+    found = finding(seen, *figures, Figure("lowest cosine", lowest))
     # Both exports round to half precision, each in its own way.
     return require(lowest >= 1 - 20 * (1 - CALL_COSINE), found, "the exports must compute the same")
 
@@ -99,11 +128,15 @@ def _require_plan(root: Path, flavour: Flavour, name: str, workplace: Workplace)
     try:
         find_plan(read_bundle(root, partial=True), name, current_environment(flavour))
     except IncompatibleError:
+        require_disk(root, [name])
         build_plans(root, flavour, flags=workplace.flags, components=[name])
 
 
-def _decoder(stage: Stage) -> str:
-    return stage.vae.decoder_bf16 or stage.vae.decoder
+def _decoder(bundle: Bundle, flavour: Flavour) -> str:
+    """Return the base's decoder that TensorRT runs on this machine's GPU."""
+    decoder = bundle.manifest.base.vae.decoder
+    replaced = stand_ins(bundle.manifest, flavour, current_environment(flavour).compute_capability)
+    return replaced.get(decoder, decoder)
 
 
 def _step(engine: TrtEngine, bundle: Bundle) -> tuple[float, Array]:

@@ -1,14 +1,16 @@
 """The shared state of the checks, on disk: the bundle, its plans, and what earlier checks' processes left."""
 
-__all__ = ["STEPS", "USUAL", "Measured", "Pictures", "Workplace", "draw", "make_workplace", "sizes_of"]
+__all__ = ["STEPS", "USUAL", "Measured", "Pictures", "Workplace", "draw", "make_workplace", "require_disk",
+           "sizes_of"]  # fmt: skip
 
 import hashlib
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import msgspec
 import numpy as np
@@ -20,13 +22,22 @@ from sdxl_trt.benchmarks.gpu_check.checks.sampler import MemorySampler
 from sdxl_trt.engines import IncompatibleError, SdxlTrtError
 from sdxl_trt.engines.backends.cuda import Cuda
 from sdxl_trt.engines.backends.trt import current_environment, tensorrt_module
-from sdxl_trt.engines.bundle import BuildFlags, Bundle, Flavour, PlanRecord, read_bundle
+from sdxl_trt.engines.bundle import BuildFlags, Bundle, Environment, Flavour, PlanRecord, read_bundle
 from sdxl_trt.engines.host import atomic_write, available_host_memory, cache_folder, format_bytes
-from sdxl_trt.engines.plans import PlanLimits, Sizes, find_plan, plan_limits, planned_components, stage_sizes
-from sdxl_trt.engines.residency import EnginePool, estimate_memory, open_pool
+from sdxl_trt.engines.plans import (
+    PlanLimits,
+    RunSizes,
+    Sizes,
+    find_plan,
+    plan_limits,
+    planned_components,
+    stage_sizes,
+)
+from sdxl_trt.engines.residency import EnginePool, MemoryEstimate, estimate_memory, open_pool
 from sdxl_trt.mini import bundle_path
 from sdxl_trt.runtime import Request
 from sdxl_trt.runtime.pipeline import Pipeline
+from sdxl_trt.runtime.request import resolve_request
 
 PROMPT, SEED = "a large red star on a blue background", 7
 STEPS = {False: 4, True: 10}
@@ -34,6 +45,8 @@ STEPS = {False: 4, True: 10}
 USUAL = "swap"
 """The residency of whole pictures: it fits where one UNet does."""
 _HANDOFF = 0.5
+_PLAN_SIZE = 1.1
+"""The largest size of a plan in proportion to its component's weights."""
 _PRIVATE = 0o700
 _SETTINGS = "workplace.json"
 
@@ -106,25 +119,57 @@ class Workplace:
     def records(self, flavour: Flavour, *components: str) -> dict[str, PlanRecord]:
         """Return the plans of `components` (default: all) by component. Raises IncompatibleError if one is missing."""
         bundle, environment = read_bundle(self.root), current_environment(flavour)
-        return {name: find_plan(bundle, name, environment) for name in components or self.components()}
+        return {name: find_plan(bundle, name, environment) for name in components or self.components(flavour)}
 
-    def components(self) -> list[str]:
-        """Return the components that TensorRT runs."""
-        return planned_components(read_bundle(self.root).manifest)
+    def missing(self, flavour: Flavour, *components: str) -> list[str]:
+        """Return those of `components` without a plan for this machine."""
+        bundle, environment = read_bundle(self.root), current_environment(flavour)
+        return [name for name in components if not _has_plan(bundle, name, environment)]
+
+    def components(self, flavour: Flavour) -> list[str]:
+        """Return the components that TensorRT runs on this machine's GPU."""
+        return planned_components(read_bundle(self.root).manifest, current_environment(flavour).compute_capability)
 
     def require_fit(self, flavour: Flavour, residency: str) -> None:
         """Raise Skipped if the device has not the memory for a whole picture under `residency`."""
-        plan = estimate_memory(
-            read_bundle(self.root), provider=flavour, capacity=Cuda().memory()[1], residency=residency
-        )
+        plan = self.estimate(flavour, residency)
         if plan.missing:
             raise Skipped(f"residency {residency} needs {format_bytes(plan.peak)} of GPU memory, of which"
                           f" {format_bytes(plan.usable or 0)} is usable")  # fmt: skip
 
+    def estimate(self, flavour: Flavour, residency: str, run: RunSizes | None = None) -> MemoryEstimate:
+        """Return the memory plan on this machine's GPU for a run of these sizes, by default the usual one.
+
+        Raises IncompatibleError if a plan is missing.
+        """
+        return estimate_memory(
+            read_bundle(self.root),
+            provider=flavour,
+            capacity=Cuda().memory()[1],
+            residency=residency,
+            records=self.records(flavour),
+            capability=current_environment(flavour).compute_capability,
+            run=run,
+        )
+
+    def run_sizes(self, flavour: Flavour) -> RunSizes:
+        """Return the sizes of a whole picture (`request`) with this machine's plans: they choose its profiles.
+
+        Raises IncompatibleError if a plan is missing, Skipped if those of the UNets state no sizes.
+        """
+        bundle = read_bundle(self.root)
+        limits = plan_limits(bundle, self.records(flavour).values())
+        if limits is None:
+            raise Skipped("the plans of the UNets state no sizes")
+        request = resolve_request(self.request(), bundle.manifest, limits)
+        rows = 2 * max(len(request.seeds), limits.fewest)
+        return RunSizes(height=request.height, width=request.width, rows=rows, tokens=limits.tokens.min)
+
     def limits(self, flavour: str) -> Limits:
         """Return the limits of whole pictures by this provider against ONNX Runtime on the CPU."""
         manifest = read_bundle(self.root).manifest
-        names = self.components() if flavour.startswith("tensorrt") else list(manifest.components)
+        planned = flavour.startswith("tensorrt")
+        names = self.components(cast(Flavour, flavour)) if planned else list(manifest.components)
         return limits_of({manifest.components[name].precision for name in names}, deep=not self.quick)
 
     def request(self, pictures: int = 1) -> Request:
@@ -217,6 +262,16 @@ def sizes_of(bundle: Bundle) -> Sizes | PlanLimits:
     return plan_limits(bundle, bundle.manifest.plans) or stage_sizes(bundle.manifest)
 
 
+def require_disk(root: Path, components: Iterable[str]) -> None:
+    """Raise Skipped if the disk of the bundle `root` has no room for plans of `components`."""
+    names, records = list(components), read_bundle(root, partial=True).manifest.components
+    needed = int(_PLAN_SIZE * sum(records[name].weights.size for name in names))
+    free = shutil.disk_usage(root).free
+    if free < needed:
+        raise Skipped(f"plans of {', '.join(names)} need about {format_bytes(needed)} of disk, {format_bytes(free)} is"
+                      " free")  # fmt: skip
+
+
 def draw(pool: EnginePool, request: Request, since: float | None = None) -> Pictures:
     """Draw the pictures of `request` with the engines of `pool` and return them with their figures.
 
@@ -252,6 +307,14 @@ def _large_reference(bundle: Bundle) -> str:
     finally:
         engine.unload()
     return "ort-cuda"
+
+
+def _has_plan(bundle: Bundle, name: str, environment: Environment) -> bool:
+    try:
+        find_plan(bundle, name, environment)
+    except IncompatibleError:
+        return False
+    return True
 
 
 def _save(file: Path, arrays: Mapping[str, Array]) -> None:

@@ -1,22 +1,37 @@
 """gpu-check on the simulated device: the whole list goes through, and every check fails for a planted fault."""
 
 import json
+import logging
 import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import msgspec
+import numpy as np
 import pytest
 
 from sdxl_trt.benchmarks.gpu_check import __main__ as gpu_check
-from sdxl_trt.benchmarks.gpu_check.checks import Check, Workplace, all_checks, order, pictures, plans, timing
+from sdxl_trt.benchmarks.gpu_check.checks import (
+    Check,
+    Workplace,
+    all_checks,
+    graphs,
+    memory,
+    order,
+    pictures,
+    plans,
+    timing,
+)
 from sdxl_trt.benchmarks.gpu_check.checks import workplace as workplaces
 from sdxl_trt.benchmarks.gpu_check.checks.findings import Failed
 from sdxl_trt.benchmarks.gpu_check.child import run_check
 from sdxl_trt.benchmarks.measure.gpu_record import CheckResult, read_gpu_report
+from sdxl_trt.engines.backends.trt import plan_stream
+from sdxl_trt.engines.backends.trt.engine import TrtEngine
+from sdxl_trt.engines.backends.trt.environment import current_environment
 from sdxl_trt.engines.bundle.bundle import read_bundle, write_manifest
 from sdxl_trt.engines.bundle.profile import fixed
 from sdxl_trt.engines.plans.sizes import component_profiles
@@ -128,7 +143,23 @@ def _large_limit(device: Any, patch: pytest.MonkeyPatch, workplace: Workplace) -
 
 
 def _all_weights(device: Any, patch: pytest.MonkeyPatch, workplace: Workplace) -> None:
+    patch.setattr(memory, "LEAST_STREAMABLE", 0)
     device.ignores_budgets = True
+
+
+def _no_reader(device: Any, patch: pytest.MonkeyPatch, workplace: Workplace) -> None:
+    """Let loads warn as they do if TensorRT takes no reader; plans as small as these are never read in pieces."""
+    load = TrtEngine.load
+
+    def warned(engine: TrtEngine) -> None:
+        logging.getLogger(plan_stream.__name__).warning("the plan is read whole: TensorRT did not take it in pieces")
+        load(engine)
+
+    patch.setattr(TrtEngine, "load", warned)
+
+
+def _no_memory(device: Any, patch: pytest.MonkeyPatch, workplace: Workplace) -> None:
+    patch.setattr(plans, "used_memory", lambda: 0)
 
 
 FAULTS: dict[str, tuple[Plant, str]] = {
@@ -173,6 +204,120 @@ APART = {"fused attention: base UNet", "fused attention: refiner UNet", "two ope
 def test_every_check_has_a_fault() -> None:
     names = {check.name.removeprefix("tensorrt: ") for check in all_checks() if check.name.startswith("tensorrt: ")}
     assert names == FAULTS.keys() | APART
+
+
+@pytest.mark.parametrize(("plant", "said"), [(_no_reader, "loaded in pieces"), (_no_memory, "cannot be read")])
+def test_more_faults_of_loading_are_found(
+    plant: Plant, said: str, result_of: ResultOf, workplace: Workplace, simulated: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(simulated, monkeypatch, workplace)
+    result = result_of("tensorrt: plans load and unload")
+    assert (result.outcome, said in result.seen) == ("FAILED", True), result.seen
+
+
+def test_a_nan_of_a_component_reaches_the_report(result_of: ResultOf, simulated: Any) -> None:
+    simulated.spoil(_is_base, math.nan)
+    result = result_of("tensorrt: every component matches ONNX Runtime: base UNet")
+    assert result.outcome == "FAILED"
+    assert "worst unet out_sample" in result.seen
+    assert msgspec.json.decode(msgspec.json.encode(result), type=CheckResult) == result
+
+
+def test_a_gpu_without_bf16_has_other_plans(
+    result_of: ResultOf, workplace: Workplace, simulated: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On Turing TensorRT runs the decoder, not its twin: the builder makes no plan of the twin, and no check asks."""
+    simulated.compute_capability = (7, 5)
+    bundle = read_bundle(workplace.root)
+    stage = bundle.manifest.base
+    twin = msgspec.structs.replace(bundle.manifest.components[stage.vae.decoder], precision="bf16")
+    stage = msgspec.structs.replace(stage, vae=msgspec.structs.replace(stage.vae, decoder_bf16="twin"))
+    environment = current_environment("tensorrt")
+    plans_here = tuple(
+        msgspec.structs.replace(each, key=msgspec.structs.replace(each.key, environment=environment))
+        for each in bundle.manifest.plans
+    )
+    components = {**bundle.manifest.components, "twin": twin}
+    write_manifest(workplace.root, msgspec.structs.replace(
+        bundle.manifest, base=stage, components=components, plans=plans_here))  # fmt: skip
+    assert "twin" not in workplace.components("tensorrt")
+    assert timing._decoder(read_bundle(workplace.root), "tensorrt") == stage.vae.decoder
+    estimates = [
+        workplace.estimate("tensorrt", "swap"),
+        workplace.estimate("tensorrt", "swap", workplace.run_sizes("tensorrt")),
+    ]
+    for estimate in estimates:
+        assert "twin" not in {need.component for need in estimate.needs}
+    simulated.compute_capability = (8, 9)
+    assert "twin" in workplace.components("tensorrt")
+    assert timing._decoder(read_bundle(workplace.root), "tensorrt") == "twin"
+
+
+def test_the_planned_memory_is_that_of_the_picture_that_is_drawn(workplace: Workplace) -> None:
+    """A large pair's picture has the smallest size, whose profile needs less than that of the usual size."""
+    workplace.quick = False
+    run, usual = workplace.run_sizes("tensorrt"), workplaces.sizes_of(read_bundle(workplace.root))
+    assert (run.height, run.width, run.rows) == (usual.height.min, usual.width.min, 2)
+    drawn = memory.planned_figures("tensorrt", workplace, "resident")
+    assert drawn.peak == workplace.estimate("tensorrt", "resident", run).peak
+    assert drawn.peak < workplace.estimate("tensorrt", "resident").peak
+
+
+def test_half_of_few_weights_shows_no_saving(result_of: ResultOf, simulated: Any) -> None:
+    simulated.ignores_budgets = True
+    result = result_of("tensorrt: half of the weights streamed: base UNet")
+    assert (result.outcome, result.seen.endswith("is too little to see the saving")) == ("ok", True), result.seen
+
+
+def test_plans_that_do_not_fit_on_the_disk_are_not_built(
+    result_of: ResultOf, workplace: Workplace, simulated: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = read_bundle(workplace.root).manifest.components["unet"].weights.size
+    monkeypatch.setattr(plans, "build_plans", _never)
+    simulated.compute_capability = (9, 0)
+    monkeypatch.setattr(workplaces.shutil, "disk_usage", lambda _: SimpleNamespace(free=weights))
+    result = result_of("tensorrt: plans are built: base UNet")
+    assert result.outcome == "skipped"
+    assert result.seen.startswith("plans of unet need about ")
+
+
+def _never(*_: Any, **__: Any) -> None:
+    raise AssertionError("it must not be called")
+
+
+def test_slow_steps_are_not_lost_in_the_median() -> None:
+    """The first step captures and does not count."""
+    middle, slowest = timing._beside_the_load([9.0, 1.0, 1.0, 5.0])
+    assert (middle.value, slowest.value) == (1.0, 5.0)
+
+
+def test_a_load_is_watched_until_it_ends() -> None:
+    """The load ends with the third call; two turns follow, in which the captures that waited are made."""
+    left = [3]
+
+    class Pool:
+        loaded = 0
+
+        @property
+        def preparing(self) -> bool:
+            return left[0] > 0
+
+        def free(self) -> None:
+            left[0] = 3
+
+        def phase(self, *names: str, next_engines: tuple[str, ...] = ()) -> tuple[str, ...]:
+            assert next_engines or not left[0], "the load was not waited for"
+            return names
+
+    def one_call(engine: str, feed: dict[str, Any]) -> Any:
+        left[0] = max(left[0] - 1, 0)
+        return feed["x"]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graphs, "call", one_call)
+        one = np.ones(1)
+        beside = graphs._computed_while_loading(cast(EnginePool, Pool()), ("a", "b"), [{"x": one}], [one])
+    assert (beside.loads, beside.calls, beside.during, beside.captures) == (2, 2 * 5, 2 * 3, 0)
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -228,6 +373,10 @@ def test_operator_sets_are_compared(
     result = run_check(Check("both", lambda place: timing.operator_sets("tensorrt", place)), workplace)
     assert (result.outcome, "must compute the same" in result.seen) == ("FAILED", True)
     assert [figure.name for figure in result.figures] == names, "a failure keeps its figures"
+    decoder = timing._decoder(read_bundle(workplace.root), "tensorrt")
+    monkeypatch.setattr(timing, "_decoder", lambda *_: f"another {decoder}")
+    result = run_check(Check("both", lambda place: timing.operator_sets("tensorrt", place)), workplace)
+    assert (result.outcome, result.seen.endswith("; another vae_decoder has no second export")) == ("ok", True)
 
 
 @pytest.mark.parametrize(("name", "outcome"), [
@@ -297,7 +446,8 @@ def test_on_a_small_gpu_resident_is_not_tried(result_of: ResultOf, simulated: An
     found = {name: result_of(f"tensorrt: {name}") for name in (
         "a whole picture matches ort-cpu", "residencies give the same picture", "memory is what was planned",
         "the handoff", "an engine loads while another captures")}  # fmt: skip
-    assert [each.outcome for each in found.values()] == ["ok", "ok", "ok", "skipped", "skipped"], found
+    assert [each.outcome for each in found.values()] == ["ok", "ok", "ok", "ok", "skipped"], found
+    assert "3 steps, swap: " in found["the handoff"].seen
     assert "resident not tried: residency resident needs" in found["residencies give the same picture"].seen
     assert "resident does not fit" in found["memory is what was planned"].seen
 
@@ -325,5 +475,6 @@ def test_the_checks_names_differ_and_the_important_ones_come_first() -> None:
     assert checks[0].name == "tensorrt: the bindings import"
     assert checks[-1].name == "tensorrt-rtx: two operator sets"
     assert all(check.needs <= check.most for check in checks)
+    assert checks[-1].needs == 8 * all_checks(compared=True)[-1].needs == 8 * 60
     assert json.dumps([check.name for check in checks]).isascii()
     assert order.MINUTE == 60

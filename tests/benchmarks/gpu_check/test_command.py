@@ -9,11 +9,13 @@ import pytest
 from sdxl_trt.benchmarks.gpu_check import __main__ as gpu_check
 from sdxl_trt.benchmarks.gpu_check.__main__ import main
 from sdxl_trt.benchmarks.gpu_check.checks import Check, Finding, Workplace
-from sdxl_trt.benchmarks.gpu_check.checks.sampler import MemorySampler
+from sdxl_trt.benchmarks.gpu_check.checks.sampler import MemorySampler, _Reader
 from sdxl_trt.benchmarks.gpu_check.child import run_check
 from sdxl_trt.benchmarks.gpu_check.report import markdown
 from sdxl_trt.benchmarks.measure import gpu as measured_gpu
+from sdxl_trt.benchmarks.measure.energy import Nvml
 from sdxl_trt.benchmarks.measure.gpu_record import CheckResult, Figure, GpuReport
+from sdxl_trt.engines import ResourceError
 from sdxl_trt.engines.backends.cuda import driver
 from sdxl_trt.engines.backends.cuda.driver import Driver, Gpu, Problem
 
@@ -57,6 +59,35 @@ def test_the_driver_says_why_it_has_no_gpu(monkeypatch: pytest.MonkeyPatch) -> N
     assert measured_gpu.no_driver() == "the NVIDIA driver finds no GPU; look for it"
     monkeypatch.setattr(measured_gpu, "find_driver", lambda: Driver((13, 0), (Gpu("a GPU", (8, 9), 1),)))
     assert measured_gpu.no_driver() is None
+
+
+@pytest.mark.usefixtures("gpu")
+def test_an_interrupt_keeps_what_was_found(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    def interrupted(_: Workplace) -> Finding:
+        raise KeyboardInterrupt
+
+    checks = Check("one", lambda _: Finding("seen")), Check("two", interrupted), Check("three", _fails)
+    assert _run(["--quick", "--out", str(tmp_path)], *checks) == 130
+    out, error = capsys.readouterr()
+    assert "| one | ok |" in out
+    for name in ("two", "three"):
+        assert f"| {name} | not run | 0.0 | the run was interrupted |" in out
+    assert (tmp_path / "report.md").read_text() == out
+    assert error.endswith("error: interrupted; the plans built so far are kept\n")
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_report_that_cannot_be_written_is_printed_all_the_same(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise ResourceError("no space left")
+
+    monkeypatch.setattr(gpu_check, "write_results", full)
+    assert _run(["--quick", "--out", str(tmp_path)], Check("one", lambda _: Finding("seen"))) == ResourceError.exit_code
+    out, error = capsys.readouterr()
+    assert "| one | ok |" in out
+    assert error.endswith("error: no space left\n")
 
 
 def _fails(_: Workplace) -> Finding:
@@ -147,6 +178,38 @@ def test_a_late_low_sample_does_not_overwrite_the_peak(monkeypatch: pytest.Monke
     low.join()
     high.join()
     assert memory.peak == 7
+
+
+class _Library:
+    """A stand-in for NVML with some GPUs, of which the first uses 5 bytes."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def nvmlInit_v2(self) -> int:  # noqa: N802
+        return 0
+
+    def nvmlDeviceGetHandleByIndex_v2(self, index: int, device: Any) -> int:  # noqa: N802
+        return 0
+
+    def nvmlDeviceGetCount_v2(self, count: Any) -> int:  # noqa: N802
+        count._obj.value = self._count
+        return 0
+
+    def nvmlDeviceGetMemoryInfo(self, device: Any, usage: Any) -> int:  # noqa: N802
+        usage._obj.used = 5
+        return 0
+
+
+@pytest.mark.parametrize(("count", "visible", "used"), [(1, None, 5), (2, None, 0), (1, "1", 0)])
+def test_nvml_is_asked_only_if_its_gpu_is_cuda_s(
+    count: int, visible: str | None, used: int, simulated: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The simulated device, which CUDA is asked about, uses nothing."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert _Reader(Nvml(_Library(count)))() == used
 
 
 def test_memory_is_sampled_by_a_thread(simulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:

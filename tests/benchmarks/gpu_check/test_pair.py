@@ -82,7 +82,7 @@ def test_an_interrupted_run_is_not_taken_for_a_whole_one(
 
 def test_the_full_size_needs_its_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(pair.shutil, "disk_usage", lambda path: SimpleNamespace(free=26 * 10**9))
-    with pytest.raises(ResourceError, match="needs 27 GB of disk, 26 GB is free"):
+    with pytest.raises(ResourceError, match="needs 27 GB of disk, about 36 GB with plans, 26 GB is free"):
         make_pair(tmp_path)
 
 

@@ -1,6 +1,7 @@
 """One process per check, under a time bound: crashes, hangs and the end of the time."""
 
 import io
+import math
 import os
 import select
 import signal
@@ -9,12 +10,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
+import msgspec
 import pytest
 
 from sdxl_trt.benchmarks.gpu_check import child, runner
-from sdxl_trt.benchmarks.gpu_check.checks import Check, Finding, all_checks, make_workplace
+from sdxl_trt.benchmarks.gpu_check.checks import Check, Failed, Finding, Workplace, all_checks, make_workplace
 from sdxl_trt.benchmarks.gpu_check.runner import ProcessRunner, run_checks
 from sdxl_trt.benchmarks.measure.gpu_record import CheckResult, Figure, Outcome
 
@@ -47,7 +49,7 @@ class Clock:
 
 def _outcomes(checks: Sequence[Check], clock: Clock, seconds: float) -> tuple[list[CheckResult], list[str]]:
     told: list[str] = []
-    return run_checks(checks, clock.run, seconds, told.append, clock), told
+    return list(run_checks(checks, clock.run, seconds, told.append, clock)), told
 
 
 def test_checks_that_do_not_fit_are_not_run_and_shorter_ones_still_are() -> None:
@@ -70,7 +72,7 @@ def test_without_an_essential_check_the_others_of_its_provider_are_skipped(outco
 
     names = ("a: one", "b: one", "a: two", "a: three")
     checks = [Check(name, lambda _: Finding("seen"), essential=name == "a: one") for name in names]
-    results = run_checks(checks, run, LONG, lambda _: None)
+    results = list(run_checks(checks, run, LONG, lambda _: None))
     assert ran == ["a: one", "b: one"]
     assert [(each.outcome, each.seen) for each in results[2:]] == [("skipped", "see “a: one”")] * 2
 
@@ -134,6 +136,32 @@ def test_a_hang_is_killed_with_all_that_it_started(tmp_path: Path, monkeypatch: 
     assert select.select([reader], [], [], LONG)[0] == [reader]
     assert os.read(reader, 1) == b"", "both ends are closed"
     os.close(reader)
+
+
+def test_a_process_that_survives_its_kill_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that waits in a driver ends at no signal; here none is sent."""
+    monkeypatch.setattr(runner.os, "killpg", lambda *_: None)
+    monkeypatch.setattr(runner, "KILL_SECONDS", 0.05)
+    started: list[Any] = []
+    read = runner._read
+    monkeypatch.setattr(runner, "_read", lambda child, seconds: (started.append(child), read(child, seconds))[1])
+    result = _runner("import os; os.read(os.pipe()[0], 1)")(_check(), 0.05)
+    started[0].kill()
+    started[0].wait()
+    assert (result.outcome, result.seen) == ("FAILED", "it was killed after 0 s and did not end")
+
+
+def test_figures_that_are_no_number_do_not_lose_the_message() -> None:
+    """JSON has no NaN: msgspec writes null, which is not a float when it is read."""
+    figures = tuple(Figure(str(value), value) for value in (math.nan, math.inf, -math.inf, 1.5))
+
+    def fail(_: Workplace) -> Finding:
+        raise Failed(Finding("the cosine is nan", figures))
+
+    workplace = cast(Workplace, SimpleNamespace(without_paths=str))
+    result = child.run_check(Check("one", fail), workplace)
+    assert msgspec.json.decode(msgspec.json.encode(result), type=CheckResult) == result
+    assert (result.outcome, result.seen, result.figures) == ("FAILED", "the cosine is nan", (Figure("1.5", 1.5),))
 
 
 def test_a_child_ends_when_its_stdin_closes(monkeypatch: pytest.MonkeyPatch) -> None:
