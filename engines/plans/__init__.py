@@ -1,6 +1,6 @@
 """TensorRT plans in a bundle: which one to use, for which sizes, and why one does not fit."""
 
-from sdxl_trt.engines.plans.files import PLANS, plan_path, read_plan, remove_write_permission, start_reading
+from sdxl_trt.engines.plans.files import PLANS, plan_path, remove_write_permission, start_reading
 from sdxl_trt.engines.plans.limits import PlanLimits, plan_limits
 from sdxl_trt.engines.plans.lookup import (
     find_plan, has_plans, plan_notes, planned_components, preferred_plan, why_rebuild,
@@ -18,6 +18,6 @@ __all__ = [
     "MAX_ROWS_OF_PROMPTS", "PLANS", "TILE", "TOKENS", "PlanLimits", "PlanReader", "RunSizes", "Shapes", "Sizes",
     "axes_of", "check_for", "choose_profile", "component_profiles", "default_sizes", "find_plan", "has_plans",
     "outside_profiles", "parse_range", "plan_limits", "plan_memory", "plan_notes", "plan_path", "planned_components",
-    "preferred_plan", "profile_for_run", "profiles_of", "reachable", "read_plan", "remove_write_permission",
-    "stage_sizes", "start_reading", "usual_profile", "why_rebuild",
+    "preferred_plan", "profile_for_run", "profiles_of", "reachable", "remove_write_permission", "stage_sizes",
+    "start_reading", "usual_profile", "why_rebuild",
 ]

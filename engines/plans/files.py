@@ -1,6 +1,6 @@
 """Plan files: their paths in a bundle, and reading them with a check of their digests."""
 
-__all__ = ["PLANS", "plan_path", "read_plan", "rebuild_command", "remove_write_permission", "start_reading"]
+__all__ = ["PLANS", "plan_path", "rebuild_command", "remove_write_permission", "start_reading"]
 
 import stat
 from pathlib import Path
@@ -22,18 +22,6 @@ def plan_path(key: PlanKey) -> str:
 def rebuild_command(bundle: Bundle, flavour: Flavour) -> str:
     """Return the command that builds missing and stale plans."""
     return f"export-engines --engine {flavour} --out {shell_word(bundle.root)}"
-
-
-def read_plan(bundle: Bundle, record: PlanRecord) -> memoryview:
-    """Return the bytes of a plan, read-only and checked, in memory that lives as long as the view.
-
-    Raises what `start_reading` raises, CorruptError if a digest differs from the manifest's, and ResourceError.
-    """
-    reader = start_reading(bundle, record)
-    try:
-        return reader.whole()
-    finally:
-        reader.close()
 
 
 def start_reading(bundle: Bundle, record: PlanRecord, threads: int | None = None) -> PlanReader:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sdxl_trt.engines.bundle.bundle import read_bundle
-from sdxl_trt.engines.plans.files import read_plan
+from sdxl_trt.engines.plans.files import start_reading
 from sdxl_trt.engines.plans.lookup import find_plan
 from sdxl_trt.mini.embedded import bundle_path
 
@@ -475,7 +475,7 @@ def test_a_bundle_gets_plans_for_the_simulated_device(simulated: Any, tmp_path: 
     assert profile.shapes["sample"][2][2:] == (64 // factor, 128 // factor)
     import tensorrt as trt
 
-    engine = trt.Runtime(trt.Logger()).deserialize_cuda_engine(read_plan(bundle, record))
+    engine = trt.Runtime(trt.Logger()).deserialize_cuda_engine(start_reading(bundle, record).whole())
     assert engine.device_memory_size_v2 == record.memory.activations
     assert simulated.current_bytes == record.memory.weights == bundle.manifest.components["unet"].weights.size
     assert not read_bundle(bundle_path()).manifest.plans

@@ -14,7 +14,7 @@ from sdxl_trt.benchmarks.full_size.tensorrt_on_cpu import assemble, child_enviro
 from sdxl_trt.engines.bundle.bundle import Bundle, read_bundle
 from sdxl_trt.engines.bundle.digests import verify_file
 from sdxl_trt.engines.bundle.profile import fixed
-from sdxl_trt.engines.plans.files import read_plan
+from sdxl_trt.engines.plans.files import start_reading
 from sdxl_trt.export.cli.export import main
 
 pytestmark = pytest.mark.slow
@@ -87,7 +87,7 @@ def test_plans_are_in_the_manifest_with_their_whole_key(planned: Path) -> None:
         assert (record.key.graph, record.key.weights) == (component.graph.sha256, component.weights.sha256)
         assert record.key.environment.flavour == "tensorrt-rtx"
         assert record.key.environment.gpu == "any"
-        assert len(read_plan(bundle, record)) == record.file.size > component.weights.size * 0.5
+        assert len(start_reading(bundle, record).whole()) == record.file.size > component.weights.size * 0.5
         each = record.memory.profile_activations
         assert len(each) == len(record.key.profiles)
         assert max(each) == record.memory.activations > 0

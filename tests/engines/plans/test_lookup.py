@@ -13,7 +13,7 @@ from sdxl_trt.engines.bundle.plan_record import ANY, BuildFlags, Environment, Pl
 from sdxl_trt.engines.bundle.profile import Profile, Range, fixed
 from sdxl_trt.engines.bundle.records import FileRecord
 from sdxl_trt.engines.errors import CorruptError, IncompatibleError, SdxlTrtError, SizeError
-from sdxl_trt.engines.plans.files import plan_path, read_plan
+from sdxl_trt.engines.plans.files import plan_path, start_reading
 from sdxl_trt.engines.plans.limits import PlanLimits, plan_limits
 from sdxl_trt.engines.plans.lookup import find_plan, has_plans, plan_notes, planned_components, why_rebuild
 from sdxl_trt.engines.plans.sizes import Sizes, profiles_of, stage_sizes
@@ -253,7 +253,7 @@ def test_an_rtx_plan_runs_on_every_gpu(bundle: Bundle) -> None:
 
 
 def test_a_plan_is_read_once_and_unchanged(planned: tuple[Bundle, PlanRecord]) -> None:
-    assert bytes(read_plan(*planned)) == PLAN
+    assert bytes(start_reading(*planned).whole()) == PLAN
 
 
 @pytest.mark.parametrize("content", [PLAN[:-1], PLAN + b"x", PLAN.replace(b"code", b"c0de"), b""])
@@ -261,7 +261,7 @@ def test_a_changed_plan_is_refused(planned: tuple[Bundle, PlanRecord], content: 
     bundle, record = planned
     bundle.path(record.file).write_bytes(content)
     with pytest.raises(CorruptError, match="build it again with: export-engines"):
-        read_plan(bundle, record)
+        start_reading(bundle, record).whole()
 
 
 @pytest.mark.parametrize("bit", [0o020, 0o002])
@@ -271,30 +271,30 @@ def test_a_plan_that_others_can_write_is_refused(planned: tuple[Bundle, PlanReco
     path = bundle.path(record.file) if place == "file" else bundle.root / place
     path.chmod(path.stat().st_mode | bit)
     with pytest.raises(CorruptError, match="other users can write it"):
-        read_plan(bundle, record)
+        start_reading(bundle, record).whole()
 
 
 def test_a_plan_of_another_user_is_refused(planned: tuple[Bundle, PlanRecord], monkeypatch: Any) -> None:
     monkeypatch.setattr("os.getuid", lambda: 4711)
     owner = planned[0].path(planned[1].file).stat().st_uid
     if owner == 0:
-        assert bytes(read_plan(*planned)) == PLAN  # root is trusted
+        assert bytes(start_reading(*planned).whole()) == PLAN  # root is trusted
     else:
         with pytest.raises(CorruptError, match="belongs to another user"):
-            read_plan(*planned)
+            start_reading(*planned).whole()
 
 
 def test_a_missing_plan_is_an_error(planned: tuple[Bundle, PlanRecord]) -> None:
     planned[0].path(planned[1].file).unlink()
     with pytest.raises(SdxlTrtError, match="reading"):
-        read_plan(*planned)
+        start_reading(*planned).whole()
 
 
 def test_a_plan_outside_the_bundle_is_refused(bundle: Bundle) -> None:
     record = _record(_key(bundle))
     record = _replace(record, file=_replace(record.file, file="../evil.plan"))
     with pytest.raises(CorruptError, match="plain path"):
-        read_plan(bundle, record)
+        start_reading(bundle, record).whole()
 
 
 @pytest.mark.parametrize("damage", ["component", "profiles", "one size"])

@@ -17,7 +17,7 @@ from sdxl_trt.engines.bundle.plan_record import BuildFlags, Chunks, Environment,
 from sdxl_trt.engines.bundle.records import FileRecord
 from sdxl_trt.engines.errors import CorruptError, ResourceError, SdxlTrtError, UsageError
 from sdxl_trt.engines.plans import reading
-from sdxl_trt.engines.plans.files import read_plan, start_reading
+from sdxl_trt.engines.plans.files import start_reading
 from sdxl_trt.engines.plans.reading import PlanReader, reading_threads
 
 PAGE = mmap.PAGESIZE
@@ -269,23 +269,23 @@ def recorded(path: Path) -> Callable[..., tuple[Bundle, PlanRecord]]:
 
 def test_a_record_without_chunks_is_checked_whole(path: Path, recorded: Any) -> None:
     bundle, record = recorded()
-    assert read_plan(bundle, record) == CONTENT
+    assert start_reading(bundle, record).whole() == CONTENT
     path.write_bytes(CONTENT[:-1] + b"?")
     with pytest.raises(CorruptError, match=r"a\.plan: its sha256 is not the manifest's; the plan is damaged: build it"):
-        read_plan(bundle, record)
+        start_reading(bundle, record).whole()
 
 
 def test_the_digests_of_chunks_decide(path: Path, recorded: Any) -> None:
     bundle, record = recorded(Chunks(size=PAGE, sha256=digests(CONTENT, PAGE)))
-    assert read_plan(bundle, record) == CONTENT
+    assert start_reading(bundle, record).whole() == CONTENT
     bundle, record = recorded(Chunks(size=PAGE, sha256=(SHA256, *digests(CONTENT, PAGE)[1:])))
     with pytest.raises(CorruptError, match=rf"a\.plan: the sha256 of its bytes 0 to {PAGE - 1} is not the manifest's"):
-        read_plan(bundle, record)
+        start_reading(bundle, record).whole()
     with pytest.raises(CorruptError, match="1 digests do not cover"):
         start_reading(*recorded(Chunks(size=PAGE, sha256=(SHA256,))))
     path.unlink()
     with pytest.raises(UsageError, match="check the path"):
-        read_plan(*recorded())
+        start_reading(*recorded()).whole()
 
 
 def test_a_plan_that_others_can_write_is_refused(path: Path, recorded: Any) -> None:

@@ -16,7 +16,7 @@ from sdxl_trt.engines.backends.trt.engine import TrtEngine
 from sdxl_trt.engines.backends.trt.plan_stream import PIECE, deserialize, make_reader
 from sdxl_trt.engines.bundle.bundle import Bundle, read_bundle
 from sdxl_trt.engines.errors import CorruptError, EngineError, ResourceError
-from sdxl_trt.engines.plans.files import read_plan
+from sdxl_trt.engines.plans.files import start_reading
 from sdxl_trt.engines.plans.reading import PlanReader
 from sdxl_trt.mini.embedded import bundle_path
 
@@ -237,7 +237,7 @@ def test_a_damaged_plan_is_refused_while_it_is_streamed(simulated: Any, bundle: 
     with pytest.raises(CorruptError, match=r"unet.*\.plan: the sha256 of its bytes 400 to 599 is not the manifest's"):
         TrtEngine(bundle, record, device).load()
     with pytest.raises(CorruptError, match="bytes 400 to 599"):
-        read_plan(bundle, record)
+        start_reading(bundle, record).whole()
     assert simulated.deserialized == []
 
 
