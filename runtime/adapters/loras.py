@@ -4,7 +4,16 @@ A LoRA is applied in the order of the request; one that is named twice is applie
 two of ComfyUI's loaders.
 """
 
-__all__ = ["MOST_LORAS", "REFINER_NOTE", "LoraFact", "SettledLoras", "find_lora", "find_recorded", "lora_file", "settle_loras"]
+__all__ = [
+    "MOST_LORAS",
+    "REFINER_NOTE",
+    "LoraFact",
+    "SettledLoras",
+    "find_lora",
+    "find_recorded",
+    "lora_file",
+    "settle_loras",
+]
 
 import contextlib
 import hashlib
@@ -103,9 +112,11 @@ def find_recorded(fact: LoraFact, folder: Path | None, source: Path, option: str
         with contextlib.suppress(SdxlTrtError):  # another file of this name
             if _is_file(path) and _opened(os.fspath(path), _state(path))[0].sha256 == fact.sha256:
                 return path
-    places = ["beside it", "in the current folder"] if folder is None else ["beside it", f"in {folder}"]
-    raise UsageError(f"--from {source}: was made with the LoRA {fact.name[:_SHOWN]!r}, which is not {' or '.join(places)}"
-                     f" as it was; give the folder that holds it with --lora-dir DIR, or leave it out with {option} none")
+    places = "beside it" if folder is None else f"beside it or in {folder}"
+    raise UsageError(
+        f"--from {source}: was made with the LoRA {fact.name[:_SHOWN]!r}, which is not {places} as it was;"
+        f" give the folder that holds it with --lora-dir DIR, or leave it out with {option} none"
+    )
 
 
 def settle_loras(

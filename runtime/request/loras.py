@@ -4,6 +4,7 @@ __all__ = ["StageLoras", "settled_loras", "without_tags"]
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from sdxl_trt.engines import UsageError
 from sdxl_trt.engines.adapters import ScaledLora
@@ -39,22 +40,22 @@ def without_tags(request: Request) -> tuple[Request, tuple[str, ...]]:
     As in A1111, tags in negative prompts are words. A workflow's prompts are read as ComfyUI reads them, which knows no
     tags. The sentences, also returned, say so. Raises UsageError for tags without `lora_dir`.
     """
-    texts = {"prompt": request.prompt, "prompt_2": request.prompt_2}
-    negatives = [request.negative, request.negative_2]
     if request.base_sides is not None:
         sides = (*request.base_sides, *(request.refiner_sides or ()))
         words = [text for side in all_sides(sides) for text in (side.text, side.text_2)]
         return request, _tags_as_words(words, "a prompt of the workflow", "as in ComfyUI; use a LoraLoader")
+    negatives = [request.negative, request.negative_2]
     notes = _tags_as_words(negatives, "the negative prompt", "as in A1111; write it into the prompt")
-    uses: list[LoraUse] = []
-    for name, text in texts.items():
-        if text is None or not tags_of(text):
-            continue
-        texts[name], found = split_tags(text)
-        for use in found:
-            where = f"the prompt's <lora:{use.path[:_SHOWN]}>"
-            uses.append(use._replace(path=str(find_lora(use.path, request.lora_dir, where))))
-    return (replace(request, **texts, loras=(*request.loras, *uses)) if uses else request), notes
+    prompt, named = _taken(request.prompt, request.lora_dir)
+    second, more = (None, []) if request.prompt_2 is None else _taken(request.prompt_2, request.lora_dir)
+    return replace(request, prompt=prompt, prompt_2=second, loras=(*request.loras, *named, *more)), notes
+
+
+def _taken(text: str, folder: Path | None) -> tuple[str, list[LoraUse]]:
+    """Return a prompt without its tags, and their LoRAs with the paths of their files in `folder`."""
+    rest, uses = split_tags(text) if tags_of(text) else (text, ())
+    return rest, [use._replace(path=str(find_lora(use.path, folder, f"the prompt's <lora:{use.path[:_SHOWN]}>")))
+                  for use in uses]  # fmt: skip
 
 
 def settled_loras(request: Request, bundle: Bundle | None, stages: Mapping[StageName, bool]) -> StageLoras:

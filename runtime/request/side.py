@@ -26,8 +26,9 @@ class Side:
     """The conditioning of one side of a stage, instead of the request's own; None takes the request's setting.
 
     `zeroed` is ComfyUI's ConditioningZeroOut of the prompt alone; `mixes` are applied in order. Sizes are (height,
-    width), a crop is (top, left), in pixels. `loras` are those of the text encoders for this prompt, each with its scale
-    on these as the only one; None takes the stage's. `combined` are more sides: the model's predictions for all are averaged.
+    width), a crop is (top, left), in pixels. `loras` are those of the text encoders for this prompt, each with its
+    scale on these as the only one; None takes the stage's. `combined` are more sides: the model's predictions for all
+    are averaged.
     """
 
     text: str
