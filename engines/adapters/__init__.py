@@ -1,4 +1,4 @@
-"""Adapters: LoRA files read with numpy, what they change in a component, and where its tensors are stored."""
+"""Adapters: LoRA files read with numpy, and what they change in a component."""
 
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from sdxl_trt.engines.adapters.names import COMPONENTS, LoraComponent
     from sdxl_trt.engines.adapters.option import LoraOption, parse_lora_option
     from sdxl_trt.engines.adapters.scaled import Changes, ScaledLora, narrowed, plan_changes, targets
-    from sdxl_trt.engines.adapters.table import ADAPTERS_FILE, AdapterTable, TensorRecord, read_table
     from sdxl_trt.engines.adapters.tensors import StoredTensor, TensorFile, open_tensors, read_tensor
     from sdxl_trt.engines.adapters.unet_names import unet_prefixes
 else:
@@ -22,14 +21,12 @@ else:
         "names": ("COMPONENTS", "LoraComponent"),
         "option": ("LoraOption", "parse_lora_option"),
         "scaled": ("Changes", "ScaledLora", "narrowed", "plan_changes", "targets"),
-        "table": ("ADAPTERS_FILE", "AdapterTable", "TensorRecord", "read_table"),
         "tensors": ("StoredTensor", "TensorFile", "open_tensors", "read_tensor"),
         "unet_names": ("unet_prefixes",),
     })
 
 __all__ = [
-    "ADAPTERS_FILE", "COMPONENTS", "PICKLED", "AdapterTable", "Branch", "Changes", "Lora", "LoraComponent",
-    "LoraOption", "ScaledLora", "StoredTensor", "TensorFile", "TensorRecord", "check_first_bytes", "explain_damage",
-    "is_safetensors", "narrowed", "open_lora", "open_tensors", "parse_lora_option", "plan_changes", "read_table",
-    "read_tensor", "targets", "unet_prefixes",
+    "COMPONENTS", "PICKLED", "Branch", "Changes", "Lora", "LoraComponent", "LoraOption", "ScaledLora", "StoredTensor",
+    "TensorFile", "check_first_bytes", "explain_damage", "is_safetensors", "narrowed", "open_lora", "open_tensors",
+    "parse_lora_option", "plan_changes", "read_tensor", "targets", "unet_prefixes",
 ]
