@@ -66,7 +66,7 @@ class ResolvedRequest:
     """How the image is brought to the size."""
     strength: float
     loras: Mapping[StageName, tuple[ScaledLora, ...]] = field(default_factory=dict)
-    """The LoRAs of every stage, in the order in which they are applied."""
+    """The LoRAs of a stage's UNet and text encoders, in order."""
     lora_facts: Mapping[StageName, tuple[LoraFact, ...]] = field(default_factory=dict)
     """What a record says of each of them."""
     notes: tuple[str, ...] = ()
