@@ -34,8 +34,7 @@ def write_workflow(asked: Request, request: ResolvedRequest, manifest: Manifest)
         checkpoint = graph.add("CheckpointLoaderSimple", ckpt_name=names[0 if stage == "base" else -1])
         latents = latents or _start(graph, checkpoint, request)
         fused = [(each.name, each.scale, each.encoder_scale) for each in manifest.loras if stage == "base"]
-        own = [(each.name, each.scale, each.scale if each.text_scale is None else each.text_scale)
-               for each in request.lora_facts.get(stage, ())]  # fmt: skip
+        own = [(each.lora.name, each.scale, each.on("text_encoder")) for each in request.loras.get(stage, ())]
         model = _Model(graph, checkpoint, [*fused, *own])
         latents = _sampler(graph, stage, model, latents, asked, request)
     decoded = graph.add("VAEDecode", samples=[latents, 0], vae=[checkpoint, 2])
@@ -98,6 +97,8 @@ def _fits_sampler_node(stage: StageName, asked: Request, request: ResolvedReques
     if strength < 1.0 and not (whole and _adds_noise(stage, request)):
         return False
     if not all(side.is_plain and side.prompt.clip_skip == 0 for side in request.sides[stage]):
+        return False
+    if any(side.prompt.loras != request.loras.get(stage, ()) for side in request.sides[stage]):
         return False
     if stage == "base":
         return True

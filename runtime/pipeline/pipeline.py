@@ -9,7 +9,6 @@ __all__ = ["Handoff", "Job", "Picture", "Pipeline", "Run", "Step", "open_bundle"
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -122,9 +121,11 @@ class Pipeline:
         return adapted(self.manifest.stages()[name].unet, request.loras.get(name, ()))
 
     def _encoders(self, request: ResolvedRequest, name: StageName) -> list[Use]:
-        """Return the text encoders of a stage with the request's LoRAs."""
-        loras, encoders = request.loras.get(name, ()), self.manifest.stages()[name].text_encoders
-        return [adapted(encoder.component, loras) for encoder in encoders]
+        """Return the text encoders of a stage with the LoRAs of the request's prompts, each once."""
+        stage = self.manifest.stages()[name]
+        sets = dict.fromkeys(prompt.loras for _, prompt in _texts(request, {name: stage}))
+        uses = (adapted(encoder.component, loras) for encoder in stage.text_encoders for loras in sets)
+        return [*dict.fromkeys(uses)]
 
     def _work(self, job: Job) -> Iterator[Step]:
         self.expect([job])
@@ -322,8 +323,7 @@ def _texts(request: ResolvedRequest, stages: Mapping[StageName, Stage]) -> Itera
         for name, stage in stages.items():
             side = request.sides[name][number]
             if number == 0 or not _is_zeros(side):
-                loras = request.loras.get(name, ())
-                yield from ((stage, replace(prompt, loras=loras)) for prompt in side.prompts())
+                yield from ((stage, prompt) for prompt in side.prompts())
 
 
 def _is_zeros(side: ResolvedSide) -> bool:

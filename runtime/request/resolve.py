@@ -24,7 +24,8 @@ from sdxl_trt.runtime.request.loras import settled_loras, without_tags
 from sdxl_trt.runtime.request.request import MAX_SEED, Request
 from sdxl_trt.runtime.request.schedules import make_grids
 from sdxl_trt.runtime.request.settings import check_settings
-from sdxl_trt.runtime.request.sides import ResolvedSide, StageName, resolve_sides
+from sdxl_trt.runtime.request.side import StageName
+from sdxl_trt.runtime.request.sides import ResolvedSide, resolve_sides
 from sdxl_trt.runtime.request.sizes import picture_size
 from sdxl_trt.runtime.text import Prompt
 
@@ -146,8 +147,8 @@ def resolve_request(
     asked = (request.height, request.width)
     size = picture_size(asked, shape, manifest, limits, refined=cuts.refiner is not None,
                         picture=None if image is None else image.size)  # fmt: skip
-    sides = resolve_sides(request, manifest, size)
     loras = settled_loras(request, bundle, _running(cuts, manifest))
+    sides = resolve_sides(request, manifest, size, loras)
     count = request.count or (shape[0] if shape else None) or 1
     seed = secrets.randbits(DRAWN_SEED_BITS) if request.seed is None else request.seed
     return ResolvedRequest(

@@ -143,7 +143,7 @@ REFUSED: dict[str, tuple[Sampling, Sampling, str]] = {
     "denoise": (BASE, replace(REFINER, denoise=0.0), "node 11: denoise 0 is outside 0 to 1"),
     "a denoise and a start": (replace(BASE, denoise=0.3, start=4), REFINER, "give one of them"),
     "refiner's LoRA": (BASE, replace(REFINER, model=Model("refiner", INK)),
-                       "node 2 .LoraLoader.: LoRA ink.safetensors at strength 0.8 is not in the bundle; .*--lora-dir DIR"),
+                       "node 2 .LoraLoader.: LoRA ink.safetensors at strength 0.8 is not .*--lora-dir DIR"),
     "refiner's CLIP": (BASE, replace(REFINER, negative=(replace(REFINER.negative[0], clip=Clip("refiner", INK)),)),
                        "node 2 .LoraLoader.: LoRA ink.safetensors .*--lora-dir DIR"),
     "base's encoder on the refiner": (BASE, BASE_ENCODER, "node 15 .*: is for the base's two encoders"),
