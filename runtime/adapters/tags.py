@@ -69,7 +69,8 @@ def _use(found: re.Match[str]) -> LoraUse:
         raise UsageError(f"the prompt has {tag!r} with the argument {unknown[0]!r}, which is not supported; {_SYNTAX}")
     text_scale = _number(tag, named.get("te", plain[1] if len(plain) > 1 else "1"))
     stated = named.get("unet", plain[2] if len(plain) > 2 else None)
-    return LoraUse(plain[0], text_scale if stated is None else _number(tag, stated), text_scale)
+    scale = text_scale if stated is None else _number(tag, stated)
+    return LoraUse(plain[0], scale, None if text_scale == scale else text_scale)
 
 
 def _number(tag: str, text: str) -> float:
