@@ -200,6 +200,8 @@ def _notes(loras: Sequence[ScaledLora], parts: Mapping[LoraComponent, str]) -> I
         path = each.lora.path
         if not any(part in parts and each.on(part) for part in each.lora.branches):
             yield f"{path}: has no effect: it changes nothing that runs, at the scales that are given"
+        if missing := sorted(part for part in each.lora.branches if part not in parts):
+            yield f"{path}: also changes a {' and a '.join(missing)}, which this stage does not have"
         same = [other for other in loras if other.lora == each.lora]
         if len(same) > 1 and loras.index(same[0]) == number:
             total = sum(other.scale for other in same)
