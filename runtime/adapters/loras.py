@@ -188,7 +188,7 @@ def _check_fits(lora: Lora, parts: Mapping[LoraComponent, str], bundle: Bundle, 
     for part in sorted(lora.branches, key=COMPONENTS.index):
         if part in parts:
             component = bundle.manifest.components[parts[part]]
-            targets(lora, part, read_table(bundle, parts[part]).shapes, component.config)
+            targets(lora, part, read_table(bundle, parts[part]).shapes, component.config, model)
         elif model == "base":
             raise SourceError(f"{lora.path}: changes a {part}, which this base lacks; use a LoRA that was trained on"
                               " this base")  # fmt: skip
