@@ -223,7 +223,7 @@ class Request:
     lora_dir: "Path | None" = setting(
         None, help="folder, with its sub-folders, of LoRAs that are named without a path: in --lora, in prompts"
         " (<lora:NAME:SCALE>) and in workflows", group=_PICTURE, metavar="DIR", is_file=True, record="no",
-        workflow="beside",
+        workflow="replaces",
     )  # fmt: skip
     compat: Literal["diffusers", "comfyui"] = setting(
         "diffusers", help="whose conventions to follow for noise, prompt weights, timesteps and pixels (diffusers)",

@@ -45,7 +45,7 @@ def test_an_exact_name_is_a_path_from_the_folder(folder: Path) -> None:
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "..\\outside", "a/../../outside", "C:x", "", "a\0b"])
 def test_a_name_that_leads_outside_is_refused(folder: Path, name: str) -> None:
-    with pytest.raises(UsageError, match="^--lora x: .* is not the name of a file in a folder"):
+    with pytest.raises(UsageError, match=r"^--lora x: .* is not the name of a file in a folder"):
         find_named(folder, name, "--lora x")
 
 
@@ -78,7 +78,7 @@ def test_a_folder_that_has_not_changed_is_read_once(folder: Path, monkeypatch: p
 
 
 def test_a_missing_or_endless_folder_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UsageError, match="reading .*nowhere: No such file or directory"):
+    with pytest.raises(UsageError, match=r"reading .*nowhere: No such file or directory"):
         find_named(folder / "nowhere", "ink", "--lora ink")
     monkeypatch.setattr(folders, "MOST_FILES", 3)
     folders._listing.cache_clear()

@@ -1,4 +1,4 @@
-"""A request's LoRAs settled against the embedded pair: what is applied, what is said, what is refused; nothing loads."""
+"""A request's LoRAs settled against the embedded pair: what is applied, said and refused; nothing is loaded."""
 
 import shutil
 import struct
@@ -86,8 +86,8 @@ def test_a_tag_is_never_encoded_in_silence(make_lora: MakeLora, resolved: Resolv
     make_lora(tmp_path / "ink.safetensors")
     request = resolved(negative="<lora:ink:1> bad", lora_dir=tmp_path)
     assert request.loras.get("base", ()) == ()
-    assert request.notes == ("the negative prompt has '<lora:ink:1>', which is read as words, as in A1111; write it"
-                             " into the prompt",)  # fmt: skip
+    (note,) = request.notes
+    assert note.startswith("the negative prompt has '<lora:ink:1>', which is read as words, as in A1111; write it")
 
 
 def test_what_has_no_effect_is_said(make_lora: MakeLora, resolved: Resolve, tmp_path: Path) -> None:
@@ -136,7 +136,9 @@ def test_what_cannot_be_used_is_one_line(make_lora: MakeLora, resolved: Resolve,
         assert "\n" not in str(caught.value), says
 
 
-def test_another_lora_on_a_bundle_with_fused_ones_is_fine(make_lora: MakeLora, resolved: Resolve, tmp_path: Path) -> None:
+def test_another_lora_on_a_bundle_with_fused_ones_is_fine(
+    make_lora: MakeLora, resolved: Resolve, tmp_path: Path
+) -> None:
     ink = make_lora(tmp_path / "ink.safetensors")
     fused = LoraRecord(name="ink.safetensors", sha256="0" * 64, scale=0.8)
     assert resolved(LoraUse(str(ink)), changed={"loras": (fused,)}).loras["base"]
@@ -146,7 +148,7 @@ def test_a_bundle_of_an_older_version_is_exported_again(embedded: Any, make_lora
     older = {name: msgspec.structs.replace(each, adapters=None) for name, each in embedded.manifest.components.items()}
     bundle = msgspec.structs.replace(embedded, manifest=msgspec.structs.replace(embedded.manifest, components=older))
     ink = LoraUse(str(make_lora(tmp_path / "ink.safetensors")))
-    with pytest.raises(IncompatibleError, match="older version: .*export-engines"):
+    with pytest.raises(IncompatibleError, match=r"older version: .*export-engines"):
         resolve_request(Request(loras=(ink,)), bundle.manifest, None, bundle)
     assert not resolve_request(Request(), bundle.manifest, None, bundle).loras
 
