@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 
 import sdxl_trt
 from sdxl_trt.engines.bundle import Bundle
@@ -148,3 +149,22 @@ def test_a_picture_of_a_workflow_is_made_again_with_the_same_files(
     make_lora(tmp_path / "ink.safetensors", seed=1)
     with pytest.raises(UsageError, match=r"was made with the LoRA 'ink.safetensors', which is not beside it as it was"):
         repeated(["--from", "star.png"])
+
+
+def test_the_plan_says_what_loras_change(
+    make_lora: MakeLora, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_lora(tmp_path / "ink.safetensors", "unet", "text_encoder")
+    options = ["--plan", "--vram", "8GB", "--lora-dir", str(tmp_path)]
+    assert trt_generate([*options, "a star <lora:ink:0.5:0>", "--json"]) == 0
+    changed = json.loads(capsys.readouterr().out)["changed_by_loras"]
+    with safe_open(tmp_path / "ink.safetensors", "np") as file:
+        ups, downs = (sorted(key for key in file.keys() if end in key) for end in (".lora_up", ".lora_down"))  # noqa: SIM118
+        sizes = {up: file.get_tensor(up).shape[0] * file.get_tensor(down).shape[1] * 2
+                 for up, down in zip(ups, downs, strict=True)}  # fmt: skip
+    assert changed == {"text_encoder": sum(size for key, size in sizes.items() if "_te1_" in key)}
+    assert trt_generate([*options, "--lora", "ink"]) == 0
+    text = capsys.readouterr().out
+    assert "of unet, which ONNX Runtime holds a second time" in text
+    assert trt_generate([*options, "--lora", "gone"]) == 2
+    assert "changed_by_loras" not in (trt_generate(["--plan", "--vram", "8GB", "--json"]), capsys.readouterr().out)[1]
