@@ -69,12 +69,20 @@ class Component(Record, frozen=True, kw_only=True):
     """A digest of everything that determines the files: an export with the same key leaves them unchanged."""
     cpu_graph: FileRecord | None = None
     """A variant over the same weights that is faster on ONNX Runtime's CPU provider and runs nowhere else."""
+    slot_graph: FileRecord | None = None
+    """A variant over the same weights that takes LoRAs as inputs: TensorRT's plans with a LoRA rank are built of it."""
+    slots: FileRecord | None = None
+    """The list of the slot graph's modules, which names its further inputs: `adapters.read_slots`."""
 
     @property
     def files(self) -> tuple[FileRecord, ...]:
         """Return the records of all its files."""
-        graphs = (self.graph,) if self.cpu_graph is None else (self.graph, self.cpu_graph)
-        return (*graphs, self.weights)
+        every = (self.graph, self.cpu_graph, self.slot_graph, self.slots, self.weights)
+        return tuple(record for record in every if record is not None)
+
+    def planned_graph(self, lora_rank: int) -> FileRecord | None:
+        """Return the graph that plans of `lora_rank` are built of; None if an older version exported no slot graph."""
+        return self.slot_graph if lora_rank else self.graph
 
     def input(self, name: str) -> TensorSpec:
         """Return the spec of the input called `name`."""

@@ -104,7 +104,8 @@ def _default_sizes(manifest: Manifest, provider: str) -> Sizes:
 
 
 def _recorded(manifest: Manifest, provider: str) -> dict[str, PlanRecord]:
-    records = reversed([record for record in manifest.plans if record.key.environment.flavour == provider])
+    plain = [record for record in manifest.plans if not record.for_loras]
+    records = reversed([record for record in plain if record.key.environment.flavour == provider])
     return {record.key.component: record for record in records}
 
 

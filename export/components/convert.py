@@ -22,12 +22,14 @@ import msgspec
 import onnx_ir as ir
 
 from sdxl_trt.engines import SdxlTrtError, UsageError, explain_os_error
+from sdxl_trt.engines.adapters import write_slots
 from sdxl_trt.engines.bundle import Component, FileRecord, Source, TensorSpec, verify_file
 from sdxl_trt.engines.host import atomic_write, sha256_file
 from sdxl_trt.export.components.components import ComponentPlan
 from sdxl_trt.export.components.progress import ProgressTracker
 from sdxl_trt.export.graph import (
     WEIGHTS_FILE,
+    add_slots,
     for_cpu,
     make_graph,
     published_name,
@@ -39,12 +41,16 @@ from sdxl_trt.export.graph import (
 GRAPH_FILE = "model.onnx"
 CPU_GRAPH_FILE = "cpu.onnx"
 """The graph for ONNX Runtime's CPU provider, over the same weights, if a rewritten one is faster there."""
+SLOT_GRAPH_FILE, SLOTS_FILE = "adapters.onnx", "slots.json"
+"""The graph whose modules take LoRAs as inputs, over the same weights, and the list of these modules."""
 RECORD_FILE = "component.json"
 """Marks a finished component in an unfinished bundle; in the finished one the manifest records the same."""
 REVISION = 2
 """Increase it when this code makes another graph of the same model."""
 # The libraries whose versions determine a graph.
 _LIBRARIES = ("sdxl-trt", "torch", "onnxscript", "onnx-ir", "diffusers", "transformers")
+_ADAPTED = ("unet", "text_encoder")
+"""The kinds of components that LoRAs change."""
 _DTYPES = {ir.DataType.FLOAT: "float32", ir.DataType.FLOAT16: "float16", ir.DataType.INT64: "int64"}
 
 
@@ -100,6 +106,7 @@ def convert_component(
     written = write_weights(model, plan.checkpoint, names, permutations, folder, report.written)
     report.stage(name, "writing graph")
     _save_graph(model, folder / GRAPH_FILE)
+    slot_graph, slots = _save_slot_graph(model, plan.kind, root, folder)
     cpu_graph = _save_cpu_graph(model, plan.precision, root, folder / CPU_GRAPH_FILE)
     component = Component(
         kind=plan.kind,
@@ -114,6 +121,8 @@ def convert_component(
         parameters=written.parameters,
         key=key,
         cpu_graph=cpu_graph,
+        slot_graph=slot_graph,
+        slots=slots,
     )
     with atomic_write(folder / RECORD_FILE) as file:
         file.write(msgspec.json.encode(component))
@@ -167,8 +176,21 @@ def _save_cpu_graph(model: ir.Model, precision: str, root: Path, path: Path) -> 
     return file_record(root, path)
 
 
+def _save_slot_graph(
+    model: ir.Model, kind: str, root: Path, folder: Path
+) -> tuple[FileRecord, FileRecord] | tuple[None, None]:
+    """Write a copy of the graph that takes LoRAs, and its slots; None for an autoencoder, which no LoRA changes."""
+    if kind not in _ADAPTED:
+        return None, None
+    copy = model.clone()
+    write_slots(folder / SLOTS_FILE, add_slots(copy))
+    _save_graph(copy, folder / SLOT_GRAPH_FILE)
+    return file_record(root, folder / SLOT_GRAPH_FILE), file_record(root, folder / SLOTS_FILE)
+
+
 def _files(name: str) -> set[str]:
-    return {f"{name}/{file}" for file in (GRAPH_FILE, CPU_GRAPH_FILE, WEIGHTS_FILE)}
+    files = (GRAPH_FILE, CPU_GRAPH_FILE, SLOT_GRAPH_FILE, SLOTS_FILE, WEIGHTS_FILE)
+    return {f"{name}/{file}" for file in files}
 
 
 def _spec(value: ir.Value) -> TensorSpec:
