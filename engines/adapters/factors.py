@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sdxl_trt.engines.adapters.kinds import Branch
+from sdxl_trt.engines.adapters.kinds import MAGNITUDES, Branch
 from sdxl_trt.engines.adapters.names import LoraComponent
 from sdxl_trt.engines.adapters.scaled import ScaledLora, read_part, targets
-from sdxl_trt.engines.adapters.slots import WEIGHT, Slot
+from sdxl_trt.engines.adapters.table import WEIGHT, Slot
 from sdxl_trt.engines.errors import CorruptError, IncompatibleError
 
 Weights = NDArray[np.float32]
@@ -97,7 +97,7 @@ def plan_factors(
     config: Mapping[str, Any],
     slots: Mapping[str, Slot],
 ) -> SlotFactors:
-    """Return the LoRAs as inputs of `slots`, {module: slot}; `shapes` and `config` are the component's, as in `targets`.
+    """Return the LoRAs as inputs of `slots`, {module: slot}; `shapes` and `config` are as in `targets`.
 
     LoRAs with scale 0 on the component are left out. Raises SourceError for a LoRA of another model, and
     IncompatibleError, with what to do instead, for a change that no slot takes: DoRA, a full difference, a bias, or
@@ -106,10 +106,12 @@ def plan_factors(
     additions = []
     for lora in loras:
         branches = targets(lora.lora, component, shapes, config)
+        scaled = ScaledLora(lora.lora, lora.on(component))
+        if not branches or scaled.scale == 0:
+            continue
         for name, branch in branches.items():
-            _require_slot(lora, name, branch, slots)
-        if branches and lora.on(component) != 0:
-            additions.append((_only(lora, component), branches))
+            _require_slot(scaled, name, branch, slots)
+        additions.append((scaled, branches))
     return SlotFactors(additions, slots)
 
 
@@ -182,8 +184,8 @@ def _read(lora: ScaledLora, branch: Branch, name: str) -> Factors:
     tensors = {part: read_part(lora.lora, info) for part, info in branch.parts.items()}
     found = factors_of(branch, tensors, lora.scale * branch.scaling)
     if not (np.isfinite(found.up).all() and np.isfinite(found.down).all()):
-        raise CorruptError(f"{lora.lora.path}: makes {name} infinite at scale {lora.scale}; lower the scale, or download"
-                           " the LoRA again")  # fmt: skip
+        raise CorruptError(f"{lora.lora.path}: makes {name} infinite at scale {lora.scale}; lower the scale, or"
+                           " download the LoRA again")  # fmt: skip
     return found
 
 
@@ -198,13 +200,8 @@ def _require_slot(lora: ScaledLora, name: str, branch: Branch, slots: Mapping[st
         what = f"{name}, which has no input for LoRAs"
     else:
         return
-    raise IncompatibleError(f"{lora.lora.path}: changes {what}, and TensorRT plans take only low-rank changes as inputs;"
-                            f" {_REMEDY}")  # fmt: skip
-
-
-def _only(lora: ScaledLora, component: LoraComponent) -> ScaledLora:
-    """Return the LoRA with its scale on `component` as the only one."""
-    return ScaledLora(lora.lora, lora.on(component))
+    raise IncompatibleError(f"{lora.lora.path}: changes {what}, and TensorRT plans take only low-rank changes as"
+                            f" inputs; {_REMEDY}")  # fmt: skip
 
 
 def _module(name: str) -> str:
