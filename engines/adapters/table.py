@@ -1,6 +1,7 @@
 """``adapters.json``: where each tensor of a component lies in its weights file, and which modules have slots.
 
-Tensors and modules have their published names. A slot is a pair of inputs through which a module of ``adapters.onnx`` takes LoRAs: see `export.graph.slots`.
+Tensors and modules have their published names. A slot is a pair of inputs through which a module of ``adapters.onnx``
+takes LoRAs: see `export.graph.slots`.
 """
 
 __all__ = ["ADAPTERS_FILE", "DOWN", "RANK", "UP", "WEIGHT", "AdapterTable", "Slot", "TensorRecord", "is_slot_input",
