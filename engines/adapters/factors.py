@@ -5,7 +5,7 @@ two of them, and a LoKr their Kronecker product: both are one product again, who
 DoRA rescales the weight itself, and full differences and biases have no factors: no slot takes them.
 """
 
-__all__ = ["Factors", "SlotFactors", "factors_of", "plan_factors", "rank_of"]
+__all__ = ["WITHOUT_SLOTS", "Factors", "SlotFactors", "factors_of", "plan_factors", "rank_of"]
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,12 +18,13 @@ from numpy.typing import NDArray
 from sdxl_trt.engines.adapters.kinds import MAGNITUDES, Branch
 from sdxl_trt.engines.adapters.names import LoraComponent
 from sdxl_trt.engines.adapters.scaled import ScaledLora, read_part, targets
-from sdxl_trt.engines.adapters.table import WEIGHT, Slot
+from sdxl_trt.engines.bundle import WEIGHT, Slot
 from sdxl_trt.engines.errors import CorruptError, IncompatibleError
 
 Weights = NDArray[np.float32]
 Tensors = Mapping[str, Weights]
-_REMEDY = "fuse it with export-engines --lora, or run on ONNX Runtime: --provider ort-cuda"
+WITHOUT_SLOTS = "fuse it with export-engines --lora, or run on ONNX Runtime: --provider ort-cuda"
+"""What to do with a LoRA that TensorRT plans do not take."""
 
 
 @dataclass(frozen=True)
@@ -201,7 +202,7 @@ def _require_slot(lora: ScaledLora, name: str, branch: Branch, slots: Mapping[st
     else:
         return
     raise IncompatibleError(f"{lora.lora.path}: changes {what}, and TensorRT plans take only low-rank changes as"
-                            f" inputs; {_REMEDY}")  # fmt: skip
+                            f" inputs; {WITHOUT_SLOTS}")  # fmt: skip
 
 
 def _module(name: str) -> str:

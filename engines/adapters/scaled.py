@@ -14,7 +14,6 @@ from sdxl_trt.engines.adapters.kinds import Branch
 from sdxl_trt.engines.adapters.merge import merge
 from sdxl_trt.engines.adapters.names import LoraComponent, module_spellings
 from sdxl_trt.engines.adapters.tensors import StoredTensor, read_tensor
-from sdxl_trt.engines.bundle import LoraRecord
 from sdxl_trt.engines.errors import CorruptError, SourceError
 
 Weights = NDArray[np.float32]
@@ -38,11 +37,6 @@ class ScaledLora:
     def on(self, component: LoraComponent) -> float:
         """Return the scale on a component."""
         return self.scale if component == "unet" or self.text_scale is None else self.text_scale
-
-    def record(self) -> LoraRecord:
-        """Return the manifest's record of it."""
-        text_scale = None if self.text_scale == self.scale else self.text_scale
-        return LoraRecord(name=self.lora.name, sha256=self.lora.sha256, scale=self.scale, text_scale=text_scale)
 
     def notes(self) -> Iterator[str]:
         """Yield sentences on tensors and scales without effect."""

@@ -10,9 +10,8 @@ import mmap
 from collections.abc import Iterable, Mapping
 from typing import Any, BinaryIO
 
-from sdxl_trt.engines.adapters import is_slot_input
 from sdxl_trt.engines.build.network import BuildLog
-from sdxl_trt.engines.bundle import BuildFlags, Chunks, Flavour, PlanMemory, Profile, Range, Shape
+from sdxl_trt.engines.bundle import BuildFlags, Chunks, Flavour, PlanMemory, Profile, Range, Shape, is_slot_input
 from sdxl_trt.engines.errors import EngineError, IncompatibleError, UsageError
 
 CHUNK = 16 << 20

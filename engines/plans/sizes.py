@@ -6,6 +6,8 @@ Profiles limit plans only: ONNX Runtime accepts every size that the graph accept
 __all__ = [
     "ADAPTED",
     "MAX_ROWS_OF_PROMPTS",
+    "MOST_RANK",
+    "SUGGESTED_RANK",
     "TILE",
     "TOKENS",
     "Sizes",
@@ -37,6 +39,8 @@ ADAPTED: tuple[Kind, ...] = ("unet", "text_encoder")
 """The kinds of components that LoRAs change."""
 USUAL_RANK = 16
 """The rank that plans for LoRAs are tuned for."""
+SUGGESTED_RANK, MOST_RANK = 128, 1024
+"""The rank that commands in messages build plans for, and the largest that can be asked for."""
 MAX_ROWS_OF_PROMPTS = 8
 """A text encoder's activations are small: several prompts share a call."""
 

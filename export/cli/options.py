@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from sdxl_trt.engines.plans import Sizes
 
 Engine = Literal["none", "tensorrt", "tensorrt-rtx"]
-MOST_RANK = 1024
 _MEANINGS = {
     "height": "picture height in pixels (default: from 0.5 to 1.25 times the model's own)",
     "width": "picture width, likewise",
@@ -113,6 +112,8 @@ def plan_options(arguments: argparse.Namespace, can_build: Callable[[], bool]) -
 
 
 def _rank(text: str) -> int:
+    from sdxl_trt.engines.plans import MOST_RANK  # noqa: PLC0415 - --help must not wait for it
+
     if not text.isdecimal() or int(text) > MOST_RANK:
         raise UsageError(f"{text}: expected the largest rank of a request's LoRAs, 1 to {MOST_RANK}, or 0 for no plans"
                          " for LoRAs; most LoRAs have 8 to 128")  # fmt: skip

@@ -23,8 +23,17 @@ import msgspec
 import onnx_ir as ir
 
 from sdxl_trt.engines import SdxlTrtError, UsageError, explain_os_error
-from sdxl_trt.engines.adapters import ADAPTERS_FILE, AdapterTable, TensorRecord
-from sdxl_trt.engines.bundle import Component, FileRecord, Kind, Source, TensorSpec, verify_file
+from sdxl_trt.engines.bundle import (
+    ADAPTERS_FILE,
+    AdapterTable,
+    Component,
+    FileRecord,
+    Kind,
+    Source,
+    TensorRecord,
+    TensorSpec,
+    verify_file,
+)
 from sdxl_trt.engines.host import atomic_write, sha256_file
 from sdxl_trt.engines.plans import ADAPTED
 from sdxl_trt.export.components.components import ComponentPlan

@@ -20,9 +20,8 @@ from collections.abc import Iterable
 import numpy as np
 import onnx_ir as ir
 
-from sdxl_trt.engines.adapters import Slot
+from sdxl_trt.engines.bundle import WEIGHT, Slot
 
-_WEIGHT = ".weight"
 # A kernel is one for all rows of a call. The pooled prompt's projection has no slot: TensorRT then takes long to build
 # the encoder, and few LoRAs change it.
 _WITHOUT = ("text_projection",)
@@ -55,7 +54,7 @@ def _slot_of(node: ir.Node) -> Slot | None:
     weight = node.inputs[1] if node.op_type in ("MatMul", "Gemm", "Conv") else None
     if weight is None or not weight.is_initializer() or weight.shape is None or weight.name is None:
         return None
-    module = weight.name.removesuffix(_WEIGHT)
+    module = weight.name.removesuffix(WEIGHT)
     if module == weight.name or module.endswith(_WITHOUT):
         return None
     sizes = weight.shape.numpy()

@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from sdxl_trt.engines.adapters import ScaledLora
 from sdxl_trt.engines.backends.trt.check import check_engine
 from sdxl_trt.engines.backends.trt.context import ShapedContext, ShapedContexts
 from sdxl_trt.engines.backends.trt.device import TrtDevice, forget_frames, open_device
 from sdxl_trt.engines.backends.trt.rtx import KernelCache
+from sdxl_trt.engines.backends.trt.slots import open_slots, plan_slots
 from sdxl_trt.engines.backends.trt.tensors import Layout, Tensors, nbytes_of
 from sdxl_trt.engines.bundle import Bundle, Component, PlanRecord
 from sdxl_trt.engines.engine import Array, check_inputs, numpy_dtype
@@ -52,6 +54,8 @@ class TrtEngine:
         self._kernels: KernelCache | None = None
         self._contexts: ShapedContexts | None = None
         self._tensors = Tensors(device, self.name)
+        self._slots = open_slots(bundle, record, device)
+        self._loras: tuple[ScaledLora, ...] = ()
         self._constants: dict[str, Array] = {}
         self._activations: tuple[int, ...] = ()
         self._captures = True
@@ -80,7 +84,7 @@ class TrtEngine:
         try:
             self._engine = self._device.deserialize(plan, doing)
             self._drop_plan()  # gigabytes, which the engine has copied
-            check_engine(self._engine, self.component, self._record)
+            check_engine(self._engine, self.component, self._record, self._slots.slots if self._slots else {})
             # Without the device's lock: the first context takes long enough to stall an engine that computes.
             with self._device.loading(doing):
                 self._set_weight_budget(doing)
@@ -89,6 +93,7 @@ class TrtEngine:
             self._activations = _activations(self._engine)
             with self._device.lock:
                 self._device.activations.reserve(self, min(self._activations))
+            self._upload()
         except BaseException as exc:
             # First the references in the traceback, so that the engine is freed under the device's lock by `unload`.
             forget_frames(exc)
@@ -103,6 +108,22 @@ class TrtEngine:
         self._require_loaded("reserve")
         with self._device.lock:
             self._device.activations.reserve(self, min(nbytes, max(self._activations)))
+
+    def adapt(self, loras: Sequence[ScaledLora]) -> None:
+        """Use these LoRAs from the next call of `infer` on; see Engine.adapt.
+
+        A loaded plan for LoRAs takes them at once: their factors are copied to the device, and nothing is loaded again.
+        Raises IncompatibleError for LoRAs that the plan does not take, also CorruptError, ResourceError and
+        EngineError if it is loaded; the engine then runs only after another call.
+        """
+        wanted = tuple(loras)
+        factors = plan_slots(self._bundle, self._record, wanted) if wanted else None
+        if self._slots is None or (wanted == self._loras and self._slots.rank):
+            return
+        self._loras = wanted
+        self._slots.rank = 0
+        if self._engine is not None and factors is not None:
+            self._slots.upload(factors)
 
     def bind(self, constants: Mapping[str, Array]) -> None:
         """Copy the inputs of a phase to the device; see Engine.bind. Raises UsageError, ResourceError, EngineError."""
@@ -126,6 +147,9 @@ class TrtEngine:
         The first use of a profile that needs more activations may raise ResourceError; smaller sizes still run.
         """
         self._require_loaded("infer")
+        if self._slots is not None and not self._slots.rank:
+            raise EngineError(f"{self.name}: infer before adapt, on a plan for LoRAs; call adapt() first")
+        # Slots are no constants of a phase: all rows share them, and they are not cut.
         rows = min((array.shape[0] for array in inputs.values() if array.ndim), default=None)
         feed = {name: constant[:rows] for name, constant in self._constants.items()} | dict(inputs)
         check_inputs(self.component, feed)
@@ -147,7 +171,14 @@ class TrtEngine:
             self._activations = ()
             self._captures = True
             self._tensors.free()
+            if self._slots is not None:
+                self._slots.free()
             self._device.activations.release(self)
+
+    def _upload(self) -> None:
+        """Copy the LoRAs of an engine that was adapted before it was loaded."""
+        if self._slots is not None and self._loras:
+            self._slots.upload(plan_slots(self._bundle, self._record, self._loras))
 
     def _started(self) -> PlanReader | None:
         """Return the reader of the plan, which reads from the first call on; None if the engine is loaded."""
@@ -165,7 +196,13 @@ class TrtEngine:
 
     def _run(self, shapes: Shapes, inputs: Mapping[str, Array], names: list[str]) -> dict[str, Array]:
         doing = f"running {self.name}"
-        shaped = self._require_loaded("infer").get(shapes, self._choose)
+        slots = self._slots
+        contexts = self._require_loaded("infer")
+        shaped = (
+            contexts.get(shapes, self._choose)
+            if slots is None
+            else contexts.get(shapes, self._choose, slots.rank, lambda: slots.shapes)
+        )
         layouts: dict[str, Layout] = {
             spec.name: (shaped.output_shape(spec.name), numpy_dtype(spec)) for spec in self.component.outputs
         }
@@ -183,7 +220,8 @@ class TrtEngine:
         place = self._tensors.place
         places = {name: place("bound", name, 0) for name in self._constants if name not in inputs}
         places |= {name: place("given", name, array.nbytes) for name, array in inputs.items()}
-        return places | {name: place("output", name, nbytes_of(layout)) for name, layout in layouts.items()}
+        places |= {name: place("output", name, nbytes_of(layout)) for name, layout in layouts.items()}
+        return places if self._slots is None else places | self._slots.addresses
 
     def _compute(self, shaped: ShapedContext) -> None:
         if self._captures and shaped.wants_graph:

@@ -5,19 +5,52 @@ uploads factors, a few hundred megabytes at most, and reloads nothing. LoRAs of 
 every address, and so the CUDA graphs that were captured with them.
 """
 
-__all__ = ["SlotInputs"]
+__all__ = ["SlotInputs", "open_slots", "plan_slots"]
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from sdxl_trt.engines.adapters import Factors, Slot, SlotFactors
+from sdxl_trt.engines.adapters import WITHOUT_SLOTS, Factors, ScaledLora, SlotFactors, component_role, plan_factors
 from sdxl_trt.engines.backends.cuda import DeviceBuffer
 from sdxl_trt.engines.backends.trt.device import TrtDevice, aligned
+from sdxl_trt.engines.bundle import Bundle, PlanRecord, Slot, read_table, slot_dtype
 from sdxl_trt.engines.engine import Array
-from sdxl_trt.engines.errors import CorruptError
-from sdxl_trt.engines.plans import Shapes
+from sdxl_trt.engines.errors import CorruptError, IncompatibleError
+from sdxl_trt.engines.plans import MOST_RANK, SUGGESTED_RANK, Shapes, rebuild_command
+
+
+def open_slots(bundle: Bundle, record: PlanRecord, device: TrtDevice) -> "SlotInputs | None":
+    """Return the slots of a plan for LoRAs, with nothing on the device yet; None for another plan."""
+    if not record.for_loras:
+        return None
+    name = record.key.component
+    dtype = slot_dtype(bundle.manifest.components[name].precision)
+    return SlotInputs(device, name, read_table(bundle, name).slots_by_module, np.dtype(dtype))
+
+
+def plan_slots(bundle: Bundle, record: PlanRecord, loras: Sequence[ScaledLora]) -> SlotFactors:
+    """Return `loras` as inputs of the slots of a plan; their values are not read yet.
+
+    Raises SourceError for a LoRA of another model, and IncompatibleError for a plan without slots, a change that no
+    slot takes, and for ranks above the plan's, with the command that builds a plan for them.
+    """
+    name, most = record.key.component, record.key.lora_rank
+    flavour = record.key.environment.flavour
+    role = component_role(name)
+    if not most or role is None:
+        raise IncompatibleError(f"{bundle.root}: the {flavour} plan of {name} takes no LoRAs; build one that does with:"
+                                f" {rebuild_command(bundle, flavour, SUGGESTED_RANK)}")  # fmt: skip
+    table = read_table(bundle, name)
+    factors = plan_factors(loras, role, table.shapes, bundle.manifest.components[name].config, table.slots_by_module)
+    if factors.rank > most:
+        command = rebuild_command(bundle, flavour, factors.rank)
+        remedy = f"build plans for it with: {command}" if factors.rank <= MOST_RANK else WITHOUT_SLOTS
+        raise IncompatibleError(f"{factors.told} need a rank of {factors.rank} in {name}, and its {flavour} plan was"
+                                f" built for {most}; {remedy}")  # fmt: skip
+    return factors
 
 
 class SlotInputs:
@@ -27,26 +60,22 @@ class SlotInputs:
     then. `uploaded` counts the bytes of factors that were copied to the device.
     """
 
-    def __init__(self, device: TrtDevice, name: str, slots: Mapping[str, Slot], dtype: type[np.generic]) -> None:
+    def __init__(self, device: TrtDevice, name: str, slots: Mapping[str, Slot], dtype: np.dtype[Any]) -> None:
         self.slots = slots
         self.rank = 0
         self.uploaded = 0
+        self.addresses: Mapping[str, int] = {}
+        """The address of every slot input, of those LoRAs that were uploaded last."""
         self._device = device
         self._name = name
-        self._dtype = np.dtype(dtype)
+        self._dtype = dtype
         self._buffers: dict[str, DeviceBuffer] = {}
         self._zeros: DeviceBuffer | None = None
 
     @property
     def shapes(self) -> Shapes:
         """The shapes of all slot inputs at the current rank."""
-        return {name: shape for slot in self.slots.values() for name, shape in _sizes(slot, self.rank)}
-
-    def addresses(self) -> dict[str, int]:
-        """Return the address of every slot input; the caller holds the device's lock."""
-        zeros = 0 if self._zeros is None else self._zeros.address
-        names = (name for slot in self.slots.values() for name, _ in _sizes(slot, self.rank))
-        return {name: self._buffers[name].address if name in self._buffers else zeros for name in names}
+        return {name: shape for slot in self.slots.values() for name, shape in slot.sizes(self.rank).items()}
 
     def upload(self, factors: SlotFactors) -> None:
         """Replace the LoRAs on the device; the caller does not hold the device's lock.
@@ -56,16 +85,21 @@ class SlotInputs:
         """
         doing = f"copying LoRAs for {self._name} to the GPU"
         self.rank = 0
-        kept = {name for slot in factors.slots for name, _ in _sizes(slot, factors.rank)}
-        self._free(self._buffers.keys() - kept)
+        kept = {name for slot in factors.slots for name in slot.sizes(factors.rank)}
+        with self._device.lock:
+            self._free(self._buffers.keys() - kept)
         for slot, found in factors.each():
             self._send(self._arrays(slot, found.balanced(), factors), doing)
         self._grow_zeros(factors.rank, kept, doing)
+        with self._device.lock:
+            zeros = 0 if self._zeros is None else self._zeros.address
+            names = (name for slot in self.slots.values() for name in slot.sizes(factors.rank))
+            self.addresses = {name: self._buffers[name].address if name in kept else zeros for name in names}
         self.rank = factors.rank
 
     def free(self) -> None:
         """Free all buffers; the caller holds the device's lock."""
-        self.rank = 0
+        self.rank, self.addresses = 0, {}
         self._free(set(self._buffers))
         if self._zeros is not None:
             self._zeros.free()
@@ -79,8 +113,8 @@ class SlotInputs:
         if not all(np.isfinite(factor).all() for factor in cast):
             raise CorruptError(f"{factors.told}: factors for {slot.module} of {self._name} are beyond fp16's range;"
                                " lower the scale, or export the bundle with --fp32 or --bf16")  # fmt: skip
-        sizes = _sizes(slot, factors.rank)
-        return {name: factor.reshape(shape) for (name, shape), factor in zip(sizes, cast, strict=True)}
+        sizes = slot.sizes(factors.rank)
+        return {name: factor.reshape(sizes[name]) for name, factor in zip(sizes, cast, strict=True)}
 
     def _send(self, arrays: Mapping[str, Array], doing: str) -> None:
         """Copy arrays to their buffers, which only grow: at the same rank, addresses do not change."""
@@ -105,7 +139,7 @@ class SlotInputs:
 
     def _grow_zeros(self, rank: int, changed: set[str], doing: str) -> None:
         """Have zeros for the largest input of a slot that no LoRA changes."""
-        inputs = ((name, shape) for slot in self.slots.values() for name, shape in _sizes(slot, rank))
+        inputs = ((name, shape) for slot in self.slots.values() for name, shape in slot.sizes(rank).items())
         largest = max((math.prod(shape) for name, shape in inputs if name not in changed), default=0)
         nbytes = aligned(largest * self._dtype.itemsize)
         if nbytes <= (0 if self._zeros is None else self._zeros.nbytes):
@@ -123,9 +157,3 @@ class SlotInputs:
     def _free(self, names: set[str]) -> None:
         for name in names:
             self._buffers.pop(name).free()
-
-
-def _sizes(slot: Slot, rank: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield the name and the shape of each input of a slot whose LoRAs all rows share."""
-    for name, shape in slot.shapes(1, rank).items():
-        yield name, tuple(rank if isinstance(size, str) else size for size in shape)

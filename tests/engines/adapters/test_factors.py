@@ -13,8 +13,8 @@ from sdxl_trt.engines.adapters.kinds import Branch, LoraKind
 from sdxl_trt.engines.adapters.merge import merge
 from sdxl_trt.engines.adapters.names import Place
 from sdxl_trt.engines.adapters.scaled import ScaledLora
-from sdxl_trt.engines.adapters.table import Slot
 from sdxl_trt.engines.adapters.tensors import StoredTensor
+from sdxl_trt.engines.bundle.tensor_table import Slot
 from sdxl_trt.engines.errors import IncompatibleError
 
 MATRIX, KERNEL = (12, 8), (12, 8, 3, 3)
@@ -73,12 +73,13 @@ def test_balanced_factors_are_the_same_product_and_fit_into_halves(rng: np.rando
     assert zeros.balanced() is zeros
 
 
+PROJ = "mid_block.attentions.0.proj_in"
 SLOTS = {
-    "mid_block.attentions.0.proj_in": Slot(module="mid_block.attentions.0.proj_in", inputs=8, outputs=12),
+    PROJ: Slot(module=PROJ, inputs=8, outputs=12),
     "conv_in": Slot(module="conv_in", inputs=4, outputs=6, kernel=(3, 3)),
 }
 SHAPES: Shapes = {
-    "mid_block.attentions.0.proj_in.weight": MATRIX, "mid_block.attentions.0.proj_in.bias": (12,),
+    f"{PROJ}.weight": MATRIX, f"{PROJ}.bias": (12,),
     "conv_in.weight": (6, 4, 3, 3), "conv_norm_out.weight": (16,), "conv_out.weight": (4, 16, 3, 3),
 }  # fmt: skip
 CONFIG = {
@@ -92,7 +93,7 @@ def _planned(path: Path, tensors: dict[str, np.ndarray], *others: ScaledLora, sc
     return plan_factors([ScaledLora(open_lora(path), scale), *others], "unet", SHAPES, CONFIG, SLOTS)
 
 
-def _lora(rank: int, rng: np.random.Generator, module: str = "mid_block.attentions.0.proj_in") -> dict[str, np.ndarray]:
+def _lora(rank: int, rng: np.random.Generator, module: str = PROJ) -> dict[str, np.ndarray]:
     slot = SLOTS[module]
     kernel = {"down": (rank, slot.inputs, *slot.kernel), "up": (slot.outputs, rank, *(1 for _ in slot.kernel))}
     return {f"unet.{module}.lora_{part}.weight": rng.standard_normal(shape).astype(np.float32)
@@ -108,7 +109,7 @@ def test_two_loras_are_concatenated_and_smaller_slots_are_filled_up(tmp_path: Pa
     assert planned.told == "one.safetensors (rank 2) and other.safetensors (rank 3)"
     found = {slot.module: factors for slot, factors in planned.each()}
     assert {factors.rank for factors in found.values()} == {5}
-    for module, parts in (("mid_block.attentions.0.proj_in", [(one, 0.7), (other, -0.4)]), ("conv_in", [(one, 0.7)])):
+    for module, parts in ((PROJ, [(one, 0.7), (other, -0.4)]), ("conv_in", [(one, 0.7)])):
         key = f"unet.{module}.lora_"
         expected = sum(
             scale * lora[f"{key}up.weight"].reshape(SLOTS[module].outputs, -1)
@@ -121,12 +122,12 @@ def test_two_loras_are_concatenated_and_smaller_slots_are_filled_up(tmp_path: Pa
 @pytest.mark.parametrize(
     ("tensors", "said"),
     [
-        ({"unet.mid_block.attentions.0.proj_in.diff": MATRIX}, "mid_block.attentions.0.proj_in.weight by a full difference"),
-        ({"unet.mid_block.attentions.0.proj_in.diff_b": (12,)}, "the bias mid_block.attentions.0.proj_in.bias"),
+        ({f"unet.{PROJ}.diff": MATRIX}, f"{PROJ}.weight by a full difference"),
+        ({f"unet.{PROJ}.diff_b": (12,)}, f"the bias {PROJ}.bias"),
         ({"unet.conv_norm_out.w_norm": (16,)}, "conv_norm_out.weight by a full difference"),
-        ({"unet.mid_block.attentions.0.proj_in.lora_down.weight": (2, 8),
-          "unet.mid_block.attentions.0.proj_in.lora_up.weight": (12, 2),
-          "unet.mid_block.attentions.0.proj_in.dora_scale": (12, 1)}, "mid_block.attentions.0.proj_in.weight by DoRA"),
+        ({f"unet.{PROJ}.lora_down.weight": (2, 8),
+          f"unet.{PROJ}.lora_up.weight": (12, 2),
+          f"unet.{PROJ}.dora_scale": (12, 1)}, f"{PROJ}.weight by DoRA"),
         ({"unet.conv_out.lora_down.weight": (2, 16, 3, 3), "unet.conv_out.lora_up.weight": (4, 2, 1, 1)},
          "conv_out.weight, which has no input for LoRAs"),
     ],

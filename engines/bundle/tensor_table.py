@@ -15,7 +15,10 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from sdxl_trt.engines.bundle import Bundle, Natural, Positive, Record, verify_file
+from sdxl_trt.engines.bundle.bundle import Bundle
+from sdxl_trt.engines.bundle.digests import verify_file
+from sdxl_trt.engines.bundle.manifest import DType, Precision
+from sdxl_trt.engines.bundle.records import Natural, Positive, Record
 from sdxl_trt.engines.errors import CorruptError, IncompatibleError, explain_os_error
 
 ADAPTERS_FILE = "adapters.json"
@@ -75,6 +78,16 @@ class Slot(Record, frozen=True, kw_only=True):
         if self.kernel:
             return {self.module + DOWN: (rank, self.columns), self.module + UP: (self.outputs, rank)}
         return {self.module + DOWN: (adapters, self.inputs, rank), self.module + UP: (adapters, rank, self.outputs)}
+
+    def sizes(self, rank: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of its two inputs at `rank`, for LoRAs that all rows share."""
+        return {name: tuple(rank if size == RANK else int(size) for size in shape)
+                for name, shape in self.shapes().items()}  # fmt: skip
+
+
+def slot_dtype(precision: Precision) -> DType:
+    """Return the dtype of the inputs of a component's slots: that of its other inputs."""
+    return "float16" if precision == "fp16" else "float32"
 
 
 def is_slot_input(name: str) -> bool:
