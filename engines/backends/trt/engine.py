@@ -221,7 +221,7 @@ class TrtEngine:
         places = {name: place("bound", name, 0) for name in self._constants if name not in inputs}
         places |= {name: place("given", name, array.nbytes) for name, array in inputs.items()}
         places |= {name: place("output", name, nbytes_of(layout)) for name, layout in layouts.items()}
-        return places if self._slots is None else places | self._slots.addresses
+        return places if self._slots is None else {**places, **self._slots.addresses}
 
     def _compute(self, shaped: ShapedContext) -> None:
         if self._captures and shaped.wants_graph:
