@@ -108,7 +108,7 @@ def _add_to_result(graph: ir.Graph, node: ir.Node, down: ir.Value, up: ir.Value)
     narrowed = ir.node("Squeeze", [outer.outputs[0], column]) if flat else outer
     total = ir.node("Add", [result, narrowed.outputs[0]])
     made = [each for each in (widened, inner, outer, narrowed if flat else None, total) if each is not None]
-    _name(made, str(node.name))
+    _name(made, str(node.outputs[0].name))
     ir.convenience.replace_all_uses_with(result, total.outputs[0], replace_graph_outputs=True)
     total.replace_input_with(0, result)  # it adds to the result that it replaces
     graph.insert_after(node, made)
@@ -123,13 +123,13 @@ def _add_to_kernel(graph: ir.Graph, node: ir.Node, down: ir.Value, up: ir.Value)
     reshaped = ir.node("Reshape", [product.outputs[0], _constant(graph, str(kernel.name), list(kernel.shape.numpy()))])
     total = ir.node("Add", [kernel, reshaped.outputs[0]])
     made = [product, reshaped, total]
-    _name(made, str(node.name))
+    _name(made, str(node.outputs[0].name))
     graph.insert_before(node, made)
     node.replace_input_with(1, total.outputs[0])
 
 
 def _name(nodes: Iterable[ir.Node], after: str) -> None:
-    """Name nodes and their results after the module's node: TensorRT's messages and profiles show these names."""
+    """Name nodes and their results after the module's result: TensorRT shows these names, which must be unique."""
     for index, node in enumerate(nodes):
         node.name = f"{after}/lora/{index}"
         node.outputs[0].name = f"{after}/lora/{index}/out"
