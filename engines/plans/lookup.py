@@ -23,6 +23,7 @@ from sdxl_trt.engines.bundle import (
 )
 from sdxl_trt.engines.errors import IncompatibleError
 from sdxl_trt.engines.plans.files import rebuild_command
+from sdxl_trt.engines.plans.sizes import SUGGESTED_RANK
 
 
 def has_plans(bundle: Bundle, flavour: Flavour) -> bool:
@@ -33,9 +34,9 @@ def has_plans(bundle: Bundle, flavour: Flavour) -> bool:
 def find_plan(bundle: Bundle, name: str, environment: Environment, lora_rank: int = 0) -> PlanRecord:
     """Return the plan of component `name` that was built for `environment`.
 
-    With a `lora_rank`, that of a request's LoRAs together, it is the plan that takes LoRAs: `lora_rank` is what the
-    command in an error builds it for, if the bundle has none; the caller compares the ranks. If there is no plan,
-    raises IncompatibleError with the differences and the command to type.
+    With a `lora_rank`, that of a request's LoRAs together, it is the plan that takes LoRAs, of whatever rank: the
+    caller compares the two. The command in an error builds it for SUGGESTED_RANK or more. If there is no plan, raises
+    IncompatibleError with the differences and the command to type.
     """
     flavour = environment.flavour
     records = [
@@ -47,7 +48,8 @@ def find_plan(bundle: Bundle, name: str, environment: Environment, lora_rank: in
     ]
     what = "plan for LoRAs" if lora_rank else "plan"
     built = max((record.key.lora_rank for record in records), default=0)
-    command = rebuild_command(bundle, flavour, max(built, lora_rank))
+    wanted = max(built or SUGGESTED_RANK, lora_rank) if lora_rank else 0
+    command = rebuild_command(bundle, flavour, wanted)
     if not records:
         raise IncompatibleError(f"{bundle.root}: has no {flavour} {what} of {name}; build it with: {command}")
     component = bundle.manifest.components[name]

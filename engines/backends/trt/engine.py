@@ -18,7 +18,7 @@ from sdxl_trt.engines.backends.trt.check import check_engine
 from sdxl_trt.engines.backends.trt.context import ShapedContext, ShapedContexts
 from sdxl_trt.engines.backends.trt.device import TrtDevice, forget_frames, open_device
 from sdxl_trt.engines.backends.trt.rtx import KernelCache
-from sdxl_trt.engines.backends.trt.slots import open_slots, plan_slots
+from sdxl_trt.engines.backends.trt.slots import SlotPlan, open_slots, own_slots, plan_slots
 from sdxl_trt.engines.backends.trt.tensors import Layout, Tensors, nbytes_of
 from sdxl_trt.engines.bundle import Bundle, Component, PlanRecord
 from sdxl_trt.engines.engine import Array, check_inputs, numpy_dtype
@@ -32,22 +32,29 @@ class TrtEngine:
     """One component's plan on `device`, which engines share.
 
     `weight_budget` is the bytes of streamable weights that may be on the device, for plans built with weight
-    streaming; None for all. Only one thread at a time may use an engine, except that `load` and `unload` may be called
-    while another is in `prefetch`; several engines of a device may be loaded and run from several threads.
+    streaming; None for all. `slot_plan` returns the component's plan for LoRAs of a rank, or raises IncompatibleError;
+    by default only a `record` for LoRAs takes any. Only one thread at a time may use an engine, except that `load` and
+    `unload` may be called while another is in `prefetch`; several engines of a device may be loaded and run from
+    several threads.
     """
 
     def __init__(
-        self, bundle: Bundle, record: PlanRecord, device: TrtDevice, *, weight_budget: int | None = None
+        self,
+        bundle: Bundle,
+        record: PlanRecord,
+        device: TrtDevice,
+        *,
+        weight_budget: int | None = None,
+        slot_plan: SlotPlan | None = None,
     ) -> None:
         self.name = record.key.component
         self.component: Component = bundle.manifest.components[self.name]
-        if weight_budget is not None and not record.key.flags.weight_streaming:
-            raise IncompatibleError(f"{self.name}: its plan cannot stream weights; build it again with"
-                                    " --weight-streaming, or use --residency swap")  # fmt: skip
-        self._bundle = bundle
-        self._record = record
-        self._device = device
         self._weight_budget = weight_budget
+        self._check_streaming(record)
+        self._bundle = bundle
+        self._plain = self._record = record
+        self._slot_plan = slot_plan or own_slots(bundle, record)
+        self._device = device
         self._plan: PlanReader | None = None
         self._reading = threading.Lock()
         self._engine: Any = None
@@ -112,18 +119,20 @@ class TrtEngine:
     def adapt(self, loras: Sequence[ScaledLora]) -> None:
         """Use these LoRAs from the next call of `infer` on; see Engine.adapt.
 
-        A loaded plan for LoRAs takes them at once: their factors are copied to the device, and nothing is loaded again.
-        Raises IncompatibleError for LoRAs that the plan does not take, also CorruptError, ResourceError and
-        EngineError if it is loaded; the engine then runs only after another call.
+        An engine with its plan for LoRAs loaded takes others at once: their factors are copied to the device, and
+        nothing is loaded again. Between LoRAs and none it changes its plan, and is unloaded. If the copy fails, raises
+        CorruptError, ResourceError or EngineError; the engine then needs another call before it runs.
         """
         wanted = tuple(loras)
-        factors = plan_slots(self._bundle, self._record, wanted) if wanted else None
-        if self._slots is None or (wanted == self._loras and self._slots.rank):
+        if wanted == self._loras and (self._engine is None or not wanted or (self._slots and self._slots.rank)):
             return
+        found = plan_slots(self._bundle, self.name, wanted, self._slot_plan) if wanted else None
+        self._change_plan(self._plain if found is None else found.record)
         self._loras = wanted
-        self._slots.rank = 0
-        if self._engine is not None and factors is not None:
-            self._slots.upload(factors)
+        if self._slots is not None:
+            self._slots.rank = 0
+            if found is not None and self._engine is not None:
+                self._slots.upload(found.factors)
 
     def bind(self, constants: Mapping[str, Array]) -> None:
         """Copy the inputs of a phase to the device; see Engine.bind. Raises UsageError, ResourceError, EngineError."""
@@ -175,10 +184,23 @@ class TrtEngine:
                 self._slots.free()
             self._device.activations.release(self)
 
+    def _change_plan(self, record: PlanRecord) -> None:
+        """Let the next `load` use another plan; raise IncompatibleError if it cannot stream weights as wanted."""
+        if record is self._record:
+            return
+        self._check_streaming(record)
+        self.unload()
+        self._record, self._slots = record, open_slots(self._bundle, record, self._device)
+
+    def _check_streaming(self, record: PlanRecord) -> None:
+        if self._weight_budget is not None and not record.key.flags.weight_streaming:
+            raise IncompatibleError(f"{self.name}: its plan cannot stream weights; build it again with"
+                                    " --weight-streaming, or use --residency swap")  # fmt: skip
+
     def _upload(self) -> None:
         """Copy the LoRAs of an engine that was adapted before it was loaded."""
         if self._slots is not None and self._loras:
-            self._slots.upload(plan_slots(self._bundle, self._record, self._loras))
+            self._slots.upload(plan_slots(self._bundle, self.name, self._loras, self._slot_plan).factors)
 
     def _started(self) -> PlanReader | None:
         """Return the reader of the plan, which reads from the first call on; None if the engine is loaded."""

@@ -5,11 +5,11 @@ uploads factors, a few hundred megabytes at most, and reloads nothing. LoRAs of 
 every address, and so the CUDA graphs that were captured with them.
 """
 
-__all__ = ["SlotInputs", "open_slots", "plan_slots"]
+__all__ = ["SlotInputs", "SlotPlan", "open_slots", "own_slots", "plan_slots"]
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -31,26 +31,50 @@ def open_slots(bundle: Bundle, record: PlanRecord, device: TrtDevice) -> "SlotIn
     return SlotInputs(device, name, read_table(bundle, name).slots_by_module, np.dtype(dtype))
 
 
-def plan_slots(bundle: Bundle, record: PlanRecord, loras: Sequence[ScaledLora]) -> SlotFactors:
-    """Return `loras` as inputs of the slots of a plan; their values are not read yet.
+SlotPlan = Callable[[int], PlanRecord]
+"""Returns the plan of a component for LoRAs of a rank; raises IncompatibleError, with what to type, without one."""
 
-    Raises SourceError for a LoRA of another model, and IncompatibleError for a plan without slots, a change that no
+
+def own_slots(bundle: Bundle, record: PlanRecord) -> SlotPlan:
+    """Return the SlotPlan of an engine that has only `record`."""
+
+    def find(rank: int) -> PlanRecord:
+        if record.for_loras:
+            return record
+        name, flavour = record.key.component, record.key.environment.flavour
+        raise IncompatibleError(f"{bundle.root}: the {flavour} plan of {name} takes no LoRAs; build one that does with:"
+                                f" {rebuild_command(bundle, flavour, max(rank, SUGGESTED_RANK))}")  # fmt: skip
+
+    return find
+
+
+class Planned(NamedTuple):
+    """The plan that takes a request's LoRAs, and these as its inputs."""
+
+    record: PlanRecord
+    factors: SlotFactors
+
+
+def plan_slots(bundle: Bundle, name: str, loras: Sequence[ScaledLora], find: SlotPlan) -> Planned:
+    """Return how component `name` takes `loras`, at least one; their values are not read yet.
+
+    Raises SourceError for a LoRA of another model, and IncompatibleError without a plan for LoRAs, for a change that no
     slot takes, and for ranks above the plan's, with the command that builds a plan for them.
     """
-    name, most = record.key.component, record.key.lora_rank
-    flavour = record.key.environment.flavour
-    role = component_role(name)
-    if not most or role is None:
-        raise IncompatibleError(f"{bundle.root}: the {flavour} plan of {name} takes no LoRAs; build one that does with:"
-                                f" {rebuild_command(bundle, flavour, SUGGESTED_RANK)}")  # fmt: skip
+    component, role = bundle.manifest.components[name], component_role(name)
     table = read_table(bundle, name)
-    factors = plan_factors(loras, role, table.shapes, bundle.manifest.components[name].config, table.slots_by_module)
+    if role is None or component.slot_graph is None:
+        raise IncompatibleError(f"{bundle.root}: {name} has no graph that takes LoRAs, since an older version exported"
+                                f" it; export the bundle again, or {WITHOUT_SLOTS}")  # fmt: skip
+    factors = plan_factors(loras, role, table.shapes, component.config, table.slots_by_module)
+    record = find(factors.rank)
+    most, flavour = record.key.lora_rank, record.key.environment.flavour
     if factors.rank > most:
         command = rebuild_command(bundle, flavour, factors.rank)
         remedy = f"build plans for it with: {command}" if factors.rank <= MOST_RANK else WITHOUT_SLOTS
         raise IncompatibleError(f"{factors.told} need a rank of {factors.rank} in {name}, and its {flavour} plan was"
                                 f" built for {most}; {remedy}")  # fmt: skip
-    return factors
+    return Planned(record, factors)
 
 
 class SlotInputs:
