@@ -56,7 +56,7 @@ SLOT_GRAPH_FILE = "adapters.onnx"
 """The graph that takes LoRAs as inputs, over the same weights."""
 RECORD_FILE = "component.json"
 """Marks a finished component in an unfinished bundle; in the finished one the manifest records the same."""
-REVISION = 3
+REVISION = 4
 """Increase it when this code makes other files of the same model."""
 # The libraries whose versions determine a graph.
 _LIBRARIES = ("sdxl-trt", "torch", "onnxscript", "onnx-ir", "diffusers", "transformers")
