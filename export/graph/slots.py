@@ -10,7 +10,7 @@ with such inputs has a *slot*:
   output maps varies, so that the rank cannot be an axis of a convolution's own.
 
 All slots of a graph have one rank, which may be 0; the LoRA's scale belongs to ``up``. The axis `adapters` is 1: all
-rows share the LoRAs. A graph with an own LoRA per row names that axis ``rows``, like the UNet's other inputs.
+rows share the LoRAs. A graph with an own LoRA per row gives that axis the name of the other inputs' first: ``rows``.
 """
 
 __all__ = ["add_slots"]
@@ -36,11 +36,12 @@ def add_slots(model: ir.Model, *, per_row: bool = False) -> tuple[Slot, ...]:
     and convolutions, which have one kernel for all rows, get no slot.
     """
     slots: dict[str, Slot] = {}
+    adapters = _first_axis(model.graph) if per_row else 1
     for node in list(model.graph):
         slot = _slot_of(node)
         if slot is None or (per_row and slot.kernel):
             continue
-        down, up = _inputs(model.graph, slot, _dtype(node), per_row=per_row)
+        down, up = _inputs(model.graph, slot, _dtype(node), adapters)
         slots.setdefault(slot.module, slot)
         if slot.kernel:
             _add_to_kernel(model.graph, node, down, up)
@@ -65,6 +66,14 @@ def _slot_of(node: ir.Node) -> Slot | None:
     return Slot(module=module, inputs=inputs, outputs=outputs)
 
 
+def _first_axis(graph: ir.Graph) -> str:
+    """Return the name of the first axis of the graph's inputs: with a name of its own, builds did not end."""
+    shape = graph.inputs[0].shape
+    if shape is None or not isinstance(shape[0], ir.SymbolicDim) or shape[0].value is None:
+        raise RuntimeError(f"{graph.inputs[0].name}: its first axis has no name")
+    return shape[0].value
+
+
 def _dtype(node: ir.Node) -> ir.DataType:
     weight = node.inputs[1]
     if weight is None or weight.dtype is None:
@@ -72,12 +81,12 @@ def _dtype(node: ir.Node) -> ir.DataType:
     return weight.dtype
 
 
-def _inputs(graph: ir.Graph, slot: Slot, dtype: ir.DataType, *, per_row: bool) -> tuple[ir.Value, ir.Value]:
+def _inputs(graph: ir.Graph, slot: Slot, dtype: ir.DataType, adapters: int | str) -> tuple[ir.Value, ir.Value]:
     """Return the values `down` and `up` in the module's dtype; a module that runs twice has its inputs once."""
     known = {value.name: value for value in graph.inputs}
     found = []
     outside = ir.DataType.FLOAT if dtype == ir.DataType.BFLOAT16 else dtype
-    for name, shape in slot.shapes("rows" if per_row else 1).items():
+    for name, shape in slot.shapes(adapters).items():
         value = known.get(name)
         if value is None:
             value = ir.Value(name=name, type=ir.TensorType(outside), shape=ir.Shape(list(shape)))

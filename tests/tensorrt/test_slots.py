@@ -86,7 +86,7 @@ def test_a_cousin_with_convolutional_projections_is_built(
 
 def test_slots_without_a_rank_are_an_error(tmp_path: Path) -> None:
     bundle = read_bundle(bundle_path())
-    with pytest.raises(SdxlTrtError, match="lora_down|profile"):
+    with pytest.raises(SdxlTrtError, match=r"lora_down|profile"):
         build_plan(_job(tmp_path, bundle, "text_encoder", static=True, lora_rank=None))
     assert not (tmp_path / "plan").exists()
 
