@@ -13,7 +13,7 @@ from sdxl_trt.engines.adapters import ScaledLora, Use, loras_of, name_of
 from sdxl_trt.engines.backends import open_backend
 from sdxl_trt.engines.bundle import Bundle, PlanRecord, Profile, run_components, stand_ins
 from sdxl_trt.engines.engine import Engine
-from sdxl_trt.engines.errors import IncompatibleError, ResourceError, SourceError
+from sdxl_trt.engines.errors import CorruptError, IncompatibleError, ResourceError, SourceError
 from sdxl_trt.engines.host import available_host_memory, format_bytes
 from sdxl_trt.engines.plans import PlanLimits, RunSizes
 from sdxl_trt.engines.residency.estimate import MemoryEstimate, Residency
@@ -276,7 +276,7 @@ class EnginePool:
             stack.callback(self._engines.pop, name)
             try:
                 engine.adapt(loras_of(use))
-            except (SourceError, IncompatibleError):  # refused, it stays as it was
+            except (SourceError, IncompatibleError, CorruptError):  # refused, it stays as it was
                 stack.pop_all()
                 raise
             load(engine, self._activations.get(name, 0))

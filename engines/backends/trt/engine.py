@@ -22,7 +22,7 @@ from sdxl_trt.engines.backends.trt.slots import SlotPlan, open_slots, own_slots,
 from sdxl_trt.engines.backends.trt.tensors import Layout, Tensors, nbytes_of
 from sdxl_trt.engines.bundle import Bundle, Component, PlanRecord
 from sdxl_trt.engines.engine import Array, check_inputs, numpy_dtype
-from sdxl_trt.engines.errors import EngineError, IncompatibleError, SdxlTrtError, UsageError
+from sdxl_trt.engines.errors import CorruptError, EngineError, IncompatibleError, SdxlTrtError, UsageError
 from sdxl_trt.engines.plans import PlanReader, Shapes, choose_profile, outside_profiles, start_reading
 
 log = logging.getLogger(__name__)
@@ -120,19 +120,25 @@ class TrtEngine:
         """Use these LoRAs from the next call of `infer` on; see Engine.adapt.
 
         An engine with its plan for LoRAs loaded takes others at once: their factors are copied to the device, and
-        nothing is loaded again. Between LoRAs and none it changes its plan, and is unloaded. If the copy fails, raises
-        CorruptError, ResourceError or EngineError; the engine then needs another call before it runs.
+        nothing is loaded again. Between LoRAs and none it changes its plan, and is unloaded. Raises CorruptError for
+        damaged LoRAs, which leave those before in place, and ResourceError or EngineError if the copy fails; the engine
+        then needs another call before it runs.
         """
         wanted = tuple(loras)
         if wanted == self._loras and (self._engine is None or not wanted or (self._slots and self._slots.rank)):
             return
         found = plan_slots(self._bundle, self.name, wanted, self._slot_plan) if wanted else None
         self._change_plan(self._plain if found is None else found.record)
-        self._loras = wanted
-        if self._slots is not None:
-            self._slots.rank = 0
-            if found is not None and self._engine is not None:
-                self._slots.upload(found.factors)
+        before, self._loras = self._loras, wanted
+        if self._slots is None:
+            return
+        self._slots.rank = 0
+        try:
+            self._upload()
+        except CorruptError:
+            self._loras = before
+            self._upload()
+            raise
 
     def bind(self, constants: Mapping[str, Array]) -> None:
         """Copy the inputs of a phase to the device; see Engine.bind. Raises UsageError, ResourceError, EngineError."""
@@ -198,8 +204,8 @@ class TrtEngine:
                                     " --weight-streaming, or use --residency swap")  # fmt: skip
 
     def _upload(self) -> None:
-        """Copy the LoRAs of an engine that was adapted before it was loaded."""
-        if self._slots is not None and self._loras:
+        """Copy the LoRAs to a loaded engine."""
+        if self._slots is not None and self._loras and self._engine is not None:
             self._slots.upload(plan_slots(self._bundle, self.name, self._loras, self._slot_plan).factors)
 
     def _started(self) -> PlanReader | None:

@@ -80,14 +80,14 @@ def test_other_loras_upload_factors_only(slotted, device, simulated, lora) -> No
     engine.adapt((lora("unet", 4, seed=1),))
     engine.load()
     engine.bind(slotted.constants(inputs))
-    loads, step = simulated.calls["deserialize_cuda_engine"], slotted.step(inputs)
+    step = slotted.step(inputs)
     for turn in range(3):
         changed = (lora("unet", 4, seed=turn + 2),)
-        before = simulated.since()
+        simulated.since()
         engine.adapt(changed)
         slots = read_table(slotted.bundle, "unet").slots_by_module.values()
         factors = sum(4 * np.prod(shape) for slot in slots for shape in slot.sizes(4).values())
-        assert simulated.since() == {"HostToDevice": factors}, before
+        assert simulated.since() == {"HostToDevice": factors}, "weights would be counted too"
         engine.adapt(changed)
         assert simulated.since() == {}, "the same LoRAs are not copied again"
         reference = _patched(slotted, "unet", changed)
@@ -96,7 +96,6 @@ def test_other_loras_upload_factors_only(slotted, device, simulated, lora) -> No
             slotted.assert_near(engine.infer(step), reference.infer(step))
         reference.unload()
         simulated.since()
-    assert simulated.calls["deserialize_cuda_engine"] == loads
     assert simulated.calls["cudaStreamBeginCapture"] == 1, "addresses have changed"
     engine.unload()
 
@@ -145,7 +144,7 @@ def test_the_engine_runs_only_with_loras(slotted, device, lora) -> None:
     engine.unload()
 
 
-def test_a_damaged_lora_leaves_an_engine_that_takes_others(slotted, device, lora) -> None:
+def test_a_damaged_lora_leaves_those_before_in_place(slotted, device, lora) -> None:
     engine, inputs = slotted.slot_engine("text_encoder", device), slotted.inputs("text_encoder")
     engine.load()
     sound, damaged = lora("text_encoder", 2, seed=1), lora("text_encoder", 2, seed=2)
@@ -156,9 +155,6 @@ def test_a_damaged_lora_leaves_an_engine_that_takes_others(slotted, device, lora
     expected = engine.infer(inputs)
     with pytest.raises(CorruptError):
         engine.adapt((ScaledLora(open_lora(damaged.lora.path), 1.0),))
-    with pytest.raises(EngineError, match=r"infer before adapt"):
-        engine.infer(inputs)
-    engine.adapt((sound,))
     slotted.assert_near(engine.infer(inputs), expected)
     engine.unload()
 
