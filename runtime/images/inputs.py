@@ -4,7 +4,20 @@ A file is read once, whole, up to MAX_BYTES, and the bytes that were hashed are 
 local files also GIF and BMP, and one frame of at most MAX_PIXELS; arrays of latents are read without numpy's pickles.
 """
 
-__all__ = ["Fit", "InputPicture", "as_input", "check_input", "fitted", "read_input"]
+__all__ = [
+    "FILE_FORMATS",
+    "MAX_PIXELS",
+    "WHITE",
+    "Fit",
+    "InputPicture",
+    "Size",
+    "as_input",
+    "check_input",
+    "decoded_pixels",
+    "file_content",
+    "fitted",
+    "read_input",
+]
 
 import hashlib
 import logging
@@ -91,8 +104,10 @@ def read_input(path: Path, option: str = "--image") -> InputPicture:
     `option` and the file, if it is missing, too large, otherwise animated, broken, or in another format.
     """
     where = f"{option} {path}"
-    content = _content(path, where)
-    array = _latents(content, where) if content.startswith((_NPY, _ZIP)) else _pixels(content, where, FILE_FORMATS)
+    content = file_content(path, where)
+    array = (
+        _latents(content, where) if content.startswith((_NPY, _ZIP)) else decoded_pixels(content, where, FILE_FORMATS)
+    )
     _check(array, where)
     return InputPicture(array, known_as(path), hashlib.sha256(content).hexdigest())
 
@@ -116,7 +131,7 @@ def check_input(picture: InputPicture, manifest: Manifest, count: int, size: Siz
 
 
 def fitted(pixels: NDArray[np.uint8], size: Size, way: Fit) -> NDArray[np.uint8]:
-    """Return `pixels` (h, w, 3) fitted to `size` (height, width); scaling is Lanczos."""
+    """Return `pixels` (h, w, 3), or a mask (h, w), fitted to `size` (height, width); scaling is Lanczos."""
     height, width = size
     if pixels.shape[:2] == size:
         return pixels
@@ -131,7 +146,8 @@ def fitted(pixels: NDArray[np.uint8], size: Size, way: Fit) -> NDArray[np.uint8]
     return np.asarray(picture.resize((width, height), lanczos))
 
 
-def _content(path: Path, where: str) -> bytes:
+def file_content(path: Path, where: str) -> bytes:
+    """Return the bytes of a file of at most MAX_BYTES. Raises UsageError that starts with `where`."""
     try:
         # A pipe might never end, and a device is not a picture.
         if not stat.S_ISREG(path.stat().st_mode):
@@ -147,7 +163,11 @@ def _content(path: Path, where: str) -> bytes:
     return content
 
 
-def _pixels(content: bytes, where: str, formats: tuple[str, ...] = FORMATS) -> NDArray[np.uint8]:
+def decoded_pixels(content: bytes, where: str, formats: tuple[str, ...] = FORMATS) -> NDArray[np.uint8]:
+    """Return the pixels (h, w, 3) of a picture file's content, turned as its EXIF data states.
+
+    Raises UsageError that starts with `where` for content that is broken, animated, too large or in another format.
+    """
     from PIL import Image, ImageOps, UnidentifiedImageError  # noqa: PLC0415 - Pillow only where there is a picture
 
     try:

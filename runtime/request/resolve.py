@@ -16,8 +16,9 @@ from sdxl_trt.engines.plans import PlanLimits
 from sdxl_trt.runtime.diffusion import Guidance, guided_span
 from sdxl_trt.runtime.diffusion.samplers import sampler_names
 from sdxl_trt.runtime.diffusion.schedules import Schedule
-from sdxl_trt.runtime.images import Fit, InputPicture, as_input, check_input
+from sdxl_trt.runtime.images import Fit, InputPicture, Overlay, as_input, check_input
 from sdxl_trt.runtime.request.handoff import StepRange
+from sdxl_trt.runtime.request.masking import Masking, check_masking, masking_of, settle_masking, takes_mask
 from sdxl_trt.runtime.request.request import MAX_SEED, Request
 from sdxl_trt.runtime.request.schedules import make_grids
 from sdxl_trt.runtime.request.settings import check_settings
@@ -62,6 +63,10 @@ class ResolvedRequest:
     fit: Fit
     """How the image is brought to the size."""
     strength: float
+    masking: Masking | None
+    """Which part of the image changes; None without a mask."""
+    takes_mask: bool
+    """Whether the base's UNet receives the mask itself, and so changes a whole picture."""
 
     @property
     def comfyui(self) -> bool:
@@ -77,6 +82,23 @@ class ResolvedRequest:
     def refiner_only(self) -> bool:
         """Return whether the refiner alone changes an image."""
         return self.first is not self.base
+
+    @property
+    def from_noise_alone(self) -> bool:
+        """Return whether nothing of the image is in the first latents: a mask at the whole strength, in diffusers."""
+        return self.masking is not None and not self.comfyui and self.strength == 1.0 and self.first.start == 0
+
+    @property
+    def keeps_picture(self) -> bool:
+        """Return whether the latents of the image are used: at the start, or outside a mask."""
+        alone = self.takes_mask and not self.comfyui and not self.uses_refiner
+        return self.image is not None and not (self.from_noise_alone and alone)
+
+    def overlay(self) -> Overlay | None:
+        """Return what pastes the original over a decoded picture; None without a mask, or if nothing is pasted."""
+        if self.masking is None or self.image is None:
+            return None
+        return self.masking.overlay(self.image, self.fit)
 
     @property
     def cut(self) -> int:
@@ -122,8 +144,10 @@ def resolve_request(request: Request, manifest: Manifest, limits: PlanLimits | N
         request = replace(request, sampler="euler" if request.comfyui else manifest.base.scheduler.sampler)
     check_settings(request)
     _check_samplers(request)
+    check_masking(request, manifest)
     image = None if request.image is None else as_input(request.image)
-    grids = make_grids(request, manifest, image=image is not None)
+    image, source, mask = settle_masking(request, image)
+    grids = make_grids(request, manifest, image=image is not None, masked=mask is not None)
     guided_span(grids.schedule.sigmas, *request.guidance_interval)
     cuts = grids.cuts
     if "ddim" in (request.sampler, request.refiner_sampler) and not request.comfyui:
@@ -132,10 +156,14 @@ def resolve_request(request: Request, manifest: Manifest, limits: PlanLimits | N
     shape = None if stored is None else stored.shape
     asked = (request.height, request.width)
     size = picture_size(asked, shape, manifest, limits, refined=cuts.refiner is not None,
-                        picture=None if image is None else image.size)  # fmt: skip
+                        picture=None if image is None else image.size, outpaint=request.outpaint)  # fmt: skip
     sides = resolve_sides(request, manifest, size)
     count = request.count or (shape[0] if shape else None) or 1
     seed = secrets.randbits(DRAWN_SEED_BITS) if request.seed is None else request.seed
+    fit: Fit = "cover" if asked != (None, None) else "crop" if request.comfyui else "scale"
+    masking = None
+    if mask is not None and image is not None:
+        masking = masking_of(request, image, source, mask, size, fit, manifest.base.vae.factor)
     return ResolvedRequest(
         request=request,
         schedule=grids.schedule,
@@ -154,8 +182,10 @@ def resolve_request(request: Request, manifest: Manifest, limits: PlanLimits | N
         height=size[0],
         latents=_latents(request, manifest, count, size),
         image=None if image is None else check_input(image, manifest, count, size, refine=cuts.first is not None),
-        fit="cover" if asked != (None, None) else "crop" if request.comfyui else "scale",
+        fit=fit,
         strength=grids.strength,
+        masking=masking,
+        takes_mask=takes_mask(manifest.base, manifest),
     )
 
 
