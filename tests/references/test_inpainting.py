@@ -174,6 +174,31 @@ def opened(pairs: Callable[[str], Any]) -> Iterator[Pipeline]:
         yield pipeline
 
 
+@pytest.fixture(scope="module")
+def nine(
+    pairs: Callable[[str], Any], convert_once: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Pipeline, Experts]]:
+    """The pair with a base UNet of 9 channels: its bundle, opened, and diffusers' pipelines."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    from sdxl_trt.export import Options, export_bundle
+
+    pair, root = pairs("outline"), tmp_path_factory.mktemp("nine")
+    base = Path(shutil.copytree(pair.base, root / "base"))
+    config = json.loads((base / "unet" / "config.json").read_text()) | {"in_channels": 9}
+    torch.manual_seed(9)
+    UNet2DConditionModel.from_config(config).save_pretrained(base / "unet")
+    index = json.loads((base / "model_index.json").read_text())
+    index |= {"_class_name": "StableDiffusionXLInpaintPipeline"}
+    (base / "model_index.json").write_text(json.dumps(index))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sdxl_trt.export.exporter.convert_component", convert_once)
+        export_bundle(base, pair.refiner, root / "bundle", Options(precision="fp32"))
+    with open_bundle(root / "bundle", residency="resident") as pipeline:
+        yield pipeline, Experts(base, pair.refiner)
+
+
 def _request(case: Case, **changes: Any) -> Request:
     refine = case.handoff == "refine"
     settings: dict[str, Any] = {
@@ -204,3 +229,70 @@ def test_the_run_is_diffusers_run(case: Case, opened: Pipeline, experts: Experts
     np.testing.assert_allclose(opened.run.final, final, rtol=0, atol=TOLERANCE)
     outside = _mask()[::2, ::2] < 128
     np.testing.assert_allclose(opened.run.final[:, :, outside], final[:, :, outside], rtol=0, atol=1e-5)
+
+
+def test_outside_the_mask_the_latents_are_the_pictures_own(opened: Pipeline) -> None:
+    """Bit for bit, with every sampler, also where the last sigma is not 0 or a refiner takes over."""
+    outside = _mask()[::2, ::2] < 128
+    for sampler in ("euler", "ddim", "deis", "dpmpp_sde", "dpmpp_2s_ancestral", "dpm_2_ancestral", "dpmpp_3m_sde"):
+        for handoff in (None, 0.6):
+            job = opened.start(_request(Case(0.6, sampler=sampler, handoff=handoff, steps=6)))
+            for _ in opened._work(job):
+                pass
+            assert job.clean is not None
+            np.testing.assert_array_equal(job.run.final[:, :, outside], job.clean[:, :, outside])
+            assert (job.run.final[:, :, ~outside] != job.clean[:, :, ~outside]).any(axis=(0, 1)).all()
+
+
+def test_a_sweep_over_handoffs_with_a_mask_is_its_single_runs(opened: Pipeline) -> None:
+    image, mask = _picture(), _mask()
+    handoffs = (0.5, 0.8, None)
+    cases = [Case(0.8, handoff=each, steps=10, sampler="euler_ancestral") for each in handoffs]
+    requests = [_request(case, image=image, mask=mask) for case in cases]
+    batch = Batch(opened, requests)
+    stages = [step.stage for _, step in batch.steps()]
+    assert stages.count("base") == 8, "one base run of 8 of 10 steps"
+    for request, run in zip(requests, batch.runs, strict=True):
+        _drawn(opened, request)
+        assert opened.run is not None
+        np.testing.assert_allclose(run.final, opened.run.final, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", NINE, ids=str)
+def test_a_unet_of_nine_channels_runs_as_in_diffusers(case: Case, nine: tuple[Pipeline, Experts]) -> None:
+    pipeline, experts = nine
+    (final,) = experts.run(case)
+    _drawn(pipeline, _request(case))
+    assert pipeline.run is not None
+    np.testing.assert_allclose(pipeline.run.final, final, rtol=0, atol=TOLERANCE)
+
+
+def test_a_refiner_after_nine_channels_keeps_the_picture(nine: tuple[Pipeline, Experts]) -> None:
+    """diffusers' recipe gives it the base's noisy latents to keep; here it keeps the picture, as in a run of its own."""
+    import torch
+
+    pipeline, experts = nine
+    case = Case(1.0, handoff=0.5, count=2)
+
+    def kept(generators: list[Any]) -> Any:
+        vae = experts.pipelines["base"].vae
+        pixels = torch.from_numpy(_picture().transpose(2, 0, 1)[None].astype(np.float32) / 127.5 - 1)
+        with torch.no_grad():
+            drawn = [vae.encode(pixels).latent_dist.sample(generator) for generator in generators]
+        return torch.cat(drawn) * vae.config.scaling_factor
+
+    handed, final = experts.run(case, kept)
+    _drawn(pipeline, _request(case))
+    assert pipeline.run is not None
+    np.testing.assert_allclose(pipeline.run.handoff_latents, handed, rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(pipeline.run.final, final, rtol=0, atol=TOLERANCE)
+
+
+def test_the_tolerance_detects_another_mask_strength_or_draw(opened: Pipeline) -> None:
+    case, finals = Case(0.6, steps=6), []
+    for changes in ({}, {"seed": SEED + 5}, {"strength": 0.67}, {"mask": _mask()[::-1]}, {"mask": None}):
+        _drawn(opened, _request(case, **changes))
+        assert opened.run is not None
+        finals.append(opened.run.final)
+    for final in finals[1:]:
+        assert np.abs(final - finals[0]).max() > 30 * TOLERANCE
