@@ -25,6 +25,7 @@ import math
 import stat
 import warnings
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -54,6 +55,8 @@ WHITE = 255
 _NPY, _ZIP = npy.MAGIC_PREFIX, b"PK\x03\x04"
 _KEPT = "final.npy"
 Size = tuple[int, int]
+Take = Callable[["Image", str], NDArray[np.uint8]]
+"""Takes pixels out of a decoded picture; the text names its file in errors."""
 Fit = Literal["scale", "crop", "cover"]
 """How a picture is fitted to a size: "scale" scales each side by itself, as diffusers does to reach a multiple; "crop"
 keeps the centre, as ComfyUI does; "cover" scales the picture to cover the size and keeps the centre."""
@@ -163,8 +166,10 @@ def file_content(path: Path, where: str) -> bytes:
     return content
 
 
-def decoded_pixels(content: bytes, where: str, formats: tuple[str, ...] = FORMATS) -> NDArray[np.uint8]:
-    """Return the pixels (h, w, 3) of a picture file's content, turned as its EXIF data states.
+def decoded_pixels(
+    content: bytes, where: str, formats: tuple[str, ...] = FORMATS, take: "Take | None" = None
+) -> NDArray[np.uint8]:
+    """Return the pixels (h, w, 3) of a picture file's content, turned as its EXIF data states, or what `take` returns.
 
     Raises UsageError that starts with `where` for content that is broken, animated, too large or in another format.
     """
@@ -174,7 +179,7 @@ def decoded_pixels(content: bytes, where: str, formats: tuple[str, ...] = FORMAT
         # Pillow warns of what is refused below, and of palettes that it converts anyway.
         with warnings.catch_warnings(action="ignore"), Image.open(BytesIO(content), formats=formats) as picture:
             _check_picture(picture, where)
-            return _rgb(ImageOps.exif_transpose(picture), where)
+            return (take or _rgb)(ImageOps.exif_transpose(picture), where)
     except (UsageError, MemoryError):
         raise
     except (UnidentifiedImageError, Image.DecompressionBombError) as exc:

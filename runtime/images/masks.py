@@ -3,12 +3,12 @@
 White changes and black stays. A mask is the luminance of a picture; its transparency is not used.
 """
 
-__all__ = ["InputMask", "Margins", "Overlay", "as_mask", "outpainted", "read_mask"]
+__all__ = ["InputMask", "Margins", "Overlay", "as_mask", "outpainted", "read_channel", "read_mask"]
 
 import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,9 @@ from sdxl_trt.runtime.images.inputs import (
     file_content,
 )
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 Margins = tuple[int, int, int, int]
 """Pixels that are added to a picture on its left, top, right and bottom."""
 Grey = NDArray[np.uint8]
@@ -34,12 +37,13 @@ Grey = NDArray[np.uint8]
 class InputMask:
     """A mask, uint8 (height, width), 255 where the picture changes, with its file name ("" without a file) and digest.
 
-    `array` is not written to.
+    `array` is not written to. `grey` says whether the file has no colours, so that each of its channels is the mask.
     """
 
     array: Grey
     name: str
     sha256: str
+    grey: bool = True
 
     @property
     def size(self) -> Size:
@@ -73,7 +77,23 @@ def read_mask(path: Path, option: str = "--mask") -> InputMask:
     content = file_content(path, where)
     colours = decoded_pixels(content, where, FILE_FORMATS)
     grey = np.asarray(Image.fromarray(colours).convert("L"))
-    return InputMask(grey, known_as(path), hashlib.sha256(content).hexdigest())
+    is_grey = bool((colours == grey[..., None]).all())
+    return InputMask(grey, known_as(path), hashlib.sha256(content).hexdigest(), is_grey)
+
+
+def read_channel(path: Path, where: str, channel: str) -> Grey | None:
+    """Return the "red", "green", "blue" or "alpha" channel (h, w) of the picture in a file; None without that alpha.
+
+    Raises UsageError that starts with `where`, as `read_input` does.
+    """
+
+    def take(picture: "Image", where: str) -> Grey:  # noqa: ARG001 - the reader passes it
+        if channel == "alpha" and not picture.has_transparency_data:
+            return np.empty((0, 0), np.uint8)
+        return np.asarray(picture.convert("RGBA").getchannel(channel[0].upper()))
+
+    found = decoded_pixels(file_content(path, where), where, FILE_FORMATS, take)
+    return found if found.size else None
 
 
 def outpainted(picture: InputPicture, mask: InputMask | None, margins: Margins) -> tuple[InputPicture, Grey]:

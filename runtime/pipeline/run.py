@@ -122,7 +122,7 @@ class Job:
         """Let the base see the mask, and the image without its masked part, whose `moments` the encoder returned."""
         masking = self.run.request.masking
         assert masking is not None  # noqa: S101 - else nothing is masked
-        seen = masking.of_latents(vae.factor, soft=False)
+        seen = np.rint(masking.of_latents(vae.factor, soft=self.run.request.comfyui))
         latents = np.broadcast_to(moments.drawn(self.masked_posterior, vae), self.run.initial.shape)
         self.further = np.concatenate([np.broadcast_to(seen, (len(latents), *seen.shape[1:])), latents], axis=1)
 

@@ -17,7 +17,7 @@ from sdxl_trt.runtime.diffusion import Guidance, guided_span
 from sdxl_trt.runtime.diffusion.samplers import sampler_names
 from sdxl_trt.runtime.diffusion.schedules import Schedule
 from sdxl_trt.runtime.images import Fit, InputPicture, Overlay, as_input, check_input
-from sdxl_trt.runtime.request.handoff import StepRange
+from sdxl_trt.runtime.request.handoff import StageRanges, StepRange
 from sdxl_trt.runtime.request.masking import Masking, check_masking, masking_of, settle_masking, takes_mask
 from sdxl_trt.runtime.request.request import MAX_SEED, Request
 from sdxl_trt.runtime.request.schedules import make_grids
@@ -164,6 +164,7 @@ def resolve_request(request: Request, manifest: Manifest, limits: PlanLimits | N
     masking = None
     if mask is not None and image is not None:
         masking = masking_of(request, image, source, mask, size, fit, manifest.base.vae.factor)
+        _warn_of_noise(request, cuts)
     return ResolvedRequest(
         request=request,
         schedule=grids.schedule,
@@ -187,6 +188,13 @@ def resolve_request(request: Request, manifest: Manifest, limits: PlanLimits | N
         masking=masking,
         takes_mask=takes_mask(manifest.base, manifest),
     )
+
+
+def _warn_of_noise(request: Request, cuts: StageRanges) -> None:
+    """Say where ComfyUI's masks and a handoff do not go together."""
+    if request.comfyui and cuts.refiner is not None and cuts.first is None and cuts.base.leftover_noise:
+        log.warning("as in ComfyUI, the refiner keeps what the base hands over outside the mask, with its noise; give"
+                    " --no-refiner, or leave --compat comfyui out")  # fmt: skip
 
 
 def _warn_of_ddim(schedule: Schedule) -> None:

@@ -268,7 +268,7 @@ def test_a_unet_of_nine_channels_runs_as_in_diffusers(case: Case, nine: tuple[Pi
 
 
 def test_a_refiner_after_nine_channels_keeps_the_picture(nine: tuple[Pipeline, Experts]) -> None:
-    """diffusers' recipe gives it the base's noisy latents to keep; here it keeps the picture, as in a run of its own."""
+    """diffusers' recipe gives it the base's noisy latents to keep; here it keeps the picture."""
     import torch
 
     pipeline, experts = nine
