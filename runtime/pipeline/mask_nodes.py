@@ -69,8 +69,9 @@ def feathered(mask: Mask, margins: Margins) -> Mask:
     """Return `mask` that falls linearly toward its left, top, right and bottom edge over `margins` pixels."""
     left, top, right, bottom = margins
     high, wide = mask.shape
-    across = _ramp(left, wide) * _ramp(right, wide)[::-1]
-    return mask * across * (_ramp(top, high) * _ramp(bottom, high)[::-1])[:, None]
+    across, down = _ramp(left, wide) * _ramp(right, wide)[::-1], _ramp(top, high) * _ramp(bottom, high)[::-1]
+    result: Mask = mask * across * down[:, None]
+    return result
 
 
 def _ramp(length: int, size: int) -> Mask:

@@ -16,8 +16,12 @@ import numpy as np
 import pytest
 
 from sdxl_trt.runtime import Request, open_bundle
+from sdxl_trt.runtime.comfyui.reader import read_workflow
+from sdxl_trt.runtime.comfyui.requests import check_workflow, pair_request
 from sdxl_trt.runtime.pipeline.batch import Batch
+from sdxl_trt.runtime.pipeline.chain import Chain
 from sdxl_trt.runtime.pipeline.pipeline import Pipeline
+from sdxl_trt.runtime.pipeline.run import Run
 
 # diffusers' own warnings: it passes torch tensors to np.array, and KDPM2 takes the logarithm of sigma 0.
 pytestmark = [
@@ -296,3 +300,248 @@ def test_the_tolerance_detects_another_mask_strength_or_draw(opened: Pipeline) -
         finals.append(opened.run.final)
     for final in finals[1:]:
         assert np.abs(final - finals[0]).max() > 30 * TOLERANCE
+
+
+class ComfyUI:
+    """ComfyUI's masks in torch, after its documentation and sources, on diffusers' models; a latent spans 2 pixels."""
+
+    def __init__(self, experts: Experts) -> None:
+        import torch
+
+        self.pipe = experts.pipelines["base"]
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            positive, negative, pooled, negative_pooled = self.pipe.encode_prompt(PROMPT, negative_prompt="blurry")
+        self.hidden, self.pooled = torch.cat([positive, negative]), torch.cat([pooled, negative_pooled])
+
+    def encode(self, pixels: Any) -> Any:
+        import torch
+
+        with torch.no_grad():
+            mean = self.pipe.vae.encode(pixels * 2.0 - 1.0).latent_dist.mean
+        return mean * self.pipe.vae.config.scaling_factor
+
+    def sample(self, run: Run, latent: Any, noise_mask: Any = None, concat: Any = None) -> np.ndarray:
+        """Euler's method with KSamplerX0Inpaint, with the grid, the noise and the guidance of `run`."""
+        import torch
+
+        request, noise = run.request, torch.from_numpy(run.initial)
+        sigmas, timesteps = (torch.from_numpy(each) for each in (request.schedule.sigmas, request.schedule.timesteps))
+        latent = latent.repeat(len(noise) // len(latent), 1, 1, 1)
+        x = latent + noise * np.float32(request.schedule.initial_scale)
+        mask = None
+        if noise_mask is not None:
+            mask = torch.nn.functional.interpolate(noise_mask[None, None], size=noise.shape[2:], mode="bilinear")
+        size = (float(request.height), float(request.width))
+        ids = torch.tensor([[*size, 0.0, 0.0, *size]])
+
+        def model(x: Any, sigma: Any, timestep: Any) -> Any:
+            rows = []
+            for side in (0, 1):
+                given = x / (sigma**2 + 1) ** 0.5
+                if concat is not None:
+                    given = torch.cat([given, concat.repeat(len(x), 1, 1, 1)], dim=1)
+                conds = {
+                    "text_embeds": self.pooled[side : side + 1].repeat(len(x), 1),
+                    "time_ids": ids.repeat(len(x), 1),
+                }
+                hidden = self.hidden[side : side + 1].repeat(len(x), 1, 1)
+                rows.append(self.pipe.unet(given, timestep, hidden, added_cond_kwargs=conds).sample)
+            return x - sigma * (rows[1] + request.request.guidance * (rows[0] - rows[1]))
+
+        with torch.no_grad():
+            for sigma, after, timestep in zip(sigmas[:-1], sigmas[1:], timesteps, strict=True):
+                given = x
+                if mask is not None:
+                    given = x * mask + (latent + noise * sigma) * (1.0 - mask)
+                denoised = model(given, sigma, timestep)
+                if mask is not None:
+                    denoised = denoised * mask + latent * (1.0 - mask)
+                x = x + (x - denoised) / sigma * (after - sigma)
+        return x.numpy()
+
+    @staticmethod
+    def fitted(mask: Any, pixels: Any) -> Any:
+        import torch
+
+        return torch.nn.functional.interpolate(mask[None, None], size=pixels.shape[2:], mode="bilinear")[0, 0]
+
+    def for_inpaint(self, pixels: Any, mask: Any, grow: int) -> tuple[Any, Any]:
+        """VAEEncodeForInpaint: the latents of the greyed pixels, and the noise mask."""
+        import torch
+
+        mask = self.fitted(mask, pixels)
+        wide = mask.round()
+        if grow:
+            kernel, padding = torch.ones(1, 1, grow, grow), -(-(grow - 1) // 2)
+            wide = torch.nn.functional.conv2d(mask.round()[None, None], kernel, padding=padding).clamp(0, 1)[0, 0]
+        return self.encode(self.greyed(pixels, mask)), wide[: mask.shape[0], : mask.shape[1]].round()
+
+    @staticmethod
+    def greyed(pixels: Any, mask: Any) -> Any:
+        return (pixels - 0.5) * (1.0 - mask.round()) + 0.5
+
+
+def _unit(pixels: np.ndarray) -> Any:
+    import torch
+
+    return torch.from_numpy(pixels.transpose(2, 0, 1)[None].astype(np.float32) / 255.0)
+
+
+def test_comfyuis_way_is_a_transcription_of_its_formulas(opened: Pipeline, experts: Experts) -> None:
+    import torch
+
+    for strength, count in ((1.0, 1), (0.6, 2)):
+        request = _request(
+            Case(strength, count=count), compat="comfyui", strength=None if strength == 1.0 else strength
+        )
+        _drawn(opened, request)
+        assert opened.run is not None
+        comfyui = ComfyUI(experts)
+        expected = comfyui.sample(
+            opened.run, comfyui.encode(_unit(_picture())), torch.from_numpy(_mask() / np.float32(255))
+        )
+        np.testing.assert_allclose(opened.run.final, expected, rtol=0, atol=TOLERANCE)
+
+
+SAMPLER = {
+    "steps": 6, "cfg": 5.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 0.8, "seed": 3,
+    "model": ["1", 0], "positive": ["2", 0], "negative": ["3", 0], "latent_image": ["latent", 0],
+}  # fmt: skip
+NODES = {
+    "1": ("CheckpointLoaderSimple", {"ckpt_name": "base.safetensors"}),
+    "2": ("CLIPTextEncode", {"clip": ["1", 1], "text": PROMPT}),
+    "3": ("CLIPTextEncode", {"clip": ["1", 1], "text": "blurry"}),
+    "picture": ("LoadImage", {"image": "picture.png"}),
+    "decoded": ("VAEDecode", {"samples": ["sampler", 0], "vae": ["1", 2]}),
+    "saved": ("SaveImage", {"images": ["decoded", 0], "filename_prefix": "x"}),
+}
+
+
+@pytest.fixture
+def chained(tmp_path: Path) -> Callable[..., Run]:
+    """Return a function that runs nodes beside NODES on a pipeline, and gives the run of the sampler."""
+    from PIL import Image
+
+    colours = Image.fromarray(_picture())
+    colours.putalpha(Image.fromarray(255 - _mask()))
+    colours.save(tmp_path / "picture.png")
+    Image.fromarray(np.stack([_mask(), _mask() // 2, 255 - _mask()], axis=-1)).save(tmp_path / "mask.png")
+
+    def run(pipeline: Pipeline, sampler: dict[str, Any], **nodes: tuple[str, dict[str, Any]]) -> Run:
+        every = NODES | nodes | {"sampler": ("KSampler", SAMPLER | sampler)}
+        graph = {key: {"class_type": kind, "inputs": inputs} for key, (kind, inputs) in every.items()}
+        (tmp_path / "graph.json").write_text(json.dumps(graph))
+        workflow = read_workflow(tmp_path / "graph.json")
+        found = check_workflow(workflow, pipeline.manifest)
+        assert pair_request(workflow, pipeline.manifest, found, tmp_path) is None
+        chain = Chain(pipeline, workflow, found, tmp_path, lambda request: request)
+        pictures = [step.picture for _, step in chain.steps() if step.picture is not None]
+        assert len(pictures) == 1
+        return chain.runs[0]
+
+    return run
+
+
+def _loaded() -> tuple[Any, Any]:
+    """Return the pixels and the mask of picture.png, as LoadImage returns them."""
+    import torch
+
+    alpha = torch.from_numpy((255 - _mask()).astype(np.float32) / 255.0)
+    return _unit(_picture()), 1.0 - alpha
+
+
+@pytest.mark.parametrize("grow", [0, 3, 6])
+def test_vae_encode_for_inpaint(grow: int, opened: Pipeline, experts: Experts, chained: Callable[..., Run]) -> None:
+    inputs = {"pixels": ["picture", 0], "vae": ["1", 2], "mask": ["picture", 1], "grow_mask_by": grow}
+    run = chained(opened, {}, latent=("VAEEncodeForInpaint", inputs))
+    comfyui = ComfyUI(experts)
+    latent, mask = comfyui.for_inpaint(*_loaded(), grow)
+    np.testing.assert_allclose(run.final, comfyui.sample(run, latent, mask), rtol=0, atol=TOLERANCE)
+
+
+def test_a_mask_through_many_nodes(opened: Pipeline, experts: Experts, chained: Callable[..., Run]) -> None:
+    import scipy.ndimage
+    import torch
+
+    run = chained(
+        opened, {}, coded=("VAEEncode", {"pixels": ["picture", 0], "vae": ["1", 2]}),
+        loaded=("LoadImageMask", {"image": "mask.png", "channel": "blue"}),
+        inverted=("InvertMask", {"mask": ["loaded", 0]}),
+        grown=("GrowMask", {"mask": ["inverted", 0], "expand": 3, "tapered_corners": True}),
+        shrunk=("GrowMask", {"mask": ["grown", 0], "expand": -1, "tapered_corners": False}),
+        soft=("FeatherMask", {"mask": ["shrunk", 0], "left": 40, "top": 10, "right": 3, "bottom": 0}),
+        latent=("SetLatentNoiseMask", {"samples": ["coded", 0], "mask": ["soft", 0]}),
+    )  # fmt: skip
+    cross = np.array([[0, 1, 0], [1, 1, 1], [0, 1, 0]])
+    mask = 1.0 - (255 - _mask()).astype(np.float32) / 255.0
+    for _ in range(3):
+        mask = scipy.ndimage.grey_dilation(mask, footprint=cross)
+    soft = torch.from_numpy(scipy.ndimage.grey_erosion(mask, footprint=np.ones((3, 3))))
+    for x in range(40):
+        soft[:, x] *= (x + 1.0) / 40
+    for x in range(3):
+        soft[:, -(x + 1)] *= (x + 1) / 3
+    for y in range(10):
+        soft[y] *= (y + 1) / 10
+    comfyui = ComfyUI(experts)
+    expected = comfyui.sample(run, comfyui.encode(_unit(_picture())), soft)
+    np.testing.assert_allclose(run.final, expected, rtol=0, atol=TOLERANCE)
+
+
+def test_a_canvas_is_padded(opened: Pipeline, experts: Experts, chained: Callable[..., Run]) -> None:
+    import torch
+
+    margins = {"left": 16, "top": 0, "right": 0, "bottom": 16}
+    run = chained(
+        opened, {}, canvas=("ImagePadForOutpaint", {"image": ["picture", 0], **margins, "feathering": 10}),
+        latent=("VAEEncodeForInpaint", {"pixels": ["canvas", 0], "vae": ["1", 2], "mask": ["canvas", 1]}),
+    )  # fmt: skip
+    width, height = SIDES
+    pixels, mask = torch.full((1, 3, height + 16, width + 16), 0.5), torch.ones(height + 16, width + 16)
+    pixels[:, :, :height, 16:] = _unit(_picture())
+    inner = torch.zeros(height, width)
+    for i in range(height):
+        for j in range(width):
+            distance = min(height, height - i, j, width)
+            if distance < 10:
+                inner[i, j] = ((10 - distance) / 10) ** 2
+    mask[:height, 16:] = inner
+    comfyui = ComfyUI(experts)
+    latent, noise_mask = comfyui.for_inpaint(pixels, mask, 6)
+    np.testing.assert_allclose(run.final, comfyui.sample(run, latent, noise_mask), rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("noise_mask", [True, False])
+def test_inpaint_model_conditioning(
+    noise_mask: bool, opened: Pipeline, experts: Experts, nine: tuple[Pipeline, Experts], chained: Callable[..., Run]
+) -> None:
+    """With an inpainting model, and with another one, which ignores what it is shown."""
+    import torch
+
+    inputs = {"positive": ["2", 0], "negative": ["3", 0], "vae": ["1", 2], "pixels": ["picture", 0],
+              "mask": ["picture", 1], "noise_mask": noise_mask}  # fmt: skip
+    sampler = {"positive": ["shown", 0], "negative": ["shown", 1], "latent_image": ["shown", 2]}
+    pixels, mask = _loaded()
+    for pipeline, models in ((opened, experts), nine):
+        run = chained(pipeline, sampler, shown=("InpaintModelConditioning", inputs))
+        comfyui, concat = ComfyUI(models), None
+        if run.request.takes_mask:
+            small = torch.nn.functional.interpolate(mask[None, None], size=run.final.shape[2:], mode="bilinear")
+            concat = torch.cat([small.round(), comfyui.encode(comfyui.greyed(pixels, mask))], dim=1)
+        expected = comfyui.sample(run, comfyui.encode(pixels), mask if noise_mask else None, concat)
+        np.testing.assert_allclose(run.final, expected, rtol=0, atol=TOLERANCE)
+
+
+def test_an_inpainting_model_in_comfyuis_way(nine: tuple[Pipeline, Experts]) -> None:
+    """As its InpaintModelConditioning with a noise mask."""
+    import torch
+
+    pipeline, experts = nine
+    _drawn(pipeline, _request(Case(0.7), compat="comfyui"))
+    assert pipeline.run is not None
+    comfyui, pixels, mask = ComfyUI(experts), _unit(_picture()), torch.from_numpy(_mask() / np.float32(255))
+    small = torch.nn.functional.interpolate(mask[None, None], size=pipeline.run.final.shape[2:], mode="bilinear")
+    concat = torch.cat([small.round(), comfyui.encode(comfyui.greyed(pixels, mask))], dim=1)
+    expected = comfyui.sample(pipeline.run, comfyui.encode(pixels), mask, concat)
+    np.testing.assert_allclose(pipeline.run.final, expected, rtol=0, atol=TOLERANCE)
