@@ -220,7 +220,7 @@ def _plan_stage(
     def plan(name: str, kind: Kind, precision: Precision, **signature: int) -> ComponentPlan:
         return ComponentPlan(kind, pipeline.models[name], models[name], checkpoints[name], precision, **signature)
 
-    _check_widths(models, pipeline)
+    _check_widths(models, pipeline, inpaints=not pipeline.requires_aesthetics_score)
     tokenizers = open_tokenizers(models, pipeline, warn)
     plans = {name: plan(name, "text_encoder", options.precision, tokens=tokenizers[tokenizer_role(name)].max_length)
              for name in models if name.startswith("text_")}  # fmt: skip
@@ -246,14 +246,17 @@ def time_id_names(pipeline: PipelineSource) -> tuple[str, ...]:
     return sizes + last
 
 
-def _check_widths(models: dict[str, MetaModel], pipeline: PipelineSource) -> None:
-    """Raise SourceError unless encoders, UNet and autoencoder fit each other."""
+def _check_widths(models: dict[str, MetaModel], pipeline: PipelineSource, *, inpaints: bool) -> None:
+    """Raise SourceError unless encoders, UNet and autoencoder fit each other.
+
+    If `inpaints`, the UNet may receive a mask and the masked picture's latents behind the latents.
+    """
     unet = models["unet"].config
     latents = models["vae"].config["latent_channels"]
-    if unet["in_channels"] != latents:
+    if unet["in_channels"] != latents and not (inpaints and unet["in_channels"] == 2 * latents + 1):
         raise SourceError(
-            f"{pipeline.root}/unet: takes {unet['in_channels']} channels, but the autoencoder makes {latents};"
-            " inpainting and edit models are not supported"
+            f"{pipeline.root}/unet: takes {unet['in_channels']} channels, but the autoencoder makes {latents}; give a"
+            f" base of {latents} channels, or of {2 * latents + 1} for inpainting, and a refiner of {latents}"
         )
     widths = [model.config["hidden_size"] for name, model in models.items() if name.startswith("text_")]
     if context_width(unet) != sum(widths):

@@ -9,7 +9,7 @@ from typing import Any
 
 from sdxl_trt.engines import CorruptError
 from sdxl_trt.engines.bundle import Component, Manifest, Stage, TextEncoder, Tokenizer
-from sdxl_trt.export.sources import BASE_CLASS, REFINER_CLASS, PipelineSource, read_json
+from sdxl_trt.export.sources import BASE_CLASS, INPAINT_CLASS, REFINER_CLASS, PipelineSource, read_json
 
 _LIBRARIES = {"text_encoder": "transformers", "text_encoder_2": "transformers", "unet": "diffusers"}
 
@@ -47,6 +47,12 @@ def component_config(role: str, component: Component, stage: Stage) -> dict[str,
     return component.config | extra
 
 
+def _pipeline_class(stage_name: str, unet: Component, stage: Stage) -> str:
+    if unet.input("sample").shape[1] != stage.vae.latent_channels:
+        return INPAINT_CLASS
+    return BASE_CLASS if stage_name == "base" else REFINER_CLASS
+
+
 def model_index(stage_name: str, manifest: Manifest, scheduler: dict[str, Any]) -> dict[str, Any]:
     """Return model_index.json of a stage ("base" or "refiner").
 
@@ -57,7 +63,7 @@ def model_index(stage_name: str, manifest: Manifest, scheduler: dict[str, Any]) 
     parts = roles(stage)
     classes = {role: manifest.components[name].source.class_name for role, name in parts.items()}
     index: dict[str, Any] = {
-        "_class_name": BASE_CLASS if stage_name == "base" else REFINER_CLASS,
+        "_class_name": _pipeline_class(stage_name, manifest.components[stage.unet], stage),
         "_diffusers_version": version("diffusers"),
         "force_zeros_for_empty_prompt": stage.force_zeros_for_empty_prompt,
         "feature_extractor": [None, None],

@@ -12,17 +12,19 @@ Role = Literal["base", "refiner"]
 Configs = Mapping[str, Mapping[str, Any]]
 BASE_CLASS = "StableDiffusionXLPipeline"
 REFINER_CLASS = "StableDiffusionXLImg2ImgPipeline"
-_USUAL: dict[str, Role] = {BASE_CLASS: "base", REFINER_CLASS: "refiner"}
+INPAINT_CLASS = "StableDiffusionXLInpaintPipeline"
+"""Usually a base whose UNet receives the mask, but bases and refiners are saved as this class too."""
+_USUAL: dict[str, Role] = {BASE_CLASS: "base", REFINER_CLASS: "refiner", INPAINT_CLASS: "base"}
 _SCORE = "requires_aesthetics_score"
 
 
 def check_class(found: Any, where: str) -> None:
-    """Raise SourceError unless the pipeline's class is one of the two that a base or refiner is saved as."""
+    """Raise SourceError unless the pipeline's class is one that a base or refiner is saved as."""
     if isinstance(found, str) and found in _USUAL:
         return
     if isinstance(found, str) and found.startswith("StableDiffusionXL"):
-        raise SourceError(f"{where}: is a {found}, which is not supported; give the text-to-image or image-to-image"
-                          " pipeline")  # fmt: skip
+        raise SourceError(f"{where}: is a {found}, which is not supported; give the text-to-image, image-to-image or"
+                          " inpainting pipeline")  # fmt: skip
     raise SourceError(f"{where}: is a {found}, not SDXL; give a {BASE_CLASS} or a {REFINER_CLASS}")
 
 
@@ -45,7 +47,7 @@ def _held(index: Mapping[str, Any], configs: Configs) -> Role:
     ids = _time_ids(configs)
     if ids == 5:
         return "refiner"
-    scored = class_name == REFINER_CLASS and bool(index.get(_SCORE, False)) and ids is None
+    scored = class_name in (REFINER_CLASS, INPAINT_CLASS) and bool(index.get(_SCORE, False)) and ids is None
     if "text_encoder" in configs and not scored:
         return "base"
     return _USUAL[class_name]

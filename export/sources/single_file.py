@@ -1,6 +1,6 @@
 """One safetensors file with LDM names: its kind, and its components as checkpoints under published names."""
 
-__all__ = ["SingleFile", "open_single_file"]
+__all__ = ["INPAINTING", "SingleFile", "open_single_file"]
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -27,6 +27,8 @@ FileRole = Literal["base", "refiner", "unet", "vae"]
 
 _UNET = "model.diffusion_model."
 _FIRST_LAYERS = ("input_blocks.0.0.weight", "conv_in.weight")
+LATENTS, INPAINTING = 4, 9
+"""The channels of latents, and of latents, a mask and a masked picture's latents."""
 _UNET_PREFIXES = (_UNET, "unet.", "")
 _VAE_PREFIXES = ("first_stage_model.", "vae.", "")
 _CLIP_G = {"base": "conditioner.embedders.1.model.", "refiner": "conditioner.embedders.0.model."}
@@ -99,6 +101,11 @@ class SingleFile:
         inner = self._inner(component)
         return next((info.shape for name, info in inner.items() if name.endswith(endings)), None)
 
+    def channels(self) -> int:
+        """Return how many channels its UNet takes: LATENTS, INPAINTING, or 8 for an edit model."""
+        shape = self.shape("unet", *_FIRST_LAYERS) or ()
+        return shape[1] if len(shape) == 4 else LATENTS
+
     def _inner(self, component: str) -> dict[str, TensorInfo]:
         prefix = self._prefixes()[component]
         parts = {name.removeprefix(prefix): info for name, info in self.tensors.items() if name.startswith(prefix)}
@@ -163,11 +170,10 @@ def _identify(tensors: Tensors) -> tuple[str, str]:
 
 
 def _check_inputs(file: SingleFile, where: str) -> None:
-    """Raise SourceError for an inpainting or edit model, whose UNet takes more channels than the latents have."""
-    shape = file.shape("unet", *_FIRST_LAYERS) or ()
-    channels = shape[1] if len(shape) == 4 else 4
-    if channels > 4:
-        kind = "an inpainting model" if channels == 9 else "an edit model"
+    """Raise SourceError for an edit model, and for a refiner that inpaints."""
+    channels = file.channels()
+    if channels > LATENTS and not (channels == INPAINTING and file.kind != "refiner"):
+        kind = "an inpainting model" if channels == INPAINTING else "an edit model"
         raise SourceError(f"{where}: is {kind} (its UNet takes {channels} channels), which is not supported; give the"
                           " text-to-image checkpoint")  # fmt: skip
 

@@ -42,7 +42,7 @@ from sdxl_trt.export.sources.outlines import config_of
 from sdxl_trt.export.sources.predictions import said_schedule
 from sdxl_trt.export.sources.roles import BASE_CLASS, REFINER_CLASS, Role, check_class, check_role, needs_score
 from sdxl_trt.export.sources.scheduler_config import read_scheduler
-from sdxl_trt.export.sources.single_file import SingleFile, open_single_file
+from sdxl_trt.export.sources.single_file import INPAINTING, SingleFile, open_single_file
 
 log = logging.getLogger("sdxl_trt.export")
 Open = Callable[[], Checkpoint]
@@ -161,11 +161,11 @@ def warn_of_unused(file: SingleFile) -> None:
 
 
 def outlined(file: SingleFile, config: dict[str, Any]) -> dict[str, Any]:
-    """Return a UNet's `config` with the file's blocks; warn if they are those of no published model."""
+    """Return a UNet's `config` with the file's blocks and channels; warn of blocks that no published model has."""
     found, name = config_of(config, file.outline(), str(file.path))
     if name.startswith("a "):
         log.warning("%s: has %s, read from its tensors; is the checkpoint complete?", file.path, name)
-    return found
+    return found | {"in_channels": file.channels()} if file.channels() == INPAINTING else found
 
 
 def open_vae(spec: str | Path, *, precision: str = "fp32", configs: Path | None = None) -> ModelSource:

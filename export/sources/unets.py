@@ -136,10 +136,9 @@ def _folder(root: Path, name: str, variant: str) -> UNetSource:
 
 def _check_config(config: Mapping[str, Any], where: str) -> None:
     channels, width = config.get("in_channels", 4), config.get("cross_attention_dim")
-    if channels in (8, 9):
-        kind = "an inpainting model" if channels == 9 else "an edit model"
-        raise SourceError(f"{where}: is {kind} (its UNet takes {channels} channels), which is not supported; give the"
-                          " text-to-image UNet")  # fmt: skip
+    if channels == 8:
+        raise SourceError(f"{where}: is an edit model (its UNet takes 8 channels), which is not supported; give the"
+                          " text-to-image or the inpainting UNet")  # fmt: skip
     added = config.get("addition_embed_type") == "text_time"
     _refuse_other(where, width if isinstance(width, int) else None, added=added,
                   distilled=bool(config.get("time_cond_proj_dim")))  # fmt: skip

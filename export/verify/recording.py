@@ -122,14 +122,23 @@ class Recording:
             tokens = conditions["encoder_hidden_states"].shape[1]
             rows, kind = len(conditions["time_ids"]), "guided" if guided else f"{tokens} tokens"
             x = self._latents[i] if steps.start else euler.start(self._latents[i])
+            further = self._masked(self._stages[stage_name], x.shape)
             for step in steps:
-                sample = np.concatenate([euler.scaled(x, step)] * rows)
+                sample = np.concatenate([np.concatenate([euler.scaled(x, step), further], axis=1)] * rows)
                 timestep = euler.timesteps[step]
                 title = f"{kind}, timestep {timestep:g}"
                 times = np.full(rows, timestep, np.float32)
                 out = tape(title, sample=sample, timestep=times, **conditions)["out_sample"]
                 x = euler.step(x, _guided(out), step, prediction_type)
             self._latents[i] = x
+
+    def _masked(self, stage: StagePlan, shape: tuple[int, ...]) -> Array:
+        """Return what a UNet receives behind latents of `shape`: nothing, or a mask and a masked picture's latents."""
+        config, (count, _, height, width) = stage.models["unet"].config, shape
+        channels = config["in_channels"] - stage.models["vae"].config["latent_channels"]
+        further = np.random.default_rng(self._seed).standard_normal((count, channels, height, width), dtype=np.float32)
+        further[:, :1] = np.arange(width) < width // 2
+        return further
 
     def _euler(self, *, whole: bool) -> Euler:
         """Return the grid of base and refiner, which is on the base's schedule."""

@@ -16,7 +16,7 @@ from sdxl_trt.runtime.cli.options import check_alone_with_workflow, make_parser,
 if TYPE_CHECKING:
     from sdxl_trt.runtime.cli.series import Series
     from sdxl_trt.runtime.comfyui import Workflow
-    from sdxl_trt.runtime.images import InputPicture, Picture
+    from sdxl_trt.runtime.images import InputMask, InputPicture, Picture
     from sdxl_trt.runtime.pipeline import Batch, Chain, Pipeline, Run
     from sdxl_trt.runtime.request import Request
 
@@ -139,6 +139,7 @@ def _request(arguments: argparse.Namespace) -> "Request":
         latents=load_latents(arguments.latents),
         image=_image_given(arguments),
         lora_dir=arguments.lora_dir,
+        mask=_mask_given(arguments),
         refine=arguments.refine is not None,
     )
 
@@ -149,6 +150,12 @@ def _image_given(arguments: argparse.Namespace) -> "InputPicture | None":
     if arguments.refine is not None:
         return read_input(arguments.refine, "--refine")
     return None if arguments.image is None else read_input(arguments.image)
+
+
+def _mask_given(arguments: argparse.Namespace) -> "InputMask | None":
+    from sdxl_trt.runtime.images import read_mask  # noqa: PLC0415
+
+    return None if arguments.mask is None else read_mask(arguments.mask)
 
 
 def _workflow(arguments: argparse.Namespace) -> "Workflow":

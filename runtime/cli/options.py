@@ -22,6 +22,7 @@ EPILOG = """examples:
   trt-generate --from fox.png --steps 50
   trt-generate "a (red:1.2) fox" --engines my-bundle --compat comfyui --schedule karras --sampler dpmpp_2m
   trt-generate "a red fox" --engines my-bundle --image cat.png --strength 0.6
+  trt-generate "a red fox" --engines my-bundle --image cat.png --mask cat-mask.png
   trt-generate --workflow sdxl.json --engines my-bundle
   trt-generate --plan --vram 12GB --engines my-bundle
 """

@@ -49,6 +49,7 @@ def repeated(argv: Sequence[str] | None) -> argparse.Namespace:
     if not settings.workflow:
         _take_handoff(arguments, settings)
         _take_image(arguments, settings, source)
+        _take_mask(arguments, settings, source)
     _take_loras(arguments, settings, source)
     return arguments
 
@@ -75,14 +76,29 @@ def _take_image(arguments: argparse.Namespace, settings: ImageSettings, source: 
     """Find the image that a run started from, unchanged, beside the picture or in the current folder."""
     if settings.image is None or arguments.image is not None or arguments.refine is not None:
         return
-    name = PurePath(settings.image).name
-    for path in (source.parent / name, Path(name)) if name == settings.image and name else ():
-        if _holds(path, settings.image_sha256):
-            arguments.image, arguments.refine = (None, path) if settings.refine else (path, None)
-            return
-    option = "--refine" if settings.refine else "--image"
-    raise UsageError(f"--from {source}: was made from {settings.image[:100]!r}, which is not beside it as it was; give"
-                     f" it with {option} FILE")  # fmt: skip
+    path = _found(settings.image, settings.image_sha256, source)
+    if path is None:
+        option = "--refine" if settings.refine else "--image"
+        raise UsageError(f"--from {source}: was made from {settings.image[:100]!r}, which is not beside it as it was;"
+                         f" give it with {option} FILE")  # fmt: skip
+    arguments.image, arguments.refine = (None, path) if settings.refine else (path, None)
+
+
+def _take_mask(arguments: argparse.Namespace, settings: ImageSettings, source: Path) -> None:
+    """Find the mask of a run, unchanged, beside the picture or in the current folder."""
+    if settings.mask is None or arguments.mask is not None:
+        return
+    arguments.mask = _found(settings.mask, settings.mask_sha256, source)
+    if arguments.mask is None:
+        raise UsageError(f"--from {source}: was made with the mask {settings.mask[:100]!r}, which is not beside it as"
+                         " it was; give it with --mask FILE")  # fmt: skip
+
+
+def _found(name: str, sha256: str | None, source: Path) -> Path | None:
+    """Return the file `name` beside `source` or in the current folder, if its content has this digest."""
+    plain = PurePath(name).name
+    places = (source.parent / plain, Path(plain)) if plain == name and plain else ()
+    return next((path for path in places if _holds(path, sha256)), None)
 
 
 def _take_loras(arguments: argparse.Namespace, settings: ImageSettings, source: Path) -> None:

@@ -9,32 +9,32 @@ if TYPE_CHECKING:
     from sdxl_trt.runtime.comfyui.loras import NO_FILES, LoraFiles
     from sdxl_trt.runtime.comfyui.reader import read_workflow
     from sdxl_trt.runtime.comfyui.requests import (
-        blamed, check_workflow, load_image, pair_request, part_of, sampling_request, settle_pair, with_seed,
+        blamed, check_workflow, load_channel, load_image, pair_request, part_of, sampling_request, settle_pair,
+        with_seed,
     )
     from sdxl_trt.runtime.comfyui.workflow import (
-        Decoded, Empty, Encoded, Image, LatentSource, Loaded, Output, Repeated, Resized, Sampled, Scaled, Workflow,
-        ancestry,
+        Decoded, Empty, Encoded, Image, LatentSource, Loaded, Mask, Masked, Output, Padded, Repeated, Resized, Sampled,
+        Scaled, Workflow, ancestry, mask_sources, noise_mask,
     )
     from sdxl_trt.runtime.comfyui.writer import write_workflow
 else:
     __getattr__ = lazy_names(__name__, {
         "checks": ("Experts", "vae_stage"),
-        "loras": ("NO_FILES", "LoraFiles"),
-        "reader": ("read_workflow",),
+        "loras": ("NO_FILES", "LoraFiles"), "reader": ("read_workflow",),
         "requests": (
-            "blamed", "check_workflow", "load_image", "pair_request", "part_of", "sampling_request", "settle_pair",
-            "with_seed",
+            "blamed", "check_workflow", "load_channel", "load_image", "pair_request", "part_of", "sampling_request",
+            "settle_pair", "with_seed",
         ),
         "workflow": (
-            "Decoded", "Empty", "Encoded", "Image", "LatentSource", "Loaded", "Output", "Repeated", "Resized",
-            "Sampled", "Scaled", "Workflow", "ancestry",
+            "Decoded", "Empty", "Encoded", "Image", "LatentSource", "Loaded", "Mask", "Masked", "Output", "Padded",
+            "Repeated", "Resized", "Sampled", "Scaled", "Workflow", "ancestry", "mask_sources", "noise_mask",
         ),
         "writer": ("write_workflow",),
     })
 
 __all__ = [
-    "NO_FILES", "Decoded", "Empty", "Encoded", "Experts", "Image", "LatentSource", "Loaded", "LoraFiles", "Output",
-    "Repeated", "Resized", "Sampled", "Scaled", "Workflow", "ancestry", "blamed", "check_workflow", "load_image",
-    "pair_request", "part_of", "read_workflow", "sampling_request", "settle_pair", "vae_stage", "with_seed",
-    "write_workflow",
+    "NO_FILES", "Decoded", "Empty", "Encoded", "Experts", "Image", "LatentSource", "Loaded", "LoraFiles", "Mask",
+    "Masked", "Output", "Padded", "Repeated", "Resized", "Sampled", "Scaled", "Workflow", "ancestry", "blamed",
+    "check_workflow", "load_channel", "load_image", "mask_sources", "noise_mask", "pair_request", "part_of",
+    "read_workflow", "sampling_request", "settle_pair", "vae_stage", "with_seed", "write_workflow",
 ]

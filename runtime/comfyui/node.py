@@ -42,7 +42,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Input:
-    """An input: a value (INT, FLOAT, STRING, or CHOICE of `choices`), or a link (all other types).
+    """An input: a value (INT, FLOAT, STRING, BOOLEAN, or CHOICE of `choices`), or a link (all other types).
 
     `followed` describes for the docs how the input is used; `unread` is the warning for an input that is ignored.
     """
@@ -59,7 +59,7 @@ class Input:
     @property
     def is_link(self) -> bool:
         """Return whether it takes only a link."""
-        return self.type not in ("INT", "FLOAT", "STRING", "CHOICE")
+        return self.type not in ("INT", "FLOAT", "STRING", "BOOLEAN", "CHOICE")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ MOST_NAMED = 3
 
 
 def stated(node: Node, name: str) -> Any:
-    """Return the value of an input as its type (int, float or str), or its default if it is not given.
+    """Return the value of an input as its type (int, float, bool or str), or its default if it is not given.
 
     As in ComfyUI, a number may be written as text, and a text as a number. Raises UsageError that names the node, for a
     value that is missing, of another type or outside ComfyUI's range, and for a link to a node that is not supported.
@@ -31,6 +31,8 @@ def stated(node: Node, name: str) -> Any:
                          f" into {name}")  # fmt: skip
     if known.type in ("INT", "FLOAT"):
         return _number(node, known, value)
+    if known.type == "BOOLEAN":
+        return _switch(node, known, value)
     if (
         not isinstance(value, str | int | float)
         or isinstance(value, bool)
@@ -55,6 +57,12 @@ def _number(node: Node, known: Input, value: Any) -> int | float:
     if not known.low <= number <= known.high:
         raise UsageError(f"{node.place(known.name)} {str(number)[:40]} is outside {known.low} to {known.high}")
     return number
+
+
+def _switch(node: Node, known: Input, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise UsageError(f"{node.place(known.name)} {str(value)[:40]!r} is neither true nor false; set one")
+    return value
 
 
 def linked(node: Node, name: str) -> Link:
@@ -94,6 +102,7 @@ _TILING = (
 _SAMPLER_NAMES = Input("sampler_name", "STRING", followed="the supported samplers; others are refused")
 _SCHEDULER = Input("scheduler", "STRING", followed="all nine of ComfyUI's; others are refused")
 _MODEL_AND_SIDES = (Input("model", "MODEL"), Input("positive", "CONDITIONING"), Input("negative", "CONDITIONING"))
+_MARGINS = tuple(Input(name, "INT", 0, low=0, high=_MOST_PIXELS) for name in ("left", "top", "right", "bottom"))
 
 NODES: dict[str, NodeKind] = {
     "CheckpointLoaderSimple": NodeKind(
@@ -184,6 +193,21 @@ NODES: dict[str, NodeKind] = {
     ),
     "VAEEncode": NodeKind((Input("pixels", "IMAGE"), Input("vae", "VAE")), ("LATENT",)),
     "VAEEncodeTiled": NodeKind((Input("pixels", "IMAGE"), Input("vae", "VAE"), *_TILING), ("LATENT",)),
+    "VAEEncodeForInpaint": NodeKind(
+        (
+            Input("pixels", "IMAGE"), Input("vae", "VAE"), Input("mask", "MASK"),
+            Input("grow_mask_by", "INT", 6, 0, 64),
+        ),
+        ("LATENT",),
+    ),
+    "SetLatentNoiseMask": NodeKind((Input("samples", "LATENT"), Input("mask", "MASK")), ("LATENT",)),
+    "InpaintModelConditioning": NodeKind(
+        (
+            *_MODEL_AND_SIDES[1:], Input("vae", "VAE"), Input("pixels", "IMAGE"), Input("mask", "MASK"),
+            Input("noise_mask", "BOOLEAN", default=True),
+        ),
+        ("CONDITIONING", "CONDITIONING", "LATENT"),
+    ),
     "KSampler": NodeKind(
         (
             Input("model", "MODEL"), Input("seed", "INT", low=0, high=_MOST_SEED), Input("steps", "INT", 20, 1, 10_000),
@@ -209,6 +233,40 @@ NODES: dict[str, NodeKind] = {
     "VAEDecodeTiled": NodeKind((Input("samples", "LATENT"), Input("vae", "VAE"), *_TILING), ("IMAGE",)),
     "LoadImage": NodeKind(
         (Input("image", "STRING", followed="a file in the workflow's folder"),), ("IMAGE", "MASK"), button="image"
+    ),
+    "LoadImageMask": NodeKind(
+        (
+            Input("image", "STRING", followed="a file in the workflow's folder"),
+            Input("channel", "CHOICE", choices=("alpha", "red", "green", "blue")),
+        ),
+        ("MASK",),
+        button="channel",
+    ),
+    "ImageToMask": NodeKind(
+        (
+            Input("image", "IMAGE", followed="a loaded picture; of a sampled one it is refused"),
+            Input("channel", "CHOICE", choices=("red", "green", "blue")),
+        ),
+        ("MASK",),
+    ),
+    "SolidMask": NodeKind(
+        (
+            Input("value", "FLOAT", 1.0, 0, 1), Input("width", "INT", 512, 1, _MOST_PIXELS),
+            Input("height", "INT", 512, 1, _MOST_PIXELS),
+        ),
+        ("MASK",),
+    ),
+    "InvertMask": NodeKind((Input("mask", "MASK"),), ("MASK",)),
+    "GrowMask": NodeKind(
+        (
+            Input("mask", "MASK"), Input("expand", "INT", 0, -_MOST_PIXELS, _MOST_PIXELS),
+            Input("tapered_corners", "BOOLEAN", default=True),
+        ),
+        ("MASK",),
+    ),
+    "FeatherMask": NodeKind((Input("mask", "MASK"), *_MARGINS), ("MASK",)),
+    "ImagePadForOutpaint": NodeKind(
+        (Input("image", "IMAGE"), *_MARGINS, Input("feathering", "INT", 40, 0, _MOST_PIXELS)), ("IMAGE", "MASK")
     ),
     "ImageScale": NodeKind(
         (

@@ -25,9 +25,12 @@ from sdxl_trt.runtime.comfyui.workflow import (
     LatentSource,
     Loaded,
     LoraNode,
+    Mask,
+    Masked,
     Mix,
     Model,
     Output,
+    Padded,
     Repeated,
     Resized,
     Sampled,
@@ -97,8 +100,8 @@ class _Reader:
     def __init__(self, graph: Graph) -> None:
         self._graph = graph
         self._problems: dict[str, None] = {}
-        self._known: dict[tuple[str, str], Any] = {}
-        self._under_way: list[tuple[str, str]] = []
+        self._known: dict[tuple[str, str, int], Any] = {}
+        self._under_way: list[tuple[str, str, int]] = []
         self._used: dict[str, dict[str, None]] = {}
         """The nodes that each picture needs."""
         self._reading: dict[str, None] = {}
@@ -146,7 +149,7 @@ class _Reader:
     def _read(self, link: Link, kind: str, readers: dict[str, Callable[[Node, int], Found]]) -> Found:
         """Return what the node that `link` comes from gives as `kind`. Each is read once; a circle is an error."""
         node = self._graph.node(link)
-        key = (node.id, kind)
+        key = (node.id, kind, link.slot)
         if key in self._known:
             return self._known[key]  # type: ignore[no-any-return]
         if key in self._under_way or len(self._under_way) >= _DEEPEST:
@@ -190,8 +193,45 @@ class _Reader:
         found: Image = self._read(link, "IMAGE", {
             "LoadImage": lambda node, _: Loaded(stated(node, "image"), node.id), "ImageScale": scaled,
             "ImageScaleBy": scaled, "VAEDecode": decoded, "VAEDecodeTiled": decoded,
+            "ImagePadForOutpaint": lambda node, _: self._padded(node),
         })  # fmt: skip
         return found
+
+    def _padded(self, node: Node) -> Padded:
+        return Padded(self._image(linked(node, "image")), _margins(node), node.id)
+
+    def _mask(self, link: Link) -> Mask:
+        def from_mask(kind: Any, *names: str) -> Callable[[Node, int], Mask]:
+            return lambda node, _: Mask(kind, self._mask(linked(node, "mask")),
+                                        values=tuple(stated(node, name) for name in names), node=node.id)  # fmt: skip
+
+        def solid(node: Node, _: int) -> Mask:
+            values = tuple(stated(node, each) for each in ("value", "width", "height"))
+            return Mask("solid", values=values, node=node.id)
+
+        def channel(node: Node, _: int) -> Mask:
+            return Mask("channel", image=self._unsampled(node, "image"), channel=stated(node, "channel"), node=node.id)
+
+        def margins(node: Node, _: int) -> Mask:
+            self._unsampled(node, "image")
+            return Mask("margins", image=self._padded(node), values=(stated(node, "feathering"),), node=node.id)
+
+        return self._read(link, "MASK", {
+            "LoadImage": lambda node, _: Mask("loaded", file=stated(node, "image"), node=node.id),
+            "LoadImageMask": lambda node, _: Mask("channel", file=stated(node, "image"),
+                                                  channel=stated(node, "channel"), node=node.id),
+            "ImageToMask": channel, "SolidMask": solid, "InvertMask": from_mask("inverted"),
+            "GrowMask": from_mask("grown", "expand", "tapered_corners"),
+            "FeatherMask": from_mask("feathered", *_SIDES), "ImagePadForOutpaint": margins,
+        })  # fmt: skip
+
+    def _unsampled(self, node: Node, name: str) -> Image:
+        """Return the image that feeds an input, which is made from a file alone."""
+        image = self._image(linked(node, name))
+        if any(isinstance(each, Sampled) for each in ancestry(image)):
+            raise UsageError(f"{node}: its {name} is one that a sampler makes, and masks are made from loaded pictures"
+                             " only; save it and load it")  # fmt: skip
+        return image
 
     def _latents(self, link: Link) -> LatentSource:
         def empty(node: Node, _: int) -> LatentSource:
@@ -203,6 +243,20 @@ class _Reader:
             if image is None:
                 raise _incomplete(node)
             return Encoded(image, vae, node.kind == "VAEEncodeTiled", node.id)
+
+        def masked(node: Node, _: int) -> LatentSource:
+            return Masked(self._latents(linked(node, "samples")), self._mask(linked(node, "mask")), node.id)
+
+        def inpainted(node: Node, _: int) -> LatentSource:
+            image, vae = self._image(linked(node, "pixels")), self._vae(linked(node, "vae"))
+            mask, grow = self._mask(linked(node, "mask")), stated(node, "grow_mask_by")
+            return Encoded(image, vae, mask=mask, grow=grow, node=node.id)
+
+        def conditioned(node: Node, _: int) -> LatentSource:
+            shown = self._shown(node)
+            encoded = Encoded(shown.image, shown.vae, node=node.id)
+            fitted = Mask("fitted", shown.mask, shown.image, node=node.id)
+            return Masked(encoded, fitted, node.id) if stated(node, "noise_mask") else encoded
 
         def repeated(node: Node, _: int) -> LatentSource:
             return Repeated(self._latents(linked(node, "samples")), stated(node, "amount"), node.id)
@@ -218,14 +272,23 @@ class _Reader:
         found: LatentSource = self._read(link, "LATENT", {
             "EmptyLatentImage": empty, "VAEEncode": encoded, "VAEEncodeTiled": encoded, "RepeatLatentBatch": repeated,
             "LatentUpscale": resized, "LatentUpscaleBy": resized, "KSampler": sampled, "KSamplerAdvanced": sampled,
+            "SetLatentNoiseMask": masked, "VAEEncodeForInpaint": inpainted, "InpaintModelConditioning": conditioned,
         })  # fmt: skip
         return found
+
+    def _shown(self, node: Node) -> Encoded:
+        """Return the masked picture of an InpaintModelConditioning."""
+        image, vae = self._unsampled(node, "pixels"), self._vae(linked(node, "vae"))
+        return Encoded(image, vae, mask=self._mask(linked(node, "mask")), node=node.id)
 
     def _sampling(self, node: Node) -> Sampling:
         advanced = node.kind == "KSamplerAdvanced"
         model = self.tried(lambda: self._model(linked(node, "model")))
         positive = self.tried(lambda: self._conditioning(linked(node, "positive")))
         negative = self.tried(lambda: self._conditioning(linked(node, "negative")))
+        if len({each.shown for each in (*_whole(positive, node), *_whole(negative, node))}) > 1:
+            raise UsageError(f"{node}: its prompts show an inpainting model different pictures, or only some of them;"
+                             " link both outputs of one InpaintModelConditioning")  # fmt: skip
         part = _part(node) if advanced else {"denoise": stated(node, "denoise")}
         return Sampling(
             node=node.id,
@@ -297,7 +360,13 @@ class _Reader:
             mix = Mix("average" if averages else "concat", first, strength)
             return self._limited(node, _mixed(to, mix))
 
+        def shown(node: Node, slot: int) -> tuple[Conditioning, ...]:
+            side = self._conditioning(linked(node, "negative" if slot else "positive"))
+            picture = self._shown(node)
+            return tuple(replace(each, shown=picture) for each in side)
+
         return self._read(link, "CONDITIONING", {
+            "InpaintModelConditioning": shown,
             **dict.fromkeys(("CLIPTextEncode", "CLIPTextEncodeSDXL", "CLIPTextEncodeSDXLRefiner"), prompt),
             "ConditioningZeroOut": zeroed, "ConditioningCombine": combined,
             "ConditioningConcat": joined, "ConditioningAverage": joined,
@@ -337,6 +406,14 @@ def _part(node: Node) -> dict[str, Any]:
         "end": stated(node, "end_at_step"),
         "leftover_noise": stated(node, "return_with_leftover_noise") == "enable",
     }
+
+
+_SIDES = ("left", "top", "right", "bottom")
+
+
+def _margins(node: Node) -> tuple[int, int, int, int]:
+    left, top, right, bottom = (stated(node, side) for side in _SIDES)
+    return left, top, right, bottom
 
 
 def _size_of(node: Node) -> dict[str, Any]:

@@ -7,6 +7,7 @@ supported.
 __all__ = [
     "blamed",
     "check_workflow",
+    "load_channel",
     "load_image",
     "pair_request",
     "part_of",
@@ -21,6 +22,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from sdxl_trt.engines import CorruptError, SizeError, UsageError
 from sdxl_trt.engines.bundle import Bundle, Manifest
@@ -42,13 +46,14 @@ from sdxl_trt.runtime.comfyui.workflow import (
     Encoded,
     LatentSource,
     Loaded,
+    Mask,
     Repeated,
     Sampled,
     Sampling,
     Workflow,
     ancestry,
 )
-from sdxl_trt.runtime.images import InputPicture, read_input
+from sdxl_trt.runtime.images import InputPicture, read_channel, read_input
 from sdxl_trt.runtime.request import Request, Side, SideMix, StageName, resolve_request, settings_of
 
 _OWN_SEEDS = ("seed", "noise_seed")
@@ -92,9 +97,8 @@ def pair_request(
     if stages not in (["base"], ["refiner"], ["base", "refiner"]) or not _fits(samplings):
         return None
     batch, source = _start(start)
-    if not isinstance(source, Empty | Encoded) or (
-        isinstance(source, Encoded) and not isinstance(source.image, Loaded)
-    ):
+    shown = any(each.shown is not None for each in samplings)
+    if shown or not (isinstance(source, Empty) or (isinstance(source, Encoded) and _is_plain(source))):
         return None
     decoder = vae_stage(decoded.vae, found, stages[-1], manifest)
     encoder = stages[0] if isinstance(source, Empty) else vae_stage(source.vae, found, stages[0], manifest)
@@ -114,6 +118,11 @@ def pair_request(
         graph=workflow.graph,
     )
     return _refined(request, samplings[0], samplings[1], files) if len(samplings) > 1 else request
+
+
+def _is_plain(source: Encoded) -> bool:
+    """Return whether latents are those of a whole picture as it is in its file."""
+    return source.mask is None and isinstance(source.image, Loaded)
 
 
 def _samplings(decoded: Decoded) -> tuple[list[Sampling], LatentSource]:
@@ -279,18 +288,39 @@ def blamed(exc: UsageError, sampling: Sampling, start: str, *, seed_given: bool)
 def load_image(loaded: Loaded, folder: Path) -> InputPicture:
     """Return the picture of a LoadImage node, a file in the workflow's folder or below it."""
     where = f"node {loaded.node} (LoadImage)"
+    path = _path(loaded.file, folder, where)
+    picture = read_input(path, where)
+    if picture.pixels is None:
+        raise UsageError(f"{where}: {loaded.file[:80]!r} is not a picture; give a PNG, JPEG, WebP, GIF or BMP")
+    return picture
+
+
+def load_channel(mask: Mask, folder: Path, without: tuple[int, int]) -> NDArray[np.float32]:
+    """Return the mask (h, w), from 0 to 1, of a node that names a file: a channel, the transparency inverted.
+
+    LoadImage's mask of a picture without transparency is black and of the size `without`.
+    """
+    kind = "LoadImage" if mask.kind == "loaded" else "LoadImageMask"
+    where = f"node {mask.node} ({kind})"
+    path = _path(mask.file, folder, where)
+    values = read_channel(path, where, mask.channel or "alpha")
+    if values is None:
+        size = without if mask.kind == "loaded" else read_input(path, where).size
+        return np.zeros(size or without, np.float32)
+    found = values.astype(np.float32) / np.float32(255.0)
+    return found if mask.channel in ("red", "green", "blue") else np.float32(1.0) - found
+
+
+def _path(file: str, folder: Path, where: str) -> Path:
     # ComfyUI marks which of its folders a file is in, and uses the separators of its operating system.
-    name = re.sub(r" \[(input|output|temp)\]$", "", loaded.file).replace("\\", "/")
+    name = re.sub(r" \[(input|output|temp)\]$", "", file).replace("\\", "/")
     try:
         path = contained(folder, name)
     except CorruptError as exc:
         raise UsageError(f"{where}: {name[:80]!r} is not a plain file name in the workflow's folder") from exc
     if not path.is_file():
         raise UsageError(f"{where}: {name[:80]!r} is not in the workflow's folder; put it into {folder}")
-    picture = read_input(path, where)
-    if picture.pixels is None:
-        raise UsageError(f"{where}: {name[:80]!r} is not a picture; give a PNG, JPEG, WebP, GIF or BMP")
-    return picture
+    return path
 
 
 def _sides(sampling: Sampling, files: LoraFiles) -> tuple[Side, Side]:

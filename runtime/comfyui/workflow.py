@@ -16,9 +16,12 @@ __all__ = [
     "Loaded",
     "LoraNode",
     "Loras",
+    "Mask",
+    "Masked",
     "Mix",
     "Model",
     "Output",
+    "Padded",
     "Repeated",
     "Resized",
     "Sampled",
@@ -27,6 +30,8 @@ __all__ = [
     "VaeName",
     "Workflow",
     "ancestry",
+    "mask_sources",
+    "noise_mask",
     "prompts_of",
 ]
 
@@ -110,6 +115,8 @@ class Conditioning:
     score: float | None = None
     mixes: tuple[Mix, ...] = ()
     encoder: str = field(default="CLIPTextEncode", compare=False)
+    shown: "Encoded | None" = None
+    """The masked picture that an inpainting model receives, with its mask; other models ignore it."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +142,11 @@ class Sampling:
     leftover_noise: bool = False
     denoise: float = 1.0
 
+    @property
+    def shown(self) -> "Encoded | None":
+        """Return the masked picture that an inpainting model receives."""
+        return self.positive[0].shown
+
 
 @dataclass(frozen=True)
 class Empty:
@@ -148,11 +160,25 @@ class Empty:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Latents that an autoencoder encodes from an image, in tiles if `tiled`."""
+    """Latents that an autoencoder encodes from an image, in tiles if `tiled`.
+
+    With a `mask`, the image is grey where that rounds to 1, and the latents carry it, widened by `grow` pixels.
+    """
 
     image: "Image"
     vae: VaeName
     tiled: bool = False
+    node: str = field(default="", compare=False)
+    mask: "Mask | None" = None
+    grow: int = 0
+
+
+@dataclass(frozen=True)
+class Masked:
+    """Latents that carry a mask for the samplers after them."""
+
+    latents: "LatentSource"
+    mask: "Mask"
     node: str = field(default="", compare=False)
 
 
@@ -195,6 +221,34 @@ class Loaded:
 
 
 @dataclass(frozen=True)
+class Padded:
+    """An image on a grey canvas with margins (left, top, right, bottom) in pixels."""
+
+    image: "Image"
+    margins: tuple[int, int, int, int]
+    node: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True)
+class Mask:
+    """A mask from 0 to 1, 1 where the picture changes, as one node makes it from a `mask`, an `image` or a `file`.
+
+    "loaded" is LoadImage's transparency of a `file`, "channel" a channel of a `file` or an `image`, "solid" the first
+    of `values` at (width, height), "inverted", "grown" by `values` (pixels, 1 for tapered corners), "feathered" over
+    `values` (left, top, right, bottom), "margins" those of a Padded `image` with a feathering, and "fitted" scaled to
+    the `image`, as InpaintModelConditioning does.
+    """
+
+    kind: Literal["loaded", "channel", "solid", "inverted", "grown", "feathered", "margins", "fitted"]
+    mask: "Mask | None" = None
+    image: "Image | None" = None
+    file: str = ""
+    channel: str = ""
+    values: tuple[float, ...] = ()
+    node: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True)
 class Scaled:
     """A resized image, with the fields of `Resized`."""
 
@@ -216,8 +270,8 @@ class Decoded:
     node: str = field(default="", compare=False)
 
 
-LatentSource = Empty | Encoded | Repeated | Resized | Sampled
-Image = Loaded | Scaled | Decoded
+LatentSource = Empty | Encoded | Masked | Repeated | Resized | Sampled
+Image = Loaded | Padded | Scaled | Decoded
 
 
 @dataclass(frozen=True)
@@ -257,7 +311,7 @@ def ancestry(source: LatentSource | Image) -> "list[LatentSource | Image]":
     found: list[LatentSource | Image] = [source]
     while not isinstance(found[-1], Empty | Loaded):
         last = found[-1]
-        found.append(last.image if isinstance(last, Encoded | Scaled) else last.latents)
+        found.append(last.image if isinstance(last, Encoded | Padded | Scaled) else last.latents)
     return found
 
 
@@ -266,3 +320,34 @@ def prompts_of(side: Iterable[Conditioning]) -> Iterator[Conditioning]:
     for each in side:
         yield each
         yield from prompts_of(mix.other for mix in each.mixes if mix.other is not None)
+
+
+def noise_mask(source: LatentSource) -> "Masked | Encoded | None":
+    """Return the source of the mask that latents carry: it stays through samplers, scaling and repeating."""
+    for each in ancestry(source):
+        if isinstance(each, Encoded):
+            return each if each.mask is not None else None
+        if isinstance(each, Masked):
+            return each
+    return None
+
+
+def mask_sources(source: LatentSource | Image) -> Iterator["Mask | Image"]:
+    """Yield all masks and images beside the ancestry of `source`: those of its masks, and of inpainting models."""
+    for each in ancestry(source):
+        if isinstance(each, Masked):
+            yield from _mask_tree(each.mask)
+        if isinstance(each, Encoded) and each.mask is not None:
+            yield from _mask_tree(each.mask)
+        if isinstance(each, Sampled) and (shown := each.sampling.shown) is not None:
+            yield from ancestry(shown.image)  # type: ignore[misc]
+            if shown.mask is not None:
+                yield from _mask_tree(shown.mask)
+
+
+def _mask_tree(mask: "Mask") -> Iterator["Mask | Image"]:
+    yield mask
+    if mask.image is not None:
+        yield from ancestry(mask.image)  # type: ignore[misc]
+    if mask.mask is not None:
+        yield from _mask_tree(mask.mask)

@@ -25,7 +25,7 @@ def write_workflow(asked: Request, request: ResolvedRequest, manifest: Manifest)
     stages = _stages(request)
     if not request.comfyui or not all(_fits_sampler_node(stage, asked, request) for stage in stages):
         return None
-    if not _fits_nodes(asked) or not _image_fits_nodes(request):
+    if not _fits_nodes(asked) or not _image_fits_nodes(request) or not _mask_fits_nodes(request):
         return None
     graph = _Graph()
     names = asked.checkpoints or _checkpoints(manifest)
@@ -113,6 +113,21 @@ def _image_fits_nodes(request: ResolvedRequest) -> bool:
     return image is None or (image.pixels is not None and image.name != "" and request.fit == "crop")
 
 
+def _mask_fits_nodes(request: ResolvedRequest) -> bool:
+    """Return whether ComfyUI would use a mask as it is used here.
+
+    It has a file without colours, whose channels are all the mask; nothing is cut, outpainted or pasted; and the base
+    is not an inpainting model, whose prompts a node of their own would have to change.
+    """
+    masking, image = request.masking, request.image
+    if masking is None:
+        return True
+    source = masking.source
+    whole = image is not None and image.size == (request.height, request.width)
+    plain = source is not None and source.grey and source.name != "" and not any(request.request.outpaint)
+    return whole and plain and not masking.paste and not request.takes_mask
+
+
 def _strength(stage: StageName, asked: Request, request: ResolvedRequest) -> float:
     own = stage == "refiner" and not request.refiner_only
     return (1.0 if asked.refiner_strength is None else asked.refiner_strength) if own else request.strength
@@ -139,8 +154,13 @@ def _start(graph: _Graph, checkpoint: str, request: ResolvedRequest) -> str:
     if request.image is None:
         return graph.add("EmptyLatentImage", width=request.width, height=request.height, batch_size=count)
     loaded = graph.add("LoadImage", image=request.image.name)
-    encoded = graph.add("VAEEncode", pixels=[loaded, 0], vae=[checkpoint, 2])
-    return graph.add("RepeatLatentBatch", samples=[encoded, 0], amount=count) if count > 1 else encoded
+    latents = graph.add("VAEEncode", pixels=[loaded, 0], vae=[checkpoint, 2])
+    if count > 1:
+        latents = graph.add("RepeatLatentBatch", samples=[latents, 0], amount=count)
+    if request.masking is None or request.masking.source is None:
+        return latents
+    mask = graph.add("LoadImageMask", image=request.masking.source.name, channel="red")
+    return graph.add("SetLatentNoiseMask", samples=[latents, 0], mask=[mask, 0])
 
 
 def _sampler(

@@ -8,11 +8,16 @@ if TYPE_CHECKING:
     from sdxl_trt.runtime.diffusion.conditioning import MicroConditions, make_conditions
     from sdxl_trt.runtime.diffusion.denoiser import PREDICTIONS, Denoiser
     from sdxl_trt.runtime.diffusion.guidance import Guidance, guided_span
+    from sdxl_trt.runtime.diffusion.inpaint import Inpaint, Keeper, NoiseMask
 else:
     __getattr__ = lazy_names(__name__, {
         "conditioning": ("MicroConditions", "make_conditions"),
         "denoiser": ("PREDICTIONS", "Denoiser"),
         "guidance": ("Guidance", "guided_span"),
+        "inpaint": ("Inpaint", "Keeper", "NoiseMask"),
     })
 
-__all__ = ["PREDICTIONS", "Denoiser", "Guidance", "MicroConditions", "guided_span", "make_conditions"]
+__all__ = [
+    "PREDICTIONS", "Denoiser", "Guidance", "Inpaint", "Keeper", "MicroConditions", "NoiseMask", "guided_span",
+    "make_conditions",
+]

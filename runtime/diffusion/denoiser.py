@@ -27,6 +27,7 @@ class Denoiser:
     hundred kilobytes, allocating memory costs more than the arithmetic.
 
     `schedule` gives the timestep of each sigma; without `guidance` every step has the scale of the `conditions`.
+    `further` (n, channels, h, w) are what an inpainting UNet receives behind the latents, unscaled: mask and picture.
     Raises UsageError for an unknown prediction type, CorruptError if the UNet outputs NaN or infinity.
     """
 
@@ -37,6 +38,7 @@ class Denoiser:
         conditions: Conditions,
         prediction_type: str,
         guidance: Guidance | None = None,
+        further: NDArray[np.float32] | None = None,
     ) -> None:
         if prediction_type not in PREDICTIONS:
             raise UsageError(f"prediction type {prediction_type!r} is unknown; choose one of: {', '.join(PREDICTIONS)}")
@@ -49,6 +51,7 @@ class Denoiser:
         self._guidance = guidance or Guidance(conditions.guidance_scale, comfyui_rule=conditions.comfyui_rule)
         self._dtype = numpy_dtype(engine.component.input("sample"))
         self._guided = conditions.guided
+        self._further = further
         self._sample: Array = np.empty(0, self._dtype)
         self._timestep = np.empty(0, np.float32)
         self.latest: NDArray[np.float32] | None = None
@@ -91,12 +94,15 @@ class Denoiser:
         """
         pictures = self._pictures(x)
         blocks = self._conditions.positives + (self._conditions.negatives if guided else 0)
-        shape = (pictures * blocks, *x.shape[1:])
+        channels = x.shape[1] + (0 if self._further is None else self._further.shape[1])
+        shape = (pictures * blocks, channels, *x.shape[2:])
         if self._sample.shape != shape:
             self._sample, self._timestep = np.empty(shape, self._dtype), np.empty(shape[0], np.float32)
         sample = self._sample
         scale = np.float32(1.0 / math.sqrt(sigma**2 + (self._schedule.sigma_data or 1.0) ** 2))
-        if self._dtype is np.float16:
+        if self._further is not None:
+            sample[: len(x)] = np.concatenate([x * scale, self._further], axis=1)
+        elif self._dtype is np.float16:
             write_float16(x * scale, sample[: len(x)])
         else:
             np.multiply(x, scale, out=sample[: len(x)])

@@ -8,6 +8,9 @@ if TYPE_CHECKING:
     from sdxl_trt.runtime.images.exif import EDITOR
     from sdxl_trt.runtime.images.files import FORMATS, SETTINGS, WORKFLOW, read_texts, save_image
     from sdxl_trt.runtime.images.inputs import Fit, InputPicture, as_input, check_input, fitted, read_input
+    from sdxl_trt.runtime.images.masks import (
+        InputMask, Margins, Overlay, as_mask, outpainted, read_channel, read_mask,
+    )
     from sdxl_trt.runtime.images.metadata import describe
     from sdxl_trt.runtime.images.picture import Picture
     from sdxl_trt.runtime.images.provenance import BundleName, bundle_name, warn_of_another_bundle
@@ -18,6 +21,7 @@ else:
         "exif": ("EDITOR",),
         "files": ("FORMATS", "SETTINGS", "WORKFLOW", "read_texts", "save_image"),
         "inputs": ("Fit", "InputPicture", "as_input", "check_input", "fitted", "read_input"),
+        "masks": ("InputMask", "Margins", "Overlay", "as_mask", "outpainted", "read_channel", "read_mask"),
         "metadata": ("describe",),
         "picture": ("Picture",),
         "provenance": ("BundleName", "bundle_name", "warn_of_another_bundle"),
@@ -26,7 +30,8 @@ else:
     })
 
 __all__ = [
-    "EDITOR", "FORMATS", "SETTINGS", "WORKFLOW", "BundleName", "Fit", "InputPicture", "Picture", "Sheet", "as_input",
-    "bundle_name", "check_input", "contact_sheet", "describe", "draw_sheet", "fitted", "new_size", "read_input",
-    "read_texts", "resize", "save_image", "warn_of_another_bundle",
+    "EDITOR", "FORMATS", "SETTINGS", "WORKFLOW", "BundleName", "Fit", "InputMask", "InputPicture", "Margins",
+    "Overlay", "Picture", "Sheet", "as_input", "as_mask", "bundle_name", "check_input", "contact_sheet", "describe",
+    "draw_sheet", "fitted", "new_size", "outpainted", "read_channel", "read_input", "read_mask", "read_texts",
+    "resize", "save_image", "warn_of_another_bundle",
 ]

@@ -4,7 +4,20 @@ A file is read once, whole, up to MAX_BYTES, and the bytes that were hashed are 
 local files also GIF and BMP, and one frame of at most MAX_PIXELS; arrays of latents are read without numpy's pickles.
 """
 
-__all__ = ["Fit", "InputPicture", "as_input", "check_input", "fitted", "read_input"]
+__all__ = [
+    "FILE_FORMATS",
+    "MAX_PIXELS",
+    "WHITE",
+    "Fit",
+    "InputPicture",
+    "Size",
+    "as_input",
+    "check_input",
+    "decoded_pixels",
+    "file_content",
+    "fitted",
+    "read_input",
+]
 
 import hashlib
 import logging
@@ -12,6 +25,7 @@ import math
 import stat
 import warnings
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -41,6 +55,8 @@ WHITE = 255
 _NPY, _ZIP = npy.MAGIC_PREFIX, b"PK\x03\x04"
 _KEPT = "final.npy"
 Size = tuple[int, int]
+Take = Callable[["Image", str], NDArray[np.uint8]]
+"""Takes pixels out of a decoded picture; the text names its file in errors."""
 Fit = Literal["scale", "crop", "cover"]
 """How a picture is fitted to a size: "scale" scales each side by itself, as diffusers does to reach a multiple; "crop"
 keeps the centre, as ComfyUI does; "cover" scales the picture to cover the size and keeps the centre."""
@@ -91,8 +107,10 @@ def read_input(path: Path, option: str = "--image") -> InputPicture:
     `option` and the file, if it is missing, too large, otherwise animated, broken, or in another format.
     """
     where = f"{option} {path}"
-    content = _content(path, where)
-    array = _latents(content, where) if content.startswith((_NPY, _ZIP)) else _pixels(content, where, FILE_FORMATS)
+    content = file_content(path, where)
+    array = (
+        _latents(content, where) if content.startswith((_NPY, _ZIP)) else decoded_pixels(content, where, FILE_FORMATS)
+    )
     _check(array, where)
     return InputPicture(array, known_as(path), hashlib.sha256(content).hexdigest())
 
@@ -116,7 +134,7 @@ def check_input(picture: InputPicture, manifest: Manifest, count: int, size: Siz
 
 
 def fitted(pixels: NDArray[np.uint8], size: Size, way: Fit) -> NDArray[np.uint8]:
-    """Return `pixels` (h, w, 3) fitted to `size` (height, width); scaling is Lanczos."""
+    """Return `pixels` (h, w, 3), or a mask (h, w), fitted to `size` (height, width); scaling is Lanczos."""
     height, width = size
     if pixels.shape[:2] == size:
         return pixels
@@ -131,7 +149,8 @@ def fitted(pixels: NDArray[np.uint8], size: Size, way: Fit) -> NDArray[np.uint8]
     return np.asarray(picture.resize((width, height), lanczos))
 
 
-def _content(path: Path, where: str) -> bytes:
+def file_content(path: Path, where: str) -> bytes:
+    """Return the bytes of a file of at most MAX_BYTES. Raises UsageError that starts with `where`."""
     try:
         # A pipe might never end, and a device is not a picture.
         if not stat.S_ISREG(path.stat().st_mode):
@@ -147,14 +166,20 @@ def _content(path: Path, where: str) -> bytes:
     return content
 
 
-def _pixels(content: bytes, where: str, formats: tuple[str, ...] = FORMATS) -> NDArray[np.uint8]:
+def decoded_pixels(
+    content: bytes, where: str, formats: tuple[str, ...] = FORMATS, take: "Take | None" = None
+) -> NDArray[np.uint8]:
+    """Return the pixels (h, w, 3) of a picture file's content, turned as its EXIF data states, or what `take` returns.
+
+    Raises UsageError that starts with `where` for content that is broken, animated, too large or in another format.
+    """
     from PIL import Image, ImageOps, UnidentifiedImageError  # noqa: PLC0415 - Pillow only where there is a picture
 
     try:
         # Pillow warns of what is refused below, and of palettes that it converts anyway.
         with warnings.catch_warnings(action="ignore"), Image.open(BytesIO(content), formats=formats) as picture:
             _check_picture(picture, where)
-            return _rgb(ImageOps.exif_transpose(picture), where)
+            return (take or _rgb)(ImageOps.exif_transpose(picture), where)
     except (UsageError, MemoryError):
         raise
     except (UnidentifiedImageError, Image.DecompressionBombError) as exc:

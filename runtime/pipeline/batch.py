@@ -107,7 +107,8 @@ class Batch:
         declared = settings_of(Request).values()
         asked = {each.name: getattr(request, each.name) for each in declared if each.stage not in free}
         asked["sampler"] = resolved.request.sampler
-        asked |= {"latents": id(request.latents), "image": id(request.image)}  # arrays are not hashable
+        # Arrays are not hashable.
+        asked |= {"latents": id(request.latents), "image": id(request.image), "mask": id(request.mask)}
         loras = tuple(resolved.loras.get("base", ()))
         return (*asked.items(), loras, resolved.base.start, resolved.seeds, resolved.width, resolved.height)
 
@@ -127,7 +128,10 @@ class Batch:
 def _hand_over(step: Step, leader: Job, other: Job) -> None:
     """Leave `other` as its own base run would after `step` of `leader`: the same latents and state of the noise."""
     assert step.latents is not None  # noqa: S101 - it is a sampler's
+    keeper, part = other.keeper("base"), other.run.request.base
     other.latents = step.latents.copy()
+    if keeper is not None:
+        other.latents = keeper.ended(other.latents, float(part.sigmas(other.run.request.schedule.sigmas)[-1]))
     base, own = deepcopy(leader.noises["base"]), other.noises["refiner"]
     # A refiner without a seed of its own continues the base's noise.
     other.noises = {"base": base, "refiner": base if own is other.noises["base"] else own}

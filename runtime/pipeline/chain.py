@@ -26,7 +26,9 @@ from sdxl_trt.runtime.comfyui import (
     LatentSource,
     Loaded,
     LoraFiles,
+    Masked,
     Output,
+    Padded,
     Repeated,
     Resized,
     Sampled,
@@ -34,16 +36,19 @@ from sdxl_trt.runtime.comfyui import (
     Workflow,
     ancestry,
     blamed,
-    load_image,
+    mask_sources,
+    noise_mask,
     part_of,
     sampling_request,
     vae_stage,
 )
-from sdxl_trt.runtime.images import InputPicture, Picture, as_input, new_size, resize
+from sdxl_trt.runtime.images import Picture, as_input, new_size, resize
+from sdxl_trt.runtime.pipeline.chain_masks import ChainMasks
+from sdxl_trt.runtime.pipeline.mask_nodes import canvas, greyed, scaled_mask, widened
 from sdxl_trt.runtime.pipeline.pipeline import Pipeline
 from sdxl_trt.runtime.pipeline.record import finish
 from sdxl_trt.runtime.pipeline.run import Job, Run, Step, timed
-from sdxl_trt.runtime.request import Request, StageName
+from sdxl_trt.runtime.request import Request, StageName, takes_mask
 from sdxl_trt.runtime.vae import (
     choose_tile,
     decode_latents,
@@ -90,15 +95,15 @@ class Chain:
         self._pipeline, self._workflow, self._experts = pipeline, workflow, found
         self._change, self._seed_given = change, seed_given
         self._files = files.beside(pipeline.manifest)
-        self._images: dict[str, InputPicture] = {}
+        self._masks = ChainMasks(folder, self._manifest.base.vae.factor)
         self._jobs: dict[str, Job] = {}
+        self._planned: dict[LatentSource | Image, _Batch] = {}
         self._done: dict[LatentSource | Image, Values] = {}
         self._vaes: dict[Encoded | Decoded, Vae] = {}
         for output in workflow.outputs:
             _last_sampled(output)
-            for each in ancestry(output.image):
-                if isinstance(each, Loaded) and each.file not in self._images:
-                    self._images[each.file] = load_image(each, folder)
+            for each in (*ancestry(output.image), *mask_sources(output.image)):
+                self._masks.read(each)  # type: ignore[arg-type]
             self._plan(output.image)
 
     @property
@@ -116,24 +121,41 @@ class Chain:
 
     def _plan(self, source: LatentSource | Image) -> _Batch:
         """Return the size of the result of `source`, after making a job for every sampler that it needs."""
+        if source not in self._planned:
+            self._planned[source] = self._plan_one(source)
+        return self._planned[source]
+
+    def _plan_one(self, source: LatentSource | Image) -> _Batch:
+        if isinstance(source, Empty | Loaded):
+            return self._plan_start(source)
+        before = self._plan(source.image if isinstance(source, Encoded | Padded | Scaled) else source.latents)
+        if isinstance(source, Sampled):
+            return self._plan_sampled(source, before)
+        if isinstance(source, Encoded | Decoded):
+            return self._plan_coded(source, before)
+        return self._plan_changed(source, before)
+
+    def _plan_start(self, source: Empty | Loaded) -> _Batch:
         if isinstance(source, Empty):
             factor = self._manifest.base.vae.factor
             return _Batch(source.batch, (source.height // factor, source.width // factor))
-        if isinstance(source, Loaded):
-            size = self._images[source.file].size
-            assert size is not None  # noqa: S101 - a picture has a size, and latents were refused
-            return _Batch(1, size)
-        before = self._plan(source.image if isinstance(source, Encoded | Scaled) else source.latents)
+        size = self._masks.pictures[source.file].size
+        assert size is not None  # noqa: S101 - a picture has a size, and latents were refused
+        return _Batch(1, size)
+
+    def _plan_changed(self, source: Masked | Padded | Repeated | Resized | Scaled, before: _Batch) -> _Batch:
+        if isinstance(source, Padded):
+            left, top, right, bottom = source.margins
+            size = before.size[0] + top + bottom, before.size[1] + left + right
+            return _checked(_Batch(before.count, size), source)
         if isinstance(source, Repeated):
             return _Batch(before.count * source.amount, before.size)
         if isinstance(source, Resized | Scaled):
             return _checked(_Batch(before.count, self._new_size(source, before.size)), source)
-        if isinstance(source, Sampled):
-            return self._plan_sampled(source, before)
-        return self._plan_coded(source, before)
+        return before
 
-    def _plan_coded(self, source: Encoded | Decoded, before: _Batch) -> _Batch:
-        sampled = _sampler_of(source, self._workflow)
+    def _plan_coded(self, source: Encoded | Decoded, before: _Batch, sampled: Sampled | None = None) -> _Batch:
+        sampled = sampled or _sampler_of(source, self._workflow)
         stage = self._experts[sampled.sampling.model.checkpoint]
         chosen = self._stage_vae(vae_stage(source.vae, self._experts, stage, self._manifest))
         own = self._stage_vae(stage)
@@ -154,14 +176,20 @@ class Chain:
             return before
         stage = self._experts[sampling.model.checkpoint]
         vae = self._stage_vae(stage)
-        fresh = stage == "base" and isinstance(source.latents, Empty)
+        masked = noise_mask(source.latents) is not None
+        if sampling.shown is not None and stage == "base" and takes_mask(self._manifest.base, self._manifest):
+            self._plan_coded(sampling.shown, self._plan(sampling.shown.image), source)
+            masked = True
+        fresh = stage == "base" and isinstance(source.latents, Empty) and not masked
         # A placeholder of the right size: the latents it starts from replace it later.
         shape = (before.count, vae.latent_channels, *before.size)
         image = None if fresh else as_input(np.zeros(shape, np.float32))
         size = (before.size[0] * vae.factor, before.size[1] * vae.factor)
         request = sampling_request(sampling, stage, self._files, image=image, size=size, count=before.count)
         try:
-            job = self._pipeline.start(self._change(replace(request, graph=self._workflow.graph)))
+            # A placeholder too: the mask that the latents carry replaces it.
+            mask = np.ones(size, np.bool_) if masked else None
+            job = self._pipeline.start(self._change(replace(request, graph=self._workflow.graph, mask=mask)))
         except UsageError as exc:
             nodes = [getattr(each, "node", "") for each in ancestry(source.latents)]
             raise blamed(exc, sampling, next(filter(None, nodes), ""), seed_given=self._seed_given) from exc
@@ -205,15 +233,22 @@ class Chain:
             factor, channels = self._manifest.base.vae.factor, self._manifest.base.vae.latent_channels
             return np.zeros((source.batch, channels, source.height // factor, source.width // factor), np.float32)
         if isinstance(source, Loaded):
-            pixels: NDArray[Any] = self._images[source.file].array
-            return np.ascontiguousarray(pixels.transpose(2, 0, 1)[None].astype(np.float32) / np.float32(255.0))
-        before = yield from self._made(source.image if isinstance(source, Encoded | Scaled) else source.latents)
+            return self._masks.pixels(source)
+        made_of = source.image if isinstance(source, Encoded | Padded | Scaled) else source.latents
+        before = yield from self._made(made_of)
+        if isinstance(source, Sampled | Encoded | Decoded):
+            return (yield from self._worked(source, before))
+        return self._changed(source, before)
+
+    def _changed(self, source: Masked | Padded | Repeated | Resized | Scaled, before: Values) -> Values:
+        if isinstance(source, Padded):
+            return canvas(before, source.margins)
         if isinstance(source, Repeated):
             return np.tile(before, (source.amount, 1, 1, 1))
         if isinstance(source, Resized | Scaled):
             size = self._new_size(source, (before.shape[2], before.shape[3]))
             return resize(before, size, source.method, centred=source.centred)
-        return (yield from self._worked(source, before))
+        return before
 
     def _worked(self, source: Sampled | Encoded | Decoded, before: Values) -> Made:
         """Compute a source that needs an engine."""
@@ -228,10 +263,47 @@ class Chain:
     def _sampled(self, source: Sampled, before: Values) -> Made:
         job = self._jobs[source.sampling.node]
         job.begin(before)
+        job.mask = self._noise_mask(source)
+        if job.run.request.takes_mask and not job.run.request.refiner_only:
+            job.further = yield from self._shown(source, job)
         yield from self._pipeline.base(job)
         yield from self._pipeline.refine(job)
         latents: Values = job.latents * np.float32(job.run.request.final_scale)
         return latents
+
+    def _noise_mask(self, source: Sampled) -> Values | None:
+        """Return the mask that a sampler's latents carry (1, 1, h, w), at their size; None without one."""
+        carrier = noise_mask(source.latents)
+        if carrier is None or carrier.mask is None:
+            return None
+        job = self._jobs[source.sampling.node]
+        mask = self._masks.mask(carrier.mask)
+        if isinstance(carrier, Encoded):
+            fitted = self._masks.fitted(carrier.mask, self._planned[carrier.image].size)
+            mask = widened(fitted, carrier.grow)
+        size = job.latents.shape[2], job.latents.shape[3]
+        return scaled_mask(mask, size)[None, None]
+
+    def _shown(self, source: Sampled, job: Job) -> Made:
+        """Return what an inpainting UNet receives behind the latents: a mask, and a picture without what it covers.
+
+        Without an InpaintModelConditioning, as in ComfyUI, that is the noise mask and the latents themselves.
+        """
+        shown = source.sampling.shown
+        assert job.clean is not None  # noqa: S101 - the job has begun
+        if shown is None or shown.mask is None:
+            assert job.mask is not None  # noqa: S101 - a request without a mask was refused
+            mask, latents = job.mask, job.clean
+        else:
+            latents = yield from self._made(shown)
+            size = job.latents.shape[2], job.latents.shape[3]
+            fitted = self._masks.fitted(shown.mask, self._planned[shown.image].size)
+            # ComfyUI cuts both to the shape of the latents first.
+            mask, latents = (each if each.shape[2:] == size else resize(each, size, "bilinear", centred=True)
+                             for each in (fitted[None, None], latents))  # fmt: skip
+        count, _, *sides = job.latents.shape
+        seen = np.broadcast_to(np.rint(mask), (count, 1, *sides))
+        return np.concatenate([seen, np.broadcast_to(latents, job.latents.shape)], axis=1)
 
     def _encoded(self, source: Encoded, pixels: Values) -> Made:
         vae, pool = self._vaes[source], self._pipeline.pool
@@ -245,7 +317,10 @@ class Chain:
         tile = choose_tile((size[0] // vae.factor, size[1] // vae.factor), takes, vae.factor, tiled=source.tiled)
         made = []
         for index, each in enumerate(pixels):
-            sample = each[None, :, top : top + size[0], left : left + size[1]] * np.float32(2.0) - np.float32(1.0)
+            sample = each[None, :, top : top + size[0], left : left + size[1]]
+            if source.mask is not None:
+                sample = greyed(sample, self._masks.fitted(source.mask, (pixels.shape[2], pixels.shape[3])))
+            sample = sample * np.float32(2.0) - np.float32(1.0)
             made.append(encode_sample(engine, vae, np.ascontiguousarray(sample), tile=tile).drawn(None, vae))
             yield Step("picture", index + 1, len(pixels), slice(index, index + 1))
         return np.concatenate(made)
@@ -264,7 +339,7 @@ class Chain:
             yield Step("decode", index + 1, len(latents), one, picture=picture)
 
 
-def _checked(batch: _Batch, source: Resized | Scaled) -> _Batch:
+def _checked(batch: _Batch, source: Resized | Scaled | Padded) -> _Batch:
     if batch.size[0] * batch.size[1] > MOST_PIXELS:
         raise UsageError(f"node {source.node}: scales to {batch.size[1]}x{batch.size[0]}, more than {MOST_PIXELS}"
                          " pixels; choose a smaller size")  # fmt: skip

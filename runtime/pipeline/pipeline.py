@@ -9,6 +9,7 @@ __all__ = ["Handoff", "Job", "Picture", "Pipeline", "Run", "Step", "open_bundle"
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -22,7 +23,6 @@ from sdxl_trt.engines.plans import RunSizes
 from sdxl_trt.engines.residency import EnginePool, open_pool
 from sdxl_trt.runtime.arrays import Latents
 from sdxl_trt.runtime.diffusion import Denoiser, make_conditions
-from sdxl_trt.runtime.diffusion.noise import NoiseSource
 from sdxl_trt.runtime.diffusion.samplers import FEW_STEPS, bind_sampler, brownian_span
 from sdxl_trt.runtime.images import Picture
 from sdxl_trt.runtime.pipeline.record import finish
@@ -114,7 +114,7 @@ class Pipeline:
         """Tell the pool which components the stages of `jobs` use, in order, so that their plans are read ahead."""
         requests = [job.run.request for job in jobs]
         uses: list[Use | None] = []
-        uses += [wanted.vae.encoder for request in requests if (wanted := self._wanted(request)) is not None]
+        uses += [wanted.vae.encoder for request in requests for wanted in self._wanted(request)]
         uses += [use for request in requests for name in self._stages(request) for use in self._encoders(request, name)]
         uses += [self.unet(request, "base") for request in requests if request.base.steps]
         uses += [self.unet(request, "refiner") for request in requests if request.uses_refiner]
@@ -142,7 +142,7 @@ class Pipeline:
 
     def pictures(self, jobs: Sequence[Job]) -> Iterator[Step]:
         """Encode the images that `jobs` start from, one at a time, into their latents; do nothing if there are none."""
-        starting = [(job, wanted) for job in jobs if (wanted := self._wanted(job.run.request)) is not None]
+        starting = [(job, wanted) for job in jobs for wanted in self._wanted(job.run.request)]
         if not starting:
             return
         first = jobs[0].run.request
@@ -150,15 +150,23 @@ class Pipeline:
         encoded = self._pictures.encode([wanted for _, wanted in starting], next_engine)
         for done, (number, moments) in enumerate(encoded, start=1):
             job, wanted = starting[number]
-            job.begin_from(moments, wanted.vae)
+            take = job.begin_from if wanted.hidden is None else job.show
+            take(moments, wanted.vae)
             yield Step("picture", done, len(starting), slice(0, len(job.latents)))
 
-    def _wanted(self, request: ResolvedRequest) -> Wanted | None:
-        """Return the picture that a request needs encoded; None if it starts from latents or from noise."""
+    def _wanted(self, request: ResolvedRequest) -> list[Wanted]:
+        """Return the pictures that a request needs encoded: none if it starts from latents or from noise.
+
+        A base that receives the mask needs the picture without its masked part too.
+        """
         if request.image is None or request.image.pixels is None:
-            return None
+            return []
         vae = next(iter(self._stages(request).values())).vae
-        return Wanted(vae, request.image, (request.height, request.width), request.fit, request.request.tile)
+        whole = Wanted(vae, request.image, (request.height, request.width), request.fit, request.request.tile)
+        wanted = [whole] if request.keeps_picture else []
+        if request.takes_mask and request.masking is not None and not request.refiner_only:
+            wanted.append(replace(whole, hidden=request.masking.whites))
+        return wanted
 
     def encode(self, jobs: Sequence[Job]) -> Iterator[Step]:
         """Encode the prompts of all `jobs` into their `embeds`; every encoder is loaded once for each set of LoRAs."""
@@ -192,12 +200,12 @@ class Pipeline:
             return
         if not request.refiner_only:
             job.run.handoff_latents, job.run.handoff = job.latents, _place(request)
-        job.latents = _noised_again(job.latents, request.refiner, request, job.noises["refiner"])
+            _noise_again(job, request.refiner)
         yield from self._denoise("refiner", stage, job, next_engine or stage.vae.decoder)
 
     def decode(self, job: Job) -> Iterator[Step]:
         """Decode the pictures of `job` from the latents that the last expert left."""
-        job.run.final = job.latents * np.float32(job.run.request.final_scale)
+        job.run.final = job.final()
         yield from self._decode(self.vae(job.run.request), job.run)
 
     def vae(self, request: ResolvedRequest) -> Vae:
@@ -258,6 +266,7 @@ class Pipeline:
         span = brownian_span(sampler, sigmas, schedule.sigmas, comfyui=request.comfyui)
         short_end = part.stop == schedule.steps < FEW_STEPS
         predicts = request.prediction_type_of(stage.scheduler)
+        keeper, further = job.keeper(name), job.further if name == "base" else None
         groups = _groups(len(latents), self._pictures_at_once)
         for number, group in enumerate(groups):
             pictures = max(len(latents[group]), self._fewest_at_once)
@@ -270,9 +279,11 @@ class Pipeline:
                 pictures,
                 comfyui_rule=guidance.comfyui_rule,
             )
-            denoise = Denoiser(engine, schedule, conditions, predicts, guidance)
+            seen = None if further is None else further[group]
+            denoise = Denoiser(engine, schedule, conditions, predicts, guidance, seen)
             drawn = noise.source(latents.shape[1:], group, span)
             sample = bind_sampler(sampler, drawn, comfyui=request.comfyui, short_end=short_end)
+            sample = sample if keeper is None else keeper.of(group).around(sample)
             total, x = part.steps * len(groups), latents[group].copy()
             sampled = sample(denoise, x, sigmas)
             for index, x in enumerate(sampled, start=number * part.steps + 1):
@@ -286,10 +297,12 @@ class Pipeline:
         count, _, height, width = run.final.shape
         takes = decoder_sizes(self.pool, vae.decoder)
         tile = choose_tile((height, width), takes, vae.factor, tiled=run.request.request.tile)
+        overlay = run.request.overlay()
         for index in range(count):
             one = slice(index, index + 1)
             sample = decode_latents(engine, vae, run.final[one], tile=tile)
             pixels = (to_uint8_truncated if run.request.comfyui else to_uint8)(sample)[0]
+            pixels = pixels if overlay is None else overlay.onto(pixels)
             yield Step("decode", index + 1, count, one, picture=finish(run, index, pixels))
 
     def __enter__(self) -> Self:
@@ -370,10 +383,18 @@ def _groups(count: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def _noised_again(latents: Latents, part: StepRange, request: ResolvedRequest, noise: NoiseSource) -> Latents:
-    """Return a copy of the handed-over latents for the refiner's start, with noise if it adds its own."""
-    drawn = noise.draw(latents.shape[1:]) if part.add_noise else np.zeros_like(latents)
-    return part.noised(latents, drawn, request.refiner_schedule)
+def _noise_again(job: Job, part: StepRange) -> None:
+    """Start the refiner of `job` from a copy of the latents handed over, with noise if it adds its own.
+
+    What stays outside a mask gets new noise too in diffusers; in ComfyUI it is what the refiner receives.
+    """
+    request = job.run.request
+    draws = part.add_noise or (job.mask is not None and not request.comfyui)
+    drawn = job.noises["refiner"].draw(job.latents.shape[1:]) if draws else np.zeros_like(job.latents)
+    job.kept_noise = drawn
+    if request.comfyui:
+        job.clean = job.latents
+    job.latents = part.noised(job.latents, drawn, request.refiner_schedule)
 
 
 def _place(request: ResolvedRequest) -> Handoff:

@@ -36,6 +36,9 @@ class _Facts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     image: Annotated[str, msgspec.Meta(max_length=255)] | None = None
     """The name of the file that it started from, "" without one; None if it started from noise."""
     image_sha256: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")] | None = None
+    mask: Annotated[str, msgspec.Meta(max_length=255)] | None = None
+    """The name of the mask's file, "" without one; None without a mask."""
+    mask_sha256: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")] | None = None
     fit: Fit | None = None
     """How the image was brought to the size; "cover" if a size was requested."""
     workflow: bool = False
@@ -142,10 +145,12 @@ def _loras(request: ResolvedRequest) -> dict[str, Any]:
 
 
 def _started_from(request: ResolvedRequest) -> dict[str, Any]:
-    """Return the image that a run started from: its file's name without a folder, and the digest of its content."""
+    """Return the image that a run started from, and its mask: files' names without folders, and contents' digests."""
     if request.image is None:
         return {}
     image = {"image": request.image.name, "image_sha256": request.image.sha256, "strength": request.strength}
+    if request.masking is not None and (mask := request.masking.source) is not None:
+        image |= {"mask": mask.name, "mask_sha256": mask.sha256}
     return image | {"fit": request.fit} | ({"refine": True} if request.refiner_only else {})
 
 

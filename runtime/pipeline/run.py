@@ -11,6 +11,7 @@ import numpy as np
 
 from sdxl_trt.engines.bundle import Manifest, Vae
 from sdxl_trt.runtime.arrays import Latents
+from sdxl_trt.runtime.diffusion import Inpaint, Keeper, NoiseMask
 from sdxl_trt.runtime.diffusion.noise import BatchNoise, NoiseSource, PictureNoise
 from sdxl_trt.runtime.images import Picture
 from sdxl_trt.runtime.request import Request, ResolvedRequest, StageName
@@ -87,40 +88,94 @@ class Job:
     """A request between stages: its run, each stage's source of noise, and its current latents in the sampler's scale.
 
     `embeds` holds the positive and the negative embeddings of each stage once they are encoded, one for each combined
-    conditioning. `posterior` is the noise that an image's latents are sampled with, or None to take their mean.
+    conditioning. `posterior` is the noise that an image's latents are sampled with, or None to take their mean;
+    `masked_posterior` is that of the image without its masked part.
     """
 
     run: Run
     noises: dict[StageName, NoiseSource]
     latents: Latents
     posterior: Latents | None = None
+    masked_posterior: Latents | None = None
     embeds: dict[StageName, tuple[Conditionings, Conditionings]] = field(default_factory=dict)
+    mask: Latents | None = None
+    """(1 or count, 1, h, w), 1 where the latents change and 0 where `clean` stays; None without a mask."""
+    clean: Latents | None = None
+    """What the run started from, before noise was added: (count, c, h, w)."""
+    kept_noise: Latents | None = None
+    """The unit-variance noise of what stays in the current stage; None is that of the start."""
+    further: Latents | None = None
+    """(count, 1 + c, h, w), the mask and the masked image's latents, for a base that receives them."""
 
     def begin(self, clean: Latents) -> None:
         """Start from `clean` latents, one for all pictures or one each, with the noise that the first stage adds."""
         request = self.run.request
-        clean = np.broadcast_to(clean, self.run.initial.shape)
-        self.latents = request.first.noised(clean, self.run.initial, request.schedule)
+        self.clean = np.broadcast_to(clean, self.run.initial.shape)
+        start = np.zeros_like(self.clean) if request.from_noise_alone else self.clean
+        self.latents = request.first.noised(start, self.run.initial, request.schedule)
 
     def begin_from(self, moments: Moments, vae: Vae) -> None:
         """Start from the moments that the encoder of `vae` returned for the image."""
         self.begin(moments.drawn(self.posterior, vae))
 
+    def show(self, moments: Moments, vae: Vae) -> None:
+        """Let the base see the mask, and the image without its masked part, whose `moments` the encoder returned."""
+        masking = self.run.request.masking
+        assert masking is not None  # noqa: S101 - else nothing is masked
+        seen = np.rint(masking.of_latents(vae.factor, soft=self.run.request.comfyui))
+        latents = np.broadcast_to(moments.drawn(self.masked_posterior, vae), self.run.initial.shape)
+        self.further = np.concatenate([np.broadcast_to(seen, (len(latents), *seen.shape[1:])), latents], axis=1)
+
+    def final(self) -> Latents:
+        """Return the latents for the decoder (count, c, h, w), after the last stage's steps."""
+        scale = self.run.request.final_scale
+        latents = self.latents * np.float32(scale)
+        if scale == 1.0 or self.mask is None or self.clean is None or self.run.request.comfyui:
+            return latents
+        # Scaling there and back would change the last bits of what stays.
+        return latents if self.keeper(self._last) is None else np.where(self.mask == 0.0, self.clean, latents)
+
+    @property
+    def _last(self) -> StageName:
+        return "refiner" if self.run.request.uses_refiner else "base"
+
+    def keeper(self, stage: StageName) -> Keeper | None:
+        """Return what keeps the image outside the mask in `stage`; None if nothing is kept."""
+        request = self.run.request
+        if self.mask is None or self.clean is None:
+            return None
+        noise = self.run.initial if self.kept_noise is None else self.kept_noise
+        if request.comfyui:
+            return NoiseMask(self.mask, self.clean, noise)
+        if stage == "base" and request.takes_mask:
+            return None
+        return Inpaint(self.mask, self.clean, noise, request.schedule_of(stage).variance_preserving)
+
 
 def start_job(resolved: ResolvedRequest, asked: Request, manifest: Manifest) -> Job:
-    """Return the job of a request with its noise drawn, an image's first as diffusers does.
+    """Return the job of a request with its noise drawn, in diffusers' order: image, start, masked image.
 
     It is ready for the stages, except for an image that is not encoded yet.
     """
     noises = _noises(resolved)
     noise, vae = noises["refiner" if resolved.refiner_only else "base"], manifest.base.vae
     shape = (vae.latent_channels, resolved.height // vae.factor, resolved.width // vae.factor)
-    image = resolved.image
+    image, masking = resolved.image, resolved.masking
     draws = image is not None and image.pixels is not None and not resolved.comfyui
-    posterior = noise.draw(shape) if draws else None
+    # diffusers does not encode the image if nothing of it is used; a refiner that keeps it draws later.
+    late = resolved.from_noise_alone and resolved.takes_mask and not resolved.refiner_only
+    posterior = noise.draw(shape) if draws and not late else None
     initial = noise.draw(shape) if resolved.latents is None else resolved.latents.copy()
+    # diffusers encodes the masked image for every model, and most do not use it.
+    masked_posterior = noise.draw(shape) if draws and masking is not None else None
+    if draws and late and resolved.keeps_picture:
+        posterior = noise.draw(shape)
     run = Run(resolved, initial=initial, final=initial, asked=asked, manifest=manifest)
-    job = Job(run, noises, initial, posterior)
+    job = Job(run, noises, initial, posterior, masked_posterior)
+    if masking is not None:
+        job.mask = masking.of_latents(vae.factor, soft=resolved.comfyui)
+    if not resolved.first.add_noise and resolved.comfyui:
+        job.kept_noise = np.zeros_like(initial)
     latents = None if image is None else image.latents
     job.begin(np.zeros_like(initial) if latents is None else latents)
     return job

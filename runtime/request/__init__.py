@@ -6,6 +6,7 @@ from sdxl_trt.engines.lazy import lazy_names
 
 if TYPE_CHECKING:
     from sdxl_trt.runtime.request.handoff import StepRange, step_at_fraction
+    from sdxl_trt.runtime.request.masking import takes_mask
     from sdxl_trt.runtime.request.request import COMFYUI_SCHEDULES, GROUPS, SAMPLERS, Request, parse_size
     from sdxl_trt.runtime.request.resolve import DRAWN_SEED_BITS, ResolvedRequest, resolve_request
     from sdxl_trt.runtime.request.settings import Setting, check_settings, defaults, record_fields, settings_of
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 else:
     __getattr__ = lazy_names(__name__, {
         "handoff": ("StepRange", "step_at_fraction"),
+        "masking": ("takes_mask",),
         "request": ("COMFYUI_SCHEDULES", "GROUPS", "SAMPLERS", "Request", "parse_size"),
         "resolve": ("DRAWN_SEED_BITS", "ResolvedRequest", "resolve_request"),
         "settings": ("Setting", "check_settings", "defaults", "record_fields", "settings_of"),
@@ -24,5 +26,5 @@ else:
 __all__ = [
     "COMFYUI_SCHEDULES", "DRAWN_SEED_BITS", "GROUPS", "SAMPLERS", "Request", "ResolvedRequest", "ResolvedSide",
     "Setting", "Side", "SideMix", "StageName", "StepRange", "check_settings", "defaults", "most_skipped", "parse_size",
-    "record_fields", "resolve_request", "settings_of", "step_at_fraction",
+    "record_fields", "resolve_request", "settings_of", "step_at_fraction", "takes_mask",
 ]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from sdxl_trt.runtime.images import InputPicture
+    from sdxl_trt.runtime.images import InputMask, InputPicture
     from sdxl_trt.runtime.request.side import Side
 else:
 
@@ -79,6 +79,15 @@ def _corner(text: str) -> tuple[int, int]:
         return int(top), int(left)
     except ValueError as exc:
         raise UsageError(f"{text!r}: give the left and the top in pixels, 0,128 say") from exc
+
+
+def _margins(text: str) -> tuple[int, int, int, int]:
+    """Return (left, top, right, bottom) of ``L,T,R,B``."""
+    try:
+        left, top, right, bottom = map(int, text.split(","))
+    except ValueError as exc:
+        raise UsageError(f"{text!r}: give the pixels to add on the left, top, right and bottom, 0,0,64,0 say") from exc
+    return left, top, right, bottom
 
 
 def _side(side: int, number: str) -> Any:
@@ -204,12 +213,31 @@ class Request:
         False, help="change this picture with the refiner alone", group=_START, metavar="FILE", exclusive="start",
         is_file=True, record="own",
     )  # fmt: skip
+    mask: "InputMask | NDArray[np.uint8] | NDArray[np.bool_] | None" = setting(
+        None, help="change only what is white in this picture, which has the size of the one to start from",
+        group=_START, metavar="FILE", is_file=True, record="own",
+    )  # fmt: skip
+    """uint8 or bool (height, width)."""
+    outpaint: tuple[int, int, int, int] = setting(
+        (0, 0, 0, 0), help="add margins to the picture, and change them (and what the mask says)", unit="pixels", low=0,
+        high=1 << 14, group=_START, metavar="L,T,R,B", parse=_margins,
+    )  # fmt: skip
+    mask_blur: int | None = setting(
+        None, help="soften the edge along which the original is pasted back (4); with --compat comfyui, paste it",
+        unit="pixels", low=0, high=1024, group=_START, metavar="N",
+    )  # fmt: skip
+    paste: bool | None = setting(
+        None, help="do not paste the original back outside the mask", group=_START, option="--no-paste", const=False,
+    )  # fmt: skip
+    """Whether the original is pasted back outside the mask after decoding; None: unless ComfyUI's way is followed."""
     strength: float | None = setting(
-        None, node="denoise", help="how much of the picture is changed, 0 to 1 (0.3)", unit="fraction", low=0, high=1,
+        None, node="denoise", help="how much of the picture is changed, 0 to 1 (0.3; with a mask 0.9999)",
+        unit="fraction", low=0, high=1,
         without="low", advice="choose above 0, for hardly a change, to 1, for all of the steps", group=_START,
         metavar="S", sweep="numbers from 0 to 1", record="own", repeats=True,
     )  # fmt: skip
-    """The fraction of the steps that change the picture. None is 0.3, or 1 beside `base_start_step`. In ComfyUI's way
+    """The fraction of the steps that change the picture. None is 0.3, with a mask 0.9999 (in ComfyUI's way 1), as in
+    diffusers, or 1 beside `base_start_step`. In ComfyUI's way
     it is `denoise`: all steps are taken, on a schedule that begins further down."""
     loras: tuple[LoraUse, ...] = setting(
         (), help="change the base by this LoRA, with a scale on its UNet (1) and on its text encoders (the UNet's)",

@@ -18,9 +18,10 @@ from sdxl_trt.runtime.adapters import LoraFact
 from sdxl_trt.runtime.diffusion import Guidance, guided_span
 from sdxl_trt.runtime.diffusion.samplers import sampler_names
 from sdxl_trt.runtime.diffusion.schedules import Schedule
-from sdxl_trt.runtime.images import Fit, InputPicture, as_input, check_input
+from sdxl_trt.runtime.images import Fit, InputPicture, Overlay, as_input, check_input
 from sdxl_trt.runtime.request.handoff import StageRanges, StepRange
 from sdxl_trt.runtime.request.loras import settled_loras, without_tags
+from sdxl_trt.runtime.request.masking import Masking, check_masking, masking_of, settle_masking, takes_mask
 from sdxl_trt.runtime.request.request import MAX_SEED, Request
 from sdxl_trt.runtime.request.schedules import make_grids
 from sdxl_trt.runtime.request.settings import check_settings
@@ -66,6 +67,10 @@ class ResolvedRequest:
     fit: Fit
     """How the image is brought to the size."""
     strength: float
+    masking: Masking | None
+    """Which part of the image changes; None without a mask."""
+    takes_mask: bool
+    """Whether the base's UNet receives the mask itself, and so changes a whole picture."""
     loras: Mapping[StageName, tuple[ScaledLora, ...]] = field(default_factory=dict)
     """The LoRAs of a stage's UNet and text encoders, in order."""
     lora_facts: Mapping[StageName, tuple[LoraFact, ...]] = field(default_factory=dict)
@@ -87,6 +92,23 @@ class ResolvedRequest:
     def refiner_only(self) -> bool:
         """Return whether the refiner alone changes an image."""
         return self.first is not self.base
+
+    @property
+    def from_noise_alone(self) -> bool:
+        """Return whether nothing of the image is in the first latents: a mask at the whole strength, in diffusers."""
+        return self.masking is not None and not self.comfyui and self.strength == 1.0 and self.first.start == 0
+
+    @property
+    def keeps_picture(self) -> bool:
+        """Return whether the latents of the image are used: at the start, or outside a mask."""
+        alone = self.takes_mask and not self.comfyui and not self.uses_refiner
+        return self.image is not None and not (self.from_noise_alone and alone)
+
+    def overlay(self) -> Overlay | None:
+        """Return what pastes the original over a decoded picture; None without a mask, or if nothing is pasted."""
+        if self.masking is None or self.image is None:
+            return None
+        return self.masking.overlay(self.image, self.fit)
 
     @property
     def cut(self) -> int:
@@ -136,8 +158,10 @@ def resolve_request(
         request = replace(request, sampler="euler" if request.comfyui else manifest.base.scheduler.sampler)
     check_settings(request)
     _check_samplers(request)
+    check_masking(request, manifest)
     image = None if request.image is None else as_input(request.image)
-    grids = make_grids(request, manifest, image=image is not None)
+    image, source, mask = settle_masking(request, image)
+    grids = make_grids(request, manifest, image=image is not None, masked=mask is not None)
     guided_span(grids.schedule.sigmas, *request.guidance_interval)
     cuts = grids.cuts
     if "ddim" in (request.sampler, request.refiner_sampler) and not request.comfyui:
@@ -146,11 +170,16 @@ def resolve_request(
     shape = None if stored is None else stored.shape
     asked = (request.height, request.width)
     size = picture_size(asked, shape, manifest, limits, refined=cuts.refiner is not None,
-                        picture=None if image is None else image.size)  # fmt: skip
+                        picture=None if image is None else image.size, outpaint=request.outpaint)  # fmt: skip
     loras = settled_loras(request, bundle, _running(cuts, manifest))
     sides = resolve_sides(request, manifest, size, loras)
     count = request.count or (shape[0] if shape else None) or 1
     seed = secrets.randbits(DRAWN_SEED_BITS) if request.seed is None else request.seed
+    fit: Fit = "cover" if asked != (None, None) else "crop" if request.comfyui else "scale"
+    masking = None
+    if mask is not None and image is not None:
+        masking = masking_of(request, image, source, mask, size, fit, manifest.base.vae.factor)
+        _warn_of_noise(request, cuts)
     return ResolvedRequest(
         request=request,
         schedule=grids.schedule,
@@ -169,8 +198,10 @@ def resolve_request(
         height=size[0],
         latents=_latents(request, manifest, count, size),
         image=None if image is None else check_input(image, manifest, count, size, refine=cuts.first is not None),
-        fit="cover" if asked != (None, None) else "crop" if request.comfyui else "scale",
+        fit=fit,
         strength=grids.strength,
+        masking=masking,
+        takes_mask=takes_mask(manifest.base, manifest),
         loras=loras.by_stage,
         lora_facts=loras.facts,
         notes=(*notes, *loras.notes),
@@ -181,6 +212,13 @@ def _running(cuts: StageRanges, manifest: Manifest) -> dict[StageName, bool]:
     """Return whether each of the bundle's stages runs."""
     base = cuts.base.steps > 0
     return {"base": base} if manifest.refiner is None else {"base": base, "refiner": cuts.refiner is not None}
+
+
+def _warn_of_noise(request: Request, cuts: StageRanges) -> None:
+    """Say where ComfyUI's masks and a handoff do not go together."""
+    if request.comfyui and cuts.refiner is not None and cuts.first is None and cuts.base.leftover_noise:
+        log.warning("as in ComfyUI, the refiner keeps what the base hands over outside the mask, with its noise; give"
+                    " --no-refiner, or leave --compat comfyui out")  # fmt: skip
 
 
 def _warn_of_ddim(schedule: Schedule) -> None:

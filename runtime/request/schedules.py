@@ -56,11 +56,16 @@ class Grids:
     strength: float
 
 
-def make_grids(request: "Request", manifest: Manifest, *, image: bool) -> Grids:
-    """Return the schedules of `request`, which starts from an `image` or from noise. Raises UsageError."""
-    strength = settled_strength(request.strength, request.base_start_step, picture=image, comfyui=request.comfyui)
+def make_grids(request: "Request", manifest: Manifest, *, image: bool, masked: bool = False) -> Grids:
+    """Return the schedules of `request`, which starts from an `image` or from noise; `masked` if a part of it stays.
+
+    Raises UsageError.
+    """
+    strength = settled_strength(request.strength, request.base_start_step, picture=image, comfyui=request.comfyui,
+                                masked=masked)  # fmt: skip
     experts = _experts(request, manifest)
-    schedule = _schedule(request, experts[0], strength, image=image)
+    # As in diffusers, the whole strength with a mask starts from noise alone.
+    schedule = _schedule(request, experts[0], strength, image=image and not (masked and strength == 1.0))
     own = _own(request, experts, strength) if request.comfyui else None
     begin = _begin(request, schedule, strength) if image else None
     # If two schedules have equally many steps, a step of one is a step of the other.

@@ -8,6 +8,8 @@ import math
 from sdxl_trt.engines import SizeError
 from sdxl_trt.engines.bundle import Manifest
 from sdxl_trt.engines.plans import PlanLimits
+from sdxl_trt.runtime.images import Margins
+from sdxl_trt.runtime.request.masking import canvas_margins
 
 log = logging.getLogger("sdxl_trt.runtime")
 MAX_SIDE = 16384
@@ -25,11 +27,13 @@ def picture_size(
     *,
     refined: bool,
     picture: tuple[int, int] | None = None,
+    outpaint: Margins = (0, 0, 0, 0),
 ) -> tuple[int, int]:
     """Return (height, width) in pixels: as `asked`, else those of `latents` of this shape, else the default.
 
     A `picture` of this size keeps its own, rounded down to the multiple that the UNets accept; if one side is
-    requested, the other keeps the aspect ratio. Raises SizeError, which names the nearest valid sizes.
+    requested, the other keeps the aspect ratio. A canvas with the margins `outpaint` must be a multiple, since the
+    margins were asked for in pixels. Raises SizeError, which names the nearest valid sizes.
     """
     base = manifest.base
     multiple = base.size_multiple
@@ -41,6 +45,8 @@ def picture_size(
     if latents is not None and len(latents) == 4:
         height, width = (side * factor for side in latents[2:])
     elif picture is not None:
+        if any(outpaint) and asked == (None, None):
+            _check_canvas(picture, outpaint, multiple)
         height, width = _of_picture(picture, asked, multiple)
         if asked == (None, None) and height * width > LARGE * usual**2:
             log.warning("a picture of %dx%d is far larger than the %dx%d that the model was trained on; --width or"
@@ -51,6 +57,13 @@ def picture_size(
     if limits is not None:
         limits.check(width, height)
     return height, width
+
+
+def _check_canvas(size: tuple[int, int], outpaint: Margins, multiple: int) -> None:
+    if any(side % multiple for side in size):
+        margins, fitting = ",".join(map(str, outpaint)), canvas_margins(size, outpaint, multiple)
+        raise SizeError(f"--outpaint {margins}: makes a picture of {size[1]}x{size[0]}, but the UNets in use take"
+                        f" multiples of {multiple}; try --outpaint {fitting}")  # fmt: skip
 
 
 def _check_side(option: str, side: int, multiple: int) -> None:

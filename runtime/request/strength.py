@@ -14,16 +14,22 @@ from sdxl_trt.runtime.request.settings import settings_of
 
 DEFAULT_STRENGTH = 0.3
 """diffusers' own for SDXL pictures."""
+MASKED_STRENGTH = 0.9999
+"""diffusers' own for pictures with a mask: all steps but the first."""
 _WHOLE = 0.9999
 
 
-def settled_strength(strength: float | None, start: int, *, picture: bool, comfyui: bool) -> float:
+def settled_strength(
+    strength: float | None, start: int, *, picture: bool, comfyui: bool, masked: bool = False
+) -> float:
     """Return the strength of a run, 1 if it covers the whole schedule; `start` is the requested first step.
 
     Raises UsageError outside 0 to 1, together with a start, and in diffusers' way without a picture.
     """
     if strength is None:
-        return DEFAULT_STRENGTH if picture and not start else 1.0
+        if not picture or start or (masked and comfyui):
+            return 1.0
+        return MASKED_STRENGTH if masked else DEFAULT_STRENGTH
     settings_of(Request)["strength"].check(strength)
     if strength < 1.0 and start:
         raise UsageError(f"a strength of {strength:g} and a start at step {start} say the same thing; give one of them")

@@ -1,7 +1,8 @@
 """Encode pictures to latents, whole or in tiles, and draw from the autoencoder's posterior."""
 
-__all__ = ["Moments", "PictureEncoder", "Wanted", "encode", "encode_sample", "encoder_sizes"]
+__all__ = ["Moments", "PictureEncoder", "Wanted", "encode", "encode_sample", "encoder_sizes", "to_sample"]
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -58,8 +59,13 @@ def encode(engine: Engine, vae: Vae, pixels: NDArray[np.uint8], *, tile: Size | 
     With `tile` (height, width in latents), tiles are encoded one at a time and their moments blended. Raises
     CorruptError if the encoder outputs NaN or infinity.
     """
+    return encode_sample(engine, vae, to_sample(pixels), tile=tile)
+
+
+def to_sample(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Return pixels (h, w, 3) as the encoder's input (1, 3, h, w), from -1 to 1."""
     sample = np.float32(2.0) * (pixels.astype(np.float32) / np.float32(255.0)) - np.float32(1.0)
-    return encode_sample(engine, vae, np.ascontiguousarray(sample.transpose(2, 0, 1)[None]), tile=tile)
+    return np.ascontiguousarray(sample.transpose(2, 0, 1)[None])
 
 
 def encode_sample(engine: Engine, vae: Vae, sample: NDArray[np.float32], *, tile: Size | None = None) -> Moments:
@@ -80,13 +86,22 @@ def encode_sample(engine: Engine, vae: Vae, sample: NDArray[np.float32], *, tile
 
 @dataclass(frozen=True)
 class Wanted:
-    """A picture to encode with the autoencoder `vae` at `size` (height, width) in pixels; `tiled` requests tiles."""
+    """A picture to encode with the autoencoder `vae` at `size` (height, width) in pixels; `tiled` requests tiles.
+
+    `hidden` (height, width) are the pixels to replace by grey, the middle of their range; None for none.
+    """
 
     vae: Vae
     picture: InputPicture
     size: Size
     fit: Fit
     tiled: bool = False
+    hidden: NDArray[np.bool_] | None = None
+
+    def key(self) -> tuple[object, ...]:
+        """Return what tells the encoding of this picture from others: a canvas is a new array for each request."""
+        hidden = b"" if self.hidden is None else self.hidden.tobytes()
+        return hashlib.sha256(self.picture.array.tobytes() + hidden).digest(), self.size, self.fit, self.tiled
 
 
 class PictureEncoder:
@@ -107,7 +122,7 @@ class PictureEncoder:
             for number, each in enumerate(wanted):
                 if _encoder(each.vae) != encoder:
                     continue
-                key = (id(each.picture.array), each.size, each.fit, each.tiled)
+                key = each.key()
                 if key not in done:
                     done[key] = self._encoded(engine, each)
                 yield number, done[key]
@@ -118,7 +133,10 @@ class PictureEncoder:
         takes = encoder_sizes(self._pool, _encoder(wanted.vae), factor)
         latents = wanted.size[0] // factor, wanted.size[1] // factor
         tile = choose_tile(latents, takes, factor, tiled=wanted.tiled)
-        return encode(engine, wanted.vae, fitted(pixels, wanted.size, wanted.fit), tile=tile)
+        sample = to_sample(fitted(pixels, wanted.size, wanted.fit))
+        if wanted.hidden is not None:
+            sample[:, :, wanted.hidden] = 0.0
+        return encode_sample(engine, wanted.vae, sample, tile=tile)
 
 
 def _encoder(vae: Vae) -> str:

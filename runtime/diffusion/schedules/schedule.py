@@ -51,6 +51,8 @@ class Schedule:
     """The log of every training sigma as ComfyUI computes it; None for diffusers' grids."""
     told_log_sigma: bool = False
     """Whether the model receives log(sigma) / 4 instead of a timestep."""
+    variance_preserving: bool = False
+    """Whether diffusers' class for the sampler keeps the latents divided by sqrt(1 + sigma²)."""
     sigma_data: float | None = None
     """The standard deviation of clean latents that scales an EDM model's input and output; None for other models."""
 
@@ -113,6 +115,7 @@ def make_schedule(scheduler: Scheduler, steps: int, sampler: str = "euler", sche
         initial_scale=math.sqrt(highest**2 + 1.0) if unit else highest,
         training=training,
         final_scale=1.0 / math.sqrt(lowest**2 + 1.0) if family.variance_preserving else 1.0,
+        variance_preserving=family.variance_preserving,
         told_log_sigma=scheduler.told_log_sigma,
     )
 

@@ -56,9 +56,17 @@ def test_the_class_identifies_a_refiner_without_a_score(copy: Copy) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["StableDiffusionXLInpaintPipeline", "StableDiffusionXLControlNetPipeline",
-             "StableDiffusionXLInstructPix2PixPipeline"]
+    "name", ["StableDiffusionXLControlNetPipeline", "StableDiffusionXLInstructPix2PixPipeline"]
 )  # fmt: skip
+@pytest.mark.parametrize("role", ["base", "refiner"])
+def test_an_inpainting_pipeline_is_what_it_holds(copy: Copy, role: Any) -> None:
+    root = copy(role, _class_name="StableDiffusionXLInpaintPipeline")
+    assert open_source(root, role).requires_aesthetics_score == (role == "refiner")
+    other = "base" if role == "refiner" else "refiner"
+    with pytest.raises(SourceError, match=f"goes to --{role}"):
+        open_source(root, other)
+
+
 @pytest.mark.parametrize("role", ["base", "refiner"])
 def test_other_pipelines_of_sdxl_are_refused_by_name(copy: Copy, name: str, role: Any) -> None:
     with pytest.raises(SourceError, match=rf"--{role} .*is a {name}, which is not supported; give the text-to-image"):

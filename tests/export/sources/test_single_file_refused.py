@@ -77,11 +77,20 @@ def test_a_schedule_of_another_kind_is_refused(single: Files) -> None:
         open_source(single(edm_mean=A), "base")
 
 
-@pytest.mark.parametrize(("channels", "what"), [(9, "an inpainting model"), (8, "an edit model")])
-def test_a_unet_with_more_input_channels_than_latents_is_refused(single: Files, channels: int, what: str) -> None:
-    path = single(**{"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(16, channels, 3, 3)})
+def test_an_edit_model_and_a_refiner_that_inpaints_are_refused(single: Files) -> None:
+    for role, channels, what in (("base", 8, "an edit model"), ("refiner", 9, "an inpainting model")):
+        _refuse_channels(single, role, channels, what)
+
+
+def _refuse_channels(single: Files, role: str, channels: int, what: str) -> None:
+    path = single(role, **{"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(16, channels, 3, 3)})
     with pytest.raises(SourceError, match=rf"is {what} \(its UNet takes {channels} channels\), .*text-to-image"):
-        open_source(path, "base")
+        open_source(path, role)  # type: ignore[arg-type]
+
+
+def test_a_base_that_inpaints_keeps_its_nine_channels(single: Files) -> None:
+    path = single(**{"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(16, 9, 3, 3)})
+    assert open_source(path, "base").models["unet"].config["in_channels"] == 9
 
 
 @pytest.mark.parametrize("suffix", [".ckpt", ".bin", ".pt", ".pth", ".pkl"])

@@ -120,7 +120,6 @@ FOREIGN: list[tuple[str, State, str]] = [
              f"model.diffusion_model.{KEY}": torch.zeros(2, 1024)}, "is a UNet of Stable Diffusion 2"),
     ("refiner", {"input_blocks.0.0.weight": B, KEY: torch.zeros(2, 1280), "label_emb.0.0.weight": B + 0},
      "is the refiner's UNet"),
-    ("inpainting", WIDE | {"conv_in.weight": torch.zeros(4, 9, 3, 3)}, r"is an inpainting model \(its UNet takes 9"),
     ("edit", WIDE | {"conv_in.weight": torch.zeros(4, 8, 3, 3)}, r"is an edit model \(its UNet takes 8"),
     ("LCM", WIDE | {"time_embedding.cond_proj.weight": B}, "is a latent consistency model"),
     ("ControlNet", WIDE | {"controlnet_cond_embedding.conv_in.weight": B}, "is a ControlNet, which is not supported"),
@@ -145,7 +144,7 @@ SDXL = {"addition_embed_type": "text_time", "cross_attention_dim": 2048}
     [({"_class_name": "ControlNetModel"}, "is a ControlNetModel; --unet takes a UNet2DConditionModel"),
      ({"cross_attention_dim": 768}, "is a UNet of Stable Diffusion 1"),
      (SDXL | {"cross_attention_dim": 1280}, "is the refiner's UNet"),
-     (SDXL | {"in_channels": 9}, "an inpainting model"),
+     (SDXL | {"in_channels": 8}, "is an edit model"),
      (SDXL | {"time_cond_proj_dim": 256}, "is a latent consistency model"),
      ({"addition_embed_type": "image"}, "a UNet of another model than SDXL"), (None, "has no config.json")],
 )  # fmt: skip

@@ -142,7 +142,7 @@ def test_gif_and_bmp_are_only_for_files() -> None:
     """Pictures without a file are limited to the formats that a browser sends."""
     for kind in ("GIF", "BMP"):
         with pytest.raises(UsageError, match="is not a PNG, JPEG or WebP picture"):
-            input_pictures._pixels(_saved(Image.new("RGB", (4, 4)), kind), "x")
+            input_pictures.decoded_pixels(_saved(Image.new("RGB", (4, 4)), kind), "x")
 
 
 def _png(width: int, height: int) -> bytes:
@@ -298,4 +298,4 @@ def test_any_bytes_are_a_picture_or_refused(content: bytes, data: st.DataObject)
     for place in data.draw(st.lists(st.integers(0, max(len(damaged) - 1, 0)), max_size=4)) if damaged else []:
         damaged[place] = data.draw(st.integers(0, 255))
     with contextlib.suppress(UsageError):
-        assert input_pictures._pixels(bytes(damaged), "x", input_pictures.FILE_FORMATS).ndim == 3
+        assert input_pictures.decoded_pixels(bytes(damaged), "x", input_pictures.FILE_FORMATS).ndim == 3
