@@ -123,9 +123,8 @@ def masking_of(
     paste = usual if request.paste is None else request.paste
     masking = Masking(fitted(pixels, size, way), source, blur, paste)
     if not masking.of_latents(factor, soft=request.comfyui).any():
-        why = (
-            "is black everywhere" if not masking.pixels.any() else f"has no white that reaches a {factor}th of its size"
-        )
+        lost = f"has no white that is left at the latents' size, every {factor} pixels"
+        why = lost if masking.pixels.any() else "is black everywhere"
         raise UsageError(f"--mask: {why}, so nothing would change; paint white what is to change")
     return masking
 
