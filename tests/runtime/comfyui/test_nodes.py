@@ -22,7 +22,7 @@ GRAPH: dict[str, tuple[str, dict[str, Any]]] = {
     key: (node["class_type"], node["inputs"])
     for key, node in json.loads((Path(__file__).parents[2] / "comfyui" / "every_node.json").read_text()).items()
 }
-"""Every class of the table: nodes 38, 57, 114, 123 and 135 end pictures; 60 to 64 and 140 are alternatives for links."""
+"""Every class of the table: nodes 38, 57, 114, 123 and 135 end pictures, 60 to 64 and 140 are for other links."""
 OTHER_LINKS = {"MODEL": ["60", 0], "CLIP": ["60", 1], "VAE": ["61", 0], "CONDITIONING": ["62", 0],
                "LATENT": ["63", 0], "IMAGE": ["64", 0], "MASK": ["140", 0]}  # fmt: skip
 INPUTS = [(kind, each.name) for kind, node in NODES.items() for each in node.inputs]

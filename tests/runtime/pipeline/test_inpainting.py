@@ -62,9 +62,8 @@ def test_pixels_outside_the_blurred_mask_are_the_originals(
     far = np.ones((SIDE, SIDE), bool)
     far[2:30, :28] = False
     for count, changes in (
-        (2, {"mask_blur": 2}),
+        (2, {"mask_blur": 2, "tile": True}),
         (1, {"compat": "comfyui", "mask_blur": 2, "handoff": None}),
-        (1, {"tile": True, "mask_blur": 0}),
     ):
         for made in _drawn(opened, _request(pixels, mask, count=count, **changes)):
             np.testing.assert_array_equal(made[far], pixels[far])
@@ -105,6 +104,7 @@ WRONG: list[tuple[dict[str, Any], type[UsageError], str]] = [
     ({"outpaint": (0, 5, 17, 0)}, SizeError, "a picture of 49x37, but .* multiples of 16; try --outpaint 0,16,32,0"),
     ({"outpaint": (3, 0, 3, 3)}, SizeError, "try --outpaint 3,0,13,16$"),
     ({"image": LATENTS}, UsageError, "have no pixels to paste back; give --no-paste"),
+    ({"image": LATENTS, "compat": "comfyui", "mask_blur": 1}, UsageError, "give --no-paste, or a picture with --image"),
     ({"image": LATENTS, "outpaint": (8, 0, 0, 0)}, UsageError, "latents have none"),
     ({"image": LATENTS[:, :, :8]}, UsageError, "32x32 pixels given, but the latents are those of 32x16"),
 ]
