@@ -93,9 +93,14 @@ def canvas_mask(size: Size, margins: Margins, feathering: int) -> Mask:
     high, wide = size
     inner = np.zeros(size, np.float32)
     if feathering > 0 and feathering * 2 < min(size):
-        rows, columns = np.arange(high), np.arange(wide)
-        down = np.minimum(rows if top else high, high - rows if bottom else high)
-        across = np.minimum(columns if left else wide, wide - columns if right else wide)
+        # A side without a margin counts as far away: at the whole size of the picture.
+        down = np.minimum(_distances(high, near=top > 0), _distances(high, near=bottom > 0, back=True))
+        across = np.minimum(_distances(wide, near=left > 0), _distances(wide, near=right > 0, back=True))
         distance = np.minimum(np.minimum(down[:, None], across), feathering)
         inner = (((feathering - distance) / feathering) ** 2).astype(np.float32)
     return np.pad(inner, ((top, bottom), (left, right)), constant_values=np.float32(1.0))
+
+
+def _distances(size: int, *, near: bool, back: bool = False) -> NDArray[np.int64]:
+    places = np.arange(size)
+    return np.full(size, size) if not near else size - places if back else places

@@ -115,26 +115,25 @@ def masking_of(
 
     Raises UsageError for a mask that changes nothing, and for latents whose pixels cannot be pasted back.
     """
-    if picture.pixels is None:
-        _check_latents(request, pixels, size)
     blur = DEFAULT_BLUR if request.mask_blur is None else request.mask_blur
     # ComfyUI pastes nothing by itself; a stated blur asks for it.
     usual = not request.comfyui or request.mask_blur is not None
     paste = usual if request.paste is None else request.paste
+    if picture.pixels is None:
+        _check_latents(pixels, size, paste=paste)
     masking = Masking(fitted(pixels, size, way), source, blur, paste)
     if not masking.of_latents(factor, soft=request.comfyui).any():
-        why = (
-            "is black everywhere" if not masking.pixels.any() else f"has no white that reaches a {factor}th of its size"
-        )
+        lost = f"has no white that is left at the latents' size, every {factor} pixels"
+        why = lost if masking.pixels.any() else "is black everywhere"
         raise UsageError(f"--mask: {why}, so nothing would change; paint white what is to change")
     return masking
 
 
-def _check_latents(request: Request, pixels: NDArray[np.uint8], size: tuple[int, int]) -> None:
+def _check_latents(pixels: NDArray[np.uint8], size: tuple[int, int], *, paste: bool) -> None:
     if pixels.shape != size:
         raise UsageError(f"--mask: {_told(pixels.shape)} pixels given, but the latents are those of {_told(size)}; make"
                          " the mask of that size")  # fmt: skip
-    if not request.comfyui and request.paste is not False:
+    if paste:
         raise UsageError("--mask: the latents to start from have no pixels to paste back; give --no-paste, or a"
                          " picture with --image")  # fmt: skip
 

@@ -17,7 +17,7 @@ from sdxl_trt.runtime.comfyui.nodes import NODES
 
 GRAPH = json.loads((Path(__file__).parents[1] / "comfyui" / "every_node.json").read_text())
 OTHER_LINKS = {"MODEL": ["60", 0], "CLIP": ["60", 1], "VAE": ["61", 0], "CONDITIONING": ["62", 0],
-               "LATENT": ["63", 0], "IMAGE": ["64", 0]}  # fmt: skip
+               "LATENT": ["63", 0], "IMAGE": ["64", 0], "MASK": ["140", 0]}  # fmt: skip
 INPUTS = [(kind, each.name) for kind, node in NODES.items() for each in node.inputs]
 LORAS = [{"name": "a", "sha256": "0" * 64, "scale": 0.5, "text_scale": 0.25},
          {"name": "b", "sha256": "0" * 64, "scale": 0.5, "text_scale": 0.0}]  # fmt: skip
@@ -32,7 +32,13 @@ def run(pairs: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory) -
     manifest = json.loads((folder / "bundle" / "manifest.json").read_text())
     (folder / "bundle" / "manifest.json").write_text(json.dumps(manifest | {"loras": LORAS}))
     y, x = np.mgrid[:64, :64].astype(np.uint8)
-    for name, pixels in (("in", [x * 4, y * 4, x + y]), ("other", [y * 2, x, x * 3]), ("in.png too", [y, y, x])):
+    for name, pixels in (
+        ("in", [x * 4, y * 4, x + y]),
+        ("other", [y * 2, x, x * 3]),
+        ("in.png too", [y, y, x]),
+        ("mask", [x * 3, y * 3, x]),
+        ("mask.png too", [y, y, y]),
+    ):
         Image.fromarray(np.stack(pixels, axis=-1)).save(folder / (name if "." in name else f"{name}.png"), "PNG")
 
     def draw(graph: Any, capsys: Any) -> Outcome:
@@ -56,6 +62,8 @@ def _other(known: Input, value: Any) -> Any:
         return next(choice for choice in known.choices if choice != value)
     if known.type == "STRING":
         return f"{value} too"
+    if known.type == "BOOLEAN":
+        return not value
     number = value if isinstance(value, int | float) else 1
     # ComfyUI ignores changes of a size by less than one latent.
     step = (64 if known.name in ("width", "height") else 1) if known.type == "INT" else 0.125

@@ -63,7 +63,7 @@ def _files(base: Path, folder: Path) -> dict[str, Path]:
     diffusers: dict[str, torch.Tensor] = {}
     for number, ((component, module), (out, inner, *kernel)) in enumerate(_shapes(base).items()):
         rank = 2 + number % 3
-        down, up = torch.randn(rank, inner, *kernel) / (inner * 4) ** 0.5, torch.randn(out, rank) / rank**0.5
+        down, up = torch.randn(rank, inner, *kernel) / (inner * 25) ** 0.5, torch.randn(out, rank) / rank**0.5
         up = up.reshape(out, rank, *(1 for _ in kernel))
         key = PREFIXES[component] + (inverse[module] if component == "unet" else module).replace(".", "_")
         kohya |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}
@@ -131,7 +131,7 @@ def test_runs_agree_with_diffusers_and_off_again_nothing_is_left(case: Case) -> 
                 difference = float(np.abs(found - expected).max())
                 moved = float(np.abs(found - before).max())
                 print(f"{pair.name} {names}: {difference:.1e} of {np.abs(expected).max():.1f}, moved {moved:.2f}")
-                assert difference <= TOLERANCE * max(1.0, float(np.abs(expected).max()))
+                assert difference <= TOLERANCE
                 assert moved > 0.05
             for found, other in zip(ours, _ours(swap, loras), strict=True):
                 np.testing.assert_array_equal(found, other)

@@ -16,15 +16,15 @@ from sdxl_trt.runtime.comfyui.nodes import NODES
 from sdxl_trt.runtime.comfyui.reader import read_workflow
 
 DOCS = Path(sdxl_trt.engines.__file__).parent.parent / "docs" / "comfyui.md"
-LINKS = ("MODEL", "CLIP", "VAE", "CONDITIONING", "LATENT", "IMAGE")
+LINKS = ("MODEL", "CLIP", "VAE", "CONDITIONING", "LATENT", "IMAGE", "MASK")
 Json = Any
 GRAPH: dict[str, tuple[str, dict[str, Any]]] = {
     key: (node["class_type"], node["inputs"])
     for key, node in json.loads((Path(__file__).parents[2] / "comfyui" / "every_node.json").read_text()).items()
 }
-"""Every class of the table: nodes 38 and 57 end two pictures, and nodes from 60 on are alternatives for links."""
+"""Every class of the table: nodes 38, 57, 114, 123 and 135 end pictures, 60 to 64 and 140 are for other links."""
 OTHER_LINKS = {"MODEL": ["60", 0], "CLIP": ["60", 1], "VAE": ["61", 0], "CONDITIONING": ["62", 0],
-               "LATENT": ["63", 0], "IMAGE": ["64", 0]}  # fmt: skip
+               "LATENT": ["63", 0], "IMAGE": ["64", 0], "MASK": ["140", 0]}  # fmt: skip
 INPUTS = [(kind, each.name) for kind, node in NODES.items() for each in node.inputs]
 
 
@@ -36,6 +36,8 @@ def _other(known: Input, value: Any) -> Any:
         return next(choice for choice in known.choices if choice != value)
     if known.type == "STRING":
         return f"{value} too"
+    if known.type == "BOOLEAN":
+        return not value
     number = value if isinstance(value, int | float) else 1
     step = (64 if known.name in ("width", "height") else 1) if known.type == "INT" else 0.125
     return number + step if number + step <= known.high else number - step
