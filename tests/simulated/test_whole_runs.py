@@ -311,7 +311,7 @@ def test_loras_change_between_requests(
     assert simulated.current_bytes == 0
     if residency == "resident":
         weights = {record.key.component: record.memory.weights for record in read_bundle(slotted).manifest.plans}
-        # The refiner reads its prompt with the second encoder as it is, so that encoder changes its plan once a request.
+        # The refiner reads its prompt with the second encoder as it is, so it changes its plan once a request.
         once = weights["text_encoder_2"]
         first = once + weights["text_encoder"] + weights["unet"]
         assert moved[1:] == [first, once, once, first], "a UNet was loaded for a change of LoRAs"
