@@ -8,7 +8,7 @@ DoRA rescales the weight itself, and full differences and biases have no factors
 __all__ = ["WITHOUT_SLOTS", "Factors", "SlotFactors", "factors_of", "plan_factors", "rank_of"]
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from sdxl_trt.engines.adapters.kinds import MAGNITUDES, Branch
 from sdxl_trt.engines.adapters.names import LoraComponent
 from sdxl_trt.engines.adapters.scaled import ScaledLora, read_part, targets
-from sdxl_trt.engines.bundle import WEIGHT, Slot
 from sdxl_trt.engines.errors import CorruptError, IncompatibleError
 
 Weights = NDArray[np.float32]
 Tensors = Mapping[str, Weights]
+TensorShapes = Mapping[str, tuple[int, ...]]
 WITHOUT_SLOTS = "fuse it with export-engines --lora, or run on ONNX Runtime: --provider ort-cuda"
 """What to do with a LoRA that TensorRT plans do not take."""
 
@@ -58,12 +58,12 @@ class SlotFactors:
     Nothing is read before `each`.
     """
 
-    def __init__(self, additions: Sequence[tuple[ScaledLora, Mapping[str, Branch]]], slots: Mapping[str, Slot]) -> None:
-        self._additions = tuple(additions)
-        names = dict.fromkeys(name for _, branches in additions for name in branches)
-        self.slots = tuple(slots[_module(name)] for name in names)
-        """The slots that the LoRAs change; the others take zeros."""
-        ranks = (sum(rank_of(own[name]) for _, own in additions if name in own) for name in names)
+    def __init__(self, additions: Sequence[tuple[ScaledLora, Mapping[str, Branch]]], shapes: TensorShapes) -> None:
+        self._additions, self._shapes = tuple(additions), shapes
+        self._names = tuple(dict.fromkeys(name for _, branches in additions for name in branches))
+        self.modules = tuple(map(_module, self._names))
+        """The modules whose slots the LoRAs change; the others take zeros."""
+        ranks = (sum(rank_of(own[name]) for _, own in additions if name in own) for name in self._names)
         self.rank = max(ranks, default=0)
         """The largest sum of ranks in one slot, 0 without LoRAs."""
 
@@ -73,32 +73,32 @@ class SlotFactors:
         return " and ".join(f"{lora.lora.name} (rank {max(map(rank_of, own.values()), default=0)})"
                             for lora, own in self._additions)  # fmt: skip
 
-    def each(self) -> Iterator[tuple[Slot, Factors]]:
-        """Yield each of `slots` with its factors, all LoRAs concatenated along the rank and filled up with zeros.
+    def each(self) -> Iterator[tuple[str, Factors]]:
+        """Yield each of `modules` with its factors, all LoRAs concatenated along the rank and filled up with zeros.
 
         One slot's tensors are in memory at a time. Raises CorruptError for a LoRA that is damaged, or infinite at its
         scale.
         """
-        for slot in self.slots:
-            name = slot.module + WEIGHT
+        for module, name in zip(self.modules, self._names, strict=True):
+            outputs, *columns = self._shapes[name]
             parts = [_read(lora, own[name], name) for lora, own in self._additions if name in own]
-            down = np.zeros((self.rank, slot.columns), np.float32)
-            up = np.zeros((slot.outputs, self.rank), np.float32)
+            down = np.zeros((self.rank, math.prod(columns)), np.float32)
+            up = np.zeros((outputs, self.rank), np.float32)
             start = 0
             for part in parts:
                 down[start : start + part.rank], up[:, start : start + part.rank] = part.down, part.up
                 start += part.rank
-            yield slot, Factors(down, up)
+            yield module, Factors(down, up)
 
 
 def plan_factors(
     loras: Sequence[ScaledLora],
     component: LoraComponent,
-    shapes: Mapping[str, tuple[int, ...]],
+    shapes: TensorShapes,
     config: Mapping[str, Any],
-    slots: Mapping[str, Slot],
+    slots: Collection[str],
 ) -> SlotFactors:
-    """Return the LoRAs as inputs of `slots`, {module: slot}; `shapes` and `config` are as in `targets`.
+    """Return the LoRAs as inputs of `slots`, the modules that have one; `shapes` and `config` are as in `targets`.
 
     LoRAs with scale 0 on the component are left out. Raises SourceError for a LoRA of another model, and
     IncompatibleError, with what to do instead, for a change that no slot takes: DoRA, a full difference, a bias, or
@@ -113,7 +113,7 @@ def plan_factors(
         for name, branch in branches.items():
             _require_slot(scaled, name, branch, slots)
         additions.append((scaled, branches))
-    return SlotFactors(additions, slots)
+    return SlotFactors(additions, shapes)
 
 
 def rank_of(branch: Branch) -> int:
@@ -190,7 +190,7 @@ def _read(lora: ScaledLora, branch: Branch, name: str) -> Factors:
     return found
 
 
-def _require_slot(lora: ScaledLora, name: str, branch: Branch, slots: Mapping[str, Slot]) -> None:
+def _require_slot(lora: ScaledLora, name: str, branch: Branch, slots: Collection[str]) -> None:
     if branch.bias:
         what = f"the bias {name}"
     elif branch.kind == "difference":
@@ -206,7 +206,7 @@ def _require_slot(lora: ScaledLora, name: str, branch: Branch, slots: Mapping[st
 
 
 def _module(name: str) -> str:
-    return name.removesuffix(WEIGHT)
+    return name.removesuffix(".weight")
 
 
 def _matrix(tensor: Weights) -> Weights:

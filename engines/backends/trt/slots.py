@@ -66,7 +66,7 @@ def plan_slots(bundle: Bundle, name: str, loras: Sequence[ScaledLora], find: Slo
     if role is None or component.slot_graph is None:
         raise IncompatibleError(f"{bundle.root}: {name} has no graph that takes LoRAs, since an older version exported"
                                 f" it; export the bundle again, or {WITHOUT_SLOTS}")  # fmt: skip
-    factors = plan_factors(loras, role, table.shapes, component.config, table.slots_by_module)
+    factors = plan_factors(loras, role, table.shapes, component.config, table.slots_by_module.keys())
     record = find(factors.rank)
     most, flavour = record.key.lora_rank, record.key.environment.flavour
     if factors.rank > most:
@@ -109,11 +109,11 @@ class SlotInputs:
         """
         doing = f"copying LoRAs for {self._name} to the GPU"
         self.rank = 0
-        kept = {name for slot in factors.slots for name in slot.sizes(factors.rank)}
+        kept = {name for module in factors.modules for name in self.slots[module].sizes(factors.rank)}
         with self._device.lock:
             self._free(self._buffers.keys() - kept)
-        for slot, found in factors.each():
-            self._send(self._arrays(slot, found.balanced(), factors), doing)
+        for module, found in factors.each():
+            self._send(self._arrays(self.slots[module], found.balanced(), factors), doing)
         self._grow_zeros(factors.rank, kept, doing)
         with self._device.lock:
             zeros = 0 if self._zeros is None else self._zeros.address
