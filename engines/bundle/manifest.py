@@ -76,6 +76,15 @@ class Component(Record, frozen=True, kw_only=True):
         graphs = (self.graph,) if self.cpu_graph is None else (self.graph, self.cpu_graph)
         return (*graphs, self.weights)
 
+    @property
+    def takes_embeddings(self) -> bool:
+        """Return whether it is a text encoder that takes textual inversion embeddings; those of older bundles do not.
+
+        Its inputs are then also `embedding_index` (prompts, tokens) int64, where i > 0 puts row i - 1 of `embeddings`
+        (vectors, width) in place of a token's own vector.
+        """
+        return self.kind == "text_encoder" and any(spec.name == "embeddings" for spec in self.inputs)
+
     def input(self, name: str) -> TensorSpec:
         """Return the spec of the input called `name`."""
         for spec in self.inputs:

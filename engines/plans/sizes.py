@@ -5,6 +5,7 @@ Profiles limit plans only: ONNX Runtime accepts every size that the graph accept
 
 __all__ = [
     "MAX_ROWS_OF_PROMPTS",
+    "MAX_VECTORS",
     "TILE",
     "TOKENS",
     "Sizes",
@@ -33,6 +34,8 @@ TOKENS = 77
 """Tokens per chunk of SDXL's own text encoders; a Long-CLIP encoder takes 248."""
 MAX_ROWS_OF_PROMPTS = 8
 """A text encoder's activations are small: several prompts share a call."""
+MAX_VECTORS = 248
+"""Vectors of textual inversion embeddings in one call of a text encoder: as many as its longest prompt has tokens."""
 
 
 class Sizes(Record, frozen=True, kw_only=True):
@@ -100,7 +103,9 @@ def axes_of(kind: str, precision: str, sizes: Sizes, factor: int) -> list[dict[s
     if kind == "unet":
         return _unet_axes(sizes, factor)
     if kind == "text_encoder":
-        return [{"prompts": Range(min=1, opt=2, max=MAX_ROWS_OF_PROMPTS)}]
+        # Most prompts name no embedding: the plan is tuned for the one vector that is passed then.
+        vectors = Range(min=1, opt=1, max=MAX_VECTORS)
+        return [{"prompts": Range(min=1, opt=2, max=MAX_ROWS_OF_PROMPTS), "vectors": vectors}]
     unit = factor if kind == "vae_decoder" else 1
     wide = precision in ("fp32", "mixed")
     return [
