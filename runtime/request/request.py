@@ -12,6 +12,7 @@ from sdxl_trt.runtime.request.settings import dataclass_of_settings, setting
 
 if TYPE_CHECKING:
     from dataclasses import dataclass
+    from pathlib import Path
 
     import numpy as np
     from numpy.typing import NDArray
@@ -209,6 +210,10 @@ class Request:
     )  # fmt: skip
     """The fraction of the steps that change the picture. None is 0.3, or 1 beside `base_start_step`. In ComfyUI's way
     it is `denoise`: all steps are taken, on a schedule that begins further down."""
+    embedding_dir: "Path | None" = setting(
+        None, help="folder, with its sub-folders, of the textual inversion embeddings that prompts name: embedding:NAME",
+        group=_PICTURE, metavar="DIR", is_file=True, record="no", workflow="beside",
+    )  # fmt: skip
     compat: Literal["diffusers", "comfyui"] = setting(
         "diffusers", help="whose conventions to follow for noise, prompt weights, timesteps and pixels (diffusers)",
         choices=("diffusers", "comfyui"), group=_COMFYUI, workflow="replaces",

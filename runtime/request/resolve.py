@@ -13,10 +13,12 @@ from numpy.typing import NDArray
 from sdxl_trt.engines import UsageError
 from sdxl_trt.engines.bundle import Manifest, Scheduler
 from sdxl_trt.engines.plans import PlanLimits
+from sdxl_trt.runtime.adapters import EmbeddingFact, Embeddings
 from sdxl_trt.runtime.diffusion import Guidance, guided_span
 from sdxl_trt.runtime.diffusion.samplers import sampler_names
 from sdxl_trt.runtime.diffusion.schedules import Schedule
 from sdxl_trt.runtime.images import Fit, InputPicture, as_input, check_input
+from sdxl_trt.runtime.request.embeddings import check_sides, embedding_facts
 from sdxl_trt.runtime.request.handoff import StepRange
 from sdxl_trt.runtime.request.request import MAX_SEED, Request
 from sdxl_trt.runtime.request.schedules import make_grids
@@ -62,6 +64,8 @@ class ResolvedRequest:
     fit: Fit
     """How the image is brought to the size."""
     strength: float
+    embeddings: tuple[EmbeddingFact, ...] = ()
+    """What a record says of the embeddings that the prompts name."""
 
     @property
     def comfyui(self) -> bool:
@@ -116,7 +120,8 @@ class ResolvedRequest:
 def resolve_request(request: Request, manifest: Manifest, limits: PlanLimits | None = None) -> ResolvedRequest:
     """Settle every default of `request` for a bundle with `manifest`, within what its plans take, if there are any.
 
-    Raises UsageError, and SizeError for sizes; the message names what would do.
+    Raises UsageError, and SizeError for sizes; the message names what would do. Raises SourceError, CorruptError and
+    IncompatibleError for the embeddings that its prompts name.
     """
     if request.sampler == "auto":
         request = replace(request, sampler="euler" if request.comfyui else manifest.base.scheduler.sampler)
@@ -133,7 +138,10 @@ def resolve_request(request: Request, manifest: Manifest, limits: PlanLimits | N
     asked = (request.height, request.width)
     size = picture_size(asked, shape, manifest, limits, refined=cuts.refiner is not None,
                         picture=None if image is None else image.size)  # fmt: skip
-    sides = resolve_sides(request, manifest, size)
+    embeddings = Embeddings(request.embedding_dir)
+    sides = resolve_sides(request, manifest, size, embeddings)
+    running = {name: both for name, both in sides.items() if name == "base" or cuts.refiner is not None}
+    check_sides(running, manifest, comfyui=request.comfyui)
     count = request.count or (shape[0] if shape else None) or 1
     seed = secrets.randbits(DRAWN_SEED_BITS) if request.seed is None else request.seed
     return ResolvedRequest(
@@ -156,6 +164,7 @@ def resolve_request(request: Request, manifest: Manifest, limits: PlanLimits | N
         image=None if image is None else check_input(image, manifest, count, size, refine=cuts.first is not None),
         fit="cover" if asked != (None, None) else "crop" if request.comfyui else "scale",
         strength=grids.strength,
+        embeddings=embedding_facts(embeddings),
     )
 
 

@@ -8,6 +8,7 @@ from typing import Literal
 
 from sdxl_trt.engines import UsageError
 from sdxl_trt.engines.bundle import Manifest, Stage
+from sdxl_trt.runtime.adapters import NO_EMBEDDINGS, Embeddings
 from sdxl_trt.runtime.diffusion import MicroConditions
 from sdxl_trt.runtime.request.request import Request
 from sdxl_trt.runtime.request.settings import settings_of
@@ -57,12 +58,12 @@ class ResolvedSide:
 
 
 def resolve_sides(
-    settings: Request, manifest: Manifest, size: Pair
+    settings: Request, manifest: Manifest, size: Pair, embeddings: Embeddings = NO_EMBEDDINGS
 ) -> Mapping[StageName, tuple[ResolvedSide, ResolvedSide]]:
     """Return the (positive, negative) conditioning of every stage for a picture of `size` (height, width).
 
     As in diffusers, a missing negative is zeroed if the stage's config says so, and only the positive skips layers;
-    in ComfyUI's way it is "", and both skip. Raises UsageError.
+    in ComfyUI's way it is "", and both skip. `embeddings` are those that prompts may name. Raises UsageError.
     """
     comfyui = settings.comfyui
     _check(settings, manifest)
@@ -80,13 +81,16 @@ def resolve_sides(
         )
         positive, negative = own[name] or usual
         told[name] = (
-            _settled(positive, settings, size, settings.clip_skip),
-            _settled(negative, settings, size, settings.clip_skip if comfyui else 0),
+            _settled(positive, settings, size, settings.clip_skip, embeddings),
+            _settled(negative, settings, size, settings.clip_skip if comfyui else 0, embeddings),
         )
     return told
 
 
-def _settled(side: Side, settings: Request, size: Pair, clip_skip: int) -> ResolvedSide:
+def _settled(side: Side, settings: Request, size: Pair, clip_skip: int, embeddings: Embeddings) -> ResolvedSide:
+    def settled(other: Side) -> ResolvedSide:
+        return _settled(other, settings, size, clip_skip, embeddings)
+
     scores = settings.aesthetic_score, settings.negative_aesthetic_score
     if side.aesthetic_score is not None:
         # Which of the two is read depends on the side, and this is the side's.
@@ -98,12 +102,11 @@ def _settled(side: Side, settings: Request, size: Pair, clip_skip: int) -> Resol
         *scores,
     )
     mixes = tuple(
-        ToldMix(mix.kind, None if mix.other is None else _settled(mix.other, settings, size, clip_skip), mix.strength)
-        for mix in side.mixes
+        ToldMix(mix.kind, None if mix.other is None else settled(mix.other), mix.strength) for mix in side.mixes
     )
-    combined = tuple(_settled(each, settings, size, clip_skip) for each in side.combined)
     skipped = clip_skip if side.clip_skip is None else side.clip_skip
-    return ResolvedSide(Prompt(side.text, side.text_2, skipped), micro, side.zeroed, mixes, combined)
+    prompt = Prompt(side.text, side.text_2, skipped, embeddings)
+    return ResolvedSide(prompt, micro, side.zeroed, mixes, tuple(map(settled, side.combined)))
 
 
 def _stated(*values: Pair | None) -> Pair:
