@@ -1,4 +1,4 @@
-"""What a request says about adapters: the embeddings that its prompts name."""
+"""What a request says about adapters: LoRAs and embeddings by file, by name and in prompts."""
 
 from typing import TYPE_CHECKING
 
@@ -8,14 +8,26 @@ if TYPE_CHECKING:
     from sdxl_trt.runtime.adapters.embedding_file import ENCODERS, Embedding, EncoderName, read_embedding
     from sdxl_trt.runtime.adapters.embeddings import NO_EMBEDDINGS, EmbeddingFact, Embeddings
     from sdxl_trt.runtime.adapters.folder import find_named
+    from sdxl_trt.runtime.adapters.loras import (
+        MOST_LORAS, REFINER_NOTE, LoraFact, SettledLoras, find_lora, find_recorded, lora_file, settle_loras,
+    )
+    from sdxl_trt.runtime.adapters.tags import split_tags, tags_of
+    from sdxl_trt.runtime.adapters.use import LoraUse, parse_use
 else:
     __getattr__ = lazy_names(__name__, {
         "embedding_file": ("ENCODERS", "Embedding", "EncoderName", "read_embedding"),
         "embeddings": ("NO_EMBEDDINGS", "EmbeddingFact", "Embeddings"),
         "folder": ("find_named",),
+        "loras": (
+            "MOST_LORAS", "REFINER_NOTE", "LoraFact", "SettledLoras", "find_lora", "find_recorded", "lora_file",
+            "settle_loras",
+        ),
+        "tags": ("split_tags", "tags_of"),
+        "use": ("LoraUse", "parse_use"),
     })
 
 __all__ = [
-    "ENCODERS", "NO_EMBEDDINGS", "Embedding", "EmbeddingFact", "Embeddings", "EncoderName", "find_named",
-    "read_embedding",
+    "ENCODERS", "MOST_LORAS", "NO_EMBEDDINGS", "REFINER_NOTE", "Embedding", "EmbeddingFact", "Embeddings",
+    "EncoderName", "LoraFact", "LoraUse", "SettledLoras", "find_lora", "find_named", "find_recorded", "lora_file",
+    "parse_use", "read_embedding", "settle_loras", "split_tags", "tags_of",
 ]

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdxl_trt.engines import Engine, UsageError, numpy_dtype
+from sdxl_trt.engines.adapters import Use, adapted, name_of
 from sdxl_trt.engines.bundle import Manifest, Stage, TextEncoder, Tokenizer
 from sdxl_trt.engines.plans import MAX_ROWS_OF_PROMPTS, MAX_VECTORS
 from sdxl_trt.engines.residency import EnginePool
@@ -33,6 +34,7 @@ MAX_CHUNKS = 16
 """ComfyUI has no limit, but attention over a prompt of book length takes all memory."""
 
 
+@dataclass(frozen=True)
 @dataclass(frozen=True)
 class PromptEmbeds:
     """`hidden` (tokens, width of all encoders) and `pooled` (width of the pooled encoder), float32."""
@@ -64,7 +66,7 @@ class PromptEmbeds:
 class _Row:
     """One input row of an encoder; equal rows run once, whichever prompts they belong to."""
 
-    component: str
+    component: Use
     ids: tuple[int, ...]
     clip_skip: int
     vectors: Placed = ()
@@ -74,7 +76,7 @@ class _Row:
 class _Text:
     """One text for one encoder: its `chunks`, and the `empty` prompt that weights are relative to."""
 
-    component: str
+    component: Use
     clip_skip: int
     chunks: tuple[Chunk, ...]
     empty: Chunk
@@ -112,6 +114,7 @@ class _Source:
     """What a text for an encoder is made of: equal ones are tokenized once. `name` is ComfyUI's name of the encoder."""
 
     encoder: TextEncoder
+    use: Use
     name: EncoderName
     text: str
     clip_skip: int
@@ -119,14 +122,14 @@ class _Source:
 
 
 class PromptEncoder:
-    """Encodes prompts for the stages of a bundle; every encoder is loaded once for all its prompts."""
+    """Encodes prompts for the stages of a bundle; an encoder is loaded once for all its prompts with equal LoRAs."""
 
     def __init__(self, pool: EnginePool) -> None:
         self._pool = pool
         self._tokenizers: dict[str, PromptTokenizer] = {}
 
     def encode(
-        self, wanted: Sequence[tuple[Stage, Prompt]], next_engine: str, *, weighted: bool = False
+        self, wanted: Sequence[tuple[Stage, Prompt]], next_engine: Use, *, weighted: bool = False
     ) -> list[PromptEmbeds]:
         """Return the embeds of each (stage, prompt): concatenated hidden states, and the pooled encoder's vector.
 
@@ -154,7 +157,8 @@ class PromptEncoder:
         """Return a prompt's texts for the encoders of a stage, padded to equally many chunks; `known` caches texts."""
         texts = []
         for encoder, name, text in read_by(stage, prompt):
-            source = _Source(encoder, name, text, prompt.clip_skip, prompt.embeddings)
+            use = adapted(encoder.component, prompt.loras)
+            source = _Source(encoder, use, name, text, prompt.clip_skip, prompt.embeddings)
             if source not in known:
                 known[source] = self._text(source, weighted=weighted)
             texts.append(known[source])
@@ -162,7 +166,7 @@ class PromptEncoder:
 
     def _text(self, source: _Source, *, weighted: bool) -> _Text:
         component, spec = source.encoder.component, self._tokenizer(source.encoder.tokenizer).spec
-        (empty,) = chunked([], spec, list, list)
+        empty = empty_chunk(spec)
         if weighted:
             chunks = self._weighted_chunks(source, spec)
         elif any(piece.embedding for piece in split_placeholders(source.text, source.embeddings)):
@@ -171,7 +175,7 @@ class PromptEncoder:
             tokenizer = self._tokenizer(source.encoder.tokenizer)
             _warn_of_cut(component, source.text, tokenizer)
             chunks = [Chunk(tokenizer.ids(source.text), empty.weights)]
-        return _Text(component, source.clip_skip, tuple(chunks), empty)
+        return _Text(source.use, source.clip_skip, tuple(chunks), empty)
 
     def _weighted_chunks(self, source: _Source, frame: Tokenizer) -> list[Chunk]:
         """Return the chunks of a text in ComfyUI's syntax. Raises UsageError for extreme weights and lengths."""
@@ -221,17 +225,22 @@ class PromptEncoder:
             raise UsageError(f"a weight of {heaviest:g} takes the prompt beyond the range of the {dtype.name} UNet;"
                              " choose one nearer to 1")  # fmt: skip
 
-    def _run_all(self, rows: Iterable[_Row], next_engine: str) -> dict[_Row, PromptEmbeds]:
-        by_component: dict[str, list[_Row]] = {}
+    def _run_all(self, rows: Iterable[_Row], next_engine: Use) -> dict[_Row, PromptEmbeds]:
+        by_use: dict[Use, list[_Row]] = {}
         for row in rows:
-            by_component.setdefault(row.component, []).append(row)
+            by_use.setdefault(row.component, []).append(row)
         done: dict[_Row, PromptEmbeds] = {}
-        nexts = [*list(by_component)[1:], next_engine]
-        for (component, distinct), after in zip(by_component.items(), nexts, strict=True):
-            (engine,) = self._pool.phase(component, next_engines=(after,))
-            for together in _calls(distinct):
+        order = self._order(list(by_use))
+        for use, after in zip(order, [*order[1:], next_engine], strict=True):
+            (engine,) = self._pool.phase(use, next_engines=(after,))
+            for together in _calls(by_use[use]):
                 done |= _run(engine, together)
         return done
+
+    def _order(self, uses: Sequence[Use]) -> list[Use]:
+        """Return `uses` with those of one encoder in a row, the one that is loaded first: the others reload it."""
+        names = list(dict.fromkeys(map(name_of, uses)))
+        return sorted(uses, key=lambda use: (names.index(name_of(use)), not self._pool.holds(use)))
 
 
 def _check_as_comfyui(stage: Stage, manifest: Manifest) -> None:

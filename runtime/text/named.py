@@ -30,9 +30,9 @@ def check_embeddings(stage: Stage, prompt: Prompt, manifest: Manifest, *, weight
         for embedding in _named(text, prompt, weighted=weighted):
             component = manifest.components[encoder.component]
             if not component.takes_embeddings:
-                raise IncompatibleError(f"{embedding.name}: {encoder.component} of this bundle takes no embeddings, since"
-                                        " an older version exported it; export it again: export-engines --base SRC"
-                                        " --refiner SRC --out BUNDLE")  # fmt: skip
+                raise IncompatibleError(f"{embedding.name}: {encoder.component} of this bundle takes no embeddings,"
+                                        " since an older version exported it; export it again: export-engines --base"
+                                        " SRC --refiner SRC --out BUNDLE")  # fmt: skip
             _check_widths(embedding, _widths(manifest))
             _check_range(embedding, name, component)
 
@@ -47,10 +47,13 @@ def _named(text: str, prompt: Prompt, *, weighted: bool) -> Iterator[Embedding]:
 
 def _widths(manifest: Manifest) -> Mapping[str, int]:
     """Return the widths of SDXL's encoders, in base and refiner."""
-    encoders = [(name, encoder) for stage in manifest.stages().values()
-                for name, encoder in zip(ENCODERS[-len(stage.text_encoders) :], stage.text_encoders, strict=True)]  # fmt: skip
-    components = [(name, manifest.components[encoder.component]) for name, encoder in encoders]
-    return {name: _width(component) for name, component in components if component.takes_embeddings}
+    found: dict[str, int] = {}
+    for stage in manifest.stages().values():
+        for name, encoder in zip(ENCODERS[-len(stage.text_encoders) :], stage.text_encoders, strict=True):
+            component = manifest.components[encoder.component]
+            if component.takes_embeddings:
+                found.setdefault(name, _width(component))
+    return found
 
 
 def _width(component: Component) -> int:
@@ -71,5 +74,5 @@ def _check_range(embedding: Embedding, name: EncoderName, component: Component) 
     vectors = embedding.vectors(name, _width(component))
     dtype = np.dtype(numpy_dtype(component.input("embeddings")))
     if vectors is not None and np.abs(vectors).max() > np.finfo(dtype).max:
-        raise SourceError(f"{embedding.name}: its vectors are beyond the range of the {dtype.name} encoders; use another"
-                          " embedding, or export the bundle with --fp32")  # fmt: skip
+        raise SourceError(f"{embedding.name}: its vectors are beyond the range of the {dtype.name} encoders; use"
+                          " another embedding, or export the bundle with --fp32")  # fmt: skip

@@ -4,6 +4,7 @@ __all__ = ["Prompt"]
 
 from dataclasses import dataclass
 
+from sdxl_trt.engines.adapters import ScaledLora
 from sdxl_trt.runtime.adapters import NO_EMBEDDINGS, Embeddings
 
 
@@ -11,10 +12,11 @@ from sdxl_trt.runtime.adapters import NO_EMBEDDINGS, Embeddings
 class Prompt:
     """A prompt, the second encoder's prompt, and how many final layers are skipped in addition to SDXL's one.
 
-    `embeddings` are those that the texts may name.
+    `loras` are those of the encoders that read it, `embeddings` those that the texts may name.
     """
 
     text: str
     text_2: str
     clip_skip: int = 0
+    loras: tuple[ScaledLora, ...] = ()
     embeddings: Embeddings = NO_EMBEDDINGS

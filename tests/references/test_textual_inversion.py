@@ -1,6 +1,5 @@
 """Embeddings in prompts against diffusers' load_textual_inversion, and against ComfyUI's rules written down again."""
 
-import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
