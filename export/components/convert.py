@@ -51,7 +51,7 @@ CPU_GRAPH_FILE = "cpu.onnx"
 """The graph for ONNX Runtime's CPU provider, over the same weights, if a rewritten one is faster there."""
 RECORD_FILE = "component.json"
 """Marks a finished component in an unfinished bundle; in the finished one the manifest records the same."""
-REVISION = 3
+REVISION = 4
 """Increase it when this code makes other files of the same model."""
 # The libraries whose versions determine a graph.
 _LIBRARIES = ("sdxl-trt", "torch", "onnxscript", "onnx-ir", "diffusers", "transformers")

@@ -1,13 +1,23 @@
 """The embeddings that a request's prompts name: found and checked before anything is loaded, and recorded."""
 
-__all__ = ["check_sides", "embedding_facts"]
+__all__ = ["check_sides", "embedding_facts", "open_embeddings"]
 
 from collections.abc import Mapping
+from pathlib import Path
 
+from sdxl_trt.engines import UsageError
 from sdxl_trt.engines.bundle import Manifest
 from sdxl_trt.runtime.adapters import EmbeddingFact, Embeddings
-from sdxl_trt.runtime.request.sides import ResolvedSide, StageName
+from sdxl_trt.runtime.request.side import StageName
+from sdxl_trt.runtime.request.sides import ResolvedSide
 from sdxl_trt.runtime.text import check_embeddings
+
+
+def open_embeddings(folder: Path | None) -> Embeddings:
+    """Return the embeddings in a request's folder; there are none without one. Raises UsageError if it is no folder."""
+    if folder is not None and not folder.is_dir():
+        raise UsageError(f"--embedding-dir {folder}: no such folder; give the one that holds the embeddings")
+    return Embeddings(folder)
 
 
 def check_sides(

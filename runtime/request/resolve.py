@@ -14,12 +14,12 @@ from sdxl_trt.engines import UsageError
 from sdxl_trt.engines.adapters import ScaledLora
 from sdxl_trt.engines.bundle import Bundle, Manifest, Scheduler
 from sdxl_trt.engines.plans import PlanLimits
-from sdxl_trt.runtime.adapters import EmbeddingFact, Embeddings, LoraFact
+from sdxl_trt.runtime.adapters import EmbeddingFact, LoraFact
 from sdxl_trt.runtime.diffusion import Guidance, guided_span
 from sdxl_trt.runtime.diffusion.samplers import sampler_names
 from sdxl_trt.runtime.diffusion.schedules import Schedule
 from sdxl_trt.runtime.images import Fit, InputPicture, as_input, check_input
-from sdxl_trt.runtime.request.embeddings import check_sides, embedding_facts
+from sdxl_trt.runtime.request.embeddings import check_sides, embedding_facts, open_embeddings
 from sdxl_trt.runtime.request.handoff import StageRanges, StepRange
 from sdxl_trt.runtime.request.loras import settled_loras, without_tags
 from sdxl_trt.runtime.request.request import MAX_SEED, Request
@@ -150,7 +150,7 @@ def resolve_request(
     asked = (request.height, request.width)
     size = picture_size(asked, shape, manifest, limits, refined=cuts.refiner is not None,
                         picture=None if image is None else image.size)  # fmt: skip
-    loras, embeddings = settled_loras(request, bundle, _running(cuts, manifest)), Embeddings(request.embedding_dir)
+    loras, embeddings = settled_loras(request, bundle, _running(cuts, manifest)), open_embeddings(request.embedding_dir)
     sides = resolve_sides(request, manifest, size, loras, embeddings)
     running = {name: both for name, both in sides.items() if name == "base" or cuts.refiner is not None}
     check_sides(running, manifest, comfyui=request.comfyui)

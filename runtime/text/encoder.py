@@ -35,7 +35,6 @@ MAX_CHUNKS = 16
 
 
 @dataclass(frozen=True)
-@dataclass(frozen=True)
 class PromptEmbeds:
     """`hidden` (tokens, width of all encoders) and `pooled` (width of the pooled encoder), float32."""
 

@@ -46,7 +46,7 @@ def split_placeholders(text: str, embeddings: Embeddings) -> list[Piece]:
     """
     pieces: list[Piece] = []
     start = 0
-    for match in _WORD.finditer(text) if embeddings.folder is not None else ():
+    while embeddings.folder is not None and (match := _WORD.search(text, start)):
         name, found = _longest(match[1], embeddings)
         pieces.append(Piece(text[start : match.start()]))
         start = match.start(1) + len(name)
@@ -60,7 +60,7 @@ def _longest(run: str, embeddings: Embeddings) -> tuple[str, Embedding]:
         found = embeddings.find(name)
         if found is not None:
             return name, found
-    plain = run.strip(".,;:!?()[]{}\"'")
+    plain = run.rstrip(".,;:!?()[]{}\"'")
     embeddings.refuse_pickled(plain)
     raise UsageError(f"embedding:{plain[:_SHOWN]}: {embeddings.folder} has no {plain[:_SHOWN]}.safetensors; check the"
                      " name, or remove the word from the prompt")  # fmt: skip

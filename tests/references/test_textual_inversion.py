@@ -151,3 +151,140 @@ def test_a_run_is_that_of_load_textual_inversion(
     written = prompt.replace(".safetensors", "")
     reference = _diffusers(pairs("outline"), written, negative, names or ["four"])
     _check(opened("outline"), request, reference)
+
+
+@dataclass(frozen=True)
+class Named:
+    """An embedding in a prompt that is written as segments."""
+
+    name: str
+
+
+Segments = list[tuple[str | Named, float]]
+# A prompt in ComfyUI's syntax, and its segments as ComfyUI 0.18 tokenizes them, found by hand.
+COMFYUI: dict[str, tuple[str, Segments]] = {
+    "one vector": ("a red embedding:one fox", [("a red", 1), (Named("one"), 1), ("fox", 1)]),
+    "a comma": ("a red fox, embedding:four, blue", [("a red fox,", 1), (Named("four"), 1), (", blue", 1)]),
+    "with its ending": ("embedding:four.safetensors fox", [(Named("four"), 1), ("fox", 1)]),
+    "a weight": ("(embedding:four:1.3) fox (snow:0.7)",
+                 [(Named("four"), 1.3), ("fox", 1), ("snow", 0.7)]),
+    "a weight around words": ("((blue embedding:one star)) fox",
+                              [("blue", 1.1 * 1.1), (Named("one"), 1.1 * 1.1), ("star", 1.1 * 1.1), ("fox", 1)]),
+    "a bracket": ("embedding:one[red fox", [(Named("one"), 1), ("[red fox", 1)]),
+    "moved to the second chunk": ("a " * 72 + "embedding:four fox", [("a " * 72, 1), (Named("four"), 1), ("fox", 1)]),
+    "split between chunks": ("a " * 72 + "embedding:eight fox", [("a " * 72, 1), (Named("eight"), 1), ("fox", 1)]),
+    "not found": ("a embedding:nothing, red fox", [("a", 1), (", red fox", 1)]),
+    "twice": ("embedding:four embedding:four", [(Named("four"), 1), (Named("four"), 1)]),
+    # The first encoder drops its four places; the weight stays at the place of the snow.
+    "for one encoder": ("embedding:g_only fox (snow:1.4)", [(Named("g_only"), 1), ("fox", 1), ("snow", 1.4)]),
+}  # fmt: skip
+
+
+class ComfyUI:
+    """An encoder of transformers with ComfyUI's rules (comfy/sd1_clip.py) on top, for prompts given as segments."""
+
+    def __init__(self, encoder: Any, words: Any, pad: int, key: str) -> None:
+        self.encoder, self.words, self.pad, self.key = encoder, words, pad, key
+        self.start, self.end = words.bos_token_id, words.eos_token_id
+        self.added: list[np.ndarray] = []
+        self.size = encoder.get_input_embeddings().weight.shape[0]
+
+    def _groups(self, segments: Segments) -> Iterator[list[tuple[Any, float]]]:
+        for what, weight in segments:
+            if isinstance(what, Named):
+                tensors = FILES[what.name]
+                for_all = tensors.get(self.key, next(iter(tensors.values())))
+                yield [(vector, weight) for vector in for_all]
+            else:
+                yield [(token, weight) for token in self.words(what, add_special_tokens=False).input_ids]
+
+    def chunks(self, segments: Segments) -> list[list[tuple[Any, float]]]:
+        batches: list[list[tuple[Any, float]]] = [[(self.start, 1.0)]]
+        for group in self._groups(segments):
+            large, rest = len(group) >= 8, group
+            while rest:
+                if len(rest) + len(batches[-1]) <= 76:
+                    batches[-1] += rest
+                    break
+                if large:
+                    taken = 76 - len(batches[-1])
+                    batches[-1] += rest[:taken]
+                    rest = rest[taken:]
+                batches[-1].append((self.end, 1.0))
+                batches.append([(self.start, 1.0)])
+        batches[-1].append((self.end, 1.0))
+        return [batch + [(self.pad, 1.0)] * (77 - len(batch)) for batch in batches]
+
+    def _row(self, batch: list[tuple[Any, float]]) -> tuple[list[int], int]:
+        """Return ids, of which those of vectors lie behind the table, and the number of tokens up to the end."""
+        width = self.encoder.config.hidden_size
+        ids = []
+        for token, _ in batch:
+            if isinstance(token, int):
+                ids.append(token)
+            elif token.shape[-1] == width:
+                ids.append(self.size + len(self.added))
+                self.added.append(token)
+        return ids + [self.pad] * (77 - len(ids)), ids.index(self.end) + 1
+
+    def encode(self, segments: Segments, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return hidden states (tokens, width) of at least `count` chunks, and the pooled vector of the first."""
+        import torch
+
+        batches = self.chunks(segments)
+        batches += (count - len(batches)) * self.chunks([])
+        weighted = any(weight != 1 for batch in batches for _, weight in batch)
+        rows = [self._row(batch) for batch in [*batches, *self.chunks([])]]
+        self.encoder.resize_token_embeddings(self.size + len(self.added), mean_resizing=False)
+        for number, vector in enumerate(self.added, start=self.size):
+            self.encoder.get_input_embeddings().weight.data[number] = torch.from_numpy(vector)
+        out = self.encoder(torch.tensor([ids for ids, _ in rows]), output_hidden_states=True)
+        hidden, empty = out.hidden_states[-2][:-1].numpy().copy(), out.hidden_states[-2][-1].numpy()
+        if weighted:
+            scale = np.array([[weight for _, weight in batch] for batch in batches], np.float32)[..., None]
+            hidden = (hidden - empty) * scale + empty
+        last = out.last_hidden_state[0, rows[0][1] - 1]
+        projected = self.encoder.text_projection(last).numpy() if hasattr(self.encoder, "text_projection") else None
+        return hidden.reshape(-1, hidden.shape[-1]), projected
+
+
+def _comfyui(pair: Any, segments: Segments) -> tuple[np.ndarray, np.ndarray]:
+    """Return hidden states of both encoders and the second's pooled vector: CLIPTextEncode on SDXL's base."""
+    import torch
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        words = CLIPTokenizer.from_pretrained(pair.base / "tokenizer")
+        first = CLIPTextModel.from_pretrained(pair.base / "text_encoder", dtype=torch.float32)
+        second = CLIPTextModelWithProjection.from_pretrained(pair.base / "text_encoder_2", dtype=torch.float32)
+        both = [ComfyUI(first, words, words.eos_token_id, "clip_l"), ComfyUI(second, words, 0, "clip_g")]
+        count = max(len(each.chunks(segments)) for each in both)
+        (left, _), (right, pooled) = (each.encode(segments, count) for each in both)
+    return np.concatenate([left, right], axis=-1), pooled
+
+
+@pytest.mark.parametrize("name", COMFYUI)
+def test_a_prompt_is_encoded_by_comfyuis_rules(
+    name: str, pairs: Callable[[str], Any], opened: Callable[[str], Pipeline], folder: Path
+) -> None:
+    prompt, segments = COMFYUI[name]
+    request = Request("a fox", negative=prompt, steps=1, handoff=None, seed=SEED, width=SIDE, height=SIDE,
+                      compat="comfyui", embedding_dir=folder)  # fmt: skip
+    pipeline = opened("outline")
+    job = pipeline.start(request)
+    list(pipeline.encode([job]))
+    _, (negative,) = job.embeds["base"]
+    hidden, pooled = _comfyui(pairs("outline"), segments)
+    np.testing.assert_allclose(negative.hidden, hidden, rtol=0, atol=CONDITION_TOLERANCE)
+    np.testing.assert_allclose(negative.pooled, pooled, rtol=0, atol=CONDITION_TOLERANCE)
+
+
+def test_an_encoder_whose_config_knows_the_end_token_pools_there(
+    pairs: Callable[[str], Any], opened: Callable[[str], Pipeline], folder: Path
+) -> None:
+    """The config of the other pair states the end token's id, and its refiner's encoder has another width."""
+    request = Request("a red embedding:four fox", negative="embedding:second", steps=STEPS, handoff=HANDOFF, seed=SEED,
+                      width=SIDE, height=SIDE, embedding_dir=folder)  # fmt: skip
+    reference = _diffusers(pairs("apart"), request.prompt, str(request.negative), ["four", "second"])
+    _check(opened("apart"), request, reference)
