@@ -132,11 +132,11 @@ def _naming(fact: EmbeddingFact) -> Callable[[str], bool]:
 
 
 def _holds_embedding(folder: Path, fact: EmbeddingFact) -> bool:
-    """Return whether `folder` has the file of a record, unchanged, and no other of its name."""
+    """Return whether `folder` has the file of a record, unchanged; another of its name is refused with the prompts."""
     if PurePath(fact.name).name != fact.name:
         return False
     found = find_named(folder, fact.name, f"--from: embedding {fact.name[:100]!r}")
-    return len(found) == 1 and _holds(found[0], fact.sha256)
+    return any(_holds(path, fact.sha256) for path in found)
 
 
 def _holds(path: Path, sha256: str | None) -> bool:

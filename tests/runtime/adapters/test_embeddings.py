@@ -27,9 +27,8 @@ def folder(tmp_path: Path) -> Path:
 def test_a_name_may_have_an_ending_and_folders(name: str, folder: Path) -> None:
     found = Embeddings(folder).find(name)
     assert found is not None
-    assert found.name.removesuffix(".safetensors") == name.replace("\\", "/").split("/")[-1].removesuffix(
-        ".safetensors"
-    )
+    stem = name.replace("\\", "/").split("/")[-1].removesuffix(".safetensors")
+    assert found.name == f"{stem}.safetensors"
 
 
 @pytest.mark.parametrize(

@@ -31,8 +31,8 @@ def _embedding(engine: OrtEngine, seed: int) -> Embedding:
 def test_a_vector_of_several_rows_is_passed_once(engine: OrtEngine) -> None:
     one, other = _embedding(engine, 1), _embedding(engine, 2)
     ids = np.ones((2, 77), np.int64)
-    rows = (((1, Vector(one, "clip_g", 0)), (2, Vector(one, "clip_g", 2))),
-            ((5, Vector(other, "clip_g", 1)), (6, Vector(one, "clip_g", 2)), (7, Vector(one, "clip_g", 2))))  # fmt: skip
+    last = Vector(one, "clip_g", 2)
+    rows = (((1, Vector(one, "clip_g", 0)), (2, last)), ((5, Vector(other, "clip_g", 1)), (6, last), (7, last)))
     inputs = encoder_inputs(engine.component, ids, rows)
     index = np.zeros((2, 77), np.int64)
     index[0, [1, 2]], index[1, [5, 6, 7]] = (1, 2), (3, 2, 2)
