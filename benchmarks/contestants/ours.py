@@ -108,13 +108,16 @@ class Ours:
         return engine
 
     def _encode(self) -> Done:
+        from sdxl_trt.runtime.text import encoder_inputs  # noqa: PLC0415
+
         outputs = []
         for number, encoder in enumerate(self._pipeline.manifest.base.text_encoders):
             engine = self._engine(encoder.component)
             # The outputs that a run uses: the penultimate hidden state, and the pooled vector if needed.
             states = [spec.name for spec in engine.component.outputs if spec.name.startswith("hidden_states.")]
             wanted = [states[-2], *(["text_embeds"] if encoder.pooled else [])]
-            outputs.append(engine.infer({"input_ids": self._inputs[f"ids/{number}"]}, wanted)[states[-2]])
+            given = encoder_inputs(engine.component, self._inputs[f"ids/{number}"])
+            outputs.append(engine.infer(given, wanted)[states[-2]])
         return Done(np.concatenate(outputs, axis=-1).astype(np.float32))
 
     def _step(self, stage: str) -> Task:

@@ -22,7 +22,7 @@ from sdxl_trt.engines.build import BuildJob, BuildLog, BuiltPlan, build_plan, pa
 from sdxl_trt.engines.bundle import Profile, Shape, read_bundle
 
 # (min, opt, max) by axis: sizes that every tiny UNet takes, rows with and without guidance, one or two prompt chunks.
-AXES = {"rows": (1, 2, 4), "pictures": (1, 1, 2), "prompts": (1, 2, 2), "tokens": (77, 77, 154)}
+AXES = {"rows": (1, 2, 4), "pictures": (1, 1, 2), "prompts": (1, 2, 2), "vectors": (1, 1, 4), "tokens": (77, 77, 154)}
 LATENTS, PIXELS = (16, 16, 32), (64, 64, 128)
 
 

@@ -159,7 +159,7 @@ def _fit(each: Published, graph: Any, path: Path) -> GraphCounts:
     multiple = max((axis.multiple for axis in _axes(graph) if axis.name == "height"), default=1)
 
     def count(rows: int, height: int, width: int, tokens: int) -> Counts:
-        sizes = {"rows": rows, "prompts": rows, "pictures": rows, "tokens": tokens}
+        sizes = {"rows": rows, "prompts": rows, "vectors": 1, "pictures": rows, "tokens": tokens}
         sizes |= {"height": height // FACTOR, "width": width // FACTOR}
         shapes = {
             value.name: tuple(axis if isinstance(axis, int) else sizes[axis.name] for axis in value.shape)

@@ -98,7 +98,7 @@ def component_shapes(
     if height % factor or width % factor:
         raise SizeError(f"{width}x{height}: a latent pixel spans {factor} pixels; give multiples of {factor}")
     unit = 1 if component.kind == "vae_encoder" else factor
-    axes = {"rows": rows, "prompts": rows, "pictures": rows, "tokens": tokens}
+    axes = {"rows": rows, "prompts": rows, "vectors": 1, "pictures": rows, "tokens": tokens}
     axes |= {"height": height // unit, "width": width // unit}
     return {spec.name: tuple(_size(axis, axes) for axis in spec.shape) for spec in component.inputs}
 

@@ -27,6 +27,8 @@ _SIGNATURES: dict[Kind, tuple[set[str], set[str]]] = {
     "vae_decoder": ({"latent_sample"}, {"sample"}),
     "vae_encoder": ({"sample"}, {"latent_parameters"}),
 }
+# Text encoders of older bundles lack these, and take no textual inversion embeddings.
+_EMBEDDINGS = {"embedding_index", "embeddings"}
 
 
 class Bundle(msgspec.Struct, frozen=True):
@@ -106,8 +108,10 @@ def _check_graphs(bundle: Bundle) -> None:
     manifest = bundle.manifest
     for name, component in manifest.components.items():
         inputs, outputs = _SIGNATURES[component.kind]
-        given = {spec.name for spec in component.outputs}
-        if {spec.name for spec in component.inputs} != inputs or not outputs <= given:
+        takes, given = {spec.name for spec in component.inputs}, {spec.name for spec in component.outputs}
+        if component.takes_embeddings:
+            inputs = inputs | _EMBEDDINGS
+        if takes != inputs or not outputs <= given:
             raise CorruptError(
                 f"{bundle.root / MANIFEST}: {name} is not a {component.kind}: it must take {sorted(inputs)} and return"
                 f" {sorted(outputs)}; run export-engines again"

@@ -84,6 +84,15 @@ class Component(Record, frozen=True, kw_only=True):
         """Return the graph that plans of `lora_rank` are built of; None if an older version exported no slot graph."""
         return self.slot_graph if lora_rank else self.graph
 
+    @property
+    def takes_embeddings(self) -> bool:
+        """Return whether it is a text encoder that takes textual inversion embeddings; those of older bundles do not.
+
+        Its inputs are then also `embedding_index` (prompts, tokens) int64, where i > 0 puts row i - 1 of `embeddings`
+        (vectors, width) in place of a token's own vector.
+        """
+        return self.kind == "text_encoder" and any(spec.name == "embeddings" for spec in self.inputs)
+
     def input(self, name: str) -> TensorSpec:
         """Return the spec of the input called `name`."""
         for spec in self.inputs:

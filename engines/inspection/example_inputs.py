@@ -9,6 +9,9 @@ import numpy as np
 from sdxl_trt.engines.bundle import Bundle, Manifest, Profile, Stage, TextEncoder
 from sdxl_trt.engines.engine import Array, numpy_dtype
 
+_TOKEN_SCALE = 0.02
+"""About the spread of the vectors of CLIP's tokens, and of embeddings."""
+
 
 def example_inputs(bundle: Bundle, name: str, profile: Profile, seed: int = 0) -> dict[str, Array]:
     """Return inputs for component `name` with the shapes that `profile` is tuned for and the graph's dtypes.
@@ -26,6 +29,9 @@ def example_inputs(bundle: Bundle, name: str, profile: Profile, seed: int = 0) -
         values["time_ids"] = np.tile(_time_ids(stage, shapes["sample"]), (shapes["time_ids"][0], 1))
     elif component.kind == "text_encoder":
         values["input_ids"] = _prompts(bundle.manifest, name, shapes["input_ids"], rng)
+        if component.takes_embeddings:
+            values["embedding_index"] = _embedding_index(shapes["embedding_index"])
+            values["embeddings"] *= _TOKEN_SCALE
     elif component.kind == "vae_decoder":
         values["latent_sample"] /= stage.vae.scaling_factor
     else:
@@ -68,6 +74,13 @@ def _prompts(manifest: Manifest, name: str, shape: tuple[int, ...], rng: np.rand
     for row, end in zip(ids, ends, strict=True):
         row[0], row[end], row[end + 1 :] = tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id
     return ids
+
+
+def _embedding_index(shape: tuple[int, ...]) -> Array:
+    """Return the index of a first prompt without embeddings, and of others that begin with one."""
+    index = np.zeros(shape, np.int64)
+    index[1:, 1] = 1
+    return index
 
 
 def _encoders(manifest: Manifest, name: str) -> Iterator[TextEncoder]:

@@ -6,6 +6,7 @@ Profiles limit plans only: ONNX Runtime accepts every size that the graph accept
 __all__ = [
     "ADAPTED",
     "MAX_ROWS_OF_PROMPTS",
+    "MAX_VECTORS",
     "MOST_RANK",
     "SUGGESTED_RANK",
     "TILE",
@@ -43,6 +44,8 @@ SUGGESTED_RANK, MOST_RANK = 128, 1024
 """The rank that commands in messages build plans for, and the largest that can be asked for."""
 MAX_ROWS_OF_PROMPTS = 8
 """A text encoder's activations are small: several prompts share a call."""
+MAX_VECTORS = 248
+"""Vectors of textual inversion embeddings in one call of a text encoder: as many as its longest prompt has tokens."""
 
 
 class Sizes(Record, frozen=True, kw_only=True):
@@ -115,7 +118,9 @@ def axes_of(kind: str, precision: str, sizes: Sizes, factor: int) -> list[dict[s
     if kind == "unet":
         return _unet_axes(sizes, factor)
     if kind == "text_encoder":
-        return [{"prompts": Range(min=1, opt=2, max=MAX_ROWS_OF_PROMPTS)}]
+        # Most prompts name no embedding: the plan is tuned for the one vector that is passed then.
+        vectors = Range(min=1, opt=1, max=MAX_VECTORS)
+        return [{"prompts": Range(min=1, opt=2, max=MAX_ROWS_OF_PROMPTS), "vectors": vectors}]
     unit = factor if kind == "vae_decoder" else 1
     wide = precision in ("fp32", "mixed")
     return [

@@ -95,15 +95,28 @@ class _UNet(torch.nn.Module):
 
 
 class _TextEncoder(torch.nn.Module):
-    """Returns every hidden state (clip skip needs them) and, if the encoder projects, the pooled text_embeds."""
+    """Returns every hidden state (clip skip needs them) and, if the encoder projects, the pooled text_embeds.
+
+    A token whose `embedding_index` is i > 0 has row i - 1 of `embeddings` in place of the table's row of its id, which
+    still decides where the prompt is pooled. The table stays one weight: ids never exceed it.
+    """
 
     def __init__(self, model: Any, *, projects: bool) -> None:
         super().__init__()
         self.model = model
         self.projects = projects
 
-    def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
-        output = self.model(input_ids, output_hidden_states=True)
+    def forward(self, input_ids: Tensor, embedding_index: Tensor, embeddings: Tensor) -> tuple[Tensor, ...]:
+        def replace(_module: torch.nn.Module, _inputs: Any, tokens: Tensor) -> Tensor:
+            vectors = torch.nn.functional.embedding((embedding_index - 1).clamp(min=0), embeddings)
+            return torch.where((embedding_index > 0).unsqueeze(-1), vectors, tokens)
+
+        # transformers' CLIP takes ids only: the vectors enter behind its table of tokens.
+        hook = self.model.get_input_embeddings().register_forward_hook(replace)
+        try:
+            output = self.model(input_ids, output_hidden_states=True)
+        finally:
+            hook.remove()
         return (*output.hidden_states, output.text_embeds) if self.projects else tuple(output.hidden_states)
 
 
@@ -180,7 +193,12 @@ def _text_encoder_graph(model: MetaModel, tokens: int, where: str) -> Graph:
     outputs = [Output(f"hidden_states.{i}", hidden) for i in range(config["num_hidden_layers"] + 1)]
     if projects:
         outputs.append(Output("text_embeds", ("prompts", config["projection_dim"])))
-    inputs = (Input("input_ids", (Axis("prompts", 2), tokens), torch.int64),)
+    prompts = Axis("prompts", 2)
+    inputs = (
+        Input("input_ids", (prompts, tokens), torch.int64),
+        Input("embedding_index", (prompts, tokens), torch.int64),
+        Input("embeddings", (Axis("vectors", 3), config["hidden_size"])),
+    )
     return Graph("text_encoder", _TextEncoder(model.module, projects=projects), inputs, tuple(outputs))
 
 

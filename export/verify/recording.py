@@ -29,6 +29,7 @@ PROMPTS = (
     "",
     "Ein Fjord im Nebel, oil on canvas; " * 12,
 )
+TOKEN_SPREAD = np.float32(0.02)
 GUIDANCE_SCALE, AESTHETIC_SCORES = 5.0, (6.0, 2.5)
 # Fractions of the training timesteps at which the UNets run; as in SDXL, the refiner takes over below a fifth.
 BASE_GRID, REFINER_GRID = (0.999, 0.7513, 0.5007, 0.2502), (0.1498, 0.0503)
@@ -107,12 +108,25 @@ class Recording:
         tokenizer = self._stages[stage_name].tokenizer_of(role)
         ids = np.stack([_ids(tokenizer, prompt) for prompt in PROMPTS])
         done = next((call for call in tape.calls if np.array_equal(call.inputs["input_ids"], ids)), None)
-        outputs = done.outputs if done else tape(f"{len(PROMPTS)} prompts of the {stage_name}", input_ids=ids)
+        width = self._stages[stage_name].models[role].config["hidden_size"]
+        outputs = done.outputs if done else tape(
+            f"{len(PROMPTS)} prompts of the {stage_name}", input_ids=ids, embedding_index=np.zeros_like(ids),
+            embeddings=np.zeros((1, width), np.float32),
+        )  # fmt: skip
         states = [value for name, value in outputs.items() if name.startswith("hidden_states.")]
         pooled = outputs.get("text_embeds")
         self._embeds[stage_name, role] = {"hidden": states[-2]} | ({} if pooled is None else {"pooled": pooled})
         if done is None:
-            tape(f"one prompt of the {stage_name}", input_ids=ids[:1])
+            index, vectors = self._embedding(ids[:1].shape, width)
+            tape(f"one prompt of the {stage_name} with an embedding", input_ids=ids[:1], embedding_index=index,
+                 embeddings=vectors)  # fmt: skip
+
+    def _embedding(self, shape: tuple[int, ...], width: int) -> tuple[Array, Array]:
+        """Return an index with two vectors behind the start of a prompt, and vectors of the spread of tokens'."""
+        index = np.zeros(shape, np.int64)
+        index[:, 1:3] = (2, 1)
+        rng = np.random.default_rng(self._seed)
+        return index, TOKEN_SPREAD * rng.standard_normal((2, width), dtype=np.float32)
 
     def _denoise(self, tape: _Tape, stage_name: str) -> None:
         steps = _steps(stage_name, alone="refiner" not in self._stages)

@@ -1,19 +1,22 @@
-"""What a request says about adapters: LoRAs by file, by name and in prompts."""
+"""What a request says about adapters: LoRAs and embeddings by file, by name and in prompts."""
 
 from typing import TYPE_CHECKING
 
 from sdxl_trt.engines.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from sdxl_trt.runtime.adapters.embedding_file import ENCODERS, Embedding, EncoderName, read_embedding
+    from sdxl_trt.runtime.adapters.embeddings import NO_EMBEDDINGS, EmbeddingFact, Embeddings
     from sdxl_trt.runtime.adapters.folder import find_named
     from sdxl_trt.runtime.adapters.loras import (
-        MOST_LORAS, REFINER_NOTE, LoraFact, SettledLoras, find_lora, find_recorded, lora_file,
-        settle_loras,
+        MOST_LORAS, REFINER_NOTE, LoraFact, SettledLoras, find_lora, find_recorded, lora_file, settle_loras,
     )
     from sdxl_trt.runtime.adapters.tags import split_tags, tags_of
     from sdxl_trt.runtime.adapters.use import LoraUse, parse_use
 else:
     __getattr__ = lazy_names(__name__, {
+        "embedding_file": ("ENCODERS", "Embedding", "EncoderName", "read_embedding"),
+        "embeddings": ("NO_EMBEDDINGS", "EmbeddingFact", "Embeddings"),
         "folder": ("find_named",),
         "loras": (
             "MOST_LORAS", "REFINER_NOTE", "LoraFact", "SettledLoras", "find_lora", "find_recorded", "lora_file",
@@ -24,6 +27,7 @@ else:
     })
 
 __all__ = [
-    "MOST_LORAS", "REFINER_NOTE", "LoraFact", "LoraUse", "SettledLoras", "find_lora", "find_named", "find_recorded",
-    "lora_file", "parse_use", "settle_loras", "split_tags", "tags_of",
+    "ENCODERS", "MOST_LORAS", "NO_EMBEDDINGS", "REFINER_NOTE", "Embedding", "EmbeddingFact", "Embeddings",
+    "EncoderName", "LoraFact", "LoraUse", "SettledLoras", "find_lora", "find_named", "find_recorded", "lora_file",
+    "parse_use", "read_embedding", "settle_loras", "split_tags", "tags_of",
 ]

@@ -138,6 +138,7 @@ def _request(arguments: argparse.Namespace) -> "Request":
         **stated_settings(arguments),
         latents=load_latents(arguments.latents),
         image=_image_given(arguments),
+        embedding_dir=arguments.embedding_dir,
         lora_dir=arguments.lora_dir,
         mask=_mask_given(arguments),
         refine=arguments.refine is not None,
@@ -219,7 +220,8 @@ def _changed(request: "Request", arguments: argparse.Namespace) -> "Request":
     beside = {name: value for name, value in stated_settings(arguments).items()
               if settings_of(Request)[name].workflow == "beside"}  # fmt: skip
     beside["tile"] |= request.tile
-    return replace(request, **beside, latents=load_latents(arguments.latents))
+    files = {"latents": load_latents(arguments.latents), "embedding_dir": arguments.embedding_dir}
+    return replace(request, **beside, **files)
 
 
 def _check_chain(arguments: argparse.Namespace) -> None:

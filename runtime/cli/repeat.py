@@ -3,13 +3,13 @@
 __all__ = ["repeated"]
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
 from sdxl_trt.engines import UsageError
 from sdxl_trt.engines.host import sha256_file
-from sdxl_trt.runtime.adapters import LoraUse, find_recorded
+from sdxl_trt.runtime.adapters import EmbeddingFact, LoraUse, find_named, find_recorded
 from sdxl_trt.runtime.cli.options import make_parser
 from sdxl_trt.runtime.pipeline import ImageSettings, read_settings
 from sdxl_trt.runtime.request import Request, settings_of
@@ -46,6 +46,7 @@ def repeated(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments.made_with = settings.bundle
     if settings.injected_latents and arguments.latents is None:
         raise UsageError(f"--from {source}: was made from noise of its own; give that with --latents FILE.npy")
+    _take_embeddings(arguments, settings, source)
     if not settings.workflow:
         _take_handoff(arguments, settings)
         _take_image(arguments, settings, source)
@@ -117,6 +118,41 @@ def _take_loras(arguments: argparse.Namespace, settings: ImageSettings, source: 
         if not settings.workflow:
             scales = [(fact.scale, fact.text_scale) for fact in facts]
             setattr(arguments, name, [LoraUse(str(path), *own) for path, own in zip(paths, scales, strict=True)])
+
+
+def _take_embeddings(arguments: argparse.Namespace, settings: ImageSettings, source: Path) -> None:
+    """Find the embeddings of the prompts that are repeated, unchanged, and the folder that they lie in.
+
+    That is `--embedding-dir`, or without it the picture's folder or the current one.
+    """
+    texts = [getattr(arguments, name) or "" for name in ("prompt", "prompt_2", "negative", "negative_2")]
+    wanted = [fact for fact in settings.embeddings if settings.workflow or any(map(_naming(fact), texts))]
+    if not wanted:
+        return
+    folders = [source.parent, Path()] if arguments.embedding_dir is None else [arguments.embedding_dir]
+    for folder in folders:
+        if all(_holds_embedding(folder, fact) for fact in wanted):
+            arguments.embedding_dir = folder
+            return
+    given = arguments.embedding_dir
+    first = next(fact for fact in wanted if not _holds_embedding(folders[0], fact))
+    place = "beside it" if given is None else f"in {given}"
+    raise UsageError(f"--from {source}: was made with the embedding {first.name[:100]!r}, which is not {place} as it"
+                     " was; give the folder that has it with --embedding-dir DIR")  # fmt: skip
+
+
+def _naming(fact: EmbeddingFact) -> Callable[[str], bool]:
+    """Return whether a prompt names an embedding of this file name."""
+    stem = PurePath(fact.name).stem
+    return lambda text: f"embedding:{stem}" in text or f"/{stem}" in text
+
+
+def _holds_embedding(folder: Path, fact: EmbeddingFact) -> bool:
+    """Return whether `folder` has the file of a record, unchanged; another of its name is refused with the prompts."""
+    if PurePath(fact.name).name != fact.name:
+        return False
+    found = find_named(folder, fact.name, f"--from: embedding {fact.name[:100]!r}")
+    return any(_holds(path, fact.sha256) for path in found)
 
 
 def _holds(path: Path, sha256: str | None) -> bool:

@@ -85,7 +85,9 @@ def _stages(request: ResolvedRequest) -> tuple[StageName, ...]:
 
 def _fits_nodes(asked: Request) -> bool:
     """Return whether a request has only settings that nodes have; one that comes from a graph always passes."""
-    without = [each for each in settings_of(Request).values() if each.workflow in ("beside", "reads")]
+    # A folder in which names are looked up is no setting of a picture: the names are in the graph.
+    without = [each for each in settings_of(Request).values()
+               if each.workflow in ("beside", "reads") and each.record != "no"]  # fmt: skip
     return all(each.is_default(getattr(asked, each.name)) for each in without) or asked.base_sides is not None
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdxl_trt.engines import UsageError
-from sdxl_trt.runtime.adapters import MOST_LORAS, LoraFact
+from sdxl_trt.runtime.adapters import MOST_LORAS, EmbeddingFact, LoraFact
 from sdxl_trt.runtime.comfyui import write_workflow
 from sdxl_trt.runtime.images import SETTINGS, BundleName, Fit, Picture, bundle_name, read_texts
 from sdxl_trt.runtime.pipeline.run import Run
@@ -25,6 +25,8 @@ _SETTINGS = settings_of(Request).values()
 MAX_TEXT = 1 << 20
 MAX_SETTINGS = 8 * MAX_TEXT
 MOST_AXES = 2
+MOST_EMBEDDINGS = 1 << 14
+"""More than the prompts of a run name."""
 _LIMITS = {str: {"max_length": MAX_TEXT}, int: {"ge": -1, "le": 1 << 20}, float: {"ge": -1e6, "le": 1e6}}
 """What a record may hold of a setting whose declaration has no range."""
 
@@ -43,6 +45,8 @@ class _Facts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """How the image was brought to the size; "cover" if a size was requested."""
     workflow: bool = False
     """Whether a workflow requested what these settings do not hold."""
+    embeddings: Annotated[tuple[EmbeddingFact, ...], msgspec.Meta(max_length=MOST_EMBEDDINGS)] = ()
+    """The embeddings that its prompts name."""
     loras: Annotated[tuple[LoraFact, ...], msgspec.Meta(max_length=MOST_LORAS)] = ()
     """The LoRAs of the base, in order; those in prompts too."""
     refiner_loras: Annotated[tuple[LoraFact, ...], msgspec.Meta(max_length=MOST_LORAS)] = ()
@@ -163,6 +167,8 @@ def _further(run: Run) -> dict[str, Any]:
     if run.request.comfyui and len(run.request.seeds) > 1:
         # Pictures of one batch share a stream of noise: they are made again together.
         found["count"] = len(run.request.seeds)
+    if run.request.embeddings:
+        found["embeddings"] = msgspec.to_builtins(run.request.embeddings)
     if run.manifest is not None:
         found["bundle"] = msgspec.to_builtins(bundle_name(run.manifest, refined=run.request.uses_refiner))
     return found

@@ -253,6 +253,11 @@ class Request:
         " (<lora:NAME:SCALE>) and in workflows", group=_PICTURE, metavar="DIR", is_file=True, record="no",
         workflow="replaces",
     )  # fmt: skip
+    embedding_dir: "Path | None" = setting(
+        None, help="folder, with its sub-folders, of the textual inversion embeddings that prompts name"
+        " (embedding:NAME)",
+        group=_PICTURE, metavar="DIR", is_file=True, record="no", workflow="beside",
+    )  # fmt: skip
     compat: Literal["diffusers", "comfyui"] = setting(
         "diffusers", help="whose conventions to follow for noise, prompt weights, timesteps and pixels (diffusers)",
         choices=("diffusers", "comfyui"), group=_COMFYUI, workflow="replaces",

@@ -14,11 +14,12 @@ from sdxl_trt.engines import UsageError
 from sdxl_trt.engines.adapters import ScaledLora
 from sdxl_trt.engines.bundle import Bundle, Manifest, Scheduler
 from sdxl_trt.engines.plans import PlanLimits
-from sdxl_trt.runtime.adapters import LoraFact
+from sdxl_trt.runtime.adapters import EmbeddingFact, LoraFact
 from sdxl_trt.runtime.diffusion import Guidance, guided_span
 from sdxl_trt.runtime.diffusion.samplers import sampler_names
 from sdxl_trt.runtime.diffusion.schedules import Schedule
 from sdxl_trt.runtime.images import Fit, InputPicture, Overlay, as_input, check_input
+from sdxl_trt.runtime.request.embeddings import check_sides, embedding_facts, open_embeddings
 from sdxl_trt.runtime.request.handoff import StageRanges, StepRange
 from sdxl_trt.runtime.request.loras import settled_loras, without_tags
 from sdxl_trt.runtime.request.masking import Masking, check_masking, masking_of, settle_masking, takes_mask
@@ -77,6 +78,8 @@ class ResolvedRequest:
     """What a record says of each of them."""
     notes: tuple[str, ...] = ()
     """Sentences for the user on what has no effect, to be said once."""
+    embeddings: tuple[EmbeddingFact, ...] = ()
+    """What a record says of the embeddings that the prompts name."""
 
     @property
     def comfyui(self) -> bool:
@@ -151,7 +154,7 @@ def resolve_request(
     """Settle every default of `request` for a bundle with `manifest`, within what its plans take, if there are any.
 
     `bundle` is needed for a request with LoRAs. Raises UsageError, and SizeError for sizes; the message names what
-    would do. Raises SourceError, CorruptError and IncompatibleError for LoRAs.
+    would do. Raises SourceError, CorruptError and IncompatibleError for LoRAs and embeddings.
     """
     request, notes = without_tags(request)
     if request.sampler == "auto":
@@ -171,8 +174,10 @@ def resolve_request(
     asked = (request.height, request.width)
     size = picture_size(asked, shape, manifest, limits, refined=cuts.refiner is not None,
                         picture=None if image is None else image.size, outpaint=request.outpaint)  # fmt: skip
-    loras = settled_loras(request, bundle, _running(cuts, manifest))
-    sides = resolve_sides(request, manifest, size, loras)
+    loras, embeddings = settled_loras(request, bundle, _running(cuts, manifest)), open_embeddings(request.embedding_dir)
+    sides = resolve_sides(request, manifest, size, loras, embeddings)
+    running = {name: both for name, both in sides.items() if name == "base" or cuts.refiner is not None}
+    check_sides(running, manifest, comfyui=request.comfyui)
     count = request.count or (shape[0] if shape else None) or 1
     seed = secrets.randbits(DRAWN_SEED_BITS) if request.seed is None else request.seed
     fit: Fit = "cover" if asked != (None, None) else "crop" if request.comfyui else "scale"
@@ -205,6 +210,7 @@ def resolve_request(
         loras=loras.by_stage,
         lora_facts=loras.facts,
         notes=(*notes, *loras.notes),
+        embeddings=embedding_facts(embeddings),
     )
 
 

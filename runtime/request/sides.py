@@ -8,6 +8,7 @@ from typing import Literal
 
 from sdxl_trt.engines import UsageError
 from sdxl_trt.engines.bundle import Manifest, Stage
+from sdxl_trt.runtime.adapters import NO_EMBEDDINGS, Embeddings
 from sdxl_trt.runtime.diffusion import MicroConditions
 from sdxl_trt.runtime.request.loras import StageLoras
 from sdxl_trt.runtime.request.request import Request
@@ -56,12 +57,13 @@ class ResolvedSide:
 
 
 def resolve_sides(
-    settings: Request, manifest: Manifest, size: Pair, loras: StageLoras
+    settings: Request, manifest: Manifest, size: Pair, loras: StageLoras, embeddings: Embeddings = NO_EMBEDDINGS
 ) -> Mapping[StageName, tuple[ResolvedSide, ResolvedSide]]:
     """Return the (positive, negative) conditioning of every stage for a picture of `size` (height, width).
 
     As in diffusers, a missing negative is zeroed if the stage's config says so, and only the positive skips layers;
-    in ComfyUI's way it is "", and both skip. Prompts have the LoRAs of their encoders. Raises UsageError.
+    in ComfyUI's way it is "", and both skip. Prompts have the LoRAs of their encoders, and may name `embeddings`.
+    Raises UsageError.
     """
     comfyui = settings.comfyui
     _check(settings, manifest)
@@ -78,7 +80,7 @@ def resolve_sides(
             Side(text=settings.negative or "", text_2=settings.negative_2 or settings.negative or "", zeroed=zeroed),
         )
         positive, negative = own[name] or usual
-        given = _Given(settings, size, name, loras)
+        given = _Given(settings, size, name, loras, embeddings)
         told[name] = (
             _settled(positive, given, settings.clip_skip),
             _settled(negative, given, settings.clip_skip if comfyui else 0),
@@ -94,6 +96,7 @@ class _Given:
     size: Pair
     stage: StageName
     loras: StageLoras
+    embeddings: Embeddings
 
 
 def _settled(side: Side, given: _Given, clip_skip: int) -> ResolvedSide:
@@ -114,7 +117,7 @@ def _settled(side: Side, given: _Given, clip_skip: int) -> ResolvedSide:
     )
     combined = tuple(_settled(each, given, clip_skip) for each in side.combined)
     skipped = clip_skip if side.clip_skip is None else side.clip_skip
-    prompt = Prompt(side.text, side.text_2, skipped, given.loras.of(given.stage, side))
+    prompt = Prompt(side.text, side.text_2, skipped, given.loras.of(given.stage, side), given.embeddings)
     return ResolvedSide(prompt, micro, side.zeroed, mixes, combined)
 
 

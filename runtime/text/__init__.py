@@ -5,12 +5,20 @@ from typing import TYPE_CHECKING
 from sdxl_trt.engines.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from sdxl_trt.runtime.text.encoder import PENULTIMATE, Prompt, PromptEmbeds, PromptEncoder
+    from sdxl_trt.runtime.text.encoder import PENULTIMATE, PromptEmbeds, PromptEncoder
+    from sdxl_trt.runtime.text.named import check_embeddings
+    from sdxl_trt.runtime.text.prompt import Prompt
     from sdxl_trt.runtime.text.tokenizer import PromptTokenizer
+    from sdxl_trt.runtime.text.vectors import encoder_inputs
 else:
     __getattr__ = lazy_names(__name__, {
-        "encoder": ("PENULTIMATE", "Prompt", "PromptEmbeds", "PromptEncoder"),
+        "encoder": ("PENULTIMATE", "PromptEmbeds", "PromptEncoder"),
+        "named": ("check_embeddings",),
+        "prompt": ("Prompt",),
         "tokenizer": ("PromptTokenizer",),
+        "vectors": ("encoder_inputs",),
     })
 
-__all__ = ["PENULTIMATE", "Prompt", "PromptEmbeds", "PromptEncoder", "PromptTokenizer"]
+__all__ = [
+    "PENULTIMATE", "Prompt", "PromptEmbeds", "PromptEncoder", "PromptTokenizer", "check_embeddings", "encoder_inputs",
+]

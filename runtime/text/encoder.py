@@ -1,6 +1,6 @@
 """Encode prompts to the embeddings that condition a UNet."""
 
-__all__ = ["Prompt", "PromptEmbeds", "PromptEncoder"]
+__all__ = ["PromptEmbeds", "PromptEncoder"]
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -10,34 +10,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdxl_trt.engines import Engine, UsageError, numpy_dtype
-from sdxl_trt.engines.adapters import ScaledLora, Use, adapted, name_of
+from sdxl_trt.engines.adapters import Use, adapted, name_of
 from sdxl_trt.engines.bundle import Manifest, Stage, TextEncoder, Tokenizer
-from sdxl_trt.engines.plans import MAX_ROWS_OF_PROMPTS
+from sdxl_trt.engines.plans import MAX_ROWS_OF_PROMPTS, MAX_VECTORS
 from sdxl_trt.engines.residency import EnginePool
+from sdxl_trt.runtime.adapters import Embedding, Embeddings, EncoderName
+from sdxl_trt.runtime.text.named import read_by
+from sdxl_trt.runtime.text.placeholders import has_words, row_of, split_placeholders
+from sdxl_trt.runtime.text.prompt import Prompt
 from sdxl_trt.runtime.text.tokenizer import PromptTokenizer
-from sdxl_trt.runtime.text.weighting import Chunk, chunked, parse_weights, weigh, without_embeddings
+from sdxl_trt.runtime.text.vectors import Placed, Vector, encoder_inputs
+from sdxl_trt.runtime.text.weighting import Chunk, chunked, empty_chunk, parse_weights, weigh, with_embeddings
 
 log = logging.getLogger("sdxl_trt.runtime")
 # The penultimate layer, before the final normalization: SDXL's UNets were trained on it.
 PENULTIMATE = -2
 CUT_SHOWN = 200
+_UNKNOWN_END = 2
+"""The eos_token_id in the configs of SDXL's encoders, for which transformers pools at a row's largest id."""
 MAX_WEIGHT = 10_000.0
 """ComfyUI has no limit, but a prompt exceeds the range of fp16 far below this one."""
 MAX_CHUNKS = 16
 """ComfyUI has no limit, but attention over a prompt of book length takes all memory."""
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt, the second encoder's prompt, and how many final layers are skipped in addition to SDXL's one.
-
-    `loras` are those of the encoders that read it.
-    """
-
-    text: str
-    text_2: str
-    clip_skip: int = 0
-    loras: tuple[ScaledLora, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -74,6 +68,7 @@ class _Row:
     component: Use
     ids: tuple[int, ...]
     clip_skip: int
+    vectors: Placed = ()
 
 
 @dataclass(frozen=True)
@@ -110,7 +105,19 @@ class _Text:
         return max((float(weight) for chunk in self.chunks for weight in chunk.weights), key=abs)
 
     def _row(self, chunk: Chunk) -> _Row:
-        return _Row(self.component, tuple(chunk.ids.tolist()), self.clip_skip)
+        return _Row(self.component, tuple(chunk.ids.tolist()), self.clip_skip, chunk.vectors)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What a text for an encoder is made of: equal ones are tokenized once. `name` is ComfyUI's name of the encoder."""
+
+    encoder: TextEncoder
+    use: Use
+    name: EncoderName
+    text: str
+    clip_skip: int
+    embeddings: Embeddings
 
 
 class PromptEncoder:
@@ -133,9 +140,8 @@ class PromptEncoder:
         """
         for stage in {id(stage): stage for stage, _ in wanted if weighted}.values():
             _check_as_comfyui(stage, self._pool.bundle.manifest)
-        if weighted:
-            _warn_of_embeddings(wanted)
-        known: _Known = {}
+        _warn_of_embeddings(wanted, weighted=weighted)
+        known: dict[_Source, _Text] = {}
         texts = [self._texts(stage, prompt, known, weighted=weighted) for stage, prompt in wanted]
         done = self._run_all(dict.fromkeys(row for parts in texts for text in parts for row in text.rows), next_engine)
         joined = [
@@ -146,27 +152,64 @@ class PromptEncoder:
             self._check_range(stage, parts, embeds)
         return joined
 
-    def _texts(self, stage: Stage, prompt: Prompt, known: "_Known", *, weighted: bool) -> list[_Text]:
+    def _texts(self, stage: Stage, prompt: Prompt, known: dict[_Source, _Text], *, weighted: bool) -> list[_Text]:
         """Return a prompt's texts for the encoders of a stage, padded to equally many chunks; `known` caches texts."""
         texts = []
-        for encoder, text in zip(stage.text_encoders, (prompt.text, prompt.text_2), strict=False):
-            key = (encoder, adapted(encoder.component, prompt.loras), text, prompt.clip_skip)
-            if key not in known:
-                known[key] = self._text(*key, weighted=weighted)
-            texts.append(known[key])
+        for encoder, name, text in read_by(stage, prompt):
+            use = adapted(encoder.component, prompt.loras)
+            source = _Source(encoder, use, name, text, prompt.clip_skip, prompt.embeddings)
+            if source not in known:
+                known[source] = self._text(source, weighted=weighted)
+            texts.append(known[source])
         return [text.padded(max(len(each.chunks) for each in texts)) for text in texts]
 
-    def _text(self, encoder: TextEncoder, use: Use, text: str, clip_skip: int, *, weighted: bool) -> _Text:
-        tokenizer = self._tokenizer(encoder.tokenizer)
-        (empty,) = chunked([], tokenizer.spec, tokenizer.pieces)
+    def _text(self, source: _Source, *, weighted: bool) -> _Text:
+        component, spec = source.encoder.component, self._tokenizer(source.encoder.tokenizer).spec
+        empty = empty_chunk(spec)
         if weighted:
-            # The second encoder's own tokenizer treats every "!" as padding.
-            words = self._tokenizer(self._pool.bundle.manifest.base.text_encoders[0].tokenizer)
-            chunks = _weighted_chunks(text, tokenizer.spec, words)
+            chunks = self._weighted_chunks(source, spec)
+        elif any(piece.embedding for piece in split_placeholders(source.text, source.embeddings)):
+            chunks = [self._row_with_embeddings(source)]
         else:
-            _warn_of_cut(encoder.component, text, tokenizer)
-            chunks = [Chunk(tokenizer.ids(text), empty.weights)]
-        return _Text(use, clip_skip, tuple(chunks), empty)
+            tokenizer = self._tokenizer(source.encoder.tokenizer)
+            _warn_of_cut(component, source.text, tokenizer)
+            chunks = [Chunk(tokenizer.ids(source.text), empty.weights)]
+        return _Text(source.use, source.clip_skip, tuple(chunks), empty)
+
+    def _weighted_chunks(self, source: _Source, frame: Tokenizer) -> list[Chunk]:
+        """Return the chunks of a text in ComfyUI's syntax. Raises UsageError for extreme weights and lengths."""
+        # The second encoder's own tokenizer treats every "!" as padding.
+        words = self._tokenizer(self._pool.bundle.manifest.base.text_encoders[0].tokenizer)
+        segments, _ = with_embeddings(parse_weights(source.text), source.embeddings)
+        for weight in (segment.weight for segment in segments):
+            if not abs(weight) <= MAX_WEIGHT:  # also refuses nan
+                raise UsageError(f"a weight of {weight:g} in the prompt; choose {-MAX_WEIGHT:g} to {MAX_WEIGHT:g}")
+        chunks = chunked(segments, frame, words.pieces, lambda embedding: self._vectors(embedding, source))
+        if len(chunks) > MAX_CHUNKS:
+            raise UsageError(f"a prompt takes {len(chunks)} chunks of {frame.max_length} tokens; shorten it to"
+                             f" {MAX_CHUNKS}")  # fmt: skip
+        return chunks
+
+    def _row_with_embeddings(self, source: _Source) -> Chunk:
+        """Return the row of a text whose placeholders are replaced as in diffusers; warn of what is cut off."""
+        component, tokenizer = source.encoder.component, self._tokenizer(source.encoder.tokenizer)
+        config = self._pool.bundle.manifest.components[component].config
+        row, cut = row_of(
+            split_placeholders(source.text, source.embeddings), lambda embedding: self._vectors(embedding, source),
+            tokenizer.spec, tokenizer.pieces, at_largest=config.get("eos_token_id") == _UNKNOWN_END,
+        )  # fmt: skip
+        if cut:
+            log.warning("%s: a prompt is longer than %d tokens; its last %d are cut off: %s", component,
+                        tokenizer.spec.max_length, cut, source.text[-CUT_SHOWN:])  # fmt: skip
+        return row
+
+    def _vectors(self, embedding: Embedding, source: _Source) -> list[Vector | None]:
+        """Return an embedding's vectors for the encoder of `source`, or as many None if the file has none for it."""
+        spec = self._pool.bundle.manifest.components[source.encoder.component].input("embeddings")
+        fits = embedding.vectors(source.name, int(spec.shape[-1])) is not None
+        return [
+            Vector(embedding, source.name, row) if fits else None for row in range(len(embedding.found_by(source.name)))
+        ]
 
     def _tokenizer(self, name: str) -> PromptTokenizer:
         if name not in self._tokenizers:
@@ -188,19 +231,15 @@ class PromptEncoder:
         done: dict[_Row, PromptEmbeds] = {}
         order = self._order(list(by_use))
         for use, after in zip(order, [*order[1:], next_engine], strict=True):
-            distinct = by_use[use]
             (engine,) = self._pool.phase(use, next_engines=(after,))
-            for start in range(0, len(distinct), MAX_ROWS_OF_PROMPTS):
-                done |= _run(engine, distinct[start : start + MAX_ROWS_OF_PROMPTS])
+            for together in _calls(by_use[use]):
+                done |= _run(engine, together)
         return done
 
     def _order(self, uses: Sequence[Use]) -> list[Use]:
         """Return `uses` with those of one encoder in a row, the one that is loaded first: the others reload it."""
         names = list(dict.fromkeys(map(name_of, uses)))
         return sorted(uses, key=lambda use: (names.index(name_of(use)), not self._pool.holds(use)))
-
-
-_Known = dict[tuple[TextEncoder, Use, str, int], _Text]
 
 
 def _check_as_comfyui(stage: Stage, manifest: Manifest) -> None:
@@ -221,27 +260,29 @@ def _check_as_comfyui(stage: Stage, manifest: Manifest) -> None:
                          " does, but ComfyUI takes it from the second; use --compat diffusers")  # fmt: skip
 
 
-def _weighted_chunks(text: str, frame: Tokenizer, words: PromptTokenizer) -> list[Chunk]:
-    segments, _ = without_embeddings(parse_weights(text))
-    for weight in (segment.weight for segment in segments):
-        if not abs(weight) <= MAX_WEIGHT:  # also refuses nan
-            raise UsageError(f"a weight of {weight:g} in the prompt; choose {-MAX_WEIGHT:g} to {MAX_WEIGHT:g}")
-    chunks = chunked(segments, frame, words.pieces)
-    if len(chunks) > MAX_CHUNKS:
-        raise UsageError(f"a prompt takes {len(chunks)} chunks of {frame.max_length} tokens; shorten it to"
-                         f" {MAX_CHUNKS}")  # fmt: skip
-    return chunks
+def _calls(rows: Sequence[_Row]) -> Iterator[list[_Row]]:
+    """Yield the rows that share a call, at most MAX_ROWS_OF_PROMPTS with MAX_VECTORS different vectors."""
+    together: list[_Row] = []
+    vectors: set[Vector] = set()
+    for row in rows:
+        more = vectors | {vector for _, vector in row.vectors}
+        if len(together) == MAX_ROWS_OF_PROMPTS or len(more) > MAX_VECTORS:
+            yield together
+            together, more = [], {vector for _, vector in row.vectors}
+        together, vectors = [*together, row], more
+    if together:
+        yield together
 
 
-def _warn_of_embeddings(wanted: Sequence[tuple[Stage, Prompt]]) -> None:
-    """Warn once of each embedding that the prompts name."""
-    read = dict.fromkeys(
-        text
-        for stage, prompt in wanted
-        for _, text in zip(stage.text_encoders, (prompt.text, prompt.text_2), strict=False)
-    )
-    for name in dict.fromkeys(name for text in read for name in without_embeddings(parse_weights(text))[1]):
-        log.warning("embedding:%s is left out: embeddings are not supported; describe it in words", name[:CUT_SHOWN])
+def _warn_of_embeddings(wanted: Sequence[tuple[Stage, Prompt]], *, weighted: bool) -> None:
+    """Warn once of each embedding that the prompts name and that is not used."""
+    read = dict.fromkeys((text, prompt.embeddings) for stage, prompt in wanted for *_, text in read_by(stage, prompt))
+    if weighted:
+        missing = (name for text, own in read for name in with_embeddings(parse_weights(text), own)[1])
+        for name in dict.fromkeys(missing):
+            log.warning("embedding:%s is left out: --embedding-dir names no folder that has it", name[:CUT_SHOWN])
+    elif any(has_words(text) and own.folder is None for text, own in read):
+        log.warning("embedding: in a prompt is read as text; give --embedding-dir, the folder of embeddings")
 
 
 def _warn_of_cut(component: str, text: str, tokenizer: PromptTokenizer) -> None:
@@ -256,7 +297,8 @@ def _run(engine: Engine, rows: Sequence[_Row]) -> dict[_Row, PromptEmbeds]:
     state_of = {row: states[PENULTIMATE - row.clip_skip] for row in rows}
     pooled = [name for name in outputs if name == "text_embeds"]
     ids = np.array([row.ids for row in rows], dtype=np.int64)
-    result = engine.infer({"input_ids": ids}, [*dict.fromkeys(state_of.values()), *pooled])
+    inputs = encoder_inputs(engine.component, ids, [row.vectors for row in rows])
+    result = engine.infer(inputs, [*dict.fromkeys(state_of.values()), *pooled])
     vectors = result["text_embeds"].astype(np.float32) if pooled else np.zeros((len(ids), 0), np.float32)
     return {
         row: PromptEmbeds(result[state][index].astype(np.float32), vectors[index])

@@ -2,10 +2,10 @@
 
 ``(x)`` multiplies the weight by 1.1, also when nested; ``(x:1.3)`` sets it, and the innermost number wins; ``\\(`` is a
 literal parenthesis. Unbalanced parentheses are text in the cases in which ComfyUI (comfy/sd1_clip.py) reads them so.
-``embedding:name`` names a trained embedding; none are supported here, and it is left out like one ComfyUI lacks.
+``embedding:name`` names a trained embedding, whose vectors take the place of tokens; one that is not found is left out.
 """
 
-__all__ = ["Chunk", "Segment", "chunked", "parse_weights", "weigh", "without_embeddings"]
+__all__ = ["Chunk", "Segment", "check_end", "chunked", "empty_chunk", "parse_weights", "weigh", "with_embeddings"]
 
 import re
 from collections.abc import Callable, Sequence
@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 from sdxl_trt.engines import UsageError
 from sdxl_trt.engines.bundle import Tokenizer
+from sdxl_trt.runtime.adapters import Embedding, Embeddings
+from sdxl_trt.runtime.text.vectors import PLACEHOLDER, Placed, Vector
 
 STEP = 1.1
 """The factor on the weight of a pair of parentheses without a number."""
@@ -29,18 +31,23 @@ _OPEN, _CLOSE = "\0\1", "\0\2"
 
 @dataclass(frozen=True)
 class Segment:
-    """A part of a prompt with one weight."""
+    """A part of a prompt with one weight: a text, or an embedding."""
 
     text: str
     weight: float
+    embedding: Embedding | None = None
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """One input row of an encoder: `ids` (max_length,) int64, framed and padded, and each token's weight."""
+    """One input row of an encoder: `ids` (max_length,) int64, framed and padded, each token's weight, and `vectors`.
+
+    A vector replaces the token at its position, whose id is PLACEHOLDER or, where the prompt is pooled, the end's.
+    """
 
     ids: NDArray[np.int64]
     weights: NDArray[np.float32]
+    vectors: Placed = ()
 
 
 def parse_weights(prompt: str) -> list[Segment]:
@@ -96,38 +103,68 @@ def _stated(inner: str) -> tuple[str, float | None]:
     return text, weight
 
 
-def without_embeddings(segments: Sequence[Segment]) -> tuple[list[Segment], list[str]]:
-    """Return the parts of `segments` around embeddings, which ComfyUI tokenizes separately, and the embeddings' names.
+def with_embeddings(segments: Sequence[Segment], embeddings: Embeddings) -> tuple[list[Segment], list[str]]:
+    """Return `segments` with each embedding apart, and the names of those that `embeddings` lacks, which are left out.
 
-    Raises UsageError for an embedding without a name.
+    As in ComfyUI, the texts around an embedding are tokenized separately. Raises UsageError for an embedding without a
+    name, and what `Embeddings.find` raises.
     """
-    parts, names = [], []
+    parts: list[Segment] = []
+    missing: list[str] = []
     for segment in segments:
-        for word in re.split(f"[ \n](?={_EMBEDDING})", segment.text):
-            text = word
-            if word.startswith(_EMBEDDING):
-                name, text = _embedding(word.removeprefix(_EMBEDDING))
-                names.append(name)
-            if text:
-                parts.append(Segment(text, segment.weight))
-    return parts, names
+        for word in re.split(rf"\s(?={_EMBEDDING})", segment.text):
+            if not word.startswith(_EMBEDDING):
+                parts.append(Segment(word, segment.weight))
+                continue
+            found, name, rest = _named(word.removeprefix(_EMBEDDING), embeddings)
+            if found is None:
+                missing.append(name)
+            else:
+                parts.append(Segment("", segment.weight, found))
+            parts.append(Segment(rest, segment.weight))
+    return [part for part in parts if part.text or part.embedding], missing
 
 
-def _embedding(text: str) -> tuple[str, str]:
-    """Return the name that `text` begins with, without commas, and the rest, with runs of blanks reduced to one."""
+def _named(text: str, embeddings: Embeddings) -> tuple[Embedding | None, str, str]:
+    """Return the embedding that `text` begins with the name of, that name, and the rest of the text.
+
+    A name ends at a blank, "<" or "["; commas around it belong to it only if a file has that name. In the rest, runs of
+    blanks are reduced to one.
+    """
     first, *others = text.split() or [""]
-    name, rest = first.strip(","), " ".join(others)
+    name, opened = first, re.search(r"[<\[]", first)
+    if opened is not None:
+        name, others = first[: opened.start()], [first[opened.start() :], *others]
+    stripped, rest = name.strip(","), " ".join(others)
     if not first:
         raise UsageError(f"the prompt has an {_EMBEDDING} without a name; remove it")
-    return name, rest if name == first else f"{first[len(name) :]} {rest}"
+    found = embeddings.find(name)
+    if found is None and stripped != name:
+        found, name, rest = embeddings.find(stripped), stripped, f"{name[len(stripped) :]} {rest}"
+    if found is None:
+        embeddings.refuse_pickled(name)
+    return found, name, rest
 
 
-def chunked(segments: Sequence[Segment], tokenizer: Tokenizer, encode: Callable[[str], list[int]]) -> list[Chunk]:
-    """Return the chunks of a prompt's segments, at least one; `encode` returns the ids of a text without a frame."""
+Token = int | Vector | None
+"""A token's id, a vector in its place, or a place that an embedding for other encoders leaves."""
+
+
+def chunked(
+    segments: Sequence[Segment],
+    tokenizer: Tokenizer,
+    encode: Callable[[str], list[int]],
+    vectors: Callable[[Embedding], Sequence[Vector | None]],
+) -> list[Chunk]:
+    """Return the chunks of a prompt's segments, at least one.
+
+    `encode` returns the ids of a text without a frame, `vectors` an embedding's, each None if this encoder has none.
+    """
     room = tokenizer.max_length - 2
-    chunks: list[list[tuple[int, float]]] = [[]]
+    chunks: list[list[tuple[Token, float]]] = [[]]
     for segment in segments:
-        tokens = [(token, segment.weight) for token in encode(segment.text)]
+        found = encode(segment.text) if segment.embedding is None else vectors(segment.embedding)
+        tokens: list[tuple[Token, float]] = [(token, segment.weight) for token in found]
         splits = len(tokens) >= LONG
         while len(tokens) + len(chunks[-1]) > room:
             taken = room - len(chunks[-1]) if splits else 0
@@ -138,13 +175,34 @@ def chunked(segments: Sequence[Segment], tokenizer: Tokenizer, encode: Callable[
     return [_framed(chunk, tokenizer) for chunk in chunks]
 
 
-def _framed(tokens: list[tuple[int, float]], tokenizer: Tokenizer) -> Chunk:
+def empty_chunk(tokenizer: Tokenizer) -> Chunk:
+    """Return the chunk of a prompt without tokens, which weights are relative to."""
+    return _framed([], tokenizer)
+
+
+def _framed(tokens: list[tuple[Token, float]], tokenizer: Tokenizer) -> Chunk:
+    """Return the chunk of `tokens`.
+
+    Tokens behind an embedding that has no vectors for this encoder move up; their weights do not, in ComfyUI either
+    (SDClipModel.process_tokens counts the places, and then leaves them out).
+    """
     ids = np.full(tokenizer.max_length, tokenizer.pad_id, dtype=np.int64)
     weights = np.ones(tokenizer.max_length, dtype=np.float32)
-    ids[0], ids[len(tokens) + 1] = tokenizer.bos_id, tokenizer.eos_id
-    if tokens:
-        ids[1 : len(tokens) + 1], weights[1 : len(tokens) + 1] = zip(*tokens, strict=True)
-    return Chunk(ids, weights)
+    weights[1 : len(tokens) + 1] = [weight for _, weight in tokens]
+    kept = [token for token, _ in tokens if token is not None]
+    plain = [PLACEHOLDER if isinstance(token, Vector) else token for token in kept]
+    ids[: len(kept) + 2] = [tokenizer.bos_id, *plain, tokenizer.eos_id]
+    placed = tuple((place, token) for place, token in enumerate(kept, start=1) if isinstance(token, Vector))
+    chunk = Chunk(ids, weights, placed)
+    check_end(chunk, tokenizer)
+    return chunk
+
+
+def check_end(chunk: Chunk, tokenizer: Tokenizer) -> None:
+    """Raise UsageError for an end token before a vector: diffusers and ComfyUI would pool such a prompt elsewhere."""
+    last = chunk.vectors[-1][0] if chunk.vectors else 0
+    if (chunk.ids[:last] == tokenizer.eos_id).any():
+        raise UsageError("the prompt has <|endoftext|> before an embedding; remove it")
 
 
 def weigh(hidden: NDArray[np.float32], empty: NDArray[np.float32], weights: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow
 RUN = ("text_encoder", "text_encoder_2", "unet", "refiner_unet", "vae_decoder")
 UNETS = ("unet", "refiner_unet")
 SIZES: dict[str, Any] = {"height": 64, "width": 64, "batch": (1, 1, 2), "tokens": 77}
-LARGEST = {"rows": 4, "pictures": 1, "prompts": 8, "height": 8, "width": 8, "tokens": 77}
+LARGEST = {"rows": 4, "pictures": 1, "prompts": 8, "vectors": 1, "height": 8, "width": 8, "tokens": 77}
 EMBEDDED = read_bundle(bundle_path())
 
 
@@ -51,6 +51,8 @@ def infer(engine: Engine) -> None:
     for spec in engine.component.inputs:
         shape = tuple(LARGEST[axis] if isinstance(axis, str) else axis for axis in spec.shape)
         values = rng.integers(0, 99, shape) if spec.dtype == "int64" else rng.standard_normal(shape)
+        if spec.name == "embedding_index":
+            values %= LARGEST["vectors"] + 1
         inputs[spec.name] = values.astype(numpy_dtype(spec))
     engine.infer(inputs)
 

@@ -9,14 +9,17 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from sdxl_trt.engines.bundle.bundle import read_bundle
 from sdxl_trt.engines.bundle.manifest import TensorSpec, TextEncoder
 from sdxl_trt.engines.engine import Array
 from sdxl_trt.engines.errors import UsageError
 from sdxl_trt.mini.embedded import bundle_path
+from sdxl_trt.runtime.adapters import NO_EMBEDDINGS, Embedding, Embeddings
 from sdxl_trt.runtime.text.encoder import Prompt, PromptEncoder
-from sdxl_trt.runtime.text.weighting import Segment, parse_weights, without_embeddings
+from sdxl_trt.runtime.text.vectors import PLACEHOLDER, Vector
+from sdxl_trt.runtime.text.weighting import Segment, chunked, parse_weights, with_embeddings
 
 RECORDED = Path(__file__).parents[2] / "comfyui"
 PROMPTS: list[dict[str, Any]] = json.loads((RECORDED / "prompts.json").read_bytes())
@@ -30,7 +33,8 @@ class Reader:
 
     def __init__(self, pad: int) -> None:
         names = ("hidden_states.0", "hidden_states.1", "text_embeds")
-        self.component = SimpleNamespace(outputs=[SimpleNamespace(name=name) for name in names])
+        outputs = [SimpleNamespace(name=name) for name in names]
+        self.component = SimpleNamespace(outputs=outputs, takes_embeddings=False)
         self.empty = [49406, 49407, *[pad] * 75]
         self.given: list[list[int]] = []
 
@@ -115,7 +119,7 @@ def test_parentheses_are_parsed_as_in_comfyui() -> None:
     ],
 )
 def test_embeddings_are_left_out(text: str, parts: list[str], names: list[str]) -> None:
-    assert without_embeddings([Segment(text, 1.2)]) == ([Segment(part, 1.2) for part in parts], names)
+    assert with_embeddings([Segment(text, 1.2)], NO_EMBEDDINGS) == ([Segment(part, 1.2) for part in parts], names)
 
 
 def test_an_embedding_that_is_left_out_is_warned_of_once(encode: Encoding, caplog: pytest.LogCaptureFixture) -> None:
@@ -123,6 +127,72 @@ def test_an_embedding_that_is_left_out_is_warned_of_once(encode: Encoding, caplo
     assert [record.getMessage().split(" is ")[0] for record in caplog.records] == ["embedding:ink"]
     with pytest.raises(UsageError, match="an embedding: without a name"):
         encode("a embedding:", "")
+
+
+@pytest.fixture(scope="module")
+def embeddings(tmp_path_factory: pytest.TempPathFactory) -> Embeddings:
+    folder = tmp_path_factory.mktemp("embeddings")
+    for name in ("ink", "oil,", "styles/old"):
+        path = folder / f"{name}.safetensors"
+        path.parent.mkdir(exist_ok=True)
+        save_file({"clip_l": np.ones((2, 4), np.float32)}, path)
+    return Embeddings(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "parts", "names"),
+    [
+        ("a embedding:ink fox", ["a", "<ink>", "fox"], []),
+        ("embedding:ink", ["<ink>"], []),
+        ("a fox,\tembedding:ink, blurry", ["a fox,", "<ink>", ", blurry"], []),
+        ("embedding:ink,,  red   fox", ["<ink>", ",, red fox"], []),
+        ("embedding:oil, fox", ["<oil,>", "fox"], []),
+        ("embedding:styles/old.safetensors embedding:ink", ["<old>", "<ink>"], []),
+        ("embedding:ink[0.5] fox", ["<ink>", "[0.5] fox"], []),
+        ("embedding:ink<x> fox", ["<ink>", "<x> fox"], []),
+        ("embedding:ink. fox", ["fox"], ["ink."]),
+        ("embedding:../ink fox embedding:a:b", ["fox"], ["../ink", "a:b"]),
+        ("fox,embedding:ink", ["fox,embedding:ink"], []),
+    ],
+)
+def test_embeddings_are_found_where_comfyui_finds_them(
+    text: str, parts: list[str], names: list[str], embeddings: Embeddings
+) -> None:
+    found, missing = with_embeddings([Segment(text, 1.2)], embeddings)
+    shown = [f"<{part.embedding.name.removesuffix('.safetensors')}>" if part.embedding else part.text for part in found]
+    assert (shown, missing) == (parts, names)
+    assert {part.weight for part in found} <= {1.2}
+
+
+def _chunks(segments: list[Segment], fits: bool) -> list[Any]:
+    spec = read_bundle(bundle_path()).manifest.tokenizers["tokenizer"]
+
+    def vectors(found: Embedding) -> list[Vector | None]:
+        return [Vector(found, "clip_l", row) if fits else None for row in range(len(found.tensors["clip_l"]))]
+
+    return chunked(segments, spec, lambda text: [5] * len(text.split()), vectors)
+
+
+@pytest.mark.parametrize(("count", "first"), [(7, 0), (8, 3)])
+def test_an_embedding_moves_to_the_next_chunk_or_is_split_like_a_word(count: int, first: int) -> None:
+    long = Embedding("a", "0" * 64, {"clip_l": np.ones((count, 4), np.float32)})
+    chunks = _chunks([Segment("a " * 72, 1.0), Segment("", 1.3, long), Segment("fox", 1.0)], fits=True)
+    assert [len(chunk.vectors) for chunk in chunks] == [first, count - first]
+    assert [vector.row for chunk in chunks for _, vector in chunk.vectors] == list(range(count))
+    assert [place for place, _ in chunks[1].vectors] == list(range(1, 1 + count - first))
+    for chunk in chunks:
+        weighted = {place for place, _ in chunk.vectors}
+        assert set(np.flatnonzero(chunk.weights != 1).tolist()) == weighted
+        assert (chunk.ids[[*weighted]] == PLACEHOLDER).all()
+
+
+def test_an_embedding_for_other_encoders_leaves_its_places_at_the_end() -> None:
+    """ComfyUI leaves the vectors out after it has counted their places: ids move up, weights stay."""
+    other = Embedding("a", "0" * 64, {"clip_l": np.ones((3, 4), np.float32)})
+    (chunk,) = _chunks([Segment("", 1.0, other), Segment("a red", 1.0), Segment("fox", 1.4)], fits=False)
+    assert chunk.ids[:6].tolist() == [49406, 5, 5, 5, 49407, 49407]
+    assert np.flatnonzero(chunk.weights != 1).tolist() == [6]
+    assert chunk.vectors == ()
 
 
 @pytest.mark.parametrize("weight", ["inf", "-inf", "nan", "10001", "-1e30", "1e999"])

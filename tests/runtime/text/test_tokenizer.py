@@ -10,12 +10,16 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
 from sdxl_trt.engines.bundle.bundle import Bundle
 from sdxl_trt.engines.bundle.manifest import Manifest, Scheduler, Stage, Tokenizer, Vae
 from sdxl_trt.engines.bundle.records import FileRecord
 from sdxl_trt.engines.errors import CorruptError, UsageError
+from sdxl_trt.runtime.adapters import Embeddings
+from sdxl_trt.runtime.text.placeholders import row_of, split_placeholders
 from sdxl_trt.runtime.text.tokenizer import PromptTokenizer
+from sdxl_trt.runtime.text.vectors import Vector
 
 WORDS = ["a", "red", "fox", "in", "the", "snow", "blue", "star"]
 SPECIAL = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
@@ -120,6 +124,63 @@ def test_ids_are_transformers(ours: Any, reference: Any, name: str, text: str) -
 def test_any_prompt_has_transformers_ids(ours: Any, reference: Any, text: str) -> None:
     for name in PADS:
         assert ours[name].ids(text).tolist() == reference(name, text)
+
+
+VECTORS = {"ink": 3, "oil": 1}
+NAMED = [f"embedding:{name}" for name in VECTORS]
+
+
+@pytest.fixture(scope="module")
+def embeddings(tmp_path_factory: pytest.TempPathFactory) -> Embeddings:
+    folder = tmp_path_factory.mktemp("embeddings")
+    for name, count in VECTORS.items():
+        save_file({"clip_l": np.full((count, 4), count, np.float32)}, folder / f"{name}.safetensors")
+    return Embeddings(folder)
+
+
+@pytest.fixture(scope="module")
+def extended(sources: Path) -> dict[str, Any]:
+    """Return transformers' tokenizers with the tokens that load_textual_inversion adds."""
+    from transformers import CLIPTokenizer
+
+    loaded: dict[str, Any] = {name: CLIPTokenizer.from_pretrained(sources / name) for name in PADS}
+    for tokenizer in loaded.values():
+        for name, count in VECTORS.items():
+            tokenizer.add_tokens([f"embedding:{name}"] + [f"embedding:{name}_{i}" for i in range(1, count)])
+    return loaded
+
+
+def _read(prompt: str, tokenizer: PromptTokenizer, embeddings: Embeddings) -> list[int | str]:
+    """Return a prompt's row: ids, and the added token in place of each vector."""
+    chunk, _ = row_of(
+        split_placeholders(prompt, embeddings),
+        lambda found: [Vector(found, "clip_l", row) for row in range(len(found.tensors["clip_l"]))],
+        tokenizer.spec, tokenizer.pieces, at_largest=False,
+    )  # fmt: skip
+    row: list[int | str] = chunk.ids.tolist()
+    for place, vector in chunk.vectors:
+        token = f"embedding:{vector.embedding.name.removesuffix('.safetensors')}"
+        row[place] = f"{token}_{vector.row}" if vector.row else token
+    return row
+
+
+@settings(deadline=None, suppress_health_check=NO_SPECIALS, max_examples=150)
+@given(
+    parts=st.lists(st.tuples(st.sampled_from([*WORDS, *NAMED, "RED", "7", "é"]),
+                             st.sampled_from([" ", "  ", ", ", "\n", ".", " (", ") ", "!", ":1.2) "])),
+                   max_size=90)
+)  # fmt: skip
+def test_any_prompt_with_placeholders_has_transformers_ids(
+    ours: Any, extended: Any, embeddings: Embeddings, parts: list[tuple[str, str]]
+) -> None:
+    prompt = "".join(word + gap for word, gap in parts)
+    # What diffusers' maybe_convert_prompt does.
+    expanded = prompt.replace("embedding:ink", "embedding:ink embedding:ink_1 embedding:ink_2")
+    for name in PADS:
+        ids = extended[name](expanded, padding="max_length", max_length=77, truncation=True).input_ids
+        added = extended[name].get_added_vocab()
+        tokens = {number: token for token, number in added.items() if token.startswith("embedding:")}
+        assert _read(prompt, ours[name], embeddings) == [tokens.get(number, number) for number in ids]
 
 
 def test_each_of_the_two_tokenizers_has_its_own_padding(ours: Any) -> None:

@@ -82,30 +82,30 @@ def test_many_unbalanced_parentheses_are_text() -> None:
 
 
 def test_a_short_prompt_is_one_padded_chunk() -> None:
-    (chunk,) = chunked([Segment("3 4", 1.0), Segment("5", 1.5)], TOKENIZER, _encode)
+    (chunk,) = chunked([Segment("3 4", 1.0), Segment("5", 1.5)], TOKENIZER, _encode, list)
     assert chunk.ids.tolist() == [BOS, 3, 4, 5, EOS] + [PAD] * 72
     assert chunk.weights.tolist() == [1, 1, 1, 1.5] + [1] * 73
     assert (chunk.ids.dtype, chunk.weights.dtype) == (np.int64, np.float32)
 
 
 def test_an_empty_prompt_is_one_empty_chunk() -> None:
-    (chunk,) = chunked([], TOKENIZER, _encode)
+    (chunk,) = chunked([], TOKENIZER, _encode, list)
     assert chunk.ids.tolist() == [BOS, EOS] + [PAD] * 75
 
 
 def test_75_tokens_fill_a_chunk_and_one_more_starts_another() -> None:
-    assert len(chunked([Segment(_words(75), 1.0)], TOKENIZER, _encode)) == 1
-    first, second = chunked([Segment(_words(76), 1.0)], TOKENIZER, _encode)
+    assert len(chunked([Segment(_words(75), 1.0)], TOKENIZER, _encode, list)) == 1
+    first, second = chunked([Segment(_words(76), 1.0)], TOKENIZER, _encode, list)
     assert first.ids.tolist() == [BOS, *range(75), EOS]
     assert second.ids.tolist() == [BOS, 75, EOS] + [PAD] * 74
 
 
 def test_a_short_segment_moves_whole_and_a_long_one_is_split() -> None:
     head = Segment(_words(70), 1.0)
-    first, second = chunked([head, Segment(_words(7, 500), 1.2)], TOKENIZER, _encode)
+    first, second = chunked([head, Segment(_words(7, 500), 1.2)], TOKENIZER, _encode, list)
     assert first.ids.tolist() == [BOS, *range(70), EOS] + [PAD] * 5
     assert second.ids[1:8].tolist() == list(range(500, 507))
-    first, second = chunked([head, Segment(_words(8, 500), 1.2)], TOKENIZER, _encode)
+    first, second = chunked([head, Segment(_words(8, 500), 1.2)], TOKENIZER, _encode, list)
     assert first.ids.tolist() == [BOS, *range(70), *range(500, 505), EOS]
     assert second.ids[1:4].tolist() == [505, 506, 507]
     assert second.weights[:5].tolist() == pytest.approx([1, 1.2, 1.2, 1.2, 1])
@@ -117,7 +117,7 @@ def test_no_token_is_lost_or_reordered(lengths: list[tuple[int, float]]) -> None
     for length, weight in lengths:
         segments.append(Segment(_words(length, first), weight))
         first += length
-    chunks = chunked(segments, TOKENIZER, _encode)
+    chunks = chunked(segments, TOKENIZER, _encode, list)
     read = [(token, weight) for chunk in chunks for token, weight in zip(chunk.ids, chunk.weights, strict=True)]
     kept = [(int(token), float(weight)) for token, weight in read if token >= 2000]
     expected = [(token, np.float32(part.weight)) for part in segments for token in _encode(part.text)]

@@ -18,7 +18,7 @@ from sdxl_trt.engines.engine import numpy_dtype
 SIZES: dict[str, int | tuple[int, int, int]] = {
     "height": (16, 32, 48), "width": (16, 32, 48), "batch": (1, 1, 2), "tokens": (77, 77, 154),
 }  # fmt: skip
-AXES = {"rows": 2, "pictures": 1, "prompts": 2, "height": 8, "width": 8, "tokens": 77}
+AXES = {"rows": 2, "pictures": 1, "prompts": 2, "vectors": 1, "height": 8, "width": 8, "tokens": 77}
 STEP = ("sample", "timestep")
 TOLERANCE = 1e-3
 
@@ -85,6 +85,8 @@ def _random_inputs(component: Component, seed: int, **axes: int) -> Inputs:
     for spec in component.inputs:
         shape = [sizes[dim] if isinstance(dim, str) else dim for dim in spec.shape]
         values = rng.integers(0, 99, shape) if spec.dtype == "int64" else rng.standard_normal(shape)
+        if spec.name == "embedding_index":
+            values %= sizes["vectors"] + 1
         inputs[spec.name] = values.astype(numpy_dtype(spec))
     return inputs
 
