@@ -12,11 +12,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 from sdxl_trt.engines import IncompatibleError, SdxlTrtError, UsageError
+from sdxl_trt.engines.adapters import LoraOption, ScaledLora, open_lora
 from sdxl_trt.engines.bundle import (
     FORMAT_NAME,
     FORMAT_VERSION,
     Bundle,
     Component,
+    LoraRecord,
     Manifest,
     read_bundle,
     verify_file,
@@ -38,7 +40,7 @@ from sdxl_trt.export.components import (
     stage_record,
     write_tokenizers,
 )
-from sdxl_trt.export.lora import REFINER_NOTE, LoraOption, ScaledLora, open_lora
+from sdxl_trt.export.lora import REFINER_NOTE
 from sdxl_trt.export.optimum import write_optimum
 from sdxl_trt.export.output import (
     check_target,
@@ -68,6 +70,13 @@ class ExportPlan:
     previous: Bundle | None
     needs: Needs
     note: str = ""
+
+    @property
+    def lora_records(self) -> tuple[LoraRecord, ...]:
+        """Return the manifest's records of the LoRAs."""
+        return tuple(
+            LoraRecord.of(each.lora.name, each.lora.sha256, each.scale, each.text_scale) for each in self.loras
+        )
 
 
 def export_bundle(
@@ -214,7 +223,7 @@ def _make(plan: ExportPlan, folder: Path, options: Options, report: ProgressTrac
         tokenizers=tokenizers,
         base=stages["base"],
         refiner=stages.get("refiner"),
-        loras=tuple(lora.record() for lora in plan.loras),
+        loras=plan.lora_records,
         plans=take_over_plans(plan.previous, records, folder) if plan.previous else (),
         note=plan.note,
     )

@@ -12,11 +12,13 @@ from sdxl_trt.engines.bundle.plan_record import (
 )
 from sdxl_trt.engines.bundle.profile import Axes, Profile, Range, Shape, fixed
 from sdxl_trt.engines.bundle.records import FileRecord, Natural, Positive, Record, Sha256
+from sdxl_trt.engines.bundle.tensor_table import ADAPTERS_FILE, AdapterTable, TensorRecord, read_table
 
 __all__ = [
-    "ANY", "FORMAT_NAME", "FORMAT_VERSION", "MANIFEST", "Axes", "BuildFlags", "Bundle", "Chunks", "Component", "DType",
-    "Edm", "Environment", "FileRecord", "Flavour", "Kind", "LoraRecord", "Manifest", "Natural", "PlanKey", "PlanMemory",
-    "PlanRecord", "Positive", "Precision", "Profile", "Range", "Record", "Scheduler", "Sha256", "Shape", "Source",
-    "Stage", "TensorSpec", "TextEncoder", "Tokenizer", "Vae", "computes_bf16", "fixed", "read_bundle",
-    "run_components", "run_phases", "stand_ins", "verify_file", "write_manifest",
+    "ADAPTERS_FILE", "ANY", "FORMAT_NAME", "FORMAT_VERSION", "MANIFEST", "AdapterTable", "Axes", "BuildFlags", "Bundle",
+    "Chunks", "Component", "DType", "Edm", "Environment", "FileRecord", "Flavour", "Kind", "LoraRecord", "Manifest",
+    "Natural", "PlanKey", "PlanMemory", "PlanRecord", "Positive", "Precision", "Profile", "Range", "Record",
+    "Scheduler", "Sha256", "Shape", "Source", "Stage", "TensorRecord", "TensorSpec", "TextEncoder", "Tokenizer", "Vae",
+    "computes_bf16", "fixed", "read_bundle", "read_table", "run_components", "run_phases", "stand_ins", "verify_file",
+    "write_manifest",
 ]

@@ -5,12 +5,13 @@ __all__ = ["ResolvedRequest", "resolve_request"]
 import logging
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sdxl_trt.engines import UsageError
+from sdxl_trt.engines.adapters import ScaledLora
 from sdxl_trt.engines.bundle import Manifest, Scheduler
 from sdxl_trt.engines.plans import PlanLimits
 from sdxl_trt.runtime.diffusion import Guidance, guided_span
@@ -62,6 +63,8 @@ class ResolvedRequest:
     fit: Fit
     """How the image is brought to the size."""
     strength: float
+    loras: Mapping[StageName, tuple[ScaledLora, ...]] = field(default_factory=dict)
+    """The LoRAs of a stage's UNet and text encoders, in order."""
 
     @property
     def comfyui(self) -> bool:

@@ -6,14 +6,14 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from sdxl_trt.engines.adapters.file import Lora
+from sdxl_trt.engines.adapters.kinds import Branch
+from sdxl_trt.engines.adapters.names import COMPONENTS, LoraComponent, Place
+from sdxl_trt.engines.adapters.option import LoraOption, parse_lora_option
+from sdxl_trt.engines.adapters.scaled import ScaledLora
 from sdxl_trt.engines.bundle.manifest import LoraRecord
 from sdxl_trt.engines.errors import UsageError
 from sdxl_trt.export.components.components import Options
-from sdxl_trt.export.lora.file import Lora
-from sdxl_trt.export.lora.fuse import ScaledLora
-from sdxl_trt.export.lora.kinds import Branch
-from sdxl_trt.export.lora.names import COMPONENTS, LoraComponent, Place
-from sdxl_trt.export.lora.option import LoraOption, parse_lora_option
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_each_component_has_its_scale() -> None:
 def test_a_record_has_a_second_scale_only_if_it_differs(
     text_scale: float | None, kept: float | None, told: str
 ) -> None:
-    record = ScaledLora(_lora("unet"), 0.8, text_scale).record()
+    record = LoraRecord.of("a.safetensors", "0" * 64, 0.8, text_scale)
     assert record == LoraRecord(name="a.safetensors", sha256="0" * 64, scale=0.8, text_scale=kept)
     assert record.told == told
 
