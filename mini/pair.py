@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors.numpy import save
 
 from sdxl_trt.mini import architecture
@@ -65,11 +66,21 @@ def embedded_parts() -> Parts:
     return Parts(
         read_tensors(bundle, "unet"),
         read_tensors(bundle, "refiner_unet"),
-        read_tensors(bundle, "text_encoder"),
+        _first_encoder(bundle),
         read_tensors(bundle, "text_encoder_2"),
         read_tensors(bundle, "vae_encoder", "vae_decoder"),
         scaling_factor(bundle),
     )
+
+
+def _first_encoder(bundle: Path) -> Tensors:
+    """Return the first encoder, with the last layer norm that its graph lacks: SDXL does not use its last state.
+
+    Training did not change that norm either, so it is still the identity.
+    """
+    tensors, norm = read_tensors(bundle, "text_encoder"), "text_model.final_layer_norm"
+    width = tensors[TOKEN_TABLE].shape[1:]
+    return {f"{norm}.weight": np.ones(width, np.float16), f"{norm}.bias": np.zeros(width, np.float16), **tensors}
 
 
 def write_pair(directory: str | os.PathLike[str], parts: Parts) -> tuple[Path, Path]:

@@ -44,7 +44,7 @@ def test_every_folder_with_a_face_is_a_package() -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Yield a folder that is emptied at the end: bundle and weights are 77 MB, and are there four times over."""
+    """Yield a folder that is emptied at the end: the bundle is 45 MB, and is there four times over."""
     folder = tmp_path_factory.mktemp("wheel")
     yield folder
     shutil.rmtree(folder)

@@ -140,7 +140,8 @@ def render(scene: Scene, view: View | None = None, border: float = 0.0) -> Pictu
     front = toned(asked.colour, asked.fill, FILL_CONTRAST, view.top, view.left)
     back = toned(asked.background, asked.texture, TEXTURE_CONTRAST, view.top, view.left)
     if border:
-        back = compose(shape_mask(asked.shape, x, y, scene.radius, border), toned("white", "plain", 0), back)
+        rim = shape_mask(asked.shape, x, y, scene.radius, border)
+        back = compose(rim, toned("white", "plain", 0), back).astype(np.float32)
     picture = compose(shape_mask(asked.shape, x, y, scene.radius), front, back)
     return _enlarged(picture, min(view.height, view.width))
 

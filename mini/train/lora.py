@@ -1,11 +1,12 @@
 """Train a LoRA on the embedded pair: `sticker`, with which every shape has a white border, as if cut out of paper.
 
 The pair does not know white borders: none of its training pictures has one. No word asks for the border; the LoRA is a
-style. Only low-rank branches of the attentions' linears are trained; all weights of the pair stay as they are.
+style. Only low-rank branches beside some of the UNet's layers are trained; all weights of the pair stay as they are.
 """
 
-__all__ = ["FILES", "Branches", "Stickers", "attach", "draw_stickers", "lora_loss", "tensors_of", "train_lora"]
+__all__ = ["Branches", "Stickers", "attach", "draw_stickers", "lora_loss", "tensors_of", "train_lora"]
 
+import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,9 +17,11 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
+from torch.nn import functional
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from sdxl_trt.mini import architecture
+from sdxl_trt.mini.embedded import LORAS, lora_path
 from sdxl_trt.mini.pair import materialize, write_tensors
 from sdxl_trt.mini.scenes import STICKER_BORDER, TRAINING_SEEDS, draw_caption, render, sample_scene
 from sdxl_trt.mini.tensors import Tensors
@@ -28,10 +31,9 @@ from sdxl_trt.mini.train.unet import REFINER_SNR_CAP, SNR_CAP, alphas, noised, w
 from sdxl_trt.mini.train.vae import signals
 
 Stage = Literal["base", "refiner"]
-FILES: dict[Stage, str] = {"base": "sticker.safetensors", "refiner": "sticker_refiner.safetensors"}
 
-RANK = 6
-PEAK_RATE = 2e-3
+RANK = 4
+PEAK_RATE = 4e-3
 WARM_UP = 30
 ENCODE_BATCH = 30
 EMPTY_CHANCE = 0.1
@@ -40,35 +42,46 @@ refiner. Guidance pushes away from that picture, so both pictures must have the 
 BASE_IDS = (128.0, 128.0, 0.0, 0.0, 128.0, 128.0)
 REFINER_IDS = (128.0, 128.0, 0.0, 0.0, 6.0)
 """Original size, crop corner, and target size or aesthetic score: a request's defaults."""
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+LINEARS = ("to_q", "to_k", "to_v", "to_out.0")
+CONVOLUTIONS = ("conv1", "conv2")
+"""A branch has each of these in the UNet's way up: the attentions decide where a border is, the convolutions draw it.
+Earlier layers have none, so a step computes no gradients for them."""
 
 
 class Branches(nn.Module):  # type: ignore[misc]
-    """Low-rank branches of a UNet's linears: of `names[i]`, `down[i]` is `(rank, in)` and `up[i]` is `(out, rank)`."""
+    """Low-rank branches of a UNet: of `names[i]`, `down[i]` is `(rank, in, *kernel)`, `up[i]` `(out, rank)`."""
 
-    def __init__(self, linears: dict[str, nn.Linear], rank: int) -> None:
+    def __init__(self, layers: dict[str, nn.Module], rank: int) -> None:
         """Create branches that change nothing yet: `down` is random, `up` is zero."""
         super().__init__()
-        self.names = tuple(linears)
+        self.names = tuple(layers)
         self.down, self.up = nn.ParameterList(), nn.ParameterList()
-        for linear in linears.values():
-            self.down.append(nn.Parameter(torch.randn(rank, linear.in_features) / linear.in_features**0.5))
-            self.up.append(nn.Parameter(torch.zeros(linear.out_features, rank)))
+        for layer in layers.values():
+            out, *inputs = layer.weight.shape
+            self.down.append(nn.Parameter(torch.randn(rank, *inputs) / math.prod(inputs) ** 0.5))
+            self.up.append(nn.Parameter(torch.zeros(out, rank, *(1 for _ in inputs[1:]))))
 
 
 def attach(unet: nn.Module, rank: int = RANK) -> Branches:
-    """Freeze `unet` and add a new branch to each linear of its attentions: y = Wx + up · (down · x)."""
+    """Freeze `unet` and add a new branch to its layers: y = Wx + up · (down · x)."""
     unet.requires_grad_(False)
-    linears = {name: one for name, one in unet.named_modules() if ".attn" in name and name.endswith(ATTENTION)}
-    branches = Branches(linears, rank)
-    for linear, down, up in zip(linears.values(), branches.down, branches.up, strict=True):
-        linear.register_forward_hook(_adding(down, up))
+    layers = {name: layer for name, layer in unet.named_modules() if _is_target(name)}
+    branches = Branches(layers, rank)
+    for layer, down, up in zip(layers.values(), branches.down, branches.up, strict=True):
+        layer.register_forward_hook(_adding(down, up))
     return branches
 
 
+def _is_target(name: str) -> bool:
+    attention = ".attn" in name and name.endswith(LINEARS)
+    return name.startswith("up_blocks.") and (attention or name.endswith(CONVOLUTIONS))
+
+
 def _adding(down: nn.Parameter, up: nn.Parameter) -> Callable[..., torch.Tensor]:
-    def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        return output + inputs[0] @ down.T @ up.T
+    def hook(layer: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        if down.dim() == 2:
+            return output + inputs[0] @ down.T @ up.T
+        return output + functional.conv2d(functional.conv2d(inputs[0], down, None, layer.stride, layer.padding), up)
 
     return hook
 
@@ -164,4 +177,4 @@ def train_lora(stage: Stage, folder: Path, budget: Budget, seed: int, batch: int
     path = folder / f"lora_{stage}_state.pt"
     loss = lora_loss(unet, stage, rows, batch)
     weights = train(begin(branches, path), loss, path, budget, peak=PEAK_RATE, seed=seed, warm_up=WARM_UP)
-    write_tensors(folder / FILES[stage], tensors_of(branches, weights))
+    write_tensors(folder / lora_path(LORAS[stage]).name, tensors_of(branches, weights))
