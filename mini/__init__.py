@@ -4,10 +4,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sdxl_trt.mini.clip_vocabulary import merges, vocabulary
-    from sdxl_trt.mini.embedded import LORAS, NOTE, bundle_path, lora_path
+    from sdxl_trt.mini.embedded import NOTE, bundle_path, lora_path
     from sdxl_trt.mini.pair import materialize
 
-__all__ = ["LORAS", "NOTE", "bundle_path", "lora_path", "materialize", "merges", "vocabulary"]
+__all__ = ["NOTE", "bundle_path", "lora_path", "materialize", "merges", "vocabulary"]
 
 _HOMES = {"merges": "clip_vocabulary", "vocabulary": "clip_vocabulary", "materialize": "pair"}
 

@@ -86,10 +86,13 @@ def python(wheel: Path, folder: Path) -> Path:
 def test_the_wheel_has_every_module_and_every_data_file(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         packed = {name for name in archive.namelist() if ".dist-info/" not in name}
+        size = sum(file.file_size for file in archive.infolist())
     there = {_packaged(name) for name in _files() if not name.startswith(AT_HOME)}
     assert len(there) > 350
     assert sorted(there - packed) == []
     assert sorted(packed - there) == []
+    # The trained weights are in it once, in the bundle.
+    assert size < 60e6
 
 
 def _run(python: Path, place: Path, *arguments: str) -> str:

@@ -50,7 +50,7 @@ TEXTURE_CONTRAST = 0.14
 RING_HOLE = 0.52
 CROSS_ARM = 0.34
 STAR_WAIST = 0.42
-STICKER_BORDER = 8.0
+STICKER_BORDER = 5.0
 """Width in pixels of the white border around a sticker."""
 _OVERSAMPLING = 4
 

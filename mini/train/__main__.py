@@ -3,7 +3,7 @@
 The stages, in order: vae, cache, base, refiner, decoder (finishes the autoencoder), publish (writes the pair to
 DIR/pair). The training stages resume from their checkpoints in the folder, and stop after `--minutes` or `--steps`.
 
-lora and refiner-lora train a LoRA on the embedded pair's base or refiner, and write it to the folder.
+lora trains a LoRA on the embedded pair's base, and writes it to the folder.
 """
 
 __all__ = ["main"]
@@ -16,7 +16,7 @@ import torch
 
 from sdxl_trt.mini.train.loop import Budget
 
-STAGES = ("vae", "cache", "base", "refiner", "decoder", "publish", "lora", "refiner-lora")
+STAGES = ("vae", "cache", "base", "refiner", "decoder", "publish", "lora")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -27,7 +27,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=float("inf"))
     parser.add_argument("--steps", type=float, default=float("inf"), help="with --steps alone a run is reproducible")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--pictures", type=int, default=24_000, help="size of the cache, or of a LoRA's training set")
+    parser.add_argument("--pictures", type=int, default=24_000, help="size of the cache, or of the LoRA's training set")
     parser.add_argument("--freeze-text", action="store_true", help="base: continue without changing the encoders")
     parser.add_argument("--batch", type=int, default=32, help="pictures per step, but for vae and decoder")
     parser.add_argument("--threads", type=int, default=2)
@@ -46,8 +46,7 @@ def run(options: argparse.Namespace) -> None:
         "refiner": lambda: unet.train_refiner(folder, budget, seed, batch),
         "decoder": lambda: vae.train_decoder(folder, budget, seed),
         "publish": lambda: publish.publish(folder),
-        "lora": lambda: lora.train_lora("base", folder, budget, seed, batch, options.pictures),
-        "refiner-lora": lambda: lora.train_lora("refiner", folder, budget, seed, batch, options.pictures),
+        "lora": lambda: lora.train_lora(folder, budget, seed, batch, options.pictures),
     }
     stages[options.stage]()
 

@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,27 +20,24 @@ from torch.nn import functional
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from sdxl_trt.mini import architecture
-from sdxl_trt.mini.embedded import LORAS, lora_path
+from sdxl_trt.mini.embedded import lora_path
 from sdxl_trt.mini.pair import materialize, write_tensors
 from sdxl_trt.mini.scenes import STICKER_BORDER, TRAINING_SEEDS, draw_caption, render, sample_scene
 from sdxl_trt.mini.tensors import Tensors
 from sdxl_trt.mini.train.loop import Budget, Loss, begin, train
 from sdxl_trt.mini.train.text import tokenize
-from sdxl_trt.mini.train.unet import REFINER_SNR_CAP, SNR_CAP, alphas, noised, weighted_error
+from sdxl_trt.mini.train.unet import SNR_CAP, alphas, noised, weighted_error
 from sdxl_trt.mini.train.vae import signals
-
-Stage = Literal["base", "refiner"]
 
 RANK = 4
 PEAK_RATE = 4e-3
 WARM_UP = 30
 ENCODE_BATCH = 30
-EMPTY_CHANCE = 0.1
-"""Share of captions replaced by what stands for a missing negative prompt: zeros for the base, an encoded "" for the
-refiner. Guidance pushes away from that picture, so both pictures must have the border."""
-BASE_IDS = (128.0, 128.0, 0.0, 0.0, 128.0, 128.0)
-REFINER_IDS = (128.0, 128.0, 0.0, 0.0, 6.0)
-"""Original size, crop corner, and target size or aesthetic score: a request's defaults."""
+ZEROED_CHANCE = 0.1
+"""Share of captions replaced by the zeros that stand for a missing negative prompt: guidance pushes away from that
+picture, so it must have the border too."""
+TIME_IDS = (128.0, 128.0, 0.0, 0.0, 128.0, 128.0)
+"""Original size, crop corner and target size of a whole picture."""
 LINEARS = ("to_q", "to_k", "to_v", "to_out.0")
 CONVOLUTIONS = ("conv1", "conv2")
 """A branch has each of these in the UNet's way up: the attentions decide where a border is, the convolutions draw it.
@@ -49,7 +45,7 @@ Earlier layers have none, so a step computes no gradients for them."""
 
 
 class Branches(nn.Module):  # type: ignore[misc]
-    """Low-rank branches of a UNet: of `names[i]`, `down[i]` is `(rank, in, *kernel)`, `up[i]` `(out, rank)`."""
+    """Low-rank branches of a UNet's layers: for `names[i]`, `down[i]` `(rank, in, …)` and `up[i]` `(out, rank, …)`."""
 
     def __init__(self, layers: dict[str, nn.Module], rank: int) -> None:
         """Create branches that change nothing yet: `down` is random, `up` is zero."""
@@ -99,20 +95,17 @@ def tensors_of(branches: Branches, weights: dict[str, torch.Tensor]) -> Tensors:
 class Stickers:
     """Pictures of stickers and their captions, encoded, float32.
 
-    latents `(n, 4, 16, 16)`, scaled; states `(n, 77, 112)` of both text encoders; pooled `(n, 64)`; empty_states
-    `(77, 112)` and empty_pooled `(64,)` of "".
+    latents `(n, 4, 16, 16)`, scaled; states `(n, 77, 112)` of both text encoders; pooled `(n, 64)` of the second.
     """
 
     latents: torch.Tensor
     states: torch.Tensor
     pooled: torch.Tensor
-    empty_states: torch.Tensor
-    empty_pooled: torch.Tensor
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def draw_stickers(base: Path, count: int) -> Stickers:
-    """Draw `count` clean stickers from the training seeds and encode them with the materialized pair's parts."""
+    """Draw `count` clean stickers from the training seeds and encode them with the materialized base's parts."""
     pictures, captions = [], []
     for seed in TRAINING_SEEDS[:count]:
         rng = np.random.default_rng((2, seed))
@@ -121,8 +114,7 @@ def draw_stickers(base: Path, count: int) -> Stickers:
         captions.append(draw_caption(scene.asked, rng))
     vae = AutoencoderKL.from_pretrained(base / "vae")
     latents = torch.cat([vae.encode(part).latent_dist.mean for part in signals(pictures).split(ENCODE_BATCH)])
-    states, pooled = _encoded(base, [*captions, ""])
-    return Stickers(latents * vae.config.scaling_factor, states[:-1], pooled[:-1], states[-1], pooled[-1])
+    return Stickers(latents * vae.config.scaling_factor, *_encoded(base, captions))
 
 
 def _encoded(base: Path, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -138,43 +130,38 @@ def _encoded(base: Path, captions: list[str]) -> tuple[torch.Tensor, torch.Tenso
     return torch.cat(states), torch.cat(pooled)
 
 
-def lora_loss(unet: nn.Module, stage: Stage, rows: Stickers, size: int) -> Loss:
-    """The stage's loss on batches of `size` stickers: its timesteps, its conditioning, its weighting."""
+def lora_loss(unet: nn.Module, rows: Stickers, size: int) -> Loss:
+    """The loss of the base's `unet` on batches of `size` stickers, as in the base's training."""
     table = alphas()
-    refines = stage == "refiner"
-    timesteps_end = architecture.REFINER_STEPS if refines else architecture.TRAINING_STEPS
-    time_ids = torch.tensor([REFINER_IDS if refines else BASE_IDS] * size)
-    own = slice(architecture.text_encoder()["hidden_size"] if refines else 0, None)
-    none = (rows.empty_states, rows.empty_pooled) if refines else (torch.zeros(()), torch.zeros(()))
+    time_ids = torch.tensor([TIME_IDS] * size)
 
     def loss(rng: np.random.Generator) -> torch.Tensor:
         at = torch.from_numpy(rng.integers(0, len(rows.latents), size))
-        empty = torch.from_numpy(rng.random(size) < EMPTY_CHANCE)
-        states = torch.where(empty[:, None, None], none[0], rows.states[at])[:, :, own]
-        pooled = torch.where(empty[:, None], none[1], rows.pooled[at])
-        timesteps = torch.randint(0, timesteps_end, (size,))
+        kept = torch.from_numpy(rng.random(size) >= ZEROED_CHANCE).float()
+        timesteps = torch.randint(0, architecture.TRAINING_STEPS, (size,))
         noise = torch.randn_like(rows.latents[at])
+        added = {"text_embeds": rows.pooled[at] * kept[:, None], "time_ids": time_ids}
+        states = rows.states[at] * kept[:, None, None]
         sample = noised(rows.latents[at], noise, timesteps, table)
-        added: dict[str, Any] = {"text_embeds": pooled, "time_ids": time_ids}
         output = unet(sample, timesteps, states, added_cond_kwargs=added).sample
         signal = table[timesteps]
-        return weighted_error(output, noise, signal / (1 - signal), REFINER_SNR_CAP if refines else SNR_CAP)
+        return weighted_error(output, noise, signal / (1 - signal), SNR_CAP)
 
     return loss
 
 
-def train_lora(stage: Stage, folder: Path, budget: Budget, seed: int, batch: int, count: int) -> None:
-    """Train `stage`'s LoRA on `count` stickers and write it to `folder`, a float16 .safetensors file of 0.3 MB.
+def train_lora(folder: Path, budget: Budget, seed: int, batch: int, count: int) -> None:
+    """Train the LoRA on `count` stickers and write it to `folder`, a float16 .safetensors file of 0.25 MB.
 
     A run resumes from its checkpoint in `folder`. With a budget in steps it is reproducible on the same machine.
     """
     torch.manual_seed(seed)
     with tempfile.TemporaryDirectory() as pair:
-        base, refiner = materialize(pair)
+        base, _ = materialize(pair)
         rows = draw_stickers(base, count)
-        unet = UNet2DConditionModel.from_pretrained({"base": base, "refiner": refiner}[stage] / "unet")
+        unet = UNet2DConditionModel.from_pretrained(base / "unet")
     branches = attach(unet)
-    path = folder / f"lora_{stage}_state.pt"
-    loss = lora_loss(unet, stage, rows, batch)
+    path = folder / "lora_state.pt"
+    loss = lora_loss(unet, rows, batch)
     weights = train(begin(branches, path), loss, path, budget, peak=PEAK_RATE, seed=seed, warm_up=WARM_UP)
-    write_tensors(folder / lora_path(LORAS[stage]).name, tensors_of(branches, weights))
+    write_tensors(folder / lora_path().name, tensors_of(branches, weights))
