@@ -55,16 +55,35 @@ def _schema() -> dict[str, Any]:
 
 def _plan(arguments: argparse.Namespace) -> None:
     """Print the memory plan for this machine, or for a device of another size."""
+    from sdxl_trt.engines.host import format_bytes  # noqa: PLC0415
     from sdxl_trt.runtime.cli.memory import estimate_run  # noqa: PLC0415
 
     from_image = arguments.image is not None or arguments.refine is not None
     plan = estimate_run(arguments.engines, arguments.provider, arguments.residency, arguments.vram, arguments.width,
                         arguments.height, from_image=from_image)  # fmt: skip
+    changed = _changed_by_loras(arguments)
     if arguments.json:
-        print_json(plan)
+        import msgspec  # noqa: PLC0415
+
+        print_json(msgspec.to_builtins(plan) | ({"changed_by_loras": changed} if changed else {}))
     else:
-        sys.stdout.write("".join(f"{line}\n" for line in plan.lines()))
+        lines = [*plan.lines(), *(f"LoRAs change {format_bytes(size)} of {name}, which ONNX Runtime holds a second time"
+                                  " in host memory while it loads" for name, size in changed.items())]  # fmt: skip
+        sys.stdout.write("".join(f"{line}\n" for line in lines))
     plan.check()
+
+
+def _changed_by_loras(arguments: argparse.Namespace) -> dict[str, int]:
+    """Return the bytes of each component that the LoRAs of the command line and of its prompt change."""
+    from sdxl_trt.runtime.adapters import tags_of  # noqa: PLC0415
+    from sdxl_trt.runtime.cli.memory import changed_weights  # noqa: PLC0415
+    from sdxl_trt.runtime.request import Request  # noqa: PLC0415
+
+    request = Request(**stated_settings(arguments), lora_dir=arguments.lora_dir)
+    prompts = (request.prompt, request.prompt_2 or "")
+    if not (request.loras or request.refiner_loras or any(map(tags_of, prompts))):
+        return {}
+    return changed_weights(request, arguments.engines)
 
 
 def _generate(arguments: argparse.Namespace) -> None:
@@ -119,6 +138,7 @@ def _request(arguments: argparse.Namespace) -> "Request":
         **stated_settings(arguments),
         latents=load_latents(arguments.latents),
         image=_image_given(arguments),
+        lora_dir=arguments.lora_dir,
         refine=arguments.refine is not None,
     )
 
@@ -156,7 +176,7 @@ def _work(
 ) -> "tuple[Batch | Chain, Series]":
     """Return what draws the pictures, and what they are a series of."""
     from sdxl_trt.runtime.cli.series import Series  # noqa: PLC0415
-    from sdxl_trt.runtime.comfyui import check_workflow, pair_request, settle_pair  # noqa: PLC0415
+    from sdxl_trt.runtime.comfyui import LoraFiles, check_workflow, pair_request, settle_pair  # noqa: PLC0415
     from sdxl_trt.runtime.pipeline import Batch, Chain  # noqa: PLC0415
     from sdxl_trt.runtime.request import Request  # noqa: PLC0415
 
@@ -164,15 +184,17 @@ def _work(
         series = Series(asked, arguments)
         return Batch(pipeline, series.requests), series
     folder = arguments.workflow.parent
-    found = check_workflow(asked, pipeline.manifest)
-    request = pair_request(asked, pipeline.manifest, found, folder)
+    files = LoraFiles(arguments.lora_dir, getattr(arguments, "lora_files", {}))
+    found = check_workflow(asked, pipeline.manifest, files)
+    request = pair_request(asked, pipeline.manifest, found, folder, files)
     seed_given = arguments.seed is not None
     if request is None:
         _check_chain(arguments)
-        chain = Chain(pipeline, asked, found, folder, lambda one: _changed(one, arguments), seed_given=seed_given)
+        chain = Chain(pipeline, asked, found, folder, lambda one: _changed(one, arguments), files,
+                      seed_given=seed_given)  # fmt: skip
         return chain, Series(chain.runs[0].asked, arguments)
     changed = _changed(request, arguments)
-    settle_pair(changed, asked, pipeline.manifest, pipeline.pool.limits, seed_given=seed_given)
+    settle_pair(changed, asked, pipeline.manifest, pipeline.pool.limits, pipeline.pool.bundle, seed_given=seed_given)
     series = Series(changed, arguments)
     return Batch(pipeline, series.requests), series
 
@@ -208,7 +230,8 @@ def _check_chain(arguments: argparse.Namespace) -> None:
 
 def _image(picture: "Picture", path: Path) -> dict[str, Any]:
     width, height = picture.image.size
-    return {"path": str(path), "seed": picture.seed, "width": width, "height": height}
+    loras = {name: picture.metadata[name] for name in ("loras", "refiner_loras") if name in picture.metadata}
+    return {"path": str(path), "seed": picture.seed, "width": width, "height": height} | loras
 
 
 def _report(

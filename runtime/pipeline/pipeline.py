@@ -6,9 +6,9 @@ once, take the refiner steps of all pictures, decode all. Each phase tells the p
 
 __all__ = ["Handoff", "Job", "Picture", "Pipeline", "Run", "Step", "open_bundle"]
 
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -39,6 +39,8 @@ from sdxl_trt.runtime.vae import (
     to_uint8_truncated,
 )
 
+log = logging.getLogger("sdxl_trt.runtime")
+
 
 class Pipeline:
     """A bundle ready to generate; a context manager that frees the engines.
@@ -53,6 +55,7 @@ class Pipeline:
         self._fewest_at_once = 1 if pool.limits is None else pool.limits.fewest
         self._encoder = PromptEncoder(pool)
         self._pictures = PictureEncoder(pool)
+        self._said: set[str] = set()
         self.run: Run | None = None
         """The run of the latest request."""
 
@@ -72,12 +75,21 @@ class Pipeline:
     def start(self, request: Request) -> Job:
         """Return `request` resolved, with its noise drawn, ready for the stages.
 
-        Raises UsageError, and ResourceError if the plans' own figures say that it does not fit into memory.
+        Raises UsageError, and ResourceError if the plans' own figures say that it does not fit into memory; for its
+        LoRAs also SourceError, CorruptError and IncompatibleError.
         """
-        resolved = resolve_request(request, self.manifest, self.pool.limits)
+        resolved = resolve_request(request, self.manifest, self.pool.limits, self.pool.bundle)
+        self._say(resolved.notes)
         guided = any(resolved.guidance_of(name).wanted for name in self._stages(resolved))
         self._make_room(resolved, 2 if guided else 1)
         return start_job(resolved, request, self.manifest)
+
+    def _say(self, notes: Sequence[str]) -> None:
+        """Warn of each of `notes` once, however many requests repeat it."""
+        for note in notes:
+            if note not in self._said:
+                self._said.add(note)
+                log.warning("%s", note)
 
     def _make_room(self, request: ResolvedRequest, conditionings: int, tokens: int | None = None) -> None:
         """Let the pool make room for `request`; before its prompts are read, they count as short."""
@@ -109,9 +121,11 @@ class Pipeline:
         return adapted(self.manifest.stages()[name].unet, request.loras.get(name, ()))
 
     def _encoders(self, request: ResolvedRequest, name: StageName) -> list[Use]:
-        """Return the text encoders of a stage with the request's LoRAs."""
-        loras, encoders = request.loras.get(name, ()), self.manifest.stages()[name].text_encoders
-        return [adapted(encoder.component, loras) for encoder in encoders]
+        """Return the text encoders of a stage with the LoRAs of the request's prompts, each once."""
+        stage = self.manifest.stages()[name]
+        sets = dict.fromkeys(prompt.loras for _, prompt in _texts(request, {name: stage}))
+        uses = (adapted(encoder.component, loras) for encoder in stage.text_encoders for loras in sets)
+        return [*dict.fromkeys(uses)]
 
     def _work(self, job: Job) -> Iterator[Step]:
         self.expect([job])
@@ -229,7 +243,7 @@ class Pipeline:
         job's latents are written when a group has taken all its steps.
         """
         request, latents, embeds, noise = job.run.request, job.latents, job.embeds[name], job.noises[name]
-        (engine,) = self.pool.phase(self.unet(request, name), next_engines=(next_engine,))
+        (engine,) = self.pool.phase(adapted(stage.unet, request.loras.get(name, ())), next_engines=(next_engine,))
         yield _loaded(latents)
         guidance = request.guidance_of(name)
         positive, negative = ([each.micro for each in side.all] for side in request.sides[name])
@@ -309,8 +323,7 @@ def _texts(request: ResolvedRequest, stages: Mapping[StageName, Stage]) -> Itera
         for name, stage in stages.items():
             side = request.sides[name][number]
             if number == 0 or not _is_zeros(side):
-                loras = request.loras.get(name, ())
-                yield from ((stage, replace(prompt, loras=loras)) for prompt in side.prompts())
+                yield from ((stage, prompt) for prompt in side.prompts())
 
 
 def _is_zeros(side: ResolvedSide) -> bool:

@@ -24,6 +24,8 @@ from sdxl_trt.mini.embedded import bundle_path
 from sdxl_trt.runtime import Pipeline, Request
 from sdxl_trt.runtime.pipeline.batch import Batch
 from sdxl_trt.runtime.pipeline.run import Job
+from sdxl_trt.runtime.request import resolve
+from sdxl_trt.runtime.request.loras import StageLoras
 
 SMALL = Request("plain", seed=1, steps=4, width=64, height=64, handoff=0.5)
 ENCODE = ["text_encoder", "text_encoder_2"]
@@ -99,14 +101,7 @@ def _size(axis: int | str, axes: Mapping[Any, int]) -> int:
 @pytest.fixture(autouse=True)
 def _asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give each request the LoRAs that LORAS lists for its prompt."""
-    from sdxl_trt.runtime.pipeline import pipeline as module
-
-    resolve = module.resolve_request
-
-    def resolved(request: Request, *arguments: Any) -> Any:
-        return replace(resolve(request, *arguments), loras=LORAS[request.prompt])
-
-    monkeypatch.setattr(module, "resolve_request", resolved)
+    monkeypatch.setattr(resolve, "settled_loras", lambda request, *_: StageLoras(LORAS[request.prompt]))
 
 
 @pytest.fixture
@@ -218,9 +213,6 @@ def test_requests_share_a_base_run_only_with_equal_loras(
     batch = Batch(opened(), [replace(SMALL, handoff=handoff) for handoff in (0.5, 0.75)])
     assert len(batch._groups) == 1
     sets = iter([{"base": (A,)}, {"base": (replace(A, scale=0.6),)}, {"base": (A,), "refiner": (B,)}])
-    from sdxl_trt.runtime.pipeline import pipeline as module
-
-    resolve = module.resolve_request
-    monkeypatch.setattr(module, "resolve_request", lambda *arguments: replace(resolve(*arguments), loras=next(sets)))
+    monkeypatch.setattr(resolve, "settled_loras", lambda *_: StageLoras(next(sets)))
     batch = Batch(opened(), [replace(SMALL, handoff=handoff) for handoff in (0.5, 0.75, 0.8)])
     assert sorted(map(sorted, batch._groups.values())) == [[0, 2], [1]]
