@@ -1,15 +1,12 @@
 """What the refiner does to a LoRA: `python -m sdxl_trt.benchmarks.model_card.stickers`.
 
-Draws stickers with the embedded pair and its LoRA, and measures the white border around every shape. Drawn with
-diffusers, float32, on the CPU; diffusers' own loader reads the LoRA file.
+Draws with the embedded bundle and its LoRA, which gives every shape a white border, and measures the borders.
 """
 
 __all__ = ["main"]
 
 import argparse
-import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +15,12 @@ import numpy.typing as npt
 from PIL import Image
 
 from sdxl_trt.benchmarks.model_card.cases import CardCase, DrawSettings, evaluation_cases
-from sdxl_trt.benchmarks.model_card.draw_torch import TorchPair
-from sdxl_trt.mini import lora_path, materialize
+from sdxl_trt.mini import lora_path
 from sdxl_trt.mini.score import border_width, score_picture
+from sdxl_trt.runtime import Pipeline, Request, open_bundle
+from sdxl_trt.runtime.adapters import LoraUse
 from sdxl_trt.runtime.images import Sheet, draw_sheet
 
-NAME = "sticker"
 SCALES = (0.0, 0.5, 1.0)
 HANDOFFS = {"base alone": None, "refiner from 0.9": 0.9, "refiner from 0.8": 0.8}
 SHOWN = {
@@ -37,21 +34,24 @@ SHOWN = {
 SHEET_ROWS = 5
 
 
-class StickerPair(TorchPair):
-    """The embedded pair in diffusers, with its LoRA on the base, at a scale that can be changed."""
-
-    def __init__(self, base: Path, refiner: Path) -> None:
-        """Load both pipelines and the LoRA."""
-        super().__init__(base, refiner)
-        path = lora_path()
-        self.base.load_lora_weights(path.parent, weight_name=path.name, adapter_name=NAME)
-
-    def draw(self, cases: Sequence[CardCase], scale: float, handoff: float | None) -> npt.NDArray[np.uint8]:
-        """Return pictures `(n, 128, 128, 3)` uint8; with `handoff` None the base draws alone."""
-        self._kept.clear()
-        self.base.set_adapters(NAME, scale)
-        settings = replace(DrawSettings(), handoff=handoff)
-        return self([case.caption for case in cases], [case.seed for case in cases], settings)
+def draw(pipeline: Pipeline, cases: Sequence[CardCase], scale: float, handoff: float | None) -> npt.NDArray[np.uint8]:
+    """Return pictures `(n, 128, 128, 3)` uint8; with `handoff` None the base draws alone."""
+    settings = DrawSettings()
+    loras = (LoraUse(str(lora_path()), scale),) if scale else ()
+    pictures = []
+    for case in cases:
+        request = Request(
+            case.caption,
+            seed=case.seed,
+            steps=settings.steps,
+            handoff=handoff,
+            guidance=settings.guidance,
+            aesthetic_score=settings.aesthetic,
+            negative_aesthetic_score=settings.negative_aesthetic,
+            loras=loras,
+        )
+        pictures += [np.asarray(picture.image) for picture in pipeline.generate(request)]
+    return np.stack(pictures)
 
 
 def sticker_cases(count: int) -> list[CardCase]:
@@ -103,11 +103,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--sheet", type=Path, help="PNG file to write the first captions' pictures to")
     options = parser.parse_args(arguments)
     cases, rows, shown = sticker_cases(options.count), [], {}
-    with tempfile.TemporaryDirectory() as folder:
-        pair = StickerPair(*materialize(folder))
+    with open_bundle(residency="resident") as pipeline:
         for handoff in HANDOFFS.values():
             for scale in SCALES:
-                pictures = pair.draw(cases, scale, handoff)
+                pictures = draw(pipeline, cases, scale, handoff)
                 rows.append({"handoff": handoff, "scale": scale, **measured(pictures, cases)})
                 shown[scale, handoff] = pictures[:SHEET_ROWS]
     print(markdown(rows))
