@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
-from sdxl_trt.engines import IncompatibleError, SdxlTrtError, UsageError
+from sdxl_trt.engines import CorruptError, IncompatibleError, SdxlTrtError, UsageError
 from sdxl_trt.engines.adapters import LoraOption, ScaledLora, open_lora
 from sdxl_trt.engines.bundle import (
     FORMAT_NAME,
@@ -263,7 +263,10 @@ def _open_sources(
         from sdxl_trt.mini import materialize  # noqa: PLC0415 - only when the embedded pair is asked for
 
         mini = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sdxl-trt-mini-")))
-        materialize(mini)
+        try:
+            materialize(mini)
+        except (FileNotFoundError, ValueError) as exc:
+            raise CorruptError(str(exc)) from exc
     vae = None if options.vae is None else open_vae(options.vae, precision=options.precision)
 
     def opened(spec: Path | str, role: Role) -> PipelineSource:

@@ -9,7 +9,7 @@ from typing import Any
 
 from sdxl_trt.mini.architecture import TOKENS
 
-MERGES_FILE = Path(__file__).parent / "weights" / "clip_merges.txt.xz"
+MERGES_FILE = Path(__file__).with_name("clip_merges.txt.xz")
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 

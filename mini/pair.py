@@ -1,39 +1,26 @@
-"""Write the embedded pair as two ordinary diffusers folders, `base/` and `refiner/`, from the package's weights.
+"""Write the embedded pair as two ordinary diffusers folders, `base/` and `refiner/`, from the embedded bundle.
 
 Needs only numpy and safetensors. Weights are float16 with the key names that SDXL publishes (CLIP's keys start with
-`text_model.`); shared parts are stored once, and the token tables are stored without their repeated rows.
+`text_model.`).
 """
 
-__all__ = [
-    "TOKEN_IDS",
-    "TOKEN_TABLE",
-    "WEIGHTS",
-    "Tensors",
-    "materialize",
-    "stored",
-    "with_whole_table",
-    "write_tensors",
-]
+__all__ = ["TOKEN_TABLE", "Parts", "embedded_parts", "materialize", "write_pair", "write_tensors"]
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-from safetensors import safe_open
 from safetensors.numpy import save
 
 from sdxl_trt.mini import architecture
 from sdxl_trt.mini import clip_vocabulary as vocabulary
+from sdxl_trt.mini.embedded import bundle_path
+from sdxl_trt.mini.tensors import Tensors, read_tensors, scaling_factor
 
-WEIGHTS = Path(__file__).with_name("weights")
 TOKEN_TABLE = "text_model.embeddings.token_embedding.weight"  # noqa: S105 (a tensor's name)
-TOKEN_IDS = "token_ids"  # noqa: S105
-"""Key in a stored encoder: the ids of the token table's rows after the first; the first row is for all other tokens."""
-
-Tensors = dict[str, npt.NDArray[Any]]
 
 _TEXT_PARTS = {
     "text_encoder": ["transformers", "CLIPTextModel"],
@@ -50,22 +37,64 @@ _IMAGE_PARTS = {
 }
 
 
+@dataclass(frozen=True)
+class Parts:
+    """The tensors of a pair's five models, by published name, and the scaling factor of its latents."""
+
+    base_unet: Tensors
+    refiner_unet: Tensors
+    text_encoder: Tensors
+    text_encoder_2: Tensors
+    vae: Tensors
+    scaling_factor: float
+
+
 def materialize(directory: str | os.PathLike[str]) -> tuple[Path, Path]:
     """Write `base/` and `refiner/` into `directory` and return their paths. Existing files are replaced atomically.
 
-    Raises `FileNotFoundError` if the package was installed without its weights.
+    Raises what `embedded_parts` raises.
     """
+    return write_pair(directory, embedded_parts())
+
+
+def embedded_parts() -> Parts:
+    """Return the embedded pair's tensors, read whole, so that the embedded bundle may be replaced afterwards.
+
+    Raises `FileNotFoundError` if the package was installed without its bundle, `ValueError` if it is damaged.
+    """
+    bundle = bundle_path()
+    return Parts(
+        read_tensors(bundle, "unet"),
+        read_tensors(bundle, "refiner_unet"),
+        _first_encoder(bundle),
+        read_tensors(bundle, "text_encoder_2"),
+        read_tensors(bundle, "vae_encoder", "vae_decoder"),
+        scaling_factor(bundle),
+    )
+
+
+def _first_encoder(bundle: Path) -> Tensors:
+    """Return the first encoder, with the last layer norm that its graph lacks: SDXL does not use its last state.
+
+    Training did not change that norm either, so it is still the identity.
+    """
+    tensors, norm = read_tensors(bundle, "text_encoder"), "text_model.final_layer_norm"
+    width = tensors[TOKEN_TABLE].shape[1:]
+    return {f"{norm}.weight": np.ones(width, np.float16), f"{norm}.bias": np.zeros(width, np.float16), **tensors}
+
+
+def write_pair(directory: str | os.PathLike[str], parts: Parts) -> tuple[Path, Path]:
+    """Write `base/` and `refiner/` into `directory` and return their paths. Existing files are replaced atomically."""
     base, refiner = Path(directory, "base"), Path(directory, "refiner")
     _write_json(base / "model_index.json", base_index())
     _write_json(refiner / "model_index.json", refiner_index())
-    _write_text_side(base, "", stored("text_encoder"), architecture.text_encoder())
-    second = stored("text_encoder_2")
+    _write_text_side(base, "", parts.text_encoder, architecture.text_encoder())
     for folder in (base, refiner):
-        _write_text_side(folder, "_2", second, architecture.text_encoder_2())
-        _write_vae(folder / "vae")
+        _write_text_side(folder, "_2", parts.text_encoder_2, architecture.text_encoder_2())
+        _write_model(folder / "vae", parts.vae, architecture.vae(parts.scaling_factor))
         _write_json(folder / "scheduler/scheduler_config.json", architecture.scheduler())
-    _write_unet(base / "unet", stored("base_unet"), architecture.base_unet())
-    _write_unet(refiner / "unet", stored("refiner_unet"), architecture.refiner_unet())
+    _write_model(base / "unet", parts.base_unet, architecture.base_unet())
+    _write_model(refiner / "unet", parts.refiner_unet, architecture.refiner_unet())
     return base, refiner
 
 
@@ -94,34 +123,6 @@ def refiner_index() -> dict[str, Any]:
     }
 
 
-def stored(part: str) -> Tensors:
-    """The stored tensors of a part; an encoder's token table is expanded to the whole vocabulary."""
-    path = WEIGHTS / f"{part}.safetensors"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: missing from the embedded weights; reinstall sdxl-trt, or train them: mini/MODEL_CARD.md"
-        )
-    with safe_open(path, framework="numpy") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    return with_whole_table(tensors) if TOKEN_IDS in tensors else tensors
-
-
-def with_whole_table(tensors: Tensors) -> Tensors:
-    """An encoder's tensors with one token-table row for each of CLIP's 49,408 ids."""
-    whole = dict(tensors)
-    ids, rows = whole.pop(TOKEN_IDS), whole[TOKEN_TABLE]
-    table = np.repeat(rows[:1], architecture.VOCABULARY_SIZE, axis=0)
-    table[ids] = rows[1:]
-    whole[TOKEN_TABLE] = table
-    return whole
-
-
-def scaling_factor() -> float:
-    """1 / standard deviation of the trained latents, stored in the header of the autoencoder's file."""
-    with safe_open(WEIGHTS / "vae.safetensors", framework="numpy") as file:
-        return float(file.metadata()["scaling_factor"])
-
-
 def _write_text_side(folder: Path, suffix: str, tensors: Tensors, config: architecture.Config) -> None:
     _write_json(folder / f"text_encoder{suffix}/config.json", config)
     write_tensors(folder / f"text_encoder{suffix}/model.safetensors", tensors)
@@ -134,19 +135,14 @@ def _write_text_side(folder: Path, suffix: str, tensors: Tensors, config: archit
     _write(tokenizer / "merges.txt", rules.encode())
 
 
-def _write_vae(folder: Path) -> None:
-    _write_json(folder / "config.json", architecture.vae(scaling_factor()))
-    write_tensors(folder / "diffusion_pytorch_model.safetensors", stored("vae"))
-
-
-def _write_unet(folder: Path, tensors: Tensors, config: architecture.Config) -> None:
+def _write_model(folder: Path, tensors: Tensors, config: architecture.Config) -> None:
     _write_json(folder / "config.json", config)
     write_tensors(folder / "diffusion_pytorch_model.safetensors", tensors)
 
 
-def write_tensors(path: Path, tensors: Tensors, metadata: dict[str, str] | None = None) -> None:
+def write_tensors(path: Path, tensors: Tensors) -> None:
     """Write a safetensors file for transformers and diffusers, atomically."""
-    _write(path, save(tensors, {"format": "pt", **(metadata or {})}))
+    _write(path, save(tensors, {"format": "pt"}))
 
 
 def _write_json(path: Path, content: Any) -> None:

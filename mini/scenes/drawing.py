@@ -6,6 +6,7 @@ __all__ = [
     "FILL_CONTRAST",
     "SHAPES",
     "SIDE",
+    "STICKER_BORDER",
     "TEXTURES",
     "TEXTURE_CONTRAST",
     "Picture",
@@ -49,6 +50,8 @@ TEXTURE_CONTRAST = 0.14
 RING_HOLE = 0.52
 CROSS_ARM = 0.34
 STAR_WAIST = 0.42
+STICKER_BORDER = 5.0
+"""Width in pixels of the white border around a sticker."""
 _OVERSAMPLING = 4
 
 
@@ -84,21 +87,27 @@ def extent(shape: str) -> tuple[float, float]:
     return float((high - low).max() / 2), float((low + high)[1] / 2)
 
 
-def shape_mask(shape: str, x: float, y: float, radius: float) -> Plane:
-    """Coverage `(SIDE, SIDE)` float32 in 0..1 of a shape whose centre and radius are in pixels."""
+def shape_mask(shape: str, x: float, y: float, radius: float, border: float = 0.0) -> Plane:
+    """Coverage `(SIDE, SIDE)` float32 in 0..1 of a shape, grown by `border`; centre, radius, border are in pixels."""
     k = _OVERSAMPLING
     canvas = Image.new("L", (SIDE * k, SIDE * k))
     pen = ImageDraw.Draw(canvas)
-    cx, cy, r = x * k, y * k, radius * k
+    cx, cy, r, more = x * k, y * k, radius * k, border * k
     if shape in ("circle", "ring"):
-        pen.ellipse((cx - r, cy - r, cx + r, cy + r), fill=255)
+        _disc(pen, cx, cy, r + more, 255)
         if shape == "ring":
-            hole = r * RING_HOLE
-            pen.ellipse((cx - hole, cy - hole, cx + hole, cy + hole), fill=0)
+            _disc(pen, cx, cy, r * RING_HOLE - more, 0)
     else:
-        pen.polygon([(cx + r * px, cy + r * py) for px, py in outline(shape)], fill=255)
+        corners = [(cx + r * px, cy + r * py) for px, py in outline(shape)]
+        pen.polygon(corners, fill=255)
+        if border:
+            pen.line([*corners, *corners[:2]], fill=255, width=round(2 * more), joint="curve")
     cover: Plane = np.asarray(canvas.reduce(k), np.float32) / np.float32(255)
     return cover
+
+
+def _disc(pen: ImageDraw.ImageDraw, x: float, y: float, radius: float, fill: int) -> None:
+    pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
 
 
 def _soft(signed_distance: Plane) -> Plane:

@@ -126,8 +126,11 @@ def _centre(position: str, radius: float, rng: np.random.Generator) -> tuple[flo
     return float(SIDE / 2 + dx), float(SIDE / 2 + dy)
 
 
-def render(scene: Scene, view: View | None = None) -> Picture:
-    """The clean picture `(SIDE, SIDE, 3)` uint8 of a scene, seen through `view` (default: the whole scene)."""
+def render(scene: Scene, view: View | None = None, border: float = 0.0) -> Picture:
+    """The clean picture `(SIDE, SIDE, 3)` uint8 of a scene, seen through `view` (default: the whole scene).
+
+    With `border` the shape is a sticker: it has a white border of that many pixels.
+    """
     view = view or View()
     # A view wider or higher than the target is resized to fit and then cropped, so the scene's centre moves.
     wide, high = _resized(view)
@@ -136,6 +139,9 @@ def render(scene: Scene, view: View | None = None) -> Picture:
     asked = scene.asked
     front = toned(asked.colour, asked.fill, FILL_CONTRAST, view.top, view.left)
     back = toned(asked.background, asked.texture, TEXTURE_CONTRAST, view.top, view.left)
+    if border:
+        rim = shape_mask(asked.shape, x, y, scene.radius, border)
+        back = compose(rim, toned("white", "plain", 0), back).astype(np.float32)
     picture = compose(shape_mask(asked.shape, x, y, scene.radius), front, back)
     return _enlarged(picture, min(view.height, view.width))
 

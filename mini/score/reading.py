@@ -1,6 +1,6 @@
 """What a picture shows, with numpy alone: its colours, the shape's location, and which of the six shapes it is."""
 
-__all__ = ["UNKNOWN", "Mask", "Reading", "distance_to_tones", "eroded", "read", "spread", "tones"]
+__all__ = ["UNKNOWN", "Mask", "Reading", "distance_to_tones", "eroded", "largest_part", "read", "spread", "tones"]
 
 from dataclasses import dataclass
 from functools import lru_cache

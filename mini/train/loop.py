@@ -94,10 +94,10 @@ def begin(model: nn.Module, path: Path) -> State:
     return state
 
 
-def rate_at(peak: float, step: int, progress: float) -> float:
-    """Linear warm-up, then a cosine down to 2 % of the peak."""
+def rate_at(peak: float, step: int, progress: float, warm_up: int = WARM_UP) -> float:
+    """Linear warm-up over some steps, then a cosine down to 2 % of the peak."""
     cosine = 0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * progress))
-    return float(peak * min(1.0, (step + 1) / WARM_UP) * cosine)
+    return float(peak * min(1.0, (step + 1) / warm_up) * cosine)
 
 
 def keep_nothing(weights: Weights) -> None:
@@ -113,6 +113,7 @@ def train(
     peak: float,
     seed: int,
     deliver: Deliver = keep_nothing,
+    warm_up: int = WARM_UP,
 ) -> Weights:
     """Train until the budget is spent and return the averaged weights, by name.
 
@@ -123,7 +124,7 @@ def train(
     while (progress := budget.progress(state.step, state.seconds)) < 1:
         started = time.monotonic()
         for group in state.optimizer.param_groups:
-            group["lr"] = rate_at(peak, state.step, progress)
+            group["lr"] = rate_at(peak, state.step, progress, warm_up)
         recent.append(one_step(state, loss, seed))
         state.seconds += time.monotonic() - started
         if state.step % 50 == 0:

@@ -1,13 +1,18 @@
-"""Last stage: write the averaged weights as float16 safetensors under the published names, for `pair.py`."""
+"""Last stage: write the averaged weights as float16 to two diffusers folders, from which the bundle is exported."""
 
 __all__ = ["publish"]
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from sdxl_trt.mini.pair import TOKEN_IDS, WEIGHTS, Tensors, write_tensors
+from sdxl_trt.mini import architecture
+from sdxl_trt.mini.pair import TOKEN_TABLE, embedded_parts, write_pair
+from sdxl_trt.mini.tensors import Tensors
 from sdxl_trt.mini.train.unet import without
 
 
@@ -22,21 +27,31 @@ def halves(weights: dict[str, torch.Tensor]) -> Tensors:
     return {name: value.half().contiguous().numpy() for name, value in weights.items() if value.is_floating_point()}
 
 
-def publish(folder: Path, target: Path = WEIGHTS) -> None:
-    """Write the parts trained so far in `folder` (vae.pt, base.pt, refiner.pt) to `target`."""
+def whole_table(rows: npt.NDArray[Any], used: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+    """A token table `(49408, width)`: `rows[1:]` at the ids in `used`, and `rows[0]` for all other tokens."""
+    table = np.repeat(rows[:1], architecture.VOCABULARY_SIZE, axis=0)
+    table[used] = rows[1:]
+    return table
+
+
+def publish(folder: Path) -> None:
+    """Write the parts trained so far in `folder` (vae.pt, base.pt, refiner.pt) to `folder`/pair.
+
+    The other parts are those of the embedded pair.
+    """
+    parts = embedded_parts()
     if (folder / "vae.pt").exists():
         saved = torch.load(folder / "vae.pt")
-        write_tensors(
-            target / "vae.safetensors",
-            halves(saved["vae"]),
-            {"scaling_factor": repr(saved["scaling_factor"])},
-        )
+        parts = replace(parts, vae=halves(saved["vae"]), scaling_factor=saved["scaling_factor"])
     if (folder / "base.pt").exists():
         saved = torch.load(folder / "base.pt", weights_only=False)
-        write_tensors(target / "base_unet.safetensors", halves(saved["unet"]))
-        ids = {TOKEN_IDS: np.asarray(saved["used"], np.int64)}
-        for name, prefix in (("text_encoder", "first."), ("text_encoder_2", "second.")):
-            weights = published_clip(without(saved["text"], prefix))
-            write_tensors(target / f"{name}.safetensors", {**halves(weights), **ids})
+        first, second = (_encoder(saved, prefix) for prefix in ("first.", "second."))
+        parts = replace(parts, base_unet=halves(saved["unet"]), text_encoder=first, text_encoder_2=second)
     if (folder / "refiner.pt").exists():
-        write_tensors(target / "refiner_unet.safetensors", halves(torch.load(folder / "refiner.pt")["unet"]))
+        parts = replace(parts, refiner_unet=halves(torch.load(folder / "refiner.pt")["unet"]))
+    write_pair(folder / "pair", parts)
+
+
+def _encoder(saved: dict[str, Any], prefix: str) -> Tensors:
+    tensors = halves(published_clip(without(saved["text"], prefix)))
+    return {**tensors, TOKEN_TABLE: whole_table(tensors[TOKEN_TABLE], np.asarray(saved["used"], np.int64))}

@@ -1,5 +1,6 @@
 """The data set: deterministic, with true captions, conditioned as in SDXL's paper, and split as documented."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -75,6 +76,22 @@ def test_clean_pictures_have_the_exact_colours() -> None:
     picture = render(RED_STAR)
     assert tuple(picture[64, 64]) == (220, 30, 30)
     assert tuple(picture[2, 2]) == (40, 70, 220)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_sticker_has_a_white_border_of_even_width(shape: str) -> None:
+    scene = replace(RED_STAR, asked=replace(RED_STAR.asked, shape=shape))
+    plain, sticker = render(scene), render(scene, border=5.0)
+    inside = shape_mask(shape, 64, 64, 40) == 1
+    assert (sticker[inside] == plain[inside]).all()
+    white = (sticker == COLOURS["white"]).all(axis=-1)
+    y, x = np.nonzero(white)
+    at = np.stack(np.nonzero(shape_mask(shape, 64, 64, 40) > 0.5), axis=1)
+    away = np.array([np.hypot(*(at - (row, column)).T).min() for row, column in zip(y, x, strict=True)])
+    assert away.max() == pytest.approx(5.5, abs=1.0)
+    beyond = np.ones_like(white)
+    beyond[max(0, y.min() - 1) : y.max() + 2, max(0, x.min() - 1) : x.max() + 2] = False
+    assert (sticker[beyond] == plain[beyond]).all()
 
 
 def test_edges_are_antialiased_within_a_pixel() -> None:
