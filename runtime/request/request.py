@@ -223,7 +223,7 @@ class Request:
     lora_dir: "Path | None" = setting(
         None, help="folder, with its sub-folders, of LoRAs that are named without a path: in --lora, in prompts"
         " (<lora:NAME:SCALE>) and in workflows", group=_PICTURE, metavar="DIR", is_file=True, record="no",
-        workflow="beside",
+        workflow="replaces",
     )  # fmt: skip
     embedding_dir: "Path | None" = setting(
         None, help="folder, with its sub-folders, of the textual inversion embeddings that prompts name"

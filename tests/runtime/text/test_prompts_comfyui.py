@@ -61,7 +61,7 @@ class Encoding:
         pool: Any = SimpleNamespace(
             bundle=SimpleNamespace(manifest=manifest, path=bundle.path),
             phase=lambda name, **_: [self.readers[name]],
-            holds=lambda _name: True,
+            holds=lambda _use: False,
         )
         self.encoder = PromptEncoder(pool)
 
