@@ -54,9 +54,9 @@ class ScaledLora:
         """Yield sentences on tensors and scales without effect."""
         yield from self.lora.notes
         if self.text_scale is not None and self.text_scale != self.scale:
-            if "unet" not in self.lora.branches:
+            if "unet" not in self.lora.branches and self.scale:
                 yield f"{self.lora.path}: has nothing for the UNet, so its scale {self.scale:g} has no effect"
-            elif self.lora.branches.keys() == {"unet"}:
+            elif self.lora.branches.keys() == {"unet"} and self.text_scale:
                 yield (f"{self.lora.path}: has nothing for the text encoders, so their scale {self.text_scale:g} has"
                        " no effect")  # fmt: skip
 

@@ -203,9 +203,10 @@ def _notes(loras: Sequence[ScaledLora], parts: Mapping[LoraComponent, str]) -> I
         if missing := sorted(part for part in each.lora.branches if part not in parts):
             yield f"{path}: also changes a {' and a '.join(missing)}, which this stage does not have"
         same = [other for other in loras if other.lora == each.lora]
-        if len(same) > 1 and loras.index(same[0]) == number:
+        times = max(sum(other.on(part) != 0 for other in same) for part in COMPONENTS)
+        if times > 1 and loras.index(same[0]) == number:
             total = sum(other.scale for other in same)
-            yield f"{path}: is given {len(same)} times, and its scales add up: {total:g} on the UNet"
+            yield f"{path}: is given {times} times, and its scales add up: {total:g} on the UNet"
 
 
 State = tuple[int | None, ...]

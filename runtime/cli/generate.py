@@ -97,6 +97,8 @@ def _generate(arguments: argparse.Namespace) -> None:
     started = time.perf_counter()
     check_outputs(arguments)
     check_inputs(arguments)
+    if arguments.lora_dir is not None and not arguments.lora_dir.is_dir():
+        raise UsageError(f"--lora-dir {arguments.lora_dir}: is not a folder; give the one that holds your LoRAs")
     asked = _request(arguments) if arguments.workflow is None else _workflow(arguments)
     with open_bundle(
         arguments.engines, provider=arguments.provider, residency=arguments.residency, available=arguments.vram,

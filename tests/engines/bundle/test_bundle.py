@@ -56,6 +56,22 @@ def test_a_written_manifest_is_read_back(valid: Json, read: Callable[[Json], Bun
     assert list(read(valid).manifest.stages()) == ["base"]
 
 
+def test_a_text_encoder_has_both_inputs_for_embeddings_or_none(valid: Json, read: Callable[[Json], Bundle]) -> None:
+    encoder = valid["components"]["text_encoder_2"]
+    assert not read(valid).manifest.components["text_encoder_2"].takes_embeddings
+    index = {"name": "embedding_index", "dtype": "int64", "shape": ["prompts", 77]}
+    vectors = {"name": "embeddings", "dtype": "float16", "shape": ["vectors", 8]}
+    plain = encoder["inputs"]
+    for added, complete in (([index, vectors], True), ([index], False), ([vectors], False)):
+        encoder["inputs"] = plain + added
+        error = _refusal(read, valid)
+        assert (error is None) == complete
+    encoder["inputs"] = [*plain, index, vectors]
+    assert read(valid).manifest.components["text_encoder_2"].takes_embeddings
+    valid["components"]["unet"]["inputs"] += [index, vectors]
+    assert "unet is not a unet" in str(_refusal(read, valid))
+
+
 def test_fields_of_a_later_minor_version_are_ignored(valid: Json, read: Callable[[Json], Bundle]) -> None:
     valid["later"] = valid["base"]["later"] = {"a": 1}
     assert read(valid).manifest.base.unet == "unet"

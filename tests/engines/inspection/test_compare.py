@@ -294,5 +294,7 @@ def test_example_inputs_resemble_those_of_a_run(bundle: Bundle, name: str) -> No
             assert row[0] == tokenizer.bos_id
             assert (row == tokenizer.eos_id).sum() >= 1
             assert row[1] < tokenizer.bos_id or row[1] == tokenizer.eos_id
+        assert [*zip(*np.nonzero(inputs["embedding_index"]), strict=True)] == [(1, 1)]
+        assert 0 < np.abs(inputs["embeddings"]).max() < 0.2
     if component.kind == "vae_decoder":
         assert inputs["latent_sample"].std() == pytest.approx(1 / bundle.manifest.base.vae.scaling_factor, rel=0.2)

@@ -139,3 +139,13 @@ def test_tokens_are_multiples_of_the_tokenizers_lengths() -> None:
     check_sizes(sizes, 64, {77, 248})
     with pytest.raises(SizeError, match="chunks of 248; give"):
         check_sizes(sizes, 64, {248})
+
+
+def test_a_text_encoder_takes_vectors_for_every_token_of_the_longest_prompt() -> None:
+    sizes = default_sizes(128, 8, 64)
+    inputs: dict[str, tuple[int | str, ...]] = {"input_ids": ("prompts", 77), "embeddings": ("vectors", 1280)}
+    (profile,) = component_profiles(inputs, axes_of("text_encoder", "fp16", sizes, 8))
+    assert profile.shapes["embeddings"] == ((1, 1280), (1, 1280), (248, 1280))
+    # The profile of an older bundle's encoder, which has no such input, is unchanged.
+    (older,) = component_profiles({"input_ids": ("prompts", 77)}, axes_of("text_encoder", "fp16", sizes, 8))
+    assert older.shapes == {"input_ids": ((1, 77), (2, 77), (8, 77))}

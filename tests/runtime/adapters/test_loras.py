@@ -103,6 +103,11 @@ def test_what_has_no_effect_is_said(make_lora: MakeLora, resolved: Resolve, tmp_
     twice = resolved(LoraUse(ink), LoraUse(ink, 0.5), handoff=None)
     assert len(twice.loras["base"]) == 2
     assert twice.notes == (f"{ink}: is given 2 times, and its scales add up: 1.5 on the UNet",)
+    unet = str(make_lora(tmp_path / "unet.safetensors", "unet"))
+    assert resolved(LoraUse(unet, 1.0, 0.0), LoraUse(unet, 0.0, 1.0), handoff=None).notes == (
+        f"{unet}: has nothing for the text encoders, so their scale 1 has no effect",
+        f"{unet}: has no effect: it changes nothing that runs, at the scales that are given",
+    )
     assert "the refiner was not trained with this LoRA" in resolved(LoraUse(ink)).notes[0]
 
 

@@ -100,7 +100,7 @@ def test_what_is_wrong_with_a_lora_is_one_line_and_an_exit_code(
         (["--lora", "wide.safetensors"], 2, "LoRA for another model"),
         (["--lora", "old.ckpt"], 2, "is a pickled LoRA"),
         (["--lora", "cut.safetensors"], 4, "cut.safetensors"),
-        (["--negative", "x", "--lora-dir", "nowhere", "--lora", "ink"], 2, "--lora ink: reading nowhere"),
+        (["--lora-dir", "nowhere"], 2, "--lora-dir nowhere: is not a folder"),
     ):
         found, errors = outcome(*arguments)
         assert (found, len(errors)) == (code, 1), errors

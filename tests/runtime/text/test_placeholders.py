@@ -106,6 +106,7 @@ def test_vectors_take_their_places_before_the_cut(read: Callable[..., tuple[Chun
         ("a embedding:ink fox", 4),
         ("embedding:ink embedding:oil", 5),
         ("embedding:oil embedding:ink embedding:oil", 5),
+        ("embedding:oil embedding:ink a embedding:ink", 5),
         ("a a a a a a a a embedding:ink", 10),
         ("embedding:oil a a a a a a a a embedding:ink", 2),
     ],

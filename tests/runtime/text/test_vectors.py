@@ -1,14 +1,20 @@
 """The inputs of a text encoder for rows with vectors, in the embedded pair's graphs."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from sdxl_trt.engines.backends.ort import OrtEngine
 from sdxl_trt.engines.bundle.bundle import read_bundle
+from sdxl_trt.engines.plans import MAX_ROWS_OF_PROMPTS, MAX_VECTORS
 from sdxl_trt.mini.embedded import bundle_path
-from sdxl_trt.runtime.adapters import Embedding
+from sdxl_trt.runtime import open_bundle
+from sdxl_trt.runtime.adapters import Embedding, Embeddings
+from sdxl_trt.runtime.text.encoder import PromptEncoder
+from sdxl_trt.runtime.text.prompt import Prompt
 from sdxl_trt.runtime.text.vectors import Vector, encoder_inputs
 
 NAME = "text_encoder_2"
@@ -77,3 +83,46 @@ def test_an_encoder_of_an_older_bundle_has_one_input() -> None:
     component = read_bundle(OLD).manifest.components["text_encoder"]
     assert not component.takes_embeddings
     assert list(encoder_inputs(component, np.zeros((1, 77), np.int64))) == ["input_ids"]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, np.ndarray]]]:
+    """Return the calls of engines: the component and its inputs."""
+    seen: list[tuple[str, dict[str, np.ndarray]]] = []
+    infer = OrtEngine.infer
+
+    def watched(self: OrtEngine, inputs: Any, outputs: Any = None) -> Any:
+        seen.append((self.name, dict(inputs)))
+        return infer(self, inputs, outputs)
+
+    monkeypatch.setattr(OrtEngine, "infer", watched)
+    return seen
+
+
+def _written(folder: Path, engine: OrtEngine, name: str, count: int) -> None:
+    width = int(engine.component.input("embeddings").shape[1])
+    values = np.random.default_rng(count).standard_normal((count, width), dtype=np.float32)
+    save_file({"clip_g": values}, folder / f"{name}.safetensors")
+
+
+def test_equal_rows_share_a_place_and_calls_hold_what_a_plan_takes(
+    engine: OrtEngine, calls: list[tuple[str, dict[str, np.ndarray]]], tmp_path: Path
+) -> None:
+    for name in ("same", "twin"):
+        _written(tmp_path, engine, name, 2)
+    for number in range(8):
+        _written(tmp_path, engine, f"long{number}", 60 + number)
+    texts = ["embedding:same fox", "embedding:twin fox", *(f"embedding:long{number}" for number in range(8))]
+    with open_bundle() as pipeline:
+        stage = pipeline.manifest.refiner
+        assert stage is not None
+        prompts = [(stage, Prompt(text, "", embeddings=Embeddings(tmp_path))) for text in [*texts, texts[0]]]
+        embeds = PromptEncoder(pipeline.pool).encode(prompts, stage.unet)
+    shapes = [(len(inputs["input_ids"]), len(inputs["embeddings"])) for _, inputs in calls]
+    # Two files of equal content are one row; vectors in a call are at most MAX_VECTORS.
+    assert sum(rows for rows, _ in shapes) == len(texts) - 1
+    assert all(rows <= MAX_ROWS_OF_PROMPTS and vectors <= MAX_VECTORS for rows, vectors in shapes)
+    assert len(shapes) == 3
+    np.testing.assert_array_equal(embeds[0].hidden, embeds[1].hidden)
+    np.testing.assert_array_equal(embeds[0].hidden, embeds[-1].hidden)
+    assert not np.array_equal(embeds[2].hidden, embeds[3].hidden)
