@@ -234,7 +234,7 @@ class Pipeline:
         job's latents are written when a group has taken all its steps.
         """
         request, latents, embeds, noise = job.run.request, job.latents, job.embeds[name], job.noises[name]
-        (engine,) = self.pool.phase(self.unet(request, name), next_engines=(next_engine,))
+        (engine,) = self.pool.phase(adapted(stage.unet, request.loras.get(name, ())), next_engines=(next_engine,))
         yield _loaded(latents)
         guidance = request.guidance_of(name)
         positive, negative = ([each.micro for each in side.all] for side in request.sides[name])
