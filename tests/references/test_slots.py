@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 from safetensors.numpy import save_file
@@ -46,6 +47,7 @@ def _theirs(base: Path, files: dict[str, Path], feed: dict[str, np.ndarray]) -> 
     return result
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")  # two adapters are meant
 def test_two_loras_equal_those_of_diffusers(
     pairs: Callable[[str], Any], tmp_path: Path, rng: np.random.Generator
 ) -> None:
@@ -54,7 +56,7 @@ def test_two_loras_equal_those_of_diffusers(
     component, table = bundle.manifest.components["unet"], read_table(bundle, "unet")
     slots = list(table.slots_by_module.values())
     files = {"one": _write(tmp_path / "one.safetensors", slots, 4, rng),
-             "other": _write(tmp_path / "other.safetensors", slots[::2], 2, rng)}  # fmt: skip
+             "other": _write(tmp_path / "other.safetensors", slots, 2, rng)}  # fmt: skip
     feed = {spec.name: rng.standard_normal([SIZES.get(str(axis), axis) for axis in spec.shape]).astype(np.float32)
             for spec in component.inputs}  # fmt: skip
     loras = [ScaledLora(open_lora(path), SCALES[name]) for name, path in files.items()]
