@@ -18,7 +18,7 @@ from sdxl_trt.engines.backends.ort.engine import OrtEngine
 from sdxl_trt.engines.backends.ort.patch import _to_bfloat16, plan_patch
 from sdxl_trt.engines.bundle.bundle import Bundle, read_bundle
 from sdxl_trt.engines.bundle.tensor_table import read_table
-from sdxl_trt.engines.errors import CorruptError, IncompatibleError, SourceError
+from sdxl_trt.engines.errors import CorruptError, IncompatibleError, SdxlTrtError, SourceError
 from sdxl_trt.mini.embedded import bundle_path
 
 PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
@@ -156,7 +156,7 @@ def test_a_faulty_lora_leaves_no_half_patched_engine(mini: Bundle, write: Write,
         "nan": r"'.*up.weight' holds NaN or infinite weights", "changed": "changed while it was in use; run again",
         "large": r"makes text_model.*weight too large for fp16 at scale 100000000.0; lower", "gone": "reading",
     }  # fmt: skip
-    with pytest.raises(Exception, match=rf"style\.safetensors.*{messages[damage]}|{messages[damage]}") as caught:
+    with pytest.raises(SdxlTrtError, match=rf"style\.safetensors.*{messages[damage]}|{messages[damage]}") as caught:
         engine.load()
     assert "\n" not in str(caught.value)
     assert engine._session is None
