@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 SCRIPTS = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]["scripts"]
-HEAVY = {"PIL", "cuda", "msgspec", "numpy", "onnx", "onnx_ir", "onnxruntime", "polygraphy", "tensorrt", "tokenizers",
-         "torch", "tqdm"}  # fmt: skip
+HEAVY = {"PIL", "cuda", "msgspec", "numpy", "onnx", "onnx_ir", "onnxruntime", "polygraphy", "safetensors", "tensorrt",
+         "tokenizers", "torch", "tqdm"}  # fmt: skip
 SLOW = {"dataclasses", "inspect", "json", "logging", "shutil", "tempfile", "traceback"}
 """Slow modules of the standard library that neither needs."""
 
@@ -36,3 +36,10 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
     loaded = _loaded("import sdxl_trt; dir(sdxl_trt); sdxl_trt.SdxlTrtError")
     assert "sdxl_trt.engines.errors" in loaded
     assert loaded & (HEAVY | SLOW) == set()
+
+
+def test_runs_without_loras_do_not_load_safetensors() -> None:
+    loaded = _loaded("from sdxl_trt.runtime import open_bundle\nimport sdxl_trt.engines.backends.ort.engine\n"
+                     "with open_bundle() as pipeline: assert pipeline.pool.phase")  # fmt: skip
+    assert "sdxl_trt.engines.adapters.scaled" in loaded
+    assert "safetensors" not in loaded

@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(what: str, bundle: Path, file: Path, side: int, steps: int) -> Found:
-    engine = OrtEngine(read_bundle(bundle), UNET)
+    engine = OrtEngine(read_bundle(bundle, partial=True), UNET)
     started = time.perf_counter()
     lora = ScaledLora(open_lora(file), SCALE)
     opening = time.perf_counter() - started

@@ -28,8 +28,6 @@ from sdxl_trt.runtime import Pipeline, Request, open_bundle
 # diffusers' own warning: it passes torch tensors to np.array.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
-PAIRS = ["outline", "apart"]
-"""Linear layers as projections, and convolutions; the second pair's refiner has encoders of its own."""
 TOLERANCE = 1e-4
 REQUEST = Request("a red fox in the snow", steps=6, width=32, height=32, seed=5, guidance=5.0, handoff=0.5)
 SCALES = {"kohya": (0.7, 0.5), "diffusers": (-0.4, -0.4)}
@@ -56,14 +54,13 @@ def _shapes(base: Path) -> dict[tuple[str, str], tuple[int, ...]]:
 def _files(base: Path, folder: Path) -> dict[str, Path]:
     """Write a LoRA of every layer in kohya's names, with LDM's for the UNet, and one of some layers in diffusers'."""
     torch.manual_seed(1)
-    inverse = {
-        module: name for name, module in unet_prefixes(json.loads((base / "unet/config.json").read_text())).items()
-    }
+    config = json.loads((base / "unet" / "config.json").read_text())
+    inverse = {module: name for name, module in unet_prefixes(config).items()}
     kohya: dict[str, torch.Tensor] = {}
     diffusers: dict[str, torch.Tensor] = {}
     for number, ((component, module), (out, inner, *kernel)) in enumerate(_shapes(base).items()):
         rank = 2 + number % 3
-        down, up = torch.randn(rank, inner, *kernel) / (inner * 4) ** 0.5, torch.randn(out, rank) / rank**0.5
+        down, up = torch.randn(rank, inner, *kernel) / (inner * 25) ** 0.5, torch.randn(out, rank) / rank**0.5
         up = up.reshape(out, rank, *(1 for _ in kernel))
         key = PREFIXES[component] + (inverse[module] if component == "unet" else module).replace(".", "_")
         kohya |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}
@@ -77,7 +74,7 @@ def _files(base: Path, folder: Path) -> dict[str, Path]:
     return {name: folder / f"{name}.safetensors" for name in ("kohya", "diffusers")}
 
 
-@pytest.fixture(scope="module", params=PAIRS)
+@pytest.fixture(scope="module", params=["outline", "apart"])
 def case(request: Any, pairs: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory) -> Case:
     pair = pairs(request.param)
     return pair, _files(pair.base, tmp_path_factory.mktemp("loras"))
@@ -120,6 +117,7 @@ def _theirs(pair: Any, files: dict[str, Path], names: tuple[str, ...]) -> list[n
     return [kept.numpy(), final.numpy()]
 
 
+@pytest.mark.parametrize("case", ["outline"], indirect=True)  # diffusers fails for levels of different depths
 def test_runs_agree_with_diffusers_and_off_again_nothing_is_left(case: Case) -> None:
     pair, files = case
     with open_bundle(pair.bundle, residency="resident") as resident, open_bundle(pair.bundle, residency="swap") as swap:
@@ -131,7 +129,7 @@ def test_runs_agree_with_diffusers_and_off_again_nothing_is_left(case: Case) -> 
                 difference = float(np.abs(found - expected).max())
                 moved = float(np.abs(found - before).max())
                 print(f"{pair.name} {names}: {difference:.1e} of {np.abs(expected).max():.1f}, moved {moved:.2f}")
-                assert difference <= TOLERANCE * max(1.0, float(np.abs(expected).max()))
+                assert difference <= TOLERANCE
                 assert moved > 0.05
             for found, other in zip(ours, _ours(swap, loras), strict=True):
                 np.testing.assert_array_equal(found, other)
