@@ -9,6 +9,7 @@ __all__ = ["Handoff", "Job", "Picture", "Pipeline", "Run", "Step", "open_bundle"
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -124,7 +125,7 @@ class Pipeline:
         """Return the text encoders of a stage with the LoRAs of the request's prompts, each once."""
         stage = self.manifest.stages()[name]
         sets = dict.fromkeys(prompt.loras for _, prompt in _texts(request, {name: stage}))
-        uses = (adapted(encoder.component, loras) for encoder in stage.text_encoders for loras in sets)
+        uses = (adapted(encoder.component, loras or ()) for encoder in stage.text_encoders for loras in sets)
         return [*dict.fromkeys(uses)]
 
     def _work(self, job: Job) -> Iterator[Step]:
@@ -323,7 +324,9 @@ def _texts(request: ResolvedRequest, stages: Mapping[StageName, Stage]) -> Itera
         for name, stage in stages.items():
             side = request.sides[name][number]
             if number == 0 or not _is_zeros(side):
-                yield from ((stage, prompt) for prompt in side.prompts())
+                loras = request.loras.get(name, ())
+                for prompt in side.prompts():
+                    yield stage, prompt if prompt.loras is not None else replace(prompt, loras=loras)
 
 
 def _is_zeros(side: ResolvedSide) -> bool:

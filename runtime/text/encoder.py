@@ -31,13 +31,13 @@ MAX_CHUNKS = 16
 class Prompt:
     """A prompt, the second encoder's prompt, and how many final layers are skipped in addition to SDXL's one.
 
-    `loras` are those of the encoders that read it.
+    `loras` are those of the encoders that read it; None means those of its stage, which the pipeline fills in.
     """
 
     text: str
     text_2: str
     clip_skip: int = 0
-    loras: tuple[ScaledLora, ...] = ()
+    loras: tuple[ScaledLora, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class PromptEncoder:
         """Return a prompt's texts for the encoders of a stage, padded to equally many chunks; `known` caches texts."""
         texts = []
         for encoder, text in zip(stage.text_encoders, (prompt.text, prompt.text_2), strict=False):
-            key = (encoder, adapted(encoder.component, prompt.loras), text, prompt.clip_skip)
+            key = (encoder, adapted(encoder.component, prompt.loras or ()), text, prompt.clip_skip)
             if key not in known:
                 known[key] = self._text(*key, weighted=weighted)
             texts.append(known[key])
