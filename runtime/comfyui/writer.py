@@ -100,7 +100,7 @@ def _fits_sampler_node(stage: StageName, asked: Request, request: ResolvedReques
         return False
     if not all(side.is_plain and side.prompt.clip_skip == 0 for side in request.sides[stage]):
         return False
-    if any(side.prompt.loras != request.loras.get(stage, ()) for side in request.sides[stage]):
+    if any(side.prompt.loras is not None for side in request.sides[stage]):
         return False
     if stage == "base":
         return True

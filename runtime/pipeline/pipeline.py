@@ -129,7 +129,7 @@ class Pipeline:
         """Return the text encoders of a stage with the LoRAs of the request's prompts, each once."""
         stage = self.manifest.stages()[name]
         sets = dict.fromkeys(prompt.loras for _, prompt in _texts(request, {name: stage}))
-        uses = (adapted(encoder.component, loras) for encoder in stage.text_encoders for loras in sets)
+        uses = (adapted(encoder.component, loras or ()) for encoder in stage.text_encoders for loras in sets)
         return [*dict.fromkeys(uses)]
 
     def _work(self, job: Job) -> Iterator[Step]:
@@ -341,7 +341,9 @@ def _texts(request: ResolvedRequest, stages: Mapping[StageName, Stage]) -> Itera
         for name, stage in stages.items():
             side = request.sides[name][number]
             if number == 0 or not _is_zeros(side):
-                yield from ((stage, prompt) for prompt in side.prompts())
+                loras = request.loras.get(name, ())
+                for prompt in side.prompts():
+                    yield stage, prompt if prompt.loras is not None else replace(prompt, loras=loras)
 
 
 def _is_zeros(side: ResolvedSide) -> bool:

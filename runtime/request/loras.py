@@ -37,9 +37,9 @@ class StageLoras:
     facts: Mapping[StageName, tuple[LoraFact, ...]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
-    def of(self, stage: StageName, side: Side) -> tuple[ScaledLora, ...]:
-        """Return the LoRAs of the encoders that read a side's prompt."""
-        return self.by_stage.get(stage, ()) if side.loras is None else self.by_side[stage, side.loras]
+    def of(self, stage: StageName, side: Side) -> tuple[ScaledLora, ...] | None:
+        """Return the LoRAs of the encoders that read a side's prompt; None if they are those of the stage."""
+        return None if side.loras is None else self.by_side[stage, side.loras]
 
 
 def without_tags(request: Request) -> tuple[Request, tuple[str, ...]]:

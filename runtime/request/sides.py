@@ -62,7 +62,7 @@ def resolve_sides(
     """Return the (positive, negative) conditioning of every stage for a picture of `size` (height, width).
 
     As in diffusers, a missing negative is zeroed if the stage's config says so, and only the positive skips layers;
-    in ComfyUI's way it is "", and both skip. Prompts have the LoRAs of their encoders, and may name `embeddings`.
+    in ComfyUI's way it is "", and both skip. Prompts have the LoRAs that sides state, and may name `embeddings`.
     Raises UsageError.
     """
     comfyui = settings.comfyui

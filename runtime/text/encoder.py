@@ -156,7 +156,7 @@ class PromptEncoder:
         """Return a prompt's texts for the encoders of a stage, padded to equally many chunks; `known` caches texts."""
         texts = []
         for encoder, name, text in read_by(stage, prompt):
-            use = adapted(encoder.component, prompt.loras)
+            use = adapted(encoder.component, prompt.loras or ())
             source = _Source(encoder, use, name, text, prompt.clip_skip, prompt.embeddings)
             if source not in known:
                 known[source] = self._text(source, weighted=weighted)

@@ -12,11 +12,12 @@ from sdxl_trt.runtime.adapters import NO_EMBEDDINGS, Embeddings
 class Prompt:
     """A prompt, the second encoder's prompt, and how many final layers are skipped in addition to SDXL's one.
 
-    `loras` are those of the encoders that read it, `embeddings` those that the texts may name.
+    `loras` are those of the encoders that read it; None means those of its stage, which the pipeline fills in.
+    `embeddings` are those that the texts may name.
     """
 
     text: str
     text_2: str
     clip_skip: int = 0
-    loras: tuple[ScaledLora, ...] = ()
+    loras: tuple[ScaledLora, ...] | None = None
     embeddings: Embeddings = NO_EMBEDDINGS

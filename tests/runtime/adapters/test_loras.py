@@ -39,9 +39,7 @@ def resolved(embedded: Any) -> Callable[..., ResolvedRequest]:
 Resolve = Callable[..., ResolvedRequest]
 
 
-def test_loras_keep_their_order_and_scales_and_reach_every_prompt(
-    make_lora: MakeLora, resolved: Resolve, tmp_path: Path
-) -> None:
+def test_loras_keep_their_order_and_scales(make_lora: MakeLora, resolved: Resolve, tmp_path: Path) -> None:
     ink, pen = make_lora(tmp_path / "ink.safetensors"), make_lora(tmp_path / "pen.safetensors", seed=1)
     request = resolved(LoraUse(str(ink), 0.5), LoraUse(str(pen), -1.0, 0.25), negative="")
     assert [(each.lora.name, each.scale, each.on("text_encoder")) for each in request.loras["base"]] == [
@@ -49,8 +47,6 @@ def test_loras_keep_their_order_and_scales_and_reach_every_prompt(
         ("pen.safetensors", -1.0, 0.25),
     ]
     assert request.loras["refiner"] == ()
-    assert [side.prompt.loras for side in request.sides["base"]] == [request.loras["base"]] * 2
-    assert [side.prompt.loras for side in request.sides["refiner"]] == [()] * 2
     facts = request.lora_facts["base"]
     assert [(each.name, each.sha256, each.scale, each.text_scale) for each in facts] == [
         ("ink.safetensors", sha256_file(ink), 0.5, None),
@@ -64,8 +60,6 @@ def test_the_refiner_has_loras_only_if_it_is_asked(make_lora: MakeLora, resolved
     request = resolved(refiner_loras=(LoraUse(str(own)), LoraUse(str(ink), 0.5)))
     assert request.loras["base"] == ()
     assert [each.lora.name for each in request.loras["refiner"]] == ["own.safetensors", "ink.safetensors"]
-    assert request.sides["refiner"][0].prompt.loras == request.loras["refiner"]
-    assert request.sides["base"][0].prompt.loras == ()
     assert request.notes == ()
 
 
