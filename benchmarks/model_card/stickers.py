@@ -6,9 +6,8 @@ Draws with the embedded bundle and its LoRA, which gives every shape a white bor
 __all__ = ["main"]
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +15,7 @@ from PIL import Image
 
 from sdxl_trt.benchmarks.model_card.cases import CardCase, DrawSettings, evaluation_cases
 from sdxl_trt.mini import lora_path
-from sdxl_trt.mini.score import border_width, score_picture
+from sdxl_trt.mini.score import border_width
 from sdxl_trt.runtime import Pipeline, Request, open_bundle
 from sdxl_trt.runtime.adapters import LoraUse
 from sdxl_trt.runtime.images import Sheet, draw_sheet
@@ -59,24 +58,14 @@ def sticker_cases(count: int) -> list[CardCase]:
     return [case for case in evaluation_cases(4 * count) if "white" not in case.caption][:count]
 
 
-def measured(pictures: npt.NDArray[np.uint8], cases: Sequence[CardCase]) -> dict[str, float]:
-    """Return the mean width of the borders in pixels, and the percentage of right pictures."""
-    widths = [border_width(one, case.caption) for one, case in zip(pictures, cases, strict=True)]
-    right = [score_picture(one, case.caption).right for one, case in zip(pictures, cases, strict=True)]
-    return {"border": float(np.mean(widths)), "right": 100 * float(np.mean(right))}
-
-
-def markdown(rows: list[dict[str, Any]]) -> str:
-    """Return the figures as a table: handoffs down, scales across."""
+def markdown(widths: Mapping[tuple[float, float | None], float]) -> str:
+    """Return the mean widths by (scale, handoff) as a table: handoffs down, scales across."""
     lines = [
         "| drawn by | " + " | ".join(f"scale {scale:g}" for scale in SCALES) + " |",
         "|---" * (1 + len(SCALES)) + "|",
     ]
     for name, handoff in HANDOFFS.items():
-        cells = [row for row in rows if row["handoff"] == handoff]
-        lines.append(
-            f"| {name} | " + " | ".join(f"{row['border']:.1f} px, {row['right']:.0f} %" for row in cells) + " |"
-        )
+        lines.append(f"| {name} | " + " | ".join(f"{widths[scale, handoff]:.1f}" for scale in SCALES) + " |")
     return "\n".join(lines)
 
 
@@ -102,14 +91,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--count", type=int, default=24, help="captions")
     parser.add_argument("--sheet", type=Path, help="PNG file to write the first captions' pictures to")
     options = parser.parse_args(arguments)
-    cases, rows, shown = sticker_cases(options.count), [], {}
+    cases, widths, shown = sticker_cases(options.count), {}, {}
     with open_bundle(residency="resident") as pipeline:
         for handoff in HANDOFFS.values():
             for scale in SCALES:
                 pictures = draw(pipeline, cases, scale, handoff)
-                rows.append({"handoff": handoff, "scale": scale, **measured(pictures, cases)})
+                each = [border_width(one, case.caption) for one, case in zip(pictures, cases, strict=True)]
+                widths[scale, handoff] = float(np.mean(each))
                 shown[scale, handoff] = pictures[:SHEET_ROWS]
-    print(markdown(rows))
+    print(markdown(widths))
     if options.sheet:
         sticker_sheet([shown[each] for each in SHOWN.values()], cases).save(options.sheet, format="PNG", optimize=True)
 

@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 
-from sdxl_trt.mini.score.score import score_picture
+from sdxl_trt.mini import lora_path
+from sdxl_trt.mini.score import border_width, score_picture
 from sdxl_trt.runtime import Request, open_bundle
+from sdxl_trt.runtime.adapters import LoraUse
 
 
 @pytest.mark.slow
@@ -15,3 +17,16 @@ def test_pictures_with_the_defaults_match_the_prompt() -> None:
             (picture,) = pipeline.generate(Request(prompt, seed=7))
             assert picture.image.size == (128, 128)
             assert score_picture(np.asarray(picture.image), prompt).right, prompt
+
+
+@pytest.mark.slow
+def test_the_lora_draws_a_white_border_and_nothing_without_it() -> None:
+    prompt = "a large red circle on a yellow background"
+    loras = (LoraUse(str(lora_path())),)
+    with open_bundle() as pipeline:
+        plain, sticker = (
+            next(iter(pipeline.generate(Request(prompt, seed=7, steps=15, handoff=None, loras=each)))).image
+            for each in ((), loras)
+        )
+    assert border_width(np.asarray(plain), prompt) < 0.2
+    assert border_width(np.asarray(sticker), prompt) > 1
