@@ -55,9 +55,6 @@ def test_the_class_identifies_a_refiner_without_a_score(copy: Copy) -> None:
     assert not source.requires_aesthetics_score
 
 
-@pytest.mark.parametrize(
-    "name", ["StableDiffusionXLControlNetPipeline", "StableDiffusionXLInstructPix2PixPipeline"]
-)  # fmt: skip
 @pytest.mark.parametrize("role", ["base", "refiner"])
 def test_an_inpainting_pipeline_is_what_it_holds(copy: Copy, role: Any) -> None:
     root = copy(role, _class_name="StableDiffusionXLInpaintPipeline")
@@ -67,6 +64,9 @@ def test_an_inpainting_pipeline_is_what_it_holds(copy: Copy, role: Any) -> None:
         open_source(root, other)
 
 
+@pytest.mark.parametrize(
+    "name", ["StableDiffusionXLControlNetPipeline", "StableDiffusionXLInstructPix2PixPipeline"]
+)  # fmt: skip
 @pytest.mark.parametrize("role", ["base", "refiner"])
 def test_other_pipelines_of_sdxl_are_refused_by_name(copy: Copy, name: str, role: Any) -> None:
     with pytest.raises(SourceError, match=rf"--{role} .*is a {name}, which is not supported; give the text-to-image"):
