@@ -21,7 +21,18 @@ __all__ = [
 import math
 from collections.abc import Collection, Mapping
 
-from sdxl_trt.engines.bundle import Axes, Component, Manifest, Profile, Range, Record, Shape, fixed
+from sdxl_trt.engines.bundle import (
+    Axes,
+    Component,
+    Manifest,
+    Profile,
+    Range,
+    Record,
+    Shape,
+    axis_range,
+    axis_root,
+    fixed,
+)
 from sdxl_trt.engines.errors import (
     SizeError,
     UsageError,
@@ -97,7 +108,7 @@ def axes_of(kind: str, precision: str, sizes: Sizes, factor: int) -> list[dict[s
     Profiles for one size come first: their kernels are faster and their activations smaller than those for a range, and
     `choose_profile` takes the first of profiles that suit equally.
     """
-    if kind == "unet":
+    if kind in ("unet", "controlnet"):
         return _unet_axes(sizes, factor)
     if kind == "text_encoder":
         return [{"prompts": Range(min=1, opt=2, max=MAX_ROWS_OF_PROMPTS)}]
@@ -141,10 +152,10 @@ def component_profiles(
 
 
 def _shapes(shape: tuple[int | str, ...], axes: Axes) -> tuple[Shape, Shape, Shape]:
-    unknown = [axis for axis in shape if isinstance(axis, str) and axis not in axes]
+    unknown = [axis for axis in shape if isinstance(axis, str) and axis_root(axis) not in axes]
     if unknown:
         raise UsageError(f"the graph has an axis {unknown[0]!r} that profiles do not cover; export it again")
-    ranges = [fixed(axis) if isinstance(axis, int) else axes[axis] for axis in shape]
+    ranges = [axis_range(axis, axes) for axis in shape]
     return (
         tuple(axis.min for axis in ranges),
         tuple(axis.opt for axis in ranges),

@@ -1,6 +1,6 @@
 """Names of LDM checkpoints (the layout of sgm's single files) for the modules of diffusers and transformers."""
 
-__all__ = ["open_clip_prefixes", "unet_prefixes", "vae_prefixes"]
+__all__ = ["controlnet_prefixes", "open_clip_prefixes", "unet_prefixes", "vae_prefixes"]
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -41,6 +41,21 @@ def unet_prefixes(config: Mapping[str, Any]) -> dict[str, str]:
     construction; a downsampler gets a number of its own, an upsampler is the end of its level's last block.
     """
     return dict(_UNET_ENDS) | dict(_down(config)) | dict(_middle(config)) | dict(_up(config))
+
+
+def controlnet_prefixes(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return {LDM module: diffusers module} for a ControlNet of the UNet2DConditionModel with this `config`.
+
+    Source: ControlNet's ``ControlNet`` class, which numbers the down blocks as the UNet does, has a convolution of its
+    own for each, and one for the middle block; its ``input_hint_block`` has an activation after each convolution.
+    """
+    names = {theirs: ours for theirs, ours in _UNET_ENDS.items() if not theirs.startswith("out.")}
+    down = dict(_down(config))
+    count = 1 + max((int(theirs.split(".")[1]) for theirs in down), default=0)
+    names |= down | dict(_middle(config)) | {"middle_block_out.0": "controlnet_mid_block"}
+    names |= {f"zero_convs.{index}.0": f"controlnet_down_blocks.{index}" for index in range(count)}
+    places = {0: "conv_in", **{2 * block + 2: f"blocks.{block}" for block in range(6)}, 14: "conv_out"}
+    return names | {f"input_hint_block.{place}": f"controlnet_cond_embedding.{ours}" for place, ours in places.items()}
 
 
 def vae_prefixes(config: Mapping[str, Any]) -> dict[str, str]:
