@@ -3,7 +3,7 @@
 __all__ = ["EnginePool", "open_pool"]
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from types import TracebackType
@@ -128,8 +128,8 @@ class EnginePool:
         self._prepare([name for name in self._resolve(next_engines) if name not in self._engines])
         return engines
 
-    def make_room(self, run: RunSizes) -> None:
-        """Make sure that a run of these sizes fits into memory, before its next phase.
+    def make_room(self, run: RunSizes, controls: Sequence[str] = ()) -> None:
+        """Make sure that a run of these sizes fits into memory, before its next phase; `controls` as in `open_pool`.
 
         What it changes takes effect with the next phase: engines of another run may be in use. Nothing is done without
         plans. The profiles of a run may need more than those of the usual size: if the pool was
@@ -138,10 +138,11 @@ class EnginePool:
         """
         if self._estimate is None or not self.records:
             return
-        plans = [self._estimate(residency=each, run=run) for each in (self.residency, *self._fallbacks)]
+        estimate = partial(self._estimate, controls=controls)
+        plans = [estimate(residency=each, run=run) for each in (self.residency, *self._fallbacks)]
         chosen = min(plans, key=lambda plan: plan.missing)  # the first of those that fit
         if not _can_run(chosen, chosen.peak):
-            raise self._too_large(chosen, self._estimate(residency=chosen.residency), run)
+            raise self._too_large(chosen, estimate(residency=chosen.residency), run)
         if chosen.residency != self.residency:
             log.warning("residency %s: %sx%s needs more memory than there is; continuing with %s", self.residency,
                         run.width, run.height, chosen.residency)  # fmt: skip
@@ -311,12 +312,14 @@ def open_pool(
     *,
     from_image: bool = False,
     once: bool = False,
+    controls: Sequence[str] = (),
 ) -> EnginePool:
     """Return a pool for `bundle`; nothing is loaded yet, but a thread begins to read the plans of a run.
 
     `provider` is "auto" or one of PROVIDERS, `residency` "auto", "resident", "swap" or "stream"; `available` replaces
     the measured memory of the device or host, in bytes. With `from_image`, memory is planned for runs that start
-    from an image, which also need the autoencoder's encoder; with `once`, for a single run.
+    from an image, which also need the autoencoder's encoder; with `once`, for a single run; `controls` are the
+    components of the ControlNets that runs use.
     A given residency is kept; "auto" falls back to the next one if memory runs out. Raises UsageError for unknown
     names, IncompatibleError for a provider that is not available or a plan that does not fit this machine,
     ResourceError for plans that cannot fit.
@@ -333,6 +336,7 @@ def open_pool(
         records=backend.records,
         from_image=from_image,
         capability=backend.capability,
+        controls=controls,
     )
     try:
         plan = estimate(residency=residency)
@@ -355,7 +359,9 @@ def open_pool(
         estimate=estimate,
         close=backend.close,
     )
-    order = run_components(bundle.manifest, backend.provider, from_image=from_image, capability=backend.capability)
+    order = run_components(
+        bundle.manifest, backend.provider, from_image=from_image, capability=backend.capability, controls=controls
+    )
     pool.expect(order)
     return pool
 
