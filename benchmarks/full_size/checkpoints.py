@@ -135,7 +135,8 @@ def _write_shards(folder: Path, stem: str, tensors: Tensors, dtype: DType, limit
 
 def _ldm_tensors(shape: Architecture, dtype: DType) -> Tensors:
     """Return all tensors of a pipeline under the names of a single file, as sgm writes them."""
-    from sdxl_trt.export.checkpoints import unet_prefixes, vae_prefixes  # noqa: PLC0415 - only for single files
+    from sdxl_trt.engines.adapters import unet_prefixes  # noqa: PLC0415 - only for single files
+    from sdxl_trt.export.checkpoints import vae_prefixes  # noqa: PLC0415
 
     models = {model: _tensors(shape, model, dtype) for model in shape.models}
     stored = _renamed(models["unet"], unet_prefixes(shape.models["unet"]), "model.diffusion_model.")

@@ -181,6 +181,8 @@ def _require_disk(bundle: Bundle, jobs: Iterable[PlanJob]) -> None:
 def drop_onnx(bundle: Bundle) -> Bundle:
     """Remove graphs and weights from a bundle that has a plan of every component; return the new bundle.
 
+    The tables of tensors stay: a plan with adapter slots needs them.
+
     Raises UsageError if a component has no plan.
     """
     planned = {record.key.component for record in bundle.manifest.plans}
@@ -197,6 +199,8 @@ def drop_onnx(bundle: Bundle) -> Bundle:
         for name, component in manifest.components.items():
             for record in component.files:
                 path = bundle.path(record)
-                path.replace(Path(away) / f"{name}-{path.name}")
-            shutil.rmtree(bundle.path(component.graph).parent, ignore_errors=True)
+                if record != component.adapters:
+                    path.replace(Path(away) / f"{name}-{path.name}")
+            if component.adapters is None:
+                shutil.rmtree(bundle.path(component.graph).parent, ignore_errors=True)
     return Bundle(bundle.root, manifest)

@@ -186,8 +186,9 @@ def _stage_problem(stage: Stage, manifest: Manifest) -> str:
 
 def _check_files(bundle: Bundle) -> None:
     records = [tokenizer.file for tokenizer in bundle.manifest.tokenizers.values()]
-    for component in bundle.manifest.components.values() if bundle.manifest.onnx else ():
-        records += component.files
+    for component in bundle.manifest.components.values():
+        # A bundle of plans only has kept the tables of tensors.
+        records += [file for file in component.files if bundle.manifest.onnx or file == component.adapters]
     for record in records:
         path = bundle.path(record)
         try:

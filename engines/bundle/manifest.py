@@ -76,12 +76,14 @@ class Component(Record, frozen=True, kw_only=True):
     """A digest of everything that determines the files: an export with the same key leaves them unchanged."""
     cpu_graph: FileRecord | None = None
     """A variant over the same weights that is faster on ONNX Runtime's CPU provider and runs nowhere else."""
+    adapters: FileRecord | None = None
+    """The table of its tensors, which LoRAs need (`read_table`); None in bundles of older versions."""
 
     @property
     def files(self) -> tuple[FileRecord, ...]:
         """Return the records of all its files."""
-        graphs = (self.graph,) if self.cpu_graph is None else (self.graph, self.cpu_graph)
-        return (*graphs, self.weights)
+        own = (self.graph, self.cpu_graph, self.weights, self.adapters)
+        return tuple(record for record in own if record is not None)
 
     def input(self, name: str) -> TensorSpec:
         """Return the spec of the input called `name`."""

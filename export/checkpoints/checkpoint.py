@@ -20,8 +20,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from sdxl_trt.engines import CorruptError, explain_os_error
+from sdxl_trt.engines.adapters import check_first_bytes, explain_damage
 from sdxl_trt.engines.host import contained, require_utf8
-from sdxl_trt.export.checkpoints.first_bytes import check_first_bytes, explain_damage
 from sdxl_trt.export.checkpoints.fp8_scales import FP8, find_scales
 from sdxl_trt.export.checkpoints.leftovers import left_out
 from sdxl_trt.export.checkpoints.quantization import check_header, check_layer

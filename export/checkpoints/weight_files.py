@@ -1,15 +1,15 @@
 """Which safetensors files of a component folder hold its weights: plain or a variant, one file or shards."""
 
-__all__ = ["PICKLED", "find_weights", "shard_names"]
+__all__ = ["find_weights", "shard_names"]
 
 import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from sdxl_trt.engines import SourceError
+from sdxl_trt.engines.adapters import PICKLED
 
 log = logging.getLogger("sdxl_trt.export")
-PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 # One file; the index of shards as diffusers and transformers name it now; the index as they used to name it.
 _FORMS = (
     r"{stem}(?:\.(\w+))?\.safetensors",

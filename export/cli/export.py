@@ -173,8 +173,8 @@ def _print(arguments: argparse.Namespace, output: Any) -> None:
 
 
 def _options(arguments: argparse.Namespace, *, twins: bool) -> Any:
+    from sdxl_trt.engines.adapters import parse_lora_option  # noqa: PLC0415
     from sdxl_trt.export.components import Options  # noqa: PLC0415 - torch: --help must not wait for it
-    from sdxl_trt.export.lora import parse_lora_option  # noqa: PLC0415
 
     return Options(
         precision=arguments.precision,

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from sdxl_trt.engines import SourceError, UsageError
+from sdxl_trt.engines.adapters import COMPONENTS as LORA_COMPONENTS
+from sdxl_trt.engines.adapters import LoraComponent, LoraOption, ScaledLora
 from sdxl_trt.engines.bundle import Kind, Precision
 from sdxl_trt.engines.plans import TOKENS
 from sdxl_trt.export.checkpoints import Checkpoint, digest_tensors, resolve_names
@@ -21,8 +23,7 @@ from sdxl_trt.export.components.text_encoders import (
     without_idle_projection,
 )
 from sdxl_trt.export.graph import MetaModel, build_model, context_width, make_graph
-from sdxl_trt.export.lora import COMPONENTS as LORA_COMPONENTS
-from sdxl_trt.export.lora import LoraComponent, LoraOption, ScaledLora, check_fits, fuse_loras
+from sdxl_trt.export.lora import check_fits, fuse_loras
 from sdxl_trt.export.sources import LoadedTokenizer, ModelSource, PipelineSource
 
 # Config entries that the host reads from the manifest, or that do not affect a graph.

@@ -13,6 +13,7 @@ __all__ = [
 import hashlib
 import json
 import shutil
+from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +23,7 @@ import msgspec
 import onnx_ir as ir
 
 from sdxl_trt.engines import SdxlTrtError, UsageError, explain_os_error
+from sdxl_trt.engines.adapters import ADAPTERS_FILE, AdapterTable, TensorRecord
 from sdxl_trt.engines.bundle import Component, FileRecord, Source, TensorSpec, verify_file
 from sdxl_trt.engines.host import atomic_write, sha256_file
 from sdxl_trt.export.components.components import ComponentPlan
@@ -42,8 +44,8 @@ CPU_GRAPH_FILE = "cpu.onnx"
 """The graph for ONNX Runtime's CPU provider, over the same weights, if a rewritten one is faster there."""
 RECORD_FILE = "component.json"
 """Marks a finished component in an unfinished bundle; in the finished one the manifest records the same."""
-REVISION = 2
-"""Increase it when this code makes another graph of the same model."""
+REVISION = 3
+"""Increase it when this code makes other files of the same model."""
 # The libraries whose versions determine a graph.
 _LIBRARIES = ("sdxl-trt", "torch", "onnxscript", "onnx-ir", "diffusers", "transformers")
 _DTYPES = {ir.DataType.FLOAT: "float32", ir.DataType.FLOAT16: "float16", ir.DataType.INT64: "int64"}
@@ -117,6 +119,7 @@ def convert_component(
         parameters=written.parameters,
         key=key,
         cpu_graph=cpu_graph,
+        adapters=_save_table(plan, written.tensors, root, folder / ADAPTERS_FILE),
     )
     with atomic_write(folder / RECORD_FILE) as file:
         file.write(msgspec.json.encode(component))
@@ -170,8 +173,21 @@ def _save_cpu_graph(model: ir.Model, precision: str, root: Path, path: Path) -> 
     return file_record(root, path)
 
 
+def _save_table(plan: ComponentPlan, written: Sequence[TensorRecord], root: Path, path: Path) -> FileRecord:
+    """Write the table of all tensors of the model, also of those that the graph does not use."""
+    stored = {record.name for record in written}
+    dtype: Any = {"fp16": "float16", "bf16": "bfloat16"}.get(plan.precision, "float32")
+    idle = (TensorRecord(name=name, shape=plan.model.state[name], dtype=dtype)
+            for name in plan.tensor_names() if name not in stored)  # fmt: skip
+    try:
+        path.write_bytes(msgspec.json.encode(AdapterTable(tensors=(*written, *idle))))
+    except OSError as exc:
+        raise explain_os_error(exc, f"writing {path}") from exc
+    return file_record(root, path)
+
+
 def _files(name: str) -> set[str]:
-    return {f"{name}/{file}" for file in (GRAPH_FILE, CPU_GRAPH_FILE, WEIGHTS_FILE)}
+    return {f"{name}/{file}" for file in (GRAPH_FILE, CPU_GRAPH_FILE, WEIGHTS_FILE, ADAPTERS_FILE)}
 
 
 def _spec(value: ir.Value) -> TensorSpec:

@@ -6,18 +6,22 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 import onnx_ir as ir
 import torch
 
 from sdxl_trt.engines import CorruptError, explain_os_error
+from sdxl_trt.engines.adapters import TensorRecord
 from sdxl_trt.export.checkpoints import Checkpoint
 
 WEIGHTS_FILE = "weights.data"
 # Small tensors are packed; large ones are aligned to pages, so that engines can map them.
 ALIGNMENT, PAGE, LARGE = 64, 4096, 1 << 20
 CHECKED_AT_ONCE = 1 << 20
+_NAMES: dict[torch.dtype, Literal["float32", "float16", "bfloat16"]] = {
+    torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16",
+}  # fmt: skip
 _TORCH = {
     ir.DataType.FLOAT: torch.float32,
     ir.DataType.FLOAT16: torch.float16,
@@ -28,11 +32,12 @@ _TORCH = {
 
 @dataclass(frozen=True)
 class WrittenWeights:
-    """The written file: its size and sha256, and the number of parameters."""
+    """The written file: its size and sha256, the number of parameters, and its tensors in order."""
 
     size: int
     sha256: str
     parameters: int
+    tensors: tuple[TensorRecord, ...]
 
 
 def write_weights(
@@ -50,17 +55,23 @@ def write_weights(
     """
     by_source: dict[str, ir.Value] = {names[name]: model.graph.initializers[name] for name in names}
     order = checkpoint.in_file_order(by_source)
+    tensors: list[TensorRecord] = []
     try:
         with (folder / WEIGHTS_FILE).open("wb") as file:
             writer = _Writer(file)
             for source, tensor in checkpoint.read(order):
                 value = by_source[source]
-                stored = _prepare(tensor, value, source, permutations.get(str(value.name)), checkpoint)
+                permutation = permutations.get(str(value.name))
+                stored = _prepare(tensor, value, source, permutation, checkpoint)
                 offset = writer.append(stored)
+                shape, dtype = checkpoint.tensors[source].shape, _NAMES[stored.dtype]
+                tensors.append(
+                    TensorRecord(name=source, shape=shape, dtype=dtype, permutation=permutation, offset=offset)
+                )
                 value.const_value = _external(value, folder, offset, stored.nbytes)
                 if progress:
                     progress(stored.nbytes)
-            return WrittenWeights(writer.position, writer.digest.hexdigest(), writer.parameters)
+            return WrittenWeights(writer.position, writer.digest.hexdigest(), writer.parameters, tuple(tensors))
     except OSError as exc:
         raise explain_os_error(exc, f"writing {folder / WEIGHTS_FILE}") from exc
 

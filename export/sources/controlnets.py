@@ -10,14 +10,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sdxl_trt.engines import SourceError
+from sdxl_trt.engines.adapters import PICKLED, is_safetensors
 from sdxl_trt.engines.host import known_as
 from sdxl_trt.export.checkpoints import (
-    PICKLED,
     Checkpoint,
     TensorInfo,
     check_header,
     controlnet_prefixes,
-    is_safetensors,
     left_out,
     open_file,
     unquantized,

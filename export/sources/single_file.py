@@ -9,16 +9,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sdxl_trt.engines import CorruptError, SourceError
+from sdxl_trt.engines.adapters import PICKLED, is_safetensors, unet_prefixes
 from sdxl_trt.export.checkpoints import (
-    PICKLED,
     Checkpoint,
     TensorInfo,
     check_header,
-    is_safetensors,
     left_out,
     open_clip_prefixes,
     open_file,
-    unet_prefixes,
     vae_prefixes,
 )
 from sdxl_trt.export.sources.outlines import Outline, read_outline

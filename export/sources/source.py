@@ -32,9 +32,10 @@ from pathlib import Path
 from typing import Any
 
 from sdxl_trt.engines import SourceError
+from sdxl_trt.engines.adapters import PICKLED
 from sdxl_trt.engines.bundle import Scheduler
 from sdxl_trt.engines.host import known_as
-from sdxl_trt.export.checkpoints import PICKLED, Checkpoint, open_checkpoint, read_quantization, unquantized
+from sdxl_trt.export.checkpoints import Checkpoint, open_checkpoint, read_quantization, unquantized
 from sdxl_trt.export.sources.configs import PUBLISHED, read_json
 from sdxl_trt.export.sources.hub import fetch_pipeline, fetch_vae, parse_hub_id
 from sdxl_trt.export.sources.outlines import config_of

@@ -119,6 +119,7 @@ def _request(arguments: argparse.Namespace) -> "Request":
         **stated_settings(arguments),
         latents=load_latents(arguments.latents),
         image=_image_given(arguments),
+        lora_dir=arguments.lora_dir,
         refine=arguments.refine is not None,
     )
 
@@ -156,7 +157,7 @@ def _work(
 ) -> "tuple[Batch | Chain, Series]":
     """Return what draws the pictures, and what they are a series of."""
     from sdxl_trt.runtime.cli.series import Series  # noqa: PLC0415
-    from sdxl_trt.runtime.comfyui import check_workflow, pair_request, settle_pair  # noqa: PLC0415
+    from sdxl_trt.runtime.comfyui import LoraFiles, check_workflow, pair_request, settle_pair  # noqa: PLC0415
     from sdxl_trt.runtime.pipeline import Batch, Chain  # noqa: PLC0415
     from sdxl_trt.runtime.request import Request  # noqa: PLC0415
 
@@ -164,15 +165,17 @@ def _work(
         series = Series(asked, arguments)
         return Batch(pipeline, series.requests), series
     folder = arguments.workflow.parent
-    found = check_workflow(asked, pipeline.manifest)
-    request = pair_request(asked, pipeline.manifest, found, folder)
+    files = LoraFiles(arguments.lora_dir, getattr(arguments, "lora_files", {}))
+    found = check_workflow(asked, pipeline.manifest, files)
+    request = pair_request(asked, pipeline.manifest, found, folder, files)
     seed_given = arguments.seed is not None
     if request is None:
         _check_chain(arguments)
-        chain = Chain(pipeline, asked, found, folder, lambda one: _changed(one, arguments), seed_given=seed_given)
+        chain = Chain(pipeline, asked, found, folder, lambda one: _changed(one, arguments), files,
+                      seed_given=seed_given)  # fmt: skip
         return chain, Series(chain.runs[0].asked, arguments)
     changed = _changed(request, arguments)
-    settle_pair(changed, asked, pipeline.manifest, pipeline.pool.limits, seed_given=seed_given)
+    settle_pair(changed, asked, pipeline.manifest, pipeline.pool.limits, pipeline.pool.bundle, seed_given=seed_given)
     series = Series(changed, arguments)
     return Batch(pipeline, series.requests), series
 
@@ -208,7 +211,8 @@ def _check_chain(arguments: argparse.Namespace) -> None:
 
 def _image(picture: "Picture", path: Path) -> dict[str, Any]:
     width, height = picture.image.size
-    return {"path": str(path), "seed": picture.seed, "width": width, "height": height}
+    loras = {name: picture.metadata[name] for name in ("loras", "refiner_loras") if name in picture.metadata}
+    return {"path": str(path), "seed": picture.seed, "width": width, "height": height} | loras
 
 
 def _report(

@@ -56,12 +56,15 @@ def make_parser() -> Parser:
 
 
 def _add_setting(group: Any, declared: Setting) -> None:
-    shared = {"dest": declared.name, "default": None if declared.unstated or declared.is_file else declared.default,
+    unstated = declared.unstated or declared.is_file or declared.several
+    shared = {"dest": declared.name, "default": None if unstated else declared.default,
               "help": declared.help + declared.more_help}  # fmt: skip
     if declared.const is not ...:
         group.add_argument(declared.word, action="store_const", const=declared.const, **shared)
     elif declared.choices:
         group.add_argument(declared.word, choices=declared.choices, **shared)
+    elif declared.several:
+        group.add_argument(declared.word, type=_reader(declared), metavar=declared.metavar, action="append", **shared)
     else:
         group.add_argument(declared.word, type=_reader(declared), metavar=declared.metavar, **shared)
 
@@ -69,7 +72,9 @@ def _add_setting(group: Any, declared: Setting) -> None:
 def _reader(declared: Setting) -> Callable[[str], Any]:
     """Return the function that reads an option's text."""
     if declared.parse is not None:
-        return option_type(declared.parse)
+        parse = option_type(declared.parse)
+        # None stands for none of them, which --from tells from an option that is left out.
+        return (lambda text: None if text == "none" else parse(text)) if declared.several else parse
     kinds = (declared.type, *get_args(declared.type))
     return Path if declared.is_file else next(kind for kind in (int, float, str) if kind in kinds)
 
@@ -80,6 +85,7 @@ def stated_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     for name, each in _SETTINGS.items():
         if (each.group or name == "prompt") and not each.is_file:
             value = getattr(arguments, name)
+            value = tuple(one for one in value or () if one is not None) if each.several else value
             found |= {} if each.unstated and value is None else {name: value}
     return found | ({"handoff": None} if arguments.no_refiner else {})
 

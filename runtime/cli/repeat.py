@@ -9,6 +9,7 @@ from typing import Any
 
 from sdxl_trt.engines import UsageError
 from sdxl_trt.engines.host import sha256_file
+from sdxl_trt.runtime.adapters import LoraUse, find_recorded
 from sdxl_trt.runtime.cli.options import make_parser
 from sdxl_trt.runtime.pipeline import ImageSettings, read_settings
 from sdxl_trt.runtime.request import Request, settings_of
@@ -48,6 +49,7 @@ def repeated(argv: Sequence[str] | None) -> argparse.Namespace:
     if not settings.workflow:
         _take_handoff(arguments, settings)
         _take_image(arguments, settings, source)
+    _take_loras(arguments, settings, source)
     return arguments
 
 
@@ -81,6 +83,24 @@ def _take_image(arguments: argparse.Namespace, settings: ImageSettings, source: 
     option = "--refine" if settings.refine else "--image"
     raise UsageError(f"--from {source}: was made from {settings.image[:100]!r}, which is not beside it as it was; give"
                      f" it with {option} FILE")  # fmt: skip
+
+
+def _take_loras(arguments: argparse.Namespace, settings: ImageSettings, source: Path) -> None:
+    """Find the LoRAs of a picture, unchanged: in --lora-dir, beside the picture or in the current folder.
+
+    Options replace those of their stage. A workflow states its LoRAs itself: their files are `lora_files`, by name.
+    """
+    arguments.lora_files = {}
+    for name in ("loras", "refiner_loras"):
+        facts = getattr(settings, name)
+        if getattr(arguments, name) is not None or not facts:
+            continue
+        option = _SETTINGS[name].word
+        paths = [find_recorded(fact, arguments.lora_dir, source, option) for fact in facts]
+        arguments.lora_files |= {fact.name: path for fact, path in zip(facts, paths, strict=True)}
+        if not settings.workflow:
+            scales = [(fact.scale, fact.text_scale) for fact in facts]
+            setattr(arguments, name, [LoraUse(str(path), *own) for path, own in zip(paths, scales, strict=True)])
 
 
 def _holds(path: Path, sha256: str | None) -> bool:

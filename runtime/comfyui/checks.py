@@ -1,19 +1,17 @@
-"""Check a workflow against a bundle: which expert replaces each checkpoint, and whether LoRAs and autoencoders match.
+"""Check a workflow against a bundle: which expert replaces each checkpoint, and whether autoencoders match.
 
 Checkpoint files are not read: the bundle's models replace them, with a warning if the names differ.
 """
 
-__all__ = ["check_loras", "check_sampling", "check_sides", "experts", "vae_stage", "warn_of_names"]
+__all__ = ["check_sampling", "check_sides", "experts", "vae_stage", "warn_of_names"]
 
 import logging
-import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import PurePosixPath
 
 from sdxl_trt.engines import UsageError
-from sdxl_trt.engines.bundle import LoraRecord, Manifest
-from sdxl_trt.engines.host import shell_word
-from sdxl_trt.runtime.comfyui.workflow import Conditioning, Loaded, Loras, Sampling, VaeName, Workflow, ancestry
+from sdxl_trt.engines.bundle import Manifest
+from sdxl_trt.runtime.comfyui.workflow import Loaded, Sampling, VaeName, Workflow, ancestry, prompts_of
 from sdxl_trt.runtime.diffusion.samplers import sampler_names
 from sdxl_trt.runtime.diffusion.schedules import COMFYUI_SCHEDULES
 from sdxl_trt.runtime.request import StageName, most_skipped
@@ -56,7 +54,7 @@ def _deduced(name: str, samplings: list[Sampling], workflow: Workflow, manifest:
         return known[stem]
     if "refiner" in stem:
         return "refiner"
-    prompts = [each for sampling in samplings for each in _leaves((*sampling.positive, *sampling.negative))]
+    prompts = [each for sampling in samplings for each in prompts_of((*sampling.positive, *sampling.negative))]
     if "base" in stem or any(each.encoder == "CLIPTextEncodeSDXL" for each in prompts):
         return "base"
     alone = len({sampling.model.checkpoint for sampling in workflow.samplings}) == 1
@@ -116,7 +114,7 @@ def check_sampling(sampling: Sampling, stage: StageName, manifest: Manifest) -> 
 def check_sides(sampling: Sampling, found: Experts, manifest: Manifest) -> None:
     """Raise UsageError for a prompt encoded with another checkpoint's CLIP, or in a way its expert does not support."""
     own, most = sampling.model.checkpoint, most_skipped(manifest)
-    for each in _leaves((*sampling.positive, *sampling.negative)):
+    for each in prompts_of((*sampling.positive, *sampling.negative)):
         if each.clip.checkpoint not in ("", own):
             other = each.clip.checkpoint[:60]
             raise UsageError(f"node {each.node}: its CLIP comes from {other!r}, but node {sampling.node} samples with"
@@ -127,62 +125,6 @@ def check_sides(sampling: Sampling, found: Experts, manifest: Manifest) -> None:
         if found[own] == "refiner" and each.encoder == "CLIPTextEncodeSDXL":
             raise UsageError(f"node {each.node} (CLIPTextEncodeSDXL): is for the base's two encoders, but node"
                              f" {sampling.node} samples with the refiner; use CLIPTextEncodeSDXLRefiner")  # fmt: skip
-        if found[own] == "refiner" and each.clip.loras:
-            raise UsageError(f"node {each.node}: has a LoRA on the refiner's CLIP, which is not supported; remove it")
-
-
-def check_loras(samplings: Iterable[Sampling], found: Experts, manifest: Manifest) -> None:
-    """Raise UsageError for LoRAs the bundle lacks or has at another strength; warn of LoRAs only the bundle has."""
-    fused = _fused(manifest.loras)
-    unnamed = set(fused)
-    for sampling in samplings:
-        if found[sampling.model.checkpoint] == "refiner":
-            if sampling.model.loras:
-                raise UsageError(f"node {sampling.node}: has a LoRA on the refiner, which is not supported; remove it")
-            continue
-        unet = _strengths(sampling.model.loras)
-        for prompt in _leaves((*sampling.positive, *sampling.negative)):
-            # A Conditioning built in code may name no checkpoint for its encoders.
-            text = _strengths(prompt.clip.loras) if prompt.clip.checkpoint else dict(unet)
-            for file in dict.fromkeys([*unet, *text]):
-                asked, has = (unet.get(file, 0.0), text.get(file, 0.0)), fused.get(file, (0.0, 0.0))
-                if not all(math.isclose(one, other, abs_tol=1e-9) for one, other in zip(asked, has, strict=True)):
-                    raise _missing_lora(sampling, prompt, file, asked, has)
-            unnamed -= set(unet) | set(text)
-    for file in sorted(unnamed):
-        log.warning("the bundle has LoRA %s at strength %s, which the workflow does not name", file,
-                    _text_of(*fused[file]))  # fmt: skip
-
-
-def _missing_lora(
-    sampling: Sampling, prompt: Conditioning, file: str, asked: tuple[float, float], has: tuple[float, float]
-) -> UsageError:
-    instead = f" (the bundle has it at {_text_of(*has)})" if any(has) else ""
-    option = f"{file}:{asked[0]:g}" + ("" if asked[0] == asked[1] else f":{asked[1]:g}")
-    return UsageError(f"node {sampling.node} with the prompt of node {prompt.node}: LoRA {file} at strength"
-                      f" {_text_of(*asked)} is not in the bundle{instead}; export one with it: export-engines --lora"
-                      f" {shell_word(option)}")  # fmt: skip
-
-
-def _text_of(unet: float, text: float) -> str:
-    return f"{unet:g}" if unet == text else f"{unet:g}, {text:g} on the text encoders,"
-
-
-def _fused(records: Iterable[LoraRecord]) -> dict[str, tuple[float, float]]:
-    fused: dict[str, tuple[float, float]] = {}
-    for record in records:
-        before = fused.get(record.name, (0.0, 0.0))
-        fused[record.name] = before[0] + record.scale, before[1] + record.encoder_scale
-    return fused
-
-
-def _strengths(loras: Loras) -> dict[str, float]:
-    """Return the strength of each file; the strengths of a repeated file add up."""
-    found: dict[str, float] = {}
-    for name, strength in loras:
-        file = PurePosixPath(name.replace("\\", "/")).name
-        found[file] = found.get(file, 0.0) + strength
-    return found
 
 
 def vae_stage(vae: VaeName, found: Experts, otherwise: StageName, manifest: Manifest) -> StageName:
@@ -201,10 +143,3 @@ def vae_stage(vae: VaeName, found: Experts, otherwise: StageName, manifest: Mani
             log.warning("node %s: the autoencoder %r is not read; the bundle's own, %s, is used instead", vae.node[:20],
                         vae.name[:80], source)  # fmt: skip
     return otherwise
-
-
-def _leaves(side: Iterable[Conditioning]) -> Iterator[Conditioning]:
-    """Yield the prompts of a side, including those mixed into others."""
-    for each in side:
-        yield each
-        yield from _leaves(mix.other for mix in each.mixes if mix.other is not None)

@@ -109,17 +109,19 @@ NODES: dict[str, NodeKind] = {
     "LoraLoader": NodeKind(
         (
             Input("model", "MODEL"), Input("clip", "CLIP"),
-            Input("lora_name", "STRING", followed="must be in the bundle, under its file name"),
-            Input("strength_model", "FLOAT", 1.0, -100, 100, followed="must equal the bundle's"),
-            Input("strength_clip", "FLOAT", 1.0, -100, 100, followed="must equal the bundle's on the encoders"),
+            Input("lora_name", "STRING", followed="a file in `--lora-dir`, or one that the bundle has fused"),
+            Input("strength_model", "FLOAT", 1.0, -100, 100, followed="as in ComfyUI; the bundle's, if it is fused"),
+            Input("strength_clip", "FLOAT", 1.0, -100, 100,
+                  followed="as in ComfyUI; the bundle's on the encoders, if it is fused"),
         ),
         ("MODEL", "CLIP"),
     ),
     "LoraLoaderModelOnly": NodeKind(
         (
             Input("model", "MODEL"),
-            Input("lora_name", "STRING", followed="must be in the bundle, with strength 0 on the encoders"),
-            Input("strength_model", "FLOAT", 1.0, -100, 100, followed="must equal the bundle's"),
+            Input("lora_name", "STRING", followed="a file in `--lora-dir`, or one that the bundle has fused with"
+                                                   " strength 0 on the encoders"),
+            Input("strength_model", "FLOAT", 1.0, -100, 100, followed="as in ComfyUI; the bundle's, if it is fused"),
         ),
         ("MODEL",),
     ),

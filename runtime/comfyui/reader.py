@@ -24,6 +24,7 @@ from sdxl_trt.runtime.comfyui.workflow import (
     Image,
     LatentSource,
     Loaded,
+    LoraNode,
     Mix,
     Model,
     Output,
@@ -242,7 +243,7 @@ class _Reader:
     def _model(self, link: Link) -> Model:
         def lora(node: Node, _: int) -> Model:
             model = self._model(linked(node, "model"))
-            added = (stated(node, "lora_name"), stated(node, "strength_model"))
+            added = LoraNode(stated(node, "lora_name"), stated(node, "strength_model"), node.id)
             return replace(model, loras=(*model.loras, added))
 
         return self._read(link, "MODEL", {
@@ -253,7 +254,8 @@ class _Reader:
     def _clip(self, link: Link) -> Clip:
         def lora(node: Node, _: int) -> Clip:
             clip = self._clip(linked(node, "clip"))
-            return replace(clip, loras=(*clip.loras, (stated(node, "lora_name"), stated(node, "strength_clip"))))
+            added = LoraNode(stated(node, "lora_name"), stated(node, "strength_clip"), node.id)
+            return replace(clip, loras=(*clip.loras, added))
 
         def last_layer(node: Node, _: int) -> Clip:
             return replace(self._clip(linked(node, "clip")), last_layer=stated(node, "stop_at_clip_layer"))

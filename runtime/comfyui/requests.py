@@ -23,18 +23,18 @@ from pathlib import Path
 from typing import Any
 
 from sdxl_trt.engines import CorruptError, SizeError, UsageError
-from sdxl_trt.engines.bundle import Manifest
+from sdxl_trt.engines.bundle import Bundle, Manifest
 from sdxl_trt.engines.host import contained
 from sdxl_trt.engines.plans import PlanLimits
 from sdxl_trt.runtime.comfyui.checks import (
     Experts,
-    check_loras,
     check_sampling,
     check_sides,
     experts,
     vae_stage,
     warn_of_names,
 )
+from sdxl_trt.runtime.comfyui.loras import LoraFiles, check_loras, side_loras, stage_loras
 from sdxl_trt.runtime.comfyui.workflow import (
     Conditioning,
     Decoded,
@@ -56,23 +56,34 @@ _FIELDS = {each.word: each.node for each in settings_of(Request).values() if eac
 """The names of the options' settings in ComfyUI's nodes."""
 
 
-def check_workflow(workflow: Workflow, manifest: Manifest) -> Experts:
-    """Check that a bundle has all that `workflow` needs, and return the expert that replaces each checkpoint."""
+def check_workflow(workflow: Workflow, manifest: Manifest, files: LoraFiles = LoraFiles()) -> Experts:
+    """Check that a bundle has all that `workflow` needs, and return the expert that replaces each checkpoint.
+
+    LoRAs that the bundle lacks are among `files`. Raises UsageError that names a node.
+    """
     found = experts(workflow, manifest)
     for sampling in workflow.samplings:
         check_sampling(sampling, found[sampling.model.checkpoint], manifest)
         check_sides(sampling, found, manifest)
-    check_loras(workflow.samplings, found, manifest)
+    check_loras(workflow.samplings, found, manifest, files)
     warn_of_names(workflow, found, manifest)
     return found
 
 
-def pair_request(workflow: Workflow, manifest: Manifest, found: Experts, folder: Path | None = None) -> Request | None:
+def pair_request(
+    workflow: Workflow,
+    manifest: Manifest,
+    found: Experts,
+    folder: Path | None = None,
+    files: LoraFiles = LoraFiles(),
+) -> Request | None:
     """Return the single request that draws a workflow, or None if it needs several.
 
     A single request is one sampler, or a base's and then a refiner's on one grid, from empty latents or an unscaled
-    picture to one picture. Pictures are loaded from `folder`, by default the working directory. Raises UsageError.
+    picture to one picture. Pictures are loaded from `folder`, by default the working directory; LoRAs are among
+    `files`. Raises UsageError.
     """
+    files = files.beside(manifest)
     if len(workflow.outputs) > 1 or not isinstance(workflow.outputs[0].image, Decoded):
         return None
     decoded = workflow.outputs[0].image
@@ -97,12 +108,12 @@ def pair_request(workflow: Workflow, manifest: Manifest, found: Experts, folder:
     size = (source.height, source.width) if isinstance(source, Empty) else None
     names = tuple(sampling.model.checkpoint for sampling in samplings)
     request = replace(
-        sampling_request(samplings[0], stages[0], image=image, size=size, count=batch),
+        sampling_request(samplings[0], stages[0], files, image=image, size=size, count=batch),
         checkpoints=names,
         tile=decoded.tiled or (isinstance(source, Encoded) and source.tiled),
         graph=workflow.graph,
     )
-    return _refined(request, *samplings) if len(samplings) > 1 else request
+    return _refined(request, *samplings, files) if len(samplings) > 1 else request
 
 
 def _samplings(decoded: Decoded) -> tuple[list[Sampling], LatentSource]:
@@ -133,13 +144,18 @@ def _start(start: LatentSource) -> tuple[int, LatentSource]:
 def sampling_request(
     sampling: Sampling,
     stage: StageName,
+    files: LoraFiles,
     *,
     image: InputPicture | None,
     size: tuple[int, int] | None,
     count: int,
 ) -> Request:
-    """Return the request of one sampler that starts from `image`, or from pure noise of `size` (height, width)."""
-    sides = _side(sampling.positive), _side(sampling.negative)
+    """Return the request of one sampler that starts from `image`, or from pure noise of `size` (height, width).
+
+    Its LoRAs are among `files`, which know those that the base has fused (`LoraFiles.beside`).
+    """
+    sides = _sides(sampling, files.of(stage))
+    loras = stage_loras(sampling, files.of(stage))
     alone = Request(
         sampling.positive[0].text_l,
         compat="comfyui",
@@ -163,7 +179,7 @@ def sampling_request(
         checkpoints=(sampling.model.checkpoint,),
     )
     if stage == "base":
-        return alone
+        return replace(alone, loras=loras)
     return replace(
         alone,
         refine=True,
@@ -173,10 +189,12 @@ def sampling_request(
         refiner_end_step=sampling.end,
         refiner_leftover_noise=sampling.leftover_noise,
         refiner_sides=sides,
+        refiner_loras=loras,
     )
 
 
-def _refined(alone: Request, base: Sampling, refiner: Sampling) -> Request:
+def _refined(alone: Request, base: Sampling, refiner: Sampling, files: LoraFiles) -> Request:
+    files = files.of("refiner")
     return replace(
         alone,
         handoff="auto",
@@ -188,7 +206,8 @@ def _refined(alone: Request, base: Sampling, refiner: Sampling) -> Request:
         refiner_sampler=refiner.sampler,
         refiner_seed=refiner.seed,
         refiner_strength=None if base.denoise == refiner.denoise == 1.0 else refiner.denoise,
-        refiner_sides=(_side(refiner.positive), _side(refiner.negative)),
+        refiner_sides=_sides(refiner, files),
+        refiner_loras=stage_loras(refiner, files),
     )
 
 
@@ -223,11 +242,20 @@ def part_of(graph: Mapping[str, Any], end: str) -> dict[str, Any]:
 
 
 def settle_pair(
-    request: Request, workflow: Workflow, manifest: Manifest, limits: PlanLimits | None, *, seed_given: bool
+    request: Request,
+    workflow: Workflow,
+    manifest: Manifest,
+    limits: PlanLimits | None,
+    bundle: Bundle | None = None,
+    *,
+    seed_given: bool,
 ) -> None:
-    """Raise UsageError that names a node of `workflow` if its single `request` cannot be resolved."""
+    """Raise UsageError that names a node of `workflow` if its single `request` cannot be resolved.
+
+    Takes the arguments of `resolve_request`, and raises what that raises.
+    """
     try:
-        resolve_request(request, manifest, limits)
+        resolve_request(request, manifest, limits, bundle)
     except UsageError as exc:
         samplings, start = workflow.samplings, ancestry(workflow.outputs[0].image)[-1]
         ours = samplings[-1] if "refiner" in str(exc).partition(" ")[0] else samplings[0]
@@ -265,15 +293,19 @@ def load_image(loaded: Loaded, folder: Path) -> InputPicture:
     return picture
 
 
-def _side(conditionings: Sequence[Conditioning]) -> Side:
-    first, *others = map(_one_side, conditionings)
-    return replace(first, combined=tuple(others))
+def _sides(sampling: Sampling, files: LoraFiles) -> tuple[Side, Side]:
+    def side(conditionings: Sequence[Conditioning]) -> Side:
+        first, *others = (_one_side(each, sampling, files) for each in conditionings)
+        return replace(first, combined=tuple(others))
+
+    return side(sampling.positive), side(sampling.negative)
 
 
-def _one_side(prompt: Conditioning) -> Side:
+def _one_side(prompt: Conditioning, sampling: Sampling, files: LoraFiles) -> Side:
     zeroed = [mix.kind for mix in prompt.mixes] == ["zero"]
     mixes = tuple(
-        SideMix(kind=mix.kind, other=None if mix.other is None else _one_side(mix.other), strength=mix.strength)
+        SideMix(kind=mix.kind, strength=mix.strength,
+                other=None if mix.other is None else _one_side(mix.other, sampling, files))
         for mix in prompt.mixes
     )
     return Side(
@@ -281,6 +313,7 @@ def _one_side(prompt: Conditioning) -> Side:
         text_2=prompt.text_g,
         zeroed=zeroed,
         clip_skip=-2 - prompt.clip.last_layer,
+        loras=side_loras(prompt, sampling, files),
         mixes=() if zeroed else mixes,
         original_size=prompt.original_size,
         crop=prompt.crop,

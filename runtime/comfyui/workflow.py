@@ -14,6 +14,8 @@ __all__ = [
     "Image",
     "LatentSource",
     "Loaded",
+    "LoraNode",
+    "Loras",
     "Mix",
     "Model",
     "Output",
@@ -24,19 +26,33 @@ __all__ = [
     "Scaled",
     "VaeName",
     "Workflow",
+    "ancestry",
+    "prompts_of",
 ]
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
 # KSamplerAdvanced's default end step, which means "to the end".
 TO_THE_END = 10_000
-Loras = tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True)
+class LoraNode:
+    """A LoRA by its name in the workflow, and its strength on what it is applied to; `node` is the id of its loader."""
+
+    name: str
+    strength: float
+    node: str = field(default="", compare=False)
+
+
+Loras = tuple[LoraNode, ...]
 
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint's UNet, by its name in the workflow, and the LoRAs (name, strength) applied to it in order.
+    """A checkpoint's UNet, by its name in the workflow, and the LoRAs applied to it in order.
 
     `node` is the id of the loader.
     """
@@ -48,7 +64,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Clip:
-    """A checkpoint's text encoders, and the LoRAs with their strengths on these; `last_layer` -2 is SDXL's own."""
+    """A checkpoint's text encoders, and the LoRAs applied to these in order; `last_layer` -2 is SDXL's own."""
 
     checkpoint: str = ""
     loras: Loras = ()
@@ -243,3 +259,10 @@ def ancestry(source: LatentSource | Image) -> "list[LatentSource | Image]":
         last = found[-1]
         found.append(last.image if isinstance(last, Encoded | Scaled) else last.latents)
     return found
+
+
+def prompts_of(side: Iterable[Conditioning]) -> Iterator[Conditioning]:
+    """Yield the prompts of a side, including those mixed into others."""
+    for each in side:
+        yield each
+        yield from prompts_of(mix.other for mix in each.mixes if mix.other is not None)

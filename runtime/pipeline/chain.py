@@ -24,6 +24,7 @@ from sdxl_trt.runtime.comfyui import (
     Image,
     LatentSource,
     Loaded,
+    LoraFiles,
     Output,
     Repeated,
     Resized,
@@ -70,7 +71,7 @@ class _Batch:
 class Chain:
     """The samplers of a workflow, to run on `pipeline`; `change` is applied to each sampler's request.
 
-    Pictures are loaded from `folder`. Raises UsageError for what is not supported, before any engine is loaded.
+    Pictures are loaded from `folder`, LoRAs are among `files`. Raises UsageError for what is not supported, before any engine is loaded.
     """
 
     def __init__(
@@ -80,11 +81,13 @@ class Chain:
         found: Experts,
         folder: Path,
         change: Callable[[Request], Request],
+        files: LoraFiles = LoraFiles(),
         *,
         seed_given: bool = False,
     ) -> None:
         self._pipeline, self._workflow, self._experts = pipeline, workflow, found
         self._change, self._seed_given = change, seed_given
+        self._files = files.beside(pipeline.manifest)
         self._images: dict[str, InputPicture] = {}
         self._jobs: dict[str, Job] = {}
         self._done: dict[LatentSource | Image, Values] = {}
@@ -154,7 +157,7 @@ class Chain:
         shape = (before.count, vae.latent_channels, *before.size)
         image = None if fresh else as_input(np.zeros(shape, np.float32))
         size = (before.size[0] * vae.factor, before.size[1] * vae.factor)
-        request = sampling_request(sampling, stage, image=image, size=size, count=before.count)
+        request = sampling_request(sampling, stage, self._files, image=image, size=size, count=before.count)
         try:
             job = self._pipeline.start(self._change(replace(request, graph=self._workflow.graph)))
         except UsageError as exc:

@@ -6,6 +6,7 @@ once, take the refiner steps of all pictures, decode all. Each phase tells the p
 
 __all__ = ["Handoff", "Job", "Picture", "Pipeline", "Run", "Step", "open_bundle"]
 
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -37,6 +38,8 @@ from sdxl_trt.runtime.vae import (
     to_uint8_truncated,
 )
 
+log = logging.getLogger("sdxl_trt.runtime")
+
 
 class Pipeline:
     """A bundle ready to generate; a context manager that frees the engines.
@@ -51,6 +54,7 @@ class Pipeline:
         self._fewest_at_once = 1 if pool.limits is None else pool.limits.fewest
         self._encoder = PromptEncoder(pool)
         self._pictures = PictureEncoder(pool)
+        self._said: set[str] = set()
         self.run: Run | None = None
         """The run of the latest request."""
 
@@ -70,12 +74,21 @@ class Pipeline:
     def start(self, request: Request) -> Job:
         """Return `request` resolved, with its noise drawn, ready for the stages.
 
-        Raises UsageError, and ResourceError if the plans' own figures say that it does not fit into memory.
+        Raises UsageError, and ResourceError if the plans' own figures say that it does not fit into memory; for its
+        LoRAs also SourceError, CorruptError and IncompatibleError.
         """
-        resolved = resolve_request(request, self.manifest, self.pool.limits)
+        resolved = resolve_request(request, self.manifest, self.pool.limits, self.pool.bundle)
+        self._say(resolved.notes)
         guided = any(resolved.guidance_of(name).wanted for name in self._stages(resolved))
         self._make_room(resolved, 2 if guided else 1)
         return start_job(resolved, request, self.manifest)
+
+    def _say(self, notes: Sequence[str]) -> None:
+        """Warn of each of `notes` once, however many requests repeat it."""
+        for note in notes:
+            if note not in self._said:
+                self._said.add(note)
+                log.warning("%s", note)
 
     def _make_room(self, request: ResolvedRequest, conditionings: int, tokens: int | None = None) -> None:
         """Let the pool make room for `request`; before its prompts are read, they count as short."""

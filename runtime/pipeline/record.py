@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdxl_trt.engines import UsageError
+from sdxl_trt.runtime.adapters import MOST_LORAS, LoraFact
 from sdxl_trt.runtime.comfyui import write_workflow
 from sdxl_trt.runtime.images import SETTINGS, BundleName, Fit, Picture, bundle_name, read_texts
 from sdxl_trt.runtime.pipeline.run import Run
@@ -39,6 +40,9 @@ class _Facts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """How the image was brought to the size; "cover" if a size was requested."""
     workflow: bool = False
     """Whether a workflow requested what these settings do not hold."""
+    loras: Annotated[tuple[LoraFact, ...], msgspec.Meta(max_length=MOST_LORAS)] = ()
+    """The LoRAs of the base, in order; those in prompts too."""
+    refiner_loras: Annotated[tuple[LoraFact, ...], msgspec.Meta(max_length=MOST_LORAS)] = ()
     bundle: BundleName | None = None
     sweep: Annotated[tuple[Annotated[str, msgspec.Meta(max_length=MAX_TEXT)], ...],
                      msgspec.Meta(max_length=MOST_AXES)] = ()  # fmt: skip
@@ -74,7 +78,7 @@ else:
             # A switch may be missing: older records lack some.
             (name, kind) if each.record == "always" and each.const is ... else (name, kind, default)
             for each in _SETTINGS
-            if each.record in ("always", "changed", "own")
+            if each.record in ("always", "changed", "own") and each.name not in _Facts.__struct_fields__
             for name, kind, default in record_fields([_recorded(each)], _LIMITS)
         ],
         bases=(_Facts,), frozen=True, kw_only=True, forbid_unknown_fields=True,
@@ -126,7 +130,14 @@ def _metadata(resolved: ResolvedRequest, seed: int) -> dict[str, Any]:
         for each in _SETTINGS
         if each.record == "always"
     }
-    return always | {"seed": seed, "injected_latents": resolved.latents is not None} | _started_from(resolved)
+    return always | {"seed": seed, "injected_latents": resolved.latents is not None} | _started_from(resolved) | _loras(resolved)
+
+
+def _loras(request: ResolvedRequest) -> dict[str, Any]:
+    """Return the LoRAs of each stage that ran, by the name of the request's setting."""
+    ran = {"loras": not request.refiner_only, "refiner_loras": request.uses_refiner}
+    facts = {"loras": request.lora_facts.get("base", ()), "refiner_loras": request.lora_facts.get("refiner", ())}
+    return {name: msgspec.to_builtins(own) for name, own in facts.items() if own and ran[name]}
 
 
 def _started_from(request: ResolvedRequest) -> dict[str, Any]:

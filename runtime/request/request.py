@@ -8,10 +8,12 @@ __all__ = ["COMFYUI_SCHEDULES", "GROUPS", "SAMPLERS", "Request", "parse_size"]
 from typing import TYPE_CHECKING, Any, Literal
 
 from sdxl_trt.engines import UsageError
+from sdxl_trt.runtime.adapters import LoraUse, parse_use
 from sdxl_trt.runtime.request.settings import dataclass_of_settings, setting
 
 if TYPE_CHECKING:
     from dataclasses import dataclass
+    from pathlib import Path
 
     import numpy as np
     from numpy.typing import NDArray
@@ -209,6 +211,20 @@ class Request:
     )  # fmt: skip
     """The fraction of the steps that change the picture. None is 0.3, or 1 beside `base_start_step`. In ComfyUI's way
     it is `denoise`: all steps are taken, on a schedule that begins further down."""
+    loras: tuple[LoraUse, ...] = setting(
+        (), help="change the base by this LoRA, with a scale on its UNet (1) and on its text encoders (the UNet's)",
+        more_help="; may be given several times; none leaves out those of --from", group=_PICTURE, option="--lora",
+        metavar="FILE[:SCALE[:TE_SCALE]]", parse=parse_use, several=True, record="own",
+    )  # fmt: skip
+    refiner_loras: tuple[LoraUse, ...] = setting(
+        (), help="change the refiner by this LoRA", group=_PICTURE, option="--refiner-lora",
+        metavar="FILE[:SCALE[:TE_SCALE]]", parse=parse_use, several=True, stage="refiner", record="own",
+    )  # fmt: skip
+    lora_dir: "Path | None" = setting(
+        None, help="folder, with its sub-folders, of LoRAs that are named without a path: in --lora, in prompts"
+        " (<lora:NAME:SCALE>) and in workflows", group=_PICTURE, metavar="DIR", is_file=True, record="no",
+        workflow="beside",
+    )  # fmt: skip
     compat: Literal["diffusers", "comfyui"] = setting(
         "diffusers", help="whose conventions to follow for noise, prompt weights, timesteps and pixels (diffusers)",
         choices=("diffusers", "comfyui"), group=_COMFYUI, workflow="replaces",

@@ -5,19 +5,22 @@ __all__ = ["ResolvedRequest", "resolve_request"]
 import logging
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sdxl_trt.engines import UsageError
-from sdxl_trt.engines.bundle import Manifest, Scheduler
+from sdxl_trt.engines.adapters import ScaledLora
+from sdxl_trt.engines.bundle import Bundle, Manifest, Scheduler
 from sdxl_trt.engines.plans import PlanLimits
+from sdxl_trt.runtime.adapters import LoraFact
 from sdxl_trt.runtime.diffusion import Guidance, guided_span
 from sdxl_trt.runtime.diffusion.samplers import sampler_names
 from sdxl_trt.runtime.diffusion.schedules import Schedule
 from sdxl_trt.runtime.images import Fit, InputPicture, as_input, check_input
-from sdxl_trt.runtime.request.handoff import StepRange
+from sdxl_trt.runtime.request.handoff import StageRanges, StepRange
+from sdxl_trt.runtime.request.loras import settled_loras, without_tags
 from sdxl_trt.runtime.request.request import MAX_SEED, Request
 from sdxl_trt.runtime.request.schedules import make_grids
 from sdxl_trt.runtime.request.settings import check_settings
@@ -62,6 +65,12 @@ class ResolvedRequest:
     fit: Fit
     """How the image is brought to the size."""
     strength: float
+    loras: Mapping[StageName, tuple[ScaledLora, ...]] = field(default_factory=dict)
+    """The LoRAs of every stage, in the order in which they are applied."""
+    lora_facts: Mapping[StageName, tuple[LoraFact, ...]] = field(default_factory=dict)
+    """What a record says of each of them."""
+    notes: tuple[str, ...] = ()
+    """Sentences for the user on what has no effect, to be said once."""
 
     @property
     def comfyui(self) -> bool:
@@ -113,11 +122,15 @@ class ResolvedRequest:
         return Guidance(scale, self.request.guidance_rescale, *span, comfyui_rule=self.comfyui)
 
 
-def resolve_request(request: Request, manifest: Manifest, limits: PlanLimits | None = None) -> ResolvedRequest:
+def resolve_request(
+    request: Request, manifest: Manifest, limits: PlanLimits | None = None, bundle: Bundle | None = None
+) -> ResolvedRequest:
     """Settle every default of `request` for a bundle with `manifest`, within what its plans take, if there are any.
 
-    Raises UsageError, and SizeError for sizes; the message names what would do.
+    `bundle` is needed for a request with LoRAs. Raises UsageError, and SizeError for sizes; the message names what
+    would do. Raises SourceError, CorruptError and IncompatibleError for LoRAs.
     """
+    request, notes = without_tags(request)
     if request.sampler == "auto":
         request = replace(request, sampler="euler" if request.comfyui else manifest.base.scheduler.sampler)
     check_settings(request)
@@ -134,6 +147,7 @@ def resolve_request(request: Request, manifest: Manifest, limits: PlanLimits | N
     size = picture_size(asked, shape, manifest, limits, refined=cuts.refiner is not None,
                         picture=None if image is None else image.size)  # fmt: skip
     sides = resolve_sides(request, manifest, size)
+    loras = settled_loras(request, bundle, _running(cuts, manifest))
     count = request.count or (shape[0] if shape else None) or 1
     seed = secrets.randbits(DRAWN_SEED_BITS) if request.seed is None else request.seed
     return ResolvedRequest(
@@ -156,7 +170,16 @@ def resolve_request(request: Request, manifest: Manifest, limits: PlanLimits | N
         image=None if image is None else check_input(image, manifest, count, size, refine=cuts.first is not None),
         fit="cover" if asked != (None, None) else "crop" if request.comfyui else "scale",
         strength=grids.strength,
+        loras=loras.by_stage,
+        lora_facts=loras.facts,
+        notes=(*notes, *loras.notes),
     )
+
+
+def _running(cuts: StageRanges, manifest: Manifest) -> dict[StageName, bool]:
+    """Return whether each of the bundle's stages runs."""
+    base = cuts.base.steps > 0
+    return {"base": base} if manifest.refiner is None else {"base": base, "refiner": cuts.refiner is not None}
 
 
 def _warn_of_ddim(schedule: Schedule) -> None:

@@ -68,6 +68,8 @@ class Setting:
     """Options with the same word here exclude each other."""
     is_file: bool = False
     """Whether the option names a file that holds the value."""
+    several: bool = False
+    """Whether the option may be given several times; its value is a tuple of all, in order."""
     unstated: bool = False
     """Whether an option that is left out is None to the command, which has to know that."""
 

@@ -5,6 +5,8 @@ __all__ = ["Pair", "Side", "SideMix"]
 from dataclasses import dataclass
 from typing import Literal
 
+from sdxl_trt.runtime.adapters import LoraUse
+
 Pair = tuple[int, int]
 
 
@@ -24,13 +26,15 @@ class Side:
     """The conditioning of one side of a stage, instead of the request's own; None takes the request's setting.
 
     `zeroed` is ComfyUI's ConditioningZeroOut of the prompt alone; `mixes` are applied in order. Sizes are (height,
-    width), a crop is (top, left), in pixels. `combined` are more sides: the model's predictions for all are averaged.
+    width), a crop is (top, left), in pixels. `loras` are those of the text encoders for this prompt, each with its scale
+    on these as the only one; None takes the stage's. `combined` are more sides: the model's predictions for all are averaged.
     """
 
     text: str
     text_2: str
     zeroed: bool = False
     clip_skip: int | None = None
+    loras: tuple[LoraUse, ...] | None = None
     mixes: tuple[SideMix, ...] = ()
     combined: tuple["Side", ...] = ()
     original_size: Pair | None = None

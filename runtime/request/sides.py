@@ -1,6 +1,6 @@
 """The conditioning of each side of a stage, positive and negative, with its defaults settled: prompt, sizes, score."""
 
-__all__ = ["ResolvedSide", "StageName", "ToldMix", "most_skipped", "resolve_sides"]
+__all__ = ["ResolvedSide", "StageName", "ToldMix", "all_sides", "most_skipped", "resolve_sides"]
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -110,17 +110,18 @@ def _stated(*values: Pair | None) -> Pair:
     return next(value for value in values if value is not None)
 
 
-def _all(sides: tuple[Side, ...]) -> Iterator[Side]:
+def all_sides(sides: tuple[Side, ...]) -> Iterator[Side]:
+    """Yield `sides`, and those that are mixed into them or combined with them."""
     for side in sides:
         yield side
-        yield from _all(tuple(mix.other for mix in side.mixes if mix.other is not None))
-        yield from _all(side.combined)
+        yield from all_sides(tuple(mix.other for mix in side.mixes if mix.other is not None))
+        yield from all_sides(side.combined)
 
 
 def _check(settings: Request, manifest: Manifest) -> None:
     if settings.negative is None and settings.negative_2 is not None:
         raise UsageError('--negative-2 without --negative: give --negative too, "" if it is to be empty')
-    sides = [*_all((*(settings.base_sides or ()), *(settings.refiner_sides or ())))]
+    sides = [*all_sides((*(settings.base_sides or ()), *(settings.refiner_sides or ())))]
     for declared in settings_of(Request).values():
         for side in sides:
             declared.check(getattr(side, declared.name, None))

@@ -12,11 +12,11 @@ from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 
-from sdxl_trt.export.checkpoints.ldm import unet_prefixes
+from sdxl_trt.engines.adapters.names import COMPONENTS
+from sdxl_trt.engines.adapters.unet_names import unet_prefixes
 from sdxl_trt.export.components.components import Options
 from sdxl_trt.export.exporter import plan_export
 from sdxl_trt.export.graph.models import published_name
-from sdxl_trt.export.lora.names import COMPONENTS
 
 State = dict[str, torch.Tensor]
 HEADER = "lora_adapter_metadata"

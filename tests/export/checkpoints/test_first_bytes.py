@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from sdxl_trt.engines.adapters.file import open_lora
 from sdxl_trt.engines.errors import CorruptError, SdxlTrtError, SourceError
 from sdxl_trt.export.checkpoints.checkpoint import open_checkpoint, open_file
-from sdxl_trt.export.lora.file import open_lora
 from sdxl_trt.export.sources.source import open_checkpoint_file, open_source, open_vae
 from sdxl_trt.export.sources.unets import open_unet
 

@@ -9,7 +9,8 @@ from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, con
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdxl_trt.export.checkpoints.ldm import open_clip_prefixes, unet_prefixes, vae_prefixes
+from sdxl_trt.engines.adapters.unet_names import unet_prefixes
+from sdxl_trt.export.checkpoints.ldm import open_clip_prefixes, vae_prefixes
 from sdxl_trt.export.graph.models import build_model
 from sdxl_trt.export.sources.configs import PUBLISHED
 

@@ -12,12 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from sdxl_trt.engines.adapters.file import Lora, open_lora
+from sdxl_trt.engines.adapters.names import COMPONENTS, LoraComponent
+from sdxl_trt.engines.adapters.unet_names import unet_prefixes
 from sdxl_trt.engines.errors import CorruptError, SdxlTrtError
 from sdxl_trt.export.checkpoints.checkpoint import Checkpoint, open_file
-from sdxl_trt.export.checkpoints.ldm import unet_prefixes
-from sdxl_trt.export.lora.file import Lora, open_lora
 from sdxl_trt.export.lora.fuse import check_fits, fuse_loras
-from sdxl_trt.export.lora.names import COMPONENTS, LoraComponent
 
 CONFIG: dict[str, Any] = {
     "block_out_channels": [16, 32], "layers_per_block": 1, "transformer_layers_per_block": 1,

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sdxl_trt.engines.adapters.unet_names import unet_prefixes
 from sdxl_trt.engines.errors import SourceError
-from sdxl_trt.export.checkpoints.ldm import unet_prefixes
 from sdxl_trt.export.sources.configs import PUBLISHED
 from sdxl_trt.export.sources.outlines import Outline, config_of, read_outline
 

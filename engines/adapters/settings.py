@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdxl_trt.engines import CorruptError, SourceError, explain_os_error
-from sdxl_trt.export.lora.kinds import Branch
-from sdxl_trt.export.lora.names import COMPONENTS, PEFT_ROOT, LoraComponent
+from sdxl_trt.engines.adapters.kinds import Branch
+from sdxl_trt.engines.adapters.names import COMPONENTS, PEFT_ROOT, LoraComponent
+from sdxl_trt.engines.errors import CorruptError, SourceError, explain_os_error
 
 _HEADER_KEY = "lora_adapter_metadata"
 _SIDE_FILE = "adapter_config.json"

@@ -6,14 +6,14 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from sdxl_trt.engines.adapters.file import Lora
+from sdxl_trt.engines.adapters.kinds import Branch
+from sdxl_trt.engines.adapters.names import COMPONENTS, LoraComponent, Place
+from sdxl_trt.engines.adapters.option import LoraOption, parse_lora_option
+from sdxl_trt.engines.adapters.scaled import ScaledLora
 from sdxl_trt.engines.bundle.manifest import LoraRecord
 from sdxl_trt.engines.errors import UsageError
 from sdxl_trt.export.components.components import Options
-from sdxl_trt.export.lora.file import Lora
-from sdxl_trt.export.lora.fuse import ScaledLora
-from sdxl_trt.export.lora.kinds import Branch
-from sdxl_trt.export.lora.names import COMPONENTS, LoraComponent, Place
-from sdxl_trt.export.lora.option import LoraOption, parse_lora_option
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from sdxl_trt.engines import UsageError
+from sdxl_trt.engines.errors import UsageError
 
 _EXPECTED = "expected FILE.safetensors, FILE.safetensors:UNET or FILE.safetensors:UNET:TE, such as a.safetensors:0.8"
 # File names may contain colons, so the file extends to the last .safetensors.

@@ -13,10 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from sdxl_trt.engines.adapters.file import Lora, open_lora
+from sdxl_trt.engines.adapters.kinds import Branch
+from sdxl_trt.engines.adapters.names import place_module, split_key
 from sdxl_trt.engines.errors import CorruptError, SdxlTrtError, SourceError, UsageError
-from sdxl_trt.export.lora.file import Lora, open_lora
-from sdxl_trt.export.lora.kinds import Branch
-from sdxl_trt.export.lora.names import place_module, split_key
 
 MODULE = "mid_block.attentions.0.proj_in"
 KOHYA = "lora_unet_mid_block_attentions_0_proj_in"

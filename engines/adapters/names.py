@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sdxl_trt.export.checkpoints import unet_prefixes
+from sdxl_trt.engines.adapters.unet_names import unet_prefixes
 
 LoraComponent = Literal["unet", "text_encoder", "text_encoder_2"]
 PEFT_ROOT = "base_model.model."

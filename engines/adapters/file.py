@@ -8,14 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, safe_open
+import numpy as np
 
-from sdxl_trt.engines import CorruptError, SourceError, UsageError, explain_os_error
-from sdxl_trt.engines.host import known_as, sha256_file
-from sdxl_trt.export.checkpoints import PICKLED, Checkpoint, TensorInfo, open_file
-from sdxl_trt.export.lora.kinds import Branch, make_branches
-from sdxl_trt.export.lora.names import (
+from sdxl_trt.engines.adapters.first_bytes import PICKLED
+from sdxl_trt.engines.adapters.kinds import Branch, make_branches
+from sdxl_trt.engines.adapters.names import (
     COMPONENTS,
     LoraComponent,
     Place,
@@ -25,18 +22,22 @@ from sdxl_trt.export.lora.names import (
     place_module,
     split_key,
 )
-from sdxl_trt.export.lora.settings import read_settings
+from sdxl_trt.engines.adapters.settings import read_settings
+from sdxl_trt.engines.adapters.tensors import StoredTensor, TensorFile, open_tensors, read_raw, read_tensor
+from sdxl_trt.engines.errors import CorruptError, SourceError, UsageError, explain_os_error
+from sdxl_trt.engines.host import known_as, sha256_file
 
 _SHOWN = 5
 # SDXL does not use the projection of its first encoder, but OneTrainer trains it.
 _FIRST_PROJECTION = ("text_encoder", "text_projection")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Lora:
     """An opened LoRA file: its branches by component, and `notes`, sentences on tensors without effect.
 
-    `sha256` is the digest of the file; if a peft folder's adapter_config.json sets the scaling, of both files.
+    `sha256` is the digest of the file; if a peft folder's adapter_config.json sets the scaling, of both files. Two
+    LoRAs are equal if their digests are.
     """
 
     path: Path
@@ -49,6 +50,12 @@ class Lora:
         """The file's name without its folder, for a manifest."""
         return known_as(self.path)
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Lora) and other.sha256 == self.sha256
+
+    def __hash__(self) -> int:
+        return hash(self.sha256)
+
 
 def open_lora(path: Path) -> Lora:
     """Open a LoRA with the key names of kohya's scripts, LyCORIS, OneTrainer, peft, diffusers or ComfyUI.
@@ -60,12 +67,12 @@ def open_lora(path: Path) -> Lora:
     file; UsageError for a missing one.
     """
     _check_path(path)
-    checkpoint = open_file(path)
-    keys = [key for key in checkpoint.tensors if embedding_name(key) is None]
+    file = open_tensors(path)
+    keys = [key for key in file.tensors if embedding_name(key) is None]
     _refuse_foreign(path, keys)
-    modules = _sort(path, checkpoint, keys)
-    alphas = _alphas(path, checkpoint, keys)
-    settings = read_settings(path, checkpoint.tensors, _header(path))
+    modules = _sort(file, keys)
+    alphas = _alphas(file, keys)
+    settings = read_settings(path, file.tensors, file.metadata)
     branches: dict[LoraComponent, list[Branch]] = {}
     idle: list[str] = []
     projected = False
@@ -82,7 +89,7 @@ def open_lora(path: Path) -> Lora:
             branches.setdefault(place.component, []).append(scaled)
         if stated is not None and all(part in {"diff", "diff_b"} for part in parts):
             idle.append(stated.key)
-    notes = tuple(f"{path}: {note}" for note in _notes(checkpoint.tensors, branches, idle, projected=projected))
+    notes = tuple(f"{path}: {note}" for note in _notes(file.tensors, branches, idle, projected=projected))
     if not branches:
         raise SourceError(f"{path}: changes only a projection that SDXL's first text encoder does not have; use another"
                           " LoRA")  # fmt: skip
@@ -97,11 +104,10 @@ def same_tensors(one: Branch, other: Branch) -> bool:
     return all(_same(info, other.parts[part]) for part, info in one.parts.items())
 
 
-def _same(one: TensorInfo, other: TensorInfo) -> bool:
+def _same(one: StoredTensor, other: StoredTensor) -> bool:
     if (one.shape, one.dtype) != (other.shape, other.dtype):
         return False
-    read = Checkpoint({"one": one, "other": other}).read(["one", "other"])
-    return torch.equal(next(read)[1], next(read)[1])
+    return np.array_equal(read_raw(one), read_raw(other))
 
 
 def _check_path(path: Path) -> None:
@@ -113,23 +119,14 @@ def _check_path(path: Path) -> None:
         raise UsageError(f"{path}: no such file; check the path of the LoRA")
 
 
-def _header(path: Path) -> dict[str, str]:
-    try:
-        with safe_open(path, framework="pt") as handle:
-            return handle.metadata() or {}
-    except (OSError, SafetensorError) as exc:  # open_file has just read this header
-        raise CorruptError(f"{path}: changed while it was read ({exc}); run again") from exc
-
-
-def _alphas(path: Path, checkpoint: Checkpoint, keys: Iterable[str]) -> dict[str, float]:
+def _alphas(file: TensorFile, keys: Iterable[str]) -> dict[str, float]:
     """Return {key: value} of the alphas, a few thousand numbers at most."""
     values: dict[str, float] = {}
-    for key, tensor in checkpoint.read([key for key in keys if key.endswith(".alpha")]):
-        if tensor.numel() != 1 or not math.isfinite(value := float(tensor.item())):
-            raise CorruptError(
-                f"{path}: {key!r} of shape {list(tensor.shape)} is not one finite number; the LoRA is damaged"
-            )
-        values[key] = value
+    for info in (file.tensors[key] for key in keys if key.endswith(".alpha")):
+        if math.prod(info.shape) != 1 or not math.isfinite(value := float(read_tensor(info).item())):
+            raise CorruptError(f"{info.file}: {info.key!r} of shape {list(info.shape)} is not one finite number; the"
+                               " LoRA is damaged")  # fmt: skip
+        values[info.key] = value
     return values
 
 
@@ -143,16 +140,17 @@ def _refuse_foreign(path: Path, keys: Iterable[str]) -> None:
             )
 
 
-def _sort(path: Path, checkpoint: Checkpoint, keys: Sequence[str]) -> dict[Place, dict[str, TensorInfo]]:
+def _sort(file: TensorFile, keys: Sequence[str]) -> dict[Place, dict[str, StoredTensor]]:
     """Return {place: {part: tensor}}; raise SourceError for a key without a place."""
+    path = file.path
     known = {key: split for key in keys if (split := split_key(key)) is not None}
     if not known:
-        what = "holds only embeddings" if checkpoint.tensors and not keys else "is not a LoRA"
+        what = "holds only embeddings" if file.tensors and not keys else "is not a LoRA"
         raise SourceError(f"{path}: {what}: no key ends in .lora_down.weight, .lora_A.weight or similar")
     adapters = sorted({name for key in keys if (name := adapter_name(key)) is not None})
     if len(adapters) > 1:
         raise SourceError(f"{path}: holds the adapters {' and '.join(map(repr, adapters))}; save one per file")
-    places: dict[Place, dict[str, TensorInfo]] = {}
+    places: dict[Place, dict[str, StoredTensor]] = {}
     for key in keys:
         if key not in known:
             raise SourceError(f"{path}: {key!r} is not a LoRA tensor; remove or convert it")
@@ -163,7 +161,7 @@ def _sort(path: Path, checkpoint: Checkpoint, keys: Sequence[str]) -> dict[Place
                 f"{path}: {key!r} belongs to no component of SDXL ({', '.join(COMPONENTS)}); use a LoRA that was"
                 " trained on SDXL base, or rename its keys"
             )
-        parts, info = places.setdefault(place, {}), checkpoint.tensors[key]
+        parts, info = places.setdefault(place, {}), file.tensors[key]
         if part in parts and not _same(info, parts[part]):
             raise SourceError(f"{path}: {key!r} and {parts[part].key!r} name the same module but differ; remove one"
                               " of them")  # fmt: skip

@@ -13,9 +13,9 @@ from diffusers.utils.state_dict_utils import (
     convert_unet_state_dict_to_peft,
 )
 
-from sdxl_trt.export.checkpoints.ldm import unet_prefixes
+from sdxl_trt.engines.adapters.names import LoraComponent, foreign_format, module_spellings, place_module, split_key
+from sdxl_trt.engines.adapters.unet_names import unet_prefixes
 from sdxl_trt.export.graph.models import MetaModel, build_model
-from sdxl_trt.export.lora.names import LoraComponent, foreign_format, module_spellings, place_module, split_key
 
 # The published outline of SDXL base, the only one that diffusers' converter supports.
 UNET = {

@@ -1,14 +1,16 @@
 """Recognize by its first bytes a file that is named .safetensors but has another format."""
 
-__all__ = ["check_first_bytes", "explain_damage", "is_safetensors"]
+__all__ = ["PICKLED", "check_first_bytes", "explain_damage", "is_safetensors"]
 
 import json
 import os
 import re
 from pathlib import Path
 
-from sdxl_trt.engines import CorruptError, SourceError, explain_os_error
+from sdxl_trt.engines.errors import CorruptError, SourceError, explain_os_error
 
+PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+"""Extensions of pickled weights, which can run code when loaded."""
 _READ = 512
 # safetensors' own limit for the length of a header.
 _MAX_HEADER = 100_000_000

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from sdxl_trt.engines import CorruptError, SourceError
-from sdxl_trt.export.checkpoints import TensorInfo
-from sdxl_trt.export.lora.names import Place
+from sdxl_trt.engines.adapters.names import Place
+from sdxl_trt.engines.adapters.tensors import StoredTensor
+from sdxl_trt.engines.errors import CorruptError, SourceError
 
 LoraKind = Literal["LoRA", "LoHa", "LoKr", "difference"]
-Parts = Mapping[str, TensorInfo]
+Parts = Mapping[str, StoredTensor]
 
 _KINDS: dict[LoraKind, frozenset[str]] = {
     "LoRA": frozenset({"down", "up", "mid"}),
@@ -47,7 +47,7 @@ class Branch:
     bias: bool = False
 
     @property
-    def infos(self) -> tuple[TensorInfo, ...]:
+    def infos(self) -> tuple[StoredTensor, ...]:
         """The branch's tensors, in the order of `parts`."""
         return tuple(self.parts.values())
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from sdxl_trt.engines.adapters.file import Lora, open_lora
 from sdxl_trt.engines.errors import CorruptError, SdxlTrtError, SourceError
 from sdxl_trt.export.checkpoints.checkpoint import Checkpoint, open_file
-from sdxl_trt.export.lora.file import Lora, open_lora
 from sdxl_trt.export.lora.fuse import check_fits, fuse_loras
 
 LINEAR, CONV, POINT, NORM = "mid_block.linear", "mid_block.conv", "mid_block.point", "mid_block.norm"

@@ -1,0 +1,35 @@
+"""Adapters: LoRA files read with numpy, what they change in a component, and where its tensors are stored."""
+
+from typing import TYPE_CHECKING
+
+from sdxl_trt.engines.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from sdxl_trt.engines.adapters.file import Lora, open_lora
+    from sdxl_trt.engines.adapters.first_bytes import PICKLED, check_first_bytes, explain_damage, is_safetensors
+    from sdxl_trt.engines.adapters.kinds import Branch
+    from sdxl_trt.engines.adapters.names import COMPONENTS, LoraComponent
+    from sdxl_trt.engines.adapters.option import LoraOption, parse_lora_option
+    from sdxl_trt.engines.adapters.scaled import Changes, ScaledLora, narrowed, plan_changes, targets
+    from sdxl_trt.engines.adapters.table import ADAPTERS_FILE, AdapterTable, TensorRecord, read_table
+    from sdxl_trt.engines.adapters.tensors import StoredTensor, TensorFile, open_tensors, read_tensor
+    from sdxl_trt.engines.adapters.unet_names import unet_prefixes
+else:
+    __getattr__ = lazy_names(__name__, {
+        "file": ("Lora", "open_lora"),
+        "first_bytes": ("PICKLED", "check_first_bytes", "explain_damage", "is_safetensors"),
+        "kinds": ("Branch",),
+        "names": ("COMPONENTS", "LoraComponent"),
+        "option": ("LoraOption", "parse_lora_option"),
+        "scaled": ("Changes", "ScaledLora", "narrowed", "plan_changes", "targets"),
+        "table": ("ADAPTERS_FILE", "AdapterTable", "TensorRecord", "read_table"),
+        "tensors": ("StoredTensor", "TensorFile", "open_tensors", "read_tensor"),
+        "unet_names": ("unet_prefixes",),
+    })
+
+__all__ = [
+    "ADAPTERS_FILE", "COMPONENTS", "PICKLED", "AdapterTable", "Branch", "Changes", "Lora", "LoraComponent",
+    "LoraOption", "ScaledLora", "StoredTensor", "TensorFile", "TensorRecord", "check_first_bytes", "explain_damage",
+    "is_safetensors", "narrowed", "open_lora", "open_tensors", "parse_lora_option", "plan_changes", "read_table",
+    "read_tensor", "targets", "unet_prefixes",
+]

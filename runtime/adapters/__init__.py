@@ -1,0 +1,29 @@
+"""What a request says about adapters: LoRAs by file, by name and in prompts."""
+
+from typing import TYPE_CHECKING
+
+from sdxl_trt.engines.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from sdxl_trt.runtime.adapters.folder import find_named
+    from sdxl_trt.runtime.adapters.loras import (
+        MOST_LORAS, REFINER_NOTE, LoraFact, SettledLoras, find_lora, find_recorded, lora_file,
+        settle_loras,
+    )
+    from sdxl_trt.runtime.adapters.tags import split_tags, tags_of
+    from sdxl_trt.runtime.adapters.use import LoraUse, parse_use
+else:
+    __getattr__ = lazy_names(__name__, {
+        "folder": ("find_named",),
+        "loras": (
+            "MOST_LORAS", "REFINER_NOTE", "LoraFact", "SettledLoras", "find_lora", "find_recorded", "lora_file",
+            "settle_loras",
+        ),
+        "tags": ("split_tags", "tags_of"),
+        "use": ("LoraUse", "parse_use"),
+    })
+
+__all__ = [
+    "MOST_LORAS", "REFINER_NOTE", "LoraFact", "LoraUse", "SettledLoras", "find_lora", "find_named", "find_recorded",
+    "lora_file", "parse_use", "settle_loras", "split_tags", "tags_of",
+]
