@@ -127,8 +127,7 @@ def check_inputs(component: Component, inputs: Mapping[str, Value]) -> None:
         if array.dtype != numpy_dtype(spec):
             raise UsageError(f"input {name}: dtype {array.dtype} given, {spec.dtype} expected; cast it")
         fits = array.ndim == len(spec.shape) and all(
-            _fits(size, dim, axes)
-            for size, dim in zip(array.shape, spec.shape, strict=True)
+            _fits(size, dim, axes) for size, dim in zip(array.shape, spec.shape, strict=True)
         )
         if not fits:
             known = f" where {axes}" if axes else ""

@@ -11,13 +11,13 @@ from sdxl_trt.engines.plans.shapes import (
 )
 from sdxl_trt.engines.plans.sizes import (
     MAX_ROWS_OF_PROMPTS, TILE, TOKENS, Sizes, axes_of, check_for, component_profiles, default_sizes, parse_range,
-    profiles_of, stage_sizes,
+    profiles_of, size_multiple, stage_sizes,
 )
 
 __all__ = [
     "MAX_ROWS_OF_PROMPTS", "PLANS", "TILE", "TOKENS", "PlanLimits", "PlanReader", "RunSizes", "Shapes", "Sizes",
     "axes_of", "check_for", "choose_profile", "component_profiles", "default_sizes", "find_plan", "has_plans",
     "outside_profiles", "parse_range", "plan_limits", "plan_memory", "plan_notes", "plan_path", "planned_components",
-    "preferred_plan", "profile_for_run", "profiles_of", "reachable", "remove_write_permission", "stage_sizes",
-    "start_reading", "usual_profile", "why_rebuild",
+    "preferred_plan", "profile_for_run", "profiles_of", "reachable", "remove_write_permission", "size_multiple",
+    "stage_sizes", "start_reading", "usual_profile", "why_rebuild",
 ]

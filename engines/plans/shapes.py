@@ -46,10 +46,7 @@ def profile_for_run(name: str, component: Component, profiles: Sequence[Profile]
     axes = {"height": run.height // unit, "width": run.width // unit, "rows": run.rows, "tokens": run.tokens}
     if component.kind not in ("unet", "controlnet"):
         return _tile_profile(component, profiles, (axes["height"], axes["width"]))
-    shapes = {
-        spec.name: tuple(axis_size(axis, axes) for axis in spec.shape)
-        for spec in component.inputs
-    }
+    shapes = {spec.name: tuple(axis_size(axis, axes) for axis in spec.shape) for spec in component.inputs}
     chosen = choose_profile(profiles, shapes)
     if chosen is None:
         raise outside_profiles(name, component, profiles, shapes, factor)

@@ -15,6 +15,7 @@ __all__ = [
     "default_sizes",
     "parse_range",
     "profiles_of",
+    "size_multiple",
     "stage_sizes",
 ]
 

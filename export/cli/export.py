@@ -133,7 +133,9 @@ def _builds_plans_only(arguments: argparse.Namespace) -> bool:
 
     named = (arguments.base, arguments.refiner, arguments.unet, arguments.vae)
     there = (arguments.out / MANIFEST).is_file()
-    return arguments.engine is not None and there and named == (None,) * 4 and not (arguments.lora or arguments.controlnet)
+    return (
+        arguments.engine is not None and there and named == (None,) * 4 and not (arguments.lora or arguments.controlnet)
+    )
 
 
 def _build(arguments: argparse.Namespace, plans: PlanOptions, exported: dict[str, Any] | None = None) -> None:

@@ -77,9 +77,7 @@ def open_controlnet(spec: str | Path, *, precision: str = "fp32", configs: Path 
     if hub_id is None:
         raise SourceError(f"--controlnet {spec}: no such folder or file; {KINDS}")
     snapshot = fetch_controlnet(hub_id, half=precision in HALF)
-    return replace(
-        _folder(snapshot.folder, snapshot.name, snapshot.variant), name=PurePosixPath(hub_id.repo).name
-    )
+    return replace(_folder(snapshot.folder, snapshot.name, snapshot.variant), name=PurePosixPath(hub_id.repo).name)
 
 
 def _folder(root: Path, name: str, variant: str) -> ControlNetSource:

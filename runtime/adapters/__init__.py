@@ -1,10 +1,15 @@
-"""What a request says about adapters: LoRAs by file, by name and in prompts."""
+"""What a request says about adapters: LoRAs by file, by name and in prompts, and ControlNets with their pictures."""
 
 from typing import TYPE_CHECKING
 
 from sdxl_trt.engines.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from sdxl_trt.runtime.adapters.control_use import ControlUse, parse_control
+    from sdxl_trt.runtime.adapters.controls import (
+        MOST_CONTROLS, Control, ControlFact, check_control_shapes, control_components, find_control, same_name,
+        settle_controls,
+    )
     from sdxl_trt.runtime.adapters.folder import find_named
     from sdxl_trt.runtime.adapters.loras import (
         MOST_LORAS, REFINER_NOTE, LoraFact, SettledLoras, find_lora, find_recorded, lora_file,
@@ -14,6 +19,11 @@ if TYPE_CHECKING:
     from sdxl_trt.runtime.adapters.use import LoraUse, parse_use
 else:
     __getattr__ = lazy_names(__name__, {
+        "control_use": ("ControlUse", "parse_control"),
+        "controls": (
+            "MOST_CONTROLS", "Control", "ControlFact", "check_control_shapes", "control_components", "find_control",
+            "same_name", "settle_controls",
+        ),
         "folder": ("find_named",),
         "loras": (
             "MOST_LORAS", "REFINER_NOTE", "LoraFact", "SettledLoras", "find_lora", "find_recorded", "lora_file",
@@ -24,6 +34,8 @@ else:
     })
 
 __all__ = [
-    "MOST_LORAS", "REFINER_NOTE", "LoraFact", "LoraUse", "SettledLoras", "find_lora", "find_named", "find_recorded",
-    "lora_file", "parse_use", "settle_loras", "split_tags", "tags_of",
+    "MOST_CONTROLS", "MOST_LORAS", "REFINER_NOTE", "Control", "ControlFact", "ControlUse", "LoraFact", "LoraUse",
+    "SettledLoras", "check_control_shapes", "control_components", "find_control", "find_lora", "find_named",
+    "find_recorded", "lora_file", "parse_control", "parse_use", "same_name", "settle_controls", "settle_loras",
+    "split_tags", "tags_of",
 ]

@@ -14,6 +14,7 @@ from sdxl_trt.engines.host import one_line, print_json, run
 from sdxl_trt.runtime.cli.options import check_alone_with_workflow, make_parser, stated_settings
 
 if TYPE_CHECKING:
+    from sdxl_trt.runtime.adapters import ControlUse
     from sdxl_trt.runtime.cli.series import Series
     from sdxl_trt.runtime.comfyui import Workflow
     from sdxl_trt.runtime.images import InputPicture, Picture
@@ -59,7 +60,8 @@ def _plan(arguments: argparse.Namespace) -> None:
 
     from_image = arguments.image is not None or arguments.refine is not None
     plan = estimate_run(arguments.engines, arguments.provider, arguments.residency, arguments.vram, arguments.width,
-                        arguments.height, from_image=from_image)  # fmt: skip
+                        arguments.height, from_image=from_image,
+                        controls=stated_settings(arguments)["controls"])  # fmt: skip
     if arguments.json:
         print_json(plan)
     else:
@@ -81,7 +83,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     asked = _request(arguments) if arguments.workflow is None else _workflow(arguments)
     with open_bundle(
         arguments.engines, provider=arguments.provider, residency=arguments.residency, available=arguments.vram,
-        from_image=_loads_image(asked), once=True,
+        from_image=_loads_image(asked), once=True, controls=_controls(asked),
     ) as pipeline:  # fmt: skip
         if arguments.source is not None:
             warn_of_another_bundle(arguments.made_with, pipeline.manifest)
@@ -143,6 +145,13 @@ def _loads_image(asked: "Request | Workflow") -> bool:
     from sdxl_trt.runtime.request import Request  # noqa: PLC0415
 
     return asked.image is not None if isinstance(asked, Request) else asked.loads_image
+
+
+def _controls(asked: "Request | Workflow") -> "Sequence[ControlUse]":
+    """Return the pictures of the ControlNets that memory is planned for; a workflow names them when it is compared."""
+    from sdxl_trt.runtime.request import Request  # noqa: PLC0415
+
+    return asked.controls if isinstance(asked, Request) else ()
 
 
 def _prefixes(asked: "Request | Workflow") -> list[str]:

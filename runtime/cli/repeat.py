@@ -9,7 +9,7 @@ from typing import Any
 
 from sdxl_trt.engines import UsageError
 from sdxl_trt.engines.host import sha256_file
-from sdxl_trt.runtime.adapters import LoraUse, find_recorded
+from sdxl_trt.runtime.adapters import ControlUse, LoraUse, find_control, find_recorded
 from sdxl_trt.runtime.cli.options import make_parser
 from sdxl_trt.runtime.pipeline import ImageSettings, read_settings
 from sdxl_trt.runtime.request import Request, settings_of
@@ -49,6 +49,7 @@ def repeated(argv: Sequence[str] | None) -> argparse.Namespace:
     if not settings.workflow:
         _take_handoff(arguments, settings)
         _take_image(arguments, settings, source)
+        _take_controls(arguments, settings, source)
     _take_loras(arguments, settings, source)
     return arguments
 
@@ -83,6 +84,15 @@ def _take_image(arguments: argparse.Namespace, settings: ImageSettings, source: 
     option = "--refine" if settings.refine else "--image"
     raise UsageError(f"--from {source}: was made from {settings.image[:100]!r}, which is not beside it as it was; give"
                      f" it with {option} FILE")  # fmt: skip
+
+
+def _take_controls(arguments: argparse.Namespace, settings: ImageSettings, source: Path) -> None:
+    """Find the pictures of a picture's ControlNets, unchanged, beside it or in the current folder."""
+    if arguments.controls is None and settings.controls:
+        arguments.controls = [
+            ControlUse(str(find_control(fact, source)), fact.scale, fact.start, fact.end, fact.net, fact.side)
+            for fact in settings.controls
+        ]
 
 
 def _take_loras(arguments: argparse.Namespace, settings: ImageSettings, source: Path) -> None:

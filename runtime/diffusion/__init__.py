@@ -6,13 +6,18 @@ from sdxl_trt.engines.lazy import lazy_names
 
 if TYPE_CHECKING:
     from sdxl_trt.runtime.diffusion.conditioning import MicroConditions, make_conditions
+    from sdxl_trt.runtime.diffusion.controls import ControlNets, ControlPart, comfyui_span, fraction_span
     from sdxl_trt.runtime.diffusion.denoiser import PREDICTIONS, Denoiser
     from sdxl_trt.runtime.diffusion.guidance import Guidance, guided_span
 else:
     __getattr__ = lazy_names(__name__, {
         "conditioning": ("MicroConditions", "make_conditions"),
+        "controls": ("ControlNets", "ControlPart", "comfyui_span", "fraction_span"),
         "denoiser": ("PREDICTIONS", "Denoiser"),
         "guidance": ("Guidance", "guided_span"),
     })
 
-__all__ = ["PREDICTIONS", "Denoiser", "Guidance", "MicroConditions", "guided_span", "make_conditions"]
+__all__ = [
+    "PREDICTIONS", "ControlNets", "ControlPart", "Denoiser", "Guidance", "MicroConditions", "comfyui_span",
+    "fraction_span", "guided_span", "make_conditions",
+]

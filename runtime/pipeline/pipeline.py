@@ -15,12 +15,13 @@ from typing import Self
 
 import numpy as np
 
-from sdxl_trt.engines import SizeError
+from sdxl_trt.engines import Engine, SizeError
 from sdxl_trt.engines.bundle import Stage, Vae, read_bundle
 from sdxl_trt.engines.plans import RunSizes
 from sdxl_trt.engines.residency import EnginePool, open_pool
+from sdxl_trt.runtime.adapters import Control, ControlUse, control_components
 from sdxl_trt.runtime.arrays import Latents
-from sdxl_trt.runtime.diffusion import Denoiser, make_conditions
+from sdxl_trt.runtime.diffusion import ControlNets, ControlPart, Denoiser, make_conditions
 from sdxl_trt.runtime.diffusion.noise import NoiseSource
 from sdxl_trt.runtime.diffusion.samplers import FEW_STEPS, bind_sampler, brownian_span
 from sdxl_trt.runtime.images import Picture
@@ -101,7 +102,8 @@ class Pipeline:
                     width=request.width,
                     rows=conditionings * pictures,
                     tokens=tokens or limits.tokens.min,
-                )
+                ),
+                tuple(control.component for control in request.controls),
             )
 
     def expect(self, jobs: Sequence[Job]) -> None:
@@ -112,6 +114,7 @@ class Pipeline:
         names = [*pictures, *(encoder.component for stage in stages for encoder in stage.text_encoders)]
         refiner = self.manifest.refiner
         names += [self.manifest.base.unet for request in requests if request.base.steps]
+        names += [control.component for request in requests for control in request.controls]
         names += [refiner.unet for request in requests if refiner is not None and request.uses_refiner]
         names += [self.vae(request).decoder for request in requests]
         self.pool.expect(dict.fromkeys(name for name in names if name is not None))
@@ -229,7 +232,10 @@ class Pipeline:
         job's latents are written when a group has taken all its steps.
         """
         request, latents, embeds, noise = job.run.request, job.latents, job.embeds[name], job.noises[name]
-        (engine,) = self.pool.phase(stage.unet, next_engines=(next_engine,))
+        following = request.controls if name == "base" else ()
+        engine, *nets = self.pool.phase(
+            stage.unet, *(control.component for control in following), next_engines=(next_engine,)
+        )
         yield _loaded(latents)
         guidance = request.guidance_of(name)
         positive, negative = ([each.micro for each in side.all] for side in request.sides[name])
@@ -251,7 +257,8 @@ class Pipeline:
                 pictures,
                 comfyui_rule=guidance.comfyui_rule,
             )
-            denoise = Denoiser(engine, schedule, conditions, predicts, guidance)
+            controls = ControlNets([*_control_parts(request, following, nets)], conditions) if nets else None
+            denoise = Denoiser(engine, schedule, conditions, predicts, guidance, controls)
             drawn = noise.source(latents.shape[1:], group, span)
             sample = bind_sampler(sampler, drawn, comfyui=request.comfyui, short_end=short_end)
             total, x = part.steps * len(groups), latents[group].copy()
@@ -290,17 +297,21 @@ def open_bundle(
     available: int | None = None,
     from_image: bool = False,
     once: bool = False,
+    controls: Sequence[ControlUse] = (),
 ) -> Pipeline:
     """Open the bundle at `path` (None: the embedded pair) for a ``with`` statement. Only the manifest is read.
 
-    `provider`, `residency`, `available` (the memory limit in bytes), `from_image` and `once` are those of `open_pool`.
+    `provider`, `residency`, `available` (the memory limit in bytes), `from_image` and `once` are those of `open_pool`;
+    memory is planned for runs with the ControlNets that `controls` use.
     Raises SourceError, IncompatibleError, CorruptError, UsageError, ResourceError.
     """
     if path is None:
         from sdxl_trt.mini import bundle_path  # noqa: PLC0415 - package data, only if no other bundle is named
 
         path = bundle_path()
-    return Pipeline(open_pool(read_bundle(path), provider, residency, available, from_image=from_image, once=once))
+    bundle = read_bundle(path)
+    nets = control_components(controls, bundle.manifest)
+    return Pipeline(open_pool(bundle, provider, residency, available, from_image=from_image, once=once, controls=nets))
 
 
 def _texts(request: ResolvedRequest, stages: Mapping[StageName, Stage]) -> Iterator[tuple[Stage, Prompt]]:
@@ -341,6 +352,23 @@ def _side_embeds(side: ResolvedSide, encoded: Iterator[PromptEmbeds]) -> tuple[P
         (other,) = _side_embeds(mix.other, encoded)
         embeds = embeds.followed_by(other) if mix.kind == "concat" else embeds.averaged(other, mix.strength)
     return (embeds, *(each for other in side.combined for each in _side_embeds(other, encoded)))
+
+
+def _control_parts(
+    request: ResolvedRequest, controls: Sequence[Control], engines: Sequence[Engine]
+) -> Iterator[ControlPart]:
+    """Yield the ControlNets of a request with their engines."""
+    for control, engine in zip(controls, engines, strict=True):
+        use, (above, up_to) = control.use, request.control_span(control)
+        yield ControlPart(
+            engine,
+            control.prepared((request.height, request.width), comfyui=request.comfyui),
+            positive=0.0 if use.side == "negative" else use.scale,
+            negative=0.0 if use.side == "positive" else use.scale,
+            above=above,
+            up_to=up_to,
+            guess=request.request.control_guess,
+        )
 
 
 def _loaded(latents: Latents) -> Step:

@@ -4,7 +4,7 @@ __all__ = ["ResolvedRequest", "resolve_request"]
 
 import logging
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from sdxl_trt.engines import UsageError
 from sdxl_trt.engines.adapters import ScaledLora
 from sdxl_trt.engines.bundle import Bundle, Manifest, Scheduler
-from sdxl_trt.engines.plans import PlanLimits
-from sdxl_trt.runtime.adapters import LoraFact
-from sdxl_trt.runtime.diffusion import Guidance, guided_span
+from sdxl_trt.engines.plans import PlanLimits, size_multiple
+from sdxl_trt.runtime.adapters import Control, LoraFact, check_control_shapes, settle_controls
+from sdxl_trt.runtime.diffusion import Guidance, comfyui_span, fraction_span, guided_span
 from sdxl_trt.runtime.diffusion.samplers import sampler_names
 from sdxl_trt.runtime.diffusion.schedules import Schedule
 from sdxl_trt.runtime.images import Fit, InputPicture, as_input, check_input
@@ -69,6 +69,8 @@ class ResolvedRequest:
     """The LoRAs of every stage, in the order in which they are applied."""
     lora_facts: Mapping[StageName, tuple[LoraFact, ...]] = field(default_factory=dict)
     """What a record says of each of them."""
+    controls: tuple[Control, ...] = ()
+    """The ControlNets that the base follows."""
     notes: tuple[str, ...] = ()
     """Sentences for the user on what has no effect, to be said once."""
 
@@ -115,6 +117,13 @@ class ResolvedRequest:
         """Return what the UNet of a stage with `scheduler` predicts: what was asked for, or what its bundle says."""
         return scheduler.prediction_type if self.request.prediction_type == "auto" else self.request.prediction_type
 
+    def control_span(self, control: Control) -> tuple[float, float]:
+        """Return (above, up_to): the sigmas at which a ControlNet works."""
+        start, end = control.use.start, control.use.end
+        if self.comfyui:
+            return comfyui_span(self.schedule, start, end)
+        return fraction_span(self.schedule.sigmas, self.base.start, start, end)
+
     def guidance_of(self, stage: StageName) -> Guidance:
         """Return the guidance of a stage."""
         scale = self.request.guidance if stage == "base" else self.refiner_guidance
@@ -141,11 +150,15 @@ def resolve_request(
     cuts = grids.cuts
     if "ddim" in (request.sampler, request.refiner_sampler) and not request.comfyui:
         _warn_of_ddim(grids.schedule)
+    controls = settle_controls(request.controls, manifest, refine=cuts.first is not None)
+    _check_guess(request)
     stored = request.latents if request.latents is not None or image is None else image.latents
     shape = None if stored is None else stored.shape
     asked = (request.height, request.width)
     size = picture_size(asked, shape, manifest, limits, refined=cuts.refiner is not None,
-                        picture=None if image is None else image.size)  # fmt: skip
+                        picture=_shape_of(image, controls, request))  # fmt: skip
+    if not request.comfyui:
+        check_control_shapes(controls, size, size_multiple(manifest))
     sides = resolve_sides(request, manifest, size)
     loras = settled_loras(request, bundle, _running(cuts, manifest))
     count = request.count or (shape[0] if shape else None) or 1
@@ -172,6 +185,7 @@ def resolve_request(
         strength=grids.strength,
         loras=loras.by_stage,
         lora_facts=loras.facts,
+        controls=controls,
         notes=(*notes, *loras.notes),
     )
 
@@ -180,6 +194,22 @@ def _running(cuts: StageRanges, manifest: Manifest) -> dict[StageName, bool]:
     """Return whether each of the bundle's stages runs."""
     base = cuts.base.steps > 0
     return {"base": base} if manifest.refiner is None else {"base": base, "refiner": cuts.refiner is not None}
+
+
+def _shape_of(image: InputPicture | None, controls: Sequence[Control], request: Request) -> tuple[int, int] | None:
+    """Return the (height, width) of the picture that the run takes its size from: the image, else a ControlNet's."""
+    if image is not None or not controls or request.comfyui:
+        return None if image is None else image.size
+    return controls[0].picture.size
+
+
+def _check_guess(request: Request) -> None:
+    if request.control_guess and not request.controls:
+        raise UsageError("--control-guess is how ControlNets work; give their pictures with --control")
+    if request.control_guess and request.comfyui:
+        raise UsageError(
+            "--control-guess: ComfyUI's nodes have no such switch; leave it out, or use --compat diffusers"
+        )
 
 
 def _warn_of_ddim(schedule: Schedule) -> None:
