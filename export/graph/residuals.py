@@ -21,7 +21,7 @@ _DIMENSIONS = 4
 
 
 def add_residuals(model: ir.Model, kind: str, config: Mapping[str, Any], where: str) -> None:
-    """Give a traced `model` of `kind` "unet" or "controlnet" inputs for residuals; its inner values must have shapes.
+    """Give a traced `model` of `kind` "unet" or "controlnet" inputs for residuals.
 
     A UNet adds `down_residual.i` to its skip connections, only where an up block takes them, and `mid_residual` to
     what the first up block takes. A ControlNet adds ``earlier_`` residuals to its outputs. Raises SourceError for a
@@ -60,10 +60,12 @@ def _add_to_skips(graph: ir.Graph, inputs: list[ir.Value], where: str) -> None:
 
 
 def _is_join(node: ir.Node) -> bool:
-    """Return whether a node concatenates feature maps along their channels, as only up blocks do."""
-    shape = node.outputs[0].shape
-    four = shape is not None and len(shape) == _DIMENSIONS and len(node.inputs) == 2
-    return node.op_type == "Concat" and four and node.attributes.get_int("axis", 0) in (1, 1 - _DIMENSIONS)
+    """Return whether a node concatenates two feature maps along their channels: a convolution takes the result.
+
+    That is the shortcut of an up block's residual layer, whose channels always change.
+    """
+    axis = node.attributes.get_int("axis", 0) if node.op_type == "Concat" and len(node.inputs) == 2 else 0
+    return axis in (1, 1 - _DIMENSIONS) and any(user.op_type == "Conv" for user, _ in node.outputs[0].uses())
 
 
 def _add_to_input(graph: ir.Graph, node: ir.Node, index: int, residual: ir.Value) -> None:

@@ -116,7 +116,8 @@ def check_control_shapes(controls: Sequence[Control], size: Size, multiple: int)
     for control in controls:
         high, wide = control.picture.size or size
         by_width, by_height = width * high / wide, height * wide / high
-        if abs(by_width - height) >= multiple and abs(by_height - width) >= multiple:
+        apart = abs(by_width - height) if high <= wide else abs(by_height - width)  # of the shorter side
+        if apart >= multiple:
             fitting = max(round(by_width / multiple), 1) * multiple
             raise UsageError(f"{control.use.told}: is {wide}x{high}, another shape than the run's {width}x{height};"
                              f" crop it, or give --width {width} --height {fitting}")  # fmt: skip
