@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from sdxl_trt.engines.adapters import ScaledLora
 from sdxl_trt.engines.bundle import Component, DType, TensorSpec, axis_root, axis_size, may_be_one
 from sdxl_trt.engines.errors import UsageError
 
@@ -46,10 +47,19 @@ class Engine(Protocol):
     """A graph that can be prefetched, loaded, run and unloaded.
 
     Nothing is read before `prefetch`, and nothing is copied to a device before `load`. Residency policies use only
-    these six calls; each may be repeated, and after `unload` the engine can be loaded again.
+    these seven calls; each may be repeated, and after `unload` the engine can be loaded again.
     """
 
     component: Component
+
+    def adapt(self, loras: Sequence[ScaledLora]) -> None:
+        """Let the weights have the changes of `loras`, in order, from the next `load` on; () takes them all off.
+
+        With the same LoRAs as before it does nothing. Otherwise an engine that cannot change its weights while it is
+        loaded is unloaded. LoRAs without an effect on the component are left out by the caller: `adapted`. Raises
+        SourceError for a LoRA of another model and IncompatibleError where LoRAs are not supported; the engine is then
+        as before.
+        """
 
     def prefetch(self) -> None:
         """Read what `load` needs into host memory and check its digests; raise CorruptError if one differs.

@@ -18,6 +18,7 @@ from sdxl_trt.engines.bundle import (
     FORMAT_VERSION,
     Bundle,
     Component,
+    LoraRecord,
     Manifest,
     read_bundle,
     verify_file,
@@ -81,6 +82,13 @@ class ExportPlan:
     previous: Bundle | None
     needs: Needs
     note: str = ""
+
+    @property
+    def lora_records(self) -> tuple[LoraRecord, ...]:
+        """Return the manifest's records of the LoRAs."""
+        return tuple(
+            LoraRecord.of(each.lora.name, each.lora.sha256, each.scale, each.text_scale) for each in self.loras
+        )
 
 
 def export_bundle(
@@ -230,7 +238,7 @@ def _make(plan: ExportPlan, folder: Path, options: Options, report: ProgressTrac
         tokenizers=tokenizers,
         base=stages["base"],
         refiner=stages.get("refiner"),
-        loras=tuple(lora.record() for lora in plan.loras),
+        loras=plan.lora_records,
         controlnets=controlnet_records(plan.stages["base"]),
         plans=take_over_plans(plan.previous, records, folder) if plan.previous else (),
         note=plan.note,

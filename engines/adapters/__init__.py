@@ -1,4 +1,4 @@
-"""Adapters: LoRA files read with numpy, what they change in a component, and where its tensors are stored."""
+"""Adapters: LoRA files read with numpy, and what they change in a component."""
 
 from typing import TYPE_CHECKING
 
@@ -8,10 +8,11 @@ if TYPE_CHECKING:
     from sdxl_trt.engines.adapters.file import Lora, open_lora
     from sdxl_trt.engines.adapters.first_bytes import PICKLED, check_first_bytes, explain_damage, is_safetensors
     from sdxl_trt.engines.adapters.kinds import Branch
-    from sdxl_trt.engines.adapters.names import COMPONENTS, LoraComponent
+    from sdxl_trt.engines.adapters.names import COMPONENTS, LoraComponent, component_role
     from sdxl_trt.engines.adapters.option import LoraOption, parse_lora_option
-    from sdxl_trt.engines.adapters.scaled import Changes, ScaledLora, narrowed, plan_changes, targets
-    from sdxl_trt.engines.adapters.table import ADAPTERS_FILE, AdapterTable, TensorRecord, read_table
+    from sdxl_trt.engines.adapters.scaled import (
+        Adapted, Changes, ScaledLora, Use, adapted, loras_of, name_of, narrowed, plan_changes, targets,
+    )
     from sdxl_trt.engines.adapters.tensors import StoredTensor, TensorFile, open_tensors, read_tensor
     from sdxl_trt.engines.adapters.unet_names import unet_prefixes
 else:
@@ -19,17 +20,19 @@ else:
         "file": ("Lora", "open_lora"),
         "first_bytes": ("PICKLED", "check_first_bytes", "explain_damage", "is_safetensors"),
         "kinds": ("Branch",),
-        "names": ("COMPONENTS", "LoraComponent"),
+        "names": ("COMPONENTS", "LoraComponent", "component_role"),
         "option": ("LoraOption", "parse_lora_option"),
-        "scaled": ("Changes", "ScaledLora", "narrowed", "plan_changes", "targets"),
-        "table": ("ADAPTERS_FILE", "AdapterTable", "TensorRecord", "read_table"),
+        "scaled": (
+            "Adapted", "Changes", "ScaledLora", "Use", "adapted", "loras_of", "name_of", "narrowed", "plan_changes",
+            "targets",
+        ),
         "tensors": ("StoredTensor", "TensorFile", "open_tensors", "read_tensor"),
         "unet_names": ("unet_prefixes",),
     })
 
 __all__ = [
-    "ADAPTERS_FILE", "COMPONENTS", "PICKLED", "AdapterTable", "Branch", "Changes", "Lora", "LoraComponent",
-    "LoraOption", "ScaledLora", "StoredTensor", "TensorFile", "TensorRecord", "check_first_bytes", "explain_damage",
-    "is_safetensors", "narrowed", "open_lora", "open_tensors", "parse_lora_option", "plan_changes", "read_table",
-    "read_tensor", "targets", "unet_prefixes",
+    "COMPONENTS", "PICKLED", "Adapted", "Branch", "Changes", "Lora", "LoraComponent", "LoraOption", "ScaledLora",
+    "StoredTensor", "TensorFile", "Use", "adapted", "check_first_bytes", "component_role", "explain_damage",
+    "is_safetensors", "loras_of", "name_of", "narrowed", "open_lora", "open_tensors", "parse_lora_option",
+    "plan_changes", "read_tensor", "targets", "unet_prefixes",
 ]

@@ -6,6 +6,7 @@ __all__ = [
     "LoraComponent",
     "Place",
     "adapter_name",
+    "component_role",
     "embedding_name",
     "foreign_format",
     "module_spellings",
@@ -94,6 +95,12 @@ class Place:
     component: LoraComponent
     module: str
     root: str
+
+
+def component_role(name: str) -> LoraComponent | None:
+    """Return what a bundle's component is to a LoRA: "unet" for refiner_unet; None for what takes no LoRAs."""
+    bare = name.removeprefix("refiner_")
+    return next((role for role in COMPONENTS if role == bare), None)
 
 
 def split_key(key: str) -> tuple[str, str] | None:

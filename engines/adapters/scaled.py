@@ -1,6 +1,17 @@
 """LoRAs with their scales: which tensors of a component they change, and the changed values."""
 
-__all__ = ["Changes", "ScaledLora", "narrowed", "plan_changes", "targets"]
+__all__ = [
+    "Adapted",
+    "Changes",
+    "ScaledLora",
+    "Use",
+    "adapted",
+    "loras_of",
+    "name_of",
+    "narrowed",
+    "plan_changes",
+    "targets",
+]
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,9 +23,8 @@ from numpy.typing import NDArray
 from sdxl_trt.engines.adapters.file import Lora, same_tensors
 from sdxl_trt.engines.adapters.kinds import Branch
 from sdxl_trt.engines.adapters.merge import merge
-from sdxl_trt.engines.adapters.names import LoraComponent, module_spellings
+from sdxl_trt.engines.adapters.names import LoraComponent, component_role, module_spellings
 from sdxl_trt.engines.adapters.tensors import StoredTensor, read_tensor
-from sdxl_trt.engines.bundle import LoraRecord
 from sdxl_trt.engines.errors import CorruptError, SourceError
 
 Weights = NDArray[np.float32]
@@ -39,11 +49,6 @@ class ScaledLora:
         """Return the scale on a component."""
         return self.scale if component == "unet" or self.text_scale is None else self.text_scale
 
-    def record(self) -> LoraRecord:
-        """Return the manifest's record of it."""
-        text_scale = None if self.text_scale == self.scale else self.text_scale
-        return LoraRecord(name=self.lora.name, sha256=self.lora.sha256, scale=self.scale, text_scale=text_scale)
-
     def notes(self) -> Iterator[str]:
         """Yield sentences on tensors and scales without effect."""
         yield from self.lora.notes
@@ -65,6 +70,35 @@ def narrowed(loras: Sequence[ScaledLora], component: LoraComponent) -> tuple[Sca
         for each in loras
         if component in each.lora.branches and each.on(component) != 0
     )
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A component of a bundle with LoRAs, at least one, each with an effect on it: make it with `adapted`."""
+
+    component: str
+    loras: tuple[ScaledLora, ...]
+
+
+Use = str | Adapted
+"""What a run uses: a component as it was exported, by its name, or one with LoRAs."""
+
+
+def adapted(component: str, loras: Sequence[ScaledLora]) -> Use:
+    """Return component `component` of a bundle with those of `loras` that change it; its name alone if none does."""
+    role = component_role(component)
+    own = () if role is None else narrowed(loras, role)
+    return Adapted(component, own) if own else component
+
+
+def name_of(use: Use) -> str:
+    """Return the component's name."""
+    return use if isinstance(use, str) else use.component
+
+
+def loras_of(use: Use) -> tuple[ScaledLora, ...]:
+    """Return the LoRAs of a component, () if it has none."""
+    return () if isinstance(use, str) else use.loras
 
 
 @dataclass(frozen=True)

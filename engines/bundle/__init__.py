@@ -14,12 +14,14 @@ from sdxl_trt.engines.bundle.profile import (
     Axes, Profile, Range, Shape, axis_range, axis_root, axis_size, fixed, may_be_one,
 )
 from sdxl_trt.engines.bundle.records import FileRecord, Natural, Positive, Record, Sha256
+from sdxl_trt.engines.bundle.tensor_table import ADAPTERS_FILE, AdapterTable, TensorRecord, read_table
 
 __all__ = [
-    "ANY", "FORMAT_NAME", "FORMAT_VERSION", "MANIFEST", "Axes", "BuildFlags", "Bundle", "Chunks", "Component",
-    "ControlNet", "DType", "Edm", "Environment", "FileRecord", "Flavour", "Kind", "LoraRecord", "Manifest", "Natural",
-    "PlanKey", "PlanMemory", "PlanRecord", "Positive", "Precision", "Profile", "Range", "Record", "Scheduler", "Sha256",
-    "Shape", "Source", "Stage", "TensorSpec", "TextEncoder", "Tokenizer", "Vae", "axis_range", "axis_root", "axis_size",
-    "computes_bf16", "fixed", "may_be_one", "read_bundle", "run_components", "run_phases", "stand_ins", "verify_file",
+    "ADAPTERS_FILE", "ANY", "FORMAT_NAME", "FORMAT_VERSION", "MANIFEST", "AdapterTable", "Axes", "BuildFlags", "Bundle",
+    "Chunks", "Component", "ControlNet", "DType", "Edm", "Environment", "FileRecord", "Flavour", "Kind", "LoraRecord",
+    "Manifest", "Natural", "PlanKey", "PlanMemory", "PlanRecord", "Positive", "Precision", "Profile", "Range", "Record",
+    "Scheduler", "Sha256", "Shape", "Source", "Stage", "TensorRecord", "TensorSpec", "TextEncoder", "Tokenizer", "Vae",
+    "axis_range", "axis_root", "axis_size", "computes_bf16", "fixed", "may_be_one", "read_bundle", "read_table",
+    "run_components", "run_phases", "stand_ins", "verify_file",
     "write_manifest",
 ]

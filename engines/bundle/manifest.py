@@ -213,6 +213,11 @@ class LoraRecord(Record, frozen=True, kw_only=True):
     text_scale: float | None = None
     """None if it equals the UNet's scale."""
 
+    @classmethod
+    def of(cls, name: str, sha256: str, scale: float, text_scale: float | None) -> "LoraRecord":
+        """Return the record of a LoRA; the second scale is left out if it equals the first."""
+        return cls(name=name, sha256=sha256, scale=scale, text_scale=None if text_scale == scale else text_scale)
+
     @property
     def encoder_scale(self) -> float:
         """Return the scale on the text encoders."""

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
+from sdxl_trt.engines.adapters import Use, name_of
 from sdxl_trt.engines.engine import Engine
 from sdxl_trt.engines.errors import ResourceError
 
@@ -24,7 +25,7 @@ def load(engine: Engine, activations: int = 0) -> None:
 
 
 class LoadAhead:
-    """A thread that prepares the engines of `names`: loads those in `stay`, prefetches the others.
+    """A thread that prepares the engines of `uses`: loads those of components in `stay`, prefetches the others.
 
     `ready` returns a loaded engine, `make` one to prefetch. The results are in `loaded` and `prefetched`; the caller
     owns them once `finish` has returned.
@@ -32,17 +33,19 @@ class LoadAhead:
 
     def __init__(
         self,
-        make: Callable[[str], Engine],
-        ready: Callable[[str], Engine],
-        names: Sequence[str],
+        make: Callable[[Use], Engine],
+        ready: Callable[[Use], Engine],
+        uses: Sequence[Use],
         stay: frozenset[str],
     ) -> None:
-        self.loaded: dict[str, Engine] = {}
-        self.prefetched: dict[str, Engine] = {}
-        self.names = tuple(names)
+        self.loaded: dict[Use, Engine] = {}
+        self.prefetched: dict[Use, Engine] = {}
+        self.uses = tuple(uses)
         self._make, self._ready, self._stay = make, ready, stay
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name=f"make ready {' '.join(names)}", daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, name=f"make ready {' '.join(map(name_of, uses))}", daemon=True
+        )
         self._thread.start()
 
     @property
@@ -57,23 +60,23 @@ class LoadAhead:
 
     def _run(self) -> None:
         try:
-            for name in self.names:
-                self._prepare(name)
+            for use in self.uses:
+                self._prepare(use)
         except BaseException as exc:  # noqa: BLE001 - raised by the caller of `finish`
             self._error = exc
 
-    def _prepare(self, name: str) -> None:
-        if name in self._stay:
-            self.loaded[name] = self._ready(name)
+    def _prepare(self, use: Use) -> None:
+        if name_of(use) in self._stay:
+            self.loaded[use] = self._ready(use)
             return
-        engine = self._make(name)
+        engine = self._make(use)
         with ExitStack() as stack:
             stack.callback(engine.unload)
             try:
                 engine.prefetch()
             except ResourceError as exc:
                 # Reading ahead only saves time; the phase itself raises if memory is short.
-                log.warning("%s was not read ahead: %s", name, exc)
+                log.warning("%s was not read ahead: %s", name_of(use), exc)
                 return
-            self.prefetched[name] = engine
+            self.prefetched[use] = engine
             stack.pop_all()

@@ -9,6 +9,7 @@ from functools import partial
 from types import TracebackType
 from typing import Self
 
+from sdxl_trt.engines.adapters import ScaledLora, Use, loras_of, name_of
 from sdxl_trt.engines.backends import open_backend
 from sdxl_trt.engines.bundle import Bundle, PlanRecord, Profile, run_components, stand_ins
 from sdxl_trt.engines.engine import Engine
@@ -29,6 +30,9 @@ class EnginePool:
     `resident` keeps every loaded engine, or only those that `keeps` names. `swap` and `stream` hold the engines of one
     phase: a phase frees all others before it loads its own, so base and refiner never share memory. If memory runs
     out while engines are loaded, the pool continues with the next of `fallbacks`.
+
+    A component with LoRAs (`adapted`) stands wherever a component's name may. There is one engine of a component: other
+    LoRAs than those it has are put on it when a phase asks for them, and all others are taken off.
 
     `make` is called with a component name and, if its weights stream, with the bytes that may be on the device, from
     `budgets`. `replaced` maps a component to the one that runs instead. With `records`, a thread reads the plans of the
@@ -64,7 +68,7 @@ class EnginePool:
         self.limits = limits
         """The sizes that the plans in use accept; None if only the graphs limit them."""
         self.loads: list[str] = []
-        """The loaded components, in loading order."""
+        """The loaded components, in loading order; a component that got other LoRAs was loaded again."""
         self.swaps = 0
         """How often one UNet replaced another that had been freed."""
         self._make = make
@@ -77,6 +81,7 @@ class EnginePool:
         self._stale = False
         self._close = close
         self._engines: dict[str, Engine] = {}
+        self._worn: dict[str, tuple[ScaledLora, ...]] = {}
         self._prefetched: dict[str, Engine] = {}
         self._ahead: LoadAhead | None = None
         self._last_unet = ""
@@ -91,7 +96,12 @@ class EnginePool:
         """Whether a thread still loads engines of the next phase."""
         return self._ahead is not None and self._ahead.running
 
-    def expect(self, names: Iterable[str]) -> None:
+    def holds(self, use: Use) -> bool:
+        """Return whether a component is loaded with exactly these LoRAs, so that a phase would not load it."""
+        name = self.stand_in(name_of(use))
+        return name in self._engines and self._worn.get(name, ()) == loras_of(use)
+
+    def expect(self, names: Iterable[Use]) -> None:
         """State the components that the coming run uses, in order; a component used twice may be named twice.
 
         Their plans are read ahead from now on, instead of those expected so far, except for engines that are loaded and
@@ -100,15 +110,16 @@ class EnginePool:
         if self._reads is None:
             return
         staying = self._staying()
-        loading = () if self._ahead is None else self._ahead.names
-        wanted, seen = [], {name for name in (*self._engines, *loading) if name in staying}
-        for name in self._resolve(names):
-            if name not in seen:
-                wanted.append(name)
-            seen |= {name} & staying
+        loading = () if self._ahead is None else map(name_of, self._ahead.uses)
+        wanted: list[Use] = []
+        seen = {name for name in (*self._engines, *loading) if name in staying}
+        for use in self._resolve(names):
+            if name_of(use) not in seen:
+                wanted.append(use)
+            seen |= {name_of(use)} & staying
         self._reads.expect(wanted)
 
-    def phase(self, *names: str, next_engines: tuple[str, ...] = ()) -> tuple[Engine, ...]:
+    def phase(self, *names: Use, next_engines: tuple[Use, ...] = ()) -> tuple[Engine, ...]:
         """Free the engines that the policy does not keep; load and return those of the components `names`.
 
         A thread then prepares `next_engines`, those of the next phase: it loads those that the policy keeps, and reads
@@ -119,13 +130,13 @@ class EnginePool:
         while True:
             try:
                 self._take_over()
-                self._unload(() if self._stale else (*wanted, *self._staying()))
+                self._unload(() if self._stale else (*map(name_of, wanted), *self._staying()))
                 self._stale = False
-                engines = tuple(self._load(name) for name in wanted)
+                engines = tuple(self._load(use) for use in wanted)
                 break
             except ResourceError as exc:
                 self._fall_back(exc)
-        self._prepare([name for name in self._resolve(next_engines) if name not in self._engines])
+        self._prepare([use for use in self._resolve(next_engines) if name_of(use) not in self._engines])
         return engines
 
     def make_room(self, run: RunSizes, controls: Sequence[str] = ()) -> None:
@@ -185,7 +196,7 @@ class EnginePool:
         record = self.records.get(name)
         return record.key.profiles if record else ()
 
-    def free(self, keep: tuple[str, ...] = ()) -> None:
+    def free(self, keep: tuple[Use, ...] = ()) -> None:
         """Wait for the thread that prepares engines, then unload every engine except those to `keep`.
 
         Plans are no longer read ahead, until the next call of `expect` or of `phase` with `next_engines`.
@@ -196,7 +207,7 @@ class EnginePool:
             log.warning("%s", exc)
         if self._reads is not None:
             self._reads.expect(())
-        self._unload(self._resolve(keep))
+        self._unload(map(name_of, self._resolve(keep)))
 
     def close(self) -> None:
         """Unload every engine and close the device; the pool cannot be used afterwards."""
@@ -206,8 +217,8 @@ class EnginePool:
             if self._reads is not None:
                 self._reads.close()
 
-    def _resolve(self, names: Iterable[str]) -> tuple[str, ...]:
-        return tuple(self.stand_in(name) for name in names)
+    def _resolve(self, uses: Iterable[Use]) -> tuple[Use, ...]:
+        return tuple(self.stand_in(use) if isinstance(use, str) else use for use in uses)
 
     def _staying(self) -> frozenset[str]:
         return self._keeps if self.residency == "resident" else frozenset()
@@ -224,48 +235,65 @@ class EnginePool:
             return
         error = self._ahead.finish()
         ahead, self._ahead = self._ahead, None
-        self._prefetched |= ahead.prefetched
-        for name, engine in ahead.loaded.items():
-            self._enter(name, engine)
+        self._prefetched |= {name_of(use): engine for use, engine in ahead.prefetched.items()}
+        for use, engine in ahead.loaded.items():
+            self._enter(use, engine)
         if error is not None:
             raise error
 
-    def _prepare(self, names: list[str]) -> None:
-        """Let a thread load those of `names` that stay; the others are read ahead."""
+    def _prepare(self, uses: list[Use]) -> None:
+        """Let a thread load those of `uses` that stay; the others are read ahead."""
         staying = self._staying()
         if self._reads is not None:
             order = self._reads.order
-            if missing := [name for name in names if name not in order]:
+            if missing := [use for use in uses if use not in order]:
                 self._reads.expect((*missing, *order))
-            names = [name for name in names if name in staying]
-        if names:
-            self._ahead = LoadAhead(self._new, self._ready, names, staying)
+            uses = [use for use in uses if name_of(use) in staying]
+        if uses:
+            self._ahead = LoadAhead(self._new, self._ready, uses, staying)
 
-    def _load(self, name: str) -> Engine:
+    def _load(self, use: Use) -> Engine:
+        name = name_of(use)
         if name not in self._engines:
-            self._enter(name, self._ready(name))
+            self._enter(use, self._ready(use))
+        elif not self.holds(use):
+            self._change(use)
         return self._engines[name]
 
-    def _ready(self, name: str) -> Engine:
-        """Return a loaded engine of component `name`, from what was read ahead."""
+    def _change(self, use: Use) -> None:
+        """Put the LoRAs of `use` on its loaded engine, and take off the others; if that fails, the engine is gone."""
+        name = name_of(use)
+        engine = self._engines[name]
+        engine.adapt(loras_of(use))  # refused, it stays as it was
+        del self._engines[name]
+        load(engine, self._activations.get(name, 0))
+        self._enter(use, engine)
+
+    def _ready(self, use: Use) -> Engine:
+        """Return a loaded engine of a component, from what was read ahead."""
+        name = name_of(use)
         if self._reads is None:
-            engine = self._prefetched.pop(name, None) or self._new(name)
+            engine = self._prefetched.pop(name, None) or self._new(use)
+            engine.adapt(loras_of(use))
             load(engine)
             return engine
         try:
-            engine = self._reads.take(name)
+            engine = self._reads.take(use)
             load(engine, self._activations.get(name, 0))
         finally:
-            self._reads.loaded(name)
+            self._reads.loaded(use)
         return engine
 
-    def _new(self, name: str) -> Engine:
-        if self.residency == "stream" and name in self._budgets:
-            return self._make(name, self._budgets[name])
-        return self._make(name)
+    def _new(self, use: Use) -> Engine:
+        name = name_of(use)
+        streamed = self.residency == "stream" and name in self._budgets
+        engine = self._make(name, self._budgets[name]) if streamed else self._make(name)
+        engine.adapt(loras_of(use))
+        return engine
 
-    def _enter(self, name: str, engine: Engine) -> None:
-        self._engines[name] = engine
+    def _enter(self, use: Use, engine: Engine) -> None:
+        name = name_of(use)
+        self._engines[name], self._worn[name] = engine, loras_of(use)
         self.loads.append(name)
         if self.bundle.manifest.components[name].kind == "unet":
             self.swaps += self._last_unet not in ("", name, *self._engines)

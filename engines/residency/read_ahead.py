@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 
+from sdxl_trt.engines.adapters import Use, name_of
 from sdxl_trt.engines.engine import Engine
 from sdxl_trt.engines.errors import ResourceError
 
@@ -37,27 +38,27 @@ class ReadAhead:
     the thread waits until there is room. `peak` is the most that they had.
     """
 
-    def __init__(self, make: Callable[[str], Engine], sizes: Mapping[str, int], limit: int) -> None:
+    def __init__(self, make: Callable[[Use], Engine], sizes: Mapping[str, int], limit: int) -> None:
         self.limit = max(limit, max(sizes.values(), default=0))
         self.peak = 0
         self._make, self._sizes = make, sizes
         self._changed = threading.Condition()
-        self._order: list[str] = []
-        self._read: dict[str, Engine] = {}
-        self._failed: dict[str, BaseException | None] = {}
-        self._loading: dict[str, int] = {}
+        self._order: list[Use] = []
+        self._read: dict[Use, Engine] = {}
+        self._failed: dict[Use, BaseException | None] = {}
+        self._loading: dict[Use, int] = {}
         self._current: Engine | None = None
         self._abandoned = False
         self._closed = False
         self._thread: threading.Thread | None = None
 
     @property
-    def order(self) -> tuple[str, ...]:
+    def order(self) -> tuple[Use, ...]:
         """The components still to be taken, in the order of use."""
         with self._changed:
             return tuple(self._order)
 
-    def expect(self, names: Iterable[str]) -> None:
+    def expect(self, names: Iterable[Use]) -> None:
         """Read the plans of the components `names`, in this order, instead of those expected so far.
 
         A component may be named twice, if its plan is read twice. Plans that are not among them are given up, even the
@@ -72,7 +73,7 @@ class ReadAhead:
                 self._thread.start()
         _unload(dropped)
 
-    def take(self, name: str) -> Engine:
+    def take(self, name: Use) -> Engine:
         """Return the engine of component `name`, its plan read, being read, or not yet begun; the caller owns it.
 
         Components expected before it are passed over: their plans are given up. The plan counts until `loaded` is
@@ -85,8 +86,8 @@ class ReadAhead:
             engine, error = self._read.pop(name, None), self._failed.pop(name, None)
             if error is None:
                 if engine is None:
-                    dropped += self._make_room(self._sizes.get(name, 0))
-                self._loading[name] = self._sizes.get(name, 0)
+                    dropped += self._make_room(self._size(name))
+                self._loading[name] = self._size(name)
                 self._count()
             self._changed.notify_all()
         _unload(dropped)
@@ -94,7 +95,7 @@ class ReadAhead:
             raise error
         return self._make(name) if engine is None else engine
 
-    def loaded(self, name: str) -> None:
+    def loaded(self, name: Use) -> None:
         """Count the plan of `name` no longer: it was loaded, or that failed."""
         with self._changed:
             self._loading.pop(name, None)
@@ -105,7 +106,7 @@ class ReadAhead:
         with self._changed:
             taken = self._current if self._current not in self._read.values() and not self._abandoned else None
             self._closed, self._order = True, []
-            dropped = self._drop(set())
+            dropped = self._drop(set[Use]())
             self._changed.notify_all()
         _unload(dropped)
         while self._thread is not None and self._thread.is_alive():
@@ -115,7 +116,7 @@ class ReadAhead:
                 current.unload()
             self._thread.join(_PATIENCE)
 
-    def _drop(self, kept: set[str]) -> list[Engine]:
+    def _drop(self, kept: set[Use]) -> list[Engine]:
         """Forget the engines and errors of all components but `kept`; return the engines for the caller to unload."""
         for name in self._failed.keys() - kept:
             error = self._failed.pop(name)
@@ -132,13 +133,16 @@ class ReadAhead:
             dropped.append(self._give_up(name))
         return dropped
 
-    def _give_up(self, name: str) -> Engine:
+    def _give_up(self, name: Use) -> Engine:
         engine = self._read.pop(name)
         self._abandoned = self._abandoned or engine is self._current
         return engine
 
     def _bytes(self) -> int:
-        return sum(self._sizes.get(name, 0) for name in self._read) + sum(self._loading.values())
+        return sum(self._size(name) for name in self._read) + sum(self._loading.values())
+
+    def _size(self, use: Use) -> int:
+        return self._sizes.get(name_of(use), 0)
 
     def _count(self) -> None:
         self.peak = max(self.peak, self._bytes())
@@ -154,17 +158,17 @@ class ReadAhead:
                 error = exc
             self._end(name, error)
 
-    def _next(self) -> str:
+    def _next(self) -> Use:
         """Wait until there is a plan to read, and room for it; return its component, or "" at the end."""
         with self._changed:
             while not self._closed:
                 name = next((name for name in self._order if name not in self._read and name not in self._failed), "")
-                if name and self._bytes() + self._sizes.get(name, 0) <= self.limit:
+                if name and self._bytes() + self._size(name) <= self.limit:
                     return name
                 self._changed.wait()
             return ""
 
-    def _begin(self, name: str) -> Engine | None:
+    def _begin(self, name: Use) -> Engine | None:
         """Enter an engine for `name`, unless it is no longer expected."""
         with self._changed:
             if name not in self._order:
@@ -173,7 +177,7 @@ class ReadAhead:
             self._count()
             return self._current
 
-    def _end(self, name: str, error: BaseException | None) -> None:
+    def _end(self, name: Use, error: BaseException | None) -> None:
         """Keep the error for who takes the component, unless it was taken or given up meanwhile; then free the rest."""
         with self._changed:
             engine, self._current = self._current, None
@@ -184,7 +188,7 @@ class ReadAhead:
                 self._failed[name] = error
                 if isinstance(error, ResourceError):
                     # Reading ahead only saves time; the phase itself raises if memory is short.
-                    log.warning("%s was not read ahead: %s", name, error)
+                    log.warning("%s was not read ahead: %s", name_of(name), error)
                     self._failed[name] = None
         if surplus and engine is not None:
             engine.unload()

@@ -31,7 +31,7 @@ def of_plan(plan: ExportPlan) -> Output:
         f"  {one_line(part['source'])}"
         for name, part in parts.items()
     ]
-    loras = [lora.record() for lora in plan.loras]
+    loras = plan.lora_records
     lines += [f"  LoRA {one_line(lora.name)} at {lora.told}, in the base" for lora in loras]
     lines += _controlnet_lines(plan.stages["base"].controlnets)
     lines += _told_sampler(plan.base.scheduler)

@@ -23,8 +23,16 @@ import msgspec
 import onnx_ir as ir
 
 from sdxl_trt.engines import SdxlTrtError, UsageError, explain_os_error
-from sdxl_trt.engines.adapters import ADAPTERS_FILE, AdapterTable, TensorRecord
-from sdxl_trt.engines.bundle import Component, FileRecord, Source, TensorSpec, verify_file
+from sdxl_trt.engines.bundle import (
+    ADAPTERS_FILE,
+    AdapterTable,
+    Component,
+    FileRecord,
+    Source,
+    TensorRecord,
+    TensorSpec,
+    verify_file,
+)
 from sdxl_trt.engines.host import atomic_write, sha256_file
 from sdxl_trt.export.components.components import ComponentPlan
 from sdxl_trt.export.components.progress import ProgressTracker

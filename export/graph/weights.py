@@ -12,7 +12,7 @@ import onnx_ir as ir
 import torch
 
 from sdxl_trt.engines import CorruptError, explain_os_error
-from sdxl_trt.engines.adapters import TensorRecord
+from sdxl_trt.engines.bundle import TensorRecord
 from sdxl_trt.export.checkpoints import Checkpoint
 
 WEIGHTS_FILE = "weights.data"

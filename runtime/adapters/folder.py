@@ -7,7 +7,6 @@ links are neither followed nor read, and nothing is opened here.
 __all__ = ["find_named"]
 
 import os
-from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from time import time_ns
@@ -19,7 +18,7 @@ MOST_FILES = 100_000
 _SHOWN = 80
 _SETTLED = 2_000_000_000
 """Nanoseconds, of which FAT counts two seconds."""
-Times = tuple[tuple[str, int], ...]
+Times = tuple[tuple[Path, int], ...]
 
 
 def find_named(folder: Path, name: str, where: str, *, exact: bool = False) -> list[Path]:
@@ -54,17 +53,19 @@ def _parts(name: str, where: str) -> tuple[str, ...]:
 def _listed(folder: Path, where: str) -> tuple[PurePosixPath, ...]:
     """Return the paths of the folder's files; those of a folder that has not changed are read once."""
     try:
-        times, files = _listing(os.fspath(folder))
-        newest = max(time for _, time in times)
-        # A folder that changes again within a tick of its file system's clock looks unchanged.
-        if newest > time_ns() - _SETTLED or any(_changed(inner) != time for inner, time in times):
+        if not _is_fresh(_listing(folder)[0]):
             _listing.cache_clear()
-            _, files = _listing(os.fspath(folder))
-        return files
+        return _listing(folder)[1]
     except OSError as exc:
         raise explain_os_error(exc, f"{where}: reading {folder}") from exc
     except _TooManyError as exc:
         raise UsageError(f"{where}: {folder} holds more than {MOST_FILES} files; give the folder of the LoRAs") from exc
+
+
+def _is_fresh(times: Times) -> bool:
+    # A folder that changes again within a tick of its file system's clock looks unchanged.
+    settled = max(time for _, time in times) < time_ns() - _SETTLED
+    return settled and all(folder.stat().st_mtime_ns == time for folder, time in times)
 
 
 class _TooManyError(Exception):
@@ -72,31 +73,21 @@ class _TooManyError(Exception):
 
 
 @lru_cache(maxsize=4)
-def _listing(folder: str) -> tuple[Times, tuple[PurePosixPath, ...]]:
-    """Return when each folder in `folder` changed last, and the paths of its files from `folder`."""
-    times: list[tuple[str, int]] = []
+def _listing(folder: Path) -> tuple[Times, tuple[PurePosixPath, ...]]:
+    """Return when each folder in `folder` changed last, and the paths of its .safetensors files from `folder`."""
+    times: list[tuple[Path, int]] = []
     files: list[PurePosixPath] = []
     waiting = [PurePosixPath()]
     while waiting:
         inner = waiting.pop()
-        whole = os.path.join(folder, inner)
-        times.append((whole, _changed(whole)))
-        for entry, is_folder in _entries(whole):
-            (waiting if is_folder else files).append(inner / entry)
+        times.append((folder / inner, (folder / inner).stat().st_mtime_ns))
+        with os.scandir(folder / inner) as entries:
+            for entry in entries:
+                # A link to a folder leads out of this one.
+                if entry.is_dir(follow_symlinks=False):
+                    waiting.append(inner / entry.name)
+                elif entry.name.lower().endswith(ENDING):
+                    files.append(inner / entry.name)
         if len(files) + len(waiting) + len(times) > MOST_FILES:
             raise _TooManyError
     return tuple(times), tuple(sorted(files))
-
-
-def _entries(folder: str) -> Iterator[tuple[str, bool]]:
-    """Yield the names of the folders in `folder` and of its .safetensors files, and whether each is a folder."""
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            # A link to a folder leads out of this one.
-            is_folder = entry.is_dir(follow_symlinks=False)
-            if is_folder or entry.name.lower().endswith(ENDING):
-                yield entry.name, is_folder
-
-
-def _changed(folder: str) -> int:
-    return os.stat(folder).st_mtime_ns

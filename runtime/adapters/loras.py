@@ -4,7 +4,16 @@ A LoRA is applied in the order of the request; one that is named twice is applie
 two of ComfyUI's loaders.
 """
 
-__all__ = ["MOST_LORAS", "REFINER_NOTE", "LoraFact", "SettledLoras", "find_lora", "find_recorded", "lora_file", "settle_loras"]
+__all__ = [
+    "MOST_LORAS",
+    "REFINER_NOTE",
+    "LoraFact",
+    "SettledLoras",
+    "find_lora",
+    "find_recorded",
+    "lora_file",
+    "settle_loras",
+]
 
 import contextlib
 import hashlib
@@ -19,8 +28,17 @@ from typing import Annotated
 import msgspec
 
 from sdxl_trt.engines import SdxlTrtError, SourceError, UsageError, explain_os_error
-from sdxl_trt.engines.adapters import Lora, LoraComponent, ScaledLora, open_lora, open_tensors, read_table, targets
-from sdxl_trt.engines.bundle import Bundle, LoraRecord, Stage
+from sdxl_trt.engines.adapters import (
+    COMPONENTS,
+    Lora,
+    LoraComponent,
+    ScaledLora,
+    component_role,
+    open_lora,
+    open_tensors,
+    targets,
+)
+from sdxl_trt.engines.bundle import Bundle, LoraRecord, Stage, read_table
 from sdxl_trt.runtime.adapters.folder import ENDING, find_named
 from sdxl_trt.runtime.adapters.use import LoraUse
 
@@ -103,9 +121,11 @@ def find_recorded(fact: LoraFact, folder: Path | None, source: Path, option: str
         with contextlib.suppress(SdxlTrtError):  # another file of this name
             if _is_file(path) and _opened(os.fspath(path), _state(path))[0].sha256 == fact.sha256:
                 return path
-    places = ["beside it", "in the current folder"] if folder is None else ["beside it", f"in {folder}"]
-    raise UsageError(f"--from {source}: was made with the LoRA {fact.name[:_SHOWN]!r}, which is not {' or '.join(places)}"
-                     f" as it was; give the folder that holds it with --lora-dir DIR, or leave it out with {option} none")
+    places = "beside it" if folder is None else f"beside it or in {folder}"
+    raise UsageError(
+        f"--from {source}: was made with the LoRA {fact.name[:_SHOWN]!r}, which is not {places} as it was;"
+        f" give the folder that holds it with --lora-dir DIR, or leave it out with {option} none"
+    )
 
 
 def settle_loras(
@@ -158,15 +178,14 @@ def _check_not_fused(lora: Lora, fused: Sequence[LoraRecord], option: str) -> No
 
 
 def _parts(stage: Stage) -> Mapping[LoraComponent, str]:
-    """Return the bundle's component that each part of a LoRA changes: a single encoder is SDXL's second."""
-    *first, last = [encoder.component for encoder in stage.text_encoders]
-    encoders: dict[LoraComponent, str] = {"text_encoder_2": last}
-    return {"unet": stage.unet, **({"text_encoder": first[0]} if first else {}), **encoders}
+    """Return the stage's component that each part of a LoRA changes."""
+    names = (stage.unet, *(encoder.component for encoder in stage.text_encoders))
+    return {role: name for name in names if (role := component_role(name)) is not None}
 
 
 def _check_fits(lora: Lora, parts: Mapping[LoraComponent, str], bundle: Bundle, model: str) -> None:
     """Raise SourceError unless every module of `lora` is one of the model's, with fitting shapes."""
-    for part in sorted(lora.branches, key=[*parts, "text_encoder"].index):
+    for part in sorted(lora.branches, key=COMPONENTS.index):
         if part in parts:
             component = bundle.manifest.components[parts[part]]
             targets(lora, part, read_table(bundle, parts[part]).shapes, component.config)

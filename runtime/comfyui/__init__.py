@@ -6,7 +6,7 @@ from sdxl_trt.engines.lazy import lazy_names
 
 if TYPE_CHECKING:
     from sdxl_trt.runtime.comfyui.checks import Experts, vae_stage
-    from sdxl_trt.runtime.comfyui.loras import LoraFiles
+    from sdxl_trt.runtime.comfyui.loras import NO_FILES, LoraFiles
     from sdxl_trt.runtime.comfyui.reader import read_workflow
     from sdxl_trt.runtime.comfyui.requests import (
         blamed, check_workflow, load_image, pair_request, part_of, sampling_request, settle_pair, with_seed,
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 else:
     __getattr__ = lazy_names(__name__, {
         "checks": ("Experts", "vae_stage"),
-        "loras": ("LoraFiles",),
+        "loras": ("NO_FILES", "LoraFiles"),
         "reader": ("read_workflow",),
         "requests": (
             "blamed", "check_workflow", "load_image", "pair_request", "part_of", "sampling_request", "settle_pair",
@@ -33,7 +33,8 @@ else:
     })
 
 __all__ = [
-    "Decoded", "Empty", "Encoded", "Experts", "Image", "LatentSource", "Loaded", "LoraFiles", "Output", "Repeated",
-    "Resized", "Sampled", "Scaled", "Workflow", "ancestry", "blamed", "check_workflow", "load_image", "pair_request",
-    "part_of", "read_workflow", "sampling_request", "settle_pair", "vae_stage", "with_seed", "write_workflow",
+    "NO_FILES", "Decoded", "Empty", "Encoded", "Experts", "Image", "LatentSource", "Loaded", "LoraFiles", "Output",
+    "Repeated", "Resized", "Sampled", "Scaled", "Workflow", "ancestry", "blamed", "check_workflow", "load_image",
+    "pair_request", "part_of", "read_workflow", "sampling_request", "settle_pair", "vae_stage", "with_seed",
+    "write_workflow",
 ]

@@ -1,6 +1,6 @@
 """The LoRAs of a workflow: those that the bundle has fused, and those that are files, applied to each request."""
 
-__all__ = ["LoraFiles", "check_loras", "side_loras", "stage_loras"]
+__all__ = ["NO_FILES", "LoraFiles", "check_loras", "side_loras", "stage_loras"]
 
 import logging
 import math
@@ -56,6 +56,9 @@ class LoraFiles:
                              " the folder that holds it with --lora-dir DIR, or export a bundle with it: export-engines"
                              f" --lora {option}")  # fmt: skip
         return find_lora(lora.name, self.folder, where, exact=True)
+
+
+NO_FILES = LoraFiles()
 
 
 def stage_loras(sampling: Sampling, files: LoraFiles) -> tuple[LoraUse, ...]:

@@ -34,7 +34,7 @@ from sdxl_trt.runtime.comfyui.checks import (
     vae_stage,
     warn_of_names,
 )
-from sdxl_trt.runtime.comfyui.loras import LoraFiles, check_loras, side_loras, stage_loras
+from sdxl_trt.runtime.comfyui.loras import NO_FILES, LoraFiles, check_loras, side_loras, stage_loras
 from sdxl_trt.runtime.comfyui.workflow import (
     Conditioning,
     Decoded,
@@ -56,7 +56,7 @@ _FIELDS = {each.word: each.node for each in settings_of(Request).values() if eac
 """The names of the options' settings in ComfyUI's nodes."""
 
 
-def check_workflow(workflow: Workflow, manifest: Manifest, files: LoraFiles = LoraFiles()) -> Experts:
+def check_workflow(workflow: Workflow, manifest: Manifest, files: LoraFiles = NO_FILES) -> Experts:
     """Check that a bundle has all that `workflow` needs, and return the expert that replaces each checkpoint.
 
     LoRAs that the bundle lacks are among `files`. Raises UsageError that names a node.
@@ -75,7 +75,7 @@ def pair_request(
     manifest: Manifest,
     found: Experts,
     folder: Path | None = None,
-    files: LoraFiles = LoraFiles(),
+    files: LoraFiles = NO_FILES,
 ) -> Request | None:
     """Return the single request that draws a workflow, or None if it needs several.
 
@@ -113,7 +113,7 @@ def pair_request(
         tile=decoded.tiled or (isinstance(source, Encoded) and source.tiled),
         graph=workflow.graph,
     )
-    return _refined(request, *samplings, files) if len(samplings) > 1 else request
+    return _refined(request, samplings[0], samplings[1], files) if len(samplings) > 1 else request
 
 
 def _samplings(decoded: Decoded) -> tuple[list[Sampling], LatentSource]:
@@ -304,8 +304,11 @@ def _sides(sampling: Sampling, files: LoraFiles) -> tuple[Side, Side]:
 def _one_side(prompt: Conditioning, sampling: Sampling, files: LoraFiles) -> Side:
     zeroed = [mix.kind for mix in prompt.mixes] == ["zero"]
     mixes = tuple(
-        SideMix(kind=mix.kind, strength=mix.strength,
-                other=None if mix.other is None else _one_side(mix.other, sampling, files))
+        SideMix(
+            kind=mix.kind,
+            strength=mix.strength,
+            other=None if mix.other is None else _one_side(mix.other, sampling, files),
+        )
         for mix in prompt.mixes
     )
     return Side(

@@ -2,12 +2,12 @@
 
 __all__ = ["write_workflow"]
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from sdxl_trt.engines import UsageError
-from sdxl_trt.engines.bundle import LoraRecord, Manifest
+from sdxl_trt.engines.bundle import Manifest
 from sdxl_trt.runtime.comfyui.node import Node
 from sdxl_trt.runtime.comfyui.nodes import NODES, stated
 from sdxl_trt.runtime.comfyui.workflow import TO_THE_END
@@ -33,7 +33,9 @@ def write_workflow(asked: Request, request: ResolvedRequest, manifest: Manifest)
     for stage in stages:
         checkpoint = graph.add("CheckpointLoaderSimple", ckpt_name=names[0 if stage == "base" else -1])
         latents = latents or _start(graph, checkpoint, request)
-        model = _Model(graph, checkpoint, manifest.loras if stage == "base" else ())
+        fused = [(each.name, each.scale, each.encoder_scale) for each in manifest.loras if stage == "base"]
+        own = [(each.lora.name, each.scale, each.on("text_encoder")) for each in request.loras.get(stage, ())]
+        model = _Model(graph, checkpoint, [*fused, *own])
         latents = _sampler(graph, stage, model, latents, asked, request)
     decoded = graph.add("VAEDecode", samples=[latents, 0], vae=[checkpoint, 2])
     graph.add("SaveImage", images=[decoded, 0], filename_prefix="sdxl")
@@ -64,14 +66,14 @@ class _Graph:
 
 
 class _Model:
-    """The links to a checkpoint's UNet and text encoders, after its LoRA loaders."""
+    """The links to a checkpoint's UNet and text encoders, after its loaders of LoRAs: (name, and both strengths)."""
 
-    def __init__(self, graph: _Graph, checkpoint: str, loras: tuple[LoraRecord, ...]) -> None:
+    def __init__(self, graph: _Graph, checkpoint: str, loras: Sequence[tuple[str, float, float]]) -> None:
         self.unet: Link = [checkpoint, 0]
         self.clip: Link = [checkpoint, 1]
-        for lora in loras:
-            strengths = {"strength_model": lora.scale, "strength_clip": lora.encoder_scale}
-            loader = graph.add("LoraLoader", lora_name=lora.name, **strengths, model=self.unet, clip=self.clip)
+        for name, scale, text_scale in loras:
+            strengths = {"strength_model": scale, "strength_clip": text_scale}
+            loader = graph.add("LoraLoader", lora_name=name, **strengths, model=self.unet, clip=self.clip)
             self.unet, self.clip = [loader, 0], [loader, 1]
 
 
@@ -95,6 +97,8 @@ def _fits_sampler_node(stage: StageName, asked: Request, request: ResolvedReques
     if strength < 1.0 and not (whole and _adds_noise(stage, request)):
         return False
     if not all(side.is_plain and side.prompt.clip_skip == 0 for side in request.sides[stage]):
+        return False
+    if any(side.prompt.loras != request.loras.get(stage, ()) for side in request.sides[stage]):
         return False
     if stage == "base":
         return True

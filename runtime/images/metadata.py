@@ -61,6 +61,8 @@ def _parameters(metadata: Mapping[str, Any]) -> str:
     switch = _switch(metadata)
     # A1111's refiner comes after a base: one that ran alone is the model.
     alone = bool(metadata.get("refine"))
+    # A1111 has no LoRAs for the refiner alone.
+    loras = metadata.get("loras", ())
     facts = {
         "Steps": metadata["steps"],
         "Sampler": _SAMPLERS.get(metadata["sampler"], metadata["sampler"]),
@@ -74,13 +76,28 @@ def _parameters(metadata: Mapping[str, Any]) -> str:
         "Refiner": "" if alone else _quoted(bundle.get("refiner") or ""),
         "Refiner switch at": switch,
         "Refiner switch by sampling steps": bool(switch) or "",
+        "Lora hashes": _quoted(", ".join(f"{_lora_name(each)}: {each['short_hash']}" for each in loras)),
         "Sweep": _quoted(" x ".join(metadata.get("sweep", ()))),
     }
-    lines = [_clean(metadata["prompt"])]
+    lines = [_clean("".join([metadata["prompt"], *map(_tag, loras)]))]
     if metadata["negative"]:
         lines.append(f"Negative prompt: {_clean(metadata['negative'])}")
     lines.append(", ".join(f"{name}: {fact}" for name, fact in facts.items() if fact != ""))
     return "\n".join(lines)
+
+
+def _tag(lora: Mapping[str, Any]) -> str:
+    """Return how A1111's prompt names a LoRA: with the text encoders' scale before the UNet's, if they differ."""
+    scale, text_scale = lora["scale"], lora.get("text_scale")
+    text_scale = scale if text_scale is None else text_scale
+    both = f"{scale:g}" if scale == text_scale else f"{text_scale:g}:{scale:g}"
+    return f" <lora:{_lora_name(lora)}:{both}>"
+
+
+def _lora_name(lora: Mapping[str, Any]) -> str:
+    """Return A1111's name of a LoRA, its file's without the ending, less what would end the name in its texts."""
+    stem = lora["name"].removesuffix(".safetensors")
+    return "".join(c for c in stem if c not in ":,>")
 
 
 def _schedule(spacing: str) -> str:

@@ -6,10 +6,11 @@ from collections.abc import Hashable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import replace
 
+from sdxl_trt.engines.adapters import Use
 from sdxl_trt.runtime.diffusion.samplers import BROWNIAN
 from sdxl_trt.runtime.pipeline.pipeline import Job, Pipeline
 from sdxl_trt.runtime.pipeline.run import PhaseName, Run, Step, timed
-from sdxl_trt.runtime.request import Request, settings_of
+from sdxl_trt.runtime.request import Request, StageName, settings_of
 
 KNOWS_ITS_END_COMFYUI = BROWNIAN | {"uni_pc", "uni_pc_bh2"}
 """Samplers whose steps in ComfyUI's way depend on where the run ends: requests with other handoffs share no run."""
@@ -43,8 +44,9 @@ class Batch:
         self._pipeline.expect(self._jobs)
         for first in (self._pipeline.pictures, self._pipeline.encode):
             yield from ((0, step) for step in timed(self._jobs[0].run, first(self._jobs)))
-        yield from self._phase("base", sorted(group[0] for group in self._groups.values()))
-        yield from self._phase("refiner", [number for number in everyone if self.runs[number].request.uses_refiner])
+        yield from self._phase("base", self._together("base", sorted(group[0] for group in self._groups.values())))
+        refined = [number for number in everyone if self.runs[number].request.uses_refiner]
+        yield from self._phase("refiner", self._together("refiner", refined))
         # If base and refiner have decoders of their own, each is loaded once.
         yield from self._phase("decode", sorted(everyone, key=self._decoder))
 
@@ -52,25 +54,34 @@ class Batch:
         """Run a stage of the jobs `numbers`, counting over all of them."""
         units = [self._units(stage, number) for number in numbers]
         for place, number in enumerate(numbers):
-            last = number == numbers[-1]
-            for step in timed(self.runs[number], self._work(stage, number, last=last)):
+            after = numbers[place + 1] if place + 1 < len(numbers) else None
+            for step in timed(self.runs[number], self._work(stage, number, after)):
                 if step.stage != stage:
                     yield number, step
                     continue
                 each = step.total // units[place]
                 yield number, replace(step, index=sum(units[:place]) * each + step.index, total=sum(units) * each)
 
-    def _work(self, stage: PhaseName, number: int, *, last: bool) -> Iterator[Step]:
-        job, manifest = self._jobs[number], self._pipeline.manifest
+    def _together(self, stage: StageName, numbers: Sequence[int]) -> list[int]:
+        """Return `numbers` with those of equal LoRAs in a row: the UNet is changed once for each set."""
+        sets = [self._unet(stage, number) for number in numbers]
+        return sorted(numbers, key=lambda number: sets.index(self._unet(stage, number)))
+
+    def _unet(self, stage: StageName, number: int) -> Use:
+        return self._pipeline.unet(self.runs[number].request, stage)
+
+    def _work(self, stage: PhaseName, number: int, after: int | None) -> Iterator[Step]:
+        """Run a stage of job `number`; job `after` is the next in it, None if `number` is the last."""
+        job = self._jobs[number]
         if stage == "base":
-            refined = any(run.request.uses_refiner for run in self.runs)
-            after = manifest.refiner.unet if manifest.refiner and refined else ""
-            return self._base(number, next_engine=after if last else manifest.base.unet)
-        if stage == "refiner" and manifest.refiner is not None:
-            return self._pipeline.refine(job, next_engine="" if last else manifest.refiner.unet)
+            refined = [run.request for run in self.runs if run.request.uses_refiner]
+            refiner = self._pipeline.unet(refined[0], "refiner") if refined else ""
+            return self._base(number, next_engine=refiner if after is None else self._unet("base", after))
+        if stage == "refiner":
+            return self._pipeline.refine(job, next_engine="" if after is None else self._unet("refiner", after))
         return self._pipeline.decode(job)
 
-    def _base(self, leader: int, next_engine: str) -> Iterator[Step]:
+    def _base(self, leader: int, next_engine: Use) -> Iterator[Step]:
         """Run the base steps of a job, and give its latents to the jobs that share them at their handoffs."""
         (group,) = (group for group in self._groups.values() if group[0] == leader)
         for step in self._pipeline.base(self._jobs[leader], next_engine):
@@ -97,7 +108,8 @@ class Batch:
         asked = {each.name: getattr(request, each.name) for each in declared if each.stage not in free}
         asked["sampler"] = resolved.request.sampler
         asked |= {"latents": id(request.latents), "image": id(request.image)}  # arrays are not hashable
-        return (*asked.items(), resolved.base.start, resolved.seeds, resolved.width, resolved.height)
+        loras = tuple(resolved.loras.get("base", ()))
+        return (*asked.items(), loras, resolved.base.start, resolved.seeds, resolved.width, resolved.height)
 
     def _cut(self, number: int) -> int:
         return self.runs[number].request.base.steps

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from sdxl_trt.engines import UsageError
 from sdxl_trt.engines.bundle import Manifest, Vae
 from sdxl_trt.runtime.comfyui import (
+    NO_FILES,
     Decoded,
     Empty,
     Encoded,
@@ -71,7 +72,8 @@ class _Batch:
 class Chain:
     """The samplers of a workflow, to run on `pipeline`; `change` is applied to each sampler's request.
 
-    Pictures are loaded from `folder`, LoRAs are among `files`. Raises UsageError for what is not supported, before any engine is loaded.
+    Pictures are loaded from `folder`, LoRAs are among `files`. Raises UsageError for what is not supported,
+    before any engine is loaded.
     """
 
     def __init__(
@@ -81,7 +83,7 @@ class Chain:
         found: Experts,
         folder: Path,
         change: Callable[[Request], Request],
-        files: LoraFiles = LoraFiles(),
+        files: LoraFiles = NO_FILES,
         *,
         seed_given: bool = False,
     ) -> None:

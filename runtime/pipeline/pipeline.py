@@ -16,6 +16,7 @@ from typing import Self
 import numpy as np
 
 from sdxl_trt.engines import Engine, SizeError
+from sdxl_trt.engines.adapters import Use, adapted
 from sdxl_trt.engines.bundle import Stage, Vae, read_bundle
 from sdxl_trt.engines.plans import RunSizes
 from sdxl_trt.engines.residency import EnginePool, open_pool
@@ -109,15 +110,25 @@ class Pipeline:
     def expect(self, jobs: Sequence[Job]) -> None:
         """Tell the pool which components the stages of `jobs` use, in order, so that their plans are read ahead."""
         requests = [job.run.request for job in jobs]
-        stages = [stage for request in requests for stage in self._stages(request).values()]
-        pictures = [wanted.vae.encoder for request in requests if (wanted := self._wanted(request)) is not None]
-        names = [*pictures, *(encoder.component for stage in stages for encoder in stage.text_encoders)]
-        refiner = self.manifest.refiner
-        names += [self.manifest.base.unet for request in requests if request.base.steps]
-        names += [control.component for request in requests for control in request.controls]
-        names += [refiner.unet for request in requests if refiner is not None and request.uses_refiner]
-        names += [self.vae(request).decoder for request in requests]
-        self.pool.expect(dict.fromkeys(name for name in names if name is not None))
+        uses: list[Use | None] = []
+        uses += [wanted.vae.encoder for request in requests if (wanted := self._wanted(request)) is not None]
+        uses += [use for request in requests for name in self._stages(request) for use in self._encoders(request, name)]
+        uses += [self.unet(request, "base") for request in requests if request.base.steps]
+        uses += [control.component for request in requests for control in request.controls]
+        uses += [self.unet(request, "refiner") for request in requests if request.uses_refiner]
+        uses += [self.vae(request).decoder for request in requests]
+        self.pool.expect(dict.fromkeys(use for use in uses if use is not None))
+
+    def unet(self, request: ResolvedRequest, name: StageName) -> Use:
+        """Return the UNet of a stage with the request's LoRAs."""
+        return adapted(self.manifest.stages()[name].unet, request.loras.get(name, ()))
+
+    def _encoders(self, request: ResolvedRequest, name: StageName) -> list[Use]:
+        """Return the text encoders of a stage with the LoRAs of the request's prompts, each once."""
+        stage = self.manifest.stages()[name]
+        sets = dict.fromkeys(prompt.loras for _, prompt in _texts(request, {name: stage}))
+        uses = (adapted(encoder.component, loras) for encoder in stage.text_encoders for loras in sets)
+        return [*dict.fromkeys(uses)]
 
     def _work(self, job: Job) -> Iterator[Step]:
         self.expect([job])
@@ -132,7 +143,8 @@ class Pipeline:
         starting = [(job, wanted) for job in jobs if (wanted := self._wanted(job.run.request)) is not None]
         if not starting:
             return
-        next_engine = next(iter(self._stages(jobs[0].run.request).values())).text_encoders[0].component
+        first = jobs[0].run.request
+        next_engine = self._encoders(first, next(iter(self._stages(first))))[0]
         encoded = self._pictures.encode([wanted for _, wanted in starting], next_engine)
         for done, (number, moments) in enumerate(encoded, start=1):
             job, wanted = starting[number]
@@ -147,7 +159,7 @@ class Pipeline:
         return Wanted(vae, request.image, (request.height, request.width), request.fit, request.request.tile)
 
     def encode(self, jobs: Sequence[Job]) -> Iterator[Step]:
-        """Encode the prompts of all `jobs` into their `embeds`; every encoder is loaded once."""
+        """Encode the prompts of all `jobs` into their `embeds`; every encoder is loaded once for each set of LoRAs."""
         for weighted in (False, True):
             alike = [job for job in jobs if job.run.request.comfyui == weighted]
             wanted = [pair for job in alike for pair in _texts(job.run.request, self._stages(job.run.request))]
@@ -160,14 +172,15 @@ class Pipeline:
                     self._check_rows(job.run.request, used)
         yield Step("encode", 1, 1, slice(0, sum(len(job.latents) for job in jobs)))
 
-    def base(self, job: Job, next_engine: str = "") -> Iterator[Step]:
+    def base(self, job: Job, next_engine: Use = "") -> Iterator[Step]:
         """Run the base steps of `job`. `next_engine` is needed afterwards, by default the one that `job` needs next."""
         request, stage = job.run.request, self.manifest.base
-        usual = self.manifest.refiner.unet if self.manifest.refiner and request.uses_refiner else stage.vae.decoder
+        refined = self.manifest.refiner is not None and request.uses_refiner
+        usual = self.unet(request, "refiner") if refined else stage.vae.decoder
         if request.base.steps:
             yield from self._denoise("base", stage, job, next_engine or usual)
 
-    def refine(self, job: Job, next_engine: str = "") -> Iterator[Step]:
+    def refine(self, job: Job, next_engine: Use = "") -> Iterator[Step]:
         """Run the refiner steps of `job` on the latents that the base left; do nothing for the base alone.
 
         With the refiner alone there is no handoff, and the run records none.
@@ -195,10 +208,11 @@ class Pipeline:
             return {"refiner": refiner}
         return {"base": base} if refiner is None else {"base": base, "refiner": refiner}
 
-    def _first_unet(self, jobs: Sequence[Job]) -> str:
-        refiner = self.manifest.refiner
-        alone = refiner is not None and all(job.run.request.refiner_only for job in jobs)
-        return refiner.unet if refiner is not None and alone else self.manifest.base.unet
+    def _first_unet(self, jobs: Sequence[Job]) -> Use:
+        alone = self.manifest.refiner is not None and all(job.run.request.refiner_only for job in jobs)
+        name: StageName = "refiner" if alone else "base"
+        running = (job.run.request for job in jobs if alone or not job.run.request.refiner_only)
+        return self.unet(next(running), name)
 
     def _check_rows(self, request: ResolvedRequest, sides: Sequence[Sequence[PromptEmbeds]]) -> None:
         """Raise SizeError for conditionings that, repeated to one length, are longer or more than the plans take.
@@ -224,7 +238,7 @@ class Pipeline:
         name: StageName,
         stage: Stage,
         job: Job,
-        next_engine: str,
+        next_engine: Use,
     ) -> Iterator[Step]:
         """Take one expert's steps for all pictures; engine `next_engine` is needed afterwards.
 
@@ -234,7 +248,7 @@ class Pipeline:
         request, latents, embeds, noise = job.run.request, job.latents, job.embeds[name], job.noises[name]
         following = request.controls if name == "base" else ()
         engine, *nets = self.pool.phase(
-            stage.unet, *(control.component for control in following), next_engines=(next_engine,)
+            self.unet(request, name), *(control.component for control in following), next_engines=(next_engine,)
         )
         yield _loaded(latents)
         guidance = request.guidance_of(name)

@@ -132,13 +132,8 @@ def _metadata(resolved: ResolvedRequest, seed: int) -> dict[str, Any]:
         for each in _SETTINGS
         if each.record == "always"
     }
-    return (
-        always
-        | {"seed": seed, "injected_latents": resolved.latents is not None}
-        | _started_from(resolved)
-        | _loras(resolved)
-        | _controls(resolved)
-    )
+    injected = {"seed": seed, "injected_latents": resolved.latents is not None}
+    return always | injected | _started_from(resolved) | _loras(resolved) | _controls(resolved)
 
 
 def _loras(request: ResolvedRequest) -> dict[str, Any]:

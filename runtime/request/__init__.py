@@ -9,16 +9,16 @@ if TYPE_CHECKING:
     from sdxl_trt.runtime.request.request import COMFYUI_SCHEDULES, GROUPS, SAMPLERS, Request, parse_size
     from sdxl_trt.runtime.request.resolve import DRAWN_SEED_BITS, ResolvedRequest, resolve_request
     from sdxl_trt.runtime.request.settings import Setting, check_settings, defaults, record_fields, settings_of
-    from sdxl_trt.runtime.request.side import Side, SideMix
-    from sdxl_trt.runtime.request.sides import ResolvedSide, StageName, most_skipped
+    from sdxl_trt.runtime.request.side import Side, SideMix, StageName
+    from sdxl_trt.runtime.request.sides import ResolvedSide, most_skipped
 else:
     __getattr__ = lazy_names(__name__, {
         "handoff": ("StepRange", "step_at_fraction"),
         "request": ("COMFYUI_SCHEDULES", "GROUPS", "SAMPLERS", "Request", "parse_size"),
         "resolve": ("DRAWN_SEED_BITS", "ResolvedRequest", "resolve_request"),
         "settings": ("Setting", "check_settings", "defaults", "record_fields", "settings_of"),
-        "side": ("Side", "SideMix"),
-        "sides": ("ResolvedSide", "StageName", "most_skipped"),
+        "side": ("Side", "SideMix", "StageName"),
+        "sides": ("ResolvedSide", "most_skipped"),
     })
 
 __all__ = [

@@ -24,7 +24,8 @@ from sdxl_trt.runtime.request.loras import settled_loras, without_tags
 from sdxl_trt.runtime.request.request import MAX_SEED, Request
 from sdxl_trt.runtime.request.schedules import make_grids
 from sdxl_trt.runtime.request.settings import check_settings
-from sdxl_trt.runtime.request.sides import ResolvedSide, StageName, resolve_sides
+from sdxl_trt.runtime.request.side import StageName
+from sdxl_trt.runtime.request.sides import ResolvedSide, resolve_sides
 from sdxl_trt.runtime.request.sizes import picture_size
 from sdxl_trt.runtime.text import Prompt
 
@@ -66,7 +67,7 @@ class ResolvedRequest:
     """How the image is brought to the size."""
     strength: float
     loras: Mapping[StageName, tuple[ScaledLora, ...]] = field(default_factory=dict)
-    """The LoRAs of every stage, in the order in which they are applied."""
+    """The LoRAs of a stage's UNet and text encoders, in order."""
     lora_facts: Mapping[StageName, tuple[LoraFact, ...]] = field(default_factory=dict)
     """What a record says of each of them."""
     controls: tuple[Control, ...] = ()
@@ -159,8 +160,8 @@ def resolve_request(
                         picture=_shape_of(image, controls, request))  # fmt: skip
     if not request.comfyui:
         check_control_shapes(controls, size, size_multiple(manifest))
-    sides = resolve_sides(request, manifest, size)
     loras = settled_loras(request, bundle, _running(cuts, manifest))
+    sides = resolve_sides(request, manifest, size, loras)
     count = request.count or (shape[0] if shape else None) or 1
     seed = secrets.randbits(DRAWN_SEED_BITS) if request.seed is None else request.seed
     return ResolvedRequest(

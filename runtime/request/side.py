@@ -1,13 +1,15 @@
 """The conditioning of one side of a stage, as a workflow states it."""
 
-__all__ = ["Pair", "Side", "SideMix"]
+__all__ = ["Pair", "Side", "SideMix", "StageName", "all_sides"]
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from sdxl_trt.runtime.adapters import LoraUse
 
 Pair = tuple[int, int]
+StageName = Literal["base", "refiner"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +28,9 @@ class Side:
     """The conditioning of one side of a stage, instead of the request's own; None takes the request's setting.
 
     `zeroed` is ComfyUI's ConditioningZeroOut of the prompt alone; `mixes` are applied in order. Sizes are (height,
-    width), a crop is (top, left), in pixels. `loras` are those of the text encoders for this prompt, each with its scale
-    on these as the only one; None takes the stage's. `combined` are more sides: the model's predictions for all are averaged.
+    width), a crop is (top, left), in pixels. `loras` are those of the text encoders for this prompt, each with its
+    scale on these as the only one; None takes the stage's. `combined` are more sides: the model's predictions for all
+    are averaged.
     """
 
     text: str
@@ -41,3 +44,11 @@ class Side:
     crop: Pair | None = None
     target_size: Pair | None = None
     aesthetic_score: float | None = None
+
+
+def all_sides(sides: tuple[Side, ...]) -> Iterator[Side]:
+    """Yield `sides`, and those that are mixed into them or combined with them."""
+    for side in sides:
+        yield side
+        yield from all_sides(tuple(mix.other for mix in side.mixes if mix.other is not None))
+        yield from all_sides(side.combined)

@@ -1,6 +1,6 @@
 """The conditioning of each side of a stage, positive and negative, with its defaults settled: prompt, sizes, score."""
 
-__all__ = ["ResolvedSide", "StageName", "ToldMix", "all_sides", "most_skipped", "resolve_sides"]
+__all__ = ["ResolvedSide", "ToldMix", "most_skipped", "resolve_sides"]
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -9,12 +9,11 @@ from typing import Literal
 from sdxl_trt.engines import UsageError
 from sdxl_trt.engines.bundle import Manifest, Stage
 from sdxl_trt.runtime.diffusion import MicroConditions
+from sdxl_trt.runtime.request.loras import StageLoras
 from sdxl_trt.runtime.request.request import Request
 from sdxl_trt.runtime.request.settings import settings_of
-from sdxl_trt.runtime.request.side import Pair, Side
+from sdxl_trt.runtime.request.side import Pair, Side, StageName, all_sides
 from sdxl_trt.runtime.text import PENULTIMATE, Prompt
-
-StageName = Literal["base", "refiner"]
 
 
 @dataclass(frozen=True)
@@ -57,12 +56,12 @@ class ResolvedSide:
 
 
 def resolve_sides(
-    settings: Request, manifest: Manifest, size: Pair
+    settings: Request, manifest: Manifest, size: Pair, loras: StageLoras
 ) -> Mapping[StageName, tuple[ResolvedSide, ResolvedSide]]:
     """Return the (positive, negative) conditioning of every stage for a picture of `size` (height, width).
 
     As in diffusers, a missing negative is zeroed if the stage's config says so, and only the positive skips layers;
-    in ComfyUI's way it is "", and both skip. Raises UsageError.
+    in ComfyUI's way it is "", and both skip. Prompts have the LoRAs of their encoders. Raises UsageError.
     """
     comfyui = settings.comfyui
     _check(settings, manifest)
@@ -79,14 +78,26 @@ def resolve_sides(
             Side(text=settings.negative or "", text_2=settings.negative_2 or settings.negative or "", zeroed=zeroed),
         )
         positive, negative = own[name] or usual
+        given = _Given(settings, size, name, loras)
         told[name] = (
-            _settled(positive, settings, size, settings.clip_skip),
-            _settled(negative, settings, size, settings.clip_skip if comfyui else 0),
+            _settled(positive, given, settings.clip_skip),
+            _settled(negative, given, settings.clip_skip if comfyui else 0),
         )
     return told
 
 
-def _settled(side: Side, settings: Request, size: Pair, clip_skip: int) -> ResolvedSide:
+@dataclass(frozen=True)
+class _Given:
+    """What the sides of a stage take their defaults from."""
+
+    settings: Request
+    size: Pair
+    stage: StageName
+    loras: StageLoras
+
+
+def _settled(side: Side, given: _Given, clip_skip: int) -> ResolvedSide:
+    settings, size = given.settings, given.size
     scores = settings.aesthetic_score, settings.negative_aesthetic_score
     if side.aesthetic_score is not None:
         # Which of the two is read depends on the side, and this is the side's.
@@ -98,24 +109,17 @@ def _settled(side: Side, settings: Request, size: Pair, clip_skip: int) -> Resol
         *scores,
     )
     mixes = tuple(
-        ToldMix(mix.kind, None if mix.other is None else _settled(mix.other, settings, size, clip_skip), mix.strength)
+        ToldMix(mix.kind, None if mix.other is None else _settled(mix.other, given, clip_skip), mix.strength)
         for mix in side.mixes
     )
-    combined = tuple(_settled(each, settings, size, clip_skip) for each in side.combined)
+    combined = tuple(_settled(each, given, clip_skip) for each in side.combined)
     skipped = clip_skip if side.clip_skip is None else side.clip_skip
-    return ResolvedSide(Prompt(side.text, side.text_2, skipped), micro, side.zeroed, mixes, combined)
+    prompt = Prompt(side.text, side.text_2, skipped, given.loras.of(given.stage, side))
+    return ResolvedSide(prompt, micro, side.zeroed, mixes, combined)
 
 
 def _stated(*values: Pair | None) -> Pair:
     return next(value for value in values if value is not None)
-
-
-def all_sides(sides: tuple[Side, ...]) -> Iterator[Side]:
-    """Yield `sides`, and those that are mixed into them or combined with them."""
-    for side in sides:
-        yield side
-        yield from all_sides(tuple(mix.other for mix in side.mixes if mix.other is not None))
-        yield from all_sides(side.combined)
 
 
 def _check(settings: Request, manifest: Manifest) -> None:

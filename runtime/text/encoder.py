@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdxl_trt.engines import Engine, UsageError, numpy_dtype
+from sdxl_trt.engines.adapters import ScaledLora, Use, adapted, name_of
 from sdxl_trt.engines.bundle import Manifest, Stage, TextEncoder, Tokenizer
 from sdxl_trt.engines.plans import MAX_ROWS_OF_PROMPTS
 from sdxl_trt.engines.residency import EnginePool
@@ -28,11 +29,15 @@ MAX_CHUNKS = 16
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, the second encoder's prompt, and how many final layers are skipped in addition to SDXL's one."""
+    """A prompt, the second encoder's prompt, and how many final layers are skipped in addition to SDXL's one.
+
+    `loras` are those of the encoders that read it.
+    """
 
     text: str
     text_2: str
     clip_skip: int = 0
+    loras: tuple[ScaledLora, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,7 @@ class PromptEmbeds:
 class _Row:
     """One input row of an encoder; equal rows run once, whichever prompts they belong to."""
 
-    component: str
+    component: Use
     ids: tuple[int, ...]
     clip_skip: int
 
@@ -75,7 +80,7 @@ class _Row:
 class _Text:
     """One text for one encoder: its `chunks`, and the `empty` prompt that weights are relative to."""
 
-    component: str
+    component: Use
     clip_skip: int
     chunks: tuple[Chunk, ...]
     empty: Chunk
@@ -109,14 +114,14 @@ class _Text:
 
 
 class PromptEncoder:
-    """Encodes prompts for the stages of a bundle; every encoder is loaded once for all its prompts."""
+    """Encodes prompts for the stages of a bundle; an encoder is loaded once for all its prompts with equal LoRAs."""
 
     def __init__(self, pool: EnginePool) -> None:
         self._pool = pool
         self._tokenizers: dict[str, PromptTokenizer] = {}
 
     def encode(
-        self, wanted: Sequence[tuple[Stage, Prompt]], next_engine: str, *, weighted: bool = False
+        self, wanted: Sequence[tuple[Stage, Prompt]], next_engine: Use, *, weighted: bool = False
     ) -> list[PromptEmbeds]:
         """Return the embeds of each (stage, prompt): concatenated hidden states, and the pooled encoder's vector.
 
@@ -130,7 +135,7 @@ class PromptEncoder:
             _check_as_comfyui(stage, self._pool.bundle.manifest)
         if weighted:
             _warn_of_embeddings(wanted)
-        known: dict[tuple[TextEncoder, str, int], _Text] = {}
+        known: _Known = {}
         texts = [self._texts(stage, prompt, known, weighted=weighted) for stage, prompt in wanted]
         done = self._run_all(dict.fromkeys(row for parts in texts for text in parts for row in text.rows), next_engine)
         joined = [
@@ -141,19 +146,17 @@ class PromptEncoder:
             self._check_range(stage, parts, embeds)
         return joined
 
-    def _texts(
-        self, stage: Stage, prompt: Prompt, known: dict[tuple[TextEncoder, str, int], _Text], *, weighted: bool
-    ) -> list[_Text]:
+    def _texts(self, stage: Stage, prompt: Prompt, known: "_Known", *, weighted: bool) -> list[_Text]:
         """Return a prompt's texts for the encoders of a stage, padded to equally many chunks; `known` caches texts."""
         texts = []
         for encoder, text in zip(stage.text_encoders, (prompt.text, prompt.text_2), strict=False):
-            key = (encoder, text, prompt.clip_skip)
+            key = (encoder, adapted(encoder.component, prompt.loras), text, prompt.clip_skip)
             if key not in known:
                 known[key] = self._text(*key, weighted=weighted)
             texts.append(known[key])
         return [text.padded(max(len(each.chunks) for each in texts)) for text in texts]
 
-    def _text(self, encoder: TextEncoder, text: str, clip_skip: int, *, weighted: bool) -> _Text:
+    def _text(self, encoder: TextEncoder, use: Use, text: str, clip_skip: int, *, weighted: bool) -> _Text:
         tokenizer = self._tokenizer(encoder.tokenizer)
         (empty,) = chunked([], tokenizer.spec, tokenizer.pieces)
         if weighted:
@@ -163,7 +166,7 @@ class PromptEncoder:
         else:
             _warn_of_cut(encoder.component, text, tokenizer)
             chunks = [Chunk(tokenizer.ids(text), empty.weights)]
-        return _Text(encoder.component, clip_skip, tuple(chunks), empty)
+        return _Text(use, clip_skip, tuple(chunks), empty)
 
     def _tokenizer(self, name: str) -> PromptTokenizer:
         if name not in self._tokenizers:
@@ -178,17 +181,26 @@ class PromptEncoder:
             raise UsageError(f"a weight of {heaviest:g} takes the prompt beyond the range of the {dtype.name} UNet;"
                              " choose one nearer to 1")  # fmt: skip
 
-    def _run_all(self, rows: Iterable[_Row], next_engine: str) -> dict[_Row, PromptEmbeds]:
-        by_component: dict[str, list[_Row]] = {}
+    def _run_all(self, rows: Iterable[_Row], next_engine: Use) -> dict[_Row, PromptEmbeds]:
+        by_use: dict[Use, list[_Row]] = {}
         for row in rows:
-            by_component.setdefault(row.component, []).append(row)
+            by_use.setdefault(row.component, []).append(row)
         done: dict[_Row, PromptEmbeds] = {}
-        nexts = [*list(by_component)[1:], next_engine]
-        for (component, distinct), after in zip(by_component.items(), nexts, strict=True):
-            (engine,) = self._pool.phase(component, next_engines=(after,))
+        order = self._order(list(by_use))
+        for use, after in zip(order, [*order[1:], next_engine], strict=True):
+            distinct = by_use[use]
+            (engine,) = self._pool.phase(use, next_engines=(after,))
             for start in range(0, len(distinct), MAX_ROWS_OF_PROMPTS):
                 done |= _run(engine, distinct[start : start + MAX_ROWS_OF_PROMPTS])
         return done
+
+    def _order(self, uses: Sequence[Use]) -> list[Use]:
+        """Return `uses` with those of one encoder in a row, the one that is loaded first: the others reload it."""
+        names = list(dict.fromkeys(map(name_of, uses)))
+        return sorted(uses, key=lambda use: (names.index(name_of(use)), not self._pool.holds(use)))
+
+
+_Known = dict[tuple[TextEncoder, Use, str, int], _Text]
 
 
 def _check_as_comfyui(stage: Stage, manifest: Manifest) -> None:

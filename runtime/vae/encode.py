@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdxl_trt.engines import Array, CorruptError, Engine, numpy_dtype
+from sdxl_trt.engines.adapters import Use
 from sdxl_trt.engines.bundle import Vae
 from sdxl_trt.engines.residency import EnginePool
 from sdxl_trt.runtime.images import Fit, InputPicture, fitted
@@ -94,7 +95,7 @@ class PictureEncoder:
     def __init__(self, pool: EnginePool) -> None:
         self._pool = pool
 
-    def encode(self, wanted: Sequence[Wanted], next_engine: str) -> Iterator[tuple[int, Moments]]:
+    def encode(self, wanted: Sequence[Wanted], next_engine: Use) -> Iterator[tuple[int, Moments]]:
         """Yield the index of each of `wanted` with its moments; `next_engine` is the engine needed afterwards.
 
         Raises CorruptError if an encoder outputs NaN or infinity.

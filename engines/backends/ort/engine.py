@@ -5,12 +5,15 @@ __all__ = ["OrtEngine"]
 import contextlib
 import mmap
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
 
+from sdxl_trt.engines.adapters import ScaledLora
 from sdxl_trt.engines.backends.cuda import pip_install
+from sdxl_trt.engines.backends.ort.patch import Patch, plan_patch
 from sdxl_trt.engines.backends.ort.providers import (
     ORT_PROVIDERS,
     ExecutionProvider,
@@ -49,7 +52,8 @@ class OrtEngine:
 
     ONNX Runtime receives the graph as bytes and the weights as a memory map of the one file with the manifest's
     digest: it opens no file itself, so a graph cannot refer to another one. On the CPU, the component's `cpu_graph`
-    runs if the bundle has one; `standard` selects the graph of all other backends.
+    runs if the bundle has one; `standard` selects the graph of all other backends. With LoRAs, the map is a private
+    copy of the pages that they change.
     """
 
     def __init__(self, bundle: Bundle, name: str, provider: OrtProvider = "ort-cpu", *, standard: bool = False) -> None:
@@ -73,12 +77,27 @@ class OrtEngine:
         self._graph_record = own or self.component.graph
         self._graph_path = bundle.path(self._graph_record)
         self._weights_path = bundle.path(self.component.weights)
+        self._loras: tuple[ScaledLora, ...] = ()
+        self._patch: Patch | None = None
         self._graph: bytes | None = None
         self._weights: mmap.mmap | None = None
         self._session: Any = None
         self._device: DeviceTensors | None = None
         self._limits: Profile | None = None
         self._constants: dict[str, Array] = {}
+
+    def adapt(self, loras: Sequence[ScaledLora]) -> None:
+        """Set the LoRAs of the next `load`; see Engine.adapt. Other ones than before unload the engine."""
+        wanted = tuple(loras)
+        if wanted == self._loras:
+            return
+        if wanted and self.provider == "ort-tensorrt":
+            raise IncompatibleError(f"{self.name}: ONNX Runtime's TensorRT compiles the weights into its engines, so it"
+                                    " cannot change them by LoRAs; use --provider ort-cuda, or plans with adapter"
+                                    " slots: export-engines --engine tensorrt --lora-rank 128")  # fmt: skip
+        patch = plan_patch(self._bundle, self.name, wanted) if wanted else None
+        self.unload()
+        self._loras, self._patch = wanted, patch
 
     def prefetch(self) -> None:
         """Map the files and check their digests; see Engine.prefetch."""
@@ -89,7 +108,8 @@ class OrtEngine:
         try:
             graph = self._graph_path.read_bytes()
             with self._weights_path.open("rb") as file:
-                self._weights = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                access = mmap.ACCESS_READ if self._patch is None else mmap.ACCESS_COPY
+                self._weights = mmap.mmap(file.fileno(), 0, access=access)
         except (OSError, ValueError) as exc:
             reason = exc if isinstance(exc, OSError) else OSError(str(exc))
             raise explain_os_error(reason, f"reading component {self.name}") from exc
@@ -104,6 +124,8 @@ class OrtEngine:
         try:
             chosen = choose_provider(ort, self.provider)
             self._limits = shape_limits(self._bundle, self.name) if chosen.profiled else None
+            if self._patch is not None and self._weights is not None:
+                self._patch.apply(self._weights)
             self._session = self._open(ort, chosen)
         except SdxlTrtError:
             raise
@@ -198,9 +220,10 @@ class OrtEngine:
 
     def _forget_files(self) -> None:
         self._graph = None
-        if self._weights is not None:
-            self._weights.close()
-            self._weights = None
+        weights, self._weights = self._weights, None
+        if weights is not None:
+            with suppress(BufferError):  # an error on its way still refers to views, which free the map with it
+                weights.close()
 
 
 def _run_on_host(ort: Any, session: Any, names: Sequence[str], feed: Mapping[str, Value]) -> dict[str, Any]:

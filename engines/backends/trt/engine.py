@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from sdxl_trt.engines.adapters import ScaledLora
 from sdxl_trt.engines.backends.trt.check import check_engine
 from sdxl_trt.engines.backends.trt.context import ShapedContext, ShapedContexts
 from sdxl_trt.engines.backends.trt.device import TrtDevice, forget_frames, open_device
@@ -64,6 +65,13 @@ class TrtEngine:
         self._constants: dict[str, Array] = {}
         self._activations: tuple[int, ...] = ()
         self._captures = True
+
+    def adapt(self, loras: Sequence[ScaledLora]) -> None:
+        """Raise IncompatibleError for any LoRA: the weights of this plan are fixed; see Engine.adapt."""
+        if loras:
+            raise IncompatibleError(f"{self.name}: its plan has no adapter slots, which LoRAs need; build it with"
+                                    " export-engines --engine tensorrt --lora-rank 128, or use --provider"
+                                    " ort-cuda")  # fmt: skip
 
     def prefetch(self) -> None:
         """Read the plan and check its digests; see Engine.prefetch. Returns early after `unload` in another thread."""

@@ -81,7 +81,7 @@ def test_each_component_has_its_scale() -> None:
 def test_a_record_has_a_second_scale_only_if_it_differs(
     text_scale: float | None, kept: float | None, told: str
 ) -> None:
-    record = ScaledLora(_lora("unet"), 0.8, text_scale).record()
+    record = LoraRecord.of("a.safetensors", "0" * 64, 0.8, text_scale)
     assert record == LoraRecord(name="a.safetensors", sha256="0" * 64, scale=0.8, text_scale=kept)
     assert record.told == told
 

@@ -63,6 +63,7 @@ class FakeEngine:
 
     def __init__(self, name: str, machine: Machine) -> None:
         self.name, self.machine = name, machine
+        self.loras: tuple[Any, ...] = ()
 
     def prefetch(self) -> None:
         self.machine.happens(f"prefetch {self.name}")
@@ -73,6 +74,13 @@ class FakeEngine:
         self.machine.loaded.append(self.name)
         unets = sum(name in UNETS for name in self.machine.loaded)
         self.machine.most_unets = max(self.machine.most_unets, unets)
+
+    def adapt(self, loras: Sequence[Any]) -> None:
+        if tuple(loras) != self.loras:
+            self.loras = tuple(loras)
+            self.machine.happens(f"adapt {self.name} {' '.join(map(str, loras))}".strip())
+            if self.name in self.machine.loaded:
+                self.unload()
 
     def reserve(self, nbytes: int) -> None:
         self.machine.happens(f"reserve {nbytes} for {self.name}")

@@ -24,6 +24,7 @@ from sdxl_trt.runtime.comfyui.workflow import (
     Empty,
     Encoded,
     Loaded,
+    LoraNode,
     Mix,
     Model,
     Output,
@@ -122,9 +123,9 @@ def test_a_ksampler_with_loras_and_a_picture_is_read(api: Json, read: Any) -> No
     base = workflow.samplings[0]
     start = workflow.outputs[0].image.latents.latents.latents
     assert start == Encoded(Loaded("in.png"), VaeName("base.safetensors"))
-    assert base.model == Model("base.safetensors", (("a", 0.5), ("b", 2)))
+    assert base.model == Model("base.safetensors", (LoraNode("a", 0.5), LoraNode("b", 2)))
     assert base.positive[0].clip == Clip("base.safetensors")
-    assert base.negative[0].clip == Clip("base.safetensors", (("a", 0.25),), -3)
+    assert base.negative[0].clip == Clip("base.safetensors", (LoraNode("a", 0.25),), -3)
     assert (base.seed, base.denoise, base.add_noise, base.start, base.end) == (3, 0.3, True, 0, TO_THE_END)
     assert workflow.loads_image
 

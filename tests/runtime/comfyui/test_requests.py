@@ -25,6 +25,7 @@ from sdxl_trt.runtime.comfyui.workflow import (
     Empty,
     Encoded,
     Loaded,
+    LoraNode,
     Mix,
     Model,
     Output,
@@ -64,7 +65,7 @@ def manifest() -> Manifest:
     )  # fmt: skip
 
 
-INK = (("sdxl\\ink.safetensors", 0.8),)
+INK = (LoraNode("sdxl\\ink.safetensors", 0.8, "2"),)
 CLIP = Clip("base", INK)
 BASE = Sampling(
     "10", Model("base", INK), (Conditioning("6", "a fox", "red", CLIP, (2048, 4096), (2, 1), (512, 1024)),),
@@ -141,11 +142,12 @@ REFUSED: dict[str, tuple[Sampling, Sampling, str]] = {
     "schedule": (BASE, replace(REFINER, schedule="AYS"), "node 11: scheduler 'AYS' is not supported; .*normal"),
     "denoise": (BASE, replace(REFINER, denoise=0.0), "node 11: denoise 0 is outside 0 to 1"),
     "a denoise and a start": (replace(BASE, denoise=0.3, start=4), REFINER, "give one of them"),
-    "refiner's LoRA": (BASE, replace(REFINER, model=Model("refiner", INK)), "node 11: has a LoRA on the refiner"),
+    "refiner's LoRA": (BASE, replace(REFINER, model=Model("refiner", INK)),
+                       "node 2 .LoraLoader.: LoRA ink.safetensors at strength 0.8 is not .*--lora-dir DIR"),
     "refiner's CLIP": (BASE, replace(REFINER, negative=(replace(REFINER.negative[0], clip=Clip("refiner", INK)),)),
-                       "node 16: has a LoRA on the refiner's CLIP"),
+                       "node 2 .LoraLoader.: LoRA ink.safetensors .*--lora-dir DIR"),
     "base's encoder on the refiner": (BASE, BASE_ENCODER, "node 15 .*: is for the base's two encoders"),
-    "strength": (replace(BASE, model=Model("base", (("ink.safetensors", 1.0),))), REFINER,
+    "strength": (replace(BASE, model=Model("base", (LoraNode("ink.safetensors", 1.0),))), REFINER,
                  "LoRA ink.safetensors at strength 1, 0.8 on .*the bundle has it at 0.8.*--lora ink.safetensors:1:0.8"),
     "twice": (TWICE, REFINER, "LoRA ink.safetensors at strength 1.6, 0.8 on the text encoders, is not in the bundle"),
     "the model's alone": (NO_LORA, REFINER, "node 10 with the prompt of node 6: .*--lora ink.safetensors:0.8:0"),

@@ -10,7 +10,9 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from sdxl_trt.engines.bundle import Bundle, Natural, Positive, Record, verify_file
+from sdxl_trt.engines.bundle.bundle import Bundle
+from sdxl_trt.engines.bundle.digests import verify_file
+from sdxl_trt.engines.bundle.records import Natural, Positive, Record
 from sdxl_trt.engines.errors import CorruptError, IncompatibleError, explain_os_error
 
 ADAPTERS_FILE = "adapters.json"
