@@ -184,7 +184,7 @@ def planned(base: Path | str, refiner: Path | str | None, out: Path, options: Op
         if previous is not None and previous.manifest.base.vae.decoder_bf16 is not None:
             options = replace(options, twins=True)  # keep the bf16 twins: the bundle may have plans of them
         components, stages = plan_components(*sources, options, log.warning, loras)
-        add_controlnets(components, stages["base"], _open_controlnets(sources[0], options), options, log.warning)
+        add_controlnets(components, stages["base"], _open_controlnets(sources[0], options), log.warning)
         jobs = plan_jobs(components, previous, out, options)
         yield ExportPlan(
             base=sources[0],

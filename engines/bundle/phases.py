@@ -44,7 +44,8 @@ def run_phases(
     """Return the components of each phase of a run with all stages: encode, base, refiner, decode.
 
     A run `from_image` has a phase "picture" first, which encodes the image with the autoencoders of all stages.
-    `controls` are the components of the ControlNets that the base uses, in the same phase. `capability` is the GPU's, see `stand_ins`.
+    `controls` are the components of the ControlNets that the base uses, in the same phase. `capability` is the GPU's,
+    see `stand_ins`.
     """
     stages = manifest.stages()
     encoders = [encoder.component for stage in stages.values() for encoder in stage.text_encoders]

@@ -62,6 +62,8 @@ def _title(bundle: Bundle) -> str:
 def _ending(manifest: Manifest) -> Iterator[str]:
     for lora in manifest.loras:
         yield f"LoRA {one_line(lora.name)} at {lora.told}, in the base"
+    for net in manifest.controlnets:
+        yield f"ControlNet {one_line(net.name)} for the base, in {net.component}"
     if manifest.note:
         yield from ("", *paragraph("note: ", one_line(manifest.note)))
 

@@ -39,7 +39,8 @@ def of_plan(plan: ExportPlan) -> Output:
     needs = {"disk": plan.needs.disk, "disk_free": plan.needs.disk_free, "memory": plan.needs.memory,
              "memory_free": plan.needs.memory_free}  # fmt: skip
     told = {"dry_run": True, "components": parts, "loras": [_lora_json(lora) for lora in loras], "needs": needs,
-            "controlnets": plan.stages["base"].controlnets, "note": plan.note, "sampler": plan.base.scheduler.sampler}  # fmt: skip
+            "controlnets": plan.stages["base"].controlnets, "note": plan.note,
+            "sampler": plan.base.scheduler.sampler}  # fmt: skip
     return Output(lines, told)
 
 
@@ -83,8 +84,8 @@ def of_export(bundle: Bundle | None, out: Path, seconds: float) -> Output:
     }
     loras = [_lora_json(lora) for lora in manifest.loras]
     told = {"bundle": str(bundle.root), "seconds": seconds, "components": parts, "loras": loras,
-            "controlnets": {each.component: each.name for each in manifest.controlnets}, "refiner": manifest.refiner is not None, "note": manifest.note,
-            "sampler": manifest.base.scheduler.sampler}  # fmt: skip
+            "controlnets": {each.component: each.name for each in manifest.controlnets},
+            "refiner": manifest.refiner is not None, "note": manifest.note, "sampler": manifest.base.scheduler.sampler}  # fmt: skip
     return Output(_lines(bundle, told), told)
 
 

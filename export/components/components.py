@@ -40,7 +40,7 @@ _VAE_HALVES: dict[str, tuple[str, ...]] = {
 OPSETS = (20, 21, 22, 23)
 ROLES = ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder", "vae_decoder_bf16", "vae_encoder_bf16")
 COMPONENTS = (*ROLES, *(f"refiner_{role}" for role in ROLES[1:]))
-"""All component names but ControlNets'; a refiner's encoder or autoencoder exists only if it differs from the base's."""
+"""All names but those of ControlNets; a refiner's encoder or autoencoder exists only if it differs from the base's."""
 _CONTROLNET = re.compile(r"controlnet(_[2-9]|_[1-9]\d)?")
 VaePrecision = Literal["auto", "fp32", "bf16", "fp16", "mixed"]
 
@@ -52,10 +52,10 @@ class Options:
     `vae_precision` "auto" is fp32 if the autoencoder's config sets `force_upcast`, else `precision`; with `twins` such
     an autoencoder is exported in bf16 as well, for TensorRT, unless `precision` is fp32; "mixed" keeps the end of the
     decoder, and the whole encoder, in fp32. `unet` is another UNet for the base, `vae` another autoencoder for both
-    stages, `controlnets` are ControlNets for the base. `loras` are (file, scale) or (file, UNet's scale, text encoders' scale), fused into the base and stored as
-    LoraOption. `components` limits the export to these; the target bundle's others stay as they are. `verify` compares
-    the result with PyTorch, `force` exports unchanged components too. Without `lock`, for file systems without locks,
-    nothing prevents two exports from writing to one folder.
+    stages, `controlnets` are ControlNets for the base. `loras` are (file, scale) or (file, UNet's scale, text encoders'
+    scale), fused into the base and stored as LoraOption. `components` limits the export to these; the target bundle's
+    others stay as they are. `verify` compares the result with PyTorch, `force` exports unchanged components too.
+    Without `lock`, for file systems without locks, nothing prevents two exports from writing to one folder.
     """
 
     precision: Literal["fp32", "fp16", "bf16"] = "fp16"

@@ -8,7 +8,7 @@ from dataclasses import replace
 from sdxl_trt.engines import SourceError, UsageError
 from sdxl_trt.engines.bundle import ControlNet
 from sdxl_trt.export.checkpoints import resolve_names
-from sdxl_trt.export.components.components import ComponentPlan, Options, StagePlan
+from sdxl_trt.export.components.components import ComponentPlan, StagePlan
 from sdxl_trt.export.graph import MetaModel, build_model, context_width, make_graph, residual_shapes, vae_factor
 from sdxl_trt.export.sources import ControlNetSource
 
@@ -17,7 +17,6 @@ def add_controlnets(
     components: dict[str, ComponentPlan],
     base: StagePlan,
     controlnets: Sequence[ControlNetSource],
-    options: Options,
     warn: Callable[[str], None],
 ) -> None:
     """Add the `controlnets` to the `components` and to the `base`, whose UNet then takes their residuals.

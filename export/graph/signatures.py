@@ -80,9 +80,9 @@ def make_graph(
 ) -> Graph:
     """Return `model` wrapped for the graph `kind`: text_encoder, unet, controlnet, vae_decoder or vae_encoder.
 
-    A UNet's or ControlNet's signature depends on its pipeline: the number of `time_ids` and the width of the `pooled` prompt; a text
-    encoder's on its tokenizer, which cuts and pads a prompt to `tokens` ids. Raises SourceError if these do not fit
-    the model's config.
+    The signature of a UNet or ControlNet depends on its pipeline: the number of `time_ids` and the width of the
+    `pooled` prompt; a text encoder's on its tokenizer, which cuts and pads a prompt to `tokens` ids. Raises SourceError
+    if these do not fit the model's config.
     """
     if kind == "unet":
         return _unet_graph(model, time_ids, pooled, where)

@@ -7,8 +7,7 @@ from sdxl_trt.engines.lazy import lazy_names
 if TYPE_CHECKING:
     from sdxl_trt.runtime.adapters.control_use import ControlUse, parse_control
     from sdxl_trt.runtime.adapters.controls import (
-        MOST_CONTROLS, Control, ControlFact, check_control_shapes, control_components, find_control, same_name,
-        settle_controls,
+        MOST_CONTROLS, Control, ControlFact, check_control_shapes, control_components, find_control, settle_controls,
     )
     from sdxl_trt.runtime.adapters.folder import find_named
     from sdxl_trt.runtime.adapters.loras import (
@@ -22,7 +21,7 @@ else:
         "control_use": ("ControlUse", "parse_control"),
         "controls": (
             "MOST_CONTROLS", "Control", "ControlFact", "check_control_shapes", "control_components", "find_control",
-            "same_name", "settle_controls",
+            "settle_controls",
         ),
         "folder": ("find_named",),
         "loras": (
@@ -36,6 +35,6 @@ else:
 __all__ = [
     "MOST_CONTROLS", "MOST_LORAS", "REFINER_NOTE", "Control", "ControlFact", "ControlUse", "LoraFact", "LoraUse",
     "SettledLoras", "check_control_shapes", "control_components", "find_control", "find_lora", "find_named",
-    "find_recorded", "lora_file", "parse_control", "parse_use", "same_name", "settle_controls", "settle_loras",
+    "find_recorded", "lora_file", "parse_control", "parse_use", "settle_controls", "settle_loras",
     "split_tags", "tags_of",
 ]

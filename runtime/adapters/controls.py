@@ -1,4 +1,4 @@
-"""Settle a request's ControlNets before anything is loaded: which of the bundle's, with which picture, scale and steps."""
+"""Settle a request's ControlNets before anything is loaded: which of the bundle's, with which picture and numbers."""
 
 __all__ = [
     "MOST_CONTROLS",
@@ -7,7 +7,6 @@ __all__ = [
     "check_control_shapes",
     "control_components",
     "find_control",
-    "same_name",
     "settle_controls",
 ]
 
@@ -171,12 +170,3 @@ def _check_numbers(use: ControlUse) -> None:
     if not 0.0 <= use.start <= use.end <= 1.0:
         raise UsageError(f"{use.told}: works from {use.start:g} to {use.end:g} of the steps; give two fractions in"
                          " rising order, such as 0:0.5")  # fmt: skip
-
-
-def same_name(name: str, other: str) -> bool:
-    """Return whether two file names, as ComfyUI's nodes state them, are of one model: without folder and ending."""
-    return _stem(name) == _stem(other)
-
-
-def _stem(name: str) -> str:
-    return PurePath(name.replace("\\", "/")).name.lower().removesuffix(".safetensors")

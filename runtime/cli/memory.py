@@ -42,7 +42,8 @@ def estimate_run(
         chosen = "tensorrt" if provider == "auto" else provider
         records = [record for record in bundle.manifest.plans if record.key.environment.flavour == chosen]
         return estimate_memory(bundle, provider=chosen, capacity=vram, residency=residency, sizes=sizes,
-                               from_image=from_image, controls=nets, run=_run_of(sizes, plan_limits(bundle, records)))  # fmt: skip
+                               from_image=from_image, controls=nets,
+                               run=_run_of(sizes, plan_limits(bundle, records)))  # fmt: skip
     backend = open_backend(bundle, provider)
     backend.close()
     residency = settled_residency(residency, backend.provider, once=True)

@@ -160,6 +160,25 @@ NODES: dict[str, NodeKind] = {
         ),
         ("CONDITIONING",),
     ),
+    "ControlNetLoader": NodeKind(
+        (Input("control_net_name", "STRING", followed="must be in the bundle, under its file name"),), ("CONTROL_NET",)
+    ),
+    "ControlNetApply": NodeKind(
+        (
+            Input("conditioning", "CONDITIONING"), Input("control_net", "CONTROL_NET"), Input("image", "IMAGE"),
+            Input("strength", "FLOAT", 1.0, 0, 10),
+        ),
+        ("CONDITIONING",),
+    ),
+    "ControlNetApplyAdvanced": NodeKind(
+        (
+            Input("positive", "CONDITIONING"), Input("negative", "CONDITIONING"), Input("control_net", "CONTROL_NET"),
+            Input("image", "IMAGE"), Input("strength", "FLOAT", 1.0, 0, 10), Input("start_percent", "FLOAT", 0.0, 0, 1),
+            Input("end_percent", "FLOAT", 1.0, 0, 1),
+            Input("vae", "VAE", None, followed="only ControlNets of other models read it"),
+        ),
+        ("CONDITIONING", "CONDITIONING"),
+    ),
     "EmptyLatentImage": NodeKind(
         (
             Input("width", "INT", 512, 16, 16384), Input("height", "INT", 512, 16, 16384),

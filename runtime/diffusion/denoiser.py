@@ -27,8 +27,9 @@ class Denoiser:
     The estimate overwrites the engine's output, and each call's inputs overwrite those of the call before: at a few
     hundred kilobytes, allocating memory costs more than the arithmetic.
 
-    `schedule` gives the timestep of each sigma; `controls` are the ControlNets that the UNet follows; without `guidance` every step has the scale of the `conditions`.
-    Raises UsageError for an unknown prediction type, CorruptError if the UNet outputs NaN or infinity.
+    `schedule` gives the timestep of each sigma; `controls` are the ControlNets that the UNet follows; without
+    `guidance` every step has the scale of the `conditions`. Raises UsageError for an unknown prediction type,
+    CorruptError if the UNet outputs NaN or infinity.
     """
 
     def __init__(

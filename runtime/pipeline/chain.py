@@ -90,6 +90,7 @@ class Chain:
         self._pipeline, self._workflow, self._experts = pipeline, workflow, found
         self._change, self._seed_given = change, seed_given
         self._files = files.beside(pipeline.manifest)
+        self._folder = folder
         self._images: dict[str, InputPicture] = {}
         self._jobs: dict[str, Job] = {}
         self._done: dict[LatentSource | Image, Values] = {}
@@ -97,8 +98,8 @@ class Chain:
         for output in workflow.outputs:
             _last_sampled(output)
             for each in ancestry(output.image):
-                if isinstance(each, Loaded) and each.file not in self._images:
-                    self._images[each.file] = load_image(each, folder)
+                if isinstance(each, Loaded):
+                    self._loaded(each)
             self._plan(output.image)
 
     @property
@@ -159,7 +160,9 @@ class Chain:
         shape = (before.count, vae.latent_channels, *before.size)
         image = None if fresh else as_input(np.zeros(shape, np.float32))
         size = (before.size[0] * vae.factor, before.size[1] * vae.factor)
-        request = sampling_request(sampling, stage, self._files, image=image, size=size, count=before.count)
+        request = sampling_request(
+            sampling, stage, self._files, self._manifest, self._loaded, image=image, size=size, count=before.count
+        )
         try:
             job = self._pipeline.start(self._change(replace(request, graph=self._workflow.graph)))
         except UsageError as exc:
@@ -167,6 +170,12 @@ class Chain:
             raise blamed(exc, sampling, next(filter(None, nodes), ""), seed_given=self._seed_given) from exc
         self._jobs[sampling.node] = job
         return before
+
+    def _loaded(self, loaded: Loaded) -> InputPicture:
+        """Return the picture of a LoadImage node, which is read once."""
+        if loaded.file not in self._images:
+            self._images[loaded.file] = load_image(loaded, self._folder)
+        return self._images[loaded.file]
 
     @property
     def _manifest(self) -> Manifest:

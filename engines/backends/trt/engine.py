@@ -204,7 +204,7 @@ class TrtEngine:
     def _run(
         self, feed: Mapping[str, Value], bound: frozenset[str], names: list[str]
     ) -> tuple[dict[str, Array], dict[str, DeviceArray]]:
-        """Run on `feed`, of which `bound` is on the device; return the outputs `names`, and all outputs on the device."""
+        """Run on `feed`, of which `bound` is on the device; return the outputs `names`, and all of them there."""
         doing = f"running {self.name}"
         shapes = {name: value.shape for name, value in feed.items()}
         shaped = self._require_loaded("infer").get(shapes, self._choose)
