@@ -333,7 +333,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory, convert_once: Convert) -> Ca
     return get
 
 
-def _toy_controlnet(unet: Any, rng: np.random.Generator) -> Any:
+def _toy_controlnet(unet: Any, factor: int, rng: np.random.Generator) -> Any:
     """Return an ONNX ControlNet for a UNet's component: a residual is a projection of the picture and the sample."""
     from onnx import TensorProto, helper, numpy_helper
 
@@ -346,7 +346,7 @@ def _toy_controlnet(unet: Any, rng: np.random.Generator) -> Any:
     shapes = residual_shapes(unet.config)
     inputs = [helper.make_tensor_value_info(spec.name, kinds[spec.dtype], spec.shape)
               for spec in unet.inputs if not spec.optional]  # fmt: skip
-    inputs += [helper.make_tensor_value_info("controlnet_cond", kind, ["rows", 3, "8*height", "8*width"]),
+    inputs += [helper.make_tensor_value_info("controlnet_cond", kind, ["rows", 3, f"{factor}*height", f"{factor}*width"]),
                helper.make_tensor_value_info("scales", TensorProto.FLOAT, ["rows", len(shapes)])]  # fmt: skip
     nodes = [helper.make_node("Cast", ["scales"], ["cast"], to=kind)]
     weights = [numpy_helper.from_array(np.array([2, 3], np.int64), "axes")]
@@ -357,7 +357,7 @@ def _toy_controlnet(unet: Any, rng: np.random.Generator) -> Any:
         late.append(helper.make_tensor_value_info(
             EARLIER + name, kind, ["rows|1", channels, *(f"{side}|1" for side in sides)]))  # fmt: skip
         parts = []
-        for source, span, width in (("controlnet_cond", 8 * divisor, 3), ("sample", divisor, 4)):
+        for source, span, width in (("controlnet_cond", factor * divisor, 3), ("sample", divisor, 4)):
             weight, pooled, made = (f"{name}.{source}.{part}" for part in ("weight", "pooled", "made"))
             values = rng.standard_normal((channels, width, 1, 1)) / 8
             weights.append(numpy_helper.from_array(values.astype(dtype), weight))
@@ -402,17 +402,16 @@ def _write_component(root: Path, name: str, like: Any, model: Any, **changes: An
     )  # fmt: skip
 
 
-def _make_controlled(root: Path) -> None:
-    """Write the embedded bundle with residual inputs in its UNet and two toy ControlNets, called edges and poses."""
+def _add_controlnets(source: Path, root: Path) -> None:
+    """Copy a bundle, with residual inputs in its UNet and two toy ControlNets, called edges and poses."""
     import msgspec
     import onnx
     import onnx_ir as ir
 
     from sdxl_trt.engines.bundle import ControlNet, read_bundle, write_manifest
     from sdxl_trt.export.graph.residuals import add_residuals
-    from sdxl_trt.mini.embedded import bundle_path
 
-    shutil.copytree(bundle_path(), root)
+    shutil.copytree(source, root)
     manifest = read_bundle(root).manifest
     unet, components = manifest.components["unet"], dict(manifest.components)
     model = ir.from_proto(onnx.load(root / "unet" / "model.onnx", load_external_data=False))
@@ -421,7 +420,7 @@ def _make_controlled(root: Path) -> None:
     nets = []
     for number, name in enumerate(("edges", "poses"), start=1):
         component = "controlnet" if number == 1 else f"controlnet_{number}"
-        toy = _toy_controlnet(unet, np.random.default_rng(number))
+        toy = _toy_controlnet(unet, manifest.base.vae.factor, np.random.default_rng(number))
         components[component] = _write_component(root, component, unet, toy, kind="controlnet", parameters=1)
         nets.append(ControlNet(component=component, name=name))
     plain = {name: msgspec.structs.replace(each, adapters=None) for name, each in components.items()}
@@ -431,7 +430,18 @@ def _make_controlled(root: Path) -> None:
 @pytest.fixture(scope="session")
 def controlled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the embedded bundle with two toy ControlNets, edges and poses: do not change it."""
-    return _shared(tmp_path_factory, "controlled", lambda folder: _make_controlled(folder / "bundle")) / "bundle"
+    from sdxl_trt.mini.embedded import bundle_path
+
+    return (
+        _shared(tmp_path_factory, "controlled", lambda folder: _add_controlnets(bundle_path(), folder / "bundle"))
+        / "bundle"
+    )
+
+
+@pytest.fixture(scope="session")
+def add_controlnets() -> Callable[[Path, Path], None]:
+    """Return the function that copies a bundle with two toy ControlNets added."""
+    return _add_controlnets
 
 
 @pytest.fixture

@@ -62,8 +62,9 @@ def estimate_memory(
     provider), or are estimated for `sizes` (default: those that plans would be built for; for ONNX Runtime the usual
     ones). They are those of the profiles that `run` uses, by default the usual size with guidance. `from_image` adds
     the autoencoder's encoder, `controls` the ControlNets that the base uses, by component; `capability` is the GPU's
-    compute capability, None if unknown. With `residency` "auto", returns the first policy that fits, or the one that needs least; `missing` is then its excess. Raises UsageError for
-    an unknown residency, SizeError if a plan does not take the sizes of `run`.
+    compute capability, None if unknown. With `residency` "auto", returns the first policy that fits, or the one that
+    needs least; `missing` is then its excess. Raises UsageError for an unknown residency, SizeError if a plan does not
+    take the sizes of `run`.
     """
     check_residency(residency)
     manifest = bundle.manifest

@@ -48,7 +48,7 @@ def _parser() -> Parser:
                         help="fuse a LoRA into the base, with its scales on the UNet (default 1) and on the text"
                         " encoders (default: the UNet's); may be repeated")  # fmt: skip
     source.add_argument("--controlnet", action="append", default=[], metavar="SRC",
-                        help="add a ControlNet for the base, used by trt-generate --control; may be repeated")  # fmt: skip
+                        help="add a ControlNet for the base (trt-generate --control); may be repeated")  # fmt: skip
     _add_target(parser.add_argument_group("bundle"))
     add_plan_options(parser.add_argument_group("plans (without a source, for the existing bundle at --out)"))
     parser.add_argument("--verify", action="store_true", help="compare every graph with PyTorch; exit 1 if one differs")

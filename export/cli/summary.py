@@ -85,7 +85,8 @@ def of_export(bundle: Bundle | None, out: Path, seconds: float) -> Output:
     loras = [_lora_json(lora) for lora in manifest.loras]
     told = {"bundle": str(bundle.root), "seconds": seconds, "components": parts, "loras": loras,
             "controlnets": {each.component: each.name for each in manifest.controlnets},
-            "refiner": manifest.refiner is not None, "note": manifest.note, "sampler": manifest.base.scheduler.sampler}  # fmt: skip
+            "refiner": manifest.refiner is not None, "note": manifest.note,
+            "sampler": manifest.base.scheduler.sampler}  # fmt: skip
     return Output(_lines(bundle, told), told)
 
 
