@@ -346,7 +346,8 @@ def _toy_controlnet(unet: Any, factor: int, rng: np.random.Generator) -> Any:
     shapes = residual_shapes(unet.config)
     inputs = [helper.make_tensor_value_info(spec.name, kinds[spec.dtype], spec.shape)
               for spec in unet.inputs if not spec.optional]  # fmt: skip
-    inputs += [helper.make_tensor_value_info("controlnet_cond", kind, ["rows", 3, f"{factor}*height", f"{factor}*width"]),
+    picture = ["rows", 3, f"{factor}*height", f"{factor}*width"]
+    inputs += [helper.make_tensor_value_info("controlnet_cond", kind, picture),
                helper.make_tensor_value_info("scales", TensorProto.FLOAT, ["rows", len(shapes)])]  # fmt: skip
     nodes = [helper.make_node("Cast", ["scales"], ["cast"], to=kind)]
     weights = [numpy_helper.from_array(np.array([2, 3], np.int64), "axes")]
