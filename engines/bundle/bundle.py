@@ -153,12 +153,15 @@ def _check_stages(bundle: Bundle) -> None:
 
 def _controlnet_problem(manifest: Manifest) -> str:
     """Return what is wrong with the ControlNets that the manifest lists, or ""."""
+    taken = {spec.name: (spec.dtype, spec.shape[1:2]) for spec in manifest.components[manifest.base.unet].inputs
+             if spec.optional}  # fmt: skip
     for each in manifest.controlnets:
         found = manifest.components.get(each.component)
         if found is None or found.kind != "controlnet":
             return f"lists a ControlNet {each.name!r}, but has no controlnet called {each.component!r}"
-    names = [spec.name for spec in manifest.components[manifest.base.unet].inputs if spec.optional]
-    return "lists ControlNets, but the base's UNet takes no residuals" if manifest.controlnets and not names else ""
+        if {spec.name: (spec.dtype, spec.shape[1:2]) for spec in found.outputs} != taken:
+            return f"lists a ControlNet {each.name!r}, whose residuals the base's UNet does not take"
+    return ""
 
 
 def _stage_problem(stage: Stage, manifest: Manifest) -> str:

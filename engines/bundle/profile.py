@@ -40,7 +40,7 @@ def fixed(value: int) -> Range:
     return Range(min=value, opt=value, max=value)
 
 
-_AXIS = re.compile(r"(?:(\d+)\*)?(\w+?)(?:/(\d+))?(\|1)?")
+_AXIS = re.compile(r"(?:([1-9]\d{0,5})\*)?(\w+?)(?:/([1-9]\d{0,5}))?(\|1)?")
 
 
 @cache
