@@ -19,6 +19,11 @@ from sdxl_trt.runtime.adapters.control_use import ControlUse
 from sdxl_trt.runtime.images.inputs import as_input
 from sdxl_trt.runtime.pipeline.pipeline import Pipeline
 
+# diffusers and numpy 2 disagree on how a tensor becomes an array.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning"),
+]
 HEIGHT, WIDTH, STEPS, SEED = 32, 48, 5, 7
 TOLERANCE = 1e-3
 PICTURES = [np.random.default_rng(seed).integers(0, 256, (40, 60, 3), np.uint8) for seed in (1, 2)]
