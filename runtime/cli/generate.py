@@ -220,8 +220,9 @@ def _check_chain(arguments: argparse.Namespace) -> None:
 
 def _image(picture: "Picture", path: Path) -> dict[str, Any]:
     width, height = picture.image.size
-    loras = {name: picture.metadata[name] for name in ("loras", "refiner_loras") if name in picture.metadata}
-    return {"path": str(path), "seed": picture.seed, "width": width, "height": height} | loras
+    names = ("loras", "refiner_loras", "controls")
+    adapters = {name: picture.metadata[name] for name in names if name in picture.metadata}
+    return {"path": str(path), "seed": picture.seed, "width": width, "height": height} | adapters
 
 
 def _report(
