@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from sdxl_trt.engines import UsageError
 
 if TYPE_CHECKING:
+    from pathlib import Path
     from typing import Literal
 
     from sdxl_trt.runtime.images import InputPicture
@@ -28,7 +29,7 @@ class ControlUse(NamedTuple):
     "" takes the bundle's in order. `side` is "positive" or "negative" if only that side of the guidance follows it.
     """
 
-    picture: "str | InputPicture"
+    picture: "str | Path | InputPicture"
     scale: float = 1.0
     start: float = 0.0
     end: float = 1.0
@@ -38,7 +39,10 @@ class ControlUse(NamedTuple):
     @property
     def told(self) -> str:
         """Return the option that a message names."""
-        return f"--control {str(self.picture)[:80]}" if isinstance(self.picture, str) else "--control"
+        # A path is its own text; a picture has the name of its file, or none.
+        path = isinstance(self.picture, str) or hasattr(self.picture, "__fspath__")
+        name = str(self.picture) if path else getattr(self.picture, "name", "")
+        return f"--control {name[:80]}".strip()
 
 
 def parse_control(text: str) -> ControlUse:

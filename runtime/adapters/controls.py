@@ -23,7 +23,7 @@ from sdxl_trt.engines import IncompatibleError, UsageError
 from sdxl_trt.engines.bundle import ControlNet, Manifest
 from sdxl_trt.engines.host import sha256_file
 from sdxl_trt.runtime.adapters.control_use import ControlUse
-from sdxl_trt.runtime.images import InputPicture, as_input, fitted, read_input, resize
+from sdxl_trt.runtime.images import InputPicture, fitted, read_input, resize
 
 MOST_CONTROLS = 16
 MOST_SCALE = 1e6
@@ -99,11 +99,19 @@ def settle_controls(uses: Sequence[ControlUse], manifest: Manifest, *, refine: b
     found = []
     for use, net in zip(uses, _nets(uses, manifest), strict=True):
         _check_numbers(use)
-        picture = read_input(Path(use.picture), "--control") if isinstance(use.picture, str) else as_input(use.picture)
+        picture = _read(use)
         if picture.pixels is None:
             raise UsageError(f"{use.told}: holds latents; a ControlNet follows a picture, so give one")
         found.append(Control(net.component, net.name, use, picture))
     return tuple(found)
+
+
+def _read(use: ControlUse) -> InputPicture:
+    if isinstance(use.picture, str | Path):
+        return read_input(Path(use.picture), "--control")
+    if isinstance(use.picture, InputPicture):
+        return use.picture
+    raise UsageError("controls: a picture is neither a path nor an InputPicture; make one of an array with as_input")
 
 
 def check_control_shapes(controls: Sequence[Control], size: Size, multiple: int) -> None:
