@@ -13,7 +13,7 @@ PROMPT ?= a large red star on a blue background
 # A half-made environment must not pass for a whole one.
 .DELETE_ON_ERROR:
 
-.PHONY: help demo demo-export install test lint types pytest peers test-peers test-references format mini-bundle gallery checkpoints readme bench bench-export bench-build bench-host bench-load gpu-check clean
+.PHONY: help demo demo-export install test lint types pytest peers test-peers test-references format mini-bundle gallery checkpoints readme bench bench-export bench-build bench-host bench-load bench-lora gpu-check clean
 
 help:  ## Say what there is to make
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -82,6 +82,9 @@ bench-host: $(VENV)/.full  ## Measure the host's time per step beside diffusers'
 
 bench-load: $(VENV)/.full  ## Measure reading and checking a plan, and simulate a cold run; needs 11 GB of memory, 6 GB of disk
 	$(BIN)/python -m sdxl_trt.benchmarks.cold_load $(if $(QUICK),--quick --results out/bench-load/quick.json)
+
+bench-lora: $(VENV)/.full  ## Measure switching a LoRA on the CPU at SDXL's size; needs 24 GB of memory, 15 GB of disk
+	$(BIN)/python -m sdxl_trt.benchmarks.lora_switch $(if $(QUICK),--quick --results out/bench-lora/quick.json)
 
 # Two packages install one `onnxruntime`, so the one for GPUs has an environment of its own; without a GPU it is not made.
 # The driver says first which extras it can run, those for CUDA 12 or 13; --look prints them, or why there is no GPU.

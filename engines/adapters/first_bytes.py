@@ -65,7 +65,7 @@ def explain_damage(path: Path, exc: Exception) -> CorruptError:
         whole = _whole_size(path)
         if whole is not None and size < whole:
             reason = f"truncated: it has {size} of {whole} bytes"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         pass  # keep the library's own message
     return CorruptError(f"{path}: broken safetensors ({reason}); download it again")
 

@@ -53,9 +53,9 @@ class ScaledLora:
         """Yield sentences on tensors and scales without effect."""
         yield from self.lora.notes
         if self.text_scale is not None and self.text_scale != self.scale:
-            if "unet" not in self.lora.branches:
+            if "unet" not in self.lora.branches and self.scale:
                 yield f"{self.lora.path}: has nothing for the UNet, so its scale {self.scale:g} has no effect"
-            elif self.lora.branches.keys() == {"unet"}:
+            elif self.lora.branches.keys() == {"unet"} and self.text_scale:
                 yield (f"{self.lora.path}: has nothing for the text encoders, so their scale {self.text_scale:g} has"
                        " no effect")  # fmt: skip
 
@@ -171,10 +171,13 @@ def plan_changes(
     return Changes([addition for addition in additions if addition.scale != 0])
 
 
-def targets(lora: Lora, component: LoraComponent, shapes: Shapes, config: Mapping[str, Any]) -> dict[str, Branch]:
+def targets(
+    lora: Lora, component: LoraComponent, shapes: Shapes, config: Mapping[str, Any], model: str = "base"
+) -> dict[str, Branch]:
     """Return {published tensor name: the branch that changes it}; empty if the LoRA has nothing for `component`.
 
-    `shapes` maps all published tensor names of the component to their shapes, `config` is its model's. Raises
+    `shapes` maps all published tensor names of the component to their shapes, `config` is its model's. `model`
+    is "base" or "refiner", for messages. Raises
     SourceError for a LoRA of another model; reads tensors only where two branches name the same module.
     """
     if component not in lora.branches:
@@ -184,7 +187,7 @@ def targets(lora: Lora, component: LoraComponent, shapes: Shapes, config: Mappin
     for branch in lora.branches[component]:
         name = f"{spellings.get(branch.place.module)}.{'bias' if branch.bias else 'weight'}"
         if name not in shapes or not branch.fits(shapes[name]):
-            raise SourceError(f"{lora.path}: {_misfit(lora, branch, shapes, name)}")
+            raise SourceError(f"{lora.path}: {_misfit(lora, branch, shapes, name, model)}")
         if name not in found:
             found[name] = branch
         elif not same_tensors(branch, found[name]):
@@ -193,22 +196,22 @@ def targets(lora: Lora, component: LoraComponent, shapes: Shapes, config: Mappin
     return found
 
 
-def _misfit(lora: Lora, branch: Branch, shapes: Shapes, name: str) -> str:
+def _misfit(lora: Lora, branch: Branch, shapes: Shapes, name: str, model: str) -> str:
     """Return why `branch` cannot change the tensor `name`, with the LoRA's model if the shapes reveal it."""
-    component = branch.place.component
+    component, trained = branch.place.component, "SDXL base" if model == "base" else "SDXL's refiner"
     contexts = {each.inputs: each for each in lora.branches.get("unet", ()) if _takes_context(each)}
     own = next((shape[1] for key, shape in shapes.items() if key.endswith(".attn2.to_k.weight")), None)
     for context, each in contexts.items():
         if context in _CONTEXTS and own is not None and context != own:
             return (f"LoRA for another model: {each.told()} takes a context of width {context}, like"
-                    f" {_CONTEXTS[context]}, but this base's is {own}; use one that was trained on SDXL"
-                    " base")  # fmt: skip
+                    f" {_CONTEXTS[context]}, but this {model}'s is {own}; use one that was trained on"
+                    f" {trained}")  # fmt: skip
     if name in shapes:
         return (f"LoRA for another model: it has {branch.told()}, but {component} has {name} of shape"
-                f" {list(shapes[name])}; use one that was trained on SDXL base")  # fmt: skip
+                f" {list(shapes[name])}; use one that was trained on {trained}")  # fmt: skip
     what = "such bias" if branch.bias else "such module"
-    return (f"has {branch.told()}, but this base's {component} has no {what}; use a LoRA that was trained on SDXL"
-            " base, or remove these keys")  # fmt: skip
+    return (f"has {branch.told()}, but this {model}'s {component} has no {what}; use a LoRA that was trained on"
+            f" {trained}, or remove these keys")  # fmt: skip
 
 
 def _takes_context(branch: Branch) -> bool:

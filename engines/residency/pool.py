@@ -207,7 +207,7 @@ class EnginePool:
             log.warning("%s", exc)
         if self._reads is not None:
             self._reads.expect(())
-        self._unload(map(name_of, self._resolve(keep)))
+        self._unload(tuple(map(name_of, self._resolve(keep))))
 
     def close(self) -> None:
         """Unload every engine and close the device; the pool cannot be used afterwards."""

@@ -188,7 +188,7 @@ def _check_fits(lora: Lora, parts: Mapping[LoraComponent, str], bundle: Bundle, 
     for part in sorted(lora.branches, key=COMPONENTS.index):
         if part in parts:
             component = bundle.manifest.components[parts[part]]
-            targets(lora, part, read_table(bundle, parts[part]).shapes, component.config)
+            targets(lora, part, read_table(bundle, parts[part]).shapes, component.config, model)
         elif model == "base":
             raise SourceError(f"{lora.path}: changes a {part}, which this base lacks; use a LoRA that was trained on"
                               " this base")  # fmt: skip
@@ -200,10 +200,13 @@ def _notes(loras: Sequence[ScaledLora], parts: Mapping[LoraComponent, str]) -> I
         path = each.lora.path
         if not any(part in parts and each.on(part) for part in each.lora.branches):
             yield f"{path}: has no effect: it changes nothing that runs, at the scales that are given"
+        if missing := sorted(part for part in each.lora.branches if part not in parts):
+            yield f"{path}: also changes a {' and a '.join(missing)}, which this stage does not have"
         same = [other for other in loras if other.lora == each.lora]
-        if len(same) > 1 and loras.index(same[0]) == number:
+        times = max(sum(other.on(part) != 0 for other in same) for part in COMPONENTS)
+        if times > 1 and loras.index(same[0]) == number:
             total = sum(other.scale for other in same)
-            yield f"{path}: is given {len(same)} times, and its scales add up: {total:g} on the UNet"
+            yield f"{path}: is given {times} times, and its scales add up: {total:g} on the UNet"
 
 
 State = tuple[int | None, ...]

@@ -18,7 +18,8 @@ _KINDS = ("lora", "lyco")
 """What A1111 loads as a LoRA, LyCORIS' kinds included."""
 _NETWORKS = (*_KINDS, "hypernet")
 """What A1111 knows; other words between < and > are text here."""
-_UNCLOSED = re.compile(rf"<(?:{'|'.join(_NETWORKS)}):[^>]*", re.IGNORECASE)
+_ANY = re.compile(rf"<(?:{'|'.join(_NETWORKS)}):[^>]*>?", re.IGNORECASE)
+"""A tag, or one that does not end."""
 _SYNTAX = "write <lora:NAME>, <lora:NAME:SCALE> or <lora:NAME:TE_SCALE:UNET_SCALE>"
 _NAMED = ("te", "unet")
 _MOST_PLAIN = 3
@@ -27,7 +28,7 @@ _SHOWN = 80
 
 def tags_of(text: str) -> list[str]:
     """Return the tags in a text as they stand there, also broken ones and those that are not supported."""
-    return [found[0] for found in _UNCLOSED.finditer(text)]
+    return [found[0] for found in _ANY.finditer(text)]
 
 
 def split_tags(prompt: str) -> tuple[str, tuple[LoraUse, ...]]:
@@ -69,7 +70,8 @@ def _use(found: re.Match[str]) -> LoraUse:
         raise UsageError(f"the prompt has {tag!r} with the argument {unknown[0]!r}, which is not supported; {_SYNTAX}")
     text_scale = _number(tag, named.get("te", plain[1] if len(plain) > 1 else "1"))
     stated = named.get("unet", plain[2] if len(plain) > 2 else None)
-    return LoraUse(plain[0], text_scale if stated is None else _number(tag, stated), text_scale)
+    scale = text_scale if stated is None else _number(tag, stated)
+    return LoraUse(plain[0], scale, None if text_scale == scale else text_scale)
 
 
 def _number(tag: str, text: str) -> float:

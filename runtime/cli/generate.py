@@ -56,17 +56,36 @@ def _schema() -> dict[str, Any]:
 
 def _plan(arguments: argparse.Namespace) -> None:
     """Print the memory plan for this machine, or for a device of another size."""
+    from sdxl_trt.engines.host import format_bytes  # noqa: PLC0415
     from sdxl_trt.runtime.cli.memory import estimate_run  # noqa: PLC0415
 
     from_image = arguments.image is not None or arguments.refine is not None
     plan = estimate_run(arguments.engines, arguments.provider, arguments.residency, arguments.vram, arguments.width,
                         arguments.height, from_image=from_image,
                         controls=stated_settings(arguments)["controls"])  # fmt: skip
+    changed = _changed_by_loras(arguments)
     if arguments.json:
-        print_json(plan)
+        import msgspec  # noqa: PLC0415
+
+        print_json(msgspec.to_builtins(plan) | ({"changed_by_loras": changed} if changed else {}))
     else:
-        sys.stdout.write("".join(f"{line}\n" for line in plan.lines()))
+        lines = [*plan.lines(), *(f"LoRAs change {format_bytes(size)} of {name}, which ONNX Runtime holds a second time"
+                                  " in host memory while it loads" for name, size in changed.items())]  # fmt: skip
+        sys.stdout.write("".join(f"{line}\n" for line in lines))
     plan.check()
+
+
+def _changed_by_loras(arguments: argparse.Namespace) -> dict[str, int]:
+    """Return the bytes of each component that the LoRAs of the command line and of its prompt change."""
+    from sdxl_trt.runtime.adapters import tags_of  # noqa: PLC0415
+    from sdxl_trt.runtime.cli.memory import changed_weights  # noqa: PLC0415
+    from sdxl_trt.runtime.request import Request  # noqa: PLC0415
+
+    request = Request(**stated_settings(arguments), lora_dir=arguments.lora_dir)
+    prompts = (request.prompt, request.prompt_2 or "")
+    if not (request.loras or request.refiner_loras or any(map(tags_of, prompts))):
+        return {}
+    return changed_weights(request, arguments.engines)
 
 
 def _generate(arguments: argparse.Namespace) -> None:
@@ -80,6 +99,8 @@ def _generate(arguments: argparse.Namespace) -> None:
     started = time.perf_counter()
     check_outputs(arguments)
     check_inputs(arguments)
+    if arguments.lora_dir is not None and not arguments.lora_dir.is_dir():
+        raise UsageError(f"--lora-dir {arguments.lora_dir}: is not a folder; give the one that holds your LoRAs")
     asked = _request(arguments) if arguments.workflow is None else _workflow(arguments)
     with open_bundle(
         arguments.engines, provider=arguments.provider, residency=arguments.residency, available=arguments.vram,

@@ -1,17 +1,47 @@
 """The memory estimate of a run that is not run: for this machine, or for a device of another size."""
 
-__all__ = ["estimate_run"]
+__all__ = ["changed_weights", "estimate_run"]
 
 from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 
+from sdxl_trt.engines.adapters import adapted, component_role, loras_of, targets
 from sdxl_trt.engines.backends import open_backend
-from sdxl_trt.engines.bundle import Bundle, fixed, read_bundle
+from sdxl_trt.engines.bundle import Bundle, fixed, read_bundle, read_table
 from sdxl_trt.engines.plans import PlanLimits, RunSizes, Sizes, check_for, plan_limits, stage_sizes
 from sdxl_trt.engines.residency import MemoryEstimate, estimate_memory, settled_residency
 from sdxl_trt.runtime.adapters import ControlUse, control_components
+from sdxl_trt.runtime.request import Request, resolve_request
+
+
+def changed_weights(request: Request, path: Path | str | None = None) -> dict[str, int]:
+    """Return the bytes of each component's weights that a request's LoRAs change, for a bundle as in `estimate_run`.
+
+    Raises what resolving the request raises.
+    """
+    bundle = _bundle(path)
+    resolved = resolve_request(request, bundle.manifest, None, bundle)
+    found: dict[str, int] = {}
+    for name, loras in resolved.loras.items():
+        stage = bundle.manifest.stages()[name]
+        for component in (stage.unet, *(encoder.component for encoder in stage.text_encoders)):
+            use = adapted(component, loras)
+            table, config = read_table(bundle, component), bundle.manifest.components[component].config
+            names = {target for each in loras_of(use) for role in [component_role(component)] if role is not None
+                     for target in targets(each.lora, role, table.shapes, config)}  # fmt: skip
+            if names:
+                found[component] = sum(table.by_name[target].nbytes for target in names)
+    return found
+
+
+def _bundle(path: Path | str | None) -> Bundle:
+    if path is None:
+        from sdxl_trt.mini import bundle_path  # noqa: PLC0415 - package data, only when nothing else is named
+
+        path = bundle_path()
+    return read_bundle(path)
 
 
 def estimate_run(
@@ -32,11 +62,7 @@ def estimate_run(
     that start from pictures, `controls` for those whose ControlNets follow pictures.
     Raises SourceError, CorruptError, UsageError, SizeError, and IncompatibleError for a missing provider.
     """
-    if path is None:
-        from sdxl_trt.mini import bundle_path  # noqa: PLC0415 - package data, only when nothing else is named
-
-        path = bundle_path()
-    bundle = read_bundle(path)
+    bundle = _bundle(path)
     sizes, nets = _sizes(bundle, width, height), control_components(controls, bundle.manifest)
     if vram is not None:
         chosen = "tensorrt" if provider == "auto" else provider

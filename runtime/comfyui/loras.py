@@ -71,7 +71,8 @@ def stage_loras(sampling: Sampling, files: LoraFiles) -> tuple[LoraUse, ...]:
     if text is None:
         return tuple(unet)
     if [use.path for use in unet] == [use.path for use in text]:
-        return tuple(use._replace(text_scale=other.scale) for use, other in zip(unet, text, strict=True))
+        scales = [None if other.scale == use.scale else other.scale for use, other in zip(unet, text, strict=True)]
+        return tuple(use._replace(text_scale=scale) for use, scale in zip(unet, scales, strict=True))
     return (*(use._replace(text_scale=0.0) for use in unet),
             *(use._replace(scale=0.0, text_scale=use.scale) for use in text))  # fmt: skip
 

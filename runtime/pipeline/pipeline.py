@@ -248,7 +248,9 @@ class Pipeline:
         request, latents, embeds, noise = job.run.request, job.latents, job.embeds[name], job.noises[name]
         following = request.controls if name == "base" else ()
         engine, *nets = self.pool.phase(
-            self.unet(request, name), *(control.component for control in following), next_engines=(next_engine,)
+            adapted(stage.unet, request.loras.get(name, ())),
+            *(control.component for control in following),
+            next_engines=(next_engine,),
         )
         yield _loaded(latents)
         guidance = request.guidance_of(name)

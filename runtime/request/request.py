@@ -224,7 +224,7 @@ class Request:
     lora_dir: "Path | None" = setting(
         None, help="folder, with its sub-folders, of LoRAs that are named without a path: in --lora, in prompts"
         " (<lora:NAME:SCALE>) and in workflows", group=_PICTURE, metavar="DIR", is_file=True, record="no",
-        workflow="beside",
+        workflow="replaces",
     )  # fmt: skip
     controls: "tuple[ControlUse, ...]" = setting(
         (), help="let a ControlNet of the bundle follow this picture, with a scale (1), from and to a fraction of the"

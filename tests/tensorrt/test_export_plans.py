@@ -150,6 +150,7 @@ def test_plans_only_removes_graphs_and_weights(planned: Path, tmp_path: Path) ->
 
     from sdxl_trt.engines.build.bundle_plans import drop_onnx
     from sdxl_trt.engines.bundle.bundle import write_manifest
+    from sdxl_trt.engines.bundle.tensor_table import read_table
     from sdxl_trt.engines.plans.lookup import planned_components
 
     root = Path(shutil.copytree(planned, tmp_path / "bundle"))
@@ -167,6 +168,7 @@ def test_plans_only_removes_graphs_and_weights(planned: Path, tmp_path: Path) ->
     assert read_bundle(root).manifest == left.manifest
     assert not left.manifest.onnx
     assert list(root.glob("**/*.onnx")) == []
+    assert read_table(left, "unet") == read_table(bundle, "unet")  # a plan with adapter slots needs it
     assert sum(path.stat().st_size for path in root.rglob("*") if path.is_file() and path.suffix != ".plan") < 1 << 20
 
 

@@ -6,6 +6,7 @@ from sdxl_trt.engines.lazy import lazy_names
 
 if TYPE_CHECKING:
     from sdxl_trt.engines.backends.ort.engine import OrtEngine
+    from sdxl_trt.engines.backends.ort.patch import Patch, plan_patch
     from sdxl_trt.engines.backends.ort.probe import CUDA, TENSORRT, provider_problem
     from sdxl_trt.engines.backends.ort.providers import (
         ORT_PROVIDERS, OrtProvider, choose_provider, plugin_devices, shape_limits,
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 else:
     __getattr__ = lazy_names(__name__, {
         "engine": ("OrtEngine",),
+        "patch": ("Patch", "plan_patch"),
         "probe": ("CUDA", "TENSORRT", "provider_problem"),
         "providers": (
             "ORT_PROVIDERS", "OrtProvider", "choose_provider", "plugin_devices", "shape_limits",
@@ -20,6 +22,6 @@ else:
     })
 
 __all__ = [
-    "CUDA", "ORT_PROVIDERS", "TENSORRT", "OrtEngine", "OrtProvider", "choose_provider", "plugin_devices",
-    "provider_problem", "shape_limits",
+    "CUDA", "ORT_PROVIDERS", "TENSORRT", "OrtEngine", "OrtProvider", "Patch", "choose_provider", "plan_patch",
+    "plugin_devices", "provider_problem", "shape_limits",
 ]

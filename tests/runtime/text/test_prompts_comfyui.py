@@ -55,7 +55,9 @@ class Encoding:
         manifest = msgspec.structs.replace(bundle.manifest, base=self.stage, components=parts)
         self.readers: dict[str, Reader] = {}
         pool: Any = SimpleNamespace(
-            bundle=SimpleNamespace(manifest=manifest, path=bundle.path), phase=lambda name, **_: [self.readers[name]]
+            bundle=SimpleNamespace(manifest=manifest, path=bundle.path),
+            phase=lambda name, **_: [self.readers[name]],
+            holds=lambda _use: False,
         )
         self.encoder = PromptEncoder(pool)
 
