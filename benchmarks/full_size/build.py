@@ -16,7 +16,7 @@ from pathlib import Path
 
 import msgspec
 
-from sdxl_trt.benchmarks.full_size.build_cases import BuildCase, Export, cases, profile_words
+from sdxl_trt.benchmarks.full_size.build_cases import BuildCase, Export, cases, profile_words, rank_words
 from sdxl_trt.benchmarks.full_size.tensorrt_on_cpu import BINDING, LIBRARIES, assemble, child_environment
 from sdxl_trt.benchmarks.measure import (
     RESULTS_FOLDER,
@@ -36,7 +36,7 @@ from sdxl_trt.engines import SdxlTrtError, UsageError
 from sdxl_trt.engines.build import BuildJob, BuiltPlan, build_plan, build_progress
 from sdxl_trt.engines.bundle import Bundle, read_bundle
 from sdxl_trt.engines.host import ProgressLine
-from sdxl_trt.engines.plans import component_profiles
+from sdxl_trt.engines.plans import component_profiles, rank_range
 
 MB, GB = 10**6, 10**9
 RESULTS = RESULTS_FOLDER / "build.json"
@@ -87,13 +87,16 @@ def measure_build(case: BuildCase, bundle: Bundle, folder: Path) -> Build:
     """Build the plan of `case` in its own process, delete it, and return the figures. Raises as `build_plan`."""
     component = bundle.manifest.components[case.component]
     inputs = {spec.name: spec.shape for spec in component.inputs}
-    plan = folder / "plan"
+    plan, graph = folder / "plan", component.planned_graph(case.lora_rank)
+    if graph is None:
+        raise UsageError(f"{bundle.root}: was exported without a graph for LoRAs; delete the folder and run again")
     job = BuildJob(
         component=case.component,
-        graph=bundle.path(component.graph),
+        graph=bundle.path(graph),
         profiles=component_profiles(inputs, list(case.axes)),
         flavour="tensorrt-rtx",
         plan=plan,
+        lora_rank=rank_range(case.lora_rank) if case.lora_rank else None,
         log=folder / f"{case.name.replace(' ', '-').replace(':', '-').replace(',', '')}.log",
     )
     load, used = load_average(), _children_seconds()
@@ -117,7 +120,7 @@ def _children_seconds() -> float:
 def _figures(case: BuildCase, built: BuiltPlan, weights: int) -> Build:
     return Build(
         component=case.component,
-        profiles="; ".join(profile_words(axes) for axes in case.axes),
+        profiles="; ".join(profile_words(axes) for axes in case.axes) + rank_words(case.lora_rank),
         weights=weights,
         plan=built.size,
         activations=built.activations,

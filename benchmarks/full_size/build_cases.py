@@ -1,6 +1,6 @@
 """The plans that `full_size.build` builds: their graphs and profiles."""
 
-__all__ = ["BuildCase", "Export", "cases", "profile_words"]
+__all__ = ["BuildCase", "Export", "cases", "profile_words", "rank_words"]
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import msgspec
 
 from sdxl_trt.engines.bundle import Range, fixed
-from sdxl_trt.engines.plans import Sizes, axes_of, default_sizes
+from sdxl_trt.engines.plans import Sizes, axes_of, default_sizes, rank_range
 
 # SDXL: latent side of 1024² pictures, pixels per latent pixel, and the multiple of sides that base and refiner take.
 _SIDE, _FACTOR, _MULTIPLE = 128, 8, 64
 _TILE = 512 // _FACTOR
+LORA_RANK = 128
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class BuildCase:
     export: Export
     component: str
     axes: tuple[dict[str, Range], ...]
+    lora_rank: int = 0
+    """The largest rank of LoRAs that the plan takes; 0 for a plan without slots."""
 
 
 def cases() -> list[BuildCase]:
@@ -58,6 +61,10 @@ def cases() -> list[BuildCase]:
             BuildCase(f"{model} UNet, as exported", UNETS, component, _axes("unet", "fp16", default)),
             BuildCase(f"{model} UNet, --static", UNETS, component, _axes("unet", "fp16", both)),
         ]
+    found += [
+        BuildCase("base UNet for LoRAs, static", UNETS, "unet", (static,), LORA_RANK),
+        BuildCase("base UNet for LoRAs, dynamic", UNETS, "unet", _axes("unet", "fp16", default)[-1:], LORA_RANK),
+    ]
     whole = {"pictures": fixed(1)} | _square(_SIDE)
     found += [
         BuildCase(f"VAE decoder {precision}, static", VAES[precision], "vae_decoder", (whole,))
@@ -89,3 +96,8 @@ def profile_words(axes: Mapping[str, Range]) -> str:
     """Return a profile's axes as text, sides in pixels."""
     sides = {name: axes[name].times(_FACTOR) for name in ("height", "width")}
     return ", ".join(f"{name} {axis}" for name, axis in (dict(axes) | sides).items())
+
+
+def rank_words(lora_rank: int) -> str:
+    """Return the ranks of LoRAs that a plan takes as text that follows its profiles, "" for one without slots."""
+    return f", LoRA rank {rank_range(lora_rank)}" if lora_rank else ""

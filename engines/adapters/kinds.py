@@ -1,6 +1,6 @@
 """The kinds of changes to one weight in LoRA files: the tensors of each kind, and which weights they fit."""
 
-__all__ = ["Branch", "LoraKind", "magnitude_axis", "make_branches"]
+__all__ = ["MAGNITUDES", "Branch", "LoraKind", "magnitude_axis", "make_branches"]
 
 import math
 from collections.abc import Iterator, Mapping
@@ -21,7 +21,8 @@ _KINDS: dict[LoraKind, frozenset[str]] = {
     "LoKr": frozenset({"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"}),
     "difference": frozenset({"diff"}),
 }
-_MAGNITUDES = ("dora_scale", "magnitude")
+MAGNITUDES = ("dora_scale", "magnitude")
+"""The parts that make a branch DoRA."""
 _FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 _POINTS: tuple[tuple[int, ...], ...] = ((), (1, 1))
 
@@ -77,7 +78,7 @@ class Branch:
             return _without_points(self.parts["diff"].shape) == _without_points(shape)
         if len(shape) not in {2, 4}:
             return False
-        if any(part in self.parts for part in _MAGNITUDES) and magnitude_axis(self, shape) is None:
+        if any(part in self.parts for part in MAGNITUDES) and magnitude_axis(self, shape) is None:
             return False
         return {"LoRA": _lora_fits, "LoHa": _loha_fits, "LoKr": _lokr_fits}[self.kind](self.parts, shape)
 
@@ -113,7 +114,7 @@ def make_branches(path: Path, place: Place, parts: Parts, alpha: float | None) -
     if not weight and "diff_b" in parts:
         return
     kinds: list[LoraKind] = [kind for kind, own in _KINDS.items() if own & weight.keys()]
-    decomposed = [part for part in _MAGNITUDES if part in weight]
+    decomposed = [part for part in MAGNITUDES if part in weight]
     if len(kinds) > 1 or len(decomposed) > 1 or (decomposed and kinds == ["difference"]):
         raise SourceError(f"{where} has {' and '.join(repr(info.key) for info in weight.values())}, which exclude"
                           " each other; remove what does not belong")  # fmt: skip
@@ -147,7 +148,7 @@ def _check_chain(path: Path, branch: Branch, alpha: float | None) -> None:
         chains += [(a, 0, core, 0), (core, 1, b, 0)] if core in parts else [(a, 1, b, 0)]
         if whole in parts and a in parts:
             raise SourceError(f"{path}: has both {parts[whole].key!r} and {parts[a].key!r}; remove one of them")
-    vectors = [info for part, info in parts.items() if len(info.shape) == 1 and part not in {*_MAGNITUDES, "diff"}]
+    vectors = [info for part, info in parts.items() if len(info.shape) == 1 and part not in {*MAGNITUDES, "diff"}]
     if vectors:
         raise CorruptError(f"{path}: {vectors[0].key!r} is a vector, expected a LoRA's matrix or convolution")
     for first, axis, second, other in chains:

@@ -10,6 +10,7 @@ __all__ = [
     "name_of",
     "narrowed",
     "plan_changes",
+    "read_part",
     "targets",
 ]
 
@@ -115,7 +116,7 @@ class _Addition:
         infinite = abs(self.scale * branch.scaling) > _LARGEST
         if not infinite:
             sound = _is_finite(weight)  # else the weight itself is damaged, which is not this LoRA's fault
-            merge(weight, branch, {part: self._read(info) for part, info in branch.parts.items()}, self.scale)
+            merge(weight, branch, {part: read_part(self.lora, info) for part, info in branch.parts.items()}, self.scale)
             infinite = sound and not _is_finite(weight)
         if infinite:
             raise self.explain(name, "infinite")
@@ -125,12 +126,14 @@ class _Addition:
         return CorruptError(f"{self.lora.path}: makes {name} {what} at scale {self.scale}; lower the scale, or download"
                             " the LoRA again")  # fmt: skip
 
-    def _read(self, info: StoredTensor) -> Weights:
-        with np.errstate(over="ignore"):
-            weight = read_tensor(info).astype(np.float32, copy=False)
-        if not _is_finite(weight):
-            raise CorruptError(f"{self.lora.path}: {info.key!r} holds NaN or infinite weights; the LoRA is damaged")
-        return weight
+
+def read_part(lora: Lora, info: StoredTensor) -> Weights:
+    """Return one tensor of a LoRA in fp32; raise CorruptError for NaN or infinite values."""
+    with np.errstate(over="ignore"):
+        weight = read_tensor(info).astype(np.float32, copy=False)
+    if not _is_finite(weight):
+        raise CorruptError(f"{lora.path}: {info.key!r} holds NaN or infinite weights; the LoRA is damaged")
+    return weight
 
 
 class Changes:

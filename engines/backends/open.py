@@ -6,13 +6,14 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import cast
 
 from sdxl_trt.engines.bundle import ANY, Bundle, Environment, Flavour, PlanRecord, run_components
 from sdxl_trt.engines.engine import Engine
 from sdxl_trt.engines.errors import IncompatibleError, SdxlTrtError, UsageError
 from sdxl_trt.engines.host import available_host_memory
-from sdxl_trt.engines.plans import PlanLimits, find_plan, has_plans, plan_limits, plan_notes
+from sdxl_trt.engines.plans import SUGGESTED_RANK, PlanLimits, find_plan, has_plans, plan_limits, plan_notes
 
 log = logging.getLogger(__name__)
 PROVIDERS = ("ort-cpu", "ort-cuda", "ort-tensorrt", "tensorrt", "tensorrt-rtx")
@@ -24,15 +25,16 @@ class Backend:
     """An opened provider; nothing of the bundle is loaded yet.
 
     `make` returns an engine for a component; its second argument is the bytes of weights that may be on the device,
-    None for all. `free` is the free memory for engines in bytes, None if unknown. `records` are the plans in use,
-    `limits` the sizes that they accept, `capability` the compute capability of TensorRT's GPU, None if plans are for
-    any, and `close` frees the device.
+    None for all. `free` is the free memory for engines in bytes, None if unknown. `records` are the plans in use, and
+    `slot_records` those that replace them in requests with LoRAs; `limits` are the sizes that the plans accept,
+    `capability` the compute capability of TensorRT's GPU, None if plans are for any, and `close` frees the device.
     """
 
     provider: str
     make: Callable[..., Engine]
     free: int | None
     records: Mapping[str, PlanRecord] = field(default_factory=dict)
+    slot_records: Mapping[str, PlanRecord] = field(default_factory=dict)
     limits: PlanLimits | None = None
     capability: str | None = None
     close: Callable[[], None] = lambda: None
@@ -95,19 +97,26 @@ def _tensorrt(bundle: Bundle, flavour: Flavour) -> Backend:
         if name not in records:
             with suppress(IncompatibleError):
                 records[name] = find_plan(bundle, name, environment)
-    _tell_notes(records.values(), environment)
+    slot_records = {}
+    for name in records:
+        # Only a request with LoRAs needs them: without one, `adapt` raises.
+        with suppress(IncompatibleError):
+            slot_records[name] = find_plan(bundle, name, environment, SUGGESTED_RANK)
+    _tell_notes((*records.values(), *slot_records.values()), environment)
     device = open_device(flavour)
     free, _ = device.cuda.memory()
 
     def make(name: str, weight_budget: int | None = None) -> Engine:
         record = records.get(name) or find_plan(bundle, name, environment)
-        return TrtEngine(bundle, record, device, weight_budget=weight_budget)
+        slot_plan = partial(find_plan, bundle, name, environment)
+        return TrtEngine(bundle, record, device, weight_budget=weight_budget, slot_plan=slot_plan)
 
     return Backend(
         flavour,
         make,
         free,
         records,
+        slot_records,
         plan_limits(bundle, records.values()),
         None if capability == ANY else capability,
         device.close,

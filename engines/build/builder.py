@@ -7,10 +7,11 @@ __all__ = ["PlanFile", "add_profiles", "configure", "memory_of", "write_plan"]
 
 import hashlib
 import mmap
+from collections.abc import Iterable, Mapping
 from typing import Any, BinaryIO
 
 from sdxl_trt.engines.build.network import BuildLog
-from sdxl_trt.engines.bundle import BuildFlags, Chunks, Flavour, PlanMemory, Profile
+from sdxl_trt.engines.bundle import BuildFlags, Chunks, Flavour, PlanMemory, Profile, Range, Shape, is_slot_input
 from sdxl_trt.engines.errors import EngineError, IncompatibleError, UsageError
 
 CHUNK = 16 << 20
@@ -94,21 +95,49 @@ def _member(enum: Any, name: str, option: str) -> Any:
     return member
 
 
-def add_profiles(builder: Any, config: Any, network: Any, profiles: tuple[Profile, ...]) -> None:
-    """Add an optimization profile for each of `profiles`. Raises UsageError for shapes that do not fit the inputs."""
-    inputs = {tensor.name for tensor in (network.get_input(i) for i in range(network.num_inputs))}
+def add_profiles(
+    builder: Any, config: Any, network: Any, profiles: tuple[Profile, ...], lora_rank: Range | None = None
+) -> None:
+    """Add an optimization profile for each of `profiles`; in each of them, `lora_rank` is the rank of all slots.
+
+    Raises UsageError for shapes that do not fit the inputs.
+    """
+    inputs = {tensor.name: tuple(tensor.shape) for tensor in map(network.get_input, range(network.num_inputs))}
+    slots = {} if lora_rank is None else _slot_shapes(inputs, lora_rank)
     for profile in profiles:
         made = builder.create_optimization_profile()
-        for name, (low, usual, high) in profile.shapes.items():
+        for name, shapes in {**profile.shapes, **slots}.items():
             if name not in inputs:
-                raise UsageError(f"the profile names an input {name!r}, the graph has {', '.join(sorted(inputs))};"
-                                 " export it again")  # fmt: skip
-            try:
-                made.set_shape(name, low, usual, high)
-            except ValueError as exc:
-                raise UsageError(f"the profile's {name} of {low}, {usual}, {high} is invalid: {exc}") from exc
+                raise UsageError(f"the profile names an input {name!r}, the graph has {_some(inputs)}; export it again")
+            _set_shape(made, name, shapes)
         if not made or config.add_optimization_profile(made) < 0:
             raise UsageError(f"TensorRT rejects the profile {profile.shapes}; choose other sizes")
+
+
+def _slot_shapes(inputs: Mapping[str, Shape], rank: Range) -> dict[str, tuple[Shape, Shape, Shape]]:
+    """Return the shapes of the slots among `inputs`, whose only axis that varies is the rank."""
+    return {
+        name: (_with_rank(shape, rank.min), _with_rank(shape, rank.opt), _with_rank(shape, rank.max))
+        for name, shape in inputs.items()
+        if is_slot_input(name)
+    }
+
+
+def _with_rank(shape: Shape, rank: int) -> Shape:
+    return tuple(rank if size < 0 else size for size in shape)
+
+
+def _set_shape(profile: Any, name: str, shapes: tuple[Shape, Shape, Shape]) -> None:
+    low, usual, high = shapes
+    try:
+        profile.set_shape(name, low, usual, high)
+    except ValueError as exc:
+        raise UsageError(f"the profile's {name} of {low}, {usual}, {high} is invalid: {exc}") from exc
+
+
+def _some(names: Iterable[str]) -> str:
+    """Return the names of the inputs without those of slots, of which there may be thousands."""
+    return ", ".join(sorted(name for name in names if not is_slot_input(name)))
 
 
 def write_plan(trt: Any, builder: Any, network: Any, config: Any, plan: PlanFile) -> bool:

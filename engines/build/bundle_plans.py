@@ -35,11 +35,13 @@ from sdxl_trt.engines.errors import (
     explain_os_error,
 )
 from sdxl_trt.engines.host import exclusive, require_utf8
-from sdxl_trt.engines.plans import PLANS, Sizes, plan_path, planned_components, remove_write_permission
+from sdxl_trt.engines.plans import PLANS, Sizes, plan_path, planned_components, rank_range, remove_write_permission
 
 log = logging.getLogger(__name__)
 # A plan contains the weights once and the kernels of each profile; measured by benchmarks/full_size/build.py.
 _PLAN_BYTES, _PLAN_EXTRA = 1.03, 96 << 20
+# One for LoRAs also keeps kernels in the layout of the sum that a convolution takes.
+_SLOT_PLAN_BYTES = 1.2
 
 
 def build_plans(
@@ -52,13 +54,16 @@ def build_plans(
     timing_cache: Path | bool = True,
     force: bool = False,
     lock: bool = True,
+    lora_rank: int = 0,
     progress: Callable[[BuildEvent], None] | None = None,
 ) -> Bundle:
     """Build the plans that the bundle at `root` lacks for this machine, and return the opened bundle.
 
     Each plan enters the manifest as soon as it is complete, so a new run continues after an interrupted one. `progress`
-    receives every event of every build; without `lock`, other writers are not kept out. `timing_cache` is a file, read
-    and updated, that makes later builds faster: True is that of this GPU and TensorRT in the cache folder, False none.
+    receives every event of every build; without `lock`, other writers are not kept out. With a `lora_rank`, UNets and
+    text encoders get a second plan, for requests with LoRAs, whose ranks sum up to `lora_rank` at most. `timing_cache`
+    is a file, read and updated, that makes later builds faster: True is that of this GPU and TensorRT in the cache
+    folder, False none.
     Options that have no effect, or that NVIDIA's issues advise against, are told in a warning. Raises
     IncompatibleError without TensorRT or its GPU, or for bf16 graphs on a GPU without bf16, SizeError, UsageError,
     ResourceError, and EngineError with the build log's last line.
@@ -77,7 +82,8 @@ def build_plans(
         if not bundle.manifest.onnx:
             raise IncompatibleError(f"{root}: contains only plans, and plans are built from graphs; export the bundle"
                                     " again without --plans-only")  # fmt: skip
-        jobs = plan_builds(bundle, environment, sizes, flags, components=components, force=force)
+        jobs = plan_builds(bundle, environment, sizes, flags, components=components, force=force,
+                           lora_rank=lora_rank)  # fmt: skip
         to_build = [job for job in jobs if job.record is None]
         if to_build:
             _warn_of(flavour, flags or BuildFlags())
@@ -107,7 +113,9 @@ def _build_one(
     shared_cache: bool,
 ) -> Bundle:
     component = bundle.manifest.components[job.component]
-    for record in (component.graph, component.weights):
+    rank = job.key.lora_rank
+    graph = component.planned_graph(rank) or component.graph
+    for record in (graph, component.weights):
         verify_file(bundle.path(record), record)
     file = plan_path(job.key)
     target = bundle.root / file
@@ -115,10 +123,11 @@ def _build_one(
     built = build_plan(
         BuildJob(
             component=job.component,
-            graph=bundle.path(component.graph),
+            graph=bundle.path(graph),
             profiles=job.key.profiles,
             flavour=job.key.environment.flavour,
             flags=job.key.flags,
+            lora_rank=rank_range(rank) if rank else None,
             timing_cache=timing_cache,
             shared_cache=shared_cache,
             plan=target,
@@ -156,7 +165,7 @@ def _record(job: PlanJob, file: str, built: BuiltPlan, driver: str) -> PlanRecor
 
 
 def _enter(bundle: Bundle, record: PlanRecord) -> Bundle:
-    """Enter `record` into the manifest; an older one of its component, flavour and GPU is removed with its files."""
+    """Enter `record` into the manifest; an older one in its place (`_place`) is removed with its files."""
     stale = [old for old in bundle.manifest.plans if _place(old.key) == _place(record.key)]
     kept = [old for old in bundle.manifest.plans if old not in stale]
     manifest = msgspec.structs.replace(bundle.manifest, plans=(*kept, record))
@@ -171,11 +180,17 @@ def _enter(bundle: Bundle, record: PlanRecord) -> Bundle:
 
 
 def _require_disk(bundle: Bundle, jobs: Iterable[PlanJob]) -> None:
-    need = sum(int(bundle.manifest.components[job.component].weights.size * _PLAN_BYTES) + _PLAN_EXTRA for job in jobs)
+    need = sum(_plan_bytes(bundle, job) for job in jobs)
     free = shutil.disk_usage(bundle.root).free
     if need > free:
         raise ResourceError(f"{bundle.root}: plans need {need / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB is free; free"
                             " some space, or write the bundle to another disk")  # fmt: skip
+
+
+def _plan_bytes(bundle: Bundle, job: PlanJob) -> int:
+    """Return the most that the plan of `job` may need on disk."""
+    share = _SLOT_PLAN_BYTES if job.key.lora_rank else _PLAN_BYTES
+    return int(bundle.manifest.components[job.component].weights.size * share) + _PLAN_EXTRA
 
 
 def drop_onnx(bundle: Bundle) -> Bundle:
@@ -185,7 +200,7 @@ def drop_onnx(bundle: Bundle) -> Bundle:
 
     Raises UsageError if a component has no plan.
     """
-    planned = {record.key.component for record in bundle.manifest.plans}
+    planned = {record.key.component for record in bundle.manifest.plans if not record.for_loras}
     # Which components run depends on the GPU: the plans of one of those that plans were built for must be complete.
     capabilities = {record.key.environment.compute_capability for record in bundle.manifest.plans} or {ANY}
     needs = [planned_components(bundle.manifest, capability) for capability in sorted(capabilities)]

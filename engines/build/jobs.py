@@ -22,7 +22,7 @@ from sdxl_trt.engines.errors import (
     SdxlTrtError,
     UsageError,
 )
-from sdxl_trt.engines.plans import Sizes, check_for, planned_components, profiles_of, stage_sizes, why_rebuild
+from sdxl_trt.engines.plans import ADAPTED, Sizes, check_for, planned_components, profiles_of, stage_sizes, why_rebuild
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,15 @@ def plan_builds(
     *,
     components: Iterable[str] | None = None,
     force: bool = False,
+    lora_rank: int = 0,
 ) -> list[PlanJob]:
     """Return the jobs of building plans for `environment`, one per component; nothing is built.
 
-    `components` selects some. An existing plan is kept if `why_rebuild` has nothing against it and its digest matches,
-    unless `force`. Raises UsageError for an unknown component, SizeError for sizes that the UNets do not accept,
-    IncompatibleError for bf16 components or plans for Ampere on an older GPU.
+    With a `lora_rank`, UNets and text encoders have a second job: a plan for LoRAs whose ranks sum up to `lora_rank` at
+    most. `components` selects some. An existing plan is kept if `why_rebuild` has nothing against it and its digest
+    matches, unless `force`. Raises UsageError for an unknown component, SizeError for sizes that the UNets do not
+    accept, IncompatibleError for bf16 components or plans for Ampere on an older GPU, and for plans for LoRAs of a
+    bundle that an older version exported.
     """
     sizes, flags = sizes or stage_sizes(bundle.manifest), flags or BuildFlags()
     check_for(bundle.manifest, sizes)
@@ -64,7 +67,25 @@ def plan_builds(
         raise IncompatibleError(f"--hardware-compatible ampere: {environment.gpu} has compute capability"
                                 f" {environment.compute_capability}, such plans are built on 8.0 or later; use"
                                 " --hardware-compatible same")  # fmt: skip
-    return [_job(bundle, name, environment, sizes, flags, force=force) for name in wanted]
+    if lora_rank:
+        _require_slots(bundle, wanted)
+    return [
+        _job(bundle, name, environment, sizes, flags, rank, force=force)
+        for name in wanted
+        for rank in ((0, lora_rank) if lora_rank and _takes_loras(bundle, name) else (0,))
+    ]
+
+
+def _takes_loras(bundle: Bundle, name: str) -> bool:
+    return bundle.manifest.components[name].kind in ADAPTED
+
+
+def _require_slots(bundle: Bundle, names: Iterable[str]) -> None:
+    bare = [name for name in names if _takes_loras(bundle, name)
+            and bundle.manifest.components[name].slot_graph is None]  # fmt: skip
+    if bare:
+        raise IncompatibleError(f"--lora-rank: {bundle.root} was exported by an older version, without graphs that take"
+                                f" LoRAs ({', '.join(bare)} has none); export it again with --base")  # fmt: skip
 
 
 def _require_bf16(bundle: Bundle, names: Iterable[str], environment: Environment) -> None:
@@ -79,30 +100,42 @@ def _require_bf16(bundle: Bundle, names: Iterable[str], environment: Environment
 
 
 def _job(
-    bundle: Bundle, name: str, environment: Environment, sizes: Sizes, flags: BuildFlags, *, force: bool
+    bundle: Bundle,
+    name: str,
+    environment: Environment,
+    sizes: Sizes,
+    flags: BuildFlags,
+    lora_rank: int,
+    *,
+    force: bool,
 ) -> PlanJob:
     component = bundle.manifest.components[name]
+    graph = component.planned_graph(lora_rank) or component.graph
     profiles = profiles_of(component, sizes, bundle.manifest.base.vae.factor)
     key = PlanKey(
         component=name,
-        graph=component.graph.sha256,
+        graph=graph.sha256,
         weights=component.weights.sha256,
         environment=msgspec.structs.replace(environment, driver=ANY),  # no plan depends on it
         profiles=profiles,
         flags=flags,
+        lora_rank=lora_rank,
     )
-    for record in bundle.manifest.plans:
-        fits = record.key.component == name and not why_rebuild(record, component, environment, (profiles, flags))
+    wanted = (profiles, flags, lora_rank)
+    same = [record for record in bundle.manifest.plans
+            if record.key.component == name and record.for_loras == bool(lora_rank)]  # fmt: skip
+    for record in same:
+        fits = not why_rebuild(record, component, environment, wanted)
         if fits and not force and _is_sound(bundle, record):
             return PlanJob(name, record.key, record)
-    there = [record for record in bundle.manifest.plans if _place(record.key) == _place(key)]
-    reasons = why_rebuild(there[0], component, environment, (profiles, flags)) if there else []
+    there = [record for record in same if _place(record.key) == _place(key)]
+    reasons = why_rebuild(there[0], component, environment, wanted) if there else []
     return PlanJob(name, key, None, tuple(reasons))
 
 
-def _place(key: PlanKey) -> tuple[str, str, str]:
-    """Return (component, flavour, GPU): a bundle has one plan for each."""
-    return key.component, key.environment.flavour, key.environment.gpu
+def _place(key: PlanKey) -> tuple[str, str, str, bool]:
+    """Return (component, flavour, GPU, whether it takes LoRAs): a bundle has one plan for each."""
+    return key.component, key.environment.flavour, key.environment.gpu, bool(key.lora_rank)
 
 
 def _is_sound(bundle: Bundle, record: PlanRecord) -> bool:

@@ -4,12 +4,13 @@ __all__ = ["BuildEvent", "BuildJob", "BuildPhase", "BuiltPlan", "Made", "Message
 
 from pathlib import Path
 
-from sdxl_trt.engines.bundle import BuildFlags, Chunks, Flavour, Natural, Positive, Profile, Record, Sha256
+from sdxl_trt.engines.bundle import BuildFlags, Chunks, Flavour, Natural, Positive, Profile, Range, Record, Sha256
 
 
 class BuildJob(Record, frozen=True, kw_only=True):
     """One plan to build: `graph` is a ``model.onnx`` with its weights beside it, `plan` and `log` are output files.
 
+    `lora_rank` is the range of the rank of all slots, None for a graph without slots; `profiles` leave the slots out.
     `timing_cache` is read if it exists, and written after the build. A `shared_cache` is the one in the cache folder,
     not a file that the user named: if it cannot be used or written, the log says so and the build goes on.
     """
@@ -21,6 +22,7 @@ class BuildJob(Record, frozen=True, kw_only=True):
     plan: Path
     log: Path
     flags: BuildFlags = BuildFlags()
+    lora_rank: Range | None = None
     timing_cache: Path | None = None
     shared_cache: bool = False
 

@@ -80,7 +80,9 @@ def make_plan(job: BuildJob, file: BinaryIO, say: Say) -> Made:
     say(BuildPhase(phase="loading TensorRT"))
     trt = tensorrt_module(job.flavour)
     log = BuildLog(sys.stderr)
-    log.note("INFO", f"{job.component}: {job.flavour} {library_version(trt)}, {job.flags}, profiles {job.profiles}")
+    rank = "" if job.lora_rank is None else f", LoRA rank {job.lora_rank}"
+    what = f"{job.component}: {job.flavour} {library_version(trt)}, {job.flags}, profiles {job.profiles}{rank}"
+    log.note("INFO", what)
     # Logger and monitor must outlive the builder: all of them stay until this function returns.
     logger = make_logger(trt, log.note)
     builder = _builder(trt, logger, log, job)
@@ -96,7 +98,7 @@ def make_plan(job: BuildJob, file: BinaryIO, say: Say) -> Made:
     config = configure(trt, builder, job.flavour, job.flags)
     # It too must outlive the build.
     timing = TimingCache(config, job.timing_cache, log, shared=job.shared_cache) if job.timing_cache else None
-    add_profiles(builder, config, parsed.network, job.profiles)
+    add_profiles(builder, config, parsed.network, job.profiles, job.lora_rank)
     monitor = _monitor(trt, Phases(lambda phase, share: say(BuildPhase(phase=phase, share=share))))
     config.progress_monitor = monitor
     say(BuildPhase(phase="building"))

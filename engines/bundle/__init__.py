@@ -14,14 +14,16 @@ from sdxl_trt.engines.bundle.profile import (
     Axes, Profile, Range, Shape, axis_range, axis_root, axis_size, fixed, may_be_one,
 )
 from sdxl_trt.engines.bundle.records import FileRecord, Natural, Positive, Record, Sha256
-from sdxl_trt.engines.bundle.tensor_table import ADAPTERS_FILE, AdapterTable, TensorRecord, read_table
+from sdxl_trt.engines.bundle.tensor_table import (
+    ADAPTERS_FILE, DOWN, UP, WEIGHT, AdapterTable, Slot, TensorRecord, is_slot_input, read_table, slot_dtype,
+)
 
 __all__ = [
-    "ADAPTERS_FILE", "ANY", "FORMAT_NAME", "FORMAT_VERSION", "MANIFEST", "AdapterTable", "Axes", "BuildFlags", "Bundle",
-    "Chunks", "Component", "ControlNet", "DType", "Edm", "Environment", "FileRecord", "Flavour", "Kind", "LoraRecord",
-    "Manifest", "Natural", "PlanKey", "PlanMemory", "PlanRecord", "Positive", "Precision", "Profile", "Range", "Record",
-    "Scheduler", "Sha256", "Shape", "Source", "Stage", "TensorRecord", "TensorSpec", "TextEncoder", "Tokenizer", "Vae",
-    "axis_range", "axis_root", "axis_size", "computes_bf16", "fixed", "may_be_one", "read_bundle", "read_table",
-    "run_components", "run_phases", "stand_ins", "verify_file",
-    "write_manifest",
+    "ADAPTERS_FILE", "ANY", "DOWN", "FORMAT_NAME", "FORMAT_VERSION", "MANIFEST", "UP", "WEIGHT", "AdapterTable", "Axes",
+    "BuildFlags", "Bundle", "Chunks", "Component", "ControlNet", "DType", "Edm", "Environment", "FileRecord", "Flavour",
+    "Kind", "LoraRecord", "Manifest", "Natural", "PlanKey", "PlanMemory", "PlanRecord", "Positive", "Precision",
+    "Profile", "Range", "Record", "Scheduler", "Sha256", "Shape", "Slot", "Source", "Stage", "TensorRecord",
+    "TensorSpec", "TextEncoder", "Tokenizer", "Vae", "axis_range", "axis_root", "axis_size", "computes_bf16", "fixed",
+    "is_slot_input", "may_be_one", "read_bundle", "read_table", "run_components", "run_phases", "slot_dtype",
+    "stand_ins", "verify_file", "write_manifest",
 ]

@@ -76,14 +76,20 @@ class Component(Record, frozen=True, kw_only=True):
     """A digest of everything that determines the files: an export with the same key leaves them unchanged."""
     cpu_graph: FileRecord | None = None
     """A variant over the same weights that is faster on ONNX Runtime's CPU provider and runs nowhere else."""
+    slot_graph: FileRecord | None = None
+    """A variant over the same weights that takes LoRAs as inputs: plans with a LoRA rank are built of it."""
     adapters: FileRecord | None = None
     """The table of its tensors, which LoRAs need (`read_table`); None in bundles of older versions."""
 
     @property
     def files(self) -> tuple[FileRecord, ...]:
         """Return the records of all its files."""
-        own = (self.graph, self.cpu_graph, self.weights, self.adapters)
+        own = (self.graph, self.cpu_graph, self.slot_graph, self.weights, self.adapters)
         return tuple(record for record in own if record is not None)
+
+    def planned_graph(self, lora_rank: int) -> FileRecord | None:
+        """Return the graph that plans of `lora_rank` are built of; None if an older version exported no slot graph."""
+        return self.slot_graph if lora_rank else self.graph
 
     def input(self, name: str) -> TensorSpec:
         """Return the spec of the input called `name`."""

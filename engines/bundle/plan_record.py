@@ -58,6 +58,8 @@ class PlanKey(Record, frozen=True, kw_only=True):
     environment: Environment
     profiles: tuple[Profile, ...]
     flags: BuildFlags
+    lora_rank: Natural = 0
+    """The largest rank of a request's LoRAs together; 0 for a plan without slots. Profiles leave the slots out."""
 
     def digest(self) -> str:
         """Return the sha256 of the key in its canonical form."""
@@ -106,6 +108,11 @@ class PlanRecord(Record, frozen=True, kw_only=True):
     driver: str = ""
     chunks: Chunks | None = None
     """The digests that several threads check while they read; without them the whole file is one chunk."""
+
+    @property
+    def for_loras(self) -> bool:
+        """Whether the plan takes LoRAs as inputs: only requests with LoRAs run it."""
+        return self.key.lora_rank > 0
 
     @property
     def built_with(self) -> str:

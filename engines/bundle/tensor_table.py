@@ -1,6 +1,11 @@
-"""``adapters.json``: where each tensor of a component lies in its weights file, under its published name."""
+"""``adapters.json``: where each tensor of a component lies in its weights file, and which modules have slots.
 
-__all__ = ["ADAPTERS_FILE", "AdapterTable", "TensorRecord", "read_table"]
+Tensors and modules have their published names. A slot is a pair of inputs through which a module of ``adapters.onnx``
+takes LoRAs: see `export.graph.slots`.
+"""
+
+__all__ = ["ADAPTERS_FILE", "DOWN", "RANK", "UP", "WEIGHT", "AdapterTable", "Slot", "TensorRecord", "is_slot_input",
+           "read_table"]  # fmt: skip
 
 import math
 from collections.abc import Mapping
@@ -12,10 +17,15 @@ import msgspec
 
 from sdxl_trt.engines.bundle.bundle import Bundle
 from sdxl_trt.engines.bundle.digests import verify_file
+from sdxl_trt.engines.bundle.manifest import DType, Precision
 from sdxl_trt.engines.bundle.records import Natural, Positive, Record
 from sdxl_trt.engines.errors import CorruptError, IncompatibleError, explain_os_error
 
 ADAPTERS_FILE = "adapters.json"
+WEIGHT, DOWN, UP = ".weight", ".lora_down", ".lora_up"
+"""What follows a module's name in those of its weight and of its slot's inputs."""
+RANK = "rank"
+"""The axis that all slots of a graph share: the sum of the ranks of a request's LoRAs."""
 _MOST_BYTES = 16 << 20
 _MOST_TENSORS = 100_000
 _SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -47,11 +57,60 @@ class TensorRecord(Record, frozen=True, kw_only=True):
         return math.prod(self.shape) * _SIZES[self.dtype]
 
 
+class Slot(Record, frozen=True, kw_only=True):
+    """A linear layer or a convolution that takes LoRAs as inputs; `kernel` is a convolution's, () for a linear layer.
+
+    `module` is its published name; `inputs` and `outputs` are the second and first size of its weight.
+    """
+
+    module: str
+    inputs: Positive
+    outputs: Positive
+    kernel: tuple[Positive, ...] = ()
+
+    @property
+    def columns(self) -> int:
+        """Return the second size of the weight as a matrix: inputs · kernel."""
+        return self.inputs * math.prod(self.kernel)
+
+    def shapes(self, adapters: int | str = 1, rank: int | str = RANK) -> dict[str, tuple[int | str, ...]]:
+        """Return the shapes of its two inputs by name, ``lora_down`` first."""
+        if self.kernel:
+            return {self.module + DOWN: (rank, self.columns), self.module + UP: (self.outputs, rank)}
+        return {self.module + DOWN: (adapters, self.inputs, rank), self.module + UP: (adapters, rank, self.outputs)}
+
+    def sizes(self, rank: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of its two inputs at `rank`, for LoRAs that all rows share."""
+        return {name: tuple(rank if size == RANK else int(size) for size in shape)
+                for name, shape in self.shapes().items()}  # fmt: skip
+
+
+def slot_dtype(precision: Precision) -> DType:
+    """Return the dtype of the inputs of a component's slots: that of its other inputs."""
+    return "float16" if precision == "fp16" else "float32"
+
+
+def is_slot_input(name: str) -> bool:
+    """Return whether an input of a graph belongs to a slot."""
+    return name.endswith((DOWN, UP))
+
+
 class AdapterTable(Record, frozen=True, kw_only=True, dict=True):
     """All tensors of a component's model, in the order of their offsets; those that its graph does not use last."""
 
     version: Positive = 1
     tensors: tuple[TensorRecord, ...]
+    slots: tuple[Name, ...] = ()
+    """The modules that have a slot in the component's slot graph, in the order of its inputs."""
+
+    @cached_property
+    def slots_by_module(self) -> Mapping[str, Slot]:
+        """Return {module: its slot}, in the order of the slot graph's inputs."""
+        shapes = {module: self.by_name[module + WEIGHT].shape for module in self.slots}
+        return {
+            module: Slot(module=module, outputs=shape[0], inputs=shape[1], kernel=shape[2:])
+            for module, shape in shapes.items()
+        }
 
     @cached_property
     def by_name(self) -> Mapping[str, TensorRecord]:
@@ -93,6 +152,10 @@ def _check(path: Path, table: AdapterTable, size: int) -> None:
         raise IncompatibleError(f"{path}: version {table.version} is newer than this sdxl-trt reads; upgrade sdxl-trt")
     if len(table.tensors) > _MOST_TENSORS or len(table.by_name) != len(table.tensors):
         raise CorruptError(f"{path}: names {len(table.tensors)} tensors, {len(table.by_name)} of them different;"
+                           f" {_REMEDY}")  # fmt: skip
+    odd = [module for module in table.slots if len(table.shapes.get(module + WEIGHT, ())) not in (2, 4)]
+    if odd or len(set(table.slots)) != len(table.slots):
+        raise CorruptError(f"{path}: names slots of modules without a matrix or a kernel, or twice: {odd[:1]};"
                            f" {_REMEDY}")  # fmt: skip
     end = 0
     for tensor in table.tensors:

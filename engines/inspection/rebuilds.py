@@ -26,6 +26,13 @@ class Rebuild:
     reasons: list[str]
     notes: list[str] = field(default_factory=list)
     """Differences from the build that do not stop the plan, such as another driver."""
+    lora_rank: int = 0
+    """The rank of the component's plan for LoRAs, if this is about that plan."""
+
+    @property
+    def told(self) -> str:
+        """The component, and that this is about its plan for LoRAs."""
+        return f"{self.component} for LoRAs" if self.lora_rank else self.component
 
     @property
     def verdict(self) -> str:
@@ -49,7 +56,13 @@ class Rebuilds:
             "environment": self.environment,
             "problem": self.problem,
             "components": [
-                {"component": each.component, "status": each.status, "reasons": each.reasons, "notes": each.notes}
+                {
+                    "component": each.component,
+                    "status": each.status,
+                    "reasons": each.reasons,
+                    "notes": each.notes,
+                    "lora_rank": each.lora_rank,
+                }
                 for each in self.components
             ],
         }
@@ -76,16 +89,23 @@ def _of_flavour(bundle: Bundle, flavour: Flavour) -> Rebuilds:
     except SdxlTrtError as exc:
         problem = str(exc)
     names = planned_components(bundle.manifest, environment.compute_capability if environment else None)
-    return Rebuilds(
-        flavour, environment, problem, [_of_component(bundle, name, flavour, environment) for name in names]
-    )
+    found = [_of_component(bundle, name, flavour, environment) for name in names]
+    # Plans for LoRAs are only built if they are asked for: none is missing.
+    found += [_of_component(bundle, record.key.component, flavour, environment, record.key.lora_rank)
+              for record in bundle.manifest.plans
+              if record.for_loras and record.key.environment.flavour == flavour]  # fmt: skip
+    return Rebuilds(flavour, environment, problem, found)
 
 
-def _of_component(bundle: Bundle, name: str, flavour: Flavour, environment: Environment | None) -> Rebuild:
+def _of_component(
+    bundle: Bundle, name: str, flavour: Flavour, environment: Environment | None, lora_rank: int = 0
+) -> Rebuild:
     records = [
         record
         for record in bundle.manifest.plans
-        if record.key.component == name and record.key.environment.flavour == flavour
+        if record.key.component == name
+        and record.key.environment.flavour == flavour
+        and record.key.lora_rank == lora_rank
     ]
     if not records:
         return Rebuild(name, "missing", [])
@@ -94,11 +114,11 @@ def _of_component(bundle: Bundle, name: str, flavour: Flavour, environment: Envi
     found = [(_reasons(bundle, record, environment), record) for record in records]
     reasons, _ = min(found, key=lambda each: len(each[0]))
     if reasons:
-        return Rebuild(name, "stale", reasons)
+        return Rebuild(name, "stale", reasons, lora_rank=lora_rank)
     if environment is None:
-        return Rebuild(name, "unknown", [])
+        return Rebuild(name, "unknown", [], lora_rank=lora_rank)
     record = preferred_plan([record for reasons, record in found if not reasons], environment)
-    return Rebuild(name, "usable", [], plan_notes(record, environment))
+    return Rebuild(name, "usable", [], plan_notes(record, environment), lora_rank)
 
 
 def _reasons(bundle: Bundle, record: PlanRecord, environment: Environment | None) -> list[str]:

@@ -103,7 +103,7 @@ def _plan_lines(bundle: Bundle) -> list[str]:
         return ["plans: none, ONNX Runtime runs the graphs; export-engines --engine tensorrt builds plans"]
     rows = [
         [
-            record.key.component,
+            record.key.component + (" for LoRAs" if record.for_loras else ""),
             record.key.environment.flavour,
             mebibytes(record.file.size),
             mebibytes(record.memory.weights),
@@ -170,8 +170,9 @@ def _machine(environment: Environment) -> str:
 
 
 def _flags(record: PlanRecord) -> str:
-    flags = record.key.flags
-    words = [f"workspace {mebibytes(flags.workspace)}"] if flags.workspace else []
+    flags, rank = record.key.flags, record.key.lora_rank
+    words = [f"LoRAs of rank up to {rank}"] if rank else []
+    words += [f"workspace {mebibytes(flags.workspace)}"] if flags.workspace else []
     if flags.weight_streaming:
         words.append(f"{mebibytes(record.memory.streamable)} of weights may be streamed")
     options = ("version_compatible", "hardware_compatible", "same_compute_capability")
@@ -183,10 +184,10 @@ def _rebuild_lines(rebuilds: Rebuilds) -> list[str]:
     environment = rebuilds.environment
     where = f"here is {_machine(environment)}" if environment else one_line(rebuilds.problem)
     lines = paragraph(f"{rebuilds.flavour}: ", where)
-    width = max((len(each.component) for each in rebuilds.components), default=0)
+    width = max((len(each.told) for each in rebuilds.components), default=0)
     for each in rebuilds.components:
         note = f" (note: {'; '.join(each.notes)})" if each.notes else ""
-        lines += paragraph(f"  {each.component:<{width}}  ", f"{each.verdict}{'; '.join(each.reasons)}{note}")
+        lines += paragraph(f"  {each.told:<{width}}  ", f"{each.verdict}{'; '.join(each.reasons)}{note}")
     return lines
 
 
@@ -255,5 +256,6 @@ def _plan_json(bundle: Bundle, record: PlanRecord) -> dict[str, Any]:
         "seconds": record.seconds,
         "log": record.log,
         "key": record.key.digest(),
+        "lora_rank": record.key.lora_rank,
         "problem": file_problem(bundle, record.file),
     }

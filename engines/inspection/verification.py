@@ -67,14 +67,17 @@ def verify_plans(bundle: Bundle, progress: Callable[[str], None] | None = None) 
         raise IncompatibleError(f"{bundle.root}: contains only plans, and no graph to compare them with; verify the"
                                 " bundle that they were built from")  # fmt: skip
     flavour = _flavour(bundle)
-    keys = [record.key for record in manifest.plans if record.key.component in manifest.components]
-    planned = dict.fromkeys(key.component for key in keys if key.environment.flavour == flavour)
+    here = [record for record in manifest.plans
+            if record.key.component in manifest.components and record.key.environment.flavour == flavour]  # fmt: skip
+    planned = dict.fromkeys(record.key.component for record in here if not record.for_loras)
     skipped = {
         name: f"it is bf16, which {REFERENCE} cannot run, and has no fp32 twin"
         for name in planned
         if reference_of(manifest, name, REFERENCE) is None
     }
     names = [name for name in planned if name not in skipped]
+    skipped |= {f"{record.key.component} for LoRAs": "its inputs are LoRAs, and there is none to compare it with"
+                for record in here if record.for_loras}  # fmt: skip
     return Verification(
         flavour, REFERENCE, compare_engines(bundle, names, flavour, REFERENCE, progress=progress), skipped
     )

@@ -16,12 +16,14 @@ _DIGITS = 12
 
 def plan_path(key: PlanKey) -> str:
     """Return the path of the plan with this key, relative to the bundle."""
-    return f"{PLANS}/{key.component}-{key.environment.flavour}-{key.digest()[:_DIGITS]}.plan"
+    rank = f"-lora{key.lora_rank}" if key.lora_rank else ""
+    return f"{PLANS}/{key.component}-{key.environment.flavour}{rank}-{key.digest()[:_DIGITS]}.plan"
 
 
-def rebuild_command(bundle: Bundle, flavour: Flavour) -> str:
-    """Return the command that builds missing and stale plans."""
-    return f"export-engines --engine {flavour} --out {shell_word(bundle.root)}"
+def rebuild_command(bundle: Bundle, flavour: Flavour, lora_rank: int = 0) -> str:
+    """Return the command that builds missing and stale plans, also those for LoRAs of up to `lora_rank`."""
+    rank = f" --lora-rank {lora_rank}" if lora_rank else ""
+    return f"export-engines --engine {flavour}{rank} --out {shell_word(bundle.root)}"
 
 
 def start_reading(bundle: Bundle, record: PlanRecord, threads: int | None = None) -> PlanReader:
@@ -42,7 +44,7 @@ def start_reading(bundle: Bundle, record: PlanRecord, threads: int | None = None
 
 
 def _damaged(bundle: Bundle, record: PlanRecord, reason: str) -> CorruptError:
-    command = rebuild_command(bundle, record.key.environment.flavour)
+    command = rebuild_command(bundle, record.key.environment.flavour, record.key.lora_rank)
     return CorruptError(f"{bundle.path(record.file)}: {reason}; the plan is damaged: build it again with: {command}")
 
 

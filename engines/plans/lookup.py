@@ -16,12 +16,14 @@ from sdxl_trt.engines.bundle import (
     Environment,
     Flavour,
     Manifest,
+    PlanKey,
     PlanRecord,
     Profile,
     computes_bf16,
 )
 from sdxl_trt.engines.errors import IncompatibleError
 from sdxl_trt.engines.plans.files import rebuild_command
+from sdxl_trt.engines.plans.sizes import SUGGESTED_RANK
 
 
 def has_plans(bundle: Bundle, flavour: Flavour) -> bool:
@@ -29,20 +31,27 @@ def has_plans(bundle: Bundle, flavour: Flavour) -> bool:
     return any(record.key.environment.flavour == flavour for record in bundle.manifest.plans)
 
 
-def find_plan(bundle: Bundle, name: str, environment: Environment) -> PlanRecord:
+def find_plan(bundle: Bundle, name: str, environment: Environment, lora_rank: int = 0) -> PlanRecord:
     """Return the plan of component `name` that was built for `environment`.
 
-    If there is none, raises IncompatibleError with the differences and the command to type.
+    With a `lora_rank`, that of a request's LoRAs together, it is the plan that takes LoRAs, of whatever rank: the
+    caller compares the two. The command in an error builds it for SUGGESTED_RANK or more. If there is no plan, raises
+    IncompatibleError with the differences and the command to type.
     """
     flavour = environment.flavour
     records = [
         record
         for record in bundle.manifest.plans
-        if record.key.component == name and record.key.environment.flavour == flavour
+        if record.key.component == name
+        and record.key.environment.flavour == flavour
+        and record.for_loras == bool(lora_rank)
     ]
-    command = rebuild_command(bundle, flavour)
+    what = "plan for LoRAs" if lora_rank else "plan"
+    built = max((record.key.lora_rank for record in records), default=0)
+    wanted = max(built or SUGGESTED_RANK, lora_rank) if lora_rank else 0
+    command = rebuild_command(bundle, flavour, wanted)
     if not records:
-        raise IncompatibleError(f"{bundle.root}: has no {flavour} plan of {name}; build it with: {command}")
+        raise IncompatibleError(f"{bundle.root}: has no {flavour} {what} of {name}; build it with: {command}")
     component = bundle.manifest.components[name]
     reasons = [why_rebuild(record, component, environment) for record in records]
     fitting = [record for record, differences in zip(records, reasons, strict=True) if not differences]
@@ -50,7 +59,7 @@ def find_plan(bundle: Bundle, name: str, environment: Environment) -> PlanRecord
         return preferred_plan(fitting, environment)
     nearest = min(reasons, key=len)
     raise IncompatibleError(
-        f"{bundle.root}: the {flavour} plan of {name} does not fit: {'; '.join(nearest)}; build it again with:"
+        f"{bundle.root}: the {flavour} {what} of {name} does not fit: {'; '.join(nearest)}; build it again with:"
         f" {command}"
     )
 
@@ -67,16 +76,17 @@ def why_rebuild(
     record: PlanRecord,
     component: Component,
     environment: Environment,
-    wanted: tuple[tuple[Profile, ...], BuildFlags] | None = None,
+    wanted: tuple[tuple[Profile, ...], BuildFlags, int] | None = None,
 ) -> list[str]:
     """Return the reasons why the plan `record` cannot run `component` in `environment`, one sentence each.
 
-    With `wanted`, the profiles and flags must match too; without it, those of the plan are accepted.
+    With `wanted`, the profiles, the flags and the LoRA rank must match too; without it, those of the plan are accepted.
     """
     key, here = record.key, environment
     built, flags = key.environment, key.flags
     reasons = []
-    if key.graph != component.graph.sha256:
+    graph = component.planned_graph(key.lora_rank)
+    if graph is None or key.graph != graph.sha256:
         reasons.append("the graph was exported again after the plan was built")
     if key.weights != component.weights.sha256:
         reasons.append("the plan was built with other weights")
@@ -87,11 +97,19 @@ def why_rebuild(
     reasons += _device_reasons(built, here, flags)
     if _platform(built) != _platform(here):
         reasons.append(f"the platform is {here.platform}, the plan was built on {built.platform}")
-    if wanted is not None and wanted[0] != key.profiles:
-        fewer = all(profile in wanted[0] for profile in key.profiles)  # for instance a plan of an older version
+    return reasons if wanted is None else reasons + _wishes(key, *wanted)
+
+
+def _wishes(key: PlanKey, profiles: tuple[Profile, ...], flags: BuildFlags, lora_rank: int) -> list[str]:
+    """Return what else is requested than the plan was built for."""
+    reasons = []
+    if profiles != key.profiles:
+        fewer = all(profile in profiles for profile in key.profiles)  # for instance a plan of an older version
         reasons.append("it lacks profiles for some of the requested sizes" if fewer else "other sizes are requested")
-    if wanted is not None and wanted[1] != flags:
+    if flags != key.flags:
         reasons.append("other build options are requested")
+    if lora_rank != key.lora_rank:
+        reasons.append(f"a LoRA rank of {lora_rank} is requested, the plan was built for {key.lora_rank}")
     return reasons
 
 

@@ -4,7 +4,10 @@ Profiles limit plans only: ONNX Runtime accepts every size that the graph accept
 """
 
 __all__ = [
+    "ADAPTED",
     "MAX_ROWS_OF_PROMPTS",
+    "MOST_RANK",
+    "SUGGESTED_RANK",
     "TILE",
     "TOKENS",
     "Sizes",
@@ -15,6 +18,7 @@ __all__ = [
     "default_sizes",
     "parse_range",
     "profiles_of",
+    "rank_range",
     "size_multiple",
     "stage_sizes",
 ]
@@ -25,6 +29,7 @@ from collections.abc import Collection, Mapping
 from sdxl_trt.engines.bundle import (
     Axes,
     Component,
+    Kind,
     Manifest,
     Profile,
     Range,
@@ -43,6 +48,12 @@ from sdxl_trt.engines.errors import (
 TILE = 512
 TOKENS = 77
 """Tokens per chunk of SDXL's own text encoders; a Long-CLIP encoder takes 248."""
+ADAPTED: tuple[Kind, ...] = ("unet", "text_encoder")
+"""The kinds of components that LoRAs change."""
+USUAL_RANK = 16
+"""The rank that plans for LoRAs are tuned for."""
+SUGGESTED_RANK, MOST_RANK = 128, 1024
+"""The rank that commands in messages build plans for, and the largest that can be asked for."""
 MAX_ROWS_OF_PROMPTS = 8
 """A text encoder's activations are small: several prompts share a call."""
 
@@ -59,6 +70,11 @@ class Sizes(Record, frozen=True, kw_only=True):
     batch: Range
     tokens: Range
     static: bool = False
+
+
+def rank_range(lora_rank: int) -> Range:
+    """Return the ranks that a plan for LoRAs of up to `lora_rank` takes: a request without LoRAs runs another plan."""
+    return Range(min=1, opt=min(USUAL_RANK, lora_rank), max=lora_rank)
 
 
 def parse_range(text: str) -> Range:

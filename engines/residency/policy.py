@@ -14,7 +14,7 @@ from typing import get_args
 
 from msgspec.structs import replace
 
-from sdxl_trt.engines.bundle import Bundle, Manifest, PlanRecord, run_phases
+from sdxl_trt.engines.bundle import Bundle, Manifest, PlanRecord, read_table, run_phases, slot_dtype
 from sdxl_trt.engines.errors import UsageError
 from sdxl_trt.engines.host import available_host_memory, format_bytes
 from sdxl_trt.engines.plans import RunSizes, Sizes, default_sizes
@@ -76,6 +76,8 @@ def estimate_memory(
 
     def draft(at: RunSizes | Extent) -> _Draft:
         needs = {name: need_of(manifest, name, provider, sizes, plans.get(name), at) for name in names}
+        needs |= {name: _with_loras(bundle, needs[name], plans[name]) for name in names
+                  if name in plans and plans[name].for_loras}  # fmt: skip
         return _Draft(
             provider=provider,
             capacity=capacity,
@@ -90,6 +92,14 @@ def estimate_memory(
     plan = asked.best() if residency == "auto" else asked.under(residency)
     least, largest = (draft(at).under(plan.residency).peak for at in ("least", "largest"))
     return replace(plan, least_peak=least, largest_peak=largest)
+
+
+def _with_loras(bundle: Bundle, need: Need, record: PlanRecord) -> Need:
+    """Return `need` with the inputs of LoRAs of the largest rank of a plan: those of a request may need less."""
+    item = 2 if slot_dtype(bundle.manifest.components[need.component].precision) == "float16" else 4
+    slots = read_table(bundle, need.component).slots_by_module.values()
+    nbytes = item * record.key.lora_rank * sum(slot.columns + slot.outputs for slot in slots)
+    return replace(need, io=need.io + nbytes, uncertain=need.uncertain + nbytes)
 
 
 def fallbacks(plan: MemoryEstimate) -> tuple[Residency, ...]:
@@ -107,7 +117,8 @@ def _default_sizes(manifest: Manifest, provider: str) -> Sizes:
 
 
 def _recorded(manifest: Manifest, provider: str) -> dict[str, PlanRecord]:
-    records = reversed([record for record in manifest.plans if record.key.environment.flavour == provider])
+    plain = [record for record in manifest.plans if not record.for_loras]
+    records = reversed([record for record in plain if record.key.environment.flavour == provider])
     return {record.key.component: record for record in records}
 
 

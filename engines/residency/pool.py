@@ -13,7 +13,7 @@ from sdxl_trt.engines.adapters import ScaledLora, Use, loras_of, name_of
 from sdxl_trt.engines.backends import open_backend
 from sdxl_trt.engines.bundle import Bundle, PlanRecord, Profile, run_components, stand_ins
 from sdxl_trt.engines.engine import Engine
-from sdxl_trt.engines.errors import ResourceError
+from sdxl_trt.engines.errors import CorruptError, IncompatibleError, ResourceError, SourceError
 from sdxl_trt.engines.host import available_host_memory, format_bytes
 from sdxl_trt.engines.plans import PlanLimits, RunSizes
 from sdxl_trt.engines.residency.estimate import MemoryEstimate, Residency
@@ -37,9 +37,9 @@ class EnginePool:
     `make` is called with a component name and, if its weights stream, with the bytes that may be on the device, from
     `budgets`. `replaced` maps a component to the one that runs instead. With `records`, a thread reads the plans of the
     components that `expect` names, before their phases and in their order, at most `ahead` bytes (by default half of
-    the available memory). `activations` are the bytes to reserve for components when they are loaded. `estimate` is
-    `estimate_memory` for this pool's bundle and device, which `make_room` asks; without it, nothing is refused before
-    it is loaded.
+    the available memory); `slot_records` are those of components with LoRAs. `activations` are the bytes to reserve for
+    components when they are loaded. `estimate` is `estimate_memory` for this pool's bundle and device, which
+    `make_room` asks; without it, nothing is refused before it is loaded.
     """
 
     def __init__(
@@ -54,6 +54,7 @@ class EnginePool:
         budgets: Mapping[str, int] | None = None,
         replaced: Mapping[str, str] | None = None,
         records: Mapping[str, PlanRecord] | None = None,
+        slot_records: Mapping[str, PlanRecord] | None = None,
         limits: PlanLimits | None = None,
         ahead: int | None = None,
         activations: Mapping[str, int] | None = None,
@@ -65,10 +66,11 @@ class EnginePool:
         self.provider = provider
         self.records = records or {}
         """The plans in use, by component."""
+        self._slot_records = slot_records or {}
         self.limits = limits
         """The sizes that the plans in use accept; None if only the graphs limit them."""
         self.loads: list[str] = []
-        """The loaded components, in loading order; a component that got other LoRAs was loaded again."""
+        """The loaded components, in loading order; one that got other LoRAs is named again."""
         self.swaps = 0
         """How often one UNet replaced another that had been freed."""
         self._make = make
@@ -87,7 +89,8 @@ class EnginePool:
         self._last_unet = ""
         self._reads: ReadAhead | None = None
         if self.records:
-            sizes = {name: record.file.size for name, record in self.records.items()}
+            sizes = {name: max(record.file.size, self._slot_records.get(name, record).file.size)
+                     for name, record in self.records.items()}  # fmt: skip
             limit = bytes_ahead(sizes.values(), available_host_memory()) if ahead is None else ahead
             self._reads = ReadAhead(self._new, sizes, limit)
 
@@ -139,8 +142,11 @@ class EnginePool:
         self._prepare([use for use in self._resolve(next_engines) if name_of(use) not in self._engines])
         return engines
 
-    def make_room(self, run: RunSizes, controls: Sequence[str] = ()) -> None:
-        """Make sure that a run of these sizes fits into memory, before its next phase; `controls` as in `open_pool`.
+    def make_room(self, run: RunSizes, uses: Iterable[Use] = (), controls: Sequence[str] = ()) -> None:
+        """Make sure that a run of these sizes, which uses `uses`, fits into memory, before its next phase.
+
+        Components that are not named, or named without LoRAs, count with their usual plans; `controls` are as in
+        `open_pool`.
 
         What it changes takes effect with the next phase: engines of another run may be in use. Nothing is done without
         plans. The profiles of a run may need more than those of the usual size: if the pool was
@@ -149,7 +155,9 @@ class EnginePool:
         """
         if self._estimate is None or not self.records:
             return
-        estimate = partial(self._estimate, controls=controls)
+        slotted = {name_of(use): self._slot_records[name_of(use)] for use in uses
+                   if loras_of(use) and name_of(use) in self._slot_records}  # fmt: skip
+        estimate = partial(self._estimate, records={**self.records, **slotted}, controls=controls)
         plans = [estimate(residency=each, run=run) for each in (self.residency, *self._fallbacks)]
         chosen = min(plans, key=lambda plan: plan.missing)  # the first of those that fit
         if not _can_run(chosen, chosen.peak):
@@ -264,9 +272,16 @@ class EnginePool:
         """Put the LoRAs of `use` on its loaded engine, and take off the others; if that fails, the engine is gone."""
         name = name_of(use)
         engine = self._engines[name]
-        engine.adapt(loras_of(use))  # refused, it stays as it was
-        del self._engines[name]
-        load(engine, self._activations.get(name, 0))
+        with ExitStack() as stack:
+            stack.callback(engine.unload)
+            stack.callback(self._engines.pop, name)
+            try:
+                engine.adapt(loras_of(use))
+            except (SourceError, IncompatibleError, CorruptError):  # refused, it stays as it was
+                stack.pop_all()
+                raise
+            load(engine, self._activations.get(name, 0))
+            stack.pop_all()
         self._enter(use, engine)
 
     def _ready(self, use: Use) -> Engine:
@@ -382,6 +397,7 @@ def open_pool(
         budgets=plan.budgets or {need.component: need.streamable // 2 for need in plan.needs if need.streamable},
         replaced=stand_ins(bundle.manifest, backend.provider, backend.capability),
         records=backend.records,
+        slot_records=backend.slot_records,
         limits=backend.limits,
         activations={need.component: need.activations for need in plan.needs} if backend.records else None,
         estimate=estimate,

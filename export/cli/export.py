@@ -98,7 +98,7 @@ def _export(arguments: argparse.Namespace) -> None:
         if arguments.layout == "optimum":
             exporter.check_optimum(plan)
         output = summary.of_plan(plan)
-        lines = output.lines if plans is None else [*output.lines, f"then a {plans.flavour} plan of every component"]
+        lines = output.lines if plans is None else [*output.lines, f"then {plans.told}"]
         _print(arguments, Output(lines, output.json))
         return
     started = time.perf_counter()
@@ -154,13 +154,14 @@ def _build(arguments: argparse.Namespace, plans: PlanOptions, exported: dict[str
     sizes, started = plans.sizes(bundle.manifest), time.perf_counter()
     if arguments.dry_run:
         jobs = plan_builds(bundle, current_environment(plans.flavour), sizes, plans.flags,
-                           components=arguments.components, force=arguments.force)  # fmt: skip
+                           components=arguments.components, force=arguments.force,
+                           lora_rank=plans.lora_rank)  # fmt: skip
         _print(arguments, summary.of_jobs(jobs))
         return
     with ProgressLine() as line:
         bundle = build_plans(arguments.out, plans.flavour, sizes, plans.flags, components=arguments.components,
                              timing_cache=plans.timing_cache, force=arguments.force, lock=not arguments.no_lock,
-                             progress=build_progress(line))  # fmt: skip
+                             lora_rank=plans.lora_rank, progress=build_progress(line))  # fmt: skip
     if plans.plans_only:
         bundle = drop_onnx(bundle)
     output = summary.of_plans(bundle, plans.flavour, time.perf_counter() - started)

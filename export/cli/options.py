@@ -34,6 +34,13 @@ class PlanOptions:
     flags: "BuildFlags"
     timing_cache: Path | bool
     plans_only: bool
+    lora_rank: int = 0
+
+    @property
+    def told(self) -> str:
+        """The plans in words."""
+        second = f", and another for LoRAs of UNets and text encoders, rank {self.lora_rank}" if self.lora_rank else ""
+        return f"a {self.flavour} plan of every component{second}"
 
     def sizes(self, manifest: "Manifest") -> "Sizes":
         """Return the sizes for the models of `manifest`."""
@@ -51,6 +58,13 @@ def add_plan_options(group: Any) -> None:
     for side, meaning in _MEANINGS.items():
         group.add_argument(f"--{side}", type=option_type(_range), metavar="MIN:OPT:MAX", help=meaning)
     group.add_argument("--static", action="store_true", help="only a single size, the OPT of each range")
+    group.add_argument(
+        "--lora-rank",
+        type=option_type(_rank),
+        default=0,
+        metavar="N",
+        help="also plans for requests with LoRAs, whose ranks sum up to N at most (default: none)",
+    )
     group.add_argument("--opt-level", type=int, choices=range(6), default=3, metavar="N",
                        help="how long TensorRT searches, 0 to 5 (default 3)")  # fmt: skip
     caches = group.add_mutually_exclusive_group()
@@ -74,12 +88,12 @@ def plan_options(arguments: argparse.Namespace, can_build: Callable[[], bool]) -
     Raises UsageError if plan options are given but no plan would be built.
     """
     ranges = {side: getattr(arguments, side) for side in _MEANINGS if getattr(arguments, side) is not None}
-    wanted = ranges or arguments.plans_only or arguments.static or arguments.weight_streaming
+    wanted = ranges or arguments.plans_only or arguments.static or arguments.weight_streaming or arguments.lora_rank
     engine: Engine = arguments.engine or ("tensorrt" if can_build() else "none")
     if engine == "none":
         if wanted:
-            raise UsageError("sizes, --static, --weight-streaming and --plans-only apply to plans, but none would be"
-                             " built here; add --engine tensorrt-rtx or --engine tensorrt")  # fmt: skip
+            raise UsageError("sizes, --static, --lora-rank, --weight-streaming and --plans-only apply to plans, but"
+                             " none would be built here; add --engine tensorrt-rtx or --engine tensorrt")  # fmt: skip
         return None
     if arguments.layout == "optimum":
         raise UsageError(f"--engine {engine}: plans belong to a bundle; remove --layout optimum")
@@ -93,7 +107,17 @@ def plan_options(arguments: argparse.Namespace, can_build: Callable[[], bool]) -
         hardware_compatible=arguments.hardware_compatible == "ampere",
         same_compute_capability=arguments.hardware_compatible == "same",
     )
-    return PlanOptions(engine, ranges, arguments.static, flags, arguments.timing_cache, arguments.plans_only)
+    return PlanOptions(engine, ranges, arguments.static, flags, arguments.timing_cache, arguments.plans_only,
+                       arguments.lora_rank)  # fmt: skip
+
+
+def _rank(text: str) -> int:
+    from sdxl_trt.engines.plans import MOST_RANK  # noqa: PLC0415 - --help must not wait for it
+
+    if not text.isdecimal() or int(text) > MOST_RANK:
+        raise UsageError(f"{text}: expected the largest rank of a request's LoRAs, 1 to {MOST_RANK}, or 0 for no plans"
+                         " for LoRAs; most LoRAs have 8 to 128")  # fmt: skip
+    return int(text)
 
 
 def _range(text: str) -> "Range":

@@ -121,6 +121,11 @@ def export_progress(line: ProgressLine) -> ExportProgress:
 _MIB = 2**20
 
 
+def _for_loras(lora_rank: int) -> str:
+    """Return the words that tell a plan for LoRAs from the other plan of its component; "" for that one."""
+    return f"; for LoRAs of rank up to {lora_rank}" if lora_rank else ""
+
+
 def of_jobs(jobs: Sequence[PlanJob]) -> Output:
     """Return what building plans would do, and why."""
     parts = [
@@ -129,10 +134,15 @@ def of_jobs(jobs: Sequence[PlanJob]) -> Output:
             "action": "build" if job.record is None else "keep",
             "reasons": list(job.reasons),
             "key": job.key.digest(),
+            "lora_rank": job.key.lora_rank,
         }
         for job in jobs
     ]
-    lines = [f"  {part['component']:<24} {part['action']:<6} {'; '.join(part['reasons'])}".rstrip() for part in parts]
+    lines = [
+        f"  {job.component:<24} {'build' if job.record is None else 'keep':<6} {'; '.join(job.reasons)}".rstrip()
+        + _for_loras(job.key.lora_rank)
+        for job in jobs
+    ]
     return Output([*lines, "no plan was built"], {"dry_run": True, "plans": parts})
 
 
@@ -148,12 +158,14 @@ def of_plans(bundle: Bundle, flavour: Flavour, seconds: float) -> Output:
             "seconds": record.seconds,
             "key": record.key.digest(),
             "gpu": record.key.environment.gpu,
+            "lora_rank": record.key.lora_rank,
         }
         for record in records
     ]
     lines = [
         f"  {record.key.component:<24} {flavour:<12} {record.file.size / _MIB:9.1f} MiB, activations"
         f" {record.memory.activations / _MIB:8.1f} MiB, built in {record.seconds:.0f} s"
+        f"{_for_loras(record.key.lora_rank)}"
         for record in records
     ]
     total = sum(record.file.size for record in records) / _MIB

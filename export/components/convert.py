@@ -28,17 +28,20 @@ from sdxl_trt.engines.bundle import (
     AdapterTable,
     Component,
     FileRecord,
+    Kind,
     Source,
     TensorRecord,
     TensorSpec,
     verify_file,
 )
 from sdxl_trt.engines.host import atomic_write, sha256_file
+from sdxl_trt.engines.plans import ADAPTED
 from sdxl_trt.export.components.components import ComponentPlan
 from sdxl_trt.export.components.progress import ProgressTracker
 from sdxl_trt.export.graph import (
     WEIGHTS_FILE,
     add_residuals,
+    add_slots,
     for_cpu,
     make_graph,
     published_name,
@@ -50,9 +53,11 @@ from sdxl_trt.export.graph import (
 GRAPH_FILE = "model.onnx"
 CPU_GRAPH_FILE = "cpu.onnx"
 """The graph for ONNX Runtime's CPU provider, over the same weights, if a rewritten one is faster there."""
+SLOT_GRAPH_FILE = "adapters.onnx"
+"""The graph that takes LoRAs as inputs, over the same weights."""
 RECORD_FILE = "component.json"
 """Marks a finished component in an unfinished bundle; in the finished one the manifest records the same."""
-REVISION = 3
+REVISION = 4
 """Increase it when this code makes other files of the same model."""
 # The libraries whose versions determine a graph.
 _LIBRARIES = ("sdxl-trt", "torch", "onnxscript", "onnx-ir", "diffusers", "transformers")
@@ -113,6 +118,7 @@ def convert_component(
     written = write_weights(model, plan.checkpoint, names, permutations, folder, report.written)
     report.stage(name, "writing graph")
     _save_graph(model, folder / GRAPH_FILE)
+    slot_graph, slots = _save_slot_graph(model, plan.kind, root, folder / SLOT_GRAPH_FILE)
     cpu_graph = _save_cpu_graph(model, plan.precision, root, folder / CPU_GRAPH_FILE)
     component = Component(
         kind=plan.kind,
@@ -127,7 +133,8 @@ def convert_component(
         parameters=written.parameters,
         key=key,
         cpu_graph=cpu_graph,
-        adapters=_save_table(plan, written.tensors, root, folder / ADAPTERS_FILE),
+        slot_graph=slot_graph,
+        adapters=_save_table(plan, written.tensors, slots, root, folder / ADAPTERS_FILE),
     )
     with atomic_write(folder / RECORD_FILE) as file:
         file.write(msgspec.json.encode(component))
@@ -181,21 +188,37 @@ def _save_cpu_graph(model: ir.Model, precision: str, root: Path, path: Path) -> 
     return file_record(root, path)
 
 
-def _save_table(plan: ComponentPlan, written: Sequence[TensorRecord], root: Path, path: Path) -> FileRecord:
-    """Write the table of all tensors of the model, also of those that the graph does not use."""
+def _save_slot_graph(model: ir.Model, kind: Kind, root: Path, path: Path) -> tuple[FileRecord | None, tuple[str, ...]]:
+    """Write a copy of the graph that takes LoRAs; return its record and the modules that take them.
+
+    An autoencoder, which no LoRA changes, has neither.
+    """
+    if kind not in ADAPTED:
+        return None, ()
+    copy = model.clone()
+    slots = add_slots(copy)
+    _save_graph(copy, path)
+    return file_record(root, path), tuple(slot.module for slot in slots)
+
+
+def _save_table(
+    plan: ComponentPlan, written: Sequence[TensorRecord], slots: tuple[str, ...], root: Path, path: Path
+) -> FileRecord:
+    """Write the table of all tensors of the model, also of those that the graph does not use, and of its slots."""
     stored = {record.name for record in written}
     dtype: Any = {"fp16": "float16", "bf16": "bfloat16"}.get(plan.precision, "float32")
     idle = (TensorRecord(name=name, shape=plan.model.state[name], dtype=dtype)
             for name in plan.tensor_names() if name not in stored)  # fmt: skip
     try:
-        path.write_bytes(msgspec.json.encode(AdapterTable(tensors=(*written, *idle))))
+        path.write_bytes(msgspec.json.encode(AdapterTable(tensors=(*written, *idle), slots=slots)))
     except OSError as exc:
         raise explain_os_error(exc, f"writing {path}") from exc
     return file_record(root, path)
 
 
 def _files(name: str) -> set[str]:
-    return {f"{name}/{file}" for file in (GRAPH_FILE, CPU_GRAPH_FILE, WEIGHTS_FILE, ADAPTERS_FILE)}
+    files = (GRAPH_FILE, CPU_GRAPH_FILE, SLOT_GRAPH_FILE, WEIGHTS_FILE, ADAPTERS_FILE)
+    return {f"{name}/{file}" for file in files}
 
 
 def _spec(value: ir.Value) -> TensorSpec:

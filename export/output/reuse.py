@@ -79,7 +79,8 @@ def _still_fits(bundle: Bundle, record: PlanRecord, components: Mapping[str, Com
     component = components.get(record.key.component)
     if component is None or not bundle.path(record.file).is_file():
         return False
-    return (record.key.graph, record.key.weights) == (component.graph.sha256, component.weights.sha256)
+    graph = component.planned_graph(record.key.lora_rank)
+    return graph is not None and (record.key.graph, record.key.weights) == (graph.sha256, component.weights.sha256)
 
 
 def _link(source: Path, target: Path) -> None:

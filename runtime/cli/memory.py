@@ -66,7 +66,8 @@ def estimate_run(
     sizes, nets = _sizes(bundle, width, height), control_components(controls, bundle.manifest)
     if vram is not None:
         chosen = "tensorrt" if provider == "auto" else provider
-        records = [record for record in bundle.manifest.plans if record.key.environment.flavour == chosen]
+        records = [record for record in bundle.manifest.plans
+                   if record.key.environment.flavour == chosen and not record.for_loras]  # fmt: skip
         return estimate_memory(bundle, provider=chosen, capacity=vram, residency=residency, sizes=sizes,
                                from_image=from_image, controls=nets,
                                run=_run_of(sizes, plan_limits(bundle, records)))  # fmt: skip

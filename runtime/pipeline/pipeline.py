@@ -104,8 +104,13 @@ class Pipeline:
                     rows=conditionings * pictures,
                     tokens=tokens or limits.tokens.min,
                 ),
+                [use for name in self._stages(request) for use in self._engines(request, name)],
                 tuple(control.component for control in request.controls),
             )
+
+    def _engines(self, request: ResolvedRequest, name: StageName) -> list[Use]:
+        """Return the text encoders and the UNet of a stage with the request's LoRAs."""
+        return [*self._encoders(request, name), self.unet(request, name)]
 
     def expect(self, jobs: Sequence[Job]) -> None:
         """Tell the pool which components the stages of `jobs` use, in order, so that their plans are read ahead."""

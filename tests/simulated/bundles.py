@@ -11,14 +11,15 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from sdxl_trt.engines.bundle.bundle import MANIFEST, read_bundle, write_manifest
-from sdxl_trt.engines.bundle.manifest import Component, Manifest
+from sdxl_trt.engines.bundle.bundle import MANIFEST, Bundle, read_bundle, write_manifest
+from sdxl_trt.engines.bundle.manifest import Component, Manifest, TensorSpec
 from sdxl_trt.engines.bundle.plan_record import BuildFlags, Chunks, Environment, PlanKey, PlanMemory, PlanRecord
 from sdxl_trt.engines.bundle.profile import Profile, Range
 from sdxl_trt.engines.bundle.records import FileRecord
+from sdxl_trt.engines.bundle.tensor_table import read_table, slot_dtype
 from sdxl_trt.engines.engine import numpy_dtype
 from sdxl_trt.engines.plans.files import PLANS, plan_path
-from sdxl_trt.engines.plans.sizes import axes_of, component_profiles, default_sizes
+from sdxl_trt.engines.plans.sizes import axes_of, component_profiles, default_sizes, rank_range
 from simulated.plans import Plan, encode, output_shape, rounded
 
 Activations = Callable[[str, Profile], int]
@@ -34,6 +35,7 @@ def make_simulated_bundle(
     environment: Environment | None = None,
     onnx: bool = True,
     chunk: int = 16 << 20,
+    lora_rank: int = 0,
     **sizes: Any,
 ) -> Path:
     """Copy `bundle` to `target`, add a simulated plan for each component, and return `target`.
@@ -42,7 +44,8 @@ def make_simulated_bundle(
     default those of the model. Without any, components with a plan in the manifest keep its profiles and memory, the
     real builder's figures. `activations(component, profile)` returns the bytes, by default in proportion to inputs and
     outputs. With `weight_streaming`, nine tenths of the weights can be streamed. The plans' keys have `environment`,
-    by default that of `device`. Digests are of chunks of `chunk` bytes. With `onnx` false the copy has plans and no
+    by default that of `device`. With a `lora_rank`, UNets and text encoders have a second plan, which takes LoRAs, with
+    the same figures. Digests are of chunks of `chunk` bytes. With `onnx` false the copy has plans and no
     graphs; `bundle` must not be deleted.
     """
     # Copies, not links: tests damage bundles, and these come from the repository.
@@ -53,7 +56,14 @@ def make_simulated_bundle(
     for name, component in manifest.components.items():
         files = (bundle / component.graph.file, bundle / component.weights.file)
         device.sources[component.graph.sha256 + component.weights.sha256] = files
-        built = next((record for record in manifest.plans if record.key.component == name and not sizes), None)
+        built = next(
+            (
+                record
+                for record in manifest.plans
+                if record.key.component == name and not sizes and not record.for_loras
+            ),
+            None,
+        )
         profiles = built.key.profiles if built else _profiles(manifest, component, sizes)
         figures = _figures(name, component, profiles, built, activations)
         memory = built.memory if built else PlanMemory(weights=component.weights.size, activations=0)
@@ -64,9 +74,17 @@ def make_simulated_bundle(
             component=name, graph=component.graph.sha256, weights=component.weights.sha256, environment=environment,
             profiles=profiles, flags=BuildFlags(weight_streaming=memory.streamable > 0),
         )  # fmt: skip
-        content = encode(_plan(key, component, figures, memory))
-        file, chunks = _write(target, key, content), chunks_of(content, chunk)
-        records.append(PlanRecord(key=key, file=file, memory=memory, seconds=1.0, chunks=chunks))
+        plans = [_plan(key, component, figures, memory)]
+        keys = [key]
+        if lora_rank and component.slot_graph is not None:
+            graph = component.slot_graph
+            device.sources[graph.sha256 + component.weights.sha256] = (bundle / graph.file, files[1])
+            keys.append(msgspec.structs.replace(key, graph=graph.sha256, lora_rank=lora_rank))
+            plans.append(_with_slots(_plan(keys[1], component, figures, memory), read_bundle(bundle), lora_rank))
+        for each, plan in zip(keys, plans, strict=True):
+            content = encode(plan)
+            file, chunks = _write(target, each, content), chunks_of(content, chunk)
+            records.append(PlanRecord(key=each, file=file, memory=memory, seconds=1.0, chunks=chunks))
         if not onnx:
             (target / component.graph.file).unlink()
             (target / component.weights.file).unlink()
@@ -89,6 +107,23 @@ def _plan(key: PlanKey, component: Component, figures: tuple[int, ...], memory: 
         outputs=component.outputs, profiles=key.profiles, activations=figures, weights_bytes=memory.weights,
         streamable=memory.streamable, environment=key.environment,
     )  # fmt: skip
+
+
+def _with_slots(plan: Plan, bundle: Bundle, lora_rank: int) -> Plan:
+    """Return `plan` with the inputs of its component's slots, and their shapes in every profile."""
+    dtype = slot_dtype(bundle.manifest.components[plan.component].precision)
+    slots = read_table(bundle, plan.component).slots_by_module.values()
+    specs = tuple(
+        TensorSpec(name=name, dtype=dtype, shape=shape) for slot in slots for name, shape in slot.shapes().items()
+    )
+    ranks = rank_range(lora_rank)
+    low, usual, high = (
+        {name: shape for slot in slots for name, shape in slot.sizes(rank).items()}
+        for rank in (ranks.min, ranks.opt, ranks.max)
+    )
+    shapes = {name: (low[name], usual[name], high[name]) for name in low}
+    profiles = tuple(Profile(shapes=profile.shapes | shapes) for profile in plan.profiles)
+    return msgspec.structs.replace(plan, inputs=(*plan.inputs, *specs), profiles=profiles)
 
 
 def _write(root: Path, key: PlanKey, content: bytes) -> FileRecord:

@@ -7,12 +7,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
+from sdxl_trt.engines.adapters.file import open_lora
+from sdxl_trt.engines.adapters.scaled import ScaledLora
 from sdxl_trt.engines.bundle.bundle import Bundle, read_bundle
 from sdxl_trt.engines.bundle.plan_record import PlanRecord
-from sdxl_trt.engines.errors import EngineError, ResourceError, SdxlTrtError
+from sdxl_trt.engines.bundle.tensor_table import read_table
+from sdxl_trt.engines.errors import EngineError, IncompatibleError, ResourceError, SdxlTrtError
 from sdxl_trt.engines.residency.policy import estimate_memory
 from sdxl_trt.runtime import Request, open_bundle
+from sdxl_trt.runtime.pipeline import pipeline as pipeline_module
 
 pytestmark = pytest.mark.slow
 
@@ -244,3 +249,78 @@ def test_a_single_failure_raises_cleanly_or_is_survived(
         with pytest.raises(SdxlTrtError):
             _latents(planned, "tensorrt", _request(), "swap")
     _assert_same(_latents(planned, "tensorrt", _request(2), "swap"), reference)
+
+
+RANK = 8
+
+
+def _write_lora(path: Path, bundle: Bundle, rank: int, seed: int) -> Path:
+    """Write a LoRA for every second slot of the base's UNet and encoders."""
+    rng = np.random.default_rng(seed)
+    tensors = {}
+    for name in ("unet", "text_encoder", "text_encoder_2"):
+        for slot in list(read_table(bundle, name).slots_by_module.values())[::2]:
+            shapes = {"down": (rank, slot.inputs, *slot.kernel), "up": (slot.outputs, rank, *(1 for _ in slot.kernel))}
+            for part, shape in shapes.items():
+                values = rng.standard_normal(shape) / 8
+                tensors[f"{name}.{slot.module}.lora_{part}.weight"] = values.astype(np.float32)
+    save_file(tensors, path)
+    return path
+
+
+@pytest.fixture
+def slotted(simulated: Any, exported: Path, tmp_path: Path) -> Path:
+    return Path(simulated.bundle(exported, tmp_path / "slotted", lora_rank=RANK))
+
+
+@pytest.fixture
+def wear(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Return a function that sets the base's LoRAs of all further requests."""
+    resolve = pipeline_module.resolve_request
+
+    def wear(*loras: ScaledLora) -> None:
+        monkeypatch.setattr(
+            pipeline_module, "resolve_request", lambda *given: replace(resolve(*given), loras={"base": loras})
+        )
+
+    return wear
+
+
+def test_loras_change_between_requests(
+    simulated: Any, slotted: Path, exported: Path, tmp_path: Path, wear: Callable[..., None]
+) -> None:
+    """One LoRA, two, none: the CPU's picture each time; the second LoRA is only copied to the device."""
+    bundle = read_bundle(exported)
+    one, other = (ScaledLora(open_lora(_write_lora(tmp_path / f"{rank}.safetensors", bundle, rank, rank)), scale)
+                  for rank, scale in ((4, 0.7), (3, -0.4)))  # fmt: skip
+    sets = [(one,), (one, other), ()]
+    expected = []
+    with open_bundle(exported, provider="ort-cpu") as pipeline:
+        for loras in sets:
+            wear(*loras)
+            expected += [picture.latents for picture in pipeline.generate(_request())]
+    assert np.abs(expected[2] - expected[0]).max() > 0.05, "the LoRA has no effect"
+    moved = []
+    with open_bundle(slotted, provider="tensorrt", residency="resident") as pipeline:
+        for loras, latents in zip(sets, expected, strict=True):
+            wear(*loras)
+            simulated.since()
+            _assert_same([picture.latents for picture in pipeline.generate(_request())], [latents])
+            moved.append(simulated.since().get("weights", 0))
+    assert simulated.current_bytes == 0
+    weights = {record.key.component: record.memory.weights for record in read_bundle(slotted).manifest.plans}
+    # The refiner reads its prompt with the second encoder as it is, so that one changes its plan in every request.
+    once = weights["text_encoder_2"]
+    assert moved[1:] == [once, once + weights["text_encoder"] + weights["unet"]], "a UNet was loaded for other LoRAs"
+
+
+def test_without_plans_for_loras_a_request_names_the_command(
+    planned: Path, exported: Path, tmp_path: Path, wear: Callable[..., None]
+) -> None:
+    lora = ScaledLora(open_lora(_write_lora(tmp_path / "a.safetensors", read_bundle(exported), 4, 1)), 1.0)
+    wear(lora)
+    with open_bundle(planned, provider="tensorrt") as pipeline:
+        with pytest.raises(IncompatibleError, match=r"no tensorrt plan for LoRAs of text_encoder; .*--lora-rank 128"):
+            list(pipeline.generate(_request()))
+        wear()
+        assert list(pipeline.generate(_request()))

@@ -208,7 +208,7 @@ def shape_limits(bundle: Bundle, name: str) -> Profile:
 
     manifest = bundle.manifest
     for record in manifest.plans:
-        if record.key.component == name:
+        if record.key.component == name and not record.for_loras:
             return _span(record.key.profiles)
     return _span(profiles_of(manifest.components[name], stage_sizes(manifest), manifest.base.vae.factor))
 

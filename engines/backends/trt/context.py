@@ -21,7 +21,7 @@ MAX_SHAPES = 4
 class ShapedContext:
     """A context with fixed profile and input shapes; the caller holds the device's lock during every call."""
 
-    def __init__(self, device: TrtDevice, context: Any, name: str, profile: int, shapes: Shapes) -> None:
+    def __init__(self, device: TrtDevice, context: Any, name: str, profile: int, shapes: Shapes, slots: Shapes) -> None:
         self.context = context
         self._device = device
         self._doing = f"running {name}"
@@ -31,7 +31,7 @@ class ShapedContext:
         self._warm = False
         if context.active_optimization_profile != profile:
             device.ask(self._doing, context.set_optimization_profile_async, profile, device.stream.handle)
-        for tensor, shape in shapes.items():
+        for tensor, shape in (*shapes.items(), *slots.items()):
             device.ask(self._doing, context.set_input_shape, tensor, shape)
 
     def output_shape(self, tensor: str) -> tuple[int, ...]:
@@ -89,15 +89,21 @@ class ShapedContexts:
         self._name = name
         self._create = create
         self._idle = [create()]  # now, so that an error is raised while the engine is loaded
-        self._shaped: dict[tuple[tuple[str, tuple[int, ...]], ...], ShapedContext] = {}
+        self._shaped: dict[tuple[int, tuple[tuple[str, tuple[int, ...]], ...]], ShapedContext] = {}
 
-    def get(self, shapes: Shapes, choose: Callable[[Shapes], int]) -> ShapedContext:
-        """Return the context for `shapes`; new shapes use the profile that `choose` returns. Raises what it raises."""
-        key = tuple(sorted(shapes.items()))
+    def get(
+        self, shapes: Shapes, choose: Callable[[Shapes], int], rank: int = 0, slots: Callable[[], Shapes] = dict
+    ) -> ShapedContext:
+        """Return the context for `shapes`; new shapes use the profile that `choose` returns. Raises what it raises.
+
+        A plan for LoRAs has more inputs than can be compared at every step: `slots` returns their shapes, which are
+        those of `rank`.
+        """
+        key = rank, tuple(sorted(shapes.items()))
         shaped = self._shaped.pop(key, None)
         if shaped is None:
             profile = choose(shapes)
-            shaped = ShapedContext(self._device, self._take(), self._name, profile, shapes)
+            shaped = ShapedContext(self._device, self._take(), self._name, profile, shapes, slots())
         self._shaped[key] = shaped  # last place: the first entry is the least recently used
         return shaped
 

@@ -18,6 +18,7 @@ from sdxl_trt.engines.backends.trt.check import check_engine
 from sdxl_trt.engines.backends.trt.context import ShapedContext, ShapedContexts
 from sdxl_trt.engines.backends.trt.device import TrtDevice, forget_frames, open_device
 from sdxl_trt.engines.backends.trt.rtx import KernelCache
+from sdxl_trt.engines.backends.trt.slots import SlotPlan, open_slots, own_slots, plan_slots
 from sdxl_trt.engines.backends.trt.tensors import Layout, Tensors, nbytes_of
 from sdxl_trt.engines.bundle import Bundle, Component, PlanRecord
 from sdxl_trt.engines.engine import (
@@ -30,7 +31,7 @@ from sdxl_trt.engines.engine import (
     rows_of,
     with_rows,
 )
-from sdxl_trt.engines.errors import EngineError, IncompatibleError, SdxlTrtError, UsageError
+from sdxl_trt.engines.errors import CorruptError, EngineError, IncompatibleError, SdxlTrtError, UsageError
 from sdxl_trt.engines.plans import PlanReader, Shapes, choose_profile, outside_profiles, start_reading
 
 log = logging.getLogger(__name__)
@@ -40,38 +41,40 @@ class TrtEngine:
     """One component's plan on `device`, which engines share.
 
     `weight_budget` is the bytes of streamable weights that may be on the device, for plans built with weight
-    streaming; None for all. Only one thread at a time may use an engine, except that `load` and `unload` may be called
-    while another is in `prefetch`; several engines of a device may be loaded and run from several threads.
+    streaming; None for all. `slot_plan` returns the component's plan for LoRAs of a rank, or raises IncompatibleError;
+    by default only a `record` for LoRAs takes any. Only one thread at a time may use an engine, except that `load` and
+    `unload` may be called while another is in `prefetch`; several engines of a device may be loaded and run from
+    several threads.
     """
 
     def __init__(
-        self, bundle: Bundle, record: PlanRecord, device: TrtDevice, *, weight_budget: int | None = None
+        self,
+        bundle: Bundle,
+        record: PlanRecord,
+        device: TrtDevice,
+        *,
+        weight_budget: int | None = None,
+        slot_plan: SlotPlan | None = None,
     ) -> None:
         self.name = record.key.component
         self.component: Component = bundle.manifest.components[self.name]
-        if weight_budget is not None and not record.key.flags.weight_streaming:
-            raise IncompatibleError(f"{self.name}: its plan cannot stream weights; build it again with"
-                                    " --weight-streaming, or use --residency swap")  # fmt: skip
-        self._bundle = bundle
-        self._record = record
-        self._device = device
         self._weight_budget = weight_budget
+        self._check_streaming(record)
+        self._bundle = bundle
+        self._plain = self._record = record
+        self._slot_plan = slot_plan or own_slots(bundle, record)
+        self._device = device
         self._plan: PlanReader | None = None
         self._reading = threading.Lock()
         self._engine: Any = None
         self._kernels: KernelCache | None = None
         self._contexts: ShapedContexts | None = None
         self._tensors = Tensors(device, self.name)
+        self._slots = open_slots(bundle, record, device)
+        self._loras: tuple[ScaledLora, ...] = ()
         self._constants: dict[str, Array] = {}
         self._activations: tuple[int, ...] = ()
         self._captures = True
-
-    def adapt(self, loras: Sequence[ScaledLora]) -> None:
-        """Raise IncompatibleError for any LoRA: the weights of this plan are fixed; see Engine.adapt."""
-        if loras:
-            raise IncompatibleError(f"{self.name}: its plan has no adapter slots, which LoRAs need; build it with"
-                                    " export-engines --engine tensorrt --lora-rank 128, or use --provider"
-                                    " ort-cuda")  # fmt: skip
 
     def prefetch(self) -> None:
         """Read the plan and check its digests; see Engine.prefetch. Returns early after `unload` in another thread."""
@@ -97,7 +100,7 @@ class TrtEngine:
         try:
             self._engine = self._device.deserialize(plan, doing)
             self._drop_plan()  # gigabytes, which the engine has copied
-            check_engine(self._engine, self.component, self._record)
+            check_engine(self._engine, self.component, self._record, self._slots.slots if self._slots else {})
             # Without the device's lock: the first context takes long enough to stall an engine that computes.
             with self._device.loading(doing):
                 self._set_weight_budget(doing)
@@ -106,6 +109,7 @@ class TrtEngine:
             self._activations = _activations(self._engine)
             with self._device.lock:
                 self._device.activations.reserve(self, min(self._activations))
+            self._upload()
         except BaseException as exc:
             # First the references in the traceback, so that the engine is freed under the device's lock by `unload`.
             forget_frames(exc)
@@ -120,6 +124,30 @@ class TrtEngine:
         self._require_loaded("reserve")
         with self._device.lock:
             self._device.activations.reserve(self, min(nbytes, max(self._activations)))
+
+    def adapt(self, loras: Sequence[ScaledLora]) -> None:
+        """Use these LoRAs from the next call of `infer` on; see Engine.adapt.
+
+        An engine with its plan for LoRAs loaded takes others at once: their factors are copied to the device, and
+        nothing is loaded again. Between LoRAs and none it changes its plan, and is unloaded. Raises CorruptError for
+        damaged LoRAs, which leave those before in place, and ResourceError or EngineError if the copy fails; the engine
+        then needs another call before it runs.
+        """
+        wanted = tuple(loras)
+        if wanted == self._loras and (self._engine is None or not wanted or (self._slots and self._slots.rank)):
+            return
+        found = plan_slots(self._bundle, self.name, wanted, self._slot_plan) if wanted else None
+        self._change_plan(self._plain if found is None else found.record)
+        before, self._loras = self._loras, wanted
+        if self._slots is None:
+            return
+        self._slots.rank = 0
+        try:
+            self._upload()
+        except CorruptError:
+            self._loras = before
+            self._upload()
+            raise
 
     def bind(self, constants: Mapping[str, Array]) -> None:
         """Copy the inputs of a phase to the device; see Engine.bind. Raises UsageError, ResourceError, EngineError."""
@@ -161,6 +189,9 @@ class TrtEngine:
     def _feed(self, inputs: Mapping[str, Value]) -> dict[str, Value]:
         """Return every input of the graph: `inputs`, the constants with as many rows, zeros for what may be missing."""
         self._require_loaded("infer")
+        if self._slots is not None and not self._slots.rank:
+            raise EngineError(f"{self.name}: infer before adapt, on a plan for LoRAs; call adapt() first")
+        # Slots are not among them: all rows share them, and they are not cut.
         constants = with_rows(self.component, self._constants, rows_of(self.component, inputs))
         feed: dict[str, Value] = {**constants, **inputs}
         feed = {**fill_optional(self.component, feed), **feed}
@@ -185,7 +216,27 @@ class TrtEngine:
             self._activations = ()
             self._captures = True
             self._tensors.free()
+            if self._slots is not None:
+                self._slots.free()
             self._device.activations.release(self)
+
+    def _change_plan(self, record: PlanRecord) -> None:
+        """Let the next `load` use another plan; raise IncompatibleError if it cannot stream weights as wanted."""
+        if record is self._record:
+            return
+        self._check_streaming(record)
+        self.unload()
+        self._record, self._slots = record, open_slots(self._bundle, record, self._device)
+
+    def _check_streaming(self, record: PlanRecord) -> None:
+        if self._weight_budget is not None and not record.key.flags.weight_streaming:
+            raise IncompatibleError(f"{self.name}: its plan cannot stream weights; build it again with"
+                                    " --weight-streaming, or use --residency swap")  # fmt: skip
+
+    def _upload(self) -> None:
+        """Copy the LoRAs to a loaded engine."""
+        if self._slots is not None and self._loras and self._engine is not None:
+            self._slots.upload(plan_slots(self._bundle, self.name, self._loras, self._slot_plan).factors)
 
     def _started(self) -> PlanReader | None:
         """Return the reader of the plan, which reads from the first call on; None if the engine is loaded."""
@@ -207,7 +258,13 @@ class TrtEngine:
         """Run on `feed`, of which `bound` is on the device; return the outputs `names`, and all of them there."""
         doing = f"running {self.name}"
         shapes = {name: value.shape for name, value in feed.items()}
-        shaped = self._require_loaded("infer").get(shapes, self._choose)
+        slots = self._slots
+        contexts = self._require_loaded("infer")
+        shaped = (
+            contexts.get(shapes, self._choose)
+            if slots is None
+            else contexts.get(shapes, self._choose, slots.rank, lambda: slots.shapes)
+        )
         layouts: dict[str, Layout] = {
             spec.name: (shaped.output_shape(spec.name), numpy_dtype(spec)) for spec in self.component.outputs
         }
@@ -233,7 +290,8 @@ class TrtEngine:
         places = {name: value.handle if isinstance(value, DeviceArray) else place("bound", name, 0)
                   for name, value in feed.items() if name not in given}  # fmt: skip
         places |= {name: place("given", name, array.nbytes) for name, array in given.items()}
-        return places | {name: place("output", name, nbytes_of(layout)) for name, layout in layouts.items()}
+        places |= {name: place("output", name, nbytes_of(layout)) for name, layout in layouts.items()}
+        return places if self._slots is None else {**places, **self._slots.addresses}
 
     def _compute(self, shaped: ShapedContext) -> None:
         if self._captures and shaped.wants_graph:

@@ -15,7 +15,7 @@ from sdxl_trt.engines.build import builder
 from sdxl_trt.engines.build.builder import PlanFile, add_profiles, configure, memory_of, write_plan
 from sdxl_trt.engines.build.network import BuildLog
 from sdxl_trt.engines.bundle.plan_record import BuildFlags, Chunks, PlanMemory
-from sdxl_trt.engines.bundle.profile import Profile
+from sdxl_trt.engines.bundle.profile import Profile, Range
 from sdxl_trt.engines.errors import EngineError, IncompatibleError, UsageError
 
 PLAN = bytes(range(256)) * (1 << 17)
@@ -131,19 +131,31 @@ class OneProfile:
         self.shapes[name] = shapes
 
 
-NETWORK = SimpleNamespace(num_inputs=1, get_input=lambda _: SimpleNamespace(name="sample"))
+INPUTS = [("sample", (-1, 4)), ("a.lora_down", (1, 8, -1)), ("a.lora_up", (1, -1, 6)), ("b.lora_down", (-1, 72))]
+NETWORK = SimpleNamespace(
+    num_inputs=len(INPUTS), get_input=lambda i: SimpleNamespace(name=INPUTS[i][0], shape=INPUTS[i][1])
+)
 
 
-def _add(shapes: dict[str, Any], *, sound: bool = True) -> Config:
+def _add(shapes: dict[str, Any], *, sound: bool = True, lora_rank: Range | None = None) -> Config:
     config = Config()
     builder = SimpleNamespace(create_optimization_profile=lambda: OneProfile(sound=sound))
-    add_profiles(builder, config, NETWORK, (Profile(shapes=shapes), Profile(shapes=shapes)))
+    add_profiles(builder, config, NETWORK, (Profile(shapes=shapes), Profile(shapes=shapes)), lora_rank)
     return config
 
 
 def test_profiles_are_added_in_order() -> None:
     shapes = {"sample": ((1, 4), (2, 4), (3, 4))}
     assert [profile.shapes for profile in _add(shapes).profiles] == [shapes, shapes]
+
+
+def test_slots_have_the_rank_in_every_profile() -> None:
+    shapes = {"sample": ((1, 4), (2, 4), (3, 4))}
+    first, second = _add(shapes, lora_rank=Range(min=1, opt=16, max=64)).profiles
+    assert first.shapes == second.shapes == shapes | {
+        "a.lora_down": ((1, 8, 1), (1, 8, 16), (1, 8, 64)), "a.lora_up": ((1, 1, 6), (1, 16, 6), (1, 64, 6)),
+        "b.lora_down": ((1, 72), (16, 72), (64, 72)),
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

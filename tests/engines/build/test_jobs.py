@@ -10,11 +10,12 @@ import pytest
 
 from sdxl_trt.engines.build import bundle_plans
 from sdxl_trt.engines.build.bundle_plans import build_plans, drop_onnx
-from sdxl_trt.engines.build.jobs import plan_builds
+from sdxl_trt.engines.build.jobs import _place, plan_builds
 from sdxl_trt.engines.build.messages import BuildJob, BuiltPlan
-from sdxl_trt.engines.bundle import Bundle, Chunks, FileRecord, PlanMemory, PlanRecord, read_bundle
+from sdxl_trt.engines.bundle import Bundle, Chunks, FileRecord, PlanMemory, PlanRecord, Range, read_bundle
 from sdxl_trt.engines.bundle.plan_record import ANY, BuildFlags, Environment
 from sdxl_trt.engines.errors import IncompatibleError, UsageError
+from sdxl_trt.engines.plans.files import plan_path
 from sdxl_trt.engines.plans.lookup import planned_components
 from sdxl_trt.mini.embedded import bundle_path
 
@@ -33,11 +34,12 @@ def bundle(tmp_path: Path) -> Bundle:
     return Bundle(tmp_path, EMBEDDED.manifest)
 
 
-def _built(bundle: Bundle, environment: Environment, flags: BuildFlags | None = None) -> Bundle:
+def _built(bundle: Bundle, environment: Environment, flags: BuildFlags | None = None, lora_rank: int = 0) -> Bundle:
     """Return the bundle with a plan of each component, as if built in `environment`."""
     records = []
-    for job in plan_builds(bundle, environment, flags=flags):
-        file = FileRecord(file=f"plans/{job.component}.plan", size=len(PLAN), sha256=hashlib.sha256(PLAN).hexdigest())
+    for job in plan_builds(bundle, environment, flags=flags, lora_rank=lora_rank):
+        stem = f"{job.component}{'-lora' * bool(job.key.lora_rank)}"
+        file = FileRecord(file=f"plans/{stem}.plan", size=len(PLAN), sha256=hashlib.sha256(PLAN).hexdigest())
         (bundle.root / file.file).write_bytes(PLAN)
         memory = PlanMemory(weights=1, activations=1)
         records.append(PlanRecord(key=job.key, file=file, memory=memory, seconds=1, driver=environment.driver))
@@ -198,3 +200,80 @@ def test_hardware_compatibility_is_warned_of(
         _build(bundle, environment, monkeypatch, flags=flags)
     assert len(caplog.messages) == (said is not None)
     assert said is None or said in caplog.messages[0]
+
+
+RANK = 64
+ADAPTED = ["text_encoder", "text_encoder_2", "unet", "refiner_unet"]
+
+
+@pytest.fixture
+def slotted(bundle: Bundle) -> Bundle:
+    """Return the bundle with a slot graph of every UNet and text encoder."""
+    parts = {
+        name: msgspec.structs.replace(
+            part, slot_graph=FileRecord(file=f"{name}/adapters.onnx", size=1, sha256=f"{number}" * 64)
+        ) if name in ADAPTED else part
+        for number, (name, part) in enumerate(bundle.manifest.components.items())
+    }  # fmt: skip
+    return Bundle(bundle.root, msgspec.structs.replace(bundle.manifest, components=parts))
+
+
+def test_a_lora_rank_adds_a_plan_of_every_unet_and_text_encoder(slotted: Bundle) -> None:
+    plain, both = plan_builds(slotted, HERE), plan_builds(slotted, HERE, lora_rank=RANK)
+    assert [job.key for job in both if not job.key.lora_rank] == [job.key for job in plain]
+    added = {job.component: job.key for job in both if job.key.lora_rank}
+    assert sorted(added) == sorted(ADAPTED)
+    for name, key in added.items():
+        graph = slotted.manifest.components[name].slot_graph
+        assert graph is not None
+        assert (key.graph, key.lora_rank) == (graph.sha256, RANK)
+        assert f"{name}-tensorrt-lora64-" in plan_path(key)
+        (usual,) = [job.key for job in plain if job.component == name]
+        assert key.profiles == usual.profiles, "the manifest does not list a thousand inputs"
+
+
+def test_plans_for_loras_stand_beside_the_others(slotted: Bundle) -> None:
+    built = _built(slotted, HERE, lora_rank=RANK)
+    assert _kept(built, HERE) == {True}
+    assert {job.record is not None for job in plan_builds(built, HERE, lora_rank=RANK)} == {True}
+    other = [job for job in plan_builds(built, HERE, lora_rank=32) if job.record is None]
+    assert sorted(job.component for job in other) == sorted(ADAPTED)
+    assert {job.reasons for job in other} == {("a LoRA rank of 32 is requested, the plan was built for 64",)}
+    places = {_place(record.key) for record in built.manifest.plans}
+    assert len(places) == len(built.manifest.plans)
+
+
+def test_the_slot_graph_counts_for_its_plans_only(slotted: Bundle) -> None:
+    built = _built(slotted, HERE, lora_rank=RANK)
+    parts = dict(built.manifest.components)
+    parts["unet"] = msgspec.structs.replace(
+        parts["unet"], slot_graph=FileRecord(file="unet/adapters.onnx", size=1, sha256="f" * 64)
+    )
+    changed = Bundle(built.root, msgspec.structs.replace(built.manifest, components=parts))
+    stale = [job for job in plan_builds(changed, HERE, lora_rank=RANK) if job.record is None]
+    assert [(job.component, job.key.lora_rank) for job in stale] == [("unet", RANK)]
+    assert stale[0].reasons == ("the graph was exported again after the plan was built",)
+
+
+def test_a_bundle_without_slot_graphs_is_refused_before_a_build(slotted: Bundle) -> None:
+    parts = dict(slotted.manifest.components)
+    parts["unet"] = msgspec.structs.replace(parts["unet"], slot_graph=None)
+    older = Bundle(slotted.root, msgspec.structs.replace(slotted.manifest, components=parts))
+    with pytest.raises(IncompatibleError, match=r"--lora-rank: .* \(unet has none\); export it again"):
+        plan_builds(older, HERE, lora_rank=RANK)
+
+
+def test_plans_only_needs_the_usual_plans_too(slotted: Bundle) -> None:
+    built = _built(slotted, HERE, lora_rank=RANK)
+    slots = tuple(record for record in built.manifest.plans if record.for_loras)
+    with pytest.raises(UsageError, match=r"unet.* would be left without a plan"):
+        drop_onnx(Bundle(built.root, msgspec.structs.replace(built.manifest, plans=slots)))
+
+
+def test_a_plan_for_loras_is_built_of_the_slot_graph(
+    slotted: Bundle, builds: list[BuildJob], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bundle_plans, "read_bundle", lambda root, partial: slotted)
+    _build(slotted, HERE, monkeypatch, lora_rank=RANK)
+    assert [job.graph.name for job in builds] == ["model.onnx", "adapters.onnx"]
+    assert [job.lora_rank for job in builds] == [None, Range(min=1, opt=16, max=RANK)]

@@ -82,6 +82,7 @@ CHANGES: dict[str, Callable[[PlanKey], PlanKey]] = {
     },
     "flavour": lambda key: _replace(key, environment=_replace(key.environment, flavour="tensorrt-rtx")),
     "profiles": lambda key: _replace(key, profiles=(*key.profiles, Profile(shapes={"sample": ((1,), (1,), (1,))}))),
+    "lora_rank": lambda key: _replace(key, lora_rank=64),
     "one size": lambda key: _replace(key, profiles=(_longer(key.profiles[0]),)),
     **{
         name: lambda key, name=name, value=value: _replace(key, flags=_replace(key.flags, **{name: value}))
@@ -102,6 +103,38 @@ def test_every_part_of_a_key_changes_it(bundle: Bundle, change: Callable[[PlanKe
 def test_the_changes_cover_every_field_of_a_key() -> None:
     fields = {field for record in (PlanKey, Environment, BuildFlags) for field in record.__struct_fields__}
     assert fields - {"environment", "flags"} == CHANGES.keys() - {"one size"}
+
+
+def test_the_keys_of_plans_without_slots_are_those_of_older_versions(bundle: Bundle) -> None:
+    key = _key(bundle)
+    assert b"lora_rank" not in msgspec.json.encode(key), "plans of older versions would be stale"
+    assert key.lora_rank == 0
+
+
+def _slotted(bundle: Bundle) -> Bundle:
+    """Return the bundle with a slot graph of the UNet."""
+    graph = FileRecord(file="unet/adapters.onnx", size=1, sha256="e" * 64)
+    parts = bundle.manifest.components
+    parts = parts | {"unet": _replace(parts["unet"], slot_graph=graph)}
+    return Bundle(bundle.root, _replace(bundle.manifest, components=parts))
+
+
+def test_a_plan_for_loras_is_found_only_for_loras(bundle: Bundle) -> None:
+    slotted = _slotted(bundle)
+    plain = _record(_key(slotted))
+    slots = _record(_key(slotted, graph="e" * 64, lora_rank=64))
+    both = _with(slotted, plain, slots)
+    assert find_plan(both, "unet", HERE) is plain
+    assert find_plan(both, "unet", HERE, 96) is slots, "the caller compares the ranks"
+    with pytest.raises(IncompatibleError, match=r"has no tensorrt plan of unet; build it with: .*tensorrt --out"):
+        find_plan(_with(slotted, slots), "unet", HERE)
+    with pytest.raises(
+        IncompatibleError, match=r"no tensorrt plan for LoRAs of unet; .*tensorrt --lora-rank 128 --out"
+    ):
+        find_plan(_with(slotted, plain), "unet", HERE, 96)
+    elsewhere = _replace(HERE, tensorrt="11.5.0.1")
+    with pytest.raises(IncompatibleError, match=r"plan for LoRAs of unet does not fit: .* --lora-rank 64 --out"):
+        find_plan(both, "unet", elsewhere, 16)
 
 
 STALE: dict[str, tuple[Callable[[PlanKey], PlanKey], str]] = {
@@ -140,10 +173,11 @@ def test_without_a_plan_the_error_names_the_command(bundle: Bundle) -> None:
 def test_profiles_and_flags_are_compared_only_on_request(bundle: Bundle) -> None:
     record, component = _record(_key(bundle)), bundle.manifest.components["unet"]
     assert why_rebuild(record, component, HERE) == []
-    assert why_rebuild(record, component, HERE, (record.key.profiles, record.key.flags)) == []
-    assert "other sizes" in why_rebuild(record, component, HERE, ((), record.key.flags))[0]
+    assert why_rebuild(record, component, HERE, (record.key.profiles, record.key.flags, 0)) == []
+    assert "other sizes" in why_rebuild(record, component, HERE, ((), record.key.flags, 0))[0]
     assert (
-        "other build options" in why_rebuild(record, component, HERE, (record.key.profiles, BuildFlags(opt_level=5)))[0]
+        "other build options"
+        in why_rebuild(record, component, HERE, (record.key.profiles, BuildFlags(opt_level=5), 0))[0]
     )
 
 
@@ -152,7 +186,7 @@ def test_a_plan_of_the_range_alone_still_runs_and_a_build_says_what_it_lacks(bun
     old, component = _record(_replace(key, profiles=key.profiles[-1:])), bundle.manifest.components["unet"]
     assert len(key.profiles) == 3
     assert find_plan(_with(bundle, old), "unet", HERE) is old
-    assert why_rebuild(old, component, HERE, (key.profiles, key.flags)) == [
+    assert why_rebuild(old, component, HERE, (key.profiles, key.flags, 0)) == [
         "it lacks profiles for some of the requested sizes"
     ]
     assert plan_limits(bundle, [old]) == plan_limits(bundle, [_record(key)])

@@ -15,6 +15,7 @@ from sdxl_trt.engines.bundle.phases import run_components, run_phases, stand_ins
 from sdxl_trt.engines.bundle.plan_record import BuildFlags, Environment, PlanKey, PlanMemory, PlanRecord
 from sdxl_trt.engines.bundle.profile import Range, fixed
 from sdxl_trt.engines.bundle.records import FileRecord
+from sdxl_trt.engines.bundle.tensor_table import read_table
 from sdxl_trt.engines.errors import ResourceError, SizeError, UsageError
 from sdxl_trt.engines.host.memory import format_bytes
 from sdxl_trt.engines.plans.shapes import RunSizes
@@ -418,3 +419,28 @@ def test_a_streaming_budget_leaves_room_for_the_controlnet(controlled: Path) -> 
 
 def _streamed(bundle: Bundle, capacity: int, controls: tuple[str, ...]) -> MemoryEstimate:
     return estimate_memory(bundle, provider="tensorrt", capacity=capacity, residency="stream", controls=controls)
+
+
+def test_a_plan_for_loras_counts_their_inputs_as_an_estimate() -> None:
+    plain = {name: record_of(name, PlanMemory(weights=GB, activations=MB)) for name in COMPONENTS}
+    slotted = replace(plain["unet"], key=replace(plain["unet"].key, lora_rank=64))
+    before, after = (
+        {need.component: need for need in plan_of(records, "swap").needs}
+        for records in (plain, plain | {"unet": slotted})
+    )
+    slots = read_table(MINI, "unet").slots_by_module.values()
+    factors = 2 * 64 * sum(slot.columns + slot.outputs for slot in slots)
+    assert after["unet"].io - before["unet"].io == after["unet"].uncertain == factors > 0
+    assert after["refiner_unet"] == before["refiner_unet"]
+    # A request whose LoRAs have lower ranks needs less, so nothing is refused for these bytes alone.
+    assert plan_of(plain | {"unet": slotted}, "swap", capacity=GB).estimated
+
+
+def test_plans_for_loras_are_not_those_of_a_request_without_any() -> None:
+    plain = record_of("unet", PlanMemory(weights=GB, activations=MB))
+    slotted = replace(plain, key=replace(plain.key, lora_rank=64), memory=PlanMemory(weights=2 * GB, activations=MB))
+    for plans in ((plain, slotted), (slotted, plain)):
+        bundle = Bundle(MINI.root, replace(MINI.manifest, plans=plans))
+        (need,) = [each for each in estimate_memory(bundle, provider="tensorrt", capacity=None).needs
+                   if each.component == "unet"]  # fmt: skip
+        assert need.weights == GB

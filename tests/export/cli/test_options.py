@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from sdxl_trt.engines.errors import UsageError
 from sdxl_trt.engines.host import Parser
 from sdxl_trt.export.cli.options import add_plan_options, plan_options
 
@@ -57,3 +58,21 @@ def test_a_timing_cache_and_none_at_once_are_refused(capsys: pytest.CaptureFixtu
     with pytest.raises(SystemExit):
         _timing_cache("--no-timing-cache", "--timing-cache", "a.cache")
     assert "not allowed with argument" in capsys.readouterr().err
+
+
+def test_plans_for_loras_are_built_only_if_they_are_asked_for() -> None:
+    plain, both = (plan_options(_parsed(*options), lambda: True) for options in ((), ("--lora-rank", "64")))
+    assert plain is not None
+    assert both is not None
+    assert (plain.lora_rank, both.lora_rank) == (0, 64)
+    assert plain.told == "a tensorrt plan of every component"
+    assert both.told == f"{plain.told}, and another for LoRAs of UNets and text encoders, rank 64"
+    with pytest.raises(UsageError, match=r"--lora-rank, .* apply to plans, but none would be built here"):
+        plan_options(_parsed("--lora-rank", "64", "--engine", "none"), lambda: False)
+
+
+@pytest.mark.parametrize("text", ["-1", "2000", "many", "1.5"])
+def test_a_rank_is_a_number_that_plans_can_have(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        _parsed(f"--lora-rank={text}")
+    assert f"{text}: expected the largest rank of a request's LoRAs, 1 to 1024, or 0" in capsys.readouterr().err

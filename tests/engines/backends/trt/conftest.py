@@ -30,11 +30,16 @@ class Planned:
 
     def __init__(self, simulated: Any, root: Path) -> None:
         self.bundle: Bundle = read_bundle(root)
-        self.records: dict[str, PlanRecord] = {record.key.component: record for record in self.bundle.manifest.plans}
+        plans = self.bundle.manifest.plans
+        self.records: dict[str, PlanRecord] = {each.key.component: each for each in plans if not each.for_loras}
+        self.slot_records = {each.key.component: each for each in plans if each.for_loras}
         self._simulated = simulated
 
     def engine(self, name: str, device: TrtDevice, **options: Any) -> TrtEngine:
         return TrtEngine(self.bundle, self.records[name], device, **options)
+
+    def slot_engine(self, name: str, device: TrtDevice, **options: Any) -> TrtEngine:
+        return TrtEngine(self.bundle, self.slot_records[name], device, **options)
 
     def reference(self, name: str) -> OrtEngine:
         return _reference(self.bundle.root, name)
