@@ -157,7 +157,9 @@ class EnginePool:
             return
         slotted = {name_of(use): self._slot_records[name_of(use)] for use in uses
                    if loras_of(use) and name_of(use) in self._slot_records}  # fmt: skip
-        estimate = partial(self._estimate, records={**self.records, **slotted}, controls=controls)
+        estimate = partial(self._estimate, controls=controls)
+        if slotted:
+            estimate = partial(estimate, records={**self.records, **slotted})
         plans = [estimate(residency=each, run=run) for each in (self.residency, *self._fallbacks)]
         chosen = min(plans, key=lambda plan: plan.missing)  # the first of those that fit
         if not _can_run(chosen, chosen.peak):
