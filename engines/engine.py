@@ -1,20 +1,46 @@
 """The Engine protocol: the interface of a loaded graph, the same for every backend. numpy in, numpy out."""
 
-__all__ = ["Array", "Engine", "check_inputs", "numpy_dtype"]
+__all__ = [
+    "Array", "DeviceArray", "Engine", "Value", "check_inputs", "fill_optional", "numpy_dtype", "rows_of", "with_rows",
+]  # fmt: skip
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sdxl_trt.engines.adapters import ScaledLora
-from sdxl_trt.engines.bundle import Component, DType, TensorSpec
+from sdxl_trt.engines.bundle import Component, DType, TensorSpec, axis_root, axis_size, may_be_one
 from sdxl_trt.engines.errors import UsageError
 
 Array = NDArray[Any]
 
 _NUMPY: dict[DType, type[np.generic]] = {"float32": np.float32, "float16": np.float16, "int64": np.int64}
+
+
+@dataclass(frozen=True, eq=False)
+class DeviceArray:
+    """An output that stayed on the device of the engine that made it: an input for any engine of the same backend.
+
+    It is valid until that engine's next `infer` or `unload`. `handle` and `home` are the backend's own: the memory,
+    and the device that it is on.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    handle: Any
+    home: object
+
+    @property
+    def ndim(self) -> int:
+        """Return the number of axes."""
+        return len(self.shape)
+
+
+Value = Array | DeviceArray
+"""An input: in host memory, or on the device."""
 
 
 class Engine(Protocol):
@@ -54,10 +80,17 @@ class Engine(Protocol):
     def bind(self, constants: Mapping[str, Array]) -> None:
         """Set the inputs that stay constant during a phase. They may have more rows than later inputs of `infer`."""
 
-    def infer(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
+    def infer(self, inputs: Mapping[str, Value], outputs: Sequence[str] | None = None) -> dict[str, Array]:
         """Run on `inputs` and the bound constants, sliced to the same number of rows; return `outputs` (default: all).
 
-        The caller owns the returned arrays. Raises UsageError for inputs that do not fit the graph.
+        Inputs that the graph calls optional are zeros if they are missing. The caller owns the returned arrays. Raises
+        UsageError for inputs that do not fit the graph.
+        """
+
+    def infer_on_device(self, inputs: Mapping[str, Value]) -> dict[str, DeviceArray]:
+        """Run as `infer` does, and leave every output on the device; it crosses to the host only as another output.
+
+        Raises what `infer` raises.
         """
 
     def unload(self) -> None:
@@ -69,7 +102,31 @@ def numpy_dtype(spec: TensorSpec) -> type[np.generic]:
     return _NUMPY[spec.dtype]
 
 
-def check_inputs(component: Component, inputs: Mapping[str, Array]) -> None:
+def rows_of(component: Component, inputs: Mapping[str, Value]) -> int | None:
+    """Return the smallest number of rows of `inputs`, the axis that leads the graph's first input; None without any."""
+    leading = component.inputs[0].shape[0]
+    led = {spec.name for spec in component.inputs if spec.shape and spec.shape[0] == leading}
+    return min((value.shape[0] for name, value in inputs.items() if name in led and value.ndim), default=None)
+
+
+def with_rows(component: Component, constants: Mapping[str, Array], rows: int | None) -> dict[str, Array]:
+    """Return `constants`, those that have a row for each of the graph's cut to `rows`."""
+    leading = component.inputs[0].shape[0]
+    shapes = {spec.name: spec.shape for spec in component.inputs}
+    return {name: array[:rows] if shapes.get(name, (leading,))[:1] == (leading,) else array
+            for name, array in constants.items()}  # fmt: skip
+
+
+def fill_optional(component: Component, given: Collection[str]) -> dict[str, Array]:
+    """Return zeros for the optional inputs that are not among `given`, as small as the graph takes them."""
+    return {
+        spec.name: np.zeros([1 if may_be_one(axis) else axis_size(axis, {}) for axis in spec.shape], numpy_dtype(spec))
+        for spec in component.inputs
+        if spec.optional and spec.name not in given
+    }
+
+
+def check_inputs(component: Component, inputs: Mapping[str, Value]) -> None:
     """Raise UsageError unless `inputs` match the graph's in name, dtype and shape, with one size per axis name."""
     expected = {spec.name: spec for spec in component.inputs}
     if inputs.keys() != expected.keys():
@@ -80,9 +137,15 @@ def check_inputs(component: Component, inputs: Mapping[str, Array]) -> None:
         if array.dtype != numpy_dtype(spec):
             raise UsageError(f"input {name}: dtype {array.dtype} given, {spec.dtype} expected; cast it")
         fits = array.ndim == len(spec.shape) and all(
-            size == (dim if isinstance(dim, int) else axes.setdefault(dim, size))
-            for size, dim in zip(array.shape, spec.shape, strict=True)
+            _fits(size, dim, axes) for size, dim in zip(array.shape, spec.shape, strict=True)
         )
         if not fits:
             known = f" where {axes}" if axes else ""
             raise UsageError(f"input {name}: shape {list(array.shape)} given, {list(spec.shape)}{known} expected")
+
+
+def _fits(size: int, dim: int | str, axes: dict[str, int]) -> bool:
+    """Return whether an axis may have `size`; a named axis that is new gets it."""
+    if isinstance(dim, str) and (axis_root(dim) == dim or axis_root(dim) not in axes):
+        return size == axes.setdefault(dim, size)
+    return size == axis_size(dim, axes) or (size == 1 and may_be_one(dim))

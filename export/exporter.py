@@ -33,6 +33,8 @@ from sdxl_trt.export.components import (
     Options,
     ProgressTracker,
     StagePlan,
+    add_controlnets,
+    controlnet_records,
     convert_component,
     measure,
     plan_components,
@@ -51,7 +53,17 @@ from sdxl_trt.export.output import (
     take_over,
     take_over_plans,
 )
-from sdxl_trt.export.sources import PipelineSource, Role, open_source, open_unet, open_vae, with_unet, with_vae
+from sdxl_trt.export.sources import (
+    ControlNetSource,
+    PipelineSource,
+    Role,
+    open_controlnet,
+    open_source,
+    open_unet,
+    open_vae,
+    with_unet,
+    with_vae,
+)
 from sdxl_trt.export.verify import VERIFY_FILE, verify_bundle
 
 log = logging.getLogger("sdxl_trt.export")
@@ -130,6 +142,8 @@ def export_optimum(
     options, out = options or Options(), Path(out)
     if options.components is not None:
         raise UsageError("--layout optimum: needs all components; remove --components")
+    if options.controlnets:
+        raise UsageError("--layout optimum: has no place for ControlNets; remove --controlnet")
     check_target(out)
     with exclusive(out, lock=options.lock), planned(base, refiner, out, options) as plan:
         check_optimum(plan)
@@ -170,6 +184,7 @@ def planned(base: Path | str, refiner: Path | str | None, out: Path, options: Op
         if previous is not None and previous.manifest.base.vae.decoder_bf16 is not None:
             options = replace(options, twins=True)  # keep the bf16 twins: the bundle may have plans of them
         components, stages = plan_components(*sources, options, log.warning, loras)
+        add_controlnets(components, stages["base"], _open_controlnets(sources[0], options), log.warning)
         jobs = plan_jobs(components, previous, out, options)
         yield ExportPlan(
             base=sources[0],
@@ -224,6 +239,7 @@ def _make(plan: ExportPlan, folder: Path, options: Options, report: ProgressTrac
         base=stages["base"],
         refiner=stages.get("refiner"),
         loras=plan.lora_records,
+        controlnets=controlnet_records(plan.stages["base"]),
         plans=take_over_plans(plan.previous, records, folder) if plan.previous else (),
         note=plan.note,
     )
@@ -246,6 +262,13 @@ def _open_lora(option: LoraOption) -> ScaledLora:
     for note in lora.notes():
         log.warning("%s", note)
     return lora
+
+
+def _open_controlnets(base: PipelineSource, options: Options) -> tuple[ControlNetSource, ...]:
+    """Return the ControlNets of an export; a single file's config follows the base's UNet."""
+    configs = Path(base.models["unet"].where)
+    own = configs if (configs / "config.json").is_file() else None
+    return tuple(open_controlnet(spec, precision=options.precision, configs=own) for spec in options.controlnets)
 
 
 def _drop_strays(folder: Path, wanted: set[str]) -> None:

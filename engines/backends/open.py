@@ -91,8 +91,9 @@ def _tensorrt(bundle: Bundle, flavour: Flavour) -> Backend:
     capability = environment.compute_capability
     names = run_components(bundle.manifest, flavour, capability=capability)
     records = {name: find_plan(bundle, name, environment) for name in names}
-    for name in run_components(bundle.manifest, flavour, from_image=True, capability=capability):
-        # A component that only runs from images need may lack a plan; `make` raises if it is used.
+    controls = [each.component for each in bundle.manifest.controlnets]
+    for name in run_components(bundle.manifest, flavour, from_image=True, capability=capability, controls=controls):
+        # A component that only some runs need may lack a plan; `make` raises if it is used.
         if name not in records:
             with suppress(IncompatibleError):
                 records[name] = find_plan(bundle, name, environment)

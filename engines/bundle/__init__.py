@@ -3,14 +3,16 @@
 from sdxl_trt.engines.bundle.bundle import MANIFEST, Bundle, read_bundle, write_manifest
 from sdxl_trt.engines.bundle.digests import verify_file
 from sdxl_trt.engines.bundle.manifest import (
-    FORMAT_NAME, FORMAT_VERSION, Component, DType, Edm, Kind, LoraRecord, Manifest, Precision, Scheduler, Source,
-    Stage, TensorSpec, TextEncoder, Tokenizer, Vae,
+    FORMAT_NAME, FORMAT_VERSION, Component, ControlNet, DType, Edm, Kind, LoraRecord, Manifest, Precision, Scheduler,
+    Source, Stage, TensorSpec, TextEncoder, Tokenizer, Vae,
 )
 from sdxl_trt.engines.bundle.phases import computes_bf16, run_components, run_phases, stand_ins
 from sdxl_trt.engines.bundle.plan_record import (
     ANY, BuildFlags, Chunks, Environment, Flavour, PlanKey, PlanMemory, PlanRecord,
 )
-from sdxl_trt.engines.bundle.profile import Axes, Profile, Range, Shape, fixed
+from sdxl_trt.engines.bundle.profile import (
+    Axes, Profile, Range, Shape, axis_range, axis_root, axis_size, fixed, may_be_one,
+)
 from sdxl_trt.engines.bundle.records import FileRecord, Natural, Positive, Record, Sha256
 from sdxl_trt.engines.bundle.tensor_table import (
     ADAPTERS_FILE, DOWN, UP, WEIGHT, AdapterTable, Slot, TensorRecord, is_slot_input, read_table, slot_dtype,
@@ -18,9 +20,10 @@ from sdxl_trt.engines.bundle.tensor_table import (
 
 __all__ = [
     "ADAPTERS_FILE", "ANY", "DOWN", "FORMAT_NAME", "FORMAT_VERSION", "MANIFEST", "UP", "WEIGHT", "AdapterTable", "Axes",
-    "BuildFlags", "Bundle", "Chunks", "Component", "DType", "Edm", "Environment", "FileRecord", "Flavour", "Kind",
-    "LoraRecord", "Manifest", "Natural", "PlanKey", "PlanMemory", "PlanRecord", "Positive", "Precision", "Profile",
-    "Range", "Record", "Scheduler", "Sha256", "Shape", "Slot", "Source", "Stage", "TensorRecord", "TensorSpec",
-    "TextEncoder", "Tokenizer", "Vae", "computes_bf16", "fixed", "is_slot_input", "read_bundle", "read_table",
-    "run_components", "run_phases", "slot_dtype", "stand_ins", "verify_file", "write_manifest",
+    "BuildFlags", "Bundle", "Chunks", "Component", "ControlNet", "DType", "Edm", "Environment", "FileRecord", "Flavour",
+    "Kind", "LoraRecord", "Manifest", "Natural", "PlanKey", "PlanMemory", "PlanRecord", "Positive", "Precision",
+    "Profile", "Range", "Record", "Scheduler", "Sha256", "Shape", "Slot", "Source", "Stage", "TensorRecord",
+    "TensorSpec", "TextEncoder", "Tokenizer", "Vae", "axis_range", "axis_root", "axis_size", "computes_bf16", "fixed",
+    "is_slot_input", "may_be_one", "read_bundle", "read_table", "run_components", "run_phases", "slot_dtype",
+    "stand_ins", "verify_file", "write_manifest",
 ]

@@ -20,10 +20,14 @@ from sdxl_trt.engines.host import atomic_write, contained, shell_word
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 64 << 20
 
-# Inputs and required outputs of each kind of graph; a graph may have more outputs.
+# Required inputs and outputs of each kind of graph; a graph may have more outputs, and optional inputs.
 _SIGNATURES: dict[Kind, tuple[set[str], set[str]]] = {
     "text_encoder": ({"input_ids"}, {"hidden_states.0", "hidden_states.1"}),
     "unet": ({"sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids"}, {"out_sample"}),
+    "controlnet": (
+        {"sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids", "controlnet_cond", "scales"},
+        {"down_residual.0", "mid_residual"},
+    ),
     "vae_decoder": ({"latent_sample"}, {"sample"}),
     "vae_encoder": ({"sample"}, {"latent_parameters"}),
 }
@@ -108,10 +112,11 @@ def _check_graphs(bundle: Bundle) -> None:
     manifest = bundle.manifest
     for name, component in manifest.components.items():
         inputs, outputs = _SIGNATURES[component.kind]
-        takes, given = {spec.name for spec in component.inputs}, {spec.name for spec in component.outputs}
+        given = {spec.name for spec in component.outputs}
+        required = {spec.name for spec in component.inputs if not spec.optional}
         if component.takes_embeddings:
             inputs = inputs | _EMBEDDINGS
-        if takes != inputs or not outputs <= given:
+        if required != inputs or not outputs <= given:
             raise CorruptError(
                 f"{bundle.root / MANIFEST}: {name} is not a {component.kind}: it must take {sorted(inputs)} and return"
                 f" {sorted(outputs)}; run export-engines again"
@@ -145,6 +150,22 @@ def _check_stages(bundle: Bundle) -> None:
         problem = _stage_problem(stage, manifest)
         if problem:
             raise CorruptError(f"{bundle.root / MANIFEST}: {stage_name} {problem}; run export-engines again")
+    problem = _controlnet_problem(manifest)
+    if problem:
+        raise CorruptError(f"{bundle.root / MANIFEST}: {problem}; run export-engines again")
+
+
+def _controlnet_problem(manifest: Manifest) -> str:
+    """Return what is wrong with the ControlNets that the manifest lists, or ""."""
+    taken = {spec.name: (spec.dtype, spec.shape[1:2]) for spec in manifest.components[manifest.base.unet].inputs
+             if spec.optional}  # fmt: skip
+    for each in manifest.controlnets:
+        found = manifest.components.get(each.component)
+        if found is None or found.kind != "controlnet":
+            return f"lists a ControlNet {each.name!r}, but has no controlnet called {each.component!r}"
+        if {spec.name: (spec.dtype, spec.shape[1:2]) for spec in found.outputs} != taken:
+            return f"lists a ControlNet {each.name!r}, whose residuals the base's UNet does not take"
+    return ""
 
 
 def _stage_problem(stage: Stage, manifest: Manifest) -> str:

@@ -4,6 +4,7 @@ __all__ = [
     "FORMAT_NAME",
     "FORMAT_VERSION",
     "Component",
+    "ControlNet",
     "DType",
     "Edm",
     "Kind",
@@ -24,24 +25,30 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from sdxl_trt.engines.bundle.plan_record import PlanRecord
+from sdxl_trt.engines.bundle.profile import may_be_one
 from sdxl_trt.engines.bundle.records import FileRecord, Natural, Positive, Record, Sha256
 from sdxl_trt.engines.errors import CorruptError
 
 FORMAT_NAME = "sdxl-trt-bundle"
 FORMAT_VERSION = 1
 
-Kind = Literal["text_encoder", "unet", "vae_decoder", "vae_encoder"]
+Kind = Literal["text_encoder", "unet", "controlnet", "vae_decoder", "vae_encoder"]
 DType = Literal["float32", "float16", "int64"]
 Precision = Literal["fp32", "fp16", "bf16", "mixed"]
 PositiveFloat = Annotated[float, msgspec.Meta(gt=0.0)]
 
 
 class TensorSpec(Record, frozen=True, kw_only=True):
-    """One graph input or output. A dimension is a number, or the name of an axis that may vary."""
+    """One graph input or output. A dimension is a number, or an axis that may vary: see `axis_size`."""
 
     name: str
     dtype: DType
     shape: tuple[Positive | str, ...]
+
+    @property
+    def optional(self) -> bool:
+        """Return whether the input may be left out, which means zeros: several of its axes may be 1, and broadcast."""
+        return any(map(may_be_one, self.shape))
 
 
 class Source(Record, frozen=True, kw_only=True):
@@ -238,6 +245,13 @@ class LoraRecord(Record, frozen=True, kw_only=True):
         return f"{self.scale:g}{both}"
 
 
+class ControlNet(Record, frozen=True, kw_only=True):
+    """A ControlNet of the base: its component, and the name that a run calls it by."""
+
+    component: str
+    name: str
+
+
 class Manifest(Record, frozen=True, kw_only=True):
     """The whole of ``manifest.json``."""
 
@@ -250,6 +264,7 @@ class Manifest(Record, frozen=True, kw_only=True):
     base: Stage
     refiner: Stage | None = None
     loras: tuple[LoraRecord, ...] = ()
+    controlnets: tuple[ControlNet, ...] = ()
     plans: tuple[PlanRecord, ...] = ()
     onnx: bool = True
     """Whether the bundle contains the graphs and their weights, or only plans."""

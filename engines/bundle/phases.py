@@ -3,6 +3,7 @@
 __all__ = ["computes_bf16", "run_components", "run_phases", "stand_ins"]
 
 import re
+from collections.abc import Sequence
 
 from sdxl_trt.engines.bundle.manifest import Manifest
 from sdxl_trt.engines.bundle.plan_record import ANY
@@ -33,12 +34,18 @@ def stand_ins(manifest: Manifest, provider: str, capability: str | None = None) 
 
 
 def run_phases(
-    manifest: Manifest, provider: str, *, from_image: bool = False, capability: str | None = None
+    manifest: Manifest,
+    provider: str,
+    *,
+    from_image: bool = False,
+    capability: str | None = None,
+    controls: Sequence[str] = (),
 ) -> dict[str, tuple[str, ...]]:
     """Return the components of each phase of a run with all stages: encode, base, refiner, decode.
 
     A run `from_image` has a phase "picture" first, which encodes the image with the autoencoders of all stages.
-    `capability` is the GPU's, see `stand_ins`.
+    `controls` are the components of the ControlNets that the base uses, in the same phase. `capability` is the GPU's,
+    see `stand_ins`.
     """
     stages = manifest.stages()
     encoders = [encoder.component for stage in stages.values() for encoder in stage.text_encoders]
@@ -47,13 +54,18 @@ def run_phases(
     pictures = [stage.vae.encoder for stage in stages.values() if from_image and stage.vae.encoder is not None]
     phases = {"picture": tuple(dict.fromkeys(replaced.get(name, name) for name in pictures))} if pictures else {}
     phases["encode"] = tuple(dict.fromkeys(encoders))
-    phases |= {name: (stage.unet,) for name, stage in stages.items()}
+    phases |= {name: (stage.unet, *(controls if name == "base" else ())) for name, stage in stages.items()}
     return phases | {"decode": (replaced.get(decoder, decoder),)}
 
 
 def run_components(
-    manifest: Manifest, provider: str, *, from_image: bool = False, capability: str | None = None
+    manifest: Manifest,
+    provider: str,
+    *,
+    from_image: bool = False,
+    capability: str | None = None,
+    controls: Sequence[str] = (),
 ) -> tuple[str, ...]:
     """Return the components of a run with all stages, each once, in order of use; see `run_phases`."""
-    phases = run_phases(manifest, provider, from_image=from_image, capability=capability)
+    phases = run_phases(manifest, provider, from_image=from_image, capability=capability, controls=controls)
     return tuple(dict.fromkeys(name for used in phases.values() for name in used))

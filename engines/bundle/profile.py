@@ -1,8 +1,14 @@
-"""An optimization profile: the smallest, usual and largest shape of each input of a graph."""
+"""An optimization profile: the smallest, usual and largest shape of each input of a graph, and the names of its axes.
 
-__all__ = ["Axes", "Profile", "Range", "fixed"]
+An axis is a number, a name, or follows from a named one: "8*height", "height/2". Of an input that may be left out,
+each axis may also be 1: "height/2|1".
+"""
 
+__all__ = ["Axes", "Profile", "Range", "axis_range", "axis_root", "axis_size", "fixed", "may_be_one"]
+
+import re
 from collections.abc import Mapping
+from functools import cache
 
 from sdxl_trt.engines.bundle.records import Positive, Record
 
@@ -32,6 +38,44 @@ class Range(Record, frozen=True, kw_only=True):
 def fixed(value: int) -> Range:
     """Return the range that contains only `value`."""
     return Range(min=value, opt=value, max=value)
+
+
+_AXIS = re.compile(r"(?:([1-9]\d{0,5})\*)?(\w+?)(?:/([1-9]\d{0,5}))?(\|1)?")
+
+
+@cache
+def _parsed(axis: str) -> tuple[str, int, int, bool]:
+    """Return the named axis, its factor, its divisor, and whether the size may be 1; unknown texts are names."""
+    match = _AXIS.fullmatch(axis)
+    return (axis, 1, 1, False) if match is None else (match[2], int(match[1] or 1), int(match[3] or 1), bool(match[4]))
+
+
+def axis_root(axis: str) -> str:
+    """Return the name of the axis that `axis` follows from: "height" for "8*height"."""
+    return _parsed(axis)[0]
+
+
+def may_be_one(axis: int | str) -> bool:
+    """Return whether the size may be 1 whatever the named axis is, so that the values broadcast."""
+    return isinstance(axis, str) and _parsed(axis)[3]
+
+
+def axis_size(axis: int | str, sizes: Mapping[str, int]) -> int:
+    """Return the size of `axis` where the named axes have `sizes`; 1 if its name is unknown."""
+    if isinstance(axis, int):
+        return axis
+    name, factor, divisor, _ = _parsed(axis)
+    return sizes[name] * factor // divisor if name in sizes else 1
+
+
+def axis_range(axis: int | str, ranges: "Axes") -> Range:
+    """Return the range of `axis` where the named axes have these `ranges`. Raises KeyError for an unknown name."""
+    if isinstance(axis, int):
+        return fixed(axis)
+    name, factor, divisor, optional = _parsed(axis)
+    whole = ranges[name]
+    low, usual, high = (size * factor // divisor for size in (whole.min, whole.opt, whole.max))
+    return Range(min=1 if optional else low, opt=usual, max=high)
 
 
 Shape = tuple[Positive, ...]

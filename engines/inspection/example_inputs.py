@@ -2,11 +2,11 @@
 
 __all__ = ["example_inputs"]
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from sdxl_trt.engines.bundle import Bundle, Manifest, Profile, Stage, TextEncoder
+from sdxl_trt.engines.bundle import Bundle, Component, Manifest, Profile, Stage, TextEncoder
 from sdxl_trt.engines.engine import Array, numpy_dtype
 
 _TOKEN_SCALE = 0.02
@@ -24,7 +24,8 @@ def example_inputs(bundle: Bundle, name: str, profile: Profile, seed: int = 0) -
     stage = _stage_of(bundle.manifest, name)
     shapes = {spec.name: profile.shapes[spec.name][1] for spec in component.inputs}
     values: dict[str, Array] = {key: rng.standard_normal(shape) for key, shape in shapes.items()}
-    if component.kind == "unet":
+    if component.kind in ("unet", "controlnet"):
+        values |= _control_values(component, shapes, rng)
         values["timestep"] = _timesteps(bundle.manifest, stage, shapes["timestep"][0])
         values["time_ids"] = np.tile(_time_ids(stage, shapes["sample"]), (shapes["time_ids"][0], 1))
     elif component.kind == "text_encoder":
@@ -37,6 +38,16 @@ def example_inputs(bundle: Bundle, name: str, profile: Profile, seed: int = 0) -
     else:
         values["sample"] = rng.uniform(-1, 1, shapes["sample"])
     return {spec.name: values[spec.name].astype(numpy_dtype(spec)) for spec in component.inputs}
+
+
+def _control_values(
+    component: Component, shapes: Mapping[str, tuple[int, ...]], rng: np.random.Generator
+) -> dict[str, Array]:
+    """Return a ControlNet's picture and scales, and zeros for residuals: a run without another ControlNet has none."""
+    values: dict[str, Array] = {spec.name: np.zeros(shapes[spec.name]) for spec in component.inputs if spec.optional}
+    if "controlnet_cond" in shapes:
+        values |= {"controlnet_cond": rng.uniform(0, 1, shapes["controlnet_cond"]), "scales": np.ones(shapes["scales"])}
+    return values
 
 
 def _stage_of(manifest: Manifest, name: str) -> Stage:

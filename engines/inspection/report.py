@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sdxl_trt.engines.bundle import ANY, Bundle, Component, Environment, Manifest, PlanRecord, read_bundle
+from sdxl_trt.engines.bundle import ANY, Bundle, Component, Environment, Manifest, PlanRecord, axis_root, read_bundle
 from sdxl_trt.engines.host import mebibytes, one_line, paragraph, span, table
 from sdxl_trt.engines.inspection.rebuilds import Rebuilds, file_problem, find_rebuilds
 from sdxl_trt.engines.inspection.verification import Verification, verify_plans
@@ -62,6 +62,8 @@ def _title(bundle: Bundle) -> str:
 def _ending(manifest: Manifest) -> Iterator[str]:
     for lora in manifest.loras:
         yield f"LoRA {one_line(lora.name)} at {lora.told}, in the base"
+    for net in manifest.controlnets:
+        yield f"ControlNet {one_line(net.name)} for the base, in {net.component}"
     if manifest.note:
         yield from ("", *paragraph("note: ", one_line(manifest.note)))
 
@@ -144,9 +146,9 @@ def _words(component: Component, shapes: Mapping[str, tuple[Shape, Shape, Shape]
         axis: (low, usual, high)
         for spec in component.inputs
         for axis, low, usual, high in zip(spec.shape, *shapes[spec.name], strict=True)
-        if isinstance(axis, str)
+        if isinstance(axis, str) and axis_root(axis) == axis
     }
-    pixels = factor if component.kind in ("unet", "vae_decoder") else 1
+    pixels = factor if component.kind in ("unet", "controlnet", "vae_decoder") else 1
     sides = {}
     for axis in [axis for axis in _WAYS if axis in axes]:
         low, usual, high = axes.pop(axis)

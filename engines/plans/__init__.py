@@ -11,7 +11,7 @@ from sdxl_trt.engines.plans.shapes import (
 )
 from sdxl_trt.engines.plans.sizes import (
     ADAPTED, MAX_ROWS_OF_PROMPTS, MAX_VECTORS, MOST_RANK, SUGGESTED_RANK, TILE, TOKENS, Sizes, axes_of, check_for,
-    component_profiles, default_sizes, parse_range, profiles_of, rank_range, stage_sizes,
+    component_profiles, default_sizes, parse_range, profiles_of, rank_range, size_multiple, stage_sizes,
 )
 
 __all__ = [
@@ -19,6 +19,6 @@ __all__ = [
     "PlanLimits", "PlanReader", "RunSizes", "Shapes", "Sizes", "axes_of", "check_for", "choose_profile",
     "component_profiles", "default_sizes", "find_plan", "has_plans", "outside_profiles", "parse_range", "plan_limits",
     "plan_memory", "plan_notes", "plan_path", "planned_components", "preferred_plan", "profile_for_run", "profiles_of",
-    "rank_range", "reachable", "rebuild_command", "remove_write_permission", "stage_sizes", "start_reading",
-    "usual_profile", "why_rebuild",
+    "rank_range", "reachable", "rebuild_command", "remove_write_permission", "size_multiple", "stage_sizes",
+    "start_reading", "usual_profile", "why_rebuild",
 ]

@@ -20,13 +20,26 @@ __all__ = [
     "parse_range",
     "profiles_of",
     "rank_range",
+    "size_multiple",
     "stage_sizes",
 ]
 
 import math
 from collections.abc import Collection, Mapping
 
-from sdxl_trt.engines.bundle import Axes, Component, Kind, Manifest, Profile, Range, Record, Shape, fixed
+from sdxl_trt.engines.bundle import (
+    Axes,
+    Component,
+    Kind,
+    Manifest,
+    Profile,
+    Range,
+    Record,
+    Shape,
+    axis_range,
+    axis_root,
+    fixed,
+)
 from sdxl_trt.engines.errors import (
     SizeError,
     UsageError,
@@ -115,7 +128,7 @@ def axes_of(kind: str, precision: str, sizes: Sizes, factor: int) -> list[dict[s
     Profiles for one size come first: their kernels are faster and their activations smaller than those for a range, and
     `choose_profile` takes the first of profiles that suit equally.
     """
-    if kind == "unet":
+    if kind in ("unet", "controlnet"):
         return _unet_axes(sizes, factor)
     if kind == "text_encoder":
         # Most prompts name no embedding: the plan is tuned for the one vector that is passed then.
@@ -161,10 +174,10 @@ def component_profiles(
 
 
 def _shapes(shape: tuple[int | str, ...], axes: Axes) -> tuple[Shape, Shape, Shape]:
-    unknown = [axis for axis in shape if isinstance(axis, str) and axis not in axes]
+    unknown = [axis for axis in shape if isinstance(axis, str) and axis_root(axis) not in axes]
     if unknown:
         raise UsageError(f"the graph has an axis {unknown[0]!r} that profiles do not cover; export it again")
-    ranges = [fixed(axis) if isinstance(axis, int) else axes[axis] for axis in shape]
+    ranges = [axis_range(axis, axes) for axis in shape]
     return (
         tuple(axis.min for axis in ranges),
         tuple(axis.opt for axis in ranges),

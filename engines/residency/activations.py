@@ -11,7 +11,7 @@ __all__ = ["estimate_activations", "estimate_each", "estimate_error", "largest_a
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from sdxl_trt.engines.bundle import Component, Precision, Profile
+from sdxl_trt.engines.bundle import Component, Precision, Profile, axis_root
 
 Config = Mapping[str, Any]
 _ITEM: dict[Precision, int] = {"fp32": 4, "fp16": 2, "bf16": 2, "mixed": 4}
@@ -25,6 +25,8 @@ _DECODER_STATIC, _DECODER_DYNAMIC = 1.0, {2: 2.3, 4: 1.4}
 _TEXT_HIDDENS = 6.5
 # Peak memory of ONNX Runtime's CPU provider on the embedded pair's UNets and decoder, 512² to 768², within 15 %.
 _SCORES = 1.5
+# The first layers of a ControlNet's picture: their channels, at the picture's resolution.
+_CONDITION_WIDTH, _PIXELS_OF_LATENT = 16, 64
 _WIDTHS = (320, 640, 1280, 1280)
 
 
@@ -45,19 +47,19 @@ def estimate_each(component: Component, profiles: Iterable[Profile], precision: 
 
 def estimate_error(component: Component) -> float:
     """Return the relative error, in either direction, of an estimate for this component."""
-    if component.kind != "unet":
+    if component.kind not in ("unet", "controlnet"):
         return 0.1
     # SDXL's base and refiner at full size need 6 to 13 % more than estimated: benchmarks/results/build.md.
     return 0.15 if _widths(component.config)[0] >= _NARROW else 0.2
 
 
 def largest_axes(component: Component, profile: Profile) -> dict[str, int]:
-    """Return the largest size of every named axis of a component's inputs."""
+    """Return the largest size of every named axis of a component's inputs, without those that follow from another."""
     return {
         axis: size
         for spec in component.inputs
         for axis, size in zip(spec.shape, profile.shapes[spec.name][2], strict=True)
-        if isinstance(axis, str)
+        if isinstance(axis, str) and axis_root(axis) == axis
     }
 
 
@@ -68,7 +70,9 @@ def score_bytes(component: Component, profiles: Iterable[Profile], precision: Pr
 
 
 def _is_static(profile: Profile) -> bool:
-    return all(low == high for low, _, high in profile.shapes.values())
+    # The residuals of a ControlNet may be of one pixel in every profile: their sizes say nothing about the others.
+    shapes = {name: each for name, each in profile.shapes.items() if "residual" not in name}
+    return all(low == high for low, _, high in shapes.values())
 
 
 def _unet_factor(width: int, *, static: bool, ranged: bool) -> float:
@@ -87,6 +91,9 @@ def _estimate(component: Component, profile: Profile, item: int, *, ranged: bool
     if component.kind == "unet":
         factor = _unet_factor(widths[0], static=static, ranged=ranged)
         alive = _unet_bytes(component.config, item) * places * axes.get("rows", 1)
+    elif component.kind == "controlnet":
+        factor = _unet_factor(widths[0], static=static, ranged=ranged)
+        alive = _controlnet_bytes(component.config, item) * places * axes.get("rows", 1)
     elif component.kind == "text_encoder":
         config, prompts = component.config, axes.get("prompts", 1)
         alive = config.get("hidden_size", 768) * item * prompts * config.get("max_position_embeddings", 77)
@@ -115,6 +122,14 @@ def _unet_bytes(config: Config, item: int) -> float:
     return most
 
 
+def _controlnet_bytes(config: Config, item: int) -> float:
+    """Return the peak bytes per latent pixel that a ControlNet holds: its residuals, or its picture's first layers."""
+    widths = _widths(config)
+    layers = _per_level(config.get("layers_per_block", 2), len(widths))
+    first = 2 * _CONDITION_WIDTH * _PIXELS_OF_LATENT
+    return max(first, 2 * sum(_skips(widths, layers)) + 2 * widths[0]) * item + widths[0] * 4
+
+
 def _skips(widths: Sequence[int], layers: Sequence[int]) -> Iterator[float]:
     """Yield the skip connections from down to up blocks, in channels at the first level's resolution."""
     yield widths[0]
@@ -135,7 +150,7 @@ def _scores(component: Component, axes: Mapping[str, int]) -> int:
     config, places = component.config, axes.get("height", 1) * axes.get("width", 1)
     if component.kind == "text_encoder":
         return 0
-    if component.kind == "unet":
+    if component.kind in ("unet", "controlnet"):
         blocks = config.get("down_block_types", ())
         # diffusers calls the number of heads their dimension.
         heads = _per_level(config.get("num_attention_heads") or config.get("attention_head_dim", 8), len(blocks))

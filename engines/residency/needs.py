@@ -3,7 +3,6 @@
 __all__ = ["Extent", "Need", "exact_sizes", "host_need", "need_of", "on_device", "shares_activations"]
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -19,6 +18,7 @@ from sdxl_trt.engines.bundle import (
     Range,
     Record,
     TensorSpec,
+    axis_size,
     fixed,
 )
 from sdxl_trt.engines.plans import (
@@ -121,7 +121,7 @@ def need_of(
         activations=activations,
         largest=max(estimates),
         io=_io_bytes(component, profiles[chosen]),
-        streamable=int(weights * _STREAMABLE) if component.kind == "unet" else 0,
+        streamable=int(weights * _STREAMABLE) if component.kind in ("unet", "controlnet") else 0,
         uncertain=int(activations * estimate_error(component) + weights * _PLAN_ERROR),
     )
 
@@ -174,14 +174,4 @@ def _io_bytes(component: Component, profile: Profile) -> int:
 
 
 def _bytes(spec: TensorSpec, axes: Mapping[str, int]) -> int:
-    return math.prod(_size(axis, axes) for axis in spec.shape) * _ITEM[spec.dtype]
-
-
-def _size(axis: int | str, axes: Mapping[str, int]) -> int:
-    """Return the size of an axis that is a number, a name, or a multiple of one: "8*height", "height/8"."""
-    if isinstance(axis, int):
-        return axis
-    found = re.fullmatch(r"(?:(\d+)\*)?(\w+?)(?:/(\d+))?", axis)
-    if found is None or found[2] not in axes:
-        return 1
-    return axes[found[2]] * int(found[1] or 1) // int(found[3] or 1)
+    return math.prod(axis_size(axis, axes) for axis in spec.shape) * _ITEM[spec.dtype]

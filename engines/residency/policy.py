@@ -8,13 +8,13 @@ a budget left in host memory. If not everything fits, text encoders and the auto
 __all__ = ["RESIDENCIES", "check_residency", "estimate_memory", "fallbacks", "settled_residency"]
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
 from msgspec.structs import replace
 
-from sdxl_trt.engines.bundle import Bundle, Manifest, PlanRecord, read_table, run_components, run_phases, slot_dtype
+from sdxl_trt.engines.bundle import Bundle, Manifest, PlanRecord, read_table, run_phases, slot_dtype
 from sdxl_trt.engines.errors import UsageError
 from sdxl_trt.engines.host import available_host_memory, format_bytes
 from sdxl_trt.engines.plans import RunSizes, Sizes, default_sizes
@@ -54,21 +54,24 @@ def estimate_memory(
     from_image: bool = False,
     capability: str | None = None,
     run: RunSizes | None = None,
+    controls: Sequence[str] = (),
 ) -> MemoryEstimate:
     """Return the memory plan for runs of `bundle` on `provider` with `capacity` bytes of device or host memory.
 
     Nothing is loaded and no GPU is needed. Figures come from `records` (default: the manifest's plans for that
     provider), or are estimated for `sizes` (default: those that plans would be built for; for ONNX Runtime the usual
     ones). They are those of the profiles that `run` uses, by default the usual size with guidance. `from_image` adds
-    the autoencoder's encoder; `capability` is the GPU's compute capability, None if unknown. With `residency` "auto",
-    returns the first policy that fits, or the one that needs least; `missing` is then its excess. Raises UsageError for
-    an unknown residency, SizeError if a plan does not take the sizes of `run`.
+    the autoencoder's encoder, `controls` the ControlNets that the base uses, by component; `capability` is the GPU's
+    compute capability, None if unknown. With `residency` "auto", returns the first policy that fits, or the one that
+    needs least; `missing` is then its excess. Raises UsageError for an unknown residency, SizeError if a plan does not
+    take the sizes of `run`.
     """
     check_residency(residency)
     manifest = bundle.manifest
     sizes = sizes or _default_sizes(manifest, provider)
     plans = _recorded(manifest, provider) if records is None else records
-    names = run_components(manifest, provider, from_image=from_image, capability=capability)
+    phases = run_phases(manifest, provider, from_image=from_image, capability=capability, controls=controls)
+    names = tuple(dict.fromkeys(name for used in phases.values() for name in used))
     share = _DEVICE_SHARE if on_device(provider) else _HOST_SHARE
 
     def draft(at: RunSizes | Extent) -> _Draft:
@@ -80,7 +83,7 @@ def estimate_memory(
             capacity=capacity,
             usable=None if capacity is None else int(capacity * share),
             needs=needs,
-            phases=run_phases(manifest, provider, from_image=from_image, capability=capability),
+            phases=phases,
             unets=tuple(dict.fromkeys(stage.unet for stage in manifest.stages().values())),
             ahead=bytes_ahead((need.weights for need in needs.values()), available_host_memory()),
         )
@@ -178,7 +181,9 @@ class _Draft:
         """Return how many streamable bytes may be on the device: all if they fit, else what is free."""
         if self.usable is None:
             return 0
-        free = self.usable - self._bytes((need.component,), {})
+        # A ControlNet is loaded together with the UNet.
+        together = [used for used in self.phases.values() if need.component in used]
+        free = self.usable - max(self._bytes(used, {}) for used in together)
         if free >= 0:
             return need.streamable
         staged = int(need.streamable * _STAGED)
@@ -208,8 +213,12 @@ class _Draft:
     def _phase(
         self, name: str, used: tuple[str, ...], keeps: tuple[str, ...], budgets: Mapping[str, int]
     ) -> PhaseEstimate:
-        """Return a phase at its peak: what stays loaded, plus the largest of the components that it loads in turn."""
-        moments = [keeps if one in keeps else (*keeps, one) for one in used] or [keeps]
+        """Return a phase at its peak: what stays loaded, plus the largest of the components that it loads in turn.
+
+        A UNet and its ControlNets are loaded together.
+        """
+        turns = [used] if any(name in self.unets for name in used) else [(one,) for one in used]
+        moments = [tuple(dict.fromkeys((*keeps, *turn))) for turn in turns] or [keeps]
         loaded = max(moments, key=lambda moment: self._bytes(moment, budgets))
         return PhaseEstimate(
             name=name,

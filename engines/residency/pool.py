@@ -3,7 +3,7 @@
 __all__ = ["EnginePool", "open_pool"]
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from types import TracebackType
@@ -142,10 +142,11 @@ class EnginePool:
         self._prepare([use for use in self._resolve(next_engines) if name_of(use) not in self._engines])
         return engines
 
-    def make_room(self, run: RunSizes, uses: Iterable[Use] = ()) -> None:
+    def make_room(self, run: RunSizes, uses: Iterable[Use] = (), controls: Sequence[str] = ()) -> None:
         """Make sure that a run of these sizes, which uses `uses`, fits into memory, before its next phase.
 
-        Components that are not named, or named without LoRAs, count with their usual plans.
+        Components that are not named, or named without LoRAs, count with their usual plans; `controls` are as in
+        `open_pool`.
 
         What it changes takes effect with the next phase: engines of another run may be in use. Nothing is done without
         plans. The profiles of a run may need more than those of the usual size: if the pool was
@@ -156,7 +157,9 @@ class EnginePool:
             return
         slotted = {name_of(use): self._slot_records[name_of(use)] for use in uses
                    if loras_of(use) and name_of(use) in self._slot_records}  # fmt: skip
-        estimate = partial(self._estimate, records={**self.records, **slotted}) if slotted else self._estimate
+        estimate = partial(self._estimate, controls=controls)
+        if slotted:
+            estimate = partial(estimate, records={**self.records, **slotted})
         plans = [estimate(residency=each, run=run) for each in (self.residency, *self._fallbacks)]
         chosen = min(plans, key=lambda plan: plan.missing)  # the first of those that fit
         if not _can_run(chosen, chosen.peak):
@@ -354,12 +357,14 @@ def open_pool(
     *,
     from_image: bool = False,
     once: bool = False,
+    controls: Sequence[str] = (),
 ) -> EnginePool:
     """Return a pool for `bundle`; nothing is loaded yet, but a thread begins to read the plans of a run.
 
     `provider` is "auto" or one of PROVIDERS, `residency` "auto", "resident", "swap" or "stream"; `available` replaces
     the measured memory of the device or host, in bytes. With `from_image`, memory is planned for runs that start
-    from an image, which also need the autoencoder's encoder; with `once`, for a single run.
+    from an image, which also need the autoencoder's encoder; with `once`, for a single run; `controls` are the
+    components of the ControlNets that runs use.
     A given residency is kept; "auto" falls back to the next one if memory runs out. Raises UsageError for unknown
     names, IncompatibleError for a provider that is not available or a plan that does not fit this machine,
     ResourceError for plans that cannot fit.
@@ -376,6 +381,7 @@ def open_pool(
         records=backend.records,
         from_image=from_image,
         capability=backend.capability,
+        controls=controls,
     )
     try:
         plan = estimate(residency=residency)
@@ -399,7 +405,9 @@ def open_pool(
         estimate=estimate,
         close=backend.close,
     )
-    order = run_components(bundle.manifest, backend.provider, from_image=from_image, capability=backend.capability)
+    order = run_components(
+        bundle.manifest, backend.provider, from_image=from_image, capability=backend.capability, controls=controls
+    )
     pool.expect(order)
     return pool
 

@@ -1,9 +1,11 @@
 """Names of LDM checkpoints (the layout of sgm's single files) for the modules of diffusers and transformers."""
 
-__all__ = ["open_clip_prefixes", "vae_prefixes"]
+__all__ = ["controlnet_prefixes", "open_clip_prefixes", "vae_prefixes"]
 
 from collections.abc import Mapping
 from typing import Any
+
+from sdxl_trt.engines.adapters import unet_prefixes
 
 _VAE_RESNET = {"norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "conv2": "conv2", "nin_shortcut": "conv_shortcut"}
 _VAE_MIDDLE = {
@@ -16,6 +18,21 @@ _CLIP_LAYER = {
     "ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
     "attn": "self_attn", "attn.out_proj": "self_attn.out_proj",
 }  # fmt: skip
+
+
+def controlnet_prefixes(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return {LDM module: diffusers module} for a ControlNet of the UNet2DConditionModel with this `config`.
+
+    Source: ControlNet's ``ControlNet`` class, which numbers the down blocks as the UNet does, has a convolution of its
+    own for each, and one for the middle block; its ``input_hint_block`` has an activation after each convolution.
+    """
+    unet = unet_prefixes(config)
+    names = {theirs: ours for theirs, ours in unet.items() if not theirs.startswith(("out.", "output_blocks."))}
+    names["middle_block_out.0"] = "controlnet_mid_block"
+    count = 1 + max(int(theirs.split(".")[1]) for theirs in names if theirs.startswith("input_blocks."))
+    names |= {f"zero_convs.{index}.0": f"controlnet_down_blocks.{index}" for index in range(count)}
+    places = {0: "conv_in", **{2 * block + 2: f"blocks.{block}" for block in range(6)}, 14: "conv_out"}
+    return names | {f"input_hint_block.{place}": f"controlnet_cond_embedding.{ours}" for place, ours in places.items()}
 
 
 def vae_prefixes(config: Mapping[str, Any]) -> dict[str, str]:

@@ -47,6 +47,8 @@ def _parser() -> Parser:
     source.add_argument("--lora", action="append", default=[], metavar="FILE[:UNET[:TE]]",
                         help="fuse a LoRA into the base, with its scales on the UNet (default 1) and on the text"
                         " encoders (default: the UNet's); may be repeated")  # fmt: skip
+    source.add_argument("--controlnet", action="append", default=[], metavar="SRC",
+                        help="add a ControlNet for the base (trt-generate --control); may be repeated")  # fmt: skip
     _add_target(parser.add_argument_group("bundle"))
     add_plan_options(parser.add_argument_group("plans (without a source, for the existing bundle at --out)"))
     parser.add_argument("--verify", action="store_true", help="compare every graph with PyTorch; exit 1 if one differs")
@@ -131,7 +133,9 @@ def _builds_plans_only(arguments: argparse.Namespace) -> bool:
 
     named = (arguments.base, arguments.refiner, arguments.unet, arguments.vae)
     there = (arguments.out / MANIFEST).is_file()
-    return arguments.engine is not None and there and named == (None,) * 4 and not arguments.lora
+    return (
+        arguments.engine is not None and there and named == (None,) * 4 and not (arguments.lora or arguments.controlnet)
+    )
 
 
 def _build(arguments: argparse.Namespace, plans: PlanOptions, exported: dict[str, Any] | None = None) -> None:
@@ -183,6 +187,7 @@ def _options(arguments: argparse.Namespace, *, twins: bool) -> Any:
         unet=arguments.unet,
         vae=arguments.vae,
         loras=tuple(parse_lora_option(text) for text in arguments.lora),
+        controlnets=tuple(arguments.controlnet),
         components=None if arguments.components is None else frozenset(arguments.components),
         verify=arguments.verify,
         force=arguments.force,

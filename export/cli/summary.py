@@ -2,7 +2,7 @@
 
 __all__ = ["export_progress", "of_export", "of_jobs", "of_plan", "of_plans"]
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +33,23 @@ def of_plan(plan: ExportPlan) -> Output:
     ]
     loras = plan.lora_records
     lines += [f"  LoRA {one_line(lora.name)} at {lora.told}, in the base" for lora in loras]
+    lines += _controlnet_lines(plan.stages["base"].controlnets)
     lines += _told_sampler(plan.base.scheduler)
     lines.append(_told_needs(plan.needs))
     needs = {"disk": plan.needs.disk, "disk_free": plan.needs.disk_free, "memory": plan.needs.memory,
              "memory_free": plan.needs.memory_free}  # fmt: skip
     told = {"dry_run": True, "components": parts, "loras": [_lora_json(lora) for lora in loras], "needs": needs,
-            "note": plan.note, "sampler": plan.base.scheduler.sampler}  # fmt: skip
+            "controlnets": plan.stages["base"].controlnets, "note": plan.note,
+            "sampler": plan.base.scheduler.sampler}  # fmt: skip
     return Output(lines, told)
 
 
 def _lora_json(lora: LoraRecord) -> dict[str, Any]:
     return {"name": lora.name, "sha256": lora.sha256, "scale": lora.scale, "text_scale": lora.encoder_scale}
+
+
+def _controlnet_lines(controlnets: Mapping[str, str]) -> list[str]:
+    return [f"  {component} is --control {shell_word(name + '=FILE')}" for component, name in controlnets.items()]
 
 
 def _told_sampler(scheduler: Scheduler) -> list[str]:
@@ -78,6 +84,7 @@ def of_export(bundle: Bundle | None, out: Path, seconds: float) -> Output:
     }
     loras = [_lora_json(lora) for lora in manifest.loras]
     told = {"bundle": str(bundle.root), "seconds": seconds, "components": parts, "loras": loras,
+            "controlnets": {each.component: each.name for each in manifest.controlnets},
             "refiner": manifest.refiner is not None, "note": manifest.note,
             "sampler": manifest.base.scheduler.sampler}  # fmt: skip
     return Output(_lines(bundle, told), told)
@@ -89,6 +96,7 @@ def _lines(bundle: Bundle, told: dict[str, Any]) -> list[str]:
         for name, part in told["components"].items()
     ]
     lines += [f"  LoRA {one_line(lora.name)} at {lora.told}, in the base" for lora in bundle.manifest.loras]
+    lines += _controlnet_lines({each.component: each.name for each in bundle.manifest.controlnets})
     lines += _told_sampler(bundle.manifest.base.scheduler)
     total = sum(part["bytes"] for part in told["components"].values()) / 2**20
     lines.append(f"{bundle.root}: {total:.1f} MiB in {told['seconds']:.0f} s")

@@ -4,6 +4,7 @@ from sdxl_trt.export.components.budget import Needs, measure
 from sdxl_trt.export.components.components import (
     ComponentPlan, Options, StagePlan, VaePrecision, plan_components, time_id_names,
 )
+from sdxl_trt.export.components.controlnets import add_controlnets, controlnet_records
 from sdxl_trt.export.components.convert import RECORD_FILE, REVISION, convert_component
 from sdxl_trt.export.components.jobs import ExportJob, plan_jobs
 from sdxl_trt.export.components.progress import ExportEvent, ExportProgress, ProgressTracker
@@ -11,6 +12,6 @@ from sdxl_trt.export.components.stages import stage_record, write_tokenizers
 
 __all__ = [
     "RECORD_FILE", "REVISION", "ComponentPlan", "ExportEvent", "ExportJob", "ExportProgress", "Needs", "Options",
-    "ProgressTracker", "StagePlan", "VaePrecision", "convert_component", "measure", "plan_components", "plan_jobs",
-    "stage_record", "time_id_names", "write_tokenizers",
+    "ProgressTracker", "StagePlan", "VaePrecision", "add_controlnets", "controlnet_records", "convert_component",
+    "measure", "plan_components", "plan_jobs", "stage_record", "time_id_names", "write_tokenizers",
 ]

@@ -3,6 +3,7 @@
 __all__ = ["ComponentPlan", "Options", "StagePlan", "VaePrecision", "plan_components"]
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -39,7 +40,8 @@ _VAE_HALVES: dict[str, tuple[str, ...]] = {
 OPSETS = (20, 21, 22, 23)
 ROLES = ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder", "vae_decoder_bf16", "vae_encoder_bf16")
 COMPONENTS = (*ROLES, *(f"refiner_{role}" for role in ROLES[1:]))
-"""All component names; a refiner's encoder or autoencoder exists only if it differs from the base's."""
+"""All names but those of ControlNets; a refiner's encoder or autoencoder exists only if it differs from the base's."""
+_CONTROLNET = re.compile(r"controlnet(_[2-9]|_[1-9]\d)?")
 VaePrecision = Literal["auto", "fp32", "bf16", "fp16", "mixed"]
 
 
@@ -50,10 +52,10 @@ class Options:
     `vae_precision` "auto" is fp32 if the autoencoder's config sets `force_upcast`, else `precision`; with `twins` such
     an autoencoder is exported in bf16 as well, for TensorRT, unless `precision` is fp32; "mixed" keeps the end of the
     decoder, and the whole encoder, in fp32. `unet` is another UNet for the base, `vae` another autoencoder for both
-    stages. `loras` are (file, scale) or (file, UNet's scale, text encoders' scale), fused into the base and stored as
-    LoraOption. `components` limits the export to these; the target bundle's others stay as they are. `verify` compares
-    the result with PyTorch, `force` exports unchanged components too. Without `lock`, for file systems without locks,
-    nothing prevents two exports from writing to one folder.
+    stages, `controlnets` are ControlNets for the base. `loras` are (file, scale) or (file, UNet's scale, text encoders'
+    scale), fused into the base and stored as LoraOption. `components` limits the export to these; the target bundle's
+    others stay as they are. `verify` compares the result with PyTorch, `force` exports unchanged components too.
+    Without `lock`, for file systems without locks, nothing prevents two exports from writing to one folder.
     """
 
     precision: Literal["fp32", "fp16", "bf16"] = "fp16"
@@ -63,6 +65,7 @@ class Options:
     unet: str | Path | None = None
     vae: str | Path | None = None
     loras: tuple[tuple[Path, float] | tuple[Path, float, float | None], ...] = ()
+    controlnets: tuple[str | Path, ...] = ()
     components: frozenset[str] | None = None
     verify: bool = False
     force: bool = False
@@ -74,9 +77,10 @@ class Options:
             raise UsageError(f"--opset {self.opset}: choose from {OPSETS[0]} to {OPSETS[-1]}")
         if self.vae_precision not in get_args(VaePrecision):
             raise UsageError(f"--vae-precision {self.vae_precision}: choose from {', '.join(get_args(VaePrecision))}")
-        unknown = sorted((self.components or frozenset()) - set(COMPONENTS))
+        given = self.components or frozenset()
+        unknown = sorted(name for name in given - set(COMPONENTS) if not _CONTROLNET.fullmatch(name))
         if unknown or (self.components is not None and not self.components):
-            raise UsageError(f"--components {','.join(unknown)}: choose from {', '.join(COMPONENTS)}")
+            raise UsageError(f"--components {','.join(unknown)}: choose from {', '.join(COMPONENTS)}, controlnet")
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,8 @@ class ComponentPlan:
     pooled: int = 0
     tokens: int = TOKENS
     """Ids per prompt that a text encoder reads."""
+    residuals: bool = False
+    """Whether a UNet takes the residuals of a ControlNet."""
 
     def tensor_names(self) -> list[str]:
         """Return the published names of this component's tensors: of an autoencoder, one half's."""
@@ -113,12 +119,14 @@ class ComponentPlan:
         config = {k: v for k, v in self.model.config.items() if k not in _HOST_ONLY and not k.startswith("_")}
         # The usual length is left out, so that components exported by older versions keep their key.
         tokens = () if self.tokens == TOKENS else (self.tokens,)
+        residuals = ("residuals",) if self.residuals else ()
         return (
             self.kind,
             self.source.class_name,
             self.precision,
             sorted(config.items(), key=lambda item: item[0]),
             *tokens,
+            *residuals,
         )
 
 
@@ -134,6 +142,8 @@ class StagePlan:
     tokenizers: dict[str, LoadedTokenizer]
     pooled_role: str
     roles: dict[str, str] = field(default_factory=dict)
+    controlnets: dict[str, str] = field(default_factory=dict)
+    """The ControlNets' components, with the name that a run calls each."""
 
     def tokenizer_of(self, role: str) -> LoadedTokenizer:
         """Return the tokenizer of the text encoder `role`."""
@@ -217,7 +227,7 @@ def _plan_stage(
             checkpoints[name], name, [(each.lora, each.on(name)) for each in loras], models[name].config
         )
 
-    def plan(name: str, kind: Kind, precision: Precision, **signature: int) -> ComponentPlan:
+    def plan(name: str, kind: Kind, precision: Precision, **signature: Any) -> ComponentPlan:
         return ComponentPlan(kind, pipeline.models[name], models[name], checkpoints[name], precision, **signature)
 
     _check_widths(models, pipeline, inpaints=not pipeline.requires_aesthetics_score)

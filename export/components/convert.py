@@ -40,6 +40,7 @@ from sdxl_trt.export.components.components import ComponentPlan
 from sdxl_trt.export.components.progress import ProgressTracker
 from sdxl_trt.export.graph import (
     WEIGHTS_FILE,
+    add_residuals,
     add_slots,
     for_cpu,
     make_graph,
@@ -108,6 +109,8 @@ def convert_component(
         plan.kind, plan.model, time_ids=plan.time_ids, pooled=plan.pooled, tokens=plan.tokens, where=where
     )
     model = trace_graph(graph, plan.precision, opset)
+    if plan.residuals:
+        add_residuals(model, plan.kind, plan.model.config, where)
     published = _name_initializers(model, graph.prefix, plan)
     permutations = simplify(model)
     names = {name: source for name, source in published.items() if name in model.graph.initializers}

@@ -82,6 +82,7 @@ def _clip(class_name: str) -> Callable[[dict[str, Any]], torch.nn.Module]:
 
 _BUILDERS: dict[str, Callable[[dict[str, Any]], torch.nn.Module]] = {
     "UNet2DConditionModel": _diffusers("UNet2DConditionModel"),
+    "ControlNetModel": _diffusers("ControlNetModel"),
     "AutoencoderKL": _diffusers("AutoencoderKL"),
     "CLIPTextModel": _clip("CLIPTextModel"),
     "CLIPTextModelWithProjection": _clip("CLIPTextModelWithProjection"),

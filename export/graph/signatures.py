@@ -5,9 +5,19 @@ The names are diffusers' own; the first axis of a UNet is *rows* (pictures × 1 
 schedules, and the sinusoidal embeddings are computed from them in fp32 inside the graph.
 """
 
-__all__ = ["Axis", "Graph", "Input", "Output", "context_width", "make_graph", "vae_factor"]
+__all__ = [
+    "Axis",
+    "Graph",
+    "Input",
+    "Output",
+    "context_width",
+    "make_graph",
+    "residual_names",
+    "residual_shapes",
+    "vae_factor",
+]
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -24,12 +34,17 @@ MAX_TRACED_ROWS = 63
 
 @dataclass(frozen=True)
 class Axis:
-    """A dynamic axis, a multiple of `multiple`; `example` is its size while tracing."""
+    """A dynamic axis, a multiple of `multiple`; `example` is its size while tracing.
+
+    Axes of one name with other multiples are multiples of one size.
+    """
 
     name: str
     example: int
     multiple: int = 1
     traced_max: int | None = None
+    label: str = ""
+    """Its name in the graph, if that is not `name`: a multiple of that axis, such as "8*height"."""
 
 
 @dataclass(frozen=True)
@@ -63,14 +78,16 @@ class Graph:
 def make_graph(
     kind: str, model: MetaModel, *, time_ids: int = 0, pooled: int = 0, tokens: int = TOKENS, where: str = ""
 ) -> Graph:
-    """Return `model` wrapped for the graph `kind`: text_encoder, unet, vae_decoder or vae_encoder.
+    """Return `model` wrapped for the graph `kind`: text_encoder, unet, controlnet, vae_decoder or vae_encoder.
 
-    A UNet's signature depends on its pipeline: the number of `time_ids` and the width of the `pooled` prompt; a text
-    encoder's on its tokenizer, which cuts and pads a prompt to `tokens` ids. Raises SourceError if these do not fit
-    the model's config.
+    The signature of a UNet or ControlNet depends on its pipeline: the number of `time_ids` and the width of the
+    `pooled` prompt; a text encoder's on its tokenizer, which cuts and pads a prompt to `tokens` ids. Raises SourceError
+    if these do not fit the model's config.
     """
     if kind == "unet":
         return _unet_graph(model, time_ids, pooled, where)
+    if kind == "controlnet":
+        return _controlnet_graph(model, time_ids, pooled, where)
     if kind == "text_encoder":
         return _text_encoder_graph(model, tokens, where)
     return _vae_decoder_graph(model) if kind == "vae_decoder" else _vae_encoder_graph(model)
@@ -92,6 +109,35 @@ class _UNet(torch.nn.Module):
         conditions = {"text_embeds": text_embeds, "time_ids": time_ids}
         output = self.model(sample, timestep, encoder_hidden_states, added_cond_kwargs=conditions, return_dict=False)
         return cast("Tensor", output[0])
+
+
+class _ControlNet(torch.nn.Module):
+    """Returns every residual, scaled for each row: those of the down blocks, and the middle block's last.
+
+    The residuals of an earlier ControlNet are added, so that several run one after the other, and their sum never
+    leaves the device; without an earlier one they are zeros of one row and one pixel.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        text_embeds: Tensor,
+        time_ids: Tensor,
+        controlnet_cond: Tensor,
+        scales: Tensor,
+    ) -> tuple[Tensor, ...]:
+        conditions = {"text_embeds": text_embeds, "time_ids": time_ids}
+        down, middle = self.model(
+            sample, timestep, encoder_hidden_states, controlnet_cond, added_cond_kwargs=conditions, return_dict=False
+        )
+        columns = scales.to(sample.dtype)[:, :, None, None, None].unbind(1)
+        return tuple(residual * column for residual, column in zip((*down, middle), columns, strict=True))
 
 
 class _TextEncoder(torch.nn.Module):
@@ -155,6 +201,56 @@ def _unet_graph(model: MetaModel, time_ids: int, pooled: int, where: str) -> Gra
     )
     outputs = (Output("out_sample", ("rows", config["out_channels"], "height", "width")),)
     return Graph("unet", _UNet(model.module), inputs, outputs)
+
+
+def residual_names(count: int) -> tuple[str, ...]:
+    """Return the names of the `count` residuals of a ControlNet in their order: the middle block's is the last."""
+    return (*(f"down_residual.{index}" for index in range(count - 1)), "mid_residual")
+
+
+def residual_shapes(config: Any) -> tuple[tuple[int, int], ...]:
+    """Return (channels, divisor of the latents' sides) of every residual that a UNet with this config takes.
+
+    They are in the order of `residual_names`: the skip connections from the finest level on, then the middle block.
+    """
+    widths = [int(width) for width in config["block_out_channels"]]
+    layers = config["layers_per_block"]
+    counts = [layers] * len(widths) if isinstance(layers, int) else list(layers)
+    shapes = [(widths[0], 1)]
+    for level, (width, count) in enumerate(zip(widths, counts, strict=True)):
+        last = level == len(widths) - 1
+        shapes += [(width, 2**level)] * count + ([] if last else [(width, 2 ** (level + 1))])
+    return (*shapes, (widths[-1], 2 ** (len(widths) - 1)))
+
+
+def _controlnet_graph(model: MetaModel, time_ids: int, pooled: int, where: str) -> Graph:
+    config = model.config
+    _check_text_time(config, time_ids, pooled, where)
+    sides = 2 ** (len(config["conditioning_embedding_out_channels"]) - 1)
+    multiple = 2 ** (len(config["block_out_channels"]) - 1)
+    rows, tokens = Axis("rows", 2, traced_max=MAX_TRACED_ROWS), Axis("tokens", 2 * TOKENS)
+    height, width = Axis("height", 2 * multiple, multiple), Axis("width", 3 * multiple, multiple)
+    picture = tuple(replace(axis, label=f"{sides}*{axis.name}", example=sides * axis.example, multiple=sides * multiple)
+                    for axis in (height, width))  # fmt: skip
+    shapes = residual_shapes(config)
+    inputs = (
+        Input("sample", (rows, config["in_channels"], height, width)),
+        Input("timestep", (rows,), torch.float32),
+        Input("encoder_hidden_states", (rows, tokens, context_width(config))),
+        Input("text_embeds", (rows, pooled), torch.float32),
+        Input("time_ids", (rows, time_ids), torch.float32),
+        Input("controlnet_cond", (rows, config["conditioning_channels"], *picture)),
+        Input("scales", (rows, len(shapes)), torch.float32),
+    )
+    outputs = tuple(
+        Output(name, ("rows", channels, _over("height", divisor), _over("width", divisor)))
+        for name, (channels, divisor) in zip(residual_names(len(shapes)), shapes, strict=True)
+    )
+    return Graph("controlnet", _ControlNet(model.module), inputs, outputs)
+
+
+def _over(axis: str, divisor: int) -> str:
+    return axis if divisor == 1 else f"{axis}/{divisor}"
 
 
 def context_width(config: Any) -> int:

@@ -68,13 +68,14 @@ def _example(value: Input, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _dynamic_shapes(inputs: tuple[Input, ...]) -> tuple[dict[int, Dim], ...]:
-    dims: dict[str, Dim] = {}
+    roots: dict[str, Dim] = {}
     for axis in (axis for value in inputs for axis in value.shape if isinstance(axis, Axis)):
-        root = Dim(axis.name) if axis.traced_max is None else Dim(axis.name, max=axis.traced_max)
-        dims.setdefault(axis.name, root if axis.multiple == 1 else axis.multiple * root)
-    return tuple(
-        {i: dims[axis.name] for i, axis in enumerate(value.shape) if isinstance(axis, Axis)} for value in inputs
-    )
+        roots.setdefault(axis.name, Dim(axis.name) if axis.traced_max is None else Dim(axis.name, max=axis.traced_max))
+
+    def of(axis: Axis) -> Any:
+        return roots[axis.name] if axis.multiple == 1 else axis.multiple * roots[axis.name]
+
+    return tuple({i: of(axis) for i, axis in enumerate(value.shape) if isinstance(axis, Axis)} for value in inputs)
 
 
 def _rename(model: ir.Model, graph: Graph) -> None:
@@ -85,7 +86,7 @@ def _rename(model: ir.Model, graph: Graph) -> None:
         model.graph.initializers.add(value)
     for value, spec in zip(model.graph.inputs, graph.inputs, strict=True):
         value.name = spec.name
-        value.shape = ir.Shape([axis.name if isinstance(axis, Axis) else axis for axis in spec.shape])
+        value.shape = ir.Shape([axis.label or axis.name if isinstance(axis, Axis) else axis for axis in spec.shape])
     for value, output in zip(model.graph.outputs, graph.outputs, strict=True):
         value.name = output.name
         value.shape = ir.Shape(list(output.shape))

@@ -1,6 +1,6 @@
 """Models from the Hugging Face hub or its cache; only the files that an export reads are downloaded."""
 
-__all__ = ["HubId", "Snapshot", "fetch_pipeline", "fetch_unet", "fetch_vae", "parse_hub_id"]
+__all__ = ["HubId", "Snapshot", "fetch_controlnet", "fetch_pipeline", "fetch_unet", "fetch_vae", "parse_hub_id"]
 
 import contextlib
 import logging
@@ -75,6 +75,11 @@ def fetch_unet(hub_id: HubId, *, half: bool) -> Snapshot:
     return _fetch(hub_id, _choose_unet, half=half)
 
 
+def fetch_controlnet(hub_id: HubId, *, half: bool) -> Snapshot:
+    """Return the ControlNet `hub_id`, a repository of its own, in the cache; see fetch_pipeline."""
+    return _fetch(hub_id, _choose_model, half=half)
+
+
 def _choose_pipeline(names: list[str]) -> tuple[list[str], str]:
     return [name for name in names if _CONFIGS.fullmatch(name)], "model_index.json"
 
@@ -89,6 +94,10 @@ def _choose_unet(names: list[str]) -> tuple[list[str], str]:
     if "model_index.json" in names:
         wanted = ("model_index.json", "unet/config.json", "scheduler/scheduler_config.json")
         return [name for name in names if name in wanted], "unet/config.json"
+    return [name for name in names if name == "config.json"], "config.json"
+
+
+def _choose_model(names: list[str]) -> tuple[list[str], str]:
     return [name for name in names if name == "config.json"], "config.json"
 
 

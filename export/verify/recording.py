@@ -19,7 +19,7 @@ import torch
 
 from sdxl_trt.engines import Array
 from sdxl_trt.export.components import ComponentPlan, StagePlan, time_id_names
-from sdxl_trt.export.graph import vae_factor
+from sdxl_trt.export.graph import residual_shapes, vae_factor
 from sdxl_trt.export.sources import LoadedTokenizer
 from sdxl_trt.export.verify.euler import Euler
 
@@ -87,6 +87,9 @@ class Recording:
     def calls(self, name: str, plan: ComponentPlan, run: Run) -> list[Call]:
         """Run the component `name` on its part of the request with `run`; return its calls."""
         tape = _Tape(run)
+        if plan.kind == "controlnet":
+            self._control(tape, plan)
+            return tape.calls
         for stage_name, stage in self._stages.items():
             for role in (role for role, component in stage.roles.items() if component == name):
                 if plan.kind == "text_encoder":
@@ -153,6 +156,25 @@ class Recording:
         further = np.random.default_rng(self._seed).standard_normal((count, channels, height, width), dtype=np.float32)
         further[:, :1] = np.arange(width) < width // 2
         return further
+
+    def _control(self, tape: _Tape, plan: ComponentPlan) -> None:
+        """Run a ControlNet of the base on noise and random pictures, its residuals scaled differently for each row."""
+        rng, scheduler = np.random.default_rng(self._seed), self._stages["base"].pipeline.scheduler
+        factor, config = vae_factor(self._stages["base"].models["vae"].config), plan.model.config
+        count = len(residual_shapes(config))
+        for i, guided in enumerate((True, False)):
+            conditions = self._conditions("base", guided=guided)
+            rows, size = len(conditions["time_ids"]), self._sizes[i]
+            picture = rng.uniform(0, 1, (rows, config["conditioning_channels"], *(factor * side for side in size)))
+            timestep = BASE_GRID[i] * scheduler.num_train_timesteps
+            tape(
+                f"{'guided' if guided else 'alone'}, timestep {timestep:g}",
+                sample=np.concatenate([self._noise(self._seed + i, *size)] * rows),
+                timestep=np.full(rows, timestep, np.float32),
+                controlnet_cond=picture.astype(np.float32),
+                scales=rng.uniform(0.1, 1, (rows, count)).astype(np.float32),
+                **conditions,
+            )
 
     def _euler(self, *, whole: bool) -> Euler:
         """Return the grid of base and refiner, which is on the base's schedule."""

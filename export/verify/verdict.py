@@ -21,6 +21,7 @@ _BROKEN = "the graph does not match the model: export again, and report it if it
 _REMEDIES = {
     "text_encoder": "export with --fp32 or --bf16",
     "unet": "export with --fp32 or --bf16",
+    "controlnet": "export with --fp32 or --bf16",
     "vae_decoder": "export with --vae-precision fp32 or mixed, or with --vae sdxl-vae-fp16-fix",
     "vae_encoder": "export with --vae-precision fp32 or mixed, or with --vae sdxl-vae-fp16-fix",
 }

@@ -24,7 +24,7 @@ from sdxl_trt.export.verify.verdict import NOT_RUN, Outputs, Results, judge
 
 Progress = Callable[[str, str], None]
 # In the order of a request: each component's inputs come from those before it.
-_ORDER = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
+_ORDER = ("text_encoder", "unet", "controlnet", "vae_decoder", "vae_encoder")
 _LIBRARIES = ("torch", "onnxruntime", "diffusers", "transformers")
 
 

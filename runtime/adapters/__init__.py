@@ -1,10 +1,14 @@
-"""What a request says about adapters: LoRAs and embeddings by file, by name and in prompts."""
+"""What a request says about adapters: LoRAs and embeddings by file, by name and in prompts, and ControlNets."""
 
 from typing import TYPE_CHECKING
 
 from sdxl_trt.engines.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from sdxl_trt.runtime.adapters.control_use import ControlUse, parse_control
+    from sdxl_trt.runtime.adapters.controls import (
+        MOST_CONTROLS, Control, ControlFact, check_control_shapes, control_components, find_control, settle_controls,
+    )
     from sdxl_trt.runtime.adapters.embedding_file import ENCODERS, Embedding, EncoderName, read_embedding
     from sdxl_trt.runtime.adapters.embeddings import NO_EMBEDDINGS, EmbeddingFact, Embeddings
     from sdxl_trt.runtime.adapters.folder import find_named
@@ -15,6 +19,11 @@ if TYPE_CHECKING:
     from sdxl_trt.runtime.adapters.use import LoraUse, parse_use
 else:
     __getattr__ = lazy_names(__name__, {
+        "control_use": ("ControlUse", "parse_control"),
+        "controls": (
+            "MOST_CONTROLS", "Control", "ControlFact", "check_control_shapes", "control_components", "find_control",
+            "settle_controls",
+        ),
         "embedding_file": ("ENCODERS", "Embedding", "EncoderName", "read_embedding"),
         "embeddings": ("NO_EMBEDDINGS", "EmbeddingFact", "Embeddings"),
         "folder": ("find_named",),
@@ -27,7 +36,9 @@ else:
     })
 
 __all__ = [
-    "ENCODERS", "MOST_LORAS", "NO_EMBEDDINGS", "REFINER_NOTE", "Embedding", "EmbeddingFact", "Embeddings",
-    "EncoderName", "LoraFact", "LoraUse", "SettledLoras", "find_lora", "find_named", "find_recorded", "lora_file",
-    "parse_use", "read_embedding", "settle_loras", "split_tags", "tags_of",
+    "ENCODERS", "MOST_CONTROLS", "MOST_LORAS", "NO_EMBEDDINGS", "REFINER_NOTE", "Control", "ControlFact", "ControlUse",
+    "Embedding", "EmbeddingFact", "Embeddings", "EncoderName", "LoraFact", "LoraUse", "SettledLoras",
+    "check_control_shapes", "control_components", "find_control", "find_lora", "find_named", "find_recorded",
+    "lora_file", "parse_control", "parse_use", "read_embedding", "settle_controls", "settle_loras", "split_tags",
+    "tags_of",
 ]

@@ -14,6 +14,7 @@ from sdxl_trt.engines.host import one_line, print_json, run
 from sdxl_trt.runtime.cli.options import check_alone_with_workflow, make_parser, stated_settings
 
 if TYPE_CHECKING:
+    from sdxl_trt.runtime.adapters import ControlUse
     from sdxl_trt.runtime.cli.series import Series
     from sdxl_trt.runtime.comfyui import Workflow
     from sdxl_trt.runtime.images import InputMask, InputPicture, Picture
@@ -60,7 +61,8 @@ def _plan(arguments: argparse.Namespace) -> None:
 
     from_image = arguments.image is not None or arguments.refine is not None
     plan = estimate_run(arguments.engines, arguments.provider, arguments.residency, arguments.vram, arguments.width,
-                        arguments.height, from_image=from_image)  # fmt: skip
+                        arguments.height, from_image=from_image,
+                        controls=stated_settings(arguments)["controls"])  # fmt: skip
     changed = _changed_by_loras(arguments)
     if arguments.json:
         import msgspec  # noqa: PLC0415
@@ -102,7 +104,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     asked = _request(arguments) if arguments.workflow is None else _workflow(arguments)
     with open_bundle(
         arguments.engines, provider=arguments.provider, residency=arguments.residency, available=arguments.vram,
-        from_image=_loads_image(asked), once=True,
+        from_image=_loads_image(asked), once=True, controls=_controls(asked),
     ) as pipeline:  # fmt: skip
         if arguments.source is not None:
             warn_of_another_bundle(arguments.made_with, pipeline.manifest)
@@ -174,6 +176,13 @@ def _loads_image(asked: "Request | Workflow") -> bool:
     return asked.image is not None if isinstance(asked, Request) else asked.loads_image
 
 
+def _controls(asked: "Request | Workflow") -> "Sequence[ControlUse]":
+    """Return the pictures of the ControlNets that memory is planned for; a workflow names them when it is compared."""
+    from sdxl_trt.runtime.request import Request  # noqa: PLC0415
+
+    return asked.controls if isinstance(asked, Request) else ()
+
+
 def _prefixes(asked: "Request | Workflow") -> list[str]:
     """Return what a workflow's pictures are called."""
     from sdxl_trt.runtime.request import Request  # noqa: PLC0415
@@ -241,8 +250,9 @@ def _check_chain(arguments: argparse.Namespace) -> None:
 
 def _image(picture: "Picture", path: Path) -> dict[str, Any]:
     width, height = picture.image.size
-    loras = {name: picture.metadata[name] for name in ("loras", "refiner_loras") if name in picture.metadata}
-    return {"path": str(path), "seed": picture.seed, "width": width, "height": height} | loras
+    names = ("loras", "refiner_loras", "controls")
+    adapters = {name: picture.metadata[name] for name in names if name in picture.metadata}
+    return {"path": str(path), "seed": picture.seed, "width": width, "height": height} | adapters
 
 
 def _report(

@@ -2,6 +2,7 @@
 
 __all__ = ["changed_weights", "estimate_run"]
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -11,6 +12,7 @@ from sdxl_trt.engines.backends import open_backend
 from sdxl_trt.engines.bundle import Bundle, fixed, read_bundle, read_table
 from sdxl_trt.engines.plans import PlanLimits, RunSizes, Sizes, check_for, plan_limits, stage_sizes
 from sdxl_trt.engines.residency import MemoryEstimate, estimate_memory, settled_residency
+from sdxl_trt.runtime.adapters import ControlUse, control_components
 from sdxl_trt.runtime.request import Request, resolve_request
 
 
@@ -51,22 +53,24 @@ def estimate_run(
     height: int | None = None,
     *,
     from_image: bool = False,
+    controls: Sequence[ControlUse] = (),
 ) -> MemoryEstimate:
     """Return the memory that a run of the bundle at `path` (None: the embedded pair) takes, and a residency that fits.
 
     With `vram` bytes no GPU is needed, and "auto" means tensorrt. `width` and `height` are pixels of a single size: it
     selects the profiles of built plans, and plans that are not built are estimated for it. `from_image` is for runs
-    that start from pictures.
+    that start from pictures, `controls` for those whose ControlNets follow pictures.
     Raises SourceError, CorruptError, UsageError, SizeError, and IncompatibleError for a missing provider.
     """
     bundle = _bundle(path)
-    sizes = _sizes(bundle, width, height)
+    sizes, nets = _sizes(bundle, width, height), control_components(controls, bundle.manifest)
     if vram is not None:
         chosen = "tensorrt" if provider == "auto" else provider
         records = [record for record in bundle.manifest.plans
                    if record.key.environment.flavour == chosen and not record.for_loras]  # fmt: skip
         return estimate_memory(bundle, provider=chosen, capacity=vram, residency=residency, sizes=sizes,
-                               from_image=from_image, run=_run_of(sizes, plan_limits(bundle, records)))  # fmt: skip
+                               from_image=from_image, controls=nets,
+                               run=_run_of(sizes, plan_limits(bundle, records)))  # fmt: skip
     backend = open_backend(bundle, provider)
     backend.close()
     residency = settled_residency(residency, backend.provider, once=True)
@@ -78,6 +82,7 @@ def estimate_run(
         sizes=sizes,
         records=backend.records,
         from_image=from_image,
+        controls=nets,
         capability=backend.capability,
         run=_run_of(sizes, backend.limits),
     )

@@ -9,7 +9,14 @@ from typing import Any
 
 from sdxl_trt.engines import UsageError
 from sdxl_trt.engines.host import sha256_file
-from sdxl_trt.runtime.adapters import EmbeddingFact, LoraUse, find_named, find_recorded
+from sdxl_trt.runtime.adapters import (
+    ControlUse,
+    EmbeddingFact,
+    LoraUse,
+    find_control,
+    find_named,
+    find_recorded,
+)
 from sdxl_trt.runtime.cli.options import make_parser
 from sdxl_trt.runtime.pipeline import ImageSettings, read_settings
 from sdxl_trt.runtime.request import Request, settings_of
@@ -51,6 +58,7 @@ def repeated(argv: Sequence[str] | None) -> argparse.Namespace:
         _take_handoff(arguments, settings)
         _take_image(arguments, settings, source)
         _take_mask(arguments, settings, source)
+        _take_controls(arguments, settings, source)
     _take_loras(arguments, settings, source)
     return arguments
 
@@ -100,6 +108,15 @@ def _found(name: str, sha256: str | None, source: Path) -> Path | None:
     plain = PurePath(name).name
     places = (source.parent / plain, Path(plain)) if plain == name and plain else ()
     return next((path for path in places if _holds(path, sha256)), None)
+
+
+def _take_controls(arguments: argparse.Namespace, settings: ImageSettings, source: Path) -> None:
+    """Find the pictures of a picture's ControlNets, unchanged, beside it or in the current folder."""
+    if arguments.controls is None and settings.controls:
+        arguments.controls = [
+            ControlUse(str(find_control(fact, source)), fact.scale, fact.start, fact.end, fact.net, fact.side)
+            for fact in settings.controls
+        ]
 
 
 def _take_loras(arguments: argparse.Namespace, settings: ImageSettings, source: Path) -> None:

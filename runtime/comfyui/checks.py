@@ -115,6 +115,9 @@ def check_sides(sampling: Sampling, found: Experts, manifest: Manifest) -> None:
     """Raise UsageError for a prompt encoded with another checkpoint's CLIP, or in a way its expert does not support."""
     own, most = sampling.model.checkpoint, most_skipped(manifest)
     for each in prompts_of((*sampling.positive, *sampling.negative)):
+        if found[own] == "refiner" and each.controls:
+            raise UsageError(f"node {each.controls[0].node}: applies a ControlNet to the refiner, but ControlNets are"
+                             " for the base; link the prompt itself to the refiner's sampler")  # fmt: skip
         if each.clip.checkpoint not in ("", own):
             other = each.clip.checkpoint[:60]
             raise UsageError(f"node {each.node}: its CLIP comes from {other!r}, but node {sampling.node} samples with"

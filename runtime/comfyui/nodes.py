@@ -83,7 +83,7 @@ def undeclared(node: Node) -> list[str]:
         more = ["and more"] if len(strange) > MOST_NAMED else []
         why["unknown input, ignored"] = strange[:MOST_NAMED] + more
     for each in kind.inputs:
-        if each.unread:
+        if each.unread and (each.default is not None or each.name in node.inputs):
             why.setdefault(each.unread, []).append(f"{each.name} {str(node.inputs.get(each.name, each.default))[:40]}")
     return [f"{node}: {', '.join(names)}: {reason}" for reason, names in why.items()]
 
@@ -168,6 +168,26 @@ NODES: dict[str, NodeKind] = {
             Input("conditioning_to_strength", "FLOAT", 1.0, 0, 1),
         ),
         ("CONDITIONING",),
+    ),
+    "ControlNetLoader": NodeKind(
+        (Input("control_net_name", "STRING", followed="must be in the bundle, under its file name"),), ("CONTROL_NET",)
+    ),
+    "ControlNetApply": NodeKind(
+        (
+            Input("conditioning", "CONDITIONING"), Input("control_net", "CONTROL_NET"), Input("image", "IMAGE"),
+            Input("strength", "FLOAT", 1.0, 0, 10),
+        ),
+        ("CONDITIONING",),
+    ),
+    "ControlNetApplyAdvanced": NodeKind(
+        (
+            Input("positive", "CONDITIONING"), Input("negative", "CONDITIONING"), Input("control_net", "CONTROL_NET"),
+            Input("image", "IMAGE"), Input("strength", "FLOAT", 1.0, 0, 10), Input("start_percent", "FLOAT", 0.0, 0, 1),
+            Input("end_percent", "FLOAT", 1.0, 0, 1),
+            Input("vae", "VAE", None, followed="ignored with a warning: only ControlNets of other models read it",
+                  unread="ignored: ControlNets of SDXL read no autoencoder"),
+        ),
+        ("CONDITIONING", "CONDITIONING"),
     ),
     "EmptyLatentImage": NodeKind(
         (

@@ -18,6 +18,7 @@ from sdxl_trt.runtime.comfyui.nodes import DRAWN, NODES, SHOWN, linked, stated, 
 from sdxl_trt.runtime.comfyui.workflow import (
     Clip,
     Conditioning,
+    ControlHint,
     Decoded,
     Empty,
     Encoded,
@@ -334,6 +335,12 @@ class _Reader:
             "VAELoader": lambda node, _: VaeName(stated(node, "vae_name"), own_file=True, node=node.id),
         })  # fmt: skip
 
+    def _controlnet(self, link: Link) -> str:
+        """Return the name of the ControlNet that a link carries."""
+        return self._read(
+            link, "CONTROL_NET", {"ControlNetLoader": lambda node, _: str(stated(node, "control_net_name"))}
+        )
+
     def _conditioning(self, link: Link) -> tuple[Conditioning, ...]:
         """Return the conditionings that a link carries: several if they were combined."""
 
@@ -365,9 +372,31 @@ class _Reader:
             picture = self._shown(node)
             return tuple(replace(each, shown=picture) for each in side)
 
+        def controlled(node: Node, slot: int) -> tuple[Conditioning, ...]:
+            advanced = node.kind == "ControlNetApplyAdvanced"
+            name = ("positive", "negative")[slot] if advanced else "conditioning"
+            side = self.tried(lambda: self._conditioning(linked(node, name)))
+            net: str | None = self.tried(lambda: self._controlnet(linked(node, "control_net")))
+            image: Image | None = self.tried(lambda: self._image(linked(node, "image")))
+            if image is None:
+                raise _incomplete(node)
+            hint = ControlHint(
+                _whole(net, node),
+                image,
+                stated(node, "strength"),
+                stated(node, "start_percent") if advanced else 0.0,
+                stated(node, "end_percent") if advanced else 1.0,
+                both_sides=not advanced,
+                node=node.id,
+            )
+            # As in ComfyUI, a strength of 0 applies nothing.
+            added = (hint,) if hint.strength else ()
+            return tuple(replace(each, controls=(*each.controls, *added)) for each in _whole(side, node))
+
         return self._read(link, "CONDITIONING", {
             "InpaintModelConditioning": shown,
             **dict.fromkeys(("CLIPTextEncode", "CLIPTextEncodeSDXL", "CLIPTextEncodeSDXLRefiner"), prompt),
+            "ControlNetApply": controlled, "ControlNetApplyAdvanced": controlled,
             "ConditioningZeroOut": zeroed, "ConditioningCombine": combined,
             "ConditioningConcat": joined, "ConditioningAverage": joined,
         })  # fmt: skip

@@ -18,7 +18,7 @@ __all__ = [
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from sdxl_trt.runtime.comfyui.checks import (
     vae_stage,
     warn_of_names,
 )
+from sdxl_trt.runtime.comfyui.controls import control_uses
 from sdxl_trt.runtime.comfyui.loras import NO_FILES, LoraFiles, check_loras, side_loras, stage_loras
 from sdxl_trt.runtime.comfyui.workflow import (
     Conditioning,
@@ -108,11 +109,21 @@ def pair_request(
     if isinstance(source, Empty) and stages == ["refiner"]:
         return None
     loaded = source.image if isinstance(source, Encoded) else None
-    image = load_image(loaded, folder or Path()) if isinstance(loaded, Loaded) else None
+    where = folder or Path()
+    image = load_image(loaded, where) if isinstance(loaded, Loaded) else None
     size = (source.height, source.width) if isinstance(source, Empty) else None
     names = tuple(sampling.model.checkpoint for sampling in samplings)
     request = replace(
-        sampling_request(samplings[0], stages[0], files, image=image, size=size, count=batch),
+        sampling_request(
+            samplings[0],
+            stages[0],
+            files,
+            manifest,
+            lambda one: load_image(one, where),
+            image=image,
+            size=size,
+            count=batch,
+        ),
         checkpoints=names,
         tile=decoded.tiled or (isinstance(source, Encoded) and source.tiled),
         graph=workflow.graph,
@@ -154,6 +165,8 @@ def sampling_request(
     sampling: Sampling,
     stage: StageName,
     files: LoraFiles,
+    manifest: Manifest,
+    load: Callable[[Loaded], InputPicture],
     *,
     image: InputPicture | None,
     size: tuple[int, int] | None,
@@ -161,6 +174,7 @@ def sampling_request(
 ) -> Request:
     """Return the request of one sampler that starts from `image`, or from pure noise of `size` (height, width).
 
+    `load` returns the pictures of its ControlNets, which are among those of `manifest`.
     Its LoRAs are among `files`, which know those that the base has fused (`LoraFiles.beside`).
     """
     sides = _sides(sampling, files.of(stage))
@@ -188,7 +202,7 @@ def sampling_request(
         checkpoints=(sampling.model.checkpoint,),
     )
     if stage == "base":
-        return replace(alone, loras=loras)
+        return replace(alone, loras=loras, controls=control_uses(sampling, manifest, load))
     return replace(
         alone,
         refine=True,

@@ -8,6 +8,7 @@ __all__ = [
     "TO_THE_END",
     "Clip",
     "Conditioning",
+    "ControlHint",
     "Decoded",
     "Empty",
     "Encoded",
@@ -98,6 +99,23 @@ class Mix:
 
 
 @dataclass(frozen=True)
+class ControlHint:
+    """A ControlNet, by its name in the workflow, and its picture, as one node applies it to a conditioning.
+
+    `start` and `end` are shares of the training timesteps. With `both_sides` it counts for the negative side too, if
+    that has no ControlNet.
+    """
+
+    net: str
+    image: "Image"
+    strength: float
+    start: float = 0.0
+    end: float = 1.0
+    both_sides: bool = False
+    node: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True)
 class Conditioning:
     """The inputs of one of ComfyUI's text encode nodes. Sizes are (height, width), or None for the size of the latents.
 
@@ -114,6 +132,8 @@ class Conditioning:
     target_size: tuple[int, int] | None = None
     score: float | None = None
     mixes: tuple[Mix, ...] = ()
+    controls: "tuple[ControlHint, ...]" = ()
+    """The ControlNets that were applied to it, in order."""
     encoder: str = field(default="CLIPTextEncode", compare=False)
     shown: "Encoded | None" = None
     """The masked picture that an inpainting model receives, with its mask; other models ignore it."""

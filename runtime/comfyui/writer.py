@@ -8,6 +8,7 @@ from typing import Any
 
 from sdxl_trt.engines import UsageError
 from sdxl_trt.engines.bundle import Manifest
+from sdxl_trt.runtime.adapters import Control
 from sdxl_trt.runtime.comfyui.node import Node
 from sdxl_trt.runtime.comfyui.nodes import NODES, stated
 from sdxl_trt.runtime.comfyui.workflow import TO_THE_END
@@ -25,7 +26,8 @@ def write_workflow(asked: Request, request: ResolvedRequest, manifest: Manifest)
     stages = _stages(request)
     if not request.comfyui or not all(_fits_sampler_node(stage, asked, request) for stage in stages):
         return None
-    if not _fits_nodes(asked) or not _image_fits_nodes(request) or not _mask_fits_nodes(request):
+    fits = (_image_fits_nodes, _mask_fits_nodes, _controls_fit_nodes)
+    if not _fits_nodes(asked) or not all(fit(request) for fit in fits):
         return None
     graph = _Graph()
     names = asked.checkpoints or _checkpoints(manifest)
@@ -130,6 +132,11 @@ def _mask_fits_nodes(request: ResolvedRequest) -> bool:
     return whole and plain and not masking.paste and not request.takes_mask
 
 
+def _controls_fit_nodes(request: ResolvedRequest) -> bool:
+    """Return whether every ControlNet follows a picture file, on both sides."""
+    return all(control.picture.name and control.use.side == "both" for control in request.controls)
+
+
 def _strength(stage: StageName, asked: Request, request: ResolvedRequest) -> float:
     own = stage == "refiner" and not request.refiner_only
     return (1.0 if asked.refiner_strength is None else asked.refiner_strength) if own else request.strength
@@ -172,10 +179,16 @@ def _sampler(
     positive, negative = request.sides[stage]
     sampler, part = request.denoising_of(stage)
     seed = ((request.refiner_seeds if stage == "refiner" else None) or request.seeds)[0]
+    sides: list[Link] = [
+        [_prompt(graph, stage, model.clip, positive, positive.micro.aesthetic_score), 0],
+        [_prompt(graph, stage, model.clip, negative, negative.micro.negative_aesthetic_score), 0],
+    ]
+    for control in request.controls if stage == "base" else ():
+        sides = _controlled(graph, control, sides)
     inputs = {
         "model": model.unet,
-        "positive": [_prompt(graph, stage, model.clip, positive, positive.micro.aesthetic_score), 0],
-        "negative": [_prompt(graph, stage, model.clip, negative, negative.micro.negative_aesthetic_score), 0],
+        "positive": sides[0],
+        "negative": sides[1],
         "latent_image": [latents, 0],
         "steps": request.request.steps,
         "cfg": request.guidance_of(stage).scale,
@@ -188,6 +201,16 @@ def _sampler(
     noise = _switch(on=_adds_noise(stage, request))
     ends = _ends(part, request.schedule_of(stage).steps)
     return graph.add("KSamplerAdvanced", **inputs, noise_seed=seed, add_noise=noise, **ends)
+
+
+def _controlled(graph: _Graph, control: Control, sides: list[Link]) -> list[Link]:
+    """Add the nodes of a ControlNet, and return the links to both sides after it."""
+    loader = graph.add("ControlNetLoader", control_net_name=f"{control.name}.safetensors")
+    loaded = graph.add("LoadImage", image=control.picture.name)
+    use = control.use
+    node = graph.add("ControlNetApplyAdvanced", positive=sides[0], negative=sides[1], control_net=[loader, 0],
+                     image=[loaded, 0], strength=use.scale, start_percent=use.start, end_percent=use.end)  # fmt: skip
+    return [[node, 0], [node, 1]]
 
 
 def _ends(part: StepRange, steps: int) -> Mapping[str, Any]:

@@ -6,18 +6,20 @@ from sdxl_trt.engines.lazy import lazy_names
 
 if TYPE_CHECKING:
     from sdxl_trt.runtime.diffusion.conditioning import MicroConditions, make_conditions
+    from sdxl_trt.runtime.diffusion.controls import ControlNets, ControlPart, comfyui_span, fraction_span
     from sdxl_trt.runtime.diffusion.denoiser import PREDICTIONS, Denoiser
     from sdxl_trt.runtime.diffusion.guidance import Guidance, guided_span
     from sdxl_trt.runtime.diffusion.inpaint import Inpaint, Keeper, NoiseMask
 else:
     __getattr__ = lazy_names(__name__, {
         "conditioning": ("MicroConditions", "make_conditions"),
+        "controls": ("ControlNets", "ControlPart", "comfyui_span", "fraction_span"),
         "denoiser": ("PREDICTIONS", "Denoiser"),
         "guidance": ("Guidance", "guided_span"),
         "inpaint": ("Inpaint", "Keeper", "NoiseMask"),
     })
 
 __all__ = [
-    "PREDICTIONS", "Denoiser", "Guidance", "Inpaint", "Keeper", "MicroConditions", "NoiseMask", "guided_span",
-    "make_conditions",
+    "PREDICTIONS", "ControlNets", "ControlPart", "Denoiser", "Guidance", "Inpaint", "Keeper", "MicroConditions",
+    "NoiseMask", "comfyui_span", "fraction_span", "guided_span", "make_conditions",
 ]

@@ -11,8 +11,9 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from sdxl_trt.engines import Array, CorruptError, Engine, UsageError, numpy_dtype
+from sdxl_trt.engines import Array, CorruptError, Engine, UsageError, Value, numpy_dtype
 from sdxl_trt.runtime.diffusion.conditioning import Conditions
+from sdxl_trt.runtime.diffusion.controls import ControlNets
 from sdxl_trt.runtime.diffusion.float16 import to_float32, write_float16
 from sdxl_trt.runtime.diffusion.guidance import Guidance
 from sdxl_trt.runtime.diffusion.schedules import Schedule
@@ -26,9 +27,10 @@ class Denoiser:
     The estimate overwrites the engine's output, and each call's inputs overwrite those of the call before: at a few
     hundred kilobytes, allocating memory costs more than the arithmetic.
 
-    `schedule` gives the timestep of each sigma; without `guidance` every step has the scale of the `conditions`.
-    `further` (n, channels, h, w) are what an inpainting UNet receives behind the latents, unscaled: mask and picture.
-    Raises UsageError for an unknown prediction type, CorruptError if the UNet outputs NaN or infinity.
+    `schedule` gives the timestep of each sigma; `controls` are the ControlNets that the UNet follows; without
+    `guidance` every step has the scale of the `conditions`. `further` (n, channels, h, w) are what an inpainting UNet
+    receives behind the latents, unscaled: mask and picture. Raises UsageError for an unknown prediction type,
+    CorruptError if the UNet outputs NaN or infinity.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class Denoiser:
         prediction_type: str,
         guidance: Guidance | None = None,
         further: NDArray[np.float32] | None = None,
+        controls: ControlNets | None = None,
     ) -> None:
         if prediction_type not in PREDICTIONS:
             raise UsageError(f"prediction type {prediction_type!r} is unknown; choose one of: {', '.join(PREDICTIONS)}")
@@ -52,6 +55,7 @@ class Denoiser:
         self._dtype = numpy_dtype(engine.component.input("sample"))
         self._guided = conditions.guided
         self._further = further
+        self._controls = controls
         self._sample: Array = np.empty(0, self._dtype)
         self._timestep = np.empty(0, np.float32)
         self.latest: NDArray[np.float32] | None = None
@@ -62,7 +66,10 @@ class Denoiser:
         """Return the estimate of the clean latents in `x`, which holds noise of standard deviation `sigma`."""
         guided = self._guided and self._guidance.applies(sigma)
         sample, timestep = self._rows(x, sigma, guided=guided)
-        answer = self._engine.infer({"sample": sample, "timestep": timestep})["out_sample"]
+        given: dict[str, Value] = {"sample": sample, "timestep": timestep}
+        if self._controls is not None:
+            given |= self._controls.residuals(sigma, sample, timestep, guided=guided)
+        answer = self._engine.infer(given)["out_sample"]
         prediction: NDArray[np.float32] = to_float32(answer) if answer.dtype == np.float16 else answer
         factor, share = self._weights(sigma)
         with np.errstate(invalid="ignore", over="ignore"):  # reported below

@@ -42,7 +42,7 @@ from sdxl_trt.runtime.comfyui import (
     sampling_request,
     vae_stage,
 )
-from sdxl_trt.runtime.images import Picture, as_input, new_size, resize
+from sdxl_trt.runtime.images import InputPicture, Picture, as_input, new_size, resize
 from sdxl_trt.runtime.pipeline.chain_masks import ChainMasks
 from sdxl_trt.runtime.pipeline.mask_nodes import canvas, greyed, scaled_mask, widened
 from sdxl_trt.runtime.pipeline.pipeline import Pipeline
@@ -185,7 +185,9 @@ class Chain:
         shape = (before.count, vae.latent_channels, *before.size)
         image = None if fresh else as_input(np.zeros(shape, np.float32))
         size = (before.size[0] * vae.factor, before.size[1] * vae.factor)
-        request = sampling_request(sampling, stage, self._files, image=image, size=size, count=before.count)
+        request = sampling_request(
+            sampling, stage, self._files, self._manifest, self._loaded, image=image, size=size, count=before.count
+        )
         try:
             # A placeholder too: the mask that the latents carry replaces it.
             mask = np.ones(size, np.bool_) if masked else None
@@ -195,6 +197,11 @@ class Chain:
             raise blamed(exc, sampling, next(filter(None, nodes), ""), seed_given=self._seed_given) from exc
         self._jobs[sampling.node] = job
         return before
+
+    def _loaded(self, loaded: Loaded) -> InputPicture:
+        """Return the picture of a LoadImage node, which is read once."""
+        self._masks.read(loaded)
+        return self._masks.pictures[loaded.file]
 
     @property
     def _manifest(self) -> Manifest:

@@ -16,13 +16,14 @@ from typing import Self
 
 import numpy as np
 
-from sdxl_trt.engines import SizeError
+from sdxl_trt.engines import Engine, SizeError
 from sdxl_trt.engines.adapters import Use, adapted
 from sdxl_trt.engines.bundle import Stage, Vae, read_bundle
 from sdxl_trt.engines.plans import RunSizes
 from sdxl_trt.engines.residency import EnginePool, open_pool
+from sdxl_trt.runtime.adapters import Control, ControlUse, control_components
 from sdxl_trt.runtime.arrays import Latents
-from sdxl_trt.runtime.diffusion import Denoiser, make_conditions
+from sdxl_trt.runtime.diffusion import ControlNets, ControlPart, Denoiser, make_conditions
 from sdxl_trt.runtime.diffusion.samplers import FEW_STEPS, bind_sampler, brownian_span
 from sdxl_trt.runtime.images import Picture
 from sdxl_trt.runtime.pipeline.record import finish
@@ -104,6 +105,7 @@ class Pipeline:
                     tokens=tokens or limits.tokens.min,
                 ),
                 [use for name in self._stages(request) for use in self._engines(request, name)],
+                tuple(control.component for control in request.controls),
             )
 
     def _engines(self, request: ResolvedRequest, name: StageName) -> list[Use]:
@@ -117,6 +119,7 @@ class Pipeline:
         uses += [wanted.vae.encoder for request in requests for wanted in self._wanted(request)]
         uses += [use for request in requests for name in self._stages(request) for use in self._encoders(request, name)]
         uses += [self.unet(request, "base") for request in requests if request.base.steps]
+        uses += [control.component for request in requests for control in request.controls]
         uses += [self.unet(request, "refiner") for request in requests if request.uses_refiner]
         uses += [self.vae(request).decoder for request in requests]
         self.pool.expect(dict.fromkeys(use for use in uses if use is not None))
@@ -256,7 +259,12 @@ class Pipeline:
         job's latents are written when a group has taken all its steps.
         """
         request, latents, embeds, noise = job.run.request, job.latents, job.embeds[name], job.noises[name]
-        (engine,) = self.pool.phase(adapted(stage.unet, request.loras.get(name, ())), next_engines=(next_engine,))
+        following = request.controls if name == "base" else ()
+        engine, *nets = self.pool.phase(
+            adapted(stage.unet, request.loras.get(name, ())),
+            *(control.component for control in following),
+            next_engines=(next_engine,),
+        )
         yield _loaded(latents)
         guidance = request.guidance_of(name)
         positive, negative = ([each.micro for each in side.all] for side in request.sides[name])
@@ -280,7 +288,8 @@ class Pipeline:
                 comfyui_rule=guidance.comfyui_rule,
             )
             seen = None if further is None else further[group]
-            denoise = Denoiser(engine, schedule, conditions, predicts, guidance, seen)
+            controls = ControlNets([*_control_parts(request, following, nets)], conditions) if nets else None
+            denoise = Denoiser(engine, schedule, conditions, predicts, guidance, seen, controls)
             drawn = noise.source(latents.shape[1:], group, span)
             sample = bind_sampler(sampler, drawn, comfyui=request.comfyui, short_end=short_end)
             sample = sample if keeper is None else keeper.of(group).around(sample)
@@ -322,17 +331,21 @@ def open_bundle(
     available: int | None = None,
     from_image: bool = False,
     once: bool = False,
+    controls: Sequence[ControlUse] = (),
 ) -> Pipeline:
     """Open the bundle at `path` (None: the embedded pair) for a ``with`` statement. Only the manifest is read.
 
-    `provider`, `residency`, `available` (the memory limit in bytes), `from_image` and `once` are those of `open_pool`.
+    `provider`, `residency`, `available` (the memory limit in bytes), `from_image` and `once` are those of `open_pool`;
+    memory is planned for runs with the ControlNets that `controls` use.
     Raises SourceError, IncompatibleError, CorruptError, UsageError, ResourceError.
     """
     if path is None:
         from sdxl_trt.mini import bundle_path  # noqa: PLC0415 - package data, only if no other bundle is named
 
         path = bundle_path()
-    return Pipeline(open_pool(read_bundle(path), provider, residency, available, from_image=from_image, once=once))
+    bundle = read_bundle(path)
+    nets = control_components(controls, bundle.manifest)
+    return Pipeline(open_pool(bundle, provider, residency, available, from_image=from_image, once=once, controls=nets))
 
 
 def _texts(request: ResolvedRequest, stages: Mapping[StageName, Stage]) -> Iterator[tuple[Stage, Prompt]]:
@@ -375,6 +388,23 @@ def _side_embeds(side: ResolvedSide, encoded: Iterator[PromptEmbeds]) -> tuple[P
         (other,) = _side_embeds(mix.other, encoded)
         embeds = embeds.followed_by(other) if mix.kind == "concat" else embeds.averaged(other, mix.strength)
     return (embeds, *(each for other in side.combined for each in _side_embeds(other, encoded)))
+
+
+def _control_parts(
+    request: ResolvedRequest, controls: Sequence[Control], engines: Sequence[Engine]
+) -> Iterator[ControlPart]:
+    """Yield the ControlNets of a request with their engines."""
+    for control, engine in zip(controls, engines, strict=True):
+        use, (above, up_to) = control.use, request.control_span(control)
+        yield ControlPart(
+            engine,
+            control.prepared((request.height, request.width), comfyui=request.comfyui),
+            positive=0.0 if use.side == "negative" else use.scale,
+            negative=0.0 if use.side == "positive" else use.scale,
+            above=above,
+            up_to=up_to,
+            guess=request.request.control_guess,
+        )
 
 
 def _loaded(latents: Latents) -> Step:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdxl_trt.engines import UsageError
-from sdxl_trt.runtime.adapters import MOST_LORAS, EmbeddingFact, LoraFact
+from sdxl_trt.runtime.adapters import MOST_CONTROLS, MOST_LORAS, ControlFact, EmbeddingFact, LoraFact
 from sdxl_trt.runtime.comfyui import write_workflow
 from sdxl_trt.runtime.images import SETTINGS, BundleName, Fit, Picture, bundle_name, read_texts
 from sdxl_trt.runtime.pipeline.run import Run
@@ -50,6 +50,8 @@ class _Facts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     loras: Annotated[tuple[LoraFact, ...], msgspec.Meta(max_length=MOST_LORAS)] = ()
     """The LoRAs of the base, in order; those in prompts too."""
     refiner_loras: Annotated[tuple[LoraFact, ...], msgspec.Meta(max_length=MOST_LORAS)] = ()
+    controls: Annotated[tuple[ControlFact, ...], msgspec.Meta(max_length=MOST_CONTROLS)] = ()
+    """The pictures that the base's ControlNets follow."""
     bundle: BundleName | None = None
     sweep: Annotated[tuple[Annotated[str, msgspec.Meta(max_length=MAX_TEXT)], ...],
                      msgspec.Meta(max_length=MOST_AXES)] = ()  # fmt: skip
@@ -138,7 +140,7 @@ def _metadata(resolved: ResolvedRequest, seed: int) -> dict[str, Any]:
         if each.record == "always"
     }
     injected = {"seed": seed, "injected_latents": resolved.latents is not None}
-    return always | injected | _started_from(resolved) | _loras(resolved)
+    return always | injected | _started_from(resolved) | _loras(resolved) | _controls(resolved)
 
 
 def _loras(request: ResolvedRequest) -> dict[str, Any]:
@@ -146,6 +148,12 @@ def _loras(request: ResolvedRequest) -> dict[str, Any]:
     ran = {"loras": not request.refiner_only, "refiner_loras": request.uses_refiner}
     facts = {"loras": request.lora_facts.get("base", ()), "refiner_loras": request.lora_facts.get("refiner", ())}
     return {name: msgspec.to_builtins(own) for name, own in facts.items() if own and ran[name]}
+
+
+def _controls(request: ResolvedRequest) -> dict[str, Any]:
+    """Return the pictures of the ControlNets."""
+    facts = [control.fact() for control in request.controls]
+    return {"controls": msgspec.to_builtins(facts)} if facts else {}
 
 
 def _started_from(request: ResolvedRequest) -> dict[str, Any]:

@@ -8,7 +8,7 @@ __all__ = ["COMFYUI_SCHEDULES", "GROUPS", "SAMPLERS", "Request", "parse_size"]
 from typing import TYPE_CHECKING, Any, Literal
 
 from sdxl_trt.engines import UsageError
-from sdxl_trt.runtime.adapters import LoraUse, parse_use
+from sdxl_trt.runtime.adapters import LoraUse, parse_control, parse_use
 from sdxl_trt.runtime.request.settings import dataclass_of_settings, setting
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from sdxl_trt.runtime.adapters import ControlUse
     from sdxl_trt.runtime.images import InputMask, InputPicture
     from sdxl_trt.runtime.request.side import Side
 else:
@@ -257,6 +258,16 @@ class Request:
         None, help="folder, with its sub-folders, of the textual inversion embeddings that prompts name"
         " (embedding:NAME)",
         group=_PICTURE, metavar="DIR", is_file=True, record="no", workflow="beside",
+    )  # fmt: skip
+    controls: "tuple[ControlUse, ...]" = setting(
+        (), help="let a ControlNet of the bundle follow this picture, with a scale (1), from and to a fraction of the"
+        " steps (0:1)", more_help="; the bundle's ControlNets take the pictures in order, or by NAME; may be given"
+        " several times; none leaves out those of --from", group=_START, option="--control",
+        metavar="[NAME=]FILE[:SCALE[:START:END]]", parse=parse_control, several=True, stage="base", record="own",
+    )  # fmt: skip
+    control_guess: bool = setting(
+        False, help="let the ControlNets work without a prompt: on the positive side alone, the finer levels less",
+        group=_START, const=True, stage="base",
     )  # fmt: skip
     compat: Literal["diffusers", "comfyui"] = setting(
         "diffusers", help="whose conventions to follow for noise, prompt weights, timesteps and pixels (diffusers)",

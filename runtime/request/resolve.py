@@ -4,7 +4,7 @@ __all__ = ["ResolvedRequest", "resolve_request"]
 
 import logging
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from sdxl_trt.engines import UsageError
 from sdxl_trt.engines.adapters import ScaledLora
 from sdxl_trt.engines.bundle import Bundle, Manifest, Scheduler
-from sdxl_trt.engines.plans import PlanLimits
-from sdxl_trt.runtime.adapters import EmbeddingFact, LoraFact
-from sdxl_trt.runtime.diffusion import Guidance, guided_span
+from sdxl_trt.engines.plans import PlanLimits, size_multiple
+from sdxl_trt.runtime.adapters import Control, EmbeddingFact, LoraFact, check_control_shapes, settle_controls
+from sdxl_trt.runtime.diffusion import Guidance, comfyui_span, fraction_span, guided_span
 from sdxl_trt.runtime.diffusion.samplers import sampler_names
 from sdxl_trt.runtime.diffusion.schedules import Schedule
 from sdxl_trt.runtime.images import Fit, InputPicture, Overlay, as_input, check_input
@@ -76,6 +76,8 @@ class ResolvedRequest:
     """The LoRAs of a stage's UNet and text encoders, in order."""
     lora_facts: Mapping[StageName, tuple[LoraFact, ...]] = field(default_factory=dict)
     """What a record says of each of them."""
+    controls: tuple[Control, ...] = ()
+    """The ControlNets that the base follows."""
     notes: tuple[str, ...] = ()
     """Sentences for the user on what has no effect, to be said once."""
     embeddings: tuple[EmbeddingFact, ...] = ()
@@ -141,6 +143,13 @@ class ResolvedRequest:
         """Return what the UNet of a stage with `scheduler` predicts: what was asked for, or what its bundle says."""
         return scheduler.prediction_type if self.request.prediction_type == "auto" else self.request.prediction_type
 
+    def control_span(self, control: Control) -> tuple[float, float]:
+        """Return (above, up_to): the sigmas at which a ControlNet works."""
+        start, end = control.use.start, control.use.end
+        if self.comfyui:
+            return comfyui_span(self.schedule, start, end)
+        return fraction_span(self.schedule.sigmas, self.base.start, start, end)
+
     def guidance_of(self, stage: StageName) -> Guidance:
         """Return the guidance of a stage."""
         scale = self.request.guidance if stage == "base" else self.refiner_guidance
@@ -169,11 +178,15 @@ def resolve_request(
     cuts = grids.cuts
     if "ddim" in (request.sampler, request.refiner_sampler) and not request.comfyui:
         _warn_of_ddim(grids.schedule)
+    controls = settle_controls(request.controls, manifest, refine=cuts.first is not None)
+    _check_guess(request)
     stored = request.latents if request.latents is not None or image is None else image.latents
     shape = None if stored is None else stored.shape
     asked = (request.height, request.width)
     size = picture_size(asked, shape, manifest, limits, refined=cuts.refiner is not None,
-                        picture=None if image is None else image.size, outpaint=request.outpaint)  # fmt: skip
+                        picture=_shape_of(image, controls, request), outpaint=request.outpaint)  # fmt: skip
+    if not request.comfyui:
+        check_control_shapes(controls, size, size_multiple(manifest))
     loras, embeddings = settled_loras(request, bundle, _running(cuts, manifest)), open_embeddings(request.embedding_dir)
     sides = resolve_sides(request, manifest, size, loras, embeddings)
     running = {name: both for name, both in sides.items() if name == "base" or cuts.refiner is not None}
@@ -209,6 +222,7 @@ def resolve_request(
         takes_mask=takes_mask(manifest.base, manifest),
         loras=loras.by_stage,
         lora_facts=loras.facts,
+        controls=controls,
         notes=(*notes, *loras.notes),
         embeddings=embedding_facts(embeddings),
     )
@@ -225,6 +239,22 @@ def _warn_of_noise(request: Request, cuts: StageRanges) -> None:
     if request.comfyui and cuts.refiner is not None and cuts.first is None and cuts.base.leftover_noise:
         log.warning("as in ComfyUI, the refiner keeps what the base hands over outside the mask, with its noise; give"
                     " --no-refiner, or leave --compat comfyui out")  # fmt: skip
+
+
+def _shape_of(image: InputPicture | None, controls: Sequence[Control], request: Request) -> tuple[int, int] | None:
+    """Return the (height, width) of the picture that the run takes its size from: the image, else a ControlNet's."""
+    if image is not None or not controls or request.comfyui:
+        return None if image is None else image.size
+    return controls[0].picture.size
+
+
+def _check_guess(request: Request) -> None:
+    if request.control_guess and not request.controls:
+        raise UsageError("--control-guess is how ControlNets work; give their pictures with --control")
+    if request.control_guess and request.comfyui:
+        raise UsageError(
+            "--control-guess: ComfyUI's nodes have no such switch; leave it out, or use --compat diffusers"
+        )
 
 
 def _warn_of_ddim(schedule: Schedule) -> None:

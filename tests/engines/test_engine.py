@@ -3,12 +3,13 @@
 import re
 from collections.abc import Callable
 
+import msgspec
 import numpy as np
 import pytest
 
 from sdxl_trt.engines.bundle.manifest import Component, Source, TensorSpec
 from sdxl_trt.engines.bundle.records import FileRecord
-from sdxl_trt.engines.engine import Array, check_inputs, numpy_dtype
+from sdxl_trt.engines.engine import Array, check_inputs, fill_optional, numpy_dtype, rows_of, with_rows
 from sdxl_trt.engines.errors import UsageError
 
 Inputs = dict[str, Array]
@@ -75,3 +76,48 @@ def test_rows_that_disagree_name_the_size_of_the_axis(component: Component, good
     good["timestep"] = np.zeros(3, np.float32)
     with pytest.raises(UsageError, match=r"shape \[3\] given, \['rows'\] where \{'rows': 2,"):
         check_inputs(component, good)
+
+
+@pytest.fixture
+def controlled(component: Component) -> Component:
+    """A component with a picture of eight times the sides, and an optional residual of half of them."""
+    more = (
+        TensorSpec(name="picture", dtype="float16", shape=("rows", 3, "8*height", "8*width")),
+        TensorSpec(name="scales", dtype="float32", shape=(10,)),
+        TensorSpec(name="residual", dtype="float16", shape=("rows|1", 5, "height/2|1", "width/2|1")),
+    )
+    return msgspec.structs.replace(component, inputs=(*component.inputs, *more))
+
+
+def _controlled(good: Inputs, residual: tuple[int, ...] = (2, 5, 4, 8)) -> Inputs:
+    added = {"picture": np.zeros((2, 3, 64, 128), np.float16), "scales": np.zeros(10, np.float32)}
+    return good | added | {"residual": np.zeros(residual, np.float16)}
+
+
+def test_axes_that_follow_from_another_are_compared_with_it(controlled: Component, good: Inputs) -> None:
+    for residual in ((2, 5, 4, 8), (1, 5, 1, 1), (2, 5, 1, 8)):
+        check_inputs(controlled, _controlled(good, residual))
+    for residual in ((3, 5, 4, 8), (2, 5, 8, 8), (2, 5, 2, 8)):
+        with pytest.raises(UsageError, match=r"input residual: shape .* given, \['rows\|1', 5, 'height/2\|1'"):
+            check_inputs(controlled, _controlled(good, residual))
+    with pytest.raises(UsageError, match=r"input picture: shape \[2, 3, 32, 128\] given"):
+        check_inputs(controlled, _controlled(good) | {"picture": np.zeros((2, 3, 32, 128), np.float16)})
+
+
+def test_an_optional_input_is_zeros_of_one_row_and_one_pixel(controlled: Component, good: Inputs) -> None:
+    given = _controlled(good)
+    del given["residual"]
+    filled = fill_optional(controlled, given)
+    assert {name: array.shape for name, array in filled.items()} == {"residual": (1, 5, 1, 1)}
+    check_inputs(controlled, given | filled)
+    assert fill_optional(controlled, _controlled(good)) == {}
+
+
+def test_only_inputs_with_a_row_each_are_cut(controlled: Component, good: Inputs) -> None:
+    given = _controlled(good)
+    assert rows_of(controlled, {"sample": given["sample"][:1], "scales": given["scales"]}) == 1
+    assert rows_of(controlled, {"scales": given["scales"]}) is None
+    cut = with_rows(controlled, given, 1)
+    assert {name: len(array) for name, array in cut.items()} == {
+        "sample": 1, "timestep": 1, "input_ids": 1, "picture": 1, "scales": 10, "residual": 2,
+    }  # fmt: skip

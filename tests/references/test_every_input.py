@@ -2,7 +2,6 @@
 
 import copy
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from sdxl_trt.runtime.comfyui.nodes import NODES
 
 GRAPH = json.loads((Path(__file__).parents[1] / "comfyui" / "every_node.json").read_text())
 OTHER_LINKS = {"MODEL": ["60", 0], "CLIP": ["60", 1], "VAE": ["61", 0], "CONDITIONING": ["62", 0],
-               "LATENT": ["63", 0], "IMAGE": ["64", 0], "MASK": ["140", 0]}  # fmt: skip
+               "LATENT": ["63", 0], "IMAGE": ["64", 0], "CONTROL_NET": ["65", 0], "MASK": ["140", 0]}  # fmt: skip
 INPUTS = [(kind, each.name) for kind, node in NODES.items() for each in node.inputs]
 LORAS = [{"name": "a", "sha256": "0" * 64, "scale": 0.5, "text_scale": 0.25},
          {"name": "b", "sha256": "0" * 64, "scale": 0.5, "text_scale": 0.0}]  # fmt: skip
@@ -25,10 +24,12 @@ Outcome = tuple[int, list[bytes], str]
 
 
 @pytest.fixture(scope="module")
-def run(pairs: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory) -> Callable[[Any, Any], Outcome]:
+def run(
+    pairs: Callable[[str], Any], add_controlnets: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[Any, Any], Outcome]:
     """Return a function that draws a graph: the exit code, the pictures' pixels, the printed lines."""
     folder = tmp_path_factory.mktemp("inputs")
-    shutil.copytree(pairs("outline").bundle, folder / "bundle")
+    add_controlnets(pairs("outline").bundle, folder / "bundle")
     manifest = json.loads((folder / "bundle" / "manifest.json").read_text())
     (folder / "bundle" / "manifest.json").write_text(json.dumps(manifest | {"loras": LORAS}))
     y, x = np.mgrid[:64, :64].astype(np.uint8)

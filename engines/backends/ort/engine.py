@@ -2,8 +2,9 @@
 
 __all__ = ["OrtEngine"]
 
+import contextlib
 import mmap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import PurePosixPath
 from typing import Any
@@ -21,7 +22,16 @@ from sdxl_trt.engines.backends.ort.providers import (
     shape_limits,
 )
 from sdxl_trt.engines.bundle import Bundle, Component, Profile, verify_file
-from sdxl_trt.engines.engine import Array, check_inputs
+from sdxl_trt.engines.engine import (
+    Array,
+    DeviceArray,
+    Value,
+    check_inputs,
+    fill_optional,
+    numpy_dtype,
+    rows_of,
+    with_rows,
+)
 from sdxl_trt.engines.errors import (
     EngineError,
     IncompatibleError,
@@ -143,30 +153,57 @@ class OrtEngine:
 
     def bind(self, constants: Mapping[str, Array]) -> None:
         """Keep the inputs of a phase; see Engine.bind. The first `infer` copies them to a GPU."""
-        self._constants = dict(constants)
+        self._constants = fill_optional(self.component, constants) | dict(constants)
         if self._device is not None:
             self._device.forget()
 
-    def infer(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
+    def infer(self, inputs: Mapping[str, Value], outputs: Sequence[str] | None = None) -> dict[str, Array]:
         """Run the session; see Engine.infer. Raises SizeError for shapes outside a compiled graph's profile."""
+        names = list(outputs) if outputs is not None else [spec.name for spec in self.component.outputs]
+        feed = self._feed(inputs)
+        if self._device is None and not any(isinstance(value, DeviceArray) for value in feed.values()):
+            with _explained(f"running {self.name}"):
+                return dict(zip(names, self._session.run(names, feed), strict=True))
+        with _explained(f"running {self.name}"):
+            return {name: value.numpy() for name, value in self._values(names, feed, inputs).items()}
+
+    def infer_on_device(self, inputs: Mapping[str, Value]) -> dict[str, DeviceArray]:
+        """Run the session and keep its outputs as OrtValues; see Engine.infer_on_device."""
+        names = [spec.name for spec in self.component.outputs]
+        feed = self._feed(inputs)
+        dtypes = {spec.name: np.dtype(numpy_dtype(spec)) for spec in self.component.outputs}
+        with _explained(f"running {self.name}"):
+            return {name: DeviceArray(tuple(value.shape()), dtypes[name], value, self._home)
+                    for name, value in self._values(names, feed, inputs).items()}  # fmt: skip
+
+    @property
+    def _home(self) -> str:
+        """The device that its OrtValues are on, as ONNX Runtime calls it."""
+        return "ort-cpu" if self._device is None else f"ort-{self._device.device}"
+
+    def _feed(self, inputs: Mapping[str, Value]) -> dict[str, Value]:
+        """Return every input of the graph: `inputs`, the constants with as many rows, zeros for what may be missing."""
         if self._session is None:
             raise EngineError(f"{self.name}: infer before load; call load() first")
-        rows = min((array.shape[0] for array in inputs.values() if array.ndim), default=None)
-        feed = {name: array[:rows] for name, array in self._constants.items()} | dict(inputs)
+        constants = with_rows(self.component, self._constants, rows_of(self.component, inputs))
+        feed: dict[str, Value] = {**constants, **inputs}
+        feed = {**fill_optional(self.component, feed), **feed}
         check_inputs(self.component, feed)
+        for name, value in feed.items():
+            if isinstance(value, DeviceArray) and value.home != self._home:
+                raise UsageError(f"{self.name}: input {name} is on {value.home}, but this engine runs on {self._home};"
+                                 " run both components with one provider")  # fmt: skip
         self._check_limits(feed)
-        names = list(outputs) if outputs is not None else [spec.name for spec in self.component.outputs]
-        try:
-            if self._device is None:
-                return dict(zip(names, self._session.run(names, feed), strict=True))
-            constants = {name: array for name, array in self._constants.items() if name not in inputs}
-            return self._device.run(names, feed, constants)
-        except MemoryError as exc:
-            raise _out_of_memory(f"running {self.name}") from exc
-        except Exception as exc:
-            raise _explain(exc, f"running {self.name}") from exc
+        return feed
 
-    def _check_limits(self, feed: Mapping[str, Array]) -> None:
+    def _values(self, names: list[str], feed: Mapping[str, Value], inputs: Mapping[str, Value]) -> dict[str, Any]:
+        """Run the session without a copy of `feed`'s values that are on the device; return its OrtValues."""
+        if self._device is None:
+            return _run_on_host(_onnxruntime(self.provider), self._session, names, feed)
+        constants = {name: array for name, array in self._constants.items() if name not in inputs}
+        return self._device.run(names, feed, constants)
+
+    def _check_limits(self, feed: Mapping[str, Value]) -> None:
         if self._limits is None:
             return
         shapes = {name: array.shape for name, array in feed.items()}
@@ -189,6 +226,15 @@ class OrtEngine:
                 weights.close()
 
 
+def _run_on_host(ort: Any, session: Any, names: Sequence[str], feed: Mapping[str, Value]) -> dict[str, Any]:
+    """Run a session of the CPU; its OrtValues share the memory of the arrays in `feed`."""
+    arrays = {name: value for name, value in feed.items() if not isinstance(value, DeviceArray)}
+    held = {name: np.ascontiguousarray(array) for name, array in arrays.items()}  # until the run has ended
+    values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in held.items()}
+    values |= {name: value.handle for name, value in feed.items() if isinstance(value, DeviceArray)}
+    return dict(zip(names, session.run_with_ort_values(names, values), strict=True))
+
+
 class DeviceTensors:
     """The tensors of a session on its device: constants are copied once, other inputs with every run.
 
@@ -196,39 +242,42 @@ class DeviceTensors:
     """
 
     def __init__(self, ort: Any, session: Any, device: str) -> None:
-        self._ort, self._session, self._device = ort, session, device
+        self.device = device
+        self._ort, self._session = ort, session
         self._uploaded: dict[str, Any] = {}
 
     def forget(self) -> None:
         """Free the constants on the device."""
         self._uploaded = {}
 
-    def run(self, names: Sequence[str], feed: Mapping[str, Array], constants: Mapping[str, Array]) -> dict[str, Array]:
-        """Run the session on `feed` and return the outputs `names`; the caller owns the arrays.
+    def run(self, names: Sequence[str], feed: Mapping[str, Value], constants: Mapping[str, Array]) -> dict[str, Any]:
+        """Run the session on `feed` and return the outputs `names` as OrtValues on the device.
 
         `constants` are inputs that stay on the device until `forget`; their slices in `feed` give the number of rows.
         """
         self._upload(constants)
         binding = self._session.io_binding()
-        for name, array in feed.items():
-            if name in constants:
+        for name, value in feed.items():
+            if isinstance(value, DeviceArray):
+                binding.bind_ortvalue_input(name, value.handle)
+            elif name in constants:
                 # The first rows of a tensor are a tensor at the same address.
                 address = self._uploaded[name].data_ptr()
-                binding.bind_input(name, self._device, 0, array.dtype.type, array.shape, address)
+                binding.bind_input(name, self.device, 0, value.dtype.type, value.shape, address)
             else:
-                binding.bind_cpu_input(name, array)
+                binding.bind_cpu_input(name, value)
         for name in names:
-            binding.bind_output(name, self._device)
+            binding.bind_output(name, self.device)
         binding.synchronize_inputs()
         self._session.run_with_iobinding(binding)
         binding.synchronize_outputs()
-        return dict(zip(names, binding.copy_outputs_to_cpu(), strict=True))
+        return dict(zip(names, binding.get_outputs(), strict=True))
 
     def _upload(self, constants: Mapping[str, Array]) -> None:
         for name in constants.keys() - self._uploaded.keys():
             # A copy: on a CPU the OrtValue shares the array's memory, which its owner may overwrite.
             array = np.array(constants[name], order="C")
-            self._uploaded[name] = self._ort.OrtValue.ortvalue_from_numpy(array, self._device, 0)
+            self._uploaded[name] = self._ort.OrtValue.ortvalue_from_numpy(array, self.device, 0)
 
 
 def _onnxruntime(provider: str) -> Any:
@@ -238,6 +287,19 @@ def _onnxruntime(provider: str) -> Any:
         command = "pip install 'sdxl-trt[cpu]'" if provider == "ort-cpu" else pip_install("gpu")
         raise IncompatibleError(f"provider {provider} needs onnxruntime ({one_line(str(exc))}); {command}") from exc
     return onnxruntime
+
+
+@contextlib.contextmanager
+def _explained(doing: str) -> Iterator[None]:
+    """Raise the errors of ONNX Runtime as ours."""
+    try:
+        yield
+    except SdxlTrtError:
+        raise
+    except MemoryError as exc:
+        raise _out_of_memory(doing) from exc
+    except Exception as exc:
+        raise _explain(exc, doing) from exc
 
 
 def _explain(exc: Exception, doing: str) -> SdxlTrtError:

@@ -21,7 +21,16 @@ from sdxl_trt.engines.backends.trt.rtx import KernelCache
 from sdxl_trt.engines.backends.trt.slots import SlotPlan, open_slots, own_slots, plan_slots
 from sdxl_trt.engines.backends.trt.tensors import Layout, Tensors, nbytes_of
 from sdxl_trt.engines.bundle import Bundle, Component, PlanRecord
-from sdxl_trt.engines.engine import Array, check_inputs, numpy_dtype
+from sdxl_trt.engines.engine import (
+    Array,
+    DeviceArray,
+    Value,
+    check_inputs,
+    fill_optional,
+    numpy_dtype,
+    rows_of,
+    with_rows,
+)
 from sdxl_trt.engines.errors import CorruptError, EngineError, IncompatibleError, SdxlTrtError, UsageError
 from sdxl_trt.engines.plans import PlanReader, Shapes, choose_profile, outside_profiles, start_reading
 
@@ -144,6 +153,7 @@ class TrtEngine:
         """Copy the inputs of a phase to the device; see Engine.bind. Raises UsageError, ResourceError, EngineError."""
         self._require_loaded("bind")
         self._check_constants(constants)
+        constants = fill_optional(self.component, constants) | dict(constants)
         doing = f"binding the inputs of {self.name}"
         self._constants = {}
         with self._device.computing(doing):
@@ -156,21 +166,41 @@ class TrtEngine:
             name: np.broadcast_to(np.zeros((), array.dtype), array.shape) for name, array in constants.items()
         }
 
-    def infer(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
+    def infer(self, inputs: Mapping[str, Value], outputs: Sequence[str] | None = None) -> dict[str, Array]:
         """Run the plan; see Engine.infer. Raises SizeError outside its profiles, ResourceError, EngineError.
 
         The first use of a profile that needs more activations may raise ResourceError; smaller sizes still run.
         """
+        feed = self._feed(inputs)
+        names = self._requested(outputs)
+        with self._device.computing(f"running {self.name}"):
+            return self._run(feed, self._bound(inputs), names)[0]
+
+    def infer_on_device(self, inputs: Mapping[str, Value]) -> dict[str, DeviceArray]:
+        """Run the plan and leave its outputs in their buffers; see Engine.infer_on_device."""
+        feed = self._feed(inputs)
+        with self._device.computing(f"running {self.name}"):
+            return self._run(feed, self._bound(inputs), [])[1]
+
+    def _bound(self, inputs: Mapping[str, Value]) -> frozenset[str]:
+        """Return the names of the constants that `inputs` do not replace."""
+        return frozenset(self._constants) - frozenset(inputs)
+
+    def _feed(self, inputs: Mapping[str, Value]) -> dict[str, Value]:
+        """Return every input of the graph: `inputs`, the constants with as many rows, zeros for what may be missing."""
         self._require_loaded("infer")
         if self._slots is not None and not self._slots.rank:
             raise EngineError(f"{self.name}: infer before adapt, on a plan for LoRAs; call adapt() first")
-        # Slots are no constants of a phase: all rows share them, and they are not cut.
-        rows = min((array.shape[0] for array in inputs.values() if array.ndim), default=None)
-        feed = {name: constant[:rows] for name, constant in self._constants.items()} | dict(inputs)
+        # Slots are not among them: all rows share them, and they are not cut.
+        constants = with_rows(self.component, self._constants, rows_of(self.component, inputs))
+        feed: dict[str, Value] = {**constants, **inputs}
+        feed = {**fill_optional(self.component, feed), **feed}
         check_inputs(self.component, feed)
-        names = self._requested(outputs)
-        with self._device.computing(f"running {self.name}"):
-            return self._run({name: array.shape for name, array in feed.items()}, inputs, names)
+        for name, value in feed.items():
+            if isinstance(value, DeviceArray) and value.home is not self._device:
+                raise UsageError(f"{self.name}: input {name} is not on this engine's device; run both components with"
+                                 " one pool")  # fmt: skip
+        return feed
 
     def unload(self) -> None:
         """Free the plan, the engine, its memory and its share of the activations; see Engine.unload."""
@@ -222,8 +252,12 @@ class TrtEngine:
         if plan is not None:
             plan.close()
 
-    def _run(self, shapes: Shapes, inputs: Mapping[str, Array], names: list[str]) -> dict[str, Array]:
+    def _run(
+        self, feed: Mapping[str, Value], bound: frozenset[str], names: list[str]
+    ) -> tuple[dict[str, Array], dict[str, DeviceArray]]:
+        """Run on `feed`, of which `bound` is on the device; return the outputs `names`, and all of them there."""
         doing = f"running {self.name}"
+        shapes = {name: value.shape for name, value in feed.items()}
         slots = self._slots
         contexts = self._require_loaded("infer")
         shaped = (
@@ -234,20 +268,28 @@ class TrtEngine:
         layouts: dict[str, Layout] = {
             spec.name: (shaped.output_shape(spec.name), numpy_dtype(spec)) for spec in self.component.outputs
         }
-        places = self._places(inputs, layouts)
+        given = {name: value for name, value in feed.items()
+                 if name not in bound and not isinstance(value, DeviceArray)}  # fmt: skip
+        places = self._places(feed, given, layouts)
         views = self._tensors.views(
-            [(array.shape, array.dtype) for array in inputs.values()] + [layouts[name] for name in names]
+            [(array.shape, array.dtype) for array in given.values()] + [layouts[name] for name in names]
         )
         shaped.place(places, self._device.activations.block())
-        self._tensors.send(places, inputs, views[: len(inputs)], doing)
+        self._tensors.send(places, given, views[: len(given)], doing)
         self._compute(shaped)
-        return self._tensors.receive(places, dict(zip(names, views[len(inputs) :], strict=True)), doing)
+        received = self._tensors.receive(places, dict(zip(names, views[len(given) :], strict=True)), doing)
+        kept = {name: DeviceArray(shape, np.dtype(dtype), places[name], self._device)
+                for name, (shape, dtype) in layouts.items()}  # fmt: skip
+        return received, kept
 
-    def _places(self, inputs: Mapping[str, Array], layouts: Mapping[str, Layout]) -> dict[str, int]:
+    def _places(
+        self, feed: Mapping[str, Value], given: Mapping[str, Array], layouts: Mapping[str, Layout]
+    ) -> dict[str, int]:
         """Return the address of every input and output of the graph."""
         place = self._tensors.place
-        places = {name: place("bound", name, 0) for name in self._constants if name not in inputs}
-        places |= {name: place("given", name, array.nbytes) for name, array in inputs.items()}
+        places = {name: value.handle if isinstance(value, DeviceArray) else place("bound", name, 0)
+                  for name, value in feed.items() if name not in given}  # fmt: skip
+        places |= {name: place("given", name, array.nbytes) for name, array in given.items()}
         places |= {name: place("output", name, nbytes_of(layout)) for name, layout in layouts.items()}
         return places if self._slots is None else {**places, **self._slots.addresses}
 

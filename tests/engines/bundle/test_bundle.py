@@ -199,3 +199,26 @@ def test_a_plan_has_a_digest_for_every_chunk(
         read(valid | {"plans": [plan]})
     del plan["chunks"]
     assert read(valid | {"plans": [plan]}).manifest.plans[0].chunks is None, "an older record"
+
+
+def test_a_controlnet_must_exist_and_fit_the_unet(controlled: Path, read: Callable[[Json], Bundle]) -> None:
+    manifest = json.loads((controlled / "manifest.json").read_text())
+    assert [net.name for net in read_bundle(controlled).manifest.controlnets] == ["edges", "poses"]
+    for place, value, message in (
+        (("controlnets", 0, "component"), "unet", "has no controlnet called 'unet'"),
+        (("controlnets", 0, "component"), "gone", "has no controlnet called 'gone'"),
+        (
+            ("components", "controlnet", "outputs", 0, "dtype"),
+            "float32",
+            "whose residuals the base's UNet does not take",
+        ),
+        (
+            ("components", "controlnet", "outputs", 0, "shape"),
+            ["rows"],
+            "whose residuals the base's UNet does not take",
+        ),
+        (("components", "unet", "inputs", 5, "shape"), ["height/0|1"], "must take"),
+    ):
+        error = _refusal(read, _changed(manifest, place, lambda parent, key, value=value: parent.update({key: value})
+                                        if isinstance(parent, dict) else parent.__setitem__(key, value)))  # fmt: skip
+        assert message in str(error)

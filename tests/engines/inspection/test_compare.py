@@ -21,6 +21,7 @@ from sdxl_trt.engines.engine import Array, Engine, check_inputs
 from sdxl_trt.engines.errors import CorruptError, EngineError, IncompatibleError
 from sdxl_trt.engines.inspection.compare import Agreement, Opened, compare_engines, compare_pair, reference_of
 from sdxl_trt.engines.inspection.example_inputs import example_inputs
+from sdxl_trt.engines.plans.sizes import profiles_of, stage_sizes
 from sdxl_trt.mini.embedded import bundle_path
 
 SEED = 3
@@ -298,3 +299,17 @@ def test_example_inputs_resemble_those_of_a_run(bundle: Bundle, name: str) -> No
         assert 0 < np.abs(inputs["embeddings"]).max() < 0.2
     if component.kind == "vae_decoder":
         assert inputs["latent_sample"].std() == pytest.approx(1 / bundle.manifest.base.vae.scaling_factor, rel=0.2)
+
+
+def test_example_inputs_of_a_controlnet_are_a_picture_and_no_earlier_residuals(controlled: Path) -> None:
+    bundle = read_bundle(controlled)
+    component = bundle.manifest.components["controlnet"]
+    sizes = msgspec.structs.replace(stage_sizes(bundle.manifest), static=True)
+    profile = profiles_of(component, sizes, bundle.manifest.base.vae.factor)[-1]
+    inputs = example_inputs(bundle, "controlnet", profile)
+    assert inputs["controlnet_cond"].shape == (2, 3, 128, 128)
+    picture = inputs["controlnet_cond"]
+    assert 0 <= picture.min() < 0.1
+    assert 0.9 < picture.max() <= 1
+    assert np.array_equal(inputs["scales"], np.ones((2, 7)))
+    assert not inputs["earlier_mid_residual"].any()

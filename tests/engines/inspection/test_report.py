@@ -311,3 +311,13 @@ def test_all_differing_outputs_are_named() -> None:
         verification.require()
     assert "vae_decoder" not in str(caught.value)
     Verification("tensorrt", "ort-cpu", [agreements[0], agreements[3]]).require()
+
+
+def test_controlnets_and_their_plans_are_reported(simulated: Any, controlled: Path, tmp_path: Path) -> None:
+    root = simulated.bundle(controlled, tmp_path / "planned", height=128, width=128)
+    report = inspect_bundle(root, why_rebuild=True)
+    text = "\n".join(report.lines)
+    assert "ControlNet edges for the base, in controlnet\nControlNet poses for the base, in controlnet_2" in text
+    axes = {line.strip() for line in report.lines if "pixels a side" in line}
+    assert axes, "a plan's sizes are those of its named axes: no residual, no 8*height"
+    assert not any("|1" in line or "*height" in line for line in report.lines)

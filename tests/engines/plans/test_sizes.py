@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from sdxl_trt.engines.bundle.profile import Profile, Range, fixed
 from sdxl_trt.engines.errors import SizeError, UsageError
+from sdxl_trt.engines.plans.shapes import choose_profile
 from sdxl_trt.engines.plans.sizes import Sizes, axes_of, check_sizes, component_profiles, default_sizes, parse_range
 
 UNET = {
@@ -149,3 +150,16 @@ def test_a_text_encoder_takes_vectors_for_every_token_of_the_longest_prompt() ->
     # The profile of an older bundle's encoder, which has no such input, is unchanged.
     (older,) = component_profiles({"input_ids": ("prompts", 77)}, axes_of("text_encoder", "fp16", sizes, 8))
     assert older.shapes == {"input_ids": ((1, 77), (2, 77), (8, 77))}
+
+
+def test_residuals_may_be_of_one_pixel_and_pictures_are_larger_than_latents() -> None:
+    sizes = Sizes(height=Range(min=64, opt=128, max=256), width=fixed(128), batch=fixed(1), tokens=fixed(77))
+    inputs = {"sample": ("rows", 4, "height", "width"), "picture": ("rows", 3, "8*height", "8*width"),
+              "residual": ("rows|1", 9, "height/2|1", "width/2|1")}  # fmt: skip
+    few, many, ranged = component_profiles(inputs, axes_of("unet", "fp16", sizes, 8))
+    assert many.shapes["residual"] == ((1, 9, 1, 1), (2, 9, 8, 8), (2, 9, 8, 8))
+    assert many.shapes["picture"] == ((2, 3, 128, 128),) * 3
+    assert ranged.shapes["picture"] == ((1, 3, 64, 128), (2, 3, 128, 128), (2, 3, 256, 128))
+    assert ranged.shapes["residual"] == ((1, 9, 1, 1), (2, 9, 8, 8), (2, 9, 16, 8))
+    unused = {"sample": (2, 4, 16, 16), "picture": (2, 3, 128, 128), "residual": (1, 9, 1, 1)}
+    assert choose_profile([few, many, ranged], unused) == 1, "without a ControlNet the usual profile is used"

@@ -395,6 +395,32 @@ def test_a_single_run_on_a_cpu_swaps() -> None:
     assert settled_residency("auto", "tensorrt", once=True) == "auto"
 
 
+@pytest.mark.parametrize("residency", ["resident", "swap"])
+def test_the_base_is_loaded_together_with_its_controlnets(controlled: Path, residency: str) -> None:
+    bundle = read_bundle(controlled)
+    kept = {}
+    for controls in ((), ("controlnet_2",), ("controlnet", "controlnet_2")):
+        plan = estimate_memory(bundle, provider="tensorrt", capacity=GB, residency=residency, controls=controls)
+        phases = {phase.name: phase for phase in plan.phases}
+        assert phases["base"].components == ("unet", *controls)
+        assert {"unet", *controls} <= set(phases["base"].loaded)
+        kept[len(controls)] = phases["base"].peak
+        assert [need.component for need in plan.needs if need.component.startswith("controlnet")] == [*controls]
+    assert kept[0] < kept[1] < kept[2]
+
+
+def test_a_streaming_budget_leaves_room_for_the_controlnet(controlled: Path) -> None:
+    bundle = read_bundle(controlled)
+    capacity = next(size for size in range(GB // 100, GB, GB // 1000) if not _streamed(bundle, size, ()).missing)
+    alone, together = (_streamed(bundle, capacity, controls) for controls in ((), ("controlnet",)))
+    assert together.budgets["unet"] < alone.budgets["unet"]
+    assert together.budgets["refiner_unet"] == alone.budgets["refiner_unet"]
+
+
+def _streamed(bundle: Bundle, capacity: int, controls: tuple[str, ...]) -> MemoryEstimate:
+    return estimate_memory(bundle, provider="tensorrt", capacity=capacity, residency="stream", controls=controls)
+
+
 def test_a_plan_for_loras_counts_their_inputs_as_an_estimate() -> None:
     plain = {name: record_of(name, PlanMemory(weights=GB, activations=MB)) for name in COMPONENTS}
     slotted = replace(plain["unet"], key=replace(plain["unet"].key, lora_rank=64))

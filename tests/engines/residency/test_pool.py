@@ -396,7 +396,8 @@ def test_a_replacement_runs_under_the_name_of_the_original(make_pool, machine: M
 def _estimates(fits: dict[str, int], usual: int = 5) -> Callable[..., MemoryEstimate]:
     """Return a stand-in for `estimate_memory`, exact figures on a device of 10 GB: the peak of each residency."""
 
-    def estimate(*, residency: str, run: RunSizes | None = None) -> MemoryEstimate:
+    def estimate(*, residency: str, run: RunSizes | None = None, controls: Sequence[str] = ()) -> MemoryEstimate:
+        assert not controls
         peak = GB * (usual if run is None else fits[residency])
         phase = PhaseEstimate(name="base", components=("unet",), loaded=("unet",), peak=peak)
         return MemoryEstimate(
