@@ -165,7 +165,7 @@ class Sampling:
     @property
     def shown(self) -> "Encoded | None":
         """Return the masked picture that an inpainting model receives."""
-        return self.positive[0].shown
+        return next((each.shown for each in self.positive), None)
 
 
 @dataclass(frozen=True)
