@@ -88,7 +88,7 @@ def test_a_sticker_has_a_white_border_of_even_width(shape: str) -> None:
     y, x = np.nonzero(white)
     at = np.stack(np.nonzero(shape_mask(shape, 64, 64, 40) > 0.5), axis=1)
     away = np.array([np.hypot(*(at - (row, column)).T).min() for row, column in zip(y, x, strict=True)])
-    assert away.max() == pytest.approx(5.5, abs=1.0)
+    assert 4 < away.max() < 6.5
     beyond = np.ones_like(white)
     beyond[max(0, y.min() - 1) : y.max() + 2, max(0, x.min() - 1) : x.max() + 2] = False
     assert (sticker[beyond] == plain[beyond]).all()
