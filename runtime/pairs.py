@@ -1,0 +1,129 @@
+"""What happens when two features are used together: the result equals a named reference, or the pair is refused.
+
+A new feature is a line of FEATURES and a row of _ROWS. tests/references/test_pairs.py draws or refuses every pair.
+"""
+
+__all__ = ["FEATURES", "PAIRS", "Outcome"]
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+FEATURES: Mapping[str, str] = {
+    "fused LoRA": "a LoRA in the bundle's weights: export-engines --lora",
+    "LoRA": "a LoRA of a request: --lora, a tag in a prompt",
+    "mask": "a part of a picture changes: --image and --mask",
+    "nine channels": "the base is an inpainting model, which receives the mask",
+    "ControlNet": "the base follows a picture: --control",
+    "embedding": "a prompt names a textual inversion: --embedding-dir",
+    "tile": "pictures are encoded and decoded in tiles: --tile",
+    "refine": "the refiner alone changes a picture: --refine",
+    "sweep": "a sheet of variants: --sweep",
+    "batch": "several pictures in one run: -n",
+    "workflow": "a ComfyUI graph states the request: --workflow",
+}
+"""Every feature, and what it is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What two features do together: one of both texts is given.
+
+    `equal_to` names what the result is equal to. `refused` is a part of the error's message, which says what to do.
+    """
+
+    equal_to: str = ""
+    refused: str = ""
+
+    def __post_init__(self) -> None:
+        if bool(self.equal_to) == bool(self.refused):
+            raise ValueError("an outcome is either equal to something or refused")
+
+
+_AS_LORA = Outcome(equal_to="the LoRA given with the request")
+_AS_FUSED = Outcome(equal_to="a bundle with the LoRA fused")
+_AS_WORDS = Outcome(equal_to="the words whose vectors the embedding holds")
+_AS_WHOLE = Outcome(equal_to="the run without tiles, before decoding")
+_AS_CELLS = Outcome(equal_to="each cell alone")
+_AS_SINGLE = Outcome(equal_to="each picture alone")
+_AS_GRAPH = Outcome(equal_to="the request whose picture carries the graph")
+_ROWS: Mapping[str, Mapping[str, Outcome]] = {
+    "fused LoRA": {
+        "LoRA": Outcome(equal_to="both LoRAs given with the request"),
+        "mask": _AS_LORA,
+        "nine channels": _AS_LORA,
+        "ControlNet": _AS_LORA,
+        "embedding": _AS_LORA,
+        "tile": _AS_WHOLE,
+        "refine": Outcome(equal_to="the refiner of a bundle without the LoRA"),
+        "sweep": _AS_CELLS,
+        "batch": _AS_SINGLE,
+        "workflow": _AS_GRAPH,
+    },
+    "LoRA": {
+        "mask": _AS_FUSED,
+        "nine channels": _AS_FUSED,
+        "ControlNet": _AS_FUSED,
+        "embedding": _AS_FUSED,
+        "tile": _AS_WHOLE,
+        "refine": Outcome(equal_to="the run without the LoRA, with a warning"),
+        "sweep": _AS_CELLS,
+        "batch": _AS_SINGLE,
+        "workflow": _AS_GRAPH,
+    },
+    "mask": {
+        "nine channels": Outcome(equal_to="diffusers' StableDiffusionXLInpaintPipeline"),
+        "ControlNet": Outcome(equal_to="diffusers' StableDiffusionXLControlNetInpaintPipeline"),
+        "embedding": _AS_WORDS,
+        "tile": _AS_WHOLE,
+        "refine": Outcome(equal_to="diffusers' StableDiffusionXLInpaintPipeline of the refiner"),
+        "sweep": _AS_CELLS,
+        "batch": _AS_SINGLE,
+        "workflow": _AS_GRAPH,
+    },
+    "nine channels": {
+        "ControlNet": Outcome(refused="so it belongs to another model; give a ControlNet of this base"),
+        "embedding": _AS_WORDS,
+        "tile": _AS_WHOLE,
+        "refine": Outcome(equal_to="the refiner of a bundle with four channels"),
+        "sweep": _AS_CELLS,
+        "batch": _AS_SINGLE,
+        "workflow": Outcome(equal_to="the request with --compat comfyui"),
+    },
+    "ControlNet": {
+        "embedding": _AS_WORDS,
+        "tile": _AS_WHOLE,
+        "refine": Outcome(refused="a ControlNet belongs to the base, and the refiner alone runs"),
+        "sweep": _AS_CELLS,
+        "batch": _AS_SINGLE,
+        "workflow": _AS_GRAPH,
+    },
+    "embedding": {
+        "tile": _AS_WHOLE,
+        "refine": _AS_WORDS,
+        "sweep": _AS_CELLS,
+        "batch": _AS_SINGLE,
+        "workflow": _AS_GRAPH,
+    },
+    "tile": {
+        "refine": _AS_WHOLE,
+        "sweep": _AS_CELLS,
+        "batch": _AS_SINGLE,
+        "workflow": _AS_WHOLE,
+    },
+    "refine": {
+        "sweep": _AS_CELLS,
+        "batch": _AS_SINGLE,
+        "workflow": _AS_GRAPH,
+    },
+    "sweep": {
+        "batch": Outcome(refused="--sweep makes one picture a cell"),
+        "workflow": _AS_CELLS,
+    },
+    "batch": {
+        "workflow": _AS_GRAPH,
+    },
+}
+PAIRS: Mapping[tuple[str, str], Outcome] = {
+    (first, second): outcome for first, row in _ROWS.items() for second, outcome in row.items()
+}
+"""Every two features, in the order of FEATURES, and what they do together."""

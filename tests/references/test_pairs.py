@@ -1,0 +1,442 @@
+"""Every pair of features, drawn through the command's own code, against the reference that the table names.
+
+A pair's reference is found by the table's own words, so a new pair needs a check of that name here. Where both features
+change the picture, the pair must also differ from each of them alone.
+"""
+
+import functools
+import json
+import logging
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import save_file
+
+from sdxl_trt.engines.bundle.bundle import read_bundle
+from sdxl_trt.engines.bundle.tensor_table import read_table
+from sdxl_trt.engines.errors import SourceError, UsageError
+from sdxl_trt.export import Options, export_bundle
+from sdxl_trt.runtime import open_bundle
+from sdxl_trt.runtime.cli import generate
+from sdxl_trt.runtime.cli.options import make_parser
+from sdxl_trt.runtime.pairs import PAIRS
+from sdxl_trt.runtime.pipeline.pipeline import Pipeline
+
+# diffusers and numpy 2 disagree on how a tensor becomes an array.
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning"),
+]
+WIDTH, HEIGHT, STEPS, SEED = 48, 32, 4, 5
+PROMPT, WORDS = "a red fox in the snow", "a blue star in the snow"
+NEAR, OURS, SEEN = 1e-3, 1e-4, 1e-2
+"""Latents: how far from diffusers, how far from another way here, and the least that a feature changes."""
+SCALES = (0.7, 0.5)
+PARTS = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
+VARIANTS = {"four": (), "four, fused": ("fused LoRA",), "nine": ("nine channels",)}
+VARIANTS["nine, fused"] = (*VARIANTS["nine"], *VARIANTS["four, fused"])
+"""The bundles, and the features that each has; those with four channels have a ControlNet."""
+PICTURED = {"mask", "nine channels", "refine"}
+SEVERAL = {"batch", "sweep"}
+CHANGING = {"fused LoRA", "LoRA", "mask", "nine channels", "ControlNet", "embedding", "refine"}
+OPTIONS: Mapping[str, list[str]] = {
+    "fused LoRA": [],
+    "LoRA": ["--lora", "ink.safetensors:0.7:0.5"],
+    "mask": ["--mask", "mask.png"],
+    "nine channels": ["--mask", "mask.png"],
+    "ControlNet": ["--control", "edges.png:0.8"],
+    "embedding": ["--embedding-dir", "embeddings"],
+    "tile": ["--tile"],
+    "refine": [],
+    "sweep": ["--sweep", "guidance=2,6"],
+    "batch": ["-n", "2"],
+    "workflow": ["--compat", "comfyui"],
+}
+"""What each feature adds to a command, beside what `command` arranges for pictures and prompts."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The runs of a command, one after the other: latents (c, h, w) and pixels of every picture, and their graph."""
+
+    latents: list[np.ndarray]
+    pixels: list[np.ndarray]
+    graph: Any
+
+    def check(self, other: "Drawn", tolerance: float = OURS) -> None:
+        assert len(self.latents) == len(other.latents)
+        for mine, its in zip(self.latents, other.latents, strict=True):
+            np.testing.assert_allclose(mine, its, rtol=0, atol=tolerance)
+
+
+def command(features: set[str], *further: str) -> list[str]:
+    """Return the arguments that ask for `features`."""
+    argv = [PROMPT.replace("red fox", "embedding:ink") if "embedding" in features else PROMPT]
+    argv += ["--steps", str(STEPS), "--seed", str(SEED), "--provider", "ort-cpu"]
+    argv += ["--refine" if "refine" in features else "--image", "photo.png"] if features & PICTURED else [
+        "--width", str(WIDTH), "--height", str(HEIGHT)]  # fmt: skip
+    argv += [] if "refine" in features else ["--handoff", "0.5"]
+    argv += ["--strength", "0.6"] if "refine" in features and not features & {"mask", "nine channels"} else []
+    options = [OPTIONS[each] for each in sorted(features)]
+    if {"mask", "nine channels"} <= features or {"nine channels", "refine"} <= features:
+        options.remove(OPTIONS["mask"])  # the inpainting model's own mask, or the refiner, which needs none
+    return [*argv, *(option for each in options for option in each), *further]
+
+
+@dataclass(frozen=True)
+class Laboratory:
+    """The bundles, opened when they are needed, and a folder of files, which is the current one."""
+
+    opened: Callable[[str], Pipeline]
+    base: Path
+    nine: Path
+    refiner: Path
+    net: Path
+
+    def pipeline(self, features: set[str]) -> Pipeline:
+        wanted = features & {"fused LoRA", "nine channels"}
+        return self.opened(next(name for name, own in VARIANTS.items() if set(own) == wanted))
+
+    def run(self, pipeline: Pipeline, argv: list[str]) -> Drawn:
+        """Draw what a command asks for on a bundle that is open."""
+        arguments = make_parser().parse_args(argv)
+        asked = generate._request(arguments) if arguments.workflow is None else generate._workflow(arguments)
+        batch, _ = generate._work(asked, arguments, pipeline)
+        pictures: dict[tuple[int, int], Any] = {}
+        for number, step in batch.steps():
+            if step.picture is not None:
+                pictures[number, step.pictures.start] = step.picture
+        ordered = [pictures[place] for place in sorted(pictures)]
+        pixels = [np.asarray(each.image).astype(int) for each in ordered]
+        return Drawn([each for run in batch.runs for each in run.final], pixels, ordered[0].graph)
+
+    def draw(self, features: set[str], *further: str) -> Drawn:
+        return self.run(self.pipeline(features), command(features, *further))
+
+    def read_back(self, features: set[str], graph: Any, *further: str) -> Drawn:
+        """Draw a picture's graph again, with what is given beside a workflow."""
+        Path("graph.json").write_text(json.dumps(graph))
+        beside = ["--lora-dir", ".", "--embedding-dir", "embeddings", *further]
+        return self.run(self.pipeline(features), ["--workflow", "graph.json", *beside])
+
+
+def _save_lora(path: Path, bundle: Path, seed: int, *, refiner: bool = False) -> None:
+    rng, opened, tensors = np.random.default_rng(seed), read_bundle(bundle), {}
+    for part in ("unet",) if refiner else PARTS:
+        shapes = read_table(opened, "refiner_unet" if refiner else part).shapes
+        for name in [name for name in shapes if name.endswith((".to_q.weight", ".to_v.weight", ".q_proj.weight"))]:
+            module = f"{PARTS[part]}_{name.removesuffix('.weight').replace('.', '_')}"
+            outputs, inputs = shapes[name]
+            tensors[f"{module}.lora_down.weight"] = rng.standard_normal((2, inputs), np.float32) / inputs**0.5
+            tensors[f"{module}.lora_up.weight"] = rng.standard_normal((outputs, 2), np.float32)
+    save_file(tensors, path)
+
+
+def _save_embedding(path: Path, base: Path) -> None:
+    """Write an embedding whose vectors are those of two words, "blue star"."""
+    from safetensors.numpy import load_file
+
+    tensors = {}
+    for key, name in (("clip_l", "text_encoder"), ("clip_g", "text_encoder_2")):
+        vocabulary = json.loads((base / name.replace("text_encoder", "tokenizer") / "vocab.json").read_text())
+        (table,) = (value for tensor, value in load_file(base / name / "model.safetensors").items()
+                    if tensor.endswith("token_embedding.weight"))  # fmt: skip
+        tensors[key] = np.stack([table[vocabulary[f"{word}</w>"]] for word in ("blue", "star")])
+    save_file(tensors, path)
+    return tensors
+
+
+def _save_controlnet(folder: Path, unet: Path) -> Path:
+    import torch
+    from diffusers import ControlNetModel, UNet2DConditionModel
+
+    torch.manual_seed(0)
+    model = UNet2DConditionModel.from_pretrained(unet)
+    net = ControlNetModel.from_unet(model, conditioning_embedding_out_channels=(16, 32), load_weights_from_unet=False)
+    for name, parameter in net.named_parameters():
+        if "controlnet_" in name:  # zero at the start of a training
+            torch.nn.init.normal_(parameter, 0, 0.1)
+    net.save_pretrained(folder)
+    return folder
+
+
+def _nine_channels(base: Path, folder: Path) -> Path:
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    copy = Path(shutil.copytree(base, folder))
+    config = json.loads((copy / "unet" / "config.json").read_text()) | {"in_channels": 9}
+    torch.manual_seed(9)
+    UNet2DConditionModel.from_config(config).save_pretrained(copy / "unet")
+    index = json.loads((copy / "model_index.json").read_text())
+    (copy / "model_index.json").write_text(json.dumps(index | {"_class_name": "StableDiffusionXLInpaintPipeline"}))
+    return copy
+
+
+def _save_pictures(folder: Path) -> None:
+    y, x = np.mgrid[:HEIGHT, :WIDTH]
+    disc = np.hypot(y - HEIGHT / 2, x - WIDTH / 3) < HEIGHT / 3
+    channels = [np.where(disc, 220, x * 5), np.where(disc, 60, y * 7), np.where((x // 8 + y // 8) % 2, 200, 30)]
+    Image.fromarray(np.stack(channels, axis=-1).astype(np.uint8)).save(folder / "photo.png")
+    Image.fromarray(np.where(x > WIDTH // 3, 255, 0).astype(np.uint8)).save(folder / "mask.png")
+    edges = np.random.default_rng(1).integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)
+    Image.fromarray(edges).save(folder / "edges.png")
+
+
+@pytest.fixture(scope="module")
+def laboratory(
+    pairs: Callable[[str], Any], convert_once: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Laboratory]:
+    pair, root = pairs("outline"), tmp_path_factory.mktemp("pairs")
+    files = root / "files"
+    (files / "embeddings").mkdir(parents=True)
+    _save_pictures(files)
+    _save_embedding(files / "embeddings" / "ink.safetensors", pair.base)
+    net, nine = _save_controlnet(root / "edges", pair.base / "unet"), _nine_channels(pair.base, root / "nine")
+    opened: dict[str, Pipeline] = {}
+
+    @functools.cache
+    def bundle(name: str) -> Path:
+        """Export a variant; the LoRA is made for the tables of the plain one."""
+        options = {
+            "controlnets": () if name.startswith("nine") else (net,),
+            "loras": ((files / "ink.safetensors", *SCALES),) if "fused" in name else (),
+        }
+        folder = nine if name.startswith("nine") else pair.base
+        export_bundle(folder, pair.refiner, root / name, Options(precision="fp32", **options))
+        if name == "four":
+            for number, lora in enumerate(("ink", "pen")):
+                _save_lora(files / f"{lora}.safetensors", root / name, number)
+            _save_lora(files / "fine.safetensors", root / name, 2, refiner=True)
+        return root / name
+
+    def get(name: str) -> Pipeline:
+        if name not in opened:
+            bundle("four")
+            opened[name] = open_bundle(bundle(name), provider="ort-cpu", residency="resident")
+        return opened[name]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sdxl_trt.export.exporter.convert_component", convert_once)
+        # The pictures of these tests are smaller than the usual tile.
+        patch.setattr("sdxl_trt.runtime.vae.tile_sizes.TILE", 16)
+        patch.chdir(files)
+        yield Laboratory(get, pair.base, nine, pair.refiner, net)
+    for pipeline in opened.values():
+        pipeline.pool.close()
+
+
+def _as_lora(lab: Laboratory, pair: set[str]) -> None:
+    """Either LoRA is the other: the bundle's, and the request's."""
+    rest = pair - {"fused LoRA", "LoRA"}
+    lab.draw(rest | {"LoRA"}).check(lab.draw(rest | {"fused LoRA"}))
+
+
+def _both_loras(lab: Laboratory, _: set[str]) -> None:
+    fused = lab.draw({"fused LoRA"}, "--lora", "pen.safetensors:-0.4")
+    fused.check(lab.draw({"LoRA"}, "--lora", "pen.safetensors:-0.4"))
+    assert _apart(fused, lab.draw({"fused LoRA"})) > SEEN
+    with pytest.raises(UsageError, match=r"fused into this bundle at 0\.7.* already; leave it out"):
+        lab.draw({"fused LoRA", "LoRA"})
+
+
+def _lora_of_a_refiner(lab: Laboratory, pair: set[str]) -> None:
+    said = _Lines()
+    logging.getLogger("sdxl_trt.runtime").addHandler(said)
+    lab.draw(pair).check(lab.draw({"refine"}), 0.0)
+    logging.getLogger("sdxl_trt.runtime").removeHandler(said)
+    assert "the base does not run, so its LoRAs have no effect" in said.text
+    own = lab.draw({"refine"}, "--refiner-lora", "fine.safetensors:0.7")
+    expected = _diffusers(lab, {"refine"}, refiner_lora=True)
+    np.testing.assert_allclose(own.latents[0], expected, rtol=0, atol=NEAR)
+    assert _apart(own, lab.draw({"refine"})) > SEEN
+
+
+def _same_refiner(lab: Laboratory, pair: set[str]) -> None:
+    lab.draw(pair).check(lab.draw(pair - {"fused LoRA", "nine channels"}), 0.0)
+
+
+def _as_words(lab: Laboratory, pair: set[str]) -> None:
+    """In ComfyUI's way, which pools at the end token: the vectors of words are the words."""
+    words = [WORDS, *command(pair - {"embedding"}, "--compat", "comfyui")[1:]]
+    lab.draw(pair, "--compat", "comfyui").check(lab.run(lab.pipeline(pair), words))
+
+
+def _as_whole(lab: Laboratory, pair: set[str]) -> None:
+    rest = pair - {"tile"}
+    if rest == {"workflow"}:
+        graph = lab.draw(rest).graph
+        tiled, whole = lab.read_back(set(), graph, "--tile"), lab.read_back(set(), graph)
+    else:
+        tiled, whole = lab.draw(pair), lab.draw(rest)
+    # A picture to start from is encoded in tiles too.
+    tiled.check(whole, 1.0 if rest & PICTURED else 0.0)
+    (mine,), (its,) = tiled.pixels, whole.pixels
+    assert 0 < np.abs(mine - its).mean() < 30
+
+
+def _as_cells(lab: Laboratory, pair: set[str]) -> None:
+    rest, cells = pair - {"sweep"}, []
+    if rest == {"workflow"}:
+        graph = lab.draw(rest).graph
+        sheet = lab.read_back(set(), graph, *OPTIONS["sweep"])
+        for value in (2.0, 6.0):
+            for node in graph.values():
+                node["inputs"] |= {"cfg": value} if "cfg" in node["inputs"] else {}
+            cells += lab.read_back(set(), graph).latents
+    else:
+        sheet = lab.draw(pair)
+        for value in ("2", "6"):
+            cells += lab.draw(rest, "--guidance", value).latents
+    sheet.check(Drawn(cells, [], None))
+    assert np.abs(cells[0] - cells[1]).max() > SEEN
+
+
+def _as_single(lab: Laboratory, pair: set[str]) -> None:
+    both, single = lab.draw(pair), []
+    for number in range(2):
+        single += lab.draw(pair - {"batch"}, "--seed", str(SEED + number)).latents
+    both.check(Drawn(single, [], None))
+    assert np.abs(single[0] - single[1]).max() > SEEN
+
+
+def _as_graph(lab: Laboratory, pair: set[str]) -> None:
+    alone = ["--no-refiner"] if "mask" in pair else []  # its graph warns of the handoff
+    drawn = lab.draw(pair, *alone)
+    assert drawn.graph is not None
+    again = lab.read_back(pair & {"fused LoRA"}, drawn.graph)
+    again.check(drawn)
+    for mine, its in zip(again.pixels, drawn.pixels, strict=True):
+        assert np.abs(mine - its).max() <= 1
+
+
+def _as_comfyui(lab: Laboratory, pair: set[str]) -> None:
+    """An inpainting model's own nodes, for which no graph is written."""
+    drawn = lab.draw(pair, "--no-refiner")
+    assert drawn.graph is None
+    graph = lab.draw({"workflow"}, "--no-refiner").graph
+    (sampler,) = (node["inputs"] for node in graph.values() if node["class_type"] == "KSamplerAdvanced")
+    (vae,) = (node["inputs"]["vae"] for node in graph.values() if node["class_type"] == "VAEDecode")
+    sides = {name: sampler[name] for name in ("positive", "negative")}
+    graph |= {
+        "photo": {"class_type": "LoadImage", "inputs": {"image": "photo.png"}},
+        "mask": {"class_type": "LoadImageMask", "inputs": {"image": "mask.png", "channel": "red"}},
+        "shown": {"class_type": "InpaintModelConditioning",
+                  "inputs": {**sides, "vae": vae, "pixels": ["photo", 0], "mask": ["mask", 0], "noise_mask": True}},
+    }  # fmt: skip
+    sampler |= {"positive": ["shown", 0], "negative": ["shown", 1], "latent_image": ["shown", 2]}
+    lab.read_back(pair, graph).check(drawn)
+
+
+class _Lines(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.text = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.text += record.getMessage()
+
+
+def _diffusers(lab: Laboratory, features: set[str], *, refiner_lora: bool = False) -> np.ndarray:
+    """Return the latents of diffusers' pipelines with `features`, on the same weights and files."""
+    import diffusers
+    import torch
+    from safetensors.torch import load_file
+
+    refine, masked = "refine" in features, bool(features & {"mask", "nine channels"})
+    kind = {(False, False): "", (True, False): "Img2Img", (True, True): "Inpaint", (False, True): "Inpaint"}
+    name = f"StableDiffusionXL{'ControlNet' * ('ControlNet' in features)}{kind[refine, masked]}Pipeline"
+    folder = lab.refiner if refine else lab.nine if "nine channels" in features else lab.base
+    extra: dict[str, Any] = {"requires_aesthetics_score": refine} if masked and "ControlNet" not in features else {}
+    call: dict[str, Any] = {"image": Image.open("photo.png").convert("RGB")}
+    call |= {"mask_image": Image.open("mask.png"), "strength": 0.9999} if masked else {"strength": 0.6}
+    if "ControlNet" in features:
+        extra["controlnet"] = diffusers.ControlNetModel.from_pretrained(lab.net)
+        call |= {"control_image": Image.open("edges.png"), "controlnet_conditioning_scale": 0.8}
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pipe = getattr(diffusers, name).from_pretrained(folder, torch_dtype=torch.float32, **extra)
+        pipe.set_progress_bar_config(disable=True)
+        if refiner_lora or "LoRA" in features:
+            unet, text = (0.7, 0.7) if refiner_lora else SCALES
+            file = "fine.safetensors" if refiner_lora else "ink.safetensors"
+            pipe.load_lora_weights(".", weight_name=file, adapter_name="one")
+            weights = {"unet": unet} | ({} if refiner_lora else {"text_encoder": text, "text_encoder_2": text})
+            pipe.set_adapters(["one"], adapter_weights=[weights])
+        if "embedding" in features:
+            tensors = load_file("embeddings/ink.safetensors")
+            for key, part in (("clip_l", ""), ("clip_g", "_2")):
+                encoder, tokenizer = getattr(pipe, f"text_encoder{part}"), getattr(pipe, f"tokenizer{part}")
+                pipe.load_textual_inversion(tensors[key], token="embedding:ink", text_encoder=encoder,
+                                            tokenizer=tokenizer)  # fmt: skip
+        generator = [torch.Generator().manual_seed(SEED)]
+        latents = pipe(command(features)[0], num_inference_steps=STEPS, guidance_scale=5.0, generator=generator,
+                       height=HEIGHT, width=WIDTH, output_type="latent", **call).images  # fmt: skip
+    return np.asarray(latents[0])
+
+
+def _as_diffusers(lab: Laboratory, pair: set[str]) -> None:
+    further = [] if "refine" in pair else ["--no-refiner"]
+    drawn = lab.draw(pair, *further)
+    np.testing.assert_allclose(drawn.latents[0], _diffusers(lab, pair), rtol=0, atol=NEAR)
+
+
+CHECKS: Mapping[str, Callable[[Laboratory, set[str]], None]] = {
+    "the LoRA given with the request": _as_lora,
+    "a bundle with the LoRA fused": _as_lora,
+    "both LoRAs given with the request": _both_loras,
+    "the refiner of a bundle without the LoRA": _same_refiner,
+    "the refiner of a bundle with four channels": _same_refiner,
+    "the run without the LoRA, with a warning": _lora_of_a_refiner,
+    "the words whose vectors the embedding holds": _as_words,
+    "the run without tiles, before decoding": _as_whole,
+    "each cell alone": _as_cells,
+    "each picture alone": _as_single,
+    "the request whose picture carries the graph": _as_graph,
+    "the request with --compat comfyui": _as_comfyui,
+    "diffusers' StableDiffusionXLInpaintPipeline": _as_diffusers,
+    "diffusers' StableDiffusionXLInpaintPipeline of the refiner": _as_diffusers,
+    "diffusers' StableDiffusionXLControlNetInpaintPipeline": _as_diffusers,
+}
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=" and ".join)
+def test_a_pair_is_its_reference_or_refused(pair: tuple[str, str], laboratory: Laboratory) -> None:
+    both, outcome = set(pair), PAIRS[pair]
+    if outcome.refused:
+        with pytest.raises((UsageError, SourceError)) as raised:
+            _refused(laboratory, both)
+        assert outcome.refused in str(raised.value)
+        return
+    CHECKS[outcome.equal_to](laboratory, both)
+    if both <= CHANGING and "refine" not in both and both != {"fused LoRA", "LoRA"}:
+        drawn = laboratory.draw(both)
+        for feature in both - {"nine channels"}:
+            alone = laboratory.draw(both - {feature} | ({"mask"} if "nine channels" in both else set()))
+            assert feature == "mask" and "nine channels" in both or _apart(drawn, alone) > SEEN, f"{feature}: no effect"
+
+
+def test_a_mask_a_controlnet_an_embedding_and_a_lora_at_once_are_diffusers_run(laboratory: Laboratory) -> None:
+    four = {"mask", "ControlNet", "embedding", "LoRA"}
+    drawn, expected = laboratory.draw(four, "--no-refiner"), _diffusers(laboratory, four)
+    np.testing.assert_allclose(drawn.latents[0], expected, rtol=0, atol=NEAR)
+    for feature in four:
+        assert _apart(drawn, laboratory.draw(four - {feature}, "--no-refiner")) > SEEN, f"{feature}: no effect"
+
+
+def _refused(lab: Laboratory, pair: set[str]) -> None:
+    if pair == {"nine channels", "ControlNet"}:
+        export_bundle(lab.nine, None, Path("never"), Options(precision="fp32", controlnets=(lab.net,)))
+    lab.draw(pair)
+
+
+def _apart(one: Drawn, other: Drawn) -> float:
+    return max(float(np.abs(mine - its).max()) for mine, its in zip(one.latents, other.latents, strict=True))
