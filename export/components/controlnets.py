@@ -52,6 +52,11 @@ def controlnet_records(base: StagePlan) -> tuple[ControlNet, ...]:
 def _check_fits(model: MetaModel, base: StagePlan, where: str) -> None:
     """Raise SourceError unless the base's UNet takes the residuals of the ControlNet `model`, for its latents."""
     config, unet = model.config, base.models["unet"].config
+    latents = base.models["vae"].config["latent_channels"]
+    if unet["in_channels"] != latents:
+        raise SourceError(f"{where}: a ControlNet takes a base of {latents} channels, and this one is an inpainting"
+                          f" model with {unet['in_channels']}; leave --controlnet out, or export a base of {latents}"
+                          " channels, which takes masks too")  # fmt: skip
     factor = vae_factor(base.models["vae"].config)
     sides = 2 ** (len(config["conditioning_embedding_out_channels"]) - 1)
     pairs = (

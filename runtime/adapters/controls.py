@@ -85,17 +85,17 @@ def control_components(uses: Sequence[ControlUse], manifest: Manifest) -> tuple[
     return tuple(net.component for net in _nets(uses, manifest))
 
 
-def settle_controls(uses: Sequence[ControlUse], manifest: Manifest, *, refine: bool = False) -> tuple[Control, ...]:
+def settle_controls(uses: Sequence[ControlUse], manifest: Manifest, *, remedy: str = "") -> tuple[Control, ...]:
     """Return the ControlNets of a request, with their pictures read. Raises what `control_components` raises.
 
-    Also raises UsageError for numbers that are out of range, for files that are no pictures, and with `refine`, a run
-    of the refiner alone.
+    Also raises UsageError for numbers that are out of range, and for files that are no pictures. With `remedy`, the
+    refiner alone runs and follows no picture: a UsageError ends with what to do instead.
     """
     if not uses:
         return ()
-    if refine:
+    if remedy:
         raise UsageError(f"{uses[0].told}: a ControlNet belongs to the base, and the refiner alone runs; leave it out,"
-                         " or start with --image instead of --refine")  # fmt: skip
+                         f" or {remedy}")  # fmt: skip
     found = []
     for use, net in zip(uses, _nets(uses, manifest), strict=True):
         _check_numbers(use)

@@ -207,6 +207,11 @@ class Chain:
     def _manifest(self) -> Manifest:
         return self._pipeline.manifest
 
+    @property
+    def _tiled(self) -> bool:
+        """Return whether tiles are asked for beside the workflow."""
+        return any(job.run.request.request.tile for job in self._jobs.values())
+
     def _stage_vae(self, stage: StageName) -> Vae:
         return self._manifest.stages()[stage].vae
 
@@ -321,7 +326,8 @@ class Chain:
         size = tuple(side // vae.factor * vae.factor for side in pixels.shape[2:])
         top, left = ((side - kept) // 2 for side, kept in zip(pixels.shape[2:], size, strict=True))
         takes = encoder_sizes(pool, vae.encoder, vae.factor)
-        tile = choose_tile((size[0] // vae.factor, size[1] // vae.factor), takes, vae.factor, tiled=source.tiled)
+        latents = size[0] // vae.factor, size[1] // vae.factor
+        tile = choose_tile(latents, takes, vae.factor, tiled=source.tiled or self._tiled)
         made = []
         for index, each in enumerate(pixels):
             sample = each[None, :, top : top + size[0], left : left + size[1]]
@@ -337,9 +343,8 @@ class Chain:
         vae, pool = self._vaes[source], self._pipeline.pool
         (engine,) = pool.phase(vae.decoder)
         yield Step("load", 1, 1, slice(0, len(latents)))
-        tiled = source.tiled or any(job.run.request.request.tile for job in self._jobs.values())
         size = (latents.shape[2], latents.shape[3])
-        tile = choose_tile(size, decoder_sizes(pool, vae.decoder), vae.factor, tiled=tiled)
+        tile = choose_tile(size, decoder_sizes(pool, vae.decoder), vae.factor, tiled=source.tiled or self._tiled)
         for index in range(len(latents)):
             one = slice(index, index + 1)
             picture = keep(index, to_unit(decode_latents(engine, vae, latents[one], tile=tile)))

@@ -178,7 +178,7 @@ def resolve_request(
     cuts = grids.cuts
     if "ddim" in (request.sampler, request.refiner_sampler) and not request.comfyui:
         _warn_of_ddim(grids.schedule)
-    controls = settle_controls(request.controls, manifest, refine=cuts.first is not None)
+    controls = settle_controls(request.controls, manifest, remedy=_base_instead(request, cuts))
     _check_guess(request)
     stored = request.latents if request.latents is not None or image is None else image.latents
     shape = None if stored is None else stored.shape
@@ -246,6 +246,13 @@ def _shape_of(image: InputPicture | None, controls: Sequence[Control], request: 
     if image is not None or not controls or request.comfyui:
         return None if image is None else image.size
     return controls[0].picture.size
+
+
+def _base_instead(request: Request, cuts: StageRanges) -> str:
+    """Return what lets the base run too, "" if it does."""
+    if cuts.first is None:
+        return ""
+    return "start with --image instead of --refine" if request.refine else "raise --strength, or give --no-refiner"
 
 
 def _check_guess(request: Request) -> None:

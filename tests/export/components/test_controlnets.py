@@ -12,6 +12,7 @@ import torch
 from sdxl_trt.engines.errors import SdxlTrtError, SourceError, UsageError
 from sdxl_trt.export.components.components import Options
 from sdxl_trt.export.exporter import ExportPlan, plan_export
+from sdxl_trt.runtime.pairs import PAIRS
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +80,24 @@ def test_a_controlnet_of_another_base_is_refused(
     ControlNetModel.from_config(config).save_pretrained(folder)
     with pytest.raises(error, match=message):
         _plan(base, tmp_path / "out", folder)
+
+
+@pytest.mark.parametrize("channels", [4, 9])
+def test_an_inpainting_base_takes_none(base: Path, net: Path, tmp_path: Path, channels: int) -> None:
+    """Not one that was trained on such a base either: no reference gives a ControlNet the mask."""
+    from diffusers import ControlNetModel, UNet2DConditionModel
+
+    nine, other = Path(shutil.copytree(base, tmp_path / "nine")), tmp_path / "other"
+    config = json.loads((nine / "unet" / "config.json").read_text()) | {"in_channels": 9}
+    UNet2DConditionModel.from_config(config).save_pretrained(nine / "unet")
+    index = json.loads((nine / "model_index.json").read_text())
+    index |= {"_class_name": "StableDiffusionXLInpaintPipeline"}
+    (nine / "model_index.json").write_text(json.dumps(index))
+    changed = json.loads((net / "config.json").read_text()) | {"in_channels": channels}
+    ControlNetModel.from_config(changed).save_pretrained(other)
+    said = PAIRS["nine channels", "ControlNet"].refused
+    with pytest.raises(SourceError, match=rf"{said} with 9; leave --controlnet out, or export a base of 4 channels"):
+        _plan(nine, tmp_path / "out", other)
 
 
 def test_two_of_one_name_are_refused(base: Path, net: Path, tmp_path: Path) -> None:
