@@ -81,9 +81,7 @@ _ROWS: Mapping[str, Mapping[str, Outcome]] = {
         "workflow": _AS_GRAPH,
     },
     "nine channels": {
-        "ControlNet": Outcome(
-            refused="a ControlNet takes a base of 4 channels, and this one is an inpainting model with 9"
-        ),
+        "ControlNet": Outcome(refused="a ControlNet takes a base of 4 channels, and this one is an inpainting model"),
         "embedding": _AS_WORDS,
         "tile": _AS_WHOLE,
         "refine": Outcome(equal_to="the refiner of a bundle with four channels"),

@@ -84,7 +84,7 @@ def command(features: set[str], *further: str) -> list[str]:
     argv += ["--steps", str(STEPS), "--seed", str(SEED), "--provider", "ort-cpu"]
     argv += ["--refine" if "refine" in features else "--image", "photo.png"] if features & PICTURED else [
         "--width", str(WIDTH), "--height", str(HEIGHT)]  # fmt: skip
-    argv += [] if "refine" in features else ["--handoff", "0.5"]
+    argv += [] if "refine" in features or "--no-refiner" in further else ["--handoff", "0.5"]
     argv += ["--strength", "0.6"] if "refine" in features and not features & {"mask", "nine channels"} else []
     options = [OPTIONS[each] for each in sorted(features)]
     if {"mask", "nine channels"} <= features or {"nine channels", "refine"} <= features:
@@ -201,7 +201,7 @@ def laboratory(
     (files / "embeddings").mkdir(parents=True)
     _save_pictures(files)
     _save_embedding(files / "embeddings" / "ink.safetensors", pair.base)
-    net, nine = _save_controlnet(root / "edges", pair.base / "unet"), _nine_channels(pair.base, root / "nine")
+    net, nine = _save_controlnet(root / "edges", pair.base / "unet"), _nine_channels(pair.base, root / "nine channels")
     opened: dict[str, Pipeline] = {}
 
     @functools.cache
@@ -289,9 +289,9 @@ def _as_cells(lab: Laboratory, pair: set[str]) -> None:
     if rest == {"workflow"}:
         graph = lab.draw(rest).graph
         sheet = lab.read_back(set(), graph, *OPTIONS["sweep"])
-        for value in (2.0, 6.0):
-            for node in graph.values():
-                node["inputs"] |= {"cfg": value} if "cfg" in node["inputs"] else {}
+        (base,) = (node["inputs"] for node in graph.values() if node["inputs"].get("add_noise") == "enable")
+        for value in (2.0, 6.0):  # a workflow's refiner has a scale of its own
+            base["cfg"] = value
             cells += lab.read_back(set(), graph).latents
     else:
         sheet = lab.draw(pair)

@@ -18,6 +18,7 @@ from sdxl_trt.runtime.cli import series
 from sdxl_trt.runtime.cli.generate import main as trt_generate
 from sdxl_trt.runtime.pairs import FEATURES, PAIRS, Outcome
 from sdxl_trt.runtime.pipeline import batch as batches
+from sdxl_trt.runtime.pipeline import chain
 
 DOCS = Path(sdxl_trt.__file__).parent.parent / "docs" / "pairs.md"
 SIDE = 64
@@ -158,6 +159,26 @@ def test_a_picture_that_the_refiner_alone_changes_follows_no_controlnet(
     line = fails(trt_generate, argv, 2)
     said = PAIRS["ControlNet", "refine"].refused
     assert line == f"error: --control edges.png: {said}; leave it out, or raise --strength, or give --no-refiner"
+
+
+def test_tiles_beside_a_workflow_of_several_runs_are_those_of_both_autoencoders(
+    files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mask in a workflow makes a chain, which encodes its picture itself."""
+    tiles: list[Any] = []
+
+    def watched(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *given, tile: tiles.append(tile) or function(*given, tile=tile)
+
+    for name in ("encode_sample", "decode_latents"):
+        monkeypatch.setattr(chain, name, watched(getattr(chain, name)))
+    monkeypatch.setattr("sdxl_trt.runtime.vae.tile_sizes.TILE", SIDE // 2)
+    base = ["--compat", "comfyui", "--steps", "1", "--no-refiner", "-o", "masked.png"]
+    assert trt_generate([*command(("mask",), bundle_path()), *base]) == 0
+    assert trt_generate(["--workflow", "masked.png", "--tile", "-o", "tiled.png", "--provider", "ort-cpu"]) == 0
+    encoded, decoded = tiles
+    assert encoded == decoded
+    assert encoded is not None
 
 
 def test_most_pairs_are_drawn() -> None:
