@@ -41,6 +41,8 @@ PROMPT, WORDS = "a red fox in the snow", "a blue star in the snow"
 NEAR, OURS, SEEN = 1e-3, 1e-4, 1e-2
 """Latents: how far from diffusers, how far from another way here, and the least that a feature changes."""
 SCALES = (0.7, 0.5)
+# By out_proj diffusers knows whose names those of a text encoder are.
+ADAPTED = (".to_q.weight", ".to_v.weight", ".q_proj.weight", ".out_proj.weight")
 PARTS = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
 VARIANTS = {"four": (), "four, fused": ("fused LoRA",), "nine": ("nine channels",)}
 VARIANTS["nine, fused"] = (*VARIANTS["nine"], *VARIANTS["four, fused"])
@@ -85,7 +87,7 @@ def command(features: set[str], *further: str) -> list[str]:
     argv += ["--refine" if "refine" in features else "--image", "photo.png"] if features & PICTURED else [
         "--width", str(WIDTH), "--height", str(HEIGHT)]  # fmt: skip
     argv += [] if "refine" in features or "--no-refiner" in further else ["--handoff", "0.5"]
-    argv += ["--strength", "0.6"] if "refine" in features and not features & {"mask", "nine channels"} else []
+    argv += ["--strength", "0.6"] if "refine" in features and "mask" not in features else []
     options = [OPTIONS[each] for each in sorted(features)]
     if {"mask", "nine channels"} <= features or {"nine channels", "refine"} <= features:
         options.remove(OPTIONS["mask"])  # the inpainting model's own mask, or the refiner, which needs none
@@ -133,8 +135,9 @@ def _save_lora(path: Path, bundle: Path, seed: int, *, refiner: bool = False) ->
     rng, opened, tensors = np.random.default_rng(seed), read_bundle(bundle), {}
     for part in ("unet",) if refiner else PARTS:
         shapes = read_table(opened, "refiner_unet" if refiner else part).shapes
-        for name in [name for name in shapes if name.endswith((".to_q.weight", ".to_v.weight", ".q_proj.weight"))]:
-            module = f"{PARTS[part]}_{name.removesuffix('.weight').replace('.', '_')}"
+        for name in [name for name in shapes if name.endswith(ADAPTED)]:
+            outer = "" if part == "unet" or name.startswith("text_model.") else "text_model_"
+            module = f"{PARTS[part]}_{outer}{name.removesuffix('.weight').replace('.', '_')}"
             outputs, inputs = shapes[name]
             tensors[f"{module}.lora_down.weight"] = rng.standard_normal((2, inputs), np.float32) / inputs**0.5
             tensors[f"{module}.lora_up.weight"] = rng.standard_normal((outputs, 2), np.float32)
