@@ -1,14 +1,10 @@
-"""What a request says about adapters: LoRAs and embeddings by file, by name and in prompts, and ControlNets."""
+"""What a request says about adapters: LoRAs and embeddings by file, by name and in prompts."""
 
 from typing import TYPE_CHECKING
 
 from sdxl_trt.engines.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from sdxl_trt.runtime.adapters.control_use import ControlUse, parse_control
-    from sdxl_trt.runtime.adapters.controls import (
-        MOST_CONTROLS, Control, ControlFact, check_control_shapes, control_components, find_control, settle_controls,
-    )
     from sdxl_trt.runtime.adapters.embedding_file import ENCODERS, Embedding, EncoderName
     from sdxl_trt.runtime.adapters.embeddings import NO_EMBEDDINGS, EmbeddingFact, Embeddings
     from sdxl_trt.runtime.adapters.folder import find_named
@@ -19,11 +15,6 @@ if TYPE_CHECKING:
     from sdxl_trt.runtime.adapters.use import LoraUse, parse_use
 else:
     __getattr__ = lazy_names(__name__, {
-        "control_use": ("ControlUse", "parse_control"),
-        "controls": (
-            "MOST_CONTROLS", "Control", "ControlFact", "check_control_shapes", "control_components", "find_control",
-            "settle_controls",
-        ),
         "embedding_file": ("ENCODERS", "Embedding", "EncoderName"),
         "embeddings": ("NO_EMBEDDINGS", "EmbeddingFact", "Embeddings"),
         "folder": ("find_named",),
@@ -33,8 +24,7 @@ else:
     })
 
 __all__ = [
-    "ENCODERS", "MOST_CONTROLS", "MOST_LORAS", "NO_EMBEDDINGS", "Control", "ControlFact", "ControlUse", "Embedding",
-    "EmbeddingFact", "Embeddings", "EncoderName", "LoraFact", "LoraUse", "SettledLoras", "check_control_shapes",
-    "control_components", "find_control", "find_lora", "find_named", "find_recorded", "parse_control", "parse_use",
-    "settle_controls", "settle_loras", "split_tags", "tags_of",
+    "ENCODERS", "MOST_LORAS", "NO_EMBEDDINGS", "Embedding", "EmbeddingFact", "Embeddings", "EncoderName", "LoraFact",
+    "LoraUse", "SettledLoras", "find_lora", "find_named", "find_recorded", "parse_use", "settle_loras", "split_tags",
+    "tags_of",
 ]
