@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from sdxl_trt.engines import CorruptError, IncompatibleError, SdxlTrtError, UsageError
-from sdxl_trt.engines.adapters import LoraOption, ScaledLora, open_lora
+from sdxl_trt.engines.adapters import REFINER_NOTE, LoraOption, ScaledLora, open_lora
 from sdxl_trt.engines.bundle import (
     FORMAT_NAME,
     FORMAT_VERSION,
@@ -42,7 +42,6 @@ from sdxl_trt.export.components import (
     stage_record,
     write_tokenizers,
 )
-from sdxl_trt.export.lora import REFINER_NOTE
 from sdxl_trt.export.optimum import write_optimum
 from sdxl_trt.export.output import (
     check_target,

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from sdxl_trt.engines.adapters.first_bytes import PICKLED, check_first_bytes, explain_damage, is_safetensors
     from sdxl_trt.engines.adapters.kinds import Branch
     from sdxl_trt.engines.adapters.names import COMPONENTS, LoraComponent, component_role
-    from sdxl_trt.engines.adapters.option import LoraOption, parse_lora_option
+    from sdxl_trt.engines.adapters.option import REFINER_NOTE, LoraOption, parse_lora_option
     from sdxl_trt.engines.adapters.scaled import (
         Adapted, Changes, ScaledLora, Use, adapted, loras_of, name_of, narrowed, plan_changes, targets,
     )
@@ -19,11 +19,10 @@ if TYPE_CHECKING:
 else:
     __getattr__ = lazy_names(__name__, {
         "factors": ("WITHOUT_SLOTS", "Factors", "SlotFactors", "plan_factors"),
-        "file": ("Lora", "open_lora"),
+        "file": ("Lora", "open_lora"), "kinds": ("Branch",),
         "first_bytes": ("PICKLED", "check_first_bytes", "explain_damage", "is_safetensors"),
-        "kinds": ("Branch",),
         "names": ("COMPONENTS", "LoraComponent", "component_role"),
-        "option": ("LoraOption", "parse_lora_option"),
+        "option": ("REFINER_NOTE", "LoraOption", "parse_lora_option"),
         "scaled": (
             "Adapted", "Changes", "ScaledLora", "Use", "adapted", "loras_of", "name_of", "narrowed", "plan_changes",
             "targets",
@@ -33,8 +32,9 @@ else:
     })
 
 __all__ = [
-    "COMPONENTS", "PICKLED", "WITHOUT_SLOTS", "Adapted", "Branch", "Changes", "Factors", "Lora", "LoraComponent",
-    "LoraOption", "ScaledLora", "SlotFactors", "StoredTensor", "TensorFile", "Use", "adapted", "check_first_bytes",
-    "component_role", "explain_damage", "is_safetensors", "loras_of", "name_of", "narrowed", "open_lora",
-    "open_tensors", "parse_lora_option", "plan_changes", "plan_factors", "read_tensor", "targets", "unet_prefixes",
+    "COMPONENTS", "PICKLED", "REFINER_NOTE", "WITHOUT_SLOTS", "Adapted", "Branch", "Changes", "Factors", "Lora",
+    "LoraComponent", "LoraOption", "ScaledLora", "SlotFactors", "StoredTensor", "TensorFile", "Use", "adapted",
+    "check_first_bytes", "component_role", "explain_damage", "is_safetensors", "loras_of", "name_of", "narrowed",
+    "open_lora", "open_tensors", "parse_lora_option", "plan_changes", "plan_factors", "read_tensor", "targets",
+    "unet_prefixes",
 ]

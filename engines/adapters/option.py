@@ -1,6 +1,6 @@
 """The option --lora: a file, its scale on the UNet, and its scale on the text encoders."""
 
-__all__ = ["LoraOption", "parse_lora_option"]
+__all__ = ["REFINER_NOTE", "LoraOption", "parse_lora_option"]
 
 import math
 import re
@@ -9,6 +9,11 @@ from typing import NamedTuple
 
 from sdxl_trt.engines.errors import UsageError
 
+REFINER_NOTE = (
+    "the refiner was not trained with this LoRA, so its steps weaken or remove the LoRA's style and subject; generate"
+    " with --no-refiner, or hand off later (--handoff 0.9 or more)"
+)
+"""What commands say where a LoRA changes the base and a refiner follows."""
 _EXPECTED = "expected FILE.safetensors, FILE.safetensors:UNET or FILE.safetensors:UNET:TE, such as a.safetensors:0.8"
 # File names may contain colons, so the file extends to the last .safetensors.
 _OPTION = re.compile(r"(.*\.safetensors)((?::[^:]*){0,2})", re.IGNORECASE | re.DOTALL)

@@ -1,6 +1,6 @@
 """Fuse LoRAs into the base's weights at export, one tensor at a time."""
 
-__all__ = ["REFINER_NOTE", "check_fits", "fuse_loras"]
+__all__ = ["check_fits", "fuse_loras"]
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -12,11 +12,6 @@ from sdxl_trt.engines import SourceError
 from sdxl_trt.engines.adapters import COMPONENTS, Changes, Lora, LoraComponent, plan_changes, targets
 from sdxl_trt.export.checkpoints import Checkpoint
 from sdxl_trt.export.graph import MetaModel
-
-REFINER_NOTE = (
-    "the refiner was not trained with this LoRA, so its steps weaken or distort the LoRA's style and subject; hand off"
-    " later (--handoff 0.9 or more), or generate with --no-refiner"
-)
 
 
 def check_fits(loras: Iterable[Lora], models: Mapping[str, MetaModel]) -> None:

@@ -1,44 +1,30 @@
-"""What a request says about adapters: LoRAs and embeddings by file, by name and in prompts, and ControlNets."""
+"""What a request says about adapters: LoRAs and embeddings by file, by name and in prompts."""
 
 from typing import TYPE_CHECKING
 
 from sdxl_trt.engines.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from sdxl_trt.runtime.adapters.control_use import ControlUse, parse_control
-    from sdxl_trt.runtime.adapters.controls import (
-        MOST_CONTROLS, Control, ControlFact, check_control_shapes, control_components, find_control, settle_controls,
-    )
-    from sdxl_trt.runtime.adapters.embedding_file import ENCODERS, Embedding, EncoderName, read_embedding
+    from sdxl_trt.runtime.adapters.embedding_file import ENCODERS, Embedding, EncoderName
     from sdxl_trt.runtime.adapters.embeddings import NO_EMBEDDINGS, EmbeddingFact, Embeddings
     from sdxl_trt.runtime.adapters.folder import find_named
     from sdxl_trt.runtime.adapters.loras import (
-        MOST_LORAS, REFINER_NOTE, LoraFact, SettledLoras, find_lora, find_recorded, lora_file, settle_loras,
+        MOST_LORAS, LoraFact, SettledLoras, find_lora, find_recorded, settle_loras,
     )
     from sdxl_trt.runtime.adapters.tags import split_tags, tags_of
     from sdxl_trt.runtime.adapters.use import LoraUse, parse_use
 else:
     __getattr__ = lazy_names(__name__, {
-        "control_use": ("ControlUse", "parse_control"),
-        "controls": (
-            "MOST_CONTROLS", "Control", "ControlFact", "check_control_shapes", "control_components", "find_control",
-            "settle_controls",
-        ),
-        "embedding_file": ("ENCODERS", "Embedding", "EncoderName", "read_embedding"),
+        "embedding_file": ("ENCODERS", "Embedding", "EncoderName"),
         "embeddings": ("NO_EMBEDDINGS", "EmbeddingFact", "Embeddings"),
         "folder": ("find_named",),
-        "loras": (
-            "MOST_LORAS", "REFINER_NOTE", "LoraFact", "SettledLoras", "find_lora", "find_recorded", "lora_file",
-            "settle_loras",
-        ),
+        "loras": ("MOST_LORAS", "LoraFact", "SettledLoras", "find_lora", "find_recorded", "settle_loras"),
         "tags": ("split_tags", "tags_of"),
         "use": ("LoraUse", "parse_use"),
     })
 
 __all__ = [
-    "ENCODERS", "MOST_CONTROLS", "MOST_LORAS", "NO_EMBEDDINGS", "REFINER_NOTE", "Control", "ControlFact", "ControlUse",
-    "Embedding", "EmbeddingFact", "Embeddings", "EncoderName", "LoraFact", "LoraUse", "SettledLoras",
-    "check_control_shapes", "control_components", "find_control", "find_lora", "find_named", "find_recorded",
-    "lora_file", "parse_control", "parse_use", "read_embedding", "settle_controls", "settle_loras", "split_tags",
+    "ENCODERS", "MOST_LORAS", "NO_EMBEDDINGS", "Embedding", "EmbeddingFact", "Embeddings", "EncoderName", "LoraFact",
+    "LoraUse", "SettledLoras", "find_lora", "find_named", "find_recorded", "parse_use", "settle_loras", "split_tags",
     "tags_of",
 ]

@@ -6,7 +6,6 @@ two of ComfyUI's loaders.
 
 __all__ = [
     "MOST_LORAS",
-    "REFINER_NOTE",
     "LoraFact",
     "SettledLoras",
     "find_lora",
@@ -44,10 +43,6 @@ from sdxl_trt.runtime.adapters.use import LoraUse
 
 MOST_LORAS = 32
 """Neither A1111 nor ComfyUI has a limit; each one more is read, and merged or multiplied in every step."""
-REFINER_NOTE = (
-    "the refiner was not trained with this LoRA, so its steps weaken or distort the LoRA's style and subject; hand off"
-    " later (--handoff 0.9 or more), or generate with --no-refiner"
-)
 MOST_SCALE = 1e6
 Scale = Annotated[float, msgspec.Meta(ge=-MOST_SCALE, le=MOST_SCALE)]
 _SHOWN = 80

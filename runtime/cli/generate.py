@@ -14,9 +14,9 @@ from sdxl_trt.engines.host import one_line, print_json, run
 from sdxl_trt.runtime.cli.options import check_alone_with_workflow, make_parser, stated_settings
 
 if TYPE_CHECKING:
-    from sdxl_trt.runtime.adapters import ControlUse
     from sdxl_trt.runtime.cli.series import Series
     from sdxl_trt.runtime.comfyui import Workflow
+    from sdxl_trt.runtime.controls import ControlUse
     from sdxl_trt.runtime.images import InputMask, InputPicture, Picture
     from sdxl_trt.runtime.pipeline import Batch, Chain, Pipeline, Run
     from sdxl_trt.runtime.request import Request
@@ -249,9 +249,11 @@ def _check_chain(arguments: argparse.Namespace) -> None:
 
 
 def _image(picture: "Picture", path: Path) -> dict[str, Any]:
+    from sdxl_trt.runtime.request import Request, settings_of  # noqa: PLC0415
+
     width, height = picture.image.size
-    names = ("loras", "refiner_loras", "controls")
-    adapters = {name: picture.metadata[name] for name in names if name in picture.metadata}
+    several = [name for name, each in settings_of(Request).items() if each.several]
+    adapters = {name: picture.metadata[name] for name in several if name in picture.metadata}
     return {"path": str(path), "seed": picture.seed, "width": width, "height": height} | adapters
 
 

@@ -12,7 +12,7 @@ from sdxl_trt.engines.backends import open_backend
 from sdxl_trt.engines.bundle import Bundle, fixed, read_bundle, read_table
 from sdxl_trt.engines.plans import PlanLimits, RunSizes, Sizes, check_for, plan_limits, stage_sizes
 from sdxl_trt.engines.residency import MemoryEstimate, estimate_memory, settled_residency
-from sdxl_trt.runtime.adapters import ControlUse, control_components
+from sdxl_trt.runtime.controls import ControlUse, control_components
 from sdxl_trt.runtime.request import Request, resolve_request
 
 

@@ -9,15 +9,9 @@ from typing import Any
 
 from sdxl_trt.engines import UsageError
 from sdxl_trt.engines.host import sha256_file
-from sdxl_trt.runtime.adapters import (
-    ControlUse,
-    EmbeddingFact,
-    LoraUse,
-    find_control,
-    find_named,
-    find_recorded,
-)
+from sdxl_trt.runtime.adapters import EmbeddingFact, LoraUse, find_named, find_recorded
 from sdxl_trt.runtime.cli.options import make_parser
+from sdxl_trt.runtime.controls import ControlUse, find_control
 from sdxl_trt.runtime.pipeline import ImageSettings, read_settings
 from sdxl_trt.runtime.request import Request, settings_of
 
@@ -142,7 +136,7 @@ def _take_embeddings(arguments: argparse.Namespace, settings: ImageSettings, sou
 
     That is `--embedding-dir`, or without it the picture's folder or the current one.
     """
-    texts = [getattr(arguments, name) or "" for name in ("prompt", "prompt_2", "negative", "negative_2")]
+    texts = [getattr(arguments, name) or "" for name in _SETTINGS if name.removesuffix("_2") in ("prompt", "negative")]
     wanted = [fact for fact in settings.embeddings if settings.workflow or any(map(_naming(fact), texts))]
     if not wanted:
         return

@@ -10,8 +10,8 @@ import numpy as np
 
 from sdxl_trt.engines import UsageError
 from sdxl_trt.engines.bundle import ControlNet, Manifest
-from sdxl_trt.runtime.adapters import ControlUse
 from sdxl_trt.runtime.comfyui.workflow import Conditioning, ControlHint, Loaded, Sampling, Scaled
+from sdxl_trt.runtime.controls import ControlUse
 from sdxl_trt.runtime.images import InputPicture, new_size, resize
 
 Load = Callable[[Loaded], InputPicture]

@@ -15,6 +15,7 @@ from sdxl_trt.engines import UsageError
 from sdxl_trt.runtime.comfyui.graph import Graph, read_graph
 from sdxl_trt.runtime.comfyui.node import Link, Node
 from sdxl_trt.runtime.comfyui.nodes import DRAWN, NODES, SHOWN, linked, stated, undeclared
+from sdxl_trt.runtime.comfyui.values import SIDES, margins_of, mixed, prompt_count, read_prompt, sampled_part, scaling
 from sdxl_trt.runtime.comfyui.workflow import (
     Clip,
     Conditioning,
@@ -182,7 +183,7 @@ class _Reader:
 
     def _image(self, link: Link) -> Image:
         def scaled(node: Node, _: int) -> Image:
-            return Scaled(self._image(linked(node, "image")), **_size_of(node))
+            return Scaled(self._image(linked(node, "image")), **scaling(node))
 
         def decoded(node: Node, _: int) -> Image:
             latents: LatentSource | None = self.tried(lambda: self._latents(linked(node, "samples")))
@@ -199,7 +200,7 @@ class _Reader:
         return found
 
     def _padded(self, node: Node) -> Padded:
-        return Padded(self._image(linked(node, "image")), _margins(node), node.id)
+        return Padded(self._image(linked(node, "image")), margins_of(node), node.id)
 
     def _mask(self, link: Link) -> Mask:
         def from_mask(kind: Any, *names: str) -> Callable[[Node, int], Mask]:
@@ -223,7 +224,7 @@ class _Reader:
                                                   channel=stated(node, "channel"), node=node.id),
             "ImageToMask": channel, "SolidMask": solid, "InvertMask": from_mask("inverted"),
             "GrowMask": from_mask("grown", "expand", "tapered_corners"),
-            "FeatherMask": from_mask("feathered", *_SIDES), "ImagePadForOutpaint": margins,
+            "FeatherMask": from_mask("feathered", *SIDES), "ImagePadForOutpaint": margins,
         })  # fmt: skip
 
     def _unsampled(self, node: Node, name: str) -> Image:
@@ -263,7 +264,7 @@ class _Reader:
             return Repeated(self._latents(linked(node, "samples")), stated(node, "amount"), node.id)
 
         def resized(node: Node, _: int) -> LatentSource:
-            return Resized(self._latents(linked(node, "samples")), **_size_of(node))
+            return Resized(self._latents(linked(node, "samples")), **scaling(node))
 
         def sampled(node: Node, _: int) -> LatentSource:
             sampling = self.tried(lambda: self._sampling(node))
@@ -290,7 +291,7 @@ class _Reader:
         if len({each.shown for each in (*_whole(positive, node), *_whole(negative, node))}) > 1:
             raise UsageError(f"{node}: its prompts show an inpainting model different pictures, or only some of them;"
                              " link both outputs of one InpaintModelConditioning")  # fmt: skip
-        part = _part(node) if advanced else {"denoise": stated(node, "denoise")}
+        part = sampled_part(node) if advanced else {"denoise": stated(node, "denoise")}
         return Sampling(
             node=node.id,
             model=_whole(model, node),
@@ -346,11 +347,11 @@ class _Reader:
 
         def prompt(node: Node, _: int) -> tuple[Conditioning, ...]:
             clip = self.tried(lambda: self._clip(linked(node, "clip")))
-            read = _prompt(node)
+            read = read_prompt(node)
             return (replace(read, clip=_whole(clip, node)),)
 
         def zeroed(node: Node, _: int) -> tuple[Conditioning, ...]:
-            return _mixed(self._conditioning(linked(node, "conditioning")), Mix("zero"))
+            return mixed(self._conditioning(linked(node, "conditioning")), Mix("zero"))
 
         def combined(node: Node, _: int) -> tuple[Conditioning, ...]:
             both = [self._conditioning(linked(node, f"conditioning_{number}")) for number in (1, 2)]
@@ -365,7 +366,7 @@ class _Reader:
             averages = node.kind == "ConditioningAverage"
             strength = stated(node, "conditioning_to_strength") if averages else 1.0
             mix = Mix("average" if averages else "concat", first, strength)
-            return self._limited(node, _mixed(to, mix))
+            return self._limited(node, mixed(to, mix))
 
         def shown(node: Node, slot: int) -> tuple[Conditioning, ...]:
             side = self._conditioning(linked(node, "negative" if slot else "positive"))
@@ -403,7 +404,7 @@ class _Reader:
 
     @staticmethod
     def _limited(node: Node, side: tuple[Conditioning, ...]) -> tuple[Conditioning, ...]:
-        if sum(map(_prompts, side)) > _MOST_PROMPTS:
+        if sum(map(prompt_count, side)) > _MOST_PROMPTS:
             raise UsageError(f"{node}: mixes more than {_MOST_PROMPTS} prompts; remove some")
         return side
 
@@ -417,61 +418,3 @@ def _whole(found: Found | None, node: Node) -> Found:
 
 def _incomplete(node: Node) -> _IncompleteError:
     return _IncompleteError(f"{node}: cannot be run without what feeds it")
-
-
-def _mixed(side: tuple[Conditioning, ...], mix: Mix) -> tuple[Conditioning, ...]:
-    return tuple(replace(each, mixes=(*each.mixes, mix)) for each in side)
-
-
-def _prompts(conditioning: Conditioning) -> int:
-    """Return how many prompts a conditioning is mixed from."""
-    return 1 + sum(_prompts(mix.other) for mix in conditioning.mixes if mix.other is not None)
-
-
-def _part(node: Node) -> dict[str, Any]:
-    return {
-        "add_noise": stated(node, "add_noise") == "enable",
-        "start": stated(node, "start_at_step"),
-        "end": stated(node, "end_at_step"),
-        "leftover_noise": stated(node, "return_with_leftover_noise") == "enable",
-    }
-
-
-_SIDES = ("left", "top", "right", "bottom")
-
-
-def _margins(node: Node) -> tuple[int, int, int, int]:
-    left, top, right, bottom = (stated(node, side) for side in _SIDES)
-    return left, top, right, bottom
-
-
-def _size_of(node: Node) -> dict[str, Any]:
-    """Return the fields that nodes scaling latents and nodes scaling images share."""
-    common = {"method": stated(node, "upscale_method"), "node": node.id}
-    if node.kind.endswith("By"):
-        return {**common, "by": stated(node, "scale_by")}
-    size = (stated(node, "width"), stated(node, "height"))
-    return {**common, "size": size, "centred": stated(node, "crop") == "center"}
-
-
-def _prompt(node: Node) -> Conditioning:
-    if node.kind == "CLIPTextEncodeSDXL":
-        sizes = [(stated(node, f"{of}height"), stated(node, f"{of}width")) for of in ("", "target_")]
-        return Conditioning(
-            node=node.id,
-            text_g=stated(node, "text_g"),
-            text_l=stated(node, "text_l"),
-            original_size=sizes[0],
-            crop=(stated(node, "crop_h"), stated(node, "crop_w")),
-            target_size=sizes[1],
-            encoder=node.kind,
-        )
-    text = stated(node, "text")
-    if node.kind == "CLIPTextEncodeSDXLRefiner":
-        size = (stated(node, "height"), stated(node, "width"))
-        # A base that is prompted through this node uses the size as its target size too.
-        return Conditioning(
-            node.id, text, text, original_size=size, crop=(0, 0), target_size=size, score=stated(node, "ascore"),
-            encoder=node.kind,
-        )  # fmt: skip
-    return Conditioning(node.id, text, text)

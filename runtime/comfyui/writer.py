@@ -8,10 +8,10 @@ from typing import Any
 
 from sdxl_trt.engines import UsageError
 from sdxl_trt.engines.bundle import Manifest
-from sdxl_trt.runtime.adapters import Control
 from sdxl_trt.runtime.comfyui.node import Node
 from sdxl_trt.runtime.comfyui.nodes import NODES, stated
 from sdxl_trt.runtime.comfyui.workflow import TO_THE_END
+from sdxl_trt.runtime.controls import Control
 from sdxl_trt.runtime.request import Request, ResolvedRequest, ResolvedSide, StageName, StepRange, settings_of
 
 Link = list[Any]

@@ -21,8 +21,8 @@ from sdxl_trt.engines.adapters import Use, adapted
 from sdxl_trt.engines.bundle import Stage, Vae, read_bundle
 from sdxl_trt.engines.plans import RunSizes
 from sdxl_trt.engines.residency import EnginePool, open_pool
-from sdxl_trt.runtime.adapters import Control, ControlUse, control_components
 from sdxl_trt.runtime.arrays import Latents
+from sdxl_trt.runtime.controls import Control, ControlUse, control_components
 from sdxl_trt.runtime.diffusion import ControlNets, ControlPart, Denoiser, make_conditions
 from sdxl_trt.runtime.diffusion.samplers import FEW_STEPS, bind_sampler, brownian_span
 from sdxl_trt.runtime.images import Picture

@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdxl_trt.engines import UsageError
-from sdxl_trt.runtime.adapters import MOST_CONTROLS, MOST_LORAS, ControlFact, EmbeddingFact, LoraFact
+from sdxl_trt.runtime.adapters import MOST_LORAS, EmbeddingFact, LoraFact
 from sdxl_trt.runtime.comfyui import write_workflow
+from sdxl_trt.runtime.controls import MOST_CONTROLS, ControlFact
 from sdxl_trt.runtime.images import SETTINGS, BundleName, Fit, Picture, bundle_name, read_texts
 from sdxl_trt.runtime.pipeline.run import Run
 from sdxl_trt.runtime.request import Request, ResolvedRequest, Setting, record_fields, settings_of

@@ -9,10 +9,9 @@ from pathlib import Path
 from msgspec.structs import replace as replace_fields
 
 from sdxl_trt.engines import UsageError
-from sdxl_trt.engines.adapters import ScaledLora
+from sdxl_trt.engines.adapters import REFINER_NOTE, ScaledLora
 from sdxl_trt.engines.bundle import Bundle
 from sdxl_trt.runtime.adapters import (
-    REFINER_NOTE,
     LoraFact,
     LoraUse,
     SettledLoras,

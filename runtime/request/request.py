@@ -8,7 +8,8 @@ __all__ = ["COMFYUI_SCHEDULES", "GROUPS", "SAMPLERS", "Request", "parse_size"]
 from typing import TYPE_CHECKING, Any, Literal
 
 from sdxl_trt.engines import UsageError
-from sdxl_trt.runtime.adapters import LoraUse, parse_control, parse_use
+from sdxl_trt.runtime.adapters import LoraUse, parse_use
+from sdxl_trt.runtime.controls import parse_control
 from sdxl_trt.runtime.request.settings import dataclass_of_settings, setting
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from sdxl_trt.runtime.adapters import ControlUse
+    from sdxl_trt.runtime.controls import ControlUse
     from sdxl_trt.runtime.images import InputMask, InputPicture
     from sdxl_trt.runtime.request.side import Side
 else:

@@ -14,7 +14,8 @@ from sdxl_trt.engines import UsageError
 from sdxl_trt.engines.adapters import ScaledLora
 from sdxl_trt.engines.bundle import Bundle, Manifest, Scheduler
 from sdxl_trt.engines.plans import PlanLimits, size_multiple
-from sdxl_trt.runtime.adapters import Control, EmbeddingFact, LoraFact, check_control_shapes, settle_controls
+from sdxl_trt.runtime.adapters import EmbeddingFact, LoraFact
+from sdxl_trt.runtime.controls import Control, check_control_shapes, settle_controls
 from sdxl_trt.runtime.diffusion import Guidance, comfyui_span, fraction_span, guided_span
 from sdxl_trt.runtime.diffusion.samplers import sampler_names
 from sdxl_trt.runtime.diffusion.schedules import Schedule

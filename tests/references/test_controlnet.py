@@ -15,7 +15,7 @@ from sdxl_trt.engines.backends.ort.engine import OrtEngine
 from sdxl_trt.engines.bundle.bundle import read_bundle
 from sdxl_trt.export import Options, export_bundle
 from sdxl_trt.runtime import Request, open_bundle
-from sdxl_trt.runtime.adapters.control_use import ControlUse
+from sdxl_trt.runtime.controls.use import ControlUse
 from sdxl_trt.runtime.images.inputs import as_input
 from sdxl_trt.runtime.pipeline.pipeline import Pipeline
 

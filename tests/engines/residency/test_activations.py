@@ -107,7 +107,9 @@ def test_a_narrow_decoder_needs_as_much_as_a_dynamic_one() -> None:
 )
 def test_estimates_of_text_encoders_match_the_builder(name: str, hidden: int, built: int) -> None:
     encoder = replace(MINI[name], config=MINI[name].config | {"hidden_size": hidden})
-    assert estimate_activations(encoder, profile(encoder, prompts=(1, 2, 8))) == pytest.approx(built, rel=0.05)
+    assert estimate_activations(encoder, profile(encoder, prompts=(1, 2, 8), vectors=(1, 1, 248))) == pytest.approx(
+        built, rel=0.05
+    )
 
 
 sizes = st.integers(1, 20).map(lambda n: 8 * n)

@@ -17,7 +17,7 @@ from sdxl_trt.export.graph.slots import add_slots
 
 Arrays = dict[str, np.ndarray]
 TOLERANCE = 1e-5
-SIZES = {"rows": 3, "height": 16, "width": 16, "tokens": 77, "prompts": 3}
+SIZES = {"rows": 3, "height": 16, "width": 16, "tokens": 77, "prompts": 3, "vectors": 9}
 WEIGHTS = {
     "linear.weight": (8, 6),
     "flat.weight": (5, 8),

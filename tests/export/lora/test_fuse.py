@@ -16,10 +16,11 @@ from torch import nn
 
 from sdxl_trt.engines.adapters.file import Lora, open_lora
 from sdxl_trt.engines.adapters.names import COMPONENTS, LoraComponent
+from sdxl_trt.engines.adapters.option import REFINER_NOTE
 from sdxl_trt.engines.errors import CorruptError, SourceError
 from sdxl_trt.export.checkpoints.checkpoint import Checkpoint, digest_tensors, open_file, resolve_names
 from sdxl_trt.export.graph.models import MetaModel, build_model
-from sdxl_trt.export.lora.fuse import REFINER_NOTE, check_fits, fuse_loras
+from sdxl_trt.export.lora.fuse import check_fits, fuse_loras
 
 UNET = {
     "addition_embed_type": "text_time", "addition_time_embed_dim": 8, "attention_head_dim": 2, "in_channels": 4,

@@ -12,11 +12,11 @@ from PIL import Image
 
 from sdxl_trt.engines.bundle.bundle import read_bundle
 from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.runtime.adapters.control_use import ControlUse
 from sdxl_trt.runtime.comfyui.checks import experts
 from sdxl_trt.runtime.comfyui.controls import control_uses
 from sdxl_trt.runtime.comfyui.reader import read_workflow
 from sdxl_trt.runtime.comfyui.requests import check_workflow, load_image, pair_request
+from sdxl_trt.runtime.controls.use import ControlUse
 from sdxl_trt.runtime.images.inputs import InputPicture, read_input
 from sdxl_trt.runtime.pipeline.pipeline import open_bundle
 from sdxl_trt.runtime.request.request import Request

@@ -13,7 +13,7 @@ from sdxl_trt.engines.backends.ort.engine import OrtEngine
 from sdxl_trt.engines.backends.trt.engine import TrtEngine
 from sdxl_trt.engines.bundle.bundle import read_bundle
 from sdxl_trt.mini.embedded import bundle_path
-from sdxl_trt.runtime.adapters.control_use import ControlUse
+from sdxl_trt.runtime.controls.use import ControlUse
 from sdxl_trt.runtime.images.inputs import InputPicture, as_input
 from sdxl_trt.runtime.pipeline.pipeline import Pipeline, open_bundle
 from sdxl_trt.runtime.request.request import Request

@@ -106,7 +106,9 @@ def test_each_tensor_is_the_sum_and_all_others_keep_their_bytes(mini: Bundle, na
 
 def _infer(engine: OrtEngine) -> np.ndarray:
     ids = np.random.default_rng(0).integers(0, 400, (2, 77)).astype(np.int64)
-    return engine.infer({"input_ids": ids}, ["hidden_states.1"])["hidden_states.1"]
+    width = engine.component.input("embeddings").shape[1]
+    none = {"embedding_index": np.zeros_like(ids), "embeddings": np.zeros((1, width), np.float16)}
+    return engine.infer({"input_ids": ids, **none}, ["hidden_states.1"])["hidden_states.1"]
 
 
 def test_loras_go_on_mix_and_off_again_bit_by_bit(mini: Bundle, write: Write) -> None:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from sdxl_trt.engines import IncompatibleError, UsageError
 from sdxl_trt.engines.bundle import ControlNet, Manifest
 from sdxl_trt.engines.host import sha256_file
-from sdxl_trt.runtime.adapters.control_use import ControlUse
+from sdxl_trt.runtime.controls.use import ControlUse
 from sdxl_trt.runtime.images import InputPicture, fitted, read_input, resize
 
 MOST_CONTROLS = 16

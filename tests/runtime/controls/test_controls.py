@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.runtime.adapters.control_use import ControlUse, parse_control
-from sdxl_trt.runtime.adapters.controls import ControlFact, find_control
+from sdxl_trt.runtime.controls.controls import ControlFact, find_control
+from sdxl_trt.runtime.controls.use import ControlUse, parse_control
 
 
 @pytest.mark.parametrize(
