@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdxl_trt.engines import UsageError
-from sdxl_trt.runtime.adapters import MOST_CONTROLS, MOST_LORAS, ControlFact, EmbeddingFact, LoraFact
+from sdxl_trt.runtime.adapters import ControlFact, EmbeddingFact, LoraFact
 from sdxl_trt.runtime.comfyui import write_workflow
 from sdxl_trt.runtime.images import SETTINGS, BundleName, Fit, Picture, bundle_name, read_texts
 from sdxl_trt.runtime.pipeline.run import Run
@@ -25,8 +25,8 @@ _SETTINGS = settings_of(Request).values()
 MAX_TEXT = 1 << 20
 MAX_SETTINGS = 8 * MAX_TEXT
 MOST_AXES = 2
-MOST_EMBEDDINGS = 1 << 14
-"""More than the prompts of a run name."""
+MOST_FILES = 1 << 14
+"""More adapters of one kind than prompts name, or than a workflow has nodes for."""
 _LIMITS = {str: {"max_length": MAX_TEXT}, int: {"ge": -1, "le": 1 << 20}, float: {"ge": -1e6, "le": 1e6}}
 """What a record may hold of a setting whose declaration has no range."""
 
@@ -45,12 +45,12 @@ class _Facts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """How the image was brought to the size; "cover" if a size was requested."""
     workflow: bool = False
     """Whether a workflow requested what these settings do not hold."""
-    embeddings: Annotated[tuple[EmbeddingFact, ...], msgspec.Meta(max_length=MOST_EMBEDDINGS)] = ()
+    embeddings: Annotated[tuple[EmbeddingFact, ...], msgspec.Meta(max_length=MOST_FILES)] = ()
     """The embeddings that its prompts name."""
-    loras: Annotated[tuple[LoraFact, ...], msgspec.Meta(max_length=MOST_LORAS)] = ()
+    loras: Annotated[tuple[LoraFact, ...], msgspec.Meta(max_length=MOST_FILES)] = ()
     """The LoRAs of the base, in order; those in prompts too."""
-    refiner_loras: Annotated[tuple[LoraFact, ...], msgspec.Meta(max_length=MOST_LORAS)] = ()
-    controls: Annotated[tuple[ControlFact, ...], msgspec.Meta(max_length=MOST_CONTROLS)] = ()
+    refiner_loras: Annotated[tuple[LoraFact, ...], msgspec.Meta(max_length=MOST_FILES)] = ()
+    controls: Annotated[tuple[ControlFact, ...], msgspec.Meta(max_length=MOST_FILES)] = ()
     """The pictures that the base's ControlNets follow."""
     bundle: BundleName | None = None
     sweep: Annotated[tuple[Annotated[str, msgspec.Meta(max_length=MAX_TEXT)], ...],
