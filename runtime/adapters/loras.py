@@ -105,12 +105,15 @@ def find_lora(name: str, folder: Path | None, where: str, *, exact: bool = False
     return found[0]
 
 
-def find_recorded(fact: LoraFact, folder: Path | None, source: Path, option: str) -> Path:
+def find_recorded(fact: LoraFact, folder: Path | None, source: Path, hint: str = "") -> Path:
     """Return the LoRA's file of a record, unchanged: in `folder`, beside the picture `source` or in the current folder.
 
-    Raises UsageError, which says to give it with `option`, if there is none.
+    Raises UsageError if there is none; `hint` ends its message.
     """
-    named = [] if folder is None else find_named(folder, fact.name, f"{option} {fact.name[:_SHOWN]}")
+    named: list[Path] = []
+    if folder is not None:
+        with contextlib.suppress(UsageError):  # a name that the folder cannot have: another place may
+            named = find_named(folder, fact.name, fact.name[:_SHOWN])
     beside = [source.parent / fact.name, Path(fact.name)] if PurePath(fact.name).name == fact.name else []
     for path in (*named, *beside):
         with contextlib.suppress(SdxlTrtError):  # another file of this name
@@ -119,7 +122,7 @@ def find_recorded(fact: LoraFact, folder: Path | None, source: Path, option: str
     places = "beside it" if folder is None else f"beside it or in {folder}"
     raise UsageError(
         f"--from {source}: was made with the LoRA {fact.name[:_SHOWN]!r}, which is not {places} as it was;"
-        f" give the folder that holds it with --lora-dir DIR, or leave it out with {option} none"
+        f" give the folder that holds it with --lora-dir DIR{hint}"
     )
 
 

@@ -129,8 +129,9 @@ def _take_loras(arguments: argparse.Namespace, settings: ImageSettings, source: 
         facts = getattr(settings, name)
         if getattr(arguments, name) is not None or not facts:
             continue
-        option = _SETTINGS[name].word
-        paths = [find_recorded(fact, arguments.lora_dir, source, option) for fact in facts]
+        # A workflow's LoRAs are part of its graph, so no option leaves them out.
+        hint = "" if settings.workflow else f", or leave it out with {_SETTINGS[name].word} none"
+        paths = [find_recorded(fact, arguments.lora_dir, source, hint) for fact in facts]
         arguments.lora_files |= {fact.name: path for fact, path in zip(facts, paths, strict=True)}
         if not settings.workflow:
             scales = [(fact.scale, fact.text_scale) for fact in facts]
