@@ -38,6 +38,8 @@ class Embeddings:
 
         Raises UsageError if several files have the name, and what `read_embedding` raises.
         """
+        if self.folder is None:
+            return None
         if name not in self._found:
             self._found[name] = self._read(name)
         return self._found[name]
