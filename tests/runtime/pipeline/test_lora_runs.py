@@ -20,6 +20,7 @@ from sdxl_trt.runtime.cli.series import Series
 from sdxl_trt.runtime.comfyui.loras import LoraFiles
 from sdxl_trt.runtime.comfyui.reader import read_workflow
 from sdxl_trt.runtime.comfyui.requests import check_workflow, pair_request
+from sdxl_trt.runtime.comfyui.writer import write_workflow
 from sdxl_trt.runtime.images.files import PARAMETERS, read_texts
 from sdxl_trt.runtime.pipeline.batch import Batch
 from sdxl_trt.runtime.pipeline.chain import Chain
@@ -130,13 +131,9 @@ def test_a_graph_with_loras_is_written_and_read_back(opened: Pipeline, folder: P
     assert picture.graph is not None
     loaders = [node["inputs"] for node in picture.graph.values() if node["class_type"] == "LoraLoader"]
     assert [(each["lora_name"], each["strength_model"], each["strength_clip"]) for each in loaders] == [
-        ("ink.safetensors", 0.5, 0.25), ("pen.safetensors", -1.0, -1.0), ("own.safetensors", 0.75, 0.75),
+        ("ink.safetensors", 0.5, 0.25), ("style/pen.safetensors", -1.0, -1.0), ("own.safetensors", 0.75, 0.75),
     ]  # fmt: skip
-    flat = tmp_path / "flat"
-    flat.mkdir()
-    for path in folder.rglob("*.safetensors"):
-        shutil.copy(path, flat)
-    again = _workflow(picture.graph, opened, tmp_path, flat)
+    again = _workflow(picture.graph, opened, tmp_path, folder)
     assert [Path(use.path).name for use in again.loras] == ["ink.safetensors", "pen.safetensors"]
     made, read = (opened.start(each).run.request for each in (request, again))
     assert (read.loras, read.lora_facts) == (made.loras, made.lora_facts)
@@ -147,16 +144,34 @@ def test_a_graph_with_loras_is_written_and_read_back(opened: Pipeline, folder: P
         UsageError, match=r"node 3 \(LoraLoader\): LoRA ink.safetensors at strength 0.5.*--lora-dir DIR"
     ):
         _workflow(picture.graph, opened, tmp_path)
-    with pytest.raises(UsageError, match=r"node 4 \(LoraLoader\): .*pen.safetensors; check the name"):
-        _workflow(picture.graph, opened, tmp_path, folder)
+    with pytest.raises(UsageError, match=r"node 3 \(LoraLoader\): .*ink.safetensors; check the name"):
+        _workflow(picture.graph, opened, tmp_path, folder / "style")
+
+
+def test_a_written_graph_never_names_another_file(
+    opened: Pipeline, folder: Path, make_lora: MakeLora, tmp_path: Path
+) -> None:
+    def names(*paths: Path, lora_dir: Path | None = None) -> list[str] | None:
+        loras = tuple(LoraUse(str(path)) for path in paths)
+        asked = replace(SMALL, compat="comfyui", loras=loras, lora_dir=lora_dir)
+        graph = write_workflow(asked, opened.start(asked).run.request, opened.manifest)
+        return graph and [node["inputs"]["lora_name"] for node in graph.values() if node["class_type"] == "LoraLoader"]
+
+    ink, other = folder / "ink.safetensors", make_lora(tmp_path / "ink.safetensors", seed=7)
+    assert names(ink, ink) == ["ink.safetensors"] * 2
+    assert names(ink, other) is None
+    assert names(other, lora_dir=folder) is None  # ink.safetensors is another one there
+    assert names(other, lora_dir=folder / "style") == ["ink.safetensors"]
+    assert names(folder / "style" / ".." / "ink.safetensors", lora_dir=folder / "style") == ["ink.safetensors"]
+    make_lora(tmp_path / "a" / "ink.safetensors", seed=8)
+    assert names(other, tmp_path / "a" / "ink.safetensors", lora_dir=tmp_path) == ["ink.safetensors",
+                                                                                  "a/ink.safetensors"]  # fmt: skip
 
 
 def _graph(opened: Pipeline) -> Json:
     """Return the graph of a base alone in ComfyUI's form: node 1 is the checkpoint."""
     request = replace(SMALL, compat="comfyui", negative="bad")
     job = opened.start(request)
-    from sdxl_trt.runtime.comfyui.writer import write_workflow
-
     graph = write_workflow(request, job.run.request, opened.manifest)
     assert graph is not None
     return dict(graph)
