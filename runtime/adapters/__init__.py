@@ -13,21 +13,20 @@ if TYPE_CHECKING:
     from sdxl_trt.runtime.adapters.embeddings import NO_EMBEDDINGS, EmbeddingFact, Embeddings
     from sdxl_trt.runtime.adapters.folder import find_named
     from sdxl_trt.runtime.adapters.loras import (
-        MOST_LORAS, LoraFact, SettledLoras, find_lora, find_recorded, settle_loras,
+        MOST_LORAS, LoraFact, SettledLoras, find_lora, find_recorded, lora_digest, settle_loras,
     )
     from sdxl_trt.runtime.adapters.tags import split_tags, tags_of
     from sdxl_trt.runtime.adapters.use import LoraUse, parse_use
 else:
     __getattr__ = lazy_names(__name__, {
         "control_use": ("ControlUse", "parse_control"),
-        "controls": (
-            "MOST_CONTROLS", "Control", "ControlFact", "check_control_shapes", "control_components", "find_control",
-            "settle_controls",
-        ),
+        "controls": ("MOST_CONTROLS", "Control", "ControlFact", "check_control_shapes", "control_components",
+                     "find_control", "settle_controls"),
         "embedding_file": ("ENCODERS", "Embedding", "EncoderName"),
         "embeddings": ("NO_EMBEDDINGS", "EmbeddingFact", "Embeddings"),
         "folder": ("find_named",),
-        "loras": ("MOST_LORAS", "LoraFact", "SettledLoras", "find_lora", "find_recorded", "settle_loras"),
+        "loras": ("MOST_LORAS", "LoraFact", "SettledLoras", "find_lora", "find_recorded", "lora_digest",
+                  "settle_loras"),
         "tags": ("split_tags", "tags_of"),
         "use": ("LoraUse", "parse_use"),
     })
@@ -35,6 +34,6 @@ else:
 __all__ = [
     "ENCODERS", "MOST_CONTROLS", "MOST_LORAS", "NO_EMBEDDINGS", "Control", "ControlFact", "ControlUse", "Embedding",
     "EmbeddingFact", "Embeddings", "EncoderName", "LoraFact", "LoraUse", "SettledLoras", "check_control_shapes",
-    "control_components", "find_control", "find_lora", "find_named", "find_recorded", "parse_control", "parse_use",
-    "settle_controls", "settle_loras", "split_tags", "tags_of",
+    "control_components", "find_control", "find_lora", "find_named", "find_recorded", "lora_digest", "parse_control",
+    "parse_use", "settle_controls", "settle_loras", "split_tags", "tags_of",
 ]
