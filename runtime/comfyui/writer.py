@@ -23,7 +23,7 @@ def write_workflow(asked: Request, request: ResolvedRequest, manifest: Manifest)
 
     A request from a workflow may add guidance rescale and interval, tiles and injected noise, which no node expresses.
     Checkpoints keep their names in the workflow, or else are named after the bundle's models. LoRAs are named by their
-    paths in the request's folder of them; it also is None if two files would share a name.
+    paths in the request's folder of them; None too if two files would share a name.
     """
     stages = _stages(request)
     if not request.comfyui or not all(_fits_sampler_node(stage, asked, request) for stage in stages):

@@ -1,9 +1,9 @@
 """The record that a picture carries: the settings a run is repeated from, written into its file and read again."""
 
-__all__ = ["ImageSettings", "finish", "parse_settings", "read_settings"]
+__all__ = ["FileFact", "ImageSettings", "facts_of", "finish", "parse_settings", "read_settings"]
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
 from operator import or_
 from pathlib import Path
@@ -31,6 +31,16 @@ _LIMITS = {str: {"max_length": MAX_TEXT}, int: {"ge": -1, "le": 1 << 20}, float:
 """What a record may hold of a setting whose declaration has no range."""
 
 
+class FileFact(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a record says of a file that a workflow of several runs loads: its name without folders, and its digest."""
+
+    name: Annotated[str, msgspec.Meta(max_length=255)]
+    sha256: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+
+
+Facts = Annotated[tuple[FileFact, ...], msgspec.Meta(max_length=MOST_FILES)]
+
+
 class _Facts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a record holds beside the settings of a request."""
 
@@ -52,6 +62,8 @@ class _Facts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     refiner_loras: Annotated[tuple[LoraFact, ...], msgspec.Meta(max_length=MOST_FILES)] = ()
     controls: Annotated[tuple[ControlFact, ...], msgspec.Meta(max_length=MOST_FILES)] = ()
     """The pictures that the base's ControlNets follow."""
+    files: Facts = ()
+    """The pictures and masks that a workflow of several runs loads."""
     bundle: BundleName | None = None
     sweep: Annotated[tuple[Annotated[str, msgspec.Meta(max_length=MAX_TEXT)], ...],
                      msgspec.Meta(max_length=MOST_AXES)] = ()  # fmt: skip
@@ -94,13 +106,40 @@ else:
     )  # fmt: skip
 
 
-def finish(run: Run, index: int, pixels: NDArray[np.uint8]) -> Picture:
-    """Return picture `index` of `run` from its pixels (h, w, 3)."""
+def finish(
+    run: Run, index: int, pixels: NDArray[np.uint8], before: Sequence[Run] = (), files: Sequence[FileFact] = ()
+) -> Picture:
+    """Return picture `index` of `run` from its pixels (h, w, 3).
+
+    A workflow of several runs states those `before` it, whose adapters are recorded too, and the `files` it loads.
+    """
     from PIL import Image  # noqa: PLC0415 - Pillow is loaded with the first picture
 
     seed = run.request.seeds[index]
-    metadata = _metadata(run.request, seed) | _further(run)
+    facts = {name: msgspec.to_builtins(told) for name, told in facts_of([*before, run], files).items() if told}
+    metadata = _metadata(run.request, seed) | facts | _further(run)
     return Picture(Image.fromarray(pixels), seed, metadata, run.final[index].copy(), _graph(run))
+
+
+def facts_of(runs: Sequence[Run], files: Sequence[FileFact] = ()) -> dict[str, tuple[Any, ...]]:
+    """Return what the record of a picture says of the adapters of its `runs`, and of the `files` they load."""
+    requests = [run.request for run in runs]
+    return {
+        "loras": _joined(each.lora_facts.get("base", ()) for each in requests if not each.refiner_only),
+        "refiner_loras": _joined(each.lora_facts.get("refiner", ()) for each in requests if each.uses_refiner),
+        "controls": _joined([control.fact() for control in each.controls] for each in requests),
+        "embeddings": _joined(each.embeddings for each in requests),
+        "files": tuple(files),
+    }
+
+
+def _joined(rows: Iterable[Sequence[Any]]) -> tuple[Any, ...]:
+    """Return all facts in order; a run adds those that no run before it has."""
+    found: list[Any] = []
+    for row in rows:
+        known = set(found)
+        found += [fact for fact in row if fact not in known]
+    return tuple(found)
 
 
 def read_settings(path: Path) -> ImageSettings:
@@ -140,20 +179,7 @@ def _metadata(resolved: ResolvedRequest, seed: int) -> dict[str, Any]:
         if each.record == "always"
     }
     injected = {"seed": seed, "injected_latents": resolved.latents is not None}
-    return always | injected | _started_from(resolved) | _loras(resolved) | _controls(resolved)
-
-
-def _loras(request: ResolvedRequest) -> dict[str, Any]:
-    """Return the LoRAs of each stage that ran, by the name of the request's setting."""
-    ran = {"loras": not request.refiner_only, "refiner_loras": request.uses_refiner}
-    facts = {"loras": request.lora_facts.get("base", ()), "refiner_loras": request.lora_facts.get("refiner", ())}
-    return {name: msgspec.to_builtins(own) for name, own in facts.items() if own and ran[name]}
-
-
-def _controls(request: ResolvedRequest) -> dict[str, Any]:
-    """Return the pictures of the ControlNets."""
-    facts = [control.fact() for control in request.controls]
-    return {"controls": msgspec.to_builtins(facts)} if facts else {}
+    return always | injected | _started_from(resolved)
 
 
 def _started_from(request: ResolvedRequest) -> dict[str, Any]:
@@ -175,8 +201,6 @@ def _further(run: Run) -> dict[str, Any]:
     if run.request.comfyui and len(run.request.seeds) > 1:
         # Pictures of one batch share a stream of noise: they are made again together.
         found["count"] = len(run.request.seeds)
-    if run.request.embeddings:
-        found["embeddings"] = msgspec.to_builtins(run.request.embeddings)
     if run.manifest is not None:
         found["bundle"] = msgspec.to_builtins(bundle_name(run.manifest, refined=run.request.uses_refiner))
     return found
