@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from sdxl_trt.runtime.adapters.embeddings import NO_EMBEDDINGS, EmbeddingFact, Embeddings
     from sdxl_trt.runtime.adapters.folder import find_named
     from sdxl_trt.runtime.adapters.loras import (
-        MOST_LORAS, LoraFact, SettledLoras, find_lora, find_recorded, settle_loras,
+        MOST_LORAS, LoraFact, SettledLoras, find_lora, find_recorded, lora_digest, settle_loras,
     )
     from sdxl_trt.runtime.adapters.tags import split_tags, tags_of
     from sdxl_trt.runtime.adapters.use import LoraUse, parse_use
@@ -18,13 +18,14 @@ else:
         "embedding_file": ("ENCODERS", "Embedding", "EncoderName"),
         "embeddings": ("NO_EMBEDDINGS", "EmbeddingFact", "Embeddings"),
         "folder": ("find_named",),
-        "loras": ("MOST_LORAS", "LoraFact", "SettledLoras", "find_lora", "find_recorded", "settle_loras"),
+        "loras": ("MOST_LORAS", "LoraFact", "SettledLoras", "find_lora", "find_recorded", "lora_digest",
+                  "settle_loras"),
         "tags": ("split_tags", "tags_of"),
         "use": ("LoraUse", "parse_use"),
     })
 
 __all__ = [
     "ENCODERS", "MOST_LORAS", "NO_EMBEDDINGS", "Embedding", "EmbeddingFact", "Embeddings", "EncoderName", "LoraFact",
-    "LoraUse", "SettledLoras", "find_lora", "find_named", "find_recorded", "parse_use", "settle_loras", "split_tags",
-    "tags_of",
+    "LoraUse", "SettledLoras", "find_lora", "find_named", "find_recorded", "lora_digest", "parse_use", "settle_loras",
+    "split_tags", "tags_of",
 ]

@@ -10,6 +10,7 @@ __all__ = [
     "SettledLoras",
     "find_lora",
     "find_recorded",
+    "lora_digest",
     "lora_file",
     "settle_loras",
 ]
@@ -105,21 +106,29 @@ def find_lora(name: str, folder: Path | None, where: str, *, exact: bool = False
     return found[0]
 
 
-def find_recorded(fact: LoraFact, folder: Path | None, source: Path, option: str) -> Path:
+def lora_digest(path: Path) -> str:
+    """Return the SHA-256 of a LoRA's file, in hexadecimal, which is read once. Raises what `open_lora` raises."""
+    return _opened(os.fspath(path), _state(path))[0].sha256
+
+
+def find_recorded(fact: LoraFact, folder: Path | None, source: Path, hint: str = "") -> Path:
     """Return the LoRA's file of a record, unchanged: in `folder`, beside the picture `source` or in the current folder.
 
-    Raises UsageError, which says to give it with `option`, if there is none.
+    Raises UsageError if there is none; `hint` ends its message.
     """
-    named = [] if folder is None else find_named(folder, fact.name, f"{option} {fact.name[:_SHOWN]}")
+    named: list[Path] = []
+    if folder is not None:
+        with contextlib.suppress(UsageError):  # a name that the folder cannot have: another place may
+            named = find_named(folder, fact.name, fact.name[:_SHOWN])
     beside = [source.parent / fact.name, Path(fact.name)] if PurePath(fact.name).name == fact.name else []
     for path in (*named, *beside):
         with contextlib.suppress(SdxlTrtError):  # another file of this name
-            if _is_file(path) and _opened(os.fspath(path), _state(path))[0].sha256 == fact.sha256:
+            if _is_file(path) and lora_digest(path) == fact.sha256:
                 return path
     places = "beside it" if folder is None else f"beside it or in {folder}"
     raise UsageError(
         f"--from {source}: was made with the LoRA {fact.name[:_SHOWN]!r}, which is not {places} as it was;"
-        f" give the folder that holds it with --lora-dir DIR, or leave it out with {option} none"
+        f" give the folder that holds it with --lora-dir DIR{hint}"
     )
 
 

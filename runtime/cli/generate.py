@@ -194,14 +194,28 @@ def _work(
     asked: "Request | Workflow", arguments: argparse.Namespace, pipeline: "Pipeline"
 ) -> "tuple[Batch | Chain, Series]":
     """Return what draws the pictures, and what they are a series of."""
+    from sdxl_trt.runtime.cli.repeat import check_repeated  # noqa: PLC0415
     from sdxl_trt.runtime.cli.series import Series  # noqa: PLC0415
-    from sdxl_trt.runtime.comfyui import LoraFiles, check_workflow, pair_request, settle_pair  # noqa: PLC0415
-    from sdxl_trt.runtime.pipeline import Batch, Chain  # noqa: PLC0415
+    from sdxl_trt.runtime.pipeline import Batch  # noqa: PLC0415
     from sdxl_trt.runtime.request import Request  # noqa: PLC0415
 
     if isinstance(asked, Request):
         series = Series(asked, arguments)
         return Batch(pipeline, series.requests), series
+    work, series = _of_workflow(asked, arguments, pipeline)
+    if arguments.source is not None:
+        check_repeated(arguments, work)
+    return work, series
+
+
+def _of_workflow(
+    asked: "Workflow", arguments: argparse.Namespace, pipeline: "Pipeline"
+) -> "tuple[Batch | Chain, Series]":
+    """Return what draws a workflow's pictures, and what they are a series of."""
+    from sdxl_trt.runtime.cli.series import Series  # noqa: PLC0415
+    from sdxl_trt.runtime.comfyui import LoraFiles, check_workflow, pair_request, settle_pair  # noqa: PLC0415
+    from sdxl_trt.runtime.pipeline import Batch, Chain  # noqa: PLC0415
+
     folder = arguments.workflow.parent
     files = LoraFiles(arguments.lora_dir, getattr(arguments, "lora_files", {}))
     found = check_workflow(asked, pipeline.manifest, files)

@@ -1,6 +1,6 @@
 """`--from`: the settings of an earlier picture, for the options that the command line leaves out."""
 
-__all__ = ["repeated"]
+__all__ = ["check_repeated", "repeated"]
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -8,14 +8,17 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from sdxl_trt.engines import UsageError
-from sdxl_trt.engines.host import sha256_file
+from sdxl_trt.engines.host import sha256_file, shell_word
 from sdxl_trt.runtime.adapters import EmbeddingFact, LoraUse, find_named, find_recorded
 from sdxl_trt.runtime.cli.options import make_parser
 from sdxl_trt.runtime.controls import ControlUse, find_control
-from sdxl_trt.runtime.pipeline import ImageSettings, read_settings
+from sdxl_trt.runtime.pipeline import Batch, Chain, ImageSettings, read_settings
 from sdxl_trt.runtime.request import Request, settings_of
 
 _SETTINGS = settings_of(Request)
+_LOADED = {"loras": "LoRAs", "refiner_loras": "LoRAs", "controls": "ControlNet pictures", "embeddings": "embeddings",
+           "files": "pictures or masks"}  # fmt: skip
+"""What a workflow loads, by the fields of a record that state it."""
 
 
 def repeated(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -44,7 +47,7 @@ def repeated(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.set_defaults(**_defaults(settings))
     arguments = parser.parse_args(argv)
     arguments.sweep = stated.sweep or list(settings.sweep)
-    arguments.made_with = settings.bundle
+    arguments.made_with, arguments.recorded = settings.bundle, settings
     if settings.injected_latents and arguments.latents is None:
         raise UsageError(f"--from {source}: was made from noise of its own; give that with --latents FILE.npy")
     _take_embeddings(arguments, settings, source)
@@ -55,6 +58,27 @@ def repeated(argv: Sequence[str] | None) -> argparse.Namespace:
         _take_controls(arguments, settings, source)
     _take_loras(arguments, settings, source)
     return arguments
+
+
+def check_repeated(arguments: argparse.Namespace, work: Batch | Chain) -> None:
+    """Raise UsageError unless the workflow of a picture loads the files that the picture's record states.
+
+    The workflow names files, and says nothing of their contents. `work` draws it again.
+    """
+    recorded: ImageSettings = arguments.recorded
+    image = work.runs[0].request.image
+    wrong = ["pictures"] if recorded.image and (image is None or image.sha256 != recorded.image_sha256) else []
+    made = work.facts()
+    for name, what in _LOADED.items():
+        told, now = getattr(recorded, name), made[name]
+        # Older records lack the files of several runs, and a sweep may leave the refiner out.
+        unknown = not told if name == "files" else bool(arguments.sweep) and not now
+        if tuple(told) != tuple(now) and not unknown:
+            wrong.append(what)
+    if wrong:
+        raise UsageError(f"--from {arguments.source}: was made with other {wrong[0]} than its workflow finds now; put"
+                         f" those back, or draw it with the new ones: --workflow {shell_word(str(arguments.source))}"
+                         )  # fmt: skip
 
 
 def _defaults(settings: ImageSettings) -> dict[str, Any]:
@@ -116,19 +140,23 @@ def _take_controls(arguments: argparse.Namespace, settings: ImageSettings, sourc
 def _take_loras(arguments: argparse.Namespace, settings: ImageSettings, source: Path) -> None:
     """Find the LoRAs of a picture, unchanged: in --lora-dir, beside the picture or in the current folder.
 
-    Options replace those of their stage. A workflow states its LoRAs itself: their files are `lora_files`, by name.
+    Options replace those of their stage. A workflow states its LoRAs itself: their files are `lora_files`, by name, one
+    for each content.
     """
-    arguments.lora_files = {}
+    files: dict[str, dict[str, Path]] = {}
     for name in ("loras", "refiner_loras"):
         facts = getattr(settings, name)
         if getattr(arguments, name) is not None or not facts:
             continue
-        option = _SETTINGS[name].word
-        paths = [find_recorded(fact, arguments.lora_dir, source, option) for fact in facts]
-        arguments.lora_files |= {fact.name: path for fact, path in zip(facts, paths, strict=True)}
+        # A workflow's LoRAs are part of its graph, so no option leaves them out.
+        hint = "" if settings.workflow else f", or leave it out with {_SETTINGS[name].word} none"
+        paths = [find_recorded(fact, arguments.lora_dir, source, hint) for fact in facts]
+        for fact, path in zip(facts, paths, strict=True):
+            files.setdefault(fact.name, {})[fact.sha256] = path
         if not settings.workflow:
             scales = [(fact.scale, fact.text_scale) for fact in facts]
             setattr(arguments, name, [LoraUse(str(path), *own) for path, own in zip(paths, scales, strict=True)])
+    arguments.lora_files = {name: tuple(paths.values()) for name, paths in files.items()}
 
 
 def _take_embeddings(arguments: argparse.Namespace, settings: ImageSettings, source: Path) -> None:

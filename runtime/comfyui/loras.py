@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from sdxl_trt.engines import UsageError
 from sdxl_trt.engines.bundle import LoraRecord, Manifest
 from sdxl_trt.engines.host import shell_word
-from sdxl_trt.runtime.adapters import LoraUse, find_lora
+from sdxl_trt.runtime.adapters import LoraUse, find_lora, find_named, lora_digest
 from sdxl_trt.runtime.comfyui.workflow import Clip, Conditioning, LoraNode, Loras, Sampling, prompts_of
 from sdxl_trt.runtime.request import StageName
 
@@ -23,20 +23,23 @@ _SHOWN = 80
 class LoraFiles:
     """Where the LoRAs of a workflow are found: `known` files by name, then those in `folder`, by ComfyUI's paths.
 
-    `fused` are the names of those that the base's weights contain, which are not looked for.
+    `known` has a file for each content that a record states of a name; if there are several, `folder` says which a path
+    means. `fused` are the names of those that the base's weights contain, with their digests.
     """
 
     folder: Path | None = None
-    known: Mapping[str, Path] = field(default_factory=dict)
-    fused: frozenset[str] = frozenset()
+    known: Mapping[str, Sequence[Path]] = field(default_factory=dict)
+    fused: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
     def beside(self, manifest: Manifest) -> "LoraFiles":
         """Return these files for a bundle, which may have fused LoRAs."""
-        return replace(self, fused=frozenset(record.name for record in manifest.loras))
+        names = {record.name for record in manifest.loras}
+        return replace(self, fused={name: frozenset(record.sha256 for record in manifest.loras if record.name == name)
+                                    for name in names})  # fmt: skip
 
     def of(self, stage: StageName) -> "LoraFiles":
         """Return these files for a stage: LoRAs are fused into the base alone."""
-        return self if stage == "base" else replace(self, fused=frozenset())
+        return self if stage == "base" else replace(self, fused={})
 
     def uses(self, loras: Loras) -> list[LoraUse]:
         """Return the LoRAs of a chain that have an effect, each as its file and its strength there, in order.
@@ -44,18 +47,34 @@ class LoraFiles:
         Raises UsageError that names the node whose file is missing.
         """
         return [LoraUse(str(self._find(each)), each.strength) for each in loras
-                if each.strength and _file(each.name) not in self.fused]  # fmt: skip
+                if each.strength and not self.has_fused(each)]  # fmt: skip
+
+    def has_fused(self, lora: LoraNode) -> bool:
+        """Return whether a node means a fused LoRA: one of its name, unless `folder` has another file at its path.
+
+        Raises what `lora_digest` raises for that file.
+        """
+        digests = self.fused.get(_file(lora.name))
+        if digests is None:
+            return False
+        own = [] if self.folder is None else find_named(self.folder, lora.name, _place(lora), exact=True)
+        return not own or lora_digest(own[0]) in digests
 
     def _find(self, lora: LoraNode) -> Path:
-        file, where = _file(lora.name), f"node {lora.node[:20]} (LoraLoader)"
-        if file in self.known:
-            return self.known[file]
-        if self.folder is None:
+        file, where = _file(lora.name), _place(lora)
+        known = self.known.get(file, ())
+        if len(known) == 1:
+            return known[0]
+        path = None if self.folder is None else find_lora(lora.name, self.folder, where, exact=True)
+        if known and (path is None or lora_digest(path) not in map(lora_digest, known)):
+            raise UsageError(f"{where}: the picture was made with {len(known)} files called {file[:_SHOWN]!r}; give the"
+                             " folder that has each at the path in the workflow with --lora-dir DIR")  # fmt: skip
+        if path is None:
             option = shell_word(f"{file[:_SHOWN]}:{lora.strength:g}")
             raise UsageError(f"{where}: LoRA {file[:_SHOWN]} at strength {lora.strength:g} is not in the bundle; give"
                              " the folder that holds it with --lora-dir DIR, or export a bundle with it: export-engines"
                              f" --lora {option}")  # fmt: skip
-        return find_lora(lora.name, self.folder, where, exact=True)
+        return path
 
 
 NO_FILES = LoraFiles()
@@ -104,17 +123,19 @@ def check_loras(
         for prompt in prompts_of((*sampling.positive, *sampling.negative)):
             own.uses(prompt.clip.loras)
             if stage == "base":
-                unnamed -= _check_fused(sampling, prompt, fused)
+                unnamed -= _check_fused(sampling, prompt, fused, own)
     for file in sorted(unnamed):
         log.warning("the bundle has LoRA %s at strength %s, which the workflow does not name", file,
                     _text_of(*fused[file]))  # fmt: skip
 
 
-def _check_fused(sampling: Sampling, prompt: Conditioning, fused: Mapping[str, tuple[float, float]]) -> set[str]:
+def _check_fused(
+    sampling: Sampling, prompt: Conditioning, fused: Mapping[str, tuple[float, float]], files: LoraFiles
+) -> set[str]:
     """Return the fused LoRAs that a sampler names with a prompt; raise UsageError for one at another strength."""
-    unet = _strengths(sampling.model.loras)
+    unet = _strengths(sampling.model.loras, files)
     # A Conditioning built in code may name no checkpoint for its encoders.
-    text = _strengths(prompt.clip.loras) if prompt.clip.checkpoint else unet
+    text = _strengths(prompt.clip.loras, files) if prompt.clip.checkpoint else unet
     named = fused.keys() & {*unet, *text}
     for file in sorted(named):
         asked, has = (unet.get(file, 0.0), text.get(file, 0.0)), fused[file]
@@ -145,13 +166,17 @@ def _fused(records: Iterable[LoraRecord]) -> dict[str, tuple[float, float]]:
     return fused
 
 
-def _strengths(loras: Sequence[LoraNode]) -> dict[str, float]:
-    """Return the strength of each file; the strengths of a repeated file add up."""
+def _strengths(loras: Sequence[LoraNode], files: LoraFiles) -> dict[str, float]:
+    """Return the strength of each fused LoRA; the strengths of a repeated one add up."""
     found: dict[str, float] = {}
-    for each in loras:
+    for each in filter(files.has_fused, loras):
         file = _file(each.name)
         found[file] = found.get(file, 0.0) + each.strength
     return found
+
+
+def _place(lora: LoraNode) -> str:
+    return f"node {lora.node[:20]} (LoraLoader)"
 
 
 def _file(name: str) -> str:

@@ -309,8 +309,10 @@ def load_image(loaded: Loaded, folder: Path) -> InputPicture:
     return picture
 
 
-def load_channel(mask: Mask, folder: Path, without: tuple[int, int]) -> NDArray[np.float32]:
-    """Return the mask (h, w), from 0 to 1, of a node that names a file: a channel, the transparency inverted.
+def load_channel(mask: Mask, folder: Path, without: tuple[int, int]) -> tuple[NDArray[np.float32], Path]:
+    """Return the mask (h, w), from 0 to 1, of a node that names a file, and the file's path.
+
+    The mask is a channel, the transparency inverted.
 
     LoadImage's mask of a picture without transparency is black and of the size `without`.
     """
@@ -320,9 +322,9 @@ def load_channel(mask: Mask, folder: Path, without: tuple[int, int]) -> NDArray[
     values = read_channel(path, where, mask.channel or "alpha")
     if values is None:
         size = without if mask.kind == "loaded" else read_input(path, where).size
-        return np.zeros(size or without, np.float32)
+        return np.zeros(size or without, np.float32), path
     found = values.astype(np.float32) / np.float32(255.0)
-    return found if mask.channel in ("red", "green", "blue") else np.float32(1.0) - found
+    return (found if mask.channel in ("red", "green", "blue") else np.float32(1.0) - found), path
 
 
 def _path(file: str, folder: Path, where: str) -> Path:

@@ -4,6 +4,7 @@ __all__ = ["write_workflow"]
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from sdxl_trt.engines import UsageError
@@ -21,7 +22,8 @@ def write_workflow(asked: Request, request: ResolvedRequest, manifest: Manifest)
     """Return the graph in API form of `asked`, resolved as `request`, or None if ComfyUI's nodes cannot express it.
 
     A request from a workflow may add guidance rescale and interval, tiles and injected noise, which no node expresses.
-    Checkpoints keep their names in the workflow, or else are named after the bundle's models.
+    Checkpoints keep their names in the workflow, or else are named after the bundle's models. LoRAs are named by their
+    paths in the request's folder of them; None too if two files would share a name.
     """
     stages = _stages(request)
     if not request.comfyui or not all(_fits_sampler_node(stage, asked, request) for stage in stages):
@@ -29,19 +31,51 @@ def write_workflow(asked: Request, request: ResolvedRequest, manifest: Manifest)
     fits = (_image_fits_nodes, _mask_fits_nodes, _controls_fit_nodes)
     if not _fits_nodes(asked) or not all(fit(request) for fit in fits):
         return None
+    loras = _loras(asked, request, manifest)
+    if loras is None:
+        return None
     graph = _Graph()
     names = asked.checkpoints or _checkpoints(manifest)
     latents = ""
     for stage in stages:
         checkpoint = graph.add("CheckpointLoaderSimple", ckpt_name=names[0 if stage == "base" else -1])
         latents = latents or _start(graph, checkpoint, request)
-        fused = [(each.name, each.scale, each.encoder_scale) for each in manifest.loras if stage == "base"]
-        own = [(each.lora.name, each.scale, each.on("text_encoder")) for each in request.loras.get(stage, ())]
-        model = _Model(graph, checkpoint, [*fused, *own])
+        model = _Model(graph, checkpoint, loras[stage])
         latents = _sampler(graph, stage, model, latents, asked, request)
     decoded = graph.add("VAEDecode", samples=[latents, 0], vae=[checkpoint, 2])
     graph.add("SaveImage", images=[decoded, 0], filename_prefix="sdxl")
     return graph.nodes if all(_is_accepted(node) for node in graph.nodes.values()) else None
+
+
+def _loras(
+    asked: Request, request: ResolvedRequest, manifest: Manifest
+) -> dict[StageName, list[tuple[str, float, float]]] | None:
+    """Return the name and both strengths of every stage's LoRAs, the fused first; None if a name has two meanings.
+
+    A node names a file by its path in the folder of LoRAs, and one that is not in there by its own name.
+    """
+    meant: dict[str, str] = {}
+    told: dict[StageName, list[tuple[str, float, float]]] = {}
+    for stage in _stages(request):
+        fused = [(each.name, each.sha256, (each.scale, each.encoder_scale)) for each in manifest.loras
+                 if stage == "base"]  # fmt: skip
+        own = [(_lora_name(each.lora.path, asked.lora_dir), each.lora.sha256, (each.scale, each.on("text_encoder")))
+               for each in request.loras.get(stage, ())]  # fmt: skip
+        for name, sha256, _ in (*fused, *own):
+            if not name or meant.setdefault(name, sha256) != sha256:
+                return None
+        told[stage] = [(name, *scales) for name, _, scales in (*fused, *own)]
+    return told
+
+
+def _lora_name(path: Path, folder: Path | None) -> str:
+    """Return what a LoraLoader calls the file `path`; "" if that is the name of another file in `folder`."""
+    if folder is None:
+        return path.name
+    whole, root = path.absolute(), folder.absolute()
+    if whole.is_relative_to(root) and ".." not in (inner := whole.relative_to(root)).parts:
+        return inner.as_posix()
+    return "" if (folder / path.name).exists() else path.name
 
 
 def _is_accepted(stored: Mapping[str, Any]) -> bool:

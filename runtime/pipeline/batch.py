@@ -2,13 +2,15 @@
 
 __all__ = ["Batch"]
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
+from typing import Any
 
 from sdxl_trt.engines.adapters import Use
 from sdxl_trt.runtime.diffusion.samplers import BROWNIAN
 from sdxl_trt.runtime.pipeline.pipeline import Job, Pipeline
+from sdxl_trt.runtime.pipeline.record import facts_of
 from sdxl_trt.runtime.pipeline.run import PhaseName, Run, Step, timed
 from sdxl_trt.runtime.request import Request, StageName, settings_of
 
@@ -34,6 +36,10 @@ class Batch:
     def runs(self) -> list[Run]:
         """Return the run of each request, in their order."""
         return [job.run for job in self._jobs]
+
+    def facts(self) -> Mapping[str, Sequence[Any]]:
+        """Return what the records say of the adapters of all requests, by the names of a record's fields."""
+        return facts_of(self.runs)
 
     def steps(self) -> Iterator[tuple[int, Step]]:
         """Return an iterator of the units of work, each with the index of its request.

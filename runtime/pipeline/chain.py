@@ -6,7 +6,7 @@ prompts are encoded first; results that several pictures need are computed once.
 
 __all__ = ["Chain"]
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from sdxl_trt.runtime.comfyui import (
     LatentSource,
     Loaded,
     LoraFiles,
+    Mask,
     Masked,
     Output,
     Padded,
@@ -46,7 +47,7 @@ from sdxl_trt.runtime.images import InputPicture, Picture, as_input, new_size, r
 from sdxl_trt.runtime.pipeline.chain_masks import ChainMasks
 from sdxl_trt.runtime.pipeline.mask_nodes import canvas, greyed, scaled_mask, widened
 from sdxl_trt.runtime.pipeline.pipeline import Pipeline
-from sdxl_trt.runtime.pipeline.record import finish
+from sdxl_trt.runtime.pipeline.record import FileFact, facts_of, finish
 from sdxl_trt.runtime.pipeline.run import Job, Run, Step, timed
 from sdxl_trt.runtime.request import Request, StageName, takes_mask
 from sdxl_trt.runtime.vae import (
@@ -111,13 +112,38 @@ class Chain:
         """Return the run of the last sampler of every picture, in the order of the workflow's outputs."""
         return [self._jobs[_last_sampled(output).sampling.node].run for output in self._workflow.outputs]
 
+    def facts(self) -> Mapping[str, Sequence[Any]]:
+        """Return what the first picture's record says of its adapters and files, by the names of a record's fields."""
+        return facts_of(self.runs_of(0), self._files_of(0))
+
+    def runs_of(self, number: int) -> list[Run]:
+        """Return the runs of all samplers that output `number` needs, each after those it needs."""
+        found: dict[str, Run] = {}
+        self._collect(self._workflow.outputs[number].image, found)
+        return [*found.values()]
+
+    def _collect(self, source: LatentSource | Image, found: dict[str, Run]) -> None:
+        for each in reversed(ancestry(source)):
+            if isinstance(each, Sampled) and each.sampling.node not in found:
+                run = self._jobs[each.sampling.node].run
+                shown = each.sampling.shown if run.request.takes_mask and not run.request.refiner_only else None
+                if shown is not None:
+                    self._collect(shown.image, found)
+                found[each.sampling.node] = run
+
+    def _files_of(self, number: int) -> list[FileFact]:
+        """Return what a record says of the pictures and masks that output `number` loads."""
+        image = self._workflow.outputs[number].image
+        loaded = [each for each in (*ancestry(image), *mask_sources(image)) if isinstance(each, Loaded | Mask)]
+        return [*dict.fromkeys(self._masks.facts[each.file] for each in loaded if each.file)]
+
     def steps(self) -> Iterator[tuple[int, Step]]:
         """Return an iterator of the finished units of work, each with the number of its output, from 0."""
         runs = self.runs
         self._pipeline.expect([*self._jobs.values()])
         yield from ((0, step) for step in timed(runs[0], self._pipeline.encode([*self._jobs.values()])))
-        for number, output in enumerate(self._workflow.outputs):
-            yield from ((number, step) for step in timed(runs[number], self._drawn(output, runs[number])))
+        for number in range(len(runs)):
+            yield from ((number, step) for step in timed(runs[number], self._drawn(number)))
 
     def _plan(self, source: LatentSource | Image) -> _Batch:
         """Return the size of the result of `source`, after making a job for every sampler that it needs."""
@@ -221,18 +247,32 @@ class Chain:
         unit, least = (self._manifest.base.vae.factor, 64) if latents else (1, 1)
         return new_size(size, source.size, source.by, unit, least)
 
-    def _drawn(self, output: Output, run: Run) -> Iterator[Step]:
-        """Yield the units of work of `output`, and its pictures."""
+    def _drawn(self, number: int) -> Iterator[Step]:
+        """Yield the units of work of output `number`, and its pictures."""
+        output, run = self._workflow.outputs[number], self.runs[number]
         last = output.image.latents if isinstance(output.image, Decoded) else _last_sampled(output)
         final = yield from self._made(last)
         run.final = final
         if isinstance(output.image, Decoded):
-            yield from self._decoded(output.image, final, lambda index, unit: _finished(run, index, unit, output))
+            yield from self._decoded(output.image, final, lambda index, unit: self._finished(number, index, unit))
             return
         pixels = yield from self._made(output.image)
         for index in range(len(pixels)):
-            picture = _finished(run, index, pixels[index : index + 1], output)
+            picture = self._finished(number, index, pixels[index : index + 1])
             yield Step("decode", index + 1, len(pixels), slice(index, index + 1), picture=picture)
+
+    def _finished(self, number: int, index: int, unit: Values) -> Picture:
+        """Return picture `index` of output `number` from its pixels (1, 3, h, w).
+
+        Their size may differ from that of its latents. If a workflow draws several pictures, each carries only the part
+        of the graph that draws it.
+        """
+        pixels = from_unit(unit)[0]
+        *before, run = self.runs_of(number)
+        picture = finish(run, index, pixels, before, self._files_of(number))
+        graph = None if picture.graph is None else part_of(picture.graph, self._workflow.outputs[number].node)
+        metadata = {**picture.metadata, "width": pixels.shape[1], "height": pixels.shape[0]}
+        return replace(picture, metadata=metadata, graph=graph)
 
     def _made(self, source: LatentSource | Image) -> Made:
         """Compute `source` once: latents in the samplers' scale, or pixels (n, 3, h, w) from 0 to 1."""
@@ -372,15 +412,3 @@ def _sampler_of(source: Encoded | Decoded, workflow: Workflow) -> Sampled:
     if found is None:
         raise UsageError(f"node {source.node}: no sampler makes its latents or continues from them; remove it")
     return found
-
-
-def _finished(run: Run, index: int, unit: Values, output: Output) -> Picture:
-    """Return picture `index` of `run` from its pixels (1, 3, h, w), whose size may differ from that of its latents.
-
-    If a workflow draws several pictures, each carries only the part of the graph that draws it.
-    """
-    pixels = from_unit(unit)[0]
-    picture = finish(run, index, pixels)
-    graph = None if picture.graph is None else part_of(picture.graph, output.node)
-    metadata = {**picture.metadata, "width": pixels.shape[1], "height": pixels.shape[0]}
-    return replace(picture, metadata=metadata, graph=graph)

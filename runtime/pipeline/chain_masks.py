@@ -9,9 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdxl_trt.engines import UsageError
+from sdxl_trt.engines.host import known_as, sha256_file
 from sdxl_trt.runtime.comfyui import Image, Loaded, Mask, Padded, Scaled, load_channel, load_image
 from sdxl_trt.runtime.images import InputPicture, new_size, resize
 from sdxl_trt.runtime.pipeline.mask_nodes import canvas, canvas_mask, cropped_mask, feathered, grown, scaled_mask
+from sdxl_trt.runtime.pipeline.record import FileFact
 
 Values = NDArray[np.float32]
 NO_TRANSPARENCY = 64, 64
@@ -28,15 +30,21 @@ class ChainMasks:
         self._folder, self._factor = folder, factor
         self.pictures: dict[str, InputPicture] = {}
         """The pictures that were read, by their names in the workflow."""
+        self.facts: dict[str, FileFact] = {}
+        """What a record says of the files that were read, by their names in the workflow."""
         self._channels: dict[tuple[str, str], Values] = {}
         self._done: dict[Mask, Values] = {}
 
     def read(self, source: Mask | Image) -> None:
         """Read the file that a node names, if it is one that does. Raises UsageError."""
         if isinstance(source, Loaded) and source.file not in self.pictures:
-            self.pictures[source.file] = load_image(source, self._folder)
+            picture = load_image(source, self._folder)
+            self.pictures[source.file] = picture
+            self.facts[source.file] = FileFact(name=picture.name, sha256=picture.sha256)
         if isinstance(source, Mask) and source.file:
-            self._channels[source.file, source.channel] = load_channel(source, self._folder, NO_TRANSPARENCY)
+            values, path = load_channel(source, self._folder, NO_TRANSPARENCY)
+            self._channels[source.file, source.channel] = values
+            self.facts[source.file] = FileFact(name=known_as(path), sha256=sha256_file(path))
 
     def pixels(self, image: Image) -> Values:
         """Return the pixels of an image that is made from files alone."""

@@ -1,9 +1,9 @@
 """The record that a picture carries: the settings a run is repeated from, written into its file and read again."""
 
-__all__ = ["ImageSettings", "finish", "parse_settings", "read_settings"]
+__all__ = ["FileFact", "ImageSettings", "facts_of", "finish", "parse_settings", "read_settings"]
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
 from operator import or_
 from pathlib import Path
@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdxl_trt.engines import UsageError
-from sdxl_trt.runtime.adapters import MOST_LORAS, EmbeddingFact, LoraFact
+from sdxl_trt.runtime.adapters import EmbeddingFact, LoraFact
 from sdxl_trt.runtime.comfyui import write_workflow
-from sdxl_trt.runtime.controls import MOST_CONTROLS, ControlFact
+from sdxl_trt.runtime.controls import ControlFact
 from sdxl_trt.runtime.images import SETTINGS, BundleName, Fit, Picture, bundle_name, read_texts
 from sdxl_trt.runtime.pipeline.run import Run
 from sdxl_trt.runtime.request import Request, ResolvedRequest, Setting, record_fields, settings_of
@@ -26,10 +26,20 @@ _SETTINGS = settings_of(Request).values()
 MAX_TEXT = 1 << 20
 MAX_SETTINGS = 8 * MAX_TEXT
 MOST_AXES = 2
-MOST_EMBEDDINGS = 1 << 14
-"""More than the prompts of a run name."""
+MOST_FILES = 1 << 14
+"""More adapters of one kind than prompts name, or than a workflow has nodes for."""
 _LIMITS = {str: {"max_length": MAX_TEXT}, int: {"ge": -1, "le": 1 << 20}, float: {"ge": -1e6, "le": 1e6}}
 """What a record may hold of a setting whose declaration has no range."""
+
+
+class FileFact(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a record says of a file that a workflow of several runs loads: its name without folders, and its digest."""
+
+    name: Annotated[str, msgspec.Meta(max_length=255)]
+    sha256: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+
+
+Facts = Annotated[tuple[FileFact, ...], msgspec.Meta(max_length=MOST_FILES)]
 
 
 class _Facts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -46,13 +56,15 @@ class _Facts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """How the image was brought to the size; "cover" if a size was requested."""
     workflow: bool = False
     """Whether a workflow requested what these settings do not hold."""
-    embeddings: Annotated[tuple[EmbeddingFact, ...], msgspec.Meta(max_length=MOST_EMBEDDINGS)] = ()
+    embeddings: Annotated[tuple[EmbeddingFact, ...], msgspec.Meta(max_length=MOST_FILES)] = ()
     """The embeddings that its prompts name."""
-    loras: Annotated[tuple[LoraFact, ...], msgspec.Meta(max_length=MOST_LORAS)] = ()
+    loras: Annotated[tuple[LoraFact, ...], msgspec.Meta(max_length=MOST_FILES)] = ()
     """The LoRAs of the base, in order; those in prompts too."""
-    refiner_loras: Annotated[tuple[LoraFact, ...], msgspec.Meta(max_length=MOST_LORAS)] = ()
-    controls: Annotated[tuple[ControlFact, ...], msgspec.Meta(max_length=MOST_CONTROLS)] = ()
+    refiner_loras: Annotated[tuple[LoraFact, ...], msgspec.Meta(max_length=MOST_FILES)] = ()
+    controls: Annotated[tuple[ControlFact, ...], msgspec.Meta(max_length=MOST_FILES)] = ()
     """The pictures that the base's ControlNets follow."""
+    files: Facts = ()
+    """The pictures and masks that a workflow of several runs loads."""
     bundle: BundleName | None = None
     sweep: Annotated[tuple[Annotated[str, msgspec.Meta(max_length=MAX_TEXT)], ...],
                      msgspec.Meta(max_length=MOST_AXES)] = ()  # fmt: skip
@@ -95,13 +107,40 @@ else:
     )  # fmt: skip
 
 
-def finish(run: Run, index: int, pixels: NDArray[np.uint8]) -> Picture:
-    """Return picture `index` of `run` from its pixels (h, w, 3)."""
+def finish(
+    run: Run, index: int, pixels: NDArray[np.uint8], before: Sequence[Run] = (), files: Sequence[FileFact] = ()
+) -> Picture:
+    """Return picture `index` of `run` from its pixels (h, w, 3).
+
+    A workflow of several runs states those `before` it, whose adapters are recorded too, and the `files` it loads.
+    """
     from PIL import Image  # noqa: PLC0415 - Pillow is loaded with the first picture
 
     seed = run.request.seeds[index]
-    metadata = _metadata(run.request, seed) | _further(run)
+    facts = {name: msgspec.to_builtins(told) for name, told in facts_of([*before, run], files).items() if told}
+    metadata = _metadata(run.request, seed) | facts | _further(run)
     return Picture(Image.fromarray(pixels), seed, metadata, run.final[index].copy(), _graph(run))
+
+
+def facts_of(runs: Sequence[Run], files: Sequence[FileFact] = ()) -> dict[str, tuple[Any, ...]]:
+    """Return what the record of a picture says of the adapters of its `runs`, and of the `files` they load."""
+    requests = [run.request for run in runs]
+    return {
+        "loras": _joined(each.lora_facts.get("base", ()) for each in requests if not each.refiner_only),
+        "refiner_loras": _joined(each.lora_facts.get("refiner", ()) for each in requests if each.uses_refiner),
+        "controls": _joined([control.fact() for control in each.controls] for each in requests),
+        "embeddings": _joined(each.embeddings for each in requests),
+        "files": tuple(files),
+    }
+
+
+def _joined(rows: Iterable[Sequence[Any]]) -> tuple[Any, ...]:
+    """Return all facts in order; a run adds those that no run before it has."""
+    found: list[Any] = []
+    for row in rows:
+        known = set(found)
+        found += [fact for fact in row if fact not in known]
+    return tuple(found)
 
 
 def read_settings(path: Path) -> ImageSettings:
@@ -141,20 +180,7 @@ def _metadata(resolved: ResolvedRequest, seed: int) -> dict[str, Any]:
         if each.record == "always"
     }
     injected = {"seed": seed, "injected_latents": resolved.latents is not None}
-    return always | injected | _started_from(resolved) | _loras(resolved) | _controls(resolved)
-
-
-def _loras(request: ResolvedRequest) -> dict[str, Any]:
-    """Return the LoRAs of each stage that ran, by the name of the request's setting."""
-    ran = {"loras": not request.refiner_only, "refiner_loras": request.uses_refiner}
-    facts = {"loras": request.lora_facts.get("base", ()), "refiner_loras": request.lora_facts.get("refiner", ())}
-    return {name: msgspec.to_builtins(own) for name, own in facts.items() if own and ran[name]}
-
-
-def _controls(request: ResolvedRequest) -> dict[str, Any]:
-    """Return the pictures of the ControlNets."""
-    facts = [control.fact() for control in request.controls]
-    return {"controls": msgspec.to_builtins(facts)} if facts else {}
+    return always | injected | _started_from(resolved)
 
 
 def _started_from(request: ResolvedRequest) -> dict[str, Any]:
@@ -176,8 +202,6 @@ def _further(run: Run) -> dict[str, Any]:
     if run.request.comfyui and len(run.request.seeds) > 1:
         # Pictures of one batch share a stream of noise: they are made again together.
         found["count"] = len(run.request.seeds)
-    if run.request.embeddings:
-        found["embeddings"] = msgspec.to_builtins(run.request.embeddings)
     if run.manifest is not None:
         found["bundle"] = msgspec.to_builtins(bundle_name(run.manifest, refined=run.request.uses_refiner))
     return found

@@ -14,7 +14,10 @@ from sdxl_trt.runtime.text import check_embeddings
 
 
 def open_embeddings(folder: Path | None) -> Embeddings:
-    """Return the embeddings in a request's folder; there are none without one. Raises UsageError if it is no folder."""
+    """Return the embeddings in a request's folder, and without one the same none for every request.
+
+    So equal prompts of several requests are equal, and encoded once. Raises UsageError if it is no folder.
+    """
     if folder is not None and not folder.is_dir():
         raise UsageError(f"--embedding-dir {folder}: no such folder; give the one that holds the embeddings")
     return NO_EMBEDDINGS if folder is None else Embeddings(folder)

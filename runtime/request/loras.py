@@ -37,8 +37,11 @@ class StageLoras:
     notes: tuple[str, ...] = ()
 
     def of(self, stage: StageName, side: Side) -> tuple[ScaledLora, ...] | None:
-        """Return the LoRAs of the encoders that read a side's prompt; None if they are those of the stage."""
-        return None if side.loras is None else self.by_side[stage, side.loras]
+        """Return the LoRAs of the encoders that read a side's prompt; None if they are those of the stage.
+
+        There are none for a stage that does not run, whose prompts are not encoded.
+        """
+        return None if side.loras is None else self.by_side.get((stage, side.loras), ())
 
 
 def without_tags(request: Request) -> tuple[Request, tuple[str, ...]]:
@@ -75,7 +78,9 @@ def settled_loras(request: Request, bundle: Bundle | None, stages: Mapping[Stage
     if uses["refiner"] and "refiner" not in stages:
         raise UsageError("--refiner-lora changes the refiner, and the bundle has none; leave it out, or export the"
                          " bundle with --refiner SRC")  # fmt: skip
-    own = {(name, side.loras): None for name in stages for side in _sides(request, name) if side.loras is not None}
+    # A workflow's request for the refiner alone states the same sides for the base, whose models they may not fit.
+    own = {(name, side.loras): None for name, runs in stages.items() if runs
+           for side in _sides(request, name) if side.loras is not None}  # fmt: skip
     if not any([*uses.values(), *(given for _, given in own)]):
         return StageLoras(by_side=dict.fromkeys(own, ()))
     if bundle is None:

@@ -15,9 +15,10 @@ from sdxl_trt.engines.bundle import LoraRecord
 from sdxl_trt.engines.errors import CorruptError, IncompatibleError, SourceError, UsageError
 from sdxl_trt.engines.host import sha256_file
 from sdxl_trt.runtime import Request
-from sdxl_trt.runtime.adapters.loras import MOST_LORAS
+from sdxl_trt.runtime.adapters.loras import MOST_LORAS, LoraFact, find_recorded
 from sdxl_trt.runtime.adapters.use import LoraUse
-from sdxl_trt.runtime.request import ResolvedRequest, resolve_request
+from sdxl_trt.runtime.images import as_input
+from sdxl_trt.runtime.request import ResolvedRequest, Side, resolve_request
 
 MakeLora = Callable[..., Path]
 
@@ -180,3 +181,26 @@ def test_a_file_that_changes_is_read_again(make_lora: MakeLora, resolved: Resolv
     save_file(weights, tmp_path / "next.safetensors")
     shutil.move(tmp_path / "next.safetensors", path)
     assert resolved(LoraUse(str(path)), handoff=None).loras != first.loras
+
+
+def test_sides_of_a_stage_that_does_not_run_are_not_compared_with_it(
+    make_lora: MakeLora, resolved: Resolve, tmp_path: Path
+) -> None:
+    """A workflow's sampler on the refiner alone states its sides for both stages; the base has fused the LoRA."""
+    own = make_lora(tmp_path / "own.safetensors", "unet", refiner=True)
+    fused = LoraRecord(name="own.safetensors", sha256=sha256_file(own), scale=1.0)
+    sides = (Side(text="a star", text_2=""), Side(text="", text_2="", loras=(LoraUse(str(own)),)))
+    more: Any = {"compat": "comfyui", "base_sides": sides, "changed": {"loras": (fused,)}}
+    image = as_input(np.zeros((64, 64, 3), np.uint8))
+    request = resolved(refine=True, image=image, refiner_sides=sides, **more)
+    assert [side.prompt.loras and len(side.prompt.loras) for side in request.sides["refiner"]] == [None, 1]
+    assert request.lora_facts["base"] == ()
+    with pytest.raises(UsageError, match="is fused into this bundle"):
+        resolved(handoff=None, **more)
+
+
+def test_a_name_that_no_folder_has_is_found_beside_the_picture(make_lora: MakeLora, tmp_path: Path) -> None:
+    path = make_lora(tmp_path / "co:lon.safetensors")
+    fact = LoraFact(name=path.name, sha256=sha256_file(path), scale=1.0)
+    (tmp_path / "loras").mkdir()
+    assert find_recorded(fact, tmp_path / "loras", tmp_path / "x.png") == path

@@ -328,6 +328,13 @@ def test_every_setting_that_is_written_is_read(pairs: Any) -> None:
         assert picture.metadata.items() <= msgspec.to_builtins(settings, builtin_types=(tuple,)).items()
 
 
+def test_a_record_is_read_with_more_loras_than_a_request_may_state(tmp_path: Path) -> None:
+    """Each prompt of a workflow, and each of its samplers, may have others."""
+    fact = {"name": "ink.safetensors", "sha256": "0" * 64, "scale": 1.0, "short_hash": "0" * 12}
+    made = {"loras": [fact] * 40, "refiner_loras": [fact] * 40}
+    assert len(read_settings(_save(tmp_path, MADE | made)).loras) == 40
+
+
 def test_a_graph_is_written_for_comfyui_and_in_its_way_alone(pairs: Any, tmp_path: Path) -> None:
     from sdxl_trt.engines.bundle.bundle import read_bundle
     from sdxl_trt.runtime.comfyui.reader import read_workflow

@@ -8,22 +8,29 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
+from PIL import Image
 
+from sdxl_trt.engines.bundle import LoraRecord
 from sdxl_trt.engines.errors import UsageError
+from sdxl_trt.engines.host import sha256_file
 from sdxl_trt.runtime import Pipeline, Request, open_bundle
 from sdxl_trt.runtime.adapters.use import LoraUse
+from sdxl_trt.runtime.cli import generate
 from sdxl_trt.runtime.cli.options import make_parser, stated_settings
 from sdxl_trt.runtime.cli.repeat import repeated
 from sdxl_trt.runtime.cli.series import Series
 from sdxl_trt.runtime.comfyui.loras import LoraFiles
 from sdxl_trt.runtime.comfyui.reader import read_workflow
 from sdxl_trt.runtime.comfyui.requests import check_workflow, pair_request
+from sdxl_trt.runtime.comfyui.workflow import LoraNode
+from sdxl_trt.runtime.comfyui.writer import write_workflow
 from sdxl_trt.runtime.images.files import PARAMETERS, read_texts
 from sdxl_trt.runtime.pipeline.batch import Batch
 from sdxl_trt.runtime.pipeline.chain import Chain
-from sdxl_trt.runtime.pipeline.record import read_settings
+from sdxl_trt.runtime.pipeline.record import finish, read_settings
 
 MakeLora = Callable[..., Path]
 SMALL = Request("a red star", seed=3, steps=1, width=64, height=64, handoff=None)
@@ -130,13 +137,9 @@ def test_a_graph_with_loras_is_written_and_read_back(opened: Pipeline, folder: P
     assert picture.graph is not None
     loaders = [node["inputs"] for node in picture.graph.values() if node["class_type"] == "LoraLoader"]
     assert [(each["lora_name"], each["strength_model"], each["strength_clip"]) for each in loaders] == [
-        ("ink.safetensors", 0.5, 0.25), ("pen.safetensors", -1.0, -1.0), ("own.safetensors", 0.75, 0.75),
+        ("ink.safetensors", 0.5, 0.25), ("style/pen.safetensors", -1.0, -1.0), ("own.safetensors", 0.75, 0.75),
     ]  # fmt: skip
-    flat = tmp_path / "flat"
-    flat.mkdir()
-    for path in folder.rglob("*.safetensors"):
-        shutil.copy(path, flat)
-    again = _workflow(picture.graph, opened, tmp_path, flat)
+    again = _workflow(picture.graph, opened, tmp_path, folder)
     assert [Path(use.path).name for use in again.loras] == ["ink.safetensors", "pen.safetensors"]
     made, read = (opened.start(each).run.request for each in (request, again))
     assert (read.loras, read.lora_facts) == (made.loras, made.lora_facts)
@@ -147,16 +150,34 @@ def test_a_graph_with_loras_is_written_and_read_back(opened: Pipeline, folder: P
         UsageError, match=r"node 3 \(LoraLoader\): LoRA ink.safetensors at strength 0.5.*--lora-dir DIR"
     ):
         _workflow(picture.graph, opened, tmp_path)
-    with pytest.raises(UsageError, match=r"node 4 \(LoraLoader\): .*pen.safetensors; check the name"):
-        _workflow(picture.graph, opened, tmp_path, folder)
+    with pytest.raises(UsageError, match=r"node 3 \(LoraLoader\): .*ink.safetensors; check the name"):
+        _workflow(picture.graph, opened, tmp_path, folder / "style")
+
+
+def test_a_written_graph_never_names_another_file(
+    opened: Pipeline, folder: Path, make_lora: MakeLora, tmp_path: Path
+) -> None:
+    def names(*paths: Path, lora_dir: Path | None = None) -> list[str] | None:
+        loras = tuple(LoraUse(str(path)) for path in paths)
+        asked = replace(SMALL, compat="comfyui", loras=loras, lora_dir=lora_dir)
+        graph = write_workflow(asked, opened.start(asked).run.request, opened.manifest)
+        return graph and [node["inputs"]["lora_name"] for node in graph.values() if node["class_type"] == "LoraLoader"]
+
+    ink, other = folder / "ink.safetensors", make_lora(tmp_path / "ink.safetensors", seed=7)
+    assert names(ink, ink) == ["ink.safetensors"] * 2
+    assert names(ink, other) is None
+    assert names(other, lora_dir=folder) is None  # ink.safetensors is another one there
+    assert names(other, lora_dir=folder / "style") == ["ink.safetensors"]
+    assert names(folder / "style" / ".." / "ink.safetensors", lora_dir=folder / "style") == ["ink.safetensors"]
+    make_lora(tmp_path / "a" / "ink.safetensors", seed=8)
+    assert names(other, tmp_path / "a" / "ink.safetensors", lora_dir=tmp_path) == ["ink.safetensors",
+                                                                                  "a/ink.safetensors"]  # fmt: skip
 
 
 def _graph(opened: Pipeline) -> Json:
     """Return the graph of a base alone in ComfyUI's form: node 1 is the checkpoint."""
     request = replace(SMALL, compat="comfyui", negative="bad")
     job = opened.start(request)
-    from sdxl_trt.runtime.comfyui.writer import write_workflow
-
     graph = write_workflow(request, job.run.request, opened.manifest)
     assert graph is not None
     return dict(graph)
@@ -215,6 +236,106 @@ def test_every_sampler_of_a_chain_has_its_own_loras(opened: Pipeline, folder: Pa
         node: [each.lora.name for each in job.run.request.loras.get("base", ())] for node, job in chain._jobs.items()
     }
     assert own == {key: [], "s": ["ink.safetensors"]}
+
+
+def _with_loaders(opened: Pipeline, *loras: tuple[str, float], models_only: bool = False) -> Json:
+    """Return the graph of a base alone with loaders one after the other, as (name, both strengths)."""
+    graph = _graph(opened)
+    model, clip = ["1", 0], ["1", 1]
+    for number, (name, scale) in enumerate(loras):
+        kind = "LoraLoaderModelOnly" if models_only else "LoraLoader"
+        clips = {} if models_only else {"clip": clip, "strength_clip": scale}
+        inputs = {"model": model, "lora_name": name, "strength_model": scale} | clips
+        graph[f"l{number}"] = {"class_type": kind, "inputs": inputs}
+        model, clip = [f"l{number}", 0], [f"l{number}", 1]
+    for node in graph.values():
+        if node["class_type"] == "KSamplerAdvanced":
+            node["inputs"]["model"] = model
+        if "clip" in node["inputs"] and not node["class_type"].startswith("Lora") and not models_only:
+            node["inputs"]["clip"] = clip
+    return graph
+
+
+def test_two_files_of_one_name_are_told_apart_by_their_paths(
+    opened: Pipeline, make_lora: MakeLora, tmp_path: Path
+) -> None:
+    loras = tmp_path / "loras"
+    first, second = (make_lora(loras / name / "ink.safetensors", seed=seed) for seed, name in enumerate("ab"))
+    request = _workflow(_with_loaders(opened, ("a/ink.safetensors", 1.0), ("b/ink.safetensors", 0.5)), opened,
+                        tmp_path, loras)  # fmt: skip
+    picture = finish(opened.start(request).run, 0, np.zeros((64, 64, 3), np.uint8))
+    arguments = _repeated(picture, tmp_path / "x.png", "--lora-dir", str(loras))
+    work, _ = generate._work(generate._workflow(arguments), arguments, opened)
+    assert [each.lora.path for each in work.runs[0].request.loras["base"]] == [first, second]
+    shutil.copy(first, tmp_path)
+    shutil.copy(second, tmp_path / "b.safetensors")
+    second.rename(tmp_path / "kept")
+    with pytest.raises(UsageError, match=r"made with the LoRA 'ink.safetensors'"):
+        _repeated(picture, tmp_path / "x.png", "--lora-dir", str(loras))
+    shutil.copy(first, second)
+    first.unlink()
+    (tmp_path / "kept").rename(first)  # the two have changed places
+    arguments = _repeated(picture, tmp_path / "x.png", "--lora-dir", str(loras))
+    with pytest.raises(UsageError, match="was made with other LoRAs"):
+        generate._work(generate._workflow(arguments), arguments, opened)
+
+
+def test_a_file_with_the_name_of_a_fused_one_is_another_lora(
+    opened: Pipeline, make_lora: MakeLora, tmp_path: Path
+) -> None:
+    """Each loader means its own file if the folder has it; a loader without a file means the fused LoRA."""
+    fused, other = make_lora(tmp_path / "ink.safetensors"), make_lora(tmp_path / "b" / "ink.safetensors", seed=1)
+    record = LoraRecord(name="ink.safetensors", sha256=sha256_file(fused), scale=0.8)
+    manifest = msgspec.structs.replace(opened.manifest, loras=(record,))
+    files = LoraFiles(tmp_path).beside(manifest)
+    nodes = tuple(LoraNode(name, 0.8) for name in ("ink.safetensors", "b/ink.safetensors", "gone/ink.safetensors"))
+    assert [use.path for use in files.uses(nodes)] == [str(other)]
+    (tmp_path / "graph.json").write_text(json.dumps(_with_loaders(opened, ("ink.safetensors", 0.8),
+                                                                  ("b/ink.safetensors", 0.8))))  # fmt: skip
+    check_workflow(read_workflow(tmp_path / "graph.json"), manifest, LoraFiles(tmp_path))
+    with pytest.raises(UsageError, match=r"at strength 1.6 is not in the bundle"):
+        check_workflow(read_workflow(tmp_path / "graph.json"), manifest)
+
+
+def test_a_picture_of_a_chain_records_the_files_of_all_its_samplers(
+    opened: Pipeline, folder: Path, make_lora: MakeLora, tmp_path: Path
+) -> None:
+    """The last sampler has no LoRA; the picture of another output has its own."""
+    Image.new("L", (64, 64)).save(tmp_path / "mask.png")
+    graph = _graph(opened)
+    [key] = [key for key, node in graph.items() if node["class_type"] == "KSamplerAdvanced"]
+    [save] = [node for node in graph.values() if node["class_type"] == "SaveImage"]
+    [decode] = [node for node in graph.values() if node["class_type"] == "VAEDecode"]
+    graph["m"] = {"class_type": "LoraLoaderModelOnly",
+                  "inputs": {"model": ["1", 0], "lora_name": "ink.safetensors", "strength_model": 0.5}}  # fmt: skip
+    second = {**graph[key]["inputs"], "latent_image": [key, 0], "steps": 3}
+    graph["i"] = {"class_type": "LoadImageMask", "inputs": {"image": "mask.png", "channel": "red"}}
+    latents = graph[key]["inputs"]["latent_image"]
+    graph["n"] = {"class_type": "SetLatentNoiseMask", "inputs": {"samples": latents, "mask": ["i", 0]}}
+    graph[key]["inputs"] |= {"model": ["m", 0], "latent_image": ["n", 0]}
+    graph["s"] = {"class_type": "KSamplerAdvanced", "inputs": second}
+    decode["inputs"]["samples"] = ["s", 0]
+    alone = {**second, "latent_image": latents}
+    graph["a"] = {"class_type": "KSamplerAdvanced", "inputs": alone}
+    graph["d"] = {"class_type": "VAEDecode", "inputs": {**decode["inputs"], "samples": ["a", 0]}}
+    graph["o"] = {"class_type": "SaveImage", "inputs": {**save["inputs"], "images": ["d", 0]}}
+    (tmp_path / "graph.json").write_text(json.dumps(graph))
+    workflow, files = read_workflow(tmp_path / "graph.json"), LoraFiles(folder)
+    chain = Chain(opened, workflow, check_workflow(workflow, opened.manifest, files), tmp_path, lambda one: one, files)
+    unit = np.zeros((1, 3, 64, 64), np.float32)
+    made, plain = (chain._finished(number, 0, unit) for number in (0, 1))
+    assert [(each["name"], each["scale"]) for each in made.metadata["loras"]] == [("ink.safetensors", 0.5)]
+    assert [each["name"] for each in made.metadata["files"]] == ["mask.png"]
+    assert plain.metadata.keys().isdisjoint({"loras", "files"})
+    with pytest.raises(UsageError, match=r"made with the LoRA 'ink.safetensors', which is not beside it as it was"):
+        _repeated(made, tmp_path / "x.png")
+    shutil.copy(folder / "ink.safetensors", tmp_path)
+    arguments = _repeated(made, tmp_path / "x.png")
+    work, _ = generate._work(generate._workflow(arguments), arguments, opened)
+    assert [len(run.request.loras.get("base", ())) for run in work.runs_of(0)] == [1, 0]
+    Image.new("L", (64, 64), 255).save(tmp_path / "mask.png")
+    with pytest.raises(UsageError, match=r"x.png: was made with other pictures or masks than its workflow finds now"):
+        generate._work(generate._workflow(arguments), arguments, opened)
 
 
 def test_a_workflow_says_that_its_tags_are_words(opened: Pipeline, folder: Path, tmp_path: Path) -> None:
