@@ -21,6 +21,7 @@ _BEYOND_TENSORS = ("fan_in_fan_out", "layer_replication", "lora_bias", "modules_
                    "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "velora_config",
                    "target_parameters", "trainable_token_indices")  # fmt: skip
 _CHANGES_BASE = ("corda", "loftq", "lora_ga", "mica", "olora", "pissa")
+_SHOWN = 80
 _REGEX = frozenset("*+?()[]{}|\\$^")
 
 
@@ -72,8 +73,9 @@ class AdapterSettings:
                 break
         if value is None:
             return None
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise CorruptError(f"{self.path}: {name} {value!r} is not a finite number; the LoRA's settings are damaged")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not _is_finite(value):
+            raise CorruptError(f"{self.path}: {name} {repr(value)[:_SHOWN]} is not a finite number; the LoRA's settings"
+                               " are damaged")  # fmt: skip
         if name == "r" and value <= 0:
             raise CorruptError(f"{self.path}: r {value!r} is not a rank; the LoRA's settings are damaged")
         return value
@@ -102,6 +104,13 @@ def read_settings(path: Path, keys: Iterable[str], header: Mapping[str, str]) ->
     shared = _parse(side, raw) if raw else {}
     by_component = {component: _checked(path, _of(component, own) or shared) for component in COMPONENTS}
     return AdapterSettings(path, by_component, raw)
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return False
 
 
 def _of(component: LoraComponent, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -217,6 +217,7 @@ def test_a_modules_alpha_overrides_the_header(write: Write) -> None:
         ({"unet.lora_alpha": "8"}, CorruptError, "lora_alpha '8'"),
         ({"unet.lora_alpha": True}, CorruptError, "lora_alpha True"),
         ({"unet.lora_alpha": math.inf}, CorruptError, "lora_alpha inf"),
+        ({"unet.lora_alpha": 10**400}, CorruptError, "lora_alpha 1000.* is not a finite number"),
         ([], CorruptError, "not a JSON object"),
     ],
 )
