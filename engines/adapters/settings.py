@@ -11,7 +11,8 @@ from typing import Any
 
 from sdxl_trt.engines.adapters.kinds import Branch
 from sdxl_trt.engines.adapters.names import COMPONENTS, PEFT_ROOT, LoraComponent
-from sdxl_trt.engines.errors import CorruptError, SourceError, explain_os_error
+from sdxl_trt.engines.errors import CorruptError, SourceError
+from sdxl_trt.engines.host import read_capped
 
 _HEADER_KEY = "lora_adapter_metadata"
 _SIDE_FILE = "adapter_config.json"
@@ -22,6 +23,7 @@ _BEYOND_TENSORS = ("fan_in_fan_out", "layer_replication", "lora_bias", "modules_
                    "target_parameters", "trainable_token_indices")  # fmt: skip
 _CHANGES_BASE = ("corda", "loftq", "lora_ga", "mica", "olora", "pissa")
 _SHOWN = 80
+_MOST_SETTINGS = 16 << 20  # a pattern for every module of SDXL takes about 100 kB
 _REGEX = frozenset("*+?()[]{}|\\$^")
 
 
@@ -91,16 +93,14 @@ class AdapterSettings:
 def read_settings(path: Path, keys: Iterable[str], header: Mapping[str, str]) -> AdapterSettings:
     """Return the settings in the `header` of the LoRA at `path`, or in adapter_config.json beside a peft file.
 
-    Raises SourceError for unsupported settings, CorruptError for broken ones.
+    Raises SourceError for unsupported settings, CorruptError for broken ones, UsageError for a file that is too large
+    or cannot be read.
     """
     side = path.with_name(_SIDE_FILE)
     own = _parse(path, header[_HEADER_KEY]) if _HEADER_KEY in header else {}
     raw = b""
     if not own and side.is_file() and any(key.startswith(PEFT_ROOT) for key in keys):
-        try:
-            raw = side.read_bytes()
-        except OSError as exc:
-            raise explain_os_error(exc, f"reading {side}") from exc
+        raw = read_capped(side, _MOST_SETTINGS, "reading")
     shared = _parse(side, raw) if raw else {}
     by_component = {component: _checked(path, _of(component, own) or shared) for component in COMPONENTS}
     return AdapterSettings(path, by_component, raw)

@@ -248,6 +248,14 @@ def test_the_settings_of_a_peft_folder_are_read(write: Write) -> None:
     assert len({bare.sha256, lora.sha256, changed.sha256}) == 3
 
 
+def test_a_huge_settings_file_is_refused_without_reading_it(write: Write) -> None:
+    path = write(_peft(f"base_model.model.{MODULE}"))
+    with path.with_name("adapter_config.json").open("wb") as side:
+        side.truncate(1 << 34)  # sparse
+    with pytest.raises(UsageError, match=r"reading .*adapter_config\.json: is larger than 16 MiB; give a smaller one"):
+        open_lora(path)
+
+
 def test_a_settings_file_beside_other_files_is_ignored(write: Write) -> None:
     path = write(_pair(KOHYA))
     path.with_name("adapter_config.json").write_text("{")
