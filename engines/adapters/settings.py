@@ -5,7 +5,8 @@ __all__ = ["AdapterSettings", "read_settings"]
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ class AdapterSettings:
     path: Path
     by_component: Mapping[LoraComponent, Mapping[str, Any]]
     side_file: bytes = b""
+    _sorted: dict[tuple[LoraComponent, str], "_Patterns"] = field(default_factory=dict, init=False, compare=False)
 
     def scaling(self, branch: Branch) -> float:
         """Return alpha / r, or alpha / √r for a rank-stabilized LoRA; 1 without settings, as in diffusers.
@@ -68,11 +70,8 @@ class AdapterSettings:
     def _number(self, branch: Branch, name: str, patterns: str) -> float | None:
         """Return the value of the first of the `patterns` that names the branch's module, else the setting `name`."""
         settings = self.by_component[branch.place.component]
-        value = settings.get(name)
-        for pattern, own in (settings.get(patterns) or {}).items():
-            if self._matches(pattern, branch.place.module, patterns):
-                value = own
-                break
+        found = self._patterns(branch.place.component, patterns).value(branch.place.module)
+        value = settings.get(name) if found is None else found[0]
         if value is None:
             return None
         if isinstance(value, bool) or not isinstance(value, int | float) or not _is_finite(value):
@@ -82,12 +81,39 @@ class AdapterSettings:
             raise CorruptError(f"{self.path}: r {value!r} is not a rank; the LoRA's settings are damaged")
         return value
 
-    def _matches(self, pattern: str, module: str, patterns: str) -> bool:
+    def _patterns(self, component: LoraComponent, patterns: str) -> "_Patterns":
+        if (component, patterns) not in self._sorted:
+            given = self.by_component[component].get(patterns) or {}
+            self._sorted[component, patterns] = _sort_patterns(self.path, patterns, given)
+        return self._sorted[component, patterns]
+
+
+@dataclass(frozen=True)
+class _Patterns:
+    """Values of modules by name, each with the place of its pattern: by the whole name, and by its last words."""
+
+    whole: Mapping[str, tuple[int, Any]]
+    ends: Mapping[str, tuple[int, Any]]
+
+    def value(self, module: str) -> tuple[Any] | None:
+        """Return the value of the first pattern that names `module`, in a tuple; None if none does."""
+        words = module.split(".")
+        found = [self.ends[end] for start in range(len(words)) if (end := ".".join(words[start:])) in self.ends]
+        found += [self.whole[module]] if module in self.whole else []
+        return (min(found, key=itemgetter(0))[1],) if found else None
+
+
+def _sort_patterns(path: Path, patterns: str, given: Mapping[str, Any]) -> _Patterns:
+    whole: dict[str, tuple[int, Any]] = {}
+    ends: dict[str, tuple[int, Any]] = {}
+    for place, (pattern, value) in enumerate(given.items()):
         # peft runs patterns as regular expressions; untrusted ones are not run here, and trainers write plain names.
         name = pattern.removeprefix("^").replace("\\.", ".")
         if _REGEX & set(name):
-            raise SourceError(f"{self.path}: {patterns} {pattern!r} is not a module's name; save the LoRA with names")
-        return module == name or (module.endswith(f".{name}") and not pattern.startswith("^"))
+            raise SourceError(f"{path}: {patterns} {pattern[:_SHOWN]!r} is not a module's name; save the LoRA with"
+                              " names")  # fmt: skip
+        (whole if pattern.startswith("^") else ends).setdefault(name, (place, value))
+    return _Patterns(whole, ends)
 
 
 def read_settings(path: Path, keys: Iterable[str], header: Mapping[str, str]) -> AdapterSettings:

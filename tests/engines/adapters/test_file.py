@@ -15,7 +15,9 @@ from safetensors.torch import save_file
 
 from sdxl_trt.engines.adapters.file import Lora, open_lora
 from sdxl_trt.engines.adapters.kinds import Branch
-from sdxl_trt.engines.adapters.names import place_module, split_key
+from sdxl_trt.engines.adapters.names import Place, place_module, split_key
+from sdxl_trt.engines.adapters.settings import AdapterSettings
+from sdxl_trt.engines.adapters.tensors import StoredTensor
 from sdxl_trt.engines.errors import CorruptError, SdxlTrtError, SourceError, UsageError
 
 MODULE = "mid_block.attentions.0.proj_in"
@@ -190,6 +192,24 @@ def test_a_truncated_file_is_corrupt(write: Write) -> None:
 )
 def test_settings_in_the_header_decide_the_scaling(header: dict[str, Any], scaling: float, write: Write) -> None:
     assert _only(open_lora(write(_peft(), **{HEADER: header}))).scaling == scaling
+
+
+def test_patterns_are_sorted_once_however_many_modules_there_are(tmp_path: Path) -> None:
+    seen = 0
+
+    class Counted(dict[str, Any]):
+        def items(self) -> Any:
+            nonlocal seen
+            seen += len(self)
+            return super().items()
+
+    given = Counted({f"block{number}.proj_in": number for number in range(99)} | {"^proj_in": 3, "proj_in": 7})
+    read = AdapterSettings(tmp_path, {"unet": {"lora_alpha": 1, "alpha_pattern": given}})
+    down = StoredTensor(tmp_path, "x", (1, 8), "F32")
+    modules = ["block5.proj_in", "a.block98.proj_in", "block.proj_in", "proj_in", "proj_out"]
+    branches = [Branch(Place("unet", module, ""), "LoRA", {"down": down}) for module in modules]
+    assert [read.scaling(branch) for branch in branches] == [5, 98, 7, 3, 1]
+    assert seen == len(given)
 
 
 def test_settings_of_another_kind_are_refused_even_with_an_alpha(write: Write) -> None:
