@@ -1,4 +1,4 @@
-"""LoRA files: which modules a .safetensors file changes, and how, without reading weights."""
+"""LoRA files: which modules a .safetensors file changes, and how."""
 
 __all__ = ["Lora", "open_lora", "same_tensors"]
 
@@ -23,7 +23,7 @@ from sdxl_trt.engines.adapters.names import (
     split_key,
 )
 from sdxl_trt.engines.adapters.settings import read_settings
-from sdxl_trt.engines.adapters.tensors import StoredTensor, TensorFile, open_tensors, read_raw, read_tensor
+from sdxl_trt.engines.adapters.tensors import StoredTensor, TensorFile, open_tensors, read_finite, read_raw, read_tensor
 from sdxl_trt.engines.errors import CorruptError, SourceError, UsageError, explain_os_error
 from sdxl_trt.engines.host import known_as, sha256_file
 
@@ -60,11 +60,12 @@ class Lora:
 def open_lora(path: Path) -> Lora:
     """Open a LoRA with the key names of kohya's scripts, LyCORIS, OneTrainer, peft, diffusers or ComfyUI.
 
-    Supports LoRA, LoCon, DoRA, LoHa, LoKr and full differences, of weights, biases and normalizations; weights are read
-    later. The scaling of a branch is its ``alpha`` tensor / rank; without one, the scaling in the adapter's settings
-    (in the header, or adapter_config.json beside a peft file); without both, 1, as in kohya's scripts and in diffusers.
+    Supports LoRA, LoCon, DoRA, LoHa, LoKr and full differences, of weights, biases and normalizations. Weights are read
+    once, so that a damaged one is found before a run, and not kept. The scaling of a branch is its ``alpha`` tensor /
+    rank; without one, the scaling in the adapter's settings (in the header, or adapter_config.json beside a peft file);
+    without both, 1, as in kohya's scripts and in diffusers.
     Raises SourceError for a file that is not a LoRA for SDXL, or of an unsupported kind; CorruptError for a broken
-    file; UsageError for a missing one.
+    file, and for NaN or infinite weights; UsageError for a missing one.
     """
     _check_path(path)
     file = open_tensors(path)
@@ -93,7 +94,9 @@ def open_lora(path: Path) -> Lora:
     if not branches:
         raise SourceError(f"{path}: changes only a projection that SDXL's first text encoder does not have; use another"
                           " LoRA")  # fmt: skip
-    return Lora(path, _digest(path, settings.side_file), {key: tuple(own) for key, own in branches.items()}, notes)
+    digest = _digest(path, settings.side_file)
+    _check_values(branch for own in branches.values() for branch in own)
+    return Lora(path, digest, {key: tuple(own) for key, own in branches.items()}, notes)
 
 
 def same_tensors(one: Branch, other: Branch) -> bool:
@@ -128,6 +131,12 @@ def _alphas(file: TensorFile, keys: Iterable[str]) -> dict[str, float]:
                                " LoRA is damaged")  # fmt: skip
         values[info.key] = value
     return values
+
+
+def _check_values(branches: Iterable[Branch]) -> None:
+    """Raise CorruptError for NaN and infinite values, one tensor in memory at a time."""
+    for info in (info for branch in branches for info in branch.infos):
+        read_finite(info)
 
 
 def _refuse_foreign(path: Path, keys: Iterable[str]) -> None:

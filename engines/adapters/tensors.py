@@ -1,6 +1,6 @@
 """Tensors of one safetensors file: names, shapes and dtypes are read on opening, values later, with numpy alone."""
 
-__all__ = ["StoredTensor", "TensorFile", "open_tensors", "read_raw", "read_tensor"]
+__all__ = ["StoredTensor", "TensorFile", "is_finite", "open_tensors", "read_finite", "read_raw", "read_tensor"]
 
 import math
 import os
@@ -122,6 +122,21 @@ def read_tensor(info: StoredTensor) -> NDArray[Any]:
     else:
         raise SourceError(f"{info.file}: {info.key!r} is {info.dtype}, which is not supported; save it as fp16")
     return values.reshape(info.shape)
+
+
+def read_finite(info: StoredTensor) -> NDArray[np.float32]:
+    """Return one tensor of a LoRA in fp32. Raises CorruptError for NaN or infinite values, or a file that changed."""
+    with np.errstate(over="ignore"):
+        weight = read_tensor(info).astype(np.float32, copy=False)
+    if not is_finite(weight):
+        raise CorruptError(f"{info.file}: {info.key!r} holds NaN or infinite weights; the LoRA is damaged")
+    return weight
+
+
+def is_finite(weight: NDArray[np.float32]) -> bool:
+    """Return whether all numbers are finite, of an intact weight without memory beside it."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bool(np.isfinite(weight.sum())) or bool(np.isfinite(weight).all())
 
 
 def read_raw(info: StoredTensor) -> NDArray[np.uint8]:

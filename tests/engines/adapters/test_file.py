@@ -52,7 +52,7 @@ def _only(lora: Lora) -> Branch:
     return branch
 
 
-def test_a_file_is_opened_without_its_weights(write: Write) -> None:
+def test_a_file_is_opened_without_keeping_its_weights(write: Write) -> None:
     path = write(_pair(KOHYA) | {f"{KOHYA}.alpha": torch.tensor(2.0, dtype=torch.bfloat16)})
     lora = open_lora(path)
     branch = _only(lora)
@@ -129,6 +129,7 @@ def test_unsupported_kinds_of_adapters_are_refused_by_name(key: str, name: str, 
         (_pair(KOHYA) | {f"{KOHYA}.lora_up.weight": torch.ones(8)}, CorruptError, "is a vector"),
         (_pair(KOHYA) | {f"{KOHYA}.lora_up.weight": torch.ones(8, 4).int()}, CorruptError, "I32"),
         (_pair(KOHYA) | {f"{KOHYA}.lora_down.weight": torch.ones(0, 8)}, CorruptError, r"\[0, 8\]"),
+        (_pair(KOHYA) | {f"{KOHYA}.lora_up.weight": torch.full((8, 4), math.nan)}, CorruptError, "holds NaN"),
         (_pair(KOHYA) | {f"{KOHYA}.alpha": torch.ones(2)}, CorruptError, "not one finite number"),
         (_pair(KOHYA) | {f"{KOHYA}.alpha": torch.tensor(math.nan)}, CorruptError, "not one finite number"),
         (_pair(KOHYA) | {f"{KOHYA}.alpha": torch.ones(0)}, CorruptError, "not one finite number"),
