@@ -37,13 +37,15 @@ class Lora:
     """An opened LoRA file: its branches by component, and `notes`, sentences on tensors without effect.
 
     `sha256` is the digest of the file; if a peft folder's adapter_config.json sets the scaling, of both files. Two
-    LoRAs are equal if their digests are.
+    LoRAs are equal if their digests are. `tensors_sha256` is the digest of the file without its header: it stays the
+    same if only the metadata is edited, and is the one that A1111 and Civitai shorten.
     """
 
     path: Path
     sha256: str
     branches: Mapping[LoraComponent, tuple[Branch, ...]]
     notes: tuple[str, ...] = ()
+    tensors_sha256: str = ""
 
     @property
     def name(self) -> str:
@@ -94,9 +96,9 @@ def open_lora(path: Path) -> Lora:
     if not branches:
         raise SourceError(f"{path}: changes only a projection that SDXL's first text encoder does not have; use another"
                           " LoRA")  # fmt: skip
-    digest = _digest(path, settings.side_file)
+    digests = _digest(path, settings.side_file), _digest_of_tensors(path)
     _check_values(branch for own in branches.values() for branch in own)
-    return Lora(path, digest, {key: tuple(own) for key, own in branches.items()}, notes)
+    return Lora(path, digests[0], {key: tuple(own) for key, own in branches.items()}, notes, digests[1])
 
 
 def same_tensors(one: Branch, other: Branch) -> bool:
@@ -211,3 +213,12 @@ def _digest(path: Path, extra: bytes) -> str:
     except OSError as exc:
         raise explain_os_error(exc, f"reading {path}") from exc
     return hashlib.sha256(digest.encode() + extra).hexdigest() if extra else digest
+
+
+def _digest_of_tensors(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            file.seek(8 + int.from_bytes(file.read(8), "little"))
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as exc:
+        raise explain_os_error(exc, f"reading {path}") from exc
