@@ -56,9 +56,9 @@ class Engine(Protocol):
         """Let the weights have the changes of `loras`, in order, from the next `load` on; () takes them all off.
 
         With the same LoRAs as before it does nothing. Otherwise an engine that cannot change its weights while it is
-        loaded is unloaded. LoRAs without an effect on the component are left out by the caller: `adapted`. Raises
-        SourceError for a LoRA of another model and IncompatibleError where LoRAs are not supported; the engine is then
-        as before.
+        loaded is unloaded; one that is not loaded compares the LoRAs, and reads their values on loading. LoRAs without
+        an effect on the component are left out by the caller: `adapted`. Raises SourceError for a LoRA of another model
+        and IncompatibleError where LoRAs are not supported; the engine is then as before.
         """
 
     def prefetch(self) -> None:

@@ -86,7 +86,8 @@ class ExportPlan:
     def lora_records(self) -> tuple[LoraRecord, ...]:
         """Return the manifest's records of the LoRAs."""
         return tuple(
-            LoraRecord.of(each.lora.name, each.lora.sha256, each.scale, each.text_scale) for each in self.loras
+            LoraRecord.of(each.lora.name, each.lora.sha256, each.scale, each.text_scale, each.lora.tensors_sha256)
+            for each in self.loras
         )
 
 

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from sdxl_trt.engines.adapters.kinds import MAGNITUDES, Branch
 from sdxl_trt.engines.adapters.names import LoraComponent
-from sdxl_trt.engines.adapters.scaled import ScaledLora, read_part, targets
+from sdxl_trt.engines.adapters.scaled import ScaledLora, targets
+from sdxl_trt.engines.adapters.tensors import read_finite
 from sdxl_trt.engines.errors import CorruptError, IncompatibleError
 
 Weights = NDArray[np.float32]
@@ -182,7 +183,7 @@ def _half_rank(branch: Branch, name: str, core: str) -> int:
 
 def _read(lora: ScaledLora, branch: Branch, name: str) -> Factors:
     """Return the factors of a branch of a LoRA whose scale is the component's."""
-    tensors = {part: read_part(lora.lora, info) for part, info in branch.parts.items()}
+    tensors = {part: read_finite(info) for part, info in branch.parts.items()}
     found = factors_of(branch, tensors, lora.scale * branch.scaling)
     if not (np.isfinite(found.up).all() and np.isfinite(found.down).all()):
         raise CorruptError(f"{lora.lora.path}: makes {name} infinite at scale {lora.scale}; lower the scale, or"

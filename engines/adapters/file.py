@@ -1,4 +1,4 @@
-"""LoRA files: which modules a .safetensors file changes, and how, without reading weights."""
+"""LoRA files: which modules a .safetensors file changes, and how."""
 
 __all__ = ["Lora", "open_lora", "same_tensors"]
 
@@ -23,7 +23,7 @@ from sdxl_trt.engines.adapters.names import (
     split_key,
 )
 from sdxl_trt.engines.adapters.settings import read_settings
-from sdxl_trt.engines.adapters.tensors import StoredTensor, TensorFile, open_tensors, read_raw, read_tensor
+from sdxl_trt.engines.adapters.tensors import StoredTensor, TensorFile, open_tensors, read_finite, read_raw, read_tensor
 from sdxl_trt.engines.errors import CorruptError, SourceError, UsageError, explain_os_error
 from sdxl_trt.engines.host import known_as, sha256_file
 
@@ -37,13 +37,15 @@ class Lora:
     """An opened LoRA file: its branches by component, and `notes`, sentences on tensors without effect.
 
     `sha256` is the digest of the file; if a peft folder's adapter_config.json sets the scaling, of both files. Two
-    LoRAs are equal if their digests are.
+    LoRAs are equal if their digests are. `tensors_sha256` is the digest of the file without its header: it stays the
+    same if only the metadata is edited, and is the one that A1111 and Civitai shorten.
     """
 
     path: Path
     sha256: str
     branches: Mapping[LoraComponent, tuple[Branch, ...]]
     notes: tuple[str, ...] = ()
+    tensors_sha256: str = ""
 
     @property
     def name(self) -> str:
@@ -60,11 +62,12 @@ class Lora:
 def open_lora(path: Path) -> Lora:
     """Open a LoRA with the key names of kohya's scripts, LyCORIS, OneTrainer, peft, diffusers or ComfyUI.
 
-    Supports LoRA, LoCon, DoRA, LoHa, LoKr and full differences, of weights, biases and normalizations; weights are read
-    later. The scaling of a branch is its ``alpha`` tensor / rank; without one, the scaling in the adapter's settings
-    (in the header, or adapter_config.json beside a peft file); without both, 1, as in kohya's scripts and in diffusers.
+    Supports LoRA, LoCon, DoRA, LoHa, LoKr and full differences, of weights, biases and normalizations. Weights are read
+    once, so that a damaged one is found before a run, and not kept. The scaling of a branch is its ``alpha`` tensor /
+    rank; without one, the scaling in the adapter's settings (in the header, or adapter_config.json beside a peft file);
+    without both, 1, as in kohya's scripts and in diffusers.
     Raises SourceError for a file that is not a LoRA for SDXL, or of an unsupported kind; CorruptError for a broken
-    file; UsageError for a missing one.
+    file, and for NaN or infinite weights; UsageError for a missing one.
     """
     _check_path(path)
     file = open_tensors(path)
@@ -93,7 +96,9 @@ def open_lora(path: Path) -> Lora:
     if not branches:
         raise SourceError(f"{path}: changes only a projection that SDXL's first text encoder does not have; use another"
                           " LoRA")  # fmt: skip
-    return Lora(path, _digest(path, settings.side_file), {key: tuple(own) for key, own in branches.items()}, notes)
+    digests = _digest(path, settings.side_file), _digest_of_tensors(path)
+    _check_values(branch for own in branches.values() for branch in own)
+    return Lora(path, digests[0], {key: tuple(own) for key, own in branches.items()}, notes, digests[1])
 
 
 def same_tensors(one: Branch, other: Branch) -> bool:
@@ -128,6 +133,12 @@ def _alphas(file: TensorFile, keys: Iterable[str]) -> dict[str, float]:
                                " LoRA is damaged")  # fmt: skip
         values[info.key] = value
     return values
+
+
+def _check_values(branches: Iterable[Branch]) -> None:
+    """Raise CorruptError for NaN and infinite values, one tensor in memory at a time."""
+    for info in (info for branch in branches for info in branch.infos):
+        read_finite(info)
 
 
 def _refuse_foreign(path: Path, keys: Iterable[str]) -> None:
@@ -202,3 +213,12 @@ def _digest(path: Path, extra: bytes) -> str:
     except OSError as exc:
         raise explain_os_error(exc, f"reading {path}") from exc
     return hashlib.sha256(digest.encode() + extra).hexdigest() if extra else digest
+
+
+def _digest_of_tensors(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            file.seek(8 + int.from_bytes(file.read(8), "little"))
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as exc:
+        raise explain_os_error(exc, f"reading {path}") from exc

@@ -24,6 +24,7 @@ _KINDS: dict[LoraKind, frozenset[str]] = {
 MAGNITUDES = ("dora_scale", "magnitude")
 """The parts that make a branch DoRA."""
 _FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
+_CORES = ("mid", "hada_t1", "hada_t2", "lokr_t2")
 _POINTS: tuple[tuple[int, ...], ...] = ((), (1, 1))
 
 
@@ -151,6 +152,10 @@ def _check_chain(path: Path, branch: Branch, alpha: float | None) -> None:
     vectors = [info for part, info in parts.items() if len(info.shape) == 1 and part not in {*MAGNITUDES, "diff"}]
     if vectors:
         raise CorruptError(f"{path}: {vectors[0].key!r} is a vector, expected a LoRA's matrix or convolution")
+    flat = [parts[core] for core in _CORES if core in parts and len(parts[core].shape) != 4]
+    if flat:
+        raise CorruptError(f"{path}: {flat[0].key!r} {list(flat[0].shape)} has no kernel, expected the four axes of a"
+                           " convolution; the LoRA is damaged")  # fmt: skip
     for first, axis, second, other in chains:
         if first in parts and second in parts and parts[first].shape[axis] != parts[second].shape[other]:
             one, two = parts[first], parts[second]

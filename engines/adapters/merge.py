@@ -53,18 +53,22 @@ def _norms(weight: Weights, axis: int | None) -> Weights:
 
 
 def _add(weight: Weights, branch: Branch, tensors: Tensors, factor: float) -> None:
-    if branch.kind == "LoRA":
-        down = _matrix(tensors["down"])
-        if "mid" in tensors:
-            down = _matrix(np.einsum("ijkl,jr->irkl", tensors["mid"], down, optimize=True))
-        up = _matrix(tensors["up"]) * np.float32(factor)
-        matrix = _matrix(weight)
+    if branch.kind == "LoRA" and "mid" not in tensors:
+        down, up, matrix = _matrix(tensors["down"]), _matrix(tensors["up"]) * np.float32(factor), _matrix(weight)
         rows = max(1, _BLOCK // max(1, matrix.shape[1]))
         for start in range(0, len(matrix), rows):
             matrix[start : start + rows] += up[start : start + rows] @ down
         return
-    difference = {"LoHa": _loha, "LoKr": _lokr}[branch.kind](tensors) if "diff" not in tensors else tensors["diff"]
-    weight += np.float32(factor) * difference.reshape(weight.shape)
+    weight += np.float32(factor) * _difference(branch, tensors).reshape(weight.shape)
+
+
+def _difference(branch: Branch, tensors: Tensors) -> Weights:
+    """Return the change of a weight, unscaled, for all but a LoRA of two factors."""
+    if branch.kind == "difference":
+        return tensors["diff"]
+    if branch.kind == "LoRA":
+        return _around(_matrix(tensors["up"]), tensors["mid"], _matrix(tensors["down"]))
+    return {"LoHa": _loha, "LoKr": _lokr}[branch.kind](tensors)
 
 
 def _matrix(tensor: Weights) -> Weights:
@@ -90,5 +94,18 @@ def _product(tensors: Tensors, name: str, core: str) -> Weights:
     a, b = tensors[f"{name}_a"], tensors[f"{name}_b"]
     if core not in tensors:
         return a @ b
-    product: Weights = np.einsum("ijkl,ip,jr->prkl", tensors[core], a, b, optimize=True)
-    return product
+    return _around(a.T, tensors[core], b)
+
+
+def _around(up: Weights, core: Weights, down: Weights) -> Weights:
+    """Return the product of up (out, i), core (i, j, *kernel) and down (j, in): (out, in, *kernel).
+
+    The side that leaves fewer numbers is multiplied first. A file may state a huge i or j, which costs few bytes if the
+    other one is small: multiplied from the other side, it would take hundreds of times the memory of file and weight.
+    """
+    (rows, columns, *kernel), outputs, inputs = core.shape, len(up), down.shape[1]
+    up_first = outputs * columns < rows * inputs
+    if up_first:
+        core = (up @ _matrix(core)).reshape(outputs, columns, *kernel)
+    product: Weights = np.einsum("ijkl,jr->irkl", core, down, optimize=True)
+    return product if up_first else (up @ _matrix(product)).reshape(outputs, inputs, *kernel)

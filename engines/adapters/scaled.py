@@ -10,7 +10,6 @@ __all__ = [
     "name_of",
     "narrowed",
     "plan_changes",
-    "read_part",
     "targets",
 ]
 
@@ -25,7 +24,7 @@ from sdxl_trt.engines.adapters.file import Lora, same_tensors
 from sdxl_trt.engines.adapters.kinds import Branch
 from sdxl_trt.engines.adapters.merge import merge
 from sdxl_trt.engines.adapters.names import LoraComponent, component_role, module_spellings
-from sdxl_trt.engines.adapters.tensors import StoredTensor, read_tensor
+from sdxl_trt.engines.adapters.tensors import is_finite, read_finite
 from sdxl_trt.engines.errors import CorruptError, SourceError
 
 Weights = NDArray[np.float32]
@@ -115,9 +114,9 @@ class _Addition:
         branch = self.branches[name]
         infinite = abs(self.scale * branch.scaling) > _LARGEST
         if not infinite:
-            sound = _is_finite(weight)  # else the weight itself is damaged, which is not this LoRA's fault
-            merge(weight, branch, {part: read_part(self.lora, info) for part, info in branch.parts.items()}, self.scale)
-            infinite = sound and not _is_finite(weight)
+            sound = is_finite(weight)  # else the weight itself is damaged, which is not this LoRA's fault
+            merge(weight, branch, {part: read_finite(info) for part, info in branch.parts.items()}, self.scale)
+            infinite = sound and not is_finite(weight)
         if infinite:
             raise self.explain(name, "infinite")
 
@@ -125,15 +124,6 @@ class _Addition:
         """Return the error for a sum that is `what`, "infinite" or "beyond fp16's range"."""
         return CorruptError(f"{self.lora.path}: makes {name} {what} at scale {self.scale}; lower the scale, or download"
                             " the LoRA again")  # fmt: skip
-
-
-def read_part(lora: Lora, info: StoredTensor) -> Weights:
-    """Return one tensor of a LoRA in fp32; raise CorruptError for NaN or infinite values."""
-    with np.errstate(over="ignore"):
-        weight = read_tensor(info).astype(np.float32, copy=False)
-    if not _is_finite(weight):
-        raise CorruptError(f"{lora.path}: {info.key!r} holds NaN or infinite weights; the LoRA is damaged")
-    return weight
 
 
 class Changes:
@@ -220,9 +210,3 @@ def _misfit(lora: Lora, branch: Branch, shapes: Shapes, name: str, model: str) -
 def _takes_context(branch: Branch) -> bool:
     module = branch.place.module.replace("_", ".")
     return not branch.bias and "attn2" in module and module.endswith((".to.k", ".to.v"))
-
-
-def _is_finite(weight: Weights) -> bool:
-    # The sum needs no memory, and is finite for all intact weights.
-    with np.errstate(over="ignore", invalid="ignore"):
-        return bool(np.isfinite(weight.sum())) or bool(np.isfinite(weight).all())

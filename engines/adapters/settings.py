@@ -5,13 +5,15 @@ __all__ = ["AdapterSettings", "read_settings"]
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from sdxl_trt.engines.adapters.kinds import Branch
 from sdxl_trt.engines.adapters.names import COMPONENTS, PEFT_ROOT, LoraComponent
-from sdxl_trt.engines.errors import CorruptError, SourceError, explain_os_error
+from sdxl_trt.engines.errors import CorruptError, SourceError
+from sdxl_trt.engines.host import read_capped
 
 _HEADER_KEY = "lora_adapter_metadata"
 _SIDE_FILE = "adapter_config.json"
@@ -21,6 +23,8 @@ _BEYOND_TENSORS = ("fan_in_fan_out", "layer_replication", "lora_bias", "modules_
                    "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "velora_config",
                    "target_parameters", "trainable_token_indices")  # fmt: skip
 _CHANGES_BASE = ("corda", "loftq", "lora_ga", "mica", "olora", "pissa")
+_SHOWN = 80
+_MOST_SETTINGS = 16 << 20  # a pattern for every module of SDXL takes about 100 kB
 _REGEX = frozenset("*+?()[]{}|\\$^")
 
 
@@ -31,6 +35,7 @@ class AdapterSettings:
     path: Path
     by_component: Mapping[LoraComponent, Mapping[str, Any]]
     side_file: bytes = b""
+    _sorted: dict[tuple[LoraComponent, str], "_Patterns"] = field(default_factory=dict, init=False, compare=False)
 
     def scaling(self, branch: Branch) -> float:
         """Return alpha / r, or alpha / √r for a rank-stabilized LoRA; 1 without settings, as in diffusers.
@@ -65,43 +70,73 @@ class AdapterSettings:
     def _number(self, branch: Branch, name: str, patterns: str) -> float | None:
         """Return the value of the first of the `patterns` that names the branch's module, else the setting `name`."""
         settings = self.by_component[branch.place.component]
-        value = settings.get(name)
-        for pattern, own in (settings.get(patterns) or {}).items():
-            if self._matches(pattern, branch.place.module, patterns):
-                value = own
-                break
+        found = self._patterns(branch.place.component, patterns).value(branch.place.module)
+        value = settings.get(name) if found is None else found[0]
         if value is None:
             return None
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise CorruptError(f"{self.path}: {name} {value!r} is not a finite number; the LoRA's settings are damaged")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not _is_finite(value):
+            raise CorruptError(f"{self.path}: {name} {repr(value)[:_SHOWN]} is not a finite number; the LoRA's settings"
+                               " are damaged")  # fmt: skip
         if name == "r" and value <= 0:
             raise CorruptError(f"{self.path}: r {value!r} is not a rank; the LoRA's settings are damaged")
         return value
 
-    def _matches(self, pattern: str, module: str, patterns: str) -> bool:
+    def _patterns(self, component: LoraComponent, patterns: str) -> "_Patterns":
+        if (component, patterns) not in self._sorted:
+            given = self.by_component[component].get(patterns) or {}
+            self._sorted[component, patterns] = _sort_patterns(self.path, patterns, given)
+        return self._sorted[component, patterns]
+
+
+@dataclass(frozen=True)
+class _Patterns:
+    """Values of modules by name, each with the place of its pattern: by the whole name, and by its last words."""
+
+    whole: Mapping[str, tuple[int, Any]]
+    ends: Mapping[str, tuple[int, Any]]
+
+    def value(self, module: str) -> tuple[Any] | None:
+        """Return the value of the first pattern that names `module`, in a tuple; None if none does."""
+        words = module.split(".")
+        found = [self.ends[end] for start in range(len(words)) if (end := ".".join(words[start:])) in self.ends]
+        found += [self.whole[module]] if module in self.whole else []
+        return (min(found, key=itemgetter(0))[1],) if found else None
+
+
+def _sort_patterns(path: Path, patterns: str, given: Mapping[str, Any]) -> _Patterns:
+    whole: dict[str, tuple[int, Any]] = {}
+    ends: dict[str, tuple[int, Any]] = {}
+    for place, (pattern, value) in enumerate(given.items()):
         # peft runs patterns as regular expressions; untrusted ones are not run here, and trainers write plain names.
         name = pattern.removeprefix("^").replace("\\.", ".")
         if _REGEX & set(name):
-            raise SourceError(f"{self.path}: {patterns} {pattern!r} is not a module's name; save the LoRA with names")
-        return module == name or (module.endswith(f".{name}") and not pattern.startswith("^"))
+            raise SourceError(f"{path}: {patterns} {pattern[:_SHOWN]!r} is not a module's name; save the LoRA with"
+                              " names")  # fmt: skip
+        (whole if pattern.startswith("^") else ends).setdefault(name, (place, value))
+    return _Patterns(whole, ends)
 
 
 def read_settings(path: Path, keys: Iterable[str], header: Mapping[str, str]) -> AdapterSettings:
     """Return the settings in the `header` of the LoRA at `path`, or in adapter_config.json beside a peft file.
 
-    Raises SourceError for unsupported settings, CorruptError for broken ones.
+    Raises SourceError for unsupported settings, CorruptError for broken ones, UsageError for a file that is too large
+    or cannot be read.
     """
     side = path.with_name(_SIDE_FILE)
     own = _parse(path, header[_HEADER_KEY]) if _HEADER_KEY in header else {}
     raw = b""
     if not own and side.is_file() and any(key.startswith(PEFT_ROOT) for key in keys):
-        try:
-            raw = side.read_bytes()
-        except OSError as exc:
-            raise explain_os_error(exc, f"reading {side}") from exc
+        raw = read_capped(side, _MOST_SETTINGS, "reading")
     shared = _parse(side, raw) if raw else {}
     by_component = {component: _checked(path, _of(component, own) or shared) for component in COMPONENTS}
     return AdapterSettings(path, by_component, raw)
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return False
 
 
 def _of(component: LoraComponent, settings: Mapping[str, Any]) -> dict[str, Any]:

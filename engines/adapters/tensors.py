@@ -1,6 +1,6 @@
 """Tensors of one safetensors file: names, shapes and dtypes are read on opening, values later, with numpy alone."""
 
-__all__ = ["StoredTensor", "TensorFile", "open_tensors", "read_raw", "read_tensor"]
+__all__ = ["StoredTensor", "TensorFile", "is_finite", "open_tensors", "read_finite", "read_raw", "read_tensor"]
 
 import math
 import os
@@ -28,6 +28,9 @@ _NUMPY = {
 }  # fmt: skip
 # Exponent bits, exponent bias; e4m3 has no infinity, and NaN only where all bits are set.
 _FP8 = {"F8_E4M3": (4, 7), "F8_E5M2": (5, 15)}
+
+# SDXL has about 2500 weights and biases; a LoRA has up to nine tensors for one.
+_MOST_TENSORS = 50_000
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,8 @@ class TensorFile:
 def open_tensors(path: Path) -> TensorFile:
     """Open a safetensors file, whatever its name; safetensors checks its header.
 
-    Raises CorruptError if it is broken, SourceError if it is of another format or has a dtype without a known size,
-    UsageError if it cannot be read.
+    Raises CorruptError if it is broken, SourceError if it is of another format, has a dtype without a known size
+    or more tensors than any model, UsageError if it cannot be read.
     """
     from safetensors import SafetensorError, safe_open  # noqa: PLC0415 - only runs with adapters need it
 
@@ -72,6 +75,7 @@ def open_tensors(path: Path) -> TensorFile:
     try:
         stamp = _stamp(path.stat())
         with safe_open(path, framework="np") as handle:
+            _check_count(path, len(handle.keys()))
             parts = {key: handle.get_slice(key) for key in handle.offset_keys()}
             described = [(key, tuple(part.get_shape()), str(part.get_dtype())) for key, part in parts.items()]
             metadata = handle.metadata() or {}
@@ -80,6 +84,11 @@ def open_tensors(path: Path) -> TensorFile:
     except OSError as exc:
         raise explain_os_error(exc, f"reading {path}") from exc
     return TensorFile(path, _placed(path, described, stamp), metadata)
+
+
+def _check_count(path: Path, count: int) -> None:
+    if count > _MOST_TENSORS:
+        raise SourceError(f"{path}: holds {count} tensors, expected at most {_MOST_TENSORS}; use another file")
 
 
 def _placed(
@@ -113,6 +122,21 @@ def read_tensor(info: StoredTensor) -> NDArray[Any]:
     else:
         raise SourceError(f"{info.file}: {info.key!r} is {info.dtype}, which is not supported; save it as fp16")
     return values.reshape(info.shape)
+
+
+def read_finite(info: StoredTensor) -> NDArray[np.float32]:
+    """Return one tensor of a LoRA in fp32. Raises CorruptError for NaN or infinite values, or a file that changed."""
+    with np.errstate(over="ignore"):
+        weight = read_tensor(info).astype(np.float32, copy=False)
+    if not is_finite(weight):
+        raise CorruptError(f"{info.file}: {info.key!r} holds NaN or infinite weights; the LoRA is damaged")
+    return weight
+
+
+def is_finite(weight: NDArray[np.float32]) -> bool:
+    """Return whether all numbers are finite, of an intact weight without memory beside it."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bool(np.isfinite(weight.sum())) or bool(np.isfinite(weight).all())
 
 
 def read_raw(info: StoredTensor) -> NDArray[np.uint8]:

@@ -220,18 +220,30 @@ class Stage(Record, frozen=True, kw_only=True):
 
 
 class LoraRecord(Record, frozen=True, kw_only=True):
-    """A LoRA that was fused into the base: file name, digest, scale on the UNet and on the text encoders."""
+    """A LoRA that was fused into the base: file name, digest, scale on the UNet and on the text encoders.
+
+    `tensors_sha256` is the digest of the file without its header, None in bundles of older versions.
+    """
 
     name: str
     sha256: Sha256
     scale: float
     text_scale: float | None = None
     """None if it equals the UNet's scale."""
+    tensors_sha256: Sha256 | None = None
 
     @classmethod
-    def of(cls, name: str, sha256: str, scale: float, text_scale: float | None) -> "LoraRecord":
+    def of(
+        cls, name: str, sha256: str, scale: float, text_scale: float | None, tensors_sha256: str | None = None
+    ) -> "LoraRecord":
         """Return the record of a LoRA; the second scale is left out if it equals the first."""
-        return cls(name=name, sha256=sha256, scale=scale, text_scale=None if text_scale == scale else text_scale)
+        return cls(
+            name=name,
+            sha256=sha256,
+            scale=scale,
+            text_scale=None if text_scale == scale else text_scale,
+            tensors_sha256=tensors_sha256,
+        )
 
     @property
     def encoder_scale(self) -> float:

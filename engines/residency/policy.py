@@ -8,7 +8,7 @@ a budget left in host memory. If not everything fits, text encoders and the auto
 __all__ = ["RESIDENCIES", "check_residency", "estimate_memory", "fallbacks", "settled_residency"]
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
@@ -17,7 +17,7 @@ from msgspec.structs import replace
 from sdxl_trt.engines.bundle import Bundle, Manifest, PlanRecord, read_table, run_phases, slot_dtype
 from sdxl_trt.engines.errors import UsageError
 from sdxl_trt.engines.host import available_host_memory, format_bytes
-from sdxl_trt.engines.plans import RunSizes, Sizes, default_sizes
+from sdxl_trt.engines.plans import SUGGESTED_RANK, RunSizes, Sizes, default_sizes
 from sdxl_trt.engines.residency.estimate import MemoryEstimate, PhaseEstimate, Residency
 from sdxl_trt.engines.residency.needs import Extent, Need, need_of, on_device, shares_activations
 from sdxl_trt.engines.residency.read_ahead import bytes_ahead
@@ -55,6 +55,7 @@ def estimate_memory(
     capability: str | None = None,
     run: RunSizes | None = None,
     controls: Sequence[str] = (),
+    adapted: Collection[str] = (),
 ) -> MemoryEstimate:
     """Return the memory plan for runs of `bundle` on `provider` with `capacity` bytes of device or host memory.
 
@@ -62,22 +63,26 @@ def estimate_memory(
     provider), or are estimated for `sizes` (default: those that plans would be built for; for ONNX Runtime the usual
     ones). They are those of the profiles that `run` uses, by default the usual size with guidance. `from_image` adds
     the autoencoder's encoder, `controls` the ControlNets that the base uses, by component; `capability` is the GPU's
-    compute capability, None if unknown. With `residency` "auto", returns the first policy that fits, or the one that
-    needs least; `missing` is then its excess. Raises UsageError for an unknown residency, SizeError if a plan does not
-    take the sizes of `run`.
+    compute capability, None if unknown. On TensorRT, components in `adapted` count with plans for LoRAs and the largest
+    inputs that these take; one without such a plan is estimated for the suggested rank. With `residency` "auto",
+    returns the first policy that fits, or the one that needs least; `missing` is then its excess. Raises UsageError for
+    an unknown residency, SizeError if a plan does not take the sizes of `run`.
     """
     check_residency(residency)
     manifest = bundle.manifest
     sizes = sizes or _default_sizes(manifest, provider)
-    plans = _recorded(manifest, provider) if records is None else records
+    plans = _recorded(manifest, provider, adapted) if records is None else records
     phases = run_phases(manifest, provider, from_image=from_image, capability=capability, controls=controls)
     names = tuple(dict.fromkeys(name for used in phases.values() for name in used))
+    ranks = {name: record.key.lora_rank for name, record in plans.items() if record.for_loras}
+    if shares_activations(provider):
+        plans = {name: record for name, record in plans.items() if name not in adapted or record.for_loras}
+        ranks = dict.fromkeys(adapted, SUGGESTED_RANK) | ranks
     share = _DEVICE_SHARE if on_device(provider) else _HOST_SHARE
 
     def draft(at: RunSizes | Extent) -> _Draft:
         needs = {name: need_of(manifest, name, provider, sizes, plans.get(name), at) for name in names}
-        needs |= {name: _with_loras(bundle, needs[name], plans[name]) for name in names
-                  if name in plans and plans[name].for_loras}  # fmt: skip
+        needs |= {name: _with_loras(bundle, needs[name], ranks[name]) for name in names if name in ranks}
         return _Draft(
             provider=provider,
             capacity=capacity,
@@ -94,11 +99,11 @@ def estimate_memory(
     return replace(plan, least_peak=least, largest_peak=largest)
 
 
-def _with_loras(bundle: Bundle, need: Need, record: PlanRecord) -> Need:
-    """Return `need` with the inputs of LoRAs of the largest rank of a plan: those of a request may need less."""
+def _with_loras(bundle: Bundle, need: Need, rank: int) -> Need:
+    """Return `need` with the inputs of LoRAs of the largest `rank` of a plan: those of a request may need less."""
     item = 2 if slot_dtype(bundle.manifest.components[need.component].precision) == "float16" else 4
     slots = read_table(bundle, need.component).slots_by_module.values()
-    nbytes = item * record.key.lora_rank * sum(slot.columns + slot.outputs for slot in slots)
+    nbytes = item * rank * sum(slot.columns + slot.outputs for slot in slots)
     return replace(need, io=need.io + nbytes, uncertain=need.uncertain + nbytes)
 
 
@@ -116,9 +121,9 @@ def _default_sizes(manifest: Manifest, provider: str) -> Sizes:
     return sizes if shares_activations(provider) else replace(sizes, static=True)
 
 
-def _recorded(manifest: Manifest, provider: str) -> dict[str, PlanRecord]:
-    plain = [record for record in manifest.plans if not record.for_loras]
-    records = reversed([record for record in plain if record.key.environment.flavour == provider])
+def _recorded(manifest: Manifest, provider: str, adapted: Collection[str]) -> dict[str, PlanRecord]:
+    wanted = [record for record in manifest.plans if record.for_loras == (record.key.component in adapted)]
+    records = reversed([record for record in wanted if record.key.environment.flavour == provider])
     return {record.key.component: record for record in records}
 
 

@@ -122,6 +122,16 @@ class EnginePool:
             seen |= {name_of(use)} & staying
         self._reads.expect(wanted)
 
+    def check(self, uses: Iterable[Use]) -> None:
+        """Raise now what a phase of `uses` would raise for their LoRAs; nothing is loaded, and no values are read.
+
+        What only the values show, such as sums beyond fp16's range, is raised by the phase. Raises SourceError,
+        IncompatibleError, and CorruptError for files that changed.
+        """
+        for use in self._resolve(uses):
+            if loras_of(use):
+                self._new(use)  # an engine that is not loaded compares LoRAs with its plan or graph, and no more
+
     def phase(self, *names: Use, next_engines: tuple[Use, ...] = ()) -> tuple[Engine, ...]:
         """Free the engines that the policy does not keep; load and return those of the components `names`.
 

@@ -16,7 +16,6 @@ __all__ = [
 ]
 
 import contextlib
-import hashlib
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,7 +26,7 @@ from typing import Annotated
 
 import msgspec
 
-from sdxl_trt.engines import SdxlTrtError, SourceError, UsageError, explain_os_error
+from sdxl_trt.engines import SdxlTrtError, SourceError, UsageError
 from sdxl_trt.engines.adapters import (
     COMPONENTS,
     Lora,
@@ -158,7 +157,9 @@ def settle_loras(
     parts = _parts(stage)
     for lora in dict.fromkeys(each.lora for each in loras):
         _check_fits(lora, parts, bundle, "refiner" if refiner else "base")
-    return SettledLoras(tuple(loras), tuple(facts), tuple(dict.fromkeys(_notes(loras, parts))))
+    fused = () if refiner else bundle.manifest.loras
+    notes = dict.fromkeys([*_notes(loras, parts), *_perhaps_fused(loras, fused)])
+    return SettledLoras(tuple(loras), tuple(facts), tuple(notes))
 
 
 def _is_file(path: Path) -> bool:
@@ -177,8 +178,17 @@ def _check_scales(use: LoraUse, option: str) -> None:
 
 def _check_not_fused(lora: Lora, fused: Sequence[LoraRecord], option: str) -> None:
     for record in fused:
-        if record.sha256 == lora.sha256:
+        if record.sha256 == lora.sha256 or record.tensors_sha256 == lora.tensors_sha256:
             raise UsageError(f"{option} {lora.path}: is fused into this bundle at {record.told} already; leave it out")
+
+
+def _perhaps_fused(loras: Sequence[ScaledLora], fused: Sequence[LoraRecord]) -> Iterator[str]:
+    """Yield a sentence for each LoRA with the name of a fused one of which an older version recorded too little."""
+    unsure = {record.name: record for record in fused if record.tensors_sha256 is None}
+    for each in loras:
+        if record := unsure.get(each.lora.name):
+            yield (f"{each.lora.path}: the bundle has a LoRA of this name fused at {record.told} already, from a file"
+                   " with another digest; if it is the same LoRA, leave it out")  # fmt: skip
 
 
 def _parts(stage: Stage) -> Mapping[LoraComponent, str]:
@@ -234,13 +244,4 @@ def _opened(path: str, _: State) -> tuple[Lora, str]:
     """Return the LoRA in a file and its short hash; a file in the same state is read once."""
     lora = open_lora(Path(path))
     stated = _SHORT_HASH.match(open_tensors(lora.path).metadata.get(_HASHED_BY_TRAINER, ""))
-    return lora, stated[0] if stated else _digest_of_tensors(lora.path)[:12]
-
-
-def _digest_of_tensors(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            file.seek(8 + int.from_bytes(file.read(8), "little"))
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as exc:
-        raise explain_os_error(exc, f"reading {path}") from exc
+    return lora, stated[0] if stated else lora.tensors_sha256[:12]

@@ -56,23 +56,31 @@ def _schema() -> dict[str, Any]:
 
 def _plan(arguments: argparse.Namespace) -> None:
     """Print the memory plan for this machine, or for a device of another size."""
-    from sdxl_trt.engines.host import format_bytes  # noqa: PLC0415
     from sdxl_trt.runtime.cli.memory import estimate_run  # noqa: PLC0415
 
     from_image = arguments.image is not None or arguments.refine is not None
+    changed = _changed_by_loras(arguments)
     plan = estimate_run(arguments.engines, arguments.provider, arguments.residency, arguments.vram, arguments.width,
                         arguments.height, from_image=from_image,
-                        controls=stated_settings(arguments)["controls"])  # fmt: skip
-    changed = _changed_by_loras(arguments)
+                        controls=stated_settings(arguments)["controls"], adapted=changed)  # fmt: skip
     if arguments.json:
         import msgspec  # noqa: PLC0415
 
         print_json(msgspec.to_builtins(plan) | ({"changed_by_loras": changed} if changed else {}))
     else:
-        lines = [*plan.lines(), *(f"LoRAs change {format_bytes(size)} of {name}, which ONNX Runtime holds a second time"
-                                  " in host memory while it loads" for name, size in changed.items())]  # fmt: skip
+        lines = [*plan.lines(), *(_told_of_loras(plan.provider, name, size) for name, size in changed.items())]
         sys.stdout.write("".join(f"{line}\n" for line in lines))
     plan.check()
+
+
+def _told_of_loras(provider: str, name: str, size: int) -> str:
+    """Return what the LoRAs of a component take, of which they change `size` bytes."""
+    from sdxl_trt.engines.host import format_bytes  # noqa: PLC0415
+
+    if provider.startswith("ort-"):
+        return (f"LoRAs change {format_bytes(size)} of {name}, which ONNX Runtime holds a second time in host memory"
+                " while it loads")  # fmt: skip
+    return f"LoRAs change {name}: its plan is one for LoRAs, with inputs for the largest rank that it takes"
 
 
 def _changed_by_loras(arguments: argparse.Namespace) -> dict[str, int]:

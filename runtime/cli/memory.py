@@ -2,12 +2,13 @@
 
 __all__ = ["changed_weights", "estimate_run"]
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import msgspec
 
-from sdxl_trt.engines.adapters import adapted, component_role, loras_of, targets
+from sdxl_trt.engines.adapters import adapted as with_loras
+from sdxl_trt.engines.adapters import component_role, loras_of, targets
 from sdxl_trt.engines.backends import open_backend
 from sdxl_trt.engines.bundle import Bundle, fixed, read_bundle, read_table
 from sdxl_trt.engines.plans import PlanLimits, RunSizes, Sizes, check_for, plan_limits, stage_sizes
@@ -27,7 +28,7 @@ def changed_weights(request: Request, path: Path | str | None = None) -> dict[st
     for name, loras in resolved.loras.items():
         stage = bundle.manifest.stages()[name]
         for component in (stage.unet, *(encoder.component for encoder in stage.text_encoders)):
-            use = adapted(component, loras)
+            use = with_loras(component, loras)
             table, config = read_table(bundle, component), bundle.manifest.components[component].config
             names = {target for each in loras_of(use) for role in [component_role(component)] if role is not None
                      for target in targets(each.lora, role, table.shapes, config)}  # fmt: skip
@@ -54,12 +55,14 @@ def estimate_run(
     *,
     from_image: bool = False,
     controls: Sequence[ControlUse] = (),
+    adapted: Collection[str] = (),
 ) -> MemoryEstimate:
     """Return the memory that a run of the bundle at `path` (None: the embedded pair) takes, and a residency that fits.
 
     With `vram` bytes no GPU is needed, and "auto" means tensorrt. `width` and `height` are pixels of a single size: it
     selects the profiles of built plans, and plans that are not built are estimated for it. `from_image` is for runs
-    that start from pictures, `controls` for those whose ControlNets follow pictures.
+    that start from pictures, `controls` for those whose ControlNets follow pictures, `adapted` names the
+    components that LoRAs change.
     Raises SourceError, CorruptError, UsageError, SizeError, and IncompatibleError for a missing provider.
     """
     bundle = _bundle(path)
@@ -69,20 +72,22 @@ def estimate_run(
         records = [record for record in bundle.manifest.plans
                    if record.key.environment.flavour == chosen and not record.for_loras]  # fmt: skip
         return estimate_memory(bundle, provider=chosen, capacity=vram, residency=residency, sizes=sizes,
-                               from_image=from_image, controls=nets,
+                               from_image=from_image, controls=nets, adapted=adapted,
                                run=_run_of(sizes, plan_limits(bundle, records)))  # fmt: skip
     backend = open_backend(bundle, provider)
     backend.close()
     residency = settled_residency(residency, backend.provider, once=True)
+    slotted = {name: record for name, record in backend.slot_records.items() if name in adapted}
     return estimate_memory(
         bundle,
         provider=backend.provider,
         capacity=backend.free,
         residency=residency,
         sizes=sizes,
-        records=backend.records,
+        records={**backend.records, **slotted},
         from_image=from_image,
         controls=nets,
+        adapted=adapted,
         capability=backend.capability,
         run=_run_of(sizes, backend.limits),
     )

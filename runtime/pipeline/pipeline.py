@@ -81,6 +81,7 @@ class Pipeline:
         """
         resolved = resolve_request(request, self.manifest, self.pool.limits, self.pool.bundle)
         self._say(resolved.notes)
+        self.pool.check(use for name in self._stages(resolved) for use in self._engines(resolved, name))
         guided = any(resolved.guidance_of(name).wanted for name in self._stages(resolved))
         self._make_room(resolved, 2 if guided else 1)
         return start_job(resolved, request, self.manifest)
@@ -109,8 +110,9 @@ class Pipeline:
             )
 
     def _engines(self, request: ResolvedRequest, name: StageName) -> list[Use]:
-        """Return the text encoders and the UNet of a stage with the request's LoRAs."""
-        return [*self._encoders(request, name), self.unet(request, name)]
+        """Return the text encoders of a stage, and its UNet if it takes steps, with the request's LoRAs."""
+        unet = [self.unet(request, name)] if name == "refiner" or request.base.steps else []
+        return [*self._encoders(request, name), *unet]
 
     def expect(self, jobs: Sequence[Job]) -> None:
         """Tell the pool which components the stages of `jobs` use, in order, so that their plans are read ahead."""

@@ -15,7 +15,9 @@ from safetensors.torch import save_file
 
 from sdxl_trt.engines.adapters.file import Lora, open_lora
 from sdxl_trt.engines.adapters.kinds import Branch
-from sdxl_trt.engines.adapters.names import place_module, split_key
+from sdxl_trt.engines.adapters.names import Place, place_module, split_key
+from sdxl_trt.engines.adapters.settings import AdapterSettings
+from sdxl_trt.engines.adapters.tensors import StoredTensor
 from sdxl_trt.engines.errors import CorruptError, SdxlTrtError, SourceError, UsageError
 
 MODULE = "mid_block.attentions.0.proj_in"
@@ -50,7 +52,7 @@ def _only(lora: Lora) -> Branch:
     return branch
 
 
-def test_a_file_is_opened_without_its_weights(write: Write) -> None:
+def test_a_file_is_opened_without_keeping_its_weights(write: Write) -> None:
     path = write(_pair(KOHYA) | {f"{KOHYA}.alpha": torch.tensor(2.0, dtype=torch.bfloat16)})
     lora = open_lora(path)
     branch = _only(lora)
@@ -127,6 +129,7 @@ def test_unsupported_kinds_of_adapters_are_refused_by_name(key: str, name: str, 
         (_pair(KOHYA) | {f"{KOHYA}.lora_up.weight": torch.ones(8)}, CorruptError, "is a vector"),
         (_pair(KOHYA) | {f"{KOHYA}.lora_up.weight": torch.ones(8, 4).int()}, CorruptError, "I32"),
         (_pair(KOHYA) | {f"{KOHYA}.lora_down.weight": torch.ones(0, 8)}, CorruptError, r"\[0, 8\]"),
+        (_pair(KOHYA) | {f"{KOHYA}.lora_up.weight": torch.full((8, 4), math.nan)}, CorruptError, "holds NaN"),
         (_pair(KOHYA) | {f"{KOHYA}.alpha": torch.ones(2)}, CorruptError, "not one finite number"),
         (_pair(KOHYA) | {f"{KOHYA}.alpha": torch.tensor(math.nan)}, CorruptError, "not one finite number"),
         (_pair(KOHYA) | {f"{KOHYA}.alpha": torch.ones(0)}, CorruptError, "not one finite number"),
@@ -192,6 +195,24 @@ def test_settings_in_the_header_decide_the_scaling(header: dict[str, Any], scali
     assert _only(open_lora(write(_peft(), **{HEADER: header}))).scaling == scaling
 
 
+def test_patterns_are_sorted_once_however_many_modules_there_are(tmp_path: Path) -> None:
+    seen = 0
+
+    class Counted(dict[str, Any]):
+        def items(self) -> Any:
+            nonlocal seen
+            seen += len(self)
+            return super().items()
+
+    given = Counted({f"block{number}.proj_in": number for number in range(99)} | {"^proj_in": 3, "proj_in": 7})
+    read = AdapterSettings(tmp_path, {"unet": {"lora_alpha": 1, "alpha_pattern": given}})
+    down = StoredTensor(tmp_path, "x", (1, 8), "F32")
+    modules = ["block5.proj_in", "a.block98.proj_in", "block.proj_in", "proj_in", "proj_out"]
+    branches = [Branch(Place("unet", module, ""), "LoRA", {"down": down}) for module in modules]
+    assert [read.scaling(branch) for branch in branches] == [5, 98, 7, 3, 1]
+    assert seen == len(given)
+
+
 def test_settings_of_another_kind_are_refused_even_with_an_alpha(write: Write) -> None:
     path = write(_peft() | {f"unet.{MODULE}.alpha": torch.tensor(1.0)}, **{HEADER: {"unet.use_dora": True}})
     with pytest.raises(SourceError, match="use_dora is True"):
@@ -217,6 +238,7 @@ def test_a_modules_alpha_overrides_the_header(write: Write) -> None:
         ({"unet.lora_alpha": "8"}, CorruptError, "lora_alpha '8'"),
         ({"unet.lora_alpha": True}, CorruptError, "lora_alpha True"),
         ({"unet.lora_alpha": math.inf}, CorruptError, "lora_alpha inf"),
+        ({"unet.lora_alpha": 10**400}, CorruptError, "lora_alpha 1000.* is not a finite number"),
         ([], CorruptError, "not a JSON object"),
     ],
 )
@@ -245,6 +267,14 @@ def test_the_settings_of_a_peft_folder_are_read(write: Write) -> None:
     changed = open_lora(path)
     assert _only(changed).scaling == 0.5
     assert len({bare.sha256, lora.sha256, changed.sha256}) == 3
+
+
+def test_a_huge_settings_file_is_refused_without_reading_it(write: Write) -> None:
+    path = write(_peft(f"base_model.model.{MODULE}"))
+    with path.with_name("adapter_config.json").open("wb") as side:
+        side.truncate(1 << 34)  # sparse
+    with pytest.raises(UsageError, match=r"reading .*adapter_config\.json: is larger than 16 MiB; give a smaller one"):
+        open_lora(path)
 
 
 def test_a_settings_file_beside_other_files_is_ignored(write: Write) -> None:

@@ -227,6 +227,11 @@ LORA = {"lora_up.weight": UP, "lora_down.weight": DOWN}
         ({"lokr_w1": W2, "lokr_w2": W2}, SourceError, r"another model.*shape \[12, 8\]"),
         ({"lokr_w1": torch.ones(6, 2), "lokr_w2": torch.ones(2, 4, 3, 3)}, SourceError, r"shape \[12, 8\]"),
         (
+            {"lokr_w1": W1, "lokr_w2_a": torch.ones(2, 4), "lokr_w2_b": torch.ones(2, 4), "lokr_t2": torch.ones(2, 2)},
+            CorruptError, r"lokr_t2' \[2, 2\] has no kernel",
+        ),
+        (LORA | {"lora_mid.weight": torch.ones(2, 2)}, CorruptError, r"lora_mid\.weight' \[2, 2\] has no kernel"),
+        (
             {"lokr_w1_a": torch.ones(3, 1), "lokr_w1_b": torch.ones(1, 2), "lokr_w2_a": torch.ones(4, 2),
              "lokr_w2_b": torch.ones(2, 4), "alpha": torch.tensor(1.0)},
             SourceError, "have ranks 1 and 2, but one alpha for both",

@@ -77,3 +77,13 @@ def test_a_dtype_without_values_here_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(bytes(8))
     with pytest.raises(SourceError, match="'a' is F8_E8M0, which is not supported"):
         read_tensor(StoredTensor(tmp_path / "a", "a", (4,), "F8_E8M0"))
+
+
+def test_a_file_of_more_tensors_than_any_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sdxl_trt.engines.adapters.tensors._MOST_TENSORS", 3)
+    path = tmp_path / "a.safetensors"
+    save_file({str(number): torch.ones(1) for number in range(3)}, path)
+    assert len(open_tensors(path).tensors) == 3
+    save_file({str(number): torch.ones(1) for number in range(4)}, path)
+    with pytest.raises(SourceError, match=r"a\.safetensors: holds 4 tensors, expected at most 3; use another file"):
+        open_tensors(path)

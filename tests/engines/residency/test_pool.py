@@ -15,7 +15,7 @@ from sdxl_trt.engines.bundle.bundle import Bundle
 from sdxl_trt.engines.bundle.manifest import Component
 from sdxl_trt.engines.bundle.profile import Range
 from sdxl_trt.engines.engine import Array, Engine
-from sdxl_trt.engines.errors import CorruptError, EngineError, ResourceError
+from sdxl_trt.engines.errors import CorruptError, EngineError, IncompatibleError, ResourceError
 from sdxl_trt.engines.plans.limits import PlanLimits
 from sdxl_trt.engines.plans.shapes import RunSizes
 from sdxl_trt.engines.residency.estimate import MemoryEstimate, PhaseEstimate
@@ -65,6 +65,7 @@ class FakeEngine:
     def __init__(self, name: str, machine: Machine) -> None:
         self.name, self.machine = name, machine
         self.loras: tuple[Any, ...] = ()
+        self.loaded = False
 
     def prefetch(self) -> None:
         self.machine.happens(f"prefetch {self.name}")
@@ -73,6 +74,7 @@ class FakeEngine:
         self.machine.happens(f"load {self.name}")
         assert self.name not in self.machine.loaded, "loaded twice"
         self.machine.loaded.append(self.name)
+        self.loaded = True
         unets = sum(name in UNETS for name in self.machine.loaded)
         self.machine.most_unets = max(self.machine.most_unets, unets)
 
@@ -80,7 +82,7 @@ class FakeEngine:
         if tuple(loras) != self.loras:
             self.machine.happens(f"adapt {self.name} {' '.join(map(str, loras))}".strip())
             self.loras = tuple(loras)
-            if self.name in self.machine.loaded:
+            if self.loaded:
                 self.unload()
 
     def reserve(self, nbytes: int) -> None:
@@ -557,6 +559,17 @@ def test_loras_that_do_not_fit_leave_the_engine_as_it_was(make_pool, machine: Ma
         assert pool.holds("unet")
         assert pool.phase("unet")
         assert pool.loads == ["unet"]
+
+
+def test_loras_that_do_not_fit_are_refused_before_a_phase(make_pool, machine: Machine) -> None:
+    with make_pool("resident") as pool:
+        pool.phase("unet")
+        machine.errors["adapt refiner_unet ('style', 0.8)"] = IncompatibleError("changes a bias")
+        pool.check(["unet", _worn("unet")])
+        with pytest.raises(IncompatibleError, match="changes a bias"):
+            pool.check([_worn("unet"), _worn("refiner_unet")])
+        assert pool.holds("unet")
+        assert pool.loads == machine.loaded == ["unet"]
 
 
 def test_an_engine_whose_loras_fail_to_load_is_gone_and_comes_back(make_pool, machine: Machine) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from sdxl_trt.engines.adapters.file import open_lora
 from sdxl_trt.engines.bundle import LoraRecord
 from sdxl_trt.engines.errors import CorruptError, IncompatibleError, SourceError, UsageError
 from sdxl_trt.engines.host import sha256_file
@@ -140,8 +141,23 @@ def test_another_lora_on_a_bundle_with_fused_ones_is_fine(
     make_lora: MakeLora, resolved: Resolve, tmp_path: Path
 ) -> None:
     ink = make_lora(tmp_path / "ink.safetensors")
-    fused = LoraRecord(name="ink.safetensors", sha256="0" * 64, scale=0.8)
-    assert resolved(LoraUse(str(ink)), changed={"loras": (fused,)}).loras["base"]
+    fused = LoraRecord(name="ink.safetensors", sha256="0" * 64, scale=0.8, tensors_sha256="1" * 64)
+    request = resolved(LoraUse(str(ink)), handoff=None, changed={"loras": (fused,)})
+    assert (len(request.loras["base"]), request.notes) == (1, ())
+
+
+def test_a_fused_lora_with_edited_metadata_is_refused(make_lora: MakeLora, resolved: Resolve, tmp_path: Path) -> None:
+    ink, edited = make_lora(tmp_path / "ink.safetensors"), tmp_path / "edited" / "ink.safetensors"
+    edited.parent.mkdir()
+    save_file(load_file(ink), edited, {"title": "Ink"})
+    lora = open_lora(ink)
+    fused = LoraRecord.of(lora.name, lora.sha256, 0.8, None, lora.tensors_sha256)
+    assert fused.sha256 != sha256_file(edited)
+    with pytest.raises(UsageError, match=r"edited.ink.safetensors: is fused into this bundle at 0.8 already"):
+        resolved(LoraUse(str(edited)), changed={"loras": (fused,)})
+    older = LoraRecord.of(lora.name, lora.sha256, 0.8, None)
+    (note,) = resolved(LoraUse(str(edited)), handoff=None, changed={"loras": (older,)}).notes
+    assert "the bundle has a LoRA of this name fused at 0.8 already, from a file with another digest" in note
 
 
 def test_a_bundle_of_an_older_version_is_exported_again(embedded: Any, make_lora: MakeLora, tmp_path: Path) -> None:

@@ -167,6 +167,9 @@ def test_the_plan_says_what_loras_change(
     assert changed == {"text_encoder": sum(size for key, size in sizes.items() if "_te1_" in key)}
     assert trt_generate([*options, "--lora", "ink"]) == 0
     text = capsys.readouterr().out
-    assert "of unet, which ONNX Runtime holds a second time" in text
+    assert "LoRAs change unet: its plan is one for LoRAs" in text
+    assert "ONNX Runtime" not in text
+    assert trt_generate([*options, "--lora", "ink", "--provider", "ort-cuda"]) == 0
+    assert "of unet, which ONNX Runtime holds a second time" in capsys.readouterr().out
     assert trt_generate([*options, "--lora", "gone"]) == 2
     assert "changed_by_loras" not in (trt_generate(["--plan", "--vram", "8GB", "--json"]), capsys.readouterr().out)[1]

@@ -90,3 +90,27 @@ def test_a_size_that_the_plans_do_not_take_is_refused(capsys: Any, planned: Path
     code, _, error = _plan(capsys, planned, "--width", "256")
     assert (code, error.count("\n")) == (2, 1)
     assert "unet: the plan takes rows 1 to 2" in error
+
+
+def test_a_run_with_loras_is_planned_with_plans_for_loras(capsys: Any, make_lora: Any, tmp_path: Path) -> None:
+    ink = make_lora(tmp_path / "ink.safetensors", "unet")
+    root = _bundle(tmp_path)
+    manifest = read_bundle(root).manifest
+    (plain,) = (record for record in manifest.plans if record.key.component == "unet")
+    slotted = msgspec.structs.replace(
+        plain,
+        key=msgspec.structs.replace(plain.key, lora_rank=16),
+        memory=msgspec.structs.replace(plain.memory, weights=5500 * MB),
+    )
+    lora = ["--lora", str(ink)]
+    _, unbuilt, _ = _plan(capsys, root, *lora)
+    write_manifest(root, msgspec.structs.replace(manifest, plans=(*manifest.plans, slotted)))
+    _, without, _ = _plan(capsys, root)
+    _, needs, _ = _plan(capsys, root, *lora)
+    assert (without["unet"]["weights"], needs["unet"]["weights"]) == (5000 * MB, 5500 * MB)
+    factors = needs["unet"]["io"] - without["unet"]["io"]
+    assert factors == needs["unet"]["uncertain"] > 0
+    assert {**needs, "unet": None} == {**without, "unet": None}
+    # Without a plan for LoRAs, it is estimated for the rank that is suggested: 128.
+    assert unbuilt["unet"]["weights"] == manifest.components["unet"].weights.size
+    assert unbuilt["unet"]["io"] - without["unet"]["io"] == 8 * factors

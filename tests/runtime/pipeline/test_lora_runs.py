@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from sdxl_trt.engines.bundle import LoraRecord
-from sdxl_trt.engines.errors import UsageError
+from sdxl_trt.engines.errors import IncompatibleError, UsageError
 from sdxl_trt.engines.host import sha256_file
 from sdxl_trt.runtime import Pipeline, Request, open_bundle
 from sdxl_trt.runtime.adapters.use import LoraUse
@@ -69,6 +69,15 @@ def drawn(opened: Pipeline, folder: Path) -> Any:
 
 def test_a_lora_changes_the_picture(opened: Pipeline, drawn: Any) -> None:
     assert np.abs(drawn[1] - _latents(opened, SMALL)).max() > 1e-3
+
+
+@pytest.mark.parametrize("given", [{"prompt": "a star <lora:ink>"}, {"refiner_loras": (LoraUse("own"),)}])
+def test_a_provider_that_takes_no_loras_refuses_them_before_anything_is_loaded(given: Any, folder: Path) -> None:
+    with open_bundle(provider="ort-tensorrt") as pipeline:
+        requests = [SMALL, replace(SMALL, handoff=0.5, steps=2, lora_dir=folder, **given)]
+        with pytest.raises(IncompatibleError, match="TensorRT compiles the weights into its engines"):
+            Batch(pipeline, requests)
+        assert pipeline.pool.loads == []
 
 
 def _repeated(picture: Any, path: Path, *options: str) -> Namespace:

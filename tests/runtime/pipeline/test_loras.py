@@ -50,7 +50,7 @@ class StandIn:
 
     def __init__(self, name: str, loaded: list[str]) -> None:
         self.component = read_bundle(bundle_path()).manifest.components[name]
-        self._name, self._loaded = name, loaded
+        self._name, self._loaded, self._held = name, loaded, False
         self._loras: tuple[ScaledLora, ...] = ()
         self._constants: dict[str, Array] = {}
 
@@ -64,6 +64,7 @@ class StandIn:
     def load(self) -> None:
         assert self._name not in self._loaded
         self._loaded.append(self._name)
+        self._held = True
         assert sum(name in UNETS for name in self._loaded) <= 2
 
     def reserve(self, nbytes: int) -> None: ...
@@ -86,8 +87,9 @@ class StandIn:
         return {name: made[name] for name in outputs or made}
 
     def unload(self) -> None:
-        if self._name in self._loaded:
+        if self._held:
             self._loaded.remove(self._name)
+            self._held = False
 
 
 def _size(axis: int | str, axes: Mapping[Any, int]) -> int:
