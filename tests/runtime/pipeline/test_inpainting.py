@@ -139,6 +139,11 @@ def test_a_model_of_nine_channels_needs_a_mask(nine: Manifest, pixels: np.ndarra
     for request in (Request("a star"), _request(pixels, None)):
         with pytest.raises(UsageError, match=r"is an inpainting model, .*; give --image FILE --mask FILE"):
             resolve_request(request, nine)
+    with pytest.raises(
+        UsageError, match=r"--image: latents given, .* an inpainting model, .*; give the picture itself"
+    ):
+        resolve_request(_request(LATENTS, mask, paste=False), nine)
+    assert resolve_request(_request(LATENTS, mask, paste=False, compat="comfyui", graph="{}"), nine).takes_mask
     assert resolve_request(_request(pixels, mask), nine).takes_mask
     assert resolve_request(_request(pixels, None, refine=True, handoff="auto", steps=5), nine).refiner_only
 
@@ -146,7 +151,7 @@ def test_a_model_of_nine_channels_needs_a_mask(nine: Manifest, pixels: np.ndarra
 def test_the_noise_of_nine_channels_does_not_depend_on_what_follows(
     nine: Manifest, pixels: np.ndarray, mask: np.ndarray
 ) -> None:
-    """Requests that share a base run continue its noise; the picture that a refiner keeps is drawn from what is left."""
+    """Requests that share a base run continue its noise; what a refiner keeps is drawn after it."""
     requests = [_request(pixels, mask, strength=1.0, handoff=handoff, count=2) for handoff in (0.5, None)]
     refined, alone = (start_job(resolve_request(each, nine), each, nine) for each in requests)
     shape, latent = refined.latents.shape[1:], np.ones((1, *refined.latents.shape[1:]), np.float32)
