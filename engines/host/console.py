@@ -7,6 +7,7 @@ import errno
 import functools
 import io
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn, TypeVar
@@ -32,6 +33,8 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **settings: Any) -> None:
         form = functools.partial(settings.pop("formatter_class", argparse.HelpFormatter), width=_columns() - 2)
         super().__init__(allow_abbrev=False, formatter_class=form, **settings)
+        # argparse takes "-8,0" for an option; it is a value, which the option that it is given to refuses or takes.
+        self._negative_number_matcher = re.compile(r"-\.?\d")
         self.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
 
     def error(self, message: str) -> NoReturn:

@@ -8,6 +8,7 @@ __all__ = ["ENCODERS", "Embedding", "EncoderName", "read_embedding"]
 
 import hashlib
 import os
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -17,7 +18,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from sdxl_trt.engines import SourceError, explain_os_error
+from sdxl_trt.engines import SourceError, UsageError, explain_os_error
 from sdxl_trt.engines.adapters import StoredTensor, open_tensors, read_tensor
 from sdxl_trt.engines.host import known_as
 from sdxl_trt.engines.plans import MAX_VECTORS
@@ -58,22 +59,26 @@ class Embedding:
 def read_embedding(path: Path) -> Embedding:
     """Return the embedding in a safetensors file; a file that has not changed is read once.
 
-    Raises SourceError for a file of another kind, CorruptError for a broken one, UsageError if it cannot be read.
+    Raises SourceError for a file of another kind, CorruptError for a broken one, UsageError if it cannot be read, or is
+    a pipe, a device or a folder.
     """
     try:
         status = path.stat()
-        state = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
     except OSError as exc:
         raise explain_os_error(exc, f"reading {path}") from exc
+    # A pipe might never end.
+    if not stat.S_ISREG(status.st_mode):
+        raise UsageError(f"{path}: is not a file; give an embedding as a .safetensors file")
+    if status.st_size > MAX_BYTES:
+        raise SourceError(f"{path}: is larger than {MAX_BYTES >> 20} MiB, so not an embedding of SDXL")
+    state = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
     return _read(os.fspath(path), state)
 
 
 @lru_cache(maxsize=_KEPT)
-def _read(name: str, state: tuple[int, ...]) -> Embedding:
+def _read(name: str, _state: tuple[int, ...]) -> Embedding:
     path = Path(name)
     file = open_tensors(path)
-    if state[2] > MAX_BYTES:
-        raise SourceError(f"{path}: is larger than {MAX_BYTES >> 20} MiB, so not an embedding of SDXL")
     keys = _keys(path, list(file.tensors))
     stored = {encoder: file.tensors[key] for encoder, key in keys.items()}
     for each in stored.values():

@@ -56,6 +56,8 @@ def repeated(argv: Sequence[str] | None) -> argparse.Namespace:
         _take_image(arguments, settings, source)
         _take_mask(arguments, settings, source)
         _take_controls(arguments, settings, source)
+        # Guess mode is about ControlNets: without them only an option that is given now is a mistake.
+        arguments.control_guess &= stated.control_guess or any(arguments.controls or ())
     _take_loras(arguments, settings, source)
     return arguments
 

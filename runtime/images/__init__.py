@@ -7,7 +7,7 @@ from sdxl_trt.engines.lazy import lazy_names
 if TYPE_CHECKING:
     from sdxl_trt.runtime.images.exif import EDITOR
     from sdxl_trt.runtime.images.files import FORMATS, SETTINGS, WORKFLOW, read_texts, save_image
-    from sdxl_trt.runtime.images.inputs import Fit, InputPicture, as_input, check_input, fitted, read_input
+    from sdxl_trt.runtime.images.inputs import MAX_PIXELS, Fit, InputPicture, as_input, check_input, fitted, read_input
     from sdxl_trt.runtime.images.masks import (
         InputMask, Margins, Overlay, as_mask, outpainted, read_channel, read_mask,
     )
@@ -20,7 +20,7 @@ else:
     __getattr__ = lazy_names(__name__, {
         "exif": ("EDITOR",),
         "files": ("FORMATS", "SETTINGS", "WORKFLOW", "read_texts", "save_image"),
-        "inputs": ("Fit", "InputPicture", "as_input", "check_input", "fitted", "read_input"),
+        "inputs": ("MAX_PIXELS", "Fit", "InputPicture", "as_input", "check_input", "fitted", "read_input"),
         "masks": ("InputMask", "Margins", "Overlay", "as_mask", "outpainted", "read_channel", "read_mask"),
         "metadata": ("describe",),
         "picture": ("Picture",),
@@ -30,8 +30,8 @@ else:
     })
 
 __all__ = [
-    "EDITOR", "FORMATS", "SETTINGS", "WORKFLOW", "BundleName", "Fit", "InputMask", "InputPicture", "Margins",
-    "Overlay", "Picture", "Sheet", "as_input", "as_mask", "bundle_name", "check_input", "contact_sheet", "describe",
-    "draw_sheet", "fitted", "new_size", "outpainted", "read_channel", "read_input", "read_mask", "read_texts",
-    "resize", "save_image", "warn_of_another_bundle",
+    "EDITOR", "FORMATS", "MAX_PIXELS", "SETTINGS", "WORKFLOW", "BundleName", "Fit", "InputMask", "InputPicture",
+    "Margins", "Overlay", "Picture", "Sheet", "as_input", "as_mask", "bundle_name", "check_input", "contact_sheet",
+    "describe", "draw_sheet", "fitted", "new_size", "outpainted", "read_channel", "read_input", "read_mask",
+    "read_texts", "resize", "save_image", "warn_of_another_bundle",
 ]

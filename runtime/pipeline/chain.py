@@ -103,8 +103,11 @@ class Chain:
         self._vaes: dict[Encoded | Decoded, Vae] = {}
         for output in workflow.outputs:
             _last_sampled(output)
-            for each in (*ancestry(output.image), *mask_sources(output.image)):
-                self._masks.read(each)  # type: ignore[arg-type]
+            sources: list[Any] = [*ancestry(output.image), *mask_sources(output.image)]
+            for each in sources:
+                self._masks.read(each)
+            for each in mask_sources(output.image):
+                self._masks.check(each)
             self._plan(output.image)
 
     @property

@@ -11,13 +11,16 @@ from numpy.typing import NDArray
 from sdxl_trt.engines import UsageError
 from sdxl_trt.engines.host import known_as, sha256_file
 from sdxl_trt.runtime.comfyui import Image, Loaded, Mask, Padded, Scaled, load_channel, load_image
-from sdxl_trt.runtime.images import InputPicture, new_size, resize
+from sdxl_trt.runtime.images import MAX_PIXELS, InputPicture, new_size, resize
 from sdxl_trt.runtime.pipeline.mask_nodes import canvas, canvas_mask, cropped_mask, feathered, grown, scaled_mask
 from sdxl_trt.runtime.pipeline.record import FileFact
 
 Values = NDArray[np.float32]
+Size = tuple[int, int]
 NO_TRANSPARENCY = 64, 64
 """The size of LoadImage's black mask of a picture without transparency."""
+MOST_SIDE = 16384
+"""ComfyUI's largest side of a picture that a node makes."""
 
 
 class ChainMasks:
@@ -45,6 +48,38 @@ class ChainMasks:
             values, path = load_channel(source, self._folder, NO_TRANSPARENCY)
             self._channels[source.file, source.channel] = values
             self.facts[source.file] = FileFact(name=known_as(path), sha256=sha256_file(path))
+
+    def check(self, source: Mask | Image) -> None:
+        """Raise UsageError, before anything is computed, for what would be larger than any picture that is loaded.
+
+        What the source is made of has been checked before.
+        """
+        if not isinstance(source, Mask | Padded | Scaled):
+            return
+        high, wide = self._size_of_mask(source) if isinstance(source, Mask) else self._size(source)
+        # A scaled side takes a matrix of its old length times its new one.
+        if high * wide > MAX_PIXELS or (isinstance(source, Scaled) and max(high, wide) > MOST_SIDE):
+            raise UsageError(f"node {source.node}: makes {wide}x{high}, more than {MAX_PIXELS} pixels or"
+                             f" {MOST_SIDE} on a side; choose a smaller size")  # fmt: skip
+
+    def _size(self, image: Image) -> Size:
+        """Return the (height, width) of an image, (0, 0) if a sampler makes it."""
+        if isinstance(image, Loaded):
+            return self.pictures[image.file].size or (0, 0)
+        if isinstance(image, Padded):
+            (left, top, right, bottom), (high, wide) = image.margins, self._size(image.image)
+            return high + top + bottom, wide + left + right
+        if isinstance(image, Scaled) and (before := self._size(image.image)) != (0, 0):
+            return new_size(before, image.size, image.by, 1, 1)
+        return 0, 0
+
+    def _size_of_mask(self, mask: Mask) -> Size:
+        if mask.kind == "solid":
+            return int(mask.values[2]), int(mask.values[1])
+        if mask.image is not None:
+            return self._size(mask.image)
+        # Files have been read, and were not too large.
+        return (0, 0) if mask.mask is None else self._size_of_mask(mask.mask)
 
     def pixels(self, image: Image) -> Values:
         """Return the pixels of an image that is made from files alone."""

@@ -5,6 +5,8 @@ Sources: ``nodes.py`` and ``comfy_extras/nodes_mask.py`` of ComfyUI. Nothing is 
 
 __all__ = ["canvas", "canvas_mask", "cropped_mask", "feathered", "greyed", "grown", "scaled_mask", "widened"]
 
+from functools import reduce
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -43,8 +45,7 @@ def widened(mask: Mask, by: int) -> Mask:
     padded = np.pad(rounded, before)
     for axis in (0, 1):
         length = padded.shape[axis] - by + 1
-        shifted: list[Mask] = [padded.take(range(shift, shift + length), axis) for shift in range(by)]
-        padded = np.stack(shifted).max(axis=0)
+        padded = reduce(np.maximum, (padded.take(range(shift, shift + length), axis) for shift in range(by)))
     return padded[: mask.shape[0], : mask.shape[1]]
 
 
@@ -54,15 +55,24 @@ def grown(mask: Mask, by: int, *, tapered: bool) -> Mask:
     `tapered` leaves the four diagonal neighbours out.
     """
     extreme = np.maximum if by > 0 else np.minimum
-    for _ in range(min(abs(by), sum(mask.shape))):
-        padded = np.pad(mask, 1, mode="edge")
-        rows = extreme(extreme(padded[:-2], padded[2:]), padded[1:-1])
+    left, reach = min(abs(by), sum(mask.shape)), 0
+    while left:
+        # The extremes within `reach` of pixels that are `reach` apart leave no gap: few steps go any distance.
+        span = min(left, max(reach, 1))
         if tapered:
-            middle = padded[1:-1]
-            mask = extreme(rows[:, 1:-1], extreme(middle[:, :-2], middle[:, 2:]))
+            sides = [_moved(mask, each, axis) for axis in (0, 1) for each in (-span, span)]
+            mask = reduce(extreme, sides, mask)
         else:
-            mask = extreme(extreme(rows[:, :-2], rows[:, 2:]), rows[:, 1:-1])
+            for axis in (0, 1):
+                mask = extreme(extreme(_moved(mask, -span, axis), _moved(mask, span, axis)), mask)
+        left, reach = left - span, reach + span
     return mask
+
+
+def _moved(mask: Mask, by: int, axis: int) -> Mask:
+    """Return the values `by` pixels further along `axis`, those of the edge beyond it."""
+    last = mask.shape[axis] - 1
+    return mask.take(np.clip(np.arange(last + 1) + by, 0, last), axis)
 
 
 def feathered(mask: Mask, margins: Margins) -> Mask:

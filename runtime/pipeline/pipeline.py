@@ -205,6 +205,7 @@ class Pipeline:
             return
         if not request.refiner_only:
             job.run.handoff_latents, job.run.handoff = job.latents, _place(request)
+            job.keep_picture()
             _noise_again(job, request.refiner)
         yield from self._denoise("refiner", stage, job, next_engine or stage.vae.decoder)
 

@@ -106,6 +106,8 @@ class Job:
     """The unit-variance noise of what stays in the current stage; None is that of the start."""
     further: Latents | None = None
     """(count, 1 + c, h, w), the mask and the masked image's latents, for a base that receives them."""
+    kept_later: tuple[Moments, Vae] | None = None
+    """The encoded image, if nothing of it is used before the refiner: `keep_picture` draws from it."""
 
     def begin(self, clean: Latents) -> None:
         """Start from `clean` latents, one for all pictures or one each, with the noise that the first stage adds."""
@@ -116,7 +118,21 @@ class Job:
 
     def begin_from(self, moments: Moments, vae: Vae) -> None:
         """Start from the moments that the encoder of `vae` returned for the image."""
-        self.begin(moments.drawn(self.posterior, vae))
+        if _draws_late(self.run.request):
+            self.kept_later = moments, vae
+        else:
+            self.begin(moments.drawn(self.posterior, vae))
+
+    def keep_picture(self) -> None:
+        """Draw the image that the refiner keeps, if no stage has used it yet.
+
+        As in diffusers, a base that receives the mask draws none: how the base's noise goes on cannot depend on what
+        follows it.
+        """
+        if self.kept_later is not None:
+            moments, vae = self.kept_later
+            drawn = self.noises["refiner"].draw(self.run.initial.shape[1:])
+            self.clean = np.broadcast_to(moments.drawn(drawn, vae), self.run.initial.shape)
 
     def show(self, moments: Moments, vae: Vae) -> None:
         """Let the base see the mask, and the image without its masked part, whose `moments` the encoder returned."""
@@ -162,14 +178,10 @@ def start_job(resolved: ResolvedRequest, asked: Request, manifest: Manifest) -> 
     shape = (vae.latent_channels, resolved.height // vae.factor, resolved.width // vae.factor)
     image, masking = resolved.image, resolved.masking
     draws = image is not None and image.pixels is not None and not resolved.comfyui
-    # diffusers does not encode the image if nothing of it is used; a refiner that keeps it draws later.
-    late = resolved.from_noise_alone and resolved.takes_mask and not resolved.refiner_only
-    posterior = noise.draw(shape) if draws and not late else None
+    posterior = noise.draw(shape) if draws and not _draws_late(resolved) else None
     initial = noise.draw(shape) if resolved.latents is None else resolved.latents.copy()
     # diffusers encodes the masked image for every model, and most do not use it.
     masked_posterior = noise.draw(shape) if draws and masking is not None else None
-    if draws and late and resolved.keeps_picture:
-        posterior = noise.draw(shape)
     run = Run(resolved, initial=initial, final=initial, asked=asked, manifest=manifest)
     job = Job(run, noises, initial, posterior, masked_posterior)
     if masking is not None:
@@ -179,6 +191,11 @@ def start_job(resolved: ResolvedRequest, asked: Request, manifest: Manifest) -> 
     latents = None if image is None else image.latents
     job.begin(np.zeros_like(initial) if latents is None else latents)
     return job
+
+
+def _draws_late(request: ResolvedRequest) -> bool:
+    """Return whether nothing of the image is used before the refiner; diffusers then encodes no image for the base."""
+    return request.from_noise_alone and request.takes_mask and not request.refiner_only
 
 
 def _noises(request: ResolvedRequest) -> dict[StageName, NoiseSource]:

@@ -109,18 +109,24 @@ def settle_masking(
 
 def masking_of(
     request: Request, picture: InputPicture, source: InputMask | None, pixels: NDArray[np.uint8], size: tuple[int, int],
-    way: Fit, factor: int,
+    way: Fit, manifest: Manifest,
 ) -> Masking:  # fmt: skip
     """Return the masking of a run of `size` (height, width), whose picture is fitted `way`.
 
-    Raises UsageError for a mask that changes nothing, and for latents whose pixels cannot be pasted back.
+    Raises UsageError for a mask that changes nothing, and for latents whose pixels cannot be pasted back or shown to
+    an inpainting model.
     """
+    factor = manifest.base.vae.factor
     blur = DEFAULT_BLUR if request.mask_blur is None else request.mask_blur
     # ComfyUI pastes nothing by itself; a stated blur asks for it.
     usual = not request.comfyui or request.mask_blur is not None
     paste = usual if request.paste is None else request.paste
     if picture.pixels is None:
         _check_latents(pixels, size, paste=paste)
+        # A workflow's sampler is shown what the workflow encodes.
+        if takes_mask(manifest.base, manifest) and not request.refine and not request.graph:
+            raise UsageError("--image: latents given, but the bundle's base is an inpainting model, which sees the"
+                             " picture without its masked part; give the picture itself")  # fmt: skip
     masking = Masking(fitted(pixels, size, way), source, blur, paste)
     if not masking.of_latents(factor, soft=request.comfyui).any():
         lost = f"has no white that is left at the latents' size, every {factor} pixels"

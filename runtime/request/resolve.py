@@ -197,7 +197,7 @@ def resolve_request(
     fit: Fit = "cover" if asked != (None, None) else "crop" if request.comfyui else "scale"
     masking = None
     if mask is not None and image is not None:
-        masking = masking_of(request, image, source, mask, size, fit, manifest.base.vae.factor)
+        masking = masking_of(request, image, source, mask, size, fit, manifest)
         _warn_of_noise(request, cuts)
     return ResolvedRequest(
         request=request,

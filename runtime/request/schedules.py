@@ -115,7 +115,8 @@ def _schedule(request: "Request", expert: _Expert, strength: float, *, image: bo
 
 def _begin(request: "Request", schedule: Schedule, strength: float) -> int:
     """Return the step at which the image is the start; in ComfyUI's way the schedule itself begins there."""
-    return request.base_start_step or (0 if request.comfyui else first_step(schedule.steps, strength))
+    stated = request.strength is not None
+    return request.base_start_step or (0 if request.comfyui else first_step(schedule.steps, strength, stated=stated))
 
 
 def _warn_of_single_steps(cuts: StageRanges, experts: tuple[_Expert, ...]) -> None:

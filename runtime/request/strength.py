@@ -38,12 +38,19 @@ def settled_strength(
     return strength
 
 
-def first_step(steps: int, strength: float) -> int:
-    """Return the step at which diffusers starts a picture. Raises UsageError if no step would be left."""
+def first_step(steps: int, strength: float, *, stated: bool = True) -> int:
+    """Return the step at which diffusers starts a picture. Raises UsageError if no step would be left.
+
+    `stated` says whether the strength was given, or is the usual one.
+    """
     taken = min(int(steps * strength), steps)
     if taken < 1:
-        raise UsageError(f"--strength {strength:g} of {steps} steps is less than one of them; choose at least"
-                         f" {math.ceil(1e4 / steps) / 1e4:g}, or take more steps")  # fmt: skip
+        least = f"{math.ceil(1e4 / steps) / 1e4:g}"
+        if not stated:
+            raise UsageError(f"--steps {steps}: the usual strength of {strength:g} leaves none of them; give --strength"
+                             f" {least} or more, or take more steps")  # fmt: skip
+        raise UsageError(f"--strength {strength:g} of {steps} steps is less than one of them; choose at least {least},"
+                         " or take more steps")  # fmt: skip
     return steps - taken
 
 

@@ -272,12 +272,13 @@ def test_a_unet_of_nine_channels_runs_as_in_diffusers(case: Case, nine: tuple[Pi
     np.testing.assert_allclose(pipeline.run.final, final, rtol=0, atol=TOLERANCE)
 
 
-def test_a_refiner_after_nine_channels_keeps_the_picture(nine: tuple[Pipeline, Experts]) -> None:
+@pytest.mark.parametrize("sampler", ["euler", "euler_ancestral"])
+def test_a_refiner_after_nine_channels_keeps_the_picture(sampler: str, nine: tuple[Pipeline, Experts]) -> None:
     """diffusers' recipe gives it the base's noisy latents to keep; here it keeps the picture."""
     import torch
 
     pipeline, experts = nine
-    case = Case(1.0, handoff=0.5, count=2)
+    case = Case(1.0, handoff=0.5, count=2, sampler=sampler)
 
     def kept(generators: list[Any]) -> Any:
         vae = experts.pipelines["base"].vae

@@ -124,6 +124,13 @@ def test_a_wrong_argument_is_one_line_and_exit_code_two(
     assert err.removesuffix("\n").isprintable()
 
 
+def test_a_list_that_begins_with_a_negative_number_is_a_value() -> None:
+    parser = Parser(prog="tool")
+    parser.add_argument("--sides")
+    for text in ("-8,0,0,0", "-.5:1"):
+        assert parser.parse_args(["--sides", text]).sides == text
+
+
 def test_json_is_one_object_on_stdout(capsys: pytest.CaptureFixture[str]) -> None:
     value = {"images": [{"path": "ä.png", "seed": 2**64 - 1}], "sigma": 0.5154, "none": None}
     print_json(value)

@@ -1,6 +1,7 @@
 """Embedding files: the three layouts that are read, and one line for every other file."""
 
 import json
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save, save_file
 
-from sdxl_trt.engines.errors import CorruptError, SdxlTrtError, SourceError
+from sdxl_trt.engines.errors import CorruptError, SdxlTrtError, SourceError, UsageError
 from sdxl_trt.runtime.adapters.embedding_file import MAX_BYTES, read_embedding
 
 RNG = np.random.default_rng(0)
@@ -113,11 +114,20 @@ def test_other_contents_are_refused_in_a_line(name: str, tmp_path: Path) -> None
     assert "\n" not in str(raised.value)
 
 
-def test_a_model_is_refused_before_its_tensors_are_read(tmp_path: Path) -> None:
+def test_a_large_file_is_refused_before_it_is_opened(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
-    save_file({"x": np.zeros(MAX_BYTES + 1, np.uint8)}, path)
+    path.touch()
+    os.truncate(path, MAX_BYTES + 1)  # its header is broken, which nobody reads
     with pytest.raises(SourceError, match="is larger than 16 MiB, so not an embedding of SDXL"):
         read_embedding(path)
+
+
+def test_pipes_and_folders_are_refused_without_opening_them(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.safetensors")  # opening it would wait for ever
+    (tmp_path / "folder.safetensors").mkdir()
+    for name in ("pipe", "folder"):
+        with pytest.raises(UsageError, match=f"{name}.safetensors: is not a file; give an embedding"):
+            read_embedding(tmp_path / f"{name}.safetensors")
 
 
 def test_pickled_and_broken_files_are_refused(tmp_path: Path) -> None:

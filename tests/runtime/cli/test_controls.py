@@ -5,11 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from PIL import Image
 
+from sdxl_trt.runtime.cli import repeat
 from sdxl_trt.runtime.cli.generate import main
+from sdxl_trt.runtime.controls import ControlFact
 from sdxl_trt.runtime.pipeline.record import read_settings
 
 SIZE = ["--width", "64", "--height", "64"]
@@ -45,6 +48,23 @@ def test_a_picture_is_made_again_from_its_record(
     assert main(["--plan", "--json", *engines, "--control", "edges.png", *SIZE]) == 0
     phases: Any = {phase["name"]: phase["components"] for phase in json.loads(capsys.readouterr().out)["phases"]}
     assert phases["base"] == ["unet", "controlnet"]
+
+
+def test_what_is_repeated_without_its_controlnet_is_not_in_guess_mode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = tmp_path / "g.png"
+    assert main(["a star", *SIZE, "--steps", "1", "--no-refiner", "-o", str(record)]) == 0
+    fact = ControlFact(name="edges.png", sha256="0" * 64, net="edges")
+    settings = msgspec.structs.replace(read_settings(record), controls=(fact,), control_guess=True)
+    monkeypatch.setattr(repeat, "read_settings", lambda _: settings)
+    monkeypatch.setattr(repeat, "find_control", lambda fact, _: fact.name)
+    for options, guess in (
+        ([], True),
+        (["--control", "none"], False),
+        (["--control", "none", "--control-guess"], True),
+    ):
+        assert repeat.repeated(["--from", str(record), *options]).control_guess == guess
 
 
 def test_bad_input_costs_a_line(controlled: Path, folder: Path, fails: Callable[..., str]) -> None:

@@ -11,12 +11,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sdxl_trt.engines.bundle import Manifest
 from sdxl_trt.engines.errors import SizeError, UsageError
 from sdxl_trt.runtime import Pipeline, Request, open_bundle
 from sdxl_trt.runtime.cli.generate import main as trt_generate
 from sdxl_trt.runtime.pipeline import pipeline as pipeline_module
 from sdxl_trt.runtime.pipeline.record import read_settings
+from sdxl_trt.runtime.pipeline.run import start_job
 from sdxl_trt.runtime.request.resolve import resolve_request
+from sdxl_trt.runtime.vae import Moments
 
 pytestmark = pytest.mark.slow
 SIDE = 32
@@ -120,19 +123,44 @@ def test_what_is_wrong_is_refused_before_anything_is_loaded(
     assert "\n" not in str(caught.value)
 
 
-def test_a_model_of_nine_channels_needs_a_mask(opened: Pipeline, pixels: np.ndarray, mask: np.ndarray) -> None:
+@pytest.fixture
+def nine(opened: Pipeline) -> Manifest:
+    """The manifest of a bundle whose base receives the mask."""
     unet = opened.manifest.components["unet"]
     wider = tuple(
         msgspec.structs.replace(spec, shape=(spec.shape[0], 9, *spec.shape[2:])) if spec.name == "sample" else spec
         for spec in unet.inputs
     )
     components = opened.manifest.components | {"unet": msgspec.structs.replace(unet, inputs=wider)}
-    manifest = msgspec.structs.replace(opened.manifest, components=components)
+    return msgspec.structs.replace(opened.manifest, components=components)
+
+
+def test_a_model_of_nine_channels_needs_a_mask(nine: Manifest, pixels: np.ndarray, mask: np.ndarray) -> None:
     for request in (Request("a star"), _request(pixels, None)):
         with pytest.raises(UsageError, match=r"is an inpainting model, .*; give --image FILE --mask FILE"):
-            resolve_request(request, manifest)
-    assert resolve_request(_request(pixels, mask), manifest).takes_mask
-    assert resolve_request(_request(pixels, None, refine=True, handoff="auto", steps=5), manifest).refiner_only
+            resolve_request(request, nine)
+    with pytest.raises(
+        UsageError, match=r"--image: latents given, .* an inpainting model, .*; give the picture itself"
+    ):
+        resolve_request(_request(LATENTS, mask, paste=False), nine)
+    assert resolve_request(_request(LATENTS, mask, paste=False, compat="comfyui", graph="{}"), nine).takes_mask
+    assert resolve_request(_request(pixels, mask), nine).takes_mask
+    assert resolve_request(_request(pixels, None, refine=True, handoff="auto", steps=5), nine).refiner_only
+
+
+def test_the_noise_of_nine_channels_does_not_depend_on_what_follows(
+    nine: Manifest, pixels: np.ndarray, mask: np.ndarray
+) -> None:
+    """Requests that share a base run continue its noise; what a refiner keeps is drawn after it."""
+    requests = [_request(pixels, mask, strength=1.0, handoff=handoff, count=2) for handoff in (0.5, None)]
+    refined, alone = (start_job(resolve_request(each, nine), each, nine) for each in requests)
+    shape, latent = refined.latents.shape[1:], np.ones((1, *refined.latents.shape[1:]), np.float32)
+    refined.begin_from(Moments(latent, 2 * latent), nine.base.vae)
+    np.testing.assert_array_equal(refined.latents, alone.latents)
+    np.testing.assert_array_equal(refined.noises["base"].draw(shape), alone.noises["base"].draw(shape))
+    refined.keep_picture()
+    drawn = 1 + 2 * alone.noises["base"].draw(shape)
+    np.testing.assert_allclose(refined.clean, drawn * nine.base.vae.scaling_factor, rtol=1e-6)
 
 
 def test_the_usual_strength_is_diffusers_for_masks(opened: Pipeline, pixels: np.ndarray, mask: np.ndarray) -> None:

@@ -1,9 +1,19 @@
 """ComfyUI's mask nodes against loops over pixels; whole runs are compared in tests/references."""
 
+from collections import Counter
+from pathlib import Path
+
 import numpy as np
 import pytest
+from PIL import Image
 
+from sdxl_trt.engines.errors import UsageError
+from sdxl_trt.runtime.comfyui import Loaded, Mask, Padded, Scaled
+from sdxl_trt.runtime.pipeline import mask_nodes
+from sdxl_trt.runtime.pipeline.chain_masks import ChainMasks
 from sdxl_trt.runtime.pipeline.mask_nodes import canvas_mask, cropped_mask, feathered, greyed, grown, widened
+
+MOVED = mask_nodes._moved
 
 
 @pytest.fixture
@@ -22,7 +32,7 @@ def test_widened_is_the_square_convolution(by: int, mask: np.ndarray) -> None:
     np.testing.assert_array_equal(widened(mask, by), expected)
 
 
-@pytest.mark.parametrize("by", [-2, 0, 3])
+@pytest.mark.parametrize("by", [-7, -2, 0, 1, 3, 6, 13, 40])
 @pytest.mark.parametrize("tapered", [True, False])
 def test_grown_takes_the_extreme_of_the_neighbours(by: int, tapered: bool, mask: np.ndarray) -> None:
     expected = mask
@@ -32,6 +42,35 @@ def test_grown_takes_the_extreme_of_the_neighbours(by: int, tapered: bool, mask:
         parts = [padded[y : y + 9, x : x + 12] for y, x in near]
         expected = np.max(parts, axis=0) if by > 0 else np.min(parts, axis=0)
     np.testing.assert_array_equal(grown(mask, by, tapered=tapered), expected)
+
+
+@pytest.mark.parametrize("tapered", [True, False])
+def test_a_mask_grows_any_distance_in_few_steps(tapered: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = Counter[str]()
+    monkeypatch.setattr(mask_nodes, "_moved", lambda *args: steps.update(["moved"]) or MOVED(*args))
+    start = np.zeros((8, 3000), np.float32)
+    start[0, 0] = 1.0
+    made = grown(start, 2000, tapered=tapered)
+    reached = np.add.outer(np.arange(8) * tapered, np.arange(3000)) <= 2000
+    np.testing.assert_array_equal(made, reached)
+    assert steps["moved"] <= 4 * 12
+
+
+def test_what_a_mask_is_made_of_is_no_larger_than_a_loaded_picture(tmp_path: Path) -> None:
+    Image.new("RGB", (1000, 900)).save(tmp_path / "a.png")
+    masks, image = ChainMasks(tmp_path, 8), Loaded("a.png")
+    masks.read(image)
+    thrice = Scaled(Scaled(Scaled(image, "bilinear", by=8.0), "bilinear", by=2.0), "bilinear", by=8.0, node="7")
+    for refused, size in (
+        (thrice, "128000x115200"),
+        (Padded(image, (16000, 8000, 0, 0), node="7"), "17000x8900"),
+        (Scaled(image, "bilinear", size=(17000, 8), node="7"), "17000x8"),
+        (Mask("channel", image=thrice, channel="red", node="7"), "128000x115200"),
+        (Mask("grown", Mask("solid", values=(1.0, 16384, 16384)), values=(1, 1), node="7"), "16384x16384"),
+    ):
+        with pytest.raises(UsageError, match=f"^node 7: makes {size}, more than 89478485 pixels or 16384 on a side"):
+            masks.check(refused)
+    masks.check(Mask("fitted", Mask("solid", values=(1.0, 64, 64)), Scaled(image, "bilinear", by=8.0)))
 
 
 def test_feathered_falls_toward_the_edges(mask: np.ndarray) -> None:

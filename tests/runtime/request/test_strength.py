@@ -50,6 +50,13 @@ def test_the_first_step_is_diffusers(get_timesteps: Any, steps: int, strength: f
     assert first_step(steps, least) == steps - 1, "the remedy is one"
 
 
+def test_a_usual_strength_is_not_called_an_option() -> None:
+    with pytest.raises(
+        UsageError, match=r"^--steps 1: the usual strength of 0\.9999 leaves none of them; give --strength 1"
+    ):
+        first_step(1, 0.9999, stated=False)
+
+
 @pytest.mark.parametrize("sampler", ["euler", "dpm_2"])
 @pytest.mark.parametrize(("steps", "strength"), [(20, 0.5), (20, 0.3), (7, 0.8), (1, 0.25)])
 def test_comfyui_takes_all_steps_of_a_longer_grid_s_end(sampler: str, steps: int, strength: float) -> None:
