@@ -85,11 +85,14 @@ def control_components(uses: Sequence[ControlUse], manifest: Manifest) -> tuple[
     return tuple(net.component for net in _nets(uses, manifest))
 
 
-def settle_controls(uses: Sequence[ControlUse], manifest: Manifest, *, remedy: str = "") -> tuple[Control, ...]:
+def settle_controls(
+    uses: Sequence[ControlUse], manifest: Manifest, *, remedy: str = "", comfyui: bool = False
+) -> tuple[Control, ...]:
     """Return the ControlNets of a request, with their pictures read. Raises what `control_components` raises.
 
     Also raises UsageError for numbers that are out of range, and for files that are no pictures. With `remedy`, the
-    refiner alone runs and follows no picture: a UsageError ends with what to do instead.
+    refiner alone runs and follows no picture: a UsageError ends with what to do instead. ComfyUI's nodes allow a start
+    that is also the end.
     """
     if not uses:
         return ()
@@ -98,7 +101,7 @@ def settle_controls(uses: Sequence[ControlUse], manifest: Manifest, *, remedy: s
                          f" or {remedy}")  # fmt: skip
     found = []
     for use, net in zip(uses, _nets(uses, manifest), strict=True):
-        _check_numbers(use)
+        _check_numbers(use, comfyui=comfyui)
         picture = _read(use)
         if picture.pixels is None:
             raise UsageError(f"{use.told}: holds latents; a ControlNet follows a picture, so give one")
@@ -172,9 +175,9 @@ def _nets(uses: Sequence[ControlUse], manifest: Manifest) -> list[ControlNet]:
     return found
 
 
-def _check_numbers(use: ControlUse) -> None:
+def _check_numbers(use: ControlUse, *, comfyui: bool) -> None:
     if not abs(use.scale) <= MOST_SCALE:  # also refuses nan
         raise UsageError(f"{use.told}: scale {use.scale:g}; give a number from {-MOST_SCALE:g} to {MOST_SCALE:g}")
-    if not 0.0 <= use.start <= use.end <= 1.0:
+    if not 0.0 <= use.start <= use.end <= 1.0 or (use.start == use.end and not comfyui):
         raise UsageError(f"{use.told}: works from {use.start:g} to {use.end:g} of the steps; give two fractions in"
                          " rising order, such as 0:0.5")  # fmt: skip

@@ -72,7 +72,8 @@ def grown(mask: Mask, by: int, *, tapered: bool) -> Mask:
 def _moved(mask: Mask, by: int, axis: int) -> Mask:
     """Return the values `by` pixels further along `axis`, those of the edge beyond it."""
     last = mask.shape[axis] - 1
-    return mask.take(np.clip(np.arange(last + 1) + by, 0, last), axis)
+    moved: Mask = mask.take(np.clip(np.arange(last + 1) + by, 0, last), axis)
+    return moved
 
 
 def feathered(mask: Mask, margins: Margins) -> Mask:

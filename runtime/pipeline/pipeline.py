@@ -80,7 +80,7 @@ class Pipeline:
         LoRAs also SourceError, CorruptError and IncompatibleError.
         """
         resolved = resolve_request(request, self.manifest, self.pool.limits, self.pool.bundle)
-        self._say(resolved.notes)
+        self._say((*resolved.notes, *resolved.idle_controls()))
         self.pool.check(use for name in self._stages(resolved) for use in self._engines(resolved, name))
         guided = any(resolved.guidance_of(name).wanted for name in self._stages(resolved))
         self._make_room(resolved, 2 if guided else 1)

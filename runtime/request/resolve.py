@@ -151,6 +151,18 @@ class ResolvedRequest:
             return comfyui_span(self.schedule, start, end)
         return fraction_span(self.schedule.sigmas, self.base.start, start, end)
 
+    def idle_controls(self) -> tuple[str, ...]:
+        """Return a sentence on each ControlNet that works in no step."""
+        begun = self.base.sigmas(self.schedule.sigmas)[:-1]
+        idle = []
+        for control in self.controls:
+            above, up_to = self.control_span(control)
+            if not ((above < begun) & (begun <= up_to)).any():
+                use = control.use
+                idle.append(f"{use.told}: no step of the base is within {use.start:g} to {use.end:g} of the run, so the"
+                            " ControlNet does nothing")  # fmt: skip
+        return tuple(idle)
+
     def guidance_of(self, stage: StageName) -> Guidance:
         """Return the guidance of a stage."""
         scale = self.request.guidance if stage == "base" else self.refiner_guidance
@@ -179,7 +191,8 @@ def resolve_request(
     cuts = grids.cuts
     if "ddim" in (request.sampler, request.refiner_sampler) and not request.comfyui:
         _warn_of_ddim(grids.schedule)
-    controls = settle_controls(request.controls, manifest, remedy=_base_instead(request, cuts))
+    remedy = _base_instead(request, cuts)
+    controls = settle_controls(request.controls, manifest, remedy=remedy, comfyui=request.comfyui)
     _check_guess(request)
     stored = request.latents if request.latents is not None or image is None else image.latents
     shape = None if stored is None else stored.shape

@@ -145,6 +145,7 @@ REFUSED: Refusals = [
     (_with(EDGES._replace(net="depth")), UsageError, "has no ControlNet 'depth'; it has edges, poses"),
     (_with(EDGES, POSES._replace(net="edges")), UsageError, "second picture for the ControlNet 'edges'"),
     (_with(EDGES._replace(start=0.6, end=0.5)), UsageError, "two fractions in rising order"),
+    (_with(EDGES._replace(start=0.5, end=0.5)), UsageError, "works from 0.5 to 0.5 of the steps; give two fractions"),
     (_with(EDGES._replace(scale=float("nan"))), UsageError, "scale nan; give a number"),
     (_with(EDGES._replace(picture="missing.png")), UsageError, "--control missing.png: No such file"),
     (_with(ControlUse(_picture(1, (64, 320))), width=320, height=192), UsageError,
@@ -165,6 +166,20 @@ def test_what_cannot_run_is_refused_before_anything_is_loaded(
     with pytest.raises(error, match=message):
         pipeline.start(request_)
     assert len(pipeline.pool.loads) == before
+
+
+def test_a_controlnet_that_works_in_no_step_is_told_of(pipeline: Pipeline, caplog: pytest.LogCaptureFixture) -> None:
+    told = "no step of the base is within {} of the run, so the ControlNet does nothing"
+    for request, span in (
+        (_with(EDGES._replace(end=0.2)), "0 to 0.2"),
+        (_with(EDGES._replace(start=0.5, end=0.5), compat="comfyui", steps=5), "0.5 to 0.5"),
+        (_with(EDGES, handoff="auto", base_end_step=0), "0 to 1"),
+    ):
+        pipeline.start(request)
+        assert told.format(span) in caplog.text
+    caplog.clear()
+    pipeline.start(_with(EDGES._replace(end=0.25)))
+    assert not caplog.records
 
 
 def test_a_bundle_without_controlnets_says_how_to_export_one() -> None:
