@@ -130,8 +130,8 @@ class TrtEngine:
 
         An engine with its plan for LoRAs loaded takes others at once: their factors are copied to the device, and
         nothing is loaded again. Between LoRAs and none it changes its plan, and is unloaded. Raises CorruptError for
-        damaged LoRAs, which leave those before in place, and ResourceError or EngineError if the copy fails; the engine
-        then needs another call before it runs.
+        damaged LoRAs, which leave those before in place, and ResourceError or EngineError if the copy fails or those
+        before cannot be put back; the engine must then be unloaded.
         """
         wanted = tuple(loras)
         if wanted == self._loras and (self._engine is None or not wanted or (self._slots and self._slots.rank)):
@@ -146,8 +146,16 @@ class TrtEngine:
             self._upload()
         except CorruptError:
             self._loras = before
-            self._upload()
+            self._put_back()
             raise
+
+    def _put_back(self) -> None:
+        """Copy the LoRAs before to the device again; an engine without them is not as before, and is unloaded."""
+        try:
+            self._upload()
+        except CorruptError as exc:
+            self.unload()
+            raise EngineError(f"{self.name}: the LoRAs that it had cannot be put back: {exc}") from exc
 
     def bind(self, constants: Mapping[str, Array]) -> None:
         """Copy the inputs of a phase to the device; see Engine.bind. Raises UsageError, ResourceError, EngineError."""

@@ -148,15 +148,32 @@ def test_a_damaged_lora_leaves_those_before_in_place(slotted, device, lora) -> N
     engine, inputs = slotted.slot_engine("text_encoder", device), slotted.inputs("text_encoder")
     engine.load()
     sound, damaged = lora("text_encoder", 2, seed=1), lora("text_encoder", 2, seed=2)
-    content = bytearray(damaged.lora.path.read_bytes())
-    content[-4:] = np.array([np.nan], np.float32).tobytes()
-    damaged.lora.path.write_bytes(content)
+    _damage(damaged)
     engine.adapt((sound,))
     expected = engine.infer(inputs)
     with pytest.raises(CorruptError):
-        engine.adapt((ScaledLora(open_lora(damaged.lora.path), 1.0),))
+        engine.adapt((damaged,))
     slotted.assert_near(engine.infer(inputs), expected)
     engine.unload()
+
+
+def _damage(lora: ScaledLora) -> None:
+    """Change a LoRA's file after it was opened."""
+    lora.lora.path.write_bytes(lora.lora.path.read_bytes() + b"more")
+
+
+def test_an_engine_that_cannot_have_its_loras_back_is_not_as_before(slotted, device, lora) -> None:
+    engine, inputs = slotted.slot_engine("text_encoder", device), slotted.inputs("text_encoder")
+    engine.load()
+    loras = lora("text_encoder", 2, seed=1), lora("text_encoder", 2, seed=2)
+    engine.adapt(loras[:1])
+    for each in loras:
+        _damage(each)
+    # A pool keeps an engine whose LoRAs are refused by a CorruptError, and drops it for any other error.
+    with pytest.raises(EngineError, match=r"text_encoder: the LoRAs that it had cannot be put back: .*changed while"):
+        engine.adapt(loras[1:])
+    with pytest.raises(EngineError, match="before load"):
+        engine.infer(inputs)
 
 
 def test_ranks_above_the_plan_are_refused_with_the_command(slotted, device, lora) -> None:
