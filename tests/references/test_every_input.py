@@ -37,7 +37,7 @@ def run(
         ("in", [x * 4, y * 4, x + y]),
         ("other", [y * 2, x, x * 3]),
         ("in.png too", [y, y, x]),
-        ("mask", [x * 3, y * 3, x]),
+        ("mask", [x * 2 + y, y * 3, x]),  # red has corners, which grow in two ways
         ("mask.png too", [y, y, y]),
     ):
         Image.fromarray(np.stack(pixels, axis=-1)).save(folder / (name if "." in name else f"{name}.png"), "PNG")
@@ -67,7 +67,8 @@ def _other(known: Input, value: Any) -> Any:
         return not value
     number = value if isinstance(value, int | float) else 1
     # ComfyUI ignores changes of a size by less than one latent.
-    step = (64 if known.name in ("width", "height") else 1) if known.type == "INT" else 0.125
+    sizes = ("width", "height", "right", "bottom")
+    step = (64 if known.name in sizes else 1) if known.type == "INT" else 0.125
     return number + step if number + step <= known.high else number - step
 
 
