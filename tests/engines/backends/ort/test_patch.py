@@ -1,6 +1,5 @@
 """LoRAs on ONNX Runtime: weights patched at load, against torch's own sums; off again, everything is as before."""
 
-import math
 import mmap
 from collections.abc import Callable
 from pathlib import Path
@@ -139,12 +138,9 @@ def test_equal_loras_leave_a_loaded_engine_loaded(mini: Bundle, write: Write) ->
     assert engine._session is None
 
 
-@pytest.mark.parametrize("damage", ["nan", "large", "changed", "gone"])
+@pytest.mark.parametrize("damage", ["large", "changed", "gone"])
 def test_a_faulty_lora_leaves_no_half_patched_engine(mini: Bundle, write: Write, damage: str, tmp_path: Path) -> None:
     tensors = _lora_of(mini, "text_encoder", 2, 1)
-    last = max(key for key in tensors if key.endswith("up.weight"))
-    if damage == "nan":
-        tensors[last][0, 0] = math.nan
     lora = ScaledLora(write(tensors), 1e8 if damage == "large" else 1.0)
     engine = OrtEngine(mini, "text_encoder")
     engine.load()
@@ -155,7 +151,7 @@ def test_a_faulty_lora_leaves_no_half_patched_engine(mini: Bundle, write: Write,
     elif damage == "gone":
         lora.lora.path.unlink()
     messages = {
-        "nan": r"'.*up.weight' holds NaN or infinite weights", "changed": "changed while it was in use; run again",
+        "changed": "changed while it was in use; run again",
         "large": r"makes text_model.*weight too large for fp16 at scale 100000000.0; lower", "gone": "reading",
     }  # fmt: skip
     with pytest.raises(SdxlTrtError, match=rf"style\.safetensors.*{messages[damage]}|{messages[damage]}") as caught:
