@@ -47,7 +47,7 @@ class Engine(Protocol):
     """A graph that can be prefetched, loaded, run and unloaded.
 
     Nothing is read before `prefetch`, and nothing is copied to a device before `load`. Residency policies use only
-    these seven calls; each may be repeated, and after `unload` the engine can be loaded again.
+    the calls below; each may be repeated, and after `unload` the engine can be loaded again.
     """
 
     component: Component
