@@ -13,7 +13,7 @@ import pytest
 import sdxl_trt
 
 ROOT = Path(sdxl_trt.__file__).parent.parent
-PARTS = ("engines", "export", "runtime", "mini", "benchmarks")
+PARTS = ("engines", "export", "runtime", "server", "mini", "benchmarks")
 HEAVY = ("torch", "diffusers", "transformers", "scipy", "pandas", "onnx", "onnx_ir", "onnxscript", "safetensors")
 PREFIX = "sdxl_trt."
 LAZY = "engines.lazy"
@@ -150,10 +150,11 @@ def test_no_module_imports_itself_through_others() -> None:
 
 
 FORBIDDEN = {
-    "engines": {"sdxl_trt", "runtime", "export", "mini", "benchmarks"},
-    "runtime": {"sdxl_trt", "export", "benchmarks"},
-    "export": {"sdxl_trt", "runtime", "benchmarks"},
-    "mini": {"sdxl_trt", "engines", "runtime", "export", "benchmarks"},
+    "engines": {"sdxl_trt", "runtime", "server", "export", "mini", "benchmarks"},
+    "runtime": {"sdxl_trt", "server", "export", "benchmarks"},
+    "export": {"sdxl_trt", "runtime", "server", "benchmarks"},
+    "server": {"sdxl_trt", "export", "mini", "benchmarks"},
+    "mini": {"sdxl_trt", "engines", "runtime", "server", "export", "benchmarks"},
     "benchmarks": {"sdxl_trt"},
 }
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("sdxl_trt", "engines", "export", "runtime", "mini", "benchmarks")
+FOLDERS = ("sdxl_trt", "engines", "export", "runtime", "server", "mini", "benchmarks")
 AT_HOME = "benchmarks/results/"
 """What only a checkout has: the recorded figures, from which `make readme` writes pages."""
 BUILD = """

@@ -1,0 +1,126 @@
+"""What is asked of the desk, and what it tells: orders, events, and the reasons why an order is refused."""
+
+__all__ = [
+    "Api",
+    "Draining",
+    "Drawn",
+    "Ended",
+    "Event",
+    "Graph",
+    "NotReady",
+    "Order",
+    "Outcome",
+    "QueueFull",
+    "RefusedError",
+    "Stepped",
+    "TooLate",
+    "Waiting",
+]
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sdxl_trt.runtime import Picture, Request
+
+Api = Literal["openai", "a1111", "comfyui"]
+Outcome = Literal["done", "interrupted", "cancelled", "deadline", "failed"]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A ComfyUI graph in the API format, and the private folder that holds its pictures under their names."""
+
+    nodes: Mapping[str, Any]
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a client asks to be drawn.
+
+    `who` is the key's id, or the peer's address without keys: orders of one `who` share a turn in the queue, and only
+    they may stop each other. `id` is unique among the orders that are alive. `deadline` is in seconds from now.
+    `wants_estimates` asks for the estimates of the latents at each step, for previews.
+    """
+
+    work: Request | Graph
+    api: Api
+    who: str
+    id: str
+    deadline: float | None = None
+    wants_estimates: bool = False
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """The order is `place` (1 is next) in the queue; it is drawn in about `seconds`."""
+
+    place: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """One unit of work is done: `index` of `total` in `stage` ("encode", "load", "base", "refiner", "decode", …).
+
+    `first` is the index of the first picture concerned. `estimate` are the clean latents as they are now (n, c, h, w),
+    a copy, where the order asked for them. `node` is the graph's node that works, "" for a request.
+    """
+
+    stage: str
+    index: int
+    total: int
+    first: int = 0
+    estimate: NDArray[np.float32] | None = None
+    node: str = ""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Picture `index` of the order is finished; `node` is the graph's output node, "" for a request."""
+
+    index: int
+    picture: Picture
+    node: str = ""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The order has ended; nothing follows. `error` is set where the outcome is "failed"."""
+
+    outcome: Outcome
+    error: Exception | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """Seconds of waiting and of each stage: queue, encode, load, base, refiner, decode."""
+
+
+Event = Waiting | Stepped | Drawn | Ended
+
+
+class RefusedError(Exception):
+    """An order that the desk does not take now; `retry_after` is in whole seconds, from 1 to 120."""
+
+    def __init__(self, message: str, retry_after: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after = min(max(retry_after, 1), 120)
+
+
+class QueueFull(RefusedError):  # noqa: N818 - a reason, not a fault
+    """As many orders wait as the queue takes."""
+
+
+class TooLate(RefusedError):  # noqa: N818
+    """The order cannot end before its deadline."""
+
+
+class Draining(RefusedError):  # noqa: N818
+    """The server is stopping."""
+
+
+class NotReady(RefusedError):  # noqa: N818
+    """No engine is loaded, or the latest probe failed."""

@@ -1,0 +1,78 @@
+"""An order at the desk: what has become of it, for any number of readers on the event loop."""
+
+__all__ = ["Ticket"]
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+
+from sdxl_trt.runtime import Picture
+from sdxl_trt.server.desk.orders import Drawn, Ended, Event, Order, Stepped, Waiting
+
+
+class Ticket:
+    """What the desk gives for an order. All of it belongs to the event loop on which it was made.
+
+    `tell` may be called by the worker's thread; everything else only on the loop.
+    """
+
+    def __init__(self, order: Order) -> None:
+        self.order = order
+        self.created = time.monotonic()
+        self.started: float | None = None
+        self.pictures: list[Picture] = []
+        self.place: Waiting | None = None
+        self.progress: Stepped | None = None
+        """The latest step; `estimate` is kept until another step has one."""
+        self.ended: Ended | None = None
+        self.stop: str | None = None
+        """"cancelled" or "interrupted" once somebody stops it: the worker looks between two calls of a UNet."""
+        self.loop = asyncio.get_running_loop()
+        self._events: list[Event] = []
+        self._news = asyncio.Event()
+
+    def tell(self, event: Event) -> None:
+        """Pass `event` to every reader; callable from any thread."""
+        self.loop.call_soon_threadsafe(self._take, event)
+
+    def _take(self, event: Event) -> None:
+        if self.ended is not None:
+            return
+        if isinstance(event, Drawn):
+            self.pictures.append(event.picture)
+        elif isinstance(event, Waiting):
+            self.place = event
+        elif isinstance(event, Stepped):
+            self.started = self.started or time.monotonic()
+            self.progress = event
+        else:
+            self.ended = event
+        self._events.append(event)
+        self._news.set()
+        self._news = asyncio.Event()
+
+    def cancel(self) -> None:
+        """Stop it between two calls of a UNet, and lose its pictures; do nothing if it has ended."""
+        self.stop = self.stop or "cancelled"
+
+    def interrupt(self) -> None:
+        """Stop it between two calls of a UNet, and decode what is estimated by then."""
+        self.stop = self.stop or "interrupted"
+
+    async def events(self) -> AsyncIterator[Event]:
+        """Yield every event from the first to `Ended`; any number of readers may follow."""
+        read = 0
+        while True:
+            while read < len(self._events):
+                event = self._events[read]
+                read += 1
+                yield event
+                if isinstance(event, Ended):
+                    return
+            await self._news.wait()
+
+    async def wait(self) -> Ended:
+        """Return how it ended; `pictures` are complete then."""
+        while self.ended is None:
+            await self._news.wait()
+        return self.ended

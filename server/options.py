@@ -1,0 +1,51 @@
+"""What the options of trt-serve state, once for every wing."""
+
+__all__ = ["Disconnect", "Options"]
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+Disconnect = Literal["cancel", "finish", "finish-if-started"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of trt-serve, checked by its command line; the defaults are its defaults.
+
+    `engines` None is the embedded pair. Sizes are bytes, durations seconds. `keys` are the API keys that are accepted,
+    none if authentication is off; `open_apis` take no key even so. `on_disconnect` None is each API's own default.
+    """
+
+    engines: Path | None = None
+    host: str = "127.0.0.1"
+    port: int = 8188
+    provider: str = "auto"
+    residency: str = "auto"
+    vram: int | None = None
+    queue: int = 32
+    queue_pictures: int = 128
+    deadline: float = 600.0
+    max_body: int = 32 << 20
+    max_pixels: int = 1 << 24
+    keys: frozenset[str] = frozenset()
+    open_apis: frozenset[str] = frozenset()
+    on_disconnect: Disconnect | None = None
+    cors_origins: frozenset[str] = frozenset()
+    allowed_hosts: frozenset[str] = frozenset()
+    grace: float = 60.0
+    fixed_batch: bool = False
+    lora_dir: Path | None = None
+    embedding_dir: Path | None = None
+    aliases: tuple[str, ...] = ()
+    lenient: bool = False
+    round_sizes: bool = False
+    allow_options: bool = False
+    interrupt_all: bool = False
+    previews: bool = False
+    docs: bool = True
+    metrics_port: int | None = None
+    quality_steps: dict[str, float] = field(
+        default_factory=lambda: {"low": 0.5, "medium": 1.0, "high": 1.5, "hd": 1.5, "xhigh": 1.5, "max": 1.5}
+    )
+    """Factors of the usual number of steps for OpenAI's `quality`; others are 1."""
