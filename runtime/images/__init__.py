@@ -6,7 +6,7 @@ from sdxl_trt.engines.lazy import lazy_names
 
 if TYPE_CHECKING:
     from sdxl_trt.runtime.images.exif import EDITOR
-    from sdxl_trt.runtime.images.files import FORMATS, SETTINGS, WORKFLOW, read_texts, save_image
+    from sdxl_trt.runtime.images.files import FORMATS, SETTINGS, WORKFLOW, encode_image, read_texts, save_image
     from sdxl_trt.runtime.images.inputs import MAX_PIXELS, Fit, InputPicture, as_input, check_input, fitted, read_input
     from sdxl_trt.runtime.images.masks import (
         InputMask, Margins, Overlay, as_mask, outpainted, read_channel, read_mask,
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 else:
     __getattr__ = lazy_names(__name__, {
         "exif": ("EDITOR",),
-        "files": ("FORMATS", "SETTINGS", "WORKFLOW", "read_texts", "save_image"),
+        "files": ("FORMATS", "SETTINGS", "WORKFLOW", "encode_image", "read_texts", "save_image"),
         "inputs": ("MAX_PIXELS", "Fit", "InputPicture", "as_input", "check_input", "fitted", "read_input"),
         "masks": ("InputMask", "Margins", "Overlay", "as_mask", "outpainted", "read_channel", "read_mask"),
         "metadata": ("describe",),
@@ -32,6 +32,6 @@ else:
 __all__ = [
     "EDITOR", "FORMATS", "MAX_PIXELS", "SETTINGS", "WORKFLOW", "BundleName", "Fit", "InputMask", "InputPicture",
     "Margins", "Overlay", "Picture", "Sheet", "as_input", "as_mask", "bundle_name", "check_input", "contact_sheet",
-    "describe", "draw_sheet", "fitted", "new_size", "outpainted", "read_channel", "read_input", "read_mask",
-    "read_texts", "resize", "save_image", "warn_of_another_bundle",
+    "describe", "draw_sheet", "encode_image", "fitted", "new_size", "outpainted", "read_channel", "read_input",
+    "read_mask", "read_texts", "resize", "save_image", "warn_of_another_bundle",
 ]

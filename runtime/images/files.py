@@ -1,6 +1,6 @@
 """Picture files: write PNG, JPEG and WebP with texts in them, and read the texts of untrusted files."""
 
-__all__ = ["FORMATS", "PARAMETERS", "SETTINGS", "WORKFLOW", "read_texts", "save_image"]
+__all__ = ["FORMATS", "PARAMETERS", "SETTINGS", "WORKFLOW", "encode_image", "read_texts", "save_image"]
 
 import io
 import logging
@@ -31,6 +31,8 @@ MAX_EXIF = 65_000
 _EXIF, _USER_COMMENT, _MAKER_NOTE = 0x8769, 0x9286, 0x927C
 _MODEL = 0x0110
 """The camera's model, where ComfyUI stores the graph of other formats than PNG, after the text's name and a colon."""
+_FINE = 90
+"""A JPEG of this quality keeps its colours in full resolution."""
 _OPTIONS: dict[str, dict[str, Any]] = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}
 
 
@@ -51,17 +53,37 @@ def save_image(image: "Image", path: Path, texts: Mapping[str, str], *, replace:
     is kept, and FileExistsError is raised.
     """
     kind = format_of(path)
-    options = dict(_OPTIONS.get(kind, {}))
-    if kind == "PNG":
-        options["pnginfo"] = _chunks(texts)
-    elif texts:
-        exif = _exif(texts)
-        if len(exif.tobytes()) <= MAX_EXIF:
-            options["exif"] = exif
-        else:
-            log.warning("%s: the settings are too long for EXIF and are left out; a .png keeps them", path)
+    options = _OPTIONS.get(kind, {}) | _with_texts(kind, texts, str(path))
     with atomic_write(path, replace=replace) as file:
         image.save(file, format=kind, **options)
+
+
+def encode_image(image: "Image", kind: str, texts: Mapping[str, str], *, quality: int = 100) -> bytes:
+    """Return the bytes of a file of `kind`, one of the values of FORMATS, with `texts` in it as `save_image` has them.
+
+    `quality`, 0 to 100, is that of a JPEG or a WebP; a WebP of 100 is lossless.
+    """
+    options: dict[str, Any] = {}
+    if kind == "JPEG":
+        options = {"quality": quality, "subsampling": 0 if quality >= _FINE else -1}
+    elif kind == "WEBP":
+        options = {"lossless": True} if quality == 100 else {"quality": quality}
+    buffer = io.BytesIO()
+    image.save(buffer, format=kind, **options, **_with_texts(kind, texts, "the picture"))
+    return buffer.getvalue()
+
+
+def _with_texts(kind: str, texts: Mapping[str, str], where: str) -> dict[str, Any]:
+    """Return the arguments with which Pillow writes `texts`; texts too long for EXIF are left out with a warning."""
+    if kind == "PNG":
+        return {"pnginfo": _chunks(texts)}
+    if not texts:
+        return {}
+    exif = _exif(texts)
+    if len(exif.tobytes()) <= MAX_EXIF:
+        return {"exif": exif}
+    log.warning("%s: the settings are too long for EXIF and are left out; a .png keeps them", where)
+    return {}
 
 
 def read_texts(picture: Path | bytes) -> dict[str, str]:

@@ -1,1 +1,12 @@
-"""OpenAI's image API."""
+"""OpenAI's API of images."""
+
+from typing import TYPE_CHECKING
+
+from sdxl_trt.engines.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from sdxl_trt.server.openai.routes import router
+else:
+    __getattr__ = lazy_names(__name__, {"routes": ("router",)})
+
+__all__ = ["router"]

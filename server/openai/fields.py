@@ -1,0 +1,149 @@
+"""Take the fields of a body one by one, each with a check that names it; what is left over is unknown."""
+
+__all__ = ["Fields", "invalid"]
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from sdxl_trt.server.http import ApiError
+
+_WHOLE = re.compile(r"[+-]?\d{1,30}")
+_MOST_EXACT = 2**53
+"""JSON's numbers with a point are doubles, which hold every whole number up to this one."""
+T = TypeVar("T")
+
+
+def invalid(param: str, message: str, code: str = "invalid_value") -> ApiError:
+    """Return the error of status 400 for the field `param`; its message begins with the field's name."""
+    return ApiError(400, f"{param}: {message}", code, param=param)
+
+
+class Fields:
+    """The fields of a JSON body, or of a form, whose values are all text (`form`).
+
+    null means that a field is absent; in a form that is "null" or nothing at all. Every method raises ApiError (400)
+    that names the field, what was expected and, for numbers, what was received: texts are never repeated.
+    """
+
+    def __init__(self, body: Mapping[str, Any], *, form: bool = False) -> None:
+        self._left = dict(body)
+        self._form = form
+
+    def take(self, name: str) -> Any:
+        """Return the value of a field, None if it is absent, and count it as known."""
+        value = self._left.pop(name, None)
+        return None if self._form and value in ("", "null") else value
+
+    def has(self, name: str) -> bool:
+        """Return whether the body has a field that was not taken, null or not."""
+        return name in self._left
+
+    def text(self, name: str, most: int) -> str | None:
+        """Return a text of at most `most` characters."""
+        value = self._left.pop(name, None) if self._form else self.take(name)
+        if value is None:
+            return None
+        if not isinstance(value, str):
+            raise invalid(name, f"{_kind(value)} was given; give a text")
+        if len(value) > most:
+            raise invalid(name, f"has {len(value)} characters; give at most {most}")
+        if any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise invalid(name, "is not valid Unicode text; give it as UTF-8")
+        return value
+
+    def whole(self, name: str, low: int, high: int) -> int | None:
+        """Return a whole number from `low` to `high`."""
+        value = self.take(name)
+        if value is None:
+            return None
+        number = _whole_of(value, form=self._form)
+        if number is None:
+            raise invalid(name, f"{_told(value)} was given; give a whole number from {low} to {high}")
+        if not low <= number <= high:
+            raise invalid(name, f"{_told(number)} was given; choose {low} to {high}")
+        return number
+
+    def number(self, name: str, low: float, high: float, *, without_low: bool = False) -> float | None:
+        """Return a number from `low` (or above it, `without_low`) to `high`."""
+        value = self.take(name)
+        if value is None:
+            return None
+        number = _number_of(value, form=self._form)
+        least = f"above {low:g}" if without_low else f"{low:g}"
+        if number is None or not low <= number <= high or (without_low and number == low):
+            raise invalid(name, f"{_told(value)} was given; choose a number from {least} to {high:g}")
+        return number
+
+    def flag(self, name: str) -> bool:
+        """Return true or false; false if the field is absent."""
+        value = self.take(name)
+        if self._form and isinstance(value, str):
+            value = {"true": True, "false": False, "1": True, "0": False}.get(value.lower(), value)
+        if value is None or isinstance(value, bool):
+            return bool(value)
+        raise invalid(name, f"{_kind(value)} was given; give true or false")
+
+    def choice(self, name: str, choices: tuple[str, ...]) -> str | None:
+        """Return one of `choices`."""
+        value = self.take(name)
+        if value is None:
+            return None
+        if not isinstance(value, str) or value not in choices:
+            raise invalid(name, f"is not known; choose one of: {', '.join(choices)}")
+        return value
+
+    def json(self, name: str) -> Any:
+        """Return a value of any kind; in a form it is JSON, or the text itself if it is not."""
+        value = self.take(name)
+        if not self._form or not isinstance(value, str):
+            return value
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+
+    def either(self, first: str, second: str, read: Callable[[str], T | None]) -> T | None:
+        """Return the value that `read` finds under one of two names of a field; both must be equal if both are there."""
+        one, other = read(first), read(second)
+        if one is not None and other is not None and one != other:
+            raise invalid(second, f"says something else than {first}; give one of them")
+        return other if one is None else one
+
+    def rest(self) -> list[str]:
+        """Return the names of the fields that were not taken, and count them as known."""
+        names, self._left = sorted(map(str, self._left)), {}
+        return names
+
+
+def _whole_of(value: Any, *, form: bool) -> int | None:
+    if form and isinstance(value, str):
+        return int(value) if _WHOLE.fullmatch(value) and value.isascii() else None
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, float):
+        return int(value) if value.is_integer() and abs(value) <= _MOST_EXACT else None
+    return value if isinstance(value, int) else None
+
+
+def _number_of(value: Any, *, form: bool) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, (str, int, float) if form else (int, float)):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _kind(value: Any) -> str:
+    names = {bool: "true or false", int: "a number", float: "a number", str: "a text", list: "a list", dict: "an object"}
+    return names.get(type(value), "another kind of value")
+
+
+def _told(value: Any) -> str:
+    """Return a number as text, or the kind of another value."""
+    plain = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
+    return f"{value}" if plain else _kind(value)
