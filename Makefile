@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 PEERS := .venv-peers
 PEERS_PIP := $(PEERS)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints-peers.txt
+CLIENTS := .venv-clients
+CLIENTS_PIP := $(CLIENTS)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints-clients.txt
 GPU := .venv-gpu
 GPU_EXTRAS ?= gpu,tensorrt,verify
 GPU_CONSTRAINTS = constraints$(if $(findstring cu12,$(GPU_EXTRAS)),-cu12).txt
@@ -13,7 +15,7 @@ PROMPT ?= a large red star on a blue background
 # A half-made environment must not pass for a whole one.
 .DELETE_ON_ERROR:
 
-.PHONY: help demo demo-export install test lint types pytest peers test-peers test-references format mini-bundle gallery checkpoints readme bench bench-export bench-build bench-host bench-load bench-lora gpu-check clean
+.PHONY: help demo demo-export install test lint types pytest peers test-peers clients test-clients test-references format mini-bundle gallery checkpoints readme bench bench-export bench-build bench-host bench-load bench-lora gpu-check clean
 
 help:  ## Say what there is to make
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -49,6 +51,11 @@ peers: $(PEERS)/.done  ## The environment of optimum-onnx in .venv-peers
 
 test-peers: $(VENV)/.full $(PEERS)/.done  ## What others' libraries make of what this project writes
 	$(PEERS)/bin/python -m pytest --config-file tests/peers/pytest.ini tests/peers
+
+clients: $(CLIENTS)/.done  ## The environment of the clients of trt-serve in .venv-clients
+
+test-clients: $(VENV)/.full $(CLIENTS)/.done  ## Real clients draw on trt-serve, which runs as a process of its own
+	$(CLIENTS)/bin/python -m pytest --config-file tests/clients/pytest.ini tests/clients
 
 format: $(VENV)/.full  ## Format the code and mend what lint can mend
 	$(BIN)/ruff check --fix .
@@ -102,7 +109,7 @@ gpu-check: $(VENV)/.runtime  ## On a machine with an NVIDIA GPU: prove what no C
 		$(if $(MINUTES),--minutes $(MINUTES))
 
 clean:  ## Remove what make made
-	rm -rf $(VENV) $(PEERS) $(GPU) out build dist *.egg-info
+	rm -rf $(VENV) $(PEERS) $(CLIENTS) $(GPU) out build dist *.egg-info
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -123,6 +130,12 @@ $(PEERS)/.done: pyproject.toml constraints-peers.txt
 		pytest safetensors scipy tokenizers torch torchdiffeq torchsde transformers
 	@$(PEERS_PIP) --no-deps k-diffusion
 	@$(PEERS_PIP) --no-deps --editable .
+	@touch $@
+
+# The project itself is not installed here: a client knows nothing of it but an address.
+$(CLIENTS)/.done: constraints-clients.txt
+	$(PYTHON) -m venv $(CLIENTS)
+	@$(CLIENTS_PIP) comfy-api-client comfy-api-simplified openai pytest webuiapi
 	@touch $@
 
 # Made anew for other extras: what they install for CUDA 12 and for CUDA 13 must not mix.

@@ -5,7 +5,7 @@ __all__ = ["Fields", "invalid"]
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from sdxl_trt.server.http import ApiError
@@ -86,7 +86,7 @@ class Fields:
             return bool(value)
         raise invalid(name, f"{_kind(value)} was given; give true or false")
 
-    def choice(self, name: str, choices: tuple[str, ...]) -> str | None:
+    def choice(self, name: str, choices: Sequence[str]) -> str | None:
         """Return one of `choices`."""
         value = self.take(name)
         if value is None:
@@ -106,7 +106,7 @@ class Fields:
             return value
 
     def either(self, first: str, second: str, read: Callable[[str], T | None]) -> T | None:
-        """Return the value that `read` finds under one of two names of a field; both must be equal if both are there."""
+        """Return the value that `read` finds under one of two names of a field; if both are there, they must be equal."""
         one, other = read(first), read(second)
         if one is not None and other is not None and one != other:
             raise invalid(second, f"says something else than {first}; give one of them")
@@ -139,7 +139,14 @@ def _number_of(value: Any, *, form: bool) -> float | None:
 
 
 def _kind(value: Any) -> str:
-    names = {bool: "true or false", int: "a number", float: "a number", str: "a text", list: "a list", dict: "an object"}
+    names = {
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        str: "a text",
+        list: "a list",
+        dict: "an object",
+    }
     return names.get(type(value), "another kind of value")
 
 

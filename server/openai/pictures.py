@@ -44,7 +44,7 @@ def start_from(picture: "Image", mask: "Image | None") -> Start:
 
     Raises ApiError (400) for a mask without transparency, of another size, or opaque everywhere.
     """
-    warnings = ()
+    warnings: tuple[str, ...] = ()
     if picture.has_transparency_data and np.asarray(picture.convert("RGBA").getchannel("A")).min() < OPAQUE:
         warnings = ("image: its transparency is not used",)
     pixels = np.array(picture.convert("RGB"))

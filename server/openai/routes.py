@@ -20,8 +20,9 @@ from sdxl_trt.server.desk import Desk, Order, Ticket
 from sdxl_trt.server.http import ApiError, read_form, read_json, read_picture
 from sdxl_trt.server.openai.answers import Usage, answer, model, models
 from sdxl_trt.server.openai.asked import Asked, NamedLora, read_asked
-from sdxl_trt.server.openai.faults import as_api_error, check_ended
+from sdxl_trt.server.openai.faults import as_api_error, check_ended, without_paths
 from sdxl_trt.server.openai.fields import invalid
+from sdxl_trt.server.openai.files import Files
 from sdxl_trt.server.openai.form import sorted_parts
 from sdxl_trt.server.openai.models import ModelNames
 from sdxl_trt.server.openai.pictures import start_from
@@ -56,6 +57,7 @@ class _Images:
         self._names = ModelNames.of(options)
         self._created = int(time.time())
         self._tokens = TokenCounter()
+        self._files = Files()
 
     async def generate(self, request: HttpRequest) -> Response:
         """Draw pictures from a prompt."""
@@ -85,12 +87,13 @@ class _Images:
         """Return the bundle under one of its names."""
         return JSONResponse(model(self._names.check(name), self._created))
 
-    async def get_file(self, request: HttpRequest, name: str) -> Response:
+    async def get_file(self, name: str) -> Response:
         """Return a picture whose URL an answer gave."""
-        found = _desk(request).files.get(name)
-        if found is None:
+        data = self._files.get(name)
+        if data is None:
             raise ApiError(404, "there is no such file, or it is gone: files are kept for an hour", "not_found")
-        return Response(found.data, media_type=found.media, headers={"X-Content-Type-Options": "nosniff"})
+        media = f"image/{name.rpartition('.')[2]}"
+        return Response(data, media_type=media, headers={"X-Content-Type-Options": "nosniff"})
 
     def _start(self, pictures: Sequence[bytes], masks: Sequence[bytes]) -> Start:
         if len(pictures) != 1:
@@ -109,7 +112,8 @@ class _Images:
         )
         caller.warnings += translated.warnings
         try:
-            usage, steps = await asyncio.to_thread(self._prepared, desk, asked, translated.request)
+            usage, steps, notes = await asyncio.to_thread(self._prepared, desk, asked, translated.request)
+            caller.warnings += notes
             ticket = await desk.submit(self._order(request, asked, translated.request))
         except SdxlTrtError as exc:
             raise as_api_error(exc, self._options) from exc
@@ -126,14 +130,13 @@ class _Images:
                      deadline_of(request.headers, self._options),
                      wants_estimates=asked.stream and asked.partial_images > 0)  # fmt: skip
 
-    def _prepared(self, desk: Desk, asked: Asked, work: Request) -> tuple[Usage, int]:
-        """Return the tokens of a request, and the steps of one of its pictures where a stream divides them."""
+    def _prepared(self, desk: Desk, asked: Asked, work: Request) -> tuple[Usage, int, list[str]]:
+        """Return the tokens of a request, the steps of each of its pictures, and what in it has no effect."""
         pool = desk.pipeline.pool
         usage = self._tokens.count(pool.bundle, asked.prompt, asked.negative)
-        if not (asked.stream and asked.partial_images):
-            return usage, 0
         resolved = resolve_request(work, desk.pipeline.manifest, pool.limits, pool.bundle)
-        return usage, resolved.base.steps + (resolved.refiner.steps if resolved.refiner else 0)
+        steps = resolved.base.steps + (resolved.refiner.steps if resolved.refiner else 0)
+        return usage, steps, [without_paths(note, self._options) for note in resolved.notes]
 
     async def _answer(self, request: HttpRequest, asked: Asked, ticket: Ticket, usage: Usage) -> Response:
         caller = request.state.caller
@@ -147,7 +150,7 @@ class _Images:
 
     def _link(self, request: HttpRequest, asked: Asked, file: bytes) -> str:
         """Keep a picture's file for an hour; return its URL on the host that the client asked."""
-        name = _desk(request).files.put(file, asked.output.format)
+        name = self._files.put(file, asked.output.format)
         return f"{str(request.base_url).rstrip('/')}/v1/files/{name}"
 
     def _find(self, lora: NamedLora) -> str:

@@ -86,8 +86,10 @@ class Sizes:
         """Return the size in which a picture of `size` is drawn anew: its own, or one of its shape and usual area."""
         usual = self.usual[0] * self.usual[1]
         shrink = min(1.0, math.sqrt(usual / max(size[0] * size[1], 1)))
-        return size if self.takes(size) and shrink == 1.0 else self.nearest(
-            (round(size[0] * shrink), round(size[1] * shrink))
+        return (
+            size
+            if self.takes(size) and shrink == 1.0
+            else self.nearest((round(size[0] * shrink), round(size[1] * shrink)))
         )
 
 

@@ -9,7 +9,7 @@ import json
 import math
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from starlette.requests import Request as HttpRequest
 
 from sdxl_trt.engines.bundle import Manifest
 from sdxl_trt.server.desk import Drawn, Ended, Event, Stepped, Ticket, Waiting
-from sdxl_trt.server.openai.answers import Answered, Link, Usage, data_of, error_body, facts
+from sdxl_trt.server.openai.answers import Answered, Link, Usage, error_body, facts
 from sdxl_trt.server.openai.asked import Asked
 from sdxl_trt.server.openai.faults import as_api_error, check_ended
 from sdxl_trt.server.openai.pictures import encode, estimate_picture
@@ -131,7 +131,7 @@ async def _told(request: HttpRequest, ticket: Ticket, streamed: Streamed) -> Asy
 async def _with_pauses(request: HttpRequest, ticket: Ticket, options: Options) -> AsyncIterator[Event | None]:
     """Yield the events of an order, and None for each long silence; stop the order if the client leaves."""
     events = ticket.events()
-    left, following = asyncio.create_task(gone(request)), asyncio.create_task(anext(events))
+    left, following = asyncio.create_task(gone(request)), asyncio.create_task(_next(events))
     try:
         while True:
             waited = {following} if left.done() else {left, following}
@@ -142,7 +142,7 @@ async def _with_pauses(request: HttpRequest, ticket: Ticket, options: Options) -
                 yield (event := following.result())
                 if isinstance(event, Ended):
                     return
-                following = asyncio.create_task(anext(events))
+                following = asyncio.create_task(_next(events))
             elif not done:
                 yield None
     finally:
@@ -150,6 +150,10 @@ async def _with_pauses(request: HttpRequest, ticket: Ticket, options: Options) -
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError, StopAsyncIteration):
                 await task
+
+
+async def _next(events: AsyncIterator[Event]) -> Event:
+    return await anext(events)
 
 
 def _event(item: Partial | Drawn, streamed: Streamed) -> bytes:

@@ -50,7 +50,12 @@ class Translated:
 
 
 def translate(
-    asked: Asked, options: Options, manifest: Manifest, limits: PlanLimits | None, find: Find, start: Start | None = None
+    asked: Asked,
+    options: Options,
+    manifest: Manifest,
+    limits: PlanLimits | None,
+    find: Find,
+    start: Start | None = None,
 ) -> Translated:
     """Return the Request for what is `asked` of a bundle with `manifest` and plans of these `limits`.
 

@@ -47,11 +47,8 @@ async def ended_or_left(request: HttpRequest, ticket: Ticket, options: Options) 
     """Return how an order ended, and its pictures in order; if the client leaves, it is stopped as `leave` says."""
     left = asyncio.create_task(gone(request))
     left.add_done_callback(lambda task: None if task.cancelled() else leave(ticket, options))
-    pictures: list[Drawn] = []
     try:
-        async for event in ticket.events():
-            if isinstance(event, Drawn):
-                pictures.append(event)
+        pictures = [event async for event in ticket.events() if isinstance(event, Drawn)]
         ended = await ticket.wait()
     except asyncio.CancelledError:
         leave(ticket, options)

@@ -46,8 +46,9 @@ def _start(width: int = 64, height: int = 64, mask: str | None = None) -> Start:
 
 def test_settings_reach_the_request() -> None:
     asked = read_asked({
-        "prompt": "a red fox", "n": 3, "size": "128x64", "negative_prompt": "blur", "steps": 9, "cfg_scale": 6, "seed": 7,
-        "sampler": "heun", "scheduler": "trailing", "handoff": 0.5, "refiner_guidance_scale": 4, "loras": ["a"],
+        "prompt": "a red fox", "n": 3, "size": "128x64", "negative_prompt": "blur", "steps": 9, "cfg_scale": 6,
+        "seed": 7, "sampler": "heun", "scheduler": "trailing", "handoff": 0.5, "refiner_guidance_scale": 4,
+        "loras": ["a"],
     })  # fmt: skip
     request, warnings = _translated(asked)
     assert request == Request(
@@ -73,7 +74,13 @@ def test_quality_is_a_factor_of_the_usual_steps(quality: str, steps: int) -> Non
 
 @pytest.mark.parametrize(
     ("size", "nearest"),
-    [("100x64", "128x64"), ("8x8", "64x64"), ("0x64", "64x64"), ("64x200000", "64x16384"), ("16384x16384", "4096x4096")],
+    [
+        ("100x64", "128x64"),
+        ("8x8", "64x64"),
+        ("0x64", "64x64"),
+        ("64x200000", "64x16384"),
+        ("16384x16384", "4096x4096"),
+    ],
 )
 def test_a_size_that_cannot_be_drawn_is_refused_with_the_nearest(size: str, nearest: str) -> None:
     error = _refusal(read_asked({"prompt": "p", "size": size}))
