@@ -34,6 +34,7 @@ from sdxl_trt.server.options import Options
 
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 """No proxy may store the events, or hold them back until there are many."""
+_TOKENS = TokenCounter()
 RETIRED = "variations are retired; send the picture to /v1/images/edits"
 
 
@@ -56,7 +57,6 @@ class _Images:
         self._options = options
         self._names = ModelNames.of(options)
         self._created = int(time.time())
-        self._tokens = TokenCounter()
         self._files = Files()
 
     async def generate(self, request: HttpRequest) -> Response:
@@ -133,7 +133,7 @@ class _Images:
     def _prepared(self, desk: Desk, asked: Asked, work: Request) -> tuple[Usage, int, list[str]]:
         """Return the tokens of a request, the steps of each of its pictures, and what in it has no effect."""
         pool = desk.pipeline.pool
-        usage = self._tokens.count(pool.bundle, asked.prompt, asked.negative)
+        usage = _TOKENS.count(pool.bundle, asked.prompt, asked.negative)
         resolved = resolve_request(work, desk.pipeline.manifest, pool.limits, pool.bundle)
         steps = resolved.base.steps + (resolved.refiner.steps if resolved.refiner else 0)
         return usage, steps, [without_paths(note, self._options) for note in resolved.notes]

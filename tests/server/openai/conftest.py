@@ -12,19 +12,20 @@ from typing import Any, TypeVar
 import httpx
 import numpy as np
 import pytest
-from fastapi import FastAPI, Request as HttpRequest
+from fastapi import FastAPI
+from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse
 from PIL import Image
 
-import sdxl_trt.server.http as http
 from sdxl_trt.engines.bundle import read_bundle
 from sdxl_trt.mini import bundle_path
 from sdxl_trt.runtime import Picture, Pipeline, Request, open_bundle
 from sdxl_trt.runtime.request import resolve_request
-from sdxl_trt.server import Options
+from sdxl_trt.server import Options, http
 from sdxl_trt.server.desk import Drawn, Ended, Order, RefusedError, Stepped, Ticket, Waiting
 
 T = TypeVar("T")
+BUNDLE = read_bundle(bundle_path())
 
 
 def _load(name: str, file: Path) -> Any:
@@ -71,9 +72,8 @@ class FakeDesk:
     hold: asyncio.Event | None = None
 
     def __post_init__(self) -> None:
-        bundle = read_bundle(bundle_path())
-        pool = SimpleNamespace(limits=None, bundle=bundle)
-        self.pipeline = SimpleNamespace(manifest=bundle.manifest, pool=pool)
+        pool = SimpleNamespace(limits=None, bundle=BUNDLE)
+        self.pipeline = SimpleNamespace(manifest=BUNDLE.manifest, pool=pool)
         self.draining = False
 
     async def submit(self, order: Order) -> Ticket:

@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdxl_trt.server.http import ApiError
@@ -140,6 +140,7 @@ JSON = st.recursive(
 )
 
 
+@settings(max_examples=50)
 @given(
     st.dictionaries(st.sampled_from(FIELDS) | st.text(), JSON, max_size=8),
     st.dictionaries(st.sampled_from(FIELDS), st.text(), max_size=8),

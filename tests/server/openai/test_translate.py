@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -97,6 +97,7 @@ def test_plans_narrow_the_sizes() -> None:
     assert (request.width, request.height) == (128, 64)
 
 
+@settings(max_examples=50)
 @given(st.integers(0, 999_999), st.integers(0, 999_999), st.sampled_from([1 << 24, 1 << 16, 640 * 640]))
 def test_the_nearest_size_can_always_be_drawn(height: int, width: int, pixels: int) -> None:
     sizes = Sizes.of(BUNDLE.manifest, None, pixels, refined=True)
@@ -175,6 +176,7 @@ def test_an_error_of_the_runtime_speaks_of_fields(tmp_path: Path) -> None:
     assert "/etc" not in as_api_error(OSError("/etc/x"), OPTIONS).message
 
 
+@settings(max_examples=50)
 @given(
     st.builds(
         Asked,
