@@ -11,6 +11,8 @@ from sdxl_trt.server.http import ApiError
 from sdxl_trt.server.openai.asked import Asked
 
 _TYPES = {401: "authentication_error", 403: "authentication_error", 429: "rate_limit_error"}
+_QUALITIES = {"auto": "medium", "standard": "medium", "hd": "high"}
+"""What an answer calls these: the schema of OpenAI's own answers has no other word for them."""
 Link = Callable[[bytes], str]
 """Keeps a picture's file for a while, and returns the URL at which it can be fetched."""
 
@@ -63,7 +65,7 @@ def facts(asked: Asked, size: tuple[int, int]) -> dict[str, str]:
     """Return what an answer and every event say of the pictures; `size` is (width, height)."""
     return {
         "size": f"{size[0]}x{size[1]}",
-        "quality": asked.quality,
+        "quality": _QUALITIES.get(asked.quality, asked.quality),
         "background": "opaque",
         "output_format": asked.output.format,
     }

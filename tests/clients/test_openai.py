@@ -37,7 +37,7 @@ def test_generate_draws_the_same_picture_for_a_seed(client: openai.OpenAI) -> No
     assert again.data is not None
     assert _opened(first.data[0].b64_json).size == (64, 64)
     assert _opened(first.data[0].b64_json).tobytes() == _opened(again.data[0].b64_json).tobytes()
-    assert (first.size, first.output_format, first.background, first.quality) == ("64x64", "png", "opaque", "auto")
+    assert (first.size, first.output_format, first.background, first.quality) == ("64x64", "png", "opaque", "medium")
     assert first.usage is not None
     assert first.usage.total_tokens == first.usage.input_tokens_details.text_tokens == 3
     assert first.model_extra is not None
@@ -134,21 +134,19 @@ def test_a_full_queue_is_tried_again_until_every_picture_is_there(serve: Any) ->
         if answer.status_code == 429:
             refused.append(answer.headers["retry-after"])
 
-    address = serve("--queue", "1")
     http = httpx2.Client(event_hooks={"response": [seen]})
+    client = openai.OpenAI(base_url=f"{serve('--queue', '1')}/v1", api_key="sk-test", max_retries=20, http_client=http)
     drawn: list[Any] = []
 
     def draw(number: int) -> None:
-        with openai.OpenAI(base_url=f"{address}/v1", api_key="sk-test", max_retries=20, http_client=http) as client:
-            drawn.append(
-                client.images.generate(prompt="a star", size="64x64", extra_body={"steps": 30, "seed": number})
-            )
+        drawn.append(client.images.generate(prompt="a star", size="64x64", extra_body={"steps": 30, "seed": number}))
 
     threads = [threading.Thread(target=draw, args=(number,)) for number in range(6)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    client.close()
     assert sorted(answer.model_extra["seeds"][0] for answer in drawn) == list(range(6))
     assert refused
     assert all(1 <= int(seconds) <= 120 for seconds in refused)

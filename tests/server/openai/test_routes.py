@@ -60,7 +60,7 @@ def test_an_answer_has_what_the_sdks_read(served: Served) -> None:
     assert isinstance(body["created"], int)
     assert [_opened(each).size for each in body["data"]] == [(64, 64), (64, 64)]
     assert {key: body[key] for key in ("size", "quality", "background", "output_format", "seeds", "warnings")} == {
-        "size": "64x64", "quality": "auto", "background": "opaque", "output_format": "png", "seeds": [7, 8],
+        "size": "64x64", "quality": "medium", "background": "opaque", "output_format": "png", "seeds": [7, 8],
         "warnings": [],
     }  # fmt: skip
     assert body["usage"] == {"input_tokens": 4, "output_tokens": 0, "total_tokens": 4,
