@@ -232,7 +232,8 @@ def test_all_is_sorted_and_without_doubles(path: Path) -> None:
 def test_all_names_what_is_there(path: Path) -> None:
     source = ast.parse(path.read_text(encoding="utf-8"))
     bound = {node.id for node in ast.walk(source) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-    bound |= {node.name for node in ast.walk(source) if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+    defined = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    bound |= {node.name for node in ast.walk(source) if isinstance(node, defined)}
     bound |= {
         alias.asname or alias.name
         for node in ast.walk(source)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sdxl_trt.server.http import ApiError
-from sdxl_trt.server.openai.asked import Asked
+from sdxl_trt.server.openai.body import Asked
 
 _TYPES = {401: "authentication_error", 403: "authentication_error", 429: "rate_limit_error"}
 _QUALITIES = {"auto": "medium", "standard": "medium", "hd": "high"}

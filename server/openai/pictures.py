@@ -11,9 +11,7 @@ from sdxl_trt.engines.bundle import Manifest
 from sdxl_trt.runtime import Picture
 from sdxl_trt.runtime.images import FORMATS, describe, encode_image
 from sdxl_trt.runtime.vae import approximate, colours_of
-from sdxl_trt.server.openai.asked import Output
-from sdxl_trt.server.openai.fields import invalid
-from sdxl_trt.server.openai.translate import Start
+from sdxl_trt.server.openai.body import Output, Start, invalid
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -19,16 +19,13 @@ from sdxl_trt.runtime.request import resolve_request
 from sdxl_trt.server.desk import Desk, Order, Ticket
 from sdxl_trt.server.http import ApiError, read_form, read_json, read_picture
 from sdxl_trt.server.openai.answers import Usage, answer, model, models
-from sdxl_trt.server.openai.asked import Asked, NamedLora, read_asked
+from sdxl_trt.server.openai.body import Asked, NamedLora, Start, invalid, read_asked, sorted_parts, translate
 from sdxl_trt.server.openai.faults import as_api_error, check_ended, without_paths
-from sdxl_trt.server.openai.fields import invalid
 from sdxl_trt.server.openai.files import Files
-from sdxl_trt.server.openai.form import sorted_parts
 from sdxl_trt.server.openai.models import ModelNames
 from sdxl_trt.server.openai.pictures import start_from
 from sdxl_trt.server.openai.stream import Streamed, answered, stream
 from sdxl_trt.server.openai.tokens import TokenCounter
-from sdxl_trt.server.openai.translate import Start, translate
 from sdxl_trt.server.openai.waiting import deadline_of, ended_or_left
 from sdxl_trt.server.options import Options
 

@@ -20,7 +20,7 @@ from starlette.requests import Request as HttpRequest
 from sdxl_trt.engines.bundle import Manifest
 from sdxl_trt.server.desk import Drawn, Ended, Event, Stepped, Ticket, Waiting
 from sdxl_trt.server.openai.answers import Answered, Link, Usage, error_body, facts
-from sdxl_trt.server.openai.asked import Asked
+from sdxl_trt.server.openai.body import Asked
 from sdxl_trt.server.openai.faults import as_api_error, check_ended
 from sdxl_trt.server.openai.pictures import encode, estimate_picture
 from sdxl_trt.server.openai.waiting import gone, leave

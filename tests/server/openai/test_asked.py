@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdxl_trt.server.http import ApiError
-from sdxl_trt.server.openai.asked import Asked, NamedLora, Output, read_asked
+from sdxl_trt.server.openai.body.asked import Asked, NamedLora, Output, read_asked
 
 FOX = {"prompt": "a red fox"}
 FIELDS = [

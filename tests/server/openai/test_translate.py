@@ -18,11 +18,11 @@ from sdxl_trt.runtime import Request
 from sdxl_trt.runtime.request import SAMPLERS, resolve_request
 from sdxl_trt.server import Options
 from sdxl_trt.server.http import ApiError
-from sdxl_trt.server.openai.asked import Asked, NamedLora, read_asked
+from sdxl_trt.server.openai.body.asked import Asked, NamedLora, read_asked
+from sdxl_trt.server.openai.body.sizes import Sizes, told
+from sdxl_trt.server.openai.body.translation import Start, translate
 from sdxl_trt.server.openai.faults import as_api_error
 from sdxl_trt.server.openai.pictures import start_from
-from sdxl_trt.server.openai.sizes import Sizes, told
-from sdxl_trt.server.openai.translate import Start, translate
 
 BUNDLE: Bundle = read_bundle(bundle_path())
 OPTIONS = Options()

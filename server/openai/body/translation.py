@@ -13,9 +13,9 @@ from sdxl_trt.engines.bundle import Manifest
 from sdxl_trt.engines.plans import PlanLimits
 from sdxl_trt.runtime import Request
 from sdxl_trt.runtime.adapters import LoraUse
-from sdxl_trt.server.openai.asked import Asked, NamedLora
-from sdxl_trt.server.openai.fields import invalid
-from sdxl_trt.server.openai.sizes import Size, Sizes, told
+from sdxl_trt.server.openai.body.asked import Asked, NamedLora
+from sdxl_trt.server.openai.body.fields import invalid
+from sdxl_trt.server.openai.body.sizes import Size, Sizes, told
 from sdxl_trt.server.options import Options
 
 DEFAULT_STRENGTH = 0.6

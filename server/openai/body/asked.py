@@ -13,8 +13,8 @@ from typing import Any, Literal
 from sdxl_trt.runtime.diffusion.samplers import sampler_names
 from sdxl_trt.runtime.request import Request, settings_of
 from sdxl_trt.server.http import ApiError
-from sdxl_trt.server.openai.fields import Fields, invalid
-from sdxl_trt.server.openai.sizes import Size, parse_size
+from sdxl_trt.server.openai.body.fields import Fields, invalid
+from sdxl_trt.server.openai.body.sizes import Size, parse_size
 
 MOST_PROMPT = 32_000
 MOST_PICTURES = 10

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from sdxl_trt.engines.bundle import Manifest
 from sdxl_trt.engines.plans import PlanLimits
-from sdxl_trt.server.openai.fields import invalid
+from sdxl_trt.server.openai.body.fields import invalid
 
 _SIZE = re.compile(r"(\d{1,6})x(\d{1,6})", re.ASCII)
 MOST_SIDE = 16384

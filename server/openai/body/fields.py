@@ -106,7 +106,7 @@ class Fields:
             return value
 
     def either(self, first: str, second: str, read: Callable[[str], T | None]) -> T | None:
-        """Return the value that `read` finds under one of a field's two names; if both are there, they must be equal."""
+        """Return what `read` finds under one of the two names of a field; if both are there, they must be equal."""
         one, other = read(first), read(second)
         if one is not None and other is not None and one != other:
             raise invalid(second, f"says something else than {first}; give one of them")

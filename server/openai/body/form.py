@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from sdxl_trt.server.openai.fields import invalid
+from sdxl_trt.server.openai.body.fields import invalid
 
 PICTURES = ("image", "image[]")
 MASKS = ("mask", "mask[]")
