@@ -5,7 +5,8 @@ __all__ = ["router"]
 import asyncio
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 from uuid import uuid4
 
 from fastapi import APIRouter
@@ -16,13 +17,14 @@ from sdxl_trt.engines import SdxlTrtError, UsageError
 from sdxl_trt.runtime import Request
 from sdxl_trt.runtime.adapters import find_named
 from sdxl_trt.runtime.request import resolve_request
-from sdxl_trt.server.desk import Desk, Order, Ticket
+from sdxl_trt.server.desk import Desk, Order
 from sdxl_trt.server.http import ApiError, read_form, read_json, read_picture
 from sdxl_trt.server.openai.answers import Usage, answer, model, models
 from sdxl_trt.server.openai.body import Asked, NamedLora, Start, invalid, read_asked, sorted_parts, translate
 from sdxl_trt.server.openai.faults import as_api_error, check_ended, without_paths
 from sdxl_trt.server.openai.files import Files
 from sdxl_trt.server.openai.models import ModelNames
+from sdxl_trt.server.openai.once import Asking, Once, Reader
 from sdxl_trt.server.openai.pictures import start_from
 from sdxl_trt.server.openai.stream import Streamed, answered, stream
 from sdxl_trt.server.openai.tokens import TokenCounter
@@ -55,11 +57,13 @@ class _Images:
         self._names = ModelNames.of(options)
         self._created = int(time.time())
         self._files = Files()
+        self._once = Once(options)
 
     async def generate(self, request: HttpRequest) -> Response:
         """Draw pictures from a prompt."""
-        asked = read_asked(await read_json(request), lenient=self._options.lenient)
-        return await self._draw(request, asked, None)
+        body = await read_json(request)
+        asked = read_asked(body, lenient=self._options.lenient)
+        return await self._draw(request, asked, None, _asking(request, body))
 
     async def edit(self, request: HttpRequest) -> Response:
         """Draw a picture anew, all of it or where a mask is transparent."""
@@ -70,7 +74,8 @@ class _Images:
         request.state.caller.warnings += form.warnings
         self._names.check(asked.model)
         start = await asyncio.to_thread(self._start, form.pictures, form.masks)
-        return await self._draw(request, asked, start)
+        asking = _asking(request, form.fields, [*form.pictures, *form.masks])
+        return await self._draw(request, asked, start, asking)
 
     async def variations(self, request: HttpRequest) -> Response:  # noqa: ARG002 - what it asks for is not read
         """Say that there are none."""
@@ -100,27 +105,28 @@ class _Images:
         picture = read_picture(pictures[0], self._options, "image")
         return start_from(picture, read_picture(masks[0], self._options, "mask") if masks else None)
 
-    async def _draw(self, request: HttpRequest, asked: Asked, start: Start | None) -> Response:
+    async def _draw(self, request: HttpRequest, asked: Asked, start: Start | None, asking: Asking) -> Response:
         self._names.check(asked.model)
         desk, caller = _desk(request), request.state.caller
         pipeline = desk.pipeline
         translated = await asyncio.to_thread(
             translate, asked, self._options, pipeline.manifest, pipeline.pool.limits, self._find, start
         )
-        caller.warnings += translated.warnings
         try:
             usage, steps, notes = await asyncio.to_thread(self._prepared, desk, asked, translated.request)
-            caller.warnings += notes
-            ticket = await desk.submit(self._order(request, asked, translated.request))
+            order = self._order(request, asked, translated.request)
+            reader = await self._once.read(asking, lambda: desk.submit(order))
         except SdxlTrtError as exc:
             raise as_api_error(exc, self._options) from exc
-        if asked.stream:
-            kind = "image_generation" if start is None else "image_edit"
-            streamed = Streamed(asked, kind, steps, usage, tuple(caller.warnings), pipeline.manifest,
-                                functools.partial(self._link, request, asked), self._options)  # fmt: skip
-            return StreamingResponse(stream(request, ticket, streamed), media_type="text/event-stream",
-                                     headers=STREAM_HEADERS)  # fmt: skip
-        return await self._answer(request, asked, ticket, usage)
+        caller.warnings += (*translated.warnings, *notes)
+        again = {"Idempotent-Replayed": "true"} if reader.replayed else {}
+        if not asked.stream:
+            return await self._answer(request, asked, reader, usage, again)
+        kind = "image_generation" if start is None else "image_edit"
+        streamed = Streamed(asked, kind, steps, usage, tuple(caller.warnings), pipeline.manifest,
+                            functools.partial(self._link, request, asked), self._options)  # fmt: skip
+        return StreamingResponse(stream(request, reader, streamed), media_type="text/event-stream",
+                                 headers=STREAM_HEADERS | again)  # fmt: skip
 
     def _order(self, request: HttpRequest, asked: Asked, work: Request) -> Order:
         return Order(work, "openai", request.state.caller.who, f"img-{uuid4().hex}",
@@ -135,15 +141,17 @@ class _Images:
         steps = resolved.base.steps + (resolved.refiner.steps if resolved.refiner else 0)
         return usage, steps, [without_paths(note, self._options) for note in resolved.notes]
 
-    async def _answer(self, request: HttpRequest, asked: Asked, ticket: Ticket, usage: Usage) -> Response:
+    async def _answer(
+        self, request: HttpRequest, asked: Asked, reader: Reader, usage: Usage, headers: dict[str, str]
+    ) -> Response:
         caller = request.state.caller
-        ended, drawn = await ended_or_left(request, ticket, self._options)
+        ended, drawn = await ended_or_left(request, reader)
         check_ended(ended, self._options, drawn=len(drawn))
         if ended.outcome == "interrupted":
             caller.warnings.append("the request was interrupted: these are the pictures so far")
         pictures = await asyncio.to_thread(lambda: [answered(each, asked) for each in drawn])
         link = functools.partial(self._link, request, asked)
-        return JSONResponse(answer(asked, pictures, int(time.time()), usage, caller.warnings, link))
+        return JSONResponse(answer(asked, pictures, reader.created, usage, caller.warnings, link), headers=headers)
 
     def _link(self, request: HttpRequest, asked: Asked, file: bytes) -> str:
         """Keep a picture's file for an hour; return its URL on the host that the client asked."""
@@ -163,6 +171,10 @@ class _Images:
             what = "there is no LoRA of one of these names" if not found else "several LoRAs have one of these names"
             raise invalid("loras", f"{what}; give names as the server's folder has them, with sub-folders")
         return str(found[0])
+
+
+def _asking(request: HttpRequest, body: Mapping[str, Any], files: Sequence[bytes] = ()) -> Asking:
+    return Asking.of(request.state.caller.who, request.url.path, request.headers, body, files)
 
 
 def _desk(request: HttpRequest) -> Desk:

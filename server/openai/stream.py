@@ -18,12 +18,13 @@ from numpy.typing import NDArray
 from starlette.requests import Request as HttpRequest
 
 from sdxl_trt.engines.bundle import Manifest
-from sdxl_trt.server.desk import Drawn, Ended, Event, Stepped, Ticket, Waiting
+from sdxl_trt.server.desk import Drawn, Ended, Event, Stepped, Waiting
 from sdxl_trt.server.openai.answers import Answered, Link, Usage, error_body, facts
 from sdxl_trt.server.openai.body import Asked
 from sdxl_trt.server.openai.faults import as_api_error, check_ended
+from sdxl_trt.server.openai.once import Reader
 from sdxl_trt.server.openai.pictures import encode, estimate_picture
-from sdxl_trt.server.openai.waiting import gone, leave
+from sdxl_trt.server.openai.waiting import gone
 from sdxl_trt.server.options import Options
 
 KEEP_ALIVE = 15.0
@@ -95,26 +96,23 @@ class _Turns:
         return ready
 
 
-async def stream(request: HttpRequest, ticket: Ticket, streamed: Streamed) -> AsyncIterator[bytes]:
+async def stream(request: HttpRequest, reader: Reader, streamed: Streamed) -> AsyncIterator[bytes]:
     """Yield the events of an order, and comments between them; the last event is a completed picture or an error.
 
-    A client that leaves stops the order as `--on-disconnect` says.
+    With the client, its reader leaves.
     """
-    finished = False
     try:
-        async for text in _told(request, ticket, streamed):
+        async for text in _told(request, reader, streamed):
             yield text
-        finished = True
     finally:
-        if not finished:
-            leave(ticket, streamed.options)
+        reader.leave()
 
 
-async def _told(request: HttpRequest, ticket: Ticket, streamed: Streamed) -> AsyncIterator[bytes]:
+async def _told(request: HttpRequest, reader: Reader, streamed: Streamed) -> AsyncIterator[bytes]:
     partials = Partials(streamed.asked.n, streamed.asked.partial_images, streamed.steps)
     turns, drawn = _Turns(), 0
     try:
-        async for event in _with_pauses(request, ticket, streamed.options):
+        async for event in _with_pauses(request, reader):
             if isinstance(event, Ended):
                 check_ended(event, streamed.options, drawn=drawn)
                 continue
@@ -128,16 +126,16 @@ async def _told(request: HttpRequest, ticket: Ticket, streamed: Streamed) -> Asy
         yield _encoded("error", error_body(as_api_error(exc, streamed.options)))
 
 
-async def _with_pauses(request: HttpRequest, ticket: Ticket, options: Options) -> AsyncIterator[Event | None]:
-    """Yield the events of an order, and None for each long silence; stop the order if the client leaves."""
-    events = ticket.events()
+async def _with_pauses(request: HttpRequest, reader: Reader) -> AsyncIterator[Event | None]:
+    """Yield the events of an order, and None for each long silence; the reader leaves with its client."""
+    events = reader.ticket.events()
     left, following = asyncio.create_task(gone(request)), asyncio.create_task(_next(events))
     try:
         while True:
             waited = {following} if left.done() else {left, following}
             done, _ = await asyncio.wait(waited, timeout=KEEP_ALIVE, return_when=asyncio.FIRST_COMPLETED)
             if left in done:
-                leave(ticket, options)
+                reader.leave()
             if following in done:
                 yield (event := following.result())
                 if isinstance(event, Ended):

@@ -1,6 +1,6 @@
-"""Waiting for an order: how long a client waits, and what becomes of the order if it leaves."""
+"""Waiting for an order: how long a client waits, and whether it is still there."""
 
-__all__ = ["deadline_of", "ended_or_left", "gone", "leave"]
+__all__ = ["deadline_of", "ended_or_left", "gone"]
 
 import asyncio
 import contextlib
@@ -9,7 +9,8 @@ from collections.abc import Mapping
 
 from starlette.requests import Request as HttpRequest
 
-from sdxl_trt.server.desk import Drawn, Ended, Ticket
+from sdxl_trt.server.desk import Drawn, Ended
+from sdxl_trt.server.openai.once import Reader
 from sdxl_trt.server.options import Options
 
 _TOLD = ("x-request-timeout-seconds", "x-stainless-read-timeout")
@@ -36,22 +37,15 @@ async def gone(request: HttpRequest) -> None:
         pass
 
 
-def leave(ticket: Ticket, options: Options) -> None:
-    """Stop the order of a client that has left, unless `--on-disconnect` lets it finish."""
-    policy = options.on_disconnect or "cancel"
-    if policy == "cancel" or (policy == "finish-if-started" and ticket.started is None):
-        ticket.cancel()
-
-
-async def ended_or_left(request: HttpRequest, ticket: Ticket, options: Options) -> tuple[Ended, list[Drawn]]:
-    """Return how an order ended, and its pictures in order; if the client leaves, it is stopped as `leave` says."""
+async def ended_or_left(request: HttpRequest, reader: Reader) -> tuple[Ended, list[Drawn]]:
+    """Return how an order ended, and its pictures in order; if the client leaves before, so does its reader."""
     left = asyncio.create_task(gone(request))
-    left.add_done_callback(lambda task: None if task.cancelled() else leave(ticket, options))
+    left.add_done_callback(lambda task: None if task.cancelled() else reader.leave())
     try:
-        pictures = [event async for event in ticket.events() if isinstance(event, Drawn)]
-        ended = await ticket.wait()
+        pictures = [event async for event in reader.ticket.events() if isinstance(event, Drawn)]
+        ended = await reader.ticket.wait()
     except asyncio.CancelledError:
-        leave(ticket, options)
+        reader.leave()
         raise
     finally:
         left.cancel()

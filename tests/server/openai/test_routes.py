@@ -74,12 +74,12 @@ def test_an_answer_has_what_the_sdks_read(served: Served) -> None:
 def test_pictures_have_the_format_that_was_asked_for(served: Served, kind: str, format_: str) -> None:
     sizes = []
     for compression in (0, 100):
-        answer, _ = served(_post(FOX | {"output_format": kind, "output_compression": compression}))
+        answer, _ = served(_post(FOX | {"output_format": kind, "output_compression": compression, "seed": 7}))
         picture = _opened(answer.json()["data"][0])
         assert picture.format == format_
         picture.load()
         sizes.append(len(answer.content))
-    assert (sizes[0] < sizes[1]) == (kind == "jpeg") or kind == "webp"
+    assert (sizes[0] == sizes[1]) == (kind == "png"), "a PNG is the same at any compression"
     assert answer.json()["output_format"] == kind
 
 
