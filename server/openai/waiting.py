@@ -13,13 +13,16 @@ from sdxl_trt.server.desk import Drawn, Ended
 from sdxl_trt.server.openai.once import Reader
 from sdxl_trt.server.options import Options
 
-_TOLD = ("x-request-timeout-seconds", "x-stainless-read-timeout")
-"""Headers in which clients say how long they wait; they only shorten the server's own deadline."""
+_LEAVES = "x-stainless-read-timeout"
+"""OpenAI's clients say when they leave, to come again: where an order outlives its client, this is no deadline."""
 
 
 def deadline_of(headers: Mapping[str, str], options: Options) -> float:
-    """Return the seconds within which a request must be answered."""
-    told = [seconds for name in _TOLD if (seconds := _seconds(headers.get(name, ""))) is not None]
+    """Return the seconds within which a request must be answered; headers only shorten the server's own deadline."""
+    names = ["x-request-timeout-seconds"]
+    if options.on_disconnect in (None, "cancel"):
+        names.append(_LEAVES)
+    told = [seconds for name in names if (seconds := _seconds(headers.get(name, ""))) is not None]
     return min([options.deadline, *told])
 
 

@@ -150,3 +150,12 @@ def test_a_full_queue_is_tried_again_until_every_picture_is_there(serve: Any) ->
     assert sorted(answer.model_extra["seeds"][0] for answer in drawn) == list(range(6))
     assert refused
     assert all(1 <= int(seconds) <= 120 for seconds in refused)
+
+
+def test_a_picture_that_takes_longer_than_the_client_waits_is_drawn_once(serve: Any) -> None:
+    """The package leaves, and asks again: its next request reads the order of the first one."""
+    address = serve("--on-disconnect", "finish")
+    with openai.OpenAI(base_url=f"{address}/v1", api_key="sk-test", max_retries=40, timeout=0.4) as client:
+        answer = client.images.with_raw_response.generate(prompt="a star", size="128x128", extra_body={"steps": 60})
+    assert answer.headers["idempotent-replayed"] == "true"
+    assert len(answer.parse().data or ()) == 1

@@ -176,6 +176,11 @@ def test_a_header_may_only_shorten_the_deadline(served: Served, told: dict[str, 
     assert desk.orders[0].deadline == deadline
 
 
+def test_a_client_that_may_come_again_sets_no_deadline_by_leaving(served: Served) -> None:
+    told = {"x-stainless-read-timeout": "20"}
+    assert served(_post(FOX, headers=told), Options(on_disconnect="finish"))[1].orders[0].deadline == 600.0
+
+
 def test_an_edit_takes_one_picture_and_a_mask(served: Served) -> None:
     mask = Image.new("RGBA", (64, 64), (0, 0, 0, 255))
     mask.paste((0, 0, 0, 0), (0, 0, 32, 64))
