@@ -316,7 +316,7 @@ def test_a_client_that_leaves_stops_its_order_as_the_policy_says(
         await asyncio.wait_for(call, 5)
         return desk.tickets[0].stop
 
-    assert asyncio.run(main()) == ("cancelled" if stopped else None)
+    assert asyncio.run(asyncio.wait_for(main(), 30)) == ("cancelled" if stopped else None)
 
 
 def test_the_embedded_pair_draws_what_its_pipeline_draws(served: Served, pipeline: Any) -> None:
