@@ -4,7 +4,7 @@ The file is not trusted: its size is capped before it is read, the type of every
 used, and no path in it is opened here.
 """
 
-__all__ = ["MAX_BYTES", "Graph", "read_graph"]
+__all__ = ["MAX_BYTES", "Graph", "graph_of", "read_graph"]
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -93,13 +93,32 @@ def parse_graph(content: str | bytes, where: str) -> Graph:
     found = next(_graphs(stored, _DEEPEST_BODY), None)
     if found is None:
         raise UsageError(f"--workflow {where}: neither ComfyUI's API format nor its editor's; export it from ComfyUI")
-    editor = isinstance(found.get("nodes"), list)
-    count = len(found["nodes"]) if editor else len(found)
-    if count > MAX_NODES:
-        raise UsageError(f"--workflow {where}: {count} nodes, more than {MAX_NODES}")
-    nodes = from_editor(found, where) if editor else {key: _from_api(key, value) for key, value in found.items()}
+    if not isinstance(found.get("nodes"), list):
+        return graph_of(found, f"--workflow {where}")
+    _check_count(len(found["nodes"]), f"--workflow {where}")
+    nodes = from_editor(found, where)
     if len(nodes) > MAX_NODES:
         raise UsageError(f"--workflow {where}: {len(nodes)} nodes including its subgraphs', more than {MAX_NODES}")
+    return _filled(nodes)
+
+
+def graph_of(stored: Mapping[str, Any], where: str) -> Graph:
+    """Return the graph of nodes in API form, {id: {"class_type", "inputs"}}, which `where` names in messages.
+
+    Raises UsageError for a value that is no node, and for too many of them.
+    """
+    _check_count(len(stored), where)
+    if not stored or not all(map(_is_node, stored.values())):
+        raise UsageError(f"{where}: is not a graph in ComfyUI's API format; every node needs a class_type")
+    return _filled({key: _from_api(key, value) for key, value in stored.items()})
+
+
+def _check_count(count: int, where: str) -> None:
+    if count > MAX_NODES:
+        raise UsageError(f"{where}: {count} nodes, more than {MAX_NODES}")
+
+
+def _filled(nodes: Mapping[str, Node]) -> Graph:
     return Graph({key: _with_primitives(node, nodes) for key, node in nodes.items()})
 
 

@@ -1,11 +1,14 @@
 """A node of a ComfyUI graph, and the inputs and outputs of a node class."""
 
-__all__ = ["REQUIRED", "Input", "Link", "Node", "NodeKind"]
+__all__ = ["REQUIRED", "IncompleteError", "Input", "Link", "Node", "NodeKind", "incomplete", "whole"]
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
+from sdxl_trt.engines import UsageError
+
+Found = TypeVar("Found")
 REQUIRED = object()
 """The default of an input that must be given."""
 
@@ -86,3 +89,19 @@ class NodeKind:
     def input(self, name: str) -> Input:
         """Return the input called `name`."""
         return next(each for each in self.inputs if each.name == name)
+
+
+class IncompleteError(UsageError):
+    """A node cannot be read because one that feeds it cannot."""
+
+
+def whole(found: Found | None, node: Node) -> Found:
+    """Return `found`; raise if it is None, whose cause has been noted."""
+    if found is None:
+        raise incomplete(node)
+    return found
+
+
+def incomplete(node: Node) -> IncompleteError:
+    """Return the error of a node whose cause has been noted."""
+    return IncompleteError(f"{node}: cannot be run without what feeds it")

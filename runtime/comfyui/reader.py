@@ -1,19 +1,19 @@
 """Read a graph into a Workflow: follow every link, and check every input against the table of nodes."""
 
-__all__ = ["read_workflow"]
+__all__ = ["read_workflow", "workflow_of"]
 
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from sdxl_trt.engines import UsageError
-from sdxl_trt.runtime.comfyui.graph import Graph, read_graph
-from sdxl_trt.runtime.comfyui.node import Link, Node
+from sdxl_trt.runtime.comfyui.graph import Graph, graph_of, read_graph
+from sdxl_trt.runtime.comfyui.node import IncompleteError, Link, Node, incomplete, whole
 from sdxl_trt.runtime.comfyui.nodes import DRAWN, NODES, SHOWN, linked, stated, undeclared
 from sdxl_trt.runtime.comfyui.values import SIDES, margins_of, mixed, prompt_count, read_prompt, sampled_part, scaling
 from sdxl_trt.runtime.comfyui.workflow import (
@@ -60,19 +60,9 @@ def read_workflow(path: Path) -> Workflow:
     Raises UsageError that names every node that is not supported and every input that is missing.
     """
     graph = read_graph(path)
-    outputs = [node for node in graph.nodes.values() if node.kind in (DRAWN, SHOWN)]
-    if not outputs:
-        raise UsageError(f"--workflow {path}: has no SaveImage or PreviewImage; add one")
-    if len(outputs) > _MOST_OUTPUTS:
-        raise UsageError(f"--workflow {path}: saves and previews {len(outputs)} pictures; keep one SaveImage")
     reader = _Reader(graph)
-    problems: dict[str, dict[str, None]] = {}
-    drawn: list[Output] = []
-    for node in outputs:
-        with reader.noting(problems.setdefault(node.id, {})):
-            found = reader.tried(lambda node=node: reader.output(node))  # type: ignore[misc]
-        if found is not None and not problems[node.id]:
-            drawn.append(found)
+    outputs = _ends(graph, f"--workflow {path}")
+    drawn, problems = _read_outputs(reader, outputs)
     if not drawn:
         every = [*dict.fromkeys(problem for each in problems.values() for problem in each)]
         more = ["and more"] if len(every) > _MOST_NAMED else []
@@ -88,14 +78,59 @@ def read_workflow(path: Path) -> Workflow:
     return Workflow(tuple(kept), json.dumps(graph.api(output.node for output in kept)))
 
 
+def workflow_of(
+    nodes: Mapping[str, Any], where: str, ends: Collection[str] | None = None
+) -> tuple[Workflow | None, Mapping[str, Sequence[str]]]:
+    """Return the workflow of a graph in API form, and what is wrong with each SaveImage and PreviewImage, by its id.
+
+    All pictures that can be drawn are outputs, saved or previewed, or only those of the nodes `ends`; None if there are
+    none. A node that shows the picture of another one is among its `copies`. `where` names the graph in messages.
+    Raises UsageError if the graph is none, or shows no picture at all.
+    """
+    graph = graph_of(nodes, where)
+    reader = _Reader(graph)
+    outputs = [node for node in _ends(graph, where) if ends is None or node.id in ends]
+    drawn, problems = _read_outputs(reader, sorted(outputs, key=lambda node: node.kind != DRAWN))
+    found = {node: [*each][:_MOST_NAMED] for node, each in problems.items() if each}
+    if not drawn:
+        return None, found
+    reader.warn(drawn)
+    firsts: dict[Image, str] = {}
+    for output in drawn:
+        firsts.setdefault(output.image, output.node)
+    kept = sorted(
+        (each for each in drawn if firsts[each.image] == each.node), key=lambda each: [*nodes].index(each.node)
+    )
+    copies = {output.node: firsts[output.image] for output in drawn if firsts[output.image] != output.node}
+    return Workflow(tuple(kept), json.dumps(graph.api(output.node for output in drawn)), copies), found
+
+
+def _ends(graph: Graph, where: str) -> list[Node]:
+    """Return the nodes that show pictures."""
+    outputs = [node for node in graph.nodes.values() if node.kind in (DRAWN, SHOWN)]
+    if not outputs:
+        raise UsageError(f"{where}: has no SaveImage or PreviewImage; add one")
+    if len(outputs) > _MOST_OUTPUTS:
+        raise UsageError(f"{where}: saves and previews {len(outputs)} pictures; keep one SaveImage")
+    return outputs
+
+
+def _read_outputs(reader: "_Reader", nodes: Sequence[Node]) -> tuple[list[Output], dict[str, dict[str, None]]]:
+    """Return the pictures of `nodes` that can be drawn, and the problems of each node by its id."""
+    problems: dict[str, dict[str, None]] = {}
+    drawn: list[Output] = []
+    for node in nodes:
+        with reader.noting(problems.setdefault(node.id, {})):
+            found = reader.tried(lambda node=node: reader.output(node))  # type: ignore[misc]
+        if found is not None and not problems[node.id]:
+            drawn.append(found)
+    return drawn, problems
+
+
 def _kept(drawn: list[Output], nodes: dict[str, Node]) -> list[Output]:
     """Return the pictures to write, each once: those that are saved, or if there are none, the previews."""
     saved = [output for output in drawn if nodes[output.node].kind == DRAWN] or drawn
     return [output for i, output in enumerate(saved) if all(output.image != other.image for other in saved[:i])]
-
-
-class _IncompleteError(UsageError):
-    """A node cannot be read because one that feeds it cannot."""
 
 
 class _Reader:
@@ -119,7 +154,7 @@ class _Reader:
         """Return what `read` returns; if it raises UsageError, note the problem and return None."""
         try:
             return read()
-        except _IncompleteError:
+        except IncompleteError:
             return None  # the cause has been noted
         except UsageError as exc:
             self._problems[str(exc)] = None
@@ -189,7 +224,7 @@ class _Reader:
             latents: LatentSource | None = self.tried(lambda: self._latents(linked(node, "samples")))
             vae = self._vae(linked(node, "vae"))
             if latents is None:
-                raise _incomplete(node)
+                raise incomplete(node)
             return Decoded(latents, vae, node.kind == "VAEDecodeTiled", node.id)
 
         found: Image = self._read(link, "IMAGE", {
@@ -243,7 +278,7 @@ class _Reader:
             image: Image | None = self.tried(lambda: self._image(linked(node, "pixels")))
             vae = self._vae(linked(node, "vae"))
             if image is None:
-                raise _incomplete(node)
+                raise incomplete(node)
             return Encoded(image, vae, node.kind == "VAEEncodeTiled", node.id)
 
         def masked(node: Node, _: int) -> LatentSource:
@@ -269,7 +304,7 @@ class _Reader:
         def sampled(node: Node, _: int) -> LatentSource:
             sampling = self.tried(lambda: self._sampling(node))
             latents = self._latents(linked(node, "latent_image"))
-            return Sampled(latents, _whole(sampling, node))
+            return Sampled(latents, whole(sampling, node))
 
         found: LatentSource = self._read(link, "LATENT", {
             "EmptyLatentImage": empty, "VAEEncode": encoded, "VAEEncodeTiled": encoded, "RepeatLatentBatch": repeated,
@@ -288,15 +323,15 @@ class _Reader:
         model = self.tried(lambda: self._model(linked(node, "model")))
         positive = self.tried(lambda: self._conditioning(linked(node, "positive")))
         negative = self.tried(lambda: self._conditioning(linked(node, "negative")))
-        if len({each.shown for each in (*_whole(positive, node), *_whole(negative, node))}) > 1:
+        if len({each.shown for each in (*whole(positive, node), *whole(negative, node))}) > 1:
             raise UsageError(f"{node}: its prompts show an inpainting model different pictures, or only some of them;"
                              " link both outputs of one InpaintModelConditioning")  # fmt: skip
         part = sampled_part(node) if advanced else {"denoise": stated(node, "denoise")}
         return Sampling(
             node=node.id,
-            model=_whole(model, node),
-            positive=_whole(positive, node),
-            negative=_whole(negative, node),
+            model=whole(model, node),
+            positive=whole(positive, node),
+            negative=whole(negative, node),
             seed=stated(node, "noise_seed" if advanced else "seed"),
             steps=stated(node, "steps"),
             cfg=stated(node, "cfg"),
@@ -348,7 +383,7 @@ class _Reader:
         def prompt(node: Node, _: int) -> tuple[Conditioning, ...]:
             clip = self.tried(lambda: self._clip(linked(node, "clip")))
             read = read_prompt(node)
-            return (replace(read, clip=_whole(clip, node)),)
+            return (replace(read, clip=whole(clip, node)),)
 
         def zeroed(node: Node, _: int) -> tuple[Conditioning, ...]:
             return mixed(self._conditioning(linked(node, "conditioning")), Mix("zero"))
@@ -380,9 +415,9 @@ class _Reader:
             net: str | None = self.tried(lambda: self._controlnet(linked(node, "control_net")))
             image: Image | None = self.tried(lambda: self._image(linked(node, "image")))
             if image is None:
-                raise _incomplete(node)
+                raise incomplete(node)
             hint = ControlHint(
-                _whole(net, node),
+                whole(net, node),
                 image,
                 stated(node, "strength"),
                 stated(node, "start_percent") if advanced else 0.0,
@@ -392,7 +427,7 @@ class _Reader:
             )
             # As in ComfyUI, a strength of 0 applies nothing.
             added = (hint,) if hint.strength else ()
-            return tuple(replace(each, controls=(*each.controls, *added)) for each in _whole(side, node))
+            return tuple(replace(each, controls=(*each.controls, *added)) for each in whole(side, node))
 
         return self._read(link, "CONDITIONING", {
             "InpaintModelConditioning": shown,
@@ -407,14 +442,3 @@ class _Reader:
         if sum(map(prompt_count, side)) > _MOST_PROMPTS:
             raise UsageError(f"{node}: mixes more than {_MOST_PROMPTS} prompts; remove some")
         return side
-
-
-def _whole(found: Found | None, node: Node) -> Found:
-    """Return `found`; raise if it is None, whose cause has been noted."""
-    if found is None:
-        raise _incomplete(node)
-    return found
-
-
-def _incomplete(node: Node) -> _IncompleteError:
-    return _IncompleteError(f"{node}: cannot be run without what feeds it")

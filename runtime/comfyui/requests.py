@@ -5,10 +5,12 @@ supported.
 """
 
 __all__ = [
+    "PictureFiles",
     "blamed",
     "check_workflow",
     "load_channel",
     "load_image",
+    "loaded_name",
     "pair_request",
     "part_of",
     "sampling_request",
@@ -20,7 +22,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -57,6 +59,8 @@ from sdxl_trt.runtime.comfyui.workflow import (
 from sdxl_trt.runtime.images import InputPicture, read_channel, read_input
 from sdxl_trt.runtime.request import Request, Side, SideMix, StageName, resolve_request, settings_of
 
+PictureFiles = Path | Mapping[str, Path]
+"""Where LoadImage finds pictures: in a folder, or in a table of files by the names that a graph has for them."""
 _OWN_SEEDS = ("seed", "noise_seed")
 _FIELDS = {each.word: each.node for each in settings_of(Request).values() if each.node}
 """The names of the options' settings in ComfyUI's nodes."""
@@ -80,14 +84,14 @@ def pair_request(
     workflow: Workflow,
     manifest: Manifest,
     found: Experts,
-    folder: Path | None = None,
+    folder: PictureFiles | None = None,
     files: LoraFiles = NO_FILES,
 ) -> Request | None:
     """Return the single request that draws a workflow, or None if it needs several.
 
     A single request is one sampler, or a base's and then a refiner's on one grid, from empty latents or an unscaled
-    picture to one picture. Pictures are loaded from `folder`, by default the working directory; LoRAs are among
-    `files`. Raises UsageError.
+    picture to one picture. Pictures are loaded from `folder`, by default the working directory, or looked up in a
+    table; LoRAs are among `files`. Raises UsageError.
     """
     files = files.beside(manifest)
     if len(workflow.outputs) > 1 or not isinstance(workflow.outputs[0].image, Decoded):
@@ -109,7 +113,7 @@ def pair_request(
     if isinstance(source, Empty) and stages == ["refiner"]:
         return None
     loaded = source.image if isinstance(source, Encoded) else None
-    where = folder or Path()
+    where = Path() if folder is None else folder
     image = load_image(loaded, where) if isinstance(loaded, Loaded) else None
     size = (source.height, source.width) if isinstance(source, Empty) else None
     names = tuple(sampling.model.checkpoint for sampling in samplings)
@@ -299,17 +303,23 @@ def blamed(exc: UsageError, sampling: Sampling, start: str, *, seed_given: bool)
     return kind(f"node {node}: {_FIELDS[match[1]]}{message[match.end() :]}")
 
 
-def load_image(loaded: Loaded, folder: Path) -> InputPicture:
-    """Return the picture of a LoadImage node, a file in the workflow's folder or below it."""
+def loaded_name(file: str) -> str:
+    """Return the name of a picture without ComfyUI's mark of the folder that it is in, and without sub-folders."""
+    return PurePosixPath(_unmarked(file)).name
+
+
+def load_image(loaded: Loaded, folder: PictureFiles) -> InputPicture:
+    """Return the picture of a LoadImage node, a file in the workflow's folder or below it, or one of a table."""
     where = f"node {loaded.node} (LoadImage)"
     path = _path(loaded.file, folder, where)
     picture = read_input(path, where)
     if picture.pixels is None:
         raise UsageError(f"{where}: {loaded.file[:80]!r} is not a picture; give a PNG, JPEG, WebP, GIF or BMP")
-    return picture
+    # The files of a table have names of their own, which say nothing to anybody.
+    return picture if isinstance(folder, Path) else replace(picture, name=loaded_name(loaded.file))
 
 
-def load_channel(mask: Mask, folder: Path, without: tuple[int, int]) -> tuple[NDArray[np.float32], Path]:
+def load_channel(mask: Mask, folder: PictureFiles, without: tuple[int, int]) -> tuple[NDArray[np.float32], Path]:
     """Return the mask (h, w), from 0 to 1, of a node that names a file, and the file's path.
 
     The mask is a channel, the transparency inverted.
@@ -327,9 +337,17 @@ def load_channel(mask: Mask, folder: Path, without: tuple[int, int]) -> tuple[ND
     return (found if mask.channel in ("red", "green", "blue") else np.float32(1.0) - found), path
 
 
-def _path(file: str, folder: Path, where: str) -> Path:
+def _unmarked(file: str) -> str:
     # ComfyUI marks which of its folders a file is in, and uses the separators of its operating system.
-    name = re.sub(r" \[(input|output|temp)\]$", "", file).replace("\\", "/")
+    return re.sub(r" \[(input|output|temp)\]$", "", file).replace("\\", "/")
+
+
+def _path(file: str, folder: PictureFiles, where: str) -> Path:
+    if not isinstance(folder, Path):
+        if file not in folder:
+            raise UsageError(f"{where}: there is no picture {file[:80]!r}; upload it first")
+        return folder[file]
+    name = _unmarked(file)
     try:
         path = contained(folder, name)
     except CorruptError as exc:

@@ -36,7 +36,7 @@ __all__ = [
     "prompts_of",
 ]
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -309,6 +309,8 @@ class Workflow:
 
     outputs: tuple[Output, ...]
     graph: str = field(default="", compare=False)
+    copies: Mapping[str, str] = field(default_factory=dict, compare=False)
+    """The nodes that show the picture of an output again, with that output's node."""
 
     @property
     def samplings(self) -> tuple[Sampling, ...]:

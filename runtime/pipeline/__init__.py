@@ -6,7 +6,7 @@ from sdxl_trt.engines.lazy import lazy_names
 
 if TYPE_CHECKING:
     from sdxl_trt.runtime.pipeline.batch import Batch
-    from sdxl_trt.runtime.pipeline.chain import Chain
+    from sdxl_trt.runtime.pipeline.chain import Chain, check_chain
     from sdxl_trt.runtime.pipeline.pipeline import Pipeline, open_bundle
     from sdxl_trt.runtime.pipeline.record import ImageSettings, read_settings
     from sdxl_trt.runtime.pipeline.run import Job, Run, Step, timed
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 else:
     __getattr__ = lazy_names(__name__, {
         "batch": ("Batch",),
-        "chain": ("Chain",),
+        "chain": ("Chain", "check_chain"),
         "pipeline": ("Pipeline", "open_bundle"),
         "record": ("ImageSettings", "read_settings"),
         "run": ("Job", "Run", "Step", "timed"),
@@ -22,6 +22,6 @@ else:
     })
 
 __all__ = [
-    "Batch", "Chain", "ImageSettings", "Job", "Pipeline", "Run", "Step", "Sweep", "open_bundle", "parse_axis",
-    "read_settings", "timed",
+    "Batch", "Chain", "ImageSettings", "Job", "Pipeline", "Run", "Step", "Sweep", "check_chain", "open_bundle",
+    "parse_axis", "read_settings", "timed",
 ]

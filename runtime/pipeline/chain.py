@@ -4,11 +4,10 @@ Each sampler is a request of its own, on the base or on the refiner, and continu
 prompts are encoded first; results that several pictures need are computed once.
 """
 
-__all__ = ["Chain"]
+__all__ = ["Chain", "check_chain"]
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +29,7 @@ from sdxl_trt.runtime.comfyui import (
     Masked,
     Output,
     Padded,
+    PictureFiles,
     Repeated,
     Resized,
     Sampled,
@@ -48,8 +48,8 @@ from sdxl_trt.runtime.pipeline.chain_masks import ChainMasks
 from sdxl_trt.runtime.pipeline.mask_nodes import canvas, greyed, scaled_mask, widened
 from sdxl_trt.runtime.pipeline.pipeline import Pipeline
 from sdxl_trt.runtime.pipeline.record import FileFact, facts_of, finish
-from sdxl_trt.runtime.pipeline.run import Job, Run, Step, timed
-from sdxl_trt.runtime.request import Request, StageName, takes_mask
+from sdxl_trt.runtime.pipeline.run import Job, Run, Step, start_job, timed
+from sdxl_trt.runtime.request import Request, ResolvedRequest, StageName, resolve_request, takes_mask
 from sdxl_trt.runtime.vae import (
     choose_tile,
     decode_latents,
@@ -78,8 +78,8 @@ class _Batch:
 class Chain:
     """The samplers of a workflow, to run on `pipeline`; `change` is applied to each sampler's request.
 
-    Pictures are loaded from `folder`, LoRAs are among `files`. Raises UsageError for what is not supported,
-    before any engine is loaded.
+    Pictures are loaded from `folder`, or looked up in a table; LoRAs are among `files`. `start` makes the job of a
+    request, by default the pipeline's own. Raises UsageError for what is not supported, before any engine is loaded.
     """
 
     def __init__(
@@ -87,13 +87,15 @@ class Chain:
         pipeline: Pipeline,
         workflow: Workflow,
         found: Experts,
-        folder: Path,
+        folder: PictureFiles,
         change: Callable[[Request], Request],
         files: LoraFiles = NO_FILES,
         *,
         seed_given: bool = False,
+        start: Callable[[Request], Job] | None = None,
     ) -> None:
         self._pipeline, self._workflow, self._experts = pipeline, workflow, found
+        self._start = start or pipeline.start
         self._change, self._seed_given = change, seed_given
         self._files = files.beside(pipeline.manifest)
         self._masks = ChainMasks(folder, self._manifest.base.vae.factor)
@@ -220,7 +222,7 @@ class Chain:
         try:
             # A placeholder too: the mask that the latents carry replaces it.
             mask = np.ones(size, np.bool_) if masked else None
-            job = self._pipeline.start(self._change(replace(request, graph=self._workflow.graph, mask=mask)))
+            job = self._start(self._change(replace(request, graph=self._workflow.graph, mask=mask)))
         except UsageError as exc:
             nodes = [getattr(each, "node", "") for each in ancestry(source.latents)]
             raise blamed(exc, sampling, next(filter(None, nodes), ""), seed_given=self._seed_given) from exc
@@ -262,7 +264,7 @@ class Chain:
         pixels = yield from self._made(output.image)
         for index in range(len(pixels)):
             picture = self._finished(number, index, pixels[index : index + 1])
-            yield Step("decode", index + 1, len(pixels), slice(index, index + 1), picture=picture)
+            yield Step("decode", index + 1, len(pixels), slice(index, index + 1), picture=picture, node=output.node)
 
     def _finished(self, number: int, index: int, unit: Values) -> Picture:
         """Return picture `index` of output `number` from its pixels (1, 3, h, w).
@@ -321,8 +323,8 @@ class Chain:
         job.mask = self._noise_mask(source)
         if job.run.request.takes_mask and not job.run.request.refiner_only:
             job.further = yield from self._shown(source, job)
-        yield from self._pipeline.base(job)
-        yield from self._pipeline.refine(job)
+        for work in (self._pipeline.base(job), self._pipeline.refine(job)):
+            yield from (replace(step, node=source.sampling.node) for step in work)
         latents: Values = job.latents * np.float32(job.run.request.final_scale)
         return latents
 
@@ -364,7 +366,7 @@ class Chain:
         vae, pool = self._vaes[source], self._pipeline.pool
         assert vae.encoder is not None  # noqa: S101 - a workflow without it was refused
         (engine,) = pool.phase(vae.encoder)
-        yield Step("load", 1, 1, slice(0, len(pixels)))
+        yield Step("load", 1, 1, slice(0, len(pixels)), node=source.node)
         # Pixels beyond a whole number of latents are cropped on both sides.
         size = tuple(side // vae.factor * vae.factor for side in pixels.shape[2:])
         top, left = ((side - kept) // 2 for side, kept in zip(pixels.shape[2:], size, strict=True))
@@ -378,20 +380,42 @@ class Chain:
                 sample = greyed(sample, self._masks.fitted(source.mask, (pixels.shape[2], pixels.shape[3])))
             sample = sample * np.float32(2.0) - np.float32(1.0)
             made.append(encode_sample(engine, vae, np.ascontiguousarray(sample), tile=tile).drawn(None, vae))
-            yield Step("picture", index + 1, len(pixels), slice(index, index + 1))
+            yield Step("picture", index + 1, len(pixels), slice(index, index + 1), node=source.node)
         return np.concatenate(made)
 
     def _decoded(self, source: Decoded, latents: Values, keep: Callable[[int, Values], Any]) -> Iterator[Step]:
         """Decode latents one at a time; `keep` receives the index and the pixels (1, 3, h, w) of each."""
         vae, pool = self._vaes[source], self._pipeline.pool
         (engine,) = pool.phase(vae.decoder)
-        yield Step("load", 1, 1, slice(0, len(latents)))
+        yield Step("load", 1, 1, slice(0, len(latents)), node=source.node)
         size = (latents.shape[2], latents.shape[3])
         tile = choose_tile(size, decoder_sizes(pool, vae.decoder), vae.factor, tiled=source.tiled or self._tiled)
         for index in range(len(latents)):
             one = slice(index, index + 1)
             picture = keep(index, to_unit(decode_latents(engine, vae, latents[one], tile=tile)))
-            yield Step("decode", index + 1, len(latents), one, picture=picture)
+            yield Step("decode", index + 1, len(latents), one, picture=picture, node=source.node)
+
+
+def check_chain(
+    pipeline: Pipeline,
+    workflow: Workflow,
+    found: Experts,
+    folder: PictureFiles,
+    change: Callable[[Request], Request],
+    files: LoraFiles = NO_FILES,
+) -> list[ResolvedRequest]:
+    """Return the resolved request of every sampler of a Chain of these arguments, or raise what making it raises.
+
+    Nothing is loaded and no state of the pipeline is touched: another thread may run it meanwhile.
+    """
+    resolved: list[ResolvedRequest] = []
+
+    def start(request: Request) -> Job:
+        resolved.append(resolve_request(request, pipeline.manifest, pipeline.pool.limits, pipeline.pool.bundle))
+        return start_job(resolved[-1], request, pipeline.manifest)
+
+    Chain(pipeline, workflow, found, folder, change, files, start=start)
+    return resolved
 
 
 def _checked(batch: _Batch, source: Resized | Scaled | Padded) -> _Batch:

@@ -10,7 +10,17 @@ from numpy.typing import NDArray
 
 from sdxl_trt.engines import UsageError
 from sdxl_trt.engines.host import known_as, sha256_file
-from sdxl_trt.runtime.comfyui import Image, Loaded, Mask, Padded, Scaled, load_channel, load_image
+from sdxl_trt.runtime.comfyui import (
+    Image,
+    Loaded,
+    Mask,
+    Padded,
+    PictureFiles,
+    Scaled,
+    load_channel,
+    load_image,
+    loaded_name,
+)
 from sdxl_trt.runtime.images import MAX_PIXELS, InputPicture, new_size, resize
 from sdxl_trt.runtime.pipeline.mask_nodes import canvas, canvas_mask, cropped_mask, feathered, grown, scaled_mask
 from sdxl_trt.runtime.pipeline.record import FileFact
@@ -24,12 +34,13 @@ MOST_SIDE = 16384
 
 
 class ChainMasks:
-    """Masks (h, w) from 0 to 1, and pixels (1, 3, h, w) of pictures that no sampler makes; files are in `folder`.
+    """Masks (h, w) from 0 to 1, and pixels (1, 3, h, w) of pictures that no sampler makes; files are in `folder`,
+    or in a table.
 
     `factor` is the pixels of a latent.
     """
 
-    def __init__(self, folder: Path, factor: int) -> None:
+    def __init__(self, folder: PictureFiles, factor: int) -> None:
         self._folder, self._factor = folder, factor
         self.pictures: dict[str, InputPicture] = {}
         """The pictures that were read, by their names in the workflow."""
@@ -47,7 +58,8 @@ class ChainMasks:
         if isinstance(source, Mask) and source.file:
             values, path = load_channel(source, self._folder, NO_TRANSPARENCY)
             self._channels[source.file, source.channel] = values
-            self.facts[source.file] = FileFact(name=known_as(path), sha256=sha256_file(path))
+            name = known_as(path) if isinstance(self._folder, Path) else loaded_name(source.file)
+            self.facts[source.file] = FileFact(name=name, sha256=sha256_file(path))
 
     def check(self, source: Mask | Image) -> None:
         """Raise UsageError, before anything is computed, for what would be larger than any picture that is loaded.

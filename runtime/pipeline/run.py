@@ -39,6 +39,8 @@ class Step:
     latents: Latents | None = None
     picture: Picture | None = None
     denoised: Latents | None = None
+    node: str = ""
+    """The id of the node of a workflow that worked, where that is known."""
 
 
 @dataclass(frozen=True)
