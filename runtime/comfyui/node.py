@@ -64,6 +64,16 @@ class Input:
         """Return whether it takes only a link."""
         return self.type not in ("INT", "FLOAT", "STRING", "BOOLEAN", "CHOICE")
 
+    @property
+    def required(self) -> bool:
+        """Return whether it has no default."""
+        return self.default is REQUIRED
+
+    @property
+    def optional(self) -> bool:
+        """Return whether ComfyUI runs the node without it."""
+        return self.default is None
+
 
 @dataclass(frozen=True)
 class NodeKind:

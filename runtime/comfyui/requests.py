@@ -57,7 +57,7 @@ from sdxl_trt.runtime.comfyui.workflow import (
     ancestry,
 )
 from sdxl_trt.runtime.images import InputPicture, read_channel, read_input
-from sdxl_trt.runtime.request import Request, Side, SideMix, StageName, resolve_request, settings_of
+from sdxl_trt.runtime.request import Request, ResolvedRequest, Side, SideMix, StageName, resolve_request, settings_of
 
 PictureFiles = Path | Mapping[str, Path]
 """Where LoadImage finds pictures: in a folder, or in a table of files by the names that a graph has for them."""
@@ -276,13 +276,13 @@ def settle_pair(
     bundle: Bundle | None = None,
     *,
     seed_given: bool,
-) -> None:
-    """Raise UsageError that names a node of `workflow` if its single `request` cannot be resolved.
+) -> ResolvedRequest:
+    """Return the single `request` of `workflow` resolved; raise UsageError that names a node if it cannot be.
 
     Takes the arguments of `resolve_request`, and raises what that raises.
     """
     try:
-        resolve_request(request, manifest, limits, bundle)
+        return resolve_request(request, manifest, limits, bundle)
     except UsageError as exc:
         samplings, start = workflow.samplings, ancestry(workflow.outputs[0].image)[-1]
         ours = samplings[-1] if "refiner" in str(exc).partition(" ")[0] else samplings[0]
