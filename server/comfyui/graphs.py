@@ -200,7 +200,7 @@ class _Nodes:
             yield Stepped("load", 0, 1, first, node=following)
 
     def _node(self, step: Step, number: int) -> str:
-        if step.node:
+        if step.node or step.stage == "load":
             return step.node
         output, samplers = self.workflow.outputs[number], self._samplers(number)
         if step.stage in ("base", "refiner"):

@@ -1,0 +1,232 @@
+"""ComfyUI's API on a desk of the tests, which draws when it is told to, and on the embedded pair."""
+
+import asyncio
+import importlib.util
+import io
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse
+from PIL import Image
+from starlette.testclient import TestClient
+
+from sdxl_trt.engines.bundle import read_bundle
+from sdxl_trt.mini import bundle_path
+from sdxl_trt.runtime import Picture, Pipeline, Request, open_bundle
+from sdxl_trt.server import Options, http
+from sdxl_trt.server.desk import Desk, Drawn, Ended, Event, Graph, Order, QueueFull, Stepped, Ticket, Waiting
+
+BUNDLE = read_bundle(bundle_path())
+Json = dict[str, Any]
+
+
+def _stand_in() -> None:
+    """Stand in for what sdxl_trt.server.http reads, where it does not yet."""
+    if hasattr(http, "read_json"):
+        return
+
+    async def read_json(request: Any) -> Json:
+        try:
+            body = json.loads(await request.body())
+        except ValueError as exc:
+            raise http.ApiError(400, "the body is not JSON", "invalid_json") from exc
+        if not isinstance(body, dict):
+            raise http.ApiError(400, "the body is not an object", "invalid_json")
+        return body
+
+    async def read_form(request: Any) -> list[Any]:
+        async with request.form() as form:
+            return [
+                SimpleNamespace(name=name, filename=None, data=value.encode())
+                if isinstance(value, str)
+                else SimpleNamespace(name=name, filename=value.filename, data=await value.read())
+                for name, value in form.multi_items()
+            ]
+
+    def read_picture(data: bytes, options: Options, where: str) -> Image.Image:
+        try:
+            image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))
+            image.load()
+        except (OSError, ValueError, SyntaxError) as exc:
+            raise http.ApiError(400, f"{where}: is not a picture", "invalid_image", param=where) from exc
+        return image
+
+    for each in (read_json, read_form, read_picture):
+        setattr(http, each.__name__, each)
+
+
+_stand_in()
+
+
+def _load(name: str, file: Path) -> Any:
+    """Import a file of the tests, which are not on sys.path."""
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, file)
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+@pytest.fixture(scope="session")
+def replay() -> Any:
+    return _load("replay", Path(__file__).parents[1] / "replay.py")
+
+
+@pytest.fixture(scope="session")
+def pipeline() -> Iterator[Pipeline]:
+    with open_bundle() as pipeline:
+        yield pipeline
+
+
+@pytest.fixture(scope="session")
+def picture(pipeline: Pipeline) -> Picture:
+    return next(pipeline.generate(Request("a red fox", steps=1, seed=7, width=64, height=64)))
+
+
+def node(kind: str, **inputs: Any) -> Json:
+    return {"class_type": kind, "inputs": inputs, "_meta": {"title": kind}}
+
+
+@pytest.fixture
+def graph() -> Json:
+    """The default workflow of ComfyUI, small."""
+    return {
+        "3": node("KSampler", seed=7, steps=2, cfg=7.0, sampler_name="euler", scheduler="normal", denoise=1.0,
+                  model=["4", 0], positive=["6", 0], negative=["7", 0], latent_image=["5", 0]),
+        "4": node("CheckpointLoaderSimple", ckpt_name="base"),
+        "5": node("EmptyLatentImage", width=64, height=64, batch_size=1),
+        "6": node("CLIPTextEncode", text="a red star", clip=["4", 1]),
+        "7": node("CLIPTextEncode", text="blur", clip=["4", 1]),
+        "8": node("VAEDecode", samples=["3", 0], vae=["4", 2]),
+        "9": node("SaveImage", filename_prefix="ComfyUI", images=["8", 0]),
+    }  # fmt: skip
+
+
+@dataclass
+class FakeDesk:
+    """A desk that draws at once what `events` makes of an order, or waits for `gate`."""
+
+    picture: Picture
+    options: Options
+    orders: list[Order] = field(default_factory=list)
+    tickets: list[Ticket] = field(default_factory=list)
+    ends: Event = field(default_factory=lambda: Ended("done"))
+    held: bool = False
+    """Whether orders wait until `go` is called."""
+    starts: bool = True
+    most: int = 1000
+
+    def __post_init__(self) -> None:
+        self.pipeline = SimpleNamespace(
+            manifest=BUNDLE.manifest, pool=SimpleNamespace(limits=None, bundle=BUNDLE, provider="ort-cpu")
+        )
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def submit(self, order: Order) -> Ticket:
+        if sum(ticket.ended is None for ticket in self.tickets) >= self.most:
+            raise QueueFull("enough wait already", 7)
+        assert isinstance(order.work, Graph)
+        ticket = Ticket(order)
+        self.orders.append(order)
+        self.tickets.append(ticket)
+        ticket.tell(Waiting(1, 0.5))
+        task = asyncio.create_task(self._draw(ticket))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return ticket
+
+    async def _draw(self, ticket: Ticket) -> None:
+        nodes = ticket.order.work.nodes  # type: ignore[union-attr]
+        samplers = [key for key in nodes if nodes[key]["class_type"] == "KSampler"]
+        if self.starts:
+            ticket.tell(Stepped("encode", 1, 1, node="6"))
+        while self.held and ticket.stop is None:
+            await asyncio.sleep(0)
+        if ticket.stop is not None:
+            ticket.tell(Ended("cancelled"))
+            return
+        for step in (1, 2):
+            ticket.tell(Stepped("base", step, 2, node=samplers[0]))
+        ticket.tell(Stepped("decode", 1, 1, node="8"))
+        ticket.tell(Drawn(0, self.picture, "9"))
+        ticket.tell(self.ends)
+
+
+class Callers:
+    """An ASGI layer that knows its callers by the header x-who, as sdxl_trt.server.http does by keys."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] in ("http", "websocket"):
+            who = dict(scope["headers"]).get(b"x-who", b"peer:test").decode()
+            scope.setdefault("state", {})["caller"] = http.Caller(who, "id-1")
+        await self.app(scope, receive, send)
+
+
+def application(options: Options, make_desk: Callable[[], Any]) -> FastAPI:
+    from sdxl_trt.server.comfyui import router
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> Any:
+        app.state.desk = make_desk()
+        yield
+        if isinstance(app.state.desk, Desk):
+            app.state.desk.close()
+
+    app = FastAPI(lifespan=lifespan)
+    app.include_router(router(options))
+    app.add_middleware(Callers)
+
+    @app.exception_handler(http.ApiError)
+    async def refused(_: Any, exc: http.ApiError) -> JSONResponse:
+        error = {"type": exc.code, "message": exc.message, "details": "", "extra_info": {}}
+        return JSONResponse({"error": error, "node_errors": {}}, exc.status, exc.headers)
+
+    return app
+
+
+@pytest.fixture
+def fake(picture: Picture) -> Iterator[Callable[..., tuple[TestClient, FakeDesk]]]:
+    """Return a client, and the desk of the tests behind it."""
+    from contextlib import ExitStack
+
+    with ExitStack() as stack:
+
+        def made(options: Options | None = None, **desk: Any) -> tuple[TestClient, FakeDesk]:
+            options = options or Options()
+            fake = FakeDesk(picture, options, **desk)
+            return stack.enter_context(TestClient(application(options, lambda: fake))), fake
+
+        yield made
+
+
+@pytest.fixture
+def alone(picture: Picture) -> Callable[[], FastAPI]:
+    """Return an application with the desk of the tests, to be called on the event loop."""
+
+    def made() -> FastAPI:
+        app = application(Options(), lambda: None)
+        app.state.desk = FakeDesk(picture, Options())
+        return app
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def drawing(pipeline: Pipeline) -> Iterator[TestClient]:
+    """Return a client of the embedded pair."""
+    options = Options()
+    with TestClient(application(options, lambda: Desk(pipeline, options))) as client:
+        yield client
