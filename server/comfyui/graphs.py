@@ -2,6 +2,7 @@
 
 __all__ = ["Asked", "Checked", "check_graph", "run_graph", "without_paths"]
 
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from sdxl_trt.runtime.comfyui import (
     Encoded,
     Experts,
     LoraFiles,
+    Sampled,
     Workflow,
     ancestry,
     check_workflow,
@@ -89,9 +91,9 @@ def _drawn(pipeline: Pipeline, asked: Asked, *, estimates: bool) -> Iterator[Ste
         workflow, _ = _read(asked)
     except PromptError as exc:
         raise UsageError(str(exc)) from exc
-    nodes = _Nodes(workflow, asked.nodes)
-    yield from nodes.before()
     request, found, files = _prepared(pipeline, workflow, asked)
+    nodes = _Nodes(workflow, asked.nodes, chain=request is None)
+    yield from nodes.before()
     work: Batch | Chain
     if request is None:
         work = Chain(pipeline, workflow, found, asked.pictures, _change(asked), files)
@@ -176,21 +178,25 @@ def without_paths(message: str, asked: Asked) -> str:
 
 @dataclass
 class _Nodes:
-    """Which node of a graph works, step by step."""
+    """Which node of a graph works, step by step; `chain` says whether it is drawn in several runs."""
 
     workflow: Workflow
     nodes: Mapping[str, Any]
+    chain: bool
 
     def before(self) -> Iterator[Stepped]:
         """Yield what works first: the prompts, which are all encoded together."""
-        encoders = [key for key, node in self.nodes.items() if node["class_type"] in ENCODERS]
-        yield Stepped("encode", 0, 1, node=next(iter(encoders), self.workflow.outputs[0].node))
+        yield Stepped("encode", 0, 1, node=next(iter(self._encoders()), self.workflow.outputs[0].node))
+
+    def _encoders(self) -> list[str]:
+        kept = json.loads(self.workflow.graph)
+        return [key for key, node in kept.items() if node["class_type"] in ENCODERS]
 
     def told(self, step: Step, number: int, estimate: Any) -> Iterator[Stepped]:
         """Yield a step of output `number` with its node, and for an end the node that works next."""
         first = step.pictures.start or 0
         if step.stage == "encode":
-            encoders = [key for key, node in self.nodes.items() if node["class_type"] in ENCODERS]
+            encoders = self._encoders()
             for index, key in enumerate(encoders or [""], start=1):
                 yield Stepped("encode", index, max(len(encoders), 1), first, node=key)
         else:
@@ -216,11 +222,17 @@ class _Nodes:
 
     def _following(self, step: Step, number: int) -> str:
         """Return the node that works after `step`, if `step` is the last of its node's; "" where that is not known."""
-        samplers, image = self._samplers(number), self.workflow.outputs[number].image
+        # A single run has encoded its picture before its prompts, and a chain encodes one when it comes to it.
+        row = [each for each in self._row(number) if self.chain or not isinstance(each, Encoded)]
+        works = [each.sampling.node if isinstance(each, Sampled) else each.node for each in row]
         if step.stage == "encode":
-            return samplers[0]
-        if step.stage not in ("base", "refiner") or step.index < step.total:
-            return ""
+            return works[0]
         here = self._node(step, number)
-        after = samplers[samplers.index(here) + 1 :] if here in samplers else []
-        return next(iter(after), image.node if isinstance(image, Decoded) else "")
+        if step.stage not in ("base", "refiner") or step.index < step.total or here not in works:
+            return ""
+        return next(iter(works[works.index(here) + 1 :]), "")
+
+    def _row(self, number: int) -> list[Encoded | Sampled | Decoded]:
+        """Return what needs an engine of the way to an output, in order."""
+        way = reversed(ancestry(self.workflow.outputs[number].image))
+        return [each for each in way if isinstance(each, Encoded | Sampled | Decoded)]
