@@ -116,7 +116,8 @@ def test_a_graph_names_no_path(fake: Fake, graph: Json, name: str) -> None:
 def test_uploads_are_named_plainly(fake: Fake) -> None:
     client, _ = fake()
     names = [_upload(client, name).json().get("name") for name in (
-        "my cat.png", "page.html", ".hidden", 'q"uote.png', "é.jpg", "con", "x" * 200 + ".png", "two..dots.png")]  # fmt: skip
+        "my cat.png", "page.html", ".hidden", 'q"uote.png', "é.jpg", "con", "x" * 200 + ".png",
+        "two..dots.png")]  # fmt: skip
     assert names[:6] == ["my_cat.png", "page.html.png", "hidden.png", "q_uote.png", "_.jpg", "con.png"]
     assert len(names[6]) < 120
     assert names[7] is None

@@ -87,10 +87,12 @@ def test_the_history_is_there_whenever_nothing_remains(alone: Callable[[], FastA
     """A client stops at queue_remaining 0 and reads the history once: 200 times, over HTTP and on the socket."""
 
     async def main() -> None:
-        transport = httpx.ASGITransport(alone())
+        app = alone()
+        transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
             for number in range(200):
                 identity = (await client.post("/prompt", json={"prompt": graph})).json()["prompt_id"]
+                await app.state.desk.tickets[-1].wait()
                 while (await client.get("/prompt")).json()["exec_info"]["queue_remaining"]:
                     await asyncio.sleep(0)
                 entry = (await client.get(f"/history/{identity}")).json()
@@ -101,7 +103,7 @@ def test_the_history_is_there_whenever_nothing_remains(alone: Callable[[], FastA
 
 
 def test_the_history_has_at_most_a_hundred_entries_in_pieces(fake: Fake, graph: Json) -> None:
-    client, desk = fake()
+    client, _ = fake()
     identities = []
     with client.websocket_connect("/ws?clientId=one") as socket:
         for _ in range(4):
@@ -139,7 +141,7 @@ def test_an_interrupt_by_a_stranger_does_nothing(fake: Fake, graph: Json) -> Non
 
 
 def test_interrupt_all_stops_whoever_runs(fake: Fake, graph: Json) -> None:
-    client, desk = fake(Options(interrupt_all=True), held=True)
+    client, _ = fake(Options(interrupt_all=True), held=True)
     with client.websocket_connect("/ws?clientId=one") as socket:
         _queue(client, graph)
         while socket.receive_json()["type"] != "executing":
@@ -151,7 +153,7 @@ def test_interrupt_all_stops_whoever_runs(fake: Fake, graph: Json) -> None:
 def test_a_job_that_waits_is_taken_out_of_the_queue(fake: Fake, graph: Json) -> None:
     client, desk = fake(held=True, starts=False)
     identity = _queue(client, graph)
-    number, same, _, _, outputs = client.get("/queue").json()["queue_pending"][0]
+    _, same, _, _, outputs = client.get("/queue").json()["queue_pending"][0]
     assert (same, outputs) == (identity, ["9"])
     client.post("/queue", json={"delete": ["another"]})
     assert client.get("/prompt").json()["exec_info"]["queue_remaining"] == 1
