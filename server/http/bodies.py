@@ -24,7 +24,7 @@ _STEP = {b"[": 1, b"{": 1, b"]": -1, b"}": -1}
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Part:
     """A part of a multipart body; `filename` is None for a field, and never a path of this machine."""
 

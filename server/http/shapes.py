@@ -1,6 +1,6 @@
 """Errors in the shape of the API that owns the path."""
 
-__all__ = ["Owner", "add_handlers", "error_response", "owner_of"]
+__all__ = ["Owner", "add_handlers", "as_api_error", "error_response", "owner_of"]
 
 from typing import Any, Literal
 
@@ -78,21 +78,24 @@ def add_handlers(app: FastAPI, options: Options) -> None:
 
 def as_api_error(exc: Exception, options: Options) -> ApiError:
     """Return the answer to any error: only what a client can change is told to it."""
-    match exc:
-        case ApiError():
-            return exc
-        case RefusedError():
-            return _refused(exc)
-        case HTTPException():
-            code = _CODES.get(exc.status_code, "invalid_value")
-            return ApiError(exc.status_code, str(exc.detail), code, headers=exc.headers)
-        case UsageError():
-            return ApiError(400, _without_folders(str(exc), options), "invalid_value")
-        case ResourceError():
-            message = "the machine has too little memory for this request; ask for fewer or smaller pictures"
-            return ApiError(500, message, "out_of_memory")
-        case SdxlTrtError():
-            return ApiError(500, "the picture could not be drawn; the log of the server says why", "engine_error")
+    if isinstance(exc, ApiError):
+        return exc
+    if isinstance(exc, RefusedError):
+        return _refused(exc)
+    if isinstance(exc, HTTPException):
+        code = _CODES.get(exc.status_code, "invalid_value")
+        return ApiError(exc.status_code, str(exc.detail), code, headers=exc.headers)
+    return _of_the_runtime(exc, options)
+
+
+def _of_the_runtime(exc: Exception, options: Options) -> ApiError:
+    if isinstance(exc, UsageError):
+        return ApiError(400, _without_folders(str(exc), options), "invalid_value")
+    if isinstance(exc, ResourceError):
+        message = "the machine has too little memory for this request; ask for fewer or smaller pictures"
+        return ApiError(500, message, "out_of_memory")
+    if isinstance(exc, SdxlTrtError):
+        return ApiError(500, "the picture could not be drawn; the log of the server says why", "engine_error")
     return ApiError(500, "the request failed; the log of the server says where", "internal_error")
 
 
