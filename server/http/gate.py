@@ -55,14 +55,13 @@ class Finished:
 class Gate:
     """ASGI middleware: request ids, keys, hosts, origins, limits, headers and the last resort of errors.
 
-    `tell` is called once a request, when its answer has ended.
+    `tell` is called once a request, when its answer has ended; `sockets` counts each caller's open websockets.
     """
 
     def __init__(self, app: ASGIApp, options: Options, tell: Callable[[Finished], None] = lambda _: None,
-                 clock: Callable[[], float] = time.monotonic) -> None:  # fmt: skip
+                 sockets: Counter[str] | None = None, clock: Callable[[], float] = time.monotonic) -> None:  # fmt: skip
         self._app, self._options, self._tell, self._clock = app, options, tell, clock
-        self.sockets: Counter[str] = Counter()
-        """The open websockets of each caller."""
+        self._sockets: Counter[str] = Counter() if sockets is None else sockets
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or refuse it in the shape of its API."""
@@ -90,10 +89,10 @@ class Gate:
                 await self._app(scope, limit_body(receive, self._options.max_body, self._clock), answer)
             else:
                 await self._socket(scope, receive, answer, caller)
-        except Exception as exc:
+        except Exception as exc:  # noqa: BLE001 - whatever it is, the client gets an answer of its API
             error = as_api_error(exc, self._options)
             if error.code == "internal_error":
-                log.error("request %s failed: %s at %s", caller.id, type(exc).__name__, _place(exc))
+                _log_fault(exc, caller)
             if answer.status:
                 return
             await _refuse(scope, receive, answer, error_response(error, scope["path"]))
@@ -121,15 +120,16 @@ class Gate:
                            headers={"WWW-Authenticate": f'{scheme} realm="trt-serve"'})  # fmt: skip
 
     async def _socket(self, scope: Scope, receive: Receive, answer: "_Answer", caller: Caller) -> None:
-        if self.sockets.total() >= SOCKETS or self.sockets[caller.who] >= SOCKETS_EACH:
+        if self._sockets.total() >= SOCKETS or self._sockets[caller.who] >= SOCKETS_EACH:
             raise ApiError(503, f"too many websockets are open; at most {SOCKETS}, and {SOCKETS_EACH} for one client",
                            "too_many_websockets", headers={"Retry-After": "5"})  # fmt: skip
-        self.sockets[caller.who] += 1
+        self._sockets[caller.who] += 1
         try:
             await self._app(scope, limit_messages(receive, answer, self._clock), answer)
         finally:
-            self.sockets[caller.who] -= 1
-            self.sockets += Counter()
+            self._sockets[caller.who] -= 1
+            if not self._sockets[caller.who]:
+                del self._sockets[caller.who]
 
     def headers_for(self, scope: Scope, asked: Headers, caller: Caller) -> dict[str, str]:
         """Return the headers of an answer that it may not have by itself."""
@@ -188,7 +188,7 @@ def _request_id(headers: Headers) -> str:
     return given if _ID.fullmatch(given) else uuid4().hex
 
 
-def _place(exc: Exception) -> str:
-    """Return the function in which an error was raised: its message may hold a prompt, and its traceback paths."""
+def _log_fault(exc: Exception, caller: Caller) -> None:
+    """Log where an error was raised, and no more: its message may hold a prompt, and its traceback paths."""
     frame = traceback.extract_tb(exc.__traceback__)[-1]
-    return f"{frame.name}:{frame.lineno}"
+    log.error("request %s failed: %s in %s, line %s", caller.id, type(exc).__name__, frame.name, frame.lineno)

@@ -77,8 +77,8 @@ def limit_body(receive: Receive, max_body: int, clock: Clock = time.monotonic) -
 
 def too_slow() -> ApiError:
     """Return the refusal of a body that comes too slowly."""
-    return ApiError(408, f"the body came too slowly; send it within {BODY_SECONDS:g} s, at least {SLOWEST} bytes a second",
-                    "too_slow")  # fmt: skip
+    message = f"the body came too slowly; send it within {BODY_SECONDS:g} s, and at least {SLOWEST} bytes a second"
+    return ApiError(408, message, "too_slow")
 
 
 def limit_messages(receive: Receive, send: Send, clock: Clock = time.monotonic) -> Receive:
