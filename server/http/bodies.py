@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException
 from starlette.requests import Request
 
 from sdxl_trt.server.http.errors import ApiError
@@ -105,7 +106,7 @@ async def read_form(request: Request) -> list[Part]:
                 else Part(name, value.filename or "", await value.read())
                 for name, value in form.multi_items()
             ]
-    except (HTTPException, UnicodeError, KeyError, ValueError) as exc:
+    except (MultiPartException, HTTPException, KeyError, ValueError) as exc:
         raise _invalid("is no multipart form of at most 64 files and 64 fields of at most 1 MiB") from exc
 
 
