@@ -15,7 +15,7 @@ PROMPT ?= a large red star on a blue background
 # A half-made environment must not pass for a whole one.
 .DELETE_ON_ERROR:
 
-.PHONY: help demo demo-export install test lint types pytest peers test-peers clients test-clients test-references format mini-bundle gallery checkpoints readme bench bench-export bench-build bench-host bench-load bench-lora gpu-check clean
+.PHONY: help demo serve demo-export install test lint types pytest peers test-peers clients test-clients test-references format mini-bundle gallery checkpoints readme bench bench-export bench-build bench-host bench-load bench-lora gpu-check clean
 
 help:  ## Say what there is to make
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -23,6 +23,9 @@ help:  ## Say what there is to make
 demo: $(VENV)/.runtime  ## A picture from the embedded pair: torch-free, in a new .venv
 	@mkdir -p out
 	@$(BIN)/trt-generate "$(PROMPT)" --seed 7 -o out/demo.png
+
+serve: $(VENV)/.server  ## The embedded pair for the clients of OpenAI's, AUTOMATIC1111's and ComfyUI's APIs: PORT=8188
+	@$(BIN)/trt-serve --port $(or $(PORT),8188)
 
 demo-export: $(VENV)/.full  ## Export the embedded pair at fp16, and a picture from the result
 	@mkdir -p out
@@ -119,9 +122,13 @@ $(VENV)/.runtime: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) --editable '.[cpu]'
 	@touch $@
 
-$(VENV)/.full: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP) --editable '.[cpu,export,bench,dev]'
+$(VENV)/.server: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) --editable '.[cpu,server]'
 	@touch $@ $(VENV)/.runtime
+
+$(VENV)/.full: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) --editable '.[cpu,export,server,bench,dev]'
+	@touch $@ $(VENV)/.runtime $(VENV)/.server
 
 # The project itself comes without its dependencies: the peers pin older ones than its export needs.
 $(PEERS)/.done: pyproject.toml constraints-peers.txt

@@ -5,9 +5,25 @@ from typing import TYPE_CHECKING
 from sdxl_trt.engines.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from sdxl_trt.server.http.bodies import Part, read_form, read_json
     from sdxl_trt.server.http.caller import Caller
     from sdxl_trt.server.http.errors import ApiError
+    from sdxl_trt.server.http.gate import Finished, Gate
+    from sdxl_trt.server.http.keys import key_id
+    from sdxl_trt.server.http.pictures import from_base64, read_picture
+    from sdxl_trt.server.http.shapes import add_handlers
 else:
-    __getattr__ = lazy_names(__name__, {"caller": ("Caller",), "errors": ("ApiError",)})
+    __getattr__ = lazy_names(__name__, {
+        "bodies": ("Part", "read_form", "read_json"),
+        "caller": ("Caller",),
+        "errors": ("ApiError",),
+        "gate": ("Finished", "Gate"),
+        "keys": ("key_id",),
+        "pictures": ("from_base64", "read_picture"),
+        "shapes": ("add_handlers",),
+    })
 
-__all__ = ["ApiError", "Caller"]
+__all__ = [
+    "ApiError", "Caller", "Finished", "Gate", "Part", "add_handlers", "from_base64", "key_id", "read_form",
+    "read_json", "read_picture",
+]
