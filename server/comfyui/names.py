@@ -19,7 +19,9 @@ _LONGEST_KEPT = 100
 _DEEPEST = 4
 _MARK = re.compile(r" \[(input|output|temp)\]$")
 _STRANGE = re.compile(r"[^A-Za-z0-9_.-]+")
-_REFUSED = re.compile(r"[\x00-\x1f\x7f\\:%]")
+_REFUSED = re.compile(r"[\x00-\x1f\x7f\\:]")
+_ENCODED = re.compile(r"%(?:00|2e|2f|5c|25)", re.IGNORECASE)
+"""What would be a part of a path, were it decoded once more."""
 _PLAIN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 
 
@@ -95,7 +97,7 @@ def output_name(prefix: str, number: int, *, preview: bool = False) -> str:
 
 
 def _check(text: str, field: str) -> None:
-    if len(text) > _LONGEST or _REFUSED.search(text):
+    if len(text) > _LONGEST or _REFUSED.search(text) or _ENCODED.search(text):
         raise ApiError(400, f"{field}: is not the plain name of a file", "invalid_value", param=field)
 
 

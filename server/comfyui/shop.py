@@ -136,6 +136,8 @@ class Shop:
             job.progress[job.node]["state"] = "finished"
 
     async def _stepped(self, job: Job, event: Stepped, manifest: Manifest) -> None:
+        if job.showing and event.stage != "decode":
+            self._executed(job)
         self._at(job, event.node)
         if event.stage not in ("base", "refiner") or job.dropped:
             return

@@ -1,6 +1,7 @@
 """The websockets: who listens under which client id, and what happens to those who do not read.
 
 A client id belongs to who connected with it: somebody else with the same id has another socket, and hears nothing.
+How many sockets there may be, and how fast and how much they may say, is limited before they come here.
 """
 
 __all__ = ["Sockets", "features"]
@@ -8,24 +9,18 @@ __all__ = ["Sockets", "features"]
 import asyncio
 import contextlib
 import json
-import time
-from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
 
-from starlette.responses import JSONResponse
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from sdxl_trt.server.comfyui.validation import Fault, refusal
+from sdxl_trt.server.http import ApiError
 
-MOST, MOST_OF_ONE = 64, 4
 MOST_WAITING = 256
-MOST_A_SECOND = 10
-MOST_MESSAGE = 64 << 10
 DROPPABLE = frozenset({"progress", "progress_state"})
-TOO_MANY, TOO_FAST, TOO_LARGE, TOO_SLOW, REPLACED = 1013, 1008, 1009, 1013, 1000
+DONE, TOO_SLOW = 1000, 1013
 _LONGEST_ID = 128
 
 
@@ -35,9 +30,8 @@ class _Socket:
     who: str
     client_id: str
     frames: asyncio.Queue[str | bytes | None] = field(default_factory=lambda: asyncio.Queue(MOST_WAITING))
-    code: int = 1000
+    code: int = DONE
     flags: Mapping[str, Any] = field(default_factory=dict)
-    came: deque[float] = field(default_factory=lambda: deque(maxlen=MOST_A_SECOND))
 
     def put(self, frame: str | bytes, *, droppable: bool) -> None:
         """Queue a frame; one that tells of progress is dropped if the client does not keep up."""
@@ -55,12 +49,6 @@ class _Socket:
             self.frames.get_nowait()
         self.frames.put_nowait(None)
 
-    def too_fast(self) -> bool:
-        """Return whether more messages came than a client has to send."""
-        full = len(self.came) == MOST_A_SECOND and time.monotonic() - self.came[0] < 1.0
-        self.came.append(time.monotonic())
-        return full
-
 
 class Sockets:
     """The open websockets. Used on one event loop.
@@ -77,8 +65,6 @@ class Sockets:
     ) -> None:
         self._first, self._left, self._max_upload = first, left, max_upload
         self._open: dict[tuple[str, str], _Socket] = {}
-        self._count = 0
-        self._of: dict[str, int] = {}
 
     def tell(self, who: str, client_id: str | None, kind: str, data: Mapping[str, Any]) -> None:
         """Send a text frame to a client id."""
@@ -105,25 +91,16 @@ class Sockets:
     async def serve(self, websocket: WebSocket, client_id: str) -> None:
         """Serve a websocket until it is closed."""
         who = websocket.state.caller.who
-        if self._count >= MOST or self._of.get(who, 0) >= MOST_OF_ONE or len(client_id) > _LONGEST_ID:
-            await _deny(websocket)
-            return
-        self._count += 1
-        self._of[who] = self._of.get(who, 0) + 1
-        try:
-            await websocket.accept()
-            await self._talk(_Socket(websocket, who, client_id or uuid4().hex))
-        finally:
-            self._count -= 1
-            self._of[who] -= 1
-            if not self._of[who]:
-                del self._of[who]
+        if len(client_id) > _LONGEST_ID:
+            raise ApiError(400, f"clientId: is longer than {_LONGEST_ID} characters", "invalid_value", param="clientId")
+        await websocket.accept()
+        await self._talk(_Socket(websocket, who, client_id or uuid4().hex))
 
     async def _talk(self, socket: _Socket) -> None:
         key = (socket.who, socket.client_id)
         before = self._open.pop(key, None)
         if before is not None:
-            before.close(REPLACED)
+            before.close(DONE)
         self._open[key] = socket
         for kind, data in self._first(socket.who, socket.client_id):
             socket.put(_text(kind, data), droppable=False)
@@ -144,14 +121,9 @@ class Sockets:
                 message = await socket.websocket.receive()
                 if message["type"] != "websocket.receive":
                     break
-                if socket.too_fast():
-                    return socket.close(TOO_FAST)
-                text = message.get("text")
-                if len(message.get("bytes") or text or "") > MOST_MESSAGE:
-                    return socket.close(TOO_LARGE)
-                if text:
-                    self._heard(socket, text)
-        return socket.close(1000)
+                if message.get("text"):
+                    self._heard(socket, message["text"])
+        socket.close(DONE)
 
     def _heard(self, socket: _Socket, text: str) -> None:
         try:
@@ -178,14 +150,6 @@ async def _send(socket: _Socket) -> None:
             else:
                 await socket.websocket.send_text(frame)
         await socket.websocket.close(socket.code)
-
-
-async def _deny(websocket: WebSocket) -> None:
-    fault = Fault("too_many_connections", "too many websockets are open; close one, or try again later")
-    if "websocket.http.response" in websocket.scope.get("extensions", {}):
-        await websocket.send_denial_response(JSONResponse(refusal(fault), 503, {"Retry-After": "5"}))
-    else:
-        await websocket.close(TOO_MANY)
 
 
 def _text(kind: str, data: Mapping[str, Any]) -> str:

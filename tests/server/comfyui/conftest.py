@@ -2,8 +2,6 @@
 
 import asyncio
 import importlib.util
-import io
-import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import asynccontextmanager
@@ -14,56 +12,20 @@ from typing import Any
 
 import pytest
 from fastapi import FastAPI
-from fastapi.responses import JSONResponse
-from PIL import Image
 from starlette.testclient import TestClient
 
 from sdxl_trt.engines.bundle import read_bundle
 from sdxl_trt.mini import bundle_path
 from sdxl_trt.runtime import Picture, Pipeline, Request, open_bundle
-from sdxl_trt.server import Options, http
+from sdxl_trt.server import Options
 from sdxl_trt.server.desk import Desk, Drawn, Ended, Event, Graph, Order, QueueFull, Stepped, Ticket, Waiting
+from sdxl_trt.server.http import Gate, add_handlers
 
 BUNDLE = read_bundle(bundle_path())
 Json = dict[str, Any]
-
-
-def _stand_in() -> None:
-    """Stand in for what sdxl_trt.server.http reads, where it does not yet."""
-    if hasattr(http, "read_json"):
-        return
-
-    async def read_json(request: Any) -> Json:
-        try:
-            body = json.loads(await request.body())
-        except ValueError as exc:
-            raise http.ApiError(400, "the body is not JSON", "invalid_json") from exc
-        if not isinstance(body, dict):
-            raise http.ApiError(400, "the body is not an object", "invalid_json")
-        return body
-
-    async def read_form(request: Any) -> list[Any]:
-        async with request.form() as form:
-            return [
-                SimpleNamespace(name=name, filename=None, data=value.encode())
-                if isinstance(value, str)
-                else SimpleNamespace(name=name, filename=value.filename, data=await value.read())
-                for name, value in form.multi_items()
-            ]
-
-    def read_picture(data: bytes, options: Options, where: str) -> Image.Image:
-        try:
-            image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))
-            image.load()
-        except (OSError, ValueError, SyntaxError) as exc:
-            raise http.ApiError(400, f"{where}: is not a picture", "invalid_image", param=where) from exc
-        return image
-
-    for each in (read_json, read_form, read_picture):
-        setattr(http, each.__name__, each)
-
-
-_stand_in()
+ADDRESS = "http://127.0.0.1:8188"
+KEYS = frozenset({"own-key", "another-key"})
+OWN = {"Authorization": "Bearer own-key"}
 
 
 def _load(name: str, file: Path) -> Any:
@@ -95,6 +57,12 @@ def picture(pipeline: Pipeline) -> Picture:
 
 def node(kind: str, **inputs: Any) -> Json:
     return {"class_type": kind, "inputs": inputs, "_meta": {"title": kind}}
+
+
+@pytest.fixture
+def stranger() -> dict[str, str]:
+    """Return the headers of somebody else."""
+    return {"Authorization": "Bearer another-key"}
 
 
 @pytest.fixture
@@ -162,19 +130,6 @@ class FakeDesk:
         ticket.tell(self.ends)
 
 
-class Callers:
-    """An ASGI layer that knows its callers by the header x-who, as sdxl_trt.server.http does by keys."""
-
-    def __init__(self, app: Any) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] in ("http", "websocket"):
-            who = dict(scope["headers"]).get(b"x-who", b"peer:test").decode()
-            scope.setdefault("state", {})["caller"] = http.Caller(who, "id-1")
-        await self.app(scope, receive, send)
-
-
 def application(options: Options, make_desk: Callable[[], Any]) -> FastAPI:
     from sdxl_trt.server.comfyui import router
 
@@ -187,14 +142,15 @@ def application(options: Options, make_desk: Callable[[], Any]) -> FastAPI:
 
     app = FastAPI(lifespan=lifespan)
     app.include_router(router(options))
-    app.add_middleware(Callers)
-
-    @app.exception_handler(http.ApiError)
-    async def refused(_: Any, exc: http.ApiError) -> JSONResponse:
-        error = {"type": exc.code, "message": exc.message, "details": "", "extra_info": {}}
-        return JSONResponse({"error": error, "node_errors": {}}, exc.status, exc.headers)
-
+    add_handlers(app, options)
+    app.add_middleware(Gate, options=options)
     return app
+
+
+def client_of(app: FastAPI, options: Options) -> TestClient:
+    """Return a client with the first of two keys, if the server has keys."""
+    # Starlette's client opens websockets at a name of its own, which is none of this server's.
+    return TestClient(app, ADDRESS, headers={"Host": "127.0.0.1:8188", **(OWN if options.keys else {})})
 
 
 @pytest.fixture
@@ -205,9 +161,9 @@ def fake(picture: Picture) -> Iterator[Callable[..., tuple[TestClient, FakeDesk]
     with ExitStack() as stack:
 
         def made(options: Options | None = None, **desk: Any) -> tuple[TestClient, FakeDesk]:
-            options = options or Options()
+            options = options or Options(keys=KEYS)
             fake = FakeDesk(picture, options, **desk)
-            return stack.enter_context(TestClient(application(options, lambda: fake))), fake
+            return stack.enter_context(client_of(application(options, lambda: fake), options)), fake
 
         yield made
 
@@ -228,5 +184,5 @@ def alone(picture: Picture) -> Callable[[], FastAPI]:
 def drawing(pipeline: Pipeline) -> Iterator[TestClient]:
     """Return a client of the embedded pair."""
     options = Options()
-    with TestClient(application(options, lambda: Desk(pipeline, options))) as client:
+    with client_of(application(options, lambda: Desk(pipeline, options)), options) as client:
         yield client

@@ -6,7 +6,6 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
 from fastapi import FastAPI
@@ -18,6 +17,7 @@ from sdxl_trt.server.desk import Drawn, Ended, Stepped, Ticket
 
 Json = dict[str, Any]
 Fake = Callable[..., tuple[TestClient, Any]]
+KEYS = frozenset({"own-key", "another-key"})
 
 
 def _queue(client: TestClient, graph: Json, **more: Any) -> str:
@@ -83,21 +83,38 @@ def test_an_entry_of_the_history_has_what_clients_read(fake: Fake, graph: Json) 
     assert client.get("/view", params=entry["outputs"]["9"]["images"][0]).status_code == 404
 
 
+async def _asked(app: FastAPI, path: str, body: Json | None = None) -> Json:
+    """Return what an application answers, without what a client adds: a test asks two thousand times."""
+    sent: list[bytes] = []
+    came = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+
+    async def receive() -> Json:
+        return came.pop() if came else {"type": "http.disconnect"}
+
+    async def send(message: Json) -> None:
+        sent.append(message.get("body", b""))
+
+    headers = [(b"host", b"127.0.0.1:8188"), (b"content-length", b"1")]
+    await app({"type": "http", "method": "POST" if body else "GET", "path": path, "raw_path": path.encode(),
+               "query_string": b"", "headers": headers, "client": ("127.0.0.1", 1), "scheme": "http",
+               "server": ("127.0.0.1", 8188), "http_version": "1.1", "root_path": ""}, receive, send)  # fmt: skip
+    found: Json = json.loads(b"".join(sent))
+    return found
+
+
 def test_the_history_is_there_whenever_nothing_remains(alone: Callable[[], FastAPI], graph: Json) -> None:
-    """A client stops at queue_remaining 0 and reads the history once: 200 times, over HTTP and on the socket."""
+    """A client stops at queue_remaining 0 and reads the history once; 200 times."""
 
     async def main() -> None:
         app = alone()
-        transport = httpx.ASGITransport(app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
-            for number in range(200):
-                identity = (await client.post("/prompt", json={"prompt": graph})).json()["prompt_id"]
-                await app.state.desk.tickets[-1].wait()
-                while (await client.get("/prompt")).json()["exec_info"]["queue_remaining"]:
-                    await asyncio.sleep(0)
-                entry = (await client.get(f"/history/{identity}")).json()
-                assert entry[identity]["outputs"]["9"]["images"], number
-            assert len((await client.get("/history")).json()) == 100
+        for number in range(200):
+            identity = (await _asked(app, "/prompt", {"prompt": graph}))["prompt_id"]
+            await app.state.desk.tickets[-1].wait()
+            while (await _asked(app, "/prompt"))["exec_info"]["queue_remaining"]:
+                await asyncio.sleep(0)
+            entry = await _asked(app, f"/history/{identity}")
+            assert entry[identity]["outputs"]["9"]["images"], number
+        assert len(await _asked(app, "/history")) == 100
 
     asyncio.run(main())
 
@@ -115,21 +132,21 @@ def test_the_history_has_at_most_a_hundred_entries_in_pieces(fake: Fake, graph: 
     assert client.get("/history?max_items=x").status_code == 400
 
 
-def test_an_interrupt_by_a_stranger_does_nothing(fake: Fake, graph: Json) -> None:
+def test_an_interrupt_by_a_stranger_does_nothing(fake: Fake, graph: Json, stranger: dict[str, str]) -> None:
     client, desk = fake(held=True)
     with client.websocket_connect("/ws?clientId=one") as socket:
         identity = _queue(client, graph)
         while socket.receive_json()["type"] != "executing":
             pass
         for body in (None, {"prompt_id": identity}):
-            assert client.post("/interrupt", json=body, headers={"x-who": "other"}).status_code == 200
-        assert client.post(f"/api/jobs/{identity}/cancel", headers={"x-who": "other"}).json() == {"cancelled": False}
-        assert client.post("/queue", json={"clear": True}, headers={"x-who": "other"}).status_code == 200
+            assert client.post("/interrupt", json=body, headers=stranger).status_code == 200
+        assert client.post(f"/api/jobs/{identity}/cancel", headers=stranger).json() == {"cancelled": False}
+        assert client.post("/queue", json={"clear": True}, headers=stranger).status_code == 200
         assert desk.tickets[0].stop is None
         for path in ("/history", "/queue", "/api/jobs"):
-            assert identity not in client.get(path, headers={"x-who": "other"}).text
-        assert client.get("/prompt", headers={"x-who": "other"}).json()["exec_info"]["queue_remaining"] == 0
-        assert client.get(f"/api/jobs/{identity}", headers={"x-who": "other"}).status_code == 404
+            assert identity not in client.get(path, headers=stranger).text
+        assert client.get("/prompt", headers=stranger).json()["exec_info"]["queue_remaining"] == 0
+        assert client.get(f"/api/jobs/{identity}", headers=stranger).status_code == 404
         assert client.post("/interrupt").status_code == 200
         frames = _to_the_end(socket)
     assert [frame["type"] for frame in frames] == ["execution_interrupted", "status", "executing"]
@@ -140,13 +157,13 @@ def test_an_interrupt_by_a_stranger_does_nothing(fake: Fake, graph: Json) -> Non
     assert client.post(f"/api/jobs/{identity}/cancel").json() == {"cancelled": False}
 
 
-def test_interrupt_all_stops_whoever_runs(fake: Fake, graph: Json) -> None:
-    client, _ = fake(Options(interrupt_all=True), held=True)
+def test_interrupt_all_stops_whoever_runs(fake: Fake, graph: Json, stranger: dict[str, str]) -> None:
+    client, _ = fake(Options(interrupt_all=True, keys=KEYS), held=True)
     with client.websocket_connect("/ws?clientId=one") as socket:
         _queue(client, graph)
         while socket.receive_json()["type"] != "executing":
             pass
-        client.post("/interrupt", headers={"x-who": "other"})
+        client.post("/interrupt", headers=stranger)
         assert _to_the_end(socket)[0]["type"] == "execution_interrupted"
 
 

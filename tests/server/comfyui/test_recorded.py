@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
+from sdxl_trt.server import Options
+
 Json = dict[str, Any]
 Fake = Callable[..., tuple[TestClient, Any]]
 
@@ -22,7 +24,7 @@ def _sent(client: TestClient, call: Any) -> Any:
 
 
 def test_comfy_api_simplified_draws(fake: Fake, graph: Json, replay: Any) -> None:
-    client, desk = fake(held=True)
+    client, desk = fake(Options(), held=True)
     prompt, *views = replay.calls("comfy-api-simplified-draw", replay.Fill(graph=graph))
     answer = _sent(client, prompt)
     assert answer.status_code == 200
@@ -57,7 +59,7 @@ def _remaining(frame: Json) -> int:
 
 
 def test_comfy_api_simplified_uploads_and_interrupts(fake: Fake, replay: Any) -> None:
-    client, _ = fake()
+    client, _ = fake(Options())
     upload, interrupt = replay.calls("comfy-api-simplified-upload")
     answer = _sent(client, upload)
     assert answer.status_code == 200, answer.text
@@ -69,7 +71,7 @@ def test_comfy_api_simplified_uploads_and_interrupts(fake: Fake, replay: Any) ->
 
 
 def test_comfy_api_client_draws(fake: Fake, graph: Json, replay: Any) -> None:
-    client, _ = fake()
+    client, _ = fake(Options())
     identity = ""
     for call in replay.calls("comfy-api-client-draw", replay.Fill(graph=graph)):
         if "/history/" in call.path:
@@ -95,7 +97,7 @@ def test_comfy_api_client_draws(fake: Fake, graph: Json, replay: Any) -> None:
 
 
 def test_sillytavern_draws(fake: Fake, graph: Json, replay: Any) -> None:
-    client, _ = fake()
+    client, _ = fake(Options())
     identity = ""
     fill = replay.Fill(graph=graph, words={"filename=<raw>&subfolder=<raw>&type=<raw>": "x=1"})
     for call in replay.calls("sillytavern-comfyui", fill):
@@ -120,7 +122,7 @@ def test_sillytavern_draws(fake: Fake, graph: Json, replay: Any) -> None:
 
 
 def test_a_text_body_with_a_wrong_graph_is_shown_as_text(fake: Fake, replay: Any) -> None:
-    client, _ = fake()
+    client, _ = fake(Options())
     fill = replay.Fill(graph={"1": {"class_type": "Unknown", "inputs": {}}}, words={"<raw>": "x"})
     (call,) = [call for call in replay.calls("sillytavern-comfyui", fill) if call.path == "/prompt"]
     answer = _sent(client, call)
@@ -131,7 +133,7 @@ def test_a_text_body_with_a_wrong_graph_is_shown_as_text(fake: Fake, replay: Any
 @pytest.mark.parametrize("path", ["/prompt", "/queue", "/history", "/object_info", "/system_stats", "/features",
                                   "/embeddings", "/extensions", "/models"])  # fmt: skip
 def test_every_route_is_also_under_api(fake: Fake, path: str) -> None:
-    client, _ = fake()
+    client, _ = fake(Options())
     first, second = client.get(path), client.get(f"/api{path}")
     assert (first.status_code, second.status_code) == (200, 200)
     if path != "/system_stats":
