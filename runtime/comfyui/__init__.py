@@ -23,14 +23,10 @@ else:
     __getattr__ = lazy_names(__name__, {
         "checks": ("Experts", "vae_stage"), "loras": ("NO_FILES", "LoraFiles"), "node": ("Input", "NodeKind"),
         "nodes": ("NODES",), "reader": ("read_workflow", "workflow_of"), "writer": ("write_workflow",),
-        "requests": (
-            "PictureFiles", "blamed", "check_workflow", "load_channel", "load_image", "loaded_name", "pair_request",
-            "part_of", "sampling_request", "settle_pair", "with_seed",
-        ),
-        "workflow": (
-            "Decoded", "Empty", "Encoded", "Image", "LatentSource", "Loaded", "Mask", "Masked", "Output", "Padded",
-            "Repeated", "Resized", "Sampled", "Scaled", "Workflow", "ancestry", "mask_sources", "noise_mask",
-        ),
+        "requests": ("PictureFiles", "blamed", "check_workflow", "load_channel", "load_image", "loaded_name",
+            "pair_request", "part_of", "sampling_request", "settle_pair", "with_seed"),
+        "workflow": ("Decoded", "Empty", "Encoded", "Image", "LatentSource", "Loaded", "Mask", "Masked", "Output",
+            "Padded", "Repeated", "Resized", "Sampled", "Scaled", "Workflow", "ancestry", "mask_sources", "noise_mask"),
     })
 
 __all__ = [

@@ -1,11 +1,11 @@
 """From a graph to pictures: checked before it is queued, and drawn by the worker's thread, node by node."""
 
-__all__ = ["Asked", "Checked", "check_graph", "run_graph", "without_paths"]
+__all__ = ["Asked", "Checked", "check_graph", "run_graph"]
 
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from sdxl_trt.runtime.pipeline import Chain, check_chain
 from sdxl_trt.runtime.request import ResolvedRequest
 from sdxl_trt.server.comfyui.heard import heard, quietly
 from sdxl_trt.server.comfyui.validation import Fault, NodeFaults, PromptError
-from sdxl_trt.server.desk import Drawn, Stepped
+from sdxl_trt.server.desk import Drawn, Graph, Stepped, Ticket
 from sdxl_trt.server.options import Options
 
 WHERE = "prompt"
@@ -36,31 +36,28 @@ ENCODERS = ("CLIPTextEncode", "CLIPTextEncodeSDXL", "CLIPTextEncodeSDXLRefiner")
 
 
 @dataclass(frozen=True)
-class Asked:
+class Asked(Graph):
     """A graph, the outputs that are to be drawn, and the files of its pictures by their names in it."""
 
-    nodes: Mapping[str, Any]
-    outputs: Sequence[str]
-    pictures: Mapping[str, Path]
-    options: Options
+    outputs: Sequence[str] = ()
+    pictures: Mapping[str, Path] = field(default_factory=dict)
+    options: Options = field(default_factory=Options)
 
 
 @dataclass(frozen=True)
 class Checked:
-    """What a graph comes to: pictures, sampler steps over all pictures, what is wrong with single outputs, warnings.
+    """What is wrong with single outputs of a graph, and what is to be told of the others.
 
     `copies` are the outputs that show another one's picture.
     """
 
-    count: int
-    steps: int
     faults: Mapping[str, NodeFaults]
     warnings: Sequence[str]
     copies: Mapping[str, str]
 
 
 def check_graph(pipeline: Pipeline, asked: Asked) -> Checked:
-    """Return what a graph comes to, without touching the state of the pipeline; callable from any thread.
+    """Return what is to be told of a graph, without touching the state of the pipeline; callable from any thread.
 
     Raises PromptError with the error at its node if no output can be drawn.
     """
@@ -73,17 +70,16 @@ def check_graph(pipeline: Pipeline, asked: Asked) -> Checked:
             raise _refused(asked, {asked.outputs[0]: [message]}) from exc
     notes = [note for each in resolved for note in each.notes]
     warnings = [*dict.fromkeys(without_paths(line, asked) for line in (*lines, *notes))]
-    counts = [len(each.seeds) for each in resolved]
-    steps = sum(len(each.seeds) * (each.base.steps + (each.refiner.steps if each.refiner else 0)) for each in resolved)
-    return Checked(max(counts) * len(workflow.outputs), steps, faults, warnings, workflow.copies)
+    return Checked(faults, warnings, workflow.copies)
 
 
-def run_graph(pipeline: Pipeline, asked: Asked, *, estimates: bool) -> Iterator[Stepped | Drawn]:
+def run_graph(pipeline: Pipeline, graph: Graph, ticket: Ticket) -> Iterator[Stepped | Drawn]:
     """Draw a graph; yield a Stepped for every unit of work, with its node, and a Drawn for every picture.
 
-    `estimates` asks for those of the latents. Raises SdxlTrtError.
+    The desk's thread calls it, and may leave it between two events. Raises SdxlTrtError.
     """
-    return quietly(_drawn(pipeline, asked, estimates=estimates))
+    assert isinstance(graph, Asked)  # noqa: S101 - no other part makes graphs
+    return quietly(_drawn(pipeline, graph, estimates=ticket.order.wants_estimates))
 
 
 def _drawn(pipeline: Pipeline, asked: Asked, *, estimates: bool) -> Iterator[Stepped | Drawn]:

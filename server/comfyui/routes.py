@@ -20,7 +20,7 @@ from sdxl_trt.server.comfyui.graphs import Asked, Checked, check_graph, run_grap
 from sdxl_trt.server.comfyui.jobs import Job
 from sdxl_trt.server.comfyui.shop import Shop, editor_texts
 from sdxl_trt.server.comfyui.validation import Fault, PromptError, check_nodes, outputs_of, refusal, with_texts
-from sdxl_trt.server.desk import Desk, Draining, Graph, NotReady, Order, RefusedError, TooLate
+from sdxl_trt.server.desk import Desk, Draining, NotReady, Order, RefusedError, TooLate
 from sdxl_trt.server.http import ApiError, read_json
 from sdxl_trt.server.options import Options
 
@@ -105,7 +105,8 @@ class _JobRoutes:
             raise PromptError(Fault("prompt_outputs_failed_validation", "Prompt outputs failed validation",
                                     "\n".join(lines)), faults)  # fmt: skip
         used = pictures_of(nodes, self._shop.files, who)
-        asked = Asked(nodes, [output for output in outputs if output not in failed], paths_of(used), self._options)
+        asked = Asked(nodes, self._shop.files.folder, [output for output in outputs if output not in failed],
+                      paths_of(used), self._options)  # fmt: skip
         job = self._job(prompt, asked, used, who)
         # Before anything is awaited, so that no other request has the same id meanwhile.
         self._jobs.add(job)
@@ -113,7 +114,8 @@ class _JobRoutes:
             checked = await asyncio.to_thread(check_graph, desk.pipeline, asked)
             job.outputs = [output for output in asked.outputs if output not in _dropped(checked)]
             job.copies = checked.copies
-            job.ticket = await desk.submit(self._order(request, job, asked, checked, previews=prompt.previews))
+            desk.runner = run_graph
+            job.ticket = await desk.submit(self._order(request, job, asked, previews=prompt.previews))
         except SdxlTrtError as exc:
             self._jobs.remove(job)
             raise PromptError(Fault("prompt_outputs_failed_validation", str(exc))) from exc
@@ -135,14 +137,9 @@ class _JobRoutes:
         job.extra = prompt.extra_told(job.created)
         return job
 
-    def _order(self, request: HttpRequest, job: Job, asked: Asked, checked: Checked, *, previews: bool) -> Order:
+    def _order(self, request: HttpRequest, job: Job, asked: Asked, *, previews: bool) -> Order:
         wants = previews or self._options.previews or self._shop.sockets.wants_previews(job.who, job.client_id)
-
-        def run(pipeline: Any, estimates: bool) -> Any:
-            return run_graph(pipeline, asked, estimates=estimates)
-
-        graph = Graph(asked.nodes, self._shop.files.folder, asked.pictures, run, checked.count, checked.steps)
-        return Order(graph, "comfyui", job.who, job.id, _deadline(request, self._options), wants_estimates=wants)
+        return Order(asked, "comfyui", job.who, job.id, _deadline(request, self._options), wants_estimates=wants)
 
     async def remaining(self, request: HttpRequest) -> Response:
         """Return how many of the client's jobs remain."""

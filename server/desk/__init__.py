@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from sdxl_trt.server.desk.desk import Desk
     from sdxl_trt.server.desk.orders import (
         Api, Draining, Drawn, Ended, Event, Graph, NotReady, Order, Outcome, QueueFull, RefusedError,
-        Runner, Stepped, TooLate, Waiting,
+        Stepped, TooLate, Waiting,
     )
     from sdxl_trt.server.desk.ticket import Ticket
 else:
@@ -16,12 +16,12 @@ else:
         "desk": ("Desk",),
         "orders": (
             "Api", "Draining", "Drawn", "Ended", "Event", "Graph", "NotReady", "Order", "Outcome", "QueueFull",
-            "RefusedError", "Runner", "Stepped", "TooLate", "Waiting",
+            "RefusedError", "Stepped", "TooLate", "Waiting",
         ),
         "ticket": ("Ticket",),
     })
 
 __all__ = [
     "Api", "Desk", "Draining", "Drawn", "Ended", "Event", "Graph", "NotReady", "Order", "Outcome", "QueueFull",
-    "RefusedError", "Runner", "Stepped", "Ticket", "TooLate", "Waiting",
+    "RefusedError", "Stepped", "Ticket", "TooLate", "Waiting",
 ]

@@ -13,7 +13,7 @@ from dataclasses import replace
 from sdxl_trt.engines import SdxlTrtError
 from sdxl_trt.runtime import Batch, Pipeline, Request, Step
 from sdxl_trt.runtime.request import resolve_request
-from sdxl_trt.server.desk.orders import Draining, Drawn, Ended, Graph, Order, QueueFull, Stepped, Waiting
+from sdxl_trt.server.desk.orders import Draining, Drawn, Ended, Order, QueueFull, Stepped, Waiting
 from sdxl_trt.server.desk.ticket import Ticket
 from sdxl_trt.server.options import Options
 
@@ -80,27 +80,20 @@ class Desk:
 
     def _drawn(self, ticket: Ticket) -> Ended:
         try:
-            for event in self._events(ticket.order):
+            assert isinstance(ticket.order.work, Request)  # noqa: S101 - graphs come later
+            for _, step in self._steps(ticket.order.work):
                 if ticket.stop is not None:
                     return Ended("cancelled")
-                ticket.tell(event)
+                estimate = step.denoised.copy() if step.denoised is not None and ticket.order.wants_estimates else None
+                ticket.tell(Stepped(step.stage, step.index, step.total, step.pictures.start, estimate))
+                if step.picture is not None:
+                    ticket.tell(Drawn(step.pictures.start, step.picture))
         except SdxlTrtError as exc:
             return Ended("failed", exc)
         except Exception as exc:
             log.exception("a request failed")
             return Ended("failed", exc)
         return Ended("done")
-
-    def _events(self, order: Order) -> Iterator[Stepped | Drawn]:
-        if isinstance(order.work, Graph):
-            assert order.work.run is not None  # noqa: S101 - whoever made the graph says how it is drawn
-            yield from order.work.run(self.pipeline, order.wants_estimates)
-            return
-        for _, step in self._steps(order.work):
-            estimate = step.denoised.copy() if step.denoised is not None and order.wants_estimates else None
-            yield Stepped(step.stage, step.index, step.total, step.pictures.start, estimate)
-            if step.picture is not None:
-                yield Drawn(step.pictures.start, step.picture)
 
     def _steps(self, request: Request) -> Iterator[tuple[int, Step]]:
         return Batch(self.pipeline, [request]).steps()

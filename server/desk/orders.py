@@ -12,13 +12,12 @@ __all__ = [
     "Outcome",
     "QueueFull",
     "RefusedError",
-    "Runner",
     "Stepped",
     "TooLate",
     "Waiting",
 ]
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +25,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from sdxl_trt.runtime import Picture, Pipeline, Request
+from sdxl_trt.runtime import Picture, Request
 
 Api = Literal["openai", "a1111", "comfyui"]
 Outcome = Literal["done", "interrupted", "cancelled", "deadline", "failed"]
@@ -34,20 +33,10 @@ Outcome = Literal["done", "interrupted", "cancelled", "deadline", "failed"]
 
 @dataclass(frozen=True)
 class Graph:
-    """A ComfyUI graph in the API format, and the private folder that holds its pictures.
-
-    `pictures` are the files of that folder by the names that the graph has for them. `run` draws the graph: it is
-    called by the worker's thread with the pipeline and whether estimates are wanted, yields a Stepped for every unit
-    of work and a Drawn for every picture, and may be left between two of them; it raises SdxlTrtError. `count` is the
-    number of pictures, `steps` the number of sampler steps, counted once for every picture.
-    """
+    """A ComfyUI graph in the API format, and the private folder that holds its pictures under their names."""
 
     nodes: Mapping[str, Any]
     folder: Path
-    pictures: Mapping[str, Path] = field(default_factory=dict)
-    run: "Runner | None" = None
-    count: int = 1
-    steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -111,8 +100,6 @@ class Ended:
 
 
 Event = Waiting | Stepped | Drawn | Ended
-Runner = Callable[[Pipeline, bool], Iterator[Stepped | Drawn]]
-"""How a graph is drawn."""
 
 
 class RefusedError(Exception):
