@@ -1,100 +1,17 @@
 """What runs next: cycles of all base phases, one change of UNets, all refiner phases, and the decoding.
 
-Nothing here waits, draws or looks at a clock: `Scheduler` is told what came, what is done and what time it is, so that a
-simulated clock can drive it. All times are seconds.
+Nothing here waits, draws or looks at a clock: `Scheduler` is told what came, what is done and what time it is, so that
+a simulated clock can drive it. All times are seconds.
 """
 
-__all__ = ["Action", "Cost", "Policy", "Scheduler", "Task", "Times"]
+__all__ = ["Scheduler"]
 
 import math
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Literal
 
 from sdxl_trt.server.desk.fairness import Fairness
-
-Expert = Literal["base", "refiner"]
-Kind = Literal["encode", "base", "refiner", "decode", "alone", "home"]
-
-
-@dataclass(frozen=True)
-class Cost:
-    """The predicted seconds of each stage."""
-
-    encode: float = 0.0
-    base: float = 0.0
-    refiner: float = 0.0
-    decode: float = 0.0
-
-    @cached_property
-    def total(self) -> float:
-        """Return the seconds of all stages."""
-        return self.encode + self.base + self.refiner + self.decode
-
-
-@dataclass(frozen=True, eq=False)
-class Task:
-    """What is scheduled: usually one picture. `item` is the caller's, and not looked at.
-
-    Tasks with equal keys of a stage may share the calls of its UNet; None has no step there. `alone` is work of a kind
-    that the scheduler does not know, such as a graph: it runs when nothing else does.
-    """
-
-    who: str
-    cost: Cost
-    came: float
-    base_key: Hashable | None
-    refiner_key: Hashable | None
-    deadline: float = math.inf
-    pictures: int = 1
-    alone: bool = False
-    item: object = None
-
-    @cached_property
-    def seconds(self) -> float:
-        """Return what it costs its owner."""
-        return self.cost.total
-
-
-@dataclass(frozen=True)
-class Policy:
-    """`wait` (W) bounds a cycle, so that what comes during it waits no longer for its base phase.
-
-    `pictures` share a call at most. Without `capped` a cycle takes all that waits, without `extended` nothing joins a
-    cycle that has begun: the gated service of the textbooks.
-    """
-
-    wait: float = 60.0
-    pictures: int = 4
-    capped: bool = True
-    extended: bool = True
-    memory: float = 60.0
-    """Over how many seconds the load is averaged."""
-
-
-@dataclass(frozen=True)
-class Times:
-    """What changes cost now: `swap` (S) one change of UNets, 0 if both stay loaded; `reload` what an encoder costs
-    that is needed again in the middle of a phase. `decoder_stays` if decoding unloads no UNet."""
-
-    swap: float = 0.0
-    reload: float = 0.0
-    decoder_stays: bool = True
-
-
-@dataclass(frozen=True)
-class Action:
-    """One thing to do for `tasks`, which share the calls of a UNet in "base" and "refiner".
-
-    "encode" reads the prompts of `tasks`, "decode" makes the picture of one, "alone" does all of one, and "home" loads
-    the base again while nothing waits. `expert` is the UNet that is needed, None for any; `following` the next one.
-    """
-
-    kind: Kind
-    tasks: tuple[Task, ...] = ()
-    expert: Expert | None = None
-    following: Expert | None = None
+from sdxl_trt.server.desk.tasks import Action, Expert, Kind, Policy, Task, Times
 
 
 @dataclass
@@ -215,18 +132,17 @@ class Scheduler:
 
     def _step(self, now: float, times: Times) -> Action | None:
         cycle = self._cycle
+        if cycle.phase == "base" and not cycle.unread and not cycle.to_base:
+            early = cycle.finished and (times.decoder_stays or not cycle.handed)
+            if not early and not self._extend(now, times):
+                cycle.phase = "refiner"
         if cycle.unread:
             return self._reading()
-        if cycle.phase == "base":
-            if cycle.to_base:
-                group = self._group(cycle.to_base, "base")
-                return Action("base", group, "base", "base" if cycle.to_base else "refiner" if cycle.handed else None)
-            if cycle.finished and (times.decoder_stays or not cycle.handed):
-                return Action("decode", (cycle.finished.pop(0),))
-            if self._extend(now, times):
-                return self._reading()
-            cycle.phase = "refiner"
-        if cycle.handed:
+        if cycle.to_base:
+            group = self._group(cycle.to_base, "base")
+            refined = cycle.handed or any(task.refiner_key is not None for task in group)
+            return Action("base", group, "base", "base" if cycle.to_base else "refiner" if refined else None)
+        if cycle.handed and cycle.phase == "refiner":
             group = self._group(cycle.handed, "refiner")
             return Action("refiner", group, "refiner", "refiner" if cycle.handed else None)
         if cycle.finished:
@@ -355,23 +271,17 @@ class Scheduler:
         cycle = self._cycle
         if not self.policy.extended or not cycle.handed:
             return False
-        riders = self._riders(now, times)
-        group = self._next_group() or []
-        if not (group and self._worth(group, now, times)):
-            group = []
-        for task in (*group, *riders):
+        more = self._next_group()
+        if not (more and self._worth(more, now, times)):
+            more = []
+        for task in self.waiting:  # what needs the refiner alone rides along
+            if task.base_key is None and not task.alone and self._bounded([*more, task], now, times):
+                more.append(task)
+        for task in more:
             self._fairness.charge(task)
             self.waiting.remove(task)
-        cycle.unread = [*group, *riders]
-        return bool(cycle.unread)
-
-    def _riders(self, now: float, times: Times) -> list[Task]:
-        """Return what waits for the refiner alone, and needs no change of UNets of its own."""
-        riders: list[Task] = []
-        for task in self.waiting:
-            if task.base_key is None and not task.alone and self._bounded([*riders, task], now, times):
-                riders.append(task)
-        return riders
+        cycle.unread = more
+        return bool(more)
 
     def _next_group(self) -> list[Task]:
         group: list[Task] = []
@@ -397,11 +307,13 @@ class Scheduler:
         before = now + times.swap + cycle.seconds()
         after = before + times.reload + sum(task.seconds for task in more)
         oldest = min([cycle.began, *(task.came for task in self.waiting if task not in more)])
+        if not times.swap and not self._on_time(more, before):
+            return False
         return after + times.swap - oldest <= self.policy.wait and not _missed(cycle.handed, before, after)
 
     # ---------------------------------------------------------------- what is foreseen
 
-    def foreseen(self, now: float, times: Times) -> Iterator[tuple[Task, float]]:
+    def foreseen(self, times: Times) -> Iterator[tuple[Task, float]]:
         """Yield the waiting tasks in the order of their turns, each with the seconds until it is drawn."""
         seconds = self.remaining(times) + 2 * times.swap
         fairness = self._fairness.copy()

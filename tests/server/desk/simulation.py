@@ -5,7 +5,8 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from sdxl_trt.server.desk.scheduler import Action, Cost, Scheduler, Task, Times
+from sdxl_trt.server.desk.scheduler import Scheduler
+from sdxl_trt.server.desk.tasks import Action, Cost, Task, Times
 
 
 @dataclass
@@ -23,54 +24,64 @@ class Result:
         return sum(self.latencies.values()) / len(self.latencies)
 
 
+Admit = Callable[[Scheduler, Task], bool]
+
+
 def simulate(
-    scheduler: Scheduler,
-    tasks: Sequence[Task],
-    times: Times,
-    admit: Callable[[Task, float], bool] = lambda task, now: True,
+    scheduler: Scheduler, tasks: Sequence[Task], times: Times, admit: Admit = lambda scheduler, task: True
 ) -> Result:
     """Run `tasks`, sorted by arrival, until all are drawn; `admit` may refuse one when it comes."""
-    result, now, loaded, coming = Result(), 0.0, "base", 0
-    scheduler.loaded = "base"
-    began = math.nan
-    while True:
-        while coming < len(tasks) and tasks[coming].came <= now:
-            task = tasks[coming]
-            coming += 1
-            if admit(task, task.came):
-                scheduler.add(task, task.came)
+    return _Simulation(scheduler, list(tasks), times, admit).run()
+
+
+class _Simulation:
+    def __init__(self, scheduler: Scheduler, tasks: list[Task], times: Times, admit: Admit) -> None:
+        self.scheduler, self.times, self.admit = scheduler, times, admit
+        self.coming = tasks[::-1]
+        self.result, self.now, self.began, self.loaded = Result(), 0.0, math.nan, "base"
+        scheduler.loaded = "base"
+
+    def run(self) -> Result:
+        while True:
+            self.arrive()
+            cycles = self.scheduler.cycles
+            action = self.scheduler.next(self.now, self.times)
+            if self.scheduler.cycles > cycles:
+                self.ended_cycle()
+                self.began = self.now
+            if action is not None:
+                self.act(action)
+            elif self.coming:
+                self.ended_cycle()
+                self.now, self.began = self.coming[-1].came, math.nan
             else:
-                result.refused.append(task)
-        cycles = scheduler.cycles
-        action = scheduler.next(now, times)
-        if scheduler.cycles > cycles:
-            if not math.isnan(began):
-                result.cycle_seconds.append(now - began)
-            began = now
-        if action is None:
-            if coming == len(tasks):
-                return result
-            now, began = tasks[coming].came, math.nan
-            continue
+                return self.result
+
+    def ended_cycle(self) -> None:
+        if not math.isnan(self.began):
+            self.result.cycle_seconds.append(self.now - self.began)
+
+    def arrive(self) -> None:
+        """Let come what came by now."""
+        while self.coming and self.coming[-1].came <= self.now:
+            task = self.coming.pop()
+            if self.admit(self.scheduler, task):
+                self.scheduler.add(task, task.came)
+            else:
+                self.result.refused.append(task)
+
+    def act(self, action: Action) -> None:
+        result = self.result
         result.actions.append(action)
-        if action.expert not in (None, loaded):
-            loaded, now = action.expert, now + times.swap
-        for task in action.tasks:
-            if action.kind == "encode":
-                result.waits[task] = now - task.came
-        now += sum(_seconds(task.cost, action.kind) for task in action.tasks)
-        # What came during the action waits before the scheduler is asked again.
-        while coming < len(tasks) and tasks[coming].came <= now:
-            task = tasks[coming]
-            coming += 1
-            if admit(task, task.came):
-                scheduler.add(task, task.came)
-            else:
-                result.refused.append(task)
-        for task in action.tasks:
-            if action.kind in ("decode", "alone"):
-                result.latencies[task] = now - task.came
-        scheduler.done(now)
+        if action.expert not in (None, self.loaded):
+            self.loaded, self.now = str(action.expert), self.now + self.times.swap
+        if action.kind == "encode":
+            result.waits |= {task: self.now - task.came for task in action.tasks}
+        self.now += sum(_seconds(task.cost, action.kind) for task in action.tasks)
+        self.arrive()  # what came during the action waits before the scheduler is asked again
+        if action.kind in ("decode", "alone"):
+            result.latencies |= {task: self.now - task.came for task in action.tasks}
+        self.scheduler.done(self.now)
 
 
 def _seconds(cost: Cost, kind: str) -> float:

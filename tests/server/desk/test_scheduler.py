@@ -9,7 +9,8 @@ from types import ModuleType
 
 import pytest
 
-from sdxl_trt.server.desk.scheduler import Action, Cost, Policy, Scheduler, Task, Times
+from sdxl_trt.server.desk.scheduler import Scheduler
+from sdxl_trt.server.desk.tasks import Action, Cost, Policy, Task, Times
 
 
 def _simulation() -> ModuleType:
@@ -76,9 +77,10 @@ def test_a_cycle_lasts_two_swaps_and_its_pictures_in_the_long_run() -> None:
     assert mean == pytest.approx(2 * 2.0 / (1 - 0.9), rel=0.1)
 
 
-def test_nobody_waits_beyond_the_bound_in_ten_thousand_random_arrivals() -> None:
+@pytest.mark.parametrize(("swap", "count"), [(2.0, 10_000), (0.0, 2000)])
+def test_nobody_waits_beyond_the_bound_in_ten_thousand_random_arrivals(swap: float, count: int) -> None:
     rng, now, tasks, wait = random.Random(6), 0.0, [], 40.0
-    for _ in range(10_000):
+    for _ in range(count):
         now += rng.expovariate(1.2 / C) * rng.choice((0.0, 1.0, 2.0))
         factor = rng.choice((0.3, 0.5, 1.0, 2.0))
         cost = Cost(*(factor * each for each in (COST.encode, COST.base, COST.refiner, COST.decode)))
@@ -92,13 +94,12 @@ def test_nobody_waits_beyond_the_bound_in_ten_thousand_random_arrivals() -> None
                 refiner_key=None if kind == "base" else rng.choice("xy"),
             )
         )
-    for swap in (0.0, 2.0):
-        scheduler, times = Scheduler(Policy(wait=wait)), Times(swap)
-        result = sim.simulate(scheduler, tasks, times, lambda task, now: scheduler.in_time(task, times))
-        assert len(result.latencies) + len(result.refused) == len(tasks)
-        assert len(result.latencies) > 6000
-        assert max(result.waits.values()) <= wait
-        assert scheduler.swaps <= 2 * scheduler.cycles
+    scheduler, times = Scheduler(Policy(wait=wait)), Times(swap)
+    result = sim.simulate(scheduler, tasks, times, lambda scheduler, task: scheduler.in_time(task, times))
+    assert len(result.latencies) + len(result.refused) == len(tasks)
+    assert len(result.latencies) > 0.6 * count
+    assert 0.9 * wait < max(result.waits.values()) <= wait
+    assert scheduler.swaps <= 2 * scheduler.cycles
 
 
 def test_a_flooding_key_delays_another_by_at_most_the_bound_and_a_cycle() -> None:
@@ -110,7 +111,7 @@ def test_a_flooding_key_delays_another_by_at_most_the_bound_and_a_cycle() -> Non
         scheduler,
         sorted([*flood, *other], key=lambda task: task.came),
         times,
-        lambda task, now: task.who == "other" or sum(each.who == "flood" for each in scheduler.waiting) < 64,
+        lambda scheduler, task: task.who == "other" or sum(each.who == "flood" for each in scheduler.waiting) < 64,
     )
     assert len(result.refused) > 3000
     assert max(result.waits[task] for task in other) <= wait + max(result.cycle_seconds)
@@ -138,9 +139,8 @@ def test_a_turn_that_nobody_used_is_not_saved() -> None:
         scheduler.done(0.0)
     scheduler.add(_task("new", 1.0), 1.0)
     scheduler.add(_task("new", 1.0), 1.0)
-    order = [task.who for task, _ in scheduler.foreseen(1.0, Times(0.01))]
-    assert 0 < order.index("new") + 1 <= 2
-    assert order[:4].count("new") == 2
+    order = [task.who for task, _ in scheduler.foreseen(Times(0.01))]
+    assert order[:5].count("new") == 2
 
 
 def test_pictures_of_one_order_do_not_hold_a_phase() -> None:
@@ -162,7 +162,7 @@ def test_the_earliest_deadline_of_a_key_is_first() -> None:
     late, early, never = _task(deadline=90.0), _task(deadline=30.0), _task()
     for task in (never, late, early):
         scheduler.add(task, 0.0)
-    assert [task for task, _ in scheduler.foreseen(0.0, Times())] == [early, late, never]
+    assert [task for task, _ in scheduler.foreseen(Times())] == [early, late, never]
 
 
 def test_nothing_joins_a_cycle_if_somebody_would_miss_a_deadline_for_it() -> None:
@@ -222,7 +222,7 @@ def test_work_for_one_expert_rides_in_its_phase() -> None:
     scheduler.add(_task(base_key=None), 0.0)
     # Base-only work is decoded before the change, since the decoder stays; refiner-only work needs no cycle of its own.
     assert _kinds(scheduler, times) == [
-        "encode 3", "base 2", "decode 1", "refiner 1", "refiner 1", "decode 1", "decode 1", "home 0",
+        "encode 3", "base 2", "decode 1", "refiner 2", "decode 1", "decode 1", "home 0",
     ]  # fmt: skip
     assert scheduler.swaps <= 2
 
@@ -260,11 +260,11 @@ def test_the_cap_grows_with_the_load() -> None:
     scheduler, times = Scheduler(Policy(pictures=4, memory=60.0)), Times(2.0)
     scheduler.add(_task(), 0.0)
     assert scheduler.cap(0.0, times) == 4
-    for second in range(0, 120, 3):
+    for second in range(0, 240, 3):
         scheduler.add(_task(came=second), float(second))
-    rate = scheduler.load(120.0)
+    rate = scheduler.load(240.0)
     assert rate == pytest.approx(1 / 3, rel=0.15)
-    assert scheduler.cap(120.0, times) >= 2 * (2 * 2.0 * rate / (1 - rate * C)) + 2
+    assert scheduler.cap(240.0, times) >= 2 * (2 * 2.0 * rate / (1 - rate * C)) + 2
 
 
 @pytest.mark.parametrize("after", range(4))
