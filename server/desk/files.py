@@ -25,7 +25,7 @@ class Stored:
 
 
 class Files:
-    """At most `most` bytes of pictures in memory, for `lifetime` seconds; the oldest go first. Any thread may use it."""
+    """At most `most` bytes of pictures in memory, for `lifetime` seconds; the oldest go first. Safe between threads."""
 
     def __init__(
         self, most: int = MOST_BYTES, lifetime: float = LIFETIME, clock: Callable[[], float] = time.monotonic

@@ -20,7 +20,7 @@ class TooMany(RefusedError):  # noqa: N818 - a reason, not a fault
 
 @dataclass(frozen=True)
 class Allowance:
-    """What a key may still ask for: the `limit` of requests a minute, `remaining`, and seconds to `reset`, full again."""
+    """What a key may ask for: the `limit` of requests a minute, those `remaining`, and seconds until all are back."""
 
     limit: int
     remaining: int

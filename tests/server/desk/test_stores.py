@@ -3,7 +3,7 @@
 import pytest
 
 from sdxl_trt.server.desk.files import Files
-from sdxl_trt.server.desk.predict import MEGAPIXEL, Predictor, Work
+from sdxl_trt.server.desk.plan.predict import MEGAPIXEL, Predictor, Work
 from sdxl_trt.server.desk.rates import Rates, TooMany
 
 

@@ -5,7 +5,7 @@ __all__ = ["Predictor", "Work"]
 import threading
 from dataclasses import dataclass
 
-from sdxl_trt.server.desk.tasks import Cost
+from sdxl_trt.server.desk.plan.tasks import Cost
 
 WEIGHT = 0.3
 """The share of the newest measurement in an average."""

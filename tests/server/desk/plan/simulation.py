@@ -5,8 +5,8 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from sdxl_trt.server.desk.scheduler import Scheduler
-from sdxl_trt.server.desk.tasks import Action, Cost, Task, Times
+from sdxl_trt.server.desk.plan.scheduler import Scheduler
+from sdxl_trt.server.desk.plan.tasks import Action, Cost, Task, Times
 
 
 @dataclass

@@ -10,8 +10,8 @@ import math
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from sdxl_trt.server.desk.fairness import Fairness
-from sdxl_trt.server.desk.tasks import Action, Expert, Kind, Policy, Task, Times
+from sdxl_trt.server.desk.plan.fairness import Fairness
+from sdxl_trt.server.desk.plan.tasks import Action, Expert, Kind, Policy, Task, Times
 
 
 @dataclass

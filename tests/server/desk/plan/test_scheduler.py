@@ -9,8 +9,8 @@ from types import ModuleType
 
 import pytest
 
-from sdxl_trt.server.desk.scheduler import Scheduler
-from sdxl_trt.server.desk.tasks import Action, Cost, Policy, Task, Times
+from sdxl_trt.server.desk.plan.scheduler import Scheduler
+from sdxl_trt.server.desk.plan.tasks import Action, Cost, Policy, Task, Times
 
 
 def _simulation() -> ModuleType:
