@@ -9,9 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdxl_trt.runtime import Request
-from sdxl_trt.runtime.pipeline import Job
+from sdxl_trt.runtime.pipeline import Job, share_key
 from sdxl_trt.runtime.request import ResolvedRequest, StageName
-from sdxl_trt.server.desk.groups import share_key
 from sdxl_trt.server.desk.plan import Predictor, Task, Work
 from sdxl_trt.server.desk.ticket import Ticket
 

@@ -5,10 +5,11 @@ __all__ = ["Room", "Runner", "Shift"]
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from sdxl_trt.engines import IncompatibleError, UsageError
 from sdxl_trt.runtime import Pipeline
@@ -20,6 +21,7 @@ from sdxl_trt.server.desk.plan import Action, Predictor, Scheduler, Task, Times
 from sdxl_trt.server.desk.studio import Studio
 from sdxl_trt.server.desk.ticket import Ticket
 
+T = TypeVar("T")
 log = logging.getLogger("sdxl_trt.server")
 Runner = Callable[[Pipeline, Graph, Ticket], Iterator[Event]]
 """What runs a graph, and yields what its readers are told; it is closed between two events if somebody stops it."""
@@ -104,7 +106,7 @@ class Room:
             if death is not None:
                 self._recover(death)
             self._serve()
-        except BaseException as exc:
+        except BaseException as exc:  # noqa: BLE001 - whatever ended it, another thread goes on
             log.critical("the worker died: %s", type(exc).__name__)
             self.fault = FAILING
             if not self._closing:
@@ -112,10 +114,10 @@ class Room:
                 self._thread.start()
 
     def _recover(self, death: BaseException) -> None:
-        """Go on after the death of a thread: what it drew fails, or is drawn again alone; the engines are loaded anew."""
+        """Go on after a thread died: what it drew fails, or is drawn again alone, and the engines are loaded anew."""
         pieces, self._current = self._current, []
         self._settle(self.shifts[0], pieces, [], EngineDiedError(type(death).__name__))
-        self.shifts[0].studio.free()
+        _quietly(self.shifts[0].studio.free)
         self._doubtful = True
 
     def _serve(self) -> None:
@@ -146,7 +148,7 @@ class Room:
         self.busy, self.pulse = True, time.monotonic()
         try:
             survivors = self._done(shift, action, alive)
-        except Exception as exc:
+        except Exception as exc:  # noqa: BLE001 - it ends the orders
             log.warning("%s of %d pictures failed: %s", action.kind, len(alive), type(exc).__name__)
             survivors, error = [], exc
         self.busy = False
@@ -161,9 +163,7 @@ class Room:
             elif error is not None:
                 for piece in alive:
                     self._fail(piece, error)
-                self._doubtful |= not alive
-        if error is not None:
-            self._doubtful |= not isinstance(error, UsageError | IncompatibleError)
+        self._doubtful |= error is not None and _is_fault(error)
 
     def _alone(self, shift: Shift, pieces: Sequence[Piece]) -> None:
         """Draw pieces that failed together once more, each alone: only one of them may be the reason."""
@@ -242,8 +242,8 @@ class Room:
                 self._read(studio, [piece])
                 survivors.append(piece)
             except Exception as exc:  # noqa: BLE001 - it ends the order
-                self._settle(self.shifts[0], [piece], [], None)
                 self._fail(piece, exc)
+                self._doubtful |= _is_fault(exc)
         return survivors
 
     def _read(self, studio: Studio, pieces: Sequence[Piece]) -> None:
@@ -257,7 +257,7 @@ class Room:
     def _denoise(self, studio: Studio, stage: StageName, pieces: list[Piece]) -> list[Piece]:
         shared, gone = studio.denoise(stage, pieces), set[int]()
         seconds, units = 0.0, 0
-        with closing(shared.steps()) as steps:
+        with closing(_generator(shared.steps())) as steps:
             for number, step in steps:
                 here = [piece for other, piece in enumerate(pieces) if other not in gone]
                 spent, pictures = self._unit(here, step.stage, len(here)), step.pictures.stop - step.pictures.start
@@ -283,7 +283,7 @@ class Room:
         return ended
 
     def _decode(self, shift: Shift, piece: Piece) -> None:
-        with closing(shift.studio.decode(piece, early=piece.early)) as steps:
+        with closing(_generator(shift.studio.decode(piece, early=piece.early))) as steps:
             for step in steps:
                 seconds = self._unit([piece], step.stage)
                 if step.stage == "load":
@@ -328,8 +328,8 @@ class Room:
             self.busy, self.pulse = True, time.monotonic()
             try:
                 studio.probe()
-            except BaseException as exc:
-                log.error("a picture for a test failed: %s", exc)  # noqa: TRY400 - one line
+            except BaseException as exc:  # noqa: BLE001 - the server says that it is not ready
+                log.warning("a picture for a test failed: %s", type(exc).__name__)
                 self.fault = FAILING
                 if attempt == 0:
                     _quietly(studio.free)
@@ -357,8 +357,18 @@ class EngineDiedError(RuntimeError):
     """The worker's thread died while it drew."""
 
 
+def _generator(steps: Iterator[T]) -> Generator[T, None, None]:
+    """Return `steps` as a generator, which can be closed before its end."""
+    yield from steps
+
+
+def _is_fault(error: Exception) -> bool:
+    """Return whether `error` says something of the engines, and not only of what was asked."""
+    return not isinstance(error, UsageError | IncompatibleError)
+
+
 def _quietly(do: Callable[[], None]) -> None:
     try:
         do()
-    except Exception as exc:
-        log.error("engines could not be unloaded: %s", exc)  # noqa: TRY400 - one line
+    except Exception as exc:  # noqa: BLE001 - what stays loaded is all that is lost
+        log.warning("engines could not be unloaded: %s", type(exc).__name__)

@@ -9,9 +9,8 @@ import numpy as np
 
 from sdxl_trt.engines.adapters import Use
 from sdxl_trt.runtime import Pipeline, Request, Step
-from sdxl_trt.runtime.pipeline import Job, timed
+from sdxl_trt.runtime.pipeline import Job, Shared, timed
 from sdxl_trt.runtime.request import StageName
-from sdxl_trt.server.desk.groups import Shared
 from sdxl_trt.server.desk.pieces import Piece
 from sdxl_trt.server.desk.plan import Predictor, Times
 
@@ -29,8 +28,7 @@ class Studio:
     @property
     def pictures(self) -> int:
         """Return how many pictures share a call of a UNet."""
-        limits = self.pipeline.pool.limits
-        return 4 if limits is None else limits.pictures
+        return self.pipeline.pictures_at_once
 
     def times(self) -> Times:
         """Return what changes of engines cost now."""

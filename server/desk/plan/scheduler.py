@@ -7,7 +7,7 @@ a simulated clock can drive it. All times are seconds.
 __all__ = ["Scheduler"]
 
 import math
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from sdxl_trt.server.desk.plan.fairness import Fairness
@@ -313,11 +313,11 @@ class Scheduler:
 
     # ---------------------------------------------------------------- what is foreseen
 
-    def foreseen(self, times: Times) -> Iterator[tuple[Task, float]]:
-        """Yield the waiting tasks in the order of their turns, each with the seconds until it is drawn."""
+    def foreseen(self, times: Times, more: Iterable[Task] = ()) -> Iterator[tuple[Task, float]]:
+        """Yield the waiting tasks, and `more`, in the order of their turns, each with the seconds until it is drawn."""
         seconds = self.remaining(times) + 2 * times.swap
         fairness = self._fairness.copy()
-        for task in fairness.order(self.waiting):
+        for task in fairness.order([*self.waiting, *more]):
             fairness.charge(task)
             seconds += task.cost.total
             yield task, seconds
