@@ -131,7 +131,8 @@ class Desk:
                     math.ceil(needed - allowed),
                 )
             self._room.add(pieces)
-        self.tickets[order.id] = ticket
+            self.tickets[order.id] = ticket
+            self._tell_places()  # before the worker can begin
         ticket.on_stop = lambda: self._stopped(ticket)
         if math.isfinite(allowed):
             self._timers[order.id] = self._loop.call_later(allowed, self._expire, ticket)

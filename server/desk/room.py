@@ -108,7 +108,6 @@ class Room:
             self._serve()
         except BaseException as exc:  # noqa: BLE001 - whatever ended it, another thread goes on
             log.critical("the worker died: %s", type(exc).__name__)
-            self.fault = FAILING
             if not self._closing:
                 self._thread = threading.Thread(target=self._main, args=(exc,), name="draw", daemon=True)
                 self._thread.start()
@@ -330,8 +329,9 @@ class Room:
                 studio.probe()
             except BaseException as exc:  # noqa: BLE001 - the server says that it is not ready
                 log.warning("a picture for a test failed: %s", type(exc).__name__)
-                self.fault = FAILING
-                if attempt == 0:
+                if attempt:
+                    self.fault = FAILING
+                else:
                     _quietly(studio.free)
             else:
                 self.fault = ""
