@@ -71,7 +71,9 @@ async def _all(desk: Desk, *orders: Order) -> list[Ticket]:
     return tickets
 
 
-def test_an_order_is_told_from_its_place_to_its_picture(serve: Serve, pipeline: Pipeline) -> None:
+def test_an_order_is_told_from_its_place_to_its_picture(serve: Serve, pipeline: Pipeline, calls: Any) -> None:
+    calls.real = True
+
     async def scenario(desk: Desk) -> tuple[list[Any], Ticket]:
         ticket = await desk.submit(order(wants_estimates=True))
         shown = [event async for event in ticket.events()]
@@ -107,6 +109,8 @@ def test_a_later_reader_sees_the_same_events_without_estimates(serve: Serve) -> 
 def test_orders_that_share_calls_draw_what_each_draws_alone(serve: Serve, calls: Any, fixed: bool) -> None:
     orders = [order(seed=seed, prompt=f"a {word} star") for seed, word in enumerate(("red", "blue", "green", "white"))]
 
+    calls.real = True
+
     async def scenario(desk: Desk) -> list[list[np.ndarray]]:
         alone = [(await _all(desk, replace(each, id=f"{each.id}-alone")))[0] for each in orders]
         calls.made.clear()
@@ -127,7 +131,7 @@ def test_orders_that_share_calls_draw_what_each_draws_alone(serve: Serve, calls:
     assert not np.array_equal(together[0], together[1])
 
 
-def test_an_order_of_several_pictures_draws_them_in_their_places(serve: Serve, pipeline: Pipeline) -> None:
+def test_an_order_of_several_pictures_draws_them_in_their_places(serve: Serve, pipeline: Pipeline, calls: Any) -> None:
     async def scenario(desk: Desk) -> dict[int, np.ndarray]:
         (ticket,) = await _all(desk, order(count=3, refiner_seed=11))
         events = [event async for event in ticket.events() if isinstance(event, Drawn)]
@@ -139,7 +143,7 @@ def test_an_order_of_several_pictures_draws_them_in_their_places(serve: Serve, p
     assert all(_psnr(drawn[index], expected[index]) >= 50 for index in range(3))
 
 
-def test_pictures_of_one_comfyui_batch_keep_their_common_noise(serve: Serve, pipeline: Pipeline) -> None:
+def test_pictures_of_one_comfyui_batch_keep_their_common_noise(serve: Serve, pipeline: Pipeline, calls: Any) -> None:
     request = replace(SMALL, compat="comfyui", count=2, sampler="euler_ancestral")
 
     async def scenario(desk: Desk) -> list[np.ndarray]:
