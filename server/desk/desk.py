@@ -53,7 +53,7 @@ class Desk:
         """The orders that are alive, by id, in the order in which they came."""
         self.draining = False
         self.files = Files()
-        self.rates = Rates()
+        self.rates = Rates(options.rate_requests, options.rate_seconds)
         self.predictor = Predictor()
         self._loop = asyncio.get_running_loop()
         self._timers: dict[str, asyncio.TimerHandle] = {}

@@ -30,7 +30,6 @@ from sdxl_trt.server.desk import (
     Waiting,
 )
 from sdxl_trt.server.desk.plan import Times
-from sdxl_trt.server.desk.rates import Rates
 from sdxl_trt.server.desk.studio import Studio
 
 
@@ -396,13 +395,12 @@ def test_what_would_end_after_its_deadline_is_refused(serve: Serve) -> None:
 
 def test_a_key_beyond_its_rate_is_refused(serve: Serve) -> None:
     async def scenario(desk: Desk) -> None:
-        desk.rates = Rates(requests=1)
         await _all(desk, order(who="a"))
         with pytest.raises(TooMany):
             await desk.submit(order(who="a"))
         await _all(desk, order(who="b"))
 
-    serve(scenario)
+    serve(scenario, rate_requests=1)
 
 
 def test_places_move_up(serve: Serve, calls: Any) -> None:
