@@ -52,7 +52,8 @@ class Room:
         self.shifts = [shift]
         self.runner: Runner | None = None
         self.on_unit: list[Callable[[str, float, int], None]] = []
-        """Called on the worker's thread with the stage, the seconds and the pictures of each unit of work."""
+        """Called on the worker's thread with the stage, seconds and pictures of each unit of work: encode, swap_base, base,
+        swap_refiner, refiner, load, decode."""
         self.times = Times()
         """What changes of engines cost, as of the latest action."""
         self.fault = WARMING
@@ -215,13 +216,13 @@ class Room:
         draw(shift, pieces[0])
         return []
 
-    def _unit(self, pieces: Sequence[Piece], stage: str, pictures: int = 1) -> float:
-        """Take in that a unit of work ended now; return its seconds."""
+    def _unit(self, pieces: Sequence[Piece], stage: str, pictures: int = 1, loaded: str = "") -> float:
+        """Take in that a unit of work ended now, `loaded` if it was loading a UNet; return its seconds."""
         now = time.monotonic()
         seconds, self.pulse = now - self.pulse, now
         self.ledger.spend(pieces, stage, seconds)
         for listener in self.on_unit:
-            listener(stage, seconds, pictures)
+            listener(f"swap_{loaded}" if loaded else stage, seconds, pictures)
         return seconds
 
     def _encode(self, studio: Studio, pieces: list[Piece]) -> list[Piece]:
@@ -259,7 +260,8 @@ class Room:
         with closing(_generator(shared.steps())) as steps:
             for number, step in steps:
                 here = [piece for other, piece in enumerate(pieces) if other not in gone]
-                spent, pictures = self._unit(here, step.stage, len(here)), step.pictures.stop - step.pictures.start
+                spent = self._unit(here, step.stage, len(here), stage if step.stage == "load" else "")
+                pictures = step.pictures.stop - step.pictures.start
                 if step.stage == "load":
                     self._predictor.observe_load(stage, step.seconds)
                 else:

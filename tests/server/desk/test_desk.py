@@ -125,6 +125,7 @@ def test_orders_that_share_calls_draw_what_each_draws_alone(serve: Serve, calls:
 
     alone, together = serve(scenario, fixed_batch=fixed)
     assert len(calls.made) <= 4 + 4
+    assert {8} == {rows for _, rows in calls.made if fixed or rows > 2}
     for one, other in zip(alone, together, strict=True):
         assert np.array_equal(one, other) if fixed else _psnr(one, other) >= 50
     assert not np.array_equal(together[0], together[1])
@@ -170,6 +171,8 @@ def test_one_of_four_is_cancelled_and_the_others_are_unchanged(serve: Serve, cal
             "done", "done", "cancelled", "done", "done",
         ]  # fmt: skip
         assert tickets[1].pictures == []
+        rows = [rows for name, rows in calls.made if name == expert]
+        assert rows[rows.index(8) + 1] == 6  # its rows are free from the next call on
         for number in (0, 2, 3):
             np.testing.assert_array_equal(_pixels(tickets[number])[0], alone[number])
 
@@ -364,6 +367,24 @@ def test_a_full_queue_refuses_but_keeps_a_place_for_others(serve: Serve, calls: 
             assert (await ticket.wait()).outcome == "done"
 
     serve(scenario, queue=2)
+
+
+def test_of_a_thousand_orders_at_once_as_many_are_taken_as_the_queue_holds(serve: Serve, calls: Any) -> None:
+    async def scenario(desk: Desk) -> None:
+        gate = calls.before = kit.Gate()
+        running = await desk.submit(order())
+        await gate.holds()
+        answers = await asyncio.gather(*(desk.submit(order()) for _ in range(1000)), return_exceptions=True)
+        taken = [answer for answer in answers if isinstance(answer, Ticket)]
+        refused = [answer for answer in answers if isinstance(answer, QueueFull)]
+        assert (len(taken), len(refused)) == (8, 992)
+        assert all(1 <= each.retry_after <= 120 for each in refused)
+        gate.opened.set()
+        for ticket in (running, *taken):
+            assert (await ticket.wait()).outcome == "done"
+        assert desk.ready
+
+    serve(scenario, queue=8)
 
 
 def test_too_many_pictures_are_refused_though_few_orders_wait(serve: Serve, calls: Any) -> None:
