@@ -52,8 +52,8 @@ class Room:
         self.shifts = [shift]
         self.runner: Runner | None = None
         self.on_unit: list[Callable[[str, float, int], None]] = []
-        """Called on the worker's thread with the stage, seconds and pictures of each unit of work: encode, swap_base, base,
-        swap_refiner, refiner, load, decode."""
+        """Called on the worker's thread with the stage, seconds and pictures of each unit of work: encode, swap_base,
+        base, swap_refiner, refiner, load, decode."""
         self.times = Times()
         """What changes of engines cost, as of the latest action."""
         self.fault = WARMING
