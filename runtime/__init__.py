@@ -13,13 +13,15 @@ from sdxl_trt.engines.lazy import lazy_names
 
 if TYPE_CHECKING:
     from sdxl_trt.runtime.images import Picture, contact_sheet
-    from sdxl_trt.runtime.pipeline import Batch, Pipeline, Step, open_bundle
+    from sdxl_trt.runtime.pipeline import Batch, Pipeline, Shared, Step, open_bundle, share_key
     from sdxl_trt.runtime.request import Request
 else:
     __getattr__ = lazy_names(__name__, {
         "images": ("Picture", "contact_sheet"),
-        "pipeline": ("Batch", "Pipeline", "Step", "open_bundle"),
+        "pipeline": ("Batch", "Pipeline", "Shared", "Step", "open_bundle", "share_key"),
         "request": ("Request",),
     })
 
-__all__ = ["Batch", "Picture", "Pipeline", "Request", "Step", "contact_sheet", "open_bundle"]
+__all__ = [
+    "Batch", "Picture", "Pipeline", "Request", "Shared", "Step", "contact_sheet", "open_bundle", "share_key",
+]

@@ -1,14 +1,21 @@
 """What happens when two features are used together: the result equals a named reference, or the pair is refused.
 
-A new feature is a line of FEATURES and a row of _ROWS. tests/references/test_pairs.py draws or refuses every pair.
+A new feature is a line of FEATURES and a row of _ROWS. tests/references/test_pairs.py draws or refuses every pair. The
+row of shared calls decides which requests share calls of a UNet: `runtime.pipeline.share_key` reads it.
 """
 
-__all__ = ["FEATURES", "PAIRS", "Outcome"]
+__all__ = ["FEATURES", "PAIRS", "SHARED", "Outcome", "Sharing"]
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
+
+Sharing = Literal["by row", "equal", "alone"]
+"""How requests with a feature share calls of a UNet: each in its own rows, only with the same value of it, or not."""
+SHARED = "shared call"
 
 FEATURES: Mapping[str, str] = {
+    SHARED: "several requests take their steps in common calls of a UNet: `Shared`",
     "fused LoRA": "a LoRA in the bundle's weights: export-engines --lora",
     "LoRA": "a LoRA of a request: --lora, a tag in a prompt",
     "mask": "a part of a picture changes: --image and --mask",
@@ -29,10 +36,12 @@ class Outcome:
     """What two features do together: one of both texts is given.
 
     `equal_to` names what the result is equal to. `refused` is a part of the error's message, which says what to do.
+    `sharing` is stated with shared calls alone.
     """
 
     equal_to: str = ""
     refused: str = ""
+    sharing: Sharing | None = None
 
     def __post_init__(self) -> None:
         if bool(self.equal_to) == bool(self.refused):
@@ -46,7 +55,24 @@ _AS_WHOLE = Outcome(equal_to="the run without tiles, before decoding")
 _AS_CELLS = Outcome(equal_to="each cell alone")
 _AS_SINGLE = Outcome(equal_to="each picture alone")
 _AS_GRAPH = Outcome(equal_to="the request whose picture carries the graph")
+_ALONE = "each request alone"
+_BY_ROW = Outcome(equal_to=_ALONE + ": each has rows of its own", sharing="by row")
+_EQUAL = Outcome(equal_to=_ALONE + ": those share calls that have the same", sharing="equal")
+_BY_ITSELF = Outcome(equal_to=_ALONE + ": it shares no call", sharing="alone")
 _ROWS: Mapping[str, Mapping[str, Outcome]] = {
+    SHARED: {
+        "fused LoRA": _BY_ROW,
+        "LoRA": _EQUAL,
+        "mask": _BY_ROW,
+        "nine channels": _BY_ROW,
+        "ControlNet": _BY_ITSELF,
+        "embedding": _BY_ROW,
+        "tile": _BY_ROW,
+        "refine": _EQUAL,
+        "sweep": _BY_ROW,
+        "batch": _BY_ROW,
+        "workflow": _BY_ROW,
+    },
     "fused LoRA": {
         "LoRA": Outcome(equal_to="both LoRAs given with the request"),
         "mask": _AS_LORA,

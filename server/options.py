@@ -45,6 +45,10 @@ class Options:
     previews: bool = False
     docs: bool = True
     metrics_port: int | None = None
+    rate_requests: int | None = None
+    """Requests a minute of one key, or peer without keys; None is no limit."""
+    rate_seconds: float | None = None
+    """Predicted seconds of the device a minute of one key; None is no limit."""
     quality_steps: dict[str, float] = field(
         default_factory=lambda: {"low": 0.5, "medium": 1.0, "high": 1.5, "hd": 1.5, "xhigh": 1.5, "max": 1.5}
     )

@@ -22,6 +22,8 @@ from sdxl_trt.engines.residency.policy import check_residency, estimate_memory, 
 from sdxl_trt.engines.residency.read_ahead import ReadAhead, bytes_ahead
 
 log = logging.getLogger(__name__)
+MOST_LOADS = 1000
+"""Loads that a pool remembers: a server's never ends."""
 
 
 class EnginePool:
@@ -70,7 +72,7 @@ class EnginePool:
         self.limits = limits
         """The sizes that the plans in use accept; None if only the graphs limit them."""
         self.loads: list[str] = []
-        """The loaded components, in loading order; one that got other LoRAs is named again."""
+        """The latest loaded components, in loading order; one that got other LoRAs is named again."""
         self.swaps = 0
         """How often one UNet replaced another that had been freed."""
         self._make = make
@@ -163,8 +165,26 @@ class EnginePool:
         free to choose its residency, it continues with the first that fits. Raises SizeError for sizes that the plans
         do not take, ResourceError if the builder's own figures exceed the whole memory.
         """
-        if self._estimate is None or not self.records:
+        chosen = self._planned(run, uses, controls)
+        if chosen is None:
             return
+        if chosen.residency != self.residency:
+            log.warning("residency %s: %sx%s needs more memory than there is; continuing with %s", self.residency,
+                        run.width, run.height, chosen.residency)  # fmt: skip
+            self._fallbacks = self._fallbacks[self._fallbacks.index(chosen.residency) + 1 :]
+            self.residency = chosen.residency
+            self._start_over_later()
+        self._activations = {need.component: need.activations for need in chosen.needs}
+        self._tighten(chosen)
+
+    def check_room(self, run: RunSizes, uses: Iterable[Use] = (), controls: Sequence[str] = ()) -> None:
+        """Raise what `make_room` would raise, and change nothing: any thread may ask."""
+        self._planned(run, uses, controls)
+
+    def _planned(self, run: RunSizes, uses: Iterable[Use], controls: Sequence[str]) -> MemoryEstimate | None:
+        """Return the first plan that fits a run, None where nothing is planned; the errors are `make_room`'s."""
+        if self._estimate is None or not self.records:
+            return None
         slotted = {name_of(use): self._slot_records[name_of(use)] for use in uses
                    if loras_of(use) and name_of(use) in self._slot_records}  # fmt: skip
         estimate = partial(self._estimate, controls=controls)
@@ -174,14 +194,7 @@ class EnginePool:
         chosen = min(plans, key=lambda plan: plan.missing)  # the first of those that fit
         if not _can_run(chosen, chosen.peak):
             raise self._too_large(chosen, estimate(residency=chosen.residency), run)
-        if chosen.residency != self.residency:
-            log.warning("residency %s: %sx%s needs more memory than there is; continuing with %s", self.residency,
-                        run.width, run.height, chosen.residency)  # fmt: skip
-            self._fallbacks = self._fallbacks[self._fallbacks.index(chosen.residency) + 1 :]
-            self.residency = chosen.residency
-            self._start_over_later()
-        self._activations = {need.component: need.activations for need in chosen.needs}
-        self._tighten(chosen)
+        return chosen
 
     def _tighten(self, plan: MemoryEstimate) -> None:
         """Keep no more than `plan` does: another request of this pool may still run with its larger needs."""
@@ -322,6 +335,7 @@ class EnginePool:
         name = name_of(use)
         self._engines[name], self._worn[name] = engine, loras_of(use)
         self.loads.append(name)
+        del self.loads[:-MOST_LOADS]
         if self.bundle.manifest.components[name].kind == "unet":
             self.swaps += self._last_unet not in ("", name, *self._engines)
             self._last_unet = name

@@ -5,21 +5,22 @@ from typing import TYPE_CHECKING
 from sdxl_trt.engines.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from sdxl_trt.runtime.diffusion.conditioning import MicroConditions, make_conditions
+    from sdxl_trt.runtime.diffusion.conditioning import Conditions, MicroConditions, make_conditions
     from sdxl_trt.runtime.diffusion.controls import ControlNets, ControlPart, comfyui_span, fraction_span
-    from sdxl_trt.runtime.diffusion.denoiser import PREDICTIONS, Denoiser
+    from sdxl_trt.runtime.diffusion.denoiser import PREDICTIONS, Denoiser, Estimator, in_float32, read_only
     from sdxl_trt.runtime.diffusion.guidance import Guidance, guided_span
     from sdxl_trt.runtime.diffusion.inpaint import Inpaint, Keeper, NoiseMask
 else:
     __getattr__ = lazy_names(__name__, {
-        "conditioning": ("MicroConditions", "make_conditions"),
+        "conditioning": ("Conditions", "MicroConditions", "make_conditions"),
         "controls": ("ControlNets", "ControlPart", "comfyui_span", "fraction_span"),
-        "denoiser": ("PREDICTIONS", "Denoiser"),
+        "denoiser": ("PREDICTIONS", "Denoiser", "Estimator", "in_float32", "read_only"),
         "guidance": ("Guidance", "guided_span"),
         "inpaint": ("Inpaint", "Keeper", "NoiseMask"),
     })
 
 __all__ = [
-    "PREDICTIONS", "ControlNets", "ControlPart", "Denoiser", "Guidance", "Inpaint", "Keeper", "MicroConditions",
-    "NoiseMask", "comfyui_span", "fraction_span", "guided_span", "make_conditions",
+    "PREDICTIONS", "Conditions", "ControlNets", "ControlPart", "Denoiser", "Estimator", "Guidance", "Inpaint", "Keeper",
+    "MicroConditions", "NoiseMask", "comfyui_span", "fraction_span", "guided_span", "in_float32", "make_conditions",
+    "read_only",
 ]

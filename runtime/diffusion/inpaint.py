@@ -1,20 +1,19 @@
 """Keep the part of a picture outside a mask while a sampler changes the rest, as diffusers or as ComfyUI does it.
 
 Latents are in the samplers' scale, clean + sigma · noise. A mask is 1 where the picture changes. Both classes wrap a
-sampler in another one; nothing else knows of masks.
+sampler in another one, which changes what it asks, is answered or yields; nothing else knows of masks.
 """
 
 __all__ = ["Inpaint", "Keeper", "NoiseMask"]
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sdxl_trt.runtime.diffusion.samplers import Denoise, Sampler
+from sdxl_trt.runtime.diffusion.samplers import Ask, Asking, Sampler
 
 Latents = NDArray[np.float32]
 Sigmas = NDArray[np.float32]
@@ -62,18 +61,21 @@ class Inpaint:
         model within a step, diffusers replaces the rest there too, with the noise of the step's end.
         """
 
-        def kept(denoise: Denoise, x: Latents, sigmas: Sigmas) -> Iterator[Latents]:
+        def kept(x: Latents, sigmas: Sigmas) -> Asking:
             grid, done = sigmas.tolist(), 0
-
-            def within(x: Latents, sigma: float) -> Latents:
-                if sigma != grid[done]:
-                    self._replace(x, self._noised(grid[done + 1]))
-                return denoise(x, sigma)
-
-            for done, latents in enumerate(sample(within, x, sigmas), start=1):
+            asking = sample(x, sigmas)
+            said = next(asking, None)
+            while said is not None:
+                if isinstance(said, Ask):
+                    if said.sigma != grid[done]:
+                        self._replace(said.x, self._noised(grid[done + 1]))
+                    said = asking.send((yield said))
+                    continue
+                done += 1
                 ends = done == len(grid) - 1
-                self._replace(latents, self._at_end(grid[done]) if ends else self._noised(grid[done]))
-                yield latents
+                self._replace(said, self._at_end(grid[done]) if ends else self._noised(grid[done]))
+                yield said
+                said = next(asking, None)
 
         return kept
 
@@ -115,17 +117,21 @@ class NoiseMask:
         """Return `sample` as a sampler whose model sees, and returns, the picture outside the mask."""
         rest = np.float32(1.0) - self.mask
 
-        def kept(denoise: Denoise, x: Latents, sigmas: Sigmas) -> Iterator[Latents]:
-            def mixed(x: Latents, sigma: float) -> Latents:
-                outside = self.noise * np.float32(sigma)
-                outside += self.clean
-                denoised = denoise(x * self.mask + outside * rest, sigma)
-                # In place: the estimate that previews show is the same memory.
-                denoised *= self.mask
-                denoised += self.clean * rest
-                return denoised
-
-            return sample(mixed, x, sigmas)
+        def kept(x: Latents, sigmas: Sigmas) -> Asking:
+            asking = sample(x, sigmas)
+            said = next(asking, None)
+            while said is not None:
+                if isinstance(said, Ask):
+                    outside = self.noise * np.float32(said.sigma)
+                    outside += self.clean
+                    denoised = yield Ask(said.x * self.mask + outside * rest, said.sigma)
+                    # In place: the estimate that previews show is the same memory.
+                    denoised *= self.mask
+                    denoised += self.clean * rest
+                    said = asking.send(denoised)
+                else:
+                    yield said
+                    said = next(asking, None)
 
         return kept
 

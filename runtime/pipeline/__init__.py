@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from sdxl_trt.runtime.pipeline.pipeline import Pipeline, open_bundle
     from sdxl_trt.runtime.pipeline.record import ImageSettings, read_settings
     from sdxl_trt.runtime.pipeline.run import Job, Run, Step, timed
+    from sdxl_trt.runtime.pipeline.shared import Shared
+    from sdxl_trt.runtime.pipeline.sharing import share_key
     from sdxl_trt.runtime.pipeline.sweep import Sweep, parse_axis
 else:
     __getattr__ = lazy_names(__name__, {
@@ -18,10 +20,12 @@ else:
         "pipeline": ("Pipeline", "open_bundle"),
         "record": ("ImageSettings", "read_settings"),
         "run": ("Job", "Run", "Step", "timed"),
+        "shared": ("Shared",),
+        "sharing": ("share_key",),
         "sweep": ("Sweep", "parse_axis"),
     })
 
 __all__ = [
-    "Batch", "Chain", "ImageSettings", "Job", "Pipeline", "Run", "Step", "Sweep", "check_chain", "open_bundle",
-    "parse_axis", "read_settings", "timed",
+    "Batch", "Chain", "ImageSettings", "Job", "Pipeline", "Run", "Shared", "Step", "Sweep", "check_chain",
+    "open_bundle", "parse_axis", "read_settings", "share_key", "timed",
 ]

@@ -49,7 +49,7 @@ from sdxl_trt.runtime.pipeline.mask_nodes import canvas, greyed, scaled_mask, wi
 from sdxl_trt.runtime.pipeline.pipeline import Pipeline
 from sdxl_trt.runtime.pipeline.record import FileFact, facts_of, finish
 from sdxl_trt.runtime.pipeline.run import Job, Run, Step, start_job, timed
-from sdxl_trt.runtime.request import Request, ResolvedRequest, StageName, resolve_request, takes_mask
+from sdxl_trt.runtime.request import Request, ResolvedRequest, StageName, takes_mask
 from sdxl_trt.runtime.vae import (
     choose_tile,
     decode_latents,
@@ -411,7 +411,7 @@ def check_chain(
     resolved: list[ResolvedRequest] = []
 
     def start(request: Request) -> Job:
-        resolved.append(resolve_request(request, pipeline.manifest, pipeline.pool.limits, pipeline.pool.bundle))
+        resolved.append(pipeline.resolve(request))
         return start_job(resolved[-1], request, pipeline.manifest)
 
     Chain(pipeline, workflow, found, folder, change, files, start=start)

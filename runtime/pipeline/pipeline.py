@@ -14,8 +14,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import numpy as np
-
 from sdxl_trt.engines import Engine, SizeError
 from sdxl_trt.engines.adapters import Use, adapted
 from sdxl_trt.engines.bundle import Stage, Vae, read_bundle
@@ -23,12 +21,13 @@ from sdxl_trt.engines.plans import RunSizes
 from sdxl_trt.engines.residency import EnginePool, open_pool
 from sdxl_trt.runtime.arrays import Latents
 from sdxl_trt.runtime.controls import Control, ControlUse, control_components
-from sdxl_trt.runtime.diffusion import ControlNets, ControlPart, Denoiser, make_conditions
-from sdxl_trt.runtime.diffusion.samplers import FEW_STEPS, bind_sampler, brownian_span
+from sdxl_trt.runtime.diffusion import ControlNets, ControlPart, Denoiser
+from sdxl_trt.runtime.diffusion.samplers import drive
 from sdxl_trt.runtime.images import Picture
+from sdxl_trt.runtime.pipeline.denoising import Phase, begin_refiner, groups
 from sdxl_trt.runtime.pipeline.record import finish
 from sdxl_trt.runtime.pipeline.run import Handoff, Job, Run, Step, start_job, timed
-from sdxl_trt.runtime.request import Request, ResolvedRequest, ResolvedSide, StageName, StepRange, resolve_request
+from sdxl_trt.runtime.request import Request, ResolvedRequest, ResolvedSide, StageName, resolve_request
 from sdxl_trt.runtime.text import Prompt, PromptEmbeds, PromptEncoder
 from sdxl_trt.runtime.vae import (
     PictureEncoder,
@@ -41,6 +40,8 @@ from sdxl_trt.runtime.vae import (
 )
 
 log = logging.getLogger("sdxl_trt.runtime")
+MOST_SAID = 256
+"""Notes that a pipeline remembers having said."""
 
 
 class Pipeline:
@@ -52,11 +53,12 @@ class Pipeline:
     def __init__(self, pool: EnginePool, *, pictures_at_once: int = 4) -> None:
         self.pool = pool
         self.manifest = pool.bundle.manifest
-        self._pictures_at_once = pictures_at_once if pool.limits is None else pool.limits.pictures
+        self.pictures_at_once = pictures_at_once if pool.limits is None else pool.limits.pictures
+        """The most pictures that share a call of a UNet, each with its rows for both sides."""
         self._fewest_at_once = 1 if pool.limits is None else pool.limits.fewest
         self._encoder = PromptEncoder(pool)
-        self._pictures = PictureEncoder(pool)
-        self._said: set[str] = set()
+        self._picture_encoder = PictureEncoder(pool)
+        self._said: dict[str, None] = {}
         self.run: Run | None = None
         """The run of the latest request."""
 
@@ -73,41 +75,66 @@ class Pipeline:
         self.run = job.run
         return timed(job.run, self._work(job))
 
-    def start(self, request: Request) -> Job:
-        """Return `request` resolved, with its noise drawn, ready for the stages.
+    def resolve(self, request: Request) -> ResolvedRequest:
+        """Return `request` with every default settled, a drawn seed too, or raise what `start` raises for it.
 
-        Raises UsageError, and ResourceError if the plans' own figures say that it does not fit into memory; for its
-        LoRAs also SourceError, CorruptError and IncompatibleError.
+        Nothing is loaded, drawn or changed: another thread may call it while this pipeline works.
         """
         resolved = resolve_request(request, self.manifest, self.pool.limits, self.pool.bundle)
+        self.pool.check(self._all_engines(resolved))
+        if self.pool.limits is not None:
+            self.pool.check_room(self._sizes(resolved, self._first_rows(resolved)), self._all_engines(resolved),
+                                 _components(resolved))  # fmt: skip
+        return resolved
+
+    def start(self, request: Request, resolved: ResolvedRequest | None = None) -> Job:
+        """Return `request` resolved, with its noise drawn, ready for the stages.
+
+        `resolved` is what `resolve` returned for it, so that it is not resolved again. Raises UsageError, and
+        ResourceError if the plans' own figures say that it does not fit into memory; for its LoRAs also SourceError,
+        CorruptError and IncompatibleError.
+        """
+        if resolved is None:
+            resolved = resolve_request(request, self.manifest, self.pool.limits, self.pool.bundle)
+            self.pool.check(self._all_engines(resolved))
         self._say((*resolved.notes, *resolved.idle_controls()))
-        self.pool.check(use for name in self._stages(resolved) for use in self._engines(resolved, name))
-        guided = any(resolved.guidance_of(name).wanted for name in self._stages(resolved))
-        self._make_room(resolved, 2 if guided else 1)
+        self.make_room(resolved, self._first_rows(resolved))
         return start_job(resolved, request, self.manifest)
 
     def _say(self, notes: Sequence[str]) -> None:
         """Warn of each of `notes` once, however many requests repeat it."""
         for note in notes:
             if note not in self._said:
-                self._said.add(note)
                 log.warning("%s", note)
+            # The latest are kept: notes name files, and a server sees any number of them.
+            self._said.pop(note, None)
+            self._said[note] = None
+            if len(self._said) > MOST_SAID:
+                del self._said[next(iter(self._said))]
 
-    def _make_room(self, request: ResolvedRequest, conditionings: int, tokens: int | None = None) -> None:
-        """Let the pool make room for `request`; before its prompts are read, they count as short."""
-        limits = self.pool.limits
-        if limits is not None:
-            pictures = max(min(len(request.seeds), self._pictures_at_once), self._fewest_at_once)
-            self.pool.make_room(
-                RunSizes(
-                    height=request.height,
-                    width=request.width,
-                    rows=conditionings * pictures,
-                    tokens=tokens or limits.tokens.min,
-                ),
-                [use for name in self._stages(request) for use in self._engines(request, name)],
-                tuple(control.component for control in request.controls),
-            )
+    def make_room(self, request: ResolvedRequest, rows: int, tokens: int | None = None) -> None:
+        """Let the pool make room for calls of `rows` rows with `request`; unread prompts (`tokens` None) are short.
+
+        Raises SizeError, and ResourceError if the plans' own figures say that they do not fit into memory.
+        """
+        if self.pool.limits is not None:
+            self.pool.make_room(self._sizes(request, rows, tokens), self._all_engines(request), _components(request))
+
+    def _sizes(self, request: ResolvedRequest, rows: int, tokens: int | None = None) -> RunSizes:
+        least = 1 if self.pool.limits is None else self.pool.limits.tokens.min
+        return RunSizes(height=request.height, width=request.width, rows=rows, tokens=tokens or least)
+
+    def _first_rows(self, request: ResolvedRequest) -> int:
+        """Return the rows of a call for `request`, as long as its prompts are not read."""
+        guided = any(request.guidance_of(name).wanted for name in self._stages(request))
+        return (2 if guided else 1) * self._pictures(request)
+
+    def _pictures(self, request: ResolvedRequest) -> int:
+        """Return the number of pictures in a call for `request` alone."""
+        return max(min(len(request.seeds), self.pictures_at_once), self._fewest_at_once)
+
+    def _all_engines(self, request: ResolvedRequest) -> list[Use]:
+        return [use for name in self._stages(request) for use in self._engines(request, name)]
 
     def _engines(self, request: ResolvedRequest, name: StageName) -> list[Use]:
         """Return the text encoders of a stage, and its UNet if it takes steps, with the request's LoRAs."""
@@ -152,7 +179,7 @@ class Pipeline:
             return
         first = jobs[0].run.request
         next_engine = self._encoders(first, next(iter(self._stages(first))))[0]
-        encoded = self._pictures.encode([wanted for _, wanted in starting], next_engine)
+        encoded = self._picture_encoder.encode([wanted for _, wanted in starting], next_engine)
         for done, (number, moments) in enumerate(encoded, start=1):
             job, wanted = starting[number]
             take = job.begin_from if wanted.hidden is None else job.show
@@ -189,11 +216,15 @@ class Pipeline:
 
     def base(self, job: Job, next_engine: Use = "") -> Iterator[Step]:
         """Run the base steps of `job`. `next_engine` is needed afterwards, by default the one that `job` needs next."""
-        request, stage = job.run.request, self.manifest.base
-        refined = self.manifest.refiner is not None and request.uses_refiner
-        usual = self.unet(request, "refiner") if refined else stage.vae.decoder
+        request = job.run.request
         if request.base.steps:
-            yield from self._denoise("base", stage, job, next_engine or usual)
+            yield from self._denoise("base", self.manifest.base, job, next_engine or self.next_engine(request, "base"))
+
+    def next_engine(self, request: ResolvedRequest, name: StageName) -> Use:
+        """Return what `request` needs after the steps of a stage: the refiner's UNet, or a decoder."""
+        if name == "base" and self.manifest.refiner is not None and request.uses_refiner:
+            return self.unet(request, "refiner")
+        return self.manifest.stages()[name].vae.decoder
 
     def refine(self, job: Job, next_engine: Use = "") -> Iterator[Step]:
         """Run the refiner steps of `job` on the latents that the base left; do nothing for the base alone.
@@ -203,11 +234,8 @@ class Pipeline:
         request, stage = job.run.request, self.manifest.refiner
         if stage is None or request.refiner is None:
             return
-        if not request.refiner_only:
-            job.run.handoff_latents, job.run.handoff = job.latents, _place(request)
-            job.keep_picture()
-            _noise_again(job, request.refiner)
-        yield from self._denoise("refiner", stage, job, next_engine or stage.vae.decoder)
+        begin_refiner(job)
+        yield from self._denoise("refiner", stage, job, next_engine or self.next_engine(request, "refiner"))
 
     def decode(self, job: Job) -> Iterator[Step]:
         """Decode the pictures of `job` from the latents that the last expert left."""
@@ -247,7 +275,7 @@ class Pipeline:
             raise SizeError(f"the prompts are combined from {len(rows)} conditionings, a row each, but the plans take"
                             f" {len(sides) * limits.pictures}; build plans: export-engines --batch"
                             f" 1:1:{math.ceil(len(rows) / 2)}")  # fmt: skip
-        self._make_room(request, len(rows), tokens)
+        self.make_room(request, len(rows) * self._pictures(request), tokens)
 
     def _denoise(
         self,
@@ -261,44 +289,23 @@ class Pipeline:
         A sampler owns the memory it works in: it starts from a copy, callers get copies of what it yields, and the
         job's latents are written when a group has taken all its steps.
         """
-        request, latents, embeds, noise = job.run.request, job.latents, job.embeds[name], job.noises[name]
+        request, latents, phase = job.run.request, job.latents, Phase(job, name, stage)
         following = request.controls if name == "base" else ()
         engine, *nets = self.pool.phase(
-            adapted(stage.unet, request.loras.get(name, ())),
-            *(control.component for control in following),
-            next_engines=(next_engine,),
+            self.unet(request, name), *(control.component for control in following), next_engines=(next_engine,)
         )
         yield _loaded(latents)
-        guidance = request.guidance_of(name)
-        positive, negative = ([each.micro for each in side.all] for side in request.sides[name])
-        sampler, part = request.denoising_of(name)
-        schedule = request.schedule_of(name)
-        sigmas = part.sigmas(schedule.sigmas)
-        span = brownian_span(sampler, sigmas, schedule.sigmas, comfyui=request.comfyui)
-        short_end = part.stop == schedule.steps < FEW_STEPS
-        predicts = request.prediction_type_of(stage.scheduler)
-        keeper, further = job.keeper(name), job.further if name == "base" else None
-        groups = _groups(len(latents), self._pictures_at_once)
-        for number, group in enumerate(groups):
-            pictures = max(len(latents[group]), self._fewest_at_once)
-            conditions = make_conditions(
-                engine,
-                stage,
-                *embeds,
-                (positive, negative),
-                guidance.scale,
-                pictures,
-                comfyui_rule=guidance.comfyui_rule,
-            )
-            seen = None if further is None else further[group]
+        each = groups(len(latents), self.pictures_at_once)
+        total = phase.steps * len(each)
+        for number, group in enumerate(each):
+            x = latents[group]
+            conditions = phase.conditions(engine, max(len(x), self._fewest_at_once))
             controls = ControlNets([*_control_parts(request, following, nets)], conditions) if nets else None
-            denoise = Denoiser(engine, schedule, conditions, predicts, guidance, seen, controls)
-            drawn = noise.source(latents.shape[1:], group, span)
-            sample = bind_sampler(sampler, drawn, comfyui=request.comfyui, short_end=short_end)
-            sample = sample if keeper is None else keeper.of(group).around(sample)
-            total, x = part.steps * len(groups), latents[group].copy()
-            sampled = sample(denoise, x, sigmas)
-            for index, x in enumerate(sampled, start=number * part.steps + 1):
+            denoise = Denoiser(
+                engine, phase.schedule, conditions, phase.predicts, phase.guidance, phase.further(group), controls
+            )
+            sampled = drive(phase.asking(group), denoise)
+            for index, x in enumerate(sampled, start=number * phase.steps + 1):
                 yield Step(name, index, total, group, latents=x.copy(), denoised=denoise.latest)
             latents[group] = x
 
@@ -410,28 +417,10 @@ def _control_parts(
         )
 
 
+def _components(request: ResolvedRequest) -> tuple[str, ...]:
+    """Return the components of the ControlNets of a request."""
+    return tuple(control.component for control in request.controls)
+
+
 def _loaded(latents: Latents) -> Step:
     return Step("load", 1, 1, slice(0, len(latents)))
-
-
-def _groups(count: int, size: int) -> list[slice]:
-    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
-
-
-def _noise_again(job: Job, part: StepRange) -> None:
-    """Start the refiner of `job` from a copy of the latents handed over, with noise if it adds its own.
-
-    What stays outside a mask gets new noise too in diffusers; in ComfyUI it is what the refiner receives.
-    """
-    request = job.run.request
-    draws = part.add_noise or (job.mask is not None and not request.comfyui)
-    drawn = job.noises["refiner"].draw(job.latents.shape[1:]) if draws else np.zeros_like(job.latents)
-    job.kept_noise = drawn
-    if request.comfyui:
-        job.clean = job.latents
-    job.latents = part.noised(job.latents, drawn, request.refiner_schedule)
-
-
-def _place(request: ResolvedRequest) -> Handoff:
-    schedule, start = request.refiner_schedule, request.denoising_of("refiner")[1].start
-    return Handoff(request.cut, float(schedule.timesteps[start]), float(schedule.sigmas[start]))

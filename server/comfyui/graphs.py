@@ -132,7 +132,9 @@ def _resolved(pipeline: Pipeline, workflow: Workflow, asked: Asked) -> list[Reso
     if request is None:
         return check_chain(pipeline, workflow, found, asked.pictures, _change(asked), files)
     pool = pipeline.pool
-    return [settle_pair(request, workflow, pipeline.manifest, pool.limits, pool.bundle, seed_given=False)]
+    # The first names the node of what is wrong, the second looks for room and for engines too.
+    settle_pair(request, workflow, pipeline.manifest, pool.limits, pool.bundle, seed_given=False)
+    return [pipeline.resolve(request)]
 
 
 def _refused(asked: Asked, problems: Mapping[str, Sequence[str]]) -> PromptError:

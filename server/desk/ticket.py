@@ -4,7 +4,8 @@ __all__ = ["Ticket"]
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 
 from sdxl_trt.runtime import Picture
 from sdxl_trt.server.desk.orders import Drawn, Ended, Event, Order, Stepped, Waiting
@@ -13,7 +14,8 @@ from sdxl_trt.server.desk.orders import Drawn, Ended, Event, Order, Stepped, Wai
 class Ticket:
     """What the desk gives for an order. All of it belongs to the event loop on which it was made.
 
-    `tell` may be called by the worker's thread; everything else only on the loop.
+    `tell` and `begin` may be called by the worker's thread; everything else only on the loop. `seconds` and
+    `last_estimate` are the worker's.
     """
 
     def __init__(self, order: Order) -> None:
@@ -27,15 +29,25 @@ class Ticket:
         self.ended: Ended | None = None
         self.stop: str | None = None
         """"cancelled" or "interrupted" once somebody stops it: the worker looks between two calls of a UNet."""
+        self.on_stop: Callable[[], None] = lambda: None
+        """What the desk does when somebody stops it."""
         self.loop = asyncio.get_running_loop()
         self._events: list[Event] = []
         self._news = asyncio.Event()
 
     def tell(self, event: Event) -> None:
         """Pass `event` to every reader; callable from any thread."""
-        self.loop.call_soon_threadsafe(self._take, event)
+        self.loop.call_soon_threadsafe(self.take, event)
 
-    def _take(self, event: Event) -> None:
+    def begin(self) -> None:
+        """State that the worker has begun with it; callable from any thread."""
+        self.loop.call_soon_threadsafe(self._begin, time.monotonic())
+
+    def _begin(self, now: float) -> None:
+        self.started = self.started or now
+
+    def take(self, event: Event) -> None:
+        """Pass `event` to every reader now; what comes after `Ended` is lost."""
         if self.ended is not None:
             return
         if isinstance(event, Drawn):
@@ -43,21 +55,29 @@ class Ticket:
         elif isinstance(event, Waiting):
             self.place = event
         elif isinstance(event, Stepped):
-            self.started = self.started or time.monotonic()
-            self.progress = event
+            self._begin(time.monotonic())
+            kept = self.progress.estimate if self.progress is not None and event.estimate is None else event.estimate
+            self.progress = replace(event, estimate=kept)
         else:
             self.ended = event
+            # A reader who comes later needs no previews, and they hold most of the memory.
+            self._events = [replace(e, estimate=None) if isinstance(e, Stepped) else e for e in self._events]
         self._events.append(event)
         self._news.set()
         self._news = asyncio.Event()
 
     def cancel(self) -> None:
         """Stop it between two calls of a UNet, and lose its pictures; do nothing if it has ended."""
-        self.stop = self.stop or "cancelled"
+        self._stop("cancelled")
 
     def interrupt(self) -> None:
         """Stop it between two calls of a UNet, and decode what is estimated by then."""
-        self.stop = self.stop or "interrupted"
+        self._stop("interrupted")
+
+    def _stop(self, how: str) -> None:
+        if self.stop is None and self.ended is None:
+            self.stop = how
+            self.on_stop()
 
     async def events(self) -> AsyncIterator[Event]:
         """Yield every event from the first to `Ended`; any number of readers may follow."""

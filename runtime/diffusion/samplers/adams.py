@@ -8,14 +8,14 @@ __all__ = ["FEW_STEPS", "deis", "deis_comfyui", "lms", "lms_comfyui"]
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sdxl_trt.runtime.diffusion.samplers.base import Denoise, Latents, Sigmas, intervals, toward
+from sdxl_trt.runtime.diffusion.samplers.base import Ask, Asking, Latents, Sigmas, intervals, toward
 
 _ABSCISSAE, _WEIGHTS = np.polynomial.legendre.leggauss(16)
 POINTS = 10_000
@@ -39,17 +39,17 @@ _SIGMA = _Clock(time=float, pace=np.ones_like)
 _LOG_SIGMA = _Clock(time=math.log, pace=np.exp)
 
 
-def lms(denoise: Denoise, x: Latents, sigmas: Sigmas) -> Iterator[Latents]:
+def lms(x: Latents, sigmas: Sigmas) -> Asking:
     """Linear multistep of order 4 in sigma (k-diffusion, diffusers' LMSDiscreteScheduler), also to sigma 0."""
-    return _adams(denoise, x, sigmas, _SIGMA, [4] * (len(sigmas) - 1))
+    return _adams(x, sigmas, _SIGMA, [4] * (len(sigmas) - 1))
 
 
-def lms_comfyui(denoise: Denoise, x: Latents, sigmas: Sigmas) -> Iterator[Latents]:
+def lms_comfyui(x: Latents, sigmas: Sigmas) -> Asking:
     """Linear multistep as in ComfyUI: a step to sigma 0 returns the model's estimate."""
-    return _adams(denoise, x, sigmas, _SIGMA, _orders(sigmas, 4))
+    return _adams(x, sigmas, _SIGMA, _orders(sigmas, 4))
 
 
-def deis(denoise: Denoise, x: Latents, sigmas: Sigmas, *, short_end: bool | None = None) -> Iterator[Latents]:
+def deis(x: Latents, sigmas: Sigmas, *, short_end: bool | None = None) -> Asking:
     """DEIS of order 2 (the rho-AB of arXiv 2204.13902 in log rho) as in diffusers' DEISMultistepScheduler.
 
     As in diffusers, a grid of fewer than 15 steps ends with a first-order step. If `sigmas` are a part of a grid,
@@ -58,27 +58,27 @@ def deis(denoise: Denoise, x: Latents, sigmas: Sigmas, *, short_end: bool | None
     orders = _orders(sigmas, 2)
     if orders and (len(orders) < FEW_STEPS if short_end is None else short_end):
         orders[-1] = 1
-    return _adams(denoise, x, sigmas, _LOG_SIGMA, orders)
+    return _adams(x, sigmas, _LOG_SIGMA, orders)
 
 
-def deis_comfyui(denoise: Denoise, x: Latents, sigmas: Sigmas) -> Iterator[Latents]:
+def deis_comfyui(x: Latents, sigmas: Sigmas) -> Asking:
     """DEIS of order 3 as in ComfyUI: the t-AB of arXiv 2204.13902 in the time of a VP process from 0.002 to 80.
 
     The integrals are ComfyUI's sums over 10000 equally weighted points.
     """
-    return _adams(denoise, x, sigmas, _vp_clock(0.002, 80.0, 1e-3), _orders(sigmas, 3))
+    return _adams(x, sigmas, _vp_clock(0.002, 80.0, 1e-3), _orders(sigmas, 3))
 
 
 def _orders(sigmas: Sigmas, order: int) -> list[int]:
     return [order if after else 1 for _, after in intervals(sigmas)]
 
 
-def _adams(denoise: Denoise, x: Latents, sigmas: Sigmas, clock: _Clock, orders: Sequence[int]) -> Iterator[Latents]:
+def _adams(x: Latents, sigmas: Sigmas, clock: _Clock, orders: Sequence[int]) -> Asking:
     """Yield the latents after each step i, along the polynomial through up to `orders[i]` slopes."""
     slopes: deque[Latents] = deque(maxlen=max(orders, default=1))
     nodes: deque[float] = deque(maxlen=slopes.maxlen)
     for order, (sigma, after) in zip(orders, intervals(sigmas), strict=True):
-        denoised = denoise(x, sigma)
+        denoised = yield Ask(x, sigma)
         slope = x - denoised
         slope *= 1.0 / sigma
         slopes.appendleft(slope)

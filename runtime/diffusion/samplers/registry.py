@@ -1,4 +1,4 @@
-"""The registry of samplers: each is a function of (denoise, x, sigmas), as in k-diffusion.
+"""The registry of samplers: each is a function of (x, sigmas) that asks for the model's estimates.
 
 A sampler yields the latents after every step; progress, previews, timing and cancellation belong to the caller. While
 it runs, nobody else may write to the arrays it uses: the initial latents, the model's estimates, the noise it draws and
@@ -14,12 +14,15 @@ __all__ = [
     "SAMPLERS",
     "STOCHASTIC",
     "TWO_CALLS",
+    "Ask",
+    "Asking",
     "Denoise",
     "Noise",
     "Sampler",
     "StochasticSampler",
     "bind_sampler",
     "brownian_span",
+    "drive",
     "euler",
     "sampler_names",
 ]
@@ -28,7 +31,16 @@ from functools import partial
 
 from sdxl_trt.engines import UsageError
 from sdxl_trt.runtime.diffusion.samplers.adams import FEW_STEPS, deis, deis_comfyui, lms, lms_comfyui
-from sdxl_trt.runtime.diffusion.samplers.base import Denoise, Noise, Sampler, Sigmas, StochasticSampler
+from sdxl_trt.runtime.diffusion.samplers.base import (
+    Ask,
+    Asking,
+    Denoise,
+    Noise,
+    Sampler,
+    Sigmas,
+    StochasticSampler,
+    drive,
+)
 from sdxl_trt.runtime.diffusion.samplers.float32 import ancestral32, half_way, half_way_down
 from sdxl_trt.runtime.diffusion.samplers.ode import ddim, dpm_2, dpmpp_2m, euler, heun, res_multistep
 from sdxl_trt.runtime.diffusion.samplers.sde import (
@@ -78,7 +90,7 @@ COMFYUI_STOCHASTIC: dict[str, StochasticSampler] = STOCHASTIC | {
 }
 
 TWO_CALLS = frozenset({"heun", "dpm_2", "dpm_2_ancestral", "dpmpp_2s_ancestral", "dpmpp_sde"})
-"""Samplers that call the model twice in every step except one to sigma 0."""
+"""Samplers that ask the model twice in every step except one to sigma 0."""
 
 BROWNIAN = frozenset({"dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde"})
 """Samplers that draw their noise from one Brownian path; in diffusers only the first one does."""
@@ -102,7 +114,7 @@ def brownian_span(name: str, sigmas: Sigmas, grid: Sigmas, *, comfyui: bool) -> 
 
 
 def bind_sampler(name: str, noise: Noise, *, comfyui: bool = False, short_end: bool | None = None) -> Sampler:
-    """Return the sampler `name` as a function of (denoise, x, sigmas); a stochastic one draws from `noise`.
+    """Return the sampler `name` as a function of (x, sigmas), for `drive`; a stochastic one draws from `noise`.
 
     With `comfyui`, ComfyUI's version of it. `short_end` is the option of `deis`, for sigmas that are a part of a grid.
     Raises UsageError for an unknown name.

@@ -16,10 +16,10 @@ __all__ = [
 ]
 
 import math
-from collections.abc import Iterator
 
 from sdxl_trt.runtime.diffusion.samplers.base import (
-    Denoise,
+    Ask,
+    Asking,
     Latents,
     Middle,
     Noise,
@@ -33,34 +33,31 @@ from sdxl_trt.runtime.diffusion.samplers.base import (
 )
 
 
-def euler_ancestral(
-    denoise: Denoise, x: Latents, sigmas: Sigmas, *, noise: Noise, split: Split = ancestral
-) -> Iterator[Latents]:
+def euler_ancestral(x: Latents, sigmas: Sigmas, *, noise: Noise, split: Split = ancestral) -> Asking:
     """Ancestral sampling (arXiv 2006.11239) with Euler steps, as in k-diffusion with eta 1."""
     for sigma, after in intervals(sigmas):
         down, up = split(sigma, after)
-        x = toward(x, denoise(x, sigma), down / sigma)
+        x = toward(x, (yield Ask(x, sigma)), down / sigma)
         if down:
             add_noise(x, noise(sigma, after), up)
         yield x
 
 
 def dpm_2_ancestral(
-    denoise: Denoise,
     x: Latents,
     sigmas: Sigmas,
     *,
     noise: Noise,
     split: Split = ancestral,
     middle: Middle = geometric_mean,
-) -> Iterator[Latents]:
+) -> Asking:
     """Ancestral sampling with the steps of DPM-Solver-2 (arXiv 2206.00927), as in k-diffusion with eta 1."""
     for sigma, after in intervals(sigmas):
         down, up = split(sigma, after)
         between = middle(sigma, down)
-        reached = toward(x, denoise(x, sigma), between / sigma)
+        reached = toward(x, (yield Ask(x, sigma)), between / sigma)
         if down:
-            reached -= denoise(reached, between)
+            reached -= yield Ask(reached, between)
             reached *= (down - sigma) / between
             reached += x
             add_noise(reached, noise(sigma, after), up)
@@ -69,21 +66,20 @@ def dpm_2_ancestral(
 
 
 def dpmpp_2s_ancestral(
-    denoise: Denoise,
     x: Latents,
     sigmas: Sigmas,
     *,
     noise: Noise,
     split: Split = ancestral,
     middle: Middle = geometric_mean,
-) -> Iterator[Latents]:
+) -> Asking:
     """Ancestral sampling with the steps of DPM-Solver++(2S) (arXiv 2211.01095), as in k-diffusion with eta 1."""
     for sigma, after in intervals(sigmas):
         down, up = split(sigma, after)
-        denoised = denoise(x, sigma)
+        denoised = yield Ask(x, sigma)
         if down:
             between = middle(sigma, down)
-            denoised = denoise(toward(x, denoised, between / sigma), between)
+            denoised = yield Ask(toward(x, denoised, between / sigma), between)
         x = toward(x, denoised, down / sigma)
         if after:
             add_noise(x, noise(sigma, after), up)
@@ -91,26 +87,25 @@ def dpmpp_2s_ancestral(
 
 
 def dpmpp_sde(
-    denoise: Denoise,
     x: Latents,
     sigmas: Sigmas,
     *,
     noise: Noise,
     split: Split = ancestral,
     middle: Middle = geometric_mean,
-) -> Iterator[Latents]:
+) -> Asking:
     """DPM-Solver++ (stochastic) as in k-diffusion and diffusers' DPMSolverSDEScheduler, with eta 1 and r 1/2.
 
     `noise` is drawn for the first half of a step and for the whole step; a Brownian source makes the two consistent.
     """
     for sigma, after in intervals(sigmas):
-        denoised = denoise(x, sigma)
+        denoised = yield Ask(x, sigma)
         if after:
             between = middle(sigma, after)
             down, up = split(sigma, between)
             halfway = toward(x, denoised, down / sigma)
             add_noise(halfway, noise(sigma, between), up)
-            denoised = denoise(halfway, between)
+            denoised = yield Ask(halfway, between)
         down, up = split(sigma, after)
         x = toward(x, denoised, down / sigma)
         if after:
@@ -118,14 +113,14 @@ def dpmpp_sde(
         yield x
 
 
-def dpmpp_2m_sde(denoise: Denoise, x: Latents, sigmas: Sigmas, *, noise: Noise) -> Iterator[Latents]:
+def dpmpp_2m_sde(x: Latents, sigmas: Sigmas, *, noise: Noise) -> Asking:
     """DPM-Solver++(2M) SDE, the midpoint form of k-diffusion and diffusers (sde-dpmsolver++), with eta 1.
 
     In t = -log sigma the last two estimates are extrapolated by half a step; a step to sigma 0 is of first order.
     """
     previous, behind = x, math.inf
     for sigma, after in intervals(sigmas):
-        denoised = target = denoise(x, sigma)
+        denoised = target = yield Ask(x, sigma)
         ahead = math.log(sigma / after) if after else math.inf
         if after and 0.0 < behind < math.inf:
             target = toward(previous, denoised, -0.5 * ahead / behind)
@@ -137,7 +132,7 @@ def dpmpp_2m_sde(denoise: Denoise, x: Latents, sigmas: Sigmas, *, noise: Noise) 
         yield x
 
 
-def dpmpp_3m_sde(denoise: Denoise, x: Latents, sigmas: Sigmas, *, noise: Noise) -> Iterator[Latents]:
+def dpmpp_3m_sde(x: Latents, sigmas: Sigmas, *, noise: Noise) -> Asking:
     """DPM-Solver++(3M) SDE of k-diffusion, with eta 1.
 
     diffusers' DPMSolverMultistepScheduler with solver order 3 is not the same: a constant in its third-order term has
@@ -145,7 +140,7 @@ def dpmpp_3m_sde(denoise: Denoise, x: Latents, sigmas: Sigmas, *, noise: Noise) 
     """
     known: list[tuple[float, Latents]] = []
     for sigma, after in intervals(sigmas):
-        denoised = target = denoise(x, sigma)
+        denoised = target = yield Ask(x, sigma)
         down, up = ancestral(sigma, after)
         if 0.0 < after < sigma and known:
             target = denoised + _third_order(denoised, known, math.log(sigma / after))
@@ -176,13 +171,13 @@ def _third_order(denoised: Latents, known: list[tuple[float, Latents]], ahead: f
     return newest
 
 
-def lcm(denoise: Denoise, x: Latents, sigmas: Sigmas, *, noise: Noise) -> Iterator[Latents]:
+def lcm(x: Latents, sigmas: Sigmas, *, noise: Noise) -> Asking:
     """Multistep consistency sampling (algorithm 3 of arXiv 2310.04378): the model's estimate with new noise.
 
     diffusers' LCMScheduler also mixes in (0.5 / 10 t)² of the noisy latents; at most 7e-6 on its grid, it is left out.
     """
     for sigma, after in intervals(sigmas):
-        x = denoise(x, sigma)
+        x = yield Ask(x, sigma)
         if after:
             drawn = noise(sigma, after)
             drawn *= after

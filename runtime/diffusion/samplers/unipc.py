@@ -8,13 +8,13 @@ __all__ = ["uni_pc", "uni_pc_bh1_comfyui", "uni_pc_bh2_comfyui"]
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Literal
 
 import numpy as np
 
-from sdxl_trt.runtime.diffusion.samplers.base import Denoise, Latents, Sigmas, intervals, toward
+from sdxl_trt.runtime.diffusion.samplers.base import Ask, Asking, Latents, Sigmas, intervals, toward
 from sdxl_trt.runtime.float32 import exp32, log32
 
 Variant = Literal["bh1", "bh2"]
@@ -25,40 +25,40 @@ COMFYUI_END = 0.001
 """ComfyUI's replacement for sigma 0."""
 
 
-def uni_pc(denoise: Denoise, x: Latents, sigmas: Sigmas) -> Iterator[Latents]:
+def uni_pc(x: Latents, sigmas: Sigmas) -> Asking:
     """UniPC of order 2 with B(h) = exp(h) - 1 (bh2), the default of diffusers' UniPCMultistepScheduler."""
     ends = len(sigmas) > 0 and sigmas[-1] == 0.0
-    return _uni_pc(denoise, x, sigmas, order=2, variant="bh2", ends=ends)
+    return _uni_pc(x, sigmas, order=2, variant="bh2", ends=ends)
 
 
-def uni_pc_bh1_comfyui(denoise: Denoise, x: Latents, sigmas: Sigmas) -> Iterator[Latents]:
+def uni_pc_bh1_comfyui(x: Latents, sigmas: Sigmas) -> Asking:
     """UniPC of order 3 with B(h) = h as ComfyUI's ``uni_pc``: it stops at sigma 0.001.
 
     As in ComfyUI, a single step leaves the latents as they are.
     """
-    return _comfyui(denoise, x, sigmas, "bh1")
+    return _comfyui(x, sigmas, "bh1")
 
 
-def uni_pc_bh2_comfyui(denoise: Denoise, x: Latents, sigmas: Sigmas) -> Iterator[Latents]:
+def uni_pc_bh2_comfyui(x: Latents, sigmas: Sigmas) -> Asking:
     """UniPC of order 3 with B(h) = exp(h) - 1 as ComfyUI's ``uni_pc_bh2``: it stops at sigma 0.001.
 
     As in ComfyUI, a single step leaves the latents as they are.
     """
-    return _comfyui(denoise, x, sigmas, "bh2")
+    return _comfyui(x, sigmas, "bh2")
 
 
-def _comfyui(denoise: Denoise, x: Latents, sigmas: Sigmas, variant: Variant) -> Iterator[Latents]:
+def _comfyui(x: Latents, sigmas: Sigmas, variant: Variant) -> Asking:
     moved = np.where(sigmas == 0.0, np.float32(COMFYUI_END), sigmas)
     order = min(3, len(sigmas) - 2)
     if order < 1:
-        return _unmoved(denoise, x, moved)
-    return _uni_pc(denoise, x, moved, order=order, variant=variant, ends=True, log=_log_sigma_comfyui)
+        return _unmoved(x, moved)
+    return _uni_pc(x, moved, order=order, variant=variant, ends=True, log=_log_sigma_comfyui)
 
 
-def _unmoved(denoise: Denoise, x: Latents, sigmas: Sigmas) -> Iterator[Latents]:
+def _unmoved(x: Latents, sigmas: Sigmas) -> Asking:
     """Yield ComfyUI's result of a single step: unchanged latents in the scale of the step's end."""
     for sigma, after in intervals(sigmas):
-        denoise(x, sigma)
+        yield Ask(x, sigma)
         yield x * np.float32(math.sqrt((1.0 + after**2) / (1.0 + sigma**2)))
 
 
@@ -71,7 +71,6 @@ def _log_sigma_comfyui(sigma: float) -> float:
 
 
 def _uni_pc(
-    denoise: Denoise,
     x: Latents,
     sigmas: Sigmas,
     *,
@@ -79,14 +78,15 @@ def _uni_pc(
     variant: Variant,
     ends: bool,
     log: Callable[[float], float] = math.log,
-) -> Iterator[Latents]:
+) -> Asking:
     """Predict each step, and correct it after the next call of the model; with `ends`, the last orders fall."""
     # A step is corrected from its start, and the caller may write to its own latents between two steps.
     start = x = x.copy()
     steps, used = len(sigmas) - 1, 0
     known: deque[Estimate] = deque(maxlen=order)
     for index, (sigma, after) in enumerate(intervals(sigmas)):
-        denoised, place = denoise(x, sigma), log(sigma)
+        denoised = yield Ask(x, sigma)
+        place = log(sigma)
         if known:
             x = _step(start, [*islice(known, used)], place, variant, reached=denoised)
         known.appendleft((place, denoised))

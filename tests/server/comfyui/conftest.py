@@ -17,6 +17,7 @@ from starlette.testclient import TestClient
 from sdxl_trt.engines.bundle import read_bundle
 from sdxl_trt.mini import bundle_path
 from sdxl_trt.runtime import Picture, Pipeline, Request, open_bundle
+from sdxl_trt.runtime.request import resolve_request
 from sdxl_trt.server import Options
 from sdxl_trt.server.desk import Desk, Drawn, Ended, Event, Graph, Order, QueueFull, Stepped, Ticket, Waiting
 from sdxl_trt.server.http import Gate, add_handlers
@@ -96,7 +97,9 @@ class FakeDesk:
 
     def __post_init__(self) -> None:
         self.pipeline = SimpleNamespace(
-            manifest=BUNDLE.manifest, pool=SimpleNamespace(limits=None, bundle=BUNDLE, provider="ort-cpu")
+            manifest=BUNDLE.manifest,
+            pool=SimpleNamespace(limits=None, bundle=BUNDLE, provider="ort-cpu"),
+            resolve=lambda request: resolve_request(request, BUNDLE.manifest),
         )
         self._tasks: set[asyncio.Task[None]] = set()
 
