@@ -15,7 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from sdxl_trt.engines.errors import UsageError
 from sdxl_trt.runtime.comfyui.graph import MAX_BYTES
-from sdxl_trt.runtime.comfyui.reader import read_workflow
+from sdxl_trt.runtime.comfyui.reader import read_workflow, workflow_of
 from sdxl_trt.runtime.comfyui.workflow import (
     TO_THE_END,
     Clip,
@@ -391,3 +391,22 @@ def test_a_workflow_with_any_content_is_read_or_refused(api: Json, read: Any, da
             place = place[key]
     with contextlib.suppress(UsageError):
         read(graph)
+
+
+def test_a_graph_in_memory_has_all_its_pictures_and_their_copies(api: Json) -> None:
+    (saved,) = (key for key, node in api.items() if node["class_type"] == "SaveImage")
+    image = api[saved]["inputs"]["images"]
+    api["again"] = {"class_type": "PreviewImage", "inputs": {"images": image}}
+    api["bad"] = {"class_type": "PreviewImage", "inputs": {"images": ["nowhere", 0]}}
+    workflow, problems = workflow_of(api, "the graph")
+    assert workflow is not None
+    assert [output.node for output in workflow.outputs] == [saved]
+    assert workflow.copies == {"again": saved}
+    assert "nowhere" in problems["bad"][0]
+    assert set(json.loads(workflow.graph)) >= {saved, "again"}
+    assert workflow_of(api, "the graph", ["bad"])[0] is None
+    with pytest.raises(UsageError, match="^the graph: has no SaveImage"):
+        workflow_of({"1": {"class_type": "CLIPTextEncode", "inputs": {}}}, "the graph")
+    for strange in ({}, {"1": 3}, {"1": {"class_type": 3}}, {"nodes": []}):
+        with pytest.raises(UsageError, match="^the graph: is not a graph"):
+            workflow_of(strange, "the graph")

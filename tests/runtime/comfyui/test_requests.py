@@ -16,7 +16,14 @@ from PIL import Image
 from sdxl_trt.engines.bundle.manifest import LoraRecord, Manifest, Scheduler, Stage, Vae
 from sdxl_trt.engines.errors import UsageError
 from sdxl_trt.runtime.comfyui.checks import experts
-from sdxl_trt.runtime.comfyui.requests import check_workflow, pair_request, settle_pair, with_seed
+from sdxl_trt.runtime.comfyui.requests import (
+    check_workflow,
+    load_channel,
+    load_image,
+    pair_request,
+    settle_pair,
+    with_seed,
+)
 from sdxl_trt.runtime.comfyui.workflow import (
     TO_THE_END,
     Clip,
@@ -26,6 +33,7 @@ from sdxl_trt.runtime.comfyui.workflow import (
     Encoded,
     Loaded,
     LoraNode,
+    Mask,
     Mix,
     Model,
     Output,
@@ -401,3 +409,14 @@ def test_any_numbers_are_resolved_or_refused(
     for samplings in ((base,), (base, refiner)):
         with contextlib.suppress(UsageError):
             resolve_request(workflow_request(_workflow(*samplings, start=Empty(*sizes)), manifest), manifest)
+
+
+def test_pictures_of_a_table_are_looked_up_and_keep_their_names(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8), (1, 2, 3)).save(tmp_path / "0f3a", "PNG")
+    table = {"cat.png": tmp_path / "0f3a", "sub/dog.png [input]": tmp_path / "0f3a"}
+    assert load_image(Loaded("cat.png", "1"), table).name == "cat.png"
+    assert load_image(Loaded("sub/dog.png [input]", "1"), table).name == "dog.png"
+    assert load_channel(Mask("channel", file="cat.png", channel="red"), table, (64, 64))[0].shape == (8, 8)
+    for strange in ("0f3a", "../cat.png", str(tmp_path / "0f3a"), "CAT.PNG", ""):
+        with pytest.raises(UsageError, match="there is no picture"):
+            load_image(Loaded(strange, "1"), table)

@@ -214,9 +214,13 @@ def test_a_full_queue_is_429_in_comfyuis_shape(fake: Fake, graph: Json) -> None:
 def _previewed(client: TestClient, desk: Any, graph: Json, *, flag: bool, **more: Any) -> list[bytes]:
     """Queue a graph on a desk that gives estimates where they are wanted; return the binary frames."""
 
+    found: list[bytes] = []
+
     async def draw(ticket: Ticket) -> None:
         estimate = np.zeros((1, 4, 8, 8), np.float32) if ticket.order.wants_estimates else None
         ticket.tell(Stepped("base", 1, 1, 0, estimate, "3"))
+        while estimate is not None and not found:  # a job that has ended keeps no estimates
+            await asyncio.sleep(0.001)
         ticket.tell(Drawn(0, desk.picture, "9"))
         ticket.tell(Ended("done"))
 
@@ -227,7 +231,6 @@ def _previewed(client: TestClient, desk: Any, graph: Json, *, flag: bool, **more
             socket.receive_json()
             assert socket.receive_json()["type"] == "feature_flags"
         _queue(client, graph, **more)
-        found: list[bytes] = []
         while True:
             message = socket.receive()
             if message.get("bytes"):
