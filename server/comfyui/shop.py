@@ -10,6 +10,7 @@ import io
 import json
 import struct
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -156,14 +157,19 @@ class Shop:
         if job.showing != event.node:
             self._executed(job)
             job.showing = event.node
-        data = await asyncio.to_thread(_png, event.picture, job.texts)
-        for node in [event.node, *(copy for copy, of in job.copies.items() if of == event.node)]:
+        nodes = [event.node, *(copy for copy, of in job.copies.items() if of == event.node)]
+        written = await asyncio.to_thread(self._written, event.picture, job.texts, len(nodes))
+        for node, (path, size) in zip(nodes, written, strict=True):
             preview = job.classes[node] != SAVES
             prefix = job.prefixes.get(node, "ComfyUI")
             number = self.files.count(job.who, "" if preview else prefix)
             key = FileKey("temp" if preview else "output", "", output_name(prefix, number, preview=preview))
-            path = await asyncio.to_thread(self.files.written, data)
-            job.images.setdefault(node, []).append(self.files.keep(job.who, key, path, len(data)))
+            job.images.setdefault(node, []).append(self.files.keep(job.who, key, path, size))
+
+    def _written(self, picture: Picture, texts: Mapping[str, str], count: int) -> list[tuple[Path, int]]:
+        """Write the file of a picture `count` times; return the paths, each with its size."""
+        data = _png(picture, texts)
+        return [(self.files.written(data), len(data)) for _ in range(count)]
 
     def _executed(self, job: Job) -> None:
         """Tell of the pictures of the nodes that are complete, each once."""

@@ -405,8 +405,8 @@ def test_a_graph_in_memory_has_all_its_pictures_and_their_copies(api: Json) -> N
     assert "nowhere" in problems["bad"][0]
     assert set(json.loads(workflow.graph)) >= {saved, "again"}
     assert workflow_of(api, "the graph", ["bad"])[0] is None
-    with pytest.raises(UsageError, match="^the graph: has no SaveImage"):
+    with pytest.raises(UsageError, match=r"^the graph: has no SaveImage"):
         workflow_of({"1": {"class_type": "CLIPTextEncode", "inputs": {}}}, "the graph")
     for strange in ({}, {"1": 3}, {"1": {"class_type": 3}}, {"nodes": []}):
-        with pytest.raises(UsageError, match="^the graph: is not a graph"):
+        with pytest.raises(UsageError, match=r"^the graph: is not a graph"):
             workflow_of(strange, "the graph")
