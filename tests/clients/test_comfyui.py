@@ -61,7 +61,7 @@ def test_comfy_api_simplified_uploads_a_picture(wrapper: ComfyApiWrapper, tmp_pa
 def test_comfy_api_client_draws_a_graph(server: str, graph: dict[str, Any]) -> None:
     async def draw() -> Any:
         async with create_client(server, start_state_tracker="http") as client:
-            queued = await client.enqueue_workflow(graph)
+            queued = await client.submit_workflow(graph)
             return await asyncio.wait_for(queued.future, 60)
 
     result = asyncio.run(draw())
