@@ -51,7 +51,7 @@ def test_the_refiner_has_no_controlnet(plain: Any) -> None:
     "change",
     [{"prompt": "a ring"}, {"negative": "grey"}, {"seed": 2}, {"count": 3}, {"guidance": 2.0}, {"aesthetic_score": 3.0},
      {"guidance_rescale": 0.5}, {"guidance_interval": (0.0, 0.5)}, {"refiner_guidance": 3.0}, {"clip_skip": 1},
-     {"prediction_type": "v_prediction"}, {"original_width": 32, "original_height": 32}],
+     {"prediction_type": "v_prediction"}, {"original_size": (32, 32)}],
     ids=str,
 )  # fmt: skip
 def test_what_differs_by_row_is_not_in_the_key(unloaded: Pipeline, plain: Any, change: Mapping[str, Any]) -> None:
