@@ -135,7 +135,8 @@ def test_masks_differ_by_row(pipeline: Pipeline, compat: str) -> None:
     masks = [np.zeros((SIDE, SIDE), np.bool_) for _ in range(2)]
     masks[0][16:48, 8:40], masks[1][:32] = True, True
     requests = [replace(FIRST, image=photo, mask=mask, strength=0.9, compat=compat, seed=seed, sampler="heun",
-                        handoff_step=None, handoff=0.5, steps=4, width=None, height=None, leftover_noise=compat == "diffusers")
+                        handoff_step=None, handoff=0.5, steps=4, width=None, height=None,
+                        leftover_noise=compat == "diffusers")
                 for seed, mask in enumerate(masks)]  # fmt: skip
     found = _share(pipeline, requests)
     for request, latents in zip(requests, found, strict=True):
