@@ -151,7 +151,7 @@ def references(pipeline: Pipeline) -> list[np.ndarray]:
     return [_share(pipeline, [request])[0] for request in FOUR]
 
 
-@settings(max_examples=5)
+@settings(max_examples=3)
 @given(chosen=st.lists(st.sampled_from(range(4)), min_size=2, max_size=4, unique=True))
 def test_the_bits_do_not_depend_on_who_shares_a_call(
     pipeline: Pipeline, references: list[np.ndarray], chosen: list[int]
