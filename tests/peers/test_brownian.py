@@ -14,7 +14,7 @@ import torchsde
 from sdxl_trt.engines.bundle.manifest import Scheduler
 from sdxl_trt.runtime.diffusion.noise.brownian import BrownianPath
 from sdxl_trt.runtime.diffusion.noise.sources import BatchNoise, PictureNoise
-from sdxl_trt.runtime.diffusion.samplers.registry import BROWNIAN, bind_sampler, brownian_span
+from sdxl_trt.runtime.diffusion.samplers.registry import BROWNIAN, bind_sampler, brownian_span, drive
 from sdxl_trt.runtime.diffusion.schedules.schedule import make_comfyui_schedule, make_schedule
 
 SDXL = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
@@ -57,7 +57,7 @@ def test_samplers_draw_what_k_diffusion_draws(name: str, part: slice, sampling: 
     start = np.random.default_rng(0).standard_normal(SHAPE).astype(np.float32) * sigmas[0]
     span = brownian_span(name, sigmas, grid, comfyui=True)
     source = BatchNoise(11, len(start)).source(SHAPE[1:], slice(0, len(start)), span)
-    *_, found = bind_sampler(name, source, comfyui=True)(_denoise, start, sigmas)
+    *_, found = drive(bind_sampler(name, source, comfyui=True)(start, sigmas), _denoise)
     theirs = torch.from_numpy(sigmas)
     noise = sampling.BrownianTreeNoiseSampler(torch.from_numpy(start), theirs[theirs > 0].min(), theirs.max(), seed=11)
     expected = getattr(sampling, f"sample_{name}")(
@@ -90,5 +90,5 @@ def test_dpmpp_sde_draws_what_diffusers_draws(spacing: str) -> None:
         x = scheduler.step(predict(scheduler.scale_model_input(x, t), float(t)), t, x, return_dict=False)[0]
     span = brownian_span("dpmpp_sde", schedule.sigmas, schedule.sigmas, comfyui=False)
     run = bind_sampler("dpmpp_sde", PictureNoise(seeds).source(SHAPE[1:], slice(0, 2), span))
-    *_, found = run(denoise, start * np.float32(schedule.initial_scale), schedule.sigmas)
+    *_, found = drive(run(start * np.float32(schedule.initial_scale), schedule.sigmas), denoise)
     np.testing.assert_allclose(found, x.numpy(), rtol=0, atol=2e-3)

@@ -17,7 +17,7 @@ from scipy import integrate, stats
 
 from sdxl_trt.engines.bundle.manifest import Scheduler
 from sdxl_trt.runtime.diffusion.samplers.adams import _SIGMA, _weights
-from sdxl_trt.runtime.diffusion.samplers.registry import STOCHASTIC, bind_sampler
+from sdxl_trt.runtime.diffusion.samplers.registry import STOCHASTIC, bind_sampler, drive
 from sdxl_trt.runtime.diffusion.schedules.comfyui import comfyui_sigmas
 from sdxl_trt.runtime.diffusion.schedules.curves import beta_quantile
 from sdxl_trt.runtime.diffusion.schedules.diffusers import SPACINGS
@@ -85,7 +85,7 @@ def test_every_step_matches_k_diffusion(
         start = np.random.default_rng(steps).standard_normal(SHAPE).astype(np.float32) * sigmas[0]
         ours, theirs = _noises(), _noises()
         run = bind_sampler(name, lambda sigma, after, noises=ours: next(noises))
-        trail = [start, *run(_denoise, start, sigmas)]
+        trail = [start, *drive(run(start, sigmas), _denoise)]
         expected = _their_trail(
             sampling, name, start, sigmas, lambda a, b, noises=theirs: torch.from_numpy(next(noises))
         )
@@ -107,7 +107,7 @@ def test_brownian_noise_can_be_the_noise_source(name: str, sampling: ModuleType)
     tree = sampling.BrownianTreeNoiseSampler(torch.from_numpy(start).double(), *ends, seed=11)
     run = bind_sampler(name, lambda sigma, after: tree(sigma, after).numpy().astype(np.float32))
     for x, reference in zip(
-        [start, *run(_denoise, start, sigmas)], _their_trail(sampling, name, start, sigmas, tree), strict=True
+        [start, *drive(run(start, sigmas), _denoise)], _their_trail(sampling, name, start, sigmas, tree), strict=True
     ):
         # The tree rounds times by up to 1e-6, and the middle of a step is rounded differently.
         assert _difference(x, reference) <= 2e-4
@@ -150,7 +150,7 @@ def test_diffusers_schedulers_that_need_scipy(
         expected = _diffusers_trail(reference, start, 2 if name == "dpmpp_sde" else 1)
         run = bind_sampler(name, lambda sigma, after, noises=ours: next(noises))
         x = start * np.float32(grid.initial_scale)
-        for step, (found, wanted) in enumerate(zip([x, *run(denoise, x, grid.sigmas)], expected, strict=True)):
+        for step, (found, wanted) in enumerate(zip([x, *drive(run(x, grid.sigmas), denoise)], expected, strict=True)):
             error = _difference(found, wanted)
             # With two steps, one goes from sigma 14.6 to 0.03: its deviation is a difference of squares in float32.
             required = 3e-4 if steps == 2 else 5e-5

@@ -27,8 +27,10 @@ from sdxl_trt.export.exporter import plan_export
 from sdxl_trt.runtime import open_bundle
 from sdxl_trt.runtime.cli import generate
 from sdxl_trt.runtime.cli.options import make_parser
-from sdxl_trt.runtime.pairs import PAIRS
+from sdxl_trt.runtime.pairs import PAIRS, SHARED
 from sdxl_trt.runtime.pipeline.pipeline import Pipeline
+from sdxl_trt.runtime.pipeline.shared import Shared
+from sdxl_trt.runtime.pipeline.sharing import share_key
 
 # diffusers and numpy 2 disagree on how a tensor becomes an array.
 pytestmark = [
@@ -51,6 +53,7 @@ PICTURED = {"mask", "nine channels", "refine"}
 SEVERAL = {"batch", "sweep"}
 CHANGING = {"fused LoRA", "LoRA", "mask", "nine channels", "ControlNet", "embedding", "refine"}
 OPTIONS: Mapping[str, list[str]] = {
+    SHARED: [],
     "fused LoRA": [],
     "LoRA": ["--lora", "ink.safetensors:0.7:0.5"],
     "mask": ["--mask", "mask.png"],
@@ -340,6 +343,30 @@ def _as_comfyui(lab: Laboratory, pair: set[str]) -> None:
     lab.read_back(pair, graph).check(drawn)
 
 
+def _as_each_alone(lab: Laboratory, pair: set[str]) -> None:
+    """Two jobs with the feature, one of them with another seed, scale and prompt, take their steps together."""
+    rest = pair - {SHARED}
+    pipeline, alone = lab.pipeline(rest), ["--no-refiner"] if "mask" in rest else []
+    both = [command(rest, *alone), [WORDS, *command(rest, *alone, "--seed", "9", "--guidance", "3")[1:]]]
+    both = both[:1] * 2 if rest == {"embedding"} else both
+    jobs, expected = [], []
+    for argv in both:
+        expected += lab.run(pipeline, argv).latents
+        arguments = make_parser().parse_args(argv)
+        jobs += generate._work(generate._request(arguments), arguments, pipeline)[0]._jobs
+    list(pipeline.pictures(jobs))
+    list(pipeline.encode(jobs))
+    for stage in ("base", "refiner"):
+        keys = [share_key(job.run.request, stage) for job in jobs]
+        together = [jobs] if len({*keys}) == 1 and keys[0] is not None else [[job] for job in jobs]
+        assert (len(together) > 1) == ("ControlNet" in rest and stage == "base")
+        for each in together:
+            shared = Shared(pipeline, stage, each)
+            list(shared.steps())
+            assert not shared.failed
+    Drawn([latents for job in jobs for latents in job.final()], [], None).check(Drawn(expected, [], None))
+
+
 class _Lines(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
@@ -394,6 +421,7 @@ def _as_diffusers(lab: Laboratory, pair: set[str]) -> None:
 
 
 CHECKS: Mapping[str, Callable[[Laboratory, set[str]], None]] = {
+    **{outcome.equal_to: _as_each_alone for pair, outcome in PAIRS.items() if SHARED in pair},
     "the LoRA given with the request": _as_lora,
     "a bundle with the LoRA fused": _as_lora,
     "both LoRAs given with the request": _both_loras,

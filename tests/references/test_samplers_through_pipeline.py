@@ -18,7 +18,7 @@ import pytest
 from sdxl_trt.runtime import Request, open_bundle
 from sdxl_trt.runtime.diffusion.noise import sources as noise_sources_module
 from sdxl_trt.runtime.diffusion.noise.brownian import BrownianPath
-from sdxl_trt.runtime.diffusion.samplers.registry import SAMPLERS, bind_sampler, sampler_names
+from sdxl_trt.runtime.diffusion.samplers.registry import SAMPLERS, bind_sampler, drive, sampler_names
 from sdxl_trt.runtime.pipeline.batch import Batch
 from sdxl_trt.runtime.pipeline.pipeline import Pipeline
 from sdxl_trt.runtime.pipeline.run import Run
@@ -383,7 +383,7 @@ def test_the_run_is_the_sampler_called_by_hand(
         sigmas, cut = schedule.sigmas, run.request.cut
         parts = {"base": sigmas[: cut + 1]} | ({"refiner": sigmas[cut:]} if handoff else {})
         for stage, part in parts.items():
-            *_, x = bind_sampler(sampler, draw)(experts.denoiser(stage, run), x, part)
+            *_, x = drive(bind_sampler(sampler, draw)(x, part), experts.denoiser(stage, run))
         difference = _difference(found, x * np.float32(schedule.final_scale))
         measured(sampler, heading, difference)
         assert difference <= REQUIRED

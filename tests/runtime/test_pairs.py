@@ -16,7 +16,7 @@ from sdxl_trt.engines.bundle import read_bundle
 from sdxl_trt.mini import bundle_path
 from sdxl_trt.runtime.cli import series
 from sdxl_trt.runtime.cli.generate import main as trt_generate
-from sdxl_trt.runtime.pairs import FEATURES, PAIRS, Outcome
+from sdxl_trt.runtime.pairs import FEATURES, PAIRS, SHARED, Outcome
 from sdxl_trt.runtime.pipeline import batch as batches
 from sdxl_trt.runtime.pipeline import chain
 
@@ -83,6 +83,10 @@ def test_an_outcome_is_one_of_two() -> None:
     for texts in ({}, {"equal_to": "a", "refused": "b"}):
         with pytest.raises(ValueError, match="either equal to something or refused"):
             Outcome(**texts)
+
+
+def test_the_row_of_shared_calls_says_how_requests_share() -> None:
+    assert all((SHARED in pair) == (outcome.sharing is not None) for pair, outcome in PAIRS.items())
 
 
 @pytest.fixture

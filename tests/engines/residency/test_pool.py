@@ -472,10 +472,34 @@ def test_a_smaller_budget_takes_effect_with_the_next_phase(make_pool, machine: M
         assert (machine.loaded, machine.budgets) == (["unet"], {"unet": 20})
 
 
+def test_room_is_checked_without_any_change(make_pool, machine: Machine) -> None:
+    """Another thread may do so while a run goes on."""
+    options = {"fallbacks": ("swap",), "estimate": _estimates({"resident": 12, "swap": 8}), "records": RECORDS}
+    with make_pool("resident", limits=LIMITS, **options) as pool:
+        pool.phase("unet")
+        pool.check_room(RUN_SIZES)
+        assert (pool.residency, pool._fallbacks, machine.loaded) == ("resident", ("swap",), ["unet"])
+        pool.make_room(RUN_SIZES)
+        assert pool.residency == "swap"
+
+
+def test_the_loads_that_a_pool_remembers_are_bounded(
+    make_pool, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sdxl_trt.engines.residency.pool.MOST_LOADS", 3)
+    with make_pool("swap") as pool:
+        for _ in range(3):
+            pool.phase("unet")
+            pool.phase("vae_decoder")
+        assert pool.loads == ["vae_decoder", "unet", "vae_decoder"]
+
+
 def test_a_run_that_fits_nowhere_is_refused_with_the_size_that_fits(make_pool, machine: Machine) -> None:
     options = {"estimate": _estimates({"swap": 12}), "records": RECORDS, "limits": LIMITS}
     with make_pool("swap", **options) as pool, pytest.raises(ResourceError) as raised:
         pool.make_room(RUN_SIZES)
+    with make_pool("swap", **options) as pool, pytest.raises(ResourceError, match=r"needs 7\.00 GB less"):
+        pool.check_room(RUN_SIZES)
     assert str(raised.value) == (
         "768x512 with 154 tokens: tensorrt, residency swap: base needs 12.00 GB, 3.00 GB more than the 9.00 GB"
         " that is usable; the plans' usual size, 1024x1024 with 77 tokens, needs 7.00 GB less"

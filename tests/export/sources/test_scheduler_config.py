@@ -20,7 +20,7 @@ from sdxl_trt.export.sources.scheduler_classes import CLASSES, FLOW
 from sdxl_trt.export.sources.scheduler_config import read_scheduler
 from sdxl_trt.runtime.diffusion.conditioning import Conditions
 from sdxl_trt.runtime.diffusion.denoiser import Denoiser
-from sdxl_trt.runtime.diffusion.samplers.registry import bind_sampler, sampler_names
+from sdxl_trt.runtime.diffusion.samplers.registry import bind_sampler, drive, sampler_names
 from sdxl_trt.runtime.diffusion.schedules.schedule import make_schedule
 
 # diffusers' own warnings: torch tensors in np.array, the logarithm of sigma 0, deprecated names.
@@ -139,7 +139,7 @@ def _ours(scheduler: Scheduler, steps: int) -> np.ndarray:
     schedule, noises = make_schedule(scheduler, steps, scheduler.sampler), _noises()
     denoise = Denoiser(Model(), schedule, Conditions({}, 1.0), scheduler.prediction_type)
     x = _start() * np.float32(schedule.initial_scale)
-    *_, last = bind_sampler(scheduler.sampler, lambda sigma, after: next(noises))(denoise, x, schedule.sigmas)
+    *_, last = drive(bind_sampler(scheduler.sampler, lambda sigma, after: next(noises))(x, schedule.sigmas), denoise)
     return last * np.float32(schedule.final_scale)
 
 

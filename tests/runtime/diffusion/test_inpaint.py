@@ -1,13 +1,12 @@
 """What is outside a mask stays: exact in diffusers' way for every sampler, mixed at every call in ComfyUI's."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 
 from sdxl_trt.runtime.diffusion.inpaint import Inpaint, NoiseMask
-from sdxl_trt.runtime.diffusion.samplers.registry import bind_sampler, sampler_names
+from sdxl_trt.runtime.diffusion.samplers.registry import Ask, bind_sampler, drive, sampler_names
 
 SIGMAS = np.array([8.0, 3.0, 1.0, 0.25, 0.0], np.float32)
 SHAPE = 2, 3, 4, 5
@@ -39,7 +38,7 @@ def test_after_every_step_the_rest_is_the_picture_with_the_next_noise(name: str,
     seen: list[tuple[float, Latents]] = []
     keeper = Inpaint(parts["mask"], parts["clean"], parts["noise"])
     outside = np.broadcast_to(parts["mask"] == 0, SHAPE)
-    steps = [x.copy() for x in keeper.around(_sampler(name))(_model(seen), parts["x"].copy(), SIGMAS)]
+    steps = [x.copy() for x in drive(keeper.around(_sampler(name))(parts["x"].copy(), SIGMAS), _model(seen))]
     assert len(steps) == 4
     for x, sigma in zip(steps, SIGMAS[1:], strict=True):
         expected = parts["clean"] + parts["noise"] * sigma if sigma else parts["clean"]
@@ -54,9 +53,9 @@ def test_after_every_step_the_rest_is_the_picture_with_the_next_noise(name: str,
 
 def test_a_white_mask_changes_nothing_but_the_memory(parts: dict[str, Latents]) -> None:
     for name in sampler_names():
-        plain = [x.copy() for x in _sampler(name)(_model([]), parts["x"].copy(), SIGMAS)]
+        plain = [x.copy() for x in drive(_sampler(name)(parts["x"].copy(), SIGMAS), _model([]))]
         keeper = Inpaint(np.ones((1, 1, 4, 5), np.float32), parts["clean"], parts["noise"])
-        masked = [x.copy() for x in keeper.around(_sampler(name))(_model([]), parts["x"].copy(), SIGMAS)]
+        masked = [x.copy() for x in drive(keeper.around(_sampler(name))(parts["x"].copy(), SIGMAS), _model([]))]
         np.testing.assert_array_equal(masked, plain)
 
 
@@ -64,10 +63,10 @@ def test_a_stage_that_ends_in_the_noise_leaves_the_picture_without_it(parts: dic
     outside = np.broadcast_to(parts["mask"] == 0, SHAPE)
     for preserving, factor in ((False, 1.0), (True, np.sqrt(2.0))):
         keeper = Inpaint(parts["mask"], parts["clean"], parts["noise"], variance_preserving=preserving)
-        *_, last = keeper.around(_sampler("euler"))(_model([]), parts["x"].copy(), SIGMAS[:3])
+        *_, last = drive(keeper.around(_sampler("euler"))(parts["x"].copy(), SIGMAS[:3]), _model([]))
         np.testing.assert_allclose(last[outside], (parts["clean"] * np.float32(factor))[outside], rtol=1e-6)
         # Another run that ends there takes the latents of this one from within its steps.
-        whole = [x.copy() for x in keeper.around(_sampler("euler"))(_model([]), parts["x"].copy(), SIGMAS)]
+        whole = [x.copy() for x in drive(keeper.around(_sampler("euler"))(parts["x"].copy(), SIGMAS), _model([]))]
         np.testing.assert_array_equal(keeper.ended(whole[1], 1.0), last)
 
 
@@ -76,8 +75,8 @@ def test_pictures_of_a_group_have_their_own_latents(parts: dict[str, Latents]) -
     for kind in (Inpaint, NoiseMask):
         keeper = kind(parts["mask"], parts["clean"], parts["noise"]).of(second)
         whole = kind(parts["mask"], parts["clean"], parts["noise"]).around(_sampler("euler"))
-        *_, alone = keeper.around(_sampler("euler"))(_model([]), parts["x"][second].copy(), SIGMAS)
-        *_, both = whole(_model([]), parts["x"].copy(), SIGMAS)
+        *_, alone = drive(keeper.around(_sampler("euler"))(parts["x"][second].copy(), SIGMAS), _model([]))
+        *_, both = drive(whole(parts["x"].copy(), SIGMAS), _model([]))
         np.testing.assert_array_equal(alone, both[second])
 
 
@@ -86,18 +85,22 @@ def test_comfyuis_model_sees_and_returns_the_picture_outside(name: str, parts: d
     soft = np.linspace(0, 1, 20, dtype=np.float32).reshape(1, 1, 4, 5)
     keeper, calls = NoiseMask(soft, parts["clean"], parts["noise"]), []
 
-    def watched(denoise: Any, x: Latents, sigmas: Latents) -> Iterator[Latents]:
-        def call(x: Latents, sigma: float) -> Latents:
-            given = x.copy()
-            denoised = denoise(x, sigma)
-            np.testing.assert_array_equal(x, given, "the sampler's own latents are not written to")
-            calls.append((given, sigma, denoised.copy()))
-            return denoised
-
-        return _sampler(name, comfyui=True)(call, x, sigmas)
+    def watched(x: Latents, sigmas: Latents) -> Any:
+        asking = _sampler(name, comfyui=True)(x, sigmas)
+        said = next(asking, None)
+        while said is not None:
+            if not isinstance(said, Ask):
+                yield said
+                said = next(asking, None)
+                continue
+            given = said.x.copy()
+            denoised = yield said
+            np.testing.assert_array_equal(said.x, given, "the sampler's own latents are not written to")
+            calls.append((given, said.sigma, denoised.copy()))
+            said = asking.send(denoised)
 
     seen: list[tuple[float, Latents]] = []
-    *_, last = keeper.around(watched)(_model(seen), parts["x"].copy(), SIGMAS)
+    *_, last = drive(keeper.around(watched)(parts["x"].copy(), SIGMAS), _model(seen))
     assert len(calls) == len(seen)
     for (given, sigma, denoised), (_, shown) in zip(calls, seen, strict=True):
         mixed = given * soft + (parts["clean"] + parts["noise"] * np.float32(sigma)) * (1 - soft)

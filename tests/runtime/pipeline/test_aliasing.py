@@ -16,8 +16,8 @@ from sdxl_trt.mini.embedded import bundle_path
 from sdxl_trt.runtime.diffusion.conditioning import make_conditions
 from sdxl_trt.runtime.diffusion.denoiser import Denoiser
 from sdxl_trt.runtime.diffusion.noise.sources import BatchNoise, NoiseSource, PictureNoise
-from sdxl_trt.runtime.diffusion.samplers.registry import COMFYUI, bind_sampler, brownian_span, sampler_names
-from sdxl_trt.runtime.pipeline import pipeline as pipeline_module
+from sdxl_trt.runtime.diffusion.samplers.registry import COMFYUI, Ask, bind_sampler, brownian_span, drive, sampler_names
+from sdxl_trt.runtime.pipeline import denoising
 from sdxl_trt.runtime.pipeline.pipeline import Pipeline
 from sdxl_trt.runtime.pipeline.record import finish
 from sdxl_trt.runtime.pipeline.run import Job, Step
@@ -76,7 +76,7 @@ def _by_hand(toy: Pipeline, job: Job, group: slice, *, comfyui: bool) -> Iterato
     denoise = Denoiser(engine, schedule, conditions, stage.scheduler.prediction_type, guidance)
     span = brownian_span(request.request.sampler, schedule.sigmas, schedule.sigmas, comfyui=comfyui)
     noise = deepcopy(job.noises["base"]).source(start.shape[1:], group, span)
-    return bind_sampler(request.request.sampler, noise, comfyui=comfyui)(denoise, start, schedule.sigmas)
+    return drive(bind_sampler(request.request.sampler, noise, comfyui=comfyui)(start, schedule.sigmas), denoise)
 
 
 @pytest.mark.parametrize(("name", "comfyui"), ALL)
@@ -111,12 +111,12 @@ def test_a_sampler_may_change_every_array_that_it_gets(toy: Pipeline, monkeypatc
     starts = []
 
     def bind(name: str, noise: Callable[[float, float], np.ndarray], **_: Any) -> Any:
-        def sample(denoise: Any, x: np.ndarray, sigmas: np.ndarray) -> Iterator[np.ndarray]:
+        def sample(x: np.ndarray, sigmas: np.ndarray) -> Any:
             start, kept = x, x.copy()
             starts.append(start)
             for sigma, after in zip(sigmas[:-1].tolist(), sigmas[1:].tolist(), strict=True):
                 np.testing.assert_array_equal(start, kept)
-                drawn, denoised = noise(sigma, after), denoise(x, sigma)
+                drawn, denoised = noise(sigma, after), (yield Ask(x, sigma))
                 x = x + 0.1 * denoised + 0.1 * drawn
                 yield x
                 drawn.fill(np.nan)
@@ -125,7 +125,7 @@ def test_a_sampler_may_change_every_array_that_it_gets(toy: Pipeline, monkeypatc
 
         return sample
 
-    monkeypatch.setattr(pipeline_module, "bind_sampler", bind)
+    monkeypatch.setattr(denoising, "bind_sampler", bind)
     given = np.random.default_rng(1).standard_normal((3, 4, SIDE // 8, SIDE // 8), dtype=np.float32)
     before = given.copy()
     given.flags.writeable = False

@@ -1,6 +1,6 @@
 """Runs with ControlNets: what they change, when they work, and that their residuals stay on the device."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sdxl_trt.engines import IncompatibleError, UsageError
+from sdxl_trt.engines import CorruptError, IncompatibleError, UsageError
 from sdxl_trt.engines.backends.ort.engine import OrtEngine
 from sdxl_trt.engines.backends.trt.engine import TrtEngine
 from sdxl_trt.engines.bundle.bundle import read_bundle
@@ -16,6 +16,8 @@ from sdxl_trt.mini.embedded import bundle_path
 from sdxl_trt.runtime.controls.use import ControlUse
 from sdxl_trt.runtime.images.inputs import InputPicture, as_input
 from sdxl_trt.runtime.pipeline.pipeline import Pipeline, open_bundle
+from sdxl_trt.runtime.pipeline.run import Job, Step
+from sdxl_trt.runtime.pipeline.shared import Shared
 from sdxl_trt.runtime.request.request import Request
 
 SIDE = 64
@@ -196,3 +198,27 @@ def test_the_picture_gives_the_size_and_another_size_of_its_shape_is_scaled(pipe
     assert (pipeline.start(free).run.request.width, pipeline.start(free).run.request.height) == (160, 96)
     (control,) = pipeline.start(replace(_with(larger), width=320, height=192)).run.request.controls
     assert control.prepared((192, 320), comfyui=False).shape == (3, 192, 320)
+
+
+def _encoded(pipeline: Pipeline, *requests: Request) -> list[Job]:
+    jobs = [pipeline.start(request) for request in requests]
+    list(pipeline.encode(jobs))
+    return jobs
+
+
+def test_a_request_with_a_controlnet_shares_no_call(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = _encoded(pipeline, _with(EDGES, steps=2), _with(EDGES, steps=2))
+    with pytest.raises(UsageError, match="job 0: a request with a ControlNet shares no call of the base; run it alone"):
+        Shared(pipeline, "base", jobs)
+    steps = [(number, step.stage, step.index) for number, step in Shared(pipeline, "base", jobs[:1]).steps()]
+    assert steps == [(0, "load", 1), (0, "base", 1), (0, "base", 2)]
+    assert np.array_equal(jobs[0].final(), _drawn(pipeline, _with(EDGES, steps=2)))
+    monkeypatch.setattr(pipeline, "base", _broken)
+    shared = Shared(pipeline, "base", jobs[1:])
+    assert list(shared.steps()) == []
+    assert str(shared.failed[0]) == "NaN"
+
+
+def _broken(*_: object) -> Iterator[Step]:
+    raise CorruptError("NaN")
+    yield

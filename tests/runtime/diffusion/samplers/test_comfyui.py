@@ -17,7 +17,14 @@ from sdxl_trt.engines.bundle.manifest import Manifest, Scheduler, Stage, TensorS
 from sdxl_trt.engines.engine import Array
 from sdxl_trt.engines.errors import UsageError
 from sdxl_trt.runtime.diffusion.noise.sources import BatchNoise
-from sdxl_trt.runtime.diffusion.samplers.registry import BROWNIAN, COMFYUI, COMFYUI_STOCHASTIC, SAMPLERS, bind_sampler
+from sdxl_trt.runtime.diffusion.samplers.registry import (
+    BROWNIAN,
+    COMFYUI,
+    COMFYUI_STOCHASTIC,
+    SAMPLERS,
+    bind_sampler,
+    drive,
+)
 from sdxl_trt.runtime.pipeline.pipeline import Pipeline
 from sdxl_trt.runtime.pipeline.run import Step
 from sdxl_trt.runtime.request.request import Request
@@ -194,7 +201,9 @@ def test_comfyuis_samplers_differ_from_diffusers(name: str) -> None:
         raise AssertionError("a deterministic sampler draws noise")
 
     sigmas, start = np.array([14.6, 5.0, 2.0, 0.9, 0.4, 0.1, 0.0], np.float32), STEPS["noise"] * np.float32(14.6)
-    ends = [list(bind_sampler(name, no_noise, comfyui=flag)(denoise, start, sigmas))[-1] for flag in (False, True)]
+    ends = [
+        list(drive(bind_sampler(name, no_noise, comfyui=flag)(start, sigmas), denoise))[-1] for flag in (False, True)
+    ]
     assert np.abs(ends[0] - ends[1]).max() > (0.0 if name == "dpm_2" else 1e-4)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from sdxl_trt.runtime.diffusion.samplers.registry import COMFYUI, SAMPLERS, STOCHASTIC
+from sdxl_trt.runtime.diffusion.samplers.registry import COMFYUI, SAMPLERS, STOCHASTIC, drive
 from sdxl_trt.runtime.diffusion.samplers.unipc import _uni_pc
 
 DEVIATION, HIGHEST, LOWEST = 0.5, 10.0, 0.1
@@ -43,7 +43,7 @@ def _grid(steps: int) -> np.ndarray:
 
 
 def _ode_error(sampler: Callable[..., object], steps: int) -> float:
-    *_, last = sampler(_denoise, np.ones(1), _grid(steps))
+    *_, last = drive(sampler(np.ones(1), _grid(steps)), _denoise)
     exact = math.sqrt((DEVIATION**2 + LOWEST**2) / (DEVIATION**2 + HIGHEST**2))
     return abs(float(last[0]) / exact - 1.0)
 
@@ -52,7 +52,7 @@ def _variance_error(name: str, steps: int) -> float:
     """Return the error of the variance; latents are the weights of the start and of every noise that was drawn."""
     units = iter(np.eye(2 * steps + 1))
     start = next(units) * math.sqrt(DEVIATION**2 + HIGHEST**2)
-    *_, last = STOCHASTIC[name](_denoise, start, _grid(steps), noise=lambda sigma, after: next(units))
+    *_, last = drive(STOCHASTIC[name](start, _grid(steps), noise=lambda sigma, after: next(units)), _denoise)
     return abs(float(last @ last) / (DEVIATION**2 + LOWEST**2) - 1.0)
 
 
@@ -77,8 +77,8 @@ def test_comfyuis_variants_solve_the_ode_at_their_order(name: str) -> None:
 @pytest.mark.parametrize(("order", "required"), [(1, 1.9), (2, 2.9), (3, 3.3)])
 @pytest.mark.parametrize("variant", ["bh1", "bh2"])
 def test_the_corrector_of_uni_pc_gains_an_order(variant: str, order: int, required: float) -> None:
-    def solve(denoise: object, x: object, sigmas: object) -> object:
-        return _uni_pc(denoise, x, sigmas, order=order, variant=variant, ends=False)
+    def solve(x: object, sigmas: object) -> object:
+        return _uni_pc(x, sigmas, order=order, variant=variant, ends=False)
 
     _check(f"order {order}, {variant}", [_ode_error(solve, steps) for steps in STEPS], required)
 
@@ -94,7 +94,8 @@ def test_lcm_adds_new_noise_to_the_models_estimate() -> None:
     """It is not a solver and has no order: after a step the variance is that of the estimate plus sigma²."""
     units = iter(np.eye(3))
     sigmas = np.array([10.0, 2.0, 0.5])
-    first, second = STOCHASTIC["lcm"](_denoise, next(units) * 10.0, sigmas, noise=lambda sigma, after: next(units))
+    asking = STOCHASTIC["lcm"](next(units) * 10.0, sigmas, noise=lambda sigma, after: next(units))
+    first, second = drive(asking, _denoise)
     kept = [DEVIATION**2 / (DEVIATION**2 + sigma**2) for sigma in sigmas]
     np.testing.assert_allclose(first, [10.0 * kept[0], 2.0, 0.0])
     np.testing.assert_allclose(second, [10.0 * kept[0] * kept[1], 2.0 * kept[1], 0.5])

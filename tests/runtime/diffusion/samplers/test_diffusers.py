@@ -15,7 +15,7 @@ import torch
 from diffusers import schedulers
 
 from sdxl_trt.engines.bundle.manifest import Scheduler
-from sdxl_trt.runtime.diffusion.samplers.registry import TWO_CALLS, bind_sampler
+from sdxl_trt.runtime.diffusion.samplers.registry import TWO_CALLS, bind_sampler, drive
 from sdxl_trt.runtime.diffusion.schedules.diffusers import FAMILIES
 from sdxl_trt.runtime.diffusion.schedules.schedule import Schedule, make_schedule
 
@@ -103,7 +103,7 @@ def _ours(case: Case, schedule: Schedule, prediction: str, start: np.ndarray) ->
     noises = _noises(SHAPE)
     run = bind_sampler(case.sampler, lambda sigma, after: next(noises))
     x = start * np.float32(schedule.initial_scale)
-    trail = [x, *run(_denoiser(schedule, prediction), x, schedule.sigmas)]
+    trail = [x, *drive(run(x, schedule.sigmas), _denoiser(schedule, prediction))]
     if not FAMILIES[case.sampler].variance_preserving:
         return trail
     return [x / np.sqrt(sigma**2 + 1) for x, sigma in zip(trail, schedule.sigmas, strict=True)]

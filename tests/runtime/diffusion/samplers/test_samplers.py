@@ -24,6 +24,7 @@ from sdxl_trt.runtime.diffusion.samplers.registry import (
     STOCHASTIC,
     TWO_CALLS,
     bind_sampler,
+    drive,
     euler,
     sampler_names,
 )
@@ -96,7 +97,7 @@ def test_euler_is_diffusers_step_by_step(prediction: str, spacing: str, steps: i
     schedule = make_schedule(Scheduler(**config), steps)
     denoise = Denoiser(ModelEngine(), schedule, Conditions({}, 1.0), prediction)
     start = noise * np.float32(schedule.initial_scale)
-    trail = [start, *euler(denoise, start, schedule.sigmas)]
+    trail = [start, *drive(euler(start, schedule.sigmas), denoise)]
     expected = _diffusers(config, steps, noise)
     assert len(trail) == len(expected) == steps + 1
     for step, (x, reference) in enumerate(zip(trail, expected, strict=True)):
@@ -112,15 +113,15 @@ def test_a_cut_restarts_multistep_samplers_and_changes_no_other(
     sigmas = make_schedule(Scheduler(**SDXL, timestep_spacing="leading"), 10).sigmas
     run = bind_sampler(name, _noise(), comfyui=comfyui)
     start = rng.standard_normal(SHAPE).astype(np.float32) * sigmas[0]
-    whole = list(run(_denoise, start, sigmas))
+    whole = list(drive(run(start, sigmas), _denoise))
     before, after = sigmas[: cut + 1], sigmas[cut:]
-    first = list(run(_denoise, start, before))
-    both = first + list(run(_denoise, first[-1], after))
+    first = list(drive(run(start, before), _denoise))
+    both = first + list(drive(run(first[-1], after), _denoise))
     assert (len(first), len(both)) == (cut, 10)
     if name not in MULTISTEP:
         np.testing.assert_array_equal(both, whole)
         return
-    one_step = next(iter(run(_denoise, first[-1], after)))
+    one_step = next(drive(run(first[-1], after), _denoise))
     np.testing.assert_array_equal(both[cut], one_step)
     if cut < 9:
         assert np.abs(both[-1] - whole[-1]).max() > 1e-6, "a multistep sampler must restart at the cut"
@@ -132,7 +133,7 @@ def test_a_perfect_denoiser_gives_the_clean_latents(name: str, comfyui: bool, rn
     clean = rng.standard_normal(SHAPE).astype(np.float32)
     sigmas = make_schedule(Scheduler(**SDXL, timestep_spacing="leading"), 12).sigmas
     start = clean + rng.standard_normal(SHAPE).astype(np.float32) * sigmas[0]
-    *_, last = bind_sampler(name, _noise(), comfyui=comfyui)(lambda x, sigma: clean, start, sigmas)
+    *_, last = drive(bind_sampler(name, _noise(), comfyui=comfyui)(start, sigmas), lambda x, sigma: clean)
     np.testing.assert_allclose(last, clean, atol=ENDS_NEAR.get((name, comfyui), 1e-5) * 3)
 
 
@@ -145,7 +146,7 @@ def test_a_sampler_does_not_change_its_input_and_can_be_stopped(name: str, comfy
         return x * 0
 
     start = np.ones(SHAPE, np.float32)
-    sampled = bind_sampler(name, _noise(), comfyui=comfyui)(denoise, start, np.array([4, 2, 1, 0], np.float32))
+    sampled = drive(bind_sampler(name, _noise(), comfyui=comfyui)(start, np.array([4, 2, 1, 0], np.float32)), denoise)
     assert calls == [], "nothing runs before the first step is requested"
     next(sampled)
     assert calls[0] == 4.0
@@ -164,7 +165,7 @@ def test_yielded_latents_and_the_models_outputs_are_not_changed(name: str, comfy
 
     sigmas = np.array([9, 4, 2, 1, 0.5, 0], np.float32)
     run = bind_sampler(name, _noise(), comfyui=comfyui)
-    kept = [(x, x.copy()) for x in run(denoise, np.full(SHAPE, 3, np.float32), sigmas)]
+    kept = [(x, x.copy()) for x in drive(run(np.full(SHAPE, 3, np.float32), sigmas), denoise)]
     for now, then in kept + outputs:
         np.testing.assert_array_equal(now, then)
 
@@ -186,7 +187,7 @@ def test_any_grid_gives_finite_latents_of_the_same_shape_and_dtype(sigmas: np.nd
     shape = data.draw(st.sampled_from([(1, 4, 2, 2), (2, 4, 1, 3), (3, 1, 1, 1)]))
     start = np.random.default_rng(len(sigmas)).standard_normal(shape).astype(np.float32) * sigmas[0]
     for name, comfyui in ALL:
-        trail = list(bind_sampler(name, _noise(shape), comfyui=comfyui)(_denoise, start, sigmas))
+        trail = list(drive(bind_sampler(name, _noise(shape), comfyui=comfyui)(start, sigmas), _denoise))
         assert len(trail) == len(sigmas) - 1, name
         for x in trail:
             assert (x.shape, x.dtype) == (shape, np.float32), name
@@ -199,7 +200,7 @@ def test_one_step_to_sigma_0_returns_the_models_estimate(sigma: float, seed: int
     start = np.random.default_rng(seed).standard_normal(SHAPE).astype(np.float32) * np.float32(sigma)
     sigmas = np.array([sigma, 0], np.float32)
     for name, comfyui in ALL:
-        (x,) = bind_sampler(name, _noise(), comfyui=comfyui)(_denoise, start, sigmas)
+        (x,) = drive(bind_sampler(name, _noise(), comfyui=comfyui)(start, sigmas), _denoise)
         expected = _denoise(start, float(sigmas[0]))
         if comfyui and name.startswith("uni_pc"):
             # ComfyUI's takes no step before it has two estimates.
@@ -213,7 +214,7 @@ def test_a_last_step_of_zero_length_changes_nothing(name: str, comfyui: bool) ->
     """diffusers' DEIS has one if a transform made the grid; `uni_pc` still corrects the step before it."""
     sigmas = np.array([9, 4, 2, 0.5, 0.5], np.float32)
     run = bind_sampler(name, _noise(), comfyui=comfyui)
-    *_, before, last = run(_denoise, np.full(SHAPE, 3, np.float32), sigmas)
+    *_, before, last = drive(run(np.full(SHAPE, 3, np.float32), sigmas), _denoise)
     assert np.isfinite(last).all()
     if name not in {"lcm", "uni_pc", "uni_pc_bh2"}:
         np.testing.assert_allclose(last, before, rtol=1e-6, atol=1e-6)
@@ -222,7 +223,7 @@ def test_a_last_step_of_zero_length_changes_nothing(name: str, comfyui: bool) ->
 @pytest.mark.parametrize(("name", "comfyui"), ALL)
 def test_an_empty_grid_has_no_step(name: str, comfyui: bool) -> None:
     run = bind_sampler(name, _noise(), comfyui=comfyui)
-    assert list(run(_denoise, np.ones(SHAPE, np.float32), np.array([1], np.float32))) == []
+    assert list(drive(run(np.ones(SHAPE, np.float32), np.array([1], np.float32)), _denoise)) == []
 
 
 @pytest.mark.parametrize("name", STOCHASTIC)
@@ -234,7 +235,8 @@ def test_noise_is_drawn_for_the_interval_of_the_step(name: str) -> None:
         asked.append((sigma, after))
         return np.zeros(SHAPE, np.float32)
 
-    list(STOCHASTIC[name](_denoise, np.ones(SHAPE, np.float32), np.array([8, 2, 0], np.float32), noise=noise))
+    asking = STOCHASTIC[name](np.ones(SHAPE, np.float32), np.array([8, 2, 0], np.float32), noise=noise)
+    list(drive(asking, _denoise))
     assert asked == ([(8.0, 4.0), (8.0, 2.0)] if name == "dpmpp_sde" else [(8.0, 2.0)])
 
 
@@ -259,7 +261,7 @@ def test_a_caller_may_keep_writing_to_the_latents_that_it_passed(name: str, comf
     """The pipeline does so: the latents of all pictures are one array, and a group is a view of it."""
     sigmas = np.array([9, 4, 2, 0.5, 0], np.float32)
     start = np.random.default_rng(1).standard_normal(SHAPE).astype(np.float32) * 9
-    *_, expected = bind_sampler(name, _noise(), comfyui=comfyui)(_denoise, start.copy(), sigmas)
-    for x in bind_sampler(name, _noise(), comfyui=comfyui)(_denoise, start, sigmas):
+    *_, expected = drive(bind_sampler(name, _noise(), comfyui=comfyui)(start.copy(), sigmas), _denoise)
+    for x in drive(bind_sampler(name, _noise(), comfyui=comfyui)(start, sigmas), _denoise):
         start[:] = x
     np.testing.assert_array_equal(start, expected)
