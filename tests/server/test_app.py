@@ -29,9 +29,9 @@ def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator["subprocess.Po
 
 def ask(url: str, body: object = None, **headers: str) -> tuple[int, bytes]:
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, headers)  # noqa: S310
+    request = urllib.request.Request(url, data, headers)
     try:
-        with urllib.request.urlopen(request, timeout=60) as answer:  # noqa: S310
+        with urllib.request.urlopen(request, timeout=60) as answer:
             return int(answer.status), answer.read()
     except urllib.error.HTTPError as exc:
         with exc:

@@ -39,7 +39,8 @@ def test_every_option_has_a_word(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ("--port 65536", "--port"), ("--queue 0", "--queue"), ("--deadline nan", "--deadline"), ("--grace -1", "--grace"),
+        ("--port 65536", "--port"), ("--queue 0", "--queue"), ("--deadline nan", "--deadline"),
+        ("--grace -1", "--grace"),
         ("--open everything", "--open"), ("--cors-origin *", "--cors-origin"), ("--interrupt none", "--interrupt"),
         ("--cors-origin https://a.example/path", "--cors-origin"), ("--lora-dir nowhere", "--lora-dir"),
         ("--api-key-file nowhere", "--api-key-file"), ("--api-key-file /dev/null", "has no key"),
