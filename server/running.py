@@ -66,8 +66,8 @@ def _log_to_stderr() -> None:
 def _without_traceback(record: logging.LogRecord) -> bool:
     """Let a record through without its traceback, which names paths and may hold a prompt."""
     record.exc_info = record.exc_text = record.stack_info = None
-    # The error by which a start failed is told once, by the command; its traceback comes as the message.
-    return not str(record.msg).startswith("Traceback")
+    # The error by which a start failed is told once, by the command; uvicorn logs its traceback as a message.
+    return not str(record.msg).startswith(("Traceback", "Application startup failed"))
 
 
 class _Server(uvicorn.Server):

@@ -332,7 +332,7 @@ def test_websockets_have_keys_origins_and_a_number() -> None:
         assert refused.value.status_code == status
 
 
-def test_a_fifth_websocket_of_a_client_is_refused_until_one_closes() -> None:
+def test_a_fifth_websocket_of_a_client_is_refused_until_one_closes(caplog: pytest.LogCaptureFixture) -> None:
     client = TestClient(served(Options()), base_url="http://127.0.0.1")
     with client:
         sockets = [client.websocket_connect(SOCKET) for _ in range(4)]
@@ -345,6 +345,7 @@ def test_a_fifth_websocket_of_a_client_is_refused_until_one_closes() -> None:
             socket.__exit__(None, None, None)
         with client.websocket_connect(SOCKET) as socket:
             assert socket.receive_text().startswith("peer:")
+    assert "failed" not in caplog.text
 
 
 def test_a_websocket_that_talks_too_fast_is_closed() -> None:
