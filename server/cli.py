@@ -26,10 +26,11 @@ def _serve(arguments: argparse.Namespace) -> None:
     options = options_of(arguments)
     _warn(options)
     try:
-        from sdxl_trt.server.running import serve  # noqa: PLC0415 - --help must not wait for it
+        from sdxl_trt.server.app import create_app  # noqa: PLC0415 - --help must not wait for it
+        from sdxl_trt.server.running import serve  # noqa: PLC0415
     except ModuleNotFoundError as exc:
         raise UsageError(f"{exc.name} is missing; install it with: pip install 'sdxl-trt[server]'") from exc
-    serve(options)
+    serve(create_app(options), options)
 
 
 def options_of(arguments: argparse.Namespace) -> Options:

@@ -12,7 +12,6 @@ import uvicorn
 from fastapi import FastAPI
 
 from sdxl_trt.engines import UsageError
-from sdxl_trt.server.app import create_app
 from sdxl_trt.server.ops import drained
 from sdxl_trt.server.options import Options
 
@@ -22,16 +21,15 @@ ANSWER_SECONDS = 10
 """How long answers that are being written may take after the last picture is drawn."""
 
 
-def serve(options: Options) -> None:
-    """Serve until a signal comes; raises SdxlTrtError if the bundle cannot be opened or the port is taken."""
+def serve(app: FastAPI, options: Options) -> None:
+    """Serve `app` until a signal comes; raises SdxlTrtError if the bundle cannot be opened or the port is taken."""
     _log_to_stderr()
-    app = create_app(options)
     server = _Server(_config(app, options), app, options)
     with _listening(options) as listener:
-        server.run(sockets=[listener])
-    failure: Exception | None = getattr(app.state, "failure", None)
-    if failure is not None:
-        raise failure
+        try:
+            server.run(sockets=[listener])
+        except SystemExit as exc:  # uvicorn's end of a start that failed
+            raise getattr(app.state, "failure", exc) from None
 
 
 def _config(app: FastAPI, options: Options) -> uvicorn.Config:
@@ -68,8 +66,8 @@ def _log_to_stderr() -> None:
 def _without_traceback(record: logging.LogRecord) -> bool:
     """Let a record through without its traceback, which names paths and may hold a prompt."""
     record.exc_info = record.exc_text = record.stack_info = None
-    # The error by which a start failed is told once, by the command; its traceback comes as the message.
-    return not str(record.msg).startswith("Traceback")
+    # The error by which a start failed is told once, by the command; uvicorn logs its traceback as a message.
+    return not str(record.msg).startswith(("Traceback", "Application startup failed"))
 
 
 class _Server(uvicorn.Server):

@@ -11,14 +11,13 @@ import re
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from starlette.exceptions import HTTPException
-from starlette.formparsers import MultiPartException
+from python_multipart.multipart import parse_options_header
 from starlette.requests import Request
 
 from sdxl_trt.server.http.errors import ApiError
 
 MAX_DEPTH, MAX_TOKENS = 64, 200_000
-MAX_PARTS = 64
+MAX_PARTS, MAX_FIELD, MAX_HEAD, MAX_BOUNDARY = 64, 1 << 20, 8 << 10, 200
 _TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)|[\[\]{},]', re.DOTALL)
 """A text, or a sign between values. A text without an end is one token, so that the search stays linear."""
 _STEP = {b"[": 1, b"{": 1, b"]": -1, b"}": -1}
@@ -93,21 +92,50 @@ def _finite(text: str) -> float:
 async def read_form(request: Request) -> list[Part]:
     """Return the parts of a multipart body, in order.
 
-    Raises ApiError: 415 if the body is of another type, 400 if it is damaged or has more than 64 files or fields, 413
-    or 408 if it is too large or too slow.
+    Raises ApiError: 415 if the body is of another type; 400 if it is damaged or cut off, has more than 64 parts, or a
+    field of more than 1 MiB; 413 or 408 if it is too large or too slow.
     """
-    if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+    kind, settings = parse_options_header(request.headers.get("content-type", ""))
+    if kind != b"multipart/form-data":
         raise ApiError(415, "send a multipart/form-data body", "unsupported_media")
-    try:
-        async with request.form(max_files=MAX_PARTS, max_fields=MAX_PARTS) as form:
-            return [
-                Part(name, None, value.encode())
-                if isinstance(value, str)
-                else Part(name, value.filename or "", await value.read())
-                for name, value in form.multi_items()
-            ]
-    except (MultiPartException, HTTPException, KeyError, ValueError) as exc:
-        raise _invalid("is no multipart form of at most 64 files and 64 fields of at most 1 MiB") from exc
+    boundary = settings.get(b"boundary", b"")
+    if not 1 <= len(boundary) <= MAX_BOUNDARY:
+        raise _invalid("is multipart without a boundary in its Content-Type")
+    return [_part(section) for section in _sections(await request.body(), b"\r\n--" + boundary)]
+
+
+def _sections(data: bytes, delimiter: bytes) -> list[bytes]:
+    """Return what stands between the delimiters: the first may be the very beginning, the last ends in two dashes.
+
+    A form that is cut off lacks the last: readers that do not ask for it lose a part in silence.
+    """
+    data = b"\r\n" + data
+    if data.count(delimiter) > MAX_PARTS + 1:
+        raise _invalid(f"has more than {MAX_PARTS} parts")
+    _, *sections = data.split(delimiter)
+    if not sections or not sections[-1].startswith(b"--"):
+        raise _invalid("is a damaged form: its last boundary is missing")
+    return sections[:-1]
+
+
+def _part(section: bytes) -> Part:
+    end = section.find(b"\r\n\r\n", 0, MAX_HEAD)
+    name = filename = None
+    for line in section[: max(end, 0)].split(b"\r\n"):
+        field, _, value = line.partition(b":")
+        if field.strip().lower() == b"content-disposition":
+            settings = parse_options_header(value.strip())[1]
+            name, filename = settings.get(b"name"), settings.get(b"filename")
+    if name is None:
+        raise _invalid("is a damaged form: a part has no name")
+    data = section[end + 4 :]
+    if filename is None and len(data) > MAX_FIELD:
+        raise _invalid("has a field of more than 1 MiB; send pictures as files")
+    return Part(_text(name), None if filename is None else _text(filename), data)
+
+
+def _text(name: bytes) -> str:
+    return name.decode("utf-8", "replace")
 
 
 def _invalid(what: str) -> ApiError:

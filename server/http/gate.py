@@ -15,7 +15,7 @@ from uuid import uuid4
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from starlette.websockets import WebSocket
+from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from sdxl_trt.server.http.caller import Caller
 from sdxl_trt.server.http.errors import ApiError
@@ -89,6 +89,8 @@ class Gate:
                 await self._app(scope, limit_body(receive, self._options.max_body, self._clock), answer)
             else:
                 await self._socket(scope, receive, answer, caller)
+        except WebSocketDisconnect:
+            return  # how an endpoint that only reads hears that its client left
         except Exception as exc:  # noqa: BLE001 - whatever it is, the client gets an answer of its API
             error = as_api_error(exc, self._options)
             if error.code == "internal_error":

@@ -106,9 +106,15 @@ def test_any_bytes_are_an_object_or_a_400(body: bytes) -> None:
 
 
 def test_the_parts_of_a_form_are_texts_and_files_in_order() -> None:
-    body = part('name="n"', b"2") + part('name="image[]"; filename="a.png"', b"\x00\xff") + part('name="n"', b"3") + END
+    body = (
+        b"preamble\r\n"
+        + part('name="n"', b"2")
+        + part('name="image[]"; filename="a.png"', b"\x00\r\n--xy\xff")
+        + part('name="n"', b"3")
+        + END
+    )
     parts = [(each.name, each.filename, each.data) for each in form_of(body)]
-    assert parts == [("n", None, b"2"), ("image[]", "a.png", b"\x00\xff"), ("n", None, b"3")]
+    assert parts == [("n", None, b"2"), ("image[]", "a.png", b"\x00\r\n--xy\xff"), ("n", None, b"3")]
 
 
 @pytest.mark.parametrize(
@@ -119,6 +125,12 @@ def test_the_parts_of_a_form_are_texts_and_files_in_order() -> None:
         part('name="prompt"', b"a" * ((1 << 20) + 1)) + END,
         part("", b"no name") + END,
         b"no boundary at all",
+        b"",
+        part('name="image"; filename="cut.png"', b"the form ends here"),
+        part('name="n"', b"1") + END[:-4],
+        f"--{BOUNDARY}\r\nContent-Type: a\r\n\r\n".encode() + END,
+        f"--{BOUNDARY}\r\nContent-Disposition: form-data; name=n".encode() + b"a" * 10_000 + b"\r\n\r\n" + END,
+        part('name="n"', b"") * 100_000,
     ],
 )
 def test_forms_beyond_the_limits_or_damaged_are_refused(body: bytes) -> None:

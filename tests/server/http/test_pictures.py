@@ -61,7 +61,7 @@ BOMB = chunk(b"zTXt", b"a\0\0" + zlib.compress(b"\0" * (80 << 20), 9))
         (frames("PNG"), "animated"),
         (frames("WEBP"), "animated"),
         (png_of(8, 8), "damaged"),
-        (file_of("JPEG", (64, 64))[:-200], "damaged"),
+        (file_of("JPEG", (64, 64))[:-200], "no PNG|damaged"),
         (file_of("WEBP", (64, 64))[:-20], "no PNG|damaged"),
         (png_of(8, 8, BOMB), "no PNG|damaged"),
     ],
