@@ -1,6 +1,6 @@
 """`--from`: the settings of an earlier picture, for the options that the command line leaves out."""
 
-__all__ = ["check_repeated", "repeated"]
+__all__ = ["check_embeddings", "check_repeated", "repeated"]
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -12,6 +12,7 @@ from sdxl_trt.engines.host import sha256_file, shell_word
 from sdxl_trt.runtime.adapters import EmbeddingFact, LoraUse, find_named, find_recorded
 from sdxl_trt.runtime.cli.options import make_parser
 from sdxl_trt.runtime.controls import ControlUse, find_control
+from sdxl_trt.runtime.images import read_input
 from sdxl_trt.runtime.pipeline import Batch, Chain, ImageSettings, read_settings
 from sdxl_trt.runtime.request import Request, settings_of
 
@@ -83,6 +84,19 @@ def check_repeated(arguments: argparse.Namespace, work: Batch | Chain) -> None:
                          )  # fmt: skip
 
 
+def check_embeddings(arguments: argparse.Namespace, batch: Batch) -> None:
+    """Raise UsageError if a prompt of a picture names another embedding now, of the file name that its record states.
+
+    A prompt may name a file in one of several folders, and a record has no folders.
+    """
+    recorded: ImageSettings = arguments.recorded
+    now = {(fact.name, fact.sha256) for fact in batch.facts()["embeddings"]}
+    lost = [fact.name for fact in recorded.embeddings if (fact.name, fact.sha256) not in now]
+    for name in {name for name, _ in now}.intersection(lost):
+        raise UsageError(f"--from {arguments.source}: its prompt finds another embedding {name[:100]!r} now than the"
+                         " one it was made with; put that back, or give the prompt too")  # fmt: skip
+
+
 def _defaults(settings: ImageSettings) -> dict[str, Any]:
     """Return the options that make the picture again, without the handoff; None leaves the default."""
     found = {}
@@ -110,6 +124,10 @@ def _take_image(arguments: argparse.Namespace, settings: ImageSettings, source: 
         option = "--refine" if settings.refine else "--image"
         raise UsageError(f"--from {source}: was made from {settings.image[:100]!r}, which is not beside it as it was;"
                          f" give it with {option} FILE")  # fmt: skip
+    latents = read_input(path).latents
+    if latents is not None and len(latents) > 1:
+        raise UsageError(f"--from {source}: was made from one of {len(latents)} latents in {settings.image[:100]!r},"
+                         " and does not say from which; repeat the command that made it")  # fmt: skip
     arguments.image, arguments.refine = (None, path) if settings.refine else (path, None)
 
 
@@ -185,14 +203,18 @@ def _take_embeddings(arguments: argparse.Namespace, settings: ImageSettings, sou
 def _naming(fact: EmbeddingFact) -> Callable[[str], bool]:
     """Return whether a prompt names an embedding of this file name."""
     stem = PurePath(fact.name).stem
-    return lambda text: f"embedding:{stem}" in text or f"/{stem}" in text
+    # In a prompt a folder of an embedding may be followed by either slash.
+    return lambda text: f"embedding:{stem}" in text or f"/{stem}" in text.replace("\\", "/")
 
 
 def _holds_embedding(folder: Path, fact: EmbeddingFact) -> bool:
     """Return whether `folder` has the file of a record, unchanged; another of its name is refused with the prompts."""
     if PurePath(fact.name).name != fact.name:
         return False
-    found = find_named(folder, fact.name, f"--from: embedding {fact.name[:100]!r}")
+    try:
+        found = find_named(folder, fact.name, f"--from: embedding {fact.name[:100]!r}")
+    except UsageError:  # a folder that cannot be searched does not have it; another one may
+        return False
     return any(_holds(path, fact.sha256) for path in found)
 
 
