@@ -26,9 +26,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_few_steps_lower_the_loss_and_write_a_lora(base: Path, tmp_path: Path) -> None:
     unet = UNet2DConditionModel.from_pretrained(base / "unet")
     before = {name: value.clone() for name, value in unet.state_dict().items()}
-    loss = lora_loss(unet, draw_stickers(base, SIZE), SIZE)
     torch.manual_seed(0)
     branches = attach(unet, rank=2)
+    loss = lora_loss(unet, branches, draw_stickers(base, SIZE), SIZE)
 
     def measured() -> float:
         torch.manual_seed(1)
