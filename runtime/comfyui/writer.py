@@ -13,6 +13,7 @@ from sdxl_trt.runtime.comfyui.node import Node
 from sdxl_trt.runtime.comfyui.nodes import NODES, stated
 from sdxl_trt.runtime.comfyui.workflow import TO_THE_END
 from sdxl_trt.runtime.controls import Control
+from sdxl_trt.runtime.images import InputMask, InputPicture
 from sdxl_trt.runtime.request import Request, ResolvedRequest, ResolvedSide, StageName, StepRange, settings_of
 
 Link = list[Any]
@@ -173,8 +174,11 @@ def _controls_fit_nodes(request: ResolvedRequest) -> bool:
 
 def _names_differ(request: ResolvedRequest) -> bool:
     """Return whether each name of a picture, mask or ControlNet's picture means one file: a node has no folder."""
-    source = None if request.masking is None else request.masking.source
-    found = [*filter(None, (request.image, source)), *(control.picture for control in request.controls)]
+    found: list[InputPicture | InputMask] = [control.picture for control in request.controls]
+    if request.image is not None:
+        found.append(request.image)
+    if request.masking is not None and request.masking.source is not None:
+        found.append(request.masking.source)
     return len({(each.name, each.sha256) for each in found}) == len({each.name for each in found})
 
 
