@@ -3,8 +3,8 @@
 The pair does not know white borders: none of its training pictures has one. No word asks for the border; the LoRA is a
 style. Only low-rank branches beside some of the UNet's layers are trained; all weights of the pair stay as they are.
 
-A LoRA that is trained at scale 1 alone has hardly any effect at half of it. So each training picture has a scale of its
-own: its border is that share of the whole width, and the branches are added at that scale.
+Each training picture has a scale of its own: its border is that share of the whole width, and the branches are added at
+that scale, so that scales below 1 are trained too.
 """
 
 __all__ = ["Branches", "Stickers", "attach", "draw_stickers", "lora_loss", "tensors_of", "train_lora"]

@@ -17,6 +17,7 @@ from sdxl_trt.runtime.pipeline import Batch, Chain, ImageSettings, read_settings
 from sdxl_trt.runtime.request import Request, settings_of
 
 _SETTINGS = settings_of(Request)
+_PROMPTS = [name for name in _SETTINGS if name.removesuffix("_2") in ("prompt", "negative")]
 _LOADED = {"loras": "LoRAs", "refiner_loras": "LoRAs", "controls": "ControlNet pictures", "embeddings": "embeddings",
            "files": "pictures or masks"}  # fmt: skip
 """What a workflow loads, by the fields of a record that state it."""
@@ -85,16 +86,19 @@ def check_repeated(arguments: argparse.Namespace, work: Batch | Chain) -> None:
 
 
 def check_embeddings(arguments: argparse.Namespace, batch: Batch) -> None:
-    """Raise UsageError if a prompt of a picture names another embedding now, of the file name that its record states.
+    """Raise UsageError if a prompt that is repeated finds another embedding, of the file name that the record states.
 
     A prompt may name a file in one of several folders, and a record has no folders.
     """
     recorded: ImageSettings = arguments.recorded
-    now = {(fact.name, fact.sha256) for fact in batch.facts()["embeddings"]}
-    lost = [fact.name for fact in recorded.embeddings if (fact.name, fact.sha256) not in now]
-    for name in {name for name, _ in now}.intersection(lost):
-        raise UsageError(f"--from {arguments.source}: its prompt finds another embedding {name[:100]!r} now than the"
-                         " one it was made with; put that back, or give the prompt too")  # fmt: skip
+    kept = {getattr(arguments, name) for name in _PROMPTS if getattr(arguments, name) == getattr(recorded, name)}
+    texts = [text for text in kept if text]
+    now = batch.facts()["embeddings"]
+    names = {fact.name for fact in now}
+    for fact in recorded.embeddings:
+        if fact not in now and fact.name in names and any(map(_naming(fact), texts)):
+            raise UsageError(f"--from {arguments.source}: its prompt now finds another embedding {fact.name[:100]!r}"
+                             " than the one it was made with; put that one back, or give another prompt")  # fmt: skip
 
 
 def _defaults(settings: ImageSettings) -> dict[str, Any]:
@@ -184,18 +188,18 @@ def _take_embeddings(arguments: argparse.Namespace, settings: ImageSettings, sou
 
     That is `--embedding-dir`, or without it the picture's folder or the current one.
     """
-    texts = [getattr(arguments, name) or "" for name in _SETTINGS if name.removesuffix("_2") in ("prompt", "negative")]
+    texts = [getattr(arguments, name) or "" for name in _PROMPTS]
     wanted = [fact for fact in settings.embeddings if settings.workflow or any(map(_naming(fact), texts))]
     if not wanted:
         return
-    folders = [source.parent, Path()] if arguments.embedding_dir is None else [arguments.embedding_dir]
+    given = arguments.embedding_dir is not None
+    folders = [arguments.embedding_dir] if given else [source.parent, Path()]
     for folder in folders:
-        if all(_holds_embedding(folder, fact) for fact in wanted):
+        if all(_holds_embedding(folder, fact, given=given) for fact in wanted):
             arguments.embedding_dir = folder
             return
-    given = arguments.embedding_dir
-    first = next(fact for fact in wanted if not _holds_embedding(folders[0], fact))
-    place = "beside it" if given is None else f"in {given}"
+    first = next(fact for fact in wanted if not _holds_embedding(folders[0], fact, given=given))
+    place = f"in {folders[0]}" if given else "beside it"
     raise UsageError(f"--from {source}: was made with the embedding {first.name[:100]!r}, which is not {place} as it"
                      " was; give the folder that has it with --embedding-dir DIR")  # fmt: skip
 
@@ -207,13 +211,18 @@ def _naming(fact: EmbeddingFact) -> Callable[[str], bool]:
     return lambda text: f"embedding:{stem}" in text or f"/{stem}" in text.replace("\\", "/")
 
 
-def _holds_embedding(folder: Path, fact: EmbeddingFact) -> bool:
-    """Return whether `folder` has the file of a record, unchanged; another of its name is refused with the prompts."""
+def _holds_embedding(folder: Path, fact: EmbeddingFact, *, given: bool) -> bool:
+    """Return whether `folder` has the file of a record, unchanged; another of its name is refused with the prompts.
+
+    Raises UsageError for a folder that cannot be searched if it was `given`; another one does not have the file.
+    """
     if PurePath(fact.name).name != fact.name:
         return False
     try:
         found = find_named(folder, fact.name, f"--from: embedding {fact.name[:100]!r}")
-    except UsageError:  # a folder that cannot be searched does not have it; another one may
+    except UsageError:
+        if given:
+            raise
         return False
     return any(_holds(path, fact.sha256) for path in found)
 

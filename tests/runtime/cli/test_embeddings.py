@@ -127,11 +127,25 @@ def test_a_prompt_that_finds_another_embedding_of_the_name_is_refused(tmp_path: 
         save_file(_tensors(seed=number), tmp_path / name / "two.safetensors")
     out, embeddings = tmp_path / "out.png", ("--embedding-dir", str(tmp_path))
     _draw("a star, embedding:a\\two", *embeddings, "-o", str(out))
-    assert _names(*asked("--from", out)) == ["two.safetensors"]  # the backslash is a slash in the record's eyes too
+    assert _names(*asked("--from", out)) == ["two.safetensors"]  # a backslash names a folder too
     (tmp_path / "keep" / "two.safetensors").write_bytes((tmp_path / "a" / "two.safetensors").read_bytes())
     save_file(_tensors(seed=2), tmp_path / "a" / "two.safetensors")
     line = fails(trt_generate, ["--from", str(out), *embeddings, "-o", str(tmp_path / "again.png")], 2)
-    assert "its prompt finds another embedding 'two.safetensors' now than the one it was made with" in line
+    assert "its prompt now finds another embedding 'two.safetensors' than the one it was made with" in line
+    # A prompt that is given now may name whatever it likes.
+    asked("--from", out, "a fox, embedding:a/two", *embeddings)
+
+
+def test_a_folder_that_cannot_be_searched_is_passed_over_unless_it_was_given(
+    pictures: dict[str, Path], asked: Any, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, fails: Any
+) -> None:
+    apart, ink = tmp_path_factory.mktemp("apart"), pictures["diffusers"].with_name("ink.safetensors")
+    alone = shutil.copy(pictures["diffusers"], apart / "alone.png")
+    (apart / "ink.safetensors").symlink_to(ink)
+    shutil.copy(ink, tmp_path / "ink.safetensors")
+    assert _names(*asked("--from", alone)) == ["ink.safetensors"]
+    line = fails(trt_generate, ["--from", str(alone), "--embedding-dir", str(apart)], 2)
+    assert "is a symbolic link, which is not followed" in line
 
 
 def test_a_workflow_keeps_its_words_and_finds_the_embeddings(
