@@ -45,10 +45,11 @@ types: $(VENV)/.full
 	$(BIN)/mypy --platform win32 --cache-dir .mypy_cache/win32 -p sdxl_trt
 
 pytest: $(VENV)/.full
-	$(BIN)/pytest --numprocesses 2 --dist loadfile --ignore=tests/references
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --ignore=tests/references -m "not builds"
 
-test-references: $(VENV)/.full  ## Whole runs against diffusers and recorded results of ComfyUI
+test-references: $(VENV)/.full  ## Whole runs against diffusers and recorded results of ComfyUI, and whole plans
 	$(BIN)/pytest --numprocesses 2 --dist loadfile tests/references
+	$(BIN)/pytest --numprocesses 2 --dist load -m builds tests/tensorrt
 
 peers: $(PEERS)/.done  ## The environment of optimum-onnx in .venv-peers
 

@@ -2,12 +2,12 @@
 
 __all__ = ["REFINER_NOTE", "LoraOption", "parse_lora_option"]
 
-import math
 import re
 from pathlib import Path
 from typing import NamedTuple
 
 from sdxl_trt.engines.errors import UsageError
+from sdxl_trt.engines.host import finite_number
 
 REFINER_NOTE = (
     "the refiner was not trained with this LoRA, so its steps weaken or remove the LoRA's style and subject; generate"
@@ -40,10 +40,7 @@ def parse_lora_option(text: str) -> LoraOption:
 
 
 def _scale(text: str, part: str) -> float:
-    try:
-        scale = float(part)
-    except ValueError:
-        scale = math.nan
-    if not math.isfinite(scale):
+    scale = finite_number(part)
+    if scale is None:
         raise UsageError(f"--lora {text}: {part!r} is not a scale; give a finite number after the colon, such as 0.8")
     return scale

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from sdxl_trt.engines.host.private import cache_folder, owned_by_another, read_private, writable_by_others
     from sdxl_trt.engines.host.progress import ProgressLine
     from sdxl_trt.engines.host.tables import mebibytes, paragraph, span, table
-    from sdxl_trt.engines.host.text_inputs import STDIN, check_inputs, read_capped
+    from sdxl_trt.engines.host.text_inputs import STDIN, check_inputs, finite_number, read_capped
     from sdxl_trt.engines.host.version import __version__
     from sdxl_trt.engines.host.windows import add_dll_folders, total_memory
 else:
@@ -24,17 +24,17 @@ else:
         "memory": ("available_host_memory", "format_bytes", "parse_bytes", "process_memory"),
         "paths": ("is_utf8", "known_as", "one_line", "refused_by_windows", "require_utf8", "shell_word"),
         "private": ("cache_folder", "owned_by_another", "read_private", "writable_by_others"),
-        "progress": ("ProgressLine",),
-        "tables": ("mebibytes", "paragraph", "span", "table"),
-        "text_inputs": ("STDIN", "check_inputs", "read_capped"),
+        "progress": ("ProgressLine",), "tables": ("mebibytes", "paragraph", "span", "table"),
+        "text_inputs": ("STDIN", "check_inputs", "finite_number", "read_capped"),
         "version": ("__version__",),
         "windows": ("add_dll_folders", "total_memory"),
     })
 
 __all__ = [
     "NEW_GROUP", "NO_LOCKS", "STDIN", "Family", "Output", "Parser", "ProgressLine", "__version__", "add_dll_folders",
-    "atomic_write", "available_host_memory", "cache_folder", "check_inputs", "contained", "exclusive", "format_bytes",
-    "interpreter", "is_utf8", "known_as", "mebibytes", "one_line", "option_type", "owned_by_another", "paragraph",
-    "parse_bytes", "print_json", "process_memory", "read_capped", "read_private", "refused_by_windows", "require_utf8",
-    "run", "sha256_file", "shell_word", "sibling", "span", "table", "total_memory", "writable_by_others",
+    "atomic_write", "available_host_memory", "cache_folder", "check_inputs", "contained", "exclusive", "finite_number",
+    "format_bytes", "interpreter", "is_utf8", "known_as", "mebibytes", "one_line", "option_type", "owned_by_another",
+    "paragraph", "parse_bytes", "print_json", "process_memory", "read_capped", "read_private", "refused_by_windows",
+    "require_utf8", "run", "sha256_file", "shell_word", "sibling", "span", "table", "total_memory",
+    "writable_by_others",
 ]

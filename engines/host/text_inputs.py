@@ -1,8 +1,9 @@
-"""Read a file or standard input whole, up to a size limit."""
+"""What options state: finite numbers, and files or standard input read whole, up to a size limit."""
 
-__all__ = ["STDIN", "check_inputs", "read_capped"]
+__all__ = ["STDIN", "check_inputs", "finite_number", "read_capped"]
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -17,6 +18,15 @@ def check_inputs(arguments: argparse.Namespace) -> None:
     readers = [f"--{name}" for name in ("prompts", "workflow") if getattr(arguments, name) == STDIN]
     if len(readers) > 1:
         raise UsageError(f"{' - and '.join(readers)} - would both read standard input; give one of them as a file")
+
+
+def finite_number(text: str) -> float | None:
+    """Return the number that `text` states; None for infinity, NaN, and what is not a number."""
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 def read_capped(path: Path, limit: int, option: str) -> bytes:

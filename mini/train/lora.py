@@ -2,6 +2,9 @@
 
 The pair does not know white borders: none of its training pictures has one. No word asks for the border; the LoRA is a
 style. Only low-rank branches beside some of the UNet's layers are trained; all weights of the pair stay as they are.
+
+Each training picture has a scale of its own: its border is that share of the whole width, and the branches are added at
+that scale, so that scales below 1 are trained too.
 """
 
 __all__ = ["Branches", "Stickers", "attach", "draw_stickers", "lora_loss", "tensors_of", "train_lora"]
@@ -36,6 +39,8 @@ ENCODE_BATCH = 30
 ZEROED_CHANCE = 0.1
 """Share of captions replaced by the zeros that stand for a missing negative prompt: guidance pushes away from that
 picture, so it must have the border too."""
+LEAST_SCALE = 0.2
+"""Training scales are drawn from here to 1."""
 TIME_IDS = (128.0, 128.0, 0.0, 0.0, 128.0, 128.0)
 """Original size, crop corner and target size of a whole picture."""
 LINEARS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -51,6 +56,8 @@ class Branches(nn.Module):  # type: ignore[misc]
         """Create branches that change nothing yet: `down` is random, `up` is zero."""
         super().__init__()
         self.names = tuple(layers)
+        self.scales = torch.ones(1)
+        """The scale at which the branches are added to each row, `(rows,)` or `(1,)`."""
         self.down, self.up = nn.ParameterList(), nn.ParameterList()
         for layer in layers.values():
             out, *inputs = layer.weight.shape
@@ -64,7 +71,7 @@ def attach(unet: nn.Module, rank: int = RANK) -> Branches:
     layers = {name: layer for name, layer in unet.named_modules() if _is_target(name)}
     branches = Branches(layers, rank)
     for layer, down, up in zip(layers.values(), branches.down, branches.up, strict=True):
-        layer.register_forward_hook(_adding(down, up))
+        layer.register_forward_hook(_adding(branches, down, up))
     return branches
 
 
@@ -73,11 +80,13 @@ def _is_target(name: str) -> bool:
     return name.startswith("up_blocks.") and (attention or name.endswith(CONVOLUTIONS))
 
 
-def _adding(down: nn.Parameter, up: nn.Parameter) -> Callable[..., torch.Tensor]:
+def _adding(branches: Branches, down: nn.Parameter, up: nn.Parameter) -> Callable[..., torch.Tensor]:
     def hook(layer: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        scales = branches.scales.reshape(-1, *(1 for _ in output.shape[1:]))
         if down.dim() == 2:
-            return output + inputs[0] @ down.T @ up.T
-        return output + functional.conv2d(functional.conv2d(inputs[0], down, None, layer.stride, layer.padding), up)
+            return output + scales * (inputs[0] @ down.T @ up.T)
+        low = functional.conv2d(inputs[0], down, None, layer.stride, layer.padding)
+        return output + scales * functional.conv2d(low, up)
 
     return hook
 
@@ -95,9 +104,11 @@ def tensors_of(branches: Branches, weights: dict[str, torch.Tensor]) -> Tensors:
 class Stickers:
     """Pictures of stickers and their captions, encoded, float32.
 
-    latents `(n, 4, 16, 16)`, scaled; states `(n, 77, 112)` of both text encoders; pooled `(n, 64)` of the second.
+    latents `(n, 4, 16, 16)`, scaled; states `(n, 77, 112)` of both text encoders; pooled `(n, 64)` of the second;
+    scales `(n,)`, the share of the whole border that each picture has.
     """
 
+    scales: torch.Tensor
     latents: torch.Tensor
     states: torch.Tensor
     pooled: torch.Tensor
@@ -106,15 +117,16 @@ class Stickers:
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def draw_stickers(base: Path, count: int) -> Stickers:
     """Draw `count` clean stickers from the training seeds and encode them with the materialized base's parts."""
-    pictures, captions = [], []
+    pictures, captions, scales = [], [], []
     for seed in TRAINING_SEEDS[:count]:
         rng = np.random.default_rng((2, seed))
         scene = sample_scene(rng)
-        pictures.append(render(scene, border=STICKER_BORDER))
+        scales.append(rng.uniform(LEAST_SCALE, 1.0))
+        pictures.append(render(scene, border=scales[-1] * STICKER_BORDER))
         captions.append(draw_caption(scene.asked, rng))
     vae = AutoencoderKL.from_pretrained(base / "vae")
     latents = torch.cat([vae.encode(part).latent_dist.mean for part in signals(pictures).split(ENCODE_BATCH)])
-    return Stickers(latents * vae.config.scaling_factor, *_encoded(base, captions))
+    return Stickers(torch.tensor(scales), latents * vae.config.scaling_factor, *_encoded(base, captions))
 
 
 def _encoded(base: Path, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -130,8 +142,8 @@ def _encoded(base: Path, captions: list[str]) -> tuple[torch.Tensor, torch.Tenso
     return torch.cat(states), torch.cat(pooled)
 
 
-def lora_loss(unet: nn.Module, rows: Stickers, size: int) -> Loss:
-    """The loss of the base's `unet` on batches of `size` stickers, as in the base's training."""
+def lora_loss(unet: nn.Module, branches: Branches, rows: Stickers, size: int) -> Loss:
+    """The loss of the base's `unet` with its `branches` on batches of `size` stickers, as in the base's training."""
     table = alphas()
     time_ids = torch.tensor([TIME_IDS] * size)
 
@@ -143,7 +155,9 @@ def lora_loss(unet: nn.Module, rows: Stickers, size: int) -> Loss:
         added = {"text_embeds": rows.pooled[at] * kept[:, None], "time_ids": time_ids}
         states = rows.states[at] * kept[:, None, None]
         sample = noised(rows.latents[at], noise, timesteps, table)
+        branches.scales = rows.scales[at].float()
         output = unet(sample, timesteps, states, added_cond_kwargs=added).sample
+        branches.scales = torch.ones(1)
         signal = table[timesteps]
         return weighted_error(output, noise, signal / (1 - signal), SNR_CAP)
 
@@ -162,6 +176,6 @@ def train_lora(folder: Path, budget: Budget, seed: int, batch: int, count: int) 
         unet = UNet2DConditionModel.from_pretrained(base / "unet")
     branches = attach(unet)
     path = folder / "lora_state.pt"
-    loss = lora_loss(unet, rows, batch)
+    loss = lora_loss(unet, branches, rows, batch)
     weights = train(begin(branches, path), loss, path, budget, peak=PEAK_RATE, seed=seed, warm_up=WARM_UP)
     write_tensors(folder / lora_path().name, tensors_of(branches, weights))

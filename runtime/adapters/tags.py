@@ -7,10 +7,10 @@ code would ignore, a misspelled argument say, is an error here.
 
 __all__ = ["split_tags", "tags_of"]
 
-import math
 import re
 
 from sdxl_trt.engines import UsageError
+from sdxl_trt.engines.host import finite_number
 from sdxl_trt.runtime.adapters.use import LoraUse
 
 _TAG = re.compile(r"<(\w+):([^>]+)>")
@@ -75,10 +75,7 @@ def _use(found: re.Match[str]) -> LoraUse:
 
 
 def _number(tag: str, text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
+    number = finite_number(text)
+    if number is None:
         raise UsageError(f"the prompt has {tag!r}, in which {text[:_SHOWN]!r} is not a finite number; {_SYNTAX}")
     return number

@@ -2,11 +2,11 @@
 
 __all__ = ["LoraUse", "parse_use"]
 
-import math
 import re
 from typing import NamedTuple
 
 from sdxl_trt.engines import UsageError
+from sdxl_trt.engines.host import finite_number
 
 _EXPECTED = "give FILE, FILE:SCALE or FILE:SCALE:TE_SCALE, such as a.safetensors:0.8"
 # A path may contain colons, so it extends to the last .safetensors; a bare name ends at the first colon.
@@ -35,10 +35,7 @@ def parse_use(text: str) -> LoraUse:
 
 
 def _scale(text: str, part: str) -> float:
-    try:
-        scale = float(part)
-    except ValueError:
-        scale = math.nan
-    if not math.isfinite(scale):
+    scale = finite_number(part)
+    if scale is None:
         raise UsageError(f"{text!r}: {part!r} is not a scale; {_EXPECTED}")
     return scale

@@ -202,14 +202,17 @@ def _work(
     asked: "Request | Workflow", arguments: argparse.Namespace, pipeline: "Pipeline"
 ) -> "tuple[Batch | Chain, Series]":
     """Return what draws the pictures, and what they are a series of."""
-    from sdxl_trt.runtime.cli.repeat import check_repeated  # noqa: PLC0415
+    from sdxl_trt.runtime.cli.repeat import check_embeddings, check_repeated  # noqa: PLC0415
     from sdxl_trt.runtime.cli.series import Series  # noqa: PLC0415
     from sdxl_trt.runtime.pipeline import Batch  # noqa: PLC0415
     from sdxl_trt.runtime.request import Request  # noqa: PLC0415
 
     if isinstance(asked, Request):
         series = Series(asked, arguments)
-        return Batch(pipeline, series.requests), series
+        batch = Batch(pipeline, series.requests)
+        if arguments.source is not None:
+            check_embeddings(arguments, batch)
+        return batch, series
     work, series = _of_workflow(asked, arguments, pipeline)
     if arguments.source is not None:
         check_repeated(arguments, work)

@@ -1,6 +1,6 @@
 """`--from`: the settings of an earlier picture, for the options that the command line leaves out."""
 
-__all__ = ["check_repeated", "repeated"]
+__all__ = ["check_embeddings", "check_repeated", "repeated"]
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -12,10 +12,12 @@ from sdxl_trt.engines.host import sha256_file, shell_word
 from sdxl_trt.runtime.adapters import EmbeddingFact, LoraUse, find_named, find_recorded
 from sdxl_trt.runtime.cli.options import make_parser
 from sdxl_trt.runtime.controls import ControlUse, find_control
+from sdxl_trt.runtime.images import read_input
 from sdxl_trt.runtime.pipeline import Batch, Chain, ImageSettings, read_settings
 from sdxl_trt.runtime.request import Request, settings_of
 
 _SETTINGS = settings_of(Request)
+_PROMPTS = [name for name in _SETTINGS if name.removesuffix("_2") in ("prompt", "negative")]
 _LOADED = {"loras": "LoRAs", "refiner_loras": "LoRAs", "controls": "ControlNet pictures", "embeddings": "embeddings",
            "files": "pictures or masks"}  # fmt: skip
 """What a workflow loads, by the fields of a record that state it."""
@@ -83,6 +85,22 @@ def check_repeated(arguments: argparse.Namespace, work: Batch | Chain) -> None:
                          )  # fmt: skip
 
 
+def check_embeddings(arguments: argparse.Namespace, batch: Batch) -> None:
+    """Raise UsageError if a prompt that is repeated finds another embedding, of the file name that the record states.
+
+    A prompt may name a file in one of several folders, and a record has no folders.
+    """
+    recorded: ImageSettings = arguments.recorded
+    kept = {getattr(arguments, name) for name in _PROMPTS if getattr(arguments, name) == getattr(recorded, name)}
+    texts = [text for text in kept if text]
+    now = batch.facts()["embeddings"]
+    names = {fact.name for fact in now}
+    for fact in recorded.embeddings:
+        if fact not in now and fact.name in names and any(map(_naming(fact), texts)):
+            raise UsageError(f"--from {arguments.source}: its prompt now finds another embedding {fact.name[:100]!r}"
+                             " than the one it was made with; put that one back, or give another prompt")  # fmt: skip
+
+
 def _defaults(settings: ImageSettings) -> dict[str, Any]:
     """Return the options that make the picture again, without the handoff; None leaves the default."""
     found = {}
@@ -110,6 +128,10 @@ def _take_image(arguments: argparse.Namespace, settings: ImageSettings, source: 
         option = "--refine" if settings.refine else "--image"
         raise UsageError(f"--from {source}: was made from {settings.image[:100]!r}, which is not beside it as it was;"
                          f" give it with {option} FILE")  # fmt: skip
+    latents = read_input(path).latents
+    if latents is not None and len(latents) > 1:
+        raise UsageError(f"--from {source}: was made from one of {len(latents)} latents in {settings.image[:100]!r},"
+                         " and does not say from which; repeat the command that made it")  # fmt: skip
     arguments.image, arguments.refine = (None, path) if settings.refine else (path, None)
 
 
@@ -166,18 +188,18 @@ def _take_embeddings(arguments: argparse.Namespace, settings: ImageSettings, sou
 
     That is `--embedding-dir`, or without it the picture's folder or the current one.
     """
-    texts = [getattr(arguments, name) or "" for name in _SETTINGS if name.removesuffix("_2") in ("prompt", "negative")]
+    texts = [getattr(arguments, name) or "" for name in _PROMPTS]
     wanted = [fact for fact in settings.embeddings if settings.workflow or any(map(_naming(fact), texts))]
     if not wanted:
         return
-    folders = [source.parent, Path()] if arguments.embedding_dir is None else [arguments.embedding_dir]
+    given = arguments.embedding_dir is not None
+    folders = [arguments.embedding_dir] if given else [source.parent, Path()]
     for folder in folders:
-        if all(_holds_embedding(folder, fact) for fact in wanted):
+        if all(_holds_embedding(folder, fact, given=given) for fact in wanted):
             arguments.embedding_dir = folder
             return
-    given = arguments.embedding_dir
-    first = next(fact for fact in wanted if not _holds_embedding(folders[0], fact))
-    place = "beside it" if given is None else f"in {given}"
+    first = next(fact for fact in wanted if not _holds_embedding(folders[0], fact, given=given))
+    place = f"in {folders[0]}" if given else "beside it"
     raise UsageError(f"--from {source}: was made with the embedding {first.name[:100]!r}, which is not {place} as it"
                      " was; give the folder that has it with --embedding-dir DIR")  # fmt: skip
 
@@ -185,14 +207,23 @@ def _take_embeddings(arguments: argparse.Namespace, settings: ImageSettings, sou
 def _naming(fact: EmbeddingFact) -> Callable[[str], bool]:
     """Return whether a prompt names an embedding of this file name."""
     stem = PurePath(fact.name).stem
-    return lambda text: f"embedding:{stem}" in text or f"/{stem}" in text
+    # In a prompt a folder of an embedding may be followed by either slash.
+    return lambda text: f"embedding:{stem}" in text or f"/{stem}" in text.replace("\\", "/")
 
 
-def _holds_embedding(folder: Path, fact: EmbeddingFact) -> bool:
-    """Return whether `folder` has the file of a record, unchanged; another of its name is refused with the prompts."""
+def _holds_embedding(folder: Path, fact: EmbeddingFact, *, given: bool) -> bool:
+    """Return whether `folder` has the file of a record, unchanged; another of its name is refused with the prompts.
+
+    Raises UsageError for a folder that cannot be searched if it was `given`; another one does not have the file.
+    """
     if PurePath(fact.name).name != fact.name:
         return False
-    found = find_named(folder, fact.name, f"--from: embedding {fact.name[:100]!r}")
+    try:
+        found = find_named(folder, fact.name, f"--from: embedding {fact.name[:100]!r}")
+    except UsageError:
+        if given:
+            raise
+        return False
     return any(_holds(path, fact.sha256) for path in found)
 
 

@@ -13,6 +13,7 @@ from sdxl_trt.runtime.comfyui.node import Node
 from sdxl_trt.runtime.comfyui.nodes import NODES, stated
 from sdxl_trt.runtime.comfyui.workflow import TO_THE_END
 from sdxl_trt.runtime.controls import Control
+from sdxl_trt.runtime.images import InputMask, InputPicture
 from sdxl_trt.runtime.request import Request, ResolvedRequest, ResolvedSide, StageName, StepRange, settings_of
 
 Link = list[Any]
@@ -23,12 +24,12 @@ def write_workflow(asked: Request, request: ResolvedRequest, manifest: Manifest)
 
     A request from a workflow may add guidance rescale and interval, tiles and injected noise, which no node expresses.
     Checkpoints keep their names in the workflow, or else are named after the bundle's models. LoRAs are named by their
-    paths in the request's folder of them; None too if two files would share a name.
+    paths in the request's folder of them, pictures by their own names; None too if two files would share a name.
     """
     stages = _stages(request)
     if not request.comfyui or not all(_fits_sampler_node(stage, asked, request) for stage in stages):
         return None
-    fits = (_image_fits_nodes, _mask_fits_nodes, _controls_fit_nodes)
+    fits = (_image_fits_nodes, _mask_fits_nodes, _controls_fit_nodes, _names_differ)
     if not _fits_nodes(asked) or not all(fit(request) for fit in fits):
         return None
     loras = _loras(asked, request, manifest)
@@ -169,6 +170,16 @@ def _mask_fits_nodes(request: ResolvedRequest) -> bool:
 def _controls_fit_nodes(request: ResolvedRequest) -> bool:
     """Return whether every ControlNet follows a picture file, on both sides."""
     return all(control.picture.name and control.use.side == "both" for control in request.controls)
+
+
+def _names_differ(request: ResolvedRequest) -> bool:
+    """Return whether each name of a picture, mask or ControlNet's picture means one file: a node has no folder."""
+    found: list[InputPicture | InputMask] = [control.picture for control in request.controls]
+    if request.image is not None:
+        found.append(request.image)
+    if request.masking is not None and request.masking.source is not None:
+        found.append(request.masking.source)
+    return len({(each.name, each.sha256) for each in found}) == len({each.name for each in found})
 
 
 def _strength(stage: StageName, asked: Request, request: ResolvedRequest) -> float:

@@ -2,11 +2,11 @@
 
 __all__ = ["ControlUse", "parse_control"]
 
-import math
 import re
 from typing import TYPE_CHECKING, NamedTuple
 
 from sdxl_trt.engines import UsageError
+from sdxl_trt.engines.host import finite_number
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -59,10 +59,7 @@ def parse_control(text: str) -> ControlUse:
 
 
 def _number(text: str, part: str) -> float:
-    try:
-        number = float(part)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
+    number = finite_number(part)
+    if number is None:
         raise UsageError(f"{text!r}: {part!r} is not a number; {_EXPECTED}")
     return number

@@ -1,5 +1,7 @@
 """The embedded bundle draws what the prompt asks for."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -22,11 +24,14 @@ def test_pictures_with_the_defaults_match_the_prompt() -> None:
 @pytest.mark.slow
 def test_the_lora_draws_a_white_border_and_nothing_without_it() -> None:
     prompt = "a large red circle on a yellow background"
-    loras = (LoraUse(str(lora_path())),)
+    usual = Request(prompt, seed=7, steps=15, handoff=None)
     with open_bundle() as pipeline:
-        plain, sticker = (
-            next(iter(pipeline.generate(Request(prompt, seed=7, steps=15, handoff=None, loras=each)))).image
-            for each in ((), loras)
-        )
-    assert border_width(np.asarray(plain), prompt) < 0.2
-    assert border_width(np.asarray(sticker), prompt) > 1
+
+        def border(*loras: LoraUse) -> float:
+            (picture,) = pipeline.generate(replace(usual, loras=loras))
+            return border_width(np.asarray(picture.image), prompt)
+
+        plain, half, whole = border(), border(LoraUse(str(lora_path()), 0.5)), border(LoraUse(str(lora_path())))
+    assert plain < 0.2
+    assert 0.5 < half < 3
+    assert whole > 4

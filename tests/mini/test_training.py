@@ -26,9 +26,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_few_steps_lower_the_loss_and_write_a_lora(base: Path, tmp_path: Path) -> None:
     unet = UNet2DConditionModel.from_pretrained(base / "unet")
     before = {name: value.clone() for name, value in unet.state_dict().items()}
-    loss = lora_loss(unet, draw_stickers(base, SIZE), SIZE)
     torch.manual_seed(0)
     branches = attach(unet, rank=2)
+    loss = lora_loss(unet, branches, draw_stickers(base, SIZE), SIZE)
 
     def measured() -> float:
         torch.manual_seed(1)
@@ -58,9 +58,13 @@ def test_a_few_steps_lower_the_loss_and_write_a_lora(base: Path, tmp_path: Path)
     layer = unet.get_submodule(name)
     x = torch.randn(1, layer.in_channels, 5, 5)
     wanted = layer(x)
+    branches.scales = torch.tensor([0.5])
+    half = layer(x)
     layer._forward_hooks.clear()
     with torch.no_grad():
-        assert not torch.allclose(layer(x), wanted, atol=1e-5)
+        plain = layer(x)
+        assert not torch.allclose(plain, wanted, atol=1e-5)
+        torch.testing.assert_close(half, (plain + wanted) / 2, atol=1e-5, rtol=1e-3)
         layer.weight.copy_(torch.from_numpy(changed))
         torch.testing.assert_close(layer(x), wanted, atol=1e-5, rtol=1e-3)
 

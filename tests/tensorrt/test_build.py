@@ -84,7 +84,7 @@ def _check(built: BuiltPlan, weights: int) -> None:
 
 @pytest.mark.parametrize("static", [pytest.param(True, id="static"), pytest.param(False, id="dynamic")])
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if "unet" in name else ()) for name in GRAPHS]
+    "name", [pytest.param(name, marks=pytest.mark.builds if "unet" in name else ()) for name in GRAPHS]
 )
 def test_every_graph_of_the_embedded_pair_is_built(name: str, static: bool, tmp_path: Path) -> None:
     profiles = _profiles(name, static=static)

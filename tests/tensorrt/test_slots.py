@@ -66,9 +66,9 @@ def _check(job: BuildJob, bundle: Bundle) -> None:
     "name",
     [
         "text_encoder",
-        pytest.param("text_encoder_2", marks=pytest.mark.slow),
-        pytest.param("unet", marks=pytest.mark.slow),
-        pytest.param("refiner_unet", marks=pytest.mark.slow),
+        pytest.param("text_encoder_2", marks=pytest.mark.builds),
+        pytest.param("unet", marks=pytest.mark.builds),
+        pytest.param("refiner_unet", marks=pytest.mark.builds),
     ],
 )
 def test_plans_for_loras_of_the_embedded_pair_are_built(name: str, static: bool, tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_plans_for_loras_of_the_embedded_pair_are_built(name: str, static: bool,
     _check(_job(tmp_path, bundle, name, static=static), bundle)
 
 
-@pytest.mark.slow
+@pytest.mark.builds
 @pytest.mark.parametrize("static", [pytest.param(True, id="static"), pytest.param(False, id="dynamic")])
 def test_a_cousin_with_convolutional_projections_is_built(
     static: bool, pairs: Callable[[str], Any], tmp_path: Path

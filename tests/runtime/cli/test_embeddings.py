@@ -66,22 +66,27 @@ def _names(request: Any) -> list[str]:
     return [fact.name for fact in request.embeddings]
 
 
-@pytest.fixture
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Return a picture with an embedding in each mode: the command's own, but for its pixels."""
-    root = tmp_path_factory.mktemp("pictures")
-    save_file(_tensors(), root / "ink.safetensors")
+def _draw(*given: str) -> None:
+    """Run the command, which draws a black picture with its own record."""
 
     def drawn(self: Any) -> Any:
         black = finish(self.runs[0], 0, np.zeros((64, 64, 3), np.uint8))
         yield 0, Step("decode", 1, 1, slice(0, 1), picture=black)
 
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batches.Batch, "steps", drawn)
+        assert trt_generate([*given, *SMALL, "--json"]) == 0
+
+
+@pytest.fixture
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Return a picture with an embedding in each mode: the command's own, but for its pixels."""
+    root = tmp_path_factory.mktemp("pictures")
+    save_file(_tensors(), root / "ink.safetensors")
     for compat in ("diffusers", "comfyui"):
         out = str(root / f"{compat}.png")
-        given = ["a red star, embedding:ink", "--negative", "blurry", "--embedding-dir", str(root), "-o", out, *SMALL]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(batches.Batch, "steps", drawn)
-            assert trt_generate([*given, "--compat", compat, "--json"]) == 0
+        given = ["a red star, embedding:ink", "--negative", "blurry", "--embedding-dir", str(root), "-o", out]
+        _draw(*given, "--compat", compat)
     return {compat: root / f"{compat}.png" for compat in ("diffusers", "comfyui")}
 
 
@@ -114,6 +119,33 @@ def test_a_picture_is_repeated_with_the_file_beside_it_in_this_folder_or_in_the_
     assert "was made with the embedding 'ink.safetensors', which is not beside it as it was; give the folder" in line
     line = fails(trt_generate, ["--from", str(alone), "--embedding-dir", str(tmp_path)], 2)
     assert f"which is not in {tmp_path} as it was" in line
+
+
+def test_a_prompt_that_finds_another_embedding_of_the_name_is_refused(tmp_path: Path, asked: Any, fails: Any) -> None:
+    for number, name in enumerate(("a", "keep")):
+        (tmp_path / name).mkdir()
+        save_file(_tensors(seed=number), tmp_path / name / "two.safetensors")
+    out, embeddings = tmp_path / "out.png", ("--embedding-dir", str(tmp_path))
+    _draw("a star, embedding:a\\two", *embeddings, "-o", str(out))
+    assert _names(*asked("--from", out)) == ["two.safetensors"]  # a backslash names a folder too
+    (tmp_path / "keep" / "two.safetensors").write_bytes((tmp_path / "a" / "two.safetensors").read_bytes())
+    save_file(_tensors(seed=2), tmp_path / "a" / "two.safetensors")
+    line = fails(trt_generate, ["--from", str(out), *embeddings, "-o", str(tmp_path / "again.png")], 2)
+    assert "its prompt now finds another embedding 'two.safetensors' than the one it was made with" in line
+    # A prompt that is given now may name whatever it likes.
+    asked("--from", out, "a fox, embedding:a/two", *embeddings)
+
+
+def test_a_folder_that_cannot_be_searched_is_passed_over_unless_it_was_given(
+    pictures: dict[str, Path], asked: Any, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, fails: Any
+) -> None:
+    apart, ink = tmp_path_factory.mktemp("apart"), pictures["diffusers"].with_name("ink.safetensors")
+    alone = shutil.copy(pictures["diffusers"], apart / "alone.png")
+    (apart / "ink.safetensors").symlink_to(ink)
+    shutil.copy(ink, tmp_path / "ink.safetensors")
+    assert _names(*asked("--from", alone)) == ["ink.safetensors"]
+    line = fails(trt_generate, ["--from", str(alone), "--embedding-dir", str(apart)], 2)
+    assert "is a symbolic link, which is not followed" in line
 
 
 def test_a_workflow_keeps_its_words_and_finds_the_embeddings(

@@ -19,6 +19,7 @@ from sdxl_trt.engines.errors import UsageError
 from sdxl_trt.runtime.comfyui.reader import read_workflow
 from sdxl_trt.runtime.comfyui.requests import check_workflow, pair_request
 from sdxl_trt.runtime.comfyui.writer import write_workflow
+from sdxl_trt.runtime.images import InputMask
 from sdxl_trt.runtime.images.inputs import InputPicture, read_input
 from sdxl_trt.runtime.request.request import Request
 from sdxl_trt.runtime.request.resolve import ResolvedRequest, resolve_request
@@ -212,6 +213,18 @@ def test_a_start_that_differs_in_comfyui_is_not_written(
     usual = {"image": image, "width": None, "height": None, "strength": 0.5, "handoff": None}
     assert _written(replace(FOX, **usual), manifest) is not None  # type: ignore[arg-type]
     assert _written(replace(FOX, **(usual | change)), manifest) is None  # type: ignore[arg-type]
+
+
+def test_two_files_of_one_name_have_no_graph(manifest: Manifest, image: InputPicture, tmp_path: Path) -> None:
+    pixels = np.full((32, 64), 255, np.uint8)
+    usual = {"image": image, "width": None, "height": None, "strength": 0.5, "handoff": None}
+    for mask, written in (
+        (InputMask(pixels, "mask.png", "1" * 64), True),
+        (InputMask(pixels, image.name, image.sha256), True),
+        (InputMask(pixels, image.name, "1" * 64), False),
+    ):
+        request = replace(FOX, mask=mask, paste=False, **usual)  # type: ignore[arg-type]
+        assert (_written(request, manifest) is not None) == written
 
 
 def test_models_with_the_same_name_get_different_names(manifest: Manifest, tmp_path: Path) -> None:

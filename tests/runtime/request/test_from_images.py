@@ -81,6 +81,17 @@ def test_another_picture_of_that_name_is_not_taken_for_it(generate: Any, photo: 
         repeated(["--from", str(tmp_path / "out.png")])
 
 
+def test_one_of_several_latents_is_not_guessed(opened: Pipeline, tmp_path: Path) -> None:
+    latents = np.random.default_rng(0).standard_normal((2, 4, 32, 32)).astype(np.float32)
+    np.save(tmp_path / "two.npy", latents)
+    pictures = opened.generate(Request("a fox", steps=2, image=read_input(tmp_path / "two.npy"), strength=0.5,
+                                       count=2, width=64, height=64, handoff=None))  # fmt: skip
+    for index, picture in enumerate(pictures):
+        save_image(picture.image, tmp_path / f"{index}.png", describe(picture.metadata))
+        with pytest.raises(UsageError, match=r"from one of 2 latents in 'two\.npy', and does not say from which"):
+            repeated(["--from", str(tmp_path / f"{index}.png")])
+
+
 @pytest.mark.parametrize("name", ["../photo.png", "sub/photo.png", "", "/etc/passwd", "photo.png\0"])
 def test_no_name_leads_out_of_the_folder(opened: Pipeline, photo: Path, tmp_path: Path, name: str) -> None:
     (picture,) = opened.generate(Request("a fox", steps=2, image=read_input(photo), strength=0.5, handoff=None))
