@@ -1,5 +1,7 @@
 """Small SDXL-shaped pairs as diffusers folders, and the bundles exported from them, shared by all tests."""
 
+import copy
+import functools
 import gc
 import importlib.util
 import io
@@ -277,7 +279,27 @@ Convert = Callable[..., Any]
 
 
 @pytest.fixture(scope="session")
-def convert_once(tmp_path_factory: pytest.TempPathFactory) -> Convert:
+def translations_once() -> Iterator[None]:
+    """Let torch's exporter collect its table of translations once per process, instead of a second for each graph."""
+    from torch.onnx._internal.exporter import _registration
+
+    usual = _registration.ONNXRegistry
+    collected = functools.cache(lambda opset: usual.from_torchlib(opset_version=opset))
+
+    class Registry(usual):
+        @classmethod
+        def from_torchlib(cls, opset_version: int) -> Any:
+            found = copy.copy(collected(opset_version))
+            found.functions = {target: list(each) for target, each in found.functions.items()}  # exports add their own
+            return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_registration, "ONNXRegistry", Registry)
+        yield
+
+
+@pytest.fixture(scope="session")
+def convert_once(tmp_path_factory: pytest.TempPathFactory, translations_once: None) -> Convert:
     """Return a replacement for the exporter's `convert` that copies what any test process has converted before.
 
     A component's key covers everything that determines its files, so converting it again would test nothing new.

@@ -15,6 +15,7 @@ from sdxl_trt.export.graph.models import build_model
 from sdxl_trt.export.graph.signatures import make_graph
 from sdxl_trt.export.graph.trace import trace_graph
 
+pytestmark = pytest.mark.usefixtures("translations_once")
 UNET = {
     "addition_embed_type": "text_time", "addition_time_embed_dim": 8, "norm_num_groups": 4, "cross_attention_dim": 20,
     "projection_class_embeddings_input_dim": 72, "block_out_channels": (8, 16), "layers_per_block": 1,

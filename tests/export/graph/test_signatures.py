@@ -17,6 +17,7 @@ from sdxl_trt.export.graph.signatures import make_graph
 from sdxl_trt.export.graph.trace import trace_graph
 from sdxl_trt.export.graph.weights import write_weights
 
+pytestmark = pytest.mark.usefixtures("translations_once")
 POOLED, IDS = 24, 6
 COMMON = {
     "addition_embed_type": "text_time", "addition_time_embed_dim": 8, "norm_num_groups": 4, "cross_attention_dim": 20,
