@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from sdxl_trt.engines.adapters.first_bytes import PICKLED, check_first_bytes, explain_damage, is_safetensors
     from sdxl_trt.engines.adapters.kinds import Branch
     from sdxl_trt.engines.adapters.names import COMPONENTS, LoraComponent, component_role
-    from sdxl_trt.engines.adapters.option import REFINER_NOTE, LoraOption, parse_lora_option
+    from sdxl_trt.engines.adapters.option import REFINER_NOTE, LoraOption, parse_lora_option, split_lora
     from sdxl_trt.engines.adapters.scaled import (
         Adapted, Changes, ScaledLora, Use, adapted, loras_of, name_of, narrowed, plan_changes, targets,
     )
@@ -22,7 +22,7 @@ else:
         "file": ("Lora", "open_lora"), "kinds": ("Branch",),
         "first_bytes": ("PICKLED", "check_first_bytes", "explain_damage", "is_safetensors"),
         "names": ("COMPONENTS", "LoraComponent", "component_role"),
-        "option": ("REFINER_NOTE", "LoraOption", "parse_lora_option"),
+        "option": ("REFINER_NOTE", "LoraOption", "parse_lora_option", "split_lora"),
         "scaled": (
             "Adapted", "Changes", "ScaledLora", "Use", "adapted", "loras_of", "name_of", "narrowed", "plan_changes",
             "targets",
@@ -35,6 +35,6 @@ __all__ = [
     "COMPONENTS", "PICKLED", "REFINER_NOTE", "WITHOUT_SLOTS", "Adapted", "Branch", "Changes", "Factors", "Lora",
     "LoraComponent", "LoraOption", "ScaledLora", "SlotFactors", "StoredTensor", "TensorFile", "Use", "adapted",
     "check_first_bytes", "component_role", "explain_damage", "is_safetensors", "loras_of", "name_of", "narrowed",
-    "open_lora", "open_tensors", "parse_lora_option", "plan_changes", "plan_factors", "read_tensor", "targets",
-    "unet_prefixes",
+    "open_lora", "open_tensors", "parse_lora_option", "plan_changes", "plan_factors", "read_tensor", "split_lora",
+    "targets", "unet_prefixes",
 ]

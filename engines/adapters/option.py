@@ -1,6 +1,6 @@
-"""The option --lora: a file, its scale on the UNet, and its scale on the text encoders."""
+"""A LoRA as options name it: a file, its scale on the UNet, and its scale on the text encoders."""
 
-__all__ = ["REFINER_NOTE", "LoraOption", "parse_lora_option"]
+__all__ = ["REFINER_NOTE", "LoraOption", "parse_lora_option", "split_lora"]
 
 import re
 from pathlib import Path
@@ -14,9 +14,9 @@ REFINER_NOTE = (
     " with --no-refiner, or hand off later (--handoff 0.9 or more)"
 )
 """What commands say where a LoRA changes the base and a refiner follows."""
-_EXPECTED = "expected FILE.safetensors, FILE.safetensors:UNET or FILE.safetensors:UNET:TE, such as a.safetensors:0.8"
-# File names may contain colons, so the file extends to the last .safetensors.
-_OPTION = re.compile(r"(.*\.safetensors)((?::[^:]*){0,2})", re.IGNORECASE | re.DOTALL)
+_EXPECTED = "give FILE.safetensors, FILE.safetensors:UNET or FILE.safetensors:UNET:TE, such as a.safetensors:0.8"
+# A path may contain colons, so it extends to the last .safetensors; a bare name ends at the first colon.
+_OPTION = re.compile(r"(.*\.safetensors|[^:]+)((?::[^:]*){0,2})", re.IGNORECASE | re.DOTALL)
 
 
 class LoraOption(NamedTuple):
@@ -32,15 +32,25 @@ def parse_lora_option(text: str) -> LoraOption:
 
     Raises UsageError.
     """
+    where = f"--lora {text}"
+    path, scales = split_lora(text, where, _EXPECTED)
+    if not path.lower().endswith(".safetensors"):
+        raise UsageError(f"{where}: {_EXPECTED}")
+    return LoraOption(Path(path), *scales)
+
+
+def split_lora(text: str, where: str, expected: str) -> tuple[str, list[float]]:
+    """Return the file or the bare name in ``FILE[:UNET[:TE]]``, and the scales, two at most, each finite.
+
+    Raises UsageError, which begins with `where` and ends with what was `expected`.
+    """
     found = _OPTION.fullmatch(text)
     if found is None:
-        raise UsageError(f"--lora {text}: {_EXPECTED}")
-    scales = [_scale(text, part) for part in found[2].split(":")[1:]]
-    return LoraOption(Path(found[1]), *scales)
-
-
-def _scale(text: str, part: str) -> float:
-    scale = finite_number(part)
-    if scale is None:
-        raise UsageError(f"--lora {text}: {part!r} is not a scale; give a finite number after the colon, such as 0.8")
-    return scale
+        raise UsageError(f"{where}: {expected}")
+    scales = []
+    for part in found[2].split(":")[1:]:
+        scale = finite_number(part)
+        if scale is None:
+            raise UsageError(f"{where}: {part!r} is not a scale; {expected}")
+        scales.append(scale)
+    return found[1], scales

@@ -4,7 +4,7 @@ __all__ = ["ControlNetSource", "open_controlnet"]
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -22,8 +22,8 @@ from sdxl_trt.export.checkpoints import (
     unquantized,
 )
 from sdxl_trt.export.sources.configs import PUBLISHED, read_json
-from sdxl_trt.export.sources.hub import fetch_controlnet, parse_hub_id
-from sdxl_trt.export.sources.source import HALF, KINDS, ModelSource, is_file, open_folder
+from sdxl_trt.export.sources.hub import Snapshot, fetch_controlnet
+from sdxl_trt.export.sources.source import ModelSource, find_source, folder_config, open_folder
 
 _CLASS, _STEM = "ControlNetModel", "diffusion_pytorch_model"
 _PREFIXES = ("control_model.", "controlnet.", "")
@@ -68,32 +68,24 @@ def open_controlnet(spec: str | Path, *, precision: str = "fp32", configs: Path 
     the model, for pickled files, ControlNets of other models, union ControlNets, ControlLoRAs and T2I adapters;
     CorruptError for broken files.
     """
-    path = Path(spec)
-    if path.is_dir():
-        return _folder(path, known_as(path.resolve()), "")
-    if is_file(path):
-        return _file(path, PUBLISHED / "base" / "unet" if configs is None else configs)
-    hub_id = parse_hub_id(str(spec))
-    if hub_id is None:
-        raise SourceError(f"--controlnet {spec}: no such folder or file; {KINDS}")
-    snapshot = fetch_controlnet(hub_id, half=precision in HALF)
-    return replace(_folder(snapshot.folder, snapshot.name, snapshot.variant), name=PurePosixPath(hub_id.repo).name)
+    found = find_source("--controlnet", spec, fetch_controlnet, precision)
+    if isinstance(found, Path):
+        return _file(found, PUBLISHED / "base" / "unet" if configs is None else configs)
+    return _folder(found)
 
 
-def _folder(root: Path, name: str, variant: str) -> ControlNetSource:
+def _folder(found: Snapshot) -> ControlNetSource:
+    root = found.folder
     where = f"--controlnet {root}"
-    if not (root / "config.json").is_file():
-        raise SourceError(f"{where}: has no config.json, so it is not a diffusers model; {KINDS}")
-    config = read_json(root / "config.json")
-    class_name = config.get("_class_name", _CLASS)
-    if class_name != _CLASS:
-        raise SourceError(f"{where}: is {_FOREIGN_CLASSES.get(class_name, f'a {class_name}')}; {_TAKES}")
+    config = folder_config(root, where, _CLASS, _TAKES, _FOREIGN_CLASSES)
     width = config.get("cross_attention_dim")
     _refuse_other(where, width if isinstance(width, int) else None,
                   added=config.get("addition_embed_type") == "text_time")  # fmt: skip
     _check_config(config, where)
-    opened = partial(open_folder, root, _STEM, variant, config)
-    return ControlNetSource(PurePosixPath(name).name, ModelSource(str(root), name, _CLASS, unquantized(config), opened))
+    opened = partial(open_folder, root, _STEM, found.variant, config)
+    # A repository's folder in the cache is called like the commit, which its name ends with.
+    name = PurePosixPath(found.name).name.removesuffix(f"@{root.name}")
+    return ControlNetSource(name, ModelSource(str(root), found.name, _CLASS, unquantized(config), opened))
 
 
 def _check_config(config: Mapping[str, Any], where: str) -> None:

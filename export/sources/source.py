@@ -12,7 +12,8 @@ __all__ = [
     "ModelSource",
     "PipelineSource",
     "Role",
-    "is_file",
+    "find_source",
+    "folder_config",
     "open_checkpoint_file",
     "open_folder",
     "open_pipeline",
@@ -25,7 +26,7 @@ __all__ = [
 ]
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -37,7 +38,7 @@ from sdxl_trt.engines.bundle import Scheduler
 from sdxl_trt.engines.host import known_as
 from sdxl_trt.export.checkpoints import Checkpoint, open_checkpoint, read_quantization, unquantized
 from sdxl_trt.export.sources.configs import PUBLISHED, read_json
-from sdxl_trt.export.sources.hub import fetch_pipeline, fetch_vae, parse_hub_id
+from sdxl_trt.export.sources.hub import Snapshot, fetch_pipeline, fetch_vae, parse_hub_id
 from sdxl_trt.export.sources.outlines import config_of
 from sdxl_trt.export.sources.predictions import said_schedule
 from sdxl_trt.export.sources.roles import BASE_CLASS, REFINER_CLASS, Role, check_class, check_role, needs_score
@@ -47,10 +48,12 @@ from sdxl_trt.export.sources.single_file import INPAINTING, SingleFile, open_sin
 log = logging.getLogger("sdxl_trt.export")
 Open = Callable[[], Checkpoint]
 Parts = tuple[Path, dict[str, Any], Open]
+Fetch = Callable[..., Snapshot]
 _CLASSES: dict[Role, str] = {"base": BASE_CLASS, "refiner": REFINER_CLASS}
 _ROLES: dict[str, Role] = {BASE_CLASS: "base", REFINER_CLASS: "refiner"}
 _VAE_CLASS = "AutoencoderKL"
 _STEMS = {"transformers": "model", "diffusers": "diffusion_pytorch_model"}
+_NO_OTHERS: Mapping[str, str] = {}
 _MODELS = ("text_encoder", "text_encoder_2", "unet", "vae")
 _REQUIRED = ("text_encoder_2", "unet", "vae", "tokenizer_2", "scheduler")
 HALF = ("fp16", "bf16")
@@ -98,16 +101,44 @@ def open_source(spec: str | Path, role: Role, *, precision: str = "fp32", vae: b
     downloaded instead of the fp32 ones. Without `vae` the source's autoencoder, if any, is ignored: `with_vae` adds
     one. Raises SourceError and CorruptError.
     """
-    path, class_name = Path(spec), _CLASSES[role]
+    found = find_source(f"--{role}", spec, fetch_pipeline, precision, f"{KINDS}, or 'mini'")
+    if isinstance(found, Path):
+        return open_checkpoint_file(found, role)
+    return open_pipeline(found.folder, _CLASSES[role], name=found.name, variant=found.variant, vae=vae)
+
+
+def find_source(option: str, spec: str | Path, fetch: Fetch, precision: str, expected: str = KINDS) -> Snapshot | Path:
+    """Return the file or the model's folder that `option` names; `fetch` downloads that of a hub id.
+
+    A local file or folder is preferred to a hub id of the same name. Raises SourceError, which ends with what was
+    `expected`, if it is none of these, and what `fetch` raises.
+    """
+    path = Path(spec)
     if path.is_dir():
-        return open_pipeline(path, class_name, vae=vae)
+        return Snapshot(path, known_as(path.resolve()), "")
     if is_file(path):
-        return open_checkpoint_file(path, role)
+        return path
     hub_id = parse_hub_id(str(spec))
     if hub_id is None:
-        raise SourceError(f"--{role} {spec}: no such folder or file; {KINDS}, or 'mini'")
-    snapshot = fetch_pipeline(hub_id, half=precision in HALF)
-    return open_pipeline(snapshot.folder, class_name, name=snapshot.name, variant=snapshot.variant, vae=vae)
+        raise SourceError(f"{option} {spec}: no such folder or file; {expected}")
+    return fetch(hub_id, half=precision in HALF)
+
+
+def folder_config(
+    folder: Path, where: str, class_name: str, takes: str, others: Mapping[str, str] = _NO_OTHERS
+) -> dict[str, Any]:
+    """Return the config of the model in `folder`, which must be a `class_name` if it states its class.
+
+    Raises SourceError, which begins with `where`, for a folder without a config, and for another class: it names that
+    as in `others`, and ends with what the option `takes`. Raises CorruptError for broken JSON.
+    """
+    if not (folder / "config.json").is_file():
+        raise SourceError(f"{where}: has no config.json, so it is not a diffusers model; {KINDS}")
+    config = read_json(folder / "config.json")
+    found = config.get("_class_name", class_name)
+    if found != class_name:
+        raise SourceError(f"{where}: is {others.get(found, f'a {found}')}; {takes}")
+    return config
 
 
 def open_pipeline(
@@ -174,20 +205,14 @@ def open_vae(spec: str | Path, *, precision: str = "fp32", configs: Path | None 
     A single file has LDM names, with or without ``first_stage_model.``, or diffusers' names. Its config is the
     published one, or the folder `configs`' ``config.json``. Raises SourceError and CorruptError.
     """
-    path = Path(spec)
-    if path.is_dir():
-        return _vae_folder(path, known_as(path.resolve()), "")
-    if is_file(path):
-        file = open_single_file(path, "vae")
+    found = find_source("--vae", spec, fetch_vae, precision)
+    if isinstance(found, Path):
+        file = open_single_file(found, "vae")
         if file.kind == "vae":
             warn_of_unused(file)
         config = read_json((PUBLISHED / "base" / "vae" if configs is None else configs) / "config.json")
-        return ModelSource(str(path), known_as(path), _VAE_CLASS, config, partial(file.checkpoint, "vae", config))
-    hub_id = parse_hub_id(str(spec))
-    if hub_id is None:
-        raise SourceError(f"--vae {spec}: no such folder or file; {KINDS}")
-    snapshot = fetch_vae(hub_id, half=precision in HALF)
-    return _vae_folder(snapshot.folder, snapshot.name, snapshot.variant)
+        return ModelSource(str(found), known_as(found), _VAE_CLASS, config, partial(file.checkpoint, "vae", config))
+    return _vae_folder(found)
 
 
 def with_vae(pipeline: PipelineSource, vae: ModelSource) -> PipelineSource:
@@ -195,16 +220,11 @@ def with_vae(pipeline: PipelineSource, vae: ModelSource) -> PipelineSource:
     return replace(pipeline, models=pipeline.models | {"vae": vae})
 
 
-def _vae_folder(root: Path, name: str, variant: str) -> ModelSource:
-    inner = (root / "vae" / "config.json").is_file()
-    folder, name = (root / "vae", f"{name}/vae") if inner else (root, name)
-    if not (folder / "config.json").is_file():
-        raise SourceError(f"--vae {root}: has no config.json, so it is not a diffusers model; {KINDS}")
-    config = read_json(folder / "config.json")
-    class_name = config.get("_class_name", _VAE_CLASS)
-    if class_name != _VAE_CLASS:
-        raise SourceError(f"--vae {root}: is a {class_name}; --vae takes an {_VAE_CLASS}")
-    opened = partial(open_folder, folder, _STEMS["diffusers"], variant, config)
+def _vae_folder(found: Snapshot) -> ModelSource:
+    inner = (found.folder / "vae" / "config.json").is_file()
+    folder, name = (found.folder / "vae", f"{found.name}/vae") if inner else (found.folder, found.name)
+    config = folder_config(folder, f"--vae {found.folder}", _VAE_CLASS, f"--vae takes an {_VAE_CLASS}")
+    opened = partial(open_folder, folder, _STEMS["diffusers"], found.variant, config)
     return ModelSource(str(folder), name, _VAE_CLASS, unquantized(config), opened)
 
 

@@ -13,16 +13,15 @@ from sdxl_trt.engines import SourceError
 from sdxl_trt.engines.host import known_as
 from sdxl_trt.export.checkpoints import unquantized
 from sdxl_trt.export.sources.configs import PUBLISHED, read_json
-from sdxl_trt.export.sources.hub import fetch_unet, parse_hub_id
+from sdxl_trt.export.sources.hub import Snapshot, fetch_unet
 from sdxl_trt.export.sources.predictions import said_schedule
 from sdxl_trt.export.sources.scheduler_config import read_scheduler
 from sdxl_trt.export.sources.single_file import SingleFile, open_single_file
 from sdxl_trt.export.sources.source import (
-    HALF,
-    KINDS,
     ModelSource,
     PipelineSource,
-    is_file,
+    find_source,
+    folder_config,
     open_folder,
     outlined,
     warn_of_unused,
@@ -51,16 +50,10 @@ def open_unet(spec: str | Path, *, precision: str = "fp32", configs: Path | None
     checkpoint. Its config is the published one, or the folder `configs`' ``config.json``, with the file's blocks.
     Raises SourceError, naming the model, for UNets of other models, and CorruptError.
     """
-    path = Path(spec)
-    if path.is_dir():
-        return _folder(path, known_as(path.resolve()), "")
-    if is_file(path):
-        return _file(path, PUBLISHED / "base" / "unet" if configs is None else configs)
-    hub_id = parse_hub_id(str(spec))
-    if hub_id is None:
-        raise SourceError(f"--unet {spec}: no such folder or file; {KINDS}")
-    snapshot = fetch_unet(hub_id, half=precision in HALF)
-    return _folder(snapshot.folder, snapshot.name, snapshot.variant)
+    found = find_source("--unet", spec, fetch_unet, precision)
+    if isinstance(found, Path):
+        return _file(found, PUBLISHED / "base" / "unet" if configs is None else configs)
+    return _folder(found)
 
 
 def with_unet(pipeline: PipelineSource, unet: UNetSource) -> PipelineSource:
@@ -118,18 +111,14 @@ def _refuse_other(where: str, width: int | None, *, added: bool, distilled: bool
         raise SourceError(f"{where}: is {what}")
 
 
-def _folder(root: Path, name: str, variant: str) -> UNetSource:
+def _folder(found: Snapshot) -> UNetSource:
+    root = found.folder
     inner = (root / "unet" / "config.json").is_file()
-    folder, name = (root / "unet", f"{name}/unet") if inner else (root, name)
+    folder, name = (root / "unet", f"{found.name}/unet") if inner else (root, found.name)
     where = f"--unet {root}"
-    if not (folder / "config.json").is_file():
-        raise SourceError(f"{where}: has no config.json, so it is not a diffusers model; {KINDS}")
-    config = read_json(folder / "config.json")
-    class_name = config.get("_class_name", _CLASS)
-    if class_name != _CLASS:
-        raise SourceError(f"{where}: is a {class_name}; --unet takes a {_CLASS}")
+    config = folder_config(folder, where, _CLASS, f"--unet takes a {_CLASS}")
     _check_config(config, where)
-    opened = partial(open_folder, folder, _STEM, variant, config)
+    opened = partial(open_folder, folder, _STEM, found.variant, config)
     model = ModelSource(str(folder), name, _CLASS, unquantized(config), opened)
     return UNetSource(model, _pipelines_schedule(root) if inner else {})
 

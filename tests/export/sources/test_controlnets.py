@@ -14,6 +14,7 @@ from sdxl_trt.engines.errors import SourceError
 from sdxl_trt.export.checkpoints.checkpoint import digest_tensors, resolve_names
 from sdxl_trt.export.graph.models import build_model
 from sdxl_trt.export.sources.controlnets import open_controlnet
+from sdxl_trt.export.sources.hub import Snapshot
 
 State = dict[str, torch.Tensor]
 # ControlNet's own names, written for this test, independently of export/checkpoints/ldm.py; one layer a level.
@@ -83,6 +84,18 @@ def test_a_file_in_every_layout_equals_the_folder(net: Any, tmp_path: Path, layo
     file, whole = open_controlnet(path, configs=unet), open_controlnet(folder)
     assert (file.name, whole.name) == ("canny", "canny")
     assert _digest(file) == _digest(whole)
+
+
+def test_a_repository_gives_its_name_without_owner_and_commit(
+    net: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(net[1], tmp_path / "0123abc"))
+    found = Snapshot(folder, "owner/canny@0123abc", "")
+    monkeypatch.setattr("sdxl_trt.export.sources.controlnets.fetch_controlnet", lambda hub_id, *, half: found)
+    source = open_controlnet("owner/canny")
+    assert (source.name, source.model.name) == ("canny", "owner/canny@0123abc")
+    local = Path(shutil.copytree(net[1], tmp_path / "canny@2"))
+    assert open_controlnet(local).name == "canny@2"
 
 
 def _config(folder: Path, target: Path, **changes: Any) -> Path:
