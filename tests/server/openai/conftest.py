@@ -22,7 +22,7 @@ from sdxl_trt.mini import bundle_path
 from sdxl_trt.runtime import Picture, Pipeline, Request, open_bundle
 from sdxl_trt.runtime.request import resolve_request
 from sdxl_trt.server import Options, http
-from sdxl_trt.server.desk import Drawn, Ended, Order, RefusedError, Stepped, Ticket, Waiting
+from sdxl_trt.server.desk import Drawn, Ended, Files, Order, RefusedError, Stepped, Ticket, Waiting
 
 T = TypeVar("T")
 BUNDLE = read_bundle(bundle_path())
@@ -75,6 +75,7 @@ class FakeDesk:
         pool = SimpleNamespace(limits=None, bundle=BUNDLE)
         self.pipeline = SimpleNamespace(manifest=BUNDLE.manifest, pool=pool)
         self.draining = False
+        self.files = Files()
 
     async def submit(self, order: Order) -> Ticket:
         if self.refuses is not None:
@@ -87,6 +88,8 @@ class FakeDesk:
         return ticket
 
     async def _draw(self, ticket: Ticket) -> None:
+        while not ticket.readers:  # a desk that ended before anybody read would have no previews left
+            await asyncio.sleep(0)
         if self.hold is not None:
             await self.hold.wait()
         assert isinstance(ticket.order.work, Request)
