@@ -16,6 +16,8 @@ from sdxl_trt.server.ops import drained
 from sdxl_trt.server.options import Options
 
 CONNECTIONS = 1024
+WAITING_CONNECTIONS, ACCEPTED_AT_ONCE = 2048, 16
+"""A thousand connections that come at once wait, rather than hold up the event loop until all are accepted."""
 FRAME_BYTES, FRAMES, PING_SECONDS = 64 << 10, 32, 20.0
 ANSWER_SECONDS = 10
 """How long answers that are being written may take after the last picture is drawn."""
@@ -35,7 +37,8 @@ def serve(app: FastAPI, options: Options) -> None:
 def _config(app: FastAPI, options: Options) -> uvicorn.Config:
     return uvicorn.Config(
         app, host=options.host, port=options.port, log_config=None, access_log=False, server_header=False,
-        proxy_headers=False, timeout_graceful_shutdown=ANSWER_SECONDS, limit_concurrency=CONNECTIONS,
+        proxy_headers=False, backlog=ACCEPTED_AT_ONCE, timeout_graceful_shutdown=ANSWER_SECONDS,
+        limit_concurrency=CONNECTIONS,
         ws_max_size=FRAME_BYTES, ws_max_queue=FRAMES, ws_ping_interval=PING_SECONDS, ws_ping_timeout=PING_SECONDS,
         lifespan="on",
     )  # fmt: skip
@@ -45,7 +48,7 @@ def _listening(options: Options) -> socket.socket:
     """Return a socket that listens; uvicorn's own would print a traceback if the port is taken."""
     try:
         family = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((options.host, options.port), family=family, backlog=2048)
+        return socket.create_server((options.host, options.port), family=family, backlog=WAITING_CONNECTIONS)
     except OSError as exc:
         raise UsageError(
             f"--host {options.host} --port {options.port}: {exc.strerror or exc}; give another one"
@@ -84,6 +87,8 @@ class _Server(uvicorn.Server):
         """Start, and say where."""
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
+        for listener in sockets or ():
+            listener.listen(WAITING_CONNECTIONS)  # the event loop has set how many it accepts at once
         if self.started and sockets:
             host, port = sockets[0].getsockname()[:2]
             shown = f"[{host}]" if ":" in host else host
