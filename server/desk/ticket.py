@@ -31,6 +31,8 @@ class Ticket:
         """"cancelled" or "interrupted" once somebody stops it: the worker looks between two calls of a UNet."""
         self.on_stop: Callable[[], None] = lambda: None
         """What the desk does when somebody stops it."""
+        self.listeners: list[Callable[[Event], None]] = []
+        """Called on the loop with every event, after the ticket has taken it."""
         self.loop = asyncio.get_running_loop()
         self._events: list[Event] = []
         self._news = asyncio.Event()
@@ -65,6 +67,8 @@ class Ticket:
         self._events.append(event)
         self._news.set()
         self._news = asyncio.Event()
+        for listener in self.listeners:
+            listener(event)
 
     def cancel(self) -> None:
         """Stop it between two calls of a UNet, and lose its pictures; do nothing if it has ended."""
