@@ -98,7 +98,7 @@ class Shared:
     ) -> None:
         self.failed: dict[int, Exception] = {}
         """What ended a job before its last step, by its index: the UNet's answer for its rows was NaN or infinity."""
-        self.on_call: Callable[[int, int], None] = lambda used, rows: None
+        self.on_call: Callable[[int, int], None] = lambda *_: None
         """Called before each common call with the rows that jobs use, and with all its rows."""
         self._pipeline = pipeline
         self._stage: StageName = stage

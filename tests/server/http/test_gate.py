@@ -371,7 +371,7 @@ def test_a_websocket_that_talks_too_fast_is_closed() -> None:
 
 def test_what_is_told_of_a_request_has_no_word_of_its_client(ask: Ask, caplog: pytest.LogCaptureFixture) -> None:
     told: list[Finished] = []
-    metrics = Metrics(lambda: None, lambda: 0, "1")
+    metrics = Metrics(lambda: 0, "1")
     headers = {"Authorization": f"Bearer {KEY}", "X-User": WORD}
     with caplog.at_level(logging.INFO, "sdxl_trt.server"):
         for path in (f"/{WORD}", f"/v1/x?fault=bug&prompt={WORD}", f"/v1/files/{WORD}", f"/v1/x?warn=[%22{WORD}%22]"):
