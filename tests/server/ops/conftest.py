@@ -1,0 +1,62 @@
+"""The whole application on the embedded pair, in this process."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from sdxl_trt.runtime import Pipeline
+from sdxl_trt.server import Options, create_app
+
+ADDRESS = "http://127.0.0.1:8188"
+Served = Callable[..., AbstractContextManager[TestClient]]
+
+
+class Borrowed:
+    """The engines of another pool, which stay loaded: the tests share them."""
+
+    def __init__(self, pool: Any) -> None:
+        self._pool = pool
+        self.closed = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pool, name)
+
+    def free(self, *_: Any) -> None:
+        pass
+
+    def close(self) -> None:
+        assert not self.closed, "closed twice"
+        self.closed = True
+
+
+@pytest.fixture
+def opened(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> list[Pipeline]:
+    """The pipelines that the application has opened, on the engines of the tests."""
+    made: list[Pipeline] = []
+
+    def open_bundle(*_: Any, **__: Any) -> Pipeline:
+        made.append(Pipeline(Borrowed(pipeline.pool)))  # type: ignore[arg-type]
+        return made[-1]
+
+    monkeypatch.setattr("sdxl_trt.server.app.open_bundle", open_bundle)
+    return made
+
+
+@pytest.fixture
+def served(opened: list[Pipeline]) -> Iterator[Served]:
+    """Return a context manager that serves with `options`, as a client of the warm server."""
+
+    @contextmanager
+    def serve(**options: Any) -> Iterator[TestClient]:
+        app = create_app(Options(**options))
+        with TestClient(app, base_url=ADDRESS, client=("10.0.0.9", 1)) as client:
+            assert client.portal is not None
+            assert client.portal.call(app.state.desk.warm)
+            yield client
+
+    yield serve
+    for pipeline in opened:
+        assert pipeline.pool.closed, "every pipeline is closed, once"  # type: ignore[attr-defined]
