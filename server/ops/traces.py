@@ -1,6 +1,6 @@
 """Spans of OpenTelemetry: a request, what it has drawn, and each stage of it. No prompt, key or path is in them.
 
-Nothing of OpenTelemetry is imported before an instance is made, which needs a tracer.
+Nothing of OpenTelemetry's SDK is imported here: an instance is made of a tracer.
 """
 
 __all__ = ["Traces"]

@@ -60,3 +60,21 @@ def served(opened: list[Pipeline]) -> Iterator[Served]:
     yield serve
     for pipeline in opened:
         assert pipeline.pool.closed, "every pipeline is closed, once"  # type: ignore[attr-defined]
+
+
+def node(kind: str, **inputs: Any) -> dict[str, Any]:
+    return {"class_type": kind, "inputs": inputs}
+
+
+@pytest.fixture
+def graph() -> dict[str, Any]:
+    """A graph of two steps of the base."""
+    return {
+        "3": node("KSampler", seed=7, steps=2, cfg=7.0, sampler_name="euler", scheduler="normal", denoise=1.0,
+                  model=["4", 0], positive=["6", 0], negative=["6", 0], latent_image=["5", 0]),
+        "4": node("CheckpointLoaderSimple", ckpt_name="base"),
+        "5": node("EmptyLatentImage", width=64, height=64, batch_size=1),
+        "6": node("CLIPTextEncode", text="a red star", clip=["4", 1]),
+        "8": node("VAEDecode", samples=["3", 0], vae=["4", 2]),
+        "9": node("SaveImage", filename_prefix="ComfyUI", images=["8", 0]),
+    }  # fmt: skip
