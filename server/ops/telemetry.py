@@ -30,7 +30,7 @@ def open_traces(model: Callable[[], str]) -> Traces:
         from opentelemetry.sdk.trace import TracerProvider  # noqa: PLC0415
         from opentelemetry.sdk.trace.export import BatchSpanProcessor  # noqa: PLC0415
     except ModuleNotFoundError as exc:
-        raise UsageError(f"--traces: {exc.name} is missing; {_INSTALL}") from exc
+        raise UsageError(f"--traces: OpenTelemetry's SDK is missing; {_INSTALL}") from exc
     present = trace.get_tracer_provider()
     if not isinstance(present, trace.ProxyTracerProvider):
         return Traces(present.get_tracer(__package__, __version__), model)
@@ -56,6 +56,6 @@ def _exporter() -> "SpanExporter | None":
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter  # noqa: PLC0415
     except ModuleNotFoundError as exc:
-        raise UsageError(f"--traces: {exc.name} is missing; {_INSTALL}") from exc
+        raise UsageError(f"--traces: the exporter for OTLP is missing; {_INSTALL}") from exc
     exporter: SpanExporter = OTLPSpanExporter()
     return exporter

@@ -103,3 +103,17 @@ def test_rows_that_no_picture_uses_are_padding(served: Any, rows: int | None) ->
         values = counted(client.get("/metrics").text)
     ratio = values["trt_batch_padding_ratio_sum", "base"] / values["trt_batch_padding_ratio_count", "base"]
     assert (ratio > 0) == (rows is not None)
+
+
+def test_answers_say_what_a_key_may_still_ask_for(served: Any) -> None:
+    with served(rate_requests=2) as client:
+        answers = [client.post(GENERATIONS, json=ASKED) for _ in range(3)]
+        health = client.get("/health/live")
+    told = [(answer.status_code, answer.headers["x-ratelimit-limit-requests"],
+             answer.headers["x-ratelimit-remaining-requests"]) for answer in answers]  # fmt: skip
+    assert told == [(200, "2", "1"), (200, "2", "0"), (429, "2", "0")]
+    reset = [answer.headers["x-ratelimit-reset-requests"] for answer in answers]
+    assert all(each.endswith("s") and 0 < int(each[:-1]) <= 60 for each in reset)
+    assert "x-ratelimit-limit-requests" not in health.headers
+    with served() as client:
+        assert "x-ratelimit-limit-requests" not in client.post(GENERATIONS, json=ASKED).headers

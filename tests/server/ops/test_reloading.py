@@ -48,8 +48,8 @@ def test_lists_of_models_follow_a_link_that_was_changed(
     [
         (CorruptError("{folder}/manifest.json: broken manifest; run export-engines again"),
          "the one before is served on: manifest.json: broken manifest; run export-engines again"),
-        (RuntimeError("{folder} MARKERWORD"), "the one before is served on: no picture could be drawn with it"
-         " (RuntimeError)"),
+        (RuntimeError("{folder} MARKERWORD"),
+         "the one before is served on: no picture could be drawn with it (RuntimeError)"),
     ],
     ids=["corrupt", "bug"],
 )  # fmt: skip

@@ -109,7 +109,8 @@ except Exception as exc:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (
-        done.stdout == "--traces: opentelemetry.sdk is missing; install it with: pip install 'sdxl-trt[server,otel]'\n"
+        done.stdout
+        == "--traces: OpenTelemetry's SDK is missing; install it with: pip install 'sdxl-trt[server,otel]'\n"
     )
 
 
