@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +34,8 @@ class Server:
     temporary: Path
     log: Path
     out: Path
+    warm: int = 0
+    """The bytes in memory after the first picture."""
 
     def memory(self, name: str = "VmRSS") -> int:
         """Return the bytes that the process has in memory; "VmHWM" is the most since `forget_peak`."""
@@ -53,11 +55,20 @@ class Server:
     def ask(self, method: str, path: str, body: bytes = b"", key: str = OWN, **headers: str) -> tuple[int, bytes]:
         """Return status and body of the answer to a whole request."""
         with self.connect() as connection:
-            try:
+            with suppress(OSError):  # the answer may come before the end of the body
                 connection.sendall(head(method, path, key, Content_Length=str(len(body)), **headers) + body)
-            except OSError:
-                pass  # the answer may have come before the end of the body
             return answer(connection)
+
+    def open_socket(self, path: str = "/ws", key: str = OWN, **headers: str) -> tuple[socket.socket, int]:
+        """Return a connection, and the status of the answer to its handshake: 101 if it is a websocket now."""
+        connection = self.connect()
+        more = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13",
+                "Sec-WebSocket-Key": "AAAAAAAAAAAAAAAAAAAAAA=="} | headers  # fmt: skip
+        connection.sendall(head("GET", path, key, **more))
+        told = b""
+        while b"\r\n\r\n" not in told:
+            told += connection.recv(1)  # nothing of the frames that follow
+        return connection, int(told.split()[1])
 
     def end(self, number: int = signal.SIGTERM) -> int:
         self.process.send_signal(number)
@@ -112,6 +123,9 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Se
             server = Server(process, int(address[1]), folder / "temporary", folder / "log", folder / "out")
             while server.ask("GET", "/health/ready")[0] != 200:
                 assert process.poll() is None, (folder / "log").read_text()
+            asked = b'{"prompt": "MARKERWORD", "size": "64x64", "steps": 2, "user": "MARKERWORD"}'
+            assert server.ask("POST", "/v1/images/generations", asked)[0] == 200
+            server.warm = server.memory()
             return server
 
         yield started
@@ -121,3 +135,50 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Se
 def server(start: Callable[..., Server]) -> Server:
     """The server that all tests share."""
     return start()
+
+
+def frames(connection: socket.socket) -> Iterator[tuple[int, bytes]]:
+    """Yield opcode and payload of each frame that a server sends, until the connection ends."""
+    data = b""
+
+    def take(count: int) -> bytes:
+        nonlocal data
+        while len(data) < count:
+            if not (part := connection.recv(65536)):
+                raise ConnectionResetError
+            data += part
+        taken, data = data[:count], data[count:]
+        return taken
+
+    with suppress(ConnectionResetError):
+        while True:
+            first, length = take(2)
+            if length > 125:
+                length = int.from_bytes(take(2 if length == 126 else 8), "big")
+            yield first & 15, take(length)
+
+
+def close_code(connection: socket.socket) -> int:
+    """Return the code with which a server closes a websocket; 0 if it closes without one."""
+    for opcode, payload in frames(connection):
+        if opcode == 8:
+            return int.from_bytes(payload[:2], "big")
+    return 0
+
+
+@pytest.fixture
+def graph() -> dict[str, dict[str, object]]:
+    """A graph of two steps, with the marker where a client's words stand."""
+
+    def node(kind: str, **inputs: object) -> dict[str, object]:
+        return {"class_type": kind, "inputs": inputs}
+
+    return {
+        "3": node("KSampler", seed=7, steps=2, cfg=7.0, sampler_name="euler", scheduler="normal", denoise=1.0,
+                  model=["4", 0], positive=["6", 0], negative=["6", 0], latent_image=["5", 0]),
+        "4": node("CheckpointLoaderSimple", ckpt_name="base"),
+        "5": node("EmptyLatentImage", width=64, height=64, batch_size=1),
+        "6": node("CLIPTextEncode", text="MARKERWORD", clip=["4", 1]),
+        "8": node("VAEDecode", samples=["3", 0], vae=["4", 2]),
+        "9": node("SaveImage", filename_prefix="MARKERWORD", images=["8", 0]),
+    }  # fmt: skip

@@ -238,3 +238,12 @@ def test_slow_heads_and_bodies_are_given_up_in_time(server: Any) -> None:
         "body": 408, "stopped body": 408, "head": 408, "stopped head": 408, "silence": 0,
     }  # fmt: skip
     assert all(seconds < 15 for _, seconds in results.values())
+
+
+def test_a_body_within_the_limit_takes_no_more_than_its_share(server: Any) -> None:
+    body = b'{"prompt": "MARKERWORD", "image": "%s"}' % base64.b64encode(bytes(23 * MIB))
+    assert server.ask("POST", DRAW, body)[0] == 400
+
+
+def test_nothing_of_all_this_stays(server: Any) -> None:
+    assert server.memory() - server.warm < MOST
