@@ -15,7 +15,7 @@ PROMPT ?= a large red star on a blue background
 # A half-made environment must not pass for a whole one.
 .DELETE_ON_ERROR:
 
-.PHONY: help demo serve demo-export install test lint types pytest peers test-peers clients test-clients test-references format mini-bundle gallery checkpoints readme bench bench-export bench-build bench-host bench-load bench-lora bench-serve gpu-check clean
+.PHONY: help demo serve demo-export install test lint types pytest peers test-peers clients test-clients test-hostile test-references format mini-bundle gallery checkpoints readme bench bench-export bench-build bench-host bench-load bench-lora bench-serve gpu-check clean
 
 help:  ## Say what there is to make
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -45,7 +45,7 @@ types: $(VENV)/.full
 	$(BIN)/mypy --platform win32 --cache-dir .mypy_cache/win32 -p sdxl_trt
 
 pytest: $(VENV)/.full
-	$(BIN)/pytest --numprocesses 2 --dist loadfile --ignore=tests/references -m "not builds"
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --ignore=tests/references -m "not builds and not hostile"
 
 test-references: $(VENV)/.full  ## Whole runs against diffusers and recorded results of ComfyUI, and whole plans
 	$(BIN)/pytest --numprocesses 2 --dist loadfile tests/references
@@ -60,6 +60,9 @@ clients: $(CLIENTS)/.done  ## The environment of the clients of trt-serve in .ve
 
 test-clients: $(VENV)/.full $(CLIENTS)/.done  ## Real clients draw on trt-serve, which runs as a process of its own
 	$(CLIENTS)/bin/python -m pytest --config-file tests/clients/pytest.ini tests/clients
+
+test-hostile: $(VENV)/.full  ## Bodies, pictures and websockets that attack trt-serve, its signals, and what it tells
+	$(BIN)/pytest -m hostile tests/server/hostile
 
 format: $(VENV)/.full  ## Format the code and mend what lint can mend
 	$(BIN)/ruff check --fix .

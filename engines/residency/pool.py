@@ -62,6 +62,7 @@ class EnginePool:
         activations: Mapping[str, int] | None = None,
         estimate: Callable[..., MemoryEstimate] | None = None,
         close: Callable[[], None] = lambda: None,
+        memory: Callable[[], tuple[int, int] | None] = lambda: None,
     ) -> None:
         self.bundle = bundle
         self.residency: Residency = residency
@@ -84,6 +85,8 @@ class EnginePool:
         self._estimate = estimate
         self._stale = False
         self._close = close
+        self.memory = memory
+        """Returns (free, total) bytes of the GPU, of all processes; None if unknown or on a CPU."""
         self._engines: dict[str, Engine] = {}
         self._worn: dict[str, tuple[ScaledLora, ...]] = {}
         self._prefetched: dict[str, Engine] = {}
@@ -100,6 +103,11 @@ class EnginePool:
     def preparing(self) -> bool:
         """Whether a thread still loads engines of the next phase."""
         return self._ahead is not None and self._ahead.running
+
+    @property
+    def loaded(self) -> tuple[str, ...]:
+        """The components whose engines are loaded, in loading order; any thread may ask."""
+        return tuple(self._engines)
 
     def holds(self, use: Use) -> bool:
         """Return whether a component is loaded with exactly these LoRAs, so that a phase would not load it."""
@@ -428,6 +436,7 @@ def open_pool(
         activations={need.component: need.activations for need in plan.needs} if backend.records else None,
         estimate=estimate,
         close=backend.close,
+        memory=backend.memory,
     )
     order = run_components(
         bundle.manifest, backend.provider, from_image=from_image, capability=backend.capability, controls=controls

@@ -69,7 +69,8 @@ class Stepped:
     """One unit of work is done: `index` of `total` in `stage` ("encode", "load", "base", "refiner", "decode", …).
 
     `first` is the index of the first picture concerned. `estimate` are the clean latents as they are now (n, c, h, w),
-    a copy, where the order asked for them. `node` is the graph's node that works, "" for a request.
+    a copy, where the order asked for them. `node` is the graph's node that works, "" for a request. `pictures` are
+    concerned, and the unit took `seconds`.
     """
 
     stage: str
@@ -78,15 +79,21 @@ class Stepped:
     first: int = 0
     estimate: NDArray[np.float32] | None = None
     node: str = ""
+    pictures: int = 1
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """Picture `index` of the order is finished; `node` is the graph's output node, "" for a request."""
+    """Picture `index` of the order is finished; `node` is the graph's output node, "" for a request.
+
+    Decoding took `seconds`.
+    """
 
     index: int
     picture: Picture
     node: str = ""
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,8 @@ class Ticket:
         """"cancelled" or "interrupted" once somebody stops it: the worker looks between two calls of a UNet."""
         self.on_stop: Callable[[], None] = lambda: None
         """What the desk does when somebody stops it."""
+        self.listeners: list[Callable[[Event], None]] = []
+        """Called on the loop with every event, after the ticket has taken it."""
         self.loop = asyncio.get_running_loop()
         self.readers = 0
         """How many readers have begun with the events and not come to the end."""
@@ -66,6 +68,8 @@ class Ticket:
         self._forget_estimates()
         self._news.set()
         self._news = asyncio.Event()
+        for listener in self.listeners:
+            listener(event)
 
     def _forget_estimates(self) -> None:
         """Let go of the previews once nobody is about to read them: they hold most of an order's memory."""
