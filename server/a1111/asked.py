@@ -22,6 +22,10 @@ MOST_SEED = 2**64 - 1
 DRAWN_SEEDS = 4294967294
 """A1111 draws seeds below this."""
 MOST_NAME = 400
+_NOISE = (
+    "seed: its noise is that of A1111's options randn_source CPU, sgm_noise_multiplier and enable_quantization; A1111"
+    " with others draws other pictures"
+)
 MOST_STEPS = int(settings_of(Request)["steps"].high or 1000)
 
 DEFAULTS: Mapping[str, Any] = {
@@ -128,7 +132,7 @@ class Asked:
 
 
 def echo(body: Mapping[str, Any], *, img2img: bool, include: bool = False) -> dict[str, Any]:
-    """Return the `parameters` of an answer: the known fields of a body, without pictures unless they are to be in it."""
+    """Return the `parameters` of an answer: the known fields of a body, with pictures only if they are to `include`."""
     known = {**DEFAULTS, **OF_PICTURES} if img2img else DEFAULTS
     heavy = () if include else _HEAVY
     return {name: default if name in heavy else body.get(name, default) for name, default in known.items()}
@@ -224,8 +228,7 @@ def _seed(given: Fields) -> tuple[int, list[str]]:
     if value in (None, "", -1, -1.0, "-1"):
         return secrets.randbelow(DRAWN_SEEDS), []
     seed = Fields({"seed": value}).whole("seed", 0, MOST_SEED, 0)
-    return seed, ["seed: its noise is that of A1111's options randn_source CPU, sgm_noise_multiplier and"
-                  " enable_quantization; A1111 with others draws other pictures"]  # fmt: skip
+    return seed, [_NOISE]
 
 
 def _refiner_warnings(at: float | None, *, refines: bool) -> Iterator[str]:

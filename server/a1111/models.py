@@ -21,7 +21,7 @@ _DIGITS = 10
 
 @dataclass(frozen=True)
 class Model:
-    """An expert of the bundle, under the names that a checkpoint has in A1111. `sha256` is that of its UNet's weights."""
+    """An expert of the bundle, under the names of a checkpoint of A1111; `sha256` is that of its UNet's weights."""
 
     model_name: str
     sha256: str

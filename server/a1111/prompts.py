@@ -16,7 +16,7 @@ from sdxl_trt.runtime.adapters import LoraUse, split_tags, tags_of
 from sdxl_trt.server.a1111.fields import invalid
 
 STEP = 1.1
-_TOKEN = re.compile(r"\\[()\[\]\\]|:\s*(?P<weight>[+-]?[.\d]+)\s*\)|[()\[\]:\\]|[^\\()\[\]:]+")
+_PIECE = re.compile(r"\\[()\[\]\\]|:\s*(?P<weight>[+-]?[.\d]+)\s*\)|[()\[\]:\\]|[^\\()\[\]:]+")
 _INNERMOST = re.compile(r"\[([^\[\]]*)\]")
 _SCHEDULED = re.compile(r":\s*[-+]?[.\d]+\s*\Z")
 _AND, _BREAK = re.compile(r"\bAND\b"), re.compile(r"\bBREAK\b")
@@ -42,7 +42,7 @@ def read_prompt(field: str, prompt: str, embeddings: Collection[str] = (), *, ne
 
     As in A1111, a negative prompt names no LoRAs. Raises ApiError (422) that names the field.
     """
-    words, loras = prompt, ()
+    words, loras = prompt, tuple[LoraUse, ...]()
     if not negative and tags_of(prompt):
         try:
             words, loras = split_tags(prompt)
@@ -77,20 +77,20 @@ def _weighted(prompt: str) -> list[tuple[str, float]]:
     def multiply(start: int, by: float) -> None:
         parts[start:] = [(text, weight * by) for text, weight in parts[start:]]
 
-    for found in _TOKEN.finditer(prompt):
-        token, weight = found[0], _number(found["weight"])
-        if token[0] == "\\" and len(token) > 1:
-            parts.append((token[1], 1.0))
-        elif token in opened:
-            opened[token].append(len(parts))
+    for found in _PIECE.finditer(prompt):
+        piece, weight = found[0], _number(found["weight"])
+        if piece[0] == "\\" and len(piece) > 1:
+            parts.append((piece[1], 1.0))
+        elif piece in opened:
+            opened[piece].append(len(parts))
         elif weight is not None and opened["("]:
             multiply(opened["("].pop(), weight)
-        elif token == ")" and opened["("]:
+        elif piece == ")" and opened["("]:
             multiply(opened["("].pop(), STEP)
-        elif token == "]" and opened["["]:
+        elif piece == "]" and opened["["]:
             multiply(opened["["].pop(), 1.0 / STEP)
         else:
-            parts.append((token, 1.0))
+            parts.append((piece, 1.0))
     for bracket, by in (("(", STEP), ("[", 1.0 / STEP)):
         for start in opened[bracket]:
             multiply(start, by)
@@ -136,6 +136,6 @@ def _with_embeddings(text: str, names: Collection[str]) -> str:
     known = {name.lower(): name for name in names if name and not re.search(r"[\s<\[(:,]", name)}
     if not known:
         return text
-    found = re.compile(rf"(?<!\w)(?<!embedding:)({'|'.join(map(re.escape, sorted(known, key=len, reverse=True)))})(?!\w)",
-                       re.IGNORECASE)  # fmt: skip
+    longest = "|".join(map(re.escape, sorted(known, key=len, reverse=True)))
+    found = re.compile(rf"(?<!\w)(?<!embedding:)({longest})(?!\w)", re.IGNORECASE)
     return found.sub(lambda match: f" embedding:{known[match[1].lower()]} ", text)
