@@ -5,8 +5,7 @@ __all__ = ["as_api_error", "check_ended", "without_paths"]
 import re
 
 from sdxl_trt.engines import ResourceError, SdxlTrtError, UsageError
-from sdxl_trt.server.a1111.fields import invalid
-from sdxl_trt.server.desk import Ended
+from sdxl_trt.server.desk import Ended, RefusedError
 from sdxl_trt.server.http import ApiError
 from sdxl_trt.server.options import Options
 
@@ -48,7 +47,7 @@ def without_paths(message: str, options: Options) -> str:
 def check_ended(ended: Ended, options: Options) -> None:
     """Raise ApiError unless an order ended with its pictures, or was interrupted."""
     if ended.outcome == "failed":
-        if isinstance(ended.error, Exception) and not isinstance(ended.error, SdxlTrtError):
+        if isinstance(ended.error, RefusedError):
             raise ended.error
         raise as_api_error(ended.error or RuntimeError("no reason was told"), options)
     if ended.outcome == "deadline":
@@ -56,9 +55,3 @@ def check_ended(ended: Ended, options: Options) -> None:
                        "deadline_exceeded")  # fmt: skip
     if ended.outcome == "cancelled":
         raise ApiError(503, "the request was stopped before a picture was finished", "cancelled")
-
-
-def lora_missing(name_known: bool) -> ApiError:
-    """Return the refusal of a LoRA in a prompt."""
-    what = "several LoRAs have the name" if name_known else "there is no LoRA of the name"
-    return invalid("prompt", f"{what} in a <lora:…> of it; /sdapi/v1/loras lists those of this server")
