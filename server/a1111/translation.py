@@ -135,7 +135,7 @@ class Translator:
         return replace(request, loras=loras, lora_dir=self._options.lora_dir), warnings
 
     def _loras(self, uses: Sequence[LoraUse]) -> tuple[tuple[LoraUse, ...], list[str]]:
-        """Return LoRAs with the paths of their files, without those that are fused into the bundle as they are asked."""
+        """Return LoRAs with the paths of their files; those that are fused into the bundle at the weight are left out."""
         found, warnings = [], []
         for use in uses:
             path = self._lora(use.path)
@@ -159,9 +159,12 @@ class Translator:
         return str(found[0]) if len(found) == 1 else None
 
     def _is_fused(self, use: LoraUse) -> bool:
-        text_scale = use.scale if use.text_scale is None else use.text_scale
-        return any(record.name.removesuffix(ENDING) == use.path.removesuffix(ENDING)
-                   and record.scale == use.scale == text_scale for record in self._manifest.loras)  # fmt: skip
+        asked = (use.scale, use.scale if use.text_scale is None else use.text_scale)
+        for record in self._manifest.loras:
+            fused = (record.scale, record.scale if record.text_scale is None else record.text_scale)
+            if record.name.removesuffix(ENDING) == use.path.removesuffix(ENDING) and fused == asked:
+                return True
+        return False
 
     # ---------------------------------------------------------------- ControlNets
 
