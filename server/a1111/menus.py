@@ -11,12 +11,19 @@ from starlette.responses import JSONResponse, Response
 
 from sdxl_trt.engines import SdxlTrtError
 from sdxl_trt.runtime.images import read_texts
+from sdxl_trt.server.a1111.body import (
+    SAMPLERS,
+    SCHEDULERS,
+    Models,
+    Settings,
+    changed,
+    embeddings_told,
+    invalid,
+    loras_told,
+    options_told,
+)
 from sdxl_trt.server.a1111.faults import as_api_error
-from sdxl_trt.server.a1111.fields import invalid
 from sdxl_trt.server.a1111.infotext import parse_infotext
-from sdxl_trt.server.a1111.models import Models, embeddings_told, loras_told
-from sdxl_trt.server.a1111.samplers import SAMPLERS, SCHEDULERS
-from sdxl_trt.server.a1111.settings import Settings, changed, options_told
 from sdxl_trt.server.http import from_base64, read_json
 from sdxl_trt.server.options import Options
 

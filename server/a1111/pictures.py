@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from sdxl_trt.engines.bundle import Manifest
 from sdxl_trt.runtime.images import encode_image
 from sdxl_trt.runtime.vae import approximate, colours_of
-from sdxl_trt.server.a1111.asked import AskedControl, AskedMask, AskedStart
-from sdxl_trt.server.a1111.fields import invalid
+from sdxl_trt.server.a1111.body import AskedControl, AskedMask, AskedStart, invalid
 from sdxl_trt.server.http import from_base64, read_picture
 from sdxl_trt.server.options import Options
 

@@ -21,12 +21,11 @@ from sdxl_trt.engines import SdxlTrtError
 from sdxl_trt.runtime import Picture
 from sdxl_trt.runtime.images import describe
 from sdxl_trt.runtime.request import resolve_request
-from sdxl_trt.server.a1111.asked import Asked, echo, read_asked
+from sdxl_trt.server.a1111.body import Asked, Models, echo, read_asked
 from sdxl_trt.server.a1111.faults import as_api_error, check_ended, without_paths
 from sdxl_trt.server.a1111.infotext import info, infotext
 from sdxl_trt.server.a1111.jobs import Job, Jobs, Shown, progress_told, task_told
 from sdxl_trt.server.a1111.menus import Menus
-from sdxl_trt.server.a1111.models import Models
 from sdxl_trt.server.a1111.pictures import encode, preview
 from sdxl_trt.server.a1111.translation import Translated, Translator
 from sdxl_trt.server.desk import Desk, Drawn, Ended, Order, Ticket

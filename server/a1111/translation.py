@@ -16,11 +16,8 @@ from sdxl_trt.runtime.controls import ControlUse
 from sdxl_trt.runtime.diffusion.schedules import Schedule, make_comfyui_schedule, make_schedule
 from sdxl_trt.runtime.images import as_input
 from sdxl_trt.runtime.request import Side
-from sdxl_trt.server.a1111.asked import Asked, AskedControl
-from sdxl_trt.server.a1111.fields import invalid
-from sdxl_trt.server.a1111.models import ENDING, names_in
+from sdxl_trt.server.a1111.body import ENDING, Asked, AskedControl, Prompt, invalid, names_in, read_prompt
 from sdxl_trt.server.a1111.pictures import Paste, Prepared, Size, control_picture, prepare
-from sdxl_trt.server.a1111.prompts import Prompt, read_prompt
 from sdxl_trt.server.a1111.refiner import switch_step
 from sdxl_trt.server.options import Options
 

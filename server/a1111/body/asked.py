@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sdxl_trt.runtime.request import Request, settings_of
-from sdxl_trt.server.a1111.fields import Fields, invalid
-from sdxl_trt.server.a1111.models import Models
-from sdxl_trt.server.a1111.samplers import DEFAULT_SAMPLER, Chosen, SamplerKind, choose
-from sdxl_trt.server.a1111.settings import Settings, changed
+from sdxl_trt.server.a1111.body.fields import Fields, invalid
+from sdxl_trt.server.a1111.body.models import Models
+from sdxl_trt.server.a1111.body.samplers import DEFAULT_SAMPLER, Chosen, SamplerKind, choose
+from sdxl_trt.server.a1111.body.settings import Settings, changed
 from sdxl_trt.server.http import ApiError
 
 MOST_PROMPT = 32_000

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from sdxl_trt.engines import UsageError
 from sdxl_trt.runtime.adapters import LoraUse, split_tags, tags_of
-from sdxl_trt.server.a1111.fields import invalid
+from sdxl_trt.server.a1111.body.fields import invalid
 
 STEP = 1.1
 _PIECE = re.compile(r"\\[()\[\]\\]|:\s*(?P<weight>[+-]?[.\d]+)\s*\)|[()\[\]:\\]|[^\\()\[\]:]+")

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from sdxl_trt.server.a1111.fields import Fields, invalid
-from sdxl_trt.server.a1111.models import Models
+from sdxl_trt.server.a1111.body.fields import Fields, invalid
+from sdxl_trt.server.a1111.body.models import Models
 
 FORMATS = {"png": "PNG", "jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP"}
 """A1111's `samples_format`, and Pillow's names of these."""

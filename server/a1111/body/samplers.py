@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from sdxl_trt.server.a1111.fields import invalid
+from sdxl_trt.server.a1111.body.fields import invalid
 from sdxl_trt.server.http import ApiError
 
 DEFAULT_SAMPLER = "Euler"
