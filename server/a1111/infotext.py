@@ -6,27 +6,17 @@ import json
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 from sdxl_trt.engines.host import __version__
 from sdxl_trt.runtime import Picture
-from sdxl_trt.server.a1111.asked import Asked
-from sdxl_trt.server.a1111.models import Model, Models
+from sdxl_trt.server.a1111.body import Asked, Model, Models
 
 _FACT = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])*+"|[^,]*+)(?:,|$)')
 _SIZE = re.compile(r"(\d{1,9})x(\d{1,9})", re.ASCII)
 _LEAST = 3
 """A last line with fewer facts is a part of the prompt."""
-
-
-@dataclass(frozen=True)
-class Sized:
-    """The size of a finished picture in pixels."""
-
-    width: int
-    height: int
 
 
 def infotext(asked: Asked, models: Models, picture: Picture) -> str:
@@ -133,7 +123,9 @@ def parse_infotext(text: str) -> dict[str, Any]:
     found = _FACT.findall(last)
     if len(found) < _LEAST:
         lines, found = [*lines, last], []
-    prompt, negative, told = [], [], False
+    prompt: list[str] = []
+    negative: list[str] = []
+    told = False
     for line in lines:
         told = told or line.startswith("Negative prompt:")
         (negative if told else prompt).append(line.strip().removeprefix("Negative prompt:").strip() if told else line)

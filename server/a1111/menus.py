@@ -110,9 +110,7 @@ def _saying(told: Any) -> Route:
 
 
 def _samplers() -> list[dict[str, Any]]:
-    return [{"name": each.label, "aliases": [*each.aliases],
-             "options": {"scheduler": each.usual.lower(), **each.options} if each.usual != "Automatic" else {**each.options}}
-            for each in SAMPLERS]  # fmt: skip
+    return [{"name": each.label, "aliases": [*each.aliases], "options": each.told} for each in SAMPLERS]
 
 
 def _schedulers() -> list[dict[str, Any]]:

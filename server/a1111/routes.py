@@ -5,7 +5,7 @@ __all__ = ["router"]
 import asyncio
 import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
@@ -221,10 +221,8 @@ def _deadline(headers: Mapping[str, str], options: Options) -> float:
 def _note(notes: dict[str, Any], asked: Asked, translated: Translated, ended: Ended) -> None:
     """Add what the log says of a request."""
     request = translated.request
+    stopped = ended.outcome in ("cancelled", "interrupted")
     notes |= {"size": f"{request.width}x{request.height}", "steps": asked.steps, "pictures": asked.pictures,
-              "sampler": asked.chosen.sampler.label, "cancelled": ended.outcome in ("cancelled", "interrupted")}  # fmt: skip
+              "sampler": asked.chosen.sampler.label, "cancelled": stopped}  # fmt: skip
     for stage, seconds in ended.seconds.items():
         notes[f"{'swap' if stage == 'load' else stage}_s"] = round(seconds, 3)
-
-
-Route = Callable[..., Any]

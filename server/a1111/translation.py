@@ -132,7 +132,7 @@ class Translator:
         return replace(request, loras=loras, lora_dir=self._options.lora_dir), warnings
 
     def _loras(self, uses: Sequence[LoraUse]) -> tuple[tuple[LoraUse, ...], list[str]]:
-        """Return LoRAs with the paths of their files; those that are fused into the bundle at the weight are left out."""
+        """Return LoRAs with the paths of their files; without those that are fused into the bundle."""
         found, warnings = [], []
         for use in uses:
             path = self._lora(use.path)

@@ -1,6 +1,6 @@
 """The names of models, LoRAs and embeddings that A1111's menus list, and what they mean."""
 
-__all__ = ["Model", "Models", "embeddings_told", "loras_told", "names_in"]
+__all__ = ["ENDING", "Model", "Models", "embeddings_told", "loras_told", "names_in"]
 
 import os
 from collections.abc import Iterator, Sequence

@@ -32,6 +32,11 @@ class SamplerKind:
     options: Mapping[str, object] = field(default_factory=dict)
 
     @property
+    def told(self) -> dict[str, object]:
+        """Return the options that A1111's menu has of it."""
+        return {**({} if self.usual == "Automatic" else {"scheduler": self.usual.lower()}), **self.options}
+
+    @property
     def two_calls(self) -> bool:
         """Return whether it asks the model twice in a step."""
         return bool(self.options.get("second_order"))
