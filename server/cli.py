@@ -105,6 +105,10 @@ def _add_limits(group: Any) -> None:
     group.add_argument("--max-body", type=sizes, default=32 << 20, metavar="SIZE", help="longest body (default: 32MiB)")
     group.add_argument("--max-pixels", type=counts, default=1 << 24, metavar="N", help="most pixels of a picture that"
                        " is sent (default: 16777216)")  # fmt: skip
+    group.add_argument("--rate-requests", type=counts, metavar="N", help="requests that one key may send a minute"
+                       " (default: any number)")  # fmt: skip
+    group.add_argument("--rate-seconds", type=seconds, metavar="S", help="predicted seconds of drawing that one key may"
+                       " ask for a minute (default: any)")  # fmt: skip
     group.add_argument("--on-disconnect", choices=("cancel", "finish", "finish-if-started"), help="what becomes of a"
                        " request whose client left (default: cancel; ComfyUI's jobs finish)")  # fmt: skip
 

@@ -4,7 +4,6 @@ __all__ = ["router"]
 
 import asyncio
 import contextlib
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -28,9 +27,10 @@ from sdxl_trt.server.a1111.jobs import Job, Jobs, Shown, progress_told, task_tol
 from sdxl_trt.server.a1111.menus import Menus
 from sdxl_trt.server.a1111.pictures import encode, preview
 from sdxl_trt.server.a1111.translation import Translated, Translator
-from sdxl_trt.server.desk import Desk, Drawn, Ended, Order, Ticket
+from sdxl_trt.server.desk import Desk, Drawn, Ended, Order
 from sdxl_trt.server.http import read_json
 from sdxl_trt.server.options import Options
+from sdxl_trt.server.readers import Asking, Once, Reader, deadline_of, gone
 
 PARAMETERS = "parameters"
 """The text of a picture file that A1111 reads."""
@@ -56,7 +56,7 @@ class _Drawing:
     """The endpoints about pictures, and the jobs that they share."""
 
     def __init__(self, options: Options, menus: Menus) -> None:
-        self._options, self._menus, self._jobs = options, menus, Jobs()
+        self._options, self._menus, self._jobs, self._once = options, menus, Jobs(), Once(options)
 
     async def txt2img(self, request: HttpRequest) -> Response:
         """Draw pictures from a prompt."""
@@ -75,21 +75,22 @@ class _Drawing:
         asked = read_asked(body, models, self._menus.settings, img2img=img2img)
         try:
             translated, notes = await asyncio.to_thread(self._translated, desk, asked)
-            ticket = await desk.submit(self._order(request, translated))
+            order = self._order(request, translated)
+            reader = await self._once.read(_asking(request, body), lambda: desk.submit(order))
         except SdxlTrtError as exc:
             raise as_api_error(exc, self._options) from exc
         caller.warnings += (*translated.warnings, *notes)
-        job = Job(ticket, caller.who, asked.pictures, translated.steps, asked.id_task, started)
-        ended, drawn = await self._awaited(request, job)
+        job = Job(reader.ticket, caller.who, asked.pictures, translated.steps, asked.id_task, started)
+        ended, drawn = await self._awaited(request, reader, job)
         _note(caller.notes, asked, translated, ended)
         check_ended(ended, self._options)
         if ended.outcome == "interrupted":
             caller.warnings.append("the request was interrupted: these are the pictures so far")
-        pictures = [_numbered(each, asked, translated) for each in drawn]
-        images = await asyncio.to_thread(_encoded, asked, models, pictures) if asked.send_images else []
+        pictures, images = await asyncio.to_thread(_encoded, asked, models, translated, drawn)
         include = asked.start is not None and asked.start.include
         told = echo(body, img2img=img2img, include=include)
-        return JSONResponse({"images": images, "parameters": told, "info": info(asked, models, pictures, started)})
+        answer = {"images": images, "parameters": told, "info": info(asked, models, pictures, started)}
+        return JSONResponse(answer, headers={"Idempotent-Replayed": "true"} if reader.replayed else None)
 
     def _translated(self, desk: Desk, asked: Asked) -> tuple[Translated, list[str]]:
         """Return the Request, and what the runtime says of it: on a thread, since both read files."""
@@ -100,13 +101,14 @@ class _Drawing:
 
     def _order(self, request: HttpRequest, translated: Translated) -> Order:
         return Order(translated.request, "a1111", request.state.caller.who, f"sd-{uuid4().hex}",
-                     _deadline(request.headers, self._options), wants_estimates=True, own_noise=True)  # fmt: skip
+                     deadline_of(request.headers, self._options), wants_estimates=True, keeps_estimates=False,
+                     own_noise=True)  # fmt: skip
 
-    async def _awaited(self, request: HttpRequest, job: Job) -> tuple[Ended, list[Drawn]]:
-        """Return how a job ended, and its pictures in order; if its client leaves before, it may be stopped."""
+    async def _awaited(self, request: HttpRequest, reader: Reader, job: Job) -> tuple[Ended, list[Drawn]]:
+        """Return how a job ended, and its pictures in order; if its client leaves before, so does its reader."""
         self._jobs.add(job)
-        left = asyncio.create_task(_gone(request))
-        left.add_done_callback(lambda task: None if task.cancelled() else self._leave(job.ticket))
+        left = asyncio.create_task(gone(request))
+        left.add_done_callback(lambda task: None if task.cancelled() else reader.leave())
         drawn = []
         try:
             async for event in job.ticket.events():
@@ -115,7 +117,7 @@ class _Drawing:
                     drawn.append(event)
             ended = await job.ticket.wait()
         except asyncio.CancelledError:
-            self._leave(job.ticket)
+            reader.leave()
             raise
         finally:
             self._jobs.end(job)
@@ -123,11 +125,6 @@ class _Drawing:
             with contextlib.suppress(asyncio.CancelledError):
                 await left
         return ended, sorted(drawn, key=lambda each: each.index)
-
-    def _leave(self, ticket: Ticket) -> None:
-        policy = self._options.on_disconnect or "cancel"
-        if policy == "cancel" or (policy == "finish-if-started" and ticket.started is None):
-            ticket.cancel()
 
     # ---------------------------------------------------------------- progress
 
@@ -177,6 +174,10 @@ def desk_of(request: HttpRequest) -> Desk:
     return desk
 
 
+def _asking(request: HttpRequest, body: Mapping[str, Any]) -> Asking:
+    return Asking.of(request.state.caller.who, request.url.path, request.headers, body)
+
+
 def _shown(request: HttpRequest) -> Shown:
     manifest = desk_of(request).pipeline.manifest
 
@@ -186,36 +187,22 @@ def _shown(request: HttpRequest) -> Shown:
     return show
 
 
-def _numbered(drawn: Drawn, asked: Asked, translated: Translated) -> Picture:
+def _finished(drawn: Drawn, translated: Translated) -> Picture:
     """Return a finished picture, with what is laid over it."""
-    picture, paste = drawn.picture, translated.paste
-    picture = replace(picture, seed=asked.seed + drawn.index)
-    return picture if paste is None else replace(picture, image=paste.onto(picture.image))
+    paste = translated.paste
+    return drawn.picture if paste is None else replace(drawn.picture, image=paste.onto(drawn.picture.image))
 
 
-def _encoded(asked: Asked, models: Models, pictures: Sequence[Picture]) -> list[str]:
-    """Return the files of pictures, which hold A1111's text and the settings that draw them again."""
+def _encoded(
+    asked: Asked, models: Models, translated: Translated, drawn: Sequence[Drawn]
+) -> tuple[list[Picture], list[str]]:
+    """Return the finished pictures, and their files: they hold A1111's text and the settings that draw them again."""
     kind, quality = asked.settings.kind, asked.settings.jpeg_quality
-    return [
-        encode(each.image, kind,
-               describe(each.metadata, each.graph) | {PARAMETERS: infotext(asked, models, each)}, quality)
-        for each in pictures
-    ]  # fmt: skip
-
-
-async def _gone(request: HttpRequest) -> None:
-    """Return when the client has left; its body must have been read."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-def _deadline(headers: Mapping[str, str], options: Options) -> float:
-    """Return the seconds within which a request must be answered; the header only shortens the server's own."""
-    try:
-        seconds = float(headers.get("x-request-timeout-seconds", ""))
-    except ValueError:
-        return options.deadline
-    return min(options.deadline, seconds) if math.isfinite(seconds) and seconds > 0 else options.deadline
+    pictures, images = [_finished(each, translated) for each in drawn], []
+    for each in pictures if asked.send_images else ():
+        texts = describe(each.metadata, each.graph) | {PARAMETERS: infotext(asked, models, each)}
+        images.append(encode(each.image, kind, texts, quality))
+    return pictures, images
 
 
 def _note(notes: dict[str, Any], asked: Asked, translated: Translated, ended: Ended) -> None:

@@ -22,14 +22,12 @@ from sdxl_trt.server.http import ApiError, read_form, read_json, read_picture
 from sdxl_trt.server.openai.answers import Usage, answer, model, models
 from sdxl_trt.server.openai.body import Asked, NamedLora, Start, invalid, read_asked, sorted_parts, translate
 from sdxl_trt.server.openai.faults import as_api_error, check_ended, without_paths
-from sdxl_trt.server.openai.files import Files
 from sdxl_trt.server.openai.models import ModelNames
-from sdxl_trt.server.openai.once import Asking, Once, Reader
 from sdxl_trt.server.openai.pictures import start_from
 from sdxl_trt.server.openai.stream import Streamed, answered, stream
 from sdxl_trt.server.openai.tokens import TokenCounter
-from sdxl_trt.server.openai.waiting import deadline_of, ended_or_left
 from sdxl_trt.server.options import Options
+from sdxl_trt.server.readers import Asking, Once, Reader, deadline_of, ended_or_left
 
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 """No proxy may store the events, or hold them back until there are many."""
@@ -56,7 +54,6 @@ class _Images:
         self._options = options
         self._names = ModelNames.of(options)
         self._created = int(time.time())
-        self._files = Files()
         self._once = Once(options)
 
     async def generate(self, request: HttpRequest) -> Response:
@@ -89,13 +86,13 @@ class _Images:
         """Return the bundle under one of its names."""
         return JSONResponse(model(self._names.check(name), self._created))
 
-    async def get_file(self, name: str) -> Response:
+    async def get_file(self, request: HttpRequest, name: str) -> Response:
         """Return a picture whose URL an answer gave."""
-        data = self._files.get(name)
-        if data is None:
+        token, _, extension = name.partition(".")
+        stored = _desk(request).files.get(token)
+        if stored is None or stored.media_type != f"image/{extension}":
             raise ApiError(404, "there is no such file, or it is gone: files are kept for an hour", "not_found")
-        media = f"image/{name.rpartition('.')[2]}"
-        return Response(data, media_type=media, headers={"X-Content-Type-Options": "nosniff"})
+        return Response(stored.data, media_type=stored.media_type, headers={"X-Content-Type-Options": "nosniff"})
 
     def _start(self, pictures: Sequence[bytes], masks: Sequence[bytes]) -> Start:
         if len(pictures) != 1:
@@ -155,8 +152,9 @@ class _Images:
 
     def _link(self, request: HttpRequest, asked: Asked, file: bytes) -> str:
         """Keep a picture's file for an hour; return its URL on the host that the client asked."""
-        name = self._files.put(file, asked.output.format)
-        return f"{str(request.base_url).rstrip('/')}/v1/files/{name}"
+        form = asked.output.format
+        token = _desk(request).files.put(file, f"image/{form}", request.state.caller.who)
+        return f"{str(request.base_url).rstrip('/')}/v1/files/{token}.{form}"
 
     def _find(self, lora: NamedLora) -> str:
         """Return the path of the LoRA of a name: only what lies in the server's folder is found."""

@@ -44,8 +44,8 @@ def test_a_server_draws_counts_drains_and_logs_no_word_of_its_clients(process: "
     key = {"Authorization": f"Bearer {KEY}"}
     asked = {"prompt": WORD, "size": "64x64", "steps": 2, "seed": 1, "user": WORD}
     answers = [
+        ask(f"{address}/v1/images/generations", asked, **key),  # drawn after the test picture
         ask(f"{address}/health/ready"),
-        ask(f"{address}/v1/images/generations", asked, **key),
         ask(f"{address}/v1/images/generations", {**asked, "size": WORD}, **key),
         ask(f"{address}/v1/images/generations", asked, Authorization=f"Bearer {WORD}"),
         ask(f"{address}/{WORD}?prompt={WORD}", **key),

@@ -26,6 +26,7 @@ def test_every_option_has_a_word(tmp_path: Path) -> None:
     words = f"""bundle --host ::1 --port 0 --provider ort-cpu --residency swap --vram 1GiB --queue 2 --queue-pictures 3
         --deadline 4.5 --max-body 5MiB --max-pixels 6 --open comfy,a1111 --on-disconnect finish --cors-origin
         https://a.example --allowed-hosts a,b --grace 7 --fixed-batch --lora-dir {tmp_path} --embedding-dir {tmp_path}
+        --rate-requests 5 --rate-seconds 9
         --alias x --lenient --round-sizes --allow-options --interrupt all --previews --no-docs --api-key-file {keys}"""
     read_options = read(*words.split())
     unchanged = [each.name for each in fields(Options)

@@ -338,3 +338,25 @@ def test_the_embedded_pair_draws_what_its_pipeline_draws(served: Served, pipelin
     assert [name.removeprefix("image_generation.") for name, _ in events] == [*["partial_image"] * 2, "completed"] * 2
     assert [_opened(data).tobytes() for name, data in events if "completed" in name] == expected
     assert answer.json()["seeds"] == [7, 8]
+
+
+def test_a_repeated_request_has_the_same_answer(served: Callable[..., Any]) -> None:
+    async def use(client: httpx.AsyncClient, desk: Any) -> None:
+        retry = {"x-stainless-retry-count": "1"}
+        key = {"Idempotency-Key": "k"}
+        first, again = [await client.post(URL, json=FOX, headers=key) for _ in range(2)]
+        assert len(desk.orders) == 1
+        assert first.content == again.content
+        assert "idempotent-replayed" not in first.headers
+        assert again.headers["idempotent-replayed"] == "true"
+        streamed = await client.post(URL, json=FOX | {"stream": True}, headers={"Idempotency-Key": "s"})
+        replayed = await client.post(URL, json=FOX | {"stream": True}, headers={"Idempotency-Key": "s"})
+        assert (len(desk.orders), replayed.headers["idempotent-replayed"]) == (2, "true")
+        assert streamed.text.count("event: ") == replayed.text.count("event: ") == 1
+        retried = await client.post(URL, json=FOX | {"n": 1}, headers=retry)
+        assert len(desk.orders) == 3
+        assert (await client.post(URL, json=FOX | {"n": 1}, headers=retry)).content == retried.content
+        assert (await client.post(URL, json=FOX | {"seed": 1}, headers=key)).status_code == 422
+        assert len(desk.orders) == 3
+
+    served(use)
