@@ -19,8 +19,8 @@ _LEAST = 3
 """A last line with fewer facts is a part of the prompt."""
 
 
-def infotext(asked: Asked, models: Models, picture: Picture) -> str:
-    """Return the text of one picture. A1111 with these options draws it as this server does."""
+def infotext(asked: Asked, models: Models, picture: Picture, *, unit: bool) -> str:
+    """Return the text of one picture; `unit` says whether the first noise is that of sgm_noise_multiplier."""
     size = f"{picture.metadata['width']}x{picture.metadata['height']}"
     facts = {
         "Steps": asked.steps,
@@ -35,7 +35,7 @@ def infotext(asked: Asked, models: Models, picture: Picture) -> str:
         "RNG": "CPU",
         **_refined(asked, models.refiner),
         "Lora hashes": ", ".join(f"{lora['name']}: {lora['short_hash']}" for lora in picture.metadata.get("loras", ())),
-        "SGM noise multiplier": True,
+        "SGM noise multiplier": unit or "",
         "Version": f"sdxl-trt {__version__}",
     }
     lines = [_clean(asked.prompt)]
@@ -76,7 +76,7 @@ def _clean(text: str) -> str:
     return "".join(c for c in text if c == "\n" or unicodedata.category(c) not in ("Cc", "Cs"))
 
 
-def info(asked: Asked, models: Models, pictures: Sequence[Picture], started: datetime) -> str:
+def info(asked: Asked, models: Models, pictures: Sequence[Picture], started: datetime, *, unit: bool) -> str:
     """Return the JSON text `info` of an answer; there may be no picture, if somebody interrupted it."""
     first = pictures[0] if pictures else None
     width, height = (first.metadata[side] if first else getattr(asked, side) for side in ("width", "height"))
@@ -107,7 +107,7 @@ def info(asked: Asked, models: Models, pictures: Sequence[Picture], started: dat
         "denoising_strength": None if asked.start is None else asked.start.strength,
         "extra_generation_params": {"Schedule type": asked.chosen.scheduler.label, **_refined(asked, models.refiner)},
         "index_of_first_image": 0,
-        "infotexts": [infotext(asked, models, each) for each in pictures],
+        "infotexts": [infotext(asked, models, each, unit=unit) for each in pictures],
         "styles": [],
         "job_timestamp": started.strftime("%Y%m%d%H%M%S"),
         "clip_skip": 1,

@@ -31,6 +31,8 @@ Box = tuple[int, int, int, int]
 """Left, top, right and bottom."""
 _WHITE = 255
 _MOST_SHOWN = 512
+_MOST_SCALED = 1 << 26
+"""Pixels of a picture that is scaled before it is cropped."""
 _FILLS = ((256, 1), (64, 1), (16, 2), (4, 4), (2, 2), (0, 1))
 """The radii with which the surroundings are blurred into a mask, and how often each is laid over."""
 
@@ -107,6 +109,8 @@ def resized(image: "Image", mode: int, size: Size) -> "Image":
     by_width = wider if mode == 1 else not wider and width * image.height != height * image.width
     across = width if by_width else max(image.width * height // image.height, 1)
     down = max(image.height * width // image.width, 1) if by_width else height
+    if across * down > _MOST_SCALED:
+        raise invalid("width", f"a picture of {image.width}x{image.height} is too narrow for one of {width}x{height}")
     scaled = image.resize((across, down), lanczos)
     left, top = width // 2 - across // 2, height // 2 - down // 2
     if mode == 1:

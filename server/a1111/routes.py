@@ -89,7 +89,8 @@ class _Drawing:
         pictures, images = await asyncio.to_thread(_encoded, asked, models, translated, drawn)
         include = asked.start is not None and asked.start.include
         told = echo(body, img2img=img2img, include=include)
-        answer = {"images": images, "parameters": told, "info": info(asked, models, pictures, started)}
+        facts = info(asked, models, pictures, started, unit=translated.unit)
+        answer = {"images": images, "parameters": told, "info": facts}
         return JSONResponse(answer, headers={"Idempotent-Replayed": "true"} if reader.replayed else None)
 
     def _translated(self, desk: Desk, asked: Asked) -> tuple[Translated, list[str]]:
@@ -200,7 +201,7 @@ def _encoded(
     kind, quality = asked.settings.kind, asked.settings.jpeg_quality
     pictures, images = [_finished(each, translated) for each in drawn], []
     for each in pictures if asked.send_images else ():
-        texts = describe(each.metadata, each.graph) | {PARAMETERS: infotext(asked, models, each)}
+        texts = describe(each.metadata, each.graph) | {PARAMETERS: infotext(asked, models, each, unit=translated.unit)}
         images.append(encode(each.image, kind, texts, quality))
     return pictures, images
 

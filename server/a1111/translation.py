@@ -36,6 +36,8 @@ class Translated:
     paste: Paste | None
     steps: int
     warnings: tuple[str, ...]
+    unit: bool = True
+    """Whether the first noise is larger by the unit variance of latents, as A1111's sgm_noise_multiplier has it."""
 
 
 class Translator:
@@ -79,7 +81,8 @@ class Translator:
         controls, idle = self._controls(asked.controls, size, schedule, begin)
         told = (*asked.warnings, *warnings, *more, *idle, *_of_refiner(asked, switch, begin, schedule.steps))
         request = replace(request, controls=controls)
-        return Translated(request, start.paste if start else None, schedule.steps - begin, told)
+        unit = start is None and schedule.initial_scale > float(schedule.sigmas[0])
+        return Translated(request, start.paste if start else None, schedule.steps - begin, told, unit)
 
     # ---------------------------------------------------------------- size and steps
 

@@ -62,6 +62,8 @@ def _check(field: str, prompt: str, *, negative: bool) -> None:
         raise invalid(field, "BREAK is not supported; leave it out")
     if not negative and _AND.search(prompt):
         raise invalid(field, "AND joins prompts in A1111, which is not supported; write and")
+    if "embedding:" in prompt:
+        raise invalid(field, "embedding:NAME is ComfyUI's; write the name of an embedding alone")
     left = _ESCAPED.sub("", prompt)
     while found := _INNERMOST.search(left):
         if "|" in found[1] or _SCHEDULED.search(found[1]):
@@ -137,5 +139,5 @@ def _with_embeddings(text: str, names: Collection[str]) -> str:
     if not known:
         return text
     longest = "|".join(map(re.escape, sorted(known, key=len, reverse=True)))
-    found = re.compile(rf"(?<!\w)(?<!embedding:)({longest})(?!\w)", re.IGNORECASE)
+    found = re.compile(rf"(?<!\w)({longest})(?!\w)", re.IGNORECASE)
     return found.sub(lambda match: f" embedding:{known[match[1].lower()]} ", text)
