@@ -89,7 +89,7 @@ class FakeDesk:
         if ticket.stop == "cancelled" or (ticket.stop and not self.starts):
             ticket.tell(Ended("cancelled" if ticket.stop == "cancelled" else "interrupted"))
             return
-        for index in (range(count - 1, -1, -1) if self.backwards else range(count)):
+        for index in range(count - 1, -1, -1) if self.backwards else range(count):
             image = Image.new("RGB", (width, height), (index, 100, 100))
             picture = replace(self.picture, image=image, seed=resolved.seeds[0] + index)
             ticket.tell(Drawn(index, picture))
