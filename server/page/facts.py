@@ -52,7 +52,7 @@ def facts(manifest: Manifest, limits: PlanLimits | None, options: Options) -> di
         "steps": {"usual": usual.steps, "low": settings_of(Request)["steps"].low,
                   "high": manifest.base.scheduler.num_train_timesteps},
         "seed": {"high": str(MAX_SEED)},
-        "handoff": {"usual": DEFAULT_HANDOFF, "fractions": FRACTIONS} if refined else None,
+        "handoff": {"usual": DEFAULT_HANDOFF, "low": FRACTIONS[0], "high": FRACTIONS[-1]} if refined else None,
         "guidance": {"usual": usual.guidance, "low": 0.0, "high": MOST_GUIDANCE},
         "score": _score(manifest, usual),
         "strength": {"usual": DEFAULT_STRENGTH},
