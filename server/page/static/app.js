@@ -37,7 +37,10 @@ async function draw(wanted, start, group = '') {
   form.clearWrong();
   const splits = await Promise.all(wanted.map((settings) => form.split(settings, Boolean(start))));
   if (running.length) return;
-  const jobs = wanted.map((settings, number) => new Job({ settings, start, split: splits[number], group, changed: news }));
+  const now = new Date().toISOString();
+  const jobs = wanted.map((settings, number) => new Job({
+    settings, start, split: splits[number], group, id: `${now}-${wanted.length - number}`, changed: news,
+  }));
   running = jobs;
   busy(true);
   gallery.mark(null);

@@ -36,8 +36,7 @@ export class Gallery {
 
   /** Add a new picture, and let go of the oldest if there are too many. */
   async add(item) {
-    this.items.unshift(item);
-    this.#here.prepend(this.#cell(item));
+    this.#insert(item);
     await store.put(item).catch(() => toast('This browser keeps no more pictures: download what you need.'));
     for (const old of store.tooMany(this.items)) await this.#drop(old);
     await this.#count();
@@ -54,11 +53,16 @@ export class Gallery {
     if (focused && next) this.#cells.get(next.id).cell.focus();
   }
 
-  async #restore(item) {
+  /** Put a picture in its place: the newest first, those of a sweep in order. */
+  #insert(item) {
     const at = this.items.findIndex((each) => each.id < item.id);
     const before = at < 0 ? null : this.#cells.get(this.items[at].id).cell;
     this.items.splice(at < 0 ? this.items.length : at, 0, item);
     this.#here.insertBefore(this.#cell(item), before);
+  }
+
+  async #restore(item) {
+    this.#insert(item);
     await store.put(item);
     await this.#count();
     this.#select(item);

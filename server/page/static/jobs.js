@@ -21,8 +21,8 @@ export class Job {
   #stepped = 0;
 
   /** `settings` as the form reads them; `split` is [base, refiner] or null; `changed(job)` is called at all news. */
-  constructor({ settings, start, split, group, changed }) {
-    Object.assign(this, { settings, start, group, changed });
+  constructor({ settings, start, split, group, id, changed }) {
+    Object.assign(this, { settings, start, group, id, changed });
     if (split) [this.of.base, this.of.refiner] = split;
   }
 
@@ -90,9 +90,8 @@ export class Job {
     const [texts, thumb] = await Promise.all([textsOf(done.blob), thumbnail(done.blob)]);
     const record = recordOf(texts);
     const seed = seedOf(texts, done.seed);
-    const random = Math.random().toString(36).slice(2, 8);
     return {
-      id: `${new Date().toISOString()}-${random}`, blob: done.blob, thumb: thumb.blob, width: thumb.width,
+      id: this.id, blob: done.blob, thumb: thumb.blob, width: thumb.width,
       height: thumb.height, settings: { ...this.settings, seed }, seed, texts, seconds, group: this.group ?? '',
       split: record.steps ? stepsOf(record) : [this.of.base, this.of.refiner], start: this.start ?? null,
       warnings: done.warnings ?? [],

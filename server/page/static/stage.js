@@ -24,9 +24,11 @@ export class Stage {
     this.#act = act;
   }
 
-  #show(kind, ...children) {
+  /** Show what `make` returns; what was shown before, and its pictures, are let go of first. */
+  #show(kind, make) {
     for (const url of this.#urls.splice(0)) URL.revokeObjectURL(url);
     this.#shown.clear();
+    const children = make().filter(Boolean);
     this.#here.className = `stage ${kind}`;
     this.#here.replaceChildren(...children);
     this.#here.setAttribute('aria-busy', String(kind === 'drawing'));
@@ -41,21 +43,21 @@ export class Stage {
     const canvas = el('canvas', { width: 36, height: 20, 'aria-hidden': 'true' });
     paint(canvas);
     const examples = EXAMPLES[facts?.embedded ? 'pair' : 'model'];
-    this.#show('empty', el('div', { className: 'intro' }, canvas,
+    this.#show('empty', () => [el('div', { className: 'intro' }, canvas,
       el('h2', { textContent: 'Nothing drawn yet' }),
       el('p', { textContent: facts?.embedded
         ? 'This server runs the small pair that comes with it: it knows shapes, colours and patterns. Take one of these, or write your own.'
         : 'Say what the picture shows. Take one of these, or write your own.' }),
       el('div', { className: 'examples' }, ...examples.map((text) => el('button', {
         type: 'button', textContent: text, onclick: () => this.#act.example(text),
-      })))));
+      }))))]);
   }
 
   /** Show jobs: one large, or several in a row. */
   drawing(jobs) {
     const single = jobs.length === 1;
-    const tiles = jobs.map((job) => this.#tile(job, single));
-    this.#show('drawing', single ? null : title(jobs[0].settings), el('div', { className: single ? 'board' : 'board row' }, ...tiles));
+    this.#show('drawing', () => [single ? null : title(jobs[0].settings),
+      el('div', { className: single ? 'board' : 'board row' }, ...jobs.map((job) => this.#tile(job, single)))]);
     jobs.forEach((job) => this.update(job));
   }
 
@@ -133,11 +135,15 @@ export class Stage {
 
   /** Show the pictures of a sweep in a row. */
   sweep(items) {
-    this.#show('swept', title(items[0].settings), el('div', { className: 'board row' }, ...items.map((item) => this.#swept(item))));
+    this.#show('swept', () => [title(items[0].settings), el('div', { className: 'board row' }, ...items.map((item) => this.#swept(item)))]);
   }
 
   /** Show one picture; `around` is {number, count, swept}. */
   picture(item, around) {
+    this.#show('picture', () => [this.#board(item, around), this.#about(item, around)]);
+  }
+
+  #board(item, around) {
     const { settings } = item;
     const picture = el('img', { src: this.#url(item.blob), alt: settings.prompt, className: item.width < SMALL ? 'small' : '' });
     const frame = el('button', { type: 'button', className: 'frame', 'aria-label': 'Show it in full size', onclick: () => this.#act.enlarge(item, picture.src) }, picture);
@@ -145,7 +151,7 @@ export class Stage {
     const step = (name, by, text) => el('button', { type: 'button', className: 'turn', 'aria-label': text, title: text, onclick: () => this.#act.turn(by) }, icon(name));
     const board = el('div', { className: 'board' }, el('figure', { className: 'tile large' }, frame));
     if (around.count > 1) board.append(step('back', -1, 'The picture before'), step('next', 1, 'The next picture'));
-    this.#show('picture', board, this.#about(item, around));
+    return board;
   }
 
   #about(item, { number, count, swept }) {
@@ -203,7 +209,7 @@ function told(job) {
 
 /** Return a small bar of the two experts' steps. */
 function mini({ base, refiner }) {
-  const parts = [['base', base], ['refiner', refiner]].map(([name, count]) => {
+  const parts = [['base', base], ['refiner', refiner]].filter(([, count]) => count).map(([name, count]) => {
     const part = el('i', { className: name });
     part.style.flexGrow = count;
     return part;
