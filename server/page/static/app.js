@@ -12,6 +12,7 @@ const SWEPT = [0.9, 0.8, 0.7, 0.6, 0.5, 0.4];
 const MOST_SWEPT = 4;
 
 let running = [];
+let watching = true;
 const form = new Form(() => {});
 const gallery = new Gallery((item) => show(item));
 const stage = new Stage({
@@ -26,6 +27,7 @@ const stage = new Stage({
   sweeps: () => Boolean(form.facts?.handoff),
   enlarge: (item, url) => { $('large-picture').src = url; $('large-picture').alt = item.settings.prompt; $('large').showModal(); },
   retry: (job) => retry(job),
+  resize: (size) => { form.write({ ...form.read(), size }); submit(); },
   example: (text) => { form.write({ ...form.read(), prompt: text }); $('prompt').focus(); },
 });
 
@@ -43,8 +45,7 @@ async function draw(wanted, start, group = '') {
   }));
   running = jobs;
   busy(true);
-  gallery.mark(null);
-  stage.drawing(jobs);
+  watch();
   if (matchMedia('(max-width: 60rem)').matches) $('stage').scrollIntoView({ block: 'start' });
   say('Drawing');
   await Promise.all(jobs.map((job) => job.run(form.body(job.settings, start)).then(finished)));
@@ -61,11 +62,21 @@ async function finished(job) {
   if (job.state === 'done') await gallery.add(job.item);
 }
 
+function watch() {
+  if (!running.length) return;
+  watching = true;
+  $('watch').hidden = true;
+  gallery.mark(null);
+  stage.drawing(running);
+}
+
 function ended(jobs) {
   const [job] = jobs;
   const drawn = jobs.filter((each) => each.state === 'done');
   if (drawn.length) say(`${plural(drawn.length, 'picture')} drawn`);
-  if (jobs.length > 1) {
+  if (!watching && drawn.length === jobs.length) {
+    toast('Drawn', { text: 'Show', run: () => show(job.item) });
+  } else if (jobs.length > 1) {
     if (drawn.length === jobs.length) stage.sweep(jobs.map((each) => each.item));
     else if (jobs.every((each) => each.state === 'cancelled')) show(gallery.items[0] ?? null);
   } else if (job.state === 'done') {
@@ -75,6 +86,7 @@ function ended(jobs) {
     show(gallery.items[0] ?? null);
     toast('Cancelled');
   } else {
+    if (!watching) stage.drawing(jobs);
     refused(job);
   }
 }
@@ -96,6 +108,7 @@ function cancel() {
 function busy(is) {
   $('draw').disabled = is;
   $('cancel').hidden = !is;
+  $('watch').hidden = true;
   document.body.classList.toggle('busy', is);
 }
 
@@ -132,7 +145,11 @@ function submit() {
 // ------------------------------------------------------------------ showing
 
 function show(item) {
-  if (running.length) return;
+  if (running.length) {
+    if (!item) return;
+    watching = false;
+    $('watch').hidden = false;
+  }
   gallery.mark(item);
   if (!item) { stage.empty(form.facts); return; }
   stage.picture(item, { number: gallery.items.indexOf(item) + 1, count: gallery.items.length, swept: gallery.group(item).length });
@@ -162,6 +179,7 @@ document.addEventListener('keydown', (event) => {
 
 $('form').addEventListener('submit', (event) => { event.preventDefault(); submit(); });
 $('cancel').addEventListener('click', cancel);
+$('watch').addEventListener('click', watch);
 $('keys').addEventListener('click', () => $('keys-dialog').showModal());
 $('large-close').addEventListener('click', () => $('large').close());
 $('large').addEventListener('click', (event) => { if (event.target !== $('large-close')) $('large').close(); });
@@ -188,7 +206,9 @@ addEventListener('drop', (event) => {
   if (form.facts && pictured(event.dataTransfer)) form.startFrom(pictured(event.dataTransfer));
 });
 addEventListener('paste', (event) => {
-  if (!form.facts || !pictured(event.clipboardData)) return;
+  // Text that was copied with its picture is text where text is written.
+  const writes = event.target.closest?.('textarea, input') && event.clipboardData.types.includes('text/plain');
+  if (!form.facts || writes || !pictured(event.clipboardData)) return;
   event.preventDefault();
   form.startFrom(pictured(event.clipboardData));
 });

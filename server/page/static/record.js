@@ -43,8 +43,8 @@ export function seedOf(texts, told) {
 
 /** Return the record as people read it. */
 export function readable(texts) {
-  const lines = [texts.parameters];
-  if (texts['sdxl-trt']) lines.push(JSON.stringify(recordOf(texts), null, 2).replace(/("seed": )\d+/, `$1${seedOf(texts)}`));
+  // The text itself, with a line for each setting: a browser's numbers would not be the server's.
+  const lines = [texts.parameters, texts['sdxl-trt']?.replaceAll(', "', ',\n "')];
   return lines.filter(Boolean).join('\n\n') || 'The file holds no record.';
 }
 

@@ -31,7 +31,7 @@ export class Stage {
     const children = make().filter(Boolean);
     this.#here.className = `stage ${kind}`;
     this.#here.replaceChildren(...children);
-    this.#here.setAttribute('aria-busy', String(kind === 'drawing'));
+    this.#here.setAttribute('aria-busy', String(kind.startsWith('drawing')));
   }
 
   #url(blob) {
@@ -56,7 +56,7 @@ export class Stage {
   /** Show jobs: one large, or several in a row. */
   drawing(jobs) {
     const single = jobs.length === 1;
-    this.#show('drawing', () => [single ? null : title(jobs[0].settings),
+    this.#show(single ? 'drawing' : 'drawing swept', () => [single ? null : title(jobs[0].settings),
       el('div', { className: single ? 'board' : 'board row' }, ...jobs.map((job) => this.#tile(job, single)))]);
     jobs.forEach((job) => this.update(job));
   }
@@ -117,7 +117,9 @@ export class Stage {
     const card = el('div', { className: 'failed', role: 'alert' }, icon('warn'),
       el('h2', { textContent: heading }), el('p', { className: 'message', textContent: job.error.message }),
       advice ? el('p', { textContent: advice }) : null);
-    if (single && action) card.append(button('again', action, () => this.#act.retry(job), { className: 'act' }));
+    const near = /nearest size is (\d+x\d+)/.exec(job.error.message)?.[1];
+    if (single && near) card.append(button('use', `Use ${near.replace('x', ' × ')}`, () => this.#act.resize(near), { className: 'act' }));
+    else if (single && action) card.append(button('again', action, () => this.#act.retry(job), { className: 'act' }));
     tile.replaceChildren(card);
     if (!single) tile.append(el('figcaption', {}, el('b', { textContent: place(job.settings) })));
     if (single && job.error.retryAfter) countdown(card, job.error.retryAfter);
@@ -225,7 +227,8 @@ function explain(error) {
   if (status === 503 || code === 'not_ready') return { heading: 'The server takes no work now', advice: 'It is starting, stopping, or busy with another model.', action: 'Try again' };
   if (status === 504 || code === 'deadline_exceeded') return { heading: 'It took too long', advice: 'Fewer steps or a smaller size are drawn sooner.', action: 'Try again' };
   if (code === 'out_of_memory') return { heading: 'Too little memory', advice: 'Choose a smaller size.', action: 'Try again' };
-  if (status === 401 || status === 403) return { heading: 'The server wants a key', advice: '', action: 'Enter a key' };
+  if (status === 401) return { heading: 'The server wants a key', advice: '', action: 'Enter a key' };
+  if (status === 403) return { heading: 'The server refuses this page', advice: 'Open it under the address that the server was started with.', action: null };
   if (status === 400 || status === 413 || code === 'invalid_value') return { heading: 'This cannot be drawn', advice: '', action: null };
   return { heading: 'The picture failed', advice: '', action: 'Try again' };
 }
