@@ -84,8 +84,10 @@ class FakeDesk:
         estimate = np.zeros((1, 4, height // 8, width // 8), np.float32)
         if self.starts:
             ticket.tell(Stepped("base", 1, resolved.base.steps, 0, estimate))
-        while self.held and ticket.stop is None:
-            await asyncio.sleep(0)
+        if self.held:
+            stopped = asyncio.Event()
+            ticket.on_stop = stopped.set
+            await stopped.wait()
         if ticket.stop == "cancelled" or (ticket.stop and not self.starts):
             ticket.tell(Ended("cancelled" if ticket.stop == "cancelled" else "interrupted"))
             return
@@ -126,6 +128,18 @@ def fake(picture: Picture) -> Iterator[Callable[..., tuple[TestClient, FakeDesk]
             return stack.enter_context(TestClient(application(options, lambda: behind), ADDRESS)), behind
 
         yield made
+
+
+@pytest.fixture
+def alone(picture: Picture) -> Callable[..., tuple[FastAPI, FakeDesk]]:
+    """Return an application to be called on the event loop, and the desk of the tests behind it."""
+
+    def made(options: Options, **desk: Any) -> tuple[FastAPI, FakeDesk]:
+        app = application(options, lambda: None)
+        app.state.desk = FakeDesk(picture, options, **desk)
+        return app, app.state.desk
+
+    return made
 
 
 @pytest.fixture(scope="module")
