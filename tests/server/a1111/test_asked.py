@@ -206,7 +206,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.dictionaries(st.sampled_from(FIELDS) | st.text(max_size=6), VALUES, max_size=8), st.booleans())
 def test_any_body_is_read_or_refused(body: dict[str, Any], img2img: bool) -> None:
     from sdxl_trt.engines import SdxlTrtError
