@@ -1,5 +1,7 @@
-"""Pictures of the embedded pair: equal to those of OpenAI's API, repeatable from their own texts, kept outside a mask."""
+"""Pictures of the embedded pair: as through OpenAI's API, repeatable from their own texts, kept outside a mask."""
 
+import base64
+import io
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,16 +25,10 @@ def _draw(client: TestClient, path: str = "txt2img", **fields: Any) -> Any:
 
 
 def _pixels(text: str) -> Any:
-    import base64
-    import io
-
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(text))).convert("RGB"))
 
 
 def _as_base64(image: Image.Image) -> str:
-    import base64
-    import io
-
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return base64.b64encode(buffer.getvalue()).decode()
@@ -80,8 +76,6 @@ def test_a_picture_is_drawn_again_from_the_text_in_its_file(drawing: TestClient,
 
 
 def test_the_record_in_a_file_says_where_the_refiner_came_in(drawing: TestClient, tmp_path: Any) -> None:
-    import base64
-
     steps = {}
     for at in (None, 0.3, 0.8, 1.0):
         image = _draw(drawing, steps=4, refiner_checkpoint="refiner", refiner_switch_at=at).json()["images"][0]
@@ -92,9 +86,6 @@ def test_the_record_in_a_file_says_where_the_refiner_came_in(drawing: TestClient
 
 @pytest.mark.parametrize(("kind", "named"), [("png", "PNG"), ("jpg", "JPEG"), ("webp", "WEBP")])
 def test_pictures_are_files_of_the_format_that_is_asked_for(drawing: TestClient, kind: str, named: str) -> None:
-    import base64
-    import io
-
     image = _draw(drawing, override_settings={"samples_format": kind}).json()["images"][0]
     assert Image.open(io.BytesIO(base64.b64decode(image))).format == named
     told = drawing.post("/sdapi/v1/png-info", json={"image": image}).json()
@@ -175,7 +166,33 @@ def test_an_interrupted_job_answers_with_what_is_estimated(drawing: TestClient, 
     assert "interrupted" in answer.headers["X-TRT-Warnings"]
 
 
-def test_a_lora_of_the_prompt_is_the_one_in_the_servers_folder(drawing: TestClient) -> None:
-    answer = drawing.post("/sdapi/v1/txt2img", json={**SMALL, "prompt": "a <lora:../../etc/passwd:1>"})
+OPENAI = {"negative_prompt": "blur", "seed": 7, "steps": 3, "size": "64x64", "compat": "comfyui", "sampler": "euler",
+          "scheduler": "normal", "guidance_scale": 7.0, "handoff": None}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("prompt", "other"),
+    [
+        ("a red star <lora:sticker:0.8>", {"prompt": "a red star ", "loras": [{"name": "sticker", "scale": 0.8}]}),
+        ("a Sketchy star", {"prompt": "a  embedding:sketchy  star"}),
+        ("a (red [star]:1.2)", {"prompt": f"a (red :1.2)(star:{1.2 / 1.1})"}),
+    ],
+)
+def test_what_a_prompt_names_is_what_openais_api_names(drawing: TestClient, prompt: str, other: dict[str, Any]) -> None:
+    image = _pixels(_draw(drawing, prompt=prompt).json()["images"][0])
+    same = drawing.post("/v1/images/generations", json={**OPENAI, **other}).json()["data"][0]["b64_json"]
+    assert np.array_equal(image, _pixels(same))
+    assert not np.array_equal(image, _pixels(_draw(drawing, prompt="a red star").json()["images"][0]))
+
+
+def test_the_text_of_a_picture_names_its_loras(drawing: TestClient, info_of: InfoOf) -> None:
+    text = info_of(_draw(drawing, prompt="a star <lora:sticker:0.5>", steps=1))["infotexts"][0]
+    assert text.startswith("a star <lora:sticker:0.5>\n")
+    assert 'Lora hashes: "sticker' in text
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "ink"])
+def test_a_lora_is_found_in_the_servers_folder_alone(drawing: TestClient, name: str) -> None:
+    answer = drawing.post("/sdapi/v1/txt2img", json={**SMALL, "prompt": f"a <lora:{name}:1>"})
     assert answer.status_code == 422
-    assert "etc" not in answer.text
+    assert name not in answer.text

@@ -1,7 +1,7 @@
 """A1111's text of a picture's settings: its reader on texts of A1111 itself, and on those of others."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdxl_trt.server.a1111.infotext import parse_infotext
@@ -27,7 +27,8 @@ def test_a_text_without_a_line_of_facts_is_a_prompt(text: str) -> None:
     assert parse_infotext(text).keys() == {"Prompt", "Negative prompt"}
 
 
-@given(st.text(max_size=200) | st.lists(st.sampled_from(["a: b", ", ", '"', "\\", "\n", "1x2", "Negative prompt:"]),
+@settings(max_examples=50, deadline=None)
+@given(st.text(max_size=100) | st.lists(st.sampled_from(["a: b", ", ", '"', "\\", "\n", "1x2", "Negative prompt:"]),
                                         max_size=30).map("".join))  # fmt: skip
 def test_any_text_is_read(text: str) -> None:
     assert parse_infotext(text)["Prompt"] is not None

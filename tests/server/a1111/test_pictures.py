@@ -116,7 +116,8 @@ def test_what_is_masked_is_filled_from_around_it_and_the_rest_is_kept() -> None:
     ImageDraw.Draw(image).rectangle((16, 16, 47, 47), (255, 0, 0))
     mask = _asked(_mask((64, 64), (16, 16, 48, 48)), fill=True)
     made = prepare(AskedStart(_text(image), 0, 0.5, mask), (64, 64), 8, OPTIONS).pixels
-    assert np.abs(made.astype(int) - (10, 200, 30)).max() <= 2
+    # Laying blurred colours over each other rounds a few times.
+    assert np.abs(made.astype(int) - (10, 200, 30)).max() <= 6
     outside = np.ones((64, 64), np.bool_)
     outside[16:48, 16:48] = False
     assert np.array_equal(made[outside], np.asarray(image)[outside])

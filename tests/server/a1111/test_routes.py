@@ -99,7 +99,7 @@ def test_another_keys_job_is_neither_shown_nor_stopped(fake: Callable[..., Any])
     running.progress(until=lambda told: told["progress"] > 0.0)
     assert client.get("/sdapi/v1/progress", headers=OTHER).json() == IDLE
     task = client.post("/internal/progress", json={"id_task": "task(1)"}, headers=OTHER).json()
-    assert not task["active"] and not task["queued"] and not task["completed"]
+    assert [task[name] for name in ("active", "queued", "completed")] == [False] * 3
     for path in ("interrupt", "skip"):
         client.post(f"/sdapi/v1/{path}", headers=OTHER)
         assert desk.tickets[0].stop is None
