@@ -2,7 +2,7 @@
 
 import { $, button, copy, el, icon, plural, seconds } from './dom.js';
 import { STAGES } from './jobs.js';
-import { readable } from './record.js';
+import { readable, recordOf } from './record.js';
 
 const NAMES = { queue: 'Queue', prompt: 'Prompt', base: 'Base', swap: 'Swap', refiner: 'Refiner', decode: 'Decode' };
 const SMALL = 300;
@@ -161,7 +161,7 @@ export class Stage {
     const act = this.#act;
     const facts = [
       [`${item.width} × ${item.height}`, 'Size'], [steps(item), 'Steps'], [item.seed, 'Seed'],
-      [item.texts['sdxl-trt'] ? JSON.parse(item.texts['sdxl-trt']).sampler : settings.sampler || 'usual', 'Sampler'],
+      [recordOf(item.texts).sampler ?? settings.sampler, 'Sampler'],
       [settings.guidance, 'Guidance'], settings.handoff !== null && settings.score !== null ? [settings.score, 'Score'] : null,
       item.start ? [`${Math.round(settings.strength * 100)} %`, 'Strength'] : null, [seconds(item.seconds), 'Drawn in'],
     ].filter(Boolean);
