@@ -86,7 +86,8 @@ def test_a_picture_is_previewed_drawn_and_kept_with_its_record(page: Any, server
     assert re.fullmatch(r"(Base|Refiner), step \d+ of \d+|Handing over.*|Decoding", told), told
     drawn(page, 1)
     page.wait_for_selector("#again")
-    facts = dict(zip(page.locator(".facts dt").all_inner_texts(), page.locator(".facts dd").all_inner_texts()))
+    names, values = (page.locator(f".facts {tag}").all_inner_texts() for tag in ("dt", "dd"))
+    facts = dict(zip(names, values, strict=True))
     assert (facts["Size"], facts["Steps"], facts["Seed"]) == ("128 × 128", "47 + 13", "7")
     page.click(".record summary")
     assert '"handoff_step": 47' in page.inner_text(".record pre")
@@ -224,7 +225,7 @@ def test_the_gallery_is_bounded(page: Any) -> None:
     found = page.evaluate("""async () => {
       const {tooMany, MOST} = await import('/page/store.js');
       const items = (count, size) => Array.from({length: count}, () => ({blob: {size}, start: null}));
-      return [MOST, tooMany(items(130, 1)).length, tooMany(items(9, 2 ** 26)).length, tooMany(items(1, 2 ** 30)).length];
+      return [MOST, ...[items(130, 1), items(9, 2 ** 26), items(1, 2 ** 30)].map((each) => tooMany(each).length)];
     }""")
     assert found == [120, 10, 5, 0]
 
@@ -426,11 +427,13 @@ CONTRAST = """() => {
   const canvas = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
   const rgba = (colour) => { canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
     return [...canvas.getImageData(0, 0, 1, 1).data]; };
-  const light = (c) => c.slice(0, 3).map((v) => v / 255).map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4))
+  const light = (c) => c.slice(0, 3).map((v) => v / 255)
+    .map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4))
     .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
   const under = (e) => { for (; e; e = e.parentElement) { const c = rgba(getComputedStyle(e).backgroundColor);
     if (c[3] > 250) return c; } return [255, 255, 255, 255]; };
-  return [...document.querySelectorAll('body *')].filter((e) => e.checkVisibility() && !e.closest('.off, .skip, svg, :disabled')
+  return [...document.querySelectorAll('body *')].filter((e) => e.checkVisibility()
+      && !e.closest('.off, .skip, svg, :disabled')
       && [...e.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim()))
     .map((e) => { const [a, b] = [light(rgba(getComputedStyle(e).color)), light(under(e))].sort((x, y) => y - x);
       return [e.textContent.trim().slice(0, 30), (a + 0.05) / (b + 0.05)]; }).filter(([, ratio]) => ratio < 4.5);
