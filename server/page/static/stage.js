@@ -44,7 +44,7 @@ export class Stage {
     paint(canvas);
     const examples = EXAMPLES[facts?.embedded ? 'pair' : 'model'];
     this.#show('empty', () => [el('div', { className: 'intro' }, canvas,
-      el('h2', { textContent: 'Nothing drawn yet' }),
+      el('h2', { textContent: 'Nothing here yet' }),
       el('p', { textContent: facts?.embedded
         ? 'This server runs the small pair that comes with it: it knows shapes, colours and patterns. Take one of these, or write your own.'
         : 'Say what the picture shows. Take one of these, or write your own.' }),
@@ -114,8 +114,8 @@ export class Stage {
 
   #failed(job, { tile, single }) {
     const { heading, advice, action } = explain(job.error);
-    const card = el('div', { className: 'failed', role: 'alert' }, icon('warn'),
-      el('h2', { textContent: heading }), el('p', { className: 'message', textContent: job.error.message }),
+    const said = job.error.status ? el('p', { className: 'message', textContent: job.error.message }) : null;
+    const card = el('div', { className: 'failed', role: 'alert' }, icon('warn'), el('h2', { textContent: heading }), said,
       advice ? el('p', { textContent: advice }) : null);
     const near = /nearest size is (\d+x\d+)/.exec(job.error.message)?.[1];
     if (single && near) card.append(button('use', `Use ${near.replace('x', ' × ')}`, () => this.#act.resize(near), { className: 'act' }));
@@ -148,7 +148,7 @@ export class Stage {
   #board(item, around) {
     const { settings } = item;
     const picture = el('img', { src: this.#url(item.blob), alt: settings.prompt, className: item.width < SMALL ? 'small' : '' });
-    const frame = el('button', { type: 'button', className: 'frame', 'aria-label': 'Show it in full size', onclick: () => this.#act.enlarge(item, picture.src) }, picture);
+    const frame = el('button', { type: 'button', className: 'frame', 'aria-label': 'Show it large', onclick: () => this.#act.enlarge(item, picture.src) }, picture);
     frame.style.aspectRatio = `${item.width} / ${item.height}`;
     const step = (name, by, text) => el('button', { type: 'button', className: 'turn', 'aria-label': text, title: text, onclick: () => this.#act.turn(by) }, icon(name));
     const board = el('div', { className: 'board' }, el('figure', { className: 'tile large' }, frame));
