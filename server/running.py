@@ -131,10 +131,10 @@ class _Server(uvicorn.Server):
         task.add_done_callback(self._reloading.discard)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - uvicorn's own signature
-        """Take a signal: drain at the first, end at the second."""
+        """Take a signal: drain at the first, end what runs at the second, and do not wait for anything at the third."""
         self._signals += 1
-        if self._signals == 1 and self._loop is not None and self.started:
-            self._loop.call_soon_threadsafe(self._drain)
+        if self._signals <= 2 and self._loop is not None and self.started:
+            self._loop.call_soon_threadsafe(self._drain if self._signals == 1 else self._hurry)
         else:
             self.should_exit = True
             self.force_exit = self._signals > 2
@@ -142,6 +142,10 @@ class _Server(uvicorn.Server):
     def _drain(self) -> None:
         self._draining = asyncio.get_running_loop().create_task(self._state.desk.drain(self._options.grace))
         self._draining.add_done_callback(self._end)
+
+    def _hurry(self) -> None:
+        for ticket in [*self._state.desk.tickets.values()]:
+            ticket.cancel()
 
     def _end(self, _: object) -> None:
         self.should_exit = True
