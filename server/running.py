@@ -67,11 +67,12 @@ def _address(listener: socket.socket) -> str:
 
 
 def _log_to_stderr() -> None:
-    """Write the lines of the server to stderr as they are; uvicorn's own only where they warn, without tracebacks."""
+    """Write the lines of the server to stderr as they are; others' only where they warn, without tracebacks."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
-    ours, theirs = logging.getLogger("sdxl_trt.server"), logging.getLogger("uvicorn")
-    for logger, level in ((ours, logging.INFO), (theirs, logging.WARNING)):
+    for name, level in (("sdxl_trt.server", logging.INFO), ("uvicorn", logging.WARNING),
+                        ("opentelemetry", logging.WARNING)):  # fmt: skip
+        logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(level)
     handler.addFilter(_without_traceback)

@@ -499,7 +499,8 @@ class _Exchange:
     def __init__(self, pipeline: Pipeline) -> None:
         self.said: list[str] = []
         self.old, self.new = (
-            Pipeline(_Pool(name, pipeline.pool, self.said)) for name in ("old", "new")  # type: ignore[arg-type]
+            Pipeline(_Pool(name, pipeline.pool, self.said))
+            for name in ("old", "new")  # type: ignore[arg-type]
         )
 
     def run(self, scenario: Any) -> Any:

@@ -28,9 +28,7 @@ TRUSTED = (ip_network("10.0.0.0/8"), ip_network("fd00::/8"))
         ("203.0.113.5", ["1.2.3.4"], "203.0.113.5"),
     ],
 )
-def test_the_client_is_the_last_address_that_is_no_trusted_proxy(
-    peer: str, forwarded: list[str], client: str
-) -> None:
+def test_the_client_is_the_last_address_that_is_no_trusted_proxy(peer: str, forwarded: list[str], client: str) -> None:
     scope = {"type": "http", "client": (peer, 1), "scheme": "http",
              "headers": [(b"x-forwarded-for", each.encode()) for each in forwarded]}  # fmt: skip
     from_proxy(scope, TRUSTED)
