@@ -23,6 +23,8 @@ from sdxl_trt.server.ops import metrics_app
 from sdxl_trt.server.options import Options
 
 CONNECTIONS = 1024
+WAITING_CONNECTIONS, ACCEPTED_AT_ONCE = 2048, 16
+"""A thousand connections that come at once wait, rather than hold up the event loop until all are accepted."""
 FRAME_BYTES, FRAMES, PING_SECONDS = 64 << 10, 32, 20.0
 ANSWER_SECONDS = 10
 """How long answers that are being written may take after the last picture is drawn."""
@@ -46,9 +48,9 @@ def serve(app: FastAPI, options: Options) -> None:
 def _config(app: ASGIApp, options: Options, lifespan: Literal["on", "off"]) -> uvicorn.Config:
     return uvicorn.Config(
         app, host=options.host, port=options.port, log_config=None, access_log=False, server_header=False,
-        proxy_headers=False, timeout_graceful_shutdown=ANSWER_SECONDS, limit_concurrency=CONNECTIONS, http=Connection,
-        ws=Socket, ws_max_size=FRAME_BYTES, ws_max_queue=FRAMES, ws_ping_interval=PING_SECONDS,
-        ws_ping_timeout=PING_SECONDS, lifespan=lifespan,
+        proxy_headers=False, backlog=ACCEPTED_AT_ONCE, timeout_graceful_shutdown=ANSWER_SECONDS,
+        limit_concurrency=CONNECTIONS, http=Connection, ws=Socket, ws_max_size=FRAME_BYTES, ws_max_queue=FRAMES,
+        ws_ping_interval=PING_SECONDS, ws_ping_timeout=PING_SECONDS, lifespan=lifespan,
     )  # fmt: skip
 
 
@@ -56,7 +58,7 @@ def _listening(host: str, port: int, option: str) -> socket.socket:
     """Return a socket that listens; uvicorn's own would print a traceback if the port is taken."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=2048)
+        return socket.create_server((host, port), family=family, backlog=WAITING_CONNECTIONS)
     except OSError as exc:
         raise UsageError(f"--host {host} {option} {port}: {exc.strerror or exc}; give another one") from exc
 
@@ -107,6 +109,7 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
         if not self.started or not sockets:
             return
+        sockets[0].listen(WAITING_CONNECTIONS)  # the event loop has set it to how many it accepts at once
         self._listen_for_reloads()
         sys.stdout.write(f"serving on http://{_address(sockets[0])}\n")
         if self._metrics is not None:

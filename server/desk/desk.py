@@ -5,7 +5,9 @@ __all__ = ["Desk", "Readiness"]
 import asyncio
 import math
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from sdxl_trt.engines import UsageError
@@ -62,6 +64,7 @@ class Desk:
         self._loop = asyncio.get_running_loop()
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._hung_at: float | None = None
+        self._translated: Counter[str] = Counter()
         self._room = Room(self._shift(pipeline, owned=owned), self.predictor, self._on_end, self._on_news)
 
     def _shift(self, pipeline: Pipeline, *, owned: bool) -> Shift:
@@ -96,28 +99,50 @@ class Desk:
 
     async def submit(self, order: Order) -> Ticket:
         """Check `order` and queue it. Raises RefusedError if it is not taken, SdxlTrtError if it cannot be drawn."""
-        try:
+        with self._refusals_told():
             return await self._submitted(order)
+
+    @contextmanager
+    def _refusals_told(self) -> Iterator[None]:
+        try:
+            yield
         except RefusedError as exc:
             for listener in self.on_refused:
                 listener(exc)
             raise
 
     async def _submitted(self, order: Order) -> Ticket:
-        self._check_open(order)
+        self._check_open(order.who)
         resolved = None
         if isinstance(order.work, Request):
             resolved = await self._resolved(order.work)
         elif self.runner is None:
             raise UsageError("graphs are not served here; send a request of another API")
         seconds = self._predicted(resolved)
-        self._check_open(order, len(resolved.seeds) if resolved else 1)
+        self._check_open(order.who, len(resolved.seeds) if resolved else 1)
         self.rates.take(order.who, seconds)
         try:
             return self._queue(order, resolved)
         except BaseException:
             self.rates.give_back(order.who, seconds)
             raise
+
+    @contextmanager
+    def place(self, who: str) -> Iterator[None]:
+        """Hold a place in the queue while a request of `who` is translated into an order. Raises RefusedError.
+
+        Of a thousand requests that come at once, only those that may be taken are translated.
+        """
+        soon_in_work = self._room.shifts[-1].studio.pictures
+        translated = max(self._translated.total() - soon_in_work, 0)
+        with self._refusals_told():
+            self._check_open(who, translated=translated, own=self._translated[who])
+        self._translated[who] += 1
+        try:
+            yield
+        finally:
+            self._translated[who] -= 1
+            self._translated += Counter()  # forgets those who have none
 
     async def _resolved(self, request: Request) -> ResolvedRequest:
         """Return `request` with the defaults of the pipeline that will draw it."""
@@ -127,17 +152,20 @@ class Desk:
             if pipeline is self.pipeline:
                 return resolved
 
-    def _check_open(self, order: Order, pictures: int = 1) -> None:
-        """Raise RefusedError if no order is taken, or none of so many `pictures`."""
+    def _check_open(self, who: str, pictures: int = 1, *, translated: int = 0, own: int = 0) -> None:
+        """Raise RefusedError if no order of `who` is taken, or none of so many `pictures`.
+
+        `translated` requests hold places, `own` of them are of `who`.
+        """
         if self.draining:
             raise Draining("the server is stopping; ask another one", 30)
         if self._room.fault and self._room.shifts[-1].opened.done():
             raise NotReady(f"{self._room.fault}; try again later", 30)
         if pictures > self.options.queue_pictures:
             raise UsageError(f"{pictures} pictures in one request; ask for {self.options.queue_pictures} at most")
-        orders, waiting = self.waiting(), self.counts()["waiting"]
+        orders, waiting = self.waiting() + translated, self.counts()["waiting"] + translated
         # Somebody who has nothing here gets a place even if others have filled the queue.
-        share = 1 if any(ticket.order.who == order.who for ticket in self.tickets.values()) else 2
+        share = 1 if own or any(ticket.order.who == who for ticket in self.tickets.values()) else 2
         if orders >= share * self.options.queue or waiting + pictures > share * self.options.queue_pictures:
             raise QueueFull(f"{orders} requests wait already; try again later", math.ceil(self.drain_seconds()))
 

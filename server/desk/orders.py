@@ -45,7 +45,9 @@ class Order:
 
     `who` is the key's id, or the peer's address without keys: orders of one `who` share a turn in the queue, and only
     they may stop each other. `id` is unique among the orders that are alive. `deadline` is in seconds from now.
-    `wants_estimates` asks for the estimates of the latents at each step, for previews.
+    `wants_estimates` asks for the estimates of the latents at each step, for previews; without `keeps_estimates` only
+    the ticket's `progress` has the latest. With `own_noise` each picture is
+    drawn as if it were alone, with seeds N, N+1, …, in ComfyUI's way too, in which a batch has one seed.
     """
 
     work: Request | Graph
@@ -54,6 +56,8 @@ class Order:
     id: str
     deadline: float | None = None
     wants_estimates: bool = False
+    keeps_estimates: bool = True
+    own_noise: bool = False
 
 
 @dataclass(frozen=True)

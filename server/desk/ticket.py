@@ -62,6 +62,8 @@ class Ticket:
             self._begin(time.monotonic())
             kept = self.progress.estimate if self.progress is not None and event.estimate is None else event.estimate
             self.progress = replace(event, estimate=kept)
+            if not self.order.keeps_estimates:
+                event = replace(event, estimate=None)
         else:
             self.ended = event
         self._events.append(event)

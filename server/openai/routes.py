@@ -6,6 +6,7 @@ import asyncio
 import functools
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 from uuid import uuid4
 
@@ -109,15 +110,16 @@ class _Images:
         self._names(request).check(asked.model)
         desk, caller = _desk(request), request.state.caller
         pipeline = desk.pipeline
-        translated = await asyncio.to_thread(
-            translate, asked, self._options, pipeline.manifest, pipeline.pool.limits, self._find, start
-        )
-        try:
-            usage, steps, notes = await asyncio.to_thread(self._prepared, desk, asked, translated.request)
-            order = self._order(request, asked, translated.request)
-            reader = await self._once.read(asking, lambda: desk.submit(order))
-        except SdxlTrtError as exc:
-            raise as_api_error(exc, self._options) from exc
+        with nullcontext() if asking.may_repeat else desk.place(caller.who):
+            translated = await asyncio.to_thread(
+                translate, asked, self._options, pipeline.manifest, pipeline.pool.limits, self._find, start
+            )
+            try:
+                usage, steps, notes = await asyncio.to_thread(self._prepared, desk, asked, translated.request)
+                order = self._order(request, asked, translated.request)
+                reader = await self._once.read(asking, lambda: desk.submit(order))
+            except SdxlTrtError as exc:
+                raise as_api_error(exc, self._options) from exc
         caller.warnings += (*translated.warnings, *notes)
         again = {"Idempotent-Replayed": "true"} if reader.replayed else {}
         if not asked.stream:

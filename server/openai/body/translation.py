@@ -109,7 +109,8 @@ def _stated(asked: Asked, factors: Mapping[str, float]) -> dict[str, Any]:
     usual = Request().steps
     steps = max(round(usual * factors.get(asked.quality, 1.0)), 1) if asked.steps is None else asked.steps
     stated = {"steps": steps, "guidance": asked.guidance, "refiner_guidance": asked.refiner_guidance,
-              "sampler": asked.sampler, "schedule": asked.schedule}  # fmt: skip
+              "sampler": asked.sampler, "schedule": asked.schedule, "aesthetic_score": asked.aesthetic_score,
+              "negative_aesthetic_score": asked.negative_aesthetic_score}  # fmt: skip
     return {name: value for name, value in stated.items() if value is not None}
 
 

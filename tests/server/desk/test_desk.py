@@ -5,6 +5,7 @@ import importlib.util
 import itertools
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -386,6 +387,31 @@ def test_of_a_thousand_orders_at_once_as_many_are_taken_as_the_queue_holds(serve
         assert desk.ready
 
     serve(scenario, queue=8)
+
+
+def test_only_requests_that_may_be_taken_are_translated(serve: Serve, calls: Any) -> None:
+    async def scenario(desk: Desk) -> None:
+        gate = calls.before = kit.Gate()
+        running = await desk.submit(order())
+        await gate.holds()
+        batch, held = desk.pipeline.pictures_at_once, ExitStack()
+        with held:
+            for _ in range(2 + batch):
+                held.enter_context(desk.place("a"))
+            with pytest.raises(QueueFull):
+                held.enter_context(desk.place("a"))
+            held.enter_context(desk.place("another"))
+        tickets = [running]
+        for _ in range(2):
+            with desk.place("a"):
+                tickets.append(await desk.submit(order()))
+        with pytest.raises(QueueFull):
+            await desk.submit(order())
+        gate.opened.set()
+        for ticket in tickets:
+            assert (await ticket.wait()).outcome == "done"
+
+    serve(scenario, queue=2)
 
 
 def test_too_many_pictures_are_refused_though_few_orders_wait(serve: Serve, calls: Any) -> None:

@@ -1,7 +1,8 @@
 """/v1 on a desk of the tests, which draws at once, and on the embedded pair."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -45,6 +46,12 @@ class FakeDesk:
         self.pipeline = SimpleNamespace(manifest=BUNDLE.manifest, pool=pool)
         self.draining = False
         self.files = Files()
+
+    @contextmanager
+    def place(self, who: str) -> Iterator[None]:
+        if self.refuses is not None:
+            raise self.refuses
+        yield
 
     async def submit(self, order: Order) -> Ticket:
         if self.refuses is not None:
