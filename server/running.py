@@ -69,11 +69,12 @@ def _address(listener: socket.socket) -> str:
 
 
 def _log_to_stderr() -> None:
-    """Write the lines of the server to stderr as they are; uvicorn's own only where they warn, without tracebacks."""
+    """Write the lines of the server to stderr as they are; others' only where they warn, without tracebacks."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
-    ours, theirs = logging.getLogger("sdxl_trt.server"), logging.getLogger("uvicorn")
-    for logger, level in ((ours, logging.INFO), (theirs, logging.WARNING)):
+    for name, level in (("sdxl_trt.server", logging.INFO), ("uvicorn", logging.WARNING),
+                        ("opentelemetry", logging.WARNING)):  # fmt: skip
+        logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(level)
     handler.addFilter(_without_traceback)
@@ -134,10 +135,10 @@ class _Server(uvicorn.Server):
         task.add_done_callback(self._reloading.discard)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - uvicorn's own signature
-        """Take a signal: drain at the first, end at the second."""
+        """Take a signal: drain at the first, end what runs at the second, and do not wait for anything at the third."""
         self._signals += 1
-        if self._signals == 1 and self._loop is not None and self.started:
-            self._loop.call_soon_threadsafe(self._drain)
+        if self._signals <= 2 and self._loop is not None and self.started:
+            self._loop.call_soon_threadsafe(self._drain if self._signals == 1 else self._hurry)
         else:
             self.should_exit = True
             self.force_exit = self._signals > 2
@@ -145,6 +146,10 @@ class _Server(uvicorn.Server):
     def _drain(self) -> None:
         self._draining = asyncio.get_running_loop().create_task(self._state.desk.drain(self._options.grace))
         self._draining.add_done_callback(self._end)
+
+    def _hurry(self) -> None:
+        for ticket in [*self._state.desk.tickets.values()]:
+            ticket.cancel()
 
     def _end(self, _: object) -> None:
         self.should_exit = True

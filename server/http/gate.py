@@ -33,6 +33,7 @@ _ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _WITHOUT_KEY = re.compile(r"/(page/.*|favicon\.ico)?|/health(/.*)?|/healthz|/v2/health/.*|/v1/files/.*")
 """The page's own files, what probes ask, and the files whose names cannot be guessed."""
 _DOCS = ("/docs", "/redoc")
+_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "WEBSOCKET")
 WARNING_BYTES = 2048
 SOCKETS, SOCKETS_EACH = 64, 4
 CSP = "default-src 'self'; img-src 'self' blob: data:; frame-ancestors 'none'"
@@ -42,6 +43,7 @@ CSP = "default-src 'self'; img-src 'self' blob: data:; frame-ancestors 'none'"
 class Finished:
     """A request that was answered, for logs and metrics: nothing in it was written by the client but the id.
 
+    `method` is "OTHER" for one that HTTP does not have, and "WEBSOCKET" for a websocket.
     `route` is the route's pattern, "" if there is none. `status` is 0 if the client left before an answer began, and
     101 for a websocket.
     """
@@ -85,8 +87,8 @@ class Gate:
             await self._pass(scope, headers, caller, receive, answer)
         finally:
             route = getattr(scope.get("route"), "path", "")
-            self._tell(Finished(caller, owner_of(scope["path"]), scope.get("method", "WEBSOCKET"), route,
-                                answer.status, self._clock() - started))  # fmt: skip
+            self._tell(Finished(caller, owner_of(scope["path"]), _method(scope), route, answer.status,
+                                self._clock() - started))  # fmt: skip
 
     async def _pass(self, scope: Scope, headers: Headers, caller: Caller, receive: Receive, answer: "_Answer") -> None:
         try:
@@ -195,6 +197,11 @@ async def _refuse(scope: Scope, receive: Receive, send: Send, response: Response
 def _peer(scope: Scope) -> str:
     client = scope.get("client")
     return f"peer:{client[0]}" if client else "peer:unknown"
+
+
+def _method(scope: Scope) -> str:
+    method: str = scope.get("method", "WEBSOCKET")
+    return method if method in _METHODS else "OTHER"
 
 
 def _request_id(headers: Headers) -> str:

@@ -18,8 +18,11 @@ _NOTES = (
 
 
 def log_request(finished: Finished) -> None:
-    """Log a request that was answered; what asks for health and metrics is not logged unless it failed."""
-    if finished.owner in _QUIET and 0 < finished.status < 500 and finished.method == "GET":
+    """Log a request that was answered; what asks for health and metrics is not logged unless it failed.
+
+    A server that says that it is not ready has not failed.
+    """
+    if finished.owner in _QUIET and finished.method == "GET" and (0 < finished.status < 500 or finished.status == 503):
         return
     about = {
         "api": finished.owner,

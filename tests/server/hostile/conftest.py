@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -119,6 +120,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Se
             address = None
             while address is None:
                 assert process.poll() is None, (folder / "log").read_text()
+                time.sleep(0.05)  # another process tells us in no other way
                 address = re.search(r"serving on http://127.0.0.1:(\d+)", (folder / "out").read_text())
             server = Server(process, int(address[1]), folder / "temporary", folder / "log", folder / "out")
             while server.ask("GET", "/health/ready")[0] != 200:

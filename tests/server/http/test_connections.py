@@ -1,6 +1,8 @@
 """Connections whose client does not send its request, or does not read what is answered; time is the test's."""
 
 import asyncio
+import os
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -206,3 +208,31 @@ def test_a_client_that_does_not_read_is_cut_off(connected: Any, read: float, abo
         await done(connection)
 
     connected(use)
+
+
+def test_a_websocket_that_is_never_read_is_cut_off_by_a_real_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sdxl_trt.server.http.connections.READ_SECONDS", 0.05)
+    ended: list[BaseException] = []
+
+    async def talks(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "websocket.accept"})
+        try:
+            while True:
+                await send({"type": "websocket.send", "bytes": os.urandom(1 << 20)})
+        except OSError as exc:
+            ended.append(exc)
+
+    async def main() -> None:
+        loop, state = asyncio.get_running_loop(), ServerState()
+        config = uvicorn.Config(talks, http=Connection, ws=Socket, lifespan="off", log_config=None)
+        config.load()
+        server = await loop.create_server(lambda: Connection(config, state, {}, loop), "127.0.0.1", 0)
+        with socket.create_connection(server.sockets[0].getsockname()) as client:
+            client.sendall(UPGRADE)
+            while not ended:
+                await asyncio.sleep(0)
+        server.close()
+        await server.wait_closed()
+        assert not state.connections
+
+    asyncio.run(asyncio.wait_for(main(), 30))

@@ -242,10 +242,11 @@ def test_what_is_not_there_is_said_by_name(served: Served) -> None:
 
 
 def test_models_are_the_bundle_and_its_aliases(served: Served, tmp_path: Path) -> None:
-    async def use(client: httpx.AsyncClient, _: Any) -> tuple[Any, Any]:
+    async def use(client: httpx.AsyncClient, desk: Any) -> tuple[Any, Any]:
+        desk.pipeline.pool.bundle = SimpleNamespace(root=tmp_path / "my-bundle")
         return (await client.get("/v1/models")).json(), (await client.get("/v1/models/sd/xl")).json()
 
-    listed, found = served(use, Options(engines=tmp_path / "my-bundle", aliases=("sd/xl", "team-*")))
+    listed, found = served(use, Options(engines=tmp_path / "current", aliases=("sd/xl", "team-*")))
     assert listed["object"] == "list"
     assert [each["id"] for each in listed["data"]] == ["my-bundle", "sd/xl", "gpt-image-1", "dall-e-3", "dall-e-2"]
     assert found == listed["data"][1]
