@@ -117,3 +117,14 @@ def test_answers_say_what_a_key_may_still_ask_for(served: Any) -> None:
     assert "x-ratelimit-limit-requests" not in health.headers
     with served() as client:
         assert "x-ratelimit-limit-requests" not in client.post(GENERATIONS, json=ASKED).headers
+
+
+def test_each_picture_of_a_batch_is_counted(served: Any, graph: dict[str, Any]) -> None:
+    graph["5"]["inputs"]["batch_size"] = 3
+    with served() as client:
+        assert client.post("/prompt", json={"prompt": graph}).status_code == 200
+        while client.get("/prompt").json()["exec_info"]["queue_remaining"]:
+            pass
+        values = counted(client.get("/metrics").text)
+    assert (values["trt_pictures_total",], values["trt_steps_total", "base"]) == (3, 6)
+    assert values["trt_queue_duration_seconds_count", "comfyui"] == 1
