@@ -1,9 +1,9 @@
 """The application: every API on one desk."""
 
-__all__ = ["create_app"]
+__all__ = ["create_app", "open_engines"]
 
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
 from fastapi import FastAPI
@@ -20,25 +20,33 @@ APIS = (ops, openai, a1111, comfyui, page)
 """In the order in which their paths are tried."""
 
 
+def open_engines(options: Options) -> Pipeline:
+    """Return the pipeline of the bundle that `options` name; only its manifest is read. Raises SdxlTrtError."""
+    return open_bundle(options.engines, provider=options.provider, residency=options.residency, available=options.vram)
+
+
 @contextmanager
-def _opened(app: FastAPI, options: Options) -> Iterator[Pipeline]:
+def _opened(app: FastAPI, options: Options, opener: Callable[[Options], Pipeline]) -> Iterator[Pipeline]:
     """Open the bundle; an error is kept in `app.state.failure`, since uvicorn passes none on."""
     try:
-        with open_bundle(options.engines, provider=options.provider, residency=options.residency,
-                         available=options.vram) as pipeline:  # fmt: skip
+        with opener(options) as pipeline:
             yield pipeline
     except SdxlTrtError as exc:
         app.state.failure = exc
         raise
 
 
-def create_app(options: Options) -> FastAPI:
+def create_app(
+    options: Options,
+    opener: Callable[[Options], Pipeline] = open_engines,
+    make_desk: Callable[[Pipeline, Options], Desk] = Desk,
+) -> FastAPI:
     """Return the ASGI application; the bundle is opened when it starts, and closed when it ends."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        with _opened(app, options) as pipeline:
-            app.state.desk = desk = Desk(pipeline, options)
+        with _opened(app, options, opener) as pipeline:
+            app.state.desk = desk = make_desk(pipeline, options)
             # A desk that tells of its units of work has them measured.
             getattr(desk, "on_unit", []).append(metrics.unit)
             yield

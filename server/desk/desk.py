@@ -59,7 +59,10 @@ class Desk:
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._hung_at: float | None = None
         self._owned: list[Pipeline] = []
-        self._room = Room(self._shift(pipeline), self.predictor, self._on_end, self._on_news)
+        self._room = self._make_room(pipeline)
+
+    def _make_room(self, pipeline: Pipeline) -> Room:
+        return Room(self._shift(pipeline), self.predictor, self._on_end, self._on_news)
 
     def _shift(self, pipeline: Pipeline) -> Shift:
         studio = Studio(pipeline, self.predictor, fixed=self.options.fixed_batch)
