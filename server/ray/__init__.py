@@ -5,10 +5,16 @@ from typing import TYPE_CHECKING
 from sdxl_trt.engines.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from sdxl_trt.server.ray.layout import ASSUMED, Layout, Seconds, choose_layout, parse_seconds
+    from sdxl_trt.server.ray.application import application
+    from sdxl_trt.server.ray.cluster import Cluster
+    from sdxl_trt.server.ray.lists import draw_list
+    from sdxl_trt.server.ray.running import serve_by_ray
 else:
     __getattr__ = lazy_names(__name__, {
-        "layout": ("ASSUMED", "Layout", "Seconds", "choose_layout", "parse_seconds"),
+        "application": ("application",),
+        "cluster": ("Cluster",),
+        "lists": ("draw_list",),
+        "running": ("serve_by_ray",),
     })
 
-__all__ = ["ASSUMED", "Layout", "Seconds", "choose_layout", "parse_seconds"]
+__all__ = ["Cluster", "application", "draw_list", "serve_by_ray"]

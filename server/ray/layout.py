@@ -1,7 +1,7 @@
 """Which devices draw what: every device with both experts, or some with the base and others with the refiner.
 
 The rule compares pictures a second. With g devices that hold both experts and change them twice for k pictures,
-X = g·k / (2S + c·k). With g_b devices for the base and g_r for the refiner, X = min(g_b / (e + b), g_r / (r + d)).
+X = g·k / (2S + c·k). With g_b devices for the base and g_r for the refiner, X = min(g_b / b, g_r / (r + d)).
 e, b, r and d are the seconds of a picture for encoding, base, refiner and decoding, c their sum, S those of one change.
 """
 
@@ -92,7 +92,7 @@ def choose_layout(
 
 
 def _split_rate(base: int, refiner: int, seconds: Seconds) -> float:
-    slowest = [(base, seconds.encode + seconds.base), (refiner, seconds.refiner + seconds.decode)]
+    slowest = [(base, seconds.base), (refiner, seconds.refiner + seconds.decode)]
     return min(devices / each if each else math.inf for devices, each in slowest)
 
 
