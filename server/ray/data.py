@@ -46,7 +46,7 @@ def _mapped(data: Any, layout: Layout, deployed: Deployed) -> Any:
     for kind, devices in parts if layout.split else [(Whole, layout.together)]:
         data = data.map_batches(
             _Mapped,
-            fn_constructor_args=(partial(kind, deployed.options, open_engines),),
+            fn_constructor_kwargs={"make": partial(kind, deployed.options, open_engines)},
             compute=ray.data.ActorPoolStrategy(size=devices, max_tasks_in_flight_per_actor=TASKS),
             batch_size=BATCH,
             batch_format="pyarrow",

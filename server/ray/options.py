@@ -1,6 +1,6 @@
 """The options of every deployment, none left to Ray's defaults."""
 
-__all__ = ["BATCH", "Deployed", "ingress_options", "pool_options"]
+__all__ = ["BATCH", "LOGGING", "MARGIN", "Deployed", "ingress_options", "pool_options"]
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +12,8 @@ BATCH = 4
 MARGIN = 5.0
 """Seconds that the proxy waits beyond a request's deadline, so that the answer is ours."""
 RETRY_AFTER = 5
+LOGGING = {"log_level": "WARNING", "enable_access_log": False}
+"""Ray's own lines; a line a request is the ingress's."""
 OptionsOfRay = dict[str, Any]
 
 

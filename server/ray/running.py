@@ -13,7 +13,7 @@ from sdxl_trt.engines import SdxlTrtError, UsageError
 from sdxl_trt.server.options import Options
 from sdxl_trt.server.ray.application import built
 from sdxl_trt.server.ray.cluster import Cluster, connected, planned
-from sdxl_trt.server.ray.options import MARGIN
+from sdxl_trt.server.ray.options import LOGGING, MARGIN
 
 NAME = "sdxl-trt"
 
@@ -22,14 +22,15 @@ def serve_by_ray(options: Options, cluster: Cluster) -> None:
     """Serve until a signal comes. A cluster that was there before keeps running. Raises SdxlTrtError."""
     port = _port(options)
     stopped = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stopped.set())
     with connected(cluster):
+        for number in (signal.SIGINT, signal.SIGTERM):  # after Ray has set its own
+            signal.signal(number, lambda *_: stopped.set())
         layout, deployed = planned(options, cluster)
         sys.stderr.write(f"{layout.line()}\n")
-        serve.start(http_options={"host": options.host, "port": port, "request_timeout_s": options.deadline + MARGIN})
+        http = {"host": options.host, "port": port, "request_timeout_s": options.deadline + MARGIN}
+        serve.start(http_options=http, logging_config=LOGGING)
         try:
-            serve.run(built(layout, deployed), name=NAME, route_prefix="/")
+            serve.run(built(layout, deployed), name=NAME, route_prefix="/", logging_config=LOGGING)
         except RuntimeError as exc:
             raise SdxlTrtError("the cluster could not start the server; the lines above say why") from exc
         host = f"[{options.host}]" if ":" in options.host else options.host
