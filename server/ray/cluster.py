@@ -49,8 +49,8 @@ def connected(cluster: Cluster) -> Iterator[None]:
     if cluster.address is not None:
         ray.init(address=cluster.address, logging_level=logging.WARNING)
     else:
-        # Its CPUs are places for actors, of which the ingress and every device take one; threads are not counted.
-        places = max(os.cpu_count() or 1, (cluster.devices or 1) + 2)
+        # Its CPUs are places: the ingress and every device take one, and Ray Data keeps some for its own tasks.
+        places = max(os.cpu_count() or 1, 2 * (cluster.devices or 1) + 3)
         ray.init(address="local", num_cpus=places, include_dashboard=False, logging_level=logging.WARNING)
     try:
         yield
