@@ -103,7 +103,7 @@ def _graph(model: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _by_comfyui(server: Server) -> list[np.ndarray]:
+def _by_comfyui(server: Server, kit: Any) -> list[np.ndarray]:
     info = server.json("/object_info/CheckpointLoaderSimple")
     model = info["CheckpointLoaderSimple"]["input"]["required"]["ckpt_name"][0][0]
     identity = server.json("/prompt", {"prompt": _graph(model)})["prompt_id"]
@@ -113,8 +113,8 @@ def _by_comfyui(server: Server) -> list[np.ndarray]:
     return [_pixels(server.ask(f"/view?{urlencode(image)}")[2]) for image in entry["outputs"]["9"]["images"]]
 
 
-def test_comfyui_draws_the_pixels_of_one_box(ray_box: Server, one_box: Server) -> None:
-    assert _equal(_by_comfyui(ray_box), _by_comfyui(one_box))
+def test_comfyui_draws_the_pixels_of_one_box(ray_box: Server, one_box: Server, kit: Any) -> None:
+    assert _equal(_by_comfyui(ray_box, kit), _by_comfyui(one_box, kit))
 
 
 def test_automatic1111_draws_the_pixels_of_one_box(ray_box: Server, one_box: Server) -> None:
@@ -160,7 +160,7 @@ def test_a_client_that_leaves_stops_the_device(ray_box: Server) -> None:
     assert time.monotonic() - began < 2.5 * whole
 
 
-def test_a_device_that_dies_costs_no_picture(ray_box: Server, one_box: Server) -> None:
+def test_a_device_that_dies_costs_no_picture(ray_box: Server, one_box: Server, kit: Any) -> None:
     asked = {**ASKED, "steps": 400, "partial_images": 3, "seed": 11}
     stream = _events(ray_box, asked)
     next(stream)
