@@ -110,7 +110,7 @@ def one_box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def ray_box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with served(tmp_path_factory.mktemp("ray") / "log", *SPLIT, "--queue", "4") as server:
+    with served(tmp_path_factory.mktemp("ray") / "log", *SPLIT, "--queue", "2") as server:
         yield server
     assert server.process.returncode == 0
 
