@@ -7,6 +7,8 @@ PEERS := .venv-peers
 PEERS_PIP := $(PEERS)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints-peers.txt
 CLIENTS := .venv-clients
 CLIENTS_PIP := $(CLIENTS)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints-clients.txt
+RAY := .venv-ray
+RAY_PIP := $(RAY)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints-ray.txt
 GPU := .venv-gpu
 GPU_EXTRAS ?= gpu,tensorrt,verify
 GPU_CONSTRAINTS = constraints$(if $(findstring cu12,$(GPU_EXTRAS)),-cu12).txt
@@ -15,7 +17,7 @@ PROMPT ?= a large red star on a blue background
 # A half-made environment must not pass for a whole one.
 .DELETE_ON_ERROR:
 
-.PHONY: help demo serve demo-export install test lint types pytest peers test-peers clients test-clients test-references format mini-bundle gallery checkpoints readme bench bench-export bench-build bench-host bench-load bench-lora gpu-check clean
+.PHONY: help demo serve demo-export install test lint types pytest peers test-peers clients test-clients ray test-ray test-references format mini-bundle gallery checkpoints readme bench bench-export bench-build bench-host bench-load bench-lora gpu-check clean
 
 help:  ## Say what there is to make
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -60,6 +62,11 @@ clients: $(CLIENTS)/.done  ## The environment of the clients of trt-serve in .ve
 
 test-clients: $(VENV)/.full $(CLIENTS)/.done  ## Real clients draw on trt-serve, which runs as a process of its own
 	$(CLIENTS)/bin/python -m pytest --config-file tests/clients/pytest.ini tests/clients
+
+ray: $(RAY)/.done  ## The environment with Ray in .venv-ray
+
+test-ray: $(RAY)/.done  ## trt-serve --ray on a local cluster of two devices, in two minutes
+	$(RAY)/bin/python -m pytest --config-file tests/ray/pytest.ini tests/ray
 
 format: $(VENV)/.full  ## Format the code and mend what lint can mend
 	$(BIN)/ruff check --fix .
@@ -113,7 +120,7 @@ gpu-check: $(VENV)/.runtime  ## On a machine with an NVIDIA GPU: prove what no C
 		$(if $(MINUTES),--minutes $(MINUTES))
 
 clean:  ## Remove what make made
-	rm -rf $(VENV) $(PEERS) $(CLIENTS) $(GPU) out build dist *.egg-info
+	rm -rf $(VENV) $(PEERS) $(CLIENTS) $(RAY) $(GPU) out build dist *.egg-info
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -144,6 +151,12 @@ $(PEERS)/.done: pyproject.toml constraints-peers.txt
 $(CLIENTS)/.done: constraints-clients.txt
 	$(PYTHON) -m venv $(CLIENTS)
 	@$(CLIENTS_PIP) comfy-api-client comfy-api-simplified openai pytest webuiapi
+	@touch $@
+
+# Ray brings packages that nothing else here needs, and pins of its own.
+$(RAY)/.done: pyproject.toml constraints-ray.txt
+	$(PYTHON) -m venv $(RAY)
+	@$(RAY_PIP) --editable '.[cpu,server,ray]' pytest
 	@touch $@
 
 # Made anew for other extras: what they install for CUDA 12 and for CUDA 13 must not mix.

@@ -110,7 +110,8 @@ def _unpacked(errand: Errand, options: Options) -> tuple[Path, Errand]:
         paths[name].write_bytes(data)
     changes: dict[str, Any] = {"folder": folder}
     # A graph may name its pictures, and what the server's options are; those of this machine count.
-    changes |= {name: value for name, value in (("pictures", paths), ("options", options)) if hasattr(errand.work, name)}
+    known = {"pictures": paths, "options": options}
+    changes |= {name: value for name, value in known.items() if hasattr(errand.work, name)}
     assert is_dataclass(errand.work)  # noqa: S101 - a Graph
     return folder, replace(errand, work=replace(errand.work, **changes))
 
@@ -264,5 +265,3 @@ def _blank(pipeline: Pipeline, stage: Stage) -> PromptEmbeds:
     inputs = {each.name: each.shape for each in pipeline.manifest.components[stage.unet].inputs}
     hidden, pooled = (int(inputs[name][-1]) for name in ("encoder_hidden_states", "text_embeds"))
     return PromptEmbeds(np.zeros((TOKENS, hidden), np.float32), np.zeros(pooled, np.float32))
-
-

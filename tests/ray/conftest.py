@@ -21,7 +21,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 START_SECONDS = 180.0
-PATIENT = {name: "60" for name in ("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S")}
+PATIENT = dict.fromkeys(("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S"), "60")
 """The machine may be busy with other tests."""
 SPLIT = ("--ray", "--ray-layout", "split", "--ray-devices", "2", "--provider", "ort-cpu")
 

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-
 import numpy as np
 from PIL import Image
 
@@ -39,7 +38,8 @@ def test_a_list_goes_on_where_it_was_interrupted(tmp_path: Path, kit: Any) -> No
     broken = min(kept)
     broken.write_bytes(broken.read_bytes()[:-40])
 
-    ended = subprocess.run(_command(kit, prompts, out), cwd=kit.ROOT, capture_output=True, text=True, timeout=240)
+    ended = subprocess.run(_command(kit, prompts, out), cwd=kit.ROOT, capture_output=True, text=True, timeout=240,
+                           check=False)  # fmt: skip
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.splitlines()[-1] == f"64 prompts: {65 - len(kept)} drawn, {len(kept) - 1} were there, 0 failed"
     assert len([*out.iterdir()]) == 64

@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import urlencode, urlsplit
 
-
 import numpy as np
 import pytest
 from PIL import Image
@@ -51,7 +50,8 @@ def _events(server: Server, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"n": 2}, {"handoff": None}, {"sampler": "dpmpp_2s_ancestral", "negative_prompt": "blur"}, {"compat": "comfyui", "n": 2}],
+    [{"n": 2}, {"handoff": None}, {"sampler": "dpmpp_2s_ancestral", "negative_prompt": "blur"},
+     {"compat": "comfyui", "n": 2}],
     ids=["two pictures", "base alone", "a sampler with noise", "ComfyUI's noise"],
 )  # fmt: skip
 def test_openai_draws_the_pixels_of_one_box(ray_box: Server, one_box: Server, changes: dict[str, Any]) -> None:
