@@ -14,17 +14,7 @@ from sdxl_trt.server.options import Options, read_keys
 
 PROVIDERS = ("auto", "ort-cpu", "ort-cuda", "ort-tensorrt", "tensorrt", "tensorrt-rtx")
 APIS = {"openai": "openai", "a1111": "a1111", "comfy": "comfyui", "comfyui": "comfyui"}
-_NO_OPTIONS = (
-    "api_key_file",
-    "debug",
-    "ray",
-    "ray_layout",
-    "ray_devices",
-    "ray_address",
-    "ray_seconds",
-    "prompts",
-    "out",
-)
+_OF_RAY = ("ray", "ray_layout", "ray_devices", "ray_address", "ray_seconds", "prompts", "out")
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -55,8 +45,7 @@ def _check_ray(arguments: argparse.Namespace) -> None:
         if arguments.prompts is not None:
             raise UsageError(f"--prompts: trt-serve draws lists with --ray; without it: trt-generate --prompts"
                              f" {arguments.prompts}")  # fmt: skip
-        given = [name for name in ("ray_layout", "ray_devices", "ray_address", "ray_seconds", "out")
-                 if getattr(arguments, name) not in (None, "auto")]  # fmt: skip
+        given = [name for name in _OF_RAY[1:] if getattr(arguments, name) not in (None, "auto")]
         if given:
             raise UsageError(f"--{given[0].replace('_', '-')} goes with --ray; give both or none")
     elif (arguments.prompts is None) != (arguments.out is None):
@@ -78,7 +67,7 @@ def _serve_by_ray(arguments: argparse.Namespace, options: Options) -> None:
 
 def options_of(arguments: argparse.Namespace) -> Options:
     """Return the options that a command line states; raises UsageError for a key file or folder that is none."""
-    stated = {name: value for name, value in vars(arguments).items() if name not in _NO_OPTIONS}
+    stated = {name: value for name, value in vars(arguments).items() if name not in ("api_key_file", "debug", *_OF_RAY)}
     for name in ("lora_dir", "embedding_dir"):
         folder = stated[name]
         if folder is not None and not folder.is_dir():

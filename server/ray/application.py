@@ -31,7 +31,7 @@ INGRESS, BASE, REFINER = "Ingress", "Base", "Refiner"
 class _Device:
     """A replica of a pool."""
 
-    async def __init__(self, name: PoolName, options: Options) -> None:
+    async def __init__(self, name: PoolName, options: Options) -> None:  # type: ignore[misc]  # Serve awaits it
         from sdxl_trt.server.app import open_engines  # noqa: PLC0415 - a replica needs them, the ingress not
         from sdxl_trt.server.comfyui import run_graph  # noqa: PLC0415
 

@@ -28,7 +28,7 @@ class RayDesk(Desk):
         shift = Shift(Studio(pipeline, self.predictor), Dispatch(self._layout), owned=owned)
         return FarRoom(shift, self.predictor, self._on_end, self._on_news, self._make)
 
-    async def swap_pipeline(self, pipeline: Pipeline) -> None:
+    async def swap_pipeline(self, open_pipeline: Callable[[], Pipeline]) -> None:  # noqa: ARG002
         """Refuse: the pools have opened the bundle themselves."""
         raise UsageError("several machines serve this bundle; deploy the server again to serve another one")
 

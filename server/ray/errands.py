@@ -66,7 +66,7 @@ class Over:
     ended: Ended
     handover: Handover | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
-    """Seconds of one step of a picture of its size (base, refiner), a prompt, a decoded picture, where they are known."""
+    """Seconds of a step of a picture of its size (base, refiner), of a prompt, of a decoded picture, if known."""
 
 
 @dataclass(frozen=True)

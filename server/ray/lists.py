@@ -10,7 +10,7 @@ import hashlib
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,7 +104,7 @@ def missing(entries: Sequence[Entry], folder: Path, pipeline: Pipeline) -> list[
     return left
 
 
-def _holds(path: Path, record: dict[str, Any]) -> bool:
+def _holds(path: Path, record: Mapping[str, Any]) -> bool:
     """Return whether a file is a whole picture with this record."""
     from PIL import Image  # noqa: PLC0415
 

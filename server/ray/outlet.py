@@ -4,7 +4,7 @@ __all__ = ["Lost", "Outlet", "Send"]
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any, Protocol
 
@@ -53,14 +53,14 @@ class Outlet:
         """Return whether another errand can be sent now."""
         return self._going < self.most and not self._blocked
 
-    async def do(self, errand: Errand) -> AsyncIterator[Event | Over]:
+    async def do(self, errand: Errand) -> AsyncGenerator[Event | Over, None]:
         """Send an errand as soon as there is room; yield what is answered, `Over` last. Raises Lost.
 
         Leaving it before its end cancels the errand.
         """
         while True:
             async with self._place():
-                answer = self._send(errand)
+                answer, ended_early = self._send(errand), False
                 try:
                     async for event in answer:
                         if isinstance(event, Refused):
@@ -70,15 +70,15 @@ class Outlet:
                         if isinstance(event, Over):
                             return
                     else:
-                        raise Lost("its answer ended early")
+                        ended_early = True
                 except self._full:
                     pass
-                except (Lost, GeneratorExit, asyncio.CancelledError):
-                    raise
                 except Exception as exc:
                     raise Lost(type(exc).__name__) from exc
                 finally:
                     answer.cancel()
+            if ended_early:
+                raise Lost("its answer ended early")
             self._block()
 
     @asynccontextmanager

@@ -110,9 +110,8 @@ def _unpacked(errand: Errand, options: Options) -> tuple[Path, Errand]:
         paths[name].write_bytes(data)
     changes: dict[str, Any] = {"folder": folder}
     # A graph may name its pictures, and what the server's options are; those of this machine count.
-    changes |= {
-        name: value for name, value in (("pictures", paths), ("options", options)) if hasattr(errand.work, name)
-    }
+    known = {"pictures": paths, "options": options}
+    changes |= {name: value for name, value in known.items() if hasattr(errand.work, name)}
     assert is_dataclass(errand.work)  # noqa: S101 - a Graph
     return folder, replace(errand, work=replace(errand.work, **changes))
 
@@ -124,11 +123,11 @@ class _PoolDesk(Desk):
         self._name: PoolName = name
         self.left: dict[str, Handover] = {}
         """What the base left of each errand, by its id, until it is sent."""
-        super().__init__(pipeline, options)
+        super().__init__(pipeline, options, owned=True)
 
-    def _shift(self, pipeline: Pipeline) -> Shift:
+    def _shift(self, pipeline: Pipeline, *, owned: bool) -> Shift:
         studio = _PoolStudio(pipeline, self.predictor, self._name, self.left, fixed=self.options.fixed_batch)
-        return Shift(studio, Scheduler(Policy(pictures=studio.pictures)))
+        return Shift(studio, Scheduler(Policy(pictures=studio.pictures)), owned=owned)
 
     def _pieces(self, ticket: Ticket, resolved: ResolvedRequest | None, deadline: float) -> list[Piece]:
         pieces = super()._pieces(ticket, resolved, deadline)

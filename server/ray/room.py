@@ -132,7 +132,7 @@ class FarRoom(Room):
                 journey = _Journey(self, pools, dispatch, shift.pieces[task], _first(pools, task))
                 self._journeys[journey.piece] = journey
                 journey.task = asyncio.create_task(journey.go())
-                journey.task.add_done_callback(lambda _, it=journey: self.arrived(it.piece, it.error))
+                journey.task.add_done_callback(journey.arrive)
 
     def _may(self, pools: Pools, task: Task) -> bool:
         """Return whether a task can be sent now: its first pool takes it, and few wait between the two."""
@@ -170,8 +170,8 @@ class FarRoom(Room):
         for stage, seconds in over.ended.seconds.items():
             if stage != "queue":
                 self.ledger.spend([piece], stage, seconds)
-                for listener in self.on_unit:
-                    listener(stage, seconds, piece.task.pictures)
+                for listener in self.on_stage:
+                    listener(stage, seconds)
         if piece.work is not None:
             for stage, seconds in over.seconds.items():
                 self._predictor.observe(stage, piece.work.pixels, seconds)
@@ -205,6 +205,10 @@ class _Journey:
         if self.task is not None and not self.stopping:
             self.stopping = True
             self.task.cancel()
+
+    def arrive(self, _: object) -> None:
+        """Tell the room that it has ended."""
+        self.room.arrived(self.piece, self.error)
 
     async def go(self) -> None:
         """Go all the way, or as far as somebody waits for it."""

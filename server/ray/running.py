@@ -8,6 +8,7 @@ import sys
 import threading
 
 from ray import serve
+from ray.exceptions import RayError
 
 from sdxl_trt.engines import SdxlTrtError, UsageError
 from sdxl_trt.server.options import Options
@@ -28,10 +29,10 @@ def serve_by_ray(options: Options, cluster: Cluster) -> None:
         layout, deployed = planned(options, cluster)
         sys.stderr.write(f"{layout.line()}\n")
         http = {"host": options.host, "port": port, "request_timeout_s": options.deadline + MARGIN}
-        serve.start(http_options=http, logging_config=LOGGING)
         try:
+            serve.start(http_options=http, logging_config=LOGGING)
             serve.run(built(layout, deployed), name=NAME, route_prefix="/", logging_config=LOGGING)
-        except RuntimeError as exc:
+        except (RuntimeError, RayError) as exc:
             raise SdxlTrtError("the cluster could not start the server; the lines above say why") from exc
         host = f"[{options.host}]" if ":" in options.host else options.host
         sys.stdout.write(f"serving on http://{host}:{port}\n")

@@ -14,12 +14,15 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
-START_SECONDS = 120.0
+START_SECONDS = 180.0
+PATIENT = dict.fromkeys(("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S"), "60")
+"""The machine may be busy with other tests."""
 SPLIT = ("--ray", "--ray-layout", "split", "--ray-devices", "2", "--provider", "ort-cpu")
 
 
@@ -81,7 +84,8 @@ def served(log: Path, *options: str) -> Iterator[Server]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "sdxl_trt.server.cli", "--port", str(port), *options]
-    with log.open("wb") as file, subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file) as process:
+    env = {**os.environ, **PATIENT}
+    with log.open("wb") as file, subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file, env=env) as process:
         server = Server(f"http://127.0.0.1:{port}", process)
 
         def ready() -> bool:
@@ -106,9 +110,15 @@ def one_box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def ray_box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with served(tmp_path_factory.mktemp("ray") / "log", *SPLIT, "--queue", "4") as server:
+    with served(tmp_path_factory.mktemp("ray") / "log", *SPLIT, "--queue", "2") as server:
         yield server
     assert server.process.returncode == 0
+
+
+@pytest.fixture(scope="session")
+def kit() -> Any:
+    """What tests need of this file, which they cannot import."""
+    return SimpleNamespace(ROOT=ROOT, SPLIT=SPLIT, until=until)
 
 
 @pytest.fixture(scope="session", autouse=True)
