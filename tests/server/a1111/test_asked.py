@@ -93,6 +93,7 @@ def test_an_empty_negative_prompt_is_zeros_for_both_experts(ask: Callable[..., A
         ({"sampler_name": "DPM adaptive"}, 404, "Sampler not found"),
         ({"steps": 0}, 422, "steps"),
         ({"steps": 2.5}, 422, "steps"),
+        ({"steps": True}, 422, "steps"),
         ({"width": 100}, 422, "width 100: the UNets in use take multiples of 32; try 96 or 128"),
         ({"width": 64, "height": 96, "refiner_checkpoint": "refiner", "refiner_switch_at": 0.5}, 422, "height"),
         ({"width": 8192, "height": 8192}, 422, "width"),
