@@ -1,19 +1,14 @@
-"""What is asked of the desk, and what it tells: orders, events, and the reasons why an order is refused."""
+"""What is asked of the desk, and what it tells: orders and events."""
 
 __all__ = [
     "Api",
-    "Draining",
     "Drawn",
     "Ended",
     "Event",
     "Graph",
-    "NotReady",
     "Order",
     "Outcome",
-    "QueueFull",
-    "RefusedError",
     "Stepped",
-    "TooLate",
     "Waiting",
 ]
 
@@ -73,7 +68,8 @@ class Stepped:
     """One unit of work is done: `index` of `total` in `stage` ("encode", "load", "base", "refiner", "decode", …).
 
     `first` is the index of the first picture concerned. `estimate` are the clean latents as they are now (n, c, h, w),
-    a copy, where the order asked for them. `node` is the graph's node that works, "" for a request.
+    a copy, where the order asked for them. `node` is the graph's node that works, "" for a request. `pictures` are
+    concerned, and the unit took `seconds`.
     """
 
     stage: str
@@ -82,15 +78,21 @@ class Stepped:
     first: int = 0
     estimate: NDArray[np.float32] | None = None
     node: str = ""
+    pictures: int = 1
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """Picture `index` of the order is finished; `node` is the graph's output node, "" for a request."""
+    """Picture `index` of the order is finished; `node` is the graph's output node, "" for a request.
+
+    Decoding took `seconds`.
+    """
 
     index: int
     picture: Picture
     node: str = ""
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -104,27 +106,3 @@ class Ended:
 
 
 Event = Waiting | Stepped | Drawn | Ended
-
-
-class RefusedError(Exception):
-    """An order that the desk does not take now; `retry_after` is in whole seconds, from 1 to 120."""
-
-    def __init__(self, message: str, retry_after: int = 1) -> None:
-        super().__init__(message)
-        self.retry_after = min(max(retry_after, 1), 120)
-
-
-class QueueFull(RefusedError):  # noqa: N818 - a reason, not a fault
-    """As many orders wait as the queue takes."""
-
-
-class TooLate(RefusedError):  # noqa: N818
-    """The order cannot end before its deadline."""
-
-
-class Draining(RefusedError):  # noqa: N818
-    """The server is stopping."""
-
-
-class NotReady(RefusedError):  # noqa: N818
-    """No engine is loaded, or the latest probe failed."""

@@ -1,14 +1,15 @@
 """The worker: one thread that owns the pipeline, does what the scheduler says, and outlives what fails."""
 
-__all__ = ["Room", "Runner", "Shift"]
+__all__ = ["Room", "Runner"]
 
 import logging
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import closing
-from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 from sdxl_trt.engines import IncompatibleError, UsageError
@@ -17,7 +18,8 @@ from sdxl_trt.runtime.request import StageName
 from sdxl_trt.server.desk.ledger import Ledger, OnEnd
 from sdxl_trt.server.desk.orders import Event, Graph
 from sdxl_trt.server.desk.pieces import Piece
-from sdxl_trt.server.desk.plan import Action, Predictor, Scheduler, Task, Times
+from sdxl_trt.server.desk.plan import Action, Predictor, Times
+from sdxl_trt.server.desk.shift import Shift, proven, quietly
 from sdxl_trt.server.desk.studio import Studio
 from sdxl_trt.server.desk.ticket import Ticket
 
@@ -28,16 +30,6 @@ Runner = Callable[[Pipeline, Graph, Ticket], Iterator[Event]]
 PROBE_AGAIN = 30.0
 """Seconds between probes while the engines fail and nothing else is to be done."""
 WARMING, FAILING = "the engines are not warm yet", "the latest picture for a test failed"
-
-
-@dataclass(eq=False)
-class Shift:
-    """A pipeline, and what is to be drawn with it. `opened` is done once a picture was drawn with it."""
-
-    studio: Studio
-    scheduler: Scheduler
-    pieces: dict[Task, Piece] = field(default_factory=dict)
-    opened: Future[None] = field(default_factory=Future)
 
 
 class Room:
@@ -51,9 +43,11 @@ class Room:
         self.lock = threading.RLock()
         self.shifts = [shift]
         self.runner: Runner | None = None
-        self.on_unit: list[Callable[[str, float, int], None]] = []
-        """Called on the worker's thread with the stage, seconds and pictures of each unit of work: encode, swap_base,
-        base, swap_refiner, refiner, load, decode."""
+        self.on_stage: list[Callable[[str, float], None]] = []
+        """Called on the worker's thread with what each stage of a piece of work took: picture, encode, swap_base, base,
+        swap_refiner, refiner, load, decode; the seconds are those of all its units."""
+        self.on_call: list[Callable[[str, int, int], None]] = []
+        """Called on the worker's thread before each common call of a UNet: the stage, its rows in use, all its rows."""
         self.times = Times()
         """What changes of engines cost, as of the latest action."""
         self.fault = WARMING
@@ -66,6 +60,8 @@ class Room:
         self._closing = False
         self._doubtful = True
         self._current: list[Piece] = []
+        self._spent: defaultdict[str, float] = defaultdict(float)
+        self._exchanges: list[tuple[Callable[[], Shift], Future[None]]] = []
         self._thread = threading.Thread(target=self._main, name="draw", daemon=True)
         self._thread.start()
 
@@ -93,11 +89,26 @@ class Room:
         """Let the thread look at what has changed."""
         self._news.set()
 
+    def exchange(self, make: Callable[[], Shift]) -> Future[None]:
+        """Have the thread make another shift, and draw a picture for a test with it, between two cycles.
+
+        What is done is the result: from then on, orders go to that shift. If it fails, nothing changes, and the error
+        of `make` or of the picture is the result.
+        """
+        done: Future[None] = Future()
+        with self.lock:
+            self._exchanges.append((make, done))
+        self._news.set()
+        return done
+
     def close(self, timeout: float) -> bool:
         """Do no more after the current unit of work; return whether the thread ended within `timeout` seconds."""
         self._closing = True
         self._news.set()
         self._thread.join(timeout)
+        for _, done in self._exchanges:
+            done.set_exception(UsageError("the server is stopping"))
+        self._exchanges = []
         return not self._thread.is_alive()
 
     # ---------------------------------------------------------------- the thread
@@ -117,7 +128,7 @@ class Room:
         """Go on after a thread died: what it drew fails, or is drawn again alone, and the engines are loaded anew."""
         pieces, self._current = self._current, []
         self._settle(self.shifts[0], pieces, [], EngineDiedError(type(death).__name__))
-        _quietly(self.shifts[0].studio.free)
+        quietly(self.shifts[0].studio.free)
         self._doubtful = True
 
     def _serve(self) -> None:
@@ -125,6 +136,7 @@ class Room:
             if self._doubtful:
                 self._check()
             self._sweep()
+            self._try_exchange()
             shift, action = self._chosen()
             if action is not None:
                 self._act(shift, action)
@@ -154,6 +166,10 @@ class Room:
         self.busy = False
         self._settle(shift, alive, survivors, error)
         self._current = []
+        spent, self._spent = self._spent, defaultdict(float)
+        for stage, seconds in spent.items():
+            for listener in self.on_stage:
+                listener(stage, seconds)
 
     def _settle(self, shift: Shift, alive: Sequence[Piece], survivors: list[Piece], error: Exception | None) -> None:
         with self.lock:
@@ -216,13 +232,15 @@ class Room:
         draw(shift, pieces[0])
         return []
 
-    def _unit(self, pieces: Sequence[Piece], stage: str, pictures: int = 1, loaded: str = "") -> float:
-        """Take in that a unit of work ended now, `loaded` if it was loading a UNet; return its seconds."""
+    def _unit(self, pieces: Sequence[Piece], stage: str, measured: str = "") -> float:
+        """Take in that a unit of work ended now, which is `measured` under another name than its stage's, if any.
+
+        Return its seconds.
+        """
         now = time.monotonic()
         seconds, self.pulse = now - self.pulse, now
         self.ledger.spend(pieces, stage, seconds)
-        for listener in self.on_unit:
-            listener(f"swap_{loaded}" if loaded else stage, seconds, pictures)
+        self._spent[measured or stage] += seconds
         return seconds
 
     def _encode(self, studio: Studio, pieces: list[Piece]) -> list[Piece]:
@@ -249,18 +267,19 @@ class Room:
     def _read(self, studio: Studio, pieces: Sequence[Piece]) -> None:
         began = time.monotonic()
         for step in studio.encode(pieces):
-            self._unit(pieces, "encode", len(pieces))
+            self._unit(pieces, "encode", step.stage)
             for piece in pieces:
                 self.ledger.stepped(piece, step)
         self._predictor.observe("encode", 0, (time.monotonic() - began) / len(pieces))
 
     def _denoise(self, studio: Studio, stage: StageName, pieces: list[Piece]) -> list[Piece]:
         shared, gone = studio.denoise(stage, pieces), set[int]()
+        shared.on_call = partial(self._called, stage)
         seconds, units = 0.0, 0
         with closing(_generator(shared.steps())) as steps:
             for number, step in steps:
                 here = [piece for other, piece in enumerate(pieces) if other not in gone]
-                spent = self._unit(here, step.stage, len(here), stage if step.stage == "load" else "")
+                spent = self._unit(here, step.stage, f"swap_{stage}" if step.stage == "load" else "")
                 pictures = step.pictures.stop - step.pictures.start
                 if step.stage == "load":
                     self._predictor.observe_load(stage, step.seconds)
@@ -282,6 +301,10 @@ class Room:
         for piece in ended:
             piece.complete = stage == "refiner" or piece.task.refiner_key is None
         return ended
+
+    def _called(self, stage: str, used: int, rows: int) -> None:
+        for listener in self.on_call:
+            listener(stage, used, rows)
 
     def _decode(self, shift: Shift, piece: Piece) -> None:
         with closing(_generator(shift.studio.decode(piece, early=piece.early))) as steps:
@@ -334,7 +357,7 @@ class Room:
                 if attempt:
                     self.fault = FAILING
                 else:
-                    _quietly(studio.free)
+                    quietly(studio.free)
             else:
                 self.fault = ""
                 break
@@ -344,15 +367,42 @@ class Room:
             self.shifts[0].opened.set_result(None)
         self._on_change()
 
+    def _try_exchange(self) -> None:
+        """Make the shift that somebody wants, if nothing is under way, and see whether it draws."""
+        with self.lock:
+            if not self._exchanges or len(self.shifts) > 1 or not self.shifts[0].scheduler.between_cycles():
+                return
+            make, done = self._exchanges.pop(0)
+        self.busy, self.pulse = True, time.monotonic()
+        try:
+            shift = proven(self.shifts[0].studio, make)
+        except BaseException as exc:  # noqa: BLE001 - who asked is told
+            self._doubtful = True  # the engines in service may be unloaded
+            done.set_exception(exc if isinstance(exc, Exception) else EngineDiedError(type(exc).__name__))
+        else:
+            self._append(shift)
+            done.set_result(None)
+        finally:
+            self.busy = False
+
+    def _append(self, shift: Shift) -> None:
+        """Let orders go to a shift that has drawn."""
+        shift.opened.set_result(None)
+        with self.lock:
+            self.shifts.append(shift)
+            shift.cold = self.shifts[0].scheduler.busy()
+        if shift.cold:  # the engines of both may not fit
+            quietly(shift.studio.free)
+
     def _change_shift(self) -> None:
-        """Close the pipeline of a shift that has nothing left, and warm the next one."""
+        """Let go of a shift that has nothing left; the next one has drawn already."""
         with self.lock:
             if self.shifts[0].scheduler.busy():
                 return
             old = self.shifts.pop(0)
-            self.fault = WARMING
-        _quietly(old.studio.close)
-        self._doubtful = True
+            self.fault, self._doubtful = "", self.shifts[0].cold
+        quietly(old.studio.close if old.owned else old.studio.free)
+        self._on_change()
 
 
 class EngineDiedError(RuntimeError):
@@ -367,10 +417,3 @@ def _generator(steps: Iterator[T]) -> Generator[T, None, None]:
 def _is_fault(error: Exception) -> bool:
     """Return whether `error` says something of the engines, and not only of what was asked."""
     return not isinstance(error, UsageError | IncompatibleError)
-
-
-def _quietly(do: Callable[[], None]) -> None:
-    try:
-        do()
-    except Exception as exc:  # noqa: BLE001 - what stays loaded is all that is lost
-        log.warning("engines could not be unloaded: %s", type(exc).__name__)

@@ -4,6 +4,7 @@ __all__ = ["Ticket"]
 
 import asyncio
 import time
+from bisect import bisect
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 
@@ -23,6 +24,7 @@ class Ticket:
         self.created = time.monotonic()
         self.started: float | None = None
         self.pictures: list[Picture] = []
+        """Those that are finished, in the order of their indices."""
         self.place: Waiting | None = None
         self.progress: Stepped | None = None
         """The latest step; `estimate` is kept until another step has one."""
@@ -31,9 +33,12 @@ class Ticket:
         """"cancelled" or "interrupted" once somebody stops it: the worker looks between two calls of a UNet."""
         self.on_stop: Callable[[], None] = lambda: None
         """What the desk does when somebody stops it."""
+        self.listeners: list[Callable[[Event], None]] = []
+        """Called on the loop with every event, after the ticket has taken it."""
         self.loop = asyncio.get_running_loop()
         self.readers = 0
         """How many readers have begun with the events and not come to the end."""
+        self._indices: list[int] = []
         self._events: list[Event] = []
         self._news = asyncio.Event()
 
@@ -53,7 +58,10 @@ class Ticket:
         if self.ended is not None:
             return
         if isinstance(event, Drawn):
-            self.pictures.append(event.picture)
+            # Devices that draw at the same time may finish in another order.
+            place = bisect(self._indices, event.index)
+            self._indices.insert(place, event.index)
+            self.pictures.insert(place, event.picture)
         elif isinstance(event, Waiting):
             self.place = event
         elif isinstance(event, Stepped):
@@ -68,6 +76,8 @@ class Ticket:
         self._forget_estimates()
         self._news.set()
         self._news = asyncio.Event()
+        for listener in self.listeners:
+            listener(event)
 
     def _forget_estimates(self) -> None:
         """Let go of the previews once nobody is about to read them: they hold most of an order's memory."""

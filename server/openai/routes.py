@@ -6,6 +6,7 @@ import asyncio
 import functools
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 from uuid import uuid4
 
@@ -52,7 +53,6 @@ class _Images:
 
     def __init__(self, options: Options) -> None:
         self._options = options
-        self._names = ModelNames.of(options)
         self._created = int(time.time())
         self._once = Once(options)
 
@@ -69,7 +69,7 @@ class _Images:
         form = sorted_parts(await read_form(request))
         asked = read_asked(form.fields, edit=True, form=True, lenient=self._options.lenient)
         request.state.caller.warnings += form.warnings
-        self._names.check(asked.model)
+        self._names(request).check(asked.model)
         start = await asyncio.to_thread(self._start, form.pictures, form.masks)
         asking = _asking(request, form.fields, [*form.pictures, *form.masks])
         return await self._draw(request, asked, start, asking)
@@ -78,13 +78,13 @@ class _Images:
         """Say that there are none."""
         raise ApiError(404, RETIRED, "not_found")
 
-    async def list_models(self) -> Response:
+    async def list_models(self, request: HttpRequest) -> Response:
         """Return the bundle under all its names."""
-        return JSONResponse(models(self._names.listed(), self._created))
+        return JSONResponse(models(self._names(request).listed(), self._created))
 
-    async def get_model(self, name: str) -> Response:
+    async def get_model(self, request: HttpRequest, name: str) -> Response:
         """Return the bundle under one of its names."""
-        return JSONResponse(model(self._names.check(name), self._created))
+        return JSONResponse(model(self._names(request).check(name), self._created))
 
     async def get_file(self, request: HttpRequest, name: str) -> Response:
         """Return a picture whose URL an answer gave."""
@@ -93,6 +93,10 @@ class _Images:
         if stored is None or stored.media_type != f"image/{extension}":
             raise ApiError(404, "there is no such file, or it is gone: files are kept for an hour", "not_found")
         return Response(stored.data, media_type=stored.media_type, headers={"X-Content-Type-Options": "nosniff"})
+
+    def _names(self, request: HttpRequest) -> ModelNames:
+        """Return the names of the bundle that draws now: another one may be loaded."""
+        return ModelNames.of(self._options, _desk(request).pipeline.pool.bundle.root)
 
     def _start(self, pictures: Sequence[bytes], masks: Sequence[bytes]) -> Start:
         if len(pictures) != 1:
@@ -103,18 +107,19 @@ class _Images:
         return start_from(picture, read_picture(masks[0], self._options, "mask") if masks else None)
 
     async def _draw(self, request: HttpRequest, asked: Asked, start: Start | None, asking: Asking) -> Response:
-        self._names.check(asked.model)
+        self._names(request).check(asked.model)
         desk, caller = _desk(request), request.state.caller
         pipeline = desk.pipeline
-        translated = await asyncio.to_thread(
-            translate, asked, self._options, pipeline.manifest, pipeline.pool.limits, self._find, start
-        )
-        try:
-            usage, steps, notes = await asyncio.to_thread(self._prepared, desk, asked, translated.request)
-            order = self._order(request, asked, translated.request)
-            reader = await self._once.read(asking, lambda: desk.submit(order))
-        except SdxlTrtError as exc:
-            raise as_api_error(exc, self._options) from exc
+        with nullcontext() if asking.may_repeat else desk.place(caller.who):
+            translated = await asyncio.to_thread(
+                translate, asked, self._options, pipeline.manifest, pipeline.pool.limits, self._find, start
+            )
+            try:
+                usage, steps, notes = await asyncio.to_thread(self._prepared, desk, asked, translated.request)
+                order = self._order(request, asked, translated.request)
+                reader = await self._once.read(asking, lambda: desk.submit(order))
+            except SdxlTrtError as exc:
+                raise as_api_error(exc, self._options) from exc
         caller.warnings += (*translated.warnings, *notes)
         again = {"Idempotent-Replayed": "true"} if reader.replayed else {}
         if not asked.stream:

@@ -128,7 +128,7 @@ def test_a_client_that_leaves(fake: Fake, graph: Json, policy: Any, stops: str |
         client.post("/prompt", json={"prompt": graph, "client_id": "one"})
         while socket.receive_json()["type"] != "executing":
             pass
-    for _ in range(2000 if stops else 3):  # the server hears of it in a moment
+    for _ in range(100 if stops else 3):  # the server hears of it in a moment
         client.get("/queue")
         if desk.tickets[0].stop == stops is not None:
             break

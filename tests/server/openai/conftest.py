@@ -1,7 +1,8 @@
 """/v1 on a desk of the tests, which draws at once, and on the embedded pair."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -19,7 +20,8 @@ from sdxl_trt.mini import bundle_path
 from sdxl_trt.runtime import Picture, Request
 from sdxl_trt.runtime.request import resolve_request
 from sdxl_trt.server import Options, http
-from sdxl_trt.server.desk import Drawn, Ended, Files, Order, RefusedError, Stepped, Ticket, Waiting
+from sdxl_trt.server.desk import Drawn, Ended, Files, Order, Stepped, Ticket, Waiting
+from sdxl_trt.server.refusals import RefusedError
 
 T = TypeVar("T")
 BUNDLE = read_bundle(bundle_path())
@@ -45,6 +47,12 @@ class FakeDesk:
         self.pipeline = SimpleNamespace(manifest=BUNDLE.manifest, pool=pool)
         self.draining = False
         self.files = Files()
+
+    @contextmanager
+    def place(self, who: str) -> Iterator[None]:
+        if self.refuses is not None:
+            raise self.refuses
+        yield
 
     async def submit(self, order: Order) -> Ticket:
         if self.refuses is not None:

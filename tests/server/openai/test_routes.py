@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -15,7 +16,8 @@ from PIL import Image
 from sdxl_trt.engines import ResourceError
 from sdxl_trt.runtime import Request
 from sdxl_trt.server import Options
-from sdxl_trt.server.desk import Desk, Ended, QueueFull
+from sdxl_trt.server.desk import Desk, Ended
+from sdxl_trt.server.refusals import QueueFull
 
 FOX = {"prompt": "a red fox", "size": "64x64"}
 URL = "/v1/images/generations"
@@ -242,10 +244,11 @@ def test_what_is_not_there_is_said_by_name(served: Served) -> None:
 
 
 def test_models_are_the_bundle_and_its_aliases(served: Served, tmp_path: Path) -> None:
-    async def use(client: httpx.AsyncClient, _: Any) -> tuple[Any, Any]:
+    async def use(client: httpx.AsyncClient, desk: Any) -> tuple[Any, Any]:
+        desk.pipeline.pool.bundle = SimpleNamespace(root=tmp_path / "my-bundle")
         return (await client.get("/v1/models")).json(), (await client.get("/v1/models/sd/xl")).json()
 
-    listed, found = served(use, Options(engines=tmp_path / "my-bundle", aliases=("sd/xl", "team-*")))
+    listed, found = served(use, Options(engines=tmp_path / "current", aliases=("sd/xl", "team-*")))
     assert listed["object"] == "list"
     assert [each["id"] for each in listed["data"]] == ["my-bundle", "sd/xl", "gpt-image-1", "dall-e-3", "dall-e-2"]
     assert found == listed["data"][1]
