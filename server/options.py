@@ -62,6 +62,13 @@ class Options:
     )
     """Factors of the usual number of steps for OpenAI's `quality`; others are 1."""
 
+    def without_folders(self, message: str) -> str:
+        """Return a message of the runtime without the folders of this machine that the options name."""
+        for folder in (self.lora_dir, self.embedding_dir, self.engines):
+            if folder is not None:
+                message = message.replace(f"{folder}/", "").replace(str(folder), "the server's folder")
+        return message
+
 
 def read_keys(path: Path) -> frozenset[str]:
     """Return the keys of a file: one a line; empty lines and those that begin with # are none. Raises UsageError."""

@@ -78,6 +78,8 @@ def _log_to_stderr() -> None:
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(level)
     handler.addFilter(_without_traceback)
+    # What the runtime says of a request may hold a piece of a prompt: the client is told, and the log is not.
+    logging.getLogger("sdxl_trt.runtime").propagate = False
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:

@@ -87,6 +87,13 @@ class Pipeline:
                                  _components(resolved))  # fmt: skip
         return resolved
 
+    def read_prompts(self, request: ResolvedRequest) -> None:
+        """Tokenize the prompts of `request`: warn of what is cut off or left out. Raises UsageError for extreme ones.
+
+        Nothing is loaded: another thread may call it while this pipeline works.
+        """
+        self._encoder.check([*_texts(request, self._stages(request))], weighted=request.comfyui)
+
     def start(self, request: Request, resolved: ResolvedRequest | None = None) -> Job:
         """Return `request` resolved, with its noise drawn, ready for the stages.
 

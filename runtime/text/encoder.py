@@ -138,11 +138,7 @@ class PromptEncoder:
         needed next, which the pool may prefetch. Raises UsageError for more than MAX_CHUNKS, a weight beyond
         MAX_WEIGHT or the range of the UNet's dtype, and encoders that ComfyUI uses differently.
         """
-        for stage in {id(stage): stage for stage, _ in wanted if weighted}.values():
-            _check_as_comfyui(stage, self._pool.bundle.manifest)
-        _warn_of_embeddings(wanted, weighted=weighted)
-        known: dict[_Source, _Text] = {}
-        texts = [self._texts(stage, prompt, known, weighted=weighted) for stage, prompt in wanted]
+        texts = self._read(wanted, weighted=weighted)
         done = self._run_all(dict.fromkeys(row for parts in texts for text in parts for row in text.rows), next_engine)
         joined = [
             _join(stage.text_encoders, [text.joined(done) for text in parts])
@@ -151,6 +147,21 @@ class PromptEncoder:
         for (stage, _), parts, embeds in zip(wanted, texts, joined, strict=True):
             self._check_range(stage, parts, embeds)
         return joined
+
+    def check(self, wanted: Sequence[tuple[Stage, Prompt]], *, weighted: bool = False) -> None:
+        """Tokenize prompts as `encode` does, with its warnings and its errors but that of the range; load nothing.
+
+        Another thread may call it while this encoder works.
+        """
+        self._read(wanted, weighted=weighted)
+
+    def _read(self, wanted: Sequence[tuple[Stage, Prompt]], *, weighted: bool) -> list[list[_Text]]:
+        """Return the texts of each (stage, prompt); warn of what is cut off or left out."""
+        for stage in {id(stage): stage for stage, _ in wanted if weighted}.values():
+            _check_as_comfyui(stage, self._pool.bundle.manifest)
+        _warn_of_embeddings(wanted, weighted=weighted)
+        known: dict[_Source, _Text] = {}
+        return [self._texts(stage, prompt, known, weighted=weighted) for stage, prompt in wanted]
 
     def _texts(self, stage: Stage, prompt: Prompt, known: dict[_Source, _Text], *, weighted: bool) -> list[_Text]:
         """Return a prompt's texts for the encoders of a stage, padded to equally many chunks; `known` caches texts."""

@@ -1,6 +1,6 @@
 """What went wrong, with the fields' own names in it, and no path of this machine."""
 
-__all__ = ["as_api_error", "check_ended", "without_paths"]
+__all__ = ["as_api_error", "check_ended"]
 
 import re
 
@@ -26,7 +26,7 @@ def as_api_error(exc: Exception, options: Options) -> ApiError:
     if isinstance(exc, ApiError):
         return exc
     if isinstance(exc, UsageError):
-        message = without_paths(str(exc), options)
+        message = options.without_folders(str(exc))
         found = [_FIELDS[word].split()[0] for word in _OPTION.findall(message) if word in _FIELDS]
         text = _OPTION.sub(lambda word: _FIELDS.get(word[0], word[0]), message)
         return ApiError(422, text, "invalid_value", param=found[0] if found else "")
@@ -35,14 +35,6 @@ def as_api_error(exc: Exception, options: Options) -> ApiError:
                         "out_of_memory")  # fmt: skip
     code = "engine_error" if isinstance(exc, SdxlTrtError) else "internal_error"
     return ApiError(500, "the picture could not be drawn; the log of the server says why", code)
-
-
-def without_paths(message: str, options: Options) -> str:
-    """Return a message of the runtime without the folders of this machine that `options` name."""
-    for folder in (options.lora_dir, options.embedding_dir, options.engines):
-        if folder is not None:
-            message = message.replace(f"{folder}/", "").replace(str(folder), "the server's folder")
-    return message
 
 
 def check_ended(ended: Ended, options: Options) -> None:

@@ -5,6 +5,7 @@ __all__ = ["router"]
 import asyncio
 import contextlib
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
@@ -19,15 +20,15 @@ from starlette.responses import JSONResponse, Response
 from sdxl_trt.engines import SdxlTrtError
 from sdxl_trt.runtime import Picture
 from sdxl_trt.runtime.images import describe
-from sdxl_trt.runtime.request import resolve_request
 from sdxl_trt.server.a1111.body import Asked, Models, echo, read_asked
-from sdxl_trt.server.a1111.faults import as_api_error, check_ended, without_paths
+from sdxl_trt.server.a1111.faults import as_api_error, check_ended
 from sdxl_trt.server.a1111.infotext import info, infotext
 from sdxl_trt.server.a1111.jobs import Job, Jobs, Shown, progress_told, task_told
 from sdxl_trt.server.a1111.menus import Menus
 from sdxl_trt.server.a1111.pictures import encode, preview
 from sdxl_trt.server.a1111.translation import Translated, Translator
 from sdxl_trt.server.desk import Desk, Drawn, Ended, Order
+from sdxl_trt.server.heard import heard
 from sdxl_trt.server.http import read_json
 from sdxl_trt.server.options import Options
 from sdxl_trt.server.readers import Asking, Once, Reader, deadline_of, gone
@@ -74,12 +75,14 @@ class _Drawing:
         models = Models.of(desk.pipeline.manifest)
         asked = read_asked(body, models, self._menus.settings, img2img=img2img)
         try:
-            translated, notes = await asyncio.to_thread(self._translated, desk, asked)
-            order = self._order(request, translated)
-            reader = await self._once.read(_asking(request, body), lambda: desk.submit(order))
+            asking = _asking(request, body)
+            with nullcontext() if asking.may_repeat else desk.place(caller.who):
+                translated = await asyncio.to_thread(self._translated, desk, asked)
+                order = self._order(request, translated)
+                reader = await self._once.read(asking, lambda: desk.submit(order))
         except SdxlTrtError as exc:
             raise as_api_error(exc, self._options) from exc
-        caller.warnings += (*translated.warnings, *notes)
+        caller.warnings += (*translated.warnings, *map(self._options.without_folders, reader.ticket.warnings))
         job = Job(reader.ticket, caller.who, asked.pictures, translated.steps, asked.id_task, started)
         ended, drawn = await self._awaited(request, reader, job)
         _note(caller.notes, asked, translated, ended)
@@ -93,12 +96,11 @@ class _Drawing:
         answer = {"images": images, "parameters": told, "info": facts}
         return JSONResponse(answer, headers={"Idempotent-Replayed": "true"} if reader.replayed else None)
 
-    def _translated(self, desk: Desk, asked: Asked) -> tuple[Translated, list[str]]:
-        """Return the Request, and what the runtime says of it: on a thread, since both read files."""
+    def _translated(self, desk: Desk, asked: Asked) -> Translated:
+        """Return the Request: on a thread, since it reads files."""
         pipeline = desk.pipeline
-        translated = Translator(pipeline.manifest, pipeline.pool.limits, self._options).translate(asked)
-        resolved = resolve_request(translated.request, pipeline.manifest, pipeline.pool.limits, pipeline.pool.bundle)
-        return translated, [without_paths(note, self._options) for note in resolved.notes]
+        with heard():  # the desk hears it again, and keeps it for the answer
+            return Translator(pipeline.manifest, pipeline.pool.limits, self._options).translate(asked)
 
     def _order(self, request: HttpRequest, translated: Translated) -> Order:
         return Order(translated.request, "a1111", request.state.caller.who, f"sd-{uuid4().hex}",

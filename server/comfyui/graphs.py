@@ -26,9 +26,9 @@ from sdxl_trt.runtime.comfyui import (
 )
 from sdxl_trt.runtime.pipeline import Chain, check_chain
 from sdxl_trt.runtime.request import ResolvedRequest
-from sdxl_trt.server.comfyui.heard import heard, quietly
 from sdxl_trt.server.comfyui.validation import Fault, NodeFaults, PromptError
 from sdxl_trt.server.desk import Drawn, Graph, Stepped, Ticket
+from sdxl_trt.server.heard import heard, quietly
 from sdxl_trt.server.options import Options
 
 WHERE = "prompt"
@@ -65,6 +65,8 @@ def check_graph(pipeline: Pipeline, asked: Asked) -> Checked:
         workflow, faults = _read(asked)
         try:
             resolved = _resolved(pipeline, workflow, asked)
+            for each in resolved:
+                pipeline.read_prompts(each)
         except SdxlTrtError as exc:
             message = without_paths(str(exc), asked)
             raise _refused(asked, {asked.outputs[0]: [message]}) from exc
@@ -168,10 +170,7 @@ def without_paths(message: str, asked: Asked) -> str:
     """Return a message of the runtime without the folders of this machine; pictures have their names in the graph."""
     for name, path in asked.pictures.items():
         message = message.replace(str(path), name)
-    for folder in (asked.options.lora_dir, asked.options.embedding_dir, asked.options.engines):
-        if folder is not None:
-            message = message.replace(f"{folder}/", "").replace(str(folder), "the server's folder")
-    return message
+    return asked.options.without_folders(message)
 
 
 @dataclass

@@ -22,6 +22,7 @@ from sdxl_trt.server.desk.room import Room, Runner
 from sdxl_trt.server.desk.shift import Shift
 from sdxl_trt.server.desk.studio import Studio
 from sdxl_trt.server.desk.ticket import Ticket
+from sdxl_trt.server.heard import heard
 from sdxl_trt.server.options import Options
 from sdxl_trt.server.refusals import Draining, NotReady, QueueFull, RefusedError, TooLate
 
@@ -118,19 +119,21 @@ class Desk:
 
     async def _submitted(self, order: Order) -> Ticket:
         self._check_open(order.who)
-        resolved = None
+        resolved, warnings = None, list[str]()
         if isinstance(order.work, Request):
-            resolved = await self._resolved(order.work)
+            resolved, warnings = await self._resolved(order.work)
         elif self.runner is None:
             raise UsageError("graphs are not served here; send a request of another API")
         seconds = self._predicted(resolved)
         self._check_open(order.who, len(resolved.seeds) if resolved else 1)
         self.rates.take(order.who, seconds)
         try:
-            return self._queue(order, resolved)
+            ticket = self._queue(order, resolved)
+            ticket.warnings = tuple(warnings)
         except BaseException:
             self.rates.give_back(order.who, seconds)
             raise
+        return ticket
 
     @contextmanager
     def place(self, who: str) -> Iterator[None]:
@@ -149,13 +152,13 @@ class Desk:
             self._translated[who] -= 1
             self._translated += Counter()  # forgets those who have none
 
-    async def _resolved(self, request: Request) -> ResolvedRequest:
-        """Return `request` with the defaults of the pipeline that will draw it."""
+    async def _resolved(self, request: Request) -> tuple[ResolvedRequest, list[str]]:
+        """Return `request` with the defaults of the pipeline that will draw it, and what is warned of in it."""
         while True:
             pipeline = self.pipeline
-            resolved = await asyncio.to_thread(pipeline.resolve, request)
+            read = await asyncio.to_thread(_read, pipeline, request)
             if pipeline is self.pipeline:
-                return resolved
+                return read
 
     def _check_open(self, who: str, pictures: int = 1, *, translated: int = 0, own: int = 0) -> None:
         """Raise RefusedError if no order of `who` is taken, or none of so many `pictures`.
@@ -365,3 +368,10 @@ class Desk:
         for shift in self._room.shifts:
             if ended and shift.owned:
                 shift.studio.close()
+
+
+def _read(pipeline: Pipeline, request: Request) -> tuple[ResolvedRequest, list[str]]:
+    with heard() as lines:
+        resolved = pipeline.resolve(request)
+        pipeline.read_prompts(resolved)
+    return resolved, [*dict.fromkeys((*lines, *resolved.notes))]

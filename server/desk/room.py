@@ -22,6 +22,7 @@ from sdxl_trt.server.desk.plan import Action, Predictor, Times
 from sdxl_trt.server.desk.shift import Shift, proven, quietly
 from sdxl_trt.server.desk.studio import Studio
 from sdxl_trt.server.desk.ticket import Ticket
+from sdxl_trt.server.heard import heard
 
 T = TypeVar("T")
 log = logging.getLogger("sdxl_trt.server")
@@ -117,7 +118,8 @@ class Room:
         try:
             if death is not None:
                 self._recover(death)
-            self._serve()
+            with heard():  # no log holds what is said of a request: its client was told when it came
+                self._serve()
         except BaseException as exc:  # noqa: BLE001 - whatever ended it, another thread goes on
             log.critical("the worker died: %s", type(exc).__name__)
             if not self._closing:

@@ -31,6 +31,8 @@ class Ticket:
         self.ended: Ended | None = None
         self.stop: str | None = None
         """"cancelled" or "interrupted" once somebody stops it: the worker looks between two calls of a UNet."""
+        self.warnings: tuple[str, ...] = ()
+        """What the runtime says of the request before anything is drawn; it may hold a piece of the prompt."""
         self.on_stop: Callable[[], None] = lambda: None
         """What the desk does when somebody stops it."""
         self.listeners: list[Callable[[Event], None]] = []

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from sdxl_trt.server.http.gate import Finished, Gate
     from sdxl_trt.server.http.keys import key_id
     from sdxl_trt.server.http.pictures import from_base64, read_picture
-    from sdxl_trt.server.http.shapes import add_handlers, without_folders
+    from sdxl_trt.server.http.shapes import add_handlers
 else:
     __getattr__ = lazy_names(__name__, {
         "bodies": ("Part", "read_form", "read_json"),
@@ -22,10 +22,10 @@ else:
         "gate": ("Finished", "Gate"),
         "keys": ("key_id",),
         "pictures": ("from_base64", "read_picture"),
-        "shapes": ("add_handlers", "without_folders"),
+        "shapes": ("add_handlers",),
     })
 
 __all__ = [
     "ApiError", "Caller", "Connection", "Finished", "Gate", "Part", "Socket", "add_handlers",
-    "current_caller", "from_base64", "key_id", "read_form", "read_json", "read_picture", "without_folders",
+    "current_caller", "from_base64", "key_id", "read_form", "read_json", "read_picture",
 ]

@@ -1,6 +1,6 @@
 """Errors in the shape of the API that owns the path."""
 
-__all__ = ["Owner", "add_handlers", "as_api_error", "error_response", "owner_of", "without_folders"]
+__all__ = ["Owner", "add_handlers", "as_api_error", "error_response", "owner_of"]
 
 from typing import Any, Literal
 
@@ -90,7 +90,7 @@ def as_api_error(exc: Exception, options: Options) -> ApiError:
 
 def _of_the_runtime(exc: Exception, options: Options) -> ApiError:
     if isinstance(exc, UsageError):
-        return ApiError(400, without_folders(str(exc), options), "invalid_value")
+        return ApiError(400, options.without_folders(str(exc)), "invalid_value")
     if isinstance(exc, ResourceError):
         message = "the machine has too little memory for this request; ask for fewer or smaller pictures"
         return ApiError(500, message, "out_of_memory")
@@ -105,11 +105,3 @@ def _refused(exc: RefusedError) -> ApiError:
         return ApiError(503, str(exc), "not_ready", headers=headers)
     return ApiError(429, str(exc), "queue_full" if isinstance(exc, QueueFull) else "rate_limit_exceeded",
                     headers=headers)  # fmt: skip
-
-
-def without_folders(message: str, options: Options) -> str:
-    """Return a message of the runtime without the folders of this machine that `options` name."""
-    for given in (options.lora_dir, options.embedding_dir, options.engines):
-        for folder in () if given is None else (given.resolve(), given):
-            message = message.replace(f"{folder}/", "").replace(str(folder), "the server's folder")
-    return message

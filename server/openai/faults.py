@@ -1,6 +1,6 @@
 """What went wrong, as an error of this API: the fields' own names in it, and no path of this machine."""
 
-__all__ = ["as_api_error", "check_ended", "without_paths"]
+__all__ = ["as_api_error", "check_ended"]
 
 import re
 
@@ -36,18 +36,10 @@ def as_api_error(exc: Exception, options: Options) -> ApiError:
 
 
 def _of_usage(message: str, options: Options) -> ApiError:
-    message = without_paths(message, options)
+    message = options.without_folders(message)
     found = [_FIELDS[word].split()[0] for word in _OPTION.findall(message) if word in _FIELDS]
     text = _OPTION.sub(lambda word: _FIELDS.get(word[0], word[0]), message)
     return ApiError(400, text, "invalid_value", param=found[0] if found else "")
-
-
-def without_paths(message: str, options: Options) -> str:
-    """Return a message of the runtime without the folders of this machine that `options` name."""
-    for folder in (options.lora_dir, options.embedding_dir, options.engines):
-        if folder is not None:
-            message = message.replace(f"{folder}/", "").replace(str(folder), "the server's folder")
-    return message
 
 
 def check_ended(ended: Ended, options: Options, *, drawn: int) -> None:

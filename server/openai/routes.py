@@ -19,10 +19,11 @@ from sdxl_trt.runtime import Request
 from sdxl_trt.runtime.adapters import find_named
 from sdxl_trt.runtime.request import resolve_request
 from sdxl_trt.server.desk import Desk, Order
+from sdxl_trt.server.heard import heard
 from sdxl_trt.server.http import ApiError, read_form, read_json, read_picture
 from sdxl_trt.server.openai.answers import Usage, answer, model, models
 from sdxl_trt.server.openai.body import Asked, NamedLora, Start, invalid, read_asked, sorted_parts, translate
-from sdxl_trt.server.openai.faults import as_api_error, check_ended, without_paths
+from sdxl_trt.server.openai.faults import as_api_error, check_ended
 from sdxl_trt.server.openai.models import ModelNames
 from sdxl_trt.server.openai.pictures import start_from
 from sdxl_trt.server.openai.stream import Streamed, answered, stream
@@ -115,12 +116,12 @@ class _Images:
                 translate, asked, self._options, pipeline.manifest, pipeline.pool.limits, self._find, start
             )
             try:
-                usage, steps, notes = await asyncio.to_thread(self._prepared, desk, asked, translated.request)
+                usage, steps = await asyncio.to_thread(self._prepared, desk, asked, translated.request)
                 order = self._order(request, asked, translated.request)
                 reader = await self._once.read(asking, lambda: desk.submit(order))
             except SdxlTrtError as exc:
                 raise as_api_error(exc, self._options) from exc
-        caller.warnings += (*translated.warnings, *notes)
+        caller.warnings += (*translated.warnings, *map(self._options.without_folders, reader.ticket.warnings))
         again = {"Idempotent-Replayed": "true"} if reader.replayed else {}
         if not asked.stream:
             return await self._answer(request, asked, reader, usage, again)
@@ -135,13 +136,14 @@ class _Images:
                      deadline_of(request.headers, self._options),
                      wants_estimates=asked.stream and asked.partial_images > 0)  # fmt: skip
 
-    def _prepared(self, desk: Desk, asked: Asked, work: Request) -> tuple[Usage, int, list[str]]:
-        """Return the tokens of a request, the steps of each of its pictures, and what in it has no effect."""
+    def _prepared(self, desk: Desk, asked: Asked, work: Request) -> tuple[Usage, int]:
+        """Return the tokens of a request, and the steps of each of its pictures."""
         pool = desk.pipeline.pool
         usage = _TOKENS.count(pool.bundle, asked.prompt, asked.negative)
-        resolved = resolve_request(work, desk.pipeline.manifest, pool.limits, pool.bundle)
+        with heard():  # the desk hears it again, and keeps it for the answer
+            resolved = resolve_request(work, desk.pipeline.manifest, pool.limits, pool.bundle)
         steps = resolved.base.steps + (resolved.refiner.steps if resolved.refiner else 0)
-        return usage, steps, [without_paths(note, self._options) for note in resolved.notes]
+        return usage, steps
 
     async def _answer(
         self, request: HttpRequest, asked: Asked, reader: Reader, usage: Usage, headers: dict[str, str]

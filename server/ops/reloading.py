@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 from sdxl_trt.engines import SdxlTrtError
 from sdxl_trt.runtime import Pipeline
 from sdxl_trt.server.desk import Desk
-from sdxl_trt.server.http import ApiError, without_folders
+from sdxl_trt.server.http import ApiError
 from sdxl_trt.server.ops.bundles import digest_of
 from sdxl_trt.server.options import Options
 
@@ -60,7 +60,7 @@ class Reloader:
 
     def _reason(self, exc: Exception) -> str:
         if isinstance(exc, SdxlTrtError):
-            return without_folders(str(exc), self._options)
+            return self._options.without_folders(str(exc))
         return f"no picture could be drawn with it ({type(exc).__name__})"
 
 

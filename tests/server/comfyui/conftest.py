@@ -71,6 +71,7 @@ class FakeDesk:
             manifest=BUNDLE.manifest,
             pool=SimpleNamespace(limits=None, bundle=BUNDLE, provider="ort-cpu"),
             resolve=lambda request: resolve_request(request, BUNDLE.manifest),
+            read_prompts=lambda _: None,
         )
         self._tasks: set[asyncio.Task[None]] = set()
 

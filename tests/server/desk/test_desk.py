@@ -618,3 +618,19 @@ def test_a_cycle_runs_all_base_phases_before_one_change_of_experts(
     assert {"unet", "refiner_unet"} == set(experts)
     for seed, ticket in enumerate(tickets):
         assert _psnr(_pixels(ticket)[0], _alone(pipeline, replace(SMALL, seed=seed, steps=4 + seed % 2))[0]) >= 50
+
+
+def test_what_the_runtime_warns_of_is_told_to_the_client_and_not_logged(
+    serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = "MARKER " * 100
+
+    async def scenario(desk: Desk) -> None:
+        ticket = await desk.submit(order(prompt=words))
+        assert any("cut off" in line and "MARKER" in line for line in ticket.warnings)
+        assert (await ticket.wait()).outcome == "done"
+        with pytest.raises(UsageError, match="weight"):
+            await desk.submit(order(prompt="(a star:1e9)", compat="comfyui"))
+
+    serve(scenario)
+    assert "MARKER" not in caplog.text

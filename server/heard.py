@@ -1,6 +1,6 @@
 """What the runtime warns of while it works for a client: told to the client, and kept out of the log.
 
-A warning may hold a piece of a prompt, which no log may have.
+A warning may hold a piece of a prompt, and no log may hold one.
 """
 
 __all__ = ["heard", "quietly"]
@@ -29,7 +29,7 @@ class _Diverter(logging.Filter):
         return False
 
 
-_LOGGER.addFilter(_Diverter("comfyui"))
+_LOGGER.addFilter(_Diverter("sdxl_trt.server"))
 
 
 @contextmanager
