@@ -286,6 +286,7 @@ function shape(size) {
   const box = el('i');
   const scale = 18 / Math.max(width, height);
   box.style.width = `${Math.round(width * scale)}px`;
+  box.style.marginInline = `${(18 - Math.round(width * scale)) / 2}px`;
   box.style.height = `${Math.round(height * scale)}px`;
   const input = el('input', { type: 'radio', name: 'shape', value: size });
   return el('label', { title: `${width} × ${height}` }, input, el('span', {}, box, size.replace('x', ' × ')));
