@@ -179,6 +179,30 @@ def test_esc_cancels_and_the_server_stops(page: Any, server: str) -> None:
     assert len(kept(page)) == 1
 
 
+def test_what_was_cancelled_can_be_drawn_again(page: Any) -> None:
+    fill(page, steps=120)
+    page.click("#draw")
+    page.locator(".words", has_text="Base, step").wait_for()
+    page.click("#cancel")
+    page.wait_for_selector("#draw:not([disabled])")
+    page.click("#draw")
+    drawn(page, 1)
+    assert record(kept(page)[0])["steps"] == 120
+
+
+def test_what_is_typed_before_the_server_answers_stays(page: Any) -> None:
+    fill(page, "what was there before")
+    held: list[Any] = []
+    page.route("**/page/facts", lambda route: held.append(route))  # noqa: PLW0108 - playwright takes no built-in
+    with page.expect_request("**/page/facts"):
+        page.reload(wait_until="commit")
+    page.fill("#prompt", "early")
+    page.keyboard.press("Control+Enter")  # too early, and no error
+    held[0].continue_()
+    page.wait_for_selector("main:not(.waits)")
+    assert (page.input_value("#prompt"), page.input_value("#seed")) == ("early", "7")
+
+
 def test_others_can_be_looked_at_meanwhile(page: Any) -> None:
     draw(page)
     fill(page, steps=999)
@@ -308,6 +332,8 @@ def test_a_picture_can_be_pasted_or_dropped(page: Any, kind: str) -> None:
 def test_what_is_no_picture_is_said_beside_it(page: Any) -> None:
     page.set_input_files("#file", {"name": "a.png", "mimeType": "image/png", "buffer": b"no picture"})
     page.locator("#image-wrong", has_text="no picture that can be read").wait_for()
+    page.set_input_files("#file", {"name": "a.png", "mimeType": "image/png", "buffer": picture(5000, 4000)})
+    page.locator("#image-wrong", has_text="5000 × 4000 pixels; this server takes 16777216").wait_for()
     assert page.locator("#started").is_hidden()
 
 

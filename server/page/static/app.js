@@ -257,6 +257,7 @@ async function begin() {
     $('key').value = '';
     const { base, refiner } = facts.models;
     $('models').textContent = facts.embedded ? 'the embedded pair' : [base, refiner].filter(Boolean).join(' + ');
+    $('models').title = $('models').textContent;
     $('models').hidden = false;
     $('main').classList.remove('waits');
     $('draw').disabled = running.length > 0;

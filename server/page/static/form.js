@@ -23,7 +23,7 @@ export class Form {
     this.#changed = changed;
     $('form').addEventListener('input', (event) => this.#input(event));
     $('new-seed').addEventListener('click', () => { $('seed').value = ''; this.#input({ target: $('seed') }); });
-    $('file').addEventListener('change', () => { if ($('file').files[0]) this.startFrom($('file').files[0]); });
+    $('file').addEventListener('change', () => { if (this.#facts && $('file').files[0]) this.startFrom($('file').files[0]); });
     $('start-remove').addEventListener('click', () => { this.startFrom(null); $('file').focus(); });
     for (const area of [$('prompt'), $('negative')]) area.addEventListener('input', () => fit(area));
   }
@@ -48,7 +48,8 @@ export class Form {
     choices($('scheduler'), facts.schedules.choices, "the model's own");
     $('loras-field').hidden = facts.loras.length === 0;
     $('loras').replaceChildren(...facts.loras.map(lora));
-    this.write({ ...this.#usual(), ...kept() });
+    const typed = $('prompt').value;  // while the server had not answered
+    this.write({ ...this.#usual(), ...kept(), ...(typed && { prompt: typed }) });
   }
 
   #usual() {
@@ -119,6 +120,10 @@ export class Form {
       this.#wrong('image', 'This is no picture that can be read. Choose a PNG, a JPEG or a WebP.');
       return;
     }
+    if (bitmap && bitmap.width * bitmap.height > this.#facts.upload.pixels) {
+      this.#wrong('image', `It has ${bitmap.width} × ${bitmap.height} pixels; this server takes ${this.#facts.upload.pixels} pixels.`);
+      return;
+    }
     URL.revokeObjectURL($('start-picture').src);
     this.#start = blob;
     $('file').value = '';
@@ -149,6 +154,7 @@ export class Form {
   }
 
   #input(event) {
+    if (!this.#facts) return;
     const { id, type } = event.target;
     if (id === 'steps-slider') $('steps').value = event.target.value;
     if (type === 'radio') [$('width').value, $('height').value] = event.target.value.split('x');
@@ -280,6 +286,7 @@ function shape(size) {
   const box = el('i');
   const scale = 18 / Math.max(width, height);
   box.style.width = `${Math.round(width * scale)}px`;
+  box.style.marginInline = `${(18 - Math.round(width * scale)) / 2}px`;
   box.style.height = `${Math.round(height * scale)}px`;
   const input = el('input', { type: 'radio', name: 'shape', value: size });
   return el('label', { title: `${width} × ${height}` }, input, el('span', {}, box, size.replace('x', ' × ')));
