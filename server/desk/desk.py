@@ -18,7 +18,8 @@ from sdxl_trt.server.desk.orders import Draining, Ended, NotReady, Order, QueueF
 from sdxl_trt.server.desk.pieces import Piece, pieces_of, work_of
 from sdxl_trt.server.desk.plan import Policy, Predictor, Scheduler, Task
 from sdxl_trt.server.desk.rates import Rates
-from sdxl_trt.server.desk.room import Room, Runner, Shift
+from sdxl_trt.server.desk.room import Room, Runner
+from sdxl_trt.server.desk.shift import Shift
 from sdxl_trt.server.desk.studio import Studio
 from sdxl_trt.server.desk.ticket import Ticket
 from sdxl_trt.server.options import Options
