@@ -7,6 +7,10 @@ PEERS := .venv-peers
 PEERS_PIP := $(PEERS)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints-peers.txt
 CLIENTS := .venv-clients
 CLIENTS_PIP := $(CLIENTS)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints-clients.txt
+BROWSER := .venv-browser
+BROWSER_PIP := $(BROWSER)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints-browser.txt
+RAY := .venv-ray
+RAY_PIP := $(RAY)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints-ray.txt
 GPU := .venv-gpu
 GPU_EXTRAS ?= gpu,tensorrt,verify
 GPU_CONSTRAINTS = constraints$(if $(findstring cu12,$(GPU_EXTRAS)),-cu12).txt
@@ -15,7 +19,7 @@ PROMPT ?= a large red star on a blue background
 # A half-made environment must not pass for a whole one.
 .DELETE_ON_ERROR:
 
-.PHONY: help demo serve demo-export install test lint types pytest peers test-peers clients test-clients test-hostile test-references format mini-bundle gallery checkpoints readme bench bench-export bench-build bench-host bench-load bench-lora bench-serve gpu-check clean
+.PHONY: help demo serve demo-export install test lint types pytest peers test-peers clients test-clients browser test-page ray test-ray test-hostile test-references format mini-bundle gallery checkpoints readme bench bench-export bench-build bench-host bench-load bench-lora bench-serve gpu-check clean
 
 help:  ## Say what there is to make
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -63,6 +67,16 @@ test-clients: $(VENV)/.full $(CLIENTS)/.done  ## Real clients draw on trt-serve,
 
 test-hostile: $(VENV)/.full  ## Bodies, pictures and websockets that attack trt-serve, its signals, and what it tells
 	$(BIN)/pytest -m hostile tests/server/hostile
+
+browser: $(BROWSER)/.done  ## The environment that drives a browser in .venv-browser; no browser is downloaded
+
+test-page: $(VENV)/.full $(BROWSER)/.done  ## The page of trt-serve in the system's Chromium: CHROMIUM=/usr/bin/chromium
+	$(BROWSER)/bin/python -m pytest --config-file tests/browser/pytest.ini tests/browser
+
+ray: $(RAY)/.done  ## The environment with Ray in .venv-ray
+
+test-ray: $(RAY)/.done  ## trt-serve --ray on a local cluster of two devices, in two minutes
+	$(RAY)/bin/python -m pytest --config-file tests/ray/pytest.ini tests/ray
 
 format: $(VENV)/.full  ## Format the code and mend what lint can mend
 	$(BIN)/ruff check --fix .
@@ -119,7 +133,7 @@ gpu-check: $(VENV)/.runtime  ## On a machine with an NVIDIA GPU: prove what no C
 		$(if $(MINUTES),--minutes $(MINUTES))
 
 clean:  ## Remove what make made
-	rm -rf $(VENV) $(PEERS) $(CLIENTS) $(GPU) out build dist *.egg-info
+	rm -rf $(VENV) $(PEERS) $(CLIENTS) $(BROWSER) $(RAY) $(GPU) out build dist *.egg-info
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -150,6 +164,17 @@ $(PEERS)/.done: pyproject.toml constraints-peers.txt
 $(CLIENTS)/.done: constraints-clients.txt
 	$(PYTHON) -m venv $(CLIENTS)
 	@$(CLIENTS_PIP) comfy-api-client comfy-api-simplified openai pytest webuiapi
+	@touch $@
+
+$(BROWSER)/.done: constraints-browser.txt
+	$(PYTHON) -m venv $(BROWSER)
+	@$(BROWSER_PIP) pillow playwright pytest
+	@touch $@
+
+# Ray brings packages that nothing else here needs, and pins of its own.
+$(RAY)/.done: pyproject.toml constraints-ray.txt
+	$(PYTHON) -m venv $(RAY)
+	@$(RAY_PIP) --editable '.[cpu,server,ray]' pytest
 	@touch $@
 
 # Made anew for other extras: what they install for CUDA 12 and for CUDA 13 must not mix.

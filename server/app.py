@@ -1,8 +1,8 @@
 """The application: every API on one desk."""
 
-__all__ = ["create_app"]
+__all__ = ["create_app", "open_engines"]
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
@@ -18,7 +18,25 @@ APIS = (ops, openai, a1111, comfyui, page)
 """In the order in which their paths are tried."""
 
 
-def create_app(options: Options) -> FastAPI:
+def open_engines(options: Options) -> Pipeline:
+    """Return the pipeline of the bundle that `options` name; only its manifest is read. Raises SdxlTrtError.
+
+    A link is followed now: its pipeline reads the same folder even if the link changes.
+    """
+    engines = None if options.engines is None else options.engines.resolve()
+    return open_bundle(engines, provider=options.provider, residency=options.residency, available=options.vram)
+
+
+def own_desk(pipeline: Pipeline, options: Options) -> Desk:
+    """Return a desk that closes `pipeline` with itself."""
+    return Desk(pipeline, options, owned=True)
+
+
+def create_app(
+    options: Options,
+    opener: Callable[[Options], Pipeline] = open_engines,
+    make_desk: Callable[[Pipeline, Options], Desk] = own_desk,
+) -> FastAPI:
     """Return the ASGI application; the bundle is opened when it starts, and closed when it ends.
 
     An error by which it does not start is kept in `app.state.failure`: a server of ASGI passes none on. Raises
@@ -29,12 +47,12 @@ def create_app(options: Options) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         try:
-            pipeline = _opened(options)
+            pipeline = opener(options)
         except SdxlTrtError as exc:
             app.state.failure = exc
             raise
-        desk = app.state.desk = Desk(pipeline, options, owned=True)
-        app.state.reloader = ops.Reloader(desk, lambda: _opened(options), options)
+        desk = app.state.desk = make_desk(pipeline, options)
+        app.state.reloader = ops.Reloader(desk, lambda: opener(options), options)
         operations.follow(desk)
         try:
             yield
@@ -53,9 +71,3 @@ def create_app(options: Options) -> FastAPI:
         if hasattr(api, "router"):
             app.include_router(api.router(options))
     return app
-
-
-def _opened(options: Options) -> Pipeline:
-    """Open the bundle. A link is followed now: its pipeline reads the same folder even if the link changes."""
-    engines = None if options.engines is None else options.engines.resolve()
-    return open_bundle(engines, provider=options.provider, residency=options.residency, available=options.vram)

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from sdxl_trt.engines import UsageError
-from sdxl_trt.engines.host import Parser, option_type, parse_bytes, read_capped, run
-from sdxl_trt.server.options import Options
+from sdxl_trt.engines.host import Parser, option_type, parse_bytes, run
+from sdxl_trt.server.options import Options, read_keys
 
 PROVIDERS = ("auto", "ort-cpu", "ort-cuda", "ort-tensorrt", "tensorrt", "tensorrt-rtx")
 APIS = {"openai": "openai", "a1111": "a1111", "comfy": "comfyui", "comfyui": "comfyui"}
-KEYS_BYTES = 1 << 20
+_OF_RAY = ("ray", "ray_layout", "ray_devices", "ray_address", "ray_seconds", "prompts", "out")
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -25,7 +25,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def _serve(arguments: argparse.Namespace) -> None:
     options = options_of(arguments)
-    _warn(options)
+    _check_ray(arguments)
+    if arguments.prompts is None:
+        _warn(options)
+    if arguments.ray:
+        _serve_by_ray(arguments, options)
+        return
     try:
         from sdxl_trt.server.app import create_app  # noqa: PLC0415 - --help must not wait for it
         from sdxl_trt.server.running import serve  # noqa: PLC0415
@@ -34,32 +39,46 @@ def _serve(arguments: argparse.Namespace) -> None:
     serve(create_app(options), options)
 
 
+def _check_ray(arguments: argparse.Namespace) -> None:
+    """Raise UsageError for options of Ray without it, and for a list of prompts without a folder."""
+    if not arguments.ray:
+        if arguments.prompts is not None:
+            raise UsageError(f"--prompts: trt-serve draws lists with --ray; without it: trt-generate --prompts"
+                             f" {arguments.prompts}")  # fmt: skip
+        given = [name for name in _OF_RAY[1:] if getattr(arguments, name) not in (None, "auto")]
+        if given:
+            raise UsageError(f"--{given[0].replace('_', '-')} goes with --ray; give both or none")
+    elif (arguments.prompts is None) != (arguments.out is None):
+        raise UsageError("--prompts FILE and --out DIR go together; give both or none")
+
+
+def _serve_by_ray(arguments: argparse.Namespace, options: Options) -> None:
+    try:
+        from sdxl_trt.server.ray import Cluster, draw_list, serve_by_ray  # noqa: PLC0415
+
+        cluster = Cluster(arguments.ray_layout, arguments.ray_devices, arguments.ray_address, arguments.ray_seconds)
+        if arguments.prompts is not None:
+            draw_list(options, cluster, arguments.prompts, arguments.out)
+        else:
+            serve_by_ray(options, cluster)
+    except ModuleNotFoundError as exc:
+        raise UsageError(f"{exc.name} is missing; install it with: pip install 'sdxl-trt[server,ray]'") from exc
+
+
 def options_of(arguments: argparse.Namespace) -> Options:
     """Return the options that a command line states; raises UsageError for a key file or folder that is none."""
-    stated = {name: value for name, value in vars(arguments).items() if name not in ("api_key_file", "debug")}
+    stated = {name: value for name, value in vars(arguments).items() if name not in ("api_key_file", "debug", *_OF_RAY)}
     for name in ("lora_dir", "embedding_dir"):
         folder = stated[name]
         if folder is not None and not folder.is_dir():
             raise UsageError(f"--{name.replace('_', '-')} {folder}: is not a folder; give the one that holds the files")
     if arguments.api_key_file is not None:
-        stated["keys"] = _keys(arguments.api_key_file)
+        stated["keys"] = read_keys(arguments.api_key_file)
     for name in ("open_apis", "cors_origins", "allowed_hosts"):
         stated[name] = frozenset(stated[name])
     for name in ("aliases", "trusted_proxies"):
         stated[name] = tuple(stated[name])
     return Options(**stated)
-
-
-def _keys(path: Path) -> frozenset[str]:
-    """Return the keys of a file: one a line; empty lines and those that begin with # are none."""
-    try:
-        lines = read_capped(path, KEYS_BYTES, "--api-key-file").decode().splitlines()
-    except UnicodeDecodeError as exc:
-        raise UsageError(f"--api-key-file {path}: is not UTF-8 text; give one key a line") from exc
-    keys = frozenset(line.strip() for line in lines if line.strip() and not line.startswith("#"))
-    if not keys:
-        raise UsageError(f"--api-key-file {path}: has no key; write one a line")
-    return keys
 
 
 def _warn(options: Options) -> None:
@@ -75,6 +94,7 @@ def _parser() -> Parser:
     _add_limits(parser.add_argument_group("limits"))
     _add_drawing(parser.add_argument_group("drawing"))
     _add_apis(parser.add_argument_group("APIs"))
+    _add_ray(parser.add_argument_group("several devices, with Ray (the extra [ray])"))
     parser.add_argument("--debug", action="store_true", help="add the traceback to an error that ends the server")
     return parser
 
@@ -147,6 +167,20 @@ def _add_apis(group: Any) -> None:
     group.add_argument("--interrupt", dest="interrupt_all", type=option_type(_interrupts), default=False,
                        metavar="own|all", help="whose job an interrupt without an id stops (default: own)")  # fmt: skip
     group.add_argument("--previews", action="store_true", help="ComfyUI: send previews to clients that did not ask")
+
+
+def _add_ray(group: Any) -> None:
+    group.add_argument("--ray", action="store_true", help="draw on the devices of a Ray cluster")
+    group.add_argument("--ray-layout", choices=("auto", "split", "together"), default="auto", help="give base and"
+                       " refiner devices of their own, or each device both (default: what draws more)")  # fmt: skip
+    group.add_argument("--ray-devices", type=option_type(_count), metavar="N", help="devices to use (default: the"
+                       " cluster's GPUs)")  # fmt: skip
+    group.add_argument("--ray-address", metavar="ADDRESS", help="a cluster that runs, or auto (default: start one"
+                       " here)")  # fmt: skip
+    group.add_argument("--ray-seconds", metavar="B,R,D,S", help="seconds of a picture's base steps, refiner steps and"
+                       " decoding, and of a change of UNets, for --ray-layout auto")  # fmt: skip
+    group.add_argument("--prompts", type=Path, metavar="FILE", help="draw a list and end: one prompt a line, or JSON")
+    group.add_argument("--out", type=Path, metavar="DIR", help="folder of the list's pictures; what is there stays")
 
 
 def _port(text: str) -> int:

@@ -1,11 +1,16 @@
 """What the options of trt-serve state, once for every wing."""
 
-__all__ = ["Disconnect", "Options"]
+__all__ = ["Disconnect", "Options", "read_keys"]
 
 from dataclasses import dataclass, field
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Literal
+
+from sdxl_trt.engines import UsageError
+from sdxl_trt.engines.host import read_capped
+
+KEYS_BYTES = 1 << 20
 
 Disconnect = Literal["cancel", "finish", "finish-if-started"]
 
@@ -56,3 +61,15 @@ class Options:
         default_factory=lambda: {"low": 0.5, "medium": 1.0, "high": 1.5, "hd": 1.5, "xhigh": 1.5, "max": 1.5}
     )
     """Factors of the usual number of steps for OpenAI's `quality`; others are 1."""
+
+
+def read_keys(path: Path) -> frozenset[str]:
+    """Return the keys of a file: one a line; empty lines and those that begin with # are none. Raises UsageError."""
+    try:
+        lines = read_capped(path, KEYS_BYTES, "--api-key-file").decode().splitlines()
+    except UnicodeDecodeError as exc:
+        raise UsageError(f"--api-key-file {path}: is not UTF-8 text; give one key a line") from exc
+    keys = frozenset(line.strip() for line in lines if line.strip() and not line.startswith("#"))
+    if not keys:
+        raise UsageError(f"--api-key-file {path}: has no key; write one a line")
+    return keys

@@ -10,10 +10,10 @@ from typing import Any
 
 from sdxl_trt.engines import UsageError
 from sdxl_trt.runtime.cli.outputs import Pictures
-from sdxl_trt.runtime.cli.prompt_files import read_prompts
 from sdxl_trt.runtime.images import Picture, describe
 from sdxl_trt.runtime.pipeline import Run, Sweep, parse_axis
 from sdxl_trt.runtime.request import DRAWN_SEED_BITS, Request
+from sdxl_trt.runtime.text import read_prompts
 
 
 class Series:

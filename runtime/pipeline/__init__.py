@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from sdxl_trt.runtime.pipeline.batch import Batch
     from sdxl_trt.runtime.pipeline.chain import Chain, check_chain
     from sdxl_trt.runtime.pipeline.pipeline import Pipeline, open_bundle
-    from sdxl_trt.runtime.pipeline.record import ImageSettings, read_settings
+    from sdxl_trt.runtime.pipeline.record import ImageSettings, finish, read_settings
     from sdxl_trt.runtime.pipeline.run import Job, Run, Step, timed
     from sdxl_trt.runtime.pipeline.shared import Shared
     from sdxl_trt.runtime.pipeline.sharing import share_key
@@ -18,7 +18,7 @@ else:
         "batch": ("Batch",),
         "chain": ("Chain", "check_chain"),
         "pipeline": ("Pipeline", "open_bundle"),
-        "record": ("ImageSettings", "read_settings"),
+        "record": ("ImageSettings", "finish", "read_settings"),
         "run": ("Job", "Run", "Step", "timed"),
         "shared": ("Shared",),
         "sharing": ("share_key",),
@@ -27,5 +27,5 @@ else:
 
 __all__ = [
     "Batch", "Chain", "ImageSettings", "Job", "Pipeline", "Run", "Shared", "Step", "Sweep", "check_chain",
-    "open_bundle", "parse_axis", "read_settings", "share_key", "timed",
+    "finish", "open_bundle", "parse_axis", "read_settings", "share_key", "timed",
 ]

@@ -185,7 +185,14 @@ def dataclass_of_settings(kind: type) -> type:
                 dataclass(frozen=True)(kind)
         self.__init__(*values, **named)
 
+    def restore(self: object, state: dict[str, Any]) -> None:
+        """Unpickle in a process that has made no instance yet: pickle calls no `__init__`."""
+        if kind.__init__ is make:  # type: ignore[misc]
+            kind()
+        vars(self).update(state)
+
     kind.__init__ = make  # type: ignore[misc]
+    kind.__setstate__ = restore  # type: ignore[attr-defined]
     kind.__settings__ = found  # type: ignore[attr-defined]
     return kind
 

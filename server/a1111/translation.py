@@ -51,6 +51,9 @@ class Translator:
 
     def translate(self, asked: Asked) -> Translated:
         """Return the Request for what is asked. Raises ApiError, and UsageError for what the runtime refuses."""
+        if asked.pictures > self._options.queue_pictures:
+            raise invalid("n_iter", f"with batch_size {asked.pictures} pictures were asked for; at most"
+                                    f" {self._options.queue_pictures} are drawn")  # fmt: skip
         size, warnings = self._size(asked)
         schedule = self._schedule(asked)
         begin = _begin(asked, schedule)

@@ -11,8 +11,10 @@ if TYPE_CHECKING:
         Api, Draining, Drawn, Ended, Event, Graph, NotReady, Order, Outcome, QueueFull, RefusedError,
         Stepped, TooLate, Waiting,
     )
+    from sdxl_trt.server.desk.pieces import Piece
     from sdxl_trt.server.desk.rates import Allowance, Rates, TooMany
-    from sdxl_trt.server.desk.room import Runner
+    from sdxl_trt.server.desk.room import Room, Runner, Shift
+    from sdxl_trt.server.desk.studio import Studio
     from sdxl_trt.server.desk.ticket import Ticket
 else:
     __getattr__ = lazy_names(__name__, {
@@ -22,13 +24,14 @@ else:
             "Api", "Draining", "Drawn", "Ended", "Event", "Graph", "NotReady", "Order", "Outcome", "QueueFull",
             "RefusedError", "Stepped", "TooLate", "Waiting",
         ),
+        "pieces": ("Piece",),
         "rates": ("Allowance", "Rates", "TooMany"),
-        "room": ("Runner",),
-        "ticket": ("Ticket",),
+        "room": ("Room", "Runner", "Shift"),
+        "studio": ("Studio",), "ticket": ("Ticket",),
     })
 
 __all__ = [
     "Allowance", "Api", "Desk", "Draining", "Drawn", "Ended", "Event", "Files", "Graph", "NotReady", "Order", "Outcome",
-    "QueueFull", "Rates", "Readiness", "RefusedError", "Runner", "Stepped", "Stored", "Ticket", "TooLate", "TooMany",
-    "Waiting",
+    "Piece", "QueueFull", "Rates", "Readiness", "RefusedError", "Room", "Runner", "Shift", "Stepped", "Stored",
+    "Studio", "Ticket", "TooLate", "TooMany", "Waiting",
 ]

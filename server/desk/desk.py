@@ -66,7 +66,10 @@ class Desk:
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._hung_at: float | None = None
         self._translated: Counter[str] = Counter()
-        self._room = Room(self._shift(pipeline, owned=owned), self.predictor, self._on_end, self._on_news)
+        self._room = self._make_room(pipeline, owned=owned)
+
+    def _make_room(self, pipeline: Pipeline, *, owned: bool) -> Room:
+        return Room(self._shift(pipeline, owned=owned), self.predictor, self._on_end, self._on_news)
 
     def _shift(self, pipeline: Pipeline, *, owned: bool) -> Shift:
         studio = Studio(pipeline, self.predictor, fixed=self.options.fixed_batch)

@@ -4,6 +4,7 @@ __all__ = ["Ticket"]
 
 import asyncio
 import time
+from bisect import bisect
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 
@@ -23,6 +24,7 @@ class Ticket:
         self.created = time.monotonic()
         self.started: float | None = None
         self.pictures: list[Picture] = []
+        """Those that are finished, in the order of their indices."""
         self.place: Waiting | None = None
         self.progress: Stepped | None = None
         """The latest step; `estimate` is kept until another step has one."""
@@ -36,6 +38,7 @@ class Ticket:
         self.loop = asyncio.get_running_loop()
         self.readers = 0
         """How many readers have begun with the events and not come to the end."""
+        self._indices: list[int] = []
         self._events: list[Event] = []
         self._news = asyncio.Event()
 
@@ -55,7 +58,10 @@ class Ticket:
         if self.ended is not None:
             return
         if isinstance(event, Drawn):
-            self.pictures.append(event.picture)
+            # Devices that draw at the same time may finish in another order.
+            place = bisect(self._indices, event.index)
+            self._indices.insert(place, event.index)
+            self.pictures.insert(place, event.picture)
         elif isinstance(event, Waiting):
             self.place = event
         elif isinstance(event, Stepped):

@@ -86,7 +86,8 @@ def test_a_picture_is_previewed_drawn_and_kept_with_its_record(page: Any, server
     assert re.fullmatch(r"(Base|Refiner), step \d+ of \d+|Handing over.*|Decoding", told), told
     drawn(page, 1)
     page.wait_for_selector("#again")
-    facts = dict(zip(page.locator(".facts dt").all_inner_texts(), page.locator(".facts dd").all_inner_texts()))
+    names, values = (page.locator(f".facts {tag}").all_inner_texts() for tag in ("dt", "dd"))
+    facts = dict(zip(names, values, strict=True))
     assert (facts["Size"], facts["Steps"], facts["Seed"]) == ("128 × 128", "47 + 13", "7")
     page.click(".record summary")
     assert '"handoff_step": 47' in page.inner_text(".record pre")
@@ -132,7 +133,7 @@ def test_scores_samplers_and_schedules_reach_the_picture(page: Any) -> None:
     page.select_option("#scheduler", "trailing")
     page.fill("#guidance", "3")
     page.fill("#negative", "a green ring")
-    draw(page)
+    draw(page, steps=10)
     found = record(kept(page)[0])
     assert {name: found[name] for name in ("aesthetic_score", "sampler", "schedule", "guidance", "negative")} == {
         "aesthetic_score": 9.5, "sampler": "heun", "schedule": "trailing", "guidance": 3.0, "negative": "a green ring",
@@ -171,7 +172,7 @@ def test_esc_cancels_and_the_server_stops(page: Any, server: str) -> None:
     assert page.locator("#pictures button").count() == 0
     assert page.locator("#cancel").is_hidden()
     end = time.monotonic() + 20
-    while page.request.get(f"{server}/metrics").text().count('trt_inflight_pictures{state="base"} 0.0') != 1:
+    while page.request.get(f"{server}/metrics").text().count('trt_queue_depth{state="base"} 0.0') != 1:
         assert time.monotonic() < end, "the server goes on"
         time.sleep(0.1)  # another process tells us in no other way
     draw(page)
@@ -224,7 +225,7 @@ def test_the_gallery_is_bounded(page: Any) -> None:
     found = page.evaluate("""async () => {
       const {tooMany, MOST} = await import('/page/store.js');
       const items = (count, size) => Array.from({length: count}, () => ({blob: {size}, start: null}));
-      return [MOST, tooMany(items(130, 1)).length, tooMany(items(9, 2 ** 26)).length, tooMany(items(1, 2 ** 30)).length];
+      return [MOST, ...[items(130, 1), items(9, 2 ** 26), items(1, 2 ** 30)].map((each) => tooMany(each).length)];
     }""")
     assert found == [120, 10, 5, 0]
 
@@ -398,13 +399,13 @@ def test_nothing_that_the_server_says_is_markup(open_page: Open, server: str) ->
 # ---------------------------------------------------------------- looks and keys
 
 
-@pytest.mark.parametrize("width", [320, 390, 768, 1024])
+@pytest.mark.parametrize("width", [320, 390, 1024])
 def test_no_width_scrolls_sideways(open_page: Open, width: int) -> None:
     page = open_page(viewport={"width": width, "height": 844})
     page.watch.allowed.append("status of 400")
     sides = "[document.documentElement.scrollWidth, innerWidth]"
     found = [page.evaluate(sides)]
-    fill(page, "a " * 40 + "x" * 200, steps=10)
+    fill(page, "a " * 40 + "x" * 200, steps=6)
     page.click("#draw")
     page.wait_for_selector(".stage.drawing")
     found.append(page.evaluate(sides))
@@ -412,7 +413,8 @@ def test_no_width_scrolls_sideways(open_page: Open, width: int) -> None:
     page.click(".record summary")
     found.append(page.evaluate(sides))
     page.click("#sweep")
-    drawn(page, 6)
+    drawn(page, 4)
+    page.wait_for_selector(".stage.swept:not(.drawing)")
     found.append(page.evaluate(sides))
     page.fill("#width", "1")
     page.click("#draw")
@@ -425,11 +427,13 @@ CONTRAST = """() => {
   const canvas = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
   const rgba = (colour) => { canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
     return [...canvas.getImageData(0, 0, 1, 1).data]; };
-  const light = (c) => c.slice(0, 3).map((v) => v / 255).map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4))
+  const light = (c) => c.slice(0, 3).map((v) => v / 255)
+    .map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4))
     .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
   const under = (e) => { for (; e; e = e.parentElement) { const c = rgba(getComputedStyle(e).backgroundColor);
     if (c[3] > 250) return c; } return [255, 255, 255, 255]; };
-  return [...document.querySelectorAll('body *')].filter((e) => e.checkVisibility() && !e.closest('.off, .skip, svg, :disabled')
+  return [...document.querySelectorAll('body *')].filter((e) => e.checkVisibility()
+      && !e.closest('.off, .skip, svg, :disabled')
       && [...e.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim()))
     .map((e) => { const [a, b] = [light(rgba(getComputedStyle(e).color)), light(under(e))].sort((x, y) => y - x);
       return [e.textContent.trim().slice(0, 30), (a + 0.05) / (b + 0.05)]; }).filter(([, ratio]) => ratio < 4.5);

@@ -81,6 +81,9 @@ def translate(
     if start is not None:
         request = replace(request, image=start.pixels, mask=start.mask, strength=_strength(asked, start))
         notes += start.warnings
+    if not refined:
+        notes += tuple(f"{name}: only the refiner reads it" for name in ("aesthetic_score", "negative_aesthetic_score")
+                       if getattr(asked, name) is not None and not _reads_scores(manifest))  # fmt: skip
     if asked.compat == "comfyui" and asked.n > 1:
         notes += ("compat: in ComfyUI's way the pictures are a batch of one seed",)
     return Translated(request, (*asked.warnings, *notes))
@@ -96,6 +99,10 @@ def _size(asked: Asked, sizes: Sizes, start: Start | None) -> tuple[Size, tuple[
     cropped = size[0] * start.size[1] != size[1] * start.size[0]
     how = "scaled and cropped" if cropped else "scaled"
     return size, (f"image: the picture of {told(start.size)} is {how} to {told(size)}",)
+
+
+def _reads_scores(manifest: Manifest) -> bool:
+    return "aesthetic_score" in manifest.base.time_ids
 
 
 def _handoff(asked: Asked, manifest: Manifest) -> Any:

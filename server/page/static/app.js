@@ -25,7 +25,7 @@ const stage = new Stage({
   group: (item) => { gallery.mark(null); stage.sweep(gallery.group(item)); },
   turn: (by) => gallery.turn(by),
   sweeps: () => Boolean(form.facts?.handoff),
-  enlarge: (item, url) => { $('large-picture').src = url; $('large-picture').alt = item.settings.prompt; $('large').showModal(); },
+  enlarge: (item, url) => { $('large-picture').src = url; $('large-picture').alt = item.settings.prompt; $('large-picture').className = item.width < 300 ? 'small' : ''; $('large').showModal(); },
   retry: (job) => retry(job),
   resize: (size) => { form.write({ ...form.read(), size }); submit(); },
   example: (text) => { form.write({ ...form.read(), prompt: text }); $('prompt').focus(); },

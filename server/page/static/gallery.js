@@ -104,7 +104,6 @@ export class Gallery {
       else cell.removeAttribute('aria-current');
     }
     this.chosen = item;
-    if (item) this.#cells.get(item.id)?.cell.scrollIntoView({ block: 'nearest', inline: 'nearest' });
   }
 
   group(item) {

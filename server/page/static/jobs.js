@@ -1,7 +1,7 @@
 // What is being drawn: each job follows one request from the queue to its picture.
 
 import { draw } from './api.js';
-import { recordOf, seedOf, stepsOf, textsOf } from './record.js';
+import { seedOf, textsOf } from './record.js';
 
 /** The stages of a picture, in order. */
 export const STAGES = ['queue', 'prompt', 'base', 'swap', 'refiner', 'decode'];
@@ -88,12 +88,11 @@ export class Job {
 
   async #item(done, seconds) {
     const [texts, thumb] = await Promise.all([textsOf(done.blob), thumbnail(done.blob)]);
-    const record = recordOf(texts);
     const seed = seedOf(texts, done.seed);
     return {
       id: this.id, blob: done.blob, thumb: thumb.blob, width: thumb.width,
       height: thumb.height, settings: { ...this.settings, seed }, seed, texts, seconds, group: this.group ?? '',
-      split: record.steps ? stepsOf(record) : [this.of.base, this.of.refiner], start: this.start ?? null,
+      split: [this.of.base, this.of.refiner], start: this.start ?? null,
       warnings: done.warnings ?? [],
     };
   }

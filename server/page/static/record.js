@@ -47,10 +47,3 @@ export function readable(texts) {
   const lines = [texts.parameters, texts['sdxl-trt']?.replaceAll(', "', ',\n "')];
   return lines.filter(Boolean).join('\n\n') || 'The file holds no record.';
 }
-
-/** Return [base, refiner] steps as they were taken. */
-export function stepsOf(record) {
-  if (!record.steps) return [0, 0];
-  const cut = record.handoff_step ?? record.steps;
-  return [cut, record.steps - cut];
-}

@@ -2,7 +2,7 @@
 
 import { $, button, copy, el, icon, plural, seconds } from './dom.js';
 import { STAGES } from './jobs.js';
-import { readable } from './record.js';
+import { readable, recordOf } from './record.js';
 
 const NAMES = { queue: 'Queue', prompt: 'Prompt', base: 'Base', swap: 'Swap', refiner: 'Refiner', decode: 'Decode' };
 const SMALL = 300;
@@ -44,7 +44,7 @@ export class Stage {
     paint(canvas);
     const examples = EXAMPLES[facts?.embedded ? 'pair' : 'model'];
     this.#show('empty', () => [el('div', { className: 'intro' }, canvas,
-      el('h2', { textContent: 'Nothing drawn yet' }),
+      el('h2', { textContent: 'Nothing here yet' }),
       el('p', { textContent: facts?.embedded
         ? 'This server runs the small pair that comes with it: it knows shapes, colours and patterns. Take one of these, or write your own.'
         : 'Say what the picture shows. Take one of these, or write your own.' }),
@@ -114,8 +114,8 @@ export class Stage {
 
   #failed(job, { tile, single }) {
     const { heading, advice, action } = explain(job.error);
-    const card = el('div', { className: 'failed', role: 'alert' }, icon('warn'),
-      el('h2', { textContent: heading }), el('p', { className: 'message', textContent: job.error.message }),
+    const said = job.error.status ? el('p', { className: 'message', textContent: job.error.message }) : null;
+    const card = el('div', { className: 'failed', role: 'alert' }, icon('warn'), el('h2', { textContent: heading }), said,
       advice ? el('p', { textContent: advice }) : null);
     const near = /nearest size is (\d+x\d+)/.exec(job.error.message)?.[1];
     if (single && near) card.append(button('use', `Use ${near.replace('x', ' × ')}`, () => this.#act.resize(near), { className: 'act' }));
@@ -148,7 +148,7 @@ export class Stage {
   #board(item, around) {
     const { settings } = item;
     const picture = el('img', { src: this.#url(item.blob), alt: settings.prompt, className: item.width < SMALL ? 'small' : '' });
-    const frame = el('button', { type: 'button', className: 'frame', 'aria-label': 'Show it in full size', onclick: () => this.#act.enlarge(item, picture.src) }, picture);
+    const frame = el('button', { type: 'button', className: 'frame', 'aria-label': 'Show it large', onclick: () => this.#act.enlarge(item, picture.src) }, picture);
     frame.style.aspectRatio = `${item.width} / ${item.height}`;
     const step = (name, by, text) => el('button', { type: 'button', className: 'turn', 'aria-label': text, title: text, onclick: () => this.#act.turn(by) }, icon(name));
     const board = el('div', { className: 'board' }, el('figure', { className: 'tile large' }, frame));
@@ -161,7 +161,7 @@ export class Stage {
     const act = this.#act;
     const facts = [
       [`${item.width} × ${item.height}`, 'Size'], [steps(item), 'Steps'], [item.seed, 'Seed'],
-      [item.texts['sdxl-trt'] ? JSON.parse(item.texts['sdxl-trt']).sampler : settings.sampler || 'usual', 'Sampler'],
+      [recordOf(item.texts).sampler ?? settings.sampler, 'Sampler'],
       [settings.guidance, 'Guidance'], settings.handoff !== null && settings.score !== null ? [settings.score, 'Score'] : null,
       item.start ? [`${Math.round(settings.strength * 100)} %`, 'Strength'] : null, [seconds(item.seconds), 'Drawn in'],
     ].filter(Boolean);

@@ -11,7 +11,7 @@ import pytest
 from sdxl_trt.engines.errors import UsageError
 from sdxl_trt.engines.host.text_inputs import read_capped
 from sdxl_trt.runtime.cli.generate import main as trt_generate
-from sdxl_trt.runtime.cli.prompt_files import read_prompts
+from sdxl_trt.runtime.text.prompt_files import read_prompts
 
 
 def _pipe(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:

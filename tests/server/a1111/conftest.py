@@ -1,12 +1,12 @@
 """A1111's API on a desk of the tests, which draws when it is told to, and on the embedded pair."""
 
 import asyncio
-import base64
-import io
 import json
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,19 +26,6 @@ from sdxl_trt.server.http import Gate, add_handlers
 
 BUNDLE = read_bundle(bundle_path())
 ADDRESS = "http://127.0.0.1:8188"
-KEYS = frozenset({"own-key", "another-key"})
-SMALL = {"prompt": "a red star", "negative_prompt": "blur", "seed": 7, "steps": 2, "width": 64, "height": 64}
-
-
-def opened(text: str) -> Image.Image:
-    """Return a picture of an answer."""
-    return Image.open(io.BytesIO(base64.b64decode(text)))
-
-
-def as_base64(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
 
 
 @pytest.fixture(scope="session")
@@ -84,8 +71,10 @@ class FakeDesk:
         estimate = np.zeros((1, 4, height // 8, width // 8), np.float32)
         if self.starts:
             ticket.tell(Stepped("base", 1, resolved.base.steps, 0, estimate))
-        while self.held and ticket.stop is None:
-            await asyncio.sleep(0)
+        if self.held:
+            stopped = asyncio.Event()
+            ticket.on_stop = stopped.set
+            await stopped.wait()
         if ticket.stop == "cancelled" or (ticket.stop and not self.starts):
             ticket.tell(Ended("cancelled" if ticket.stop == "cancelled" else "interrupted"))
             return
@@ -128,12 +117,39 @@ def fake(picture: Picture) -> Iterator[Callable[..., tuple[TestClient, FakeDesk]
         yield made
 
 
-@pytest.fixture(scope="module")
-def drawing(pipeline: Pipeline) -> Iterator[TestClient]:
-    """Return a client of the embedded pair, for A1111's API and OpenAI's."""
+@pytest.fixture
+def alone(picture: Picture) -> Callable[..., tuple[FastAPI, FakeDesk]]:
+    """Return an application to be called on the event loop, and the desk of the tests behind it."""
+
+    def made(options: Options, **desk: Any) -> tuple[FastAPI, FakeDesk]:
+        app = application(options, lambda: None)
+        app.state.desk = FakeDesk(picture, options, **desk)
+        return app, app.state.desk
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def embeddings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with an embedding of two vectors, called sketchy."""
+    folder, random = tmp_path_factory.mktemp("embeddings"), np.random.default_rng(5)
+    manifest, head, data = BUNDLE.manifest, {}, b""
+    for name, encoder in zip(("clip_l", "clip_g"), manifest.base.text_encoders, strict=True):
+        width = manifest.components[encoder.component].config["hidden_size"]
+        vectors = random.normal(0.0, 0.5, (2, int(width))).astype(np.float32).tobytes()
+        head[name] = {"dtype": "F32", "shape": [2, width], "data_offsets": [len(data), len(data) + len(vectors)]}
+        data += vectors
+    told = json.dumps(head).encode()
+    (folder / "sketchy.safetensors").write_bytes(struct.pack("<Q", len(told)) + told + data)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def drawing(pipeline: Pipeline, embeddings: Path) -> Iterator[TestClient]:
+    """Return a client of the embedded pair, for A1111's API and OpenAI's; its LoRA is called sticker."""
     from sdxl_trt.server.openai import router
 
-    options = Options(max_body=4 << 20)
+    options = Options(lora_dir=Path(bundle_path()).parent / "loras", embedding_dir=embeddings)
     with TestClient(application(options, lambda: Desk(pipeline, options), router), ADDRESS) as client:
         yield client
 

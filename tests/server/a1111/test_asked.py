@@ -103,7 +103,7 @@ def test_an_empty_negative_prompt_is_zeros_for_both_experts(ask: Callable[..., A
         ({"prompt": ["a"]}, 422, "prompt"),
         ({"prompt": "a [b:c:0.5]"}, 422, "prompt"),
         ({"prompt": "<lora:ink:1>"}, 422, "prompt"),
-        ({"n_iter": 1000, "batch_size": 1000}, 422, "pictures"),
+        ({"n_iter": 1000, "batch_size": 1000}, 422, "1000000 pictures"),
     ],
 )
 def test_what_would_change_a_picture_is_refused_by_name(
@@ -206,7 +206,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.dictionaries(st.sampled_from(FIELDS) | st.text(max_size=6), VALUES, max_size=8), st.booleans())
 def test_any_body_is_read_or_refused(body: dict[str, Any], img2img: bool) -> None:
     from sdxl_trt.engines import SdxlTrtError
@@ -222,4 +222,7 @@ def test_any_body_is_read_or_refused(body: dict[str, Any], img2img: bool) -> Non
         asked = read_asked({**SMALL, **body}, Models.of(manifest), Settings(), img2img=img2img)
         resolve_request(Translator(manifest, None, options).translate(asked).request, manifest)
     except (ApiError, SdxlTrtError) as exc:
-        assert 400 <= as_api_error(exc, options).status < 500
+        status = as_api_error(exc, options).status
+    else:
+        status = 200
+    assert status < 500

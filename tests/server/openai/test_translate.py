@@ -206,3 +206,9 @@ def test_whatever_is_asked_is_resolved_or_refused(asked: Asked, start: Start | N
         assert "--" not in error.message, error.message
     else:
         assert len(resolved.seeds) == asked.n
+
+
+def test_a_score_that_no_expert_reads_is_named() -> None:
+    asked = Asked("a", handoff=None, aesthetic_score=7.0)
+    assert _translated(asked)[1] == ("aesthetic_score: only the refiner reads it",)
+    assert _translated(replace(asked, handoff="auto"))[1] == ()

@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.runtime.cli import prompt_files
-from sdxl_trt.runtime.cli.prompt_files import read_prompts
+from sdxl_trt.runtime.text import prompt_files
+from sdxl_trt.runtime.text.prompt_files import read_prompts
 
 
 def test_lines_are_prompts_but_for_empty_ones_and_comments(tmp_path: Path) -> None:
