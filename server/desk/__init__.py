@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     )
     from sdxl_trt.server.desk.pieces import Piece
     from sdxl_trt.server.desk.rates import Allowance, Rates, TooMany
-    from sdxl_trt.server.desk.room import Room, Runner, Shift
+    from sdxl_trt.server.desk.room import Room, Runner
+    from sdxl_trt.server.desk.shift import Shift
     from sdxl_trt.server.desk.studio import Studio
     from sdxl_trt.server.desk.ticket import Ticket
 else:
@@ -26,7 +27,7 @@ else:
         ),
         "pieces": ("Piece",),
         "rates": ("Allowance", "Rates", "TooMany"),
-        "room": ("Room", "Runner", "Shift"),
+        "room": ("Room", "Runner"), "shift": ("Shift",),
         "studio": ("Studio",), "ticket": ("Ticket",),
     })
 
