@@ -47,5 +47,5 @@ def options_of_args(stated: Mapping[str, Any]) -> Options:
 
 def _as_path(kind: type, value: object) -> Path:
     if kind is not Path or not isinstance(value, str):
-        raise NotImplementedError
+        raise TypeError(f"{value!r} is not a path")
     return Path(value)
