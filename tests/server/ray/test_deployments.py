@@ -18,7 +18,7 @@ WITHOUT_RAY = importlib.util.find_spec("ray") is None
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--prompts", "a.txt"], "--prompts: trt-serve draws lists with --ray; without it: trt-generate --prompts a.txt"),
+        (["--prompts", "a"], "--prompts: trt-serve draws lists with --ray; without it: trt-generate --prompts a"),
         (["--ray-devices", "2"], "--ray-devices goes with --ray; give both or none"),
         (["--ray-layout", "split"], "--ray-layout goes with --ray; give both or none"),
         (["--ray", "--prompts", "list.txt"], "--prompts FILE and --out DIR go together; give both or none"),
