@@ -7,6 +7,8 @@ PEERS := .venv-peers
 PEERS_PIP := $(PEERS)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints-peers.txt
 CLIENTS := .venv-clients
 CLIENTS_PIP := $(CLIENTS)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints-clients.txt
+BROWSER := .venv-browser
+BROWSER_PIP := $(BROWSER)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints-browser.txt
 RAY := .venv-ray
 RAY_PIP := $(RAY)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints-ray.txt
 GPU := .venv-gpu
@@ -17,7 +19,7 @@ PROMPT ?= a large red star on a blue background
 # A half-made environment must not pass for a whole one.
 .DELETE_ON_ERROR:
 
-.PHONY: help demo serve demo-export install test lint types pytest peers test-peers clients test-clients ray test-ray test-references format mini-bundle gallery checkpoints readme bench bench-export bench-build bench-host bench-load bench-lora gpu-check clean
+.PHONY: help demo serve demo-export install test lint types pytest peers test-peers clients test-clients browser test-page ray test-ray test-hostile test-references format mini-bundle gallery checkpoints readme bench bench-export bench-build bench-host bench-load bench-lora bench-serve gpu-check clean
 
 help:  ## Say what there is to make
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -47,7 +49,7 @@ types: $(VENV)/.full
 	$(BIN)/mypy --platform win32 --cache-dir .mypy_cache/win32 -p sdxl_trt
 
 pytest: $(VENV)/.full
-	$(BIN)/pytest --numprocesses 2 --dist loadfile --ignore=tests/references -m "not builds"
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --ignore=tests/references -m "not builds and not hostile"
 
 test-references: $(VENV)/.full  ## Whole runs against diffusers and recorded results of ComfyUI, and whole plans
 	$(BIN)/pytest --numprocesses 2 --dist loadfile tests/references
@@ -62,6 +64,14 @@ clients: $(CLIENTS)/.done  ## The environment of the clients of trt-serve in .ve
 
 test-clients: $(VENV)/.full $(CLIENTS)/.done  ## Real clients draw on trt-serve, which runs as a process of its own
 	$(CLIENTS)/bin/python -m pytest --config-file tests/clients/pytest.ini tests/clients
+
+test-hostile: $(VENV)/.full  ## Bodies, pictures and websockets that attack trt-serve, its signals, and what it tells
+	$(BIN)/pytest -m hostile tests/server/hostile
+
+browser: $(BROWSER)/.done  ## The environment that drives a browser in .venv-browser; no browser is downloaded
+
+test-page: $(VENV)/.full $(BROWSER)/.done  ## The page of trt-serve in the system's Chromium: CHROMIUM=/usr/bin/chromium
+	$(BROWSER)/bin/python -m pytest --config-file tests/browser/pytest.ini tests/browser
 
 ray: $(RAY)/.done  ## The environment with Ray in .venv-ray
 
@@ -103,6 +113,9 @@ bench-host: $(VENV)/.full  ## Measure the host's time per step beside diffusers'
 bench-load: $(VENV)/.full  ## Measure reading and checking a plan, and simulate a cold run; needs 11 GB of memory, 6 GB of disk
 	$(BIN)/python -m sdxl_trt.benchmarks.cold_load $(if $(QUICK),--quick --results out/bench-load/quick.json)
 
+bench-serve: $(VENV)/.full  ## Load trt-serve, and measure it in turns with diffusers behind FastAPI, in twenty minutes
+	$(BIN)/python -m sdxl_trt.benchmarks.serving $(if $(QUICK),--quick --results out/bench-serve/quick.json)
+
 bench-lora: $(VENV)/.full  ## Measure switching a LoRA on the CPU at SDXL's size; needs 24 GB of memory, 15 GB of disk
 	$(BIN)/python -m sdxl_trt.benchmarks.lora_switch $(if $(QUICK),--quick --results out/bench-lora/quick.json)
 
@@ -120,7 +133,7 @@ gpu-check: $(VENV)/.runtime  ## On a machine with an NVIDIA GPU: prove what no C
 		$(if $(MINUTES),--minutes $(MINUTES))
 
 clean:  ## Remove what make made
-	rm -rf $(VENV) $(PEERS) $(CLIENTS) $(RAY) $(GPU) out build dist *.egg-info
+	rm -rf $(VENV) $(PEERS) $(CLIENTS) $(BROWSER) $(RAY) $(GPU) out build dist *.egg-info
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -151,6 +164,11 @@ $(PEERS)/.done: pyproject.toml constraints-peers.txt
 $(CLIENTS)/.done: constraints-clients.txt
 	$(PYTHON) -m venv $(CLIENTS)
 	@$(CLIENTS_PIP) comfy-api-client comfy-api-simplified openai pytest webuiapi
+	@touch $@
+
+$(BROWSER)/.done: constraints-browser.txt
+	$(PYTHON) -m venv $(BROWSER)
+	@$(BROWSER_PIP) pillow playwright pytest
 	@touch $@
 
 # Ray brings packages that nothing else here needs, and pins of its own.

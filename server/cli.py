@@ -4,6 +4,7 @@ __all__ = ["main"]
 
 import argparse
 import sys
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,8 @@ def options_of(arguments: argparse.Namespace) -> Options:
         stated["keys"] = read_keys(arguments.api_key_file)
     for name in ("open_apis", "cors_origins", "allowed_hosts"):
         stated[name] = frozenset(stated[name])
-    stated["aliases"] = tuple(stated["aliases"])
+    for name in ("aliases", "trusted_proxies"):
+        stated[name] = tuple(stated[name])
     return Options(**stated)
 
 
@@ -112,6 +114,13 @@ def _add_network(group: Any) -> None:
                        metavar="ORIGIN", help="a web page's origin that may use the server; repeatable")  # fmt: skip
     group.add_argument("--allowed-hosts", type=_listed, default=(), metavar="NAME,…", help="names by which clients may"
                        " call the server (default: on a loopback address loopback names, else any)")  # fmt: skip
+    group.add_argument("--trusted-proxy", dest="trusted_proxies", type=option_type(_network), action="append",
+                       default=[], metavar="ADDRESS", help="a proxy whose X-Forwarded-For says who calls: an address or"
+                       " a network such as 10.0.0.0/8; repeatable")  # fmt: skip
+    group.add_argument("--metrics-port", type=option_type(_port), metavar="PORT", help="serve /metrics on this port,"
+                       " without a key, and not on the other")  # fmt: skip
+    group.add_argument("--traces", action="store_true", help="send OpenTelemetry spans; the variables OTEL_… say where"
+                       " to (needs the extra otel)")  # fmt: skip
     group.add_argument("--no-docs", dest="docs", action="store_false", help="do not serve /docs and /openapi.json")
 
 
@@ -128,6 +137,10 @@ def _add_limits(group: Any) -> None:
     group.add_argument("--max-body", type=sizes, default=32 << 20, metavar="SIZE", help="longest body (default: 32MiB)")
     group.add_argument("--max-pixels", type=counts, default=1 << 24, metavar="N", help="most pixels of a picture that"
                        " is sent (default: 16777216)")  # fmt: skip
+    group.add_argument("--rate-requests", type=counts, metavar="N", help="requests that one key may send a minute"
+                       " (default: any number)")  # fmt: skip
+    group.add_argument("--rate-seconds", type=seconds, metavar="S", help="predicted seconds of drawing that one key may"
+                       " ask for a minute (default: any)")  # fmt: skip
     group.add_argument("--on-disconnect", choices=("cancel", "finish", "finish-if-started"), help="what becomes of a"
                        " request whose client left (default: cancel; ComfyUI's jobs finish)")  # fmt: skip
 
@@ -147,6 +160,9 @@ def _add_drawing(group: Any) -> None:
 def _add_apis(group: Any) -> None:
     group.add_argument("--alias", dest="aliases", action="append", default=[], metavar="NAME", help="another name of"
                        " the model; repeatable")  # fmt: skip
+    group.add_argument("--quality-steps", type=option_type(_qualities), default=Options().quality_steps,
+                       metavar="NAME=FACTOR,…", help="OpenAI: how many times the usual steps a quality takes (default:"
+                       " low=0.5,medium=1,high=1.5,…)")  # fmt: skip
     group.add_argument("--lenient", action="store_true", help="OpenAI: warn of unknown fields rather than refuse them")
     group.add_argument("--round-sizes", action="store_true", help="AUTOMATIC1111: round sizes down to what the models"
                        " take")  # fmt: skip
@@ -209,6 +225,28 @@ def _origin(text: str) -> str:
     if scheme not in ("http", "https") or not found or not host or "/" in host or "*" in host:
         raise UsageError(f"{text!r} is not an origin; give one like https://example.org")
     return text
+
+
+def _network(text: str) -> IPv4Network | IPv6Network:
+    try:
+        return ip_network(text, strict=False)
+    except ValueError as exc:
+        raise UsageError(f"{text!r} is no address; give one like 10.0.0.2 or 10.0.0.0/8") from exc
+
+
+def _qualities(text: str) -> dict[str, float]:
+    factors = dict(Options().quality_steps)
+    for word in _listed(text):
+        name, _, factor = word.partition("=")
+        if name not in (*factors, "auto", "standard"):
+            raise UsageError(f"{name!r} is no quality; give some of {', '.join(factors)}, auto, standard")
+        try:
+            factors[name] = float(factor)
+        except ValueError:
+            factors[name] = 0.0
+        if not 0 < factors[name] <= 10:
+            raise UsageError(f"{word!r}: give a factor above 0, at most 10, such as {name}=0.5")
+    return factors
 
 
 def _interrupts(text: str) -> bool:

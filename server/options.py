@@ -3,6 +3,7 @@
 __all__ = ["Disconnect", "Options", "read_keys"]
 
 from dataclasses import dataclass, field
+from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Literal
 
@@ -50,6 +51,8 @@ class Options:
     previews: bool = False
     docs: bool = True
     metrics_port: int | None = None
+    traces: bool = False
+    trusted_proxies: tuple[IPv4Network | IPv6Network, ...] = ()
     rate_requests: int | None = None
     """Requests a minute of one key, or peer without keys; None is no limit."""
     rate_seconds: float | None = None

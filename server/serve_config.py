@@ -4,9 +4,9 @@ __all__ = ["application", "options_of_args"]
 
 import logging
 from collections.abc import Mapping
-from dataclasses import fields
+from ipaddress import ip_network
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import msgspec
 
@@ -35,17 +35,31 @@ def options_of_args(stated: Mapping[str, Any]) -> Options:
     """Return the options that `args` state, `api_key_file` among them. Raises UsageError."""
     stated = dict(stated)
     keys = read_keys(Path(stated.pop("api_key_file"))) if "api_key_file" in stated else frozenset()
-    unknown = stated.keys() - {each.name for each in fields(Options)}
+    kinds = get_type_hints(Options)
+    unknown = stated.keys() - kinds.keys()
     if unknown:
         raise UsageError(f"args: {min(unknown)!r} is no option; the names are those of trt-serve's options")
-    try:
-        made: Options = msgspec.convert({"keys": keys, **stated}, Options, dec_hook=_as_path)
-    except msgspec.ValidationError as exc:
-        raise UsageError(f"args: {exc}; the values are those of trt-serve's options") from exc
-    return made
+    made: dict[str, Any] = {"keys": keys}
+    for name, value in stated.items():
+        # msgspec knows no union of networks.
+        kind = tuple[_Network, ...] if name == "trusted_proxies" else kinds[name]
+        try:
+            made[name] = msgspec.convert(value, kind, dec_hook=_converted)
+        except msgspec.ValidationError as exc:
+            raise UsageError(f"args: {name}: {exc}; the values are those of trt-serve's options") from exc
+    if "trusted_proxies" in made:
+        made["trusted_proxies"] = tuple(each.network for each in made["trusted_proxies"])
+    return Options(**made)
 
 
-def _as_path(kind: type, value: object) -> Path:
-    if kind is not Path or not isinstance(value, str):
-        raise TypeError(f"{value!r} is not a path")
-    return Path(value)
+class _Network:
+    """A network in text."""
+
+    def __init__(self, text: str) -> None:
+        self.network = ip_network(text, strict=False)
+
+
+def _converted(kind: type, value: object) -> Any:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is not a text")
+    return kind(value)

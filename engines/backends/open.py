@@ -28,6 +28,7 @@ class Backend:
     None for all. `free` is the free memory for engines in bytes, None if unknown. `records` are the plans in use, and
     `slot_records` those that replace them in requests with LoRAs; `limits` are the sizes that the plans accept,
     `capability` the compute capability of TensorRT's GPU, None if plans are for any, and `close` frees the device.
+    `memory` returns (free, total) bytes of the GPU as they are now, None if unknown or on a CPU.
     """
 
     provider: str
@@ -38,6 +39,7 @@ class Backend:
     limits: PlanLimits | None = None
     capability: str | None = None
     close: Callable[[], None] = lambda: None
+    memory: Callable[[], tuple[int, int] | None] = lambda: None
 
 
 def open_backend(bundle: Bundle, provider: str) -> Backend:
@@ -120,6 +122,7 @@ def _tensorrt(bundle: Bundle, flavour: Flavour) -> Backend:
         plan_limits(bundle, records.values()),
         None if capability == ANY else capability,
         device.close,
+        device.cuda.memory,
     )
 
 
@@ -135,18 +138,20 @@ def _onnxruntime(bundle: Bundle, provider: str) -> Backend:
     def make(name: str) -> Engine:
         return OrtEngine(bundle, name, cast(OrtProvider, provider))
 
-    return Backend(provider, make, available_host_memory() if provider == "ort-cpu" else _free_device_memory())
+    if provider == "ort-cpu":
+        return Backend(provider, make, available_host_memory())
+    memory = _device_memory()
+    return Backend(provider, make, None if memory is None else memory[0], memory=_device_memory)
 
 
-def _free_device_memory() -> int | None:
-    """Return the free bytes of the GPU, or None if unknown: ONNX Runtime runs without CUDA bindings."""
+def _device_memory() -> tuple[int, int] | None:
+    """Return (free, total) bytes of the GPU, or None if unknown: ONNX Runtime runs without CUDA bindings."""
     from sdxl_trt.engines.backends.cuda import Cuda  # noqa: PLC0415 - one import a provider
 
     try:
-        free, _ = Cuda().memory()
+        return Cuda().memory()
     except SdxlTrtError:
         return None
-    return free
 
 
 def _fastest_onnxruntime() -> str:

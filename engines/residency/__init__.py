@@ -8,15 +8,17 @@ if TYPE_CHECKING:
     from sdxl_trt.engines.residency.activations import estimate_activations, estimate_error, score_bytes
     from sdxl_trt.engines.residency.estimate import MemoryEstimate
     from sdxl_trt.engines.residency.needs import exact_sizes
+    from sdxl_trt.engines.residency.opening import open_pool
     from sdxl_trt.engines.residency.policy import RESIDENCIES, estimate_memory, settled_residency
-    from sdxl_trt.engines.residency.pool import EnginePool, open_pool
+    from sdxl_trt.engines.residency.pool import EnginePool
 else:
     __getattr__ = lazy_names(__name__, {
         "activations": ("estimate_activations", "estimate_error", "score_bytes"),
         "estimate": ("MemoryEstimate",),
         "needs": ("exact_sizes",),
+        "opening": ("open_pool",),
         "policy": ("RESIDENCIES", "estimate_memory", "settled_residency"),
-        "pool": ("EnginePool", "open_pool"),
+        "pool": ("EnginePool",),
     })
 
 __all__ = [

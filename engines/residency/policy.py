@@ -5,7 +5,7 @@ the base runs, the refiner's plan is read into host memory and checked. `stream`
 a budget left in host memory. If not everything fits, text encoders and the autoencoder are freed before UNets.
 """
 
-__all__ = ["RESIDENCIES", "check_residency", "estimate_memory", "fallbacks", "settled_residency"]
+__all__ = ["RESIDENCIES", "can_run", "check_residency", "estimate_memory", "fallbacks", "settled_residency"]
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -252,3 +252,8 @@ def _weights(need: Need, budgets: Mapping[str, int]) -> int:
     budget = budgets.get(need.component, need.streamable)
     staged = int(need.streamable * _STAGED) if budget < need.streamable else 0
     return need.weights - need.streamable + budget + staged
+
+
+def can_run(plan: MemoryEstimate, peak: int) -> bool:
+    """Return whether a run with this `peak` may fit: only the builder's own figures, not estimates, rule it out."""
+    return plan.estimated or plan.capacity is None or peak <= plan.capacity

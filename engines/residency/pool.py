@@ -1,6 +1,6 @@
 """A pool of engines under a residency policy: loads them when a phase needs them, frees them as the policy says."""
 
-__all__ = ["EnginePool", "open_pool"]
+__all__ = ["EnginePool"]
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,15 +10,14 @@ from types import TracebackType
 from typing import Self
 
 from sdxl_trt.engines.adapters import ScaledLora, Use, loras_of, name_of
-from sdxl_trt.engines.backends import open_backend
-from sdxl_trt.engines.bundle import Bundle, PlanRecord, Profile, run_components, stand_ins
+from sdxl_trt.engines.bundle import Bundle, PlanRecord, Profile
 from sdxl_trt.engines.engine import Engine
 from sdxl_trt.engines.errors import CorruptError, IncompatibleError, ResourceError, SourceError
 from sdxl_trt.engines.host import available_host_memory, format_bytes
 from sdxl_trt.engines.plans import PlanLimits, RunSizes
 from sdxl_trt.engines.residency.estimate import MemoryEstimate, Residency
 from sdxl_trt.engines.residency.loading import LoadAhead, load
-from sdxl_trt.engines.residency.policy import check_residency, estimate_memory, fallbacks, settled_residency
+from sdxl_trt.engines.residency.policy import can_run
 from sdxl_trt.engines.residency.read_ahead import ReadAhead, bytes_ahead
 
 log = logging.getLogger(__name__)
@@ -62,6 +61,7 @@ class EnginePool:
         activations: Mapping[str, int] | None = None,
         estimate: Callable[..., MemoryEstimate] | None = None,
         close: Callable[[], None] = lambda: None,
+        memory: Callable[[], tuple[int, int] | None] = lambda: None,
     ) -> None:
         self.bundle = bundle
         self.residency: Residency = residency
@@ -84,6 +84,8 @@ class EnginePool:
         self._estimate = estimate
         self._stale = False
         self._close = close
+        self.memory = memory
+        """Returns (free, total) bytes of the GPU, of all processes; None if unknown or on a CPU."""
         self._engines: dict[str, Engine] = {}
         self._worn: dict[str, tuple[ScaledLora, ...]] = {}
         self._prefetched: dict[str, Engine] = {}
@@ -100,6 +102,11 @@ class EnginePool:
     def preparing(self) -> bool:
         """Whether a thread still loads engines of the next phase."""
         return self._ahead is not None and self._ahead.running
+
+    @property
+    def loaded(self) -> tuple[str, ...]:
+        """The components whose engines are loaded, in loading order; any thread may ask."""
+        return tuple(self._engines)
 
     def holds(self, use: Use) -> bool:
         """Return whether a component is loaded with exactly these LoRAs, so that a phase would not load it."""
@@ -192,7 +199,7 @@ class EnginePool:
             estimate = partial(estimate, records={**self.records, **slotted})
         plans = [estimate(residency=each, run=run) for each in (self.residency, *self._fallbacks)]
         chosen = min(plans, key=lambda plan: plan.missing)  # the first of those that fit
-        if not _can_run(chosen, chosen.peak):
+        if not can_run(chosen, chosen.peak):
             raise self._too_large(chosen, estimate(residency=chosen.residency), run)
         return chosen
 
@@ -207,7 +214,7 @@ class EnginePool:
 
     def _too_large(self, plan: MemoryEstimate, usual: MemoryEstimate, run: RunSizes) -> ResourceError:
         limits = self.limits
-        if limits is None or not _can_run(usual, usual.peak):
+        if limits is None or not can_run(usual, usual.peak):
             return plan.refusal()
         return ResourceError(
             f"{run.width}x{run.height} with {run.tokens} tokens: {plan.shortage}; the plans' usual size,"
@@ -371,77 +378,3 @@ class EnginePool:
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
-
-
-def open_pool(
-    bundle: Bundle,
-    provider: str = "auto",
-    residency: str = "auto",
-    available: int | None = None,
-    *,
-    from_image: bool = False,
-    once: bool = False,
-    controls: Sequence[str] = (),
-) -> EnginePool:
-    """Return a pool for `bundle`; nothing is loaded yet, but a thread begins to read the plans of a run.
-
-    `provider` is "auto" or one of PROVIDERS, `residency` "auto", "resident", "swap" or "stream"; `available` replaces
-    the measured memory of the device or host, in bytes. With `from_image`, memory is planned for runs that start
-    from an image, which also need the autoencoder's encoder; with `once`, for a single run; `controls` are the
-    components of the ControlNets that runs use.
-    A given residency is kept; "auto" falls back to the next one if memory runs out. Raises UsageError for unknown
-    names, IncompatibleError for a provider that is not available or a plan that does not fit this machine,
-    ResourceError for plans that cannot fit.
-    """
-    check_residency(residency)
-    backend = open_backend(bundle, provider)
-    capacity = backend.free if available is None else available
-    residency = settled_residency(residency, backend.provider, once=once)
-    estimate = partial(
-        estimate_memory,
-        bundle,
-        provider=backend.provider,
-        capacity=capacity,
-        records=backend.records,
-        from_image=from_image,
-        capability=backend.capability,
-        controls=controls,
-    )
-    try:
-        plan = estimate(residency=residency)
-        _require_room(plan)
-    except BaseException:
-        backend.close()
-        raise
-    pool = EnginePool(
-        bundle,
-        backend.make,
-        plan.residency,
-        backend.provider,
-        keeps=plan.keeps,
-        fallbacks=fallbacks(plan) if residency == "auto" else (),
-        budgets=plan.budgets or {need.component: need.streamable // 2 for need in plan.needs if need.streamable},
-        replaced=stand_ins(bundle.manifest, backend.provider, backend.capability),
-        records=backend.records,
-        slot_records=backend.slot_records,
-        limits=backend.limits,
-        activations={need.component: need.activations for need in plan.needs} if backend.records else None,
-        estimate=estimate,
-        close=backend.close,
-    )
-    order = run_components(
-        bundle.manifest, backend.provider, from_image=from_image, capability=backend.capability, controls=controls
-    )
-    pool.expect(order)
-    return pool
-
-
-def _require_room(plan: MemoryEstimate) -> None:
-    """Raise ResourceError if not even the smallest profiles of the plans fit."""
-    if not _can_run(plan, plan.least_peak):
-        raise plan.refusal()
-
-
-def _can_run(plan: MemoryEstimate, peak: int) -> bool:
-    """Return whether a run with this `peak` may fit: only the builder's own figures, not estimates, rule it out."""
-    return plan.estimated or plan.capacity is None or peak <= plan.capacity

@@ -7,7 +7,7 @@ from sdxl_trt.engines.lazy import lazy_names
 if TYPE_CHECKING:
     from sdxl_trt.runtime.adapters.embedding_file import ENCODERS, Embedding, EncoderName
     from sdxl_trt.runtime.adapters.embeddings import NO_EMBEDDINGS, EmbeddingFact, Embeddings
-    from sdxl_trt.runtime.adapters.folder import find_named
+    from sdxl_trt.runtime.adapters.folder import find_named, names_in
     from sdxl_trt.runtime.adapters.loras import (
         MOST_LORAS, LoraFact, SettledLoras, find_lora, find_recorded, lora_digest, settle_loras,
     )
@@ -17,7 +17,7 @@ else:
     __getattr__ = lazy_names(__name__, {
         "embedding_file": ("ENCODERS", "Embedding", "EncoderName"),
         "embeddings": ("NO_EMBEDDINGS", "EmbeddingFact", "Embeddings"),
-        "folder": ("find_named",),
+        "folder": ("find_named", "names_in"),
         "loras": ("MOST_LORAS", "LoraFact", "SettledLoras", "find_lora", "find_recorded", "lora_digest",
                   "settle_loras"),
         "tags": ("split_tags", "tags_of"),
@@ -26,6 +26,6 @@ else:
 
 __all__ = [
     "ENCODERS", "MOST_LORAS", "NO_EMBEDDINGS", "Embedding", "EmbeddingFact", "Embeddings", "EncoderName", "LoraFact",
-    "LoraUse", "SettledLoras", "find_lora", "find_named", "find_recorded", "lora_digest", "parse_use", "settle_loras",
-    "split_tags", "tags_of",
+    "LoraUse", "SettledLoras", "find_lora", "find_named", "find_recorded", "lora_digest", "names_in", "parse_use",
+    "settle_loras", "split_tags", "tags_of",
 ]

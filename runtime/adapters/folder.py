@@ -4,7 +4,7 @@ Names come from prompts, workflows and records, and are not trusted: only what l
 links are neither followed nor read, and nothing is opened here.
 """
 
-__all__ = ["find_named"]
+__all__ = ["find_named", "names_in"]
 
 import os
 from functools import lru_cache
@@ -41,6 +41,16 @@ def find_named(folder: Path, name: str, where: str, *, exact: bool = False) -> l
         if path.is_symlink():
             raise UsageError(f"{where}: {path} is a symbolic link, which is not followed; copy the file itself there")
     return paths
+
+
+def names_in(folder: Path, where: str) -> list[str]:
+    """Return the names by which `find_named` finds the files of `folder` and its sub-folders, in order.
+
+    They are paths from the folder, separated by "/", without ".safetensors". Symbolic links are left out. Raises
+    UsageError, whose message begins with `where`, if the folder is missing or holds too many files.
+    """
+    return sorted(path.as_posix()[: -len(ENDING)] for path in _listed(folder, where)
+                  if not (folder / path).is_symlink())  # fmt: skip
 
 
 def _parts(name: str, where: str) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ one sigma; a sampler that asks twice in a step takes part in twice as many calls
 __all__ = ["Shared"]
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -98,6 +98,8 @@ class Shared:
     ) -> None:
         self.failed: dict[int, Exception] = {}
         """What ended a job before its last step, by its index: the UNet's answer for its rows was NaN or infinity."""
+        self.on_call: Callable[[int, int], None] = lambda *_: None
+        """Called before each common call with the rows that jobs use, and with all its rows."""
         self._pipeline = pipeline
         self._stage: StageName = stage
         self._jobs = list(jobs)
@@ -221,6 +223,7 @@ class Shared:
         for lane, span in zip(call, spans, strict=True):
             lane.write(sample[span], timestep[span])
         sample[used:], timestep[used:] = sample[used - 1], timestep[used - 1]
+        self.on_call(used, rows)
         prediction = in_float32(engine.infer({"sample": sample, "timestep": timestep})["out_sample"])
         for lane, span in zip(call, spans, strict=True):
             if not self._gone(lane.number):

@@ -5,7 +5,7 @@ start, end, added and leftover noise of each sampler separately; ranges that do 
 run that starts from a picture starts at a later step, which may leave the base no step.
 """
 
-__all__ = ["StageRanges", "StepRange", "split_steps", "step_at_fraction", "step_at_sigma"]
+__all__ = ["DEFAULT_HANDOFF", "StageRanges", "StepRange", "split_steps", "step_at_fraction", "step_at_sigma"]
 
 import logging
 from dataclasses import dataclass, replace

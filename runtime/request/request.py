@@ -3,7 +3,7 @@
 Importing this loads no numpy: ``--help`` is made of it.
 """
 
-__all__ = ["COMFYUI_SCHEDULES", "GROUPS", "SAMPLERS", "Request", "parse_size"]
+__all__ = ["COMFYUI_SCHEDULES", "GROUPS", "MAX_SEED", "SAMPLERS", "Request", "parse_size"]
 
 from typing import TYPE_CHECKING, Any, Literal
 

@@ -9,6 +9,8 @@ __all__ = ["Files", "Stored", "digest", "paths_of"]
 import hashlib
 import secrets
 import shutil
+import subprocess
+import sys
 import tempfile
 import weakref
 from collections.abc import Iterable, Mapping
@@ -70,7 +72,7 @@ class Files:
         """Return the private folder; it is made when it is first needed, and removed with this object."""
         if self._folder is None:
             self._folder = Path(tempfile.mkdtemp(prefix="trt-serve-"))
-            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+            weakref.finalize(self, _remove, self._folder, _broom(self._folder))
         return self._folder
 
     def written(self, data: bytes) -> Path:
@@ -156,6 +158,22 @@ class Files:
                 return
             largest = self._shelves[max(sizes, key=lambda who: sizes[who])]
             del largest.files[next(iter(largest.files))]
+
+
+def _broom(folder: Path) -> "subprocess.Popen[bytes]":
+    """Start a process that removes `folder` when this one has ended, even if it was killed: pictures are private."""
+    code = "import shutil, sys; sys.stdin.read(); shutil.rmtree(sys.argv[1], ignore_errors=True)"
+    command = [sys.executable, "-I", "-S", "-c", code, str(folder)]
+    return subprocess.Popen(  # noqa: S603 - our own words
+        command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+
+
+def _remove(folder: Path, broom: "subprocess.Popen[bytes]") -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    assert broom.stdin is not None  # noqa: S101 - it is a pipe
+    broom.stdin.close()
+    broom.wait()
 
 
 def digest(data: bytes) -> str:

@@ -198,7 +198,9 @@ class _Nodes:
             for index, key in enumerate(encoders or [""], start=1):
                 yield Stepped("encode", index, max(len(encoders), 1), first, node=key)
         else:
-            yield Stepped(step.stage, step.index, step.total, first, estimate, self._node(step, number))
+            pictures = max((step.pictures.stop or 0) - first, 1)
+            yield Stepped(step.stage, step.index, step.total, first, estimate, self._node(step, number), pictures,
+                          step.seconds)  # fmt: skip
         following = self._following(step, number)
         if following:
             yield Stepped("load", 0, 1, first, node=following)

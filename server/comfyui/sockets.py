@@ -109,10 +109,11 @@ class Sockets:
             await _send(socket)
         finally:
             reader.cancel()
-            await asyncio.gather(reader, return_exceptions=True)
+            # Before anything is awaited: a task that is cancelled does not come back from there.
             if self._open.get(key) is socket:
                 del self._open[key]
                 self._left(socket.who, socket.client_id)
+            await asyncio.gather(reader, return_exceptions=True)
 
     async def _read(self, socket: _Socket) -> None:
         """Read what a client says; only its first message, of its features, is used."""

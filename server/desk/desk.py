@@ -5,14 +5,16 @@ __all__ = ["Desk", "Readiness"]
 import asyncio
 import math
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from sdxl_trt.engines import UsageError
 from sdxl_trt.runtime import Pipeline, Request
 from sdxl_trt.runtime.request import ResolvedRequest
 from sdxl_trt.server.desk.files import Files
-from sdxl_trt.server.desk.orders import Draining, Ended, NotReady, Order, QueueFull, TooLate, Waiting
+from sdxl_trt.server.desk.orders import Draining, Ended, NotReady, Order, QueueFull, RefusedError, TooLate, Waiting
 from sdxl_trt.server.desk.pieces import Piece, pieces_of, work_of
 from sdxl_trt.server.desk.plan import Policy, Predictor, Scheduler, Task
 from sdxl_trt.server.desk.rates import Rates
@@ -43,12 +45,16 @@ class Readiness:
 class Desk:
     """Takes orders and has them drawn. Made and used on one event loop.
 
-    Listeners of `on_change` are called on the loop whenever an order comes, starts or ends. `runner` runs graphs.
+    Listeners of `on_change` are called on the loop whenever an order comes, starts or ends; those of `on_order` in the
+    task that submits an order, before its first event, with what its request was resolved to; those of `on_refused`
+    with the reason why an order is not taken. `runner` runs graphs. With `owned`, the desk closes `pipeline`.
     """
 
-    def __init__(self, pipeline: Pipeline, options: Options) -> None:
-        self.pipeline, self.options = pipeline, options
+    def __init__(self, pipeline: Pipeline, options: Options, *, owned: bool = False) -> None:
+        self.options = options
         self.on_change: list[Callable[[], None]] = []
+        self.on_order: list[Callable[[Ticket, ResolvedRequest | None], None]] = []
+        self.on_refused: list[Callable[[RefusedError], None]] = []
         self.tickets: dict[str, Ticket] = {}
         """The orders that are alive, by id, in the order in which they came."""
         self.draining = False
@@ -58,15 +64,20 @@ class Desk:
         self._loop = asyncio.get_running_loop()
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._hung_at: float | None = None
-        self._owned: list[Pipeline] = []
-        self._room = self._make_room(pipeline)
+        self._translated: Counter[str] = Counter()
+        self._room = self._make_room(pipeline, owned=owned)
 
-    def _make_room(self, pipeline: Pipeline) -> Room:
-        return Room(self._shift(pipeline), self.predictor, self._on_end, self._on_news)
+    def _make_room(self, pipeline: Pipeline, *, owned: bool) -> Room:
+        return Room(self._shift(pipeline, owned=owned), self.predictor, self._on_end, self._on_news)
 
-    def _shift(self, pipeline: Pipeline) -> Shift:
+    def _shift(self, pipeline: Pipeline, *, owned: bool) -> Shift:
         studio = Studio(pipeline, self.predictor, fixed=self.options.fixed_batch)
-        return Shift(studio, Scheduler(Policy(wait=WAIT, pictures=studio.pictures)))
+        return Shift(studio, Scheduler(Policy(wait=WAIT, pictures=studio.pictures)), owned=owned)
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """Return the pipeline that draws the orders that come now."""
+        return self._room.shifts[-1].studio.pipeline
 
     @property
     def runner(self) -> Runner | None:
@@ -78,22 +89,40 @@ class Desk:
         self._room.runner = runner
 
     @property
-    def on_unit(self) -> list[Callable[[str, float, int], None]]:
-        """Listeners for metrics: stage, seconds and pictures of each unit of work, on the worker's thread."""
-        return self._room.on_unit
+    def on_stage(self) -> list[Callable[[str, float], None]]:
+        """Listeners for metrics, on the worker's thread: what each stage of a piece of work took; see `Room`."""
+        return self._room.on_stage
+
+    @property
+    def on_call(self) -> list[Callable[[str, int, int], None]]:
+        """Listeners for metrics, on the worker's thread: the rows of each common call of a UNet; see `Room`."""
+        return self._room.on_call
 
     # ---------------------------------------------------------------- orders
 
     async def submit(self, order: Order) -> Ticket:
         """Check `order` and queue it. Raises RefusedError if it is not taken, SdxlTrtError if it cannot be drawn."""
-        self._check_open(order)
+        with self._refusals_told():
+            return await self._submitted(order)
+
+    @contextmanager
+    def _refusals_told(self) -> Iterator[None]:
+        try:
+            yield
+        except RefusedError as exc:
+            for listener in self.on_refused:
+                listener(exc)
+            raise
+
+    async def _submitted(self, order: Order) -> Ticket:
+        self._check_open(order.who)
         resolved = None
         if isinstance(order.work, Request):
-            resolved = await asyncio.to_thread(self.pipeline.resolve, order.work)
+            resolved = await self._resolved(order.work)
         elif self.runner is None:
             raise UsageError("graphs are not served here; send a request of another API")
         seconds = self._predicted(resolved)
-        self._check_open(order, len(resolved.seeds) if resolved else 1)
+        self._check_open(order.who, len(resolved.seeds) if resolved else 1)
         self.rates.take(order.who, seconds)
         try:
             return self._queue(order, resolved)
@@ -101,17 +130,45 @@ class Desk:
             self.rates.give_back(order.who, seconds)
             raise
 
-    def _check_open(self, order: Order, pictures: int = 1) -> None:
-        """Raise RefusedError if no order is taken, or none of so many `pictures`."""
+    @contextmanager
+    def place(self, who: str) -> Iterator[None]:
+        """Hold a place in the queue while a request of `who` is translated into an order. Raises RefusedError.
+
+        Of a thousand requests that come at once, only those that may be taken are translated.
+        """
+        soon_in_work = self._room.shifts[-1].studio.pictures
+        translated = max(self._translated.total() - soon_in_work, 0)
+        with self._refusals_told():
+            self._check_open(who, translated=translated, own=self._translated[who])
+        self._translated[who] += 1
+        try:
+            yield
+        finally:
+            self._translated[who] -= 1
+            self._translated += Counter()  # forgets those who have none
+
+    async def _resolved(self, request: Request) -> ResolvedRequest:
+        """Return `request` with the defaults of the pipeline that will draw it."""
+        while True:
+            pipeline = self.pipeline
+            resolved = await asyncio.to_thread(pipeline.resolve, request)
+            if pipeline is self.pipeline:
+                return resolved
+
+    def _check_open(self, who: str, pictures: int = 1, *, translated: int = 0, own: int = 0) -> None:
+        """Raise RefusedError if no order of `who` is taken, or none of so many `pictures`.
+
+        `translated` requests hold places, `own` of them are of `who`.
+        """
         if self.draining:
             raise Draining("the server is stopping; ask another one", 30)
         if self._room.fault and self._room.shifts[-1].opened.done():
             raise NotReady(f"{self._room.fault}; try again later", 30)
         if pictures > self.options.queue_pictures:
             raise UsageError(f"{pictures} pictures in one request; ask for {self.options.queue_pictures} at most")
-        orders, waiting = self.waiting(), self.counts()["waiting"]
+        orders, waiting = self.waiting() + translated, self.counts()["waiting"] + translated
         # Somebody who has nothing here gets a place even if others have filled the queue.
-        share = 1 if any(ticket.order.who == order.who for ticket in self.tickets.values()) else 2
+        share = 1 if own or any(ticket.order.who == who for ticket in self.tickets.values()) else 2
         if orders >= share * self.options.queue or waiting + pictures > share * self.options.queue_pictures:
             raise QueueFull(f"{orders} requests wait already; try again later", math.ceil(self.drain_seconds()))
 
@@ -133,6 +190,8 @@ class Desk:
                     f"it would take about {needed:.0f} s, longer than its deadline of {allowed:g} s; try again later",
                     math.ceil(needed - allowed),
                 )
+            for listener in self.on_order:
+                listener(ticket, resolved)
             self._room.add(pieces)
             self.tickets[order.id] = ticket
             self._tell_places()  # before the worker can begin
@@ -258,19 +317,15 @@ class Desk:
 
     # ---------------------------------------------------------------- another pipeline, and the end
 
-    async def swap_pipeline(self, pipeline: Pipeline) -> None:
-        """Draw new orders with `pipeline`; those that were taken end on the one before, which is closed after them.
+    async def swap_pipeline(self, open_pipeline: Callable[[], Pipeline]) -> None:
+        """Draw new orders with another pipeline; those that were taken end on the one before, which is closed then.
 
-        Only then is anything of `pipeline` loaded. Returns when a test picture was drawn with it; `ready` says whether
-        it was. The desk closes `pipeline` when it is itself closed.
+        Between two cycles, the worker unloads the engines in service, calls `open_pipeline`, and draws a test picture.
+        Returns when it is drawn; the desk closes that pipeline in the end. Raises what `open_pipeline` or the picture
+        raises: everything then stays as it was.
         """
-        shift = self._shift(pipeline)
-        with self._room.lock:
-            self._room.shifts.append(shift)
-        self.pipeline = pipeline
-        self._owned.append(pipeline)
-        self._room.wake()
-        await asyncio.wrap_future(shift.opened)
+        done = self._room.exchange(lambda: self._shift(open_pipeline(), owned=True))
+        await asyncio.shield(asyncio.wrap_future(done))
 
     async def warm(self) -> Readiness:
         """Wait until the test picture of the latest pipeline was drawn or has failed; return `ready`."""
@@ -305,6 +360,6 @@ class Desk:
         ended = self._room.close(PATIENCE)
         for ticket in [*self.tickets.values()]:
             self._ended(ticket, Ended("cancelled"))
-        if ended:
-            for pipeline in self._owned[-1:]:
-                pipeline.pool.close()
+        for shift in self._room.shifts:
+            if ended and shift.owned:
+                shift.studio.close()

@@ -76,12 +76,14 @@ class Ledger:
             piece.estimate[step.pictures if piece.task.pictures > 1 else slice(0, 1)] = step.denoised
         shown = step.denoised.copy() if step.denoised is not None and piece.ticket.order.wants_estimates else None
         stage = "encode" if step.stage == "picture" else step.stage
-        piece.ticket.tell(Stepped(stage, step.index, step.total, piece.first + step.pictures.start, shown))
+        first, pictures = piece.first + step.pictures.start, step.pictures.stop - step.pictures.start
+        told = Stepped(stage, step.index, step.total, first, shown, pictures=pictures, seconds=step.seconds)
+        piece.ticket.tell(told)
 
     def drawn(self, piece: Piece, step: Step) -> None:
         """Tell of a finished picture."""
         assert step.picture is not None  # noqa: S101 - it was decoded
-        piece.ticket.tell(Drawn(piece.first + step.pictures.start, step.picture))
+        piece.ticket.tell(Drawn(piece.first + step.pictures.start, step.picture, seconds=step.seconds))
 
     def close(self, piece: Piece) -> None:
         """State that nothing more is done for a piece; the last one of an order ends it."""

@@ -45,7 +45,9 @@ class Order:
 
     `who` is the key's id, or the peer's address without keys: orders of one `who` share a turn in the queue, and only
     they may stop each other. `id` is unique among the orders that are alive. `deadline` is in seconds from now.
-    `wants_estimates` asks for the estimates of the latents at each step, for previews.
+    `wants_estimates` asks for the estimates of the latents at each step, for previews; without `keeps_estimates` only
+    the ticket's `progress` has the latest. With `own_noise` each picture is
+    drawn as if it were alone, with seeds N, N+1, …, in ComfyUI's way too, in which a batch has one seed.
     """
 
     work: Request | Graph
@@ -54,6 +56,8 @@ class Order:
     id: str
     deadline: float | None = None
     wants_estimates: bool = False
+    keeps_estimates: bool = True
+    own_noise: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,8 @@ class Stepped:
     """One unit of work is done: `index` of `total` in `stage` ("encode", "load", "base", "refiner", "decode", …).
 
     `first` is the index of the first picture concerned. `estimate` are the clean latents as they are now (n, c, h, w),
-    a copy, where the order asked for them. `node` is the graph's node that works, "" for a request.
+    a copy, where the order asked for them. `node` is the graph's node that works, "" for a request. `pictures` are
+    concerned, and the unit took `seconds`.
     """
 
     stage: str
@@ -78,15 +83,21 @@ class Stepped:
     first: int = 0
     estimate: NDArray[np.float32] | None = None
     node: str = ""
+    pictures: int = 1
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """Picture `index` of the order is finished; `node` is the graph's output node, "" for a request."""
+    """Picture `index` of the order is finished; `node` is the graph's output node, "" for a request.
+
+    Decoding took `seconds`.
+    """
 
     index: int
     picture: Picture
     node: str = ""
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)

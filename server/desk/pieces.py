@@ -14,6 +14,8 @@ from sdxl_trt.runtime.request import ResolvedRequest, StageName
 from sdxl_trt.server.desk.plan import Predictor, Task, Work
 from sdxl_trt.server.desk.ticket import Ticket
 
+MAX_SEED = 2**64 - 1
+
 
 @dataclass(eq=False)
 class Piece:
@@ -46,7 +48,7 @@ def pieces_of(ticket: Ticket, resolved: ResolvedRequest, predictor: Predictor, d
     """Return the pieces of a request; `deadline` is a point of `time.monotonic`."""
     return [
         _piece(ticket, request, first, resolved, predictor, deadline)
-        for first, request in _parts(ticket.order.work, resolved)
+        for first, request in _parts(ticket.order.work, resolved, own_noise=ticket.order.own_noise)
     ]
 
 
@@ -60,13 +62,16 @@ def _base_steps(resolved: ResolvedRequest) -> int:
     return 0 if resolved.refiner_only else resolved.base.steps
 
 
-def _parts(request: object, resolved: ResolvedRequest) -> Iterator[tuple[int, Request]]:
+def _parts(request: object, resolved: ResolvedRequest, *, own_noise: bool) -> Iterator[tuple[int, Request]]:
     """Yield (first picture, request): one for each seed if its noise does not depend on the others."""
     assert isinstance(request, Request)  # noqa: S101 - a graph has one piece
     seeds, second = resolved.seeds, resolved.refiner_seeds
-    if len(seeds) == 1 or resolved.comfyui or request.latents is not None:
+    batch = resolved.comfyui and not own_noise
+    if len(seeds) == 1 or batch or request.latents is not None:
         yield 0, replace(request, seed=seeds[0])
         return
+    if resolved.comfyui:
+        seeds = tuple((seeds[0] + number) & MAX_SEED for number in range(len(seeds)))
     for first, seed in enumerate(seeds):
         yield first, replace(request, seed=seed, count=1, refiner_seed=None if second is None else second[first])
 

@@ -5,10 +5,12 @@ __all__ = ["Room", "Runner", "Shift"]
 import logging
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 from sdxl_trt.engines import IncompatibleError, UsageError
@@ -38,6 +40,10 @@ class Shift:
     scheduler: Scheduler
     pieces: dict[Task, Piece] = field(default_factory=dict)
     opened: Future[None] = field(default_factory=Future)
+    owned: bool = False
+    """Whether the pipeline is closed once nothing more is drawn with it."""
+    cold: bool = False
+    """Whether its engines were unloaded after its first picture, to make room for those of the shift before."""
 
 
 class Room:
@@ -51,9 +57,11 @@ class Room:
         self.lock = threading.RLock()
         self.shifts = [shift]
         self.runner: Runner | None = None
-        self.on_unit: list[Callable[[str, float, int], None]] = []
-        """Called on the worker's thread with the stage, seconds and pictures of each unit of work: encode, swap_base,
-        base, swap_refiner, refiner, load, decode."""
+        self.on_stage: list[Callable[[str, float], None]] = []
+        """Called on the worker's thread with what each stage of a piece of work took: picture, encode, swap_base, base,
+        swap_refiner, refiner, load, decode; the seconds are those of all its units."""
+        self.on_call: list[Callable[[str, int, int], None]] = []
+        """Called on the worker's thread before each common call of a UNet: the stage, its rows in use, all its rows."""
         self.times = Times()
         """What changes of engines cost, as of the latest action."""
         self.fault = WARMING
@@ -66,6 +74,8 @@ class Room:
         self._closing = False
         self._doubtful = True
         self._current: list[Piece] = []
+        self._spent: defaultdict[str, float] = defaultdict(float)
+        self._exchanges: list[tuple[Callable[[], Shift], Future[None]]] = []
         self._thread = threading.Thread(target=self._main, name="draw", daemon=True)
         self._thread.start()
 
@@ -93,11 +103,26 @@ class Room:
         """Let the thread look at what has changed."""
         self._news.set()
 
+    def exchange(self, make: Callable[[], Shift]) -> Future[None]:
+        """Have the thread make another shift, and draw a picture for a test with it, between two cycles.
+
+        What is done is the result: from then on, orders go to that shift. If it fails, nothing changes, and the error
+        of `make` or of the picture is the result.
+        """
+        done: Future[None] = Future()
+        with self.lock:
+            self._exchanges.append((make, done))
+        self._news.set()
+        return done
+
     def close(self, timeout: float) -> bool:
         """Do no more after the current unit of work; return whether the thread ended within `timeout` seconds."""
         self._closing = True
         self._news.set()
         self._thread.join(timeout)
+        for _, done in self._exchanges:
+            done.set_exception(UsageError("the server is stopping"))
+        self._exchanges = []
         return not self._thread.is_alive()
 
     # ---------------------------------------------------------------- the thread
@@ -125,6 +150,7 @@ class Room:
             if self._doubtful:
                 self._check()
             self._sweep()
+            self._try_exchange()
             shift, action = self._chosen()
             if action is not None:
                 self._act(shift, action)
@@ -154,6 +180,10 @@ class Room:
         self.busy = False
         self._settle(shift, alive, survivors, error)
         self._current = []
+        spent, self._spent = self._spent, defaultdict(float)
+        for stage, seconds in spent.items():
+            for listener in self.on_stage:
+                listener(stage, seconds)
 
     def _settle(self, shift: Shift, alive: Sequence[Piece], survivors: list[Piece], error: Exception | None) -> None:
         with self.lock:
@@ -216,13 +246,15 @@ class Room:
         draw(shift, pieces[0])
         return []
 
-    def _unit(self, pieces: Sequence[Piece], stage: str, pictures: int = 1, loaded: str = "") -> float:
-        """Take in that a unit of work ended now, `loaded` if it was loading a UNet; return its seconds."""
+    def _unit(self, pieces: Sequence[Piece], stage: str, measured: str = "") -> float:
+        """Take in that a unit of work ended now, which is `measured` under another name than its stage's, if any.
+
+        Return its seconds.
+        """
         now = time.monotonic()
         seconds, self.pulse = now - self.pulse, now
         self.ledger.spend(pieces, stage, seconds)
-        for listener in self.on_unit:
-            listener(f"swap_{loaded}" if loaded else stage, seconds, pictures)
+        self._spent[measured or stage] += seconds
         return seconds
 
     def _encode(self, studio: Studio, pieces: list[Piece]) -> list[Piece]:
@@ -249,18 +281,19 @@ class Room:
     def _read(self, studio: Studio, pieces: Sequence[Piece]) -> None:
         began = time.monotonic()
         for step in studio.encode(pieces):
-            self._unit(pieces, "encode", len(pieces))
+            self._unit(pieces, "encode", step.stage)
             for piece in pieces:
                 self.ledger.stepped(piece, step)
         self._predictor.observe("encode", 0, (time.monotonic() - began) / len(pieces))
 
     def _denoise(self, studio: Studio, stage: StageName, pieces: list[Piece]) -> list[Piece]:
         shared, gone = studio.denoise(stage, pieces), set[int]()
+        shared.on_call = partial(self._called, stage)
         seconds, units = 0.0, 0
         with closing(_generator(shared.steps())) as steps:
             for number, step in steps:
                 here = [piece for other, piece in enumerate(pieces) if other not in gone]
-                spent = self._unit(here, step.stage, len(here), stage if step.stage == "load" else "")
+                spent = self._unit(here, step.stage, f"swap_{stage}" if step.stage == "load" else "")
                 pictures = step.pictures.stop - step.pictures.start
                 if step.stage == "load":
                     self._predictor.observe_load(stage, step.seconds)
@@ -282,6 +315,10 @@ class Room:
         for piece in ended:
             piece.complete = stage == "refiner" or piece.task.refiner_key is None
         return ended
+
+    def _called(self, stage: str, used: int, rows: int) -> None:
+        for listener in self.on_call:
+            listener(stage, used, rows)
 
     def _decode(self, shift: Shift, piece: Piece) -> None:
         with closing(_generator(shift.studio.decode(piece, early=piece.early))) as steps:
@@ -344,15 +381,58 @@ class Room:
             self.shifts[0].opened.set_result(None)
         self._on_change()
 
+    def _try_exchange(self) -> None:
+        """Make the shift that somebody wants, if nothing is under way, and see whether it draws."""
+        with self.lock:
+            if not self._exchanges or len(self.shifts) > 1 or not self.shifts[0].scheduler.between_cycles():
+                return
+            make, done = self._exchanges.pop(0)
+        self.busy, self.pulse = True, time.monotonic()
+        try:
+            shift = _proven(self.shifts[0].studio, make)
+        except BaseException as exc:  # noqa: BLE001 - who asked is told
+            self._doubtful = True  # the engines in service may be unloaded
+            done.set_exception(exc if isinstance(exc, Exception) else EngineDiedError(type(exc).__name__))
+        else:
+            self._append(shift)
+            done.set_result(None)
+        finally:
+            self.busy = False
+
+    def _append(self, shift: Shift) -> None:
+        """Let orders go to a shift that has drawn."""
+        shift.opened.set_result(None)
+        with self.lock:
+            self.shifts.append(shift)
+            shift.cold = self.shifts[0].scheduler.busy()
+        if shift.cold:  # the engines of both may not fit
+            _quietly(shift.studio.free)
+
     def _change_shift(self) -> None:
-        """Close the pipeline of a shift that has nothing left, and warm the next one."""
+        """Let go of a shift that has nothing left; the next one has drawn already."""
         with self.lock:
             if self.shifts[0].scheduler.busy():
                 return
             old = self.shifts.pop(0)
-            self.fault = WARMING
-        _quietly(old.studio.close)
-        self._doubtful = True
+            self.fault, self._doubtful = "", self.shifts[0].cold
+        _quietly(old.studio.close if old.owned else old.studio.free)
+        self._on_change()
+
+
+def _proven(old: Studio, make: Callable[[], Shift]) -> Shift:
+    """Return the shift that `make` makes, which has drawn a picture for a test.
+
+    The engines of the `old` one are unloaded before, unless its files are gone: then they could not be loaded again.
+    """
+    if old.is_stored():
+        old.free()
+    shift = make()
+    try:
+        shift.studio.probe()
+    except BaseException:
+        _quietly(shift.studio.close)
+        raise
+    return shift
 
 
 class EngineDiedError(RuntimeError):

@@ -7,7 +7,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from sdxl_trt.engines import SdxlTrtError
 from sdxl_trt.engines.adapters import Use
+from sdxl_trt.engines.bundle import read_bundle
 from sdxl_trt.runtime import Pipeline, Request, Step
 from sdxl_trt.runtime.pipeline import Job, Shared, timed
 from sdxl_trt.runtime.request import StageName
@@ -94,6 +96,14 @@ class Studio:
         multiple = math.lcm(*(stage.size_multiple for stage in manifest.stages().values()))
         side = math.ceil(PROBE_SIDE / multiple) * multiple
         return Request("", steps=PROBE_STEPS, seed=0, width=side, height=side)
+
+    def is_stored(self) -> bool:
+        """Return whether the bundle's folder still holds what was opened, so that engines can be loaded again."""
+        bundle = self.pipeline.pool.bundle
+        try:
+            return read_bundle(bundle.root).manifest == bundle.manifest
+        except SdxlTrtError:
+            return False
 
     def free(self) -> None:
         """Unload every engine."""

@@ -33,7 +33,11 @@ class Ticket:
         """"cancelled" or "interrupted" once somebody stops it: the worker looks between two calls of a UNet."""
         self.on_stop: Callable[[], None] = lambda: None
         """What the desk does when somebody stops it."""
+        self.listeners: list[Callable[[Event], None]] = []
+        """Called on the loop with every event, after the ticket has taken it."""
         self.loop = asyncio.get_running_loop()
+        self.readers = 0
+        """How many readers have begun with the events and not come to the end."""
         self._indices: list[int] = []
         self._events: list[Event] = []
         self._news = asyncio.Event()
@@ -64,13 +68,21 @@ class Ticket:
             self._begin(time.monotonic())
             kept = self.progress.estimate if self.progress is not None and event.estimate is None else event.estimate
             self.progress = replace(event, estimate=kept)
+            if not self.order.keeps_estimates:
+                event = replace(event, estimate=None)
         else:
             self.ended = event
-            # A reader who comes later needs no previews, and they hold most of the memory.
-            self._events = [replace(e, estimate=None) if isinstance(e, Stepped) else e for e in self._events]
         self._events.append(event)
+        self._forget_estimates()
         self._news.set()
         self._news = asyncio.Event()
+        for listener in self.listeners:
+            listener(event)
+
+    def _forget_estimates(self) -> None:
+        """Let go of the previews once nobody is about to read them: they hold most of an order's memory."""
+        if self.ended is not None and not self.readers:
+            self._events = [replace(e, estimate=None) if isinstance(e, Stepped) else e for e in self._events]
 
     def cancel(self) -> None:
         """Stop it between two calls of a UNet, and lose its pictures; do nothing if it has ended."""
@@ -86,16 +98,22 @@ class Ticket:
             self.on_stop()
 
     async def events(self) -> AsyncIterator[Event]:
-        """Yield every event from the first to `Ended`; any number of readers may follow."""
+        """Yield every event from the first to `Ended`; any number of readers may follow.
+
+        A reader who begins after the end is told of the steps without their estimates.
+        """
         read = 0
-        while True:
-            while read < len(self._events):
-                event = self._events[read]
-                read += 1
-                yield event
-                if isinstance(event, Ended):
-                    return
-            await self._news.wait()
+        self.readers += 1
+        try:
+            while not read or not isinstance(self._events[read - 1], Ended):
+                if read == len(self._events):
+                    await self._news.wait()
+                else:
+                    read += 1
+                    yield self._events[read - 1]
+        finally:
+            self.readers -= 1
+            self._forget_estimates()
 
     async def wait(self) -> Ended:
         """Return how it ended; `pictures` are complete then."""

@@ -6,24 +6,26 @@ from sdxl_trt.engines.lazy import lazy_names
 
 if TYPE_CHECKING:
     from sdxl_trt.server.http.bodies import Part, read_form, read_json
-    from sdxl_trt.server.http.caller import Caller
+    from sdxl_trt.server.http.caller import Caller, current_caller
+    from sdxl_trt.server.http.connections import Connection, Socket
     from sdxl_trt.server.http.errors import ApiError
     from sdxl_trt.server.http.gate import Finished, Gate
     from sdxl_trt.server.http.keys import key_id
     from sdxl_trt.server.http.pictures import from_base64, read_picture
-    from sdxl_trt.server.http.shapes import add_handlers
+    from sdxl_trt.server.http.shapes import add_handlers, without_folders
 else:
     __getattr__ = lazy_names(__name__, {
         "bodies": ("Part", "read_form", "read_json"),
-        "caller": ("Caller",),
+        "caller": ("Caller", "current_caller"),
+        "connections": ("Connection", "Socket"),
         "errors": ("ApiError",),
         "gate": ("Finished", "Gate"),
         "keys": ("key_id",),
         "pictures": ("from_base64", "read_picture"),
-        "shapes": ("add_handlers",),
+        "shapes": ("add_handlers", "without_folders"),
     })
 
 __all__ = [
-    "ApiError", "Caller", "Finished", "Gate", "Part", "add_handlers", "from_base64", "key_id", "read_form",
-    "read_json", "read_picture",
+    "ApiError", "Caller", "Connection", "Finished", "Gate", "Part", "Socket", "add_handlers",
+    "current_caller", "from_base64", "key_id", "read_form", "read_json", "read_picture", "without_folders",
 ]

@@ -1,7 +1,8 @@
 """Who calls: what the middleware learns of a request, for every API."""
 
-__all__ = ["Caller"]
+__all__ = ["Caller", "current_caller"]
 
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 
@@ -17,3 +18,7 @@ class Caller:
     id: str
     warnings: list[str] = field(default_factory=list)
     notes: dict[str, object] = field(default_factory=dict)
+
+
+current_caller: ContextVar[Caller | None] = ContextVar("current_caller", default=None)
+"""The caller whose request the running task answers; None outside of requests."""

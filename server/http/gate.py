@@ -4,6 +4,7 @@ __all__ = ["Finished", "Gate"]
 
 import json
 import logging
+import math
 import re
 import time
 import traceback
@@ -17,11 +18,12 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from sdxl_trt.server.http.caller import Caller
+from sdxl_trt.server.http.caller import Caller, current_caller
 from sdxl_trt.server.http.errors import ApiError
 from sdxl_trt.server.http.keys import given_keys, key_id, matching_key
 from sdxl_trt.server.http.limits import check_declared, limit_body, limit_messages
 from sdxl_trt.server.http.origins import check_host, check_origin, cors_headers, preflight
+from sdxl_trt.server.http.proxies import from_proxy
 from sdxl_trt.server.http.shapes import as_api_error, error_response, owner_of
 from sdxl_trt.server.options import Options
 
@@ -31,6 +33,7 @@ _ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _WITHOUT_KEY = re.compile(r"/(page/.*|favicon\.ico)?|/health(/.*)?|/healthz|/v2/health/.*|/v1/files/.*")
 """The page's own files, what probes ask, and the files whose names cannot be guessed."""
 _DOCS = ("/docs", "/redoc")
+_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "WEBSOCKET")
 WARNING_BYTES = 2048
 SOCKETS, SOCKETS_EACH = 64, 4
 CSP = "default-src 'self'; img-src 'self' blob: data:; frame-ancestors 'none'"
@@ -40,6 +43,7 @@ CSP = "default-src 'self'; img-src 'self' blob: data:; frame-ancestors 'none'"
 class Finished:
     """A request that was answered, for logs and metrics: nothing in it was written by the client but the id.
 
+    `method` is "OTHER" for one that HTTP does not have, and "WEBSOCKET" for a websocket.
     `route` is the route's pattern, "" if there is none. `status` is 0 if the client left before an answer began, and
     101 for a websocket.
     """
@@ -55,12 +59,16 @@ class Finished:
 class Gate:
     """ASGI middleware: request ids, keys, hosts, origins, limits, headers and the last resort of errors.
 
-    `tell` is called once a request, when its answer has ended; `sockets` counts each caller's open websockets.
+    `tell` is called once a request, when its answer has ended; `sockets` counts each caller's open websockets;
+    `allowance` returns the requests a minute that a caller may send, those that are left, and the seconds until all
+    are back, or None without a limit.
     """
 
     def __init__(self, app: ASGIApp, options: Options, tell: Callable[[Finished], None] = lambda _: None,
-                 sockets: Counter[str] | None = None, clock: Callable[[], float] = time.monotonic) -> None:  # fmt: skip
+                 sockets: Counter[str] | None = None, clock: Callable[[], float] = time.monotonic,
+                 allowance: Callable[[str], tuple[int, int, float] | None] = lambda _: None) -> None:  # fmt: skip
         self._app, self._options, self._tell, self._clock = app, options, tell, clock
+        self._allowance = allowance
         self._sockets: Counter[str] = Counter() if sockets is None else sockets
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -69,7 +77,9 @@ class Gate:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
+        from_proxy(scope, self._options.trusted_proxies)
         caller = Caller(_peer(scope), _request_id(headers))
+        current_caller.set(caller)
         scope["state"] = {**scope.get("state", {}), "caller": caller}
         answer = _Answer(send, lambda: self.headers_for(scope, headers, caller))
         started = self._clock()
@@ -77,8 +87,8 @@ class Gate:
             await self._pass(scope, headers, caller, receive, answer)
         finally:
             route = getattr(scope.get("route"), "path", "")
-            self._tell(Finished(caller, owner_of(scope["path"]), scope.get("method", "WEBSOCKET"), route,
-                                answer.status, self._clock() - started))  # fmt: skip
+            self._tell(Finished(caller, owner_of(scope["path"]), _method(scope), route, answer.status,
+                                self._clock() - started))  # fmt: skip
 
     async def _pass(self, scope: Scope, headers: Headers, caller: Caller, receive: Receive, answer: "_Answer") -> None:
         try:
@@ -140,6 +150,10 @@ class Gate:
             added["Content-Security-Policy"] = CSP
         if caller.warnings:
             added["X-TRT-Warnings"] = warning_header(caller.warnings)
+        if owner_of(scope["path"]) not in ("ops", "page") and (allowed := self._allowance(caller.who)) is not None:
+            limit, left, reset = allowed
+            added |= {"x-ratelimit-limit-requests": str(limit), "x-ratelimit-remaining-requests": str(left),
+                      "x-ratelimit-reset-requests": f"{math.ceil(reset)}s"}  # fmt: skip
         return added | cors_headers(asked, self._options)
 
 
@@ -183,6 +197,11 @@ async def _refuse(scope: Scope, receive: Receive, send: Send, response: Response
 def _peer(scope: Scope) -> str:
     client = scope.get("client")
     return f"peer:{client[0]}" if client else "peer:unknown"
+
+
+def _method(scope: Scope) -> str:
+    method: str = scope.get("method", "WEBSOCKET")
+    return method if method in _METHODS else "OTHER"
 
 
 def _request_id(headers: Headers) -> str:

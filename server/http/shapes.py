@@ -1,6 +1,6 @@
 """Errors in the shape of the API that owns the path."""
 
-__all__ = ["Owner", "add_handlers", "as_api_error", "error_response", "owner_of"]
+__all__ = ["Owner", "add_handlers", "as_api_error", "error_response", "owner_of", "without_folders"]
 
 from typing import Any, Literal
 
@@ -90,7 +90,7 @@ def as_api_error(exc: Exception, options: Options) -> ApiError:
 
 def _of_the_runtime(exc: Exception, options: Options) -> ApiError:
     if isinstance(exc, UsageError):
-        return ApiError(400, _without_folders(str(exc), options), "invalid_value")
+        return ApiError(400, without_folders(str(exc), options), "invalid_value")
     if isinstance(exc, ResourceError):
         message = "the machine has too little memory for this request; ask for fewer or smaller pictures"
         return ApiError(500, message, "out_of_memory")
@@ -107,8 +107,9 @@ def _refused(exc: RefusedError) -> ApiError:
                     headers=headers)  # fmt: skip
 
 
-def _without_folders(message: str, options: Options) -> str:
-    for folder in (options.lora_dir, options.embedding_dir, options.engines):
-        if folder is not None:
+def without_folders(message: str, options: Options) -> str:
+    """Return a message of the runtime without the folders of this machine that `options` name."""
+    for given in (options.lora_dir, options.embedding_dir, options.engines):
+        for folder in () if given is None else (given.resolve(), given):
             message = message.replace(f"{folder}/", "").replace(str(folder), "the server's folder")
     return message

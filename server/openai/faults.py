@@ -16,6 +16,7 @@ _FIELDS = {
     "--width": "size", "--height": "size", "--negative": "negative_prompt", "--guidance": "guidance_scale",
     "--refiner-guidance": "refiner_guidance_scale", "--schedule": "scheduler", "--lora": "loras",
     "--lora-dir": "loras", "--handoff-step": "handoff", "--no-refiner": "handoff null",
+    "--aesthetic-score": "aesthetic_score",
 } | {f"--{name}": name for name in ("prompt", "seed", "steps", "handoff", "sampler", "strength", "image", "mask",
                                     "compat")}  # fmt: skip
 """The fields that say what an option of trt-generate says."""

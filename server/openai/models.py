@@ -5,6 +5,7 @@ __all__ = ["ModelNames"]
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 from sdxl_trt.server.http import ApiError
 from sdxl_trt.server.options import Options
@@ -24,9 +25,9 @@ class ModelNames:
     aliases: tuple[str, ...]
 
     @classmethod
-    def of(cls, options: Options) -> "ModelNames":
-        """Return the names that `options` give: the bundle's folder, `--alias`, and what clients send by default."""
-        own = EMBEDDED if options.engines is None else options.engines.resolve().name
+    def of(cls, options: Options, folder: Path) -> "ModelNames":
+        """Return the names of the bundle in `folder`: its own, `--alias`, and what clients send by default."""
+        own = EMBEDDED if options.engines is None else folder.name
         return cls(own or EMBEDDED, (*options.aliases, *USUAL))
 
     def check(self, model: str | None) -> str:

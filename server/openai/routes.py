@@ -6,6 +6,7 @@ import asyncio
 import functools
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 from uuid import uuid4
 
@@ -22,14 +23,12 @@ from sdxl_trt.server.http import ApiError, read_form, read_json, read_picture
 from sdxl_trt.server.openai.answers import Usage, answer, model, models
 from sdxl_trt.server.openai.body import Asked, NamedLora, Start, invalid, read_asked, sorted_parts, translate
 from sdxl_trt.server.openai.faults import as_api_error, check_ended, without_paths
-from sdxl_trt.server.openai.files import Files
 from sdxl_trt.server.openai.models import ModelNames
-from sdxl_trt.server.openai.once import Asking, Once, Reader
 from sdxl_trt.server.openai.pictures import start_from
 from sdxl_trt.server.openai.stream import Streamed, answered, stream
 from sdxl_trt.server.openai.tokens import TokenCounter
-from sdxl_trt.server.openai.waiting import deadline_of, ended_or_left
 from sdxl_trt.server.options import Options
+from sdxl_trt.server.readers import Asking, Once, Reader, deadline_of, ended_or_left
 
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 """No proxy may store the events, or hold them back until there are many."""
@@ -54,9 +53,7 @@ class _Images:
 
     def __init__(self, options: Options) -> None:
         self._options = options
-        self._names = ModelNames.of(options)
         self._created = int(time.time())
-        self._files = Files()
         self._once = Once(options)
 
     async def generate(self, request: HttpRequest) -> Response:
@@ -72,7 +69,7 @@ class _Images:
         form = sorted_parts(await read_form(request))
         asked = read_asked(form.fields, edit=True, form=True, lenient=self._options.lenient)
         request.state.caller.warnings += form.warnings
-        self._names.check(asked.model)
+        self._names(request).check(asked.model)
         start = await asyncio.to_thread(self._start, form.pictures, form.masks)
         asking = _asking(request, form.fields, [*form.pictures, *form.masks])
         return await self._draw(request, asked, start, asking)
@@ -81,21 +78,25 @@ class _Images:
         """Say that there are none."""
         raise ApiError(404, RETIRED, "not_found")
 
-    async def list_models(self) -> Response:
+    async def list_models(self, request: HttpRequest) -> Response:
         """Return the bundle under all its names."""
-        return JSONResponse(models(self._names.listed(), self._created))
+        return JSONResponse(models(self._names(request).listed(), self._created))
 
-    async def get_model(self, name: str) -> Response:
+    async def get_model(self, request: HttpRequest, name: str) -> Response:
         """Return the bundle under one of its names."""
-        return JSONResponse(model(self._names.check(name), self._created))
+        return JSONResponse(model(self._names(request).check(name), self._created))
 
-    async def get_file(self, name: str) -> Response:
+    async def get_file(self, request: HttpRequest, name: str) -> Response:
         """Return a picture whose URL an answer gave."""
-        data = self._files.get(name)
-        if data is None:
+        token, _, extension = name.partition(".")
+        stored = _desk(request).files.get(token)
+        if stored is None or stored.media_type != f"image/{extension}":
             raise ApiError(404, "there is no such file, or it is gone: files are kept for an hour", "not_found")
-        media = f"image/{name.rpartition('.')[2]}"
-        return Response(data, media_type=media, headers={"X-Content-Type-Options": "nosniff"})
+        return Response(stored.data, media_type=stored.media_type, headers={"X-Content-Type-Options": "nosniff"})
+
+    def _names(self, request: HttpRequest) -> ModelNames:
+        """Return the names of the bundle that draws now: another one may be loaded."""
+        return ModelNames.of(self._options, _desk(request).pipeline.pool.bundle.root)
 
     def _start(self, pictures: Sequence[bytes], masks: Sequence[bytes]) -> Start:
         if len(pictures) != 1:
@@ -106,18 +107,19 @@ class _Images:
         return start_from(picture, read_picture(masks[0], self._options, "mask") if masks else None)
 
     async def _draw(self, request: HttpRequest, asked: Asked, start: Start | None, asking: Asking) -> Response:
-        self._names.check(asked.model)
+        self._names(request).check(asked.model)
         desk, caller = _desk(request), request.state.caller
         pipeline = desk.pipeline
-        translated = await asyncio.to_thread(
-            translate, asked, self._options, pipeline.manifest, pipeline.pool.limits, self._find, start
-        )
-        try:
-            usage, steps, notes = await asyncio.to_thread(self._prepared, desk, asked, translated.request)
-            order = self._order(request, asked, translated.request)
-            reader = await self._once.read(asking, lambda: desk.submit(order))
-        except SdxlTrtError as exc:
-            raise as_api_error(exc, self._options) from exc
+        with nullcontext() if asking.may_repeat else desk.place(caller.who):
+            translated = await asyncio.to_thread(
+                translate, asked, self._options, pipeline.manifest, pipeline.pool.limits, self._find, start
+            )
+            try:
+                usage, steps, notes = await asyncio.to_thread(self._prepared, desk, asked, translated.request)
+                order = self._order(request, asked, translated.request)
+                reader = await self._once.read(asking, lambda: desk.submit(order))
+            except SdxlTrtError as exc:
+                raise as_api_error(exc, self._options) from exc
         caller.warnings += (*translated.warnings, *notes)
         again = {"Idempotent-Replayed": "true"} if reader.replayed else {}
         if not asked.stream:
@@ -155,8 +157,9 @@ class _Images:
 
     def _link(self, request: HttpRequest, asked: Asked, file: bytes) -> str:
         """Keep a picture's file for an hour; return its URL on the host that the client asked."""
-        name = self._files.put(file, asked.output.format)
-        return f"{str(request.base_url).rstrip('/')}/v1/files/{name}"
+        form = asked.output.format
+        token = _desk(request).files.put(file, f"image/{form}", request.state.caller.who)
+        return f"{str(request.base_url).rstrip('/')}/v1/files/{token}.{form}"
 
     def _find(self, lora: NamedLora) -> str:
         """Return the path of the LoRA of a name: only what lies in the server's folder is found."""

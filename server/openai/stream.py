@@ -22,10 +22,9 @@ from sdxl_trt.server.desk import Drawn, Ended, Event, Stepped, Waiting
 from sdxl_trt.server.openai.answers import Answered, Link, Usage, error_body, facts
 from sdxl_trt.server.openai.body import Asked
 from sdxl_trt.server.openai.faults import as_api_error, check_ended
-from sdxl_trt.server.openai.once import Reader
 from sdxl_trt.server.openai.pictures import encode, estimate_picture
-from sdxl_trt.server.openai.waiting import gone
 from sdxl_trt.server.options import Options
+from sdxl_trt.server.readers import Reader, gone
 
 KEEP_ALIVE = 15.0
 """Seconds of silence after which a comment is sent, so that no proxy takes the connection for dead."""

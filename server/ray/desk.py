@@ -21,13 +21,13 @@ class RayDesk(Desk):
 
     def __init__(self, pipeline: Pipeline, options: Options, layout: Layout, make: Callable[[], Pools]) -> None:
         self._layout, self._make = layout, make
-        super().__init__(pipeline, options)
+        super().__init__(pipeline, options, owned=True)
 
-    def _make_room(self, pipeline: Pipeline) -> Room:
-        shift = Shift(Studio(pipeline, self.predictor), Dispatch(self._layout))
+    def _make_room(self, pipeline: Pipeline, *, owned: bool) -> Room:
+        shift = Shift(Studio(pipeline, self.predictor), Dispatch(self._layout), owned=owned)
         return FarRoom(shift, self.predictor, self._on_end, self._on_news, self._make)
 
-    async def swap_pipeline(self, pipeline: Pipeline) -> None:  # noqa: ARG002
+    async def swap_pipeline(self, open_pipeline: Callable[[], Pipeline]) -> None:  # noqa: ARG002
         """Refuse: the pools have opened the bundle themselves."""
         raise UsageError("several machines serve this bundle; deploy the server again to serve another one")
 

@@ -123,11 +123,11 @@ class _PoolDesk(Desk):
         self._name: PoolName = name
         self.left: dict[str, Handover] = {}
         """What the base left of each errand, by its id, until it is sent."""
-        super().__init__(pipeline, options)
+        super().__init__(pipeline, options, owned=True)
 
-    def _shift(self, pipeline: Pipeline) -> Shift:
+    def _shift(self, pipeline: Pipeline, *, owned: bool) -> Shift:
         studio = _PoolStudio(pipeline, self.predictor, self._name, self.left, fixed=self.options.fixed_batch)
-        return Shift(studio, Scheduler(Policy(pictures=studio.pictures)))
+        return Shift(studio, Scheduler(Policy(pictures=studio.pictures)), owned=owned)
 
     def _pieces(self, ticket: Ticket, resolved: ResolvedRequest | None, deadline: float) -> list[Piece]:
         pieces = super()._pieces(ticket, resolved, deadline)

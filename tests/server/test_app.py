@@ -21,7 +21,8 @@ KEY, WORD = "sk-MARKERKEY", "MARKERWORD"
 def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator["subprocess.Popen[str]"]:
     keys = tmp_path_factory.mktemp("keys") / "keys"
     keys.write_text(KEY)
-    command = [sys.executable, "-m", "sdxl_trt.server.cli", "--port", "0", "--api-key-file", str(keys)]
+    command = [sys.executable, "-m", "sdxl_trt.server.cli", "--port", "0", "--metrics-port", "0",
+               "--api-key-file", str(keys)]  # fmt: skip
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         yield process
         process.kill()
@@ -40,18 +41,19 @@ def ask(url: str, body: object = None, **headers: str) -> tuple[int, bytes]:
 
 def test_a_server_draws_counts_drains_and_logs_no_word_of_its_clients(process: "subprocess.Popen[str]") -> None:
     assert process.stdout is not None
-    address = process.stdout.readline().rpartition(" ")[2].strip()
+    address, metrics_address = (process.stdout.readline().rpartition(" ")[2].strip() for _ in range(2))
     key = {"Authorization": f"Bearer {KEY}"}
     asked = {"prompt": WORD, "size": "64x64", "steps": 2, "seed": 1, "user": WORD}
     answers = [
+        ask(f"{address}/v1/images/generations", asked, **key),  # drawn after the test picture
         ask(f"{address}/health/ready"),
-        ask(f"{address}/v1/images/generations", asked, **key),
         ask(f"{address}/v1/images/generations", {**asked, "size": WORD}, **key),
         ask(f"{address}/v1/images/generations", asked, Authorization=f"Bearer {WORD}"),
         ask(f"{address}/{WORD}?prompt={WORD}", **key),
     ]
     assert [status for status, _ in answers] == [200, 200, 400, 401, 404]
-    status, metrics = ask(f"{address}/metrics", **key)
+    assert ask(f"{address}/metrics", **key)[0] == 404
+    status, metrics = ask(metrics_address)
     assert status == 200
     counted = {
         (sample.labels["api"], sample.labels["outcome"]): sample.value
@@ -60,10 +62,17 @@ def test_a_server_draws_counts_drains_and_logs_no_word_of_its_clients(process: "
         if sample.name == "trt_requests_total" and sample.labels["route"] != "none"
     }
     assert counted == {("ops", "ok"): 1, ("openai", "ok"): 1, ("openai", "refused"): 1}
+    process.send_signal(signal.SIGHUP)
+    assert process.stderr is not None
+    written = [process.stderr.readline()]
+    while not written[-1].startswith("the bundle was loaded anew in "):
+        written.append(process.stderr.readline())
+    assert ask(f"{address}/health/ready")[0] == 200
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
-    lines = [json.loads(line) for line in err.splitlines()]
+    lines = [json.loads(line) for line in written[:-1]]
+    err = "".join(written) + err
     assert [line["status"] for line in lines] == [200, 400, 401, 404]
     assert lines[0]["who"].startswith("key:")
     for text in (out, err, metrics.decode(), *(body.decode() for _, body in answers[3:])):

@@ -8,8 +8,8 @@ import pytest
 from sdxl_trt.server.cli import _parser, main, options_of
 from sdxl_trt.server.options import Options
 
-WITHOUT_A_WORD = {"keys", "quality_steps", "metrics_port"}
-"""Keys come from a file; the others are set in Python only."""
+WITHOUT_A_WORD = {"keys"}
+"""They come from a file."""
 
 
 def read(*words: str) -> Options:
@@ -26,6 +26,7 @@ def test_every_option_has_a_word(tmp_path: Path) -> None:
     words = f"""bundle --host ::1 --port 0 --provider ort-cpu --residency swap --vram 1GiB --queue 2 --queue-pictures 3
         --deadline 4.5 --max-body 5MiB --max-pixels 6 --open comfy,a1111 --on-disconnect finish --cors-origin
         https://a.example --allowed-hosts a,b --grace 7 --fixed-batch --lora-dir {tmp_path} --embedding-dir {tmp_path}
+        --rate-requests 5 --rate-seconds 9 --metrics-port 9 --traces --trusted-proxy 10.0.0.0/8 --quality-steps low=2
         --alias x --lenient --round-sizes --allow-options --interrupt all --previews --no-docs --api-key-file {keys}"""
     read_options = read(*words.split())
     unchanged = [each.name for each in fields(Options)
@@ -43,6 +44,8 @@ def test_every_option_has_a_word(tmp_path: Path) -> None:
         ("--grace -1", "--grace"),
         ("--open everything", "--open"), ("--cors-origin *", "--cors-origin"), ("--interrupt none", "--interrupt"),
         ("--cors-origin https://a.example/path", "--cors-origin"), ("--lora-dir nowhere", "--lora-dir"),
+        ("--trusted-proxy proxy", "--trusted-proxy"), ("--quality-steps low", "--quality-steps"),
+        ("--quality-steps best=2", "--quality-steps"), ("--quality-steps low=inf", "--quality-steps"),
         ("--api-key-file nowhere", "--api-key-file"), ("--api-key-file /dev/null", "has no key"),
     ],
 )  # fmt: skip

@@ -62,7 +62,7 @@ def test_a_stand_in_that_nothing_fills_is_an_error(replay: Any) -> None:
 
 def test_every_recording_can_be_read(replay: Any) -> None:
     names = sorted(path.stem for path in replay.CLIENTS.glob("*.json"))
-    assert len(names) == 15
+    assert len(names) == 16
     assert [kind for kind, _ in replay.frames("comfy-api-simplified-draw")][-1] == "executing"
     assert [call.query for call in replay.handshakes("comfy-api-simplified-draw")] == [
         "clientId=ecf09c9b-e5e6-420d-a7bd-4605f9912e25"

@@ -83,6 +83,10 @@ class Scheduler:
         """Return whether anything waits or runs."""
         return bool(self.waiting or self._running or any(self._cycle.places()))
 
+    def between_cycles(self) -> bool:
+        """Return whether nothing is under way: what waits has not begun."""
+        return not (self._running or any(self._cycle.places()))
+
     def counts(self) -> dict[str, int]:
         """Return how many pictures are where: waiting, base, handed_over, refiner."""
         running = self._running.kind if self._running else ""

@@ -5,18 +5,23 @@ from typing import TYPE_CHECKING
 from sdxl_trt.engines.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from sdxl_trt.server.openai.body.asked import Asked, NamedLora, Output, read_asked
+    from sdxl_trt.server.openai.body.asked import (
+        MOST_GUIDANCE, MOST_PARTIALS, MOST_PROMPT, Asked, NamedLora, Output, read_asked,
+    )
     from sdxl_trt.server.openai.body.fields import invalid
     from sdxl_trt.server.openai.body.form import sorted_parts
-    from sdxl_trt.server.openai.body.sizes import Sizes
-    from sdxl_trt.server.openai.body.translation import Start, translate
+    from sdxl_trt.server.openai.body.sizes import Sizes, told
+    from sdxl_trt.server.openai.body.translation import DEFAULT_STRENGTH, Start, translate
 else:
     __getattr__ = lazy_names(__name__, {
-        "asked": ("Asked", "NamedLora", "Output", "read_asked"),
+        "asked": ("MOST_GUIDANCE", "MOST_PARTIALS", "MOST_PROMPT", "Asked", "NamedLora", "Output", "read_asked"),
         "fields": ("invalid",),
         "form": ("sorted_parts",),
-        "sizes": ("Sizes",),
-        "translation": ("Start", "translate"),
+        "sizes": ("Sizes", "told"),
+        "translation": ("DEFAULT_STRENGTH", "Start", "translate"),
     })
 
-__all__ = ["Asked", "NamedLora", "Output", "Sizes", "Start", "invalid", "read_asked", "sorted_parts", "translate"]
+__all__ = [
+    "DEFAULT_STRENGTH", "MOST_GUIDANCE", "MOST_PARTIALS", "MOST_PROMPT", "Asked", "NamedLora", "Output", "Sizes",
+    "Start", "invalid", "read_asked", "sorted_parts", "told", "translate",
+]

@@ -21,6 +21,8 @@ MOST_PICTURES = 10
 MOST_PARTIALS = 3
 MOST_GUIDANCE = 100.0
 """As in ComfyUI; beyond it latents only overflow."""
+MOST_SCORE = 1000.0
+"""Of an aesthetic score, as in ComfyUI; pictures are rated from 1 to 10."""
 MOST_LORAS = 32
 MAX_SEED = 2**64 - 1
 DRAWN = -1
@@ -77,6 +79,8 @@ class Asked:
     sampler: str | None = None
     schedule: str | None = None
     handoff: float | Literal["auto"] | None = "auto"
+    aesthetic_score: float | None = None
+    negative_aesthetic_score: float | None = None
     strength: float | None = None
     compat: Literal["diffusers", "comfyui"] = "diffusers"
     loras: tuple[NamedLora, ...] = ()
@@ -136,6 +140,9 @@ def _settings(fields: Fields) -> dict[str, Any]:
     def guidance(name: str) -> float | None:
         return fields.number(name, 0.0, MOST_GUIDANCE)
 
+    def score(name: str) -> float | None:
+        return fields.number(name, 0.0, MOST_SCORE)
+
     return {
         "negative": fields.text("negative_prompt", MOST_PROMPT),
         "steps": fields.either("steps", "num_inference_steps", lambda name: fields.whole(name, 1, int(most_steps))),
@@ -145,6 +152,8 @@ def _settings(fields: Fields) -> dict[str, Any]:
         "sampler": fields.choice("sampler", sampler_names(comfyui=compat == "comfyui")),
         "schedule": fields.text("scheduler", 100),
         "handoff": _handoff(fields),
+        "aesthetic_score": score("aesthetic_score"),
+        "negative_aesthetic_score": score("negative_aesthetic_score"),
         "compat": compat,
     }
 

@@ -81,6 +81,9 @@ def translate(
     if start is not None:
         request = replace(request, image=start.pixels, mask=start.mask, strength=_strength(asked, start))
         notes += start.warnings
+    if not refined:
+        notes += tuple(f"{name}: only the refiner reads it" for name in ("aesthetic_score", "negative_aesthetic_score")
+                       if getattr(asked, name) is not None and not _reads_scores(manifest))  # fmt: skip
     if asked.compat == "comfyui" and asked.n > 1:
         notes += ("compat: in ComfyUI's way the pictures are a batch of one seed",)
     return Translated(request, (*asked.warnings, *notes))
@@ -98,6 +101,10 @@ def _size(asked: Asked, sizes: Sizes, start: Start | None) -> tuple[Size, tuple[
     return size, (f"image: the picture of {told(start.size)} is {how} to {told(size)}",)
 
 
+def _reads_scores(manifest: Manifest) -> bool:
+    return "aesthetic_score" in manifest.base.time_ids
+
+
 def _handoff(asked: Asked, manifest: Manifest) -> Any:
     if isinstance(asked.handoff, float) and manifest.refiner is None:
         raise invalid("handoff", "the bundle has no refiner; leave it out, or give null")
@@ -109,7 +116,8 @@ def _stated(asked: Asked, factors: Mapping[str, float]) -> dict[str, Any]:
     usual = Request().steps
     steps = max(round(usual * factors.get(asked.quality, 1.0)), 1) if asked.steps is None else asked.steps
     stated = {"steps": steps, "guidance": asked.guidance, "refiner_guidance": asked.refiner_guidance,
-              "sampler": asked.sampler, "schedule": asked.schedule}  # fmt: skip
+              "sampler": asked.sampler, "schedule": asked.schedule, "aesthetic_score": asked.aesthetic_score,
+              "negative_aesthetic_score": asked.negative_aesthetic_score}  # fmt: skip
     return {name: value for name, value in stated.items() if value is not None}
 
 

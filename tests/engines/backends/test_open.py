@@ -20,8 +20,9 @@ from sdxl_trt.engines.errors import CorruptError, IncompatibleError, ResourceErr
 from sdxl_trt.engines.plans.files import start_reading
 from sdxl_trt.engines.plans.reading import PlanReader
 from sdxl_trt.engines.residency.estimate import MemoryEstimate
+from sdxl_trt.engines.residency.opening import open_pool
 from sdxl_trt.engines.residency.policy import RESIDENCIES, estimate_memory
-from sdxl_trt.engines.residency.pool import EnginePool, open_pool
+from sdxl_trt.engines.residency.pool import EnginePool
 from sdxl_trt.mini.embedded import bundle_path
 from sdxl_trt.runtime import Pipeline, Request, open_bundle
 

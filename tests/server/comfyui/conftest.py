@@ -1,12 +1,9 @@
 """ComfyUI's API on a desk of the tests, which draws when it is told to, and on the embedded pair."""
 
 import asyncio
-import importlib.util
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +13,7 @@ from starlette.testclient import TestClient
 
 from sdxl_trt.engines.bundle import read_bundle
 from sdxl_trt.mini import bundle_path
-from sdxl_trt.runtime import Picture, Pipeline, Request, open_bundle
+from sdxl_trt.runtime import Picture, Pipeline
 from sdxl_trt.runtime.request import resolve_request
 from sdxl_trt.server import Options
 from sdxl_trt.server.desk import Desk, Drawn, Ended, Event, Graph, Order, QueueFull, Stepped, Ticket, Waiting
@@ -27,33 +24,6 @@ Json = dict[str, Any]
 ADDRESS = "http://127.0.0.1:8188"
 KEYS = frozenset({"own-key", "another-key"})
 OWN = {"Authorization": "Bearer own-key"}
-
-
-def _load(name: str, file: Path) -> Any:
-    """Import a file of the tests, which are not on sys.path."""
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, file)
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-@pytest.fixture(scope="session")
-def replay() -> Any:
-    return _load("replay", Path(__file__).parents[1] / "replay.py")
-
-
-@pytest.fixture(scope="session")
-def pipeline() -> Iterator[Pipeline]:
-    with open_bundle() as pipeline:
-        yield pipeline
-
-
-@pytest.fixture(scope="session")
-def picture(pipeline: Pipeline) -> Picture:
-    return next(pipeline.generate(Request("a red fox", steps=1, seed=7, width=64, height=64)))
 
 
 def node(kind: str, **inputs: Any) -> Json:

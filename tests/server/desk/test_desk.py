@@ -2,8 +2,10 @@
 
 import asyncio
 import importlib.util
+import itertools
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -12,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sdxl_trt.engines import CorruptError, ResourceError, UsageError
+from sdxl_trt.engines import CorruptError, EngineError, ResourceError, UsageError
 from sdxl_trt.runtime import Pipeline, Request
 from sdxl_trt.server.desk import (
     Desk,
@@ -387,6 +389,31 @@ def test_of_a_thousand_orders_at_once_as_many_are_taken_as_the_queue_holds(serve
     serve(scenario, queue=8)
 
 
+def test_only_requests_that_may_be_taken_are_translated(serve: Serve, calls: Any) -> None:
+    async def scenario(desk: Desk) -> None:
+        gate = calls.before = kit.Gate()
+        running = await desk.submit(order())
+        await gate.holds()
+        batch, held = desk.pipeline.pictures_at_once, ExitStack()
+        with held:
+            for _ in range(2 + batch):
+                held.enter_context(desk.place("a"))
+            with pytest.raises(QueueFull):
+                held.enter_context(desk.place("a"))
+            held.enter_context(desk.place("another"))
+        tickets = [running]
+        for _ in range(2):
+            with desk.place("a"):
+                tickets.append(await desk.submit(order()))
+        with pytest.raises(QueueFull):
+            await desk.submit(order())
+        gate.opened.set()
+        for ticket in tickets:
+            assert (await ticket.wait()).outcome == "done"
+
+    serve(scenario, queue=2)
+
+
 def test_too_many_pictures_are_refused_though_few_orders_wait(serve: Serve, calls: Any) -> None:
     async def scenario(desk: Desk) -> None:
         gate = calls.before = kit.Gate()
@@ -492,33 +519,94 @@ class _Pool:
         self._said.append(f"{self._name} closed")
 
 
-def test_another_pipeline_draws_new_orders_after_the_old_one_is_closed(pipeline: Pipeline, calls: Any) -> None:
-    said: list[str] = []
-    old, new = (Pipeline(_Pool(name, pipeline.pool, said)) for name in ("old", "new"))  # type: ignore[arg-type]
+class _Exchange:
+    """A desk whose pipeline "old" can be exchanged for "new"; `said` is what the pools of both were asked for."""
 
-    async def main() -> tuple[Ticket, Ticket]:
-        desk = Desk(old, kit.Options())
-        assert await desk.warm()
+    def __init__(self, pipeline: Pipeline) -> None:
+        self.said: list[str] = []
+        self.old, self.new = (
+            Pipeline(_Pool(name, pipeline.pool, self.said))
+            for name in ("old", "new")  # type: ignore[arg-type]
+        )
+
+    def run(self, scenario: Any) -> Any:
+        async def main() -> Any:
+            desk = Desk(self.old, kit.Options(), owned=True)
+            assert await desk.warm()
+            self.said.clear()
+            try:
+                return await asyncio.wait_for(scenario(desk), 60)
+            finally:
+                desk.close()
+
+        return asyncio.run(main())
+
+
+def test_running_orders_end_on_the_old_pipeline_and_new_ones_are_drawn_with_the_new_one(
+    pipeline: Pipeline, calls: Any, freed: list[Studio]
+) -> None:
+    both = _Exchange(pipeline)
+
+    async def scenario(desk: Desk) -> tuple[Ticket, ...]:
         gate = calls.before = kit.Gate()
         running = await desk.submit(order())
         await gate.holds()
-        swapping = asyncio.ensure_future(desk.swap_pipeline(new))
-        await asyncio.sleep(0)
-        assert desk.pipeline is new
-        later = await desk.submit(order())
+        swapping = asyncio.ensure_future(desk.swap_pipeline(lambda: both.new))
+        waiting = await desk.submit(order(seed=6))
+        assert desk.pipeline is both.old
         gate.opened.set()
         await swapping
-        for ticket in (running, later):
+        assert desk.pipeline is both.new
+        assert running.ended is not None
+        later = await desk.submit(order())
+        for ticket in (running, waiting, later):
             assert (await ticket.wait()).outcome == "done"
         assert desk.ready
-        desk.close()
         return running, later
 
-    running, later = asyncio.run(main())
+    running, later = both.run(scenario)
     np.testing.assert_array_equal(_pixels(running), _pixels(later))
-    order_of = [*dict.fromkeys(said)]
-    assert order_of == ["old draws", "old closed", "new draws", "new closed"]
-    assert said.index("old closed") > max(place for place, each in enumerate(said) if each == "old draws")
+    # The test picture, the order that waited since before, and the orders of the new one.
+    order_of = [word for word, _ in itertools.groupby(both.said)]
+    assert order_of == ["old draws", "new draws", "old draws", "old closed", "new draws", "new closed"]
+    assert [studio.pipeline for studio in freed] == [both.old, both.new]
+
+
+@pytest.mark.parametrize("fault", ["opening", "drawing"])
+def test_a_pipeline_that_fails_leaves_the_one_before_in_service(
+    pipeline: Pipeline, calls: Any, freed: list[Studio], fault: str
+) -> None:
+    both = _Exchange(pipeline)
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise EngineError("no such engine")
+
+    async def scenario(desk: Desk) -> Ticket:
+        both.new.pool.phase = fails  # type: ignore[method-assign]
+        with pytest.raises(EngineError, match="no such engine"):
+            await desk.swap_pipeline(fails if fault == "opening" else lambda: both.new)
+        assert desk.pipeline is both.old
+        ticket = await desk.submit(order())
+        assert (await ticket.wait()).outcome == "done"
+        assert desk.ready
+        return ticket
+
+    np.testing.assert_array_equal(_pixels(both.run(scenario)), _alone(pipeline, SMALL))
+    assert both.said.count("new closed") == (fault == "drawing")
+    assert both.said[-1] == "old closed"
+
+
+def test_a_bundle_that_was_exported_in_its_own_place_is_not_unloaded_before_the_new_one_has_drawn(
+    pipeline: Pipeline, calls: Any, freed: list[Studio], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Studio, "is_stored", lambda self: False)
+    both = _Exchange(pipeline)
+
+    async def scenario(desk: Desk) -> None:
+        await desk.swap_pipeline(lambda: both.new)
+
+    both.run(scenario)
+    assert freed == []
 
 
 def test_a_cycle_runs_all_base_phases_before_one_change_of_experts(

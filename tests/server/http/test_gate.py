@@ -5,6 +5,7 @@ import base64
 import json
 import logging
 from collections.abc import AsyncIterator, Callable
+from ipaddress import ip_network
 
 import httpx
 import pytest
@@ -371,7 +372,7 @@ def test_a_websocket_that_talks_too_fast_is_closed() -> None:
 
 def test_what_is_told_of_a_request_has_no_word_of_its_client(ask: Ask, caplog: pytest.LogCaptureFixture) -> None:
     told: list[Finished] = []
-    metrics = Metrics(lambda: None, lambda: 0, "1")
+    metrics = Metrics(lambda: 0, "1")
     headers = {"Authorization": f"Bearer {KEY}", "X-User": WORD}
     with caplog.at_level(logging.INFO, "sdxl_trt.server"):
         for path in (f"/{WORD}", f"/v1/x?fault=bug&prompt={WORD}", f"/v1/files/{WORD}", f"/v1/x?warn=[%22{WORD}%22]"):
@@ -384,3 +385,10 @@ def test_what_is_told_of_a_request_has_no_word_of_its_client(ask: Ask, caplog: p
     assert key_id(KEY) in caplog.text
     for word in (WORD, KEY):
         assert word not in text
+
+
+def test_a_trusted_proxy_says_who_calls(ask: Ask) -> None:
+    options = Options(trusted_proxies=(ip_network("10.0.0.0/24"),))
+    forwarded = {"X-Forwarded-For": "1.2.3.4, 203.0.113.9"}
+    assert ask("/v1/x", options, headers=forwarded).json()["who"] == "peer:203.0.113.9"
+    assert ask("/v1/x", headers=forwarded).json()["who"] == "peer:10.0.0.9"

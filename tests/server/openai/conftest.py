@@ -1,11 +1,9 @@
 """/v1 on a desk of the tests, which draws at once, and on the embedded pair."""
 
 import asyncio
-import importlib.util
-import sys
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
@@ -19,41 +17,13 @@ from PIL import Image
 
 from sdxl_trt.engines.bundle import read_bundle
 from sdxl_trt.mini import bundle_path
-from sdxl_trt.runtime import Picture, Pipeline, Request, open_bundle
+from sdxl_trt.runtime import Picture, Request
 from sdxl_trt.runtime.request import resolve_request
 from sdxl_trt.server import Options, http
-from sdxl_trt.server.desk import Drawn, Ended, Order, RefusedError, Stepped, Ticket, Waiting
+from sdxl_trt.server.desk import Drawn, Ended, Files, Order, RefusedError, Stepped, Ticket, Waiting
 
 T = TypeVar("T")
 BUNDLE = read_bundle(bundle_path())
-
-
-def _load(name: str, file: Path) -> Any:
-    """Import a file of the tests, which are not on sys.path."""
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, file)
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-@pytest.fixture(scope="session")
-def replay() -> Any:
-    return _load("replay", Path(__file__).parents[1] / "replay.py")
-
-
-@pytest.fixture(scope="session")
-def pipeline() -> Iterator[Pipeline]:
-    with open_bundle() as pipeline:
-        yield pipeline
-
-
-@pytest.fixture(scope="session")
-def picture(pipeline: Pipeline) -> Picture:
-    """A picture with a true record; the others of the tests are made of it."""
-    return next(pipeline.generate(Request("a red fox", steps=2, seed=7, width=64, height=64)))
 
 
 @dataclass
@@ -75,6 +45,13 @@ class FakeDesk:
         pool = SimpleNamespace(limits=None, bundle=BUNDLE)
         self.pipeline = SimpleNamespace(manifest=BUNDLE.manifest, pool=pool)
         self.draining = False
+        self.files = Files()
+
+    @contextmanager
+    def place(self, who: str) -> Iterator[None]:
+        if self.refuses is not None:
+            raise self.refuses
+        yield
 
     async def submit(self, order: Order) -> Ticket:
         if self.refuses is not None:
@@ -87,6 +64,8 @@ class FakeDesk:
         return ticket
 
     async def _draw(self, ticket: Ticket) -> None:
+        while not ticket.readers:  # a desk that ended before anybody read would have no previews left
+            await asyncio.sleep(0)
         if self.hold is not None:
             await self.hold.wait()
         assert isinstance(ticket.order.work, Request)

@@ -15,7 +15,7 @@ FIELDS = [
     "stream", "partial_images", "moderation", "user", "safety_identifier", "style", "complexity", "input_fidelity",
     "frame_count", "frame_duration_ms", "svg", "markup", "negative_prompt", "num_inference_steps", "steps",
     "guidance_scale", "cfg_scale", "seed", "sampler", "scheduler", "handoff", "refiner_switch_at",
-    "refiner_guidance_scale", "strength", "compat", "loras",
+    "refiner_guidance_scale", "aesthetic_score", "negative_aesthetic_score", "strength", "compat", "loras",
 ]  # fmt: skip
 
 
@@ -39,13 +39,14 @@ def test_every_setting_is_taken() -> None:
             "model": "m", "n": 10, "size": "1024x768", "quality": "hd", "response_format": "url",
             "output_format": "webp", "output_compression": 80, "stream": True, "partial_images": 3,
             "negative_prompt": "blur", "steps": 20, "guidance_scale": 7.5, "seed": 2**64 - 1, "sampler": "heun",
-            "scheduler": "trailing", "handoff": 0.7, "refiner_guidance_scale": 3, "loras": ["a", {"name": "b",
+            "scheduler": "trailing", "handoff": 0.7, "refiner_guidance_scale": 3, "aesthetic_score": 7.5,
+            "negative_aesthetic_score": 0, "loras": ["a", {"name": "b",
             "scale": 0.5, "text_scale": 0}],
         }
     )  # fmt: skip
     assert asked == Asked(
         "a red fox", "m", 10, (768, 1024), "hd", Output("webp", 80), False, True, True, 3, "blur", 20, 7.5, 3.0,
-        2**64 - 1, "heun", "trailing", 0.7, None, "diffusers", (NamedLora("a"), NamedLora("b", 0.5, 0.0)),
+        2**64 - 1, "heun", "trailing", 0.7, 7.5, 0.0, None, "diffusers", (NamedLora("a"), NamedLora("b", 0.5, 0.0)),
     )  # fmt: skip
 
 
@@ -77,6 +78,7 @@ def test_no_handoff_and_a_drawn_seed_are_said_by_null() -> None:
     "partial_images": [-1, 4],
     "frame_count": [1], "frame_duration_ms": [1], "svg": [{}], "markup": ["x"],
     "steps": [0, -3, 1.5, True], "num_inference_steps": [0],
+    "aesthetic_score": ["6", -0.5, 1000.5, True, float("nan")], "negative_aesthetic_score": [-1],
     "guidance_scale": ["5", -1, 101, float("nan"), float("inf"), 10**400, True],
     "seed": [-2, 2**64, 0.5, "7", 1e308],
     "sampler": ["no such sampler", 3], "scheduler": [3],

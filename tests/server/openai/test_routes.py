@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -242,10 +243,11 @@ def test_what_is_not_there_is_said_by_name(served: Served) -> None:
 
 
 def test_models_are_the_bundle_and_its_aliases(served: Served, tmp_path: Path) -> None:
-    async def use(client: httpx.AsyncClient, _: Any) -> tuple[Any, Any]:
+    async def use(client: httpx.AsyncClient, desk: Any) -> tuple[Any, Any]:
+        desk.pipeline.pool.bundle = SimpleNamespace(root=tmp_path / "my-bundle")
         return (await client.get("/v1/models")).json(), (await client.get("/v1/models/sd/xl")).json()
 
-    listed, found = served(use, Options(engines=tmp_path / "my-bundle", aliases=("sd/xl", "team-*")))
+    listed, found = served(use, Options(engines=tmp_path / "current", aliases=("sd/xl", "team-*")))
     assert listed["object"] == "list"
     assert [each["id"] for each in listed["data"]] == ["my-bundle", "sd/xl", "gpt-image-1", "dall-e-3", "dall-e-2"]
     assert found == listed["data"][1]
@@ -338,3 +340,25 @@ def test_the_embedded_pair_draws_what_its_pipeline_draws(served: Served, pipelin
     assert [name.removeprefix("image_generation.") for name, _ in events] == [*["partial_image"] * 2, "completed"] * 2
     assert [_opened(data).tobytes() for name, data in events if "completed" in name] == expected
     assert answer.json()["seeds"] == [7, 8]
+
+
+def test_a_repeated_request_has_the_same_answer(served: Callable[..., Any]) -> None:
+    async def use(client: httpx.AsyncClient, desk: Any) -> None:
+        retry = {"x-stainless-retry-count": "1"}
+        key = {"Idempotency-Key": "k"}
+        first, again = [await client.post(URL, json=FOX, headers=key) for _ in range(2)]
+        assert len(desk.orders) == 1
+        assert first.content == again.content
+        assert "idempotent-replayed" not in first.headers
+        assert again.headers["idempotent-replayed"] == "true"
+        streamed = await client.post(URL, json=FOX | {"stream": True}, headers={"Idempotency-Key": "s"})
+        replayed = await client.post(URL, json=FOX | {"stream": True}, headers={"Idempotency-Key": "s"})
+        assert (len(desk.orders), replayed.headers["idempotent-replayed"]) == (2, "true")
+        assert streamed.text.count("event: ") == replayed.text.count("event: ") == 1
+        retried = await client.post(URL, json=FOX | {"n": 1}, headers=retry)
+        assert len(desk.orders) == 3
+        assert (await client.post(URL, json=FOX | {"n": 1}, headers=retry)).content == retried.content
+        assert (await client.post(URL, json=FOX | {"seed": 1}, headers=key)).status_code == 422
+        assert len(desk.orders) == 3
+
+    served(use)

@@ -48,12 +48,13 @@ def test_settings_reach_the_request() -> None:
     asked = read_asked({
         "prompt": "a red fox", "n": 3, "size": "128x64", "negative_prompt": "blur", "steps": 9, "cfg_scale": 6,
         "seed": 7, "sampler": "heun", "scheduler": "trailing", "handoff": 0.5, "refiner_guidance_scale": 4,
-        "loras": ["a"],
+        "aesthetic_score": 7, "negative_aesthetic_score": 1.5, "loras": ["a"],
     })  # fmt: skip
     request, warnings = _translated(asked)
     assert request == Request(
         "a red fox", negative="blur", count=3, height=64, width=128, steps=9, guidance=6.0, seed=7, sampler="heun",
-        schedule="trailing", handoff=0.5, refiner_guidance=4.0, loras=request.loras,
+        schedule="trailing", handoff=0.5, refiner_guidance=4.0, aesthetic_score=7.0, negative_aesthetic_score=1.5,
+        loras=request.loras,
     )  # fmt: skip
     assert request.loras[0].path == "/loras/a"
     assert warnings == ()
@@ -205,3 +206,9 @@ def test_whatever_is_asked_is_resolved_or_refused(asked: Asked, start: Start | N
         assert "--" not in error.message, error.message
     else:
         assert len(resolved.seeds) == asked.n
+
+
+def test_a_score_that_no_expert_reads_is_named() -> None:
+    asked = Asked("a", handoff=None, aesthetic_score=7.0)
+    assert _translated(asked)[1] == ("aesthetic_score: only the refiner reads it",)
+    assert _translated(replace(asked, handoff="auto"))[1] == ()

@@ -1,6 +1,7 @@
 """The application as Ray Serve has it, in Ray's local testing mode, and what the command says without Ray."""
 
 import importlib.util
+from ipaddress import ip_network
 from pathlib import Path
 
 import pytest
@@ -45,10 +46,17 @@ def test_without_ray_the_command_says_what_to_install(
 
 def test_a_config_file_states_options_by_their_names(tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("one\n")
-    stated = {"engines": "/bundle", "deadline": 30, "aliases": ["a"], "api_key_file": str(tmp_path / "keys")}
+    stated = {
+        "engines": "/bundle",
+        "deadline": 30,
+        "aliases": ["a"],
+        "trusted_proxies": ["10.0.0.1/8"],
+        "api_key_file": str(tmp_path / "keys"),
+    }
     options = options_of_args(stated)
-    assert options == Options(engines=Path("/bundle"), deadline=30.0, aliases=("a",), keys=frozenset({"one"}))
-    for wrong in ({"engine": "/bundle"}, {"queue": "many"}, {"engines": 3}):
+    assert options == Options(engines=Path("/bundle"), deadline=30.0, aliases=("a",), keys=frozenset({"one"}),
+                              trusted_proxies=(ip_network("10.0.0.0/8"),))  # fmt: skip
+    for wrong in ({"engine": "/bundle"}, {"queue": "many"}, {"engines": 3}, {"trusted_proxies": ["a"]}):
         with pytest.raises(UsageError, match=r"args: .*trt-serve's options"):
             options_of_args(wrong)
 

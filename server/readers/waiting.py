@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from starlette.requests import Request as HttpRequest
 
 from sdxl_trt.server.desk import Drawn, Ended
-from sdxl_trt.server.openai.once import Reader
 from sdxl_trt.server.options import Options
+from sdxl_trt.server.readers.once import Reader
 
 _LEAVES = "x-stainless-read-timeout"
 """OpenAI's clients say when they leave, to come again: where an order outlives its client, this is no deadline."""

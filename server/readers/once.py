@@ -35,6 +35,11 @@ class Asking:
     key: str = ""
     retries: bool = False
 
+    @property
+    def may_repeat(self) -> bool:
+        """Return whether it may ask for an order that was placed before, for which a full queue has no meaning."""
+        return bool(self.key) or self.retries
+
     @classmethod
     def of(
         cls, who: str, path: str, headers: Mapping[str, str], body: Mapping[str, Any], files: Iterable[bytes] = ()
@@ -106,7 +111,7 @@ class Once:
         self._forget()
         name = (asking.who, asking.path, *(("key", asking.key) if asking.key else ("body", asking.digest)))
         order = self._orders.get(name)
-        known = order is not None and order.may_be_read and (bool(asking.key) or asking.retries)
+        known = order is not None and order.may_be_read and asking.may_repeat
         if order is not None and known and order.digest != asking.digest:
             raise ApiError(422, "Idempotency-Key: was used for another request; give each request a key of its own",
                            "invalid_value")  # fmt: skip

@@ -1,18 +1,16 @@
-"""A request that is repeated is drawn once, and files of answers are kept for an hour."""
+"""A request that is repeated is drawn once."""
 
 import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-import httpx
 import pytest
 
 from sdxl_trt.runtime import Request
 from sdxl_trt.server import Options
 from sdxl_trt.server.desk import Ended, Order, QueueFull, Ticket
 from sdxl_trt.server.http import ApiError
-from sdxl_trt.server.openai.files import LIFETIME, Files
-from sdxl_trt.server.openai.once import KEPT_BY_BODY, KEPT_BY_KEY, MOST_FINISHED, Asking, Once, Reader
+from sdxl_trt.server.readers.once import KEPT_BY_BODY, KEPT_BY_KEY, MOST_FINISHED, Asking, Once, Reader
 
 FOX = {"prompt": "a red fox", "size": "64x64", "steps": 2}
 URL = "/v1/images/generations"
@@ -151,37 +149,3 @@ def test_only_the_last_reader_stops_an_order(policy: Any, stop: str | None) -> N
         assert readers[0].ticket.stop == stop
 
     _run(use, on_disconnect=policy)
-
-
-def test_a_repeated_request_has_the_same_answer(served: Callable[..., Any]) -> None:
-    async def use(client: httpx.AsyncClient, desk: Any) -> None:
-        key = {"Idempotency-Key": "k"}
-        first, again = [await client.post(URL, json=FOX, headers=key) for _ in range(2)]
-        assert len(desk.orders) == 1
-        assert first.content == again.content
-        assert "idempotent-replayed" not in first.headers
-        assert again.headers["idempotent-replayed"] == "true"
-        streamed = await client.post(URL, json=FOX | {"stream": True}, headers={"Idempotency-Key": "s"})
-        replayed = await client.post(URL, json=FOX | {"stream": True}, headers={"Idempotency-Key": "s"})
-        assert (len(desk.orders), replayed.headers["idempotent-replayed"]) == (2, "true")
-        assert streamed.text.count("event: ") == replayed.text.count("event: ") == 1
-        retried = await client.post(URL, json=FOX | {"n": 1}, headers=RETRY)
-        assert len(desk.orders) == 3
-        assert (await client.post(URL, json=FOX | {"n": 1}, headers=RETRY)).content == retried.content
-        assert (await client.post(URL, json=FOX | {"seed": 1}, headers=key)).status_code == 422
-        assert len(desk.orders) == 3
-
-    served(use)
-
-
-def test_files_are_kept_for_an_hour_within_their_bytes() -> None:
-    clock = Clock()
-    files = Files(10, clock)
-    first, second = files.put(b"12345", "png"), files.put(b"12345", "jpeg")
-    assert (first != second, first.endswith(".png"), len(first.partition(".")[0])) == (True, True, 32)
-    assert files.get(first) == b"12345"
-    third = files.put(b"1", "webp")
-    assert (files.get(first), files.get(second), files.get(third)) == (None, b"12345", b"1")
-    clock.now += LIFETIME + 1
-    assert files.get(third) is None
-    assert files.get("../etc/passwd") is None

@@ -1,0 +1,1 @@
+"""trt-serve under load, and beside a server of diffusers."""

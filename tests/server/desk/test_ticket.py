@@ -1,0 +1,25 @@
+"""What a ticket keeps of an order's previews."""
+
+import asyncio
+
+import numpy as np
+import pytest
+
+from sdxl_trt.runtime import Request
+from sdxl_trt.server.desk import Ended, Order, Stepped, Ticket
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_an_order_may_keep_its_latest_preview_alone(*, keeps: bool) -> None:
+    async def main() -> tuple[list[bool], bool]:
+        ticket = Ticket(Order(Request(), "a1111", "a", "1", wants_estimates=True, keeps_estimates=keeps))
+        reading = asyncio.ensure_future(anext(events := ticket.events()))
+        await asyncio.sleep(0)
+        for number in range(3):
+            ticket.take(Stepped("base", number + 1, 3, estimate=np.zeros((1, 4, 8, 8), np.float32)))
+        latest = ticket.progress is not None and ticket.progress.estimate is not None
+        ticket.take(Ended("done"))
+        seen = [await reading, *[event async for event in events]]
+        return [each.estimate is not None for each in seen if isinstance(each, Stepped)], latest
+
+    assert asyncio.run(main()) == ([keeps] * 3, True)
