@@ -1,6 +1,6 @@
 """The application of Ray Serve: an ingress with our APIs, and one or two pools."""
 
-__all__ = ["BASE", "INGRESS", "REFINER", "built"]
+__all__ = ["BASE", "INGRESS", "REFINER", "OneId", "built"]
 
 import logging
 import sys
@@ -17,6 +17,7 @@ from sdxl_trt.server.ray.outlet import Outlet, Send
 from sdxl_trt.server.ray.pool import Pool, PoolName
 from sdxl_trt.server.ray.room import Pools
 
+ID = b"x-request-id"
 INGRESS, BASE, REFINER = "Ingress", "Base", "Refiner"
 
 
@@ -76,7 +77,27 @@ def _ingress(options: Options, layout: Layout, batch: int, parts: Parts) -> Any:
     def make_desk(pipeline: Pipeline, options: Options) -> RayDesk:
         return RayDesk(pipeline, options, layout, lambda: _pools(name, layout, batch))
 
-    return parts.create_app(options, open_ingress, make_desk)
+    app = parts.create_app(options, open_ingress, make_desk)
+    app.add_middleware(OneId)
+    return app
+
+
+class OneId:
+    """ASGI middleware: lets Serve's proxy alone send the request's id, which it has put into the request."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Pass a request on."""
+        known = any(name == ID for name, _ in scope.get("headers", ()))
+
+        async def send_once(message: Any) -> None:
+            if known and message["type"] == "http.response.start":
+                message["headers"] = [pair for pair in message.get("headers", ()) if pair[0].lower() != ID]
+            await send(message)
+
+        await self._app(scope, receive, send_once)
 
 
 def _pools(app_name: str, layout: Layout, batch: int) -> Pools:

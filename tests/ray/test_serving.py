@@ -125,6 +125,18 @@ def test_automatic1111_draws_the_pixels_of_one_box(ray_box: Server, one_box: Ser
     assert _equal(*([_pixels(base64.b64decode(each)) for each in images] for images in answers))
 
 
+def test_an_answer_has_one_request_id(ray_box: Server) -> None:
+    for given in ({}, {"X-Request-ID": "mine-1"}):
+        connection = http.client.HTTPConnection(urlsplit(ray_box.address).netloc, timeout=60)
+        connection.request("GET", "/v1/models", headers=given)
+        answer = connection.getresponse()
+        answer.read()
+        found = [value for name, value in answer.getheaders() if name.lower() == "x-request-id"]
+        connection.close()
+        assert len(found) == 1
+        assert not given or found == ["mine-1"]
+
+
 def test_what_a_pool_refuses_is_an_answer_of_the_api(ray_box: Server) -> None:
     status, _, body = ray_box.ask(GENERATE, {**ASKED, "size": "72x64"})
     assert (status, json.loads(body)["error"]["type"]) == (400, "invalid_request_error")

@@ -1,8 +1,10 @@
 """The application as Ray Serve has it, in Ray's local testing mode, and what the command says without Ray."""
 
+import asyncio
 import importlib.util
 from ipaddress import ip_network
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,6 +12,7 @@ from sdxl_trt.engines import UsageError
 from sdxl_trt.server.cli import main
 from sdxl_trt.server.options import Options
 from sdxl_trt.server.ray import Cluster, Layout, Parts, built
+from sdxl_trt.server.ray.deployments import OneId
 from sdxl_trt.server.ray.options import Deployed
 from sdxl_trt.server.serve_config import options_of_args
 
@@ -75,6 +78,20 @@ def test_an_application_has_an_ingress_and_its_pools(layout: Layout) -> None:
     assert found["Base"]._deployment_config.autoscaling_config.max_replicas == 2
     assert found["Base"].ray_actor_options["num_gpus"] == 1
     assert found["Ingress"].num_replicas == 1
+
+
+def test_the_proxys_request_id_is_the_only_one() -> None:
+    sent: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"X-Request-ID", b"a"), (b"a", b"b")]})
+
+    async def send(message: Any) -> None:
+        sent.append(message["headers"])
+
+    for headers in ([(b"x-request-id", b"a")], []):
+        asyncio.run(OneId(app)({"type": "http", "headers": headers}, None, send))
+    assert sent == [[(b"a", b"b")], [(b"X-Request-ID", b"a"), (b"a", b"b")]]
 
 
 def test_a_cluster_is_what_the_command_line_states() -> None:
