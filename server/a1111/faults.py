@@ -5,9 +5,10 @@ __all__ = ["as_api_error", "check_ended", "without_paths"]
 import re
 
 from sdxl_trt.engines import ResourceError, SdxlTrtError, UsageError
-from sdxl_trt.server.desk import Ended, RefusedError
+from sdxl_trt.server.desk import Ended
 from sdxl_trt.server.http import ApiError
 from sdxl_trt.server.options import Options
+from sdxl_trt.server.refusals import RefusedError
 
 _OPTION = re.compile(r"--[a-z][a-z0-9-]*")
 _FIELDS = {

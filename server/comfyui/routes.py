@@ -20,9 +20,10 @@ from sdxl_trt.server.comfyui.graphs import Asked, Checked, check_graph, run_grap
 from sdxl_trt.server.comfyui.jobs import Job
 from sdxl_trt.server.comfyui.shop import Shop, editor_texts
 from sdxl_trt.server.comfyui.validation import Fault, PromptError, check_nodes, outputs_of, refusal, with_texts
-from sdxl_trt.server.desk import Desk, Draining, NotReady, Order, RefusedError, TooLate
+from sdxl_trt.server.desk import Desk, Order
 from sdxl_trt.server.http import ApiError, read_json
 from sdxl_trt.server.options import Options
+from sdxl_trt.server.refusals import Draining, NotReady, RefusedError, TooLate
 
 Route = Callable[..., Any]
 

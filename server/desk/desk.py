@@ -14,14 +14,16 @@ from sdxl_trt.engines import UsageError
 from sdxl_trt.runtime import Pipeline, Request
 from sdxl_trt.runtime.request import ResolvedRequest
 from sdxl_trt.server.desk.files import Files
-from sdxl_trt.server.desk.orders import Draining, Ended, NotReady, Order, QueueFull, RefusedError, TooLate, Waiting
+from sdxl_trt.server.desk.orders import Ended, Order, Waiting
 from sdxl_trt.server.desk.pieces import Piece, pieces_of, work_of
 from sdxl_trt.server.desk.plan import Policy, Predictor, Scheduler, Task
 from sdxl_trt.server.desk.rates import Rates
-from sdxl_trt.server.desk.room import Room, Runner, Shift
+from sdxl_trt.server.desk.room import Room, Runner
+from sdxl_trt.server.desk.shift import Shift
 from sdxl_trt.server.desk.studio import Studio
 from sdxl_trt.server.desk.ticket import Ticket
 from sdxl_trt.server.options import Options
+from sdxl_trt.server.refusals import Draining, NotReady, QueueFull, RefusedError, TooLate
 
 WAIT = 60.0
 """W, the most seconds that a cycle lasts."""

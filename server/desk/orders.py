@@ -1,19 +1,14 @@
-"""What is asked of the desk, and what it tells: orders, events, and the reasons why an order is refused."""
+"""What is asked of the desk, and what it tells: orders and events."""
 
 __all__ = [
     "Api",
-    "Draining",
     "Drawn",
     "Ended",
     "Event",
     "Graph",
-    "NotReady",
     "Order",
     "Outcome",
-    "QueueFull",
-    "RefusedError",
     "Stepped",
-    "TooLate",
     "Waiting",
 ]
 
@@ -111,27 +106,3 @@ class Ended:
 
 
 Event = Waiting | Stepped | Drawn | Ended
-
-
-class RefusedError(Exception):
-    """An order that the desk does not take now; `retry_after` is in whole seconds, from 1 to 120."""
-
-    def __init__(self, message: str, retry_after: int = 1) -> None:
-        super().__init__(message)
-        self.retry_after = min(max(retry_after, 1), 120)
-
-
-class QueueFull(RefusedError):  # noqa: N818 - a reason, not a fault
-    """As many orders wait as the queue takes."""
-
-
-class TooLate(RefusedError):  # noqa: N818
-    """The order cannot end before its deadline."""
-
-
-class Draining(RefusedError):  # noqa: N818
-    """The server is stopping."""
-
-
-class NotReady(RefusedError):  # noqa: N818
-    """No engine is loaded, or the latest probe failed."""

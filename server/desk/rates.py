@@ -1,21 +1,17 @@
 """How much one key may ask for: token buckets of requests and of predicted seconds of the device."""
 
-__all__ = ["Allowance", "Rates", "TooMany"]
+__all__ = ["Allowance", "Rates"]
 
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from sdxl_trt.server.desk.orders import RefusedError
+from sdxl_trt.server.refusals import TooMany
 
 MINUTE = 60.0
 MOST_OWNERS = 10_000
 """Owners that are remembered; whoever is forgotten starts with full buckets."""
-
-
-class TooMany(RefusedError):  # noqa: N818 - a reason, not a fault
-    """The key has asked for more than it may in a minute."""
 
 
 @dataclass(frozen=True)

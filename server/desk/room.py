@@ -1,6 +1,6 @@
 """The worker: one thread that owns the pipeline, does what the scheduler says, and outlives what fails."""
 
-__all__ = ["Room", "Runner", "Shift"]
+__all__ = ["Room", "Runner"]
 
 import logging
 import threading
@@ -9,7 +9,6 @@ from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import closing
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
@@ -19,7 +18,8 @@ from sdxl_trt.runtime.request import StageName
 from sdxl_trt.server.desk.ledger import Ledger, OnEnd
 from sdxl_trt.server.desk.orders import Event, Graph
 from sdxl_trt.server.desk.pieces import Piece
-from sdxl_trt.server.desk.plan import Action, Predictor, Scheduler, Task, Times
+from sdxl_trt.server.desk.plan import Action, Predictor, Times
+from sdxl_trt.server.desk.shift import Shift, proven, quietly
 from sdxl_trt.server.desk.studio import Studio
 from sdxl_trt.server.desk.ticket import Ticket
 
@@ -30,20 +30,6 @@ Runner = Callable[[Pipeline, Graph, Ticket], Iterator[Event]]
 PROBE_AGAIN = 30.0
 """Seconds between probes while the engines fail and nothing else is to be done."""
 WARMING, FAILING = "the engines are not warm yet", "the latest picture for a test failed"
-
-
-@dataclass(eq=False)
-class Shift:
-    """A pipeline, and what is to be drawn with it. `opened` is done once a picture was drawn with it."""
-
-    studio: Studio
-    scheduler: Scheduler
-    pieces: dict[Task, Piece] = field(default_factory=dict)
-    opened: Future[None] = field(default_factory=Future)
-    owned: bool = False
-    """Whether the pipeline is closed once nothing more is drawn with it."""
-    cold: bool = False
-    """Whether its engines were unloaded after its first picture, to make room for those of the shift before."""
 
 
 class Room:
@@ -142,7 +128,7 @@ class Room:
         """Go on after a thread died: what it drew fails, or is drawn again alone, and the engines are loaded anew."""
         pieces, self._current = self._current, []
         self._settle(self.shifts[0], pieces, [], EngineDiedError(type(death).__name__))
-        _quietly(self.shifts[0].studio.free)
+        quietly(self.shifts[0].studio.free)
         self._doubtful = True
 
     def _serve(self) -> None:
@@ -371,7 +357,7 @@ class Room:
                 if attempt:
                     self.fault = FAILING
                 else:
-                    _quietly(studio.free)
+                    quietly(studio.free)
             else:
                 self.fault = ""
                 break
@@ -389,7 +375,7 @@ class Room:
             make, done = self._exchanges.pop(0)
         self.busy, self.pulse = True, time.monotonic()
         try:
-            shift = _proven(self.shifts[0].studio, make)
+            shift = proven(self.shifts[0].studio, make)
         except BaseException as exc:  # noqa: BLE001 - who asked is told
             self._doubtful = True  # the engines in service may be unloaded
             done.set_exception(exc if isinstance(exc, Exception) else EngineDiedError(type(exc).__name__))
@@ -406,7 +392,7 @@ class Room:
             self.shifts.append(shift)
             shift.cold = self.shifts[0].scheduler.busy()
         if shift.cold:  # the engines of both may not fit
-            _quietly(shift.studio.free)
+            quietly(shift.studio.free)
 
     def _change_shift(self) -> None:
         """Let go of a shift that has nothing left; the next one has drawn already."""
@@ -415,24 +401,8 @@ class Room:
                 return
             old = self.shifts.pop(0)
             self.fault, self._doubtful = "", self.shifts[0].cold
-        _quietly(old.studio.close if old.owned else old.studio.free)
+        quietly(old.studio.close if old.owned else old.studio.free)
         self._on_change()
-
-
-def _proven(old: Studio, make: Callable[[], Shift]) -> Shift:
-    """Return the shift that `make` makes, which has drawn a picture for a test.
-
-    The engines of the `old` one are unloaded before, unless its files are gone: then they could not be loaded again.
-    """
-    if old.is_stored():
-        old.free()
-    shift = make()
-    try:
-        shift.studio.probe()
-    except BaseException:
-        _quietly(shift.studio.close)
-        raise
-    return shift
 
 
 class EngineDiedError(RuntimeError):
@@ -447,10 +417,3 @@ def _generator(steps: Iterator[T]) -> Generator[T, None, None]:
 def _is_fault(error: Exception) -> bool:
     """Return whether `error` says something of the engines, and not only of what was asked."""
     return not isinstance(error, UsageError | IncompatibleError)
-
-
-def _quietly(do: Callable[[], None]) -> None:
-    try:
-        do()
-    except Exception as exc:  # noqa: BLE001 - what stays loaded is all that is lost
-        log.warning("engines could not be unloaded: %s", type(exc).__name__)

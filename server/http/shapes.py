@@ -10,9 +10,9 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from sdxl_trt.engines import ResourceError, SdxlTrtError, UsageError
-from sdxl_trt.server.desk import Draining, NotReady, QueueFull, RefusedError
 from sdxl_trt.server.http.errors import ApiError
 from sdxl_trt.server.options import Options
+from sdxl_trt.server.refusals import Draining, NotReady, QueueFull, RefusedError
 
 Owner = Literal["openai", "a1111", "comfyui", "page", "ops"]
 _FIRST: dict[str, Owner] = {

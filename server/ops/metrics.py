@@ -8,20 +8,10 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_1_0_0
 
 from sdxl_trt.runtime.request import ResolvedRequest
-from sdxl_trt.server.desk import (
-    Desk,
-    Drawn,
-    Ended,
-    Event,
-    QueueFull,
-    RefusedError,
-    Stepped,
-    Ticket,
-    TooLate,
-    TooMany,
-)  # fmt: skip
+from sdxl_trt.server.desk import Desk, Drawn, Ended, Event, Stepped, Ticket
 from sdxl_trt.server.http import Finished
 from sdxl_trt.server.ops.gauges import DeskGauges
+from sdxl_trt.server.refusals import QueueFull, RefusedError, TooLate, TooMany
 
 SECONDS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 ROWS = (1, 2, 4, 8, 16, 32)

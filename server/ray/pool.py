@@ -23,10 +23,11 @@ from sdxl_trt.runtime import Pipeline, Request, Step
 from sdxl_trt.runtime.pipeline import Job, Shared, timed
 from sdxl_trt.runtime.request import ResolvedRequest, StageName
 from sdxl_trt.runtime.text import PromptEmbeds
-from sdxl_trt.server.desk import Desk, Ended, Event, Graph, Piece, RefusedError, Runner, Shift, Studio, Ticket
+from sdxl_trt.server.desk import Desk, Ended, Event, Graph, Piece, Runner, Shift, Studio, Ticket
 from sdxl_trt.server.desk.plan import Policy, Predictor, Scheduler, Times
 from sdxl_trt.server.options import Options
 from sdxl_trt.server.ray.errands import Errand, Handover, Over, Refused
+from sdxl_trt.server.refusals import RefusedError
 
 PoolName = Literal["both", "base", "refiner"]
 UNBOUNDED = 1 << 20

@@ -64,6 +64,10 @@ class FakeDesk:
         task.add_done_callback(self._tasks.discard)
         return ticket
 
+    async def cancel(self) -> None:
+        for ticket in self.tickets:
+            ticket.cancel()
+
     async def _draw(self, ticket: Ticket) -> None:
         assert isinstance(ticket.order.work, Request)
         resolved = resolve_request(ticket.order.work, self.pipeline.manifest)
@@ -106,13 +110,16 @@ def application(options: Options, make_desk: Callable[[], Any], *apis: Any) -> F
 
 @pytest.fixture
 def fake(picture: Picture) -> Iterator[Callable[..., tuple[TestClient, FakeDesk]]]:
-    """Return a client, and the desk of the tests behind it."""
+    """Return a client, and the desk of the tests behind it; what is still held at the end of a test is cancelled."""
     with ExitStack() as stack:
 
         def made(options: Options | None = None, **desk: Any) -> tuple[TestClient, FakeDesk]:
             options = options or Options()
             behind = FakeDesk(picture, options, **desk)
-            return stack.enter_context(TestClient(application(options, lambda: behind), ADDRESS)), behind
+            client = stack.enter_context(TestClient(application(options, lambda: behind), ADDRESS))
+            assert client.portal is not None
+            stack.callback(client.portal.call, behind.cancel)
+            return client, behind
 
         yield made
 

@@ -206,8 +206,9 @@ def test_a_client_that_leaves_stops_its_order_as_the_option_says(
             (b"host", b"127.0.0.1:8188")], "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 8188), "scheme": "http",
             "http_version": "1.1", "root_path": "", "asgi": {"version": "3.0"}}  # fmt: skip
         task = asyncio.create_task(app(scope, receive, send))
-        while not desk.tickets or desk.tickets[0].started is None or (stops and desk.tickets[0].stop is None):
-            await asyncio.sleep(0)
+        async with asyncio.timeout(20):
+            while not desk.tickets or desk.tickets[0].started is None or (stops and desk.tickets[0].stop is None):
+                await asyncio.sleep(0)
         for _ in range(20):
             await asyncio.sleep(0)
         stopped = desk.tickets[0].stop

@@ -16,8 +16,9 @@ from sdxl_trt.mini import bundle_path
 from sdxl_trt.runtime import Picture, Pipeline
 from sdxl_trt.runtime.request import resolve_request
 from sdxl_trt.server import Options
-from sdxl_trt.server.desk import Desk, Drawn, Ended, Event, Graph, Order, QueueFull, Stepped, Ticket, Waiting
+from sdxl_trt.server.desk import Desk, Drawn, Ended, Event, Graph, Order, Stepped, Ticket, Waiting
 from sdxl_trt.server.http import Gate, add_handlers
+from sdxl_trt.server.refusals import QueueFull
 
 BUNDLE = read_bundle(bundle_path())
 Json = dict[str, Any]

@@ -16,23 +16,10 @@ import pytest
 
 from sdxl_trt.engines import CorruptError, EngineError, ResourceError, UsageError
 from sdxl_trt.runtime import Pipeline, Request
-from sdxl_trt.server.desk import (
-    Desk,
-    Draining,
-    Drawn,
-    Ended,
-    Graph,
-    NotReady,
-    Order,
-    QueueFull,
-    Stepped,
-    Ticket,
-    TooLate,
-    TooMany,
-    Waiting,
-)
+from sdxl_trt.server.desk import Desk, Drawn, Ended, Graph, Order, Stepped, Ticket, Waiting
 from sdxl_trt.server.desk.plan import Times
 from sdxl_trt.server.desk.studio import Studio
+from sdxl_trt.server.refusals import Draining, NotReady, QueueFull, TooLate, TooMany
 
 
 def _fixtures() -> ModuleType:

@@ -4,7 +4,8 @@ import pytest
 
 from sdxl_trt.server.desk.files import Files
 from sdxl_trt.server.desk.plan.predict import MEGAPIXEL, Predictor, Work
-from sdxl_trt.server.desk.rates import Rates, TooMany
+from sdxl_trt.server.desk.rates import Rates
+from sdxl_trt.server.refusals import TooMany
 
 
 class Clock:

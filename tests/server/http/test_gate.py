@@ -16,11 +16,11 @@ from starlette.types import Message
 from starlette.websockets import WebSocket
 
 from sdxl_trt.engines import EngineError, ResourceError, UsageError
-from sdxl_trt.server.desk import Draining, QueueFull, TooLate
 from sdxl_trt.server.http import ApiError, Finished, Gate, add_handlers, key_id, read_form, read_json
 from sdxl_trt.server.http.limits import limit_body, limit_messages
 from sdxl_trt.server.ops import Metrics, log_request
 from sdxl_trt.server.options import Options
+from sdxl_trt.server.refusals import Draining, QueueFull, TooLate
 
 SOCKET = "ws://127.0.0.1/ws"
 KEY, WORD = "sk-MARKER-KEY", "MARKERWORD"

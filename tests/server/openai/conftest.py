@@ -20,7 +20,8 @@ from sdxl_trt.mini import bundle_path
 from sdxl_trt.runtime import Picture, Request
 from sdxl_trt.runtime.request import resolve_request
 from sdxl_trt.server import Options, http
-from sdxl_trt.server.desk import Drawn, Ended, Files, Order, RefusedError, Stepped, Ticket, Waiting
+from sdxl_trt.server.desk import Drawn, Ended, Files, Order, Stepped, Ticket, Waiting
+from sdxl_trt.server.refusals import RefusedError
 
 T = TypeVar("T")
 BUNDLE = read_bundle(bundle_path())

@@ -16,7 +16,8 @@ from PIL import Image
 from sdxl_trt.engines import ResourceError
 from sdxl_trt.runtime import Request
 from sdxl_trt.server import Options
-from sdxl_trt.server.desk import Desk, Ended, QueueFull
+from sdxl_trt.server.desk import Desk, Ended
+from sdxl_trt.server.refusals import QueueFull
 
 FOX = {"prompt": "a red fox", "size": "64x64"}
 URL = "/v1/images/generations"

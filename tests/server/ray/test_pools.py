@@ -12,8 +12,9 @@ import pytest
 from sdxl_trt.engines import EngineError, UsageError
 from sdxl_trt.runtime import Pipeline, Request
 from sdxl_trt.runtime.images import as_input, as_mask
-from sdxl_trt.server.desk import Desk, Drawn, Order, QueueFull, Stepped, Ticket, Waiting
+from sdxl_trt.server.desk import Desk, Drawn, Order, Stepped, Ticket, Waiting
 from sdxl_trt.server.ray import outlet
+from sdxl_trt.server.refusals import QueueFull
 
 SMALL = Request("a red star", steps=4, width=64, height=64, seed=5, handoff=0.5)
 GREY = np.full((64, 64, 3), 90, np.uint8)

@@ -8,9 +8,10 @@ import pytest
 
 from sdxl_trt.runtime import Request
 from sdxl_trt.server import Options
-from sdxl_trt.server.desk import Ended, Order, QueueFull, Ticket
+from sdxl_trt.server.desk import Ended, Order, Ticket
 from sdxl_trt.server.http import ApiError
 from sdxl_trt.server.readers.once import KEPT_BY_BODY, KEPT_BY_KEY, MOST_FINISHED, Asking, Once, Reader
+from sdxl_trt.server.refusals import QueueFull
 
 FOX = {"prompt": "a red fox", "size": "64x64", "steps": 2}
 URL = "/v1/images/generations"
