@@ -75,8 +75,8 @@ test-page: $(VENV)/.full $(BROWSER)/.done  ## The page of trt-serve in the syste
 
 ray: $(RAY)/.done  ## The environment with Ray in .venv-ray
 
-test-ray: $(RAY)/.done  ## trt-serve --ray on a local cluster of two devices, in two minutes
-	$(RAY)/bin/python -m pytest --config-file tests/ray/pytest.ini tests/ray
+test-ray: $(RAY)/.done  ## trt-serve --ray on a local cluster of two devices, in three minutes
+	$(RAY)/bin/python -m pytest --config-file tests/ray/pytest.ini tests/ray tests/server/ray/test_deployments.py
 
 format: $(VENV)/.full  ## Format the code and mend what lint can mend
 	$(BIN)/ruff check --fix .

@@ -54,13 +54,16 @@ def _check_ray(arguments: argparse.Namespace) -> None:
 
 def _serve_by_ray(arguments: argparse.Namespace, options: Options) -> None:
     try:
-        from sdxl_trt.server.ray import Cluster, draw_list, serve_by_ray  # noqa: PLC0415
+        from sdxl_trt.server.app import create_app, open_engines  # noqa: PLC0415
+        from sdxl_trt.server.comfyui import run_graph  # noqa: PLC0415
+        from sdxl_trt.server.ray import Cluster, Parts, serve_by_ray  # noqa: PLC0415
+        from sdxl_trt.server.ray.lists import draw_list  # noqa: PLC0415
 
         cluster = Cluster(arguments.ray_layout, arguments.ray_devices, arguments.ray_address, arguments.ray_seconds)
         if arguments.prompts is not None:
-            draw_list(options, cluster, arguments.prompts, arguments.out)
+            draw_list(options, cluster, arguments.prompts, arguments.out, open_engines)
         else:
-            serve_by_ray(options, cluster)
+            serve_by_ray(options, cluster, Parts(create_app, open_engines, run_graph))
     except ModuleNotFoundError as exc:
         raise UsageError(f"{exc.name} is missing; install it with: pip install 'sdxl-trt[server,ray]'") from exc
 

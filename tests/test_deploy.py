@@ -10,7 +10,9 @@ import yaml
 
 from sdxl_trt.engines.bundle import read_bundle
 from sdxl_trt.mini import bundle_path
+from sdxl_trt.server import serve_config
 from sdxl_trt.server.cli import _parser
+from sdxl_trt.server.ray import Cluster
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "docs" / "deploy"
@@ -57,17 +59,18 @@ def test_the_unit_starts_the_server_without_privileges() -> None:
     assert unit["ProtectSystem"] == "strict"
 
 
-def test_kuberays_config_names_options_and_waits_longer_than_the_grace() -> None:
+def test_kuberays_config_names_options_and_waits_longer_than_the_grace(tmp_path: Path) -> None:
     spec = yaml.safe_load((DEPLOY / "kuberay.yaml").read_text())["spec"]
     config = yaml.safe_load(spec["serveConfigV2"])
     (application,) = config["applications"]
     module, name = application["import_path"].split(":")
-    assert module == "sdxl_trt.server.ray"
-    assert name == "application"
-    from sdxl_trt.server.options import Options
-
+    assert (module, name) == (serve_config.__name__, serve_config.application.__name__)
     args = application["args"]
-    assert {*args} - {"layout", "devices", "seconds", "api_key_file"} <= {*Options.__dataclass_fields__}
+    stated = {name: value for name, value in args.items() if name not in ("layout", "devices", "seconds")}
+    (tmp_path / "keys").write_text("one\ntwo\n")
+    options = serve_config.options_of_args({**stated, "api_key_file": str(tmp_path / "keys")})
+    assert (options.engines, options.keys) == (Path("/bundle"), {"one", "two"})
+    assert Cluster(**{name: args[name] for name in ("layout", "devices")}).devices == 3
     assert config["http_options"]["request_timeout_s"] == args["deadline"] + 5
     (workers,) = spec["rayClusterConfig"]["workerGroupSpecs"]
     assert workers["replicas"] == args["devices"]

@@ -4,7 +4,7 @@ A request runs phase by phase: encode all images and prompts, take the base step
 once, take the refiner steps of all pictures, decode all. Each phase tells the pool which engine the next one needs.
 """
 
-__all__ = ["Handoff", "Job", "Picture", "Pipeline", "Run", "Step", "open_bundle"]
+__all__ = ["Handoff", "Job", "Picture", "Pipeline", "Run", "Step", "find_bundle", "open_bundle"]
 
 import logging
 import math
@@ -16,7 +16,7 @@ from typing import Self
 
 from sdxl_trt.engines import Engine, SizeError
 from sdxl_trt.engines.adapters import Use, adapted
-from sdxl_trt.engines.bundle import Stage, Vae, read_bundle
+from sdxl_trt.engines.bundle import Bundle, Stage, Vae, read_bundle
 from sdxl_trt.engines.plans import RunSizes
 from sdxl_trt.engines.residency import EnginePool, open_pool
 from sdxl_trt.runtime.arrays import Latents
@@ -356,13 +356,18 @@ def open_bundle(
     memory is planned for runs with the ControlNets that `controls` use.
     Raises SourceError, IncompatibleError, CorruptError, UsageError, ResourceError.
     """
+    bundle = find_bundle(path)
+    nets = control_components(controls, bundle.manifest)
+    return Pipeline(open_pool(bundle, provider, residency, available, from_image=from_image, once=once, controls=nets))
+
+
+def find_bundle(path: Path | str | None = None) -> Bundle:
+    """Return the bundle at `path` (None: the embedded pair); only its manifest is read. Raises as `read_bundle`."""
     if path is None:
         from sdxl_trt.mini import bundle_path  # noqa: PLC0415 - package data, only if no other bundle is named
 
         path = bundle_path()
-    bundle = read_bundle(path)
-    nets = control_components(controls, bundle.manifest)
-    return Pipeline(open_pool(bundle, provider, residency, available, from_image=from_image, once=once, controls=nets))
+    return read_bundle(path)
 
 
 def _texts(request: ResolvedRequest, stages: Mapping[StageName, Stage]) -> Iterator[tuple[Stage, Prompt]]:

@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import ray
-
 from sdxl_trt.engines import UsageError
 from sdxl_trt.server.options import Options
 from sdxl_trt.server.ray.desk import open_ingress
@@ -32,6 +30,8 @@ class Cluster:
 
 def planned(options: Options, cluster: Cluster, batch: int = BATCH) -> tuple[Layout, Deployed]:
     """Return the layout for the cluster that is connected, and what deployments are made with. Raises UsageError."""
+    import ray  # noqa: PLC0415 - the extra [ray]
+
     found = int(ray.cluster_resources().get("GPU", 0))
     gpus = found > 0 and options.provider != "ort-cpu"
     devices = cluster.devices or (found if gpus else 1)
@@ -46,11 +46,15 @@ def planned(options: Options, cluster: Cluster, batch: int = BATCH) -> tuple[Lay
 @contextmanager
 def connected(cluster: Cluster) -> Iterator[None]:
     """Connect to the cluster, or start one here that ends with this process."""
+    import ray  # noqa: PLC0415
+
     if cluster.address is not None:
         ray.init(address=cluster.address, logging_level=logging.WARNING)
     else:
         # Its CPUs are places: the ingress and every device take one, and Ray Data keeps some for its own tasks.
         places = max(os.cpu_count() or 1, 2 * (cluster.devices or 1) + 3)
+        # Ray lowers the priority of its workers, which here do all the work.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         ray.init(address="local", num_cpus=places, include_dashboard=False, logging_level=logging.WARNING)
     try:
         yield

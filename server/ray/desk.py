@@ -4,12 +4,11 @@ __all__ = ["RayDesk", "open_ingress"]
 
 from collections.abc import Callable
 
-from sdxl_trt.engines import UsageError
+from sdxl_trt.engines import Engine, UsageError
 from sdxl_trt.engines.adapters import Use
-from sdxl_trt.engines.bundle import read_bundle
-from sdxl_trt.engines.engine import Engine
 from sdxl_trt.engines.residency import EnginePool
 from sdxl_trt.runtime import Pipeline
+from sdxl_trt.runtime.pipeline import find_bundle
 from sdxl_trt.server.desk import Desk, Room, Shift, Studio
 from sdxl_trt.server.options import Options
 from sdxl_trt.server.ray.dispatch import Dispatch
@@ -35,12 +34,7 @@ class RayDesk(Desk):
 
 def open_ingress(options: Options) -> Pipeline:
     """Return a pipeline that settles requests and draws nothing: an ingress has no device."""
-    path = options.engines
-    if path is None:
-        from sdxl_trt.mini import bundle_path  # noqa: PLC0415 - package data, only if no other bundle is named
-
-        path = bundle_path()
-    return Pipeline(_NoEngines(read_bundle(path), _refuse, "swap", "none"))
+    return Pipeline(_NoEngines(find_bundle(options.engines), _refuse, "swap", "none"))
 
 
 class _NoEngines(EnginePool):

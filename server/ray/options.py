@@ -1,10 +1,13 @@
 """The options of every deployment, none left to Ray's defaults."""
 
-__all__ = ["BATCH", "LOGGING", "MARGIN", "Deployed", "ingress_options", "pool_options"]
+__all__ = ["BATCH", "LOGGING", "MARGIN", "Deployed", "Parts", "ingress_options", "pool_options"]
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from sdxl_trt.runtime import Pipeline
+from sdxl_trt.server.desk import Desk, Runner
 from sdxl_trt.server.options import Options
 
 BATCH = 4
@@ -15,6 +18,15 @@ RETRY_AFTER = 5
 LOGGING = {"log_level": "WARNING", "enable_access_log": False}
 """Ray's own lines; a line a request is the ingress's."""
 OptionsOfRay = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What deployments are made of that lies above this wing: functions that every machine imports by their names."""
+
+    create_app: Callable[[Options, Callable[[Options], Pipeline], Callable[[Pipeline, Options], Desk]], Any]
+    open_engines: Callable[[Options], Pipeline]
+    run_graph: Runner
 
 
 @dataclass(frozen=True)

@@ -306,11 +306,12 @@ def _errand(piece: Piece, part: Part, handover: Handover | None, number: int) ->
     order: Order = piece.ticket.order
     work = order.work if piece.request is None else piece.request
     known = {each.name: getattr(order, each.name) for each in fields(Order)}
-    # Whoever interrupts wants what is estimated by then.
+    # Whoever interrupts wants what is estimated by then; a pool sends events on, and need not keep them.
     estimates = order.wants_estimates or order.api == "a1111"
-    return Errand(**known | {"work": work, "id": f"{order.id}/{piece.first}/{number}", "wants_estimates": estimates,
-                             "deadline": None}, part=part, handover=handover,
-                  estimate=piece.estimate if part == "decode" else None, files=_files(work))  # fmt: skip
+    changed = {"work": work, "id": f"{order.id}/{piece.first}/{number}", "deadline": None,
+               "wants_estimates": estimates, "keeps_estimates": True}  # fmt: skip
+    estimate = piece.estimate if part == "decode" else None
+    return Errand(**known | changed, part=part, handover=handover, estimate=estimate, files=_files(work))
 
 
 def _files(work: object) -> dict[str, bytes]:

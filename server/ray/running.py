@@ -7,20 +7,20 @@ import socket
 import sys
 import threading
 
-from ray import serve
-from ray.exceptions import RayError
-
 from sdxl_trt.engines import SdxlTrtError, UsageError
 from sdxl_trt.server.options import Options
-from sdxl_trt.server.ray.application import built
 from sdxl_trt.server.ray.cluster import Cluster, connected, planned
-from sdxl_trt.server.ray.options import LOGGING, MARGIN
+from sdxl_trt.server.ray.deployments import built
+from sdxl_trt.server.ray.options import LOGGING, MARGIN, Parts
 
 NAME = "sdxl-trt"
 
 
-def serve_by_ray(options: Options, cluster: Cluster) -> None:
+def serve_by_ray(options: Options, cluster: Cluster, parts: Parts) -> None:
     """Serve until a signal comes. A cluster that was there before keeps running. Raises SdxlTrtError."""
+    from ray import serve  # noqa: PLC0415 - the extra [ray]
+    from ray.exceptions import RayError  # noqa: PLC0415
+
     port = _port(options)
     stopped = threading.Event()
     with connected(cluster):
@@ -31,7 +31,7 @@ def serve_by_ray(options: Options, cluster: Cluster) -> None:
         http = {"host": options.host, "port": port, "request_timeout_s": options.deadline + MARGIN}
         try:
             serve.start(http_options=http, logging_config=LOGGING)
-            serve.run(built(layout, deployed), name=NAME, route_prefix="/", logging_config=LOGGING)
+            serve.run(built(layout, deployed, parts), name=NAME, route_prefix="/", logging_config=LOGGING)
         except (RuntimeError, RayError) as exc:
             raise SdxlTrtError("the cluster could not start the server; the lines above say why") from exc
         host = f"[{options.host}]" if ":" in options.host else options.host

@@ -64,8 +64,8 @@ def test_a_stream_shows_partial_pictures_and_ends_with_the_picture(ray_box: Serv
     streams = [[*_events(server, {**ASKED, "partial_images": 2})] for server in (ray_box, one_box)]
     kinds = [[event["type"] for event in events] for events in streams]
     assert kinds[0] == kinds[1] == ["image_generation.partial_image"] * 2 + ["image_generation.completed"]
-    shown = [[_pixels(base64.b64decode(event["b64_json"])) for event in events] for events in streams]
-    assert _equal(*shown)
+    ended = [[_pixels(base64.b64decode(events[-1]["b64_json"]))] for events in streams]
+    assert _equal(*ended)
 
 
 def test_an_edit_starts_from_a_picture(ray_box: Server, one_box: Server) -> None:
@@ -123,6 +123,18 @@ def test_automatic1111_draws_the_pixels_of_one_box(ray_box: Server, one_box: Ser
     asked = {"prompt": "a red star", "width": 64, "height": 64, "steps": 4, "seed": 7, "sampler_name": "Euler"}
     answers = [server.json("/sdapi/v1/txt2img", asked)["images"] for server in (ray_box, one_box)]
     assert _equal(*([_pixels(base64.b64decode(each)) for each in images] for images in answers))
+
+
+def test_an_answer_has_one_request_id(ray_box: Server) -> None:
+    for given in ({}, {"X-Request-ID": "mine-1"}):
+        connection = http.client.HTTPConnection(urlsplit(ray_box.address).netloc, timeout=60)
+        connection.request("GET", "/v1/models", headers=given)
+        answer = connection.getresponse()
+        answer.read()
+        found = [value for name, value in answer.getheaders() if name.lower() == "x-request-id"]
+        connection.close()
+        assert len(found) == 1
+        assert not given or found == ["mine-1"]
 
 
 def test_what_a_pool_refuses_is_an_answer_of_the_api(ray_box: Server) -> None:

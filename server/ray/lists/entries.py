@@ -10,11 +10,11 @@ import hashlib
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -26,10 +26,9 @@ from sdxl_trt.runtime.pipeline import finish
 from sdxl_trt.runtime.request import record_fields, settings_of
 from sdxl_trt.runtime.text import read_prompts
 from sdxl_trt.server.options import Options
-from sdxl_trt.server.ray.stages import Failed, Files
-
-if TYPE_CHECKING:
-    from sdxl_trt.server.ray.cluster import Cluster
+from sdxl_trt.server.ray import Cluster, open_ingress
+from sdxl_trt.server.ray.lists.data import drawn
+from sdxl_trt.server.ray.lists.stages import Failed, Files
 
 MOST = 100_000
 SEED_BITS = 32
@@ -119,14 +118,14 @@ def _holds(path: Path, record: Mapping[str, Any]) -> bool:
     return False
 
 
-def draw_list(options: Options, cluster: "Cluster", prompts: Path, folder: Path) -> None:
-    """Draw what a list asks for into `folder`; what is there already stays. Prints each file, and a summary.
+def draw_list(
+    options: Options, cluster: Cluster, prompts: Path, folder: Path, opener: Callable[[Options], Pipeline]
+) -> None:
+    """Draw what a list asks for into `folder`; what is there already stays. `opener` opens
+    the bundle on each device. Prints each file, and a summary.
 
     Raises UsageError before anything is drawn, and in the end the first error of those that could not be drawn.
     """
-    from sdxl_trt.server.ray.data import drawn  # noqa: PLC0415 - Ray Data takes seconds to import
-    from sdxl_trt.server.ray.desk import open_ingress  # noqa: PLC0415
-
     entries = entries_of(prompts, options)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -135,7 +134,8 @@ def draw_list(options: Options, cluster: "Cluster", prompts: Path, folder: Path)
     left = missing(entries, folder, open_ingress(options))
     failed: list[tuple[int, Exception]] = []
     if left:
-        failed = _write(drawn(left, options, cluster), {entry.number: entry for entry in left}, folder)
+        results = drawn({entry.number: entry.request for entry in left}, options, cluster, opener)
+        failed = _write(results, {entry.number: entry for entry in left}, folder)
     drew, kept = len(left) - len(failed), len(entries) - len(left)
     sys.stdout.write(f"{len(entries)} prompts: {drew} drawn, {kept} were there, {len(failed)} failed\n")
     if failed:

@@ -15,7 +15,7 @@ from sdxl_trt.runtime.images import FORMATS, describe, encode_image
 from sdxl_trt.runtime.pipeline import Job
 from sdxl_trt.runtime.request import StageName
 from sdxl_trt.server.options import Options
-from sdxl_trt.server.ray.errands import Handover
+from sdxl_trt.server.ray import Handover
 
 Opener = Callable[[Options], Pipeline]
 

@@ -4,20 +4,14 @@ __all__ = ["drawn"]
 
 import logging
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
-import pyarrow as pa
-import ray
-import ray.data
-
+from sdxl_trt.runtime import Pipeline, Request
 from sdxl_trt.server.options import Options
-from sdxl_trt.server.ray.cluster import Cluster, connected, planned
-from sdxl_trt.server.ray.layout import Layout
-from sdxl_trt.server.ray.lists import Entry
-from sdxl_trt.server.ray.options import Deployed
-from sdxl_trt.server.ray.stages import Base, Failed, Files, Refiner, Whole
+from sdxl_trt.server.ray import Cluster, Deployed, Layout, connected, planned
+from sdxl_trt.server.ray.lists.stages import Base, Failed, Files, Refiner, Whole
 
 BATCH = 16
 """Requests that an actor takes together: one change of UNets where it holds both."""
@@ -25,28 +19,32 @@ TASKS = 2
 """Batches that are on their way to each actor, so that none waits for its next."""
 
 
-def drawn(entries: Sequence[Entry], options: Options, cluster: Cluster) -> Iterator[tuple[int, Files | Failed]]:
-    """Yield the results of `entries` with their numbers, in the order in which they are finished."""
+def drawn(
+    requests: Mapping[int, Request], options: Options, cluster: Cluster, opener: Callable[[Options], Pipeline]
+) -> Iterator[tuple[int, Files | Failed]]:
+    """Yield the results of `requests` with their numbers, in the order in which they are finished."""
+    import ray.data  # noqa: PLC0415 - it takes seconds
+
     with connected(cluster):
         layout, deployed = planned(options, cluster, BATCH)
         logging.getLogger("sdxl_trt.server").warning("%s", layout.line())
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.print_on_execution_start = False
-        rows = [{"number": entry.number, "value": pickle.dumps(entry.request)} for entry in entries]
+        rows = [{"number": number, "value": pickle.dumps(request)} for number, request in requests.items()]
         data = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // BATCH))
-        for row in _mapped(data, layout, deployed).iter_rows():
+        for row in _mapped(data, layout, deployed, opener).iter_rows():
             yield int(row["number"]), pickle.loads(row["value"])  # noqa: S301 - our own actors made it
 
 
-def _mapped(data: Any, layout: Layout, deployed: Deployed) -> Any:
-    from sdxl_trt.server.app import open_engines  # noqa: PLC0415 - the actors need it
+def _mapped(data: Any, layout: Layout, deployed: Deployed, opener: Callable[[Options], Pipeline]) -> Any:
+    import ray.data  # noqa: PLC0415
 
     parts: list[tuple[type, int]] = [(Base, layout.base), (Refiner, layout.refiner)]
     for kind, devices in parts if layout.split else [(Whole, layout.together)]:
         data = data.map_batches(
             _Mapped,
-            fn_constructor_kwargs={"make": partial(kind, deployed.options, open_engines)},
+            fn_constructor_kwargs={"make": partial(kind, deployed.options, opener)},
             compute=ray.data.ActorPoolStrategy(size=devices, max_tasks_in_flight_per_actor=TASKS),
             batch_size=BATCH,
             batch_format="pyarrow",
@@ -63,5 +61,7 @@ class _Mapped:
         self._actor = make()
 
     def __call__(self, table: Any) -> Any:
+        import pyarrow as pa  # noqa: PLC0415
+
         values = self._actor(table["value"].to_pylist())
         return pa.table({"number": table["number"], "value": pa.array(values, pa.large_binary())})
