@@ -4,7 +4,7 @@ import asyncio
 import json
 import struct
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,8 +54,15 @@ class FakeDesk:
         self.pipeline = SimpleNamespace(manifest=BUNDLE.manifest, pool=pool)
         self._tasks: set[asyncio.Task[None]] = set()
 
+    @contextmanager
+    def place(self, who: str) -> Iterator[None]:  # noqa: ARG002 - as the real desk's
+        yield
+
     async def submit(self, order: Order) -> Ticket:
+        assert isinstance(order.work, Request)
+        resolved = resolve_request(order.work, BUNDLE.manifest, None, BUNDLE)
         ticket = Ticket(order)
+        ticket.warnings = tuple(resolved.notes)
         self.orders.append(order)
         self.tickets.append(ticket)
         ticket.tell(Waiting(3, 12.5))

@@ -58,7 +58,9 @@ class FakeDesk:
         if self.refuses is not None:
             raise self.refuses
         self.orders.append(order)
+        assert isinstance(order.work, Request)
         ticket = Ticket(order)
+        ticket.warnings = tuple(resolve_request(order.work, self.pipeline.manifest).notes)
         self.tickets.append(ticket)
         ticket.tell(Waiting(1, 0.5))
         self._task = asyncio.create_task(self._draw(ticket))
