@@ -172,7 +172,7 @@ def test_esc_cancels_and_the_server_stops(page: Any, server: str) -> None:
     assert page.locator("#pictures button").count() == 0
     assert page.locator("#cancel").is_hidden()
     end = time.monotonic() + 20
-    while page.request.get(f"{server}/metrics").text().count('trt_queue_depth{state="base"} 0.0') != 1:
+    while page.request.get(f"{server}/metrics").text().count('trt_inflight_pictures{state="base"} 0.0') != 1:
         assert time.monotonic() < end, "the server goes on"
         time.sleep(0.1)  # another process tells us in no other way
     draw(page)
