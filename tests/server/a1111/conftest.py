@@ -55,7 +55,7 @@ class FakeDesk:
         self._tasks: set[asyncio.Task[None]] = set()
 
     @contextmanager
-    def place(self, who: str) -> Iterator[None]:  # noqa: ARG002 - as the real desk's
+    def place(self, who: str) -> Iterator[None]:
         yield
 
     async def submit(self, order: Order) -> Ticket:
