@@ -26,6 +26,8 @@ PROMPTS = ("a red star", "a blue circle on a white ground", "a green square", "t
 LOADS = (0.5, 0.8, 0.95)
 CLIENTS = 8
 """Clients of a closed loop that measures what a server can do: enough to fill its calls."""
+WARM = 0.2
+"""The share of an open loop in which the server's memory may grow: its stores of answers and places fill."""
 LONGEST_RETRY = 120
 _MINUTE = 60.0
 _UNET = re.compile(r'^trt_stage_duration_seconds_sum\{stage="(?:base|refiner)"\} (\S+)$', re.MULTILINE)
@@ -53,7 +55,8 @@ class Burst(msgspec.Struct, frozen=True):
 class OpenLoop(msgspec.Struct, frozen=True):
     """Requests at random times, `load` of the capacity; seconds at three percentiles of those that were drawn.
 
-    `unets` is the share of the time in calls of UNets, `growth` the slope of the resident memory in bytes a minute.
+    `unets` is the share of the time in calls of UNets, `growth` the slope of the resident memory in bytes a minute
+    after the share WARM of the time.
     """
 
     load: float
@@ -167,7 +170,8 @@ def open_loops(server: Server, size: str, steps: int, full: float, seconds: floa
             OpenLoop(
                 load, load * full, spent, len(drawn), refused, len(answers) - len(drawn) - refused,
                 percentile(drawn, 0.5), percentile(drawn, 0.95), percentile(drawn, 0.99),
-                (_unet_seconds(server) - before) / spent, percentile(seen.live, 0.99), slope(seen.memory) * _MINUTE,
+                (_unet_seconds(server) - before) / spent, percentile(seen.live, 0.99),
+                slope(seen.memory, WARM) * _MINUTE,
             )
         )  # fmt: skip
     return found

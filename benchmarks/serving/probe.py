@@ -50,8 +50,13 @@ def percentile(values: Sequence[float], share: float) -> float:
     return ordered[max(math.ceil(share * len(ordered)) - 1, 0)] if ordered else math.nan
 
 
-def slope(memory: Sequence[tuple[float, int]]) -> float:
-    """Return by how many bytes a second the memory grows, by least squares; NaN for fewer than two samples."""
+def slope(memory: Sequence[tuple[float, int]], warm: float = 0.0) -> float:
+    """Return by how many bytes a second the memory grows, by least squares; NaN for fewer than two samples.
+
+    The samples of the first share `warm` of the time do not count: they fill stores whose size is bounded.
+    """
+    end = max((at for at, _ in memory), default=0.0)
+    memory = [sample for sample in memory if sample[0] >= warm * end]
     if len(memory) < 2:
         return math.nan
     times, sizes = zip(*memory, strict=True)

@@ -54,6 +54,14 @@ class Order:
     keeps_estimates: bool = True
     own_noise: bool = False
 
+    @property
+    def size(self) -> int:
+        """Return the bytes of the pictures that it starts from or follows."""
+        if not isinstance(self.work, Request):
+            return 0
+        given = (self.work.image, self.work.mask, *(control.picture for control in self.work.controls))
+        return sum(np.asarray(getattr(each, "array", each)).nbytes for each in given if each is not None)
+
 
 @dataclass(frozen=True)
 class Waiting:

@@ -44,6 +44,15 @@ class Ticket:
         self._events: list[Event] = []
         self._news = asyncio.Event()
 
+    @property
+    def size(self) -> int:
+        """Return the bytes of the pictures that it holds: the order's, and the finished ones with their latents."""
+        drawn = sum(
+            len(each.image.getbands()) * each.image.width * each.image.height + each.latents.nbytes
+            for each in self.pictures
+        )
+        return self.order.size + drawn
+
     def tell(self, event: Event) -> None:
         """Pass `event` to every reader; callable from any thread."""
         self.loop.call_soon_threadsafe(self.take, event)
@@ -74,6 +83,8 @@ class Ticket:
                 event = replace(event, estimate=None)
         else:
             self.ended = event
+        if isinstance(event, Waiting) and not self.readers and self._events and isinstance(self._events[-1], Waiting):
+            self._events.pop()  # whoever reads later wants the latest place alone
         self._events.append(event)
         self._forget_estimates()
         self._news.set()

@@ -20,7 +20,8 @@ from sdxl_trt.server.options import Options
 
 KEPT_BY_KEY, KEPT_BY_BODY = 24 * 3600.0, 60.0
 """Seconds for which a finished order can be read again, with a key and without one."""
-MOST_FINISHED = 64
+MOST_FINISHED, MOST_BYTES = 64, 128 << 20
+"""Finished orders that can be read again, and the bytes of their pictures."""
 MOST_KEY = 255
 Submit = Callable[[], Awaitable[Ticket]]
 
@@ -80,9 +81,11 @@ class _Order:
 class Reader:
     """One client's part in an order; `created` is when the order came, in seconds since 1970."""
 
-    def __init__(self, ticket: Ticket, order: _Order, options: Options, *, replayed: bool) -> None:
+    def __init__(
+        self, ticket: Ticket, order: _Order, options: Options, on_leave: Callable[[], None], *, replayed: bool
+    ) -> None:
         self.ticket, self.created, self.replayed = ticket, order.created, replayed
-        self._order, self._options, self._left = order, options, False
+        self._order, self._options, self._on_leave, self._left = order, options, on_leave, False
 
     def leave(self) -> None:
         """Read no more: the last reader stops an order that has not ended, as `--on-disconnect` says."""
@@ -94,6 +97,7 @@ class Reader:
         stops = policy == "cancel" or (policy == "finish-if-started" and self.ticket.started is None)
         if stops and not self._order.readers and self.ticket.ended is None:
             self.ticket.cancel()
+        self._on_leave()
 
 
 class Once:
@@ -126,11 +130,14 @@ class Once:
             if order.task.done() and self._orders.get(name) is order:
                 del self._orders[name]
             raise
-        return Reader(ticket, order, self._options, replayed=known)
+        return Reader(ticket, order, self._options, self._forget, replayed=known)
 
     def _forget(self) -> None:
-        """Forget orders that ended badly, or too long ago, and the oldest beyond MOST_FINISHED."""
-        now, finished = self._clock(), []
+        """Forget orders that ended badly, or too long ago, and the oldest beyond MOST_FINISHED or MOST_BYTES.
+
+        It is called when a reader comes or leaves, so that the last orders of a burst do not stay.
+        """
+        now, finished = self._clock(), list[tuple[tuple[str, ...], _Order]]()
         for name, order in [*self._orders.items()]:
             if (
                 order.finished is None
@@ -144,6 +151,10 @@ class Once:
             if not order.may_be_read or now - order.finished > kept:
                 del self._orders[name]
             else:
-                finished.append(name)
-        for name in finished[: max(len(finished) - MOST_FINISHED, 0)]:
-            del self._orders[name]
+                finished.append((name, order))
+        finished.sort(key=lambda each: each[1].finished or 0.0)
+        left = MOST_BYTES
+        for number, (name, order) in enumerate(reversed(finished)):
+            left -= order.task.result().size
+            if number >= MOST_FINISHED or left < 0:
+                del self._orders[name]

@@ -104,6 +104,7 @@ def test_figures_of_samples() -> None:
     assert percentile([float(value) for value in range(100)], 0.99) == 98.0
     assert slope([(0.0, 100), (1.0, 110), (2.0, 120)]) == pytest.approx(10.0)
     assert np.isnan(percentile([], 0.5))
+    assert slope([(0.0, 0), (1.0, 100), (5.0, 140), (10.0, 190)], 0.1) == pytest.approx(10.0)
     assert np.isnan(slope([(0.0, 1)]))
 
 

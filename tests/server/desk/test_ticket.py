@@ -1,4 +1,4 @@
-"""What a ticket keeps of an order's previews."""
+"""What a ticket keeps of an order's previews and of its places in the queue."""
 
 import asyncio
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sdxl_trt.runtime import Request
-from sdxl_trt.server.desk import Ended, Order, Stepped, Ticket
+from sdxl_trt.server.desk import Ended, Order, Stepped, Ticket, Waiting
 
 
 @pytest.mark.parametrize("keeps", [True, False])
@@ -23,3 +23,23 @@ def test_an_order_may_keep_its_latest_preview_alone(*, keeps: bool) -> None:
         return [each.estimate is not None for each in seen if isinstance(each, Stepped)], latest
 
     assert asyncio.run(main()) == ([keeps] * 3, True)
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_a_reader_who_comes_late_is_told_the_latest_place_alone(*, early: bool) -> None:
+    async def main() -> list[int]:
+        ticket = Ticket(Order(Request(), "openai", "a", "1"))
+        events = ticket.events()
+        first = asyncio.ensure_future(anext(events))
+        await asyncio.sleep(0)
+        if not early:
+            first.cancel()
+            await asyncio.gather(first, return_exceptions=True)
+            events = ticket.events()
+        for place in (3, 2, 1):
+            ticket.take(Waiting(place, 1.0))
+        ticket.take(Ended("done"))
+        seen = [*([await first] if early else []), *[event async for event in events]]
+        return [each.place for each in seen if isinstance(each, Waiting)]
+
+    assert asyncio.run(main()) == ([3, 2, 1] if early else [1])

@@ -1,14 +1,19 @@
 """A request that is repeated is drawn once."""
 
 import asyncio
+import gc
+import weakref
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from sdxl_trt.runtime import Request
+from sdxl_trt.runtime import Picture, Request
 from sdxl_trt.server import Options
-from sdxl_trt.server.desk import Ended, Order, Ticket
+from sdxl_trt.server.desk import Drawn, Ended, Order, Ticket
 from sdxl_trt.server.http import ApiError
 from sdxl_trt.server.readers.once import KEPT_BY_BODY, KEPT_BY_KEY, MOST_FINISHED, Asking, Once, Reader
 from sdxl_trt.server.refusals import QueueFull
@@ -133,6 +138,48 @@ def test_no_more_than_so_many_finished_orders_are_kept() -> None:
             await _end((await once.read(_asking(key=f"k{number}"), submit)).ticket)
         held = [(await once.read(_asking(key=f"k{number}"), submit)).replayed for number in (MOST_FINISHED + 1, 0)]
         assert held == [True, False]
+
+    _run(use)
+
+
+def test_the_last_orders_of_a_burst_are_forgotten_when_their_readers_leave() -> None:
+    async def use(once: Once, submit: Any, tickets: list[Ticket], _: Clock) -> None:
+        readers = [await once.read(_asking(key=f"k{number}"), submit) for number in range(MOST_FINISHED + 3)]
+        for reader in readers:
+            await _end(reader.ticket)
+            reader.leave()
+        held = weakref.WeakSet(tickets)
+        tickets.clear()
+        del readers, reader
+        gc.collect()
+        assert len(held) == MOST_FINISHED
+
+    _run(use)
+
+
+@pytest.mark.parametrize("drawn", [True, False])
+def test_finished_orders_hold_a_bounded_number_of_bytes(*, drawn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    side = 64
+    monkeypatch.setattr("sdxl_trt.server.readers.once.MOST_BYTES", 2 * 3 * side**2 + 100)
+
+    async def use(once: Once, submit: Any, tickets: list[Ticket], clock: Clock) -> None:
+        async def given() -> Ticket:
+            ticket = await submit()
+            pixels = np.zeros((side, side, 3), np.uint8)
+            if drawn:
+                picture = Picture(Image.fromarray(pixels), 1, {}, np.zeros((4, 1, 1), np.float32))
+                ticket.take(Drawn(0, picture))
+            else:
+                ticket.order = replace(ticket.order, work=Request(image=pixels))
+            return ticket
+
+        for number in range(3):
+            reader = await once.read(_asking(key=f"k{number}"), given)
+            await _end(reader.ticket)
+            clock.now += 1
+            reader.leave()
+        held = [(await once.read(_asking(key=f"k{number}"), submit)).replayed for number in (2, 1, 0)]
+        assert held == [True, True, False]
 
     _run(use)
 
