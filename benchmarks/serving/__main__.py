@@ -119,7 +119,8 @@ def bars(found: Sequence[Burst], loops: Sequence[OpenLoop], contest: Turns | Non
         at_most("GET /health/live meanwhile, p99", max(live, default=None), LIVE, f"{LIVE * 1000:.0f} ms",
                 lambda seconds: f"{seconds * 1000:.1f} ms"),
         at_most(f"growth of the resident memory in an open loop, from {WARM:.0%} of it on", max(growth, default=None),
-                _BYTES_A_MINUTE, f"{_BYTES_A_MINUTE / 2**20:.0f} MiB a minute", lambda size: f"{size / 2**20:+.2f} MiB a minute"),
+                _BYTES_A_MINUTE, f"{_BYTES_A_MINUTE / 2**20:.0f} MiB a minute",
+                lambda size: f"{size / 2**20:+.2f} MiB a minute"),
         at_most("time a picture, times that of diffusers", throughput, RATIO, f"{RATIO}", "{:.2f}".format),
         at_most("p95 of the latency, times that of diffusers", tail, 1.0, "1", "{:.2f}".format),
     ]  # fmt: skip
