@@ -3,6 +3,9 @@
 The browser is the system's (CHROMIUM names another one); none is downloaded.
 """
 
+import base64
+import io
+import json
 import os
 import shutil
 import subprocess
@@ -14,11 +17,13 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from PIL import Image, ImageChops
 
 collect_ignore_glob = [] if find_spec("playwright") else ["*"]
 ROOT = Path(__file__).parents[2]
 PYTHON = os.environ.get("TRT_SERVE_PYTHON", str(ROOT / ".venv" / "bin" / "python"))
 SECONDS = 60.0
+PROMPT = "a large red star on a blue background"
 
 
 @contextmanager
@@ -92,16 +97,65 @@ class Watch:
         return [text for text in self.found if not any(part in text for part in self.allowed)]
 
 
+KEPT = """async () => {
+  const store = await import('/page/store.js');
+  const text = async (blob) => {
+    const bytes = new Uint8Array(await blob.arrayBuffer());
+    let raw = '';
+    for (const byte of bytes) raw += String.fromCharCode(byte);
+    return btoa(raw);
+  };
+  return Promise.all((await store.all()).map(async (item) => ({...item, thumb: null, blob: await text(item.blob),
+    start: item.start && await text(item.start)})));
+}"""
+
+
+class Visitor:
+    """What somebody does on a page, in one call each."""
+
+    def __init__(self, page: Any) -> None:
+        self.page = page
+
+    def fill(self, prompt: str = PROMPT, *, steps: int = 4, seed: str = "7", size: str = "64x64") -> None:
+        """Fill in the form."""
+        width, height = size.split("x")
+        texts = {"prompt": prompt, "steps": str(steps), "seed": seed, "width": width, "height": height}
+        for name, value in texts.items():
+            self.page.fill(f"#{name}", value)
+
+    def draw(self, prompt: str = PROMPT, **settings: Any) -> None:
+        """Draw a picture, and wait until it is shown."""
+        count = self.page.locator("#pictures button").count()
+        self.fill(prompt, **settings)
+        self.page.click("#draw")
+        self.drawn(count + 1)
+
+    def drawn(self, count: int) -> None:
+        """Wait until the gallery has `count` pictures, and nothing is drawn."""
+        self.page.wait_for_selector(f"#pictures button:nth-child({count})")
+        self.page.wait_for_selector("#draw:not([disabled])")
+
+    def kept(self) -> list[dict[str, Any]]:
+        """Return the pictures that the browser keeps, the newest first, with their files as bytes and their records."""
+        return [
+            {**item, "file": base64.b64decode(item["blob"]), "record": json.loads(item["texts"]["sdxl-trt"])}
+            for item in self.page.evaluate(KEPT)
+        ]
+
+
 @pytest.fixture
 def open_page(browser: Any, server: str) -> Iterator[Open]:
-    """Open the page in a context of its own, with options of it; at the end nothing may have gone wrong."""
+    """Open the page in a context of its own, with options of it; at the end nothing may have gone wrong.
+
+    A page has a `watch` and a `visitor` beside what playwright gives it.
+    """
     opened: list[tuple[Any, Watch]] = []
 
     def open_(address: str = server, *, ready: bool = True, **options: Any) -> Any:
         context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
         context.set_default_timeout(SECONDS * 1000)
         page = context.new_page()
-        page.watch = Watch(page, address)
+        page.watch, page.visitor = Watch(page, address), Visitor(page)
         opened.append((context, page.watch))
         page.goto(address)
         if ready:
@@ -117,3 +171,13 @@ def open_page(browser: Any, server: str) -> Iterator[Open]:
 @pytest.fixture
 def page(open_page: Open) -> Any:
     return open_page()
+
+
+def _pixels(file: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(file)).convert("RGB")
+
+
+@pytest.fixture(scope="session")
+def same_pixels() -> Callable[[bytes, bytes], bool]:
+    """Return a function that says whether two files hold the same picture."""
+    return lambda one, other: ImageChops.difference(_pixels(one), _pixels(other)).getbbox() is None

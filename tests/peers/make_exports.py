@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from conftest import SHAPES, make_pair
+from small_models.pairs import SHAPES, make_pair
 
 from sdxl_trt.engines.bundle.bundle import read_bundle
 from sdxl_trt.export import Options, export_bundle

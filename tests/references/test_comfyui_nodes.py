@@ -1,18 +1,13 @@
-"""ComfyUI mode against a reference KSamplerAdvanced in torch, with the weights that diffusers and transformers load.
-
-The reference is an independent implementation of ComfyUI's nodes: prompts are given as weighted segments, both sides
-of guidance run separately, so that their lengths may differ, and grids are made here.
-"""
+"""ComfyUI mode against a reference KSamplerAdvanced in torch, on the same weights: independent/ksampler.py."""
 
 import json
-import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from independent.ksampler import Cond, Grid, Reference, Segments, chunks, denoised, encoded, ksampler, normal
 
 from sdxl_trt.runtime import Request, open_bundle
 from sdxl_trt.runtime.cli.generate import main as trt_generate
@@ -28,7 +23,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:__array__ imp
 
 TOLERANCE = 1e-3
 SIDE = 32
-Segments = list[tuple[str, float]]
 PROMPT = (
     "Amazing detailed photography of a cute beautiful girl, pink hair, high resolution, piercing eyes, Anti-Aliasing,"
     " FXAA, De-Noise, Post-roduction, SFX, insanely detailed & intricate, elegant, ornate, hyper realistic, super"
@@ -36,129 +30,6 @@ PROMPT = (
 )
 BAD = "worst quality, low quality, illustration, 3d, 2d, painting, cartoons, sketch"
 REST = ", tooth, open mouth, dull, blurry, watermark, low quality, black and white, city"
-
-
-@dataclass(frozen=True)
-class Cond:
-    """The conditioning of one side of a UNet, as torch tensors of one row."""
-
-    hidden: Any
-    pooled: Any
-    ids: Any
-
-
-@dataclass(frozen=True)
-class Grid:
-    """sigmas (steps + 1,), the model's timestep for each, and the scale of the noise at a start from step 0."""
-
-    sigmas: Any
-    timesteps: Any
-    full: float
-
-
-def _chunks(tokenizer: Any, segments: Segments) -> tuple[list[list[int]], list[list[float]]]:
-    """Return ids and weights in chunks of 77; every segment here is long enough to be split between two."""
-    pad = 0 if tokenizer.pad_token == "!" else tokenizer.eos_token_id
-    tokens = [(token, weight) for text, weight in segments
-              for token in tokenizer(text, add_special_tokens=False).input_ids]  # fmt: skip
-    ids, weights = [], []
-    for start in range(0, max(len(tokens), 1), 75):
-        part = tokens[start : start + 75]
-        row = [tokenizer.bos_token_id, *(token for token, _ in part), tokenizer.eos_token_id]
-        ids.append(row + [pad] * (77 - len(row)))
-        weights.append([1.0, *(weight for _, weight in part), *[1.0] * (76 - len(part))])
-    return ids, weights
-
-
-def _read(encoder: Any, tokenizer: Any, segments: Segments, count: int) -> tuple[Any, Any]:
-    """Return hidden states (1, tokens, width) of `count` chunks, and the first one's pooled vector."""
-    import torch
-
-    ids, weights = _chunks(tokenizer, segments)
-    empty, _ = _chunks(tokenizer, [])
-    ids += empty * (count - len(ids))
-    weights += [[1.0] * 77] * (count - len(weights))
-    out = encoder(torch.tensor(ids + empty), output_hidden_states=True)
-    hidden, scale = out.hidden_states[-2], torch.tensor(weights)[:, :, None]
-    weighted = (hidden[:-1] - hidden[-1]) * scale + hidden[-1]
-    pooled = out.text_embeds[:1] if hasattr(out, "text_embeds") else None
-    return weighted.reshape(1, -1, hidden.shape[-1]), pooled
-
-
-class Reference:
-    """diffusers' modules of a pair, with ComfyUI's nodes on top."""
-
-    def __init__(self, pair: Any) -> None:
-        from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            self.base = StableDiffusionXLPipeline.from_pretrained(pair.base)
-            self.refiner = StableDiffusionXLImg2ImgPipeline.from_pretrained(pair.refiner)
-
-    def base_cond(self, text_g: Segments, text_l: Segments, ids: list[float]) -> Cond:
-        """CLIPTextEncodeSDXL: the shorter of both texts is padded with empty chunks."""
-        import torch
-
-        pipe = self.base
-        pairs = ((pipe.text_encoder, pipe.tokenizer, text_l), (pipe.text_encoder_2, pipe.tokenizer_2, text_g))
-        count = max(len(_chunks(tokenizer, text)[0]) for _, tokenizer, text in pairs)
-        (left, _), (right, pooled) = (_read(*each, count) for each in pairs)
-        return Cond(torch.cat([left, right], dim=-1), pooled, torch.tensor([ids], dtype=torch.float32))
-
-    def refiner_cond(self, text: Segments, ids: list[float]) -> Cond:
-        import torch
-
-        pipe = self.refiner
-        count = len(_chunks(pipe.tokenizer_2, text)[0])
-        return Cond(*_read(pipe.text_encoder_2, pipe.tokenizer_2, text, count), torch.tensor([ids]))
-
-
-def _normal(steps: int) -> Grid:
-    """ComfyUI's `normal`: evenly spaced timesteps, sigmas interpolated in log sigma, whole timesteps for the model."""
-    import torch
-
-    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-    alphas = torch.cumprod(1.0 - betas, dim=0)
-    table = ((1 - alphas) / alphas).sqrt().float()
-    times = torch.linspace(999, 0, steps)
-    low, high, weight = times.floor().long(), times.ceil().long(), times.frac()
-    sigmas = ((1 - weight) * table.log()[low] + weight * table.log()[high]).exp()
-    whole = (sigmas.log()[:, None] - table.log()).abs().argmin(dim=1)
-    return Grid(torch.cat([sigmas, torch.zeros(1)]), whole.float(), float((1 + sigmas[0] ** 2).sqrt()))
-
-
-def _ksampler(
-    unet: Any, grid: Grid, positive: Cond | list[Cond], negative: Cond, cfg: float, latent: Any, noise: Any, *,
-    start: int = 0, end: int = 10_000, add_noise: bool = True, leftover: bool = False,
-) -> Any:  # fmt: skip
-    """KSamplerAdvanced with euler: it cuts the end first, then the start."""
-    import torch
-
-    sigmas = grid.sigmas.clone()
-    if end < len(sigmas) - 1:
-        sigmas = sigmas[: end + 1]
-        if not leftover:
-            sigmas[-1] = 0
-    if start >= len(sigmas) - 1:
-        return latent
-    sigmas, times = sigmas[start:], grid.timesteps[start:]
-    x = latent + (noise if add_noise else torch.zeros_like(noise)) * (grid.full if start == 0 else sigmas[0])
-    for sigma, after, time in zip(sigmas[:-1], sigmas[1:], times, strict=False):
-        scaled = x / (sigma**2 + 1).sqrt()
-        guesses = []
-        for side in (positive, negative):
-            combined = []
-            for cond in side if isinstance(side, list) else [side]:
-                rows = len(x)
-                added = {"text_embeds": cond.pooled.repeat(rows, 1), "time_ids": cond.ids.repeat(rows, 1)}
-                hidden = cond.hidden.repeat(rows, 1, 1)
-                combined.append(unet(scaled, time, encoder_hidden_states=hidden, added_cond_kwargs=added).sample)
-            guesses.append(torch.stack(combined).mean(dim=0))
-        clean, unguided = (x - sigma * guess for guess in guesses)
-        clean = unguided + (clean - unguided) * cfg
-        x = x + (x - clean) / sigma * (after - sigma)
-    return x
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +102,7 @@ def test_every_field_is_ksampler_advanceds(compat: str, name: str, opened: Pipel
         for text, score in (("a red fox", 6.0), ("blurry", 2.5))
     ]  # fmt: skip
     if comfyui:
-        grid, noises = _normal(6), [_randn(3, 2)] * 2
+        grid, noises = normal(6), [_randn(3, 2)] * 2
     else:
         scheduler = reference.base.scheduler
         scheduler.set_timesteps(6)
@@ -240,8 +111,8 @@ def test_every_field_is_ksampler_advanceds(compat: str, name: str, opened: Pipel
         shape = (1, 4, SIDE // 2, SIDE // 2)
         noises = [torch.cat([torch.randn(shape, generator=stream) for stream in streams]) for _ in range(2)]
     (base, refiner), latent = fields, torch.zeros((2, 4, SIDE // 2, SIDE // 2))
-    handed = _ksampler(reference.base.unet, grid, conds[0][0], conds[1][0], 4.0, latent, noises[0], **base)
-    final = _ksampler(reference.refiner.unet, grid, conds[0][1], conds[1][1], 4.0, handed, noises[1], **refiner)
+    handed = ksampler(reference.base.unet, grid, conds[0][0], conds[1][0], 4.0, latent, noises[0], **base)
+    final = ksampler(reference.refiner.unet, grid, conds[0][1], conds[1][1], 4.0, handed, noises[1], **refiner)
     np.testing.assert_allclose(opened.run.final, final.numpy(), rtol=0, atol=TOLERANCE)
     if opened.run.handoff_latents is not None:
         np.testing.assert_allclose(opened.run.handoff_latents, handed.numpy(), rtol=0, atol=TOLERANCE)
@@ -290,12 +161,12 @@ def test_the_tutorials_workflow_gives_the_references_latents(
     assert trt_generate([*arguments, "--save-latents", str(latents)]) == 0
     assert "warning" not in capsys.readouterr().err
     texts: list[Segments] = [[(PROMPT, 1.0)], [(BAD, 1.1), (REST, 1.0)]]
-    assert len({len(_chunks(reference.base.tokenizer, text)[0]) for text in texts}) == 2, "different lengths"
+    assert len({len(chunks(reference.base.tokenizer, text)[0]) for text in texts}) == 2, "different lengths"
     base = [reference.base_cond(text, text, [2048, 4096, 16, 8, 512, 1024]) for text in texts]
     refiner = [reference.refiner_cond(text, [SIDE, SIDE, 0, 0, 6.0]) for text in texts]
-    grid, noise = _normal(50), _randn(0)
-    handed = _ksampler(reference.base.unet, grid, *base, 8.0, torch.zeros_like(noise), noise, end=40, leftover=True)
-    final = _ksampler(reference.refiner.unet, grid, *refiner, 8.0, handed, noise, start=40, add_noise=False)
+    grid, noise = normal(50), _randn(0)
+    handed = ksampler(reference.base.unet, grid, *base, 8.0, torch.zeros_like(noise), noise, end=40, leftover=True)
+    final = ksampler(reference.refiner.unet, grid, *refiner, 8.0, handed, noise, start=40, add_noise=False)
     with np.load(latents) as found:
         np.testing.assert_allclose(found["handoff"], handed.numpy(), rtol=0, atol=TOLERANCE)
         np.testing.assert_allclose(found["final"], final.numpy(), rtol=0, atol=TOLERANCE)
@@ -326,21 +197,6 @@ def test_clip_skip_skips_layers(clip_skip: int, opened: Pipeline, reference: Any
     assert (np.abs(ours[0][1].hidden - ours[1][1].hidden).max() > 0.01) == (clip_skip > 0), "ComfyUI skips both"
 
 
-def _denoised(steps: int, denoise: float) -> Grid:
-    """KSampler's own grid: the end of a longer one; the noise is scaled by its first sigma."""
-    longer = _normal(int(steps / denoise))
-    sigmas = longer.sigmas[-(steps + 1) :]
-    return Grid(sigmas, longer.timesteps[-steps:], float(sigmas[0]))
-
-
-def _encoded(reference: Any, pixels: np.ndarray) -> Any:
-    """VAEEncode: the posterior's mean, in the sampler's scale."""
-    import torch
-
-    sample = torch.from_numpy(pixels.astype(np.float32) / 255.0).permute(2, 0, 1)[None] * 2.0 - 1.0
-    return reference.base.vae.encode(sample).latent_dist.mean * 0.13025
-
-
 @pytest.fixture(scope="module")
 def photo() -> np.ndarray:
     """A picture whose size is not a multiple: 3 rows and 5 columns too many."""
@@ -350,22 +206,22 @@ def photo() -> np.ndarray:
 
 # The request's settings, and (stage, grid, fields) of each sampler.
 FROM_A_PICTURE: dict[str, tuple[dict[str, Any], list[tuple[str, Grid, dict[str, Any]]]]] = {
-    "a KSampler": ({"strength": 0.5, "handoff": None}, [("base", _denoised(4, 0.5), {})]),
-    "all of the steps": ({"strength": 1.0, "handoff": None}, [("base", _normal(4), {})]),
-    "the refiner's": ({"strength": 0.4, "refine": True}, [("refiner", _denoised(4, 0.4), {})]),
+    "a KSampler": ({"strength": 0.5, "handoff": None}, [("base", denoised(4, 0.5), {})]),
+    "all of the steps": ({"strength": 1.0, "handoff": None}, [("base", normal(4), {})]),
+    "the refiner's": ({"strength": 0.4, "refine": True}, [("refiner", denoised(4, 0.4), {})]),
     "two advanced": (
         {"base_start_step": 1, "base_end_step": 3},
-        [("base", _normal(4), {"start": 1, "end": 3, "leftover": True}),
-         ("refiner", _normal(4), {"start": 3, "add_noise": False})],
+        [("base", normal(4), {"start": 1, "end": 3, "leftover": True}),
+         ("refiner", normal(4), {"start": 3, "add_noise": False})],
     ),
     "no noise of its own": (
         {"base_start_step": 2, "base_add_noise": False, "handoff": None},
-        [("base", _normal(4), {"start": 2, "add_noise": False})],
+        [("base", normal(4), {"start": 2, "add_noise": False})],
     ),
     "a grid cut by its sigma": (
         {"strength": 0.6, "handoff_step": 2},
-        [("base", _denoised(4, 0.6), {"end": 2, "leftover": True}),
-         ("refiner", _denoised(4, 0.6), {"start": 2, "add_noise": False})],
+        [("base", denoised(4, 0.6), {"end": 2, "leftover": True}),
+         ("refiner", denoised(4, 0.6), {"start": 2, "add_noise": False})],
     ),
 }  # fmt: skip
 
@@ -375,14 +231,14 @@ def test_a_picture_is_sampled_as_in_comfyui(name: str, opened: Pipeline, referen
     changes, samplers = FROM_A_PICTURE[name]
     settings: dict[str, Any] = {"compat": "comfyui", "steps": 4, "guidance": 4.0, "seed": 3, "count": 2, **changes}
     list(opened.generate(Request("a red fox", negative="blurry", image=photo, **settings)))
-    x = _encoded(reference, photo[1 : SIDE + 1, 2 : SIDE + 2]).repeat(2, 1, 1, 1)
+    x = encoded(reference, photo[1 : SIDE + 1, 2 : SIDE + 2]).repeat(2, 1, 1, 1)
     for stage, grid, fields in samplers:
         conds = [
             reference.base_cond([(text, 1.0)], [(text, 1.0)], [SIDE, SIDE, 0, 0, SIDE, SIDE]) if stage == "base"
             else reference.refiner_cond([(text, 1.0)], [SIDE, SIDE, 0, 0, score])
             for text, score in (("a red fox", 6.0), ("blurry", 2.5))
         ]  # fmt: skip
-        x = _ksampler(getattr(reference, stage).unet, grid, *conds, 4.0, x, _randn(3, 2), **fields)
+        x = ksampler(getattr(reference, stage).unet, grid, *conds, 4.0, x, _randn(3, 2), **fields)
     np.testing.assert_allclose(opened.run.final, x.numpy(), rtol=0, atol=TOLERANCE)
 
 
@@ -409,9 +265,9 @@ def test_a_workflow_that_loads_a_picture_and_refines_the_result(
     texts: list[Segments] = [[("a red fox", 1.0)], [("blurry", 1.0)]]
     base = [reference.base_cond(text, text, [2048, 4096, 16, 8, 512, 1024]) for text in texts]
     refiner = [reference.refiner_cond(text, [SIDE, SIDE, 0, 0, 6.0]) for text in texts]
-    x = _encoded(reference, photo[1 : SIDE + 1, 2 : SIDE + 2])
-    x = _ksampler(reference.base.unet, _denoised(4, 0.5), *base, 4.0, x, _randn(5))
-    x = _ksampler(reference.refiner.unet, _denoised(4, 0.25), *refiner, 4.0, x, _randn(6))
+    x = encoded(reference, photo[1 : SIDE + 1, 2 : SIDE + 2])
+    x = ksampler(reference.base.unet, denoised(4, 0.5), *base, 4.0, x, _randn(5))
+    x = ksampler(reference.refiner.unet, denoised(4, 0.25), *refiner, 4.0, x, _randn(6))
     with np.load(latents) as found:
         np.testing.assert_allclose(found["final"], x.numpy(), rtol=0, atol=TOLERANCE)
 
@@ -478,18 +334,18 @@ def test_samplers_in_a_row_continue_from_scaled_latents_and_pixels(
         fox.ids,
     )
     x = torch.zeros((1, 4, SIDE // 2, SIDE // 2))
-    x = _ksampler(reference.base.unet, _normal(4), [averaged, snow], blurry, 4.0, x, _randn(3))
+    x = ksampler(reference.base.unet, normal(4), [averaged, snow], blurry, 4.0, x, _randn(3))
     x = interpolate(x, scale_factor=2.0, mode="bicubic")
     large = [Cond(cond.hidden, cond.pooled, torch.tensor([ids[1]], dtype=torch.float32)) for cond in (fox, blurry)]
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
-    x = _ksampler(reference.base.unet, _denoised(3, 0.5), *large, 4.0, x, noise)
+    x = ksampler(reference.base.unet, denoised(3, 0.5), *large, 4.0, x, noise)
     pixels = ((reference.base.vae.decode(x / 0.13025).sample + 1.0) / 2.0).clamp(0, 1)
     pixels = interpolate(pixels, size=(SIDE, SIDE), mode="area")
     shown = (pixels[0].permute(1, 2, 0) * 255.0).to(torch.uint8).numpy()
     assert np.abs(np.asarray(pictures[1].image).astype(int) - shown).max() <= 1
     x = reference.base.vae.encode(pixels * 2.0 - 1.0).latent_dist.mean * 0.13025
     sides = [reference.refiner_cond([(text, 1.0)], [SIDE, SIDE, 0, 0, 6.0]) for text in ("a red fox", "blurry")]
-    x = _ksampler(reference.refiner.unet, _denoised(5, 0.4), *sides, 4.0, x, _randn(7))
+    x = ksampler(reference.refiner.unet, denoised(5, 0.4), *sides, 4.0, x, _randn(7))
     np.testing.assert_allclose(chain.runs[0].final, x.numpy(), rtol=0, atol=TOLERANCE)
     assert [picture.image.size for picture in pictures] == [(SIDE, SIDE), (SIDE, SIDE)]
     whole = _chain()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_models.additions import save_controlnet
 
 from sdxl_trt.engines.backends.ort.engine import OrtEngine
 from sdxl_trt.engines.bundle.bundle import read_bundle
@@ -57,17 +58,6 @@ CASES = {
 }
 
 
-def _save_controlnet(folder: Path, unet: Any, seed: int) -> None:
-    from diffusers import ControlNetModel
-
-    torch.manual_seed(seed)
-    net = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(16, 32), load_weights_from_unet=False)
-    for name, parameter in net.named_parameters():
-        if "controlnet_" in name:  # zero at the start of a training
-            torch.nn.init.normal_(parameter, 0, 0.1)
-    net.save_pretrained(folder)
-
-
 @dataclass(frozen=True)
 class Pair:
     """The sources: the pair's folders, and those of the two ControlNets."""
@@ -79,13 +69,10 @@ class Pair:
 
 @pytest.fixture(scope="module")
 def sources(pairs: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    from diffusers import UNet2DConditionModel
-
     pair, root = pairs("outline"), tmp_path_factory.mktemp("nets")
-    unet = UNet2DConditionModel.from_pretrained(pair.base / "unet")
     folders = (root / "edges", root / "poses")
     for seed, folder in enumerate(folders):
-        _save_controlnet(folder, unet, seed)
+        save_controlnet(folder, pair.base / "unet", seed)
     return Pair(pair.base, pair.refiner, folders)
 
 

@@ -1,19 +1,19 @@
 """Runs with a mask against diffusers' StableDiffusionXLInpaintPipeline, on the same weights in fp32.
 
 UNets of 4 channels, whose latents are mixed with the picture's, and of 9, which receive the mask. ComfyUI's way is
-compared with a transcription of its formulas in torch.
+compared with its formulas, written again in torch.
 """
 
-import dataclasses
 import json
-import shutil
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from independent.comfyui_masks import ComfyUI, unit
+from independent.inpainting import PROMPT, SCHEDULERS, SEED, SIDES, Case, Experts, a_mask, a_picture
+from small_models.additions import save_nine_channels
 
 from sdxl_trt.runtime import Request, open_bundle
 from sdxl_trt.runtime.comfyui.reader import read_workflow
@@ -31,44 +31,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning"),
 ]
 
-PROMPT, SEED, TOLERANCE = "a red fox in the snow", 2**33 + 11, 1e-3
-SIDES = 64, 32
-"""Width and height of the picture."""
-SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "euler": ("EulerDiscreteScheduler", {}),
-    "euler_ancestral": ("EulerAncestralDiscreteScheduler", {}),
-    "dpmpp_2m": ("DPMSolverMultistepScheduler", {}),
-    "heun": ("HeunDiscreteScheduler", {}),
-    "dpm_2": ("KDPM2DiscreteScheduler", {}),
-    "dpm_2_ancestral": ("KDPM2AncestralDiscreteScheduler", {}),
-    "lms": ("LMSDiscreteScheduler", {}),
-    "uni_pc": ("UniPCMultistepScheduler", {}),
-    "deis": ("DEISMultistepScheduler", {}),
-    # DDIM for SDXL: no clipping, which is for pixel models, and an end above sigma 0.
-    "ddim": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}),
-    "lcm": ("LCMScheduler", {}),
-    "dpmpp_2m_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One run: strength, handoff (None for the base alone, "refine" for the refiner alone), steps, and so on."""
-
-    strength: float
-    handoff: float | str | None = None
-    steps: int = 8
-    count: int = 1
-    sampler: str = "euler"
-    guidance: float = 5.0
-    prediction: str = "epsilon"
-
-    def __str__(self) -> str:
-        return (
-            f"{self.strength}-{self.handoff}-{self.steps}x{self.count}-{self.sampler}-{self.guidance}-{self.prediction}"
-        )
-
-
+TOLERANCE = 1e-3
 CASES = [
     Case(0.6, count=2),
     Case(1.0),
@@ -93,81 +56,6 @@ NINE = [
 ]
 
 
-def _picture() -> np.ndarray:
-    """Return a picture with edges and colours, like real ones."""
-    width, height = SIDES
-    y, x = np.mgrid[:height, :width]
-    disc = np.hypot(y - height / 2, x - width / 3) < height / 3
-    channels = [np.where(disc, 220, x * 3), np.where(disc, 60, y * 5), np.where((x // 8 + y // 8) % 2, 200, 30)]
-    return np.stack(channels, axis=-1).astype(np.uint8)
-
-
-def _mask() -> np.ndarray:
-    """Return a mask with a soft edge, whose border follows no grid of latents."""
-    width, height = SIDES
-    y, x = np.mgrid[:height, :width]
-    return np.clip(300 - 18 * np.hypot(y - 13, x - 35), 0, 255).astype(np.uint8)
-
-
-class Experts:
-    """diffusers' inpainting pipelines of base and refiner."""
-
-    def __init__(self, base: Path, refiner: Path) -> None:
-        from diffusers import StableDiffusionXLInpaintPipeline
-
-        class Clean(StableDiffusionXLInpaintPipeline):  # type: ignore[misc]
-            """Keeps `kept` outside the mask, if it is set, instead of the latents that it starts from."""
-
-            kept: Any = None
-
-            def prepare_latents(self, *arguments: Any, **settings: Any) -> Any:
-                latents, noise, start = super().prepare_latents(*arguments, **settings)
-                return latents, noise, start if self.kept is None else self.kept
-
-        self.pipelines: dict[str, Any] = {}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            for name, folder in (("base", base), ("refiner", refiner)):
-                extra = {"requires_aesthetics_score": name == "refiner"}
-                kind = StableDiffusionXLInpaintPipeline if name == "base" else Clean
-                self.pipelines[name] = kind.from_pretrained(folder, **extra)
-                self.pipelines[name].set_progress_bar_config(disable=True)
-
-    def run(self, case: Case, kept: Callable[[list[Any]], Any] | None = None) -> list[np.ndarray]:
-        """Return the latents after each stage; `kept` makes what the refiner keeps, from the generators."""
-        import diffusers
-        import torch
-        from PIL import Image
-
-        generators = [torch.Generator().manual_seed(SEED + i) for i in range(case.count)]
-        image: Any = [Image.fromarray(_picture())] * case.count
-        mask = [Image.fromarray(_mask())] * case.count
-        chain = {"refine": ["refiner"], None: ["base"]}.get(case.handoff, ["base", "refiner"])
-        results: list[np.ndarray] = []
-        for name in chain:
-            pipeline = self.pipelines[name]
-            kind, settings = SCHEDULERS[case.sampler]
-            config = dict(pipeline.scheduler.config) | {"prediction_type": case.prediction}
-            config = {key: value for key, value in config.items() if key not in ("algorithm_type", "clip_sample")}
-            pipeline.scheduler = getattr(diffusers, kind).from_config(config, **settings)
-            end = {"denoising_end": case.handoff} if name == "base" and case.handoff is not None else {}
-            begin = {"denoising_start": case.handoff} if results else {"strength": case.strength}
-            scores = {"aesthetic_score": 5.0, "negative_aesthetic_score": 3.0} if name == "refiner" else {}
-            if results and kept is not None:
-                pipeline.kept = kept(generators)
-            with torch.no_grad(), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                image = pipeline(
-                    [PROMPT] * case.count, image=image, mask_image=mask, negative_prompt=["blurry"] * case.count,
-                    num_inference_steps=case.steps, guidance_scale=case.guidance, generator=generators,
-                    height=SIDES[1], width=SIDES[0], output_type="latent", **begin, **end, **scores,
-                ).images  # fmt: skip
-            if name == "refiner":
-                pipeline.kept = None
-            results.append(image.numpy())
-        return results
-
-
 @pytest.fixture(scope="module")
 def experts(pairs: Callable[[str], Any]) -> Experts:
     return Experts(pairs("outline").base, pairs("outline").refiner)
@@ -184,19 +72,10 @@ def nine(
     pairs: Callable[[str], Any], convert_once: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Pipeline, Experts]]:
     """The pair with a base UNet of 9 channels: its bundle, opened, and diffusers' pipelines."""
-    import torch
-    from diffusers import UNet2DConditionModel
-
     from sdxl_trt.export import Options, export_bundle
 
     pair, root = pairs("outline"), tmp_path_factory.mktemp("nine")
-    base = Path(shutil.copytree(pair.base, root / "base"))
-    config = json.loads((base / "unet" / "config.json").read_text()) | {"in_channels": 9}
-    torch.manual_seed(9)
-    UNet2DConditionModel.from_config(config).save_pretrained(base / "unet")
-    index = json.loads((base / "model_index.json").read_text())
-    index |= {"_class_name": "StableDiffusionXLInpaintPipeline"}
-    (base / "model_index.json").write_text(json.dumps(index))
+    base = save_nine_channels(pair.base, root / "base")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sdxl_trt.export.exporter.convert_component", convert_once)
         export_bundle(base, pair.refiner, root / "bundle", Options(precision="fp32"))
@@ -208,8 +87,8 @@ def _request(case: Case, **changes: Any) -> Request:
     refine = case.handoff == "refine"
     settings: dict[str, Any] = {
         "negative": "blurry", "steps": case.steps, "handoff": "auto" if refine else case.handoff, "refine": refine,
-        "strength": case.strength, "seed": SEED, "count": case.count, "sampler": case.sampler, "image": _picture(),
-        "mask": _mask(), "aesthetic_score": 5.0, "negative_aesthetic_score": 3.0, "guidance": case.guidance,
+        "strength": case.strength, "seed": SEED, "count": case.count, "sampler": case.sampler, "image": a_picture(),
+        "mask": a_mask(), "aesthetic_score": 5.0, "negative_aesthetic_score": 3.0, "guidance": case.guidance,
         "prediction_type": case.prediction,
     }  # fmt: skip
     return Request(PROMPT, **settings | changes)
@@ -232,13 +111,13 @@ def test_the_run_is_diffusers_run(case: Case, opened: Pipeline, experts: Experts
             scale = np.sqrt(opened.run.handoff.sigma**2 + 1)
         np.testing.assert_allclose(opened.run.handoff_latents / scale, handed[0], rtol=0, atol=TOLERANCE)
     np.testing.assert_allclose(opened.run.final, final, rtol=0, atol=TOLERANCE)
-    outside = _mask()[::2, ::2] < 128
+    outside = a_mask()[::2, ::2] < 128
     np.testing.assert_allclose(opened.run.final[:, :, outside], final[:, :, outside], rtol=0, atol=1e-5)
 
 
 def test_outside_the_mask_the_latents_are_the_pictures_own(opened: Pipeline) -> None:
     """Bit for bit, with every sampler, also where the last sigma is not 0 or a refiner takes over."""
-    outside = _mask()[::2, ::2] < 128
+    outside = a_mask()[::2, ::2] < 128
     for sampler in ("euler", "ddim", "deis", "dpmpp_sde", "dpmpp_2s_ancestral", "dpm_2_ancestral", "dpmpp_3m_sde"):
         for handoff in (None, 0.6):
             job = opened.start(_request(Case(0.6, sampler=sampler, handoff=handoff, steps=6)))
@@ -250,7 +129,7 @@ def test_outside_the_mask_the_latents_are_the_pictures_own(opened: Pipeline) -> 
 
 
 def test_a_sweep_over_handoffs_with_a_mask_is_its_single_runs(opened: Pipeline) -> None:
-    image, mask = _picture(), _mask()
+    image, mask = a_picture(), a_mask()
     handoffs = (0.5, 0.8, None)
     cases = [Case(0.8, handoff=each, steps=10, sampler="euler_ancestral") for each in handoffs]
     requests = [_request(case, image=image, mask=mask) for case in cases]
@@ -282,7 +161,7 @@ def test_a_refiner_after_nine_channels_keeps_the_picture(sampler: str, nine: tup
 
     def kept(generators: list[Any]) -> Any:
         vae = experts.pipelines["base"].vae
-        pixels = torch.from_numpy(_picture().transpose(2, 0, 1)[None].astype(np.float32) / 127.5 - 1)
+        pixels = torch.from_numpy(a_picture().transpose(2, 0, 1)[None].astype(np.float32) / 127.5 - 1)
         with torch.no_grad():
             drawn = [vae.encode(pixels).latent_dist.sample(generator) for generator in generators]
         return torch.cat(drawn) * vae.config.scaling_factor
@@ -296,98 +175,12 @@ def test_a_refiner_after_nine_channels_keeps_the_picture(sampler: str, nine: tup
 
 def test_the_tolerance_detects_another_mask_strength_or_draw(opened: Pipeline) -> None:
     case, finals = Case(0.6, steps=6), []
-    for changes in ({}, {"seed": SEED + 5}, {"strength": 0.67}, {"mask": _mask()[::-1]}, {"mask": None}):
+    for changes in ({}, {"seed": SEED + 5}, {"strength": 0.67}, {"mask": a_mask()[::-1]}, {"mask": None}):
         _drawn(opened, _request(case, **changes))
         assert opened.run is not None
         finals.append(opened.run.final)
     for final in finals[1:]:
         assert np.abs(final - finals[0]).max() > 30 * TOLERANCE
-
-
-class ComfyUI:
-    """ComfyUI's masks in torch, after its documentation and sources, on diffusers' models; a latent spans 2 pixels."""
-
-    def __init__(self, experts: Experts) -> None:
-        import torch
-
-        self.pipe = experts.pipelines["base"]
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            positive, negative, pooled, negative_pooled = self.pipe.encode_prompt(PROMPT, negative_prompt="blurry")
-        self.hidden, self.pooled = torch.cat([positive, negative]), torch.cat([pooled, negative_pooled])
-
-    def encode(self, pixels: Any) -> Any:
-        import torch
-
-        with torch.no_grad():
-            mean = self.pipe.vae.encode(pixels * 2.0 - 1.0).latent_dist.mean
-        return mean * self.pipe.vae.config.scaling_factor
-
-    def sample(self, run: Run, latent: Any, noise_mask: Any = None, concat: Any = None) -> np.ndarray:
-        """Euler's method with KSamplerX0Inpaint, with the grid, the noise and the guidance of `run`."""
-        import torch
-
-        request, noise = run.request, torch.from_numpy(run.initial)
-        sigmas, timesteps = (torch.from_numpy(each) for each in (request.schedule.sigmas, request.schedule.timesteps))
-        latent = latent.repeat(len(noise) // len(latent), 1, 1, 1)
-        x = latent + noise * np.float32(request.schedule.initial_scale)
-        mask = None
-        if noise_mask is not None:
-            mask = torch.nn.functional.interpolate(noise_mask[None, None], size=noise.shape[2:], mode="bilinear")
-        size = (float(request.height), float(request.width))
-        ids = torch.tensor([[*size, 0.0, 0.0, *size]])
-
-        def model(x: Any, sigma: Any, timestep: Any) -> Any:
-            rows = []
-            for side in (0, 1):
-                given = x / (sigma**2 + 1) ** 0.5
-                if concat is not None:
-                    given = torch.cat([given, concat.repeat(len(x), 1, 1, 1)], dim=1)
-                conds = {
-                    "text_embeds": self.pooled[side : side + 1].repeat(len(x), 1),
-                    "time_ids": ids.repeat(len(x), 1),
-                }
-                hidden = self.hidden[side : side + 1].repeat(len(x), 1, 1)
-                rows.append(self.pipe.unet(given, timestep, hidden, added_cond_kwargs=conds).sample)
-            return x - sigma * (rows[1] + request.request.guidance * (rows[0] - rows[1]))
-
-        with torch.no_grad():
-            for sigma, after, timestep in zip(sigmas[:-1], sigmas[1:], timesteps, strict=True):
-                given = x
-                if mask is not None:
-                    given = x * mask + (latent + noise * sigma) * (1.0 - mask)
-                denoised = model(given, sigma, timestep)
-                if mask is not None:
-                    denoised = denoised * mask + latent * (1.0 - mask)
-                x = x + (x - denoised) / sigma * (after - sigma)
-        return x.numpy()
-
-    @staticmethod
-    def fitted(mask: Any, pixels: Any) -> Any:
-        import torch
-
-        return torch.nn.functional.interpolate(mask[None, None], size=pixels.shape[2:], mode="bilinear")[0, 0]
-
-    def for_inpaint(self, pixels: Any, mask: Any, grow: int) -> tuple[Any, Any]:
-        """VAEEncodeForInpaint: the latents of the greyed pixels, and the noise mask."""
-        import torch
-
-        mask = self.fitted(mask, pixels)
-        wide = mask.round()
-        if grow:
-            kernel, padding = torch.ones(1, 1, grow, grow), -(-(grow - 1) // 2)
-            wide = torch.nn.functional.conv2d(mask.round()[None, None], kernel, padding=padding).clamp(0, 1)[0, 0]
-        return self.encode(self.greyed(pixels, mask)), wide[: mask.shape[0], : mask.shape[1]].round()
-
-    @staticmethod
-    def greyed(pixels: Any, mask: Any) -> Any:
-        return (pixels - 0.5) * (1.0 - mask.round()) + 0.5
-
-
-def _unit(pixels: np.ndarray) -> Any:
-    import torch
-
-    return torch.from_numpy(pixels.transpose(2, 0, 1)[None].astype(np.float32) / 255.0)
 
 
 def test_comfyuis_way_is_a_transcription_of_its_formulas(opened: Pipeline, experts: Experts) -> None:
@@ -401,7 +194,7 @@ def test_comfyuis_way_is_a_transcription_of_its_formulas(opened: Pipeline, exper
         assert opened.run is not None
         comfyui = ComfyUI(experts)
         expected = comfyui.sample(
-            opened.run, comfyui.encode(_unit(_picture())), torch.from_numpy(_mask() / np.float32(255))
+            opened.run, comfyui.encode(unit(a_picture())), torch.from_numpy(a_mask() / np.float32(255))
         )
         np.testing.assert_allclose(opened.run.final, expected, rtol=0, atol=TOLERANCE)
 
@@ -425,10 +218,10 @@ def chained(tmp_path: Path) -> Callable[..., Run]:
     """Return a function that runs nodes beside NODES on a pipeline, and gives the run of the sampler."""
     from PIL import Image
 
-    colours = Image.fromarray(_picture())
-    colours.putalpha(Image.fromarray(255 - _mask()))
+    colours = Image.fromarray(a_picture())
+    colours.putalpha(Image.fromarray(255 - a_mask()))
     colours.save(tmp_path / "picture.png")
-    Image.fromarray(np.stack([_mask(), _mask() // 2, 255 - _mask()], axis=-1)).save(tmp_path / "mask.png")
+    Image.fromarray(np.stack([a_mask(), a_mask() // 2, 255 - a_mask()], axis=-1)).save(tmp_path / "mask.png")
 
     def run(pipeline: Pipeline, sampler: dict[str, Any], **nodes: tuple[str, dict[str, Any]]) -> Run:
         every = NODES | nodes | {"sampler": ("KSampler", SAMPLER | sampler)}
@@ -449,8 +242,8 @@ def _loaded() -> tuple[Any, Any]:
     """Return the pixels and the mask of picture.png, as LoadImage returns them."""
     import torch
 
-    alpha = torch.from_numpy((255 - _mask()).astype(np.float32) / 255.0)
-    return _unit(_picture()), 1.0 - alpha
+    alpha = torch.from_numpy((255 - a_mask()).astype(np.float32) / 255.0)
+    return unit(a_picture()), 1.0 - alpha
 
 
 @pytest.mark.parametrize("grow", [0, 3, 6])
@@ -476,7 +269,7 @@ def test_a_mask_through_many_nodes(opened: Pipeline, experts: Experts, chained: 
         latent=("SetLatentNoiseMask", {"samples": ["coded", 0], "mask": ["soft", 0]}),
     )  # fmt: skip
     cross = np.array([[0, 1, 0], [1, 1, 1], [0, 1, 0]])
-    mask = 1.0 - (255 - _mask()).astype(np.float32) / 255.0
+    mask = 1.0 - (255 - a_mask()).astype(np.float32) / 255.0
     for _ in range(3):
         mask = scipy.ndimage.grey_dilation(mask, footprint=cross)
     soft = torch.from_numpy(scipy.ndimage.grey_erosion(mask, footprint=np.ones((3, 3))))
@@ -487,7 +280,7 @@ def test_a_mask_through_many_nodes(opened: Pipeline, experts: Experts, chained: 
     for y in range(10):
         soft[y] *= (y + 1) / 10
     comfyui = ComfyUI(experts)
-    expected = comfyui.sample(run, comfyui.encode(_unit(_picture())), soft)
+    expected = comfyui.sample(run, comfyui.encode(unit(a_picture())), soft)
     np.testing.assert_allclose(run.final, expected, rtol=0, atol=TOLERANCE)
 
 
@@ -501,7 +294,7 @@ def test_a_canvas_is_padded(opened: Pipeline, experts: Experts, chained: Callabl
     )  # fmt: skip
     width, height = SIDES
     pixels, mask = torch.full((1, 3, height + 16, width + 16), 0.5), torch.ones(height + 16, width + 16)
-    pixels[:, :, :height, 16:] = _unit(_picture())
+    pixels[:, :, :height, 16:] = unit(a_picture())
     inner = torch.zeros(height, width)
     for i in range(height):
         for j in range(width):
@@ -542,7 +335,7 @@ def test_an_inpainting_model_in_comfyuis_way(nine: tuple[Pipeline, Experts]) -> 
     pipeline, experts = nine
     _drawn(pipeline, _request(Case(0.7), compat="comfyui"))
     assert pipeline.run is not None
-    comfyui, pixels, mask = ComfyUI(experts), _unit(_picture()), torch.from_numpy(_mask() / np.float32(255))
+    comfyui, pixels, mask = ComfyUI(experts), unit(a_picture()), torch.from_numpy(a_mask() / np.float32(255))
     small = torch.nn.functional.interpolate(mask[None, None], size=pipeline.run.final.shape[2:], mode="bilinear")
     concat = torch.cat([small.round(), comfyui.encode(comfyui.greyed(pixels, mask))], dim=1)
     expected = comfyui.sample(pipeline.run, comfyui.encode(pixels), mask, concat)

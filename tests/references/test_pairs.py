@@ -7,7 +7,6 @@ change the picture, the pair must also differ from each of them alone.
 import functools
 import json
 import logging
-import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,10 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from safetensors.numpy import save_file
+from small_models.additions import save_controlnet, save_embedding, save_lora, save_nine_channels
 
-from sdxl_trt.engines.bundle.bundle import read_bundle
-from sdxl_trt.engines.bundle.tensor_table import read_table
 from sdxl_trt.engines.errors import SourceError, UsageError
 from sdxl_trt.export import Options, export_bundle
 from sdxl_trt.export.exporter import plan_export
@@ -43,9 +40,6 @@ PROMPT, WORDS = "a red fox in the snow", "a blue star in the snow"
 NEAR, OURS, SEEN = 1e-3, 1e-4, 1e-2
 """Latents: how far from diffusers, how far from another way here, and the least that a feature changes."""
 SCALES = (0.7, 0.5)
-# By out_proj diffusers knows whose names those of a text encoder are.
-ADAPTED = (".to_q.weight", ".to_v.weight", ".q_proj.weight", ".out_proj.weight")
-PARTS = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
 VARIANTS = {"four": (), "four, fused": ("fused LoRA",), "nine": ("nine channels",)}
 VARIANTS["nine, fused"] = (*VARIANTS["nine"], *VARIANTS["four, fused"])
 """The bundles, and the features that each has; those with four channels have a ControlNet."""
@@ -134,60 +128,6 @@ class Laboratory:
         return self.run(self.pipeline(features), ["--workflow", "graph.json", *beside])
 
 
-def _save_lora(path: Path, bundle: Path, seed: int, *, refiner: bool = False) -> None:
-    rng, opened, tensors = np.random.default_rng(seed), read_bundle(bundle), {}
-    for part in ("unet",) if refiner else PARTS:
-        shapes = read_table(opened, "refiner_unet" if refiner else part).shapes
-        for name in [name for name in shapes if name.endswith(ADAPTED)]:
-            outer = "" if part == "unet" or name.startswith("text_model.") else "text_model_"
-            module = f"{PARTS[part]}_{outer}{name.removesuffix('.weight').replace('.', '_')}"
-            outputs, inputs = shapes[name]
-            tensors[f"{module}.lora_down.weight"] = rng.standard_normal((2, inputs), np.float32) / inputs**0.5
-            tensors[f"{module}.lora_up.weight"] = rng.standard_normal((outputs, 2), np.float32)
-    save_file(tensors, path)
-
-
-def _save_embedding(path: Path, base: Path) -> None:
-    """Write an embedding whose vectors are those of two words, "blue star"."""
-    from safetensors.numpy import load_file
-
-    tensors = {}
-    for key, name in (("clip_l", "text_encoder"), ("clip_g", "text_encoder_2")):
-        vocabulary = json.loads((base / name.replace("text_encoder", "tokenizer") / "vocab.json").read_text())
-        (table,) = (value for tensor, value in load_file(base / name / "model.safetensors").items()
-                    if tensor.endswith("token_embedding.weight"))  # fmt: skip
-        tensors[key] = np.stack([table[vocabulary[f"{word}</w>"]] for word in ("blue", "star")])
-    save_file(tensors, path)
-    return tensors
-
-
-def _save_controlnet(folder: Path, unet: Path) -> Path:
-    import torch
-    from diffusers import ControlNetModel, UNet2DConditionModel
-
-    torch.manual_seed(0)
-    model = UNet2DConditionModel.from_pretrained(unet)
-    net = ControlNetModel.from_unet(model, conditioning_embedding_out_channels=(16, 32), load_weights_from_unet=False)
-    for name, parameter in net.named_parameters():
-        if "controlnet_" in name:  # zero at the start of a training
-            torch.nn.init.normal_(parameter, 0, 0.1)
-    net.save_pretrained(folder)
-    return folder
-
-
-def _nine_channels(base: Path, folder: Path) -> Path:
-    import torch
-    from diffusers import UNet2DConditionModel
-
-    copy = Path(shutil.copytree(base, folder))
-    config = json.loads((copy / "unet" / "config.json").read_text()) | {"in_channels": 9}
-    torch.manual_seed(9)
-    UNet2DConditionModel.from_config(config).save_pretrained(copy / "unet")
-    index = json.loads((copy / "model_index.json").read_text())
-    (copy / "model_index.json").write_text(json.dumps(index | {"_class_name": "StableDiffusionXLInpaintPipeline"}))
-    return copy
-
-
 def _save_pictures(folder: Path) -> None:
     y, x = np.mgrid[:HEIGHT, :WIDTH]
     disc = np.hypot(y - HEIGHT / 2, x - WIDTH / 3) < HEIGHT / 3
@@ -206,8 +146,9 @@ def laboratory(
     files = root / "files"
     (files / "embeddings").mkdir(parents=True)
     _save_pictures(files)
-    _save_embedding(files / "embeddings" / "ink.safetensors", pair.base)
-    net, nine = _save_controlnet(root / "edges", pair.base / "unet"), _nine_channels(pair.base, root / "nine channels")
+    save_embedding(files / "embeddings" / "ink.safetensors", pair.base)
+    net = save_controlnet(root / "edges", pair.base / "unet")
+    nine = save_nine_channels(pair.base, root / "nine channels")
     opened: dict[str, Pipeline] = {}
 
     @functools.cache
@@ -221,8 +162,8 @@ def laboratory(
         export_bundle(folder, pair.refiner, root / name, Options(precision="fp32", **options))
         if name == "four":
             for number, lora in enumerate(("ink", "pen")):
-                _save_lora(files / f"{lora}.safetensors", root / name, number)
-            _save_lora(files / "fine.safetensors", root / name, 2, refiner=True)
+                save_lora(files / f"{lora}.safetensors", root / name, number)
+            save_lora(files / "fine.safetensors", root / name, 2, refiner=True)
         return root / name
 
     def get(name: str) -> Pipeline:

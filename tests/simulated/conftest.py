@@ -1,7 +1,7 @@
 """A graph of four nodes with a simulated plan, and helpers to run it step by step."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ INPUTS = (
 OUTPUTS = (TensorSpec(name="y", dtype="float32", shape=("rows", 4, "2*height")),)
 WEIGHTS = np.arange(4, dtype=np.float32).reshape(4, 1)
 ACTIVATIONS = (1024, 4096)
+X = np.random.default_rng(3).standard_normal((2, 4, 8)).astype(np.float32)
+T = np.array([0.5, 2], np.float32)
 
 
 def expected(x: NDArray[Any], t: NDArray[Any]) -> NDArray[Any]:
@@ -132,3 +134,53 @@ def tiny(simulated: Any, tmp_path: Path) -> Iterator[Tiny]:
     tiny = Tiny(simulated, tmp_path)
     yield tiny
     tiny.runtime = None
+
+
+class Run:
+    """The tiny plan on a stream, with pinned buffers for the inputs `x` and `t` and the output."""
+
+    expected = staticmethod(expected)
+
+    def __init__(self, tiny: Tiny, rows: int = 1, **sizes: int) -> None:
+        self.tiny, self.stream, self.rows = tiny, tiny.stream(), rows
+        self.x, self.t = X[:rows], T[:rows]
+        self.engine = tiny.engine()
+        self.context = tiny.context(self.engine, rows, **sizes)
+        self.places = tiny.places
+        self.hosts = {name: tiny.pinned(array) for name, array in (("x", self.x), ("t", self.t))}
+        self.hosts["y"] = tiny.pinned(np.zeros((rows, 4, 16), np.float32))
+
+    def send(self) -> None:
+        kind = self.tiny.kinds.cudaMemcpyHostToDevice
+        for name in ("x", "t"):
+            pointer, view = self.hosts[name]
+            self.tiny.ok(self.tiny.cuda.cudaMemcpyAsync(self.places[name], pointer, view.nbytes, kind, self.stream))
+
+    def receive(self) -> Any:
+        pointer, view = self.hosts["y"]
+        kind = self.tiny.kinds.cudaMemcpyDeviceToHost
+        self.tiny.ok(self.tiny.cuda.cudaMemcpyAsync(pointer, self.places["y"], view.nbytes, kind, self.stream))
+        return view
+
+    def execute(self) -> bool:
+        return bool(self.context.execute_async_v3(int(self.stream)))
+
+    def wait(self) -> None:
+        self.tiny.ok(self.tiny.cuda.cudaStreamSynchronize(self.stream))
+
+
+@pytest.fixture
+def make_run(tiny: Tiny) -> Callable[..., Run]:
+    """Return a function that makes a Run of the tiny plan, from a number of rows and sizes of buffers."""
+    return lambda *arguments, **sizes: Run(tiny, *arguments, **sizes)
+
+
+@pytest.fixture
+def run(tiny: Tiny) -> Run:
+    return Run(tiny)
+
+
+@pytest.fixture
+def lenient(simulated: Any) -> None:
+    """Let a test leave broken state on purpose; leaks have their own test."""
+    simulated.leaks_matter = False

@@ -1,0 +1,1 @@
+"""What whole runs are compared with: diffusers' pipelines, and ComfyUI's nodes and formulas written again in torch."""
