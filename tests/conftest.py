@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("suite")
 
-# Two test processes on two cores: torch's spinning threads would starve both.
+# Two test processes on two cores: torch's spinning threads would starve both, and so would those of ONNX Runtime.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
@@ -42,6 +42,21 @@ def _import_package(folder: str) -> Any:
 # Test modules import from them at their top: they themselves import torch and diffusers inside functions.
 _import_package("small_models")
 _import_package("references/independent")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Let each session of ONNX Runtime compute in the thread that calls it; its own threads spin between calls."""
+    import onnxruntime
+
+    class OneThread(onnxruntime.SessionOptions):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.intra_op_num_threads = 1
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnxruntime, "SessionOptions", OneThread)
+        yield
 
 
 def pytest_collection_finish() -> None:

@@ -2,6 +2,7 @@
 
 __all__ = ["PromptTokenizer"]
 
+import functools
 import json
 from typing import Any
 
@@ -19,13 +20,11 @@ class PromptTokenizer:
     """
 
     def __init__(self, bundle: Bundle, name: str) -> None:
-        from tokenizers import Tokenizer  # noqa: PLC0415 - a compiled library, loaded with the first prompt
-
         self.spec = bundle.manifest.tokenizers[name]
         path = bundle.path(self.spec.file)
         verify_file(path, self.spec.file)
         try:
-            self._tokenizer: Any = Tokenizer.from_str(path.read_bytes().decode())
+            self._tokenizer = _parsed(path.read_bytes())
         except Exception as exc:  # tokenizers raises bare Exception
             raise CorruptError(f"{path}: not a tokenizer ({exc}); run export-engines again") from exc
 
@@ -53,3 +52,15 @@ class PromptTokenizer:
             return self._tokenizer.encode(text, add_special_tokens=False)
         except TypeError as exc:  # lone surrogates, which stand for a shell's bytes that are not UTF-8
             raise UsageError("the prompt is not valid Unicode text; give it as UTF-8") from exc
+
+
+@functools.lru_cache(maxsize=2)
+def _parsed(content: bytes) -> Any:
+    """Return the tokenizer that a file holds; those of the latest pair are kept, since it is never changed.
+
+    Parsing CLIP's takes longer than a small pair's whole prompt, and a bundle that is exported and opened anew nearly
+    always has the same two. Raises what the library raises.
+    """
+    from tokenizers import Tokenizer  # noqa: PLC0415 - a compiled library, loaded with the first prompt
+
+    return Tokenizer.from_str(content.decode())

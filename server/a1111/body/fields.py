@@ -2,16 +2,10 @@
 
 __all__ = ["Fields", "invalid"]
 
-import math
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from sdxl_trt.server.http import ApiError
-
-_WHOLE = re.compile(r"\s*[+-]?\d{1,30}\s*", re.ASCII)
-_MOST_EXACT = 2**53
-"""JSON's numbers with a point are doubles, which hold every whole number up to this one."""
+from sdxl_trt.server.http import ApiError, kind_of, number_of, told_of, whole_of
 
 
 def invalid(field: str, message: str, status: int = 422) -> ApiError:
@@ -40,7 +34,7 @@ class Fields:
         if value is None:
             return default
         if not isinstance(value, str):
-            raise self.invalid(name, f"{_kind(value)} was given; give a text")
+            raise self.invalid(name, f"{kind_of(value)} was given; give a text")
         if len(value) > most:
             raise self.invalid(name, f"has {len(value)} characters; give at most {most}")
         return value
@@ -50,9 +44,9 @@ class Fields:
         value = self.take(name)
         if value is None:
             return default
-        number = _whole_of(value)
+        number = whole_of(value, texts=True)
         if number is None:
-            raise self.invalid(name, f"{_told(value)} was given; give a whole number from {low} to {high}")
+            raise self.invalid(name, f"{told_of(value)} was given; give a whole number from {low} to {high}")
         if not low <= number <= high:
             raise self.invalid(name, f"{number} was given; choose {low} to {high}")
         return number
@@ -67,9 +61,9 @@ class Fields:
         value = self.take(name)
         if value is None:
             return None
-        number = _number_of(value)
+        number = number_of(value, texts=True)
         if number is None or not low <= number <= high:
-            raise self.invalid(name, f"{_told(value)} was given; choose a number from {low:g} to {high:g}")
+            raise self.invalid(name, f"{told_of(value)} was given; choose a number from {low:g} to {high:g}")
         return number
 
     def flag(self, name: str, *, default: bool = False) -> bool:
@@ -80,7 +74,7 @@ class Fields:
         known = {True: True, False: False, "true": True, "false": False, "": default}
         found = known.get(value.lower() if isinstance(value, str) else value) if _is_plain(value) else None
         if found is None:
-            raise self.invalid(name, f"{_kind(value)} was given; give true or false")
+            raise self.invalid(name, f"{kind_of(value)} was given; give true or false")
         return found
 
     def items(self, name: str, most: int) -> list[Any]:
@@ -98,7 +92,7 @@ class Fields:
         if value is None:
             return {}
         if not isinstance(value, dict):
-            raise self.invalid(name, f"{_kind(value)} was given; give an object")
+            raise self.invalid(name, f"{kind_of(value)} was given; give an object")
         return value
 
     def rest(self) -> dict[str, Any]:
@@ -118,35 +112,3 @@ class Fields:
 
 def _is_plain(value: Any) -> bool:
     return isinstance(value, bool | int | float | str)
-
-
-def _whole_of(value: Any) -> int | None:
-    if isinstance(value, str):
-        return int(value) if _WHOLE.fullmatch(value) else None
-    if isinstance(value, bool):
-        return None
-    if isinstance(value, float):
-        return int(value) if value.is_integer() and abs(value) <= _MOST_EXACT else None
-    return value if isinstance(value, int) else None
-
-
-def _number_of(value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        return None
-    try:
-        number = float(value)
-    except (ValueError, OverflowError):
-        return None
-    return number if math.isfinite(number) else None
-
-
-def _kind(value: Any) -> str:
-    names = {bool: "true or false", int: "a number", float: "a number", str: "a text", list: "a list",
-             dict: "an object"}  # fmt: skip
-    return names.get(type(value), "another kind of value")
-
-
-def _told(value: Any) -> str:
-    """Return a number as text, or the kind of another value."""
-    plain = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
-    return f"{value}" if plain else _kind(value)

@@ -3,16 +3,11 @@
 __all__ = ["Fields", "invalid"]
 
 import json
-import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from sdxl_trt.server.http import ApiError
+from sdxl_trt.server.http import ApiError, kind_of, number_of, told_of, whole_of
 
-_WHOLE = re.compile(r"[+-]?\d{1,30}")
-_MOST_EXACT = 2**53
-"""JSON's numbers with a point are doubles, which hold every whole number up to this one."""
 T = TypeVar("T")
 
 
@@ -47,7 +42,7 @@ class Fields:
         if value is None:
             return None
         if not isinstance(value, str):
-            raise invalid(name, f"{_kind(value)} was given; give a text")
+            raise invalid(name, f"{kind_of(value)} was given; give a text")
         if len(value) > most:
             raise invalid(name, f"has {len(value)} characters; give at most {most}")
         if any("\ud800" <= letter <= "\udfff" for letter in value):
@@ -59,11 +54,11 @@ class Fields:
         value = self.take(name)
         if value is None:
             return None
-        number = _whole_of(value, form=self._form)
+        number = whole_of(value, texts=self._form)
         if number is None:
-            raise invalid(name, f"{_told(value)} was given; give a whole number from {low} to {high}")
+            raise invalid(name, f"{told_of(value)} was given; give a whole number from {low} to {high}")
         if not low <= number <= high:
-            raise invalid(name, f"{_told(number)} was given; choose {low} to {high}")
+            raise invalid(name, f"{told_of(number)} was given; choose {low} to {high}")
         return number
 
     def number(self, name: str, low: float, high: float, *, without_low: bool = False) -> float | None:
@@ -71,10 +66,10 @@ class Fields:
         value = self.take(name)
         if value is None:
             return None
-        number = _number_of(value, form=self._form)
+        number = number_of(value, texts=self._form)
         least = f"above {low:g}" if without_low else f"{low:g}"
         if number is None or not low <= number <= high or (without_low and number == low):
-            raise invalid(name, f"{_told(value)} was given; choose a number from {least} to {high:g}")
+            raise invalid(name, f"{told_of(value)} was given; choose a number from {least} to {high:g}")
         return number
 
     def flag(self, name: str) -> bool:
@@ -84,7 +79,7 @@ class Fields:
             value = {"true": True, "false": False, "1": True, "0": False}.get(value.lower(), value)
         if value is None or isinstance(value, bool):
             return bool(value)
-        raise invalid(name, f"{_kind(value)} was given; give true or false")
+        raise invalid(name, f"{kind_of(value)} was given; give true or false")
 
     def choice(self, name: str, choices: Sequence[str]) -> str | None:
         """Return one of `choices`."""
@@ -116,41 +111,3 @@ class Fields:
         """Return the names of the fields that were not taken, and count them as known."""
         names, self._left = sorted(map(str, self._left)), {}
         return names
-
-
-def _whole_of(value: Any, *, form: bool) -> int | None:
-    if form and isinstance(value, str):
-        return int(value) if _WHOLE.fullmatch(value) and value.isascii() else None
-    if isinstance(value, bool):
-        return None
-    if isinstance(value, float):
-        return int(value) if value.is_integer() and abs(value) <= _MOST_EXACT else None
-    return value if isinstance(value, int) else None
-
-
-def _number_of(value: Any, *, form: bool) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, (str, int, float) if form else (int, float)):
-        return None
-    try:
-        number = float(value)
-    except (ValueError, OverflowError):
-        return None
-    return number if math.isfinite(number) else None
-
-
-def _kind(value: Any) -> str:
-    names = {
-        bool: "true or false",
-        int: "a number",
-        float: "a number",
-        str: "a text",
-        list: "a list",
-        dict: "an object",
-    }
-    return names.get(type(value), "another kind of value")
-
-
-def _told(value: Any) -> str:
-    """Return a number as text, or the kind of another value."""
-    plain = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
-    return f"{value}" if plain else _kind(value)

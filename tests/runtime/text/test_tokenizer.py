@@ -4,10 +4,12 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
@@ -18,7 +20,7 @@ from sdxl_trt.engines.bundle.records import FileRecord
 from sdxl_trt.engines.errors import CorruptError, UsageError
 from sdxl_trt.runtime.adapters import Embeddings
 from sdxl_trt.runtime.text.placeholders import row_of, split_placeholders
-from sdxl_trt.runtime.text.tokenizer import PromptTokenizer
+from sdxl_trt.runtime.text.tokenizer import PromptTokenizer, _parsed
 from sdxl_trt.runtime.text.vectors import Vector
 
 WORDS = ["a", "red", "fox", "in", "the", "snow", "blue", "star"]
@@ -228,6 +230,21 @@ def test_a_tokenizer_that_was_changed_is_corrupt(tmp_path: Path, bundle: Bundle)
     content = (bundle.root / "tokenizer.json").read_bytes().replace(b"fox", b"foe")
     with pytest.raises(CorruptError, match="sha256"):
         PromptTokenizer(_damaged(tmp_path, bundle, content, recorded=False), "tokenizer")
+
+
+def test_a_file_is_parsed_once_and_another_for_itself(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed: list[str] = []
+    parse = tokenizers.Tokenizer.from_str
+
+    def counting(text: str) -> Any:
+        parsed.append(text)
+        return parse(text)
+
+    monkeypatch.setattr(tokenizers, "Tokenizer", SimpleNamespace(from_str=counting))
+    _parsed.cache_clear()
+    first, again, other = (PromptTokenizer(bundle, name) for name in ("tokenizer", "tokenizer", "tokenizer_2"))
+    assert [text.encode() for text in parsed] == [(bundle.root / f"{name}.json").read_bytes() for name in PADS]
+    assert first.pieces("a !fox") == again.pieces("a !fox") != other.pieces("a !fox")
 
 
 def test_a_prompt_that_is_not_unicode_is_a_usage_error(ours: Any) -> None:

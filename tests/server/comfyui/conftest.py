@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -128,11 +128,7 @@ def client_of(app: FastAPI, options: Options) -> TestClient:
     return TestClient(app, ADDRESS, headers={"Host": "127.0.0.1:8188", **(OWN if options.keys else {})})
 
 
-@pytest.fixture
-def fake(picture: Picture) -> Iterator[Callable[..., tuple[TestClient, FakeDesk]]]:
-    """Return a client, and the desk of the tests behind it."""
-    from contextlib import ExitStack
-
+def _faked(picture: Picture) -> Iterator[Callable[..., tuple[TestClient, FakeDesk]]]:
     with ExitStack() as stack:
 
         def made(options: Options | None = None, **desk: Any) -> tuple[TestClient, FakeDesk]:
@@ -141,6 +137,18 @@ def fake(picture: Picture) -> Iterator[Callable[..., tuple[TestClient, FakeDesk]
             return stack.enter_context(client_of(application(options, lambda: fake), options)), fake
 
         yield made
+
+
+@pytest.fixture
+def fake(picture: Picture) -> Iterator[Callable[..., tuple[TestClient, FakeDesk]]]:
+    """Return a client, and the desk of the tests behind it."""
+    yield from _faked(picture)
+
+
+@pytest.fixture(scope="module")
+def shared_fake(picture: Picture) -> Iterator[Callable[..., tuple[TestClient, FakeDesk]]]:
+    """Return the same for tests that change nothing, which share one client."""
+    yield from _faked(picture)
 
 
 @pytest.fixture

@@ -24,6 +24,12 @@ def _refused(client: TestClient, **body: Any) -> Json:
     return told
 
 
+@pytest.fixture(scope="module")
+def asked(shared_fake: Fake) -> tuple[TestClient, Any]:
+    """Return a client and its desk for graphs that are all refused."""
+    return shared_fake()
+
+
 @pytest.mark.parametrize(("node", "name", "value", "kind"), [
     ("3", "seed", LACKS, "required_input_missing"),
     ("3", "model", LACKS, "required_input_missing"),
@@ -45,8 +51,10 @@ def _refused(client: TestClient, **body: Any) -> Json:
     ("3", "scheduler", "none", "value_not_in_list"),
     ("6", "text", {"x": 1}, "invalid_input_type"),
 ])  # fmt: skip
-def test_a_wrong_input_has_comfyuis_type(fake: Fake, graph: Json, node: str, name: str, value: Any, kind: str) -> None:
-    client, desk = fake()
+def test_a_wrong_input_has_comfyuis_type(
+    asked: tuple[TestClient, Any], graph: Json, node: str, name: str, value: Any, kind: str
+) -> None:
+    client, desk = asked
     inputs = graph[node]["inputs"]
     inputs.pop(name) if value is LACKS else inputs.update({name: value})
     told = _refused(client, prompt=graph)

@@ -1,109 +1,58 @@
-"""The embedded pair behind a desk, and a hook that is called before each call of a UNet."""
+"""Orders, and a desk for them with the embedded pair."""
 
 import asyncio
 import itertools
-import threading
-from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from sdxl_trt.runtime import Pipeline, Request, open_bundle
-from sdxl_trt.server.desk import Desk, Order
+from sdxl_trt.runtime import Pipeline, Request
+from sdxl_trt.server.desk import Desk, Order, Ticket
 from sdxl_trt.server.desk.studio import Studio
 from sdxl_trt.server.options import Options
 
 SMALL = Request("a red star", steps=4, width=64, height=64, seed=5, handoff=0.5)
-_ids = itertools.count()
 
 
-def order(request: Any = SMALL, who: str = "a", **changes: Any) -> Order:
-    fields = {name: changes.pop(name) for name in ("deadline", "wants_estimates", "id") if name in changes}
-    work = replace(request, **changes) if changes else request
-    return Order(work, "openai", who, fields.pop("id", f"order-{next(_ids)}"), **fields)
-
-
-@dataclass
-class Calls:
-    """Every call of a UNet: `before` is called with the component and its rows, and may wait or raise.
-
-    Without `real`, UNets and decoders compute something short of each row, so that timing costs no time.
-    """
-
-    real: bool = False
-    before: Callable[[str, int], None] = lambda name, rows: None
-    made: list[tuple[str, int]] = field(default_factory=list)
-
-    def watch(self, pipeline: Pipeline) -> None:
-        phase, watched = pipeline.pool.phase, dict[int, Any]()
-
-        def watching(*uses: Any, **more: Any) -> tuple[Any, ...]:
-            engines = phase(*uses, **more)
-            for use, engine in zip(uses, engines, strict=True):
-                if watched.get(id(engine)) is not engine:
-                    watched[id(engine)] = engine
-                    if "unet" in str(use):
-                        engine.infer = self._unet(str(use), engine.infer)
-                    elif "decoder" in str(use):
-                        engine.infer = self._decoder(engine.infer)
-            return engines
-
-        pipeline.pool.phase = watching  # type: ignore[method-assign]
-
-    def _unet(self, name: str, infer: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        def infer_watched(inputs: Any) -> Any:
-            rows = len(inputs["timestep"])
-            self.made.append((name, rows))
-            self.before(name, rows)
-            return infer(inputs) if self.real else {"out_sample": np.tanh(inputs["sample"])}
-
-        return infer_watched
-
-    def _decoder(self, infer: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        def infer_watched(inputs: Any) -> Any:
-            if self.real:
-                return infer(inputs)
-            latents = inputs["latent_sample"][:, :3]
-            return {"sample": np.tanh(latents / 8).repeat(8, axis=2).repeat(8, axis=3)}
-
-        return infer_watched
-
-
-@dataclass
-class Gate:
-    """Holds a call until somebody opens the gate; `reached` is set while it holds one."""
-
-    reached: threading.Event = field(default_factory=threading.Event)
-    opened: threading.Event = field(default_factory=threading.Event)
-
-    def __call__(self, name: str, rows: int) -> None:
-        self.reached.set()
-        assert self.opened.wait(30)
-
-    async def holds(self) -> None:
-        assert await asyncio.to_thread(self.reached.wait, 30)
+@pytest.fixture
+def small() -> Request:
+    """Return the request that orders have unless they say otherwise: two steps of each expert."""
+    return SMALL
 
 
 @pytest.fixture(scope="session")
-def opened() -> Iterator[tuple[Pipeline, Calls]]:
-    with open_bundle(residency="resident") as pipeline:
-        calls = Calls()
-        calls.watch(pipeline)
-        yield pipeline, calls
+def order() -> Callable[..., Order]:
+    """Return a function that makes an order of its own id; `changed` are the order's fields and the request's."""
+    ids = itertools.count()
+
+    def made(request: Any = SMALL, who: str = "a", **changed: Any) -> Order:
+        fields = {name: changed.pop(name) for name in ("deadline", "wants_estimates", "id") if name in changed}
+        work = replace(request, **changed) if changed else request
+        return Order(work, "openai", who, fields.pop("id", f"order-{next(ids)}"), **fields)
+
+    return made
 
 
-@pytest.fixture
-def pipeline(opened: tuple[Pipeline, Calls]) -> Pipeline:
-    return opened[0]
+@pytest.fixture(scope="session")
+def draw() -> Callable[..., Awaitable[list[Ticket]]]:
+    """Return a function that submits orders, and returns their tickets when all have ended."""
+
+    async def drawn(desk: Desk, *orders: Order) -> list[Ticket]:
+        tickets = [await desk.submit(each) for each in orders]
+        for ticket in tickets:
+            await ticket.wait()
+        return tickets
+
+    return drawn
 
 
-@pytest.fixture
-def calls(opened: tuple[Pipeline, Calls]) -> Iterator[Calls]:
-    yield opened[1]
-    opened[1].before, opened[1].real = Calls().before, False
-    opened[1].made.clear()
+@pytest.fixture(scope="session")
+def pixels() -> Callable[..., list[np.ndarray]]:
+    """Return a function from pictures to their arrays."""
+    return lambda pictures: [np.asarray(picture.image) for picture in pictures]
 
 
 @pytest.fixture
@@ -115,7 +64,7 @@ def freed(monkeypatch: pytest.MonkeyPatch) -> list[Studio]:
 
 
 @pytest.fixture
-def serve(pipeline: Pipeline, calls: Calls, freed: list[Studio]) -> Callable[..., Any]:
+def serve(pipeline: Pipeline, calls: Any, freed: list[Studio]) -> Callable[..., Any]:
     """Return a function that runs a coroutine function with a warm desk, and closes it."""
 
     def run(scenario: Callable[[Desk], Awaitable[Any]], **options: Any) -> Any:

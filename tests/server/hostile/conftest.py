@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -98,6 +99,12 @@ def answer(connection: socket.socket) -> tuple[int, bytes]:
     except ConnectionResetError:
         return (int(data.split()[1]), b"") if data else (0, b"")
     return int(lines.split()[1]), body
+
+
+@pytest.fixture(scope="session")
+def kit() -> ModuleType:
+    """Return this file: keys, heads of requests, answers and frames."""
+    return sys.modules[__name__]
 
 
 @pytest.fixture(scope="session")

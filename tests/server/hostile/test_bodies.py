@@ -4,7 +4,6 @@ Run with -s to see the memory that each takes.
 """
 
 import base64
-import importlib.util
 import io
 import json
 import socket
@@ -15,26 +14,12 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
-
-def _kit() -> Any:
-    name = "hostile_conftest"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name("conftest.py"))
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-kit = _kit()
-MIB = kit.MIB
+MIB = 1 << 20
 MOST = 2 * 32 * MIB
 DRAW, EDIT = "/v1/images/generations", "/v1/images/edits"
 FORM = "multipart/form-data; boundary=b"
@@ -53,7 +38,7 @@ def within_memory(server: Any, request: pytest.FixtureRequest) -> Iterator[None]
     assert server.ask("GET", "/health/ready")[0] == 200
 
 
-def sent_until_refused(server: Any, head: bytes, chunks: Iterator[bytes]) -> tuple[int, int]:
+def sent_until_refused(kit: Any, server: Any, head: bytes, chunks: Iterator[bytes]) -> tuple[int, int]:
     """Send chunks until an answer comes; return its status, and how many bytes were sent."""
     sent = 0
     with server.connect() as connection:
@@ -76,25 +61,25 @@ def endless(first: bytes = b"", part: bytes = b"a" * 65536) -> Iterator[bytes]:
 
 
 @pytest.mark.parametrize("path", [*PATHS, EDIT, "/upload/image"])
-def test_a_body_of_10_gib_is_refused_before_it_is_sent(server: Any, path: str) -> None:
+def test_a_body_of_10_gib_is_refused_before_it_is_sent(kit: Any, server: Any, path: str) -> None:
     with server.connect() as connection:
         connection.sendall(kit.head("POST", path, Content_Length=str(10 << 30)))
         assert kit.answer(connection)[0] == 413
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_chunks_without_end_are_refused(server: Any, path: str) -> None:
+def test_chunks_without_end_are_refused(kit: Any, server: Any, path: str) -> None:
     head = kit.head("POST", path, Transfer_Encoding="chunked", Content_Type="application/json")
-    status, sent = sent_until_refused(server, head, endless(b'{"prompt": "'))
+    status, sent = sent_until_refused(kit, server, head, endless(b'{"prompt": "'))
     assert status in (413, 0)
     assert sent < 64 * MIB
 
 
 @pytest.mark.parametrize("path", [EDIT, "/upload/image"])
-def test_a_file_of_1_gib_in_a_form_is_refused(server: Any, path: str) -> None:
+def test_a_file_of_1_gib_in_a_form_is_refused(kit: Any, server: Any, path: str) -> None:
     head = kit.head("POST", path, Transfer_Encoding="chunked", Content_Type=FORM)
     first = b'--b\r\nContent-Disposition: form-data; name="image"; filename="MARKERWORD.png"\r\n\r\n'
-    status, sent = sent_until_refused(server, head, endless(first))
+    status, sent = sent_until_refused(kit, server, head, endless(first))
     assert status in (413, 0)
     assert sent < 64 * MIB
 
@@ -219,7 +204,7 @@ def drips(connection: socket.socket, data: bytes, results: dict[str, Any], name:
     results[name] = (status, round(time.monotonic() - began, 1))
 
 
-def test_slow_heads_and_bodies_are_given_up_in_time(server: Any) -> None:
+def test_slow_heads_and_bodies_are_given_up_in_time(kit: Any, server: Any) -> None:
     results: dict[str, Any] = {}
     whole = kit.head("POST", DRAW, Content_Length="1000")
     cases = {

@@ -1,39 +1,23 @@
 """Signals at every stage of a picture, what stays behind, and what of its clients a server has told anybody."""
 
-import importlib.util
 import json
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sdxl_trt.server.http import key_id
 
-
-def _kit() -> Any:
-    name = "hostile_conftest"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name("conftest.py"))
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-kit = _kit()
 DRAW = "/v1/images/generations"
 ASKED = {"prompt": "MARKERWORD", "negative_prompt": "MARKERWORD", "size": "128x128", "steps": 24, "n": 2,
          "user": "MARKERWORD", "stream": True, "partial_images": 3}  # fmt: skip
 STAGES = ("waiting", "base", "refiner", "decode")
 
 
-def draws(server: Any, answers: list[bytes]) -> threading.Thread:
+def draws(kit: Any, server: Any, answers: list[bytes]) -> threading.Thread:
     """Ask for pictures from another thread; their events are `answers`."""
 
     def ask() -> None:
@@ -61,9 +45,9 @@ def left(server: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_at_sigterm_what_runs_is_finished_and_nothing_stays(start: Callable[..., Any], stage: str) -> None:
+def test_at_sigterm_what_runs_is_finished_and_nothing_stays(kit: Any, start: Callable[..., Any], stage: str) -> None:
     server, answers = start(), list[bytes]()
-    thread = draws(server, answers)
+    thread = draws(kit, server, answers)
     reached(server, stage)
     server.process.send_signal(signal.SIGTERM)
     status = 0
@@ -81,9 +65,9 @@ def test_at_sigterm_what_runs_is_finished_and_nothing_stays(start: Callable[...,
     assert_silent(server)
 
 
-def test_a_second_signal_ends_at_the_next_step(start: Callable[..., Any]) -> None:
+def test_a_second_signal_ends_at_the_next_step(kit: Any, start: Callable[..., Any]) -> None:
     server, answers = start(), list[bytes]()
-    thread = draws(server, answers)
+    thread = draws(kit, server, answers)
     reached(server, "base")
     server.process.send_signal(signal.SIGTERM)
     while server.ask("GET", "/health/ready")[0] != 503:
@@ -96,13 +80,13 @@ def test_a_second_signal_ends_at_the_next_step(start: Callable[..., Any]) -> Non
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_sigkill_leaves_no_files(start: Callable[..., Any], replay: Any, stage: str) -> None:
+def test_sigkill_leaves_no_files(kit: Any, start: Callable[..., Any], replay: Any, stage: str) -> None:
     server, answers = start(), list[bytes]()
     form = b'--b\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n%s\r\n--b--\r\n'
     assert server.ask("POST", "/upload/image", form % replay.picture(),
                       Content_Type="multipart/form-data; boundary=b")[0] == 200  # fmt: skip
     assert left(server)
-    thread = draws(server, answers)
+    thread = draws(kit, server, answers)
     reached(server, stage)
     assert server.end(signal.SIGKILL) == -signal.SIGKILL
     thread.join()
@@ -111,9 +95,9 @@ def test_sigkill_leaves_no_files(start: Callable[..., Any], replay: Any, stage: 
         assert time.monotonic() < end, left(server)
 
 
-def test_sighup_reloads_and_running_pictures_end(start: Callable[..., Any]) -> None:
+def test_sighup_reloads_and_running_pictures_end(kit: Any, start: Callable[..., Any]) -> None:
     server, answers = start(), list[bytes]()
-    thread = draws(server, answers)
+    thread = draws(kit, server, answers)
     reached(server, "base")
     server.process.send_signal(signal.SIGHUP)
     while "the bundle was loaded anew" not in server.log.read_text():
@@ -136,7 +120,9 @@ def assert_silent(server: Any) -> None:
         assert str(server.temporary) not in text
 
 
-def test_nothing_that_clients_sent_is_told_to_others(start: Callable[..., Any], graph: dict[str, Any]) -> None:
+def test_nothing_that_clients_sent_is_told_to_others(
+    kit: Any, start: Callable[..., Any], graph: dict[str, Any]
+) -> None:
     server = start()
     small = {"prompt": "MARKERWORD", "size": "64x64", "steps": 2, "user": "MARKERWORD"}
     for body in (small, {**small, "size": "MARKERWORD"}, {**small, "MARKERWORD": 1}, {**small, "steps": "MARKERWORD"},

@@ -1,30 +1,16 @@
 """Websockets: too many, too loud, too large, of strangers, and of those who vanish."""
 
-import importlib.util
 import json
 import socket
 import struct
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-
-def _kit() -> Any:
-    name = "hostile_conftest"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name("conftest.py"))
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-kit = _kit()
+MIB = 1 << 20
 MASKED = b"\x81\x82\0\0\0\0hi"
 """A message of two letters, as a client sends it."""
 
@@ -53,7 +39,7 @@ def freed(server: Any) -> Iterator[None]:
         pass
 
 
-def test_of_a_thousand_sockets_64_stay_and_the_others_are_told_to_come_later(server: Any) -> None:
+def test_of_a_thousand_sockets_64_stay_and_the_others_are_told_to_come_later(kit: Any, server: Any) -> None:
     with ExitStack() as stack:
         statuses = []
         for number in range(1000):
@@ -72,7 +58,7 @@ def test_one_client_has_four_sockets(server: Any) -> None:
         assert [status for _, status in opened] == [101, 101, 101, 101, 503]
 
 
-def test_a_socket_that_says_too_much_is_closed(server: Any) -> None:
+def test_a_socket_that_says_too_much_is_closed(kit: Any, server: Any) -> None:
     server.forget_peak()
     before = server.memory()
     connection, _ = server.open_socket()
@@ -82,26 +68,26 @@ def test_a_socket_that_says_too_much_is_closed(server: Any) -> None:
                 connection.sendall(MASKED * 100)
         assert kit.close_code(connection) in (1008, 0)
     taken = server.memory("VmHWM") - before
-    sys.stdout.write(f"100,000 messages: {taken / kit.MIB:.1f} MiB\n")
-    assert taken < 16 * kit.MIB
+    sys.stdout.write(f"100,000 messages: {taken / MIB:.1f} MiB\n")
+    assert taken < 16 * MIB
 
 
-def test_eleven_messages_are_too_many_for_a_second(server: Any) -> None:
+def test_eleven_messages_are_too_many_for_a_second(kit: Any, server: Any) -> None:
     connection, _ = server.open_socket()
     with connection:
         connection.sendall(MASKED * 11)
         assert kit.close_code(connection) == 1008
 
 
-def test_a_message_of_10_mib_is_not_taken(server: Any) -> None:
+def test_a_message_of_10_mib_is_not_taken(kit: Any, server: Any) -> None:
     server.forget_peak()
     before = server.memory()
     connection, _ = server.open_socket()
     with connection:
         with suppress(OSError):
-            connection.sendall(b"\x81\xff" + struct.pack(">Q", 10 * kit.MIB) + bytes(4) + bytes(10 * kit.MIB))
+            connection.sendall(b"\x81\xff" + struct.pack(">Q", 10 * MIB) + bytes(4) + bytes(10 * MIB))
         assert kit.close_code(connection) in (1009, 0)
-    assert server.memory("VmHWM") - before < 4 * kit.MIB
+    assert server.memory("VmHWM") - before < 4 * MIB
 
 
 def test_a_page_of_another_origin_opens_none(server: Any) -> None:
@@ -110,7 +96,7 @@ def test_a_page_of_another_origin_opens_none(server: Any) -> None:
     assert status == 403
 
 
-def test_another_key_with_the_same_client_id_hears_nothing(server: Any) -> None:
+def test_another_key_with_the_same_client_id_hears_nothing(kit: Any, server: Any) -> None:
     with ExitStack() as stack:
         own, _ = server.open_socket("/ws?clientId=a")
         stack.callback(own.close)
@@ -134,7 +120,7 @@ def test_another_key_with_the_same_client_id_hears_nothing(server: Any) -> None:
         assert server.ask("GET", f"/history/{identity}", key=kit.OTHER)[1] == b"{}"
 
 
-def test_a_job_outlives_a_client_that_vanishes(server: Any) -> None:
+def test_a_job_outlives_a_client_that_vanishes(kit: Any, server: Any) -> None:
     connection, _ = server.open_socket("/ws?clientId=b")
     asked = json.dumps({"prompt": graph(8), "client_id": "b"}).encode()
     identity = json.loads(server.ask("POST", "/prompt", asked)[1])["prompt_id"]

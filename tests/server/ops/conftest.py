@@ -14,31 +14,15 @@ ADDRESS = "http://127.0.0.1:8188"
 Served = Callable[..., AbstractContextManager[TestClient]]
 
 
-class Borrowed:
-    """The engines of another pool, which stay loaded: the tests share them."""
-
-    def __init__(self, pool: Any) -> None:
-        self._pool = pool
-        self.closed = False
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._pool, name)
-
-    def free(self, *_: Any) -> None:
-        pass
-
-    def close(self) -> None:
-        assert not self.closed, "closed twice"
-        self.closed = True
-
-
 @pytest.fixture
-def opened(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> list[Pipeline]:
+def opened(
+    pipeline: Pipeline, borrow: Callable[[Pipeline], Pipeline], monkeypatch: pytest.MonkeyPatch
+) -> list[Pipeline]:
     """The pipelines that the application has opened, on the engines of the tests."""
     made: list[Pipeline] = []
 
     def open_bundle(*_: Any, **__: Any) -> Pipeline:
-        made.append(Pipeline(Borrowed(pipeline.pool)))  # type: ignore[arg-type]
+        made.append(borrow(pipeline))
         return made[-1]
 
     monkeypatch.setattr("sdxl_trt.server.app.open_bundle", open_bundle)

@@ -21,8 +21,8 @@ def test_a_reload_serves_the_new_bundle_and_closes_the_old_one(served: Any, open
         answer = client.post("/admin/reload", headers=KEY)
         assert answer.status_code == 200
         assert client.app.state.desk.pipeline is opened[1]
-        assert opened[0].pool.closed  # type: ignore[attr-defined]
         assert client.post("/v1/images/generations", json=ASKED, headers=KEY).json()["data"] == before
+        assert opened[0].pool.closed  # type: ignore[attr-defined]
         assert client.get("/health/ready").status_code == 200
         assert answer.json()["bundle"] in client.get("/metrics", headers=KEY).text
 

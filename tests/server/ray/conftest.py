@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import pytest
 
 from sdxl_trt.runtime import Pipeline, open_bundle
@@ -90,12 +89,11 @@ class Hold:
 
 @dataclass
 class Far:
-    """The pipelines of the pools, kept loaded, and what their UNets are asked."""
+    """The pipelines of the pools, and what their UNets are asked."""
 
     base: Pipeline
     refiner: Pipeline
-    real: bool = False
-    """Whether UNets and decoders compute what they should."""
+    calls: Any
     hold: Hold = field(default_factory=Hold)
     wire: Wire = field(default_factory=Wire)
 
@@ -135,71 +133,20 @@ def _no_graphs(*_: object) -> Iterator[Any]:
     raise AssertionError
 
 
-def _watched(pipeline: Pipeline, far: list[Far]) -> None:
-    """Keep the engines of a pipeline loaded; UNets and VAEs compute something short, unless `far` says `real`.
-
-    What a UNet computes depends on its row alone: on latents, time and conditions.
-    """
-    pipeline.pool.close = lambda: None  # type: ignore[method-assign]
-    phase, watched = pipeline.pool.phase, dict[int, Any]()
-
-    def watching(*uses: Any, **more: Any) -> Any:
-        engines = phase(*uses, **more)
-        for use, engine in zip(uses, engines, strict=True):
-            if watched.get(id(engine)) is not engine:
-                watched[id(engine)] = engine
-                _watch(str(use), engine, far)
-        return engines
-
-    pipeline.pool.phase = watching  # type: ignore[method-assign]
-
-
-def _watch(name: str, engine: Any, far: list[Far]) -> None:
-    infer, bind, bound = engine.infer, engine.bind, dict[str, Any]()
-
-    def binding(inputs: Any) -> None:
-        bound.update(inputs)
-        bind(inputs)
-
-    def inferring(inputs: Any, *more: Any) -> Any:
-        if name == "unet" and far:
-            far[0].hold()
-        if far and far[0].real:
-            return infer(inputs, *more)
-        if "unet" in name:
-            kept = bound["encoder_hidden_states"].mean((1, 2)) + bound["time_ids"].mean(1) / 1000
-            kept = kept[: len(inputs["sample"])]
-            return {"out_sample": np.tanh(inputs["sample"] + _rows(kept) + _rows(inputs["timestep"]) / 1000)}
-        if "decoder" in name:
-            return {"sample": np.tanh(inputs["latent_sample"][:, :3] / 8).repeat(8, axis=2).repeat(8, axis=3)}
-        return infer(inputs, *more)
-
-    engine.infer, engine.bind = inferring, binding
-
-
-def _rows(values: Any) -> Any:
-    return np.asarray(values, np.float32)[:, None, None, None]
-
-
 @pytest.fixture(scope="session")
-def opened() -> Iterator[tuple[Pipeline, Pipeline, list[Far]]]:
-    with open_bundle(residency="resident", provider="ort-cpu") as base:
-        with open_bundle(residency="resident", provider="ort-cpu") as refiner:
-            current: list[Far] = []
-            closes = [base.pool.close, refiner.pool.close]
-            _watched(base, current)
-            _watched(refiner, current)
-            yield base, refiner, current
-        for close in closes:
-            close()
+def second(watched: Any) -> Iterator[Pipeline]:
+    """The engines of a second device."""
+    with open_bundle(residency="resident", provider="ort-cpu") as pipeline:
+        watched.watch(pipeline)
+        yield pipeline
 
 
 @pytest.fixture
-def far(opened: tuple[Pipeline, Pipeline, list[Far]]) -> Iterator[Far]:
-    base, refiner, current = opened
-    current[:] = [Far(base, refiner)]
-    yield current[0]
-    current.clear()
+def far(pipeline: Pipeline, second: Pipeline, borrow: Callable[[Pipeline], Pipeline], calls: Any) -> Far:
+    """Return the pipelines of two devices; what is done to them ends with the test."""
+    far = Far(borrow(pipeline), borrow(second), calls)
+    calls.before = lambda name, rows: far.hold() if name == "unet" else None
+    return far
 
 
 @pytest.fixture(scope="session")

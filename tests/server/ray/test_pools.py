@@ -66,7 +66,7 @@ def test_pools_draw_the_pixels_and_the_record_of_one_device(far: Far, name: str)
 
 
 def test_the_embedded_pair_draws_the_same_in_pools(far: Far) -> None:
-    far.real = True
+    far.calls.real = True
 
     async def scenario(desk: Desk) -> list[Ticket]:
         return await _drawn(desk, order())

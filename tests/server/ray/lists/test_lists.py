@@ -79,7 +79,6 @@ def test_a_whole_picture_with_its_record_is_not_drawn_again(far: Far, tmp_path: 
 
 
 def test_the_actors_draw_what_one_device_draws(far: Far) -> None:
-    far.base.pool.close = far.refiner.pool.close = lambda: None
     requests = [SMALL, replace(SMALL, handoff=None), replace(SMALL, seed=9, sampler="euler_ancestral", count=2)]
     values = [pickle.dumps(request) for request in requests]
     split = Refiner(Options(), lambda _: far.refiner)(Base(Options(), lambda _: far.base)(values))
