@@ -27,6 +27,8 @@ def number_of(value: Any, *, texts: bool) -> float | None:
     """Return a finite number, None for another value; with `texts` it may be written in a text."""
     if isinstance(value, bool) or not isinstance(value, str | int | float if texts else int | float):
         return None
+    if isinstance(value, str) and ("_" in value or not value.isascii()):  # Python's own ways to write a number
+        return None
     try:
         number = float(value)
     except (ValueError, OverflowError):

@@ -26,6 +26,7 @@ def test_whole_numbers(value: Any, in_json: int | None, in_text: int | None) -> 
     [
         (3, 3.0, 3.0), (0.5, 0.5, 0.5), ("0.5", None, 0.5), ("1e400", None, None), ("nan", None, None),
         (10**400, None, None), (float("inf"), None, None), (False, None, None), ({}, None, None), ("x", None, None),
+        ("1_0.5", None, None), ("٣.5", None, None), (" -1e3 ", None, -1000.0),
     ],
 )  # fmt: skip
 def test_numbers(value: Any, in_json: float | None, in_text: float | None) -> None:
