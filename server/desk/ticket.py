@@ -33,7 +33,7 @@ class Ticket:
         """"cancelled" or "interrupted" once somebody stops it: the worker looks between two calls of a UNet."""
         self.warnings: tuple[str, ...] = ()
         """What the runtime says of the request before anything is drawn; it may hold a piece of the prompt."""
-        self.on_stop: Callable[[], None] = lambda: None
+        self.on_stop: Callable[[], None] = _nothing
         """What the desk does when somebody stops it."""
         self.listeners: list[Callable[[Event], None]] = []
         """Called on the loop with every event, after the ticket has taken it."""
@@ -91,6 +91,16 @@ class Ticket:
         self._news = asyncio.Event()
         for listener in self.listeners:
             listener(event)
+        if self.ended is not None:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Forget who listens: they refer to the ticket, and a circle with pictures would stay until it is collected.
+
+        The collector counts objects, not bytes, so hundreds of pictures could wait for it.
+        """
+        self.on_stop = _nothing
+        self.listeners = []
 
     def _forget_estimates(self) -> None:
         """Let go of the previews once nobody is about to read them: they hold most of an order's memory."""
@@ -133,3 +143,7 @@ class Ticket:
         while self.ended is None:
             await self._news.wait()
         return self.ended
+
+
+def _nothing() -> None:
+    """Do nothing."""

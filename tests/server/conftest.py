@@ -1,6 +1,7 @@
 """What the tests of every API share: recorded requests, the embedded pair opened once and watched, and a picture."""
 
 import asyncio
+import gc
 import importlib.util
 import sys
 import threading
@@ -26,6 +27,21 @@ def replay() -> Any:
         sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[name])
     return sys.modules[name]
+
+
+@pytest.fixture
+def left_tickets() -> Iterator[Callable[[], int]]:
+    """Return a function that counts the tickets made by this test which still exist, with no help of a collector."""
+    from sdxl_trt.server.desk import Ticket
+
+    def tickets() -> set[int]:
+        return {id(each) for each in gc.get_objects() if isinstance(each, Ticket)}
+
+    gc.collect()
+    gc.disable()
+    before = tickets()
+    yield lambda: len(tickets() - before)
+    gc.enable()
 
 
 @dataclass

@@ -201,3 +201,15 @@ def test_a_lora_is_found_in_the_servers_folder_alone(drawing: TestClient, name: 
     answer = drawing.post("/sdapi/v1/txt2img", json={**SMALL, "prompt": f"a <lora:{name}:1>"})
     assert answer.status_code == 422
     assert name not in answer.text
+
+
+def test_no_request_stays_in_memory_after_its_answer(
+    drawing: TestClient, left_tickets: Callable[[], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sdxl_trt.server.readers.once.MOST_FINISHED", 0)
+    body = {"prompt": "a red star", "steps": 2, "size": "64x64"}
+    for _number in range(3):
+        _draw(drawing, steps=2)
+        for more in ({}, {"stream": True, "partial_images": 1}):
+            assert drawing.post("/v1/images/generations", json=body | more).status_code == 200
+    assert left_tickets() <= 1  # the worker may still look at the last one

@@ -139,3 +139,10 @@ def test_ignored_things_are_told_and_not_logged(
     entry, _ = _finished(drawing, graph)
     assert entry["status"]["status_str"] == "success"
     assert "marker" not in caplog.text
+
+
+def test_no_job_stays_in_memory_after_its_end(drawing: TestClient, pair: Json, left_tickets: Callable[[], int]) -> None:
+    for seed in range(3):
+        pair["3"]["inputs"]["noise_seed"] = seed
+        _finished(drawing, pair)
+    assert left_tickets() <= 1

@@ -1,12 +1,14 @@
 """What a ticket keeps of an order's previews and of its places in the queue."""
 
 import asyncio
+import gc
+import weakref
 
 import numpy as np
 import pytest
 
 from sdxl_trt.runtime import Request
-from sdxl_trt.server.desk import Ended, Order, Stepped, Ticket, Waiting
+from sdxl_trt.server.desk import Ended, Order, Outcome, Stepped, Ticket, Waiting
 
 
 @pytest.mark.parametrize("keeps", [True, False])
@@ -43,3 +45,21 @@ def test_a_reader_who_comes_late_is_told_the_latest_place_alone(*, early: bool) 
         return [each.place for each in seen if isinstance(each, Waiting)]
 
     assert asyncio.run(main()) == ([3, 2, 1] if early else [1])
+
+
+@pytest.mark.parametrize("outcome", ["done", "failed"])
+def test_a_ticket_that_has_ended_is_freed_without_a_collector(outcome: Outcome) -> None:
+    async def main() -> weakref.ref[Ticket]:
+        ticket = Ticket(Order(Request(), "openai", "a", "1"))
+        seen: list[str] = []
+        ticket.on_stop = ticket.interrupt
+        ticket.listeners.append(lambda event: seen.append(f"{event} {ticket.created}"))
+        ticket.take(Ended(outcome))
+        assert len(seen) == 1
+        return weakref.ref(ticket)
+
+    gc.disable()
+    try:
+        assert asyncio.run(main())() is None
+    finally:
+        gc.enable()
