@@ -49,7 +49,7 @@ types: $(VENV)/.full
 	$(BIN)/mypy --platform win32 --cache-dir .mypy_cache/win32 -p sdxl_trt
 
 pytest: $(VENV)/.full
-	$(BIN)/pytest --numprocesses 2 --dist loadfile --ignore=tests/references -m "not builds and not hostile"
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --ignore=tests/references -m "not builds and not hostile"
 
 test-references: $(VENV)/.full  ## Whole runs against diffusers and recorded results of ComfyUI, and whole plans
 	$(BIN)/pytest --numprocesses 2 --dist loadfile tests/references

@@ -118,7 +118,7 @@ def ray_box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @pytest.fixture(scope="session")
 def kit() -> Any:
     """What tests need of this file, which they cannot import."""
-    return SimpleNamespace(ROOT=ROOT, SPLIT=SPLIT, until=until)
+    return SimpleNamespace(ROOT=ROOT, SPLIT=SPLIT, served=served, until=until)
 
 
 @pytest.fixture(scope="session", autouse=True)
