@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -184,3 +185,14 @@ def run(tiny: Tiny) -> Run:
 def lenient(simulated: Any) -> None:
     """Let a test leave broken state on purpose; leaks have their own test."""
     simulated.leaks_matter = False
+
+
+@pytest.fixture(scope="session")
+def elsewhere() -> Callable[[Callable[[], Any]], Any]:
+    """Return a function that returns the result of a call in another thread."""
+
+    def called(call: Callable[[], Any]) -> Any:
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(call).result()
+
+    return called

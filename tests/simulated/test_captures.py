@@ -1,6 +1,5 @@
 """CUDA graphs of simulated executions, and what must not happen while a stream captures."""
 
-import threading
 from typing import Any
 
 import numpy as np
@@ -74,19 +73,9 @@ def test_an_engine_that_streams_weights_cannot_be_captured(simulated: Any, tiny:
     ids=["profile", "shape", "address", "memory"],
 )
 def test_a_context_is_not_changed_during_its_capture(simulated: Any, run: Any, change: Any) -> None:
-    cuda = run.tiny.cuda
-    run.tiny.ok(cuda.cudaStreamBeginCapture(run.stream, cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal))
+    run.tiny.ok(_begin(run))
     with simulated.violation("was called during a capture"):
         change(run)
-
-
-def _elsewhere(call: Any) -> Any:
-    """Return the result of `call` in another thread."""
-    results: list[Any] = []
-    thread = threading.Thread(target=lambda: results.append(call()))
-    thread.start()
-    thread.join()
-    return results[0]
 
 
 def _begin(run: Any) -> Any:
@@ -104,21 +93,25 @@ def _begin(run: Any) -> Any:
     ],
     ids=["deserialize", "create context", "free", "synchronize"],
 )
-def test_no_thread_synchronizes_the_device_during_a_capture(simulated: Any, run: Any, load: Any) -> None:
+def test_no_thread_synchronizes_the_device_during_a_capture(
+    simulated: Any, run: Any, load: Any, elsewhere: Any
+) -> None:
     run.tiny.ok(_begin(run))
-    assert _elsewhere(lambda: load(run)) is None
+    assert elsewhere(lambda: load(run)) is None
     assert run.tiny.cuda.cudaStreamEndCapture(run.stream)[0].name == "cudaErrorStreamCaptureInvalidated"
 
 
-def test_an_engine_freed_by_another_thread_spoils_a_capture(simulated: Any, run: Any) -> None:
+def test_an_engine_freed_by_another_thread_spoils_a_capture(simulated: Any, run: Any, elsewhere: Any) -> None:
     engines = [run.tiny.engine()]
     run.tiny.ok(_begin(run))
-    _elsewhere(engines.clear)
+    elsewhere(engines.clear)
     assert run.tiny.cuda.cudaStreamEndCapture(run.stream)[0].name == "cudaErrorStreamCaptureInvalidated"
 
 
 @pytest.mark.parametrize("what", ["deserialize", "create context"])
-def test_a_capture_that_begins_during_a_load_fails_and_lets_it_fail(simulated: Any, run: Any, what: str) -> None:
+def test_a_capture_that_begins_during_a_load_fails_and_lets_it_fail(
+    simulated: Any, run: Any, what: str, elsewhere: Any
+) -> None:
     engine = run.context.engine
     ended: list[str] = []
 
@@ -126,6 +119,6 @@ def test_a_capture_that_begins_during_a_load_fails_and_lets_it_fail(simulated: A
         run.tiny.ok(_begin(run))
         ended.append(run.tiny.cuda.cudaStreamEndCapture(run.stream)[0].name)
 
-    simulated.during_load = lambda name: _elsewhere(lambda: during(name))
+    simulated.during_load = lambda name: elsewhere(lambda: during(name))
     assert (run.tiny.engine() if what == "deserialize" else engine.create_execution_context()) is None
     assert ended == ["cudaErrorStreamCaptureInvalidated"]

@@ -1,7 +1,6 @@
 """The simulated engine: a plan's properties, what is refused, and the memory that engines and contexts take."""
 
 import hashlib
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -29,22 +28,13 @@ def test_an_engine_has_the_properties_of_its_plan(tiny: Any) -> None:
     assert (engine.streamable_weights_size, engine.get_engine_stat()) == (0, 1 << 20)
 
 
-def _elsewhere(call: Any) -> Any:
-    """Return the result of `call` in another thread."""
-    results: list[Any] = []
-    thread = threading.Thread(target=lambda: results.append(call()))
-    thread.start()
-    thread.join()
-    return results[0]
-
-
-def test_a_runtime_is_used_by_one_thread_at_a_time(simulated: Any, tiny: Any) -> None:
+def test_a_runtime_is_used_by_one_thread_at_a_time(simulated: Any, tiny: Any, elsewhere: Any) -> None:
     def again(_: str) -> None:
         simulated.during_load = None
         with simulated.violation("not thread-safe"):
             tiny.engine()
 
-    simulated.during_load = lambda name: _elsewhere(lambda: again(name))
+    simulated.during_load = lambda name: elsewhere(lambda: again(name))
     assert tiny.engine() is not None
 
 
