@@ -1,6 +1,7 @@
 """The records of ``manifest.json``: the runtime's only source of facts about a model."""
 
 __all__ = [
+    "EIGHT_BIT",
     "FORMAT_NAME",
     "FORMAT_VERSION",
     "Component",
@@ -11,6 +12,7 @@ __all__ = [
     "LoraRecord",
     "Manifest",
     "Precision",
+    "Quantization",
     "Scheduler",
     "Source",
     "Stage",
@@ -34,7 +36,9 @@ FORMAT_VERSION = 1
 
 Kind = Literal["text_encoder", "unet", "controlnet", "vae_decoder", "vae_encoder"]
 DType = Literal["float32", "float16", "int64"]
-Precision = Literal["fp32", "fp16", "bf16", "mixed"]
+Precision = Literal["fp32", "fp16", "bf16", "mixed", "int8", "fp8"]
+EIGHT_BIT = ("int8", "fp8")
+"""The precisions of graphs with a `quantization`."""
 PositiveFloat = Annotated[float, msgspec.Meta(gt=0.0)]
 
 
@@ -59,6 +63,21 @@ class Source(Record, frozen=True, kw_only=True):
     sha256: Sha256
 
 
+class Quantization(Record, frozen=True, kw_only=True):
+    """Which layers of an 8-bit graph compute in 8 bits, and what the ranges of their inputs were measured on.
+
+    `calibration` says it in words, `ranges` is the digest of the measured ranges. `excluded` has a reason for every
+    layer that stayed in the graph's floating-point precision, by the name of its module.
+    """
+
+    calibration: str
+    ranges: Sha256
+    linears: Natural
+    convolutions: Natural
+    attentions: Natural = 0
+    excluded: dict[str, str] = {}
+
+
 class Component(Record, frozen=True, kw_only=True):
     """One graph with its weights."""
 
@@ -80,6 +99,20 @@ class Component(Record, frozen=True, kw_only=True):
     """A variant over the same weights that takes LoRAs as inputs: plans with a LoRA rank are built of it."""
     adapters: FileRecord | None = None
     """The table of its tensors, which LoRAs need (`read_table`); None in bundles of older versions."""
+    quantization: Quantization | None = None
+    """What computes in 8 bits; None unless `precision` is int8 or fp8."""
+
+    @property
+    def eight_bit(self) -> bool:
+        """Return whether its linear layers and convolutions compute in 8 bits."""
+        return self.precision in EIGHT_BIT
+
+    @property
+    def float_precision(self) -> Precision:
+        """Return the precision of all that does not compute in 8 bits: that of its outputs, fp16 or fp32."""
+        if not self.eight_bit:
+            return self.precision
+        return "fp16" if self.outputs[0].dtype == "float16" else "fp32"
 
     @property
     def files(self) -> tuple[FileRecord, ...]:
