@@ -75,7 +75,7 @@ class Quantization(Record, frozen=True, kw_only=True):
     linears: Natural
     convolutions: Natural
     attentions: Natural = 0
-    excluded: dict[str, str] = {}
+    excluded: dict[str, str]
 
 
 class Component(Record, frozen=True, kw_only=True):
