@@ -28,7 +28,7 @@ RANK = "rank"
 """The axis that all slots of a graph share: the sum of the ranks of a request's LoRAs."""
 _MOST_BYTES = 16 << 20
 _MOST_TENSORS = 100_000
-_SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "float8e4m3fn": 1}
 _REMEDY = "run export-engines again"
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=512)]
 Length = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
@@ -40,7 +40,7 @@ class TensorRecord(Record, frozen=True, kw_only=True):
 
     name: Name
     shape: Annotated[tuple[Length, ...], _MOST_AXES]
-    dtype: Literal["float32", "float16", "bfloat16"]
+    dtype: Literal["float32", "float16", "bfloat16", "int8", "float8e4m3fn"]
     permutation: Annotated[tuple[Natural, ...], _MOST_AXES] | None = None
     """The axes of the published tensor in the order in which they are stored; None: as published."""
     offset: Natural | None = None

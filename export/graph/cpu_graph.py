@@ -6,7 +6,7 @@ value and result; and the two halves of a gated layer are copied. The rewrites c
 signature; TensorRT would refuse the result.
 """
 
-__all__ = ["for_cpu"]
+__all__ = ["attention_heads", "for_cpu"]
 
 from collections.abc import Sequence
 
@@ -44,9 +44,9 @@ def _fuse_heads(graph: ir.Graph, node: ir.Node) -> bool:
         return False
     transposes = [chain[0] for chain in chains if chain] + [after]
     reshapes = [chain[1] for chain in chains if chain]
-    heads = _heads(reshapes[0])
+    heads = attention_heads(reshapes[0])
     swapped = all(list(one.attributes["perm"].as_ints()) == _SWAP_HEADS for one in transposes)
-    if heads is None or not swapped or any(_heads(reshape) != heads for reshape in reshapes):
+    if heads is None or not swapped or any(attention_heads(reshape) != heads for reshape in reshapes):
         return False
     attributes: dict[str, int | float] = {"num_heads": heads}
     if "scale" in node.attributes:
@@ -123,7 +123,7 @@ def _only_user(value: ir.Value, operator: str) -> ir.Node | None:
     return users[0] if len(users) == 1 and users[0].op_type == operator and not value.is_graph_output() else None
 
 
-def _heads(reshape: ir.Node) -> int | None:
+def attention_heads(reshape: ir.Node) -> int | None:
     """Return the third of the four target sizes of a Reshape, the number of heads; None if unknown."""
     target = reshape.inputs[1]
     sizes = ir.convenience.get_const_tensor(target) if target is not None else None

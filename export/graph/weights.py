@@ -1,6 +1,6 @@
 """Stream tensors into one external-data file, cast them on the way, in constant memory."""
 
-__all__ = ["WrittenWeights", "write_weights"]
+__all__ = ["WEIGHTS_FILE", "WeightsWriter", "WrittenWeights", "write_weights"]
 
 import hashlib
 from collections.abc import Callable, Mapping
@@ -58,7 +58,7 @@ def write_weights(
     tensors: list[TensorRecord] = []
     try:
         with (folder / WEIGHTS_FILE).open("wb") as file:
-            writer = _Writer(file)
+            writer = WeightsWriter(file)
             for source, tensor in checkpoint.read(order):
                 value = by_source[source]
                 permutation = permutations.get(str(value.name))
@@ -76,7 +76,9 @@ def write_weights(
         raise explain_os_error(exc, f"writing {folder / WEIGHTS_FILE}") from exc
 
 
-class _Writer:
+class WeightsWriter:
+    """Appends tensors to an open weights file, and counts what it wrote: bytes, parameters, sha256."""
+
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.position, self.parameters, self.digest = file, 0, 0, hashlib.sha256()
 

@@ -1,0 +1,112 @@
+"""Nodes that quantize: QuantizeLinear and DequantizeLinear with their scales, inserted where their values are made."""
+
+__all__ = ["QuantizingGraph", "constant"]
+
+from dataclasses import dataclass, field
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+_ZEROS: dict[ir.DataType, np.dtype[np.generic]] = {
+    ir.DataType.INT8: np.dtype(np.int8), ir.DataType.UINT8: np.dtype(np.uint8), ir.DataType.INT32: np.dtype(np.int32),
+    ir.DataType.FLOAT8E4M3FN: np.dtype(ml_dtypes.float8_e4m3fn),
+}  # fmt: skip
+
+
+@dataclass
+class QuantizingGraph:
+    """A graph that gains quantizing nodes. A value is quantized once, and dequantized for each of its users.
+
+    `floats` is the type of the graph's scales: fp16 or fp32.
+    """
+
+    graph: ir.Graph
+    floats: ir.DataType
+    _known: dict[ir.Value, ir.Value] = field(default_factory=dict)
+
+    def quantized(self, value: ir.Value, scale: float, dtype: ir.DataType, zero: int = 0) -> ir.Value:
+        """Return `value` in 8 bits; a value that was quantized before, as it was then."""
+        known = self._known.get(value)
+        if known is None:
+            name = f"{value.name}/quantized"
+            inputs = [value, *self._parameters(name, np.array(scale), dtype, zero)]
+            node = _node("QuantizeLinear", inputs, name)
+            known = self._known[value] = node.outputs[0]
+            made = value.producer()
+            if made is None:
+                self.graph.insert_before(next(iter(self.graph)), node)
+            else:
+                self.graph.insert_after(made, node)
+        return known
+
+    def dequantized(self, value: ir.Value, name: str, before: ir.Node, scale: ir.Value, axis: int) -> ir.Value:
+        """Return a stored tensor in floating point, with a scale for each index of `axis`; inserted before a node."""
+        zero = constant(self.graph, f"{name}.zero", np.zeros(_length(scale), _zero_dtype(value)))
+        node = _node("DequantizeLinear", [value, scale, zero], name, {"axis": axis})
+        self.graph.insert_before(before, node)
+        return node.outputs[0]
+
+    def narrow_input(self, user: ir.Node, place: int, scale: float, dtype: ir.DataType, zero: int = 0) -> None:
+        """Pass an input of `user` through 8 bits."""
+        value = user.inputs[place]
+        if value is None:
+            raise RuntimeError(f"{user.name}: input {place} is missing")
+        narrow = self.quantized(value, scale, dtype, zero)
+        user.replace_input_with(place, self._dequantize(narrow, f"{user.name}/input.{place}", user))
+
+    def narrow_output(self, value: ir.Value, scale: float, dtype: ir.DataType, zero: int) -> None:
+        """Pass a result through 8 bits, for all its users but the graph's outputs."""
+        users = list(value.uses())  # before the new node, which is a user too
+        narrow = self.quantized(value, scale, dtype, zero)
+        made = narrow.producer()
+        if made is None:
+            raise RuntimeError(f"{value.name}: was not quantized")
+        for user, place in users:
+            if user is not made:
+                name = f"{user.name}/{value.name}.{place}"
+                user.replace_input_with(place, self._dequantize(narrow, name, user))
+
+    def _dequantize(self, narrow: ir.Value, name: str, before: ir.Node) -> ir.Value:
+        made = narrow.producer()
+        if made is None:
+            raise RuntimeError(f"{narrow.name}: was not quantized")
+        node = _node("DequantizeLinear", [narrow, *made.inputs[1:]], f"{name}/dequantized")
+        self.graph.insert_before(before, node)
+        return node.outputs[0]
+
+    def _parameters(
+        self, name: str, scale: NDArray[np.float64], dtype: ir.DataType, zero: int
+    ) -> tuple[ir.Value, ir.Value]:
+        return (
+            constant(self.graph, f"{name}.scale", scale.astype(self.floats.numpy())),
+            constant(self.graph, f"{name}.zero", np.array(zero).astype(_ZEROS[dtype])),
+        )
+
+
+def constant(graph: ir.Graph, name: str, value: NDArray[np.generic]) -> ir.Value:
+    """Return a new initializer of `graph`, stored in the graph."""
+    initializer = ir.Value(name=name, const_value=ir.tensor(value, name=name))
+    graph.register_initializer(initializer)
+    return initializer
+
+
+def _node(
+    operator: str, inputs: list[ir.Value], name: str, attributes: dict[str, int] | None = None
+) -> ir.Node:
+    node = ir.node(operator, inputs, attributes or {}, name=name)
+    node.outputs[0].name = f"{name}.out"
+    return node
+
+
+def _length(scale: ir.Value) -> int:
+    if scale.shape is None:
+        raise RuntimeError(f"{scale.name}: has no shape")
+    return int(scale.shape.numpy()[0])
+
+
+def _zero_dtype(value: ir.Value) -> np.dtype[np.generic]:
+    if value.dtype is None:
+        raise RuntimeError(f"{value.name}: has no type")
+    return _ZEROS[value.dtype]

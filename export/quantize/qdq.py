@@ -1,0 +1,147 @@
+"""The two graphs of an 8-bit component, which share its weights and ranges.
+
+``model.onnx``, for TensorRT: symmetric formats, since its parser refuses a zero point, floats around the layers, and in
+FP8 also the attentions, which TensorRT fuses in this form only. ``cpu.onnx``, for ONNX Runtime's CPU provider: uint8
+inputs with a zero point, without which its int8 kernels are slower than fp32, and for convolutions, which only then
+compute in 8 bits, an int32 bias and a quantized result.
+"""
+
+__all__ = ["quantize_for_cpu", "quantize_for_devices", "refer_to"]
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from sdxl_trt.export.graph import attention_heads
+from sdxl_trt.export.quantize.formats import FORMATS, Scheme, activation_scale, unsigned_scale
+from sdxl_trt.export.quantize.layers import Attention, Layer, find_attentions
+from sdxl_trt.export.quantize.nodes import QuantizingGraph, constant
+from sdxl_trt.export.quantize.ranges import INPUT, OUTPUT, Ranges
+from sdxl_trt.export.quantize.store import EightBitWeights, Stored
+
+_SOFTMAX = 1.0
+"""The largest number that a softmax returns."""
+
+
+def refer_to(model: ir.Model, weights: EightBitWeights, folder: Path) -> None:
+    """Let the initializers of `model` refer to the tensors of `weights` in ``folder/weights.data``, in their types."""
+    for name, value in model.graph.initializers.items():
+        stored = weights.tensors.get(name)
+        if stored is not None:
+            value.const_value, value.type = stored.tensor(name, folder), ir.TensorType(stored.dtype)
+
+
+def quantize_for_devices(
+    model: ir.Model, layers: Iterable[Layer], weights: EightBitWeights, ranges: Ranges, scheme: Scheme, folder: Path,
+    *, wide: bool = False,
+) -> None:  # fmt: skip
+    """Let `layers` of `model` compute in 8 bits, symmetrically; with FP8 also every attention. In place.
+
+    With `wide` the graph computes in fp32, so that a CPU can show what a GPU will draw.
+    """
+    form, scales = FORMATS[scheme], weights.wide_scales if wide else weights.scales
+    chosen, attentions = list(layers), find_attentions(model)
+    floats = ir.DataType.FLOAT if wide or not scales else next(iter(scales.values())).dtype
+    graph = QuantizingGraph(model.graph, floats)
+    for layer in chosen:
+        graph.narrow_input(layer.node, 0, float(activation_scale(ranges.of(layer.module + INPUT), scheme)), form.onnx)
+        _dequantize_weight(graph, layer, scales, folder)
+    if scheme == "fp8":
+        for attention in attentions:
+            _decompose(graph, attention, ranges, form.onnx)
+        common.RemoveUnusedNodesPass()(model)
+
+
+def quantize_for_cpu(
+    model: ir.Model, layers: Iterable[Layer], weights: EightBitWeights, ranges: Ranges, folder: Path
+) -> None:
+    """Let `layers` of `model`, which computes in fp32, compute on uint8 inputs and int8 weights. In place."""
+    graph, unsigned = QuantizingGraph(model.graph, ir.DataType.FLOAT), ir.DataType.UINT8
+    for layer in layers:
+        scale, zero = unsigned_scale(ranges.of(layer.module + INPUT))
+        graph.narrow_input(layer.node, 0, float(scale), unsigned, zero)
+        _dequantize_weight(graph, layer, weights.wide_scales, folder)
+        if layer.kind == "convolution":
+            if layer.module in weights.biases:
+                _dequantize_bias(graph, layer, weights.biases[layer.module], folder)
+            scale, zero = unsigned_scale(ranges.of(layer.module + OUTPUT))
+            graph.narrow_output(layer.result, float(scale), unsigned, zero)
+
+
+def _dequantize_weight(graph: QuantizingGraph, layer: Layer, scales: dict[str, Stored], folder: Path) -> None:
+    stored, name = scales[layer.module], f"{layer.module}.weight_scale"
+    if layer.half is not None:
+        stored, name = stored.part(layer.half), f"{name}.{layer.half}"
+    weight = layer.node.inputs[1]
+    if weight is None:
+        raise RuntimeError(f"{layer.module}: has no weight")
+    if layer.half is not None:
+        weight.type = layer.weight.type  # half of an 8-bit weight
+    scale = stored.value(name, folder)
+    graph.graph.register_initializer(scale)
+    axis = layer.axis
+    wide = graph.dequantized(weight, f"{name}/weight", layer.node, scale, axis)
+    layer.node.replace_input_with(1, wide)
+
+
+def _dequantize_bias(graph: QuantizingGraph, layer: Layer, stored: tuple[Stored, Stored], folder: Path) -> None:
+    """Let a convolution read its bias in int32. Each has a name of its own: two convolutions may share a bias."""
+    names = (f"{layer.module}.bias_int32", f"{layer.module}.bias_scale")
+    bias, scale = (each.value(name, folder) for each, name in zip(stored, names, strict=True))
+    for each in (bias, scale):
+        graph.graph.register_initializer(each)
+    layer.node.replace_input_with(2, graph.dequantized(bias, f"{names[0]}/bias", layer.node, scale, 0))
+
+
+def _decompose(graph: QuantizingGraph, attention: Attention, ranges: Ranges, dtype: ir.DataType) -> None:
+    """Replace an attention by its two products, in 8 bits, and its softmax, which TensorRT fuses again."""
+    node, name = attention.node, attention.node.name
+    query, key, value = attention.sources.values()
+    factor = node.attributes["scale"].as_float() if "scale" in node.attributes else _head_width(attention) ** -0.5
+    at = np.array(factor, graph.floats.numpy())
+    scaled = ir.node("Mul", [query, constant(graph.graph, f"{name}/factor", at)], name=f"{name}/scaled")
+    turned = ir.node("Transpose", [key], {"perm": [0, 1, 3, 2]}, name=f"{name}/turned")
+    scores = ir.node("MatMul", [scaled.outputs[0], turned.outputs[0]], name=f"{name}/scores")
+    shares = ir.node("Softmax", [scores.outputs[0]], {"axis": -1}, name=f"{name}/shares")
+    result = ir.node("MatMul", [shares.outputs[0], value], name=f"{name}/result")
+    made = [scaled, turned, scores, shares, result]
+    for each in made:
+        each.outputs[0].name = f"{each.name}.out"
+    graph.graph.insert_before(node, made)
+    ir.convenience.replace_nodes_and_values(
+        graph.graph, node, [node], [], [node.outputs[0]], [result.outputs[0]]
+    )
+    spans = {each: ranges.of(f"{attention.module}.{each}") for each in ("q", "k", "v")}
+    spans["q"] = (spans["q"][0] * factor, spans["q"][1] * factor)
+    inputs = ((scores, 0, spans["q"]), (scores, 1, spans["k"]), (result, 0, (0.0, _SOFTMAX)), (result, 1, spans["v"]))
+    for user, place, span in inputs:
+        graph.narrow_input(user, place, float(activation_scale(span, "fp8")), dtype)
+
+
+def _head_width(attention: Attention) -> int:
+    """Return the width of an attention's heads: what its queries' layer makes, over their number."""
+    transpose = attention.node.inputs[0]
+    reshape = _made(_made(transpose).inputs[0])
+    heads, value = attention_heads(reshape), reshape.inputs[0]
+    while value is not None:
+        node = _made(value)
+        weight = node.inputs[1] if node.op_type == "MatMul" else None
+        if weight is not None:
+            while not weight.is_initializer():
+                weight = _made(weight).inputs[0]
+                if weight is None:
+                    break
+            if weight is not None and weight.shape is not None and heads:
+                return int(weight.shape.numpy()[1]) // heads
+        value = node.inputs[0]
+    raise RuntimeError(f"{attention.module}: the width of its heads was not found")
+
+
+def _made(value: ir.Value | None) -> ir.Node:
+    node = value.producer() if value is not None else None
+    if node is None:
+        raise RuntimeError(f"{value.name if value else 'a value'}: no node computes it")
+    return node
