@@ -46,12 +46,14 @@ class Needs:
 def measure(plans: Sequence[ComponentPlan], out: Path, verified: Sequence[ComponentPlan] = ()) -> Needs:
     """Return what it takes to export `plans` to `out`, and to compare `verified` with PyTorch, one at a time.
 
-    Disk space counts in full: the bundle that `out` replaces is removed only afterwards.
+    An 8-bit component is first written, and run, in floating point. Disk space counts in full: the bundle that `out`
+    replaces is removed only afterwards.
     """
-    disk = sum(plan.bytes() for plan in plans) + _DISK_EXTRA if plans else 0
+    measured = [plan.in_floats() for plan in plans if plan.eight_bit]
+    disk = sum(plan.bytes() for plan in (*plans, *measured)) + _DISK_EXTRA if plans else 0
     largest = max((math.prod(shape) for plan in plans for shape in plan.model.state.values()), default=0)
     memory = _MEMORY_BASE + REMAP_BYTES + _COPIES * _FP32_BYTES * largest if plans else 0
-    memory = max([memory, *(_MEMORY_BASE + _verify_bytes(plan) for plan in verified)])
+    memory = max([memory, *(_MEMORY_BASE + _verify_bytes(plan) for plan in (*verified, *measured))])
     return Needs(disk, _free(out), memory, available_host_memory())
 
 

@@ -1,21 +1,20 @@
 """Which graphs a base and a refiner need, and which of them they can share."""
 
-__all__ = ["ComponentPlan", "Options", "StagePlan", "VaePrecision", "plan_components"]
+__all__ = ["ComponentPlan", "StagePlan", "plan_components", "time_id_names"]
 
 import math
-import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast
 
-from sdxl_trt.engines import SourceError, UsageError
+from sdxl_trt.engines import SourceError
 from sdxl_trt.engines.adapters import COMPONENTS as LORA_COMPONENTS
-from sdxl_trt.engines.adapters import LoraComponent, LoraOption, ScaledLora
-from sdxl_trt.engines.bundle import Kind, Precision
+from sdxl_trt.engines.adapters import LoraComponent, ScaledLora
+from sdxl_trt.engines.bundle import EIGHT_BIT, Kind, Precision
 from sdxl_trt.engines.plans import TOKENS
 from sdxl_trt.export.checkpoints import Checkpoint, digest_tensors, resolve_names
+from sdxl_trt.export.components.options import Options
 from sdxl_trt.export.components.text_encoders import (
     find_pooled,
     open_tokenizers,
@@ -37,52 +36,6 @@ _VAE_HALVES: dict[str, tuple[str, ...]] = {
 }
 
 
-OPSETS = (20, 21, 22, 23)
-ROLES = ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder", "vae_decoder_bf16", "vae_encoder_bf16")
-COMPONENTS = (*ROLES, *(f"refiner_{role}" for role in ROLES[1:]))
-"""All names but those of ControlNets; a refiner's encoder or autoencoder exists only if it differs from the base's."""
-_CONTROLNET = re.compile(r"controlnet(_[2-9]|_[1-9]\d)?")
-VaePrecision = Literal["auto", "fp32", "bf16", "fp16", "mixed"]
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to export.
-
-    `vae_precision` "auto" is fp32 if the autoencoder's config sets `force_upcast`, else `precision`; with `twins` such
-    an autoencoder is exported in bf16 as well, for TensorRT, unless `precision` is fp32; "mixed" keeps the end of the
-    decoder, and the whole encoder, in fp32. `unet` is another UNet for the base, `vae` another autoencoder for both
-    stages, `controlnets` are ControlNets for the base. `loras` are (file, scale) or (file, UNet's scale, text encoders'
-    scale), fused into the base and stored as LoraOption. `components` limits the export to these; the target bundle's
-    others stay as they are. `verify` compares the result with PyTorch, `force` exports unchanged components too.
-    Without `lock`, for file systems without locks, nothing prevents two exports from writing to one folder.
-    """
-
-    precision: Literal["fp32", "fp16", "bf16"] = "fp16"
-    vae_precision: VaePrecision = "auto"
-    twins: bool = False
-    opset: int = 23
-    unet: str | Path | None = None
-    vae: str | Path | None = None
-    loras: tuple[tuple[Path, float] | tuple[Path, float, float | None], ...] = ()
-    controlnets: tuple[str | Path, ...] = ()
-    components: frozenset[str] | None = None
-    verify: bool = False
-    force: bool = False
-    lock: bool = True
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "loras", tuple(LoraOption(*lora) for lora in self.loras))
-        if self.opset not in OPSETS:
-            raise UsageError(f"--opset {self.opset}: choose from {OPSETS[0]} to {OPSETS[-1]}")
-        if self.vae_precision not in get_args(VaePrecision):
-            raise UsageError(f"--vae-precision {self.vae_precision}: choose from {', '.join(get_args(VaePrecision))}")
-        given = self.components or frozenset()
-        unknown = sorted(name for name in given - set(COMPONENTS) if not _CONTROLNET.fullmatch(name))
-        if unknown or (self.components is not None and not self.components):
-            raise UsageError(f"--components {','.join(unknown)}: choose from {', '.join(COMPONENTS)}, controlnet")
-
-
 @dataclass(frozen=True)
 class ComponentPlan:
     """One graph to export: its source, its model on the meta device, its tensors under published names."""
@@ -98,6 +51,28 @@ class ComponentPlan:
     """Ids per prompt that a text encoder reads."""
     residuals: bool = False
     """Whether a UNet takes the residuals of a ControlNet."""
+    floats: Precision | None = None
+    """The precision of what does not compute in 8 bits; None: nothing computes in 8 bits."""
+    recipe: str = ""
+    """A digest of what determines the 8-bit layers of the component."""
+
+    @property
+    def eight_bit(self) -> bool:
+        """Return whether its linear layers and convolutions are to compute in 8 bits."""
+        return self.floats is not None
+
+    def in_floats(self) -> "ComponentPlan":
+        """Return the plan of the same component without 8-bit layers; itself, if it has none."""
+        if self.floats is None:
+            return self
+        return self.revised(precision=self.floats, floats=None, recipe="")
+
+    def revised(self, **changes: Any) -> "ComponentPlan":
+        """Return the plan of the same tensors with other settings; the tensors are not read again for their digest."""
+        plan = replace(self, **changes)
+        if "digest" in self.__dict__:
+            plan.__dict__["digest"] = self.digest
+        return plan
 
     def tensor_names(self) -> list[str]:
         """Return the published names of this component's tensors: of an autoencoder, one half's."""
@@ -111,7 +86,7 @@ class ComponentPlan:
 
     def bytes(self) -> int:
         """Return the approximate size of the weights in the bundle, in bytes."""
-        size = 2 if self.precision in ("fp16", "bf16") else 4
+        size = 1 if self.eight_bit else 2 if self.precision in ("fp16", "bf16") else 4
         return size * sum(math.prod(self.model.state[name]) for name in self.tensor_names())
 
     def function(self) -> tuple[Any, ...]:
@@ -120,6 +95,7 @@ class ComponentPlan:
         # The usual length is left out, so that components exported by older versions keep their key.
         tokens = () if self.tokens == TOKENS else (self.tokens,)
         residuals = ("residuals",) if self.residuals else ()
+        recipe = (self.floats, self.recipe) if self.eight_bit else ()
         return (
             self.kind,
             self.source.class_name,
@@ -127,6 +103,7 @@ class ComponentPlan:
             sorted(config.items(), key=lambda item: item[0]),
             *tokens,
             *residuals,
+            *recipe,
         )
 
 
@@ -232,12 +209,15 @@ def _plan_stage(
 
     _check_widths(models, pipeline, inpaints=not pipeline.requires_aesthetics_score)
     tokenizers = open_tokenizers(models, pipeline, warn)
-    plans = {name: plan(name, "text_encoder", options.precision, tokens=tokenizers[tokenizer_role(name)].max_length)
+    plans = {name: plan(name, "text_encoder", options.floats, tokens=tokenizers[tokenizer_role(name)].max_length)
              for name in models if name.startswith("text_")}  # fmt: skip
     pooled = int(models[pooled_role].config["projection_dim"])
-    plans["unet"] = plan("unet", "unet", options.precision, time_ids=len(time_id_names(pipeline)), pooled=pooled)
+    plans["unet"] = plan("unet", "unet", options.precision, time_ids=len(time_id_names(pipeline)), pooled=pooled,
+                         floats=options.floats if options.precision in EIGHT_BIT else None)  # fmt: skip
     vae_precision = _vae_precision(models["vae"], options)
-    plans["vae_decoder"] = plan("vae", "vae_decoder", vae_precision)
+    eight_bit = options.vae_precision == "int8"
+    plans["vae_decoder"] = plan("vae", "vae_decoder", "int8" if eight_bit else vae_precision,
+                                floats=vae_precision if eight_bit else None)  # fmt: skip
     # A decoder overflows at its end; which layers of an encoder are safe in fp16 is unknown.
     plans["vae_encoder"] = plan("vae", "vae_encoder", "fp32" if vae_precision == "mixed" else vae_precision)
     if _wants_twins(vae_precision, options):
@@ -277,10 +257,11 @@ def _check_widths(models: dict[str, MetaModel], pipeline: PipelineSource, *, inp
 
 
 def _vae_precision(model: MetaModel, options: Options) -> Precision:
-    if options.vae_precision != "auto":
+    """Return the precision of an autoencoder, and of what is not in 8 bits if its decoder is to be."""
+    if options.vae_precision != "auto" and options.vae_precision != "int8":
         return options.vae_precision
     # The published autoencoder overflows fp16 and sets force_upcast; a repaired one sets it to false.
-    return "fp32" if model.config.get("force_upcast", True) else options.precision
+    return "fp32" if model.config.get("force_upcast", True) else options.floats
 
 
 def _wants_twins(vae_precision: Precision, options: Options) -> bool:

@@ -8,6 +8,7 @@ __all__ = [
     "file_record",
     "finished",
     "kept_config",
+    "save_graph",
 ]
 
 import hashlib
@@ -117,7 +118,7 @@ def convert_component(
     report.stage(name, "writing weights")
     written = write_weights(model, plan.checkpoint, names, permutations, folder, report.written)
     report.stage(name, "writing graph")
-    _save_graph(model, folder / GRAPH_FILE)
+    save_graph(model, folder / GRAPH_FILE)
     slot_graph, slots = _save_slot_graph(model, plan.kind, root, folder / SLOT_GRAPH_FILE)
     cpu_graph = _save_cpu_graph(model, plan.precision, root, folder / CPU_GRAPH_FILE)
     component = Component(
@@ -171,7 +172,8 @@ def _name_initializers(model: ir.Model, prefix: str, plan: ComponentPlan) -> dic
     return published
 
 
-def _save_graph(model: ir.Model, path: Path) -> None:
+def save_graph(model: ir.Model, path: Path) -> None:
+    """Write a graph, which refers to its weights. Raises ResourceError for a full disk."""
     model.producer_name, model.producer_version = "sdxl-trt", version("sdxl-trt")
     try:
         ir.save(model, path)
@@ -184,7 +186,7 @@ def _save_cpu_graph(model: ir.Model, precision: str, root: Path, path: Path) -> 
     # The CPU provider does not support bf16.
     if precision == "bf16" or not for_cpu(model):
         return None
-    _save_graph(model, path)
+    save_graph(model, path)
     return file_record(root, path)
 
 
@@ -197,7 +199,7 @@ def _save_slot_graph(model: ir.Model, kind: Kind, root: Path, path: Path) -> tup
         return None, ()
     copy = model.clone()
     slots = add_slots(copy)
-    _save_graph(copy, path)
+    save_graph(copy, path)
     return file_record(root, path), tuple(slot.module for slot in slots)
 
 

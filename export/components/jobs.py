@@ -10,8 +10,9 @@ import msgspec
 
 from sdxl_trt.engines import UsageError
 from sdxl_trt.engines.bundle import Bundle, Component
-from sdxl_trt.export.components.components import ComponentPlan, Options
+from sdxl_trt.export.components.components import ComponentPlan
 from sdxl_trt.export.components.convert import component_key, component_source, finished, kept_config
+from sdxl_trt.export.components.options import Options
 from sdxl_trt.export.output import is_whole, partial_folder, sound_component
 
 
@@ -26,8 +27,10 @@ class ExportJob:
 
     @property
     def bytes(self) -> int:
-        """Approximate bytes of weights to write."""
-        return self.plan.bytes() if self.action == "export" else 0
+        """Approximate bytes of weights to write; of an 8-bit component, also those it is measured with."""
+        if self.action != "export":
+            return 0
+        return self.plan.bytes() + (self.plan.in_floats().bytes() if self.plan.eight_bit else 0)
 
 
 def plan_jobs(

@@ -92,9 +92,7 @@ def constant(graph: ir.Graph, name: str, value: NDArray[np.generic]) -> ir.Value
     return initializer
 
 
-def _node(
-    operator: str, inputs: list[ir.Value], name: str, attributes: dict[str, int] | None = None
-) -> ir.Node:
+def _node(operator: str, inputs: list[ir.Value], name: str, attributes: dict[str, int] | None = None) -> ir.Node:
     node = ir.node(operator, inputs, attributes or {}, name=name)
     node.outputs[0].name = f"{name}.out"
     return node

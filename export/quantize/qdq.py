@@ -111,9 +111,7 @@ def _decompose(graph: QuantizingGraph, attention: Attention, ranges: Ranges, dty
     for each in made:
         each.outputs[0].name = f"{each.name}.out"
     graph.graph.insert_before(node, made)
-    ir.convenience.replace_nodes_and_values(
-        graph.graph, node, [node], [], [node.outputs[0]], [result.outputs[0]]
-    )
+    ir.convenience.replace_nodes_and_values(graph.graph, node, [node], [], [node.outputs[0]], [result.outputs[0]])
     spans = {each: ranges.of(f"{attention.module}.{each}") for each in ("q", "k", "v")}
     spans["q"] = (spans["q"][0] * factor, spans["q"][1] * factor)
     inputs = ((scores, 0, spans["q"]), (scores, 1, spans["k"]), (result, 0, (0.0, _SOFTMAX)), (result, 1, spans["v"]))

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -19,6 +20,7 @@ from sdxl_trt.export.quantize.formats import FORMATS, Scheme, quantize_weight, u
 from sdxl_trt.export.quantize.layers import Layer
 from sdxl_trt.export.quantize.ranges import INPUT, Ranges
 
+DTypeName = Literal["float32", "float16", "bfloat16", "int8", "float8e4m3fn"]
 BIAS = ".bias"
 _TORCH: dict[str, torch.dtype] = {
     "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16,
@@ -26,7 +28,7 @@ _TORCH: dict[str, torch.dtype] = {
 _ONNX: dict[str, ir.DataType] = {
     "float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16,
 }  # fmt: skip
-_NAMES = {"int8": "int8", "fp8": "float8e4m3fn"}
+_NAMES: dict[Scheme, DTypeName] = {"int8": "int8", "fp8": "float8e4m3fn"}
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def write_eight_bit(
             for record in records:
                 stored, dtype = _read(source, record), _ONNX[record.dtype]
                 layer = layers.get(record.name.removesuffix(WEIGHT)) if record.name.endswith(WEIGHT) else None
-                name = record.dtype
+                name: DTypeName = record.dtype
                 if layer is not None:
                     module = layer.module
                     near, _ = unsigned_scale(ranges.of(module + INPUT))
@@ -110,7 +112,7 @@ def write_eight_bit(
                 found.tensors[record.name] = Stored(offset, dtype, record.stored_shape)
                 tensors.append(
                     TensorRecord(name=record.name, shape=record.shape, dtype=name, permutation=record.permutation,
-                                 offset=offset)  # type: ignore[arg-type]
+                                 offset=offset)
                 )  # fmt: skip
                 if progress:
                     progress(stored.nbytes)

@@ -1,13 +1,13 @@
-"""Real inputs for every component: one request, run in PyTorch and recorded at each component's boundary.
+"""Real inputs for every component: some pictures, drawn component by component and recorded at each one's boundary.
 
-It makes two pictures of different size. The first is guided (two rows, 77 tokens, whole timesteps), the second is not
-(one row, two prompts concatenated to 154 tokens, fractional timesteps). Prompts go through the pipelines' own
-tokenizers; latents go through Euler steps from the base to the refiner, then to the VAE decoder, and the pictures to
-the VAE encoder. Only these small arrays are kept between components. Random arrays replace the outputs of components
-that are not part of the run.
+To check a model it makes two pictures of different size. The first is guided (two rows, 77 tokens, whole timesteps),
+the second is not (one row, two prompts concatenated to 154 tokens, fractional timesteps). Prompts go through the
+pipelines' own tokenizers; latents go through Euler steps from the base to the refiner, then to the VAE decoder, and the
+pictures to the VAE encoder. Only these small arrays are kept between components. Random arrays replace the outputs of
+components that are not part of the run.
 """
 
-__all__ = ["Call", "Recording", "RecordingSettings", "Run"]
+__all__ = ["Call", "RecordedPicture", "Recording", "RecordingSettings", "Run"]
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -36,10 +36,33 @@ BASE_GRID, REFINER_GRID = (0.999, 0.7513, 0.5007, 0.2502), (0.1498, 0.0503)
 
 
 @dataclass(frozen=True)
-class RecordingSettings:
-    """`sizes` are latent pixels (height, width) of the two pictures, rounded up to the UNets' multiple."""
+class RecordedPicture:
+    """A picture to draw: its size in latent pixels (height, width), and the UNets' rows.
 
-    sizes: tuple[tuple[int, int], tuple[int, int]] = ((16, 16), (24, 16))
+    A row is the places of the prompts that are concatenated in it. Two rows, the positive one first, are guided. Sizes
+    are rounded up to the UNets' multiple; with `whole`, so are timesteps.
+    """
+
+    size: tuple[int, int]
+    rows: tuple[tuple[int, ...], ...]
+    whole: bool = True
+
+
+GUIDED, ALONE = ((0,), (1,)), ((0, 2),)
+
+
+@dataclass(frozen=True)
+class RecordingSettings:
+    """What to draw, and at which fractions of the training timesteps; with `further`, calls that only checks need."""
+
+    prompts: tuple[str, ...] = PROMPTS
+    pictures: tuple[RecordedPicture, ...] = (
+        RecordedPicture((16, 16), GUIDED),
+        RecordedPicture((24, 16), ALONE, whole=False),
+    )
+    base_grid: tuple[float, ...] = BASE_GRID
+    refiner_grid: tuple[float, ...] = REFINER_GRID
+    further: bool = True
     seed: int = 0
 
 
@@ -74,9 +97,10 @@ class Recording:
     """The request's state between components, which must be recorded in the order of a run."""
 
     def __init__(self, stages: Mapping[str, StagePlan], settings: RecordingSettings) -> None:
-        self._stages, self._seed = stages, settings.seed
+        self._stages, self._settings, self._seed = stages, settings, settings.seed
         self._embeds: dict[tuple[str, str], dict[str, Array]] = {}
-        self._sizes = [tuple(-(-side // self._multiple) * self._multiple for side in size) for size in settings.sizes]
+        self._sizes = [tuple(-(-side // self._multiple) * self._multiple for side in picture.size)
+                       for picture in settings.pictures]  # fmt: skip
         self._latents = [self._noise(settings.seed + i, *size) for i, size in enumerate(self._sizes)]
         self._pictures: dict[str, list[Array]] = {}
 
@@ -109,17 +133,17 @@ class Recording:
 
     def _encode(self, tape: _Tape, stage_name: str, role: str) -> None:
         tokenizer = self._stages[stage_name].tokenizer_of(role)
-        ids = np.stack([_ids(tokenizer, prompt) for prompt in PROMPTS])
+        ids = np.stack([_ids(tokenizer, prompt) for prompt in self._settings.prompts])
         done = next((call for call in tape.calls if np.array_equal(call.inputs["input_ids"], ids)), None)
         width = self._stages[stage_name].models[role].config["hidden_size"]
         outputs = done.outputs if done else tape(
-            f"{len(PROMPTS)} prompts of the {stage_name}", input_ids=ids, embedding_index=np.zeros_like(ids),
+            f"{len(ids)} prompts of the {stage_name}", input_ids=ids, embedding_index=np.zeros_like(ids),
             embeddings=np.zeros((1, width), np.float32),
         )  # fmt: skip
         states = [value for name, value in outputs.items() if name.startswith("hidden_states.")]
         pooled = outputs.get("text_embeds")
         self._embeds[stage_name, role] = {"hidden": states[-2]} | ({} if pooled is None else {"pooled": pooled})
-        if done is None:
+        if done is None and self._settings.further:
             index, vectors = self._embedding(ids[:1].shape, width)
             tape(f"one prompt of the {stage_name} with an embedding", input_ids=ids[:1], embedding_index=index,
                  embeddings=vectors)  # fmt: skip
@@ -132,12 +156,13 @@ class Recording:
         return index, TOKEN_SPREAD * rng.standard_normal((2, width), dtype=np.float32)
 
     def _denoise(self, tape: _Tape, stage_name: str) -> None:
-        steps = _steps(stage_name, alone="refiner" not in self._stages)
+        steps = self._steps(stage_name)
         prediction_type = self._stages[stage_name].pipeline.scheduler.prediction_type
-        for i, guided in enumerate((True, False)):
-            euler, conditions = self._euler(whole=guided), self._conditions(stage_name, guided=guided)
+        for i, picture in enumerate(self._settings.pictures):
+            euler, conditions = self._euler(whole=picture.whole), self._conditions(stage_name, picture)
             tokens = conditions["encoder_hidden_states"].shape[1]
-            rows, kind = len(conditions["time_ids"]), "guided" if guided else f"{tokens} tokens"
+            rows = len(conditions["time_ids"])
+            kind = f"{tokens} tokens" if rows == 1 else "guided"
             x = self._latents[i] if steps.start else euler.start(self._latents[i])
             further = self._masked(self._stages[stage_name], x.shape)
             for step in steps:
@@ -148,6 +173,14 @@ class Recording:
                 out = tape(title, sample=sample, timestep=times, **conditions)["out_sample"]
                 x = euler.step(x, _guided(out), step, prediction_type)
             self._latents[i] = x
+
+    def _steps(self, stage_name: str) -> range:
+        """Return the steps of the grid that a stage runs."""
+        cut = len(self._settings.base_grid)
+        end = cut + len(self._settings.refiner_grid)
+        if "refiner" not in self._stages:
+            return range(end)
+        return range(cut) if stage_name == "base" else range(cut, end)
 
     def _masked(self, stage: StagePlan, shape: tuple[int, ...]) -> Array:
         """Return what a UNet receives behind latents of `shape`: nothing, or a mask and a masked picture's latents."""
@@ -162,13 +195,13 @@ class Recording:
         rng, scheduler = np.random.default_rng(self._seed), self._stages["base"].pipeline.scheduler
         factor, config = vae_factor(self._stages["base"].models["vae"].config), plan.model.config
         count = len(residual_shapes(config))
-        for i, guided in enumerate((True, False)):
-            conditions = self._conditions("base", guided=guided)
+        for i, spec in enumerate(self._settings.pictures):
+            conditions = self._conditions("base", spec)
             rows, size = len(conditions["time_ids"]), self._sizes[i]
             picture = rng.uniform(0, 1, (rows, config["conditioning_channels"], *(factor * side for side in size)))
-            timestep = BASE_GRID[i] * scheduler.num_train_timesteps
+            timestep = self._settings.base_grid[i] * scheduler.num_train_timesteps
             tape(
-                f"{'guided' if guided else 'alone'}, timestep {timestep:g}",
+                f"{'alone' if rows == 1 else 'guided'}, timestep {timestep:g}",
                 sample=np.concatenate([self._noise(self._seed + i, *size)] * rows),
                 timestep=np.full(rows, timestep, np.float32),
                 controlnet_cond=picture.astype(np.float32),
@@ -179,32 +212,31 @@ class Recording:
     def _euler(self, *, whole: bool) -> Euler:
         """Return the grid of base and refiner, which is on the base's schedule."""
         scheduler = self._stages["base"].pipeline.scheduler
-        times = np.array(BASE_GRID + REFINER_GRID) * scheduler.num_train_timesteps
+        times = np.array(self._settings.base_grid + self._settings.refiner_grid) * scheduler.num_train_timesteps
         return Euler(scheduler, list(np.floor(times) if whole else times))
 
-    def _conditions(self, stage_name: str, *, guided: bool) -> dict[str, Array]:
-        """Return a UNet's constant inputs: rows [positive, negative] guided, else one row of two prompts."""
+    def _conditions(self, stage_name: str, picture: RecordedPicture) -> dict[str, Array]:
+        """Return a UNet's constant inputs for the rows of a picture."""
         stage = self._stages[stage_name]
         roles: list[str] = [role for role in ("text_encoder", "text_encoder_2") if role in stage.roles]
         embeds = [self._embeds.get((stage_name, role)) or self._drawn(stage, role) for role in roles]
         hidden = np.concatenate([each["hidden"] for each in embeds], axis=-1)
         pooled = embeds[roles.index(stage.pooled_role)]["pooled"]
-        if not guided:
-            tokens = np.concatenate([hidden[:1], hidden[2:]], axis=1)
-            return {"encoder_hidden_states": tokens, "text_embeds": pooled[:1], "time_ids": _time_ids(stage)[:1]}
-        kept = np.array([[1.0], [0.0 if stage.pipeline.force_zeros_for_empty_prompt else 1.0]], np.float32)
+        kept = np.ones((len(picture.rows), 1), np.float32)
+        kept[1:] = 0.0 if stage.pipeline.force_zeros_for_empty_prompt else 1.0
         return {
-            "encoder_hidden_states": hidden[:2] * kept[..., None],
-            "text_embeds": pooled[:2] * kept,
-            "time_ids": _time_ids(stage),
-        }
+            "encoder_hidden_states": kept[..., None] * np.stack([np.concatenate(hidden[[*row]])
+                                                                 for row in picture.rows]),
+            "text_embeds": kept * np.stack([pooled[row[0]] for row in picture.rows]),
+            "time_ids": _time_ids(stage)[: len(picture.rows)],
+        }  # fmt: skip
 
     def _drawn(self, stage: StagePlan, role: str) -> dict[str, Array]:
         """Return random embeds with unit variance, as a final normalization leaves them."""
         config, rng = stage.models[role].config, np.random.default_rng(self._seed)
         shapes: dict[str, tuple[int, ...]] = {
-            "hidden": (len(PROMPTS), stage.tokenizer_of(role).max_length, config["hidden_size"]),
-            "pooled": (len(PROMPTS), config["projection_dim"]),
+            "hidden": (len(self._settings.prompts), stage.tokenizer_of(role).max_length, config["hidden_size"]),
+            "pooled": (len(self._settings.prompts), config["projection_dim"]),
         }
         return {name: rng.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
 
@@ -214,8 +246,9 @@ class Recording:
         for latents in self._latents:
             clean = _unscaled(latents, config)
             # The second row is the mirror image.
-            for rows, value in ((1, clean), (2, np.concatenate([clean, clean[..., ::-1]]))):
-                picture = tape(f"{_size(latents)} latents, {rows} rows", latent_sample=value)["sample"]
+            mirrored = [np.concatenate([clean, clean[..., ::-1]])] if self._settings.further else []
+            for value in (clean, *mirrored):
+                picture = tape(f"{_size(latents)} latents, {len(value)} rows", latent_sample=value)["sample"]
                 pictures.append(np.clip(picture, -1, 1))
         self._pictures[stage.roles["vae_decoder"]] = pictures
 
@@ -228,14 +261,6 @@ class Recording:
         sides = [tuple(side * vae_factor(config) for side in size) for size in self._sizes]
         rows = [(rows, config["in_channels"], *size) for rows, size in enumerate(sides, start=1)]
         return [rng.uniform(-1, 1, shape).astype(np.float32) for shape in rows]
-
-
-def _steps(stage_name: str, *, alone: bool) -> range:
-    """Return the steps of the grid that a stage runs."""
-    cut, end = len(BASE_GRID), len(BASE_GRID + REFINER_GRID)
-    if alone:
-        return range(end)
-    return range(cut) if stage_name == "base" else range(cut, end)
 
 
 def _ids(tokenizer: LoadedTokenizer, prompt: str) -> Array:

@@ -14,7 +14,7 @@ from sdxl_trt.engines.bundle.bundle import read_bundle
 from sdxl_trt.engines.errors import SourceError
 from sdxl_trt.export import Options, export_bundle
 from sdxl_trt.export.checkpoints.checkpoint import digest_tensors
-from sdxl_trt.export.components.components import plan_components
+from sdxl_trt.export.components import plan_components
 from sdxl_trt.export.sources.source import BASE_CLASS, REFINER_CLASS, open_pipeline
 from sdxl_trt.runtime import Request, open_bundle
 

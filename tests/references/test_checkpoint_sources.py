@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sdxl_trt.export import Options, export_bundle
-from sdxl_trt.export.components.components import plan_components
+from sdxl_trt.export.components import plan_components
 from sdxl_trt.export.sources.source import open_source
 from sdxl_trt.runtime import Request, open_bundle
 

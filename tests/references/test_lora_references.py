@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from sdxl_trt.engines.adapters.names import COMPONENTS
 from sdxl_trt.engines.adapters.unet_names import unet_prefixes
-from sdxl_trt.export.components.components import Options
+from sdxl_trt.export.components import Options
 from sdxl_trt.export.exporter import plan_export
 from sdxl_trt.export.graph.models import published_name
 

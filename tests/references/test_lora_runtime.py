@@ -21,7 +21,7 @@ from sdxl_trt.engines.adapters.unet_names import unet_prefixes
 from sdxl_trt.engines.backends.ort.patch import plan_patch
 from sdxl_trt.engines.bundle.bundle import read_bundle
 from sdxl_trt.engines.bundle.tensor_table import read_table
-from sdxl_trt.export.components.components import Options
+from sdxl_trt.export.components import Options
 from sdxl_trt.export.exporter import plan_export
 from sdxl_trt.runtime import Pipeline, Request, open_bundle
 

@@ -13,7 +13,7 @@ from sdxl_trt.engines.adapters.option import LoraOption, parse_lora_option
 from sdxl_trt.engines.adapters.scaled import ScaledLora
 from sdxl_trt.engines.bundle.manifest import LoraRecord
 from sdxl_trt.engines.errors import UsageError
-from sdxl_trt.export.components.components import Options
+from sdxl_trt.export.components import Options
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sdxl_trt.engines.errors import SdxlTrtError, SourceError, UsageError
-from sdxl_trt.export.components.components import Options
+from sdxl_trt.export.components import Options
 from sdxl_trt.export.exporter import ExportPlan, plan_export
 from sdxl_trt.runtime.pairs import PAIRS
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from sdxl_trt.engines.errors import SourceError
-from sdxl_trt.export.components.components import Options, plan_components, time_id_names
+from sdxl_trt.export.components import Options, plan_components, time_id_names
 from sdxl_trt.export.sources.source import BASE_CLASS, REFINER_CLASS, open_source
 
 Copy = Callable[..., Path]

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from sdxl_trt.engines.errors import SourceError
 from sdxl_trt.export.checkpoints.checkpoint import TensorInfo, digest_tensors, resolve_names
-from sdxl_trt.export.components.components import Options, plan_components
+from sdxl_trt.export.components import Options, plan_components
 from sdxl_trt.export.graph.models import build_model
 from sdxl_trt.export.sources.configs import PUBLISHED
 from sdxl_trt.export.sources.single_file import SingleFile

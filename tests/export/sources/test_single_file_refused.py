@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from sdxl_trt.engines.errors import CorruptError, SourceError
-from sdxl_trt.export.components.components import Options, plan_components
+from sdxl_trt.export.components import Options, plan_components
 from sdxl_trt.export.sources.configs import PUBLISHED
 from sdxl_trt.export.sources.single_file import open_single_file
 from sdxl_trt.export.sources.source import BASE_CLASS, REFINER_CLASS, open_checkpoint_file, open_source, open_vae

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from sdxl_trt.engines.bundle.manifest import Scheduler
 from sdxl_trt.engines.errors import CorruptError, SdxlTrtError, SourceError, UsageError
 from sdxl_trt.export.checkpoints.checkpoint import open_file
-from sdxl_trt.export.components.components import Options, plan_components
+from sdxl_trt.export.components import Options, plan_components
 from sdxl_trt.export.sources.source import BASE_CLASS, REFINER_CLASS, open_pipeline, open_source, open_vae, with_vae
 
 CLASSES = {

@@ -12,13 +12,15 @@ import torch
 
 from sdxl_trt.engines.bundle.bundle import Bundle, read_bundle
 from sdxl_trt.engines.errors import VerificationError
-from sdxl_trt.export.components.components import ComponentPlan, Options, StagePlan, plan_components
+from sdxl_trt.export.components import ComponentPlan, Options, StagePlan, plan_components
 from sdxl_trt.export.sources.source import BASE_CLASS, open_pipeline
 from sdxl_trt.export.verify.overflow import FP16_MAX, NEAR_MISS, overflows, watch_dtypes, watch_peaks
-from sdxl_trt.export.verify.recording import RecordingSettings
+from sdxl_trt.export.verify.recording import RecordedPicture, RecordingSettings
 from sdxl_trt.export.verify.verify import verify_bundle
 
-SMALL = RecordingSettings(sizes=((8, 8), (16, 8)))
+SMALL = RecordingSettings(
+    pictures=(RecordedPicture((8, 8), ((0,), (1,))), RecordedPicture((16, 8), ((0, 2),), whole=False))
+)
 CONV = "decoder.mid_block.resnets.0.conv1"
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from sdxl_trt.engines.bundle.bundle import read_bundle
 from sdxl_trt.engines.errors import CorruptError, VerificationError
-from sdxl_trt.export.components.components import ComponentPlan, Options, StagePlan, plan_components
+from sdxl_trt.export.components import ComponentPlan, Options, StagePlan, plan_components
 from sdxl_trt.export.sources.source import BASE_CLASS, REFINER_CLASS, open_pipeline
 from sdxl_trt.export.verify.report import VerifyReport
 from sdxl_trt.export.verify.verify import verify_bundle

@@ -1,0 +1,124 @@
+"""What an export is asked for: precisions, models, LoRAs, components, and how 8-bit ranges are measured."""
+
+__all__ = ["COMPONENTS", "CalibrationOptions", "Options", "VaePrecision"]
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from sdxl_trt.engines import UsageError, explain_os_error
+from sdxl_trt.engines.adapters import LoraOption
+from sdxl_trt.engines.bundle import EIGHT_BIT
+from sdxl_trt.engines.host import sha256_file
+
+OPSETS = (20, 21, 22, 23)
+ROLES = ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder", "vae_decoder_bf16", "vae_encoder_bf16")
+COMPONENTS = (*ROLES, *(f"refiner_{role}" for role in ROLES[1:]))
+"""All names but those of ControlNets; a refiner's encoder or autoencoder exists only if it differs from the base's."""
+_CONTROLNET = re.compile(r"controlnet(_[2-9]|_[1-9]\d)?")
+VaePrecision = Literal["auto", "fp32", "bf16", "fp16", "mixed", "int8"]
+_MOST_STEPS = 1000
+_LEAST_SIZE, _MOST_SIZE = 64, 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationOptions:
+    """How the ranges of activations are measured, and what follows from them.
+
+    `prompts` are drawn by the model itself, at `size` pixels, in `steps` of base and refiner; None stands for defaults
+    that depend on the model. `file` has ranges that were saved before, so nothing is drawn. Layers that match `exclude`
+    stay in floating point, and with `min_psnr`, in dB, as many more as it takes for a step to come that close to the
+    float graph. `report` receives each layer's own error, `save` the ranges.
+    """
+
+    prompts: tuple[str, ...] | None = None
+    file: Path | None = None
+    size: int | None = None
+    steps: tuple[int, int] | None = None
+    exclude: tuple[str, ...] = ()
+    min_psnr: float | None = None
+    report: Path | None = None
+    save: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.prompts is not None and not any(prompt.strip() for prompt in self.prompts):
+            raise UsageError("--calibration: the list of prompts is empty; write one prompt per line")
+        if self.size is not None and not _LEAST_SIZE <= self.size <= _MOST_SIZE:
+            raise UsageError(f"--calibration-size {self.size}: give {_LEAST_SIZE} to {_MOST_SIZE} pixels")
+        if self.steps is not None and not all(1 <= count <= _MOST_STEPS for count in self.steps):
+            raise UsageError(f"--calibration-steps {self.steps[0]}:{self.steps[1]}: give at least one step of the base"
+                             f" and one of the refiner, {_MOST_STEPS} at most")  # fmt: skip
+        if self.file is not None and (self.prompts or self.size or self.steps):
+            raise UsageError(f"--calibration {self.file}: has ranges that were measured before, so prompts, size and"
+                             " steps have no effect; leave them out")  # fmt: skip
+
+    @property
+    def draws(self) -> bool:
+        """Return whether the model must draw: to measure ranges, or what errors cost."""
+        return self.file is None or self.report is not None or self.min_psnr is not None
+
+    def settings(self) -> list[Any]:
+        """Return all that determines the 8-bit files; the file of ranges by its digest."""
+        try:
+            content = None if self.file is None else sha256_file(self.file)
+        except OSError as exc:
+            raise explain_os_error(exc, f"reading --calibration {self.file}") from exc
+        return [self.prompts, content, self.size, self.steps, self.exclude, self.min_psnr]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to export.
+
+    With `precision` int8 or fp8 the UNets compute in 8 bits, as `calibration` says, and the text encoders in fp16.
+    `vae_precision` "auto" is fp32 if the autoencoder's config sets `force_upcast`, else `precision`; with `twins` such
+    an autoencoder is exported in bf16 as well, for TensorRT, unless `precision` is fp32; "mixed" keeps the end of the
+    decoder, and the whole encoder, in fp32; with "int8" the decoder computes in 8 bits. `unet` is another UNet for the
+    base, `vae` another autoencoder for both stages, `controlnets` are ControlNets for the base. `loras` are (file,
+    scale) or (file, UNet's scale, text encoders' scale), fused into the base and stored as LoraOption. `components`
+    limits the export to these; the target bundle's others stay as they are. `verify` compares the result with PyTorch,
+    `force` exports unchanged components too. Without `lock`, for file systems without locks, nothing prevents two
+    exports from writing to one folder.
+    """
+
+    precision: Literal["fp32", "fp16", "bf16", "int8", "fp8"] = "fp16"
+    vae_precision: VaePrecision = "auto"
+    calibration: CalibrationOptions | None = None
+    twins: bool = False
+    opset: int = 23
+    unet: str | Path | None = None
+    vae: str | Path | None = None
+    loras: tuple[tuple[Path, float] | tuple[Path, float, float | None], ...] = ()
+    controlnets: tuple[str | Path, ...] = ()
+    components: frozenset[str] | None = None
+    verify: bool = False
+    force: bool = False
+    lock: bool = True
+
+    @property
+    def floats(self) -> Literal["fp32", "fp16", "bf16"]:
+        """Return the precision of all that is not in 8 bits."""
+        return "fp16" if self.precision == "int8" or self.precision == "fp8" else self.precision
+
+    @property
+    def eight_bit(self) -> bool:
+        """Return whether any component is to compute in 8 bits."""
+        return self.precision in EIGHT_BIT or self.vae_precision in EIGHT_BIT
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "loras", tuple(LoraOption(*lora) for lora in self.loras))
+        if self.opset not in OPSETS:
+            raise UsageError(f"--opset {self.opset}: choose from {OPSETS[0]} to {OPSETS[-1]}")
+        if self.vae_precision not in get_args(VaePrecision):
+            raise UsageError(f"--vae-precision {self.vae_precision}: choose from {', '.join(get_args(VaePrecision))}")
+        given = self.components or frozenset()
+        unknown = sorted(name for name in given - set(COMPONENTS) if not _CONTROLNET.fullmatch(name))
+        if unknown or (self.components is not None and not self.components):
+            raise UsageError(f"--components {','.join(unknown)}: choose from {', '.join(COMPONENTS)}, controlnet")
+        if self.precision in EIGHT_BIT and self.controlnets:
+            raise UsageError(f"--{self.precision} with --controlnet: the ranges are measured without a ControlNet;"
+                             " export with --fp16")  # fmt: skip
+        if self.calibration is not None and not self.eight_bit:
+            raise UsageError("--calibration and the options beside it apply to 8 bits; add --int8, --fp8 or"
+                             " --vae-precision int8")  # fmt: skip
