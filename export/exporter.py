@@ -27,6 +27,7 @@ from sdxl_trt.engines.bundle import (
 from sdxl_trt.engines.plans import PLANS
 from sdxl_trt.export.components import (
     RECORD_FILE,
+    CalibrationOptions,
     ExportJob,
     ExportProgress,
     Needs,
@@ -34,12 +35,15 @@ from sdxl_trt.export.components import (
     ProgressTracker,
     StagePlan,
     add_controlnets,
+    component_key,
     controlnet_records,
     convert_component,
+    finished,
     measure,
     plan_components,
     plan_jobs,
     stage_record,
+    with_recipes,
     write_tokenizers,
 )
 from sdxl_trt.export.optimum import write_optimum
@@ -52,6 +56,7 @@ from sdxl_trt.export.output import (
     take_over,
     take_over_plans,
 )
+from sdxl_trt.export.quantize import load_ranges, quantize_components
 from sdxl_trt.export.sources import (
     ControlNetSource,
     PipelineSource,
@@ -67,6 +72,8 @@ from sdxl_trt.export.verify import VERIFY_FILE, verify_bundle
 
 log = logging.getLogger("sdxl_trt.export")
 MINI = "mini"
+_FLOATS = ".floats"
+"""What follows the names of components in an unfinished bundle that are measured before they are quantized."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,8 @@ class ExportPlan:
     previous: Bundle | None
     needs: Needs
     note: str = ""
+    mini: bool = False
+    """Whether the base is the embedded pair's, which draws what it was trained on."""
 
     @property
     def lora_records(self) -> tuple[LoraRecord, ...]:
@@ -163,6 +172,11 @@ def check_optimum(plan: ExportPlan) -> None:
     if narrow:
         raise IncompatibleError(f"--layout optimum: {narrow[0]} would be bf16, which ONNX Runtime cannot be fed from"
                                 " numpy; export with --fp16")  # fmt: skip
+    eight_bit = [name for name, job in plan.jobs.items() if job.plan.eight_bit]
+    if eight_bit:
+        raise IncompatibleError(f"--layout optimum: {eight_bit[0]} would be {plan.jobs[eight_bit[0]].plan.precision},"
+                                " which has one graph for a CPU and another for GPUs, and optimum-onnx loads one;"
+                                " export with --fp16")  # fmt: skip
 
 
 def plan_export(base: Path | str, refiner: Path | str | None, out: Path | str, options: Options) -> ExportPlan:
@@ -185,6 +199,10 @@ def planned(base: Path | str, refiner: Path | str | None, out: Path, options: Op
             options = replace(options, twins=True)  # keep the bf16 twins: the bundle may have plans of them
         components, stages = plan_components(*sources, options, log.warning, loras)
         add_controlnets(components, stages["base"], _open_controlnets(sources[0], options), log.warning)
+        calibration = options.calibration or CalibrationOptions()
+        components = with_recipes(components, calibration)
+        if calibration.file is not None:  # raises before anything is written
+            load_ranges(calibration.file, {name: each.digest for name, each in components.items() if each.eight_bit})
         jobs = plan_jobs(components, previous, out, options)
         yield ExportPlan(
             base=sources[0],
@@ -199,6 +217,7 @@ def planned(base: Path | str, refiner: Path | str | None, out: Path, options: Op
                 [job.plan for job in jobs.values()] if options.verify else (),
             ),
             note=_mini_note(base, refiner),
+            mini=base == MINI,
         )
 
 
@@ -218,15 +237,22 @@ def _is_same(plan: ExportPlan, bundle: Bundle) -> bool:
 
 def _make(plan: ExportPlan, folder: Path, options: Options, report: ProgressTracker) -> Bundle:
     """Write the whole bundle to `folder` and return it, opened."""
-    records: dict[str, Component] = {}
+    records, floats = dict[str, Component](), dict[str, Component]()
     for name, job in plan.jobs.items():
         if job.action == "keep" and job.component is not None and plan.previous is not None:
             take_over(plan.previous, job.component.files, folder)
             records[name] = job.component
         elif job.action == "resume" and job.component is not None:
             records[name] = job.component
+        elif job.plan.eight_bit:
+            floats[name] = _make_floats(name, job, folder, options, report)
         else:
             records[name] = convert_component(name, job.plan, job.key, folder, options.opset, report)
+    if floats:
+        calibration = options.calibration or CalibrationOptions()
+        made = quantize_components(plan.jobs, plan.stages, floats, records, folder, calibration, report,
+                                   mini=plan.mini)  # fmt: skip
+        records = {name: {**records, **made}[name] for name in plan.jobs}
     tokenizers, tokenizer_of = write_tokenizers(plan.stages, folder)
     stages = {name: stage_record(stage, tokenizer_of[name]) for name, stage in plan.stages.items()}
     manifest = Manifest(
@@ -256,6 +282,17 @@ def _make(plan: ExportPlan, folder: Path, options: Options, report: ProgressTrac
     return bundle
 
 
+def _make_floats(name: str, job: ExportJob, root: Path, options: Options, report: ProgressTracker) -> Component:
+    """Return the component that an 8-bit one is made of, in floating point: written, or found finished."""
+    plan = job.plan.in_floats()
+    key = component_key(plan, options.opset)
+    found = finished(root, name + _FLOATS, key)
+    if found is not None:
+        report.written(plan.bytes())
+        return found
+    return convert_component(name, plan, key, root, options.opset, report, into=name + _FLOATS)
+
+
 def _open_lora(option: LoraOption) -> ScaledLora:
     """Return the LoRA of an option; warn of its tensors that have no effect."""
     lora = ScaledLora(open_lora(option.file), option.scale, option.text_scale)
@@ -268,7 +305,7 @@ def _open_controlnets(base: PipelineSource, options: Options) -> tuple[ControlNe
     """Return the ControlNets of an export; a single file's config follows the base's UNet."""
     configs = Path(base.models["unet"].where)
     own = configs if (configs / "config.json").is_file() else None
-    return tuple(open_controlnet(spec, precision=options.precision, configs=own) for spec in options.controlnets)
+    return tuple(open_controlnet(spec, precision=options.floats, configs=own) for spec in options.controlnets)
 
 
 def _drop_strays(folder: Path, wanted: set[str]) -> None:
@@ -290,16 +327,16 @@ def _open_sources(
             materialize(mini)
         except (FileNotFoundError, ValueError) as exc:
             raise CorruptError(str(exc)) from exc
-    vae = None if options.vae is None else open_vae(options.vae, precision=options.precision)
+    vae = None if options.vae is None else open_vae(options.vae, precision=options.floats)
 
     def opened(spec: Path | str, role: Role) -> PipelineSource:
         place = mini / role if spec == MINI and mini is not None else spec
-        source = open_source(place, role, precision=options.precision, vae=vae is None)
+        source = open_source(place, role, precision=options.floats, vae=vae is None)
         return source if vae is None else with_vae(source, vae)
 
     first = opened(base, "base")
     if options.unet is not None:
-        first = with_unet(first, open_unet(options.unet, precision=options.precision))
+        first = with_unet(first, open_unet(options.unet, precision=options.floats))
     return first, None if refiner is None else opened(refiner, "refiner")
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from sdxl_trt.engines import SdxlTrtError, UsageError
 from sdxl_trt.engines.host import Output, Parser, ProgressLine, print_json, run
+from sdxl_trt.export.cli.eight_bit import add_eight_bit_options, calibration_options
 from sdxl_trt.export.cli.options import PlanOptions, add_plan_options, plan_options
 
 EPILOG = """examples:
@@ -50,6 +51,7 @@ def _parser() -> Parser:
     source.add_argument("--controlnet", action="append", default=[], metavar="SRC",
                         help="add a ControlNet for the base (trt-generate --control); may be repeated")  # fmt: skip
     _add_target(parser.add_argument_group("bundle"))
+    add_eight_bit_options(parser.add_argument_group("8 bits (--int8, --fp8, --vae-precision int8)"))
     add_plan_options(parser.add_argument_group("plans (without a source, for the existing bundle at --out)"))
     parser.add_argument("--verify", action="store_true", help="compare every graph with PyTorch; exit 1 if one differs")
     parser.add_argument("--force", action="store_true", help="export unchanged components too")
@@ -65,11 +67,12 @@ def _add_target(group: Any) -> None:
     group.add_argument("--out", type=Path, default=Path("sdxl-bundle"), metavar="DIR", help="folder to make or replace")
     precision = group.add_mutually_exclusive_group()
     for name, meaning in (("fp16", "half precision (default)"), ("bf16", "bfloat16, for TensorRT"),
-                          ("fp32", "single precision")):  # fmt: skip
+                          ("fp32", "single precision"), ("int8", "UNets in 8 bits, the rest in half precision"),
+                          ("fp8", "UNets and attention in 8-bit floats, for GPUs since Ada")):  # fmt: skip
         precision.add_argument(f"--{name}", dest="precision", action="store_const", const=name, help=meaning)
-    group.add_argument("--vae-precision", choices=("auto", "fp32", "bf16", "fp16", "mixed"), default="auto",
+    group.add_argument("--vae-precision", choices=("auto", "fp32", "bf16", "fp16", "mixed", "int8"), default="auto",
                        help="auto: fp32 if the autoencoder's config sets force_upcast, else the chosen precision;"
-                       " mixed: fp16 with the end of the decoder in fp32")  # fmt: skip
+                       " mixed: fp16 with the end of the decoder in fp32; int8: the decoder in 8 bits")  # fmt: skip
     group.add_argument("--components", type=_names, metavar="LIST", help="export only these, separated by commas; keep"
                        " the bundle's other components")  # fmt: skip
     group.add_argument("--layout", choices=("bundle", "optimum"), default="bundle",
@@ -182,6 +185,7 @@ def _options(arguments: argparse.Namespace, *, twins: bool) -> Any:
     return Options(
         precision=arguments.precision,
         vae_precision=arguments.vae_precision,
+        calibration=calibration_options(arguments),
         twins=twins,
         opset=arguments.opset,
         unet=arguments.unet,

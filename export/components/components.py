@@ -30,6 +30,7 @@ _HOST_ONLY = {
     "architectures", "attn_implementation", "dtype", "force_upcast", "latents_mean", "latents_std", "sample_size",
     "scaling_factor", "shift_factor", "torch_dtype", "transformers_version",
 }  # fmt: skip
+_VAE_PRECISIONS: dict[str, Precision] = {"fp32": "fp32", "bf16": "bf16", "fp16": "fp16", "mixed": "mixed"}
 _VAE_HALVES: dict[str, tuple[str, ...]] = {
     "vae_decoder": ("decoder.", "post_quant_conv."),
     "vae_encoder": ("encoder.", "quant_conv."),
@@ -258,8 +259,8 @@ def _check_widths(models: dict[str, MetaModel], pipeline: PipelineSource, *, inp
 
 def _vae_precision(model: MetaModel, options: Options) -> Precision:
     """Return the precision of an autoencoder, and of what is not in 8 bits if its decoder is to be."""
-    if options.vae_precision != "auto" and options.vae_precision != "int8":
-        return options.vae_precision
+    if options.vae_precision in _VAE_PRECISIONS:
+        return _VAE_PRECISIONS[options.vae_precision]
     # The published autoencoder overflows fp16 and sets force_upcast; a repaired one sets it to false.
     return "fp32" if model.config.get("force_upcast", True) else options.floats
 

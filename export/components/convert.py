@@ -92,13 +92,20 @@ def finished(root: Path, name: str, key: str) -> Component | None:
 
 
 def convert_component(
-    name: str, plan: ComponentPlan, key: str, root: Path, opset: int, report: ProgressTracker
+    name: str,
+    plan: ComponentPlan,
+    key: str,
+    root: Path,
+    opset: int,
+    report: ProgressTracker,
+    *,
+    into: str | None = None,
 ) -> Component:
-    """Export one component to ``root/name`` and return it; its RECORD_FILE is written last.
+    """Export one component to ``root/into``, by default its name, and return it; its RECORD_FILE is written last.
 
     Raises CorruptError for weights that are damaged or overflow the precision, ResourceError for a full disk.
     """
-    folder = root / name
+    folder = root / (into or name)
     try:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
@@ -126,7 +133,7 @@ def convert_component(
         precision=plan.precision,
         opset=opset,
         graph=file_record(root, folder / GRAPH_FILE),
-        weights=FileRecord(file=f"{name}/{WEIGHTS_FILE}", size=written.size, sha256=written.sha256),
+        weights=FileRecord(file=f"{folder.name}/{WEIGHTS_FILE}", size=written.size, sha256=written.sha256),
         inputs=tuple(_spec(value) for value in model.graph.inputs),
         outputs=tuple(_spec(value) for value in model.graph.outputs),
         source=component_source(plan),

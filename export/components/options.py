@@ -18,6 +18,8 @@ COMPONENTS = (*ROLES, *(f"refiner_{role}" for role in ROLES[1:]))
 """All names but those of ControlNets; a refiner's encoder or autoencoder exists only if it differs from the base's."""
 _CONTROLNET = re.compile(r"controlnet(_[2-9]|_[1-9]\d)?")
 VaePrecision = Literal["auto", "fp32", "bf16", "fp16", "mixed", "int8"]
+Floats = Literal["fp32", "fp16", "bf16"]
+_FLOATS: dict[str, Floats] = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16", "int8": "fp16", "fp8": "fp16"}
 _MOST_STEPS = 1000
 _LEAST_SIZE, _MOST_SIZE = 64, 4096
 
@@ -97,9 +99,9 @@ class Options:
     lock: bool = True
 
     @property
-    def floats(self) -> Literal["fp32", "fp16", "bf16"]:
+    def floats(self) -> Floats:
         """Return the precision of all that is not in 8 bits."""
-        return "fp16" if self.precision == "int8" or self.precision == "fp8" else self.precision
+        return _FLOATS[self.precision]
 
     @property
     def eight_bit(self) -> bool:

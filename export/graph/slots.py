@@ -9,13 +9,16 @@ with such inputs has a *slot*:
   (rank, in · kernel) and ``<module>.lora_up`` of shape (out, rank). TensorRT refuses a convolution whose number of
   output maps varies, so that the rank cannot be an axis of a convolution's own.
 
+- An 8-bit layer keeps its weight as a constant, so that its slot is beside it. For a convolution that is a second one,
+  whose kernel is the reshaped product.
+
 All slots of a graph have one rank, which may be 0; the LoRA's scale belongs to ``up``. The axis `adapters` is 1: all
 rows share the LoRAs. A graph with an own LoRA per row gives that axis the name of the other inputs' first: ``rows``.
 """
 
 __all__ = ["add_slots"]
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 import numpy as np
 import onnx_ir as ir
@@ -28,12 +31,12 @@ _WITHOUT = ("text_projection",)
 _CONSTANT = "slots."
 
 
-def add_slots(model: ir.Model, *, per_row: bool = False) -> tuple[Slot, ...]:
+def add_slots(model: ir.Model, *, per_row: bool = False, beside: Container[str] = frozenset()) -> tuple[Slot, ...]:
     """Add a slot to every linear layer and convolution of `model`, in place; return the slots in the graph's order.
 
     Weights need no values. Their names are the published ones, with ``.weight`` after the module's. The new inputs
     follow the graph's own, in fp32 or fp16: a bf16 graph casts them. With `per_row`, every row has a LoRA of its own,
-    and convolutions, which have one kernel for all rows, get no slot.
+    and convolutions, which have one kernel for all rows, get no slot. The modules `beside` keep their kernels.
     """
     slots: dict[str, Slot] = {}
     adapters = _first_axis(model.graph) if per_row else 1
@@ -43,7 +46,9 @@ def add_slots(model: ir.Model, *, per_row: bool = False) -> tuple[Slot, ...]:
             continue
         down, up = _inputs(model.graph, slot, _dtype(node), adapters)
         slots.setdefault(slot.module, slot)
-        if slot.kernel:
+        if slot.kernel and slot.module in beside:
+            _add_convolution(model.graph, node, down, up)
+        elif slot.kernel:
             _add_to_kernel(model.graph, node, down, up)
         else:
             _add_to_result(model.graph, node, down, up)
@@ -135,6 +140,22 @@ def _add_to_kernel(graph: ir.Graph, node: ir.Node, down: ir.Value, up: ir.Value)
     _name(made, str(node.outputs[0].name))
     graph.insert_before(node, made)
     node.replace_input_with(1, total.outputs[0])
+
+
+def _add_convolution(graph: ir.Graph, node: ir.Node, down: ir.Value, up: ir.Value) -> None:
+    """Add to the result of a convolution that of a second one, whose kernel is the product of the factors."""
+    kernel, source, result = node.inputs[1], node.inputs[0], node.outputs[0]
+    if kernel is None or kernel.shape is None:
+        raise RuntimeError(f"{node.name}: the kernel has no shape")
+    product = ir.node("MatMul", [up, down])
+    reshaped = ir.node("Reshape", [product.outputs[0], _constant(graph, str(kernel.name), list(kernel.shape.numpy()))])
+    second = ir.node("Conv", [source, reshaped.outputs[0]], dict(node.attributes))
+    total = ir.node("Add", [result, second.outputs[0]])
+    made = [product, reshaped, second, total]
+    _name(made, str(result.name))
+    ir.convenience.replace_all_uses_with(result, total.outputs[0], replace_graph_outputs=True)
+    total.replace_input_with(0, result)  # it adds to the result that it replaces
+    graph.insert_after(node, made)
 
 
 def _name(nodes: Iterable[ir.Node], after: str) -> None:

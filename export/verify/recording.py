@@ -108,6 +108,12 @@ class Recording:
     def _multiple(self) -> int:
         return max(2 ** int(stage.models["unet"].module.num_upsamplers) for stage in self._stages.values())
 
+    def count(self, name: str, plan: ComponentPlan) -> int:
+        """Return how often `calls` will run a UNet or a decoder, without the calls that only checks need."""
+        using = [stage for stage, record in self._stages.items() if name in record.roles.values()]
+        each = sum(len(self._steps(stage)) for stage in using) if plan.kind == "unet" else 1
+        return each * len(self._settings.pictures)
+
     def calls(self, name: str, plan: ComponentPlan, run: Run) -> list[Call]:
         """Run the component `name` on its part of the request with `run`; return its calls."""
         tape = _Tape(run)

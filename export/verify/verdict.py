@@ -27,12 +27,15 @@ _REMEDIES = {
 }
 
 
+_EIGHT_BIT_REMEDY = "see which layers with --quantize-report FILE, and keep them in floating point with --min-psnr"
+
+
 @dataclass
 class Results:
     """The runs of a component, call by call; a run that did not take place is empty.
 
     `calls` has PyTorch's fp32 outputs and `peaks` its largest activations; `rounded` and `dtypes` are PyTorch's at the
-    export's precision, `onnx` has ONNX Runtime's outputs.
+    export's precision, for an 8-bit component that of its other layers; `onnx` has ONNX Runtime's outputs.
     """
 
     calls: list[Call]
@@ -60,7 +63,7 @@ def judge(plan: ComponentPlan, results: Results) -> ComponentReport:
     """Return the report of one component."""
     pairs = _pairs(plan)
     compared = [[_compare(*_runs(pair, results, i)) for pair in pairs] for i in range(len(results.calls))]
-    excesses = [_excess(results, i) for i in range(len(results.calls))]
+    excesses = [None if plan.eight_bit else _excess(results, i) for i in range(len(results.calls))]
     failures = [*_overflow_failures(plan, results)]
     for pair, column in zip(pairs, zip(*compared, strict=True), strict=True):
         failures += _failures(plan, pair, results, column)
@@ -79,7 +82,9 @@ def judge(plan: ComponentPlan, results: Results) -> ComponentReport:
 
 def _pairs(plan: ComponentPlan) -> list[_Pair]:
     same = f"PyTorch {plan.precision}"
-    cost = f"{plan.precision} costs too much: {_REMEDIES[plan.kind]}"
+    cost = f"{plan.precision} costs too much: {_EIGHT_BIT_REMEDY if plan.eight_bit else _REMEDIES[plan.kind]}"
+    if plan.eight_bit:  # PyTorch has no 8-bit graph to compare with
+        return [_Pair("precision", "ONNX Runtime", "PyTorch fp32", cost)]
     if plan.precision in NOT_RUN:
         return [_Pair("precision", same, "PyTorch fp32", cost)]
     graph = _Pair("graph", "ONNX Runtime", same, _BROKEN)

@@ -78,10 +78,11 @@ def _run_torch(name: str, plan: ComponentPlan, recording: Recording, progress: P
     dtype = convert_module(graph, "fp32")
     with watch_peaks(graph.module.model) as peaks:
         calls = recording.calls(name, plan, lambda inputs: run_reference(graph, inputs, dtype))
-    if plan.precision == "fp32":
+    precision = plan.floats or plan.precision
+    if precision == "fp32":
         return Results(calls, peaks)
-    progress(name, f"verifying: PyTorch {plan.precision}")
-    dtype = convert_module(graph, plan.precision)
+    progress(name, f"verifying: PyTorch {precision}")
+    dtype = convert_module(graph, precision)
     with watch_dtypes(graph.module.model) as dtypes:
         rounded = [run_reference(graph, call.inputs, dtype) for call in calls]
     return Results(calls, peaks, rounded, dtypes)

@@ -2,6 +2,7 @@
 
 __all__ = ["QuantizingGraph", "constant"]
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import ml_dtypes
@@ -72,7 +73,8 @@ class QuantizingGraph:
         made = narrow.producer()
         if made is None:
             raise RuntimeError(f"{narrow.name}: was not quantized")
-        node = _node("DequantizeLinear", [narrow, *made.inputs[1:]], f"{name}/dequantized")
+        inputs: list[ir.Value | None] = [narrow, *made.inputs[1:]]
+        node = _node("DequantizeLinear", inputs, f"{name}/dequantized")
         self.graph.insert_before(before, node)
         return node.outputs[0]
 
@@ -92,7 +94,9 @@ def constant(graph: ir.Graph, name: str, value: NDArray[np.generic]) -> ir.Value
     return initializer
 
 
-def _node(operator: str, inputs: list[ir.Value], name: str, attributes: dict[str, int] | None = None) -> ir.Node:
+def _node(
+    operator: str, inputs: Sequence[ir.Value | None], name: str, attributes: dict[str, int] | None = None
+) -> ir.Node:
     node = ir.node(operator, inputs, attributes or {}, name=name)
     node.outputs[0].name = f"{name}.out"
     return node

@@ -15,12 +15,12 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from sdxl_trt.export.eight_bit.formats import FORMATS, Scheme, activation_scale, unsigned_scale
+from sdxl_trt.export.eight_bit.layers import Attention, Layer, find_attentions
+from sdxl_trt.export.eight_bit.nodes import QuantizingGraph, constant
+from sdxl_trt.export.eight_bit.ranges import INPUT, OUTPUT, Ranges
+from sdxl_trt.export.eight_bit.store import EightBitWeights, Stored
 from sdxl_trt.export.graph import attention_heads
-from sdxl_trt.export.quantize.formats import FORMATS, Scheme, activation_scale, unsigned_scale
-from sdxl_trt.export.quantize.layers import Attention, Layer, find_attentions
-from sdxl_trt.export.quantize.nodes import QuantizingGraph, constant
-from sdxl_trt.export.quantize.ranges import INPUT, OUTPUT, Ranges
-from sdxl_trt.export.quantize.store import EightBitWeights, Stored
 
 _SOFTMAX = 1.0
 """The largest number that a softmax returns."""

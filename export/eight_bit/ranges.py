@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from sdxl_trt.engines import Array, CorruptError
-from sdxl_trt.export.quantize.layers import find_attentions, find_layers
+from sdxl_trt.export.eight_bit.layers import find_attentions, find_layers
 
 INPUT, OUTPUT = ".input", ".output"
 

@@ -1,6 +1,6 @@
 """Streams a component's weights into a new file, those of chosen layers in 8 bits with their scales behind them."""
 
-__all__ = ["EightBitWeights", "Stored", "write_eight_bit"]
+__all__ = ["EightBitWeights", "Stored", "read_stored", "write_eight_bit"]
 
 import math
 from collections.abc import Callable, Mapping
@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from sdxl_trt.engines import explain_os_error
 from sdxl_trt.engines.bundle import WEIGHT, AdapterTable, TensorRecord
+from sdxl_trt.export.eight_bit.formats import FORMATS, Scheme, quantize_weight, unsigned_scale
+from sdxl_trt.export.eight_bit.layers import Layer
+from sdxl_trt.export.eight_bit.ranges import INPUT, Ranges
 from sdxl_trt.export.graph import WEIGHTS_FILE, WeightsWriter, WrittenWeights
-from sdxl_trt.export.quantize.formats import FORMATS, Scheme, quantize_weight, unsigned_scale
-from sdxl_trt.export.quantize.layers import Layer
-from sdxl_trt.export.quantize.ranges import INPUT, Ranges
 
 DTypeName = Literal["float32", "float16", "bfloat16", "int8", "float8e4m3fn"]
 BIAS = ".bias"
@@ -96,7 +96,7 @@ def write_eight_bit(
         with (folder / WEIGHTS_FILE).open("wb") as file:
             writer = WeightsWriter(file)
             for record in records:
-                stored, dtype = _read(source, record), _ONNX[record.dtype]
+                stored, dtype = read_stored(source, record), _ONNX[record.dtype]
                 layer = layers.get(record.name.removesuffix(WEIGHT)) if record.name.endswith(WEIGHT) else None
                 name: DTypeName = record.dtype
                 if layer is not None:
@@ -144,14 +144,14 @@ def _append(writer: WeightsWriter, values: NDArray[np.float32] | NDArray[np.floa
     return Stored(writer.append(torch.from_numpy(values)), ir.DataType.from_numpy(values.dtype), values.shape)
 
 
-def _read(folder: Path, record: TensorRecord) -> torch.Tensor:
+def read_stored(folder: Path, record: TensorRecord) -> torch.Tensor:
     """Return a stored tensor in its stored shape, in memory of its own."""
     data = np.fromfile(folder / WEIGHTS_FILE, np.uint8, record.nbytes, offset=_offset(record))
     return torch.from_numpy(data).view(_TORCH[record.dtype]).reshape(record.stored_shape)
 
 
 def _bias(folder: Path, record: TensorRecord | None) -> NDArray[np.float32] | None:
-    return None if record is None or record.offset is None else _read(folder, record).float().numpy()
+    return None if record is None or record.offset is None else read_stored(folder, record).float().numpy()
 
 
 def _offset(record: TensorRecord) -> int:
