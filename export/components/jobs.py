@@ -80,7 +80,8 @@ def _kept(name: str, plan: ComponentPlan, previous: Bundle) -> ExportJob:
 
 def _job(name: str, plan: ComponentPlan, previous: Bundle | None, out: Path, options: Options) -> ExportJob:
     key = component_key(plan, options.opset)
-    if options.force:
+    measured = plan.eight_bit and options.calibration is not None and options.calibration.tells
+    if options.force or measured:  # what is to be told is known only after measuring again
         return ExportJob(plan, key, "export")
     for action, found in (
         ("keep", _unchanged(previous, name, key)),

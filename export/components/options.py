@@ -60,6 +60,11 @@ class CalibrationOptions:
         """Return whether the model must draw: to measure ranges, or what errors cost."""
         return self.file is None or self.report is not None or self.min_psnr is not None
 
+    @property
+    def tells(self) -> bool:
+        """Return whether a file is wanted of what was measured."""
+        return self.report is not None or self.save is not None
+
     def settings(self) -> list[Any]:
         """Return all that determines the 8-bit files; the file of ranges by its digest."""
         try:
