@@ -17,20 +17,21 @@ def make_eight_bit(source: Path, root: Path, precision: str = "int8") -> None:
     """
     import msgspec
 
-    from sdxl_trt.engines.bundle import read_bundle, write_manifest
+    from sdxl_trt.engines.bundle import read_bundle, read_table, write_manifest
 
     shutil.copytree(source, root)
-    manifest = read_bundle(root).manifest
+    bundle = read_bundle(source)
+    manifest = bundle.manifest
     parts = dict(manifest.components)
     for name in [name for name, part in parts.items() if part.kind == "unet"]:
-        parts[name] = _quantize(root, name, parts[name], precision)
+        parts[name] = _quantize(root, name, parts[name], read_table(bundle, name), precision)
     write_manifest(root, msgspec.structs.replace(manifest, components=parts, precision=precision, plans=()))  # type: ignore[arg-type]
 
 
-def _quantize(root: Path, name: str, part: Any, precision: str) -> Any:
+def _quantize(root: Path, name: str, part: Any, table: Any, precision: str) -> Any:
     import msgspec
 
-    from sdxl_trt.engines.bundle import FileRecord, Quantization, read_bundle, read_table
+    from sdxl_trt.engines.bundle import FileRecord, Quantization
 
     def record(path: Path) -> FileRecord:
         import hashlib
@@ -38,8 +39,8 @@ def _quantize(root: Path, name: str, part: Any, precision: str) -> Any:
         content = path.read_bytes()
         return FileRecord(file=f"{name}/{path.name}", size=len(content), sha256=hashlib.sha256(content).hexdigest())
 
-    table, weights = read_table(read_bundle(root), name), root / name / "weights.data"
-    stored, data = np.dtype(np.int8) if precision == "int8" else _float8(), bytearray(weights.read_bytes())
+    weights = root / name / "weights.data"
+    stored, data = np.dtype(np.int8) if precision == "int8" else _float8(), weights.read_bytes()
     kept, moved, scales = [], [], {}
     for tensor in table.tensors:
         if not tensor.name.endswith(LAYERS):
@@ -93,7 +94,11 @@ def _rewrite(path: Path, records: dict[str, Any], scales: dict[str, Any]) -> Non
         output, tensor.name = tensor.name, f"{tensor.name}.bits"
         tensor.data_type = TensorProto.INT8 if found.dtype == "int8" else TensorProto.FLOAT8E4M3FN
         graph.initializer.append(numpy_helper.from_array(scale, f"{output}.scale"))
-        nodes.append(helper.make_node("DequantizeLinear", [tensor.name, f"{output}.scale"], [output], axis=axis))
+        # Without a zero point for each channel, ONNX Runtime's optimizers make up one for the whole tensor, and fail.
+        zeros = helper.make_tensor(f"{output}.zero", tensor.data_type, scale.shape, bytes(len(scale)), raw=True)
+        graph.initializer.append(zeros)
+        given = [tensor.name, f"{output}.scale", zeros.name]
+        nodes.append(helper.make_node("DequantizeLinear", given, [output], axis=axis))
     assert len(nodes) == len(records)
     rest = list(graph.node)
     del graph.node[:]
