@@ -11,7 +11,7 @@ LAYERS = (".attn1.to_q.weight", ".attn1.to_out.0.weight")
 
 
 def make_eight_bit(source: Path, root: Path, precision: str = "int8") -> None:
-    """Copy a bundle in fp16, with the UNets' LAYERS in int8 or fp8: one scale for each output channel.
+    """Copy a bundle in floats, with the UNets' LAYERS in int8 or fp8: one scale for each output channel.
 
     Activations stay floats, so that all graphs of a UNet have the same node before a weight's users.
     """
@@ -46,11 +46,12 @@ def _quantize(root: Path, name: str, part: Any, table: Any, precision: str) -> A
         if not tensor.name.endswith(LAYERS):
             kept.append(tensor)
             continue
-        raw = np.frombuffer(data, np.float16, tensor.nbytes // 2, tensor.offset or 0)
+        floats = np.dtype(tensor.dtype)
+        raw = np.frombuffer(data, floats, tensor.nbytes // floats.itemsize, tensor.offset or 0)
         matrix = raw.reshape(tensor.stored_shape).astype(np.float32)
         axis = 0 if tensor.permutation is None else tensor.permutation.index(0)  # that of the output channels
         largest = 127.0 if precision == "int8" else 448.0
-        scale = np.maximum(np.abs(matrix).max(axis=1 - axis, keepdims=True) / largest, 1e-6).astype(np.float16)
+        scale = np.maximum(np.abs(matrix).max(axis=1 - axis, keepdims=True) / largest, 1e-6).astype(floats)
         values = matrix / scale.astype(np.float32)
         bits = (np.rint(values) if precision == "int8" else values).astype(stored)
         scales[tensor.name] = scale.ravel(), axis
