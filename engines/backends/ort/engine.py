@@ -14,6 +14,7 @@ import numpy as np
 from sdxl_trt.engines.adapters import ScaledLora
 from sdxl_trt.engines.backends.cuda import pip_install
 from sdxl_trt.engines.backends.ort.patch import Patch, plan_patch
+from sdxl_trt.engines.backends.ort.products import EXACT_PRODUCTS, saturates
 from sdxl_trt.engines.backends.ort.providers import (
     ORT_PROVIDERS,
     ExecutionProvider,
@@ -45,7 +46,6 @@ from sdxl_trt.engines.plans import outside_profiles
 
 # Errors are raised as exceptions; ONNX Runtime would print them beside our one line.
 _FATAL_ONLY = 4
-_EXACT_PRODUCTS = "session.x64quantprecision"
 
 
 class OrtEngine:
@@ -236,9 +236,8 @@ class OrtEngine:
 
 def _set_for(ort: Any, options: Any, component: Component) -> None:
     """Set what a session of an 8-bit component needs to compute what was exported."""
-    if component.precision == "int8":
-        # Without VNNI, kernels add two products of uint8 and int8 in 16 bits, which saturate; this chooses others.
-        options.add_session_config_entry(_EXACT_PRODUCTS, "1")
+    if component.precision == "int8" and saturates(ort):
+        options.add_session_config_entry(EXACT_PRODUCTS, "1")
     elif component.precision == "fp8":
         # At higher levels, ONNX Runtime fuses Q/DQ nodes into operators that take no float8.
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
