@@ -1,7 +1,7 @@
 """Whether the machine's 8-bit products are exact is found by computing some."""
 
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,9 @@ def _onnxruntime(result: int, seen: list[bytes]) -> Any:
         seen.append(graph)
         return SimpleNamespace(run=lambda names, feed: [np.full((16, 16), result, np.int32)])
 
-    return SimpleNamespace(SessionOptions=SimpleNamespace, InferenceSession=session)
+    module = ModuleType("onnxruntime")
+    module.__dict__.update(SessionOptions=SimpleNamespace, InferenceSession=session)
+    return module
 
 
 @pytest.mark.parametrize(("result", "saturated"), [(EXACT, False), (32767 * 32, True), (EXACT - 1, True)])
