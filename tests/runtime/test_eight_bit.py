@@ -66,6 +66,6 @@ def test_the_slots_of_an_8_bit_unet_take_loras(
     (floats,) = _latents(bundle_path(), "ort-cpu", _with(lora))
     bias = tmp_path / "bias.safetensors"
     save_file({"diffusion_model.out.2.diff_b": np.ones(4, np.float32)}, bias)
-    with pytest.raises(IncompatibleError, match="with export-engines --lora, or export the bundle with --fp16$"):
+    with pytest.raises(IncompatibleError, match=r"with export-engines --lora, or export the bundle with --fp16$"):
         _latents(Path(planned), "tensorrt", _with(bias))
     assert 0 < np.linalg.norm(worn - floats) < 0.1 * np.linalg.norm(worn - plain)
