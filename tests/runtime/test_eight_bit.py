@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from sdxl_trt.engines.errors import IncompatibleError
 from sdxl_trt.mini import bundle_path
@@ -63,4 +64,8 @@ def test_the_slots_of_an_8_bit_unet_take_loras(
     planned = simulated.bundle(eight_bit_bundle, tmp_path / "planned", lora_rank=4)
     plain, worn = _latents(Path(planned), "tensorrt", SMALL, _with(lora))
     (floats,) = _latents(bundle_path(), "ort-cpu", _with(lora))
+    bias = tmp_path / "bias.safetensors"
+    save_file({"diffusion_model.out.2.diff_b": np.ones(4, np.float32)}, bias)
+    with pytest.raises(IncompatibleError, match=r"with export-engines --lora, or export the bundle with --fp16$"):
+        _latents(Path(planned), "tensorrt", _with(bias))
     assert 0 < np.linalg.norm(worn - floats) < 0.1 * np.linalg.norm(worn - plain)
