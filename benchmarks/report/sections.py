@@ -152,7 +152,9 @@ def _missing(report: BenchReport) -> Section:
 
 
 def _notes(report: BenchReport) -> Section:
-    return Section("notes", "Notes", points=report.notes)
+    named = labels(report)
+    own = [f"{named[one.name]}: {one.note}" for one in report.contestants if one.note]
+    return Section("notes", "Notes", points=(*report.notes, *own))
 
 
 def _how(report: BenchReport) -> Section:
