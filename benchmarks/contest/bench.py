@@ -14,7 +14,7 @@ import msgspec
 from sdxl_trt.benchmarks.contest.child import Child, ContestantError
 from sdxl_trt.benchmarks.contest.cold_start import cold_starts
 from sdxl_trt.benchmarks.contest.entries import contestant, measurement
-from sdxl_trt.benchmarks.contest.floors import cpu_floors
+from sdxl_trt.benchmarks.contest.floors import cpu_floors, cpu_rates, rate_facts
 from sdxl_trt.benchmarks.contest.inputs import CALIBRATION, draw_inputs, write_inputs
 from sdxl_trt.benchmarks.contest.ratios import ratios
 from sdxl_trt.benchmarks.contest.roster import (
@@ -93,9 +93,10 @@ def run_bench(subject: Subject, options: BenchOptions, say: Say = lambda _: None
         for entrant in entrants:
             close(entrant)
     started, drawn = cold_starts(subject, spec, min(options.runs, COLD_RUNS), say=say) if options.cold else ((), "")
-    floors, note = cpu_floors(subject.bundle, spec) if options.floors and not gpu else ({}, "")
+    rates, note = cpu_rates(spec.threads) if options.floors and not gpu else ({}, "")
+    floors, note = cpu_floors(subject.bundle, spec, rates) if rates else ({}, note)
     return BenchReport(
-        machine=machine() | {"load": f"{load:.2f}"},
+        machine=machine() | rate_facts(rates) | {"load": f"{load:.2f}"},
         versions=package_versions(PACKAGES),
         settings=_settings(subject, options, spec),
         contestants=tuple(contestant(entrant, spec.device) for entrant in entrants),

@@ -141,17 +141,20 @@ class OpenVino:
         """Compile every part and put it below its pipeline; return a sentence on what runs in 8 bits."""
         settings = {"INFERENCE_PRECISION_HINT": self._way.hint, "PERFORMANCE_HINT": "LATENCY",
                     "INFERENCE_NUM_THREADS": self._spec.threads}  # fmt: skip
-        counts = {}
+        counts = []
         for part, module in parts.items():
             path = next(path for path in (folder.path(part) for folder in folders) if path)
             compiled = core.compile_model(core.read_model(path), "CPU", settings)
             narrow, every = eight_bit_layers(compiled)
             if path.parent == folders[0].folder and self._way.folder and not narrow:
                 raise ValueError(f"none of the {every} layers of the {part} runs in 8 bits on this CPU")
-            counts[part] = f"{part} {narrow} of {every}"
+            if narrow:
+                counts.append(f"{part} {narrow} of {every}")
             self._requests[part] = compiled.create_infer_request()
             _replace(part, module, self._requests[part])
-        return f"convolutions and matrix products in 8 bits: {', '.join(counts.values())}" if self._way.folder else ""
+        if not self._way.folder:
+            return ""
+        return f"convolutions and matrix products in 8 bits: {', '.join(counts)}; none in the text encoders"
 
 
 class _Encoded(tuple[Any]):
