@@ -5,6 +5,7 @@ prompts gave the parts; its scope is its default for transformers, with or witho
 """
 
 __all__ = [
+    "LEFT_OUT",
     "SENSITIVE",
     "Cache",
     "Model",
@@ -33,6 +34,8 @@ from sdxl_trt.benchmarks.contestants.protocol import Array, Spec
 
 SENSITIVE = ("conv_in", "conv_out", "conv_shortcut", "time_embedding", "add_embedding", "time_emb_proj")
 """The layers that our own 8-bit engines leave out, by the names of their modules."""
+LEFT_OUT = rf".*\.({'|'.join(SENSITIVE)})[./].*"
+"""What the names of their nodes match in OpenVINO's models."""
 UNET_INPUTS = ("sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids")
 STEPS = 10
 SAMPLES = {"unet": 24, "decoder": 12}
@@ -96,9 +99,8 @@ def quantized(model: Model, feeds: Sequence[Feed], *, sensitive: bool) -> Model:
     """Return `model` in 8 bits, calibrated by NNCF on `feeds`; without `sensitive`, the layers in SENSITIVE stay."""
     import nncf  # type: ignore[import-not-found,import-untyped,unused-ignore] # noqa: PLC0415
 
-    left_out = rf".*\.({'|'.join(SENSITIVE)})[./].*"
     # A decoder has no embeddings of timesteps: not every name matches.
-    scope = nncf.IgnoredScope(patterns=[] if sensitive else [left_out], validate=False)
+    scope = nncf.IgnoredScope(patterns=[] if sensitive else [LEFT_OUT], validate=False)
     return nncf.quantize(model, nncf.Dataset(list(feeds)), subset_size=len(feeds), ignored_scope=scope,
                          model_type=nncf.ModelType.TRANSFORMER)  # fmt: skip
 
