@@ -154,7 +154,7 @@ $(VENV)/.full: pyproject.toml constraints.txt | $(VENV)/bin/python
 # The project itself comes without its dependencies: the peers pin older ones than its export needs.
 $(PEERS)/.done: pyproject.toml constraints-peers.txt
 	$(PYTHON) -m venv $(PEERS)
-	@$(PEERS_PIP) accelerate diffusers msgspec onnx onnxruntime openvino optimum-intel optimum-onnx peft pillow \
+	@$(PEERS_PIP) accelerate diffusers msgspec nncf onnx onnxruntime openvino optimum-intel optimum-onnx peft pillow \
 		pytest safetensors scipy tokenizers torch torchdiffeq torchsde transformers
 	@$(PEERS_PIP) --no-deps k-diffusion
 	@$(PEERS_PIP) --no-deps --editable .

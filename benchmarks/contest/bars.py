@@ -8,17 +8,22 @@ from statistics import median
 from sdxl_trt.benchmarks.contest.cold_start import OURS as OUR_START
 from sdxl_trt.benchmarks.contest.cold_start import THEIRS as THEIR_START
 from sdxl_trt.benchmarks.contest.ratios import ratio
-from sdxl_trt.benchmarks.contest.roster import OURS
+from sdxl_trt.benchmarks.contest.roster import OURS, OURS_INT8
 from sdxl_trt.benchmarks.measure import NOT_MEASURED, Bar
 from sdxl_trt.benchmarks.report import BenchReport, ColdStart, Measurement
 
 STEP, PICTURE = "base UNet step", "picture"
-# Task, peer, the highest ratio allowed, and the goal or None.
+# Which of ours, task, peer, the highest ratio allowed, and the goal or None.
 LIMITS = (
-    (STEP, "eager", 0.55, 0.50),
-    (STEP, "compile", 0.47, 0.45),
-    (STEP, "openvino", 1.05, 1.00),
-    (PICTURE, "optimum", 0.90, None),
+    (OURS, STEP, "eager", 0.55, 0.50),
+    (OURS, STEP, "compile", 0.47, 0.45),
+    (OURS, STEP, "openvino", 1.05, 1.00),
+    (OURS, PICTURE, "optimum", 0.90, None),
+    (OURS_INT8, STEP, OURS, 0.52, None),
+    (OURS_INT8, PICTURE, OURS, 0.55, None),
+    (OURS_INT8, PICTURE, "optimum", 0.52, None),
+    (OURS_INT8, PICTURE, "eager-bf16", 0.50, None),
+    (OURS_INT8, PICTURE, "openvino-bf16", 0.92, None),
 )
 COLD_LIMIT = 0.35
 
@@ -27,17 +32,17 @@ def bench_bars(report: BenchReport) -> tuple[Bar, ...]:
     """Return the bars of a CPU run with the measured figures; the contestants record why a figure is missing."""
     named = {one.name: one for one in report.contestants}
     found = [
-        _against(report, task, peer, limit, goal)
-        for task, peer, limit, goal in LIMITS
-        if peer in named or report.of(peer, task)
+        _against(report, ours, task, peer, limit, goal)
+        for ours, task, peer, limit, goal in LIMITS
+        if (peer in named or report.of(peer, task)) and (ours == OURS or ours in named)
     ]
     return (*found, *_cold(report.cold_starts))
 
 
-def _against(report: BenchReport, task: str, peer: str, limit: float, goal: float | None) -> Bar:
-    what = f"{task} over that of {peer}"
+def _against(report: BenchReport, subject: str, task: str, peer: str, limit: float, goal: float | None) -> Bar:
+    what = f"{task} over that of {peer}" if subject == OURS else f"{task} of {subject} over that of {peer}"
     bar = f"<= {limit:g} times" + ("" if goal is None else f", goal {goal:g}")
-    ours, theirs = report.of(OURS, task), report.of(peer, task)
+    ours, theirs = report.of(subject, task), report.of(peer, task)
     if ours is None or theirs is None:
         return Bar(what, bar, NOT_MEASURED, None)
     found = ratio(ours, theirs)

@@ -14,10 +14,20 @@ import msgspec
 from sdxl_trt.benchmarks.contest.child import Child, ContestantError
 from sdxl_trt.benchmarks.contest.cold_start import cold_starts
 from sdxl_trt.benchmarks.contest.entries import contestant, measurement
-from sdxl_trt.benchmarks.contest.floors import cpu_floors
-from sdxl_trt.benchmarks.contest.inputs import draw_inputs, write_inputs
+from sdxl_trt.benchmarks.contest.floors import cpu_floors, cpu_rates, rate_facts
+from sdxl_trt.benchmarks.contest.inputs import CALIBRATION, draw_inputs, write_inputs
 from sdxl_trt.benchmarks.contest.ratios import ratios
-from sdxl_trt.benchmarks.contest.roster import OURS, Entry, choose, command, cores, environment, shown, unable
+from sdxl_trt.benchmarks.contest.roster import (
+    OURS,
+    OURS_INT8,
+    Entry,
+    choose,
+    command,
+    cores,
+    environment,
+    shown,
+    unable,
+)
 from sdxl_trt.benchmarks.contest.sweeps import is_usual, sweep_asks
 from sdxl_trt.benchmarks.contest.turns import Entrant, Plan, close, prepare, take_turns
 from sdxl_trt.benchmarks.contestants import TASKS, Ask, Spec
@@ -83,15 +93,16 @@ def run_bench(subject: Subject, options: BenchOptions, say: Say = lambda _: None
         for entrant in entrants:
             close(entrant)
     started, drawn = cold_starts(subject, spec, min(options.runs, COLD_RUNS), say=say) if options.cold else ((), "")
-    floors, note = cpu_floors(subject.bundle, spec) if options.floors and not gpu else ({}, "")
+    rates, note = cpu_rates(spec.threads) if options.floors and not gpu else ({}, "")
+    floors, note = cpu_floors(subject.bundle, spec, rates) if rates else ({}, note)
     return BenchReport(
-        machine=machine() | {"load": f"{load:.2f}"},
+        machine=machine() | rate_facts(rates) | {"load": f"{load:.2f}"},
         versions=package_versions(PACKAGES),
         settings=_settings(subject, options, spec),
         contestants=tuple(contestant(entrant, spec.device) for entrant in entrants),
         measurements=tuple(measured),
         floors=floors,
-        ratios=tuple(ratios(measured, OURS)),
+        ratios=(*ratios(measured, OURS), *ratios(measured, OURS_INT8)),
         cold_starts=started,
         notes=tuple(_notes(note, drawn, load)),
     )
@@ -124,6 +135,7 @@ def settled_spec(subject: Subject, options: BenchOptions, *, inputs: Path = Path
         handoff=handoff,
         guidance=options.guidance,
         seed=options.seed,
+        calibration=CALIBRATION,
     )
 
 

@@ -27,6 +27,7 @@ def contestant(entrant: Entrant, device: str) -> Contestant:
         peak_rss=memory.peak_rss if memory else None,
         peak_gpu=entrant.gpu_peak if memory is None or memory.peak_gpu is None else memory.peak_gpu,
         not_run=entrant.not_run,
+        note=ready.note if ready else "",
     )
 
 

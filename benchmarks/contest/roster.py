@@ -1,6 +1,6 @@
 """The contestants of trt-bench: their titles, commands and environments, and why one cannot run here."""
 
-__all__ = ["OURS", "ROSTER", "Entry", "choose", "command", "cores", "environment", "shown", "unable"]
+__all__ = ["OURS", "OURS_INT8", "ROSTER", "Entry", "choose", "command", "cores", "environment", "shown", "unable"]
 
 import os
 import sys
@@ -33,11 +33,14 @@ class Entry:
     """Whether it takes minutes to prepare."""
 
 
+_EXPORT = ("torch", "diffusers", "transformers", "onnx")
 _TORCH = ("torch", "diffusers", "transformers")
+_OPENVINO: tuple[Need, ...] = ("checkpoint", "cpu", "peers")
 ROSTER = {
     entry.name: entry
     for entry in (
         Entry("sdxl-trt", "sdxl-trt"),
+        Entry("sdxl-trt-int8", "sdxl-trt, UNets and decoder in int8", ("checkpoint", "cpu"), _EXPORT, slow=True),
         Entry("ort-cuda", "sdxl-trt on ONNX Runtime's CUDA", ("gpu",)),
         Entry("ort-tensorrt", "sdxl-trt on ONNX Runtime's TensorRT", ("gpu",)),
         Entry("tensorrt", "sdxl-trt on TensorRT", ("gpu",)),
@@ -48,10 +51,14 @@ ROSTER = {
         Entry("compile", "PyTorch torch.compile", ("checkpoint",), _TORCH, slow=True),
         Entry("diffusers", "diffusers' own pipelines", ("checkpoint",), _TORCH),
         Entry("optimum", "optimum-onnx, its own export", ("checkpoint", "cpu", "peers"), slow=True),
-        Entry("openvino", "OpenVINO, static shapes", ("checkpoint", "cpu", "peers"), slow=True),
+        Entry("openvino", "OpenVINO, static shapes", _OPENVINO, slow=True),
+        Entry("openvino-bf16", "OpenVINO, bf16 hint", _OPENVINO, slow=True),
+        Entry("openvino-int8", "OpenVINO, NNCF int8, its default scope", _OPENVINO, slow=True),
+        Entry("openvino-int8-scoped", "OpenVINO, NNCF int8, our exclusions", _OPENVINO, slow=True),
+        Entry("openvino-int8-bf16", "OpenVINO, NNCF int8, our exclusions, bf16 hint", _OPENVINO, slow=True),
     )
 }
-OURS = "sdxl-trt"
+OURS, OURS_INT8 = "sdxl-trt", "sdxl-trt-int8"
 
 
 def choose(against: str | None) -> list[Entry]:

@@ -46,6 +46,8 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True):
     seed: int
     aesthetic_score: float = 6.0
     negative_aesthetic_score: float = 2.5
+    calibration: tuple[str, ...] = ()
+    """The prompts that contestants in 8 bits calibrate on."""
 
 
 class Ask(msgspec.Struct, frozen=True, kw_only=True):
@@ -78,6 +80,8 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     versions: dict[str, str] = {}
     tasks: tuple[str, ...] = ()
     not_run: dict[str, str] = {}
+    note: str = ""
+    """What a reader must know of it, such as the parts that are not in its precision."""
 
 
 class Ran(msgspec.Struct, frozen=True, kw_only=True, tag="ran"):

@@ -12,7 +12,7 @@ from sdxl_trt.benchmarks.report.document import Section, Table
 from sdxl_trt.benchmarks.report.markdown import markdown_report
 from sdxl_trt.benchmarks.report.quantities import plain
 from sdxl_trt.benchmarks.report.records import BenchReport, write_report
-from sdxl_trt.benchmarks.report.sections import sections
+from sdxl_trt.benchmarks.report.sections import machine_words, sections
 from sdxl_trt.benchmarks.report.style import STYLE
 
 # No script runs in the page and nothing is fetched for it, whatever a name in it should hold.
@@ -45,7 +45,7 @@ def page(report: BenchReport) -> str:
         element("style", STYLE),
     )
     links = [element("a", markup(section.title), href=f"#{section.key}") for section in found]
-    machine = f"{report.machine.get('processor', 'unknown processor')}, {report.machine.get('cores', '?')} cores"
+    machine = machine_words(report.machine)
     header = element(
         "header",
         element("h1", markup(title)),

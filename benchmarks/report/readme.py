@@ -17,7 +17,7 @@ from sdxl_trt.benchmarks.report.markdown import escaped, table_lines
 from sdxl_trt.benchmarks.report.pages import write_views
 from sdxl_trt.benchmarks.report.quantities import memory, significant, time_unit, times
 from sdxl_trt.benchmarks.report.records import BenchReport, read_report
-from sdxl_trt.benchmarks.report.sections import bars_words, settings_words
+from sdxl_trt.benchmarks.report.sections import bars_words, machine_words, settings_words
 from sdxl_trt.benchmarks.report.timed import PICTURE, labels, our_names
 from sdxl_trt.engines import CorruptError
 from sdxl_trt.engines.host import Parser, run
@@ -49,7 +49,7 @@ def rewritten(readme: str, text: str) -> str:
 
 
 def _summary(name: str, report: BenchReport) -> str:
-    machine = f"{report.machine.get('processor', 'an unknown processor')}, {report.machine.get('cores', '?')} cores"
+    machine = machine_words(report.machine)
     lines = [f"**{escaped(settings_words(report.settings))}**, on {escaped(machine)}:", ""]
     lines += table_lines(_table(report))
     named = labels(report)

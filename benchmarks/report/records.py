@@ -65,6 +65,8 @@ class Contestant(msgspec.Struct, frozen=True, kw_only=True):
     peak_gpu: int | None = None
     not_run: dict[str, str] = {}
     """Reasons by task, for tasks that it did not run."""
+    note: str = ""
+    """What a reader must know of it, such as the parts that are not in its precision."""
 
 
 class Timed(msgspec.Struct, frozen=True, kw_only=True):

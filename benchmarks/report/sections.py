@@ -1,6 +1,6 @@
 """The sections of trt-bench's report in order: bars, timings, preparation, cold start, quality, failures, setup."""
 
-__all__ = ["bars_words", "sections", "settings_words"]
+__all__ = ["bars_words", "machine_words", "sections", "settings_words"]
 
 import math
 import shlex
@@ -152,7 +152,9 @@ def _missing(report: BenchReport) -> Section:
 
 
 def _notes(report: BenchReport) -> Section:
-    return Section("notes", "Notes", points=report.notes)
+    named = labels(report)
+    own = [f"{named[one.name]}: {one.note}" for one in report.contestants if one.note]
+    return Section("notes", "Notes", points=(*report.notes, *own))
 
 
 def _how(report: BenchReport) -> Section:
@@ -188,6 +190,13 @@ def _facts(machine: dict[str, str | int]) -> Iterator[str]:
             yield f"{name.removesuffix('_bytes')} {memory(value)}"
         else:
             yield f"{name.replace('_', ' ')} {value}"
+
+
+def machine_words(machine: dict[str, str | int]) -> str:
+    """Return a machine in a phrase: processor, cores, and the rates of matrix products if they were measured."""
+    rates = [f"{name.replace('_', ' ')} {value}" for name, value in machine.items() if name.endswith("_GEMM")]
+    words = [str(machine.get("processor", "an unknown processor")), f"{machine.get('cores', '?')} cores"]
+    return ", ".join([*words, *rates])
 
 
 def settings_words(settings: BenchSettings) -> str:

@@ -26,7 +26,8 @@ exec(first)
 tasks = ["picture", "base UNet step"]
 for line in sys.stdin:
     ask = json.loads(line)
-    answer = {"prepare": {"type": "ready", "precision": "fp32", "import_seconds": 1, "load_seconds": 2, "tasks": tasks},
+    answer = {"prepare": {"type": "ready", "precision": "fp32", "import_seconds": 1, "load_seconds": 2, "tasks": tasks,
+                          "note": "a note"},
               "run": {"type": "ran", "seconds": 2.5, "stages": {"base": 2}}, "quit": {"type": "bye"},
               "memory": {"type": "memory", "peak_rss": 5}}[ask["do"]]
     print(json.dumps(answer), flush=True)
@@ -61,6 +62,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
     monkeypatch.setattr(bench, "command", command)
     monkeypatch.setattr(bench, "unable", lambda entry, **_: "no GPU" if "gpu" in entry.needs else "")
+    monkeypatch.setattr(bench, "cpu_rates", lambda threads: ({"fp32": {1: 51e9, 2: 98e9}, "int8": {1: 2e11}}, ""))
     monkeypatch.setattr(bench, "cpu_floors", lambda *_: ({"base UNet step": 0.5}, "floors: as told"))
     return first
 
@@ -75,15 +77,20 @@ def test_every_contestant_is_in_the_report(subject: Subject, fakes: dict[str, st
     assert reasons["eager"] == "prepare: it ended with exit code 1 (no torch)"
     assert "which is not a valid answer" in reasons["compile"]
     running = {name for name, reason in reasons.items() if not reason}
-    assert running == {"sdxl-trt", "onnxruntime", "eager-bf16", "diffusers", "optimum", "openvino"}
+    openvino = {"openvino", "openvino-bf16", "openvino-int8", "openvino-int8-scoped", "openvino-int8-bf16"}
+    assert running == {"sdxl-trt", "sdxl-trt-int8", "onnxruntime", "eager-bf16", "diffusers", "optimum"} | openvino
     compared = [(one.what, one.contestant) for one in report.measurements if not one.sweep]
     assert {name for what, name in compared if what == "picture"} == running
     assert {what for what, _ in compared} == {"picture", "base UNet step"}
     assert {one.median for one in report.ratios} == {1.0}
+    assert {one.contestant for one in report.ratios} == {"sdxl-trt", "sdxl-trt-int8"}
     assert {one.sweep for one in report.measurements} == {"", "size", "batch", "handoff"}
     assert {one.contestant for one in report.measurements if one.sweep} == {"sdxl-trt"}
     assert report.floors == {"base UNet step": 0.5}
     assert report.notes[0] == "floors: as told"
+    assert report.machine["fp32_GEMM"] == "51 and 98 GFLOP/s on 1 and 2 threads"
+    assert report.machine["int8_GEMM"] == "200 GOP/s on 1 thread"
+    assert {one.note for one in report.contestants if one.name == "openvino-int8"} == {"a note"}
     assert report.of("sdxl-trt", "base UNet step").rows == 2  # type: ignore[union-attr]
     assert next(one for one in report.contestants if one.name == "openvino").peak_rss == 5
     assert "eager: preparing" in said

@@ -104,3 +104,18 @@ def test_the_bars_use_ratios_of_paired_rounds() -> None:
     assert eager.value == "0.50 times, 0.49 to 0.50 (2.00 s of 4.00 s)"
     assert (compiled.met, compiled.value) == (None, "not measured")
     assert optimum.met is False
+
+
+def test_the_bars_of_eight_bits_are_of_their_own_contestant() -> None:
+    names = ("sdxl-trt", "sdxl-trt-int8", "eager-bf16", "openvino-bf16")
+    contestants = tuple(Contestant(name=name, title=name, precision="") for name in names)
+    taken = (_taken("sdxl-trt", "picture", 4, 4), _taken("sdxl-trt-int8", "picture", 2, 2),
+             _taken("eager-bf16", "picture", 3, 3))  # fmt: skip
+    found = {bar.what: bar for bar in bench_bars(_report(contestants=contestants, measurements=taken))}
+    assert found["picture of sdxl-trt-int8 over that of sdxl-trt"].met is True
+    assert found["picture of sdxl-trt-int8 over that of eager-bf16"].met is False
+    assert found["picture of sdxl-trt-int8 over that of openvino-bf16"].met is None
+    assert found["base UNet step of sdxl-trt-int8 over that of sdxl-trt"].met is None
+    assert len(found) == 4
+    without = bench_bars(_report(contestants=contestants[:1] + contestants[2:], measurements=taken))
+    assert without == ()

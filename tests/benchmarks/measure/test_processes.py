@@ -80,4 +80,5 @@ def test_the_machine_is_described() -> None:
     facts = machine()
     assert facts["memory_bytes"] > 1 << 28  # type: ignore[operator]
     assert facts["cores"] >= 1  # type: ignore[operator]
+    assert str(facts["features"]).startswith("none of ") == (" avx2" not in Path("/proc/cpuinfo").read_text())
     assert facts["python"] == ".".join(map(str, sys.version_info[:3]))

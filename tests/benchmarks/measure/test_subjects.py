@@ -116,7 +116,7 @@ def test_against_selects_the_contestants() -> None:
     assert [entry.name for entry in choose("none")] == ["sdxl-trt"]
     assert [entry.name for entry in choose(None)] == list(ROSTER)
     for wrong in ("eagre", "eager,tensorflow", ","):
-        with pytest.raises(UsageError, match="choose from: ort-cuda"):
+        with pytest.raises(UsageError, match="choose from: sdxl-trt-int8, ort-cuda"):
             choose(wrong)
 
 
@@ -131,7 +131,12 @@ def test_the_reason_why_a_contestant_cannot_run(monkeypatch: pytest.MonkeyPatch)
     left_out = {
         name for name, entry in ROSTER.items() if "--quick" in unable(entry, checkpoint=True, gpu=False, quick=True)
     }
-    assert left_out == {"compile", "optimum", "openvino"}
+    assert left_out == {
+        "sdxl-trt-int8",
+        "compile",
+        "optimum",
+        *(name for name in ROSTER if name.startswith("openvino")),
+    }
     assert "only on CPUs" in unable(ROSTER["openvino"], checkpoint=True, gpu=True)
 
 

@@ -12,8 +12,11 @@ from markdown_it import MarkdownIt
 
 from sdxl_trt.benchmarks.report.document import Table, without_empty
 from sdxl_trt.benchmarks.report.markdown import code_block, escaped, markdown_report, table_lines
+from sdxl_trt.benchmarks.report.pages import page
 from sdxl_trt.benchmarks.report.quantities import memory, plain, significant, time_unit, times
+from sdxl_trt.benchmarks.report.readme import block
 from sdxl_trt.benchmarks.report.records import BenchReport, Contestant, Measurement
+from sdxl_trt.benchmarks.report.sections import machine_words
 
 GITHUB = MarkdownIt("gfm-like", {"linkify": False})
 HOSTILE = st.text(st.sampled_from("ab1 .|*_`~[]()<>!#-+=&;:\\\"'$\n\t/@\0\u202e"), min_size=1, max_size=20)
@@ -88,6 +91,19 @@ def test_contestants_that_could_not_run_are_named_with_the_reason(report: BenchR
     assert "| OpenVINO | everything | there is no environment of peers |" in text
     assert "| PyTorch eager, fp32 | VAE decode | it has none |" in text
     assert "| another | cold start | it failed |" in text
+
+
+def test_the_rates_of_the_machine_and_notes_on_contestants_are_said(report: BenchReport) -> None:
+    machine = report.machine | {"fp32_GEMM": "51 and 98 GFLOP/s on 1 and 2 threads", "load": "0.01"}
+    ours, *others = report.contestants
+    noted = msgspec.structs.replace(ours, note="a part is not in 8 bits")
+    told = msgspec.structs.replace(report, machine=machine, contestants=(noted, *others))
+    words = "a processor, 2 cores, fp32 GEMM 51 and 98 GFLOP/s on 1 and 2 threads"
+    assert machine_words(machine) == words
+    assert "fp32 GEMM 51 and 98 GFLOP/s on 1 and 2 threads, load 0.01." in markdown_report(told)
+    assert "- sdxl-trt, fp32: a part is not in 8 bits" in markdown_report(told)
+    assert words in page(told)
+    assert words in block({"bench": told})
 
 
 def test_nonfinite_arrays_are_not_called_equal(report: BenchReport) -> None:

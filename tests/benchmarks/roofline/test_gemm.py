@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,8 +29,21 @@ def test_a_rate_is_the_products_flops_over_the_shortest_time(monkeypatch: pytest
 @pytest.mark.parametrize("make", [gemm._numpy, gemm._onnxruntime])
 def test_the_timed_function_computes_the_product(make: Callable[[int, int], gemm.Product]) -> None:
     left, right = gemm._factors(16)
-    made = make(16, 1)()
-    assert made is None or np.allclose(made, left @ right, atol=1e-4)
+    made: Any = make(16, 1)()
+    assert np.allclose(made.numpy() if hasattr(made, "numpy") else made, left @ right, atol=1e-4)
+
+
+def test_the_timed_product_of_bytes_is_exact() -> None:
+    left, right = gemm._eight_bits(16)
+    made: Any = gemm._onnxruntime_int8(16, 1)()
+    np.testing.assert_array_equal(made.numpy(), (left.astype(np.int32) - 128) @ right)
+
+
+def test_a_library_is_measured_in_the_precisions_that_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gemm, "_SECONDS", 0.001)
+    rates = gemm._measure("onnxruntime", 1, [32], ("fp32", "bf16", "int8"))
+    assert [each.precision for each in rates] == ["fp32", "int8"]
+    assert [each.precision for each in gemm._measure("numpy", 1, [32], ("bf16", "int8"))] == []
 
 
 def test_the_fastest_call_counts(monkeypatch: pytest.MonkeyPatch) -> None:
