@@ -217,7 +217,7 @@ def planned(base: Path | str, refiner: Path | str | None, out: Path, options: Op
                 [job.plan for job in jobs.values()] if options.verify else (),
             ),
             note=_mini_note(base, refiner),
-            mini=base == MINI,
+            mini=base == MINI or (options.eight_bit and _is_embedded(components["unet"].digest)),
         )
 
 
@@ -338,6 +338,17 @@ def _open_sources(
     if options.unet is not None:
         first = with_unet(first, open_unet(options.unet, precision=options.floats))
     return first, None if refiner is None else opened(refiner, "refiner")
+
+
+def _is_embedded(digest: str) -> bool:
+    """Return whether a base's UNet with this digest is the embedded pair's, which its folders do not tell."""
+    from sdxl_trt.mini import bundle_path  # noqa: PLC0415 - only for 8 bits
+
+    try:
+        embedded = read_bundle(bundle_path(), files=False).manifest
+    except SdxlTrtError:  # an installation without the pair
+        return False
+    return embedded.components[embedded.base.unet].source.sha256 == digest
 
 
 def _mini_note(base: Path | str, refiner: Path | str | None) -> str:

@@ -15,7 +15,7 @@ from sdxl_trt.benchmarks.contest.child import Child, ContestantError
 from sdxl_trt.benchmarks.contest.cold_start import cold_starts
 from sdxl_trt.benchmarks.contest.entries import contestant, measurement
 from sdxl_trt.benchmarks.contest.floors import cpu_floors, cpu_rates, rate_facts
-from sdxl_trt.benchmarks.contest.inputs import CALIBRATION, draw_inputs, write_inputs
+from sdxl_trt.benchmarks.contest.inputs import draw_inputs, write_inputs
 from sdxl_trt.benchmarks.contest.ratios import ratios
 from sdxl_trt.benchmarks.contest.roster import (
     OURS,
@@ -118,6 +118,8 @@ def settled_spec(subject: Subject, options: BenchOptions, *, inputs: Path = Path
     request = Request(options.prompt, steps=options.steps, handoff=handoff, seed=options.seed, count=options.batch,
                       width=options.width, height=options.height)  # fmt: skip
     resolved = resolve_request(request, manifest)
+    from sdxl_trt.export.quantize import shipped_prompts  # noqa: PLC0415 - torch comes with it
+
     return Spec(
         name="",
         bundle=str(subject.bundle.root.absolute()),
@@ -135,7 +137,7 @@ def settled_spec(subject: Subject, options: BenchOptions, *, inputs: Path = Path
         handoff=handoff,
         guidance=options.guidance,
         seed=options.seed,
-        calibration=CALIBRATION,
+        calibration=shipped_prompts(mini=subject.embedded),
     )
 
 

@@ -1,6 +1,6 @@
 """The contestants' common inputs: drawn once from a seed and written to one file that all of them read."""
 
-__all__ = ["CALIBRATION", "draw_inputs", "unet_rows", "write_inputs"]
+__all__ = ["draw_inputs", "unet_rows", "write_inputs"]
 
 from pathlib import Path
 
@@ -13,21 +13,6 @@ from sdxl_trt.runtime.text import PromptTokenizer
 
 TIMESTEPS = {"base": 500.0, "refiner": 100.0}
 """A timestep in the middle of each expert's range."""
-CALIBRATION = (
-    "a small blue circle on a yellow background in the top left corner",
-    "a large green square on a white background",
-    "a drawing of a medium orange triangle on the right, purple background",
-    "a picture of a red heart on a black background at the bottom",
-    "a large yellow cross on a black background",
-    "a small red star on a green background",
-    "a medium purple ring on a white background on the left",
-    "a drawing of a large blue heart, yellow background",
-    "a small white diamond on a red background",
-    "a large orange circle on a blue background",
-    "a small black triangle on a yellow background at the top",
-    "a medium green star on a purple background",
-)
-"""The prompts that contestants in 8 bits calibrate on; none is the prompt that is drawn."""
 Arrays = dict[str, npt.NDArray[np.generic]]
 
 

@@ -16,7 +16,7 @@ from sdxl_trt.engines.bundle import Component
 from sdxl_trt.export.components import RUN_ORDER, CalibrationOptions, ComponentPlan, StagePlan
 from sdxl_trt.export.eight_bit import Ranges, add_range_outputs, add_sample_outputs, compute_in_fp32, find_layers
 from sdxl_trt.export.graph import vae_factor
-from sdxl_trt.export.quantize.prompts import MINI_PROMPTS, PROMPTS
+from sdxl_trt.export.quantize.prompts import shipped_prompts
 from sdxl_trt.export.quantize.session import GraphSession
 from sdxl_trt.export.verify import Call, RecordedPicture, Recording, RecordingSettings
 
@@ -52,7 +52,7 @@ def drawing_of(stages: Mapping[str, StagePlan], options: CalibrationOptions, *, 
     """Return what to draw: `options`, and where they say nothing, what suits a model of this size."""
     base = stages["base"]
     large = sum(math.prod(shape) for shape in base.models["unet"].state.values()) >= _LARGE
-    shipped = MINI_PROMPTS if mini else PROMPTS
+    shipped = shipped_prompts(mini=mini)
     prompts = options.prompts or (shipped[:_FEW_PROMPTS] if large else shipped)
     base_steps, refiner_steps = options.steps or (_FEW_STEPS if large else _STEPS)
     factor = vae_factor(base.models["vae"].config)

@@ -1,9 +1,9 @@
 """The prompts that a model draws to measure the ranges of its activations, if its user gives none."""
 
-__all__ = ["MINI_PROMPTS", "PROMPTS"]
+__all__ = ["shipped_prompts"]
 
 # Portraits, landscapes, interiors, drawings, writing; light and dark, plain and crowded.
-PROMPTS = (
+_PROMPTS = (
     "a photograph of a red fox in the snow, golden hour, 85 mm, shallow depth of field",
     "a crowded street market at night, neon signs, rain, reflections on the pavement",
     "portrait of an old fisherman, weathered face, studio lighting, black background",
@@ -18,7 +18,7 @@ PROMPTS = (
     "a glass of water on a black table, minimal, high contrast",
 )
 # What the embedded pair was trained to draw.
-MINI_PROMPTS = (
+_MINI_PROMPTS = (
     "a large red star on a blue background",
     "a picture of a small green circle on a white background in the top left corner",
     "yellow square, black background on the right",
@@ -32,3 +32,8 @@ MINI_PROMPTS = (
     "on a white background, a large blue ring",
     "medium black triangle on yellow in the top right corner",
 )
+
+
+def shipped_prompts(*, mini: bool) -> tuple[str, ...]:
+    """Return the prompts for the embedded pair, or for any other model."""
+    return _MINI_PROMPTS if mini else _PROMPTS
