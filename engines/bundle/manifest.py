@@ -101,6 +101,8 @@ class Component(Record, frozen=True, kw_only=True):
     """The table of its tensors, which LoRAs need (`read_table`); None in bundles of older versions."""
     quantization: Quantization | None = None
     """What computes in 8 bits; None unless `precision` is int8 or fp8."""
+    ranges: FileRecord | None = None
+    """The ranges that the scales of an 8-bit component were made of, with which ``--verify`` checks them."""
 
     @property
     def eight_bit(self) -> bool:
@@ -117,7 +119,7 @@ class Component(Record, frozen=True, kw_only=True):
     @property
     def files(self) -> tuple[FileRecord, ...]:
         """Return the records of all its files."""
-        own = (self.graph, self.cpu_graph, self.slot_graph, self.weights, self.adapters)
+        own = (self.graph, self.cpu_graph, self.slot_graph, self.weights, self.adapters, self.ranges)
         return tuple(record for record in own if record is not None)
 
     def planned_graph(self, lora_rank: int) -> FileRecord | None:

@@ -56,6 +56,8 @@ CPU_GRAPH_FILE = "cpu.onnx"
 """The graph for ONNX Runtime's CPU provider, over the same weights, if a rewritten one is faster there."""
 SLOT_GRAPH_FILE = "adapters.onnx"
 """The graph that takes LoRAs as inputs, over the same weights."""
+RANGES_FILE = "ranges.json"
+"""The measured ranges of an 8-bit component."""
 RECORD_FILE = "component.json"
 """Marks a finished component in an unfinished bundle; in the finished one the manifest records the same."""
 REVISION = 4
@@ -226,7 +228,7 @@ def _save_table(
 
 
 def _files(name: str) -> set[str]:
-    files = (GRAPH_FILE, CPU_GRAPH_FILE, SLOT_GRAPH_FILE, WEIGHTS_FILE, ADAPTERS_FILE)
+    files = (GRAPH_FILE, CPU_GRAPH_FILE, SLOT_GRAPH_FILE, WEIGHTS_FILE, ADAPTERS_FILE, RANGES_FILE)
     return {f"{name}/{file}" for file in files}
 
 

@@ -23,6 +23,7 @@ from sdxl_trt.engines.plans import ADAPTED
 from sdxl_trt.export.components import (
     CPU_GRAPH_FILE,
     GRAPH_FILE,
+    RANGES_FILE,
     RECORD_FILE,
     SLOT_GRAPH_FILE,
     ComponentPlan,
@@ -42,6 +43,7 @@ from sdxl_trt.export.eight_bit import (
     reason_to_exclude,
     refer_to,
     write_eight_bit,
+    write_ranges,
 )
 from sdxl_trt.export.graph import WEIGHTS_FILE, add_slots
 from sdxl_trt.export.quantize.session import GraphSession
@@ -108,6 +110,7 @@ def quantize_component(
     save_graph(model, folder / GRAPH_FILE)
     slot_graph, slots = _save_slot_graph(job, chosen, weights, root, folder)
     _save_cpu_graph(job, chosen, weights, folder)
+    write_ranges(job.ranges, folder / RANGES_FILE)
     idle = (record for record in table.tensors if record.offset is None)
     component = msgspec.structs.replace(
         job.source,
@@ -123,6 +126,7 @@ def quantize_component(
         adapters=_save_table(
             AdapterTable(tensors=(*weights.written.tensors, *idle), slots=slots), root, folder / ADAPTERS_FILE
         ),
+        ranges=file_record(root, folder / RANGES_FILE),
         quantization=Quantization(
             calibration=job.calibration,
             ranges=job.ranges.digest(),

@@ -63,7 +63,7 @@ def judge(plan: ComponentPlan, results: Results) -> ComponentReport:
     """Return the report of one component."""
     pairs = _pairs(plan)
     compared = [[_compare(*_runs(pair, results, i)) for pair in pairs] for i in range(len(results.calls))]
-    excesses = [None if plan.eight_bit else _excess(results, i) for i in range(len(results.calls))]
+    excesses = [_excess(results, i) for i in range(len(results.calls))]
     failures = [*_overflow_failures(plan, results)]
     for pair, column in zip(pairs, zip(*compared, strict=True), strict=True):
         failures += _failures(plan, pair, results, column)
@@ -83,8 +83,6 @@ def judge(plan: ComponentPlan, results: Results) -> ComponentReport:
 def _pairs(plan: ComponentPlan) -> list[_Pair]:
     same = f"PyTorch {plan.precision}"
     cost = f"{plan.precision} costs too much: {_EIGHT_BIT_REMEDY if plan.eight_bit else _REMEDIES[plan.kind]}"
-    if plan.eight_bit:  # PyTorch has no 8-bit graph to compare with
-        return [_Pair("precision", "ONNX Runtime", "PyTorch fp32", cost)]
     if plan.precision in NOT_RUN:
         return [_Pair("precision", same, "PyTorch fp32", cost)]
     graph = _Pair("graph", "ONNX Runtime", same, _BROKEN)

@@ -13,13 +13,15 @@ from importlib.metadata import version
 
 from sdxl_trt.engines import numpy_dtype
 from sdxl_trt.engines.backends.ort import OrtEngine
-from sdxl_trt.engines.bundle import Bundle
+from sdxl_trt.engines.bundle import Bundle, verify_file
 from sdxl_trt.export.components import ComponentPlan, StagePlan
+from sdxl_trt.export.eight_bit import read_ranges
 from sdxl_trt.export.graph import convert_module
 from sdxl_trt.export.verify.overflow import watch_dtypes, watch_peaks
 from sdxl_trt.export.verify.recording import Call, Recording, RecordingSettings
 from sdxl_trt.export.verify.reference import load_reference, run_reference
 from sdxl_trt.export.verify.report import ComponentReport, VerifyReport, write_report
+from sdxl_trt.export.verify.simulation import simulated
 from sdxl_trt.export.verify.verdict import NOT_RUN, Outputs, Results, judge
 
 Progress = Callable[[str, str], None]
@@ -47,13 +49,16 @@ def verify_bundle(
     parts: dict[str, ComponentReport] = {}
     for name in sorted(components, key=lambda name: _ORDER.index(components[name].kind)):
         plan = components[name]
+        record = bundle.manifest.components[name]
         results = _run_torch(name, plan, recording, progress)
         gc.collect()  # modules are reference cycles: free this one before the next is loaded
         if plan.precision not in NOT_RUN:
+            results.rounded = _simulate(bundle, name, plan, results, progress, cpu=False)
             progress(name, "verifying: ONNX Runtime")
             results.onnx = _run_onnx(bundle, name, results.calls, standard=True)
         parts[name] = judge(plan, results)
-        if cpu_graph := bundle.manifest.components[name].cpu_graph:
+        if cpu_graph := record.cpu_graph:
+            results.rounded = _simulate(bundle, name, plan, results, progress, cpu=True)
             progress(name, "verifying: ONNX Runtime, the graph for a CPU")
             results.onnx = _run_onnx(bundle, name, results.calls, standard=False)
             parts[cpu_graph.file] = judge(plan, results)
@@ -86,6 +91,25 @@ def _run_torch(name: str, plan: ComponentPlan, recording: Recording, progress: P
     with watch_dtypes(graph.module.model) as dtypes:
         rounded = [run_reference(graph, call.inputs, dtype) for call in calls]
     return Results(calls, peaks, rounded, dtypes)
+
+
+def _simulate(
+    bundle: Bundle, name: str, plan: ComponentPlan, results: Results, progress: Progress, *, cpu: bool
+) -> Sequence[Outputs]:
+    """Return the outputs of an 8-bit component as PyTorch computes them; of any other those that are there."""
+    record = bundle.manifest.components[name]
+    if record.quantization is None or record.ranges is None:
+        return results.rounded
+    progress(name, f"verifying: PyTorch {plan.precision}")
+    verify_file(bundle.path(record.ranges), record.ranges)
+    ranges = read_ranges(bundle.path(record.ranges), name)
+    graph = load_reference(plan)
+    dtype = convert_module(graph, "fp32")
+    with simulated(graph, plan, record.quantization, ranges, cpu=cpu):
+        found = [run_reference(graph, call.inputs, dtype) for call in results.calls]
+    del graph
+    gc.collect()
+    return found
 
 
 def _ordered(
