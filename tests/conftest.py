@@ -197,6 +197,17 @@ def controlled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def eight_bit_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the embedded bundle with some layers of its UNets in int8: do not change it."""
+    from small_models.eight_bit import make_eight_bit
+
+    from sdxl_trt.mini.embedded import bundle_path
+
+    made = _shared(tmp_path_factory, "int8", lambda folder: make_eight_bit(bundle_path(), folder / "bundle"))
+    return made / "bundle"
+
+
+@pytest.fixture(scope="session")
 def add_controlnets() -> Callable[[Path, Path], None]:
     """Return the function that copies a bundle with two toy ControlNets added."""
     from small_models import controlnets

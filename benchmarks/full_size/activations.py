@@ -123,7 +123,7 @@ def _label(name: str, component: Component) -> str:
 
 
 def _profiles(component: Component, sizes: str) -> tuple[Profile, ...]:
-    axes = axes_of(component.kind, component.precision, SIZES[sizes], _FACTOR)
+    axes = axes_of(component.kind, component.float_precision, SIZES[sizes], _FACTOR)
     if component.kind == "unet" and not SIZES[sizes].static:
         axes = axes[-1:]  # the range alone: it decides the largest figure, and each profile lengthens the build
     return component_profiles({spec.name: spec.shape for spec in component.inputs}, axes)

@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 
 from sdxl_trt.benchmarks.gpu_check.checks import Check, Workplace, all_checks, make_workplace
-from sdxl_trt.benchmarks.gpu_check.pair import OUT, PAIR, SECOND, make_command
+from sdxl_trt.benchmarks.gpu_check.pair import EIGHT_BIT, OUT, PAIR, SECOND, make_command
 from sdxl_trt.benchmarks.gpu_check.report import markdown, without_gpu
 from sdxl_trt.benchmarks.gpu_check.runner import ProcessRunner, Runner, run_checks
 from sdxl_trt.benchmarks.measure import CheckResult, GpuReport, gpu_extras, gpu_facts, no_driver, write_results
@@ -150,7 +150,7 @@ def _prepare(folder: Path, arguments: argparse.Namespace) -> str:
     if not pair.is_dir():
         raise UsageError(f"{pair}: there is no pair to check; make it with: {make_command(arguments.out)}, or give"
                          " --quick for the embedded one")  # fmt: skip
-    make_workplace(folder, pair, ours=True, other_opset=second)
+    make_workplace(folder, pair, ours=True, other_opset=second, eight_bit=arguments.out / EIGHT_BIT)
     return "a pair of SDXL's size with random weights"
 
 

@@ -20,7 +20,7 @@ class Gpu(msgspec.Struct, frozen=True, kw_only=True):
 
     `fp16` is the fastest rate of fp16 products with any accumulator; `fp32_sums` that of fp16 and bf16 products
     accumulated in fp32, half as fast on GeForce; `tf32` that of fp32 tensors on tensor cores, TensorRT's default;
-    `eight_bit` the faster of int8 and fp8.
+    `eight_bit` the faster of int8 and fp8. `capability` is the compute capability: fp8 needs 8.9.
     """
 
     name: str
@@ -28,6 +28,7 @@ class Gpu(msgspec.Struct, frozen=True, kw_only=True):
     fp32_sums: float
     tf32: float
     eight_bit: float
+    capability: str
     bandwidth: float
     memory: float
     pcie: str
@@ -40,7 +41,13 @@ class Gpu(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def _gpu(
-    name: str, tera: tuple[float, float, float, float], bandwidth: float, memory: int, pcie: str, source: str
+    name: str,
+    capability: str,
+    tera: tuple[float, float, float, float],
+    bandwidth: float,
+    memory: int,
+    pcie: str,
+    source: str,
 ) -> Gpu:
     """Return a GPU from (fp16, fp32 sums, tf32, eight bits) in 10^12 operations/s, GB/s and GB."""
     fp16, fp32_sums, tf32, eight_bit = (rate * 1e12 for rate in tera)
@@ -50,6 +57,7 @@ def _gpu(
         fp32_sums=fp32_sums,
         tf32=tf32,
         eight_bit=eight_bit,
+        capability=capability,
         bandwidth=bandwidth * 1e9,
         memory=memory * 1e9,
         pcie=pcie,
@@ -58,19 +66,19 @@ def _gpu(
 
 
 GPUS: dict[str, Gpu] = {
-    "h100": _gpu("NVIDIA H100 SXM 80 GB", (989.4, 989.4, 494.7, 1978.9), 3350, 80, "5.0",
+    "h100": _gpu("NVIDIA H100 SXM 80 GB", "9.0", (989.4, 989.4, 494.7, 1978.9), 3350, 80, "5.0",
                  "https://resources.nvidia.com/en-us-tensor-core/gtc22-whitepaper-hopper"),
-    "h200": _gpu("NVIDIA H200 SXM 141 GB", (989.4, 989.4, 494.7, 1978.9), 4800, 141, "5.0",
+    "h200": _gpu("NVIDIA H200 SXM 141 GB", "9.0", (989.4, 989.4, 494.7, 1978.9), 4800, 141, "5.0",
                  "https://www.nvidia.com/en-us/data-center/h200/"),
-    "a100": _gpu("NVIDIA A100 SXM 80 GB", (312, 312, 156, 624), 2039, 80, "4.0",
+    "a100": _gpu("NVIDIA A100 SXM 80 GB", "8.0", (312, 312, 156, 624), 2039, 80, "4.0",
                  "https://www.nvidia.com/content/dam/en-zz/Solutions/Data-Center/a100/pdf/nvidia-a100-datasheet-us-nvidia-1758950-r4-web.pdf"),
-    "4090": _gpu("NVIDIA GeForce RTX 4090 24 GB", (330.3, 165.2, 82.6, 660.6), 1008, 24, "4.0", _ADA),
-    "3090": _gpu("NVIDIA GeForce RTX 3090 24 GB", (142, 71, 35.6, 284), 936, 24, "4.0", _AMPERE),
-    "l40s": _gpu("NVIDIA L40S 48 GB", (362.05, 362.05, 183, 733), 864, 48, "4.0",
+    "4090": _gpu("NVIDIA GeForce RTX 4090 24 GB", "8.9", (330.3, 165.2, 82.6, 660.6), 1008, 24, "4.0", _ADA),
+    "3090": _gpu("NVIDIA GeForce RTX 3090 24 GB", "8.6", (142, 71, 35.6, 284), 936, 24, "4.0", _AMPERE),
+    "l40s": _gpu("NVIDIA L40S 48 GB", "8.9", (362.05, 362.05, 183, 733), 864, 48, "4.0",
                  "https://resources.nvidia.com/en-us-l40s/l40s-datasheet-28413"),
-    "a10": _gpu("NVIDIA A10 24 GB", (125, 125, 62.5, 250), 600, 24, "4.0",
+    "a10": _gpu("NVIDIA A10 24 GB", "8.6", (125, 125, 62.5, 250), 600, 24, "4.0",
                 "https://www.nvidia.com/content/dam/en-zz/Solutions/Data-Center/a10/pdf/a10-datasheet.pdf"),
-    "a10g": _gpu("NVIDIA A10G 24 GB", (70, 70, 35, 140), 600, 24, "4.0",
+    "a10g": _gpu("NVIDIA A10G 24 GB", "8.6", (70, 70, 35, 140), 600, 24, "4.0",
                  "https://d1.awsstatic.com/product-marketing/ec2/NVIDIA_AWS_A10G_DataSheet_FINAL_02_17_2022.pdf"),
 }  # fmt: skip
 

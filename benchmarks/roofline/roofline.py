@@ -17,23 +17,38 @@ from sdxl_trt.benchmarks.roofline.flops import Counts, count_component
 from sdxl_trt.benchmarks.roofline.gpus import Gpu, find_gpu
 from sdxl_trt.benchmarks.roofline.published import PUBLISHED, Published, Rate
 from sdxl_trt.benchmarks.roofline.sdxl_counts import read_counts
-from sdxl_trt.engines import UsageError
-from sdxl_trt.engines.bundle import Bundle, Manifest, Precision, Scheduler, Stage, read_bundle
+from sdxl_trt.engines import IncompatibleError, UsageError
+from sdxl_trt.engines.bundle import (
+    Bundle,
+    Manifest,
+    Precision,
+    Scheduler,
+    Stage,
+    computes,
+    needed_capability,
+    read_bundle,
+)
 from sdxl_trt.runtime.diffusion.schedules import make_schedule
 from sdxl_trt.runtime.request import step_at_fraction
 
 # From SDXL's scheduler_config.json; it determines how many steps come before the handoff.
 _SCHEDULER = Scheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading",
                        steps_offset=1)  # fmt: skip
-# The rate of each precision's products; "mixed" takes the faster of its two, since this is a floor.
-_RATES: dict[str, Rate] = {"fp16": "fp16", "mixed": "fp16", "bf16": "fp32_sums", "fp32": "tf32"}
+# The rate of each precision's products; "mixed" takes the faster of its two, since this is a floor. So do 8 bits: the
+# few layers that stay in floats count as the others. `Attention` operators do not, which have no 8-bit kernels.
+_RATES: dict[Precision, Rate] = {"fp16": "fp16", "mixed": "fp16", "bf16": "fp32_sums", "fp32": "tf32",
+                                 "int8": "eight_bit", "fp8": "eight_bit"}  # fmt: skip
 
 
 class _Graph(msgspec.Struct, frozen=True, kw_only=True):
-    """A component used for a picture: its role and precision, and the function that counts its cost."""
+    """A component used for a picture: its role and precisions, and the function that counts its cost.
+
+    `floats` is the precision of what is not in 8 bits.
+    """
 
     role: str
     precision: Precision
+    floats: Precision
     count: Callable[[int, Work], Counts]
 
 
@@ -67,10 +82,12 @@ def estimate(gpu: str, work: Work, bundle: Bundle | None = None) -> Estimate:
     """Return the floor of `work` on the GPU called `gpu`, for the graphs of `bundle` or SDXL's published ones.
 
     Published times are compared with the floor of the work they state; a `bundle` is not compared. Raises UsageError
-    for an unknown GPU, SizeError for a size that the graphs do not take.
+    for an unknown GPU, IncompatibleError for one that cannot compute a graph's precision, SizeError for a size that the
+    graphs do not take.
     """
     card = find_gpu(gpu)
     graphs = _published_graphs() if bundle is None else _bundle_graphs(bundle)
+    _require_kernels(gpu, card, graphs)
     parts = _parts(card, work, graphs)
     own = [each for each in PUBLISHED if find_gpu(each.gpu) == card] if bundle is None else []
     return Estimate(
@@ -82,6 +99,14 @@ def estimate(gpu: str, work: Work, bundle: Bundle | None = None) -> Estimate:
         handoff=_handoff(card, work, graphs, parts),
         published=tuple(Comparison(published=each, floor=_published_floor(card, each, graphs)) for each in own),
     )
+
+
+def _require_kernels(given: str, gpu: Gpu, graphs: dict[str, _Graph]) -> None:
+    for graph in graphs.values():
+        if not computes(graph.precision, gpu.capability):
+            raise IncompatibleError(f"--estimate {given}: {graph.role} in {graph.precision} needs a compute capability"
+                                    f" of {needed_capability(graph.precision)}, this GPU has {gpu.capability}; choose"
+                                    " another GPU")  # fmt: skip
 
 
 def _base_steps(scheduler: Scheduler, steps: int, handoff: float) -> int:
@@ -99,6 +124,7 @@ def _published_graphs() -> dict[str, _Graph]:
         return _Graph(
             role=role,
             precision=precision,
+            floats=precision,
             count=lambda rows, work: of.at(rows=rows, height=work.height, width=work.width, tokens=work.tokens),
         )
 
@@ -119,6 +145,7 @@ def _bundle_graphs(bundle: Bundle) -> dict[str, _Graph]:
         return _Graph(
             role=role,
             precision=manifest.components[name].precision,
+            floats=manifest.components[name].float_precision,
             count=lambda rows, work: count_component(
                 bundle, name, rows=rows, height=work.height, width=work.width, tokens=work.tokens
             ),
@@ -151,12 +178,16 @@ def _parts(gpu: Gpu, work: Work, graphs: dict[str, _Graph]) -> list[PartEstimate
         times = calls.get(name, 1)
         if times:
             counts = graph.count(rows.get(name, work.rows * chunks), work)
-            parts.append(_part(gpu, graph.role, times, counts, _RATES[graph.precision]))
+            parts.append(_part(gpu, graph.role, times, counts, _RATES[graph.precision], _RATES[graph.floats]))
     return parts
 
 
-def _part(gpu: Gpu, name: str, calls: int, counts: Counts, rate: Rate) -> PartEstimate:
-    compute = counts.flops / getattr(gpu, rate)
+def _part(
+    gpu: Gpu, name: str, calls: int, counts: Counts, rate: Rate, attention_rate: Rate | None = None
+) -> PartEstimate:
+    """Return the floor of a graph; `attention_rate` is that of its `Attention` operators, by default `rate` too."""
+    attention = counts.by_operator.get("Attention", 0)
+    compute = (counts.flops - attention) / getattr(gpu, rate) + attention / getattr(gpu, attention_rate or rate)
     memory = counts.least_bytes / gpu.bandwidth
     traffic = (counts.weight_bytes + counts.activation_bytes) / gpu.bandwidth
     floor = max(compute, memory)
@@ -170,8 +201,9 @@ def _handoff(gpu: Gpu, work: Work, graphs: dict[str, _Graph], parts: list[PartEs
         return None
     rows = work.rows * work.batch
     steps = {
-        name: _part(gpu, name, 1, graphs[name].count(rows, work), _RATES[graphs[name].precision])
-        for name in ("base", "refiner")
+        name: _part(gpu, name, 1, graph.count(rows, work), _RATES[graph.precision], _RATES[graph.floats])
+        for name, graph in graphs.items()
+        if name in ("base", "refiner")
     }
     saved = steps["base"].floor - steps["refiner"].floor
     base, refiner = (steps[name].counts.weight_bytes for name in ("base", "refiner"))

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from sdxl_trt.engines.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from sdxl_trt.engines.adapters.factors import WITHOUT_SLOTS, Factors, SlotFactors, plan_factors
+    from sdxl_trt.engines.adapters.factors import FUSE_OR_FP16, WITHOUT_SLOTS, Factors, SlotFactors, plan_factors
     from sdxl_trt.engines.adapters.file import Lora, open_lora
     from sdxl_trt.engines.adapters.first_bytes import PICKLED, check_first_bytes, explain_damage, is_safetensors
     from sdxl_trt.engines.adapters.kinds import Branch
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from sdxl_trt.engines.adapters.unet_names import unet_prefixes
 else:
     __getattr__ = lazy_names(__name__, {
-        "factors": ("WITHOUT_SLOTS", "Factors", "SlotFactors", "plan_factors"),
+        "factors": ("FUSE_OR_FP16", "WITHOUT_SLOTS", "Factors", "SlotFactors", "plan_factors"),
         "file": ("Lora", "open_lora"), "kinds": ("Branch",),
         "first_bytes": ("PICKLED", "check_first_bytes", "explain_damage", "is_safetensors"),
         "names": ("COMPONENTS", "LoraComponent", "component_role"),
@@ -32,8 +32,8 @@ else:
     })
 
 __all__ = [
-    "COMPONENTS", "PICKLED", "REFINER_NOTE", "WITHOUT_SLOTS", "Adapted", "Branch", "Changes", "Factors", "Lora",
-    "LoraComponent", "LoraOption", "ScaledLora", "SlotFactors", "StoredTensor", "TensorFile", "Use", "adapted",
+    "COMPONENTS", "FUSE_OR_FP16", "PICKLED", "REFINER_NOTE", "WITHOUT_SLOTS", "Adapted", "Branch", "Changes", "Factors",
+    "Lora", "LoraComponent", "LoraOption", "ScaledLora", "SlotFactors", "StoredTensor", "TensorFile", "Use", "adapted",
     "check_first_bytes", "component_role", "explain_damage", "is_safetensors", "loras_of", "name_of", "narrowed",
     "open_lora", "open_tensors", "parse_lora_option", "plan_changes", "plan_factors", "read_tensor", "split_lora",
     "targets", "unet_prefixes",

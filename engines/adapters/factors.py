@@ -5,7 +5,15 @@ two of them, and a LoKr their Kronecker product: both are one product again, who
 DoRA rescales the weight itself, and full differences and biases have no factors: no slot takes them.
 """
 
-__all__ = ["WITHOUT_SLOTS", "Factors", "SlotFactors", "factors_of", "plan_factors", "rank_of"]
+__all__ = [
+    "FUSE_OR_FP16",
+    "WITHOUT_SLOTS",
+    "Factors",
+    "SlotFactors",
+    "factors_of",
+    "plan_factors",
+    "rank_of",
+]
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -26,6 +34,8 @@ Tensors = Mapping[str, Weights]
 TensorShapes = Mapping[str, tuple[int, ...]]
 WITHOUT_SLOTS = "fuse it with export-engines --lora, or run on ONNX Runtime: --provider ort-cuda"
 """What to do with a LoRA that TensorRT plans do not take."""
+FUSE_OR_FP16 = "fuse it with export-engines --lora, or export the bundle with --fp16"
+"""The same for 8-bit weights, which ONNX Runtime cannot change either."""
 
 
 @dataclass(frozen=True)
@@ -98,11 +108,12 @@ def plan_factors(
     shapes: TensorShapes,
     config: Mapping[str, Any],
     slots: Collection[str],
+    remedy: str = WITHOUT_SLOTS,
 ) -> SlotFactors:
     """Return the LoRAs as inputs of `slots`, the modules that have one; `shapes` and `config` are as in `targets`.
 
     LoRAs with scale 0 on the component are left out. Raises SourceError for a LoRA of another model, and
-    IncompatibleError, with what to do instead, for a change that no slot takes: DoRA, a full difference, a bias, or
+    IncompatibleError, with `remedy`, for a change that no slot takes: DoRA, a full difference, a bias, or
     that of a module without a slot.
     """
     additions = []
@@ -112,7 +123,7 @@ def plan_factors(
         if not branches or scaled.scale == 0:
             continue
         for name, branch in branches.items():
-            _require_slot(scaled, name, branch, slots)
+            _require_slot(scaled, name, branch, slots, remedy)
         additions.append((scaled, branches))
     return SlotFactors(additions, shapes)
 
@@ -191,7 +202,7 @@ def _read(lora: ScaledLora, branch: Branch, name: str) -> Factors:
     return found
 
 
-def _require_slot(lora: ScaledLora, name: str, branch: Branch, slots: Collection[str]) -> None:
+def _require_slot(lora: ScaledLora, name: str, branch: Branch, slots: Collection[str], remedy: str) -> None:
     if branch.bias:
         what = f"the bias {name}"
     elif branch.kind == "difference":
@@ -203,7 +214,7 @@ def _require_slot(lora: ScaledLora, name: str, branch: Branch, slots: Collection
     else:
         return
     raise IncompatibleError(f"{lora.lora.path}: changes {what}, and TensorRT plans take only low-rank changes as"
-                            f" inputs; {WITHOUT_SLOTS}")  # fmt: skip
+                            f" inputs; {remedy}")  # fmt: skip
 
 
 def _module(name: str) -> str:

@@ -106,7 +106,12 @@ def _tensorrt(bundle: Bundle, flavour: Flavour) -> Backend:
             slot_records[name] = find_plan(bundle, name, environment, SUGGESTED_RANK)
     _tell_notes((*records.values(), *slot_records.values()), environment)
     device = open_device(flavour)
-    free, _ = device.cuda.memory()
+    try:
+        device.require_kernels({name: bundle.manifest.components[name] for name in records})
+        free, _ = device.cuda.memory()
+    except BaseException:
+        device.close()
+        raise
 
     def make(name: str, weight_budget: int | None = None) -> Engine:
         record = records.get(name) or find_plan(bundle, name, environment)
@@ -140,8 +145,19 @@ def _onnxruntime(bundle: Bundle, provider: str) -> Backend:
 
     if provider == "ort-cpu":
         return Backend(provider, make, available_host_memory())
+    _tell_floats(bundle, provider)
     memory = _device_memory()
     return Backend(provider, make, None if memory is None else memory[0], memory=_device_memory)
+
+
+def _tell_floats(bundle: Bundle, provider: str) -> None:
+    """Warn of 8-bit components on ONNX Runtime's CUDA provider: it has no 8-bit products for graphs with Q/DQ nodes."""
+    parts = bundle.manifest.components
+    names = [name for name in run_components(bundle.manifest, provider) if parts[name].eight_bit]
+    if provider == "ort-cuda" and names:
+        log.warning("%s: ONNX Runtime's CUDA provider computes 8-bit layers in floating point, between conversions, so"
+                    " that they save memory and no time; use --provider tensorrt, or a bundle exported with --fp16",
+                    ", ".join(names))  # fmt: skip
 
 
 def _device_memory() -> tuple[int, int] | None:

@@ -24,6 +24,7 @@ from sdxl_trt.engines.bundle import (
     Flavour,
     PlanMemory,
     PlanRecord,
+    computes,
     read_bundle,
     verify_file,
     write_manifest,
@@ -87,6 +88,7 @@ def build_plans(
         to_build = [job for job in jobs if job.record is None]
         if to_build:
             _warn_of(flavour, flags or BuildFlags())
+            _warn_of_older_gpus(bundle, to_build)
         _require_disk(bundle, to_build)
         for job in to_build:
             bundle = _build_one(bundle, job, environment.driver, kept, progress, shared_cache=named is None)
@@ -101,6 +103,16 @@ def _warn_of(flavour: Flavour, flags: BuildFlags) -> None:
     elif flags.hardware_compatible:
         log.warning("--hardware-compatible ampere: such plans are slower, and have failed on GPUs newer than Ampere;"
                     " if all GPUs have one compute capability, use --hardware-compatible same")  # fmt: skip
+
+
+def _warn_of_older_gpus(bundle: Bundle, jobs: Iterable[PlanJob]) -> None:
+    """Warn of plans for every RTX GPU in a precision that not all of them compute."""
+    parts = bundle.manifest.components
+    newer = [job.component for job in jobs if job.key.environment.compute_capability == ANY
+             and not computes(parts[job.component].precision, "8.0")]  # fmt: skip
+    if newer:
+        log.warning("%s in fp8: plans of TensorRT for RTX that GPUs of compute capability 8.9 and later run",
+                    ", ".join(dict.fromkeys(newer)))  # fmt: skip
 
 
 def _build_one(

@@ -2,7 +2,7 @@
 
 __all__ = ["PlanJob", "plan_builds"]
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -14,7 +14,9 @@ from sdxl_trt.engines.bundle import (
     Environment,
     PlanKey,
     PlanRecord,
+    computes,
     computes_bf16,
+    needed_capability,
     verify_file,
 )
 from sdxl_trt.engines.errors import (
@@ -51,8 +53,8 @@ def plan_builds(
     With a `lora_rank`, UNets and text encoders have a second job: a plan for LoRAs whose ranks sum up to `lora_rank` at
     most. `components` selects some. An existing plan is kept if `why_rebuild` has nothing against it and its digest
     matches, unless `force`. Raises UsageError for an unknown component, SizeError for sizes that the UNets do not
-    accept, IncompatibleError for bf16 components or plans for Ampere on an older GPU, and for plans for LoRAs of a
-    bundle that an older version exported.
+    accept, IncompatibleError for components in bf16, int8 or fp8 or plans for Ampere on a GPU that is too old for them,
+    and for plans for LoRAs of a bundle that an older version exported.
     """
     sizes, flags = sizes or stage_sizes(bundle.manifest), flags or BuildFlags()
     check_for(bundle.manifest, sizes)
@@ -62,11 +64,13 @@ def plan_builds(
     if unknown:
         raise UsageError(f"--components {','.join(unknown)}: the bundle has {', '.join(names)}")
     wanted = [name for name in names if name in chosen]
-    _require_bf16(bundle, wanted, environment)
+    _require_kernels(bundle, wanted, environment)
     if flags.hardware_compatible and not computes_bf16(environment.compute_capability):  # both came with Ampere
         raise IncompatibleError(f"--hardware-compatible ampere: {environment.gpu} has compute capability"
                                 f" {environment.compute_capability}, such plans are built on 8.0 or later; use"
                                 " --hardware-compatible same")  # fmt: skip
+    if flags.hardware_compatible:
+        _require_kernels_of_ampere(bundle, wanted)
     if lora_rank:
         _require_slots(bundle, wanted)
     return [
@@ -88,15 +92,28 @@ def _require_slots(bundle: Bundle, names: Iterable[str]) -> None:
                                 f" LoRAs ({', '.join(bare)} has none); export it again with --base")  # fmt: skip
 
 
-def _require_bf16(bundle: Bundle, names: Iterable[str], environment: Environment) -> None:
-    components = bundle.manifest.components
-    bf16 = [name for name in names if components[name].precision == "bf16"]
-    if not bf16 or computes_bf16(environment.compute_capability):
+def _require_kernels(bundle: Bundle, names: Sequence[str], environment: Environment) -> None:
+    """Raise IncompatibleError for a precision that the GPU cannot compute, and name all components that have it."""
+    components, here = bundle.manifest.components, environment.compute_capability
+    precision = next((components[name].precision for name in names if not computes(components[name].precision, here)),
+                     None)  # fmt: skip
+    if precision is None:
         return
-    option = "--fp16" if any(components[name].kind == "unet" for name in bf16) else "--vae-precision fp32"
-    raise IncompatibleError(f"{bundle.root}: {', '.join(bf16)} in bf16, which {environment.gpu} (compute capability"
-                            f" {environment.compute_capability}) cannot compute, 8.0 is needed; export again with"
-                            f" {option}")  # fmt: skip
+    same = [name for name in names if components[name].precision == precision]
+    option = "--fp16" if any(components[name].kind == "unet" for name in same) else "--vae-precision fp32"
+    if precision == "fp8" and computes("int8", here):
+        option = "--int8 or --fp16"
+    raise IncompatibleError(f"{bundle.root}: {', '.join(same)} in {precision}, which {environment.gpu} (compute"
+                            f" capability {here}) cannot compute, {needed_capability(precision)} is needed; export"
+                            f" again with {option}")  # fmt: skip
+
+
+def _require_kernels_of_ampere(bundle: Bundle, names: Iterable[str]) -> None:
+    """Raise IncompatibleError for a precision that plans for every GPU since Ampere cannot have."""
+    newer = [name for name in names if not computes(bundle.manifest.components[name].precision, "8.0")]
+    if newer:
+        raise IncompatibleError(f"--hardware-compatible ampere: {', '.join(newer)} in fp8, which GPUs before compute"
+                                " capability 8.9 cannot compute; use --hardware-compatible same")  # fmt: skip
 
 
 def _job(

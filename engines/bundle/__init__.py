@@ -6,7 +6,9 @@ from sdxl_trt.engines.bundle.manifest import (
     EIGHT_BIT, FORMAT_NAME, FORMAT_VERSION, Component, ControlNet, DType, Edm, Kind, LoraRecord, Manifest, Precision,
     Quantization, Scheduler, Source, Stage, TensorSpec, TextEncoder, Tokenizer, Vae,
 )
-from sdxl_trt.engines.bundle.phases import computes_bf16, run_components, run_phases, stand_ins
+from sdxl_trt.engines.bundle.phases import (
+    computes, computes_bf16, needed_capability, run_components, run_phases, stand_ins,
+)
 from sdxl_trt.engines.bundle.plan_record import (
     ANY, BuildFlags, Chunks, Environment, Flavour, PlanKey, PlanMemory, PlanRecord,
 )
@@ -24,6 +26,7 @@ __all__ = [
     "FileRecord", "Flavour", "Kind", "LoraRecord", "Manifest", "Natural", "PlanKey", "PlanMemory", "PlanRecord",
     "Positive", "Precision", "Profile", "Quantization", "Range", "Record", "Scheduler", "Sha256", "Shape", "Slot",
     "Source", "Stage", "TensorRecord", "TensorSpec", "TextEncoder", "Tokenizer", "Vae", "axis_range", "axis_root",
-    "axis_size", "computes_bf16", "fixed", "is_slot_input", "may_be_one", "read_bundle", "read_table", "run_components",
-    "run_phases", "slot_dtype", "stand_ins", "verify_file", "write_manifest",
+    "axis_size", "computes", "computes_bf16", "fixed", "is_slot_input", "may_be_one", "needed_capability",
+    "read_bundle", "read_table", "run_components", "run_phases", "slot_dtype", "stand_ins", "verify_file",
+    "write_manifest",
 ]

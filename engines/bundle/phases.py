@@ -1,24 +1,39 @@
 """The components that each phase of a run uses, and the bf16 twins that replace them."""
 
-__all__ = ["computes_bf16", "run_components", "run_phases", "stand_ins"]
+__all__ = ["computes", "computes_bf16", "needed_capability", "run_components", "run_phases", "stand_ins"]
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from sdxl_trt.engines.bundle.manifest import Manifest
+from sdxl_trt.engines.bundle.manifest import Manifest, Precision
 from sdxl_trt.engines.bundle.plan_record import ANY
 
-_BF16_SINCE = (8, 0)
+# NVIDIA's support matrices of TensorRT: int8 since Turing, bf16 since Ampere, fp8 since Ada and Hopper.
+_SINCE: Mapping[Precision, str] = {"int8": "7.5", "bf16": "8.0", "fp8": "8.9"}
 
 
-def computes_bf16(capability: str | None) -> bool:
-    """Return whether TensorRT has bf16 kernels for a GPU of compute capability `capability`, such as "8.9".
+def needed_capability(precision: Precision) -> str:
+    """Return the lowest compute capability with TensorRT's kernels for `precision`; "" if every GPU has them."""
+    return _SINCE.get(precision, "")
 
-    Turing (7.5) has none. True for "any" and None, an unknown GPU.
+
+def computes(precision: Precision, capability: str | None) -> bool:
+    """Return whether TensorRT has kernels of `precision` for a GPU of compute capability `capability`, such as "8.9".
+
+    True for "any" and None, an unknown GPU.
     """
     if capability is None or capability == ANY:
         return True
-    return tuple(int(part) for part in re.findall(r"\d+", capability)) >= _BF16_SINCE
+    return _version(capability) >= _version(needed_capability(precision))
+
+
+def computes_bf16(capability: str | None) -> bool:
+    """Return whether TensorRT has bf16 kernels for a GPU of this compute `capability`; Turing (7.5) has none."""
+    return computes("bf16", capability)
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", text))
 
 
 def stand_ins(manifest: Manifest, provider: str, capability: str | None = None) -> dict[str, str]:

@@ -17,7 +17,7 @@ import msgspec
 
 from sdxl_trt.engines.bundle.bundle import Bundle
 from sdxl_trt.engines.bundle.digests import verify_file
-from sdxl_trt.engines.bundle.manifest import DType, Precision
+from sdxl_trt.engines.bundle.manifest import EIGHT_BIT, DType, Precision
 from sdxl_trt.engines.bundle.records import Natural, Positive, Record
 from sdxl_trt.engines.errors import CorruptError, IncompatibleError, explain_os_error
 
@@ -36,7 +36,11 @@ _MOST_AXES = msgspec.Meta(max_length=8)
 
 
 class TensorRecord(Record, frozen=True, kw_only=True):
-    """One tensor of a component under its published name and in its published shape, (out, in, *kernel) for weights."""
+    """One tensor of a component under its published name and in its published shape, (out, in, *kernel) for weights.
+
+    An 8-bit tensor is stored without its scales, which are the graph's: its values are not the published ones, and
+    nothing changes them after the export.
+    """
 
     name: Name
     shape: Annotated[tuple[Length, ...], _MOST_AXES]
@@ -86,8 +90,8 @@ class Slot(Record, frozen=True, kw_only=True):
 
 
 def slot_dtype(precision: Precision) -> DType:
-    """Return the dtype of the inputs of a component's slots: that of its other inputs."""
-    return "float16" if precision == "fp16" else "float32"
+    """Return the dtype of the inputs of a component's slots: that of its other inputs, fp16 beside 8-bit layers."""
+    return "float16" if precision in ("fp16", *EIGHT_BIT) else "float32"
 
 
 def is_slot_input(name: str) -> bool:
@@ -142,12 +146,15 @@ def read_table(bundle: Bundle, name: str) -> AdapterTable:
         raise explain_os_error(exc, f"reading {path}") from exc
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise CorruptError(f"{path}: broken table ({exc}); {_REMEDY}") from exc
-    _check(path, table, component.weights.size)
+    _check(path, table, component.weights.size, eight_bit=component.eight_bit)
     return table
 
 
-def _check(path: Path, table: AdapterTable, size: int) -> None:
-    """Raise CorruptError unless names are unique and tensors lie one after the other inside `size` bytes."""
+def _check(path: Path, table: AdapterTable, size: int, *, eight_bit: bool) -> None:
+    """Raise CorruptError unless names are unique and tensors lie one after the other inside `size` bytes.
+
+    Only a component in 8 bits may have tensors in 8 bits.
+    """
     if table.version > 1:
         raise IncompatibleError(f"{path}: version {table.version} is newer than this sdxl-trt reads; upgrade sdxl-trt")
     if len(table.tensors) > _MOST_TENSORS or len(table.by_name) != len(table.tensors):
@@ -162,6 +169,9 @@ def _check(path: Path, table: AdapterTable, size: int) -> None:
         permutation = tensor.permutation
         if permutation is not None and sorted(permutation) != list(range(len(tensor.shape))):
             raise CorruptError(f"{path}: {tensor.name} has axes {list(tensor.shape)} in the order {list(permutation)};"
+                               f" {_REMEDY}")  # fmt: skip
+        if _SIZES[tensor.dtype] == 1 and not eight_bit:
+            raise CorruptError(f"{path}: {tensor.name} is {tensor.dtype}, but its component is not in 8 bits;"
                                f" {_REMEDY}")  # fmt: skip
         if tensor.offset is None:
             continue

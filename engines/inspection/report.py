@@ -87,10 +87,22 @@ def _graph_lines(bundle: Bundle) -> list[str]:
     rows.append(["total", "", "", f"{parameters / 1e6:.1f} M", mebibytes(total), "", ""])
     head = ["graphs", "kind", "precision", "parameters", "size", "opset", "key"]
     lines = table(head, rows, right={3, 4, 5})
+    lines += [line for name, component in manifest.components.items() for line in _quantized_lines(name, component)]
     if not manifest.onnx:
         return [*lines, "  (not in this bundle, which contains only plans)"]
     files = [file for component in manifest.components.values() for file in component.files]
     return lines + [f"  {file.file} {problem}" for file in files if (problem := file_problem(bundle, file))]
+
+
+def _quantized_lines(name: str, component: Component) -> list[str]:
+    """Return what computes in 8 bits and what its ranges were measured on; the names of the rest are in the JSON."""
+    found = component.quantization
+    if found is None:
+        return []
+    counts = [(found.linears, "linear layers"), (found.convolutions, "convolutions"), (found.attentions, "attentions")]
+    words = ", ".join(f"{count} {what}" for count, what in counts if count)
+    said = f"{words} in 8 bits, {len(found.excluded)} excluded layers and the rest in {component.float_precision}"
+    return paragraph(f"  {name}: ", f"{said}; calibrated on {one_line(found.calibration)}")
 
 
 def _size(component: Component) -> int:
@@ -234,6 +246,8 @@ def _graph_json(name: str, component: Component) -> dict[str, Any]:
         "component": name,
         "kind": component.kind,
         "precision": component.precision,
+        "float_precision": component.float_precision,
+        "quantization": component.quantization,
         "parameters": component.parameters,
         "bytes": _size(component),
         "opset": component.opset,

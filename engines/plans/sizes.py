@@ -125,6 +125,8 @@ def check_sizes(sizes: Sizes, multiple: int, lengths: Collection[int] = (TOKENS,
 def axes_of(kind: str, precision: str, sizes: Sizes, factor: int) -> list[dict[str, Range]]:
     """Return the range of every named input axis, one dict per profile, for a graph of `kind`.
 
+    `precision` is that of its floats, since between 8-bit layers lie floats.
+
     Profiles for one size come first: their kernels are faster and their activations smaller than those for a range, and
     `choose_profile` takes the first of profiles that suit equally.
     """
@@ -204,4 +206,4 @@ def check_for(manifest: Manifest, sizes: Sizes) -> None:
 def profiles_of(component: Component, sizes: Sizes, factor: int) -> tuple[Profile, ...]:
     """Return the profiles of a component's graph for `sizes`; `factor` is pixels per latent."""
     shapes = {spec.name: spec.shape for spec in component.inputs}
-    return component_profiles(shapes, axes_of(component.kind, component.precision, sizes, factor))
+    return component_profiles(shapes, axes_of(component.kind, component.float_precision, sizes, factor))

@@ -14,6 +14,7 @@ from typing import Any
 from sdxl_trt.engines.bundle import Component, Precision, Profile, axis_root
 
 Config = Mapping[str, Any]
+# 8-bit layers read and write floats: their component counts with `float_precision`.
 _ITEM: dict[Precision, int] = {"fp32": 4, "fp16": 2, "bf16": 2, "mixed": 4}
 _WORKSPACE = 8 << 20  # in every plan, whatever its size
 # Kernels for a range of shapes need more memory than those for one shape; so do kernels for few channels.
@@ -33,14 +34,14 @@ _WIDTHS = (320, 640, 1280, 1280)
 def estimate_activations(component: Component, profiles: Iterable[Profile], precision: Precision | None = None) -> int:
     """Return an estimate, in bytes, of a plan's activations at the largest shapes of any of its `profiles`.
 
-    `precision` overrides the component's own, for a provider that computes in another.
+    `precision` overrides that of the component's floats, for a provider that computes in another.
     """
     return max(estimate_each(component, profiles, precision), default=0)
 
 
 def estimate_each(component: Component, profiles: Iterable[Profile], precision: Precision | None = None) -> list[int]:
     """Return an estimate, in bytes, of the activations of each of the `profiles` of one plan, in their order."""
-    item, together = _ITEM[precision or component.precision], list(profiles)
+    item, together = _ITEM[precision or component.float_precision], list(profiles)
     ranged = not all(map(_is_static, together))
     return [_estimate(component, profile, item, ranged=ranged) for profile in together]
 

@@ -14,6 +14,7 @@ from sdxl_trt.engines.bundle import (
     Manifest,
     Natural,
     PlanRecord,
+    Precision,
     Profile,
     Range,
     Record,
@@ -42,7 +43,9 @@ _ITEM: dict[DType, int] = {"float32": 4, "float16": 2, "int64": 8}
 # ONNX Runtime's CPU provider computes in fp32: it keeps fp16 weights, their fp32 casts and packed copies.
 # Estimates from loading a 50 M-parameter UNet: 1.4 times the fp32 weights in fp32, 1.9 times in fp16.
 _FP32_BYTES = 4
-_ORT_WEIGHTS = {"fp32": 1.5, "fp16": 2.0, "bf16": 2.0, "mixed": 2.0}
+# An int8 session of the same UNet takes 199 MB with its activations, of which the fp32 one has 62 MB: 2.7 bytes a
+# parameter, its packed weights twice and the floats of other layers. fp8 is a simulation, whose weights become fp32.
+_ORT_WEIGHTS: dict[Precision, float] = {"fp32": 1.5, "fp16": 2.0, "bf16": 2.0, "mixed": 2.0, "int8": 0.7, "fp8": 1.5}
 _ORT_ERROR = 0.3
 # Nearly all weights of a UNet belong to convolutions and matrix products, which can be streamed.
 _STREAMABLE = 0.9
@@ -111,7 +114,7 @@ def need_of(
         )
     if not shares_activations(provider):
         return _onnxruntime_need(manifest, name, provider, sizes)
-    profiles = _profiles(component, axes_of(component.kind, component.precision, sizes, factor))
+    profiles = _profiles(component, axes_of(component.kind, component.float_precision, sizes, factor))
     estimates = estimate_each(component, profiles)
     chosen = _chosen(name, component, profiles, estimates, at, factor)
     weights, activations = component.weights.size, estimates[chosen]
@@ -147,7 +150,7 @@ def _onnxruntime_need(manifest: Manifest, name: str, provider: str, sizes: Sizes
     axes = axes_of(component.kind, "fp16", replace(sizes, static=True), manifest.base.vae.factor)
     profiles = _profiles(component, axes)
     device = on_device(provider)
-    precision = component.precision if device else "fp32"
+    precision = component.float_precision if device else "fp32"
     weights = component.weights.size if device else host_need(component)
     activations = estimate_activations(component, profiles, precision)
     if provider != "ort-tensorrt":

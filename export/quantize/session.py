@@ -11,6 +11,7 @@ from typing import Any
 import onnx_ir as ir
 
 from sdxl_trt.engines import Array, EngineError, explain_os_error
+from sdxl_trt.engines.backends.ort import EXACT_PRODUCTS, saturates
 from sdxl_trt.engines.host import one_line
 from sdxl_trt.export.graph import WEIGHTS_FILE
 
@@ -28,7 +29,8 @@ class GraphSession:
 
         options = ort.SessionOptions()
         options.log_severity_level = _FATAL_ONLY
-        options.add_session_config_entry("session.x64quantprecision", "1")
+        if saturates(ort):
+            options.add_session_config_entry(EXACT_PRODUCTS, "1")
         if basic:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
         try:

@@ -10,6 +10,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ import numpy as np
 import pytest
 from PIL import Image
 from small_models.additions import save_controlnet, save_embedding, save_lora, save_nine_channels
+from small_models.eight_bit import make_eight_bit
 
-from sdxl_trt.engines.errors import SourceError, UsageError
+from sdxl_trt.engines.errors import IncompatibleError, SourceError, UsageError
 from sdxl_trt.export import Options, export_bundle
 from sdxl_trt.export.exporter import plan_export
 from sdxl_trt.runtime import open_bundle
@@ -39,9 +41,13 @@ WIDTH, HEIGHT, STEPS, SEED = 48, 32, 4, 5
 PROMPT, WORDS = "a red fox in the snow", "a blue star in the snow"
 NEAR, OURS, SEEN = 1e-3, 1e-4, 1e-2
 """Latents: how far from diffusers, how far from another way here, and the least that a feature changes."""
+ROUNDED = 0.2
+"""How far latents, up to 10 here, may be with a few layers in 8 bits from those in floats."""
 SCALES = (0.7, 0.5)
+IN_8_BITS = ", 8 bits"
 VARIANTS = {"four": (), "four, fused": ("fused LoRA",), "nine": ("nine channels",)}
 VARIANTS["nine, fused"] = (*VARIANTS["nine"], *VARIANTS["four, fused"])
+VARIANTS |= {f"{name}{IN_8_BITS}": (*own, "8 bits") for name, own in VARIANTS.items()}
 """The bundles, and the features that each has; those with four channels have a ControlNet."""
 PICTURED = {"mask", "nine channels", "refine"}
 SEVERAL = {"batch", "sweep"}
@@ -59,6 +65,7 @@ OPTIONS: Mapping[str, list[str]] = {
     "sweep": ["--sweep", "guidance=2,6"],
     "batch": ["-n", "2"],
     "workflow": ["--compat", "comfyui"],
+    "8 bits": [],
 }
 """What each feature adds to a command, beside what `command` arranges for pictures and prompts."""
 
@@ -102,7 +109,7 @@ class Laboratory:
     net: Path
 
     def pipeline(self, features: set[str]) -> Pipeline:
-        wanted = features & {"fused LoRA", "nine channels"}
+        wanted = features & {"fused LoRA", "nine channels", "8 bits"}
         return self.opened(next(name for name, own in VARIANTS.items() if set(own) == wanted))
 
     def run(self, pipeline: Pipeline, argv: list[str]) -> Drawn:
@@ -154,6 +161,9 @@ def laboratory(
     @functools.cache
     def bundle(name: str) -> Path:
         """Export a variant; the LoRA is made for the tables of the plain one."""
+        if name.endswith(IN_8_BITS):
+            make_eight_bit(bundle(name.removesuffix(IN_8_BITS)), root / name)
+            return root / name
         options = {
             "controlnets": () if name.startswith("nine") else (net,),
             "loras": ((files / "ink.safetensors", *SCALES),) if "fused" in name else (),
@@ -208,6 +218,12 @@ def _lora_of_a_refiner(lab: Laboratory, pair: set[str]) -> None:
     assert _apart(own, lab.draw({"refine"})) > SEEN
 
 
+def _as_floats(lab: Laboratory, pair: set[str]) -> None:
+    drawn, floats = lab.draw(pair), lab.draw(pair - {"8 bits"})
+    drawn.check(floats, ROUNDED)
+    assert _apart(drawn, floats) > OURS, "nothing was rounded"
+
+
 def _same_refiner(lab: Laboratory, pair: set[str]) -> None:
     lab.draw(pair).check(lab.draw(pair - {"fused LoRA", "nine channels"}), 0.0)
 
@@ -260,7 +276,7 @@ def _as_graph(lab: Laboratory, pair: set[str]) -> None:
     alone = ["--no-refiner"] if "mask" in pair else []  # its graph warns of the handoff
     drawn = lab.draw(pair, *alone)
     assert drawn.graph is not None
-    again = lab.read_back(pair & {"fused LoRA"}, drawn.graph)
+    again = lab.read_back(pair & {"fused LoRA", "8 bits"}, drawn.graph)
     again.check(drawn)
     for mine, its in zip(again.pixels, drawn.pixels, strict=True):
         assert np.abs(mine - its).max() <= 1
@@ -371,6 +387,8 @@ CHECKS: Mapping[str, Callable[[Laboratory, set[str]], None]] = {
     "the run without the LoRA, with a warning": _lora_of_a_refiner,
     "the words whose vectors the embedding holds": _as_words,
     "the run without tiles, before decoding": _as_whole,
+    "the run in floats, but for the rounding to 8 bits": _as_floats,
+    "the run in floats with the LoRA fused, but for the rounding to 8 bits": _as_floats,
     "each cell alone": _as_cells,
     "each picture alone": _as_single,
     "the request whose picture carries the graph": _as_graph,
@@ -384,16 +402,18 @@ CHECKS: Mapping[str, Callable[[Laboratory, set[str]], None]] = {
 @pytest.mark.parametrize("pair", PAIRS, ids=" and ".join)
 def test_a_pair_is_its_reference_or_refused(pair: tuple[str, str], laboratory: Laboratory) -> None:
     both, outcome = set(pair), PAIRS[pair]
+    if both == {"ControlNet", "8 bits"} and find_spec("sdxl_trt.export.quantize") is None:
+        pytest.skip("export-engines has no --int8 here")
     if outcome.refused:
-        with pytest.raises((UsageError, SourceError)) as raised:
+        with pytest.raises((UsageError, SourceError, IncompatibleError)) as raised:
             _refused(laboratory, both)
         assert outcome.refused in str(raised.value)
         return
     CHECKS[outcome.equal_to](laboratory, both)
-    if both <= CHANGING and "refine" not in both and both != {"fused LoRA", "LoRA"}:
+    if both <= CHANGING | {"8 bits"} and "refine" not in both and both != {"fused LoRA", "LoRA"}:
         drawn = laboratory.draw(both)
         # An inpainting model cannot do without its mask.
-        for feature in both - ({"nine channels", "mask"} if "nine channels" in both else set()):
+        for feature in both - ({"nine channels", "mask", "8 bits"} if "nine channels" in both else {"8 bits"}):
             assert _apart(drawn, laboratory.draw(both - {feature})) > SEEN, f"{feature}: no effect"
 
 
@@ -408,6 +428,9 @@ def test_a_mask_a_controlnet_an_embedding_and_a_lora_at_once_are_diffusers_run(l
 def _refused(lab: Laboratory, pair: set[str]) -> None:
     if pair == {"nine channels", "ControlNet"}:
         plan_export(lab.nine, None, Path("never"), Options(precision="fp32", controlnets=(lab.net,)))
+    if pair == {"ControlNet", "8 bits"}:
+        quantized: dict[str, Any] = {"precision": "int8", "controlnets": (lab.net,)}
+        plan_export(lab.base, None, Path("never"), Options(**quantized))
     lab.draw(pair)
 
 

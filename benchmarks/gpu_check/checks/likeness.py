@@ -6,11 +6,12 @@ kernel computes what it should. So the limits of single calls are narrow, and th
 Whole pictures of the embedded pair have the limits of `trt-bench --quality`, which were measured on that pair: 20 dB
 below what fp16 reaches on a CPU. Nothing was measured at SDXL's depth. Its UNets round some ten times as often and
 GPUs sum in half precision in some kernels, so there the limits are those that docs/quality.md gives bf16, which rounds
-8 times as coarsely as fp16. A cosine follows from a PSNR: latents span about 8 standard deviations, so an error of
-`psnr` dB is 8 · 10^(-psnr/20) of their root mean square e, and the cosine is 1 - e²/2.
+8 times as coarsely as fp16, or those of 8 bits if a component has them. A cosine follows from a PSNR: latents span
+about 8 standard deviations, so an error of `psnr` dB is 8 · 10^(-psnr/20) of their root mean square e, and the cosine
+is 1 - e²/2.
 """
 
-__all__ = ["CALL_COSINE", "EQUAL", "Limits", "cosine", "decibels", "limits_of", "same"]
+__all__ = ["CALL_COSINE", "EIGHT_BIT_COSINE", "EQUAL", "Limits", "cosine", "decibels", "limits_of", "same"]
 
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ CALL_COSINE = 1 - 1e-4
 
 PyTorch's fp16 on a CPU has 0.999995 for a UNet of SDXL's depth with random weights: docs/gpu.md.
 """
+EIGHT_BIT_COSINE = 1 - 4e-3
+"""The lowest cosine of one call in 8 bits against the same one in fp16: 42 dB on a CPU, and a margin of 3 dB."""
 _SPAN = 8.0
 _SAME = 1e-3
 EQUAL = 999.0
@@ -50,7 +53,8 @@ class Limits:
 
 def limits_of(precisions: AbstractSet[Precision], *, deep: bool) -> Limits:
     """Return the limits of whole pictures for components of these `precisions`; `deep` for models of SDXL's depth."""
-    coarsest: set[Precision] = {"bf16"} if deep else {"fp16", *precisions}
+    least: Precision = "bf16" if deep else "fp16"
+    coarsest: set[Precision] = {least, *precisions}
     return Limits(limit_of("final latents", coarsest), limit_of("pixels", coarsest))
 
 

@@ -59,8 +59,9 @@ def all_checks(*, compared: bool = False) -> list[Check]:
         if provider != "ort-cpu"
     ]
     needs = MINUTE if compared else 8 * MINUTE
+    eight_bits = [_check(flavour, "8 bits against fp16", timing.eight_bits, 8 * MINUTE, _BUILD) for flavour in FLAVOURS]
     last = [_check(flavour, "two operator sets", timing.operator_sets, needs, _BUILD) for flavour in FLAVOURS]
-    return [*first, *providers, *rest, kernels, *last]
+    return [*first, *providers, *rest, kernels, *eight_bits, *last]
 
 
 Run = Callable[[Flavour, Workplace], Finding]

@@ -139,7 +139,7 @@ def attention_finding(component: Component, record: PlanRecord) -> Finding:
         found = " and ".join(map(str, sorted(sizes)))
         raise Skipped(f"the heads are {found} wide; fused kernels matter at SDXL's {HEAD}")
     # `score_bytes` counts softmax's buffers with half as much again.
-    scores = score_bytes(component, record.key.profiles, component.precision) * 2 // 3
+    scores = score_bytes(component, record.key.profiles, component.float_precision) * 2 // 3
     activations = record.memory.activations
     seen = f"activations {format_bytes(activations)}; the scores of the largest attention are {format_bytes(scores)}"
     figures = Figure("activations", float(activations), "B"), Figure("scores if not fused", float(scores), "B")

@@ -1,10 +1,10 @@
-"""Checks that measure time: one step, the handoff and what overlaps with it, operator sets. None has a limit.
+"""Checks that measure time: one step, the handoff and what overlaps with it, operator sets, 8 bits. None has a limit.
 
 They fail if an engine fails or computes something else; their figures are of one run, so they prove that it runs and
 show where time goes, and are no benchmark.
 """
 
-__all__ = ["handoff", "operator_sets", "step_times"]
+__all__ = ["eight_bits", "handoff", "operator_sets", "step_times"]
 
 import dataclasses
 import statistics
@@ -16,7 +16,14 @@ import numpy as np
 
 from sdxl_trt.benchmarks.gpu_check.checks.calls import call, loaded, stage_of, unet_feed, usual_shape
 from sdxl_trt.benchmarks.gpu_check.checks.findings import Finding, Skipped, finding, require
-from sdxl_trt.benchmarks.gpu_check.checks.likeness import CALL_COSINE, Array, cosine, same
+from sdxl_trt.benchmarks.gpu_check.checks.likeness import (
+    CALL_COSINE,
+    EIGHT_BIT_COSINE,
+    Array,
+    cosine,
+    decibels,
+    same,
+)
 from sdxl_trt.benchmarks.gpu_check.checks.workplace import Measured, Workplace, draw, require_disk
 from sdxl_trt.benchmarks.measure import Figure
 from sdxl_trt.engines import IncompatibleError, numpy_dtype
@@ -121,6 +128,33 @@ def operator_sets(flavour: Flavour, workplace: Workplace) -> Finding:
     found = finding(seen, *figures, Figure("lowest cosine", lowest))
     # Both exports round to half precision, each in its own way.
     return require(lowest >= 1 - 20 * (1 - CALL_COSINE), found, "the exports must compute the same")
+
+
+def eight_bits(flavour: Flavour, workplace: Workplace) -> Finding:
+    """Time a step of every UNet in 8 bits and in fp16, and compare what they compute from the same inputs."""
+    other = workplace.eight_bit
+    if other is None or not other.exists():
+        raise Skipped("there are no UNets in 8 bits; those of the full-size pair are made with: python -m"
+                      " sdxl_trt.benchmarks.gpu_check.pair --int8")  # fmt: skip
+    bundle = workplace.planned(flavour)
+    figures, likeness, differing = [], [], []
+    for name, stage in bundle.manifest.stages().items():
+        _require_plan(other, flavour, stage.unet, workplace)
+        seconds, outputs = [], []
+        for root in (None, other):
+            with loaded(workplace, flavour, stage.unet, root=root) as engine:
+                each, output = _step(engine, bundle)
+                figures.append(Figure(f"{name} UNet step, {engine.component.precision}", each, "s"))
+                seconds.append(each)
+                outputs.append(output)
+        found = cosine(outputs[1], outputs[0])
+        figures += [Figure(f"{name} UNet, 8 bits / floats", seconds[1] / seconds[0]),
+                    Figure(f"{name} UNet, PSNR of a step", decibels(outputs[1], outputs[0]), "dB"),
+                    Figure(f"{name} UNet, cosine", found)]  # fmt: skip
+        likeness.append(f"{name} cosine {found:.6f}, {seconds[1] / seconds[0]:.2f} of the time")
+        differing += [name] if found < EIGHT_BIT_COSINE else []
+    seen = finding(f"{_words(figures)}; {'; '.join(likeness)}", *figures)
+    return require(not differing, seen, f"a cosine of {EIGHT_BIT_COSINE:.3f} is required: {', '.join(differing)}")
 
 
 def _require_plan(root: Path, flavour: Flavour, name: str, workplace: Workplace) -> None:

@@ -56,6 +56,7 @@ class _Settings(msgspec.Struct, frozen=True):
     quick: bool
     ours: bool
     other_opset: str = ""
+    eight_bit: str = ""
 
 
 class Measured(msgspec.Struct, frozen=True):
@@ -96,6 +97,8 @@ class Workplace:
         """Whether the bundle is a copy of the embedded pair, with models too small to show some faults."""
         self.other_opset = Path(settings.other_opset) if settings.other_opset else None
         """A bundle with some of the same graphs, exported for another operator set."""
+        self.eight_bit = Path(settings.eight_bit) if settings.eight_bit else None
+        """A bundle with the same UNets in 8 bits."""
         self.flags = BuildFlags(weight_streaming=settings.ours)
         """Flags for missing plans: a pair of our own is built with weight streaming, so that all residencies run."""
         self.cache = cache_folder()
@@ -246,14 +249,21 @@ class Workplace:
         return text
 
 
-def make_workplace(folder: Path, bundle: Path | None = None, *, ours: bool, other_opset: Path | None = None) -> None:
+def make_workplace(
+    folder: Path,
+    bundle: Path | None = None,
+    *,
+    ours: bool,
+    other_opset: Path | None = None,
+    eight_bit: Path | None = None,
+) -> None:
     """Write what `Workplace(folder)` reads: check `bundle`, or without one a copy of the embedded pair in `folder`.
 
     Plans that a pair of `ours` lacks are built with weight streaming.
     """
     root = bundle or _copy(bundle_path(), folder / "bundle")
-    other = "" if other_opset is None else str(other_opset.absolute())
-    settings = _Settings(str(root.absolute()), bundle is None, ours, other)
+    others = ("" if other is None else str(other.absolute()) for other in (other_opset, eight_bit))
+    settings = _Settings(str(root.absolute()), bundle is None, ours, *others)
     _write(folder / _SETTINGS, msgspec.json.encode(settings))
 
 

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from sdxl_trt.engines.backends.ort.engine import OrtEngine
     from sdxl_trt.engines.backends.ort.patch import Patch, plan_patch
     from sdxl_trt.engines.backends.ort.probe import CUDA, TENSORRT, provider_problem
+    from sdxl_trt.engines.backends.ort.products import EXACT_PRODUCTS, saturates
     from sdxl_trt.engines.backends.ort.providers import (
         ORT_PROVIDERS, OrtProvider, choose_provider, plugin_devices, shape_limits,
     )
@@ -16,12 +17,13 @@ else:
         "engine": ("OrtEngine",),
         "patch": ("Patch", "plan_patch"),
         "probe": ("CUDA", "TENSORRT", "provider_problem"),
+        "products": ("EXACT_PRODUCTS", "saturates"),
         "providers": (
             "ORT_PROVIDERS", "OrtProvider", "choose_provider", "plugin_devices", "shape_limits",
         ),
     })
 
 __all__ = [
-    "CUDA", "ORT_PROVIDERS", "TENSORRT", "OrtEngine", "OrtProvider", "Patch", "choose_provider", "plan_patch",
-    "plugin_devices", "provider_problem", "shape_limits",
+    "CUDA", "EXACT_PRODUCTS", "ORT_PROVIDERS", "TENSORRT", "OrtEngine", "OrtProvider", "Patch", "choose_provider",
+    "plan_patch", "plugin_devices", "provider_problem", "saturates", "shape_limits",
 ]

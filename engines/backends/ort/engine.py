@@ -14,6 +14,7 @@ import numpy as np
 from sdxl_trt.engines.adapters import ScaledLora
 from sdxl_trt.engines.backends.cuda import pip_install
 from sdxl_trt.engines.backends.ort.patch import Patch, plan_patch
+from sdxl_trt.engines.backends.ort.products import EXACT_PRODUCTS, saturates
 from sdxl_trt.engines.backends.ort.providers import (
     ORT_PROVIDERS,
     ExecutionProvider,
@@ -53,7 +54,7 @@ class OrtEngine:
     ONNX Runtime receives the graph as bytes and the weights as a memory map of the one file with the manifest's
     digest: it opens no file itself, so a graph cannot refer to another one. On the CPU, the component's `cpu_graph`
     runs if the bundle has one; `standard` selects the graph of all other backends. With LoRAs, the map is a private
-    copy of the pages that they change.
+    copy of the pages that they change; an 8-bit component takes none.
     """
 
     def __init__(self, bundle: Bundle, name: str, provider: OrtProvider = "ort-cpu", *, standard: bool = False) -> None:
@@ -91,6 +92,12 @@ class OrtEngine:
         wanted = tuple(loras)
         if wanted == self._loras:
             return
+        if wanted and self.component.eight_bit:
+            raise IncompatibleError(
+                f"{self.name} is {self.component.precision}, and LoRAs cannot change 8-bit weights on ONNX Runtime;"
+                f" fuse them at export (export-engines --lora FILE --{self.component.precision}), use TensorRT plans"
+                " built with --lora-rank 128, or export with --fp16"
+            )
         if wanted and self.provider == "ort-tensorrt":
             raise IncompatibleError(f"{self.name}: ONNX Runtime's TensorRT compiles the weights into its engines, so it"
                                     " cannot change them by LoRAs; use --provider ort-cuda, or plans with adapter"
@@ -141,6 +148,7 @@ class OrtEngine:
     def _open(self, ort: Any, chosen: ExecutionProvider) -> Any:
         options = ort.SessionOptions()
         options.log_severity_level = _FATAL_ONLY
+        _set_for(ort, options, self.component)
         if self._weights is not None:
             file_name = PurePosixPath(self.component.weights.file).name
             options.add_external_initializers_from_files_in_memory(
@@ -224,6 +232,15 @@ class OrtEngine:
         if weights is not None:
             with suppress(BufferError):  # an error on its way still refers to views, which free the map with it
                 weights.close()
+
+
+def _set_for(ort: Any, options: Any, component: Component) -> None:
+    """Set what a session of an 8-bit component needs to compute what was exported."""
+    if component.precision == "int8" and saturates(ort):
+        options.add_session_config_entry(EXACT_PRODUCTS, "1")
+    elif component.precision == "fp8":
+        # At higher levels, ONNX Runtime fuses Q/DQ nodes into operators that take no float8.
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
 
 
 def _run_on_host(ort: Any, session: Any, names: Sequence[str], feed: Mapping[str, Value]) -> dict[str, Any]:

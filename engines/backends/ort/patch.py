@@ -61,8 +61,8 @@ class Patch:
 def plan_patch(bundle: Bundle, name: str, loras: Sequence[ScaledLora]) -> Patch:
     """Return the changes of `loras`, in order, to component `name`.
 
-    A tensor that the graph does not use is left out. Raises IncompatibleError for a component without LoRAs or a
-    bundle of an older version, SourceError for a LoRA of another model.
+    A tensor that the graph does not use is left out; no tensor that changes may be in 8 bits. Raises IncompatibleError
+    for a component without LoRAs or a bundle of an older version, SourceError for a LoRA of another model.
     """
     role = component_role(name)
     if role is None:

@@ -50,8 +50,8 @@ _CUDA_OPTIONS = {
     # A graph exported in fp32 runs in fp32.
     "use_tf32": "0",
 }
-_HEAVY = ("Attention", "Conv", "Gemm", "MatMul")
-"""Parts of the names of the operators that take most of the time."""
+_HEAVY = ("Attention", "Conv", "Gemm", "MatMul", "QuantizeLinear", "DequantizeLinear")
+"""Parts of the names of the operators that take most of the time, or would have every value copied to the host."""
 # Before this version an optimizer treats a transpose that changes nothing as one that does: text_encoder_2 fails, and a
 # square weight would give wrong numbers (onnxruntime issue 32228).
 _TRANSPOSES_RIGHT = (1, 30)

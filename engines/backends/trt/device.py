@@ -6,7 +6,7 @@ import contextlib
 import functools
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -14,7 +14,7 @@ from sdxl_trt.engines.backends.cuda import REMEDY, Cuda, DeviceBuffer, PinnedBuf
 from sdxl_trt.engines.backends.trt.api import Messages, make_logger, tensorrt_module
 from sdxl_trt.engines.backends.trt.environment import gpu_of
 from sdxl_trt.engines.backends.trt.plan_stream import deserialize
-from sdxl_trt.engines.bundle import Flavour, computes_bf16
+from sdxl_trt.engines.bundle import Component, Flavour, computes, computes_bf16, needed_capability
 from sdxl_trt.engines.errors import EngineError, IncompatibleError, ResourceError, SdxlTrtError
 
 ALIGNMENT = 256
@@ -115,6 +115,20 @@ class TrtDevice:
         self._logger = make_logger(self.trt, self.messages)
         self._runtime: Any = None
         self._loading = threading.Lock()
+
+    def require_kernels(self, components: Mapping[str, Component]) -> None:
+        """Raise IncompatibleError for a component, by name, in a precision that this GPU cannot compute.
+
+        A plan for one GPU was refused before it was built; those of TensorRT for RTX are built for every GPU.
+        """
+        for name, component in components.items():
+            if not needed_capability(component.precision):
+                continue
+            gpu, capability = gpu_of(self.cuda)
+            if not computes(component.precision, capability):
+                raise IncompatibleError(f"{name} is {component.precision}, which {gpu} (compute capability"
+                                        f" {capability}) cannot compute, {needed_capability(component.precision)} is"
+                                        " needed; export the bundle again with --fp16")  # fmt: skip
 
     def deserialize(self, plan: Any, doing: str) -> Any:
         """Return the ICudaEngine of `plan`, a buffer or a PlanReader, which may be dropped afterwards.

@@ -13,7 +13,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sdxl_trt.engines.adapters import WITHOUT_SLOTS, Factors, ScaledLora, SlotFactors, component_role, plan_factors
+from sdxl_trt.engines.adapters import (
+    FUSE_OR_FP16,
+    WITHOUT_SLOTS,
+    Factors,
+    ScaledLora,
+    SlotFactors,
+    component_role,
+    plan_factors,
+)
 from sdxl_trt.engines.backends.cuda import DeviceBuffer
 from sdxl_trt.engines.backends.trt.device import TrtDevice, aligned
 from sdxl_trt.engines.bundle import Bundle, PlanRecord, Slot, read_table, slot_dtype
@@ -63,15 +71,16 @@ def plan_slots(bundle: Bundle, name: str, loras: Sequence[ScaledLora], find: Slo
     """
     component, role = bundle.manifest.components[name], component_role(name)
     table = read_table(bundle, name)
+    otherwise = FUSE_OR_FP16 if component.eight_bit else WITHOUT_SLOTS
     if role is None or component.slot_graph is None:
         raise IncompatibleError(f"{bundle.root}: {name} has no graph that takes LoRAs, since an older version exported"
-                                f" it; export the bundle again, or {WITHOUT_SLOTS}")  # fmt: skip
-    factors = plan_factors(loras, role, table.shapes, component.config, table.slots_by_module.keys())
+                                f" it; export the bundle again, or {otherwise}")  # fmt: skip
+    factors = plan_factors(loras, role, table.shapes, component.config, table.slots_by_module.keys(), otherwise)
     record = find(factors.rank)
     most, flavour = record.key.lora_rank, record.key.environment.flavour
     if factors.rank > most:
         command = rebuild_command(bundle, flavour, factors.rank)
-        remedy = f"build plans for it with: {command}" if factors.rank <= MOST_RANK else WITHOUT_SLOTS
+        remedy = f"build plans for it with: {command}" if factors.rank <= MOST_RANK else otherwise
         raise IncompatibleError(f"{factors.told} need a rank of {factors.rank} in {name}, and its {flavour} plan was"
                                 f" built for {most}; {remedy}")  # fmt: skip
     return Planned(record, factors)

@@ -153,7 +153,7 @@ FAULTS: dict[str, tuple[Plant, str]] = {
     "154 and 231 tokens: base UNet": (_spoil(_long), "231 tokens"),
     "154 and 231 tokens: refiner UNet": (_spoil(_long, math.nan), "231 tokens"),
 }  # fmt: skip
-APART = {"fused attention: base UNet", "fused attention: refiner UNet", "two operator sets"}
+APART = {"fused attention: base UNet", "fused attention: refiner UNet", "8 bits against fp16", "two operator sets"}
 """Checks whose faults have tests of their own, below."""
 
 
@@ -236,6 +236,27 @@ def test_operator_sets_are_compared(
     monkeypatch.setattr(timing, "_decoder", lambda *_: f"another {decoder}")
     result = run_check(Check("both", lambda place: timing.operator_sets("tensorrt", place)), workplace)
     assert (result.outcome, result.seen.endswith("; another vae_decoder has no second export")) == ("ok", True)
+
+
+def test_eight_bits_are_compared_with_floats(
+    workplace: Workplace, simulated: Any, make_bundle: Callable[..., Path]
+) -> None:
+    other = make_bundle("other")
+    manifest = read_bundle(other).manifest
+    parts = {name: msgspec.structs.replace(each, precision="int8") if each.kind == "unet" else each
+             for name, each in manifest.components.items()}  # fmt: skip
+    write_manifest(other, msgspec.structs.replace(manifest, components=parts))
+    workplace.eight_bit = other
+    result = run_check(Check("8", lambda place: timing.eight_bits("tensorrt", place)), workplace)
+    assert result.outcome == "ok", result.seen
+    names = [figure.name for figure in result.figures]
+    assert names[:5] == ["base UNet step, fp32", "base UNet step, int8", "base UNet, 8 bits / floats",
+                         "base UNet, PSNR of a step", "base UNet, cosine"]  # fmt: skip
+    assert "refiner cosine 1.000000" in result.seen
+    simulated.spoil(_component("refiner_unet"), None, 2)
+    result = run_check(Check("8", lambda place: timing.eight_bits("tensorrt", place)), workplace)
+    assert (result.outcome, "0.996 is required: refiner" in result.seen) == ("FAILED", True), result.seen
+    assert [figure.name for figure in result.figures] == names, "a failure keeps its figures"
 
 
 def test_a_provider_of_onnxruntime_that_does_not_start_is_a_failure(

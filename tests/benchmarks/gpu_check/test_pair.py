@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sdxl_trt.benchmarks.gpu_check import pair
-from sdxl_trt.benchmarks.gpu_check.pair import PAIR, SECOND, main, make_command, make_pair
+from sdxl_trt.benchmarks.gpu_check.pair import EIGHT_BIT, PAIR, SECOND, main, make_command, make_pair
 from sdxl_trt.engines.errors import ResourceError, SdxlTrtError
 
 Exports = list[tuple[str, str | None, str, Any]]
@@ -53,6 +53,18 @@ def test_both_exports_are_made_once(exports: Exports, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == [SECOND, PAIR, "pair.json"], "no checkpoint stays"
 
 
+def test_both_unets_are_exported_in_8_bits_on_request(exports: Exports, tmp_path: Path) -> None:
+    for _ in range(2):
+        make_pair(tmp_path, size="tiny", eight_bit=True)
+    assert [each[:3] for each in exports] == [
+        ("base", "refiner", PAIR), ("base", "refiner", EIGHT_BIT), ("base", None, SECOND)]  # fmt: skip
+    options = exports[1][3]
+    assert (options.precision, options.components) == ("int8", {"unet", "refiner_unet"})
+    (tmp_path / EIGHT_BIT / "manifest.json").unlink()
+    make_pair(tmp_path, size="tiny")
+    assert len(exports) == 3, "who does not ask for it needs none"
+
+
 @pytest.mark.parametrize("change", [
     lambda folder, patch: (folder / "pair.json").write_text("{}"),
     lambda folder, patch: (folder / SECOND / "manifest.json").unlink(),
@@ -89,13 +101,13 @@ def test_the_full_size_needs_its_disk(monkeypatch: pytest.MonkeyPatch, tmp_path:
 def test_the_command_prints_where_the_pair_is(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(pair, "make_pair", lambda out, say: out / PAIR)
+    monkeypatch.setattr(pair, "make_pair", lambda out, eight_bit, say: out / PAIR)
     assert main(["--out", str(tmp_path)]) == 0
     assert capsys.readouterr().out == f"{tmp_path / PAIR}\n"
     assert make_command(pair.OUT) == "python -m sdxl_trt.benchmarks.gpu_check.pair"
     assert make_command(Path("a b")) == "python -m sdxl_trt.benchmarks.gpu_check.pair --out 'a b'"
 
-    def fail(out: Path, say: Any) -> None:
+    def fail(out: Path, eight_bit: bool, say: Any) -> None:
         raise SdxlTrtError("one line")
 
     monkeypatch.setattr(pair, "make_pair", fail)

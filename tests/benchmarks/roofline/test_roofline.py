@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -12,7 +13,8 @@ from sdxl_trt.benchmarks.roofline.gpus import GPUS, find_gpu
 from sdxl_trt.benchmarks.roofline.published import PUBLISHED
 from sdxl_trt.benchmarks.roofline.roofline import estimate, run_estimate
 from sdxl_trt.benchmarks.roofline.table import estimate_table
-from sdxl_trt.engines.errors import SizeError, SourceError, UsageError
+from sdxl_trt.engines.bundle.bundle import Bundle, read_bundle
+from sdxl_trt.engines.errors import IncompatibleError, SizeError, SourceError, UsageError
 from sdxl_trt.mini.embedded import bundle_path
 
 
@@ -104,6 +106,29 @@ def test_a_bundle_is_counted_instead_of_sdxl() -> None:
     assert not found.published
     assert found.seconds < 1e-3
     assert {part.rate for part in found.parts} == {"fp16"}
+
+
+def test_8_bits_have_their_rate_and_attention_that_of_the_floats(eight_bit_bundle: Path, tmp_path: Path) -> None:
+    sides = {"height": 128, "width": 128}
+    found, plain = (run_estimate("4090", engines=each, **sides) for each in (eight_bit_bundle, bundle_path()))
+    rates = {part.name: part.rate for part in found.parts}
+    assert rates["base UNet step"] == rates["refiner UNet step"] == "eight_bit"
+    assert rates["VAE decoder"] == "fp16"
+    for part, other in zip(found.parts, plain.parts, strict=True):
+        assert part.counts.by_operator == other.counts.by_operator, "Q/DQ nodes are no products"
+        attention = part.counts.by_operator.get("Attention", 0)
+        assert attention or "UNet" not in part.name
+        expected = (part.counts.flops - attention) / getattr(found.gpu, part.rate) + attention / found.gpu.fp16
+        assert part.compute == expected
+        assert (part.compute < other.compute) == ("UNet" in part.name)
+    bundle = read_bundle(eight_bit_bundle)
+    parts = bundle.manifest.components
+    fp8 = parts | {"unet": msgspec.structs.replace(parts["unet"], precision="fp8")}
+    bundle = Bundle(bundle.root, msgspec.structs.replace(bundle.manifest, components=fp8))
+    work = msgspec.structs.replace(found.work, batch=1)
+    assert estimate("l40s", work, bundle).parts
+    with pytest.raises(IncompatibleError, match=r"a100: base UNet step in fp8 needs .* 8\.9, this GPU has 8\.0"):
+        estimate("a100", work, bundle)
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,26 @@ def test_bf16_is_refused_on_turing_before_a_build(bundle: Bundle, names: tuple[s
     assert plan_builds(bf16, RTX), "a plan for any GPU since Ampere"
 
 
+def test_8_bits_are_refused_on_gpus_without_them_before_a_build(bundle: Bundle) -> None:
+    fp8, int8 = (_precision(bundle, each, "unet", "refiner_unet") for each in ("fp8", "int8"))
+    older = {name: msgspec.structs.replace(HERE, gpu=name, compute_capability=capability)
+             for name, capability in {"A100": "8.0", "4090": "8.9", "V100": "7.0"}.items()}  # fmt: skip
+    said = (r"refiner_unet, unet in fp8, which A100 \(compute capability 8\.0\) cannot compute, 8\.9 is needed; export"
+            " again with --int8 or --fp16$")  # fmt: skip
+    with pytest.raises(IncompatibleError, match=said):
+        plan_builds(fp8, older["A100"])
+    with pytest.raises(IncompatibleError, match=r"in int8, which V100 .* 7\.5 is needed; export again with --fp16$"):
+        plan_builds(int8, older["V100"])
+    with pytest.raises(IncompatibleError, match=r"in fp8, which V100 .* export again with --fp16$"):
+        plan_builds(fp8, older["V100"])
+    for allowed, where in ((fp8, HERE), (fp8, older["4090"]), (fp8, RTX), (int8, TURING), (int8, older["A100"])):
+        assert plan_builds(allowed, where)
+    ampere = BuildFlags(hardware_compatible=True)
+    with pytest.raises(IncompatibleError, match=r"ampere: refiner_unet, unet in fp8, .*-compatible same"):
+        plan_builds(fp8, HERE, flags=ampere)
+    assert plan_builds(int8, HERE, flags=ampere)
+
+
 def test_plans_for_ampere_are_not_built_on_turing(bundle: Bundle) -> None:
     with pytest.raises(IncompatibleError, match=r"NVIDIA T4 has compute capability 7\.5.*--hardware-compatible same"):
         plan_builds(bundle, TURING, flags=BuildFlags(hardware_compatible=True))
@@ -204,6 +224,18 @@ def test_hardware_compatibility_is_warned_of(
 
 RANK = 64
 ADAPTED = ["text_encoder", "text_encoder_2", "unet", "refiner_unet"]
+
+
+def test_fp8_plans_for_every_rtx_gpu_are_warned_of(
+    bundle: Bundle, builds: list[BuildJob], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fp8 = _precision(bundle, "fp8", "unet")
+    with caplog.at_level(logging.WARNING):
+        bundle_plans._warn_of_older_gpus(fp8, plan_builds(fp8, HERE))
+        assert not caplog.messages
+        bundle_plans._warn_of_older_gpus(fp8, plan_builds(fp8, RTX))
+    assert caplog.messages == [
+        "unet in fp8: plans of TensorRT for RTX that GPUs of compute capability 8.9 and later run"]  # fmt: skip
 
 
 @pytest.fixture

@@ -303,6 +303,15 @@ def test_operators_left_to_the_cpu_are_named(recorded: Any) -> None:
         check_session(Started(b"", None, [CUDA]), CUDA, "text_encoder")
 
 
+def test_conversions_of_8_bits_left_to_the_cpu_are_named() -> None:
+    class Started(Session):
+        def get_provider_graph_assignment_info(self) -> list[Any]:
+            return [Part(CUDA, ["Conv"]), Part(CPU, ["Shape", "QuantizeLinear", "DequantizeLinear"])]
+
+    with pytest.raises(IncompatibleError, match=r"does not run DequantizeLinear, QuantizeLinear,.*--opset 20"):
+        check_session(Started(b"", None, [CUDA]), CUDA, "unet")
+
+
 def test_a_session_that_runs_on_its_second_provider_is_refused() -> None:
     class Idle(Session):
         def get_provider_graph_assignment_info(self) -> list[Any]:
