@@ -2,6 +2,7 @@
 
 TensorRT for RTX's real builder makes the plans (`tensorrt_on_cpu`): memory and sizes are the builder's figures, build
 times are this machine's, and nothing measures how fast a plan runs. Weights are random: no figure depends on them.
+Of plans in 8 bits the builder's log tells which layers really compute in 8 bits (`layer_types`).
 Writes JSON and a Markdown table beside it; graphs and checkpoints stay in ``--work`` and ``--checkpoints`` for the
 next run, plans are deleted.
 """
@@ -16,11 +17,21 @@ from pathlib import Path
 
 import msgspec
 
-from sdxl_trt.benchmarks.full_size.build_cases import BuildCase, Export, cases, profile_words, rank_words
+from sdxl_trt.benchmarks.full_size.build_cases import (
+    SCHEMES,
+    BuildCase,
+    Export,
+    cases,
+    eight_bit_name,
+    profile_words,
+    rank_words,
+)
+from sdxl_trt.benchmarks.full_size.layer_types import Count, LayerTypes, count_layer_types
 from sdxl_trt.benchmarks.full_size.tensorrt_on_cpu import BINDING, LIBRARIES, assemble, child_environment
 from sdxl_trt.benchmarks.measure import (
     RESULTS_FOLDER,
     Bar,
+    at_least,
     at_most,
     bars_table,
     load_average,
@@ -45,6 +56,11 @@ _LOAD = (
     "Load is the machine's load average during a build, with the day; 1 is the build alone. Compare times of rows with"
     " similar load only. Rows without one are of a run before it was recorded."
 )
+_TYPES = (
+    "Kernels of the plan, from the builder's log, and in brackets their share of the operations, of attentions of their"
+    " number; queries, keys and values are one kernel. What the exporter leaves in fp16 counts too. The ranges of plans"
+    " in 8 bits are assumed: neither sizes nor types depend on them."
+)
 _MODELS = {False: ("sdxl", "fp16"), True: ("tiny", "fp32")}
 
 
@@ -53,7 +69,7 @@ class Build(msgspec.Struct, frozen=True, omit_defaults=True):
 
     `profile_activations` are those of each profile, in order. `measured` is the day, `cpu_seconds` the processor's
     time, `load` the machine's load average as the build began or ended, whichever is larger: 1 is this build alone.
-    They are "" and None in results from before they were recorded.
+    They are "" and None in results from before they were recorded. `layer_types` are counted of plans in 8 bits.
     """
 
     component: str
@@ -70,6 +86,7 @@ class Build(msgspec.Struct, frozen=True, omit_defaults=True):
     measured: str = ""
     cpu_seconds: float | None = None
     load: float | None = None
+    layer_types: LayerTypes | None = None
 
 
 class Report(msgspec.Struct, frozen=True):
@@ -99,6 +116,8 @@ def measure_build(case: BuildCase, bundle: Bundle, folder: Path) -> Build:
         lora_rank=rank_range(case.lora_rank) if case.lora_rank else None,
         log=folder / f"{case.name.replace(' ', '-').replace(':', '-').replace(',', '')}.log",
     )
+    if case.export.eight_bit:
+        job = msgspec.structs.replace(job, list_layers=True)
     load, used = load_average(), _children_seconds()
     try:
         with ProgressLine() as line:
@@ -107,7 +126,10 @@ def measure_build(case: BuildCase, bundle: Bundle, folder: Path) -> Build:
         plan.unlink(missing_ok=True)
     figures = _figures(case, built, component.weights.size)
     return msgspec.structs.replace(
-        figures, cpu_seconds=round(_children_seconds() - used, 1), load=round(max(load, load_average()), 1)
+        figures,
+        cpu_seconds=round(_children_seconds() - used, 1),
+        load=round(max(load, load_average()), 1),
+        layer_types=count_layer_types(job.log) if job.list_layers else None,
     )
 
 
@@ -170,7 +192,34 @@ def bars(builds: Mapping[str, Build]) -> list[Bar]:
         exported = builds.get(f"VAE decoder {precision}, as exported")
         found.append(_size(f"VAE decode {precision}, any size and batch, as exported: activations", exported, limit))
     tile = builds.get("VAE decoder fp32, 512² tile")
-    return [*found, _size("VAE decode fp32, in 512² tiles: activations", tile, 800 * MB)]
+    found.append(_size("VAE decode fp32, in 512² tiles: activations", tile, 800 * MB))
+    for model in ("base", "refiner"):
+        for scheme in SCHEMES:
+            found += _eight_bit_bars(builds, model, scheme)
+    return found
+
+
+def _eight_bit_bars(builds: Mapping[str, Build], model: str, scheme: str) -> list[Bar]:
+    floats, build = builds.get(f"{model} UNet, static"), builds.get(eight_bit_name(model, scheme))
+    types = None if build is None else build.layer_types
+    ratio = None if build is None or floats is None else build.plan / floats.plan
+    what = f"{model} UNet {scheme.upper()}"
+    found = [
+        at_most(f"{what}: plan, against fp16's", ratio, 0.56, "0.56 times", lambda times: f"{times:.3f} times"),
+        _share(f"{what}: linear layers in 8 bits, of their operations", None if types is None else types.linears, 0.95),
+        _share(
+            f"{what}: convolutions in 8 bits, of their operations", None if types is None else types.convolutions, 0.8
+        ),
+    ]
+    if scheme == "fp8":
+        found.append(
+            _share(f"{what}: attentions in 8 bits, of their number", None if types is None else types.attentions, 1.0)
+        )
+    return found
+
+
+def _share(what: str, count: Count | None, least: float) -> Bar:
+    return at_least(what, None if count is None else count.share, least, f"{least:.0%}", lambda share: f"{share:.1%}")
 
 
 def _size(what: str, build: Build | None, limit: int) -> Bar:
@@ -196,7 +245,23 @@ def table(report: Report) -> str:
     lines += [f"| {name} | failed: {reason} | | | | | | | | | |" for name, reason in report.failed.items()]
     if any(build.load is not None for build in report.builds.values()):
         lines += ["", _LOAD]
+    lines += _layer_types_table(report.builds)
     return "\n".join(lines) + "\n"
+
+
+def _layer_types_table(builds: Mapping[str, Build]) -> list[str]:
+    """Return the table of what computes in 8 bits, no lines if nothing does."""
+    lines = []
+    for name, build in builds.items():
+        if build.layer_types is not None:
+            types = build.layer_types
+            counts = (types.linears, types.convolutions, types.attentions)
+            cells = [f"{count.eight_bit} of {count.all} ({count.share:.1%})" for count in counts]
+            lines.append("| " + " | ".join([name, *cells, str(types.fused_attentions)]) + " |")
+    if not lines:
+        return []
+    head = ["| plan | linear layers in 8 bits | convolutions in 8 bits | attentions in 8 bits | attentions fused |"]
+    return ["", *head, "|---|---|---|---|---|", *lines, "", _TYPES]
 
 
 def _row(name: str, build: Build) -> str:
@@ -238,7 +303,10 @@ def _run(chosen: Sequence[BuildCase], checkpoints: Path, work: Path, *, quick: b
     source = checkpoints / f"{size}-{dtype}"
     folder = work / size
     folder.mkdir(parents=True, exist_ok=True)
-    bundles = {export: _export(export, source, folder) for export in dict.fromkeys(case.export for case in chosen)}
+    exports = dict.fromkeys(case.export for case in chosen)
+    needed = dict.fromkeys(export.floats or export for export in exports)
+    bundles = {export: _export(export, source, folder) for export in needed}
+    bundles |= {each: _quantized(each, bundles[each.floats], folder) for each in exports if each.floats is not None}
     builds: dict[str, Build] = {}
     failed: dict[str, str] = {}
     for case in chosen:
@@ -264,6 +332,13 @@ def _export(export: Export, source: Path, folder: Path) -> Bundle:
     given = [option for role in roles for option in (f"--{role}", str(source / role))]
     options = [*given, *export.options, "--engine", "none", "--out", str(out)]
     _do([sys.executable, "-m", f"{_MODULE}exporters", "ours", *options])
+    return read_bundle(out, partial=True)
+
+
+def _quantized(export: Export, floats: Bundle, folder: Path) -> Bundle:
+    """Return the bundle with UNets in 8 bits, made of `floats` by a subprocess."""
+    out = folder / export.name
+    _do([sys.executable, "-m", f"{_MODULE}exporters", "eight-bit", str(export.eight_bit), str(floats.root), str(out)])
     return read_bundle(out, partial=True)
 
 

@@ -23,8 +23,9 @@ _LAYERS = "Engine Layer Information"
 class BuildLog:
     """TensorRT's messages: keeps errors, reads memory figures, and writes all but verbose lines to `file`.
 
-    With `layers` the list of the plan's layers is written too, which TensorRT logs as verbose. `activations` has the bytes of each profile, in order, as far as the builder has logged them. `weights` are bytes,
-    None until the builder logs them.
+    With `layers` the list of the plan's layers is written too, which TensorRT logs as verbose. `activations` has the
+    bytes of each profile, in order, as far as the builder has logged them. `weights` are bytes, None until the builder
+    logs them.
     """
 
     def __init__(self, file: TextIO | None = None, *, layers: bool = False) -> None:

@@ -1,6 +1,7 @@
 """8-bit graphs from float ones: measured ranges, and two graphs over one set of 8-bit weights."""
 
+from sdxl_trt.export.quantize.component import EightBitJob, quantize_component
 from sdxl_trt.export.quantize.quantize import quantize_components
 from sdxl_trt.export.quantize.ranges_file import load_ranges
 
-__all__ = ["load_ranges", "quantize_components"]
+__all__ = ["EightBitJob", "load_ranges", "quantize_component", "quantize_components"]
