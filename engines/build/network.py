@@ -17,7 +17,7 @@ _NO_MEMORY = re.compile(r"out ?of ?memory|bad_alloc|cannot allocate memory|Memor
 _POSITION = re.compile(r"^\w+\.cpp:\d+: ")
 _WEIGHTS = ("Failed to open file", "ONNX external weights")
 _SEVERITIES = ("ERROR", "WARNING", "INFO")
-_LAYERS = "Engine Layer Information"
+_LAYERS = "Layers:"
 
 
 class BuildLog:
