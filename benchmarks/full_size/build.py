@@ -54,7 +54,8 @@ RESULTS = RESULTS_FOLDER / "build.json"
 _MODULE = "sdxl_trt.benchmarks.full_size."
 _LOAD = (
     "Load is the machine's load average during a build, with the day; 1 is the build alone. Compare times of rows with"
-    " similar load only. Rows without one are of a run before it was recorded."
+    " similar load and the same processor only; a row names its own if it is another. Rows without a load are of a run"
+    " before it was recorded."
 )
 _TYPES = (
     "Kernels of the plan, from the builder's log, and in brackets their share of the operations, of attentions of their"
@@ -69,7 +70,8 @@ class Build(msgspec.Struct, frozen=True, omit_defaults=True):
 
     `profile_activations` are those of each profile, in order. `measured` is the day, `cpu_seconds` the processor's
     time, `load` the machine's load average as the build began or ended, whichever is larger: 1 is this build alone.
-    They are "" and None in results from before they were recorded. `layer_types` are counted of plans in 8 bits.
+    They are "" and None in results from before they were recorded. `processor` is that of a build on another machine
+    than the report's. `layer_types` are counted of plans in 8 bits.
     """
 
     component: str
@@ -86,6 +88,7 @@ class Build(msgspec.Struct, frozen=True, omit_defaults=True):
     measured: str = ""
     cpu_seconds: float | None = None
     load: float | None = None
+    processor: str = ""
     layer_types: LayerTypes | None = None
 
 
@@ -159,19 +162,21 @@ def _figures(case: BuildCase, built: BuiltPlan, weights: int) -> Build:
 def merged(report: Report, path: Path) -> Report:
     """Return `report` with the builds in the results at `path` that it lacks; `report` unchanged if there are none.
 
-    Only results of one kind of machine and of the same versions may stand side by side: raises UsageError for others.
+    The machine is that of the results, and builds on another one name its processor. Only results of the same versions
+    may stand side by side: raises UsageError for others.
     """
     if not path.exists():
         return report
     before = msgspec.json.decode(path.read_bytes(), type=Report)
-    kinds = [(each.machine.get("processor"), each.machine.get("cores"), each.versions, each.quick)
-             for each in (before, report)]  # fmt: skip
-    if kinds[0] != kinds[1]:
-        raise UsageError(f"--merge: {path} has results of another machine, version or size; run all cases again")
-    builds = before.builds | report.builds
+    if (before.versions, before.quick) != (report.versions, report.quick):
+        raise UsageError(f"--merge: {path} has results of another version or size; run all cases again")
+    words = [f"{each.machine.get('processor')}, {each.machine.get('cores')} cores" for each in (before, report)]
+    own = "" if words[0] == words[1] else words[1]
+    new = {name: msgspec.structs.replace(build, processor=own) for name, build in report.builds.items()}
+    builds = before.builds | new
     ordered = {case.name: builds[case.name] for case in cases() if case.name in builds}
     failed = {name: reason for name, reason in (before.failed | report.failed).items() if name not in ordered}
-    return msgspec.structs.replace(report, builds=ordered, failed=failed, bars=bars(ordered))
+    return msgspec.structs.replace(before, builds=ordered, failed=failed, bars=bars(ordered))
 
 
 def bars(builds: Mapping[str, Build]) -> list[Bar]:
@@ -269,6 +274,7 @@ def _row(name: str, build: Build) -> str:
     anonymous = f"{build.peak_anonymous / GB:.2f} GB ({build.peak_anonymous / build.weights:.2f}×)"
     activations = ", ".join(f"{size / MB:.0f}" for size in build.profile_activations or (build.activations,))
     load = "" if build.load is None else f"{build.load:.1f} on {build.measured}"
+    load += f", {build.processor}" if build.processor else ""
     seconds = f"{build.seconds:.0f} s" + ("" if build.cpu_seconds is None else f" ({build.cpu_seconds:.0f} s of CPU)")
     cells = [
         name, build.profiles, f"{activations} MB", f"{build.weights / GB:.3f} GB", plan,

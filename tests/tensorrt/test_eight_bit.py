@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from sdxl_trt.benchmarks.full_size.exporters import quantize_unets
 from sdxl_trt.benchmarks.full_size.layer_types import Count, LayerTypes, count_layer_types
 from sdxl_trt.engines.build.process import BuildJob, build_plan
-from sdxl_trt.engines.bundle.bundle import Bundle
+from sdxl_trt.engines.bundle.bundle import Bundle, read_bundle
 from sdxl_trt.engines.bundle.profile import Profile
 from sdxl_trt.engines.bundle.tensor_table import AdapterTable, TensorRecord
 from sdxl_trt.engines.plans.sizes import profiles_of, rank_range, stage_sizes
@@ -132,14 +132,14 @@ def unets(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @pytest.mark.parametrize("slots", [False, True], ids=["plain", "loras"])
 @pytest.mark.parametrize("name", ["unet", "refiner_unet"])
 def test_the_embedded_unets_compute_in_8_bits(name: str, slots: bool, unets: Bundle, tmp_path: Path) -> None:
-    component = unets.manifest.components[name]
+    whole, component = read_bundle(bundle_path()).manifest, unets.manifest.components[name]
     graph = component.planned_graph(8 if slots else 0)
     assert graph
     assert component.quantization
     job = BuildJob(
         component=name,
         graph=unets.path(graph),
-        profiles=profiles_of(component, stage_sizes(unets.manifest), unets.manifest.base.vae.factor)[:1],
+        profiles=profiles_of(component, stage_sizes(whole), whole.base.vae.factor)[:1],
         lora_rank=rank_range(8) if slots else None,
         flavour="tensorrt-rtx",
         plan=tmp_path / "plan",

@@ -125,8 +125,19 @@ def test_merged_results_keep_the_cases_that_did_not_run_again(tmp_path: Path) ->
     assert "| 80 s (50 s of CPU) |" in text
     assert "| 3.0 on 2030-01-02 |" in text
     other = msgspec.structs.replace(found, versions={"sdxl-trt": "2"})
-    with pytest.raises(UsageError, match="another machine, version or size"):
+    with pytest.raises(UsageError, match="another version or size"):
         merged(other, path)
+
+
+def test_a_build_on_another_machine_names_its_processor(tmp_path: Path) -> None:
+    path, elsewhere = tmp_path / "build.json", {"processor": "Q", "cores": 4}
+    static, ranged = "base UNet, static", "base UNet, dynamic"
+    path.write_bytes(msgspec.json.encode(_report(**{static: _build()})))
+    new = msgspec.structs.replace(_build(), measured="2030-01-02", load=1.0)
+    found = merged(msgspec.structs.replace(_report(**{ranged: new}), machine=elsewhere), path)
+    assert found.machine == _report().machine
+    assert found.builds == {static: _build(), ranged: msgspec.structs.replace(new, processor="Q, 4 cores")}
+    assert "| 1.0 on 2030-01-02, Q, 4 cores |" in table(found)
 
 
 @pytest.mark.skipif(bool(unavailable()), reason=f"no TensorRT parser: {unavailable()}")
