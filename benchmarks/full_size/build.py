@@ -4,7 +4,8 @@ TensorRT for RTX's real builder makes the plans (`tensorrt_on_cpu`): memory and 
 times are this machine's, and nothing measures how fast a plan runs. Weights are random: no figure depends on them.
 Of plans in 8 bits the builder's log tells which layers really compute in 8 bits (`layer_types`).
 Writes JSON and a Markdown table beside it; graphs and checkpoints stay in ``--work`` and ``--checkpoints`` for the
-next run, plans are deleted.
+next run, plans are deleted. ``--only`` takes patterns: ``--only '*8, static' --merge`` builds the plans in 8 bits and
+keeps the other results.
 """
 
 __all__ = ["Build", "Report", "bars", "main", "table"]
@@ -13,6 +14,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import msgspec
@@ -292,7 +294,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--checkpoints", type=Path, default=checkpoints, help="folder for random weights")
     parser.add_argument("--merge", action="store_true", help="keep the results of the cases that --only leaves out")
     arguments = parser.parse_args(argv)
-    chosen = [case for case in cases() if not arguments.only or case.name in arguments.only]
+    chosen = [case for case in cases() if any(fnmatchcase(case.name, wanted) for wanted in arguments.only or "*")]
+    if not chosen:
+        parser.error(f"--only {' '.join(arguments.only)}: the plans are {'; '.join(case.name for case in cases())}")
     os.environ.update(child_environment(assemble()))
     report = _run(chosen, arguments.checkpoints, arguments.work, quick=arguments.quick)
     if arguments.merge:

@@ -17,7 +17,6 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -34,7 +33,7 @@ _DISK, _WITH_PLANS = 27 * 10**9, 36 * 10**9
 _FULL = "sdxl"
 _OPSET = 20
 _OTHER = frozenset({"unet", "vae_decoder_bf16"})
-_QUANTIZED: dict[str, Any] = {"precision": "int8", "components": frozenset({"unet", "refiner_unet"})}
+_UNETS = frozenset({"unet", "refiner_unet"})
 _MODULE = "sdxl_trt.benchmarks.gpu_check.pair"
 
 
@@ -98,7 +97,8 @@ def _export(out: Path, size: str, say: Callable[[str], object], *, eight_bit: bo
     export_bundle(sources / "base", sources / "refiner", out / PAIR, Options(precision="fp16", twins=True))
     if eight_bit:
         say("exporting both UNets in 8 bits")
-        export_bundle(sources / "base", sources / "refiner", out / EIGHT_BIT, Options(**_QUANTIZED))
+        quantized = Options(precision="int8", components=_UNETS)
+        export_bundle(sources / "base", sources / "refiner", out / EIGHT_BIT, quantized)
     shutil.rmtree(sources / "refiner")
     say(f"exporting the base's UNet and the decoder for operator set {_OPSET}")
     options = Options(precision="fp16", twins=True, opset=_OPSET, components=_OTHER)

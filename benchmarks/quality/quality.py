@@ -32,12 +32,14 @@ from sdxl_trt.runtime.request import resolve_request
 GIVEN = "these engines"
 """Variant names of the given bundle's rows begin with this."""
 REFERENCE = "PyTorch fp32"
-VARIANTS: dict[str, tuple[Literal["fp32", "fp16", "bf16"], VaePrecision]] = {
+VARIANTS: dict[str, tuple[Literal["fp32", "fp16", "bf16", "int8", "fp8"], VaePrecision]] = {
     "fp32": ("fp32", "fp32"),
     "fp16, VAE fp32": ("fp16", "fp32"),
     "fp16, VAE mixed": ("fp16", "mixed"),
     "fp16, VAE fp16": ("fp16", "fp16"),
     "bf16": ("bf16", "bf16"),
+    "int8, VAE int8": ("int8", "int8"),
+    "fp8": ("fp8", "auto"),
 }
 """Variants to export for comparison: name to the overall precision and the autoencoder's."""
 SCORED = 4

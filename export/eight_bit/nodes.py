@@ -4,11 +4,15 @@ __all__ = ["QuantizingGraph", "constant"]
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
+
+from sdxl_trt.export.eight_bit.layers import Layer
+from sdxl_trt.export.eight_bit.store import Stored
 
 _ZEROS: dict[ir.DataType, np.dtype[np.generic]] = {
     ir.DataType.INT8: np.dtype(np.int8), ir.DataType.UINT8: np.dtype(np.uint8), ir.DataType.INT32: np.dtype(np.int32),
@@ -48,6 +52,26 @@ class QuantizingGraph:
         node = _node("DequantizeLinear", [value, scale, zero], name, {"axis": axis})
         self.graph.insert_before(before, node)
         return node.outputs[0]
+
+    def weight_scale(self, layer: Layer, stored: Stored, folder: Path) -> ir.Value:
+        """Return the scales of a layer's weight as an initializer; of half of a weight, those of its channels."""
+        name = f"{layer.module}.weight_scale"
+        if layer.half is not None:
+            stored, name = stored.part(layer.half), f"{name}.{layer.half}"
+            weight = layer.node.inputs[1]
+            if weight is not None:
+                weight.type = layer.weight.type  # half of an 8-bit weight
+        scale = stored.value(name, folder)
+        self.graph.register_initializer(scale)
+        return scale
+
+    def narrow_weight(self, layer: Layer, stored: Stored, folder: Path) -> None:
+        """Let a layer read its weight, which is stored in 8 bits."""
+        scale, weight = self.weight_scale(layer, stored, folder), layer.node.inputs[1]
+        if weight is None:
+            raise RuntimeError(f"{layer.module}: has no weight")
+        wide = self.dequantized(weight, f"{scale.name}/weight", layer.node, scale, layer.axis)
+        layer.node.replace_input_with(1, wide)
 
     def narrow_input(self, user: ir.Node, place: int, scale: float, dtype: ir.DataType, zero: int = 0) -> None:
         """Pass an input of `user` through 8 bits."""

@@ -1,12 +1,10 @@
-"""The two graphs of an 8-bit component, which share its weights and ranges.
+"""The 8-bit graph for TensorRT, and for other providers of GPUs: symmetric formats, floats around the layers.
 
-``model.onnx``, for TensorRT: symmetric formats, since its parser refuses a zero point, floats around the layers, and in
-FP8 also the attentions, which TensorRT fuses in this form only. ``cpu.onnx``, for ONNX Runtime's CPU provider: uint8
-inputs with a zero point, without which its int8 kernels are slower than fp32, and for convolutions, which only then
-compute in 8 bits, an int32 bias and a quantized result.
+TensorRT's parser refuses a zero point of activations. It fuses attention in FP8 only if the graph has it as two
+products and a softmax, each with its quantizers.
 """
 
-__all__ = ["quantize_for_cpu", "quantize_for_devices", "refer_to"]
+__all__ = ["quantize_for_devices", "refer_to"]
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,11 +13,11 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from sdxl_trt.export.eight_bit.formats import FORMATS, Scheme, activation_scale, unsigned_scale
+from sdxl_trt.export.eight_bit.formats import FORMATS, Scheme, activation_scale
 from sdxl_trt.export.eight_bit.layers import Attention, Layer, find_attentions
 from sdxl_trt.export.eight_bit.nodes import QuantizingGraph, constant
-from sdxl_trt.export.eight_bit.ranges import INPUT, OUTPUT, Ranges
-from sdxl_trt.export.eight_bit.store import EightBitWeights, Stored
+from sdxl_trt.export.eight_bit.ranges import INPUT, Ranges
+from sdxl_trt.export.eight_bit.store import EightBitWeights
 from sdxl_trt.export.graph import attention_heads
 
 _SOFTMAX = 1.0
@@ -48,52 +46,11 @@ def quantize_for_devices(
     graph = QuantizingGraph(model.graph, floats)
     for layer in chosen:
         graph.narrow_input(layer.node, 0, float(activation_scale(ranges.of(layer.module + INPUT), scheme)), form.onnx)
-        _dequantize_weight(graph, layer, scales, folder)
+        graph.narrow_weight(layer, scales[layer.module], folder)
     if scheme == "fp8":
         for attention in attentions:
             _decompose(graph, attention, ranges, form.onnx)
         common.RemoveUnusedNodesPass()(model)
-
-
-def quantize_for_cpu(
-    model: ir.Model, layers: Iterable[Layer], weights: EightBitWeights, ranges: Ranges, folder: Path
-) -> None:
-    """Let `layers` of `model`, which computes in fp32, compute on uint8 inputs and int8 weights. In place."""
-    graph, unsigned = QuantizingGraph(model.graph, ir.DataType.FLOAT), ir.DataType.UINT8
-    for layer in layers:
-        scale, zero = unsigned_scale(ranges.of(layer.module + INPUT))
-        graph.narrow_input(layer.node, 0, float(scale), unsigned, zero)
-        _dequantize_weight(graph, layer, weights.wide_scales, folder)
-        if layer.kind == "convolution":
-            if layer.module in weights.biases:
-                _dequantize_bias(graph, layer, weights.biases[layer.module], folder)
-            scale, zero = unsigned_scale(ranges.of(layer.module + OUTPUT))
-            graph.narrow_output(layer.result, float(scale), unsigned, zero)
-
-
-def _dequantize_weight(graph: QuantizingGraph, layer: Layer, scales: dict[str, Stored], folder: Path) -> None:
-    stored, name = scales[layer.module], f"{layer.module}.weight_scale"
-    if layer.half is not None:
-        stored, name = stored.part(layer.half), f"{name}.{layer.half}"
-    weight = layer.node.inputs[1]
-    if weight is None:
-        raise RuntimeError(f"{layer.module}: has no weight")
-    if layer.half is not None:
-        weight.type = layer.weight.type  # half of an 8-bit weight
-    scale = stored.value(name, folder)
-    graph.graph.register_initializer(scale)
-    axis = layer.axis
-    wide = graph.dequantized(weight, f"{name}/weight", layer.node, scale, axis)
-    layer.node.replace_input_with(1, wide)
-
-
-def _dequantize_bias(graph: QuantizingGraph, layer: Layer, stored: tuple[Stored, Stored], folder: Path) -> None:
-    """Let a convolution read its bias in int32. Each has a name of its own: two convolutions may share a bias."""
-    names = (f"{layer.module}.bias_int32", f"{layer.module}.bias_scale")
-    bias, scale = (each.value(name, folder) for each, name in zip(stored, names, strict=True))
-    for each in (bias, scale):
-        graph.graph.register_initializer(each)
-    layer.node.replace_input_with(2, graph.dequantized(bias, f"{names[0]}/bias", layer.node, scale, 0))
 
 
 def _decompose(graph: QuantizingGraph, attention: Attention, ranges: Ranges, dtype: ir.DataType) -> None:

@@ -4,17 +4,28 @@ __all__ = ["check_fits", "fuse_loras"]
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from sdxl_trt.engines import SourceError
 from sdxl_trt.engines.adapters import COMPONENTS, Changes, Lora, LoraComponent, plan_changes, targets
 from sdxl_trt.export.checkpoints import Checkpoint
-from sdxl_trt.export.graph import MetaModel
 
 
-def check_fits(loras: Iterable[Lora], models: Mapping[str, MetaModel]) -> None:
+class ShapedModel(Protocol):
+    """What is asked of a model: its published tensors' shapes, and its config."""
+
+    @property
+    def state(self) -> Mapping[str, tuple[int, ...]]:
+        """Return {published name: shape}."""
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """Return the config."""
+
+
+def check_fits(loras: Iterable[Lora], models: Mapping[str, ShapedModel]) -> None:
     """Raise SourceError unless every module of every LoRA is one of the base's `models`, with fitting shapes."""
     for lora in loras:
         # The UNet first: its shapes reveal best which model a LoRA was trained on.

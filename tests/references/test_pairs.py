@@ -10,7 +10,6 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -402,8 +401,6 @@ CHECKS: Mapping[str, Callable[[Laboratory, set[str]], None]] = {
 @pytest.mark.parametrize("pair", PAIRS, ids=" and ".join)
 def test_a_pair_is_its_reference_or_refused(pair: tuple[str, str], laboratory: Laboratory) -> None:
     both, outcome = set(pair), PAIRS[pair]
-    if both == {"ControlNet", "8 bits"} and find_spec("sdxl_trt.export.quantize") is None:
-        pytest.skip("export-engines has no --int8 here")
     if outcome.refused:
         with pytest.raises((UsageError, SourceError, IncompatibleError)) as raised:
             _refused(laboratory, both)

@@ -90,6 +90,13 @@ def test_names_differ_and_static_means_static() -> None:
     assert str(found["refiner UNet, dynamic, batch 1:1:4"].axes[0]["rows"]) == "1:2:8"
 
 
+def test_a_pattern_without_a_plan_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--only", "base UNet INT4*", "--results", str(tmp_path / "x.json")])
+    assert "--only base UNet INT4*: the plans are base UNet, static; " in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_failure_is_in_the_table() -> None:
     report = Report({}, {}, False, {"a plan": _build()}, {"another": "it failed"}, [])
     text = table(report)
