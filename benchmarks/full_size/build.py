@@ -2,8 +2,10 @@
 
 TensorRT for RTX's real builder makes the plans (`tensorrt_on_cpu`): memory and sizes are the builder's figures, build
 times are this machine's, and nothing measures how fast a plan runs. Weights are random: no figure depends on them.
+Of plans in 8 bits the builder's log tells which layers really compute in 8 bits (`layer_types`).
 Writes JSON and a Markdown table beside it; graphs and checkpoints stay in ``--work`` and ``--checkpoints`` for the
-next run, plans are deleted.
+next run, plans are deleted. ``--only`` takes patterns: ``--only '*8, static' --merge`` builds the plans in 8 bits and
+keeps the other results.
 """
 
 __all__ = ["Build", "Report", "bars", "main", "table"]
@@ -12,15 +14,26 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import msgspec
 
-from sdxl_trt.benchmarks.full_size.build_cases import BuildCase, Export, cases, profile_words, rank_words
+from sdxl_trt.benchmarks.full_size.build_cases import (
+    SCHEMES,
+    BuildCase,
+    Export,
+    cases,
+    eight_bit_name,
+    profile_words,
+    rank_words,
+)
+from sdxl_trt.benchmarks.full_size.layer_types import Count, LayerTypes, count_layer_types
 from sdxl_trt.benchmarks.full_size.tensorrt_on_cpu import BINDING, LIBRARIES, assemble, child_environment
 from sdxl_trt.benchmarks.measure import (
     RESULTS_FOLDER,
     Bar,
+    at_least,
     at_most,
     bars_table,
     load_average,
@@ -43,7 +56,13 @@ RESULTS = RESULTS_FOLDER / "build.json"
 _MODULE = "sdxl_trt.benchmarks.full_size."
 _LOAD = (
     "Load is the machine's load average during a build, with the day; 1 is the build alone. Compare times of rows with"
-    " similar load only. Rows without one are of a run before it was recorded."
+    " similar load and the same processor only; a row names its own if it is another. Rows without a load are of a run"
+    " before it was recorded."
+)
+_TYPES = (
+    "Kernels of the plan, from the builder's log, and in brackets their share of the operations, of attentions of their"
+    " number; queries, keys and values are one kernel. What the exporter leaves in fp16 counts too. The ranges of plans"
+    " in 8 bits are assumed: neither sizes nor types depend on them."
 )
 _MODELS = {False: ("sdxl", "fp16"), True: ("tiny", "fp32")}
 
@@ -53,7 +72,8 @@ class Build(msgspec.Struct, frozen=True, omit_defaults=True):
 
     `profile_activations` are those of each profile, in order. `measured` is the day, `cpu_seconds` the processor's
     time, `load` the machine's load average as the build began or ended, whichever is larger: 1 is this build alone.
-    They are "" and None in results from before they were recorded.
+    They are "" and None in results from before they were recorded. `processor` is that of a build on another machine
+    than the report's. `layer_types` are counted of plans in 8 bits.
     """
 
     component: str
@@ -70,6 +90,8 @@ class Build(msgspec.Struct, frozen=True, omit_defaults=True):
     measured: str = ""
     cpu_seconds: float | None = None
     load: float | None = None
+    processor: str = ""
+    layer_types: LayerTypes | None = None
 
 
 class Report(msgspec.Struct, frozen=True):
@@ -99,6 +121,8 @@ def measure_build(case: BuildCase, bundle: Bundle, folder: Path) -> Build:
         lora_rank=rank_range(case.lora_rank) if case.lora_rank else None,
         log=folder / f"{case.name.replace(' ', '-').replace(':', '-').replace(',', '')}.log",
     )
+    if case.export.eight_bit:
+        job = msgspec.structs.replace(job, list_layers=True)
     load, used = load_average(), _children_seconds()
     try:
         with ProgressLine() as line:
@@ -107,7 +131,10 @@ def measure_build(case: BuildCase, bundle: Bundle, folder: Path) -> Build:
         plan.unlink(missing_ok=True)
     figures = _figures(case, built, component.weights.size)
     return msgspec.structs.replace(
-        figures, cpu_seconds=round(_children_seconds() - used, 1), load=round(max(load, load_average()), 1)
+        figures,
+        cpu_seconds=round(_children_seconds() - used, 1),
+        load=round(max(load, load_average()), 1),
+        layer_types=count_layer_types(job.log) if job.list_layers else None,
     )
 
 
@@ -137,19 +164,21 @@ def _figures(case: BuildCase, built: BuiltPlan, weights: int) -> Build:
 def merged(report: Report, path: Path) -> Report:
     """Return `report` with the builds in the results at `path` that it lacks; `report` unchanged if there are none.
 
-    Only results of one kind of machine and of the same versions may stand side by side: raises UsageError for others.
+    The machine is that of the results, and builds on another one name its processor. Only results of the same versions
+    may stand side by side: raises UsageError for others.
     """
     if not path.exists():
         return report
     before = msgspec.json.decode(path.read_bytes(), type=Report)
-    kinds = [(each.machine.get("processor"), each.machine.get("cores"), each.versions, each.quick)
-             for each in (before, report)]  # fmt: skip
-    if kinds[0] != kinds[1]:
-        raise UsageError(f"--merge: {path} has results of another machine, version or size; run all cases again")
-    builds = before.builds | report.builds
+    if (before.versions, before.quick) != (report.versions, report.quick):
+        raise UsageError(f"--merge: {path} has results of another version or size; run all cases again")
+    words = [f"{each.machine.get('processor')}, {each.machine.get('cores')} cores" for each in (before, report)]
+    own = "" if words[0] == words[1] else words[1]
+    new = {name: msgspec.structs.replace(build, processor=own) for name, build in report.builds.items()}
+    builds = before.builds | new
     ordered = {case.name: builds[case.name] for case in cases() if case.name in builds}
     failed = {name: reason for name, reason in (before.failed | report.failed).items() if name not in ordered}
-    return msgspec.structs.replace(report, builds=ordered, failed=failed, bars=bars(ordered))
+    return msgspec.structs.replace(before, builds=ordered, failed=failed, bars=bars(ordered))
 
 
 def bars(builds: Mapping[str, Build]) -> list[Bar]:
@@ -170,7 +199,34 @@ def bars(builds: Mapping[str, Build]) -> list[Bar]:
         exported = builds.get(f"VAE decoder {precision}, as exported")
         found.append(_size(f"VAE decode {precision}, any size and batch, as exported: activations", exported, limit))
     tile = builds.get("VAE decoder fp32, 512² tile")
-    return [*found, _size("VAE decode fp32, in 512² tiles: activations", tile, 800 * MB)]
+    found.append(_size("VAE decode fp32, in 512² tiles: activations", tile, 800 * MB))
+    for model in ("base", "refiner"):
+        for scheme in SCHEMES:
+            found += _eight_bit_bars(builds, model, scheme)
+    return found
+
+
+def _eight_bit_bars(builds: Mapping[str, Build], model: str, scheme: str) -> list[Bar]:
+    floats, build = builds.get(f"{model} UNet, static"), builds.get(eight_bit_name(model, scheme))
+    types = None if build is None else build.layer_types
+    ratio = None if build is None or floats is None else build.plan / floats.plan
+    what = f"{model} UNet {scheme.upper()}"
+    found = [
+        at_most(f"{what}: plan, against fp16's", ratio, 0.56, "0.56 times", lambda times: f"{times:.3f} times"),
+        _share(f"{what}: linear layers in 8 bits, of their operations", None if types is None else types.linears, 0.95),
+        _share(
+            f"{what}: convolutions in 8 bits, of their operations", None if types is None else types.convolutions, 0.8
+        ),
+    ]
+    if scheme == "fp8":
+        found.append(
+            _share(f"{what}: attentions in 8 bits, of their number", None if types is None else types.attentions, 1.0)
+        )
+    return found
+
+
+def _share(what: str, count: Count | None, least: float) -> Bar:
+    return at_least(what, None if count is None else count.share, least, f"{least:.0%}", lambda share: f"{share:.1%}")
 
 
 def _size(what: str, build: Build | None, limit: int) -> Bar:
@@ -196,7 +252,23 @@ def table(report: Report) -> str:
     lines += [f"| {name} | failed: {reason} | | | | | | | | | |" for name, reason in report.failed.items()]
     if any(build.load is not None for build in report.builds.values()):
         lines += ["", _LOAD]
+    lines += _layer_types_table(report.builds)
     return "\n".join(lines) + "\n"
+
+
+def _layer_types_table(builds: Mapping[str, Build]) -> list[str]:
+    """Return the table of what computes in 8 bits, no lines if nothing does."""
+    lines = []
+    for name, build in builds.items():
+        if build.layer_types is not None:
+            types = build.layer_types
+            counts = (types.linears, types.convolutions, types.attentions)
+            cells = [f"{count.eight_bit} of {count.all} ({count.share:.1%})" for count in counts]
+            lines.append("| " + " | ".join([name, *cells, str(types.fused_attentions)]) + " |")
+    if not lines:
+        return []
+    head = ["| plan | linear layers in 8 bits | convolutions in 8 bits | attentions in 8 bits | attentions fused |"]
+    return ["", *head, "|---|---|---|---|---|", *lines, "", _TYPES]
 
 
 def _row(name: str, build: Build) -> str:
@@ -204,6 +276,7 @@ def _row(name: str, build: Build) -> str:
     anonymous = f"{build.peak_anonymous / GB:.2f} GB ({build.peak_anonymous / build.weights:.2f}×)"
     activations = ", ".join(f"{size / MB:.0f}" for size in build.profile_activations or (build.activations,))
     load = "" if build.load is None else f"{build.load:.1f} on {build.measured}"
+    load += f", {build.processor}" if build.processor else ""
     seconds = f"{build.seconds:.0f} s" + ("" if build.cpu_seconds is None else f" ({build.cpu_seconds:.0f} s of CPU)")
     cells = [
         name, build.profiles, f"{activations} MB", f"{build.weights / GB:.3f} GB", plan,
@@ -221,7 +294,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--checkpoints", type=Path, default=checkpoints, help="folder for random weights")
     parser.add_argument("--merge", action="store_true", help="keep the results of the cases that --only leaves out")
     arguments = parser.parse_args(argv)
-    chosen = [case for case in cases() if not arguments.only or case.name in arguments.only]
+    chosen = [case for case in cases() if any(fnmatchcase(case.name, wanted) for wanted in arguments.only or "*")]
+    if not chosen:
+        parser.error(f"--only {' '.join(arguments.only)}: the plans are {'; '.join(case.name for case in cases())}")
     os.environ.update(child_environment(assemble()))
     report = _run(chosen, arguments.checkpoints, arguments.work, quick=arguments.quick)
     if arguments.merge:
@@ -238,7 +313,10 @@ def _run(chosen: Sequence[BuildCase], checkpoints: Path, work: Path, *, quick: b
     source = checkpoints / f"{size}-{dtype}"
     folder = work / size
     folder.mkdir(parents=True, exist_ok=True)
-    bundles = {export: _export(export, source, folder) for export in dict.fromkeys(case.export for case in chosen)}
+    exports = dict.fromkeys(case.export for case in chosen)
+    needed = dict.fromkeys(export.floats or export for export in exports)
+    bundles = {export: _export(export, source, folder) for export in needed}
+    bundles |= {each: _quantized(each, bundles[each.floats], folder) for each in exports if each.floats is not None}
     builds: dict[str, Build] = {}
     failed: dict[str, str] = {}
     for case in chosen:
@@ -264,6 +342,13 @@ def _export(export: Export, source: Path, folder: Path) -> Bundle:
     given = [option for role in roles for option in (f"--{role}", str(source / role))]
     options = [*given, *export.options, "--engine", "none", "--out", str(out)]
     _do([sys.executable, "-m", f"{_MODULE}exporters", "ours", *options])
+    return read_bundle(out, partial=True)
+
+
+def _quantized(export: Export, floats: Bundle, folder: Path) -> Bundle:
+    """Return the bundle with UNets in 8 bits, made of `floats` by a subprocess."""
+    out = folder / export.name
+    _do([sys.executable, "-m", f"{_MODULE}exporters", "eight-bit", str(export.eight_bit), str(floats.root), str(out)])
     return read_bundle(out, partial=True)
 
 

@@ -1,9 +1,10 @@
 """The plans that `full_size.build` builds: their graphs and profiles."""
 
-__all__ = ["BuildCase", "Export", "cases", "profile_words", "rank_words"]
+__all__ = ["SCHEMES", "BuildCase", "Export", "cases", "eight_bit_name", "profile_words", "rank_words"]
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import msgspec
 
@@ -14,17 +15,25 @@ from sdxl_trt.engines.plans import Sizes, axes_of, default_sizes, rank_range
 _SIDE, _FACTOR, _MULTIPLE = 128, 8, 64
 _TILE = 512 // _FACTOR
 LORA_RANK = 128
+SCHEMES: tuple[Literal["int8", "fp8"], ...] = ("int8", "fp8")
 
 
 @dataclass(frozen=True)
 class Export:
-    """A bundle to build from: its folder under ``--work``, and export-engines' options."""
+    """A bundle to build from: its folder under ``--work``, and export-engines' options.
+
+    With `eight_bit`, the precision of its UNets, it is made of `floats`, with ranges that nobody measured: a plan does
+    not depend on them, and to measure them is to draw at the real size.
+    """
 
     name: str
     options: tuple[str, ...]
+    eight_bit: Literal["int8", "fp8"] | None = None
+    floats: "Export | None" = None
 
 
 UNETS = Export("unets", ("--fp16", "--components", "unet,refiner_unet"))
+EIGHT_BIT = tuple(Export(f"unets-{scheme}", (), scheme, UNETS) for scheme in SCHEMES)
 VAES = {
     precision: Export(
         f"vae-{precision}",
@@ -62,6 +71,12 @@ def cases() -> list[BuildCase]:
             BuildCase(f"{model} UNet, --static", UNETS, component, _axes("unet", "fp16", both)),
         ]
     found += [
+        BuildCase(eight_bit_name(model, export.eight_bit), export, component, (static,))
+        for model, component in (("base", "unet"), ("refiner", "refiner_unet"))
+        for export in EIGHT_BIT
+        if export.eight_bit
+    ]
+    found += [
         BuildCase("base UNet for LoRAs, static", UNETS, "unet", (static,), LORA_RANK),
         BuildCase("base UNet for LoRAs, dynamic", UNETS, "unet", _axes("unet", "fp16", default)[-1:], LORA_RANK),
     ]
@@ -81,6 +96,11 @@ def cases() -> list[BuildCase]:
         axes = _axes("vae_decoder", precision, default)
         found.append(BuildCase(f"VAE decoder {precision}, as exported", VAES[precision], "vae_decoder", axes))
     return found
+
+
+def eight_bit_name(model: str, scheme: str) -> str:
+    """Return the name of the case that builds a model's UNet in 8 bits."""
+    return f"{model} UNet {scheme.upper()}, static"
 
 
 def _square(side: int) -> dict[str, Range]:

@@ -1,19 +1,29 @@
-"""The programs that `full_size.export` measures, each run in its own process.
+"""The programs that `full_size.export` and `full_size.build` run, each in its own process.
 
 ``python -m sdxl_trt.benchmarks.full_size.exporters WHAT …``: our exporter followed by a check of its graphs,
-torch.onnx.export of a loaded model, optimum's exporter (in its own environment), and each exporter's imports alone.
+torch.onnx.export of a loaded model, optimum's exporter (in its own environment), and each exporter's imports alone;
+and the UNets of a bundle in 8 bits, of ranges that nobody measured: for what does not depend on them, such as builds.
 """
 
-__all__ = ["main"]
+__all__ = ["main", "quantize_unets"]
 
 import argparse
+import hashlib
 import importlib
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import msgspec
+
+from sdxl_trt.engines.bundle import MANIFEST, Bundle, Component, read_bundle, write_manifest
+
+if TYPE_CHECKING:
+    from sdxl_trt.export.eight_bit import Scheme
+
+_ASSUMED = (-8.0, 8.0)
 # The modules that each exporter has loaded by its end, without those of a few kilobytes.
 IMPORTS = {
     "ours": (
@@ -34,6 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="what", required=True)
     imports = commands.add_parser("imports", help="only import an exporter's modules")
     imports.add_argument("exporter", choices=IMPORTS)
+    eight_bit = commands.add_parser("eight-bit", help="a bundle's UNets in 8 bits, their ranges assumed")
+    eight_bit.add_argument("scheme", choices=("int8", "fp8"))
+    eight_bit.add_argument("source", type=Path, help="a bundle in fp16")
+    eight_bit.add_argument("out", type=Path)
     commands.add_parser("ours", help="export-engines with the following arguments, then onnx.checker on every graph")
     torch = commands.add_parser("torch", help="torch.onnx.export(dynamo=True) of a loaded UNet")
     optimum = commands.add_parser("optimum", help="optimum's main_export of a pipeline folder")
@@ -48,7 +62,48 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _imports(arguments.exporter)
     if arguments.what == "ours":
         return _ours(given[own:])
+    if arguments.what == "eight-bit":
+        quantize_unets(arguments.source, arguments.scheme, arguments.out)
+        return 0
     return (_torch if arguments.what == "torch" else _optimum)(arguments.source, arguments.out)
+
+
+def quantize_unets(source: Path, scheme: "Scheme", out: Path) -> Bundle:
+    """Write the UNets of the bundle at `source` in 8 bits as the partial bundle `out`, unless it is there.
+
+    Every range is assumed to be (-8, 8), so the pictures are worth nothing.
+    """
+    import onnx_ir as ir  # noqa: PLC0415 - measured: no early imports
+
+    from sdxl_trt.export.eight_bit import Ranges, add_range_outputs  # noqa: PLC0415
+    from sdxl_trt.export.quantize import EightBitJob, quantize_component  # noqa: PLC0415
+
+    floats = read_bundle(source, partial=True)
+    found: dict[str, Component] = {}
+    for name, component in floats.manifest.components.items():
+        if component.kind != "unet":
+            continue
+        key = hashlib.sha256(f"{component.key} {scheme} {_ASSUMED}".encode()).hexdigest()
+        kept = _kept(out, name)
+        if kept is not None and kept.key == key:
+            found[name] = kept
+            continue
+        graph = ir.load(floats.path(component.graph))
+        ranges = Ranges(name, dict.fromkeys(add_range_outputs(graph).outputs, _ASSUMED))
+        job = EightBitJob(name=name, precision=scheme, key=key, source=component, folder=floats.root / name,
+                          ranges=ranges, calibration="assumed")  # fmt: skip
+        found[name] = quantize_component(job, out, {})
+    write_manifest(
+        out, msgspec.structs.replace(floats.manifest, precision=scheme, components=found, tokenizers={}, plans=())
+    )
+    return read_bundle(out, partial=True)
+
+
+def _kept(out: Path, name: str) -> Component | None:
+    """Return the record of a component of the bundle at `out`, None if there is none."""
+    if not (out / MANIFEST).exists():
+        return None
+    return read_bundle(out, partial=True).manifest.components.get(name)
 
 
 def _imports(exporter: str) -> int:

@@ -1,6 +1,6 @@
 """Figures compared with their bars, and the table of bars at the top of every report."""
 
-__all__ = ["NOT_MEASURED", "VERDICTS", "Bar", "at_most", "bars_table", "missed"]
+__all__ = ["NOT_MEASURED", "VERDICTS", "Bar", "at_least", "at_most", "bars_table", "missed"]
 
 from collections.abc import Callable, Iterable
 
@@ -24,6 +24,13 @@ def at_most(what: str, value: float | None, limit: float, bar: str, show: Callab
     if value is None:
         return Bar(what, f"<= {bar}", NOT_MEASURED, None)
     return Bar(what, f"<= {bar}", show(value), value <= limit)
+
+
+def at_least(what: str, value: float | None, limit: float, bar: str, show: Callable[[float], str]) -> Bar:
+    """Return the bar `value` >= `limit`, as `at_most` does."""
+    if value is None:
+        return Bar(what, f">= {bar}", NOT_MEASURED, None)
+    return Bar(what, f">= {bar}", show(value), value >= limit)
 
 
 def missed(bars: Iterable[Bar]) -> bool:

@@ -29,7 +29,8 @@ class Counts(msgspec.Struct, frozen=True, kw_only=True):
     `weight_bytes` are loaded. `least_bytes` must move even if all intermediate values stay on the chip: the graph's
     inputs and outputs and the weights, and of embedding tables only the rows looked up. `activation_bytes` are the
     operands and results of the counted operators without weights, each counted once: the extra traffic if every
-    operator is a separate kernel and nothing stays in a cache.
+    operator is a separate kernel and nothing stays in a cache. An operand in 8 bits is read as such, and the scores of
+    an attention that FP8 splits in two products stay in its kernel, as they do in `Attention`.
     """
 
     flops: int
@@ -61,11 +62,14 @@ def count_model(model: "onnx.ModelProto", shapes: Mapping[str, Shape]) -> Counts
     graph = infer(model, shapes)
     flops: Counter[str] = Counter()
     moved = 0
+    makers = {name: node for node in graph.nodes for name in node.output}
+    scores = {node.input[0] for node in graph.nodes if node.op_type == "Softmax"}
     for node in graph.nodes:
         cost = _cost_of(node)
         if cost is not None and not _constant(node, graph):
             flops[node.op_type] += 2 * cost(node, _shapes_of(node, graph))
-            moved += sum(_bytes(name, graph) for name in (*node.input, *node.output) if name not in graph.constants)
+            moved += sum(_read(name, graph, makers) for name in node.input if name not in graph.constants)
+            moved += sum(_bytes(name, graph) for name in node.output if name not in scores)
     weights = {tensor.name: _bytes(tensor.name, graph) for tensor in model.graph.initializer}
     ends = [value.name for value in (*model.graph.input, *model.graph.output) if value.name not in graph.constants]
     return Counts(
@@ -187,6 +191,17 @@ def _looked_up(graph: TypedGraph, weights: Mapping[str, int]) -> dict[str, int]:
     gathers = [node for node in graph.nodes if node.op_type == "Gather" and uses[node.input[0]] == 1]
     tables = [node for node in gathers if node.input[0] in weights and node.output[0] in graph.shapes]
     return {node.input[0]: min(weights[node.input[0]], _bytes(node.output[0], graph)) for node in tables}
+
+
+def _read(name: str, graph: TypedGraph, makers: "Mapping[str, onnx.NodeProto]") -> int:
+    """Return the bytes of an operand: of the 8-bit numbers, if it was dequantized; 0 for what a softmax made."""
+    made = makers.get(name)
+    if made is not None and made.op_type == "DequantizeLinear":
+        name, made = made.input[0], makers.get(made.input[0])
+    size = _bytes(name, graph)
+    if made is not None and made.op_type == "QuantizeLinear":
+        made = makers.get(made.input[0])
+    return 0 if made is not None and made.op_type == "Softmax" else size
 
 
 def _bytes(name: str, graph: TypedGraph) -> int:

@@ -12,7 +12,8 @@ class BuildJob(Record, frozen=True, kw_only=True):
 
     `lora_rank` is the range of the rank of all slots, None for a graph without slots; `profiles` leave the slots out.
     `timing_cache` is read if it exists, and written after the build. A `shared_cache` is the one in the cache folder,
-    not a file that the user named: if it cannot be used or written, the log says so and the build goes on.
+    not a file that the user named: if it cannot be used or written, the log says so and the build goes on. With
+    `list_layers` the log also lists the plan's layers with the types of their inputs, constants and outputs.
     """
 
     component: str
@@ -25,6 +26,7 @@ class BuildJob(Record, frozen=True, kw_only=True):
     lora_rank: Range | None = None
     timing_cache: Path | None = None
     shared_cache: bool = False
+    list_layers: bool = False
 
 
 class BuildEvent(Record, frozen=True, kw_only=True):

@@ -17,20 +17,23 @@ _NO_MEMORY = re.compile(r"out ?of ?memory|bad_alloc|cannot allocate memory|Memor
 _POSITION = re.compile(r"^\w+\.cpp:\d+: ")
 _WEIGHTS = ("Failed to open file", "ONNX external weights")
 _SEVERITIES = ("ERROR", "WARNING", "INFO")
+_LAYERS = "Layers:"
 
 
 class BuildLog:
     """TensorRT's messages: keeps errors, reads memory figures, and writes all but verbose lines to `file`.
 
-    `activations` has the bytes of each profile, in order, as far as the builder has logged them. `weights` are bytes,
-    None until the builder logs them.
+    With `layers` the list of the plan's layers is written too, which TensorRT logs as verbose. `activations` has the
+    bytes of each profile, in order, as far as the builder has logged them. `weights` are bytes, None until the builder
+    logs them.
     """
 
-    def __init__(self, file: TextIO | None = None) -> None:
+    def __init__(self, file: TextIO | None = None, *, layers: bool = False) -> None:
         self.errors: list[str] = []
         self.activations: list[int] = []
         self.weights: int | None = None
         self._file = file
+        self._layers = layers
 
     def note(self, severity: str, message: str) -> None:
         """Take one message; `severity` is TensorRT's name for it. A sink for `make_logger`."""
@@ -39,7 +42,7 @@ class BuildLog:
             self.errors.append(message)
         for kind, figure in _FIGURE.findall(message):
             self._figure(kind, int(figure))
-        if self._file and severity in _SEVERITIES:
+        if self._file and (severity in _SEVERITIES or (self._layers and message.startswith(_LAYERS))):
             self._file.write(f"[{severity[0]}] {message}\n")
 
     def _figure(self, kind: str, figure: int) -> None:

@@ -79,7 +79,7 @@ def make_plan(job: BuildJob, file: BinaryIO, say: Say) -> Made:
     """Build the plan of `job` into `file` and return its figures; `say` receives the phases. Raises an SdxlTrtError."""
     say(BuildPhase(phase="loading TensorRT"))
     trt = tensorrt_module(job.flavour)
-    log = BuildLog(sys.stderr)
+    log = BuildLog(sys.stderr, layers=job.list_layers)
     rank = "" if job.lora_rank is None else f", LoRA rank {job.lora_rank}"
     what = f"{job.component}: {job.flavour} {library_version(trt)}, {job.flags}, profiles {job.profiles}{rank}"
     log.note("INFO", what)
@@ -96,6 +96,8 @@ def make_plan(job: BuildJob, file: BinaryIO, say: Say) -> Made:
     layers = parsed.network.num_layers
     allow_decomposition(trt, parsed.network)
     config = configure(trt, builder, job.flavour, job.flags)
+    if job.list_layers:
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # without it a layer's types are not told
     # It too must outlive the build.
     timing = TimingCache(config, job.timing_cache, log, shared=job.shared_cache) if job.timing_cache else None
     add_profiles(builder, config, parsed.network, job.profiles, job.lora_rank)

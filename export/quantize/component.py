@@ -16,6 +16,7 @@ from sdxl_trt.engines.bundle import (
     AdapterTable,
     Component,
     FileRecord,
+    Precision,
     Quantization,
 )
 from sdxl_trt.engines.host import atomic_write
@@ -26,7 +27,6 @@ from sdxl_trt.export.components import (
     RANGES_FILE,
     RECORD_FILE,
     SLOT_GRAPH_FILE,
-    ComponentPlan,
     file_record,
     save_graph,
 )
@@ -52,13 +52,13 @@ from sdxl_trt.export.verify import Call, measure
 
 @dataclass(frozen=True, kw_only=True)
 class EightBitJob:
-    """A component to quantize: its plan and key, its float record and folder, and the ranges of its activations.
+    """A component to quantize: its precision and key, its float record and folder, and the ranges of its activations.
 
     `calibration` says in words how the ranges were measured.
     """
 
     name: str
-    plan: ComponentPlan
+    precision: Precision
     key: str
     source: Component
     folder: Path
@@ -68,7 +68,7 @@ class EightBitJob:
     @property
     def scheme(self) -> Scheme:
         """Return the 8-bit format."""
-        return "fp8" if self.plan.precision == "fp8" else "int8"
+        return "fp8" if self.precision == "fp8" else "int8"
 
     def table(self) -> AdapterTable:
         """Return the table of the float component's tensors."""
@@ -114,7 +114,7 @@ def quantize_component(
     idle = (record for record in table.tensors if record.offset is None)
     component = msgspec.structs.replace(
         job.source,
-        precision=job.plan.precision,
+        precision=job.precision,
         graph=file_record(root, folder / GRAPH_FILE),
         weights=FileRecord(
             file=f"{folder.name}/{WEIGHTS_FILE}", size=weights.written.size, sha256=weights.written.sha256

@@ -72,7 +72,7 @@ def quantize_components(
         save_ranges(options.save, {name: (plans[name].digest, each) for name, each in ranges.items()})
     found, told_errors = dict[str, Component](), dict[str, object]()
     for name, component in floats.items():
-        job = EightBitJob(name=name, plan=plans[name], key=jobs[name].key, source=component,
+        job = EightBitJob(name=name, precision=plans[name].precision, key=jobs[name].key, source=component,
                           folder=_folder(root, component), ranges=ranges[name], calibration=told)  # fmt: skip
         excluded = dict.fromkeys(options.exclude, _BY_USER)
         errors = list(_errors(job, measured[name], excluded)) if name in measured and measured[name].calls else []

@@ -9,6 +9,7 @@ import pytest
 from sdxl_trt.benchmarks.full_size import build
 from sdxl_trt.benchmarks.full_size.build import Build, Report, bars, main, merged, table
 from sdxl_trt.benchmarks.full_size.build_cases import cases
+from sdxl_trt.benchmarks.full_size.layer_types import Count, LayerTypes
 from sdxl_trt.benchmarks.full_size.tensorrt_on_cpu import unavailable
 from sdxl_trt.engines.bundle.bundle import read_bundle
 from sdxl_trt.engines.errors import UsageError
@@ -33,12 +34,17 @@ def _build(activations: float = 300, plan: float = 1.02, anonymous: float = 2.2)
     )
 
 
+def _eight_bit(plan: float = 0.55, linears: float = 0.96, convolutions: float = 0.81, attentions: int = 70) -> Build:
+    shares = Count(700, 690, linears), Count(50, 38, convolutions), Count(70, attentions, attentions / 70)
+    return msgspec.structs.replace(_build(plan=1.02 * plan), layer_types=LayerTypes(*shares, fused_attentions=70))
+
+
 def _all_good() -> dict[str, Build]:
-    return {case.name: _build() for case in cases()}
+    return {case.name: _eight_bit() if case.export.eight_bit else _build() for case in cases()}
 
 
 def test_figures_within_their_bars_are_met() -> None:
-    assert [bar.met for bar in bars(_all_good())] == [True] * 11
+    assert [bar.met for bar in bars(_all_good())] == [True] * 25
 
 
 @pytest.mark.parametrize(
@@ -55,6 +61,11 @@ def test_figures_within_their_bars_are_met() -> None:
         ("VAE decoder bf16, as exported", _build(1501), [8]),
         ("VAE decoder fp32, as exported", _build(801), [9]),
         ("base UNet, dynamic", _build(9999, 9, 9), []),
+        ("base UNet INT8, static", _eight_bit(0.57), [11]),
+        ("base UNet INT8, static", _eight_bit(attentions=0), []),
+        ("base UNet FP8, static", _eight_bit(linears=0.94), [15]),
+        ("refiner UNet INT8, static", _eight_bit(convolutions=0.79), [20]),
+        ("refiner UNet FP8, static", _eight_bit(attentions=69), [24]),
     ],
 )
 def test_a_figure_over_its_bar_is_missed(name: str, worse: Build, missed: list[int]) -> None:
@@ -64,7 +75,9 @@ def test_a_figure_over_its_bar_is_missed(name: str, worse: Build, missed: list[i
 
 def test_a_build_that_did_not_run_is_not_measured() -> None:
     found = bars({"refiner UNet, static": _build()})
-    assert [bar.met for bar in found] == [None] * 3 + [True] * 3 + [None] * 5
+    assert [bar.met for bar in found] == [None] * 3 + [True] * 3 + [None] * 19
+    found = bars({"base UNet INT8, static": _eight_bit()})
+    assert [bar.met for bar in found[10:14]] == [None, None, True, True], "fp16's plan was not built"
 
 
 def test_names_differ_and_static_means_static() -> None:
@@ -77,11 +90,25 @@ def test_names_differ_and_static_means_static() -> None:
     assert str(found["refiner UNet, dynamic, batch 1:1:4"].axes[0]["rows"]) == "1:2:8"
 
 
+def test_a_pattern_without_a_plan_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--only", "base UNet INT4*", "--results", str(tmp_path / "x.json")])
+    assert "--only base UNet INT4*: the plans are base UNet, static; " in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_failure_is_in_the_table() -> None:
     report = Report({}, {}, False, {"a plan": _build()}, {"another": "it failed"}, [])
     text = table(report)
     assert "| a plan | rows 2 | 300 MB | 5.000 GB | 5.100 GB (1.020×) | 9 | 0.50 s | 80 s | 11.00 GB (2.20×)" in text
     assert "| another | failed: it failed |" in text
+
+
+def test_the_table_tells_what_computes_in_8_bits() -> None:
+    name = "refiner UNet FP8, static"
+    text = table(Report({}, {}, False, {name: _eight_bit()}, {}, []))
+    assert f"| {name} | 690 of 700 (96.0%) | 38 of 50 (81.0%) | 70 of 70 (100.0%) | 70 |" in text
+    assert "in 8 bits" not in table(Report({}, {}, False, {name: _build()}, {}, []))
 
 
 def _report(**builds: Build) -> Report:
@@ -105,8 +132,19 @@ def test_merged_results_keep_the_cases_that_did_not_run_again(tmp_path: Path) ->
     assert "| 80 s (50 s of CPU) |" in text
     assert "| 3.0 on 2030-01-02 |" in text
     other = msgspec.structs.replace(found, versions={"sdxl-trt": "2"})
-    with pytest.raises(UsageError, match="another machine, version or size"):
+    with pytest.raises(UsageError, match="another version or size"):
         merged(other, path)
+
+
+def test_a_build_on_another_machine_names_its_processor(tmp_path: Path) -> None:
+    path, elsewhere = tmp_path / "build.json", {"processor": "Q", "cores": 4}
+    static, ranged = "base UNet, static", "base UNet, dynamic"
+    path.write_bytes(msgspec.json.encode(_report(**{static: _build()})))
+    new = msgspec.structs.replace(_build(), measured="2030-01-02", load=1.0)
+    found = merged(msgspec.structs.replace(_report(**{ranged: new}), machine=elsewhere), path)
+    assert found.machine == _report().machine
+    assert found.builds == {static: _build(), ranged: msgspec.structs.replace(new, processor="Q, 4 cores")}
+    assert "| 1.0 on 2030-01-02, Q, 4 cores |" in table(found)
 
 
 @pytest.mark.skipif(bool(unavailable()), reason=f"no TensorRT parser: {unavailable()}")

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from sdxl_trt.benchmarks.full_size import build, export
-from sdxl_trt.benchmarks.measure.bars import Bar, at_most, bars_table, missed
+from sdxl_trt.benchmarks.measure.bars import Bar, at_least, at_most, bars_table, missed
 from sdxl_trt.benchmarks.measure.results import package_versions, results_parser, write_results
 
 
@@ -15,6 +15,13 @@ from sdxl_trt.benchmarks.measure.results import package_versions, results_parser
 )
 def test_a_figure_is_compared_with_its_limit(value: float | None, said: str, met: bool | None) -> None:
     assert at_most("a", value, 0.5, "0.5 s", lambda seconds: f"{seconds} s") == Bar("a", "<= 0.5 s", said, met)
+
+
+@pytest.mark.parametrize(
+    ("value", "said", "met"), [(0.5, "50%", True), (0.4, "40%", False), (None, "not measured", None)]
+)
+def test_a_share_is_compared_with_the_least(value: float | None, said: str, met: bool | None) -> None:
+    assert at_least("a", value, 0.5, "50%", lambda share: f"{share:.0%}") == Bar("a", ">= 50%", said, met)
 
 
 def test_a_missed_bar_is_bold_and_one_that_was_not_measured_is_not_missed() -> None:

@@ -149,6 +149,25 @@ def test_bytes_are_counted_once_and_embedding_tables_by_the_rows_read() -> None:
     assert (found.flops, found.weight_bytes, found.least_bytes) == (0, 8000, 24 + 24 + 24)
 
 
+def test_operands_in_8_bits_are_read_as_such_and_scores_stay_in_their_kernel() -> None:
+    """As in an attention in FP8, where TensorRT fuses the two products and the softmax."""
+    nodes = []
+    for source in ("x", "p"):
+        nodes.append(helper.make_node("QuantizeLinear", [source, "scale", "zero"], [f"{source}.narrow"]))
+        nodes.append(helper.make_node("DequantizeLinear", [f"{source}.narrow", "scale", "zero"], [f"{source}.wide"]))
+    nodes.insert(2, helper.make_node("MatMul", ["x.wide", "k"], ["s"]))
+    nodes.insert(3, helper.make_node("Softmax", ["s"], ["p"]))
+    nodes.append(helper.make_node("MatMul", ["p.wide", "v"], ["y"]))
+    held = [numpy_helper.from_array(np.array(1, np.float16), "scale"), numpy_helper.from_array(np.int8(0), "zero")]
+    shapes: dict[str, tuple[int, ...]] = {"x": (4, 8), "k": (8, 6), "v": (6, 5)}
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT16, shape) for name, shape in shapes.items()]
+    result = helper.make_tensor_value_info("y", TensorProto.FLOAT16, None)
+    graph = helper.make_graph(nodes, "g", ends, [result], held)
+    counts = count_model(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10), shapes)
+    assert counts.flops == 2 * 4 * 6 * (8 + 5)
+    assert counts.activation_bytes == 4 * 8 + 2 * (8 * 6 + 6 * 5 + 4 * 5)
+
+
 def test_the_embedded_bundle_is_counted() -> None:
     embedded = read_bundle(bundle_path())
     for name in embedded.manifest.components:

@@ -37,6 +37,16 @@ def test_the_file_gets_all_lines_except_verbose_ones() -> None:
     assert log.errors == ["a INTERNAL_ERROR", "a ERROR"]
 
 
+def test_the_file_gets_the_list_of_layers_on_demand() -> None:
+    """TensorRT logs it as a verbose message of many lines."""
+    for wanted in (True, False):
+        file = io.StringIO()
+        log = BuildLog(file, layers=wanted)
+        log.note("VERBOSE", "Registering layer: x")
+        log.note("VERBOSE", "Layers:\nName: x, LayerType: gemm")
+        assert file.getvalue() == ("[V] Layers:\nName: x, LayerType: gemm\n" if wanted else "")
+
+
 @pytest.mark.parametrize(
     "message",
     [
