@@ -44,8 +44,9 @@ def simulated(
     unsigned = cpu and scheme == "int8"
     layers = dict(_layers(graph, plan, quantization))
     if len(layers) != quantization.linears + quantization.convolutions:
-        raise CorruptError(f"{plan.source.where}: {quantization.linears} linear layers and {quantization.convolutions}"
-                           f" convolutions are recorded in 8 bits, of {len(layers)} in the model; export again")  # fmt: skip
+        count = quantization.linears + quantization.convolutions
+        raise CorruptError(f"{plan.source.where}: {count} layers are recorded in 8 bits, and {len(layers)} of the model"
+                           " are not excluded; export again")  # fmt: skip
     with contextlib.ExitStack() as stack:
         for name, layer in layers.items():
             _narrow(layer, name, ranges, scheme, stack, unsigned=unsigned)

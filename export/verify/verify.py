@@ -11,12 +11,15 @@ import gc
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 
+import msgspec
+
 from sdxl_trt.engines import numpy_dtype
 from sdxl_trt.engines.backends.ort import OrtEngine
 from sdxl_trt.engines.bundle import Bundle, verify_file
 from sdxl_trt.export.components import ComponentPlan, StagePlan
-from sdxl_trt.export.eight_bit import read_ranges
+from sdxl_trt.export.eight_bit import Ranges, read_ranges
 from sdxl_trt.export.graph import convert_module
+from sdxl_trt.export.verify.layers import check_layers
 from sdxl_trt.export.verify.overflow import watch_dtypes, watch_peaks
 from sdxl_trt.export.verify.recording import Call, Recording, RecordingSettings
 from sdxl_trt.export.verify.reference import load_reference, run_reference
@@ -56,7 +59,7 @@ def verify_bundle(
             results.rounded = _simulate(bundle, name, plan, results, progress, cpu=False)
             progress(name, "verifying: ONNX Runtime")
             results.onnx = _run_onnx(bundle, name, results.calls, standard=True)
-        parts[name] = judge(plan, results)
+        parts[name] = _with_layers(bundle, name, plan, judge(plan, results))
         if cpu_graph := record.cpu_graph:
             results.rounded = _simulate(bundle, name, plan, results, progress, cpu=True)
             progress(name, "verifying: ONNX Runtime, the graph for a CPU")
@@ -97,19 +100,34 @@ def _simulate(
     bundle: Bundle, name: str, plan: ComponentPlan, results: Results, progress: Progress, *, cpu: bool
 ) -> Sequence[Outputs]:
     """Return the outputs of an 8-bit component as PyTorch computes them; of any other those that are there."""
-    record = bundle.manifest.components[name]
-    if record.quantization is None or record.ranges is None:
+    quantization, ranges = bundle.manifest.components[name].quantization, _ranges(bundle, name)
+    if quantization is None or ranges is None:
         return results.rounded
     progress(name, f"verifying: PyTorch {plan.precision}")
-    verify_file(bundle.path(record.ranges), record.ranges)
-    ranges = read_ranges(bundle.path(record.ranges), name)
     graph = load_reference(plan)
     dtype = convert_module(graph, "fp32")
-    with simulated(graph, plan, record.quantization, ranges, cpu=cpu):
+    with simulated(graph, plan, quantization, ranges, cpu=cpu):
         found = [run_reference(graph, call.inputs, dtype) for call in results.calls]
     del graph
     gc.collect()
     return found
+
+
+def _with_layers(bundle: Bundle, name: str, plan: ComponentPlan, report: ComponentReport) -> ComponentReport:
+    """Return a component's report with what is wrong with its 8-bit layers, one by one."""
+    ranges = _ranges(bundle, name)
+    if ranges is None:
+        return report
+    found = check_layers(bundle.root, bundle.manifest.components[name], plan, ranges)
+    return msgspec.structs.replace(report, failures=(*report.failures, *found))
+
+
+def _ranges(bundle: Bundle, name: str) -> Ranges | None:
+    record = bundle.manifest.components[name].ranges
+    if record is None:
+        return None
+    verify_file(bundle.path(record), record)
+    return read_ranges(bundle.path(record), name)
 
 
 def _ordered(
