@@ -59,6 +59,8 @@ def drawing_of(stages: Mapping[str, StagePlan], options: CalibrationOptions, *, 
     native = base.models["unet"].config["sample_size"] or 128
     native = native if isinstance(native, int) else native[0]
     side = (min(_SMALL_SIDE // factor, native) if large else native) if options.size is None else options.size // factor
+    multiple = max(2 ** int(stage.models["unet"].module.num_upsamplers) for stage in stages.values())
+    side = -(-side // multiple) * multiple  # as a recording does, so that what is told is what is drawn
     last = len(prompts)
     return RecordingSettings(
         prompts=(*prompts, ""),
@@ -100,7 +102,8 @@ def measure_activations(
         place, plan = located[name], plans[name]
         if not place.watched:
             progress(name, "drawing")
-            with GraphSession(_graph(place), place.folder) as session:
+            basic = place.component.precision == "fp8"
+            with GraphSession(_graph(place), place.folder, basic=basic) as session:
                 outputs = [spec.name for spec in place.component.outputs]
                 recording.calls(name, plan, lambda inputs, s=session, o=outputs: s.run(inputs, o))  # type: ignore[misc]
         else:
