@@ -213,7 +213,10 @@ def eight_bit_bundle(
 
 @pytest.fixture(scope="session")
 def fp8_bundle(
-    tmp_path_factory: pytest.TempPathFactory, pairs: Callable[[str], Pair], convert_once: Convert, eight_bit_bundle: Path
+    tmp_path_factory: pytest.TempPathFactory,
+    pairs: Callable[[str], Pair],
+    convert_once: Convert,
+    eight_bit_bundle: Path,
 ) -> Path:
     """Return a bundle of the same pair and ranges whose UNets compute in FP8: do not change it."""
 
