@@ -7,6 +7,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 
@@ -117,7 +118,7 @@ def test_a_convolutions_bias_is_int32_in_units_of_both_scales(
 def test_half_of_a_scale_lies_where_half_of_the_vector_does(tmp_path: Path) -> None:
     values = np.arange(6, dtype=np.float32)
     (tmp_path / "weights.data").write_bytes(bytes(64) + values.tobytes())
-    whole = store.Stored(64, store.ir.DataType.FLOAT, (6,))
+    whole = store.Stored(64, ir.DataType.FLOAT, (6,))
     assert np.array_equal(_read(tmp_path, whole.part(0)), values[:3])
     assert np.array_equal(_read(tmp_path, whole.part(1)), values[3:])
 

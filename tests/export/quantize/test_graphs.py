@@ -113,9 +113,9 @@ def _errors(model: ir.Model, folder: Path, floats: dict[str, Any], inputs: Any, 
     errors = {}
     for module, (layer, source) in layers.items():
         weight, bias = floats[f"{module}.weight"], floats.get(f"{module}.bias")
-        expected = _textbook(layer, values[source.name], weight, bias, ranges,
+        expected = _textbook(layer, values[str(source.name)], weight, bias, ranges,
                              scheme, cpu=cpu)  # fmt: skip
-        errors[module] = _distance(values[layer.result.name], expected)
+        errors[module] = _distance(values[str(layer.result.name)], expected)
     return errors
 
 
@@ -170,16 +170,13 @@ def _scale_times_two(model: ir.Model) -> None:
 
 
 def _zero_point_off_by_one(model: ir.Model) -> None:
-    node = next(
-        node for node in model.graph if node.op_type == "DequantizeLinear" and not node.inputs[0].is_initializer()
-    )
-    zero = node.inputs[2]
-    assert zero is not None
-    assert zero.const_value is not None
-    wrong = ir.tensor((zero.const_value.numpy() + 1).astype(zero.const_value.numpy().dtype), name="wrong")
-    value = ir.Value(name="wrong", const_value=wrong)
+    """Only where a number is dequantized: off by one in both places, it would cancel out."""
+    layer, _ = next(iter(_quantized_layers(model).values()))
+    made = layer.node.inputs[0].producer()
+    zero = made.inputs[2].const_value.numpy()
+    value = ir.Value(name="wrong", const_value=ir.tensor((zero + 1).astype(zero.dtype), name="wrong"))
     model.graph.register_initializer(value)
-    node.replace_input_with(2, value)
+    made.replace_input_with(2, value)
 
 
 def _scales_of_two_layers_swapped(model: ir.Model) -> None:

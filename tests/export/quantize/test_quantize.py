@@ -16,7 +16,7 @@ from sdxl_trt.export import Options, export_bundle, exporter
 from sdxl_trt.export.components import CalibrationOptions
 from sdxl_trt.export.exporter import plan_export
 from sdxl_trt.export.output.staging import partial_folder
-from sdxl_trt.export.quantize import quantize
+from sdxl_trt.export.quantize import component, quantize
 
 QUICK: Any = {"prompts": ("a red fox",), "steps": (2, 1)}
 
@@ -25,7 +25,7 @@ QUICK: Any = {"prompts": ("a red fox",), "steps": (2, 1)}
 def quantized(monkeypatch: pytest.MonkeyPatch, converted_once: None) -> list[str]:
     """The names of the components that were quantized; put "!name" in the list to interrupt that one."""
     calls: list[str] = []
-    real = quantize.quantize_component
+    real = component.quantize_component
 
     def run(job: Any, root: Path, *rest: Any, name: str | None = None) -> Any:
         if f"!{job.name}" in calls:
@@ -179,3 +179,14 @@ def test_a_key_covers_all_that_determines_8_bit_files(
     for name in usual:
         assert len({each[name] for each in found}) == (len(found) if name in ("unet", "vae_decoder") else 1), name
     assert list(tmp_path.iterdir()) == [copied]
+
+
+def test_a_kept_component_is_planned_as_what_it_is(pairs: Callable[[str], Any], eight_bit_bundle: Path) -> None:
+    """Whatever the other components are exported in: verification needs the precision of its other layers."""
+    pair = pairs("outline")
+    options = Options(precision="fp32", components=frozenset({"vae_encoder"}))
+    jobs = plan_export(pair.base, pair.refiner, eight_bit_bundle, options).jobs
+    told = {name: (job.action, job.plan.precision, job.plan.floats) for name, job in jobs.items()}
+    assert told["unet"] == told["refiner_unet"] == ("keep", "int8", "fp16")
+    assert told["vae_decoder"] == ("keep", "int8", "fp32")
+    assert told["text_encoder"] == ("keep", "fp16", None)
