@@ -20,8 +20,15 @@ from sdxl_trt.engines.bundle import (
 )
 from sdxl_trt.engines.host import atomic_write
 from sdxl_trt.engines.plans import ADAPTED
-from sdxl_trt.export.components import RECORD_FILE, ComponentPlan, file_record, save_graph
-from sdxl_trt.export.components.convert import CPU_GRAPH_FILE, GRAPH_FILE, SLOT_GRAPH_FILE
+from sdxl_trt.export.components import (
+    CPU_GRAPH_FILE,
+    GRAPH_FILE,
+    RECORD_FILE,
+    SLOT_GRAPH_FILE,
+    ComponentPlan,
+    file_record,
+    save_graph,
+)
 from sdxl_trt.export.eight_bit import (
     EightBitWeights,
     Layer,

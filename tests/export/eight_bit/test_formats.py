@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
@@ -28,6 +28,7 @@ def _ml_dtypes(narrow: torch.Tensor) -> Any:
 
 @schemes
 @pytest.mark.parametrize("axis", [0, 1, 2])
+@settings(max_examples=30)
 @given(weight=WEIGHTS)
 @example(weight=np.zeros((3, 4, 2), np.float32))
 @example(weight=np.full((3, 4, 2), 1e-30, np.float32))
@@ -62,6 +63,7 @@ def test_a_scale_is_large_enough_for_its_bias_in_int32(weight: Any, bias: Any, s
 
 
 @schemes
+@settings(max_examples=50)
 @given(span=SPANS)
 @example(span=(0.0, 0.0))
 @example(span=(-(2.0**15), 0.0))
@@ -73,6 +75,7 @@ def test_activations_within_a_range_are_not_cut_off(scheme: Scheme, span: tuple[
     assert float(scale) <= max(max(map(abs, span)) / LARGEST[scheme] * (1 + 2**-4), 2.0**-20)  # and not wider
 
 
+@settings(max_examples=50)
 @given(span=SPANS)
 @example(span=(0.0, 0.0))
 @example(span=(3.0, 5.0))
