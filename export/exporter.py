@@ -56,7 +56,7 @@ from sdxl_trt.export.output import (
     take_over,
     take_over_plans,
 )
-from sdxl_trt.export.quantize import load_ranges, quantize_components
+from sdxl_trt.export.quantize import check_calibration, quantize_components
 from sdxl_trt.export.sources import (
     ControlNetSource,
     PipelineSource,
@@ -201,9 +201,8 @@ def planned(base: Path | str, refiner: Path | str | None, out: Path, options: Op
         add_controlnets(components, stages["base"], _open_controlnets(sources[0], options), log.warning)
         calibration = options.calibration or CalibrationOptions()
         components = with_recipes(components, calibration)
-        if calibration.file is not None:  # raises before anything is written
-            load_ranges(calibration.file, {name: each.digest for name, each in components.items() if each.eight_bit})
         jobs = plan_jobs(components, previous, out, options)
+        check_calibration(calibration, components, jobs, out)
         yield ExportPlan(
             base=sources[0],
             refiner=sources[1],

@@ -132,7 +132,7 @@ def convert_once(tmp_path_factory: pytest.TempPathFactory, translations_once: No
     A component's key covers everything that determines its files, so converting it again would test nothing new.
     """
 
-    def convert(name: str, plan: Any, key: str, root: Path, *rest: Any) -> Any:
+    def convert(name: str, plan: Any, key: str, root: Path, *rest: Any, into: str | None = None) -> Any:
         import msgspec
 
         from sdxl_trt.export.components import convert as conversion
@@ -141,10 +141,12 @@ def convert_once(tmp_path_factory: pytest.TempPathFactory, translations_once: No
             conversion.convert_component(name, plan, key, root, *rest)
             shutil.copytree(root / name, folder / name)
 
-        kept = _shared(tmp_path_factory, f"{name}-{key[:16]}", make)
-        shutil.rmtree(root / name, ignore_errors=True)
-        shutil.copytree(kept / name, root / name)
-        found = conversion.finished(root, name, key)
+        kept, target = _shared(tmp_path_factory, f"{name}-{key[:16]}", make), into or name
+        shutil.rmtree(root / target, ignore_errors=True)
+        shutil.copytree(kept / name, root / target)
+        record = root / target / conversion.RECORD_FILE
+        record.write_text(record.read_text().replace(f'"{name}/', f'"{target}/'))
+        found = conversion.finished(root, target, key)
         assert found is not None
         source, config = conversion.component_source(plan), conversion.kept_config(plan)
         return msgspec.structs.replace(found, source=source, config=config)  # as the exporter does when it resumes
@@ -158,6 +160,15 @@ def converted_once(convert_once: Convert, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("sdxl_trt.export.exporter.convert_component", convert_once)
 
 
+def _export_with(convert: Convert, pair: Pair, out: Path, **options: Any) -> None:
+    """Export a pair, with components that any test process has converted before."""
+    from sdxl_trt.export import Options, export_bundle
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sdxl_trt.export.exporter.convert_component", convert)
+        export_bundle(pair.base, pair.refiner, out, Options(**options))
+
+
 @pytest.fixture(scope="session")
 def pairs(tmp_path_factory: pytest.TempPathFactory, convert_once: Convert) -> Callable[[str], Pair]:
     """Return a function from a name in small_models' SHAPES to its Pair, made once."""
@@ -169,18 +180,53 @@ def pairs(tmp_path_factory: pytest.TempPathFactory, convert_once: Convert) -> Ca
         folder = _shared(tmp_path_factory, name, lambda folder: make_pair(folder, shape))
 
         def make(bundle: Path) -> None:
-            from sdxl_trt.export import Options, export_bundle
-
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("sdxl_trt.export.exporter.convert_component", convert_once)
-                export_bundle(folder / "base", folder / "refiner", bundle / "bundle", Options(precision="fp32"))
+            _export_with(convert_once, pair, bundle / "bundle", precision="fp32")
 
         def export() -> Path:
             return _shared(tmp_path_factory, f"{name}-bundle", make) / "bundle"
 
-        return Pair(name, shape, folder / "base", folder / "refiner", export)
+        pair = Pair(name, shape, folder / "base", folder / "refiner", export)
+        return pair
 
     return get
+
+
+@pytest.fixture(scope="session")
+def eight_bit_bundle(
+    tmp_path_factory: pytest.TempPathFactory, pairs: Callable[[str], Pair], convert_once: Convert
+) -> Path:
+    """Return a bundle of the pair "outline" whose UNets and decoder compute in int8: do not change it.
+
+    ``ranges.npz`` beside it has its ranges, ``report.json`` its layers' errors.
+    """
+
+    def make(folder: Path) -> None:
+        from sdxl_trt.export.components import CalibrationOptions
+
+        calibration = CalibrationOptions(prompts=("a red fox",), steps=(2, 1), save=folder / "ranges.npz",
+                                         report=folder / "report.json")  # fmt: skip
+        _export_with(convert_once, pairs("outline"), folder / "bundle", precision="int8", vae_precision="int8",
+                     calibration=calibration)  # fmt: skip
+
+    return _shared(tmp_path_factory, "eight-bit", make) / "bundle"
+
+
+@pytest.fixture(scope="session")
+def fp8_bundle(
+    tmp_path_factory: pytest.TempPathFactory,
+    pairs: Callable[[str], Pair],
+    convert_once: Convert,
+    eight_bit_bundle: Path,
+) -> Path:
+    """Return a bundle of the same pair and ranges whose UNets compute in FP8: do not change it."""
+
+    def make(folder: Path) -> None:
+        from sdxl_trt.export.components import CalibrationOptions
+
+        calibration = CalibrationOptions(file=eight_bit_bundle.parent / "ranges.npz")
+        _export_with(convert_once, pairs("outline"), folder / "bundle", precision="fp8", calibration=calibration)
+
+    return _shared(tmp_path_factory, "fp8", make) / "bundle"
 
 
 @pytest.fixture(scope="session")

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdxl_trt.engines import UsageError, explain_os_error
-from sdxl_trt.engines.host import option_type
+from sdxl_trt.engines import UsageError
+from sdxl_trt.engines.host import option_type, read_capped
 
 if TYPE_CHECKING:
     from sdxl_trt.export.components import CalibrationOptions
@@ -58,15 +58,7 @@ def calibration_options(arguments: argparse.Namespace) -> "CalibrationOptions | 
 def _read_prompts(path: Path) -> tuple[str, ...]:
     """Return the lines of a file that are not empty."""
     try:
-        with path.open("rb") as file:
-            content = file.read(_MOST_BYTES + 1)
-    except OSError as exc:
-        raise explain_os_error(exc, f"reading --calibration {path}") from exc
-    if len(content) > _MOST_BYTES:
-        raise UsageError(f"--calibration {path}: larger than {_MOST_BYTES >> 20} MiB; a dozen prompts are enough, one"
-                         " per line")  # fmt: skip
-    try:
-        lines = content.decode("utf-8-sig").splitlines()
+        lines = read_capped(path, _MOST_BYTES, "--calibration").decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as exc:
         raise UsageError(f"--calibration {path}: is not UTF-8 text ({exc.reason}); write one prompt per line, or give"
                          f" a file of ranges, whose name ends with {_RANGES}") from exc  # fmt: skip

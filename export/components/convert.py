@@ -1,7 +1,11 @@
 """Convert one component: trace it, simplify the graph, stream the weights; or find the component finished."""
 
 __all__ = [
+    "CPU_GRAPH_FILE",
+    "GRAPH_FILE",
     "RECORD_FILE",
+    "REVISION",
+    "SLOT_GRAPH_FILE",
     "component_key",
     "component_source",
     "convert_component",

@@ -3,7 +3,7 @@
 __all__ = ["ExportJob", "plan_jobs"]
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -75,7 +75,8 @@ def _kept(name: str, plan: ComponentPlan, previous: Bundle) -> ExportJob:
         raise UsageError(f"--components: {name} in {previous.root} comes from another model or has other LoRAs; list"
                          " it too, or export everything")  # fmt: skip
     sound_component(previous, component)
-    return ExportJob(replace(plan, precision=component.precision), component.key, "keep", component)
+    floats = component.float_precision if component.eight_bit else None
+    return ExportJob(plan.revised(precision=component.precision, floats=floats), component.key, "keep", component)
 
 
 def _job(name: str, plan: ComponentPlan, previous: Bundle | None, out: Path, options: Options) -> ExportJob:

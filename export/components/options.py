@@ -2,6 +2,7 @@
 
 __all__ = ["COMPONENTS", "CalibrationOptions", "Options", "VaePrecision"]
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ Floats = Literal["fp32", "fp16", "bf16"]
 _FLOATS: dict[str, Floats] = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16", "int8": "fp16", "fp8": "fp16"}
 _MOST_STEPS = 1000
 _LEAST_SIZE, _MOST_SIZE = 64, 4096
+_MOST_PROMPTS = 1000
+_RANGES = ".npz"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +49,22 @@ class CalibrationOptions:
     def __post_init__(self) -> None:
         if self.prompts is not None and not any(prompt.strip() for prompt in self.prompts):
             raise UsageError("--calibration: the list of prompts is empty; write one prompt per line")
+        if self.prompts is not None and len(self.prompts) > _MOST_PROMPTS:
+            raise UsageError(f"--calibration: {len(self.prompts)} prompts; give {_MOST_PROMPTS} at most, a dozen is"
+                             " enough")  # fmt: skip
         if self.size is not None and not _LEAST_SIZE <= self.size <= _MOST_SIZE:
             raise UsageError(f"--calibration-size {self.size}: give {_LEAST_SIZE} to {_MOST_SIZE} pixels")
         if self.steps is not None and not all(1 <= count <= _MOST_STEPS for count in self.steps):
             raise UsageError(f"--calibration-steps {self.steps[0]}:{self.steps[1]}: give at least one step of the base"
                              f" and one of the refiner, {_MOST_STEPS} at most")  # fmt: skip
+        if self.min_psnr is not None and not (math.isfinite(self.min_psnr) and self.min_psnr > 0):
+            raise UsageError(f"--min-psnr {self.min_psnr:g}: give decibels above 0, for example 40")
+        if self.save is not None and self.save.suffix != _RANGES:
+            raise UsageError(f"--save-calibration {self.save}: the name of a file of ranges ends with {_RANGES}; write"
+                             f" {self.save.with_suffix(_RANGES)}")  # fmt: skip
+        if self.file is not None and self.save is not None:
+            raise UsageError(f"--save-calibration {self.save}: nothing is measured, since --calibration {self.file} has"
+                             " the ranges already; leave one of them out")  # fmt: skip
         if self.file is not None and (self.prompts or self.size or self.steps):
             raise UsageError(f"--calibration {self.file}: has ranges that were measured before, so prompts, size and"
                              " steps have no effect; leave them out")  # fmt: skip
@@ -123,9 +137,13 @@ class Options:
         unknown = sorted(name for name in given - set(COMPONENTS) if not _CONTROLNET.fullmatch(name))
         if unknown or (self.components is not None and not self.components):
             raise UsageError(f"--components {','.join(unknown)}: choose from {', '.join(COMPONENTS)}, controlnet")
-        if self.precision in EIGHT_BIT and self.controlnets:
-            raise UsageError(f"--{self.precision} with --controlnet: the ranges are measured without a ControlNet;"
-                             " export with --fp16")  # fmt: skip
+        if self.eight_bit and self.controlnets:
+            given_as = f"--{self.precision}" if self.precision in EIGHT_BIT else "--vae-precision int8"
+            raise UsageError(f"{given_as} with --controlnet: the ranges are measured without a ControlNet; export with"
+                             " --fp16")  # fmt: skip
+        if self.eight_bit and self.floats == "bf16":
+            raise UsageError("--bf16 with --vae-precision int8: ranges are measured on ONNX Runtime's CPU provider,"
+                             " which has no bf16; export with --fp16")  # fmt: skip
         if self.calibration is not None and not self.eight_bit:
             raise UsageError("--calibration and the options beside it apply to 8 bits; add --int8, --fp8 or"
                              " --vae-precision int8")  # fmt: skip

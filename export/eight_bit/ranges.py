@@ -29,7 +29,10 @@ class Ranges:
     spans: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def include(self, name: str, low: float, high: float) -> None:
-        """Widen the range of a value. Raises CorruptError for NaN and infinity."""
+        """Widen the range of a value. Raises CorruptError for NaN and infinity.
+
+        The outputs below show infinity only: ONNX Runtime's ReduceMin and ReduceMax ignore NaN.
+        """
         if not (np.isfinite(low) and np.isfinite(high) and low <= high):
             raise CorruptError(f"{self.component}: {name} holds NaN or infinity while the ranges are measured; the"
                                " checkpoint or the prompts are damaged")  # fmt: skip

@@ -79,10 +79,8 @@ def layer_error(
 
 def _apply(layer: Layer, source: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if layer.kind == "convolution":
-        strides, pads = (layer.node.attributes.get_ints(name) for name in ("strides", "pads"))
-        return torch.nn.functional.conv2d(
-            source, weight, stride=list(strides or [1, 1]), padding=tuple(pads or [0, 0])[:2]
-        )
+        strides, pads = (list(layer.node.attributes.get_ints(name) or ()) for name in ("strides", "pads"))
+        return torch.nn.functional.conv2d(source, weight, stride=strides or 1, padding=pads[:2] or 0)
     return source @ (weight if layer.axis == 1 else weight.T)
 
 

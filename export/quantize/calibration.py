@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from sdxl_trt.engines import Array
+from sdxl_trt.engines import Array, CorruptError
 from sdxl_trt.engines.bundle import Component
 from sdxl_trt.export.components import RUN_ORDER, CalibrationOptions, ComponentPlan, StagePlan
 from sdxl_trt.export.eight_bit import Ranges, add_range_outputs, add_sample_outputs, compute_in_fp32, find_layers
@@ -59,6 +59,8 @@ def drawing_of(stages: Mapping[str, StagePlan], options: CalibrationOptions, *, 
     native = base.models["unet"].config["sample_size"] or 128
     native = native if isinstance(native, int) else native[0]
     side = (min(_SMALL_SIDE // factor, native) if large else native) if options.size is None else options.size // factor
+    multiple = max(2 ** int(stage.models["unet"].module.num_upsamplers) for stage in stages.values())
+    side = -(-side // multiple) * multiple  # as a recording does, so that what is told is what is drawn
     last = len(prompts)
     return RecordingSettings(
         prompts=(*prompts, ""),
@@ -100,13 +102,18 @@ def measure_activations(
         place, plan = located[name], plans[name]
         if not place.watched:
             progress(name, "drawing")
-            with GraphSession(_graph(place), place.folder) as session:
-                outputs = [spec.name for spec in place.component.outputs]
-                recording.calls(name, plan, lambda inputs, s=session, o=outputs: s.run(inputs, o))  # type: ignore[misc]
+            _draw(name, plan, place, recording)
         else:
             found[name] = _watch(name, plan, place, recording, progress, sampled=sampled)
         gc.collect()
     return found
+
+
+def _draw(name: str, plan: ComponentPlan, place: Located, recording: Recording) -> None:
+    """Run a component on its part of the drawing."""
+    outputs = [spec.name for spec in place.component.outputs]
+    with GraphSession(_graph(place), place.folder, basic=place.component.precision == "fp8") as session:
+        recording.calls(name, plan, lambda inputs: _finite(name, session.run(inputs, outputs)))
 
 
 def _watch(
@@ -129,7 +136,7 @@ def _watch(
         wanted = [*outputs, *extremes.names, *(dict.fromkeys(samples.values()) if done in kept else ())]
         results = session.run(inputs, wanted)
         extremes.record(results, seen.ranges)
-        made = {output: results[output] for output in outputs}
+        made = _finite(name, {output: results[output] for output in outputs})
         if done in kept:
             seen.calls.append(Call(f"call {done + 1}", dict(inputs), made))
             for module, sample in samples.items():
@@ -140,6 +147,18 @@ def _watch(
     with GraphSession(model, place.folder) as session:
         recording.calls(name, plan, run)
     return seen
+
+
+def _finite(name: str, outputs: dict[str, Array]) -> dict[str, Array]:
+    """Return `outputs`. Raises CorruptError for NaN and infinity.
+
+    NaN reaches the outputs from wherever it arises; ONNX Runtime's ReduceMin and ReduceMax ignore it.
+    """
+    for output, value in outputs.items():
+        if not np.isfinite(value).all():
+            raise CorruptError(f"{name}: {output} holds NaN or infinity while the ranges are measured; the checkpoint"
+                               " is damaged, or its activations overflow fp16")  # fmt: skip
+    return outputs
 
 
 def _graph(place: Located) -> ir.Model:

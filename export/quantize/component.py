@@ -142,14 +142,16 @@ def quantize_component(
 
 
 def step_psnr(folder: Path, scheme: Scheme, calls: Sequence[Call]) -> float:
-    """Return the lowest PSNR, in dB, of the 8-bit component in `folder` against its recorded float calls."""
+    """Return the lowest PSNR, in dB, of the 8-bit component in `folder` against its recorded float calls.
+
+    It is infinite if all are equal, and minus infinity if the component computes NaN or infinity.
+    """
     lowest = float("inf")
     with GraphSession(ir.load(folder / CPU_GRAPH_FILE), folder, basic=scheme == "fp8") as session:
         for call in calls:
             found = session.run(call.inputs, list(call.outputs))
             for output, exact in call.outputs.items():
-                psnr = measure(output, found[output], exact).psnr
-                lowest = min(lowest, float("inf") if psnr is None else psnr)
+                lowest = min(lowest, measure(output, found[output], exact).rank)
     return lowest
 
 

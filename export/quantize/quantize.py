@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from sdxl_trt.engines import UsageError, explain_os_error
+from sdxl_trt.engines import CorruptError, UsageError, explain_os_error
 from sdxl_trt.engines.bundle import WEIGHT, Component
 from sdxl_trt.engines.host import atomic_write
 from sdxl_trt.export.components import CalibrationOptions, ExportJob, ProgressTracker, StagePlan
@@ -83,6 +83,9 @@ def quantize_components(
         found[name] = quantize_component(job, root, excluded, report.written)
         if options.report is not None:
             psnr = step_psnr(root / name, job.scheme, measured[name].calls)
+            if psnr == -math.inf:
+                raise CorruptError(f"{name}: computes NaN or infinity in {plans[name].precision}; measure its ranges on"
+                                   " other prompts, or export with --fp16")  # fmt: skip
             told_errors[name] = _told(errors, found[name], psnr)
     if options.report is not None:
         _write_report(options.report, told_errors)

@@ -3,7 +3,9 @@
 __all__ = ["load_ranges", "save_ranges"]
 
 import io
+import lzma
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,6 +16,9 @@ from sdxl_trt.engines.host import atomic_write, one_line
 from sdxl_trt.export.eight_bit import Ranges
 
 _MOST_BYTES = 64 << 20
+# What zipfile, its decompressors and numpy raise for damaged content: besides their own, RuntimeError for an encrypted
+# member or an unknown compression, MemoryError for an array that states a shape of petabytes.
+_DAMAGES = (ValueError, EOFError, KeyError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
 _DIGEST, _NAMES, _SPANS = "digest", "names", "spans"
 
 
@@ -46,6 +51,8 @@ def load_ranges(path: Path, wanted: Mapping[str, str]) -> dict[str, Ranges]:
             stated, names, spans = (arrays[f"{name}/{part}"] for part in (_DIGEST, _NAMES, _SPANS))
         except KeyError:
             raise UsageError(f"{told}: has no ranges of {name}; measure them: give prompts instead") from None
+        if not all(isinstance(part, np.ndarray) for part in (stated, names, spans)):
+            raise CorruptError(f"{told}: the ranges of {name} are no arrays; measure them again")
         if str(stated) != digest:
             raise UsageError(f"{told}: the ranges of {name} were measured on another model, or with other LoRAs; give"
                              " prompts instead, or the model they belong to")  # fmt: skip
@@ -72,6 +79,6 @@ def _read(path: Path, told: str) -> dict[str, np.ndarray]:
             return {name: content[name] for name in content.files}
     except OSError as exc:
         raise explain_os_error(exc, f"reading {told}") from exc
-    except (ValueError, zipfile.BadZipFile, EOFError, KeyError, NotImplementedError) as exc:
+    except _DAMAGES as exc:
         raise CorruptError(f"{told}: is no file of ranges that --save-calibration wrote"
                            f" ({one_line(str(exc))[:120]})") from exc  # fmt: skip

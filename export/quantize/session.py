@@ -44,6 +44,7 @@ class GraphSession:
         try:
             self._session: Any = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         except Exception as exc:  # ONNX Runtime's exceptions have no common class
+            self._weights.close()
             raise EngineError(f"{folder.name}: ONNX Runtime refuses the graph ({one_line(str(exc))[:300]})") from exc
         self._dtypes = {value.name: _DTYPES[value.type] for value in self._session.get_inputs()}
 

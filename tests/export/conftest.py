@@ -199,3 +199,19 @@ def to_ldm() -> Callable[[dict[str, State], str, int, int], State]:
 
 def _save_tensors(tensors: State, path: Path) -> None:
     save_file({name: tensor.clone() for name, tensor in tensors.items()}, path)
+
+
+@pytest.fixture
+def unet_inputs() -> Callable[[int], dict[str, NDArray[np.float32]]]:
+    """Return a function from a seed to inputs of the base's UNet of the pair "outline"."""
+
+    def draw(seed: int) -> dict[str, NDArray[np.float32]]:
+        rng = np.random.default_rng(seed)
+        shapes = {"sample": (2, 4, 16, 16), "encoder_hidden_states": (2, 77, 80), "text_embeds": (2, 48)}
+        return {
+            **{name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()},
+            "timestep": np.full(2, rng.uniform(1, 999), np.float32),
+            "time_ids": np.array([[128, 128, 0, 0, 128, 128]] * 2, np.float32),
+        }
+
+    return draw
