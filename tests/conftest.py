@@ -243,7 +243,7 @@ def controlled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def eight_bit_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def partly_int8_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the embedded bundle with some layers of its UNets in int8: do not change it."""
     from small_models.eight_bit import make_eight_bit
 

@@ -37,8 +37,8 @@ PLAIN = read_bundle(bundle_path())
 
 
 @pytest.fixture(scope="module")
-def bundle(eight_bit_bundle: Path) -> Bundle:
-    return read_bundle(eight_bit_bundle)
+def bundle(partly_int8_bundle: Path) -> Bundle:
+    return read_bundle(partly_int8_bundle)
 
 
 @pytest.fixture

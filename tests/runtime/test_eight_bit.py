@@ -32,16 +32,16 @@ def _latents(bundle: Path, provider: str, *requests: Request) -> list[np.ndarray
 
 
 def test_a_lora_of_an_8_bit_unet_is_refused_before_anything_is_loaded(
-    eight_bit_bundle: Path, make_lora: MakeLora, tmp_path: Path, fails: Callable[..., str]
+    partly_int8_bundle: Path, make_lora: MakeLora, tmp_path: Path, fails: Callable[..., str]
 ) -> None:
     lora = make_lora(tmp_path / "ink.safetensors")
     own = make_lora(tmp_path / "own.safetensors", "unet", refiner=True)
-    with open_bundle(eight_bit_bundle, provider="ort-cpu") as pipeline:
+    with open_bundle(partly_int8_bundle, provider="ort-cpu") as pipeline:
         for request in (_with(lora), replace(SMALL, handoff=0.5, refiner_loras=(LoraUse(str(own)),))):
             with pytest.raises(IncompatibleError, match=REFUSED):
                 Batch(pipeline, [SMALL, request])
         assert pipeline.pool.loads == []
-    argv = ["a red star", "--engines", str(eight_bit_bundle), "--provider", "ort-cpu", "--lora", str(lora)]
+    argv = ["a red star", "--engines", str(partly_int8_bundle), "--provider", "ort-cpu", "--lora", str(lora)]
     line = fails(trt_generate, argv, 3)
     assert line.startswith(
         f"error: unet is int8, and {REFUSED}; fuse them at export (export-engines --lora FILE --int8)"
@@ -49,19 +49,19 @@ def test_a_lora_of_an_8_bit_unet_is_refused_before_anything_is_loaded(
 
 
 def test_a_lora_of_text_encoders_works_beside_8_bit_unets(
-    eight_bit_bundle: Path, make_lora: MakeLora, tmp_path: Path
+    partly_int8_bundle: Path, make_lora: MakeLora, tmp_path: Path
 ) -> None:
     words = make_lora(tmp_path / "words.safetensors", "text_encoder", "text_encoder_2")
-    plain, worn = _latents(eight_bit_bundle, "ort-cpu", SMALL, _with(words))
+    plain, worn = _latents(partly_int8_bundle, "ort-cpu", SMALL, _with(words))
     (floats,) = _latents(bundle_path(), "ort-cpu", _with(words))
     assert 0 < np.linalg.norm(worn - floats) < 0.1 * np.linalg.norm(worn - plain)
 
 
 def test_the_slots_of_an_8_bit_unet_take_loras(
-    eight_bit_bundle: Path, make_lora: MakeLora, tmp_path: Path, simulated: Any
+    partly_int8_bundle: Path, make_lora: MakeLora, tmp_path: Path, simulated: Any
 ) -> None:
     lora = make_lora(tmp_path / "ink.safetensors")
-    planned = simulated.bundle(eight_bit_bundle, tmp_path / "planned", lora_rank=4)
+    planned = simulated.bundle(partly_int8_bundle, tmp_path / "planned", lora_rank=4)
     plain, worn = _latents(Path(planned), "tensorrt", SMALL, _with(lora))
     (floats,) = _latents(bundle_path(), "ort-cpu", _with(lora))
     bias = tmp_path / "bias.safetensors"

@@ -108,9 +108,9 @@ def test_a_bundle_is_counted_instead_of_sdxl() -> None:
     assert {part.rate for part in found.parts} == {"fp16"}
 
 
-def test_8_bits_have_their_rate_and_attention_that_of_the_floats(eight_bit_bundle: Path, tmp_path: Path) -> None:
+def test_8_bits_have_their_rate_and_attention_that_of_the_floats(partly_int8_bundle: Path, tmp_path: Path) -> None:
     sides = {"height": 128, "width": 128}
-    found, plain = (run_estimate("4090", engines=each, **sides) for each in (eight_bit_bundle, bundle_path()))
+    found, plain = (run_estimate("4090", engines=each, **sides) for each in (partly_int8_bundle, bundle_path()))
     rates = {part.name: part.rate for part in found.parts}
     assert rates["base UNet step"] == rates["refiner UNet step"] == "eight_bit"
     assert rates["VAE decoder"] == "fp16"
@@ -121,7 +121,7 @@ def test_8_bits_have_their_rate_and_attention_that_of_the_floats(eight_bit_bundl
         expected = (part.counts.flops - attention) / getattr(found.gpu, part.rate) + attention / found.gpu.fp16
         assert part.compute == expected
         assert (part.compute < other.compute) == ("UNet" in part.name)
-    bundle = read_bundle(eight_bit_bundle)
+    bundle = read_bundle(partly_int8_bundle)
     parts = bundle.manifest.components
     fp8 = parts | {"unet": msgspec.structs.replace(parts["unet"], precision="fp8")}
     bundle = Bundle(bundle.root, msgspec.structs.replace(bundle.manifest, components=fp8))
