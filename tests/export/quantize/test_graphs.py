@@ -24,6 +24,8 @@ LIMITS = {"cpu.onnx": 5e-4, "model.onnx": 6e-3}
 """How far a layer's result may be, relative to its size. Measured: 1.2e-4, and 3e-3 where numbers at the border of two
 steps are rounded the other way; the least of the planted faults is 2e-2 in both."""
 LARGEST = {"int8": 127.0, "fp8": 448.0}
+FUSED, ZERO, BIAS = "MatMulIntegerToFloat", 4, 6
+"""A linear layer of a graph for CPUs, and the places of its input's zero point and of its bias."""
 
 
 def _rounded_up(exact: Any) -> Any:
@@ -55,7 +57,8 @@ def _textbook(layer: Any, source: Any, weight: Any, bias: Any, ranges: Any, sche
     weight = _symmetric(weight.astype(np.float64), scale, scheme)
     source = source.astype(np.float64)
     if layer.kind == "linear":
-        return source @ weight
+        added = bias if len(layer.node.inputs) > BIAS else 0.0
+        return source @ weight + added
     attributes = layer.node.attributes
     return torch.nn.functional.conv2d(torch.from_numpy(source), torch.from_numpy(weight), torch.from_numpy(bias),
                                         stride=list(attributes.get_ints("strides")),
@@ -74,26 +77,30 @@ def _distance(found: Any, expected: Any) -> float:
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
-def _quantized_layers(model: ir.Model) -> dict[str, tuple[Any, ir.Value]]:
-    """Return {module: (layer, its input before it is quantized)}, read from the graph's structure."""
+def _quantized_layers(model: ir.Model) -> dict[str, tuple[Any, ir.Value, bool]]:
+    """Return {module: (layer, its input before it is quantized, whether that is enlarged)}."""
     from sdxl_trt.export.eight_bit.layers import Layer
 
     found = {}
     for node in model.graph:
-        if node.op_type not in ("MatMul", "Conv"):
+        if node.op_type not in ("MatMul", "Conv", FUSED):
             continue
-        made = [value.producer() if value is not None else None for value in node.inputs[:2]]
-        if any(each is None or each.op_type != "DequantizeLinear" for each in made):
-            continue
-        (given, weighed) = (each for each in made if each is not None)
-        quantize = given.inputs[0].producer() if given.inputs[0] is not None else None
-        stored = weighed.inputs[0]
+        given, stored = node.inputs[:2]
+        if node.op_type != FUSED:
+            made = [value.producer() if value is not None else None for value in (given, stored)]
+            if any(each is None or each.op_type != "DequantizeLinear" for each in made):
+                continue
+            given, stored = (each.inputs[0] for each in made if each is not None)
+        quantize = given.producer() if given is not None else None
+        enlarged = quantize is not None and quantize.op_type == "Resize"
+        if enlarged and quantize is not None and quantize.inputs[0] is not None:
+            quantize = quantize.inputs[0].producer()
         if quantize is None or stored is None or quantize.inputs[0] is None or not stored.is_initializer():
             continue  # an attention, or half of a weight
         module = str(stored.name).removesuffix(".weight")
         kind: Any = "convolution" if node.op_type == "Conv" else "linear"
         axis = 0 if kind == "convolution" else 1
-        found[module] = (Layer(module, kind, node, stored, axis), quantize.inputs[0])
+        found[module] = (Layer(module, kind, node, stored, axis), quantize.inputs[0], enlarged)
     return found
 
 
@@ -102,19 +109,19 @@ def _errors(model: ir.Model, folder: Path, floats: dict[str, Any], inputs: Any, 
     if not any(str(node.name).endswith("/fp32") for node in model.graph):
         compute_in_fp32(model)  # what a layer reads would be told in fp16, but is quantized before it is rounded
     layers = _quantized_layers(model)
-    for layer, source in layers.values():
+    for layer, source, _ in layers.values():
         for value in (source, layer.result):
             if value not in model.graph.outputs:
                 value.type = ir.TensorType(ir.DataType.FLOAT)
                 model.graph.outputs.append(value)
-    names = dict.fromkeys(str(value.name) for layer, source in layers.values() for value in (source, layer.result))
+    names = dict.fromkeys(str(value.name) for layer, source, _ in layers.values() for value in (source, layer.result))
     with GraphSession(model, folder, basic=scheme == "fp8") as session:
         values = session.run(inputs, list(names))
     errors = {}
-    for module, (layer, source) in layers.items():
-        weight, bias = floats[f"{module}.weight"], floats.get(f"{module}.bias")
-        expected = _textbook(layer, values[str(source.name)], weight, bias, ranges,
-                             scheme, cpu=cpu)  # fmt: skip
+    for module, (layer, source, enlarged) in layers.items():
+        weight, bias, given = floats[f"{module}.weight"], floats.get(f"{module}.bias"), values[str(source.name)]
+        given = given.repeat(2, axis=2).repeat(2, axis=3) if enlarged else given
+        expected = _textbook(layer, given, weight, bias, ranges, scheme, cpu=cpu)
         errors[module] = _distance(values[str(layer.result.name)], expected)
     return errors
 
@@ -171,12 +178,12 @@ def _scale_times_two(model: ir.Model) -> None:
 
 def _zero_point_off_by_one(model: ir.Model) -> None:
     """Only where a number is dequantized: off by one in both places, it would cancel out."""
-    layer, _ = next(iter(_quantized_layers(model).values()))
-    made = layer.node.inputs[0].producer()
-    zero = made.inputs[2].const_value.numpy()
+    layer = next(iter(_quantized_layers(model).values()))[0]
+    made, place = (layer.node, ZERO) if layer.node.op_type == FUSED else (layer.node.inputs[0].producer(), 2)
+    zero = made.inputs[place].const_value.numpy()
     value = ir.Value(name="wrong", const_value=ir.tensor((zero + 1).astype(zero.dtype), name="wrong"))
     model.graph.register_initializer(value)
-    made.replace_input_with(2, value)
+    made.replace_input_with(place, value)
 
 
 def _scales_of_two_layers_swapped(model: ir.Model) -> None:
