@@ -25,6 +25,7 @@ from sdxl_trt.export import Options, export_bundle
 from sdxl_trt.mini.score import Score, score_picture
 
 Pixels = npt.NDArray[np.uint8]
+_COMMAND = "python -m sdxl_trt.benchmarks.model_card.eight_bit --output benchmarks/results/eight_bit.json"
 _REFERENCE = "fp16"
 _MEASURES = ("sharpness", "damage", "colour_error")
 
@@ -103,7 +104,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--count", type=int, default=400)
     parser.add_argument("--variant", action="append", choices=tuple(VARIANTS), help="draw this one; may be repeated"
                         " (default: all)")  # fmt: skip
-    parser.add_argument("--output", type=Path, help="JSON file that receives the figures, beside those it has")
+    parser.add_argument("--output", type=Path, help="JSON file that receives the figures, beside those it has, and a"
+                        " page beside it")  # fmt: skip
     options = parser.parse_args(arguments)
     cases = evaluation_cases(options.count)
     with tempfile.TemporaryDirectory() as folder:
@@ -123,6 +125,8 @@ def main(arguments: list[str] | None = None) -> None:
         if known.get("count") == options.count:
             result["variants"] = {**known["variants"], **result["variants"]}
         options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8", newline="\n")
+        page = f"# The embedded pair in 8 bits\n\nWritten by `{_COMMAND}`.\n\n{markdown(result)}\n"
+        options.output.with_suffix(".md").write_text(page, encoding="utf-8", newline="\n")
     print(markdown(result))
 
 
