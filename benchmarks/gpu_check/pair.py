@@ -4,8 +4,8 @@
 27 GB of disk, of which 18 GB stay, or about 36 GB with the plans that gpu-check builds, some ten minutes and 1.1 GB of
 memory: benchmarks/results/export.md has the figures of the same exports. The pair is kept until the exporter would make
 another one. Beside it lies a second export of the base's UNet and of the decoder for operator set 20, in which group
-normalization is not one node. With ``--int8`` both UNets are exported once more, in 8 bits, which runs steps of them on
-the CPU to measure ranges.
+normalization is not one node. With ``--int8`` the pair is exported once more, its UNets in 8 bits, which runs steps of
+them on the CPU to measure ranges.
 """
 
 __all__ = ["EIGHT_BIT", "OUT", "PAIR", "SECOND", "main", "make_command", "make_pair"]
@@ -33,7 +33,6 @@ _DISK, _WITH_PLANS = 27 * 10**9, 36 * 10**9
 _FULL = "sdxl"
 _OPSET = 20
 _OTHER = frozenset({"unet", "vae_decoder_bf16"})
-_UNETS = frozenset({"unet", "refiner_unet"})
 _MODULE = "sdxl_trt.benchmarks.gpu_check.pair"
 
 
@@ -63,7 +62,7 @@ def make_pair(
 ) -> Path:
     """Return ``out/pair``, made unless it is there with the same recipe; the second export is ``out/opset-20``.
 
-    With `eight_bit` there is a third, ``out/int8``, of both UNets. `size` is a key of the architectures; `say` receives
+    With `eight_bit` there is a third, ``out/int8``. `size` is a key of the architectures; `say` receives
     what is done next. An interrupted run leaves no half-written bundle, and the next one continues. Raises
     ResourceError without enough disk, and what the exporter raises.
     """
@@ -97,7 +96,7 @@ def _export(out: Path, size: str, say: Callable[[str], object], *, eight_bit: bo
     export_bundle(sources / "base", sources / "refiner", out / PAIR, Options(precision="fp16", twins=True))
     if eight_bit:
         say("exporting both UNets in 8 bits")
-        quantized = Options(precision="int8", components=_UNETS)
+        quantized = Options(precision="int8")
         export_bundle(sources / "base", sources / "refiner", out / EIGHT_BIT, quantized)
     shutil.rmtree(sources / "refiner")
     say(f"exporting the base's UNet and the decoder for operator set {_OPSET}")

@@ -59,7 +59,7 @@ def test_both_unets_are_exported_in_8_bits_on_request(exports: Exports, tmp_path
     assert [each[:3] for each in exports] == [
         ("base", "refiner", PAIR), ("base", "refiner", EIGHT_BIT), ("base", None, SECOND)]  # fmt: skip
     options = exports[1][3]
-    assert (options.precision, options.components) == ("int8", {"unet", "refiner_unet"})
+    assert (options.precision, options.components) == ("int8", None)
     (tmp_path / EIGHT_BIT / "manifest.json").unlink()
     make_pair(tmp_path, size="tiny")
     assert len(exports) == 3, "who does not ask for it needs none"
