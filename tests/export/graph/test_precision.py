@@ -106,5 +106,5 @@ def test_the_older_opset_has_basic_operators_and_the_same_outputs(pairs: Callabl
 def test_unknown_settings_are_refused_by_name() -> None:
     with pytest.raises(UsageError, match="--opset 19: choose from 20 to 23"):
         Options(opset=19)
-    with pytest.raises(UsageError, match="--vae-precision int8"):
-        Options(vae_precision="int8")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="--vae-precision int4"):
+        Options(vae_precision="int4")  # type: ignore[arg-type]

@@ -138,7 +138,7 @@ def test_a_full_disk_is_a_resource_error(write, monkeypatch: pytest.MonkeyPatch)
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("sdxl_trt.export.graph.weights._Writer._write", full)
+    monkeypatch.setattr("sdxl_trt.export.graph.weights.WeightsWriter._write", full)
     with pytest.raises(ResourceError, match=rf"writing .*{WEIGHTS_FILE}"):
         write({"a": torch.ones(2)})
 

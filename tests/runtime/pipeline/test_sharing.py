@@ -14,6 +14,7 @@ from sdxl_trt.runtime.pipeline.sharing import FEATURES_IN_KEY
 PLAIN = Request("a star", steps=4, width=64, height=64, seed=1, handoff_step=2)
 USED: Mapping[str, Callable[[Any], Any]] = {
     "fused LoRA": lambda request: request,
+    "8 bits": lambda request: request,
     "LoRA": lambda request: replace(request, loras={"base": ("ink",), "refiner": ("ink",)}),
     "mask": lambda request: replace(request, masking=SimpleNamespace()),
     "nine channels": lambda request: replace(request, takes_mask=True),
