@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from sdxl_trt.export.components.components import ComponentPlan
 from sdxl_trt.export.components.options import CalibrationOptions
 
-REVISION = 1
+REVISION = 2
 """Increase it when the same calibration makes other 8-bit files."""
 RUN_ORDER = ("text_encoder", "unet", "vae_decoder")
 """The kinds of components in the order of a run: what is measured of one depends on those before it."""

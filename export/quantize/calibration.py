@@ -23,10 +23,11 @@ from sdxl_trt.export.verify import Call, RecordedPicture, Recording, RecordingSe
 Progress = Callable[[str, str], None]
 # As in SDXL, the refiner takes over at a fifth of the training timesteps.
 _HIGHEST, _HANDOFF = 0.999, 0.2
-# A model of SDXL's size draws little, for minutes: its ranges vary less from prompt to prompt than a small model's.
-_LARGE = 1_000_000_000
-_FEW_PROMPTS, _FEW_STEPS, _SMALL_SIDE = 2, (4, 2), 512
-_STEPS = (24, 6)
+# A small model draws at its own size; any other at 512 pixels or less, and of SDXL's size only little, for minutes.
+_LARGE, _SMALL_SIDE = 1_000_000_000, 32
+_MOST_PIXELS = 512
+_PROMPTS = {"small": 12, "medium": 4, "large": 2}
+_STEPS = {"small": (24, 6), "medium": (8, 2), "large": (4, 2)}
 _SAMPLED_CALLS = 4
 
 
@@ -51,14 +52,14 @@ class Located:
 def drawing_of(stages: Mapping[str, StagePlan], options: CalibrationOptions, *, mini: bool) -> RecordingSettings:
     """Return what to draw: `options`, and where they say nothing, what suits a model of this size."""
     base = stages["base"]
-    large = sum(math.prod(shape) for shape in base.models["unet"].state.values()) >= _LARGE
-    shipped = shipped_prompts(mini=mini)
-    prompts = options.prompts or (shipped[:_FEW_PROMPTS] if large else shipped)
-    base_steps, refiner_steps = options.steps or (_FEW_STEPS if large else _STEPS)
     factor = vae_factor(base.models["vae"].config)
     native = base.models["unet"].config["sample_size"] or 128
     native = native if isinstance(native, int) else native[0]
-    side = (min(_SMALL_SIDE // factor, native) if large else native) if options.size is None else options.size // factor
+    parameters = sum(math.prod(shape) for shape in base.models["unet"].state.values())
+    size = "large" if parameters >= _LARGE else "small" if native <= _SMALL_SIDE else "medium"
+    prompts = options.prompts or shipped_prompts(mini=mini)[: _PROMPTS[size]]
+    base_steps, refiner_steps = options.steps or _STEPS[size]
+    side = min(_MOST_PIXELS // factor, native) if options.size is None else options.size // factor
     multiple = max(2 ** int(stage.models["unet"].module.num_upsamplers) for stage in stages.values())
     side = -(-side // multiple) * multiple  # as a recording does, so that what is told is what is drawn
     last = len(prompts)
