@@ -24,7 +24,7 @@ def add_eight_bit_options(group: Any) -> None:
     group.add_argument("--calibration-size", type=option_type(_size), metavar="PIXELS", help="side of the pictures"
                        " (default: the model's own, at most 512)")  # fmt: skip
     group.add_argument("--calibration-steps", type=option_type(_steps), metavar="BASE:REFINER",
-                       help="steps of both (default 24:6; for models of SDXL's size 4:2, with two prompts)")  # fmt: skip
+                       help="steps of both (default 24:6; with SDXL's size 4:2, and two prompts)")  # fmt: skip
     group.add_argument("--save-calibration", type=Path, metavar="FILE.npz", help="write the measured ranges")
     group.add_argument("--exclude-layers", action="append", default=[], metavar="PATTERN", help="leave modules in"
                        " floating point, for example 'up_blocks.2.*'; may be repeated")  # fmt: skip
