@@ -97,7 +97,7 @@ checkpoints: $(VENV)/.full  ## Write SDXL's base and refiner with random weights
 readme: $(VENV)/.full  ## Make the README's benchmark, and the pages beside the results, of benchmarks/results
 	@$(BIN)/python -m sdxl_trt.benchmarks.report.readme
 
-bench: $(VENV)/.full $(PEERS)/.done  ## Measure against PyTorch, diffusers, optimum-onnx and OpenVINO, in about ten minutes
+bench: $(VENV)/.full $(PEERS)/.done  ## Measure against PyTorch, diffusers, optimum-onnx and OpenVINO
 	$(BIN)/python -m sdxl_trt.benchmarks.ten_minutes $(if $(QUICK),--quick --results out/bench/quick.json)
 
 bench-export: $(VENV)/.full  ## Measure the export at SDXL's real size; needs 45 GB of disk under out/
