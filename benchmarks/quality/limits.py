@@ -21,7 +21,7 @@ _LIMITS: dict[str, tuple[float, float, float, float]] = {
 _COARSEST = ("fp8", "int8", "bf16")
 """Coarser than fp16, the coarsest first."""
 TILED_LIMIT = 30.0
-"""For pixels decoded in tiles, at any precision: normalization statistics differ from tile to tile."""
+"""For pixels decoded in tiles, unless the precision's own limit is lower: normalization differs from tile to tile."""
 
 
 def limit_of(stage: str, precisions: set[Precision]) -> float:

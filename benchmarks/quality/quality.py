@@ -138,7 +138,7 @@ class _Measured:
         if parts is not None:
             (height, width), pictures = parts
             name = f"{variant}, tiles of {width}x{height}"
-            yield compare_tiled(name, pictures, self.reference, self.score)
+            yield compare_tiled(name, pictures, self.reference, precisions, self.score)
 
 
 def _variant(name: str, subject: Subject, measured: _Measured) -> list[Quality]:

@@ -46,8 +46,15 @@ def compare(
         )
 
 
-def compare_tiled(variant: str, pictures: Sequence[Pixels], reference: Sequence[Trace], score: Scorer) -> Quality:
-    """Return the row for pictures that were decoded in tiles."""
+def compare_tiled(
+    variant: str,
+    pictures: Sequence[Pixels],
+    reference: Sequence[Trace],
+    precisions: Mapping[str, set[Precision]],
+    score: Scorer,
+) -> Quality:
+    """Return the row for pictures that were decoded in tiles; `precisions` are those of `compare`."""
+    limit = min(TILED_LIMIT, limit_of(STAGES[-1], precisions[STAGES[-1]]))
     values = [psnr(one, other.pixels, PIXEL_RANGE) for one, other in zip(pictures, reference, strict=True)]
     lowest = min((value for value in values if value is not None), default=None)
     return Quality(
@@ -56,8 +63,8 @@ def compare_tiled(variant: str, pictures: Sequence[Pixels], reference: Sequence[
         psnr=lowest,
         ssim=_lowest_ssim(pictures, reference),
         score=score(pictures),
-        limit=TILED_LIMIT,
-        passed=lowest is None or lowest >= TILED_LIMIT,
+        limit=limit,
+        passed=lowest is None or lowest >= limit,
         pictures=len(pictures),
     )
 
