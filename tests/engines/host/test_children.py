@@ -16,7 +16,8 @@ LIMIT = 20.0
 PARENT = """
 import subprocess, sys
 child = subprocess.Popen([sys.executable, "-S", "-c", "import signal; signal.pause()"])
-print(child.pid, flush=True)
+sys.stdout.write(f"{child.pid}\\n")  # one write, also where PYTHONUNBUFFERED is set
+sys.stdout.flush()
 child.wait()
 """
 
