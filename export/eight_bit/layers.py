@@ -57,10 +57,22 @@ class Layer:
 
 @dataclass(frozen=True)
 class Attention:
-    """An attention of a graph: the module it belongs to, its node, and its queries, keys and values."""
+    """An attention of a graph: its node, and the linear layer that makes its queries."""
 
-    module: str
     node: ir.Node
+    queries: Layer
+
+    @property
+    def module(self) -> str:
+        """Return the module it belongs to, the parent of its linear layers."""
+        return self.queries.module.rpartition(".")[0]
+
+    @property
+    def width(self) -> int:
+        """Return the sum of the widths of its heads."""
+        if self.queries.weight.shape is None:
+            raise RuntimeError(f"{self.queries.module}: the weight has no shape")
+        return int(self.queries.weight.shape.numpy()[self.queries.axis])
 
     @property
     def sources(self) -> dict[str, ir.Value]:
@@ -77,7 +89,7 @@ def find_layers(model: ir.Model) -> list[Layer]:
 def find_attentions(model: ir.Model) -> list[Attention]:
     """Return the attentions, of ONNX or of ONNX Runtime, in the order of the graph."""
     nodes = [node for node in model.graph if node.op_type in ("Attention", "MultiHeadAttention")]
-    return [Attention(_module_of(node), node) for node in nodes]
+    return [Attention(node, _queries(node)) for node in nodes]
 
 
 def reason_to_exclude(module: str, further: Mapping[str, str] | None = None) -> str | None:
@@ -106,8 +118,8 @@ def _layer(node: ir.Node) -> Layer | None:
     return Layer(module, "linear", node, weight, 0 if transposed else 1, half)
 
 
-def _module_of(attention: ir.Node) -> str:
-    """Return the module of an attention: the parent of the linear layer that makes its queries."""
+def _queries(attention: ir.Node) -> Layer:
+    """Return the linear layer that makes an attention's queries."""
     value = attention.inputs[0]
     for _ in range(_DISTANCE):
         node = value.producer() if value is not None else None
@@ -115,7 +127,7 @@ def _module_of(attention: ir.Node) -> str:
             break
         layer = _layer(node)
         if layer is not None:
-            return layer.module.rpartition(".")[0]
+            return layer
         value = next(iter(_computed(node.inputs)), None)
     raise RuntimeError(f"{attention.name}: the linear layer of its queries was not found")
 

@@ -77,22 +77,11 @@ def _decompose(graph: QuantizingGraph, attention: Attention, ranges: Ranges, dty
 
 
 def _head_width(attention: Attention) -> int:
-    """Return the width of an attention's heads: what its queries' layer makes, over their number."""
-    transpose = attention.node.inputs[0]
-    reshape = _made(_made(transpose).inputs[0])
-    heads, value = attention_heads(reshape), reshape.inputs[0]
-    while value is not None:
-        node = _made(value)
-        weight = node.inputs[1] if node.op_type == "MatMul" else None
-        if weight is not None:
-            while not weight.is_initializer():
-                weight = _made(weight).inputs[0]
-                if weight is None:
-                    break
-            if weight is not None and weight.shape is not None and heads:
-                return int(weight.shape.numpy()[1]) // heads
-        value = node.inputs[0]
-    raise RuntimeError(f"{attention.module}: the width of its heads was not found")
+    """Return the width of an attention's heads, whose number is a size in the Reshape of its queries."""
+    heads = attention_heads(_made(_made(attention.node.inputs[0]).inputs[0]))
+    if heads is None:
+        raise RuntimeError(f"{attention.module}: the number of its heads was not found")
+    return attention.width // heads
 
 
 def _made(value: ir.Value | None) -> ir.Node:

@@ -1,7 +1,7 @@
 """Every 8-bit layer as it is stored, against the checkpoint's weight and the measured range of its input.
 
-Rounding in some hundred layers hides a fault of one from any comparison of results: a zero point that is off by one
-costs less than a decibel. So each layer is looked at by itself. Its weight must be within half a step of the
+Rounding in some hundred layers can hide a fault in one of them, such as a zero point that is off by one, from any
+comparison of results. So each layer is looked at by itself. Its weight must be within half a step of the
 checkpoint's, and its quantizers must span the measured ranges to within a step.
 """
 
