@@ -75,6 +75,20 @@ def _modelopt(gpu: str, precision: str, seconds: float, unet: Rate = "eight_bit"
     )
 
 
+def _mlperf(gpu: str, pictures: float, note: str = "") -> Published:
+    """Return a GPU's share of a submission to the closed division that draws `pictures` a second on each GPU."""
+    return Published(
+        gpu=gpu,
+        what=f"MLPerf Inference v5.1 offline, {pictures:g} pictures/s a GPU, SDXL base",
+        seconds=1 / pictures,
+        base_steps=20,
+        unet="eight_bit",
+        vae="fp16",
+        source=_MLPERF,
+        note=f"8-bit UNet{note}; batched",
+    )
+
+
 PUBLISHED: tuple[Published, ...] = (
     _card("h100", 1.471),
     _card("a100", 2.742),
@@ -96,6 +110,12 @@ PUBLISHED: tuple[Published, ...] = (
     _modelopt("l40s", "fp8", 2.16782),
     _modelopt("4090", "fp16", 1.20 * 2.05811, "fp16"),
     _modelopt("l40s", "fp16", 1.25 * 2.33888, "fp16"),
+    _mlperf("b200", 4.07),
+    _mlperf("h200", 2.40),
+    _mlperf("h100", 2.26, ", FP8 chosen for each layer (TheStage AI)"),
+    _mlperf("pro6000", 1.385),
+    _mlperf("l40s", 0.74),
+    _mlperf("l4", 0.25),
     Published(gpu="h200", what="MLPerf Inference offline, 8 GPUs at 17.4 pictures/s, SDXL base", seconds=8 / 17.4,
               base_steps=20, unet="eight_bit", vae="fp16", source=_MLPERF, note="8-bit UNet; batched, a GPU's share"),
     Published(gpu="h200", what="MLPerf Inference offline, 8 GPUs at 19.1 pictures/s, SDXL base", seconds=8 / 19.1,
