@@ -8,7 +8,9 @@ if TYPE_CHECKING:
     from sdxl_trt.engines.host.children import NEW_GROUP, Family, interpreter
     from sdxl_trt.engines.host.console import Output, Parser, option_type, print_json, run
     from sdxl_trt.engines.host.files import NO_LOCKS, atomic_write, contained, exclusive, sha256_file, sibling
-    from sdxl_trt.engines.host.memory import available_host_memory, format_bytes, parse_bytes, process_memory
+    from sdxl_trt.engines.host.memory import (
+        available_host_memory, format_bytes, parse_bytes, process_memory, return_freed_memory,
+    )
     from sdxl_trt.engines.host.paths import is_utf8, known_as, one_line, refused_by_windows, require_utf8, shell_word
     from sdxl_trt.engines.host.private import cache_folder, owned_by_another, read_private, writable_by_others
     from sdxl_trt.engines.host.progress import ProgressLine
@@ -18,16 +20,14 @@ if TYPE_CHECKING:
     from sdxl_trt.engines.host.windows import add_dll_folders, total_memory
 else:
     __getattr__ = lazy_names(__name__, {
-        "children": ("NEW_GROUP", "Family", "interpreter"),
+        "children": ("NEW_GROUP", "Family", "interpreter"), "windows": ("add_dll_folders", "total_memory"),
         "console": ("Output", "Parser", "option_type", "print_json", "run"),
         "files": ("NO_LOCKS", "atomic_write", "contained", "exclusive", "sha256_file", "sibling"),
-        "memory": ("available_host_memory", "format_bytes", "parse_bytes", "process_memory"),
+        "memory": ("available_host_memory", "format_bytes", "parse_bytes", "process_memory", "return_freed_memory"),
         "paths": ("is_utf8", "known_as", "one_line", "refused_by_windows", "require_utf8", "shell_word"),
         "private": ("cache_folder", "owned_by_another", "read_private", "writable_by_others"),
         "progress": ("ProgressLine",), "tables": ("mebibytes", "paragraph", "span", "table"),
-        "text_inputs": ("STDIN", "check_inputs", "finite_number", "read_capped"),
-        "version": ("__version__",),
-        "windows": ("add_dll_folders", "total_memory"),
+        "text_inputs": ("STDIN", "check_inputs", "finite_number", "read_capped"), "version": ("__version__",),
     })
 
 __all__ = [
@@ -35,6 +35,6 @@ __all__ = [
     "atomic_write", "available_host_memory", "cache_folder", "check_inputs", "contained", "exclusive", "finite_number",
     "format_bytes", "interpreter", "is_utf8", "known_as", "mebibytes", "one_line", "option_type", "owned_by_another",
     "paragraph", "parse_bytes", "print_json", "process_memory", "read_capped", "read_private", "refused_by_windows",
-    "require_utf8", "run", "sha256_file", "shell_word", "sibling", "span", "table", "total_memory",
-    "writable_by_others",
+    "require_utf8", "return_freed_memory", "run", "sha256_file", "shell_word", "sibling", "span", "table",
+    "total_memory", "writable_by_others",
 ]

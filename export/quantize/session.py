@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from sdxl_trt.engines import Array, EngineError, explain_os_error
 from sdxl_trt.engines.backends.ort import EXACT_PRODUCTS, saturates
-from sdxl_trt.engines.host import one_line
+from sdxl_trt.engines.host import one_line, return_freed_memory
 from sdxl_trt.export.graph import WEIGHTS_FILE
 
 _FATAL_ONLY = 4
@@ -46,6 +46,7 @@ class GraphSession:
         except Exception as exc:  # ONNX Runtime's exceptions have no common class
             self._weights.close()
             raise EngineError(f"{folder.name}: ONNX Runtime refuses the graph ({one_line(str(exc))[:300]})") from exc
+        return_freed_memory()
         self._dtypes = {value.name: _DTYPES[value.type] for value in self._session.get_inputs()}
 
     def __enter__(self) -> "GraphSession":
@@ -56,6 +57,7 @@ class GraphSession:
     ) -> None:
         self._session = None
         self._weights.close()
+        return_freed_memory()  # the next component's session may be as large
 
     def run(self, inputs: Mapping[str, Array], names: Sequence[str]) -> dict[str, Array]:
         """Return the outputs `names`; the floating-point ones in fp32. `inputs` are cast to the graph's types."""

@@ -41,7 +41,7 @@ from sdxl_trt.engines.errors import (
     UsageError,
     explain_os_error,
 )
-from sdxl_trt.engines.host import one_line
+from sdxl_trt.engines.host import one_line, return_freed_memory
 from sdxl_trt.engines.plans import outside_profiles
 
 # Errors are raised as exceptions; ONNX Runtime would print them beside our one line.
@@ -142,6 +142,7 @@ class OrtEngine:
             raise _explain(exc, f"loading {self.name}") from exc
         finally:
             self._forget_files()
+        return_freed_memory()
         if chosen.device != "cpu":
             self._device = DeviceTensors(ort, self._session, chosen.device)
 
@@ -221,10 +222,13 @@ class OrtEngine:
 
     def unload(self) -> None:
         """Free the session; see Engine.unload."""
+        loaded = self._session is not None
         self._device = None
         self._session = None
         self._constants = {}
         self._forget_files()
+        if loaded:
+            return_freed_memory()
 
     def _forget_files(self) -> None:
         self._graph = None

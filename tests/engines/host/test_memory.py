@@ -1,6 +1,9 @@
 """Amounts of memory are parsed and formatted; of the host's limits, the smaller counts."""
 
 import os
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -99,3 +102,22 @@ def test_this_machine_has_some_memory() -> None:
 def test_a_process_has_memory_and_one_that_has_ended_none() -> None:
     assert process_memory()["VmHWM"] >= process_memory(os.getpid())["RssAnon"] > 1 << 20
     assert process_memory(1 << 30) == {}
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only glibc keeps freed memory")
+def test_freed_memory_returns_to_the_system() -> None:
+    script = (
+        "from sdxl_trt.engines.host import process_memory, return_freed_memory\n"
+        "blocks = [bytearray(100_000) for _ in range(400)]\n"  # below the size that glibc maps by itself
+        "last = bytearray(100_000)\n"  # the heap can only shrink at its end
+        "before = process_memory()['RssAnon']\n"
+        "del blocks\n"
+        "kept = process_memory()['RssAnon']\n"
+        "return_freed_memory()\n"
+        "print(before, kept, process_memory()['RssAnon'])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    before, kept, after = map(int, done.stdout.split())
+    if platform.libc_ver()[0] == "glibc":
+        assert before - kept < 10_000_000  # what the test is about: without the call it stays
+        assert before - after > 30_000_000
