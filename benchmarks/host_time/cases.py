@@ -8,7 +8,7 @@ __all__ = ["CASES", "ELSEWHERE", "SIDE", "HostCase", "Lap", "Precision", "Run", 
 
 import inspect
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -169,6 +169,11 @@ class _ReadyEngine:
 
     def infer_on_device(self, inputs: Mapping[str, Value]) -> dict[str, DeviceArray]:
         raise NotImplementedError(sorted(inputs))  # no ControlNet is timed
+
+    def infer_keeping(
+        self, inputs: Mapping[str, Value], kept: Collection[str], outputs: Sequence[str]
+    ) -> tuple[dict[str, Array], dict[str, DeviceArray]]:
+        raise NotImplementedError(sorted(inputs), kept, outputs)  # and no step is cached
 
 
 def _answer(precision: Precision) -> Array:
