@@ -297,6 +297,7 @@ def _report(
             **{stage: {"seconds": sum(each), "steps": each} for stage, each in timings.items()},
         },
         "handoff": {"step": place.step, "timestep": place.timestep, "sigma": place.sigma} if place else None,
+        "cache": _cached(runs[0]) if len(runs) == 1 else None,
         "engines": [
             {
                 "component": name,
@@ -311,6 +312,25 @@ def _report(
     }
 
 
+def _cached(run: "Run") -> dict[str, Any] | None:
+    """Return the intervals of a run's step cache, and how many of its steps were full; None without a cache."""
+    request = run.request
+    if not request.caches:
+        return None
+    policies = {name: request.cache_of(name) for name in run.full_steps}
+    every = {name: 1 if policy is None else policy.every for name, policy in policies.items()}
+    steps = sum(request.denoising_of(name)[1].steps for name in run.full_steps)
+    return {"every": every, "full_steps": sum(run.full_steps.values()), "steps": steps}
+
+
+def _told_of_cache(cache: dict[str, Any] | None) -> str:
+    if cache is None:
+        return ""
+    first, *others = cache["every"].values()
+    interval = f"{first}" if {*others} <= {first} else f"{first}, of the refiner {others[0]}"
+    return f"cache {interval}: {cache['full_steps']} of {cache['steps']} steps full; "
+
+
 def _tell(report: dict[str, Any]) -> None:
     for image in report["images"]:
         sys.stdout.write(f"{image['path']}  seed {image['seed']}  {image['width']}x{image['height']}\n")
@@ -321,7 +341,7 @@ def _tell(report: dict[str, Any]) -> None:
     drew = [name for name in ("base", "refiner") if name in report["timings"]]
     alone = f"{drew[0]} alone; " if len(drew) == 1 else "base and refiner, each on a grid of its own; "
     how = f"handoff after step {place['step']} at sigma {place['sigma']:.3f}; " if place else alone * single
-    sys.stderr.write(f"{how}{report['timings']['total']:.1f} s\n")
+    sys.stderr.write(f"{how}{_told_of_cache(report['cache'])}{report['timings']['total']:.1f} s\n")
 
 
 if __name__ == "__main__":

@@ -201,7 +201,7 @@ def _further(run: Run) -> dict[str, Any]:
     found = {each.name: getattr(run.asked, each.name) for each in changed if each.record == "changed"}
     if any(each.record == "workflow" for each in changed):
         found["workflow"] = True
-    if run.request.caches:
+    if run.request.caches and run.full_steps:
         found["full_steps"] = sum(run.full_steps.values())
     if run.request.comfyui and len(run.request.seeds) > 1:
         # Pictures of one batch share a stream of noise: they are made again together.

@@ -1,5 +1,6 @@
 """Which steps are full, and what the others are given: on engines whose deep features are known functions of sigma."""
 
+import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -123,7 +124,7 @@ def test_features_on_a_line_are_met_exactly(
     sigmas: list[float], policy: CachePolicy, slope: float, twice: bool
 ) -> None:
     """With one call a step, and with two: at a step's sigma, and at its end, where the next step begins."""
-    calls = [[(sigma, 2), *([(after, 2)] if twice else [])] for sigma, after in zip(sigmas, sigmas[1:], strict=False)]
+    calls = [[(sigma, 2), *([(after, 2)] if twice else [])] for sigma, after in itertools.pairwise(sigmas)]
     answers, count, _ = _run(calls, lambda sigma: 3.0 + slope * sigma, policy)
     enough = policy.first > 1 or twice  # one feature is used as it is
     for step, (asked, answered) in enumerate(zip(calls, answers, strict=True)):
