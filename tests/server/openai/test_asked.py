@@ -47,7 +47,8 @@ def test_every_setting_is_taken() -> None:
     )  # fmt: skip
     assert asked == Asked(
         "a red fox", "m", 10, (768, 1024), "hd", Output("webp", 80), False, True, True, 3, "blur", 20, 7.5, 3.0,
-        2**64 - 1, "heun", "trailing", 0.7, 7.5, 0.0, None, "diffusers", 2, 3, (NamedLora("a"), NamedLora("b", 0.5, 0.0)),
+        2**64 - 1, "heun", "trailing", 0.7, 7.5, 0.0, None, "diffusers", 2, 3,
+        (NamedLora("a"), NamedLora("b", 0.5, 0.0)),
     )  # fmt: skip
 
 
