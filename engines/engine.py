@@ -24,8 +24,8 @@ _NUMPY: dict[DType, type[np.generic]] = {"float32": np.float32, "float16": np.fl
 class DeviceArray:
     """An output that stayed on the device of the engine that made it: an input for any engine of the same backend.
 
-    It is valid until that engine's next `infer` or `unload`. `handle` and `home` are the backend's own: the memory,
-    and the device that it is on.
+    It is valid until that engine's next call or `unload`; one of `infer_keeping` is for longer. `handle` and `home` are
+    the backend's own: the memory, and the device that it is on.
     """
 
     shape: tuple[int, ...]
@@ -81,16 +81,26 @@ class Engine(Protocol):
         """Set the inputs that stay constant during a phase. They may have more rows than later inputs of `infer`."""
 
     def infer(self, inputs: Mapping[str, Value], outputs: Sequence[str] | None = None) -> dict[str, Array]:
-        """Run on `inputs` and the bound constants, sliced to the same number of rows; return `outputs` (default: all).
+        """Run on `inputs` and the bound constants, sliced to the same number of rows; return `outputs`.
 
-        Inputs that the graph calls optional are zeros if they are missing. The caller owns the returned arrays. Raises
-        UsageError for inputs that do not fit the graph.
+        By default these are the component's `results`; no other output is copied to the host. Inputs that the graph
+        calls optional are zeros if they are missing. The caller owns the returned arrays. Raises UsageError for inputs
+        that do not fit the graph.
         """
 
     def infer_on_device(self, inputs: Mapping[str, Value]) -> dict[str, DeviceArray]:
         """Run as `infer` does, and leave every output on the device; it crosses to the host only as another output.
 
         Raises what `infer` raises.
+        """
+
+    def infer_keeping(
+        self, inputs: Mapping[str, Value], kept: Collection[str], outputs: Sequence[str]
+    ) -> tuple[dict[str, Array], dict[str, DeviceArray]]:
+        """Run as `infer` does; return `outputs` on the host, and those in `kept` on the device.
+
+        What is kept stays valid until the second next call that keeps it, or `unload`: there are two buffers, used in
+        turn. Raises what `infer` raises.
         """
 
     def unload(self) -> None:

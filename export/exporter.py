@@ -28,6 +28,7 @@ from sdxl_trt.engines.plans import PLANS
 from sdxl_trt.export.components import (
     RECORD_FILE,
     CalibrationOptions,
+    Exported,
     ExportJob,
     ExportProgress,
     Needs,
@@ -236,24 +237,25 @@ def _is_same(plan: ExportPlan, bundle: Bundle) -> bool:
 
 def _make(plan: ExportPlan, folder: Path, options: Options, report: ProgressTracker) -> Bundle:
     """Write the whole bundle to `folder` and return it, opened."""
-    records, floats = dict[str, Component](), dict[str, Component]()
+    made, floats = dict[str, Exported](), dict[str, Component]()
     for name, job in plan.jobs.items():
-        if job.action == "keep" and job.component is not None and plan.previous is not None:
-            take_over(plan.previous, job.component.files, folder)
-            records[name] = job.component
-        elif job.action == "resume" and job.component is not None:
-            records[name] = job.component
+        if job.action == "keep" and job.found is not None and plan.previous is not None:
+            take_over(plan.previous, job.found.files, folder)
+            made[name] = job.found
+        elif job.action == "resume" and job.found is not None:
+            made[name] = job.found
         elif job.plan.eight_bit:
             floats[name] = _make_floats(name, job, folder, options, report)
         else:
-            records[name] = convert_component(name, job.plan, job.key, folder, options.opset, report)
+            made[name] = convert_component(name, job.plan, job.key, folder, options.opset, report)
     if floats:
         calibration = options.calibration or CalibrationOptions()
-        made = quantize_components(plan.jobs, plan.stages, floats, records, folder, calibration, report,
-                                   mini=plan.mini)  # fmt: skip
-        records = {name: {**records, **made}[name] for name in plan.jobs}
+        others = {name: each.component for name, each in made.items()}
+        made |= quantize_components(plan.jobs, plan.stages, floats, others, folder, calibration, report,
+                                    mini=plan.mini)  # fmt: skip
+    records = {part: record for name in plan.jobs for part, record in made[name].records(name).items()}
     tokenizers, tokenizer_of = write_tokenizers(plan.stages, folder)
-    stages = {name: stage_record(stage, tokenizer_of[name]) for name, stage in plan.stages.items()}
+    stages = {name: stage_record(stage, tokenizer_of[name], records) for name, stage in plan.stages.items()}
     manifest = Manifest(
         format=FORMAT_NAME,
         format_version=FORMAT_VERSION,
@@ -288,8 +290,8 @@ def _make_floats(name: str, job: ExportJob, root: Path, options: Options, report
     found = finished(root, name + _FLOATS, key)
     if found is not None:
         report.written(plan.bytes())
-        return found
-    return convert_component(name, plan, key, root, options.opset, report, into=name + _FLOATS)
+        return found.component
+    return convert_component(name, plan, key, root, options.opset, report, into=name + _FLOATS).component
 
 
 def _open_lora(option: LoraOption) -> ScaledLora:

@@ -133,8 +133,6 @@ def convert_once(tmp_path_factory: pytest.TempPathFactory, translations_once: No
     """
 
     def convert(name: str, plan: Any, key: str, root: Path, *rest: Any, into: str | None = None) -> Any:
-        import msgspec
-
         from sdxl_trt.export.components import convert as conversion
 
         def make(folder: Path) -> None:
@@ -148,8 +146,7 @@ def convert_once(tmp_path_factory: pytest.TempPathFactory, translations_once: No
         record.write_text(record.read_text().replace(f'"{name}/', f'"{target}/'))
         found = conversion.finished(root, target, key)
         assert found is not None
-        source, config = conversion.component_source(plan), conversion.kept_config(plan)
-        return msgspec.structs.replace(found, source=source, config=config)  # as the exporter does when it resumes
+        return found.of(conversion.component_source(plan), conversion.kept_config(plan))  # as when it resumes
 
     return convert
 

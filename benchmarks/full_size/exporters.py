@@ -84,26 +84,24 @@ def quantize_unets(source: Path, scheme: "Scheme", out: Path) -> Bundle:
         if component.kind != "unet":
             continue
         key = hashlib.sha256(f"{component.key} {scheme} {_ASSUMED}".encode()).hexdigest()
-        kept = _kept(out, name)
-        if kept is not None and kept.key == key:
-            found[name] = kept
+        kept = _kept(out)
+        if name in kept and kept[name].key == key:
+            found |= {part: each for part, each in kept.items() if each.key == key}
             continue
         graph = ir.load(floats.path(component.graph))
         ranges = Ranges(name, dict.fromkeys(add_range_outputs(graph).outputs, _ASSUMED))
         job = EightBitJob(name=name, precision=scheme, key=key, source=component, folder=floats.root / name,
                           ranges=ranges, calibration="assumed")  # fmt: skip
-        found[name] = quantize_component(job, out, {})
+        found |= quantize_component(job, out, {}).records(name)
     write_manifest(
         out, msgspec.structs.replace(floats.manifest, precision=scheme, components=found, tokenizers={}, plans=())
     )
     return read_bundle(out, partial=True)
 
 
-def _kept(out: Path, name: str) -> Component | None:
-    """Return the record of a component of the bundle at `out`, None if there is none."""
-    if not (out / MANIFEST).exists():
-        return None
-    return read_bundle(out, partial=True).manifest.components.get(name)
+def _kept(out: Path) -> dict[str, Component]:
+    """Return the records of the components of the bundle at `out`; none if there is no bundle."""
+    return read_bundle(out, partial=True).manifest.components if (out / MANIFEST).exists() else {}
 
 
 def _imports(exporter: str) -> int:

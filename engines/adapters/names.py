@@ -98,8 +98,11 @@ class Place:
 
 
 def component_role(name: str) -> LoraComponent | None:
-    """Return what a bundle's component is to a LoRA: "unet" for refiner_unet; None for what takes no LoRAs."""
-    bare = name.removeprefix("refiner_")
+    """Return what a bundle's component is to a LoRA: "unet" for refiner_unet, and for the shallow one of a UNet.
+
+    None for what takes no LoRAs.
+    """
+    bare = name.removeprefix("refiner_").removesuffix("_shallow")
     return next((role for role in COMPONENTS if role == bare), None)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from sdxl_trt.engines.bundle.manifest import FORMAT_NAME, FORMAT_VERSION, Kind, Manifest, Stage
+from sdxl_trt.engines.bundle.manifest import DEEP_FEATURE, FORMAT_NAME, FORMAT_VERSION, Kind, Manifest, Stage
 from sdxl_trt.engines.bundle.records import FileRecord
 from sdxl_trt.engines.errors import CorruptError, IncompatibleError, SourceError, explain_os_error
 from sdxl_trt.engines.host import atomic_write, contained, shell_word
@@ -24,6 +24,10 @@ MAX_MANIFEST_BYTES = 64 << 20
 _SIGNATURES: dict[Kind, tuple[set[str], set[str]]] = {
     "text_encoder": ({"input_ids"}, {"hidden_states.0", "hidden_states.1"}),
     "unet": ({"sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids"}, {"out_sample"}),
+    "shallow_unet": (
+        {"sample", "timestep", "text_embeds", "time_ids", "deep_new", "deep_old", "deep_factor"},
+        {"out_sample"},
+    ),
     "controlnet": (
         {"sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids", "controlnet_cond", "scales"},
         {"down_residual.0", "mid_residual"},
@@ -116,6 +120,8 @@ def _check_graphs(bundle: Bundle) -> None:
         required = {spec.name for spec in component.inputs if not spec.optional}
         if component.takes_embeddings:
             inputs = inputs | _EMBEDDINGS
+        if component.kind == "shallow_unet":  # its outermost level may attend to the prompt
+            inputs = inputs | (required & {"encoder_hidden_states"})
         if required != inputs or not outputs <= given:
             raise CorruptError(
                 f"{bundle.root / MANIFEST}: {name} is not a {component.kind}: it must take {sorted(inputs)} and return"
@@ -150,9 +156,27 @@ def _check_stages(bundle: Bundle) -> None:
         problem = _stage_problem(stage, manifest)
         if problem:
             raise CorruptError(f"{bundle.root / MANIFEST}: {stage_name} {problem}; run export-engines again")
-    problem = _controlnet_problem(manifest)
+    problem = _shallow_problem(manifest) or _controlnet_problem(manifest)
     if problem:
         raise CorruptError(f"{bundle.root / MANIFEST}: {problem}; run export-engines again")
+
+
+def _shallow_problem(manifest: Manifest) -> str:
+    """Return what is wrong with the shallow UNets that the manifest lists, or ""."""
+    for name, stage in manifest.stages().items():
+        if stage.shallow is None:
+            continue
+        full, found = manifest.components[stage.unet], manifest.components.get(stage.shallow)
+        if found is None or found.kind != "shallow_unet":
+            return f"{name} needs a shallow_unet called {stage.shallow!r}, which the manifest does not list"
+        deep = [(spec.dtype, spec.shape) for spec in full.outputs if spec.name == DEEP_FEATURE]
+        taken = [(spec.dtype, spec.shape) for spec in found.inputs if spec.name in ("deep_new", "deep_old")]
+        if taken != 2 * deep or found.weights != full.weights:
+            return f"{name} has a shallow UNet {stage.shallow!r} that does not continue {stage.unet!r}"
+        others = {spec.name: spec for spec in full.inputs}
+        if any(spec != others[spec.name] for spec in found.inputs if spec.name in others):
+            return f"{name} has a shallow UNet {stage.shallow!r} with other inputs than {stage.unet!r}"
+    return ""
 
 
 def _controlnet_problem(manifest: Manifest) -> str:

@@ -1,6 +1,7 @@
 """The records of ``manifest.json``: the runtime's only source of facts about a model."""
 
 __all__ = [
+    "DEEP_FEATURE",
     "EIGHT_BIT",
     "FORMAT_NAME",
     "FORMAT_VERSION",
@@ -34,11 +35,13 @@ from sdxl_trt.engines.errors import CorruptError
 FORMAT_NAME = "sdxl-trt-bundle"
 FORMAT_VERSION = 1
 
-Kind = Literal["text_encoder", "unet", "controlnet", "vae_decoder", "vae_encoder"]
+Kind = Literal["text_encoder", "unet", "shallow_unet", "controlnet", "vae_decoder", "vae_encoder"]
 DType = Literal["float32", "float16", "int64"]
 Precision = Literal["fp32", "fp16", "bf16", "mixed", "int8", "fp8"]
 EIGHT_BIT = ("int8", "fp8")
 """The precisions of graphs with a `quantization`."""
+DEEP_FEATURE = "deep_feature"
+"""The output of a UNet that its shallow UNet takes: the hidden state that enters the last up block."""
 PositiveFloat = Annotated[float, msgspec.Meta(gt=0.0)]
 
 
@@ -121,6 +124,11 @@ class Component(Record, frozen=True, kw_only=True):
         """Return the records of all its files."""
         own = (self.graph, self.cpu_graph, self.slot_graph, self.weights, self.adapters, self.ranges)
         return tuple(record for record in own if record is not None)
+
+    @property
+    def results(self) -> tuple[str, ...]:
+        """Return the names of the outputs that a run reads: all but the one which only another engine takes."""
+        return tuple(spec.name for spec in self.outputs if spec.name != DEEP_FEATURE)
 
     def planned_graph(self, lora_rank: int) -> FileRecord | None:
         """Return the graph that plans of `lora_rank` are built of; None if an older version exported no slot graph."""
@@ -252,6 +260,8 @@ class Stage(Record, frozen=True, kw_only=True):
     """The side of the training picture size, in latents."""
     size_multiple: Positive
     """Picture sides must be multiples of this many pixels."""
+    shallow: str | None = None
+    """The UNet's outermost level, for runs that cache steps; None in bundles of older versions and for other UNets."""
 
 
 class LoraRecord(Record, frozen=True, kw_only=True):
@@ -317,6 +327,18 @@ class Manifest(Record, frozen=True, kw_only=True):
     """Whether the bundle contains the graphs and their weights, or only plans."""
     note: str = ""
     """A sentence for users of the bundle, printed by the commands."""
+
+    def own_files(self, name: str) -> tuple[FileRecord, ...]:
+        """Return the files of component `name` that are not another's: a shallow UNet has its UNet's weights."""
+        component = self.components[name]
+        if component.kind != "shallow_unet":
+            return component.files
+        return tuple(record for record in component.files if record != component.weights)
+
+    @property
+    def files(self) -> tuple[FileRecord, ...]:
+        """Return the files of all components, each once."""
+        return tuple(dict.fromkeys(record for component in self.components.values() for record in component.files))
 
     def prompt_lengths(self) -> set[int]:
         """Return the tokens per chunk of all text encoders; base and refiner may differ."""

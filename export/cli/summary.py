@@ -77,7 +77,7 @@ def of_export(bundle: Bundle | None, out: Path, seconds: float) -> Output:
             "kind": component.kind,
             "precision": component.precision,
             "parameters": component.parameters,
-            "bytes": sum(file.size for file in component.files),
+            "bytes": sum(file.size for file in manifest.own_files(name)),
             "sha256": component.weights.sha256,
         }
         for name, component in manifest.components.items()
@@ -98,7 +98,7 @@ def _lines(bundle: Bundle, told: dict[str, Any]) -> list[str]:
     lines += [f"  LoRA {one_line(lora.name)} at {lora.told}, in the base" for lora in bundle.manifest.loras]
     lines += _controlnet_lines({each.component: each.name for each in bundle.manifest.controlnets})
     lines += _told_sampler(bundle.manifest.base.scheduler)
-    total = sum(part["bytes"] for part in told["components"].values()) / 2**20
+    total = sum(file.size for file in bundle.manifest.files) / 2**20
     lines.append(f"{bundle.root}: {total:.1f} MiB in {told['seconds']:.0f} s")
     if told["note"]:
         lines.append(f"note: {one_line(told['note'])}")

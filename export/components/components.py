@@ -25,6 +25,8 @@ from sdxl_trt.export.graph import MetaModel, build_model, context_width, make_gr
 from sdxl_trt.export.lora import check_fits, fuse_loras
 from sdxl_trt.export.sources import LoadedTokenizer, ModelSource, PipelineSource
 
+_SHALLOW_REVISION = 1
+"""Increase it when UNets of the same model get other outputs for shallow UNets, or other shallow graphs."""
 # Config entries that the host reads from the manifest, or that do not affect a graph.
 _HOST_ONLY = {
     "architectures", "attn_implementation", "dtype", "force_upcast", "latents_mean", "latents_std", "sample_size",
@@ -97,6 +99,8 @@ class ComponentPlan:
         tokens = () if self.tokens == TOKENS else (self.tokens,)
         residuals = ("residuals",) if self.residuals else ()
         recipe = (self.floats, self.recipe) if self.eight_bit else ()
+        # Components of other kinds keep the key of versions without shallow UNets.
+        shallow = (("shallow", _SHALLOW_REVISION),) if self.kind == "unet" else ()
         return (
             self.kind,
             self.source.class_name,
@@ -105,6 +109,7 @@ class ComponentPlan:
             *tokens,
             *residuals,
             *recipe,
+            *shallow,
         )
 
 

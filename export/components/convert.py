@@ -9,14 +9,13 @@ __all__ = [
     "component_key",
     "component_source",
     "convert_component",
-    "file_record",
     "finished",
     "kept_config",
-    "save_graph",
 ]
 
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Sequence
 from functools import cache
@@ -27,7 +26,7 @@ from typing import Any
 import msgspec
 import onnx_ir as ir
 
-from sdxl_trt.engines import SdxlTrtError, UsageError, explain_os_error
+from sdxl_trt.engines import SdxlTrtError, explain_os_error
 from sdxl_trt.engines.bundle import (
     ADAPTERS_FILE,
     AdapterTable,
@@ -36,25 +35,28 @@ from sdxl_trt.engines.bundle import (
     Kind,
     Source,
     TensorRecord,
-    TensorSpec,
     verify_file,
 )
-from sdxl_trt.engines.host import atomic_write, sha256_file
+from sdxl_trt.engines.host import atomic_write
 from sdxl_trt.engines.plans import ADAPTED
 from sdxl_trt.export.components.components import ComponentPlan
+from sdxl_trt.export.components.files import file_record, save_graph, specs
 from sdxl_trt.export.components.progress import ProgressTracker
+from sdxl_trt.export.components.shallow import SHALLOW_FILES, Exported, ShallowFiles
 from sdxl_trt.export.graph import (
     WEIGHTS_FILE,
     add_residuals,
     add_slots,
     for_cpu,
     make_graph,
+    mark_deep,
     published_name,
     simplify,
     trace_graph,
     write_weights,
 )
 
+log = logging.getLogger("sdxl_trt.export")
 GRAPH_FILE = "model.onnx"
 CPU_GRAPH_FILE = "cpu.onnx"
 """The graph for ONNX Runtime's CPU provider, over the same weights, if a rewritten one is faster there."""
@@ -68,7 +70,6 @@ REVISION = 4
 """Increase it when this code makes other files of the same model."""
 # The libraries whose versions determine a graph.
 _LIBRARIES = ("sdxl-trt", "torch", "onnxscript", "onnx-ir", "diffusers", "transformers")
-_DTYPES = {ir.DataType.FLOAT: "float32", ir.DataType.FLOAT16: "float16", ir.DataType.INT64: "int64"}
 
 
 def component_key(plan: ComponentPlan, opset: int) -> str:
@@ -82,19 +83,19 @@ def _versions() -> tuple[str, ...]:
     return tuple(version(library) for library in _LIBRARIES)
 
 
-def finished(root: Path, name: str, key: str) -> Component | None:
-    """Return the component that an interrupted export finished in ``root/name``; None if damaged or of another key."""
+def finished(root: Path, name: str, key: str) -> Exported | None:
+    """Return what an interrupted export finished in ``root/name``; None if damaged or of another key."""
     try:
-        component = msgspec.json.decode((root / name / RECORD_FILE).read_bytes(), type=Component)
-        if component.key != key:
+        found = msgspec.json.decode((root / name / RECORD_FILE).read_bytes(), type=Exported)
+        if found.component.key != key:
             return None
-        if any(record.file not in _files(name) for record in component.files):
+        if any(record.file not in _files(name) for record in found.files):
             return None
-        for record in component.files:
+        for record in found.files:
             verify_file(root / record.file, record)
     except (OSError, msgspec.DecodeError, SdxlTrtError):
         return None
-    return component
+    return found
 
 
 def convert_component(
@@ -106,8 +107,10 @@ def convert_component(
     report: ProgressTracker,
     *,
     into: str | None = None,
-) -> Component:
+) -> Exported:
     """Export one component to ``root/into``, by default its name, and return it; its RECORD_FILE is written last.
+
+    A UNet comes with its shallow component; a line says so if it has none.
 
     Raises CorruptError for weights that are damaged or overflow the precision, ResourceError for a full disk.
     """
@@ -131,28 +134,34 @@ def convert_component(
     report.stage(name, "writing weights")
     written = write_weights(model, plan.checkpoint, names, permutations, folder, report.written)
     report.stage(name, "writing graph")
+    shallow = _mark(name, model, plan, root, folder)
     save_graph(model, folder / GRAPH_FILE)
-    slot_graph, slots = _save_slot_graph(model, plan.kind, root, folder / SLOT_GRAPH_FILE)
-    cpu_graph = _save_cpu_graph(model, plan.precision, root, folder / CPU_GRAPH_FILE)
+    if shallow is not None:
+        shallow.add_graph(model)
+    slot_graph, slots = _save_slot_graph(model, plan.kind, root, folder / SLOT_GRAPH_FILE, shallow)
+    inputs, outputs = specs(model.graph.inputs), specs(model.graph.outputs)
+    cpu_graph = _save_cpu_graph(model, plan.precision, root, folder / CPU_GRAPH_FILE, shallow)
+    table = _save_table(plan, written.tensors, slots, folder / ADAPTERS_FILE)
     component = Component(
         kind=plan.kind,
         precision=plan.precision,
         opset=opset,
         graph=file_record(root, folder / GRAPH_FILE),
         weights=FileRecord(file=f"{folder.name}/{WEIGHTS_FILE}", size=written.size, sha256=written.sha256),
-        inputs=tuple(_spec(value) for value in model.graph.inputs),
-        outputs=tuple(_spec(value) for value in model.graph.outputs),
+        inputs=inputs,
+        outputs=outputs,
         source=component_source(plan),
         config=kept_config(plan),
         parameters=written.parameters,
         key=key,
         cpu_graph=cpu_graph,
         slot_graph=slot_graph,
-        adapters=_save_table(plan, written.tensors, slots, root, folder / ADAPTERS_FILE),
+        adapters=file_record(root, folder / ADAPTERS_FILE),
     )
+    exported = Exported(component=component) if shallow is None else shallow.exported(component, table)
     with atomic_write(folder / RECORD_FILE) as file:
-        file.write(msgspec.json.encode(component))
-    return component
+        file.write(msgspec.json.encode(exported))
+    return exported
 
 
 def component_source(plan: ComponentPlan) -> Source:
@@ -163,11 +172,6 @@ def component_source(plan: ComponentPlan) -> Source:
 def kept_config(plan: ComponentPlan) -> dict[str, Any]:
     """Return the config of a component's model for the manifest, without paths of this machine."""
     return {name: value for name, value in plan.source.config.items() if name != "_name_or_path"}
-
-
-def file_record(root: Path, path: Path) -> FileRecord:
-    """Return the record of a file of the bundle at `root`."""
-    return FileRecord(file=path.relative_to(root).as_posix(), size=path.stat().st_size, sha256=sha256_file(path))
 
 
 def _name_initializers(model: ir.Model, prefix: str, plan: ComponentPlan) -> dict[str, str]:
@@ -185,25 +189,34 @@ def _name_initializers(model: ir.Model, prefix: str, plan: ComponentPlan) -> dic
     return published
 
 
-def save_graph(model: ir.Model, path: Path) -> None:
-    """Write a graph, which refers to its weights. Raises ResourceError for a full disk."""
-    model.producer_name, model.producer_version = "sdxl-trt", version("sdxl-trt")
-    try:
-        ir.save(model, path)
-    except OSError as exc:
-        raise explain_os_error(exc, f"writing {path}") from exc
+def _mark(name: str, model: ir.Model, plan: ComponentPlan, root: Path, folder: Path) -> ShallowFiles | None:
+    """Let a UNet return what its inner levels pass to the outermost one, for its shallow graphs; None without any."""
+    if plan.kind != "unet":
+        return None
+    outside = model.graph.outputs[0].dtype
+    if outside is None or not mark_deep(model, plan.model.state, outside):
+        log.warning("%s: has no inner levels that an up block joins, so that it is exported without a shallow UNet, and"
+                    " runs cannot cache its steps", name)  # fmt: skip
+        return None
+    return ShallowFiles(root, folder, plan.precision)
 
 
-def _save_cpu_graph(model: ir.Model, precision: str, root: Path, path: Path) -> FileRecord | None:
+def _save_cpu_graph(
+    model: ir.Model, precision: str, root: Path, path: Path, shallow: ShallowFiles | None
+) -> FileRecord | None:
     """Rewrite the graph in place for ONNX Runtime's CPU provider and write it; None if nothing was rewritten."""
     # The CPU provider does not support bf16.
     if precision == "bf16" or not for_cpu(model):
         return None
     save_graph(model, path)
+    if shallow is not None:
+        shallow.add_cpu_graph(model)
     return file_record(root, path)
 
 
-def _save_slot_graph(model: ir.Model, kind: Kind, root: Path, path: Path) -> tuple[FileRecord | None, tuple[str, ...]]:
+def _save_slot_graph(
+    model: ir.Model, kind: Kind, root: Path, path: Path, shallow: ShallowFiles | None
+) -> tuple[FileRecord | None, tuple[str, ...]]:
     """Write a copy of the graph that takes LoRAs; return its record and the modules that take them.
 
     An autoencoder, which no LoRA changes, has neither.
@@ -213,31 +226,27 @@ def _save_slot_graph(model: ir.Model, kind: Kind, root: Path, path: Path) -> tup
     copy = model.clone()
     slots = add_slots(copy)
     save_graph(copy, path)
+    if shallow is not None:
+        shallow.add_slot_graph(copy)
     return file_record(root, path), tuple(slot.module for slot in slots)
 
 
 def _save_table(
-    plan: ComponentPlan, written: Sequence[TensorRecord], slots: tuple[str, ...], root: Path, path: Path
-) -> FileRecord:
+    plan: ComponentPlan, written: Sequence[TensorRecord], slots: tuple[str, ...], path: Path
+) -> AdapterTable:
     """Write the table of all tensors of the model, also of those that the graph does not use, and of its slots."""
     stored = {record.name for record in written}
     dtype: Any = {"fp16": "float16", "bf16": "bfloat16"}.get(plan.precision, "float32")
     idle = (TensorRecord(name=name, shape=plan.model.state[name], dtype=dtype)
             for name in plan.tensor_names() if name not in stored)  # fmt: skip
+    table = AdapterTable(tensors=(*written, *idle), slots=slots)
     try:
-        path.write_bytes(msgspec.json.encode(AdapterTable(tensors=(*written, *idle), slots=slots)))
+        path.write_bytes(msgspec.json.encode(table))
     except OSError as exc:
         raise explain_os_error(exc, f"writing {path}") from exc
-    return file_record(root, path)
+    return table
 
 
 def _files(name: str) -> set[str]:
-    files = (GRAPH_FILE, CPU_GRAPH_FILE, SLOT_GRAPH_FILE, WEIGHTS_FILE, ADAPTERS_FILE, RANGES_FILE)
+    files = (GRAPH_FILE, CPU_GRAPH_FILE, SLOT_GRAPH_FILE, WEIGHTS_FILE, ADAPTERS_FILE, RANGES_FILE, *SHALLOW_FILES)
     return {f"{name}/{file}" for file in files}
-
-
-def _spec(value: ir.Value) -> TensorSpec:
-    if value.shape is None or value.dtype is None:
-        raise UsageError(f"{value.name}: the traced graph states no shape")
-    shape = tuple(dim if isinstance(dim, int) else str(dim.value) for dim in value.shape)
-    return TensorSpec(name=str(value.name), dtype=_DTYPES[value.dtype], shape=shape)  # type: ignore[arg-type]

@@ -6,24 +6,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
-
 from sdxl_trt.engines import UsageError
-from sdxl_trt.engines.bundle import Bundle, Component
+from sdxl_trt.engines.bundle import Bundle
 from sdxl_trt.export.components.components import ComponentPlan
 from sdxl_trt.export.components.convert import component_key, component_source, finished, kept_config
 from sdxl_trt.export.components.options import Options
+from sdxl_trt.export.components.shallow import SHALLOW, Exported
 from sdxl_trt.export.output import is_whole, partial_folder, sound_component
 
 
 @dataclass(frozen=True)
 class ExportJob:
-    """One component to "export", "resume" or "keep" (`action`); the latter two have the existing `component`."""
+    """One component to "export", "resume" or "keep" (`action`); the latter two have what exists in `found`."""
 
     plan: ComponentPlan
     key: str
     action: str
-    component: Component | None = None
+    found: Exported | None = None
 
     @property
     def bytes(self) -> int:
@@ -60,7 +59,8 @@ def _check_names(wanted: frozenset[str], components: Mapping[str, ComponentPlan]
                          f" the base's; choose from {', '.join(components)}")  # fmt: skip
     if previous is None or wanted == components.keys():
         return
-    dropped = sorted(previous.manifest.components.keys() - components.keys())
+    known = {*components, *(name + SHALLOW for name, plan in components.items() if plan.kind == "unet")}
+    dropped = sorted(previous.manifest.components.keys() - known)
     if dropped:
         raise UsageError(f"--components: the bundle at {previous.root} also has {', '.join(dropped)}, which these"
                          " sources lack; name the same sources, or export everything")  # fmt: skip
@@ -70,13 +70,17 @@ def _check_names(wanted: frozenset[str], components: Mapping[str, ComponentPlan]
 
 
 def _kept(name: str, plan: ComponentPlan, previous: Bundle) -> ExportJob:
-    component = previous.manifest.components[name]
+    existing = _exported(previous, name)
+    if existing is None:
+        raise RuntimeError(f"{name}: is not in {previous.root}")
+    component = existing.component
     if component.source.sha256 != plan.digest:
         raise UsageError(f"--components: {name} in {previous.root} comes from another model or has other LoRAs; list"
                          " it too, or export everything")  # fmt: skip
-    sound_component(previous, component)
+    for each in existing.records(name).values():
+        sound_component(previous, each)
     floats = component.float_precision if component.eight_bit else None
-    return ExportJob(plan.revised(precision=component.precision, floats=floats), component.key, "keep", component)
+    return ExportJob(plan.revised(precision=component.precision, floats=floats), component.key, "keep", existing)
 
 
 def _job(name: str, plan: ComponentPlan, previous: Bundle | None, out: Path, options: Options) -> ExportJob:
@@ -90,13 +94,21 @@ def _job(name: str, plan: ComponentPlan, previous: Bundle | None, out: Path, opt
     ):
         if found is not None:
             # The key covers the computation; the source, and config entries only the host reads, may have changed.
-            return ExportJob(plan, key, action, msgspec.structs.replace(
-                found, source=component_source(plan), config=kept_config(plan)))  # fmt: skip
+            return ExportJob(plan, key, action, found.of(component_source(plan), kept_config(plan)))
     return ExportJob(plan, key, "export")
 
 
-def _unchanged(previous: Bundle | None, name: str, key: str) -> Component | None:
-    component = previous.manifest.components.get(name) if previous else None
-    if previous is None or component is None or component.key != key:
+def _unchanged(previous: Bundle | None, name: str, key: str) -> Exported | None:
+    found = None if previous is None else _exported(previous, name)
+    if previous is None or found is None or found.component.key != key:
         return None
-    return component if sound_component(previous, component, required=False) else None
+    sound = all(sound_component(previous, each, required=False) for each in found.records(name).values())
+    return found if sound else None
+
+
+def _exported(previous: Bundle, name: str) -> Exported | None:
+    """Return the component `name` of a bundle, with its shallow one; None if it has no such component."""
+    components = previous.manifest.components
+    if name not in components:
+        return None
+    return Exported(component=components[name], shallow=components.get(name + SHALLOW))

@@ -2,13 +2,15 @@
 
 __all__ = ["stage_record", "write_tokenizers"]
 
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
 from sdxl_trt.engines import explain_os_error
 from sdxl_trt.engines.bundle import Stage, TextEncoder, Tokenizer, Vae
 from sdxl_trt.export.components.components import StagePlan, time_id_names
-from sdxl_trt.export.components.convert import file_record
+from sdxl_trt.export.components.files import file_record
+from sdxl_trt.export.components.shallow import SHALLOW
 from sdxl_trt.export.graph import MetaModel, vae_factor
 from sdxl_trt.export.sources import LoadedTokenizer
 
@@ -47,14 +49,19 @@ def _write_tokenizer(loaded: LoadedTokenizer, name: str, root: Path) -> Tokenize
     )
 
 
-def stage_record(stage: StagePlan, tokenizers: dict[str, str]) -> Stage:
-    """Return the manifest's record of a stage; `tokenizers` maps its roles to the names of the written tokenizers."""
+def stage_record(stage: StagePlan, tokenizers: dict[str, str], components: Container[str]) -> Stage:
+    """Return the manifest's record of a stage; `tokenizers` maps its roles to the names of the written tokenizers.
+
+    `components` are the names of the bundle's components, among which its UNet's shallow one may be.
+    """
     unet = stage.models["unet"]
     levels = 2 ** int(unet.module.num_upsamplers)
     factor = vae_factor(stage.models["vae"].config)
     encoders = [role for role in ("text_encoder", "text_encoder_2") if role in stage.roles]
+    shallow = stage.roles["unet"] + SHALLOW
     return Stage(
         unet=stage.roles["unet"],
+        shallow=shallow if shallow in components else None,
         text_encoders=tuple(
             TextEncoder(
                 component=stage.roles[role],

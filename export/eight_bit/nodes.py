@@ -82,7 +82,10 @@ class QuantizingGraph:
         user.replace_input_with(place, self._dequantize(narrow, f"{user.name}/input.{place}", user))
 
     def narrow_output(self, value: ir.Value, scale: float, dtype: ir.DataType, zero: int) -> None:
-        """Pass a result through 8 bits, for all its users but the graph's outputs."""
+        """Pass a result through 8 bits, for all its users; one that is an output besides is that, dequantized.
+
+        A result that only leaves the graph stays in floating point.
+        """
         users = list(value.uses())  # before the new node, which is a user too
         narrow = self.quantized(value, scale, dtype, zero)
         made = narrow.producer()
@@ -92,6 +95,17 @@ class QuantizingGraph:
             if user is not made:
                 name = f"{user.name}/{value.name}.{place}"
                 user.replace_input_with(place, self._dequantize(narrow, name, user))
+        others = [user for user, _ in users if user is not made]
+        if value.is_graph_output() and others:
+            self._give_out(value, narrow, others[0])
+
+    def _give_out(self, value: ir.Value, narrow: ir.Value, before: ir.Node) -> None:
+        """Let the graph return the dequantized `narrow` instead of `value`, under the same name."""
+        name = str(value.name)
+        place, value.name = list(self.graph.outputs).index(value), f"{name}/float"
+        wide = self._dequantize(narrow, name, before)
+        wide.name, wide.type, wide.shape = name, value.type, value.shape
+        self.graph.outputs[place] = wide
 
     def _dequantize(self, narrow: ir.Value, name: str, before: ir.Node) -> ir.Value:
         made = narrow.producer()

@@ -112,7 +112,7 @@ def measure_activations(
 
 def _draw(name: str, plan: ComponentPlan, place: Located, recording: Recording) -> None:
     """Run a component on its part of the drawing."""
-    outputs = [spec.name for spec in place.component.outputs]
+    outputs = list(place.component.results)
     with GraphSession(_graph(place), place.folder, basic=place.component.precision == "fp8") as session:
         recording.calls(name, plan, lambda inputs: _finite(name, session.run(inputs, outputs)))
 
@@ -126,7 +126,7 @@ def _watch(
     extremes = add_range_outputs(model)
     samples = add_sample_outputs(model, find_layers(model)) if sampled else {}
     seen = Measured(Ranges(name))
-    outputs = [spec.name for spec in place.component.outputs]
+    outputs = list(place.component.results)
     total = recording.count(name, plan)
     kept = {round(each) for each in np.linspace(0, total - 1, min(total, _SAMPLED_CALLS))} if sampled else set[int]()
     done = 0

@@ -13,6 +13,7 @@ import onnx_ir as ir
 from sdxl_trt.engines import explain_os_error
 from sdxl_trt.engines.bundle import (
     ADAPTERS_FILE,
+    DEEP_FEATURE,
     AdapterTable,
     Component,
     FileRecord,
@@ -27,6 +28,8 @@ from sdxl_trt.export.components import (
     RANGES_FILE,
     RECORD_FILE,
     SLOT_GRAPH_FILE,
+    Exported,
+    ShallowFiles,
     file_record,
     save_graph,
 )
@@ -87,8 +90,8 @@ def quantize_component(
     written: Callable[[int], None] | None = None,
     *,
     name: str | None = None,
-) -> Component:
-    """Write the component to ``root/name`` and return its record; its RECORD_FILE is written last.
+) -> Exported:
+    """Write the component to ``root/name`` and return it; its RECORD_FILE is written last.
 
     `excluded` are patterns of modules that stay in floating point, with a reason each, beside those that always do.
     `name` is by default the component's. Raises ResourceError for a full disk.
@@ -108,10 +111,15 @@ def quantize_component(
     attentions = len(find_attentions(model)) if job.scheme == "fp8" else 0
     _quantize(model, chosen, weights, job, folder)
     save_graph(model, folder / GRAPH_FILE)
-    slot_graph, slots = _save_slot_graph(job, chosen, weights, root, folder)
-    _save_cpu_graph(job, chosen, weights, folder)
+    has_shallow = any(spec.name == DEEP_FEATURE for spec in job.source.outputs)
+    shallow = ShallowFiles(root, folder, job.source.precision) if has_shallow else None
+    if shallow is not None:
+        shallow.add_graph(model)
+    slot_graph, slots = _save_slot_graph(job, chosen, weights, root, folder, shallow)
+    _save_cpu_graph(job, chosen, weights, folder, shallow)
     write_ranges(job.ranges, folder / RANGES_FILE)
     idle = (record for record in table.tensors if record.offset is None)
+    table = AdapterTable(tensors=(*weights.written.tensors, *idle), slots=slots)
     component = msgspec.structs.replace(
         job.source,
         precision=job.precision,
@@ -123,9 +131,7 @@ def quantize_component(
         key=job.key,
         cpu_graph=file_record(root, folder / CPU_GRAPH_FILE),
         slot_graph=slot_graph,
-        adapters=_save_table(
-            AdapterTable(tensors=(*weights.written.tensors, *idle), slots=slots), root, folder / ADAPTERS_FILE
-        ),
+        adapters=_save_table(table, root, folder / ADAPTERS_FILE),
         ranges=file_record(root, folder / RANGES_FILE),
         quantization=Quantization(
             calibration=job.calibration,
@@ -136,9 +142,10 @@ def quantize_component(
             excluded={module: reason for module, reason in reasons.items() if reason is not None},
         ),
     )
+    exported = Exported(component=component) if shallow is None else shallow.exported(component, table)
     with atomic_write(folder / RECORD_FILE) as file:
-        file.write(msgspec.json.encode(component))
-    return component
+        file.write(msgspec.json.encode(exported))
+    return exported
 
 
 def step_psnr(folder: Path, scheme: Scheme, calls: Sequence[Call]) -> float:
@@ -167,8 +174,9 @@ def _quantize(
 
 
 def _save_slot_graph(
-    job: EightBitJob, chosen: Mapping[str, Layer], weights: EightBitWeights, root: Path, folder: Path
-) -> tuple[FileRecord | None, tuple[str, ...]]:
+    job: EightBitJob, chosen: Mapping[str, Layer], weights: EightBitWeights, root: Path, folder: Path,
+    shallow: ShallowFiles | None,
+) -> tuple[FileRecord | None, tuple[str, ...]]:  # fmt: skip
     """Write the graph that takes LoRAs: beside the 8-bit layers, in floating point."""
     if job.source.kind not in ADAPTED:
         return None, ()
@@ -176,10 +184,14 @@ def _save_slot_graph(
     slots = add_slots(model, beside=chosen.keys())
     _quantize(model, chosen, weights, job, folder)
     save_graph(model, folder / SLOT_GRAPH_FILE)
+    if shallow is not None:
+        shallow.add_slot_graph(model)
     return file_record(root, folder / SLOT_GRAPH_FILE), tuple(slot.module for slot in slots)
 
 
-def _save_cpu_graph(job: EightBitJob, chosen: Mapping[str, Layer], weights: EightBitWeights, folder: Path) -> None:
+def _save_cpu_graph(
+    job: EightBitJob, chosen: Mapping[str, Layer], weights: EightBitWeights, folder: Path, shallow: ShallowFiles | None
+) -> None:
     """Write the graph for a CPU: in int8 one of its own, in FP8 the same as for devices, computed in fp32."""
     model = job.graph(cpu=job.scheme == "int8")
     if job.scheme == "fp8":
@@ -190,6 +202,8 @@ def _save_cpu_graph(job: EightBitJob, chosen: Mapping[str, Layer], weights: Eigh
         layers = [layer for layer in find_layers(model) if layer.module in chosen]
         quantize_for_cpu(model, layers, weights, job.ranges, folder)
     save_graph(model, folder / CPU_GRAPH_FILE)
+    if shallow is not None:
+        shallow.add_cpu_graph(model, wide=True)
 
 
 def _save_table(table: AdapterTable, root: Path, path: Path) -> FileRecord:

@@ -13,7 +13,7 @@ import msgspec
 from sdxl_trt.engines import CorruptError, UsageError, explain_os_error
 from sdxl_trt.engines.bundle import WEIGHT, Component
 from sdxl_trt.engines.host import atomic_write
-from sdxl_trt.export.components import CalibrationOptions, ExportJob, ProgressTracker, StagePlan
+from sdxl_trt.export.components import CalibrationOptions, Exported, ExportJob, ProgressTracker, StagePlan
 from sdxl_trt.export.eight_bit import (
     INPUT,
     LayerError,
@@ -47,8 +47,8 @@ def quantize_components(
     report: ProgressTracker,
     *,
     mini: bool,
-) -> dict[str, Component]:
-    """Return {name: record} of the components in `floats`, which lie in `root`, quantized to ``root/name``.
+) -> dict[str, Exported]:
+    """Return {name: component} of those in `floats`, which lie in `root`, quantized to ``root/name``.
 
     `made` are the bundle's other components, in `root`, which take part in the drawing. Raises CorruptError and
     UsageError for a calibration that does not fit, UsageError if `options.min_psnr` cannot be reached.
@@ -70,7 +70,7 @@ def quantize_components(
         ranges = load_ranges(options.file, {name: plans[name].digest for name in floats})
     elif options.save is not None:
         save_ranges(options.save, {name: (plans[name].digest, each) for name, each in ranges.items()})
-    found, told_errors = dict[str, Component](), dict[str, object]()
+    found, told_errors = dict[str, Exported](), dict[str, object]()
     for name, component in floats.items():
         job = EightBitJob(name=name, precision=plans[name].precision, key=jobs[name].key, source=component,
                           folder=_folder(root, component), ranges=ranges[name], calibration=told)  # fmt: skip
@@ -86,7 +86,7 @@ def quantize_components(
             if psnr == -math.inf:
                 raise CorruptError(f"{name}: computes NaN or infinity in {plans[name].precision}; measure its ranges on"
                                    " other prompts, or export with --fp16")  # fmt: skip
-            told_errors[name] = _told(errors, found[name], psnr)
+            told_errors[name] = _told(errors, found[name].component, psnr)
     if options.report is not None:
         _write_report(options.report, told_errors)
     return found

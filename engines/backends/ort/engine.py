@@ -4,7 +4,7 @@ __all__ = ["OrtEngine"]
 
 import contextlib
 import mmap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import PurePosixPath
 from typing import Any
@@ -167,7 +167,7 @@ class OrtEngine:
 
     def infer(self, inputs: Mapping[str, Value], outputs: Sequence[str] | None = None) -> dict[str, Array]:
         """Run the session; see Engine.infer. Raises SizeError for shapes outside a compiled graph's profile."""
-        names = list(outputs) if outputs is not None else [spec.name for spec in self.component.outputs]
+        names = list(outputs if outputs is not None else self.component.results)
         feed = self._feed(inputs)
         if self._device is None and not any(isinstance(value, DeviceArray) for value in feed.values()):
             with _explained(f"running {self.name}"):
@@ -177,12 +177,25 @@ class OrtEngine:
 
     def infer_on_device(self, inputs: Mapping[str, Value]) -> dict[str, DeviceArray]:
         """Run the session and keep its outputs as OrtValues; see Engine.infer_on_device."""
-        names = [spec.name for spec in self.component.outputs]
         feed = self._feed(inputs)
-        dtypes = {spec.name: np.dtype(numpy_dtype(spec)) for spec in self.component.outputs}
         with _explained(f"running {self.name}"):
-            return {name: DeviceArray(tuple(value.shape()), dtypes[name], value, self._home)
-                    for name, value in self._values(names, feed, inputs).items()}  # fmt: skip
+            values = self._values(self.component.results, feed, inputs)
+            return {name: self._on_device(name, value) for name, value in values.items()}
+
+    def infer_keeping(
+        self, inputs: Mapping[str, Value], kept: Collection[str], outputs: Sequence[str]
+    ) -> tuple[dict[str, Array], dict[str, DeviceArray]]:
+        """Run the session; see Engine.infer_keeping. Each call has OrtValues of its own, valid while held."""
+        feed = self._feed(inputs)
+        with _explained(f"running {self.name}"):
+            values = self._values(list(dict.fromkeys([*outputs, *kept])), feed, inputs)
+            host = {name: values[name].numpy() for name in outputs}
+            return host, {name: self._on_device(name, values[name]) for name in kept}
+
+    def _on_device(self, name: str, value: Any) -> DeviceArray:
+        """Return an output's OrtValue as a DeviceArray."""
+        spec = next(spec for spec in self.component.outputs if spec.name == name)
+        return DeviceArray(tuple(value.shape()), np.dtype(numpy_dtype(spec)), value, self._home)
 
     @property
     def _home(self) -> str:
@@ -204,7 +217,7 @@ class OrtEngine:
         self._check_limits(feed)
         return feed
 
-    def _values(self, names: list[str], feed: Mapping[str, Value], inputs: Mapping[str, Value]) -> dict[str, Any]:
+    def _values(self, names: Sequence[str], feed: Mapping[str, Value], inputs: Mapping[str, Value]) -> dict[str, Any]:
         """Run the session without a copy of `feed`'s values that are on the device; return its OrtValues."""
         if self._device is None:
             return _run_on_host(_onnxruntime(self.provider), self._session, names, feed)
