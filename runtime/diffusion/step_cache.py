@@ -14,9 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from sdxl_trt.engines import Array, DeviceArray, Engine, Value
+from sdxl_trt.engines.bundle import DEEP_FEATURE
 
-DEEP = "deep_feature"
-"""The full UNet's output that enters its last up block."""
 NEW, OLD, FACTOR = "deep_new", "deep_old", "deep_factor"
 """What the shallow graph takes in its place: deep = new + (new - old) · factor."""
 
@@ -93,8 +92,8 @@ class StepCache:
     def _keeping(self, given: Mapping[str, Value], at: float) -> Array:
         if self._kept and self._kept[-1][0] == at:  # a line takes two points: the earlier features stay
             return self._full.infer(given, ["out_sample"])["out_sample"]
-        answers, kept = self._full.infer_keeping(given, [DEEP], ["out_sample"])
-        self._kept.append((at, kept[DEEP]))
+        answers, kept = self._full.infer_keeping(given, [DEEP_FEATURE], ["out_sample"])
+        self._kept.append((at, kept[DEEP_FEATURE]))
         return answers["out_sample"]
 
     def _extrapolated(self, given: Mapping[str, Value], at: float) -> Array:
