@@ -170,6 +170,11 @@ class _ReadyEngine:
     def infer_on_device(self, inputs: Mapping[str, Value]) -> dict[str, DeviceArray]:
         raise NotImplementedError(sorted(inputs))  # no ControlNet is timed
 
+    def infer_keeping(
+        self, inputs: Mapping[str, Value], kept: Collection[str], outputs: Sequence[str]
+    ) -> tuple[dict[str, Array], dict[str, DeviceArray]]:
+        raise NotImplementedError(sorted(inputs), kept, outputs)  # and no step is cached
+
 
 def _answer(precision: Precision) -> Array:
     """Return the UNet's constant output: rows [positive, negative] of unit variance."""

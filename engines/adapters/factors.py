@@ -16,7 +16,7 @@ __all__ = [
 ]
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,16 +109,18 @@ def plan_factors(
     config: Mapping[str, Any],
     slots: Collection[str],
     remedy: str = WITHOUT_SLOTS,
+    unused: Container[str] = frozenset(),
 ) -> SlotFactors:
     """Return the LoRAs as inputs of `slots`, the modules that have one; `shapes` and `config` are as in `targets`.
 
-    LoRAs with scale 0 on the component are left out. Raises SourceError for a LoRA of another model, and
-    IncompatibleError, with `remedy`, for a change that no slot takes: DoRA, a full difference, a bias, or
-    that of a module without a slot.
+    LoRAs with scale 0 on the component are left out, and changes of the tensors `unused` by its graph. Raises
+    SourceError for a LoRA of another model, and IncompatibleError, with `remedy`, for a change that no slot takes:
+    DoRA, a full difference, a bias, or that of a module without a slot.
     """
     additions = []
     for lora in loras:
-        branches = targets(lora.lora, component, shapes, config)
+        found = targets(lora.lora, component, shapes, config)
+        branches = {name: branch for name, branch in found.items() if name not in unused}
         scaled = ScaledLora(lora.lora, lora.on(component))
         if not branches or scaled.scale == 0:
             continue

@@ -94,7 +94,9 @@ def _tensorrt(bundle: Bundle, flavour: Flavour) -> Backend:
     names = run_components(bundle.manifest, flavour, capability=capability)
     records = {name: find_plan(bundle, name, environment) for name in names}
     controls = [each.component for each in bundle.manifest.controlnets]
-    for name in run_components(bundle.manifest, flavour, from_image=True, capability=capability, controls=controls):
+    shallow = [stage.shallow for stage in bundle.manifest.stages().values() if stage.shallow is not None]
+    others = run_components(bundle.manifest, flavour, from_image=True, capability=capability, controls=controls)
+    for name in (*others, *shallow):
         # A component that only some runs need may lack a plan; `make` raises if it is used.
         if name not in records:
             with suppress(IncompatibleError):

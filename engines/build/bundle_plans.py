@@ -202,7 +202,7 @@ def _require_disk(bundle: Bundle, jobs: Iterable[PlanJob]) -> None:
 def _plan_bytes(bundle: Bundle, job: PlanJob) -> int:
     """Return the most that the plan of `job` may need on disk."""
     share = _SLOT_PLAN_BYTES if job.key.lora_rank else _PLAN_BYTES
-    return int(bundle.manifest.components[job.component].weights.size * share) + _PLAN_EXTRA
+    return int(bundle.manifest.components[job.component].used_bytes * share) + _PLAN_EXTRA
 
 
 def drop_onnx(bundle: Bundle) -> Bundle:
@@ -224,7 +224,7 @@ def drop_onnx(bundle: Bundle) -> Bundle:
     # Each file is renamed away in one step, so that an interrupt leaves no half-deleted file.
     with tempfile.TemporaryDirectory(prefix=f".{PLANS}-only.", dir=bundle.root) as away:
         for name, component in manifest.components.items():
-            for record in component.files:
+            for record in manifest.own_files(name):
                 path = bundle.path(record)
                 if record != component.adapters:
                     path.replace(Path(away) / f"{name}-{path.name}")

@@ -51,15 +51,16 @@ def plan_builds(
     """Return the jobs of building plans for `environment`, one per component; nothing is built.
 
     With a `lora_rank`, UNets and text encoders have a second job: a plan for LoRAs whose ranks sum up to `lora_rank` at
-    most. `components` selects some. An existing plan is kept if `why_rebuild` has nothing against it and its digest
-    matches, unless `force`. Raises UsageError for an unknown component, SizeError for sizes that the UNets do not
-    accept, IncompatibleError for components in bf16, int8 or fp8 or plans for Ampere on a GPU that is too old for them,
-    and for plans for LoRAs of a bundle that an older version exported.
+    most. `components` selects some, a UNet with its shallow one. An existing plan is kept if `why_rebuild` has nothing
+    against it and its digest matches, unless `force`. Raises UsageError for an unknown component, SizeError for sizes
+    that the UNets do not accept, IncompatibleError for components in bf16, int8 or fp8 or plans for Ampere on a GPU
+    that is too old for them, and for plans for LoRAs of a bundle that an older version exported.
     """
     sizes, flags = sizes or stage_sizes(bundle.manifest), flags or BuildFlags()
     check_for(bundle.manifest, sizes)
     names = planned_components(bundle.manifest, environment.compute_capability)
-    chosen = names if components is None else list(components)
+    chosen = list(names if components is None else components)
+    chosen += [stage.shallow for stage in bundle.manifest.stages().values() if stage.shallow and stage.unet in chosen]
     unknown = [name for name in chosen if name not in bundle.manifest.components]
     if unknown:
         raise UsageError(f"--components {','.join(unknown)}: the bundle has {', '.join(names)}")

@@ -174,7 +174,10 @@ def _shallow_problem(manifest: Manifest) -> str:
         if taken != 2 * deep or found.weights != full.weights:
             return f"{name} has a shallow UNet {stage.shallow!r} that does not continue {stage.unet!r}"
         others = {spec.name: spec for spec in full.inputs}
-        if any(spec != others[spec.name] for spec in found.inputs if spec.name in others):
+        differ = [spec.name for spec in found.inputs if spec.name in others and spec != others[spec.name]]
+        # The residuals of ControlNets for the outermost level are as large as the latents.
+        residuals = {spec.name for spec in full.inputs if spec.optional and spec.shape[2] == "height|1"}
+        if differ or {spec.name for spec in found.inputs if spec.optional} != residuals:
             return f"{name} has a shallow UNet {stage.shallow!r} with other inputs than {stage.unet!r}"
     return ""
 

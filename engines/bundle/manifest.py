@@ -5,6 +5,7 @@ __all__ = [
     "EIGHT_BIT",
     "FORMAT_NAME",
     "FORMAT_VERSION",
+    "OF_LATENTS",
     "Component",
     "ControlNet",
     "DType",
@@ -38,6 +39,8 @@ FORMAT_VERSION = 1
 Kind = Literal["text_encoder", "unet", "shallow_unet", "controlnet", "vae_decoder", "vae_encoder"]
 DType = Literal["float32", "float16", "int64"]
 Precision = Literal["fp32", "fp16", "bf16", "mixed", "int8", "fp8"]
+OF_LATENTS: tuple[Kind, ...] = ("unet", "shallow_unet", "controlnet")
+"""The kinds of graphs that run in the steps of a run, on rows of latents."""
 EIGHT_BIT = ("int8", "fp8")
 """The precisions of graphs with a `quantization`."""
 DEEP_FEATURE = "deep_feature"
@@ -124,6 +127,14 @@ class Component(Record, frozen=True, kw_only=True):
         """Return the records of all its files."""
         own = (self.graph, self.cpu_graph, self.slot_graph, self.weights, self.adapters, self.ranges)
         return tuple(record for record in own if record is not None)
+
+    @property
+    def used_bytes(self) -> int:
+        """Return the bytes of the weights that its graph uses; of a shallow UNet, a small part of the file, about."""
+        if self.kind != "shallow_unet":
+            return self.weights.size
+        item = {"fp32": 4, "mixed": 4, "int8": 1, "fp8": 1}.get(self.precision, 2)
+        return min(self.parameters * item, self.weights.size)
 
     @property
     def results(self) -> tuple[str, ...]:

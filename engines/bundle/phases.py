@@ -5,8 +5,9 @@ __all__ = ["computes", "computes_bf16", "needed_capability", "run_components", "
 import re
 from collections.abc import Mapping, Sequence
 
-from sdxl_trt.engines.bundle.manifest import Manifest, Precision
+from sdxl_trt.engines.bundle.manifest import Manifest, Precision, Stage
 from sdxl_trt.engines.bundle.plan_record import ANY
+from sdxl_trt.engines.errors import IncompatibleError
 
 # NVIDIA's support matrices of TensorRT: int8 since Turing, bf16 since Ampere, fp8 since Ada and Hopper.
 _SINCE: Mapping[Precision, str] = {"int8": "7.5", "bf16": "8.0", "fp8": "8.9"}
@@ -55,21 +56,27 @@ def run_phases(
     from_image: bool = False,
     capability: str | None = None,
     controls: Sequence[str] = (),
+    cached: bool = False,
 ) -> dict[str, tuple[str, ...]]:
     """Return the components of each phase of a run with all stages: encode, base, refiner, decode.
 
     A run `from_image` has a phase "picture" first, which encodes the image with the autoencoders of all stages.
-    `controls` are the components of the ControlNets that the base uses, in the same phase. `capability` is the GPU's,
-    see `stand_ins`.
+    `controls` are the components of the ControlNets that the base uses, in the same phase. In a `cached` run every
+    stage also uses its shallow UNet; raises IncompatibleError if one has none. `capability` is the GPU's, see
+    `stand_ins`.
     """
     stages = manifest.stages()
+    if cached:
+        _require_shallow(stages)
     encoders = [encoder.component for stage in stages.values() for encoder in stage.text_encoders]
     decoder = list(stages.values())[-1].vae.decoder
     replaced = stand_ins(manifest, provider, capability)
     pictures = [stage.vae.encoder for stage in stages.values() if from_image and stage.vae.encoder is not None]
     phases = {"picture": tuple(dict.fromkeys(replaced.get(name, name) for name in pictures))} if pictures else {}
     phases["encode"] = tuple(dict.fromkeys(encoders))
-    phases |= {name: (stage.unet, *(controls if name == "base" else ())) for name, stage in stages.items()}
+    for name, stage in stages.items():
+        shallow = (stage.shallow,) if cached and stage.shallow is not None else ()
+        phases[name] = (stage.unet, *shallow, *(controls if name == "base" else ()))
     return phases | {"decode": (replaced.get(decoder, decoder),)}
 
 
@@ -80,7 +87,17 @@ def run_components(
     from_image: bool = False,
     capability: str | None = None,
     controls: Sequence[str] = (),
+    cached: bool = False,
 ) -> tuple[str, ...]:
     """Return the components of a run with all stages, each once, in order of use; see `run_phases`."""
-    phases = run_phases(manifest, provider, from_image=from_image, capability=capability, controls=controls)
+    phases = run_phases(
+        manifest, provider, from_image=from_image, capability=capability, controls=controls, cached=cached
+    )
     return tuple(dict.fromkeys(name for used in phases.values() for name in used))
+
+
+def _require_shallow(stages: Mapping[str, Stage]) -> None:
+    bare = [stage.unet for stage in stages.values() if stage.shallow is None]
+    if bare:
+        raise IncompatibleError(f"the bundle was exported without shallow UNets ({', '.join(bare)} has none), which"
+                                " cached steps need; export it again, or run without --cache")  # fmt: skip

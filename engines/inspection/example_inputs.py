@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from sdxl_trt.engines.bundle import Bundle, Component, Manifest, Profile, Stage, TextEncoder
+from sdxl_trt.engines.bundle import OF_LATENTS, Bundle, Component, Manifest, Profile, Stage, TextEncoder
 from sdxl_trt.engines.engine import Array, numpy_dtype
 
 _TOKEN_SCALE = 0.02
@@ -24,7 +24,7 @@ def example_inputs(bundle: Bundle, name: str, profile: Profile, seed: int = 0) -
     stage = _stage_of(bundle.manifest, name)
     shapes = {spec.name: profile.shapes[spec.name][1] for spec in component.inputs}
     values: dict[str, Array] = {key: rng.standard_normal(shape) for key, shape in shapes.items()}
-    if component.kind in ("unet", "controlnet"):
+    if component.kind in OF_LATENTS:
         values |= _control_values(component, shapes, rng)
         values["timestep"] = _timesteps(bundle.manifest, stage, shapes["timestep"][0])
         values["time_ids"] = np.tile(_time_ids(stage, shapes["sample"]), (shapes["time_ids"][0], 1))
@@ -54,7 +54,7 @@ def _stage_of(manifest: Manifest, name: str) -> Stage:
     """Return the stage that uses component `name`; the base if both do."""
     for stage in manifest.stages().values():
         vae = stage.vae
-        parts = {stage.unet, vae.decoder, vae.encoder, vae.decoder_bf16, vae.encoder_bf16}
+        parts = {stage.unet, stage.shallow, vae.decoder, vae.encoder, vae.decoder_bf16, vae.encoder_bf16}
         if name in parts | {encoder.component for encoder in stage.text_encoders}:
             return stage
     return manifest.base

@@ -7,7 +7,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sdxl_trt.engines.bundle import ANY, Bundle, Component, Environment, Manifest, PlanRecord, axis_root, read_bundle
+from sdxl_trt.engines.bundle import (
+    ANY,
+    OF_LATENTS,
+    Bundle,
+    Component,
+    Environment,
+    Manifest,
+    PlanRecord,
+    axis_root,
+    read_bundle,
+)
 from sdxl_trt.engines.host import mebibytes, one_line, paragraph, span, table
 from sdxl_trt.engines.inspection.rebuilds import Rebuilds, file_problem, find_rebuilds
 from sdxl_trt.engines.inspection.verification import Verification, verify_plans
@@ -76,22 +86,22 @@ def _graph_lines(bundle: Bundle) -> list[str]:
             component.kind,
             component.precision,
             f"{component.parameters / 1e6:.1f} M",
-            mebibytes(_size(component)),
+            mebibytes(_size(manifest, name)),
             str(component.opset),
             component.key[:_DIGITS] or "-",
         ]
         for name, component in manifest.components.items()
     ]
-    parameters = sum(component.parameters for component in manifest.components.values())
-    total = sum(_size(component) for component in manifest.components.values())
+    # A shallow UNet's parameters are its UNet's.
+    parameters = sum(each.parameters for each in manifest.components.values() if each.kind != "shallow_unet")
+    total = sum(_size(manifest, name) for name in manifest.components)
     rows.append(["total", "", "", f"{parameters / 1e6:.1f} M", mebibytes(total), "", ""])
     head = ["graphs", "kind", "precision", "parameters", "size", "opset", "key"]
     lines = table(head, rows, right={3, 4, 5})
     lines += [line for name, component in manifest.components.items() for line in _quantized_lines(name, component)]
     if not manifest.onnx:
         return [*lines, "  (not in this bundle, which contains only plans)"]
-    files = [file for component in manifest.components.values() for file in component.files]
-    return lines + [f"  {file.file} {problem}" for file in files if (problem := file_problem(bundle, file))]
+    return lines + [f"  {file.file} {problem}" for file in manifest.files if (problem := file_problem(bundle, file))]
 
 
 def _quantized_lines(name: str, component: Component) -> list[str]:
@@ -105,8 +115,8 @@ def _quantized_lines(name: str, component: Component) -> list[str]:
     return paragraph(f"  {name}: ", f"{said}; calibrated on {one_line(found.calibration)}")
 
 
-def _size(component: Component) -> int:
-    return sum(file.size for file in component.files)
+def _size(manifest: Manifest, name: str) -> int:
+    return sum(file.size for file in manifest.own_files(name))
 
 
 def _plan_lines(bundle: Bundle) -> list[str]:
@@ -160,7 +170,7 @@ def _words(component: Component, shapes: Mapping[str, tuple[Shape, Shape, Shape]
         for axis, low, usual, high in zip(spec.shape, *shapes[spec.name], strict=True)
         if isinstance(axis, str) and axis_root(axis) == axis
     }
-    pixels = factor if component.kind in ("unet", "controlnet", "vae_decoder") else 1
+    pixels = factor if component.kind in (*OF_LATENTS, "vae_decoder") else 1
     sides = {}
     for axis in [axis for axis in _WAYS if axis in axes]:
         low, usual, high = axes.pop(axis)
@@ -231,7 +241,7 @@ def _json(bundle: Bundle) -> dict[str, Any]:
         "precision": manifest.precision,
         "stages": list(manifest.stages()),
         "onnx": manifest.onnx,
-        "graphs": [_graph_json(name, component) for name, component in manifest.components.items()],
+        "graphs": [_graph_json(manifest, name) for name in manifest.components],
         "plans": [_plan_json(bundle, record) for record in manifest.plans],
         "loras": [
             {"name": lora.name, "sha256": lora.sha256, "scale": lora.scale, "text_scale": lora.encoder_scale}
@@ -241,7 +251,8 @@ def _json(bundle: Bundle) -> dict[str, Any]:
     }
 
 
-def _graph_json(name: str, component: Component) -> dict[str, Any]:
+def _graph_json(manifest: Manifest, name: str) -> dict[str, Any]:
+    component = manifest.components[name]
     return {
         "component": name,
         "kind": component.kind,
@@ -249,7 +260,7 @@ def _graph_json(name: str, component: Component) -> dict[str, Any]:
         "float_precision": component.float_precision,
         "quantization": component.quantization,
         "parameters": component.parameters,
-        "bytes": _size(component),
+        "bytes": _size(manifest, name),
         "opset": component.opset,
         "key": component.key,
         "graph": component.graph.sha256,

@@ -5,7 +5,7 @@ __all__ = ["RunSizes", "Shapes", "choose_profile", "outside_profiles", "profile_
 import math
 from collections.abc import Mapping, Sequence
 
-from sdxl_trt.engines.bundle import Component, Positive, Profile, Record, axis_root, axis_size
+from sdxl_trt.engines.bundle import OF_LATENTS, Component, Positive, Profile, Record, axis_root, axis_size
 from sdxl_trt.engines.errors import SizeError
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -44,7 +44,7 @@ def profile_for_run(name: str, component: Component, profiles: Sequence[Profile]
         return usual_profile(profiles)
     unit = 1 if component.kind == "vae_encoder" else factor
     axes = {"height": run.height // unit, "width": run.width // unit, "rows": run.rows, "tokens": run.tokens}
-    if component.kind not in ("unet", "controlnet"):
+    if component.kind not in OF_LATENTS:
         return _tile_profile(component, profiles, (axes["height"], axes["width"]))
     shapes = {spec.name: tuple(axis_size(axis, axes) for axis in spec.shape) for spec in component.inputs}
     chosen = choose_profile(profiles, shapes)
@@ -84,7 +84,7 @@ def outside_profiles(
     name: str, component: Component, profiles: Sequence[Profile], shapes: Shapes, factor: int
 ) -> SizeError:
     """Return the error for `shapes` that no profile of component `name` holds; a latent is `factor` pixels wide."""
-    in_latents = component.kind in ("unet", "controlnet", "vae_decoder")
+    in_latents = component.kind in (*OF_LATENTS, "vae_decoder")
     given = ", ".join(f"{axis} {size}" for axis, size in _axes(component, shapes).items())
     widest = [one for one in profiles if not any(_wider(other, one) for other in profiles)]
     takes = " or ".join(dict.fromkeys(_span(component, profile, factor if in_latents else 1) for profile in widest))

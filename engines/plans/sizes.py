@@ -28,6 +28,7 @@ import math
 from collections.abc import Collection, Mapping
 
 from sdxl_trt.engines.bundle import (
+    OF_LATENTS,
     Axes,
     Component,
     Kind,
@@ -49,7 +50,7 @@ from sdxl_trt.engines.errors import (
 TILE = 512
 TOKENS = 77
 """Tokens per chunk of SDXL's own text encoders; a Long-CLIP encoder takes 248."""
-ADAPTED: tuple[Kind, ...] = ("unet", "text_encoder")
+ADAPTED: tuple[Kind, ...] = ("unet", "shallow_unet", "text_encoder")
 """The kinds of components that LoRAs change."""
 USUAL_RANK = 16
 """The rank that plans for LoRAs are tuned for."""
@@ -130,7 +131,7 @@ def axes_of(kind: str, precision: str, sizes: Sizes, factor: int) -> list[dict[s
     Profiles for one size come first: their kernels are faster and their activations smaller than those for a range, and
     `choose_profile` takes the first of profiles that suit equally.
     """
-    if kind in ("unet", "controlnet"):
+    if kind in OF_LATENTS:
         return _unet_axes(sizes, factor)
     if kind == "text_encoder":
         # Most prompts name no embedding: the plan is tuned for the one vector that is passed then.

@@ -11,7 +11,7 @@ __all__ = ["estimate_activations", "estimate_each", "estimate_error", "largest_a
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from sdxl_trt.engines.bundle import Component, Precision, Profile, axis_root
+from sdxl_trt.engines.bundle import OF_LATENTS, Component, Precision, Profile, axis_root
 
 Config = Mapping[str, Any]
 # 8-bit layers read and write floats: their component counts with `float_precision`.
@@ -24,6 +24,7 @@ _UNET_BESIDE_RANGE = 1.31
 _NARROW, _NARROW_DECODER = 128, 64
 _DECODER_STATIC, _DECODER_DYNAMIC = 1.0, {2: 2.3, 4: 1.4}
 _TEXT_HIDDENS = 6.5
+_SHALLOW_ERROR = 0.35
 # Peak memory of ONNX Runtime's CPU provider on the embedded pair's UNets and decoder, 512² to 768², within 15 %.
 _SCORES = 1.5
 # The first layers of a ControlNet's picture: their channels, at the picture's resolution.
@@ -48,8 +49,10 @@ def estimate_each(component: Component, profiles: Iterable[Profile], precision: 
 
 def estimate_error(component: Component) -> float:
     """Return the relative error, in either direction, of an estimate for this component."""
-    if component.kind not in ("unet", "controlnet"):
+    if component.kind not in OF_LATENTS:
         return 0.1
+    if component.kind == "shallow_unet":
+        return _SHALLOW_ERROR
     # SDXL's base and refiner at full size need 6 to 13 % more than estimated: benchmarks/results/build.md.
     return 0.15 if _widths(component.config)[0] >= _NARROW else 0.2
 
@@ -89,9 +92,10 @@ def _estimate(component: Component, profile: Profile, item: int, *, ranged: bool
     axes, widths = largest_axes(component, profile), _widths(component.config)
     static = _is_static(profile)
     places = axes.get("height", 1) * axes.get("width", 1)
-    if component.kind == "unet":
+    if component.kind in ("unet", "shallow_unet"):
         factor = _unet_factor(widths[0], static=static, ranged=ranged)
-        alive = _unet_bytes(component.config, item) * places * axes.get("rows", 1)
+        shallow = component.kind == "shallow_unet"
+        alive = _unet_bytes(component.config, item, shallow=shallow) * places * axes.get("rows", 1)
     elif component.kind == "controlnet":
         factor = _unet_factor(widths[0], static=static, ranged=ranged)
         alive = _controlnet_bytes(component.config, item) * places * axes.get("rows", 1)
@@ -108,8 +112,8 @@ def _estimate(component: Component, profile: Profile, item: int, *, ranged: bool
     return int(factor * alive) + _WORKSPACE
 
 
-def _unet_bytes(config: Config, item: int) -> float:
-    """Return the peak bytes per latent pixel that a UNet holds, with `item` bytes per value."""
+def _unet_bytes(config: Config, item: int, *, shallow: bool) -> float:
+    """Return the peak bytes per latent pixel that a UNet holds, or only its outermost level, `item` bytes a value."""
     widths = _widths(config)
     layers = _per_level(config.get("layers_per_block", 2), len(widths))
     skips = list(_skips(widths, layers))
@@ -118,7 +122,8 @@ def _unet_bytes(config: Config, item: int) -> float:
         for _ in range(layers[level] + 1):
             wide = hidden + skips.pop()
             hidden = widths[level] / 4**level
-            most = max(most, (wide + hidden + sum(skips)) * item + wide * 4)
+            if level == 0 or not shallow:
+                most = max(most, (wide + hidden + sum(skips)) * item + wide * 4)
         hidden *= 4  # upsampled for the next level
     return most
 
@@ -151,11 +156,12 @@ def _scores(component: Component, axes: Mapping[str, int]) -> int:
     config, places = component.config, axes.get("height", 1) * axes.get("width", 1)
     if component.kind == "text_encoder":
         return 0
-    if component.kind in ("unet", "controlnet"):
+    if component.kind in OF_LATENTS:
         blocks = config.get("down_block_types", ())
         # diffusers calls the number of heads their dimension.
         heads = _per_level(config.get("num_attention_heads") or config.get("attention_head_dim", 8), len(blocks))
-        levels = [level for level, block in enumerate(blocks) if block.startswith("CrossAttn")]
+        levels = [level for level, block in enumerate(blocks) if block.startswith("CrossAttn")
+                  and (level == 0 or component.kind != "shallow_unet")]  # fmt: skip
         return axes.get("rows", 1) * max((heads[level] * (places // 4**level) ** 2 for level in levels), default=0)
     latents = places if component.kind == "vae_decoder" else places // 4 ** (len(_widths(config)) - 1)
     return axes.get("pictures", 1) * latents**2

@@ -117,7 +117,7 @@ def need_of(
     profiles = _profiles(component, axes_of(component.kind, component.float_precision, sizes, factor))
     estimates = estimate_each(component, profiles)
     chosen = _chosen(name, component, profiles, estimates, at, factor)
-    weights, activations = component.weights.size, estimates[chosen]
+    weights, activations = component.used_bytes, estimates[chosen]
     return Need(
         component=name,
         weights=weights,
@@ -151,7 +151,7 @@ def _onnxruntime_need(manifest: Manifest, name: str, provider: str, sizes: Sizes
     profiles = _profiles(component, axes)
     device = on_device(provider)
     precision = component.float_precision if device else "fp32"
-    weights = component.weights.size if device else host_need(component)
+    weights = component.used_bytes if device else host_need(component)
     activations = estimate_activations(component, profiles, precision)
     if provider != "ort-tensorrt":
         activations += score_bytes(component, profiles, precision)
@@ -171,7 +171,10 @@ def _profiles(component: Component, axes: list[dict[str, Range]]) -> tuple[Profi
 
 
 def _io_bytes(component: Component, profile: Profile) -> int:
-    """Return the bytes of a component's inputs and outputs at the largest shapes of a profile."""
+    """Return the bytes of a component's inputs and outputs at the largest shapes of a profile.
+
+    What a UNet keeps for its shallow one lies in two buffers, which count as the inputs of that one.
+    """
     axes = largest_axes(component, profile)
     return sum(_bytes(spec, axes) for spec in (*component.inputs, *component.outputs))
 

@@ -21,18 +21,22 @@ def open_pool(
     from_image: bool = False,
     once: bool = False,
     controls: Sequence[str] = (),
+    cached: bool = False,
 ) -> EnginePool:
     """Return a pool for `bundle`; nothing is loaded yet, but a thread begins to read the plans of a run.
 
     `provider` is "auto" or one of PROVIDERS, `residency` "auto", "resident", "swap" or "stream"; `available` replaces
     the measured memory of the device or host, in bytes. With `from_image`, memory is planned for runs that start
     from an image, which also need the autoencoder's encoder; with `once`, for a single run; `controls` are the
-    components of the ControlNets that runs use.
+    components of the ControlNets that runs use; `cached` runs use shallow UNets, and an IncompatibleError says that the
+    bundle has none.
     A given residency is kept; "auto" falls back to the next one if memory runs out. Raises UsageError for unknown
     names, IncompatibleError for a provider that is not available or a plan that does not fit this machine,
     ResourceError for plans that cannot fit.
     """
     check_residency(residency)
+    if cached:
+        run_components(bundle.manifest, provider, cached=True)  # raises before a device is opened
     backend = open_backend(bundle, provider)
     capacity = backend.free if available is None else available
     residency = settled_residency(residency, backend.provider, once=once)
@@ -45,6 +49,7 @@ def open_pool(
         from_image=from_image,
         capability=backend.capability,
         controls=controls,
+        cached=cached,
     )
     try:
         plan = estimate(residency=residency)
@@ -70,8 +75,9 @@ def open_pool(
         memory=backend.memory,
     )
     order = run_components(
-        bundle.manifest, backend.provider, from_image=from_image, capability=backend.capability, controls=controls
-    )
+        bundle.manifest, backend.provider, from_image=from_image, capability=backend.capability, controls=controls,
+        cached=cached,
+    )  # fmt: skip
     pool.expect(order)
     return pool
 

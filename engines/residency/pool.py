@@ -161,18 +161,20 @@ class EnginePool:
         self._prepare([use for use in self._resolve(next_engines) if name_of(use) not in self._engines])
         return engines
 
-    def make_room(self, run: RunSizes, uses: Iterable[Use] = (), controls: Sequence[str] = ()) -> None:
+    def make_room(
+        self, run: RunSizes, uses: Iterable[Use] = (), controls: Sequence[str] = (), *, cached: bool = False
+    ) -> None:
         """Make sure that a run of these sizes, which uses `uses`, fits into memory, before its next phase.
 
-        Components that are not named, or named without LoRAs, count with their usual plans; `controls` are as in
-        `open_pool`.
+        Components that are not named, or named without LoRAs, count with their usual plans; `controls` and
+        `cached` are as in `open_pool`.
 
         What it changes takes effect with the next phase: engines of another run may be in use. Nothing is done without
         plans. The profiles of a run may need more than those of the usual size: if the pool was
         free to choose its residency, it continues with the first that fits. Raises SizeError for sizes that the plans
         do not take, ResourceError if the builder's own figures exceed the whole memory.
         """
-        chosen = self._planned(run, uses, controls)
+        chosen = self._planned(run, uses, controls, cached=cached)
         if chosen is None:
             return
         if chosen.residency != self.residency:
@@ -184,17 +186,21 @@ class EnginePool:
         self._activations = {need.component: need.activations for need in chosen.needs}
         self._tighten(chosen)
 
-    def check_room(self, run: RunSizes, uses: Iterable[Use] = (), controls: Sequence[str] = ()) -> None:
+    def check_room(
+        self, run: RunSizes, uses: Iterable[Use] = (), controls: Sequence[str] = (), *, cached: bool = False
+    ) -> None:
         """Raise what `make_room` would raise, and change nothing: any thread may ask."""
-        self._planned(run, uses, controls)
+        self._planned(run, uses, controls, cached=cached)
 
-    def _planned(self, run: RunSizes, uses: Iterable[Use], controls: Sequence[str]) -> MemoryEstimate | None:
+    def _planned(
+        self, run: RunSizes, uses: Iterable[Use], controls: Sequence[str], *, cached: bool
+    ) -> MemoryEstimate | None:
         """Return the first plan that fits a run, None where nothing is planned; the errors are `make_room`'s."""
         if self._estimate is None or not self.records:
             return None
         slotted = {name_of(use): self._slot_records[name_of(use)] for use in uses
                    if loras_of(use) and name_of(use) in self._slot_records}  # fmt: skip
-        estimate = partial(self._estimate, controls=controls)
+        estimate = partial(self._estimate, controls=controls, cached=cached)
         if slotted:
             estimate = partial(estimate, records={**self.records, **slotted})
         plans = [estimate(residency=each, run=run) for each in (self.residency, *self._fallbacks)]

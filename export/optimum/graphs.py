@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from sdxl_trt.engines import CorruptError
+from sdxl_trt.engines.bundle import DEEP_FEATURE
 
 _OPERATOR = re.compile(r"\s*([*/])\s*")
 
@@ -27,6 +28,7 @@ def wrap(model: ir.Model) -> None:
     if any(value.name == "timestep" for value in model.graph.inputs):
         _share_timestep(model.graph)
     _fill_embeddings(model.graph)
+    _drop_deep(model.graph)
     _pooled_first(model.graph)
     for value in model.graph.outputs:
         value.shape = _spaced(value)
@@ -66,6 +68,12 @@ def _fill_embeddings(graph: ir.Graph) -> None:
         ir.convenience.replace_all_uses_with(value, filled)
     graph.register_initializer(constant)
     graph.insert_before(graph[0], zeros)
+
+
+def _drop_deep(graph: ir.Graph) -> None:
+    """Let a UNet return its prediction alone."""
+    for value in [value for value in graph.outputs if value.name == DEEP_FEATURE]:
+        graph.outputs.remove(value)
 
 
 def _pooled_first(graph: ir.Graph) -> None:

@@ -24,6 +24,7 @@ from sdxl_trt.export.verify.overflow import watch_dtypes, watch_peaks
 from sdxl_trt.export.verify.recording import Call, Recording, RecordingSettings
 from sdxl_trt.export.verify.reference import load_reference, run_reference
 from sdxl_trt.export.verify.report import ComponentReport, VerifyReport, write_report
+from sdxl_trt.export.verify.shallow import check_shallow
 from sdxl_trt.export.verify.simulation import simulated
 from sdxl_trt.export.verify.verdict import NOT_RUN, Outputs, Results, judge
 
@@ -60,11 +61,15 @@ def verify_bundle(
             progress(name, "verifying: ONNX Runtime")
             results.onnx = _run_onnx(bundle, name, results.calls, standard=True)
         parts[name] = _with_layers(bundle, name, plan, judge(plan, results))
+        if plan.precision not in NOT_RUN:
+            parts[name] = _with_shallow(bundle, name, results.calls, parts[name], progress, standard=True)
         if cpu_graph := record.cpu_graph:
             results.rounded = _simulate(bundle, name, plan, results, progress, cpu=True)
             progress(name, "verifying: ONNX Runtime, the graph for a CPU")
             results.onnx = _run_onnx(bundle, name, results.calls, standard=False)
-            parts[cpu_graph.file] = judge(plan, results)
+            parts[cpu_graph.file] = _with_shallow(
+                bundle, name, results.calls, judge(plan, results), progress, standard=False
+            )
     report = VerifyReport(
         generator=f"sdxl-trt {version('sdxl-trt')}",
         versions={library: version(library) for library in _LIBRARIES},
@@ -119,6 +124,18 @@ def _with_layers(bundle: Bundle, name: str, plan: ComponentPlan, report: Compone
     if ranges is None:
         return report
     found = check_layers(bundle.root, bundle.manifest.components[name], plan, ranges)
+    return msgspec.structs.replace(report, failures=(*report.failures, *found))
+
+
+def _with_shallow(
+    bundle: Bundle, name: str, calls: Sequence[Call], report: ComponentReport, progress: Progress, *, standard: bool
+) -> ComponentReport:
+    """Return a UNet's report with what is wrong with its shallow graph; that of another component is unchanged."""
+    shallow = {stage.unet: stage.shallow for stage in bundle.manifest.stages().values()}.get(name)
+    if shallow is None:
+        return report
+    progress(name, f"verifying: ONNX Runtime, {shallow}")
+    found = check_shallow(bundle, name, shallow, calls, standard=standard)
     return msgspec.structs.replace(report, failures=(*report.failures, *found))
 
 

@@ -52,15 +52,15 @@ def _toy_controlnet(unet: Any, factor: int, rng: np.random.Generator) -> Any:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", unet.opset)], ir_version=10)
 
 
-def _write_component(root: Path, name: str, like: Any, model: Any, **changes: Any) -> Any:
-    """Write an ONNX model as the component `name` of the bundle at `root`, and return its record."""
+def _write_component(root: Path, name: str, like: Any, model: Any, file: str = "model.onnx", **changes: Any) -> Any:
+    """Write an ONNX model into the folder `name` of the bundle at `root`, and return its record."""
     import msgspec
 
     from sdxl_trt.engines.bundle import TensorSpec
     from sdxl_trt.export.components.convert import file_record
 
     (root / name).mkdir(exist_ok=True)
-    (root / name / "model.onnx").write_bytes(model.SerializeToString())
+    (root / name / file).write_bytes(model.SerializeToString())
     weights = root / name / "weights.data"
     if not weights.exists():
         weights.write_bytes(bytes(64))
@@ -72,7 +72,7 @@ def _write_component(root: Path, name: str, like: Any, model: Any, **changes: An
         return TensorSpec(name=value.name, dtype=types[tensor.elem_type], shape=shape)  # type: ignore[arg-type]
 
     return msgspec.structs.replace(
-        like, graph=file_record(root, root / name / "model.onnx"), weights=file_record(root, weights), cpu_graph=None,
+        like, graph=file_record(root, root / name / file), weights=file_record(root, weights), cpu_graph=None,
         inputs=tuple(map(spec, model.graph.input)), outputs=tuple(map(spec, model.graph.output)), **changes,
     )  # fmt: skip
 
@@ -84,6 +84,7 @@ def add_controlnets(source: Path, root: Path) -> None:
     import onnx_ir as ir
 
     from sdxl_trt.engines.bundle import ControlNet, read_bundle, write_manifest
+    from sdxl_trt.export.graph import cut_shallow
     from sdxl_trt.export.graph.residuals import add_residuals
 
     shutil.copytree(source, root)
@@ -92,6 +93,12 @@ def add_controlnets(source: Path, root: Path) -> None:
     model = ir.from_proto(onnx.load(root / "unet" / "model.onnx", load_external_data=False))
     add_residuals(model, "unet", unet.config, "unet")
     components["unet"] = _write_component(root, "unet", unet, ir.to_proto(model))
+    if manifest.base.shallow is not None:
+        short = model.clone()
+        cut_shallow(short, ir.DataType.FLOAT16 if unet.precision == "fp16" else ir.DataType.FLOAT)
+        components[manifest.base.shallow] = _write_component(
+            root, "unet", components[manifest.base.shallow], ir.to_proto(short), file="shallow.onnx"
+        )
     nets = []
     for number, name in enumerate(("edges", "poses"), start=1):
         component = "controlnet" if number == 1 else f"controlnet_{number}"

@@ -25,6 +25,11 @@ def make_eight_bit(source: Path, root: Path, precision: str = "int8") -> None:
     parts = dict(manifest.components)
     for name in [name for name, part in parts.items() if part.kind == "unet"]:
         parts[name] = _quantize(root, name, parts[name], read_table(bundle, name), precision)
+    for stage in manifest.stages().values():  # none of the layers is in the shallow UNet, and the others stay in place
+        if stage.shallow is not None:
+            parts[stage.shallow] = msgspec.structs.replace(
+                parts[stage.shallow], precision=precision, weights=parts[stage.unet].weights
+            )  # type: ignore[arg-type]
     write_manifest(root, msgspec.structs.replace(manifest, components=parts, precision=precision, plans=()))  # type: ignore[arg-type]
 
 

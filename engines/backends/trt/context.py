@@ -4,9 +4,9 @@ TensorRT's guide recommends one context per captured graph, with shared activati
 the profile and every address of its capture, so none of them may change while it is in use.
 """
 
-__all__ = ["MAX_SHAPES", "ShapedContext", "ShapedContexts"]
+__all__ = ["MAX_PLACES", "MAX_SHAPES", "ShapedContext", "ShapedContexts"]
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 from sdxl_trt.engines.backends.cuda import DeviceBuffer, Graph
@@ -15,7 +15,9 @@ from sdxl_trt.engines.errors import EngineError
 from sdxl_trt.engines.plans import Shapes
 
 MAX_SHAPES = 4
-"""The number of contexts that an engine keeps: guidance on and off, at two sizes."""
+"""The number of shapes that an engine keeps contexts for: guidance on and off, at two sizes."""
+MAX_PLACES = 2
+"""The number of contexts for one set of shapes: what one engine keeps for another lies in two buffers, in turn."""
 
 
 class ShapedContext:
@@ -89,33 +91,51 @@ class ShapedContexts:
         self._name = name
         self._create = create
         self._idle = [create()]  # now, so that an error is raised while the engine is loaded
-        self._shaped: dict[tuple[int, tuple[tuple[str, tuple[int, ...]], ...]], ShapedContext] = {}
+        self._shaped: dict[tuple[int, tuple[tuple[str, tuple[int, ...]], ...]], dict[Hashable, ShapedContext]] = {}
 
     def get(
-        self, shapes: Shapes, choose: Callable[[Shapes], int], rank: int = 0, slots: Callable[[], Shapes] = dict
+        self,
+        shapes: Shapes,
+        choose: Callable[[Shapes], int],
+        rank: int = 0,
+        slots: Callable[[], Shapes] = dict,
+        places: Hashable = None,
     ) -> ShapedContext:
         """Return the context for `shapes`; new shapes use the profile that `choose` returns. Raises what it raises.
 
         A plan for LoRAs has more inputs than can be compared at every step: `slots` returns their shapes, which are
-        those of `rank`.
+        those of `rank`. Calls that alternate between two `places` of inputs or outputs have a context for each, so that
+        each keeps its graph.
         """
         key = rank, tuple(sorted(shapes.items()))
-        shaped = self._shaped.pop(key, None)
+        placed = self._shaped.get(key, {})
+        shaped = placed.get(places)
         if shaped is None:
             profile = choose(shapes)
-            shaped = ShapedContext(self._device, self._take(), self._name, profile, shapes, slots())
-        self._shaped[key] = shaped  # last place: the first entry is the least recently used
+            context = self._take(placed)
+            shaped = ShapedContext(self._device, context, self._name, profile, shapes, slots())
+        placed.pop(places, None)
+        placed[places] = shaped  # last place: the first entry is the least recently used
+        self._shaped.pop(key, None)
+        self._shaped[key] = placed
         return shaped
 
     def free(self) -> None:
         """Drop the contexts and their graphs."""
-        for shaped in self._shaped.values():
-            shaped.drop_graph()
+        for placed in self._shaped.values():
+            for shaped in placed.values():
+                shaped.drop_graph()
         self._shaped, self._idle = {}, []
 
-    def _take(self) -> Any:
-        if not self._idle and len(self._shaped) >= MAX_SHAPES:
-            oldest = self._shaped.pop(next(iter(self._shaped)))
-            oldest.drop_graph()
-            self._idle.append(oldest.context)
+    def _take(self, placed: dict[Hashable, ShapedContext]) -> Any:
+        """Return a context for shapes that have those in `placed`, and now a further one."""
+        if len(placed) >= MAX_PLACES:
+            self._retire(placed.pop(next(iter(placed))))
+        elif not self._idle and not placed and len(self._shaped) >= MAX_SHAPES:
+            for oldest in self._shaped.pop(next(iter(self._shaped))).values():
+                self._retire(oldest)
         return self._idle.pop() if self._idle else self._create()
+
+    def _retire(self, shaped: ShapedContext) -> None:
+        shaped.drop_graph()
+        self._idle.append(shaped.context)

@@ -8,7 +8,7 @@ __all__ = ["TrtDevice", "TrtEngine", "open_device"]
 
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -75,6 +75,7 @@ class TrtEngine:
         self._constants: dict[str, Array] = {}
         self._activations: tuple[int, ...] = ()
         self._captures = True
+        self._turn = 0
 
     def prefetch(self) -> None:
         """Read the plan and check its digests; see Engine.prefetch. Returns early after `unload` in another thread."""
@@ -137,7 +138,8 @@ class TrtEngine:
         if wanted == self._loras and (self._engine is None or not wanted or (self._slots and self._slots.rank)):
             return
         found = plan_slots(self._bundle, self.name, wanted, self._slot_plan) if wanted else None
-        self._change_plan(self._plain if found is None else found.record)
+        changed = found is not None and found.factors.modules  # of a shallow UNet a LoRA may change nothing
+        self._change_plan(found.record if found is not None and changed else self._plain)
         before, self._loras = self._loras, wanted
         if self._slots is None:
             return
@@ -188,7 +190,22 @@ class TrtEngine:
         """Run the plan and leave its outputs in their buffers; see Engine.infer_on_device."""
         feed = self._feed(inputs)
         with self._device.computing(f"running {self.name}"):
-            return self._run(feed, self._bound(inputs), [])[1]
+            found = self._run(feed, self._bound(inputs), [])[1]
+            return {name: found[name] for name in self.component.results}
+
+    def infer_keeping(
+        self, inputs: Mapping[str, Value], kept: Collection[str], outputs: Sequence[str]
+    ) -> tuple[dict[str, Array], dict[str, DeviceArray]]:
+        """Run the plan, whose outputs in `kept` go to one of two buffers of theirs, in turn; see Engine.infer_keeping.
+
+        The buffers are allocated when they are first used.
+        """
+        feed = self._feed(inputs)
+        names, held = self._requested(outputs), self._requested(sorted(kept))
+        with self._device.computing(f"running {self.name}"):
+            self._turn = 1 - self._turn
+            received, found = self._run(feed, self._bound(inputs), names, held)
+            return received, {name: found[name] for name in held}
 
     def _bound(self, inputs: Mapping[str, Value]) -> frozenset[str]:
         """Return the names of the constants that `inputs` do not replace."""
@@ -261,24 +278,18 @@ class TrtEngine:
             plan.close()
 
     def _run(
-        self, feed: Mapping[str, Value], bound: frozenset[str], names: list[str]
+        self, feed: Mapping[str, Value], bound: frozenset[str], names: list[str], kept: Sequence[str] = ()
     ) -> tuple[dict[str, Array], dict[str, DeviceArray]]:
         """Run on `feed`, of which `bound` is on the device; return the outputs `names`, and all of them there."""
         doing = f"running {self.name}"
         shapes = {name: value.shape for name, value in feed.items()}
-        slots = self._slots
-        contexts = self._require_loaded("infer")
-        shaped = (
-            contexts.get(shapes, self._choose)
-            if slots is None
-            else contexts.get(shapes, self._choose, slots.rank, lambda: slots.shapes)
-        )
+        shaped = self._shaped(shapes, (self._turn if kept else None, *_handles(feed)))
         layouts: dict[str, Layout] = {
             spec.name: (shaped.output_shape(spec.name), numpy_dtype(spec)) for spec in self.component.outputs
         }
         given = {name: value for name, value in feed.items()
                  if name not in bound and not isinstance(value, DeviceArray)}  # fmt: skip
-        places = self._places(feed, given, layouts)
+        places = self._places(feed, given, layouts, kept)
         views = self._tensors.views(
             [(array.shape, array.dtype) for array in given.values()] + [layouts[name] for name in names]
         )
@@ -286,19 +297,31 @@ class TrtEngine:
         self._tensors.send(places, given, views[: len(given)], doing)
         self._compute(shaped)
         received = self._tensors.receive(places, dict(zip(names, views[len(given) :], strict=True)), doing)
-        kept = {name: DeviceArray(shape, np.dtype(dtype), places[name], self._device)
-                for name, (shape, dtype) in layouts.items()}  # fmt: skip
-        return received, kept
+        stayed = {name: DeviceArray(shape, np.dtype(dtype), places[name], self._device)
+                  for name, (shape, dtype) in layouts.items()}  # fmt: skip
+        return received, stayed
+
+    def _shaped(self, shapes: Shapes, places: Hashable) -> ShapedContext:
+        """Return the context for inputs of `shapes`, and for what else changes from call to call at their `places`."""
+        contexts, slots = self._require_loaded("infer"), self._slots
+        if slots is None:
+            return contexts.get(shapes, self._choose, places=places)
+        return contexts.get(shapes, self._choose, slots.rank, lambda: slots.shapes, places)
 
     def _places(
-        self, feed: Mapping[str, Value], given: Mapping[str, Array], layouts: Mapping[str, Layout]
+        self,
+        feed: Mapping[str, Value],
+        given: Mapping[str, Array],
+        layouts: Mapping[str, Layout],
+        kept: Collection[str],
     ) -> dict[str, int]:
         """Return the address of every input and output of the graph."""
         place = self._tensors.place
         places = {name: value.handle if isinstance(value, DeviceArray) else place("bound", name, 0)
                   for name, value in feed.items() if name not in given}  # fmt: skip
         places |= {name: place("given", name, array.nbytes) for name, array in given.items()}
-        places |= {name: place("output", name, nbytes_of(layout)) for name, layout in layouts.items()}
+        uses = {name: f"kept.{self._turn}" if name in kept else "output" for name in layouts}
+        places |= {name: place(uses[name], name, nbytes_of(layout)) for name, layout in layouts.items()}
         return places if self._slots is None else {**places, **self._slots.addresses}
 
     def _compute(self, shaped: ShapedContext) -> None:
@@ -371,12 +394,17 @@ class TrtEngine:
         unknown = sorted(set(outputs or ()) - set(known))
         if unknown:
             raise UsageError(f"{self.name}: output {unknown[0]} requested, but the graph has {known}")
-        return known if outputs is None else list(outputs)
+        return list(self.component.results if outputs is None else outputs)
 
     def _require_loaded(self, call: str) -> ShapedContexts:
         if self._contexts is None:
             raise EngineError(f"{self.name}: {call} before load; call load() first")
         return self._contexts
+
+
+def _handles(feed: Mapping[str, Value]) -> Iterator[int]:
+    """Yield the addresses of the inputs that another engine left on the device."""
+    return (value.handle for value in feed.values() if isinstance(value, DeviceArray))
 
 
 def _activations(engine: Any) -> tuple[int, ...]:

@@ -75,8 +75,11 @@ def plan_slots(bundle: Bundle, name: str, loras: Sequence[ScaledLora], find: Slo
     if role is None or component.slot_graph is None:
         raise IncompatibleError(f"{bundle.root}: {name} has no graph that takes LoRAs, since an older version exported"
                                 f" it; export the bundle again, or {otherwise}")  # fmt: skip
-    factors = plan_factors(loras, role, table.shapes, component.config, table.slots_by_module.keys(), otherwise)
-    record = find(factors.rank)
+    # A shallow UNet leaves most of a LoRA to its UNet, which says what no slot takes.
+    shallow = component.kind == "shallow_unet"
+    unused = frozenset(each.name for each in table.tensors if shallow and each.offset is None)
+    factors = plan_factors(loras, role, table.shapes, component.config, table.slots_by_module.keys(), otherwise, unused)
+    record = find(max(factors.rank, 1))
     most, flavour = record.key.lora_rank, record.key.environment.flavour
     if factors.rank > most:
         command = rebuild_command(bundle, flavour, factors.rank)
