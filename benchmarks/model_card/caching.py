@@ -32,12 +32,13 @@ SCHEDULES: Mapping[str, Request] = {
     "euler, 20 steps": replace(USUAL, steps=20),
     "dpmpp_2m karras, 20 steps": replace(USUAL, steps=20, sampler="dpmpp_2m", schedule="leading+karras"),
 }
+REUSED = "features as they are"
 COORDINATES: Mapping[str, Callable[[Callable[[float], float]], Callable[[float], float]]] = {
     "sigma": lambda _: float,
     "square root of sigma": lambda _: math.sqrt,
     "log sigma": lambda _: math.log,
     "timestep": lambda timestep: timestep,
-    "none: features as they are": lambda _: lambda _: 0.0,
+    REUSED: lambda _: float,
 }
 """What features are extrapolated in, made of a schedule's timestep of a sigma."""
 
@@ -71,7 +72,9 @@ class Drawn:
         seconds, begun = 0.0, time.process_time()
         with mock.patch(
             "sdxl_trt.runtime.pipeline.denoising.StepCache",
-            lambda full, shallow, policy: StepCache(full, shallow, policy, chosen),
+            lambda full, shallow, policy: StepCache(
+                full, shallow, replace(policy, line=variant.coordinate != REUSED), chosen
+            ),
         ):
             for step in pipeline.steps(request):
                 seconds += (time.process_time() - begun) * (step.stage in ("base", "refiner"))

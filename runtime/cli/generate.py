@@ -62,7 +62,8 @@ def _plan(arguments: argparse.Namespace) -> None:
     changed = _changed_by_loras(arguments)
     plan = estimate_run(arguments.engines, arguments.provider, arguments.residency, arguments.vram, arguments.width,
                         arguments.height, from_image=from_image,
-                        controls=stated_settings(arguments)["controls"], adapted=changed)  # fmt: skip
+                        controls=stated_settings(arguments)["controls"], adapted=changed,
+                        cached=_caches(arguments))  # fmt: skip
     if arguments.json:
         import msgspec  # noqa: PLC0415
 
@@ -112,7 +113,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     asked = _request(arguments) if arguments.workflow is None else _workflow(arguments)
     with open_bundle(
         arguments.engines, provider=arguments.provider, residency=arguments.residency, available=arguments.vram,
-        from_image=_loads_image(asked), once=True, controls=_controls(asked),
+        from_image=_loads_image(asked), once=True, controls=_controls(asked), cached=_caches(arguments),
     ) as pipeline:  # fmt: skip
         if arguments.source is not None:
             warn_of_another_bundle(arguments.made_with, pipeline.manifest)
@@ -189,6 +190,11 @@ def _controls(asked: "Request | Workflow") -> "Sequence[ControlUse]":
     from sdxl_trt.runtime.request import Request  # noqa: PLC0415
 
     return asked.controls if isinstance(asked, Request) else ()
+
+
+def _caches(arguments: argparse.Namespace) -> bool:
+    """Return whether memory is planned for a step cache; a sweep of its interval loads what it needs."""
+    return arguments.cache > 1 or (arguments.refiner_cache or 1) > 1
 
 
 def _prefixes(asked: "Request | Workflow") -> list[str]:

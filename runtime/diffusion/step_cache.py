@@ -2,10 +2,10 @@
 
 Deep features change smoothly from step to step, and the levels that compute them take nine tenths of a UNet's time
 (DeepCache, arXiv 2312.00858). DeepCache reuses those of the latest full step; here the line through the two latest is
-followed, which is closer to what the full UNet would compute.
+followed, which is closer to what the full UNet would compute where nothing disturbs the way from one to the other.
 """
 
-__all__ = ["CachePolicy", "StepCache"]
+__all__ = ["CachePolicy", "StepCache", "lie_on_a_line"]
 
 from collections import deque
 from collections.abc import Callable, Hashable, Mapping
@@ -15,20 +15,31 @@ import numpy as np
 
 from sdxl_trt.engines import Array, DeviceArray, Engine, Value
 from sdxl_trt.engines.bundle import DEEP_FEATURE
+from sdxl_trt.runtime.diffusion.samplers import STOCHASTIC
 
 NEW, OLD, FACTOR = "deep_new", "deep_old", "deep_factor"
 """What the shallow graph takes in its place: deep = new + (new - old) · factor."""
+
+
+def lie_on_a_line(sampler: str) -> bool:
+    """Return whether the features of successive calls of `sampler` do, nearly.
+
+    Not if noise comes in between, or if a call is in the middle of a step. docs/caching.md has what was measured.
+    """
+    return sampler not in STOCHASTIC and sampler != "dpm_2"
 
 
 @dataclass(frozen=True)
 class CachePolicy:
     """Which steps of a stage are full: the `first` ones, then every `every`th. Steps count from the stage's start.
 
-    It does not depend on where the stage ends, so requests that differ only in that take the same steps.
+    It does not depend on where the stage ends, so requests that differ only in that take the same steps. With `line`
+    the other steps extrapolate deep features, and without it they reuse the latest.
     """
 
     every: int
     first: int
+    line: bool = True
 
     def full(self, step: int) -> bool:
         """Return whether `step`, counted from 0, is full."""
@@ -42,16 +53,16 @@ class CachePolicy:
 class StepCache:
     """Answers the calls of one group of pictures through a stage: by `full` or by `shallow`, as `policy` says.
 
-    `coordinate` maps a sigma to the axis along which features are extrapolated. All calls of a step are of one kind.
-    If the rows of a call are others than before, what was kept is of other pictures: it is dropped, and the rest of the
-    step is full. With the features of one sigma alone they are used as they are.
+    Features are extrapolated along sigma, or what `coordinate` maps it to. All calls of a step are of one kind. If the
+    rows of a call are others than before, what was kept is of other pictures: it is dropped, and the rest of the step
+    is full. The features of one sigma alone are used as they are.
 
     Features stay on the device. The engine keeps those of its two latest calls that keep any, so nothing else may have
     it keep some until the stage ends.
     """
 
     def __init__(
-        self, full: Engine, shallow: Engine, policy: CachePolicy, coordinate: Callable[[float], float]
+        self, full: Engine, shallow: Engine, policy: CachePolicy, coordinate: Callable[[float], float] = float
     ) -> None:
         self._full, self._shallow = full, shallow
         self._policy = policy
@@ -90,7 +101,7 @@ class StepCache:
         return self._full_steps
 
     def _keeping(self, given: Mapping[str, Value], at: float) -> Array:
-        if self._kept and self._kept[-1][0] == at:  # a line takes two points: the earlier features stay
+        if self._policy.line and self._kept and self._kept[-1][0] == at:  # a line needs another point: the first stays
             return self._full.infer(given, ["out_sample"])["out_sample"]
         answers, kept = self._full.infer_keeping(given, [DEEP_FEATURE], ["out_sample"])
         self._kept.append((at, kept[DEEP_FEATURE]))
@@ -98,7 +109,7 @@ class StepCache:
 
     def _extrapolated(self, given: Mapping[str, Value], at: float) -> Array:
         (before, old), (latest, new) = self._kept[0], self._kept[-1]
-        factor = (at - latest) / (latest - before) if len(self._kept) == 2 else 0.0
+        factor = (at - latest) / (latest - before) if self._policy.line and len(self._kept) == 2 else 0.0
         deep: dict[str, Value] = {NEW: new, OLD: old, FACTOR: np.full(new.shape[0], factor, np.float32)}
         taken = {name: value for name, value in given.items() if name in self._takes}
         return self._shallow.infer(taken | deep, ["out_sample"])["out_sample"]

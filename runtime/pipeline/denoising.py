@@ -72,7 +72,7 @@ class Phase:
         policy = self.job.run.request.cache_of(self.name)
         if policy is None or shallow is None:
             return None
-        return StepCache(engine, shallow, policy, self.schedule.timestep)
+        return StepCache(engine, shallow, policy)
 
     def estimator(self, engine: Engine, group: slice) -> Estimator:
         """Return what asks `engine` for the pictures `group`, without calling it."""

@@ -84,7 +84,7 @@ class Pipeline:
         self.pool.check(self._all_engines(resolved))
         if self.pool.limits is not None:
             self.pool.check_room(self._sizes(resolved, self._first_rows(resolved)), self._all_engines(resolved),
-                                 _components(resolved))  # fmt: skip
+                                 _components(resolved), cached=resolved.caches)  # fmt: skip
         return resolved
 
     def read_prompts(self, request: ResolvedRequest) -> None:
@@ -125,7 +125,10 @@ class Pipeline:
         Raises SizeError, and ResourceError if the plans' own figures say that they do not fit into memory.
         """
         if self.pool.limits is not None:
-            self.pool.make_room(self._sizes(request, rows, tokens), self._all_engines(request), _components(request))
+            self.pool.make_room(
+                self._sizes(request, rows, tokens), self._all_engines(request), _components(request),
+                cached=request.caches,
+            )  # fmt: skip
 
     def _sizes(self, request: ResolvedRequest, rows: int, tokens: int | None = None) -> RunSizes:
         least = 1 if self.pool.limits is None else self.pool.limits.tokens.min
@@ -372,16 +375,19 @@ def open_bundle(
     from_image: bool = False,
     once: bool = False,
     controls: Sequence[ControlUse] = (),
+    cached: bool = False,
 ) -> Pipeline:
     """Open the bundle at `path` (None: the embedded pair) for a ``with`` statement. Only the manifest is read.
 
     `provider`, `residency`, `available` (the memory limit in bytes), `from_image` and `once` are those of `open_pool`;
-    memory is planned for runs with the ControlNets that `controls` use.
+    memory is planned for runs with the ControlNets that `controls` use, and with a step cache if they are `cached`.
     Raises SourceError, IncompatibleError, CorruptError, UsageError, ResourceError.
     """
     bundle = find_bundle(path)
     nets = control_components(controls, bundle.manifest)
-    return Pipeline(open_pool(bundle, provider, residency, available, from_image=from_image, once=once, controls=nets))
+    pool = open_pool(bundle, provider, residency, available, from_image=from_image, once=once, controls=nets,
+                     cached=cached)  # fmt: skip
+    return Pipeline(pool)
 
 
 def find_bundle(path: Path | str | None = None) -> Bundle:

@@ -16,7 +16,7 @@ from sdxl_trt.engines.bundle import Bundle, Manifest, Scheduler
 from sdxl_trt.engines.plans import PlanLimits, size_multiple
 from sdxl_trt.runtime.adapters import EmbeddingFact, LoraFact
 from sdxl_trt.runtime.controls import Control, check_control_shapes, settle_controls
-from sdxl_trt.runtime.diffusion import CachePolicy, Guidance, comfyui_span, fraction_span, guided_span
+from sdxl_trt.runtime.diffusion import CachePolicy, Guidance, comfyui_span, fraction_span, guided_span, lie_on_a_line
 from sdxl_trt.runtime.diffusion.samplers import sampler_names
 from sdxl_trt.runtime.diffusion.schedules import Schedule
 from sdxl_trt.runtime.images import Fit, InputPicture, Overlay, as_input, check_input
@@ -167,9 +167,9 @@ class ResolvedRequest:
 
     def cache_of(self, stage: StageName) -> CachePolicy | None:
         """Return which steps of a stage run the full UNet; None if all do."""
-        policy = CachePolicy(_cache_asked(self.request, stage), FULL_AT_FIRST[stage])
-        steps = self.denoising_of(stage)[1].steps
-        return None if policy.full_steps(steps) == steps else policy
+        sampler, part = self.denoising_of(stage)
+        policy = CachePolicy(_cache_asked(self.request, stage), FULL_AT_FIRST[stage], lie_on_a_line(sampler))
+        return None if policy.full_steps(part.steps) == part.steps else policy
 
     @property
     def caches(self) -> bool:
