@@ -21,9 +21,10 @@ import numpy.typing as npt
 
 from sdxl_trt.benchmarks.model_card.__main__ import paired_effect, quality, share_right
 from sdxl_trt.benchmarks.model_card.cases import CardCase, evaluation_cases
+from sdxl_trt.engines import Engine
 from sdxl_trt.mini.score import Score, score_picture
 from sdxl_trt.runtime import Pipeline, Request, open_bundle
-from sdxl_trt.runtime.diffusion import StepCache
+from sdxl_trt.runtime.diffusion import CachePolicy, StepCache
 
 Pixels = npt.NDArray[np.uint8]
 USUAL = Request(steps=30, handoff=0.8, sampler="euler")
@@ -32,28 +33,33 @@ SCHEDULES: Mapping[str, Request] = {
     "euler, 20 steps": replace(USUAL, steps=20),
     "dpmpp_2m karras, 20 steps": replace(USUAL, steps=20, sampler="dpmpp_2m", schedule="leading+karras"),
 }
-REUSED = "features as they are"
-COORDINATES: Mapping[str, Callable[[Callable[[float], float]], Callable[[float], float]]] = {
-    "sigma": lambda _: float,
-    "square root of sigma": lambda _: math.sqrt,
-    "log sigma": lambda _: math.log,
-    "timestep": lambda timestep: timestep,
-    REUSED: lambda _: float,
+Coordinate = Callable[[float], float]
+WAYS: Mapping[str, tuple[Callable[[Coordinate], Coordinate], float | None]] = {
+    "": (lambda _: float, None),
+    "along sigma": (lambda _: float, 1.0),
+    "along sigma, half of the way": (lambda _: float, 0.5),
+    "along the square root of sigma": (lambda _: math.sqrt, 1.0),
+    "along log sigma": (lambda _: math.log, 1.0),
+    "along the timestep": (lambda timestep: timestep, 1.0),
+    "reused": (lambda _: float, 0.0),
 }
-"""What features are extrapolated in, made of a schedule's timestep of a sigma."""
+"""How features are extrapolated: the coordinate, made of a schedule's timestep of a sigma, and the reach.
+
+The first is what the runtime does with the sampler.
+"""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """What is drawn: a schedule, the interval of its cache, and the coordinate of extrapolation."""
+    """What is drawn: a schedule, the interval of its cache, and how features are extrapolated."""
 
     schedule: str
     every: int
-    coordinate: str = "sigma"
+    way: str = ""
 
     def __str__(self) -> str:
         what = "no cache" if self.every == 1 else f"cache {self.every}"
-        return f"{self.schedule}, {what}" + ("" if self.coordinate == "sigma" else f", {self.coordinate}")
+        return f"{self.schedule}, {what}" + (f", {self.way}" if self.way else "")
 
 
 @dataclass
@@ -67,15 +73,15 @@ class Drawn:
 
     def draw(self, pipeline: Pipeline, variant: Variant, case: CardCase) -> None:
         """Draw and score a case."""
-        request = replace(SCHEDULES[variant.schedule], prompt=case.caption, seed=case.seed, cache=variant.every)
-        chosen = COORDINATES[variant.coordinate](pipeline.resolve(request).schedule.timestep)
+        request = replace(_request(variant.schedule), prompt=case.caption, seed=case.seed, cache=variant.every)
+        way, reach = WAYS[variant.way]
+        along = way(pipeline.resolve(request).schedule.timestep)
         seconds, begun = 0.0, time.process_time()
-        with mock.patch(
-            "sdxl_trt.runtime.pipeline.denoising.StepCache",
-            lambda full, shallow, policy: StepCache(
-                full, shallow, replace(policy, line=variant.coordinate != REUSED), chosen
-            ),
-        ):
+
+        def cache(full: Engine, shallow: Engine, policy: CachePolicy) -> StepCache:
+            return StepCache(full, shallow, policy if reach is None else replace(policy, reach=reach), along)
+
+        with mock.patch("sdxl_trt.runtime.pipeline.denoising.StepCache", cache):
             for step in pipeline.steps(request):
                 seconds += (time.process_time() - begun) * (step.stage in ("base", "refiner"))
                 begun = time.process_time()
@@ -122,10 +128,17 @@ def markdown(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def variants(every: Sequence[int], coordinates: Sequence[str]) -> list[Variant]:
-    """Return what is drawn: each schedule without a cache, and with each interval in each coordinate."""
-    cached = [Variant(name, each, coordinate) for name in SCHEDULES for each in every for coordinate in coordinates]
-    return [variant for name in SCHEDULES for variant in (Variant(name, 1), *(v for v in cached if v.schedule == name))]
+def variants(schedules: Sequence[str], every: Sequence[int], ways: Sequence[str]) -> list[Variant]:
+    """Return what is drawn: each schedule without a cache, and with each interval in each way; first the usual one."""
+    drawn = [Variant("euler, 30 steps", 1)]
+    for name in schedules:
+        drawn += [Variant(name, 1), *(Variant(name, each, way) for each in every for way in ways)]
+    return [*dict.fromkeys(drawn)]
+
+
+def _request(schedule: str) -> Request:
+    """Return the request of a schedule: one of the table, or 20 steps of a sampler of this name."""
+    return SCHEDULES.get(schedule) or replace(USUAL, steps=20, sampler=schedule)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -133,17 +146,20 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m sdxl_trt.benchmarks.model_card.caching", description=__doc__)
     parser.add_argument("--count", type=int, default=24)
     parser.add_argument("--every", type=int, action="append", help="an interval; may be repeated (default: 2 and 3)")
-    parser.add_argument("--coordinates", action="store_true", help="compare all coordinates of extrapolation")
+    parser.add_argument("--sampler", action="append", help="20 steps of this sampler, in place of the usual three"
+                        " schedules; may be repeated")  # fmt: skip
+    parser.add_argument("--ways", action="store_true", help="compare ways to extrapolate")
     parser.add_argument("--output", type=Path, help="JSON file that receives the figures")
     options = parser.parse_args(arguments)
-    chosen = variants(options.every or (2, 3), [*COORDINATES] if options.coordinates else ["sigma"])
+    ways = [*WAYS][1:] if options.ways else [""]
+    chosen = variants(options.sampler or [*SCHEDULES], options.every or (2, 3), ways)
     drawn = {variant: Drawn() for variant in chosen}
     with open_bundle(residency="resident", provider="ort-cpu") as pipeline:
         for case in evaluation_cases(options.count):
             for variant in chosen:
                 drawn[variant].draw(pipeline, variant, case)
     usual = drawn[Variant("euler, 30 steps", 1)]
-    figures = {str(each): compare(found, drawn[replace(each, every=1, coordinate="sigma")], usual)
+    figures = {str(each): compare(found, drawn[Variant(each.schedule, 1)], usual)
                for each, found in drawn.items()}  # fmt: skip
     result = {"count": options.count, "variants": figures}
     if options.output:

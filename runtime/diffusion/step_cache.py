@@ -5,7 +5,7 @@ Deep features change smoothly from step to step, and the levels that compute the
 followed, which is closer to what the full UNet would compute where nothing disturbs the way from one to the other.
 """
 
-__all__ = ["CachePolicy", "StepCache", "lie_on_a_line"]
+__all__ = ["CachePolicy", "StepCache", "reach_of"]
 
 from collections import deque
 from collections.abc import Callable, Hashable, Mapping
@@ -15,31 +15,39 @@ import numpy as np
 
 from sdxl_trt.engines import Array, DeviceArray, Engine, Value
 from sdxl_trt.engines.bundle import DEEP_FEATURE
-from sdxl_trt.runtime.diffusion.samplers import STOCHASTIC
 
 NEW, OLD, FACTOR = "deep_new", "deep_old", "deep_factor"
 """What the shallow graph takes in its place: deep = new + (new - old) · factor."""
 
 
-def lie_on_a_line(sampler: str) -> bool:
-    """Return whether the features of successive calls of `sampler` do, nearly.
+_REACH = dict.fromkeys(("euler", "ddim", "heun"), 1.0) | dict.fromkeys(
+    ("dpmpp_2m", "res_multistep", "lms", "deis", "uni_pc", "uni_pc_bh2"), 0.5
+)
+"""How far the line is followed, where that is closer than the latest features: docs/caching.md has the measurement.
 
-    Not if noise comes in between, or if a call is in the middle of a step. docs/caching.md has what was measured.
+Multistep samplers extrapolate the estimates, and with them the errors of the features.
+"""
+
+
+def reach_of(sampler: str) -> float:
+    """Return how much of the way along the line of deep features a cache follows with `sampler`.
+
+    It is 0 for samplers that add noise or call the model in the middle of a step: their features lie on no line.
     """
-    return sampler not in STOCHASTIC and sampler != "dpm_2"
+    return _REACH.get(sampler, 0.0)
 
 
 @dataclass(frozen=True)
 class CachePolicy:
     """Which steps of a stage are full: the `first` ones, then every `every`th. Steps count from the stage's start.
 
-    It does not depend on where the stage ends, so requests that differ only in that take the same steps. With `line`
-    the other steps extrapolate deep features, and without it they reuse the latest.
+    It does not depend on where the stage ends, so requests that differ only in that take the same steps. The others
+    follow the line of deep features by `reach` of the way; 0 reuses the latest.
     """
 
     every: int
     first: int
-    line: bool = True
+    reach: float = 1.0
 
     def full(self, step: int) -> bool:
         """Return whether `step`, counted from 0, is full."""
@@ -101,7 +109,7 @@ class StepCache:
         return self._full_steps
 
     def _keeping(self, given: Mapping[str, Value], at: float) -> Array:
-        if self._policy.line and self._kept and self._kept[-1][0] == at:  # a line needs another point: the first stays
+        if self._policy.reach and self._kept and self._kept[-1][0] == at:  # a line needs another point: the first stays
             return self._full.infer(given, ["out_sample"])["out_sample"]
         answers, kept = self._full.infer_keeping(given, [DEEP_FEATURE], ["out_sample"])
         self._kept.append((at, kept[DEEP_FEATURE]))
@@ -109,7 +117,9 @@ class StepCache:
 
     def _extrapolated(self, given: Mapping[str, Value], at: float) -> Array:
         (before, old), (latest, new) = self._kept[0], self._kept[-1]
-        factor = (at - latest) / (latest - before) if self._policy.line and len(self._kept) == 2 else 0.0
+        factor = 0.0
+        if self._policy.reach and len(self._kept) == 2:
+            factor = self._policy.reach * (at - latest) / (latest - before)
         deep: dict[str, Value] = {NEW: new, OLD: old, FACTOR: np.full(new.shape[0], factor, np.float32)}
         taken = {name: value for name, value in given.items() if name in self._takes}
         return self._shallow.infer(taken | deep, ["out_sample"])["out_sample"]

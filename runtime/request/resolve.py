@@ -16,7 +16,7 @@ from sdxl_trt.engines.bundle import Bundle, Manifest, Scheduler
 from sdxl_trt.engines.plans import PlanLimits, size_multiple
 from sdxl_trt.runtime.adapters import EmbeddingFact, LoraFact
 from sdxl_trt.runtime.controls import Control, check_control_shapes, settle_controls
-from sdxl_trt.runtime.diffusion import CachePolicy, Guidance, comfyui_span, fraction_span, guided_span, lie_on_a_line
+from sdxl_trt.runtime.diffusion import CachePolicy, Guidance, comfyui_span, fraction_span, guided_span, reach_of
 from sdxl_trt.runtime.diffusion.samplers import sampler_names
 from sdxl_trt.runtime.diffusion.schedules import Schedule
 from sdxl_trt.runtime.images import Fit, InputPicture, Overlay, as_input, check_input
@@ -168,7 +168,7 @@ class ResolvedRequest:
     def cache_of(self, stage: StageName) -> CachePolicy | None:
         """Return which steps of a stage run the full UNet; None if all do."""
         sampler, part = self.denoising_of(stage)
-        policy = CachePolicy(_cache_asked(self.request, stage), FULL_AT_FIRST[stage], lie_on_a_line(sampler))
+        policy = CachePolicy(_cache_asked(self.request, stage), FULL_AT_FIRST[stage], reach_of(sampler))
         return None if policy.full_steps(part.steps) == part.steps else policy
 
     @property

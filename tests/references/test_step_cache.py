@@ -36,7 +36,7 @@ class Case:
     guidance: float = 5.0
     every: tuple[int, int] = (2, 2)
     schedule: str = "leading"
-    line: bool = True
+    reach: float = 1.0
 
     def __str__(self) -> str:
         return f"{self.sampler}-{self.handoff}-{self.guidance}-{self.every}-{self.schedule}"
@@ -47,9 +47,9 @@ CASES = [
     Case("euler", "EulerDiscreteScheduler", guidance=1.0, every=(3, 2)),
     Case("euler", "EulerDiscreteScheduler", every=(1, 2)),
     Case("euler", "EulerDiscreteScheduler", every=(2, 1)),
-    Case("euler_ancestral", "EulerAncestralDiscreteScheduler", line=False),
-    Case("dpmpp_2m", "DPMSolverMultistepScheduler"),
-    Case("dpmpp_2m", "DPMSolverMultistepScheduler", schedule="leading+karras", every=(3, 3)),
+    Case("euler_ancestral", "EulerAncestralDiscreteScheduler", reach=0.0),
+    Case("dpmpp_2m", "DPMSolverMultistepScheduler", reach=0.5),
+    Case("dpmpp_2m", "DPMSolverMultistepScheduler", schedule="leading+karras", every=(3, 3), reach=0.5),
     # diffusers cuts within a step of two calls.
     Case("heun", "HeunDiscreteScheduler", None, calls=2),
     Case("heun", "HeunDiscreteScheduler", None, calls=2, every=(3, 3)),
@@ -87,7 +87,7 @@ class Experts:
             config |= {"timestep_spacing": spacing, "use_karras_sigmas": bool(transform)}
             kind = getattr(diffusers, case.scheduler)
             pipe.scheduler = kind.from_config({key: value for key, value in config.items() if key != "algorithm_type"})
-            stop = extrapolate(pipe, every=every, first=FIRST[name], calls=case.calls, line=case.line)
+            stop = extrapolate(pipe, every=every, first=FIRST[name], calls=case.calls, reach=case.reach)
             with torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 own = {"width": SIDE, "height": SIDE, **end} if name == "base" else {

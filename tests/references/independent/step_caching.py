@@ -6,13 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 
-def extrapolate(pipe: Any, *, every: int, first: int, calls: int = 1, line: bool = True) -> Callable[[], None]:
+def extrapolate(pipe: Any, *, every: int, first: int, calls: int = 1, reach: float = 1.0) -> Callable[[], None]:
     """Let the UNet of a pipeline of diffusers read extrapolated deep features in all but some steps.
 
     The UNet runs whole: `first` steps are as they are, then every `every`th one. In the others, what enters the last
     up block is replaced by the value at the call's sigma of the line through the values that it had at the two latest
-    sigmas, or without `line` by the latest. `calls` is how often the scheduler has the UNet called in a step. The
-    returned function ends it.
+    sigmas; of the way from the latest there only `reach` is taken, and with 0 it is the latest. `calls` is how often
+    the scheduler has the UNet called in a step. The returned function ends it.
     """
     points: list[tuple[float, Any]] = []
     state = {"call": 0, "sigma": 0.0}
@@ -27,13 +27,13 @@ def extrapolate(pipe: Any, *, every: int, first: int, calls: int = 1, line: bool
         step, sigma = state["call"] // calls, state["sigma"]
         state["call"] += 1
         if step < first or (step + 1 - first) % every == 0:
-            if not line or not points or points[-1][0] != sigma:
+            if not reach or not points or points[-1][0] != sigma:
                 points.append((sigma, named["hidden_states"].clone()))
             return given, named
+        if not reach:
+            return given, {**named, "hidden_states": points[-1][1]}
         (s0, h0), (s1, h1) = points[-2:]
-        if not line:
-            return given, {**named, "hidden_states": h1}
-        share = (sigma - s0) / (s1 - s0)
+        share = 1.0 + reach * (sigma - s1) / (s1 - s0)
         return given, {**named, "hidden_states": h0 * (1.0 - share) + h1 * share}
 
     hooks = [

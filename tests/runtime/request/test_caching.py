@@ -31,8 +31,9 @@ def _resolved(embedded: Bundle, **changes: Any) -> ResolvedRequest:
         ({"cache": 2, "refiner_cache": 1}, CachePolicy(2, 3), None),
         ({"refiner_cache": 2}, None, CachePolicy(2, 2)),
         ({"cache": 2, "handoff": None}, CachePolicy(2, 3), None),
-        ({"cache": 2, "refiner_sampler": "euler_ancestral"}, CachePolicy(2, 3), CachePolicy(2, 2, line=False)),
-        ({"cache": 2, "sampler": "dpm_2", "handoff": None}, CachePolicy(2, 3, line=False), None),
+        ({"cache": 2, "refiner_sampler": "euler_ancestral"}, CachePolicy(2, 3), CachePolicy(2, 2, reach=0.0)),
+        ({"cache": 2, "sampler": "dpmpp_2m", "handoff": None}, CachePolicy(2, 3, reach=0.5), None),
+        ({"cache": 2, "sampler": "dpm_2", "handoff": None}, CachePolicy(2, 3, reach=0.0), None),
         ({"cache": 4, "handoff_step": 18}, CachePolicy(4, 3), None),  # the refiner's two steps are full
     ],
 )
