@@ -75,7 +75,8 @@ class Drawn:
         """Draw and score a case."""
         request = replace(_request(variant.schedule), prompt=case.caption, seed=case.seed, cache=variant.every)
         way, reach = WAYS[variant.way]
-        along = way(pipeline.resolve(request).schedule.timestep)
+        schedule = pipeline.resolve(request).schedule
+        along = way(lambda sigma: float(schedule.timestep(sigma)))
         seconds, begun = 0.0, time.process_time()
 
         def cache(full: Engine, shallow: Engine, policy: CachePolicy) -> StepCache:

@@ -304,7 +304,7 @@ def _cache_notes(resolved: ResolvedRequest, manifest: Manifest) -> tuple[str, ..
         if every > request.steps:
             raise UsageError(f"{option} {every}: there are {request.steps} steps; choose 2 or 3 to save time, or 1 for"
                              " no cache")  # fmt: skip
-    cached = [name for name in stages if resolved.cache_of(name) is not None]
+    cached = [name for name in FULL_AT_FIRST if name in stages and resolved.cache_of(name) is not None]
     for name in cached:
         if stages[name].shallow is None:
             raise IncompatibleError(f"--cache {_cache_asked(request, name)}: the bundle was exported without shallow"

@@ -386,7 +386,8 @@ def _diffusers(lab: Laboratory, features: set[str], *, refiner_lora: bool = Fals
 def _as_diffusers(lab: Laboratory, pair: set[str]) -> None:
     further = [] if "refine" in pair else ["--no-refiner"]
     drawn = lab.draw(pair, *further)
-    np.testing.assert_allclose(drawn.latents[0], _diffusers(lab, pair), rtol=0, atol=NEAR)
+    near = OURS if "step cache" in pair else NEAR  # a cache changes little in small random UNets
+    np.testing.assert_allclose(drawn.latents[0], _diffusers(lab, pair), rtol=0, atol=near)
 
 
 CHECKS: Mapping[str, Callable[[Laboratory, set[str]], None]] = {

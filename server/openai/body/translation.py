@@ -119,7 +119,7 @@ def _check_cache(asked: Asked, manifest: Manifest, *, refined: bool) -> None:
         own = asked.refiner_cache is not None
         every["refiner"] = ("refiner_cache", asked.refiner_cache) if own else ("cache", asked.cache)
     for stage, (field, value) in every.items():
-        if (value or 1) > 1 and manifest.stages()[stage].shallow is None:  # type: ignore[index]
+        if (value or 1) > 1 and manifest.stages()[stage].shallow is None:
             raise invalid(field, "the bundle was exported without shallow UNets; leave it out")
 
 
