@@ -8,7 +8,7 @@ __all__ = ["CASES", "ELSEWHERE", "SIDE", "HostCase", "Lap", "Precision", "Run", 
 
 import inspect
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple

@@ -24,6 +24,8 @@ _NEW, _OLD, _FACTOR = "deep_new", "deep_old", "deep_factor"
 # The name of the node in which both graphs join the hidden state with the outermost level: it outlives rewrites.
 _JOIN = "deep_feature/join"
 _WIDE = ir.DataType.FLOAT
+_MOST_STEPS = 8
+"""Nodes between the concatenation, its normalization and that one's weight: reshapes, casts, and a normalization."""
 
 
 def mark_deep(model: ir.Model, state: Mapping[str, tuple[int, ...]], outside: ir.DataType) -> bool:
@@ -102,11 +104,33 @@ def _find_join(graph: ir.Graph, state: Mapping[str, tuple[int, ...]]) -> ir.Node
     """Return the node that concatenates the hidden state of the last up block with the first skip connection."""
     level = _last_level(state)
     weight = graph.initializers.get(_norm(level)) if level else None
-    users = [] if weight is None else [user for user, _ in weight.uses() if user.op_type == "GroupNormalization"]
-    join = users[0].inputs[0].producer() if len(users) == 1 and users[0].inputs[0] is not None else None
-    if join is None or join.op_type != "Concat" or len(join.inputs) != 2:
+    node = None if weight is None else _producer(_normalized(weight))
+    for _ in range(_MOST_STEPS):
+        if node is None or node.op_type == "Concat":
+            break
+        node = _producer(node.inputs[0])
+    if node is None or node.op_type != "Concat" or len(node.inputs) != 2:
         return None
-    return join if join.attributes.get_int("axis", 0) in (1, -3) else None
+    return node if node.attributes.get_int("axis", 0) in (1, -3) else None
+
+
+def _normalized(weight: ir.Value) -> ir.Value | None:
+    """Return what is normalized, and scaled by `weight`: in older opsets in steps, at the end of which it is scaled."""
+    value = weight
+    for _ in range(_MOST_STEPS):
+        users = [user for user, _ in value.uses()]
+        if len(users) != 1:
+            return None
+        if users[0].op_type == "GroupNormalization":
+            return users[0].inputs[0]
+        if users[0].op_type == "Mul":
+            return next((other for other in users[0].inputs if other is not value), None)
+        value = users[0].outputs[0]
+    return None
+
+
+def _producer(value: ir.Value | None) -> ir.Node | None:
+    return None if value is None else value.producer()
 
 
 def _last_level(state: Mapping[str, tuple[int, ...]]) -> int:

@@ -66,7 +66,7 @@ def make_simulated_bundle(
         )
         profiles = built.key.profiles if built else _profiles(manifest, component, sizes)
         figures = _figures(name, component, profiles, built, activations)
-        memory = built.memory if built else PlanMemory(weights=component.weights.size, activations=0)
+        memory = built.memory if built else PlanMemory(weights=component.used_bytes, activations=0)
         memory = msgspec.structs.replace(memory, activations=max(figures), profile_activations=figures)
         if weight_streaming and not memory.streamable:
             memory = msgspec.structs.replace(memory, streamable=memory.weights * 9 // 10)
@@ -87,7 +87,7 @@ def make_simulated_bundle(
             records.append(PlanRecord(key=each, file=file, memory=memory, seconds=1.0, chunks=chunks))
         if not onnx:
             (target / component.graph.file).unlink()
-            (target / component.weights.file).unlink()
+            (target / component.weights.file).unlink(missing_ok=True)  # a shallow UNet shares its UNet's
     write_manifest(target, msgspec.structs.replace(manifest, plans=tuple(records), onnx=onnx))
     # Plans that others can write are refused, and a checkout may be writable by a group.
     target.chmod(0o755)

@@ -221,7 +221,7 @@ def test_a_plan_is_compared_with_the_manifest(planned, device, simulated) -> Non
     for record, text in (
         (
             _changed(planned, "unet", file=encoder.file, chunks=encoder.chunks),
-            "encoder_hidden_states is absent, the graph has input of type float",
+            "deep_feature is absent, the graph has output of type float",
         ),
         (_changed(planned, "unet", key=twice), f"it has {len(key.profiles)} profiles, not {2 * len(key.profiles)}"),
         (_changed(planned, "unet", key=moved), "profile 0 takes"),
