@@ -1,7 +1,7 @@
 """Step caching: the full UNet in every Nth step, and between them its outermost level alone, on extrapolated features.
 
-Deep features change smoothly from step to step, and the levels that compute them take nine tenths of a UNet's time
-(DeepCache, arXiv 2312.00858). DeepCache reuses those of the latest full step; here the line through the two latest is
+Deep features change smoothly from step to step, and the levels that compute them take most of a UNet's time (DeepCache,
+arXiv 2312.00858). DeepCache reuses those of the latest full step; here the line through the two latest is
 followed, which is closer to what the full UNet would compute where nothing disturbs the way from one to the other.
 """
 
