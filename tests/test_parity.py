@@ -201,7 +201,8 @@ def test_an_absent_negative_follows_each_config(name: str, pairs: Callable[[str]
 def test_shared_components_are_stored_once(pairs: Callable[[str], Any]) -> None:
     with open_bundle(pairs("outline").bundle) as pipeline:
         assert set(pipeline.manifest.components) == {
-            "text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder", "refiner_unet",
+            "text_encoder", "text_encoder_2", "unet", "unet_shallow", "vae_decoder", "vae_encoder", "refiner_unet",
+            "refiner_unet_shallow",
         }  # fmt: skip
         assert set(pipeline.manifest.tokenizers) == {"tokenizer", "tokenizer_2"}
     with open_bundle(pairs("apart").bundle) as pipeline:

@@ -47,10 +47,11 @@ def test_bf16_and_mixed_graphs_are_accepted_and_built(pairs: Any, run_parser: Ru
     parts = frozenset({"unet", "vae_decoder"})
     options = Options("bf16", vae_precision="mixed", components=parts)
     bundle = export_bundle(pairs("legacy").base, None, tmp_path / "bf16", options)
-    graphs = [bundle.path(bundle.manifest.components[name].graph) for name in ("unet", "vae_decoder")]
+    names = ("unet", "unet_shallow", "vae_decoder")
+    graphs = [bundle.path(bundle.manifest.components[name].graph) for name in names]
     code, report = run_parser(*graphs, "--build")
     assert code == 0, report
-    assert [graph["errors"] + graph["unknown"] for graph in report["parsed"]] == [[], []]
+    assert [graph["errors"] + graph["unknown"] for graph in report["parsed"]] == [[], [], []]
     assert all(built["size"] > 0 for built in report["built"])
 
 

@@ -185,20 +185,20 @@ def test_a_timing_cache_is_ignored_for_rtx_and_said_so(
 ) -> None:
     cache = bundle.root / "timing.cache"
     _build(bundle, RTX, monkeypatch, timing_cache=cache)
-    assert [job.timing_cache for job in builds] == [None]
+    assert [job.timing_cache for job in builds] == [None, None]  # a UNet, and its shallow one
     (warning,) = caplog.messages
     assert warning == f"--timing-cache {cache}: ignored, since TensorRT for RTX times no kernels while it builds"
     _build(bundle, HERE, monkeypatch, timing_cache=cache)
-    assert builds[1].timing_cache == cache
+    assert builds[2].timing_cache == cache
     assert len(caplog.messages) == 1
 
 
 def test_the_driver_of_a_build_is_recorded_beside_the_key(
     bundle: Bundle, builds: list[BuildJob], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (record,) = _build(bundle, HERE, monkeypatch).manifest.plans
+    record, _ = _build(bundle, HERE, monkeypatch).manifest.plans
     assert (record.driver, record.built_with, record.key.environment.driver) == ("580.1", "580.1", ANY)
-    (record,) = _build(bundle, RTX, monkeypatch).manifest.plans
+    record, _ = _build(bundle, RTX, monkeypatch).manifest.plans
     assert (record.driver, record.built_with) == ("", "")
 
 
@@ -223,7 +223,7 @@ def test_hardware_compatibility_is_warned_of(
 
 
 RANK = 64
-ADAPTED = ["text_encoder", "text_encoder_2", "unet", "refiner_unet"]
+ADAPTED = ["text_encoder", "text_encoder_2", "unet", "refiner_unet", "unet_shallow", "refiner_unet_shallow"]
 
 
 def test_fp8_plans_for_every_rtx_gpu_are_warned_of(
@@ -307,5 +307,7 @@ def test_a_plan_for_loras_is_built_of_the_slot_graph(
 ) -> None:
     monkeypatch.setattr(bundle_plans, "read_bundle", lambda root, partial: slotted)
     _build(slotted, HERE, monkeypatch, lora_rank=RANK)
-    assert [job.graph.name for job in builds] == ["model.onnx", "adapters.onnx"]
-    assert [job.lora_rank for job in builds] == [None, Range(min=1, opt=16, max=RANK)]
+    assert sorted(job.graph.name for job in builds) == [
+        "adapters.onnx", "adapters.onnx", "model.onnx", "shallow.onnx"]  # fmt: skip
+    ranks = {job.graph.name: job.lora_rank for job in builds}
+    assert ranks == {"model.onnx": None, "shallow.onnx": None, "adapters.onnx": Range(min=1, opt=16, max=RANK)}

@@ -79,15 +79,20 @@ def _text(root: Path, **options: bool) -> str:
 
 def test_every_graph_is_listed(bundle: Bundle) -> None:
     text = _text(bundle.root)
-    rows = [line.split() for line in text.splitlines() if re.match(r"  \w+ +(unet|text_encoder|vae)", line)]
+    rows = [line.split() for line in text.splitlines() if re.match(r"  \w+ +(unet|shallow|text_encoder|vae)", line)]
     assert [row[0] for row in rows] == list(bundle.manifest.components)
     for name, kind, precision, parameters, _, size, _, opset, key in rows:
         component = bundle.manifest.components[name]
-        on_disk = sum((bundle.root / file.file).stat().st_size for file in component.files)
+        # A shallow UNet's weights are its UNet's, and count there.
+        own = [file for file in component.files if kind != "shallow_unet" or file != component.weights]
+        on_disk = sum((bundle.root / file.file).stat().st_size for file in own)
         assert (kind, precision, opset) == (component.kind, "fp16", str(component.opset))
         assert float(parameters) == pytest.approx(component.parameters / 1e6, abs=0.05)
         assert float(size) == pytest.approx(on_disk / MIB, abs=0.05)
         assert component.key.startswith(key)
+    everything = sum(path.stat().st_size for path in bundle.root.glob("*/*") if "tokenizer" not in path.parent.name)
+    (total,) = re.findall(r"  total +\S+ M +(\S+) MiB", text)
+    assert float(total) == pytest.approx(everything / MIB, abs=0.1)
     assert "plans: none" in text
     assert bundle.manifest.note.split(",")[0] in text
 
@@ -175,7 +180,7 @@ def test_json_contains_what_the_lines_state(plan: Callable[..., Bundle]) -> None
 def test_a_bundle_without_graphs_is_reported(plan: Callable[..., Bundle]) -> None:
     bundle = plan("unet")
     for component in bundle.manifest.components.values():
-        shutil.rmtree((bundle.root / component.graph.file).parent)
+        shutil.rmtree((bundle.root / component.graph.file).parent, ignore_errors=component.kind == "shallow_unet")
     write_manifest(bundle.root, msgspec.structs.replace(bundle.manifest, onnx=False))
     text = _text(bundle.root, why_rebuild=True)
     assert "not in this bundle, which contains only plans" in text
@@ -209,6 +214,8 @@ def test_what_would_be_rebuilt_and_why(plan: Any, here: Any) -> None:
         "vae_decoder": ("stale", ["its file has 2 bytes instead of 4"]),
         "vae_encoder": ("missing", []),
         "refiner_unet": ("missing", []),
+        "unet_shallow": ("missing", []),
+        "refiner_unet_shallow": ("missing", []),
     }
     here(msgspec.structs.replace(RTX_4090, tensorrt="11.4.0.106", driver="590.1.2"))
     text = _text(bundle.root, why_rebuild=True)

@@ -81,8 +81,11 @@ def test_out_of_memory_under_the_last_policy_is_an_error(make_pool, machine: Any
 def _estimates(fits: dict[str, int], usual: int = 5) -> Callable[..., MemoryEstimate]:
     """Return a stand-in for `estimate_memory`, exact figures on a device of 10 GB: the peak of each residency."""
 
-    def estimate(*, residency: str, run: RunSizes | None = None, controls: Sequence[str] = ()) -> MemoryEstimate:
+    def estimate(
+        *, residency: str, run: RunSizes | None = None, controls: Sequence[str] = (), cached: bool = False
+    ) -> MemoryEstimate:
         assert not controls
+        assert not cached
         peak = GB * (usual if run is None else fits[residency])
         phase = PhaseEstimate(name="base", components=("unet",), loaded=("unet",), peak=peak)
         return MemoryEstimate(

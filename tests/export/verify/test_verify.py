@@ -39,9 +39,11 @@ def test_an_intact_pair_passes_with_a_report(pairs: Callable[[str], Any], tmp_pa
     report = verify_bundle(read_bundle(root), components, stages, progress=lambda *each: events.append(each))
     report.require()
     manifest = read_bundle(root).manifest
-    for_cpu = {part.cpu_graph.file for part in manifest.components.values() if part.cpu_graph}
+    full = {name: part for name, part in manifest.components.items() if part.kind != "shallow_unet"}
+    for_cpu = {part.cpu_graph.file for part in full.values() if part.cpu_graph}
     assert for_cpu == {f"{name}/cpu.onnx" for name, part in components.items() if part.kind != "text_encoder"}
-    assert set(components) == set(manifest.components)
+    assert set(components) == set(full)
+    assert sum("shallow" in what for _, what in events) == 4, "two UNets, on two graphs each"
     assert set(report.components) == set(components) | for_cpu
     assert list(dict.fromkeys(name for name, _ in events)) == sorted(
         components, key=lambda name: ("text_encoder", "unet", "vae_decoder", "vae_encoder").index(components[name].kind)
