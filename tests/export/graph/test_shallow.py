@@ -198,6 +198,12 @@ def test_the_cut_is_where_the_last_up_block_begins(rng: np.random.Generator) -> 
     found = _run(model, sample=sample, deep_new=full[DEEP], deep_old=sample.repeat(3, 1),
                  deep_factor=np.zeros(2, np.float32))  # fmt: skip
     np.testing.assert_array_equal(found["out_sample"], full["out_sample"])
+    old, factor = rng.standard_normal((2, 3, 3, 4), np.float32), np.array([0.5, 2], np.float32)
+    deep = full[DEEP] + (full[DEEP] - old) * factor[:, None, None, None]
+    found = _run(model, sample=sample, deep_new=full[DEEP], deep_old=old, deep_factor=factor)
+    expected = _run(model, sample=sample, deep_new=deep, deep_old=old, deep_factor=np.zeros(2, np.float32))
+    np.testing.assert_allclose(found["out_sample"], expected["out_sample"], atol=1e-5)
+    assert np.abs(found["out_sample"] - full["out_sample"]).max() > 0.1
 
 
 def test_half_precision_is_kept_outside_and_bf16_never_leaves() -> None:
