@@ -22,24 +22,7 @@ else:
     })
 
 __all__ = [
-    "PREDICTIONS",
-    "CachePolicy",
-    "Conditions",
-    "ControlNets",
-    "ControlPart",
-    "Denoiser",
-    "Estimator",
-    "Guidance",
-    "Inpaint",
-    "Keeper",
-    "MicroConditions",
-    "NoiseMask",
-    "StepCache",
-    "comfyui_span",
-    "fraction_span",
-    "guided_span",
-    "in_float32",
-    "make_conditions",
-    "reach_of",
-    "read_only",
+    "PREDICTIONS", "CachePolicy", "Conditions", "ControlNets", "ControlPart", "Denoiser", "Estimator", "Guidance",
+    "Inpaint", "Keeper", "MicroConditions", "NoiseMask", "StepCache", "comfyui_span", "fraction_span", "guided_span",
+    "in_float32", "make_conditions", "reach_of", "read_only",
 ]
