@@ -28,6 +28,7 @@ FEATURES: Mapping[str, str] = {
     "batch": "several pictures in one run: -n",
     "workflow": "a ComfyUI graph states the request: --workflow",
     "8 bits": "the bundle's UNets are int8 or fp8: export-engines --int8, --fp8",
+    "step cache": "the outermost level of a UNet takes some steps without the rest of it: --cache",
 }
 """Every feature, and what it is."""
 
@@ -56,7 +57,9 @@ _AS_WHOLE = Outcome(equal_to="the run without tiles, before decoding")
 _AS_CELLS = Outcome(equal_to="each cell alone")
 _AS_SINGLE = Outcome(equal_to="each picture alone")
 _AS_FLOATS = Outcome(equal_to="the run in floats, but for the rounding to 8 bits")
+_AS_COMFYUI = Outcome(equal_to="the request with --compat comfyui")
 _AS_GRAPH = Outcome(equal_to="the request whose picture carries the graph")
+_AS_EXTRAPOLATED = Outcome(equal_to="diffusers' pipeline, the deep features of its UNet extrapolated in some steps")
 _ALONE = "each request alone"
 _BY_ROW = Outcome(equal_to=_ALONE + ": each has rows of its own", sharing="by row")
 _EQUAL = Outcome(equal_to=_ALONE + ": those share calls that have the same", sharing="equal")
@@ -75,6 +78,7 @@ _ROWS: Mapping[str, Mapping[str, Outcome]] = {
         "batch": _BY_ROW,
         "workflow": _BY_ROW,
         "8 bits": _BY_ROW,
+        "step cache": _BY_ITSELF,
     },
     "fused LoRA": {
         "LoRA": Outcome(equal_to="both LoRAs given with the request"),
@@ -88,6 +92,7 @@ _ROWS: Mapping[str, Mapping[str, Outcome]] = {
         "batch": _AS_SINGLE,
         "workflow": _AS_GRAPH,
         "8 bits": Outcome(equal_to="the run in floats with the LoRA fused, but for the rounding to 8 bits"),
+        "step cache": _AS_LORA,
     },
     "LoRA": {
         "mask": _AS_FUSED,
@@ -100,6 +105,7 @@ _ROWS: Mapping[str, Mapping[str, Outcome]] = {
         "batch": _AS_SINGLE,
         "workflow": _AS_GRAPH,
         "8 bits": Outcome(refused="LoRAs cannot change 8-bit weights on ONNX Runtime"),
+        "step cache": _AS_FUSED,
     },
     "mask": {
         "nine channels": Outcome(equal_to="diffusers' StableDiffusionXLInpaintPipeline"),
@@ -111,6 +117,7 @@ _ROWS: Mapping[str, Mapping[str, Outcome]] = {
         "batch": _AS_SINGLE,
         "workflow": _AS_GRAPH,
         "8 bits": _AS_FLOATS,
+        "step cache": _AS_EXTRAPOLATED,
     },
     "nine channels": {
         "ControlNet": Outcome(refused="a ControlNet takes a base of 4 channels, and this one is an inpainting model"),
@@ -119,8 +126,9 @@ _ROWS: Mapping[str, Mapping[str, Outcome]] = {
         "refine": Outcome(equal_to="the refiner of a bundle with four channels"),
         "sweep": _AS_CELLS,
         "batch": _AS_SINGLE,
-        "workflow": Outcome(equal_to="the request with --compat comfyui"),
+        "workflow": _AS_COMFYUI,
         "8 bits": _AS_FLOATS,
+        "step cache": _AS_EXTRAPOLATED,
     },
     "ControlNet": {
         "embedding": _AS_WORDS,
@@ -130,6 +138,7 @@ _ROWS: Mapping[str, Mapping[str, Outcome]] = {
         "batch": _AS_SINGLE,
         "workflow": _AS_GRAPH,
         "8 bits": Outcome(refused="the ranges are measured without a ControlNet; export with --fp16"),
+        "step cache": _AS_EXTRAPOLATED,
     },
     "embedding": {
         "tile": _AS_WHOLE,
@@ -138,6 +147,7 @@ _ROWS: Mapping[str, Mapping[str, Outcome]] = {
         "batch": _AS_SINGLE,
         "workflow": _AS_GRAPH,
         "8 bits": _AS_WORDS,
+        "step cache": _AS_WORDS,
     },
     "tile": {
         "refine": _AS_WHOLE,
@@ -145,24 +155,32 @@ _ROWS: Mapping[str, Mapping[str, Outcome]] = {
         "batch": _AS_SINGLE,
         "workflow": _AS_WHOLE,
         "8 bits": _AS_WHOLE,
+        "step cache": _AS_WHOLE,
     },
     "refine": {
         "sweep": _AS_CELLS,
         "batch": _AS_SINGLE,
         "workflow": _AS_GRAPH,
         "8 bits": _AS_FLOATS,
+        "step cache": _AS_EXTRAPOLATED,
     },
     "sweep": {
         "batch": Outcome(refused="--sweep makes one picture a cell"),
         "workflow": _AS_CELLS,
         "8 bits": _AS_CELLS,
+        "step cache": _AS_CELLS,
     },
     "batch": {
         "workflow": _AS_GRAPH,
         "8 bits": _AS_SINGLE,
+        "step cache": _AS_SINGLE,
     },
     "workflow": {
         "8 bits": _AS_GRAPH,
+        "step cache": _AS_COMFYUI,
+    },
+    "8 bits": {
+        "step cache": _AS_FLOATS,
     },
 }
 PAIRS: Mapping[tuple[str, str], Outcome] = {

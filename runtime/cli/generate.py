@@ -62,7 +62,8 @@ def _plan(arguments: argparse.Namespace) -> None:
     changed = _changed_by_loras(arguments)
     plan = estimate_run(arguments.engines, arguments.provider, arguments.residency, arguments.vram, arguments.width,
                         arguments.height, from_image=from_image,
-                        controls=stated_settings(arguments)["controls"], adapted=changed)  # fmt: skip
+                        controls=stated_settings(arguments)["controls"], adapted=changed,
+                        cached=_caches(arguments))  # fmt: skip
     if arguments.json:
         import msgspec  # noqa: PLC0415
 
@@ -112,7 +113,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     asked = _request(arguments) if arguments.workflow is None else _workflow(arguments)
     with open_bundle(
         arguments.engines, provider=arguments.provider, residency=arguments.residency, available=arguments.vram,
-        from_image=_loads_image(asked), once=True, controls=_controls(asked),
+        from_image=_loads_image(asked), once=True, controls=_controls(asked), cached=_caches(arguments),
     ) as pipeline:  # fmt: skip
         if arguments.source is not None:
             warn_of_another_bundle(arguments.made_with, pipeline.manifest)
@@ -189,6 +190,11 @@ def _controls(asked: "Request | Workflow") -> "Sequence[ControlUse]":
     from sdxl_trt.runtime.request import Request  # noqa: PLC0415
 
     return asked.controls if isinstance(asked, Request) else ()
+
+
+def _caches(arguments: argparse.Namespace) -> bool:
+    """Return whether memory is planned for a step cache; a sweep of its interval loads what it needs."""
+    return arguments.cache > 1 or (arguments.refiner_cache or 1) > 1
 
 
 def _prefixes(asked: "Request | Workflow") -> list[str]:
@@ -297,6 +303,7 @@ def _report(
             **{stage: {"seconds": sum(each), "steps": each} for stage, each in timings.items()},
         },
         "handoff": {"step": place.step, "timestep": place.timestep, "sigma": place.sigma} if place else None,
+        "cache": _cached(runs[0]) if len(runs) == 1 else None,
         "engines": [
             {
                 "component": name,
@@ -311,6 +318,25 @@ def _report(
     }
 
 
+def _cached(run: "Run") -> dict[str, Any] | None:
+    """Return the intervals of a run's step cache, and how many of its steps were full; None without a cache."""
+    request = run.request
+    if not request.caches:
+        return None
+    policies = {name: request.cache_of(name) for name in run.full_steps}
+    every = {name: 1 if policy is None else policy.every for name, policy in policies.items()}
+    steps = sum(request.denoising_of(name)[1].steps for name in run.full_steps)
+    return {"every": every, "full_steps": sum(run.full_steps.values()), "steps": steps}
+
+
+def _told_of_cache(cache: dict[str, Any] | None) -> str:
+    if cache is None:
+        return ""
+    first, *others = cache["every"].values()
+    interval = f"{first}" if {*others} <= {first} else f"{first}, of the refiner {others[0]}"
+    return f"cache {interval}: {cache['full_steps']} of {cache['steps']} steps full; "
+
+
 def _tell(report: dict[str, Any]) -> None:
     for image in report["images"]:
         sys.stdout.write(f"{image['path']}  seed {image['seed']}  {image['width']}x{image['height']}\n")
@@ -321,7 +347,7 @@ def _tell(report: dict[str, Any]) -> None:
     drew = [name for name in ("base", "refiner") if name in report["timings"]]
     alone = f"{drew[0]} alone; " if len(drew) == 1 else "base and refiner, each on a grid of its own; "
     how = f"handoff after step {place['step']} at sigma {place['sigma']:.3f}; " if place else alone * single
-    sys.stderr.write(f"{how}{report['timings']['total']:.1f} s\n")
+    sys.stderr.write(f"{how}{_told_of_cache(report['cache'])}{report['timings']['total']:.1f} s\n")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ Link = list[Any]
 def write_workflow(asked: Request, request: ResolvedRequest, manifest: Manifest) -> dict[str, Any] | None:
     """Return the graph in API form of `asked`, resolved as `request`, or None if ComfyUI's nodes cannot express it.
 
-    A request from a workflow may add guidance rescale and interval, tiles and injected noise, which no node expresses.
+    A request from a workflow may add guidance rescale and interval, a step cache, tiles and injected noise, which no
+    node expresses.
     Checkpoints keep their names in the workflow, or else are named after the bundle's models. LoRAs are named by their
     paths in the request's folder of them, pictures by their own names; None too if two files would share a name.
     """

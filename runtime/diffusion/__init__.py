@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from sdxl_trt.runtime.diffusion.denoiser import PREDICTIONS, Denoiser, Estimator, in_float32, read_only
     from sdxl_trt.runtime.diffusion.guidance import Guidance, guided_span
     from sdxl_trt.runtime.diffusion.inpaint import Inpaint, Keeper, NoiseMask
+    from sdxl_trt.runtime.diffusion.step_cache import CachePolicy, StepCache, reach_of
 else:
     __getattr__ = lazy_names(__name__, {
         "conditioning": ("Conditions", "MicroConditions", "make_conditions"),
@@ -17,10 +18,11 @@ else:
         "denoiser": ("PREDICTIONS", "Denoiser", "Estimator", "in_float32", "read_only"),
         "guidance": ("Guidance", "guided_span"),
         "inpaint": ("Inpaint", "Keeper", "NoiseMask"),
+        "step_cache": ("CachePolicy", "StepCache", "reach_of"),
     })
 
 __all__ = [
-    "PREDICTIONS", "Conditions", "ControlNets", "ControlPart", "Denoiser", "Estimator", "Guidance", "Inpaint", "Keeper",
-    "MicroConditions", "NoiseMask", "comfyui_span", "fraction_span", "guided_span", "in_float32", "make_conditions",
-    "read_only",
+    "PREDICTIONS", "CachePolicy", "Conditions", "ControlNets", "ControlPart", "Denoiser", "Estimator", "Guidance",
+    "Inpaint", "Keeper", "MicroConditions", "NoiseMask", "StepCache", "comfyui_span", "fraction_span", "guided_span",
+    "in_float32", "make_conditions", "reach_of", "read_only",
 ]

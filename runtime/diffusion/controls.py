@@ -62,6 +62,10 @@ class ControlNets:
             types = {name: numpy_dtype(part.engine.component.input(name)) for name in given}
             part.engine.bind({name: np.ascontiguousarray(array, types[name]) for name, array in given.items()})
 
+    def working(self, sigma: float, *, guided: bool) -> tuple[bool, ...]:
+        """Return for each ControlNet whether it changes anything at `sigma`."""
+        return tuple(part.works(sigma, guided=guided) for part in self._parts)
+
     def residuals(self, sigma: float, sample: Array, timestep: Array, *, guided: bool) -> dict[str, DeviceArray]:
         """Return the UNet's inputs for a step at `sigma`, {} if no ControlNet works there.
 

@@ -17,6 +17,7 @@ from sdxl_trt.runtime.diffusion.controls import ControlNets
 from sdxl_trt.runtime.diffusion.float16 import to_float32, write_float16
 from sdxl_trt.runtime.diffusion.guidance import Guidance
 from sdxl_trt.runtime.diffusion.schedules import Schedule
+from sdxl_trt.runtime.diffusion.step_cache import StepCache
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
@@ -132,8 +133,9 @@ class Denoiser:
     The estimate overwrites the engine's output, and each call's inputs overwrite those of the call before: at a few
     hundred kilobytes, allocating memory costs more than the arithmetic.
 
-    The arguments are those of `Estimator`, and `controls`, the ControlNets that the UNet follows. Raises UsageError for
-    an unknown prediction type, CorruptError if the UNet outputs NaN or infinity.
+    The arguments are those of `Estimator`, `controls`, the ControlNets that the UNet follows, and `cache`, which
+    answers some calls with less than the whole of `engine`. Raises UsageError for an unknown prediction type,
+    CorruptError if the UNet outputs NaN or infinity.
     """
 
     def __init__(
@@ -145,8 +147,10 @@ class Denoiser:
         guidance: Guidance | None = None,
         further: NDArray[np.float32] | None = None,
         controls: ControlNets | None = None,
+        cache: StepCache | None = None,
     ) -> None:
         self._engine = engine
+        self._cache = cache
         self._dtype = numpy_dtype(engine.component.input("sample"))
         self._estimator = Estimator(self._dtype, schedule, conditions, prediction_type, guidance, further)
         self._controls = controls
@@ -154,7 +158,8 @@ class Denoiser:
         self._timestep = np.empty(0, np.float32)
         self.latest: NDArray[np.float32] | None = None
         """The latest estimate, for previews: read-only, since the sampler continues from the same memory."""
-        engine.bind(conditions.inputs)
+        self._steps = 0
+        (engine if cache is None else cache).bind(conditions.inputs)
 
     def __call__(self, x: NDArray[np.float32], sigma: float) -> NDArray[np.float32]:
         """Return the estimate of the clean latents in `x`, which holds noise of standard deviation `sigma`."""
@@ -164,12 +169,22 @@ class Denoiser:
             self._sample, self._timestep = np.empty(shape, self._dtype), np.empty(shape[0], np.float32)
         self._estimator.write(x, sigma, self._sample, self._timestep)
         given: dict[str, Value] = {"sample": self._sample, "timestep": self._timestep}
+        working: tuple[bool, ...] = ()
         if self._controls is not None:
+            working = self._controls.working(sigma, guided=guided)
             given |= self._controls.residuals(sigma, self._sample, self._timestep, guided=guided)
-        prediction = in_float32(self._engine.infer(given)["out_sample"])
-        denoised = self._estimator.clean(prediction, x, sigma, guided=guided)
+        if self._cache is None:
+            answer = self._engine.infer(given)["out_sample"]
+        else:
+            answer = self._cache.infer(given, sigma, (shape, working))
+        denoised = self._estimator.clean(in_float32(answer), x, sigma, guided=guided)
         self.latest = read_only(denoised)
         return denoised
+
+    def end_step(self) -> int:
+        """Go on to the next step, which a `cache` has to know; return how many steps so far ran the full UNet."""
+        self._steps += 1
+        return self._steps if self._cache is None else self._cache.end_step()
 
 
 def in_float32(answer: Array) -> NDArray[np.float32]:

@@ -138,6 +138,7 @@ def _hand_over(step: Step, leader: Job, other: Job) -> None:
     other.latents = step.latents.copy()
     if keeper is not None:
         other.latents = keeper.ended(other.latents, float(part.sigmas(other.run.request.schedule.sigmas)[-1]))
+    other.run.full_steps = dict(leader.run.full_steps)
     base, own = deepcopy(leader.noises["base"]), other.noises["refiner"]
     # A refiner without a seed of its own continues the base's noise.
     other.noises = {"base": base, "refiner": base if own is other.noises["base"] else own}

@@ -1,15 +1,16 @@
 """What an expert's steps for a job consist of: its conditions, and a sampler for each group of its pictures."""
 
-__all__ = ["Phase", "begin_refiner", "groups"]
+__all__ = ["Phase", "begin_refiner", "control_parts", "groups"]
 
 import math
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from sdxl_trt.engines import Engine, numpy_dtype
 from sdxl_trt.engines.bundle import Stage
 from sdxl_trt.runtime.arrays import Latents
-from sdxl_trt.runtime.diffusion import Conditions, Estimator, make_conditions
+from sdxl_trt.runtime.diffusion import Conditions, ControlPart, Estimator, StepCache, make_conditions
 from sdxl_trt.runtime.diffusion.samplers import FEW_STEPS, Asking, bind_sampler, brownian_span
 from sdxl_trt.runtime.pipeline.run import Handoff, Job
 from sdxl_trt.runtime.request import ResolvedRequest, StageName
@@ -63,6 +64,16 @@ class Phase:
         further = self.job.further if self.name == "base" else None
         return None if further is None else further[group]
 
+    def cache(self, engine: Engine, shallow: Engine | None = None) -> StepCache | None:
+        """Return what answers some calls of a group of pictures with `shallow`; None without it.
+
+        Every group has one of its own: features are those of its pictures.
+        """
+        policy = self.job.run.request.cache_of(self.name)
+        if policy is None or shallow is None:
+            return None
+        return StepCache(engine, shallow, policy)
+
     def estimator(self, engine: Engine, group: slice) -> Estimator:
         """Return what asks `engine` for the pictures `group`, without calling it."""
         pictures = len(self.job.latents[group])
@@ -84,6 +95,21 @@ class Phase:
         keeper = self.job.keeper(self.name)
         sample = sample if keeper is None else keeper.of(group).around(sample)
         return sample(latents[group].copy(), sigmas)
+
+
+def control_parts(request: ResolvedRequest, engines: Sequence[Engine]) -> Iterator[ControlPart]:
+    """Yield the ControlNets of a request with their engines, pictures, scales and spans."""
+    for control, engine in zip(request.controls, engines, strict=True):
+        use, (above, up_to) = control.use, request.control_span(control)
+        yield ControlPart(
+            engine,
+            control.prepared((request.height, request.width), comfyui=request.comfyui),
+            positive=0.0 if use.side == "negative" else use.scale,
+            negative=0.0 if use.side == "positive" else use.scale,
+            above=above,
+            up_to=up_to,
+            guess=request.request.control_guess,
+        )
 
 
 def groups(count: int, size: int) -> list[slice]:

@@ -14,17 +14,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from sdxl_trt.engines import Engine, SizeError
+from sdxl_trt.engines import SizeError
 from sdxl_trt.engines.adapters import Use, adapted
 from sdxl_trt.engines.bundle import Bundle, Stage, Vae, read_bundle
 from sdxl_trt.engines.plans import RunSizes
 from sdxl_trt.engines.residency import EnginePool, open_pool
 from sdxl_trt.runtime.arrays import Latents
-from sdxl_trt.runtime.controls import Control, ControlUse, control_components
-from sdxl_trt.runtime.diffusion import ControlNets, ControlPart, Denoiser
+from sdxl_trt.runtime.controls import ControlUse, control_components
+from sdxl_trt.runtime.diffusion import ControlNets, Denoiser
 from sdxl_trt.runtime.diffusion.samplers import drive
 from sdxl_trt.runtime.images import Picture
-from sdxl_trt.runtime.pipeline.denoising import Phase, begin_refiner, groups
+from sdxl_trt.runtime.pipeline.denoising import Phase, begin_refiner, control_parts, groups
 from sdxl_trt.runtime.pipeline.record import finish
 from sdxl_trt.runtime.pipeline.run import Handoff, Job, Run, Step, start_job, timed
 from sdxl_trt.runtime.request import Request, ResolvedRequest, ResolvedSide, StageName, resolve_request
@@ -84,7 +84,7 @@ class Pipeline:
         self.pool.check(self._all_engines(resolved))
         if self.pool.limits is not None:
             self.pool.check_room(self._sizes(resolved, self._first_rows(resolved)), self._all_engines(resolved),
-                                 _components(resolved))  # fmt: skip
+                                 _components(resolved), cached=resolved.caches)  # fmt: skip
         return resolved
 
     def read_prompts(self, request: ResolvedRequest) -> None:
@@ -125,7 +125,10 @@ class Pipeline:
         Raises SizeError, and ResourceError if the plans' own figures say that they do not fit into memory.
         """
         if self.pool.limits is not None:
-            self.pool.make_room(self._sizes(request, rows, tokens), self._all_engines(request), _components(request))
+            self.pool.make_room(
+                self._sizes(request, rows, tokens), self._all_engines(request), _components(request),
+                cached=request.caches,
+            )  # fmt: skip
 
     def _sizes(self, request: ResolvedRequest, rows: int, tokens: int | None = None) -> RunSizes:
         least = 1 if self.pool.limits is None else self.pool.limits.tokens.min
@@ -146,7 +149,7 @@ class Pipeline:
     def _engines(self, request: ResolvedRequest, name: StageName) -> list[Use]:
         """Return the text encoders of a stage, and its UNet if it takes steps, with the request's LoRAs."""
         unet = [self.unet(request, name)] if name == "refiner" or request.base.steps else []
-        return [*self._encoders(request, name), *unet]
+        return [*self._encoders(request, name), *unet, *self._shallow(request, name)]
 
     def expect(self, jobs: Sequence[Job]) -> None:
         """Tell the pool which components the stages of `jobs` use, in order, so that their plans are read ahead."""
@@ -155,14 +158,23 @@ class Pipeline:
         uses += [wanted.vae.encoder for request in requests for wanted in self._wanted(request)]
         uses += [use for request in requests for name in self._stages(request) for use in self._encoders(request, name)]
         uses += [self.unet(request, "base") for request in requests if request.base.steps]
+        uses += [use for request in requests for use in self._shallow(request, "base")]
         uses += [control.component for request in requests for control in request.controls]
         uses += [self.unet(request, "refiner") for request in requests if request.uses_refiner]
+        uses += [use for request in requests for use in self._shallow(request, "refiner")]
         uses += [self.vae(request).decoder for request in requests]
         self.pool.expect(dict.fromkeys(use for use in uses if use is not None))
 
     def unet(self, request: ResolvedRequest, name: StageName) -> Use:
         """Return the UNet of a stage with the request's LoRAs."""
         return adapted(self.manifest.stages()[name].unet, request.loras.get(name, ()))
+
+    def _shallow(self, request: ResolvedRequest, name: StageName) -> tuple[Use, ...]:
+        """Return the outermost level of a stage's UNet, with the request's LoRAs, if its steps are cached."""
+        shallow = self.manifest.stages()[name].shallow if name in self._stages(request) else None
+        if shallow is None or request.cache_of(name) is None:
+            return ()
+        return (adapted(shallow, request.loras.get(name, ())),)
 
     def _encoders(self, request: ResolvedRequest, name: StageName) -> list[Use]:
         """Return the text encoders of a stage with the LoRAs of the request's prompts, each once."""
@@ -298,21 +310,35 @@ class Pipeline:
         """
         request, latents, phase = job.run.request, job.latents, Phase(job, name, stage)
         following = request.controls if name == "base" else ()
-        engine, *nets = self.pool.phase(
-            self.unet(request, name), *(control.component for control in following), next_engines=(next_engine,)
+        shallow = self._shallow(request, name)
+        engine, *others = self.pool.phase(
+            self.unet(request, name),
+            *shallow,
+            *(control.component for control in following),
+            next_engines=(next_engine,),
         )
+        outermost, nets = others[: len(shallow)], others[len(shallow) :]
         yield _loaded(latents)
         each = groups(len(latents), self.pictures_at_once)
         total = phase.steps * len(each)
         for number, group in enumerate(each):
             x = latents[group]
             conditions = phase.conditions(engine, max(len(x), self._fewest_at_once))
-            controls = ControlNets([*_control_parts(request, following, nets)], conditions) if nets else None
+            controls = ControlNets([*control_parts(request, nets)], conditions) if nets else None
+            cache = phase.cache(engine, *outermost)
             denoise = Denoiser(
-                engine, phase.schedule, conditions, phase.predicts, phase.guidance, phase.further(group), controls
+                engine,
+                phase.schedule,
+                conditions,
+                phase.predicts,
+                phase.guidance,
+                phase.further(group),
+                controls,
+                cache,
             )
             sampled = drive(phase.asking(group), denoise)
             for index, x in enumerate(sampled, start=number * phase.steps + 1):
+                job.run.full_steps[name] = denoise.end_step()
                 yield Step(name, index, total, group, latents=x.copy(), denoised=denoise.latest)
             latents[group] = x
 
@@ -349,16 +375,19 @@ def open_bundle(
     from_image: bool = False,
     once: bool = False,
     controls: Sequence[ControlUse] = (),
+    cached: bool = False,
 ) -> Pipeline:
     """Open the bundle at `path` (None: the embedded pair) for a ``with`` statement. Only the manifest is read.
 
     `provider`, `residency`, `available` (the memory limit in bytes), `from_image` and `once` are those of `open_pool`;
-    memory is planned for runs with the ControlNets that `controls` use.
+    memory is planned for runs with the ControlNets that `controls` use, and with a step cache if they are `cached`.
     Raises SourceError, IncompatibleError, CorruptError, UsageError, ResourceError.
     """
     bundle = find_bundle(path)
     nets = control_components(controls, bundle.manifest)
-    return Pipeline(open_pool(bundle, provider, residency, available, from_image=from_image, once=once, controls=nets))
+    pool = open_pool(bundle, provider, residency, available, from_image=from_image, once=once, controls=nets,
+                     cached=cached)  # fmt: skip
+    return Pipeline(pool)
 
 
 def find_bundle(path: Path | str | None = None) -> Bundle:
@@ -410,23 +439,6 @@ def _side_embeds(side: ResolvedSide, encoded: Iterator[PromptEmbeds]) -> tuple[P
         (other,) = _side_embeds(mix.other, encoded)
         embeds = embeds.followed_by(other) if mix.kind == "concat" else embeds.averaged(other, mix.strength)
     return (embeds, *(each for other in side.combined for each in _side_embeds(other, encoded)))
-
-
-def _control_parts(
-    request: ResolvedRequest, controls: Sequence[Control], engines: Sequence[Engine]
-) -> Iterator[ControlPart]:
-    """Yield the ControlNets of a request with their engines."""
-    for control, engine in zip(controls, engines, strict=True):
-        use, (above, up_to) = control.use, request.control_span(control)
-        yield ControlPart(
-            engine,
-            control.prepared((request.height, request.width), comfyui=request.comfyui),
-            positive=0.0 if use.side == "negative" else use.scale,
-            negative=0.0 if use.side == "positive" else use.scale,
-            above=above,
-            up_to=up_to,
-            guess=request.request.control_guess,
-        )
 
 
 def _components(request: ResolvedRequest) -> tuple[str, ...]:

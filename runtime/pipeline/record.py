@@ -52,6 +52,8 @@ class _Facts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     mask: Annotated[str, msgspec.Meta(max_length=255)] | None = None
     """The name of the mask's file, "" without one; None without a mask."""
     mask_sha256: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")] | None = None
+    full_steps: Annotated[int, msgspec.Meta(ge=0, le=1 << 20)] | None = None
+    """How many steps of its run were of the full UNets; None if all were."""
     fit: Fit | None = None
     """How the image was brought to the size; "cover" if a size was requested."""
     workflow: bool = False
@@ -199,6 +201,8 @@ def _further(run: Run) -> dict[str, Any]:
     found = {each.name: getattr(run.asked, each.name) for each in changed if each.record == "changed"}
     if any(each.record == "workflow" for each in changed):
         found["workflow"] = True
+    if run.request.caches and run.full_steps:
+        found["full_steps"] = sum(run.full_steps.values())
     if run.request.comfyui and len(run.request.seeds) > 1:
         # Pictures of one batch share a stream of noise: they are made again together.
         found["count"] = len(run.request.seeds)

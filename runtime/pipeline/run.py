@@ -66,6 +66,8 @@ class Run:
     handoff_latents: Latents | None = None
     handoff: Handoff | None = None
     timings: dict[str, list[float]] = field(default_factory=dict)
+    full_steps: dict[StageName, int] = field(default_factory=dict)
+    """The steps so far of each stage that ran the full UNet, of every picture: all of them without a cache."""
     asked: Request = field(default_factory=Request)
     """The request before its defaults were settled."""
     manifest: Manifest | None = None

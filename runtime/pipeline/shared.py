@@ -81,7 +81,7 @@ class Shared:
     Pictures are those of each job alone, to rounding: another number of rows may run other kernels. With `rows`, every
     call has exactly that many, and free ones repeat another: then the bits of a picture do not depend on which jobs
     share its calls. Rows beyond `rows`, or beyond what the plans or the pipeline take, go into further calls. A job
-    with a ControlNet runs alone, and `rows` has no effect on it.
+    with a ControlNet or a step cache runs alone, and `rows` has no effect on it.
 
     `next_engine` is needed afterwards, by default what the first job needs next. Raises UsageError for jobs that cannot
     share calls, and for `rows` that the plans do not take or that are too few for a picture.
@@ -253,6 +253,7 @@ class Shared:
         number, steps = lane.number, self._phases[lane.number].steps
         counts[number] += 1
         lane.done += 1
+        self._jobs[number].run.full_steps[self._stage] = lane.done
         latents = self._jobs[number].latents
         if lane.done == steps:
             latents[lane.pictures] = lane.latents
@@ -321,8 +322,8 @@ def _check_alike(jobs: Sequence[Job], stage: StageName) -> None:
             raise UsageError(f"job {number}: its prompts are not encoded; call Pipeline.encode first")
         if key is None or keys[0] is None:
             if len(jobs) > 1:
-                raise UsageError(f"job {number if key is None else 0}: a request with a ControlNet shares no call of"
-                                 " the base; run it alone")  # fmt: skip
+                raise UsageError(f"job {number if key is None else 0}: a request with a ControlNet or a step cache"
+                                 f" shares no call of the {stage}; run it alone")  # fmt: skip
         elif key != keys[0]:
             raise UsageError(f"jobs 0 and {number} share no call of a UNet: their {differing(keys[0], key)} differs;"
                              " put those of one share_key together")  # fmt: skip

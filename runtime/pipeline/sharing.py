@@ -14,6 +14,7 @@ FEATURES_IN_KEY: Mapping[str, Callable[[ResolvedRequest, StageName], Hashable]] 
     "LoRA": lambda request, stage: tuple(request.loras.get(stage, ())),
     "ControlNet": lambda request, stage: stage == "base" and len(request.controls),
     "refine": lambda request, _: request.refiner_only,
+    "step cache": lambda request, stage: request.cache_of(stage) is not None,
 }
 """The value that a stage of a request has of each feature that is not free by row; a false one does not use it."""
 

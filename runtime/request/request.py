@@ -179,6 +179,14 @@ class Request:
         sweep="names of samplers", on_sheet=True,
         resolved=lambda resolved: resolved.refiner_sampler if resolved.uses_refiner else None,
     )  # fmt: skip
+    cache: int = setting(
+        1, help="run the whole UNet in every Nth step, and between them its outermost level (1: in every step)",
+        unit="steps", low=1, group=_DENOISING, metavar="N", workflow="beside", sweep="whole numbers", on_sheet=True,
+    )  # fmt: skip
+    refiner_cache: int | None = setting(
+        None, help="the same for the refiner (default: the base's)", unit="steps", low=1, group=_DENOISING,
+        metavar="N", stage="refiner", follows="cache", workflow="beside", sweep="whole numbers", on_sheet=True,
+    )  # fmt: skip
     schedule: str = setting(
         "", node="scheduler", longest=100,
         help="leading, trailing or linspace, with +karras, +exponential, +beta or +lu (default: the model's own)",

@@ -10,13 +10,13 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from sdxl_trt.engines import UsageError
+from sdxl_trt.engines import IncompatibleError, UsageError
 from sdxl_trt.engines.adapters import ScaledLora
 from sdxl_trt.engines.bundle import Bundle, Manifest, Scheduler
 from sdxl_trt.engines.plans import PlanLimits, size_multiple
 from sdxl_trt.runtime.adapters import EmbeddingFact, LoraFact
 from sdxl_trt.runtime.controls import Control, check_control_shapes, settle_controls
-from sdxl_trt.runtime.diffusion import Guidance, comfyui_span, fraction_span, guided_span
+from sdxl_trt.runtime.diffusion import CachePolicy, Guidance, comfyui_span, fraction_span, guided_span, reach_of
 from sdxl_trt.runtime.diffusion.samplers import sampler_names
 from sdxl_trt.runtime.diffusion.schedules import Schedule
 from sdxl_trt.runtime.images import Fit, InputPicture, Overlay, as_input, check_input
@@ -34,6 +34,8 @@ from sdxl_trt.runtime.text import Prompt
 
 log = logging.getLogger("sdxl_trt.runtime")
 DRAWN_SEED_BITS = 32
+FULL_AT_FIRST: Mapping[StageName, int] = {"base": 3, "refiner": 2}
+"""The steps that are full whatever is cached: what follows them is extrapolated."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +165,17 @@ class ResolvedRequest:
                             " ControlNet does nothing")  # fmt: skip
         return tuple(idle)
 
+    def cache_of(self, stage: StageName) -> CachePolicy | None:
+        """Return which steps of a stage run the full UNet; None if all do."""
+        sampler, part = self.denoising_of(stage)
+        policy = CachePolicy(_cache_asked(self.request, stage), FULL_AT_FIRST[stage], reach_of(sampler))
+        return None if policy.full_steps(part.steps) == part.steps else policy
+
+    @property
+    def caches(self) -> bool:
+        """Return whether a step of either stage does not run the full UNet."""
+        return any(self.cache_of(stage) is not None for stage in FULL_AT_FIRST)
+
     def guidance_of(self, stage: StageName) -> Guidance:
         """Return the guidance of a stage."""
         scale = self.request.guidance if stage == "base" else self.refiner_guidance
@@ -212,7 +225,7 @@ def resolve_request(
     if mask is not None and image is not None:
         masking = masking_of(request, image, source, mask, size, fit, manifest)
         _warn_of_noise(request, cuts)
-    return ResolvedRequest(
+    resolved = ResolvedRequest(
         request=request,
         schedule=grids.schedule,
         refiner_schedule=grids.refiner,
@@ -240,6 +253,7 @@ def resolve_request(
         notes=(*notes, *loras.notes),
         embeddings=embedding_facts(embeddings),
     )
+    return replace(resolved, notes=(*resolved.notes, *_cache_notes(resolved, manifest)))
 
 
 def _running(cuts: StageRanges, manifest: Manifest) -> dict[StageName, bool]:
@@ -276,6 +290,35 @@ def _check_guess(request: Request) -> None:
         raise UsageError(
             "--control-guess: ComfyUI's nodes have no such switch; leave it out, or use --compat diffusers"
         )
+
+
+def _cache_asked(request: Request, stage: StageName) -> int:
+    return request.cache if stage == "base" or request.refiner_cache is None else request.refiner_cache
+
+
+def _cache_notes(resolved: ResolvedRequest, manifest: Manifest) -> tuple[str, ...]:
+    """Return what to say of a cache that has no effect, after checking that the request and the bundle allow it."""
+    request, stages = resolved.request, manifest.stages()
+    asked = {"--cache": request.cache, "--refiner-cache": request.refiner_cache or 1}
+    for option, every in asked.items():
+        if every > request.steps:
+            raise UsageError(f"{option} {every}: there are {request.steps} steps; choose 2 or 3 to save time, or 1 for"
+                             " no cache")  # fmt: skip
+    cached = [name for name in FULL_AT_FIRST if name in stages and resolved.cache_of(name) is not None]
+    for name in cached:
+        if stages[name].shallow is None:
+            raise IncompatibleError(f"--cache {_cache_asked(request, name)}: the bundle was exported without shallow"
+                                    " UNets; export it again, or leave --cache out")  # fmt: skip
+    if resolved.uses_refiner and request.refiner_cache not in (None, 1) and "refiner" not in cached:
+        return (_without_effect("--refiner-cache", resolved, "refiner"),)
+    if not resolved.uses_refiner and request.refiner_cache is not None:
+        return ("--refiner-cache has no effect: the refiner takes no step",)
+    return () if cached or request.cache == 1 else (_without_effect("--cache", resolved, "base"),)
+
+
+def _without_effect(option: str, resolved: ResolvedRequest, stage: StageName) -> str:
+    first, steps = FULL_AT_FIRST[stage], resolved.denoising_of(stage)[1].steps
+    return f"{option} has no effect: the {stage} takes {steps} steps, and the first {first} are full"
 
 
 def _warn_of_ddim(schedule: Schedule) -> None:

@@ -18,7 +18,7 @@ _FIELDS = {
     "--lora-dir": "loras", "--handoff-step": "handoff", "--no-refiner": "handoff null",
     "--aesthetic-score": "aesthetic_score",
 } | {f"--{name}": name for name in ("prompt", "seed", "steps", "handoff", "sampler", "strength", "image", "mask",
-                                    "compat")}  # fmt: skip
+                                    "compat", "cache")} | {"--refiner-cache": "refiner_cache"}  # fmt: skip
 """The fields that say what an option of trt-generate says."""
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from independent.step_caching import extrapolate
 from PIL import Image
 from small_models.additions import save_controlnet, save_embedding, save_lora, save_nine_channels
 from small_models.eight_bit import make_eight_bit
@@ -37,6 +38,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning"),
 ]
 WIDTH, HEIGHT, STEPS, SEED = 48, 32, 4, 5
+CACHED_STEPS = 10
+"""Enough for steps that are not full, in base and refiner."""
 PROMPT, WORDS = "a red fox in the snow", "a blue star in the snow"
 NEAR, OURS, SEEN = 1e-3, 1e-4, 1e-2
 """Latents: how far from diffusers, how far from another way here, and the least that a feature changes."""
@@ -50,7 +53,7 @@ VARIANTS |= {f"{name}{IN_8_BITS}": (*own, "8 bits") for name, own in VARIANTS.it
 """The bundles, and the features that each has; those with four channels have a ControlNet."""
 PICTURED = {"mask", "nine channels", "refine"}
 SEVERAL = {"batch", "sweep"}
-CHANGING = {"fused LoRA", "LoRA", "mask", "nine channels", "ControlNet", "embedding", "refine"}
+CHANGING = {"fused LoRA", "LoRA", "mask", "nine channels", "ControlNet", "embedding", "refine", "step cache"}
 OPTIONS: Mapping[str, list[str]] = {
     SHARED: [],
     "fused LoRA": [],
@@ -65,6 +68,7 @@ OPTIONS: Mapping[str, list[str]] = {
     "batch": ["-n", "2"],
     "workflow": ["--compat", "comfyui"],
     "8 bits": [],
+    "step cache": ["--cache", "2", "--steps", str(CACHED_STEPS)],
 }
 """What each feature adds to a command, beside what `command` arranges for pictures and prompts."""
 
@@ -282,7 +286,13 @@ def _as_graph(lab: Laboratory, pair: set[str]) -> None:
 
 
 def _as_comfyui(lab: Laboratory, pair: set[str]) -> None:
-    """An inpainting model's own nodes, for which no graph is written."""
+    """An inpainting model's own nodes, or a cache, for which no graph is written."""
+    if "step cache" in pair:
+        drawn = lab.draw(pair)
+        assert drawn.graph is None
+        graph = lab.draw({"workflow"}, "--steps", str(CACHED_STEPS)).graph
+        lab.read_back(set(), graph, "--cache", "2").check(drawn)
+        return
     drawn = lab.draw(pair, "--no-refiner")
     assert drawn.graph is None
     graph = lab.draw({"workflow"}, "--no-refiner").graph
@@ -315,7 +325,7 @@ def _as_each_alone(lab: Laboratory, pair: set[str]) -> None:
     for stage in ("base", "refiner"):
         keys = [share_key(job.run.request, stage) for job in jobs]
         together = [jobs] if len({*keys}) == 1 and keys[0] is not None else [[job] for job in jobs]
-        assert (len(together) > 1) == ("ControlNet" in rest and stage == "base")
+        assert (len(together) > 1) == ("step cache" in rest or ("ControlNet" in rest and stage == "base"))
         for each in together:
             shared = Shared(pipeline, stage, each)
             list(shared.steps())
@@ -352,6 +362,8 @@ def _diffusers(lab: Laboratory, features: set[str], *, refiner_lora: bool = Fals
         warnings.simplefilter("ignore")
         pipe = getattr(diffusers, name).from_pretrained(folder, torch_dtype=torch.float32, **extra)
         pipe.set_progress_bar_config(disable=True)
+        if "step cache" in features:
+            extrapolate(pipe, every=2, first=2 if refine else 3)
         if refiner_lora or "LoRA" in features:
             unet, text = (0.7, 0.7) if refiner_lora else SCALES
             file = "fine.safetensors" if refiner_lora else "ink.safetensors"
@@ -365,7 +377,8 @@ def _diffusers(lab: Laboratory, features: set[str], *, refiner_lora: bool = Fals
                 pipe.load_textual_inversion(tensors[key], token="embedding:ink", text_encoder=encoder,
                                             tokenizer=tokenizer)  # fmt: skip
         generator = [torch.Generator().manual_seed(SEED)]
-        latents = pipe(command(features)[0], num_inference_steps=STEPS, guidance_scale=5.0, generator=generator,
+        steps = CACHED_STEPS if "step cache" in features else STEPS
+        latents = pipe(command(features)[0], num_inference_steps=steps, guidance_scale=5.0, generator=generator,
                        height=HEIGHT, width=WIDTH, output_type="latent", **call).images  # fmt: skip
     return np.asarray(latents[0])
 
@@ -373,7 +386,8 @@ def _diffusers(lab: Laboratory, features: set[str], *, refiner_lora: bool = Fals
 def _as_diffusers(lab: Laboratory, pair: set[str]) -> None:
     further = [] if "refine" in pair else ["--no-refiner"]
     drawn = lab.draw(pair, *further)
-    np.testing.assert_allclose(drawn.latents[0], _diffusers(lab, pair), rtol=0, atol=NEAR)
+    near = OURS if "step cache" in pair else NEAR  # a cache changes little in small random UNets
+    np.testing.assert_allclose(drawn.latents[0], _diffusers(lab, pair), rtol=0, atol=near)
 
 
 CHECKS: Mapping[str, Callable[[Laboratory, set[str]], None]] = {
@@ -395,6 +409,7 @@ CHECKS: Mapping[str, Callable[[Laboratory, set[str]], None]] = {
     "diffusers' StableDiffusionXLInpaintPipeline": _as_diffusers,
     "diffusers' StableDiffusionXLInpaintPipeline of the refiner": _as_diffusers,
     "diffusers' StableDiffusionXLControlNetInpaintPipeline": _as_diffusers,
+    "diffusers' pipeline, the deep features of its UNet extrapolated in some steps": _as_diffusers,
 }
 
 
@@ -408,10 +423,11 @@ def test_a_pair_is_its_reference_or_refused(pair: tuple[str, str], laboratory: L
         return
     CHECKS[outcome.equal_to](laboratory, both)
     if both <= CHANGING | {"8 bits"} and "refine" not in both and both != {"fused LoRA", "LoRA"}:
-        drawn = laboratory.draw(both)
+        drawn, steps = laboratory.draw(both), ["--steps", str(CACHED_STEPS)] if "step cache" in both else []
         # An inpainting model cannot do without its mask.
         for feature in both - ({"nine channels", "mask", "8 bits"} if "nine channels" in both else {"8 bits"}):
-            assert _apart(drawn, laboratory.draw(both - {feature})) > SEEN, f"{feature}: no effect"
+            least = OURS if feature == "step cache" else SEEN
+            assert _apart(drawn, laboratory.draw(both - {feature}, *steps)) > least, f"{feature}: no effect"
 
 
 def test_a_mask_a_controlnet_an_embedding_and_a_lora_at_once_are_diffusers_run(laboratory: Laboratory) -> None:

@@ -31,6 +31,7 @@ OPTIONS: Mapping[str, list[str]] = {
     "refine": ["--refine", "photo.png"],
     "sweep": ["--sweep", "guidance=2,6"],
     "batch": ["-n", "2"],
+    "step cache": ["--cache", "2", "--steps", "20"],
 }
 """What asks for a feature on the command line; a bundle has the others, and a workflow is a file of its own."""
 IN_USE: Mapping[str, Callable[[list[Any]], bool]] = {
@@ -42,6 +43,7 @@ IN_USE: Mapping[str, Callable[[list[Any]], bool]] = {
     "refine": lambda requests: all(each.refiner_only for each in requests),
     "sweep": lambda requests: [each.request.guidance for each in requests] == [2, 6],
     "batch": lambda requests: all(len(each.seeds) == 2 for each in requests),
+    "step cache": lambda requests: all(each.caches for each in requests),
 }
 ASKED = [pair for pair in PAIRS if set(pair) <= OPTIONS.keys() and set(pair) != {"LoRA", "ControlNet"}]
 """The bundle with toy ControlNets has no tables for LoRAs."""

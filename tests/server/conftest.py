@@ -86,7 +86,7 @@ class Calls:
             for use, engine in zip(uses, engines, strict=True):
                 if watched.get(id(engine)) is not engine:
                     watched[id(engine)] = engine
-                    if "unet" in str(use):
+                    if "unet" in str(use) and "shallow" not in str(use):
                         self._watch_unet(str(use), engine)
                     elif "decoder" in str(use):
                         self._watch_decoder(engine)

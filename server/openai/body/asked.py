@@ -83,6 +83,8 @@ class Asked:
     negative_aesthetic_score: float | None = None
     strength: float | None = None
     compat: Literal["diffusers", "comfyui"] = "diffusers"
+    cache: int | None = None
+    refiner_cache: int | None = None
     loras: tuple[NamedLora, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -155,6 +157,8 @@ def _settings(fields: Fields) -> dict[str, Any]:
         "aesthetic_score": score("aesthetic_score"),
         "negative_aesthetic_score": score("negative_aesthetic_score"),
         "compat": compat,
+        "cache": fields.whole("cache", 1, int(most_steps)),
+        "refiner_cache": fields.whole("refiner_cache", 1, int(most_steps)),
     }
 
 

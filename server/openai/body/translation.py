@@ -63,6 +63,7 @@ def translate(
     """
     refined = manifest.refiner is not None and asked.handoff is not None
     sizes = Sizes.of(manifest, limits, options.max_pixels, refined=refined)
+    _check_cache(asked, manifest, refined=refined)
     size, notes = _size(asked, sizes, start)
     request = Request(
         prompt=asked.prompt,
@@ -111,13 +112,25 @@ def _handoff(asked: Asked, manifest: Manifest) -> Any:
     return asked.handoff
 
 
+def _check_cache(asked: Asked, manifest: Manifest, *, refined: bool) -> None:
+    """Raise ApiError for a cache that the bundle's UNets do not allow."""
+    every = {"base": ("cache", asked.cache)}
+    if refined:
+        own = asked.refiner_cache is not None
+        every["refiner"] = ("refiner_cache", asked.refiner_cache) if own else ("cache", asked.cache)
+    for stage, (field, value) in every.items():
+        if (value or 1) > 1 and manifest.stages()[stage].shallow is None:
+            raise invalid(field, "the bundle was exported without shallow UNets; leave it out")
+
+
 def _stated(asked: Asked, factors: Mapping[str, float]) -> dict[str, Any]:
     """Return the settings that are stated, and the steps that the quality means where none are."""
     usual = Request().steps
     steps = max(round(usual * factors.get(asked.quality, 1.0)), 1) if asked.steps is None else asked.steps
     stated = {"steps": steps, "guidance": asked.guidance, "refiner_guidance": asked.refiner_guidance,
               "sampler": asked.sampler, "schedule": asked.schedule, "aesthetic_score": asked.aesthetic_score,
-              "negative_aesthetic_score": asked.negative_aesthetic_score}  # fmt: skip
+              "negative_aesthetic_score": asked.negative_aesthetic_score, "cache": asked.cache,
+              "refiner_cache": asked.refiner_cache}  # fmt: skip
     return {name: value for name, value in stated.items() if value is not None}
 
 

@@ -110,7 +110,8 @@ def _holds(path: Path, record: Mapping[str, Any]) -> bool:
     if not path.is_file():
         return False
     with suppress(UsageError, OSError, ValueError, SyntaxError):
-        if json.loads(read_texts(path).get(SETTINGS, "null")) != json.loads(json.dumps(record)):
+        told, drawn = json.loads(read_texts(path).get(SETTINGS, "null")), {"full_steps": None}  # known once it is drawn
+        if not isinstance(told, dict) or told | drawn != json.loads(json.dumps(record)) | drawn:
             return False
         with Image.open(path) as image:
             image.load()

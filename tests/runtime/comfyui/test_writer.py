@@ -155,7 +155,7 @@ def test_every_link_points_to_an_earlier_node(manifest: Manifest) -> None:
     [
         {"compat": "diffusers"}, {"clip_skip": 1}, {"guidance_rescale": 0.5}, {"guidance_interval": (0.0, 0.5)},
         {"tile": True}, {"latents": np.zeros((1, 4, 16, 32), np.float32)}, {"crop": (8, 0)},
-        {"prediction_type": "v_prediction"},
+        {"prediction_type": "v_prediction"}, {"cache": 2}, {"refiner_cache": 2},
     ],
     ids=lambda change: next(iter(change)),
 )  # fmt: skip

@@ -24,6 +24,14 @@ def opened() -> Iterator[Pipeline]:
         ({"handoff": 0.5}, [*ENCODERS, "unet", "refiner_unet", "vae_decoder"]),
         ({"handoff": None}, [*ENCODERS, "unet", "vae_decoder"]),
         (
+            {"handoff": 0.5, "cache": 2},
+            [*ENCODERS, "unet", "unet_shallow", "refiner_unet", "refiner_unet_shallow", "vae_decoder"],
+        ),
+        (
+            {"handoff": 0.5, "cache": 2, "refiner_cache": 1},
+            [*ENCODERS, "unet", "unet_shallow", "refiner_unet", "vae_decoder"],
+        ),
+        (
             {"handoff": 0.5, "image": IMAGE, "strength": 0.9},
             ["vae_encoder", *ENCODERS, "unet", "refiner_unet", "vae_decoder"],
         ),

@@ -25,6 +25,9 @@ USED: Mapping[str, Callable[[Any], Any]] = {
     "sweep": lambda request: replace(request, request=replace(request.request, guidance=2.0)),
     "batch": lambda request: replace(request, seeds=(1, 2)),
     "workflow": lambda request: replace(request, request=replace(request.request, graph={})),
+    "step cache": lambda request: replace(
+        request, request=replace(request.request, cache=2), base=replace(request.base, stop=9)
+    ),
 }
 """What makes a resolved request one that uses a feature."""
 

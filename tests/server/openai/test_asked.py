@@ -15,7 +15,8 @@ FIELDS = [
     "stream", "partial_images", "moderation", "user", "safety_identifier", "style", "complexity", "input_fidelity",
     "frame_count", "frame_duration_ms", "svg", "markup", "negative_prompt", "num_inference_steps", "steps",
     "guidance_scale", "cfg_scale", "seed", "sampler", "scheduler", "handoff", "refiner_switch_at",
-    "refiner_guidance_scale", "aesthetic_score", "negative_aesthetic_score", "strength", "compat", "loras",
+    "refiner_guidance_scale", "aesthetic_score", "negative_aesthetic_score", "strength", "compat", "loras", "cache",
+    "refiner_cache",
 ]  # fmt: skip
 
 
@@ -40,13 +41,14 @@ def test_every_setting_is_taken() -> None:
             "output_format": "webp", "output_compression": 80, "stream": True, "partial_images": 3,
             "negative_prompt": "blur", "steps": 20, "guidance_scale": 7.5, "seed": 2**64 - 1, "sampler": "heun",
             "scheduler": "trailing", "handoff": 0.7, "refiner_guidance_scale": 3, "aesthetic_score": 7.5,
-            "negative_aesthetic_score": 0, "loras": ["a", {"name": "b",
+            "negative_aesthetic_score": 0, "cache": 2, "refiner_cache": 3, "loras": ["a", {"name": "b",
             "scale": 0.5, "text_scale": 0}],
         }
     )  # fmt: skip
     assert asked == Asked(
         "a red fox", "m", 10, (768, 1024), "hd", Output("webp", 80), False, True, True, 3, "blur", 20, 7.5, 3.0,
-        2**64 - 1, "heun", "trailing", 0.7, 7.5, 0.0, None, "diffusers", (NamedLora("a"), NamedLora("b", 0.5, 0.0)),
+        2**64 - 1, "heun", "trailing", 0.7, 7.5, 0.0, None, "diffusers", 2, 3,
+        (NamedLora("a"), NamedLora("b", 0.5, 0.0)),
     )  # fmt: skip
 
 
@@ -83,7 +85,7 @@ def test_no_handoff_and_a_drawn_seed_are_said_by_null() -> None:
     "seed": [-2, 2**64, 0.5, "7", 1e308],
     "sampler": ["no such sampler", 3], "scheduler": [3],
     "handoff": [0, 1, -0.5, "none", 1e308], "refiner_switch_at": [0, 1.5],
-    "refiner_guidance_scale": [[]], "compat": ["a1111"],
+    "refiner_guidance_scale": [[]], "compat": ["a1111"], "cache": [0, 1.5, "2", 10**6], "refiner_cache": [0],
     "loras": [3, [3], [{"scale": 1}], [{"name": "a", "weight": 1}], [{"name": "a", "scale": "x"}], ["a"] * 33],
 }.items())  # fmt: skip
 def test_a_wrong_value_names_its_field(name: str, values: list[Any]) -> None:

@@ -49,12 +49,13 @@ def test_settings_reach_the_request() -> None:
         "prompt": "a red fox", "n": 3, "size": "128x64", "negative_prompt": "blur", "steps": 9, "cfg_scale": 6,
         "seed": 7, "sampler": "heun", "scheduler": "trailing", "handoff": 0.5, "refiner_guidance_scale": 4,
         "aesthetic_score": 7, "negative_aesthetic_score": 1.5, "loras": ["a"],
+        "cache": 2, "refiner_cache": 3,
     })  # fmt: skip
     request, warnings = _translated(asked)
     assert request == Request(
         "a red fox", negative="blur", count=3, height=64, width=128, steps=9, guidance=6.0, seed=7, sampler="heun",
         schedule="trailing", handoff=0.5, refiner_guidance=4.0, aesthetic_score=7.0, negative_aesthetic_score=1.5,
-        loras=request.loras,
+        loras=request.loras, cache=2, refiner_cache=3,
     )  # fmt: skip
     assert request.loras[0].path == "/loras/a"
     assert warnings == ()

@@ -78,6 +78,13 @@ def test_a_whole_picture_with_its_record_is_not_drawn_again(far: Far, tmp_path: 
     assert missing(changed, tmp_path, ingress) == changed
 
 
+def test_a_cached_picture_is_there_though_only_drawing_tells_its_full_steps(far: Far, tmp_path: Path) -> None:
+    found = [Entry(1, replace(SMALL, steps=9, cache=2))]
+    _written(far, found[0], tmp_path)
+    assert json.loads(read_texts(found[0].paths(tmp_path, 1)[0])[SETTINGS])["full_steps"] < 9
+    assert missing(found, tmp_path, open_ingress(Options())) == []
+
+
 def test_the_actors_draw_what_one_device_draws(far: Far) -> None:
     requests = [SMALL, replace(SMALL, handoff=None), replace(SMALL, seed=9, sampler="euler_ancestral", count=2)]
     values = [pickle.dumps(request) for request in requests]
