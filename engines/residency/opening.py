@@ -21,19 +21,20 @@ def open_pool(
     from_image: bool = False,
     once: bool = False,
     controls: Sequence[str] = (),
+    compute_precision: str = "auto",
 ) -> EnginePool:
     """Return a pool for `bundle`; nothing is loaded yet, but a thread begins to read the plans of a run.
 
     `provider` is "auto" or one of PROVIDERS, `residency` "auto", "resident", "swap" or "stream"; `available` replaces
     the measured memory of the device or host, in bytes. With `from_image`, memory is planned for runs that start
     from an image, which also need the autoencoder's encoder; with `once`, for a single run; `controls` are the
-    components of the ControlNets that runs use.
+    components of the ControlNets that runs use; `compute_precision` is that of `open_backend`.
     A given residency is kept; "auto" falls back to the next one if memory runs out. Raises UsageError for unknown
     names, IncompatibleError for a provider that is not available or a plan that does not fit this machine,
     ResourceError for plans that cannot fit.
     """
     check_residency(residency)
-    backend = open_backend(bundle, provider)
+    backend = open_backend(bundle, provider, compute_precision)
     capacity = backend.free if available is None else available
     residency = settled_residency(residency, backend.provider, once=once)
     estimate = partial(
@@ -68,6 +69,7 @@ def open_pool(
         estimate=estimate,
         close=backend.close,
         memory=backend.memory,
+        computes=backend.computes,
     )
     order = run_components(
         bundle.manifest, backend.provider, from_image=from_image, capability=backend.capability, controls=controls
