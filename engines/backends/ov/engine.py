@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from sdxl_trt.engines.adapters import ScaledLora
 from sdxl_trt.engines.backends.ort import Patch, plan_patch
-from sdxl_trt.engines.backends.ov.library import DEVICE, ComputePrecision, compile_settings, openvino_core
+from sdxl_trt.engines.backends.ov.library import DEVICE, ComputePrecision, compile_settings, exact_products, openvino_core
 from sdxl_trt.engines.backends.ov.placing import place_weights
 from sdxl_trt.engines.bundle import Bundle, Component, verify_file
 from sdxl_trt.engines.engine import (
@@ -111,6 +111,9 @@ class OvEngine:
         if self._model is not None:
             return
         core = openvino_core()
+        if self.component.precision == "int8" and not exact_products():
+            raise IncompatibleError(f"{self.name} is int8, and this CPU's 8-bit products overflow in OpenVINO; use"
+                                    " --provider ort-cpu, which has exact ones")  # fmt: skip
         self.prefetch()
         graph, weights = self._graph, self._weights
         if graph is None or weights is None:

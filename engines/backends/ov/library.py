@@ -1,9 +1,11 @@
 """The library OpenVINO, and the precision that its CPU plugin computes in on this machine."""
 
-__all__ = ["COMPUTE_PRECISIONS", "ComputePrecision", "compile_settings", "openvino_core", "settled_precision"]
+__all__ = ["COMPUTE_PRECISIONS", "ComputePrecision", "compile_settings", "exact_products", "openvino_core", "settled_precision"]
 
 from functools import cache
 from typing import Any, Literal, get_args
+
+import numpy as np
 
 from sdxl_trt.engines.errors import IncompatibleError, UsageError
 from sdxl_trt.engines.host import one_line
@@ -53,3 +55,23 @@ def compile_settings(precision: ComputePrecision) -> dict[str, str]:
         # Activations of layers whose weights alone are in 8 bits stay floating-point numbers.
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
     }
+
+
+@cache
+def exact_products() -> bool:
+    """Return whether OpenVINO's 8-bit products are exact on this processor: one small product tells.
+
+    Without VNNI instructions, pairs of products may be added in 16 bits, which saturate without a word.
+    """
+    from openvino import Model, opset13  # noqa: PLC0415
+
+    rows, inner, low, high = 16, 64, np.float32(-128), np.float32(127)
+    given = opset13.parameter([rows, inner], np.float32, name="given")
+    narrow = opset13.fake_quantize(given, low, high, low, high, 256)
+    stored = opset13.convert(opset13.constant(np.full((inner, rows), 127, np.int8)), "f32")
+    product = opset13.matmul(narrow, opset13.multiply(stored, np.float32(1)), transpose_a=False, transpose_b=False)
+    model = Model([product], [given], "products")
+    request = openvino_core().compile_model(model, DEVICE, compile_settings("fp32")).create_infer_request()
+    found = [request.infer({"given": np.full((rows, inner), each)}) for each in (low, high)]
+    return all(bool((next(iter(one.values())) == each * 127 * inner).all())
+               for one, each in zip(found, (low, high), strict=True))  # fmt: skip
