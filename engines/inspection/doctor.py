@@ -17,9 +17,9 @@ from sdxl_trt.engines.inspection.provider_checks import PROVIDERS, installed_ver
 
 PACKAGES = (
     "sdxl-trt", "numpy", "onnxruntime", "onnxruntime-gpu", "onnxruntime-ep-nv-tensorrt-rtx-cu12",
-    "onnxruntime-ep-nv-tensorrt-rtx-cu13", "openvino", "tensorrt-cu12", "tensorrt-cu12-libs", "tensorrt-cu13", "tensorrt-cu13-libs",
-    "tensorrt-rtx-cu12", "tensorrt-rtx-cu13", "cuda-bindings", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13",
-    "polygraphy",
+    "onnxruntime-ep-nv-tensorrt-rtx-cu13", "openvino", "tensorrt-cu12", "tensorrt-cu12-libs", "tensorrt-cu13",
+    "tensorrt-cu13-libs", "tensorrt-rtx-cu12", "tensorrt-rtx-cu13", "cuda-bindings", "nvidia-cudnn-cu12",
+    "nvidia-cudnn-cu13", "polygraphy",
 )  # fmt: skip
 _CHECKS = "sdxl_trt.engines.inspection.provider_checks"
 _PATIENCE = 120

@@ -81,7 +81,8 @@ def _told_of_loras(provider: str, name: str, size: int) -> str:
     if not provider.startswith("tensorrt"):
         what = "OpenVINO" if provider == "openvino" else "ONNX Runtime"
         return f"LoRAs change {format_bytes(size)} of {name}, which {what} holds a second time in host memory" + (
-            " while it loads" if what == "ONNX Runtime" else "")
+            " while it loads" if what == "ONNX Runtime" else ""
+        )
     return f"LoRAs change {name}: its plan is one for LoRAs, with inputs for the largest rank that it takes"
 
 
@@ -327,8 +328,9 @@ def _tell(report: dict[str, Any]) -> None:
     alone = f"{drew[0]} alone; " if len(drew) == 1 else "base and refiner, each on a grid of its own; "
     how = f"handoff after step {place['step']} at sigma {place['sigma']:.3f}; " if place else alone * single
     engines = report["engines"]
-    where = f", computed in {engines[0]['computes']} by OpenVINO" * (bool(engines)
-                                                                     and engines[0]["provider"] == "openvino")
+    where = f", computed in {engines[0]['computes']} by OpenVINO" * (
+        bool(engines) and engines[0]["provider"] == "openvino"
+    )
     sys.stderr.write(f"{how}{report['timings']['total']:.1f} s{where}\n")
 
 

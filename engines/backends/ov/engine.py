@@ -12,7 +12,13 @@ from numpy.typing import NDArray
 
 from sdxl_trt.engines.adapters import ScaledLora
 from sdxl_trt.engines.backends.ort import Patch, plan_patch
-from sdxl_trt.engines.backends.ov.library import DEVICE, ComputePrecision, compile_settings, exact_products, openvino_core
+from sdxl_trt.engines.backends.ov.library import (
+    DEVICE,
+    ComputePrecision,
+    compile_settings,
+    exact_products,
+    openvino_core,
+)
 from sdxl_trt.engines.backends.ov.placing import place_weights
 from sdxl_trt.engines.bundle import Bundle, Component, verify_file
 from sdxl_trt.engines.engine import (
@@ -70,6 +76,7 @@ class OvEngine:
         self._graph: bytes | None = None
         self._weights: NDArray[np.uint8] | None = None
         self._model: Any = None
+        self._taken: frozenset[str] = frozenset()
         self._requests: dict[_Shapes, Any] = {}
         self._constants: dict[str, Array] = {}
 
@@ -127,15 +134,16 @@ class OvEngine:
                 self._requests[()] = self._compiled(())
 
     def _check_ports(self) -> None:
-        """Raise EngineError unless OpenVINO's model has the inputs and outputs of the manifest."""
-        for what, ports, specs in (
-            ("inputs", self._model.inputs, self.component.inputs),
-            ("outputs", self._model.outputs, self.component.outputs),
-        ):
-            found, expected = {port.get_any_name() for port in ports}, {spec.name for spec in specs}
-            if found != expected:
-                raise EngineError(f"{self.name}: OpenVINO reads the {what} {sorted(found)}, but the manifest says"
-                                  f" {sorted(expected)}; use --provider ort-cpu")  # fmt: skip
+        """Keep which inputs OpenVINO's model has: it drops those that the graph does not use.
+
+        Raises EngineError for inputs or outputs that are not those of the manifest.
+        """
+        taken, given = ({port.get_any_name() for port in ports} for ports in (self._model.inputs, self._model.outputs))
+        known, expected = ({spec.name for spec in specs} for specs in (self.component.inputs, self.component.outputs))
+        if not taken <= known or given != expected:
+            raise EngineError(f"{self.name}: OpenVINO reads {sorted(taken)} -> {sorted(given)}, but the manifest says"
+                              f" {sorted(known)} -> {sorted(expected)}; use --provider ort-cpu")  # fmt: skip
+        self._taken = frozenset(taken)
 
     def reserve(self, nbytes: int) -> None:
         """Do nothing: OpenVINO allocates when it compiles; see Engine.reserve."""
@@ -173,8 +181,9 @@ class OvEngine:
         """Return copies of the outputs `names`: the request uses its memory again."""
         feed = self._feed(inputs)
         with _explained(f"running {self.name}"):
-            request = self._request(feed)
-            request.infer({name: np.ascontiguousarray(array) for name, array in feed.items()}, share_inputs=True)
+            taken = {name: np.ascontiguousarray(array) for name, array in feed.items() if name in self._taken}
+            request = self._request(taken)
+            request.infer(taken, share_inputs=True)
             return {name: np.array(request.get_tensor(name).data) for name in names}
 
     def _feed(self, inputs: Mapping[str, Value]) -> dict[str, Array]:

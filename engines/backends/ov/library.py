@@ -1,6 +1,13 @@
 """The library OpenVINO, and the precision that its CPU plugin computes in on this machine."""
 
-__all__ = ["COMPUTE_PRECISIONS", "ComputePrecision", "compile_settings", "exact_products", "openvino_core", "settled_precision"]
+__all__ = [
+    "COMPUTE_PRECISIONS",
+    "ComputePrecision",
+    "compile_settings",
+    "exact_products",
+    "openvino_core",
+    "settled_precision",
+]
 
 from functools import cache
 from typing import Any, Literal, get_args

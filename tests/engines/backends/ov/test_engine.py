@@ -186,7 +186,7 @@ def test_a_changed_byte_is_found_before_openvino_sees_it(
 
 def test_a_graph_that_openvino_rejects_is_explained(tmp_path: Path, weights: np.ndarray) -> None:
     unknown = tiny_graph(weights).replace(b"MatMul", b"MatFul")
-    with pytest.raises(EngineError, match="loading unet: OpenVINO failed: .*MatFul") as caught:
+    with pytest.raises(EngineError, match=r"loading unet: OpenVINO failed: .*MatFul") as caught:
         OvEngine(tiny_bundle(tmp_path, weights, unknown), "unet", "fp32").load()
     assert "\n" not in str(caught.value)
 

@@ -87,7 +87,7 @@ GOOD = {"location": "weights.data", "offset": "4", "length": "12"}
 )
 def test_a_tensor_elsewhere_is_refused_wherever_it_is(where: str, change: dict[str, str]) -> None:
     place_weights(_model(_tensor(**GOOD), where), "unet/weights.data", ADDRESS, 16)
-    with pytest.raises(CorruptError, match="the graph beside unet/weights.data is damaged"):
+    with pytest.raises(CorruptError, match=r"the graph beside unet/weights\.data is damaged"):
         place_weights(_model(_tensor(**{**GOOD, **change}), where), "unet/weights.data", ADDRESS, 16)
 
 
