@@ -13,7 +13,6 @@ import numpy as np
 
 from sdxl_trt.engines.adapters import ScaledLora
 from sdxl_trt.engines.backends.cuda import pip_install
-from sdxl_trt.engines.backends.ort.patch import Patch, plan_patch
 from sdxl_trt.engines.backends.ort.products import EXACT_PRODUCTS, saturates
 from sdxl_trt.engines.backends.ort.providers import (
     ORT_PROVIDERS,
@@ -22,6 +21,7 @@ from sdxl_trt.engines.backends.ort.providers import (
     choose_provider,
     shape_limits,
 )
+from sdxl_trt.engines.backends.patched import Patch, plan_patch
 from sdxl_trt.engines.bundle import Bundle, Component, Profile, verify_file
 from sdxl_trt.engines.engine import (
     Array,

@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdxl_trt.engines.adapters import ScaledLora
-from sdxl_trt.engines.backends.ort import Patch, plan_patch
 from sdxl_trt.engines.backends.ov.library import (
     DEVICE,
     ComputePrecision,
@@ -20,6 +19,7 @@ from sdxl_trt.engines.backends.ov.library import (
     openvino_core,
 )
 from sdxl_trt.engines.backends.ov.placing import place_weights
+from sdxl_trt.engines.backends.patched import Patch, plan_patch
 from sdxl_trt.engines.bundle import Bundle, Component, verify_file
 from sdxl_trt.engines.engine import (
     Array,
