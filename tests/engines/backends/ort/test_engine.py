@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -108,6 +109,20 @@ def test_large_weights_outlive_their_file(tmp_path: Path, rng: np.random.Generat
     engine.bind({"text_embeds": np.zeros((1, 1024), np.float32)})
     result = engine.infer({"sample": sample, "timestep": np.zeros(1, np.float32)})["out_sample"]
     np.testing.assert_allclose(result, sample @ weights, rtol=1e-3, atol=1e-3)
+
+
+def test_a_session_on_a_cpu_makes_no_plan_of_shared_outputs(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Making it takes more than half of a session's time, and saves nothing there."""
+    planned: list[bool] = []
+    original = ExecutionProvider.open
+
+    def note(self: ExecutionProvider, ort: object, graph: bytes, options: Any, *rest: Any) -> object:
+        planned.append(options.enable_mem_reuse)
+        return original(self, ort, graph, options, *rest)
+
+    monkeypatch.setattr(ExecutionProvider, "open", note)
+    OrtEngine(bundle, "unet").load()
+    assert planned == [False]
 
 
 def test_the_error_of_infer_before_load_names_the_call(engine, inputs) -> None:
