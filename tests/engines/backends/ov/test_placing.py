@@ -54,6 +54,11 @@ def _tensor(**places: str) -> TensorProto:
     return tensor
 
 
+def _in_a_sparse_one(tensor: TensorProto) -> Any:
+    sparse = onnx.SparseTensorProto(values=tensor, dims=(6,))
+    return helper.make_node("Constant", [], ["w"], sparse_value=sparse)
+
+
 def _in_a_branch(tensor: TensorProto) -> Any:
     constant = helper.make_node("Constant", [], ["w"], value=tensor)
     inner = helper.make_graph([constant], "inner", [], [])
@@ -62,7 +67,7 @@ def _in_a_branch(tensor: TensorProto) -> Any:
 
 def _model(tensor: TensorProto, where: str) -> bytes:
     nodes = {"graph": [], "attribute": [helper.make_node("Constant", [], ["w"], value=tensor)],
-             "branch": [_in_a_branch(tensor)]}[where]  # fmt: skip
+             "branch": [_in_a_branch(tensor)], "sparse": [_in_a_sparse_one(tensor)]}[where]  # fmt: skip
     graph = helper.make_graph(nodes, "g", [], [], initializer=[tensor] if where == "graph" else [])
     return bytes(helper.make_model(graph).SerializeToString())
 
@@ -70,7 +75,7 @@ def _model(tensor: TensorProto, where: str) -> bytes:
 GOOD = {"location": "weights.data", "offset": "4", "length": "12"}
 
 
-@pytest.mark.parametrize("where", ["graph", "attribute", "branch"])
+@pytest.mark.parametrize("where", ["graph", "attribute", "branch", "sparse"])
 @pytest.mark.parametrize(
     "change",
     [
