@@ -148,7 +148,7 @@ $(VENV)/.server: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@touch $@ $(VENV)/.runtime
 
 $(VENV)/.full: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP) --editable '.[cpu,export,server,bench,dev]'
+	$(PIP) --editable '.[cpu,openvino,export,server,bench,dev]'
 	@touch $@ $(VENV)/.runtime $(VENV)/.server
 
 # The project itself comes without its dependencies: the peers pin older ones than its export needs.

@@ -24,7 +24,8 @@ def open_engines(options: Options) -> Pipeline:
     A link is followed now: its pipeline reads the same folder even if the link changes.
     """
     engines = None if options.engines is None else options.engines.resolve()
-    return open_bundle(engines, provider=options.provider, residency=options.residency, available=options.vram)
+    return open_bundle(engines, provider=options.provider, residency=options.residency, available=options.vram,
+                       compute_precision=options.compute_precision)  # fmt: skip
 
 
 def own_desk(pipeline: Pipeline, options: Options) -> Desk:

@@ -12,7 +12,7 @@ from sdxl_trt.engines import UsageError
 from sdxl_trt.engines.host import Parser, option_type, parse_bytes, run
 from sdxl_trt.server.options import Options, read_keys
 
-PROVIDERS = ("auto", "ort-cpu", "ort-cuda", "ort-tensorrt", "tensorrt", "tensorrt-rtx")
+PROVIDERS = ("auto", "ort-cpu", "ort-cuda", "ort-tensorrt", "tensorrt", "tensorrt-rtx", "openvino")
 APIS = {"openai": "openai", "a1111": "a1111", "comfy": "comfyui", "comfyui": "comfyui"}
 _OF_RAY = ("ray", "ray_layout", "ray_devices", "ray_address", "ray_seconds", "prompts", "out")
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -147,6 +147,8 @@ def _add_limits(group: Any) -> None:
 
 def _add_drawing(group: Any) -> None:
     group.add_argument("--provider", choices=PROVIDERS, default="auto", help="what runs the graphs")
+    group.add_argument("--compute-precision", choices=("auto", "fp32", "bf16"), default="auto",
+                       help="what openvino computes in (default: bf16 where the CPU has it)")  # fmt: skip
     group.add_argument("--residency", choices=("auto", "resident", "swap", "stream"), default="auto",
                        help="what is in memory at once; see trt-generate --help")  # fmt: skip
     group.add_argument("--vram", type=option_type(parse_bytes), metavar="SIZE", help="limit memory to 12GB, 16GiB, …")

@@ -27,6 +27,7 @@ class Options:
     host: str = "127.0.0.1"
     port: int = 8188
     provider: str = "auto"
+    compute_precision: str = "auto"
     residency: str = "auto"
     vram: int | None = None
     queue: int = 32

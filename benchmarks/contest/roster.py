@@ -41,6 +41,7 @@ ROSTER = {
     for entry in (
         Entry("sdxl-trt", "sdxl-trt"),
         Entry("sdxl-trt-int8", "sdxl-trt, UNets and decoder in int8", ("checkpoint", "cpu"), _EXPORT, slow=True),
+        Entry("sdxl-trt-openvino", "sdxl-trt on OpenVINO", ("cpu",), ("openvino",)),
         Entry("ort-cuda", "sdxl-trt on ONNX Runtime's CUDA", ("gpu",)),
         Entry("ort-tensorrt", "sdxl-trt on ONNX Runtime's TensorRT", ("gpu",)),
         Entry("tensorrt", "sdxl-trt on TensorRT", ("gpu",)),

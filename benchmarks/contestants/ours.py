@@ -14,7 +14,7 @@ import numpy as np
 
 from sdxl_trt.benchmarks.contestants.protocol import Ask, Done, Ready, Spec, Task
 
-_PACKAGES = ("sdxl-trt", "numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt")
+_PACKAGES = ("sdxl-trt", "numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt")
 _STAGES = {"base UNet step": "base", "refiner UNet step": "refiner"}
 
 
@@ -30,7 +30,8 @@ class Ours:
 
     def __init__(self, spec: Spec) -> None:
         self._spec = spec
-        self._provider = "auto" if spec.name in ("sdxl-trt", "sdxl-trt-int8") else spec.name
+        named = {"sdxl-trt": "auto", "sdxl-trt-int8": "auto", "sdxl-trt-openvino": "openvino"}
+        self._provider = named.get(spec.name, spec.name)
         self._inputs: Any = np.load(spec.inputs)
         self._pipeline: Any = None
 
@@ -53,7 +54,7 @@ class Ours:
         else:
             not_run = dict.fromkeys(("refiner UNet step", "handoff", "handoff resident"), "there is no refiner")
         return Ready(
-            precision=manifest.precision,
+            precision=pool.computes or manifest.precision,
             import_seconds=imported - started,
             load_seconds=loaded - imported,
             compile_seconds=None if exported is None else float(_seconds(exported).read_text(encoding="utf-8")),

@@ -1,6 +1,6 @@
 """Choose the provider that runs a bundle on this machine, and return a factory of its engines."""
 
-__all__ = ["Backend", "open_backend"]
+__all__ = ["Backend", "check_compute_precision", "open_backend"]
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
@@ -16,7 +16,7 @@ from sdxl_trt.engines.host import available_host_memory
 from sdxl_trt.engines.plans import SUGGESTED_RANK, PlanLimits, find_plan, has_plans, plan_limits, plan_notes
 
 log = logging.getLogger(__name__)
-PROVIDERS = ("ort-cpu", "ort-cuda", "ort-tensorrt", "tensorrt", "tensorrt-rtx")
+PROVIDERS = ("ort-cpu", "ort-cuda", "ort-tensorrt", "tensorrt", "tensorrt-rtx", "openvino")
 _FLAVOURS: tuple[Flavour, ...] = ("tensorrt", "tensorrt-rtx")
 
 
@@ -28,7 +28,8 @@ class Backend:
     None for all. `free` is the free memory for engines in bytes, None if unknown. `records` are the plans in use, and
     `slot_records` those that replace them in requests with LoRAs; `limits` are the sizes that the plans accept,
     `capability` the compute capability of TensorRT's GPU, None if plans are for any, and `close` frees the device.
-    `memory` returns (free, total) bytes of the GPU as they are now, None if unknown or on a CPU.
+    `memory` returns (free, total) bytes of the GPU as they are now, None if unknown or on a CPU. `computes` is the
+    precision in which every graph is computed, None if each is computed in its own.
     """
 
     provider: str
@@ -40,16 +41,21 @@ class Backend:
     capability: str | None = None
     close: Callable[[], None] = lambda: None
     memory: Callable[[], tuple[int, int] | None] = lambda: None
+    computes: str | None = None
 
 
-def open_backend(bundle: Bundle, provider: str) -> Backend:
+def open_backend(bundle: Bundle, provider: str, compute_precision: str = "auto") -> Backend:
     """Return the backend for `provider`; for "auto", the fastest that this machine and the bundle support.
 
     With "auto", a plan that does not fit this machine is still an error; a missing library or device is a warning.
-    Raises UsageError for an unknown provider, IncompatibleError for one that is not available.
+    OpenVINO is never chosen by "auto"; `compute_precision` is "auto", or what it computes in: "fp32" or "bf16".
+    Raises UsageError for an unknown provider or precision, IncompatibleError for one that is not available.
     """
     if provider not in ("auto", *PROVIDERS):
         raise UsageError(f"unknown provider {provider!r}; choose one of auto, {', '.join(PROVIDERS)}")
+    if provider == "openvino":
+        return _openvino(bundle, compute_precision)
+    check_compute_precision(provider, compute_precision)
     if provider == "auto":
         return _fastest(bundle)
     for flavour in _FLAVOURS:
@@ -150,6 +156,25 @@ def _onnxruntime(bundle: Bundle, provider: str) -> Backend:
     _tell_floats(bundle, provider)
     memory = _device_memory()
     return Backend(provider, make, None if memory is None else memory[0], memory=_device_memory)
+
+
+def check_compute_precision(provider: str, asked: str) -> None:
+    """Raise UsageError for a compute precision of a provider that has no choice."""
+    if asked != "auto" and provider != "openvino":
+        raise UsageError(f"--compute-precision {asked} goes with --provider openvino: other providers compute as the"
+                         " bundle was exported; leave it out, or export with --fp32, --fp16 or --bf16")  # fmt: skip
+
+
+def _openvino(bundle: Bundle, asked: str) -> Backend:
+    from sdxl_trt.engines.backends.ov import OvEngine, openvino_core, settled_precision  # noqa: PLC0415
+
+    precision = settled_precision(asked)
+    openvino_core()
+
+    def make(name: str) -> Engine:
+        return OvEngine(bundle, name, precision)
+
+    return Backend("openvino", make, available_host_memory(), computes=precision)
 
 
 def _tell_floats(bundle: Bundle, provider: str) -> None:

@@ -42,7 +42,7 @@ def stand_ins(manifest: Manifest, provider: str, capability: str | None = None) 
 
     On a GPU whose compute `capability` has no bf16, it runs the original, in tiles.
     """
-    if provider.startswith("ort-") or not computes_bf16(capability):
+    if not provider.startswith("tensorrt") or not computes_bf16(capability):
         return {}
     vaes = [stage.vae for stage in manifest.stages().values()]
     twins = {vae.decoder: vae.decoder_bf16 for vae in vaes if vae.decoder_bf16}

@@ -17,9 +17,9 @@ from sdxl_trt.engines.inspection.provider_checks import PROVIDERS, installed_ver
 
 PACKAGES = (
     "sdxl-trt", "numpy", "onnxruntime", "onnxruntime-gpu", "onnxruntime-ep-nv-tensorrt-rtx-cu12",
-    "onnxruntime-ep-nv-tensorrt-rtx-cu13", "tensorrt-cu12", "tensorrt-cu12-libs", "tensorrt-cu13", "tensorrt-cu13-libs",
-    "tensorrt-rtx-cu12", "tensorrt-rtx-cu13", "cuda-bindings", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13",
-    "polygraphy",
+    "onnxruntime-ep-nv-tensorrt-rtx-cu13", "openvino", "tensorrt-cu12", "tensorrt-cu12-libs", "tensorrt-cu13",
+    "tensorrt-cu13-libs", "tensorrt-rtx-cu12", "tensorrt-rtx-cu13", "cuda-bindings", "nvidia-cudnn-cu12",
+    "nvidia-cudnn-cu13", "polygraphy",
 )  # fmt: skip
 _CHECKS = "sdxl_trt.engines.inspection.provider_checks"
 _PATIENCE = 120
@@ -92,7 +92,7 @@ class DoctorReport:
 
     def require(self) -> None:
         """Raise IncompatibleError unless a provider that uses the GPU can start."""
-        graphic = [problem for name, problem in self.problems.items() if name != "ort-cpu"]
+        graphic = [problem for name, problem in self.problems.items() if name not in ("ort-cpu", "openvino")]
         if all(graphic):
             problem = self.driver.problem or next(filter(None, graphic))
             raise IncompatibleError(f"no provider can use a GPU here: {problem}")

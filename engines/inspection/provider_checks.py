@@ -13,9 +13,10 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from sdxl_trt.engines.backends.cuda import Driver, Problem, find_driver, pip_install
+from sdxl_trt.engines.backends.ov import openvino_core
 from sdxl_trt.engines.errors import IncompatibleError, SdxlTrtError
 
-PROVIDERS = ("ort-cpu", "ort-cuda", "ort-tensorrt", "tensorrt", "tensorrt-rtx")
+PROVIDERS = ("ort-cpu", "ort-cuda", "ort-tensorrt", "tensorrt", "tensorrt-rtx", "openvino")
 _TENSORRT_FLOOR = (12, 2)
 """The lowest driver that runs TensorRT for CUDA 12: r535."""
 _CAPABILITY_FLOORS = {"tensorrt": (7, 5), "tensorrt-rtx": (8, 0)}
@@ -26,6 +27,8 @@ def check_provider(provider: str) -> Problem | None:
     try:
         if provider == "ort-cpu":
             _onnxruntime(provider)
+        elif provider == "openvino":
+            openvino_core()
         elif provider.startswith("ort-"):
             return _check_onnxruntime(provider)
         else:
@@ -45,8 +48,8 @@ def _split(message: str) -> Problem:
 
 
 def _install(provider: str) -> str:
-    if provider == "ort-cpu":
-        return "pip install 'sdxl-trt[cpu]'"
+    if provider in ("ort-cpu", "openvino"):
+        return f"pip install 'sdxl-trt[{'cpu' if provider == 'ort-cpu' else provider}]'"
     return pip_install("gpu" if provider.startswith("ort-") else provider)
 
 

@@ -46,6 +46,9 @@ _FP32_BYTES = 4
 # An int8 session of the same UNet takes 199 MB with its activations, of which the fp32 one has 62 MB: 2.7 bytes a
 # parameter, its packed weights twice and the floats of other layers. fp8 is a simulation, whose weights become fp32.
 _ORT_WEIGHTS: dict[Precision, float] = {"fp32": 1.5, "fp16": 2.0, "bf16": 2.0, "mixed": 2.0, "int8": 0.7, "fp8": 1.5}
+# OpenVINO keeps the fp32 casts of the weights beside the packed copies of those in use: 2.8 times the fp32 weights of
+# the same UNet in fp32 and in bf16.
+_OPENVINO_WEIGHTS = 2.8
 _ORT_ERROR = 0.3
 # Nearly all weights of a UNet belong to convolutions and matrix products, which can be streamed.
 _STREAMABLE = 0.9
@@ -73,12 +76,12 @@ class Need(Record, frozen=True, kw_only=True):
 
 def on_device(provider: str) -> bool:
     """Return whether the engines of `provider` use device memory instead of host memory."""
-    return provider != "ort-cpu"
+    return provider not in ("ort-cpu", "openvino")
 
 
 def shares_activations(provider: str) -> bool:
-    """Return whether all engines share one block of activations; ONNX Runtime's sessions have one each."""
-    return not provider.startswith("ort-")
+    """Return whether all engines share one block of activations; those of ONNX Runtime and OpenVINO have one each."""
+    return provider.startswith("tensorrt")
 
 
 def exact_sizes(height: int, width: int) -> Sizes:
@@ -113,7 +116,7 @@ def need_of(
             streamable=measured.streamable,
         )
     if not shares_activations(provider):
-        return _onnxruntime_need(manifest, name, provider, sizes)
+        return _graph_need(manifest, name, provider, sizes)
     profiles = _profiles(component, axes_of(component.kind, component.float_precision, sizes, factor))
     estimates = estimate_each(component, profiles)
     chosen = _chosen(name, component, profiles, estimates, at, factor)
@@ -144,16 +147,16 @@ def _chosen(
     return (min if at == "least" else max)(range(len(profiles)), key=activations.__getitem__)
 
 
-def _onnxruntime_need(manifest: Manifest, name: str, provider: str, sizes: Sizes) -> Need:
-    """Return an estimate for a session of ONNX Runtime at the usual of `sizes`; it decodes pictures whole."""
+def _graph_need(manifest: Manifest, name: str, provider: str, sizes: Sizes) -> Need:
+    """Return an estimate for ONNX Runtime or OpenVINO at the usual of `sizes`; they decode pictures whole."""
     component = manifest.components[name]
     axes = axes_of(component.kind, "fp16", replace(sizes, static=True), manifest.base.vae.factor)
     profiles = _profiles(component, axes)
     device = on_device(provider)
     precision = component.float_precision if device else "fp32"
-    weights = component.used_bytes if device else host_need(component)
+    weights = component.used_bytes if device else host_need(component, provider)
     activations = estimate_activations(component, profiles, precision)
-    if provider != "ort-tensorrt":
+    if provider not in ("ort-tensorrt", "openvino"):
         activations += score_bytes(component, profiles, precision)
     uncertain = int((weights + activations) * _ORT_ERROR)
     io = _io_bytes(component, profiles[usual_profile(profiles)])
@@ -161,9 +164,10 @@ def _onnxruntime_need(manifest: Manifest, name: str, provider: str, sizes: Sizes
                 uncertain=uncertain)  # fmt: skip
 
 
-def host_need(component: Component) -> int:
-    """Return an estimate, in bytes, of a component's weights in host memory on ONNX Runtime's CPU provider."""
-    return int(component.parameters * _FP32_BYTES * _ORT_WEIGHTS[component.precision])
+def host_need(component: Component, provider: str = "ort-cpu") -> int:
+    """Return an estimate, in bytes, of a component's weights in host memory on a provider that computes there."""
+    times = _ORT_WEIGHTS[component.precision] if provider == "ort-cpu" else _OPENVINO_WEIGHTS
+    return int(component.parameters * _FP32_BYTES * times)
 
 
 def _profiles(component: Component, axes: list[dict[str, Range]]) -> tuple[Profile, ...]:

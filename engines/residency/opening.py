@@ -22,6 +22,7 @@ def open_pool(
     once: bool = False,
     controls: Sequence[str] = (),
     cached: bool = False,
+    compute_precision: str = "auto",
 ) -> EnginePool:
     """Return a pool for `bundle`; nothing is loaded yet, but a thread begins to read the plans of a run.
 
@@ -29,7 +30,7 @@ def open_pool(
     the measured memory of the device or host, in bytes. With `from_image`, memory is planned for runs that start
     from an image, which also need the autoencoder's encoder; with `once`, for a single run; `controls` are the
     components of the ControlNets that runs use; `cached` runs use shallow UNets, and an IncompatibleError says that the
-    bundle has none.
+    bundle has none; `compute_precision` is that of `open_backend`.
     A given residency is kept; "auto" falls back to the next one if memory runs out. Raises UsageError for unknown
     names, IncompatibleError for a provider that is not available or a plan that does not fit this machine,
     ResourceError for plans that cannot fit.
@@ -37,7 +38,7 @@ def open_pool(
     check_residency(residency)
     if cached:
         run_components(bundle.manifest, provider, cached=True)  # raises before a device is opened
-    backend = open_backend(bundle, provider)
+    backend = open_backend(bundle, provider, compute_precision)
     capacity = backend.free if available is None else available
     residency = settled_residency(residency, backend.provider, once=once)
     estimate = partial(
@@ -73,6 +74,7 @@ def open_pool(
         estimate=estimate,
         close=backend.close,
         memory=backend.memory,
+        computes=backend.computes,
     )
     order = run_components(
         bundle.manifest, backend.provider, from_image=from_image, capability=backend.capability, controls=controls,

@@ -40,7 +40,7 @@ def settled_residency(residency: str, provider: str, *, once: bool) -> str:
 
     A single run uses every engine in one phase only, and on a CPU an engine that stays loaded only costs memory.
     """
-    return "swap" if once and residency == "auto" and provider == "ort-cpu" else residency
+    return "swap" if once and residency == "auto" and not on_device(provider) else residency
 
 
 def estimate_memory(

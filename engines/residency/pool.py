@@ -62,10 +62,13 @@ class EnginePool:
         estimate: Callable[..., MemoryEstimate] | None = None,
         close: Callable[[], None] = lambda: None,
         memory: Callable[[], tuple[int, int] | None] = lambda: None,
+        computes: str | None = None,
     ) -> None:
         self.bundle = bundle
         self.residency: Residency = residency
         self.provider = provider
+        self.computes = computes
+        """The precision in which every graph is computed; None if each is computed in its own."""
         self.records = records or {}
         """The plans in use, by component."""
         self._slot_records = slot_records or {}

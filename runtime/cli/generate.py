@@ -63,7 +63,7 @@ def _plan(arguments: argparse.Namespace) -> None:
     plan = estimate_run(arguments.engines, arguments.provider, arguments.residency, arguments.vram, arguments.width,
                         arguments.height, from_image=from_image,
                         controls=stated_settings(arguments)["controls"], adapted=changed,
-                        cached=_caches(arguments))  # fmt: skip
+                        cached=_caches(arguments), compute_precision=arguments.compute_precision)  # fmt: skip
     if arguments.json:
         import msgspec  # noqa: PLC0415
 
@@ -78,9 +78,11 @@ def _told_of_loras(provider: str, name: str, size: int) -> str:
     """Return what the LoRAs of a component take, of which they change `size` bytes."""
     from sdxl_trt.engines.host import format_bytes  # noqa: PLC0415
 
-    if provider.startswith("ort-"):
-        return (f"LoRAs change {format_bytes(size)} of {name}, which ONNX Runtime holds a second time in host memory"
-                " while it loads")  # fmt: skip
+    if not provider.startswith("tensorrt"):
+        what = "OpenVINO" if provider == "openvino" else "ONNX Runtime"
+        return f"LoRAs change {format_bytes(size)} of {name}, which {what} holds a second time in host memory" + (
+            " while it loads" if what == "ONNX Runtime" else ""
+        )
     return f"LoRAs change {name}: its plan is one for LoRAs, with inputs for the largest rank that it takes"
 
 
@@ -114,9 +116,11 @@ def _generate(arguments: argparse.Namespace) -> None:
     with open_bundle(
         arguments.engines, provider=arguments.provider, residency=arguments.residency, available=arguments.vram,
         from_image=_loads_image(asked), once=True, controls=_controls(asked), cached=_caches(arguments),
+        compute_precision=arguments.compute_precision,
     ) as pipeline:  # fmt: skip
         if arguments.source is not None:
-            warn_of_another_bundle(arguments.made_with, pipeline.manifest)
+            warn_of_another_bundle(arguments.made_with, pipeline.manifest, arguments.recorded.computed,
+                                   pipeline.pool.computes)  # fmt: skip
         batch, series = _work(asked, arguments, pipeline)
         places = picture_files(arguments.out, arguments.format, batch.runs, _prefixes(asked),
                                sheet=series.sweep is not None)  # fmt: skip
@@ -309,6 +313,7 @@ def _report(
                 "component": name,
                 "provider": pool.provider,
                 "precision": components[name].precision,
+                "computes": pool.computes or components[name].precision,
                 "digest": components[name].graph.sha256,
             }
             for name in pool.loads
@@ -347,7 +352,11 @@ def _tell(report: dict[str, Any]) -> None:
     drew = [name for name in ("base", "refiner") if name in report["timings"]]
     alone = f"{drew[0]} alone; " if len(drew) == 1 else "base and refiner, each on a grid of its own; "
     how = f"handoff after step {place['step']} at sigma {place['sigma']:.3f}; " if place else alone * single
-    sys.stderr.write(f"{how}{_told_of_cache(report['cache'])}{report['timings']['total']:.1f} s\n")
+    engines = report["engines"]
+    where = f", computed in {engines[0]['computes']} by OpenVINO" * (
+        bool(engines) and engines[0]["provider"] == "openvino"
+    )
+    sys.stderr.write(f"{how}{_told_of_cache(report['cache'])}{report['timings']['total']:.1f} s{where}\n")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import msgspec
 
 from sdxl_trt.engines.adapters import adapted as with_loras
 from sdxl_trt.engines.adapters import component_role, loras_of, targets
-from sdxl_trt.engines.backends import open_backend
+from sdxl_trt.engines.backends import check_compute_precision, open_backend
 from sdxl_trt.engines.bundle import Bundle, fixed, read_bundle, read_table
 from sdxl_trt.engines.plans import PlanLimits, RunSizes, Sizes, check_for, plan_limits, stage_sizes
 from sdxl_trt.engines.residency import MemoryEstimate, estimate_memory, settled_residency
@@ -57,25 +57,27 @@ def estimate_run(
     controls: Sequence[ControlUse] = (),
     adapted: Collection[str] = (),
     cached: bool = False,
+    compute_precision: str = "auto",
 ) -> MemoryEstimate:
     """Return the memory that a run of the bundle at `path` (None: the embedded pair) takes, and a residency that fits.
 
     With `vram` bytes no GPU is needed, and "auto" means tensorrt. `width` and `height` are pixels of a single size: it
     selects the profiles of built plans, and plans that are not built are estimated for it. `from_image` is for runs
     that start from pictures, `controls` for those whose ControlNets follow pictures, `adapted` names the
-    components that LoRAs change, and `cached` runs have a step cache.
+    components that LoRAs change, and `cached` runs have a step cache; `compute_precision` is that of `open_bundle`.
     Raises SourceError, CorruptError, UsageError, SizeError, and IncompatibleError for a missing provider.
     """
     bundle = _bundle(path)
     sizes, nets = _sizes(bundle, width, height), control_components(controls, bundle.manifest)
     if vram is not None:
+        check_compute_precision(provider, compute_precision)
         chosen = "tensorrt" if provider == "auto" else provider
         records = [record for record in bundle.manifest.plans
                    if record.key.environment.flavour == chosen and not record.for_loras]  # fmt: skip
         return estimate_memory(bundle, provider=chosen, capacity=vram, residency=residency, sizes=sizes,
                                from_image=from_image, controls=nets, adapted=adapted, cached=cached,
                                run=_run_of(sizes, plan_limits(bundle, records)))  # fmt: skip
-    backend = open_backend(bundle, provider)
+    backend = open_backend(bundle, provider, compute_precision)
     backend.close()
     residency = settled_residency(residency, backend.provider, once=True)
     slotted = {name: record for name, record in backend.slot_records.items() if name in adapted}

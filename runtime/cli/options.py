@@ -11,7 +11,7 @@ from sdxl_trt.engines import UsageError
 from sdxl_trt.engines.host import Parser, option_type, parse_bytes
 from sdxl_trt.runtime.request import GROUPS, Request, Setting, settings_of
 
-PROVIDERS = ("auto", "ort-cpu", "ort-cuda", "ort-tensorrt", "tensorrt", "tensorrt-rtx")
+PROVIDERS = ("auto", "ort-cpu", "ort-cuda", "ort-tensorrt", "tensorrt", "tensorrt-rtx", "openvino")
 FORMATS = ("png", "jpeg", "webp")
 _SETTINGS = settings_of(Request)
 EPILOG = """examples:
@@ -123,7 +123,10 @@ def _add_series_options(group: Any) -> None:
 
 def _add_engine_options(group: Any) -> None:
     group.add_argument("--engines", type=Path, metavar="BUNDLE", help="exported folder (default: the embedded pair)")
-    group.add_argument("--provider", choices=PROVIDERS, default="auto", help="what runs the graphs")
+    group.add_argument("--provider", choices=PROVIDERS, default="auto", help="what runs the graphs (auto:"
+                       " the fastest of TensorRT and ONNX Runtime)")  # fmt: skip
+    group.add_argument("--compute-precision", choices=("auto", "fp32", "bf16"), default="auto",
+                       help="what openvino computes in (auto: bf16 where the CPU has it, else fp32)")  # fmt: skip
     group.add_argument("--residency", choices=("auto", "resident", "swap", "stream"), default="auto",
                        help="resident: both experts in memory; swap: one at a time; stream: part of one; auto: the"
                        " first that fits, swap on a CPU")  # fmt: skip

@@ -45,8 +45,17 @@ def bundle_name(manifest: Manifest, *, refined: bool) -> BundleName:
     return BundleName(hashlib.sha256(weights.encode()).hexdigest()[:_DIGITS], *models)
 
 
-def warn_of_another_bundle(made_with: BundleName | None, manifest: Manifest) -> None:
-    """Warn if a picture was made with other weights than those of `manifest`; None if the picture does not say."""
+def warn_of_another_bundle(
+    made_with: BundleName | None, manifest: Manifest, computed: str | None = None, computes: str | None = None
+) -> None:
+    """Warn if a picture was made with other weights than those of `manifest`; None if the picture does not say.
+
+    Also if one of `computed`, of the picture, and `computes`, of this run, is bf16, in which OpenVINO computes.
+    """
+    if (computed == "bf16") != (computes == "bf16"):
+        log.warning("the picture was computed in %s and this run computes in %s: it will differ; give"
+                    " --provider openvino --compute-precision bf16, or neither, as then", computed or "full precision",
+                    computes or "full precision")  # fmt: skip
     if made_with is None:
         return
     refined = made_with.refiner is not None and manifest.refiner is not None

@@ -412,7 +412,7 @@ def check_chain(
 
     def start(request: Request) -> Job:
         resolved.append(pipeline.resolve(request))
-        return start_job(resolved[-1], request, pipeline.manifest)
+        return start_job(resolved[-1], request, pipeline.manifest, pipeline.pool.computes)
 
     Chain(pipeline, workflow, found, folder, change, files, start=start)
     return resolved

@@ -106,7 +106,7 @@ class Pipeline:
             self.pool.check(self._all_engines(resolved))
         self._say((*resolved.notes, *resolved.idle_controls()))
         self.make_room(resolved, self._first_rows(resolved))
-        return start_job(resolved, request, self.manifest)
+        return start_job(resolved, request, self.manifest, self.pool.computes)
 
     def _say(self, notes: Sequence[str]) -> None:
         """Warn of each of `notes` once, however many requests repeat it."""
@@ -376,17 +376,19 @@ def open_bundle(
     once: bool = False,
     controls: Sequence[ControlUse] = (),
     cached: bool = False,
+    compute_precision: str = "auto",
 ) -> Pipeline:
     """Open the bundle at `path` (None: the embedded pair) for a ``with`` statement. Only the manifest is read.
 
-    `provider`, `residency`, `available` (the memory limit in bytes), `from_image` and `once` are those of `open_pool`;
-    memory is planned for runs with the ControlNets that `controls` use, and with a step cache if they are `cached`.
+    `provider`, `residency`, `available` (the memory limit in bytes), `from_image`, `once` and `compute_precision` are
+    those of `open_pool`; memory is planned for runs with the ControlNets that `controls` use, and with a step cache if
+    they are `cached`.
     Raises SourceError, IncompatibleError, CorruptError, UsageError, ResourceError.
     """
     bundle = find_bundle(path)
     nets = control_components(controls, bundle.manifest)
     pool = open_pool(bundle, provider, residency, available, from_image=from_image, once=once, controls=nets,
-                     cached=cached)  # fmt: skip
+                     cached=cached, compute_precision=compute_precision)  # fmt: skip
     return Pipeline(pool)
 
 

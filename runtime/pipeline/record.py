@@ -8,7 +8,7 @@ from functools import reduce
 from operator import or_
 from pathlib import Path
 from types import NoneType
-from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import msgspec
 import numpy as np
@@ -68,6 +68,8 @@ class _Facts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     files: Facts = ()
     """The pictures and masks that a workflow of several runs loads."""
     bundle: BundleName | None = None
+    computed: Literal["bf16"] | None = None
+    """The precision in which OpenVINO computed graphs that were exported in another; None for all other pictures."""
     sweep: Annotated[tuple[Annotated[str, msgspec.Meta(max_length=MAX_TEXT)], ...],
                      msgspec.Meta(max_length=MOST_AXES)] = ()  # fmt: skip
     """A contact sheet's axes, as ``--sweep`` takes them. Its other settings are as they were requested, None if one
@@ -208,4 +210,4 @@ def _further(run: Run) -> dict[str, Any]:
         found["count"] = len(run.request.seeds)
     if run.manifest is not None:
         found["bundle"] = msgspec.to_builtins(bundle_name(run.manifest, refined=run.request.uses_refiner))
-    return found
+    return found | ({"computed": "bf16"} if run.computed == "bf16" else {})

@@ -72,6 +72,8 @@ class Run:
     """The request before its defaults were settled."""
     manifest: Manifest | None = None
     """The bundle's manifest, which the pictures' records name."""
+    computed: str | None = None
+    """The precision in which every graph was computed; None if each was computed in its own."""
 
 
 def timed(run: Run, work: Iterator[Step]) -> Iterator[Step]:
@@ -172,7 +174,7 @@ class Job:
         return Inpaint(self.mask, self.clean, noise, request.schedule_of(stage).variance_preserving)
 
 
-def start_job(resolved: ResolvedRequest, asked: Request, manifest: Manifest) -> Job:
+def start_job(resolved: ResolvedRequest, asked: Request, manifest: Manifest, computed: str | None = None) -> Job:
     """Return the job of a request with its noise drawn, in diffusers' order: image, start, masked image.
 
     It is ready for the stages, except for an image that is not encoded yet.
@@ -186,7 +188,7 @@ def start_job(resolved: ResolvedRequest, asked: Request, manifest: Manifest) -> 
     initial = noise.draw(shape) if resolved.latents is None else resolved.latents.copy()
     # diffusers encodes the masked image for every model, and most do not use it.
     masked_posterior = noise.draw(shape) if draws and masking is not None else None
-    run = Run(resolved, initial=initial, final=initial, asked=asked, manifest=manifest)
+    run = Run(resolved, initial=initial, final=initial, asked=asked, manifest=manifest, computed=computed)
     job = Job(run, noises, initial, posterior, masked_posterior)
     if masking is not None:
         job.mask = masking.of_latents(vae.factor, soft=resolved.comfyui)

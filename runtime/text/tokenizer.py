@@ -63,4 +63,49 @@ def _parsed(content: bytes) -> Any:
     """
     from tokenizers import Tokenizer  # noqa: PLC0415 - a compiled library, loaded with the first prompt
 
-    return Tokenizer.from_str(content.decode())
+    text = content.decode()
+    made = _with_the_model_of_another(text) or Tokenizer.from_str(text)
+    _latest[:] = [(text, made)]
+    return made
+
+
+_latest: list[tuple[str, Any]] = []
+"""The tokenizer that was parsed last, and its text."""
+
+
+def _with_the_model_of_another(text: str) -> Any | None:
+    """Return the tokenizer of `text` made from the last one, if only their added tokens differ; else None.
+
+    The two of SDXL differ in what pads a prompt. Half of the time of reading them goes into the second copy of the
+    vocabulary and the merges.
+    """
+    from tokenizers import AddedToken, Tokenizer  # noqa: PLC0415
+
+    if not _latest:
+        return None
+    known, other = _latest[0]
+    try:
+        (tokens, rest), (_, others) = _added_tokens(text), _added_tokens(known)
+    except ValueError:
+        return None
+    if rest != others or other.truncation is not None or other.padding is not None:
+        return None
+    made = Tokenizer(other.model)
+    for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        if getattr(other, part) is not None:
+            setattr(made, part, getattr(other, part))
+    for token in tokens:
+        flags = {name: token[name] for name in ("single_word", "lstrip", "rstrip", "normalized", "special")}
+        made.add_tokens([AddedToken(token["content"], **flags)])
+    # A token that the vocabulary lacks gets the next free id, which may not be the file's.
+    found = {number: token.content for number, token in made.get_added_tokens_decoder().items()}
+    return made if found == {token["id"]: token["content"] for token in tokens} else None
+
+
+def _added_tokens(text: str) -> tuple[list[dict[str, Any]], str]:
+    """Return the added tokens of a tokenizer's text, and the text without them; raises ValueError if unsure."""
+    if text.count('"added_tokens"') != 1:
+        raise ValueError("a word of the vocabulary could pass for the list")
+    start = text.index("[", text.index('"added_tokens"'))
+    tokens, end = json.JSONDecoder().raw_decode(text, start)
+    return tokens, text[:start] + text[end:]

@@ -133,7 +133,7 @@ def system_stats(provider: str, vram: int | None) -> dict[str, Any]:
     """Return what is known of the machine; no paths, and no arguments."""
     free = available_host_memory() or 0
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else free
-    device = {"name": provider, "type": "cpu" if provider == "ort-cpu" else "cuda", "index": 0,
+    device = {"name": provider, "type": "cpu" if provider in ("ort-cpu", "openvino") else "cuda", "index": 0,
               "vram_total": vram or 0, "vram_free": vram or 0, "torch_vram_total": 0, "torch_vram_free": 0}  # fmt: skip
     system: dict[str, Any] = {"os": sys.platform, "ram_total": total, "ram_free": free, "comfyui_version": VERSION,
               "required_frontend_version": "", "python_version": platform.python_version(), "pytorch_version": "none",

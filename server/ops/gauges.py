@@ -55,5 +55,5 @@ class DeskGauges(Collector):
             used.add_metric(["0"], total - free)
             yield used
         about = {"version": self._version, "bundle": digest_of(manifest), "provider": pool.provider,
-                 "residency": pool.residency}  # fmt: skip
+                 "residency": pool.residency, "computes": pool.computes or ""}  # fmt: skip
         yield InfoMetricFamily("trt_build", "What runs.", about)

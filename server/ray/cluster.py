@@ -33,7 +33,7 @@ def planned(options: Options, cluster: Cluster, batch: int = BATCH) -> tuple[Lay
     import ray  # noqa: PLC0415 - the extra [ray]
 
     found = int(ray.cluster_resources().get("GPU", 0))
-    gpus = found > 0 and options.provider != "ort-cpu"
+    gpus = found > 0 and options.provider not in ("ort-cpu", "openvino")
     devices = cluster.devices or (found if gpus else 1)
     if gpus and devices > found:
         raise UsageError(f"--ray-devices {devices}: the cluster has {found} GPUs; give at most that many")

@@ -23,8 +23,9 @@ def test_without_words_the_options_are_their_defaults() -> None:
 def test_every_option_has_a_word(tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     keys.write_text("# ours\nsk-1\n\n sk-2 \n")
-    words = f"""bundle --host ::1 --port 0 --provider ort-cpu --residency swap --vram 1GiB --queue 2 --queue-pictures 3
-        --deadline 4.5 --max-body 5MiB --max-pixels 6 --open comfy,a1111 --on-disconnect finish --cors-origin
+    words = f"""bundle --host ::1 --port 0 --provider openvino --residency swap --vram 1GiB --queue 2 --queue-pictures 3
+        --compute-precision fp32 --deadline 4.5 --max-body 5MiB --max-pixels 6
+        --open comfy,a1111 --on-disconnect finish --cors-origin
         https://a.example --allowed-hosts a,b --grace 7 --fixed-batch --lora-dir {tmp_path} --embedding-dir {tmp_path}
         --rate-requests 5 --rate-seconds 9 --metrics-port 9 --traces --trusted-proxy 10.0.0.0/8 --quality-steps low=2
         --alias x --lenient --round-sizes --allow-options --interrupt all --previews --no-docs --api-key-file {keys}"""

@@ -6,7 +6,6 @@ from sdxl_trt.engines.lazy import lazy_names
 
 if TYPE_CHECKING:
     from sdxl_trt.engines.backends.ort.engine import OrtEngine
-    from sdxl_trt.engines.backends.ort.patch import Patch, plan_patch
     from sdxl_trt.engines.backends.ort.probe import CUDA, TENSORRT, provider_problem
     from sdxl_trt.engines.backends.ort.products import EXACT_PRODUCTS, saturates
     from sdxl_trt.engines.backends.ort.providers import (
@@ -15,7 +14,6 @@ if TYPE_CHECKING:
 else:
     __getattr__ = lazy_names(__name__, {
         "engine": ("OrtEngine",),
-        "patch": ("Patch", "plan_patch"),
         "probe": ("CUDA", "TENSORRT", "provider_problem"),
         "products": ("EXACT_PRODUCTS", "saturates"),
         "providers": (
@@ -24,6 +22,6 @@ else:
     })
 
 __all__ = [
-    "CUDA", "EXACT_PRODUCTS", "ORT_PROVIDERS", "TENSORRT", "OrtEngine", "OrtProvider", "Patch", "choose_provider",
-    "plan_patch", "plugin_devices", "provider_problem", "saturates", "shape_limits",
+    "CUDA", "EXACT_PRODUCTS", "ORT_PROVIDERS", "TENSORRT", "OrtEngine", "OrtProvider", "choose_provider",
+    "plugin_devices", "provider_problem", "saturates", "shape_limits",
 ]

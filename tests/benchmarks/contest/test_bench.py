@@ -78,7 +78,11 @@ def test_every_contestant_is_in_the_report(subject: Subject, fakes: dict[str, st
     assert "which is not a valid answer" in reasons["compile"]
     running = {name for name, reason in reasons.items() if not reason}
     openvino = {"openvino", "openvino-bf16", "openvino-int8", "openvino-int8-scoped", "openvino-int8-bf16"}
-    assert running == {"sdxl-trt", "sdxl-trt-int8", "onnxruntime", "eager-bf16", "diffusers", "optimum"} | openvino
+    assert (
+        running
+        == {"sdxl-trt", "sdxl-trt-int8", "sdxl-trt-openvino", "onnxruntime", "eager-bf16", "diffusers", "optimum"}
+        | openvino
+    )
     compared = [(one.what, one.contestant) for one in report.measurements if not one.sweep]
     assert {name for what, name in compared if what == "picture"} == running
     assert {what for what, _ in compared} == {"picture", "base UNet step"}

@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -353,3 +354,13 @@ def test_with_little_host_memory_one_plan_is_read_at_a_time(
         assert plans is not None
         assert plans.peak <= plans.limit == max(record.file.size for record in chunked.manifest.plans)
     assert reads == list(RUN)
+
+
+def test_openvino_is_opened_when_it_is_asked_for_and_never_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even without ONNX Runtime, whose engine says which package is missing."""
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert providers.open_backend(EMBEDDED, "auto").provider == "ort-cpu"
+    backend = providers.open_backend(EMBEDDED, "openvino", "fp32")
+    assert (backend.provider, backend.computes, backend.memory()) == ("openvino", "fp32", None)
+    with pytest.raises(UsageError, match="--compute-precision fp32 goes with --provider openvino"):
+        providers.open_backend(EMBEDDED, "auto", "fp32")

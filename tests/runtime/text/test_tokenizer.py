@@ -18,7 +18,9 @@ from sdxl_trt.engines.bundle.bundle import Bundle
 from sdxl_trt.engines.bundle.manifest import Manifest, Scheduler, Stage, Tokenizer, Vae
 from sdxl_trt.engines.bundle.records import FileRecord
 from sdxl_trt.engines.errors import CorruptError, UsageError
+from sdxl_trt.mini import bundle_path
 from sdxl_trt.runtime.adapters import Embeddings
+from sdxl_trt.runtime.text import tokenizer as tokenizer_module
 from sdxl_trt.runtime.text.placeholders import row_of, split_placeholders
 from sdxl_trt.runtime.text.tokenizer import PromptTokenizer, _parsed
 from sdxl_trt.runtime.text.vectors import Vector
@@ -241,6 +243,7 @@ def test_a_file_is_parsed_once_and_another_for_itself(bundle: Bundle, monkeypatc
         return parse(text)
 
     monkeypatch.setattr(tokenizers, "Tokenizer", SimpleNamespace(from_str=counting))
+    monkeypatch.setattr(tokenizer_module, "_with_the_model_of_another", lambda text: None)
     _parsed.cache_clear()
     first, again, other = (PromptTokenizer(bundle, name) for name in ("tokenizer", "tokenizer", "tokenizer_2"))
     assert [text.encode() for text in parsed] == [(bundle.root / f"{name}.json").read_bytes() for name in PADS]
@@ -252,3 +255,34 @@ def test_a_prompt_that_is_not_unicode_is_a_usage_error(ours: Any) -> None:
     for call in (ours["tokenizer"].cut_off, ours["tokenizer"].ids):
         with pytest.raises(UsageError):
             call("fox \udcff")
+
+
+def test_a_tokenizer_with_the_vocabulary_of_the_last_one_is_the_one_of_its_own_file(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    first, second = ((bundle_path() / name / "tokenizer.json").read_text() for name in ("tokenizer", "tokenizer_2"))
+    monkeypatch.setattr(tokenizer_module, "_latest", [(first, tokenizers.Tokenizer.from_str(first))])
+    made = tokenizer_module._with_the_model_of_another(second)
+    assert made.to_str() == tokenizers.Tokenizer.from_str(second).to_str()
+    for text in ("a red fox!", "!<|endoftext|> é東", "  <|startoftext|>!!"):
+        expected = tokenizers.Tokenizer.from_str(second).encode(text)
+        assert (made.encode(text).ids, made.encode(text).offsets) == (expected.ids, expected.offsets)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ('"merges"', '"merges" '),  # any other byte
+        ('"id": 49406', '"id": 49405'),  # an id that the vocabulary gives another token
+        ('"added_tokens"', '"added_tokenz"'),
+        ('"version"', '"added_tokens": [], "version"'),
+    ],
+)
+def test_a_tokenizer_that_differs_in_more_is_parsed_itself(
+    change: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = json.dumps(json.loads((bundle_path() / "tokenizer/tokenizer.json").read_text()))
+    monkeypatch.setattr(tokenizer_module, "_latest", [(text, tokenizers.Tokenizer.from_str(text))])
+    assert tokenizer_module._with_the_model_of_another(text) is not None
+    assert change[0] in text
+    assert tokenizer_module._with_the_model_of_another(text.replace(*change, 1)) is None

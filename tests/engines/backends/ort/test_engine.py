@@ -1,21 +1,20 @@
 """The Engine protocol on ONNX Runtime, with a graph small enough to compute by hand."""
 
-import hashlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
+from small_models.graphs import tiny_bundle, tiny_graph
 
 from sdxl_trt.engines.backends.ort import engine as ort_module
 from sdxl_trt.engines.backends.ort.engine import DeviceTensors, OrtEngine
 from sdxl_trt.engines.backends.ort.providers import ExecutionProvider
 from sdxl_trt.engines.bundle.bundle import Bundle
-from sdxl_trt.engines.bundle.manifest import Component, Manifest, Scheduler, Source, Stage, TensorSpec, Vae
 from sdxl_trt.engines.bundle.profile import Profile
-from sdxl_trt.engines.bundle.records import FileRecord
 from sdxl_trt.engines.errors import (
     CorruptError,
     EngineError,
@@ -29,63 +28,6 @@ from sdxl_trt.engines.errors import (
 Make = Callable[[Path], Bundle]
 
 
-def _graph(weights: np.ndarray) -> bytes:
-    """Return the graph out_sample = sample @ weights + text_embeds, scaled = timestep * 2, with external weights."""
-    from onnx import TensorProto, helper
-
-    tensor = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=weights.shape)
-    tensor.data_location = TensorProto.EXTERNAL
-    for key, value in {"location": "weights.data", "offset": "0", "length": str(weights.nbytes)}.items():
-        entry = tensor.external_data.add()
-        entry.key, entry.value = key, value
-    width = weights.shape[1]
-    inputs = {"sample": ["rows", len(weights)], "timestep": ["rows"], "text_embeds": ["rows", width]}
-    outputs = {"out_sample": ["rows", width], "scaled": ["rows"]}
-    nodes = [
-        helper.make_node("MatMul", ["sample", "w"], ["product"]),
-        helper.make_node("Add", ["product", "text_embeds"], ["out_sample"]),
-        helper.make_node("Add", ["timestep", "timestep"], ["scaled"]),
-    ]
-    values = [
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in side.items()]
-        for side in (inputs, outputs)
-    ]
-    graph = helper.make_graph(nodes, "g", *values, initializer=[tensor])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
-    return bytes(model.SerializeToString())
-
-
-def _record(path: Path) -> FileRecord:
-    content = path.read_bytes()
-    return FileRecord(file=path.name, size=len(content), sha256=hashlib.sha256(content).hexdigest())
-
-
-def _specs(**shapes: tuple[str | int, ...]) -> tuple[TensorSpec, ...]:
-    return tuple(TensorSpec(name=name, dtype="float32", shape=shape) for name, shape in shapes.items())
-
-
-def _bundle(root: Path, weights: np.ndarray, graph: bytes) -> Bundle:
-    (root / "model.onnx").write_bytes(graph)
-    (root / "weights.data").write_bytes(weights.tobytes())
-    width = weights.shape[1]
-    component = Component(
-        kind="unet", precision="fp32", opset=17, config={}, source=Source(name="n", class_name="c", sha256="0" * 64),
-        graph=_record(root / "model.onnx"), weights=_record(root / "weights.data"),
-        inputs=_specs(sample=("rows", len(weights)), timestep=("rows",), text_embeds=("rows", width)),
-        outputs=_specs(out_sample=("rows", width), scaled=("rows",)),
-    )  # fmt: skip
-    vae = Vae(decoder="v", encoder=None, scaling_factor=1.0, latent_channels=4, factor=8)
-    stage = Stage(
-        unet="unet", text_encoders=(), vae=vae, scheduler=Scheduler(), time_ids=(), sample_size=16, size_multiple=8,
-        force_zeros_for_empty_prompt=True,
-    )  # fmt: skip
-    manifest = Manifest(
-        format="f", format_version=1, generator="g", precision="fp32", components={"unet": component}, tokenizers={},
-        base=stage,
-    )  # fmt: skip
-    return Bundle(root, manifest)
-
-
 @pytest.fixture
 def weights(rng: np.random.Generator) -> np.ndarray:
     return rng.standard_normal((3, 5)).astype(np.float32)
@@ -93,7 +35,7 @@ def weights(rng: np.random.Generator) -> np.ndarray:
 
 @pytest.fixture
 def bundle(tmp_path: Path, weights: np.ndarray) -> Bundle:
-    return _bundle(tmp_path, weights, _graph(weights))
+    return tiny_bundle(tmp_path, weights, tiny_graph(weights))
 
 
 class OnDevice(OrtEngine):
@@ -160,13 +102,27 @@ def test_the_caller_owns_the_results(engine, inputs, embeds) -> None:
 def test_large_weights_outlive_their_file(tmp_path: Path, rng: np.random.Generator) -> None:
     """More than a megabyte, which engines map; the file may change once the session is created."""
     weights = rng.standard_normal((512, 1024)).astype(np.float32)
-    engine = OrtEngine(_bundle(tmp_path, weights, _graph(weights)), "unet")
+    engine = OrtEngine(tiny_bundle(tmp_path, weights, tiny_graph(weights)), "unet")
     engine.load()
     (tmp_path / "weights.data").write_bytes(bytes(weights.nbytes))
     sample = rng.standard_normal((1, 512)).astype(np.float32)
     engine.bind({"text_embeds": np.zeros((1, 1024), np.float32)})
     result = engine.infer({"sample": sample, "timestep": np.zeros(1, np.float32)})["out_sample"]
     np.testing.assert_allclose(result, sample @ weights, rtol=1e-3, atol=1e-3)
+
+
+def test_a_session_on_a_cpu_makes_no_plan_of_shared_outputs(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Making it takes more than half of a session's time, and saves nothing there."""
+    planned: list[bool] = []
+    original = ExecutionProvider.open
+
+    def note(self: ExecutionProvider, ort: object, graph: bytes, options: Any, *rest: Any) -> object:
+        planned.append(options.enable_mem_reuse)
+        return original(self, ort, graph, options, *rest)
+
+    monkeypatch.setattr(ExecutionProvider, "open", note)
+    OrtEngine(bundle, "unet").load()
+    assert planned == [False]
 
 
 def test_the_error_of_infer_before_load_names_the_call(engine, inputs) -> None:
@@ -240,7 +196,7 @@ def test_unload_frees_a_prefetch(engine) -> None:
 
 
 def test_a_graph_that_onnx_runtime_rejects_is_explained(tmp_path: Path, weights: np.ndarray) -> None:
-    engine = OrtEngine(_bundle(tmp_path, weights, b"not a graph"), "unet")
+    engine = OrtEngine(tiny_bundle(tmp_path, weights, b"not a graph"), "unet")
     with pytest.raises(EngineError, match="loading unet: ONNX Runtime failed") as caught:
         engine.load()
     assert "\n" not in str(caught.value)
@@ -249,9 +205,9 @@ def test_a_graph_that_onnx_runtime_rejects_is_explained(tmp_path: Path, weights:
 
 def test_a_graph_cannot_refer_to_another_file(tmp_path: Path, weights: np.ndarray) -> None:
     (tmp_path / "secrets.data").write_bytes(weights.tobytes())
-    graph = _graph(weights).replace(b"weights.data", b"secrets.data")
+    graph = tiny_graph(weights).replace(b"weights.data", b"secrets.data")
     with pytest.raises(EngineError):
-        OrtEngine(_bundle(tmp_path, weights, graph), "unet").load()
+        OrtEngine(tiny_bundle(tmp_path, weights, graph), "unet").load()
 
 
 def test_a_missing_backend_names_the_extra(engine, monkeypatch) -> None:

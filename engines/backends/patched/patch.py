@@ -1,4 +1,4 @@
-"""LoRAs on ONNX Runtime: the changed tensors are written into a private copy of the mapped weights."""
+"""LoRAs on ONNX Runtime and OpenVINO: the changed tensors are written into a private copy of the mapped weights."""
 
 __all__ = ["Patch", "plan_patch"]
 
