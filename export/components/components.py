@@ -57,6 +57,9 @@ class ComponentPlan:
     recipe: str = ""
     """A digest of what determines the 8-bit layers of the component."""
 
+    to_quantize: bool = False
+    """Whether an 8-bit component is made of the exported one."""
+
     @property
     def eight_bit(self) -> bool:
         """Return whether its linear layers and convolutions are to compute in 8 bits."""
@@ -66,7 +69,7 @@ class ComponentPlan:
         """Return the plan of the same component without 8-bit layers; itself, if it has none."""
         if self.floats is None:
             return self
-        return self.revised(precision=self.floats, floats=None, recipe="")
+        return self.revised(precision=self.floats, floats=None, recipe="", to_quantize=True)
 
     def revised(self, **changes: Any) -> "ComponentPlan":
         """Return the plan of the same tensors with other settings; the tensors are not read again for their digest."""
@@ -105,6 +108,7 @@ class ComponentPlan:
             *tokens,
             *residuals,
             *recipe,
+            *(("to quantize",) if self.to_quantize else ()),
         )
 
 
