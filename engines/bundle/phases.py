@@ -55,16 +55,18 @@ def run_phases(
     from_image: bool = False,
     capability: str | None = None,
     controls: Sequence[str] = (),
+    tiny: bool = False,
 ) -> dict[str, tuple[str, ...]]:
     """Return the components of each phase of a run with all stages: encode, base, refiner, decode.
 
     A run `from_image` has a phase "picture" first, which encodes the image with the autoencoders of all stages.
     `controls` are the components of the ControlNets that the base uses, in the same phase. `capability` is the GPU's,
-    see `stand_ins`.
+    see `stand_ins`. With `tiny` the tiny decoder decodes; UsageError is raised without one.
     """
     stages = manifest.stages()
     encoders = [encoder.component for stage in stages.values() for encoder in stage.text_encoders]
-    decoder = list(stages.values())[-1].vae.decoder
+    vae = list(stages.values())[-1].vae
+    decoder = (vae.with_tiny_decoder() if tiny else vae).decoder
     replaced = stand_ins(manifest, provider, capability)
     pictures = [stage.vae.encoder for stage in stages.values() if from_image and stage.vae.encoder is not None]
     phases = {"picture": tuple(dict.fromkeys(replaced.get(name, name) for name in pictures))} if pictures else {}
@@ -80,7 +82,8 @@ def run_components(
     from_image: bool = False,
     capability: str | None = None,
     controls: Sequence[str] = (),
+    tiny: bool = False,
 ) -> tuple[str, ...]:
     """Return the components of a run with all stages, each once, in order of use; see `run_phases`."""
-    phases = run_phases(manifest, provider, from_image=from_image, capability=capability, controls=controls)
+    phases = run_phases(manifest, provider, from_image=from_image, capability=capability, controls=controls, tiny=tiny)
     return tuple(dict.fromkeys(name for used in phases.values() for name in used))

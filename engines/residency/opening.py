@@ -21,13 +21,14 @@ def open_pool(
     from_image: bool = False,
     once: bool = False,
     controls: Sequence[str] = (),
+    tiny: bool = False,
 ) -> EnginePool:
     """Return a pool for `bundle`; nothing is loaded yet, but a thread begins to read the plans of a run.
 
     `provider` is "auto" or one of PROVIDERS, `residency` "auto", "resident", "swap" or "stream"; `available` replaces
     the measured memory of the device or host, in bytes. With `from_image`, memory is planned for runs that start
     from an image, which also need the autoencoder's encoder; with `once`, for a single run; `controls` are the
-    components of the ControlNets that runs use.
+    components of the ControlNets that runs use; with `tiny`, runs decode with the tiny decoder.
     A given residency is kept; "auto" falls back to the next one if memory runs out. Raises UsageError for unknown
     names, IncompatibleError for a provider that is not available or a plan that does not fit this machine,
     ResourceError for plans that cannot fit.
@@ -45,6 +46,7 @@ def open_pool(
         from_image=from_image,
         capability=backend.capability,
         controls=controls,
+        tiny=tiny,
     )
     try:
         plan = estimate(residency=residency)
@@ -70,8 +72,9 @@ def open_pool(
         memory=backend.memory,
     )
     order = run_components(
-        bundle.manifest, backend.provider, from_image=from_image, capability=backend.capability, controls=controls
-    )
+        bundle.manifest, backend.provider, from_image=from_image, capability=backend.capability, controls=controls,
+        tiny=tiny,
+    )  # fmt: skip
     pool.expect(order)
     return pool
 

@@ -62,7 +62,8 @@ def _plan(arguments: argparse.Namespace) -> None:
     changed = _changed_by_loras(arguments)
     plan = estimate_run(arguments.engines, arguments.provider, arguments.residency, arguments.vram, arguments.width,
                         arguments.height, from_image=from_image,
-                        controls=stated_settings(arguments)["controls"], adapted=changed)  # fmt: skip
+                        controls=stated_settings(arguments)["controls"], adapted=changed,
+                        tiny=arguments.vae == "tiny")  # fmt: skip
     if arguments.json:
         import msgspec  # noqa: PLC0415
 
@@ -112,7 +113,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     asked = _request(arguments) if arguments.workflow is None else _workflow(arguments)
     with open_bundle(
         arguments.engines, provider=arguments.provider, residency=arguments.residency, available=arguments.vram,
-        from_image=_loads_image(asked), once=True, controls=_controls(asked),
+        from_image=_loads_image(asked), once=True, controls=_controls(asked), tiny=arguments.vae == "tiny",
     ) as pipeline:  # fmt: skip
         if arguments.source is not None:
             warn_of_another_bundle(arguments.made_with, pipeline.manifest)

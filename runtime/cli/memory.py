@@ -56,13 +56,14 @@ def estimate_run(
     from_image: bool = False,
     controls: Sequence[ControlUse] = (),
     adapted: Collection[str] = (),
+    tiny: bool = False,
 ) -> MemoryEstimate:
     """Return the memory that a run of the bundle at `path` (None: the embedded pair) takes, and a residency that fits.
 
     With `vram` bytes no GPU is needed, and "auto" means tensorrt. `width` and `height` are pixels of a single size: it
     selects the profiles of built plans, and plans that are not built are estimated for it. `from_image` is for runs
     that start from pictures, `controls` for those whose ControlNets follow pictures, `adapted` names the
-    components that LoRAs change.
+    components that LoRAs change; `tiny` is for those that decode with the tiny decoder.
     Raises SourceError, CorruptError, UsageError, SizeError, and IncompatibleError for a missing provider.
     """
     bundle = _bundle(path)
@@ -72,7 +73,7 @@ def estimate_run(
         records = [record for record in bundle.manifest.plans
                    if record.key.environment.flavour == chosen and not record.for_loras]  # fmt: skip
         return estimate_memory(bundle, provider=chosen, capacity=vram, residency=residency, sizes=sizes,
-                               from_image=from_image, controls=nets, adapted=adapted,
+                               from_image=from_image, controls=nets, adapted=adapted, tiny=tiny,
                                run=_run_of(sizes, plan_limits(bundle, records)))  # fmt: skip
     backend = open_backend(bundle, provider)
     backend.close()
@@ -88,6 +89,7 @@ def estimate_run(
         from_image=from_image,
         controls=nets,
         adapted=adapted,
+        tiny=tiny,
         capability=backend.capability,
         run=_run_of(sizes, backend.limits),
     )
