@@ -124,7 +124,8 @@ def _generate(arguments: argparse.Namespace) -> None:
         if not arguments.json and pipeline.manifest.note:
             sys.stderr.write(f"note: {one_line(pipeline.manifest.note)}\n")
         images = []
-        preview = Preview(files.preview if arguments.preview else None, pipeline.manifest)
+        wanted = arguments.preview or arguments.preview_method is not None
+        preview = Preview(files.preview if wanted else None, pipeline.pool.bundle, arguments.preview_method or "linear")
         with ProgressBar() as bar, preview:
             for number, step in batch.steps():
                 bar.show(step.stage, step.index, step.total, step.seconds)

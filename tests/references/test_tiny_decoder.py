@@ -8,12 +8,19 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from small_models.additions import save_tiny_vae
 
+from sdxl_trt.engines.bundle.bundle import read_bundle
 from sdxl_trt.engines.errors import SourceError, UsageError
 from sdxl_trt.export import Options, export_bundle
 from sdxl_trt.runtime import Request, open_bundle
+from sdxl_trt.runtime.cli.preview import Preview
+from sdxl_trt.runtime.comfyui.checks import experts
+from sdxl_trt.runtime.comfyui.reader import read_workflow
+from sdxl_trt.runtime.comfyui.requests import pair_request
 from sdxl_trt.runtime.pipeline.pipeline import Pipeline
+from sdxl_trt.runtime.pipeline.run import Step
 from sdxl_trt.runtime.vae.decode import decode_latents
 
 # diffusers and numpy 2 disagree on how a tensor becomes an array.
@@ -124,3 +131,36 @@ def test_its_source_must_be_a_tiny_autoencoder_of_these_latents(made: Made, tmp_
     with pytest.raises(SourceError, match="its latents have 4 channels, of 16 pixels each"):
         export_bundle(made.base, None, tmp_path / "out", Options(tiny_vae=tmp_path / "tiny"))
     assert not (tmp_path / "out").exists()
+
+
+def test_its_preview_is_what_diffusers_decodes(made: Made, tmp_path: Path, rng: np.random.Generator) -> None:
+    from diffusers import AutoencoderTiny
+
+    latents = 3 * rng.standard_normal((2, 4, 6, 10)).astype(np.float32)
+    path = tmp_path / "x.png"
+    with Preview(path, read_bundle(made.bundle), "tiny") as preview:
+        preview.show(Step("base", 2, 2, slice(0, 2), latents=latents, denoised=latents))
+        with Image.open(path) as image:
+            found = np.asarray(image, np.float64) / 255
+    expected = AutoencoderTiny.from_pretrained(made.tiny).decode(torch.from_numpy(latents) / SCALING).sample
+    beside = np.concatenate([*(expected.detach().numpy() / 2 + 0.5).clip(0, 1)], axis=2).transpose(1, 2, 0)
+    np.testing.assert_allclose(found, beside, rtol=0, atol=TOLERANCE + 0.5 / 255)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(("name", "vae"), [("taesdxl", "tiny"), ("taesdxl.safetensors", "tiny"), ("other", "full")])
+def test_a_workflow_names_it_as_comfyui_does(made: Made, tmp_path: Path, name: str, vae: str) -> None:
+    manifest = read_bundle(made.bundle).manifest
+    with open_bundle(made.bundle, provider="ort-cpu") as opened:
+        (picture,) = opened.generate(_request(compat="comfyui", vae="tiny", handoff=None))
+        assert picture.graph is not None
+    graph = {key: dict(node) for key, node in picture.graph.items()}
+    (loader,) = (node for node in graph.values() if node["class_type"] == "VAELoader")
+    assert loader["inputs"] == {"vae_name": "taesdxl"}
+    loader["inputs"] = {"vae_name": name}
+    path = tmp_path / "graph.json"
+    path.write_text(json.dumps(graph))
+    workflow = read_workflow(path)
+    request = pair_request(workflow, manifest, experts(workflow, manifest))
+    assert request is not None
+    assert request.vae == vae
