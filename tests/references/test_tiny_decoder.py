@@ -1,6 +1,7 @@
 """Runs that decode with a tiny decoder against diffusers' pipelines with the same AutoencoderTiny."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,9 +50,7 @@ def made(pairs: Callable[[str], Any], convert_once: Any, tmp_path_factory: pytes
     save_tiny_vae(root / "tiny", pair.base / "vae", scaling=SCALING)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sdxl_trt.export.exporter.convert_component", convert_once)
-        export_bundle(
-            pair.base, pair.refiner, root / "bundle", Options(precision="fp32", tiny_vae=root / "tiny", verify=True)
-        )
+        export_bundle(pair.base, pair.refiner, root / "bundle", Options(precision="fp32", tiny_vae=root / "tiny"))
     return Made(pair.base, pair.refiner, root / "tiny", root / "bundle")
 
 
@@ -96,6 +95,15 @@ def test_the_picture_is_that_of_diffusers(made: Made, pipeline: Pipeline, handof
     assert expected.std() > 0.01
     np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE)
     np.testing.assert_allclose(np.asarray(picture.image) / 255, expected[0], rtol=0, atol=TOLERANCE + 0.5 / 255)
+
+
+@pytest.mark.slow
+def test_verification_feeds_it_latents_at_its_own_scale(made: Made, tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    shutil.copytree(made.bundle, out)
+    export_bundle(made.base, made.refiner, out, Options(precision="fp32", tiny_vae=made.tiny, verify=True))
+    report = json.loads((out / "verify.json").read_bytes())
+    assert {"vae_decoder", "vae_tiny"} <= report["components"].keys()
 
 
 def test_the_full_decoder_stays_the_default(pipeline: Pipeline) -> None:
