@@ -64,8 +64,10 @@ from sdxl_trt.export.sources import (
     Role,
     open_controlnet,
     open_source,
+    open_tiny_vae,
     open_unet,
     open_vae,
+    with_tiny_vae,
     with_unet,
     with_vae,
 )
@@ -152,8 +154,9 @@ def export_optimum(
     options, out = options or Options(), Path(out)
     if options.components is not None:
         raise UsageError("--layout optimum: needs all components; remove --components")
-    if options.controlnets:
-        raise UsageError("--layout optimum: has no place for ControlNets; remove --controlnet")
+    if options.controlnets or options.tiny_vae is not None:
+        given = "ControlNets; remove --controlnet" if options.controlnets else "a tiny decoder; remove --tiny-vae"
+        raise UsageError(f"--layout optimum: has no place for {given}")
     check_target(out)
     with exclusive(out, lock=options.lock), planned(base, refiner, out, options) as plan:
         check_optimum(plan)
@@ -330,10 +333,13 @@ def _open_sources(
             raise CorruptError(str(exc)) from exc
     vae = None if options.vae is None else open_vae(options.vae, precision=options.floats)
 
+    tiny = None if options.tiny_vae is None else open_tiny_vae(options.tiny_vae, precision=options.floats)
+
     def opened(spec: Path | str, role: Role) -> PipelineSource:
         place = mini / role if spec == MINI and mini is not None else spec
         source = open_source(place, role, precision=options.floats, vae=vae is None)
-        return source if vae is None else with_vae(source, vae)
+        source = source if vae is None else with_vae(source, vae)
+        return source if tiny is None else with_tiny_vae(source, tiny)
 
     first = opened(base, "base")
     if options.unet is not None:

@@ -23,6 +23,7 @@ FEATURES: Mapping[str, str] = {
     "ControlNet": "the base follows a picture: --control",
     "embedding": "a prompt names a textual inversion: --embedding-dir",
     "tile": "pictures are encoded and decoded in tiles: --tile",
+    "tiny decoder": "the bundle's tiny decoder makes the pictures: --vae tiny",
     "refine": "the refiner alone changes a picture: --refine",
     "sweep": "a sheet of variants: --sweep",
     "batch": "several pictures in one run: -n",
@@ -54,6 +55,7 @@ _AS_LORA = Outcome(equal_to="the LoRA given with the request")
 _AS_FUSED = Outcome(equal_to="a bundle with the LoRA fused")
 _AS_WORDS = Outcome(equal_to="the words whose vectors the embedding holds")
 _AS_WHOLE = Outcome(equal_to="the run without tiles, before decoding")
+_AS_FULL = Outcome(equal_to="the run with the full decoder, before decoding")
 _AS_CELLS = Outcome(equal_to="each cell alone")
 _AS_SINGLE = Outcome(equal_to="each picture alone")
 _AS_FLOATS = Outcome(equal_to="the run in floats, but for the rounding to 8 bits")
@@ -73,6 +75,7 @@ _ROWS: Mapping[str, Mapping[str, Outcome]] = {
         "ControlNet": _BY_ITSELF,
         "embedding": _BY_ROW,
         "tile": _BY_ROW,
+        "tiny decoder": _BY_ROW,
         "refine": _EQUAL,
         "sweep": _BY_ROW,
         "batch": _BY_ROW,
@@ -87,6 +90,7 @@ _ROWS: Mapping[str, Mapping[str, Outcome]] = {
         "ControlNet": _AS_LORA,
         "embedding": _AS_LORA,
         "tile": _AS_WHOLE,
+        "tiny decoder": _AS_FULL,
         "refine": Outcome(equal_to="the refiner of a bundle without the LoRA"),
         "sweep": _AS_CELLS,
         "batch": _AS_SINGLE,
@@ -100,6 +104,7 @@ _ROWS: Mapping[str, Mapping[str, Outcome]] = {
         "ControlNet": _AS_FUSED,
         "embedding": _AS_FUSED,
         "tile": _AS_WHOLE,
+        "tiny decoder": _AS_FULL,
         "refine": Outcome(equal_to="the run without the LoRA, with a warning"),
         "sweep": _AS_CELLS,
         "batch": _AS_SINGLE,
@@ -112,6 +117,7 @@ _ROWS: Mapping[str, Mapping[str, Outcome]] = {
         "ControlNet": Outcome(equal_to="diffusers' StableDiffusionXLControlNetInpaintPipeline"),
         "embedding": _AS_WORDS,
         "tile": _AS_WHOLE,
+        "tiny decoder": _AS_FULL,
         "refine": Outcome(equal_to="diffusers' StableDiffusionXLInpaintPipeline of the refiner"),
         "sweep": _AS_CELLS,
         "batch": _AS_SINGLE,
@@ -123,6 +129,7 @@ _ROWS: Mapping[str, Mapping[str, Outcome]] = {
         "ControlNet": Outcome(refused="a ControlNet takes a base of 4 channels, and this one is an inpainting model"),
         "embedding": _AS_WORDS,
         "tile": _AS_WHOLE,
+        "tiny decoder": _AS_FULL,
         "refine": Outcome(equal_to="the refiner of a bundle with four channels"),
         "sweep": _AS_CELLS,
         "batch": _AS_SINGLE,
@@ -133,6 +140,7 @@ _ROWS: Mapping[str, Mapping[str, Outcome]] = {
     "ControlNet": {
         "embedding": _AS_WORDS,
         "tile": _AS_WHOLE,
+        "tiny decoder": _AS_FULL,
         "refine": Outcome(refused="a ControlNet belongs to the base, and the refiner alone runs"),
         "sweep": _AS_CELLS,
         "batch": _AS_SINGLE,
@@ -142,6 +150,7 @@ _ROWS: Mapping[str, Mapping[str, Outcome]] = {
     },
     "embedding": {
         "tile": _AS_WHOLE,
+        "tiny decoder": _AS_FULL,
         "refine": _AS_WORDS,
         "sweep": _AS_CELLS,
         "batch": _AS_SINGLE,
@@ -150,12 +159,21 @@ _ROWS: Mapping[str, Mapping[str, Outcome]] = {
         "step cache": _AS_WORDS,
     },
     "tile": {
+        "tiny decoder": Outcome(equal_to="the run with the full decoder and without tiles, before decoding"),
         "refine": _AS_WHOLE,
         "sweep": _AS_CELLS,
         "batch": _AS_SINGLE,
         "workflow": _AS_WHOLE,
         "8 bits": _AS_WHOLE,
         "step cache": _AS_WHOLE,
+    },
+    "tiny decoder": {
+        "refine": _AS_FULL,
+        "sweep": _AS_CELLS,
+        "batch": _AS_SINGLE,
+        "workflow": _AS_GRAPH,
+        "8 bits": _AS_FULL,
+        "step cache": _AS_FULL,
     },
     "refine": {
         "sweep": _AS_CELLS,

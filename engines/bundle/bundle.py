@@ -200,7 +200,7 @@ def _stage_problem(stage: Stage, manifest: Manifest) -> str:
     wanted = [(stage.unet, "unet"), (stage.vae.decoder, "vae_decoder")]
     wanted += [(encoder.component, "text_encoder") for encoder in stage.text_encoders]
     optional = ((stage.vae.encoder, "vae_encoder"), (stage.vae.encoder_bf16, "vae_encoder"),
-                (stage.vae.decoder_bf16, "vae_decoder"))  # fmt: skip
+                (stage.vae.decoder_bf16, "vae_decoder"), (stage.vae.tiny, "vae_decoder"))  # fmt: skip
     wanted += [(name, kind) for name, kind in optional if name is not None]
     for name, kind in wanted:
         found = manifest.components.get(name)

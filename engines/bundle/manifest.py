@@ -31,7 +31,7 @@ import msgspec
 from sdxl_trt.engines.bundle.plan_record import PlanRecord
 from sdxl_trt.engines.bundle.profile import may_be_one
 from sdxl_trt.engines.bundle.records import FileRecord, Natural, Positive, Record, Sha256
-from sdxl_trt.engines.errors import CorruptError
+from sdxl_trt.engines.errors import CorruptError, UsageError
 
 FORMAT_NAME = "sdxl-trt-bundle"
 FORMAT_VERSION = 1
@@ -256,6 +256,23 @@ class Vae(Record, frozen=True, kw_only=True):
     decoder_bf16: str | None = None
     """The bf16 twin for TensorRT of a decoder that is fp32 because it overflows fp16."""
     encoder_bf16: str | None = None
+    tiny: str | None = None
+    """A small decoder of the same latents, which draws nearly the same picture in a fraction of the time."""
+    tiny_scaling_factor: float = 1.0
+
+    def with_tiny_decoder(self) -> "Vae":
+        """Return the autoencoder with its tiny decoder in place of the other.
+
+        As in diffusers, that one takes the latents as they are, divided by a scaling factor of its own. Raises
+        UsageError without one.
+        """
+        if self.tiny is None:
+            raise UsageError("the bundle has no tiny decoder; export it with --tiny-vae, for SDXL's latents that of"
+                             " madebyollin/taesdxl, or decode with --vae full")  # fmt: skip
+        return msgspec.structs.replace(
+            self, decoder=self.tiny, decoder_bf16=None, scaling_factor=self.tiny_scaling_factor, latents_mean=None,
+            latents_std=None,
+        )  # fmt: skip
 
 
 class Stage(Record, frozen=True, kw_only=True):

@@ -57,19 +57,21 @@ def run_phases(
     capability: str | None = None,
     controls: Sequence[str] = (),
     cached: bool = False,
+    tiny: bool = False,
 ) -> dict[str, tuple[str, ...]]:
     """Return the components of each phase of a run with all stages: encode, base, refiner, decode.
 
     A run `from_image` has a phase "picture" first, which encodes the image with the autoencoders of all stages.
     `controls` are the components of the ControlNets that the base uses, in the same phase. In a `cached` run every
     stage also uses its shallow UNet; raises IncompatibleError if one has none. `capability` is the GPU's, see
-    `stand_ins`.
+    `stand_ins`. With `tiny` the tiny decoder decodes; UsageError is raised without one.
     """
     stages = manifest.stages()
     if cached:
         _require_shallow(stages)
     encoders = [encoder.component for stage in stages.values() for encoder in stage.text_encoders]
-    decoder = list(stages.values())[-1].vae.decoder
+    vae = list(stages.values())[-1].vae
+    decoder = (vae.with_tiny_decoder() if tiny else vae).decoder
     replaced = stand_ins(manifest, provider, capability)
     pictures = [stage.vae.encoder for stage in stages.values() if from_image and stage.vae.encoder is not None]
     phases = {"picture": tuple(dict.fromkeys(replaced.get(name, name) for name in pictures))} if pictures else {}
@@ -88,10 +90,11 @@ def run_components(
     capability: str | None = None,
     controls: Sequence[str] = (),
     cached: bool = False,
+    tiny: bool = False,
 ) -> tuple[str, ...]:
     """Return the components of a run with all stages, each once, in order of use; see `run_phases`."""
     phases = run_phases(
-        manifest, provider, from_image=from_image, capability=capability, controls=controls, cached=cached
+        manifest, provider, from_image=from_image, capability=capability, controls=controls, cached=cached, tiny=tiny
     )
     return tuple(dict.fromkeys(name for used in phases.values() for name in used))
 

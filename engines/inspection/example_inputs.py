@@ -34,7 +34,8 @@ def example_inputs(bundle: Bundle, name: str, profile: Profile, seed: int = 0) -
             values["embedding_index"] = _embedding_index(shapes["embedding_index"])
             values["embeddings"] *= _TOKEN_SCALE
     elif component.kind == "vae_decoder":
-        values["latent_sample"] /= stage.vae.scaling_factor
+        tiny = name == stage.vae.tiny
+        values["latent_sample"] /= stage.vae.tiny_scaling_factor if tiny else stage.vae.scaling_factor
     else:
         values["sample"] = rng.uniform(-1, 1, shapes["sample"])
     return {spec.name: values[spec.name].astype(numpy_dtype(spec)) for spec in component.inputs}
@@ -54,7 +55,7 @@ def _stage_of(manifest: Manifest, name: str) -> Stage:
     """Return the stage that uses component `name`; the base if both do."""
     for stage in manifest.stages().values():
         vae = stage.vae
-        parts = {stage.unet, stage.shallow, vae.decoder, vae.encoder, vae.decoder_bf16, vae.encoder_bf16}
+        parts = {stage.unet, stage.shallow, vae.decoder, vae.encoder, vae.decoder_bf16, vae.encoder_bf16, vae.tiny}
         if name in parts | {encoder.component for encoder in stage.text_encoders}:
             return stage
     return manifest.base

@@ -21,6 +21,7 @@ _WORKSPACE = 8 << 20  # in every plan, whatever its size
 _UNET_STATIC, _UNET_NARROW, _UNET_DYNAMIC = 1.02, 1.45, 1.79
 # A profile for one size needs more in a plan that also has a range: SDXL's UNets, 1 and 2 rows (results/build.md).
 _UNET_BESIDE_RANGE = 1.31
+_WITHOUT_ATTENTION = ("AutoencoderTiny",)
 _NARROW, _NARROW_DECODER = 128, 64
 _DECODER_STATIC, _DECODER_DYNAMIC = 1.0, {2: 2.3, 4: 1.4}
 _TEXT_HIDDENS = 6.5
@@ -154,7 +155,7 @@ def _decoder_channels(widths: Sequence[int]) -> int:
 def _scores(component: Component, axes: Mapping[str, int]) -> int:
     """Return the number of scores of the largest self-attention of a graph."""
     config, places = component.config, axes.get("height", 1) * axes.get("width", 1)
-    if component.kind == "text_encoder":
+    if component.kind == "text_encoder" or component.source.class_name in _WITHOUT_ATTENTION:
         return 0
     if component.kind in OF_LATENTS:
         blocks = config.get("down_block_types", ())

@@ -23,6 +23,7 @@ def open_pool(
     controls: Sequence[str] = (),
     cached: bool = False,
     compute_precision: str = "auto",
+    tiny: bool = False,
 ) -> EnginePool:
     """Return a pool for `bundle`; nothing is loaded yet, but a thread begins to read the plans of a run.
 
@@ -30,7 +31,7 @@ def open_pool(
     the measured memory of the device or host, in bytes. With `from_image`, memory is planned for runs that start
     from an image, which also need the autoencoder's encoder; with `once`, for a single run; `controls` are the
     components of the ControlNets that runs use; `cached` runs use shallow UNets, and an IncompatibleError says that the
-    bundle has none; `compute_precision` is that of `open_backend`.
+    bundle has none; with `tiny`, runs decode with the tiny decoder; `compute_precision` is that of `open_backend`.
     A given residency is kept; "auto" falls back to the next one if memory runs out. Raises UsageError for unknown
     names, IncompatibleError for a provider that is not available or a plan that does not fit this machine,
     ResourceError for plans that cannot fit.
@@ -51,6 +52,7 @@ def open_pool(
         capability=backend.capability,
         controls=controls,
         cached=cached,
+        tiny=tiny,
     )
     try:
         plan = estimate(residency=residency)
@@ -78,7 +80,7 @@ def open_pool(
     )
     order = run_components(
         bundle.manifest, backend.provider, from_image=from_image, capability=backend.capability, controls=controls,
-        cached=cached,
+        cached=cached, tiny=tiny,
     )  # fmt: skip
     pool.expect(order)
     return pool

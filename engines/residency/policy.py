@@ -57,6 +57,7 @@ def estimate_memory(
     controls: Sequence[str] = (),
     cached: bool = False,
     adapted: Collection[str] = (),
+    tiny: bool = False,
 ) -> MemoryEstimate:
     """Return the memory plan for runs of `bundle` on `provider` with `capacity` bytes of device or host memory.
 
@@ -64,17 +65,18 @@ def estimate_memory(
     provider), or are estimated for `sizes` (default: those that plans would be built for; for ONNX Runtime the usual
     ones). They are those of the profiles that `run` uses, by default the usual size with guidance. `from_image` adds
     the autoencoder's encoder, `controls` the ControlNets that the base uses, by component, `cached` the shallow UNets;
-    `capability` is the GPU's compute capability, None if unknown. On TensorRT, components in `adapted` count with plans
-    for LoRAs and the largest inputs that these take; one without such a plan is estimated for the suggested rank. With
-    `residency` "auto", returns the first policy that fits, or the one that needs least; `missing` is then its excess.
-    Raises UsageError for an unknown residency, SizeError if a plan does not take the sizes of `run`.
+    `capability` is the GPU's compute capability, None if unknown; with `tiny`, the tiny decoder decodes. On TensorRT,
+    components in `adapted` count with plans for LoRAs and the largest inputs that these take; one without such a plan
+    is estimated for the suggested rank. With `residency` "auto", returns the first policy that fits, or the one that
+    needs least; `missing` is then its excess. Raises UsageError for an unknown residency, SizeError if a plan does not
+    take the sizes of `run`.
     """
     check_residency(residency)
     manifest = bundle.manifest
     sizes = sizes or _default_sizes(manifest, provider)
     plans = _recorded(manifest, provider, adapted) if records is None else records
     phases = run_phases(
-        manifest, provider, from_image=from_image, capability=capability, controls=controls, cached=cached
+        manifest, provider, from_image=from_image, capability=capability, controls=controls, cached=cached, tiny=tiny
     )
     names = tuple(dict.fromkeys(name for used in phases.values() for name in used))
     ranks = {name: record.key.lora_rank for name, record in plans.items() if record.for_loras}

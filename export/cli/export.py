@@ -45,6 +45,8 @@ def _parser() -> Parser:
     refiner.add_argument("--no-refiner", action="store_true", help="export only the base")
     source.add_argument("--unet", metavar="SRC", help="use another UNet for the base, for example SDXL-Lightning's")
     source.add_argument("--vae", metavar="SRC", help="use another autoencoder, for example sdxl-vae-fp16-fix")
+    source.add_argument("--tiny-vae", metavar="SRC", help="add a small decoder for quick pictures and previews"
+                        " (trt-generate --vae tiny), for example madebyollin/taesdxl")  # fmt: skip
     source.add_argument("--lora", action="append", default=[], metavar="FILE[:UNET[:TE]]",
                         help="fuse a LoRA into the base, with its scales on the UNet (default 1) and on the text"
                         " encoders (default: the UNet's); may be repeated")  # fmt: skip
@@ -134,10 +136,13 @@ def _builds_plans_only(arguments: argparse.Namespace) -> bool:
     """Return whether to build plans for an existing bundle only: an engine is named, but no model."""
     from sdxl_trt.engines.bundle import MANIFEST  # noqa: PLC0415 - --help must not wait for it
 
-    named = (arguments.base, arguments.refiner, arguments.unet, arguments.vae)
+    named = (arguments.base, arguments.refiner, arguments.unet, arguments.vae, arguments.tiny_vae)
     there = (arguments.out / MANIFEST).is_file()
     return (
-        arguments.engine is not None and there and named == (None,) * 4 and not (arguments.lora or arguments.controlnet)
+        arguments.engine is not None
+        and there
+        and named == (None,) * len(named)
+        and not (arguments.lora or arguments.controlnet)
     )
 
 
@@ -190,6 +195,7 @@ def _options(arguments: argparse.Namespace, *, twins: bool) -> Any:
         opset=arguments.opset,
         unet=arguments.unet,
         vae=arguments.vae,
+        tiny_vae=arguments.tiny_vae,
         loras=tuple(parse_lora_option(text) for text in arguments.lora),
         controlnets=tuple(arguments.controlnet),
         components=None if arguments.components is None else frozenset(arguments.components),

@@ -14,14 +14,14 @@ from sdxl_trt.engines.adapters import LoraComponent, ScaledLora
 from sdxl_trt.engines.bundle import EIGHT_BIT, Kind, Precision
 from sdxl_trt.engines.plans import TOKENS
 from sdxl_trt.export.checkpoints import Checkpoint, digest_tensors, resolve_names
-from sdxl_trt.export.components.options import Options
+from sdxl_trt.export.components.options import TINY, Options
 from sdxl_trt.export.components.text_encoders import (
     find_pooled,
     open_tokenizers,
     tokenizer_role,
     without_idle_projection,
 )
-from sdxl_trt.export.graph import MetaModel, build_model, context_width, make_graph
+from sdxl_trt.export.graph import MetaModel, build_model, context_width, make_graph, vae_factor
 from sdxl_trt.export.lora import check_fits, fuse_loras
 from sdxl_trt.export.sources import LoadedTokenizer, ModelSource, PipelineSource
 
@@ -59,6 +59,9 @@ class ComponentPlan:
     recipe: str = ""
     """A digest of what determines the 8-bit layers of the component."""
 
+    to_quantize: bool = False
+    """Whether an 8-bit component is made of the exported one."""
+
     @property
     def eight_bit(self) -> bool:
         """Return whether its linear layers and convolutions are to compute in 8 bits."""
@@ -68,7 +71,7 @@ class ComponentPlan:
         """Return the plan of the same component without 8-bit layers; itself, if it has none."""
         if self.floats is None:
             return self
-        return self.revised(precision=self.floats, floats=None, recipe="")
+        return self.revised(precision=self.floats, floats=None, recipe="", to_quantize=True)
 
     def revised(self, **changes: Any) -> "ComponentPlan":
         """Return the plan of the same tensors with other settings; the tensors are not read again for their digest."""
@@ -110,6 +113,7 @@ class ComponentPlan:
             *residuals,
             *recipe,
             *shallow,
+            *(("to quantize",) if self.to_quantize else ()),
         )
 
 
@@ -229,6 +233,9 @@ def _plan_stage(
     if _wants_twins(vae_precision, options):
         plans["vae_decoder_bf16"] = plan("vae", "vae_decoder", "bf16")
         plans["vae_encoder_bf16"] = plan("vae", "vae_encoder", "bf16")
+    if TINY in models:
+        _check_tiny(models["vae"], models[TINY], pipeline.models[TINY].where)
+        plans[TINY] = plan(TINY, "vae_decoder", options.floats)
     for each in plans.values():  # raises for models without a graph before anything is exported
         make_graph(each.kind, each.model, time_ids=each.time_ids, pooled=each.pooled, tokens=each.tokens,
                    where=each.source.where)  # fmt: skip
@@ -260,6 +267,14 @@ def _check_widths(models: dict[str, MetaModel], pipeline: PipelineSource, *, inp
             f"{pipeline.root}/unet: takes a context of width {context_width(unet)}, but the text encoders make"
             f" {' + '.join(map(str, widths))}; the folder mixes two models"
         )
+
+
+def _check_tiny(vae: MetaModel, tiny: MetaModel, where: str) -> None:
+    """Raise SourceError unless a tiny autoencoder decodes latents of the number and size of the other's."""
+    ours, its = ((model.config["latent_channels"], vae_factor(model.config)) for model in (vae, tiny))
+    if ours != its:
+        raise SourceError(f"--tiny-vae {where}: its latents have {its[0]} channels, of {its[1]} pixels each, and the"
+                          f" model's {ours[0]}, of {ours[1]}; give the tiny autoencoder of this model")  # fmt: skip
 
 
 def _vae_precision(model: MetaModel, options: Options) -> Precision:

@@ -50,6 +50,7 @@ from sdxl_trt.export.graph import (
     for_cpu,
     make_graph,
     mark_deep,
+    merge_upsampling,
     published_name,
     simplify,
     trace_graph,
@@ -66,7 +67,7 @@ RANGES_FILE = "ranges.json"
 """The measured ranges of an 8-bit component."""
 RECORD_FILE = "component.json"
 """Marks a finished component in an unfinished bundle; in the finished one the manifest records the same."""
-REVISION = 4
+REVISION = 5
 """Increase it when this code makes other files of the same model."""
 # The libraries whose versions determine a graph.
 _LIBRARIES = ("sdxl-trt", "torch", "onnxscript", "onnx-ir", "diffusers", "transformers")
@@ -140,7 +141,7 @@ def convert_component(
         shallow.add_graph(model)
     slot_graph, slots = _save_slot_graph(model, plan.kind, root, folder / SLOT_GRAPH_FILE, shallow)
     inputs, outputs = specs(model.graph.inputs), specs(model.graph.outputs)
-    cpu_graph = _save_cpu_graph(model, plan.precision, root, folder / CPU_GRAPH_FILE, shallow)
+    cpu_graph = _save_cpu_graph(model, plan, root, folder / CPU_GRAPH_FILE, shallow)
     table = _save_table(plan, written.tensors, slots, folder / ADAPTERS_FILE)
     component = Component(
         kind=plan.kind,
@@ -202,11 +203,13 @@ def _mark(name: str, model: ir.Model, plan: ComponentPlan, root: Path, folder: P
 
 
 def _save_cpu_graph(
-    model: ir.Model, precision: str, root: Path, path: Path, shallow: ShallowFiles | None
+    model: ir.Model, plan: ComponentPlan, root: Path, path: Path, shallow: ShallowFiles | None
 ) -> FileRecord | None:
     """Rewrite the graph in place for ONNX Runtime's CPU provider and write it; None if nothing was rewritten."""
-    # The CPU provider does not support bf16.
-    if precision == "bf16" or not for_cpu(model):
+    if plan.precision == "bf16":  # the CPU provider does not support it
+        return None
+    # In 8 bits, a convolution of the enlarged picture is faster than a merged one in fp32.
+    if not for_cpu(model) + (0 if plan.to_quantize else merge_upsampling(model)):
         return None
     save_graph(model, path)
     if shallow is not None:

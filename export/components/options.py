@@ -15,7 +15,9 @@ from sdxl_trt.engines.host import sha256_file
 
 OPSETS = (20, 21, 22, 23)
 ROLES = ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder", "vae_decoder_bf16", "vae_encoder_bf16")
-COMPONENTS = (*ROLES, *(f"refiner_{role}" for role in ROLES[1:]))
+TINY = "vae_tiny"
+"""The tiny decoder's component, which both stages share."""
+COMPONENTS = (*ROLES, TINY, *(f"refiner_{role}" for role in ROLES[1:]))
 """All names but those of ControlNets; a refiner's encoder or autoencoder exists only if it differs from the base's."""
 _CONTROLNET = re.compile(r"controlnet(_[2-9]|_[1-9]\d)?")
 VaePrecision = Literal["auto", "fp32", "bf16", "fp16", "mixed", "int8"]
@@ -96,11 +98,11 @@ class Options:
     `vae_precision` "auto" is fp32 if the autoencoder's config sets `force_upcast`, else `precision`; with `twins` such
     an autoencoder is exported in bf16 as well, for TensorRT, unless `precision` is fp32; "mixed" keeps the end of the
     decoder, and the whole encoder, in fp32; with "int8" the decoder computes in 8 bits. `unet` is another UNet for the
-    base, `vae` another autoencoder for both stages, `controlnets` are ControlNets for the base. `loras` are (file,
-    scale) or (file, UNet's scale, text encoders' scale), fused into the base and stored as LoraOption. `components`
-    limits the export to these; the target bundle's others stay as they are. `verify` compares the result with PyTorch,
-    `force` exports unchanged components too. Without `lock`, for file systems without locks, nothing prevents two
-    exports from writing to one folder.
+    base, `vae` another autoencoder for both stages, `tiny_vae` one whose decoder can take its place, `controlnets` are
+    ControlNets for the base. `loras` are (file, scale) or (file, UNet's scale, text encoders' scale), fused into the
+    base and stored as LoraOption. `components` limits the export to these; the target bundle's others stay as they are.
+    `verify` compares the result with PyTorch, `force` exports unchanged components too. Without `lock`, for file
+    systems without locks, nothing prevents two exports from writing to one folder.
     """
 
     precision: Literal["fp32", "fp16", "bf16", "int8", "fp8"] = "fp16"
@@ -110,6 +112,7 @@ class Options:
     opset: int = 23
     unet: str | Path | None = None
     vae: str | Path | None = None
+    tiny_vae: str | Path | None = None
     loras: tuple[tuple[Path, float] | tuple[Path, float, float | None], ...] = ()
     controlnets: tuple[str | Path, ...] = ()
     components: frozenset[str] | None = None

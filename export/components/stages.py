@@ -10,6 +10,7 @@ from sdxl_trt.engines import explain_os_error
 from sdxl_trt.engines.bundle import Stage, TextEncoder, Tokenizer, Vae
 from sdxl_trt.export.components.components import StagePlan, time_id_names
 from sdxl_trt.export.components.files import file_record
+from sdxl_trt.export.components.options import TINY
 from sdxl_trt.export.components.shallow import SHALLOW
 from sdxl_trt.export.graph import MetaModel, vae_factor
 from sdxl_trt.export.sources import LoadedTokenizer
@@ -91,6 +92,8 @@ def _vae(stage: StagePlan, model: MetaModel, factor: int) -> Vae:
         encoder=stage.roles["vae_encoder"],
         decoder_bf16=stage.roles.get("vae_decoder_bf16"),
         encoder_bf16=stage.roles.get("vae_encoder_bf16"),
+        tiny=stage.roles.get(TINY),
+        tiny_scaling_factor=float(stage.models[TINY].config["scaling_factor"]) if TINY in stage.roles else 1.0,
         scaling_factor=float(config["scaling_factor"]),
         latent_channels=int(config["latent_channels"]),
         factor=factor,

@@ -84,6 +84,7 @@ _BUILDERS: dict[str, Callable[[dict[str, Any]], torch.nn.Module]] = {
     "UNet2DConditionModel": _diffusers("UNet2DConditionModel"),
     "ControlNetModel": _diffusers("ControlNetModel"),
     "AutoencoderKL": _diffusers("AutoencoderKL"),
+    "AutoencoderTiny": _diffusers("AutoencoderTiny"),
     "CLIPTextModel": _clip("CLIPTextModel"),
     "CLIPTextModelWithProjection": _clip("CLIPTextModelWithProjection"),
 }

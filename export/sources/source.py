@@ -18,10 +18,12 @@ __all__ = [
     "open_folder",
     "open_pipeline",
     "open_source",
+    "open_tiny_vae",
     "open_vae",
     "outlined",
     "read_json",
     "warn_of_unused",
+    "with_tiny_vae",
     "with_vae",
 ]
 
@@ -51,7 +53,7 @@ Parts = tuple[Path, dict[str, Any], Open]
 Fetch = Callable[..., Snapshot]
 _CLASSES: dict[Role, str] = {"base": BASE_CLASS, "refiner": REFINER_CLASS}
 _ROLES: dict[str, Role] = {BASE_CLASS: "base", REFINER_CLASS: "refiner"}
-_VAE_CLASS = "AutoencoderKL"
+_VAE_CLASS, _TINY_CLASS = "AutoencoderKL", "AutoencoderTiny"
 _STEMS = {"transformers": "model", "diffusers": "diffusion_pytorch_model"}
 _NO_OTHERS: Mapping[str, str] = {}
 _MODELS = ("text_encoder", "text_encoder_2", "unet", "vae")
@@ -213,6 +215,25 @@ def open_vae(spec: str | Path, *, precision: str = "fp32", configs: Path | None 
         config = read_json((PUBLISHED / "base" / "vae" if configs is None else configs) / "config.json")
         return ModelSource(str(found), known_as(found), _VAE_CLASS, config, partial(file.checkpoint, "vae", config))
     return _vae_folder(found)
+
+
+def open_tiny_vae(spec: str | Path, *, precision: str = "fp32") -> ModelSource:
+    """Open a tiny autoencoder, diffusers' AutoencoderTiny, from its folder or a hub id. Raises SourceError.
+
+    Its latents must be those of the pipeline's autoencoder; `plan_components` checks their number and size.
+    """
+    found = find_source("--tiny-vae", spec, fetch_vae, precision, "give a diffusers folder or a hub id (owner/name)")
+    takes = f"--tiny-vae takes an {_TINY_CLASS} of SDXL, such as madebyollin/taesdxl"
+    if isinstance(found, Path):
+        raise SourceError(f"--tiny-vae {spec}: is a single file; give the folder or the hub id of an {_TINY_CLASS}")
+    config = folder_config(found.folder, f"--tiny-vae {found.folder}", _TINY_CLASS, takes)
+    opened = partial(open_folder, found.folder, _STEMS["diffusers"], found.variant, config)
+    return ModelSource(str(found.folder), found.name, _TINY_CLASS, unquantized(config), opened)
+
+
+def with_tiny_vae(pipeline: PipelineSource, tiny: ModelSource) -> PipelineSource:
+    """Return `pipeline` with a tiny autoencoder beside its own."""
+    return replace(pipeline, models=pipeline.models | {"vae_tiny": tiny})
 
 
 def with_vae(pipeline: PipelineSource, vae: ModelSource) -> PipelineSource:

@@ -127,7 +127,7 @@ class Recording:
                 elif plan.kind == "unet":
                     self._denoise(tape, stage_name)
                 elif not tape.calls and plan.kind == "vae_decoder":
-                    self._decode(tape, stage)
+                    self._decode(tape, stage, role)
                 elif not tape.calls:
                     self._encode_pictures(tape, stage)
         return tape.calls
@@ -246,8 +246,8 @@ class Recording:
         }
         return {name: rng.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
 
-    def _decode(self, tape: _Tape, stage: StagePlan) -> None:
-        config = stage.models["vae"].config
+    def _decode(self, tape: _Tape, stage: StagePlan, role: str) -> None:
+        config = stage.models[role if role in stage.models else "vae"].config
         pictures = []
         for latents in self._latents:
             clean = _unscaled(latents, config)
@@ -256,7 +256,7 @@ class Recording:
             for value in (clean, *mirrored):
                 picture = tape(f"{_size(latents)} latents, {len(value)} rows", latent_sample=value)["sample"]
                 pictures.append(np.clip(picture, -1, 1))
-        self._pictures[stage.roles["vae_decoder"]] = pictures
+        self._pictures[stage.roles[role]] = pictures
 
     def _encode_pictures(self, tape: _Tape, stage: StagePlan) -> None:
         for picture in self._pictures.get(stage.roles["vae_decoder"]) or self._random_pictures(stage):

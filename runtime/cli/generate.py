@@ -63,7 +63,8 @@ def _plan(arguments: argparse.Namespace) -> None:
     plan = estimate_run(arguments.engines, arguments.provider, arguments.residency, arguments.vram, arguments.width,
                         arguments.height, from_image=from_image,
                         controls=stated_settings(arguments)["controls"], adapted=changed,
-                        cached=_caches(arguments), compute_precision=arguments.compute_precision)  # fmt: skip
+                        cached=_caches(arguments), tiny=arguments.vae == "tiny",
+                        compute_precision=arguments.compute_precision)  # fmt: skip
     if arguments.json:
         import msgspec  # noqa: PLC0415
 
@@ -116,7 +117,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     with open_bundle(
         arguments.engines, provider=arguments.provider, residency=arguments.residency, available=arguments.vram,
         from_image=_loads_image(asked), once=True, controls=_controls(asked), cached=_caches(arguments),
-        compute_precision=arguments.compute_precision,
+        compute_precision=arguments.compute_precision, tiny=arguments.vae == "tiny",
     ) as pipeline:  # fmt: skip
         if arguments.source is not None:
             warn_of_another_bundle(arguments.made_with, pipeline.manifest, arguments.recorded.computed,
@@ -128,7 +129,8 @@ def _generate(arguments: argparse.Namespace) -> None:
         if not arguments.json and pipeline.manifest.note:
             sys.stderr.write(f"note: {one_line(pipeline.manifest.note)}\n")
         images = []
-        preview = Preview(files.preview if arguments.preview else None, pipeline.manifest)
+        wanted = arguments.preview or arguments.preview_method is not None
+        preview = Preview(files.preview if wanted else None, pipeline.pool.bundle, arguments.preview_method or "linear")
         with ProgressBar() as bar, preview:
             for number, step in batch.steps():
                 bar.show(step.stage, step.index, step.total, step.seconds)

@@ -58,13 +58,15 @@ def estimate_run(
     adapted: Collection[str] = (),
     cached: bool = False,
     compute_precision: str = "auto",
+    tiny: bool = False,
 ) -> MemoryEstimate:
     """Return the memory that a run of the bundle at `path` (None: the embedded pair) takes, and a residency that fits.
 
     With `vram` bytes no GPU is needed, and "auto" means tensorrt. `width` and `height` are pixels of a single size: it
     selects the profiles of built plans, and plans that are not built are estimated for it. `from_image` is for runs
     that start from pictures, `controls` for those whose ControlNets follow pictures, `adapted` names the
-    components that LoRAs change, and `cached` runs have a step cache; `compute_precision` is that of `open_bundle`.
+    components that LoRAs change; `cached` runs have a step cache, `tiny` ones decode with the tiny decoder;
+    `compute_precision` is that of `open_bundle`.
     Raises SourceError, CorruptError, UsageError, SizeError, and IncompatibleError for a missing provider.
     """
     bundle = _bundle(path)
@@ -75,7 +77,7 @@ def estimate_run(
         records = [record for record in bundle.manifest.plans
                    if record.key.environment.flavour == chosen and not record.for_loras]  # fmt: skip
         return estimate_memory(bundle, provider=chosen, capacity=vram, residency=residency, sizes=sizes,
-                               from_image=from_image, controls=nets, adapted=adapted, cached=cached,
+                               from_image=from_image, controls=nets, adapted=adapted, cached=cached, tiny=tiny,
                                run=_run_of(sizes, plan_limits(bundle, records)))  # fmt: skip
     backend = open_backend(bundle, provider, compute_precision)
     backend.close()
@@ -92,6 +94,7 @@ def estimate_run(
         controls=nets,
         adapted=adapted,
         cached=cached,
+        tiny=tiny,
         capability=backend.capability,
         run=_run_of(sizes, backend.limits),
     )

@@ -118,6 +118,8 @@ def _add_series_options(group: Any) -> None:
                        help="make a picture again, with the other options given here changed")  # fmt: skip
     group.add_argument("--preview", action="store_true", help="show a rough picture of the running step in a file"
                        " beside -o")  # fmt: skip
+    group.add_argument("--preview-method", choices=("linear", "tiny"), help="--preview by a linear approximation"
+                       " (default), or by the bundle's tiny decoder on the CPU: sharper, and slower")  # fmt: skip
     group.add_argument("--schema", action="store_true", help="print the JSON schema of a request and exit")
 
 

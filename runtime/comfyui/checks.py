@@ -3,7 +3,7 @@
 Checkpoint files are not read: the bundle's models replace them, with a warning if the names differ.
 """
 
-__all__ = ["check_sampling", "check_sides", "experts", "vae_stage", "warn_of_names"]
+__all__ = ["check_sampling", "check_sides", "experts", "names_tiny", "vae_stage", "warn_of_names"]
 
 import logging
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 
 from sdxl_trt.engines import UsageError
 from sdxl_trt.engines.bundle import Manifest
-from sdxl_trt.runtime.comfyui.workflow import Loaded, Sampling, VaeName, Workflow, ancestry, prompts_of
+from sdxl_trt.runtime.comfyui.workflow import TINY, Loaded, Sampling, VaeName, Workflow, ancestry, prompts_of
 from sdxl_trt.runtime.diffusion.samplers import sampler_names
 from sdxl_trt.runtime.diffusion.schedules import COMFYUI_SCHEDULES
 from sdxl_trt.runtime.request import StageName, most_skipped
@@ -128,6 +128,11 @@ def check_sides(sampling: Sampling, found: Experts, manifest: Manifest) -> None:
         if found[own] == "refiner" and each.encoder == "CLIPTextEncodeSDXL":
             raise UsageError(f"node {each.node} (CLIPTextEncodeSDXL): is for the base's two encoders, but node"
                              f" {sampling.node} samples with the refiner; use CLIPTextEncodeSDXLRefiner")  # fmt: skip
+
+
+def names_tiny(vae: VaeName, manifest: Manifest) -> bool:
+    """Return whether a VAELoader names the tiny decoder of SDXL's latents, and the bundle has one."""
+    return vae.own_file and _stem(vae.name) == TINY and manifest.base.vae.tiny is not None
 
 
 def vae_stage(vae: VaeName, found: Experts, otherwise: StageName, manifest: Manifest) -> StageName:

@@ -111,8 +111,8 @@ NODES: dict[str, NodeKind] = {
         ("MODEL", "CLIP", "VAE"),
     ),
     "VAELoader": NodeKind(
-        (Input("vae_name", "STRING", followed="replaced by the bundle's autoencoder, with a warning if the names"
-                                              " differ"),),
+        (Input("vae_name", "STRING", followed="taesdxl: the bundle's tiny decoder, if it has one; others are"
+                                              " replaced by its autoencoder, with a warning if the names differ"),),
         ("VAE",),
     ),
     "LoraLoader": NodeKind(

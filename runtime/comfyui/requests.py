@@ -37,6 +37,7 @@ from sdxl_trt.runtime.comfyui.checks import (
     check_sampling,
     check_sides,
     experts,
+    names_tiny,
     vae_stage,
     warn_of_names,
 )
@@ -105,7 +106,8 @@ def pair_request(
     shown = any(each.shown is not None for each in samplings)
     if shown or not (isinstance(source, Empty) or (isinstance(source, Encoded) and _is_plain(source))):
         return None
-    decoder = vae_stage(decoded.vae, found, stages[-1], manifest)
+    tiny = names_tiny(decoded.vae, manifest)
+    decoder = stages[-1] if tiny else vae_stage(decoded.vae, found, stages[-1], manifest)
     encoder = stages[0] if isinstance(source, Empty) else vae_stage(source.vae, found, stages[0], manifest)
     own = {stage: manifest.stages()[stage].vae for stage in (*stages, decoder, encoder)}
     if own[decoder] != own[stages[-1]] or own[encoder] != own[stages[0]]:
@@ -129,6 +131,7 @@ def pair_request(
             count=batch,
         ),
         checkpoints=names,
+        vae="tiny" if tiny else "full",
         tile=decoded.tiled or (isinstance(source, Encoded) and source.tiled),
         graph=workflow.graph,
     )

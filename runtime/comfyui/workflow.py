@@ -5,6 +5,7 @@ some pictures can be drawn, those are drawn and warnings name the others, as in 
 """
 
 __all__ = [
+    "TINY",
     "TO_THE_END",
     "Clip",
     "Conditioning",
@@ -41,6 +42,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 # KSamplerAdvanced's default end step, which means "to the end".
+TINY = "taesdxl"
+"""What ComfyUI's VAELoader calls the tiny autoencoder of SDXL's latents."""
 TO_THE_END = 10_000
 
 

@@ -11,7 +11,7 @@ from sdxl_trt.engines import UsageError
 from sdxl_trt.engines.bundle import Manifest
 from sdxl_trt.runtime.comfyui.node import Node
 from sdxl_trt.runtime.comfyui.nodes import NODES, stated
-from sdxl_trt.runtime.comfyui.workflow import TO_THE_END
+from sdxl_trt.runtime.comfyui.workflow import TINY, TO_THE_END
 from sdxl_trt.runtime.controls import Control
 from sdxl_trt.runtime.images import InputMask, InputPicture
 from sdxl_trt.runtime.request import Request, ResolvedRequest, ResolvedSide, StageName, StepRange, settings_of
@@ -44,7 +44,8 @@ def write_workflow(asked: Request, request: ResolvedRequest, manifest: Manifest)
         latents = latents or _start(graph, checkpoint, request)
         model = _Model(graph, checkpoint, loras[stage])
         latents = _sampler(graph, stage, model, latents, asked, request)
-    decoded = graph.add("VAEDecode", samples=[latents, 0], vae=[checkpoint, 2])
+    vae = [graph.add("VAELoader", vae_name=TINY), 0] if request.request.vae == "tiny" else [checkpoint, 2]
+    decoded = graph.add("VAEDecode", samples=[latents, 0], vae=vae)
     graph.add("SaveImage", images=[decoded, 0], filename_prefix="sdxl")
     return graph.nodes if all(_is_accepted(node) for node in graph.nodes.values()) else None
 

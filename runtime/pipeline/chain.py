@@ -38,6 +38,7 @@ from sdxl_trt.runtime.comfyui import (
     ancestry,
     blamed,
     mask_sources,
+    names_tiny,
     noise_mask,
     part_of,
     sampling_request,
@@ -188,12 +189,13 @@ class Chain:
     def _plan_coded(self, source: Encoded | Decoded, before: _Batch, sampled: Sampled | None = None) -> _Batch:
         sampled = sampled or _sampler_of(source, self._workflow)
         stage = self._experts[sampled.sampling.model.checkpoint]
-        chosen = self._stage_vae(vae_stage(source.vae, self._experts, stage, self._manifest))
+        tiny = isinstance(source, Decoded) and names_tiny(source.vae, self._manifest)
+        chosen = self._stage_vae(stage if tiny else vae_stage(source.vae, self._experts, stage, self._manifest))
         own = self._stage_vae(stage)
         if (chosen.scaling_factor, chosen.factor) != (own.scaling_factor, own.factor):
             raise UsageError(f"node {source.node}: uses another checkpoint's VAE than the sampler next to it, and the"
                              " bundle's VAEs have different scales; link the sampler's own")  # fmt: skip
-        self._vaes[source] = chosen
+        self._vaes[source] = chosen.with_tiny_decoder() if tiny else chosen
         if isinstance(source, Decoded):
             return _Batch(before.count, (before.size[0] * chosen.factor, before.size[1] * chosen.factor))
         if chosen.encoder is None:

@@ -243,7 +243,7 @@ class Pipeline:
         """Return what `request` needs after the steps of a stage: the refiner's UNet, or a decoder."""
         if name == "base" and self.manifest.refiner is not None and request.uses_refiner:
             return self.unet(request, "refiner")
-        return self.manifest.stages()[name].vae.decoder
+        return self.vae(request).decoder
 
     def refine(self, job: Job, next_engine: Use = "") -> Iterator[Step]:
         """Run the refiner steps of `job` on the latents that the base left; do nothing for the base alone.
@@ -262,8 +262,12 @@ class Pipeline:
         yield from self._decode(self.vae(job.run.request), job.run)
 
     def vae(self, request: ResolvedRequest) -> Vae:
-        """Return the autoencoder that decodes `request`: the refiner's if it runs, else the base's."""
-        return list(self._stages(request).values())[-1].vae
+        """Return the autoencoder that decodes `request`: the refiner's if it runs, else the base's.
+
+        Its decoder is the tiny one if the request says so.
+        """
+        vae = list(self._stages(request).values())[-1].vae
+        return vae.with_tiny_decoder() if request.request.vae == "tiny" else vae
 
     def _stages(self, request: ResolvedRequest) -> dict[StageName, Stage]:
         base, refiner = self.manifest.base, self.manifest.refiner if request.uses_refiner else None
@@ -377,18 +381,19 @@ def open_bundle(
     controls: Sequence[ControlUse] = (),
     cached: bool = False,
     compute_precision: str = "auto",
+    tiny: bool = False,
 ) -> Pipeline:
     """Open the bundle at `path` (None: the embedded pair) for a ``with`` statement. Only the manifest is read.
 
     `provider`, `residency`, `available` (the memory limit in bytes), `from_image`, `once` and `compute_precision` are
-    those of `open_pool`; memory is planned for runs with the ControlNets that `controls` use, and with a step cache if
-    they are `cached`.
+    those of `open_pool`; memory is planned for runs with the ControlNets that `controls` use, with a step cache if they
+    are `cached`, and with `tiny` for the tiny decoder.
     Raises SourceError, IncompatibleError, CorruptError, UsageError, ResourceError.
     """
     bundle = find_bundle(path)
     nets = control_components(controls, bundle.manifest)
     pool = open_pool(bundle, provider, residency, available, from_image=from_image, once=once, controls=nets,
-                     cached=cached, compute_precision=compute_precision)  # fmt: skip
+                     cached=cached, compute_precision=compute_precision, tiny=tiny)  # fmt: skip
     return Pipeline(pool)
 
 

@@ -214,6 +214,10 @@ class Request:
         False, help="encode and decode in tiles: less memory for large pictures", group=_ENGINES, const=True,
         record="always", workflow="beside",
     )  # fmt: skip
+    vae: str = setting(
+        "full", help="full, or tiny: decode with the bundle's tiny decoder, nearly the same picture in a fraction of"
+        " the time", group=_ENGINES, choices=("full", "tiny"), sweep="full and tiny", on_sheet=True,
+    )  # fmt: skip
     image: "InputPicture | NDArray[np.uint8] | NDArray[np.float32] | None" = setting(
         None, help="change this picture (PNG, JPEG, WebP, GIF, BMP), or latents that --save-latents kept",
         group=_START, metavar="FILE", exclusive="start", is_file=True, record="own",

@@ -197,6 +197,8 @@ def resolve_request(
     check_settings(request)
     _check_samplers(request)
     check_masking(request, manifest)
+    if request.vae == "tiny":
+        manifest.base.vae.with_tiny_decoder()  # raises without one
     image = None if request.image is None else as_input(request.image)
     image, source, mask = settle_masking(request, image)
     grids = make_grids(request, manifest, image=image is not None, masked=mask is not None)

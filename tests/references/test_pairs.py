@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from independent.step_caching import extrapolate
 from PIL import Image
-from small_models.additions import save_controlnet, save_embedding, save_lora, save_nine_channels
+from small_models.additions import save_controlnet, save_embedding, save_lora, save_nine_channels, save_tiny_vae
 from small_models.eight_bit import make_eight_bit
 
 from sdxl_trt.engines.errors import IncompatibleError, SourceError, UsageError
@@ -63,6 +63,7 @@ OPTIONS: Mapping[str, list[str]] = {
     "ControlNet": ["--control", "edges.png:0.8"],
     "embedding": ["--embedding-dir", "embeddings"],
     "tile": ["--tile"],
+    "tiny decoder": ["--vae", "tiny"],
     "refine": [],
     "sweep": ["--sweep", "guidance=2,6"],
     "batch": ["-n", "2"],
@@ -158,6 +159,7 @@ def laboratory(
     _save_pictures(files)
     save_embedding(files / "embeddings" / "ink.safetensors", pair.base)
     net = save_controlnet(root / "edges", pair.base / "unet")
+    save_tiny_vae(root / "tiny", pair.base / "vae")
     nine = save_nine_channels(pair.base, root / "nine channels")
     opened: dict[str, Pipeline] = {}
 
@@ -172,7 +174,7 @@ def laboratory(
             "loras": ((files / "ink.safetensors", *SCALES),) if "fused" in name else (),
         }
         folder = nine if name.startswith("nine") else pair.base
-        export_bundle(folder, pair.refiner, root / name, Options(precision="fp32", **options))
+        export_bundle(folder, pair.refiner, root / name, Options(precision="fp32", tiny_vae=root / "tiny", **options))
         if name == "four":
             for number, lora in enumerate(("ink", "pen")):
                 save_lora(files / f"{lora}.safetensors", root / name, number)
@@ -248,6 +250,18 @@ def _as_whole(lab: Laboratory, pair: set[str]) -> None:
     tiled.check(whole, 1.0 if rest & PICTURED else 0.0)
     (mine,), (its,) = tiled.pixels, whole.pixels
     assert 0 < np.abs(mine - its).mean() < 30
+
+
+def _as_full(lab: Laboratory, pair: set[str]) -> None:
+    """The latents are the same, those of a picture to start from too: only decoding is another."""
+    rest = pair - {"tiny decoder", "tile"}
+    tiny, full = lab.draw(pair), lab.draw(rest)
+    tiny.check(full, 0.0)
+    (mine,), (its,) = tiny.pixels, full.pixels
+    assert np.abs(mine - its).mean() > 1
+    if "tile" in pair:
+        (untiled,) = lab.draw(pair - {"tile"}).pixels
+        assert 0 < np.abs(mine - untiled).mean() < 30
 
 
 def _as_cells(lab: Laboratory, pair: set[str]) -> None:
@@ -400,6 +414,8 @@ CHECKS: Mapping[str, Callable[[Laboratory, set[str]], None]] = {
     "the run without the LoRA, with a warning": _lora_of_a_refiner,
     "the words whose vectors the embedding holds": _as_words,
     "the run without tiles, before decoding": _as_whole,
+    "the run with the full decoder, before decoding": _as_full,
+    "the run with the full decoder and without tiles, before decoding": _as_full,
     "the run in floats, but for the rounding to 8 bits": _as_floats,
     "the run in floats with the LoRA fused, but for the rounding to 8 bits": _as_floats,
     "each cell alone": _as_cells,

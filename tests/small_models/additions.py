@@ -29,6 +29,20 @@ def save_lora(path: Path, bundle: Path, seed: int, *, refiner: bool = False) -> 
     save_file(tensors, path)
 
 
+def save_tiny_vae(folder: Path, vae: Path, seed: int = 0, *, scaling: float = 1.0) -> None:
+    """Write a tiny autoencoder with random weights for the latents of the autoencoder at `vae`."""
+    import torch
+    from diffusers import AutoencoderTiny
+
+    levels = len(json.loads((vae / "config.json").read_text())["block_out_channels"])
+    torch.manual_seed(seed)
+    tiny = AutoencoderTiny(
+        encoder_block_out_channels=(8,) * levels, decoder_block_out_channels=(8,) * levels,
+        num_encoder_blocks=(1,) * levels, num_decoder_blocks=(1,) * levels, scaling_factor=scaling,
+    )  # fmt: skip
+    tiny.save_pretrained(folder)
+
+
 def save_embedding(path: Path, base: Path) -> None:
     """Write an embedding whose vectors are those of two words, "blue star"."""
     tensors = {}

@@ -152,6 +152,8 @@ def test_scores_are_those_of_the_first_level_with_attention() -> None:
     decoder = MINI["vae_decoder"]
     at = profile(decoder, pictures=1, height=16, width=16)
     assert score_bytes(decoder, at, "fp32") == 1.5 * 256**2 * 4
+    tiny = replace(decoder.source, class_name="AutoencoderTiny")
+    assert score_bytes(replace(decoder, source=tiny), at, "fp32") == 0, "it has no attention"
 
 
 def test_a_component_without_config_has_an_estimate(component_of: Callable[..., Component]) -> None:

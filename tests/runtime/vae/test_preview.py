@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdxl_trt.engines.bundle.bundle import read_bundle
+from sdxl_trt.engines.bundle.bundle import Bundle, read_bundle
 from sdxl_trt.engines.bundle.manifest import Manifest
 from sdxl_trt.engines.errors import UsageError
 from sdxl_trt.mini.embedded import bundle_path
@@ -18,8 +18,13 @@ from sdxl_trt.runtime.vae.preview import EMBEDDED, SDXL, Colours, approximate, c
 
 
 @pytest.fixture(scope="module")
-def manifest() -> Manifest:
-    return read_bundle(bundle_path()).manifest
+def bundle() -> Bundle:
+    return read_bundle(bundle_path())
+
+
+@pytest.fixture(scope="module")
+def manifest(bundle: Bundle) -> Manifest:
+    return bundle.manifest
 
 
 def _step(index: int, total: int = 20, pictures: int = 2) -> Step:
@@ -69,9 +74,9 @@ def test_colours_are_those_of_the_decoder_in_use(manifest: Manifest) -> None:
     assert approximate(np.ones((1, 16, 2, 2), np.float32), grey).tolist() == [[[255] * 3] * 2] * 2
 
 
-def test_a_preview_is_replaced_every_few_steps_and_removed(tmp_path: Path, manifest: Manifest) -> None:
+def test_a_preview_is_replaced_every_few_steps_and_removed(tmp_path: Path, bundle: Bundle) -> None:
     path = tmp_path / "x-preview.png"
-    with Preview(path, manifest) as preview:
+    with Preview(path, bundle) as preview:
         preview.show(_step(1))
         assert not path.exists()
         preview.show(_step(2))
@@ -83,9 +88,9 @@ def test_a_preview_is_replaced_every_few_steps_and_removed(tmp_path: Path, manif
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failed_run_removes_its_preview_too(tmp_path: Path, manifest: Manifest) -> None:
+def test_a_failed_run_removes_its_preview_too(tmp_path: Path, bundle: Bundle) -> None:
     def fail() -> None:
-        with Preview(tmp_path / "x.png", manifest) as preview:
+        with Preview(tmp_path / "x.png", bundle) as preview:
             preview.show(_step(2))
             raise RuntimeError
 
@@ -94,15 +99,23 @@ def test_a_failed_run_removes_its_preview_too(tmp_path: Path, manifest: Manifest
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_existing_file_is_not_overwritten(tmp_path: Path, manifest: Manifest) -> None:
+def test_an_existing_file_is_not_overwritten(tmp_path: Path, bundle: Bundle) -> None:
     (tmp_path / "x.png").write_bytes(b"mine")
     with pytest.raises(UsageError, match="there already"):
-        Preview(tmp_path / "x.png", manifest)
+        Preview(tmp_path / "x.png", bundle)
     assert (tmp_path / "x.png").read_bytes() == b"mine"
 
 
-def test_without_a_path_nothing_is_written(tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_path_nothing_is_written(tmp_path: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with Preview(None, manifest) as preview:
+    with Preview(None, bundle) as preview:
         preview.show(_step(2))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bundle_without_a_tiny_decoder_makes_no_preview_by_one(tmp_path: Path, bundle: Bundle) -> None:
+    vae = msgspec.structs.replace(bundle.manifest.base.vae, tiny=None)
+    base = msgspec.structs.replace(bundle.manifest.base, vae=vae)
+    without = Bundle(bundle.root, msgspec.structs.replace(bundle.manifest, base=base))
+    with pytest.raises(UsageError, match="no tiny decoder; export it with --tiny-vae"):
+        Preview(tmp_path / "x.png", without, "tiny")

@@ -103,6 +103,33 @@ def test_each_tensor_is_the_sum_and_all_others_keep_their_bytes(mini: Bundle, na
     assert patch.nbytes == np.count_nonzero(~same)
 
 
+def _run_unet(bundle: Bundle, loras: list[ScaledLora], *, standard: bool) -> np.ndarray:
+    engine = OrtEngine(bundle, "unet", standard=standard)
+    rng = np.random.default_rng(0)
+    sizes = {"rows": 2, "height": 8, "width": 12, "tokens": 77}
+    engine.adapt(loras)
+    engine.load()
+    try:
+        return engine.infer(
+            {spec.name: rng.standard_normal([sizes.get(str(side), side) for side in spec.shape]).astype(spec.dtype)
+             for spec in engine.component.inputs}, ["out_sample"],
+        )["out_sample"].astype(np.float32)  # fmt: skip
+    finally:
+        engine.unload()
+
+
+def test_convolutions_that_a_graph_computes_from_sums_of_their_weights_take_loras(mini: Bundle, write: Write) -> None:
+    """The graph for CPUs sums the weights of an upsampler; the one for other backends reads them as they are."""
+    lora = {key: value for key, value in _lora_of(mini, "unet", 4, 3, 0.3).items() if "upsamplers" in key}
+    assert len(lora) == 6
+    loras = [ScaledLora(write(lora), 1.0)]
+    usual, summed = (_run_unet(mini, loras, standard=standard) for standard in (True, False))
+    without = _run_unet(mini, [], standard=False)
+    off = float(np.abs(summed - usual).max())
+    assert off < 0.02 * float(np.abs(summed - without).max())
+    assert off < 0.01
+
+
 def _infer(engine: OrtEngine) -> np.ndarray:
     ids = np.random.default_rng(0).integers(0, 400, (2, 77)).astype(np.int64)
     width = engine.component.input("embeddings").shape[1]
