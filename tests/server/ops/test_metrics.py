@@ -78,7 +78,9 @@ def test_names_are_those_of_the_contract_and_labels_are_closed(served: Any) -> N
         for sample in family.samples:
             for label, value in sample.labels.items():
                 known = CLOSED | {"route": routes, "engine": engines}
-                assert label in ("le", "version", "bundle", "provider", "residency") or value in known[label], sample
+                assert (
+                    label in ("le", "version", "bundle", "provider", "residency", "computes") or value in known[label]
+                ), sample
     loaded = {sample.labels["engine"]: sample.value for family in families if family.name == "trt_engine_loaded"
               for sample in family.samples}  # fmt: skip
     assert loaded["unet"] == 1
