@@ -29,6 +29,6 @@ else:
 __all__ = [
     "COMFYUI_SCHEDULES", "DEFAULT_HANDOFF", "DRAWN_SEED_BITS", "GROUPS", "MAX_SEED", "PRESETS", "SAMPLERS", "Request",
     "ResolvedRequest", "ResolvedSide", "Setting", "Side", "SideMix", "StageName", "StepRange", "check_settings",
-    "defaults", "most_skipped", "parse_size", "preset_options", "record_fields", "resolve_request", "settings_of", "step_at_fraction",
-    "takes_mask",
+    "defaults", "most_skipped", "parse_size", "preset_options", "record_fields", "resolve_request", "settings_of",
+    "step_at_fraction", "takes_mask",
 ]
