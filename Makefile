@@ -19,7 +19,7 @@ PROMPT ?= a large red star on a blue background
 # A half-made environment must not pass for a whole one.
 .DELETE_ON_ERROR:
 
-.PHONY: help demo serve demo-export install test lint types pytest peers test-peers clients test-clients browser test-page ray test-ray test-hostile test-references format mini-bundle gallery checkpoints readme bench bench-export bench-build bench-host bench-load bench-lora bench-serve gpu-check clean
+.PHONY: help demo serve demo-export install test lint types pytest peers test-peers clients test-clients browser test-page ray test-ray test-hostile test-references format mini-bundle gallery checkpoints readme bench bench-export bench-build bench-host bench-load bench-lora bench-pareto bench-serve gpu-check clean
 
 help:  ## Say what there is to make
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -112,6 +112,9 @@ bench-host: $(VENV)/.full  ## Measure the host's time per step beside diffusers'
 
 bench-load: $(VENV)/.full  ## Measure reading and checking a plan, and simulate a cold run; needs 11 GB of memory, 6 GB of disk
 	$(BIN)/python -m sdxl_trt.benchmarks.cold_load $(if $(QUICK),--quick --results out/bench-load/quick.json)
+
+bench-pareto: $(VENV)/.full  ## Compare faster settings with the full run on the embedded pair, in an hour
+	$(BIN)/python -m sdxl_trt.benchmarks.pareto $(if $(QUICK),--quick --results out/bench-pareto/quick.json)
 
 bench-serve: $(VENV)/.full  ## Load trt-serve, and measure it in turns with diffusers behind FastAPI, in twenty minutes
 	$(BIN)/python -m sdxl_trt.benchmarks.serving $(if $(QUICK),--quick --results out/bench-serve/quick.json)

@@ -14,14 +14,14 @@ from sdxl_trt.engines.lazy import lazy_names
 if TYPE_CHECKING:
     from sdxl_trt.runtime.images import Picture, contact_sheet
     from sdxl_trt.runtime.pipeline import Batch, Pipeline, Shared, Step, open_bundle, share_key
-    from sdxl_trt.runtime.request import Request
+    from sdxl_trt.runtime.request import PRESETS, Request
 else:
     __getattr__ = lazy_names(__name__, {
         "images": ("Picture", "contact_sheet"),
         "pipeline": ("Batch", "Pipeline", "Shared", "Step", "open_bundle", "share_key"),
-        "request": ("Request",),
+        "request": ("PRESETS", "Request"),
     })
 
 __all__ = [
-    "Batch", "Picture", "Pipeline", "Request", "Shared", "Step", "contact_sheet", "open_bundle", "share_key",
+    "PRESETS", "Batch", "Picture", "Pipeline", "Request", "Shared", "Step", "contact_sheet", "open_bundle", "share_key",
 ]

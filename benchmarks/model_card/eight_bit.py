@@ -18,15 +18,16 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from sdxl_trt.benchmarks.model_card.__main__ import BATCH, paired_effect, quality, share_right
 from sdxl_trt.benchmarks.model_card.cases import CardCase, DrawSettings, evaluation_cases
 from sdxl_trt.benchmarks.model_card.draw_engines import engine_pair
+from sdxl_trt.benchmarks.model_card.effects import paired_effect, quality, share_right
 from sdxl_trt.export import Options, export_bundle
 from sdxl_trt.mini.score import Score, score_picture
 
 Pixels = npt.NDArray[np.uint8]
 _COMMAND = "python -m sdxl_trt.benchmarks.model_card.eight_bit --output benchmarks/results/eight_bit.json"
 _REFERENCE = "fp16"
+_BATCH = 25
 _MEASURES = ("sharpness", "damage", "colour_error")
 
 
@@ -60,8 +61,8 @@ def draw(bundle: Path, cases: list[CardCase]) -> Drawn:
     """Draw and score all cases with a bundle."""
     pictures: list[Pixels] = []
     with engine_pair(bundle) as generator:
-        for start in range(0, len(cases), BATCH):
-            part = cases[start : start + BATCH]
+        for start in range(0, len(cases), _BATCH):
+            part = cases[start : start + _BATCH]
             pictures.append(generator([case.caption for case in part], [case.seed for case in part], DrawSettings()))
     pixels = np.concatenate(pictures)
     return Drawn(pixels, [score_picture(one, case.caption) for one, case in zip(pixels, cases, strict=True)])

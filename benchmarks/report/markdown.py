@@ -1,9 +1,9 @@
 """A trt-bench report as Markdown; all names and texts in it are escaped."""
 
-__all__ = ["code_block", "escaped", "markdown_report", "table_lines"]
+__all__ = ["code_block", "escaped", "markdown_page", "markdown_report", "table_lines"]
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from sdxl_trt.benchmarks.report.document import Section, Table
 from sdxl_trt.benchmarks.report.quantities import plain
@@ -17,8 +17,13 @@ _OPENING = re.compile(r"^(?=[#\-+=>])|^(\d+)(?=[.)])")
 
 def markdown_report(report: BenchReport) -> str:
     """Return `report` as Markdown: bars first, then measurements, then how they were made."""
-    blocks = ["# trt-bench"]
-    for section in sections(report):
+    return markdown_page("trt-bench", sections(report))
+
+
+def markdown_page(title: str, found: Iterable[Section], about: str = "") -> str:
+    """Return sections as Markdown under a title and a sentence `about` all of them."""
+    blocks = [f"# {escaped(title)}", *([_line(about)] if about else [])]
+    for section in found:
         blocks += _section(section)
     return "\n\n".join(blocks) + "\n"
 

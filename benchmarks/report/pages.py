@@ -1,9 +1,9 @@
 """A report of trt-bench as one HTML page that needs nothing else, and the files of a report."""
 
-__all__ = ["element", "page", "write_pages", "write_views"]
+__all__ = ["element", "html_page", "page", "write_pages", "write_views"]
 
 import html
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from sdxl_trt.benchmarks.measure import write_text
@@ -33,9 +33,15 @@ def write_views(report: BenchReport, folder: Path, name: str = "report") -> None
 
 def page(report: BenchReport) -> str:
     """Return `report` as a page of HTML that is well-formed XML, with its style and its charts in it."""
-    found, drawn = sections(report), charts(report)
     settings = report.settings
     title = f"trt-bench: {settings.model}, {settings.width}×{settings.height}"
+    machine = machine_words(report.machine)
+    about = f"{machine}. Every figure is of one run, on one machine, with the command below."
+    return html_page(title, about, sections(report), charts(report))
+
+
+def html_page(title: str, about: str, found: Sequence[Section], drawn: Mapping[str, Sequence[str]]) -> str:
+    """Return a page with a sentence `about` all of it, then its sections; `drawn` has their charts by key."""
     head = element(
         "head",
         element("meta", charset="utf-8"),
@@ -45,11 +51,10 @@ def page(report: BenchReport) -> str:
         element("style", STYLE),
     )
     links = [element("a", markup(section.title), href=f"#{section.key}") for section in found]
-    machine = machine_words(report.machine)
     header = element(
         "header",
         element("h1", markup(title)),
-        element("p", markup(f"{machine}. Every figure is of one run, on one machine, with the command below.")),
+        element("p", markup(about)),
         element("nav", *links),
     )
     main = element("main", *(_section(section, drawn.get(section.key, ())) for section in found))

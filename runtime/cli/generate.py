@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdxl_trt.engines import UsageError
 from sdxl_trt.engines.host import one_line, print_json, run
-from sdxl_trt.runtime.cli.options import check_alone_with_workflow, make_parser, stated_settings
+from sdxl_trt.runtime.cli.options import check_alone_with_workflow, expand_preset, make_parser, stated_settings
 
 if TYPE_CHECKING:
     from sdxl_trt.runtime.cli.series import Series
@@ -28,6 +28,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace, argv: list[str] | None) -> None:
+    if arguments.preset is not None:
+        argv = expand_preset(arguments.preset, argv)
+        arguments = make_parser().parse_args(argv)
     if arguments.source is not None:
         from sdxl_trt.runtime.cli.repeat import repeated  # noqa: PLC0415 - --help must not wait for it
 

@@ -1,15 +1,16 @@
 """The options of trt-generate: those of the request's settings, and the command's own."""
 
-__all__ = ["PROVIDERS", "check_alone_with_workflow", "make_parser", "stated_settings"]
+__all__ = ["PROVIDERS", "check_alone_with_workflow", "expand_preset", "make_parser", "stated_settings"]
 
 import argparse
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 from sdxl_trt.engines import UsageError
 from sdxl_trt.engines.host import Parser, option_type, parse_bytes
-from sdxl_trt.runtime.request import GROUPS, Request, Setting, settings_of
+from sdxl_trt.runtime.request import GROUPS, PRESETS, Request, Setting, preset_options, settings_of
 
 PROVIDERS = ("auto", "ort-cpu", "ort-cuda", "ort-tensorrt", "tensorrt", "tensorrt-rtx", "openvino")
 FORMATS = ("png", "jpeg", "webp")
@@ -80,6 +81,16 @@ def _reader(declared: Setting) -> Callable[[str], Any]:
     return Path if declared.is_file else next(kind for kind in (int, float, str) if kind in kinds)
 
 
+def expand_preset(name: str, argv: Sequence[str] | None) -> list[str]:
+    """Return `argv` (None: the process's) behind the options that preset `name` stands for, and say so on stderr.
+
+    The last of an option given twice counts, so those in `argv` win.
+    """
+    options = preset_options(name)
+    sys.stderr.write(f"--{name} stands for {' '.join(options)}\n")
+    return [*options, *(sys.argv[1:] if argv is None else argv)]
+
+
 def stated_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the request's settings in `arguments` by name, without those that a file holds."""
     found: dict[str, Any] = {}
@@ -120,6 +131,10 @@ def _add_series_options(group: Any) -> None:
                        " beside -o")  # fmt: skip
     group.add_argument("--preview-method", choices=("linear", "tiny"), help="--preview by a linear approximation"
                        " (default), or by the bundle's tiny decoder on the CPU: sharper, and slower")  # fmt: skip
+    fast = group.add_mutually_exclusive_group()
+    for name in PRESETS:
+        said = f"stands for {' '.join(preset_options(name))}; options given beside it win"
+        fast.add_argument(f"--{name}", dest="preset", action="store_const", const=name, help=said)
     group.add_argument("--schema", action="store_true", help="print the JSON schema of a request and exit")
 
 
