@@ -14,12 +14,14 @@ from sdxl_trt.engines.lazy import lazy_names
 if TYPE_CHECKING:
     from sdxl_trt.runtime.images import Picture, contact_sheet
     from sdxl_trt.runtime.pipeline import Batch, Pipeline, Shared, Step, open_bundle, share_key
-    from sdxl_trt.runtime.request import PRESETS, Request
+    from sdxl_trt.runtime.presets import PRESETS
+    from sdxl_trt.runtime.request import Request
 else:
     __getattr__ = lazy_names(__name__, {
         "images": ("Picture", "contact_sheet"),
         "pipeline": ("Batch", "Pipeline", "Shared", "Step", "open_bundle", "share_key"),
-        "request": ("PRESETS", "Request"),
+        "presets": ("PRESETS",),
+        "request": ("Request",),
     })
 
 __all__ = [

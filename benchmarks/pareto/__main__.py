@@ -72,7 +72,7 @@ def bars(rows: Mapping[str, Row]) -> list[Bar]:
     what = f"{_CACHED}, against {FULL}"
     decibels = "{:.1f} dB".format
     found = [
-        at_least(f"{what}: PSNR, median", cached and cached.psnr, 40.0, "40 dB", decibels),
+        at_least(f"{what}: PSNR, median", None if cached is None else cached.psnr, 40.0, "40 dB", decibels),
         Bar(f"{what}: right, 95 % interval", "≥ -1 point or includes 0", *_judged(cached, "right", -0.01)),
         Bar(f"{what}: sharpness, 95 % interval", "includes 0", *_judged(cached, "sharpness", None)),
     ]
@@ -83,7 +83,15 @@ def bars(rows: Mapping[str, Row]) -> list[Bar]:
         share = (cached.unet_ratio - low.unet_ratio) / (high.unet_ratio - low.unet_ratio)
         gain = cached.psnr - (low.psnr + share * (high.psnr - low.psnr))
     found.append(at_least(f"{_CACHED}, against fewer full steps in equal UNet time: PSNR", gain, 3.0, "3 dB", decibels))
-    found.append(at_most(f"{what}: UNet time", cached and cached.unet_ratio, 0.5, "0.50 times", "{:.3f} times".format))
+    found.append(
+        at_most(
+            f"{what}: UNet time",
+            None if cached is None else cached.unet_ratio,
+            0.5,
+            "0.50 times",
+            "{:.3f} times".format,
+        )
+    )
     return found
 
 
@@ -126,9 +134,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         points = chosen(arguments.only)
         count = 2 if arguments.quick else arguments.count
         with ProgressLine() as line:
-            line.show("exporting")
+            line.draw("bundles", "exporting")
             bundles = export_bundles(list(dict.fromkeys(point.bundle for point in points.values())), arguments.work)
-            drawn = draw_in_turns(points, bundles, evaluation_cases(count), _TURN, line.show)
+            drawn = draw_in_turns(points, bundles, evaluation_cases(count), _TURN, line)
         rows = figures(points, drawn)
         versions = package_versions(("sdxl-trt", "onnxruntime", "openvino", "numpy"))
         report = Report(machine(), versions, count, FULL, rows, bars(rows))

@@ -21,15 +21,16 @@ from sdxl_trt.benchmarks.pareto.points import Point
 from sdxl_trt.benchmarks.roofline import count_component
 from sdxl_trt.engines import Value
 from sdxl_trt.engines.backends.ort import OrtEngine
-from sdxl_trt.engines.backends.ov import OpenVinoEngine
+from sdxl_trt.engines.backends.ov import OvEngine
 from sdxl_trt.engines.bundle import Bundle, read_bundle
+from sdxl_trt.engines.host import ProgressLine
 from sdxl_trt.export import Options, export_bundle
 from sdxl_trt.mini.score import Score, score_picture
 from sdxl_trt.runtime import Pipeline, Request, open_bundle
 
 SIDE = 128
 UNETS = ("unet", "shallow_unet")
-_ENGINES = (OrtEngine, OpenVinoEngine)
+_ENGINES = (OrtEngine, OvEngine)
 
 
 @dataclass
@@ -100,8 +101,7 @@ def export_bundles(names: Sequence[str], folder: Path) -> dict[str, Path]:
 
 
 def draw_in_turns(
-    points: Mapping[str, Point], bundles: Mapping[str, Path], cases: Sequence[CardCase], turn: int,
-    say: Callable[[str], None],
+    points: Mapping[str, Point], bundles: Mapping[str, Path], cases: Sequence[CardCase], turn: int, line: ProgressLine
 ) -> dict[str, Drawn]:  # fmt: skip
     """Draw all `cases` with every point, `turn` cases at a time so that the machine's moods meet all of them.
 
@@ -118,12 +118,12 @@ def draw_in_turns(
                 pipelines[place] = stack.enter_context(opened)
         stack.enter_context(watch.watching())
         for name, point in points.items():
-            say(f"warming up {name}")
+            line.draw("warm-ups", f"warming up {name}")
             _draw(pipelines[point.bundle, point.provider], point, cases[:1])
         for number, start in enumerate(range(0, len(cases), turn)):
             part = cases[start : start + turn]
             for name in names[number % len(names) :] + names[: number % len(names)]:
-                say(f"captions {start + 1} to {start + len(part)} of {len(cases)}: {name}")
+                line.draw("captions", name, start, len(cases), unit=" captions")
                 point, drawn = points[name], found[name]
                 watch.reset()
                 started = time.perf_counter()

@@ -10,7 +10,8 @@ from typing import Any, get_args
 
 from sdxl_trt.engines import UsageError
 from sdxl_trt.engines.host import Parser, option_type, parse_bytes
-from sdxl_trt.runtime.request import GROUPS, PRESETS, Request, Setting, preset_options, settings_of
+from sdxl_trt.runtime.presets import PRESETS, preset_options
+from sdxl_trt.runtime.request import GROUPS, Request, Setting, settings_of
 
 PROVIDERS = ("auto", "ort-cpu", "ort-cuda", "ort-tensorrt", "tensorrt", "tensorrt-rtx", "openvino")
 FORMATS = ("png", "jpeg", "webp")

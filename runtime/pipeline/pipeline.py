@@ -8,7 +8,7 @@ __all__ = ["Handoff", "Job", "Picture", "Pipeline", "Run", "Step", "find_bundle"
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -25,10 +25,11 @@ from sdxl_trt.runtime.diffusion import ControlNets, Denoiser
 from sdxl_trt.runtime.diffusion.samplers import drive
 from sdxl_trt.runtime.images import Picture
 from sdxl_trt.runtime.pipeline.denoising import Phase, begin_refiner, control_parts, groups
+from sdxl_trt.runtime.pipeline.prompts import embeds_of, texts_of
 from sdxl_trt.runtime.pipeline.record import finish
 from sdxl_trt.runtime.pipeline.run import Handoff, Job, Run, Step, start_job, timed
-from sdxl_trt.runtime.request import Request, ResolvedRequest, ResolvedSide, StageName, resolve_request
-from sdxl_trt.runtime.text import Prompt, PromptEmbeds, PromptEncoder
+from sdxl_trt.runtime.request import Request, ResolvedRequest, StageName, resolve_request
+from sdxl_trt.runtime.text import PromptEmbeds, PromptEncoder
 from sdxl_trt.runtime.vae import (
     PictureEncoder,
     Wanted,
@@ -92,7 +93,7 @@ class Pipeline:
 
         Nothing is loaded: another thread may call it while this pipeline works.
         """
-        self._encoder.check([*_texts(request, self._stages(request))], weighted=request.comfyui)
+        self._encoder.check([*texts_of(request, self._stages(request))], weighted=request.comfyui)
 
     def start(self, request: Request, resolved: ResolvedRequest | None = None) -> Job:
         """Return `request` resolved, with its noise drawn, ready for the stages.
@@ -179,7 +180,7 @@ class Pipeline:
     def _encoders(self, request: ResolvedRequest, name: StageName) -> list[Use]:
         """Return the text encoders of a stage with the LoRAs of the request's prompts, each once."""
         stage = self.manifest.stages()[name]
-        sets = dict.fromkeys(prompt.loras for _, prompt in _texts(request, {name: stage}))
+        sets = dict.fromkeys(prompt.loras for _, prompt in texts_of(request, {name: stage}))
         uses = (adapted(encoder.component, loras or ()) for encoder in stage.text_encoders for loras in sets)
         return [*dict.fromkeys(uses)]
 
@@ -223,11 +224,11 @@ class Pipeline:
         """Encode the prompts of all `jobs` into their `embeds`; every encoder is loaded once for each set of LoRAs."""
         for weighted in (False, True):
             alike = [job for job in jobs if job.run.request.comfyui == weighted]
-            wanted = [pair for job in alike for pair in _texts(job.run.request, self._stages(job.run.request))]
+            wanted = [pair for job in alike for pair in texts_of(job.run.request, self._stages(job.run.request))]
             if wanted:
                 encoded = iter(self._encoder.encode(wanted, self._first_unet(jobs), weighted=weighted))
             for job in alike:
-                job.embeds = _embeds(job.run.request, self._stages(job.run.request), encoded)
+                job.embeds = embeds_of(job.run.request, self._stages(job.run.request), encoded)
                 for name, sides in job.embeds.items():
                     used = sides if job.run.request.guidance_of(name).wanted else sides[:1]
                     self._check_rows(job.run.request, used)
@@ -404,48 +405,6 @@ def find_bundle(path: Path | str | None = None) -> Bundle:
 
         path = bundle_path()
     return read_bundle(path)
-
-
-def _texts(request: ResolvedRequest, stages: Mapping[StageName, Stage]) -> Iterator[tuple[Stage, Prompt]]:
-    """Yield the prompts to encode: those of every stage, then the negative ones unless they are zeros."""
-    for number in (0, 1):
-        for name, stage in stages.items():
-            side = request.sides[name][number]
-            if number == 0 or not _is_zeros(side):
-                loras = request.loras.get(name, ())
-                for prompt in side.prompts():
-                    yield stage, prompt if prompt.loras is not None else replace(prompt, loras=loras)
-
-
-def _is_zeros(side: ResolvedSide) -> bool:
-    """Return whether a negative side needs no encoding."""
-    return side.zeroed and side.is_plain
-
-
-def _embeds(
-    request: ResolvedRequest, stages: Mapping[StageName, Stage], encoded: Iterator[PromptEmbeds]
-) -> dict[StageName, tuple[tuple[PromptEmbeds, ...], tuple[PromptEmbeds, ...]]]:
-    """Return the positive and negative embeds of every stage, from those `encoded` in the order of `_texts`."""
-    positives = {name: _side_embeds(request.sides[name][0], encoded) for name in stages}
-    embeds = {}
-    for name, positive in positives.items():
-        negative = request.sides[name][1]
-        zeros = _is_zeros(negative)
-        embeds[name] = positive, (positive[0].zeroed(),) if zeros else _side_embeds(negative, encoded)
-    return embeds
-
-
-def _side_embeds(side: ResolvedSide, encoded: Iterator[PromptEmbeds]) -> tuple[PromptEmbeds, ...]:
-    """Return the embeds of a side and of each combined with it, from those `encoded` in the order of its prompts."""
-    read = next(encoded)
-    embeds = read.zeroed() if side.zeroed else read
-    for mix in side.mixes:
-        if mix.other is None:
-            embeds = embeds.zeroed()
-            continue
-        (other,) = _side_embeds(mix.other, encoded)
-        embeds = embeds.followed_by(other) if mix.kind == "concat" else embeds.averaged(other, mix.strength)
-    return (embeds, *(each for other in side.combined for each in _side_embeds(other, encoded)))
 
 
 def _components(request: ResolvedRequest) -> tuple[str, ...]:

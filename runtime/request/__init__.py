@@ -7,7 +7,6 @@ from sdxl_trt.engines.lazy import lazy_names
 if TYPE_CHECKING:
     from sdxl_trt.runtime.request.handoff import DEFAULT_HANDOFF, StepRange, step_at_fraction
     from sdxl_trt.runtime.request.masking import takes_mask
-    from sdxl_trt.runtime.request.presets import PRESETS, preset_options
     from sdxl_trt.runtime.request.request import (
         COMFYUI_SCHEDULES, GROUPS, MAX_SEED, SAMPLERS, Request, parse_size,
     )
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 else:
     __getattr__ = lazy_names(__name__, {
         "handoff": ("DEFAULT_HANDOFF", "StepRange", "step_at_fraction"),
-        "masking": ("takes_mask",), "presets": ("PRESETS", "preset_options"),
+        "masking": ("takes_mask",),
         "request": ("COMFYUI_SCHEDULES", "GROUPS", "MAX_SEED", "SAMPLERS", "Request", "parse_size"),
         "resolve": ("DRAWN_SEED_BITS", "ResolvedRequest", "resolve_request"),
         "settings": ("Setting", "check_settings", "defaults", "record_fields", "settings_of"),
@@ -27,8 +26,8 @@ else:
     })
 
 __all__ = [
-    "COMFYUI_SCHEDULES", "DEFAULT_HANDOFF", "DRAWN_SEED_BITS", "GROUPS", "MAX_SEED", "PRESETS", "SAMPLERS", "Request",
+    "COMFYUI_SCHEDULES", "DEFAULT_HANDOFF", "DRAWN_SEED_BITS", "GROUPS", "MAX_SEED", "SAMPLERS", "Request",
     "ResolvedRequest", "ResolvedSide", "Setting", "Side", "SideMix", "StageName", "StepRange", "check_settings",
-    "defaults", "most_skipped", "parse_size", "preset_options", "record_fields", "resolve_request", "settings_of",
+    "defaults", "most_skipped", "parse_size", "record_fields", "resolve_request", "settings_of",
     "step_at_fraction", "takes_mask",
 ]

@@ -5,8 +5,7 @@ __all__ = ["PRESETS", "preset_options"]
 from collections.abc import Mapping
 from typing import Any
 
-from sdxl_trt.runtime.request.request import Request
-from sdxl_trt.runtime.request.settings import settings_of
+from sdxl_trt.runtime.request import Request, settings_of
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "fast": {"steps": 20, "cache": 2},
