@@ -19,8 +19,8 @@ from unittest import mock
 import numpy as np
 import numpy.typing as npt
 
-from sdxl_trt.benchmarks.model_card.__main__ import paired_effect, quality, share_right
 from sdxl_trt.benchmarks.model_card.cases import CardCase, evaluation_cases
+from sdxl_trt.benchmarks.model_card.effects import paired_effect, quality, share_right
 from sdxl_trt.engines import Engine
 from sdxl_trt.mini.score import Score, score_picture
 from sdxl_trt.runtime import Pipeline, Request, open_bundle

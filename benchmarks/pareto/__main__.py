@@ -69,10 +69,11 @@ def figures(points: Mapping[str, Point], drawn: Mapping[str, Drawn]) -> dict[str
 def bars(rows: Mapping[str, Row]) -> list[Bar]:
     """Return the bars of step caching; what was not drawn counts as not measured."""
     cached = rows.get(_CACHED)
+    psnr, ratio = (None, None) if cached is None else (cached.psnr, cached.unet_ratio)
     what = f"{_CACHED}, against {FULL}"
     decibels = "{:.1f} dB".format
     found = [
-        at_least(f"{what}: PSNR, median", None if cached is None else cached.psnr, 40.0, "40 dB", decibels),
+        at_least(f"{what}: PSNR, median", psnr, 40.0, "40 dB", decibels),
         Bar(f"{what}: right, 95 % interval", "≥ -1 point or includes 0", *_judged(cached, "right", -0.01)),
         Bar(f"{what}: sharpness, 95 % interval", "includes 0", *_judged(cached, "sharpness", None)),
     ]
@@ -86,7 +87,7 @@ def bars(rows: Mapping[str, Row]) -> list[Bar]:
     found.append(
         at_most(
             f"{what}: UNet time",
-            None if cached is None else cached.unet_ratio,
+            ratio,
             0.5,
             "0.50 times",
             "{:.3f} times".format,
