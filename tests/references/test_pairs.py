@@ -16,8 +16,15 @@ from typing import Any
 import numpy as np
 import pytest
 from independent.step_caching import extrapolate
+from log_lines import Lines
 from PIL import Image
-from small_models.additions import save_controlnet, save_embedding, save_lora, save_nine_channels, save_tiny_vae
+from small_models.additions import (
+    save_controlnet,
+    save_embedding,
+    save_lora,
+    save_nine_channels,
+    save_tiny_vae,
+)
 from small_models.eight_bit import make_eight_bit
 
 from sdxl_trt.engines.errors import IncompatibleError, SourceError, UsageError
@@ -139,16 +146,6 @@ class Laboratory:
         return self.run(self.pipeline(features), ["--workflow", "graph.json", *beside])
 
 
-def _save_pictures(folder: Path) -> None:
-    y, x = np.mgrid[:HEIGHT, :WIDTH]
-    disc = np.hypot(y - HEIGHT / 2, x - WIDTH / 3) < HEIGHT / 3
-    channels = [np.where(disc, 220, x * 5), np.where(disc, 60, y * 7), np.where((x // 8 + y // 8) % 2, 200, 30)]
-    Image.fromarray(np.stack(channels, axis=-1).astype(np.uint8)).save(folder / "photo.png")
-    Image.fromarray(np.where(x > WIDTH // 3, 255, 0).astype(np.uint8)).save(folder / "mask.png")
-    edges = np.random.default_rng(1).integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)
-    Image.fromarray(edges).save(folder / "edges.png")
-
-
 @pytest.fixture(scope="module")
 def laboratory(
     pairs: Callable[[str], Any], convert_once: Any, tmp_path_factory: pytest.TempPathFactory
@@ -156,7 +153,7 @@ def laboratory(
     pair, root = pairs("outline"), tmp_path_factory.mktemp("pairs")
     files = root / "files"
     (files / "embeddings").mkdir(parents=True)
-    _save_pictures(files)
+    save_pictures(files, WIDTH, HEIGHT)
     save_embedding(files / "embeddings" / "ink.safetensors", pair.base)
     net = save_controlnet(root / "edges", pair.base / "unet")
     save_tiny_vae(root / "tiny", pair.base / "vae")
@@ -212,7 +209,7 @@ def _both_loras(lab: Laboratory, _: set[str]) -> None:
 
 
 def _lora_of_a_refiner(lab: Laboratory, pair: set[str]) -> None:
-    said = _Lines()
+    said = Lines()
     logging.getLogger("sdxl_trt.runtime").addHandler(said)
     lab.draw(pair).check(lab.draw({"refine"}), 0.0)
     logging.getLogger("sdxl_trt.runtime").removeHandler(said)
@@ -345,15 +342,6 @@ def _as_each_alone(lab: Laboratory, pair: set[str]) -> None:
             list(shared.steps())
             assert not shared.failed
     Drawn([latents for job in jobs for latents in job.final()], [], None).check(Drawn(expected, [], None))
-
-
-class _Lines(logging.Handler):
-    def __init__(self) -> None:
-        super().__init__()
-        self.text = ""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.text += record.getMessage()
 
 
 def _diffusers(lab: Laboratory, features: set[str], *, refiner_lora: bool = False) -> np.ndarray:

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from sdxl_trt.engines.bundle.bundle import read_bundle
@@ -81,3 +82,14 @@ def save_nine_channels(base: Path, folder: Path) -> Path:
     index = json.loads((copy / "model_index.json").read_text())
     (copy / "model_index.json").write_text(json.dumps(index | {"_class_name": "StableDiffusionXLInpaintPipeline"}))
     return copy
+
+
+def save_pictures(folder: Path, width: int, height: int) -> None:
+    """Write photo.png, mask.png and edges.png, of `width` × `height` pixels."""
+    y, x = np.mgrid[:height, :width]
+    disc = np.hypot(y - height / 2, x - width / 3) < height / 3
+    channels = [np.where(disc, 220, x * 5), np.where(disc, 60, y * 7), np.where((x // 8 + y // 8) % 2, 200, 30)]
+    Image.fromarray(np.stack(channels, axis=-1).astype(np.uint8)).save(folder / "photo.png")
+    Image.fromarray(np.where(x > width // 3, 255, 0).astype(np.uint8)).save(folder / "mask.png")
+    edges = np.random.default_rng(1).integers(0, 256, (height, width, 3), np.uint8)
+    Image.fromarray(edges).save(folder / "edges.png")

@@ -8,6 +8,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from sdxl_trt.benchmarks.full_size.node_counts import count_operators, main, table
+from sdxl_trt.engines.bundle import read_bundle
 from sdxl_trt.mini.embedded import bundle_path
 
 
@@ -16,10 +17,12 @@ def test_the_embedded_bundle_is_counted(capsys: pytest.CaptureFixture[str]) -> N
     lines = capsys.readouterr().out.splitlines()
     names = [cell.strip() for cell in lines[0].strip("|").split("|")][1:]
     sums = [int(cell) for cell in lines[-1].strip("|").split("|")[1:]]
+    bundle = read_bundle(bundle_path())
     for name, nodes in zip(names, sums, strict=True):
-        model = onnx.load(bundle_path() / name / "model.onnx", load_external_data=False)
+        path = bundle.path(bundle.manifest.components[name].graph)
+        model = onnx.load(path, load_external_data=False)
         assert nodes == len(model.graph.node)
-        assert count_operators(bundle_path() / name / "model.onnx") == Counter(n.op_type for n in model.graph.node)
+        assert count_operators(path) == Counter(n.op_type for n in model.graph.node)
     assert "unet" in names
 
 

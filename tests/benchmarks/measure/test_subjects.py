@@ -116,7 +116,7 @@ def test_against_selects_the_contestants() -> None:
     assert [entry.name for entry in choose("none")] == ["sdxl-trt"]
     assert [entry.name for entry in choose(None)] == list(ROSTER)
     for wrong in ("eagre", "eager,tensorflow", ","):
-        with pytest.raises(UsageError, match="choose from: sdxl-trt-int8, ort-cuda"):
+        with pytest.raises(UsageError, match="choose from: sdxl-trt-int8, sdxl-trt-openvino, ort-cuda"):
             choose(wrong)
 
 

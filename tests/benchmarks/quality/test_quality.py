@@ -94,7 +94,10 @@ def _plant(component: str, change: Callable[[Tensors], None]) -> Callable[[Path]
         part = manifest.components[component]
         weights = msgspec.structs.replace(part.weights, sha256=sha256_file(bundle / part.weights.file))
         assert weights != part.weights, "nothing was changed"
-        parts = manifest.components | {component: msgspec.structs.replace(part, weights=weights)}
+        sharing = {name: one for name, one in manifest.components.items() if one.weights == part.weights}
+        parts = manifest.components | {
+            name: msgspec.structs.replace(one, weights=weights) for name, one in sharing.items()
+        }
         write_manifest(bundle, msgspec.structs.replace(manifest, components=parts))
 
     return plant

@@ -51,7 +51,7 @@ def test_a_manifest_says_what_computes_in_8_bits(eight_bit_bundle: Path, fp8_bun
     components = read_bundle(eight_bit_bundle).manifest.components
     assert {name: each.precision for name, each in components.items()} == {
         "text_encoder": "fp16", "text_encoder_2": "fp16", "unet": "int8", "refiner_unet": "int8", "vae_decoder": "int8",
-        "vae_encoder": "fp32",
+        "vae_encoder": "fp32", "unet_shallow": "int8", "refiner_unet_shallow": "int8",
     }  # fmt: skip
     assert components["vae_decoder"].float_precision == "fp32"
     assert {spec.dtype for spec in components["unet"].outputs} == {"float16"}
@@ -108,7 +108,7 @@ def test_8_bits_after_fp16_in_the_same_folder(
     after = _export(pair, out, components=frozenset({"unet"}))
     assert quantized == ["unet"]
     one, other = before.manifest.components, after.manifest.components
-    assert {name for name in one if one[name] != other[name]} == {"unet"}
+    assert {name for name in one if one[name] != other[name]} == {"unet", "unet_shallow"}
     assert after.manifest.precision == "int8"
 
 

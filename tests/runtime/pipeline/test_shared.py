@@ -277,7 +277,7 @@ def test_a_request_is_resolved_once_and_nothing_is_changed(pipeline: Pipeline, m
     size, tokens = Range(min=SIDE, opt=SIDE, max=SIDE), Range(min=77, opt=77, max=77)
     limits = PlanLimits(height=size, width=size, pictures=4, tokens=tokens)
     monkeypatch.setattr(pipeline.pool, "limits", limits)
-    monkeypatch.setattr(pipeline.pool, "check_room", lambda *sizes: asked.append(sizes))
+    monkeypatch.setattr(pipeline.pool, "check_room", lambda *sizes, **_: asked.append(sizes))
     before = dict(vars(pipeline.pool)), list(pipeline.pool.loads)
     resolved = pipeline.resolve(replace(FIRST, seed=None, count=2))
     assert (dict(vars(pipeline.pool)), pipeline.pool.loads) == before

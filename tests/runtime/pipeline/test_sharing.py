@@ -21,6 +21,7 @@ USED: Mapping[str, Callable[[Any], Any]] = {
     "ControlNet": lambda request: replace(request, controls=(SimpleNamespace(),)),
     "embedding": lambda request: replace(request, embeddings=(SimpleNamespace(),)),
     "tile": lambda request: replace(request, request=replace(request.request, tile=True)),
+    "tiny decoder": lambda request: replace(request, request=replace(request.request, vae="tiny")),
     "refine": lambda request: replace(request, first=request.refiner),
     "sweep": lambda request: replace(request, request=replace(request.request, guidance=2.0)),
     "batch": lambda request: replace(request, seeds=(1, 2)),

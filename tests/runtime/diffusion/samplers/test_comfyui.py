@@ -73,7 +73,9 @@ def _steps(case: dict[str, Any]) -> tuple[Any, Iterator[Step]]:
     """Return the job of a recorded case, and an iterator of its steps in the pipeline itself."""
     manifest = _manifest(case["model"])
     bundle = SimpleNamespace(manifest=manifest)
-    pool: Any = SimpleNamespace(bundle=bundle, limits=None, phase=lambda *_, **__: [Analytic()], check=lambda _: None)
+    pool: Any = SimpleNamespace(
+        bundle=bundle, limits=None, phase=lambda *_, **__: [Analytic()], check=lambda _: None, computes=None
+    )
     count, _, height, width = case["shape"]
     fields = {"base_start_step": case["start"], "base_end_step": case["last"], "strength": case["denoise"]}
     request = Request(
