@@ -18,13 +18,7 @@ import pytest
 from independent.step_caching import extrapolate
 from log_lines import Lines
 from PIL import Image
-from small_models.additions import (
-    save_controlnet,
-    save_embedding,
-    save_lora,
-    save_nine_channels,
-    save_tiny_vae,
-)
+from small_models import additions
 from small_models.eight_bit import make_eight_bit
 
 from sdxl_trt.engines.errors import IncompatibleError, SourceError, UsageError
@@ -153,11 +147,11 @@ def laboratory(
     pair, root = pairs("outline"), tmp_path_factory.mktemp("pairs")
     files = root / "files"
     (files / "embeddings").mkdir(parents=True)
-    save_pictures(files, WIDTH, HEIGHT)
-    save_embedding(files / "embeddings" / "ink.safetensors", pair.base)
-    net = save_controlnet(root / "edges", pair.base / "unet")
-    save_tiny_vae(root / "tiny", pair.base / "vae")
-    nine = save_nine_channels(pair.base, root / "nine channels")
+    additions.save_pictures(files, WIDTH, HEIGHT)
+    additions.save_embedding(files / "embeddings" / "ink.safetensors", pair.base)
+    net = additions.save_controlnet(root / "edges", pair.base / "unet")
+    additions.save_tiny_vae(root / "tiny", pair.base / "vae")
+    nine = additions.save_nine_channels(pair.base, root / "nine channels")
     opened: dict[str, Pipeline] = {}
 
     @functools.cache
@@ -174,8 +168,8 @@ def laboratory(
         export_bundle(folder, pair.refiner, root / name, Options(precision="fp32", tiny_vae=root / "tiny", **options))
         if name == "four":
             for number, lora in enumerate(("ink", "pen")):
-                save_lora(files / f"{lora}.safetensors", root / name, number)
-            save_lora(files / "fine.safetensors", root / name, 2, refiner=True)
+                additions.save_lora(files / f"{lora}.safetensors", root / name, number)
+            additions.save_lora(files / "fine.safetensors", root / name, 2, refiner=True)
         return root / name
 
     def get(name: str) -> Pipeline:
