@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 from independent.step_caching import extrapolate
-from log_lines import Lines
 from PIL import Image
 from small_models import additions
 from small_models.eight_bit import make_eight_bit
+from small_models.log_lines import Lines
 
 from sdxl_trt.engines.errors import IncompatibleError, SourceError, UsageError
 from sdxl_trt.export import Options, export_bundle
