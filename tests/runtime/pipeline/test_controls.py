@@ -208,7 +208,9 @@ def _encoded(pipeline: Pipeline, *requests: Request) -> list[Job]:
 
 def test_a_request_with_a_controlnet_shares_no_call(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     jobs = _encoded(pipeline, _with(EDGES, steps=2), _with(EDGES, steps=2))
-    with pytest.raises(UsageError, match="job 0: a request with a ControlNet shares no call of the base; run it alone"):
+    with pytest.raises(
+        UsageError, match="job 0: a request with a ControlNet or a step cache shares no call of the base"
+    ):
         Shared(pipeline, "base", jobs)
     steps = [(number, step.stage, step.index) for number, step in Shared(pipeline, "base", jobs[:1]).steps()]
     assert steps == [(0, "load", 1), (0, "base", 1), (0, "base", 2)]
