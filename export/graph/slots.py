@@ -123,8 +123,7 @@ def _add_to_result(graph: ir.Graph, node: ir.Node, down: ir.Value, up: ir.Value)
     total = ir.node("Add", [result, narrowed.outputs[0]])
     made = [each for each in (widened, inner, outer, narrowed if flat else None, total) if each is not None]
     _name(made, str(node.outputs[0].name))
-    ir.convenience.replace_all_uses_with(result, total.outputs[0], replace_graph_outputs=True)
-    total.replace_input_with(0, result)  # it adds to the result that it replaces
+    _stand_in(result, total)
     graph.insert_after(node, made)
 
 
@@ -153,9 +152,18 @@ def _add_convolution(graph: ir.Graph, node: ir.Node, down: ir.Value, up: ir.Valu
     total = ir.node("Add", [result, second.outputs[0]])
     made = [product, reshaped, second, total]
     _name(made, str(result.name))
-    ir.convenience.replace_all_uses_with(result, total.outputs[0], replace_graph_outputs=True)
-    total.replace_input_with(0, result)  # it adds to the result that it replaces
+    _stand_in(result, total)
     graph.insert_after(node, made)
+
+
+def _stand_in(result: ir.Value, total: ir.Node) -> None:
+    """Let the sum `total` stand wherever `result` did, to which it adds; an output of the graph keeps its name."""
+    made, is_output = total.outputs[0], result.is_graph_output()
+    ir.convenience.replace_all_uses_with(result, made, replace_graph_outputs=True)
+    total.replace_input_with(0, result)
+    if is_output:
+        name, result.name = result.name, f"{result.name}/own"
+        made.name, made.type, made.shape = name, result.type, result.shape
 
 
 def _name(nodes: Iterable[ir.Node], after: str) -> None:

@@ -17,6 +17,7 @@ from sdxl_trt.engines.backends.ort.engine import OrtEngine
 from sdxl_trt.engines.bundle import Bundle, read_bundle
 from sdxl_trt.engines.engine import numpy_dtype
 from sdxl_trt.export.graph.shallow import cut_shallow, mark_deep
+from sdxl_trt.export.graph.slots import add_slots
 from sdxl_trt.mini.embedded import bundle_path
 
 Arrays = dict[str, np.ndarray]
@@ -204,6 +205,31 @@ def test_the_cut_is_where_the_last_up_block_begins(rng: np.random.Generator) -> 
     expected = _run(model, sample=sample, deep_new=deep, deep_old=old, deep_factor=np.zeros(2, np.float32))
     np.testing.assert_allclose(found["out_sample"], expected["out_sample"], atol=1e-5)
     assert np.abs(found["out_sample"] - full["out_sample"]).max() > 0.1
+
+
+@pytest.mark.parametrize("beside", [frozenset(), frozenset({"conv"})], ids=["in the kernel", "beside an 8-bit one"])
+def test_a_lora_changes_what_is_kept(beside: frozenset[str], rng: np.random.Generator) -> None:
+    """An 8-bit layer's LoRA is a sum after it, which is then what the last up block takes, and the output."""
+    model = _unet()
+    assert mark_deep(model, STATE, ir.DataType.FLOAT)
+    add_slots(model, beside=beside)
+    assert [value.name for value in model.graph.outputs] == ["out_sample", DEEP]
+    sample = rng.standard_normal((2, 1, 3, 4), np.float32)
+    factors = {
+        f"{module}.lora_{part}": rng.standard_normal(shape).astype(np.float32)
+        for module, maps in (("conv", 3), ("skip", 2))
+        for part, shape in (("down", (1, 1)), ("up", (maps, 1)))
+    }
+    inputs = {"sample": sample, "encoder_hidden_states": np.ones((2, 1, 1), np.float32), **factors}
+    full = _run(model, **inputs)
+    kernel = np.float32([1, 2, 3]) + (factors["conv.lora_up"] @ factors["conv.lora_down"]).ravel()
+    np.testing.assert_allclose(full[DEEP], (sample + 2) * kernel[None, :, None, None], rtol=1e-4, atol=1e-5)
+    cut_shallow(model, ir.DataType.FLOAT)
+    names = [value.name for value in model.graph.inputs]
+    assert names == ["sample", "deep_new", "deep_old", "deep_factor", "skip.lora_down", "skip.lora_up"]
+    given = {name: value for name, value in inputs.items() if name in names}
+    found = _run(model, deep_new=full[DEEP], deep_old=full[DEEP], deep_factor=np.ones(2, np.float32), **given)
+    np.testing.assert_array_equal(found["out_sample"], full["out_sample"])
 
 
 def test_half_precision_is_kept_outside_and_bf16_never_leaves() -> None:
