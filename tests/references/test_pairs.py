@@ -358,6 +358,9 @@ def _diffusers(lab: Laboratory, features: set[str], *, refiner_lora: bool = Fals
     if "ControlNet" in features:
         extra["controlnet"] = diffusers.ControlNetModel.from_pretrained(lab.net)
         call |= {"control_image": Image.open("edges.png"), "controlnet_conditioning_scale": 0.8}
+        if not masked:  # from text, `image` is what the ControlNet follows
+            edges = call.pop("control_image").convert("RGB")
+            call = {"image": edges, "controlnet_conditioning_scale": 0.8}
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pipe = getattr(diffusers, name).from_pretrained(folder, torch_dtype=torch.float32, **extra)
