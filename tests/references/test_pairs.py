@@ -24,13 +24,11 @@ from small_models.log_lines import Lines
 from sdxl_trt.engines.errors import IncompatibleError, SourceError, UsageError
 from sdxl_trt.export import Options, export_bundle
 from sdxl_trt.export.exporter import plan_export
-from sdxl_trt.runtime import open_bundle
+from sdxl_trt.runtime import Shared, open_bundle, share_key
 from sdxl_trt.runtime.cli import generate
 from sdxl_trt.runtime.cli.options import make_parser
 from sdxl_trt.runtime.pairs import PAIRS, SHARED
 from sdxl_trt.runtime.pipeline.pipeline import Pipeline
-from sdxl_trt.runtime.pipeline.shared import Shared
-from sdxl_trt.runtime.pipeline.sharing import share_key
 
 # diffusers and numpy 2 disagree on how a tensor becomes an array.
 pytestmark = [
@@ -353,7 +351,10 @@ def _diffusers(lab: Laboratory, features: set[str], *, refiner_lora: bool = Fals
     call |= {"mask_image": Image.open("mask.png"), "strength": 0.9999} if masked else {"strength": 0.6}
     if "ControlNet" in features:
         extra["controlnet"] = diffusers.ControlNetModel.from_pretrained(lab.net)
-        call |= {"control_image": Image.open("edges.png"), "controlnet_conditioning_scale": 0.8}
+        edges = Image.open("edges.png").convert("RGB")
+        # From text, `image` is what the ControlNet follows.
+        call = call | {"control_image": edges} if masked else {"image": edges}
+        call["controlnet_conditioning_scale"] = 0.8
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pipe = getattr(diffusers, name).from_pretrained(folder, torch_dtype=torch.float32, **extra)
