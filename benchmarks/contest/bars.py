@@ -37,7 +37,8 @@ def bench_bars(report: BenchReport) -> tuple[Bar, ...]:
     found = [
         _against(report, ours, task, peer, limit, goal)
         for ours, task, peer, limit, goal in LIMITS
-        if (peer in named or report.of(peer, task)) and (ours == OURS or ours in named)
+        if (peer in named or report.of(peer, task))
+        and (ours == OURS or ours in named)
         and (ours != FASTEST or report.settings.steps == PRESET_STEPS)
     ]
     return (*found, *_cold(report.cold_starts))
