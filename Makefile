@@ -113,7 +113,7 @@ bench-host: $(VENV)/.full  ## Measure the host's time per step beside diffusers'
 bench-load: $(VENV)/.full  ## Measure reading and checking a plan, and simulate a cold run; needs 11 GB of memory, 6 GB of disk
 	$(BIN)/python -m sdxl_trt.benchmarks.cold_load $(if $(QUICK),--quick --results out/bench-load/quick.json)
 
-bench-pareto: $(VENV)/.full  ## Compare faster settings with the full run on the embedded pair, in an hour
+bench-pareto: $(VENV)/.full $(PEERS)/.done  ## Compare faster settings with the full run, and presets with other libraries, in an hour
 	$(BIN)/python -m sdxl_trt.benchmarks.pareto $(if $(QUICK),--quick --results out/bench-pareto/quick.json)
 
 bench-serve: $(VENV)/.full  ## Load trt-serve, and measure it in turns with diffusers behind FastAPI, in twenty minutes

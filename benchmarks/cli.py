@@ -42,9 +42,10 @@ def _parser() -> Parser:
     what.add_argument("--model", metavar="SRC", help="base checkpoint for PyTorch: folder, .safetensors, hub id, mini")
     what.add_argument("--refiner", metavar="SRC", help="refiner checkpoint for PyTorch")
     what.add_argument("--against", metavar="LIST", help="contestants, separated by commas, or none (default: all):"
-                      " sdxl-trt-int8, sdxl-trt-openvino, onnxruntime, eager, eager-bf16, eager-fp16, compile,"
-                      " diffusers, optimum, openvino, openvino-bf16, openvino-int8, openvino-int8-scoped,"
-                      " openvino-int8-bf16, ort-cuda, ort-tensorrt, tensorrt")  # fmt: skip
+                      " sdxl-trt-int8, sdxl-trt-openvino, sdxl-trt-fast, sdxl-trt-fastest, sdxl-trt-fastest-openvino,"
+                      " onnxruntime, eager, eager-bf16, eager-fp16, compile, compile-bf16, diffusers, optimum,"
+                      " openvino, openvino-bf16, openvino-int8, openvino-int8-scoped, openvino-int8-bf16,"
+                      " ort-cuda, ort-tensorrt, tensorrt")  # fmt: skip
     how = parser.add_argument_group("how")
     how.add_argument("--steps", type=int, metavar="N", help=f"steps per picture (default {_STEPS})")
     how.add_argument("--size", type=option_type(parse_size), metavar="WxH", help="pixels (default: the model's own)")

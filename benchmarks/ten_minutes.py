@@ -16,10 +16,10 @@ from pathlib import Path
 import msgspec
 
 from sdxl_trt.benchmarks.contest import BenchOptions, agree, bench_bars, cold_starts, run_bench, settled_spec
-from sdxl_trt.benchmarks.full_size import ROLES
-from sdxl_trt.benchmarks.measure import RESULTS_FOLDER, Subject, bars_table, find_subject, measure, missed
+from sdxl_trt.benchmarks.full_size import checkpoint_pair
+from sdxl_trt.benchmarks.measure import RESULTS_FOLDER, Subject, bars_table, find_subject, missed
 from sdxl_trt.benchmarks.report import BenchReport, BenchSettings, Quality, read_report, require_matplotlib, write_pages
-from sdxl_trt.engines import EngineError, VerificationError
+from sdxl_trt.engines import VerificationError
 from sdxl_trt.engines.host import Parser, run
 
 COMMAND = ("make", "bench")
@@ -59,7 +59,7 @@ def _bench(arguments: argparse.Namespace) -> None:
 
 def _run(work: Path, *, quick: bool, quality: bool) -> BenchReport:
     size, options = TINY if quick else COUSIN
-    base, refiner = _checkpoints(work / "checkpoints" / size, size)
+    base, refiner = checkpoint_pair(work / "checkpoints" / size, size, _say)
     subject = find_subject(None, str(base), str(refiner), work, _say)
     subject = replace(subject, name="exported from it in fp32", model=size)
     report = run_bench(subject, options, _say)
@@ -85,26 +85,6 @@ def _quality(embedded: Subject, settings: BenchSettings, *, quick: bool) -> tupl
     from sdxl_trt.benchmarks.quality import VARIANTS, measure_quality  # noqa: PLC0415
 
     return measure_quality(embedded, settings, () if quick else tuple(VARIANTS), _say)
-
-
-def _checkpoints(folder: Path, size: str) -> list[Path]:
-    """Return the folders of base and refiner; a missing one is first written by a separate process."""
-    for role in ROLES:
-        if not (folder / role).is_dir():
-            _say(f"writing {folder / role}")
-            command = [
-                sys.executable,
-                "-m",
-                "sdxl_trt.benchmarks.full_size.checkpoints",
-                "--out",
-                str(folder),
-                "--size",
-                size,
-            ]
-            done = measure([*command, "--dtype", "fp32", f"--{role}"])
-            if not done.ok:
-                raise EngineError(f"the checkpoint {folder / role} was not written: {done.output}")
-    return [folder / role for role in ROLES]
 
 
 def _disagreeing(path: Path, report: BenchReport) -> Sequence[str]:

@@ -14,7 +14,7 @@ from sdxl_trt.benchmarks.contestants.protocol import Contestant, Spec, serve
 
 def make(spec: Spec) -> Contestant:
     """Return the contestant that `spec` names; it imports its libraries in `ready`."""
-    if spec.name in ("sdxl-trt", "sdxl-trt-int8", "sdxl-trt-openvino", "ort-cuda", "ort-tensorrt", "tensorrt"):
+    if spec.name.startswith("sdxl-trt") or spec.name in ("ort-cuda", "ort-tensorrt", "tensorrt"):
         from sdxl_trt.benchmarks.contestants.ours import Ours  # noqa: PLC0415 - each in its own environment
 
         return Ours(spec)

@@ -1,10 +1,11 @@
 """trt-bench's contestant for this project: the runtime on one provider, used as a Python library."""
 
-__all__ = ["Ours"]
+__all__ = ["Ours", "preset_settings", "versions"]
 
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from sdxl_trt.benchmarks.contestants.protocol import Ask, Done, Ready, Spec, Task
+from sdxl_trt.benchmarks.contestants.protocol import TASKS, Ask, Done, Ready, Spec, Task
 
 _PACKAGES = ("sdxl-trt", "numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt")
 _STAGES = {"base UNet step": "base", "refiner UNet step": "refiner"}
@@ -22,45 +23,63 @@ EIGHT_BITS = ("--int8", "--vae-precision", "int8")
 """What export-engines makes of the checkpoints for the contestant sdxl-trt-int8."""
 
 
+@dataclass(frozen=True)
+class _Way:
+    """The provider, the preset that pictures are drawn with or "", and whether the bundle is the one in 8 bits."""
+
+    provider: str = "auto"
+    preset: str = ""
+    narrow: bool = False
+
+
+_WAYS = {
+    "sdxl-trt": _Way(),
+    "sdxl-trt-int8": _Way(narrow=True),
+    "sdxl-trt-openvino": _Way("openvino"),
+    "sdxl-trt-fast": _Way(preset="fast"),
+    "sdxl-trt-fastest": _Way(preset="fastest"),
+    "sdxl-trt-fastest-openvino": _Way("openvino", "fastest"),
+    **{provider: _Way(provider) for provider in ("ort-cuda", "ort-tensorrt", "tensorrt")},
+}
+_PRESET_OF = 30
+"""The steps of the run that a preset's steps are stated for."""
+
+
 class Ours:
     """The bundle on this machine's best provider, or on the provider that the contestant is named after.
 
-    sdxl-trt-int8 runs a bundle of its own, exported once into the run's cache.
+    sdxl-trt-int8 runs a bundle of its own, exported once into the run's cache. A preset's contestant draws pictures
+    alone: its single steps are those of the contestant without the preset.
     """
 
     def __init__(self, spec: Spec) -> None:
         self._spec = spec
-        named = {"sdxl-trt": "auto", "sdxl-trt-int8": "auto", "sdxl-trt-openvino": "openvino"}
-        self._provider = named.get(spec.name, spec.name)
+        self._way = _WAYS[spec.name]
         self._inputs: Any = np.load(spec.inputs)
         self._pipeline: Any = None
 
     def ready(self) -> Ready:
         """Import the runtime and load every engine that a picture needs. Raises ValueError if the export fails."""
-        exported = _exported(self._spec) if self._spec.name == "sdxl-trt-int8" else None
+        exported = _exported(self._spec) if self._way.narrow else None
         started = time.perf_counter()
         from sdxl_trt.runtime import open_bundle  # noqa: PLC0415 - its time is measured
 
         imported = time.perf_counter()
-        self._pipeline = open_bundle(self._spec.bundle if exported is None else exported, provider=self._provider)
+        self._pipeline = open_bundle(self._spec.bundle if exported is None else exported, provider=self._way.provider)
         pool, manifest = self._pipeline.pool, self._pipeline.manifest
         for name in self._components():
             pool.phase(name)
         loaded = time.perf_counter()
-        tasks = ["picture", "text encoders", "base UNet step", "VAE decode"]
-        not_run = {}
-        if manifest.refiner is not None and self._spec.handoff is not None:
-            tasks += ["refiner UNet step", "handoff", "handoff resident"]
-        else:
-            not_run = dict.fromkeys(("refiner UNet step", "handoff", "handoff resident"), "there is no refiner")
+        not_run = self._not_run()
         return Ready(
             precision=pool.computes or manifest.precision,
             import_seconds=imported - started,
             load_seconds=loaded - imported,
             compile_seconds=None if exported is None else float(_seconds(exported).read_text(encoding="utf-8")),
             versions=versions(_PACKAGES) | {"provider": pool.provider},
-            tasks=tuple(tasks),
+            tasks=tuple(task for task in TASKS if task not in not_run),
             not_run=not_run,
+            note=self._note(),
         )
 
     def task(self, ask: Ask) -> Task:
@@ -81,6 +100,21 @@ class Ours:
         """Return None: trt-bench reads the device's memory use from NVML."""
         return None
 
+    def _not_run(self) -> dict[str, str]:
+        """Return why it does not run the tasks that it leaves out."""
+        if self._way.preset:
+            return dict.fromkeys(TASKS[1:], "a preset changes a picture's steps, and no part of one")
+        if self._pipeline.manifest.refiner is not None and self._spec.handoff is not None:
+            return {}
+        return dict.fromkeys(("refiner UNet step", "handoff", "handoff resident"), "there is no refiner")
+
+    def _note(self) -> str:
+        if not self._way.preset:
+            return ""
+        settings = preset_settings(self._way.preset, self._spec.steps)
+        said = ", ".join(f"{name} {value}" for name, value in settings.items())
+        return f"--{self._way.preset}, for {self._spec.steps} steps: {said}"
+
     def _components(self) -> list[str]:
         """Return the components of a picture in the order of a run."""
         stages = self._pipeline.manifest.stages()
@@ -95,9 +129,10 @@ class Ours:
 
         spec, pipeline = self._spec, self._pipeline
         handoff = spec.handoff if ask.handoff == "spec" else None if ask.handoff == "none" else ask.handoff
+        preset = self._way.preset
         request = Request(
             spec.prompt,
-            steps=spec.steps,
+            **(preset_settings(preset, spec.steps) if preset else {"steps": spec.steps}),
             handoff=handoff if pipeline.manifest.refiner is not None else None,
             guidance=spec.guidance,
             seed=spec.seed,
@@ -168,6 +203,18 @@ class Ours:
         finally:
             pool.residency = usual
         return Done(np.array([len(refiner.component.inputs)]), seconds=seconds)
+
+
+def preset_settings(preset: str, steps: int) -> dict[str, Any]:
+    """Return the fields of a request for `preset`, stated for 30 steps, where a full run takes `steps`.
+
+    Its steps are scaled, to at least 1; `cache` is at most as many, since a request takes no more.
+    """
+    from sdxl_trt.runtime import PRESETS  # noqa: PLC0415 - the runtime's import is measured
+
+    settings = dict(PRESETS[preset])
+    settings["steps"] = max(1, round(settings["steps"] * steps / _PRESET_OF))
+    return settings | {"cache": min(settings["cache"], settings["steps"])}
 
 
 def _exported(spec: Spec) -> Path:

@@ -23,13 +23,15 @@ _TASKS = {
     "eager-bf16": ("picture", *_STAGES),
     "eager-fp16": ("picture", *_STAGES),
     "compile": ("picture", *_STAGES),
+    "compile-bf16": ("picture", *_STAGES),
     "diffusers": ("picture",),
 }
 _ELSEWHERE = {
     "eager": {"picture": "the contestant diffusers measures this"},
     "diffusers": dict.fromkeys(_PARTS, "the contestant eager measures this"),
 }
-_HALVES = {"eager-bf16": "bfloat16", "eager-fp16": "float16"}
+_HALVES = {"eager-bf16": "bfloat16", "compile-bf16": "bfloat16", "eager-fp16": "float16"}
+_COMPILED = ("compile", "compile-bf16")
 _PRECISIONS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
@@ -72,7 +74,7 @@ class Torch:
         loaded = time.perf_counter()
         self._seconds = watch(self._experts["base"], self._experts.get("refiner"))
         tasks = [name for name in _TASKS[self._spec.name] if self._refined or name != "refiner UNet step"]
-        compiled = self._compile() if self._spec.name == "compile" else None
+        compiled = self._compile() if self._spec.name in _COMPILED else None
         return Ready(
             precision=_PRECISIONS[self._dtype],
             import_seconds=imported - started,
@@ -133,7 +135,7 @@ class Torch:
             last.vae.decoder = torch.compile(last.vae.decoder, **settings)
             draw(self._experts["base"], self._experts.get("refiner"), self._spec, self._inputs["latents"],
                  self._seconds)  # fmt: skip
-        kept = Path(self._spec.cache) / "inductor" / "seconds.json"
+        kept = Path(self._spec.cache) / "inductor" / f"{self._spec.name}.json"
         known = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else 0.0
         seconds = max(time.perf_counter() - started, known)
         kept.parent.mkdir(parents=True, exist_ok=True)

@@ -6,12 +6,12 @@ from sdxl_trt.engines.lazy import lazy_names
 
 if TYPE_CHECKING:
     from sdxl_trt.benchmarks.full_size.architectures import ROLES, architecture
-    from sdxl_trt.benchmarks.full_size.checkpoints import write_checkpoint
+    from sdxl_trt.benchmarks.full_size.checkpoints import checkpoint_pair, write_checkpoint
 else:
     # Lazy, since some modules are commands: Python warns of a module that was imported before it runs as one.
     __getattr__ = lazy_names(__name__, {
         "architectures": ("ROLES", "architecture"),
-        "checkpoints": ("write_checkpoint",),
+        "checkpoints": ("checkpoint_pair", "write_checkpoint"),
     })
 
-__all__ = ["ROLES", "architecture", "write_checkpoint"]
+__all__ = ["ROLES", "architecture", "checkpoint_pair", "write_checkpoint"]

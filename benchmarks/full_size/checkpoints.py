@@ -4,7 +4,7 @@
 folders, 13 GB at fp16, in constant memory. Names, shapes and configs are the published ones; the models draw noise.
 """
 
-__all__ = ["Format", "main", "write_checkpoint"]
+__all__ = ["Format", "checkpoint_pair", "main", "write_checkpoint"]
 
 import argparse
 import itertools
@@ -28,7 +28,8 @@ from sdxl_trt.benchmarks.full_size.random_weights import (
     split,
     write_file,
 )
-from sdxl_trt.engines import SdxlTrtError, UsageError
+from sdxl_trt.benchmarks.measure import Say, measure
+from sdxl_trt.engines import EngineError, SdxlTrtError, UsageError
 
 Format = Literal["diffusers", "sharded", "single-file"]
 FORMATS: tuple[Format, ...] = ("diffusers", "sharded", "single-file")
@@ -68,6 +69,21 @@ def write_checkpoint(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target
+
+
+def checkpoint_pair(folder: Path, size: str, say: Say) -> list[Path]:
+    """Return the folders of base and refiner of `size` in fp32; a missing one is first written by a separate process.
+
+    Raises EngineError if that fails.
+    """
+    for role in ROLES:
+        if not (folder / role).is_dir():
+            say(f"writing {folder / role}")
+            command = [sys.executable, "-m", "sdxl_trt.benchmarks.full_size.checkpoints", "--out", str(folder)]
+            done = measure([*command, "--size", size, "--dtype", "fp32", f"--{role}"])
+            if not done.ok:
+                raise EngineError(f"the checkpoint {folder / role} was not written: {done.output}")
+    return [folder / role for role in ROLES]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,10 +4,14 @@ Steps × cache × guided interval × precision × decoder: every setting draws t
 turns. UNet FLOPs and seconds stand against PSNR to the full run, what is right in the pictures, sharpness and damage.
 Writes JSON, Markdown and a page of HTML. ``--only`` takes patterns of settings, and keeps the other rows of the
 results if they are of as many captions.
+
+Then whole pictures of a cousin of SDXL are drawn with the presets and by other libraries, in turns, to
+``bench_pictures.json`` beside the results; not with ``--only``. ``--pictures`` draws these alone.
 """
 
 __all__ = ["main"]
 
+import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +25,7 @@ from sdxl_trt.benchmarks.measure import (
     Bar,
     at_least,
     at_most,
+    bars_table,
     machine,
     missed,
     package_versions,
@@ -31,6 +36,7 @@ from sdxl_trt.benchmarks.measure import (
 from sdxl_trt.benchmarks.model_card import evaluation_cases, paired_effect
 from sdxl_trt.benchmarks.pareto.drawing import Drawn, draw_in_turns, export_bundles
 from sdxl_trt.benchmarks.pareto.page import Difference, Report, Row, frontier, page, table
+from sdxl_trt.benchmarks.pareto.pictures import draw_pictures
 from sdxl_trt.benchmarks.pareto.points import FULL, POINTS, Point, chosen
 from sdxl_trt.engines import SdxlTrtError, UsageError
 from sdxl_trt.engines.host import ProgressLine
@@ -130,27 +136,51 @@ def main(argv: Sequence[str] | None = None) -> int:
     prog = "sdxl_trt.benchmarks.pareto"
     parser = results_parser(prog, __doc__, work=Path("out/bench-pareto"), results=RESULTS, case="setting")
     parser.add_argument("--count", type=int, default=100, help="captions (default 100)")
+    parser.add_argument("--pictures", action="store_true", help="only draw whole pictures, beside other libraries")
     arguments = parser.parse_args(argv)
+    found: list[Bar] = []
     try:
-        points = chosen(arguments.only)
-        count = 2 if arguments.quick else arguments.count
-        with ProgressLine() as line:
-            line.draw("bundles", "exporting")
-            bundles = export_bundles(list(dict.fromkeys(point.bundle for point in points.values())), arguments.work)
-            drawn = draw_in_turns(points, bundles, evaluation_cases(count), _TURN, line)
-        rows = figures(points, drawn)
-        versions = package_versions(("sdxl-trt", "onnxruntime", "openvino", "numpy"))
-        report = Report(machine(), versions, count, FULL, rows, bars(rows))
-        if arguments.only:
-            report = merged(report, arguments.results)
+        if arguments.pictures and arguments.only:
+            raise UsageError("--pictures and --only: the settings are not drawn with --pictures; give one of them")
+        if not arguments.pictures:
+            found += _settings(arguments)
+        if not arguments.only:
+            found += _pictures(arguments)
     except SdxlTrtError as exc:
         sys.stderr.write(f"error: {exc}\n")
         return exc.exit_code
+    return 1 if not arguments.quick and missed(found) else 0
+
+
+def _settings(arguments: argparse.Namespace) -> list[Bar]:
+    """Compare the settings, write the results and return their bars."""
+    points = chosen(arguments.only)
+    count = 2 if arguments.quick else arguments.count
+    with ProgressLine() as line:
+        line.draw("bundles", "exporting")
+        bundles = export_bundles(list(dict.fromkeys(point.bundle for point in points.values())), arguments.work)
+        drawn = draw_in_turns(points, bundles, evaluation_cases(count), _TURN, line)
+    rows = figures(points, drawn)
+    versions = package_versions(("sdxl-trt", "onnxruntime", "openvino", "numpy"))
+    report = Report(machine(), versions, count, FULL, rows, bars(rows))
+    if arguments.only:
+        report = merged(report, arguments.results)
     write_results(report, table(report), arguments.results)
     write_text(page(report), arguments.results.with_suffix(".html"))
     sys.stdout.write(table(report))
     sys.stdout.write(f"\nfrontier, the fastest first: {'; '.join(frontier(report.rows))}\n")
-    return 1 if not arguments.quick and missed(report.bars) else 0
+    return report.bars
+
+
+def _pictures(arguments: argparse.Namespace) -> list[Bar]:
+    """Draw whole pictures in turns with other libraries, write the results and return their bars."""
+    with ProgressLine() as line:
+        report = draw_pictures(
+            arguments.work, arguments.results.parent, ("make", "bench-pareto"),
+            lambda text: line.draw("pictures", text), quick=arguments.quick,
+        )  # fmt: skip
+    sys.stdout.write("\n".join(bars_table(report.bars)) + "\n")
+    return list(report.bars)
 
 
 if __name__ == "__main__":

@@ -81,13 +81,14 @@ def test_every_contestant_is_in_the_report(subject: Subject, fakes: dict[str, st
     assert (
         running
         == {"sdxl-trt", "sdxl-trt-int8", "sdxl-trt-openvino", "onnxruntime", "eager-bf16", "diffusers", "optimum"}
+        | {"sdxl-trt-fast", "sdxl-trt-fastest", "sdxl-trt-fastest-openvino", "compile-bf16"}
         | openvino
     )
     compared = [(one.what, one.contestant) for one in report.measurements if not one.sweep]
     assert {name for what, name in compared if what == "picture"} == running
     assert {what for what, _ in compared} == {"picture", "base UNet step"}
     assert {one.median for one in report.ratios} == {1.0}
-    assert {one.contestant for one in report.ratios} == {"sdxl-trt", "sdxl-trt-int8"}
+    assert {one.contestant for one in report.ratios} == {"sdxl-trt", "sdxl-trt-int8", "sdxl-trt-fastest-openvino"}
     assert {one.sweep for one in report.measurements} == {"", "size", "batch", "handoff"}
     assert {one.contestant for one in report.measurements if one.sweep} == {"sdxl-trt"}
     assert report.floors == {"base UNet step": 0.5}

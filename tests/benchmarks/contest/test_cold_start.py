@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -119,3 +120,15 @@ def test_the_bars_of_eight_bits_are_of_their_own_contestant() -> None:
     assert len(found) == 4
     without = bench_bars(_report(contestants=contestants[:1] + contestants[2:], measurements=taken))
     assert without == ()
+
+
+@pytest.mark.parametrize(("seconds", "met"), [(1.5, True), (1.6, False)])
+def test_the_fastest_presets_bar_is_of_pictures_of_thirty_steps(seconds: float, *, met: bool) -> None:
+    names = ("sdxl-trt", "sdxl-trt-fastest-openvino", "diffusers")
+    contestants = tuple(Contestant(name=name, title=name, precision="") for name in names)
+    taken = (_taken("sdxl-trt-fastest-openvino", "picture", seconds, seconds), _taken("diffusers", "picture", 10, 10))
+    report = _report(contestants=contestants, measurements=taken)
+    assert bench_bars(report) == ()  # of one step the bar says nothing
+    whole = msgspec.structs.replace(report, settings=msgspec.structs.replace(SETTINGS, steps=30))
+    (bar,) = bench_bars(whole)
+    assert (bar.what, bar.met) == ("picture of sdxl-trt-fastest-openvino over that of diffusers", met)
