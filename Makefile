@@ -84,7 +84,7 @@ format: $(VENV)/.full  ## Format the code and mend what lint can mend
 
 # The embedded pair is stored once, in its bundle: the export reads it whole before it replaces it.
 mini-bundle: $(VENV)/.full  ## Export the embedded pair again to mini/bundle; with PAIR=DIR the pair that publish wrote there
-	$(if $(PAIR),$(BIN)/export-engines --base "$(PAIR)/base" --refiner "$(PAIR)/refiner" --fp16 --out mini/bundle)
+	$(if $(PAIR),$(BIN)/export-engines --base "$(PAIR)/base" --refiner "$(PAIR)/refiner" $(if $(wildcard $(PAIR)/vae_tiny),--tiny-vae "$(PAIR)/vae_tiny") --fp16 --out mini/bundle)
 	$(BIN)/export-engines --fp16 --out mini/bundle
 
 gallery: $(VENV)/.runtime  ## Draw the README's contact sheet with the embedded bundle

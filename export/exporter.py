@@ -27,6 +27,7 @@ from sdxl_trt.engines.bundle import (
 from sdxl_trt.engines.plans import PLANS
 from sdxl_trt.export.components import (
     RECORD_FILE,
+    TINY,
     CalibrationOptions,
     Exported,
     ExportJob,
@@ -158,7 +159,7 @@ def export_optimum(
         given = "ControlNets; remove --controlnet" if options.controlnets else "a tiny decoder; remove --tiny-vae"
         raise UsageError(f"--layout optimum: has no place for {given}")
     check_target(out)
-    with exclusive(out, lock=options.lock), planned(base, refiner, out, options) as plan:
+    with exclusive(out, lock=options.lock), planned(base, refiner, out, options, own_tiny=False) as plan:
         check_optimum(plan)
         plan.needs.require(out)
         with resumable(out, RECORD_FILE) as folder:
@@ -183,18 +184,25 @@ def check_optimum(plan: ExportPlan) -> None:
                                 " export with --fp16")  # fmt: skip
 
 
-def plan_export(base: Path | str, refiner: Path | str | None, out: Path | str, options: Options) -> ExportPlan:
-    """Return what an export with these arguments would do and need, without writing anything."""
+def plan_export(
+    base: Path | str, refiner: Path | str | None, out: Path | str, options: Options, *, own_tiny: bool = True
+) -> ExportPlan:
+    """Return what an export with these arguments would do and need, without writing anything.
+
+    `own_tiny` false: without the embedded pair's tiny decoder, as in optimum-onnx's layout, which has no place for it.
+    """
     check_target(Path(out))
-    with planned(base, refiner, Path(out), options) as plan:
+    with planned(base, refiner, Path(out), options, own_tiny=own_tiny) as plan:
         return plan
 
 
 @contextlib.contextmanager
-def planned(base: Path | str, refiner: Path | str | None, out: Path, options: Options) -> Iterator[ExportPlan]:
+def planned(
+    base: Path | str, refiner: Path | str | None, out: Path, options: Options, *, own_tiny: bool = True
+) -> Iterator[ExportPlan]:
     """Yield the plan of an export; its sources stay open until the context ends."""
     with contextlib.ExitStack() as stack:
-        sources = _open_sources(base, refiner, options, stack)
+        sources = _open_sources(base, refiner, options, stack, own_tiny=own_tiny)
         loras = tuple(_open_lora(LoraOption(*lora)) for lora in options.loras)
         if loras and sources[1] is not None:
             log.warning("%s", REFINER_NOTE)
@@ -320,7 +328,12 @@ def _drop_strays(folder: Path, wanted: set[str]) -> None:
 
 
 def _open_sources(
-    base: Path | str, refiner: Path | str | None, options: Options, stack: contextlib.ExitStack
+    base: Path | str,
+    refiner: Path | str | None,
+    options: Options,
+    stack: contextlib.ExitStack,
+    *,
+    own_tiny: bool,
 ) -> tuple[PipelineSource, PipelineSource | None]:
     mini: Path | None = None
     if MINI in (base, refiner):
@@ -332,8 +345,11 @@ def _open_sources(
         except (FileNotFoundError, ValueError) as exc:
             raise CorruptError(str(exc)) from exc
     vae = None if options.vae is None else open_vae(options.vae, precision=options.floats)
-
-    tiny = None if options.tiny_vae is None else open_tiny_vae(options.tiny_vae, precision=options.floats)
+    tiny_spec = options.tiny_vae
+    if tiny_spec is None and base == MINI and mini is not None and own_tiny and vae is None:
+        # It imitates the pair's own decoder.
+        tiny_spec = mini / TINY if (mini / TINY).is_dir() else None
+    tiny = None if tiny_spec is None else open_tiny_vae(tiny_spec, precision=options.floats)
 
     def opened(spec: Path | str, role: Role) -> PipelineSource:
         place = mini / role if spec == MINI and mini is not None else spec

@@ -12,6 +12,8 @@ __all__ = [
     "scheduler",
     "text_encoder",
     "text_encoder_2",
+    "tiny_encoder_shapes",
+    "tiny_vae",
     "vae",
 ]
 
@@ -50,6 +52,34 @@ def vae(scaling_factor: float) -> Config:
         "scaling_factor": scaling_factor,
         "up_block_types": ["UpDecoderBlock2D"] * 4,
     }
+
+
+def tiny_vae() -> Config:
+    """AutoencoderTiny: its decoder takes scaled latents. Its encoder is the smallest that the class can have."""
+    return {
+        "_class_name": "AutoencoderTiny",
+        "_diffusers_version": "0.39.0",
+        "act_fn": "relu",
+        "decoder_block_out_channels": [16] * 4,
+        "encoder_block_out_channels": [1] * 4,
+        "force_upcast": False,
+        "in_channels": 3,
+        "latent_channels": LATENT_CHANNELS,
+        "num_decoder_blocks": [3, 3, 2, 1],
+        "num_encoder_blocks": [0] * 4,
+        "out_channels": 3,
+        "scaling_factor": 1.0,
+        "upsample_fn": "nearest",
+        "upsampling_scaling_factor": 2,
+    }
+
+
+def tiny_encoder_shapes() -> dict[str, tuple[int, ...]]:
+    """The shapes of the encoder's tensors, by name: a convolution into one channel, three that halve, one out of it."""
+    inner = {f"encoder.layers.{i}.weight": (1, 1, 3, 3) for i in (1, 2, 3)}
+    first = {"encoder.layers.0.weight": (1, 3, 3, 3), "encoder.layers.0.bias": (1,)}
+    last = {"encoder.layers.4.weight": (LATENT_CHANNELS, 1, 3, 3), "encoder.layers.4.bias": (LATENT_CHANNELS,)}
+    return first | inner | last
 
 
 def text_encoder(vocabulary_size: int = VOCABULARY_SIZE) -> Config:

@@ -1,13 +1,14 @@
 """Write the embedded pair as two ordinary diffusers folders, `base/` and `refiner/`, from the embedded bundle.
 
-Needs only numpy and safetensors. Weights are float16 with the key names that SDXL publishes (CLIP's keys start with
-`text_model.`).
+A third folder, `vae_tiny/`, has the tiny decoder of both, if the pair has one. Needs only numpy and safetensors.
+Weights are float16 with the key names that SDXL publishes (CLIP's keys start with `text_model.`).
 """
 
-__all__ = ["TOKEN_TABLE", "Parts", "embedded_parts", "materialize", "write_pair", "write_tensors"]
+__all__ = ["TINY", "TOKEN_TABLE", "Parts", "embedded_parts", "materialize", "write_pair", "write_tensors"]
 
 import json
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,12 @@ from safetensors.numpy import save
 from sdxl_trt.mini import architecture
 from sdxl_trt.mini import clip_vocabulary as vocabulary
 from sdxl_trt.mini.embedded import bundle_path
-from sdxl_trt.mini.tensors import Tensors, read_tensors, scaling_factor
+from sdxl_trt.mini.tensors import Tensors, component_names, read_tensors, scaling_factor
 
 TOKEN_TABLE = "text_model.embeddings.token_embedding.weight"  # noqa: S105 (a tensor's name)
+
+TINY = "vae_tiny"
+"""The tiny decoder's component in a bundle, and its folder beside the pair's."""
 
 _TEXT_PARTS = {
     "text_encoder": ["transformers", "CLIPTextModel"],
@@ -39,7 +43,10 @@ _IMAGE_PARTS = {
 
 @dataclass(frozen=True)
 class Parts:
-    """The tensors of a pair's five models, by published name, and the scaling factor of its latents."""
+    """The tensors of a pair's five models, by published name, and the scaling factor of its latents.
+
+    tiny_vae has the tensors of the tiny decoder alone; None: the pair has none.
+    """
 
     base_unet: Tensors
     refiner_unet: Tensors
@@ -47,10 +54,13 @@ class Parts:
     text_encoder_2: Tensors
     vae: Tensors
     scaling_factor: float
+    tiny_vae: Tensors | None = None
 
 
 def materialize(directory: str | os.PathLike[str]) -> tuple[Path, Path]:
     """Write `base/` and `refiner/` into `directory` and return their paths. Existing files are replaced atomically.
+
+    Beside them is `vae_tiny/`, an AutoencoderTiny that decodes, but cannot encode.
 
     Raises what `embedded_parts` raises.
     """
@@ -70,6 +80,7 @@ def embedded_parts() -> Parts:
         read_tensors(bundle, "text_encoder_2"),
         read_tensors(bundle, "vae_encoder", "vae_decoder"),
         scaling_factor(bundle),
+        read_tensors(bundle, TINY) if TINY in component_names(bundle) else None,
     )
 
 
@@ -84,7 +95,10 @@ def _first_encoder(bundle: Path) -> Tensors:
 
 
 def write_pair(directory: str | os.PathLike[str], parts: Parts) -> tuple[Path, Path]:
-    """Write `base/` and `refiner/` into `directory` and return their paths. Existing files are replaced atomically."""
+    """Write `base/` and `refiner/` into `directory` and return their paths. Existing files are replaced atomically.
+
+    `vae_tiny/` is written beside them if the parts have a tiny decoder, else removed.
+    """
     base, refiner = Path(directory, "base"), Path(directory, "refiner")
     _write_json(base / "model_index.json", base_index())
     _write_json(refiner / "model_index.json", refiner_index())
@@ -95,7 +109,20 @@ def write_pair(directory: str | os.PathLike[str], parts: Parts) -> tuple[Path, P
         _write_json(folder / "scheduler/scheduler_config.json", architecture.scheduler())
     _write_model(base / "unet", parts.base_unet, architecture.base_unet())
     _write_model(refiner / "unet", parts.refiner_unet, architecture.refiner_unet())
+    if parts.tiny_vae is None:
+        shutil.rmtree(base.with_name(TINY), ignore_errors=True)
+    else:
+        _write_model(base.with_name(TINY), _with_encoder(parts.tiny_vae), architecture.tiny_vae())
     return base, refiner
+
+
+def _with_encoder(decoder: Tensors) -> Tensors:
+    """Return the tensors of a tiny autoencoder: those of its decoder, and an encoder that nobody trained.
+
+    The class has one, so readers expect its tensors. They are NaN: who encodes with them sees that it means nothing.
+    """
+    shapes = architecture.tiny_encoder_shapes()
+    return {**{name: np.full(shape, np.nan, np.float16) for name, shape in shapes.items()}, **decoder}
 
 
 def base_index() -> dict[str, Any]:

@@ -4,7 +4,7 @@ The bundle's `adapters.json` of a component says where each published tensor lie
 and does not import the package's other parts: the exporter starts here.
 """
 
-__all__ = ["Tensors", "read_tensors", "scaling_factor"]
+__all__ = ["Tensors", "component_names", "read_tensors", "scaling_factor"]
 
 import hashlib
 import json
@@ -33,6 +33,11 @@ def read_tensors(bundle: Path, *components: str) -> Tensors:
     for name in components:
         found |= _component(bundle, name, manifest["components"][name])
     return found
+
+
+def component_names(bundle: Path) -> tuple[str, ...]:
+    """Return the names of a bundle's components. Raises `FileNotFoundError` without a manifest."""
+    return tuple(_manifest(bundle)["components"])
 
 
 def scaling_factor(bundle: Path) -> float:

@@ -4,7 +4,7 @@ All variants draw the same captions from the same noise, in turns. Pictures are 
 without a cache, and with the pair's usual 30 steps of euler. Time is the process time of the UNets' steps, one thread.
 """
 
-__all__ = ["main"]
+__all__ = ["main", "one_thread"]
 
 import argparse
 import json
@@ -17,16 +17,14 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-import numpy.typing as npt
 
 from sdxl_trt.benchmarks.model_card.cases import CardCase, evaluation_cases
-from sdxl_trt.benchmarks.model_card.effects import paired_effect, quality, share_right
+from sdxl_trt.benchmarks.model_card.effects import Pixels, paired_effect, psnr, quality, share_right
 from sdxl_trt.engines import Engine
 from sdxl_trt.mini.score import Score, score_picture
 from sdxl_trt.runtime import Pipeline, Request, open_bundle
 from sdxl_trt.runtime.diffusion import CachePolicy, StepCache
 
-Pixels = npt.NDArray[np.uint8]
 USUAL = Request(steps=30, handoff=0.8, sampler="euler")
 SCHEDULES: Mapping[str, Request] = {
     "euler, 30 steps": USUAL,
@@ -96,16 +94,16 @@ class Drawn:
 
 def compare(found: Drawn, same: Drawn, usual: Drawn) -> dict[str, Any]:
     """Return the figures of a variant beside the `same` schedule without a cache, and beside the `usual` one."""
-    psnr = [_psnr(one, other) for one, other in zip(found.pixels, same.pixels, strict=True)]
-    to_usual = [_psnr(one, other) for one, other in zip(found.pixels, usual.pixels, strict=True)]
+    distances = [psnr(one, other) for one, other in zip(found.pixels, same.pixels, strict=True)]
+    to_usual = [psnr(one, other) for one, other in zip(found.pixels, usual.pixels, strict=True)]
     return {
         "full_steps": found.full_steps,
         "share": float(np.median(np.array(found.seconds) / np.array(usual.seconds))),
         **share_right(found.scores),
         **quality(found.scores),
         "sharper": paired_effect(usual.scores, found.scores, "sharpness"),
-        "psnr_same": float(np.median(psnr)),
-        "psnr_same_worst": float(np.min(psnr)),
+        "psnr_same": float(np.median(distances)),
+        "psnr_same_worst": float(np.min(distances)),
         "psnr_usual": float(np.median(to_usual)),
     }
 
@@ -156,7 +154,7 @@ def main(arguments: list[str] | None = None) -> None:
     chosen = variants(options.sampler or [*SCHEDULES], options.every or (2, 3), ways)
     drawn = {variant: Drawn() for variant in chosen}
     with (
-        mock.patch("onnxruntime.SessionOptions", _one_thread()),
+        mock.patch("onnxruntime.SessionOptions", one_thread()),
         open_bundle(residency="resident", provider="ort-cpu") as pipeline,
     ):
         for case in evaluation_cases(options.count):
@@ -171,7 +169,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(markdown(result))
 
 
-def _one_thread() -> Any:
+def one_thread() -> Any:
     """Return ONNX Runtime's options for a session of one thread: others spin while they wait, and count as work."""
     import onnxruntime  # noqa: PLC0415 - the plain one, which is replaced
 
@@ -181,11 +179,6 @@ def _one_thread() -> Any:
             self.intra_op_num_threads = 1
 
     return OneThread
-
-
-def _psnr(one: Pixels, other: Pixels) -> float:
-    error = float(np.square(one.astype(np.float64) - other).mean())
-    return 99.0 if error == 0 else float(10 * np.log10(255**2 / error))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
 """What the scores of many pictures say: the share that is right, means, and paired differences with intervals."""
 
-__all__ = ["Row", "paired_effect", "quality", "share_right", "wilson"]
+__all__ = ["Pixels", "Row", "paired_effect", "psnr", "quality", "share_right", "wilson"]
 
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from sdxl_trt.mini.score import Score
 
+Pixels = npt.NDArray[np.uint8]
 Row = dict[str, Any]
 
 
@@ -47,3 +49,9 @@ def paired_effect(before: list[Score], after: list[Score], name: str) -> Row:
     spread = float(difference.std(ddof=1))
     mean = float(difference.mean())
     return {"mean": mean, "low": float(low), "high": float(high), "d": mean / spread if spread else 0.0}
+
+
+def psnr(one: Pixels, other: Pixels) -> float:
+    """Return the PSNR of two pictures in dB; 99 for equal ones."""
+    error = float(np.square(one.astype(np.float64) - other).mean())
+    return 99.0 if error == 0 else float(10 * np.log10(255**2 / error))

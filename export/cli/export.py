@@ -99,7 +99,7 @@ def _export(arguments: argparse.Namespace) -> None:
     from sdxl_trt.export.cli import summary  # noqa: PLC0415 - torch: --help must not wait for it
 
     if arguments.dry_run:
-        plan = exporter.plan_export(base, refiner, arguments.out, options)
+        plan = exporter.plan_export(base, refiner, arguments.out, options, own_tiny=arguments.layout != "optimum")
         if arguments.layout == "optimum":
             exporter.check_optimum(plan)
         output = summary.of_plan(plan)

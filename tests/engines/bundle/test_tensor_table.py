@@ -23,7 +23,7 @@ def mini() -> Bundle:
     return read_bundle(bundle_path())
 
 
-COMPONENTS = ("unet", "refiner_unet", "text_encoder", "text_encoder_2", "vae_decoder", "vae_encoder")
+COMPONENTS = ("unet", "refiner_unet", "text_encoder", "text_encoder_2", "vae_decoder", "vae_encoder", "vae_tiny")
 
 
 @pytest.mark.parametrize("name", COMPONENTS)

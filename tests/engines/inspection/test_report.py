@@ -213,6 +213,7 @@ def test_what_would_be_rebuilt_and_why(plan: Any, here: Any) -> None:
         "text_encoder_2": ("stale", ["the graph was exported again after the plan was built"]),
         "vae_decoder": ("stale", ["its file has 2 bytes instead of 4"]),
         "vae_encoder": ("missing", []),
+        "vae_tiny": ("missing", []),
         "refiner_unet": ("missing", []),
         "unet_shallow": ("missing", []),
         "refiner_unet_shallow": ("missing", []),
