@@ -16,7 +16,10 @@ from sdxl_trt.server.ray import Cluster
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "docs" / "deploy"
-COMPONENTS = read_bundle(bundle_path()).manifest.components
+COMPONENTS = {
+    name: component for name, component in read_bundle(bundle_path()).manifest.components.items() if name != "vae_tiny"
+}
+"""Those of the embedded pair that SDXL's own checkpoints have too."""
 TYPES = {"float16": "TYPE_FP16", "float32": "TYPE_FP32", "int64": "TYPE_INT64"}
 SPEC = re.compile(r'\{ name: "([^"]+)" data_type: (\w+) dims: \[ ([^\]]+) \] \}')
 

@@ -118,7 +118,9 @@ def _rows(bundle: Bundle) -> Iterator[Row]:
 
 
 def _label(name: str, component: Component) -> str:
-    widths = "-".join(map(str, component.config["block_out_channels"]))
+    config = component.config
+    channels = config["block_out_channels" if "block_out_channels" in config else "decoder_block_out_channels"]
+    widths = "-".join(map(str, channels))
     return f"{name} {widths} {component.precision}"
 
 

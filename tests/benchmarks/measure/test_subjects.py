@@ -116,7 +116,7 @@ def test_against_selects_the_contestants() -> None:
     assert [entry.name for entry in choose("none")] == ["sdxl-trt"]
     assert [entry.name for entry in choose(None)] == list(ROSTER)
     for wrong in ("eagre", "eager,tensorflow", ","):
-        with pytest.raises(UsageError, match="choose from: sdxl-trt-int8, sdxl-trt-openvino, ort-cuda"):
+        with pytest.raises(UsageError, match="choose from: sdxl-trt-int8, sdxl-trt-openvino, sdxl-trt-fast, "):
             choose(wrong)
 
 
@@ -134,6 +134,7 @@ def test_the_reason_why_a_contestant_cannot_run(monkeypatch: pytest.MonkeyPatch)
     assert left_out == {
         "sdxl-trt-int8",
         "compile",
+        "compile-bf16",
         "optimum",
         *(name for name in ROSTER if name.startswith("openvino")),
     }

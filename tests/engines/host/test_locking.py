@@ -58,7 +58,7 @@ def test_without_a_lock_there_is_only_a_warning(
 def test_no_lock_lets_an_export_continue(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def planned(*_: Any) -> None:
+    def planned(*_: Any, **__: Any) -> None:
         raise UsageError("reached")
 
     _fail(monkeypatch, errno.EOPNOTSUPP)
