@@ -1,4 +1,4 @@
-"""Presets: named settings that draw faster, for a stated difference to the full run (docs/pareto.md)."""
+"""Presets: named settings that draw faster, for a stated difference to the full run (`make bench-pareto`)."""
 
 __all__ = ["PRESETS", "preset_options"]
 
