@@ -1,4 +1,4 @@
-"""Presets: named settings that draw faster, for a stated difference to the full run (`make bench-pareto`)."""
+"""Presets: named settings that draw faster. `make bench-pareto` compares their pictures with the full run's."""
 
 __all__ = ["PRESETS", "preset_options"]
 

@@ -39,12 +39,9 @@ POINTS: dict[str, Point] = {
         "guidance interval", _steps(20, guidance_interval=(0.0, 0.8), cache=2)
     ),
     "int8, 30 steps": Point("int8", _steps(30), "int8"),
-    "int8, 20 steps, cache 2": Point("int8", _steps(20, cache=2), "int8"),
     "int8 with decoder, 20 steps, cache 2": Point("int8", _steps(20, cache=2), "int8 with decoder"),
     "OpenVINO, 30 steps": Point("OpenVINO", _steps(30), provider="openvino"),
-    "OpenVINO, 20 steps, cache 2": Point("OpenVINO", _steps(20, cache=2), provider="openvino"),
     "20 steps, cache 2, tiny decoder": Point("tiny decoder", _steps(20, cache=2, vae="tiny")),
-    **{f"--{name}": Point("preset", dict(fields)) for name, fields in PRESETS.items()},
     **{f"--{name}, int8": Point("preset", dict(fields), "int8") for name, fields in PRESETS.items()},
     **{f"--{name}, OpenVINO": Point("preset", dict(fields), provider="openvino") for name, fields in PRESETS.items()},
 }  # fmt: skip
