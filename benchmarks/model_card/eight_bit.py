@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from sdxl_trt.benchmarks.model_card.cases import CardCase, DrawSettings, evaluation_cases
 from sdxl_trt.benchmarks.model_card.draw_engines import engine_pair
-from sdxl_trt.benchmarks.model_card.effects import paired_effect, quality, share_right
+from sdxl_trt.benchmarks.model_card.effects import paired_effect, psnr, quality, share_right
 from sdxl_trt.export import Options, export_bundle
 from sdxl_trt.mini.score import Score, score_picture
 
@@ -70,13 +70,13 @@ def draw(bundle: Path, cases: list[CardCase]) -> Drawn:
 
 def compare(found: Drawn, reference: Drawn) -> dict[str, Any]:
     """Return the figures of a variant; differences are those to the reference, picture by picture."""
-    psnr = [_psnr(one, other) for one, other in zip(found.pixels, reference.pixels, strict=True)]
+    decibels = [psnr(one, other) for one, other in zip(found.pixels, reference.pixels, strict=True)]
     return {
         **share_right(found.scores),
         **quality(found.scores),
         "difference": {name: paired_effect(reference.scores, found.scores, name) for name in ("right", *_MEASURES)},
-        "psnr_median": float(np.median(psnr)),
-        "psnr_worst": float(np.min(psnr)),
+        "psnr_median": float(np.median(decibels)),
+        "psnr_worst": float(np.min(decibels)),
     }
 
 
@@ -147,11 +147,6 @@ def _export(variant: Variant, usual: Path, folder: Path) -> Path:
 
 def _cell(row: Mapping[str, float]) -> str:
     return f"{row['mean']:+.4f} ({row['low']:+.4f} to {row['high']:+.4f})"
-
-
-def _psnr(one: Pixels, other: Pixels) -> float:
-    error = float(np.square(one.astype(np.float64) - other).mean())
-    return 99.0 if error == 0 else float(10 * np.log10(255**2 / error))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 Steps × cache × guided interval × precision × decoder: every setting draws the same captions from the same noise, in
 turns. UNet FLOPs and seconds stand against PSNR to the full run, what is right in the pictures, sharpness and damage.
-Writes JSON, Markdown and a page of HTML. ``--only`` takes patterns of settings, and keeps the other rows of the
-results if they are of as many captions.
+The settings that have a bar draw all captions, the others the first eighth of them. Writes JSON, Markdown and a page of
+HTML. ``--only`` takes patterns of settings, and keeps the other rows of the results if they are of as many captions.
 
 Then whole pictures of a cousin of SDXL are drawn with the presets and by other libraries, in turns, to
 ``bench_pictures.json`` beside the results; not with ``--only``. ``--pictures`` draws these alone.
@@ -18,7 +18,6 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from sdxl_trt.benchmarks.measure import (
     RESULTS_FOLDER,
@@ -33,7 +32,7 @@ from sdxl_trt.benchmarks.measure import (
     write_results,
     write_text,
 )
-from sdxl_trt.benchmarks.model_card import evaluation_cases, paired_effect
+from sdxl_trt.benchmarks.model_card import evaluation_cases, paired_effect, psnr
 from sdxl_trt.benchmarks.pareto.drawing import Drawn, draw_in_turns, export_bundles
 from sdxl_trt.benchmarks.pareto.page import Difference, Report, Row, frontier, page, table
 from sdxl_trt.benchmarks.pareto.pictures import draw_pictures
@@ -42,28 +41,30 @@ from sdxl_trt.engines import SdxlTrtError, UsageError
 from sdxl_trt.engines.host import ProgressLine
 
 RESULTS = RESULTS_FOLDER / "pareto.json"
-_TURN = 20
-_IDENTICAL = 99.0
+_TURN = 10
 _MEASURES = ("right", "sharpness", "damage")
 _CACHED, _FEWER = "20 steps, cache 2", ("12 steps", "15 steps")
+_BARRED = (FULL, _CACHED, *_FEWER)
+_SHARE = 8
 
 
 def figures(points: Mapping[str, Point], drawn: Mapping[str, Drawn]) -> dict[str, Row]:
-    """Return the row of every setting; `drawn` has the full run's pictures too."""
-    full = drawn[FULL]
+    """Return the row of every setting; `drawn` has the full run's pictures too, of at least as many captions."""
     rows = {}
     for name, found in drawn.items():
-        psnr = [_psnr(one, other) for one, other in zip(found.pixels, full.pixels, strict=True)]
+        full = drawn[FULL].first(len(found.pixels), len(found.unet))
+        decibels = [psnr(one, other) for one, other in zip(found.pixels, full.pixels, strict=True)]
         effects = {measure: paired_effect(full.scores, found.scores, measure) for measure in _MEASURES}
         rows[name] = Row(
             kind=points[name].kind,
+            captions=len(found.pixels),
             flops=found.flops,
             unet=float(np.median(found.unet)),
             whole=float(np.median(found.whole)),
             unet_ratio=float(np.median(np.divide(found.unet, full.unet))),
             whole_ratio=float(np.median(np.divide(found.whole, full.whole))),
-            psnr=float(np.median(psnr)),
-            worst=min(psnr),
+            psnr=float(np.median(decibels)),
+            worst=min(decibels),
             right=100 * float(np.mean([score.right for score in found.scores])),
             sharpness=float(np.mean([score.sharpness for score in found.scores])),
             differences={measure: Difference(effect["mean"], effect["low"], effect["high"])
@@ -75,11 +76,11 @@ def figures(points: Mapping[str, Point], drawn: Mapping[str, Drawn]) -> dict[str
 def bars(rows: Mapping[str, Row]) -> list[Bar]:
     """Return the bars of step caching; what was not drawn counts as not measured."""
     cached = rows.get(_CACHED)
-    psnr, ratio = (None, None) if cached is None else (cached.psnr, cached.unet_ratio)
+    nearness, ratio = (None, None) if cached is None else (cached.psnr, cached.unet_ratio)
     what = f"{_CACHED}, against {FULL}"
     decibels = "{:.1f} dB".format
     found = [
-        at_least(f"{what}: PSNR, median", psnr, 40.0, "40 dB", decibels),
+        at_least(f"{what}: PSNR, median", nearness, 40.0, "40 dB", decibels),
         Bar(f"{what}: right, 95 % interval", "≥ -1 point or includes 0", *_judged(cached, "right", -0.01)),
         Bar(f"{what}: sharpness, 95 % interval", "includes 0", *_judged(cached, "sharpness", None)),
     ]
@@ -110,11 +111,6 @@ def _judged(row: Row | None, measure: str, least: float | None) -> tuple[str, bo
     return said, found.includes_zero or (least is not None and found.mean >= least)
 
 
-def _psnr(one: npt.NDArray[np.uint8], other: npt.NDArray[np.uint8]) -> float:
-    error = float(np.square(one.astype(np.float64) - other).mean())
-    return _IDENTICAL if error == 0 else float(10 * np.log10(255**2 / error))
-
-
 def merged(report: Report, path: Path) -> Report:
     """Return `report` with the rows of the results at `path` that it lacks.
 
@@ -135,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Draw, write the results and return 1 if a bar was missed, else 0."""
     prog = "sdxl_trt.benchmarks.pareto"
     parser = results_parser(prog, __doc__, work=Path("out/bench-pareto"), results=RESULTS, case="setting")
-    parser.add_argument("--count", type=int, default=100, help="captions (default 100)")
+    parser.add_argument("--count", type=int, default=400, help="captions of the settings that have a bar (default 400)")
     parser.add_argument("--pictures", action="store_true", help="only draw whole pictures, beside other libraries")
     arguments = parser.parse_args(argv)
     found: list[Bar] = []
@@ -159,7 +155,9 @@ def _settings(arguments: argparse.Namespace) -> list[Bar]:
     with ProgressLine() as line:
         line.draw("bundles", "exporting")
         bundles = export_bundles(list(dict.fromkeys(point.bundle for point in points.values())), arguments.work)
-        drawn = draw_in_turns(points, bundles, evaluation_cases(count), _TURN, line)
+        cases, few = evaluation_cases(count), max(2, count // _SHARE)
+        each = {name: cases if name in _BARRED else cases[:few] for name in points}
+        drawn = draw_in_turns(points, bundles, each, _TURN, line)
     rows = figures(points, drawn)
     versions = package_versions(("sdxl-trt", "onnxruntime", "openvino", "numpy"))
     report = Report(machine(), versions, count, FULL, rows, bars(rows))

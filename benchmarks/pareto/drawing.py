@@ -84,6 +84,10 @@ class Drawn:
     whole: list[float] = field(default_factory=list)
     flops: float = 0.0
 
+    def first(self, pictures: int, turns: int) -> "Drawn":
+        """Return what was drawn in the first turns."""
+        return Drawn(self.pixels[:pictures], self.scores[:pictures], self.unet[:turns], self.whole[:turns], self.flops)
+
 
 def export_bundles(names: Sequence[str], folder: Path) -> dict[str, Path]:
     """Return the embedded pair's bundles by name, exported to `folder` unless they are there already."""
@@ -101,11 +105,12 @@ def export_bundles(names: Sequence[str], folder: Path) -> dict[str, Path]:
 
 
 def draw_in_turns(
-    points: Mapping[str, Point], bundles: Mapping[str, Path], cases: Sequence[CardCase], turn: int, line: ProgressLine
+    points: Mapping[str, Point], bundles: Mapping[str, Path], cases: Mapping[str, Sequence[CardCase]], turn: int,
+    line: ProgressLine,
 ) -> dict[str, Drawn]:  # fmt: skip
-    """Draw all `cases` with every point, `turn` cases at a time so that the machine's moods meet all of them.
+    """Draw every point's `cases`, `turn` at a time so that the machine's moods meet all of them.
 
-    Each turn starts with another point. A warm-up picture is drawn of every point first.
+    All have the same first cases. Each turn starts with another point. A warm-up picture is drawn of every point first.
     """
     found: dict[str, Drawn] = defaultdict(Drawn)
     watch, names = Watch(read_bundle(bundles["fp16"])), list(points)
@@ -119,11 +124,14 @@ def draw_in_turns(
         stack.enter_context(watch.watching())
         for name, point in points.items():
             line.draw("warm-ups", f"warming up {name}")
-            _draw(pipelines[point.bundle, point.provider], point, cases[:1])
-        for number, start in enumerate(range(0, len(cases), turn)):
-            part = cases[start : start + turn]
+            _draw(pipelines[point.bundle, point.provider], point, cases[name][:1])
+        most = max(map(len, cases.values()))
+        for number, start in enumerate(range(0, most, turn)):
             for name in names[number % len(names) :] + names[: number % len(names)]:
-                line.draw("captions", name, start, len(cases), unit=" captions")
+                part = cases[name][start : start + turn]
+                if not part:
+                    continue
+                line.draw("captions", name, start, most, unit=" captions")
                 point, drawn = points[name], found[name]
                 watch.reset()
                 started = time.perf_counter()

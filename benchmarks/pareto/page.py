@@ -39,7 +39,7 @@ class Difference(msgspec.Struct, frozen=True):
 
 
 class Row(msgspec.Struct, frozen=True):
-    """One setting's figures.
+    """One setting's figures, of its first `captions`.
 
     `flops` are those of the UNets a picture, `unet` and `whole` seconds a picture, `unet_ratio` and `whole_ratio` the
     medians over the turns of the ratios to the full run's in the same turn. `psnr` and `worst` are dB to the full run's
@@ -47,6 +47,7 @@ class Row(msgspec.Struct, frozen=True):
     """
 
     kind: str
+    captions: int
     flops: float
     unet: float
     whole: float
@@ -109,7 +110,8 @@ def _chart(report: Report) -> str:
 
 def _about(report: Report) -> str:
     return (
-        f"The embedded pair, {report.captions} captions from the same noise, against {report.full} of the fp16 bundle."
+        f"The embedded pair, up to {report.captions} captions from the same noise, against {report.full} of the fp16"
+        " bundle."
         f" {machine_words(report.machine)}. Written by `{COMMAND}`."
     )
 
@@ -117,15 +119,16 @@ def _about(report: Report) -> str:
 def _sections(report: Report) -> list[Section]:
     best = frontier({name: row for name, row in report.rows.items() if name != report.full})
     head = (
-        "setting", "UNet TFLOP", "UNet time", "picture", "PSNR median / worst", "right %", "right, points",
+        "setting", "captions", "UNet TFLOP", "UNet time", "picture", "PSNR median / worst", "right %", "right, points",
         "sharpness", "damage",
     )  # fmt: skip
     rows = tuple(_cells(name, row, is_full=name == report.full) for name, row in report.rows.items())
     own = frozenset(number for number, name in enumerate(report.rows) if name in best)
     says = (
-        "Times are medians over the turns of the ratio to the full run in the same turn, with seconds a picture in"
-        " brackets; differences are means over the pictures, with 95 % intervals, starred where 0 lies outside. Marked"
-        " rows are those that no other setting beats in both UNet time and PSNR."
+        "Each setting drew the first captions, and is compared with the full run on these. Times are medians over the"
+        " turns of the ratio to the full run in the same turn, with seconds a picture in brackets; differences are"
+        " means over the pictures, with 95 % intervals, starred where 0 lies outside. Marked rows are those that no"
+        " other setting beats in both UNet time and PSNR."
     )
     found = [Section("settings", "Settings", (says,), (Table(head, rows, ours=own),))]
     if report.bars:
@@ -138,11 +141,12 @@ def _sections(report: Report) -> list[Section]:
 
 def _cells(name: str, row: Row, *, is_full: bool) -> tuple[str, ...]:
     times = (f"{row.unet_ratio:.3f} ({row.unet:.2f} s)", f"{row.whole_ratio:.3f} ({row.whole:.2f} s)")
+    first = (name, f"{row.captions}", f"{row.flops / 1e12:.3f}", *times)
     if is_full:
-        return (name, f"{row.flops / 1e12:.3f}", *times, "–", f"{row.right:.1f}", "–", f"{row.sharpness:.3f}", "–")
+        return (*first, "–", f"{row.right:.1f}", "–", f"{row.sharpness:.3f}", "–")
     said = [_said(row.differences["right"], 100.0, 2), _said(row.differences["sharpness"], 1.0, 4),
             _said(row.differences["damage"], 1.0, 4)]  # fmt: skip
-    return (name, f"{row.flops / 1e12:.3f}", *times, f"{row.psnr:.1f} / {row.worst:.1f}", f"{row.right:.1f}", *said)
+    return (*first, f"{row.psnr:.1f} / {row.worst:.1f}", f"{row.right:.1f}", *said)
 
 
 def _said(found: Difference, scale: float, digits: int) -> str:

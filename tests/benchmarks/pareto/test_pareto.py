@@ -22,7 +22,7 @@ NONE = Difference(0.0, -0.01, 0.01)
 
 def row(ratio: float = 1.0, psnr: float = 99.0, kind: str = "cache 2", **differences: Difference) -> Row:
     effects = dict.fromkeys(("right", "sharpness", "damage"), NONE) | differences
-    return Row(kind, 1e12, ratio, 2 * ratio, ratio, ratio, psnr, psnr - 10, 99.0, 0.7, effects)
+    return Row(kind, 100, 1e12, ratio, 2 * ratio, ratio, ratio, psnr, psnr - 10, 99.0, 0.7, effects)
 
 
 def report(rows: dict[str, Row], captions: int = 100) -> Report:
@@ -74,6 +74,9 @@ def test_figures_compare_the_same_captions_and_turns() -> None:
     assert found["20 steps"].worst == pytest.approx(20 * np.log10(255 / 16))
     assert found["20 steps"].differences["right"] == Difference(0.0, 0.0, 0.0)
     assert (found[FULL].psnr, found[FULL].unet_ratio, found["20 steps"].flops) == (99.0, 1.0, 1e12)
+    full = Drawn([black, black, grey], scores + scores[:1], [1.0, 4.0, 9.0], [2.0, 2.0, 2.0], 3e12)
+    fewer = figures(POINTS, {FULL: full, "10 steps": Drawn([black] * 2, scores, [0.5, 1.0], [1.0, 1.0], 1e12)})
+    assert (fewer["10 steps"].captions, fewer["10 steps"].unet_ratio, fewer["10 steps"].psnr) == (2, 0.375, 99.0)
 
 
 def test_pages_show_every_setting_and_mark_the_frontier() -> None:
