@@ -9,7 +9,7 @@ from sdxl_trt.runtime.request import Request, settings_of
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "fast": {"steps": 20, "cache": 2},
-    "fastest": {"steps": 15, "cache": 3},
+    "fastest": {"steps": 15, "cache": 2},
 }
 """Settings of a request by the name of the preset; each is an option of trt-generate."""
 

@@ -25,6 +25,7 @@ from sdxl_trt.engines.backends.ov import OvEngine
 from sdxl_trt.engines.bundle import Bundle, read_bundle
 from sdxl_trt.engines.host import ProgressLine
 from sdxl_trt.export import Options, export_bundle
+from sdxl_trt.mini import bundle_path
 from sdxl_trt.mini.score import Score, score_picture
 from sdxl_trt.runtime import Pipeline, Request, open_bundle
 
@@ -90,9 +91,8 @@ class Drawn:
 
 
 def export_bundles(names: Sequence[str], folder: Path) -> dict[str, Path]:
-    """Return the embedded pair's bundles by name, exported to `folder` unless they are there already."""
-    usual = folder / "fp16"
-    export_bundle(out=usual)
+    """Return the embedded pair's bundles by name: its own in fp16, others exported to `folder` if they are new."""
+    usual = bundle_path()
     found = {"fp16": usual}
     for name in names:
         if name != "fp16":

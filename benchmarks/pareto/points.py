@@ -33,7 +33,7 @@ POINTS: dict[str, Point] = {
     FULL: Point("fewer steps", _steps(30)),
     **{f"{count} steps": Point("fewer steps", _steps(count)) for count in (24, 20, 15, 12, 10)},
     **{f"{count} steps, cache {every}": Point(f"cache {every}", _steps(count, cache=every))
-       for every, counts in ((2, (30, 24, 20, 15)), (3, (30, 20, 15))) for count in counts},
+       for every, counts in ((2, (30, 24, 20, 15, 12)), (3, (30, 20, 15))) for count in counts},
     "30 steps, guided from 0 to 0.8": Point("guidance interval", _steps(30, guidance_interval=(0.0, 0.8))),
     "20 steps, guided from 0 to 0.8, cache 2": Point(
         "guidance interval", _steps(20, guidance_interval=(0.0, 0.8), cache=2)

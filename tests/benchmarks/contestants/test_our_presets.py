@@ -32,7 +32,7 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> Spec:
 
 @pytest.mark.parametrize(
     ("name", "stated"),
-    [("sdxl-trt-fast", {"steps": 8, "cache": 2}), ("sdxl-trt-fastest", {"steps": 6, "cache": 3})],
+    [("sdxl-trt-fast", {"steps": 8, "cache": 2}), ("sdxl-trt-fastest", {"steps": 6, "cache": 2})],
 )
 def test_a_presets_contestant_draws_that_presets_picture(spec: Spec, name: str, stated: dict[str, int]) -> None:
     contestant = make(msgspec.structs.replace(spec, name=name))
