@@ -22,6 +22,11 @@ LEAST_LIKENESS = 30.0
 Measure = Callable[[list[str]], Measured]
 
 
+def _installed(command: list[str]) -> Measured:
+    """Measure a command whose modules are compiled, as an installed package's are; a checkout's on their first run."""
+    return measure(command, {"PYTHONDONTWRITEBYTECODE": ""})
+
+
 def commands(subject: Subject, spec: Spec, out: Path) -> dict[str, list[str]]:
     """Return both commands, each writing its picture into `out`; only ours if there is no checkpoint."""
     common = [spec.prompt, "--steps", str(spec.steps), "--seed", str(spec.seed), "--guidance", str(spec.guidance)]
@@ -52,7 +57,7 @@ def commands(subject: Subject, spec: Spec, out: Path) -> dict[str, list[str]]:
 
 
 def cold_starts(
-    subject: Subject, spec: Spec, runs: int, *, run: Measure = measure, say: Say = lambda _: None
+    subject: Subject, spec: Spec, runs: int, *, run: Measure = _installed, say: Say = lambda _: None
 ) -> tuple[tuple[ColdStart, ...], str]:
     """Run both commands `runs` times in turns; return their times and memory, and a sentence comparing the pictures.
 
