@@ -32,16 +32,29 @@ from sdxl_trt.runtime.request import resolve_request
 GIVEN = "these engines"
 """Variant names of the given bundle's rows begin with this."""
 REFERENCE = "PyTorch fp32"
-VARIANTS: dict[str, tuple[Literal["fp32", "fp16", "bf16", "int8", "fp8"], VaePrecision]] = {
-    "fp32": ("fp32", "fp32"),
-    "fp16, VAE fp32": ("fp16", "fp32"),
-    "fp16, VAE mixed": ("fp16", "mixed"),
-    "fp16, VAE fp16": ("fp16", "fp16"),
-    "bf16": ("bf16", "bf16"),
-    "int8, VAE int8": ("int8", "int8"),
-    "fp8": ("fp8", "auto"),
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A bundle to export for comparison, by the overall precision and the autoencoder's, and what runs it."""
+
+    precision: Literal["fp32", "fp16", "bf16", "int8", "fp8"]
+    vae: VaePrecision
+    provider: str = "ort-cpu"
+    compute_precision: str = "auto"
+
+
+VARIANTS: dict[str, Variant] = {
+    "fp32": Variant("fp32", "fp32"),
+    "fp32 on OpenVINO": Variant("fp32", "fp32", "openvino", "fp32"),
+    "fp32 on OpenVINO, computed in bf16": Variant("fp32", "fp32", "openvino", "bf16"),
+    "fp16, VAE fp32": Variant("fp16", "fp32"),
+    "fp16, VAE mixed": Variant("fp16", "mixed"),
+    "fp16, VAE fp16": Variant("fp16", "fp16"),
+    "bf16": Variant("bf16", "bf16"),
+    "int8, VAE int8": Variant("int8", "int8"),
+    "fp8": Variant("fp8", "auto"),
 }
-"""Variants to export for comparison: name to the overall precision and the autoencoder's."""
 SCORED = 4
 _NO_BF16 = "bf16 graphs run only in TensorRT plans: numpy and ONNX Runtime's CPU provider have no bf16"
 
@@ -128,9 +141,11 @@ class _Measured:
         row = Quality(variant=REFERENCE, stage="pixels", psnr=None, ssim=1.0, score=right, pictures=len(self.cases))
         return [row]
 
-    def rows(self, bundle: Path, variant: str, provider: str, *, tiled: bool = False) -> Iterator[Quality]:
+    def rows(
+        self, bundle: Path, variant: str, provider: str, compute_precision: str = "auto", *, tiled: bool = False
+    ) -> Iterator[Quality]:
         """Yield the rows of the bundle at `bundle`; with `tiled` also the row of its pictures decoded in tiles."""
-        with open_bundle(bundle, provider=provider) as pipeline:
+        with open_bundle(bundle, provider=provider, compute_precision=compute_precision) as pipeline:
             traces = trace_engines(pipeline, self.cases, self.settings)
             precisions = precisions_of(pipeline, refined=self.settings.handoff is not None)
             yield from compare(variant, traces, self.reference, precisions, self.score)
@@ -143,16 +158,16 @@ class _Measured:
 
 def _variant(name: str, subject: Subject, measured: _Measured) -> list[Quality]:
     """Export a variant and return its rows, or one row with the reason why it cannot be measured."""
-    precision, vae = VARIANTS[name]
-    if precision == "bf16":
+    chosen = VARIANTS[name]
+    if chosen.precision == "bf16":
         return [Quality(variant=name, stage="", psnr=None, missing=_NO_BF16)]
     # Variants that differ only in the autoencoder share a folder, so nothing else is exported again.
-    target = subject.cache / "quality" / precision
+    target = subject.cache / "quality" / chosen.precision
     target.parent.mkdir(parents=True, exist_ok=True)
-    options = Options(precision=precision, vae_precision=vae)
+    options = Options(precision=chosen.precision, vae_precision=chosen.vae)
     try:
         export_bundle(subject.base, subject.refiner or None, target, options)
-        return list(measured.rows(target, name, "ort-cpu"))
+        return list(measured.rows(target, name, chosen.provider, chosen.compute_precision))
     except (CorruptError, IncompatibleError) as exc:  # for example an autoencoder that overflows fp16
         return [Quality(variant=name, stage="", psnr=None, passed=False, missing=str(exc))]
 

@@ -70,7 +70,8 @@ def compare_tiled(
 
 
 def precisions_of(pipeline: Pipeline, *, refined: bool) -> dict[str, set[Precision]]:
-    """Return, by stage, the precisions of all components that have run by its end."""
+    """Return, by stage, the precisions of all components that have run by its end; bf16 too if that computed them."""
+    computed: set[Precision] = {"bf16"} if pipeline.pool.computes == "bf16" else set()
     manifest = pipeline.manifest
     stages = [manifest.base, *([manifest.refiner] if refined and manifest.refiner else [])]
     encoders = {encoder.component for stage in stages for encoder in stage.text_encoders}
@@ -79,7 +80,7 @@ def precisions_of(pipeline: Pipeline, *, refined: bool) -> dict[str, set[Precisi
     names = [set[str]().union(*worked[: place + 1]) for place in range(len(worked))]
     parts = manifest.components
     return {
-        stage: {parts[pipeline.pool.stand_in(name)].precision for name in each}
+        stage: computed | {parts[pipeline.pool.stand_in(name)].precision for name in each}
         for stage, each in zip(STAGES, names, strict=True)
     }
 

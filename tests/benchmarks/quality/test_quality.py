@@ -15,6 +15,7 @@ from sdxl_trt.benchmarks.measure.subjects import Subject
 from sdxl_trt.benchmarks.quality import quality
 from sdxl_trt.benchmarks.quality.limits import STAGES
 from sdxl_trt.benchmarks.quality.quality import GIVEN, measure_quality, verdict
+from sdxl_trt.benchmarks.quality.rows import precisions_of
 from sdxl_trt.benchmarks.quality.traces import Trace, TraceCase
 from sdxl_trt.benchmarks.report.markdown import markdown_report
 from sdxl_trt.benchmarks.report.records import BenchReport, BenchSettings, Quality
@@ -23,6 +24,7 @@ from sdxl_trt.engines.bundle.manifest import LoraRecord
 from sdxl_trt.engines.errors import CorruptError, UsageError
 from sdxl_trt.engines.host.files import sha256_file
 from sdxl_trt.mini.scenes.scenes import EVALUATION_SEEDS, render, sample_scene, training_pairs
+from sdxl_trt.runtime import open_bundle
 
 SETTINGS = BenchSettings(
     bundle="", model="", width=32, height=32, batch=1, steps=4, handoff=0.5, guidance=5.0, seed=3, tokens=77, runs=1,
@@ -220,23 +222,33 @@ def test_variants_are_reported_but_do_not_affect_the_verdict(
         exported.append((target.name, options.precision, options.vae_precision))
         if options.vae_precision == "fp16":
             raise CorruptError("black")
-        shutil.copytree(pair.bundle, target)
+        shutil.copytree(pair.bundle, target, dirs_exist_ok=True)
         if options.precision == "fp16":
             _scaled("unet", "conv_out.weight")(target)
 
     monkeypatch.setattr(quality, "trace_diffusers", traced)
     monkeypatch.setattr(quality, "check_same_model", lambda _: None)
     monkeypatch.setattr(quality, "export_bundle", export)
-    chosen = ("bf16", "fp16, VAE fp32", "fp16, VAE fp16", "fp32")
+    chosen = ("bf16", "fp16, VAE fp32", "fp16, VAE fp16", "fp32", "fp32 on OpenVINO")
     rows = measure_quality(_subject(pair, pair.bundle, tmp_path), SETTINGS, chosen)
     of = {name: [row for row in rows if row.variant == name] for name in chosen}
-    assert exported == [("fp16", "fp16", "fp32"), ("fp16", "fp16", "fp16"), ("fp32", "fp32", "fp32")]
+    assert exported == [("fp16", "fp16", "fp32"), ("fp16", "fp16", "fp16"), *[("fp32", "fp32", "fp32")] * 2]
     assert [(row.stage, row.passed) for row in of["bf16"]] == [("", True)]
     assert "no bf16" in of["bf16"][0].missing
     assert [(row.missing, row.passed) for row in of["fp16, VAE fp16"]] == [("black", False)]
     assert [row.passed for row in of["fp16, VAE fp32"]] == [True, False, False, False]
-    assert [row.passed for row in of["fp32"]] == [True] * 4
+    assert [row.passed for row in of["fp32"]] == [row.passed for row in of["fp32 on OpenVINO"]] == [True] * 4
+    assert [row.limit for row in of["fp32 on OpenVINO"]] == [110.0, 100.0, 100.0, 60.0]
+    assert [row.psnr for row in of["fp32 on OpenVINO"]] != [row.psnr for row in of["fp32"]]
     assert verdict(rows) == ""
+
+
+@pytest.mark.parametrize(("computes", "added"), [(None, set()), ("fp32", set()), ("bf16", {"bf16"})])
+def test_what_openvino_computes_in_counts_at_every_stage(pairs: Any, computes: str | None, added: set[str]) -> None:
+    with open_bundle(pairs("outline").bundle) as pipeline:
+        pipeline.pool.computes = computes
+        found = precisions_of(pipeline, refined=True)
+    assert found == dict.fromkeys(STAGES, {"fp32"} | added)
 
 
 def test_the_cases_depend_on_the_model(pairs: Any, tmp_path: Path) -> None:
