@@ -108,12 +108,15 @@ def run_components(
 
 def lacks_shallow(manifest: Manifest, cached: Collection[str]) -> str:
     """Return why the stages `cached` cannot have a step cache, and what to do; "" if they can."""
-    bare = {name: stage.unet for name, stage in manifest.stages().items() if name in cached and stage.shallow is None}
+    stages = manifest.stages()
+    bare = {name: stage.unet for name, stage in stages.items() if name in cached and stage.shallow is None}
     if not bare:
         return ""
-    if [*bare] == ["refiner"]:
-        return (f"{bare['refiner']} was exported without a shallow UNet, which cached steps need: --refiner-cache 1"
-                " leaves the refiner out of the cache; or export the bundle again")  # fmt: skip
-    them = f"{' and '.join(bare.values())} {'has' if len(bare) == 1 else 'have'} none"
+    if len(bare) < len(stages):
+        ((name, unet),) = bare.items()
+        option = "--cache" if name == "base" else "--refiner-cache"
+        return (f"the {name}'s {unet} was exported without a shallow UNet, which cached steps need; {option} 1 leaves"
+                f" the {name} out of the cache, or export the bundle again")  # fmt: skip
+    them = f"{', '.join(bare.values())} {'has' if len(bare) == 1 else 'have'} none"
     return (f"the bundle was exported without shallow UNets ({them}), which cached steps need; export it again, or"
             " leave --cache out")  # fmt: skip

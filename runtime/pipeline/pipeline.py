@@ -342,10 +342,11 @@ class Pipeline:
                 controls,
                 cache,
             )
-            sampled = drive(phase.asking(group), denoise)
+            sampled, taken = drive(phase.asking(group), denoise), 0
             for index, x in enumerate(sampled, start=number * phase.steps + 1):
-                job.run.full_steps[name] = denoise.end_step()
-                yield Step(name, index, total, group, latents=x.copy(), denoised=denoise.latest)
+                before, taken = taken, denoise.end_step()
+                job.run.full_steps[name] = taken
+                yield Step(name, index, total, group, latents=x.copy(), denoised=denoise.latest, full=taken > before)
             latents[group] = x
 
     def _decode(self, vae: Vae, run: Run) -> Iterator[Step]:

@@ -46,6 +46,30 @@ def test_an_older_bundle_is_refused_where_it_is_opened_for_cached_runs() -> None
             call()
 
 
+@pytest.mark.parametrize(
+    ("bare", "cached", "says"),
+    [
+        ("refiner", ("base",), None),
+        ("base", ("refiner",), None),
+        (
+            "refiner",
+            ("base", "refiner"),
+            r"^the refiner's refiner_unet .* --refiner-cache 1 leaves the refiner out",
+        ),
+        ("base", ("base", "refiner"), r"^the base's unet .* --cache 1 leaves the base out"),
+    ],
+)
+def test_a_stage_without_a_shallow_unet_may_be_left_out(bare: str, cached: tuple[str, ...], says: str | None) -> None:
+    stage = EMBEDDED.manifest.stages()[bare]
+    half = msgspec.structs.replace(EMBEDDED.manifest, **{bare: msgspec.structs.replace(stage, shallow=None)})
+    if says is not None:
+        with pytest.raises(IncompatibleError, match=says):
+            open_pool(Bundle(EMBEDDED.root, half), "ort-cpu", workload=Workload(cached=cached))
+        return
+    phases = run_phases(half, "ort-cpu", Workload(cached=cached))
+    assert [name for name, used in phases.items() if any("shallow" in each for each in used)] == [*cached]
+
+
 @pytest.mark.parametrize("provider", PROVIDERS)
 def test_a_shallow_unet_counts_with_what_it_uses(provider: str) -> None:
     sizes = stage_sizes(EMBEDDED.manifest)

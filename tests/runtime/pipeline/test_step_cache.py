@@ -1,15 +1,19 @@
 """A step cache in runs of the embedded pair: which engine answers each call, what is loaded, recorded and repeated."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
 from sdxl_trt.engines.backends.ort.engine import OrtEngine
+from sdxl_trt.engines.bundle import read_bundle, write_manifest
+from sdxl_trt.mini.embedded import bundle_path
 from sdxl_trt.runtime import Pipeline, Request, open_bundle
 from sdxl_trt.runtime.cli.generate import main as trt_generate
 from sdxl_trt.runtime.pipeline import read_settings
@@ -136,3 +140,37 @@ def test_the_record_says_how_many_steps_were_full_and_repeats_the_cache(
     assert json.loads(capsys.readouterr().out)["cache"] is None
     plain = read_settings(tmp_path / "plain.png")
     assert (plain.cache, plain.full_steps) == (1, None)
+
+
+def test_a_pair_whose_refiner_has_no_shallow_unet_caches_the_base_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    half = _without_the_refiner_s(tmp_path / "half")
+    drawn = ["a star", "--steps", "9", "--handoff-step", "6", "--width", "64", "--height", "64", "--seed", "3",
+             "--provider", "ort-cpu", "--no-metadata", "--cache", "2"]  # fmt: skip
+    alone = ["--refiner-cache", "1"]
+    assert trt_generate([*drawn, "--engines", str(half), "-o", "no.png"]) == 3
+    assert capsys.readouterr().err == (
+        "trt-generate: the refiner's refiner_unet was exported without a shallow UNet, which cached steps need;"
+        " --refiner-cache 1 leaves the refiner out of the cache, or export the bundle again\n"
+    )
+    assert trt_generate([*drawn, *alone, "--engines", str(half), "-o", "half.png"]) == 0
+    assert "; cache 2, of the refiner 1: 7 of 9 steps full; " in capsys.readouterr().err
+    assert trt_generate([*drawn, *alone, "-o", "whole.png"]) == 0
+    assert (tmp_path / "half.png").read_bytes() == (tmp_path / "whole.png").read_bytes()
+    capsys.readouterr()
+    for option in (alone, ["--no-refiner"]):
+        assert trt_generate([*drawn, *option, "--engines", str(half), "--plan"]) == 0
+        assert "unet_shallow" in capsys.readouterr().out
+
+
+def _without_the_refiner_s(root: Path) -> Path:
+    """Write the embedded pair to `root` as `export-engines --components unet` leaves an older export."""
+    shutil.copytree(bundle_path(), root, ignore=shutil.ignore_patterns("refiner_unet_shallow", "plans"))
+    manifest = read_bundle(bundle_path()).manifest
+    assert manifest.refiner is not None
+    refiner = msgspec.structs.replace(manifest.refiner, shallow=None)
+    parts = {name: part for name, part in manifest.components.items() if name != "refiner_unet_shallow"}
+    write_manifest(root, msgspec.structs.replace(manifest, refiner=refiner, components=parts))
+    return root
