@@ -115,8 +115,8 @@ def lacks_shallow(manifest: Manifest, cached: Collection[str]) -> str:
     if len(bare) < len(stages):
         ((name, unet),) = bare.items()
         option = "--cache" if name == "base" else "--refiner-cache"
-        return (f"the {name}'s {unet} was exported without a shallow UNet, which cached steps need; {option} 1 leaves"
-                f" the {name} out of the cache, or export the bundle again")  # fmt: skip
+        return (f"the {name}'s UNet ({unet}) was exported without a shallow one, which cached steps need; {option} 1"
+                f" leaves the {name} out of the cache, or export the bundle again")  # fmt: skip
     them = f"{', '.join(bare.values())} {'has' if len(bare) == 1 else 'have'} none"
     return (f"the bundle was exported without shallow UNets ({them}), which cached steps need; export it again, or"
             " leave --cache out")  # fmt: skip

@@ -295,8 +295,9 @@ class Room:
                         shared.drop(other)
                 if len(gone) == len(pieces):
                     break
-        for kind, count in units.items() if pieces[0].work is not None else ():
-            self._predictor.observe(kind, pieces[0].work.pixels, seconds[kind] / count)
+        if (work := pieces[0].work) is not None:
+            for kind, count in units.items():
+                self._predictor.observe(kind, work.pixels, seconds[kind] / count)
         for number, error in shared.failed.items():
             self._fail(pieces[number], error)
             self._doubtful = True

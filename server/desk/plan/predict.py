@@ -15,7 +15,7 @@ PRIORS = {"encode": 0.1, "base": 0.5, "refiner": 0.5, "decode": 1.0, "graph": 30
 SHALLOW = {"base_shallow": "base", "refiner_shallow": "refiner"}
 """The steps between the full ones of a step cache, and whose they are."""
 SHALLOW_SHARE = 0.2
-"""A shallow step's seconds beside a full one's, before one was measured: docs/caching.md has where it comes from."""
+"""A shallow step's seconds beside a full one's, until one was measured: docs/caching.md says where it comes from."""
 SIZED = ("base", "refiner", "decode", *SHALLOW)
 
 

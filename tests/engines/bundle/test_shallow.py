@@ -54,9 +54,9 @@ def test_an_older_bundle_is_refused_where_it_is_opened_for_cached_runs() -> None
         (
             "refiner",
             ("base", "refiner"),
-            r"^the refiner's refiner_unet .* --refiner-cache 1 leaves the refiner out",
+            r"^the refiner's UNet .* --refiner-cache 1 leaves the refiner out",
         ),
-        ("base", ("base", "refiner"), r"^the base's unet .* --cache 1 leaves the base out"),
+        ("base", ("base", "refiner"), r"^the base's UNet .* --cache 1 leaves the base out"),
     ],
 )
 def test_a_stage_without_a_shallow_unet_may_be_left_out(bare: str, cached: tuple[str, ...], says: str | None) -> None:

@@ -143,25 +143,21 @@ def test_the_record_says_how_many_steps_were_full_and_repeats_the_cache(
 
 
 def test_a_pair_whose_refiner_has_no_shallow_unet_caches_the_base_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    opened: Pipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    half = _without_the_refiner_s(tmp_path / "half")
-    drawn = ["a star", "--steps", "9", "--handoff-step", "6", "--width", "64", "--height", "64", "--seed", "3",
-             "--provider", "ort-cpu", "--no-metadata", "--cache", "2"]  # fmt: skip
-    alone = ["--refiner-cache", "1"]
-    assert trt_generate([*drawn, "--engines", str(half), "-o", "no.png"]) == 3
-    assert capsys.readouterr().err == (
-        "trt-generate: the refiner's refiner_unet was exported without a shallow UNet, which cached steps need;"
-        " --refiner-cache 1 leaves the refiner out of the cache, or export the bundle again\n"
-    )
-    assert trt_generate([*drawn, *alone, "--engines", str(half), "-o", "half.png"]) == 0
-    assert "; cache 2, of the refiner 1: 7 of 9 steps full; " in capsys.readouterr().err
-    assert trt_generate([*drawn, *alone, "-o", "whole.png"]) == 0
-    assert (tmp_path / "half.png").read_bytes() == (tmp_path / "whole.png").read_bytes()
-    capsys.readouterr()
-    for option in (alone, ["--no-refiner"]):
-        assert trt_generate([*drawn, *option, "--engines", str(half), "--plan"]) == 0
+    half, alone = _without_the_refiner_s(tmp_path / "half"), replace(CACHED, refiner_cache=1)
+    with open_bundle(half, provider="ort-cpu", plan_for=alone) as pipeline:
+        np.testing.assert_array_equal(_final(pipeline, alone), _final(opened, alone))
+        assert {"unet_shallow", "refiner_unet"} <= {*pipeline.pool.loads}
+    asked = ["a star", "--engines", str(half), "--provider", "ort-cpu", "--cache", "2"]
+    for arguments in (asked, [*asked, "--plan"]):
+        assert trt_generate(arguments) == 3
+        assert capsys.readouterr().err == (
+            "error: the refiner's UNet (refiner_unet) was exported without a shallow one, which cached steps need;"
+            " --refiner-cache 1 leaves the refiner out of the cache, or export the bundle again\n"
+        )
+    for option in (["--refiner-cache", "1"], ["--no-refiner"]):
+        assert trt_generate([*asked, *option, "--plan"]) == 0
         assert "unet_shallow" in capsys.readouterr().out
 
 
