@@ -286,6 +286,10 @@ def test_a_request_is_resolved_once_and_nothing_is_changed(pipeline: Pipeline, m
     assert {"unet", "refiner_unet"} < {*uses}
     job = pipeline.start(replace(FIRST, seed=None, count=2), resolved)
     assert job.run.request is resolved
+    monkeypatch.setattr(pipeline.pool, "make_room", lambda *sizes: asked.append(sizes))
+    for cached in (pipeline.resolve, pipeline.start):
+        cached(replace(FIRST, steps=12, handoff=0.5, handoff_step=None, cache=2, refiner_cache=1))
+        assert asked[-1][2] == Workload(cached=("base",))
     with pytest.raises(UsageError, match="'plms' is unknown"):
         pipeline.resolve(replace(FIRST, sampler="plms"))
 
