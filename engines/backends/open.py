@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import cast
 
-from sdxl_trt.engines.bundle import ANY, Bundle, Environment, Flavour, PlanRecord, run_components
+from sdxl_trt.engines.bundle import ANY, Bundle, Environment, Flavour, PlanRecord, Workload, run_components
 from sdxl_trt.engines.engine import Engine
 from sdxl_trt.engines.errors import IncompatibleError, SdxlTrtError, UsageError
 from sdxl_trt.engines.host import available_host_memory
@@ -99,9 +99,11 @@ def _tensorrt(bundle: Bundle, flavour: Flavour) -> Backend:
     capability = environment.compute_capability
     names = run_components(bundle.manifest, flavour, capability=capability)
     records = {name: find_plan(bundle, name, environment) for name in names}
-    controls = [each.component for each in bundle.manifest.controlnets]
+    controls = tuple(each.component for each in bundle.manifest.controlnets)
     shallow = [stage.shallow for stage in bundle.manifest.stages().values() if stage.shallow is not None]
-    others = run_components(bundle.manifest, flavour, from_image=True, capability=capability, controls=controls)
+    others = run_components(
+        bundle.manifest, flavour, Workload(from_image=True, controls=controls), capability=capability
+    )
     for name in (*others, *shallow):
         # A component that only some runs need may lack a plan; `make` raises if it is used.
         if name not in records:

@@ -1,16 +1,40 @@
-"""The components that each phase of a run uses, and the bf16 twins that replace them."""
+"""What a run asks of a bundle, the components that each of its phases uses, and the bf16 twins that replace them."""
 
-__all__ = ["computes", "computes_bf16", "needed_capability", "run_components", "run_phases", "stand_ins"]
+__all__ = [
+    "USUAL_RUN", "Workload", "computes", "computes_bf16", "lacks_shallow", "needed_capability", "run_components",
+    "run_phases", "stand_ins",
+]  # fmt: skip
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 
-from sdxl_trt.engines.bundle.manifest import Manifest, Precision, Stage
+from sdxl_trt.engines.bundle.manifest import Manifest, Precision
 from sdxl_trt.engines.bundle.plan_record import ANY
 from sdxl_trt.engines.errors import IncompatibleError
 
 # NVIDIA's support matrices of TensorRT: int8 since Turing, bf16 since Ampere, fp8 since Ada and Hopper.
 _SINCE: Mapping[Precision, str] = {"int8": "7.5", "bf16": "8.0", "fp8": "8.9"}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What runs use of a bundle's components beside those that every run uses.
+
+    Runs `from_image` encode pictures. `controls` are the components of the ControlNets that the base uses, in order;
+    `cached` the stages, of "base" and "refiner", with a step cache, which also use their shallow UNets, a stage that
+    the bundle lacks having no effect; `adapted` the components that LoRAs change. With `tiny` the tiny decoder decodes.
+    """
+
+    from_image: bool = False
+    controls: tuple[str, ...] = ()
+    cached: tuple[str, ...] = ()
+    adapted: tuple[str, ...] = ()
+    tiny: bool = False
+
+
+USUAL_RUN = Workload()
+"""What every run asks: text encoders, UNets, a decoder."""
 
 
 def needed_capability(precision: Precision) -> str:
@@ -50,57 +74,49 @@ def stand_ins(manifest: Manifest, provider: str, capability: str | None = None) 
 
 
 def run_phases(
-    manifest: Manifest,
-    provider: str,
-    *,
-    from_image: bool = False,
-    capability: str | None = None,
-    controls: Sequence[str] = (),
-    cached: bool = False,
-    tiny: bool = False,
+    manifest: Manifest, provider: str, workload: Workload = USUAL_RUN, *, capability: str | None = None
 ) -> dict[str, tuple[str, ...]]:
     """Return the components of each phase of a run with all stages: encode, base, refiner, decode.
 
-    A run `from_image` has a phase "picture" first, which encodes the image with the autoencoders of all stages.
-    `controls` are the components of the ControlNets that the base uses, in the same phase. In a `cached` run every
-    stage also uses its shallow UNet; raises IncompatibleError if one has none. `capability` is the GPU's, see
-    `stand_ins`. With `tiny` the tiny decoder decodes; UsageError is raised without one.
+    A `workload` from an image has a phase "picture" first, which encodes it with the autoencoders of all stages. The
+    base's ControlNets are in its phase, as is a shallow UNet in that of its stage. `capability` is the GPU's, see
+    `stand_ins`. Raises IncompatibleError if a cached stage has no shallow UNet, UsageError without a tiny decoder.
     """
     stages = manifest.stages()
-    if cached:
-        _require_shallow(stages)
+    if lacking := lacks_shallow(manifest, workload.cached):
+        raise IncompatibleError(lacking)
     encoders = [encoder.component for stage in stages.values() for encoder in stage.text_encoders]
     vae = list(stages.values())[-1].vae
-    decoder = (vae.with_tiny_decoder() if tiny else vae).decoder
+    decoder = (vae.with_tiny_decoder() if workload.tiny else vae).decoder
     replaced = stand_ins(manifest, provider, capability)
-    pictures = [stage.vae.encoder for stage in stages.values() if from_image and stage.vae.encoder is not None]
+    pictures = [each.vae.encoder for each in stages.values() if workload.from_image and each.vae.encoder is not None]
     phases = {"picture": tuple(dict.fromkeys(replaced.get(name, name) for name in pictures))} if pictures else {}
     phases["encode"] = tuple(dict.fromkeys(encoders))
     for name, stage in stages.items():
-        shallow = (stage.shallow,) if cached and stage.shallow is not None else ()
-        phases[name] = (stage.unet, *shallow, *(controls if name == "base" else ()))
+        shallow = (stage.shallow,) if name in workload.cached and stage.shallow is not None else ()
+        phases[name] = (stage.unet, *shallow, *(workload.controls if name == "base" else ()))
     return phases | {"decode": (replaced.get(decoder, decoder),)}
 
 
 def run_components(
-    manifest: Manifest,
-    provider: str,
-    *,
-    from_image: bool = False,
-    capability: str | None = None,
-    controls: Sequence[str] = (),
-    cached: bool = False,
-    tiny: bool = False,
+    manifest: Manifest, provider: str, workload: Workload = USUAL_RUN, *, capability: str | None = None
 ) -> tuple[str, ...]:
     """Return the components of a run with all stages, each once, in order of use; see `run_phases`."""
-    phases = run_phases(
-        manifest, provider, from_image=from_image, capability=capability, controls=controls, cached=cached, tiny=tiny
-    )
+    phases = run_phases(manifest, provider, workload, capability=capability)
     return tuple(dict.fromkeys(name for used in phases.values() for name in used))
 
 
-def _require_shallow(stages: Mapping[str, Stage]) -> None:
-    bare = [stage.unet for stage in stages.values() if stage.shallow is None]
-    if bare:
-        raise IncompatibleError(f"the bundle was exported without shallow UNets ({', '.join(bare)} has none), which"
-                                " cached steps need; export it again, or run without --cache")  # fmt: skip
+def lacks_shallow(manifest: Manifest, cached: Collection[str]) -> str:
+    """Return why the stages `cached` cannot have a step cache, and what to do; "" if they can."""
+    stages = manifest.stages()
+    bare = {name: stage.unet for name, stage in stages.items() if name in cached and stage.shallow is None}
+    if not bare:
+        return ""
+    if len(bare) < len(stages):
+        ((name, unet),) = bare.items()
+        option = "--cache" if name == "base" else "--refiner-cache"
+        return (f"the {name}'s UNet ({unet}) was exported without a shallow one, which cached steps need; {option} 1"
+                f" leaves the {name} out of the cache, or export the bundle again")  # fmt: skip
+    them = f"{', '.join(bare.values())} {'has' if len(bare) == 1 else 'have'} none"
+    return (f"the bundle was exported without shallow UNets ({them}), which cached steps need; export it again, or"
+            " leave --cache out")  # fmt: skip

@@ -2,11 +2,10 @@
 
 __all__ = ["open_pool"]
 
-from collections.abc import Sequence
 from functools import partial
 
 from sdxl_trt.engines.backends import open_backend
-from sdxl_trt.engines.bundle import Bundle, run_components, stand_ins
+from sdxl_trt.engines.bundle import USUAL_RUN, Bundle, Workload, run_components, stand_ins
 from sdxl_trt.engines.residency.estimate import MemoryEstimate
 from sdxl_trt.engines.residency.policy import can_run, check_residency, estimate_memory, fallbacks, settled_residency
 from sdxl_trt.engines.residency.pool import EnginePool
@@ -18,27 +17,21 @@ def open_pool(
     residency: str = "auto",
     available: int | None = None,
     *,
-    from_image: bool = False,
+    workload: Workload = USUAL_RUN,
     once: bool = False,
-    controls: Sequence[str] = (),
-    cached: bool = False,
     compute_precision: str = "auto",
-    tiny: bool = False,
 ) -> EnginePool:
     """Return a pool for `bundle`; nothing is loaded yet, but a thread begins to read the plans of a run.
 
     `provider` is "auto" or one of PROVIDERS, `residency` "auto", "resident", "swap" or "stream"; `available` replaces
-    the measured memory of the device or host, in bytes. With `from_image`, memory is planned for runs that start
-    from an image, which also need the autoencoder's encoder; with `once`, for a single run; `controls` are the
-    components of the ControlNets that runs use; `cached` runs use shallow UNets, and an IncompatibleError says that the
-    bundle has none; with `tiny`, runs decode with the tiny decoder; `compute_precision` is that of `open_backend`.
+    the measured memory of the device or host, in bytes. Memory is planned for runs with `workload`; with `once`, for a
+    single one. `compute_precision` is that of `open_backend`.
     A given residency is kept; "auto" falls back to the next one if memory runs out. Raises UsageError for unknown
-    names, IncompatibleError for a provider that is not available or a plan that does not fit this machine,
-    ResourceError for plans that cannot fit.
+    names and a tiny decoder that the bundle lacks, IncompatibleError for a provider that is not available, a plan that
+    does not fit this machine or a shallow UNet that the bundle lacks, ResourceError for plans that cannot fit.
     """
     check_residency(residency)
-    if cached:
-        run_components(bundle.manifest, provider, cached=True)  # raises before a device is opened
+    run_components(bundle.manifest, provider, workload)  # raises before a device is opened
     backend = open_backend(bundle, provider, compute_precision)
     capacity = backend.free if available is None else available
     residency = settled_residency(residency, backend.provider, once=once)
@@ -48,11 +41,8 @@ def open_pool(
         provider=backend.provider,
         capacity=capacity,
         records=backend.records,
-        from_image=from_image,
+        workload=workload,
         capability=backend.capability,
-        controls=controls,
-        cached=cached,
-        tiny=tiny,
     )
     try:
         plan = estimate(residency=residency)
@@ -74,15 +64,12 @@ def open_pool(
         limits=backend.limits,
         activations={need.component: need.activations for need in plan.needs} if backend.records else None,
         estimate=estimate,
+        workload=workload,
         close=backend.close,
         memory=backend.memory,
         computes=backend.computes,
     )
-    order = run_components(
-        bundle.manifest, backend.provider, from_image=from_image, capability=backend.capability, controls=controls,
-        cached=cached, tiny=tiny,
-    )  # fmt: skip
-    pool.expect(order)
+    pool.expect(run_components(bundle.manifest, backend.provider, workload, capability=backend.capability))
     return pool
 
 

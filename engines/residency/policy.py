@@ -8,13 +8,22 @@ a budget left in host memory. If not everything fits, text encoders and the auto
 __all__ = ["RESIDENCIES", "can_run", "check_residency", "estimate_memory", "fallbacks", "settled_residency"]
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import get_args
 
 from msgspec.structs import replace
 
-from sdxl_trt.engines.bundle import Bundle, Manifest, PlanRecord, read_table, run_phases, slot_dtype
+from sdxl_trt.engines.bundle import (
+    USUAL_RUN,
+    Bundle,
+    Manifest,
+    PlanRecord,
+    Workload,
+    read_table,
+    run_phases,
+    slot_dtype,
+)
 from sdxl_trt.engines.errors import UsageError
 from sdxl_trt.engines.host import available_host_memory, format_bytes
 from sdxl_trt.engines.plans import SUGGESTED_RANK, RunSizes, Sizes, default_sizes
@@ -51,33 +60,27 @@ def estimate_memory(
     residency: str = "auto",
     sizes: Sizes | None = None,
     records: Mapping[str, PlanRecord] | None = None,
-    from_image: bool = False,
+    workload: Workload = USUAL_RUN,
     capability: str | None = None,
     run: RunSizes | None = None,
-    controls: Sequence[str] = (),
-    cached: bool = False,
-    adapted: Collection[str] = (),
-    tiny: bool = False,
 ) -> MemoryEstimate:
     """Return the memory plan for runs of `bundle` on `provider` with `capacity` bytes of device or host memory.
 
     Nothing is loaded and no GPU is needed. Figures come from `records` (default: the manifest's plans for that
     provider), or are estimated for `sizes` (default: those that plans would be built for; for ONNX Runtime the usual
-    ones). They are those of the profiles that `run` uses, by default the usual size with guidance. `from_image` adds
-    the autoencoder's encoder, `controls` the ControlNets that the base uses, by component, `cached` the shallow UNets;
-    `capability` is the GPU's compute capability, None if unknown; with `tiny`, the tiny decoder decodes. On TensorRT,
-    components in `adapted` count with plans for LoRAs and the largest inputs that these take; one without such a plan
+    ones). They are those of the profiles that `run` uses, by default the usual size with guidance. Components count
+    that `workload` uses; `capability` is the GPU's compute capability, None if unknown. On TensorRT, components that
+    LoRAs change count with plans for LoRAs and the largest inputs that these take; one without such a plan
     is estimated for the suggested rank. With `residency` "auto", returns the first policy that fits, or the one that
     needs least; `missing` is then its excess. Raises UsageError for an unknown residency, SizeError if a plan does not
-    take the sizes of `run`.
+    take the sizes of `run`, and what `run_phases` raises.
     """
     check_residency(residency)
     manifest = bundle.manifest
     sizes = sizes or _default_sizes(manifest, provider)
+    adapted = workload.adapted
     plans = _recorded(manifest, provider, adapted) if records is None else records
-    phases = run_phases(
-        manifest, provider, from_image=from_image, capability=capability, controls=controls, cached=cached, tiny=tiny
-    )
+    phases = run_phases(manifest, provider, workload, capability=capability)
     names = tuple(dict.fromkeys(name for used in phases.values() for name in used))
     ranks = {name: record.key.lora_rank for name, record in plans.items() if record.for_loras}
     if shares_activations(provider):

@@ -3,14 +3,14 @@
 __all__ = ["EnginePool"]
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from types import TracebackType
 from typing import Self
 
 from sdxl_trt.engines.adapters import ScaledLora, Use, loras_of, name_of
-from sdxl_trt.engines.bundle import Bundle, PlanRecord, Profile
+from sdxl_trt.engines.bundle import USUAL_RUN, Bundle, PlanRecord, Profile, Workload
 from sdxl_trt.engines.engine import Engine
 from sdxl_trt.engines.errors import CorruptError, IncompatibleError, ResourceError, SourceError
 from sdxl_trt.engines.host import available_host_memory, format_bytes
@@ -40,7 +40,8 @@ class EnginePool:
     components that `expect` names, before their phases and in their order, at most `ahead` bytes (by default half of
     the available memory); `slot_records` are those of components with LoRAs. `activations` are the bytes to reserve for
     components when they are loaded. `estimate` is `estimate_memory` for this pool's bundle and device, which
-    `make_room` asks; without it, nothing is refused before it is loaded.
+    `make_room` asks, for runs with `workload` unless they say otherwise; without it, nothing is refused before it is
+    loaded.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class EnginePool:
         ahead: int | None = None,
         activations: Mapping[str, int] | None = None,
         estimate: Callable[..., MemoryEstimate] | None = None,
+        workload: Workload = USUAL_RUN,
         close: Callable[[], None] = lambda: None,
         memory: Callable[[], tuple[int, int] | None] = lambda: None,
         computes: str | None = None,
@@ -78,6 +80,8 @@ class EnginePool:
         """The latest loaded components, in loading order; one that got other LoRAs is named again."""
         self.swaps = 0
         """How often one UNet replaced another that had been freed."""
+        self.workload = workload
+        """What the runs ask that memory was planned for."""
         self._make = make
         self._keeps = frozenset(bundle.manifest.components if keeps is None else keeps)
         self._fallbacks = fallbacks
@@ -164,20 +168,18 @@ class EnginePool:
         self._prepare([use for use in self._resolve(next_engines) if name_of(use) not in self._engines])
         return engines
 
-    def make_room(
-        self, run: RunSizes, uses: Iterable[Use] = (), controls: Sequence[str] = (), *, cached: bool = False
-    ) -> None:
+    def make_room(self, run: RunSizes, uses: Iterable[Use] = (), workload: Workload | None = None) -> None:
         """Make sure that a run of these sizes, which uses `uses`, fits into memory, before its next phase.
 
-        Components that are not named, or named without LoRAs, count with their usual plans; `controls` and
-        `cached` are as in `open_pool`.
+        Components that are not named, or named without LoRAs, count with their usual plans. `workload` is the run's, by
+        default that of the pool.
 
         What it changes takes effect with the next phase: engines of another run may be in use. Nothing is done without
         plans. The profiles of a run may need more than those of the usual size: if the pool was
         free to choose its residency, it continues with the first that fits. Raises SizeError for sizes that the plans
         do not take, ResourceError if the builder's own figures exceed the whole memory.
         """
-        chosen = self._planned(run, uses, controls, cached=cached)
+        chosen = self._planned(run, uses, workload)
         if chosen is None:
             return
         if chosen.residency != self.residency:
@@ -189,21 +191,17 @@ class EnginePool:
         self._activations = {need.component: need.activations for need in chosen.needs}
         self._tighten(chosen)
 
-    def check_room(
-        self, run: RunSizes, uses: Iterable[Use] = (), controls: Sequence[str] = (), *, cached: bool = False
-    ) -> None:
+    def check_room(self, run: RunSizes, uses: Iterable[Use] = (), workload: Workload | None = None) -> None:
         """Raise what `make_room` would raise, and change nothing: any thread may ask."""
-        self._planned(run, uses, controls, cached=cached)
+        self._planned(run, uses, workload)
 
-    def _planned(
-        self, run: RunSizes, uses: Iterable[Use], controls: Sequence[str], *, cached: bool
-    ) -> MemoryEstimate | None:
+    def _planned(self, run: RunSizes, uses: Iterable[Use], workload: Workload | None) -> MemoryEstimate | None:
         """Return the first plan that fits a run, None where nothing is planned; the errors are `make_room`'s."""
         if self._estimate is None or not self.records:
             return None
         slotted = {name_of(use): self._slot_records[name_of(use)] for use in uses
                    if loras_of(use) and name_of(use) in self._slot_records}  # fmt: skip
-        estimate = partial(self._estimate, controls=controls, cached=cached)
+        estimate = partial(self._estimate, workload=self.workload if workload is None else workload)
         if slotted:
             estimate = partial(estimate, records={**self.records, **slotted})
         plans = [estimate(residency=each, run=run) for each in (self.residency, *self._fallbacks)]

@@ -38,8 +38,8 @@ def plan_jobs(
     """Return {name: job} of every component.
 
     With `options.components`, all others are kept from `previous`. Raises UsageError if a kept one is of another model,
-    if a complete bundle would lose one, and for a name that the model does not have; CorruptError if a kept component
-    is damaged.
+    if a complete bundle would become incomplete, since it has no component that the sources have and that is not to be
+    exported, and for a name that the model does not have; CorruptError if a kept component is damaged.
     """
     wanted = frozenset(components) if options.components is None else options.components
     _check_names(wanted, components, previous)
@@ -49,6 +49,8 @@ def plan_jobs(
             jobs[name] = _job(name, plan, previous, out, options)
         elif previous is not None and name in previous.manifest.components:
             jobs[name] = _kept(name, plan, previous)
+    if previous is not None:
+        _check_whole(wanted, components, previous)
     return jobs
 
 
@@ -64,9 +66,16 @@ def _check_names(wanted: frozenset[str], components: Mapping[str, ComponentPlan]
     if dropped:
         raise UsageError(f"--components: the bundle at {previous.root} also has {', '.join(dropped)}, which these"
                          " sources lack; name the same sources, or export everything")  # fmt: skip
+
+
+def _check_whole(wanted: frozenset[str], components: Mapping[str, ComponentPlan], previous: Bundle) -> None:
+    """Raise UsageError if a complete bundle would become incomplete: nothing is lost, but it never had a component."""
     missing = sorted(components.keys() - wanted - previous.manifest.components.keys())
     if missing and is_whole(previous):
-        raise UsageError(f"--components: the bundle at {previous.root} would lose {', '.join(missing)}; list it too")
+        listed = ",".join(name for name in components if name in wanted or name in missing)
+        raise UsageError(f"--components: the bundle at {previous.root} was exported without {', '.join(missing)}, which"
+                         f" these sources have; list {'it' if len(missing) == 1 else 'them'} too: --components"
+                         f" {listed}")  # fmt: skip
 
 
 def _kept(name: str, plan: ComponentPlan, previous: Bundle) -> ExportJob:

@@ -5,7 +5,7 @@ __all__ = ["main"]
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +14,9 @@ from sdxl_trt.engines.host import one_line, print_json, run
 from sdxl_trt.runtime.cli.options import check_alone_with_workflow, expand_preset, make_parser, stated_settings
 
 if TYPE_CHECKING:
+    from sdxl_trt.engines.bundle import Bundle, Workload
     from sdxl_trt.runtime.cli.series import Series
     from sdxl_trt.runtime.comfyui import Workflow
-    from sdxl_trt.runtime.controls import ControlUse
     from sdxl_trt.runtime.images import InputMask, InputPicture, Picture
     from sdxl_trt.runtime.pipeline import Batch, Chain, Pipeline, Run
     from sdxl_trt.runtime.request import Request
@@ -60,13 +60,12 @@ def _schema() -> dict[str, Any]:
 def _plan(arguments: argparse.Namespace) -> None:
     """Print the memory plan for this machine, or for a device of another size."""
     from sdxl_trt.runtime.cli.memory import estimate_run  # noqa: PLC0415
+    from sdxl_trt.runtime.pipeline import find_bundle  # noqa: PLC0415
 
-    from_image = arguments.image is not None or arguments.refine is not None
-    changed = _changed_by_loras(arguments)
-    plan = estimate_run(arguments.engines, arguments.provider, arguments.residency, arguments.vram, arguments.width,
-                        arguments.height, from_image=from_image,
-                        controls=stated_settings(arguments)["controls"], adapted=changed,
-                        cached=_caches(arguments), tiny=arguments.vae == "tiny",
+    bundle, from_image = find_bundle(arguments.engines), arguments.image is not None or arguments.refine is not None
+    changed = _changed_by_loras(arguments, bundle)
+    plan = estimate_run(bundle, arguments.provider, arguments.residency, arguments.vram, arguments.width,
+                        arguments.height, workload=_workload(arguments, bundle, changed, from_image=from_image),
                         compute_precision=arguments.compute_precision)  # fmt: skip
     if arguments.json:
         import msgspec  # noqa: PLC0415
@@ -90,7 +89,7 @@ def _told_of_loras(provider: str, name: str, size: int) -> str:
     return f"LoRAs change {name}: its plan is one for LoRAs, with inputs for the largest rank that it takes"
 
 
-def _changed_by_loras(arguments: argparse.Namespace) -> dict[str, int]:
+def _changed_by_loras(arguments: argparse.Namespace, bundle: "Bundle") -> dict[str, int]:
     """Return the bytes of each component that the LoRAs of the command line and of its prompt change."""
     from sdxl_trt.runtime.adapters import tags_of  # noqa: PLC0415
     from sdxl_trt.runtime.cli.memory import changed_weights  # noqa: PLC0415
@@ -100,7 +99,22 @@ def _changed_by_loras(arguments: argparse.Namespace) -> dict[str, int]:
     prompts = (request.prompt, request.prompt_2 or "")
     if not (request.loras or request.refiner_loras or any(map(tags_of, prompts))):
         return {}
-    return changed_weights(request, arguments.engines)
+    return changed_weights(request, bundle)
+
+
+def _workload(
+    arguments: argparse.Namespace, bundle: "Bundle", changed: Iterable[str] = (), *, from_image: bool
+) -> "Workload":
+    """Return what memory is planned for; `changed` are the components that LoRAs change.
+
+    A workflow names its ControlNets when it is compared with the bundle; a sweep loads what its variants need.
+    """
+    from dataclasses import replace  # noqa: PLC0415
+
+    from sdxl_trt.runtime.request import Request, workload_of  # noqa: PLC0415
+
+    request = Request(**stated_settings(arguments), refine=arguments.refine is not None)
+    return replace(workload_of(request, bundle.manifest), from_image=from_image, adapted=(*changed,))
 
 
 def _generate(arguments: argparse.Namespace) -> None:
@@ -109,7 +123,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     from sdxl_trt.runtime.cli.preview import Preview  # noqa: PLC0415
     from sdxl_trt.runtime.cli.progress import ProgressBar  # noqa: PLC0415
     from sdxl_trt.runtime.images import warn_of_another_bundle  # noqa: PLC0415
-    from sdxl_trt.runtime.pipeline import open_bundle  # noqa: PLC0415
+    from sdxl_trt.runtime.pipeline import find_bundle, open_bundle  # noqa: PLC0415
 
     started = time.perf_counter()
     check_outputs(arguments)
@@ -117,10 +131,11 @@ def _generate(arguments: argparse.Namespace) -> None:
     if arguments.lora_dir is not None and not arguments.lora_dir.is_dir():
         raise UsageError(f"--lora-dir {arguments.lora_dir}: is not a folder; give the one that holds your LoRAs")
     asked = _request(arguments) if arguments.workflow is None else _workflow(arguments)
+    bundle = find_bundle(arguments.engines)
     with open_bundle(
-        arguments.engines, provider=arguments.provider, residency=arguments.residency, available=arguments.vram,
-        from_image=_loads_image(asked), once=True, controls=_controls(asked), cached=_caches(arguments),
-        compute_precision=arguments.compute_precision, tiny=arguments.vae == "tiny",
+        bundle, provider=arguments.provider, residency=arguments.residency, available=arguments.vram,
+        plan_for=_workload(arguments, bundle, from_image=_loads_image(asked)), once=True,
+        compute_precision=arguments.compute_precision,
     ) as pipeline:  # fmt: skip
         if arguments.source is not None:
             warn_of_another_bundle(arguments.made_with, pipeline.manifest, arguments.recorded.computed,
@@ -192,18 +207,6 @@ def _loads_image(asked: "Request | Workflow") -> bool:
     from sdxl_trt.runtime.request import Request  # noqa: PLC0415
 
     return asked.image is not None if isinstance(asked, Request) else asked.loads_image
-
-
-def _controls(asked: "Request | Workflow") -> "Sequence[ControlUse]":
-    """Return the pictures of the ControlNets that memory is planned for; a workflow names them when it is compared."""
-    from sdxl_trt.runtime.request import Request  # noqa: PLC0415
-
-    return asked.controls if isinstance(asked, Request) else ()
-
-
-def _caches(arguments: argparse.Namespace) -> bool:
-    """Return whether memory is planned for a step cache; a sweep of its interval loads what it needs."""
-    return arguments.cache > 1 or (arguments.refiner_cache or 1) > 1
 
 
 def _prefixes(asked: "Request | Workflow") -> list[str]:

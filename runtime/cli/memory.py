@@ -2,27 +2,22 @@
 
 __all__ = ["changed_weights", "estimate_run"]
 
-from collections.abc import Collection, Sequence
-from pathlib import Path
-
 import msgspec
 
 from sdxl_trt.engines.adapters import adapted as with_loras
 from sdxl_trt.engines.adapters import component_role, loras_of, targets
 from sdxl_trt.engines.backends import check_compute_precision, open_backend
-from sdxl_trt.engines.bundle import Bundle, fixed, read_bundle, read_table
+from sdxl_trt.engines.bundle import USUAL_RUN, Bundle, Workload, fixed, read_table
 from sdxl_trt.engines.plans import PlanLimits, RunSizes, Sizes, check_for, plan_limits, stage_sizes
 from sdxl_trt.engines.residency import MemoryEstimate, estimate_memory, settled_residency
-from sdxl_trt.runtime.controls import ControlUse, control_components
 from sdxl_trt.runtime.request import Request, resolve_request
 
 
-def changed_weights(request: Request, path: Path | str | None = None) -> dict[str, int]:
-    """Return the bytes of each component's weights that a request's LoRAs change, for a bundle as in `estimate_run`.
+def changed_weights(request: Request, bundle: Bundle) -> dict[str, int]:
+    """Return the bytes of each component's weights that a request's LoRAs change.
 
     Raises what resolving the request raises.
     """
-    bundle = _bundle(path)
     resolved = resolve_request(request, bundle.manifest, None, bundle)
     found: dict[str, int] = {}
     for name, loras in resolved.loras.items():
@@ -37,52 +32,36 @@ def changed_weights(request: Request, path: Path | str | None = None) -> dict[st
     return found
 
 
-def _bundle(path: Path | str | None) -> Bundle:
-    if path is None:
-        from sdxl_trt.mini import bundle_path  # noqa: PLC0415 - package data, only when nothing else is named
-
-        path = bundle_path()
-    return read_bundle(path)
-
-
 def estimate_run(
-    path: Path | str | None = None,
+    bundle: Bundle,
     provider: str = "auto",
     residency: str = "auto",
     vram: int | None = None,
     width: int | None = None,
     height: int | None = None,
     *,
-    from_image: bool = False,
-    controls: Sequence[ControlUse] = (),
-    adapted: Collection[str] = (),
-    cached: bool = False,
+    workload: Workload = USUAL_RUN,
     compute_precision: str = "auto",
-    tiny: bool = False,
 ) -> MemoryEstimate:
-    """Return the memory that a run of the bundle at `path` (None: the embedded pair) takes, and a residency that fits.
+    """Return the memory that a run of `bundle` with `workload` takes, and a residency that fits.
 
     With `vram` bytes no GPU is needed, and "auto" means tensorrt. `width` and `height` are pixels of a single size: it
-    selects the profiles of built plans, and plans that are not built are estimated for it. `from_image` is for runs
-    that start from pictures, `controls` for those whose ControlNets follow pictures, `adapted` names the
-    components that LoRAs change; `cached` runs have a step cache, `tiny` ones decode with the tiny decoder;
+    selects the profiles of built plans, and plans that are not built are estimated for it.
     `compute_precision` is that of `open_bundle`.
-    Raises SourceError, CorruptError, UsageError, SizeError, and IncompatibleError for a missing provider.
+    Raises UsageError, SizeError, and IncompatibleError for a missing provider.
     """
-    bundle = _bundle(path)
-    sizes, nets = _sizes(bundle, width, height), control_components(controls, bundle.manifest)
+    sizes = _sizes(bundle, width, height)
     if vram is not None:
         check_compute_precision(provider, compute_precision)
         chosen = "tensorrt" if provider == "auto" else provider
         records = [record for record in bundle.manifest.plans
                    if record.key.environment.flavour == chosen and not record.for_loras]  # fmt: skip
         return estimate_memory(bundle, provider=chosen, capacity=vram, residency=residency, sizes=sizes,
-                               from_image=from_image, controls=nets, adapted=adapted, cached=cached, tiny=tiny,
-                               run=_run_of(sizes, plan_limits(bundle, records)))  # fmt: skip
+                               workload=workload, run=_run_of(sizes, plan_limits(bundle, records)))  # fmt: skip
     backend = open_backend(bundle, provider, compute_precision)
     backend.close()
     residency = settled_residency(residency, backend.provider, once=True)
-    slotted = {name: record for name, record in backend.slot_records.items() if name in adapted}
+    slotted = {name: record for name, record in backend.slot_records.items() if name in workload.adapted}
     return estimate_memory(
         bundle,
         provider=backend.provider,
@@ -90,11 +69,7 @@ def estimate_run(
         residency=residency,
         sizes=sizes,
         records={**backend.records, **slotted},
-        from_image=from_image,
-        controls=nets,
-        adapted=adapted,
-        cached=cached,
-        tiny=tiny,
+        workload=workload,
         capability=backend.capability,
         run=_run_of(sizes, backend.limits),
     )

@@ -16,11 +16,10 @@ from typing import Self
 
 from sdxl_trt.engines import SizeError
 from sdxl_trt.engines.adapters import Use, adapted
-from sdxl_trt.engines.bundle import Bundle, Stage, Vae, read_bundle
+from sdxl_trt.engines.bundle import USUAL_RUN, Bundle, Stage, Vae, Workload, read_bundle
 from sdxl_trt.engines.plans import RunSizes
 from sdxl_trt.engines.residency import EnginePool, open_pool
 from sdxl_trt.runtime.arrays import Latents
-from sdxl_trt.runtime.controls import ControlUse, control_components
 from sdxl_trt.runtime.diffusion import ControlNets, Denoiser
 from sdxl_trt.runtime.diffusion.samplers import drive
 from sdxl_trt.runtime.images import Picture
@@ -28,7 +27,7 @@ from sdxl_trt.runtime.pipeline.denoising import Phase, begin_refiner, control_pa
 from sdxl_trt.runtime.pipeline.prompts import embeds_of, texts_of
 from sdxl_trt.runtime.pipeline.record import finish
 from sdxl_trt.runtime.pipeline.run import Handoff, Job, Run, Step, start_job, timed
-from sdxl_trt.runtime.request import Request, ResolvedRequest, StageName, resolve_request
+from sdxl_trt.runtime.request import Request, ResolvedRequest, StageName, resolve_request, workload_of
 from sdxl_trt.runtime.text import PromptEmbeds, PromptEncoder
 from sdxl_trt.runtime.vae import (
     PictureEncoder,
@@ -85,7 +84,7 @@ class Pipeline:
         self.pool.check(self._all_engines(resolved))
         if self.pool.limits is not None:
             self.pool.check_room(self._sizes(resolved, self._first_rows(resolved)), self._all_engines(resolved),
-                                 _components(resolved), cached=resolved.caches)  # fmt: skip
+                                 self._workload(resolved))  # fmt: skip
         return resolved
 
     def read_prompts(self, request: ResolvedRequest) -> None:
@@ -126,10 +125,12 @@ class Pipeline:
         Raises SizeError, and ResourceError if the plans' own figures say that they do not fit into memory.
         """
         if self.pool.limits is not None:
-            self.pool.make_room(
-                self._sizes(request, rows, tokens), self._all_engines(request), _components(request),
-                cached=request.caches,
-            )  # fmt: skip
+            self.pool.make_room(self._sizes(request, rows, tokens), self._all_engines(request), self._workload(request))
+
+    def _workload(self, request: ResolvedRequest) -> Workload:
+        """Return what the pool was opened for, with the ControlNets and the step cache of `request`."""
+        controls = tuple(control.component for control in request.controls)
+        return replace(self.pool.workload, controls=controls, cached=request.cached_stages)
 
     def _sizes(self, request: ResolvedRequest, rows: int, tokens: int | None = None) -> RunSizes:
         least = 1 if self.pool.limits is None else self.pool.limits.tokens.min
@@ -341,10 +342,11 @@ class Pipeline:
                 controls,
                 cache,
             )
-            sampled = drive(phase.asking(group), denoise)
+            sampled, taken = drive(phase.asking(group), denoise), 0
             for index, x in enumerate(sampled, start=number * phase.steps + 1):
-                job.run.full_steps[name] = denoise.end_step()
-                yield Step(name, index, total, group, latents=x.copy(), denoised=denoise.latest)
+                before, taken = taken, denoise.end_step()
+                job.run.full_steps[name] = taken
+                yield Step(name, index, total, group, latents=x.copy(), denoised=denoise.latest, full=taken > before)
             latents[group] = x
 
     def _decode(self, vae: Vae, run: Run) -> Iterator[Step]:
@@ -372,29 +374,27 @@ class Pipeline:
 
 
 def open_bundle(
-    path: Path | str | None = None,
+    path: Bundle | Path | str | None = None,
     *,
     provider: str = "auto",
     residency: str = "auto",
     available: int | None = None,
-    from_image: bool = False,
+    plan_for: Request | Workload = USUAL_RUN,
     once: bool = False,
-    controls: Sequence[ControlUse] = (),
-    cached: bool = False,
     compute_precision: str = "auto",
-    tiny: bool = False,
 ) -> Pipeline:
     """Open the bundle at `path` (None: the embedded pair) for a ``with`` statement. Only the manifest is read.
 
-    `provider`, `residency`, `available` (the memory limit in bytes), `from_image`, `once` and `compute_precision` are
-    those of `open_pool`; memory is planned for runs with the ControlNets that `controls` use, with a step cache if they
-    are `cached`, and with `tiny` for the tiny decoder.
+    It may also be a bundle that was read. `provider`, `residency`, `available` (the memory limit in bytes), `once` and
+    `compute_precision` are those of `open_pool`. Memory is planned for requests like `plan_for`, of which the image,
+    the ControlNets, the step cache and the decoder count, or for a `Workload`, which says the same by component. Any
+    other request may follow.
     Raises SourceError, IncompatibleError, CorruptError, UsageError, ResourceError.
     """
-    bundle = find_bundle(path)
-    nets = control_components(controls, bundle.manifest)
-    pool = open_pool(bundle, provider, residency, available, from_image=from_image, once=once, controls=nets,
-                     cached=cached, compute_precision=compute_precision, tiny=tiny)  # fmt: skip
+    bundle = path if isinstance(path, Bundle) else find_bundle(path)
+    workload = workload_of(plan_for, bundle.manifest) if isinstance(plan_for, Request) else plan_for
+    pool = open_pool(bundle, provider, residency, available, workload=workload, once=once,
+                     compute_precision=compute_precision)  # fmt: skip
     return Pipeline(pool)
 
 
@@ -405,11 +405,6 @@ def find_bundle(path: Path | str | None = None) -> Bundle:
 
         path = bundle_path()
     return read_bundle(path)
-
-
-def _components(request: ResolvedRequest) -> tuple[str, ...]:
-    """Return the components of the ControlNets of a request."""
-    return tuple(control.component for control in request.controls)
 
 
 def _loaded(latents: Latents) -> Step:

@@ -39,6 +39,8 @@ class Step:
     latents: Latents | None = None
     picture: Picture | None = None
     denoised: Latents | None = None
+    full: bool = True
+    """Whether the whole UNet ran in a sampler step: not in each with a step cache."""
     node: str = ""
     """The id of the node of a workflow that worked, where that is known."""
 

@@ -1,6 +1,6 @@
 """A request resolved against a bundle: every default is settled here, once."""
 
-__all__ = ["ResolvedRequest", "resolve_request"]
+__all__ = ["ResolvedRequest", "resolve_request", "workload_of"]
 
 import logging
 import secrets
@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 from sdxl_trt.engines import IncompatibleError, UsageError
 from sdxl_trt.engines.adapters import ScaledLora
-from sdxl_trt.engines.bundle import Bundle, Manifest, Scheduler
+from sdxl_trt.engines.bundle import Bundle, Manifest, Scheduler, Workload, lacks_shallow
 from sdxl_trt.engines.plans import PlanLimits, size_multiple
 from sdxl_trt.runtime.adapters import EmbeddingFact, LoraFact
-from sdxl_trt.runtime.controls import Control, check_control_shapes, settle_controls
+from sdxl_trt.runtime.controls import Control, check_control_shapes, control_components, settle_controls
 from sdxl_trt.runtime.diffusion import CachePolicy, Guidance, comfyui_span, fraction_span, guided_span, reach_of
 from sdxl_trt.runtime.diffusion.samplers import sampler_names
 from sdxl_trt.runtime.diffusion.schedules import Schedule
@@ -172,9 +172,14 @@ class ResolvedRequest:
         return None if policy.full_steps(part.steps) == part.steps else policy
 
     @property
+    def cached_stages(self) -> tuple[StageName, ...]:
+        """Return the stages of which a step does not run the full UNet."""
+        return tuple(stage for stage in FULL_AT_FIRST if self.cache_of(stage) is not None)
+
+    @property
     def caches(self) -> bool:
         """Return whether a step of either stage does not run the full UNet."""
-        return any(self.cache_of(stage) is not None for stage in FULL_AT_FIRST)
+        return bool(self.cached_stages)
 
     def guidance_of(self, stage: StageName) -> Guidance:
         """Return the guidance of a stage."""
@@ -258,6 +263,20 @@ def resolve_request(
     return replace(resolved, notes=(*resolved.notes, *_cache_notes(resolved, manifest)))
 
 
+def workload_of(request: Request, manifest: Manifest) -> Workload:
+    """Return what `request` asks of a bundle with `manifest`, before it is resolved; its LoRAs are not read.
+
+    Raises what `control_components` raises.
+    """
+    runs: Mapping[StageName, bool] = {"base": not request.refine, "refiner": request.handoff is not None}
+    return Workload(
+        from_image=request.image is not None,
+        controls=control_components(request.controls, manifest),
+        cached=tuple(stage for stage, runs_it in runs.items() if runs_it and _cache_asked(request, stage) > 1),
+        tiny=request.vae == "tiny",
+    )
+
+
 def _running(cuts: StageRanges, manifest: Manifest) -> dict[StageName, bool]:
     """Return whether each of the bundle's stages runs."""
     base = cuts.base.steps > 0
@@ -300,17 +319,15 @@ def _cache_asked(request: Request, stage: StageName) -> int:
 
 def _cache_notes(resolved: ResolvedRequest, manifest: Manifest) -> tuple[str, ...]:
     """Return what to say of a cache that has no effect, after checking that the request and the bundle allow it."""
-    request, stages = resolved.request, manifest.stages()
+    request = resolved.request
     asked = {"--cache": request.cache, "--refiner-cache": request.refiner_cache or 1}
     for option, every in asked.items():
         if every > request.steps:
             raise UsageError(f"{option} {every}: there are {request.steps} steps; choose 2 or 3 to save time, or 1 for"
                              " no cache")  # fmt: skip
-    cached = [name for name in FULL_AT_FIRST if name in stages and resolved.cache_of(name) is not None]
-    for name in cached:
-        if stages[name].shallow is None:
-            raise IncompatibleError(f"--cache {_cache_asked(request, name)}: the bundle was exported without shallow"
-                                    " UNets; export it again, or leave --cache out")  # fmt: skip
+    cached = resolved.cached_stages
+    if lacking := lacks_shallow(manifest, cached):
+        raise IncompatibleError(f"--cache {request.cache}: {lacking}")
     if resolved.uses_refiner and request.refiner_cache not in (None, 1) and "refiner" not in cached:
         return (_without_effect("--refiner-cache", resolved, "refiner"),)
     if not resolved.uses_refiner and request.refiner_cache is not None:

@@ -55,11 +55,22 @@ def pieces_of(ticket: Ticket, resolved: ResolvedRequest, predictor: Predictor, d
 def work_of(resolved: ResolvedRequest, pictures: int) -> Work:
     """Return what `pictures` of a request ask for."""
     refiner = resolved.refiner.steps if resolved.refiner is not None else 0
-    return Work(resolved.height * resolved.width, pictures, _base_steps(resolved), refiner)
+    base, shallow = _base_steps(resolved), _shallow_steps
+    return Work(resolved.height * resolved.width, pictures, base, refiner, shallow(resolved, "base", base),
+                shallow(resolved, "refiner", refiner))  # fmt: skip
 
 
 def _base_steps(resolved: ResolvedRequest) -> int:
     return 0 if resolved.refiner_only else resolved.base.steps
+
+
+def _shallow_steps(resolved: ResolvedRequest, stage: StageName, steps: int) -> int:
+    """Return how many of a stage's steps a cache leaves to the shallow UNet.
+
+    Where guidance or a ControlNet begins or ends, a step or two more are full.
+    """
+    policy = resolved.cache_of(stage)
+    return 0 if policy is None else steps - policy.full_steps(steps)
 
 
 def _parts(request: object, resolved: ResolvedRequest, *, own_noise: bool) -> Iterator[tuple[int, Request]]:

@@ -277,7 +277,7 @@ class Room:
     def _denoise(self, studio: Studio, stage: StageName, pieces: list[Piece]) -> list[Piece]:
         shared, gone = studio.denoise(stage, pieces), set[int]()
         shared.on_call = partial(self._called, stage)
-        seconds, units = 0.0, 0
+        seconds, units = defaultdict[str, float](float), defaultdict[str, int](int)
         with closing(_generator(shared.steps())) as steps:
             for number, step in steps:
                 here = [piece for other, piece in enumerate(pieces) if other not in gone]
@@ -286,7 +286,8 @@ class Room:
                 if step.stage == "load":
                     self._predictor.observe_load(stage, step.seconds)
                 else:
-                    seconds, units = seconds + spent, units + pictures
+                    kind = stage if step.full else f"{stage}_shallow"
+                    seconds[kind], units[kind] = seconds[kind] + spent, units[kind] + pictures
                 self.ledger.stepped(pieces[number], step)
                 for other, piece in enumerate(pieces):
                     if piece.stopped and other not in gone:
@@ -294,8 +295,9 @@ class Room:
                         shared.drop(other)
                 if len(gone) == len(pieces):
                     break
-        if units and pieces[0].work is not None:
-            self._predictor.observe(stage, pieces[0].work.pixels, seconds / units)
+        if (work := pieces[0].work) is not None:
+            for kind, count in units.items():
+                self._predictor.observe(kind, work.pixels, seconds[kind] / count)
         for number, error in shared.failed.items():
             self._fail(pieces[number], error)
             self._doubtful = True

@@ -66,7 +66,8 @@ class Over:
     ended: Ended
     handover: Handover | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
-    """Seconds of a step of a picture of its size (base, refiner), of a prompt, of a decoded picture, if known."""
+    """Seconds of a step of a picture of its size (base, refiner, and shallow ones apart), of a prompt, of a decoded
+    picture, if known."""
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,8 @@ from sdxl_trt.server.ray.errands import Errand, Handover, Over, Refused
 from sdxl_trt.server.refusals import RefusedError
 
 PoolName = Literal["both", "base", "refiner"]
+_UNITS = {"base": ("encode", "base", "base_shallow"), "refiner": ("refiner", "refiner_shallow", "decode")}
+"""The units of work of the pool of an expert."""
 UNBOUNDED = 1 << 20
 """The ingress bounds what waits; a pool takes what it is sent."""
 DAY = 86400.0
@@ -150,9 +152,8 @@ class _PoolDesk(Desk):
         known = {}
         if isinstance(request, Request) and request.width and request.height:
             pixels = request.width * request.height
-            known = {stage: self.predictor.unit(stage, pixels) for stage in ("encode", "base", "refiner", "decode")}
-            held = {"base": ("encode", "base"), "refiner": ("refiner", "decode"), "both": tuple(known)}[self._name]
-            known = {stage: known[stage] for stage in held}
+            held = _UNITS["base"] + _UNITS["refiner"] if self._name == "both" else _UNITS[self._name]
+            known = {stage: self.predictor.unit(stage, pixels) for stage in held}
         return Over(ended, self.left.pop(ticket.order.id, None), known)
 
 

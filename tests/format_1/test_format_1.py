@@ -46,7 +46,7 @@ def recorded_device(simulated: Any, bundle: Bundle, monkeypatch: pytest.MonkeyPa
 
 def _draw(root: Path, provider: str, name: str) -> NDArray[np.uint8]:
     request = EXPECTED["runs"][name]["request"] | ({"image": START} if name == "img2img" else {})
-    with open_bundle(root, provider=provider, from_image="image" in request) as pipeline:
+    with open_bundle(root, provider=provider, plan_for=Request(**request)) as pipeline:
         [picture] = pipeline.generate(Request(**request))
     return np.asarray(picture.image)
 

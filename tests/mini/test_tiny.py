@@ -1,7 +1,9 @@
 """The tiny decoder: it decodes as PyTorch does and nearly as the full one, it trains, and goes with its autoencoder."""
 
+import shutil
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -9,8 +11,10 @@ from diffusers import AutoencoderTiny
 from safetensors.numpy import load_file
 
 from sdxl_trt.benchmarks.model_card.effects import psnr
-from sdxl_trt.engines.bundle.bundle import read_bundle
+from sdxl_trt.engines.bundle.bundle import read_bundle, write_manifest
+from sdxl_trt.engines.errors import UsageError
 from sdxl_trt.export import Options, plan_export
+from sdxl_trt.export.exporter import ExportPlan
 from sdxl_trt.mini import architecture, bundle_path
 from sdxl_trt.mini.pair import TINY, materialize
 from sdxl_trt.mini.train import tiny as training
@@ -103,3 +107,36 @@ def test_publish_takes_a_tiny_decoder_only_beside_the_autoencoder_that_it_imitat
     (tmp_path / "tiny.pt").unlink()
     publish(tmp_path)
     assert not (tmp_path / "pair" / TINY).exists()
+
+
+def test_an_older_export_of_the_pair_is_told_to_list_it_too(pair: Path, tmp_path: Path) -> None:
+    """It is not lost: an older version exported none, and a bundle of these sources would be incomplete without one."""
+    out = _older(tmp_path / "older")
+
+    def planned(*names: str) -> ExportPlan:
+        options = Options("fp16", components=frozenset(names), tiny_vae=pair / TINY)
+        return plan_export(pair / "base", pair / "refiner", out, options)
+
+    with pytest.raises(UsageError) as caught:
+        planned("unet")
+    assert str(caught.value) == (
+        f"--components: the bundle at {out} was exported without vae_tiny, which these sources have; list it too:"
+        " --components unet,vae_tiny"
+    )
+    listed = str(caught.value).rpartition("--components ")[2].split(",")
+    jobs = planned(*listed).jobs
+    assert jobs[TINY].action == "export"
+    assert {job.action for name, job in jobs.items() if name not in listed} == {"keep"}
+
+
+def _older(root: Path) -> Path:
+    """Write the embedded bundle to `root` as versions without a tiny decoder exported it."""
+    shutil.copytree(bundle_path(), root, ignore=shutil.ignore_patterns(TINY))
+    manifest = read_bundle(bundle_path()).manifest
+    bare = {
+        name: msgspec.structs.replace(stage, vae=msgspec.structs.replace(stage.vae, tiny=None, tiny_scaling_factor=1.0))
+        for name, stage in manifest.stages().items()
+    }
+    parts = {name: part for name, part in manifest.components.items() if name != TINY}
+    write_manifest(root, msgspec.structs.replace(manifest, components=parts, **bare))
+    return root

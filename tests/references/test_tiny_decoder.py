@@ -122,8 +122,8 @@ def test_a_bundle_without_one_says_what_to_do(pairs: Callable[[str], Any]) -> No
 
 
 def test_the_memory_estimate_counts_the_decoder_that_runs(made: Made) -> None:
-    for tiny, name in ((True, "vae_tiny"), (False, "vae_decoder")):
-        with open_bundle(made.bundle, provider="ort-cpu", tiny=tiny) as opened:
+    for request, name in ((_request(), "vae_tiny"), (_request(vae="full"), "vae_decoder")):
+        with open_bundle(made.bundle, provider="ort-cpu", plan_for=request) as opened:
             plan = opened.pool._estimate(residency="swap")
         assert plan.phases[-1].components == (name,)
 

@@ -107,7 +107,7 @@ def test_a_run_from_a_picture_equals_the_cpu_s(simulated: Any, planned: Path, ex
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
     request = replace(_request(2), image=pixels, strength=0.75)
     expected = _latents(exported, "ort-cpu", request)
-    with open_bundle(planned, provider="tensorrt", residency="swap", from_image=True) as pipeline:
+    with open_bundle(planned, provider="tensorrt", residency="swap", plan_for=request) as pipeline:
         _assert_same([picture.latents for picture in pipeline.generate(request)], expected)
         assert pipeline.pool.loads[0] == "vae_encoder"
 

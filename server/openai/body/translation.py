@@ -120,6 +120,9 @@ def _check_cache(asked: Asked, manifest: Manifest, *, refined: bool) -> None:
         every["refiner"] = ("refiner_cache", asked.refiner_cache) if own else ("cache", asked.cache)
     for stage, (field, value) in every.items():
         if (value or 1) > 1 and manifest.stages()[stage].shallow is None:
+            if stage == "refiner" and manifest.base.shallow is not None:
+                raise invalid(field, "the bundle's refiner was exported without a shallow UNet; give refiner_cache 1 to"
+                                     " leave the refiner out of the cache")  # fmt: skip
             raise invalid(field, "the bundle was exported without shallow UNets; leave it out")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from sdxl_trt.engines.bundle import Bundle, read_bundle, run_phases, write_manifest
+from sdxl_trt.engines.bundle import Bundle, Workload, read_bundle, run_phases, write_manifest
 from sdxl_trt.engines.errors import CorruptError, IncompatibleError
 from sdxl_trt.engines.plans.sizes import stage_sizes
 from sdxl_trt.engines.residency import open_pool
@@ -15,6 +15,7 @@ from sdxl_trt.engines.residency.policy import estimate_memory
 from sdxl_trt.mini.embedded import bundle_path
 
 EMBEDDED = read_bundle(bundle_path())
+CACHED = Workload(cached=("base", "refiner"))
 PROVIDERS = ("ort-cpu", "ort-cuda", "tensorrt")
 
 
@@ -26,7 +27,7 @@ def _older(manifest: Any) -> Any:
 
 
 def test_only_cached_runs_use_shallow_unets() -> None:
-    phases = run_phases(EMBEDDED.manifest, "tensorrt", cached=True)
+    phases = run_phases(EMBEDDED.manifest, "tensorrt", CACHED)
     assert (phases["base"], phases["refiner"]) == (("unet", "unet_shallow"), ("refiner_unet", "refiner_unet_shallow"))
     plain = run_phases(EMBEDDED.manifest, "tensorrt")
     assert (plain["base"], plain["refiner"]) == (("unet",), ("refiner_unet",))
@@ -38,18 +39,42 @@ def test_an_older_bundle_is_refused_where_it_is_opened_for_cached_runs() -> None
     with open_pool(older, "ort-cpu", once=True):
         pass
     for call in (
-        lambda: open_pool(older, "ort-cpu", cached=True),
-        lambda: estimate_memory(older, provider="tensorrt", capacity=None, cached=True),
+        lambda: open_pool(older, "ort-cpu", workload=CACHED),
+        lambda: estimate_memory(older, provider="tensorrt", capacity=None, workload=CACHED),
     ):
         with pytest.raises(IncompatibleError, match=r"exported without shallow UNets \(unet, refiner_unet.*again"):
             call()
+
+
+@pytest.mark.parametrize(
+    ("bare", "cached", "says"),
+    [
+        ("refiner", ("base",), None),
+        ("base", ("refiner",), None),
+        (
+            "refiner",
+            ("base", "refiner"),
+            r"^the refiner's UNet .* --refiner-cache 1 leaves the refiner out",
+        ),
+        ("base", ("base", "refiner"), r"^the base's UNet .* --cache 1 leaves the base out"),
+    ],
+)
+def test_a_stage_without_a_shallow_unet_may_be_left_out(bare: str, cached: tuple[str, ...], says: str | None) -> None:
+    stage = EMBEDDED.manifest.stages()[bare]
+    half = msgspec.structs.replace(EMBEDDED.manifest, **{bare: msgspec.structs.replace(stage, shallow=None)})
+    if says is not None:
+        with pytest.raises(IncompatibleError, match=says):
+            open_pool(Bundle(EMBEDDED.root, half), "ort-cpu", workload=Workload(cached=cached))
+        return
+    phases = run_phases(half, "ort-cpu", Workload(cached=cached))
+    assert [name for name, used in phases.items() if any("shallow" in each for each in used)] == [*cached]
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
 def test_a_shallow_unet_counts_with_what_it_uses(provider: str) -> None:
     sizes = stage_sizes(EMBEDDED.manifest)
     options: Any = {"provider": provider, "capacity": None, "residency": "swap", "sizes": sizes}
-    plain, cached = (estimate_memory(EMBEDDED, **options, cached=cached) for cached in (False, True))
+    plain, cached = (estimate_memory(EMBEDDED, **options, workload=one) for one in (Workload(), CACHED))
     needs = {need.component: need for need in cached.needs}
     assert needs.keys() - {need.component for need in plain.needs} == {"unet_shallow", "refiner_unet_shallow"}
     full, shallow = needs["unet"], needs["unet_shallow"]

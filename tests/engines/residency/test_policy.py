@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from sdxl_trt.engines.bundle.bundle import Bundle, read_bundle
-from sdxl_trt.engines.bundle.phases import run_components, run_phases, stand_ins
+from sdxl_trt.engines.bundle.phases import Workload, run_components, run_phases, stand_ins
 from sdxl_trt.engines.bundle.plan_record import BuildFlags, Environment, PlanKey, PlanMemory, PlanRecord
 from sdxl_trt.engines.bundle.profile import Range, fixed
 from sdxl_trt.engines.bundle.records import FileRecord
@@ -400,7 +400,8 @@ def test_the_base_is_loaded_together_with_its_controlnets(controlled: Path, resi
     bundle = read_bundle(controlled)
     kept = {}
     for controls in ((), ("controlnet_2",), ("controlnet", "controlnet_2")):
-        plan = estimate_memory(bundle, provider="tensorrt", capacity=GB, residency=residency, controls=controls)
+        plan = estimate_memory(bundle, provider="tensorrt", capacity=GB, residency=residency,
+                               workload=Workload(controls=controls))  # fmt: skip
         phases = {phase.name: phase for phase in plan.phases}
         assert phases["base"].components == ("unet", *controls)
         assert {"unet", *controls} <= set(phases["base"].loaded)
@@ -418,7 +419,8 @@ def test_a_streaming_budget_leaves_room_for_the_controlnet(controlled: Path) -> 
 
 
 def _streamed(bundle: Bundle, capacity: int, controls: tuple[str, ...]) -> MemoryEstimate:
-    return estimate_memory(bundle, provider="tensorrt", capacity=capacity, residency="stream", controls=controls)
+    return estimate_memory(bundle, provider="tensorrt", capacity=capacity, residency="stream",
+                           workload=Workload(controls=controls))  # fmt: skip
 
 
 def test_a_plan_for_loras_counts_their_inputs_as_an_estimate() -> None:

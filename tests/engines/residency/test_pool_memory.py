@@ -1,13 +1,14 @@
 """What a pool does where memory is short: it continues under another residency, or refuses the run."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import pytest
 
+from sdxl_trt.engines.bundle.phases import USUAL_RUN, Workload
 from sdxl_trt.engines.bundle.profile import Range
 from sdxl_trt.engines.errors import ResourceError
 from sdxl_trt.engines.plans.limits import PlanLimits
@@ -81,11 +82,8 @@ def test_out_of_memory_under_the_last_policy_is_an_error(make_pool, machine: Any
 def _estimates(fits: dict[str, int], usual: int = 5) -> Callable[..., MemoryEstimate]:
     """Return a stand-in for `estimate_memory`, exact figures on a device of 10 GB: the peak of each residency."""
 
-    def estimate(
-        *, residency: str, run: RunSizes | None = None, controls: Sequence[str] = (), cached: bool = False
-    ) -> MemoryEstimate:
-        assert not controls
-        assert not cached
+    def estimate(*, residency: str, run: RunSizes | None = None, workload: Workload = USUAL_RUN) -> MemoryEstimate:
+        assert workload == USUAL_RUN
         peak = GB * (usual if run is None else fits[residency])
         phase = PhaseEstimate(name="base", components=("unet",), loaded=("unet",), peak=peak)
         return MemoryEstimate(

@@ -93,7 +93,7 @@ def test_residuals_never_cross_to_the_host(
     bundle = simulated.bundle(controlled, tmp_path / "bundle", height=SIDE, width=SIDE)
     request, copied, done = _with(EDGES, POSES), [], []
     simulated.spoil(lambda execution: done.append(execution) or False)  # only watches
-    with open_bundle(bundle, provider="tensorrt", residency="swap", controls=request.controls) as planned:
+    with open_bundle(bundle, provider="tensorrt", residency="swap", plan_for=request) as planned:
         for step in planned.steps(request):
             moved = simulated.since()
             if step.stage == "base" and step.index > 1:

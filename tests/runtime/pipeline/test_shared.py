@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdxl_trt.engines.bundle import Range
+from sdxl_trt.engines.bundle import Range, Workload
 from sdxl_trt.engines.bundle.profile import Profile
 from sdxl_trt.engines.errors import CorruptError, UsageError
 from sdxl_trt.engines.plans import PlanLimits
@@ -281,11 +281,15 @@ def test_a_request_is_resolved_once_and_nothing_is_changed(pipeline: Pipeline, m
     before = dict(vars(pipeline.pool)), list(pipeline.pool.loads)
     resolved = pipeline.resolve(replace(FIRST, seed=None, count=2))
     assert (dict(vars(pipeline.pool)), pipeline.pool.loads) == before
-    ((sizes, uses, controls),) = asked
-    assert (sizes.rows, sizes.tokens, sizes.height, controls) == (4, 77, SIDE, ())
+    ((sizes, uses, workload),) = asked
+    assert (sizes.rows, sizes.tokens, sizes.height, workload) == (4, 77, SIDE, Workload())
     assert {"unet", "refiner_unet"} < {*uses}
     job = pipeline.start(replace(FIRST, seed=None, count=2), resolved)
     assert job.run.request is resolved
+    monkeypatch.setattr(pipeline.pool, "make_room", lambda *sizes: asked.append(sizes))
+    for cached in (pipeline.resolve, pipeline.start):
+        cached(replace(FIRST, steps=12, handoff=0.5, handoff_step=None, cache=2, refiner_cache=1))
+        assert asked[-1][2] == Workload(cached=("base",))
     with pytest.raises(UsageError, match="'plms' is unknown"):
         pipeline.resolve(replace(FIRST, sampler="plms"))
 

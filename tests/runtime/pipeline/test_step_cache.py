@@ -1,15 +1,19 @@
 """A step cache in runs of the embedded pair: which engine answers each call, what is loaded, recorded and repeated."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
 from sdxl_trt.engines.backends.ort.engine import OrtEngine
+from sdxl_trt.engines.bundle import read_bundle, write_manifest
+from sdxl_trt.mini.embedded import bundle_path
 from sdxl_trt.runtime import Pipeline, Request, open_bundle
 from sdxl_trt.runtime.cli.generate import main as trt_generate
 from sdxl_trt.runtime.pipeline import read_settings
@@ -136,3 +140,33 @@ def test_the_record_says_how_many_steps_were_full_and_repeats_the_cache(
     assert json.loads(capsys.readouterr().out)["cache"] is None
     plain = read_settings(tmp_path / "plain.png")
     assert (plain.cache, plain.full_steps) == (1, None)
+
+
+def test_a_pair_whose_refiner_has_no_shallow_unet_caches_the_base_alone(
+    opened: Pipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    half, alone = _without_the_refiner_s(tmp_path / "half"), replace(CACHED, refiner_cache=1)
+    with open_bundle(half, provider="ort-cpu", plan_for=alone) as pipeline:
+        np.testing.assert_array_equal(_final(pipeline, alone), _final(opened, alone))
+        assert {"unet_shallow", "refiner_unet"} <= {*pipeline.pool.loads}
+    asked = ["a star", "--engines", str(half), "--provider", "ort-cpu", "--cache", "2"]
+    for arguments in (asked, [*asked, "--plan"]):
+        assert trt_generate(arguments) == 3
+        assert capsys.readouterr().err == (
+            "error: the refiner's UNet (refiner_unet) was exported without a shallow one, which cached steps need;"
+            " --refiner-cache 1 leaves the refiner out of the cache, or export the bundle again\n"
+        )
+    for option in (["--refiner-cache", "1"], ["--no-refiner"]):
+        assert trt_generate([*asked, *option, "--plan"]) == 0
+        assert "unet_shallow" in capsys.readouterr().out
+
+
+def _without_the_refiner_s(root: Path) -> Path:
+    """Write the embedded pair to `root` as `export-engines --components unet` leaves an older export."""
+    shutil.copytree(bundle_path(), root, ignore=shutil.ignore_patterns("refiner_unet_shallow", "plans"))
+    manifest = read_bundle(bundle_path()).manifest
+    assert manifest.refiner is not None
+    refiner = msgspec.structs.replace(manifest.refiner, shallow=None)
+    parts = {name: part for name, part in manifest.components.items() if name != "refiner_unet_shallow"}
+    write_manifest(root, msgspec.structs.replace(manifest, refiner=refiner, components=parts))
+    return root

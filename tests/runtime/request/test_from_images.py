@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from sdxl_trt.engines.bundle.bundle import read_bundle
-from sdxl_trt.engines.bundle.phases import run_phases
+from sdxl_trt.engines.bundle.phases import Workload, run_phases
 from sdxl_trt.engines.errors import UsageError
 from sdxl_trt.runtime import Pipeline, Request
 from sdxl_trt.runtime.cli.generate import main as trt_generate
@@ -150,7 +150,7 @@ def test_a_bundle_without_an_encoder_says_so(pairs: Any, photo: Path, monkeypatc
     monkeypatch.setattr(pipeline, "read_bundle", lambda _: replace(bundle, manifest=manifest))
     assert trt_generate(["a fox", "--image", str(photo), "--engines", str(pairs("outline").bundle)]) == 2
     assert "the bundle has no VAE encoder" in capsys.readouterr().err
-    assert "picture" not in run_phases(manifest, "ort-cpu", from_image=True)
+    assert "picture" not in run_phases(manifest, "ort-cpu", Workload(from_image=True))
 
 
 def test_the_plan_counts_the_encoder(pairs: Any, capsys: Any) -> None:

@@ -1,13 +1,18 @@
 """Which orders are taken, how many wait, and who is told to come back."""
 
 import asyncio
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from sdxl_trt.server.desk import Desk, Ticket, Waiting
+from sdxl_trt.server.desk.pieces import work_of
+from sdxl_trt.server.desk.plan import Work
+from sdxl_trt.server.desk.room import Room
 from sdxl_trt.server.refusals import QueueFull, TooLate, TooMany
 
 Serve = Callable[..., Any]
@@ -104,6 +109,48 @@ def test_what_would_end_after_its_deadline_is_refused(serve: Serve, order: Any) 
         assert desk.tickets == {}
 
     serve(scenario)
+
+
+def test_a_request_with_a_cache_costs_its_full_and_its_shallow_steps(serve: Serve, order: Any, draw: Any) -> None:
+    """10 steps of the base, 6 of them full; 10 of the refiner, of which its own interval leaves 4 full."""
+
+    async def scenario(desk: Desk) -> None:
+        for stage, seconds in (("base", 10.0), ("base_shallow", 2.0), ("refiner", 20.0), ("refiner_shallow", 5.0),
+                               ("decode", 0.0)):  # fmt: skip
+            for _ in range(30):  # an average forgets what the desk measured
+                desk.predictor.observe(stage, 64 * 64, seconds)
+        whole = order(steps=20, deadline=200.0)
+        with pytest.raises(TooLate):
+            await desk.submit(whole)
+        cached = replace(whole.work, cache=2, refiner_cache=4)
+        resolved = desk.pipeline.resolve(cached)
+        assert work_of(resolved, 1) == Work(64 * 64, 1, 10, 10, base_shallow=4, refiner_shallow=6)
+        (ticket,) = await draw(desk, replace(whole, work=cached))  # 6 · 10 + 4 · 2 + 4 · 20 + 6 · 5 = 178
+        assert (await ticket.wait()).outcome == "done"
+
+    serve(scenario)
+
+
+def test_what_a_cache_saves_is_learned_apart(
+    serve: Serve, order: Any, draw: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learned: list[tuple[str, float]] = []
+    taken = defaultdict[str, int](int)
+
+    def unit(_: Room, pieces: Any, stage: str, __: str = "") -> float:
+        """A full step takes 4 seconds, a shallow one 1."""
+        full, before = pieces[0].job.run.full_steps.get(stage, 0), taken[stage]
+        taken[stage] = full
+        return 4.0 if full > before else 1.0
+
+    async def scenario(desk: Desk) -> None:
+        monkeypatch.setattr(Room, "_unit", unit)
+        monkeypatch.setattr(desk.predictor, "observe", lambda stage, _, seconds: learned.append((stage, seconds)))
+        await draw(desk, order(steps=12, cache=2))
+
+    serve(scenario)
+    steps = {stage: seconds for stage, seconds in learned if stage not in ("encode", "decode")}
+    assert steps == {"base": 4.0, "base_shallow": 1.0, "refiner": 4.0, "refiner_shallow": 1.0}
 
 
 def test_a_key_beyond_its_rate_is_refused(serve: Serve, order: Any, draw: Any) -> None:

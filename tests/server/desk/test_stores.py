@@ -1,9 +1,11 @@
 """Files under tokens, rates of keys, and predicted seconds."""
 
+from dataclasses import replace
+
 import pytest
 
 from sdxl_trt.server.desk.files import Files
-from sdxl_trt.server.desk.plan.predict import MEGAPIXEL, Predictor, Work
+from sdxl_trt.server.desk.plan.predict import MEGAPIXEL, SHALLOW_SHARE, Predictor, Work
 from sdxl_trt.server.desk.rates import Rates
 from sdxl_trt.server.refusals import TooMany
 
@@ -81,6 +83,21 @@ def test_seconds_are_learned_by_size_and_guessed_for_others() -> None:
     assert learned.base == pytest.approx(2 * 24 * 0.04)
     assert predictor.cost(Work(MEGAPIXEL // 4, 1, 10, 0)).base == pytest.approx(0.2)
     assert predictor.cost(Work(2 * MEGAPIXEL, 1, 1, 0)).base == pytest.approx(0.08)
+
+
+def test_shallow_steps_count_as_a_part_of_full_ones_until_one_was_measured() -> None:
+    predictor = Predictor()
+    cached = Work(MEGAPIXEL, 2, 20, 6, base_shallow=8, refiner_shallow=2)
+    predictor.observe("base", MEGAPIXEL, 0.1)
+    guessed = predictor.cost(cached)
+    assert guessed.base == pytest.approx(2 * (12 * 0.1 + 8 * SHALLOW_SHARE * 0.1))
+    assert guessed.refiner == pytest.approx(2 * (4 * 0.5 + 2 * SHALLOW_SHARE * 0.5))
+    predictor.observe("base_shallow", MEGAPIXEL, 0.01)
+    learned = predictor.cost(cached)
+    assert learned.base == pytest.approx(2 * (12 * 0.1 + 8 * 0.01))
+    assert learned.refiner == guessed.refiner
+    assert predictor.cost(Work(MEGAPIXEL, 2, 20, 6)).base == pytest.approx(2 * 20 * 0.1)
+    assert predictor.cost(replace(cached, pixels=MEGAPIXEL // 2)).base == pytest.approx(learned.base / 2)
 
 
 def test_a_change_of_engines_is_half_of_what_a_cycle_loads() -> None:

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -31,6 +32,20 @@ OPTIONS = Options()
 def _translated(asked: Asked, start: Start | None = None, limits: PlanLimits | None = None) -> tuple[Request, Any]:
     done = translate(asked, OPTIONS, BUNDLE.manifest, limits, lambda lora: f"/loras/{lora.name}", start)
     return done.request, done.warnings
+
+
+def test_a_refiner_without_a_shallow_unet_is_left_out_of_the_cache() -> None:
+    bare = msgspec.structs.replace(BUNDLE.manifest.refiner, shallow=None)  # type: ignore[type-var]
+    half = msgspec.structs.replace(BUNDLE.manifest, refiner=bare)
+
+    def translated(asked: Asked) -> Request:
+        return translate(asked, OPTIONS, half, None, lambda lora: lora.name).request
+
+    with pytest.raises(ApiError, match=r"refiner was exported without a shallow UNet; give refiner_cache 1") as caught:
+        translated(Asked("p", cache=2))
+    assert caught.value.param == "cache"
+    for asked in (Asked("p", cache=2, refiner_cache=1), Asked("p", cache=2, handoff=None)):
+        assert translated(asked).cache == 2
 
 
 def _refusal(asked: Asked, start: Start | None = None, limits: PlanLimits | None = None) -> ApiError:
