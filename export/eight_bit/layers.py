@@ -1,9 +1,12 @@
 """The layers of a graph that can compute in 8 bits, the attentions between them, and which layers stay as they are."""
 
-__all__ = ["EXCLUDED", "Attention", "Layer", "LayerKind", "find_attentions", "find_layers", "reason_to_exclude"]
+__all__ = [
+    "EXCLUDED", "Attention", "Layer", "LayerKind", "attentions_with", "find_attentions", "find_layers",
+    "reason_to_exclude",
+]  # fmt: skip
 
 import fnmatch
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -90,6 +93,11 @@ def find_attentions(model: ir.Model) -> list[Attention]:
     """Return the attentions, of ONNX or of ONNX Runtime, in the order of the graph."""
     nodes = [node for node in model.graph if node.op_type in ("Attention", "MultiHeadAttention")]
     return [Attention(node, _queries(node)) for node in nodes]
+
+
+def attentions_with(model: ir.Model, modules: Collection[str]) -> list[Attention]:
+    """Return the attentions whose queries a layer of `modules` makes: one stays in floating point with that layer."""
+    return [attention for attention in find_attentions(model) if attention.queries.module in modules]
 
 
 def reason_to_exclude(module: str, further: Mapping[str, str] | None = None) -> str | None:

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from sdxl_trt.export.eight_bit.formats import FORMATS, Scheme, activation_scale
-from sdxl_trt.export.eight_bit.layers import Attention, Layer, find_attentions
+from sdxl_trt.export.eight_bit.layers import Attention, Layer, attentions_with
 from sdxl_trt.export.eight_bit.nodes import QuantizingGraph, constant
 from sdxl_trt.export.eight_bit.ranges import INPUT, Ranges
 from sdxl_trt.export.eight_bit.store import EightBitWeights
@@ -36,12 +36,13 @@ def quantize_for_devices(
     model: ir.Model, layers: Iterable[Layer], weights: EightBitWeights, ranges: Ranges, scheme: Scheme, folder: Path,
     *, wide: bool = False,
 ) -> None:  # fmt: skip
-    """Let `layers` of `model` compute in 8 bits, symmetrically; with FP8 also every attention. In place.
+    """Let `layers` of `model` compute in 8 bits, symmetrically; with FP8 also the attentions with them. In place.
 
     With `wide` the graph computes in fp32, so that a CPU can show what a GPU will draw.
     """
     form, scales = FORMATS[scheme], weights.wide_scales if wide else weights.scales
-    chosen, attentions = list(layers), find_attentions(model)
+    chosen = list(layers)
+    attentions = attentions_with(model, {layer.module for layer in chosen})
     floats = ir.DataType.FLOAT if wide or not scales else next(iter(scales.values())).dtype
     graph = QuantizingGraph(model.graph, floats)
     for layer in chosen:

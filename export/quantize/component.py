@@ -38,8 +38,8 @@ from sdxl_trt.export.eight_bit import (
     Layer,
     Ranges,
     Scheme,
+    attentions_with,
     compute_in_fp32,
-    find_attentions,
     find_layers,
     quantize_for_cpu,
     quantize_for_devices,
@@ -108,7 +108,7 @@ def quantize_component(
     chosen = {layer.module: layer for layer in layers if reasons[layer.module] is None}
     table = job.table()
     weights = write_eight_bit(table, job.folder, folder, chosen, job.ranges, job.scheme, written)
-    attentions = len(find_attentions(model)) if job.scheme == "fp8" else 0
+    attentions = len(attentions_with(model, chosen)) if job.scheme == "fp8" else 0
     _quantize(model, chosen, weights, job, folder)
     save_graph(model, folder / GRAPH_FILE)
     has_shallow = any(spec.name == DEEP_FEATURE for spec in job.source.outputs)

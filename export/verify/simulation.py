@@ -51,7 +51,7 @@ def simulated(
         for name, layer in layers.items():
             _narrow(layer, name, ranges, scheme, stack, unsigned=unsigned)
         if quantization.attentions:
-            stack.enter_context(_Attentions(graph, plan, ranges, stack))
+            stack.enter_context(_Attentions(graph, plan, quantization, ranges, stack))
         yield
 
 
@@ -109,14 +109,18 @@ def _through(span: tuple[float, float], scheme: Scheme, *, unsigned: bool = Fals
 
 
 class _Attentions(TorchFunctionMode):
-    """Computes attention as FP8 graphs do: as two products of rounded numbers."""
+    """Computes attention as FP8 graphs do, as two products of rounded numbers, if its queries' layer is in 8 bits."""
 
-    def __init__(self, graph: Graph, plan: ComponentPlan, ranges: Ranges, stack: contextlib.ExitStack) -> None:
+    def __init__(
+        self, graph: Graph, plan: ComponentPlan, quantization: Quantization, ranges: Ranges, stack: contextlib.ExitStack
+    ) -> None:
         super().__init__()
         self._ranges, self._name = ranges, ""
+        """The attention that runs, "" for one in floating point."""
         for name, module in _modules(graph, plan):
             if f"{name}.q" in ranges.spans:
-                hook = module.register_forward_pre_hook(lambda *_, name=name: self._enter(name))
+                narrow = "" if f"{name}.to_q" in quantization.excluded else name
+                hook = module.register_forward_pre_hook(lambda *_, name=narrow: self._enter(name))
                 stack.callback(hook.remove)
 
     def _enter(self, name: str) -> None:
@@ -126,7 +130,7 @@ class _Attentions(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         given = dict(kwargs or {})
-        if func is not torch.nn.functional.scaled_dot_product_attention:
+        if func is not torch.nn.functional.scaled_dot_product_attention or not self._name:
             return func(*args, **given)
         query, key, value = (*args, *(given[name] for name in ("query", "key", "value") if name in given))[:3]
         factor = given.get("scale") or query.shape[-1] ** -0.5

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from sdxl_trt.engines.bundle import Bundle
@@ -69,6 +70,21 @@ def test_a_manifest_says_what_computes_in_8_bits(eight_bit_bundle: Path, fp8_bun
     assert errors == sorted(errors)
     assert {each["module"] for each in report["unet"]["layers"] if each["excluded"]} == told.excluded.keys()
     assert report["unet"]["step_psnr_db"] > 35
+
+
+def test_an_attention_stays_in_floating_point_with_the_layer_of_its_queries(
+    pairs: Callable[[str], Any], tmp_path: Path, eight_bit_bundle: Path, quantized: list[str]
+) -> None:
+    ranges = eight_bit_bundle.parent / "ranges.npz"
+    found = _export(pairs("outline"), tmp_path / "out", precision="fp8", components=frozenset({"unet"}),
+                    calibration={"file": ranges, "exclude": ("mid_block.*.attn2.to_q",)})  # fmt: skip
+    ops = [node.op_type for node in ir.load(tmp_path / "out" / "unet" / "model.onnx").graph]
+    told = found.manifest.components["unet"].quantization
+    assert told is not None
+    excluded = [module for module in told.excluded if module.endswith("to_q")]
+    assert excluded
+    assert all(module.startswith("mid_block") for module in excluded)
+    assert (ops.count("Attention"), ops.count("Softmax")) == (len(excluded), told.attentions)
 
 
 def test_an_interrupted_export_resumes_and_an_unchanged_one_is_kept(
