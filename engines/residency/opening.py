@@ -7,7 +7,14 @@ from functools import partial
 from sdxl_trt.engines.backends import open_backend
 from sdxl_trt.engines.bundle import USUAL_RUN, Bundle, Workload, run_components, stand_ins
 from sdxl_trt.engines.residency.estimate import MemoryEstimate
-from sdxl_trt.engines.residency.policy import can_run, check_residency, estimate_memory, fallbacks, settled_residency
+from sdxl_trt.engines.residency.policy import (
+    can_run,
+    check_residency,
+    estimate_memory,
+    fallbacks,
+    optional_components,
+    settled_residency,
+)
 from sdxl_trt.engines.residency.pool import EnginePool
 
 
@@ -56,6 +63,7 @@ def open_pool(
         plan.residency,
         backend.provider,
         keeps=plan.keeps,
+        optional=optional_components(plan, bundle.manifest, estimate),
         fallbacks=fallbacks(plan) if residency == "auto" else (),
         budgets=plan.budgets or {need.component: need.streamable // 2 for need in plan.needs if need.streamable},
         replaced=stand_ins(bundle.manifest, backend.provider, backend.capability),

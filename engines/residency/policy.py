@@ -5,10 +5,13 @@ the base runs, the refiner's plan is read into host memory and checked. `stream`
 a budget left in host memory. If not everything fits, text encoders and the autoencoder are freed before UNets.
 """
 
-__all__ = ["RESIDENCIES", "can_run", "check_residency", "estimate_memory", "fallbacks", "settled_residency"]
+__all__ = [
+    "RESIDENCIES", "can_run", "check_residency", "estimate_memory", "fallbacks", "fit_beside", "optional_components",
+    "settled_residency",
+]  # fmt: skip
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import get_args
 
@@ -105,6 +108,34 @@ def estimate_memory(
     plan = asked.best() if residency == "auto" else asked.under(residency)
     least, largest = (draft(at).under(plan.residency).peak for at in ("least", "largest"))
     return replace(plan, least_peak=least, largest_peak=largest)
+
+
+def optional_components(
+    plan: MemoryEstimate, manifest: Manifest, estimate: Callable[..., MemoryEstimate]
+) -> dict[str, int]:
+    """Return the bytes of the components that `plan` lacks and other runs use, {} unless all of both can stay loaded.
+
+    These are the autoencoders' encoders, the shallow UNets and the tiny decoder; ControlNets, which are as large as
+    UNets, are not. `estimate` is `estimate_memory` with the arguments of `plan`.
+    """
+    if plan.residency != "resident" or len(plan.keeps) < len(plan.needs):
+        return {}
+    stages = manifest.stages()
+    cached = tuple(name for name, stage in stages.items() if stage.shallow is not None)
+    decoders = (False,) if list(stages.values())[-1].vae.tiny is None else (False, True)
+    found: dict[str, int] = {}
+    for tiny in decoders:
+        wide = estimate(residency="resident", workload=Workload(from_image=True, cached=cached, tiny=tiny))
+        known = {need.component for need in plan.needs}
+        for need in (need for need in wide.needs if need.component not in known):
+            own = 0 if shares_activations(plan.provider) else need.activations
+            found[need.component] = need.weights + need.io + own
+    return found if fit_beside(plan, found) else {}
+
+
+def fit_beside(plan: MemoryEstimate, components: Mapping[str, int]) -> bool:
+    """Return whether components of so many bytes fit beside what `plan` has loaded at its peak."""
+    return plan.usable is None or plan.peak + sum(components.values()) <= plan.usable
 
 
 def _with_loras(bundle: Bundle, need: Need, rank: int) -> Need:

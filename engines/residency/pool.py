@@ -17,7 +17,7 @@ from sdxl_trt.engines.host import available_host_memory, format_bytes
 from sdxl_trt.engines.plans import PlanLimits, RunSizes
 from sdxl_trt.engines.residency.estimate import MemoryEstimate, Residency
 from sdxl_trt.engines.residency.loading import LoadAhead, load
-from sdxl_trt.engines.residency.policy import can_run
+from sdxl_trt.engines.residency.policy import can_run, fit_beside
 from sdxl_trt.engines.residency.read_ahead import ReadAhead, bytes_ahead
 
 log = logging.getLogger(__name__)
@@ -28,9 +28,10 @@ MOST_LOADS = 1000
 class EnginePool:
     """Loads and frees the engines of a bundle; a context manager that frees them all, and the device.
 
-    `resident` keeps every loaded engine, or only those that `keeps` names. `swap` and `stream` hold the engines of one
-    phase: a phase frees all others before it loads its own, so base and refiner never share memory. If memory runs
-    out while engines are loaded, the pool continues with the next of `fallbacks`.
+    `resident` keeps every loaded engine, or only those that `keeps` names, and those of `optional`: components that
+    only some runs use, with their bytes, as long as all of them fit beside what is planned. `swap` and `stream` hold
+    the engines of one phase: a phase frees all others before it loads its own, so base and refiner never share memory.
+    If memory runs out while engines are loaded, the pool continues with the next of `fallbacks`.
 
     A component with LoRAs (`adapted`) stands wherever a component's name may. There is one engine of a component: other
     LoRAs than those it has are put on it when a phase asks for them, and all others are taken off.
@@ -52,6 +53,7 @@ class EnginePool:
         provider: str,
         *,
         keeps: Iterable[str] | None = None,
+        optional: Mapping[str, int] | None = None,
         fallbacks: tuple[Residency, ...] = (),
         budgets: Mapping[str, int] | None = None,
         replaced: Mapping[str, str] | None = None,
@@ -83,7 +85,8 @@ class EnginePool:
         self.workload = workload
         """What the runs ask that memory was planned for."""
         self._make = make
-        self._keeps = frozenset(bundle.manifest.components if keeps is None else keeps)
+        self._optional = optional or {}
+        self._keeps = frozenset(bundle.manifest.components if keeps is None else keeps) | self._optional.keys()
         self._fallbacks = fallbacks
         self._budgets = budgets or {}
         self._replaced = replaced or {}
@@ -213,7 +216,9 @@ class EnginePool:
     def _tighten(self, plan: MemoryEstimate) -> None:
         """Keep no more than `plan` does: another request of this pool may still run with its larger needs."""
         if plan.residency == "resident":
-            self._keeps &= frozenset(plan.keeps)
+            self._keeps &= frozenset(plan.keeps) | (
+                self._optional.keys() if fit_beside(plan, self._optional) else set()
+            )
         smaller = {name: budget for name, budget in plan.budgets.items() if budget < self._budgets.get(name, budget)}
         if smaller:
             self._budgets = {**self._budgets, **smaller}

@@ -156,6 +156,19 @@ def test_a_smaller_budget_takes_effect_with_the_next_phase(make_pool, machine: A
         assert (machine.loaded, machine.budgets) == (["unet"], {"unet": 20})
 
 
+@pytest.mark.parametrize(("peak", "stays"), [(5, True), (6, False)])
+def test_what_only_some_runs_use_stays_while_it_fits(make_pool, machine: Any, peak: int, *, stays: bool) -> None:
+    estimate = _estimates({"resident": peak})
+    options = {"estimate": estimate, "records": RECORDS, "limits": LIMITS, "optional": {"vae_decoder": 4 * GB}}
+    with make_pool("resident", keeps=UNETS, **options) as pool:
+        pool.phase("vae_decoder")
+        pool.phase("unet")
+        assert machine.loaded == ["vae_decoder", "unet"]
+        pool.make_room(RUN_SIZES)  # of 9 GB
+        pool.phase("unet")
+        assert machine.loaded == (["vae_decoder", "unet"] if stays else ["unet"])
+
+
 def test_room_is_checked_without_any_change(make_pool, machine: Any) -> None:
     """Another thread may do so while a run goes on."""
     options = {"fallbacks": ("swap",), "estimate": _estimates({"resident": 12, "swap": 8}), "records": RECORDS}

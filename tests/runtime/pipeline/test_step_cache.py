@@ -170,3 +170,12 @@ def _without_the_refiner_s(root: Path) -> Path:
     parts = {name: part for name, part in manifest.components.items() if name != "refiner_unet_shallow"}
     write_manifest(root, msgspec.structs.replace(manifest, refiner=refiner, components=parts))
     return root
+
+
+def test_an_open_bundle_loads_shallow_unets_once_for_all_requests(opened: Pipeline) -> None:
+    for request in (STAR, CACHED, STAR, CACHED):
+        list(opened.generate(request))
+    loads = list(opened.pool.loads)
+    assert {name: loads.count(name) for name in ("unet", "unet_shallow", "refiner_unet_shallow")} == {
+        "unet": 1, "unet_shallow": 1, "refiner_unet_shallow": 1,
+    }  # fmt: skip
