@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 
 from sdxl_trt.engines.adapters.file import Lora, open_lora
 from sdxl_trt.engines.adapters.scaled import ScaledLora
+from sdxl_trt.engines.backends.mapped.patch import _to_bfloat16, plan_patch
 from sdxl_trt.engines.backends.ort.engine import OrtEngine
-from sdxl_trt.engines.backends.patched.patch import _to_bfloat16, plan_patch
 from sdxl_trt.engines.bundle.bundle import Bundle, read_bundle
 from sdxl_trt.engines.bundle.tensor_table import read_table
 from sdxl_trt.engines.errors import CorruptError, IncompatibleError, SdxlTrtError, SourceError
