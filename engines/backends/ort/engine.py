@@ -49,7 +49,8 @@ class OrtEngine(MappedEngine):
         if self.component.precision == "bf16" and provider != "ort-tensorrt":
             raise IncompatibleError(
                 f"{bundle.root}: {name} is bf16, which ONNX Runtime's {provider.removeprefix('ort-').upper()} provider"
-                " cannot run; export it again with --fp16 (or --fp32), or run it with TensorRT"
+                " cannot run; export it again with --fp16 (or --fp32), or run it with TensorRT, or on a CPU with bf16"
+                " instructions with --provider openvino"
             )
         self._session: Any = None
         self._device: DeviceTensors | None = None

@@ -47,6 +47,11 @@ class OvEngine(MappedEngine):
         if self.component.precision == "fp8":
             raise IncompatibleError(f"{bundle.root}: {name} is fp8, which OpenVINO does not compute in; use --provider"
                                     " ort-cpu, or export it with --int8 or --fp16")  # fmt: skip
+        if self.component.precision == "bf16" and precision != "bf16":
+            # It computes such a graph about as exactly as in bf16, whatever it is told.
+            raise IncompatibleError(f"{bundle.root}: {name} is bf16, which OpenVINO does not compute in {precision};"
+                                    " export it again with --fp16 (or --fp32), or on a CPU with bf16 instructions use"
+                                    " --compute-precision bf16")  # fmt: skip
         self._model: Any = None
         self._taken: frozenset[str] = frozenset()
         self._requests: dict[_Shapes, Any] = {}

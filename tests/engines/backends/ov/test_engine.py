@@ -119,11 +119,21 @@ def test_the_precision_is_what_the_processor_has(monkeypatch: pytest.MonkeyPatch
         library.settled_precision("int4")
 
 
-def test_graphs_that_it_cannot_run_are_refused(bundle: Bundle) -> None:
-    parts = bundle.manifest.components
-    fp8 = {"unet": msgspec.structs.replace(parts["unet"], precision="fp8")}
+def _in(bundle: Bundle, precision: str) -> Bundle:
+    parts = {"unet": msgspec.structs.replace(bundle.manifest.components["unet"], precision=precision)}
+    return Bundle(bundle.root, msgspec.structs.replace(bundle.manifest, components=parts))
+
+
+@pytest.mark.parametrize("computes", ["fp32", "bf16"])
+def test_a_graph_in_8_bit_floats_is_refused(bundle: Bundle, computes: Any) -> None:
     with pytest.raises(IncompatibleError, match="fp8, which OpenVINO does not compute in"):
-        OvEngine(Bundle(bundle.root, msgspec.structs.replace(bundle.manifest, components=fp8)), "unet", "fp32")
+        OvEngine(_in(bundle, "fp8"), "unet", computes)
+
+
+def test_a_bf16_graph_is_refused_where_it_would_be_said_to_compute_in_fp32(bundle: Bundle) -> None:
+    with pytest.raises(IncompatibleError, match=r"unet is bf16, which OpenVINO does not compute in fp32; .*--fp16"):
+        OvEngine(_in(bundle, "bf16"), "unet", "fp32")
+    OvEngine(_in(bundle, "bf16"), "unet", "bf16")
 
 
 PROMPTS = {"input_ids": np.arange(2 * 77).reshape(2, 77) % 300 + 1, "embedding_index": np.zeros((2, 77), np.int64)}
