@@ -1,7 +1,8 @@
 """The Engine protocol: the interface of a loaded graph, the same for every backend. numpy in, numpy out."""
 
 __all__ = [
-    "Array", "DeviceArray", "Engine", "Value", "check_inputs", "fill_optional", "numpy_dtype", "rows_of", "with_rows",
+    "Array", "DeviceArray", "Engine", "Value", "check_home", "check_inputs", "fill_optional", "numpy_dtype", "rows_of",
+    "whole_feed", "with_rows",
 ]  # fmt: skip
 
 from collections.abc import Collection, Mapping, Sequence
@@ -134,6 +135,25 @@ def fill_optional(component: Component, given: Collection[str]) -> dict[str, Arr
         for spec in component.inputs
         if spec.optional and spec.name not in given
     }
+
+
+def whole_feed(component: Component, constants: Mapping[str, Array], inputs: Mapping[str, Value]) -> dict[str, Value]:
+    """Return every input of the graph: `inputs`, the `constants` with as many rows, zeros for what may be missing.
+
+    Raises UsageError unless they match the graph's.
+    """
+    feed: dict[str, Value] = {**with_rows(component, constants, rows_of(component, inputs)), **inputs}
+    feed = {**fill_optional(component, feed), **feed}
+    check_inputs(component, feed)
+    return feed
+
+
+def check_home(name: str, feed: Mapping[str, Value], home: str) -> None:
+    """Raise UsageError for an input of component `name` on another device than `home`, its engine's."""
+    for key, value in feed.items():
+        if isinstance(value, DeviceArray) and value.home != home:
+            raise UsageError(f"{name}: input {key} is on {value.home}, but this engine runs on {home}; run both"
+                             " components with one provider")  # fmt: skip
 
 
 def check_inputs(component: Component, inputs: Mapping[str, Value]) -> None:

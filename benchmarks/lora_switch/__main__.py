@@ -35,7 +35,7 @@ from sdxl_trt.benchmarks.measure import (
 )
 from sdxl_trt.engines import SdxlTrtError
 from sdxl_trt.engines.adapters import ScaledLora, open_lora
-from sdxl_trt.engines.backends.patched import plan_patch
+from sdxl_trt.engines.backends.mapped import plan_patch
 from sdxl_trt.engines.bundle import Bundle, read_bundle, read_table
 
 COMMAND = "python -m sdxl_trt.benchmarks.lora_switch"

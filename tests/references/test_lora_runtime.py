@@ -18,7 +18,7 @@ from sdxl_trt.engines.adapters.file import open_lora
 from sdxl_trt.engines.adapters.names import COMPONENTS
 from sdxl_trt.engines.adapters.scaled import ScaledLora, narrowed
 from sdxl_trt.engines.adapters.unet_names import unet_prefixes
-from sdxl_trt.engines.backends.patched.patch import plan_patch
+from sdxl_trt.engines.backends.mapped.patch import plan_patch
 from sdxl_trt.engines.bundle.bundle import read_bundle
 from sdxl_trt.engines.bundle.tensor_table import read_table
 from sdxl_trt.export.components import Options

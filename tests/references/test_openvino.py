@@ -1,5 +1,6 @@
 """Whole runs on OpenVINO against ONNX Runtime: with the refiner, LoRAs, ControlNets and other sizes."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,8 @@ from safetensors.numpy import save_file
 
 from sdxl_trt.engines.backends.ov import settled_precision
 from sdxl_trt.engines.bundle import read_bundle, read_table
+from sdxl_trt.engines.errors import IncompatibleError
+from sdxl_trt.export import Options, export_bundle
 from sdxl_trt.mini import bundle_path
 from sdxl_trt.runtime import Request, open_bundle
 from sdxl_trt.runtime.adapters.use import LoraUse
@@ -102,3 +105,54 @@ def test_controlnets_add_their_residuals_on_openvino_too(controlled: Path, opene
     expected, found = (_drawn(each, request)[0] for each in (reference, tested))
     assert _off(found, expected) < 3e-3
     assert _off(expected, plain) > 10 * _off(found, expected)
+
+
+def _exported(pairs: Callable[[str], Any], out: Path, *options: Any, **more: Any) -> Path:
+    """Export parts of the pair "outline" again over a copy of its fp32 bundle."""
+    pair = pairs("outline")
+    shutil.copytree(pair.bundle, out)
+    export_bundle(pair.base, pair.refiner, out, Options(*options, **more))
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("converted_once")
+def test_bf16_bundles_compute_in_bf16_or_are_refused(
+    pairs: Callable[[str], Any], opened: Opened, tmp_path: Path
+) -> None:
+    """ONNX Runtime's CPU provider has no bf16: the reference is its run of the same pair in fp32."""
+    root = _exported(pairs, tmp_path / "bf16", "bf16", components=frozenset({"unet"}))
+    expected, before = _drawn(opened(pairs("outline").bundle, "fp32")[0], SMALL)
+    with (
+        open_bundle(root, provider="openvino", compute_precision="fp32") as pipeline,
+        pytest.raises(IncompatibleError, match="unet is bf16, which OpenVINO does not compute in fp32; export it"),
+    ):
+        list(pipeline.generate(SMALL))
+    if settled_precision("auto") != "bf16":
+        pytest.skip("this CPU does not compute in bf16")
+    with open_bundle(root, provider="openvino") as pipeline:
+        found, after = _drawn(pipeline, SMALL)
+    assert 1e-3 < _off(found, expected) < 0.12
+    assert 10 * np.log10(255**2 / np.mean((before - after) ** 2)) > 30
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("converted_once")
+def test_mixed_decoders_decode_what_onnx_runtime_decodes(
+    pairs: Callable[[str], Any], opened: Opened, tmp_path: Path
+) -> None:
+    root = _exported(pairs, tmp_path / "mixed", "fp32", "mixed", components=frozenset({"vae_decoder"}))
+    assert read_bundle(root).manifest.components["vae_decoder"].precision == "mixed"
+    reference, tested = opened(root, "fp32")
+    (expected, before), (found, after) = (_drawn(each, SMALL) for each in (reference, tested))
+    assert _off(found, expected) < 1e-4
+    assert np.abs(before - after).max() <= 1
+
+
+@pytest.mark.slow
+def test_fp8_bundles_are_refused(fp8_bundle: Path) -> None:
+    with (
+        open_bundle(fp8_bundle, provider="openvino") as pipeline,
+        pytest.raises(IncompatibleError, match="unet is fp8, which OpenVINO does not compute in; use --provider ort"),
+    ):
+        list(pipeline.generate(SMALL))

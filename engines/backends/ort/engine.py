@@ -2,17 +2,14 @@
 
 __all__ = ["OrtEngine"]
 
-import contextlib
-import mmap
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
 
-from sdxl_trt.engines.adapters import ScaledLora
 from sdxl_trt.engines.backends.cuda import pip_install
+from sdxl_trt.engines.backends.mapped import MappedEngine
 from sdxl_trt.engines.backends.ort.products import EXACT_PRODUCTS, saturates
 from sdxl_trt.engines.backends.ort.providers import (
     ORT_PROVIDERS,
@@ -21,26 +18,9 @@ from sdxl_trt.engines.backends.ort.providers import (
     choose_provider,
     shape_limits,
 )
-from sdxl_trt.engines.backends.patched import Patch, plan_patch
-from sdxl_trt.engines.bundle import Bundle, Component, Profile, verify_file
-from sdxl_trt.engines.engine import (
-    Array,
-    DeviceArray,
-    Value,
-    check_inputs,
-    fill_optional,
-    numpy_dtype,
-    rows_of,
-    with_rows,
-)
-from sdxl_trt.engines.errors import (
-    EngineError,
-    IncompatibleError,
-    ResourceError,
-    SdxlTrtError,
-    UsageError,
-    explain_os_error,
-)
+from sdxl_trt.engines.bundle import Bundle, Component, Profile
+from sdxl_trt.engines.engine import Array, DeviceArray, Value, check_home, fill_optional, numpy_dtype, whole_feed
+from sdxl_trt.engines.errors import EngineError, IncompatibleError, SdxlTrtError, UsageError
 from sdxl_trt.engines.host import one_line, return_freed_memory
 from sdxl_trt.engines.plans import outside_profiles
 
@@ -48,79 +28,45 @@ from sdxl_trt.engines.plans import outside_profiles
 _FATAL_ONLY = 4
 
 
-class OrtEngine:
+class OrtEngine(MappedEngine):
     """One component on ONNX Runtime: on the CPU, on CUDA, or compiled by TensorRT.
 
-    ONNX Runtime receives the graph as bytes and the weights as a memory map of the one file with the manifest's
-    digest: it opens no file itself, so a graph cannot refer to another one. On the CPU, the component's `cpu_graph`
-    runs if the bundle has one; `standard` selects the graph of all other backends. With LoRAs, the map is a private
-    copy of the pages that they change; an 8-bit component takes none.
+    ONNX Runtime receives the graph as bytes and the weights as a map, so a graph cannot refer to another file. On the
+    CPU, the component's `cpu_graph` runs if the bundle has one; `standard` selects the graph of all other backends.
     """
+
+    library = "ONNX Runtime"
+    _without_loras = "use TensorRT plans built with --lora-rank 128, or export with --fp16"
 
     def __init__(self, bundle: Bundle, name: str, provider: OrtProvider = "ort-cpu", *, standard: bool = False) -> None:
         if provider not in ORT_PROVIDERS:
             raise UsageError(f"unknown provider {provider!r}; choose {', '.join(ORT_PROVIDERS)}")
-        self.name = name
+        # On another provider, the CPU graph's special operators would fall back to the CPU.
+        own = bundle.manifest.components[name].cpu_graph if provider == "ort-cpu" and not standard else None
+        super().__init__(bundle, name, own)
         self.provider = provider
-        self.component: Component = bundle.manifest.components[name]
-        if not bundle.manifest.onnx:
-            raise IncompatibleError(f"{bundle.root}: contains only plans, and ONNX Runtime runs graphs; export the"
-                                    " bundle again without --plans-only, or use --provider tensorrt")  # fmt: skip
         # TensorRT computes in bf16; the other two providers lack kernels for it.
         if self.component.precision == "bf16" and provider != "ort-tensorrt":
             raise IncompatibleError(
                 f"{bundle.root}: {name} is bf16, which ONNX Runtime's {provider.removeprefix('ort-').upper()} provider"
-                " cannot run; export it again with --fp16 (or --fp32), or run it with TensorRT"
+                " cannot run; export it again with --fp16 (or --fp32), or run it with TensorRT, or on a CPU with bf16"
+                " instructions with --provider openvino"
             )
-        self._bundle = bundle
-        # On another provider, the CPU graph's special operators would fall back to the CPU.
-        own = self.component.cpu_graph if provider == "ort-cpu" and not standard else None
-        self._graph_record = own or self.component.graph
-        self._graph_path = bundle.path(self._graph_record)
-        self._weights_path = bundle.path(self.component.weights)
-        self._loras: tuple[ScaledLora, ...] = ()
-        self._patch: Patch | None = None
-        self._graph: bytes | None = None
-        self._weights: mmap.mmap | None = None
         self._session: Any = None
         self._device: DeviceTensors | None = None
         self._limits: Profile | None = None
         self._constants: dict[str, Array] = {}
 
-    def adapt(self, loras: Sequence[ScaledLora]) -> None:
-        """Set the LoRAs of the next `load`; see Engine.adapt. Other ones than before unload the engine."""
-        wanted = tuple(loras)
-        if wanted == self._loras:
-            return
-        if wanted and self.component.eight_bit:
-            raise IncompatibleError(
-                f"{self.name} is {self.component.precision}, and LoRAs cannot change 8-bit weights on ONNX Runtime;"
-                f" fuse them at export (export-engines --lora FILE --{self.component.precision}), use TensorRT plans"
-                " built with --lora-rank 128, or export with --fp16"
-            )
-        if wanted and self.provider == "ort-tensorrt":
+    @property
+    def _loaded(self) -> bool:
+        return self._session is not None
+
+    def _check_takes_loras(self) -> None:
+        super()._check_takes_loras()
+        if self.provider == "ort-tensorrt":
             raise IncompatibleError(f"{self.name}: ONNX Runtime's TensorRT compiles the weights into its engines, so it"
                                     " cannot change them by LoRAs; use --provider ort-cuda, or plans with adapter"
                                     " slots: export-engines --engine tensorrt --lora-rank 128")  # fmt: skip
-        patch = plan_patch(self._bundle, self.name, wanted) if wanted else None
-        self.unload()
-        self._loras, self._patch = wanted, patch
-
-    def prefetch(self) -> None:
-        """Map the files and check their digests; see Engine.prefetch."""
-        if self._graph is not None or self._session is not None:
-            return
-        verify_file(self._graph_path, self._graph_record)
-        verify_file(self._weights_path, self.component.weights)
-        try:
-            graph = self._graph_path.read_bytes()
-            with self._weights_path.open("rb") as file:
-                access = mmap.ACCESS_READ if self._patch is None else mmap.ACCESS_COPY
-                self._weights = mmap.mmap(file.fileno(), 0, access=access)
-        except (OSError, ValueError) as exc:
-            reason = exc if isinstance(exc, OSError) else OSError(str(exc))
-            raise explain_os_error(reason, f"reading component {self.name}") from exc
-        self._graph = graph
 
     def load(self) -> None:
         """Create the session; see Engine.load. Raises IncompatibleError if it would not run on the provider."""
@@ -129,17 +75,11 @@ class OrtEngine:
         self.prefetch()
         ort = _onnxruntime(self.provider)
         try:
-            chosen = choose_provider(ort, self.provider)
-            self._limits = shape_limits(self._bundle, self.name) if chosen.profiled else None
-            if self._patch is not None and self._weights is not None:
-                self._patch.apply(self._weights)
-            self._session = self._open(ort, chosen)
-        except SdxlTrtError:
-            raise
-        except MemoryError as exc:
-            raise _out_of_memory(f"loading {self.name}") from exc
-        except Exception as exc:
-            raise _explain(exc, f"loading {self.name}") from exc
+            with self._explained("loading"):
+                chosen = choose_provider(ort, self.provider)
+                self._limits = shape_limits(self._bundle, self.name) if chosen.profiled else None
+                self._put_loras()
+                self._session = self._open(ort, chosen)
         finally:
             self._forget_files()
         return_freed_memory()
@@ -175,15 +115,15 @@ class OrtEngine:
         names = list(outputs if outputs is not None else self.component.results)
         feed = self._feed(inputs)
         if self._device is None and not any(isinstance(value, DeviceArray) for value in feed.values()):
-            with _explained(f"running {self.name}"):
+            with self._explained("running"):
                 return dict(zip(names, self._session.run(names, feed), strict=True))
-        with _explained(f"running {self.name}"):
+        with self._explained("running"):
             return {name: value.numpy() for name, value in self._values(names, feed, inputs).items()}
 
     def infer_on_device(self, inputs: Mapping[str, Value]) -> dict[str, DeviceArray]:
         """Run the session and keep its outputs as OrtValues; see Engine.infer_on_device."""
         feed = self._feed(inputs)
-        with _explained(f"running {self.name}"):
+        with self._explained("running"):
             values = self._values(self.component.results, feed, inputs)
             return {name: self._on_device(name, value) for name, value in values.items()}
 
@@ -192,7 +132,7 @@ class OrtEngine:
     ) -> tuple[dict[str, Array], dict[str, DeviceArray]]:
         """Run the session; see Engine.infer_keeping. Each call has OrtValues of its own, valid while held."""
         feed = self._feed(inputs)
-        with _explained(f"running {self.name}"):
+        with self._explained("running"):
             values = self._values(list(dict.fromkeys([*outputs, *kept])), feed, inputs)
             host = {name: values[name].numpy() for name in outputs}
             return host, {name: self._on_device(name, values[name]) for name in kept}
@@ -208,17 +148,11 @@ class OrtEngine:
         return "ort-cpu" if self._device is None else f"ort-{self._device.device}"
 
     def _feed(self, inputs: Mapping[str, Value]) -> dict[str, Value]:
-        """Return every input of the graph: `inputs`, the constants with as many rows, zeros for what may be missing."""
+        """Return every input of the graph, checked: see `whole_feed`."""
         if self._session is None:
             raise EngineError(f"{self.name}: infer before load; call load() first")
-        constants = with_rows(self.component, self._constants, rows_of(self.component, inputs))
-        feed: dict[str, Value] = {**constants, **inputs}
-        feed = {**fill_optional(self.component, feed), **feed}
-        check_inputs(self.component, feed)
-        for name, value in feed.items():
-            if isinstance(value, DeviceArray) and value.home != self._home:
-                raise UsageError(f"{self.name}: input {name} is on {value.home}, but this engine runs on {self._home};"
-                                 " run both components with one provider")  # fmt: skip
+        feed = whole_feed(self.component, self._constants, inputs)
+        check_home(self.name, feed, self._home)
         self._check_limits(feed)
         return feed
 
@@ -247,12 +181,8 @@ class OrtEngine:
         if loaded:
             return_freed_memory()
 
-    def _forget_files(self) -> None:
-        self._graph = None
-        weights, self._weights = self._weights, None
-        if weights is not None:
-            with suppress(BufferError):  # an error on its way still refers to views, which free the map with it
-                weights.close()
+    def _explain(self, doing: str, text: str) -> SdxlTrtError:
+        return _incompatibility(doing, text) or super()._explain(doing, text)
 
 
 def _set_for(ort: Any, options: Any, component: Component) -> None:
@@ -327,24 +257,8 @@ def _onnxruntime(provider: str) -> Any:
     return onnxruntime
 
 
-@contextlib.contextmanager
-def _explained(doing: str) -> Iterator[None]:
-    """Raise the errors of ONNX Runtime as ours."""
-    try:
-        yield
-    except SdxlTrtError:
-        raise
-    except MemoryError as exc:
-        raise _out_of_memory(doing) from exc
-    except Exception as exc:
-        raise _explain(exc, doing) from exc
-
-
-def _explain(exc: Exception, doing: str) -> SdxlTrtError:
-    """Map an ONNX Runtime exception: they have no common base class, and only the message identifies memory errors."""
-    text = " ".join(str(exc).split())
-    if any(sign in text for sign in ("bad_alloc", "Failed to allocate", "bad allocation", "out of memory")):
-        return _out_of_memory(doing)
+def _incompatibility(doing: str, text: str) -> IncompatibleError | None:
+    """Return the error for a message of ONNX Runtime that another machine or installation has not; None for others."""
     if "engine from cache" in text:
         return IncompatibleError(f"{doing}: an engine that was compiled earlier does not load ({text[:200]}); TensorRT,"
                                  " the driver or the GPU has changed: remove sdxl-trt/onnxruntime from the cache folder"
@@ -352,8 +266,4 @@ def _explain(exc: Exception, doing: str) -> SdxlTrtError:
     if "cannot open shared object file" in text:
         return IncompatibleError(f"{doing}: ONNX Runtime misses a library ({text[-200:]}); trt-inspect --doctor says"
                                  " which, and what to install")  # fmt: skip
-    return EngineError(f"{doing}: ONNX Runtime failed: {text[:300]}; rerun with --debug for the full message")
-
-
-def _out_of_memory(doing: str) -> ResourceError:
-    return ResourceError(f"{doing}: out of memory; try --residency swap, a smaller size, or fewer pictures at once")
+    return None

@@ -2,15 +2,12 @@
 
 __all__ = ["OvEngine"]
 
-import contextlib
-import mmap
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from sdxl_trt.engines.adapters import ScaledLora
+from sdxl_trt.engines.backends.mapped import MappedEngine
 from sdxl_trt.engines.backends.ov.library import (
     DEVICE,
     ComputePrecision,
@@ -19,25 +16,9 @@ from sdxl_trt.engines.backends.ov.library import (
     openvino_core,
 )
 from sdxl_trt.engines.backends.ov.placing import place_weights
-from sdxl_trt.engines.backends.patched import Patch, plan_patch
-from sdxl_trt.engines.bundle import Bundle, Component, verify_file
-from sdxl_trt.engines.engine import (
-    Array,
-    DeviceArray,
-    Value,
-    check_inputs,
-    fill_optional,
-    rows_of,
-    with_rows,
-)
-from sdxl_trt.engines.errors import (
-    EngineError,
-    IncompatibleError,
-    ResourceError,
-    SdxlTrtError,
-    UsageError,
-    explain_os_error,
-)
+from sdxl_trt.engines.bundle import Bundle
+from sdxl_trt.engines.engine import Array, DeviceArray, Value, check_home, fill_optional, whole_feed
+from sdxl_trt.engines.errors import EngineError, IncompatibleError, SdxlTrtError
 
 HOME = "openvino"
 _HELD_BYTES = 2 << 30
@@ -48,70 +29,37 @@ WEIGHTS_COMPILED = 2.8
 _Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 
 
-class OvEngine:
+class OvEngine(MappedEngine):
     """One component on OpenVINO, which computes in `precision`.
 
-    OpenVINO receives the graph as bytes and the weights as addresses in a memory map of the one file with the
-    manifest's digest: it opens no file itself. A text encoder is compiled on loading, for any number of prompts; other
-    graphs are compiled by the first call with new shapes, for exactly these: a step of the 50 M cousin takes a
-    third less so. Compiled shapes stay while their weights are small, so that a server of many sizes does not fill the
-    memory. With LoRAs, the map is a private copy of the pages that they change; an 8-bit component takes none.
+    OpenVINO receives the graph as bytes and the weights as addresses in the map, which it needs until `unload`. A text
+    encoder is compiled on loading, for any number of prompts; other graphs are compiled by the first call with new
+    shapes, for exactly these: a step of the 50 M cousin takes a third less so. Compiled shapes stay while their weights
+    are small, so that a server of many sizes does not fill the memory.
     """
 
+    library = "OpenVINO"
+    _without_loras = "or export with --fp16"
+
     def __init__(self, bundle: Bundle, name: str, precision: ComputePrecision) -> None:
-        self.name = name
+        super().__init__(bundle, name)
         self.precision = precision
-        self.component: Component = bundle.manifest.components[name]
-        if not bundle.manifest.onnx:
-            raise IncompatibleError(f"{bundle.root}: contains only plans, and OpenVINO runs graphs; export the bundle"
-                                    " again without --plans-only, or use --provider tensorrt")  # fmt: skip
         if self.component.precision == "fp8":
             raise IncompatibleError(f"{bundle.root}: {name} is fp8, which OpenVINO does not compute in; use --provider"
                                     " ort-cpu, or export it with --int8 or --fp16")  # fmt: skip
-        self._bundle = bundle
-        self._graph_path = bundle.path(self.component.graph)
-        self._weights_path = bundle.path(self.component.weights)
-        self._loras: tuple[ScaledLora, ...] = ()
-        self._patch: Patch | None = None
-        self._graph: bytes | None = None
-        self._weights: NDArray[np.uint8] | None = None
+        if self.component.precision == "bf16" and precision != "bf16":
+            # It computes such a graph about as exactly as in bf16, whatever it is told.
+            raise IncompatibleError(f"{bundle.root}: {name} is bf16, which OpenVINO does not compute in {precision};"
+                                    " export it again with --fp16 (or --fp32), or on a CPU with bf16 instructions use"
+                                    " --compute-precision bf16")  # fmt: skip
         self._model: Any = None
         self._taken: frozenset[str] = frozenset()
         self._requests: dict[_Shapes, Any] = {}
         self._constants: dict[str, Array] = {}
 
-    def adapt(self, loras: Sequence[ScaledLora]) -> None:
-        """Set the LoRAs of the next `load`; see Engine.adapt. Other ones than before unload the engine."""
-        wanted = tuple(loras)
-        if wanted == self._loras:
-            return
-        if wanted and self.component.eight_bit:
-            raise IncompatibleError(
-                f"{self.name} is {self.component.precision}, and LoRAs cannot change 8-bit weights on OpenVINO;"
-                f" fuse them at export (export-engines --lora FILE --{self.component.precision}), or export with --fp16"
-            )
-        patch = plan_patch(self._bundle, self.name, wanted) if wanted else None
-        self.unload()
-        self._loras, self._patch = wanted, patch
-
-    def prefetch(self) -> None:
-        """Map the files and check their digests; see Engine.prefetch."""
-        if self._graph is not None or self._model is not None:
-            return
-        verify_file(self._graph_path, self.component.graph)
-        verify_file(self._weights_path, self.component.weights)
-        try:
-            graph = self._graph_path.read_bytes()
-            with self._weights_path.open("rb") as file:
-                access = mmap.ACCESS_READ if self._patch is None else mmap.ACCESS_COPY
-                mapped = mmap.mmap(file.fileno(), 0, access=access)
-        except (OSError, ValueError) as exc:
-            reason = exc if isinstance(exc, OSError) else OSError(str(exc))
-            raise explain_os_error(reason, f"reading component {self.name}") from exc
-        if self._patch is not None:
-            self._patch.apply(mapped)
-        self._weights = np.frombuffer(mapped, np.uint8)
-        self._graph = graph
+    @property
+    def _loaded(self) -> bool:
+        return self._model is not None
 
     def load(self) -> None:
         """Read the graph, and compile a text encoder's; see Engine.load."""
@@ -125,13 +73,18 @@ class OvEngine:
         graph, weights = self._graph, self._weights
         if graph is None or weights is None:
             raise EngineError(f"{self.name}: load was interrupted; load it again")
-        with _explained(f"loading {self.name}"):
-            placed = place_weights(graph, self.component.weights.file, weights.ctypes.data, len(weights))
-            self._model = core.read_model(placed)
-            self._graph = None
-            self._check_ports()
-            if self.component.kind == "text_encoder":
-                self._requests[()] = self._compiled(())
+        try:
+            with self._explained("loading"):
+                self._put_loras()
+                address = np.frombuffer(weights, np.uint8).ctypes.data
+                self._model = core.read_model(place_weights(graph, self.component.weights.file, address, len(weights)))
+                self._graph = None
+                self._check_ports()
+                if self.component.kind == "text_encoder":
+                    self._requests[()] = self._compiled(())
+        except BaseException:
+            self._forget_graphs()
+            raise
 
     def _check_ports(self) -> None:
         """Keep which inputs OpenVINO's model has: it drops those that the graph does not use.
@@ -154,8 +107,7 @@ class OvEngine:
 
     def infer(self, inputs: Mapping[str, Value], outputs: Sequence[str] | None = None) -> dict[str, Array]:
         """Run the graph; see Engine.infer. The first call with new shapes compiles it."""
-        names = list(outputs) if outputs is not None else [spec.name for spec in self.component.outputs]
-        return self._run(inputs, names)
+        return self._run(inputs, list(outputs if outputs is not None else self.component.results))
 
     def infer_on_device(self, inputs: Mapping[str, Value]) -> dict[str, DeviceArray]:
         """Run the graph; its outputs are arrays in host memory. See Engine.infer_on_device."""
@@ -171,39 +123,26 @@ class OvEngine:
 
     def unload(self) -> None:
         """Free the compiled graphs, then the weights that they refer to; see Engine.unload."""
+        self._constants = {}
+        self._forget_graphs()
+
+    def _forget_graphs(self) -> None:
         self._requests.clear()
         self._model = None
-        self._constants = {}
-        self._graph = None
-        self._weights = None
+        self._forget_files()
 
     def _run(self, inputs: Mapping[str, Value], names: Sequence[str]) -> dict[str, Array]:
         """Return copies of the outputs `names`: the request uses its memory again."""
-        feed = self._feed(inputs)
-        with _explained(f"running {self.name}"):
-            taken = {name: np.ascontiguousarray(array) for name, array in feed.items() if name in self._taken}
+        if self._model is None:
+            raise EngineError(f"{self.name}: infer before load; call load() first")
+        feed = whole_feed(self.component, self._constants, inputs)
+        check_home(self.name, feed, HOME)
+        arrays = {name: value.handle if isinstance(value, DeviceArray) else value for name, value in feed.items()}
+        with self._explained("running"):
+            taken = {name: np.ascontiguousarray(array) for name, array in arrays.items() if name in self._taken}
             request = self._request(taken)
             request.infer(taken, share_inputs=True)
             return {name: np.array(request.get_tensor(name).data) for name in names}
-
-    def _feed(self, inputs: Mapping[str, Value]) -> dict[str, Array]:
-        """Return every input of the graph: `inputs`, the constants with as many rows, zeros for what may be missing."""
-        if self._model is None:
-            raise EngineError(f"{self.name}: infer before load; call load() first")
-        constants = with_rows(self.component, self._constants, rows_of(self.component, inputs))
-        feed: dict[str, Value] = {**constants, **inputs}
-        feed = {**fill_optional(self.component, feed), **feed}
-        check_inputs(self.component, feed)
-        return {name: self._on_host(name, value) for name, value in feed.items()}
-
-    def _on_host(self, name: str, value: Value) -> Array:
-        if not isinstance(value, DeviceArray):
-            return value
-        if value.home != HOME:
-            raise UsageError(f"{self.name}: input {name} is on {value.home}, but this engine runs on {HOME};"
-                             " run both components with one provider")  # fmt: skip
-        held: Array = value.handle
-        return held
 
     def _request(self, feed: Mapping[str, Array]) -> Any:
         """Return the request for the shapes of `feed`, compiled now if there is none."""
@@ -229,22 +168,9 @@ class OvEngine:
         compiled = openvino_core().compile_model(model, DEVICE, compile_settings(self.precision))
         return compiled.create_infer_request()
 
+    def _explain(self, doing: str, text: str) -> SdxlTrtError:
+        return super()._explain(doing, text[-300:])  # its messages begin with the places in its source that they passed
+
 
 def _held(array: Array) -> DeviceArray:
     return DeviceArray(array.shape, array.dtype, array, HOME)
-
-
-@contextlib.contextmanager
-def _explained(doing: str) -> Iterator[None]:
-    """Raise the errors of OpenVINO as ours."""
-    try:
-        yield
-    except SdxlTrtError:
-        raise
-    except Exception as exc:
-        text = " ".join(str(exc).split())
-        if isinstance(exc, MemoryError) or any(sign in text for sign in ("bad_alloc", "Failed to allocate")):
-            raise ResourceError(f"{doing}: out of memory; try --residency swap, a smaller size, or fewer pictures at"
-                                " once") from exc  # fmt: skip
-        # Its messages begin with the places in its source that they passed.
-        raise EngineError(f"{doing}: OpenVINO failed: {text[-300:]}; rerun with --debug for the full message") from exc

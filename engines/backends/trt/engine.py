@@ -25,11 +25,9 @@ from sdxl_trt.engines.engine import (
     Array,
     DeviceArray,
     Value,
-    check_inputs,
     fill_optional,
     numpy_dtype,
-    rows_of,
-    with_rows,
+    whole_feed,
 )
 from sdxl_trt.engines.errors import CorruptError, EngineError, IncompatibleError, SdxlTrtError, UsageError
 from sdxl_trt.engines.plans import PlanReader, Shapes, choose_profile, outside_profiles, start_reading
@@ -217,10 +215,7 @@ class TrtEngine:
         if self._slots is not None and not self._slots.rank:
             raise EngineError(f"{self.name}: infer before adapt, on a plan for LoRAs; call adapt() first")
         # Slots are not among them: all rows share them, and they are not cut.
-        constants = with_rows(self.component, self._constants, rows_of(self.component, inputs))
-        feed: dict[str, Value] = {**constants, **inputs}
-        feed = {**fill_optional(self.component, feed), **feed}
-        check_inputs(self.component, feed)
+        feed = whole_feed(self.component, self._constants, inputs)
         for name, value in feed.items():
             if isinstance(value, DeviceArray) and value.home is not self._device:
                 raise UsageError(f"{self.name}: input {name} is not on this engine's device; run both components with"

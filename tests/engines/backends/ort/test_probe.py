@@ -9,7 +9,7 @@ import pytest
 
 from sdxl_trt.engines.backends.cuda.driver import Driver, Gpu, Problem
 from sdxl_trt.engines.backends.ort import probe
-from sdxl_trt.engines.backends.ort.engine import _explain
+from sdxl_trt.engines.backends.ort.engine import _incompatibility
 from sdxl_trt.engines.backends.ort.probe import CUDA, TENSORRT, plugin_problem, provider_problem
 from sdxl_trt.engines.backends.ort.providers import RTX, ExecutionProvider, choose_provider, plugin_devices
 from sdxl_trt.engines.errors import IncompatibleError
@@ -81,7 +81,7 @@ def test_a_missing_library_is_named_with_the_command(install: Any) -> None:
 def test_a_library_that_onnx_runtime_misses_is_no_defect() -> None:
     """What the probe overlooks still has the exit code of a machine that cannot run it."""
     said = "[ONNXRuntimeError] : 1 : FAIL : with error: libnvinfer.so.10: cannot open shared object file: No such file"
-    error = _explain(RuntimeError(said), "loading unet")
+    error = _incompatibility("loading unet", said)
     assert isinstance(error, IncompatibleError)
     assert "libnvinfer.so.10" in str(error)
     assert "trt-inspect --doctor" in str(error)

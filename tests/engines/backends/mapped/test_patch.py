@@ -1,4 +1,4 @@
-"""LoRAs on ONNX Runtime: weights patched at load, against torch's own sums; off again, everything is as before."""
+"""LoRAs on ONNX Runtime and OpenVINO: patched at load, against torch's own sums; off again, all is as before."""
 
 import mmap
 from collections.abc import Callable
@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 
 from sdxl_trt.engines.adapters.file import Lora, open_lora
 from sdxl_trt.engines.adapters.scaled import ScaledLora
+from sdxl_trt.engines.backends.mapped.patch import _to_bfloat16, plan_patch
 from sdxl_trt.engines.backends.ort.engine import OrtEngine
-from sdxl_trt.engines.backends.patched.patch import _to_bfloat16, plan_patch
+from sdxl_trt.engines.backends.ov.engine import OvEngine
 from sdxl_trt.engines.bundle.bundle import Bundle, read_bundle
 from sdxl_trt.engines.bundle.tensor_table import read_table
 from sdxl_trt.engines.errors import CorruptError, IncompatibleError, SdxlTrtError, SourceError
@@ -23,6 +24,19 @@ from sdxl_trt.mini.embedded import bundle_path
 PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
 PROJECTION = "text_projection"
 Write = Callable[..., Lora]
+
+
+Make = Callable[[Bundle], OrtEngine | OvEngine]
+MAKERS: dict[str, Make] = {
+    "ort": lambda bundle: OrtEngine(bundle, "text_encoder"),
+    "openvino": lambda bundle: OvEngine(bundle, "text_encoder", "fp32"),
+}
+
+
+@pytest.fixture(params=MAKERS.values(), ids=MAKERS)
+def make(request: pytest.FixtureRequest) -> Make:
+    """Return a function that makes an engine for the text encoder, on each library."""
+    return request.param
 
 
 @pytest.fixture(scope="module")
@@ -137,10 +151,10 @@ def _infer(engine: OrtEngine) -> np.ndarray:
     return engine.infer({"input_ids": ids, **none}, ["hidden_states.1"])["hidden_states.1"]
 
 
-def test_loras_go_on_mix_and_off_again_bit_by_bit(mini: Bundle, write: Write) -> None:
+def test_loras_go_on_mix_and_off_again_bit_by_bit(make: Make, mini: Bundle, write: Write) -> None:
     one = ScaledLora(write(_lora_of(mini, "text_encoder", 4, 1), "a"), 0.8)
     other = ScaledLora(write(_lora_of(mini, "text_encoder", 4, 2), "b"), -0.5)
-    engine = OrtEngine(mini, "text_encoder")
+    engine = make(mini)
     found = []
     for loras in ([], [one], [one, other], [one], []):
         engine.adapt(loras)
@@ -153,23 +167,25 @@ def test_loras_go_on_mix_and_off_again_bit_by_bit(mini: Bundle, write: Write) ->
     assert np.abs(mixed - alone).max() > 0.05
 
 
-def test_equal_loras_leave_a_loaded_engine_loaded(mini: Bundle, write: Write) -> None:
+def test_equal_loras_leave_a_loaded_engine_loaded(make: Make, mini: Bundle, write: Write) -> None:
     lora = write(_lora_of(mini, "text_encoder", 2, 1))
-    engine = OrtEngine(mini, "text_encoder")
+    engine = make(mini)
     engine.adapt([ScaledLora(lora, 0.5)])
     engine.load()
-    session = engine._session
+    assert engine._loaded
     engine.adapt([ScaledLora(open_lora(lora.path), 0.5)])
-    assert engine._session is session
+    assert engine._loaded
     engine.adapt([ScaledLora(lora, 0.6)])
-    assert engine._session is None
+    assert not engine._loaded
 
 
 @pytest.mark.parametrize("damage", ["large", "changed", "gone"])
-def test_a_faulty_lora_leaves_no_half_patched_engine(mini: Bundle, write: Write, damage: str, tmp_path: Path) -> None:
+def test_a_faulty_lora_leaves_no_half_patched_engine(
+    make: Make, mini: Bundle, write: Write, damage: str, tmp_path: Path
+) -> None:
     tensors = _lora_of(mini, "text_encoder", 2, 1)
     lora = ScaledLora(write(tensors), 1e8 if damage == "large" else 1.0)
-    engine = OrtEngine(mini, "text_encoder")
+    engine = make(mini)
     engine.load()
     plain = _infer(engine)
     engine.adapt([lora])
@@ -184,7 +200,7 @@ def test_a_faulty_lora_leaves_no_half_patched_engine(mini: Bundle, write: Write,
     with pytest.raises(SdxlTrtError, match=rf"style\.safetensors.*{messages[damage]}|{messages[damage]}") as caught:
         engine.load()
     assert "\n" not in str(caught.value)
-    assert engine._session is None
+    assert not engine._loaded
     assert engine._weights is None
     engine.adapt([])
     engine.load()
