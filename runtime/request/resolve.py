@@ -34,7 +34,7 @@ from sdxl_trt.runtime.text import Prompt
 
 log = logging.getLogger("sdxl_trt.runtime")
 DRAWN_SEED_BITS = 32
-FULL_AT_FIRST: Mapping[StageName, int] = {"base": 3, "refiner": 2}
+FULL_AT_FIRST: Mapping[StageName, int] = {"base": 4, "refiner": 2}
 """The steps that are full whatever is cached: what follows them is extrapolated."""
 
 

@@ -18,7 +18,7 @@ from sdxl_trt.runtime import Pipeline, Request, open_bundle
 from sdxl_trt.runtime.cli.generate import main as trt_generate
 from sdxl_trt.runtime.pipeline import read_settings
 
-STAR = Request("a large red star", steps=9, handoff_step=6, width=64, height=64, seed=3, sampler="euler")
+STAR = Request("a large red star", steps=10, handoff_step=7, width=64, height=64, seed=3, sampler="euler")
 CACHED = replace(STAR, cache=2)
 FULL, SHALLOW = "full", "shallow"
 
@@ -66,12 +66,12 @@ def _kinds(calls: Calls, stage: str) -> str:
 @pytest.mark.parametrize(
     ("changes", "base", "refiner"),
     [
-        ({}, "fffsfs", "ffs"),
-        ({"refiner_cache": 1}, "fffsfs", "fff"),
-        ({"cache": 3}, "fffssf", "ffs"),
-        ({"sampler": "heun"}, "ffffffssffss", "ffffs"),  # two calls a step, one in the last
-        ({"handoff_step": 3}, "fff", "ffsfsf"),
-        ({"guidance_interval": (0.0, 0.5)}, "fffsff", "ffs"),  # the rows change in a step that is not full
+        ({}, "ffffsfs", "ffs"),
+        ({"refiner_cache": 1}, "ffffsfs", "fff"),
+        ({"cache": 3}, "ffffssf", "ffs"),
+        ({"sampler": "heun"}, "ffffffffssffss", "ffffs"),  # two calls a step, one in the last
+        ({"handoff_step": 4}, "ffff", "ffsfsf"),
+        ({"guidance_interval": (0.0, 0.6)}, "ffffsff", "ffs"),  # the rows change in a step that is not full
     ],
 )
 def test_the_full_unet_runs_in_some_steps(
