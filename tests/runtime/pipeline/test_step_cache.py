@@ -87,7 +87,7 @@ def test_the_factor_is_that_of_the_line_through_the_latest_sigmas(opened: Pipeli
     sigmas = [float(sigma) for sigma in opened.run.request.schedule.sigmas]
     given = [factor for _, kind, _, factor in calls if kind == SHALLOW]
     line = [
-        (sigmas[at] - sigmas[new]) / (sigmas[new] - sigmas[old]) for at, new, old in ((3, 2, 1), (4, 2, 1), (8, 7, 6))
+        (sigmas[at] - sigmas[new]) / (sigmas[new] - sigmas[old]) for at, new, old in ((4, 3, 2), (5, 3, 2), (9, 8, 7))
     ]
     assert given == [pytest.approx(each, abs=1e-3) for each in line]
 
@@ -124,15 +124,15 @@ def test_the_record_says_how_many_steps_were_full_and_repeats_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    small = ["--steps", "9", "--handoff-step", "6", "--width", "64", "--height", "64", "--provider", "ort-cpu"]
+    small = ["--steps", "10", "--handoff-step", "7", "--width", "64", "--height", "64", "--provider", "ort-cpu"]
     cached = ["--cache", "2", "--refiner-cache", "3", "--seed", "3"]
     assert trt_generate(["a star", *small, *cached, "-o", "first.png"]) == 0
-    assert "; cache 2, of the refiner 3: 6 of 9 steps full; " in capsys.readouterr().err
+    assert "; cache 2, of the refiner 3: 7 of 10 steps full; " in capsys.readouterr().err
     told = read_settings(tmp_path / "first.png")
-    assert (told.cache, told.refiner_cache, told.full_steps) == (2, 3, 6)
+    assert (told.cache, told.refiner_cache, told.full_steps) == (2, 3, 7)
     assert trt_generate(["--from", "first.png", "--json", "-o", "again.png"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["cache"] == {"every": {"base": 2, "refiner": 3}, "full_steps": 6, "steps": 9}
+    assert report["cache"] == {"every": {"base": 2, "refiner": 3}, "full_steps": 7, "steps": 10}
     assert (tmp_path / "again.png").read_bytes() == (tmp_path / "first.png").read_bytes()
     assert (
         trt_generate(["--from", "first.png", "--cache", "1", "--refiner-cache", "1", "--json", "-o", "plain.png"]) == 0

@@ -26,15 +26,15 @@ def _resolved(embedded: Bundle, **changes: Any) -> ResolvedRequest:
     [
         ({}, None, None),
         ({"cache": 1, "refiner_cache": 1}, None, None),
-        ({"cache": 2}, CachePolicy(2, 3), CachePolicy(2, 2)),
-        ({"cache": 3, "refiner_cache": 2}, CachePolicy(3, 3), CachePolicy(2, 2)),
-        ({"cache": 2, "refiner_cache": 1}, CachePolicy(2, 3), None),
+        ({"cache": 2}, CachePolicy(2, 4), CachePolicy(2, 2)),
+        ({"cache": 3, "refiner_cache": 2}, CachePolicy(3, 4), CachePolicy(2, 2)),
+        ({"cache": 2, "refiner_cache": 1}, CachePolicy(2, 4), None),
         ({"refiner_cache": 2}, None, CachePolicy(2, 2)),
-        ({"cache": 2, "handoff": None}, CachePolicy(2, 3), None),
-        ({"cache": 2, "refiner_sampler": "euler_ancestral"}, CachePolicy(2, 3), CachePolicy(2, 2, reach=0.0)),
-        ({"cache": 2, "sampler": "dpmpp_2m", "handoff": None}, CachePolicy(2, 3, reach=0.5), None),
-        ({"cache": 2, "sampler": "dpm_2", "handoff": None}, CachePolicy(2, 3, reach=0.0), None),
-        ({"cache": 4, "handoff_step": 18}, CachePolicy(4, 3), None),  # the refiner's two steps are full
+        ({"cache": 2, "handoff": None}, CachePolicy(2, 4), None),
+        ({"cache": 2, "refiner_sampler": "euler_ancestral"}, CachePolicy(2, 4), CachePolicy(2, 2, reach=0.0)),
+        ({"cache": 2, "sampler": "dpmpp_2m", "handoff": None}, CachePolicy(2, 4, reach=0.5), None),
+        ({"cache": 2, "sampler": "dpm_2", "handoff": None}, CachePolicy(2, 4, reach=0.0), None),
+        ({"cache": 4, "handoff_step": 18}, CachePolicy(4, 4), None),  # the refiner's two steps are full
     ],
 )
 def test_base_and_refiner_have_intervals_of_their_own(
@@ -53,8 +53,8 @@ def test_a_stage_is_cached_if_a_step_of_it_is_not_full(embedded: Bundle, steps: 
             _resolved(embedded, steps=steps, cache=every, handoff=None)
         return
     resolved = _resolved(embedded, steps=steps, cache=every, handoff=None)
-    assert resolved.caches == (every > 1 and steps > 3)
-    assert bool(resolved.notes) == (every > 1 and steps <= 3)
+    assert resolved.caches == (every > 1 and steps > 4)
+    assert bool(resolved.notes) == (every > 1 and steps <= 4)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_an_interval_that_cannot_be_is_one_line(embedded: Bundle, changes: dict[
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"steps": 3, "cache": 2}, "--cache has no effect: the base takes 2 steps, and the first 3 are full"),
+        ({"steps": 3, "cache": 2}, "--cache has no effect: the base takes 2 steps, and the first 4 are full"),
         ({"refiner_cache": 2, "handoff": None}, "--refiner-cache has no effect: the refiner takes no step"),
         ({"refiner_cache": 2, "handoff_step": 18},
          "--refiner-cache has no effect: the refiner takes 2 steps, and the first 2 are full"),

@@ -124,8 +124,8 @@ def test_a_request_with_a_cache_costs_its_full_and_its_shallow_steps(serve: Serv
             await desk.submit(whole)
         cached = replace(whole.work, cache=2, refiner_cache=4)
         resolved = desk.pipeline.resolve(cached)
-        assert work_of(resolved, 1) == Work(64 * 64, 1, 10, 10, base_shallow=4, refiner_shallow=6)
-        (ticket,) = await draw(desk, replace(whole, work=cached))  # 6 · 10 + 4 · 2 + 4 · 20 + 6 · 5 = 178
+        assert work_of(resolved, 1) == Work(64 * 64, 1, 10, 10, base_shallow=3, refiner_shallow=6)
+        (ticket,) = await draw(desk, replace(whole, work=cached))  # 7 · 10 + 3 · 2 + 4 · 20 + 6 · 5 = 186
         assert (await ticket.wait()).outcome == "done"
 
     serve(scenario)
