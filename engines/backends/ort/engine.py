@@ -25,6 +25,7 @@ from sdxl_trt.engines.host import one_line, return_freed_memory
 from sdxl_trt.engines.plans import outside_profiles
 
 # Errors are raised as exceptions; ONNX Runtime would print them beside our one line.
+_STOP_SPINNING = "session.force_spinning_stop"
 _FATAL_ONLY = 4
 
 
@@ -94,6 +95,9 @@ class OrtEngine(MappedEngine):
         # 3.0 s of the 50 M cousin's UNet. Outputs are freed after their last use without a plan too: the same bits,
         # peak of memory and time of a step.
         options.enable_mem_reuse = chosen.device != "cpu"
+        # The threads of each session spin for a while after a run, to be quick at the next one. Where sessions take
+        # turns, as the full and the shallow UNet do, they would take the processors from the one that runs.
+        options.add_session_config_entry(_STOP_SPINNING, "1")
         if self._weights is not None:
             file_name = PurePosixPath(self.component.weights.file).name
             options.add_external_initializers_from_files_in_memory(
