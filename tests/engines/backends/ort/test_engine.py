@@ -41,18 +41,20 @@ def test_large_weights_outlive_their_file(tmp_path: Path, rng: np.random.Generat
     np.testing.assert_allclose(result, sample @ weights, rtol=1e-3, atol=1e-3)
 
 
-def test_a_session_on_a_cpu_makes_no_plan_of_shared_outputs(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Making it takes more than half of a session's time, and saves nothing there."""
-    planned: list[bool] = []
+def test_a_session_on_a_cpu_plans_no_shared_outputs_and_stops_spinning(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan takes more than half of a session's time, and saves nothing there; spinning slows the next session."""
+    planned: list[tuple[bool, str]] = []
     original = ExecutionProvider.open
 
     def note(self: ExecutionProvider, ort: object, graph: bytes, options: Any, *rest: Any) -> object:
-        planned.append(options.enable_mem_reuse)
+        planned.append((options.enable_mem_reuse, options.get_session_config_entry("session.force_spinning_stop")))
         return original(self, ort, graph, options, *rest)
 
     monkeypatch.setattr(ExecutionProvider, "open", note)
     OrtEngine(bundle, "unet").load()
-    assert planned == [False]
+    assert planned == [(False, "1")]
 
 
 def test_a_missing_backend_names_the_extra(engine, monkeypatch) -> None:
