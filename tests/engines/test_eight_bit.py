@@ -18,6 +18,7 @@ from sdxl_trt.benchmarks.roofline import roofline
 from sdxl_trt.engines.adapters.file import open_lora
 from sdxl_trt.engines.adapters.scaled import ScaledLora
 from sdxl_trt.engines.backends import open as providers
+from sdxl_trt.engines.backends.mapped import engine as mapped_engine
 from sdxl_trt.engines.backends.ort import engine as ort_engine
 from sdxl_trt.engines.backends.ort.providers import ExecutionProvider
 from sdxl_trt.engines.backends.trt.device import open_device
@@ -115,7 +116,7 @@ def test_a_lora_on_an_8_bit_unet_is_refused_before_anything_is_read(
 ) -> None:
     engine = ort_engine.OrtEngine(bundle, "unet", provider)  # type: ignore[arg-type]
     for reading in ("plan_patch", "verify_file"):
-        monkeypatch.setattr(ort_engine, reading, lambda *_: pytest.fail("read"))
+        monkeypatch.setattr(mapped_engine, reading, lambda *_: pytest.fail("read"))
     with pytest.raises(IncompatibleError) as raised:
         engine.adapt([lora])
     assert str(raised.value) == (
