@@ -360,7 +360,7 @@ def _diffusers(lab: Laboratory, features: set[str], *, refiner_lora: bool = Fals
         pipe = getattr(diffusers, name).from_pretrained(folder, torch_dtype=torch.float32, **extra)
         pipe.set_progress_bar_config(disable=True)
         if "step cache" in features:
-            extrapolate(pipe, every=2, first=2 if refine else 3)
+            extrapolate(pipe, every=2, first=2 if refine else 4)
         if refiner_lora or "LoRA" in features:
             unet, text = (0.7, 0.7) if refiner_lora else SCALES
             file = "fine.safetensors" if refiner_lora else "ink.safetensors"

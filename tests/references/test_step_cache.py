@@ -22,7 +22,7 @@ REQUIRED = 2e-5
 SEEN = 1e-4
 """What the cache changes at least: small random UNets change little from step to step."""
 PROMPT, NEGATIVE, SEED, SIDE, STEPS = "a red fox in the snow", "blurry", 11, 32, 12
-FIRST = {"base": 3, "refiner": 2}
+FIRST = {"base": 4, "refiner": 2}
 
 
 @dataclass(frozen=True)
