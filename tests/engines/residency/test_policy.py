@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -28,7 +27,6 @@ from sdxl_trt.engines.residency.policy import (
     check_residency,
     estimate_memory,
     fallbacks,
-    optional_components,
     settled_residency,
 )
 from sdxl_trt.mini.embedded import bundle_path
@@ -157,23 +155,6 @@ def test_with_unknown_memory_everything_stays_loaded() -> None:
     plan = estimate_memory(MINI, provider="tensorrt", capacity=None)
     assert (plan.residency, plan.missing) == ("resident", 0)
     assert "unknown" in plan.lines()[0]
-
-
-@pytest.mark.parametrize("provider", ["ort-cpu", "tensorrt"])
-@pytest.mark.parametrize("residency", RESIDENCIES)
-def test_what_only_some_runs_use_may_stay_if_all_of_it_fits(residency: str, provider: str) -> None:
-    def found(capacity: int | None) -> dict[str, int]:
-        estimate = partial(estimate_memory, MINI, provider=provider, capacity=capacity)
-        return optional_components(estimate(residency=residency), MINI.manifest, estimate)
-
-    names = {"unet_shallow", "refiner_unet_shallow", "vae_encoder", "vae_tiny"} if residency == "resident" else set()
-    every = found(None)
-    assert every.keys() == names
-    plan = estimate_memory(MINI, provider=provider, capacity=1 << 50, residency=residency)
-    least = plan.peak + sum(every.values())
-    share = 0.9 if provider == "tensorrt" else 0.8
-    assert found(int(least / share) + 2) == every
-    assert found(int(least / share) - 2) == {}
 
 
 @pytest.mark.parametrize("capacity", [None, 0, 1 << 50])
