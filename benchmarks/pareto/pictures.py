@@ -19,6 +19,7 @@ from sdxl_trt.benchmarks.report import BenchReport, require_matplotlib, write_pa
 
 STEM = "bench_pictures"
 AGAINST = (
+    "sdxl-trt-openvino",
     "sdxl-trt-fast",
     "sdxl-trt-fastest",
     "sdxl-trt-fastest-openvino",
