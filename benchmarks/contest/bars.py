@@ -8,7 +8,7 @@ from statistics import median
 from sdxl_trt.benchmarks.contest.cold_start import OURS as OUR_START
 from sdxl_trt.benchmarks.contest.cold_start import THEIRS as THEIR_START
 from sdxl_trt.benchmarks.contest.ratios import ratio
-from sdxl_trt.benchmarks.contest.roster import FASTEST, OURS, OURS_INT8
+from sdxl_trt.benchmarks.contest.roster import FAST, FASTEST, OURS, OURS_INT8
 from sdxl_trt.benchmarks.measure import NOT_MEASURED, Bar
 from sdxl_trt.benchmarks.report import BenchReport, ColdStart, Measurement
 
@@ -27,6 +27,7 @@ LIMITS = (
     (FASTEST, PICTURE, "diffusers", 0.15, None),
 )
 COLD_LIMIT = 0.35
+FAST_LIMIT = 0.50
 PRESET_STEPS = 30
 """The steps of a run that a preset's bar is about: a preset replaces them, and few steps leave it none to skip."""
 
@@ -41,7 +42,23 @@ def bench_bars(report: BenchReport) -> tuple[Bar, ...]:
         and (ours == OURS or ours in named)
         and (ours != FASTEST or report.settings.steps == PRESET_STEPS)
     ]
-    return (*found, *_cold(report.cold_starts))
+    return (*found, *_fast(report), *_cold(report.cold_starts))
+
+
+def _fast(report: BenchReport) -> Iterator[Bar]:
+    """Compare the UNets' time in the median picture of `--fast` with that of the full run."""
+    if FAST not in {one.name for one in report.contestants} or report.settings.steps != PRESET_STEPS:
+        return
+    what, bar = f"UNet time of a {PICTURE}, {FAST} over that of {OURS}", f"<= {FAST_LIMIT:.2f} times"
+    fast, full = report.of(FAST, PICTURE), report.of(OURS, PICTURE)
+    if fast is None or full is None:
+        yield Bar(what, bar, NOT_MEASURED, None)
+        return
+    ours, theirs = (sum(one.stages.get(stage, 0.0) for stage in ("base", "refiner")) for one in (fast, full))
+    if not ours or not theirs:
+        yield Bar(what, bar, NOT_MEASURED, None)
+        return
+    yield Bar(what, bar, f"{ours / theirs:.2f} times ({ours:.2f} of {theirs:.2f} s)", ours / theirs <= FAST_LIMIT)
 
 
 def _against(report: BenchReport, subject: str, task: str, peer: str, limit: float, goal: float | None) -> Bar:

@@ -29,7 +29,7 @@ AGAINST = (
     "openvino-bf16",
 )
 """The contestants beside ours; all are in memory at once."""
-_WHOLE = BenchOptions(against=",".join(AGAINST), steps=30, runs=2, floors=False)
+_WHOLE = BenchOptions(against=",".join(AGAINST), steps=30, runs=3, floors=False)
 _COUSIN = ("cousin-50m", replace(_WHOLE, width=512, height=512))
 _TINY = ("tiny", replace(_WHOLE, width=128, height=128, steps=6, runs=1))
 

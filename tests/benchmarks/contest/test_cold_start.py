@@ -132,3 +132,17 @@ def test_the_fastest_presets_bar_is_of_pictures_of_thirty_steps(seconds: float, 
     whole = msgspec.structs.replace(report, settings=msgspec.structs.replace(SETTINGS, steps=30))
     (bar,) = bench_bars(whole)
     assert (bar.what, bar.met) == ("picture of sdxl-trt-fastest-openvino over that of diffusers", met)
+
+
+@pytest.mark.parametrize(("stages", "met"), [((3.0, 2.0), True), ((3.0, 2.1), False), (None, None)])
+def test_the_fast_presets_bar_is_of_both_unets_time(stages: tuple[float, float] | None, *, met: bool | None) -> None:
+    """Encoding and decoding, which no cache makes faster, do not count."""
+    contestants = tuple(Contestant(name=name, title=name, precision="") for name in ("sdxl-trt", "sdxl-trt-fast"))
+    full = msgspec.structs.replace(_taken("sdxl-trt", "picture", 13), stages={"base": 7, "refiner": 3, "decode": 3})
+    fast = _taken("sdxl-trt-fast", "picture", 8)
+    if stages is not None:
+        fast = msgspec.structs.replace(fast, stages={"base": stages[0], "refiner": stages[1], "decode": 3})
+    report = _report(contestants=contestants, measurements=(full, fast))
+    assert bench_bars(report) == ()  # of one step the bar says nothing
+    (bar,) = bench_bars(msgspec.structs.replace(report, settings=msgspec.structs.replace(SETTINGS, steps=30)))
+    assert (bar.what, bar.met) == ("UNet time of a picture, sdxl-trt-fast over that of sdxl-trt", met)
