@@ -5,6 +5,7 @@ __all__ = [
     "FASTEST",
     "OURS",
     "OURS_INT8",
+    "PRESETS",
     "ROSTER",
     "Entry",
     "choose",
@@ -78,6 +79,8 @@ ROSTER = {
 }
 OURS, OURS_INT8, FAST, FASTEST = "sdxl-trt", "sdxl-trt-int8", "sdxl-trt-fast", "sdxl-trt-fastest-openvino"
 """Those of this project whose time is divided by the others'; FASTEST draws a picture in the least time on a CPU."""
+PRESETS = (FAST, "sdxl-trt-fastest", FASTEST)
+"""Those of this project that draw a picture with a preset's steps."""
 
 
 def choose(against: str | None) -> list[Entry]:

@@ -25,9 +25,10 @@ FEATURES = ("avx2", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_i
 class Measured(msgspec.Struct, frozen=True):
     """One run of a command. Memory is in bytes.
 
-    `peak_rss` is the kernel's figure (``ru_maxrss``). `peak_anonymous` and `peak_file` are the largest values sampled
-    from ``/proc``, possibly at different times: anonymous memory must fit the machine, pages of mapped files can be
-    dropped.
+    `peak_rss` is the kernel's figure: ``ru_maxrss``, or where that may be the caller's own memory, which a child
+    inherits until it runs its program, the last sample of its high-water mark, ``VmHWM``. `peak_anonymous` and
+    `peak_file` are the largest values sampled from ``/proc``, possibly at different times: anonymous memory must fit
+    the machine, pages of mapped files can be dropped.
     """
 
     command: tuple[str, ...]
@@ -47,16 +48,16 @@ class Measured(msgspec.Struct, frozen=True):
 def measure(command: list[str], environment: dict[str, str] | None = None) -> Measured:
     """Run `command` to its end and return the measurement; a failure is in `exit_code` and the tail of `output`.
 
-    The caller should be small: the kernel counts pages that the child shares with it between fork and exec. Raises
-    IncompatibleError on Windows, which does not report the same figures.
+    Raises IncompatibleError on Windows, which does not report the same figures.
     """
-    peaks = {"RssAnon": 0, "RssFile": 0}
+    peaks = {"RssAnon": 0, "RssFile": 0, "VmHWM": 0}
     settings = os.environ | (environment or {})
     with tempfile.TemporaryFile() as output:
         started = time.perf_counter()
         child = subprocess.Popen(  # noqa: S603 - our own commands
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=settings
         )
+        own = process_memory().get("VmHWM", 0)
         try:
             status, usage = _wait(child.pid, peaks)
         except BaseException:
@@ -71,7 +72,7 @@ def measure(command: list[str], environment: dict[str, str] | None = None) -> Me
         command=tuple(command),
         exit_code=child.returncode,
         seconds=seconds,
-        peak_rss=usage.ru_maxrss << 10,
+        peak_rss=_peak_rss(usage.ru_maxrss << 10, own, peaks["VmHWM"]),
         peak_anonymous=peaks["RssAnon"],
         peak_file=peaks["RssFile"],
         output=text[-_TAIL:],
@@ -133,6 +134,11 @@ def _wait(pid: int, peaks: dict[str, int]) -> "tuple[int, os._rusage]":  # type:
                 return status, usage
             _sample(pid, peaks)
             time.sleep(INTERVAL)
+
+
+def _peak_rss(reported: int, own: int, sampled: int) -> int:
+    """Return the child's peak: what is reported counts the pages shared with the caller between fork and exec."""
+    return sampled if sampled and reported <= own else reported
 
 
 def _sample(pid: int, peaks: dict[str, int]) -> None:

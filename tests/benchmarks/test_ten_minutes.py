@@ -6,6 +6,7 @@ import msgspec
 import pytest
 
 from sdxl_trt.benchmarks import ten_minutes
+from sdxl_trt.benchmarks.contest.roster import ROSTER, choose
 from sdxl_trt.benchmarks.measure.bars import Bar
 from sdxl_trt.benchmarks.report.records import BenchReport, BenchSettings, Ratio, read_report
 from sdxl_trt.benchmarks.ten_minutes import main
@@ -72,3 +73,13 @@ def test_an_error_is_one_line(
     assert main(["--results", str(tmp_path / "bench.json")]) == 2
     assert capsys.readouterr().err == "error: no such folder\n"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_presets_are_left_to_whole_pictures() -> None:
+    """Of four steps a preset leaves two."""
+    name, options = ten_minutes.COUSIN
+    assert name == "cousin-50m"
+    names = {entry.name for entry in choose(options.against)}
+    assert {one for one in ROSTER if one not in names} == {
+        "sdxl-trt-fast", "sdxl-trt-fastest", "sdxl-trt-fastest-openvino"
+    }  # fmt: skip

@@ -17,12 +17,12 @@ open({ready!r}, "w").close()
 while not os.path.exists({seen!r}):
     pass
 """
-# The parent is small: a child's peak includes the pages of the process that forked it.
 MEASURE = """
 import os, sys
 import msgspec
 from sdxl_trt.benchmarks.measure import processes
-code, ready, seen = sys.argv[1:]
+code, ready, seen, held = sys.argv[1:]
+block = bytearray(b"1") * int(held)
 sample = processes._sample
 def spy(pid, peaks):
     holds = os.path.exists(ready)
@@ -34,11 +34,12 @@ sys.stdout.write(msgspec.json.encode(processes.measure([sys.executable, "-c", co
 """
 
 
-def _measured(allocate: str, folder: Path) -> Measured:
+def _measured(allocate: str, folder: Path, held: int = 0) -> Measured:
+    """Measure a child that allocates; the caller is a process that holds `held` bytes."""
     folder.mkdir()
     ready, seen = str(folder / "ready"), str(folder / "seen")
     code = HOLD.format(allocate=allocate, ready=ready, seen=seen)
-    command = [sys.executable, "-c", MEASURE, code, ready, seen]
+    command = [sys.executable, "-c", MEASURE, code, ready, seen, str(held)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return msgspec.json.decode(done.stdout, type=Measured)
 
@@ -56,6 +57,13 @@ def test_anonymous_memory_and_mapped_files_are_distinguished(tmp_path: Path) -> 
     assert mapped.peak_anonymous < 100 * MB
     assert mapped.peak_file > 200 * MB
     assert min(anonymous.peak_rss, mapped.peak_rss) > 200 * MB
+
+
+def test_the_callers_memory_is_not_counted(tmp_path: Path) -> None:
+    """Between fork and exec a child has the caller's pages, and the kernel's figure keeps them."""
+    measured = _measured(f"block = bytearray(b'1') * {100 * MB}", tmp_path / "small", held=500 * MB)
+    assert measured.ok
+    assert 100 * MB < measured.peak_rss < 300 * MB
 
 
 def test_a_failure_is_returned_with_its_output() -> None:
