@@ -128,12 +128,14 @@ def _wait(pid: int, peaks: dict[str, int]) -> "tuple[int, os._rusage]":  # type:
     if sys.platform == "win32":
         raise IncompatibleError("peak memory is measured on Linux; run the measurement there, or in WSL2")
     else:  # noqa: RET506
+        pause = INTERVAL / 32  # a short command is sampled too
         while True:
             done, status, usage = os.wait4(pid, os.WNOHANG)
             if done:
                 return status, usage
             _sample(pid, peaks)
-            time.sleep(INTERVAL)
+            time.sleep(pause)
+            pause = min(2 * pause, INTERVAL)
 
 
 def _peak_rss(reported: int, own: int, sampled: int) -> int:

