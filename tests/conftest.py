@@ -60,9 +60,14 @@ def one_thread() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the files with slow tests first, so that no worker is left with one while the others have nothing to do."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    """Run the files with slow tests first, so that no worker is left with one while the others have nothing to do.
+
+    They are taken from both ends of the list in turns: neighbours share exports, and would wait for each other's.
+    """
+    slow = list(dict.fromkeys(item.path for item in items if item.get_closest_marker("slow")))
+    ends = [path for pair in zip(slow, reversed(slow), strict=True) for path in pair]
+    rank = {path: place for place, path in enumerate(dict.fromkeys(ends))}
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))
 
 
 def pytest_collection_finish() -> None:

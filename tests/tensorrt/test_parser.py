@@ -42,6 +42,7 @@ def test_every_graph_of_a_pair_is_accepted(name: str, pairs: Any, run_parser: Ru
 
 
 @pytest.mark.slow
+@pytest.mark.builds
 def test_bf16_and_mixed_graphs_are_accepted_and_built(pairs: Any, run_parser: Run, tmp_path: Path) -> None:
     """ONNX Runtime's CPU provider cannot run the former: this test proves that TensorRT accepts it."""
     parts = frozenset({"unet", "vae_decoder"})

@@ -45,9 +45,9 @@ class Engine:
 
     def prefetch(self) -> None:
         reads = self.reads
-        if self.freed.is_set():
-            return  # what is read then goes with the engine, to which nothing refers
-        with reads.lock:
+        with reads.lock:  # freed before or after this, and not between
+            if self.freed.is_set():
+                return  # what is read then goes with the engine, to which nothing refers
             reads.held[id(self)] = reads.sizes[self.name]
             reads.most = max(reads.most, sum(reads.held.values()))
         reads.happens(f"read {self.name}")
@@ -58,8 +58,8 @@ class Engine:
             raise reads.errors[self.name]
 
     def unload(self) -> None:
-        self.freed.set()
         with self.reads.lock:
+            self.freed.set()
             self.reads.held.pop(id(self), None)
         self.reads.happens(f"free {self.name}")
 
