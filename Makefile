@@ -49,11 +49,11 @@ types: $(VENV)/.full
 	$(BIN)/mypy --platform win32 --cache-dir .mypy_cache/win32 -p sdxl_trt
 
 pytest: $(VENV)/.full
-	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --ignore=tests/references -m "not builds and not hostile"
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --ignore=tests/references -m "not builds and not compares and not hostile"
 
 test-references: $(VENV)/.full  ## Whole runs against diffusers and recorded results of ComfyUI, and whole plans
 	$(BIN)/pytest --numprocesses 2 --dist loadfile tests/references
-	$(BIN)/pytest --numprocesses 2 --dist load -m builds tests/tensorrt
+	$(BIN)/pytest --numprocesses 2 --dist loadgroup -m "builds or compares" tests/tensorrt tests/test_parity.py
 
 peers: $(PEERS)/.done  ## The environment of optimum-onnx in .venv-peers
 
@@ -113,7 +113,7 @@ bench-host: $(VENV)/.full  ## Measure the host's time per step beside diffusers'
 bench-load: $(VENV)/.full  ## Measure reading and checking a plan, and simulate a cold run; needs 11 GB of memory, 6 GB of disk
 	$(BIN)/python -m sdxl_trt.benchmarks.cold_load $(if $(QUICK),--quick --results out/bench-load/quick.json)
 
-bench-pareto: $(VENV)/.full $(PEERS)/.done  ## Compare faster settings with the full run, and presets with other libraries, in an hour
+bench-pareto: $(VENV)/.full $(PEERS)/.done  ## Compare faster settings with the full run, and presets with other libraries, in half an hour
 	$(BIN)/python -m sdxl_trt.benchmarks.pareto $(if $(QUICK),--quick --results out/bench-pareto/quick.json)
 
 bench-serve: $(VENV)/.full  ## Load trt-serve, and measure it in turns with diffusers behind FastAPI, in twenty minutes

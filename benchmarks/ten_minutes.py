@@ -1,4 +1,4 @@
-"""The benchmark that a checkout runs in ten minutes on two cores: ``make bench``.
+"""The benchmark of a checkout, ``make bench``: under an hour on two cores, most of it compiling the baselines.
 
 A 50-million-parameter cousin of SDXL at 512² stands in for the model: its UNet step and a short end-to-end run are
 timed for all contestants. Cold start and quality use the embedded pair, which is trained and draws real pictures.

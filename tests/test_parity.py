@@ -51,6 +51,7 @@ CASES = [
     Case("outline", 32, 32, 2, 12, 0.7, None, sampler="euler_ancestral"),
     Case("outline", 32, 32, 1, 20, 0.8, "blurry", sampler="dpmpp_2m"),
 ]
+LONGER = (pytest.mark.compares, pytest.mark.xdist_group("apart"))
 SCHEDULERS = {
     "euler": "EulerDiscreteScheduler",
     "euler_ancestral": "EulerAncestralDiscreteScheduler",
@@ -138,7 +139,9 @@ def _psnr(left: np.ndarray, right: np.ndarray) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=LONGER if case.pair == "apart" else ()) for case in CASES], ids=str
+)
 def test_the_run_matches_diffusers(
     case: Case, pairs: Callable[[str], Any], experts: Callable[[str], Any], rng: np.random.Generator
 ) -> None:

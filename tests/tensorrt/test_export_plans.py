@@ -17,7 +17,7 @@ from sdxl_trt.engines.bundle.profile import fixed
 from sdxl_trt.engines.plans.files import start_reading
 from sdxl_trt.export.cli.export import main
 
-pytestmark = [pytest.mark.slow, pytest.mark.builds]
+pytestmark = [pytest.mark.slow, pytest.mark.builds, pytest.mark.xdist_group("one bundle")]
 RTX = ("--engine", "tensorrt-rtx", "--json")
 FEW = ("--components", "unet,vae_decoder")
 Told = tuple[int, dict[str, Any], str]

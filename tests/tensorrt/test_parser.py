@@ -14,6 +14,7 @@ from sdxl_trt.export import Options, export_bundle
 from sdxl_trt.mini.embedded import bundle_path
 
 Run = Callable[..., tuple[int, dict[str, Any]]]
+LONGER = (pytest.mark.compares, pytest.mark.xdist_group("apart"))
 DTYPES = {"float32": "FLOAT", "float16": "HALF", "int64": "INT64"}
 
 
@@ -33,7 +34,7 @@ def _check(report: dict[str, Any], root: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["outline", "apart", "legacy"])
+@pytest.mark.parametrize("name", ["outline", pytest.param("apart", marks=LONGER), "legacy"])
 def test_every_graph_of_a_pair_is_accepted(name: str, pairs: Any, run_parser: Run) -> None:
     bundle = pairs(name).bundle
     code, report = run_parser(bundle)
