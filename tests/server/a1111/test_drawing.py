@@ -212,4 +212,5 @@ def test_no_request_stays_in_memory_after_its_answer(
         _draw(drawing, steps=2)
         for more in ({}, {"stream": True, "partial_images": 1}):
             assert drawing.post("/v1/images/generations", json=body | more).status_code == 200
-    assert left_tickets() < 3  # the worker, or what sent the answer, may still look at the last ones; a leak leaves three
+    # The worker, or what sent an answer, may still look at the last ones; a leak leaves three.
+    assert left_tickets() < 3
