@@ -50,15 +50,16 @@ def _fast(report: BenchReport) -> Iterator[Bar]:
     if FAST not in {one.name for one in report.contestants} or report.settings.steps != PRESET_STEPS:
         return
     what, bar = f"UNet time of a {PICTURE}, {FAST} over that of {OURS}", f"<= {FAST_LIMIT:.2f} times"
-    fast, full = report.of(FAST, PICTURE), report.of(OURS, PICTURE)
-    if fast is None or full is None:
-        yield Bar(what, bar, NOT_MEASURED, None)
-        return
-    ours, theirs = (sum(one.stages.get(stage, 0.0) for stage in ("base", "refiner")) for one in (fast, full))
+    ours, theirs = (_unets(report.of(name, PICTURE)) for name in (FAST, OURS))
     if not ours or not theirs:
         yield Bar(what, bar, NOT_MEASURED, None)
         return
     yield Bar(what, bar, f"{ours / theirs:.2f} times ({ours:.2f} of {theirs:.2f} s)", ours / theirs <= FAST_LIMIT)
+
+
+def _unets(picture: Measurement | None) -> float:
+    """Return the seconds of both UNets in the median picture; 0 if they were not measured."""
+    return 0.0 if picture is None else sum(picture.stages.get(stage, 0.0) for stage in ("base", "refiner"))
 
 
 def _against(report: BenchReport, subject: str, task: str, peer: str, limit: float, goal: float | None) -> Bar:

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -212,5 +213,8 @@ def test_no_request_stays_in_memory_after_its_answer(
         _draw(drawing, steps=2)
         for more in ({}, {"stream": True, "partial_images": 1}):
             assert drawing.post("/v1/images/generations", json=body | more).status_code == 200
-    # The worker, or what sent an answer, may still look at the last ones; a leak leaves three.
-    assert left_tickets() < 3
+    # The worker may still look at the last one, and for a moment what sent an answer at another.
+    end = time.monotonic() + 10
+    while left_tickets() > 1 and time.monotonic() < end:
+        pass
+    assert left_tickets() <= 1
